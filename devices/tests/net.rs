@@ -3,6 +3,10 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod driver;
+#[path = "net/egress.rs"]
+mod egress;
+#[path = "net/stream.rs"]
+mod stream;
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -39,7 +43,12 @@ fn index(name: &str) -> libc::c_int {
 
 impl Wire {
     fn on(name: &str) -> Self {
-        let kind = libc::c_int::from(u16::from_be_bytes(KIND).to_be());
+        Self::of_kind(name, KIND)
+    }
+
+    fn of_kind(name: &str, kind: [u8; 2]) -> Self {
+        let protocol = u16::from_be_bytes(kind).to_be();
+        let kind = libc::c_int::from(protocol);
         // SAFETY: numbers only.
         let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, kind) };
         assert!(fd >= 0, "{}", io::Error::last_os_error());
@@ -47,7 +56,7 @@ impl Wire {
         let socket = unsafe { OwnedFd::from_raw_fd(fd) };
         let address = libc::sockaddr_ll {
             sll_family: libc::AF_PACKET as u16,
-            sll_protocol: u16::from_be_bytes(KIND).to_be(),
+            sll_protocol: protocol,
             sll_ifindex: index(name),
             sll_hatype: 0,
             sll_pkttype: 0,
@@ -104,7 +113,13 @@ fn tap(queues: usize) -> Option<(Tap, Wire)> {
 }
 
 fn options(last: u8) -> NetOptions {
-    NetOptions { mac: Mac([2, 0, 0, 0, 0, last]), link: None, receive: Limits::default(), send: Limits::default() }
+    NetOptions {
+        mac: Mac([2, 0, 0, 0, 0, last]),
+        link: None,
+        egress: None,
+        receive: Limits::default(),
+        send: Limits::default(),
+    }
 }
 
 fn frame(len: usize, seed: u8) -> Vec<u8> {
@@ -302,6 +317,8 @@ fn send(vm: &mut Driver, bytes: &[u8]) {
 
 /// A driver that ignores that its link is down gets nothing in, and nothing out.
 fn expect_closed(vm: &mut Driver, wire: &Wire) {
+    // What the host sent to everybody while the parent's link was up.
+    while vm.used(RX).is_some() {}
     let before = stats(vm);
     send(vm, &frame(100, 1));
     send(vm, &frame(200, 2));

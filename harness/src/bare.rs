@@ -105,10 +105,11 @@ impl<'a, M: GuestWords + ?Sized> BareMailbox<'a, M> {
     /// When its mailbox cannot be reached.
     pub fn order(self, command: Command) -> Result<u64, BareError> {
         let (code, args) = command.encode();
-        let seq = self.get(abi::offset::CMD_SEQ)? + 1;
         let mut words = [code; 9];
         words[1..].copy_from_slice(&args);
+        // First, and the number is read after it: a read before it would be a page fault more.
         self.put(abi::offset::COMMAND, &words)?;
+        let seq = self.get(abi::offset::CMD_SEQ)? + 1;
         // Last: the guest takes what is there when it sees it.
         self.put(abi::offset::CMD_SEQ, &[seq])?;
         Ok(seq)

@@ -14,6 +14,7 @@
 //! | files by their directory's descriptor | `at.rs` |
 //! | files that are used again | `overlay_pool.rs` |
 //! | submitting, continuing, reaping | `engine.rs` |
+//! | what a network device is connected to | `net_backend.rs`, `tap.rs`, `packet_stream.rs` |
 //! | messages with descriptors to other processes | [`seqpacket`] |
 //! | threads that serve a guest, to be restricted | [`thread`] |
 //!
@@ -25,8 +26,10 @@ mod at;
 mod buffer;
 mod engine;
 mod file;
+mod net_backend;
 mod op;
 mod overlay_pool;
+mod packet_stream;
 pub mod seqpacket;
 mod tap;
 pub mod thread;
@@ -34,6 +37,8 @@ pub mod thread;
 pub use buffer::{AlignedBuf, BufferError, Fragment, total_len, window};
 pub use engine::{Completion, Engine, EngineError, Stats};
 pub use file::{CachePolicy, FileError, IoFile, OpenError};
+pub use net_backend::NetBackend;
 pub use op::{Failure, Request};
 pub use overlay_pool::OverlayPool;
+pub use packet_stream::PacketStream;
 pub use tap::{Offload, Tap, TapError, VNET_HEADER};

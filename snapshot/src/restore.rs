@@ -262,8 +262,11 @@ fn fill(files: &Files, space: &ChainSpace, regions: &[Region], mapped: impl Fn(u
             todo.extend(numbers.map(|number| (at, number, vec![piece])));
         }
     }
+    if todo.is_empty() {
+        return Ok(());
+    }
     let next = AtomicUsize::new(0);
-    let threads = thread::available_parallelism().map_or(1, NonZero::get).min(8).min(todo.len().max(1));
+    let threads = thread::available_parallelism().map_or(1, NonZero::get).min(8).min(todo.len());
     thread::scope(|scope| {
         let work = || {
             let mut buffer = Vec::new();

@@ -324,7 +324,9 @@ fn damaged_and_foreign_snapshots_are_refused_by_name() {
     assert_eq!(fs::read(other.join("letter")).unwrap(), b"dear");
     guest.vm().pause().unwrap();
     guest.expect(0, 64, Some(1), "and the VM runs on");
-    before.expect_same(context.store(), "refusals leave nothing behind");
+    // The last one was of a VM that ran. It is refused after the memory is frozen: what the guest has written
+    // by then, if only on its stack after its last report, is a layer of the VM's.
+    before.expect_a_layer_more_at_most(context.store(), "refusals leave nothing behind");
 }
 
 #[test]

@@ -308,6 +308,36 @@ fn a_child_in_another_process_has_a_disk_of_its_own() {
     drop(Disk::open(&file.spec().disk).unwrap());
 }
 
+/// The disk is given what was written as soon as nobody else uses it: an image that is still being
+/// dropped then would have it refused, and what was written would be lost.
+#[test]
+fn a_disk_that_others_have_used_is_committed_as_soon_as_none_is_counted() {
+    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let context = turn.context(Backing::Small);
+    for round in 0..6 {
+        let leases = Leases::default();
+        let file = DiskFile::new(SECTORS * 512, 1);
+        let parent = DiskGuest::boot(&context, file.spec(), 1);
+        let parts: Vec<SealedParts> = (0..8)
+            .map(|seed| {
+                parent.expect(DiskGuest::whole(What::Write, SECTORS, 10 * round + seed), "the parent writes");
+                exported(&parent.guest.fork().0, &leases)
+            })
+            .collect();
+        parent.vm().stop();
+        let disks = parent.vm().take_disks();
+        drop(parent);
+        drop(parts);
+        while leases.count() > 0 {
+            std::hint::spin_loop();
+        }
+        for disk in disks {
+            let report = disk.commit().map_err(|refused| refused.1).unwrap();
+            assert_eq!(report.copied + report.zeroed, SECTORS * 512, "round {round}");
+        }
+    }
+}
+
 /// Each goes on from the one before, which has gone. What it holds for its ancestors does not add up.
 #[test]
 fn generations_in_processes_of_their_own_hold_as_much_as_the_first() {

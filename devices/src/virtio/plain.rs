@@ -138,6 +138,24 @@ impl QueueCtx {
         }
     }
 
+    /// The number of chains that are to be popped. The driver notifies the device of the next one.
+    ///
+    /// # Errors
+    /// When the driver has broken the rules.
+    pub(crate) fn offered(&mut self, index: usize) -> Result<u16, QueueError> {
+        let mut count = 0;
+        // What is counted is given back, whatever ends it.
+        let end = loop {
+            match self.pop(index) {
+                Ok(Some(_)) => count += 1,
+                Ok(None) => break Ok(count),
+                Err(error) => break Err(error),
+            }
+        };
+        (0..count).for_each(|_| self.undo_pop(index));
+        end
+    }
+
     /// Undoes the last pop.
     pub(crate) fn undo_pop(&mut self, index: usize) {
         if let Some(queue) = self.queues.get_mut(index) {

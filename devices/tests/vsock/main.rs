@@ -11,7 +11,7 @@ mod hostile;
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clade_devices::virtio::vsock::{VsockError, VsockOptions, VsockSocket};
 use driver::{Driver, ram, store};
@@ -121,11 +121,52 @@ fn a_child_is_told_that_its_connections_are_gone_and_the_parents_go_on() {
     assert_eq!(parent.packet().data, b"still here");
     assert!(child.used(RX).is_none(), "not for the child");
     assert!(parent.driver.used(EVENTS).is_none(), "nothing was reset in the parent");
-    // Its own socket works.
+    // Its own socket works, as soon as the driver has closed what it had: it would close this as well.
     let _other = connect(dir.path(), "child.sock", 10);
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(child.used(RX).is_none(), "before the driver has closed its connections");
+    child.post(EVENTS, &[(0x10_0000, 8, true)]);
     child.wait(RX);
+    assert!(child.used(EVENTS).is_none(), "it is told once");
     drop(child);
     assert!(!dir.path().join("child.sock").exists());
+}
+
+/// It is waited for for two seconds, and no longer than it takes. A busy host may be slow.
+#[test]
+fn a_driver_that_has_closed_its_connections_is_waited_for_no_longer() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store();
+    let mut parent = Guest::new(Driver::take(device(dir.path(), "vm.sock", CID, false), &ram(&store)));
+    // More than the one that the device needs.
+    (0..3).for_each(|n| _ = parent.driver.post(EVENTS, &[(0x10_0000 + n * 8, 8, true)]));
+    let quick = (0..5).any(|round| {
+        let name = format!("{round}.sock");
+        let mut child = parent.driver.fork(&store, |_, _| device(dir.path(), &name, 43, true));
+        let _host = connect(dir.path(), &name, 10);
+        child.wait(EVENTS);
+        let begun = Instant::now();
+        child.post(EVENTS, &[(0x10_0000, 8, true)]);
+        child.wait(RX);
+        begun.elapsed() < Duration::from_secs(1)
+    });
+    assert!(quick, "a driver that answers is waited for like one that does not");
+}
+
+/// Its guest may be closing a connection of its parent's, and would close the clone's of the same ports.
+#[test]
+fn a_clones_connections_have_other_ports_than_its_parents() {
+    let dir = tempfile::tempdir().unwrap();
+    let ports = ["parent", "clone", "sibling"].map(|name| {
+        let device = device(dir.path(), name, 43, name != "parent");
+        let mut vm = Guest::new(Driver::take(device, &ram(&store())));
+        vm.addressed = 43;
+        let _hosts = [connect(dir.path(), name, 9), connect(dir.path(), name, 9)];
+        [vm.packet().host, vm.packet().host]
+    });
+    let all: std::collections::BTreeSet<_> = ports.iter().flatten().collect();
+    assert_eq!(all.len(), 6, "{ports:?}");
+    assert!(ports.iter().all(|[first, second]| second - first == 1 && *first >= 1 << 30), "{ports:?}");
 }
 
 #[test]
@@ -190,6 +231,7 @@ fn a_guest_that_is_put_back_is_told_that_its_connections_are_gone_and_so_is_the_
     vm.driver.config(0, &mut cid);
     assert_eq!(u64::from_le_bytes(cid), CID);
     let mut host = connect(dir.path(), "vm.sock", 10);
+    // The driver offers no buffer again: it is not waited for for ever.
     let asked = vm.packet();
     assert_eq!((asked.op, asked.guest), (REQUEST, 10));
     vm.send(RESPONSE, asked.host, 10, &[], 1 << 16);

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use clade_devices::virtio::net::Egress;
 use clade_tests::{Linux, PROMPT, Subnet, Turn, checked, skip};
 use clade_vmm::platform::virtio_slot;
 use clade_vmm::vm::Vm;
@@ -315,6 +316,43 @@ fn linux_moves_bytes_through_its_network() {
     let stats = vm.net_stats(0).unwrap();
     println!("{stats:?}");
     assert!(stats.received_bytes > BYTES as u64 && stats.sent_bytes > BYTES as u64, "{stats:?}");
+    by_rules(&vm, subnet, &data);
+}
+
+/// The same guest with egress rules: it sends to one port of the host, and by no other address than
+/// the one that the host has given it. Its kernel leaves checksums and segments to the host.
+fn by_rules(vm: &Vm, subnet: Subnet, data: &[u8]) {
+    let host = subnet.host();
+    let (port, back) = serve(host, |mut stream| {
+        let mut got = Vec::new();
+        stream.read_to_end(&mut got).unwrap();
+        got
+    });
+    let other = TcpListener::bind((host, 0)).unwrap();
+    let denied = other.local_addr().unwrap().port();
+    let rule = format!("allow:{host}:{port}/tcp").parse().unwrap();
+    vm.set_egress(&Egress::new(vec![rule]).unwrap()).unwrap();
+    let attempt = |port: u16| {
+        assert_eq!(ask(vm, &format!("timeout 2 nc {host} {port} </dev/null; echo tried")), "tried");
+    };
+    let begun = vm.net_stats(0).unwrap();
+    // It has copied its parent's address when it booted.
+    attempt(port);
+    let (address, spoofed) = (vm.identity().nets[0].mac, vm.net_stats(0).unwrap());
+    assert_eq!(spoofed.sent, begun.sent, "{spoofed:?}");
+    assert_eq!(ask(vm, &format!("ip link set eth0 address {address} && echo set")), "set");
+    attempt(denied);
+    let dropped = vm.net_stats(0).unwrap().egress_dropped;
+    assert!(dropped > spoofed.egress_dropped && spoofed.egress_dropped > 0, "{dropped}, {spoofed:?}");
+    assert_eq!(ask(vm, &format!("nc {host} {port} </tmp/data; echo sent")), "sent");
+    assert!(back.join().unwrap() == data, "every byte came as it went");
+    other.set_nonblocking(true).unwrap();
+    assert_eq!(other.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
+    let packets = vm.egress_packets(0).unwrap()[0][0].1;
+    assert!(packets > 3, "{packets} by the rule");
+    vm.set_egress(&Egress::default()).unwrap();
+    attempt(denied);
+    assert!(other.accept().is_ok(), "without rules it is there");
 }
 
 /// Takes half of what comes, and the rest when it is let go.

@@ -55,5 +55,5 @@ fn cost_of_each_step() {
     time("set lapic", &mut || vcpu.set_lapic(&state.lapic).unwrap());
     time("set msrs", &mut || _ = vcpu.set_msrs(&state.msrs).unwrap());
     time("set events", &mut || vcpu.set_vcpu_events(&state.events).unwrap());
-    time("restore", &mut || state.restore(vcpu, &layout, CpuidState::Set, Clock::CatchUp).unwrap());
+    time("restore", &mut || state.restore(vcpu, &layout, CpuidState::Set, Clock::CatchUp, None).unwrap());
 }

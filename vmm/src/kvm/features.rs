@@ -24,8 +24,6 @@ pub(super) struct Feature {
     pub(super) subleaf: u32,
     pub(super) reg: Reg,
     pub(super) bit: u32,
-    /// The features that this one depends on: hiding one of them hides this one too.
-    needs: &'static [&'static str],
 }
 
 /// The features of one CPUID register.
@@ -104,7 +102,7 @@ fn needs(name: &str) -> &'static [&'static str] {
 /// Every feature bit with a name.
 pub(super) fn features() -> impl Iterator<Item = Feature> {
     ROWS.iter().flat_map(|&Row { leaf, subleaf, reg, bits }| {
-        bits.iter().map(move |&(name, bit)| Feature { name, leaf, subleaf, reg, bit, needs: needs(name) })
+        bits.iter().map(move |&(name, bit)| Feature { name, leaf, subleaf, reg, bit })
     })
 }
 
@@ -142,6 +140,11 @@ impl CpuHide {
         Self(["vmx", "smx", "svm"].into())
     }
 
+    /// Features, and all that depend on them.
+    pub(super) fn of(names: &[&'static str]) -> Self {
+        Self(names.iter().copied().collect()).close()
+    }
+
     /// Performance counters outside leaf 0xA.
     pub(super) fn counters() -> Self {
         Self(["pdcm", "perfctr_core", "perfctr_nb", "perfctr_llc", "perfmon_v2"].into())
@@ -163,7 +166,7 @@ impl CpuHide {
     fn close(mut self) -> Self {
         loop {
             let dependents: Vec<_> = features()
-                .filter(|f| !self.0.contains(f.name) && f.needs.iter().any(|need| self.0.contains(need)))
+                .filter(|f| !self.0.contains(f.name) && needs(f.name).iter().any(|need| self.0.contains(need)))
                 .map(|f| f.name)
                 .collect();
             if dependents.is_empty() {
@@ -307,7 +310,7 @@ mod tests {
         for f in features() {
             assert!(f.bit < 32, "{}", f.name);
             assert!(bits.insert((f.leaf, f.subleaf, f.reg as u8, f.bit)), "{} shares its bit", f.name);
-            assert!(f.needs.iter().all(|need| names.contains(need)), "{} needs the unknown", f.name);
+            assert!(needs(f.name).iter().all(|need| names.contains(need)), "{} needs the unknown", f.name);
         }
     }
 }

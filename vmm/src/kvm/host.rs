@@ -137,6 +137,8 @@ struct Probed {
 pub struct Host {
     kvm: Kvm,
     quirks: Quirks,
+    /// What the quirks hide from every guest.
+    hidden: CpuHide,
     supported: CpuId,
     max_vcpus: u8,
     /// Properties of a vCPU without (index 0) and with (1) performance counters.
@@ -181,7 +183,8 @@ impl Host {
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(|source| HostError::Ioctl { what: "KVM_GET_SUPPORTED_CPUID", source })?;
         let max_vcpus = u8::try_from(kvm.get_max_vcpus()).unwrap_or(u8::MAX).min(MAX_CPUS);
-        Ok(Self { kvm, quirks, supported, max_vcpus, probed: Default::default(), requirements: OnceLock::new() })
+        let (probed, requirements) = (Default::default(), OnceLock::new());
+        Ok(Self { kvm, quirks, hidden: quirks.hide(), supported, max_vcpus, probed, requirements })
     }
 
     /// The opened device.
@@ -251,7 +254,7 @@ impl Host {
         let spec = CpuidSpec {
             vcpu,
             vcpus,
-            hide: &look.hide.union(&self.quirks.hide()),
+            hide: &look.hide.union(&self.hidden),
             template: look.template,
             pmu: look.pmu,
             max_leaf: self.quirks.max_leaf(),

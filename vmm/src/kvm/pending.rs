@@ -72,7 +72,7 @@ mod tests {
 
     fn reset(vcpu: &VcpuFd, layout: &StateLayout, state: &VcpuState) {
         forget_pending(vcpu).unwrap();
-        state.restore(vcpu, layout, CpuidState::Set, Clock::CatchUp).unwrap();
+        state.restore(vcpu, layout, CpuidState::Set, Clock::CatchUp, None).unwrap();
     }
 
     #[test]
@@ -145,7 +145,7 @@ mod tests {
         let state = save_all(&vm, &host, &layout).remove(0);
         forget_pending(vcpu).unwrap();
         assert_eq!(enabled(), 0);
-        state.restore(vcpu, &layout, CpuidState::Set, Clock::CatchUp).unwrap();
+        state.restore(vcpu, &layout, CpuidState::Set, Clock::CatchUp, None).unwrap();
         assert_eq!(enabled(), ENABLED);
     }
 }

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::host::{Host, HostError};
 use super::host_time::{BootTime, WallClock, elapsed};
-use super::msrs::{ARCH_CAPABILITIES, MSR_TSC, MsrError, read_all, write_all};
+use super::msrs::{ARCH_CAPABILITIES, KVM_SYSTEM_TIME, MSR_TSC, MsrError, read_all, write_all};
 use super::requirements::same_tsc;
 use super::template::CpuTemplate;
 use super::vm_state::Clock;
@@ -167,6 +167,27 @@ pub enum CpuidState {
     Unset,
 }
 
+/// Parts of the state of a vCPU that is new: it has not run, and nothing was restored on it. A part of
+/// an image that is equal is not set again. Each call costs a microsecond with hardware virtualization,
+/// and ten under kvm-pvm.
+#[derive(Clone, Debug)]
+pub struct NewVcpu {
+    mp_state: kvm_mp_state,
+    xcrs: kvm_xcrs,
+    debug_regs: kvm_debugregs,
+}
+
+impl NewVcpu {
+    /// Reads them from `vcpu`, which is new.
+    pub fn read(vcpu: &VcpuFd) -> Result<Self, VcpuStateError> {
+        Ok(Self {
+            mp_state: vcpu.get_mp_state().map_err(call("KVM_GET_MP_STATE"))?,
+            xcrs: vcpu.get_xcrs().map_err(call("KVM_GET_XCRS"))?,
+            debug_regs: vcpu.get_debug_regs().map_err(call("KVM_GET_DEBUGREGS"))?,
+        })
+    }
+}
+
 /// The complete state of a vCPU, without guest memory.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct VcpuState {
@@ -208,10 +229,19 @@ pub struct VcpuState {
 impl VcpuState {
     /// Saves the state of `vcpu`, which was created with `cpuid`.
     pub fn save(vcpu: &VcpuFd, layout: &StateLayout, cpuid: &CpuId) -> Result<Self, VcpuStateError> {
+        Self::save_with(vcpu, layout, cpuid, tsc_khz(vcpu))
+    }
+
+    /// As [`Self::save`], of a vCPU whose TSC frequency is known.
+    pub(crate) fn save_with(
+        vcpu: &VcpuFd,
+        layout: &StateLayout,
+        cpuid: &CpuId,
+        tsc_khz: Option<u32>,
+    ) -> Result<Self, VcpuStateError> {
         let mut state = Self {
             cpuid: cpuid.clone(),
-            // Constant for a vCPU. KVM_GET_TSC_KHZ fails where the host's TSC is not usable.
-            tsc_khz: vcpu.get_tsc_khz().ok().filter(|khz| *khz > 0),
+            tsc_khz,
             mp_state: kvm_mp_state::default(),
             regs: kvm_regs::default(),
             sregs: kvm_sregs::default(),
@@ -233,6 +263,12 @@ impl VcpuState {
     #[must_use]
     pub(crate) fn arch_capabilities(&self) -> Option<u64> {
         self.msrs.as_slice().iter().find(|entry| entry.index == ARCH_CAPABILITIES).map(|entry| entry.data)
+    }
+
+    /// Whether the guest has a kvmclock page: the only guest that is to hear of a pause.
+    #[must_use]
+    pub(crate) fn has_kvmclock(&self) -> bool {
+        self.msrs.as_slice().iter().any(|entry| entry.index == KVM_SYSTEM_TIME && entry.data & 1 != 0)
     }
 
     /// Saves the state of the same vCPU again, without allocating. After an error the state is
@@ -293,13 +329,14 @@ impl VcpuState {
         Ok(())
     }
 
-    /// Restores the state on `vcpu`. After an error the vCPU is unusable.
+    /// Restores the state on `vcpu`, which is `new` or may have any state. After an error it is unusable.
     pub fn restore(
         &self,
         vcpu: &VcpuFd,
         layout: &StateLayout,
         cpuid: CpuidState,
         clock: Clock,
+        new: Option<&NewVcpu>,
     ) -> Result<(), VcpuStateError> {
         // Checked before any change to the vCPU.
         let fitted = self.fitted_xsave(layout)?;
@@ -311,7 +348,9 @@ impl VcpuState {
         // Before the MSRs: KVM converts a written TSC value with the frequency then in force.
         self.restore_tsc_frequency(vcpu, layout)?;
         // Before the registers: waiting for SIPI, or becoming runnable, resets parts of the vCPU.
-        vcpu.set_mp_state(self.mp_state).map_err(call("KVM_SET_MP_STATE"))?;
+        if new.is_none_or(|new| new.mp_state != self.mp_state) {
+            vcpu.set_mp_state(self.mp_state).map_err(call("KVM_SET_MP_STATE"))?;
+        }
         // Before the events: KVM_SET_REGS drops pending exceptions.
         vcpu.set_regs(&self.regs).map_err(call("KVM_SET_REGS"))?;
         // Before the local APIC and the MSRs: this call sets EFER and the APIC base. Without the
@@ -322,8 +361,12 @@ impl VcpuState {
         // size, checked at the top. The size grows only if this process requests dynamic XSTATE
         // permission (arch_prctl), which nothing in this program does.
         unsafe { vcpu.set_xsave2(xsave) }.map_err(call("KVM_SET_XSAVE"))?;
-        vcpu.set_xcrs(&self.xcrs).map_err(call("KVM_SET_XCRS"))?;
-        vcpu.set_debug_regs(&self.debug_regs).map_err(call("KVM_SET_DEBUGREGS"))?;
+        if new.is_none_or(|new| new.xcrs != self.xcrs) {
+            vcpu.set_xcrs(&self.xcrs).map_err(call("KVM_SET_XCRS"))?;
+        }
+        if new.is_none_or(|new| new.debug_regs != self.debug_regs) {
+            vcpu.set_debug_regs(&self.debug_regs).map_err(call("KVM_SET_DEBUGREGS"))?;
+        }
         // After the special registers: they set the APIC base. Before the MSRs: KVM accepts a TSC
         // deadline only while the timer is in deadline mode.
         vcpu.set_lapic(&self.lapic).map_err(call("KVM_SET_LAPIC"))?;
@@ -378,6 +421,12 @@ impl VcpuState {
         }
         vcpu.set_tsc_khz(saved).map_err(call("KVM_SET_TSC_KHZ"))
     }
+}
+
+/// The TSC frequency of `vcpu` in kHz. It stays until a state is restored.
+pub(crate) fn tsc_khz(vcpu: &VcpuFd) -> Option<u32> {
+    // KVM_GET_TSC_KHZ fails where the host's TSC is not usable.
+    vcpu.get_tsc_khz().ok().filter(|khz| *khz > 0)
 }
 
 /// Marks the guest as paused (`KVM_KVMCLOCK_CTRL`), so that its watchdogs ignore the pause. `false`

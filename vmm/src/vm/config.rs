@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use clade_devices::disk::DiskConfig;
 use clade_devices::virtio::block::{BlockOptions, MAX_QUEUES};
 use clade_devices::virtio::limiter::Limits;
-use clade_devices::virtio::net::{MAX_PAIRS, Mac};
+use clade_devices::virtio::net::{Egress, MAX_PAIRS, Mac};
 use clade_devices::virtio::vsock::VsockOptions;
 use clade_memory::{RamError, RamLayout};
 use serde::{Deserialize, Serialize};
@@ -13,6 +13,7 @@ use thiserror::Error;
 
 use crate::kvm::{Chips, CpuHide, CpuTemplate};
 use crate::platform::{MAX_CPUS, VIRTIO_GSIS, virtio_slot};
+use crate::vm::identity::UserNet;
 
 /// Which interrupt controllers KVM emulates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -37,8 +38,12 @@ pub struct DiskSpec {
 /// A network device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetSpec {
-    /// The name of the TAP interface to open or create; `%d` stands for a free number.
+    /// The name of the TAP interface to open or create; `%d` stands for a free number. Empty for
+    /// [`NetSpec::user`].
     pub tap: String,
+    /// A network by passt instead of an interface.
+    #[serde(default)]
+    pub user: Option<UserNet>,
     /// The MAC address; a random one if not given.
     pub mac: Option<Mac>,
     /// Pairs of queues.
@@ -47,13 +52,23 @@ pub struct NetSpec {
     pub receive: Limits,
     /// Limits on sent traffic.
     pub send: Limits,
+    /// Where the guest may send when it boots. Later on the device knows it.
+    #[serde(default)]
+    pub egress: Egress,
 }
 
 impl NetSpec {
     /// A device on `tap` with one pair of queues, otherwise the defaults.
     #[must_use]
     pub fn new(tap: &str) -> Self {
-        Self { tap: tap.to_owned(), mac: None, queues: 1, receive: Limits::default(), send: Limits::default() }
+        let (receive, send, egress) = (Limits::default(), Limits::default(), Egress::default());
+        Self { tap: tap.to_owned(), user: None, mac: None, queues: 1, receive, send, egress }
+    }
+
+    /// A device on a network by passt, otherwise the defaults.
+    #[must_use]
+    pub fn by_passt(user: UserNet) -> Self {
+        Self { user: Some(user), ..Self::new("") }
     }
 }
 
@@ -203,6 +218,12 @@ pub enum ConfigError {
         /// The most it can have.
         most: u16,
     },
+    /// A network device has an interface and passt.
+    #[error("a network device on interface {tap:?} and by passt: it has one of them")]
+    Backends {
+        /// The interface.
+        tap: String,
+    },
     /// More memory than the host has.
     #[error("{asked} MiB of guest memory are more than the host's {host} MiB (--overcommit allows it)")]
     Overcommit {
@@ -295,15 +316,19 @@ impl VmConfig {
             .chain(self.virtio_console.then_some(Place::Console))
     }
 
-    /// Refuses a device without queues, or with more than it can have.
+    /// Refuses a device without queues, or with more than it can have, and a network device with two
+    /// backends.
     ///
     /// # Errors
-    /// [`ConfigError::Queues`].
+    /// [`ConfigError::Queues`], [`ConfigError::Backends`].
     pub fn check_queues(&self) -> Result<(), ConfigError> {
         let disks = self.disks.iter().map(|disk| ("block", disk.device.queues, MAX_QUEUES));
-        let nets = self.nets.iter().map(|net| ("network", net.queues, MAX_PAIRS));
+        let most = |net: &NetSpec| if net.user.is_some() { 1 } else { MAX_PAIRS };
+        let nets = self.nets.iter().map(|net| ("network", net.queues, most(net)));
         let wrong = disks.chain(nets).find(|(_, queues, most)| !(1..=*most).contains(queues));
-        wrong.map_or(Ok(()), |(device, queues, most)| Err(ConfigError::Queues { device, queues, most }))
+        wrong.map_or(Ok(()), |(device, queues, most)| Err(ConfigError::Queues { device, queues, most }))?;
+        let two = self.nets.iter().find(|net| net.user.is_some() && !net.tap.is_empty());
+        two.map_or(Ok(()), |net| Err(ConfigError::Backends { tap: net.tap.clone() }))
     }
 
     /// The number of queues of each virtio device, in the order of their places.

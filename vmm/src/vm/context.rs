@@ -124,9 +124,7 @@ impl Context {
     /// When one cannot be made. Those made before stay in the pool.
     pub fn prepare_vms(&self, config: &Arc<VmConfig>, count: usize) -> Result<(), VmError> {
         while self.prepared_count(config) < count {
-            let prepared = self.prepare(config)?;
-            prepared.ram.vacate();
-            self.inner.pool.push(config, prepared);
+            self.inner.pool.push(config, self.prepare(config)?);
         }
         Ok(())
     }

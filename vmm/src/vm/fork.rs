@@ -45,6 +45,7 @@ use crate::vm::error::VmError;
 use crate::vm::identity::{ChildIdentity, Endpoints, Identity, generation};
 use crate::vm::machine::{Parts, Vm};
 use crate::vm::persist::{SavedAt, Saving};
+use crate::vm::timeline::{ChildStep, Timeline};
 use crate::vm::vcpu::Start;
 use crate::vm::vcpu::sched::BoostGuard;
 
@@ -190,17 +191,19 @@ impl Vm {
         options: ChildOptions<'_>,
     ) -> Result<Self, VmError> {
         let _boost = BoostGuard::new();
-        let begun = Instant::now();
+        let timeline = Arc::new(Timeline::begin());
         let prepared = context.take_prepared(&image.config)?;
-        let have_prepared = Instant::now();
+        timeline.mark(ChildStep::Prepared);
         prepared.ram.adopt(&image.ram)?;
         let (own, erased) = image.without(&prepared.ram, options.erase)?;
-        let adopted = Instant::now();
+        timeline.mark(ChildStep::Memory);
         // After the memory: devices check their rings there. They are quiesced until the last vCPU
         // has its state.
         let saved = Some((&own.devices, own.backends.as_slice()));
         let devices = Arc::new(Devices::new(saved, &image.config, &prepared, &mut ends, context.has_report_port())?);
-        let parts = Parts { prepared, devices, ends, generation: image.generation, origin: Some(Arc::clone(&own)) };
+        timeline.mark(ChildStep::Devices);
+        let (generation, origin) = (image.generation, Some(Arc::clone(&own)));
+        let parts = Parts { prepared, devices, ends, generation, origin, timeline: Some(Arc::clone(&timeline)) };
         let mut vm = Self::assemble(context, name, &image.config, parts)?;
         // Of the original: what was erased has changed since it was saved.
         vm.saving = Saving::of(image);
@@ -216,8 +219,10 @@ impl Vm {
         }
         // Each vCPU thread restores its vCPU. The last one restores the controllers, and resumes
         // the devices.
+        timeline.mark(ChildStep::Assembled);
         vm.start(&Start::Restore(own))?;
-        tracing::debug!(name, prepared = ?have_prepared - begun, adopt = ?adopted - have_prepared, start = ?adopted.elapsed(), "child");
+        let steps = ChildStep::ALL.map(|step| (step.name(), timeline.at(step)));
+        tracing::debug!(name, ?steps, "child");
         Ok(vm)
     }
 }

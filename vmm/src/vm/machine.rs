@@ -27,6 +27,7 @@ use crate::vm::persist::Saving;
 use crate::vm::prepared::PreparedVm;
 use crate::vm::stop::StopReason;
 use crate::vm::suspend::Suspension;
+use crate::vm::timeline::Timeline;
 use crate::vm::vcpu::ticket_lock::TicketLock;
 use crate::vm::vcpu::{Start, StartCommand};
 
@@ -39,6 +40,8 @@ pub(super) struct Parts {
     pub(super) generation: u32,
     /// The image it is started from.
     pub(super) origin: Option<Arc<ForkImage>>,
+    /// Of a child's start.
+    pub(super) timeline: Option<Arc<Timeline>>,
 }
 
 /// A virtual machine that runs, is paused, or has stopped.
@@ -52,6 +55,7 @@ pub struct Vm {
     pub(crate) identity: Arc<Identity>,
     pub(crate) generation: u32,
     born: Instant,
+    timeline: Option<Arc<Timeline>>,
     /// Who connects the guest to the host, if that is another process.
     broker: Option<BrokerSlot>,
     /// Dropped after the devices, whose interfaces and addresses the claims hold.
@@ -126,7 +130,8 @@ impl Vm {
         let loaded =
             boot::load(prepared.ram.memory(), &layout, &source, &firmware).map_err(|error| error.without(added))?;
         let devices = Arc::new(Devices::new(None, config, &prepared, &mut ends, context.has_report_port())?);
-        let vm = Self::assemble(context, name, config, Parts { prepared, devices, ends, generation: 0, origin: None })?;
+        let parts = Parts { prepared, devices, ends, generation: 0, origin: None, timeline: None };
+        let vm = Self::assemble(context, name, config, parts)?;
         if paused {
             vm.hold();
         }
@@ -147,7 +152,7 @@ impl Vm {
         config: &Arc<VmConfig>,
         parts: Parts,
     ) -> Result<Self, VmError> {
-        let Parts { prepared, devices, ends, generation, origin } = parts;
+        let Parts { prepared, devices, ends, generation, origin, timeline } = parts;
         if config.irqchip == Irqchip::Full {
             devices
                 .with_serial_irq(|irq| prepared.fd.register_irqfd(irq.eventfd(), COM1_GSI))
@@ -173,6 +178,7 @@ impl Vm {
             broker: ends.broker,
             _claims: ends.claims,
             born: Instant::now(),
+            timeline,
             held: AtomicBool::new(false),
             inconsistent: AtomicBool::new(false),
             origin: Mutex::new(origin),
@@ -193,7 +199,8 @@ impl Vm {
 
     /// Starts the vCPUs. When this returns, all have loaded their state. On an error, none has run.
     pub(super) fn start(&self, start: &Start) -> Result<(), VmError> {
-        let order = StartCommand { start: start.clone(), devices: Arc::clone(&self.devices) };
+        let (devices, timeline) = (Arc::clone(&self.devices), self.timeline.clone());
+        let order = StartCommand { start: start.clone(), devices, timeline };
         self.prepared.control.start(std::iter::repeat_n(order, usize::from(self.config.cpus())))
     }
 
@@ -314,6 +321,12 @@ impl Vm {
     #[must_use]
     pub fn age(&self) -> Duration {
         self.born.elapsed()
+    }
+
+    /// How long each step of its start took. None of a VM that was booted.
+    #[must_use]
+    pub fn timeline(&self) -> Option<&Timeline> {
+        self.timeline.as_deref()
     }
 
     /// The output of its serial console.

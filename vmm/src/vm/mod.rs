@@ -17,6 +17,7 @@
 //! | where a vCPU is kicked out of the guest | `vcpu/kick.rs` |
 //! | where its memory is read and written from outside | `memory.rs` |
 //! | how long pauses were | `pauses.rs` |
+//! | how long each step of a child's start took | `timeline.rs` |
 //! | the devices on their buses | `devices/` |
 //! | what a VM does not share with its clones | `identity/` |
 
@@ -37,6 +38,7 @@ mod stop;
 mod suspend;
 #[cfg(test)]
 mod tests;
+mod timeline;
 mod transfer;
 mod vcpu;
 
@@ -47,7 +49,7 @@ pub use error::VmError;
 pub use fork::{ChildOptions, ForkImage, ForkReport, ForkTimes, PauseGuard};
 pub use identity::{
     ChildIdentity, EndpointParts, Endpoints, GenerationError, GenerationId, Identity, IdentityError, NetChoice,
-    NetIdentity, VsockChoice,
+    NetIdentity, PortForward, UserNet, UserNetError, VsockChoice, user_net,
 };
 pub use machine::Vm;
 pub use pauses::{Histogram, HistogramCounts, Pauses};
@@ -57,6 +59,7 @@ pub use persist::{
 pub use reset::ResetReport;
 pub use stop::StopReason;
 pub use suspend::{RequestSource, SuspendReport, WakeReport};
+pub use timeline::{ChildStep, Timeline};
 #[cfg(feature = "fuzzing")]
 pub(crate) use transfer::is_memory;
 pub use transfer::{ImageParts, Leases, Overlays, SealedParts, SharedFiles, TransferError};

@@ -12,7 +12,7 @@ use clade_memory::{GuestRam, Store};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vm_memory::{Address, GuestMemoryRegion};
 
-use crate::kvm::{CpuLook, CpuTemplate, Host, StateLayout, local_apics_alone, set_machine_check_banks};
+use crate::kvm::{CpuLook, CpuTemplate, Host, NewVcpu, StateLayout, local_apics_alone, set_machine_check_banks};
 use crate::platform::{EVENT_GSI, KVM_TSS, virtio_slot};
 use crate::vm::config::{ConfigError, Irqchip, VmConfig};
 use crate::vm::devices::DeviceError;
@@ -49,6 +49,8 @@ impl PreparedVm {
         config: &VmConfig,
     ) -> Result<Self, VmError> {
         let ram = GuestRam::reserve(config.layout(), store)?;
+        // Before KVM hears of it: to map over what is mapped would have KVM walk each memslot.
+        ram.vacate();
         let fd = host.create_vm().map_err(|e| VmError::kvm("create a VM", e))?;
         // Outside RAM, below 4 GiB. Intel hosts need it before the first vCPU.
         fd.set_tss_address(KVM_TSS.0 as usize).map_err(|e| VmError::kvm("set the TSS address", e))?;
@@ -100,6 +102,7 @@ impl PreparedVm {
             let look = CpuLook { hide: &config.hide, template: config.cpu, pmu: config.pmu };
             let cpuid = host.cpuid_of(index, config.cpus(), &look)?;
             vcpu.set_cpuid2(&cpuid).map_err(|e| VmError::kvm("set a vCPU's CPUID", e))?;
+            let new = NewVcpu::read(&vcpu)?;
             let thread = VcpuThread {
                 index: usize::from(index),
                 host: Arc::clone(host),
@@ -110,6 +113,8 @@ impl PreparedVm {
                 cpuid,
                 memory: prepared.ram.memory().clone(),
                 page_fault_entry: None,
+                new: Some(new),
+                tsc_khz: None,
             };
             let spawned = thread::Builder::new()
                 .name(format!("clade-vcpu{index}"))

@@ -175,7 +175,7 @@ impl Vm {
         }
         let cpus = usize::from(self.config.cpus());
         let (start, devices) = (Start::Restore(Arc::clone(image)), Arc::clone(&self.devices));
-        let order = StartCommand { start, devices };
+        let order = StartCommand { start, devices, timeline: None };
         self.prepared.control.load(std::iter::repeat_n(order, cpus));
         // While the vCPUs load: neither touches what the other does.
         let devices = self.devices.rewind(&image.devices, &image.backends);

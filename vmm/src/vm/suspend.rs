@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use clade_devices::virtio::net::Net;
 use clade_devices::virtio::plain::DeviceOps;
 use clade_devices::virtio::vsock::Vsock;
-use clade_memory::{SuspendFile, Suspended, WorkingSet};
+use clade_memory::{AheadUse, PageSet, Quiesced, StopsWriters, SuspendFile, Suspended, WorkingSet};
 
 use crate::vm::error::VmError;
 use crate::vm::machine::Vm;
@@ -91,6 +91,26 @@ impl Suspension {
     }
 }
 
+/// A VM whose vCPUs have exited. Its devices are quiesced until the drop.
+#[derive(Debug)]
+struct Ended<'a>(&'a Vm);
+
+impl<'a> Ended<'a> {
+    fn of(vm: &'a Vm) -> Self {
+        vm.devices.quiesce();
+        Self(vm)
+    }
+}
+
+// vCPUs never run again, and devices are quiesced from its creation until its drop.
+impl StopsWriters for Ended<'_> {}
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.devices.resume();
+    }
+}
+
 impl Vm {
     /// Suspends it: it stands still until [`Vm::wake`], and what it owns of memory goes to `file`.
     /// A VM that is suspended stays so, and the file is not used.
@@ -148,6 +168,28 @@ impl Vm {
         let report = WakeReport { was_suspended: true, working_set: working_set.pages(), total: begun.elapsed() };
         tracing::debug!(name = self.name(), ?report, "woken");
         Ok(report)
+    }
+
+    /// What it has written since it was made, reset, forked or woken last, and what came of the
+    /// pages that were copied ahead. It stands still meanwhile, if it has not ended.
+    ///
+    /// # Errors
+    /// When requests do not end, or the kernel cannot be asked.
+    pub fn written_set(&self) -> Result<(PageSet, AheadUse), VmError> {
+        let _one = self.operations.take();
+        // What a device still transfers would be compared while it changes.
+        let halt = || match self.devices.halt(HALT) {
+            Some(place) => Err(VmError::InFlight { place, seconds: HALT.as_secs() }),
+            None => Ok(()),
+        };
+        if self.wait(Duration::ZERO).is_some() {
+            let ended = Ended::of(self);
+            halt()?;
+            return Ok(self.ram().written_set(&Quiesced::by(&ended))?);
+        }
+        let guard = self.pause_inner(false)?;
+        halt()?;
+        Ok(self.ram().written_set(&guard.quiesced())?)
     }
 
     /// Whether it is suspended.

@@ -1,13 +1,15 @@
 //! The network device.
 
 mod link;
+mod outward;
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clade_io::{Fragment, Offload, Tap, VNET_HEADER, total_len};
+use clade_io::{AlignedBuf, Fragment, NetBackend, Offload, VNET_HEADER, total_len};
 use clade_memory::Access;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
@@ -20,6 +22,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::control::{self, Command};
+use super::egress::{Egress, Filter};
 use super::mac::Mac;
 use super::posted::{Posted, write_at};
 use super::state::{Link, NetState};
@@ -37,6 +40,15 @@ const CONTROL_SIZE: u16 = 64;
 const MAX_PACKET: usize = VNET_HEADER + 14 + 65_536;
 /// Bytes of the smallest packet with its header: an Ethernet header.
 const MIN_PACKET: usize = VNET_HEADER + 14;
+/// What only a backend with offloads has.
+const OFFLOADS: [u32; 6] = [
+    VIRTIO_NET_F_CSUM,
+    VIRTIO_NET_F_GUEST_CSUM,
+    VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_HOST_TSO4,
+    VIRTIO_NET_F_HOST_TSO6,
+];
 /// Packets in a turn, for each direction of each pair of queues.
 const BATCH: usize = 32;
 /// How soon a packet that the interface did not take is sent again.
@@ -49,12 +61,14 @@ const PIN_WARN: Duration = Duration::from_secs(60);
 const OWNER: &str = "virtio-net";
 
 /// The configuration of a network device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetOptions {
     /// Its Ethernet address.
     pub mac: Mac,
     /// Whether packets pass. None: as in the saved state, and open without one.
     pub link: Option<Link>,
+    /// Where the guest may send. None: as in the saved state, and everywhere without one.
+    pub egress: Option<Egress>,
     /// Limits of receiving.
     pub receive: Limits,
     /// Limits of sending.
@@ -78,17 +92,19 @@ pub struct NetStats {
     pub blocked_received: u64,
     /// Packets from the driver that were dropped because the device is closed.
     pub blocked_sent: u64,
+    /// Packets from the driver that were dropped by egress rules.
+    pub egress_dropped: u64,
     /// How often memory could not be pinned, and was tried again.
     pub pin_retries: u64,
 }
 
-/// A network device on a TAP interface.
+/// A network device.
 #[derive(Debug)]
 pub struct Net {
     config: Config,
     mac: Mac,
     link: Link,
-    tap: Tap,
+    backend: NetBackend,
     epoll: Epoll,
     pairs: u16,
     /// Pairs whose interface may have a packet.
@@ -104,24 +120,36 @@ pub struct Net {
     /// When it was last logged that memory cannot be pinned.
     warned: Option<Instant>,
     stats: NetStats,
+    filter: Filter,
+    /// Layers of the policy that are a parent's.
+    inherited: usize,
+    /// The copy of a packet that is judged. None without rules.
+    copy: Option<Arc<AlignedBuf>>,
 }
 
 impl Net {
-    /// A device on `tap`, in the saved `state` if there is one. With `renew`, its link goes down
+    /// A device on `backend`, in the saved `state` if there is one. With `renew`, its link goes down
     /// and up, so that the guest renews its network configuration.
     ///
     /// # Errors
     /// When epoll cannot watch the interface.
-    pub fn new(tap: Tap, options: &NetOptions, state: Option<&NetState>, renew: bool) -> io::Result<Self> {
-        let most = tap.queues() as u16;
+    pub fn new(
+        backend: impl Into<NetBackend>,
+        options: &NetOptions,
+        state: Option<&NetState>,
+        renew: bool,
+    ) -> io::Result<Self> {
+        let backend = backend.into();
+        let most = backend.queues() as u16;
         let link = options.link.or(state.map(|state| state.link)).unwrap_or_default();
+        let egress = options.egress.clone().or_else(|| state.map(|state| state.egress.clone())).unwrap_or_default();
         let mut config = vec![0; 10];
         config[..6].copy_from_slice(&options.mac.0);
         config[6..8].copy_from_slice(&link::initial_status(link).to_le_bytes());
         config[8..10].copy_from_slice(&most.to_le_bytes());
         let epoll = Epoll::new()?;
-        for pair in 0..tap.queues() {
-            let fd = tap.descriptor(pair).ok_or(io::ErrorKind::NotFound)?;
+        for pair in 0..backend.queues() {
+            let fd = backend.descriptor(pair).ok_or(io::ErrorKind::NotFound)?;
             epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN | EventSet::ONE_SHOT, pair as u64))?;
         }
         let pairs = state.map_or(1, |state| state.pairs).clamp(1, most.clamp(1, MAX_PAIRS));
@@ -131,8 +159,8 @@ impl Net {
             link,
             epoll,
             pairs,
-            readable: vec![true; tap.queues()],
-            tap,
+            readable: vec![true; backend.queues()],
+            backend,
             receive: Limiter::new(&options.receive),
             send: Limiter::new(&options.send),
             until: None,
@@ -140,13 +168,16 @@ impl Net {
             renew,
             warned: None,
             stats: NetStats::default(),
+            inherited: state.map_or(0, |state| state.egress.layers().len().min(egress.layers().len())),
+            copy: outward::copy_for(&egress),
+            filter: Filter::new(egress),
         })
     }
 
-    /// The interface's name.
+    /// The interface's name. Empty if it has none.
     #[must_use]
     pub fn interface(&self) -> &str {
-        self.tap.name()
+        self.backend.name()
     }
 
     /// The counters so far.
@@ -156,16 +187,16 @@ impl Net {
     }
 
     fn use_pairs(&mut self, pairs: u16) -> bool {
-        if pairs == 0 || usize::from(pairs) > self.tap.queues() {
+        if pairs == 0 || usize::from(pairs) > self.backend.queues() {
             return false;
         }
-        match self.tap.use_queues(usize::from(pairs)) {
+        match self.backend.use_queues(usize::from(pairs)) {
             Ok(()) => {
                 self.pairs = pairs;
                 true
             }
             Err(error) => {
-                tracing::warn!(%error, interface = self.tap.name(), pairs, "queues of an interface");
+                tracing::warn!(%error, interface = self.backend.name(), pairs, "queues of an interface");
                 false
             }
         }
@@ -174,7 +205,7 @@ impl Net {
     /// The number of the control queue: behind all pairs if the driver knows more than one, else
     /// behind the first.
     fn control(&self, io: &QueueCtx) -> usize {
-        if io.features & (1 << VIRTIO_NET_F_MQ) != 0 { 2 * self.tap.queues() } else { 2 }
+        if io.features & (1 << VIRTIO_NET_F_MQ) != 0 { 2 * self.backend.queues() } else { 2 }
     }
 
     fn obey(&mut self, io: &mut QueueCtx) -> Result<(), FatalError> {
@@ -210,7 +241,7 @@ impl Net {
                 continue;
             }
             // Before the limiter, which does not take tokens back.
-            let memory = match dma::pin(&io.ram, OWNER, &chain.readable, Access::Read) {
+            let pinned = match dma::pin(&io.ram, OWNER, &chain.readable, Access::Read) {
                 Err(error) if error.is_transient() => {
                     io.undo_pop(queue);
                     self.pin_later(&error);
@@ -218,12 +249,19 @@ impl Net {
                 }
                 pinned => pinned?,
             };
+            let (memory, judgement) = self.judged(pinned, len);
+            if !judgement.passes {
+                self.filter.count(&judgement);
+                self.stats.egress_dropped += 1;
+                io.add_used(queue, chain.head, 0)?;
+                continue;
+            }
             if let Err(until) = self.send.take((len - VNET_HEADER) as u64) {
                 io.undo_pop(queue);
                 self.wait_until(until);
                 return Ok(false);
             }
-            match self.tap.send(pair, &memory) {
+            match self.backend.send(pair, &memory) {
                 Ok(Some(_)) => {
                     self.stats.sent += 1;
                     self.stats.sent_bytes += (len - VNET_HEADER) as u64;
@@ -237,6 +275,7 @@ impl Net {
                 // wire.
                 Err(_) => self.stats.dropped += 1,
             }
+            self.filter.count(&judgement);
             io.add_used(queue, chain.head, 0)?;
             if hurry.is_set() {
                 break;
@@ -256,7 +295,7 @@ impl Net {
         let now = Instant::now();
         if self.warned.is_none_or(|warned| now - warned >= PIN_WARN) {
             self.warned = Some(now);
-            tracing::warn!(%error, interface = self.tap.name(), "packets wait for memory");
+            tracing::warn!(%error, interface = self.backend.name(), "packets wait for memory");
         }
         self.wait_until(now + PIN_RETRY);
     }
@@ -317,18 +356,15 @@ impl Net {
                 return Ok(false);
             }
             let memory: Vec<Fragment> = posted.iter().flat_map(|chain| chain.memory.iter().cloned()).collect();
-            match self.tap.receive(pair, &memory) {
+            match self.backend.receive(pair, &memory) {
                 Ok(Some(len)) => self.hand_over(io, queue, posted, len)?,
                 Ok(None) => {
                     self.readable[pair] = false;
                     self.arm(pair);
                 }
                 Err(error) => {
-                    // The interface is down, most likely; continued when it has a packet.
-                    tracing::debug!(%error, interface = self.tap.name(), "nothing is received");
                     self.readable[pair] = false;
-                    self.wait_until(Instant::now() + DOWN_RETRY);
-                    self.arm(pair);
+                    self.nothing_received(io, pair, &error);
                 }
             }
             if hurry.is_set() {
@@ -336,6 +372,20 @@ impl Net {
             }
         }
         Ok(true)
+    }
+
+    fn nothing_received(&mut self, io: &QueueCtx, pair: usize, error: &io::Error) {
+        if self.backend.has_ended() {
+            // It is readable for ever, and there is nothing to be read.
+            tracing::warn!(%error, mac = %self.mac, "a network device's backend has ended");
+            self.set_status(0);
+            io.config_changed();
+            return;
+        }
+        // The interface is down, most likely; continued when it has a packet.
+        tracing::debug!(%error, interface = self.backend.name(), "nothing is received");
+        self.wait_until(Instant::now() + DOWN_RETRY);
+        self.arm(pair);
     }
 
     /// Gives a packet of `len` bytes to the driver, in as many chains as it is spread over.
@@ -370,10 +420,10 @@ impl Net {
     }
 
     fn arm(&self, pair: usize) {
-        let Some(fd) = self.tap.descriptor(pair) else { return };
+        let Some(fd) = self.backend.descriptor(pair) else { return };
         let event = EpollEvent::new(EventSet::IN | EventSet::ONE_SHOT, pair as u64);
         if let Err(error) = self.epoll.ctl(ControlOperation::Modify, fd, event) {
-            tracing::warn!(%error, interface = self.tap.name(), "an interface cannot be waited for");
+            tracing::warn!(%error, interface = self.backend.name(), "an interface cannot be waited for");
         }
     }
 
@@ -395,13 +445,7 @@ impl DeviceOps for Net {
     fn features(&self) -> u64 {
         let mut bits = vec![
             VIRTIO_RING_F_EVENT_IDX,
-            VIRTIO_NET_F_CSUM,
-            VIRTIO_NET_F_GUEST_CSUM,
             VIRTIO_NET_F_MAC,
-            VIRTIO_NET_F_GUEST_TSO4,
-            VIRTIO_NET_F_GUEST_TSO6,
-            VIRTIO_NET_F_HOST_TSO4,
-            VIRTIO_NET_F_HOST_TSO6,
             VIRTIO_NET_F_MRG_RXBUF,
             VIRTIO_NET_F_STATUS,
             VIRTIO_NET_F_CTRL_VQ,
@@ -409,14 +453,17 @@ impl DeviceOps for Net {
             VIRTIO_NET_F_CTRL_MAC_ADDR,
             VIRTIO_NET_F_GUEST_ANNOUNCE,
         ];
-        if self.tap.queues() > 1 {
+        if self.backend.has_offloads() {
+            bits.extend(OFFLOADS);
+        }
+        if self.backend.queues() > 1 {
             bits.push(VIRTIO_NET_F_MQ);
         }
         bits.iter().fold(0, |all, bit| all | 1 << bit)
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        let mut sizes = vec![QUEUE_SIZE; 2 * self.tap.queues()];
+        let mut sizes = vec![QUEUE_SIZE; 2 * self.backend.queues()];
         sizes.push(CONTROL_SIZE);
         sizes
     }
@@ -436,8 +483,8 @@ impl DeviceOps for Net {
             tso4: has(VIRTIO_NET_F_GUEST_TSO4),
             tso6: has(VIRTIO_NET_F_GUEST_TSO6),
         };
-        if let Err(error) = self.tap.set_offload(offload) {
-            tracing::warn!(%error, interface = self.tap.name(), "an interface's offloads");
+        if let Err(error) = self.backend.set_offload(offload) {
+            tracing::warn!(%error, interface = self.backend.name(), "an interface's offloads");
         }
         let pairs = self.pairs;
         self.use_pairs(pairs);
@@ -452,7 +499,7 @@ impl DeviceOps for Net {
 
     fn rewind(&mut self, state: &DeviceState) -> Result<(), ActivateError> {
         let DeviceState::Net(state) = state else { return Err(ActivateError::Kind { found: state.kind() }) };
-        self.pairs = state.pairs.clamp(1, (self.tap.queues() as u16).clamp(1, MAX_PAIRS));
+        self.pairs = state.pairs.clamp(1, (self.backend.queues() as u16).clamp(1, MAX_PAIRS));
         // The driver may have set another address since.
         self.config.write(0, &self.mac.0);
         // As for a child, whose address may not be the one its guest knows.
@@ -475,6 +522,10 @@ impl DeviceOps for Net {
             more |= self.send_some(io, pair, hurry)?;
             more |= self.receive_some(io, pair, hurry)?;
         }
+        // The rest of a packet that was taken in part, also of a device that was closed since.
+        if !self.backend.flush().unwrap_or(true) {
+            self.wait_until(Instant::now() + RETRY);
+        }
         Ok(if more { Turn::Again } else { Turn::Done })
     }
 
@@ -483,6 +534,9 @@ impl DeviceOps for Net {
     }
 
     fn save(&self) -> (DeviceState, Backend) {
-        (DeviceState::Net(NetState { pairs: self.pairs, link: self.link }), Backend::None)
+        (
+            DeviceState::Net(NetState { pairs: self.pairs, link: self.link, egress: self.egress().clone() }),
+            Backend::None,
+        )
     }
 }

@@ -2,14 +2,19 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::egress::Egress;
+
 /// The saved state of a network device.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetState {
     /// Pairs of queues that the driver uses.
     pub pairs: u16,
     /// Whether the host lets packets pass. A state without it is of a device that was open.
     #[serde(default)]
     pub link: Link,
+    /// Where the guest may send. A state without it is of a device without rules.
+    #[serde(default)]
+    pub egress: Egress,
 }
 
 /// Whether the host lets packets pass between a guest and its interface.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -23,6 +23,8 @@ use crate::virtio::{ActivateError, Backend, DeviceState, Turn, Wake, YieldReques
 pub(super) const RX: usize = 0;
 pub(super) const TX: usize = 1;
 const EVENTS: usize = 2;
+/// How long a driver is waited for that was told of a transport reset.
+const RESET_PATIENCE: Duration = Duration::from_secs(2);
 /// Most packets that wait for the guest to post buffers. While there are so many, no packet of the
 /// guest is processed.
 const MAX_REPLIES: usize = 4096;
@@ -102,9 +104,29 @@ pub struct Vsock {
     pub(super) replies: VecDeque<Header>,
     /// Connections with input, in turn.
     pub(super) ready: VecDeque<Key>,
-    /// Whether the guest is to get a transport reset.
-    reset: bool,
+    transport: Transport,
     pub(super) stats: VsockStats,
+}
+
+/// Where a clone's ports begin. Not where its parent's did: its guest may have a connection that it is
+/// closing, and would close with it the clone's of the same ports.
+fn first_port_of_clone(cid: u64) -> u32 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    // By time and not by a hasher's keys: processes that a zygote forks have the same.
+    let mixed = (now.as_nanos() as u64 ^ cid).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    FIRST_PORT + (mixed >> 34) as u32
+}
+
+/// What the driver knows of a clone's connections.
+#[derive(Clone, Copy, Debug)]
+enum Transport {
+    /// Those that it has are there.
+    Known,
+    /// They are gone, and it is to get a transport reset.
+    Reset,
+    /// It was told. It had this many other event buffers offered then; with one more it has closed its
+    /// connections. Until this time it is waited for.
+    Told { others: u16, until: Instant },
 }
 
 impl Vsock {
@@ -116,6 +138,7 @@ impl Vsock {
     pub fn new(socket: VsockSocket, reset: bool) -> io::Result<Self> {
         socket.listener.set_nonblocking(true)?;
         let epoll = Epoll::new()?;
+        let socket_cid = socket.options.cid;
         let event = EpollEvent::new(EventSet::IN, LISTENER);
         epoll.ctl(ControlOperation::Add, socket.listener.as_raw_fd(), event)?;
         Ok(Self {
@@ -131,10 +154,10 @@ impl Vsock {
             retry_at: None,
             accept_at: None,
             warned: None,
-            next_port: FIRST_PORT,
+            next_port: if reset { first_port_of_clone(socket_cid) } else { FIRST_PORT },
             replies: VecDeque::new(),
             ready: VecDeque::new(),
-            reset,
+            transport: if reset { Transport::Reset } else { Transport::Known },
             stats: VsockStats::default(),
         })
     }
@@ -157,18 +180,39 @@ impl Vsock {
         self.stats
     }
 
-    /// Sends the guest a transport reset: its connections are gone.
-    fn tell_reset(&mut self, io: &mut QueueCtx) -> Result<(), FatalError> {
+    /// Sends the guest a transport reset: its connections are gone. Returns whether it may get
+    /// packets.
+    ///
+    /// Linux closes *all* its connections at a transport reset, those as well that were made since, and
+    /// may read a packet before the event that came first. So a connection that a host makes to a child
+    /// at once would be closed. The driver offers its buffer again when it has closed them, and until
+    /// then nothing is sent to it.
+    fn tell_reset(&mut self, io: &mut QueueCtx) -> Result<bool, FatalError> {
         /// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET.
         const TRANSPORT_RESET: u32 = 0;
-        if self.reset
-            && let Some(chain) = io.pop(EVENTS)?
-        {
-            let written = dma::copy_out(&io.ram, &chain.writable, &TRANSPORT_RESET.to_le_bytes())?;
-            io.add_used(EVENTS, chain.head, written as u32)?;
-            self.reset = false;
+        match self.transport {
+            Transport::Known => {}
+            Transport::Reset => {
+                // A driver without a buffer hears of it when it offers one.
+                let Some(chain) = io.pop(EVENTS)? else { return Ok(true) };
+                // Before it has the event, or one that it offers at once would be among them. This also
+                // has it notify the device of the next one.
+                let others = io.offered(EVENTS)?;
+                let written = dma::copy_out(&io.ram, &chain.writable, &TRANSPORT_RESET.to_le_bytes())?;
+                io.add_used(EVENTS, chain.head, written as u32)?;
+                self.transport = Transport::Told { others, until: Instant::now() + RESET_PATIENCE };
+            }
+            Transport::Told { others, until } => {
+                let is_silent = Instant::now() >= until;
+                if is_silent {
+                    tracing::debug!("a guest's driver does not say that it has closed its connections");
+                }
+                if is_silent || io.offered(EVENTS)? > others {
+                    self.transport = Transport::Known;
+                }
+            }
         }
-        Ok(())
+        Ok(matches!(self.transport, Transport::Known))
     }
 }
 
@@ -196,14 +240,14 @@ impl DeviceOps for Vsock {
         self.replies.clear();
         self.ready.clear();
         self.retry_at = None;
-        self.reset = false;
+        self.transport = Transport::Known;
         // Connections that the guest had closed before stay: the host gets what the guest has sent.
     }
 
     fn rewind(&mut self, state: &DeviceState) -> Result<(), ActivateError> {
         let DeviceState::Vsock(_) = state else { return Err(ActivateError::Kind { found: state.kind() }) };
         // As for a child: none of the connections that the driver knows is there.
-        self.reset = true;
+        self.transport = Transport::Reset;
         Ok(())
     }
 
@@ -212,7 +256,7 @@ impl DeviceOps for Vsock {
             tracing::warn!(%error, "the sockets of a guest cannot be looked at");
         }
         self.retry(Instant::now());
-        self.tell_reset(io)?;
+        let is_known = self.tell_reset(io)?;
         let mut more = false;
         for n in 0..BATCH {
             if self.replies.len() >= MAX_REPLIES {
@@ -228,12 +272,15 @@ impl DeviceOps for Vsock {
                 break;
             }
         }
-        more |= self.receive(io, hurry)?;
+        if is_known {
+            more |= self.receive(io, hurry)?;
+        }
         Ok(if more { Turn::Again } else { Turn::Done })
     }
 
     fn deadline(&self) -> Option<Instant> {
-        [self.retry_at, self.accept_at].into_iter().flatten().min()
+        let told = if let Transport::Told { until, .. } = self.transport { Some(until) } else { None };
+        [self.retry_at, self.accept_at, told].into_iter().flatten().min()
     }
 
     fn save(&self) -> (DeviceState, Backend) {

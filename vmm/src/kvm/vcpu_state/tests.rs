@@ -38,7 +38,8 @@ fn a_running_vm_goes_on_in_another() {
     let sent: Vec<VcpuState> = serde_json::from_str(&serde_json::to_string(&saved).unwrap()).unwrap();
     let mut child = parent.sibling(&host);
     for (vcpu, state) in child.vcpus.iter().zip(&sent) {
-        state.restore(vcpu, &layout, CpuidState::Set, Clock::Resume).unwrap();
+        let new = NewVcpu::read(vcpu).unwrap();
+        state.restore(vcpu, &layout, CpuidState::Set, Clock::Resume, Some(&new)).unwrap();
     }
     vm_saved.restore_chips(&child.vm).unwrap();
     vm_saved.restore_clock(&child.vm, Clock::Resume).unwrap();
@@ -67,12 +68,22 @@ fn every_part_reaches_the_other_vcpu() {
     for (index, data) in [(0xc000_0082, 0xffff_ffff_8100_0000), (0x174, 0x10), (0x277, 0x0007_0106_0007_0106)] {
         set_msr(&mut state, index, data);
     }
+    state.mp_state.mp_state = kvm_bindings::KVM_MP_STATE_HALTED;
+    state.xcrs.xcrs[0].value = 3;
+    let same = |vcpu: &TestVm| {
+        let again = save_all(vcpu, &host, &layout).remove(0);
+        for (a, b) in fixed(&state).iter().zip(&fixed(&again)) {
+            assert_eq!(String::from_utf8_lossy(a), String::from_utf8_lossy(b));
+        }
+    };
     let child = parent.sibling(&host);
-    state.restore(&child.vcpus[0], &layout, CpuidState::Set, Clock::Resume).unwrap();
-    let again = save_all(&child, &host, &layout).remove(0);
-    for (a, b) in fixed(&state).iter().zip(&fixed(&again)) {
-        assert_eq!(String::from_utf8_lossy(a), String::from_utf8_lossy(b));
-    }
+    let new = NewVcpu::read(&child.vcpus[0]).unwrap();
+    state.restore(&child.vcpus[0], &layout, CpuidState::Set, Clock::Resume, None).unwrap();
+    same(&child);
+    // The same by what a new vCPU has: whatever differs is set.
+    let child = parent.sibling(&host);
+    state.restore(&child.vcpus[0], &layout, CpuidState::Set, Clock::Resume, Some(&new)).unwrap();
+    same(&child);
 }
 
 #[test]
@@ -88,7 +99,7 @@ fn an_area_of_another_size_fits_if_nothing_is_lost() {
     unsafe { area.as_mut_fam_struct() }.xsave.region = state.xsave.as_fam_struct_ref().xsave.region;
     let larger = VcpuState { xsave: area, ..state.clone() };
     let other = vm.sibling(&host);
-    larger.restore(&other.vcpus[0], &layout, CpuidState::Set, Clock::Resume).unwrap();
+    larger.restore(&other.vcpus[0], &layout, CpuidState::Set, Clock::Resume, None).unwrap();
     let again = save_all(&other, &host, &layout).remove(0);
     assert_eq!(again.xsave.as_slice().len(), layout.xsave_extra);
     let region = |state: &VcpuState| state.xsave.as_fam_struct_ref().xsave.region;
@@ -129,7 +140,7 @@ fn the_tsc_catches_up_with_the_wall_clock() {
     let mut set = state.clone();
     set_msr(&mut set, MSR_TSC, tsc(&state) + hour);
     let other = vm.sibling(&host);
-    set.restore(&other.vcpus[0], &layout, CpuidState::Set, Clock::Resume).unwrap();
+    set.restore(&other.vcpus[0], &layout, CpuidState::Set, Clock::Resume, None).unwrap();
     if tsc(&save_all(&other, &host, &layout)[0]) < tsc(&set) {
         println!("skipped: guests read the host's TSC here, which goes on by itself");
         return;
@@ -137,7 +148,7 @@ fn the_tsc_catches_up_with_the_wall_clock() {
     state.taken_in_boot = state.taken_in_boot.map(|taken| taken.earlier(std::time::Duration::from_secs(3600)));
     for (clock, ahead) in [(Clock::Resume, 0), (Clock::CatchUp, hour)] {
         let other = vm.sibling(&host);
-        state.restore(&other.vcpus[0], &layout, CpuidState::Set, clock).unwrap();
+        state.restore(&other.vcpus[0], &layout, CpuidState::Set, clock, None).unwrap();
         let again = save_all(&other, &host, &layout).remove(0);
         let counted = tsc(&again) - tsc(&state) - ahead;
         assert!(counted < u64::from(khz) * 1000 * 20, "{clock:?}: {counted} beside what it is ahead");
@@ -163,7 +174,7 @@ fn states_from_elsewhere_are_refused_by_value() {
     let vm = TestVm::new(&host, 1, &TWO_OUTS);
     let good = save_all(&vm, &host, &layout).remove(0);
     let refusal = |state: VcpuState| {
-        state.restore(&vm.vcpus[0], &layout, CpuidState::Set, Clock::Resume).unwrap_err().to_string()
+        state.restore(&vm.vcpus[0], &layout, CpuidState::Set, Clock::Resume, None).unwrap_err().to_string()
     };
 
     let mut area = Xsave::new(layout.xsave_extra + 1).unwrap();
@@ -187,4 +198,14 @@ fn a_guest_without_a_clock_page_cannot_be_told_of_a_pause() {
     let Some(host) = host() else { return };
     let vm = TestVm::new(&host, 1, &TWO_OUTS);
     assert!(!mark_paused(&vm.vcpus[0]).unwrap());
+    let layout = StateLayout::new(&host).unwrap();
+    let mut state = save_all(&vm, &host, &layout).remove(0);
+    assert!(!state.has_kvmclock());
+    // Of its address, the lowest bit says that there is a page.
+    for (value, has) in [(0x2000, false), (0x2001, true)] {
+        set_msr(&mut state, KVM_SYSTEM_TIME, value);
+        assert_eq!(state.has_kvmclock(), has);
+        state.restore(&vm.vcpus[0], &layout, CpuidState::Set, Clock::Resume, None).unwrap();
+        assert_eq!(mark_paused(&vm.vcpus[0]).unwrap(), has);
+    }
 }

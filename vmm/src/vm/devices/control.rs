@@ -2,9 +2,10 @@
 
 use clade_devices::Console;
 use clade_devices::virtio::balloon::{Balloon, BalloonStats};
-use clade_devices::virtio::net::{Link, Net, NetStats};
+use clade_devices::virtio::net::{Egress, EgressError, EgressRule, Link, Net, NetStats};
 use clade_memory::PAGE_SHIFT;
 
+use crate::vm::devices::DeviceError;
 use crate::vm::error::VmError;
 use crate::vm::identity::{ChildIdentity, Endpoints, Identity};
 use crate::vm::machine::Vm;
@@ -127,6 +128,61 @@ impl Vm {
                     device.config_changed();
                     device.wake();
                 }
+            });
+        }
+        Ok(())
+    }
+
+    /// How many packets each egress rule of network device number `index` has decided, by layers.
+    /// None if there is no such device.
+    #[must_use]
+    pub fn egress_packets(&self, index: usize) -> Option<Vec<Vec<(EgressRule, u64)>>> {
+        self.devices.with_plain(index, |device| device.with(|net: &mut Net| net.egress_packets())).flatten()
+    }
+
+    /// How many layers of the policy of network device number `index` are its parent's. None if there
+    /// is no such device.
+    #[must_use]
+    pub fn inherited_egress(&self, index: usize) -> Option<usize> {
+        self.devices.with_plain(index, |device| device.with(|net: &mut Net| net.inherited_egress())).flatten()
+    }
+
+    /// Says anew where the guest may send, by all network devices. When this returns, no packet that
+    /// the rules drop is sent any more.
+    ///
+    /// # Errors
+    /// As for [`Vm::set_network`].
+    pub fn set_egress(&self, egress: &Egress) -> Result<(), VmError> {
+        self.change_egress(|_| Ok(egress.clone()))
+    }
+
+    /// The same, but for the first `kept` layers of each device's policy: they stay, and `rules` take
+    /// the place of those behind them.
+    ///
+    /// # Errors
+    /// As for [`Vm::set_network`], and when a policy would have too many rules. Then none is changed.
+    pub fn replace_egress(&self, kept: usize, rules: &[EgressRule]) -> Result<(), VmError> {
+        self.change_egress(|policy| policy.replaced(kept, rules))
+    }
+
+    fn change_egress(&self, change: impl Fn(&Egress) -> Result<Egress, EgressError>) -> Result<(), VmError> {
+        // As for `set_network`.
+        let _one = self.operations.take();
+        if let Some(reason) = self.stopped() {
+            return Err(VmError::Stopped(reason));
+        }
+        if self.config().nets.is_empty() {
+            return Err(VmError::NoDevice { device: "network device" });
+        }
+        let mut changed = Vec::new();
+        for at in 0..self.config().nets.len() {
+            let policy = self.devices.with_plain(at, |device| device.with(|net: &mut Net| net.egress().clone()));
+            // Without one, as after an error of its driver, there is nothing to be judged.
+            changed.push(change(&policy.flatten().unwrap_or_default()).map_err(DeviceError::from)?);
+        }
+        for (at, policy) in changed.into_iter().enumerate() {
+            let _there = self.devices.with_plain(at, |device| {
+                device.with(|net: &mut Net| net.set_egress(policy));
             });
         }
         Ok(())

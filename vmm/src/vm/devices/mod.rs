@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use clade_devices::disk::DiskError;
 use clade_devices::virtio::block::Block;
+use clade_devices::virtio::net::EgressError;
 use clade_devices::virtio::plain::{DeviceOps, SyncDevice};
 use clade_devices::virtio::{Backend, MMIO_LEN, RestoreError, SaveError, TransportState, VirtioMmio};
 use clade_devices::{
@@ -59,6 +60,9 @@ pub enum DeviceError {
         /// Its number among devices of that kind.
         number: usize,
     },
+    /// A child's egress rules do not fit with those of its parent.
+    #[error(transparent)]
+    Egress(#[from] EgressError),
     /// The state is of a VM with other devices.
     #[error("state of {found} virtio devices for a VM with {wanted}, or of devices of other kinds")]
     Mismatch {

@@ -85,14 +85,15 @@ impl Maker<'_> {
                 }
                 self.next_net += 1;
                 let end = self.ends.nets.remove(0);
-                let options =
-                    NetOptions { mac: end.mac, link: self.ends.network, receive: spec.receive, send: spec.send };
                 let state = match saved {
                     Some((VirtioState::Net(state), _)) => Some(state),
                     _ => None,
                 };
+                let egress = state.map_or(&spec.egress, |state| &state.egress).narrowed(&self.ends.egress)?;
+                let (link, egress) = (self.ends.network, Some(egress));
+                let options = NetOptions { mac: end.mac, link, egress, receive: spec.receive, send: spec.send };
                 // A VM that starts from a saved state has another address than its guest knows.
-                let net = Net::new(end.tap, &options, state, state.is_some()).map_err(DeviceError::Io)?;
+                let net = Net::new(end.backend, &options, state, state.is_some()).map_err(DeviceError::Io)?;
                 Box::new(SyncDevice::new(net))
             }
             (Place::Vsock, None | Some((VirtioState::Vsock(_), _))) => {

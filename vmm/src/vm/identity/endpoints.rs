@@ -8,14 +8,14 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use clade_devices::virtio::net::{Link, Mac};
+use clade_devices::virtio::net::{EgressRule, Link, Mac};
 use clade_devices::virtio::vsock::{BrokerSlot, VsockOptions, VsockSocket};
-use clade_io::Tap;
+use clade_io::{NetBackend, Tap};
 use serde::{Deserialize, Serialize};
 
 use crate::vm::config::{NetSpec, VmConfig};
 use crate::vm::identity::claim::{Claim, first_free, next_cid};
-use crate::vm::identity::{ChildIdentity, Identity, IdentityError, NAME, NetChoice, NetIdentity, VsockChoice};
+use crate::vm::identity::{ChildIdentity, Identity, IdentityError, NAME, NetChoice, NetIdentity, UserNet, VsockChoice};
 
 /// Longest generated interface name before its number: a name has 15 bytes, with room for 9,999.
 const MAX_STEM: usize = 11;
@@ -25,8 +25,14 @@ const TIMEOUT: Duration = Duration::from_secs(1);
 /// The host's end of a network device.
 #[derive(Debug)]
 pub(crate) struct NetEnd {
-    pub(crate) tap: Tap,
+    pub(crate) backend: NetBackend,
     pub(crate) mac: Mac,
+}
+
+/// What a network device is to be connected to.
+enum To<'a> {
+    Tap(&'a str),
+    User(UserNet),
 }
 
 /// The host's end of a socket device.
@@ -43,6 +49,8 @@ pub struct Endpoints {
     pub(crate) nets: Vec<NetEnd>,
     /// Whether packets pass, if that is not as it was saved.
     pub(crate) network: Option<Link>,
+    /// Rules in addition to those that were saved.
+    pub(crate) egress: Vec<EgressRule>,
     pub(crate) vsock: Option<VsockEnd>,
     pub(crate) broker: Option<BrokerSlot>,
     pub(crate) identity: Identity,
@@ -57,6 +65,8 @@ pub struct EndpointParts {
     queues: Vec<usize>,
     claims: usize,
     network: Option<Link>,
+    #[serde(default)]
+    egress: Vec<EgressRule>,
     reset: bool,
     broker: bool,
 }
@@ -79,7 +89,8 @@ impl Endpoints {
     pub fn boot(config: &VmConfig) -> Result<Self, IdentityError> {
         let mut ends = Self::default();
         for net in &config.nets {
-            ends.add_net(net, &net.tap, net.mac)?;
+            let to = net.user.as_ref().map_or(To::Tap(&net.tap), |user| To::User(user.clone()));
+            ends.add_net(net, &to, net.mac)?;
         }
         if let Some(options) = &config.vsock {
             let claim = Claim::cid(options.cid)?;
@@ -98,7 +109,7 @@ impl Endpoints {
         name: &str,
         choice: &ChildIdentity,
     ) -> Result<Self, IdentityError> {
-        let mut ends = Self { network: choice.network, ..Self::default() };
+        let mut ends = Self { network: choice.network, egress: choice.egress.clone(), ..Self::default() };
         let (chosen, there) = (choice.nets.len(), config.nets.len());
         if chosen > there {
             return Err(IdentityError::Interfaces { chosen, there });
@@ -106,8 +117,10 @@ impl Endpoints {
         let none = NetChoice::default();
         for (at, (net, own)) in config.nets.iter().zip(&parent.nets).enumerate() {
             let choice = choice.nets.get(at).unwrap_or(&none);
-            let tap = choice.tap.clone().unwrap_or_else(|| pattern(&net.tap, &own.tap));
-            ends.add_net(net, &tap, choice.mac)?;
+            let pattern = choice.tap.clone().unwrap_or_else(|| pattern(&net.tap, &own.tap));
+            let user = net.user.as_ref().filter(|_| choice.tap.is_none() && own.tap.is_empty());
+            let to = user.map_or(To::Tap(&pattern), |user| To::User(user.of_child()));
+            ends.add_net(net, &to, choice.mac)?;
         }
         match (&parent.vsock, &choice.vsock) {
             (None, None) => {}
@@ -140,11 +153,11 @@ impl Endpoints {
     /// # Errors
     /// When there is no descriptor to be had. The files are removed then.
     pub fn hand_over(self, broker: Option<OwnedFd>) -> io::Result<(EndpointParts, Vec<OwnedFd>)> {
-        let Self { nets, network, vsock, identity, claims, .. } = self;
+        let Self { nets, network, egress, vsock, identity, claims, .. } = self;
         let mut files = Vec::new();
-        let mut parts = EndpointParts { identity, network, ..EndpointParts::default() };
+        let mut parts = EndpointParts { identity, network, egress, ..EndpointParts::default() };
         for net in nets {
-            let (_, queues) = net.tap.into_queues();
+            let (_, queues) = net.backend.into_queues();
             parts.queues.push(queues.len());
             files.extend(queues);
         }
@@ -165,17 +178,18 @@ impl Endpoints {
     /// # Errors
     /// When the descriptors are not those that are described.
     pub fn handed_in(parts: EndpointParts, files: Vec<OwnedFd>) -> Result<Self, IdentityError> {
-        let EndpointParts { identity, queues, claims, network, reset, broker } = parts;
+        let EndpointParts { identity, queues, claims, network, egress, reset, broker } = parts;
         let vsock = if identity.vsock.is_some() { 1 + usize::from(broker) } else { 0 };
         let wanted = queues.iter().sum::<usize>() + claims + vsock;
         if wanted != files.len() || queues.len() != identity.nets.len() {
             return Err(IdentityError::Descriptors { found: files.len(), wanted });
         }
         let mut files = files.into_iter();
-        let mut ends = Self { network, ..Self::default() };
+        let mut ends = Self { network, egress, ..Self::default() };
         for (own, queues) in identity.nets.iter().zip(queues) {
-            let tap = Tap::of_queues(own.tap.clone(), files.by_ref().take(queues).collect());
-            ends.nets.push(NetEnd { tap, mac: own.mac });
+            let backend = NetBackend::of_queues(own.tap.clone(), files.by_ref().take(queues).collect());
+            let backend = backend.ok_or(IdentityError::Descriptors { found: 0, wanted: 1 })?;
+            ends.nets.push(NetEnd { backend, mac: own.mac });
         }
         ends.claims.0 = files.by_ref().take(claims).map(Claim::of_descriptor).collect();
         if let (Some(options), Some(listener)) = (&identity.vsock, files.next()) {
@@ -187,24 +201,28 @@ impl Endpoints {
         Ok(ends)
     }
 
-    fn add_net(&mut self, net: &NetSpec, tap: &str, mac: Option<Mac>) -> Result<(), IdentityError> {
+    fn add_net(&mut self, net: &NetSpec, to: &To<'_>, mac: Option<Mac>) -> Result<(), IdentityError> {
         let (mac, claim) = match mac {
             Some(mac) => (mac, Claim::mac(mac)?),
             None => first_free("MAC address", || Mac::random().map_err(IdentityError::Random), |mac| Claim::mac(*mac))?,
         };
         self.claims.0.push(claim);
-        // Claim a known name before the interface is opened. Opening one more queue of a
-        // multi-queue interface would take part of another VM's packets.
-        let tap = if tap.contains("%d") {
-            let tap = Tap::open(tap, usize::from(net.queues))?;
-            self.claims.0.push(Claim::interface(tap.name())?);
-            tap
-        } else {
-            self.claims.0.push(Claim::interface(tap)?);
-            Tap::open(tap, usize::from(net.queues))?
+        let backend = match to {
+            To::User(user) => user.start()?.into(),
+            // Claim a known name before the interface is opened. Opening one more queue of a
+            // multi-queue interface would take part of another VM's packets.
+            To::Tap(tap) if tap.contains("%d") => {
+                let tap = Tap::open(tap, usize::from(net.queues))?;
+                self.claims.0.push(Claim::interface(tap.name())?);
+                tap.into()
+            }
+            To::Tap(tap) => {
+                self.claims.0.push(Claim::interface(tap)?);
+                NetBackend::from(Tap::open(tap, usize::from(net.queues))?)
+            }
         };
-        self.identity.nets.push(NetIdentity { tap: tap.name().to_owned(), mac });
-        self.nets.push(NetEnd { tap, mac });
+        self.identity.nets.push(NetIdentity { tap: backend.name().to_owned(), mac });
+        self.nets.push(NetEnd { backend, mac });
         Ok(())
     }
 

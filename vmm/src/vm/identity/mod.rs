@@ -7,17 +7,19 @@
 //! | file | what |
 //! |---|---|
 //! | `endpoints` | taking interfaces, addresses and sockets for a VM to be made |
+//! | `user_net` | a network by passt, without an interface of the host's |
 //! | `claim` | holding an address or a name against other VMs of the host |
 //! | `generation` | the generation id, by which a guest learns that it was cloned |
 
 mod claim;
 mod endpoints;
 pub(crate) mod generation;
+pub mod user_net;
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-use clade_devices::virtio::net::{Link, Mac};
+use clade_devices::virtio::net::{EgressRule, Link, Mac};
 use clade_devices::virtio::vsock::{HOST_CID, VsockError, VsockOptions};
 use clade_io::TapError;
 use serde::{Deserialize, Serialize};
@@ -26,6 +28,7 @@ use thiserror::Error;
 pub(crate) use endpoints::Claims;
 pub use endpoints::{EndpointParts, Endpoints};
 pub use generation::{GenerationError, GenerationId};
+pub use user_net::{PortForward, UserNet, UserNetError};
 
 /// Stands for a child's name in the path of its socket.
 const NAME: &str = "{name}";
@@ -33,7 +36,7 @@ const NAME: &str = "{name}";
 /// An interface and the MAC address of its device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetIdentity {
-    /// The TAP interface's name on the host.
+    /// The TAP interface's name on the host. Empty if the network is passt's.
     pub tap: String,
     /// The MAC address that the device gives the guest.
     pub mac: Mac,
@@ -97,6 +100,9 @@ pub struct ChildIdentity {
     /// Whether its network devices let packets pass. Default: as its parent's.
     #[serde(default)]
     pub network: Option<Link>,
+    /// Where it may send, within what its parent may: rules in addition to the parent's.
+    #[serde(default)]
+    pub egress: Vec<EgressRule>,
     /// The socket device.
     #[serde(default)]
     pub vsock: Option<VsockChoice>,
@@ -167,6 +173,9 @@ pub enum IdentityError {
     /// The TAP interface could not be opened or made.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// There is no network by passt.
+    #[error(transparent)]
+    UserNet(#[from] UserNetError),
     /// The socket device could not be made.
     #[error(transparent)]
     Vsock(#[from] VsockError),

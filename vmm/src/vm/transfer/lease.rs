@@ -26,6 +26,8 @@ pub struct Leases(Arc<Mutex<State>>);
 #[derive(Debug, Default)]
 struct State {
     given: Vec<Given>,
+    /// Images that are not in use any more, and are being dropped.
+    dropping: usize,
     /// Wakes the thread that watches. There is one as long as something is given away.
     wake: Option<Arc<OwnedFd>>,
 }
@@ -43,10 +45,12 @@ impl Leases {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many images are in use by other processes.
+    /// How many images are in use by other processes. One that is not any more counts until what it
+    /// has of the VM's disks is closed: a commit comes next, and is refused to a disk that is shared.
     #[must_use]
     pub fn count(&self) -> usize {
-        self.state().given.len()
+        let state = self.state();
+        state.given.len() + state.dropping
     }
 
     /// Holds `image` until the result, and every copy of that descriptor in any process, is closed.
@@ -98,7 +102,10 @@ impl Leases {
             // Empty, or not to be read: then it is polled once more.
             let _ = rustix::io::read(wake, &mut [0; 8]);
             // Not under the lock: dropping an image may free memory and close disks.
-            drop(self.take(&gone));
+            let taken = self.take(&gone);
+            let count = taken.len();
+            drop(taken);
+            self.state().dropping -= count;
         }
     }
 
@@ -115,6 +122,9 @@ impl Leases {
 
     fn take(&self, gone: &[Arc<PipeReader>]) -> Vec<Given> {
         let is_gone = |given: &Given| gone.iter().any(|end| Arc::ptr_eq(end, &given.end));
-        self.state().given.extract_if(.., |given| is_gone(given)).collect()
+        let mut state = self.state();
+        let taken: Vec<Given> = state.given.extract_if(.., |given| is_gone(given)).collect();
+        state.dropping += taken.len();
+        taken
     }
 }

@@ -27,11 +27,12 @@ use kvm_bindings::CpuId;
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::boot::Entry;
-use crate::kvm::{Host, StateLayout, VcpuState};
+use crate::kvm::{Host, NewVcpu, StateLayout, VcpuState};
 use crate::vm::devices::Devices;
 use crate::vm::error::{VmError, catch_panic, panic_message};
 use crate::vm::fork::ForkImage;
 use crate::vm::stop::StopReason;
+use crate::vm::timeline::{ChildStep, Timeline};
 use control::{Next, VcpuControl};
 
 /// What a vCPU starts from.
@@ -48,6 +49,16 @@ pub(crate) enum Start {
 pub(crate) struct StartCommand {
     pub(crate) start: Start,
     pub(crate) devices: Arc<Devices>,
+    /// Of a child's start.
+    pub(crate) timeline: Option<Arc<Timeline>>,
+}
+
+impl StartCommand {
+    fn mark(&self, step: ChildStep) {
+        if let Some(timeline) = &self.timeline {
+            timeline.mark(step);
+        }
+    }
 }
 
 pub(crate) type Control = VcpuControl<StartCommand, VcpuState>;
@@ -65,6 +76,10 @@ pub(crate) struct VcpuThread {
     pub(crate) memory: GuestMemory,
     /// The address of the guest's page fault handler, if its page faults are watched; see `quirks`.
     pub(crate) page_fault_entry: Option<u64>,
+    /// What `vcpu` was made with, until it has another state.
+    pub(crate) new: Option<NewVcpu>,
+    /// The frequency of its TSC, once it was read.
+    pub(crate) tsc_khz: Option<Option<u32>>,
 }
 
 impl VcpuThread {
@@ -87,15 +102,20 @@ impl VcpuThread {
         // others.
         sched::boost();
         let Next::Start(command) = self.control.wait_for_order(self.index) else { return None };
+        command.mark(ChildStep::Woken);
         if !self.prepare(&command) {
             return None;
         }
         sched::unboost();
+        let mut timeline = command.timeline.as_deref();
         loop {
             // Before `may_run`, not after: see Kicker::clear_immediate_exit.
             self.control.kicker(self.index).clear_immediate_exit();
             if !self.control.may_run() && !self.park() {
                 return None;
+            }
+            if let Some(timeline) = timeline.take() {
+                timeline.mark_first(ChildStep::Entered);
             }
             if let Some(reason) = self.run(&command.devices) {
                 return Some(reason);
@@ -110,7 +130,9 @@ impl VcpuThread {
         if !self.control.begin(self.index, own, || self.lead(command)) {
             return false;
         }
-        if let Start::Restore(_) = command.start {
+        if let Start::Restore(image) = &command.start
+            && image.vcpus.get(self.index).is_some_and(VcpuState::has_kvmclock)
+        {
             // After its clock was restored. The instant of the fork may be long ago.
             self.notify_paused();
         }
@@ -119,11 +141,14 @@ impl VcpuThread {
 
     /// Does what the VM as a whole needs between its last vCPU's state and its first instruction.
     fn lead(&self, command: &StartCommand) -> Result<(), VmError> {
+        command.mark(ChildStep::Vcpus);
         match &command.start {
             Start::Boot(_) => command.devices.reraise(),
             Start::Restore(image) => image.restore_controllers(&self.vm, &command.devices)?,
         }
+        command.mark(ChildStep::Controllers);
         command.devices.resume();
+        command.mark(ChildStep::Resumed);
         Ok(())
     }
 }

@@ -4,7 +4,9 @@
 //! What the state consists of, and the order of its parts, is in [`VcpuState`].
 
 use crate::boot::{BOOT_MSRS, Entry};
-use crate::kvm::{Clock, CpuidState, EmulateError, Quirks, VcpuState, forget_pending, mark_paused, set_msr_bits};
+use crate::kvm::{
+    Clock, CpuidState, EmulateError, Quirks, VcpuState, forget_pending, mark_paused, set_msr_bits, tsc_khz,
+};
 use crate::vm::error::{VmError, catch_panic};
 use crate::vm::vcpu::control::Next;
 use crate::vm::vcpu::sched::BoostGuard;
@@ -13,6 +15,9 @@ use crate::vm::vcpu::{Start, VcpuThread};
 impl VcpuThread {
     /// Loads the state that the vCPU starts with.
     pub(super) fn give_state(&mut self, start: &Start) -> Result<(), VmError> {
+        let new = self.new.take();
+        // A state may bring another.
+        self.tsc_khz = None;
         match start {
             Start::Boot(entry) => {
                 self.set_boot_msrs();
@@ -28,14 +33,15 @@ impl VcpuThread {
                     self.cpuid = state.cpuid.clone();
                 }
                 let cpuid = if other { CpuidState::Unset } else { CpuidState::Set };
-                state.restore(&self.vcpu, &self.layout, cpuid, Clock::CatchUp)?;
+                state.restore(&self.vcpu, &self.layout, cpuid, Clock::CatchUp, new.as_ref())?;
                 self.watch_page_faults(state.page_fault_entry).map_err(VmError::PageFaults)
             }
         }
     }
 
-    fn save_state(&self) -> Result<VcpuState, VmError> {
-        let mut state = VcpuState::save(&self.vcpu, &self.layout, &self.cpuid)?;
+    fn save_state(&mut self) -> Result<VcpuState, VmError> {
+        let tsc_khz = *self.tsc_khz.get_or_insert_with(|| tsc_khz(&self.vcpu));
+        let mut state = VcpuState::save_with(&self.vcpu, &self.layout, &self.cpuid, tsc_khz)?;
         state.page_fault_entry = self.page_fault_entry;
         Ok(state)
     }

@@ -45,7 +45,7 @@ impl Net {
         }
         if link == Link::Open {
             // Before it is open: a packet that waits came while it was closed.
-            for pair in 0..self.tap.queues() {
+            for pair in 0..self.backend.queues() {
                 self.discard(pair, usize::from(u16::MAX));
             }
         }
@@ -59,15 +59,19 @@ impl Net {
     /// Drops up to `most` packets of the interface. Whether there may be more.
     pub(super) fn discard(&mut self, pair: usize, most: usize) -> bool {
         for _ in 0..most {
-            match self.tap.discard(pair) {
+            match self.backend.discard(pair) {
                 Ok(true) => self.stats.blocked_received += 1,
                 Ok(false) => {
                     self.readable[pair] = false;
                     self.arm(pair);
                     return false;
                 }
+                Err(_) if self.backend.has_ended() => {
+                    self.readable[pair] = false;
+                    return false;
+                }
                 Err(error) => {
-                    tracing::debug!(%error, interface = self.tap.name(), "nothing is dropped");
+                    tracing::debug!(%error, interface = self.backend.name(), "nothing is dropped");
                     self.readable[pair] = false;
                     self.wait_until(Instant::now() + DOWN_RETRY);
                     self.arm(pair);

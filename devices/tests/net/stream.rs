@@ -1,0 +1,158 @@
+//! A device whose packets go to a program over a socket.
+
+use std::io::{Read, Write};
+use std::os::fd::RawFd;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use clade_devices::virtio::DeviceState;
+use clade_devices::virtio::net::{Link, Net};
+use clade_devices::virtio::plain::{DeviceOps, SyncDevice};
+use clade_io::PacketStream;
+
+use crate::driver::{Driver, ram, store};
+use crate::{HEADER, OUT, TX, frame, offer, options, received, send, set_link, stats, status};
+
+/// The bits of checksums and of segments.
+const OFFLOADS: u64 = 0b11 | 0b11 << 7 | 0b11 << 11;
+
+fn pair() -> (PacketStream, UnixStream) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    theirs.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    (PacketStream::new(ours.into()), theirs)
+}
+
+fn device(stream: PacketStream) -> Box<SyncDevice<Net>> {
+    Box::new(SyncDevice::new(Net::new(stream, &options(1), None, false).unwrap()))
+}
+
+fn give(program: &mut UnixStream, packet: &[u8]) {
+    program.write_all(&[&(packet.len() as u32).to_be_bytes(), packet].concat()).unwrap();
+}
+
+fn taken(program: &mut UnixStream) -> Vec<u8> {
+    let mut length = [0; 4];
+    program.read_exact(&mut length).unwrap();
+    let mut packet = vec![0; u32::from_be_bytes(length) as usize];
+    program.read_exact(&mut packet).unwrap();
+    packet
+}
+
+#[test]
+fn packets_go_both_ways_over_a_socket_and_a_child_has_its_own() {
+    let ((stream, mut program), (childs, mut childs_program)) = (pair(), pair());
+    let store = store();
+    let mut parent = Driver::take(device(stream), &ram(&store));
+    assert_eq!(with(&parent, |net| net.features()) & OFFLOADS, 0, "nobody computes checksums for the guest");
+    let out = frame(900, 3);
+    parent.fill(OUT, &[0; HEADER]);
+    parent.fill(OUT + HEADER as u64, &out[..10]);
+    parent.fill(OUT + 0x1ff0, &out[10..]);
+    parent.post(TX, &[(OUT, HEADER as u32 + 10, false), (OUT + 0x1ff0, 890, false)]);
+    parent.wait(TX);
+    assert_eq!(taken(&mut program), out);
+    // One buffer, several, and again after buffers ran out; in pieces that end anywhere.
+    (0..8).for_each(|_| offer(&mut parent, 512));
+    for (len, seed) in [(60, 1), (500, 2), (1500, 3)] {
+        give(&mut program, &frame(len, seed));
+        assert_eq!(received(&mut parent), frame(len, seed));
+    }
+    let both = [frame(1400, 4), frame(1000, 5)];
+    let bytes: Vec<u8> = both.iter().flat_map(|one| [&(one.len() as u32).to_be_bytes()[..], one].concat()).collect();
+    for part in bytes.chunks(700) {
+        program.write_all(part).unwrap();
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    // Each has room for a packet: the device may take the first as soon as one is there, and what does
+    // not fit is cut off.
+    (0..8).for_each(|_| offer(&mut parent, 2048));
+    assert_eq!(received(&mut parent), both[0]);
+    assert_eq!(received(&mut parent), both[1]);
+    // A packet is cut by the fork: its rest is the parent's, as its beginning was.
+    program.write_all(&[&200u32.to_be_bytes()[..], &frame(200, 6)[..100]].concat()).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    let mut child = parent.fork(&store, |state, _| {
+        let DeviceState::Net(state) = &state.device else { panic!("{state:?}") };
+        Box::new(SyncDevice::new(Net::new(childs, &options(2), Some(state), true).unwrap()))
+    });
+    program.write_all(&frame(200, 6)[100..]).unwrap();
+    give(&mut childs_program, &frame(300, 7));
+    assert_eq!(received(&mut child), frame(300, 7));
+    assert_eq!(received(&mut parent), frame(200, 6));
+    send(&mut child, &frame(100, 8));
+    send(&mut parent, &frame(100, 9));
+    assert_eq!((taken(&mut childs_program), taken(&mut program)), (frame(100, 8), frame(100, 9)));
+    assert!(!parent.needs_reset() && !child.needs_reset());
+}
+
+/// The socket takes a packet in part. What follows waits, and what has begun is sent to its end.
+#[test]
+fn a_slow_program_gets_every_packet_whole_also_of_a_device_that_is_closed_meanwhile() {
+    let (stream, mut program) = pair();
+    let mut vm = Driver::take(device(stream), &ram(&store()));
+    let large = |seed| frame(40_000, seed);
+    let mut posted = 0;
+    // Until one waits: nobody reads.
+    for seed in 0..20 {
+        vm.fill(OUT, &[0; HEADER]);
+        vm.fill(OUT + HEADER as u64, &large(seed));
+        vm.post(TX, &[(OUT, HEADER as u32 + 40_000, false)]);
+        posted += 1;
+        std::thread::sleep(Duration::from_millis(30));
+        if vm.used(TX).is_none() {
+            break;
+        }
+    }
+    assert!((2..20).contains(&posted), "{posted} packets were taken at once");
+    let sent = stats(&vm).sent;
+    assert_eq!(sent, posted - 1);
+    // The one that waits is not sent any more; those that were taken are, to the last byte.
+    assert!(set_link(&vm, Link::Closed));
+    vm.wait_until("refused", |vm| stats(vm).blocked_sent == 1);
+    for seed in 0..sent {
+        assert!(taken(&mut program) == large(seed as u8), "packet {seed}");
+    }
+    // What the program sends to a closed device is dropped, and framed as before when it is open.
+    give(&mut program, &frame(100, 1));
+    vm.wait_until("dropped", |vm| stats(vm).blocked_received == 1);
+    assert!(set_link(&vm, Link::Open));
+    vm.wait_until("up again", |vm| status(vm) & 1 == 1);
+    (0..4).for_each(|_| offer(&mut vm, 2048));
+    give(&mut program, &frame(100, 2));
+    assert_eq!(received(&mut vm), frame(100, 2));
+    send(&mut vm, &frame(100, 3));
+    assert_eq!(taken(&mut program), frame(100, 3));
+}
+
+#[test]
+fn a_program_that_goes_or_lies_takes_the_link_down_and_nothing_else() {
+    for lies in [false, true] {
+        let (stream, mut program) = pair();
+        let mut vm = Driver::take(device(stream), &ram(&store()));
+        (0..4).for_each(|_| offer(&mut vm, 2048));
+        give(&mut program, &frame(100, 2));
+        assert_eq!(received(&mut vm), frame(100, 2));
+        assert_eq!(status(&vm), 1);
+        if lies {
+            program.write_all(&u32::MAX.to_be_bytes()).unwrap();
+        } else {
+            drop(program);
+        }
+        vm.wait_until("its link is down", |vm| status(vm) == 0);
+        // Nor is it woken for ever by a descriptor that stays readable.
+        std::thread::sleep(Duration::from_millis(150));
+        assert!(!with(&vm, |net| is_readable(net.sources()[0].0)), "it would spin");
+        send(&mut vm, &frame(100, 3));
+        assert!(!vm.needs_reset());
+    }
+}
+
+fn with<T>(vm: &Driver, read: impl FnOnce(&mut Net) -> T) -> T {
+    vm.device.with_device(|device| device.as_any().downcast_mut::<SyncDevice<Net>>().unwrap().with(read).unwrap())
+}
+
+fn is_readable(fd: RawFd) -> bool {
+    let mut polled = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    // SAFETY: one entry, which outlives the call.
+    unsafe { libc::poll(&raw mut polled, 1, 0) == 1 }
+}

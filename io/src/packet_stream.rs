@@ -1,0 +1,205 @@
+//! Packets over a stream socket, each behind its length: what QEMU's `stream` backend and passt
+//! speak.
+//!
+//! The other end is another process, and not trusted to keep to that. A length that no packet has
+//! ends the stream: where the next packet begins is not known then.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+use vm_memory::Bytes;
+
+use crate::buffer::{Fragment, for_window, total_len};
+use crate::tap::VNET_HEADER;
+
+/// Bytes of the length before each packet.
+const LENGTH: usize = 4;
+/// Bytes of an Ethernet header, which the smallest packet is.
+const MIN_FRAME: usize = 14;
+/// Bytes of the largest packet: 64 KiB and an Ethernet header.
+const MAX_FRAME: usize = 14 + 65_536;
+/// Bytes that are taken from the socket at a time. Two of the largest packets fit.
+const CAPACITY: usize = 2 * (LENGTH + MAX_FRAME);
+
+/// One end of a stream of packets.
+///
+/// Packets have the header of a TAP interface's for their users, and none on the stream: it says
+/// nothing where nothing was negotiated.
+#[derive(Debug)]
+pub struct PacketStream {
+    socket: OwnedFd,
+    /// What was received; from `taken` on it was not given out yet.
+    received: Vec<u8>,
+    taken: usize,
+    /// A packet of which the socket took only a part; from `sent` on it is still to be sent.
+    unsent: Vec<u8>,
+    sent: usize,
+    /// Why there is nothing more.
+    ended: Option<io::ErrorKind>,
+}
+
+impl PacketStream {
+    /// Packets over `socket`, a connected stream socket.
+    #[must_use]
+    pub fn new(socket: OwnedFd) -> Self {
+        Self { socket, received: Vec::new(), taken: 0, unsent: Vec::new(), sent: 0, ended: None }
+    }
+
+    /// The socket, for another process. What was received and not given out is lost.
+    #[must_use]
+    pub fn into_socket(self) -> OwnedFd {
+        self.socket
+    }
+
+    /// The socket's descriptor. It is readable when there is something to be received, but for what
+    /// was received already: that is given out until there is no packet.
+    #[must_use]
+    pub fn descriptor(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+
+    /// Whether the other end has gone, or has not kept to the protocol.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.ended.is_some()
+    }
+
+    /// Receives a packet into `buffers`, behind a header of zeros. What does not fit is cut off. Returns
+    /// the bytes of both. None when there is no packet.
+    ///
+    /// # Errors
+    /// When the other end has gone, or does not keep to the protocol; from then on always.
+    pub fn receive(&mut self, buffers: &[Fragment]) -> io::Result<Option<usize>> {
+        let Some(len) = self.next_packet()? else { return Ok(None) };
+        let packet = &self.received[self.taken + LENGTH..][..len];
+        let room = total_len(buffers);
+        let mut at = 0;
+        for_window(buffers, 0, VNET_HEADER, |part| {
+            // Within the part, so it cannot fail.
+            let _ = part.slice().write_slice(&[0; VNET_HEADER][..part.len], 0);
+        });
+        for_window(buffers, VNET_HEADER, len, |part| {
+            let _ = part.slice().write_slice(&packet[at..at + part.len], 0);
+            at += part.len;
+        });
+        self.taken += LENGTH + len;
+        Ok(Some((VNET_HEADER + len).min(room)))
+    }
+
+    /// Receives a packet and drops it. False when there is none.
+    ///
+    /// # Errors
+    /// As for [`PacketStream::receive`].
+    pub fn discard(&mut self) -> io::Result<bool> {
+        let len = self.next_packet()?;
+        self.taken += len.map_or(0, |len| LENGTH + len);
+        Ok(len.is_some())
+    }
+
+    /// Sends the packet in `buffers`, but for its header. None when the socket takes no packet now. Of
+    /// one that it takes in part it gets the rest later: see [`PacketStream::flush`].
+    ///
+    /// # Errors
+    /// When the packet is not of a packet's size, or the other end has gone.
+    pub fn send(&mut self, buffers: &[Fragment]) -> io::Result<Option<usize>> {
+        if !self.flush()? {
+            return Ok(None);
+        }
+        let whole = total_len(buffers);
+        let len = whole.saturating_sub(VNET_HEADER);
+        if !(MIN_FRAME..=MAX_FRAME).contains(&len) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        (self.sent, self.unsent) = (0, std::mem::take(&mut self.unsent));
+        self.unsent.clear();
+        self.unsent.extend((len as u32).to_be_bytes());
+        self.unsent.resize(LENGTH + len, 0);
+        let mut at = LENGTH;
+        // Once: the guest may change it meanwhile, but not what was copied.
+        for_window(buffers, VNET_HEADER, len, |part| {
+            let _ = part.slice().read_slice(&mut self.unsent[at..at + part.len], 0);
+            at += part.len;
+        });
+        self.flush()?;
+        if self.sent == 0 {
+            // Nothing of it has gone: it may be another the next time.
+            self.unsent.clear();
+            return Ok(None);
+        }
+        Ok(Some(whole))
+    }
+
+    /// Sends what is left of a packet. False when the socket takes no more now.
+    ///
+    /// # Errors
+    /// When the other end has gone.
+    pub fn flush(&mut self) -> io::Result<bool> {
+        while self.sent < self.unsent.len() {
+            match send(self.socket.as_fd(), &self.unsent[self.sent..], SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+                Ok(sent) => self.sent += sent,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(false),
+                Err(error) => {
+                    (self.sent, self.unsent) = (0, Vec::new());
+                    return Err(error.into());
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// The length of the packet at `taken`. None when it is not there as a whole.
+    fn next_packet(&mut self) -> io::Result<Option<usize>> {
+        loop {
+            let left = &self.received[self.taken..];
+            if let Some((length, rest)) = left.split_first_chunk::<LENGTH>() {
+                let len = u32::from_be_bytes(*length) as usize;
+                if !(MIN_FRAME..=MAX_FRAME).contains(&len) {
+                    return Err(self.end(io::ErrorKind::InvalidData));
+                }
+                if rest.len() >= len {
+                    return Ok(Some(len));
+                }
+            }
+            if !self.fill()? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Takes what the socket has. False if that is nothing.
+    fn fill(&mut self) -> io::Result<bool> {
+        if let Some(kind) = self.ended {
+            return Err(kind.into());
+        }
+        self.received.drain(..self.taken);
+        self.taken = 0;
+        let had = self.received.len();
+        self.received.resize(CAPACITY, 0);
+        let got = loop {
+            match recv(self.socket.as_fd(), &mut self.received[had..], RecvFlags::DONTWAIT) {
+                Err(Errno::INTR) => {}
+                got => break got.map(|(got, _)| got),
+            }
+        };
+        self.received.truncate(had + got.unwrap_or(0));
+        match got {
+            Ok(0) => Err(self.end(io::ErrorKind::UnexpectedEof)),
+            Ok(_) => Ok(true),
+            Err(Errno::AGAIN) => Ok(false),
+            Err(error) => Err(self.end(io::Error::from(error).kind())),
+        }
+    }
+
+    fn end(&mut self, kind: io::ErrorKind) -> io::Error {
+        self.ended = Some(kind);
+        self.received.clear();
+        self.taken = 0;
+        kind.into()
+    }
+}
+
+#[cfg(test)]
+mod tests;
