@@ -1,4 +1,4 @@
-//! The agent in a guest: processes and files, over vsock.
+//! The agent in a guest: processes, files and TCP ports, over vsock.
 //!
 //! It speaks the protocol of E2B's envd, so that the SDKs of others work with it (`docs/agent.md`). Everything runs on one
 //! thread; reads and writes of files are given to a few others. Nothing that a client sends, or fails to read, makes the
@@ -12,6 +12,9 @@ mod clock;
 mod connect;
 mod files;
 mod filesystem;
+mod forward;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod generation;
 mod http;
 mod listen;
@@ -19,6 +22,7 @@ mod log;
 mod metrics;
 mod modules;
 mod multipart;
+mod network;
 mod options;
 mod paths;
 mod process;

@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::io;
 use std::os::unix::net::UnixListener as StdUnixListener;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -28,7 +29,7 @@ const MAX_HEADERS: usize = 64;
 /// Most bytes of a head, and about as many of an answer that are on their way.
 const MAX_BUFFER: usize = 64 << 10;
 /// How long to wait when there are no descriptors.
-const RETRY: Duration = Duration::from_millis(200);
+pub(crate) const RETRY: Duration = Duration::from_millis(200);
 
 /// Who is at the other end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,18 +66,10 @@ impl Listener {
     pub async fn open(options: &Options) -> io::Result<Vec<Self>> {
         let mut listeners = Vec::new();
         if let Some(port) = options.vsock {
-            listeners.push(Self::Vsock(VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port))?));
+            listeners.push(Self::vsock(port)?);
         }
         if let Some(path) = &options.unix {
-            // A socket that an agent of before has left.
-            if std::os::unix::net::UnixStream::connect(path)
-                .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
-            {
-                std::fs::remove_file(path)?;
-            }
-            let listener = StdUnixListener::bind(path)?;
-            listener.set_nonblocking(true)?;
-            listeners.push(Self::Unix(UnixListener::from_std(listener)?));
+            listeners.push(Self::unix(path)?);
         }
         if let Some(address) = options.tcp {
             listeners.push(Self::Tcp(TcpListener::bind(address).await?));
@@ -84,7 +77,32 @@ impl Listener {
         Ok(listeners)
     }
 
-    async fn accept(&self) -> io::Result<(Box<dyn Stream>, Peer)> {
+    /// Opens where connections to ports of the guest come in.
+    pub(crate) fn open_forward(options: &Options) -> io::Result<Option<Self>> {
+        match (&options.forward_unix, options.forward_vsock) {
+            (Some(path), _) => Self::unix(path).map(Some),
+            (None, Some(port)) => Self::vsock(port).map(Some),
+            (None, None) => Ok(None),
+        }
+    }
+
+    fn vsock(port: u32) -> io::Result<Self> {
+        Ok(Self::Vsock(VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port))?))
+    }
+
+    fn unix(path: &Path) -> io::Result<Self> {
+        // A socket that an agent of before has left.
+        if std::os::unix::net::UnixStream::connect(path)
+            .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+        {
+            std::fs::remove_file(path)?;
+        }
+        let listener = StdUnixListener::bind(path)?;
+        listener.set_nonblocking(true)?;
+        Ok(Self::Unix(UnixListener::from_std(listener)?))
+    }
+
+    pub(crate) async fn accept(&self) -> io::Result<(Box<dyn Stream>, Peer)> {
         Ok(match self {
             Self::Vsock(listener) => {
                 let (stream, from) = listener.accept().await?;
@@ -106,7 +124,8 @@ impl Listener {
     }
 }
 
-trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+/// A connection, of whatever kind.
+pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
 /// Answers at all listeners, for ever.

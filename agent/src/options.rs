@@ -3,12 +3,14 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use clade_agent_proto::PORT;
+use clade_agent_proto::forward::FORWARD_PORT;
 use thiserror::Error;
 
 /// How to use it.
-const USAGE: &str = "usage: clade-agent [--vsock PORT] [--unix PATH] [--tcp ADDRESS:PORT]";
+const USAGE: &str = "usage: clade-agent [--vsock PORT] [--unix PATH] [--tcp ADDRESS:PORT] [--forward-unix PATH]";
 
-/// Where the agent listens. Without an option: vsock port 49983.
+/// Where the agent listens. Without an option: vsock port 49983, and 49984 for ports of the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Options {
     /// A vsock port.
@@ -17,6 +19,10 @@ pub struct Options {
     pub unix: Option<PathBuf>,
     /// A TCP address. Whoever reaches it is root of the guest, unless a token is set.
     pub tcp: Option<SocketAddr>,
+    /// A vsock port for connections to TCP ports of the guest.
+    pub forward_vsock: Option<u32>,
+    /// A Unix socket for the same, instead.
+    pub forward_unix: Option<PathBuf>,
 }
 
 /// An argument that is not understood.
@@ -27,6 +33,12 @@ pub struct UsageError {
 }
 
 impl Options {
+    /// Where the host looks for an agent.
+    #[must_use]
+    pub fn of_a_guest() -> Self {
+        Self { vsock: Some(PORT), forward_vsock: Some(FORWARD_PORT), ..Self::default() }
+    }
+
     /// Reads arguments. What the kernel gives PID 1 is no argument of ours.
     ///
     /// # Errors
@@ -39,16 +51,17 @@ impl Options {
             let wrong = || UsageError { argument: format!("{argument} {}", value.clone().unwrap_or_default()) };
             let text = value.as_deref().unwrap_or_default();
             match argument.as_str() {
-                "--vsock" => options.vsock = Some(text.parse().map_err(|_| wrong())?),
+                "--vsock" => {
+                    options.vsock = Some(text.parse().map_err(|_| wrong())?);
+                    options.forward_vsock = Some(FORWARD_PORT);
+                }
                 "--unix" if !text.is_empty() => options.unix = Some(text.into()),
+                "--forward-unix" if !text.is_empty() => options.forward_unix = Some(text.into()),
                 "--tcp" => options.tcp = Some(text.parse().map_err(|_| wrong())?),
                 _ => return Err(wrong()),
             }
         }
-        if options == Self::default() {
-            options.vsock = Some(clade_agent_proto::PORT);
-        }
-        Ok(options)
+        Ok(if options == Self::default() { Self::of_a_guest() } else { options })
     }
 }
 
@@ -59,10 +72,14 @@ mod tests {
     #[test]
     fn arguments_name_sockets() {
         let of = |line: &str| Options::parse(line.split_whitespace().map(str::to_owned));
-        assert_eq!(of("").unwrap().vsock, Some(49983));
+        let own = of("").unwrap();
+        assert_eq!((own.vsock, own.forward_vsock), (Some(49983), Some(49984)));
+        let other = of("--vsock 7").unwrap();
+        assert_eq!((other.vsock, other.forward_vsock), (Some(7), Some(49984)));
+        assert_eq!(of("--unix /a --forward-unix /b").unwrap().forward_unix, Some("/b".into()));
         let both = of("--unix /a --tcp 127.0.0.1:1").unwrap();
         assert_eq!((both.vsock, both.unix), (None, Some("/a".into())));
-        for wrong in ["--unix", "--tcp 1", "--vsock x", "a b"] {
+        for wrong in ["--unix", "--forward-unix", "--tcp 1", "--vsock x", "a b"] {
             of(wrong).unwrap_err();
         }
     }

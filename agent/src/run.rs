@@ -12,6 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::agent::Agent;
 use crate::children::describe;
+use crate::forward;
 use crate::listen::{Listener, serve};
 use crate::log::log;
 use crate::options::{Options, UsageError};
@@ -35,7 +36,7 @@ pub fn run(options: Result<Options, UsageError>) -> ExitCode {
     let options = match options {
         Ok(options) => options,
         // What the kernel does not know of its command line it gives to PID 1.
-        Err(_) if is_init => Options { vsock: Some(clade_agent_proto::PORT), ..Options::default() },
+        Err(_) if is_init => Options::of_a_guest(),
         Err(error) => {
             log!("{error}");
             return ExitCode::from(2);
@@ -84,13 +85,19 @@ async fn live(options: Options, is_init: bool, entrypoint: Option<Entrypoint>) -
     }
     log!("{} listens", env!("CARGO_PKG_VERSION"));
     tokio::spawn(serve(Arc::clone(&agent), listeners));
+    match Listener::open_forward(&options) {
+        Ok(Some(listener)) => drop(tokio::spawn(forward::serve(Arc::clone(&agent), listener))),
+        Ok(None) => {}
+        // All else works without.
+        Err(error) => log!("nobody can reach the guest's ports: {error}"),
+    }
     agent.end().await;
     tokio::time::sleep(LAST_ANSWER).await;
     if is_init {
         return Err(end_guest().await);
     }
     agent.end_processes().await;
-    if let Some(path) = &options.unix {
+    for path in options.unix.iter().chain(&options.forward_unix) {
         // Another agent may have it by now.
         let _ = std::fs::remove_file(path);
     }

@@ -14,6 +14,7 @@ use serde::Deserialize;
 
 use crate::log::log;
 use crate::modules;
+use crate::network;
 use crate::process::spawn::first_file_limit;
 
 /// What is run beside the agent, if the kernel's command line does not say it.
@@ -186,7 +187,7 @@ pub fn raise_file_limit() {
 }
 
 /// Mounts what is missing, loads modules, changes to the root that the kernel's command line names, brings up the
-/// loopback interface, and says what is to be run.
+/// loopback interface and the network, and says what is to be run.
 #[must_use]
 pub fn prepare() -> Option<Entrypoint> {
     umask(Mode::WGRP | Mode::WOTH);
@@ -209,6 +210,7 @@ pub fn prepare() -> Option<Entrypoint> {
         return None;
     }
     set_hostname(&words);
+    network::set_up(&words);
     entrypoint(&words, file.as_deref()).unwrap_or_else(|error| {
         log!("{ENTRYPOINT}: {error}");
         None

@@ -13,6 +13,7 @@ use std::time::Duration;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
+use clade_agent_proto::forward::{self, MAX_REPLY, Reply};
 use clade_agent_proto::{MAX_MESSAGE, TOKEN_HEADER};
 use http_body::{Body, Frame};
 use hyper::body::Incoming;
@@ -88,6 +89,40 @@ impl Endpoint {
     pub async fn connect(&self, time: Duration) -> Result<Socket, ClientError> {
         let late = |_| ClientError::NoAgent { why: "it does not take the connection" };
         tokio::time::timeout(time, self.open()).await.map_err(late)?
+    }
+
+    /// Connects within a time to a TCP port of the guest, where its agent takes such connections:
+    /// this is that endpoint. All that is read and written then is the port's.
+    ///
+    /// # Errors
+    /// When there is no agent that does so, or nothing listens at the port.
+    pub async fn connect_tcp(&self, port: u16, time: Duration) -> Result<Socket, ClientError> {
+        let late = |_| ClientError::NoAgent { why: "it does not connect to the port in time" };
+        tokio::time::timeout(time, self.open_tcp(port)).await.map_err(late)?
+    }
+
+    async fn open_tcp(&self, port: u16) -> Result<Socket, ClientError> {
+        let mut stream = self.open().await?;
+        let asked = stream.write_all(forward::request(port).as_bytes()).await;
+        let mut line = Vec::new();
+        loop {
+            match stream.read_u8().await {
+                Ok(b'\n') => break,
+                Ok(byte) if line.len() < MAX_REPLY => line.push(byte),
+                Ok(_) => return Err(ClientError::answer("the line about the port has no end")),
+                // An agent without a place says so and closes, perhaps before it is asked.
+                Err(_) if let Err(source) = asked => {
+                    return Err(ClientError::Socket { at: self.shown(), source });
+                }
+                Err(_) => return Err(ClientError::NoAgent { why: "it ends the connection to the port" }),
+            }
+        }
+        match Reply::parse(&line) {
+            Some(Reply::Open) => Ok(stream),
+            Some(Reply::Closed(why)) => Err(ClientError::PortClosed { port, why }),
+            Some(Reply::Refused(why)) => Err(ClientError::PortRefused { port, why }),
+            None => Err(ClientError::answer(String::from_utf8_lossy(&line))),
+        }
     }
 }
 

@@ -25,6 +25,22 @@ pub enum ClientError {
         /// What it does instead.
         why: &'static str,
     },
+    /// Nothing takes connections at a TCP port of the guest.
+    #[error("port {port} of the guest is not open: {why}")]
+    PortClosed {
+        /// The port.
+        port: u16,
+        /// What the agent says, of printable characters and bounded length.
+        why: String,
+    },
+    /// The agent does not connect to a TCP port of the guest.
+    #[error("the agent does not connect to port {port}: {why}")]
+    PortRefused {
+        /// The port.
+        port: u16,
+        /// What the agent says, as above.
+        why: String,
+    },
     /// The connection broke.
     #[error("the agent's connection has failed")]
     Http(#[from] hyper::Error),

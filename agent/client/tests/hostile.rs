@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -132,6 +133,24 @@ fn what_is_no_answer_is_an_error_of_bounded_size() {
     let long_reason = failure(|stream| say(stream, b"HTTP/1.1 500 No\r\n\r\n", &[b'x'; 4096]));
     assert!(long_reason.to_string().len() < 2000, "{long_reason}");
     assert!(memory() < 128 << 10, "{} KiB", memory());
+}
+
+#[test]
+fn a_port_refused_before_it_is_asked_for_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("guest.vsock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        assert_eq!(line(&mut stream), "CONNECT 49984\n");
+        // From here on the client's writes fail.
+        stream.shutdown(Shutdown::Read).unwrap();
+        stream.write_all(b"OK 7\nERR 512 connections to ports are open\n").unwrap();
+    });
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let endpoint = Endpoint::Vsock { socket, port: 49984 };
+    let refused = runtime.block_on(endpoint.connect_tcp(80, Duration::from_secs(60))).unwrap_err();
+    assert!(matches!(&refused, ClientError::PortRefused { port: 80, why } if why.starts_with("512")), "{refused}");
 }
 
 #[test]

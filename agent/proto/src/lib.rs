@@ -9,6 +9,7 @@ pub mod api;
 pub mod code;
 pub mod envelope;
 pub mod filesystem;
+pub mod forward;
 pub mod json;
 pub mod process;
 

@@ -28,6 +28,8 @@ use crate::users::User;
 
 /// Where programs are looked for, if the agent's own environment does not say it.
 pub(crate) const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// How the C library is tuned.
+const TUNABLES: &str = "GLIBC_TUNABLES";
 /// The kernel ends such a process before the agent, when memory runs out.
 const OOM_SCORE: &[u8] = b"100";
 
@@ -79,6 +81,8 @@ pub(crate) fn command(
     let mut command = Command::new(program);
     let path = std::env::var_os("PATH").filter(|path| !path.is_empty());
     command.args(args).env_clear().env("PATH", path.unwrap_or_else(|| DEFAULT_PATH.into()));
+    // The host may have told the C library what this machine's processor is not to be used for.
+    command.envs(std::env::var_os(TUNABLES).map(|tunables| (TUNABLES, tunables)));
     command.env("HOME", &around.user.home).env("USER", &around.user.name).env("LOGNAME", &around.user.name);
     command.envs(around.envs).envs(envs);
     enter(&mut command, around.user, cwd, has_terminal);

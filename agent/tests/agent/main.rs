@@ -4,6 +4,7 @@
 
 mod abuse;
 mod files;
+mod forward;
 mod hostile;
 mod load;
 mod process;

@@ -129,11 +129,13 @@ fn signals_go_to_the_whole_group() {
     run(async {
         let client = agent.client();
         // The shell waits for a child, which holds its output open.
-        let process = client.start(&shell("sleep 1000 & echo $!; wait"), None).await.unwrap();
+        let mut process = client.start(&shell("sleep 1000 & echo $!; wait"), None).await.unwrap();
+        // The child is there: a shell that blocks signals while it forks has one that a signal has missed.
+        let first = process.next().await.unwrap().unwrap().data.unwrap().stdout.unwrap().0;
+        let child = String::from_utf8(first).unwrap().trim().to_owned();
         client.signal(process.pid, Signal::TERM).await.unwrap();
         let done = outcome(process).await.unwrap();
         assert_eq!(done.end.status, "signal: terminated");
-        let child = done.stdout.trim().to_owned();
         until("the child's end", async || !std::path::Path::new(&format!("/proc/{child}/exe")).exists()).await;
         let hup = client.start(&shell("sleep 1000"), None).await.unwrap();
         client.signal(hup.pid, Signal(1)).await.unwrap();

@@ -1,0 +1,198 @@
+//! Connections of the host to TCP ports of this guest.
+//!
+//! Each begins with a line that names a port (`clade_agent_proto::forward`). Then bytes are copied
+//! both ways. The target is an address of the loopback interface, so nothing but this guest is
+//! reached by them.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use clade_agent_proto::forward::{MAX_REQUEST, Reply, parse_request};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
+
+use crate::agent::Agent;
+use crate::listen::{Listener, Peer, RETRY, Stream};
+use crate::log::log;
+
+/// Most of them at a time: half of what the VM's device has, so that the agent itself is reached.
+const MAX_FORWARDS: usize = 512;
+/// How long the first line may take, and a port to take the connection.
+const LINE_TIMEOUT: Duration = Duration::from_secs(10);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long one may be idle after one direction has ended. The host may have gone: the kernel says
+/// so to a writer alone.
+const HALF_CLOSED_TIMEOUT: Duration = Duration::from_secs(600);
+/// Bytes of each direction that are on their way.
+const BUFFER: usize = 16 << 10;
+
+/// Takes connections for ever.
+pub(crate) async fn serve(agent: Arc<Agent>, listener: Listener) {
+    let room = Arc::new(Semaphore::new(MAX_FORWARDS));
+    loop {
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                log!("a connection to a port cannot be accepted: {error}");
+                tokio::time::sleep(RETRY).await;
+                continue;
+            }
+        };
+        let (agent, place) = (Arc::clone(&agent), Arc::clone(&room).try_acquire_owned());
+        if peer != Peer::Trusted {
+            continue;
+        }
+        match place {
+            Ok(place) => drop(tokio::spawn(async move {
+                forward(&agent, stream).await;
+                drop(place);
+            })),
+            // The host is not to wait for what may last. The line is shorter than any buffer.
+            Err(_) => drop(tokio::spawn(refuse(stream))),
+        }
+    }
+}
+
+async fn refuse(mut stream: Box<dyn Stream>) {
+    let line = Reply::Refused(format!("{MAX_FORWARDS} connections to ports are open")).line();
+    let _ = tokio::time::timeout(LINE_TIMEOUT, stream.write_all(line.as_bytes())).await;
+}
+
+/// One connection, until both its directions have ended, or the VM is another.
+async fn forward(agent: &Agent, mut stream: Box<dyn Stream>) {
+    let mut generation = agent.generation.subscribe();
+    let forwarded = async {
+        let line = tokio::time::timeout(LINE_TIMEOUT, first_line(&mut stream)).await??;
+        let connected = match parse_request(&line) {
+            Some(port) => connect(port).await,
+            None => Err(Reply::Refused("the line names no port".to_owned())),
+        };
+        let (reply, guest) = match connected {
+            Ok(guest) => (Reply::Open, Some(guest)),
+            Err(reply) => (reply, None),
+        };
+        tokio::time::timeout(LINE_TIMEOUT, stream.write_all(reply.line().as_bytes())).await??;
+        match guest {
+            Some(guest) => relay(stream, guest, HALF_CLOSED_TIMEOUT).await,
+            None => Ok(()),
+        }
+    };
+    tokio::select! {
+        // A side that breaks the connection is its own affair.
+        _ = forwarded => {}
+        _ = generation.changed() => {}
+    }
+}
+
+/// The first line, without its end. It is read byte by byte: what follows is the port's.
+pub(crate) async fn first_line(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Vec<u8>> {
+    let mut line = Vec::new();
+    loop {
+        match stream.read_u8().await? {
+            b'\n' => return Ok(line),
+            byte if line.len() < MAX_REQUEST => line.push(byte),
+            _ => return Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+}
+
+/// Connects to a port of the loopback interface, by IPv4 and then by IPv6.
+async fn connect(port: u16) -> Result<TcpStream, Reply> {
+    let mut why = format!("nothing listens at port {port}");
+    for address in [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)] {
+        let connecting = TcpStream::connect(SocketAddr::new(address, port));
+        match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
+            Ok(Ok(stream)) => {
+                // What a program writes in small pieces is wanted as soon.
+                let _ = stream.set_nodelay(true);
+                return Ok(stream);
+            }
+            Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+            // A guest may have no IPv6.
+            Ok(Err(_)) if address.is_ipv6() => {}
+            Ok(Err(error)) => why = format!("port {port}: {error}"),
+            Err(_) => why = format!("port {port} does not take the connection within {CONNECT_TIMEOUT:?}"),
+        }
+    }
+    Err(Reply::Closed(why))
+}
+
+/// How far a connection is. One thread's tasks read and write it, and it orders nothing else.
+#[derive(Debug, Default)]
+struct Progress {
+    bytes: AtomicU64,
+    is_half: AtomicBool,
+}
+
+/// Copies one direction to its end, and ends it on the other side. A slow reader slows its writer.
+async fn pump(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    progress: &Progress,
+) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        let count = from.read(&mut buffer).await?;
+        if count == 0 {
+            break;
+        }
+        to.write_all(&buffer[..count]).await?;
+        progress.bytes.fetch_add(count as u64, Ordering::Relaxed);
+    }
+    progress.is_half.store(true, Ordering::Relaxed);
+    to.shutdown().await
+}
+
+/// Copies both directions until both have ended, one has failed, or one has and the other is idle.
+async fn relay(host: impl Stream, guest: TcpStream, idle: Duration) -> io::Result<()> {
+    let progress = Progress::default();
+    let (from_host, to_host) = tokio::io::split(host);
+    let (from_guest, to_guest) = guest.into_split();
+    let watch = async {
+        let (mut was_half, mut last) = (false, 0);
+        loop {
+            tokio::time::sleep(idle).await;
+            let bytes = progress.bytes.load(Ordering::Relaxed);
+            let is_half = progress.is_half.load(Ordering::Relaxed);
+            if was_half && bytes == last {
+                return;
+            }
+            (was_half, last) = (is_half, bytes);
+        }
+    };
+    let (up, down) = (pump(from_host, to_guest, &progress), pump(from_guest, to_host, &progress));
+    tokio::select! {
+        copied = async { tokio::try_join!(up, down) } => copied.map(drop),
+        () = watch => Err(io::ErrorKind::TimedOut.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::{TcpListener, UnixStream};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn one_that_is_half_closed_and_idle_ends() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let guest = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (mut server, _) = listener.accept().await.unwrap();
+        let (mut host, stream) = UnixStream::pair().unwrap();
+        let relayed = tokio::spawn(relay(stream, guest, Duration::from_millis(50)));
+        // Idle alone is no reason.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        host.write_all(b"still here").await.unwrap();
+        host.shutdown().await.unwrap();
+        let mut read = Vec::new();
+        server.read_to_end(&mut read).await.unwrap();
+        assert_eq!(read, b"still here");
+        let ended = tokio::time::timeout(Duration::from_secs(30), relayed).await.unwrap().unwrap();
+        assert_eq!(ended.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert_eq!(host.read(&mut [0]).await.unwrap(), 0);
+    }
+}
