@@ -13,6 +13,7 @@
 //! | archives, and what is refused of them | `tar.rs`, `limits.rs` |
 //! | layers on each other | `tree/` |
 //! | the file system | `ext4/` |
+//! | Dockerfiles, and what they have done | `dockerfile/` |
 //!
 //! It runs nothing, mounts nothing, and does not know what a VM is.
 
@@ -20,6 +21,7 @@
 
 mod credentials;
 mod digest;
+mod dockerfile;
 mod ext4;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
@@ -35,6 +37,9 @@ mod tree;
 
 pub use credentials::{Credentials, CredentialsError, DOCKER_CONFIG_VARIABLE};
 pub use digest::{Digest, DigestError};
+pub use dockerfile::{
+    Action, Dockerfile, DockerfileError, Files, Ignore, IgnoreError, MAX_DOCKERFILE, Pattern, Plan, Step,
+};
 pub use ext4::DiskError;
 pub use limits::{LimitError, Limits};
 pub use manifest::{Descriptor, Manifest, ManifestError, Platform, RunConfig};

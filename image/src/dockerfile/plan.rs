@@ -1,0 +1,261 @@
+//! What a Dockerfile has done in a guest of its base image.
+
+use std::collections::BTreeMap;
+
+use super::expand::expand;
+use super::{Command, Copy, Dockerfile, DockerfileError, Instruction, Placed};
+use crate::manifest::RunConfig;
+
+type Texts = BTreeMap<String, String>;
+
+/// Files to copy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Files {
+    /// Paths and patterns below the directory of the build.
+    pub sources: Vec<String>,
+    /// The absolute path in the guest. With a slash behind it, a directory.
+    pub to: String,
+    /// Whose they are, `user[:group]`; root's if that is not given.
+    pub owner: Option<String>,
+    /// The permissions of all, instead of their own.
+    pub mode: Option<u32>,
+}
+
+/// What is done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// A program and its arguments.
+    Run(Vec<String>),
+    /// Files.
+    Copy(Files),
+    /// A directory, which may be there.
+    MakeDir(String),
+}
+
+/// One step of a build.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// The line of the instruction.
+    pub line: usize,
+    /// Its name.
+    pub instruction: &'static str,
+    /// The instruction as it stands in the text, or its beginning.
+    pub text: String,
+    /// What is done.
+    pub action: Action,
+    /// Variables of a program.
+    pub env: Texts,
+    /// Its directory.
+    pub workdir: String,
+    /// Its user.
+    pub user: String,
+}
+
+/// All of a Dockerfile.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// The steps, in order.
+    pub steps: Vec<Step>,
+    /// What the result runs, by which user, where and with which variables.
+    pub config: RunConfig,
+}
+
+/// A shell with a text.
+fn shell(text: String) -> Vec<String> {
+    vec!["/bin/sh".to_owned(), "-c".to_owned(), text]
+}
+
+fn argv(command: &Command) -> Vec<String> {
+    match command {
+        Command::Shell(text) => shell(text.clone()),
+        Command::Exec(words) => words.clone(),
+    }
+}
+
+/// An absolute path: `path` itself, or below `dir`.
+fn below(dir: &str, path: &str) -> String {
+    match path {
+        absolute if absolute.starts_with('/') => absolute.to_owned(),
+        relative => format!("{}/{}", dir.trim_end_matches('/'), relative.trim_start_matches("./")),
+    }
+}
+
+/// The state of a build between two instructions.
+struct Builder<'a> {
+    given: &'a Texts,
+    /// `ARG` before `FROM`, which an `ARG` without a value means.
+    global: Texts,
+    args: Texts,
+    env: Texts,
+    config: RunConfig,
+    workdir: String,
+    user: String,
+    /// Whether `CMD` is of this Dockerfile.
+    has_cmd: bool,
+    steps: Vec<Step>,
+}
+
+impl Dockerfile {
+    /// The image that it begins with. `given` are values for `ARG`.
+    ///
+    /// # Errors
+    /// When it cannot be told.
+    pub fn base(&self, given: &Texts) -> Result<String, DockerfileError> {
+        let (line, image) = &self.from;
+        let global = self.global(given)?;
+        let image = expand(image, &|name| global.get(name).cloned());
+        let image = image.map_err(|why| DockerfileError::new(*line, "FROM", why))?;
+        if image.is_empty() { Err(DockerfileError::new(*line, "FROM", "is empty")) } else { Ok(image) }
+    }
+
+    /// `ARG` before `FROM`.
+    fn global(&self, given: &Texts) -> Result<Texts, DockerfileError> {
+        let mut all = Texts::new();
+        for (line, name, value) in &self.before {
+            let value = match (given.get(name), value) {
+                (Some(given), _) => given.clone(),
+                (None, Some(value)) => expand(value, &|name| all.get(name).cloned())
+                    .map_err(|why| DockerfileError::new(*line, "ARG", why))?,
+                (None, None) => continue,
+            };
+            all.insert(name.clone(), value);
+        }
+        Ok(all)
+    }
+
+    /// What is to be done in a guest of the base image, which `base` is of. `given` are values for `ARG`.
+    ///
+    /// # Errors
+    /// When a variable cannot be read, or a value of `given` is of no `ARG`.
+    pub fn plan(&self, base: &RunConfig, given: &Texts) -> Result<Plan, DockerfileError> {
+        let global = self.global(given)?;
+        let known = |wanted: &String| {
+            let own = self.rest.iter().filter_map(|placed| match &placed.instruction {
+                Instruction::Arg(args) => Some(args),
+                _ => None,
+            });
+            own.flatten().any(|(name, _)| name == wanted) || self.before.iter().any(|(_, name, _)| name == wanted)
+        };
+        if let Some(name) = given.keys().find(|name| !known(name)) {
+            return Err(DockerfileError::new(self.from.0, "ARG", format!("there is none of the name {name:?}")));
+        }
+        let env = base.env.iter().filter_map(|variable| variable.split_once('='));
+        let or = |text: &str, otherwise: &str| if text.is_empty() { otherwise.to_owned() } else { text.to_owned() };
+        let mut builder = Builder {
+            given,
+            global,
+            args: Texts::new(),
+            env: env.map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
+            config: base.clone(),
+            workdir: or(&base.working_dir, "/"),
+            user: or(&base.user, "root"),
+            has_cmd: false,
+            steps: Vec::new(),
+        };
+        for placed in &self.rest {
+            builder.take(placed).map_err(|why| DockerfileError::new(placed.line, placed.name, why))?;
+        }
+        let Builder { env, mut config, workdir, user, steps, .. } = builder;
+        config.env = env.into_iter().map(|(name, value)| format!("{name}={value}")).collect();
+        (config.working_dir, config.user) = (workdir, user);
+        Ok(Plan { steps, config })
+    }
+}
+
+impl Builder<'_> {
+    fn expand(&self, word: &str) -> Result<String, String> {
+        expand(word, &|name| self.env.get(name).or_else(|| self.args.get(name)).cloned())
+    }
+
+    fn step(&mut self, placed: &Placed, action: Action) {
+        // What is set by ENV is not changed by ARG.
+        let mut env = self.args.clone();
+        env.extend(self.env.clone());
+        self.steps.push(Step {
+            line: placed.line,
+            instruction: placed.name,
+            text: placed.text.clone(),
+            action,
+            env,
+            workdir: self.workdir.clone(),
+            user: self.user.clone(),
+        });
+    }
+
+    fn take(&mut self, placed: &Placed) -> Result<(), String> {
+        match &placed.instruction {
+            Instruction::Run(command) => self.step(placed, Action::Run(argv(command))),
+            Instruction::Copy(copy) => {
+                let files = self.files(copy)?;
+                self.step(placed, Action::Copy(files));
+            }
+            Instruction::Workdir(path) => {
+                let path = self.expand(path)?;
+                self.workdir = below(&self.workdir, &path);
+                let dir = self.workdir.clone();
+                self.step(placed, Action::MakeDir(dir));
+            }
+            Instruction::User(user) => {
+                let user = self.expand(user)?;
+                if user.is_empty() || user.contains([':', ' ']) {
+                    return Err(format!("{user:?}: the name or the number of a user is wanted"));
+                }
+                self.user = user;
+            }
+            Instruction::Env(pairs) => {
+                // All of one instruction see what was before it.
+                let values: Result<Vec<_>, String> =
+                    pairs.iter().map(|(name, value)| Ok((name.clone(), self.expand(value)?))).collect();
+                self.env.extend(values?);
+            }
+            Instruction::Arg(pairs) => {
+                for (name, value) in pairs {
+                    let value = match (self.given.get(name), value) {
+                        (Some(given), _) => given.clone(),
+                        (None, Some(value)) => self.expand(value)?,
+                        (None, None) => match self.global.get(name) {
+                            Some(value) => value.clone(),
+                            None => continue,
+                        },
+                    };
+                    self.args.insert(name.clone(), value);
+                }
+            }
+            Instruction::Cmd(command) => {
+                self.config.cmd = argv(command);
+                self.has_cmd = true;
+            }
+            Instruction::Entrypoint(command) => {
+                self.config.entrypoint = argv(command);
+                // That of the base image is for its own entrypoint, and a shell's text has no arguments.
+                if !self.has_cmd || matches!(command, Command::Shell(_)) {
+                    self.config.cmd.clear();
+                }
+            }
+            Instruction::Note => {}
+        }
+        Ok(())
+    }
+
+    fn files(&self, copy: &Copy) -> Result<Files, String> {
+        let sources = copy.sources.iter().map(|source| self.expand(source)).collect::<Result<Vec<_>, _>>()?;
+        let to = self.expand(&copy.to)?;
+        // The directory that it names, also without a slash.
+        let is_here = to.is_empty() || to == "." || to.ends_with("/.");
+        let to = below(&self.workdir, if is_here { to.trim_end_matches('.') } else { &to });
+        if sources.len() > 1 && !to.ends_with('/') {
+            return Err(format!("{to:?}: several sources go to a directory, which ends with a slash"));
+        }
+        let owner = copy.owner.as_deref().map(|owner| self.expand(owner)).transpose()?;
+        if let Some(owner) = owner.as_deref().filter(|owner| owner.is_empty() || owner.starts_with('-')) {
+            return Err(format!("--chown={owner}: a user is wanted"));
+        }
+        let octal = |mode: &String| {
+            let mode = self.expand(mode)?;
+            let digits = u32::from_str_radix(&mode, 8).ok().filter(|bits| *bits <= 0o777);
+            digits.ok_or_else(|| format!("--chmod={mode}: octal digits up to 777 are wanted"))
+        };
+        let mode = copy.mode.as_ref().map(octal).transpose()?;
+        Ok(Files { sources, to, owner, mode })
+    }
+}
