@@ -109,7 +109,7 @@ impl Drop for OutputWriter {
 }
 
 /// The reader's end of an output buffer.
-struct OutputReader(Arc<Shared>);
+pub(crate) struct OutputReader(Arc<Shared>);
 
 fn output() -> (OutputWriter, OutputReader) {
     let shared = Arc::<Shared>::default();
@@ -118,7 +118,7 @@ fn output() -> (OutputWriter, OutputReader) {
 
 impl OutputReader {
     /// The next output; None once the console has gone and all is read.
-    async fn next(&self) -> Option<Vec<u8>> {
+    pub(crate) async fn next(&self) -> Option<Vec<u8>> {
         loop {
             {
                 let mut waiting = self.0.waiting();
@@ -196,17 +196,31 @@ async fn wake(vm: &Arc<Vm>) {
     }
 }
 
+/// What a console writes from now on, after its last lines. None if the VM has no such console.
+pub(crate) fn follow(vm: &Vm, line: Line) -> Option<OutputReader> {
+    let (writer, reader) = output();
+    line.of(vm)?.listen(Box::new(writer));
+    Some(reader)
+}
+
+/// Types into a console, and wakes its VM if that is suspended. None if the VM has gone; within it
+/// how many bytes were taken, or None if there is no such console.
+pub(crate) async fn type_in(vm: &Weak<Vm>, line: Line, bytes: &[u8]) -> Option<Option<usize>> {
+    let vm = vm.upgrade()?;
+    wake(&vm).await;
+    let taken = line.of(&vm).is_some().then(|| line.type_in(&vm, bytes));
+    let_go(vm);
+    Some(taken)
+}
+
 /// Serves one connection until it ends.
 async fn attend(stream: UnixStream, vm: Weak<Vm>, line: Line) {
     let (mut from_person, mut to_person) = stream.into_split();
     let reader = {
         let Some(vm) = vm.upgrade() else { return };
-        let (writer, reader) = output();
-        let listens = line.of(&vm).map(|console| console.listen(Box::new(writer))).is_some();
+        let reader = follow(&vm, line);
         let_go(vm);
-        if !listens {
-            return;
-        }
+        let Some(reader) = reader else { return };
         reader
     };
     let typing = async {
@@ -215,10 +229,9 @@ async fn attend(stream: UnixStream, vm: Weak<Vm>, line: Line) {
             match from_person.read(&mut bytes).await {
                 Ok(0) | Err(_) => return,
                 Ok(typed) => {
-                    let Some(vm) = vm.upgrade() else { return };
-                    wake(&vm).await;
-                    line.type_in(&vm, &bytes[..typed]);
-                    let_go(vm);
+                    if type_in(&vm, line, &bytes[..typed]).await.is_none() {
+                        return;
+                    }
                 }
             }
         }

@@ -13,6 +13,7 @@
 
 #![deny(missing_docs)]
 
+pub mod ahead;
 pub mod console;
 pub mod control;
 pub mod fleet;
@@ -23,5 +24,6 @@ pub mod jail;
 pub mod secrets;
 pub mod supervisor;
 mod suspend;
+mod text;
 pub mod worker;
 pub mod zygote;

@@ -39,10 +39,13 @@ use crate::control;
 use crate::fleet::FleetError;
 use crate::heap;
 use crate::jail::{self, Confinement};
+use crate::text;
 use crate::worker::{Process, Worker};
 
 /// The command-line argument that makes the program a zygote.
 pub const ZYGOTE: &str = "zygote";
+/// Its argument for a copy of the program in huge pages.
+const HUGE_TEXT: &str = "--huge-text";
 /// Requests that may wait for their answers: what a socket's buffer holds for sure.
 const MAX_WAITING: usize = 64;
 /// How long it may take to answer.
@@ -78,12 +81,14 @@ pub fn mount(socket: &OwnedFd) -> io::Result<Option<HugeTmpfs>> {
 }
 
 /// Forks workers for the process behind `socket` until that closes it. Returns in the zygote then,
-/// and once in each worker, which is still to be confined ([`enter`](crate::worker::enter)).
+/// and once in each worker, which is still to be confined ([`enter`](crate::worker::enter)). With
+/// `huge_text` all of them run from one copy of the program in huge pages: 18 MiB, and a fifth of the time
+/// that a worker takes.
 ///
 /// # Errors
 /// When this process has more than one thread; when the kernel refuses what it needs.
 #[expect(clippy::needless_pass_by_value, reason = "a worker closes it")]
-pub fn serve(socket: OwnedFd, confinement: Confinement) -> io::Result<Role> {
+pub fn serve(socket: OwnedFd, confinement: Confinement, huge_text: bool) -> io::Result<Role> {
     let threads = fs::read_dir("/proc/self/task")?.count();
     if threads != 1 {
         return Err(io::Error::other(format!("a process with {threads} threads cannot fork workers")));
@@ -92,6 +97,9 @@ pub fn serve(socket: OwnedFd, confinement: Confinement) -> io::Result<Role> {
         confinement.judge("namespaces", jail::enter_empty()).map_err(io::Error::other)?;
     }
     control::warm_up();
+    if huge_text && let Err(error) = text::use_huge_pages() {
+        tracing::warn!(%error, "the program does not run in huge pages");
+    }
     let (exits, write_exits) = io::pipe()?;
     seqpacket::send(&socket, &[1], &[exits.as_fd()])?;
     drop(exits);
@@ -260,6 +268,7 @@ pub(crate) struct Zygote {
     started: Mutex<Option<Started>>,
     exits: Sender<Exit>,
     confinement: Confinement,
+    huge_text: bool,
     /// Where workers of all its processes have their memory files, if it is in huge pages.
     mount: Option<HugeTmpfs>,
     restarts: AtomicU64,
@@ -276,11 +285,11 @@ impl Zygote {
     ///
     /// # Errors
     /// When it cannot be started.
-    pub(crate) fn start(exits: Sender<Exit>, confinement: Confinement) -> Result<Self, FleetError> {
+    pub(crate) fn start(exits: Sender<Exit>, confinement: Confinement, huge_text: bool) -> Result<Self, FleetError> {
         let (started, restarts) = (Mutex::new(None), AtomicU64::new(0));
         // It has said why there is none.
         let mount = HugeTmpfs::mount_or_say().ok();
-        let zygote = Self { started, exits, confinement, mount, restarts };
+        let zygote = Self { started, exits, confinement, huge_text, mount, restarts };
         let started = zygote.process().map_err(|source| FleetError::Worker { source })?;
         *zygote.started.lock().unwrap_or_else(PoisonError::into_inner) = Some(started);
         Ok(zygote)
@@ -297,6 +306,9 @@ impl Zygote {
             .arg(self.confinement.to_string())
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null());
+        if self.huge_text {
+            command.arg(HUGE_TEXT);
+        }
         for which in [Timeout::Recv, Timeout::Send] {
             set_socket_timeout(&socket, which, Some(PATIENCE))?;
         }
@@ -416,7 +428,7 @@ mod tests {
     fn a_process_with_threads_forks_nobody() {
         // The test harness has threads.
         let (ours, theirs) = seqpacket::pair().unwrap();
-        let refused = serve(ours, Confinement::Off).unwrap_err().to_string();
+        let refused = serve(ours, Confinement::Off, false).unwrap_err().to_string();
         assert!(refused.contains("threads"), "{refused}");
         assert!(seqpacket::receive(&theirs, 1).is_err(), "nothing was promised");
     }

@@ -1,30 +1,34 @@
 //! The calls that make, list, change and end sandboxes.
 
+mod templates;
+
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{DefaultBodyLimit, FromRequest, Path, Query, Request, State};
+use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Path, Query, Request, State};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post, put};
 use axum::{Extension, Json, Router};
-use clade_daemon::control::{CheckpointInfo, LogsAnswer};
-use jiff::{SignedDuration, Timestamp};
+use clade_daemon::control::LogsAnswer;
+use jiff::Timestamp;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::error::{Answer, ApiError};
 use crate::gateway::Gateway;
+use crate::headers::API_KEY;
 use crate::keys::Scope;
-use crate::ports::API_KEY;
-use crate::records::{Record, Snapshot};
+use crate::records::{Entry, Record, Snapshot};
 use crate::rules::checkpoint_name;
 use crate::wire::{
-    CLIENT_ID, Connect, Detail, ENVD_VERSION, Fork, Forked, Lifecycle, ListQuery, Listed, Metric, NewSandbox,
-    OnTimeout, Refresh, Sandbox, Save, SnapshotInfo, State as SandboxState, Template, Texts, Timeout,
+    AskedNetwork, CLIENT_ID, Connect, Detail, ENVD_VERSION, Fork, Forked, Lifecycle, ListQuery, Listed, Metric,
+    NetworkShown, NewSandbox, OnTimeout, Refresh, Sandbox, Save, SnapshotInfo, State as SandboxState, Texts, Timeout,
 };
 
 /// Most bytes of a call's body.
@@ -44,6 +48,20 @@ struct Owner(String);
 
 type Gate = State<Gateway>;
 type Who = Extension<Owner>;
+
+/// The sandbox that a call names, if it is its owner who calls.
+struct Own(Arc<Entry<Record>>);
+
+impl FromRequestParts<Gateway> for Own {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, gateway: &Gateway) -> Answer<Self> {
+        let named = Path::<String>::from_request_parts(parts, gateway).await;
+        let Path(id) = named.map_err(|rejection| ApiError::new(rejection.status(), rejection.body_text()))?;
+        let owner = parts.extensions.get::<Owner>().ok_or_else(|| ApiError::no_sandbox(&id))?;
+        gateway.owned(&owner.0, &id).map(Self)
+    }
+}
 
 /// All calls. What is no call is a 404 of the same form.
 pub(crate) fn router(gateway: &Gateway) -> Router {
@@ -65,10 +83,10 @@ pub(crate) fn router(gateway: &Gateway) -> Router {
         .route("/sandboxes/{id}/logs", get(logs))
         .route("/v2/sandboxes/{id}/logs", get(logs))
         .route("/snapshots", get(snapshots))
-        .route("/templates", get(templates))
-        .route("/v2/templates", get(templates))
-        .route("/templates/{id}", delete(remove_template))
-        .route("/templates/aliases/{alias}", get(alias))
+        .route("/templates", get(templates::list))
+        .route("/v2/templates", get(templates::list))
+        .route("/templates/{id}", delete(templates::remove))
+        .route("/templates/aliases/{alias}", get(templates::alias))
         .route("/health", get(async || StatusCode::NO_CONTENT))
         .fallback(async |method: Method, uri: axum::http::Uri| {
             ApiError::new(StatusCode::NOT_FOUND, format!("there is no {method} {}", uri.path()))
@@ -133,7 +151,7 @@ async fn create(State(gateway): Gate, Extension(owner): Who, request: Request) -
 
 fn listed(record: Record) -> Listed {
     Listed {
-        state: Gateway::state(&record),
+        state: record.state(),
         template: record.template,
         id: record.id,
         client: CLIENT_ID,
@@ -223,11 +241,15 @@ type Asked = Result<Query<ListQuery>, QueryRejection>;
 
 fn filtered(gateway: &Gateway, owner: &Owner, query: &ListQuery) -> Answer<(Vec<Listed>, Order)> {
     let (states, metadata) = (query.states()?, query.metadata()?);
+    // Sandboxes know it by its name.
+    let name =
+        |template: &str| gateway.built(template).map_or_else(|| checkpoint_name(template).to_owned(), |one| one.name);
+    let template = query.template.as_deref().map(name);
     let is_wanted = |record: &Record| {
         record.owner == owner.0
-            && states.contains(&Gateway::state(record))
+            && states.contains(&record.state())
             && metadata.iter().all(|(key, value)| record.metadata.get(key) == Some(value))
-            && query.template.as_deref().is_none_or(|template| checkpoint_name(template) == record.template)
+            && template.as_deref().is_none_or(|template| template == record.template)
             && query.started_after.is_none_or(|after| record.started_at > after)
     };
     let mut all: Vec<Listed> = gateway.0.sandboxes.list().into_iter().filter(is_wanted).map(listed).collect();
@@ -259,54 +281,37 @@ async fn list_running(State(gateway): Gate, Extension(owner): Who, query: Asked)
     Ok(Json(filtered(&gateway, &owner, &query)?.0))
 }
 
-async fn show(State(gateway): Gate, Extension(owner): Who, Path(id): Path<String>) -> Answer<Json<Detail>> {
-    let record = gateway.owned(&owner.0, &id)?.get();
+async fn show(State(gateway): Gate, Own(entry): Own) -> Answer<Json<Detail>> {
+    let record = entry.get();
     let on_timeout = if record.auto_pause { OnTimeout::Pause } else { OnTimeout::Kill };
     let lifecycle = Lifecycle { auto_resume: record.auto_resume, on_timeout };
-    let (envd_access_token, domain) = (gateway.token(&id), gateway.0.domain.clone());
-    Ok(Json(Detail { listed: listed(record), envd_access_token, domain, lifecycle }))
+    let (envd_access_token, domain) = (gateway.token(&record.id), gateway.0.domain.clone());
+    let AskedNetwork { is_allowed: allow_internet_access, allow_out, deny_out } = record.network.clone();
+    let (allow_public_traffic, mask_request_host) = (!record.is_private, record.masked_host.clone());
+    let network = NetworkShown { allow_public_traffic, allow_out, deny_out, mask_request_host };
+    let listed = listed(record);
+    Ok(Json(Detail { listed, envd_access_token, domain, allow_internet_access, network, lifecycle }))
 }
 
-async fn kill(State(gateway): Gate, Extension(owner): Who, Path(id): Path<String>) -> Answer<StatusCode> {
-    gateway.kill(&*gateway.owned(&owner.0, &id)?).await?;
+async fn kill(State(gateway): Gate, Own(entry): Own) -> Answer<StatusCode> {
+    gateway.kill(&entry).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn set_timeout(
-    State(gateway): Gate,
-    Extension(owner): Who,
-    Path(id): Path<String>,
-    request: Request,
-) -> Answer<StatusCode> {
-    let entry = gateway.owned(&owner.0, &id)?;
+async fn set_timeout(State(gateway): Gate, Own(entry): Own, request: Request) -> Answer<StatusCode> {
     let wanted: Timeout = body(request).await?;
     gateway.set_timeout(&entry, wanted.timeout).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn set_network(
-    State(gateway): Gate,
-    Extension(owner): Who,
-    Path(id): Path<String>,
-    request: Request,
-) -> Answer<StatusCode> {
-    let entry = gateway.owned(&owner.0, &id)?;
+async fn set_network(State(gateway): Gate, Own(entry): Own, request: Request) -> Answer<StatusCode> {
     gateway.set_network(&entry, &body(request).await?).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn refresh(
-    State(gateway): Gate,
-    Extension(owner): Who,
-    Path(id): Path<String>,
-    request: Request,
-) -> Answer<StatusCode> {
-    let entry = gateway.owned(&owner.0, &id)?;
+async fn refresh(State(gateway): Gate, Own(entry): Own, request: Request) -> Answer<StatusCode> {
     let wanted: Refresh = body(request).await?;
-    if entry.get().paused {
-        return Err(ApiError::conflict(format!("the sandbox {id:?} is paused")));
-    }
-    gateway.resume(&entry, wanted.duration, None).await?;
+    gateway.resume(&entry, wanted.duration, None, Some(SandboxState::Running)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -317,44 +322,24 @@ fn expect_memory(memory: Option<bool>) -> Answer<()> {
     }
 }
 
-async fn pause(
-    State(gateway): Gate,
-    Extension(owner): Who,
-    Path(id): Path<String>,
-    request: Request,
-) -> Answer<StatusCode> {
-    let entry = gateway.owned(&owner.0, &id)?;
+async fn pause(State(gateway): Gate, Own(entry): Own, request: Request) -> Answer<StatusCode> {
     expect_memory(body::<Save>(request).await?.memory)?;
-    gateway.pause(&entry).await?;
+    gateway.pause(&entry, |_| true).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn resume(
-    State(gateway): Gate,
-    Extension(owner): Who,
-    Path(id): Path<String>,
-    request: Request,
-) -> Answer<(StatusCode, Json<Sandbox>)> {
-    let entry = gateway.owned(&owner.0, &id)?;
+async fn resume(State(gateway): Gate, Own(entry): Own, request: Request) -> Answer<(StatusCode, Json<Sandbox>)> {
     let wanted: Connect = body(request).await?;
     expect_memory(wanted.memory)?;
-    if !entry.get().paused {
-        return Err(ApiError::conflict(format!("the sandbox {id:?} runs")));
-    }
-    let (sandbox, _) = gateway.resume(&entry, wanted.timeout, wanted.auto_pause).await?;
+    let paused = Some(SandboxState::Paused);
+    let (sandbox, _) = gateway.resume(&entry, wanted.timeout, wanted.auto_pause, paused).await?;
     Ok((StatusCode::CREATED, Json(sandbox)))
 }
 
-async fn connect(
-    State(gateway): Gate,
-    Extension(owner): Who,
-    Path(id): Path<String>,
-    request: Request,
-) -> Answer<(StatusCode, Json<Sandbox>)> {
-    let entry = gateway.owned(&owner.0, &id)?;
+async fn connect(State(gateway): Gate, Own(entry): Own, request: Request) -> Answer<(StatusCode, Json<Sandbox>)> {
     let wanted: Connect = body(request).await?;
     expect_memory(wanted.memory)?;
-    let (sandbox, was_paused) = gateway.resume(&entry, wanted.timeout, None).await?;
+    let (sandbox, was_paused) = gateway.resume(&entry, wanted.timeout, None, None).await?;
     Ok((if was_paused { StatusCode::CREATED } else { StatusCode::OK }, Json(sandbox)))
 }
 
@@ -419,8 +404,8 @@ async fn metric(gateway: &Gateway, record: &Record) -> Answer<Metric> {
 }
 
 /// The load now. Nothing is kept of what was before.
-async fn metrics(State(gateway): Gate, Extension(owner): Who, Path(id): Path<String>) -> Answer<Json<Vec<Metric>>> {
-    let record = gateway.owned(&owner.0, &id)?.get();
+async fn metrics(State(gateway): Gate, Own(entry): Own) -> Answer<Json<Vec<Metric>>> {
+    let record = entry.get();
     if record.paused {
         return Ok(Json(Vec::new()));
     }
@@ -457,66 +442,11 @@ async fn metrics_of_many(
 }
 
 /// The end of what the guest wrote on its console. It has no times: each line has that of the call.
-async fn logs(State(gateway): Gate, Extension(owner): Who, Path(id): Path<String>) -> Answer<Json<Value>> {
-    gateway.owned(&owner.0, &id)?;
-    let answer: LogsAnswer = gateway.vm(Method::GET, &id, "/logs", None::<&()>).await?;
+async fn logs(State(gateway): Gate, Own(entry): Own) -> Answer<Json<Value>> {
+    let answer: LogsAnswer = gateway.vm(Method::GET, &entry.get().id, "/logs", None::<&()>).await?;
     let now = Timestamp::now();
     // The older call knows lines, the newer one messages.
     let entry = |line: &str| json!({"timestamp": now, "message": line, "line": line, "level": "info", "fields": {}});
     let entries: Vec<Value> = answer.console.lines().map(entry).collect();
     Ok(Json(json!({ "logs": entries, "logEntries": entries })))
-}
-
-fn template(gateway: &Gateway, checkpoint: CheckpointInfo) -> Template {
-    let age = SignedDuration::try_from_secs_f64(checkpoint.age_s).unwrap_or_default();
-    let taken_at = Timestamp::now().checked_sub(age).unwrap_or_default();
-    Template {
-        public: gateway.0.snapshots.get(&checkpoint.name).is_none(),
-        build: checkpoint.name.clone(),
-        cpu_count: checkpoint.cpus,
-        memory_mib: checkpoint.mib,
-        disk_mib: 0,
-        aliases: vec![checkpoint.name.clone()],
-        names: vec![checkpoint.name.clone()],
-        id: checkpoint.name,
-        created_at: taken_at,
-        updated_at: taken_at,
-        created_by: None,
-        last_spawned_at: None,
-        spawn_count: 0,
-        build_count: 1,
-        envd_version: ENVD_VERSION,
-        build_status: "ready",
-    }
-}
-
-async fn visible(gateway: &Gateway, owner: &Owner) -> Answer<Vec<CheckpointInfo>> {
-    let mut all: Vec<CheckpointInfo> = gateway.0.client.supervisor(Method::GET, "/v1/checkpoints", None::<&()>).await?;
-    all.retain(|one| gateway.0.snapshots.get(&one.name).is_none_or(|snapshot| snapshot.get().owner == owner.0));
-    Ok(all)
-}
-
-async fn templates(
-    State(gateway): Gate,
-    Extension(owner): Who,
-    query: Asked,
-) -> Answer<(HeaderMap, Json<Vec<Template>>)> {
-    let Query(query) = query?;
-    let mut all = visible(&gateway, &owner).await?;
-    let key = |one: &CheckpointInfo| (0, one.name.clone());
-    all.sort_by_key(key);
-    let (headers, page) = query.page(all, Order::Ascending, key)?;
-    Ok((headers, Json(page.into_iter().map(|one| template(&gateway, one)).collect())))
-}
-
-async fn alias(State(gateway): Gate, Extension(owner): Who, Path(alias): Path<String>) -> Answer<Json<Value>> {
-    let all = visible(&gateway, &owner).await?;
-    let found = all.into_iter().find(|one| one.name == checkpoint_name(&alias));
-    let found = template(&gateway, found.ok_or_else(|| ApiError::no_template(&alias))?);
-    Ok(Json(json!({"templateID": found.id, "public": found.public})))
-}
-
-async fn remove_template(State(gateway): Gate, Extension(owner): Who, Path(id): Path<String>) -> Answer<StatusCode> {
-    gateway.remove_snapshot(&owner.0, &id).await?;
-    Ok(StatusCode::NO_CONTENT)
 }

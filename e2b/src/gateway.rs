@@ -10,14 +10,17 @@ use clade_agent_client::{Client as Agent, Endpoint};
 use clade_daemon::control::{Client, ClientError, StopRequest, TtlInfo, TtlRequest};
 use hyper::Method;
 use thiserror::Error;
+use tokio::sync::Mutex as AsyncMutex;
 
 use crate::error::{Answer, ApiError};
 use crate::idempotency::Replays;
 use crate::keys::ApiKeys;
+use crate::places::Places;
 use crate::rate::Rates;
 use crate::records::{Entry, Record, Snapshot, Table};
 use crate::secret::TokenKey;
-use crate::wire::{CLIENT_ID, ENVD_VERSION, Sandbox, State};
+use crate::templates::TemplateStore;
+use crate::wire::{CLIENT_ID, ENVD_VERSION, Sandbox};
 
 /// How long an agent may take to take a connection and then to answer. Guests' kernels may be interpreted.
 const CONNECTING: Duration = Duration::from_secs(10);
@@ -32,6 +35,8 @@ pub struct Options {
     pub keys: PathBuf,
     /// The domain below which `PORT-ID` are sandboxes' ports. Without one they are named by headers alone.
     pub domain: Option<String>,
+    /// The templates that were built. Without them there are those alone that are checkpoints.
+    pub templates: Option<TemplateStore>,
 }
 
 /// Why there is no gateway.
@@ -60,10 +65,14 @@ pub(crate) struct Inner {
     pub(crate) client: Client,
     pub(crate) keys: ApiKeys,
     pub(crate) rates: Rates,
+    pub(crate) places: Arc<Places>,
     pub(crate) replays: Replays,
     pub(crate) sandboxes: Table<Record>,
     pub(crate) snapshots: Table<Snapshot>,
     pub(crate) domain: Option<String>,
+    pub(crate) templates: Option<TemplateStore>,
+    /// Held while a template's checkpoint is made of its snapshot.
+    pub(crate) opening: AsyncMutex<()>,
     token_key: TokenKey,
 }
 
@@ -96,16 +105,31 @@ impl Gateway {
             client: Client::new(&options.dir),
             keys: ApiKeys::new(&options.keys),
             rates: Rates::default(),
+            places: Arc::default(),
             replays: Replays::default(),
             sandboxes,
             snapshots,
             domain: options.domain.as_ref().map(|domain| domain.to_ascii_lowercase()),
+            templates: options.templates.clone(),
+            opening: AsyncMutex::default(),
             token_key,
         })))
     }
 
     pub(crate) fn token(&self, id: &str) -> String {
         self.0.token_key.token(id)
+    }
+
+    /// The token of the ports of a sandbox that is not public.
+    pub(crate) fn traffic_token(&self, record: &Record) -> Option<String> {
+        record.is_private.then(|| self.0.token_key.traffic_token(&record.id))
+    }
+
+    /// Takes as long for each text of the same length.
+    pub(crate) fn is_traffic_token(&self, id: &str, given: &[u8]) -> bool {
+        let own = self.0.token_key.traffic_token(id);
+        let (own, length) = (own.as_bytes(), own.len());
+        length > 0 && given.len() == length && own.iter().zip(given).fold(0, |odd, (a, b)| odd | (a ^ b)) == 0
     }
 
     /// How a sandbox is shown to who made it.
@@ -116,6 +140,7 @@ impl Gateway {
             client: CLIENT_ID,
             envd_version: ENVD_VERSION,
             envd_access_token: self.token(&record.id),
+            traffic_access_token: self.traffic_token(record),
             domain: self.0.domain.clone(),
         }
     }
@@ -163,10 +188,6 @@ impl Gateway {
             tracing::warn!(%error, id, "a sandbox does not stop");
         }
     }
-
-    pub(crate) fn state(record: &Record) -> State {
-        if record.paused { State::Paused } else { State::Running }
-    }
 }
 
 #[cfg(test)]
@@ -178,7 +199,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for domain in ["", "a b", "a/b", "a:80"] {
             let domain = Some(domain.to_owned());
-            let options = Options { dir: dir.path().to_owned(), keys: PathBuf::new(), domain };
+            let options = Options { dir: dir.path().to_owned(), keys: PathBuf::new(), domain, templates: None };
             assert!(matches!(Gateway::open(&options), Err(OpenError::Domain { .. })));
         }
     }

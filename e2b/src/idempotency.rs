@@ -83,6 +83,7 @@ mod tests {
             client: CLIENT_ID,
             envd_version: ENVD_VERSION,
             envd_access_token: String::new(),
+            traffic_access_token: None,
             domain: None,
         }
     }

@@ -8,7 +8,6 @@ use hyper::Method;
 use jiff::Timestamp;
 
 use crate::gateway::Gateway;
-use crate::records::Record;
 
 /// How often it is looked for sandboxes whose time is over, and after how many times for those that are gone.
 const TICK: Duration = Duration::from_millis(250);
@@ -47,11 +46,10 @@ impl Gateway {
             ticks = ticks.wrapping_add(1);
             tokio::time::sleep(TICK).await;
             let now = Timestamp::now();
-            let is_over = |record: &Record| record.auto_pause && !record.paused && record.end_at <= now;
-            for record in self.0.sandboxes.list().into_iter().filter(is_over) {
-                let Some(entry) = self.0.sandboxes.get(&record.id) else { continue };
-                if let Err(error) = self.pause(&entry).await {
-                    tracing::debug!(%error.message, id = record.id, "a sandbox is not paused");
+            for entry in self.0.sandboxes.select(|record| record.is_to_pause(now)) {
+                // It may have been given more time meanwhile.
+                if let Err(error) = self.pause(&entry, |record| record.is_to_pause(now)).await {
+                    tracing::debug!(%error.message, id = entry.get().id, "a sandbox is not paused");
                 }
             }
         }

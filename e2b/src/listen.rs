@@ -10,16 +10,21 @@ use axum::Router;
 use axum::extract::{Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
+use hyper::body::Incoming;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use thiserror::Error;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use crate::control;
 use crate::gateway::Gateway;
-use crate::ports::{Target, forward};
+use crate::ports::Target;
+use crate::proxy::forward;
+use crate::tunnel::Afterwards;
 
 /// Most connections. More wait in the kernel's backlog.
 const MAX_CONNECTIONS: usize = 2048;
@@ -66,18 +71,25 @@ pub(crate) fn router(gateway: &Gateway) -> Router {
     control::router(gateway).layer(from_fn_with_state(gateway.clone(), dispatch))
 }
 
-async fn answer(stream: TcpStream, router: Router) {
-    // An event is sent when it happens.
-    let _ = stream.set_nodelay(true);
+pub(crate) async fn answer(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, router: Router) {
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).max_buf_size(MAX_HEAD).max_headers(MAX_HEADERS);
-    if let Err(error) = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)).await {
+    let (service, afterwards) = (TowerToHyperService::new(router), Afterwards::default());
+    let own = afterwards.clone();
+    let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+        request.extensions_mut().insert(own.clone());
+        service.call(request)
+    });
+    if let Err(error) = http.serve_connection(TokioIo::new(stream), service).with_upgrades().await {
         // The client went away, or was too slow.
         tracing::debug!(%error, "a connection to E2B's API");
     }
+    if let Some(work) = afterwards.take() {
+        work.await;
+    }
 }
 
-async fn accept(listener: TcpListener, router: Router) {
+pub(crate) async fn accept(listener: TcpListener, router: Router) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     // They are cut off with this.
     let mut answering = JoinSet::new();
@@ -87,6 +99,8 @@ async fn accept(listener: TcpListener, router: Router) {
         while answering.try_join_next().is_some() {}
         match listener.accept().await {
             Ok((stream, _)) => {
+                // An event is sent when it happens.
+                let _ = stream.set_nodelay(true);
                 let router = router.clone();
                 answering.spawn(async move {
                     answer(stream, router).await;

@@ -1,45 +1,11 @@
-//! Requests for a sandbox's port, passed on to its guest.
+//! Which port of which sandbox a request is for.
 
-use std::time::Duration;
-
-use axum::body::Body;
-use axum::extract::Request;
-use axum::http::header::{CONNECTION, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE};
-use axum::http::uri::PathAndQuery;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri};
-use axum::response::{IntoResponse, Response};
-use clade_agent_client::Endpoint;
+use axum::http::header::HOST;
+use axum::http::{HeaderMap, HeaderName};
 use clade_agent_client::proto::PORT;
-use hyper::client::conn::http1;
-use hyper_util::rt::TokioIo;
 
 use crate::error::{Answer, ApiError};
-use crate::gateway::Gateway;
-
-const SANDBOX_ID: HeaderName = HeaderName::from_static("e2b-sandbox-id");
-const SANDBOX_PORT: HeaderName = HeaderName::from_static("e2b-sandbox-port");
-/// Shown in calls of the API alone.
-pub(crate) const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
-/// What concerns a connection, or this host alone.
-const NOT_PASSED_ON: [HeaderName; 11] = [
-    CONNECTION,
-    HeaderName::from_static("keep-alive"),
-    HeaderName::from_static("proxy-authenticate"),
-    HeaderName::from_static("proxy-authorization"),
-    HeaderName::from_static("proxy-connection"),
-    API_KEY,
-    TE,
-    TRAILER,
-    TRANSFER_ENCODING,
-    UPGRADE,
-    SANDBOX_ID,
-];
-/// How long a guest may take to take a connection.
-const CONNECTING: Duration = Duration::from_secs(10);
-/// Most headers of a guest's answer.
-const MAX_HEADERS: usize = 64;
-/// Most bytes of their head.
-const MAX_HEAD: usize = 64 << 10;
+use crate::headers::{API_KEY, SANDBOX_ID, SANDBOX_PORT};
 
 /// The port of a sandbox that a request is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,10 +26,13 @@ fn labelled(label: &str) -> Option<Target> {
     let (port, id) = label.split_once('-')?;
     let is_name = !id.is_empty() && id.bytes().all(|b| b.is_ascii_alphanumeric());
     is_name.then_some(())?;
-    // A number is written in one way alone.
-    let is_number = port.bytes().all(|b| b.is_ascii_digit()) && !port.starts_with('0');
-    is_number.then_some(())?;
-    Some(Target { id: id.to_owned(), port: port.parse().ok()? })
+    Some(Target { id: id.to_owned(), port: number(port)? })
+}
+
+/// A port, which is written in one way alone.
+fn number(text: &str) -> Option<u16> {
+    let is_number = text.bytes().all(|b| b.is_ascii_digit()) && !text.starts_with('0');
+    is_number.then(|| text.parse().ok()).flatten()
 }
 
 impl Target {
@@ -82,7 +51,7 @@ impl Target {
             return Ok(by_host);
         }
         let port = match one(headers, &SANDBOX_PORT)? {
-            Some(port) => Some(port.parse().map_err(|_| ApiError::bad(format!("E2b-Sandbox-Port={port:?}")))?),
+            Some(port) => Some(number(port).ok_or_else(|| ApiError::bad(format!("E2b-Sandbox-Port={port:?}")))?),
             None => None,
         };
         let Some(id) = one(headers, &SANDBOX_ID)? else {
@@ -106,83 +75,10 @@ impl Target {
     }
 }
 
-/// E2B's proxy says so where there is nobody to ask.
-fn bad_gateway(id: &str, message: &str) -> Response {
-    let body = serde_json::json!({"sandboxId": id, "message": message, "code": 502});
-    (StatusCode::BAD_GATEWAY, axum::Json(body)).into_response()
-}
-
-/// Drops the headers that are not passed on, and those that `Connection` names.
-fn strip(headers: &mut HeaderMap) {
-    let named: Vec<HeaderName> = headers
-        .get_all(CONNECTION)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .filter_map(|name| name.trim().parse().ok())
-        .collect();
-    for name in named.iter().chain(&NOT_PASSED_ON).chain([&SANDBOX_PORT]) {
-        headers.remove(name);
-    }
-}
-
-/// Whether a path is for the host alone: what makes a sandbox another, ends it, or sets its token.
-fn is_the_hosts(path: &str) -> bool {
-    path == "/init" || path == "/clade" || path.starts_with("/clade/")
-}
-
-/// Passes a request on to the agent of a sandbox, and its answer back, both as they come.
-pub(crate) async fn forward(gateway: &Gateway, target: &Target, mut request: Request) -> Response {
-    let Target { id, port } = target;
-    let Some(entry) = gateway.0.sandboxes.get(id) else { return bad_gateway(id, "The sandbox was not found") };
-    if u32::from(*port) != PORT {
-        return bad_gateway(id, &format!("The sandbox is running but port {port} is not open"));
-    }
-    if is_the_hosts(request.uri().path()) {
-        return ApiError::new(StatusCode::FORBIDDEN, format!("{} is for the host", request.uri().path()))
-            .into_response();
-    }
-    if request.headers().contains_key(UPGRADE) {
-        return ApiError::new(StatusCode::NOT_IMPLEMENTED, "connections are not upgraded").into_response();
-    }
-    let record = entry.get();
-    if record.paused {
-        if !record.auto_resume {
-            return bad_gateway(id, "The sandbox is paused");
-        }
-        if let Err(error) = gateway.resume(&entry, None, None).await {
-            return error.into_response();
-        }
-    }
-    strip(request.headers_mut());
-    request.headers_mut().insert(HOST, HeaderValue::from_static("localhost"));
-    let path = request.uri().path_and_query().cloned();
-    *request.uri_mut() = Uri::from(path.unwrap_or_else(|| PathAndQuery::from_static("/")));
-    let endpoint = Endpoint::Vsock { socket: record.socket, port: PORT };
-    let socket = match endpoint.connect(CONNECTING).await {
-        Ok(socket) => socket,
-        Err(error) => return bad_gateway(id, &format!("The sandbox does not answer: {error}")),
-    };
-    let mut http = http1::Builder::new();
-    http.max_headers(MAX_HEADERS).max_buf_size(MAX_HEAD);
-    let answer = async {
-        let (mut sender, connection) = http.handshake(TokioIo::new(socket)).await?;
-        // It ends when the answer has been read, or is dropped.
-        tokio::spawn(connection);
-        sender.send_request(request).await
-    };
-    match answer.await {
-        Ok(answer) => {
-            let mut answer = answer.map(Body::new);
-            strip(answer.headers_mut());
-            answer
-        }
-        Err(error) => bad_gateway(id, &format!("The sandbox has cut the connection: {error}")),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use axum::http::{HeaderValue, StatusCode};
+
     use super::*;
 
     fn target(headers: &[(&str, &str)]) -> Answer<Option<Target>> {
@@ -219,6 +115,9 @@ mod tests {
             &[("e2b-sandbox-port", "80")],
             &[("e2b-sandbox-id", "a"), ("e2b-sandbox-port", "65536")],
             &[("e2b-sandbox-id", "a"), ("e2b-sandbox-port", "x")],
+            &[("e2b-sandbox-id", "a"), ("e2b-sandbox-port", "0")],
+            &[("e2b-sandbox-id", "a"), ("e2b-sandbox-port", "+80")],
+            &[("host", "0-iab.box.test")],
             &[("host", "080-iab.box.test")],
             &[("host", "+80-iab.box.test")],
             &[("host", "80-i.ab.box.test")],
@@ -228,28 +127,5 @@ mod tests {
         ] {
             assert_eq!(target(wrong).map_err(|error| error.status), Err(StatusCode::BAD_REQUEST), "{wrong:?}");
         }
-    }
-
-    #[test]
-    fn what_is_the_hosts_or_the_connections_is_not_passed_on() {
-        let mut headers = HeaderMap::new();
-        for (name, value) in [
-            ("connection", "x-mine, close"),
-            ("x-mine", "1"),
-            ("x-api-key", "secret"),
-            ("te", "trailers"),
-            ("transfer-encoding", "chunked"),
-            ("e2b-sandbox-id", "a"),
-            ("e2b-sandbox-port", "1"),
-            ("x-access-token", "kept"),
-        ] {
-            headers.append(HeaderName::from_static(name), HeaderValue::from_static(value));
-        }
-        strip(&mut headers);
-        assert_eq!(headers.keys().map(HeaderName::as_str).collect::<Vec<_>>(), ["x-access-token"]);
-        for path in ["/init", "/clade/shutdown", "/clade/generation", "/clade"] {
-            assert!(is_the_hosts(path), "{path}");
-        }
-        assert!(!is_the_hosts("/files") && !is_the_hosts("/process.Process/Start"));
     }
 }

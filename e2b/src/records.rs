@@ -10,9 +10,10 @@ use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
-use tokio::sync::Mutex as AsyncMutex;
+use tokio::sync::{Mutex as AsyncMutex, watch};
 
-use crate::wire::Texts;
+use crate::error::{Answer, ApiError};
+use crate::wire::{AskedNetwork, State, Texts};
 
 /// A sandbox: what its VM's process does not know of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +36,39 @@ pub(crate) struct Record {
     pub(crate) mib: u64,
     /// The socket that its agent is behind.
     pub(crate) socket: PathBuf,
+    /// Whether its ports are for those alone who have its traffic token.
+    #[serde(default)]
+    pub(crate) is_private: bool,
+    /// The host that programs in it are named by in requests, with `${PORT}` for the port.
+    #[serde(default)]
+    pub(crate) masked_host: Option<String>,
+    #[serde(default)]
+    pub(crate) network: AskedNetwork,
+    /// How many layers of egress rules are its template's. They stay when its own are replaced. None
+    /// for one that was made before this was kept.
+    #[serde(default)]
+    pub(crate) template_layers: Option<usize>,
+}
+
+impl Record {
+    pub(crate) fn state(&self) -> State {
+        if self.paused { State::Paused } else { State::Running }
+    }
+
+    /// # Errors
+    /// 409 when it is in the other state.
+    pub(crate) fn expect(&self, state: State) -> Answer<()> {
+        match self.state() {
+            is if is == state => Ok(()),
+            State::Paused => Err(ApiError::conflict(format!("the sandbox {:?} is paused", self.id))),
+            State::Running => Err(ApiError::conflict(format!("the sandbox {:?} runs", self.id))),
+        }
+    }
+
+    /// Whether its time is over at `now`, and it pauses then.
+    pub(crate) fn is_to_pause(&self, now: Timestamp) -> bool {
+        self.auto_pause && !self.paused && self.end_at <= now
+    }
 }
 
 /// A snapshot: a checkpoint that a sandbox's owner has taken.
@@ -70,6 +104,8 @@ pub(crate) struct Entry<T> {
     value: Mutex<T>,
     /// Held while its VM is changed.
     pub(crate) turn: AsyncMutex<()>,
+    /// Sent to when its VM has been paused or ended: connections to its programs' ports end.
+    pub(crate) cut: watch::Sender<()>,
 }
 
 impl<T: Clone> Entry<T> {
@@ -123,6 +159,14 @@ impl<T: Named + Clone + Serialize + DeserializeOwned> Table<T> {
         entries.iter().map(|entry| entry.get()).collect()
     }
 
+    /// Those that are such, as they are now, in the order of their names.
+    pub(crate) fn select(&self, is_such: impl Fn(&T) -> bool) -> Vec<Arc<Entry<T>>> {
+        // As above.
+        let mut entries: Vec<_> = self.all().values().map(Arc::clone).collect();
+        entries.retain(|entry| is_such(&entry.value.lock().unwrap_or_else(PoisonError::into_inner)));
+        entries
+    }
+
     /// Adds one, in place of the one that has its name.
     ///
     /// # Errors
@@ -156,7 +200,7 @@ impl<T: Named + Clone + Serialize + DeserializeOwned> Table<T> {
 
 impl<T> Entry<T> {
     fn new(value: T) -> Self {
-        Self { value: Mutex::new(value), turn: AsyncMutex::new(()) }
+        Self { value: Mutex::new(value), turn: AsyncMutex::new(()), cut: watch::Sender::new(()) }
     }
 }
 
@@ -204,5 +248,42 @@ mod tests {
         table.insert(snapshot("a", "new")).unwrap();
         table.change(&entry, |one| one.sandbox = "later".to_owned());
         assert_eq!(Table::<Snapshot>::open(dir.path().join("s")).unwrap().list(), [snapshot("a", "new")]);
+    }
+
+    #[test]
+    fn one_whose_time_is_over_pauses_unless_it_was_given_more_or_is_paused() {
+        let record = |id: &str, end_at: i64, auto_pause: bool, paused: bool| Record {
+            id: id.to_owned(),
+            template: "base".to_owned(),
+            owner: "one".to_owned(),
+            metadata: Texts::default(),
+            envs: Texts::default(),
+            started_at: Timestamp::UNIX_EPOCH,
+            end_at: Timestamp::from_second(end_at).unwrap(),
+            paused,
+            auto_pause,
+            auto_resume: false,
+            cpus: 1,
+            mib: 64,
+            socket: PathBuf::from("/s"),
+            is_private: false,
+            masked_host: None,
+            network: AskedNetwork::default(),
+            template_layers: None,
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let table = Table::open(dir.path().join("s")).unwrap();
+        let all =
+            [("late", 30, true, false), ("over", 10, true, false), ("killed", 10, false, false), ("p", 10, true, true)];
+        for (id, end_at, auto_pause, paused) in all {
+            table.insert(record(id, end_at, auto_pause, paused)).unwrap();
+        }
+        let now = Timestamp::from_second(20).unwrap();
+        let over = table.select(|record| record.is_to_pause(now));
+        assert_eq!(over.iter().map(|entry| entry.get().id).collect::<Vec<_>>(), ["over"]);
+        let record = table.change(&over[0], |record| record.end_at = Timestamp::from_second(40).unwrap());
+        assert!(!record.is_to_pause(now));
+        record.expect(State::Running).unwrap();
+        assert_eq!(record.expect(State::Paused).unwrap_err().status.as_u16(), 409);
     }
 }

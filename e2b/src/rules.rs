@@ -1,14 +1,19 @@
 //! What a call may ask for: times, templates, and rules for a network.
 
-use clade_devices::virtio::net::Link;
+use std::net::IpAddr;
+
+use clade_daemon::fleet::check_name;
+use clade_devices::virtio::net::{EgressError, EgressRule, Link};
 use jiff::{SignedDuration, Timestamp};
 use serde_json::Value;
 
 use crate::error::{Answer, ApiError};
-use crate::wire::NewSandbox;
+use crate::wire::{AskedNetwork, NewSandbox};
 
 /// The longest time, in seconds: a day.
 const MAX_TIMEOUT: i64 = 86_400;
+/// All addresses, as E2B writes it. Those of IPv6 are meant, too.
+const ALL: &str = "0.0.0.0/0";
 
 /// `seconds` later than `start`.
 pub(crate) fn after(start: Timestamp, seconds: i64) -> Answer<Timestamp> {
@@ -48,34 +53,112 @@ impl NewSandbox {
         ];
         match refused.iter().find(|(_, is_given)| *is_given) {
             Some((field, _)) => Err(ApiError::bad(format!("{field} is not there on this host"))),
-            None if self.template.contains('/') => Err(ApiError::no_template(&self.template)),
-            None => Ok(()),
+            // It stands in the path of a request to the supervisor.
+            None => check_name(checkpoint_name(&self.template)).map_err(|_| ApiError::no_template(&self.template)),
         }
     }
 }
 
-/// What of the rules for a network there is here: all may pass, or nothing. Without a rule it stays as it is.
-pub(crate) fn link(allowed: Option<bool>, network: Option<&Value>) -> Answer<Option<Link>> {
-    let mut is_denied = allowed == Some(false);
-    for (field, value) in
-        network.and_then(Value::as_object).into_iter().flatten().filter(|(_, value)| is_set(Some(value)))
-    {
-        match (field.as_str(), value.as_array().map(Vec::as_slice)) {
-            ("denyOut", Some([all])) if all == "0.0.0.0/0" => is_denied = true,
-            ("allow_internet_access", None) => {}
-            _ => {
-                return Err(ApiError::bad(format!(
-                    "network: {field}={value} is not there: all may pass here, or nothing"
-                )));
-            }
+/// What a sandbox's network is to be.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Network {
+    /// Without a word it stays as it is.
+    pub(crate) link: Option<Link>,
+    /// Where it may send.
+    pub(crate) egress: Vec<EgressRule>,
+    /// Whether its ports are for those alone who have its token.
+    pub(crate) is_private: bool,
+    pub(crate) masked_host: Option<String>,
+    pub(crate) asked: AskedNetwork,
+}
+
+/// The entries of a list. Null is none.
+fn entries(field: &str, value: &Value) -> Answer<Vec<String>> {
+    let texts = serde_json::from_value::<Option<Vec<String>>>(value.clone());
+    texts.map(Option::unwrap_or_default).map_err(|_| not_there(field, value))
+}
+
+fn not_there(field: &str, value: &Value) -> ApiError {
+    ApiError::bad(format!("network: {field}={value} is not there on this host"))
+}
+
+/// One entry, as a rule: an address or a CIDR block, and nothing that a rule may have besides.
+fn rule(verdict: &str, entry: &str) -> Answer<EgressRule> {
+    let (address, prefix) = entry.split_once('/').unwrap_or((entry, ""));
+    let is_block = address.parse::<IpAddr>().is_ok() && prefix.bytes().all(|b| b.is_ascii_digit());
+    let refused = |why: &str| ApiError::bad(format!("network: {entry:?}: {why}"));
+    if !is_block {
+        return Err(refused("an address or a CIDR block is wanted; names are not known here"));
+    }
+    format!("{verdict}:{entry}").parse().map_err(|error: EgressError| refused(&error.to_string()))
+}
+
+/// The rules for a list that allows and one that denies: what is allowed wins.
+fn egress(allowed: &[String], denied: &[String]) -> Answer<Vec<EgressRule>> {
+    let mut rules = Vec::new();
+    for (verdict, entries) in [("allow", allowed), ("deny", denied)] {
+        for entry in entries {
+            rules.push(rule(verdict, entry)?);
         }
     }
-    let allowed = allowed.or_else(|| network?.get("allow_internet_access")?.as_bool());
-    Ok(match (is_denied, allowed) {
-        (true, _) | (_, Some(false)) => Some(Link::Closed),
-        (_, Some(true)) => Some(Link::Open),
-        (_, None) => None,
-    })
+    // Rules that allow something drop the rest, unless that is allowed too.
+    if !allowed.is_empty() && !denied.iter().any(|entry| entry == ALL) {
+        rules.push(rule("allow", ALL)?);
+        rules.push(rule("allow", "::/0")?);
+    }
+    Ok(rules)
+}
+
+/// A host that stands in a header, with `${PORT}` once.
+fn masked_host(mask: &str) -> Answer<String> {
+    let plain = mask.replacen("${PORT}", "1", 1);
+    let is_host = !plain.is_empty() && plain.bytes().all(|b| b.is_ascii_alphanumeric() || b".-:".contains(&b));
+    let refused = || ApiError::bad(format!("network: maskRequestHost={mask:?} is no host"));
+    (is_host && mask.len() <= 255).then(|| mask.to_owned()).ok_or_else(refused)
+}
+
+/// What is asked of a network. What is not there on this host is refused by its name.
+pub(crate) fn network(allowed: Option<bool>, rules: Option<&Value>) -> Answer<Network> {
+    let (mut allowed, mut network) = (allowed, Network::default());
+    let (mut allow, mut deny) = (Vec::new(), Vec::new());
+    for (field, value) in rules.and_then(Value::as_object).into_iter().flatten() {
+        match (field.as_str(), value) {
+            ("allow_internet_access", Value::Bool(is_allowed)) => allowed = allowed.or(Some(*is_allowed)),
+            ("allowPublicTraffic", Value::Bool(is_public)) => network.is_private = !is_public,
+            ("maskRequestHost", Value::String(mask)) => network.masked_host = Some(masked_host(mask)?),
+            ("allowOut", value) => allow = entries(field, value)?,
+            ("denyOut", value) => deny = entries(field, value)?,
+            (_, value) if !is_set(Some(value)) => {}
+            (field, value) => return Err(not_there(field, value)),
+        }
+    }
+    let is_allowed = allowed;
+    network.asked = AskedNetwork { is_allowed, allow_out: allow.clone(), deny_out: deny.clone() };
+    if allowed == Some(false) && !deny.iter().any(|entry| entry == ALL) {
+        deny.push(ALL.to_owned());
+    }
+    if !allow.is_empty() && deny.is_empty() {
+        let why = "network: allowOut without denyOut denies nothing: name in denyOut what is not to pass";
+        return Err(ApiError::bad(why));
+    }
+    network.link = match allowed {
+        _ if allow.is_empty() && deny.iter().any(|entry| entry == ALL) => Some(Link::Closed),
+        Some(true) => Some(Link::Open),
+        _ => None,
+    };
+    if network.link != Some(Link::Closed) {
+        network.egress = egress(&allow, &deny)?;
+    }
+    Ok(network)
+}
+
+/// The same for a sandbox that runs. What is left out is taken back.
+pub(crate) fn new_network(rules: &Value) -> Answer<Network> {
+    let asked = network(None, Some(rules))?;
+    if asked.is_private || asked.masked_host.is_some() {
+        return Err(ApiError::bad(format!("network: {rules}: of a sandbox that runs, rules alone can be changed")));
+    }
+    Ok(Network { link: asked.link.or(Some(Link::Open)), ..asked })
 }
 
 #[cfg(test)]
@@ -97,30 +180,105 @@ mod tests {
     fn what_is_not_there_is_refused_by_its_name() {
         let new = |text: &str| {
             let new: NewSandbox = serde_json::from_str(text).unwrap();
-            new.check().and_then(|()| link(new.allow_internet_access, new.network.as_ref()))
+            new.check().and_then(|()| network(new.allow_internet_access, new.network.as_ref())).map(|asked| asked.link)
         };
-        for (text, network) in [
+        for (text, link) in [
             (r#"{"templateID": "base", "network": {}, "iam": null, "mcp": false, "more": 1}"#, None),
             (r#"{"templateID": "base", "network": {"denyOut": [], "allowPublicTraffic": null}}"#, None),
             (r#"{"templateID": "base", "network": {"denyOut": ["0.0.0.0/0"]}}"#, Some(Link::Closed)),
             (r#"{"templateID": "base", "allow_internet_access": false}"#, Some(Link::Closed)),
             (r#"{"templateID": "base", "allow_internet_access": true}"#, Some(Link::Open)),
         ] {
-            assert_eq!(new(text), Ok(network), "{text}");
+            assert_eq!(new(text), Ok(link), "{text}");
         }
         for (text, field) in [
-            (r#"{"templateID": "base", "network": {"denyOut": ["10.0.0.0/8"]}}"#, "denyOut"),
-            (r#"{"templateID": "base", "network": {"denyOut": ["0.0.0.0/0"], "allowOut": ["1.1.1.1"]}}"#, "allowOut"),
+            (r#"{"templateID": "base", "network": {"denyOut": ["example.com"]}}"#, "example.com"),
+            (r#"{"templateID": "base", "network": {"denyOut": "10.0.0.0/8"}}"#, "denyOut"),
+            (r#"{"templateID": "base", "network": {"allowOut": ["1.1.1.1"]}}"#, "allowOut"),
+            (r#"{"templateID": "base", "network": {"httpsPorts": [443]}}"#, "httpsPorts"),
+            (r#"{"templateID": "base", "network": {"maskRequestHost": "a\r\nb"}}"#, "maskRequestHost"),
+            (r#"{"templateID": "base", "network": {"maskRequestHost": ""}}"#, "maskRequestHost"),
+            (r#"{"templateID": "base", "network": {"allowPublicTraffic": "no"}}"#, "allowPublicTraffic"),
             (r#"{"templateID": "base", "volumeMounts": [{"name": "a", "path": "/a"}]}"#, "volumeMounts"),
             (r#"{"templateID": "base", "autoPauseMemory": false}"#, "autoPauseMemory"),
             (r#"{"templateID": "team/base"}"#, "team/base"),
+            (r#"{"templateID": "base?x"}"#, "base?x"),
+            (r#"{"templateID": "base:default#"}"#, "base:default#"),
+            (r#"{"templateID": "a b"}"#, "a b"),
+            (r#"{"templateID": ".."}"#, ".."),
+            (r#"{"templateID": ""}"#, "\"\""),
         ] {
             let error = new(text).unwrap_err();
             assert!(error.message.contains(field), "{error:?}");
         }
-        let rules = |text: &str| link(None, Some(&serde_json::from_str(text).unwrap()));
-        assert_eq!(rules(r#"{"allow_internet_access": false}"#), Ok(Some(Link::Closed)));
-        assert_eq!(rules(r#"{"allow_internet_access": true, "denyOut": []}"#), Ok(Some(Link::Open)));
-        assert_eq!(rules("{}"), Ok(None));
+    }
+
+    fn asked(text: &str) -> Answer<Network> {
+        network(None, Some(&serde_json::from_str(text).unwrap()))
+    }
+
+    #[test]
+    fn what_is_allowed_wins_over_what_is_denied() {
+        for (text, rules) in [
+            (r#"{"denyOut": ["10.0.0.0/8", "1.1.1.1"]}"#, "deny:10.0.0.0/8 deny:1.1.1.1/32"),
+            (r#"{"denyOut": ["0.0.0.0/0"], "allowOut": ["1.1.1.1"]}"#, "allow:1.1.1.1/32 deny:0.0.0.0/0"),
+            (r#"{"allow_internet_access": false, "allowOut": ["1.1.1.1"]}"#, "allow:1.1.1.1/32 deny:0.0.0.0/0"),
+            (
+                r#"{"denyOut": ["10.0.0.0/8"], "allowOut": ["10.0.0.1"]}"#,
+                "allow:10.0.0.1/32 deny:10.0.0.0/8 allow:0.0.0.0/0 allow:::/0",
+            ),
+            (r#"{"denyOut": ["fd00::/8"]}"#, "deny:fd00::/8"),
+        ] {
+            let asked = asked(text).unwrap();
+            let shown: Vec<String> = asked.egress.into_iter().map(String::from).collect();
+            assert_eq!((shown.join(" ").as_str(), asked.link), (rules, None), "{text}");
+        }
+        // An entry is no more than addresses.
+        for wrong in ["1.1.1.1:80", "1.1.1.1/tcp", "1.1.1.1/32/tcp", "10.0.0.1/8", "1.1.1.1/33", "", "*.example.com"] {
+            let error = asked(&format!(r#"{{"denyOut": ["{wrong}"]}}"#)).unwrap_err();
+            assert!(error.message.contains(&format!("{wrong:?}")), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn ports_are_public_unless_it_is_said() {
+        assert_eq!(asked("{}"), Ok(Network::default()));
+        assert!(!asked(r#"{"allowPublicTraffic": true}"#).unwrap().is_private);
+        let private =
+            asked(r#"{"allowPublicTraffic": false, "maskRequestHost": "${PORT}-app.example.com:80"}"#).unwrap();
+        assert!(private.is_private && private.link.is_none());
+        assert_eq!(private.masked_host.as_deref(), Some("${PORT}-app.example.com:80"));
+    }
+
+    #[test]
+    fn a_sandbox_that_runs_gets_the_rules_that_are_given_and_no_others() {
+        let changed = |text: &str| {
+            new_network(&serde_json::from_str(text).unwrap()).map(|asked| {
+                let rules: Vec<String> = asked.egress.into_iter().map(String::from).collect();
+                (asked.link, rules.join(" "))
+            })
+        };
+        let (open, closed) = (Some(Link::Open), Some(Link::Closed));
+        for (text, link, rules) in [
+            (r#"{"allow_internet_access": false}"#, closed, ""),
+            (r#"{"allow_internet_access": true, "denyOut": []}"#, open, ""),
+            ("{}", open, ""),
+            (r#"{"denyOut": ["10.0.0.0/8"]}"#, open, "deny:10.0.0.0/8"),
+            (r#"{"denyOut": ["0.0.0.0/0"], "allowOut": ["1.1.1.1"]}"#, open, "allow:1.1.1.1/32 deny:0.0.0.0/0"),
+        ] {
+            assert_eq!(changed(text), Ok((link, rules.to_owned())), "{text}");
+        }
+        for wrong in [r#"{"maskRequestHost": "a"}"#, r#"{"allowPublicTraffic": false}"#] {
+            assert!(changed(wrong).unwrap_err().message.contains("runs"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn what_was_asked_is_kept_as_it_was_written() {
+        let given = asked(r#"{"denyOut": ["10.0.0.0/8"], "allowOut": ["10.0.0.1"]}"#).unwrap().asked;
+        let shown = serde_json::to_value(&given).unwrap();
+        assert_eq!(shown, serde_json::json!({"allowOut": ["10.0.0.1"], "denyOut": ["10.0.0.0/8"]}));
+        let closed = network(Some(false), None).unwrap().asked;
+        assert_eq!(closed, AskedNetwork { is_allowed: Some(false), ..AskedNetwork::default() });
     }
 }

@@ -3,13 +3,12 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use axum::http::StatusCode;
 use clade_agent_client::proto::api::Init;
 use clade_daemon::control::{
-    CheckpointInfo, ClientError, ForkAnswer, ForkRequest, NetworkRequest, StopRequest, SuspendAnswer, SuspendRequest,
-    VmInfo,
+    ForkAnswer, ForkRequest, NetworkRequest, StopRequest, SuspendAnswer, SuspendRequest, VmInfo,
 };
 use clade_daemon::fleet::{Label, LabelError, Labels};
-use clade_devices::virtio::net::Link;
 use hyper::Method;
 use jiff::Timestamp;
 use serde_json::Value;
@@ -18,9 +17,9 @@ use tokio::sync::Semaphore;
 use crate::error::{Answer, ApiError};
 use crate::gateway::Gateway;
 use crate::records::{Entry, Record};
-use crate::rules::{after, checkpoint_name, link, seconds};
+use crate::rules::{after, checkpoint_name, network, new_network, seconds};
 use crate::secret::random_hex;
-use crate::wire::{Fork, Forked, NewSandbox, Sandbox};
+use crate::wire::{Fork, Forked, NewSandbox, Sandbox, State};
 
 /// The time of a sandbox that is made without one, and of a fork, in seconds.
 const DEFAULT_TIMEOUT: i64 = 300;
@@ -35,30 +34,36 @@ impl Gateway {
     pub(crate) async fn create(&self, owner: &str, new: NewSandbox) -> Answer<Sandbox> {
         new.check()?;
         let timeout = seconds(new.timeout, DEFAULT_TIMEOUT)?;
-        let template = checkpoint_name(&new.template).to_owned();
-        let is_anothers = self.0.snapshots.get(&template).is_some_and(|snapshot| snapshot.get().owner != owner);
+        let built = self.built(&new.template);
+        let named = checkpoint_name(&new.template).to_owned();
+        let (template, checkpoint) =
+            built.as_ref().map_or((named.clone(), named), |one| (one.name.clone(), one.id.clone()));
+        let is_anothers = self.0.snapshots.get(&checkpoint).is_some_and(|snapshot| snapshot.get().owner != owner);
         if is_anothers {
             return Err(ApiError::no_template(&template));
         }
-        let checkpoint = format!("/v1/checkpoints/{template}");
-        let found = self.0.client.supervisor::<CheckpointInfo>(Method::GET, &checkpoint, None::<&()>).await;
-        let no_template = |error: ClientError| match ApiError::from(error) {
-            error if error.status.as_u16() == 404 => ApiError::no_template(&template),
-            error => error,
-        };
-        found.map_err(no_template)?;
         let id = random_hex::<9>().map_err(|error| ApiError::internal(error.to_string()))?;
-        let network = link(new.allow_internet_access, new.network.as_ref())?;
-        let request = ForkRequest { network, ..request_for(format!("i{id}"), 1, &template)? };
-        let fork = format!("{checkpoint}/fork");
-        let answer: ForkAnswer = self.0.client.supervisor(Method::POST, &fork, Some(&request)).await?;
+        let network = network(new.allow_internet_access, new.network.as_ref())?;
+        let (link, egress) = (network.link, network.egress);
+        let request = ForkRequest { network: link, egress, ..request_for(format!("i{id}"), 1, &template)? };
+        let mut forked = self.fork_checkpoint(&checkpoint, &request).await;
+        let is_gone =
+            |forked: &Answer<ForkAnswer>| matches!(forked, Err(error) if error.status == StatusCode::NOT_FOUND);
+        if let Some(built) = built.as_ref().filter(|_| is_gone(&forked)) {
+            // Checkpoints go with their supervisor.
+            self.reopen(built).await?;
+            forked = self.fork_checkpoint(&checkpoint, &request).await;
+        }
+        let answer = if is_gone(&forked) { Err(ApiError::no_template(&template)) } else { forked }?;
+        let mut envs = built.map(|one| one.spec.env).unwrap_or_default();
+        envs.extend(new.env_vars.unwrap_or_default());
         let started_at = Timestamp::now();
         let record = Record {
             id: answer.children.first().cloned().ok_or_else(|| ApiError::internal("a fork without a child"))?,
             template,
             owner: owner.to_owned(),
             metadata: new.metadata.unwrap_or_default(),
-            envs: new.env_vars.unwrap_or_default(),
+            envs,
             started_at,
             end_at: after(started_at, timeout)?,
             paused: false,
@@ -67,8 +72,17 @@ impl Gateway {
             cpus: 0,
             mib: 0,
             socket: PathBuf::new(),
+            is_private: network.is_private,
+            masked_host: network.masked_host,
+            network: network.asked,
+            template_layers: None,
         };
         self.hand_out(record, timeout).await
+    }
+
+    async fn fork_checkpoint(&self, checkpoint: &str, request: &ForkRequest) -> Answer<ForkAnswer> {
+        let fork = format!("/v1/checkpoints/{checkpoint}/fork");
+        Ok(self.0.client.supervisor(Method::POST, &fork, Some(request)).await?)
     }
 
     /// Makes a VM that was just forked a sandbox. One that cannot be is stopped.
@@ -87,6 +101,9 @@ impl Gateway {
         let vm: VmInfo = self.vm(Method::GET, &record.id, "", None::<&()>).await?;
         record.cpus = vm.cpus;
         record.mib = vm.memory.map_or(0, |memory| memory.mib);
+        // Of a fork of a sandbox they are that one's.
+        let of_template = vm.nets.iter().map(|net| net.egress_inherited).max().unwrap_or(0);
+        record.template_layers = record.template_layers.or(Some(of_template));
         let vsock = vm.vsock.ok_or_else(|| ApiError::bad("the template has no vsock device for its agent"))?;
         record.socket = vsock.socket;
         self.init(&record).await?;
@@ -146,12 +163,13 @@ impl Gateway {
         Ok(forked)
     }
 
-    /// Pauses a sandbox. Its time stands still.
-    pub(crate) async fn pause(&self, entry: &Entry<Record>) -> Answer<()> {
+    /// Pauses a sandbox, if it is such. Its time stands still.
+    pub(crate) async fn pause(&self, entry: &Entry<Record>, is_such: impl Fn(&Record) -> bool) -> Answer<()> {
         let _turn = entry.turn.lock().await;
         let record = entry.get();
-        if record.paused {
-            return Err(ApiError::conflict(format!("the sandbox {:?} is paused", record.id)));
+        record.expect(State::Running)?;
+        if !is_such(&record) {
+            return Ok(());
         }
         // First: it must not end while it is paused.
         self.end_never(&record.id).await?;
@@ -164,6 +182,7 @@ impl Gateway {
             return Err(error.into());
         }
         self.0.sandboxes.change(entry, |record| record.paused = true);
+        entry.cut.send_replace(());
         // Its memory goes to a file until it is resumed. Without a disk for it, it stays.
         let request = SuspendRequest { dir: None };
         let suspended: Result<SuspendAnswer, _> = self.vm(Method::POST, &record.id, "/suspend", Some(&request)).await;
@@ -173,16 +192,19 @@ impl Gateway {
         Ok(())
     }
 
-    /// Lets a sandbox run, and for this long at least. Returns whether it was paused.
+    /// Lets a sandbox run, and for this long at least: one that is in the `state`, if one is given. Returns
+    /// whether it was paused.
     pub(crate) async fn resume(
         &self,
         entry: &Entry<Record>,
         timeout: Option<i64>,
         auto_pause: Option<bool>,
+        state: Option<State>,
     ) -> Answer<(Sandbox, bool)> {
         let timeout = seconds(timeout, DEFAULT_TIMEOUT)?;
         let _turn = entry.turn.lock().await;
         let record = entry.get();
+        state.map_or(Ok(()), |state| record.expect(state))?;
         let end_at = after(Timestamp::now(), timeout)?;
         if !record.paused {
             if end_at > record.end_at {
@@ -225,12 +247,18 @@ impl Gateway {
         self.prolong(entry, &record, end_at, timeout).await
     }
 
-    /// Opens or closes a sandbox's network.
+    /// Opens or closes a sandbox's network, and replaces its own rules. Its template's stay.
     pub(crate) async fn set_network(&self, entry: &Entry<Record>, rules: &Value) -> Answer<()> {
-        let network = link(None, Some(rules))?.unwrap_or(Link::Open);
+        let network = new_network(rules)?;
         let _turn = entry.turn.lock().await;
-        let request = NetworkRequest { network };
-        let _: VmInfo = self.vm(Method::POST, &entry.get().id, "/network", Some(&request)).await?;
+        let record = entry.get();
+        let request = match record.template_layers {
+            Some(keep) => NetworkRequest { network: network.link, egress: Some(network.egress), keep },
+            None if network.egress.is_empty() => NetworkRequest { network: network.link, ..NetworkRequest::default() },
+            None => return Err(ApiError::conflict("rules of a sandbox that an older clade made cannot be replaced")),
+        };
+        let _: VmInfo = self.vm(Method::POST, &record.id, "/network", Some(&request)).await?;
+        self.0.sandboxes.change(entry, |record| record.network = network.asked);
         Ok(())
     }
 
@@ -243,6 +271,7 @@ impl Gateway {
             return stopped.map(drop);
         }
         self.0.sandboxes.remove(&id);
+        entry.cut.send_replace(());
         // Somebody else may have ended it.
         stopped.map(drop).map_err(|_| ApiError::no_sandbox(&id))
     }

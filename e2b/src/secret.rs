@@ -73,11 +73,20 @@ impl TokenKey {
         }
     }
 
-    /// The token of a sandbox. Who has it says nothing of another's.
+    /// The token of a sandbox's agent. Who has it says nothing of another's.
     pub(crate) fn token(&self, sandbox: &str) -> String {
+        self.of(b"envd access ", sandbox)
+    }
+
+    /// The token of a sandbox's other ports.
+    pub(crate) fn traffic_token(&self, sandbox: &str) -> String {
+        self.of(b"traffic access ", sandbox)
+    }
+
+    fn of(&self, purpose: &[u8], sandbox: &str) -> String {
         // HMAC takes a key of any length.
         let Ok(mut mac) = Hmac::<Sha256>::new_from_slice(&self.0) else { return String::new() };
-        mac.update(b"envd access ");
+        mac.update(purpose);
         mac.update(sandbox.as_bytes());
         hex(&mac.finalize().into_bytes())
     }
@@ -94,6 +103,8 @@ mod tests {
         let key = TokenKey::read_or_create(&path).unwrap();
         assert_eq!(key.token("a").len(), 64);
         assert_ne!(key.token("a"), key.token("b"));
+        assert_ne!(key.traffic_token("a"), key.token("a"));
+        assert_ne!(key.traffic_token("a"), key.traffic_token("b"));
         assert_eq!(TokenKey::read_or_create(&path).unwrap().token("a"), key.token("a"));
         std::fs::remove_file(&path).unwrap();
         assert_ne!(TokenKey::read_or_create(&path).unwrap().token("a"), key.token("a"));

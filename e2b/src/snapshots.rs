@@ -22,6 +22,10 @@ impl Gateway {
             Some(name) => checkpoint_name(&name).to_owned(),
             None => format!("s{}", random_hex::<9>().map_err(|error| ApiError::internal(error.to_string()))?),
         };
+        // The checkpoint of a template is made again under its id, and the name would be the template's.
+        if self.built(&name).is_some() {
+            return Err(ApiError::conflict(format!("{name:?} is the name of a template")));
+        }
         let request = CheckpointRequest { name: Some(name) };
         let taken: CheckpointInfo = self.vm(Method::POST, id, "/checkpoint", Some(&request)).await?;
         let (owner, sandbox) = (owner.to_owned(), id.to_owned());

@@ -55,6 +55,9 @@ pub(crate) struct Sandbox {
     pub(crate) client: &'static str,
     pub(crate) envd_version: &'static str,
     pub(crate) envd_access_token: String,
+    /// Of a sandbox whose ports are not public.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) traffic_access_token: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) domain: Option<String>,
 }
@@ -90,6 +93,31 @@ pub(crate) struct Listed {
     pub(crate) envd_version: &'static str,
 }
 
+/// Where a sandbox may send, as its owner has asked.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct AskedNetwork {
+    #[serde(rename = "allowInternetAccess", skip_serializing_if = "Option::is_none", default)]
+    pub(crate) is_allowed: Option<bool>,
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub(crate) allow_out: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub(crate) deny_out: Vec<String>,
+}
+
+/// A sandbox's network.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct NetworkShown {
+    pub(crate) allow_public_traffic: bool,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) allow_out: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) deny_out: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) mask_request_host: Option<String>,
+}
+
 /// A sandbox, by its name.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -99,6 +127,9 @@ pub(crate) struct Detail {
     pub(crate) envd_access_token: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) domain: Option<String>,
+    /// Null where it was not asked for.
+    pub(crate) allow_internet_access: Option<bool>,
+    pub(crate) network: NetworkShown,
     pub(crate) lifecycle: Lifecycle,
 }
 

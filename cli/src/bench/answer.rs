@@ -196,7 +196,7 @@ async fn answer(client: &Client, vm: &str, command: &[&str]) -> anyhow::Result<(
 }
 
 /// What a program writes.
-async fn exec(client: &Client, vm: &str, command: &[&str]) -> anyhow::Result<String> {
+pub(super) async fn exec(client: &Client, vm: &str, command: &[&str]) -> anyhow::Result<String> {
     let info: VmInfo = client.request(Method::GET, vm, "", None::<&()>).await?;
     let vsock = info.vsock.ok_or_else(|| anyhow!("it has no vsock device"))?;
     // One that tries again gives a guest on busy processors more to do.

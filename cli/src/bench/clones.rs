@@ -11,8 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clade_daemon::control::{
-    BootRequest, CheckpointInfo, CheckpointRequest, ForkAnswer, ForkRequest, PrepareRequest, Prepared, SupervisorInfo,
-    VmInfo, VmLimits,
+    BootRequest, CheckpointInfo, CheckpointRequest, ForkAnswer, ForkRequest, PrepareRequest, Prepared, VmInfo, VmLimits,
 };
 use clade_daemon::fleet::Labels;
 use clade_harness::BareVcpu;
@@ -20,7 +19,7 @@ use clade_vmm::boot::{BootSource, Image};
 use clade_vmm::vm::{Context, ForkImage, Vm, VmConfig};
 use hyper::Method;
 
-use crate::bench::supervisor::{BenchSupervisor, TIMEOUT};
+use crate::bench::supervisor::BenchSupervisor;
 use crate::bench::{Row, Sample, announced, announced_clone, fill, label};
 use crate::commands::{BARE, BenchArgs, Failure, MEASURE};
 
@@ -142,7 +141,7 @@ impl Bench {
         let (first, _) = self.fork("vms/parent", 1)?;
         self.stop(&first.children)?;
         for _ in 0..samples {
-            self.await_prepared(1)?;
+            self.supervisor.await_prepared(1)?;
             let (answer, took) = self.fork("vms/parent", 1)?;
             ours.push_us(took);
             self.stop(&answer.children)?;
@@ -201,20 +200,6 @@ impl Bench {
             sample.push(private_kib(info.pid).map_err(Failure::run)? as f64);
         }
         Ok(sample)
-    }
-
-    fn await_prepared(&self, count: usize) -> Result<(), Failure> {
-        let deadline = Instant::now() + TIMEOUT;
-        loop {
-            let info: SupervisorInfo = self.supervisor.ask(Method::GET, "/v1/supervisor", None::<&()>)?;
-            if info.prepared >= count {
-                return Ok(());
-            }
-            if Instant::now() > deadline {
-                return Err(Failure::Run(anyhow::anyhow!("no worker is prepared within {TIMEOUT:?}")));
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
     }
 
     /// Stops clones: the parent stays.

@@ -7,6 +7,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clade_devices::disk::DiskConfig;
@@ -47,6 +48,10 @@ const KINDS: [Kind; 4] = [
     Kind { name: "seq_read_1m", what: What::Read, order: Order::Sequential, block: 2048, count: 128 },
     Kind { name: "seq_write_1m", what: What::WriteRaw, order: Order::Sequential, block: 2048, count: 128 },
 ];
+
+/// What is read while the VM is forked 100 times a second.
+const READ: Kind = Kind { name: "disk_under_forks", what: What::Read, order: Order::Random, block: 128, count: 16_384 };
+const FORK_PACE: Duration = Duration::from_millis(10);
 
 impl Kind {
     fn run(&self, seed: u64) -> DiskRun {
@@ -94,7 +99,42 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failu
             .against("io_uring on the host", baseline)
             .target("at least 80 % of the host's", |row| row.ratio() >= 0.8)
     };
-    Ok(KINDS.iter().zip(&samples).map(row).collect())
+    let mut rows: Vec<_> = KINDS.iter().zip(&samples).map(row).collect();
+    rows.push(under_forks(context, &path, args.samples)?);
+    Ok(rows)
+}
+
+/// A guest that reads its disk while it is forked, against the same guest when it is not. No child
+/// runs: what is measured is what the forks take from the guest and its device.
+fn under_forks(context: &Context, path: &Path, samples: usize) -> Result<Row, Failure> {
+    let guest = Guest::boot(context, path)?;
+    let (mut ours, mut baseline) = (Sample::default(), Sample::default());
+    for round in 0..samples.div_ceil(SAMPLES_A_ROUND) as u64 {
+        baseline.push(guest.run(READ.run(round), &READ)?);
+        let (stop, guest) = (AtomicBool::new(false), &guest);
+        let rate = std::thread::scope(|scope| -> Result<f64, Failure> {
+            let forks = scope.spawn(|| {
+                let begun = Instant::now();
+                for fork in 1.. {
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    guest.0.fork().map_err(Failure::run)?;
+                    std::thread::sleep((begun + FORK_PACE * fork).saturating_duration_since(Instant::now()));
+                }
+                Ok::<_, Failure>(())
+            });
+            let rate = guest.run(READ.run(round), &READ);
+            stop.store(true, Ordering::Relaxed);
+            let panicked = || Failure::Run(anyhow::anyhow!("the thread that forks has panicked"));
+            forks.join().map_err(|_| panicked())??;
+            rate
+        });
+        ours.push(rate?);
+    }
+    Ok(Row::new("disk_under_forks", "MiB/s", &ours)
+        .against("not forked", &baseline)
+        .target("at least 95 % of it", |row| row.ratio() >= 0.95))
 }
 
 /// The baseline: this process runs the same operations on the same file.

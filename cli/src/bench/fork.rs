@@ -1,10 +1,10 @@
 //! `clade bench fork`.
 //!
-//! For each size, a bare guest writes all its RAM. It then keeps writing a hot set of 64 pages and
+//! For each size, a bare guest writes all its RAM, or 4 GiB of it. It then keeps writing a hot set of 64 pages and
 //! is forked repeatedly. The first baseline copies all RAM: the cost of a fork without
 //! copy-on-write. The second restores as other VMMs do: it creates the VM on the path, with a
 //! private mapping of a file in 4 KiB pages. Both are measured in the same run, on the same
-//! contents.
+//! contents. A guest that has written only a part of its RAM has none.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
 use clade_memory::{Backing, Store};
 
-use crate::bench::{Row, Sample, announced, label, low_pages, written};
+use crate::bench::{MOST_FILLED, Row, Sample, announced, announced_clone, label, low_pages, written};
 use crate::commands::{BenchArgs, Failure};
 use clade_harness::BareVcpu;
-use clade_vmm::vm::{ChildOptions, Context, ForkImage, Vm, VmConfig};
+use clade_vmm::vm::{ChildOptions, ChildStep, Context, ForkImage, ForkTimes, Vm, VmConfig};
 
 /// Pages the parent keeps writing.
 const HOT_PAGES: u64 = 64;
@@ -37,7 +37,7 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failu
         if mem < 2 * WORK_BASE {
             return Err(Failure::Input(anyhow::anyhow!("{mem} bytes are too few for this benchmark: at least 32M")));
         }
-        let size = OneSize { context, plain: &plain, config, mem, samples: args.samples };
+        let size = OneSize { context, plain: &plain, config, mem, samples: args.samples, timeline: args.timeline };
         rows.extend(size.measure(&mut smallest)?);
     }
     Ok(rows)
@@ -49,6 +49,7 @@ struct OneSize<'a> {
     config: Arc<VmConfig>,
     mem: u64,
     samples: usize,
+    timeline: bool,
 }
 
 #[derive(Default)]
@@ -58,8 +59,40 @@ struct Samples {
     full_copy: Sample,
     first_instruction: Sample,
     plain_first_instruction: Sample,
+    cold_first_instruction: Sample,
     read: Sample,
     plain_read: Sample,
+    timeline: StepSamples,
+}
+
+/// The steps from a fork's request to the child's first report, each from the end of the one before.
+#[derive(Default)]
+struct StepSamples(Vec<(&'static str, Sample)>);
+
+impl StepSamples {
+    fn push(&mut self, name: &'static str, time: Duration) {
+        let at = self.0.iter().position(|(known, _)| *known == name).unwrap_or_else(|| {
+            self.0.push((name, Sample::default()));
+            self.0.len() - 1
+        });
+        self.0[at].1.push_us(time);
+    }
+
+    /// Adds one fork, that was begun at `begun` and whose child reported at `announced`.
+    fn add(&mut self, begun: Instant, times: ForkTimes, child: &Vm, announced: Instant) {
+        let Some(timeline) = child.timeline() else { return };
+        self.push("parent_park", times.park);
+        self.push("parent_freeze", times.freeze);
+        self.push("parent_save", times.pause.saturating_sub(times.park + times.freeze));
+        self.push("between", (timeline.begun() - begun).saturating_sub(times.pause));
+        let mut last = Duration::ZERO;
+        for step in ChildStep::ALL {
+            let Some(at) = timeline.at(step) else { continue };
+            self.push(step.name(), at.saturating_sub(last));
+            last = at;
+        }
+        self.push("guest", announced.saturating_duration_since(timeline.begun() + last));
+    }
 }
 
 impl OneSize<'_> {
@@ -72,22 +105,34 @@ impl OneSize<'_> {
         }
         let parent = self.parent()?;
         let (image, _) = parent.fork().map_err(Failure::run)?;
-        let flat = self.copy(&image, &mut s.full_copy)?;
+        // A larger guest is sparse: a copy would fill the host with its zeros.
+        let flat = if self.mem <= MOST_FILLED { Some(self.copy(&image, &mut s.full_copy)?) } else { None };
         for _ in 0..self.samples {
             self.context.prefill(&self.config, 1).map_err(Failure::run)?;
             std::thread::sleep(PACE);
             let begun = Instant::now();
             let (image, report) = parent.fork().map_err(Failure::run)?;
             s.pause.push_us(report.times.pause);
-            s.first_instruction.push_us(announced(self.context, &image, begun)?);
+            let (child, at) = announced_clone(self.context, &image)?;
+            s.first_instruction.push_us(at - begun);
+            s.timeline.add(begun, report.times, &child, at);
+            drop(child);
             // Alternate, so that both see the same noise. The VM is created cold, as on the path of
             // a restore.
-            s.plain_first_instruction.push_us(announced(self.plain, &flat, Instant::now())?);
+            if let Some(flat) = &flat {
+                s.plain_first_instruction.push_us(announced(self.plain, flat, Instant::now())?);
+            }
+            std::thread::sleep(PACE);
+            let begun = Instant::now();
+            let (image, _) = parent.fork().map_err(Failure::run)?;
+            s.cold_first_instruction.push_us(announced(self.context, &image, begun)?);
         }
         drop(parent);
         for _ in 0..self.samples.clamp(1, 5) {
             s.read.push_us(self.read(self.context, &image)?);
-            s.plain_read.push_us(self.read(self.plain, &flat)?);
+            if let Some(flat) = &flat {
+                s.plain_read.push_us(self.read(self.plain, flat)?);
+            }
         }
         self.context.drain();
         Ok(self.rows(&s, smallest))
@@ -104,16 +149,24 @@ impl OneSize<'_> {
         } else {
             pause.target(format!("p50 <= 3 x {}'s", super::label(base_mem)), |r| r.p50() <= 3.0 * base)
         };
-        vec![
+        let mut rows = vec![
             pause,
             Row::new(format!("first_fork_pause_{label}"), "us", &s.first_pause).against(copy, &s.full_copy),
             Row::new(format!("first_instruction_{label}"), "us", &s.first_instruction)
                 .against(restore, &s.plain_first_instruction)
                 .target("p50 <= 500", |r| r.p50() <= 500.0),
+            Row::new(format!("first_instruction_cold_{label}"), "us", &s.cold_first_instruction)
+                .against(restore, &s.plain_first_instruction),
             Row::new(format!("read_shared_{}_of_{label}", super::label(self.read_bytes())), "us", &s.read)
                 .against(restore, &s.plain_read)
                 .target("ratio <= 0.05", |r| r.ratio() <= 0.05),
-        ]
+        ];
+        if self.timeline {
+            rows.extend(
+                s.timeline.0.iter().map(|(name, sample)| Row::new(format!("step_{name}_{label}"), "us", sample)),
+            );
+        }
+        rows
     }
 
     /// A guest that has written all its RAM and keeps writing its hot set.

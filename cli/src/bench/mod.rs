@@ -1,5 +1,7 @@
 //! `clade bench`: ours, the baseline and the ratio from one run.
 
+mod ahead;
+mod all;
 mod answer;
 mod clones;
 mod disk;
@@ -11,6 +13,7 @@ mod restore;
 mod sample;
 mod supervisor;
 mod suspend;
+mod tti;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -31,7 +34,7 @@ const INTERPRETED: &str = "kvm-pvm interprets guest kernels: every system call a
     many times what it costs with hardware virtualization, so these figures are unflattering";
 
 /// A measured figure beside its baseline.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub(crate) struct Row {
     name: String,
     unit: &'static str,
@@ -43,7 +46,7 @@ pub(crate) struct Row {
     met: Option<bool>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub(crate) struct Baseline {
     name: &'static str,
     #[serde(flatten)]
@@ -55,7 +58,11 @@ impl Row {
         Self { name: name.into(), unit, ours: ours.spread(), baseline: None, ratio: None, target: None, met: None }
     }
 
+    /// Beside a baseline, if there is a sample of it.
     pub(crate) fn against(mut self, name: &'static str, baseline: &Sample) -> Self {
+        if baseline.is_empty() {
+            return self;
+        }
         let spread = baseline.spread();
         self.ratio = Some(self.ours.p50 / spread.p50);
         self.baseline = Some(Baseline { name, spread });
@@ -78,6 +85,11 @@ impl Row {
 
     pub(crate) fn ratio(&self) -> f64 {
         self.ratio.unwrap_or(f64::NAN)
+    }
+
+    /// The same figure by another name.
+    fn called(self, name: &str) -> Self {
+        Self { name: name.to_owned(), ..self }
     }
 }
 
@@ -128,6 +140,8 @@ pub(crate) fn main(args: &BenchArgs) -> Result<(), Failure> {
     }
     let context = Context::open().map_err(Failure::input)?.with_report_port();
     let rows = match args.name {
+        BenchName::Ahead => ahead::run(&context, args)?,
+        BenchName::All => all::run(&context, args)?,
         BenchName::Answer => answer::run(args)?,
         BenchName::Clones => clones::run(&context, args)?,
         BenchName::Disk => disk::run(&context, args)?,
@@ -136,11 +150,13 @@ pub(crate) fn main(args: &BenchArgs) -> Result<(), Failure> {
         BenchName::Reset => reset::run(&context, args)?,
         BenchName::Pin => pin::run(context.store(), args)?,
         BenchName::Restore => restore::restore(&context, args)?,
+        BenchName::Restored => return restore::restored(&context, args),
         BenchName::Suspend => suspend::run(&context, args)?,
         BenchName::Save => restore::save(&context, args)?,
+        BenchName::Tti => tti::run(args)?,
     };
     let is_interpreted = context.host().quirks() == Quirks::Pvm;
-    let note = (args.name == BenchName::Answer && is_interpreted).then_some(INTERPRETED);
+    let note = (matches!(args.name, BenchName::Answer | BenchName::Tti) && is_interpreted).then_some(INTERPRETED);
     let report = Report { host: HostInfo::of(&context), note, rows };
     if args.json { print_json(&report).map_err(Failure::run) } else { print(&report) }
 }
@@ -155,20 +171,28 @@ fn low_pages(mem: u64) -> u64 {
     (mem.min(GAP_START) - WORK_BASE) / PAGE_SIZE
 }
 
-/// Boots a bare guest with one vCPU and fills all its RAM above its own image.
+/// Larger guests are sparse: a copy of all that they have written, which is a baseline, must fit on
+/// the host beside it.
+const MOST_FILLED: u64 = 4 << 30;
+
+/// Boots a bare guest with one vCPU and fills its RAM above its own image.
 fn written(context: &Context, config: &Arc<VmConfig>) -> Result<Vm, Failure> {
     let vm = boot_bare(context, "bench", config).map_err(Failure::run)?;
     fill(&vm, config)?;
     Ok(vm)
 }
 
-/// Has the guest fill all its RAM above its own image.
+/// Has the guest fill all its RAM above its own image, as far as [`MOST_FILLED`].
 pub(crate) fn fill(vm: &Vm, config: &VmConfig) -> Result<(), Failure> {
     let vcpu = BareVcpu::new(vm, 0);
+    let mut left = MOST_FILLED / PAGE_SIZE;
     for (base, pages) in config.layout().ranges() {
         let start = base.0.max(WORK_BASE);
-        let pages = pages - (start - base.0) / PAGE_SIZE;
-        vcpu.run(Command::Fill { start, pages, seed: 1 }).map_err(Failure::run)?;
+        let pages = (pages - (start - base.0) / PAGE_SIZE).min(left);
+        left -= pages;
+        if pages > 0 {
+            vcpu.run(Command::Fill { start, pages, seed: 1 }).map_err(Failure::run)?;
+        }
     }
     Ok(())
 }
@@ -181,7 +205,7 @@ fn announced(context: &Context, image: &Arc<ForkImage>, begun: Instant) -> Resul
 /// Starts a child. Returns it, and when it reported.
 fn announced_clone(context: &Context, image: &Arc<ForkImage>) -> Result<(Vm, Instant), Failure> {
     let tell = |ram: &GuestRam| {
-        if let Err(error) = BareMailbox::new(ram, 0).order(Command::Announce) {
+        if let Err(error) = BareMailbox::new(ram, 0).order(Command::AnnounceAndHalt) {
             tracing::error!(%error, "no order for the child");
         }
     };

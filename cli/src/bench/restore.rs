@@ -5,6 +5,9 @@
 //! command, which reads a word of 256 pages. The baseline reads all of the memory first, in the
 //! same run and alternating.
 //!
+//! It is also measured as a user sees it: by a request to a supervisor, and by a process that starts,
+//! restores it and ends.
+//!
 //! The baseline of a save is this process writing as many bytes past the page cache, as `dd
 //! oflag=direct conv=fsync` does. The VM's pause is compared with that of a fork.
 //!
@@ -12,18 +15,22 @@
 //! read separately.
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
+use clade_daemon::control::{ForkAnswer, ForkRequest, RestoreRequest, SavedSource};
+use clade_guests::abi::{Command as GuestCommand, PAGE_SIZE, WORK_BASE};
 use clade_snapshot::Compression;
+use hyper::Method;
 use rustix::fs::{Advice, fadvise};
 
-use crate::bench::{Row, Sample, announced, label, written};
-use crate::commands::{BenchArgs, Failure};
+use crate::bench::supervisor::BenchSupervisor;
+use crate::bench::{Row, Sample, announced, announced_clone, label, written};
+use crate::commands::{BenchArgs, Failure, MEASURE};
 use clade_harness::BareVcpu;
 use clade_vmm::vm::{
     ChildOptions, Context, ForkImage, RestoreLoad, RestoreOptions, SnapshotOptions, SnapshotReport, Vm, VmConfig,
@@ -36,6 +43,7 @@ const CHANGED: u64 = 1_000;
 /// Bytes per write.
 const BLOCK: usize = 1 << 20;
 const ALIGN: usize = 4096;
+const READ_ALL: &str = "read all of it first";
 const FULL: SnapshotOptions = SnapshotOptions { incremental: false, compression: Compression::None, replace: true };
 
 /// A guest that has written all its RAM, and a directory on the disk.
@@ -108,7 +116,9 @@ impl Bench {
             clone.push_us(announced(context, &image, Instant::now())?);
         }
         context.drain();
-        let read = "read all of it first";
+        let (by_api, of_process, of_process_whole) =
+            (self.by_api(&at)?, self.process(&at, false)?, self.process(&at, true)?);
+        let read = READ_ALL;
         let l = &self.label;
         Ok(vec![
             Row::new(format!("restore_first_instruction{l}"), "us", &lazy.first).against(read, &preload.first),
@@ -117,6 +127,12 @@ impl Bench {
             Row::new(format!("restore_first_answer_cold{l}"), "us", &cold.answer)
                 .against("in the page cache", &lazy.answer),
             Row::new(format!("restore_next_first_instruction{l}"), "us", &clone).against("from opening", &lazy.first),
+            Row::new(format!("restore_api_first_byte{l}"), "us", &by_api)
+                .against("the library, in one process", &lazy.first)
+                .target("p50 <= 2000", |row| row.p50() <= 2_000.0),
+            Row::new(format!("restore_process_first_byte{l}"), "us", &of_process)
+                .against(read, &of_process_whole)
+                .target("p50 <= 4000", |row| row.p50() <= 4_000.0),
         ])
     }
 
@@ -130,7 +146,7 @@ impl Bench {
         let begun = Instant::now();
         let vm = Vm::from_image(context, "restored", &open()?, ChildOptions::default()).map_err(Failure::run)?;
         let vcpu = BareVcpu::new(&vm, 0);
-        let read = Command::Read { start: WORK_BASE, pages: ANSWER_PAGES, passes: 1, words: 1 };
+        let read = GuestCommand::Read { start: WORK_BASE, pages: ANSWER_PAGES, passes: 1, words: 1 };
         let [sum, ..] = vcpu.run(read).map_err(Failure::run)?;
         into.answer.push_us(begun.elapsed());
         if sum == 0 {
@@ -139,6 +155,59 @@ impl Bench {
         into.private.push(vm.memory_stats().map_err(Failure::run)?.private_kib as f64);
         Ok(())
     }
+}
+
+/// From a running supervisor, and from nothing.
+impl Bench {
+    /// A request to a supervisor until the guest's first report, in a process of its own.
+    fn by_api(&self, at: &Path) -> Result<Sample, Failure> {
+        let supervisor = BenchSupervisor::start(&["--pool", "1"], &[(MEASURE, "1")])?;
+        let saved = SavedSource { dir: at.to_owned(), load: RestoreLoad::Lazy, overlays: None };
+        let request = RestoreRequest { saved, vms: ForkRequest { count: 1, ..ForkRequest::default() }, session: None };
+        let mut sample = Sample::default();
+        for round in 0..=self.samples {
+            if round > 0 {
+                supervisor.await_prepared(1)?;
+            }
+            let begun = Instant::now();
+            let answer: ForkAnswer = supervisor.ask(Method::POST, "/v1/restore", Some(&request))?;
+            // The first finds nothing that is prepared.
+            if round > 0 {
+                sample.push_us(begun.elapsed());
+            }
+            supervisor.stop(&answer.children, 0)?;
+        }
+        Ok(sample)
+    }
+
+    /// A process from its start until its guest's first report.
+    fn process(&self, at: &Path, preload: bool) -> Result<Sample, Failure> {
+        let mut sample = Sample::default();
+        for _ in 0..self.samples {
+            let begun = Instant::now();
+            let mut process = Command::new("/proc/self/exe");
+            process.args(["bench", "restored", "--snapshot"]).arg(at).stdin(Stdio::null()).stdout(Stdio::piped());
+            process.args(preload.then_some("--preload"));
+            let mut process = process.spawn().map_err(Failure::run)?;
+            let said = process.stdout.take().map(|mut out| out.read_exact(&mut [0]));
+            sample.push_us(begun.elapsed());
+            let ended = process.wait().map_err(Failure::run)?;
+            if !ended.success() || !matches!(said, Some(Ok(()))) {
+                return Err(Failure::Run(anyhow::anyhow!("a process that restores a snapshot has ended with {ended}")));
+            }
+        }
+        Ok(sample)
+    }
+}
+
+/// `clade bench restored`: the process that `Bench::process` starts. It says so when its guest runs.
+pub(crate) fn restored(context: &Context, args: &BenchArgs) -> Result<(), Failure> {
+    let at = args.snapshot.as_deref().ok_or_else(|| Failure::Input(anyhow::anyhow!("--snapshot is missing")))?;
+    let load = if args.preload { RestoreLoad::Preload } else { RestoreLoad::Lazy };
+    let options = RestoreOptions { load, overlays: None, sockets: None };
+    let image = ForkImage::restore(context, at, &options).map_err(Failure::run)?;
+    let (_vm, _) = announced_clone(context, &image)?;
+    std::io::stdout().write_all(b"!").and_then(|()| std::io::stdout().flush()).map_err(Failure::run)
 }
 
 /// Drops a snapshot's files from the page cache.
@@ -174,12 +243,12 @@ impl Bench {
             plain.push_us(took);
             plain_rate.push(mib / took.as_secs_f64());
 
-            let fill = Command::Fill { start: WORK_BASE, pages: CHANGED, seed: 2 + round };
+            let fill = GuestCommand::Fill { start: WORK_BASE, pages: CHANGED, seed: 2 + round };
             vcpu.run(fill).map_err(Failure::run)?;
             // Prefill for both, so that their order makes no difference.
             self.vm.context().prefill(&self.config, 1).map_err(Failure::run)?;
             fork_pause.push_us(self.vm.fork().map_err(Failure::run)?.1.times.pause);
-            vcpu.run(Command::Fill { start: WORK_BASE, pages: CHANGED, seed: 3 + round }).map_err(Failure::run)?;
+            vcpu.run(GuestCommand::Fill { start: WORK_BASE, pages: CHANGED, seed: 3 + round }).map_err(Failure::run)?;
             self.vm.context().prefill(&self.config, 1).map_err(Failure::run)?;
             let report = self.save("more", true)?;
             more.push_us(report.took);

@@ -24,6 +24,10 @@ impl Sample {
         self.push(time.as_secs_f64() * 1e6);
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Percentiles by nearest rank: measured values, never interpolated. NaN without samples.
     pub(crate) fn spread(&self) -> Spread {
         let mut sorted = self.0.clone();

@@ -72,6 +72,21 @@ impl BenchSupervisor {
         self.runtime.block_on(self.client.supervisor(method, path, body)).map_err(Failure::run)
     }
 
+    /// Waits until `count` workers are prepared.
+    pub(super) fn await_prepared(&self, count: usize) -> Result<(), Failure> {
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            let info: SupervisorInfo = self.ask(Method::GET, "/v1/supervisor", None::<&()>)?;
+            if info.prepared >= count {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(Failure::Run(anyhow::anyhow!("no worker is prepared within {TIMEOUT:?}")));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// Stops VMs, and waits until there are no more than `left`.
     pub(super) fn stop(&self, names: &[String], left: usize) -> Result<(), Failure> {
         let stop = |name: String| {

@@ -163,7 +163,7 @@ fn pass_on(
     let [from, to] = [host.lone_vcpu()?, host.lone_vcpu()?];
     let mut before = VcpuState::save(&from.1, layout, &cpuid)?;
     change(&mut before);
-    before.restore(&to.1, layout, CpuidState::Set, clock)?;
+    before.restore(&to.1, layout, CpuidState::Set, clock, None)?;
     let after = VcpuState::save(&to.1, layout, &cpuid)?;
     Ok((before, after))
 }

@@ -7,20 +7,24 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use clade_devices::virtio::net::EgressRule;
 use clade_devices::virtio::vsock::VsockOptions;
 
 use crate::commands::cp::CpArgs;
-use crate::commands::devices::{parse_net, parse_net_choice, parse_vsock, parse_vsock_choice};
+use crate::commands::devices::{parse_net_choice, parse_vsock, parse_vsock_choice};
 use crate::commands::disk::parse_disk;
 use crate::commands::e2b::{E2bArgs, KeyCommand};
 use crate::commands::exec::{ExecArgs, ShellArgs};
 use crate::commands::generate::{CompletionsArgs, ManArgs};
 use crate::commands::image::{ImageCommand, PullFlags};
+use crate::commands::machine::MachineArgs;
 use crate::commands::many::{ManyArgs, StopArgs, SuspendArgs};
 use crate::commands::memory::MemoryCommand;
 use crate::commands::network::{NetworkArgs, NetworkState};
 use crate::commands::pages::PagesArgs;
+use crate::commands::session::AHEAD_MIB;
 use crate::commands::stats::StatsArgs;
+use crate::commands::template::TemplateCommand;
 use crate::commands::tree::TreeArgs;
 use crate::commands::units::{parse_duration, parse_mib, parse_size};
 use crate::commands::wait::WaitArgs;
@@ -28,8 +32,7 @@ use clade_daemon::fleet::{Label, LabelError};
 use clade_daemon::jail::Confinement;
 use clade_daemon::supervisor::CgroupPlace;
 use clade_daemon::zygote::ZYGOTE;
-use clade_vmm::kvm::{CpuHide, CpuTemplate};
-use clade_vmm::vm::{DiskSpec, NetChoice, NetSpec, VsockChoice};
+use clade_vmm::vm::{DiskSpec, NetChoice, VsockChoice};
 
 /// A small KVM virtual machine monitor that forks running microVMs.
 #[derive(Debug, Parser)]
@@ -75,7 +78,7 @@ pub(crate) enum Command {
     Ready(ManyArgs),
     /// Show a VM's balloon, or ask its guest to give up memory.
     Balloon(BalloonArgs),
-    /// Open or close a VM's network: let packets pass, or none.
+    /// Open or close a VM's network, or say where its packets may go.
     Network(NetworkArgs),
     /// Attach to a VM's console (Ctrl-A x leaves; the VM runs on).
     Console(ConsoleArgs),
@@ -107,6 +110,9 @@ pub(crate) enum Command {
     /// OCI images: fetch, list, inspect and remove what VMs can be run of.
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Templates: an image that has been set up, with what it runs under way. Sandboxes are forks of it.
+    #[command(subcommand)]
+    Template(TemplateCommand),
     /// Keys of E2B's API: make, list and take them back.
     #[command(subcommand)]
     Key(KeyCommand),
@@ -124,6 +130,8 @@ pub(crate) enum Command {
     Completions(CompletionsArgs),
     /// Write a man page for each command.
     Man(ManArgs),
+    /// Print the API as an OpenAPI document. No VM and no clade serve is needed.
+    Openapi,
     /// Fork workers for the process that started this one, with a socket on standard input.
     #[command(hide = true, name = ZYGOTE)]
     Zygote(ZygoteArgs),
@@ -135,6 +143,10 @@ pub(crate) struct ServeArgs {
     /// As many are kept as the last forks took.
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub(crate) pool: usize,
+    /// MiB of memory that a child of a checkpoint may have copies of before it writes there: what most
+    /// children before it have written. 0 for none.
+    #[arg(long, value_name = "MIB", default_value_t = AHEAD_MIB)]
+    pub(crate) ahead: u32,
     /// Confine the processes of VMs: as far as the host can (auto), wholly or not at all (require),
     /// or leave them free (off).
     #[arg(long, value_name = "auto|require|off", default_value_t = Confinement::Auto)]
@@ -161,6 +173,8 @@ pub(crate) struct ServeArgs {
 pub(crate) struct ZygoteArgs {
     #[arg(long, default_value_t = Confinement::Auto)]
     pub(crate) confine: Confinement,
+    #[arg(long)]
+    pub(crate) huge_text: bool,
 }
 
 #[derive(Debug, Args)]
@@ -313,12 +327,8 @@ pub(crate) struct RunArgs {
     /// Text to append to the default command line of the kernel. Repeatable.
     #[arg(long, value_name = "TEXT", conflicts_with = "cmdline")]
     pub(crate) append: Vec<String>,
-    /// Guest memory: bytes, or with K, M, G, T.
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
-    pub(crate) mem: u64,
-    /// Number of vCPUs.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub(crate) cpus: u64,
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
     /// The VM's name. Default: clade-PID.
     #[arg(long)]
     pub(crate) name: Option<String>,
@@ -346,54 +356,16 @@ pub(crate) struct RunArgs {
     /// The same of a variable of this command's environment. Repeatable.
     #[arg(long, value_name = "NAME")]
     pub(crate) secret_env: Vec<String>,
-    /// The CPU model: host, or the baseline x86-64-v1, x86-64-v2 or x86-64-v3, with which a
-    /// snapshot moves between hosts of one vendor.
-    #[arg(long, value_name = "TEMPLATE", default_value_t = CpuTemplate::Host)]
-    pub(crate) cpu_template: CpuTemplate,
-    /// CPU features to hide from the guest, besides those that this host's KVM lacks.
-    #[arg(long, value_name = "FEATURE,...", value_parser = parse_hide)]
-    pub(crate) cpu_hide: Option<CpuHide>,
-    /// Performance counters, as the host has them. What they count is the host's, and a snapshot
-    /// needs a host that has them too.
-    #[arg(long)]
-    pub(crate) pmu: bool,
     /// A disk: PATH, then options with commas between: ro or ephemeral, id=TEXT, cache=host|direct,
     /// overlays=DIR, queues=N, bytes=RATE, bytes-burst=N, ops=RATE, ops-burst=N. Repeatable; the
     /// guest finds disks in this order. Writes to an ephemeral disk are lost with the VM; several
     /// VMs may use its image.
     #[arg(long, value_name = "PATH,...", value_parser = parse_disk)]
     pub(crate) disk: Vec<DiskSpec>,
-    /// A network device: tap=NAME, then options with commas between: mac=ADDRESS, queues=N,
-    /// rx-bytes=RATE, rx-bytes-burst=N, and the same for rx-packets, tx-bytes and tx-packets. The
-    /// TAP interface is opened or created; %d in its name is a free number. Repeatable.
-    #[arg(long, value_name = "tap=NAME,...", value_parser = parse_net)]
-    pub(crate) net: Vec<NetSpec>,
     /// A socket device: cid=N,socket=PATH. The host connects to PATH and sends CONNECT PORT; the
     /// guest's connections go to listeners at PATH_PORT.
     #[arg(long, value_name = "cid=N,socket=PATH", value_parser = parse_vsock)]
     pub(crate) vsock: Option<VsockOptions>,
-    /// An entropy device for the bare guest. Every other guest has one by default.
-    #[arg(long, conflicts_with = "no_rng")]
-    pub(crate) rng: bool,
-    /// No entropy device.
-    #[arg(long)]
-    pub(crate) no_rng: bool,
-    /// A balloon: the guest gives back memory that is free, or on request (clade balloon).
-    #[arg(long)]
-    pub(crate) balloon: bool,
-    /// A virtio console (hvc0) beside the serial one (clade console --virtio).
-    #[arg(long)]
-    pub(crate) virtio_console: bool,
-    /// No ACPI tables: the guest finds its devices by the command line only, and has no generation
-    /// id to learn that it was cloned.
-    #[arg(long)]
-    pub(crate) no_acpi: bool,
-    /// Give the guest a PIT (8254), for kernels that cannot calibrate without one.
-    #[arg(long)]
-    pub(crate) pit: bool,
-    /// Allow more guest memory than the host has.
-    #[arg(long)]
-    pub(crate) overcommit: bool,
     /// Do not read the terminal; the console is on its socket.
     #[arg(long)]
     pub(crate) detached: bool,
@@ -419,6 +391,10 @@ pub(crate) struct CloneArgs {
     /// Whether packets pass between its network devices and the host. Default: as the original's.
     #[arg(long, value_enum)]
     pub(crate) network: Option<NetworkState>,
+    /// Where it may send, within what the original may: rules in addition to the original's, as of
+    /// clade run. Repeatable.
+    #[arg(long, value_name = "RULE")]
+    pub(crate) egress: Vec<EgressRule>,
     /// For its socket device: [cid=N][,socket=PATH]; {name} in the path is the VM's name. Default:
     /// the next free CID, and NAME.vsock beside the original's socket.
     #[arg(long, value_name = "cid=N,socket=PATH", value_parser = parse_vsock_choice)]
@@ -457,6 +433,10 @@ pub(crate) struct ForkArgs {
     /// instruction.
     #[arg(long)]
     pub(crate) without_secrets: bool,
+    /// MiB of memory that each child of a checkpoint may have copies of before it writes there. 0 for
+    /// none. Default: as the supervisor has it.
+    #[arg(long, value_name = "MIB")]
+    pub(crate) ahead: Option<u32>,
     /// A label of the children: key=value. Repeatable. Default: the labels of their parent.
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) label: Vec<Label>,
@@ -602,6 +582,10 @@ pub(crate) struct DemoArgs {
 /// What can be measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum BenchName {
+    /// Children that write what their siblings wrote: copied ahead, against copied when written.
+    Ahead,
+    /// The figures that are compared with other VMMs, of all the others but `answer` and `tti`.
+    All,
     /// Forking a VM with a warm interpreter: each child's first answer, against another interpreter.
     Answer,
     /// Clones in processes of their own by the API, one and many, against as many in one process.
@@ -617,6 +601,9 @@ pub(crate) enum BenchName {
     Pin,
     /// Restoring a snapshot from disk, against reading all of it first.
     Restore,
+    /// One VM from a snapshot, in this process. `restore` starts it.
+    #[value(hide = true)]
+    Restored,
     /// Saving a running VM to disk, against writing as many bytes.
     Save,
     /// Resetting a running VM in place, by the pages written since, against starting another from
@@ -625,13 +612,16 @@ pub(crate) enum BenchName {
     /// Suspending VMs: what they keep of memory, the first answer after a wake, and ten VMs of which
     /// nine are suspended.
     Suspend,
+    /// The time to interactive by E2B's API: from a request for a sandbox to a command's first answer,
+    /// one after another, staggered, and at once, against the native API.
+    Tti,
 }
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct BenchArgs {
     /// What to measure.
     pub(crate) name: BenchName,
-    /// Guest memory sizes. Default: 512M, and 64M for `suspend`.
+    /// Guest memory sizes, for all but `all`. Default: 512M, and 64M for `suspend`.
     #[arg(
         long,
         value_name = "SIZE,...",
@@ -647,12 +637,25 @@ pub(crate) struct BenchArgs {
     /// Most clones at once: for `clones` (default 1000) and `answer` (100).
     #[arg(long, value_name = "N")]
     pub(crate) count: Option<usize>,
-    /// The image of the interpreter, for `answer`: as `resources/python-image/build.sh` makes it.
+    /// Sandboxes at once, for `tti`: as many at most as there is memory for. Default: 100.
+    #[arg(long, value_name = "N")]
+    pub(crate) at_once: Option<usize>,
+    /// The image: of the interpreter, for `answer`, as `resources/python-image/build.sh` makes it; one
+    /// with a shell, for `tti`.
     #[arg(long, value_name = "IMAGE")]
     pub(crate) image: Option<String>,
-    /// The kernel, for `answer`. Default: that of `clade guest linux`.
+    /// The kernel, for `answer` and `tti`. Default: that of `clade guest linux`.
     #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,
+    /// Also show where the time of a fork goes, step by step. For `fork`.
+    #[arg(long)]
+    pub(crate) timeline: bool,
+    /// The directory of the snapshot, for `restored`.
+    #[arg(long, hide = true, value_name = "DIR")]
+    pub(crate) snapshot: Option<PathBuf>,
+    /// Read all of its memory first.
+    #[arg(long, hide = true)]
+    pub(crate) preload: bool,
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,
@@ -721,10 +724,6 @@ fn parse_filter(text: &str) -> Result<Label, String> {
     let label =
         text.strip_prefix("label=").ok_or_else(|| format!("{text:?} is not a filter such as label=tier=web"))?;
     label.parse().map_err(|error: LabelError| error.to_string())
-}
-
-fn parse_hide(text: &str) -> Result<CpuHide, String> {
-    text.parse().map_err(|error: clade_vmm::kvm::UnknownFeature| clade_vmm::error_chain(&error))
 }
 
 #[cfg(test)]

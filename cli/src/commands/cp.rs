@@ -57,7 +57,7 @@ fn local<T>(path: &Path, done: io::Result<T>) -> Result<T, Failure> {
 }
 
 /// A path below a directory of the guest.
-fn join(dir: &str, name: &str) -> String {
+pub(super) fn join(dir: &str, name: &str) -> String {
     format!("{}/{name}", dir.trim_end_matches('/'))
 }
 
@@ -74,7 +74,7 @@ fn is_name(name: &str) -> bool {
     is_one && !name.contains(['/', '\0']) && name != "~"
 }
 
-async fn found(client: &Client, path: &str) -> Result<Option<EntryInfo>, Failure> {
+pub(super) async fn found(client: &Client, path: &str) -> Result<Option<EntryInfo>, Failure> {
     match client.stat(path).await {
         Ok(entry) => Ok(Some(entry)),
         Err(ClientError::Rpc(RpcError { code: Code::NotFound, .. })) => Ok(None),
@@ -83,9 +83,17 @@ async fn found(client: &Client, path: &str) -> Result<Option<EntryInfo>, Failure
 }
 
 async fn up_file(client: &Client, from: &Path, to: &str, copied: &mut Copied) -> Result<(), Failure> {
+    copied.bytes += send_file(client, from, to, None).await?;
+    copied.files += 1;
+    Ok(())
+}
+
+/// Sends a file, with its own permissions if no others are given. Returns its length.
+pub(super) async fn send_file(client: &Client, from: &Path, to: &str, mode: Option<u32>) -> Result<u64, Failure> {
     let mut file = local(from, File::open(from))?;
-    let mode = local(from, file.metadata())?.permissions().mode() & 0o777;
-    let (mut upload, call) = client.upload(to, Some(mode));
+    let own = local(from, file.metadata())?.permissions().mode() & 0o777;
+    let (mut upload, call) = client.upload(to, Some(mode.unwrap_or(own)));
+    let mut sent = 0;
     let mut call = std::pin::pin!(call);
     loop {
         let mut piece = Vec::with_capacity(PIECE);
@@ -101,12 +109,11 @@ async fn up_file(client: &Client, from: &Path, to: &str, copied: &mut Copied) ->
             }
             is_sent = upload.send(Bytes::from(piece)) => if !is_sent { break },
         }
-        copied.bytes += length as u64;
+        sent += length as u64;
     }
     drop(upload);
     call.await.map_err(agent_failure)?;
-    copied.files += 1;
-    Ok(())
+    Ok(sent)
 }
 
 async fn up(client: &Client, from: &Path, to: &str, depth: usize, copied: &mut Copied) -> Result<(), Failure> {

@@ -8,9 +8,9 @@ use clade_devices::virtio::vsock::{FIRST_GUEST_CID, VsockOptions};
 use thiserror::Error;
 
 use crate::commands::units::parse_size;
-use clade_vmm::vm::{NetChoice, NetSpec, VsockChoice};
+use clade_vmm::vm::{NetChoice, NetSpec, PortForward, VsockChoice};
 
-const NET: &str = "tap=, mac=, queues=, rx-bytes=, rx-bytes-burst=, rx-packets=, rx-packets-burst=, tx-bytes=, tx-bytes-burst=, tx-packets=, tx-packets-burst=";
+const NET: &str = "tap=, user, forward=, mac=, queues=, rx-bytes=, rx-bytes-burst=, rx-packets=, rx-packets-burst=, tx-bytes=, tx-bytes-burst=, tx-packets=, tx-packets-burst=";
 
 /// Why the description of a device is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -111,6 +111,13 @@ pub(crate) fn parse_net(text: &str) -> Result<NetSpec, DeviceArgError> {
     for pair in Pair::all(what, text) {
         match pair.key {
             "tap" => net.tap = pair.text("the name of an interface, or a pattern like web%d")?,
+            "user" if pair.option == "user" => drop(net.user.get_or_insert_default()),
+            "forward" => {
+                let port = |text: &str| text.parse().ok().filter(|port| *port > 0);
+                let ports = pair.value.split_once(':').and_then(|(host, guest)| Some((port(host)?, port(guest)?)));
+                let (host, guest) = ports.ok_or_else(|| pair.bad("HOST:GUEST, two ports, as in 8080:80"))?;
+                net.user.get_or_insert_default().forward.push(PortForward { host, guest });
+            }
             "mac" => net.mac = Some(pair.mac()?),
             "queues" => {
                 let queues = pair.value.parse().ok().filter(|queues| (1..=MAX_PAIRS).contains(queues));
@@ -128,8 +135,12 @@ pub(crate) fn parse_net(text: &str) -> Result<NetSpec, DeviceArgError> {
             }
         }
     }
-    if net.tap.is_empty() {
-        return Err(DeviceArgError::Missing { what, text: text.to_owned(), needs: "tap=NAME is missing" });
+    if net.tap.is_empty() == net.user.is_none() {
+        return Err(DeviceArgError::Missing {
+            what,
+            text: text.to_owned(),
+            needs: "one of tap=NAME and user is needed",
+        });
     }
     (net.receive, net.send) = (receive.limits("rx")?, send.limits("tx")?);
     Ok(net)
@@ -176,6 +187,8 @@ pub(crate) fn parse_net_choice(text: &str) -> Result<NetChoice, DeviceArgError> 
 
 #[cfg(test)]
 mod tests {
+    use clade_vmm::vm::UserNet;
+
     use super::*;
 
     #[test]
@@ -190,6 +203,9 @@ mod tests {
         let packets = net.send.operations.unwrap();
         assert_eq!((packets.per_second, packets.burst, net.send.bytes), (500, Some(9), None));
         assert_eq!(parse_net("tap=x").unwrap(), NetSpec::new("x"));
+        assert_eq!(parse_net("user").unwrap(), NetSpec::by_passt(UserNet::default()));
+        let forward = vec![PortForward { host: 8080, guest: 80 }, PortForward { host: 2222, guest: 22 }];
+        assert_eq!(parse_net("user,forward=8080:80,forward=2222:22").unwrap().user, Some(UserNet { forward }));
         let vsock = parse_vsock("socket=/run/a.vsock,cid=17").unwrap();
         assert_eq!(vsock, VsockOptions { cid: 17, socket: "/run/a.vsock".into() });
         assert_eq!(parse_vsock_choice("cid=17").unwrap(), VsockChoice { cid: Some(17), socket: None });
@@ -202,6 +218,11 @@ mod tests {
             ("", "\"\""),
             ("web0", "web0"),
             ("mac=02:00:00:00:00:07", "tap=NAME"),
+            ("user,tap=x", "one of"),
+            ("user=yes", "user=yes"),
+            ("user,forward=80", "8080:80"),
+            ("user,forward=0:80", "0:80"),
+            ("user,forward=80:65536", "65536"),
             ("tap=", "the name of an interface"),
             ("tap=x,mac=03:00:00:00:00:07", "03:00:00:00:00:07"),
             ("tap=x,mac=1", "\"1\""),

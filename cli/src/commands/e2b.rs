@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use clade_e2b::{ApiKeys, Gateway, KeysError, Options, Scope};
+use clade_e2b::{ApiKeys, Gateway, KeysError, Options, Scope, TemplateStore};
 use serde::Serialize;
 use tokio::runtime::Handle;
 
@@ -124,7 +124,10 @@ impl E2bArgs {
     /// Serves the API, if that is asked for, until the runtime ends.
     pub(super) fn serve(&self, dir: &Path, runtime: &Handle) -> Outcome {
         let Some(address) = self.e2b else { return Ok(()) };
-        let options = Options { dir: dir.to_owned(), keys: self.keys.path()?, domain: self.e2b_domain.clone() };
+        // Without a directory for them there are none.
+        let templates = TemplateStore::of_user().ok();
+        let (keys, domain) = (self.keys.path()?, self.e2b_domain.clone());
+        let options = Options { dir: dir.to_owned(), keys, domain, templates };
         let gateway = Gateway::open(&options).map_err(Failure::input)?;
         let _runtime = runtime.enter();
         let (bound, serving) = gateway.listen(address).map_err(Failure::input)?;

@@ -1,4 +1,5 @@
-//! `clade completions` and `clade man`: what is made of the description of the command line.
+//! `clade completions` and `clade man`: what is made of the description of the command line. `clade
+//! openapi`: the description of the API.
 
 use std::fs;
 use std::io::{self, Write};
@@ -9,7 +10,7 @@ use clap_complete::{Shell, generate};
 use clap_mangen::Man;
 
 use crate::commands::args::Cli;
-use crate::commands::{Failure, Outcome};
+use crate::commands::{Failure, Outcome, print_json};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct CompletionsArgs {
@@ -46,6 +47,10 @@ pub(super) fn man(args: &ManArgs) -> Outcome {
     command.build();
     let written = fs::create_dir_all(&args.dir).and_then(|()| pages(&command, &args.dir));
     written.map_err(|error| Failure::Input(anyhow::anyhow!("{}: {error}", args.dir.display())))
+}
+
+pub(super) fn openapi() -> Outcome {
+    print_json(&clade_daemon::supervisor::described()).map_err(Failure::run)
 }
 
 #[cfg(test)]

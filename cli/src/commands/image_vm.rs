@@ -10,14 +10,14 @@ use clade_daemon::fleet::{check_name, runtime_dir};
 use clade_devices::disk::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
 use clade_devices::virtio::vsock::VsockOptions;
-use clade_image::RunConfig;
+use clade_image::{Image, RunConfig, Store};
 use clade_vmm::vm::DiskSpec;
 use serde::Serialize;
 use tempfile::NamedTempFile;
 
 use crate::commands::Failure;
 use crate::commands::args::RunArgs;
-use crate::commands::image::{open_store, parse, pull};
+use crate::commands::image::{PullFlags, open_store, parse, pull};
 use crate::commands::modules::{self, Module};
 use crate::commands::run::name;
 use crate::linux_guest::LinuxGuest;
@@ -68,36 +68,67 @@ impl Entrypoint {
     }
 }
 
-impl ImageVm {
-    /// Pulls the image, if it is not there, and makes what its VM needs.
-    pub(super) fn prepare(args: &RunArgs, image: &str) -> Result<Self, Failure> {
-        let name = name(args);
+/// What the VM of any image needs.
+#[derive(Debug)]
+pub(super) struct Tools {
+    agent: PathBuf,
+    kernel: PathBuf,
+    modules: Vec<Module>,
+}
+
+impl Tools {
+    /// # Errors
+    /// When one of them is missing.
+    pub(super) fn find(args: &RunArgs) -> Result<Self, Failure> {
         // It is a part of a path.
-        check_name(&name).map_err(Failure::input)?;
+        check_name(&name(args)).map_err(Failure::input)?;
         let agent = find_agent()?;
         let kernel = match &args.kernel {
             Some(kernel) => kernel.clone(),
             None => LinuxGuest::build().map_err(Failure::run)?.kernel,
         };
-        // Before an image is fetched for a kernel that cannot run it.
         let modules = args.modules.as_deref().map(modules::needed).transpose().map_err(Failure::input)?;
+        Ok(Self { agent, kernel, modules: modules.unwrap_or_default() })
+    }
+}
+
+/// The image of that name. It is pulled, if it is not there.
+pub(super) fn fetch(store: &Store, image: &str, flags: &PullFlags) -> Result<Image, Failure> {
+    match store.find(image) {
+        Ok(image) => Ok(image),
+        Err(clade_image::ImageError::NotFound(_)) => pull(store, &parse(image)?, (flags, None), false),
+        Err(error) => Err(Failure::input(error)),
+    }
+}
+
+impl ImageVm {
+    /// Pulls the image, if it is not there, and makes what its VM needs.
+    pub(super) fn prepare(args: &RunArgs, image: &str) -> Result<Self, Failure> {
+        // Before an image is fetched for a kernel that cannot run it.
+        let tools = Tools::find(args)?;
         let store = open_store()?;
-        let image = match store.find(image) {
-            Ok(image) => image,
-            Err(clade_image::ImageError::NotFound(_)) => pull(&store, &parse(image)?, (&args.pull, None), false)?,
-            Err(error) => return Err(Failure::input(error)),
-        };
+        let image = fetch(&store, image, &args.pull)?;
         let entrypoint = Entrypoint::new(&image.config, &args.command);
-        let mut disk = DiskConfig::new(&store.disk(&image.digest));
+        Self::of(args, &tools, &store.disk(&image.digest), &entrypoint)
+    }
+
+    /// The same for a VM in which the agent runs nothing by itself.
+    pub(super) fn idle(args: &RunArgs, tools: &Tools, (store, image): (&Store, &Image)) -> Result<Self, Failure> {
+        let entrypoint = Entrypoint { args: Vec::new(), power_off: false, ..Entrypoint::new(&image.config, &[]) };
+        Self::of(args, tools, &store.disk(&image.digest), &entrypoint)
+    }
+
+    fn of(args: &RunArgs, tools: &Tools, disk: &Path, entrypoint: &Entrypoint) -> Result<Self, Failure> {
+        let mut disk = DiskConfig::new(disk);
         // Shared by all VMs: what one writes is in its overlay.
         disk.ephemeral = true;
         let dir = runtime_dir();
         fs::create_dir_all(&dir).with_context(|| dir.display().to_string()).map_err(Failure::Input)?;
-        let modules = modules.unwrap_or_default();
-        let initrd = initramfs(&dir, &agent, &entrypoint, &modules).map_err(Failure::Run)?;
-        let socket = dir.join(format!("{name}.vsock"));
+        let initrd = initramfs(&dir, &tools.agent, entrypoint, &tools.modules).map_err(Failure::Run)?;
+        let socket = dir.join(format!("{}.vsock", name(args)));
         let vsock = VsockOptions { cid: FIRST_CID + u64::from(std::process::id()), socket };
-        Ok(Self { kernel, initrd, disk: DiskSpec { disk, device: BlockOptions::default() }, vsock })
+        let disk = DiskSpec { disk, device: BlockOptions::default() };
+        Ok(Self { kernel: tools.kernel.clone(), initrd, disk, vsock })
     }
 }
 

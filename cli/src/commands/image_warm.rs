@@ -17,7 +17,7 @@ use clade_daemon::control::{
     BootRequest, CheckpointInfo, CheckpointRequest, Client, ClientError, ForkAnswer, ForkRequest, VmInfo,
 };
 use clade_daemon::fleet::Labels;
-use clade_vmm::vm::VsockChoice;
+use clade_vmm::vm::{NetSpec, UserNet, VsockChoice};
 use hyper::Method;
 
 use crate::commands::agent::block_on;
@@ -39,7 +39,7 @@ pub(super) fn is_wanted(args: &RunArgs) -> bool {
         && !args.fresh
         && !has_secrets
         && args.disk.is_empty()
-        && args.net.is_empty()
+        && args.machine.net.iter().all(|net| *net == NetSpec::by_passt(UserNet::default()))
         && args.vsock.is_none()
 }
 

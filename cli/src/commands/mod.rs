@@ -17,6 +17,7 @@ mod image_warm;
 mod journal;
 mod limits;
 mod logging;
+mod machine;
 mod many;
 mod memory;
 mod modules;
@@ -34,6 +35,7 @@ mod session;
 mod shutdown;
 mod snapshot;
 mod stats;
+mod template;
 mod terminal;
 mod tree;
 mod units;
@@ -134,6 +136,7 @@ pub(crate) fn main() -> ExitCode {
             | Command::Exec(_)
             | Command::Shell(_)
             | Command::Cp(_)
+            | Command::Template(_)
             | Command::Serve(_)
             | Command::Zygote(_)
     );
@@ -186,6 +189,7 @@ fn run(command: Command) -> Outcome {
         Command::Restore(args) => restore::main(&args),
         Command::Disk(command) => journal::main(&command),
         Command::Image(command) => image::main(&command),
+        Command::Template(command) => template::main(&command),
         Command::Key(command) => e2b::key(&command),
         Command::Serve(args) => serve::main(&args),
         Command::Checkpoint(args) => checkpoint::take(&args),
@@ -194,6 +198,7 @@ fn run(command: Command) -> Outcome {
         Command::Rm(args) => many::main(&args, &Verb::Remove),
         Command::Completions(args) => generate::completions(&args),
         Command::Man(args) => generate::man(&args),
+        Command::Openapi => generate::openapi(),
         Command::Zygote(args) => zygote::main(&args),
     }
 }

@@ -1,7 +1,7 @@
-//! `clade network`: whether a VM's packets pass.
+//! `clade network`: whether a VM's packets pass, and where they may go.
 
 use clade_daemon::control::{Client, NetworkRequest, VmInfo};
-use clade_devices::virtio::net::Link;
+use clade_devices::virtio::net::{EgressRule, Link};
 use clap::{Args, ValueEnum};
 use hyper::Method;
 
@@ -33,15 +33,25 @@ pub(crate) struct NetworkArgs {
     /// The VM's name.
     pub(crate) name: String,
     /// Whether packets pass.
-    #[arg(value_enum)]
-    pub(crate) state: NetworkState,
+    #[arg(value_enum, required_unless_present_any = ["egress", "no_egress"])]
+    pub(crate) state: Option<NetworkState>,
+    /// Where the guest may send, in the place of all rules there are. As of clade run; repeatable.
+    #[arg(long, value_name = "RULE")]
+    pub(crate) egress: Vec<EgressRule>,
+    /// Remove all egress rules.
+    #[arg(long, conflicts_with = "egress")]
+    pub(crate) no_egress: bool,
+    /// Let this many layers of rules stay, from the first on.
+    #[arg(long, value_name = "LAYERS", default_value_t = 0)]
+    pub(crate) keep: usize,
     /// Print the VM as JSON.
     #[arg(long)]
     pub(crate) json: bool,
 }
 
 pub(crate) fn main(args: &NetworkArgs) -> Outcome {
-    let request = NetworkRequest { network: args.state.into() };
+    let egress = (args.no_egress || !args.egress.is_empty()).then(|| args.egress.clone());
+    let request = NetworkRequest { network: args.state.map(Into::into), egress, keep: args.keep };
     let info: VmInfo = ask(Client::default().request(Method::POST, &args.name, "/network", Some(&request)))?;
     if args.json { print_json(&info).map_err(Failure::run) } else { Ok(()) }
 }

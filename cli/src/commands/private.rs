@@ -57,7 +57,7 @@ impl PrivateVms {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(Failure::run)?;
         let shutdown = ShutdownSignal::listen(runtime.handle()).map_err(Failure::run)?;
-        let options = own_supervisor(Confinement::default());
+        let options = own_supervisor(Confinement::default(), SESSION);
         let supervisor = Supervisor::start(dir.path(), &options, runtime.handle()).map_err(Failure::run)?;
         let path = dir.path().to_owned();
         runtime.spawn(async move {

@@ -112,7 +112,11 @@ impl Row<'_> {
         let mut row = self.short();
         row.extend(match self {
             Self::Running(vm) => {
-                let nets = vm.nets.iter().map(|net| format!("{}/{}", net.tap, net.mac)).collect::<Vec<_>>();
+                let nets = vm
+                    .nets
+                    .iter()
+                    .map(|net| format!("{}/{}", if net.tap.is_empty() { "passt" } else { &net.tap }, net.mac))
+                    .collect::<Vec<_>>();
                 let shared = vm.memory.as_ref().map_or_else(|| "?".into(), |m| show_size(m.shared_pages << 12));
                 [
                     vm.pid.to_string(),

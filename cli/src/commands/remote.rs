@@ -99,7 +99,9 @@ pub(crate) fn fork(args: &ForkArgs) -> Outcome {
         labels: (!args.label.is_empty()).then(|| Labels::of(&args.label)).transpose().map_err(Failure::input)?,
         nets: args.child.net.clone(),
         network: args.child.network.map(Into::into),
+        egress: args.child.egress.clone(),
         vsock: args.child.vsock.clone(),
+        ahead_mib: args.ahead,
     };
     let client = supervised(&args.name)?;
     let forked = async {

@@ -34,7 +34,9 @@ fn request(args: &RestoreArgs) -> Result<RestoreRequest, Failure> {
         labels: None,
         nets: args.child.net.clone(),
         network: args.child.network.map(Into::into),
+        egress: args.child.egress.clone(),
         vsock: args.child.vsock.clone(),
+        ahead_mib: None,
     };
     Ok(RestoreRequest { saved: SavedSource { dir, load, overlays }, vms, session: None })
 }

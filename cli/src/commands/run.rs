@@ -2,11 +2,13 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::net::Ipv4Addr;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clade_devices::virtio::limiter::Limits;
+use clade_devices::virtio::net::Egress;
 
 use hyper::Method;
 use tokio::runtime::Handle;
@@ -25,7 +27,7 @@ use crate::commands::{Failure, Outcome};
 use clade_daemon::control::{BootRequest, Client, VmInfo, VmLimits};
 use clade_daemon::fleet::Labels;
 use clade_daemon::secrets::{MAX_SECRET_BYTES, Secret};
-use clade_vmm::vm::{Irqchip, VmConfig};
+use clade_vmm::vm::{Irqchip, VmConfig, user_net};
 
 /// Writes a line to standard error. A failure is ignored: a VM does not end because its terminal or
 /// log has gone.
@@ -52,22 +54,25 @@ pub(super) fn name(args: &RunArgs) -> String {
 }
 
 fn config(args: &RunArgs, bare: bool) -> Result<VmConfig, Failure> {
-    let mut config = VmConfig::new(args.mem, args.cpus).map_err(Failure::input)?;
-    if !args.overcommit {
+    let machine = &args.machine;
+    let mut config = VmConfig::new(machine.mem, machine.cpus).map_err(Failure::input)?;
+    if !machine.overcommit {
         config.check_host_memory().map_err(Failure::input)?;
     }
-    config.pit = args.pit;
-    config.cpu = args.cpu_template;
-    config.hide = args.cpu_hide.clone().unwrap_or_default();
-    config.pmu = args.pmu;
-    config.acpi = !(bare || args.no_acpi);
+    config.pit = machine.pit;
+    config.cpu = machine.cpu_template;
+    config.hide = machine.cpu_hide.clone().unwrap_or_default();
+    config.pmu = machine.pmu;
+    config.acpi = !(bare || machine.no_acpi);
     config.irqchip = Irqchip::Full;
     config.disks.clone_from(&args.disk);
-    config.nets.clone_from(&args.net);
+    config.nets.clone_from(&machine.net);
+    let egress = Egress::new(machine.egress.clone()).map_err(Failure::input)?;
+    config.nets.iter_mut().for_each(|net| net.egress.clone_from(&egress));
     config.vsock.clone_from(&args.vsock);
-    config.rng = (args.rng || !(bare || args.no_rng)).then(Limits::default);
-    config.balloon = args.balloon;
-    config.virtio_console = args.virtio_console;
+    config.rng = (machine.rng || !(bare || machine.no_rng)).then(Limits::default);
+    config.balloon = machine.balloon;
+    config.virtio_console = machine.virtio_console;
     config.check_devices().map_err(Failure::input)?;
     Ok(config)
 }
@@ -97,8 +102,16 @@ fn secrets(args: &RunArgs) -> Result<Vec<Secret>, Failure> {
     args.secret.iter().map(of_file).chain(args.secret_env.iter().map(of_variable)).collect()
 }
 
+/// The address of a guest whose first network device is passt's, as the kernel and the agent take it.
+fn ip_word(config: &VmConfig) -> Option<String> {
+    let is_user = config.nets.first().is_some_and(|net| net.user.is_some());
+    let mask = Ipv4Addr::from_bits(u32::MAX << (32 - u32::from(user_net::PREFIX)));
+    let word = || format!("ip={}::{}:{mask}::eth0:off:{}", user_net::GUEST, user_net::GATEWAY, user_net::RESOLVER);
+    is_user.then(word)
+}
+
 /// The request that the arguments make. What is `of_image` is added to it.
-fn request(args: &RunArgs, of_image: Option<&ImageVm>) -> Result<BootRequest, Failure> {
+pub(super) fn request(args: &RunArgs, of_image: Option<&ImageVm>) -> Result<BootRequest, Failure> {
     // Its process has another working directory.
     let file = |path: &PathBuf| std::path::absolute(path).map_err(Failure::input);
     let kernel = of_image.map_or_else(|| args.kernel.clone().unwrap_or_default(), |image| image.kernel.clone());
@@ -117,10 +130,12 @@ fn request(args: &RunArgs, of_image: Option<&ImageVm>) -> Result<BootRequest, Fa
     if let Some(vsock) = &mut config.vsock {
         vsock.socket = file(&vsock.socket)?;
     }
+    let ip = ip_word(&config);
     let default_cmdline = || {
         of_image
             .map(|_| ROOT_WORD)
             .into_iter()
+            .chain(ip.as_deref())
             .chain(args.append.iter().map(String::as_str))
             .fold(DEFAULT_CMDLINE.to_owned(), |cmdline, more| format!("{cmdline} {more}"))
     };

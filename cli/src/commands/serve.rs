@@ -30,7 +30,8 @@ pub(super) fn main(args: &ServeArgs) -> Outcome {
         let dir = runtime_dir();
         let token = args.token_file.as_deref().map(Token::read_or_create).transpose().map_err(Failure::input)?;
         let (confinement, cgroup, net_hook) = (args.confine, args.cgroup.clone(), args.net_hook.clone());
-        let options = SupervisorOptions { pool: args.pool, confinement, cgroup, net_hook, is_tied: false };
+        let (pool, ahead_mib) = (args.pool, args.ahead);
+        let options = SupervisorOptions { pool, confinement, cgroup, net_hook, ahead_mib, session: None };
         let supervisor = Supervisor::start(&dir, &options, runtime).map_err(|error| match error {
             FleetError::Worker { .. } => Failure::run(error),
             _ => Failure::input(error),

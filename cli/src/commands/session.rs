@@ -26,7 +26,9 @@ use crate::commands::{Failure, Outcome};
 use clade_daemon::control::{Client, ClientError, StopRequest};
 use clade_daemon::fleet::{EndedVm, FleetError, console_path, ended_vms, runtime_dir};
 use clade_daemon::jail::Confinement;
-use clade_daemon::supervisor::{CgroupPlace, Supervisor, SupervisorOptions, in_session, is_in_session, settle_dead};
+use clade_daemon::supervisor::{
+    COMMIT_TIMEOUT, CgroupPlace, Supervisor, SupervisorOptions, in_session, is_in_session, settle_dead,
+};
 use clade_vmm::kvm::Host;
 use clade_vmm::vm::StopReason;
 
@@ -38,14 +40,21 @@ const TURN: Duration = Duration::from_millis(200);
 const LAST_OUTPUT: Duration = Duration::from_secs(1);
 /// How long VMs may take to end after a signal.
 const LAST_WORK: Duration = Duration::from_secs(10);
+/// When it is said that disks are waited for.
+const SAY_AFTER: Duration = Duration::from_secs(1);
 /// Requests in flight that stop VMs.
 const STOPS: usize = 8;
 /// Workers that a supervisor of one command prepares at most.
 const POOL: usize = 16;
 
-/// What the supervisor of one command is: its VMs end with this process.
-pub(super) fn own_supervisor(confinement: Confinement) -> SupervisorOptions {
-    SupervisorOptions { pool: POOL, confinement, cgroup: CgroupPlace::Off, net_hook: None, is_tied: true }
+/// Memory that a child of a checkpoint may have copies of ahead, in MiB.
+pub(super) const AHEAD_MIB: u32 = 16;
+
+/// What the supervisor of one command is: the VMs of its `session` end with this process.
+pub(super) fn own_supervisor(confinement: Confinement, session: &str) -> SupervisorOptions {
+    let session = Some(session.to_owned());
+    let cgroup = CgroupPlace::Off;
+    SupervisorOptions { pool: POOL, confinement, cgroup, net_hook: None, ahead_mib: AHEAD_MIB, session }
 }
 
 /// The VMs of this command.
@@ -72,7 +81,10 @@ impl<'a> Session<'a> {
             )));
         }
         let dir = runtime_dir();
-        let options = own_supervisor(confinement);
+        // The number may have been another command's, some of whose VMs are still there.
+        let begun = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros());
+        let name = format!("run-{}-{begun:x}", std::process::id());
+        let options = own_supervisor(confinement, &name);
         let start = || match Supervisor::start(&dir, &options, runtime) {
             // Another was quicker.
             Err(FleetError::Supervised { .. }) => ensure().map(|()| None),
@@ -81,13 +93,18 @@ impl<'a> Session<'a> {
         let supervisor = if answers(&dir) {
             None
         } else {
-            // What is missing here is better said here than by a process of its own.
-            Host::open().map_err(Failure::input)?;
-            start()?
+            // What is missing here is better said here than by a process of its own. It takes half a
+            // millisecond, beside the start.
+            thread::scope(|scope| {
+                let host = scope.spawn(Host::open);
+                let started = start();
+                match host.join() {
+                    Ok(host) => host.map_err(Failure::input)?,
+                    Err(panic) => std::panic::resume_unwind(panic),
+                };
+                started
+            })?
         };
-        // The number may have been another command's, some of whose VMs are still there.
-        let begun = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros());
-        let name = format!("run-{}-{begun:x}", std::process::id());
         Ok(Self { name, client, runtime, shutdown, supervisor })
     }
 
@@ -131,10 +148,17 @@ impl<'a> Session<'a> {
             Ok(console) => console,
             // It may have ended at once.
             Err(error) => {
-                return self.ended_soon(name)?.map_or(Err(error), |ended| {
-                    print_last(&ended);
-                    self.outcome(name, ended.stopped)
-                });
+                return match self.ended_soon(name)? {
+                    Some(ended) => {
+                        print_last(&ended);
+                        self.outcome(name, ended.stopped)
+                    }
+                    // Somebody has stopped it since it was made.
+                    None if !self.there().iter().any(|there| there == name) => {
+                        self.outcome(name, StopReason::Requested)
+                    }
+                    None => Err(error),
+                };
             }
         };
         let raw = if detached { None } else { RawMode::enter().map_err(Failure::run)? };
@@ -308,6 +332,16 @@ impl Drop for Session<'_> {
     fn drop(&mut self) {
         let Some(supervisor) = self.supervisor.take() else { return };
         supervisor.close();
+        // They end with this process, which another signal ends at once.
+        if !supervisor.wait_for_disks(SAY_AFTER) {
+            say!("\r\nclade: disks are given what was written since the fork\r");
+            // A disk that others still use is given nothing.
+            let limit = if self.there().is_empty() { COMMIT_TIMEOUT } else { LAST_WORK };
+            if !supervisor.wait_for_disks(limit) {
+                let limit = limit.as_secs();
+                say!("\r\nclade: a disk has not been given what was written since the fork within {limit} s\r");
+            }
+        }
         // VMs of others: somebody has to be asked for their forks.
         let others = clade_daemon::supervisor::vms_in(self.client.dir());
         if others.is_ok_and(|others| !others.is_empty())

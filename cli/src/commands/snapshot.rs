@@ -80,12 +80,13 @@ fn save(args: &SaveArgs) -> Outcome {
     let mib = answer.data_pages as f64 / 256.0;
     let seconds = answer.total_us / 1e6;
     println!(
-        "{}: snapshot {} of {}\n{mib:.1} MiB of data and {:.1} MiB of zeros in {seconds:.2} s ({:.0} MiB/s), paused for {:.0} us",
+        "{}: snapshot {} of {}\n{mib:.1} MiB of data and {:.1} MiB of zeros in {seconds:.2} s ({:.0} MiB/s)\n{} was paused for {:.0} us",
         answer.dir.display(),
         answer.id,
         args.name,
         answer.zero_pages as f64 / 256.0,
         mib / seconds,
+        args.name,
         answer.pause_us,
     );
     Ok(())

@@ -73,13 +73,16 @@ pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
 /// The VM is dropped when it has stopped. Its resources are then free, also while children in other
 /// processes read its disks.
 fn wait_for_end(served: Served, shutdown: &ShutdownSignal) {
-    let Served { fleet, vm, was_booted } = served;
+    let Served { fleet, vm, ahead, was_booted } = served;
     while vm.wait(TURN).is_none() {
         if shutdown.signal().is_some() {
             vm.stop();
         }
     }
     flight::note(&vm.stopped().map_or_else(|| "ended".to_owned(), |reason| format!("ended: {reason}")));
+    if let Some(ahead) = ahead {
+        ahead.end(&vm);
+    }
     let disks = if was_booted { vm.take_disks() } else { Vec::new() };
     fleet.remove();
     drop(vm);
@@ -153,7 +156,7 @@ fn fill(vm: &Vm) {
 }
 
 fn order_announcement(ram: &GuestRam) {
-    if let Err(error) = BareMailbox::new(ram, 0).order(abi::Command::Announce) {
+    if let Err(error) = BareMailbox::new(ram, 0).order(abi::Command::AnnounceAndHalt) {
         tracing::error!(%error, "no order for the child");
     }
 }

@@ -13,7 +13,7 @@ pub(super) fn main(args: &ZygoteArgs) -> Outcome {
     // Once, for all workers: KVM's features and the MSRs of a vCPU are probed here.
     let context = context(mount(&socket).map_err(Failure::run)?)?;
     context.warm_up().map_err(Failure::input)?;
-    match serve(socket, args.confine).map_err(Failure::run)? {
+    match serve(socket, args.confine, args.huge_text).map_err(Failure::run)? {
         Role::Zygote => Ok(()),
         Role::Worker(socket) => work(&context, socket),
     }

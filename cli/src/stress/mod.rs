@@ -18,6 +18,9 @@
 //! With more than two vCPUs (`--cpus`), the others wake each other by interrupts, in pairs. A fork
 //! or reset that loses one stops its pair for good, and the VM counts as stuck.
 //!
+//! A run lasts until a child was compared and one was reset in place, also past its seconds: up to
+//! [`MAX_OVERTIME`] longer.
+//!
 //! With `--without-unshare`, freezes no longer spare pinned pages, so bytes become wrong. The run
 //! continues until it has found that, and fails after [`MAX_CONTROL_FORKS`] without: a check that
 //! cannot fail proves nothing.
@@ -54,6 +57,8 @@ const MADE_UP: u32 = 10;
 /// Forks within which a run without unshare must find wrong bytes. A few hundred have always been
 /// enough.
 const MAX_CONTROL_FORKS: u64 = 10_000;
+/// How much longer than asked a run lasts while no child has been reset in place.
+const MAX_OVERTIME: Duration = Duration::from_mins(1);
 /// The interval at which the parent is polled.
 const POLL_INTERVAL: Duration = Duration::from_micros(500);
 
@@ -79,6 +84,11 @@ impl Tally {
     /// Whether an error was found.
     fn is_wrong(&self) -> bool {
         self.wrong_bytes + self.violations + self.stuck > 0
+    }
+
+    /// Whether children were compared, and some of them reset in place.
+    fn is_complete(&self) -> bool {
+        self.children > 0 && self.resets > 0
     }
 
     fn add(&mut self, other: &Self) {
@@ -243,13 +253,14 @@ impl Stress<'_> {
         let (queue, waiting) = sync_channel::<Forked>(WAITING);
         let mut checker = Checker::new(Arc::clone(&self.world), self.args.cpus, self.random.fork());
         let thread = thread::Builder::new().name("checker".to_owned());
-        let found = Arc::new(AtomicBool::new(false));
-        let tell = Arc::clone(&found);
+        let (found, complete) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (tell_found, tell_complete) = (Arc::clone(&found), Arc::clone(&complete));
         let checking = thread.spawn(move || {
             for forked in waiting {
                 checker.check(forked)?;
                 // Relaxed: the tally is read after the thread has ended.
-                tell.fetch_or(checker.tally().is_wrong(), Ordering::Relaxed);
+                tell_found.store(checker.tally().is_wrong(), Ordering::Relaxed);
+                tell_complete.store(checker.tally().is_complete(), Ordering::Relaxed);
             }
             Ok(checker.tally())
         });
@@ -267,11 +278,14 @@ impl Stress<'_> {
             Ok(!gone)
         };
         let forked = self.forking(left, &mut kept, &mut check).and_then(|mut children| {
-            while self.args.without_unshare
-                && !found.load(Ordering::Relaxed)
-                && !self.rig.found_any()
-                && self.forks < MAX_CONTROL_FORKS
-                && !checking.is_finished()
+            // A busy host checks less than a child a second.
+            let late = begun + whole + MAX_OVERTIME;
+            while !checking.is_finished()
+                && if self.args.without_unshare {
+                    !found.load(Ordering::Relaxed) && !self.rig.found_any() && self.forks < MAX_CONTROL_FORKS
+                } else {
+                    !complete.load(Ordering::Relaxed) && Instant::now() < late
+                }
             {
                 children.add(&self.forking(TURN, &mut kept, &mut check)?);
             }

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use serde_json::Value;
 
 use crate::supervisor::Supervised;
-use crate::tool::{Runtime, expect_problem, kvm, wait_until};
+use crate::tool::{Answer, CLADE, Runtime, expect_problem, kvm, wait_until};
 
 fn ask(runtime: &Runtime, method: &str, path: &str, body: &str) -> (u16, Value) {
     runtime.http_at(&runtime.dir().join("clade.api"), method, path, body)
@@ -92,6 +92,15 @@ fn a_port_asks_for_the_token_and_a_host_of_its_own() {
         let (status, answer) = shown("localhost", wrong);
         assert_eq!((status, &answer["type"]), (401, &"urn:clade:unauthorized".into()), "{wrong}");
     }
+    // Guesses from one address are few at a time, and nobody who has the token waits for them.
+    let wrong = "0".repeat(64);
+    std::thread::scope(|scope| {
+        let guesses: Vec<_> = (0..16).map(|_| scope.spawn(|| shown("localhost", &wrong).0)).collect();
+        assert_eq!(shown("localhost", token).0, 200);
+        let answers: Vec<u16> = guesses.into_iter().map(|guess| guess.join().unwrap()).collect();
+        assert!(answers.iter().all(|status| matches!(status, 401 | 429)), "{answers:?}");
+        assert!(answers.contains(&401) && answers.contains(&429), "{answers:?}");
+    });
     assert_eq!(over_tcp(&address, "host: localhost\r\n").0, 401);
     assert_eq!(over_tcp(&address, &format!("authorization: Bearer {token}\r\n")).0, 403, "no host");
     // The Unix socket needs none.
@@ -344,6 +353,18 @@ fn boots_that_cannot_be_are_refused_and_leave_nothing() {
 }
 
 #[test]
+fn the_document_is_printed_without_a_daemon() {
+    let dir = tempfile::tempdir().unwrap();
+    let nowhere = dir.path().join("none");
+    let mut command = std::process::Command::new(CLADE);
+    let answer: Answer = command.arg("openapi").env("CLADE_RUNTIME_DIR", &nowhere).output().unwrap().into();
+    let document = answer.json();
+    assert_eq!(document["info"]["version"], env!("CARGO_PKG_VERSION"));
+    assert!(document["openapi"].as_str().unwrap().starts_with("3.1."), "{document}");
+    assert!(document["paths"]["/v1/vms"]["post"].is_object() && !nowhere.exists());
+}
+
+#[test]
 fn each_route_of_the_document_is_there_and_no_other_method_is() {
     if !kvm() {
         return;
@@ -352,6 +373,7 @@ fn each_route_of_the_document_is_there_and_no_other_method_is() {
     let runtime = &all.runtime;
     let (status, document) = ask(runtime, "GET", "/openapi.json", "");
     assert_eq!(status, 200);
+    assert_eq!(runtime.clade(&["openapi"]).json(), document);
     let paths = document["paths"].as_object().unwrap();
     assert!(paths.contains_key("/v1/vms/{name}/pause") && paths.contains_key("/openapi.json"), "{paths:?}");
     for (path, item) in paths {

@@ -12,7 +12,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::agent::boot_at;
-use crate::tool::{Runtime, kill, kvm, wait_until};
+use crate::tool::{Runtime, kill, kvm, taps, wait_until};
 
 const SCRIPT: &str = include_str!("e2b_sdk.py");
 const NODE_SCRIPT: &str = include_str!("e2b_sdk.mjs");
@@ -27,27 +27,27 @@ fn python() -> Option<String> {
 }
 
 /// A supervisor with E2B's API, and its address.
-struct Host {
-    runtime: Runtime,
-    address: String,
+pub(crate) struct Host {
+    pub(crate) runtime: Runtime,
+    pub(crate) address: String,
 }
 
 impl Host {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let mut host = Self { runtime: Runtime::new(), address: format!("127.0.0.1:{port}") };
         host.serve();
         host
     }
 
-    fn serve(&mut self) {
+    pub(crate) fn serve(&mut self) {
         let keys = self.runtime.dir().join("keys.json");
         let keys = keys.to_str().unwrap();
         self.runtime.spawn(&["serve", "--e2b", &self.address, "--e2b-domain", "box.test", "--keys", keys]);
         wait_until("the port", || TcpStream::connect(&self.address).is_ok());
     }
 
-    fn key(&self, name: &str, scope: &str) -> String {
+    pub(crate) fn key(&self, name: &str, scope: &str) -> String {
         let keys = self.runtime.dir().join("keys.json");
         let made = self.runtime.clade(&["key", "add", name, "--scope", scope, "--keys", keys.to_str().unwrap()]);
         assert_eq!(made.code, Some(0), "{made:?}");
@@ -65,7 +65,7 @@ impl Host {
         (status, answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default())
     }
 
-    fn call(&self, key: &str, method: &str, path: &str, body: &str) -> (u16, Value) {
+    pub(crate) fn call(&self, key: &str, method: &str, path: &str, body: &str) -> (u16, Value) {
         let (status, text) = self.says(&format!(
             "{method} {path} HTTP/1.1\r\nhost: x\r\nx-api-key: {key}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
             body.len()
@@ -117,6 +117,7 @@ fn the_python_sdk_makes_forks_and_ends_sandboxes() {
     }
     wait_until("the end of its sandboxes", || host.runtime.names() == ["web"]);
     reaches_nothing_else(&host, &me);
+    sends_where_it_may(&host, &me);
     outlives_its_supervisor(&mut host, &me);
 }
 
@@ -200,6 +201,78 @@ fn reaches_nothing_else(host: &Host, key: &str) {
         assert!(status < 400 || answer.1["code"] == status, "{method} {path}: {answer:?}");
     }
     assert_eq!(host.runtime.clade(&["exec", "web", "--", "true"]).code, Some(0));
+}
+
+/// Rules of a request become a layer of the VM's own, and its children have it too.
+fn sends_where_it_may(host: &Host, key: &str) {
+    if !taps() {
+        return;
+    }
+    let rules = r#"{"denyOut": ["10.0.0.0/8"], "allowOut": ["10.0.0.1"]}"#;
+    let body = format!(r#"{{"templateID": "base", "timeout": 300, "network": {rules}}}"#);
+    let (status, made) = host.call(key, "POST", "/sandboxes", &body);
+    assert_eq!(status, 201, "{made}");
+    let id = made["sandboxID"].as_str().unwrap();
+    let (status, forked) = host.call(key, "POST", &format!("/sandboxes/{id}/fork"), r#"{"timeout": 300}"#);
+    assert_eq!(status, 201, "{forked}");
+    let child = forked[0]["sandbox"]["sandboxID"].as_str().unwrap();
+    for name in [id, child] {
+        let (_, vm) = host.runtime.http("GET", &format!("/v1/vms/{name}"), "");
+        let layer = vm["nets"][0]["egress"][0].as_array().unwrap_or_else(|| panic!("{vm}"));
+        let rules: Vec<&str> = layer.iter().map(|rule| rule["rule"].as_str().unwrap()).collect();
+        assert_eq!(rules, ["allow:10.0.0.1/32", "deny:10.0.0.0/8", "allow:0.0.0.0/0", "allow:::/0"], "{vm}");
+        assert_eq!(vm["nets"][0]["network"], "open", "{vm}");
+        assert_eq!(host.call(key, "DELETE", &format!("/sandboxes/{name}"), "").0, 204);
+    }
+    replaces_its_own_rules(host, key);
+}
+
+/// Rules are replaced while a sandbox runs, but for those of its template.
+fn replaces_its_own_rules(host: &Host, key: &str) {
+    let clade = |args: &[&str]| assert_eq!(host.runtime.clade(args).code, Some(0), "{args:?}");
+    clade(&["network", "web", "--egress", "deny:192.0.2.0/24"]);
+    clade(&["checkpoint", "web", "ruled"]);
+    clade(&["network", "web", "--no-egress"]);
+    let (status, made) = host.call(key, "POST", "/sandboxes", r#"{"templateID": "ruled", "timeout": 300}"#);
+    assert_eq!(status, 201, "{made}");
+    let id = made["sandboxID"].as_str().unwrap().to_owned();
+    let layers = |id: &str| {
+        let (_, vm) = host.runtime.http("GET", &format!("/v1/vms/{id}"), "");
+        let rules = |layer: &Value| {
+            let rules = layer.as_array().unwrap().iter();
+            rules.map(|rule| rule["rule"].as_str().unwrap().to_owned()).collect::<Vec<_>>().join(",")
+        };
+        let layers: Vec<String> = vm["nets"][0]["egress"].as_array().unwrap().iter().map(rules).collect();
+        (vm["nets"][0]["network"].as_str().unwrap().to_owned(), layers.join(";"))
+    };
+    let put = |id: &str, rules: &str| host.call(key, "PUT", &format!("/sandboxes/{id}/network"), rules).0;
+    let (open, closed, templates) = ("open".to_owned(), "closed".to_owned(), "deny:192.0.2.0/24".to_owned());
+    assert_eq!(layers(&id), (open.clone(), templates.clone()));
+    assert_eq!(put(&id, r#"{"denyOut": ["10.0.0.0/8"]}"#), 204);
+    assert_eq!(layers(&id), (open.clone(), format!("{templates};deny:10.0.0.0/8")));
+    let (_, forked) = host.call(key, "POST", &format!("/sandboxes/{id}/fork"), r#"{"timeout": 300}"#);
+    let child = forked[0]["sandbox"]["sandboxID"].as_str().unwrap_or_else(|| panic!("{forked}")).to_owned();
+    assert_eq!(layers(&child), layers(&id), "a fork has the rules of the moment");
+    assert_eq!(put(&child, r#"{"denyOut": ["10.1.0.0/16"]}"#), 204);
+    assert_eq!(layers(&child), (open.clone(), format!("{templates};deny:10.1.0.0/16")));
+    assert_eq!(layers(&id).1, format!("{templates};deny:10.0.0.0/8"), "its parent has its own");
+    assert_eq!(put(&id, r#"{"denyOut": ["10.0.0.1/8"]}"#), 400);
+    assert_eq!(put(&id, r#"{"allow_internet_access": false}"#), 204);
+    assert_eq!(layers(&id), (closed, templates.clone()));
+    let (_, shown) = host.call(key, "GET", &format!("/sandboxes/{child}"), "");
+    assert_eq!(
+        shown["network"],
+        serde_json::json!({"allowPublicTraffic": true, "denyOut": ["10.1.0.0/16"]}),
+        "{shown}"
+    );
+    let (_, shown) = host.call(key, "GET", &format!("/sandboxes/{id}"), "");
+    assert_eq!((&shown["allowInternetAccess"], &shown["network"]["denyOut"]), (&false.into(), &Value::Null), "{shown}");
+    assert_eq!(put(&id, "{}"), 204);
+    assert_eq!(layers(&id), (open, templates));
+    for name in [&id, &child] {
+        assert_eq!(host.call(key, "DELETE", &format!("/sandboxes/{name}"), "").0, 204);
+    }
+    clade(&["rm", "ruled"]);
 }
 
 #[test]

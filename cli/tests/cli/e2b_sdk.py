@@ -66,8 +66,13 @@ def is_known(box):
     assert 599 < left < 601, left
     if hasattr(box, "update_network"):
         box.update_network({"allow_internet_access": False})
-        error = raises(SandboxException, lambda: box.update_network({"deny_out": ["10.0.0.0/8"]}))
-        assert "10.0.0.0/8" in str(error), error
+        error = raises(SandboxException, lambda: box.update_network({"deny_out": ["10.0.0.1/8"]}))
+        assert "10.0.0.1/8" in str(error), error
+        assert getattr(box.get_info(), "allow_internet_access", False) is False
+        box.update_network({"deny_out": ["10.0.0.0/8"], "allow_out": ["10.0.0.1"]})
+        if hasattr(box.get_info(), "network"):
+            told = box.get_info().network
+            assert (told["allow_out"], told["deny_out"]) == (["10.0.0.1"], ["10.0.0.0/8"]), told
     box.set_timeout(900)
     assert 800 < (box.get_info().end_at - info.started_at).total_seconds() < 1000
     assert ids(Sandbox.list(query=SandboxQuery(metadata={"who": "me & you"}))) == [box.sandbox_id]
@@ -104,6 +109,31 @@ def forks(box):
         raises(NotFoundException, child.get_info)
     assert not children[0].is_running()
     assert ids(Sandbox.list()) == [box.sandbox_id]
+
+
+def ports(box):
+    # A guest whose kernel is interpreted needs seconds for its first TCP connection.
+    def get(path, headers):
+        return httpx.get(URL + path, headers=headers, timeout=60)
+
+    box.commands.run("busybox httpd -p 127.0.0.1:8080 -h /tmp")
+    child = box.fork(timeout=300)[0]
+    child.files.write("/tmp/own", "child")
+    for one, text in [(box, "parent"), (child, "child")]:
+        assert one.get_host(8080) == f"8080-{one.sandbox_id}.box.test", one.get_host(8080)
+        answer = get("/own", {"Host": one.get_host(8080)})
+        assert (answer.status_code, answer.text) == (200, text), answer.text
+        closed = get("/", {"Host": one.get_host(8081)})
+        assert closed.status_code == 502 and "8081" in closed.json()["message"], closed.text
+    child.kill()
+    private = Sandbox.create(TEMPLATE, timeout=300, network={"allow_public_traffic": False})
+    private.commands.run("busybox httpd -p 127.0.0.1:8080 -h /etc")
+    own = {"Host": private.get_host(8080)}
+    assert get("/passwd", own).status_code == 403
+    token = {"e2b-traffic-access-token": private.traffic_access_token}
+    assert get("/passwd", {**own, **token}).status_code == 200
+    private.kill()
+    assert box.traffic_access_token is None
 
 
 def sleeps(box):
@@ -159,7 +189,7 @@ begun = time.time()
 box = Sandbox.create(TEMPLATE, timeout=600, metadata={"who": "me & you"}, envs={"OWN": "1 2"}, allow_internet_access=False)
 print(f"a sandbox was ready after {time.time() - begun:.2f} s")
 # Older SDKs know less.
-parts = [(lives, "commands"), (is_known, "get_info"), (forks, "fork"), (sleeps, "pause"), (snapshots, "create_snapshot")]
+parts = [(lives, "commands"), (is_known, "get_info"), (forks, "fork"), (ports, "fork"), (sleeps, "pause"), (snapshots, "create_snapshot")]
 for part, needed in parts:
     if not hasattr(box, needed):
         print("the SDK has no", needed)

@@ -5,7 +5,7 @@ use std::process::Stdio;
 
 use rustix::process::Signal;
 
-use crate::tool::{Runtime, kvm, wait_until};
+use crate::tool::{Runtime, kill, kvm, runs, wait_until};
 
 fn entries(dir: &Path) -> Vec<String> {
     let names = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
@@ -76,6 +76,62 @@ fn a_signal_ends_children_whose_parent_has_gone() {
     runtime.signal(Signal::TERM);
     assert_eq!(runtime.ended(), Some(143));
     assert_eq!((entries(runtime.dir()), entries(dir.path())), (vec![], vec!["disk".to_owned()]));
+}
+
+/// A family whose parent has ended, and its process is stopped: it has not given its disk what was
+/// written since the fork. Returns its number.
+fn held_back(runtime: &mut Runtime, dir: &Path, number: u32) -> u32 {
+    family(runtime, dir, number);
+    let parent = runtime.worker("web");
+    runtime.clade(&["stop", "web"]);
+    wait_until("the parent has gone", || runtime.names() == ["web-1", "web-2"]);
+    // It waits for its children.
+    kill(parent, Signal::STOP);
+    parent
+}
+
+#[test]
+fn a_command_ends_when_its_disks_have_what_was_written_however_late() {
+    if !kvm() {
+        return;
+    }
+    for (number, signal) in [(1, None), (2, Some(Signal::TERM))] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut runtime = Runtime::new();
+        let parent = held_back(&mut runtime, dir.path(), number);
+        match signal {
+            Some(signal) => runtime.signal(signal),
+            None => drop(runtime.clade(&["stop", "web-1", "web-2"])),
+        }
+        wait_until("the end of its VMs", || runtime.names().is_empty());
+        // It says that it waits after a second.
+        std::thread::sleep(std::time::Duration::from_millis(1500));
+        assert!(runtime.runs() && runs(parent), "{signal:?}: it has ended its VM's process");
+        kill(parent, Signal::CONT);
+        let said = runtime.heard();
+        assert_eq!(runtime.ended(), Some(signal.map_or(0, |_| 143)), "{said}");
+        assert!(said.contains("disk has been given the 0 bytes written"), "{signal:?}: {said}");
+        assert_eq!(entries(dir.path()), ["disk"], "{signal:?}");
+        assert_eq!(runtime.clades(), [].into(), "{signal:?}");
+    }
+}
+
+#[test]
+fn another_signal_ends_the_wait_for_disks() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut runtime = Runtime::new();
+    let parent = held_back(&mut runtime, dir.path(), 3);
+    runtime.signal(Signal::TERM);
+    wait_until("the end of its VMs", || runtime.names().is_empty());
+    assert!(runtime.runs());
+    runtime.signal(Signal::INT);
+    assert_eq!(runtime.ended(), Some(130));
+    // It ends with the command as soon as it can.
+    kill(parent, Signal::CONT);
+    wait_until("the end of its processes", || runtime.clades().is_empty());
 }
 
 #[test]

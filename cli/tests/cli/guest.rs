@@ -5,6 +5,7 @@
 //! | [`write_guest`] | a byte on its serial line | writes `bye`, and resets the machine |
 //! | [`write_button_guest`] | its power button | writes `bye`, and powers itself off |
 //! | [`write_hasty_guest`] | nothing | writes `bye`, and powers itself off |
+//! | [`write_echo_guest`] | bytes on its serial line | writes each in the other case, and one page of memory |
 //! | [`write_faulting_guest`] | nothing | faults with no handler: a triple fault |
 
 use std::path::Path;
@@ -40,6 +41,11 @@ fn code() -> Vec<u8> {
     code.extend([0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfe]);
     code
 }
+
+/// Where the guest that answers writes.
+const FILLED: u32 = 0x40_0000;
+/// Pages that it fills.
+pub(crate) const ECHO_PAGES: u32 = 512;
 
 /// The power button's port, and the sleep control port with what switches off.
 const BUTTON: u16 = 0x602;
@@ -79,6 +85,29 @@ pub(crate) fn write_button_guest(path: &Path) {
 /// Writes the guest that ends at once.
 pub(crate) fn write_hasty_guest(path: &Path) {
     write_elf(path, &power_off(Vec::new()));
+}
+
+/// Writes the guest that answers what is typed: letters in the other case. It fills
+/// [`ECHO_PAGES`] pages first, and writes to the next of them with each byte.
+pub(crate) fn write_echo_guest(path: &Path) {
+    let mut code = vec![0xb9];
+    code.extend(ECHO_PAGES.to_le_bytes());
+    // mov ecx, ECHO_PAGES; mov edi, FILLED; fill: mov [edi], edi; add edi, 4096; dec ecx; jnz fill
+    code.push(0xbf);
+    code.extend(FILLED.to_le_bytes());
+    code.extend([0x89, 0x3f, 0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, 0x49, 0x75, 0xf5]);
+    write(&mut code, "ready\r\n");
+    // mov edi, FILLED; again: mov edx, COM1 + 5; wait: in al, dx; test al, 1; jz wait
+    code.push(0xbf);
+    code.extend(FILLED.to_le_bytes());
+    code.push(0xba);
+    code.extend(u32::from(COM1 + 5).to_le_bytes());
+    code.extend([0xec, 0xa8, 0x01, 0x74, 0xfb]);
+    // mov edx, COM1; in al, dx; mov [edi], eax; add edi, 4096; xor al, 0x20; out dx, al; jmp again
+    code.push(0xba);
+    code.extend(u32::from(COM1).to_le_bytes());
+    code.extend([0xec, 0x89, 0x07, 0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, 0x34, 0x20, 0xee, 0xeb, 0xe3]);
+    write_elf(path, &code);
 }
 
 /// Writes the guest that faults.

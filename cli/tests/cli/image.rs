@@ -187,7 +187,7 @@ pub(crate) fn guest() -> Option<(PathBuf, PathBuf)> {
 }
 
 /// A root with busybox, users, and a program that counts.
-fn write_root(root: &Path, linux: &Path) {
+pub(crate) fn write_root(root: &Path, linux: &Path) {
     for dir in ["bin", "etc", "tmp", "srv"] {
         fs::create_dir_all(root.join(dir)).unwrap();
     }

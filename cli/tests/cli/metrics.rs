@@ -13,7 +13,7 @@ use crate::tool::{kill, kvm, wait_until};
 type Labels = BTreeMap<String, String>;
 
 #[derive(Debug, Default)]
-struct Exposition {
+pub(crate) struct Exposition {
     /// By name: the type.
     families: BTreeMap<String, String>,
     samples: Vec<(String, Labels, f64)>,
@@ -113,7 +113,7 @@ fn histograms_add_up(out: &Exposition) {
 }
 
 impl Exposition {
-    fn value(&self, name: &str, of: &[(&str, &str)]) -> Option<f64> {
+    pub(crate) fn value(&self, name: &str, of: &[(&str, &str)]) -> Option<f64> {
         let is_it = |labels: &Labels| of.iter().all(|(key, value)| labels.get(*key).is_some_and(|is| is == value));
         self.samples.iter().find(|(is, labels, _)| is == name && is_it(labels)).map(|(.., value)| *value)
     }
@@ -166,7 +166,7 @@ fn scrapes(all: &Supervised, count: usize) -> Vec<String> {
     asked.into_iter().map(hear).collect()
 }
 
-fn scrape(all: &Supervised) -> Exposition {
+pub(crate) fn scrape(all: &Supervised) -> Exposition {
     let mut stream = UnixStream::connect(all.runtime.dir().join("clade.api")).unwrap();
     stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: clade\r\nconnection: close\r\n\r\n").unwrap();
     let mut text = String::new();

@@ -16,7 +16,7 @@ const CHILDREN: usize = 10;
 
 /// The image's layout, as `resources/python-image/build.sh` makes it. `CLADE_PYTHON_IMAGE` names one that
 /// is made already.
-fn layout() -> Option<PathBuf> {
+pub(crate) fn layout() -> Option<PathBuf> {
     let named = std::env::var("CLADE_PYTHON_IMAGE").ok().filter(|value| !value.is_empty()).map(PathBuf::from);
     let layout = named.or_else(|| resource("python-image/build.sh", &["--path"]));
     if layout.is_none() {
@@ -26,7 +26,7 @@ fn layout() -> Option<PathBuf> {
     layout
 }
 
-fn exec(images: &Images, args: &[&str]) -> Answer {
+pub(crate) fn exec(images: &Images, args: &[&str]) -> Answer {
     let begun = Instant::now();
     loop {
         let answer = images.clade(&[&["exec"], args].concat());
@@ -39,7 +39,7 @@ fn exec(images: &Images, args: &[&str]) -> Answer {
 }
 
 /// The value of an expression in the running interpreter, as JSON.
-fn ask(images: &Images, vm: &str, expression: &str) -> Value {
+pub(crate) fn ask(images: &Images, vm: &str, expression: &str) -> Value {
     let answer = exec(images, &[vm, "--", "answer", &format!("json.dumps({expression})")]);
     assert_eq!(answer.code, Some(0), "{answer:?}");
     // It is a text to Python, and has no quotes within.

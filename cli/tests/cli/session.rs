@@ -86,6 +86,36 @@ fn a_command_that_ends_leaves_a_supervisor_to_the_vms_of_others() {
 }
 
 #[test]
+fn a_session_runs_on_when_the_command_that_supervised_it_ends() {
+    if !kvm() {
+        return;
+    }
+    for is_killed in [false, true] {
+        let mut runtime = Runtime::new();
+        runtime.start("web");
+        let mut command = runtime.command(&["run", "--detached", "--kernel", "bare", "--mem", "32M", "--name", "next"]);
+        let mut next = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        wait_until("the VM", || runtime.names() == ["next", "web"]);
+        runtime.clade(&["fork", "next", "--paused", "--json"]).json();
+        let workers = ["next", "next-1"].map(|name| runtime.worker(name));
+        if is_killed {
+            runtime.crash();
+        } else {
+            assert_eq!(runtime.clade(&["stop", "web"]).code, Some(0));
+            assert_eq!(runtime.ended(), Some(0));
+        }
+        wait_until("the end of the first", || runtime.names() == ["next", "next-1"]);
+        // One that ends with it would have done so by now.
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        assert!(workers.iter().all(|pid| runs(*pid)) && next.try_wait().unwrap().is_none());
+        assert_eq!(runtime.clade(&["resume", "next-1", "--json"]).json()["state"], "running");
+        kill(next.id(), Signal::TERM);
+        assert_eq!(next.wait().unwrap().code(), Some(143));
+        assert_eq!(runtime.names(), [""; 0]);
+    }
+}
+
+#[test]
 fn a_session_under_another_supervisor_ends_its_vms_alone() {
     if !kvm() {
         return;

@@ -3,9 +3,11 @@
 use std::fs;
 use std::path::Path;
 
+use rustix::process::Signal;
 use serde_json::json;
 
-use crate::tool::{Runtime, expect_problem, kvm, wait_until};
+use crate::supervisor::{GuestMemory, Supervised};
+use crate::tool::{Runtime, expect_problem, kill, kvm, wait_until};
 
 fn text(path: &Path) -> &str {
     path.to_str().unwrap()
@@ -26,7 +28,7 @@ fn a_vm_is_saved_and_restored_as_several() {
     assert!(saved["pause_us"].as_f64().unwrap() > 0.0, "{saved}");
     let line = runtime.clade(&["snapshot", "web", text(&more), "--incremental"]);
     assert_eq!(line.code, Some(0), "{line:?}");
-    assert!(line.stdout.contains("MiB of data") && line.stdout.contains("paused for"), "{line:?}");
+    assert!(line.stdout.contains("MiB of data") && line.stdout.contains("was paused for"), "{line:?}");
     runtime.clade(&["snapshot", "web", text(&small), "--zstd", "--json"]).json();
     assert_eq!(runtime.names(), ["web"]);
     runtime.clade(&["stop", "web"]);
@@ -110,6 +112,8 @@ fn snapshots_that_cannot_be() {
     bytes[100] ^= 1;
     fs::write(&state, &bytes).unwrap();
     runtime.clade(&["restore", text(&at("good"))]).expect_refusal("state");
+    // Their workers are there when it turns out.
+    runtime.clade(&["restore", text(&at("good")), "--count", "3"]).expect_refusal("state");
     runtime.clade(&["snapshot", "verify", text(&at("good"))]).expect_refusal("state");
 
     let path = "/v1/vms/vm/snapshot";
@@ -142,4 +146,50 @@ fn snapshots_that_cannot_be() {
     );
     assert!(!at("y").exists() && !at("x").exists());
     runtime.clade(&["stop", "vm"]);
+}
+
+/// The worker that opens it the next time is kept, and may reach the directory that was there.
+#[test]
+fn a_snapshot_that_was_replaced_is_restored_as_it_is_now() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (saved, disk) = (dir.path().join("saved"), dir.path().join("disk"));
+    fs::write(&disk, vec![7; 1 << 20]).unwrap();
+    let all = Supervised::start("1");
+    all.boot("web", &["--disk", text(&disk)]);
+    let memory = GuestMemory::of(all.pid_of("web"));
+    let save = || all.runtime.clade(&["snapshot", "web", text(&saved), "--replace", "--json"]).json();
+    let restore = |name: &str| {
+        let before = all.runtime.clades();
+        // In memory files, where it is looked for.
+        let started = all.runtime.clade(&["restore", text(&saved), "--preload", "-d", "--paused", "--name", name]);
+        assert_eq!(started.code, Some(0), "{started:?}");
+        let read = GuestMemory::of(all.pid_of(name)).read(0);
+        all.stop(name);
+        // A worker for the next VM, and one that opens the snapshot.
+        wait_until("what is kept", || all.runtime.clades().len() == before.len().max(5));
+        read
+    };
+    for (value, name) in (1..).zip(["one", "two", "three"]) {
+        memory.write(0, value);
+        save();
+        for again in ["", "-again"] {
+            assert_eq!(restore(&format!("{name}{again}")), value, "{name}{again}");
+        }
+    }
+    // Both have died while they waited.
+    let parent = |pid: u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        stat.rsplit(") ").next().unwrap().split(' ').nth(1).unwrap().parse::<u32>().unwrap()
+    };
+    let (supervisor, vm, all_pids) = (all.runtime.pid(), all.pid_of("web"), all.runtime.clades());
+    // Children of the zygote, which is the supervisor's.
+    let kept: Vec<_> =
+        all_pids.iter().filter(|pid| ![supervisor, vm].contains(pid) && parent(**pid) != supervisor).collect();
+    assert_eq!(kept.len(), 2, "{kept:?} of {all_pids:?}");
+    kept.into_iter().for_each(|pid| kill(*pid, Signal::KILL));
+    assert_eq!(restore("after"), 3);
+    all.end();
 }

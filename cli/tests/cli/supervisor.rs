@@ -22,13 +22,21 @@ pub(crate) struct Supervised {
 
 impl Supervised {
     pub(crate) fn start(pool: &str) -> Self {
+        Self::start_with(pool, &[])
+    }
+
+    pub(crate) fn start_with(pool: &str, more: &[&str]) -> Self {
         let mut supervised = Self { runtime: Runtime::new() };
-        supervised.serve(pool);
+        supervised.serve_with(pool, more);
         supervised
     }
 
     pub(crate) fn serve(&mut self, pool: &str) {
-        self.runtime.spawn(&["serve", "--pool", pool]);
+        self.serve_with(pool, &[]);
+    }
+
+    fn serve_with(&mut self, pool: &str, more: &[&str]) {
+        self.runtime.spawn(&[&["serve", "--pool", pool], more].concat());
         let socket = self.runtime.dir().join("clade.api");
         wait_until("the supervisor", || UnixStream::connect(&socket).is_ok());
     }

@@ -115,12 +115,18 @@ impl Runtime {
         self.dir.path()
     }
 
+    /// Its templates.
+    pub(crate) fn templates(&self) -> PathBuf {
+        self.dir().join("clade.templates")
+    }
+
     pub(crate) fn command(&self, args: &[&str]) -> Command {
         // A shell that runs the tests in its background has them ignore SIGINT, and what they
         // start.
         let mut command = Command::new("env");
         command.args(["--default-signal=HUP,INT,TERM", CLADE]).args(args);
         command.env("CLADE_RUNTIME_DIR", self.dir()).env_remove("CLADE_LOG").env("RUST_BACKTRACE", "1");
+        command.env("CLADE_TEMPLATE_DIR", self.templates());
         command.stdin(Stdio::null());
         command
     }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clade_devices::virtio::balloon::{BalloonStat, BalloonStats};
-use clade_devices::virtio::net::{Link, Mac};
+use clade_devices::virtio::net::{EgressRule, Link, Mac};
 use clade_io::CachePolicy;
 use clade_memory::Erased;
 
@@ -53,7 +53,7 @@ pub struct MemoryInfo {
 /// A network device and its traffic.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct NetInfo {
-    /// The interface on the host.
+    /// The interface on the host. Empty if the network is passt's.
     pub tap: String,
     /// The guest's MAC address.
     #[schema(value_type = String, pattern = "^[0-9a-f]{2}(:[0-9a-f]{2}){5}$")]
@@ -74,6 +74,30 @@ pub struct NetInfo {
     /// Packets of the guest that were dropped because its network is closed.
     #[serde(default)]
     pub blocked_sent: u64,
+    /// Packets of the guest that its egress rules have dropped.
+    #[serde(default)]
+    pub egress_dropped: u64,
+    /// Where the guest may send: layers of rules, each of which a packet has to pass.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub egress: Vec<Vec<EgressInfo>>,
+    /// How many of these layers, from the first on, are its parent's.
+    #[serde(default)]
+    pub egress_inherited: usize,
+}
+
+/// An egress rule.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct EgressInfo {
+    /// The rule.
+    pub rule: String,
+    /// Packets that it has decided.
+    pub packets: u64,
+}
+
+fn egress(vm: &Vm, at: usize) -> Vec<Vec<EgressInfo>> {
+    let info = |(rule, packets): (EgressRule, u64)| EgressInfo { rule: rule.to_string(), packets };
+    let layers = vm.egress_packets(at).unwrap_or_default().into_iter();
+    layers.map(|layer| layer.into_iter().map(info).collect()).collect()
 }
 
 /// A socket device.
@@ -169,6 +193,9 @@ fn nets(vm: &Vm) -> Vec<NetInfo> {
             network: vm.network(at).unwrap_or_default(),
             blocked_received: stats.blocked_received,
             blocked_sent: stats.blocked_sent,
+            egress_dropped: stats.egress_dropped,
+            egress: egress(vm, at),
+            egress_inherited: vm.inherited_egress(at).unwrap_or_default(),
         }
     };
     vm.identity().nets.iter().enumerate().map(info).collect()
@@ -284,10 +311,21 @@ pub struct ForkRequest {
     #[serde(default)]
     #[schema(value_type = Option<schema::Link>)]
     pub network: Option<Link>,
+    /// Where they may send, within what their parent may: a layer of rules in addition to its own.
+    #[serde(default)]
+    #[schema(value_type = Vec<schema::EgressRule>)]
+    pub egress: Vec<EgressRule>,
     /// The choices for their socket device.
     #[serde(default, deserialize_with = "object::optional")]
     #[schema(value_type = Option<schema::VsockChoice>)]
     pub vsock: Option<VsockChoice>,
+    /// MiB of memory that each child may have copies of before it writes there: what most children of
+    /// the checkpoint have written that have ended. 0 for none; the supervisor's setting if not given.
+    /// All children of a request have 256 MiB together at most. Refused for the fork of a VM, of which
+    /// nothing is learned.
+    #[serde(default)]
+    #[schema(minimum = 0, maximum = 4096)]
+    pub ahead_mib: Option<u32>,
 }
 
 impl Default for ForkRequest {
@@ -302,7 +340,9 @@ impl Default for ForkRequest {
             labels: None,
             nets: Vec::new(),
             network: None,
+            egress: Vec::new(),
             vsock: None,
+            ahead_mib: None,
         }
     }
 }
@@ -311,7 +351,12 @@ impl ForkRequest {
     /// The choices for the children's devices.
     #[must_use]
     pub fn identity(&self) -> ChildIdentity {
-        ChildIdentity { nets: self.nets.clone(), network: self.network, vsock: self.vsock.clone() }
+        ChildIdentity {
+            nets: self.nets.clone(),
+            network: self.network,
+            egress: self.egress.clone(),
+            vsock: self.vsock.clone(),
+        }
     }
 }
 
@@ -432,13 +477,35 @@ impl From<Shutdown> for ShutdownInfo {
     }
 }
 
-/// A request to open or close a VM's network.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize, ToSchema)]
+/// A request to change a VM's network. What is not given stays as it is.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NetworkRequest {
     /// Whether packets pass.
-    #[schema(value_type = schema::Link)]
-    pub network: Link,
+    #[serde(default)]
+    #[schema(value_type = Option<schema::Link>)]
+    pub network: Option<Link>,
+    /// Where the guest may send. It takes the place of all rules there are; an empty list removes
+    /// them.
+    #[serde(default)]
+    #[schema(value_type = Option<Vec<schema::EgressRule>>)]
+    pub egress: Option<Vec<EgressRule>>,
+    /// How many layers of rules stay, from the first on. `egress` takes the place of those behind
+    /// them.
+    #[serde(default)]
+    pub keep: usize,
+}
+
+impl NetworkRequest {
+    /// # Errors
+    /// When it asks for nothing.
+    pub(crate) fn check(&self) -> Result<(), &'static str> {
+        match (&self.network, &self.egress, self.keep) {
+            (None, None, _) => Err("neither \"network\" nor \"egress\" is given: nothing would change"),
+            (_, None, 1..) => Err("\"keep\" without \"egress\": no layer would be replaced"),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// A request to resize a balloon.
@@ -839,6 +906,24 @@ pub struct CheckpointInfo {
     /// What else it cost the VM; null if it was opened from a snapshot.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub forked: Option<ForkedInfo>,
+    /// What its children have written, which the next ones have copies of before they write it.
+    #[serde(default)]
+    pub ahead: AheadInfo,
+}
+
+/// What was learned from the children of a checkpoint that have ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct AheadInfo {
+    /// Children that have ended and said what they had written.
+    pub children: u64,
+    /// Pages that the next child is likely to write, whatever its budget.
+    pub pages: u64,
+    /// Pages that those children had copies of ahead.
+    pub copied: u64,
+    /// Of these, written: a fault less each.
+    pub hits: u64,
+    /// Of these, never written: memory and time for nothing.
+    pub waste: u64,
 }
 
 /// What a checkpoint cost the VM that it was taken of.

@@ -14,6 +14,8 @@ use axum::http::request::Parts;
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -23,6 +25,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
+use crate::control::guesses::Peer;
 use crate::control::object::begins_object;
 use crate::control::problem::{ApiError, ProblemKind};
 use crate::control::ram::MAX_MEMORY;
@@ -66,6 +69,9 @@ pub(crate) trait Accept: Send {
 
     /// The next connection. Waits if none can be accepted.
     fn next(&mut self) -> impl Future<Output = Self::Stream> + Send;
+
+    /// The address that a connection comes from, if it has one.
+    fn peer(stream: &Self::Stream) -> Option<Peer>;
 }
 
 /// Accepts connections to a TCP port.
@@ -93,6 +99,10 @@ impl Accept for TcpAcceptor {
             }
         }
     }
+
+    fn peer(stream: &TcpStream) -> Option<Peer> {
+        stream.peer_addr().ok().map(|address| Peer(address.ip()))
+    }
 }
 
 impl Accept for Acceptor {
@@ -100,6 +110,10 @@ impl Accept for Acceptor {
 
     async fn next(&mut self) -> UnixStream {
         Self::next(self).await
+    }
+
+    fn peer(_: &UnixStream) -> Option<Peer> {
+        None
     }
 }
 
@@ -225,12 +239,18 @@ impl Drop for Abort {
 
 /// Serves one connection until its client is done or the process ends. A request that has begun is
 /// answered.
-async fn answer<S>(stream: S, router: Router, mut ending: watch::Receiver<bool>)
+async fn answer<S>(stream: S, peer: Option<Peer>, router: Router, mut ending: watch::Receiver<bool>)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let stream = Stalling::new(stream, WRITE_TIMEOUT);
     let service = TowerToHyperService::new(router);
+    let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+        if let Some(peer) = peer {
+            request.extensions_mut().insert(peer);
+        }
+        service.call(request)
+    });
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).max_buf_size(MAX_HEAD).max_headers(MAX_HEADERS);
     let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(stream), service));
@@ -249,8 +269,8 @@ where
 }
 
 /// Accepts connections until it is dropped.
-async fn accept(
-    mut acceptor: impl Accept,
+async fn accept<A: Accept>(
+    mut acceptor: A,
     router: impl Fn() -> Router,
     connections: &Arc<Semaphore>,
     ending: watch::Receiver<bool>,
@@ -259,9 +279,9 @@ async fn accept(
         let stream = acceptor.next().await;
         // Wait here before accepting another connection. The semaphore is never closed.
         let Ok(permit) = Arc::clone(connections).acquire_owned().await else { return };
-        let (router, ending) = (router(), ending.clone());
+        let (peer, router, ending) = (A::peer(&stream), router(), ending.clone());
         tokio::spawn(async move {
-            answer(stream, router, ending).await;
+            answer(stream, peer, router, ending).await;
             drop(permit);
         });
     }

@@ -125,6 +125,9 @@ pub struct CopyStats {
     pub pin: u64,
     /// Copied when the VM was started, for want of mappings.
     pub adopt: u64,
+    /// Copied ahead of a write that was likely, when it was woken.
+    #[serde(default)]
+    pub ahead: u64,
     /// Copied into layers by forks and snapshots, because they were written.
     pub freeze: u64,
     /// Copied into layers because they were pinned.
@@ -136,11 +139,12 @@ pub struct CopyStats {
 impl CopyStats {
     /// Each with the name of its cause.
     #[must_use]
-    pub fn by_cause(&self) -> [(&'static str, u64); 6] {
+    pub fn by_cause(&self) -> [(&'static str, u64); 7] {
         [
             ("guest", self.guest),
             ("pin", self.pin),
             ("adopt", self.adopt),
+            ("ahead", self.ahead),
             ("freeze", self.freeze),
             ("freeze_pinned", self.freeze_pinned),
             ("freeze_ahead", self.freeze_ahead),
@@ -300,6 +304,7 @@ fn stats(listed: &Listed) -> Result<VmStats, FleetError> {
             guest: cow.guest,
             pin: cow.pin,
             adopt: cow.adopt,
+            ahead: cow.ahead,
             freeze: cow.freeze,
             freeze_pinned: cow.freeze_pinned,
             freeze_ahead: cow.freeze_ahead,

@@ -7,6 +7,9 @@
 //! | `GET /v1/vms/{name}` | | `VmInfo` |
 //! | `GET /v1/vms/{name}/stats` | | `VmStats` |
 //! | `GET /v1/vms/{name}/pages` | | `PagesAnswer`: what each page is |
+//! | `GET /v1/vms/{name}/page-map` | | the same in few bytes: see `page_map` |
+//! | `GET /v1/vms/{name}/console` | | what its console writes, without end |
+//! | `POST /v1/vms/{name}/console` | bytes | `ConsoleTyped` |
 //! | `GET /v1/vms/{name}/memory` | | bytes of the guest's memory |
 //! | `PUT /v1/vms/{name}/memory` | bytes | `MemoryWritten` |
 //! | `GET /v1/vms/{name}/ttl`, `DELETE` | | `TtlInfo`: when it will be stopped |
@@ -30,30 +33,36 @@
 
 mod api;
 mod client;
+mod console;
 pub(crate) mod exposition;
+pub(crate) mod frames;
 mod gather;
+mod guesses;
 mod listen;
 mod memory;
 mod object;
 mod optional;
+mod page_map;
 mod pages;
 mod problem;
 mod ram;
 pub(crate) mod schema;
 mod server;
+pub(crate) mod session;
 mod stall;
 mod token;
 mod ttl;
 
 pub use api::{
-    BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DiskInfo, ErasedInfo, ForkAnswer,
-    ForkRequest, ForkedInfo, GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo, NetInfo, NetworkRequest, OpenRequest,
-    PrepareRequest, Prepared, ReadyAnswer, ResetAnswer, RestoreRequest, SavedSource, ShutdownInfo, SnapshotAnswer,
-    SnapshotProgress, SnapshotRequest, StopAnswer, StopRequest, SupervisorInfo, SuspendAfterInfo, SuspendAfterRequest,
-    SuspendAnswer, SuspendRequest, TouchedAnswer, TouchedRun, VmInfo, VmLimits, VmState, VsockInfo, WakeAnswer,
-    WorkingSetAnswer,
+    AheadInfo, BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DiskInfo, ErasedInfo,
+    ForkAnswer, ForkRequest, ForkedInfo, GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo, NetInfo, NetworkRequest,
+    OpenRequest, PrepareRequest, Prepared, ReadyAnswer, ResetAnswer, RestoreRequest, SavedSource, ShutdownInfo,
+    SnapshotAnswer, SnapshotProgress, SnapshotRequest, StopAnswer, StopRequest, SupervisorInfo, SuspendAfterInfo,
+    SuspendAfterRequest, SuspendAnswer, SuspendRequest, TouchedAnswer, TouchedRun, VmInfo, VmLimits, VmState,
+    VsockInfo, WakeAnswer, WorkingSetAnswer,
 };
 pub use client::{Client, ClientError, ListedVms};
+pub use console::ConsoleTyped;
 pub use gather::Gathered;
 pub(crate) use listen::{ACCEPT_BACKOFF, Acceptor, TcpAcceptor, serve_http, serve_vm};
 pub use memory::{
@@ -69,6 +78,8 @@ pub(crate) use server::{
     Answer, CancelOnDrop, THREAD_PATIENCE, described, expect_absolute, fallback, grace, not_allowed, on_a_thread,
     warm_up,
 };
-pub(crate) use token::authorize;
+pub(crate) use session::{Gate, authorize};
+pub use session::{SessionEnded, SessionInfo};
+pub(crate) use token::is_for_this_host;
 pub use token::{Token, TokenError};
 pub use ttl::{TtlInfo, TtlRequest};

@@ -23,9 +23,9 @@ use clade_memory::{PageKind, PageMap, PageRun};
 /// Most runs of an answer.
 const MAX_RUNS: usize = 65_536;
 /// Page maps that are made at a time: each looks at all of the VM's pages.
-static MAPS: Semaphore = Semaphore::const_new(4);
+pub(super) static MAPS: Semaphore = Semaphore::const_new(4);
 /// The last guest frame number: 8 TiB of memory.
-const MAX_FROM: u64 = i32::MAX as u64;
+pub(super) const MAX_FROM: u64 = i32::MAX as u64;
 /// Runs of an answer whose request names no number.
 const DEFAULT_RUNS: usize = 4_096;
 /// Most cells of an answer.

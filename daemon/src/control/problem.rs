@@ -59,6 +59,7 @@ kinds! {
     BadConfig "bad-config" BAD_REQUEST "No VM can be made of the configuration, its files or its kernel.",
     Unauthorized "unauthorized" UNAUTHORIZED "The token is missing or wrong.",
     BadHost "bad-host" FORBIDDEN "The Host header is neither an IP address nor localhost.",
+    ForeignOrigin "foreign-origin" FORBIDDEN "The request of a browser is not the page's.",
     Forbidden "forbidden" FORBIDDEN "The VM is another user's.",
     NoSuchPath "no-such-path" NOT_FOUND "There is no such path.",
     NoSuchVm "no-such-vm" NOT_FOUND "There is no such VM.",
@@ -77,6 +78,7 @@ kinds! {
     BodyTooLarge "body-too-large" PAYLOAD_TOO_LARGE "The body is too large.",
     MediaType "media-type" UNSUPPORTED_MEDIA_TYPE "The body is not declared as what it must be.",
     KeyReused "key-reused" UNPROCESSABLE_ENTITY "The idempotency key is another request's.",
+    TooManyLogins "too-many-logins" TOO_MANY_REQUESTS "There were too many wrong tokens just now.",
     Internal "internal" INTERNAL_SERVER_ERROR "The request has failed.",
     NoThread "no-thread" SERVICE_UNAVAILABLE "There is no thread for the request.",
     TooMany "too-many" SERVICE_UNAVAILABLE "There are too many such requests.",
@@ -147,6 +149,9 @@ impl IntoResponse for ApiError {
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(PROBLEM_TYPE));
         if kind == ProblemKind::Unauthorized {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"clade\""));
+        }
+        if kind == ProblemKind::TooManyLogins {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
         response
     }

@@ -3,7 +3,11 @@
 
 #![expect(dead_code, reason = "they are read by the derived schemas alone")]
 
+mod egress;
+
 use utoipa::ToSchema;
+
+pub(crate) use egress::EgressRule;
 
 /// Why a VM stopped.
 #[derive(ToSchema)]
@@ -203,12 +207,40 @@ pub(crate) struct DiskSpec {
     device: BlockOptions,
 }
 
+/// A network by passt, which needs no privileges: the guest is 10.0.2.15/24, its gateway 10.0.2.2, its
+/// name server 10.0.2.3.
+#[derive(ToSchema)]
+#[cfg_attr(test, derive(serde::Deserialize), serde(deny_unknown_fields))]
+#[schema(as = UserNet)]
+pub(crate) struct UserNet {
+    /// TCP ports of the host's loopback address that lead to the guest. Children have none.
+    #[cfg_attr(test, serde(default))]
+    #[schema(max_items = 64)]
+    forward: Vec<PortForward>,
+}
+
+/// A TCP port of the host's loopback address that leads to one of the guest's.
+#[derive(ToSchema)]
+#[cfg_attr(test, derive(serde::Deserialize), serde(deny_unknown_fields))]
+#[schema(as = PortForward)]
+pub(crate) struct PortForward {
+    /// The host's.
+    #[schema(minimum = 1)]
+    host: u16,
+    /// The guest's.
+    #[schema(minimum = 1)]
+    guest: u16,
+}
+
 /// A network device.
 #[derive(ToSchema)]
 #[cfg_attr(test, derive(serde::Deserialize), serde(deny_unknown_fields))]
 pub(crate) struct NetSpec {
-    /// The TAP interface to open or create; `%d` stands for a free number.
+    /// The TAP interface to open or create; `%d` stands for a free number. Empty for `user`.
     tap: String,
+    /// A network by passt instead of an interface.
+    #[cfg_attr(test, serde(default))]
+    user: Option<UserNet>,
     /// The MAC address; a random one if not given.
     #[schema(pattern = "^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$")]
     mac: Option<String>,
@@ -219,6 +251,9 @@ pub(crate) struct NetSpec {
     receive: Limits,
     /// Limits on sent traffic.
     send: Limits,
+    /// Where the guest may send: layers of rules, each of which a packet has to pass.
+    #[cfg_attr(test, serde(default))]
+    egress: Vec<Vec<EgressRule>>,
 }
 
 /// A socket device.
@@ -297,6 +332,8 @@ mod tests {
         let device = clade_devices::virtio::block::BlockOptions { limits, ..Default::default() };
         config.disks = vec![vm::DiskSpec { disk, device }];
         config.nets = vec![vm::NetSpec::new("tap%d")];
+        config.nets[0].egress = vec![vec!["allow:10.0.0.0/8:443/tcp".parse().unwrap()]].try_into().unwrap();
+        config.nets[0].user = Some(vm::UserNet { forward: vec![vm::PortForward { host: 8080, guest: 80 }] });
         config.nets[0].mac = Some("02:00:00:00:00:01".parse().unwrap());
         config.vsock = Some(Vsock { cid: 3, socket: "/socket".into() });
         config.rng = Some(limits);
@@ -329,6 +366,8 @@ mod tests {
         assert_eq!(fields::<Limits>(), keys(&written["rng"]));
         assert_eq!(fields::<Rate>(), keys(&written["rng"]["bytes"]));
         assert_eq!(fields::<NetSpec>(), keys(net));
+        assert_eq!(fields::<UserNet>(), keys(&net["user"]));
+        assert_eq!(fields::<PortForward>(), keys(&net["user"]["forward"][0]));
         assert_eq!(fields::<VsockOptions>(), keys(&written["vsock"]));
         // Each name of the schema's lists is one that the library takes.
         for (field, list) in [("irqchip", Irqchip::schema()), ("cpu", CpuTemplate::schema())] {

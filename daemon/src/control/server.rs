@@ -22,7 +22,7 @@ use crate::control::api::{
 };
 use crate::control::optional::Optional;
 use crate::control::problem::{ApiError, ProblemKind};
-use crate::control::{memory, pages, ram, ttl};
+use crate::control::{console, memory, page_map, pages, ram, ttl};
 use crate::fleet::{Cancel, Fleet, FleetError, WeakFleet, last_output};
 use crate::flight;
 use clade_vmm::vm::{Vm, VmError};
@@ -295,7 +295,7 @@ async fn set_balloon(
     Ok(Json(set.await?))
 }
 
-/// Lets packets of a VM's network devices pass, or none.
+/// Lets packets of a VM's network devices pass, or none, or says where they may go.
 #[utoipa::path(
     post,
     path = "/v1/vms/{name}/network",
@@ -308,9 +308,16 @@ async fn set_network(
     request: Result<Json<NetworkRequest>, JsonRejection>,
 ) -> Answer<VmInfo> {
     let Json(request) = request?;
+    request.check().map_err(|text| ApiError::new(ProblemKind::BadRequest, text))?;
     let set = with_fleet(fleet, move |fleet| {
         let listed = fleet.get(&name)?;
-        listed.vm.set_network(request.network)?;
+        // First: what is opened is opened with its rules.
+        if let Some(rules) = &request.egress {
+            listed.vm.replace_egress(request.keep, rules)?;
+        }
+        if let Some(network) = request.network {
+            listed.vm.set_network(network)?;
+        }
         Ok(VmInfo::from(&listed))
     });
     Ok(Json(set.await?))
@@ -340,6 +347,8 @@ fn routes() -> OpenApiRouter<WeakFleet> {
         .routes(routes!(stop))
         .routes(routes!(logs))
         .routes(routes!(pages::show_pages))
+        .routes(routes!(page_map::page_map))
+        .routes(routes!(console::show, console::write))
         .routes(routes!(ram::read, ram::write))
         .routes(routes!(memory::show_stats))
 }

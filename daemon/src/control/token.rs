@@ -1,4 +1,4 @@
-//! Who may connect over TCP: whoever has the token, and no page of a browser.
+//! The token that clients over TCP show, and the hosts that they may name.
 
 use std::fmt;
 use std::fs::File;
@@ -7,18 +7,12 @@ use std::io::{self, Read, Write};
 use std::net::IpAddr;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use axum::extract::{Request, State};
-use axum::http::HeaderValue;
-use axum::http::header::{AUTHORIZATION, HOST};
+use axum::extract::Request;
+use axum::http::header::HOST;
 use axum::http::uri::Authority;
-use axum::middleware::Next;
-use axum::response::{IntoResponse, Response};
 use rustix::rand::{GetRandomFlags, getrandom};
 use thiserror::Error;
-
-use crate::control::problem::{ApiError, ProblemKind};
 
 /// Bytes of randomness in a token that is made here.
 const RANDOM_BYTES: usize = 32;
@@ -112,7 +106,7 @@ impl Token {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Self::read(path),
             Err(error) => Err(failed(error)),
             Ok(mut file) => {
-                let token = Self::random().map_err(failed)?;
+                let token = Self(random_hex().map_err(failed)?);
                 writeln!(file, "{}", token.0).and_then(|()| file.sync_all()).map_err(|error| {
                     // Half a token is none.
                     let _ = std::fs::remove_file(path);
@@ -123,13 +117,10 @@ impl Token {
         }
     }
 
-    fn random() -> io::Result<Self> {
-        let mut bytes = [0; RANDOM_BYTES];
-        // So few come at once.
-        if getrandom(&mut bytes, GetRandomFlags::empty())? != RANDOM_BYTES {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        Ok(Self(bytes.iter().map(|byte| format!("{byte:02x}")).collect()))
+    /// A token of a test.
+    #[cfg(test)]
+    pub(super) fn of_test(text: &str) -> Self {
+        Self(text.to_owned())
     }
 
     /// The value of the header that shows it.
@@ -137,12 +128,32 @@ impl Token {
         format!("Bearer {}", self.0)
     }
 
-    /// Whether `given` is it. The time that takes says nothing of where they differ.
-    fn is(&self, given: &[u8]) -> bool {
-        let own = self.0.as_bytes();
-        let differ = own.iter().zip(given).fold(0, |differ, (own, given)| black_box(differ | (own ^ given)));
-        own.len() == given.len() && black_box(differ) == 0
+    /// Whether `given` has a token's length. Who shows another one guesses nothing.
+    pub(super) fn may_be(given: &[u8]) -> bool {
+        (MIN_LENGTH..=MAX_LENGTH).contains(&given.len())
     }
+
+    /// Whether `given` is it.
+    pub(super) fn is(&self, given: &[u8]) -> bool {
+        is_same(self.0.as_bytes(), given)
+    }
+}
+
+/// Whether a secret and what was given for it are the same. The time that takes says nothing of
+/// where they differ.
+pub(super) fn is_same(own: &[u8], given: &[u8]) -> bool {
+    let differ = own.iter().zip(given).fold(0, |differ, (own, given)| black_box(differ | (own ^ given)));
+    own.len() == given.len() && black_box(differ) == 0
+}
+
+/// Random bytes in hexadecimal, as many as cannot be guessed.
+pub(super) fn random_hex() -> io::Result<String> {
+    let mut bytes = [0; RANDOM_BYTES];
+    // So few come at once.
+    if getrandom(&mut bytes, GetRandomFlags::empty())? != RANDOM_BYTES {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// Whether a Host header names this host by an address or `localhost`. A name that somebody's DNS
@@ -153,24 +164,10 @@ fn is_local_name(authority: &Authority) -> bool {
     host.eq_ignore_ascii_case("localhost") || bare.parse::<IpAddr>().is_ok()
 }
 
-/// Refuses a request without the token, or for another host.
-pub(crate) async fn authorize(State(token): State<Arc<Token>>, mut request: Request, next: Next) -> Response {
+/// Whether a request is for this host: by its Host header, and by its URI if that has one.
+pub(crate) fn is_for_this_host(request: &Request) -> bool {
     let host = request.headers().get(HOST).and_then(|host| Authority::try_from(host.as_bytes()).ok());
-    let of_uri = request.uri().authority().is_none_or(is_local_name);
-    if !of_uri || !host.is_some_and(|host| is_local_name(&host)) {
-        return ApiError::from(ProblemKind::BadHost).into_response();
-    }
-    let given = request.headers().get(AUTHORIZATION).map(HeaderValue::as_bytes);
-    let shown = given.and_then(|value| {
-        let (scheme, token) = value.split_at_checked("Bearer ".len())?;
-        scheme.eq_ignore_ascii_case(b"Bearer ").then_some(token)
-    });
-    if shown.is_some_and(|shown| token.is(shown)) {
-        // It goes no further: a VM's process, to which a request may be passed on, is not trusted.
-        request.headers_mut().remove(AUTHORIZATION);
-        return next.run(request).await;
-    }
-    ApiError::from(ProblemKind::Unauthorized).into_response()
+    request.uri().authority().is_none_or(is_local_name) && host.is_some_and(|host| is_local_name(&host))
 }
 
 #[cfg(test)]
@@ -220,25 +217,5 @@ mod tests {
         for host in ["example.com", "localhost.example.com", "127.0.0.1.example.com:80", "", "a b", "clade"] {
             assert!(!is_local(host), "{host}");
         }
-    }
-
-    #[test]
-    fn whoever_is_behind_the_check_does_not_see_the_token() {
-        use axum::Router;
-        use axum::body::{Body, to_bytes};
-        use axum::middleware::from_fn_with_state;
-        use axum::routing::get;
-        use tower::ServiceExt;
-
-        let shown = async |headers: axum::http::HeaderMap| headers.contains_key(AUTHORIZATION).to_string();
-        let token = Arc::new(Token("0123456789abcdef".to_owned()));
-        let router = Router::new().route("/", get(shown)).layer(from_fn_with_state(Arc::clone(&token), authorize));
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            let request = Request::get("/").header(HOST, "localhost").header(AUTHORIZATION, token.header());
-            let answer = router.oneshot(request.body(Body::empty()).unwrap()).await.unwrap();
-            assert_eq!(answer.status().as_u16(), 200);
-            assert_eq!(to_bytes(answer.into_body(), 64).await.unwrap(), "false");
-        });
     }
 }

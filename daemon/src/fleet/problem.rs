@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use super::FleetError;
 use crate::control::ProblemKind;
 use clade_memory::{AccessError, RamError};
-use clade_vmm::vm::{SnapshotError, VmError};
+use clade_vmm::vm::{DeviceError, SnapshotError, VmError};
 
 impl FleetError {
     /// The kind of problem that it is to a client.
@@ -67,6 +67,7 @@ fn of_vm(error: &VmError) -> ProblemKind {
         {
             ProblemKind::NoRoom
         }
+        VmError::Devices(DeviceError::Egress(_)) => ProblemKind::BadRequest,
         VmError::NoDevice { .. } => ProblemKind::NoDevice,
         VmError::Identity(error) if error.is_choice() => ProblemKind::IdentityTaken,
         _ => ProblemKind::Internal,

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::about::About;
+use crate::ahead::Learning;
 use crate::control::{CheckpointInfo, ForkAnswer, ForkedInfo};
 use crate::fleet::{FleetError, Labels, RuntimeDir, check_name};
 use crate::image::{Asked, Forked};
@@ -21,6 +22,8 @@ pub(crate) struct Checkpoint {
     parts: SealedParts,
     forked: Forked,
     made: Instant,
+    /// What its children write.
+    learning: Arc<Learning>,
 }
 
 /// Where an image comes from.
@@ -59,7 +62,7 @@ impl Checkpoint {
     ) -> Result<Self, FleetError> {
         let (forked, parts) = asked.image(check)?;
         about.check(vm, &forked)?;
-        Ok(Self { origin: Origin::Vm(vm.to_owned()), about, parts, forked, made: Instant::now() })
+        Ok(Self::new(Origin::Vm(vm.to_owned()), about, parts, forked))
     }
 
     /// The image of a snapshot, of a VM as `about` says.
@@ -77,7 +80,17 @@ impl Checkpoint {
             remapped: 0,
             copied: 0,
         };
-        Self { origin: Origin::Saved(saved.place.clone()), about, parts, forked, made: Instant::now() }
+        Self::new(Origin::Saved(saved.place.clone()), about, parts, forked)
+    }
+
+    fn new(origin: Origin, about: About, parts: SealedParts, forked: Forked) -> Self {
+        let learning = Arc::new(Learning::new(about.shape.config.layout()));
+        Self { origin, about, parts, forked, made: Instant::now(), learning }
+    }
+
+    /// What its children write.
+    pub(super) fn learning(&self) -> &Arc<Learning> {
+        &self.learning
     }
 
     /// What is known of the VM, whatever its process says.
@@ -142,6 +155,7 @@ impl Checkpoint {
                 copied_pages: self.forked.copied,
                 in_flight: self.forked.in_flight,
             }),
+            ahead: self.learning.info(),
         }
     }
 

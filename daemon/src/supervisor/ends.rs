@@ -93,6 +93,7 @@ impl Inner {
         let _ends = self.ends();
         let Some(vm) = self.processes.remove(exit.pid) else { return };
         let name = vm.name.clone();
+        vm.teach();
         let exceeded = vm.group.as_ref().and_then(|group| group.exceeded());
         vm.group.iter().for_each(|group| group.remove());
         tracing::info!(name, pid = exit.pid, signal = exit.signal, code = exit.code, "a VM's process has ended");

@@ -5,17 +5,15 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::fmt::Write as _;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::body::{Body, Bytes};
-use hyper::body::Frame;
 use serde_json::{Value, json};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::sleep;
 
+use crate::control::frames::Frames;
 use crate::control::{ApiError, ProblemKind};
 
 /// Most events that are kept.
@@ -268,21 +266,6 @@ async fn feed(
             () = to.closed() => return,
             () = async { drop(ending.wait_for(|ending| *ending).await) } => return,
         };
-    }
-}
-
-/// A body of what is fed to it.
-struct Frames(mpsc::Receiver<Bytes>);
-
-impl hyper::body::Body for Frames {
-    type Data = Bytes;
-    type Error = std::convert::Infallible;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
-        self.0.poll_recv(context).map(|bytes| Some(Ok(Frame::data(bytes?))))
     }
 }
 

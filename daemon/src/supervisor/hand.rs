@@ -36,6 +36,13 @@ impl Place {
         self.order(&shape.config, shape.config.disks.len(), grants)
     }
 
+    /// For a worker that opens the snapshot of VMs of `shape`. Compressed disks are unpacked where
+    /// overlays are.
+    pub(super) fn of_opener(&self, shape: &Shape) -> EnterOrder {
+        let overlays = shape.overlays.first().cloned().into_iter().collect();
+        self.order(&shape.config, 0, Grants { dirs: shape.saved.clone(), overlays, ..Grants::default() })
+    }
+
     /// For a VM that is booted.
     pub(super) fn of_boot(&self, config: &VmConfig, kernel: &Path, initrd: Option<&Path>) -> EnterOrder {
         self.order(config, config.disks.len(), Grants::of_boot(config, kernel, initrd))
@@ -64,6 +71,8 @@ pub(super) struct Hand {
     /// Whether the VM is booted, and not forked.
     is_booted: bool,
     files: Vec<OwnedFd>,
+    /// Whether the VM ends with this process.
+    is_tied: bool,
     /// The file of its flight record, which is read at its end.
     flight: Arc<OwnedFd>,
     /// None once the VM is kept.
@@ -93,7 +102,8 @@ impl Hand {
         let flight = Arc::new(flight::make().map_err(failed)?);
         let (ends, devices) = ends.hand_over(broker).map_err(failed)?;
         // From here on the socket's file is ours.
-        let mut hand = Self { about, is_booted: false, files: Vec::new(), flight, overlays: Some(overlays) };
+        let is_tied = tie.is_some();
+        let mut hand = Self { about, is_booted: false, files: Vec::new(), is_tied, flight, overlays: Some(overlays) };
         let (sockets, record) = claim.hand_over(shape.config.virtio_console)?;
         forget_ended(claim.dir(), &claim.name);
         hand.about.write(claim)?;
@@ -103,7 +113,7 @@ impl Hand {
         hand.files.extend(tie.map(OwnedFd::try_clone).transpose().map_err(failed)?);
         hand.files.extend(listeners);
         hand.files.extend(devices);
-        Ok((hand, Handed { is_tied: tie.is_some(), sockets, ends }))
+        Ok((hand, Handed { is_tied, sockets, ends }))
     }
 
     /// Of a VM that is booted: its disks' images are its to write.
@@ -119,7 +129,8 @@ impl Hand {
 
     /// The VM called `name`, which is `process`, in `group`.
     pub(super) fn own_vm(&self, name: &str, process: OwnedFd, group: Option<Group>) -> OwnVm {
-        OwnVm::new(name, process, &self.about.shape.config, self.is_booted).in_group(group).recorded_in(&self.flight)
+        let vm = OwnVm::new(name, process, &self.about.shape.config, self.is_booted);
+        vm.in_group(group).tied(self.is_tied).recorded_in(&self.flight)
     }
 
     /// The descriptors, behind the lock of `claim`.

@@ -1,6 +1,8 @@
 //! Children and booted VMs: workers that make them, all of a request or none (I13).
 
 use std::cell::{Cell, OnceCell};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use super::about::About;
@@ -10,6 +12,7 @@ use super::hand::{Hand, Start};
 use super::net_hook::Up;
 use super::ready::expect_reachable;
 use super::{Fetch, Inner, Supervisor};
+use crate::ahead::{AheadOrder, Learning, note};
 use crate::control::{BootRequest, ErasedInfo, ForkAnswer, ForkRequest, ProblemKind, VmLimits};
 use crate::fleet::{Cancel, FleetError, NameClaim, Needs, check_name, check_names, check_room, claim_names};
 use crate::image::Asked;
@@ -18,6 +21,11 @@ use crate::secrets::{self, Secrets};
 use crate::worker::{BootOrder, EnterOrder, ForkOrder, Inherited, Made, Order, Shape, Worker, Workers, has_ended};
 use clade_vmm::vm::{Endpoints, VmError};
 
+/// Where a child notes what it writes, and who learns it.
+type Note = Option<(OwnedFd, Weak<Learning>)>;
+
+/// Most memory that a child may have copies of ahead, in MiB.
+const MAX_AHEAD_MIB: u32 = 4096;
 /// The least memory of a VM's process, in MiB.
 const MIN_LIMIT_MIB: u64 = 32;
 /// How much processor time a VM's limit may be.
@@ -31,12 +39,14 @@ pub(super) struct Ground {
 }
 
 /// What children are made from.
-struct Origin<'a> {
-    about: &'a About,
+pub(super) struct Origin<'a> {
+    pub(super) about: &'a About,
     /// The VM, if it is not the image of a snapshot.
-    vm: Option<&'a str>,
+    pub(super) vm: Option<&'a str>,
+    /// What its children write, if that is learned.
+    pub(super) learning: Option<&'a Arc<Learning>>,
     /// The image, once it is there: it is asked for when the workers have their orders.
-    image: &'a dyn Fn() -> Result<&'a Checkpoint, FleetError>,
+    pub(super) image: &'a dyn Fn() -> Result<&'a Checkpoint, FleetError>,
 }
 
 /// VMs that are to be made.
@@ -98,8 +108,12 @@ impl Supervisor {
             // It was asked for, in vain.
             (None, None) => Err(FleetError::Ending),
         };
-        let made =
-            self.start_children(&Origin { about: &about, vm: Some(vm), image: &image }, claims, request, cancel)?;
+        let made = self.start_children(
+            &Origin { about: &about, vm: Some(vm), learning: None, image: &image },
+            claims,
+            request,
+            cancel,
+        )?;
         let erased = erased(&made, request);
         let answer = image()?.answer(made, begun.elapsed()).with_erased(erased);
         self.0.events.forked(vm, &answer.children, answer.pause_us);
@@ -155,11 +169,16 @@ impl Supervisor {
         request: &ForkRequest,
         cancel: &Cancel,
     ) -> Result<Vec<Made>, FleetError> {
-        let origin = Origin { about: checkpoint.about(), vm: checkpoint.vm(), image: &|| Ok(checkpoint) };
+        let learning = Some(checkpoint.learning());
+        let origin = Origin { about: checkpoint.about(), vm: checkpoint.vm(), learning, image: &|| Ok(checkpoint) };
         self.start_children(&origin, claims, request, cancel)
     }
 
-    fn start_children(
+    /// Starts children of `origin`: all or none (I13).
+    ///
+    /// # Errors
+    /// When one cannot be made.
+    pub(super) fn start_children(
         &self,
         origin: &Origin<'_>,
         claims: Vec<NameClaim>,
@@ -167,6 +186,8 @@ impl Supervisor {
         cancel: &Cancel,
     ) -> Result<Vec<Made>, FleetError> {
         let count = claims.len();
+        let failed = |source| FleetError::Worker { source };
+        let budget = Learning::budget(self.ahead_pages(origin, request)?, count);
         let About { shape, identity, session, bounds, .. } = origin.about;
         let choice = request.identity();
         // While any is made: a worker is told of directories that are there.
@@ -181,7 +202,7 @@ impl Supervisor {
                 parent: origin.vm,
                 bounds: *bounds,
                 pid: worker.pid(),
-                tie: self.tie(session),
+                tie: self.tie(session.as_deref()),
             };
             let (mut hand, handed) = Hand::make(claim, start, overlays, ends, &self.0.broker)?;
             let order = ForkOrder {
@@ -195,15 +216,25 @@ impl Supervisor {
             hand.sent();
             Ok(hand)
         };
-        let give = |workers: &Workers| {
+        let give = |workers: &Workers| -> Result<Vec<Note>, FleetError> {
             let checkpoint = (origin.image)()?;
             let labels = request.labels.as_ref().unwrap_or_else(|| checkpoint.labels()).clone();
             let (secrets, withhold) = (checkpoint.secrets().clone(), request.without_secrets);
             if withhold {
                 secrets.expect_known(origin.vm)?;
             }
-            let inherited = Inherited { labels, secrets, withhold };
-            workers.0.iter().try_for_each(|worker| worker.give_image(&inherited, checkpoint.parts()))
+            let learns = origin.learning.filter(|_| budget > 0);
+            let likely = learns.map(|learning| learning.likely(budget)).transpose().map_err(failed)?;
+            let order = learns.map(|_| AheadOrder { pages: budget });
+            let inherited = Inherited { labels, secrets, withhold, ahead: order };
+            let give = |worker: &Worker| {
+                let note =
+                    learns.map(|learning| Ok((note()?, Arc::downgrade(learning)))).transpose().map_err(failed)?;
+                let files: Vec<_> = likely.iter().chain(note.iter().map(|(note, _)| note)).map(AsFd::as_fd).collect();
+                worker.give_image(&inherited, &files, checkpoint.parts())?;
+                Ok(note)
+            };
+            workers.0.iter().map(give).collect()
         };
         let ground = Ground { enter: self.0.place.of_child(shape), bounds: *bounds };
         let check = |made| self.check(made, count, cancel);
@@ -254,7 +285,7 @@ impl Supervisor {
                 parent: None,
                 bounds,
                 pid: worker.pid(),
-                tie: self.tie(&session),
+                tie: self.tie(session.as_deref()),
             };
             let (mut hand, handed) = Hand::make(claim, start, overlays, ends, &self.0.broker)?;
             let (kernel, initrd, cmdline) = (kernel.clone(), initrd.clone(), cmdline.clone());
@@ -267,19 +298,19 @@ impl Supervisor {
         };
         let check = |made| self.check(made, 1, cancel);
         let making = Making { shape: None, ground, claims: &claims, order: &order, check: &check };
-        let made = self.make(&making, |_| Ok(()))?;
+        let made = self.make(&making, |workers| Ok(workers.0.iter().map(|_| None).collect()))?;
         claims.into_iter().for_each(NameClaim::leave);
         made.iter().for_each(|vm| self.0.events.booted(&vm.name));
         made.into_iter().next().ok_or(FleetError::Ending)
     }
 
     /// Has a worker for each claim make its VM, and then all run. `give` gives all of them what comes
-    /// behind their orders. The claims must outlive this when it fails: names are free when nothing
+    /// behind their orders, and returns where each notes what it writes. The claims must outlive this when it fails: names are free when nothing
     /// uses them any more.
     fn make(
         &self,
         making: &Making<'_>,
-        give: impl Fn(&Workers) -> Result<(), FleetError>,
+        give: impl Fn(&Workers) -> Result<Vec<Note>, FleetError>,
     ) -> Result<Vec<Made>, FleetError> {
         // Others are prepared when this is over: that takes processor time.
         let (prepared, _busy) = match making.shape {
@@ -350,19 +381,20 @@ impl Supervisor {
         &self,
         ordered: Ordered,
         making: &Making<'_>,
-        give: impl Fn(&Workers) -> Result<(), FleetError>,
+        give: impl Fn(&Workers) -> Result<Vec<Note>, FleetError>,
     ) -> Result<Vec<Made>, FleetError> {
         let Ordered { mut workers, hands, groups } = ordered;
         let claims = making.claims;
-        give(&workers)?;
+        let notes = give(&workers)?;
         // All of them, or none of the VMs runs.
         let interfaces = || claims.iter().zip(&hands).map(|(claim, hand)| hand.interfaces(&claim.name)).collect();
         let up = self.0.net_hook.as_ref().map(|hook| hook.up(interfaces())).transpose()?;
         // Before they run: one may end at once.
         let pids: Vec<u32> = workers.0.iter().map(Worker::pid).collect();
-        for (((worker, claim), hand), group) in workers.0.iter().zip(claims).zip(&hands).zip(groups) {
+        let vms = workers.0.iter().zip(claims).zip(&hands).zip(groups).zip(notes);
+        for ((((worker, claim), hand), group), note) in vms {
             let process = worker.pidfd()?.ok_or(FleetError::Ending)?;
-            self.0.processes.add([(worker.pid(), hand.own_vm(&claim.name, process, group))]);
+            self.0.processes.add([(worker.pid(), hand.own_vm(&claim.name, process, group).noting(note))]);
         }
         let made = workers.run_together(making.check).inspect_err(|_| {
             pids.iter().for_each(|pid| drop(self.0.processes.remove(*pid)));
@@ -370,6 +402,22 @@ impl Supervisor {
         hands.into_iter().for_each(Hand::keep);
         up.into_iter().for_each(Up::keep);
         Ok(made)
+    }
+
+    /// Pages that a child of `origin` may copy ahead.
+    fn ahead_pages(&self, origin: &Origin<'_>, request: &ForkRequest) -> Result<u64, FleetError> {
+        let refused = |text: String| Err(FleetError::Refused { kind: ProblemKind::BadConfig, text });
+        let mib = match (request.ahead_mib, origin.learning) {
+            (Some(mib @ 1..), None) => {
+                return refused(format!("ahead_mib: {mib}: nothing is learned of a VM's forks: fork a checkpoint"));
+            }
+            (Some(mib), _) if mib > MAX_AHEAD_MIB => {
+                return refused(format!("ahead_mib: {mib} is more than {MAX_AHEAD_MIB}"));
+            }
+            (Some(mib), _) => mib,
+            (None, _) => self.0.ahead_mib,
+        };
+        Ok((u64::from(mib) << 20) / clade_memory::PAGE_SIZE)
     }
 
     /// What a VM may take, if that is asked for and can be enforced.

@@ -243,6 +243,13 @@ fn of_devices(out: &mut Exposition, vms: &[VmStats], clade: &dyn Fn(&VmStats) ->
             }
         }
     });
+    let help = "Packets that egress rules have dropped.";
+    out.family("clade_vm_network_egress_dropped_total", Kind::Counter, help);
+    each(out, &|out, vm, _, clade| {
+        for net in &vm.nets {
+            out.count(&[("vm", &vm.name), ("clade", clade), ("interface", &net.tap)], net.egress_dropped);
+        }
+    });
     out.family("clade_vm_disk_no_room_total", Kind::Counter, "Writes for which the host had no room.");
     each(out, &|out, vm, _, clade| {
         for (at, disk) in vm.disks.iter().enumerate() {

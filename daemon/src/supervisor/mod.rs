@@ -26,6 +26,7 @@
 //! | `idempotency` | requests that are sent again |
 //! | `openapi` | the description of the HTTP API |
 //! | `metrics` | numbers for Prometheus |
+//! | `page` | the page of a browser: its files, and what all answers over TCP have |
 //! | `pool` | workers that are prepared before they are asked for |
 //! | `proxy` | requests that are passed on to a VM's process |
 //! | `ready` | guests that are told that their VMs are others |
@@ -47,6 +48,7 @@ mod metrics;
 mod net_hook;
 mod openapi;
 mod overlays;
+mod page;
 mod pool;
 mod processes;
 mod proxy;
@@ -57,15 +59,17 @@ mod server;
 mod snapshots;
 mod suspend;
 
-pub use server::TcpError;
+pub use server::{TcpError, described};
 
 use std::collections::BTreeSet;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
 use tokio::runtime::Handle;
@@ -79,6 +83,7 @@ use crate::fleet::{
 use crate::flight::FlightEvent;
 use crate::image::give_broker;
 use crate::jail::Confinement;
+use crate::worker::has_ended;
 use crate::zygote::{Exit, Zygote};
 use about::About;
 pub(crate) use about::clear_up;
@@ -97,6 +102,7 @@ pub use net_hook::HookError;
 use net_hook::NetHook;
 use overlays::OverlayDirs;
 use pool::Pool;
+pub use processes::COMMIT_TIMEOUT;
 use processes::{Processes, kill};
 use records::Records;
 use snapshots::Snapshots;
@@ -115,8 +121,25 @@ pub struct SupervisorOptions {
     pub cgroup: CgroupPlace,
     /// The program that connects their interfaces to the host's network.
     pub net_hook: Option<PathBuf>,
-    /// Whether VMs of a session end with this process, however that ends.
-    pub is_tied: bool,
+    /// Memory that a child of a checkpoint may have copies of before it writes there, in MiB, if its
+    /// request says nothing. 0 for none.
+    pub ahead_mib: u32,
+    /// The session whose VMs end with this process, however that ends.
+    pub session: Option<String>,
+}
+
+/// What the VMs of a session end with.
+#[derive(Debug)]
+struct Tie {
+    session: String,
+    /// A pidfd of this process.
+    process: OwnedFd,
+}
+
+impl Tie {
+    fn new(session: String) -> io::Result<Self> {
+        Ok(Self { session, process: pidfd_open(getpid(), PidfdFlags::empty())? })
+    }
 }
 
 /// The supervisor of a runtime directory. A clone is a handle to the same one.
@@ -141,9 +164,11 @@ struct Inner {
     /// None if VMs have no control groups.
     cgroups: Option<Cgroups>,
     net_hook: Option<NetHook>,
+    /// See [`SupervisorOptions::ahead_mib`].
+    ahead_mib: u32,
     zygote: Arc<Zygote>,
-    /// This process, if VMs of a session end with it.
-    tie: Option<OwnedFd>,
+    /// A session, and this process, which its VMs end with.
+    tie: Option<Tie>,
     pool: Pool,
     checkpoints: Checkpoints,
     snapshots: Snapshots,
@@ -181,7 +206,7 @@ impl Supervisor {
     /// When another process supervises it, or the zygote cannot be started. When there are to be control
     /// groups, and they cannot be had.
     pub fn start(dir: &Path, options: &SupervisorOptions, runtime: &Handle) -> Result<Self, FleetError> {
-        let SupervisorOptions { pool, confinement, ref cgroup, ref net_hook, is_tied } = *options;
+        let SupervisorOptions { pool, confinement, ref cgroup, ref net_hook, ahead_mib, ref session } = *options;
         let dir = RuntimeDir::create(dir)?;
         let (claim, socket) = SupervisorClaim::new(&dir)?;
         // Before there is another process.
@@ -189,9 +214,9 @@ impl Supervisor {
         let net_hook = net_hook.as_deref().map(NetHook::new).transpose()?;
         let (sender, exits) = mpsc::channel();
         let failed = |source| FleetError::Worker { source };
-        let this = || pidfd_open(getpid(), PidfdFlags::empty()).map_err(|errno| failed(errno.into()));
-        let tie = is_tied.then(this).transpose()?;
-        let zygote = Arc::new(Zygote::start(sender, confinement)?);
+        let tie = session.clone().map(Tie::new).transpose().map_err(failed)?;
+        // One that ends with its VMs has few of them.
+        let zygote = Arc::new(Zygote::start(sender, confinement, session.is_none())?);
         let place = Place { dir: dir.path().to_owned(), confinement };
         let overlays = OverlayDirs::default();
         let broker = Broker::start().map_err(failed)?;
@@ -214,6 +239,7 @@ impl Supervisor {
             broker,
             cgroups,
             net_hook,
+            ahead_mib,
             zygote,
             tie,
             place,
@@ -253,7 +279,8 @@ impl Supervisor {
         Ok(supervisor)
     }
 
-    /// Ends it: no request is taken any more, and prepared workers go. VMs run on.
+    /// Ends it: no request is taken any more, and prepared workers go. VMs run on. Those of its own
+    /// session end with this process: see [`Self::wait_for_disks`].
     pub fn close(&self) {
         self.0.closing.store(true, Ordering::Relaxed);
         // Those that are under way are cancelled, and leave nothing.
@@ -271,9 +298,21 @@ impl Supervisor {
         drop(self.0.claim.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
+    /// Waits until all VMs of its own session that have ended have given their disks what was written
+    /// since a fork, for `limit` at most. Returns whether they have: those that have not lose what
+    /// their guests have not flushed, as soon as this process ends.
+    ///
+    /// After [`Self::close`]: a checkpoint keeps the disks as they are.
+    pub fn wait_for_disks(&self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        let process = |name: &str| About::read(&self.0.dir, name).ok().flatten()?.process;
+        let writers = self.0.processes.writers(|name, pid| process(name).is_some_and(|its| its.pid() == pid));
+        writers.iter().all(|process| has_ended(process, deadline.saturating_duration_since(Instant::now())))
+    }
+
     /// The process that a VM of `session` ends with.
-    fn tie(&self, session: &Option<String>) -> Option<&OwnedFd> {
-        self.0.tie.as_ref().filter(|_| session.is_some())
+    fn tie(&self, session: Option<&str>) -> Option<&OwnedFd> {
+        self.0.tie.as_ref().filter(|tie| Some(&*tie.session) == session).map(|tie| &tie.process)
     }
 
     fn check(&self, made: usize, count: usize, cancel: &Cancel) -> Result<(), FleetError> {

@@ -76,7 +76,9 @@ pub(super) struct Interfaces {
 
 impl Interfaces {
     pub(super) fn of(vm: &str, parent: Option<&str>, identity: &Identity) -> Self {
-        let nets = identity.nets.iter().map(|net| (net.tap.clone(), net.mac.to_string())).collect();
+        // A network by passt has none.
+        let own = identity.nets.iter().filter(|net| !net.tap.is_empty());
+        let nets = own.map(|net| (net.tap.clone(), net.mac.to_string())).collect();
         Self { vm: vm.to_owned(), parent: parent.map(str::to_owned), nets }
     }
 }

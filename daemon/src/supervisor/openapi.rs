@@ -135,6 +135,8 @@ fn errors(operation: &Value, method: &str, path: &str, passed_on: bool) -> Vec<P
         Kind::NoThread,
         Kind::TooMany,
         Kind::Ending,
+        Kind::ForeignOrigin,
+        Kind::TooManyLogins,
     ];
     if path.contains("{name}") {
         all.push(Kind::BadName);
@@ -156,6 +158,8 @@ fn errors(operation: &Value, method: &str, path: &str, passed_on: bool) -> Vec<P
         all.extend(conflicts);
     } else if path.ends_with("/memory") {
         all.extend([Kind::WrongState, Kind::BadAddress]);
+    } else if path.ends_with("/console") {
+        all.push(Kind::NoDevice);
     } else if path.ends_with("/balloon") {
         all.extend([Kind::NoDevice, Kind::WrongState]);
     }
@@ -247,6 +251,20 @@ mod tests {
             }
         }
         assert_eq!(found, 6);
+    }
+
+    #[test]
+    fn a_login_alone_needs_no_token_in_a_header() {
+        let document = described();
+        let free = |operation: &Value| operation["security"] == json!([{}]);
+        let all = paths(&document);
+        let without: Vec<_> = all
+            .iter()
+            .flat_map(|(path, item)| item.as_object().unwrap().iter().map(move |(method, one)| (method, path, one)))
+            .filter(|(.., operation)| free(operation))
+            .map(|(method, path, _)| format!("{method} {path}"))
+            .collect();
+        assert_eq!(without, ["post /v1/session"]);
     }
 
     #[test]

@@ -2,8 +2,10 @@
 //! without memory or state.
 //!
 //! As many are kept as the last forks took, up to a limit, and none for a configuration that
-//! nobody has forked for a while.
+//! nobody has forked for a while. For VMs from a snapshot one more is kept: it opens the snapshot the
+//! next time.
 
+use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -26,11 +28,49 @@ const REST: Duration = Duration::from_millis(1);
 #[derive(Debug)]
 struct ShapePool {
     shape: Shape,
+    /// The directories of its snapshots. Its workers may reach these, whatever is at the paths now.
+    saved: Vec<DirId>,
     /// Its workers were told of these.
     _overlays: InUse,
     ready: Vec<Worker>,
     wanted: usize,
+    /// Opens the snapshot the next time.
+    opener: Option<Worker>,
+    wants_opener: bool,
     used: Instant,
+}
+
+/// A directory's device and inode. None if there is none.
+type DirId = Option<(u64, u64)>;
+
+/// The directories of the snapshots of VMs of `shape`, as they are now.
+fn saved_now(shape: &Shape) -> Vec<DirId> {
+    let id = |dir| std::fs::metadata(dir).ok().map(|found| (found.dev(), found.ino()));
+    shape.saved.iter().map(id).collect()
+}
+
+/// What a pool lacks.
+#[derive(Clone, Copy, Debug)]
+enum Lack {
+    Opener,
+    Workers(usize),
+}
+
+impl ShapePool {
+    fn workers(self) -> impl Iterator<Item = Worker> {
+        self.ready.into_iter().chain(self.opener)
+    }
+
+    /// What is to be made next.
+    fn lacks(&self) -> Option<Lack> {
+        let short = self.wanted.saturating_sub(self.ready.len());
+        if self.wants_opener && self.opener.is_none() {
+            // It gets ready while the others are made.
+            Some(Lack::Opener)
+        } else {
+            (short > 0).then(|| Lack::Workers(short.min(STEP)))
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -45,6 +85,14 @@ struct State {
 }
 
 impl State {
+    /// The pool for `shape`, whose snapshots are in the directories `saved`. One whose workers may only
+    /// reach a snapshot that has been replaced is removed, and pushed to `old`: its workers take time to
+    /// end.
+    fn pool(&mut self, shape: &Shape, saved: &[DirId], old: &mut Vec<ShapePool>) -> Option<&mut ShapePool> {
+        old.extend(self.shapes.extract_if(.., |pool| pool.shape == *shape && pool.saved != saved));
+        self.shapes.iter_mut().find(|pool| pool.shape == *shape)
+    }
+
     /// How long no worker is to be prepared.
     fn rest(&self) -> Duration {
         let left = |since: Option<Instant>, limit: Duration| {
@@ -102,16 +150,32 @@ impl Shared {
         Ok(workers)
     }
 
+    /// A worker that opens the snapshot of VMs of `shape`.
+    fn make_opener(&self, shape: &Shape) -> Result<Worker, FleetError> {
+        let worker = self.zygote.workers(1)?.pop().ok_or(FleetError::Ending)?;
+        worker.enter(self.place.of_opener(shape))?;
+        Ok(worker)
+    }
+
     /// A pool without workers. None if they would have no place for their disks' writes.
-    fn shape_pool(&self, shape: &Shape, wanted: usize) -> Option<ShapePool> {
+    fn shape_pool(&self, shape: &Shape, saved: Vec<DirId>, wanted: usize) -> Option<ShapePool> {
         let held = self.overlays.hold(&shape.written());
         let held = held.inspect_err(|error| tracing::warn!(%error, "no workers are prepared")).ok()?;
-        Some(ShapePool { shape: shape.clone(), _overlays: held, ready: Vec::new(), wanted, used: Instant::now() })
+        Some(ShapePool {
+            shape: shape.clone(),
+            saved,
+            _overlays: held,
+            ready: Vec::new(),
+            wanted,
+            opener: None,
+            wants_opener: false,
+            used: Instant::now(),
+        })
     }
 
     /// Waits until there is something to be made, and makes a few. Returns whether to go on.
     fn refill(&self) -> bool {
-        let (shape, count) = {
+        let (shape, saved, lack) = {
             let mut state = self.state();
             loop {
                 if state.is_closed {
@@ -121,13 +185,13 @@ impl Shared {
                 if !idle.is_empty() {
                     // Not under the lock: they take time to end.
                     drop(state);
-                    drop(Workers(idle.into_iter().flat_map(|pool| pool.ready).collect()));
+                    drop(Workers(idle.into_iter().flat_map(ShapePool::workers).collect()));
                     return true;
                 }
-                let short = state.shapes.iter().find(|pool| pool.ready.len() < pool.wanted);
+                let short = state.shapes.iter().find_map(|pool| Some((pool, pool.lacks()?)));
                 let rest = match short {
-                    Some(pool) if state.rest().is_zero() => {
-                        break (pool.shape.clone(), (pool.wanted - pool.ready.len()).min(STEP));
+                    Some((pool, lack)) if state.rest().is_zero() => {
+                        break (pool.shape.clone(), pool.saved.clone(), lack);
                     }
                     Some(_) => state.rest(),
                     None => IDLE / 4,
@@ -136,31 +200,46 @@ impl Shared {
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
             }
         };
-        match self.make(&shape, count) {
-            Ok(workers) => self.put(&shape, workers),
-            Err(error) => {
-                tracing::warn!(%error, "no workers are prepared");
-                // The next fork has it tried again.
-                if let Some(pool) = self.state().shapes.iter_mut().find(|pool| pool.shape == shape) {
-                    pool.wanted = 0;
-                }
+        let made = match lack {
+            Lack::Workers(count) => self.make(&shape, count).map(|workers| self.put(&shape, &saved, workers)),
+            Lack::Opener => self.make_opener(&shape).map(|worker| self.put_opener(&shape, &saved, worker)),
+        };
+        if let Err(error) = made {
+            tracing::warn!(%error, "no workers are prepared");
+            // The next request has it tried again.
+            if let Some(pool) = self.state().shapes.iter_mut().find(|pool| pool.shape == shape) {
+                (pool.wanted, pool.wants_opener) = (0, false);
             }
         }
         true
     }
 
-    fn put(&self, shape: &Shape, workers: Vec<Worker>) {
+    fn put(&self, shape: &Shape, saved: &[DirId], workers: Vec<Worker>) {
         let mut state = self.state();
         if state.is_closed {
             drop(state);
             drop(workers);
             return;
         }
-        match state.shapes.iter_mut().find(|pool| pool.shape == *shape) {
+        let is_theirs = |pool: &&mut ShapePool| pool.shape == *shape && pool.saved == saved;
+        match state.shapes.iter_mut().find(is_theirs) {
             Some(pool) => pool.ready.extend(workers),
             None => {
-                let pool = self.shape_pool(shape, workers.len());
+                let pool = self.shape_pool(shape, saved.to_vec(), workers.len());
                 state.shapes.extend(pool.map(|pool| ShapePool { ready: workers, ..pool }));
+            }
+        }
+    }
+
+    fn put_opener(&self, shape: &Shape, saved: &[DirId], worker: Worker) {
+        let mut state = self.state();
+        let wants = |pool: &&mut ShapePool| pool.shape == *shape && pool.saved == saved && pool.opener.is_none();
+        match state.shapes.iter_mut().find(wants) {
+            Some(pool) => pool.opener = Some(worker),
+            None => {
+                // Not under the lock: it takes time to end.
+                drop(state);
+                drop(worker);
             }
         }
     }
@@ -197,11 +276,13 @@ impl Pool {
     /// Takes up to `count` workers for `shape`, and has as many made for the next time, when the
     /// request is over.
     pub(super) fn take(&self, shape: &Shape, count: usize) -> (Vec<Worker>, Busy) {
+        // Not under the lock: it is on whatever file system.
+        let (saved, mut old) = (saved_now(shape), Vec::new());
         let mut state = self.0.state();
         state.busy += 1;
         state.busy_since.get_or_insert_with(Instant::now);
         let wanted = count.min(self.0.most);
-        let taken = match state.shapes.iter_mut().find(|pool| pool.shape == *shape) {
+        let taken = match state.pool(shape, &saved, &mut old) {
             Some(pool) => {
                 // It goes down by a quarter at a time, so that one small fork in between costs little.
                 pool.wanted = wanted.max((pool.wanted * 3 / 4).min(self.0.most));
@@ -210,13 +291,38 @@ impl Pool {
                 pool.ready.split_off(left)
             }
             None => {
-                let pool = self.0.shape_pool(shape, wanted);
+                let pool = self.0.shape_pool(shape, saved, wanted);
                 state.shapes.extend(pool);
                 Vec::new()
             }
         };
         drop(state);
+        drop(Workers(old.into_iter().flat_map(ShapePool::workers).collect()));
         (taken, Busy(Arc::clone(&self.0)))
+    }
+
+    /// Takes the worker that opens the snapshot of VMs of `shape`, if there is one, and has another
+    /// made for the next time.
+    pub(super) fn take_opener(&self, shape: &Shape) -> Option<Worker> {
+        if self.0.most == 0 {
+            return None;
+        }
+        let (saved, mut old) = (saved_now(shape), Vec::new());
+        let mut state = self.0.state();
+        let taken = match state.pool(shape, &saved, &mut old) {
+            Some(pool) => {
+                (pool.wants_opener, pool.used) = (true, Instant::now());
+                pool.opener.take()
+            }
+            None => {
+                let pool = self.0.shape_pool(shape, saved, 0);
+                state.shapes.extend(pool.map(|pool| ShapePool { wants_opener: true, ..pool }));
+                None
+            }
+        };
+        drop(state);
+        drop(Workers(old.into_iter().flat_map(ShapePool::workers).collect()));
+        taken
     }
 
     /// Prepares workers for `config` until there are `count`. Returns how many there are.
@@ -235,27 +341,28 @@ impl Pool {
         let mut made = 0;
         loop {
             check()?;
+            let (saved, mut old) = (saved_now(shape), Vec::new());
             let ready = {
                 let mut state = self.0.state();
                 if state.is_closed {
                     return Err(FleetError::Ending);
                 }
-                let pool = state.shapes.iter_mut().find(|pool| pool.shape == *shape);
-                pool.map_or(0, |pool| {
+                state.pool(shape, &saved, &mut old).map_or(0, |pool| {
                     pool.used = Instant::now();
                     pool.ready.len()
                 })
             };
+            drop(Workers(old.into_iter().flat_map(ShapePool::workers).collect()));
             if ready >= count || made >= count {
                 return Ok(ready);
             }
             let step = (count - ready).min(STEP);
-            self.0.put(shape, self.0.make(shape, step)?);
+            self.0.put(shape, &saved, self.0.make(shape, step)?);
             made += step;
         }
     }
 
-    /// How many workers are prepared.
+    /// How many workers are prepared for VMs.
     pub(super) fn len(&self) -> usize {
         self.0.state().shapes.iter().map(|pool| pool.ready.len()).sum()
     }
@@ -267,7 +374,7 @@ impl Pool {
         let shapes = std::mem::take(&mut state.shapes);
         drop(state);
         self.0.changed.notify_all();
-        drop(Workers(shapes.into_iter().flat_map(|pool| pool.ready).collect()));
+        drop(Workers(shapes.into_iter().flat_map(ShapePool::workers).collect()));
     }
 }
 

@@ -7,13 +7,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
 use super::cgroups::Group;
+use crate::ahead::Learning;
 use crate::flight::{self, FlightEvent};
 use crate::worker::has_ended;
 use clade_vmm::vm::VmConfig;
@@ -22,7 +23,7 @@ use clade_vmm::vm::VmConfig;
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(30);
 /// The same for one that gives its disks what was written since a fork. It begins when nobody else
 /// uses the disks any more.
-const COMMIT_TIMEOUT: Duration = Duration::from_secs(600);
+pub const COMMIT_TIMEOUT: Duration = Duration::from_secs(600);
 /// How long a process that is killed may take to end: it may have much memory.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -69,6 +70,8 @@ pub(super) struct OwnVm {
     pub(super) process: Arc<OwnedFd>,
     /// Images of disks that it may give something at its end.
     images: Vec<PathBuf>,
+    /// Whether it ends with this process.
+    is_tied: bool,
     /// Since when it has no name any more.
     given_back: Option<Instant>,
     /// Whether a request has stopped it, so that its end is no surprise.
@@ -77,6 +80,8 @@ pub(super) struct OwnVm {
     pub(super) group: Option<Arc<Group>>,
     /// The file of its flight record.
     flight: Option<Arc<OwnedFd>>,
+    /// Where it notes what it has written, for the checkpoint that it is of.
+    ahead: Option<(Arc<OwnedFd>, Weak<Learning>)>,
 }
 
 impl OwnVm {
@@ -87,10 +92,12 @@ impl OwnVm {
             name: name.to_owned(),
             process: Arc::new(process),
             images: given.map(|disk| disk.disk.path.clone()).collect(),
+            is_tied: false,
             given_back: None,
             is_stopped: false,
             group: None,
             flight: None,
+            ahead: None,
         }
     }
 
@@ -98,8 +105,25 @@ impl OwnVm {
         Self { group: group.map(Arc::new), ..self }
     }
 
+    pub(super) fn tied(self, is_tied: bool) -> Self {
+        Self { is_tied, ..self }
+    }
+
     pub(super) fn recorded_in(self, flight: &Arc<OwnedFd>) -> Self {
         Self { flight: Some(Arc::clone(flight)), ..self }
+    }
+
+    pub(super) fn noting(self, ahead: Option<(OwnedFd, Weak<Learning>)>) -> Self {
+        Self { ahead: ahead.map(|(note, learning)| (Arc::new(note), learning)), ..self }
+    }
+
+    /// Has its checkpoint, if that is still there, learn what it has written. It has ended.
+    pub(super) fn teach(&self) {
+        if let Some((note, learning)) = &self.ahead
+            && let Some(learning) = learning.upgrade()
+        {
+            learning.learn(note);
+        }
     }
 
     /// What its process has noted.
@@ -161,6 +185,16 @@ impl Processes {
         if let Some(vm) = self.all().get_mut(&pid) {
             vm.given_back.get_or_insert_with(Instant::now);
         }
+    }
+
+    /// Processes that end with this one, and may give disks something: of VMs that have ended. `has_name`
+    /// says whether a VM is still there as a process.
+    pub(super) fn writers(&self, has_name: impl Fn(&str, u32) -> bool) -> Vec<Arc<OwnedFd>> {
+        let may_write = |vm: &OwnVm| vm.is_tied && !vm.images.is_empty();
+        // Not under the lock: it reads files.
+        let all: Vec<(u32, OwnVm)> = self.all().iter().map(|(pid, vm)| (*pid, vm.clone())).collect();
+        let writers = all.into_iter().filter(|(pid, vm)| may_write(vm) && !has_name(&vm.name, *pid));
+        writers.map(|(_, vm)| vm.process).collect()
     }
 
     /// Forgets those that have ended, but for VMs called as `is_awaited` says: their end is looked

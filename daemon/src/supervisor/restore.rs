@@ -1,6 +1,7 @@
 //! VMs from snapshots: a worker that has its files alone opens one, and its image is a checkpoint
 //! like any other.
 
+use std::cell::{Cell, OnceCell};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -9,11 +10,11 @@ use super::Supervisor;
 use super::about::About;
 use super::cgroups::Bounds;
 use super::checkpoint::Checkpoint;
-use super::overlays::unnamed_in;
+use super::make::Origin;
+use super::overlays::{InUse, unnamed_in};
 use crate::control::{CheckpointInfo, ForkAnswer, OpenRequest, RestoreRequest, SavedSource};
 use crate::fleet::{Cancel, FleetError, LONGEST_NAME, check_name, check_names};
-use crate::jail::Grants;
-use crate::worker::{OpenOrder, Shape};
+use crate::worker::{OpenOrder, Shape, Worker};
 use clade_vmm::vm::{SavedVm, SnapshotError};
 
 /// The name of VMs from the snapshot in `dir`, if none is given.
@@ -23,6 +24,40 @@ fn stem(dir: &Path) -> String {
     // Numbers are to fit behind it.
     let name: String = name.chars().map(fits).take(LONGEST_NAME - 16).collect();
     if name.starts_with(|c: char| c.is_ascii_alphanumeric()) { name } else { format!("vm{name}") }
+}
+
+/// A worker that opens a snapshot.
+struct Opening {
+    worker: Worker,
+    /// Disks are unpacked there.
+    _overlays: InUse,
+}
+
+impl Opening {
+    /// The image of the snapshot `saved`, of VMs as `about` says. `check` is asked meanwhile.
+    fn image(
+        self,
+        about: About,
+        saved: &SavedVm,
+        check: impl Fn() -> Result<(), FleetError>,
+    ) -> Result<Checkpoint, FleetError> {
+        let parts = self.worker.opened(check)?;
+        Ok(Checkpoint::of_saved(about, saved, parts))
+    }
+}
+
+/// What is known of VMs of `shape` from the snapshot `saved`.
+fn about(shape: Shape, saved: &SavedVm, session: Option<&str>) -> About {
+    About {
+        shape,
+        identity: saved.identity.clone(),
+        overlays: Vec::new(),
+        socket: None,
+        session: session.map(str::to_owned),
+        process: None,
+        parent: None,
+        bounds: Bounds::default(),
+    }
 }
 
 impl Supervisor {
@@ -39,36 +74,29 @@ impl Supervisor {
         Ok((saved, shape))
     }
 
-    /// Opens a snapshot, of a VM of `shape`.
-    fn open(
-        &self,
-        source: &SavedSource,
-        (saved, shape): (&SavedVm, Shape),
-        session: Option<&str>,
-        cancel: &Cancel,
-    ) -> Result<Checkpoint, FleetError> {
-        let mut grants = Grants { dirs: saved.dirs.clone(), ..Grants::default() };
+    /// Has a worker open a snapshot, of a VM of `shape`.
+    fn begin_opening(&self, source: &SavedSource, saved: &SavedVm, shape: &Shape) -> Result<Opening, FleetError> {
         // Compressed disks are unpacked there.
         let unpacked: Vec<_> = shape.overlays.first().cloned().into_iter().collect();
-        let _overlays = self.0.overlays.hold(&unpacked)?;
-        grants.overlays.clone_from(&unpacked);
-        let worker = self.0.zygote.workers(1)?.pop().ok_or(FleetError::Ending)?;
-        worker.enter(self.0.place.order(&saved.config, 0, grants))?;
-        let overlays = unnamed_in(&SavedVm::overlays(source.overlays.as_deref(), &saved.place.dir));
-        let order =
-            OpenOrder { dir: saved.place.dir.clone(), load: source.load, overlays, sockets: self.dir().to_owned() };
-        let parts = worker.open(order, || self.check(0, 0, cancel))?;
-        let about = About {
-            shape,
-            identity: saved.identity.clone(),
-            overlays: Vec::new(),
-            socket: None,
-            session: session.map(str::to_owned),
-            process: None,
-            parent: None,
-            bounds: Bounds::default(),
+        let overlays = self.0.overlays.hold(&unpacked)?;
+        let order = OpenOrder {
+            dir: saved.place.dir.clone(),
+            load: source.load,
+            overlays: unnamed_in(&SavedVm::overlays(source.overlays.as_deref(), &saved.place.dir)),
+            sockets: self.dir().to_owned(),
         };
-        Ok(Checkpoint::of_saved(about, saved, parts))
+        // One that was prepared may have died meanwhile. Another has no such excuse.
+        let prepared = self.0.pool.take_opener(shape).filter(|worker| worker.open(order.clone()).is_ok());
+        let worker = match prepared {
+            Some(worker) => worker,
+            None => {
+                let worker = self.0.zygote.workers(1)?.pop().ok_or(FleetError::Ending)?;
+                worker.enter(self.0.place.of_opener(shape))?;
+                worker.open(order)?;
+                worker
+            }
+        };
+        Ok(Opening { worker, _overlays: overlays })
     }
 
     /// Holds the image of a snapshot as a checkpoint.
@@ -80,7 +108,8 @@ impl Supervisor {
         let stem = stem(&request.saved.dir);
         let name = self.0.checkpoints.reserve(&stem, request.name.as_deref())?;
         let (saved, shape) = self.saved(&request.saved)?;
-        let checkpoint = self.open(&request.saved, (&saved, shape), None, cancel)?;
+        let opening = self.begin_opening(&request.saved, &saved, &shape)?;
+        let checkpoint = opening.image(about(shape, &saved, None), &saved, || self.check(0, 0, cancel))?;
         // Nobody would know of it.
         self.check(0, 0, cancel)?;
         let info = checkpoint.info(&name);
@@ -106,10 +135,31 @@ impl Supervisor {
         check_names(vms.count, vms.name.as_deref())?;
         // Before it is opened, which takes longer: a refused request costs little.
         let (saved, shape) = self.saved(&request.saved)?;
+        let read = Instant::now();
         let claims = self.claim(&stem, &vms, &shape, cancel)?;
         let _making = self.0.making(&claims);
-        let checkpoint = self.open(&request.saved, (&saved, shape), request.session.as_deref(), cancel)?;
-        let made = self.start_children_of(&checkpoint, claims, &vms, cancel)?;
+        // It is opened while its VMs' workers get ready.
+        let opening = Cell::new(Some(self.begin_opening(&request.saved, &saved, &shape)?));
+        let ordered = Instant::now();
+        let about = about(shape, &saved, request.session.as_deref());
+        let opened = OnceCell::new();
+        let image = || match (opened.get(), opening.take()) {
+            (Some(opened), _) => Ok(opened),
+            (None, Some(opening)) => {
+                let checkpoint = opening.image(about.clone(), &saved, || self.check(0, vms.count, cancel))?;
+                tracing::debug!(read = ?read - begun, order = ?ordered - read, open = ?ordered.elapsed(), "restore");
+                Ok(opened.get_or_init(|| checkpoint))
+            }
+            // It was to be opened, in vain.
+            (None, None) => Err(FleetError::Ending),
+        };
+        let made = self.start_children(
+            &Origin { about: &about, vm: None, learning: None, image: &image },
+            claims,
+            &vms,
+            cancel,
+        )?;
+        let checkpoint = opened.into_inner().ok_or(FleetError::Ending)?;
         let answer = checkpoint.answer(made, begun.elapsed());
         answer.children.iter().for_each(|name| self.0.events.booted(name));
         // What is saved next may be incremental to it.

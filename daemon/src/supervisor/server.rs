@@ -13,7 +13,7 @@ use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path as UrlPath, Request, State};
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::http::{HeaderMap, Method};
-use axum::middleware::from_fn_with_state;
+use axum::middleware::{from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, on};
 use axum::{Json, Router};
@@ -27,14 +27,16 @@ use utoipa_axum::routes;
 use super::about::About;
 use super::idempotency::once;
 use super::proxy::{Limits, forward};
-use super::{Supervisor, metrics, openapi, suspend};
+use super::{Supervisor, metrics, openapi, page, suspend};
 use crate::control;
+use crate::control::session;
 use crate::control::{
     Acceptor, Answer, ApiError, BootRequest, CancelOnDrop, CheckpointInfo, CheckpointRequest, Client, ClientError,
-    ForkAnswer, ForkRequest, OpenRequest, Optional, PrepareRequest, Prepared, ProblemKind, ReadyAnswer, RestoreRequest,
-    SnapshotAnswer, SnapshotProgress, SnapshotRequest, StopAnswer, StopRequest, SupervisorInfo, SuspendAfterInfo,
-    SuspendAfterRequest, SuspendAnswer, SuspendRequest, THREAD_PATIENCE, TcpAcceptor, Token, TouchedAnswer, VmInfo,
-    WorkingSetAnswer, authorize, expect_absolute, fallback, grace, not_allowed, on_a_thread, serve_http,
+    ForkAnswer, ForkRequest, Gate, OpenRequest, Optional, PrepareRequest, Prepared, ProblemKind, ReadyAnswer,
+    RestoreRequest, SnapshotAnswer, SnapshotProgress, SnapshotRequest, StopAnswer, StopRequest, SupervisorInfo,
+    SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest, THREAD_PATIENCE, TcpAcceptor, Token,
+    TouchedAnswer, VmInfo, WorkingSetAnswer, authorize, expect_absolute, fallback, grace, not_allowed, on_a_thread,
+    serve_http,
 };
 use crate::fleet::{Cancel, EndedVm, FleetError, ended_vms};
 
@@ -73,7 +75,7 @@ pub enum TcpError {
 }
 
 impl Supervisor {
-    /// Serves the API also at a loopback address, for clients that show `token`. Returns the
+    /// Serves the API and the page also at a loopback address, for clients that show `token`. Returns the
     /// address: port 0 stands for a free one.
     ///
     /// # Errors
@@ -88,7 +90,9 @@ impl Supervisor {
         listener.set_nonblocking(true).map_err(failed)?;
         let bound = listener.local_addr().map_err(failed)?;
         let acceptor = TcpAcceptor(TcpListener::from_std(listener).map_err(failed)?);
-        let router = router(self.clone()).layer(from_fn_with_state(Arc::new(token), authorize));
+        let gate = Arc::new(Gate::new(token, bound.port()));
+        let api = router(self.clone()).layer(from_fn_with_state(gate, authorize));
+        let router = page::routes().merge(api).layer(from_fn(page::harden));
         self.0.serve(serve_http(acceptor, router, self.0.ending.subscribe()));
         Ok(bound)
     }
@@ -532,6 +536,7 @@ async fn openapi_document() -> Response {
 fn routes() -> OpenApiRouter<Supervisor> {
     OpenApiRouter::new()
         .routes(routes!(openapi_document))
+        .routes(routes!(session::log_in, session::show_session, session::log_out))
         .routes(routes!(info))
         .routes(routes!(events))
         .routes(routes!(metrics::scrape))
@@ -552,8 +557,9 @@ fn routes() -> OpenApiRouter<Supervisor> {
         .routes(routes!(prepare))
 }
 
-/// The OpenAPI document.
-pub(super) fn described() -> Value {
+/// The API of a runtime directory as an OpenAPI document, as `GET /openapi.json` answers.
+#[must_use]
+pub fn described() -> Value {
     openapi::document(&routes().into_openapi(), &control::described())
 }
 

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use clade_devices::disk::prepare_engines;
 use serde::{Deserialize, Serialize};
@@ -49,6 +50,7 @@ pub fn enter(context: &Context, socket: &OwnedFd) -> Result<Option<Entered>, Fle
             "an order before it was told what it may reach",
         )));
     };
+    let begun = Instant::now();
     let EnterOrder { dir, confinement, grants, disks, ram } = *order;
     if confinement == Confinement::Off {
         return Ok(Some(Entered { dir: RuntimeDir::create(&dir)? }));
@@ -57,5 +59,6 @@ pub fn enter(context: &Context, socket: &OwnedFd) -> Result<Option<Entered>, Fle
     // Rings and the namespace of abstract sockets are out of reach afterwards.
     prepare_engines(disks).map_err(|error| failed(io::Error::other(error)))?;
     confine(confinement, &grants, ram, context.store().directory()).map_err(|error| failed(io::Error::other(error)))?;
+    tracing::debug!(took = ?begun.elapsed(), "entered");
     Ok(Some(Entered { dir }))
 }

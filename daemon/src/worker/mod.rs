@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | 1 | starter | what the worker may reach: it is confined to that while it has one thread |
 //! | 2.. | starter | an order as JSON. With a VM's name come its lock, its sockets, its interfaces |
-//! | next | starter | only with a fork: the child's labels and its parent's secrets as JSON |
+//! | next | starter | only with a fork: the child's labels and its parent's secrets as JSON; files of what it copies [ahead](crate::ahead) |
 //! | next | starter | only with a fork: the image ([`SealedParts`](clade_vmm::vm::SealedParts)) |
 //! | next | worker | ready for the next order, or made and paused, or the error |
 //! | next | starter | one byte, once all children are made: they may run. For a single one at once |
@@ -34,6 +34,7 @@ use clade_io::seqpacket::{self, Message};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::ahead::AheadOrder;
 use crate::control::{ErasedInfo, IdentityInfo, ProblemKind};
 use crate::fleet::{FleetError, Labels};
 use crate::secrets::Secrets;
@@ -123,6 +124,8 @@ pub(crate) struct Inherited {
     pub(crate) secrets: Secrets,
     /// Whether the secrets are erased in the child's memory before its first instruction.
     pub(crate) withhold: bool,
+    /// What it copies before it asks for it.
+    pub(crate) ahead: Option<AheadOrder>,
 }
 
 /// What a worker says.

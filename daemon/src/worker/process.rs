@@ -101,12 +101,18 @@ impl Worker {
         self.order(&Order::Enter(Box::new(order)), &[])
     }
 
-    /// Gives it what it starts a child from, after [`Order::Fork`].
+    /// Gives it what it starts a child from, after [`Order::Fork`], with the files of what it copies
+    /// `ahead`.
     ///
     /// # Errors
     /// When it has ended.
-    pub(crate) fn give_image(&self, inherited: &Inherited, parts: &SealedParts) -> Result<(), FleetError> {
-        let given = send(&self.socket, inherited, &[]);
+    pub(crate) fn give_image(
+        &self,
+        inherited: &Inherited,
+        ahead: &[BorrowedFd<'_>],
+        parts: &SealedParts,
+    ) -> Result<(), FleetError> {
+        let given = send(&self.socket, inherited, ahead);
         let given = given.and_then(|()| parts.send(&self.socket).map_err(io::Error::other));
         // One that has gone says why.
         given.map_err(|error| match self.last_words() {
@@ -137,20 +143,37 @@ impl Worker {
         Ok(parts.send(&self.socket)?)
     }
 
-    /// Has it open a snapshot. Returns the image. `check` is called every [`POLL_INTERVAL`].
+    /// Has it open a snapshot.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub(crate) fn open(&self, order: OpenOrder) -> Result<(), FleetError> {
+        self.order(&Order::Open(Box::new(order)), &[])
+    }
+
+    /// Waits for the image of the snapshot that it opens. `check` is called every
+    /// [`POLL_INTERVAL`].
     ///
     /// # Errors
     /// That of `check`. When the worker refuses, or has ended.
-    pub(crate) fn open(
-        &self,
-        order: OpenOrder,
-        check: impl Fn() -> Result<(), FleetError>,
-    ) -> Result<SealedParts, FleetError> {
-        self.order(&Order::Open(Box::new(order)), &[])?;
+    pub(crate) fn opened(self, check: impl Fn() -> Result<(), FleetError>) -> Result<SealedParts, FleetError> {
         // All of memory may be read.
         match self.answer_within(Duration::MAX, &check)? {
-            Answer::Opened => Ok(SealedParts::receive_while(&self.socket, &|| check().is_ok())?),
-            other => Err(failed(unexpected(&other))),
+            Answer::Opened => {}
+            other => return Err(failed(unexpected(&other))),
+        }
+        let parts = SealedParts::receive_while(&self.socket, &|| check().is_ok())?;
+        self.kill();
+        Ok(parts)
+    }
+
+    /// Has it end at once, and waits for nothing: what it was for is done.
+    fn kill(mut self) {
+        if let Some(process) = self.process.take()
+            && let Err(errno) = pidfd_send_signal(&process.pidfd, Signal::KILL)
+        {
+            // It has ended by itself.
+            tracing::debug!(%errno, pid = process.pid, "a worker is not killed");
         }
     }
 

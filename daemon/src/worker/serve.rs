@@ -14,6 +14,7 @@ use super::open::open;
 use super::save::save;
 use super::tie::end_with;
 use super::{Answer, BootOrder, Entered, ForkOrder, Handed, Inherited, Order, Program, failed, receive, send};
+use crate::ahead::ChildAhead;
 use crate::control::{IdentityInfo, ProblemKind, serve_vm};
 use crate::fleet::{Fleet, FleetError, NameClaim, VmFiles};
 use crate::flight;
@@ -28,6 +29,8 @@ pub struct Served {
     pub fleet: Fleet,
     /// The VM.
     pub vm: Arc<Vm>,
+    /// What it copies ahead, and notes at its end.
+    pub ahead: Option<ChildAhead>,
     /// Whether it was booted and not forked: what it has written to its disks since its forks belongs
     /// in their images when it ends.
     pub was_booted: bool,
@@ -146,8 +149,8 @@ impl Maker<'_> {
         let (claim, files, ends) = claimed(self.entered, &name, handed, files, self.runtime)?;
         (self.before_it_runs)().map_err(failed)?;
         let claimed = Instant::now();
-        let Inherited { labels, secrets, withhold } = match receive(self.socket) {
-            Ok((inherited, _)) => inherited,
+        let (Inherited { labels, secrets, withhold, ahead }, files_ahead) = match receive(self.socket) {
+            Ok(inherited) => inherited,
             // There is no image: the parent could not be forked, or another worker has failed.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
             Err(error) => return Err(failed(error)),
@@ -197,7 +200,10 @@ impl Maker<'_> {
         if let Some(said) = self.program.said.filter(|_| !paused) {
             said(&vm);
         }
-        Ok(Some(Served { fleet, vm, was_booted: false }))
+        // Nobody waits for it.
+        let ahead = ahead.zip(<[OwnedFd; 2]>::try_from(files_ahead).ok());
+        let ahead = ahead.map(|(order, [likely, note])| ChildAhead::begin(&vm, order, &likely, note));
+        Ok(Some(Served { fleet, vm, ahead, was_booted: false }))
     }
 
     fn boot(&self, order: BootOrder, files: Vec<OwnedFd>) -> Result<Option<Served>, FleetError> {
@@ -217,6 +223,6 @@ impl Maker<'_> {
             booted(&vm);
         }
         let _ = send(self.socket, &Answer::Running, &[]);
-        Ok(Some(Served { fleet, vm, was_booted: true }))
+        Ok(Some(Served { fleet, vm, ahead: None, was_booted: true }))
     }
 }

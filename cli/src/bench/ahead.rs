@@ -1,0 +1,167 @@
+//! `clade bench ahead`: children that write what their siblings wrote, with copies made ahead of it
+//! and without, in turn.
+//!
+//! The parent is a bare guest that has written all its RAM. What each child has written when it
+//! ends is learned, and the next one has it copied while it is prepared. Half-way the children begin
+//! to write other pages. All of it is by the library, in this process.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clade_guests::abi::{Command, Event, PAGE_SIZE, WORK_BASE};
+use clade_harness::{BareMailbox, BareVcpu};
+use clade_memory::{AheadUse, GuestRam, Learned, NoWriters, Quiesced};
+use clade_vmm::vm::{ChildOptions, Context, ForkImage, Vm, VmConfig};
+
+use crate::bench::{Row, Sample, low_pages, written};
+use crate::commands::{BenchArgs, Failure};
+
+/// Pages that a child writes.
+const PAGES: u64 = 1_000;
+/// Pages that are copied ahead at most: 16 MiB.
+const BUDGET: u64 = 4_096;
+/// Children after the change whose copies have rows of their own.
+const CHANGED: usize = 6;
+
+const WITHOUT: &str = "without copies ahead";
+
+/// When a child's copies are made.
+#[derive(Clone, Copy, PartialEq)]
+enum When {
+    /// Not at all.
+    Never,
+    /// While it is prepared: before it is asked for.
+    Prepared,
+    /// Between the request and its first instruction.
+    AtFork,
+    /// By a thread beside it.
+    Beside,
+}
+
+/// What was measured of one child.
+struct Times {
+    /// From the request to its first instruction.
+    first: Duration,
+    /// To copy ahead.
+    copy: Duration,
+    /// To write all its pages.
+    write: Duration,
+    came: AheadUse,
+}
+
+struct Bench<'a> {
+    context: &'a Context,
+    image: Arc<ForkImage>,
+    learned: Learned,
+}
+
+/// `clade bench ahead`.
+pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
+    let mem = args.mem[0];
+    let config = Arc::new(VmConfig::bare(mem, 1).map_err(Failure::input)?);
+    config.check_host_memory().map_err(Failure::input)?;
+    let (pages, least) = (PAGES, WORK_BASE + 2 * PAGES * PAGE_SIZE);
+    if low_pages(config.layout().bytes()) < 2 * pages {
+        return Err(Failure::Input(anyhow::anyhow!("{mem} bytes are too few for this benchmark: {least} at least")));
+    }
+    let mut bench = Bench::new(context, &config)?;
+    let (mut never, mut prepared) = (Sample::default(), Sample::default());
+    let (mut at_fork, mut beside, mut copy) = (Sample::default(), Sample::default(), Sample::default());
+    let (mut first, mut first_at_fork, mut first_beside) = <(Sample, Sample, Sample)>::default();
+    let (mut hits, mut waste) = (Sample::default(), Sample::default());
+    // Nothing is known of the first.
+    bench.child(When::Never, 0)?;
+    for _ in 0..args.samples {
+        let times = bench.child(When::Never, 0)?;
+        never.push_us(times.write);
+        first.push_us(times.first);
+        let times = bench.child(When::Prepared, 0)?;
+        prepared.push_us(times.write);
+        copy.push_us(times.copy);
+        push_use(&mut hits, &mut waste, times.came);
+        let times = bench.child(When::AtFork, 0)?;
+        at_fork.push_us(times.write);
+        first_at_fork.push_us(times.first);
+        let times = bench.child(When::Beside, 0)?;
+        beside.push_us(times.write);
+        first_beside.push_us(times.first);
+    }
+    let mut rows = vec![
+        Row::new(format!("write_siblings_{pages}"), "us", &prepared)
+            .against(WITHOUT, &never)
+            .target("ratio <= 0.33", |row| row.ratio() <= 0.33),
+        Row::new(format!("write_siblings_{pages}_at_fork"), "us", &at_fork).against(WITHOUT, &never),
+        Row::new(format!("write_siblings_{pages}_beside"), "us", &beside).against(WITHOUT, &never),
+        Row::new(format!("copy_ahead_{pages}"), "us", &copy),
+        Row::new("first_instruction_at_fork", "us", &first_at_fork).against(WITHOUT, &first),
+        Row::new("first_instruction_beside", "us", &first_beside).against(WITHOUT, &first),
+        Row::new("ahead_hits", "%", &hits),
+        Row::new("ahead_waste", "%", &waste),
+    ];
+    // From here on other pages are written.
+    let (mut last_hits, mut changed) = (Sample::default(), Sample::default());
+    for nth in 0..CHANGED {
+        let times = bench.child(When::Prepared, pages)?;
+        changed.push_us(times.write);
+        if nth + 1 == CHANGED {
+            push_use(&mut last_hits, &mut Sample::default(), times.came);
+        }
+    }
+    rows.push(Row::new(format!("write_changed_first_{CHANGED}"), "us", &changed).against(WITHOUT, &never));
+    rows.push(Row::new(format!("ahead_hits_child_{CHANGED}_after_a_change"), "%", &last_hits));
+    Ok(rows)
+}
+
+fn push_use(hits: &mut Sample, waste: &mut Sample, came: AheadUse) {
+    let of = |pages: u64| 100.0 * pages as f64 / came.copied.max(1) as f64;
+    hits.push(of(came.hits));
+    waste.push(of(came.waste));
+}
+
+impl<'a> Bench<'a> {
+    fn new(context: &'a Context, config: &Arc<VmConfig>) -> Result<Self, Failure> {
+        let parent = written(context, config)?;
+        parent.pause().map_err(Failure::run)?;
+        BareMailbox::new(parent.ram(), 0).order(Command::Announce).map_err(Failure::run)?;
+        let image = parent.fork().map_err(Failure::run)?.0;
+        let learned = Learned::new(image.ram().layout());
+        Ok(Self { context, image, learned })
+    }
+
+    /// One child that writes its pages from `skip` on, and ends.
+    fn child(&mut self, when: When, skip: u64) -> Result<Times, Failure> {
+        self.context.prefill(self.image.config(), 1).map_err(Failure::run)?;
+        let likely = self.learned.likely(BUDGET);
+        let copied = |ram: &GuestRam| {
+            if let Err(error) = ram.copy_ahead(&likely, BUDGET) {
+                tracing::warn!(%error, "nothing is copied ahead");
+            }
+        };
+        let mut copy = Duration::ZERO;
+        let begun = Instant::now();
+        let before_start = (when == When::AtFork).then_some(&copied as &dyn Fn(&GuestRam));
+        let options = ChildOptions { paused: when == When::Prepared, before_start, ..ChildOptions::default() };
+        let vm = Vm::from_image(self.context, "child", &self.image, options).map_err(Failure::run)?;
+        let vcpu = BareVcpu::new(&vm, 0);
+        let write = Command::Touch { start: WORK_BASE + skip * PAGE_SIZE, pages: PAGES, value: 9 };
+        let (first, write) = thread::scope(|scope| {
+            if when == When::Prepared {
+                let begun = Instant::now();
+                copied(vm.ram());
+                copy = begun.elapsed();
+                vm.resume().map_err(Failure::run)?;
+            } else if when == When::Beside {
+                scope.spawn(|| copied(vm.ram()));
+            }
+            let first = vcpu.await_event(Event::Announce).map_err(Failure::run)? - begun;
+            let begun = Instant::now();
+            vcpu.run(write).map_err(Failure::run)?;
+            Ok::<_, Failure>((first, begun.elapsed()))
+        })?;
+        vm.pause().map_err(Failure::run)?;
+        let (written, came) = vm.ram().written_set(&Quiesced::by(&NoWriters)).map_err(Failure::run)?;
+        self.learned.record(&written).map_err(Failure::run)?;
+        Ok(Times { first, copy, write, came })
+    }
+}

@@ -1,0 +1,265 @@
+//! The directory of a build: what of it `COPY` takes. No path leaves it, and no link out of it is followed.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use anyhow::anyhow;
+use clade_image::{Ignore, Pattern};
+
+use super::recipe::read_text;
+use crate::commands::Failure;
+
+const IGNORE_FILE: &str = ".dockerignore";
+/// Most entries of one source, and levels of directories.
+const MAX_ENTRIES: usize = 100_000;
+const MAX_DEPTH: usize = 128;
+
+/// What an entry is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    File,
+    Dir,
+    /// A link, and what is in it.
+    Link(String),
+}
+
+/// An entry of a source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Entry {
+    /// Where it is.
+    pub(super) path: PathBuf,
+    /// Its path below the source; empty for the source itself.
+    pub(super) below: String,
+    pub(super) kind: Kind,
+}
+
+/// What a word of `COPY` has named.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Source {
+    /// Its last name; empty for the directory itself.
+    pub(super) name: String,
+    pub(super) is_dir: bool,
+    /// All of it, each directory before what is in it.
+    pub(super) entries: Vec<Entry>,
+}
+
+/// The directory of a build.
+#[derive(Debug)]
+pub(super) struct BuildContext {
+    root: PathBuf,
+    ignore: Ignore,
+}
+
+fn named(path: &Path) -> impl FnOnce(io::Error) -> Failure {
+    let name = path.display().to_string();
+    move |error| Failure::input(anyhow::Error::new(error).context(name))
+}
+
+fn join(dir: &str, name: &str) -> String {
+    if dir.is_empty() { name.to_owned() } else { format!("{dir}/{name}") }
+}
+
+impl BuildContext {
+    pub(super) fn open(dir: &Path) -> Result<Self, Failure> {
+        let root = dir.canonicalize().map_err(named(dir))?;
+        let path = root.join(IGNORE_FILE);
+        let ignore = match path.symlink_metadata() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ignore::default(),
+            Err(error) => return Err(named(&path)(error)),
+            Ok(_) => {
+                let refused = |error| Failure::input(error).named(&path.display().to_string());
+                Ignore::parse(&read_text(&path)?).map_err(refused)?
+            }
+        };
+        Ok(Self { root, ignore })
+    }
+
+    /// What a word of `COPY` names: one path, or what a pattern matches.
+    pub(super) fn sources(&self, word: &str) -> Result<Vec<Source>, Failure> {
+        let pattern = Pattern::parse(word).map_err(Failure::input)?;
+        let found = match pattern.path() {
+            Some(path) => vec![path],
+            None => {
+                let mut found = Vec::new();
+                self.matching(&pattern, "", 0, &mut found)?;
+                found
+            }
+        };
+        let found: Vec<String> =
+            found.into_iter().filter(|path| self.ignore.has_exceptions() || !self.ignore.leaves_out(path)).collect();
+        if found.is_empty() {
+            return Err(Failure::input(anyhow!("{word:?} names nothing in the directory of the build")));
+        }
+        found.iter().map(|path| self.source(path)).collect()
+    }
+
+    /// Entries of a directory by name. No link is followed.
+    fn names(&self, dir: &str) -> Result<Vec<(String, fs::FileType)>, Failure> {
+        let path = self.root.join(dir);
+        let mut all = Vec::new();
+        for entry in fs::read_dir(&path).map_err(named(&path))? {
+            let entry = entry.map_err(named(&path))?;
+            let kind = entry.file_type().map_err(named(&path))?;
+            let name = entry.file_name().into_string();
+            let name = name.map_err(|name| Failure::input(anyhow!("{name:?} in {} is no text", path.display())))?;
+            all.push((name, kind));
+            if all.len() > MAX_ENTRIES {
+                return Err(Failure::input(anyhow!("{} has more than {MAX_ENTRIES} entries", path.display())));
+            }
+        }
+        all.sort_by(|one, other| one.0.cmp(&other.0));
+        Ok(all)
+    }
+
+    /// Paths that a pattern matches. What is below one of them comes with it.
+    fn matching(&self, pattern: &Pattern, dir: &str, depth: usize, found: &mut Vec<String>) -> Result<(), Failure> {
+        if depth == MAX_DEPTH {
+            return Err(Failure::input(anyhow!("{dir}: more than {MAX_DEPTH} levels")));
+        }
+        for (name, kind) in self.names(dir)? {
+            let path = join(dir, &name);
+            if pattern.matches(&path) {
+                found.push(path);
+            } else if kind.is_dir() {
+                self.matching(pattern, &path, depth + 1, found)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn source(&self, path: &str) -> Result<Source, Failure> {
+        let given = self.root.join(path);
+        // What a link on the way leads to has to be here, too.
+        let real = given.canonicalize().map_err(named(&given))?;
+        let below = real.strip_prefix(&self.root).ok().and_then(Path::to_str);
+        let below = below.ok_or_else(|| Failure::input(anyhow!("{path:?} leads out of the directory of the build")))?;
+        let (below, is_dir) = (below.to_owned(), real.is_dir());
+        let mut entries = Vec::new();
+        self.walk(&below, (&below, 0), &mut entries)?;
+        if entries.is_empty() {
+            return Err(Failure::input(anyhow!("{path:?} is left out by {IGNORE_FILE}")));
+        }
+        Ok(Source { name: path.rsplit('/').next().unwrap_or_default().to_owned(), is_dir, entries })
+    }
+
+    /// Adds an entry, and what is in it. `root` is the source.
+    fn walk(&self, root: &str, (path, depth): (&str, usize), all: &mut Vec<Entry>) -> Result<(), Failure> {
+        let is_left_out = !path.is_empty() && self.ignore.leaves_out(path);
+        if is_left_out && !self.ignore.has_exceptions() {
+            return Ok(());
+        }
+        if depth > MAX_DEPTH || all.len() >= MAX_ENTRIES {
+            return Err(Failure::input(anyhow!("{path}: more than {MAX_DEPTH} levels or {MAX_ENTRIES} entries")));
+        }
+        let place = self.root.join(path);
+        let found = place.symlink_metadata().map_err(named(&place))?.file_type();
+        let kind = if found.is_dir() {
+            Kind::Dir
+        } else if found.is_file() {
+            Kind::File
+        } else if found.is_symlink() {
+            let target = fs::read_link(&place).map_err(named(&place))?;
+            let target = target.into_os_string().into_string();
+            Kind::Link(target.map_err(|_| Failure::input(anyhow!("what the link {path} leads to is no text")))?)
+        } else {
+            return Err(Failure::input(anyhow!("{path} is neither a file, a directory nor a link")));
+        };
+        let is_dir = kind == Kind::Dir;
+        if !is_left_out {
+            let below = path.strip_prefix(root).unwrap_or_default().trim_start_matches('/').to_owned();
+            all.push(Entry { path: place, below, kind });
+        }
+        if is_dir {
+            for (name, _) in self.names(path)? {
+                self.walk(root, (&join(path, &name), depth + 1), all)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    fn context(ignore: &str) -> (tempfile::TempDir, BuildContext) {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("context");
+        fs::create_dir_all(root.join("src/deep")).unwrap();
+        for file in ["a.txt", "b.txt", "src/main", "src/deep/x.log", "src/keep.log"] {
+            fs::write(root.join(file), file).unwrap();
+        }
+        fs::write(dir.path().join("outside"), "secret").unwrap();
+        symlink("../../outside", root.join("src/out")).unwrap();
+        symlink("..", root.join("up")).unwrap();
+        symlink("src", root.join("same")).unwrap();
+        fs::write(root.join(IGNORE_FILE), ignore).unwrap();
+        let context = BuildContext::open(&root).unwrap();
+        (dir, context)
+    }
+
+    fn below(context: &BuildContext, word: &str) -> Vec<String> {
+        let of = |source: Source| {
+            let prefix = source.name;
+            source.entries.into_iter().map(move |entry| format!("{prefix}:{}", entry.below))
+        };
+        context.sources(word).unwrap().into_iter().flat_map(of).collect()
+    }
+
+    #[test]
+    fn paths_and_patterns_name_what_is_there() {
+        let (_dir, context) = context("");
+        assert_eq!(below(&context, "/a.txt"), ["a.txt:"]);
+        assert_eq!(below(&context, "*.txt"), ["a.txt:", "b.txt:"]);
+        let src = ["src:", "src:deep", "src:deep/x.log", "src:keep.log", "src:main", "src:out"];
+        assert_eq!(below(&context, "src/"), src);
+        // Links are what they are; what they lead to is not read.
+        let out = context.sources("src").unwrap()[0].entries.pop_out();
+        assert_eq!(out, Kind::Link("../../outside".to_owned()));
+        assert_eq!(below(&context, "same"), src.map(|path| path.replace("src:", "same:")));
+        assert!(below(&context, ".").contains(&":src/main".to_owned()));
+    }
+
+    trait PopOut {
+        fn pop_out(&self) -> Kind;
+    }
+
+    impl PopOut for Vec<Entry> {
+        fn pop_out(&self) -> Kind {
+            self.iter().find(|entry| entry.below == "out").unwrap().kind.clone()
+        }
+    }
+
+    #[test]
+    fn nothing_outside_is_taken() {
+        let (_dir, context) = context("");
+        for word in
+            ["..", "../outside", "src/../../outside", "/../outside", "src/out", "up", "up/outside", "nothing", "*.c"]
+        {
+            let failure = context.sources(word).unwrap_err().to_string();
+            assert!(!failure.contains("secret"), "{word}: {failure}");
+        }
+    }
+
+    #[test]
+    fn what_is_ignored_is_left_out() {
+        let (_dir, ignoring) = context("*.txt\n**/*.log\nup\nsame\n");
+        assert_eq!(below(&ignoring, "src"), ["src:", "src:deep", "src:main", "src:out"]);
+        assert!(ignoring.sources("a.txt").is_err() && ignoring.sources("*.txt").is_err());
+        let (_dir, excepting) = context("*\n!src/deep\n");
+        let all = below(&excepting, ".");
+        assert_eq!(all, [":", ":src/deep", ":src/deep/x.log"]);
+    }
+
+    #[test]
+    fn a_pipe_is_no_file() {
+        let (dir, context) = context("");
+        let done = std::process::Command::new("mkfifo").arg(dir.path().join("context/src/pipe")).status();
+        assert!(done.unwrap().success());
+        let failure = context.sources("src").unwrap_err().to_string();
+        assert!(failure.contains("src/pipe"), "{failure}");
+    }
+}

@@ -1,0 +1,86 @@
+//! `COPY`: files of the build's directory, to the guest.
+
+use std::collections::BTreeMap;
+
+use anyhow::anyhow;
+use clade_agent_client::proto::filesystem::FileType;
+use clade_image::Files;
+
+use super::context::{BuildContext, Kind, Source};
+use super::guest::{Guest, Program};
+use crate::commands::Failure;
+use crate::commands::cp::{found, join, send_file};
+
+/// Paths in one command of the guest.
+const MAX_PATHS: usize = 200;
+
+/// Copies what an instruction names.
+pub(super) async fn copy(guest: &Guest, context: &BuildContext, files: &Files) -> Result<(), Failure> {
+    let mut sources = Vec::new();
+    for word in &files.sources {
+        sources.extend(context.sources(word)?);
+    }
+    let is_dir = files.to.ends_with('/');
+    if sources.len() > 1 && !is_dir {
+        return Err(Failure::input(anyhow!(
+            "{:?}: several sources go to a directory, which ends with a slash",
+            files.to
+        )));
+    }
+    let is_there = found(guest.agent(), &files.to).await?.is_some_and(|entry| entry.kind == FileType::Directory);
+    let mut made = Vec::new();
+    for source in sources {
+        one(guest, &source, (&files.to, is_dir || is_there), files.mode, &mut made).await?;
+    }
+    match &files.owner {
+        Some(owner) => give(guest, owner, &made).await,
+        None => Ok(()),
+    }
+}
+
+/// Copies one source. The content of a directory goes to `to`, a file to its name in it, if that is a directory.
+async fn one(
+    guest: &Guest,
+    source: &Source,
+    (to, is_dir): (&str, bool),
+    mode: Option<u32>,
+    made: &mut Vec<String>,
+) -> Result<(), Failure> {
+    let to = if is_dir && !source.is_dir { join(to, &source.name) } else { to.to_owned() };
+    for entry in &source.entries {
+        let to = if entry.below.is_empty() { to.clone() } else { join(&to, &entry.below) };
+        match &entry.kind {
+            Kind::Dir => {
+                // One that was there stays whose it is.
+                if guest.make_dir(&to).await? {
+                    made.push(to);
+                }
+            }
+            Kind::File => {
+                send_file(guest.agent(), &entry.path, &to, mode).await?;
+                made.push(to);
+            }
+            Kind::Link(target) => {
+                command(guest, &["ln", "-sfn", "--", target, &to]).await?;
+                made.push(to);
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn give(guest: &Guest, owner: &str, made: &[String]) -> Result<(), Failure> {
+    for paths in made.chunks(MAX_PATHS) {
+        let words: Vec<&str> =
+            ["chown", "-h", "--", owner].into_iter().chain(paths.iter().map(String::as_str)).collect();
+        command(guest, &words).await?;
+    }
+    Ok(())
+}
+
+/// Runs a program of the guest as root.
+async fn command(guest: &Guest, words: &[&str]) -> Result<(), Failure> {
+    let argv: Vec<String> = words.iter().map(|&word| word.to_owned()).collect();
+    let env = BTreeMap::new();
+    guest.run(Program { argv: &argv, env: &env, workdir: None, user: "root" }).await
+}

@@ -1,0 +1,250 @@
+//! The VM of a build: programs in it, and the time that it has.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use clade_agent_client::proto::process::{DataEvent, EndEvent, ProcessConfig, StartRequest};
+use clade_agent_client::proto::{Code, PORT, RpcError};
+use clade_agent_client::{Client as Agent, ClientError, Endpoint, Process};
+use clade_daemon::control::{Client, TtlInfo, TtlRequest, VmInfo};
+use hyper::Method;
+use tokio::task::JoinHandle;
+
+use super::recipe::user;
+use crate::commands::Failure;
+use crate::commands::agent::agent_failure;
+use crate::commands::remote::failure;
+
+/// How long the guest may take until its agent answers: its kernel may be interpreted.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(900);
+const BOOT_POLL: Duration = Duration::from_millis(20);
+/// How long an agent may take to take a connection, and then to answer.
+const CONNECTING: Duration = Duration::from_secs(60);
+const ANSWERING: Duration = Duration::from_secs(120);
+/// How long a guest may take beyond a program's time to say that it was killed.
+const GRACE: Duration = Duration::from_secs(30);
+/// The VM ends so long after the last word of this process, and how often there is one.
+const LEASE: Duration = Duration::from_secs(120);
+const RENEW: Duration = Duration::from_secs(30);
+/// What is kept of a program's output, to show it if the program fails.
+const MAX_TAIL: usize = 4 << 10;
+
+/// A program, and what it runs with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Program<'a> {
+    pub(super) argv: &'a [String],
+    pub(super) env: &'a BTreeMap<String, String>,
+    pub(super) workdir: Option<&'a str>,
+    pub(super) user: &'a str,
+}
+
+/// The last output of a program.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Tail(Arc<Mutex<Vec<u8>>>);
+
+impl Tail {
+    fn add(&self, bytes: &[u8]) {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.extend(bytes);
+        let beyond = kept.len().saturating_sub(MAX_TAIL);
+        kept.drain(..beyond);
+    }
+
+    /// Its last line that says something.
+    pub(super) fn line(&self) -> Option<String> {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = String::from_utf8_lossy(&kept);
+        let line = text.lines().rev().map(str::trim).find(|line| !line.is_empty())?;
+        // It stands in an error: of a terminal's own signs there are none.
+        Some(line.chars().filter(|c| !c.is_control()).take(300).collect())
+    }
+}
+
+/// How a program has ended, and what it has said last.
+pub(super) fn described(end: &EndEvent, tail: &Tail) -> String {
+    let said = tail.line().map(|line| format!(": {line}")).unwrap_or_default();
+    format!("{}{said}", if end.status.is_empty() { "exit status 0" } else { &end.status })
+}
+
+/// A program that was started and runs on.
+#[derive(Debug)]
+pub(super) struct Started {
+    pub(super) tail: Tail,
+    followed: JoinHandle<Result<EndEvent, ClientError>>,
+}
+
+impl Started {
+    /// How it has ended, if it has.
+    pub(super) async fn end(&mut self) -> Option<Result<EndEvent, ClientError>> {
+        if !self.followed.is_finished() {
+            return None;
+        }
+        // It is not cancelled while this is there, and does not panic.
+        (&mut self.followed).await.ok()
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        // The program runs on, and nobody hears it.
+        self.followed.abort();
+    }
+}
+
+/// The VM of a build, with its agent.
+#[derive(Debug)]
+pub(super) struct Guest {
+    client: Client,
+    name: String,
+    agent: Agent,
+    lease: JoinHandle<()>,
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.lease.abort();
+    }
+}
+
+/// Follows a program to its end.
+async fn follow(mut process: Process, tail: Tail, is_shown: bool) -> Result<EndEvent, ClientError> {
+    let mut end = None;
+    while let Some(event) = process.next().await? {
+        let DataEvent { stdout, stderr, pty } = event.data.unwrap_or_default();
+        for bytes in [stdout, stderr, pty].into_iter().flatten() {
+            tail.add(&bytes.0);
+            if is_shown {
+                // A build goes on without its terminal.
+                let _ = io::stderr().write_all(&bytes.0);
+            }
+        }
+        end = event.end.or(end);
+    }
+    end.ok_or(ClientError::Truncated)
+}
+
+impl Guest {
+    /// The VM that has been booted, once its agent answers. It ends soon after this process does.
+    pub(super) async fn of(client: &Client, vm: &VmInfo) -> Result<Self, Failure> {
+        let vsock = vm.vsock.as_ref().ok_or_else(|| Failure::run(anyhow!("the VM of the build has ended already")))?;
+        let agent = Agent::new(Endpoint::Vsock { socket: vsock.socket.clone(), port: PORT });
+        let agent = agent.with_patience(CONNECTING, ANSWERING);
+        let (leased, path) = (client.clone(), format!("/v1/vms/{}/ttl", vm.name));
+        let lease = tokio::spawn(async move {
+            let request = TtlRequest { seconds: LEASE.as_secs_f64() };
+            loop {
+                // A VM that has ended is noticed by what is done with it.
+                let _ = leased.supervisor::<TtlInfo>(Method::PUT, &path, Some(&request)).await;
+                tokio::time::sleep(RENEW).await;
+            }
+        });
+        let guest = Self { client: client.clone(), name: vm.name.clone(), agent, lease };
+        guest.wait().await?;
+        Ok(guest)
+    }
+
+    pub(super) fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    async fn wait(&self) -> Result<(), Failure> {
+        let begun = Instant::now();
+        while self.agent.health().await.is_err() {
+            let state = self.client.request::<VmInfo>(Method::GET, &self.name, "", None::<&()>).await;
+            state.context("the VM of the build has ended").map_err(Failure::Run)?;
+            if begun.elapsed() > BOOT_TIMEOUT {
+                return Err(Failure::run(anyhow!("no agent has answered for {} s", BOOT_TIMEOUT.as_secs())));
+            }
+            tokio::time::sleep(BOOT_POLL).await;
+        }
+        Ok(())
+    }
+
+    async fn begin(&self, program: Program<'_>, time: Option<Duration>) -> Result<Process, Failure> {
+        let (cmd, args) = program.argv.split_first().ok_or_else(|| Failure::run(anyhow!("no program is named")))?;
+        let request = StartRequest {
+            process: ProcessConfig {
+                cmd: cmd.clone(),
+                args: args.to_vec(),
+                envs: program.env.clone(),
+                cwd: Some(program.workdir.unwrap_or("/").to_owned()),
+            },
+            stdin: Some(false),
+            ..StartRequest::default()
+        };
+        let agent = self.agent.clone().with_user(Some(user(program.user).to_owned()));
+        let started = agent.start(&request, time).await;
+        started.with_context(|| format!("{cmd} is not started")).map_err(Failure::Run)
+    }
+
+    /// Starts a program that runs on.
+    pub(super) async fn start(&self, program: Program<'_>) -> Result<Started, Failure> {
+        let (process, tail) = (self.begin(program, None).await?, Tail::default());
+        Ok(Started { tail: tail.clone(), followed: tokio::spawn(follow(process, tail, true)) })
+    }
+
+    /// Runs a program to its end. It fails if the program does.
+    pub(super) async fn run(&self, program: Program<'_>) -> Result<(), Failure> {
+        let (process, tail) = (self.begin(program, None).await?, Tail::default());
+        let end = follow(process, tail.clone(), true).await.map_err(agent_failure)?;
+        match end.shell_code() {
+            0 => Ok(()),
+            _ => Err(Failure::Run(anyhow!(described(&end, &tail)))),
+        }
+    }
+
+    /// Runs a program that may fail, for a time. Returns why it has failed, if it has.
+    pub(super) async fn try_run(&self, program: Program<'_>, time: Duration) -> Result<Option<String>, Failure> {
+        let tail = Tail::default();
+        let ran = async {
+            let process = self.begin(program, Some(time)).await?;
+            Ok(follow(process, tail.clone(), false).await)
+        };
+        match tokio::time::timeout(time.saturating_add(GRACE), ran).await {
+            Err(_) => Ok(Some("it does not end".to_owned())),
+            Ok(Err(failure)) => Err(failure),
+            Ok(Ok(Ok(end))) if end.shell_code() == 0 => Ok(None),
+            Ok(Ok(Ok(end))) => Ok(Some(described(&end, &tail))),
+            Ok(Ok(Err(ClientError::Rpc(RpcError { code: Code::DeadlineExceeded, .. })))) => {
+                Ok(Some("it takes longer than there is time".to_owned()))
+            }
+            Ok(Ok(Err(error))) => Err(agent_failure(error)),
+        }
+    }
+
+    /// Makes a directory, which may be there.
+    pub(super) async fn make_dir(&self, path: &str) -> Result<bool, Failure> {
+        match self.agent.make_dir(path).await {
+            Ok(_) => Ok(true),
+            Err(ClientError::Rpc(RpcError { code: Code::AlreadyExists, .. })) => Ok(false),
+            Err(error) => Err(agent_failure(error)),
+        }
+    }
+
+    /// Stands still, for what is kept of it.
+    pub(super) async fn pause(&self) -> Result<VmInfo, Failure> {
+        let path = format!("/v1/vms/{}/pause", self.name);
+        self.client.supervisor(Method::POST, &path, None::<&()>).await.map_err(failure)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_line_of_an_output_is_kept() {
+        let tail = Tail::default();
+        assert_eq!(tail.line(), None);
+        tail.add(&[b'x'; 2 * MAX_TAIL]);
+        tail.add(b"\nerror: \x1b[31mno\x07\n \n");
+        assert_eq!(tail.line().as_deref(), Some("error: [31mno"));
+        assert_eq!(tail.0.lock().unwrap().len(), MAX_TAIL);
+        let end = EndEvent { exit_code: 7, exited: true, status: "exit status 7".to_owned(), error: None };
+        assert_eq!(described(&end, &tail), "exit status 7: error: [31mno");
+        assert_eq!(described(&end, &Tail::default()), "exit status 7");
+    }
+}

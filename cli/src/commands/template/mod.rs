@@ -1,0 +1,266 @@
+//! `clade template`: an image that has been set up, as a checkpoint in memory and a snapshot on the disk.
+
+mod build;
+mod context;
+mod copy;
+mod guest;
+mod recipe;
+
+use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use clade_daemon::control::{CheckpointInfo, Client, ClientError};
+use clade_daemon::fleet::runtime_dir;
+use clade_e2b::{Template, TemplateError, TemplateStore};
+use hyper::Method;
+use serde::Serialize;
+
+use crate::commands::image::PullFlags;
+use crate::commands::machine::MachineArgs;
+use crate::commands::remote::ask;
+use crate::commands::serve::answers;
+use crate::commands::units::{parse_duration, parse_size, show_age, show_size};
+use crate::commands::{Failure, Outcome, Table, print_json};
+
+/// `clade template`.
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum TemplateCommand {
+    /// Boot an image, set it up, start what it runs, and keep it when that is ready.
+    Build(Box<BuildArgs>),
+    /// List the templates.
+    Ls(ListArgs),
+    /// Show what a template is.
+    Inspect(InspectArgs),
+    /// Remove templates: checkpoint and snapshot. Sandboxes of them run on.
+    Rm(RemoveArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct BuildArgs {
+    // In the attribute: brackets would be links in the documentation.
+    #[arg(
+        value_name = "SOURCE",
+        help = "A directory with a Dockerfile, or an image as clade run --image has it: HOST[:PORT]/NAME[:TAG|@DIGEST], oci:DIR[:TAG] or docker-archive:FILE"
+    )]
+    source: String,
+    /// The template's name. One that has it is replaced when this one is complete.
+    #[arg(long, value_name = "NAME")]
+    name: String,
+    /// What is started in it, by /bin/sh. Default: what the image runs. Empty: nothing.
+    #[arg(long, value_name = "COMMAND")]
+    start_cmd: Option<String>,
+    /// What says that it is ready, by /bin/sh: it is run again and again until it exits with 0.
+    #[arg(long, value_name = "COMMAND")]
+    ready_cmd: Option<String>,
+    /// How long that may take, such as 90s or 5m.
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration, requires = "ready_cmd")]
+    ready_timeout: Duration,
+    /// A value for an ARG of the Dockerfile. Repeatable.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parse_pair)]
+    build_arg: Vec<(String, String)>,
+    /// The kernel. Default: that of clade guest linux.
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// The modules of --kernel: its directory below /lib/modules.
+    #[arg(long, value_name = "DIR", requires = "kernel")]
+    modules: Option<PathBuf>,
+    /// Text to append to the command line of the kernel. Repeatable.
+    #[arg(long, value_name = "TEXT")]
+    append: Vec<String>,
+    /// Most memory of a sandbox's process: bytes, or with K, M, G, T. Needs a supervisor with control
+    /// groups.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    memory_limit: Option<u64>,
+    /// Most processors that a sandbox's process may take, such as 0.5.
+    #[arg(long, value_name = "N")]
+    cpu_limit: Option<f64>,
+    #[command(flatten)]
+    machine: MachineArgs,
+    #[command(flatten)]
+    pull: PullFlags,
+    /// Print JSON: the template. What is run in it goes to standard error in any case.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ListArgs {
+    /// Print JSON: an array of the templates.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct InspectArgs {
+    /// Its name or its id.
+    #[arg(value_name = "TEMPLATE")]
+    template: String,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct RemoveArgs {
+    /// Their names or ids.
+    #[arg(value_name = "TEMPLATE", required = true)]
+    templates: Vec<String>,
+    /// Print JSON: an array of what was removed.
+    #[arg(long)]
+    json: bool,
+}
+
+fn parse_pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("NAME=VALUE is wanted".to_owned()),
+    }
+}
+
+/// A template, as `--json` has it.
+#[derive(Debug, Serialize)]
+struct Shown {
+    #[serde(flatten)]
+    template: Template,
+    snapshot: PathBuf,
+    /// What the snapshot takes of the host.
+    host_bytes: u64,
+    /// Whether the supervisor of this runtime directory has its checkpoint.
+    is_in_memory: bool,
+}
+
+impl Shown {
+    fn new(store: &TemplateStore, template: Template, held: &[String]) -> Self {
+        let snapshot = store.snapshot(&template.id);
+        let is_in_memory = held.contains(&template.id);
+        Self { host_bytes: host_bytes(&snapshot), snapshot, is_in_memory, template }
+    }
+}
+
+/// What a directory's files take. One that is not there takes nothing.
+fn host_bytes(dir: &Path) -> u64 {
+    let of = |entry: std::fs::DirEntry| match entry.metadata() {
+        Ok(found) if found.is_dir() => host_bytes(&entry.path()),
+        Ok(found) => found.blocks() * 512,
+        Err(_) => 0,
+    };
+    std::fs::read_dir(dir).map_or(0, |entries| entries.flatten().map(of).sum())
+}
+
+fn failure(error: TemplateError) -> Failure {
+    match error {
+        TemplateError::File { .. } => Failure::run(error),
+        _ => Failure::input(error),
+    }
+}
+
+pub(super) fn main(command: &TemplateCommand) -> Outcome {
+    let store = TemplateStore::of_user().map_err(failure)?;
+    match command {
+        TemplateCommand::Build(args) => build::main(args, &store),
+        TemplateCommand::Ls(args) => list(args, &store),
+        TemplateCommand::Inspect(args) => inspect(args, &store),
+        TemplateCommand::Rm(args) => remove(args, &store),
+    }
+}
+
+/// The client of a supervisor, if one is there. None is started to look at templates.
+fn supervisor() -> Option<Client> {
+    let client = Client::default();
+    (client.is_remote() || answers(&runtime_dir())).then_some(client)
+}
+
+/// Names of the supervisor's checkpoints. One that does not answer has none.
+fn held() -> Vec<String> {
+    let Some(client) = supervisor() else { return Vec::new() };
+    let all = ask(client.supervisor::<Vec<CheckpointInfo>>(Method::GET, "/v1/checkpoints", None::<&()>));
+    all.unwrap_or_default().into_iter().map(|one| one.name).collect()
+}
+
+/// Removes the checkpoint of a template, if there is one.
+async fn drop_checkpoint(client: &Client, id: &str) -> Result<(), ClientError> {
+    let path = format!("/v1/checkpoints/{id}");
+    match client.supervisor::<CheckpointInfo>(Method::DELETE, &path, None::<&()>).await {
+        Ok(_) | Err(ClientError::Refused { status: 404, .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+fn age(template: &Template) -> f64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    now.as_secs_f64() - template.created_at.as_second() as f64
+}
+
+fn list(args: &ListArgs, store: &TemplateStore) -> Outcome {
+    let (all, held) = (store.list().map_err(failure)?, held());
+    let all: Vec<Shown> = all.into_iter().map(|template| Shown::new(store, template, &held)).collect();
+    if args.json {
+        return print_json(&all).map_err(Failure::run);
+    }
+    let mut table = Table::new(["name", "id", "vCPUs", "MiB", "on disk", "age", "in memory", "source"]);
+    for Shown { template, host_bytes, is_in_memory, .. } in all {
+        table.row([
+            template.name.clone(),
+            template.id.clone(),
+            template.spec.cpus.to_string(),
+            template.spec.mib.to_string(),
+            show_size(host_bytes),
+            show_age(age(&template)),
+            if is_in_memory { "yes" } else { "no" }.to_owned(),
+            template.spec.source,
+        ]);
+    }
+    table.print().map_err(Failure::run)
+}
+
+fn inspect(args: &InspectArgs, store: &TemplateStore) -> Outcome {
+    let shown = Shown::new(store, store.find(&args.template).map_err(failure)?, &held());
+    if args.json {
+        return print_json(&shown).map_err(Failure::run);
+    }
+    let age = show_age(age(&shown.template));
+    let Template { name, id, spec, .. } = shown.template;
+    let mut table = Table::new(["", ""]);
+    let mut row = |name: &str, value: String| table.words([name.to_owned(), value]);
+    row("name", name);
+    row("id", id);
+    row("source", spec.source);
+    row("image", spec.image);
+    row("start", spec.start.join(" "));
+    row("ready", spec.ready.unwrap_or_default());
+    row("env", spec.env.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join("\n"));
+    row("user", spec.user);
+    row("directory", spec.workdir);
+    row("machine", format!("{} vCPUs, {} MiB", spec.cpus, spec.mib));
+    row("snapshot", shown.snapshot.display().to_string());
+    row("on disk", show_size(shown.host_bytes));
+    row("in memory", if shown.is_in_memory { "yes" } else { "no" }.to_owned());
+    row("age", age);
+    table.print().map_err(Failure::run)
+}
+
+/// Removes each, says what fails with its name, and fails with the first.
+fn remove(args: &RemoveArgs, store: &TemplateStore) -> Outcome {
+    let (mut gone, mut first) = (Vec::new(), None);
+    for name in &args.templates {
+        let removed = store.remove(name).map_err(failure).and_then(|template| {
+            // Its children run on.
+            supervisor().map_or(Ok(()), |client| ask(drop_checkpoint(&client, &template.id)))?;
+            Ok(template)
+        });
+        match removed {
+            Ok(template) => gone.push(template),
+            Err(failure) if first.is_none() => first = Some(failure),
+            Err(failure) => drop(writeln!(io::stderr(), "clade: {failure}")),
+        }
+    }
+    let printed = if args.json {
+        print_json(&gone)
+    } else {
+        gone.iter().try_for_each(|template| writeln!(io::stdout(), "{} is removed", template.name))
+    };
+    printed.map_err(Failure::run)?;
+    first.map_or(Ok(()), Err)
+}

@@ -1,0 +1,179 @@
+//! Networks without an interface of the host's: a guest and its forks reach the host by passt, each by
+//! its own.
+
+use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use crate::image::{Images, guest};
+use crate::python::{ask, exec, layout};
+use crate::tool::{Answer, kill, kvm, required, wait_until};
+
+/// What every passt of a VM's is started with.
+const OF_A_VM: &str = "52:55:0a:00:02:02";
+
+/// The host's address on the way out, which guests reach. None where there is no passt or no way.
+fn host() -> Option<IpAddr> {
+    let runs = Command::new("passt").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+    let address = socket.connect("198.51.100.1:9").and_then(|()| socket.local_addr());
+    if runs.is_ok() && address.is_ok() {
+        return address.ok().map(|address| address.ip());
+    }
+    assert!(!required("passt"), "passt is required: {runs:?}, {address:?}");
+    println!("skipped: no passt, or no network: {runs:?}, {address:?}");
+    None
+}
+
+/// The processes of networks of VMs.
+fn passts() -> BTreeSet<u32> {
+    let all = std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    let is_one = |pid: &u32| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        // Its name alone would do, but for the commands that look for it.
+        line.starts_with(b"passt") && String::from_utf8_lossy(&line).contains(OF_A_VM)
+    };
+    all.filter(is_one).collect()
+}
+
+/// Serves connections until it is dropped with the test: each says a word and is told what it is.
+fn greeter(address: IpAddr) -> u16 {
+    let listener = TcpListener::bind((address, 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            let mut client = client.unwrap();
+            let mut word = [0; 100];
+            let got = client.read(&mut word).unwrap_or(0);
+            // It may have gone.
+            let _ = client.write_all(&[b"hello ", &word[..got]].concat());
+        }
+    });
+    port
+}
+
+/// What connects to an address and a port, says a word, and returns what is answered, or why nobody
+/// does.
+const GREET: &str = r"exec('def greet(word, address, port, patience):\n try:\n  connection = socket.create_connection((address, port), patience)\n  connection.sendall(word.encode())\n  return connection.recv(100).decode()\n except OSError as error:\n  return type(error).__name__\n', globals())";
+
+/// What is answered to a guest that connects to a port and says its name.
+fn greeted(images: &Images, vm: &str, address: impl Into<IpAddr>, port: u16, patience: u32) -> String {
+    let answer = ask(images, vm, &format!("greet('{vm}', '{}', {port}, {patience})", address.into()));
+    answer.as_str().unwrap().to_owned()
+}
+
+fn greets(images: &Images, vm: &str, host: IpAddr, port: u16) {
+    // A child's link comes up some time after it has begun.
+    assert_eq!(greeted(images, vm, host, port, 30), format!("hello {vm}"));
+}
+
+fn is_refused(images: &Images, vm: &str, address: impl Into<IpAddr>, port: u16) {
+    let said = greeted(images, vm, address, port, 3);
+    assert!(["TimeoutError", "ConnectionRefusedError", "timeout", "OSError"].contains(&said.as_str()), "{vm}: {said}");
+}
+
+#[test]
+fn a_guest_and_its_forks_reach_the_host_without_an_interface() {
+    if !kvm() {
+        return;
+    }
+    let (Some(layout), Some(host)) = (layout(), host()) else { return };
+    let Some((linux, agent)) = guest() else { return };
+    let mut images = Images::new();
+    let name = format!("oci:{}:python", layout.display());
+    images.clade(&["image", "pull", &name, "--json"]).json();
+    images.runtime.spawn(&["serve", "--pool", "2"]);
+    wait_until("the supervisor", || images.clade(&["checkpoints"]).code == Some(0));
+    let before = passts();
+    let others = || passts().difference(&before).copied().collect::<BTreeSet<u32>>();
+    // A port that is another's is said, and nothing is left.
+    let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let forward = taken.local_addr().unwrap().port();
+    let net = format!("user,forward={forward}:8000");
+    let run = || -> Answer {
+        let mut command = images.command(&["run", "-d", "--image", &name, "--mem", "256M", "--name", "py", "--fresh"]);
+        command.args(["--net", &net]).arg("--kernel").arg(linux.join("vmlinux")).env("CLADE_AGENT", &agent);
+        command.output().unwrap().into()
+    };
+    let busy = run();
+    assert!(busy.code == Some(2) && busy.stderr.contains("passt"), "{busy:?}");
+    drop(taken);
+    wait_until("no passt is left", || others().is_empty());
+    let booted = run();
+    assert_eq!(booted.code, Some(0), "{booted:?}");
+    let begun = Instant::now();
+    while !images.clade(&["logs", "py"]).stdout.contains("python answers") {
+        let logs = || images.clade(&["logs", "py"]);
+        assert!(begun.elapsed() < Duration::from_secs(300), "no interpreter answers: {:?}", logs());
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    let resolver = exec(&images, &["py", "--", "/usr/bin/python3", "-c", "print(open('/etc/resolv.conf').read())"]);
+    assert!(resolver.stdout.contains("nameserver 10.0.2.3"), "{resolver:?}");
+
+    // Out, and in by the port that was forwarded.
+    assert_eq!(ask(&images, "py", GREET), Value::Null);
+    let port = greeter(host);
+    greets(&images, "py", host, port);
+    let listen = "state.setdefault('door', socket.create_server(('0.0.0.0', 8000))) and 1";
+    assert_eq!(ask(&images, "py", listen), json!(1));
+    let mut client = TcpStream::connect((Ipv4Addr::LOCALHOST, forward)).unwrap();
+    client.write_all(b"from the host").unwrap();
+    let taken = "(lambda c: [state.setdefault('client', c), c.recv(100).decode()][1])(state['door'].accept()[0])";
+    assert_eq!(ask(&images, "py", taken), json!("from the host"));
+    // What listens on the host's loopback address is none of the guest's business.
+    let own = greeter(Ipv4Addr::LOCALHOST.into());
+    for address in [Ipv4Addr::new(10, 0, 2, 2), Ipv4Addr::LOCALHOST] {
+        is_refused(&images, "py", address, own);
+    }
+
+    // Children have networks of their own, and the rules that they are given.
+    let forked = images.clade(&["fork", "py", "--count", "2", "--ready", "--json"]).json();
+    let deny = format!("deny:{host}");
+    let narrow = ["fork", "py", "--name", "narrow", "--ready", "--egress", &deny, "--json"];
+    images.clade(&narrow).json();
+    images.clade(&["fork", "py", "--name", "closed", "--ready", "--network", "off", "--json"]).json();
+    assert_eq!(others().len(), 5, "one each");
+    let children: Vec<String> = serde_json::from_value(forked["children"].clone()).unwrap();
+    for vm in &children {
+        greets(&images, vm, host, port);
+    }
+    for vm in ["narrow", "closed"] {
+        is_refused(&images, vm, host, port);
+    }
+    assert_eq!(images.clade(&["network", "closed", "open"]).code, Some(0));
+    greets(&images, "closed", host, port);
+    // The parent's connection is the parent's.
+    client.write_all(b" again").unwrap();
+    assert_eq!(ask(&images, "py", "state['client'].recv(100).decode()"), json!(" again"));
+    let ps = images.clade(&["ps", "--json"]).json();
+    let nets = |vm: &Value| vm["nets"].as_array().unwrap().iter().map(|net| net["mac"].clone()).collect::<Vec<_>>();
+    let macs: BTreeSet<String> = ps.as_array().unwrap().iter().flat_map(nets).map(|mac| mac.to_string()).collect();
+    assert_eq!(macs.len(), 5, "{ps}");
+
+    // A snapshot leads to a network of its host's.
+    let saved = images.path("saved").display().to_string();
+    images.clade(&["snapshot", &children[0], &saved, "--json"]).json();
+    let restored = images.clade(&["restore", "-d", &saved, "--name", "restored"]);
+    assert_eq!(restored.code, Some(0), "{restored:?}");
+    greets(&images, "restored", host, port);
+
+    // One that is killed takes no VM with it, and no other's network.
+    images.clade(&["stop", "narrow", "closed"]);
+    wait_until("theirs to go", || others().len() == 4);
+    let left = others();
+    images.clade(&["fork", "py", "--name", "last", "--ready", "--json"]).json();
+    let of_last: Vec<u32> = others().difference(&left).copied().collect();
+    assert_eq!(of_last.len(), 1);
+    kill(of_last[0], Signal::KILL);
+    wait_until("its end", || !others().contains(&of_last[0]));
+    is_refused(&images, "last", host, port);
+    assert_eq!(ask(&images, "last", "1 + 1"), json!(2));
+    greets(&images, "py", host, port);
+    images.clade(&["stop", "--all"]);
+    wait_until("no passt is left", || others().is_empty());
+}

@@ -1,0 +1,54 @@
+//! Templates that were built: found by name, and made checkpoints again after the supervisor was restarted.
+
+use clade_daemon::control::{CheckpointInfo, ClientError, OpenRequest, ProblemKind, SavedSource};
+use hyper::Method;
+
+use crate::error::{Answer, ApiError};
+use crate::gateway::Gateway;
+use crate::rules::checkpoint_name;
+use crate::templates::{Template, TemplateError};
+
+impl Gateway {
+    /// The template of a name or an id, if it was built.
+    pub(crate) fn built(&self, name: &str) -> Option<Template> {
+        match self.0.templates.as_ref()?.find(checkpoint_name(name)) {
+            Ok(template) => Some(template),
+            Err(TemplateError::NotFound(_)) => None,
+            Err(error) => {
+                tracing::warn!(%error, name, "a template is not found");
+                None
+            }
+        }
+    }
+
+    /// All templates that were built.
+    pub(crate) fn all_built(&self) -> Answer<Vec<Template>> {
+        let all = self.0.templates.as_ref().map_or(Ok(Vec::new()), crate::templates::TemplateStore::list);
+        all.map_err(|error| ApiError::internal(error.to_string()))
+    }
+
+    /// Makes the checkpoint of a template again, of its snapshot.
+    pub(crate) async fn reopen(&self, template: &Template) -> Answer<()> {
+        let Some(store) = &self.0.templates else { return Err(ApiError::no_template(&template.name)) };
+        // One at a time: the others find it.
+        let _turn = self.0.opening.lock().await;
+        let saved = SavedSource { dir: store.snapshot(&template.id), load: Default::default(), overlays: None };
+        let request = OpenRequest { saved, name: Some(template.id.clone()) };
+        let opened = self.0.client.supervisor::<CheckpointInfo>(Method::POST, "/v1/checkpoints", Some(&request)).await;
+        match opened {
+            Ok(_) => Ok(()),
+            // Another was quicker.
+            Err(ClientError::Refused { problem, .. })
+                if ProblemKind::of_urn(&problem.kind) == Some(ProblemKind::NameTaken) =>
+            {
+                Ok(())
+            }
+            Err(error) => {
+                let why = ApiError::from(error);
+                let message =
+                    format!("the snapshot of the template {:?} does not open: {}", template.name, why.message);
+                Err(ApiError { message, ..why })
+            }
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! The calls that show templates: those that were built, and checkpoints that were made by hand.
+
+use std::collections::BTreeSet;
+
+use axum::extract::{Path, State};
+use axum::http::{HeaderMap, StatusCode};
+use axum::{Extension, Json};
+use clade_daemon::control::CheckpointInfo;
+use hyper::Method;
+use jiff::{SignedDuration, Timestamp};
+use serde_json::{Value, json};
+
+use super::{Asked, Gate, Order, Owner, Who};
+use crate::error::{Answer, ApiError};
+use crate::gateway::Gateway;
+use crate::rules::checkpoint_name;
+use crate::templates::Template as Built;
+use crate::wire::{ENVD_VERSION, Template};
+
+fn template(id: String, name: String, (cpu_count, memory_mib): (u8, u64), taken_at: Timestamp) -> Template {
+    Template {
+        public: true,
+        build: id.clone(),
+        cpu_count,
+        memory_mib,
+        disk_mib: 0,
+        aliases: vec![name.clone()],
+        names: vec![name],
+        id,
+        created_at: taken_at,
+        updated_at: taken_at,
+        created_by: None,
+        last_spawned_at: None,
+        spawn_count: 0,
+        build_count: 1,
+        envd_version: ENVD_VERSION,
+        build_status: "ready",
+    }
+}
+
+fn of_checkpoint(gateway: &Gateway, checkpoint: CheckpointInfo) -> Template {
+    let age = SignedDuration::try_from_secs_f64(checkpoint.age_s).unwrap_or_default();
+    let taken_at = Timestamp::now().checked_sub(age).unwrap_or_default();
+    let name = checkpoint.name;
+    let public = gateway.0.snapshots.get(&name).is_none();
+    Template { public, ..template(name.clone(), name, (checkpoint.cpus, checkpoint.mib), taken_at) }
+}
+
+fn of_built(built: Built) -> Template {
+    template(built.id, built.name, (built.spec.cpus, built.spec.mib), built.created_at)
+}
+
+/// All that this owner may make sandboxes of, by name. A template that was built hides a checkpoint of its name.
+async fn visible(gateway: &Gateway, owner: &Owner) -> Answer<Vec<Template>> {
+    let mut all: Vec<CheckpointInfo> = gateway.0.client.supervisor(Method::GET, "/v1/checkpoints", None::<&()>).await?;
+    let built = gateway.all_built()?;
+    let hidden: BTreeSet<&str> = built.iter().flat_map(|one| [one.name.as_str(), one.id.as_str()]).collect();
+    all.retain(|one| {
+        let snapshot = gateway.0.snapshots.get(&one.name);
+        snapshot.is_none_or(|snapshot| snapshot.get().owner == owner.0) && !hidden.contains(one.name.as_str())
+    });
+    let mut all: Vec<Template> = all.into_iter().map(|one| of_checkpoint(gateway, one)).collect();
+    all.extend(built.into_iter().map(of_built));
+    Ok(all)
+}
+
+pub(super) async fn list(
+    State(gateway): Gate,
+    Extension(owner): Who,
+    query: Asked,
+) -> Answer<(HeaderMap, Json<Vec<Template>>)> {
+    let axum::extract::Query(query) = query?;
+    let mut all = visible(&gateway, &owner).await?;
+    let key = |one: &Template| (0, one.names.concat());
+    all.sort_by_key(key);
+    let (headers, page) = query.page(all, Order::Ascending, key)?;
+    Ok((headers, Json(page)))
+}
+
+pub(super) async fn alias(
+    State(gateway): Gate,
+    Extension(owner): Who,
+    Path(alias): Path<String>,
+) -> Answer<Json<Value>> {
+    let all = visible(&gateway, &owner).await?;
+    let wanted = checkpoint_name(&alias);
+    let found = all.into_iter().find(|one| one.id == wanted || one.names.iter().any(|name| name == wanted));
+    let found = found.ok_or_else(|| ApiError::no_template(&alias))?;
+    Ok(Json(json!({"templateID": found.id, "public": found.public})))
+}
+
+pub(super) async fn remove(State(gateway): Gate, Extension(owner): Who, Path(id): Path<String>) -> Answer<StatusCode> {
+    gateway.remove_snapshot(&owner.0, &id).await?;
+    Ok(StatusCode::NO_CONTENT)
+}

@@ -1,0 +1,105 @@
+//! How many connections to programs' ports there may be: of one sandbox, and of all that a key has
+//! made. Each costs this process two descriptors for as long as its client likes.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use axum::http::StatusCode;
+
+use crate::error::{Answer, ApiError};
+
+/// Most of one sandbox: fewer than its agent takes.
+pub(crate) const PER_SANDBOX: usize = 256;
+/// Most of all sandboxes of a key: half of what the address takes.
+pub(crate) const PER_KEY: usize = 1024;
+
+#[derive(Debug, Default)]
+struct Counts {
+    by_sandbox: BTreeMap<String, usize>,
+    by_key: BTreeMap<String, usize>,
+}
+
+/// The places that are taken.
+#[derive(Debug, Default)]
+pub(crate) struct Places(Mutex<Counts>);
+
+/// A place, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Place {
+    places: Arc<Places>,
+    sandbox: String,
+    key: String,
+}
+
+fn count(counts: &BTreeMap<String, usize>, name: &str) -> usize {
+    counts.get(name).copied().unwrap_or(0)
+}
+
+fn leave(counts: &mut BTreeMap<String, usize>, name: &str) {
+    match counts.get_mut(name) {
+        Some(count) if *count > 1 => *count -= 1,
+        _ => drop(counts.remove(name)),
+    }
+}
+
+impl Places {
+    fn counts(&self) -> MutexGuard<'_, Counts> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a place for a connection to `sandbox`, which was made with `key`.
+    ///
+    /// # Errors
+    /// 429 when there is none.
+    pub(crate) fn take(self: &Arc<Self>, sandbox: &str, key: &str) -> Answer<Place> {
+        let full = |whose: String, most: usize| {
+            let why = format!("{most} connections to ports of {whose} are open");
+            Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, why))
+        };
+        let mut counts = self.counts();
+        if count(&counts.by_sandbox, sandbox) >= PER_SANDBOX {
+            return full(format!("the sandbox {sandbox:?}"), PER_SANDBOX);
+        }
+        if count(&counts.by_key, key) >= PER_KEY {
+            // Not the key's name: who asks may be anybody.
+            return full("its owner's sandboxes".to_owned(), PER_KEY);
+        }
+        *counts.by_sandbox.entry(sandbox.to_owned()).or_default() += 1;
+        *counts.by_key.entry(key.to_owned()).or_default() += 1;
+        Ok(Place { places: Arc::clone(self), sandbox: sandbox.to_owned(), key: key.to_owned() })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut counts = self.places.counts();
+        leave(&mut counts.by_sandbox, &self.sandbox);
+        leave(&mut counts.by_key, &self.key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sandbox_and_a_key_have_their_bounds_and_nothing_is_left_of_them() {
+        let places = Arc::new(Places::default());
+        let take = |sandbox: &str, key: &str| places.take(sandbox, key);
+        let mut first: Vec<Place> = (0..PER_SANDBOX).map(|_| take("a", "one").unwrap()).collect();
+        let full = take("a", "one").unwrap_err();
+        assert_eq!(full.status, StatusCode::TOO_MANY_REQUESTS);
+        assert!(full.message.contains("\"a\"") && full.message.contains("256"), "{full:?}");
+        let rest: Vec<Place> = (PER_SANDBOX..PER_KEY).map(|n| take(&format!("b{}", n % 8), "one").unwrap()).collect();
+        let full = take("c", "one").unwrap_err();
+        assert!(full.message.contains("1024") && !full.message.contains("one"), "{full:?}");
+        // A refusal takes nothing, and another's key has its own.
+        let other = take("d", "two").unwrap();
+        first.pop();
+        let again = take("a", "one").unwrap();
+        take("a", "one").unwrap_err();
+        drop((first, rest, other, again));
+        let counts = places.counts();
+        assert!(counts.by_sandbox.is_empty() && counts.by_key.is_empty(), "{counts:?}");
+    }
+}

@@ -1,0 +1,236 @@
+//! Requests for a sandbox's port, passed on to its guest: to the agent, or to a program's TCP port.
+#![allow(clippy::result_large_err, reason = "an answer is the answer also where it refuses: one for each request")]
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::Request;
+use axum::http::header::{HOST, UPGRADE};
+use axum::http::uri::PathAndQuery;
+use axum::http::{Extensions, HeaderValue, StatusCode, Uri};
+use axum::response::{IntoResponse, Response};
+use clade_agent_client::proto::PORT;
+use clade_agent_client::proto::forward::FORWARD_PORT;
+use clade_agent_client::{ClientError, Endpoint, Socket};
+use hyper::client::conn::http1;
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use serde_json::json;
+use tokio::sync::watch;
+
+use crate::error::{Answer, ApiError};
+use crate::gateway::Gateway;
+use crate::headers::{
+    TRAFFIC_TOKEN, asks_for_websocket, check_framing, offer_websocket, strip, strip_for_program, takes_websocket,
+};
+use crate::ports::Target;
+use crate::records::{Entry, Record};
+use crate::tunnel::{Afterwards, relay};
+
+#[cfg(test)]
+mod tests;
+
+/// How long a guest may take to take a connection.
+const CONNECTING: Duration = Duration::from_secs(10);
+/// The same for a program's port. Its agent tries two addresses, for 5 s each.
+const CONNECTING_TO_PORT: Duration = Duration::from_secs(20);
+/// Most headers of a guest's answer.
+const MAX_HEADERS: usize = 64;
+/// Most bytes of their head.
+const MAX_HEAD: usize = 64 << 10;
+
+/// E2B's proxy says so where there is nobody to ask.
+fn bad_gateway(target: &Target, message: &str) -> Response {
+    let body = json!({"sandboxId": target.id, "port": target.port, "message": message, "code": 502});
+    (StatusCode::BAD_GATEWAY, axum::Json(body)).into_response()
+}
+
+/// Whether a path is for the host alone: what makes a sandbox another, ends it, or sets its token.
+fn is_the_hosts(path: &str) -> bool {
+    path == "/init" || path == "/clade" || path.starts_with("/clade/")
+}
+
+/// Passes a request on to a port of a sandbox, and its answer back, both as they come.
+pub(crate) async fn forward(gateway: &Gateway, target: &Target, request: Request) -> Response {
+    let Some(entry) = gateway.0.sandboxes.get(&target.id) else {
+        return bad_gateway(target, "The sandbox was not found");
+    };
+    let passed = if u32::from(target.port) == PORT {
+        to_agent(gateway, target, &entry, request).await
+    } else {
+        to_program(gateway, target, &entry, request).await
+    };
+    passed.unwrap_or_else(|refusal| refusal)
+}
+
+/// The sandbox as it runs, and what hears when it does not any more.
+async fn running(
+    gateway: &Gateway,
+    target: &Target,
+    entry: &Entry<Record>,
+) -> Result<(Record, watch::Receiver<()>), Response> {
+    // Before it is looked at: a pause is noted in the record, and then heard of.
+    let mut cut = entry.cut.subscribe();
+    let mut record = entry.get();
+    if record.paused {
+        if !record.auto_resume {
+            return Err(bad_gateway(target, "The sandbox is paused"));
+        }
+        gateway.resume(entry, None, None, None).await.map_err(ApiError::into_response)?;
+        cut = entry.cut.subscribe();
+        record = entry.get();
+        if record.paused {
+            return Err(bad_gateway(target, "The sandbox is paused"));
+        }
+    }
+    Ok((record, cut))
+}
+
+/// Has a request name nothing but a path.
+fn to_origin(request: &mut Request) {
+    let path = request.uri().path_and_query().cloned();
+    *request.uri_mut() = Uri::from(path.unwrap_or_else(|| PathAndQuery::from_static("/")));
+    *request.extensions_mut() = Extensions::new();
+}
+
+async fn to_agent(
+    gateway: &Gateway,
+    target: &Target,
+    entry: &Entry<Record>,
+    mut request: Request,
+) -> Result<Response, Response> {
+    let refused = |status, why: String| Err(ApiError::new(status, why).into_response());
+    if is_the_hosts(request.uri().path()) {
+        return refused(StatusCode::FORBIDDEN, format!("{} is for the host", request.uri().path()));
+    }
+    if request.headers().contains_key(UPGRADE) {
+        return refused(StatusCode::NOT_IMPLEMENTED, "connections to the agent are not upgraded".to_owned());
+    }
+    let (record, _) = running(gateway, target, entry).await?;
+    strip(request.headers_mut());
+    request.headers_mut().insert(HOST, HeaderValue::from_static("localhost"));
+    to_origin(&mut request);
+    let endpoint = Endpoint::Vsock { socket: record.socket, port: PORT };
+    let socket = endpoint.connect(CONNECTING).await;
+    let socket = socket.map_err(|error| bad_gateway(target, &format!("The sandbox does not answer: {error}")))?;
+    let mut answer = send(socket, request, std::future::pending()).await.map_err(|error| broken(target, &error))?;
+    strip(answer.headers_mut());
+    Ok(answer)
+}
+
+fn broken(target: &Target, error: &hyper::Error) -> Response {
+    bad_gateway(target, &format!("The sandbox has cut the connection: {error}"))
+}
+
+/// Sends a request on a connection of its own, which ends when the answer has been read, is dropped,
+/// or is `cut`.
+async fn send(
+    socket: Socket,
+    request: Request,
+    cut: impl Future<Output = ()> + Send + 'static,
+) -> hyper::Result<Response> {
+    let mut http = http1::Builder::new();
+    http.max_headers(MAX_HEADERS).max_buf_size(MAX_HEAD);
+    let (mut sender, connection) = http.handshake(TokioIo::new(socket)).await?;
+    tokio::spawn(async move {
+        tokio::select! {
+            // What it fails of is said where the answer is waited for.
+            _ = connection.with_upgrades() => {}
+            () = cut => {}
+        }
+    });
+    Ok(sender.send_request(request).await?.map(Body::new))
+}
+
+/// Refuses what does not show the token of a sandbox whose ports are not public.
+fn check_traffic(gateway: &Gateway, record: &Record, request: &Request) -> Answer<()> {
+    if !record.is_private {
+        return Ok(());
+    }
+    let mut shown = request.headers().get_all(TRAFFIC_TOKEN).iter();
+    let refused = |what: &str| Err(ApiError::new(StatusCode::FORBIDDEN, format!("{TRAFFIC_TOKEN}: {what}")));
+    match (shown.next(), shown.next()) {
+        (None, _) => refused("the sandbox's ports are not public"),
+        (Some(token), None) if gateway.is_traffic_token(&record.id, token.as_bytes()) => Ok(()),
+        _ => refused("is not the sandbox's"),
+    }
+}
+
+/// Why a program's port has not taken a connection. A closed one is E2B's own case.
+fn not_open(target: &Target, error: &ClientError) -> Response {
+    let message = match error {
+        ClientError::PortClosed { port, why } => format!("The sandbox is running but port {port} is not open: {why}"),
+        error => format!("The sandbox does not answer: {error}"),
+    };
+    bad_gateway(target, &message)
+}
+
+async fn to_program(
+    gateway: &Gateway,
+    target: &Target,
+    entry: &Entry<Record>,
+    request: Request,
+) -> Result<Response, Response> {
+    let refused = ApiError::into_response;
+    check_framing(request.headers()).map_err(refused)?;
+    // Both before it wakes the sandbox.
+    let record = entry.get();
+    check_traffic(gateway, &record, &request).map_err(refused)?;
+    let place = Arc::new(gateway.0.places.take(&record.id, &record.owner).map_err(refused)?);
+    let afterwards = request.extensions().get::<Afterwards>().cloned();
+    let (head, body) = request.into_parts();
+    let is_websocket = asks_for_websocket(&head).map_err(refused)?;
+    let mut request = Request::from_parts(head, body);
+    let client = is_websocket.then(|| hyper::upgrade::on(&mut request));
+    let (record, mut cut) = running(gateway, target, entry).await?;
+    strip_for_program(request.headers_mut());
+    if is_websocket {
+        offer_websocket(request.headers_mut());
+    }
+    // The host is the client's, unless its owner has named another.
+    if let Some(mask) = &record.masked_host
+        && let Ok(host) = HeaderValue::from_str(&mask.replace("${PORT}", &target.port.to_string()))
+    {
+        request.headers_mut().insert(HOST, host);
+    }
+    to_origin(&mut request);
+    let endpoint = Endpoint::Vsock { socket: record.socket, port: FORWARD_PORT };
+    let socket =
+        endpoint.connect_tcp(target.port, CONNECTING_TO_PORT).await.map_err(|error| not_open(target, &error))?;
+    let mut ended = cut.clone();
+    let held = Arc::clone(&place);
+    // Its sender goes with the sandbox. The place is held until the connection has ended, however it does.
+    let until_cut = async move {
+        drop(ended.changed().await);
+        drop(held);
+    };
+    let mut answer = send(socket, request, until_cut).await.map_err(|error| broken(target, &error))?;
+    if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
+        let is_taken = takes_websocket(answer.headers());
+        let (Some(client), Some(afterwards), true) = (client, afterwards, is_taken) else {
+            return Err(bad_gateway(target, "The sandbox has changed the protocol, which it was not asked for"));
+        };
+        let guest = hyper::upgrade::on(&mut answer);
+        afterwards.set(async move {
+            let _place = place;
+            tokio::select! {
+                () = tunnel(client, guest) => {}
+                _ = cut.changed() => {}
+            }
+        });
+        strip_for_program(answer.headers_mut());
+        offer_websocket(answer.headers_mut());
+        *answer.body_mut() = Body::empty();
+        return Ok(answer);
+    }
+    strip_for_program(answer.headers_mut());
+    Ok(answer)
+}
+
+async fn tunnel(client: OnUpgrade, guest: OnUpgrade) {
+    match tokio::try_join!(client, guest) {
+        Ok((client, guest)) => relay(TokioIo::new(client), TokioIo::new(guest)).await,
+        Err(error) => tracing::debug!(%error, "a WebSocket"),
+    }
+}
