@@ -1,0 +1,327 @@
+"""The agent in a guest: programs and files, over the VM's socket on the host."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import socket
+import struct
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlencode
+
+from ._error import AgentError
+
+PORT = 49983
+CONNECT_TIMEOUT = 10.0
+# How long a guest is asked that takes no connection, and how long it takes not to be said to refuse it.
+PATIENCE = 60.0
+SLOW = 1.0
+# It is asked to say something every 30 s.
+SILENCE = 120.0
+# The largest message, as the agent takes it.
+MOST = 4 << 20
+END = 2
+
+
+@dataclass(frozen=True)
+class ExecResult:
+    """A program that has ended."""
+
+    exit_code: int
+    """Its exit code; -1 if a signal ended it."""
+    stdout: bytes
+    stderr: bytes
+    status: str
+    """How it has ended, in words: `exit status 3`, `signal: killed`."""
+
+    @property
+    def text(self) -> str:
+        """What it has written to its standard output."""
+        return self.stdout.decode(errors="replace")
+
+
+@dataclass(frozen=True)
+class Output:
+    """A piece of what a program writes."""
+
+    stream: str
+    """`stdout` or `stderr`."""
+    data: bytes
+
+
+class _Connection(http.client.HTTPConnection):
+    """A connection to a port of a guest, behind the VM's socket."""
+
+    def __init__(self, path: str, port: int, timeout: float) -> None:
+        super().__init__("agent", timeout=timeout)
+        self._path, self._port = path, port
+
+    def connect(self) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            begun = time.monotonic()
+            if self._connected():
+                return
+            # A guest that is slow, as one with a kernel that is interpreted, is asked again. Where nothing
+            # listens, it says so at once.
+            if time.monotonic() - begun < SLOW or time.monotonic() > deadline:
+                where = f"port {self._port} of the guest behind {self._path}"
+                raise AgentError("unavailable", f"nothing takes a connection on {where}")
+
+    def _connected(self) -> bool:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(CONNECT_TIMEOUT)
+        try:
+            self.sock.connect(self._path)
+            self.sock.sendall(f"CONNECT {self._port}\n".encode())
+            line = b""
+            while not line.endswith(b"\n") and len(line) < 64:
+                piece = self.sock.recv(1)
+                if not piece:
+                    break
+                line += piece
+        except OSError as error:
+            self.sock.close()
+            raise AgentError("unavailable", f"no agent answers behind {self._path}: {error}") from error
+        if not line.startswith(b"OK "):
+            self.sock.close()
+            return False
+        self.sock.settimeout(self.timeout)
+        return True
+
+
+# Requests for files have a status for a code.
+CODES = {
+    400: "invalid_argument",
+    401: "unauthenticated",
+    403: "permission_denied",
+    404: "not_found",
+    409: "already_exists",
+    413: "resource_exhausted",
+    429: "resource_exhausted",
+    507: "resource_exhausted",
+}
+
+
+def refusal(status: int, text: bytes) -> AgentError:
+    """What an answer of another status than 200 says."""
+    try:
+        said = json.loads(text)
+        code = said.get("code", status)
+        code = CODES.get(code, "unknown") if isinstance(code, int) else str(code)
+        return AgentError(code, str(said.get("message", "")))
+    except (ValueError, AttributeError):
+        return AgentError("unknown", f"status {status}: {text[:200].decode(errors='replace')}")
+
+
+def headers_for(user: str) -> dict[str, str]:
+    """What each request of that user has."""
+    name = base64.b64encode(f"{user}:".encode()).decode()
+    return {"Authorization": f"Basic {name}", "Connect-Protocol-Version": "1"}
+
+
+def stream_headers(user: str, timeout: float | None) -> dict[str, str]:
+    """What a request for a stream has."""
+    headers = {**headers_for(user), "Content-Type": "application/connect+json", "Keepalive-Ping-Interval": "30"}
+    if timeout is not None:
+        headers["Connect-Timeout-Ms"] = str(max(int(timeout * 1000), 1))
+    return headers
+
+
+def enveloped(message: Mapping[str, Any]) -> bytes:
+    """A message of a stream."""
+    text = json.dumps(message).encode()
+    return struct.pack(">BI", 0, len(text)) + text
+
+
+def opened(head: bytes) -> tuple[int, int]:
+    """The flag of a message of a stream, and its length."""
+    flag, length = struct.unpack(">BI", head)
+    if length > MOST:
+        raise AgentError("data_loss", f"a message of {length} bytes")
+    return flag, length
+
+
+def ends(flag: int, said: Any) -> bool:
+    """Whether a message is the last one of its stream. One with an error is raised."""
+    if not flag & END:
+        return False
+    if error := said.get("error"):
+        raise AgentError(str(error.get("code", "unknown")), str(error.get("message", "")))
+    return True
+
+
+def start_request(
+    args: Sequence[str], has_input: bool, env: Mapping[str, str] | None, cwd: str | None
+) -> dict[str, Any]:
+    """The message that starts a program."""
+    if not args:
+        raise ValueError("no program is named")
+    process: dict[str, Any] = {"cmd": args[0], "args": list(args[1:]), "envs": dict(env or {})}
+    if cwd is not None:
+        process["cwd"] = cwd
+    return {"process": process, "stdin": has_input}
+
+
+def happened(event: Mapping[str, Any]) -> Iterator[Output | ExecResult]:
+    """What an event of a program's stream says."""
+    for stream, data in event.get("data", {}).items():
+        yield Output(stream, base64.b64decode(data))
+    if "end" in event:
+        end = event["end"]
+        yield ExecResult(int(end.get("exitCode", 0)), b"", b"", str(end.get("status", "")))
+
+
+def typed(pid: int, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The calls by which a program is given its input, to the end."""
+    selector = {"pid": pid}
+    # A message is no more than 4 MiB, in base64.
+    for at in range(0, len(data), 1 << 20):
+        piece = base64.b64encode(data[at : at + (1 << 20)]).decode()
+        yield "process.Process/SendInput", {"process": selector, "input": {"stdin": piece}}
+    yield "process.Process/CloseStdin", {"process": selector}
+
+
+def file_path(path: str, user: str) -> str:
+    """The path of a file in a request."""
+    return f"/files?{urlencode({'path': path, 'username': user})}"
+
+
+def file_headers(user: str, data: bytes | None) -> dict[str, str]:
+    """What a request for a file has."""
+    return {**headers_for(user), **({"Content-Type": "application/octet-stream"} if data is not None else {})}
+
+
+class Collected:
+    """The output of a program, as it comes."""
+
+    def __init__(self) -> None:
+        self._written = {"stdout": b"", "stderr": b""}
+
+    def take(self, piece: Output | ExecResult) -> ExecResult | None:
+        """The result, if the piece is the end."""
+        if isinstance(piece, ExecResult):
+            return ExecResult(piece.exit_code, self._written["stdout"], self._written["stderr"], piece.status)
+        self._written[piece.stream] = self._written.get(piece.stream, b"") + piece.data
+        return None
+
+
+def cut_off() -> AgentError:
+    """A program's stream has no end."""
+    return AgentError("unavailable", "the program's stream has ended before it")
+
+
+def _exactly(answer: http.client.HTTPResponse, count: int) -> bytes:
+    got = b""
+    while len(got) < count:
+        piece = answer.read(count - len(got))
+        if not piece:
+            raise AgentError("unavailable", "the guest has cut an answer off")
+        got += piece
+    return got
+
+
+class Agent:
+    """Runs programs and moves files in one guest."""
+
+    def __init__(self, path: str, port: int = PORT, user: str | None = None) -> None:
+        self._path, self._port = path, port
+        self._user = user or "root"
+
+    def _connection(self) -> _Connection:
+        return _Connection(self._path, self._port, SILENCE)
+
+    def _unary(self, method: str, message: Mapping[str, Any]) -> Any:
+        connection = self._connection()
+        try:
+            headers = {**headers_for(self._user), "Content-Type": "application/json"}
+            connection.request("POST", f"/{method}", json.dumps(message), headers)
+            answer = connection.getresponse()
+            text = answer.read()
+            if answer.status != 200:
+                raise refusal(answer.status, text)
+            return json.loads(text)
+        except (OSError, http.client.HTTPException) as error:
+            raise AgentError("unavailable", f"the guest does not answer: {error}") from error
+        finally:
+            connection.close()
+
+    def _stream(self, method: str, message: Mapping[str, Any], timeout: float | None) -> Iterator[Any]:
+        connection = self._connection()
+        try:
+            connection.request("POST", f"/{method}", enveloped(message), stream_headers(self._user, timeout))
+            answer = connection.getresponse()
+            if answer.status != 200:
+                raise refusal(answer.status, answer.read())
+            while True:
+                flag, length = opened(_exactly(answer, 5))
+                said = json.loads(_exactly(answer, length))
+                if ends(flag, said):
+                    return
+                yield said
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise AgentError("unavailable", f"the guest does not answer: {error}") from error
+        finally:
+            connection.close()
+
+    def follow(
+        self,
+        args: Sequence[str],
+        input: bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[Output | ExecResult]:
+        """Runs a program. Gives each piece of its output, and at last how it has ended, without output."""
+        start = start_request(args, input is not None, env, cwd)
+        for message in self._stream("process.Process/Start", start, timeout):
+            event = message.get("event", {})
+            if "start" in event and input is not None:
+                for method, call in typed(int(event["start"]["pid"]), input):
+                    self._unary(method, call)
+            for piece in happened(event):
+                yield piece
+                if isinstance(piece, ExecResult):
+                    return
+        raise cut_off()
+
+    def exec(
+        self,
+        args: Sequence[str],
+        input: bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        timeout: float | None = None,
+    ) -> ExecResult:
+        """Runs a program to its end."""
+        collected = Collected()
+        for piece in self.follow(args, input, env, cwd, timeout):
+            if done := collected.take(piece):
+                return done
+        raise cut_off()
+
+    def _file(self, method: str, path: str, data: bytes | None) -> bytes:
+        connection = self._connection()
+        try:
+            connection.request(method, file_path(path, self._user), data, file_headers(self._user, data))
+            answer = connection.getresponse()
+            text = answer.read()
+            if answer.status not in (200, 204):
+                raise refusal(answer.status, text)
+            return text
+        except (OSError, http.client.HTTPException) as error:
+            raise AgentError("unavailable", f"the guest does not answer: {error}") from error
+        finally:
+            connection.close()
+
+    def read_file(self, path: str) -> bytes:
+        """A file of the guest."""
+        return self._file("GET", path, None)
+
+    def write_file(self, path: str, data: bytes) -> None:
+        """Writes a file of the guest."""
+        self._file("POST", path, data)

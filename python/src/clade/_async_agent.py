@@ -1,0 +1,221 @@
+"""The agent in a guest, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+from . import _agent as a
+from ._agent import ExecResult, Output
+from ._error import AgentError
+
+# The largest head of an answer, and the longest line in it.
+MOST_HEAD = 64 << 10
+
+
+class _Answer:
+    """An answer's status, and its body as it comes."""
+
+    def __init__(self, reader: asyncio.StreamReader) -> None:
+        self._reader = reader
+        self.status = 0
+        self._is_chunked = False
+        # Bytes of the body, or of the chunk, that have not come. None: to the connection's end.
+        self._left: int | None = None
+
+    async def _line(self) -> str:
+        line = await asyncio.wait_for(self._reader.readline(), a.SILENCE)
+        if not line.endswith(b"\n"):
+            raise AgentError("unavailable", "the guest has cut an answer off")
+        return line.decode("latin-1").rstrip("\r\n")
+
+    async def head(self) -> None:
+        """Reads the head."""
+        first = (await self._line()).split(" ", 2)
+        if len(first) < 2 or not first[0].startswith("HTTP/1.") or not first[1].isdigit():
+            raise AgentError("unavailable", f"the guest's answer is none: {first[0][:40]!r}")
+        self.status = int(first[1])
+        size = 0
+        while line := await self._line():
+            size += len(line)
+            if size > MOST_HEAD:
+                raise AgentError("unavailable", "the guest's answer has no end of its head")
+            name, _, value = line.partition(":")
+            if name.lower() == "transfer-encoding":
+                self._is_chunked, self._left = True, 0
+            elif name.lower() == "content-length" and not self._is_chunked:
+                self._left = int(value)
+
+    async def read(self, most: int) -> bytes:
+        """Some bytes of the body; none at its end."""
+        if self._is_chunked and self._left == 0:
+            self._left = int((await self._line()).partition(";")[0], 16)
+            if self._left == 0:
+                # Nothing is asked for behind it.
+                self._is_chunked = False
+        if self._left == 0:
+            return b""
+        count = most if self._left is None else min(most, self._left)
+        got = await asyncio.wait_for(self._reader.read(count), a.SILENCE)
+        if self._left is not None:
+            if not got:
+                raise AgentError("unavailable", "the guest has cut an answer off")
+            self._left -= len(got)
+            if self._is_chunked and self._left == 0:
+                await self._line()
+        return got
+
+    async def all(self) -> bytes:
+        """The rest of the body."""
+        pieces = []
+        while piece := await self.read(1 << 16):
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    async def exactly(self, count: int) -> bytes:
+        """So many bytes of the body."""
+        got = b""
+        while len(got) < count:
+            piece = await self.read(count - len(got))
+            if not piece:
+                raise AgentError("unavailable", "the guest has cut an answer off")
+            got += piece
+        return got
+
+
+class AsyncAgent:
+    """Runs programs and moves files in one guest. All of it is awaited."""
+
+    def __init__(self, path: str, port: int = a.PORT, user: str | None = None) -> None:
+        self._path, self._port = path, port
+        self._user = user or "root"
+
+    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+        try:
+            async with asyncio.timeout(a.CONNECT_TIMEOUT):
+                reader, writer = await asyncio.open_unix_connection(self._path)
+        except OSError as error:
+            raise AgentError("unavailable", f"no agent answers behind {self._path}: {error}") from error
+        try:
+            async with asyncio.timeout(a.CONNECT_TIMEOUT):
+                writer.write(f"CONNECT {self._port}\n".encode())
+                line = await reader.readline()
+        except BaseException as error:
+            writer.close()
+            if isinstance(error, OSError):
+                raise AgentError("unavailable", f"no agent answers behind {self._path}: {error}") from error
+            raise
+        if line.startswith(b"OK ") and line.endswith(b"\n"):
+            return reader, writer
+        writer.close()
+        return None
+
+    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        deadline = time.monotonic() + a.PATIENCE
+        while True:
+            begun = time.monotonic()
+            if connected := await self._connected():
+                return connected
+            # As the one that is not awaited does.
+            if time.monotonic() - begun < a.SLOW or time.monotonic() > deadline:
+                where = f"port {self._port} of the guest behind {self._path}"
+                raise AgentError("unavailable", f"nothing takes a connection on {where}")
+
+    @asynccontextmanager
+    async def _asked(
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
+    ) -> AsyncIterator[_Answer]:
+        """An answer. Its connection is closed behind it, also where who awaits it is cancelled."""
+        reader, writer = await self._connection()
+        try:
+            lines = [f"{method} {path} HTTP/1.1", "Host: agent", "Connection: close"]
+            lines += [f"{name}: {value}" for name, value in headers.items()]
+            lines += [f"Content-Length: {len(body)}"] if body is not None else []
+            writer.write(("\r\n".join(lines) + "\r\n\r\n").encode() + (body or b""))
+            await asyncio.wait_for(writer.drain(), a.SILENCE)
+            answer = _Answer(reader)
+            await answer.head()
+            yield answer
+        # A line that is too long, and what is no JSON, are values that are wrong.
+        except (OSError, ValueError) as error:
+            raise AgentError("unavailable", f"the guest does not answer: {error}") from error
+        finally:
+            writer.close()
+
+    async def _unary(self, method: str, message: Mapping[str, Any]) -> Any:
+        headers = {**a.headers_for(self._user), "Content-Type": "application/json"}
+        async with self._asked("POST", f"/{method}", json.dumps(message).encode(), headers) as answer:
+            text = await answer.all()
+            if answer.status != 200:
+                raise a.refusal(answer.status, text)
+            return json.loads(text)
+
+    async def _stream(self, method: str, message: Mapping[str, Any], timeout: float | None) -> AsyncGenerator[Any, None]:
+        headers = a.stream_headers(self._user, timeout)
+        async with self._asked("POST", f"/{method}", a.enveloped(message), headers) as answer:
+            if answer.status != 200:
+                raise a.refusal(answer.status, await answer.all())
+            while True:
+                flag, length = a.opened(await answer.exactly(5))
+                said = json.loads(await answer.exactly(length))
+                if a.ends(flag, said):
+                    return
+                yield said
+
+    async def follow(
+        self,
+        args: Sequence[str],
+        input: bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[Output | ExecResult, None]:
+        """Runs a program. Gives each piece of its output, and at last how it has ended, without output."""
+        start = a.start_request(args, input is not None, env, cwd)
+        async with aclosing(self._stream("process.Process/Start", start, timeout)) as messages:
+            async for message in messages:
+                event = message.get("event", {})
+                if "start" in event and input is not None:
+                    for method, call in a.typed(int(event["start"]["pid"]), input):
+                        await self._unary(method, call)
+                for piece in a.happened(event):
+                    yield piece
+                    if isinstance(piece, ExecResult):
+                        return
+        raise a.cut_off()
+
+    async def exec(
+        self,
+        args: Sequence[str],
+        input: bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        timeout: float | None = None,
+    ) -> ExecResult:
+        """Runs a program to its end."""
+        collected = a.Collected()
+        async with aclosing(self.follow(args, input, env, cwd, timeout)) as pieces:
+            async for piece in pieces:
+                if done := collected.take(piece):
+                    return done
+        raise a.cut_off()
+
+    async def _file(self, method: str, path: str, data: bytes | None) -> bytes:
+        headers = a.file_headers(self._user, data)
+        async with self._asked(method, a.file_path(path, self._user), data, headers) as answer:
+            text = await answer.all()
+            if answer.status not in (200, 204):
+                raise a.refusal(answer.status, text)
+            return text
+
+    async def read_file(self, path: str) -> bytes:
+        """A file of the guest."""
+        return await self._file("GET", path, None)
+
+    async def write_file(self, path: str, data: bytes) -> None:
+        """Writes a file of the guest."""
+        await self._file("POST", path, data)

@@ -1,0 +1,34 @@
+"""What goes wrong."""
+
+from __future__ import annotations
+
+
+class CladeError(Exception):
+    """The daemon has refused a request. Its kinds are classes of this one."""
+
+    def __init__(self, kind: str, status: int, title: str, detail: str) -> None:
+        super().__init__(f"{detail or title} ({kind})")
+        self.kind = kind
+        """What it is, as `no-such-vm`."""
+        self.status = status
+        """The HTTP status."""
+        self.title = title
+        """The kind in words."""
+        self.detail = detail
+        """This error in words, with its causes."""
+
+
+class NotRunningError(CladeError):
+    """No daemon answers."""
+
+    def __init__(self, where: str, why: str) -> None:
+        super().__init__("not-running", 0, "No daemon answers.", f"no daemon answers at {where}: {why}")
+
+
+class AgentError(Exception):
+    """The agent in a guest does not answer, or has refused a request."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{message} ({code})")
+        self.code = code
+        """As the Connect protocol names it: `not_found`, `unavailable`."""
