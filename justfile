@@ -46,6 +46,13 @@ lint:
 demo:
     cargo run --release -- demo
 
+bench-all:
+    cargo run --release -- bench all
+
+# Clade beside other VMMs: `just peers --firecracker FILE`.
+peers *ARGS:
+    benches/peers/compare.py --clade target/release/clade {{ARGS}}
+
 bench:
     cargo run --release -- bench fork --mem 512M,2G,4G
     cargo run --release -- bench freeze

@@ -10,7 +10,7 @@ set -eu
 cd "$(dirname "$0")"
 seconds=$1
 shift
-targets=${*:-"boot_load unpack serial cpu_hide virtio virtio_state vsock saved_state image_parts snapshot_manifest snapshot_state snapshot_index snapshot_working_set snapshot_dir agent_envelopes agent_messages agent_form agent_client oci_layers oci_manifest"}
+targets=${*:-"boot_load unpack serial cpu_hide virtio virtio_state vsock saved_state image_parts snapshot_manifest snapshot_state snapshot_index snapshot_working_set snapshot_dir agent_envelopes agent_messages agent_form agent_client oci_layers oci_manifest egress egress_rule packet_stream agent_forward e2b_proxy"}
 if ! command -v c++ >/dev/null; then
     sudo=
     [ "$(id -u)" = 0 ] || sudo=sudo

@@ -63,11 +63,18 @@ static void open_console(void)
 	close(file);
 }
 
-int main(void)
+int main(int count, char **words, char **given)
 {
+	static const char tunables[] = "GLIBC_TUNABLES=";
 	char *const arguments[] = { "sh", "/console", NULL };
-	char *const environment[] = { "HOME=/", "PATH=/bin", "TERM=linux", NULL };
+	char *environment[] = { "HOME=/", "PATH=/bin", "TERM=linux", NULL, NULL };
 
+	(void)count;
+	(void)words;
+	/* From the kernel's command line: what the C library is not to use of this processor. */
+	for (; *given; given++)
+		if (!memcmp(*given, tunables, sizeof(tunables) - 1))
+			environment[3] = *given;
 	mount_on("/proc", "proc");
 	mount_on("/sys", "sysfs");
 	mount_on("/dev", "devtmpfs");

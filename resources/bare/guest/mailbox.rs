@@ -6,7 +6,6 @@ use core::arch::asm;
 /// A vCPU's own mailbox.
 pub struct Mailbox {
     at: *mut abi::Mailbox,
-    index: u8,
 }
 
 macro_rules! load {
@@ -26,7 +25,13 @@ macro_rules! store {
 
 impl Mailbox {
     pub fn of(index: u64) -> Self {
-        Self { at: abi::mailbox_gpa(index) as *mut abi::Mailbox, index: index as u8 }
+        Self { at: abi::mailbox_gpa(index) as *mut abi::Mailbox }
+    }
+
+    /// The vCPU. By the address, which a loop has in a register.
+    #[inline(always)]
+    fn index(&self) -> u8 {
+        ((self.at as u64 - abi::MAILBOX_BASE) / abi::MAILBOX_STRIDE) as u8
     }
 
     /// Sets all that the guest owns. What the host has written stays: a command may be there before the guest boots.
@@ -50,6 +55,13 @@ impl Mailbox {
     /// The command: once per command, since the host may change it as soon as it is taken.
     pub fn command(&self) -> Option<Command> {
         Command::decode(load!(self.command), load!(self.args))
+    }
+
+    /// Whether the command is [`Command::AnnounceAndHalt`].
+    #[inline(always)]
+    pub fn is_announce_and_halt(&self) -> bool {
+        const CODE: u64 = Command::AnnounceAndHalt.encode().0;
+        load!(self.command) == CODE
     }
 
     pub fn take(&self, seq: u64) {
@@ -91,8 +103,9 @@ impl Mailbox {
         self.report_as(event, load!(self.ack_seq));
     }
 
+    #[inline(always)]
     pub fn report_as(&self, event: Event, seq: u64) {
-        let report = Report { event, vcpu: self.index, seq: seq as u16 };
+        let report = Report { event, vcpu: self.index(), seq: seq as u16 };
         // SAFETY: the port does nothing but report. Memory is not named as untouched: what was stored is stored before.
         unsafe {
             asm!("out dx, eax", in("dx") REPORT_PORT, in("eax") report.encode(), options(nostack, preserves_flags))

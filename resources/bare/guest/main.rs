@@ -80,8 +80,8 @@ fn serve(mailbox: Mailbox) -> ! {
             continue;
         };
         let command = mailbox.command();
-        if command == Some(Command::Announce) && announced != seq {
-            mailbox.report_as(Event::Announce, seq);
+        if announced != seq {
+            announce(&mailbox, command, seq);
         }
         mailbox.take(seq);
         match command {
@@ -101,9 +101,8 @@ fn serve(mailbox: Mailbox) -> ! {
                 let Outcome { status, result } = commands::run(&mailbox, command);
                 // Announced before this command's end is stored, because the stores may take the host long.
                 if let Some(next) = mailbox.pending()
-                    && mailbox.command() == Some(Command::Announce)
+                    && announce(&mailbox, mailbox.command(), next)
                 {
-                    mailbox.report_as(Event::Announce, next);
                     announced = next;
                 }
                 mailbox.finish(seq, status, result);
@@ -111,4 +110,19 @@ fn serve(mailbox: Mailbox) -> ! {
             None => mailbox.finish(seq, Status::Rejected, [0; 4]),
         }
     }
+}
+
+/// Reports what `command` has this vCPU report, and halts if it says so: the next command, which may be there
+/// as soon as the host has the report, is not looked at. Returns whether there was a report.
+fn announce(mailbox: &Mailbox, command: Option<Command>, seq: u64) -> bool {
+    match command {
+        Some(Command::Announce) => mailbox.report_as(Event::Announce, seq),
+        Some(Command::AnnounceAndHalt) => {
+            mailbox.report_as(Event::Announce, seq);
+            // SAFETY: it stops this vCPU, and nothing waits for it.
+            unsafe { park() }
+        }
+        _ => return false,
+    }
+    true
 }

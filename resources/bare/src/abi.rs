@@ -222,7 +222,7 @@ numbered! {
         Ready = 1,
         /// A command ended, other than by being interrupted.
         Done = 2,
-        /// The answer to [`Command::Announce`].
+        /// The answer to [`Command::Announce`] and [`Command::AnnounceAndHalt`].
         Announce = 3,
         /// An exception stopped the vCPU; the mailbox has the details.
         Fault = 4,
@@ -305,6 +305,8 @@ pub enum Command {
     /// Restarts vCPU `peer` by INIT and two start-up IPIs and waits until it runs again, over and over. `progress` and
     /// `result[0]` count restarts.
     Restart { peer: u64 },
+    /// As [`Self::Announce`], and then halts for good. It stores nothing in the mailbox, not even `ack_seq`.
+    AnnounceAndHalt,
 }
 
 impl Command {
@@ -329,6 +331,7 @@ impl Command {
             Self::DiskReset { area } => (13, [area, 0, 0, 0, 0, 0, 0, 0]),
             Self::Relay { peer, first } => (14, [peer, first as u64, 0, 0, 0, 0, 0, 0]),
             Self::Restart { peer } => (15, [peer, 0, 0, 0, 0, 0, 0, 0]),
+            Self::AnnounceAndHalt => (16, [0; 8]),
         }
     }
 
@@ -355,6 +358,7 @@ impl Command {
             13 if a.is_multiple_of(PAGE_SIZE) => return Some(Self::DiskReset { area: a }),
             14 if a < MAX_VCPUS => return Some(Self::Relay { peer: a, first: b != 0 }),
             15 if a < MAX_VCPUS => return Some(Self::Restart { peer: a }),
+            16 => return Some(Self::AnnounceAndHalt),
             _ => return None,
         };
         // All that are left work on a range of `b` pages from `a`, and some of them would never poll an empty one.
@@ -488,6 +492,7 @@ mod tests {
             Command::DiskReset { area: start },
             Command::Relay { peer: 3, first: true },
             Command::Restart { peer: 31 },
+            Command::AnnounceAndHalt,
         ];
         for (code, command) in commands.into_iter().enumerate() {
             let (encoded, args) = command.encode();

@@ -205,6 +205,19 @@ fn announce_interrupts_and_leaves_no_other_trace() {
 }
 
 #[test]
+fn a_vcpu_announces_itself_and_halts() {
+    let vm = boot!(SMALL);
+    let spins = vm.give(0, Command::Spin);
+    vm.wait_for(0, offset::ACK_SEQ, spins);
+    let seq = vm.give(0, Command::AnnounceAndHalt);
+    assert_eq!(vm.report(), Report { event: Event::Announce, vcpu: 0, seq: seq as u16 });
+    // It is interrupted like by any other, and hears of none from then on.
+    vm.give(0, Command::Idle);
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(vm.load(mailbox_gpa(0) + offset::ACK_SEQ), spins);
+}
+
+#[test]
 fn impossible_commands_are_rejected() {
     let vm = boot!(SMALL);
     for command in [
