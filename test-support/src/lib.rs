@@ -1,0 +1,12 @@
+//! What tests of every crate share: how long they wait, which numbers of the host they take, and
+//! which tiers they must not skip. It depends on no other crate, so every crate can use it.
+
+#![deny(missing_docs)]
+
+mod patience;
+mod require;
+mod unique;
+
+pub use patience::{Patience, Watchdog, host_factor, report_bare_boot, wait_for, wait_until};
+pub use require::{required, skip};
+pub use unique::{Cid, Claim, Port, Subnet, TapName};
