@@ -1,4 +1,4 @@
-//! The port on which the bare guest reports to the host.
+//! How the bare guest and the host reach each other: the guest writes a port, and the host interrupts a vCPU.
 
 use std::fmt;
 use std::time::Instant;
@@ -9,6 +9,9 @@ use crate::bus::PioDevice;
 pub const REPORT_PORT: u16 = 0xf4;
 /// Number of its ports: one register of 32 bits.
 pub const REPORT_PORTS: u16 = 4;
+
+/// The vector of the interrupt that wakes a vCPU of the bare guest.
+pub const DOORBELL: u8 = 48;
 
 /// One word from the guest, and when it arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

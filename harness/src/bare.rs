@@ -94,6 +94,12 @@ impl<'a, M: GuestWords + ?Sized> BareMailbox<'a, M> {
         word.map_err(|source| BareError::Mailbox { vcpu: self.vcpu, source })
     }
 
+    /// Writes words that the vCPU may wait for.
+    fn put_and_ring(self, offset: u64, words: &[u64]) -> Result<(), BareError> {
+        let stored = self.ram.store_and_ring(mailbox_gpa(self.vcpu) + offset, words, self.vcpu);
+        stored.map_err(|source| BareError::Mailbox { vcpu: self.vcpu, source })
+    }
+
     fn put(self, offset: u64, words: &[u64]) -> Result<(), BareError> {
         let stored = self.ram.store(mailbox_gpa(self.vcpu) + offset, words);
         stored.map_err(|source| BareError::Mailbox { vcpu: self.vcpu, source })
@@ -111,7 +117,7 @@ impl<'a, M: GuestWords + ?Sized> BareMailbox<'a, M> {
         self.put(abi::offset::COMMAND, &words)?;
         let seq = self.get(abi::offset::CMD_SEQ)? + 1;
         // Last: the guest takes what is there when it sees it.
-        self.put(abi::offset::CMD_SEQ, &[seq])?;
+        self.put_and_ring(abi::offset::CMD_SEQ, &[seq])?;
         Ok(seq)
     }
 
@@ -131,7 +137,7 @@ impl<'a, M: GuestWords + ?Sized> BareMailbox<'a, M> {
         let mut words = [code; 10];
         words[0] = word(abi::offset::CMD_SEQ) + 1;
         words[2..].copy_from_slice(&args);
-        self.put(abi::offset::CMD_SEQ, &words)?;
+        self.put_and_ring(abi::offset::CMD_SEQ, &words)?;
         Ok((words[0], word(abi::offset::PROGRESS)))
     }
 

@@ -8,9 +8,10 @@ mod require;
 mod slice;
 
 pub use bare::{BareError, BareMailbox, BareVcpu, boot_bare};
-pub use machine::{GuestWords, Machine, WordsError};
+pub use machine::{GuestWords, Machine, WordsError, bytes_of};
 pub use require::{host, required, skip};
 pub use slice::{Slice, stop_writing};
 
-// Both ends of the bare guest's report port.
+// Both ends of the bare guest's report port and doorbell.
 const _: () = assert!(clade_guests::abi::REPORT_PORT == clade_devices::REPORT_PORT);
+const _: () = assert!(clade_guests::abi::DOORBELL == clade_devices::DOORBELL);

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use clade_memory::GuestRam;
-use clade_vmm::vm::{StopReason, Vm};
+use clade_vmm::vm::{StopReason, Vm, VmError};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 /// Why guest memory could not be read or written.
@@ -30,8 +30,15 @@ pub trait GuestWords {
     /// # Errors
     /// When they are not in guest memory.
     fn store(&self, address: u64, words: &[u64]) -> Result<(), WordsError> {
-        self.write(address, &words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>())
+        self.write(address, &bytes_of(words))
     }
+
+    /// Writes words as [`GuestWords::store`], and wakes a vCPU that waits for them. The memory of a VM
+    /// that has not started wakes none: a vCPU is woken when it starts.
+    ///
+    /// # Errors
+    /// When they are not in guest memory, or there is no such vCPU.
+    fn store_and_ring(&self, address: u64, words: &[u64], vcpu: u64) -> Result<(), WordsError>;
 
     /// Reads bytes, in no order.
     ///
@@ -51,6 +58,12 @@ pub trait GuestWords {
     }
 }
 
+/// Words as they are in guest memory.
+#[must_use]
+pub fn bytes_of(words: &[u64]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
 /// A VM whose guest is driven.
 pub trait Machine: GuestWords {
     /// Its name.
@@ -64,6 +77,10 @@ pub trait Machine: GuestWords {
 }
 
 impl GuestWords for GuestRam {
+    fn store_and_ring(&self, address: u64, words: &[u64], _: u64) -> Result<(), WordsError> {
+        self.store(address, words)
+    }
+
     fn load(&self, address: u64) -> Result<u64, WordsError> {
         // Acquire: pairs with the guest's store of this word (x86 keeps stores in order).
         Ok(self.memory().load(GuestAddress(address), Ordering::Acquire)?)
@@ -93,6 +110,15 @@ impl GuestWords for Vm {
 
     fn store(&self, address: u64, words: &[u64]) -> Result<(), WordsError> {
         self.ram().store(address, words)
+    }
+
+    fn store_and_ring(&self, address: u64, words: &[u64], vcpu: u64) -> Result<(), WordsError> {
+        self.store(address, words)?;
+        match self.ring_doorbell(vcpu) {
+            // Its memory can still be written.
+            Ok(()) | Err(VmError::Stopped(_)) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), WordsError> {

@@ -25,10 +25,14 @@ hash=$(cd "$here" && sha256sum "${inputs[@]}" | sha256sum | cut -c1-16)
 out=${1:-${CLADE_GUEST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/clade}/linux-$hash}
 case $out in /*) ;; *) out=$PWD/$out ;; esac
 
-# `inputs` is written last: without it, or with another hash in it, the directory is incomplete or out of date.
+# `inputs` is written last: without it, or with another hash in it, the directory is incomplete or out of date. So is one that
+# was built from another version of the kernel's source, where that is installed.
+source_version() { dpkg-query -W -f '${Version}' linux-source-6.1 2>/dev/null || true; }
 current() {
-    local file
+    local file version
     for file in "${outputs[@]}"; do [ -s "$out/$file" ] || return 1; done
+    version=$(source_version)
+    [ -z "$version" ] || [ "$(cat "$out/source" 2>/dev/null)" = "$version" ] || return 1
     [ "$(cat "$out/inputs" 2>/dev/null)" = "$hash" ]
 }
 
@@ -99,6 +103,8 @@ program "$root/bin/vsock" "$here/vsock.c"
 (cd "$root" && find . | LC_ALL=C sort | cpio --quiet -o -H newc --reproducible -R 0:0) >"$aside/initramfs.cpio"
 
 for file in "${outputs[@]}"; do mv "$aside/$file" "$out/$file"; done
+source_version >"$aside/source"
+mv "$aside/source" "$out/source"
 echo "$hash" >"$aside/inputs"
 mv "$aside/inputs" "$out/inputs"
 say "done"

@@ -161,7 +161,7 @@ impl DiskGuest {
     /// When it cannot be told.
     #[must_use]
     pub fn begin(&self, run: DiskRun) -> u64 {
-        let seq = BareMailbox::new(self.vm().ram(), 0).order(Command::DiskRun(run)).expect("an order");
+        let seq = BareMailbox::new(self.vm(), 0).order(Command::DiskRun(run)).expect("an order");
         self.vm().resume().expect("a paused VM runs on");
         seq
     }

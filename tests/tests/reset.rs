@@ -41,7 +41,7 @@ fn count(first: u64, pages: u64) -> Command {
 
 /// Has a vCPU of a running guest count in memory, and waits until it has begun.
 fn counting(guest: &Guest, vcpu: u64, first: u64, pages: u64) {
-    let mailbox = BareMailbox::new(guest.vm().ram(), vcpu);
+    let mailbox = BareMailbox::new(guest.vm(), vcpu);
     let seq = mailbox.order(count(first, pages)).unwrap();
     guest.vm().resume().unwrap();
     let deadline = Instant::now() + TIMEOUT;

@@ -123,7 +123,7 @@ impl<'a> Bench<'a> {
     fn new(context: &'a Context, config: &Arc<VmConfig>) -> Result<Self, Failure> {
         let parent = written(context, config)?;
         parent.pause().map_err(Failure::run)?;
-        BareMailbox::new(parent.ram(), 0).order(Command::Announce).map_err(Failure::run)?;
+        BareMailbox::new(&parent, 0).order(Command::Announce).map_err(Failure::run)?;
         let image = parent.fork().map_err(Failure::run)?.0;
         let learned = Learned::new(image.ram().layout());
         Ok(Self { context, image, learned })

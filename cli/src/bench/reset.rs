@@ -88,7 +88,7 @@ impl Samples {
 fn image(context: &Context, config: &Arc<VmConfig>) -> Result<Arc<ForkImage>, Failure> {
     let parent = written(context, config)?;
     parent.pause().map_err(Failure::run)?;
-    BareMailbox::new(parent.ram(), 0).order(Command::Announce).map_err(Failure::run)?;
+    BareMailbox::new(&parent, 0).order(Command::Announce).map_err(Failure::run)?;
     Ok(parent.fork().map_err(Failure::run)?.0)
 }
 
@@ -127,7 +127,7 @@ impl Subject<'_> {
     /// Makes the running guest write a word in `pages` pages, every `step`-th. It keeps doing so.
     fn dirty(&self, pages: u64, step: u64) -> Result<(), Failure> {
         let vm = self.vm()?;
-        let mailbox = BareMailbox::new(vm.ram(), 0);
+        let mailbox = BareMailbox::new(vm, 0);
         let count = Command::Count { start: WORK_BASE, pages: pages * step, stride: step * PAGE_WORDS };
         let seq = mailbox.order(count).map_err(Failure::run)?;
         let deadline = Instant::now() + TIMEOUT;

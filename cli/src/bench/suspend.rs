@@ -64,9 +64,11 @@ fn library(context: &Context, config: &Arc<VmConfig>, samples: usize) -> Result<
         let time = if sample == 0 { &mut write } else { &mut again };
         time.push_us(begun.elapsed());
         private.push(own_kib(&vm)?);
+        // Without a ring, which would wake the VM.
         BareMailbox::new(vm.ram(), 0).order(Command::Announce).map_err(Failure::run)?;
         let begun = Instant::now();
         vm.wake().map_err(Failure::run)?;
+        vm.ring_doorbell(0).map_err(Failure::run)?;
         answer.push_us(vcpu.await_event(Event::Announce).map_err(Failure::run)? - begun);
         vcpu.run(fill).map_err(Failure::run)?;
         let begun = Instant::now();

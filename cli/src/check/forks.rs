@@ -58,9 +58,9 @@ fn relays(vm: &Vm) -> Result<Vec<u64>, anyhow::Error> {
     let firsts: Vec<u64> = (0..u64::from(vm.config().cpus())).step_by(2).collect();
     for first in &firsts {
         // The waiting vCPU must accept interrupts before its peer sends the first.
-        BareMailbox::new(vm.ram(), first + 1).order(Command::Relay { peer: *first, first: false })?;
+        BareMailbox::new(vm, first + 1).order(Command::Relay { peer: *first, first: false })?;
         reach(vm, first + 1, 1)?;
-        BareMailbox::new(vm.ram(), *first).order(Command::Relay { peer: first + 1, first: true })?;
+        BareMailbox::new(vm, *first).order(Command::Relay { peer: first + 1, first: true })?;
     }
     Ok(firsts)
 }
@@ -69,7 +69,7 @@ fn relays(vm: &Vm) -> Result<Vec<u64>, anyhow::Error> {
 fn restarts(vm: &Vm) -> Result<Vec<u64>, anyhow::Error> {
     let half = u64::from(vm.config().cpus()) / 2;
     for vcpu in 0..half {
-        BareMailbox::new(vm.ram(), vcpu).order(Command::Restart { peer: half + vcpu })?;
+        BareMailbox::new(vm, vcpu).order(Command::Restart { peer: half + vcpu })?;
         reach(vm, vcpu, 1)?;
     }
     Ok((0..half).collect())
@@ -78,7 +78,7 @@ fn restarts(vm: &Vm) -> Result<Vec<u64>, anyhow::Error> {
 fn reach(vm: &Vm, vcpu: u64, least: u64) -> Result<(), anyhow::Error> {
     let begun = Instant::now();
     loop {
-        let progress = BareMailbox::new(vm.ram(), vcpu).progress()?;
+        let progress = BareMailbox::new(vm, vcpu).progress()?;
         if progress >= least {
             return Ok(());
         }
@@ -92,7 +92,7 @@ fn reach(vm: &Vm, vcpu: u64, least: u64) -> Result<(), anyhow::Error> {
 
 fn go_on(vm: &Vm, watched: &[u64]) -> Result<(), anyhow::Error> {
     for vcpu in watched {
-        let from = BareMailbox::new(vm.ram(), *vcpu).progress()?;
+        let from = BareMailbox::new(vm, *vcpu).progress()?;
         reach(vm, *vcpu, from + 2)?;
     }
     Ok(())

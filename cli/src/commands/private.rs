@@ -15,7 +15,7 @@ use clade_daemon::control::{
 use clade_daemon::fleet::{Labels, console_path, ended_vms, runtime_dir, socket_path};
 use clade_daemon::jail::Confinement;
 use clade_daemon::supervisor::{Supervisor, vms_in};
-use clade_harness::{GuestWords, Machine, WordsError};
+use clade_harness::{GuestWords, Machine, WordsError, bytes_of};
 use clade_vmm::kvm::Host;
 use clade_vmm::vm::{StopReason, VmConfig};
 use hyper::Method;
@@ -221,6 +221,12 @@ impl GuestWords for RemoteVm {
             let part = Bytes::copy_from_slice(part);
             self.runtime.block_on(self.client.write_memory(&self.name, at, part))?;
         }
+        Ok(())
+    }
+
+    fn store_and_ring(&self, address: u64, words: &[u64], vcpu: u64) -> Result<(), WordsError> {
+        let bytes = bytes_of(words).into();
+        self.runtime.block_on(self.client.write_memory_and_ring(&self.name, address, bytes, vcpu))?;
         Ok(())
     }
 

@@ -216,6 +216,13 @@ impl GuestWords for StressVm {
         }
     }
 
+    fn store_and_ring(&self, address: u64, words: &[u64], vcpu: u64) -> Result<(), WordsError> {
+        match self {
+            Self::Here(vm) => vm.store_and_ring(address, words, vcpu),
+            Self::Elsewhere(vm) => vm.store_and_ring(address, words, vcpu),
+        }
+    }
+
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), WordsError> {
         match self {
             Self::Here(vm) => vm.read(address, bytes),

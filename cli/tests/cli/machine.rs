@@ -6,7 +6,7 @@ use bytes::Bytes;
 use clade_daemon::control::Client;
 use clade_guests::abi::disk::{DiskRun, Order, What};
 use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
-use clade_harness::{BareVcpu, GuestWords, Machine, WordsError};
+use clade_harness::{BareVcpu, GuestWords, Machine, WordsError, bytes_of};
 use clade_vmm::vm::StopReason;
 use tokio::runtime::Runtime as Executor;
 
@@ -34,7 +34,7 @@ impl<'a> BareVm<'a> {
         self.runtime.clade(&[command, &self.name, "--json"]).json();
     }
 
-    /// Has the guest of a paused VM do something. The VM is paused afterwards: the guest would spin.
+    /// Has the guest of a paused VM do something. The VM is paused afterwards.
     pub(crate) fn run(&self, command: Command) -> [u64; 4] {
         self.command("resume");
         let done = BareVcpu::new(self, 0).await_ready().and_then(|()| BareVcpu::new(self, 0).run(command));
@@ -93,6 +93,11 @@ impl GuestWords for BareVm<'_> {
     fn write(&self, address: u64, bytes: &[u8]) -> Result<(), WordsError> {
         let bytes = Bytes::copy_from_slice(bytes);
         Ok(self.executor.block_on(self.client.write_memory(&self.name, address, bytes)).map(drop)?)
+    }
+
+    fn store_and_ring(&self, address: u64, words: &[u64], vcpu: u64) -> Result<(), WordsError> {
+        let written = self.client.write_memory_and_ring(&self.name, address, bytes_of(words).into(), vcpu);
+        Ok(self.executor.block_on(written).map(drop)?)
     }
 }
 

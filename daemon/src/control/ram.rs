@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `address=N` | guest-physical address of the first byte |
 //! | `length=N` | how many bytes are read |
+//! | `doorbell=N` | the vCPU that is interrupted after a write |
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -40,10 +41,12 @@ const CHUNK: usize = 64 << 10;
 /// Why a query is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 enum QueryError {
-    #[error("{key:?} is no parameter: address and length are")]
+    #[error("{key:?} is not a parameter: address, length and doorbell are")]
     Key { key: String },
     #[error("length is for reading: what is written is as long as the body")]
     Length,
+    #[error("doorbell is for writing")]
+    Doorbell,
     #[error("{key}={value:?} is not a number")]
     Number { key: &'static str, value: String },
     #[error("{key} is missing")]
@@ -58,20 +61,28 @@ impl From<QueryError> for ApiError {
     }
 }
 
-/// The address and, if there is one, the length.
-fn parse(text: &str) -> Result<(u64, Option<u64>), QueryError> {
-    let (mut address, mut length) = (None, None);
+/// The parameters of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Query {
+    address: u64,
+    length: Option<u64>,
+    doorbell: Option<u64>,
+}
+
+fn parse(text: &str) -> Result<Query, QueryError> {
+    let (mut address, mut length, mut doorbell) = (None, None, None);
     for pair in text.split('&').filter(|pair| !pair.is_empty()) {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
         let (key, slot) = match key {
             "address" => ("address", &mut address),
             "length" => ("length", &mut length),
+            "doorbell" => ("doorbell", &mut doorbell),
             _ => return Err(QueryError::Key { key: key.to_owned() }),
         };
         let number = || QueryError::Number { key, value: value.to_owned() };
         *slot = Some(value.parse::<u64>().map_err(|_| number())?);
     }
-    Ok((address.ok_or(QueryError::Missing { key: "address" })?, length))
+    Ok(Query { address: address.ok_or(QueryError::Missing { key: "address" })?, length, doorbell })
 }
 
 /// Bytes that a client is sent, which hold their turn until the last is.
@@ -111,7 +122,10 @@ pub(super) async fn read(
     UrlPath(name): UrlPath<String>,
     RawQuery(query): RawQuery,
 ) -> Result<Response, ApiError> {
-    let (address, length) = parse(query.as_deref().unwrap_or_default())?;
+    let Query { address, length, doorbell } = parse(query.as_deref().unwrap_or_default())?;
+    if doorbell.is_some() {
+        return Err(QueryError::Doorbell.into());
+    }
     let value = length.ok_or(QueryError::Missing { key: "length" })?;
     if value == 0 || value > MAX_MEMORY as u64 {
         return Err(QueryError::Size { value }.into());
@@ -136,13 +150,16 @@ pub struct MemoryWritten {
 }
 
 /// Writes a guest's memory, as the guest would. A fork, a snapshot or a reset has all of it or
-/// nothing. Aligned words of 8 bytes are written as a whole.
+/// nothing. Aligned words of 8 bytes are written as a whole. With `doorbell`, the vCPU of that
+/// number is interrupted afterwards (vector 48), if its guest has enabled its local APIC: a guest
+/// that works on orders in its memory can halt in between.
 #[utoipa::path(
     put,
     operation_id = "write_memory",
     path = "/v1/vms/{name}/memory",
     params(
         ("address" = u64, Query, description = "Guest-physical address of the first byte.", minimum = 0),
+        ("doorbell" = Option<u64>, Query, description = "The number of a vCPU that is interrupted after the write.", minimum = 0),
     ),
     request_body(content = String, content_type = "application/octet-stream", description = "1 to 4,194,304 bytes."),
     responses((status = 200, description = "Done.", body = MemoryWritten))
@@ -158,7 +175,7 @@ pub(super) async fn write(
     if media.is_some_and(|media| !media.eq_ignore_ascii_case(MEDIA_TYPE.as_bytes())) {
         return Err(ApiError::new(ProblemKind::MediaType, format!("the body is not declared as {MEDIA_TYPE}")));
     }
-    let (address, length) = parse(query.as_deref().unwrap_or_default())?;
+    let Query { address, length, doorbell } = parse(query.as_deref().unwrap_or_default())?;
     if length.is_some() {
         return Err(QueryError::Length.into());
     }
@@ -166,7 +183,11 @@ pub(super) async fn write(
     let unread = |error| ApiError::new(ProblemKind::BadRequest, format!("the body cannot be read: {error}"));
     let body = to_bytes(body, MAX_MEMORY).await.map_err(unread)?;
     let written = with_fleet(fleet, move |fleet| {
-        fleet.get(&name)?.vm.write_memory(address, &body)?;
+        let vm = &fleet.get(&name)?.vm;
+        // Before the write: a request that is refused has changed nothing.
+        doorbell.map_or(Ok(()), |vcpu| vm.expect_vcpu(vcpu).map(drop))?;
+        vm.write_memory(address, &body)?;
+        doorbell.map_or(Ok(()), |vcpu| vm.ring_doorbell(vcpu))?;
         Ok(MemoryWritten { address, length: body.len() as u64 })
     });
     Ok(Json(written.await?))
@@ -180,8 +201,10 @@ mod tests {
 
     #[test]
     fn a_query_is_an_address_and_a_length() {
-        assert_eq!(parse("address=4096&length=8"), Ok((4096, Some(8))));
-        assert_eq!(parse("address=18446744073709551615"), Ok((u64::MAX, None)));
+        let query = |address, length, doorbell| Ok(Query { address, length, doorbell });
+        assert_eq!(parse("address=4096&length=8"), query(4096, Some(8), None));
+        assert_eq!(parse("address=18446744073709551615"), query(u64::MAX, None, None));
+        assert_eq!(parse("doorbell=1&address=0"), query(0, None, Some(1)));
         for (text, named) in [
             ("", "address is missing"),
             ("length=8", "address is missing"),
@@ -189,6 +212,7 @@ mod tests {
             ("address=-1", "\"-1\""),
             ("address=1&lenght=3", "\"lenght\""),
             ("address=1&length=", "length=\"\""),
+            ("address=1&doorbell=x", "doorbell=\"x\""),
         ] {
             let error = parse(text).unwrap_err().to_string();
             assert!(error.contains(named), "{text}: {error}");

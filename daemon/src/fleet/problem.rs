@@ -69,6 +69,7 @@ fn of_vm(error: &VmError) -> ProblemKind {
         }
         VmError::Devices(DeviceError::Egress(_)) => ProblemKind::BadRequest,
         VmError::NoDevice { .. } => ProblemKind::NoDevice,
+        VmError::NoVcpu { .. } => ProblemKind::BadRequest,
         VmError::Identity(error) if error.is_choice() => ProblemKind::IdentityTaken,
         _ => ProblemKind::Internal,
     }

@@ -10,6 +10,7 @@ use core::{arch::asm, hint, ops::ControlFlow, ptr};
 const BASE: u64 = 0xfee0_0000;
 /// Where the end of an interrupt is told.
 pub const EOI: u64 = BASE + 0xb0;
+const TASK_PRIORITY: u64 = BASE + 0x80;
 const SPURIOUS: u64 = BASE + 0xf0;
 const ICR_LOW: u64 = BASE + 0x300;
 const ICR_HIGH: u64 = BASE + 0x310;
@@ -19,8 +20,12 @@ const ASSERT: u32 = 1 << 14;
 const ALL_BUT_SELF: u32 = 0b11 << 18;
 const INIT: u32 = 0b101 << 8;
 const STARTUP: u32 = 0b110 << 8 | (AP_START >> 12) as u32;
-/// The vector whose handler boot.S has: the first behind the exceptions'.
-const WAKE: u32 = 32;
+/// The vector of relayed interrupts: the first behind the exceptions'.
+pub const WAKE: u32 = 32;
+/// The task priority that holds back [`WAKE`] and lets [`abi::DOORBELL`] in: a priority class has 16 vectors.
+const DOORBELL_ONLY: u32 = WAKE;
+const ALL: u32 = 0;
+const _: () = assert!(abi::DOORBELL as u32 / 16 > WAKE / 16);
 
 /// Where the other vCPUs start in real mode: a page below 1 MiB, whose number is the start-up IPI's vector.
 const AP_START: u64 = 0x8000;
@@ -29,13 +34,30 @@ unsafe extern "C" {
     static ap_start: u8;
     static ap_start_end: u8;
 
-    /// Has ring 0 let interrupts in and halt until one has come.
+    /// Has ring 0 let interrupts in and halt until a relayed one has come.
     fn wait_for_interrupt();
+    /// Has ring 0 let interrupts in and halt until the doorbell has rung. A ring before the call ends it at once.
+    fn wait_for_doorbell();
 }
 
 fn write(register: u64, value: u32) {
     // SAFETY: the local APIC is mapped one to one, and the callers name registers of it.
     unsafe { (register as *mut u32).write_volatile(value) }
+}
+
+/// Lets the doorbell interrupt this vCPU. Returns whether the VMM has a local APIC.
+pub fn enable() -> bool {
+    const VALUE: u32 = SOFTWARE_ENABLED | 0xff;
+    write(TASK_PRIORITY, DOORBELL_ONLY);
+    write(SPURIOUS, VALUE);
+    // SAFETY: as for writes.
+    unsafe { (SPURIOUS as *const u32).read_volatile() == VALUE }
+}
+
+/// Halts this vCPU until the host has rung the doorbell.
+pub fn doze() {
+    // SAFETY: ring 0 comes back here, with interrupts off again, after the handler has run.
+    unsafe { wait_for_doorbell() }
 }
 
 fn send(peer: u64, ipi: u32) {
@@ -62,7 +84,7 @@ pub fn start_others() {
 
 /// See [`abi::Command::Relay`].
 pub fn relay(mailbox: &Mailbox, peer: u64, first: bool) -> Outcome {
-    write(SPURIOUS, SOFTWARE_ENABLED | 0xff);
+    write(TASK_PRIORITY, ALL);
     if first {
         send(peer, WAKE);
     }
@@ -73,6 +95,8 @@ pub fn relay(mailbox: &Mailbox, peer: u64, first: bool) -> Outcome {
         send(peer, WAKE);
         poll(mailbox)
     });
+    // An interrupt that is still to come stays pending for the next relay.
+    write(TASK_PRIORITY, DOORBELL_ONLY);
     Outcome::progress(mailbox, flow)
 }
 

@@ -138,15 +138,21 @@ park:
 wait_for_interrupt:
     hlt
     ret
+.globl wait_for_doorbell
+wait_for_doorbell:
+    hlt
+    ret
 
 # Exceptions. Each gets a handler of 16 bytes that makes all frames alike: vector, error code, RIP, CS, RFLAGS, RSP, SS.
 .balign 16
 handlers:
 .set vector, 0
-.rept 32
+.rept {DOORBELL}
     .balign 16
     .if vector == 13
     jmp general_protection
+    .elseif vector == {WAKE}
+    jmp relayed
     .else
     .if !(vector == 8 || vector == 10 || vector == 11 || vector == 12 || vector == 14 || vector == 17 || vector == 21 || vector == 29 || vector == 30)
     pushq $0
@@ -157,10 +163,12 @@ handlers:
     .set vector, vector + 1
 .endr
 .balign 16
-    jmp interrupt                       # vector 32
+    jmp doorbell
 .balign 16
 
 general_protection:
+    cmpq $wait_for_doorbell, 8(%rsp)
+    je 4f
     cmpq $wait_for_interrupt, 8(%rsp)
     je 2f
     cmpq $park, 8(%rsp)
@@ -213,13 +221,33 @@ sleep:
     incq (%rsp)
     iretq
 
-# The only interrupt there is, and the only place where it is let in is `sleep`.
-interrupt:
+4:  sti
+doze:
+    hlt
+    cli
+    addq $8, %rsp
+    incq (%rsp)
+    iretq
+
+# Interrupts come in at `sleep` and at `doze` only. At `doze` the task priority holds back relayed
+# interrupts, because the idle loop would lose them.
+relayed:
     pushq %rax
-    cmpq $sleep, 8(%rsp)                # before the HLT: it must not sleep now
+    cmpq $sleep, 8(%rsp)                # before the HLT: the vCPU must not halt now
+    jne 5f
+    incq 8(%rsp)
+    jmp 5f
+
+doorbell:
+    pushq %rax
+    cmpq $doze, 8(%rsp)                 # before the HLT, as above
     jne 3f
     incq 8(%rsp)
-3:  movl ${APIC_EOI}, %eax
+    jmp 5f
+3:  cmpq $sleep + 1, 8(%rsp)            # the HLT of a relay: only a relayed interrupt ends it
+    jne 5f
+    decq 8(%rsp)
+5:  movl ${APIC_EOI}, %eax
     movl $0, (%rax)
     popq %rax
     iretq
@@ -244,7 +272,7 @@ gdt_end:
 .balign 16
 idt:
     .set handler, {IMAGE_BASE} + (handlers - boot_start)
-    .rept 33
+    .rept {DOORBELL} + 1
     .quad (handler & 0xffff) | (CODE0 << 16) | (0x8e00 << 32) | ((handler >> 16) << 48)
     .quad 0
     .set handler, handler + 16

@@ -41,6 +41,8 @@ global_asm!(
     EVENT_FAULT = const Event::Fault as u8,
     REPORT_PORT = const abi::REPORT_PORT,
     APIC_EOI = const apic::EOI,
+    WAKE = const apic::WAKE,
+    DOORBELL = const abi::DOORBELL,
     options(att_syntax)
 );
 
@@ -71,12 +73,18 @@ extern "C" fn ring3(index: u64, info: *const u8, boot: u32) -> ! {
 }
 
 fn serve(mailbox: Mailbox) -> ! {
+    // Before the first look at the mailbox: a ring that the APIC drops is of a command that this look finds.
+    let has_doorbell = apic::enable();
     mailbox.set_state(State::Idle);
     mailbox.report(Event::Ready);
     let mut announced = 0;
     loop {
         let Some(seq) = mailbox.pending() else {
-            hint::spin_loop();
+            if has_doorbell {
+                apic::doze();
+            } else {
+                hint::spin_loop();
+            }
             continue;
         };
         let command = mailbox.command();

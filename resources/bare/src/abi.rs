@@ -18,13 +18,17 @@
 //!
 //! The first vCPU starts all others by INIT and start-up IPIs, however many there are; a vCPU's index is its initial APIC
 //! ID, which the host must set in CPUID leaf 1. A VMM without an in-kernel local APIC sees the IPIs as three 32-bit MMIO
-//! writes to 0xfee00300, and may ignore them. Interrupts stay off, but while [`Command::Relay`] sleeps.
+//! writes to 0xfee00300, and may ignore them, as all others to the APIC's page. Interrupts stay off except while a vCPU
+//! waits for the doorbell, and while [`Command::Relay`] sleeps.
 //!
 //! # Commands
 //!
-//! Each vCPU polls its own mailbox. The host writes `command` and `args`, then `cmd_seq`, one higher than before; that
+//! A vCPU with nothing to do halts. The host writes `command` and `args`, then `cmd_seq`, one higher than before; that
 //! store must be the last (a release store: it pairs with the guest's load, which x86 does not move behind the loads
-//! that follow). The guest copies command and arguments once, stores `ack_seq`, and runs the command. When it ends, the
+//! that follow). Then the host rings the doorbell: it sends the vCPU's local APIC an interrupt with vector [`DOORBELL`].
+//! A vCPU that runs a command polls its mailbox and needs no ring; where there is no local APIC, an idle vCPU polls too.
+//! A VMM that starts a vCPU from a saved state rings once, because the mailbox may have changed since the vCPU halted.
+//! The guest copies command and arguments once, stores `ack_seq`, and runs the command. When it ends, the
 //! guest stores `status`, `result`, `done_seq` and `state`, in that order, and then reports.
 //!
 //! A command that runs looks at `cmd_seq` at least every [`POLL_OPS`] operations. A new command interrupts it: the old
@@ -67,11 +71,13 @@ pub const VIRTIO_BASE: u64 = 0xd000_0000;
 
 /// The port that reports are written to.
 pub const REPORT_PORT: u16 = 0xf4;
+/// The vector of the interrupt by which the host wakes a vCPU that waits for a command.
+pub const DOORBELL: u8 = 48;
 /// A running command looks for a new one at least this often.
 pub const POLL_OPS: u64 = 64;
 
 /// In [`Mailbox::magic`] as soon as a vCPU runs. The last two characters are the version of this interface.
-pub const MAGIC: u64 = u64::from_le_bytes(*b"CLADE_01");
+pub const MAGIC: u64 = u64::from_le_bytes(*b"CLADE_02");
 
 /// Where a vCPU's mailbox is.
 pub const fn mailbox_gpa(vcpu: u64) -> u64 {
@@ -186,11 +192,11 @@ numbered! {
     State: u64 {
         /// It has not reached its command loop.
         Booting = 0,
-        /// It polls, and has run nothing yet.
+        /// It waits for a command, and has run nothing yet.
         Idle = 1,
         /// It runs the command `ack_seq`.
         Running = 2,
-        /// It polls; the last command was `done_seq`.
+        /// It waits for a command; the last one was `done_seq`.
         Done = 3,
         /// It was told to halt, with interrupts off: only INIT wakes it.
         Halted = 4,

@@ -69,6 +69,14 @@ pub enum VmError {
         /// The kind of device.
         device: &'static str,
     },
+    /// The VM has fewer vCPUs.
+    #[error("vCPU {vcpu} of a VM with {cpus}: their numbers start at 0")]
+    NoVcpu {
+        /// The number of the vCPU.
+        vcpu: u64,
+        /// The number of vCPUs.
+        cpus: u8,
+    },
     /// The balloon's target is not less than the VM's memory.
     #[error("a balloon of {asked} MiB in a VM of {there} MiB")]
     Balloon {

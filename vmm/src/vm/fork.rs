@@ -257,7 +257,8 @@ impl ForkImage {
         // when they were saved.
         devices.reraise();
         devices.notify_events();
-        Ok(())
+        let rung = devices.ring_doorbells(vm, self.config.cpus());
+        rung.map_err(|error| VmError::kvm("interrupt a vCPU", error))
     }
 
     /// Erases `secrets` in the memory of a child that has adopted the image. Returns the image to

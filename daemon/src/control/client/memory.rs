@@ -36,7 +36,25 @@ impl Client {
     /// # Errors
     /// As for any request. When there is no such memory.
     pub async fn write_memory(&self, name: &str, address: u64, bytes: Bytes) -> Result<MemoryWritten, ClientError> {
-        let body = self.memory(Method::PUT, name, &format!("address={address}"), bytes).await?;
+        self.write(name, format!("address={address}"), bytes).await
+    }
+
+    /// Writes the memory of a guest, and interrupts one of its vCPUs.
+    ///
+    /// # Errors
+    /// As for [`Client::write_memory`], and when there is no such vCPU.
+    pub async fn write_memory_and_ring(
+        &self,
+        name: &str,
+        address: u64,
+        bytes: Bytes,
+        vcpu: u64,
+    ) -> Result<MemoryWritten, ClientError> {
+        self.write(name, format!("address={address}&doorbell={vcpu}"), bytes).await
+    }
+
+    async fn write(&self, name: &str, query: String, bytes: Bytes) -> Result<MemoryWritten, ClientError> {
+        let body = self.memory(Method::PUT, name, &query, bytes).await?;
         Ok(serde_json::from_slice(&whole(body).await?)?)
     }
 

@@ -274,3 +274,53 @@ fn a_halted_vcpu_takes_no_more_commands() {
     assert_eq!(vm.state(0), State::Halted);
     assert_eq!(vm.load(mailbox_gpa(0) + offset::ACK_SEQ), seq);
 }
+
+#[test]
+fn an_idle_vcpu_uses_no_processor() {
+    for irqchip in [Irqchip::Split, Irqchip::Full] {
+        let vm = boot!(Layout { vcpus: 2, irqchip, ..SMALL });
+        // Also after a command.
+        assert_eq!(vm.run(1, Command::Idle), Event::Done);
+        let before = vm.processor_time();
+        std::thread::sleep(Duration::from_millis(400));
+        let used = vm.processor_time() - before;
+        assert!(used < Duration::from_millis(100), "{irqchip:?}: two idle vCPUs used {used:?} of 400 ms");
+    }
+}
+
+#[test]
+fn each_command_wakes_its_vcpu() {
+    let vm = boot!(Layout { vcpus: 2, ..SMALL });
+    for n in 0..4_000 {
+        assert_eq!(vm.run(n % 2, Command::Idle), Event::Done);
+    }
+}
+
+#[test]
+fn the_doorbell_ends_no_relay() {
+    let vm = boot!(Layout { vcpus: 2, ..SMALL });
+    vm.give(0, Command::Relay { peer: 1, first: false });
+    vm.wait_for(0, offset::PROGRESS, 1);
+    for _ in 0..100 {
+        vm.ring(0);
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    assert_eq!(vm.mailbox(0, offset::PROGRESS), 1, "no interrupt was relayed");
+}
+
+#[test]
+fn an_idle_vcpu_keeps_a_relayed_interrupt_for_its_relay() {
+    let vm = boot!(Layout { vcpus: 2, ..SMALL });
+    // The interrupt is pending at vCPU 1 while that one is idle, and other commands come first.
+    vm.give(0, Command::Relay { peer: 1, first: true });
+    vm.wait_for(0, offset::PROGRESS, 1);
+    for _ in 0..10 {
+        assert_eq!(vm.run(1, Command::Idle), Event::Done);
+    }
+    vm.give(1, Command::Relay { peer: 0, first: false });
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while vm.mailbox(0, offset::PROGRESS) < 100 {
+        assert!(Instant::now() < deadline, "the interrupt is lost");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}

@@ -2,10 +2,10 @@
 
 use clade_guests::{
     BARE_ELF,
-    abi::{Command, Event, PAGE_SIZE, REPORT_PORT, Report, State, Status, mailbox_gpa, offset},
+    abi::{Command, DOORBELL, Event, PAGE_SIZE, REPORT_PORT, Report, State, Status, mailbox_gpa, offset},
 };
 use kvm_bindings::{
-    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_regs, kvm_segment,
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_msi, kvm_regs, kvm_segment,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
@@ -24,8 +24,9 @@ use std::{
 
 /// No test waits longer than this for a vCPU.
 const TIMEOUT: Duration = Duration::from_secs(20);
-/// The local APIC's register for IPIs.
-const INTERRUPT_COMMAND: u64 = 0xfee0_0300;
+/// Where the local APIC is, and where messages for local APICs go.
+const APIC: u64 = 0xfee0_0000;
+const APIC_END: u64 = APIC + PAGE_SIZE;
 const GAP_START: u64 = 0xc000_0000;
 const GAP_END: u64 = 1 << 32;
 /// hvm_start_info or boot_params, and what the first points at.
@@ -72,7 +73,8 @@ pub(crate) fn skip(reason: &Error) {
 pub(crate) struct Vm {
     // Dropped in this order: no vCPU may run in memory that is gone.
     vcpus: VcpuThreads,
-    _vm: VmFd,
+    vm: VmFd,
+    irqchip: Irqchip,
     memory: Memory,
     /// From the first KVM_RUN to the last READY.
     pub(crate) boot_time: Duration,
@@ -130,7 +132,8 @@ impl Vm {
             fds.push(vcpu);
         }
         let vcpus = VcpuThreads::start(fds);
-        let mut vm = Self { vcpus, _vm: vm, memory, boot_time: Duration::ZERO };
+        let irqchip = layout.irqchip;
+        let mut vm = Self { vcpus, vm, irqchip, memory, boot_time: Duration::ZERO };
         for _ in 0..layout.vcpus {
             let report = vm.report();
             assert_eq!((report.event, report.seq), (Event::Ready, 0), "vCPU {}", report.vcpu);
@@ -149,7 +152,34 @@ impl Vm {
         }
         let seq = self.mailbox(vcpu, offset::CMD_SEQ) + 1;
         self.store(mailbox + offset::CMD_SEQ, seq);
+        self.ring(vcpu);
         seq
+    }
+
+    /// Wakes a vCPU that waits for a command.
+    pub(crate) fn ring(&self, vcpu: u64) {
+        if matches!(self.irqchip, Irqchip::None) {
+            return;
+        }
+        let address_lo = (APIC | vcpu << 12) as u32;
+        let message = kvm_msi { address_lo, data: u32::from(DOORBELL), ..Default::default() };
+        self.vm.signal_msi(message).expect("KVM delivers the message");
+    }
+
+    /// Processor time of all vCPUs' threads.
+    pub(crate) fn processor_time(&self) -> Duration {
+        let of = |thread: &JoinHandle<()>| {
+            let mut clock = 0;
+            let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+            // SAFETY: the handle is not joined yet, so the thread's id is valid, and both results are this function's.
+            let read = unsafe { libc::pthread_getcpuclockid(thread.as_pthread_t(), &raw mut clock) };
+            assert_eq!(read, 0, "the thread has a clock");
+            // SAFETY: the clock is that of a thread that runs, and the result is this function's.
+            let read = unsafe { libc::clock_gettime(clock, &raw mut time) };
+            assert_eq!(read, 0, "the clock can be read");
+            Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+        };
+        self.vcpus.threads.iter().map(of).sum()
     }
 
     /// Gives a command and waits for its report.
@@ -319,8 +349,12 @@ fn run_vcpu(index: u64, mut vcpu: VcpuFd, reports: &Sender<Result<Report, String
                 .ok()
                 .and_then(|bytes| Report::decode(u32::from_le_bytes(bytes)))
                 .ok_or_else(|| format!("vCPU {index} reports {data:?}")),
-            // Both without an irqchip only: the IPIs to other vCPUs, and a halt that nothing can end.
-            Ok(VcpuExit::MmioWrite(INTERRUPT_COMMAND, _)) => continue,
+            // Without an irqchip only: a local APIC that is not there, and a halt that nothing can end.
+            Ok(VcpuExit::MmioWrite(APIC..APIC_END, _)) => continue,
+            Ok(VcpuExit::MmioRead(APIC..APIC_END, data)) => {
+                data.fill(0);
+                continue;
+            }
             Ok(VcpuExit::Hlt) => return,
             Ok(exit) => Err(format!("vCPU {index} exits by {exit:?}")),
             // The second: a vCPU that was just told to start.

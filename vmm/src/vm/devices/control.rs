@@ -1,9 +1,11 @@
 //! Operations of the host on the devices of a running VM.
 
-use clade_devices::Console;
+use clade_devices::{Console, DOORBELL};
 use clade_devices::virtio::balloon::{Balloon, BalloonStats};
 use clade_devices::virtio::net::{Egress, EgressError, EgressRule, Link, Net, NetStats};
 use clade_memory::PAGE_SHIFT;
+use kvm_bindings::kvm_msi;
+use kvm_ioctls::VmFd;
 
 use crate::vm::devices::DeviceError;
 use crate::vm::error::VmError;
@@ -11,6 +13,15 @@ use crate::vm::identity::{ChildIdentity, Endpoints, Identity};
 use crate::vm::machine::Vm;
 
 const MIB_SHIFT: u32 = 20;
+/// Where messages for local APICs go: the destination is in bits 12 to 19.
+const APIC_MESSAGES: u32 = 0xfee0_0000;
+
+/// Sends [`DOORBELL`] to the local APIC of `vcpu`. A local APIC that its guest has not enabled drops it.
+pub(crate) fn ring(vm: &VmFd, vcpu: u8) -> Result<(), kvm_ioctls::Error> {
+    let address_lo = APIC_MESSAGES | u32::from(vcpu) << 12;
+    let message = kvm_msi { address_lo, data: u32::from(DOORBELL), ..kvm_msi::default() };
+    vm.signal_msi(message).map(drop)
+}
 
 impl Vm {
     /// The VM's interfaces, addresses and sockets, which no other VM has.
@@ -62,6 +73,33 @@ impl Vm {
     pub fn balloon_stats(&self) -> Result<BalloonStats, VmError> {
         let stats = self.devices.with_plain(0, |device| device.with(|balloon: &mut Balloon| balloon.stats()));
         stats.flatten().ok_or(VmError::NoDevice { device: "balloon" })
+    }
+
+    /// Checks the number of a vCPU.
+    ///
+    /// # Errors
+    /// When there is no such vCPU.
+    pub fn expect_vcpu(&self, vcpu: u64) -> Result<u8, VmError> {
+        let cpus = self.config().cpus();
+        u8::try_from(vcpu).ok().filter(|vcpu| *vcpu < cpus).ok_or(VmError::NoVcpu { vcpu, cpus })
+    }
+
+    /// Interrupts a vCPU with the vector [`DOORBELL`]: the bare guest halts while its mailbox is empty.
+    /// A paused VM takes the interrupt when it runs, and an image or a snapshot of it has the interrupt
+    /// pending.
+    ///
+    /// # Errors
+    /// When there is no such vCPU, the VM has stopped, or KVM refuses the message.
+    pub fn ring_doorbell(&self, vcpu: u64) -> Result<(), VmError> {
+        let vcpu = self.expect_vcpu(vcpu)?;
+        // Its guest must run to take it.
+        self.wake()?;
+        // No reset or fork at the same time: it would restore or save the interrupt controllers.
+        let _one = self.operations.take();
+        if let Some(reason) = self.stopped() {
+            return Err(VmError::Stopped(reason));
+        }
+        ring(&self.prepared.fd, vcpu).map_err(|error| VmError::kvm("interrupt a vCPU", error))
     }
 
     /// Presses the power button. A guest that listens to it shuts down in an orderly way and powers

@@ -1,6 +1,6 @@
 //! The devices of one VM and their buses: made, saved, restored and rewound together.
 
-mod control;
+pub(crate) mod control;
 mod reports;
 mod virtio;
 
@@ -18,6 +18,7 @@ use clade_devices::{
     BusError, Console, I8042, I8042_PORTS, Irq, MmioBus, MmioBusError, POWER_PORTS, PioBus, PowerControl, PowerSwitch,
     REPORT_PORT, REPORT_PORTS, ReportPort, SERIAL_PORTS, SerialConsole, SerialState,
 };
+use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vm_superio::Trigger;
@@ -108,6 +109,8 @@ pub(crate) struct Devices {
     power: PowerSwitch,
     /// The interrupt of ACPI events, if the guest has ACPI.
     events: Option<Arc<Irq>>,
+    /// Whether the guest may be the bare guest.
+    report_port: bool,
 }
 
 impl Devices {
@@ -151,7 +154,7 @@ impl Devices {
             let (base, _) = virtio_slot(at).ok_or(DeviceError::Mismatch { found: at, wanted: virtio.len() })?;
             mmio.add(base.0, MMIO_LEN, device.clone())?;
         }
-        Ok(Self { bus, mmio, virtio, serial, console, hvc, reports, reset, power, events })
+        Ok(Self { bus, mmio, virtio, serial, console, hvc, reports, reset, power, events, report_port })
     }
 
     pub(crate) fn mmio_read(&self, address: u64, data: &mut [u8]) {
@@ -231,6 +234,13 @@ impl Devices {
     pub(crate) fn reraise(&self) {
         self.virtio.iter().for_each(|device| device.reraise());
         self.serial.lock().unwrap_or_else(PoisonError::into_inner).reraise();
+    }
+
+    /// Rings the doorbell of all vCPUs of a guest that starts from a saved state: its mailbox may have
+    /// changed since its vCPUs halted. Call it after the interrupt controllers are restored: a restore
+    /// would lose the interrupt.
+    pub(crate) fn ring_doorbells(&self, vm: &VmFd, cpus: u8) -> Result<(), kvm_ioctls::Error> {
+        if self.report_port { (0..cpus).try_for_each(|vcpu| control::ring(vm, vcpu)) } else { Ok(()) }
     }
 
     /// Notifies the guest of an ACPI event: its new generation, or the power button. Call it after the

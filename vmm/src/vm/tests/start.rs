@@ -109,6 +109,7 @@ fn a_start_up_ipi_latched_before_a_reset_starts_nobody_after_it() {
         assert!(!started(&vm), "round {round}: a start-up IPI of the time before");
         let sender = BareMailbox::new(vm.ram(), SENDS);
         sender.order(Command::Restart { peer: WAITS }).unwrap();
+        vm.ring_doorbell(SENDS).unwrap();
         let begun = Instant::now();
         while sender.progress().unwrap() < 3 {
             assert!(begun.elapsed() < TIMEOUT, "round {round}: the sender stands still");

@@ -73,6 +73,7 @@ pub(super) fn boot(context: &Context, pairs: &[Pair]) -> Vm {
         let second = first + 1;
         let begin = |vcpu, command| {
             BareMailbox::new(vm.ram(), vcpu).order(command).unwrap();
+            vm.ring_doorbell(vcpu).unwrap();
             let begun = Instant::now();
             while progress(&vm, vcpu) == 0 {
                 assert!(begun.elapsed() < STUCK, "vCPU {vcpu} takes its command");
