@@ -69,6 +69,16 @@ impl Mailbox {
         store!(self.ack_seq = seq);
     }
 
+    /// Writes to the page of this vCPU's ring 0 stack, as a wait for the doorbell does. Whether the vCPU has waited since
+    /// a command then makes no difference to the pages that it has written.
+    pub fn touch_ring0_stack(&self, seq: u64) {
+        // Between the task state segment and the stack.
+        const UNUSED: u64 = 1024;
+        let area = abi::PER_VCPU_BASE + u64::from(self.index()) * abi::PER_VCPU_SIZE;
+        // SAFETY: the page is this vCPU's, and nothing else is at this offset.
+        unsafe { ((area + UNUSED) as *mut u64).write_volatile(seq) };
+    }
+
     pub fn set_state(&self, state: State) {
         store!(self.state = state as u64);
     }

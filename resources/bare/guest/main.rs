@@ -92,6 +92,7 @@ fn serve(mailbox: Mailbox) -> ! {
             announce(&mailbox, command, seq);
         }
         mailbox.take(seq);
+        mailbox.touch_ring0_stack(seq);
         match command {
             Some(Command::Announce) => mailbox.end(seq, State::Done),
             Some(Command::Idle) => {
