@@ -338,7 +338,7 @@ impl GuestRam {
     }
 
     /// Puts the memory back to what it was in `image`, in place. The cost is in pages written
-    /// since. Waits up to `patience` for devices to let go of their pins.
+    /// since. Waits up to `patience` for transient pins, and for no long-term pin.
     ///
     /// # Errors
     /// When pages stay pinned, or mappings run out: then nothing has changed. When it fails
@@ -396,12 +396,14 @@ impl GuestRam {
         working_set.read_ahead(&self.regions);
     }
 
-    /// Waits up to `patience` until no page is pinned. All regions are looked at before the first is
-    /// touched; a pin that comes later refuses what is done to its own region.
+    /// Waits up to `patience` until no page is pinned, unless one of the pins is long-term: that ends
+    /// when its holder likes. All regions are looked at before the first is touched; a pin that comes
+    /// later refuses what is done to its own region.
     fn wait_unpinned(&self, patience: Duration) -> Result<(), RamError> {
         let deadline = Instant::now() + patience;
         while let Some(refused) = self.regions.iter().find_map(|region| region.in_use()) {
-            if Instant::now() >= deadline {
+            let is_long = self.regions.iter().any(|region| region.pins.counts().0 > 0);
+            if is_long || Instant::now() >= deadline {
                 return Err(refused);
             }
             std::thread::sleep(PIN_POLL);

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -66,6 +66,25 @@ impl TaskSender {
         drop(queue);
         self.0.more.notify_one();
         Ok(())
+    }
+}
+
+impl TaskSender {
+    /// Waits until the thread has done every task that it was sent before. Returns at once if the
+    /// thread has ended.
+    pub(crate) fn barrier(&self) {
+        let (passed, pass) = mpsc::channel::<()>();
+        {
+            let mut queue = self.0.queue();
+            if queue.closed {
+                return;
+            }
+            // Past the limit as well: each caller waits, so barriers are few.
+            queue.tasks.push_back(Box::new(move || drop(passed)));
+        }
+        self.0.more.notify_one();
+        // The task is done or dropped: either ends the wait.
+        let _ = pass.recv();
     }
 }
 
@@ -212,7 +231,6 @@ impl Drop for ReclaimThread {
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::sync::mpsc;
 
     fn thread() -> ReclaimThread {
         ReclaimThread::start(&Arc::new(Views::new(&Arc::default()))).unwrap()
@@ -254,7 +272,10 @@ mod tests {
         assert_eq!(refused, 7);
         drop(gate);
         let sender = thread.sender();
+        sender.barrier();
+        assert_eq!(done.load(Ordering::SeqCst), MAX_QUEUED, "a barrier passes behind all that came before");
         drop(thread);
+        sender.barrier();
         assert_eq!(done.load(Ordering::SeqCst), MAX_QUEUED);
         assert!(sender.spawn(|| {}).is_err(), "closed");
     }

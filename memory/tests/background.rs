@@ -8,12 +8,13 @@ mod dma;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clade_memory::{
     Access, Backing, FreezeMode, FreezeReport, GuestRam, PAGE_SIZE, PageRange, PinLifetime, Quiesced, RamImage,
     RamLayout, Store,
 };
+use clade_test_support::{wait_eq, wait_until};
 use vm_memory::{Bytes, GuestAddress};
 
 const PAGES: u64 = 12 * 512 + 77;
@@ -237,11 +238,9 @@ fn drops_in_any_order() {
                 assert_eq!(read(&a, 1500), 7, "order {order}");
             }
         }
-        let begun = Instant::now();
-        while store.live_layers() + store.budget().used() as usize > 0 && begun.elapsed().as_secs() < 5 {
-            thread::yield_now();
-        }
-        assert_eq!((store.live_layers(), store.budget().used()), (0, 0), "something was leaked");
+        wait_eq("a layer or a mapping outlived its last user", &(0, 0), || {
+            (store.live_layers(), store.budget().used())
+        });
     }
 }
 
@@ -382,17 +381,12 @@ fn small_pages_are_put_together_when_all_are_there() {
     let (image, report) = ram.freeze_in(FreezeMode::Background, &Quiesced::by(&clade_memory::NoWriters)).unwrap();
     assert!(report.pending > 0);
     image.finish_background().unwrap();
-    let deadline = Instant::now() + Duration::from_secs(20);
-    loop {
+    // The kernel may lack memory in blocks for a moment: each try is a child of its own.
+    wait_until("the child is mapped in blocks", || {
         let child = GuestRam::reserve(image.layout(), &store).unwrap();
         child.adopt(&image).unwrap();
         let read = |page: u64| child.memory().read_obj::<u64>(GuestAddress(page * PAGE_SIZE)).unwrap();
         assert!((0..pages).all(|page| read(page) == page + 1));
-        let blocks = mapped_in_blocks(child.regions()[0].host_address());
-        if blocks == pages * 4 {
-            return;
-        }
-        assert!(Instant::now() < deadline, "{blocks} KiB of the child are mapped in blocks");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+        mapped_in_blocks(child.regions()[0].host_address()) == pages * 4
+    });
 }

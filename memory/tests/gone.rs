@@ -6,7 +6,6 @@ use std::fs::File;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::sync::mpsc;
-use std::time::Duration;
 
 use clade_memory::{
     FillError, GuestRam, ImageMap, LayerSource, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Store,
@@ -49,7 +48,7 @@ fn a_vm_whose_file_is_cut_short_is_told_and_no_other() {
     first.set_len(0).unwrap();
     // What is read now is nothing to rely on, but it is read.
     let _ = byte(&lost, 30);
-    assert!(hear.recv_timeout(Duration::from_secs(10)).unwrap(), "it is told why");
+    assert!(clade_test_support::receive("the callback", &hear), "it is told why");
     assert!(matches!(lost.failure().as_deref(), Some(FillError::Gone)));
     // The kernel takes a VM's own copies of a file's pages with the file's: nothing of it is worth
     // anything.

@@ -7,6 +7,6 @@ mod patience;
 mod require;
 mod unique;
 
-pub use patience::{Patience, Watchdog, host_factor, report_bare_boot, wait_for, wait_until};
+pub use patience::{Patience, Watchdog, host_factor, receive, report_bare_boot, wait_eq, wait_for, wait_until};
 pub use require::{required, skip};
 pub use unique::{Cid, Claim, Port, Subnet, TapName};

@@ -5,10 +5,11 @@
 //! most [`MAX_TICK`], however long the machine stood still between two ticks.
 
 use std::env;
+use std::fmt::Debug;
 use std::process;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -16,8 +17,9 @@ use std::time::{Duration, Instant};
 const TICK: Duration = Duration::from_millis(100);
 /// The most that one tick counts.
 const MAX_TICK: Duration = Duration::from_millis(200);
-/// The time between two looks at a condition.
-const POLL_INTERVAL: Duration = Duration::from_millis(5);
+/// The time between the first two looks at a condition. It doubles until [`MAX_POLL_INTERVAL`].
+const MIN_POLL_INTERVAL: Duration = Duration::from_micros(50);
+const MAX_POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// Patience of a wait on an idle host of the reference speed.
 const DEFAULT_LIMIT: Duration = Duration::from_secs(120);
 
@@ -119,13 +121,32 @@ impl Patience {
 /// # Panics
 /// When patience ends first, with `what` in the message.
 pub fn wait_for<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
-    let mut patience = Patience::default();
+    let (mut patience, mut interval) = (Patience::default(), MIN_POLL_INTERVAL);
     loop {
         if let Some(value) = done() {
             return value;
         }
         assert!(patience.tick(), "{what}: waited {:?} of running time", patience.limit());
-        thread::sleep(POLL_INTERVAL);
+        thread::sleep(interval);
+        interval = (interval * 2).min(MAX_POLL_INTERVAL);
+    }
+}
+
+/// Waits until `read` returns `expected`.
+///
+/// # Panics
+/// When patience ends first, with `what` and the last value in the message.
+pub fn wait_eq<T: PartialEq + Debug>(what: &str, expected: &T, mut read: impl FnMut() -> T) {
+    let (mut patience, mut interval) = (Patience::default(), MIN_POLL_INTERVAL);
+    loop {
+        let value = read();
+        if value == *expected {
+            return;
+        }
+        let limit = patience.limit();
+        assert!(patience.tick(), "{what}: {value:?} and not {expected:?} after {limit:?} of running time");
+        thread::sleep(interval);
+        interval = (interval * 2).min(MAX_POLL_INTERVAL);
     }
 }
 
@@ -135,6 +156,23 @@ pub fn wait_for<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
 /// As [`wait_for`].
 pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     wait_for(what, || done().then_some(()));
+}
+
+/// Receives a message.
+///
+/// # Panics
+/// When patience ends first or all senders are gone, with `what` in the message.
+pub fn receive<T>(what: &str, from: &Receiver<T>) -> T {
+    let mut patience = Patience::default();
+    loop {
+        match from.recv_timeout(TICK) {
+            Ok(value) => return value,
+            Err(RecvTimeoutError::Disconnected) => panic!("{what}: the sender is gone"),
+            Err(RecvTimeoutError::Timeout) => {
+                assert!(patience.tick(), "{what}: waited {:?} of running time", patience.limit());
+            }
+        }
+    }
 }
 
 /// Aborts the process when it is still held after its time: a test that hangs must fail and say so.
@@ -150,8 +188,10 @@ impl Watchdog {
     pub fn new(limit: Duration, about: impl FnOnce() -> String + Send + 'static) -> Self {
         let (done, finished) = mpsc::channel::<()>();
         let test = thread::current().name().unwrap_or("a test").to_owned();
+        // Here and not on the watchdog's thread: the first call starts threads, and the test may count
+        // the process's.
+        let mut patience = Patience::new(limit);
         let watch = move || {
-            let mut patience = Patience::new(limit);
             while finished.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
                 if !patience.tick() {
                     eprintln!("{test} hangs: not done after {:?} of running time; {}", patience.limit(), about());

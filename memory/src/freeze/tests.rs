@@ -208,11 +208,7 @@ fn what_a_freeze_replaces_is_freed_by_the_reclaim_thread() {
     let kept = layer.strong_count();
     drop(busy);
     assert!(kept > 0, "freed while the VM was paused");
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
-    while layer.strong_count() > 0 {
-        assert!(std::time::Instant::now() < deadline, "nobody frees it");
-        std::thread::sleep(std::time::Duration::from_millis(1));
-    }
+    clade_test_support::wait_eq("handles of the replaced layer", &0, || layer.strong_count());
 }
 
 /// Mappings of a VM after a freeze that copied twenty runs, with so many in all and `held` by

@@ -19,7 +19,6 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustix::fs::{FallocateFlags, fallocate};
 
@@ -29,10 +28,6 @@ use crate::reclaim::ReclaimThread;
 use crate::store::{Backing, Store};
 use crate::trace;
 use crate::units::{BLOCK_PAGES, PAGE_SHIFT, PageRange, join_runs, pages_in, subtract_runs};
-
-/// How long a sweep that is asked for waits for the reclaim thread to do what it was given before.
-/// It would only find less without.
-const RECLAIM_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What a sweep gave back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -47,7 +42,7 @@ impl Store {
     /// Gives back what no VM and no image can see, now. It is done now and then by itself.
     pub fn sweep(&self) -> Swept {
         // Views that were let go of may still be waiting to be dropped.
-        self.wait_reclaimed(RECLAIM_TIMEOUT);
+        self.wait_reclaimed();
         sweep(self.views())
     }
 

@@ -360,7 +360,7 @@ mod tests {
         assert_eq!(done, Discarded { discarded: 10, pinned: 0, unmapped: 10 }, "the ten others stay");
         let third = ram.freeze_in(crate::FreezeMode::Eager, &quiesced).unwrap().0;
         drop((first, second));
-        store.wait_reclaimed(std::time::Duration::from_secs(60));
+        store.wait_reclaimed();
         let child = GuestRam::reserve(third.layout(), &store).unwrap();
         child.adopt(&third).unwrap();
         (0..PAGES).for_each(|p| assert_eq!(word(&ram, p), word(&child, p), "page {p} of parent and child"));

@@ -222,6 +222,8 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     const PAGES: u64 = 2048;
+    /// A wait that ends when the device drops its pin.
+    const UNTIL_UNPINNED: Duration = Duration::from_secs(3600);
 
     fn frozen(store: &Store) -> (GuestRam, crate::RamImage) {
         let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), store).unwrap();
@@ -357,7 +359,7 @@ mod tests {
             std::thread::sleep(Duration::from_millis(20));
             drop(pin);
         });
-        ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::from_secs(10)).expect("waited for the device");
+        ram.reset(&image, &Quiesced::by(&crate::NoWriters), UNTIL_UNPINNED).expect("waited for the device");
         device.join().unwrap();
         assert_eq!(word(&ram, 700), 701);
     }
@@ -372,7 +374,7 @@ mod tests {
             pin.slice().write_obj(1u64, 0).unwrap();
             drop(pin);
         });
-        ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::from_secs(10)).unwrap();
+        ram.reset(&image, &Quiesced::by(&crate::NoWriters), UNTIL_UNPINNED).unwrap();
         device.join().unwrap();
         assert_eq!(word(&ram, 5), 6, "the device was done before its page went");
     }

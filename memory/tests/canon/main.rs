@@ -23,12 +23,8 @@
 #![allow(clippy::unwrap_used, reason = "a test, although not every function of it is one")]
 
 mod case;
-#[path = "../deadline/mod.rs"]
-mod deadline;
 #[path = "../dma/mod.rs"]
 mod dma;
-#[path = "../require/mod.rs"]
-mod require;
 mod rows_cow;
 mod rows_pin;
 mod rows_special;

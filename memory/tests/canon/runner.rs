@@ -9,10 +9,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clade_memory::{Backing, FreezeMode, GuestRam, PAGE_SIZE, RamLayout, Store};
+use clade_test_support::{Watchdog, wait_eq};
 
+use crate::AGAIN;
 use crate::case::{Axis, Case, FILLING, State};
-use crate::deadline::Deadline;
-use crate::{AGAIN, require};
 
 /// When a combination is left out, and why.
 pub(crate) type Skip = (fn(&Axis) -> bool, &'static str);
@@ -42,9 +42,7 @@ const ALWAYS: &[Skip] = &[(
 
 /// Failures after which the rest of a row is not run.
 const ENOUGH: usize = 3;
-const TIMEOUT: Duration = Duration::from_secs(300);
-/// Layers are put away by a thread of the store.
-const PUT_AWAY: Duration = Duration::from_secs(5);
+const HANG_LIMIT: Duration = Duration::from_secs(600);
 
 #[derive(Default)]
 struct Tally {
@@ -106,7 +104,7 @@ impl<'t> Walk<'t> {
                     self.nothing_held(at, &what);
                     if let (true, Err((tier, reason))) = (ran, outcome) {
                         self.tallies[at].ran -= 1;
-                        require::skip(tier, &what, &reason);
+                        clade_test_support::skip(tier, &format!("{what}: {reason}"));
                         *self.tallies[at].skipped.entry(reason).or_default() += 1;
                     }
                 }
@@ -139,7 +137,7 @@ impl<'t> Walk<'t> {
                 && (axis.mode == FreezeMode::Background || axis.state == State::BackgroundCopy)
             {
                 let why = why.clone();
-                require::skip("uffd", &format!("{axis:?}"), &why);
+                clade_test_support::skip("uffd", &format!("{axis:?}: {why}"));
                 self.skip(at, &why);
                 continue;
             }
@@ -184,12 +182,8 @@ impl<'t> Walk<'t> {
 }
 
 fn expect_nothing_held(store: &Store) {
-    let held = || (store.live_layers(), store.budget().used());
-    let begun = Instant::now();
-    while held() != (0, 0) && begun.elapsed() < PUT_AWAY {
-        thread::sleep(Duration::from_micros(100));
-    }
-    assert_eq!(held(), (0, 0), "a layer or a mapping outlived its last user");
+    // A thread of the store frees layers.
+    wait_eq("a layer or a mapping outlived its last user", &(0, 0), || (store.live_layers(), store.budget().used()));
 }
 
 fn open_files() -> usize {
@@ -208,7 +202,7 @@ pub(crate) fn run(table: &[Row]) {
         let mut walks: Vec<Walk<'_>> = [Backing::Huge, Backing::Small].map(|b| Walk::new(table, b)).into();
         let places: Vec<_> = walks.iter().map(|walk| Arc::clone(&walk.at)).collect();
         let place = |at: &Arc<Mutex<String>>| at.try_lock().map(|at| at.clone()).unwrap_or_default();
-        let _deadline = Deadline::new(TIMEOUT, move || places.iter().map(place).collect::<Vec<_>>().join("; "));
+        let _watchdog = Watchdog::new(HANG_LIMIT, move || places.iter().map(place).collect::<Vec<_>>().join("; "));
         thread::scope(|scope| {
             let started: Vec<_> = walks.iter_mut().map(|walk| scope.spawn(|| walk.walk())).collect();
             // Joined, not just waited for: a thread's devices go when it has ended.
@@ -246,9 +240,5 @@ pub(crate) fn run(table: &[Row]) {
     );
     // A host without background freezes has skipped them.
     assert!(filling > 0 || over == 0, "the state \"being filled\" was never met");
-    let begun = Instant::now();
-    while open_files() != files && begun.elapsed() < PUT_AWAY {
-        thread::sleep(Duration::from_millis(1));
-    }
-    assert_eq!(open_files(), files, "files are left open");
+    wait_eq("files are left open", &files, open_files);
 }

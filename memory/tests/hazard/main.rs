@@ -9,22 +9,17 @@
 
 #![allow(clippy::unwrap_used, reason = "a test, although not every function of it is one")]
 
-#[path = "../deadline/mod.rs"]
-mod deadline;
-#[path = "../require/mod.rs"]
-mod require;
-
 mod disk;
 mod guest;
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clade_memory::{FreezeMode, GuestRam, PinPolicy, Quiesced, RamImage, RamLayout, Store};
+use clade_test_support::{Watchdog, skip};
 
-use deadline::Deadline;
 use disk::{Disk, How};
 use guest::{Guest, Snapshot};
 
@@ -34,7 +29,7 @@ const HELD: usize = 6;
 const PACE: Duration = Duration::from_millis(2);
 
 /// A storm that hangs must fail.
-const TIMEOUT: Duration = Duration::from_secs(120);
+const HANG_LIMIT: Duration = Duration::from_secs(600);
 
 /// What was found, in bytes.
 #[derive(Debug, Default)]
@@ -90,7 +85,7 @@ fn storm(
     let (wrong, mut done) = (Wrong::default(), Done::default());
     let guest = Mutex::new(Guest::default());
     let stop = AtomicBool::new(false);
-    let _deadline = Deadline::new(TIMEOUT, move || format!("{mode:?} freezes beside disk reads"));
+    let _watchdog = Watchdog::new(HANG_LIMIT, move || format!("{mode:?} freezes beside disk reads"));
     thread::scope(|scope| {
         scope.spawn(|| Guest::run(&guest, ram, &stop));
         for how in [How::Plain, How::Registered] {
@@ -141,12 +136,12 @@ fn each(mut run: impl FnMut(&Store, FreezeMode, &Disk, &str)) {
         for mode in [FreezeMode::Eager, FreezeMode::Background] {
             let what = format!("{mode:?} freezes, {} pages", store.backing().name());
             if let (FreezeMode::Background, Err(error)) = (mode, store.start_background()) {
-                require::skip("uffd", &what, &error.to_string());
+                skip("uffd", &format!("{what}: {error}"));
                 continue;
             }
             match Disk::new() {
                 Ok(disk) => run(&store, mode, &disk, &what),
-                Err(error) => require::skip("direct", &what, &format!("no O_DIRECT: {error}")),
+                Err(error) => skip("direct", &format!("{what}: no O_DIRECT: {error}")),
             }
         }
     }
@@ -154,42 +149,48 @@ fn each(mut run: impl FnMut(&Store, FreezeMode, &Disk, &str)) {
 
 #[test]
 fn i3_no_byte_is_wrong_while_disk_reads_land_between_freezes() {
-    const FOR: Duration = Duration::from_millis(1_500);
-    const FREEZES: u64 = 40;
+    /// Freezes of each storm at least, and how many there may be until requests enough were in
+    /// flight.
+    const FREEZES: u64 = 150;
+    const MAX_FREEZES: u64 = 20_000;
     each(|store, mode, disk, what| {
         let ram = born(store);
-        let begun = Instant::now();
-        let (wrong, done) = storm(store, &ram, disk, mode, |_, done| begun.elapsed() < FOR || done.freezes < FREEZES);
+        // Requests were in flight at freezes, and pages were left to the background.
+        let is_storm = |done: &Done| {
+            done.freezes >= FREEZES
+                && done.requests.load(Ordering::Relaxed) > 4 * FREEZES
+                && done.pinned > FREEZES
+                && (done.pending > 0 || mode == FreezeMode::Eager)
+        };
+        let (wrong, done) = storm(store, &ram, disk, mode, |_, done| !is_storm(done) && done.freezes < MAX_FREEZES);
         println!("{what}: {done:?}: {wrong:?}");
         assert_eq!(wrong.total(), 0, "I3: {what}: {wrong:?}");
-        // The storm was one: requests were in flight at freezes, and pages were left to the
-        // background where they should.
-        assert!(done.requests.load(Ordering::Relaxed) > 4 * FREEZES && done.pinned > FREEZES, "{what}: {done:?}");
+        assert!(is_storm(&done), "{what}: {done:?}");
         assert_eq!(done.pending > 0, mode == FreezeMode::Background, "{what}: {done:?}");
     });
 }
 
-/// The same storm notices what it is there to notice.
+/// The same storm finds wrong bytes on both sides when pins are ignored.
 #[test]
 fn without_unshare_before_protect_bytes_are_wrong() {
-    const AT_MOST: Duration = Duration::from_secs(30);
-    /// How long is looked for the other kind when one has been found. A parent is wrong only if it
-    /// is given another page in the middle of a transfer, which the background does when it gets to
-    /// it.
-    const FOR_BOTH: Duration = Duration::from_secs(5);
+    /// Freezes until a wrong byte of one kind must have been found.
+    const MAX_FREEZES: u64 = 20_000;
+    /// Freezes in which both kinds are looked for. A parent is wrong only if its page is replaced in
+    /// the middle of a transfer, which the background copy does when it gets to that page.
+    const FREEZES_FOR_BOTH: u64 = 400;
     let everywhere = Wrong::default();
     each(|store, mode, disk, what| {
         let ram = born(store);
         ram.set_pin_policy(PinPolicy::Ignore);
-        let begun = Instant::now();
-        let enough = |wrong: &Wrong| match [&wrong.parent, &wrong.child].map(|n| n.load(Ordering::Relaxed) > 0) {
+        let enough = |wrong: &Wrong, freezes| match [&wrong.parent, &wrong.child].map(|n| n.load(Ordering::Relaxed) > 0)
+        {
             [true, true] => true,
-            [false, false] => begun.elapsed() > AT_MOST,
-            _ => begun.elapsed() > FOR_BOTH,
+            [false, false] => freezes >= MAX_FREEZES,
+            _ => freezes >= FREEZES_FOR_BOTH,
         };
-        let (wrong, done) = storm(store, &ram, disk, mode, |wrong, _| !enough(wrong));
-        println!("{what}, pinned pages not spared: {done:?}: {wrong:?} after {:?}", begun.elapsed());
-        assert!(wrong.total() > 0, "{what}: broken on purpose, and nobody noticed: {wrong:?}");
+        let (wrong, done) = storm(store, &ram, disk, mode, |wrong, done| !enough(wrong, done.freezes));
+        println!("{what}, pinned pages not spared: {done:?}: {wrong:?}");
+        assert!(wrong.total() > 0, "{what}: the storm found no wrong byte although pins are ignored: {wrong:?}");
         everywhere.parent.fetch_add(wrong.parent.load(Ordering::Relaxed), Ordering::Relaxed);
         everywhere.child.fetch_add(wrong.child.load(Ordering::Relaxed), Ordering::Relaxed);
     });

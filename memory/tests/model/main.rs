@@ -15,8 +15,6 @@
     reason = "a test, although not every function of it is one"
 )]
 
-#[path = "../deadline/mod.rs"]
-mod deadline;
 #[path = "../dma/mod.rs"]
 mod dma;
 mod ops;
@@ -31,9 +29,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clade_memory::{Backing, Store};
+use clade_test_support::{Watchdog, wait_eq};
 use proptest::test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner};
 
-use deadline::Deadline;
 use ops::Op;
 use world::World;
 
@@ -41,9 +39,7 @@ const OPS: u64 = 60_000;
 /// Schedules of one seed.
 const BATCH: u32 = 16;
 /// A schedule takes milliseconds.
-const TIMEOUT: Duration = Duration::from_secs(120);
-/// Layers are put away by a thread of the store.
-const PUT_AWAY: Duration = Duration::from_secs(5);
+const HANG_LIMIT: Duration = Duration::from_secs(600);
 
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
@@ -65,12 +61,10 @@ fn schedule(store: &Store, pages: u64, ops: &[Op]) -> u64 {
     world.check_all();
     let done = world.done();
     drop(world);
-    let begun = Instant::now();
-    while store.live_layers() + store.budget().used() as usize > 0 && begun.elapsed() < PUT_AWAY {
-        std::thread::sleep(Duration::from_micros(100));
-    }
-    assert_eq!(store.live_layers(), 0, "a layer outlived its last user");
-    assert_eq!(store.budget().used(), 0, "mappings promised to nobody");
+    // A thread of the store frees layers.
+    wait_eq("a layer or a promised mapping outlived its last user", &(0, 0), || {
+        (store.live_layers(), store.budget().used())
+    });
     done
 }
 
@@ -107,7 +101,7 @@ fn batch(backing: Backing, store: &RefCell<Option<Store>>, seed: u64) -> u64 {
     let outcome = runner.run(&ops::schedule(), |(pages, ops)| {
         // Put back only by a schedule that went through: what a failed one left behind is not the
         // next one's.
-        let _deadline = Deadline::new(TIMEOUT, move || format!("CLADE_MODEL_SEED={seed}, {} pages", backing.name()));
+        let _watchdog = Watchdog::new(HANG_LIMIT, move || format!("CLADE_MODEL_SEED={seed}, {} pages", backing.name()));
         let mine = store.take().unwrap_or_else(|| open(backing));
         done.set(done.get() + schedule(&mine, pages, &ops));
         store.replace(Some(mine));

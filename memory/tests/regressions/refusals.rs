@@ -6,7 +6,6 @@ use std::os::unix::fs::FileExt;
 use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
-use std::time::Duration;
 
 use clade_memory::{
     Access, GuestRam, ImageMap, LayerSource, NoFork, PAGE_SIZE, PageRange, PinLifetime, Quiesced, RamImage, RefPage,
@@ -84,7 +83,7 @@ fn memory_that_is_lost_is_not_frozen() {
     file.set_len(0).unwrap();
     // What is read now is nothing to rely on, but it is read.
     let _ = ram.memory().read_obj::<u8>(GuestAddress(address(1, 30))).unwrap();
-    hear.recv_timeout(Duration::from_secs(60)).expect("the VM is told");
+    clade_test_support::receive("the callback", &hear);
     assert!(ram.failure().is_some());
     for mode in [clade_memory::FreezeMode::Eager, clade_memory::FreezeMode::Auto] {
         let frozen = ram.freeze_in(mode, &Quiesced::by(&clade_memory::NoWriters));

@@ -127,7 +127,8 @@ impl Fleet {
     }
 
     pub(crate) fn goes_on(&self) -> bool {
-        !self.stop.load(Ordering::Relaxed) && Instant::now() < self.end
+        // A storm lasts at least its time, and on a slow machine until it has been one.
+        !self.stop.load(Ordering::Relaxed) && (Instant::now() < self.end || !self.tally.is_a_storm())
     }
 
     /// Whether `what` belongs to this storm.

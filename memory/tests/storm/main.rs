@@ -19,14 +19,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test, although not every function of it is one")]
 
-#[path = "../deadline/mod.rs"]
-mod deadline;
 mod device;
 #[path = "../dma/mod.rs"]
 mod dma;
 mod fleet;
-#[path = "../require/mod.rs"]
-mod require;
 mod rng;
 mod stamp;
 mod vm;
@@ -39,18 +35,16 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clade_memory::{Backing, Store};
+use clade_test_support::{Watchdog, skip, wait_eq};
 
-use deadline::Deadline;
 use fleet::Fleet;
 use rng::Rng;
 use vm::Vm;
 
 const SHORT_SECONDS: u64 = 10;
 const LONG_SECONDS: u64 = 600;
-/// What a storm may take beyond its time before it counts as hanging.
-const TIMEOUT: Duration = Duration::from_secs(300);
-/// Layers are put away by a thread of the store.
-const PUT_AWAY: Duration = Duration::from_secs(120);
+/// How much running time a storm may take beyond its time before the watchdog aborts it.
+const HANG_LIMIT: Duration = Duration::from_secs(600);
 
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
@@ -122,11 +116,11 @@ fn storm(backing: Backing, lasts: Duration) {
     .unwrap();
     let background = store.start_background();
     if let Err(error) = &background {
-        require::skip("uffd", "freezes in the background", &error.to_string());
+        skip("uffd", &format!("freezes in the background: {error}"));
     }
     let begun = Instant::now();
-    let _deadline =
-        Deadline::new(lasts + TIMEOUT, move || format!("CLADE_STORM_SEED={seed}, {} pages", backing.name()));
+    let _watchdog =
+        Watchdog::new(lasts + HANG_LIMIT, move || format!("CLADE_STORM_SEED={seed}, {} pages", backing.name()));
     let without = std::env::var("CLADE_STORM_WITHOUT").unwrap_or_default();
     let fleet = Fleet::new(&store, lasts, background.is_ok(), without);
     let found = blow(&fleet, seed).or_else(|| look_at_all(&fleet).err());
@@ -137,12 +131,10 @@ fn storm(backing: Backing, lasts: Duration) {
     }
     assert!(fleet.tally.is_a_storm(), "nothing was tried: {:?}", fleet.tally);
     fleet.clear();
-    let until = Instant::now() + PUT_AWAY;
-    while store.live_layers() + store.budget().used() as usize > 0 && Instant::now() < until {
-        thread::sleep(Duration::from_millis(1));
-    }
-    assert_eq!(store.live_layers(), 0, "a layer outlived its last user");
-    assert_eq!(store.budget().used(), 0, "mappings promised to nobody");
+    // A thread of the store frees layers.
+    wait_eq("a layer or a promised mapping outlived its last user", &(0, 0), || {
+        (store.live_layers(), store.budget().used())
+    });
 }
 
 /// Half of the time is for each kind of pages.
@@ -161,7 +153,7 @@ fn a_storm_loses_nothing_in_small_pages() {
 }
 
 #[test]
-#[ignore = "ten minutes"]
+#[ignore = "long: ten minutes"]
 fn a_long_storm_loses_nothing() {
     storm(Backing::Huge, half(LONG_SECONDS));
     storm(Backing::Small, half(LONG_SECONDS));

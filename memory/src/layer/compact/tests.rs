@@ -212,7 +212,7 @@ fn a_view_of_many_pieces_is_merged_behind_the_freezes() {
     drop(freeze(&ram));
     assert!(region.state().compaction.is_some(), "it has been begun");
     for _ in 0..100 {
-        store.wait_reclaimed(std::time::Duration::from_secs(10));
+        store.wait_reclaimed();
         drop(freeze(&ram));
         if region.state().compaction.is_none() {
             break;

@@ -1,12 +1,14 @@
 //! What no sweep may cost, at whatever moment it comes.
 
+use std::time::Duration;
+
 use super::*;
 use crate::layer::gc::worst::Restless;
 use crate::{Access, FreezeMode, GuestRam, PAGE_SIZE, PinLifetime, Quiesced, RamImage, RamLayout};
+use clade_test_support::{receive, wait_eq};
 use vm_memory::{Bytes, GuestAddress};
 
 const PAGES: u64 = 64;
-const PATIENCE: Duration = Duration::from_secs(60);
 
 fn check(ram: &GuestRam, what: &str) {
     for page in 0..PAGES {
@@ -63,14 +65,14 @@ fn a_layer_may_end_in_a_sweep() {
                 // Handles have been made since: what was seen may not be swept.
                 drop(RamImage::from_parts(&store, ram.layout(), parts).unwrap());
                 drop((image, ram));
-                store.wait_reclaimed(PATIENCE);
+                store.wait_reclaimed();
             }
             at += 1;
         });
         store.expect_no_layers();
         done.send(at).unwrap();
     });
-    let steps = is_done.recv_timeout(PATIENCE).expect("the sweep ends");
+    let steps = receive("the end of the sweep", &is_done);
     swept.join().unwrap();
     assert_eq!(steps, 2);
 }
@@ -138,7 +140,7 @@ fn gaps_of_a_background_freeze_outlive_a_sweep_before_they_are_published() {
     let image = freeze(&ram, FreezeMode::Background);
     image.finish_background().unwrap();
     // Views that were let go of have gone.
-    store.wait_reclaimed(PATIENCE);
+    store.wait_reclaimed();
     for region in ram.regions() {
         let mut state = region.state();
         assert!(state.freezing.as_ref().is_some_and(|freezing| !freezing.gaps.is_empty()), "not looked at yet");
@@ -201,7 +203,7 @@ fn a_reset_leaves_no_birth_file_behind() {
     let before = store.live_layers();
     ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
     expect(&ram, "put back", |_| 1);
-    store.wait_reclaimed(PATIENCE);
+    store.wait_reclaimed();
     assert_eq!(store.live_layers(), before - 2, "its two base files are kept by nobody");
 }
 
@@ -229,7 +231,7 @@ fn i4_an_image_made_of_handles_during_a_sweep_is_kept() {
         if before {
             parts = hand_out(&mut image);
         }
-        store.wait_reclaimed(PATIENCE);
+        store.wait_reclaimed();
         let mut made = None;
         sweep_in_steps(store.views(), || {
             if !before && at == 0 {
@@ -272,11 +274,7 @@ fn what_nobody_sees_goes_by_itself_and_is_counted() {
     let before = blocks();
     ram.regions()[0].discard(PageRange::new(100, 200)).unwrap();
     ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters)).unwrap();
-    let deadline = std::time::Instant::now() + Duration::from_secs(20);
-    while store.given_back() < 100 {
-        assert!(std::time::Instant::now() < deadline, "{} pages are back", store.given_back());
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_eq("pages that a sweep gave back by itself", &100, || store.given_back());
     assert_eq!(before - blocks(), 100 * PAGE_SIZE / 512, "the kernel has them");
     assert_eq!((store.sweep(), store.given_back()), (Swept::default(), 100), "no page goes twice");
 }

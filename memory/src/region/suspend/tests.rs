@@ -14,6 +14,8 @@ use crate::{Access, GuestRam, NoFork, NoWriters, PAGE_SIZE, PinLifetime, Quiesce
 const PAGES: u64 = 2048;
 const ALL: u64 = PAGES + PAGES / 4;
 const SECOND: u64 = 1 << 30;
+/// A wait that ends when the device drops its pin.
+const UNTIL_UNPINNED: Duration = Duration::from_secs(3600);
 /// A memory file system: what a disk does differently is not looked at here.
 const DIR: &str = "/dev/shm";
 
@@ -220,7 +222,7 @@ fn i7_a_pin_refuses_it_or_is_waited_for() {
             }
             drop(pin);
         });
-        try_suspend(&ram, Duration::from_secs(20)).unwrap();
+        try_suspend(&ram, UNTIL_UNPINNED).unwrap();
         device.join().unwrap();
         assert_eq!(word(&ram, 20), if access == Access::Write { 77 } else { before[20] });
         assert_eq!(ram.stats().unwrap().private_kib, 0);
@@ -332,7 +334,8 @@ impl StopsWriters for Stopped<'_> {}
 
 #[test]
 fn nothing_is_lost_of_what_is_written_up_to_the_instant() {
-    const ROUNDS: u64 = 60;
+    const SUSPENSIONS: u64 = 40;
+    const MAX_ROUNDS: u64 = 40_000;
     let store = Store::open_small().unwrap();
     let (ram, runs, over) = (booted(&store, true), RwLock::new(()), AtomicBool::new(false));
     let last = thread::scope(|threads| {
@@ -340,7 +343,8 @@ fn nothing_is_lost_of_what_is_written_up_to_the_instant() {
             let (ram, runs, over) = (&ram, &runs, &over);
             threads.spawn(move || {
                 let mut count = 0u64;
-                while !over.load(Ordering::Relaxed) {
+                // At least once round the ring, however slow the thread is.
+                while !over.load(Ordering::Relaxed) || count <= 200 {
                     let _running = runs.read().unwrap();
                     count += 1;
                     put(ram, first + count % 200, count);
@@ -351,7 +355,7 @@ fn nothing_is_lost_of_what_is_written_up_to_the_instant() {
         let (guests, region) = ([guest(0), guest(PAGES + 50)], &ram.regions()[0]);
         let device = threads.spawn(|| {
             let mut count = 0u64;
-            while !over.load(Ordering::Relaxed) {
+            while !over.load(Ordering::Relaxed) || count <= 100 {
                 let at = PageRange::with_len(1200 + count % 100, 1);
                 let pin = region.pin(at, Access::Write, PinLifetime::Transient).unwrap();
                 count += 1;
@@ -361,16 +365,16 @@ fn nothing_is_lost_of_what_is_written_up_to_the_instant() {
             }
             count
         });
-        let mut done = 0;
-        for round in 0..ROUNDS {
+        let (mut done, mut round) = (0, 0);
+        while done < SUSPENSIONS && round < MAX_ROUNDS {
             let stopped = Stopped(runs.write().unwrap());
             let file = SuspendFile::create(Path::new(DIR)).unwrap();
-            match ram.suspend(file, &Quiesced::by(&stopped), Duration::from_millis(50)) {
+            match ram.suspend(file, &Quiesced::by(&stopped), UNTIL_UNPINNED) {
                 Ok((_, working_set)) => {
                     done += 1;
                     ram.read_ahead(&working_set);
                 }
-                // The device was quicker.
+                // The device has pinned a page after the wait.
                 Err(RamError::Pinned { .. }) => {}
                 Err(error) => panic!("{error:?}"),
             }
@@ -378,10 +382,11 @@ fn nothing_is_lost_of_what_is_written_up_to_the_instant() {
             if round % 8 == 0 {
                 store.sweep();
             }
+            round += 1;
             thread::sleep(Duration::from_millis(1));
         }
         over.store(true, Ordering::Relaxed);
-        assert!(done > ROUNDS / 4, "{done} of {ROUNDS} were not refused");
+        assert_eq!(done, SUSPENSIONS, "of {round} suspensions the others were refused");
         let [low, high] = guests.map(|guest| guest.join().unwrap());
         [(0, low, 200), (PAGES + 50, high, 200), (1200, device.join().unwrap(), 100)]
     });

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -158,12 +158,8 @@ impl Rig {
     fn check_nothing_is_left(self, what: &str) {
         let Self { store, ram, image, pins, empty, .. } = self;
         drop((pins, image, ram, empty));
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while store.live_layers() > 0 || store.budget().used() > 0 {
-            let (layers, used) = (store.live_layers(), store.budget().used());
-            assert!(Instant::now() < deadline, "{what}: {layers} layers and {used} mappings are left");
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        let left = || (store.live_layers(), store.budget().used());
+        clade_test_support::wait_eq(&format!("{what}: layers and mappings that are left"), &(0, 0), left);
     }
 }
 

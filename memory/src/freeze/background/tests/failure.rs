@@ -15,16 +15,13 @@ fn expect_failed(rig: &Rig, image: &RamImage, child: &GuestRam, told: &mpsc::Rec
     write(&rig.parent, 700, mark(700));
     // Nobody starts from the image any more. (A parent's write is let go a moment before the
     // failure is known to all.)
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while image.failure().is_none() && Instant::now() < deadline {
-        std::thread::yield_now();
-    }
-    assert!(image.failure().is_some() && !image.is_pending());
+    wait_until("the image's failure", || image.failure().is_some());
+    assert!(!image.is_pending());
     let late = GuestRam::reserve(image.layout(), &rig.store).unwrap();
     assert!(matches!(late.adopt(image), Err(RamError::Lost(_))));
     // A child that has started knows, and reads no zeros.
     assert!(child.failure().is_some());
-    told.recv_timeout(Duration::from_secs(5)).expect("the callback");
+    receive("the callback", told);
     assert!(is_lost(touch(child, 1050)), "canon 32: an error, never zeros");
     assert!(touch(child, 1300).is_ok(), "what was never in the delta is still there");
     assert!(child.regions()[0].pin(PageRange::new(1050, 1051), Access::Write, PinLifetime::Transient).is_err());
@@ -91,7 +88,7 @@ fn a_thread_that_panics_stops_the_child_and_goes_on_for_others() {
         let told = tell(&child);
         rig.engine.hooks.panic.store(true, Ordering::Release);
         rig.let_run();
-        told.recv_timeout(Duration::from_secs(5)).expect("the callback");
+        receive("the callback", &told);
         let told = tell(&child);
         expect_failed(&rig, &image, &child, &told);
     }
@@ -209,7 +206,7 @@ fn a_callback_may_ask_the_vm() {
         rig.engine.hooks.left.store(0, Ordering::Release);
         // Noticed by a thread that holds the child's lock.
         let noticed = thread::spawn(move || child.finish_background().is_err());
-        let asked = told.recv_timeout(Duration::from_secs(20)).expect("told, and not in a deadlock");
+        let asked = receive("a callback without a deadlock", &told);
         assert!(noticed.join().unwrap());
         rig.engine.hooks.left.store(u64::MAX, Ordering::Release);
         assert_eq!(asked, (true, true, true, false));
@@ -234,9 +231,9 @@ fn a_callback_may_let_go_of_the_store() {
     });
     rig.engine.hooks.fail_copies();
     rig.let_run();
-    begun.recv_timeout(Duration::from_secs(20)).expect("the callback");
-    rig.store.wait_reclaimed(Duration::from_secs(20));
+    receive("the callback", &begun);
+    rig.store.wait_reclaimed();
     drop((child, image, rig));
     go.send(()).unwrap();
-    ended.recv_timeout(Duration::from_secs(20)).expect("the store went, and its thread goes on to its end");
+    receive("the end of the callback that drops the store", &ended);
 }

@@ -85,7 +85,7 @@ fn who_loses_memory_after_the_thread_has_ended_is_told() {
     failure.on(Box::new(move |error| drop(tell.send(error.to_string()))));
     failure.set(&Arc::new(FillError::Gone));
     shared.tell_later(std::iter::once(failure));
-    told.recv_timeout(Duration::from_secs(10)).expect("the callback");
+    receive("the callback", &told);
 }
 
 /// A child's mapping of the middle of a file shows the file's pages from there on.
