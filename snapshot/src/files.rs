@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{
     AtFlags, CWD, Dir, DirEntry, FlockOperation, OFlags, RenameFlags, fcntl_getfl, fcntl_setfl, flock, fsync,
@@ -62,6 +63,19 @@ impl Files {
     #[cfg(test)]
     fn point(&self, op: Op, path: &Path) -> io::Result<Verdict> {
         self.plan.as_ref().map_or(Ok(Verdict::Go), |plan| plan.decide(op, path))
+    }
+
+    /// How long a lock of a snapshot's directory is waited for.
+    #[cfg(not(test))]
+    #[allow(clippy::unused_self, reason = "a test's plan decides")]
+    pub(crate) fn lock_timeout(&self) -> Duration {
+        crate::lock::TIMEOUT
+    }
+
+    /// How long a lock is waited for: as the plan says, or longer than any test.
+    #[cfg(test)]
+    pub(crate) fn lock_timeout(&self) -> Duration {
+        self.plan.as_ref().and_then(|plan| plan.lock_timeout).unwrap_or(crate::lock::TIMEOUT * 60)
     }
 
     /// Repeats `call` while it is interrupted.

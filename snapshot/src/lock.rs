@@ -17,8 +17,9 @@ use crate::dir::{Dir, identity};
 use crate::error::Error;
 use crate::files::{Files, Op};
 
-/// How long a lock is waited for.
-pub(crate) const TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
+/// How long a lock is waited for. Its holder writes a note, renames and syncs directories, which a
+/// disk that stalls makes long.
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(60);
 /// Time between attempts.
 const AGAIN: Duration = Duration::from_millis(5);
 
@@ -49,8 +50,9 @@ pub(crate) fn lock(
             Err(path) => path,
         };
         go_on()?;
-        if begun.elapsed() >= TIMEOUT {
-            return Err(Error::Locked { path: contended.to_owned(), seconds: TIMEOUT.as_secs() });
+        let timeout = files.lock_timeout();
+        if begun.elapsed() >= timeout {
+            return Err(Error::Locked { path: contended.to_owned(), seconds: timeout.as_secs() });
         }
         std::thread::sleep(AGAIN);
     }

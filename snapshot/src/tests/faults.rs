@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use rustix::io::Errno;
 
@@ -42,6 +43,8 @@ pub(crate) struct Plan {
     fault: Option<(u64, Fault)>,
     count: AtomicU64,
     trace: Mutex<Vec<(Op, PathBuf)>>,
+    /// How long locks are waited for.
+    pub(crate) lock_timeout: Option<Duration>,
 }
 
 impl Plan {
@@ -53,6 +56,11 @@ impl Plan {
     /// Before each operation `hook` is called.
     pub(crate) fn hooked(hook: impl Fn(Op, &Path) -> io::Result<()> + Send + Sync + 'static) -> Self {
         Self { hook: Some(Hook(Box::new(hook))), ..Self::default() }
+    }
+
+    /// A lock that is not free is an error at once.
+    pub(crate) fn impatient() -> Self {
+        Self { lock_timeout: Some(Duration::ZERO), ..Self::default() }
     }
 
     /// What was done, in order.

@@ -6,7 +6,6 @@ use std::os::unix::fs::{MetadataExt, chown, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
-use std::time::Duration;
 
 use clade_memory::{PageRange, Store};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
@@ -16,7 +15,6 @@ use crate::format::{Index, Manifest, Run, checksum};
 use crate::space::Kind;
 use crate::*;
 
-const TIMEOUT: Duration = Duration::from_secs(20);
 const HUGE: u64 = 8 << 40;
 
 /// A small snapshot with a disk and a record of what was touched.
@@ -40,7 +38,7 @@ fn read(at: &Path) -> Result<(), Error> {
         let read = || Snapshot::open(&at)?.working_set().map(drop);
         let _ = told.send(read());
     });
-    heard.recv_timeout(TIMEOUT).expect("it does not come to an end")
+    clade_test_support::receive("the end of reading a snapshot", &heard)
 }
 
 #[test]
