@@ -38,10 +38,12 @@ use crate::vm::vcpu::sched::BoostGuard;
 use crate::vm::vcpu::{Start, StartCommand};
 
 /// How long the kernel may take to give up the requests it holds. A read or write of a file that
-/// has begun cannot be cancelled, and completes.
-const HALT: Duration = Duration::from_secs(2);
-/// How long to wait for pins that are not the VM's devices'.
-const PINS: Duration = Duration::from_millis(100);
+/// has begun cannot be cancelled, and completes: late, where a disk stalls. After the timeout the
+/// operation fails and the VM runs on (I13).
+pub(super) const HALT: Duration = Duration::from_secs(30);
+/// How long to wait for transient pins that are not the VM's devices'. A transfer ends each of them.
+/// A long-term pin is not waited for.
+pub(super) const PINS: Duration = Duration::from_secs(30);
 
 #[cfg(test)]
 thread_local! {

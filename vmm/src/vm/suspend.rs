@@ -33,9 +33,9 @@ use crate::vm::machine::Vm;
 use crate::vm::vcpu::sched::BoostGuard;
 
 /// How long the kernel may take to give up the requests it holds.
-const HALT: Duration = Duration::from_secs(2);
-/// How long to wait for pins that are not the VM's devices'.
-const PINS: Duration = Duration::from_millis(100);
+const HALT: Duration = super::reset::HALT;
+/// How long to wait for transient pins that are not the VM's devices'.
+const PINS: Duration = super::reset::PINS;
 
 /// What a suspension did, and the parts of its time.
 #[derive(Clone, Copy, Debug, Default)]

@@ -20,7 +20,7 @@ use crate::vm::identity::{ChildIdentity, Identity, IdentityError, NAME, NetChoic
 /// Longest generated interface name before its number: a name has 15 bytes, with room for 9,999.
 const MAX_STEM: usize = 11;
 /// How long another process may hold the lock on a directory of sockets.
-const TIMEOUT: Duration = Duration::from_secs(1);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The host's end of a network device.
 #[derive(Debug)]

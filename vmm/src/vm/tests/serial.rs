@@ -1,16 +1,14 @@
 //! The serial port, accessed by a guest's string instructions.
 
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
 
 use clade_memory::Store;
+use clade_test_support::wait_until;
 
 use crate::boot::{BootSource, Image};
 use crate::kvm::testutil::{elf, host};
 use crate::vm::{Context, Vm, VmConfig};
 
-const TIMEOUT: Duration = Duration::from_secs(20);
 const TYPED: &[u8] = b"typed";
 
 /// Waits for input at COM1, takes five bytes by `rep insb`, and writes them by `rep outsb`:
@@ -35,11 +33,9 @@ fn string_instructions_lose_no_byte_of_the_serial_port() {
     let vm = Vm::boot(&context, "echo", &config, &source).unwrap();
     // All at once: the whole text is in the FIFO when the guest finds the first byte.
     assert_eq!(vm.type_in(TYPED), TYPED.len());
-    let begun = Instant::now();
-    while vm.console().since(0).len() < TYPED.len() {
-        assert!(begun.elapsed() < TIMEOUT, "only {:?} came back", vm.console().since(0));
+    wait_until("the echo of all that was typed", || {
         assert!(vm.stopped().is_none(), "{:?}", vm.stopped());
-        thread::yield_now();
-    }
+        vm.console().since(0).len() >= TYPED.len()
+    });
     assert_eq!(vm.console().since(0), TYPED);
 }

@@ -3,10 +3,11 @@
 
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clade_guests::abi::{Command, MAGIC, mailbox_gpa, offset};
 use clade_memory::Store;
+use clade_test_support::wait_until;
 use kvm_bindings::{KVM_MP_STATE_INIT_RECEIVED, Msrs, kvm_msr_entry, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -18,7 +19,6 @@ use clade_harness::BareMailbox;
 const PAIRS: [Pair; 1] = [Pair::Relay];
 /// Long enough for a vCPU to start, if it may.
 const SETTLE: Duration = Duration::from_millis(30);
-const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// `image` with an MSR that no KVM has, on vCPU `vcpu`.
 fn spoiled(image: &ForkImage, vcpu: usize) -> Arc<ForkImage> {
@@ -110,11 +110,7 @@ fn a_start_up_ipi_latched_before_a_reset_starts_nobody_after_it() {
         let sender = BareMailbox::new(vm.ram(), SENDS);
         sender.order(Command::Restart { peer: WAITS }).unwrap();
         vm.ring_doorbell(SENDS).unwrap();
-        let begun = Instant::now();
-        while sender.progress().unwrap() < 3 {
-            assert!(begun.elapsed() < TIMEOUT, "round {round}: the sender stands still");
-            thread::yield_now();
-        }
+        wait_until("the sender gets on", || sender.progress().unwrap() >= 3);
         vm.prepared.control.schedule.delay_kicks(Duration::from_millis(4), round);
         vm.reset(&image).unwrap();
     }

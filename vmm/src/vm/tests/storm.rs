@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clade_guests::BARE_ELF;
 use clade_guests::abi::Command;
@@ -17,8 +17,10 @@ use crate::kvm::testutil::host;
 use crate::vm::{ChildOptions, Context, Vm, VmConfig};
 use clade_harness::BareMailbox;
 use clade_memory::Store;
+use clade_test_support::{Patience, wait_until};
 
-/// A pair without progress for this long has lost its interrupt: it needs less than a millisecond.
+/// A pair without progress for this much running time has lost its interrupt: it needs less than a
+/// millisecond. Used where a pair is to be stuck; elsewhere the wait is longer.
 const STUCK: Duration = Duration::from_secs(8);
 /// Steps that a child must make.
 const STEPS: u64 = 3;
@@ -57,12 +59,8 @@ pub(super) fn boot_idle(context: &Context, cpus: u64) -> Vm {
     let kernel = Image::Bytes(BARE_ELF.into());
     let source = BootSource::new(kernel);
     let vm = Vm::boot(context, "storm", &config, &source).unwrap();
-    let begun = Instant::now();
     for vcpu in 0..cpus {
-        while !BareMailbox::new(vm.ram(), vcpu).is_ready().unwrap() {
-            assert!(begun.elapsed() < STUCK, "vCPU {vcpu} boots");
-            thread::yield_now();
-        }
+        wait_until("a vCPU boots", || BareMailbox::new(vm.ram(), vcpu).is_ready().unwrap());
     }
     vm
 }
@@ -74,11 +72,7 @@ pub(super) fn boot(context: &Context, pairs: &[Pair]) -> Vm {
         let begin = |vcpu, command| {
             BareMailbox::new(vm.ram(), vcpu).order(command).unwrap();
             vm.ring_doorbell(vcpu).unwrap();
-            let begun = Instant::now();
-            while progress(&vm, vcpu) == 0 {
-                assert!(begun.elapsed() < STUCK, "vCPU {vcpu} takes its command");
-                thread::yield_now();
-            }
+            wait_until("a vCPU takes its command", || progress(&vm, vcpu) > 0);
         };
         match pair {
             Pair::Relay => {
@@ -98,15 +92,18 @@ fn progress(vm: &Vm, vcpu: u64) -> u64 {
 
 /// Checks that every pair makes progress. The error names the pair that does not, and its count.
 pub(super) fn goes_on(vm: &Vm, pairs: &[Pair]) -> Result<(), String> {
+    goes_on_within(Patience::default(), vm, pairs)
+}
+
+fn goes_on_within(mut patience: Patience, vm: &Vm, pairs: &[Pair]) -> Result<(), String> {
     let firsts: Vec<u64> = (0..).step_by(2).take(pairs.len()).collect();
     let from: Vec<u64> = firsts.iter().map(|vcpu| progress(vm, *vcpu)).collect();
-    let begun = Instant::now();
     for ((vcpu, from), pair) in firsts.into_iter().zip(from).zip(pairs) {
         while progress(vm, vcpu) < from + STEPS {
             if let Some(reason) = vm.stopped() {
                 return Err(format!("stopped: {reason}"));
             }
-            if begun.elapsed() > STUCK {
+            if !patience.tick() {
                 return Err(format!("the {pair:?} of vCPU {vcpu} stays at {}", progress(vm, vcpu)));
             }
             thread::sleep(Duration::from_micros(50));
@@ -131,14 +128,18 @@ fn run(storm: Storm) -> Option<Found> {
         let (image, _) = parent.fork().unwrap();
         let child = Vm::from_image(&context, "child", &image, ChildOptions::default()).unwrap();
         found.children += 1;
-        if let Err(stuck) = goes_on(&child, storm.pairs) {
+        let goes_on = |vm: &Vm| {
+            let patience = if storm.saves_early { Patience::new(STUCK) } else { Patience::default() };
+            goes_on_within(patience, vm, storm.pairs)
+        };
+        if let Err(stuck) = goes_on(&child) {
             found.stuck.push(format!("child {n}: {stuck}"));
             break;
         }
         if n % 2 == 0 {
             child.prepared.control.schedule.delay_kicks(storm.delay, !storm.seed);
             child.reset_to_origin().unwrap();
-            if let Err(stuck) = goes_on(&child, storm.pairs) {
+            if let Err(stuck) = goes_on(&child) {
                 found.stuck.push(format!("child {n} after a reset: {stuck}"));
                 break;
             }
@@ -174,13 +175,13 @@ fn no_interrupt_between_vcpus_is_lost_by_a_fork() {
 /// fail proves nothing.
 #[test]
 fn a_save_that_does_not_wait_for_all_vcpus_is_noticed() {
-    let Some(found) = run(Storm { saves_early: true, forks: 400, ..QUICK }) else { return };
+    let Some(found) = run(Storm { saves_early: true, forks: 4000, ..QUICK }) else { return };
     println!("{found:?}");
     assert_eq!(found.stuck.len(), 1, "of {} children", found.children);
 }
 
 #[test]
-#[ignore = "some minutes"]
+#[ignore = "long: some minutes"]
 fn no_interrupt_is_lost_by_many_forks() {
     let all: [(&'static [Pair], u64); 5] = [
         (&[Relay], 20),

@@ -138,7 +138,7 @@ fn i13_a_suspension_that_is_refused_leaves_the_vm_running() {
     vm.stop();
     assert!(matches!(vm.wake(), Err(VmError::Stopped(_))));
     assert!(matches!(vm.suspend(file()), Err(VmError::Stopped(_))));
-    assert!(vm.wait(Duration::from_secs(20)).is_some(), "its threads end");
+    clade_test_support::wait_for("the end of its threads", || vm.wait(Duration::ZERO));
     let woken = vm.woken().unwrap();
     drop(vm);
     let mut woken = woken;

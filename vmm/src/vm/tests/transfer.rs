@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
 
 use clade_devices::disk::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
@@ -65,11 +64,7 @@ fn an_image_that_is_imported_starts_the_vm_that_was_exported() {
     assert_eq!(leases.count(), 1, "the grandchild shows its layers");
     drop(grandchild);
     receiver.store().sweep();
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while leases.count() > 0 {
-        assert!(Instant::now() < deadline, "nothing uses it any more");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    clade_test_support::wait_eq("leases of what no VM shows any more", &0, || leases.count());
 }
 
 #[test]

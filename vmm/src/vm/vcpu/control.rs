@@ -39,9 +39,9 @@ use crate::vm::vcpu::kick::Kicker;
 use crate::vm::vcpu::schedule::Schedule;
 use state::{Inner, Phase, RUN, Startup, State};
 
-/// How long a vCPU may take to leave the guest. It takes microseconds; past this the host is
-/// broken.
-const TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a vCPU may take to leave the guest. It takes microseconds on an idle processor and
+/// seconds on a host that is overcommitted many times; past this the host is broken.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The synchronization point. `O` is what a vCPU starts with, `S` what it saves.
 ///

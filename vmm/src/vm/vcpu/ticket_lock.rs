@@ -24,6 +24,14 @@ pub(crate) struct TicketLock {
 #[derive(Debug)]
 pub(crate) struct Turn<'a>(&'a TicketLock);
 
+impl Tickets {
+    /// Draws the next ticket.
+    fn draw(&mut self) -> u64 {
+        self.next += 1;
+        self.next - 1
+    }
+}
+
 impl TicketLock {
     fn tickets(&self) -> MutexGuard<'_, Tickets> {
         self.tickets.lock().unwrap_or_else(PoisonError::into_inner)
@@ -31,9 +39,13 @@ impl TicketLock {
 
     /// Waits until every thread that drew a ticket earlier has unlocked.
     pub(crate) fn take(&self) -> Turn<'_> {
+        let own = self.tickets().draw();
+        self.wait_called(own)
+    }
+
+    /// Waits until ticket `own` has the lock.
+    fn wait_called(&self, own: u64) -> Turn<'_> {
         let mut tickets = self.tickets();
-        let own = tickets.next;
-        tickets.next += 1;
         while tickets.now != own {
             tickets = self.called.wait(tickets).unwrap_or_else(PoisonError::into_inner);
         }
@@ -69,20 +81,26 @@ mod tests {
                     thread::sleep(Duration::from_micros(200));
                 }
             });
-            for _ in 0..100 {
-                let held = turns.tickets();
-                let (before, waiting) = (others.load(Ordering::SeqCst), held.next - held.now);
+            // Counted in turns: the time that either thread needs for one decides nothing.
+            let mut rounds = 0;
+            while rounds < 100 || others.load(Ordering::SeqCst) <= 10 {
+                let mut held = turns.tickets();
+                // No turn begins or ends while the tickets are held.
+                let (before, ahead) = (others.load(Ordering::SeqCst), held.next - held.now);
+                let own = held.draw();
                 drop(held);
-                let turn = turns.take();
+                let turn = turns.wait_called(own);
                 let between = others.load(Ordering::SeqCst) - before;
                 drop(turn);
-                // The turn it has, and one more if it drew a ticket between our read and our draw.
-                assert!(between <= 2, "{between} turns of the other's before ours, {waiting} were drawn");
+                if ahead > 1 || between as u64 > ahead {
+                    done.store(true, Ordering::SeqCst);
+                    panic!("{between} turns of the other's before ours, {ahead} were drawn");
+                }
+                rounds += 1;
                 thread::sleep(Duration::from_micros(100));
             }
             done.store(true, Ordering::SeqCst);
         });
-        assert!(others.load(Ordering::SeqCst) > 10);
     }
 
     #[test]

@@ -26,7 +26,8 @@ fn config(socket: &Path, cid: u64) -> VmConfig {
 fn nobody_shares_an_address_or_a_socket() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("parent.vsock");
-    let cid = 0x7000_0000 | u64::from(std::process::id());
+    let claim = clade_test_support::Cid::take();
+    let cid = u64::from(claim.number());
     let config = config(&socket, cid);
     let parent = Endpoints::boot(&config).unwrap();
     let again = Endpoints::boot(&config).unwrap_err().to_string();

@@ -1,9 +1,11 @@
 //! The orders of a save, a load and a start, with threads that are no vCPUs.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
+
+use clade_test_support::receive;
 
 use super::{Next, Phase, State, VcpuControl};
 use crate::vm::error::VmError;
@@ -11,7 +13,6 @@ use crate::vm::stop::StopReason;
 
 /// Long enough for a thread to go on, if it may.
 const SETTLE: Duration = Duration::from_millis(150);
-const TIMEOUT: Duration = Duration::from_secs(10);
 
 type Control = VcpuControl<u32, u32>;
 
@@ -36,28 +37,19 @@ fn pauses(control: &Arc<Control>, save: bool) -> JoinHandle<()> {
     pauser
 }
 
-/// What both vCPUs get from `park`. The first parks alone for a while; what it gets in that time is
-/// the error.
-fn one_then_the_other(control: &Arc<Control>) -> Result<[Next<u32>; 2], (usize, Next<u32>)> {
-    let pauser = pauses(control, true);
-    let (tell, told): (_, Receiver<(usize, Next<u32>)>) = channel();
-    let first = parks(control, 0, &tell);
-    match told.recv_timeout(SETTLE) {
-        Ok(early) => return Err(early),
-        Err(error) => assert_eq!(error, RecvTimeoutError::Timeout),
-    }
-    let second = parks(control, 1, &tell);
-    pauser.join().unwrap();
-    let next = [told.recv_timeout(TIMEOUT).unwrap().1, told.recv_timeout(TIMEOUT).unwrap().1];
-    first.join().unwrap();
-    second.join().unwrap();
-    Ok(next)
-}
-
 #[test]
 fn no_vcpu_saves_before_all_are_parked() {
     let control = Arc::new(Control::new(2));
-    let next = one_then_the_other(&control).expect("nobody is told anything before both are parked");
+    let pauser = pauses(&control, true);
+    let (tell, told) = channel();
+    let first = parks(&control, 0, &tell);
+    let early = told.recv_timeout(SETTLE).unwrap_err();
+    assert_eq!(early, RecvTimeoutError::Timeout, "the first vCPU has parked alone");
+    let second = parks(&control, 1, &tell);
+    pauser.join().unwrap();
+    let next = [0, 1].map(|_| receive("what a parked vCPU is to do", &told).1);
+    first.join().unwrap();
+    second.join().unwrap();
     assert!(next.iter().all(|next| matches!(next, Next::Save(_))), "{next:?}");
 }
 
@@ -65,7 +57,11 @@ fn no_vcpu_saves_before_all_are_parked() {
 fn without_the_rule_one_saves_beside_a_running_sibling() {
     let control = Arc::new(Control::new(2));
     control.schedule.save_early();
-    let (index, next) = one_then_the_other(&control).unwrap_err();
+    // The pauser waits for the second vCPU, which never parks.
+    let _pauser = pauses(&control, true);
+    let (tell, told) = channel();
+    let _first = parks(&control, 0, &tell);
+    let (index, next) = receive("what a vCPU that parked alone is to do", &told);
     assert!(index == 0 && matches!(next, Next::Save(_)), "{next:?}");
 }
 
@@ -79,7 +75,7 @@ fn no_vcpu_loads_before_all_are_parked() {
     assert_eq!(told.recv_timeout(SETTLE).unwrap_err(), RecvTimeoutError::Timeout);
     let second = parks(&control, 1, &tell);
     for _ in 0..2 {
-        let (index, next) = told.recv_timeout(TIMEOUT).unwrap();
+        let (index, next) = receive("what a parked vCPU is to do", &told);
         let Next::Load(request, order) = next else { panic!("{next:?}") };
         assert_eq!(order, 7 + index as u32);
         control.has_loaded(index, request, Ok(()));
