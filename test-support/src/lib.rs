@@ -4,9 +4,14 @@
 #![deny(missing_docs)]
 
 mod patience;
+mod patient;
 mod require;
 mod unique;
 
-pub use patience::{Patience, Watchdog, host_factor, receive, report_bare_boot, wait_eq, wait_for, wait_until};
+pub use patience::{
+    Patience, Watchdog, host_factor, receive, report_bare_boot, wait_eq, wait_for, wait_for_within, wait_until,
+    wait_until_within,
+};
+pub use patient::PatientStream;
 pub use require::{required, skip};
 pub use unique::{Cid, Claim, Port, Subnet, TapName};

@@ -120,8 +120,16 @@ impl Patience {
 ///
 /// # Panics
 /// When patience ends first, with `what` in the message.
-pub fn wait_for<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
-    let (mut patience, mut interval) = (Patience::default(), MIN_POLL_INTERVAL);
+pub fn wait_for<T>(what: &str, done: impl FnMut() -> Option<T>) -> T {
+    wait_for_within(DEFAULT_LIMIT, what, done)
+}
+
+/// The same, for much work: with patience of `limit` on the reference host.
+///
+/// # Panics
+/// As [`wait_for`].
+pub fn wait_for_within<T>(limit: Duration, what: &str, mut done: impl FnMut() -> Option<T>) -> T {
+    let (mut patience, mut interval) = (Patience::new(limit), MIN_POLL_INTERVAL);
     loop {
         if let Some(value) = done() {
             return value;
@@ -173,6 +181,14 @@ pub fn receive<T>(what: &str, from: &Receiver<T>) -> T {
             }
         }
     }
+}
+
+/// The same, for much work: with patience of `limit` on the reference host.
+///
+/// # Panics
+/// As [`wait_for`].
+pub fn wait_until_within(limit: Duration, what: &str, mut done: impl FnMut() -> bool) {
+    wait_for_within(limit, what, || done().then_some(()));
 }
 
 /// Aborts the process when it is still held after its time: a test that hangs must fail and say so.

@@ -82,11 +82,14 @@ impl Port {
     }
 }
 
-/// A vsock CID.
+/// A vsock CID, and those of the children of its VM: [`Cid::COUNT`] in a row.
 #[derive(Debug)]
 pub struct Cid(Claim);
 
 impl Cid {
+    /// How many CIDs it is.
+    pub const COUNT: u32 = 64;
+
     /// Takes a CID.
     #[must_use]
     pub fn take() -> Self {
@@ -96,7 +99,7 @@ impl Cid {
     /// Its number.
     #[must_use]
     pub fn number(&self) -> u32 {
-        self.0.number()
+        self.0.number() * Self::COUNT
     }
 }
 
@@ -149,6 +152,12 @@ mod tests {
         assert!(again.try_lock().is_err(), "the port is held");
         drop(one);
         assert_eq!(Port::wait_for(number).number(), number);
+    }
+
+    #[test]
+    fn children_have_room_for_their_cids() {
+        let (one, two) = (Cid::take(), Cid::take());
+        assert!(one.number().abs_diff(two.number()) >= Cid::COUNT);
     }
 
     #[test]
