@@ -33,6 +33,9 @@ const TUNABLES: &str = "GLIBC_TUNABLES";
 /// The kernel ends such a process before the agent, when memory runs out.
 const OOM_SCORE: &[u8] = b"100";
 
+/// The last real-time signal of the kernel.
+const LAST_SIGNAL: i32 = 64;
+
 /// What a process starts with.
 #[derive(Debug)]
 pub(crate) struct Surroundings<'a> {
@@ -106,6 +109,7 @@ fn enter(command: &mut Command, user: &User, cwd: &Path, has_terminal: bool) {
         } else {
             rustix::process::setpgid(None::<Pid>, None::<Pid>)?;
         }
+        default_signals();
         // Without these the process runs all the same.
         if let Ok(file) = rustix::fs::open(c"/proc/self/oom_score_adj", OFlags::WRONLY, Mode::empty()) {
             let _ = rustix::io::write(&file, OOM_SCORE);
@@ -124,6 +128,23 @@ fn enter(command: &mut Command, user: &User, cwd: &Path, has_terminal: bool) {
     // SAFETY: between fork and exec the closure only makes system calls, on values it has copied before: it takes no
     // lock and no memory. The child has one thread, so what is set for a thread is set for the process.
     unsafe { command.pre_exec(prepare) };
+}
+
+/// Gives every signal its default disposition, and blocks none. The standard library resets only
+/// SIGPIPE, and exec keeps the signals that the agent's starter had it ignore or block.
+fn default_signals() {
+    // The kernel's structure: SIG_DFL, no flags, no restorer and no mask. The C library's function
+    // refuses the two signals that the library uses itself.
+    let action = [0_u64; 4];
+    for number in 1..=LAST_SIGNAL {
+        let (action, size) = (&raw const action, size_of::<u64>());
+        // SAFETY: the kernel reads `action`, which lives on, and installs no handler. It refuses SIGKILL
+        // and SIGSTOP with an error.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, number, action, 0_usize, size) };
+    }
+    let (mask, size) = (0_u64, size_of::<u64>());
+    // SAFETY: the kernel reads `mask`, which lives on, and returns no old mask.
+    unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const mask, 0_usize, size) };
 }
 
 fn pty(size: Size) -> io::Result<(OwnedFd, OwnedFd)> {

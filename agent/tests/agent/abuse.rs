@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use clade_agent_client::proto::api::{Generation, Written};
@@ -13,9 +12,6 @@ use clade_agent_client::{Client, ClientError, Download, Messages, Process, Uploa
 use tokio::task::JoinHandle;
 
 use crate::{Agent, run, sh, shell, until};
-
-/// How soon each call must end.
-const SOON: Duration = Duration::from_secs(10);
 
 /// One call of each kind, under way.
 struct Calls {
@@ -49,9 +45,8 @@ impl Calls {
         Self { process, watch, _upload: upload, uploaded, download }
     }
 
-    /// Each ends soon, with an error that says why.
+    /// Each call ends with the error of a connection that broke, and not with that of a silent agent.
     async fn expect_lost(mut self) {
-        let begun = Instant::now();
         let process = loop {
             if let Err(error) = self.process.next().await {
                 break error;
@@ -74,7 +69,6 @@ impl Calls {
             let text = error.to_string();
             assert!(text.contains("the agent or its VM has ended") && text.contains("another now"), "{text}");
         }
-        assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
     }
 }
 

@@ -17,13 +17,17 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, ChildStderr, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clade_agent_client::proto::process::{EndEvent, ProcessConfig, StartRequest};
 use clade_agent_client::{Client, ClientError, Endpoint, Process};
+use clade_test_support::{Patience, Watchdog, wait_until};
 
-/// What anything here may take.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// The running time after which a test hangs.
+const LIMIT: Duration = Duration::from_secs(300);
+
+/// The agent's program.
+const PROGRAM: &str = env!("CARGO_BIN_EXE_clade-agent");
 
 /// An agent, which ends with the test.
 struct Agent {
@@ -42,17 +46,17 @@ impl Agent {
     }
 
     fn start_as(arguments: &[&str], stderr: Stdio) -> Self {
+        Self::start_by(Command::new(PROGRAM), arguments, stderr)
+    }
+
+    /// Starts an agent by a command that becomes the agent.
+    fn start_by(mut command: Command, arguments: &[&str], stderr: Stdio) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("agent.sock");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_clade-agent"));
         let mut child = command.arg("--unix").arg(&socket).args(arguments).stderr(stderr).spawn().unwrap();
         let heard = RefCell::new(child.stderr.take());
         let agent = Self { child, heard, dir };
-        let begun = Instant::now();
-        while UnixStream::connect(&socket).is_err() {
-            assert!(begun.elapsed() < PATIENCE, "the agent does not listen");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        wait_until("the agent listens", || UnixStream::connect(&socket).is_ok());
         agent
     }
 
@@ -69,13 +73,12 @@ impl Agent {
     }
 
     fn raw(&self) -> UnixStream {
-        let stream = UnixStream::connect(self.socket()).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream
+        UnixStream::connect(self.socket()).unwrap()
     }
 
     /// Sends bytes, and reads all that comes back until the agent closes.
     fn say(&self, bytes: &[u8]) -> String {
+        let _watchdog = Watchdog::new(LIMIT, || "the agent does not close a connection".to_owned());
         let mut stream = self.raw();
         // The agent may close before it has all of it.
         let _ = stream.write_all(bytes);
@@ -105,7 +108,8 @@ impl Drop for Agent {
 
 fn run<T>(test: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async { tokio::time::timeout(PATIENCE * 3, test).await.expect("the test hangs") })
+    let _watchdog = Watchdog::new(LIMIT, || "an agent is used".to_owned());
+    runtime.block_on(test)
 }
 
 fn shell(script: &str) -> StartRequest {
@@ -149,9 +153,9 @@ async fn sh(client: &Client, script: &str) -> Outcome {
 }
 
 async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
-    let begun = Instant::now();
+    let mut patience = Patience::default();
     while !is_so().await {
-        assert!(begun.elapsed() < PATIENCE, "{what}: not in time");
+        assert!(patience.tick(), "{what}: waited {:?} of running time", patience.limit());
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }

