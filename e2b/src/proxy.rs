@@ -32,7 +32,7 @@ use crate::tunnel::{Afterwards, relay};
 mod tests;
 
 /// How long a guest may take to take a connection.
-const CONNECTING: Duration = Duration::from_secs(10);
+const CONNECTING: Duration = Duration::from_secs(30);
 /// The same for a program's port. Its agent tries two addresses, for 5 s each.
 const CONNECTING_TO_PORT: Duration = Duration::from_secs(20);
 /// Most headers of a guest's answer.

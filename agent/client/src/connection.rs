@@ -25,11 +25,19 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use crate::{Client, ClientError, Socket};
 
 /// How long a guest may take to take a connection, if the client has no other patience.
-pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long one attempt may take. Each attempt that is given up is more work for a slow guest.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
+/// The pause after the first attempt. Each further pause is twice as long, up to the longest.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+/// Why an attempt failed that got no answer in its time.
+const NOT_TAKEN: &str = "it does not take the connection";
 /// How long the head of an answer may take, if the client has no other patience.
 pub(crate) const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the agent may be silent within an answer. It is asked to say something more often.
@@ -82,12 +90,34 @@ impl Endpoint {
         })
     }
 
-    /// Connects within a time.
+    /// Connects within a time. A guest that refuses the connection, or does not answer it, may have an
+    /// agent in a moment: the attempt is repeated until the time is over.
     ///
     /// # Errors
-    /// When nothing listens there, or does not take the connection in time.
+    /// When the socket does not exist, or the guest takes no connection in time.
     pub async fn connect(&self, time: Duration) -> Result<Socket, ClientError> {
-        let late = |_| ClientError::NoAgent { why: "it does not take the connection" };
+        let (begun, mut pause) = (Instant::now(), FIRST_PAUSE);
+        loop {
+            let left = time.saturating_sub(begun.elapsed());
+            let failed = match self.connect_once(left.min(ATTEMPT_TIMEOUT)).await {
+                Err(error) if error.may_pass() => error,
+                done => return done,
+            };
+            let waited = begun.elapsed();
+            if waited >= time {
+                return Err(failed.after(waited));
+            }
+            tokio::time::sleep(pause.min(time - waited)).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// Connects by one attempt of at most this time.
+    ///
+    /// # Errors
+    /// As for [`Self::connect`].
+    pub async fn connect_once(&self, time: Duration) -> Result<Socket, ClientError> {
+        let late = |_| ClientError::NoAgent { why: NOT_TAKEN, waited: time };
         tokio::time::timeout(time, self.open()).await.map_err(late)?
     }
 
@@ -97,11 +127,12 @@ impl Endpoint {
     /// # Errors
     /// When there is no agent that does so, or nothing listens at the port.
     pub async fn connect_tcp(&self, port: u16, time: Duration) -> Result<Socket, ClientError> {
-        let late = |_| ClientError::NoAgent { why: "it does not connect to the port in time" };
+        let late = |_| ClientError::NoAgent { why: "it does not connect to the port in time", waited: time };
         tokio::time::timeout(time, self.open_tcp(port)).await.map_err(late)?
     }
 
     async fn open_tcp(&self, port: u16) -> Result<Socket, ClientError> {
+        let begun = Instant::now();
         let mut stream = self.open().await?;
         let asked = stream.write_all(forward::request(port).as_bytes()).await;
         let mut line = Vec::new();
@@ -114,7 +145,10 @@ impl Endpoint {
                 Err(_) if let Err(source) = asked => {
                     return Err(ClientError::Socket { at: self.shown(), source });
                 }
-                Err(_) => return Err(ClientError::NoAgent { why: "it ends the connection to the port" }),
+                Err(_) => {
+                    let why = "it ends the connection to the port";
+                    return Err(ClientError::NoAgent { why, waited: begun.elapsed() });
+                }
             }
         }
         match Reply::parse(&line) {
@@ -128,9 +162,9 @@ impl Endpoint {
 
 /// Reads `OK`, a port and a line's end, and no byte more: what follows is the agent's.
 async fn accepted(stream: &mut Socket) -> Result<(), ClientError> {
-    let mut line = Vec::new();
+    let (mut line, begun) = (Vec::new(), Instant::now());
     while line.last() != Some(&b'\n') {
-        let refused = ClientError::NoAgent { why: "nothing listens at its port" };
+        let refused = ClientError::NoAgent { why: "nothing listens at its port", waited: begun.elapsed() };
         match stream.read_u8().await {
             Ok(byte) if line.len() < MAX_LINE => line.push(byte),
             Ok(_) => return Err(ClientError::answer("the line that answers CONNECT has no end")),
@@ -277,7 +311,10 @@ impl Client {
             Outgoing::Watched(_, progress) => Some(Arc::clone(progress)),
             _ => None,
         };
-        let stream = self.endpoint.connect(self.connecting).await?;
+        let stream = match self.tries_once {
+            true => self.endpoint.connect_once(self.connecting).await?,
+            false => self.endpoint.connect(self.connecting).await?,
+        };
         let mut http = http1::Builder::new();
         http.max_buf_size(MAX_HEAD).max_headers(MAX_HEADERS);
         let (mut sender, connection) =

@@ -20,10 +20,12 @@ pub enum ClientError {
         source: io::Error,
     },
     /// There is no agent: the guest refuses the connection, or does not answer it.
-    #[error("no agent answers in the guest: {why}")]
+    #[error("no agent answers in the guest within {:.1} s: {why}", waited.as_secs_f64())]
     NoAgent {
         /// What it does instead.
         why: &'static str,
+        /// How long an agent was waited for.
+        waited: Duration,
     },
     /// Nothing takes connections at a TCP port of the guest.
     #[error("port {port} of the guest is not open: {why}")]
@@ -93,6 +95,25 @@ impl ClientError {
         });
         let is_lost = is_cut || error.is_incomplete_message() || error.is_canceled() || error.is_closed();
         if is_lost { Self::Lost(error) } else { Self::Http(error) }
+    }
+
+    /// Whether a new attempt to connect may succeed: the guest's device is there, and nothing was sent.
+    pub(crate) fn may_pass(&self) -> bool {
+        use io::ErrorKind::{BrokenPipe, ConnectionReset, WouldBlock};
+        match self {
+            Self::NoAgent { .. } => true,
+            // The device's backlog is full, or the device has closed the connection before it was used.
+            Self::Socket { source, .. } => matches!(source.kind(), WouldBlock | ConnectionReset | BrokenPipe),
+            _ => false,
+        }
+    }
+
+    /// The same error, after all attempts.
+    pub(crate) fn after(self, waited: Duration) -> Self {
+        match self {
+            Self::NoAgent { why, .. } => Self::NoAgent { why, waited },
+            other => other,
+        }
     }
 
     pub(crate) fn answer(what: impl std::fmt::Display) -> Self {

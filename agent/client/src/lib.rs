@@ -30,6 +30,8 @@ pub struct Client {
     token: Option<String>,
     /// How long a guest may take to take a connection.
     connecting: Duration,
+    /// Whether a guest that takes no connection gets no second attempt.
+    tries_once: bool,
     /// How long the head of an answer may take.
     answering: Duration,
 }
@@ -38,7 +40,8 @@ impl Client {
     /// A client of the agent at `endpoint`. Nothing is connected yet: each call has a connection of its own.
     #[must_use]
     pub fn new(endpoint: Endpoint) -> Self {
-        Self { endpoint, user: None, token: None, connecting: CONNECT_TIMEOUT, answering: HEAD_TIMEOUT }
+        let (connecting, answering) = (CONNECT_TIMEOUT, HEAD_TIMEOUT);
+        Self { endpoint, user: None, token: None, connecting, tries_once: false, answering }
     }
 
     /// The same, for a user of the guest.
@@ -47,11 +50,23 @@ impl Client {
         Self { user, ..self }
     }
 
-    /// The same, for a guest that may be slow: how long it may take to take a connection, instead of 2 s,
+    /// The same, for a guest that may be slow: how long it may take to take a connection, instead of 30 s,
     /// and then until an answer begins, instead of 60 s.
     #[must_use]
     pub fn with_patience(self, connecting: Duration, answering: Duration) -> Self {
         Self { connecting, answering, ..self }
+    }
+
+    /// The same, for a caller that makes new attempts by itself: each call connects once.
+    #[must_use]
+    pub fn with_one_attempt(self) -> Self {
+        Self { tries_once: true, ..self }
+    }
+
+    /// The same, for a guest that may still boot: how long it may take to take a connection.
+    #[must_use]
+    pub fn with_wait(self, connecting: Duration) -> Self {
+        Self { connecting, ..self }
     }
 
     /// The same, with the agent's token.

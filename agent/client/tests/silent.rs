@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -80,6 +82,84 @@ fn expect_silent<T: std::fmt::Debug>((done, took): (Result<T, ClientError>, Dura
 
 fn says(answer: &'static [u8], drip: &'static [u8]) -> Guest {
     Guest::Says { answer, drip, pause: Duration::from_secs(50) }
+}
+
+/// What a device does with its connections, one after another. The last is done with all that follow.
+#[derive(Clone, Copy)]
+enum Device {
+    /// Closes the connection: nothing in the guest listens.
+    Refuses,
+    /// Keeps the connection, and answers nothing.
+    Ignores,
+    /// Takes the connection, and answers a request.
+    Takes,
+}
+
+/// Asks a guest behind such a device. Returns the answer, how long it took, and the connections' count.
+fn ask(device: &'static [Device], wait: Option<Duration>) -> (Result<(), ClientError>, Duration, usize) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+    runtime.block_on(async {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("guest.vsock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let count = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&count);
+        tokio::spawn(async move {
+            let mut kept = Vec::new();
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let number = counted.fetch_add(1, Ordering::Relaxed).min(device.len() - 1);
+                read_until(&mut stream, b"CONNECT 1\n").await;
+                match device[number] {
+                    Device::Refuses => drop(stream),
+                    Device::Ignores => kept.push(stream),
+                    Device::Takes => {
+                        stream.write_all(b"OK 1024\n").await.unwrap();
+                        read_until(&mut stream, b"\r\n\r\n").await;
+                        stream.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").await.unwrap();
+                    }
+                }
+            }
+        });
+        let client = Client::new(Endpoint::Vsock { socket, port: 1 });
+        let client = wait.into_iter().fold(client, Client::with_wait);
+        let begun = Instant::now();
+        let done = client.health().await;
+        (done, begun.elapsed(), count.load(Ordering::Relaxed))
+    })
+}
+
+#[test]
+fn an_agent_that_refuses_or_ignores_the_first_connections_is_reached() {
+    let (done, took, count) = ask(&[Device::Refuses, Device::Ignores, Device::Refuses, Device::Takes], None);
+    done.unwrap();
+    assert_eq!(count, 4);
+    assert!((Duration::from_secs(10)..Duration::from_secs(30)).contains(&took), "{took:?} of the paused clock");
+}
+
+#[test]
+fn a_guest_without_an_agent_is_given_up_after_30_s_and_the_error_has_the_time() {
+    for device in [Device::Refuses, Device::Ignores] {
+        let device = &*vec![device].leak();
+        let (done, took, count) = ask(device, None);
+        let error = done.unwrap_err();
+        assert!(matches!(error, ClientError::NoAgent { .. }), "{error}");
+        assert!(error.to_string().contains("within 30.0 s"), "{error}");
+        assert!(count > 2 && took.as_secs() == 30, "{count} attempts, {took:?} of the paused clock");
+        let (done, took, _) = ask(device, Some(Duration::from_secs(3)));
+        assert!(done.unwrap_err().to_string().contains("within 3.0 s"));
+        assert_eq!(took.as_secs(), 3);
+    }
+}
+
+#[test]
+fn a_guest_without_a_socket_gets_one_attempt() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+    let nowhere = Client::new(Endpoint::Vsock { socket: "/nowhere".into(), port: 1 });
+    let begun = runtime.block_on(async { Instant::now() });
+    let error = runtime.block_on(async { nowhere.health().await.unwrap_err() });
+    assert!(matches!(error, ClientError::Socket { .. }), "{error}");
+    // The paused clock stands still unless a task waits for time.
+    assert_eq!(runtime.block_on(async { begun.elapsed() }), Duration::ZERO);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The agent in a VM's guest.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::anyhow;
 use clade_agent_client::proto::PORT;
@@ -10,6 +11,7 @@ use hyper::Method;
 
 use crate::commands::Failure;
 use crate::commands::remote::failure;
+use crate::commands::units::parse_duration;
 
 /// Who asks the agent.
 #[derive(Debug, Default, clap::Args)]
@@ -20,6 +22,9 @@ pub(crate) struct AgentArgs {
     /// The file of the agent's token, if it was given one.
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
+    /// How long to wait for an agent that does not answer yet, such as 90s or 5m. Default: 30s.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    wait: Option<Duration>,
 }
 
 impl AgentArgs {
@@ -39,7 +44,11 @@ impl AgentArgs {
         };
         let token = self.token_file.as_ref().map(read).transpose()?.map(|text| text.trim().to_owned());
         let client = Client::new(Endpoint::Vsock { socket: device.socket, port: PORT });
-        Ok(client.with_user(self.user.clone()).with_token(token))
+        let client = client.with_user(self.user.clone()).with_token(token);
+        Ok(match self.wait {
+            Some(wait) => client.with_wait(wait),
+            None => client,
+        })
     }
 }
 

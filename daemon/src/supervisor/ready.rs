@@ -100,6 +100,8 @@ impl Supervisor {
         });
         let socket = socket.await??.ok_or_else(|| not_ready(name, "it has no socket"))?;
         let agent = Agent::new(Endpoint::Vsock { socket, port: PORT }).with_patience(ATTEMPT, ANSWERING);
+        // Each attempt has the time of day in it.
+        let agent = agent.with_one_attempt();
         let mut entropy = vec![0; ENTROPY];
         rustix::rand::getrandom(&mut entropy[..], rustix::rand::GetRandomFlags::empty())
             .map_err(|error| not_ready(name, &format!("there is no entropy: {error}")))?;
