@@ -21,7 +21,7 @@ use hyper::Method;
 
 use crate::bench::supervisor::BenchSupervisor;
 use crate::bench::{Row, Sample, announced, announced_clone, fill, label};
-use crate::commands::{BARE, BenchArgs, Failure, MEASURE};
+use crate::commands::{BARE, BenchArgs, Failure, MEASURE, SPINNING};
 
 /// Runs of the larger figures.
 const RUNS: usize = 3;
@@ -32,6 +32,7 @@ const FEW: usize = 100;
 /// Numbers of clones that have rows, as far as they are less than the number asked for.
 const COUNTS: [usize; 7] = [1, 3, 10, 30, FEW, 300, 1_000];
 
+const IDLE: &str = "clones that are idle";
 const ONE_PROCESS: &str = "VMs in one process";
 
 /// A supervisor and a parent. Both end with it.
@@ -57,7 +58,7 @@ struct Times {
 /// `clade bench clones`.
 pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
     let (mem, most) = (args.mem[0], args.count.unwrap_or(COUNT));
-    let bench = Bench::new(context, mem)?;
+    let bench = Bench::new(context, mem, "idle")?;
     let mut rows = vec![bench.one(args.samples)?];
     let counts = COUNTS.into_iter().filter(|count| *count < most).chain([most]);
     let all = counts.map(|count| Ok((count, bench.many(count)?))).collect::<Result<Vec<_>, Failure>>()?;
@@ -76,6 +77,12 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failu
                 .against(ONE_PROCESS, &growth(|times| &times.one_process))
                 .target("<= 1.2", |row| row.p50() <= 1.2),
         );
+    }
+    if let Some(few) = few {
+        // Each clone takes a processor as soon as it runs, and so takes it from those that are still made.
+        let spinning = Bench::new(context, mem, SPINNING)?.many(FEW)?;
+        let name = format!("clones_{FEW}_total_spinning");
+        rows.push(Row::new(name, "ms", &spinning.cold).against(IDLE, &few.cold));
     }
     rows.push(Row::new("clone_private_kib", "KiB", &last.private).target("<= 300", |row| row.p50() <= 300.0));
     rows.push(Row::new("clone_kernel_kib", "KiB", &last.kernel));
@@ -99,10 +106,11 @@ fn totals(count: usize, times: &Times) -> [Row; 2] {
 }
 
 impl Bench {
-    fn new(context: &Context, mem: u64) -> Result<Self, Failure> {
+    /// With clones that do `after` after their first instruction.
+    fn new(context: &Context, mem: u64, after: &str) -> Result<Self, Failure> {
         let config = Arc::new(VmConfig::bare(mem, 1).map_err(Failure::input)?);
         config.check_host_memory().map_err(Failure::input)?;
-        let supervisor = BenchSupervisor::start(&["--pool", "1"], &[(MEASURE, "1")])?;
+        let supervisor = BenchSupervisor::start(&["--pool", "1"], &[(MEASURE, after)])?;
         let source = BootSource::new(Image::Bytes(clade_guests::BARE_ELF.into()));
         let parent = Vm::boot(context, "parent", &config, &source).map_err(Failure::run)?;
         BareVcpu::new(&parent, 0).await_ready().map_err(Failure::run)?;

@@ -205,7 +205,7 @@ fn run(command: Command) -> Outcome {
 
 pub(crate) use args::{BenchArgs, BenchName, CheckArgs, CheckName, DEFAULT_CMDLINE, DemoArgs, StressArgs, StressName};
 pub(crate) use private::{PrivateVms, RemoteVm, Source};
-pub(crate) use worker::{BARE, MEASURE};
+pub(crate) use worker::{BARE, MEASURE, SPINNING};
 
 #[cfg(test)]
 mod tests {

@@ -12,7 +12,7 @@ use clade_daemon::flight;
 use clade_daemon::worker::{self, Program, Served};
 use clade_devices::disk::Disk;
 use clade_guests::abi;
-use clade_harness::{BareMailbox, BareVcpu};
+use clade_harness::{BareMailbox, BareVcpu, GuestWords};
 use clade_memory::{GuestRam, HugeTmpfs};
 use clade_vmm::boot::Image;
 use clade_vmm::vm::{Context, Vm};
@@ -30,8 +30,10 @@ const SAY_AFTER: Duration = Duration::from_secs(1);
 /// How long open requests may take to end after a signal.
 const LAST_WORK: Duration = Duration::from_secs(10);
 
-/// Set for workers that are measured.
+/// Set for workers that are measured: to [`SPINNING`] for children that spin from then on, otherwise
+/// children are idle.
 pub(crate) const MEASURE: &str = "CLADE_BENCH_WORKER";
+pub(crate) const SPINNING: &str = "spinning";
 /// The name of the embedded guest, where a kernel's file is asked for.
 pub(crate) const BARE: &str = "bare";
 
@@ -49,9 +51,10 @@ pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
         let mut program = Program { kernel, before_start: None, booted: None, started: None, said: None };
         if measures() {
             program.booted = Some(fill);
-            program.before_start = Some(order_announcement);
+            let spins = std::env::var_os(MEASURE).is_some_and(|kind| kind == SPINNING);
+            program.before_start = Some(if spins { order_announcement } else { order_announcement_and_halt });
             program.started = Some(await_announcement);
-            program.said = Some(pause);
+            program.said = Some(if spins { spin } else { pause });
         }
         // Until then a signal ends the process at once, and whoever ordered the VM clears up.
         let shutdown = OnceCell::new();
@@ -156,7 +159,19 @@ fn fill(vm: &Vm) {
 }
 
 fn order_announcement(ram: &GuestRam) {
-    if let Err(error) = BareMailbox::new(ram, 0).order(abi::Command::AnnounceAndHalt) {
+    order(BareMailbox::new(ram, 0), abi::Command::Announce);
+}
+
+fn order_announcement_and_halt(ram: &GuestRam) {
+    order(BareMailbox::new(ram, 0), abi::Command::AnnounceAndHalt);
+}
+
+fn spin(vm: &Vm) {
+    order(BareMailbox::new(vm, 0), abi::Command::Spin);
+}
+
+fn order<M: GuestWords + ?Sized>(mailbox: BareMailbox<'_, M>, command: abi::Command) {
+    if let Err(error) = mailbox.order(command) {
         tracing::error!(%error, "no order for the child");
     }
 }
@@ -168,7 +183,6 @@ fn await_announcement(vm: &Vm) {
 }
 
 fn pause(vm: &Vm) {
-    // It would take a processor from those that are to run after it.
     let _ = vm.pause();
 }
 
