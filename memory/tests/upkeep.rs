@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clade_memory::{
     Access, Evicted, FreezeMode, GuestRam, PAGE_SIZE, PageRange, PinLifetime, Quiesced, RamImage, RamLayout, Store,
@@ -45,11 +45,7 @@ fn child(image: &RamImage, store: &Store) -> GuestRam {
 }
 
 fn expect_gone(store: &Store) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while store.live_layers() > 0 {
-        assert!(Instant::now() < deadline, "{} layers are held", store.live_layers());
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    clade_test_support::wait_eq("layers that are held", &0, || store.live_layers());
 }
 
 #[test]
@@ -216,8 +212,8 @@ fn d5_layers_and_mappings_stay_bounded_over_hundreds_of_freezes() {
         let (ram, want) = patchwork(&store, 200, 8192, |ram, image| {
             most_layers = most_layers.max(image.layers());
             most_mappings = most_mappings.max(ram.stats().unwrap().mappings);
-            // The housekeeper sews between two freezes.
-            std::thread::sleep(Duration::from_millis(3));
+            // The reclaim thread compacts between two freezes: a sweep waits for its tasks.
+            store.sweep();
         });
         println!("at most {most_layers} layers, {most_mappings} mappings over 200 freezes");
         assert!(most_layers < 100, "{most_layers} layers of 200 freezes");

@@ -6,6 +6,7 @@
 mod patience;
 mod patient;
 mod require;
+mod tier;
 mod unique;
 
 pub use patience::{
@@ -14,4 +15,5 @@ pub use patience::{
 };
 pub use patient::PatientStream;
 pub use require::{required, skip};
+pub use tier::stride;
 pub use unique::{Cid, Claim, Port, Subnet, TapName};

@@ -120,7 +120,7 @@ fn plant() -> impl Strategy<Value = Plant> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(16))]
     #[test]
     fn what_is_left_is_what_a_comparison_at_every_place_leaves(
         plants in prop::collection::vec(plant(), 1..30),

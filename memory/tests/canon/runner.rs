@@ -120,7 +120,9 @@ impl<'t> Walk<'t> {
     /// The combinations of row `inner`, on the account of row `at`.
     fn axes(&mut self, at: usize, inner: usize, skips: &[Skip], run: fn(&Case<'_>), states: Option<&[State]>) {
         let again = AGAIN.contains(&self.table[inner].number);
-        for axis in Axis::all().filter(|axis| states.is_none_or(|states| states.contains(&axis.state))) {
+        let stride = clade_test_support::stride();
+        let wanted = |(_, axis): &(usize, Axis)| states.is_none_or(|states| states.contains(&axis.state));
+        for (index, axis) in Axis::all().enumerate().filter(wanted) {
             if states.is_none() && again && axis.state.is_another_rows() {
                 self.skip(at, "in these states it is row 22 or 23");
                 continue;
@@ -131,6 +133,12 @@ impl<'t> Walk<'t> {
             }
             if let Some((_, why)) = skips.iter().find(|(left_out, _)| left_out(&axis)) {
                 self.skip(at, why);
+                continue;
+            }
+            // So that each value of an axis meets each of the others in some row.
+            let diagonal = index % 6 + index / 6 + index / 18 + self.table[inner].number as usize;
+            if !diagonal.is_multiple_of(stride) {
+                self.skip(at, "with a stride of more than 1 (CLADE_TEST_STRIDE)");
                 continue;
             }
             if let Err(why) = &self.background

@@ -21,7 +21,7 @@ use clade_test_support::{Patience, wait_until};
 
 /// A pair without progress for this much running time has lost its interrupt: it needs less than a
 /// millisecond. Used where a pair is to be stuck; elsewhere the wait is longer.
-const STUCK: Duration = Duration::from_secs(8);
+const STUCK: Duration = Duration::from_secs(4);
 /// Steps that a child must make.
 const STEPS: u64 = 3;
 /// After this many children, the child becomes the parent: a restored VM is forked again.
@@ -157,7 +157,7 @@ use Pair::{Relay, Restart};
 
 const QUICK: Storm = Storm {
     pairs: &[Relay, Relay, Relay, Restart],
-    forks: 40,
+    forks: 24,
     delay: Duration::from_micros(500),
     saves_early: false,
     seed: 1,
