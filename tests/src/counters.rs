@@ -1,10 +1,9 @@
 //! What a process holds, counted.
 
 use std::fs;
-use std::thread;
-use std::time::{Duration, Instant};
 
 use clade_memory::Store;
+use clade_test_support::wait_eq;
 
 /// Everything that a VM takes and must give back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,20 +22,14 @@ pub struct Holdings {
     pub promised: u64,
 }
 
-/// Large layers are put away by a thread of the store, which takes a moment.
-const TIMEOUT: Duration = Duration::from_secs(5);
-
 /// Checks that nobody holds a layer of the store, or a mapping of its budget.
 ///
 /// # Panics
 /// When somebody does.
 pub fn expect_nothing_held(store: &Store, what: &str) {
-    let held = || (store.live_layers(), store.budget().used());
-    let deadline = Instant::now() + TIMEOUT;
-    while held() != (0, 0) && Instant::now() < deadline {
-        thread::sleep(Duration::from_millis(1));
-    }
-    assert_eq!(held(), (0, 0), "{what}: a layer or a mapping outlived its last user");
+    // A thread of the store frees large layers.
+    let what = format!("{what}: a layer or a mapping outlived its last user");
+    wait_eq(&what, &(0, 0), || (store.live_layers(), store.budget().used()));
 }
 
 /// The threads of this process. Those that the kernel adds for transfers go 5 s after the last one.
@@ -90,13 +83,8 @@ impl Holdings {
             let more = h.layers.saturating_sub(self.layers).min(most);
             Self { mappings: 0, layers: h.layers - more, fds: h.fds - more, ..h }
         };
-        let mut now = Self::count(store);
-        let deadline = Instant::now() + TIMEOUT;
-        while exact(now) != exact(self) && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(1));
-            now = Self::count(store);
-        }
-        assert_eq!(exact(now), exact(self), "{what}: something is still held");
+        wait_eq(&format!("{what}: something is still held"), &exact(self), || exact(Self::count(store)));
+        let now = Self::count(store);
         assert!(now.mappings <= self.mappings + SLACK, "{what}: {} mappings, were {}", now.mappings, self.mappings);
     }
 }

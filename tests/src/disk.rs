@@ -1,22 +1,23 @@
 //! Bare guests with a disk, and the disk's file.
 
+use std::cell::Cell;
 use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
 
 use clade_devices::disk::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
 use clade_guests::abi::disk::{DiskRun, Order, What, pattern};
 use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
 use clade_harness::{BareMailbox, BareVcpu};
+use clade_test_support::{wait_for, wait_until};
 use clade_vmm::vm::{ChildOptions, Context, DiskSpec, ForkImage, Vm, VmConfig};
 
 use crate::Guest;
 
-/// How long a guest may take to get on.
-const TIMEOUT: Duration = Duration::from_secs(120);
+/// How often a test may be run until a fork has found requests in flight.
+const MAX_TRIES: u32 = 20;
 /// Where the driver's area is.
 const AREA: u64 = WORK_BASE;
 /// Where the data is.
@@ -185,29 +186,38 @@ impl DiskGuest {
     /// # Panics
     /// When it does not get on.
     pub fn await_progress(&self, done: u64) {
-        let deadline = Instant::now() + TIMEOUT;
-        while BareVcpu::new(self.vm(), 0).mailbox().progress().expect("the guest's progress") < done {
-            assert!(Instant::now() < deadline, "the run does not get on");
-            thread::yield_now();
-        }
+        let vcpu = BareVcpu::new(self.vm(), 0);
+        let progress = || vcpu.mailbox().progress().expect("the guest's progress");
+        wait_until("the run gets on", || progress() >= done);
     }
 
-    /// Forks a running guest once `done` operations of its run are done and others are in flight: between two batches there are none, for a moment, and
-    /// on a busy host for longer.
+    /// Forks a running guest once `done` operations of its run are done and others are in flight.
+    /// Between two batches there are none for a moment. In a test that [`until_in_flight`] runs.
     ///
     /// # Panics
-    /// When there never are.
+    /// When the run is over before.
     #[must_use]
     pub fn fork_in_flight(&self, done: u64) -> Arc<ForkImage> {
         self.await_progress(done);
-        let deadline = Instant::now() + TIMEOUT;
-        loop {
+        wait_for("a fork with requests in flight", || {
             let (image, report) = self.vm().fork().expect("a running VM is forked");
-            if report.in_flight > 0 {
-                return image;
+            if report.in_flight == 0 {
+                self.expect_running();
             }
-            assert!(Instant::now() < deadline, "requests are never in flight");
-            thread::sleep(Duration::from_millis(5));
+            (report.in_flight > 0).then_some(image)
+        })
+    }
+
+    /// Checks that the run that was begun is not over.
+    ///
+    /// # Panics
+    /// When it is. A test that [`until_in_flight`] runs is run again.
+    pub fn expect_running(&self) {
+        let vcpu = BareVcpu::new(self.vm(), 0);
+        let [ended, taken] = [vcpu.mailbox().ended(), vcpu.mailbox().taken()].map(|seq| seq.expect("the mailbox"));
+        if ended >= taken {
+            RUN_IS_OVER.set(true);
+            panic!("the run is over before it was forked with requests in flight");
         }
     }
 
@@ -231,5 +241,23 @@ impl DiskGuest {
     pub fn paused_child(context: &Context, image: &Arc<ForkImage>, name: &str) -> Self {
         let options = ChildOptions { paused: true, erase: &[], before_start: None };
         Self { guest: Vm::from_image(context, name, image, options).expect("a child").into() }
+    }
+}
+
+thread_local! {
+    /// Whether a run was over before this thread has forked it.
+    static RUN_IS_OVER: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs a test that forks a disk's run in the middle. A machine on which this thread stands still
+/// while the guest's goes on may end the run first: then the test is run again, at most
+/// [`MAX_TRIES`] times in all.
+pub fn until_in_flight(test: impl Fn()) {
+    for tried in 1.. {
+        RUN_IS_OVER.set(false);
+        let Err(panic) = catch_unwind(AssertUnwindSafe(&test)) else { return };
+        if !RUN_IS_OVER.get() || tried == MAX_TRIES {
+            resume_unwind(panic);
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! What the end-to-end tests share: a host or a reason to skip, bare and Linux guests, and counters of what a process holds.
 
 mod bare;
+mod booted;
 mod counters;
 mod disk;
 mod ext4;
@@ -11,13 +12,14 @@ mod saved;
 mod tap;
 
 pub use bare::{Guest, Writer};
-pub use clade_harness::{required, skip};
+pub use booted::{BootedLinux, booted, formatted};
+pub use clade_test_support::{required, skip};
 pub use counters::{Holdings, expect_nothing_held};
-pub use disk::{DiskFile, DiskGuest, words};
+pub use disk::{DiskFile, DiskGuest, until_in_flight, words};
 pub use ext4::{checked, ext4};
-pub use linux::{Linux, PROMPT};
+pub use linux::{Linux, PROMPT, rerun};
 pub use oracle::{owned_pages, smaps_anonymous_kib};
-pub use process::{Deadline, in_a_process_of_its_own, open_files_limit};
+pub use process::{in_a_process_of_its_own, open_files_limit};
 pub use saved::{saved_vcpus, with_vcpus};
 pub use tap::{Subnet, can_have_taps};
 
@@ -26,14 +28,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use clade_memory::{Backing, Store};
+use clade_test_support::Watchdog;
 use clade_vmm::kvm::Host;
 use clade_vmm::vm::Context;
 
-/// The right to run VMs. The test is ended if it takes too long.
+/// How much running time a test may take before its process is aborted.
+const TEST_LIMIT: Duration = Duration::from_secs(1800);
+
+/// The right to run VMs. A watchdog aborts a test that hangs.
 #[derive(Debug)]
 pub struct Turn {
     host: Arc<Host>,
-    _deadline: Deadline,
+    _watchdog: Watchdog,
     _alone: Option<MutexGuard<'static, ()>>,
 }
 
@@ -43,32 +49,42 @@ impl Turn {
     ///
     /// `None`, with the reason printed, on a host that cannot run VMs.
     #[must_use]
-    pub fn take(patience: Duration) -> Option<Self> {
+    pub fn take() -> Option<Self> {
         static ALONE: Mutex<()> = Mutex::new(());
-        Self::with(Some(ALONE.lock().unwrap_or_else(PoisonError::into_inner)), patience)
+        Self::with(Some(ALONE.lock().unwrap_or_else(PoisonError::into_inner)))
     }
 
-    /// Waits for nobody: for guests that sleep while they wait, in tests that count nothing of the
+    /// Does not wait: for guests that sleep while they wait, in tests that count no resources of the
     /// process.
     ///
     /// `None`, with the reason printed, on a host that cannot run VMs.
     #[must_use]
-    pub fn beside_others(patience: Duration) -> Option<Self> {
-        Self::with(None, patience)
+    pub fn beside_others() -> Option<Self> {
+        Self::with(None)
     }
 
-    fn with(alone: Option<MutexGuard<'static, ()>>, patience: Duration) -> Option<Self> {
+    fn with(alone: Option<MutexGuard<'static, ()>>) -> Option<Self> {
         let userfaultfd = Path::new("/dev/userfaultfd");
         if required("uffd") && !userfaultfd.exists() {
             skip("uffd", "/dev/userfaultfd is missing");
         }
         match Host::open() {
-            Ok(host) => Some(Self { host: Arc::new(host), _deadline: Deadline::new(patience), _alone: alone }),
+            Ok(host) => Some(Self {
+                host: Arc::new(host),
+                _watchdog: Watchdog::new(TEST_LIMIT, || "a test with VMs".to_owned()),
+                _alone: alone,
+            }),
             Err(error) => {
                 skip("kvm", &clade_vmm::error_chain(&error));
                 None
             }
         }
+    }
+
+    /// The host.
+    #[must_use]
+    pub fn host(&self) -> &Host {
+        &self.host
     }
 
     /// A context of its own over a fresh store.

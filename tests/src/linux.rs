@@ -1,11 +1,19 @@
 //! The Linux guest: where its files are, booting it, and its shell.
 
+use std::cell::Cell;
+use std::fs;
+use std::hash::{Hash, Hasher};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
 use std::time::Duration;
 
+use clade_test_support::Patience;
 use clade_vmm::boot::{BootSource, Image};
+use clade_vmm::kvm::Quirks;
 use clade_vmm::vm::{Context, Vm, VmConfig};
 
 use crate::{required, skip};
@@ -13,6 +21,17 @@ use crate::{required, skip};
 /// The shell's prompt.
 pub const PROMPT: &str = "clade# ";
 const MEMORY: u64 = 64 << 20;
+/// How much running time the guest has for an answer. Where guest kernels are interpreted a boot has
+/// taken 300 s on a busy machine.
+const LIMIT: Duration = Duration::from_secs(1200);
+/// How often a program that has lost its FS base is run again.
+const MAX_AGAIN: u32 = 3;
+/// Programs that have lost their FS base so far.
+static LOST_FS_BASES: AtomicU32 = AtomicU32::new(0);
+thread_local! {
+    /// Whether a program that this thread has looked at has lost its FS base.
+    static LOST_HERE: Cell<bool> = const { Cell::new(false) };
+}
 /// What the command line's default is.
 const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 tsc=reliable";
 
@@ -84,28 +103,108 @@ impl Linux {
         Vm::boot(context, "linux", &config, &source).expect("Linux is loaded")
     }
 
+    /// Hashes the files that a boot of `vmlinux` reads.
+    pub(crate) fn hash_files(&self, hasher: &mut impl Hasher) {
+        for name in ["vmlinux", "initramfs.cpio"] {
+            fs::read(self.dir.join(name)).expect("a file of the Linux guest").hash(hasher);
+        }
+    }
+
     /// Waits for `text` on the console after `position`; returns everything since.
     ///
     /// # Panics
     /// When it does not come.
     #[must_use]
-    pub fn expect(vm: &Vm, position: u64, text: &str, patience: Duration) -> String {
-        let (seen, found) = vm.console().wait_for(position, text, patience);
-        assert!(found, "{} did not print {text:?} within {patience:?} ({:?}):\n{seen}", vm.name(), vm.stopped());
-        seen
+    pub fn expect(vm: &Vm, position: u64, text: &str) -> String {
+        Self::expect_any(vm, position, &[text])
     }
 
-    /// Types a line into the shell of a running VM, and returns what came up to the next prompt.
+    /// Waits for one of `texts` on the console after `position`; returns everything since.
+    ///
+    /// # Panics
+    /// When none comes.
+    #[must_use]
+    pub fn expect_any(vm: &Vm, position: u64, texts: &[&str]) -> String {
+        let mut patience = Patience::new(LIMIT);
+        loop {
+            // Read before the console, so that nothing is printed after the last look.
+            let stopped = vm.stopped();
+            let (seen, _) = vm.console().wait_for(position, texts[0], Duration::from_millis(50));
+            Self::lost_fs_base(vm, position);
+            if texts.iter().any(|text| seen.contains(text)) {
+                return seen;
+            }
+            let goes_on = stopped.is_none() && patience.tick();
+            assert!(goes_on, "{} did not print one of {texts:?} ({stopped:?}):\n{seen}", vm.name());
+        }
+    }
+
+    /// Types a line into the shell of a running VM, and returns what came up to the next prompt. A
+    /// line whose program dies of a lost FS base is typed again ([`Linux::again`]), so it must be
+    /// possible to carry it out twice.
     ///
     /// # Panics
     /// When the shell does not answer.
     #[must_use]
-    pub fn ask(vm: &Vm, line: &str, patience: Duration) -> String {
-        let from = vm.console().position();
-        assert_eq!(vm.type_in(format!("{line}\n").as_bytes()), line.len() + 1, "the console takes a line");
-        // With the prompt, or its rest would be taken for the beginning of the next answer.
-        let text = Self::expect(vm, from, &format!("]\r\n{PROMPT}"), patience);
-        let lines = text.split("[done ").next().unwrap_or("").lines().map(str::trim);
-        lines.filter(|l| !l.is_empty() && !l.ends_with(line) && !is_kernels(l)).collect::<Vec<_>>().join("\n")
+    pub fn ask(vm: &Vm, line: &str) -> String {
+        Self::again(vm, line, || {
+            let from = vm.console().position();
+            assert_eq!(vm.type_in(format!("{line}\n").as_bytes()), line.len() + 1, "the console takes a line");
+            // With the prompt, or its rest would be taken for the beginning of the next answer.
+            let text = Self::expect(vm, from, &format!("]\r\n{PROMPT}"));
+            let lines = text.split("[done ").next().unwrap_or("").lines().map(str::trim);
+            lines.filter(|l| !l.is_empty() && !l.ends_with(line) && !is_kernels(l)).collect::<Vec<_>>().join("\n")
+        })
     }
+
+    /// Does `once`. On kvm-pvm a guest's program now and then loses its FS base and dies by SIGSEGV,
+    /// forked or not: there, and only for that, `once` is done again, at most [`MAX_AGAIN`] times.
+    /// Each time is printed and counted.
+    ///
+    /// # Panics
+    /// When the program dies every time.
+    fn again<T>(vm: &Vm, what: &str, mut once: impl FnMut() -> T) -> T {
+        for tried in 0.. {
+            let from = vm.console().position();
+            let done = once();
+            if !Self::lost_fs_base(vm, from) {
+                return done;
+            }
+            count_again(what);
+            assert!(tried < MAX_AGAIN, "{what}: the guest's program has died {} times", tried + 1);
+        }
+        unreachable!("the last try returns or fails")
+    }
+
+    /// Whether a program of the guest has died by SIGSEGV on kvm-pvm, by what is on the console after
+    /// `from`. [`rerun`] learns it.
+    pub fn lost_fs_base(vm: &Vm, from: u64) -> bool {
+        let seen = vm.console().since(from);
+        let seen = String::from_utf8_lossy(&seen);
+        let is_lost = vm.context().host().quirks() == Quirks::Pvm
+            && ["Segmentation fault", "[done 139]"].iter().any(|text| seen.contains(text));
+        if is_lost {
+            LOST_HERE.set(true);
+        }
+        is_lost
+    }
+}
+
+/// Runs a test whose lines cannot be typed again one by one. It is run again when it fails and a
+/// program of its guests has lost its FS base ([`Linux::lost_fs_base`]), at most [`MAX_AGAIN`] times.
+pub fn rerun(test: impl Fn()) {
+    for tried in 0.. {
+        LOST_HERE.set(false);
+        let Err(panic) = catch_unwind(AssertUnwindSafe(&test)) else { return };
+        if !LOST_HERE.get() || tried == MAX_AGAIN {
+            resume_unwind(panic);
+        }
+        count_again(thread::current().name().unwrap_or("a test"));
+    }
+}
+
+fn count_again(what: &str) {
+    // Relaxed: a number that is printed.
+    let count = LOST_FS_BASES.fetch_add(1, Ordering::Relaxed) + 1;
+    println!("kvm-pvm lost the FS base of a guest's program, {count} so far in these tests; again: {what}");
 }

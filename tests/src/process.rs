@@ -1,43 +1,8 @@
-//! Tests as processes: deadlines, limits, and processes of their own for tests that change limits.
+//! Tests as processes: limits, and processes of their own for tests that change limits.
 
 use std::process::Command;
-use std::sync::mpsc::{self, RecvTimeoutError, Sender};
-use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-
-/// Ends the process when it is still held after its time: a test that hangs must fail, and say so.
-#[derive(Debug)]
-pub struct Deadline(Option<(Sender<()>, JoinHandle<()>)>);
-
-impl Deadline {
-    /// Starts the clock.
-    ///
-    /// # Panics
-    /// When there is no thread to be had.
-    #[must_use]
-    pub fn new(patience: Duration) -> Self {
-        let (done, finished) = mpsc::channel();
-        let test = thread::current().name().unwrap_or("a test").to_owned();
-        let watch = move || {
-            if finished.recv_timeout(patience) == Err(RecvTimeoutError::Timeout) {
-                eprintln!("{test} hangs: not done after {patience:?}");
-                std::process::abort();
-            }
-        };
-        Self(Some((done, thread::spawn(watch))))
-    }
-}
-
-impl Drop for Deadline {
-    fn drop(&mut self) {
-        if let Some((done, thread)) = self.0.take() {
-            drop(done);
-            let _ = thread.join();
-        }
-    }
-}
 
 /// Set in the processes that [`in_a_process_of_its_own`] starts.
 const OWN_PROCESS: &str = "CLADE_TEST_OWN_PROCESS";

@@ -3,7 +3,6 @@
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicU8, Ordering};
 
 use clade_io::{Tap, TapError};
 use clade_vmm::vm::IdentityError;
@@ -17,36 +16,35 @@ struct Request {
     value: [u8; 24],
 }
 
-/// A network with a TAP interface and the guest behind it, given its address when dropped with the interface.
-#[derive(Clone, Copy, Debug)]
-pub struct Subnet(u8, u8);
+/// A network with a TAP interface and the guest behind it. No other test of the host has it while
+/// this value lives. The interface loses its address when it is dropped.
+#[derive(Debug)]
+pub struct Subnet(clade_test_support::Subnet);
 
 impl Subnet {
-    /// One that no other test of this host uses, most likely: tests run beside each other in processes.
+    /// Takes a network.
     #[must_use]
-    pub fn next() -> Self {
-        static NEXT: AtomicU8 = AtomicU8::new(0);
-        // Relaxed: a number that differs from call to call.
-        Self((std::process::id() % 250) as u8, NEXT.fetch_add(1, Ordering::Relaxed))
+    pub fn take() -> Self {
+        Self(clade_test_support::Subnet::take())
     }
 
     /// The host's address.
     #[must_use]
-    pub fn host(self) -> Ipv4Addr {
-        Ipv4Addr::new(10, self.0, self.1, 1)
+    pub fn host(&self) -> Ipv4Addr {
+        self.0.address(1).into()
     }
 
     /// The guest's.
     #[must_use]
-    pub fn guest(self) -> Ipv4Addr {
-        Ipv4Addr::new(10, self.0, self.1, 2)
+    pub fn guest(&self) -> Ipv4Addr {
+        self.0.address(2).into()
     }
 
     /// Gives the interface `tap` the host's address, and brings it up.
     ///
     /// # Panics
     /// When it cannot be done.
-    pub fn bring_up(self, tap: &str) {
+    pub fn bring_up(&self, tap: &str) {
         let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("a socket to ask with");
         let address = |ip: Ipv4Addr| {
             let mut value = [0; 24];

@@ -3,17 +3,17 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clade_devices::disk::CommitError;
 use clade_guests::abi::Command;
 use clade_guests::abi::disk::{DiskRun, Order, What};
 use clade_harness::BareVcpu;
 use clade_memory::Backing;
-use clade_tests::{DiskFile, DiskGuest, Turn, words};
+use clade_test_support::{wait_for, wait_until};
+use clade_tests::{DiskFile, DiskGuest, Turn, until_in_flight, words};
 use clade_vmm::vm::{Context, DiskSpec};
 
-const TIMEOUT: Duration = Duration::from_secs(120);
 const MIB: u64 = 1 << 20;
 const BYTES: u64 = 4 * MIB;
 const SECTORS: u64 = BYTES / 512;
@@ -21,7 +21,7 @@ const SECTORS: u64 = BYTES / 512;
 const LATE: Duration = Duration::from_millis(20);
 
 fn turn() -> Option<(Turn, Context)> {
-    let turn = Turn::take(TIMEOUT)?;
+    let turn = Turn::take()?;
     let context = turn.context(Backing::Huge);
     Some((turn, context))
 }
@@ -45,7 +45,7 @@ fn late(file: &DiskFile) -> DiskSpec {
 fn exported(guest: &DiskGuest, file: &DiskFile, name: &str) -> Vec<u8> {
     let (image, _) = guest.vm().fork().unwrap();
     let disk = image.disks().next().unwrap();
-    assert!(disk.settle(TIMEOUT));
+    wait_until("the disk settles", || disk.settle(Duration::from_millis(50)));
     disk.export(&file.beside(name)).unwrap();
     std::fs::read(file.beside(name)).unwrap()
 }
@@ -67,72 +67,78 @@ fn a_guest_reads_and_writes_its_disk() {
 
 #[test]
 fn writes_in_flight_at_a_fork_are_done_once_here_and_again_there() {
-    let Some((_turn, context)) = turn() else { return };
-    let file = DiskFile::new(BYTES, 1);
-    let parent = DiskGuest::boot(&context, late(&file), 1);
-    let run = whole(What::Write, 2);
-    let seq = parent.begin(run);
-    let image = parent.fork_in_flight(run.count / 3);
-    assert_eq!(parent.finish(seq), (run.count, 0, 0), "the parent's: each done once, none wrong");
-    let child = DiskGuest::paused_child(&context, &image, "child");
-    assert_eq!(child.finish(seq), (run.count, 0, 0), "the child's: each done once, none wrong");
-    for guest in [&parent, &child] {
-        guest.expect(whole(What::Verify, 2), "what was written around the fork");
-    }
-    // From here on they are apart.
-    child.expect(part(What::Write, 800, 3), "the child writes");
-    parent.expect(part(What::Write, 400, 4), "the parent writes");
-    child.expect(part(What::Verify, 800, 3), "the child's own");
-    parent.expect(part(What::Verify, 400, 4), "the parent's own");
-    parent.expect(DiskRun { sector: 400, ..part(What::Verify, 400, 2) }, "what only the child wrote");
-    let late_child = DiskGuest::paused_child(&context, &image, "late");
-    assert_eq!(late_child.finish(seq), (run.count, 0, 0), "another child of the same instant");
-    late_child.expect(whole(What::Verify, 2), "it sees nothing of what came after");
+    until_in_flight(|| {
+        let Some((_turn, context)) = turn() else { return };
+        let file = DiskFile::new(BYTES, 1);
+        let parent = DiskGuest::boot(&context, late(&file), 1);
+        let run = whole(What::Write, 2);
+        let seq = parent.begin(run);
+        let image = parent.fork_in_flight(run.count / 3);
+        assert_eq!(parent.finish(seq), (run.count, 0, 0), "the parent's: each done once, none wrong");
+        let child = DiskGuest::paused_child(&context, &image, "child");
+        assert_eq!(child.finish(seq), (run.count, 0, 0), "the child's: each done once, none wrong");
+        for guest in [&parent, &child] {
+            guest.expect(whole(What::Verify, 2), "what was written around the fork");
+        }
+        // From here on they are apart.
+        child.expect(part(What::Write, 800, 3), "the child writes");
+        parent.expect(part(What::Write, 400, 4), "the parent writes");
+        child.expect(part(What::Verify, 800, 3), "the child's own");
+        parent.expect(part(What::Verify, 400, 4), "the parent's own");
+        parent.expect(DiskRun { sector: 400, ..part(What::Verify, 400, 2) }, "what only the child wrote");
+        let late_child = DiskGuest::paused_child(&context, &image, "late");
+        assert_eq!(late_child.finish(seq), (run.count, 0, 0), "another child of the same instant");
+        late_child.expect(whole(What::Verify, 2), "it sees nothing of what came after");
+    });
 }
 
 #[test]
 fn reads_in_flight_at_a_fork_arrive_in_both() {
-    let Some((_turn, context)) = turn() else { return };
-    let file = DiskFile::new(BYTES, 5);
-    let parent = DiskGuest::boot(&context, late(&file), 1);
-    let run = DiskRun { order: Order::Random, count: 600, ..whole(What::Verify, 5) };
-    let seq = parent.begin(run);
-    let image = parent.fork_in_flight(100);
-    let child = DiskGuest::paused_child(&context, &image, "child");
-    let again = parent.fork_in_flight(300);
-    assert_eq!(parent.finish(seq), (600, 0, 0));
-    assert_eq!(child.finish(seq), (600, 0, 0));
-    assert_eq!(DiskGuest::paused_child(&context, &again, "second").finish(seq), (600, 0, 0));
+    until_in_flight(|| {
+        let Some((_turn, context)) = turn() else { return };
+        let file = DiskFile::new(BYTES, 5);
+        let parent = DiskGuest::boot(&context, late(&file), 1);
+        let run = DiskRun { order: Order::Random, count: 600, ..whole(What::Verify, 5) };
+        let seq = parent.begin(run);
+        let image = parent.fork_in_flight(100);
+        let child = DiskGuest::paused_child(&context, &image, "child");
+        let again = parent.fork_in_flight(300);
+        assert_eq!(parent.finish(seq), (600, 0, 0));
+        assert_eq!(child.finish(seq), (600, 0, 0));
+        assert_eq!(DiskGuest::paused_child(&context, &again, "second").finish(seq), (600, 0, 0));
+    });
 }
 
 #[test]
 fn a_child_that_is_forked_before_it_ran_hands_its_requests_on() {
-    let Some((_turn, context)) = turn() else { return };
-    let file = DiskFile::new(BYTES, 1);
-    let parent = DiskGuest::boot(&context, late(&file), 1);
-    let run = whole(What::Write, 6);
-    let seq = parent.begin(run);
-    let mut image = parent.fork_in_flight(50);
-    let mut generations = Vec::new();
-    for n in 0..4 {
-        let child = DiskGuest::paused_child(&context, &image, "descendant");
-        image = if n % 2 == 1 {
-            // It begins to do them again, and is forked in the middle of that.
-            child.vm().resume().unwrap();
-            thread::sleep(LATE / 2);
-            child.fork_in_flight(0)
-        } else {
-            let (next, report) = child.vm().fork().unwrap();
-            assert!(report.in_flight > 0, "generation {n} has not run, and all of it is in flight still");
-            next
-        };
-        generations.push(child);
-    }
-    generations.push(DiskGuest::paused_child(&context, &image, "last"));
-    for guest in generations.iter().rev().chain([&parent]) {
-        assert_eq!(guest.finish(seq), (run.count, 0, 0));
-        guest.expect(whole(What::Verify, 6), "every generation");
-    }
+    until_in_flight(|| {
+        let Some((_turn, context)) = turn() else { return };
+        let file = DiskFile::new(BYTES, 1);
+        let parent = DiskGuest::boot(&context, late(&file), 1);
+        let run = whole(What::Write, 6);
+        let seq = parent.begin(run);
+        let mut image = parent.fork_in_flight(50);
+        let mut generations = Vec::new();
+        for n in 0..4 {
+            let child = DiskGuest::paused_child(&context, &image, "descendant");
+            image = if n % 2 == 1 {
+                // It begins to do them again, and is forked in the middle of that.
+                child.vm().resume().unwrap();
+                thread::sleep(LATE / 2);
+                child.fork_in_flight(0)
+            } else {
+                let (next, report) = child.vm().fork().unwrap();
+                assert!(report.in_flight > 0, "generation {n} has not run, and all of it is in flight still");
+                next
+            };
+            generations.push(child);
+        }
+        generations.push(DiskGuest::paused_child(&context, &image, "last"));
+        for guest in generations.iter().rev().chain([&parent]) {
+            assert_eq!(guest.finish(seq), (run.count, 0, 0));
+            guest.expect(whole(What::Verify, 6), "every generation");
+        }
+    });
 }
 
 #[test]
@@ -230,7 +236,7 @@ fn ephemeral_disks_of_one_image_are_written_apart_and_leave_it_as_it_is() {
     drop((image, child));
     let vm = parent.vm();
     vm.stop();
-    assert!(vm.wait(TIMEOUT).is_some());
+    wait_for("the end of its threads", || vm.wait(Duration::ZERO));
     let commits: Vec<_> = vm.take_disks().into_iter().map(|disk| disk.commit().map_err(|failed| failed.1)).collect();
     assert!(matches!(commits.as_slice(), [Err(CommitError::ReadOnly { .. })]), "{commits:?}");
     drop(guests);
@@ -271,14 +277,19 @@ fn a_reset_in_the_middle_of_transfers_ends_them() {
     let mut spec = file.spec();
     spec.disk.latency = Some(Duration::from_millis(700));
     let guest = DiskGuest::boot(&context, spec, 2);
-    let seq = guest.begin(whole(What::Read, 1));
-    thread::sleep(Duration::from_millis(50));
-    let begun = Instant::now();
-    let [status, ..] = BareVcpu::new(guest.vm(), 1).run(Command::DiskReset { area: DiskGuest::AREA }).unwrap();
-    assert_eq!(status, 0, "the device says that it is reset");
-    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
-    let (done, ..) = guest.finish(seq);
-    assert!(done < 512, "the run was broken off");
+    // On a machine that stands still meanwhile, the run may end before its device is reset.
+    wait_until("a run that a reset has broken off", || {
+        let seq = guest.begin(whole(What::Read, 1));
+        wait_until("a whole batch in flight", || guest.vm().fork().unwrap().1.in_flight == 32);
+        let [status, ..] = BareVcpu::new(guest.vm(), 1).run(Command::DiskReset { area: DiskGuest::AREA }).unwrap();
+        assert_eq!(status, 0, "the device says that it is reset");
+        let (done, ..) = guest.finish(seq);
+        let is_broken_off = done < 512;
+        if !is_broken_off {
+            guest.open();
+        }
+        is_broken_off
+    });
     // What was on its way does not come any more: buffers stay as they are.
     guest.guest.fill(clade_tests::Writer::Guest, 16, 64, 77);
     thread::sleep(Duration::from_secs(1));

@@ -7,8 +7,6 @@
 #[path = "../../memory/tests/dma/mod.rs"]
 mod dma;
 
-use std::time::Duration;
-
 use clade_guests::abi::{PAGE_SIZE, WORK_BASE, model};
 use clade_memory::{Access, Backing, PageRange, PinLifetime};
 use clade_tests::{Guest, Turn, Writer, expect_nothing_held};
@@ -22,7 +20,6 @@ const PAGES: u64 = (MIB << 20) / PAGE_SIZE - WORK_BASE / PAGE_SIZE;
 /// What the device holds: pages on both sides of a block's edge.
 const FIRST: u64 = 500;
 const HELD: u64 = 24;
-const TIMEOUT: Duration = Duration::from_secs(240);
 
 struct Row {
     name: &'static str,
@@ -161,7 +158,7 @@ fn canon_dma_beside_a_running_guest() {
             },
         },
     ];
-    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let Some(turn) = Turn::take() else { return };
     for backing in [Backing::Huge, Backing::Small] {
         let context = turn.context(backing);
         for row in &rows {

@@ -5,23 +5,23 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clade_guests::BARE_ELF;
 use clade_guests::abi::{Command, Event, PAGE_SIZE, POLL_OPS, WORK_BASE};
 use clade_harness::{BareMailbox, BareVcpu, Slice, stop_writing};
 use clade_memory::{Access, Backing, GuestRam, PageRange, PinLifetime, RamError, RamLayout};
+use clade_test_support::{wait_for, wait_until};
 use clade_tests::{Guest, Holdings, Turn, Writer, expect_nothing_held, in_a_process_of_its_own, open_files_limit};
 use clade_vmm::boot::{BootSource, Image};
 use clade_vmm::vm::{ChildOptions, Context, ForkImage, StopReason, Vm, VmConfig, VmError};
 use vm_memory::{Bytes, GuestAddress};
 
 const MIB: u64 = 32;
-const TIMEOUT: Duration = Duration::from_secs(120);
 const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, erase: &[], before_start: None };
 
 fn turn() -> Option<(Turn, Context)> {
-    let turn = Turn::take(TIMEOUT)?;
+    let turn = Turn::take()?;
     let context = turn.context(Backing::Huge);
     Some((turn, context))
 }
@@ -420,15 +420,19 @@ fn progress(vm: &Vm, vcpu: u64) -> u64 {
     BareMailbox::new(vm.ram(), vcpu).progress().unwrap()
 }
 
+/// Waits until the vCPUs' threads have ended. Returns why.
+fn ended(vm: &Vm) -> StopReason {
+    wait_for("the end of its threads", || vm.wait(Duration::ZERO))
+}
+
 /// Waits until every vCPU gets on.
 fn expect_running(vm: &Vm, cpus: u64) {
-    let deadline = Instant::now() + Duration::from_secs(20);
     for vcpu in 0..cpus {
         let before = progress(vm, vcpu);
-        while progress(vm, vcpu) == before {
-            assert!(Instant::now() < deadline, "vCPU {vcpu} stands still at {before} ({:?})", vm.stopped());
-            thread::sleep(Duration::from_millis(1));
-        }
+        wait_until("every vCPU gets on", || {
+            assert_eq!(vm.stopped(), None, "vCPU {vcpu} stands still at {before}");
+            progress(vm, vcpu) != before
+        });
     }
 }
 
@@ -538,7 +542,7 @@ fn a_stopped_vm_refuses_by_name() {
     let (image, _) = vm.fork().unwrap();
     vm.stop();
     vm.stop();
-    assert_eq!(vm.wait(Duration::from_secs(10)), Some(StopReason::Requested));
+    assert_eq!(ended(&vm), StopReason::Requested);
     assert!(matches!(vm.fork(), Err(VmError::Stopped(StopReason::Requested))));
     assert!(matches!(vm.pause(), Err(VmError::Stopped(StopReason::Requested))));
     assert!(!vm.is_paused());
@@ -569,7 +573,7 @@ fn a_vm_is_stopped_while_it_is_forked() {
             let error = forker.join().unwrap();
             assert!(matches!(error, VmError::Stopped(StopReason::Requested)), "{error:?}");
         });
-        assert_eq!(vm.wait(Duration::from_secs(10)), Some(StopReason::Requested));
+        assert_eq!(ended(&vm), StopReason::Requested);
     }
 }
 
@@ -608,7 +612,7 @@ fn a_child_is_dropped_at_once() {
         let child = Vm::from_image(&context, "child", &image, ChildOptions::default()).unwrap();
         if n % 2 == 0 {
             child.stop();
-            assert_eq!(child.wait(Duration::from_secs(20)), Some(StopReason::Requested));
+            assert_eq!(ended(&child), StopReason::Requested);
         }
     }
 }

@@ -4,7 +4,6 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
 use clade_memory::{Access, Backing, PageRange, PinLifetime};
@@ -15,7 +14,6 @@ use clade_vmm::vm::{Context, ForkImage};
 const MIB: u64 = 48;
 const PAGES: u64 = (MIB << 20) / PAGE_SIZE - WORK_BASE / PAGE_SIZE;
 const BLOCK: u64 = 512;
-const TIMEOUT: Duration = Duration::from_secs(240);
 
 struct Case<'a> {
     context: &'a Context,
@@ -55,7 +53,7 @@ struct Row {
 }
 
 fn run(rows: &[Row]) {
-    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let Some(turn) = Turn::take() else { return };
     for backing in [Backing::Huge, Backing::Small] {
         let context = turn.context(backing);
         for writer in [Writer::Guest, Writer::Host] {

@@ -4,25 +4,27 @@
 
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clade_guests::abi::disk::What;
 use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
 use clade_harness::{BareMailbox, BareVcpu};
 use clade_memory::{Access, Backing, PageRange, PinLifetime, RamError};
-use clade_tests::{DiskFile, DiskGuest, Guest, Holdings, Turn, Writer, in_a_process_of_its_own, with_vcpus};
+use clade_test_support::wait_until;
+use clade_tests::{
+    DiskFile, DiskGuest, Guest, Holdings, Turn, Writer, in_a_process_of_its_own, until_in_flight, with_vcpus,
+};
 use clade_vmm::vm::{Context, ForkImage, VmError};
 use kvm_bindings::Xsave;
 
 const MIB: u64 = 32;
-const TIMEOUT: Duration = Duration::from_secs(120);
 const DISK_BYTES: u64 = 4 << 20;
 const SECTORS: u64 = DISK_BYTES / 512;
 /// Long enough for a fork or a reset to find requests in flight whenever it comes.
 const LATE: Duration = Duration::from_millis(20);
 
 fn turn() -> Option<(Turn, Context)> {
-    let turn = Turn::take(TIMEOUT)?;
+    let turn = Turn::take()?;
     let context = turn.context(Backing::Huge);
     Some((turn, context))
 }
@@ -44,11 +46,7 @@ fn counting(guest: &Guest, vcpu: u64, first: u64, pages: u64) {
     let mailbox = BareMailbox::new(guest.vm(), vcpu);
     let seq = mailbox.order(count(first, pages)).unwrap();
     guest.vm().resume().unwrap();
-    let deadline = Instant::now() + TIMEOUT;
-    while mailbox.taken().unwrap() < seq {
-        assert!(Instant::now() < deadline, "vCPU {vcpu} does not begin to count");
-        thread::yield_now();
-    }
+    wait_until("a vCPU begins to count", || mailbox.taken().unwrap() >= seq);
 }
 
 #[test]
@@ -138,12 +136,8 @@ fn all_vcpus_are_put_back() {
         child.vm().reset_to_origin().unwrap();
         // They count on: more than at the instant, each in its own pages.
         let progress = |vcpu| BareMailbox::new(child.vm().ram(), vcpu).progress().unwrap();
-        let deadline = Instant::now() + TIMEOUT;
         let before = [progress(0), progress(1)];
-        while (0..2).any(|vcpu| progress(vcpu) == before[vcpu as usize]) {
-            assert!(Instant::now() < deadline, "a vCPU does not count on, round {round}");
-            thread::yield_now();
-        }
+        wait_until("both vCPUs count on", || (0..2).all(|vcpu| progress(vcpu) != before[vcpu as usize]));
         child.vm().pause().unwrap();
     }
     child.vm().resume().unwrap();
@@ -156,30 +150,32 @@ fn all_vcpus_are_put_back() {
 
 #[test]
 fn a_reset_in_the_middle_of_disk_io_does_the_images_requests_again() {
-    let Some((_turn, context)) = turn() else { return };
-    let file = DiskFile::new(DISK_BYTES, 1);
-    let mut spec = file.spec();
-    spec.disk.latency = Some(LATE);
-    let parent = DiskGuest::boot(&context, spec, 1);
-    let run = DiskGuest::whole(What::Write, SECTORS, 2);
-    let seq = parent.begin(run);
-    let image = parent.fork_in_flight(run.count / 4);
-    assert_eq!(parent.finish(seq), (run.count, 0, 0));
-    let child = DiskGuest::paused_child(&context, &image, "child");
-    for round in 1..6 {
-        child.vm().resume().unwrap();
-        child.await_progress(run.count * (round + 1) / 8);
-        // Requests of its own are in flight.
+    until_in_flight(|| {
+        let Some((_turn, context)) = turn() else { return };
+        let file = DiskFile::new(DISK_BYTES, 1);
+        let mut spec = file.spec();
+        spec.disk.latency = Some(LATE);
+        let parent = DiskGuest::boot(&context, spec, 1);
+        let run = DiskGuest::whole(What::Write, SECTORS, 2);
+        let seq = parent.begin(run);
+        let image = parent.fork_in_flight(run.count / 4);
+        assert_eq!(parent.finish(seq), (run.count, 0, 0));
+        let child = DiskGuest::paused_child(&context, &image, "child");
+        for round in 1..6 {
+            child.vm().resume().unwrap();
+            child.await_progress(run.count * (round + 1) / 8);
+            // Requests of its own are in flight.
+            child.vm().reset_to_origin().unwrap();
+        }
+        assert_eq!(child.finish(seq), (run.count, 0, 0), "each done once, none wrong");
+        child.expect(DiskGuest::whole(What::Verify, SECTORS, 2), "what was written around the fork");
+        // Back to before: the disk too.
+        child.expect(DiskGuest::whole(What::Write, SECTORS, 3), "it writes all of it");
         child.vm().reset_to_origin().unwrap();
-    }
-    assert_eq!(child.finish(seq), (run.count, 0, 0), "each done once, none wrong");
-    child.expect(DiskGuest::whole(What::Verify, SECTORS, 2), "what was written around the fork");
-    // Back to before: the disk too.
-    child.expect(DiskGuest::whole(What::Write, SECTORS, 3), "it writes all of it");
-    child.vm().reset_to_origin().unwrap();
-    assert_eq!(child.finish(seq), (run.count, 0, 0), "and again");
-    child.expect(DiskGuest::whole(What::Verify, SECTORS, 2), "nothing of what it wrote since");
-    parent.expect(DiskGuest::whole(What::Verify, SECTORS, 2), "the parent's");
+        assert_eq!(child.finish(seq), (run.count, 0, 0), "and again");
+        child.expect(DiskGuest::whole(What::Verify, SECTORS, 2), "nothing of what it wrote since");
+        parent.expect(DiskGuest::whole(What::Verify, SECTORS, 2), "the parent's");
+    });
 }
 
 #[test]

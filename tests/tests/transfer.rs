@@ -7,19 +7,16 @@ use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
 
 use clade_devices::disk::{CommitError, Disk};
 use clade_guests::abi::disk::{DiskRun, What};
 use clade_guests::abi::{PAGE_SIZE, WORK_BASE};
 use clade_memory::{Backing, PageRange};
+use clade_test_support::wait_eq;
 use clade_tests::{DiskFile, DiskGuest, Guest, Turn, Writer};
 use clade_vmm::vm::{ChildOptions, ForkImage, Leases, Overlays, SealedParts, TransferError, Vm};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
 
-const TIMEOUT: Duration = Duration::from_secs(240);
-const SOON: Duration = Duration::from_secs(30);
 const MIB: u64 = 48;
 /// Work pages that are written, and looked at.
 const PAGES: u64 = 3000;
@@ -91,7 +88,7 @@ impl Other {
 #[test]
 fn another_process() {
     let Some(role) = std::env::var_os(ROLE) else { return };
-    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let Some(turn) = Turn::take() else { return };
     let socket = rustix::stdio::stdin();
     let backing = if role.to_string_lossy().contains("small") { Backing::Small } else { Backing::Huge };
     let context = turn.context(backing);
@@ -135,11 +132,7 @@ fn another_process() {
 
 /// Waits until no other process uses anything that was given away.
 fn expect_unused(leases: &Leases) {
-    let deadline = Instant::now() + SOON;
-    while leases.count() > 0 {
-        assert!(Instant::now() < deadline, "{} images are still held", leases.count());
-        thread::sleep(Duration::from_millis(5));
-    }
+    wait_eq("images that are still held", &0, || leases.count());
 }
 
 fn exported(image: &Arc<ForkImage>, leases: &Leases) -> SealedParts {
@@ -148,7 +141,7 @@ fn exported(image: &Arc<ForkImage>, leases: &Leases) -> SealedParts {
 
 #[test]
 fn i4_a_child_in_another_process_shows_the_instant_of_the_fork() {
-    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let Some(turn) = Turn::take() else { return };
     for (backing, role) in [(Backing::Huge, "huge"), (Backing::Small, "small")] {
         let context = turn.context(backing);
         let leases = Leases::default();
@@ -183,18 +176,14 @@ fn i4_a_child_in_another_process_shows_the_instant_of_the_fork() {
         one.end();
         two.kill();
         expect_unused(&leases);
-        let deadline = Instant::now() + SOON;
-        while context.store().live_layers() > 0 {
-            assert!(Instant::now() < deadline, "{} layers are left", context.store().live_layers());
-            thread::sleep(Duration::from_millis(5));
-        }
+        wait_eq("layers that are left", &0, || context.store().live_layers());
     }
 }
 
 /// Pages that the parent has written again since are given back only when no other process shows them.
 #[test]
 fn i8_what_is_given_away_is_swept_when_its_last_user_has_gone_and_not_before() {
-    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let Some(turn) = Turn::take() else { return };
     let context = turn.context(Backing::Small);
     let leases = Leases::default();
     let parent = Guest::boot(&context, MIB, 1);
@@ -222,7 +211,7 @@ fn i8_what_is_given_away_is_swept_when_its_last_user_has_gone_and_not_before() {
 /// A grandchild in a third process shows the first's pages, though the second has gone, and the first.
 #[test]
 fn a_family_over_three_processes_outlives_its_ancestors() {
-    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let Some(turn) = Turn::take() else { return };
     let context = turn.context(Backing::Huge);
     let leases = Leases::default();
     let parent = Guest::boot(&context, MIB, 1);
@@ -257,7 +246,7 @@ fn a_family_over_three_processes_outlives_its_ancestors() {
 /// A fork in the background publishes its layer before it is filled. A hole would be zeros to another process.
 #[test]
 fn pages_that_are_still_being_copied_are_there_in_another_process() {
-    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let Some(turn) = Turn::take() else { return };
     let context = turn.context(Backing::Small);
     let parent = Guest::boot(&context, MIB, 1);
     parent.fill(Writer::Guest, 0, PAGES, 1);
@@ -276,7 +265,7 @@ fn pages_that_are_still_being_copied_are_there_in_another_process() {
 
 #[test]
 fn a_child_in_another_process_has_a_disk_of_its_own() {
-    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let Some(turn) = Turn::take() else { return };
     let context = turn.context(Backing::Huge);
     let leases = Leases::default();
     let file = DiskFile::new(SECTORS * 512, 1);
@@ -312,7 +301,7 @@ fn a_child_in_another_process_has_a_disk_of_its_own() {
 /// dropped then would have it refused, and what was written would be lost.
 #[test]
 fn a_disk_that_others_have_used_is_committed_as_soon_as_none_is_counted() {
-    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let Some(turn) = Turn::take() else { return };
     let context = turn.context(Backing::Small);
     for round in 0..6 {
         let leases = Leases::default();
@@ -341,7 +330,7 @@ fn a_disk_that_others_have_used_is_committed_as_soon_as_none_is_counted() {
 /// Each goes on from the one before, which has gone. What it holds for its ancestors does not add up.
 #[test]
 fn generations_in_processes_of_their_own_hold_as_much_as_the_first() {
-    let Some(turn) = Turn::take(TIMEOUT) else { return };
+    let Some(turn) = Turn::take() else { return };
     let context = turn.context(Backing::Huge);
     let leases = Leases::default();
     let file = DiskFile::new(SECTORS * 512, 1);

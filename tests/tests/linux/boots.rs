@@ -2,34 +2,42 @@
 
 use std::process::Command;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clade_devices::disk::{Disk, DiskConfig};
+use clade_devices::virtio::block::BlockOptions;
 use clade_memory::Backing;
-use clade_tests::{Linux, PROMPT, Turn, checked, ext4};
+use clade_test_support::wait_for;
+use clade_tests::{Linux, PROMPT, Turn, checked, ext4, formatted};
 use clade_vmm::kvm::Quirks;
-use clade_vmm::vm::{Context, ForkImage, Vm};
+use clade_vmm::vm::{Context, DiskSpec, ForkImage, Vm};
 
-use crate::{ANSWER_TIMEOUT, BOOT, PAUSED, TIMEOUT, ask, formatted};
+use crate::{PAUSED, ask};
+
+/// Long enough for a fork to find requests in flight.
+const LATENCY: Duration = Duration::from_millis(30);
 
 #[test]
 fn a_bzimage_on_ext4_is_forked_while_it_writes() {
-    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
+    let Some(turn) = Turn::beside_others() else { return };
     let Some(linux) = Linux::find() else { return };
     let dir = tempfile::tempdir().unwrap();
     // A slow disk, so that a fork finds requests in flight.
-    let Some(disk) = formatted(dir.path(), Some(Duration::from_millis(30))) else { return };
-    let path = disk.disk.path.clone();
+    let path = dir.path().join("disk.img");
+    if !formatted(&path) {
+        return;
+    }
+    let disk = DiskConfig { latency: Some(LATENCY), ..DiskConfig::new(&path) };
     let context = turn.context(Backing::Huge);
     let mut config = Linux::config(1);
-    config.disks = vec![disk];
+    config.disks = vec![DiskSpec { disk, device: BlockOptions::default() }];
     let parent = linux.boot_as(&context, "bzImage", "earlyprintk=serial", config);
-    let console = Linux::expect(&parent, 0, PROMPT, BOOT);
+    let console = Linux::expect(&parent, 0, PROMPT);
     assert!(console.contains("Linux version 6.1"), "{console}");
     assert!(console.contains("virtio_blk"), "the disk is found:\n{console}");
     parent.pause().unwrap();
 
-    assert_eq!(ask(&parent, "mkdir /tmp/d && mount -t ext4 /dev/vda /tmp/d && echo mounted"), "mounted");
+    assert_eq!(ask(&parent, "mkdir -p /tmp/d && mount -t ext4 /dev/vda /tmp/d && echo mounted"), "mounted");
     assert_eq!(ask(&parent, "echo before >/tmp/d/file && sync && echo synced"), "synced");
 
     // In the middle of writes. Where guest kernels are interpreted this takes seconds.
@@ -40,12 +48,12 @@ fn a_bzimage_on_ext4_is_forked_while_it_writes() {
     let done = format!("[done 0]\r\n{PROMPT}");
     let (image, in_flight) = forked_in_flight(&parent);
     println!("{in_flight} requests in flight at the fork");
-    let _ = Linux::expect(&parent, from, &done, ANSWER_TIMEOUT);
+    let _ = Linux::expect(&parent, from, &done);
     parent.pause().unwrap();
 
     let child = Vm::from_image(&context, "child", &image, PAUSED).unwrap();
     child.resume().unwrap();
-    let _ = Linux::expect(&child, 0, &done, ANSWER_TIMEOUT);
+    let _ = Linux::expect(&child, 0, &done);
     child.pause().unwrap();
     for (vm, mark) in [(&parent, "parent"), (&child, "child")] {
         assert_eq!(ask(vm, "cat /tmp/d/file"), "before");
@@ -75,25 +83,10 @@ fn a_bzimage_on_ext4_is_forked_while_it_writes() {
 
 /// Forks `vm` until there are requests in flight.
 fn forked_in_flight(vm: &Vm) -> (Arc<ForkImage>, usize) {
-    for _ in 0..2000 {
+    wait_for("a fork with requests in flight", || {
         let (image, report) = vm.fork().unwrap();
-        if report.in_flight > 0 {
-            return (image, report.in_flight);
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    panic!("it never writes");
-}
-
-/// What is on the console once the guest is at its prompt, has died, or has taken too long.
-fn until_prompt_or_panic(vm: &Vm) -> String {
-    let deadline = Instant::now() + BOOT;
-    loop {
-        let (seen, prompt) = vm.console().wait_for(0, PROMPT, Duration::from_secs(1));
-        if prompt || seen.contains("Kernel panic") || Instant::now() > deadline {
-            return seen;
-        }
-    }
+        (report.in_flight > 0).then_some((image, report.in_flight))
+    })
 }
 
 /// Booted with two vCPUs. On kvm-pvm, with busy processors, user space sometimes loses its FS base
@@ -103,7 +96,7 @@ fn two_vcpus(linux: &Linux, context: &Context) -> Vm {
     let attempts = if context.host().quirks() == Quirks::Pvm { 4 } else { 1 };
     for attempt in 1..=attempts {
         let vm = linux.boot(context, "vmlinux", 2, "");
-        let console = until_prompt_or_panic(&vm);
+        let console = Linux::expect_any(&vm, 0, &[PROMPT, "Kernel panic"]);
         if console.contains("Attempted to kill init") && attempt < attempts {
             println!("boot {attempt} of {attempts}: this host's KVM broke the guest's user space; again");
             continue;
@@ -116,7 +109,7 @@ fn two_vcpus(linux: &Linux, context: &Context) -> Vm {
 
 #[test]
 fn linux_with_two_vcpus_is_forked() {
-    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
+    let Some(turn) = Turn::beside_others() else { return };
     let Some(linux) = Linux::find() else { return };
     let context = turn.context(Backing::Huge);
     let parent = two_vcpus(&linux, &context);

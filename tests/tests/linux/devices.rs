@@ -7,51 +7,44 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use clade_devices::Console;
 use clade_devices::virtio::net::Egress;
-use clade_tests::{Linux, PROMPT, Subnet, Turn, checked, skip};
+use clade_tests::{BootedLinux, Linux, PROMPT, Subnet, Turn, checked, rerun, skip};
 use clade_vmm::platform::virtio_slot;
 use clade_vmm::vm::Vm;
 
-use crate::{ANSWER_TIMEOUT, Booted, PAUSED, TIMEOUT, ask};
+use crate::{PAUSED, ask, booted};
 
 /// What goes over the network.
 const BYTES: usize = 512 << 10;
 
 /// Waits for the end of a line that was typed into a running VM, and for the prompt behind it; returns what came.
 fn finish(vm: &Vm, from: u64) -> String {
-    let text = Linux::expect(vm, from, &format!("]\r\n{PROMPT}"), ANSWER_TIMEOUT);
+    let text = Linux::expect(vm, from, &format!("]\r\n{PROMPT}"));
     assert!(text.contains("[done 0]"), "{text}");
     text
 }
 
 /// Waits, with the VM running, until `done` says what it has seen.
 fn wait_for<T>(vm: &Vm, what: &str, mut done: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + ANSWER_TIMEOUT;
+    let from = vm.console().position();
     vm.resume().unwrap();
-    loop {
-        if let Some(seen) = done() {
-            vm.pause().unwrap();
-            return seen;
-        }
-        assert!(Instant::now() < deadline, "{}: {what}: not within {ANSWER_TIMEOUT:?}", vm.name());
-        thread::sleep(Duration::from_millis(50));
-    }
+    let seen = clade_test_support::wait_for(&format!("{}: {what}", vm.name()), || {
+        assert!(!Linux::lost_fs_base(vm, from), "{}: {what}: a program has died", vm.name());
+        done()
+    });
+    vm.pause().unwrap();
+    seen
 }
 
 /// Calls `once` until it does not say that it would block.
 fn patiently<T>(what: &str, mut once: impl FnMut() -> std::io::Result<T>) -> T {
-    let deadline = Instant::now() + ANSWER_TIMEOUT;
-    loop {
-        match once() {
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                assert!(Instant::now() < deadline, "{what}: not within {ANSWER_TIMEOUT:?}");
-                thread::sleep(Duration::from_millis(10));
-            }
-            other => return other.unwrap_or_else(|error| panic!("{what}: {error}")),
-        }
-    }
+    clade_test_support::wait_for(what, || match once() {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => None,
+        other => Some(other.unwrap_or_else(|error| panic!("{what}: {error}"))),
+    })
 }
 
 /// Listens for one connection of the guest's, and gives it to `with` on a thread.
@@ -65,7 +58,6 @@ fn serve<T: Send + 'static>(
     let served = thread::spawn(move || {
         let (stream, _) = patiently("the guest connects", || listener.accept());
         stream.set_nonblocking(false).unwrap();
-        stream.set_read_timeout(Some(ANSWER_TIMEOUT)).unwrap();
         with(stream)
     });
     (port, served)
@@ -84,19 +76,22 @@ fn pattern(seed: u64) -> Vec<u8> {
 
 /// Gives both ends of a VM's network their addresses, and waits until the guest reaches the host.
 fn connect(vm: &Vm) -> Subnet {
-    let subnet = Subnet::next();
+    let subnet = Subnet::take();
     subnet.bring_up(&vm.identity().nets[0].tap);
     let (host, guest) = (subnet.host(), subnet.guest());
-    assert_eq!(ask(vm, &format!("ip addr add {guest}/24 dev eth0 && ip link set eth0 up && echo up")), "up");
+    assert_eq!(
+        ask(vm, &format!("ip addr flush dev eth0; ip addr add {guest}/24 dev eth0 && ip link set eth0 up && echo up")),
+        "up"
+    );
     wait_for(vm, "the guest reaches the host", || {
-        let answer = Linux::ask(vm, &format!("ping -c 1 -W 5 {host} >/dev/null && echo reached"), ANSWER_TIMEOUT);
+        let answer = Linux::ask(vm, &format!("ping -c 1 -W 5 {host} >/dev/null && echo reached"));
         answer.contains("reached").then_some(())
     });
     subnet
 }
 
 /// Has the guest get `data` over TCP into /tmp/data.
-fn send_to(vm: &Vm, subnet: Subnet, data: &[u8]) {
+fn send_to(vm: &Vm, subnet: &Subnet, data: &[u8]) {
     let bytes = data.to_vec();
     let (port, sent) = serve(subnet.host(), move |mut stream| stream.write_all(&bytes).unwrap());
     let line = format!("nc {} {port} </dev/null >/tmp/data; wc -c </tmp/data", subnet.host());
@@ -110,8 +105,8 @@ fn private_kib(vm: &Vm) -> u64 {
 
 #[test]
 fn linux_chooses_indirect_tables_where_it_can() {
-    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
-    let Some(booted) = Booted::get(&turn) else { return };
+    let Some(turn) = Turn::beside_others() else { return };
+    let Some(booted) = booted(&turn) else { return };
     let vm = booted.child("features");
     // A character a bit, and the devices in their order. Its balloon driver declines: to report free memory it must not need any.
     let chosen = ask(&vm, "cat /sys/bus/virtio/devices/*/features | cut -c 29 | tr -d '\\n'; echo");
@@ -124,8 +119,8 @@ fn linux_chooses_indirect_tables_where_it_can() {
 
 #[test]
 fn linux_siblings_draw_random_bytes_of_their_own() {
-    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
-    let Some(booted) = Booted::get(&turn) else { return };
+    let Some(turn) = Turn::beside_others() else { return };
+    let Some(booted) = booted(&turn) else { return };
     let (one, two) = (booted.child("one"), booted.child("two"));
     let draw = |vm: &Vm| ask(vm, "xxd -p -l 512 -c 512 /dev/hwrng");
     let (first, second, again) = (draw(&one), draw(&two), draw(&one));
@@ -143,32 +138,39 @@ fn linux_siblings_draw_random_bytes_of_their_own() {
     }
 }
 
+/// Waits for `text` on a console whose VM may be paused; returns all that is on it.
+fn heard(console: &Console, text: &str) -> String {
+    clade_test_support::wait_for(text, || {
+        let (seen, found) = console.wait_for(0, text, Duration::ZERO);
+        found.then_some(seen)
+    })
+}
+
 #[test]
 fn linux_is_heard_and_typed_at_on_its_virtio_console() {
-    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
-    let Some(booted) = Booted::get(&turn) else { return };
+    let Some(turn) = Turn::beside_others() else { return };
+    let Some(booted) = booted(&turn) else { return };
     let vm = booted.child("hvc");
     let hvc = vm.virtio_console().unwrap();
     assert_eq!(ask(&vm, "echo to-the-host >/dev/hvc0; echo said"), "said");
-    let (seen, found) = hvc.wait_for(0, "to-the-host", ANSWER_TIMEOUT);
-    assert!(found, "{seen}");
+    let _ = heard(hvc, "to-the-host");
     assert_eq!(vm.type_in_virtio(b"from-the-host\n"), 14);
     assert_eq!(ask(&vm, "read -r line </dev/hvc0; echo got-$line >/dev/hvc0; echo read $line"), "read from-the-host");
-    assert!(hvc.wait_for(0, "got-from-the-host", ANSWER_TIMEOUT).1);
+    let _ = heard(hvc, "got-from-the-host");
     // A child's begins empty, and goes on.
     let (image, _) = vm.fork().unwrap();
     let child = Vm::from_image(&booted.context, "hvc-child", &image, PAUSED).unwrap();
     assert_eq!(ask(&child, "echo of-the-child >/dev/hvc0; echo said"), "said");
-    let (seen, found) = child.virtio_console().unwrap().wait_for(0, "of-the-child", ANSWER_TIMEOUT);
-    assert!(found && !seen.contains("from-the-host"), "{seen}");
+    let seen = heard(child.virtio_console().unwrap(), "of-the-child");
+    assert!(!seen.contains("from-the-host"), "{seen}");
     assert!(!hvc.wait_for(0, "of-the-child", Duration::ZERO).1);
 }
 
 #[test]
 fn linux_gives_memory_back_when_asked_and_when_it_has_it_free() {
     const MIB: u64 = 36;
-    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
-    let Some(booted) = Booted::get(&turn) else { return };
+    let Some(turn) = Turn::beside_others() else { return };
+    let Some(booted) = booted(&turn) else { return };
     let vm = booted.child("balloon");
     let use_memory = "dd if=/dev/zero of=/tmp/fill bs=1M count=20 2>/dev/null; rm /tmp/fill; echo used";
     assert_eq!(ask(&vm, use_memory), "used");
@@ -213,21 +215,33 @@ fn linux_gives_memory_back_when_asked_and_when_it_has_it_free() {
     assert_eq!(ask(&child, again), "used", "and can be used again");
 }
 
+/// Reads what a guest's program sends. A program that dies ends the connection.
+fn read_exact(vm: &Vm, from: u64, stream: &mut UnixStream, bytes: &mut [u8]) {
+    if let Err(error) = stream.read_exact(bytes) {
+        Linux::lost_fs_base(vm, from);
+        panic!("{}: {error}", vm.name());
+    }
+}
+
 /// The guest connects to the host, and the host to the guest.
 fn talk(vm: &Vm, word: &str) {
     let socket = vm.identity().vsock.clone().unwrap().socket;
     let path = |port: u32| PathBuf::from(format!("{}_{port}", socket.display()));
+    // A test that is run again finds the one of before.
+    let _ = std::fs::remove_file(path(5000));
     let listener = UnixListener::bind(path(5000)).unwrap();
     listener.set_nonblocking(true).unwrap();
     vm.resume().unwrap();
     let from = vm.console().position();
     vm.type_in(format!("echo from-{word} | vsock connect 2 5000\n").as_bytes());
-    let (mut stream, _) = patiently("the guest connects", || listener.accept());
+    let (mut stream, _) = patiently("the guest connects", || {
+        assert!(!Linux::lost_fs_base(vm, from), "a program has died before it connected");
+        listener.accept()
+    });
     stream.set_nonblocking(false).unwrap();
-    stream.set_read_timeout(Some(ANSWER_TIMEOUT)).unwrap();
     let wanted = format!("from-{word}\n");
     let mut got = vec![0; wanted.len()];
-    stream.read_exact(&mut got).unwrap();
+    read_exact(vm, from, &mut stream, &mut got);
     assert_eq!(String::from_utf8_lossy(&got), wanted);
     stream.write_all(format!("answer-to-{word}\n").as_bytes()).unwrap();
     drop(stream);
@@ -237,14 +251,13 @@ fn talk(vm: &Vm, word: &str) {
 
     let from = vm.console().position();
     vm.type_in(format!("echo served-{word} | vsock listen 6000\n").as_bytes());
-    let _ = Linux::expect(vm, from, "listening", ANSWER_TIMEOUT);
+    let _ = Linux::expect(vm, from, "listening");
     let mut stream = UnixStream::connect(&socket).unwrap();
-    stream.set_read_timeout(Some(ANSWER_TIMEOUT)).unwrap();
     stream.write_all(b"CONNECT 6000\n").unwrap();
     let mut said = Vec::new();
     while said.iter().filter(|byte| **byte == b'\n').count() < 2 {
         let mut byte = [0];
-        stream.read_exact(&mut byte).unwrap();
+        read_exact(vm, from, &mut stream, &mut byte);
         said.extend(byte);
     }
     let said = String::from_utf8_lossy(&said);
@@ -258,14 +271,18 @@ fn talk(vm: &Vm, word: &str) {
 
 #[test]
 fn linux_talks_through_sockets_both_ways() {
-    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
-    let Some(booted) = Booted::get(&turn) else { return };
+    let Some(turn) = Turn::beside_others() else { return };
+    let Some(booted) = booted(&turn) else { return };
+    rerun(|| talks_through_sockets_both_ways(&booted));
+}
+
+fn talks_through_sockets_both_ways(booted: &BootedLinux) {
     let vm = booted.child("sockets");
     assert_eq!(vm.identity().vsock.clone().unwrap().socket, booted.dir.join("sockets.vsock"));
     talk(&vm, "one");
     // Nobody listens: refused, and nothing else.
     vm.resume().unwrap();
-    let text = Linux::ask(&vm, "vsock connect 2 5001 </dev/null", ANSWER_TIMEOUT);
+    let text = Linux::ask(&vm, "vsock connect 2 5001 </dev/null");
     vm.pause().unwrap();
     assert!(text.contains("failed 104"), "{text}");
     talk(&vm, "two");
@@ -273,10 +290,14 @@ fn linux_talks_through_sockets_both_ways() {
 
 #[test]
 fn linux_is_put_back_with_everything_it_has() {
-    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
-    let Some(booted) = Booted::get(&turn) else { return };
+    let Some(turn) = Turn::beside_others() else { return };
+    let Some(booted) = booted(&turn) else { return };
+    rerun(|| is_put_back_with_everything_it_has(&booted));
+}
+
+fn is_put_back_with_everything_it_has(booted: &BootedLinux) {
     let vm = booted.child("reset");
-    assert_eq!(ask(&vm, "mkdir /d && mount /dev/vda /d && echo mounted"), "mounted");
+    assert_eq!(ask(&vm, "mkdir -p /d && mount /dev/vda /d && echo mounted"), "mounted");
     for round in 0..3 {
         assert_eq!(ask(&vm, "echo here > /tmp/marker; cat /tmp/marker"), "here");
         // Running, with writes in flight to the disk, and a connection that the guest holds.
@@ -289,7 +310,7 @@ fn linux_is_put_back_with_everything_it_has() {
         vm.pause().unwrap();
         assert_eq!(ask(&vm, "ls /tmp/marker /d 2>&1 | grep -c 'No such'"), "2", "round {round}");
         assert!(!String::from_utf8_lossy(&vm.console().since(from)).contains("end-of-write"));
-        assert_eq!(ask(&vm, "mkdir /d && mount /dev/vda /d && ls /d"), "lost+found", "round {round}");
+        assert_eq!(ask(&vm, "mkdir -p /d && mount /dev/vda /d && ls /d"), "lost+found", "round {round}");
         assert_eq!(ask(&vm, "head -c 8 /dev/hwrng | wc -c"), "8");
         talk(&vm, &format!("round-{round}"));
     }
@@ -297,15 +318,19 @@ fn linux_is_put_back_with_everything_it_has() {
 
 #[test]
 fn linux_moves_bytes_through_its_network() {
-    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
-    let Some(booted) = Booted::get(&turn) else { return };
+    let Some(turn) = Turn::beside_others() else { return };
+    let Some(booted) = booted(&turn) else { return };
+    rerun(|| moves_bytes_through_its_network(&booted));
+}
+
+fn moves_bytes_through_its_network(booted: &BootedLinux) {
     if !booted.taps {
         return skip("tap", "there are no TAP interfaces");
     }
     let vm = booted.child("network");
     let subnet = connect(&vm);
     let data = pattern(1);
-    send_to(&vm, subnet, &data);
+    send_to(&vm, &subnet, &data);
     let (port, back) = serve(subnet.host(), |mut stream| {
         let mut got = Vec::new();
         stream.read_to_end(&mut got).unwrap();
@@ -316,12 +341,12 @@ fn linux_moves_bytes_through_its_network() {
     let stats = vm.net_stats(0).unwrap();
     println!("{stats:?}");
     assert!(stats.received_bytes > BYTES as u64 && stats.sent_bytes > BYTES as u64, "{stats:?}");
-    by_rules(&vm, subnet, &data);
+    by_rules(&vm, &subnet, &data);
 }
 
 /// The same guest with egress rules: it sends to one port of the host, and by no other address than
 /// the one that the host has given it. Its kernel leaves checksums and segments to the host.
-fn by_rules(vm: &Vm, subnet: Subnet, data: &[u8]) {
+fn by_rules(vm: &Vm, subnet: &Subnet, data: &[u8]) {
     let host = subnet.host();
     let (port, back) = serve(host, |mut stream| {
         let mut got = Vec::new();
@@ -381,20 +406,28 @@ impl Slow {
 
 #[test]
 fn linux_is_forked_in_the_middle_of_everything() {
-    let Some(turn) = Turn::beside_others(TIMEOUT) else { return };
-    let Some(booted) = Booted::get(&turn) else { return };
+    let Some(turn) = Turn::beside_others() else { return };
+    let Some(booted) = booted(&turn) else { return };
+    rerun(|| is_forked_in_the_middle_of_everything(&booted));
+}
+
+fn is_forked_in_the_middle_of_everything(booted: &BootedLinux) {
     if !booted.taps {
         return skip("tap", "there are no TAP interfaces");
     }
     let parent = booted.child("parent");
     let subnet = connect(&parent);
     let data = pattern(2);
-    send_to(&parent, subnet, &data);
-    assert_eq!(ask(&parent, "mkdir /tmp/d && mount -t ext4 /dev/vda /tmp/d && echo mounted"), "mounted");
+    send_to(&parent, &subnet, &data);
+    assert_eq!(ask(&parent, "mkdir -p /tmp/d && mount -t ext4 /dev/vda /tmp/d && echo mounted"), "mounted");
     let carrier = |vm: &Vm| ask(vm, "cat /sys/class/net/eth0/carrier_changes").parse::<u64>().unwrap();
     let changes = carrier(&parent);
     // A connection that nothing is said on.
     let held_path = booted.dir.join("parent.vsock_7000");
+    for left in ["parent.vsock_7000", "at-the-fork", "of-the-parent", "of-the-child"] {
+        // Of a run before this one.
+        let _ = std::fs::remove_file(booted.dir.join(left));
+    }
     let listener = UnixListener::bind(&held_path).unwrap();
     listener.set_nonblocking(true).unwrap();
     assert_eq!(ask(&parent, "mkfifo /tmp/f; vsock connect 2 7000 <>/tmp/f & echo begun"), "begun");
@@ -411,18 +444,15 @@ fn linux_is_forked_in_the_middle_of_everything() {
         "nc {host} {port} </tmp/data & net=$!; dd if=/tmp/data of=/tmp/d/big bs=64k conv=fsync 2>/dev/null; echo file-$?\n"
     );
     parent.type_in(line.as_bytes());
-    let deadline = Instant::now() + ANSWER_TIMEOUT;
-    let image = loop {
+    let image = clade_test_support::wait_for("a fork in the middle of both", || {
         let received = slow.received.load(Ordering::SeqCst);
-        assert!(Instant::now() < deadline, "never in the middle of both: {received} bytes sent");
         let (image, report) = parent.fork().unwrap();
-        if report.in_flight > 0 && received > 0 {
+        (report.in_flight > 0 && received > 0).then(|| {
             assert!(received < BYTES, "it is let go afterwards");
             println!("forked with {} requests in flight and {received} of {BYTES} bytes sent", report.in_flight);
-            break image;
-        }
-        thread::sleep(Duration::from_millis(5));
-    };
+            image
+        })
+    });
     slow.released.store(true, Ordering::SeqCst);
     // The parent has noticed nothing.
     let text = finish(&parent, from);
@@ -449,13 +479,12 @@ fn linux_is_forked_in_the_middle_of_everything() {
     let text = finish(&child, 0);
     assert!(text.contains("file-0"), "{text}");
     // ENOTCONN is what Linux gives to who reads from a socket that its device has reset.
-    let _ = Linux::expect(&child, 0, "failed 107", ANSWER_TIMEOUT);
+    let _ = Linux::expect(&child, 0, "failed 107");
     child.pause().unwrap();
     assert_eq!(ask(&child, "kill $net; cmp /tmp/data /tmp/d/big && echo same"), "same");
     talk(&child, "child");
     // Its link went down and came up.
-    let now = wait_for_carrier(&child, changes + 2);
-    assert!(now >= changes + 2, "{changes} changes of the link, then {now}");
+    clade_test_support::wait_until("two changes of the link", || carrier(&child) >= changes + 2);
     // The device says its own address, and a driver that is bound again takes it.
     let (base, _) = virtio_slot(1).unwrap();
     let word = |at: u64, bits: u32| ask(&child, &format!("devmem {:#x} {bits}", base.0 + 0x100 + at));
@@ -465,7 +494,7 @@ fn linux_is_forked_in_the_middle_of_everything() {
     let rebind = "cd /sys/bus/virtio/drivers/virtio_net; d=$(echo virtio*); echo $d >unbind; echo $d >bind; cat /sys/class/net/eth0/address";
     assert_eq!(ask(&child, rebind), own.nets[0].mac.to_string());
     let subnet = connect(&child);
-    send_to(&child, subnet, &pattern(3));
+    send_to(&child, &subnet, &pattern(3));
 
     // The disk of the instant of the fork is whole, and so is what either made of it.
     checked(&image, &booted.dir.join("at-the-fork"));
@@ -473,15 +502,5 @@ fn linux_is_forked_in_the_middle_of_everything() {
         assert_eq!(ask(vm, "umount /tmp/d && echo gone"), "gone");
         let (image, _) = vm.fork().unwrap();
         checked(&image, &booted.dir.join(name));
-    }
-}
-
-fn wait_for_carrier(vm: &Vm, wanted: u64) -> u64 {
-    let deadline = Instant::now() + ANSWER_TIMEOUT;
-    loop {
-        let now = ask(vm, "cat /sys/class/net/eth0/carrier_changes").parse().unwrap();
-        if now >= wanted || Instant::now() > deadline {
-            return now;
-        }
     }
 }

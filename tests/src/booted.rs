@@ -1,0 +1,179 @@
+//! One Linux boot for all tests of the host: a snapshot at the shell's prompt, in the cache
+//! directory.
+//!
+//! Where guest kernels are interpreted a boot takes most of a minute, and a restore takes
+//! milliseconds. The snapshot's directory is named by a hash over everything that it depends on, so
+//! another kernel, host or configuration has another one.
+
+use std::collections::hash_map::DefaultHasher;
+use std::fs::{self, File};
+use std::hash::{Hash, Hasher};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clade_devices::disk::DiskConfig;
+use clade_devices::virtio::block::BlockOptions;
+use clade_devices::virtio::limiter::Limits;
+use clade_devices::virtio::vsock::VsockOptions;
+use clade_memory::Backing;
+use clade_test_support::{Cid, skip};
+use clade_vmm::kvm::Host;
+use clade_vmm::vm::{
+    ChildOptions, Context, DiskSpec, ForkImage, NetSpec, RestoreOptions, SnapshotOptions, Vm, VmConfig,
+};
+
+use crate::{Linux, PROMPT, Turn, can_have_taps, ext4};
+
+/// Its version: of the VM that is booted, and of what is saved beside the snapshot.
+const VERSION: u32 = 1;
+/// The snapshot's directory and the console's text, in the cached directory.
+const SNAPSHOT: &str = "snapshot";
+const CONSOLE: &str = "console";
+const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, erase: &[], before_start: None };
+/// What a request to the disk takes at least, so that a fork finds some in flight.
+const LATENCY: std::time::Duration = std::time::Duration::from_millis(10);
+
+/// A shell at its prompt, in a VM with an ext4 disk, an interface, sockets, entropy, a balloon and
+/// two consoles.
+#[derive(Clone, Debug)]
+pub struct BootedLinux {
+    /// The context of its children.
+    pub context: Context,
+    /// The image at the prompt.
+    pub image: Arc<ForkImage>,
+    /// What was on the console until then.
+    pub console: Arc<str>,
+    /// Where its children have their overlays and sockets.
+    pub dir: PathBuf,
+    /// Whether it has an interface.
+    pub taps: bool,
+}
+
+impl BootedLinux {
+    /// Restores it into a context of its own. Boots it if that has not been done on this host. `dir`
+    /// is where its children have their overlays and sockets.
+    ///
+    /// `None`, after printing the reason, on a host that lacks something it needs.
+    ///
+    /// # Panics
+    /// When it cannot be booted or restored.
+    #[must_use]
+    pub fn get(turn: &Turn, dir: &Path) -> Option<Self> {
+        let taps = can_have_taps();
+        let cached = booted(turn, taps)?;
+        let context = turn.context(Backing::Huge);
+        let image = restore(&context, &cached, dir).expect("a cached snapshot is restored");
+        let console = fs::read_to_string(cached.join(CONSOLE)).expect("the cached console").into();
+        Some(Self { context, image, console, dir: dir.to_owned(), taps })
+    }
+
+    /// A child, paused at the prompt.
+    ///
+    /// # Panics
+    /// When it cannot be made.
+    #[must_use]
+    pub fn child(&self, name: &str) -> Vm {
+        Vm::from_image(&self.context, name, &self.image, PAUSED).expect("a child at the prompt")
+    }
+}
+
+/// The directory of the cached snapshot, of a VM with an interface or without. It is made if it is
+/// missing, or cannot be restored. Tests of programs restore what is in `snapshot` in it.
+///
+/// `None`, after printing the reason, where Linux is not built or mkfs.ext4 is missing.
+///
+/// # Panics
+/// When Linux cannot be booted.
+#[must_use]
+pub fn booted(turn: &Turn, taps: bool) -> Option<PathBuf> {
+    let linux = Linux::find()?;
+    let cache = cache().expect("a cache directory");
+    let dir = cache.join(format!("booted-{:016x}", hash(&linux, turn.host(), taps)));
+    let lock = File::create(cache.join("booted.lock")).expect("the lock of cached boots");
+    // One process boots, the others wait for its snapshot.
+    lock.lock().expect("the lock of cached boots");
+    if dir.exists() {
+        let scratch = tempfile::tempdir().expect("a directory");
+        match restore(&turn.context(Backing::Huge), &dir, scratch.path()) {
+            Ok(_) => return Some(dir),
+            Err(error) => println!("{} is made anew: {error}", dir.display()),
+        }
+        fs::remove_dir_all(&dir).expect("a cached snapshot is removed");
+    }
+    let aside = tempfile::Builder::new().prefix(".booted-").tempdir_in(&cache).expect("a directory");
+    boot(turn, &linux, aside.path(), taps)?;
+    fs::rename(aside.keep(), &dir).expect("the snapshot gets its name");
+    Some(dir)
+}
+
+/// `$XDG_CACHE_HOME/clade`, or `~/.cache/clade`.
+fn cache() -> io::Result<PathBuf> {
+    let of = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let home = || of("HOME").map(|home| home.join(".cache"));
+    let dir = of("XDG_CACHE_HOME").or_else(home).unwrap_or_else(std::env::temp_dir).join("clade");
+    fs::create_dir_all(&dir)?;
+    Ok(dir)
+}
+
+/// Everything that the snapshot depends on, but for the snapshot's format: one of another version is
+/// refused, and made anew.
+fn hash(linux: &Linux, host: &Host, taps: bool) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    VERSION.hash(&mut hasher);
+    linux.hash_files(&mut hasher);
+    format!("{:?}", config(Path::new("/"), taps, 0)).hash(&mut hasher);
+    format!("{:?}", host.quirks()).hash(&mut hasher);
+    fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().hash(&mut hasher);
+    let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    cpus.lines().find(|line| line.starts_with("model name")).hash(&mut hasher);
+    hasher.finish()
+}
+
+/// A VM with every device, its disk and its socket in `dir`.
+fn config(dir: &Path, taps: bool, cid: u64) -> VmConfig {
+    let mut config = Linux::config(1);
+    let disk = DiskConfig { latency: Some(LATENCY), ..DiskConfig::new(&dir.join("disk.img")) };
+    config.disks = vec![DiskSpec { disk, device: BlockOptions::default() }];
+    config.nets = if taps { vec![NetSpec::new("cladel%d")] } else { Vec::new() };
+    config.vsock = Some(VsockOptions { cid, socket: dir.join("linux.vsock") });
+    (config.rng, config.balloon, config.virtio_console) = (Some(Limits::default()), true, true);
+    config
+}
+
+/// Boots it, and saves it in `dir` at its prompt.
+fn boot(turn: &Turn, linux: &Linux, dir: &Path, taps: bool) -> Option<()> {
+    let work = tempfile::tempdir().expect("a directory");
+    if !formatted(&work.path().join("disk.img")) {
+        return None;
+    }
+    let (context, cid) = (turn.context(Backing::Huge), Cid::take());
+    let config = config(work.path(), taps, cid.number().into());
+    let vm = linux.boot_as(&context, "vmlinux", "", config);
+    let console = Linux::expect(&vm, 0, PROMPT);
+    vm.snapshot(&dir.join(SNAPSHOT), SnapshotOptions::default()).expect("a snapshot of Linux");
+    fs::write(dir.join(CONSOLE), console).expect("the console's text");
+    Some(())
+}
+
+fn restore(context: &Context, cached: &Path, dir: &Path) -> Result<Arc<ForkImage>, String> {
+    let (overlays, sockets) = (Some(dir.to_owned()), Some(dir.to_owned()));
+    let options = RestoreOptions { overlays, sockets, ..RestoreOptions::default() };
+    let image = ForkImage::restore(context, &cached.join(SNAPSHOT), &options);
+    image.map_err(|error| clade_vmm::error_chain(&error))
+}
+
+/// Makes a disk with an empty ext4 at `path`; false, after printing the reason, where mkfs.ext4 is
+/// missing.
+///
+/// # Panics
+/// When the disk cannot be written.
+#[must_use]
+pub fn formatted(path: &Path) -> bool {
+    File::create(path).and_then(|file| file.set_len(32 << 20)).expect("a disk");
+    let is_there = ext4("mkfs.ext4", &["-q", "-F"], path);
+    if !is_there {
+        skip("linux", "mkfs.ext4 is missing");
+    }
+    is_there
+}
