@@ -3,6 +3,10 @@
 default:
     @just --list
 
+# Unit tests and lints of the crates that differ from `base`: a minute or two
+quick base="HEAD":
+    .ci/quick {{base}}
+
 # All tests; what a host lacks is skipped, and said so
 test:
     cargo test --workspace
@@ -11,9 +15,13 @@ test:
 test-all: linux-guest
     CLADE_REQUIRE=kvm,uffd,linux,direct,tap cargo test --workspace
 
+# All tests, each in a process of its own; a failure is looked at before it counts
+nextest:
+    .ci/tests nextest
+
 # Models of the ownership words, over all interleavings
 loom:
-    RUSTFLAGS="--cfg loom" cargo test -p clade-memory --lib --release --target-dir target/loom loom
+    .ci/protocol loom
 
 # Mutations of the protocol's modules, one shard: `just mutants 0/8`
 mutants shard="0/8":
@@ -88,6 +96,10 @@ api-fuzz seconds="120":
 
 ci:
     .ci/run
+
+# With all of the long checks
+ci-full:
+    .ci/run --full
 
 # A minute of each fuzz target, guided by coverage
 fuzz:

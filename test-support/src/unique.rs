@@ -88,7 +88,7 @@ pub struct Cid(Claim);
 
 impl Cid {
     /// How many CIDs it is.
-    pub const COUNT: u32 = 64;
+    pub const COUNT: u32 = 256;
 
     /// Takes a CID.
     #[must_use]
