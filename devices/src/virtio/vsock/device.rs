@@ -236,7 +236,9 @@ impl DeviceOps for Vsock {
         self.connections.clear();
         self.keys.clear();
         self.greeting.clear();
-        self.pending.clear();
+        for (key, _) in std::mem::take(&mut self.pending) {
+            self.socket.forget(key);
+        }
         self.replies.clear();
         self.ready.clear();
         self.retry_at = None;

@@ -32,7 +32,7 @@ const ACCEPT_INTERVAL: Duration = Duration::from_millis(100);
 /// How often this is logged.
 const WARN_INTERVAL: Duration = Duration::from_secs(60);
 
-/// A connection of the guest to a host whose backlog is full.
+/// A connection of the guest to a host whose backlog is full, or whose broker has not answered.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pending {
     retries: u32,
@@ -62,7 +62,9 @@ impl Vsock {
             let header = self.header(key, Op::Reset);
             self.reply(header);
         }
-        self.pending.remove(&key);
+        if self.pending.remove(&key).is_some() {
+            self.socket.forget(key);
+        }
         if let Some(connection) = self.connections.remove(&key) {
             self.keys.remove(&connection.socket().as_raw_fd());
             // Closing the socket removes it from epoll as well.
@@ -272,12 +274,18 @@ impl Vsock {
     }
 
     fn try_connect(&mut self, key: Key, pending: Pending) {
-        let opened = self.socket.dial(key.0).and_then(|attempt| match attempt {
+        let mut retries = pending.retries;
+        let opened = self.socket.dial(key).and_then(|attempt| match attempt {
             Attempt::Connected(socket) => {
                 self.arm(&socket, ControlOperation::Add, true, false)?;
                 Connection::new(socket, Stage::Open).map(Some)
             }
-            Attempt::Full if pending.retries < MAX_RETRIES => Ok(None),
+            // A broker that stands still is waited for as long as the guest waits.
+            Attempt::Waiting => Ok(None),
+            Attempt::Full if retries < MAX_RETRIES => {
+                retries += 1;
+                Ok(None)
+            }
             Attempt::Full => Err(io::ErrorKind::TimedOut.into()),
         });
         match opened {
@@ -290,7 +298,7 @@ impl Vsock {
             }
             Ok(None) => {
                 self.stats.connect_retries += 1;
-                self.pending.insert(key, Pending { retries: pending.retries + 1, ..pending });
+                self.pending.insert(key, Pending { retries, ..pending });
                 self.retry_at.get_or_insert_with(|| Instant::now() + RETRY_INTERVAL);
             }
             Err(error) => {

@@ -9,6 +9,7 @@
 //! | request | device | the port, 4 bytes |
 //! | answer | broker | 0 and the connection; or the number of the error, 4 bytes |
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -18,15 +19,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use clade_io::seqpacket;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
-use super::device::{VsockError, VsockOptions};
+use super::device::{Key, VsockError, VsockOptions};
 use super::{FIRST_GUEST_CID, HOST_CID};
 
-/// How long a broker may take. The guest's other connections wait meanwhile.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// How long the device's thread waits for an answer to the request that it has just sent. Afterwards
+/// it looks for the answer from time to time, and the guest's other connections go on.
+const ANSWER_WAIT: Duration = Duration::from_millis(20);
 /// Bytes of a message.
 const NUMBER: usize = 4;
 
@@ -39,25 +42,83 @@ enum HostPorts {
     Broker(BrokerSlot),
 }
 
-/// The broker of a socket device. Another can take its place. None once it has failed: its answers
-/// may be those to earlier requests.
+/// The broker of a socket device. Another can take its place. None once its process has ended, or
+/// has answered what is no answer. A broker that is only slow stays.
 #[derive(Clone, Debug, Default)]
-pub struct BrokerSlot(Arc<Mutex<Option<OwnedFd>>>);
+pub struct BrokerSlot(Arc<Mutex<Option<Broker>>>);
+
+/// A broker, and what it was asked. One request is under way at a time, so that each answer belongs to
+/// a known request, however late the answer comes.
+#[derive(Debug)]
+struct Broker {
+    socket: OwnedFd,
+    /// The request under way: its connection, or none if the guest has given up the connection.
+    asked: Option<Option<Key>>,
+    /// Answers that came while another connection was looked for.
+    answers: BTreeMap<Key, io::Result<Attempt>>,
+}
 
 impl BrokerSlot {
-    fn broker(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+    fn broker(&self) -> MutexGuard<'_, Option<Broker>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has `broker` make the guest's connections from now on.
+    /// Has `broker` make the guest's connections from now on. Connections that wait for the broker
+    /// before it are requested again.
     ///
     /// # Errors
     /// When it is no socket.
     pub fn put(&self, broker: OwnedFd) -> io::Result<()> {
-        set_socket_timeout(&broker, Timeout::Recv, Some(PATIENCE))?;
-        set_socket_timeout(&broker, Timeout::Send, Some(PATIENCE))?;
-        *self.broker() = Some(broker);
+        // With one request under way there is always room for the next.
+        set_socket_timeout(&broker, Timeout::Send, Some(ANSWER_WAIT))?;
+        *self.broker() = Some(Broker { socket: broker, asked: None, answers: BTreeMap::new() });
         Ok(())
+    }
+}
+
+impl Broker {
+    /// The answer for `key`, if it has come by now. Asks for it if it was not. An error of the broker
+    /// itself is the outer one.
+    fn dial(&mut self, key: Key) -> io::Result<io::Result<Attempt>> {
+        if self.asked.is_some() && self.is_readable(Duration::ZERO)? {
+            self.take_answer()?;
+        }
+        if !self.answers.contains_key(&key) && self.asked.is_none() {
+            seqpacket::send(&self.socket, &key.0.to_le_bytes(), &[])?;
+            self.asked = Some(Some(key));
+            if self.is_readable(ANSWER_WAIT)? {
+                self.take_answer()?;
+            }
+        }
+        Ok(self.answers.remove(&key).unwrap_or(Ok(Attempt::Waiting)))
+    }
+
+    fn take_answer(&mut self) -> io::Result<()> {
+        let answer = answer_of(&self.socket)?;
+        if let Some(Some(key)) = self.asked.take() {
+            self.answers.insert(key, answer);
+        }
+        Ok(())
+    }
+
+    /// Whether there is an answer, or the broker has gone.
+    fn is_readable(&self, wait: Duration) -> io::Result<bool> {
+        let wait = Timespec { tv_sec: 0, tv_nsec: wait.subsec_nanos().into() };
+        match poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], Some(&wait)) {
+            // The next attempt looks again.
+            Err(Errno::INTR) => Ok(false),
+            ready => Ok(ready? > 0),
+        }
+    }
+
+    /// Drops the answer for `key`, or the answer that is still to come.
+    fn forget(&mut self, key: Key) {
+        self.answers.remove(&key);
+        if let Some(asked) = &mut self.asked
+            && *asked == Some(key)
+        {
+            *asked = None;
+        }
     }
 }
 
@@ -125,13 +186,14 @@ impl VsockSocket {
         Ok(listener)
     }
 
-    /// Connects to a port of the host, without blocking on its listener.
-    pub(super) fn dial(&self, port: u32) -> io::Result<Attempt> {
+    /// Connects to a port of the host for the guest's connection `key`, without blocking on its
+    /// listener.
+    pub(super) fn dial(&self, key: Key) -> io::Result<Attempt> {
         match &self.ports {
-            HostPorts::Direct => attempt(&port_path(&self.options.socket, port)),
+            HostPorts::Direct => attempt(&port_path(&self.options.socket, key.0)),
             HostPorts::Broker(slot) => {
                 let mut broker = slot.broker();
-                let Some(asked) = broker.as_ref().map(|broker| ask(broker, port)) else {
+                let Some(asked) = broker.as_mut().map(|broker| broker.dial(key)) else {
                     return Err(io::ErrorKind::ConnectionRefused.into());
                 };
                 asked.unwrap_or_else(|error| {
@@ -140,6 +202,15 @@ impl VsockSocket {
                     Err(io::ErrorKind::ConnectionRefused.into())
                 })
             }
+        }
+    }
+
+    /// Forgets a connection that was dialled for and is not waited for any more.
+    pub(super) fn forget(&self, key: Key) {
+        if let HostPorts::Broker(slot) = &self.ports
+            && let Some(broker) = slot.broker().as_mut()
+        {
+            broker.forget(key);
         }
     }
 }
@@ -162,6 +233,8 @@ pub(super) enum Attempt {
     Connected(UnixStream),
     /// The backlog is full.
     Full,
+    /// The broker has not answered yet.
+    Waiting,
 }
 
 fn port_path(socket: &Path, port: u32) -> PathBuf {
@@ -181,9 +254,8 @@ fn attempt(path: &Path) -> io::Result<Attempt> {
     }
 }
 
-/// Asks a broker. An error of the broker itself is the outer one.
-fn ask(broker: &OwnedFd, port: u32) -> io::Result<io::Result<Attempt>> {
-    seqpacket::send(broker, &port.to_le_bytes(), &[])?;
+/// Reads a broker's answer. An error of the broker itself is the outer one.
+fn answer_of(broker: &OwnedFd) -> io::Result<io::Result<Attempt>> {
     let mut answer = seqpacket::receive(broker, NUMBER)?;
     let status = answer.bytes.first_chunk().map(|bytes| i32::from_le_bytes(*bytes));
     match (status, answer.files.pop()) {
@@ -204,7 +276,7 @@ pub fn answer_broker(device: impl AsFd, socket: &Path) -> io::Result<()> {
     let port = u32::from_le_bytes(*request.first_chunk().ok_or(io::ErrorKind::InvalidData)?);
     let (status, connection) = match attempt(&port_path(socket, port)) {
         Ok(Attempt::Connected(connection)) => (0, Some(connection)),
-        Ok(Attempt::Full) => (Errno::AGAIN.raw_os_error(), None),
+        Ok(Attempt::Full | Attempt::Waiting) => (Errno::AGAIN.raw_os_error(), None),
         Err(error) => (error.raw_os_error().unwrap_or(libc::ECONNREFUSED), None),
     };
     let files: Vec<_> = connection.iter().map(AsFd::as_fd).collect();
@@ -214,6 +286,8 @@ pub fn answer_broker(device: impl AsFd, socket: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::thread;
+
+    use clade_test_support::wait_for;
 
     use super::*;
 
@@ -231,10 +305,10 @@ mod tests {
         let socket = handed(dir.path(), Some(theirs));
         let path = dir.path().join("v");
         let broker = thread::spawn(move || while answer_broker(&ours, &path).is_ok() {});
-        let missing = socket.dial(5).unwrap_err();
+        let missing = dial(&socket, (5, 1)).unwrap_err();
         assert_eq!(missing.kind(), io::ErrorKind::NotFound);
         let listener = UnixListener::bind(dir.path().join("v_5")).unwrap();
-        assert!(matches!(socket.dial(5), Ok(Attempt::Connected(_))));
+        assert!(matches!(dial(&socket, (5, 1)), Ok(Attempt::Connected(_))));
         listener.accept().unwrap();
         assert!(dir.path().join("v").exists(), "whoever bound it removes it");
         drop(socket);
@@ -242,11 +316,50 @@ mod tests {
         broker.join().unwrap();
     }
 
+    /// Dials until there is an answer.
+    fn dial(socket: &VsockSocket, key: Key) -> io::Result<Attempt> {
+        wait_for("the broker's answer", || match socket.dial(key) {
+            Ok(Attempt::Waiting) => None,
+            answer => Some(answer),
+        })
+    }
+
+    #[test]
+    fn a_broker_that_stands_still_keeps_its_place_and_answers_every_connection() {
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, theirs) = seqpacket::pair().unwrap();
+        let socket = handed(dir.path(), Some(theirs));
+        let path = dir.path().join("v");
+        let (gate, opened) = std::sync::mpsc::channel::<()>();
+        let broker = thread::spawn(move || {
+            // The supervisor is stopped until the gate opens.
+            opened.recv().unwrap();
+            while answer_broker(&ours, &path).is_ok() {}
+        });
+        let listeners = [5, 6].map(|port| UnixListener::bind(dir.path().join(format!("v_{port}"))).unwrap());
+        // More attempts than fit in the time after which a broker was given up: a second.
+        for _ in 0..100 {
+            for key in [(5, 1), (6, 1), (5, 2), (7, 1)] {
+                assert!(matches!(socket.dial(key), Ok(Attempt::Waiting)), "{key:?}");
+            }
+        }
+        // The guest has given up the connection whose request is under way, and opens it anew.
+        socket.forget((5, 1));
+        gate.send(()).unwrap();
+        for key in [(6, 1), (5, 2), (5, 1)] {
+            assert!(matches!(dial(&socket, key), Ok(Attempt::Connected(_))), "{key:?}");
+        }
+        assert_eq!(dial(&socket, (7, 1)).unwrap_err().kind(), io::ErrorKind::NotFound);
+        listeners.iter().for_each(|listener| drop(listener.accept().unwrap()));
+        drop(socket);
+        broker.join().unwrap();
+    }
+
     #[test]
     fn without_a_broker_and_after_a_wrong_answer_connections_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let without = handed(dir.path(), None);
-        assert_eq!(without.dial(5).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        assert_eq!(without.dial((5, 1)).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
         drop(without);
         std::fs::remove_file(dir.path().join("v")).unwrap();
         let (ours, theirs) = seqpacket::pair().unwrap();
@@ -256,7 +369,7 @@ mod tests {
             seqpacket::send(&ours, &status.to_le_bytes(), &[]).unwrap();
         }
         for _ in 0..2 {
-            assert_eq!(socket.dial(5).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+            assert_eq!(socket.dial((5, 1)).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
         }
         // Another takes its place.
         let (ours, theirs) = seqpacket::pair().unwrap();
@@ -264,7 +377,7 @@ mod tests {
         let path = dir.path().join("v");
         let broker = thread::spawn(move || answer_broker(&ours, &path));
         let listener = UnixListener::bind(dir.path().join("v_5")).unwrap();
-        assert!(matches!(socket.dial(5), Ok(Attempt::Connected(_))));
+        assert!(matches!(dial(&socket, (5, 1)), Ok(Attempt::Connected(_))));
         listener.accept().unwrap();
         broker.join().unwrap().unwrap();
     }
