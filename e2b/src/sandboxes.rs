@@ -24,6 +24,9 @@ use crate::wire::{Fork, Forked, NewSandbox, Sandbox, State};
 /// The time of a sandbox that is made without one, and of a fork, in seconds.
 const DEFAULT_TIMEOUT: i64 = 300;
 const DEFAULT_FORK_TIMEOUT: i64 = 15;
+/// How much longer than its time a sandbox may live, in seconds, while its guest is initialised: it
+/// ends also if this process has gone meanwhile.
+const INIT_TIME: i64 = 600;
 /// Most forks of one call.
 const MAX_FORKS: i64 = 100;
 /// Forks that are given their tokens at a time.
@@ -96,8 +99,7 @@ impl Gateway {
     }
 
     async fn hand_out_or_fail(&self, mut record: Record, timeout: i64) -> Answer<Sandbox> {
-        // First: it ends also if this process does now.
-        self.end_in(&record.id, timeout).await?;
+        self.end_in(&record.id, timeout + INIT_TIME).await?;
         let vm: VmInfo = self.vm(Method::GET, &record.id, "", None::<&()>).await?;
         record.cpus = vm.cpus;
         record.mib = vm.memory.map_or(0, |memory| memory.mib);
@@ -107,8 +109,12 @@ impl Gateway {
         let vsock = vm.vsock.ok_or_else(|| ApiError::bad("the template has no vsock device for its agent"))?;
         record.socket = vsock.socket;
         self.init(&record).await?;
-        if record.auto_pause {
-            self.end_never(&record.id).await?;
+        // Its time begins here: a slow guest takes none of it for its start.
+        record.started_at = Timestamp::now();
+        record.end_at = after(record.started_at, timeout)?;
+        match record.auto_pause {
+            true => self.end_never(&record.id).await?,
+            false => self.end_in(&record.id, timeout).await?,
         }
         let shown = self.shown(&record);
         self.0.sandboxes.insert(record).map_err(|error| ApiError::internal(error.to_string()))?;
@@ -219,10 +225,14 @@ impl Gateway {
             record.end_at = end_at;
         });
         if !record.auto_pause {
-            self.end_in(&record.id, timeout).await?;
+            self.end_in(&record.id, timeout + INIT_TIME).await?;
         }
         // Its clock stood still, too.
-        self.init(&record).await?;
+        let initialised = self.init(&record).await;
+        // Its time begins here, as that of a new one.
+        let end_at = after(Timestamp::now(), timeout)?;
+        self.prolong(entry, &record, end_at, timeout).await?;
+        initialised?;
         Ok((self.shown(&record), true))
     }
 
@@ -284,3 +294,6 @@ fn request_for(name: String, count: usize, template: &str) -> Answer<ForkRequest
     let labels = Labels::of(&[label]).map_err(refused)?;
     Ok(ForkRequest { count, name: Some(name), ready: true, labels: Some(labels), ..ForkRequest::default() })
 }
+
+#[cfg(test)]
+mod tests;
