@@ -4,6 +4,10 @@
 //! the next, a second apart. vCPUs, devices and requests are all in it. A guest that halts is in
 //! the kernel, and takes none; one that only serves its timer takes less than that. What cannot be
 //! seen is a guest that waits for an answer from elsewhere: the packet that brings it wakes it.
+//!
+//! On a busy host a guest that computes may get less than that. So each thread's time is compared
+//! with what it could have had: the time from look to look, without the time that the thread waited
+//! for a processor (`/proc/PID/task/TID/schedstat`). A thread that waits all the time is busy.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -30,22 +34,73 @@ const USER_TICKS: usize = 11;
 const TICKS_A_SECOND: u64 = 100;
 
 /// A process, and the processor time that it has had.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Used {
     started: u64,
     ticks: u64,
+    /// Its threads by number. None where the kernel does not account for them.
+    threads: BTreeMap<u32, Thread>,
 }
 
-/// What the kernel says of a process, if it is there.
-fn used(pid: u32) -> Option<Used> {
-    parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+/// What a thread has had so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Thread {
+    /// Time on a processor.
+    ran: Duration,
+    /// Time in which it could have run and had no processor, up to its last turn.
+    delayed: Duration,
+    /// How often it got a processor.
+    turns: u64,
+    /// Whether it has had no turn since the last look, and can run now.
+    is_starved: bool,
+}
+
+/// What the kernel says of a process, if it is there. `last` is what it said at the last look.
+fn used(pid: u32, last: Option<&Used>) -> Option<Used> {
+    let mut used = parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)?;
+    for entry in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+        let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        // A thread that has just ended is left out.
+        let text = fs::read_to_string(entry.path().join("schedstat")).unwrap_or_default();
+        let Some(mut thread) = parse_thread(&text) else { continue };
+        if last.and_then(|last| last.threads.get(&number)).is_some_and(|last| last.turns == thread.turns) {
+            let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+            thread.is_starved = stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('R'));
+        }
+        used.threads.insert(number, thread);
+    }
+    Some(used)
 }
 
 fn parse(stat: &str) -> Option<Used> {
     // A program's name may have anything in it.
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
     let number = |at: usize| fields.get(at)?.parse::<u64>().ok();
-    Some(Used { started: number(USER_TICKS + 8)?, ticks: number(USER_TICKS)? + number(USER_TICKS + 1)? })
+    let (started, ticks) = (number(USER_TICKS + 8)?, number(USER_TICKS)? + number(USER_TICKS + 1)?);
+    Some(Used { started, ticks, threads: BTreeMap::new() })
+}
+
+/// A thread's `schedstat`. None if it has had no turn: the kernel does not count them, or it is new.
+fn parse_thread(schedstat: &str) -> Option<Thread> {
+    let mut numbers = schedstat.split_ascii_whitespace().map(str::parse::<u64>);
+    let (ran, delayed, turns) = (numbers.next()?.ok()?, numbers.next()?.ok()?, numbers.next()?.ok()?);
+    let [ran, delayed] = [ran, delayed].map(Duration::from_nanos);
+    (turns > 0).then_some(Thread { ran, delayed, turns, is_starved: false })
+}
+
+impl Used {
+    /// The share of a processor that the process has taken in `elapsed` since `last`, of what its
+    /// threads could have had.
+    fn share_since(&self, last: &Self, elapsed: Duration) -> f64 {
+        let of_thread = |(number, thread): (&u32, &Thread)| {
+            let before = last.threads.get(number).copied().unwrap_or_default();
+            let ran = thread.ran.saturating_sub(before.ran);
+            // A wait that began before the last look counts when it ends.
+            let could = elapsed.saturating_sub(thread.delayed.saturating_sub(before.delayed)).max(ran);
+            if thread.is_starved { 1.0 } else { ran.as_secs_f64() / could.as_secs_f64().max(f64::MIN_POSITIVE) }
+        };
+        self.threads.iter().map(of_thread).sum()
+    }
 }
 
 #[derive(Debug)]
@@ -62,10 +117,12 @@ struct Policy {
 impl Policy {
     /// Takes note of what its process has used by `now`. Whether it is to be suspended.
     fn look(&mut self, used: Used, now: Instant) -> bool {
+        let elapsed = now.duration_since(self.looked);
         let busy = used.ticks.saturating_sub(self.used.ticks) as f64 / TICKS_A_SECOND as f64;
-        let share = busy / now.duration_since(self.looked).as_secs_f64().max(f64::MIN_POSITIVE);
-        // One tick is the least that can be seen.
-        if share > MAX_SHARE && busy > 1.0 / TICKS_A_SECOND as f64 {
+        let share = busy / elapsed.as_secs_f64().max(f64::MIN_POSITIVE);
+        // One tick is the least that can be seen. Threads that have ended are only in the ticks.
+        let is_busy = share > MAX_SHARE && busy > 1.0 / TICKS_A_SECOND as f64;
+        if is_busy || used.share_since(&self.used, elapsed) > MAX_SHARE {
             self.since = now;
         }
         (self.used, self.looked) = (used, now);
@@ -93,9 +150,8 @@ impl Idle {
     fn due(&self) -> Vec<(String, PathBuf)> {
         let (mut due, now) = (Vec::new(), Instant::now());
         self.policies().by_name.retain(|name, policy| {
-            let Some(used) = used(policy.pid).filter(|used| used.started == policy.used.started) else {
-                return false;
-            };
+            let used = used(policy.pid, Some(&policy.used));
+            let Some(used) = used.filter(|used| used.started == policy.used.started) else { return false };
             if policy.look(used, now) {
                 // If it cannot be suspended, it is tried again after as long.
                 policy.since = now;
@@ -122,7 +178,7 @@ impl Supervisor {
         let about = About::expect(&self.0.dir, name)?;
         let gone = || FleetError::NoSuchVm { name: name.to_owned() };
         let pid = about.process.map(ProcessId::pid).or_else(|| self.pid_of(name)).ok_or_else(gone)?;
-        let (used, now) = (used(pid).ok_or_else(gone)?, Instant::now());
+        let (used, now) = (used(pid, None).ok_or_else(gone)?, Instant::now());
         let dir = dir.clone().unwrap_or_else(|| Path::new(super::suspend::DIR).to_owned());
         let after = Duration::from_secs_f64(seconds);
         let policy = Policy { after, dir, pid, used, looked: now, since: now };
@@ -177,17 +233,46 @@ mod tests {
     #[test]
     fn a_program_is_called_what_it_likes() {
         let stat = "7 (a) b (c)) S 1 7 7 0 -1 4194304 100 0 0 0 31 11 0 0 20 0 1 0 5000 0 0";
-        assert_eq!(parse(stat), Some(Used { started: 5000, ticks: 42 }));
+        assert_eq!(parse(stat), Some(Used { started: 5000, ticks: 42, ..Used::default() }));
         assert_eq!((parse("7 (a) S 1"), parse("")), (None, None));
-        let own = used(std::process::id()).unwrap();
-        assert!(own.started > 0 && used(std::process::id()).unwrap().ticks >= own.ticks);
+        let own = used(std::process::id(), None).unwrap();
+        assert!(own.started > 0 && used(std::process::id(), Some(&own)).unwrap().ticks >= own.ticks);
+        let [ran, delayed] = [3, 5].map(Duration::from_nanos);
+        assert_eq!(parse_thread("3 5 7\n"), Some(Thread { ran, delayed, turns: 7, is_starved: false }));
+        assert_eq!((parse_thread("0 0 0\n"), parse_thread("")), (None, None));
+    }
+
+    /// A policy whose VM has one thread, which is looked at every second. Returns whether each look
+    /// would suspend the VM.
+    fn looks(after: u64, seconds: u64, thread: impl Fn(u64) -> Thread) -> Vec<bool> {
+        let begun = Instant::now();
+        let used = |second| Used { started: 1, ticks: 0, threads: [(1, thread(second))].into() };
+        let after = Duration::from_secs(after);
+        let mut policy = Policy { after, dir: PathBuf::new(), pid: 1, used: used(0), looked: begun, since: begun };
+        (1..=seconds).map(|second| policy.look(used(second), begun + Duration::from_secs(second))).collect()
+    }
+
+    #[test]
+    fn a_starved_guest_is_busy_and_an_idle_guest_that_waits_for_its_turns_is_idle() {
+        let thread = |ran_ms: u64, delayed_ms: u64, turns: u64, is_starved: bool| {
+            let [ran, delayed] = [ran_ms, delayed_ms].map(Duration::from_millis);
+            Thread { ran, delayed, turns, is_starved }
+        };
+        // A spinning guest gets 5 ms of each second, and waits for the rest.
+        assert_eq!(looks(3, 20, |second| thread(5 * second, 995 * second, second, false)), [false; 20]);
+        // It gets nothing for ten seconds, whose wait the kernel accounts for at the next turn.
+        let starved = |second| if second < 10 { thread(0, 0, 1, true) } else { thread(1, 10_000, 2, false) };
+        assert_eq!(looks(3, 10, starved), [false; 10]);
+        // A guest that serves its timer takes 5 ms of each second, and waits 200 ms for its turns.
+        let idle = looks(3, 5, |second| thread(5 * second, 200 * second, 20 * second, false));
+        assert_eq!(idle, [false, false, true, true, true]);
     }
 
     #[test]
     fn idle_is_what_takes_next_to_nothing_for_the_whole_time() {
         let begun = Instant::now();
         let at = |second: u64| begun + Duration::from_secs(second);
-        let used = |ticks| Used { started: 1, ticks };
+        let used = |ticks| Used { started: 1, ticks, ..Used::default() };
         let after = Duration::from_secs(3);
         let mut policy = Policy { after, dir: PathBuf::new(), pid: 1, used: used(0), looked: begun, since: begun };
         // One tick a second is what cannot be told from none.
