@@ -22,6 +22,7 @@ mod heap;
 mod image;
 pub mod jail;
 pub mod secrets;
+mod signals;
 pub mod supervisor;
 mod suspend;
 mod text;
