@@ -23,7 +23,7 @@ use crate::templates::TemplateStore;
 use crate::wire::{CLIENT_ID, ENVD_VERSION, Sandbox};
 
 /// How long an agent may take to take a connection and then to answer. Guests' kernels may be interpreted.
-const CONNECTING: Duration = Duration::from_secs(10);
+const CONNECTING: Duration = Duration::from_secs(30);
 const ANSWERING: Duration = Duration::from_secs(60);
 
 /// What a gateway is opened with.
@@ -102,7 +102,7 @@ impl Gateway {
         let path = dir.join("token-key");
         let token_key = TokenKey::read_or_create(&path).map_err(failed(&path))?;
         Ok(Self(Arc::new(Inner {
-            client: Client::new(&options.dir),
+            client: Client::new(&options.dir).with_retries(),
             keys: ApiKeys::new(&options.keys),
             rates: Rates::default(),
             places: Arc::default(),

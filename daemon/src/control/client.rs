@@ -50,6 +50,11 @@ const TAKEOVER_TIMEOUT: Duration = Duration::from_secs(5);
 /// than it waits itself for what the VM has.
 const STOP_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// How often a request is sent at most whose refusal may pass in a moment.
+const MAX_ATTEMPTS: u32 = 6;
+/// The pause after the first refusal. Each further pause is twice as long: three seconds in all.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+
 /// The VMs that answer.
 #[derive(Clone, Debug, Default)]
 pub struct ListedVms {
@@ -88,6 +93,8 @@ struct Remote {
 pub struct Client {
     dir: PathBuf,
     remote: Option<Remote>,
+    /// How often a request is sent at most.
+    attempts: u32,
 }
 
 impl Default for Client {
@@ -99,7 +106,7 @@ impl Default for Client {
             api: api.to_string_lossy().into_owned(),
             token_file: of("CLADE_TOKEN_FILE").map(PathBuf::from),
         });
-        Self { dir: runtime_dir(), remote }
+        Self { dir: runtime_dir(), remote, attempts: MAX_ATTEMPTS }
     }
 }
 
@@ -117,7 +124,14 @@ impl Client {
     /// A client for the VMs with their sockets in `dir`.
     #[must_use]
     pub fn new(dir: &Path) -> Self {
-        Self { dir: dir.to_owned(), remote: None }
+        Self { dir: dir.to_owned(), remote: None, attempts: 1 }
+    }
+
+    /// The same, and a request is sent again whose refusal may pass in a moment: one that says that
+    /// nothing was done, or any temporary one of a request that changes nothing.
+    #[must_use]
+    pub fn with_retries(self) -> Self {
+        Self { attempts: MAX_ATTEMPTS, ..self }
     }
 
     /// Whether it asks a supervisor behind a TCP port.
@@ -143,9 +157,27 @@ impl Client {
         action: &str,
         body: Option<&(impl Serialize + Sync)>,
     ) -> Result<T, ClientError> {
+        let mut attempt = 1;
+        loop {
+            let answer = self.request_once(method.clone(), name, action, body).await;
+            match answer {
+                Err(error) if attempt < self.attempts && error.may_pass(&method) => pause_after(attempt).await,
+                answer => return answer,
+            }
+            attempt += 1;
+        }
+    }
+
+    async fn request_once<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        name: &str,
+        action: &str,
+        body: Option<&(impl Serialize + Sync)>,
+    ) -> Result<T, ClientError> {
         check_name(name)?;
         if self.is_remote() {
-            return self.supervisor(method, &format!("/v1/vms/{name}{action}"), body).await;
+            return self.supervisor_once(method, &format!("/v1/vms/{name}{action}"), body).await;
         }
         exchange(self.connect(name).await?, None, method, &format!("/v1/vms/{name}{action}"), body).await
     }
@@ -249,6 +281,23 @@ impl Client {
         uri: &str,
         body: Option<&(impl Serialize + Sync)>,
     ) -> Result<T, ClientError> {
+        let mut attempt = 1;
+        loop {
+            let answer = self.supervisor_once(method.clone(), uri, body).await;
+            match answer {
+                Err(error) if attempt < self.attempts && error.may_pass(&method) => pause_after(attempt).await,
+                answer => return answer,
+            }
+            attempt += 1;
+        }
+    }
+
+    async fn supervisor_once<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        uri: &str,
+        body: Option<&(impl Serialize + Sync)>,
+    ) -> Result<T, ClientError> {
         if let Some(remote) = &self.remote {
             let (stream, token) = remote.connect().await?;
             return exchange(stream, Some(&token), method, uri, body).await;
@@ -270,6 +319,7 @@ impl Client {
             }
             None => send(self.connect_supervisor().await?, None, Method::GET, uri, Payload::json(None::<&()>)?).await?,
         };
+        tracing::debug!("events are followed");
         let mut bytes = Vec::new();
         while let Some(frame) = body.frame().await {
             bytes.extend_from_slice(&frame?.into_data().unwrap_or_default());
@@ -344,6 +394,11 @@ impl Client {
         all.vms.sort_unstable_by(|one, other| one.name.cmp(&other.name));
         Ok(all)
     }
+}
+
+/// Lets the reason of a refusal pass.
+async fn pause_after(attempt: u32) {
+    sleep(FIRST_PAUSE * 2_u32.pow(attempt - 1)).await;
 }
 
 /// A body, and what it is sent as.

@@ -4,6 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use hyper::Method;
 use thiserror::Error;
 
 use crate::control::client::MAX_ANSWER;
@@ -139,6 +140,18 @@ impl ClientError {
             // A supervisor's own client has no such address.
             Self::Address { .. } | Self::NoToken | Self::Token(_) | Self::NoAnswer { .. } => ProblemKind::Internal,
             Self::NoSupervisor { .. } | Self::Socket { .. } | Self::Directory { .. } => ProblemKind::Internal,
+        }
+    }
+
+    /// Whether the same request of `method` may succeed in a moment, and does no harm if it is sent again.
+    pub(super) fn may_pass(&self, method: &Method) -> bool {
+        let Self::Refused { problem, .. } = self else { return false };
+        match ProblemKind::of_urn(&problem.kind) {
+            // Refused before anything was done.
+            Some(ProblemKind::TooMany | ProblemKind::NoThread) => true,
+            // The VM's process may still do it.
+            Some(ProblemKind::VmSilent) => method.is_safe(),
+            _ => false,
         }
     }
 

@@ -3,7 +3,13 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use crate::control::problem::ProblemKind;
 
 use super::*;
 
@@ -75,4 +81,55 @@ async fn a_stop_outlives_a_supervisor_that_ends() {
     // Then its own process is asked, which is not there.
     assert!(matches!(&refused, ClientError::NoSuchVm { name, .. } if name == "web"), "{refused:?}");
     ending.join().unwrap();
+}
+
+/// A supervisor that refuses as `kind` says until it has been asked `refusals` times, and then answers.
+/// The counter has the requests.
+fn refusing(path: &Path, kind: ProblemKind, refusals: usize) -> Arc<AtomicUsize> {
+    let listener = tokio::net::UnixListener::bind(path).unwrap();
+    let requests = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&requests);
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            assert!(stream.read(&mut [0; 4096]).await.unwrap() > 0);
+            let (status, body) = match counted.fetch_add(1, Ordering::Relaxed) < refusals {
+                true => (kind.status(), format!(r#"{{"type":"{}","title":"","status":500,"detail":""}}"#, kind.urn())),
+                false => (StatusCode::OK, "7".to_owned()),
+            };
+            let head = format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\n\r\n", body.len());
+            stream.write_all((head + &body).as_bytes()).await.unwrap();
+        }
+    });
+    requests
+}
+
+/// The answer to a request of `method`, and how often it was sent.
+async fn ask(client: Client, method: Method, kind: ProblemKind, refusals: usize) -> (Result<u8, ClientError>, usize) {
+    let requests = refusing(&supervisor_path(client.dir()), kind, refusals);
+    let answer = client.supervisor::<u8>(method, "/v1/vms/web/fork", None::<&()>).await;
+    (answer, requests.load(Ordering::Relaxed))
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_that_may_pass_is_answered_by_another_attempt() {
+    let most = MAX_ATTEMPTS as usize;
+    for (method, kind, refusals, has_answer, requests) in [
+        (Method::POST, ProblemKind::TooMany, 2, true, 3),
+        (Method::POST, ProblemKind::NoThread, 1, true, 2),
+        (Method::GET, ProblemKind::VmSilent, 1, true, 2),
+        // The attempts are bounded.
+        (Method::POST, ProblemKind::TooMany, most - 1, true, most),
+        (Method::POST, ProblemKind::TooMany, most, false, most),
+        // The VM's process may still do it, or more room would have to be made.
+        (Method::POST, ProblemKind::VmSilent, 1, false, 1),
+        (Method::GET, ProblemKind::NoRoom, 1, false, 1),
+        (Method::GET, ProblemKind::NoSuchVm, 1, false, 1),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let (answer, count) = ask(Client::new(dir.path()).with_retries(), method.clone(), kind, refusals).await;
+        assert_eq!((answer.is_ok(), count), (has_answer, requests), "{method} {kind:?} {refusals}: {answer:?}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (answer, count) = ask(Client::new(dir.path()), Method::GET, ProblemKind::TooMany, 1).await;
+    assert!(answer.is_err() && count == 1, "a supervisor's own client sends a request once: {answer:?}");
 }
