@@ -321,12 +321,10 @@ mod tests {
         let kind = || image().map(drop).map_err(|error| error.problem());
         // A request waits in its queue, and then the queue is full.
         let _stopped = bound(8);
-        let begun = Instant::now();
         assert_eq!(kind(), Err(ProblemKind::VmSilent));
         let full = bound(0);
         let waits = connected(dir.path(), "web", limit).unwrap();
         assert_eq!(kind(), Err(ProblemKind::VmSilent));
-        assert!(begun.elapsed() < Duration::from_secs(10));
         // One that has ended.
         drop((full, waits));
         assert_eq!(kind(), Err(ProblemKind::NoSuchVm));

@@ -13,10 +13,10 @@ use crate::fleet::check_name;
 
 /// VMs that are asked at a time.
 const MAX_ASKED: usize = 32;
-/// How long a VM may take.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long all of them may take.
-const ALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a VM may take. On a busy host a VM's process may wait for its turn for a second.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(4);
+/// How long all of them may take: less than a client of the metrics waits.
+const ALL_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// The VMs that have answered.
 #[derive(Clone, Debug, Default)]
@@ -69,8 +69,8 @@ impl Client {
         Ok(names)
     }
 
-    /// The numbers of the VMs called `names`. One that does not answer within a second is left out
-    /// and named, as are those that are not asked within five.
+    /// The numbers of the VMs called `names`. One that does not answer within 4 s is left out and
+    /// named, as are those that are not asked within 8 s.
     pub async fn gather(&self, names: Vec<String>) -> Gathered {
         let deadline = Instant::now() + ALL_TIMEOUT;
         let mut gathered = Gathered::default();
@@ -102,8 +102,6 @@ impl Client {
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixListener;
-    use std::time::Instant as Clock;
-
     use super::*;
 
     /// Sockets that take connections and say nothing, as those of stopped processes.
@@ -117,18 +115,20 @@ mod tests {
         let client = Client::new(dir.path());
         let names = client.names().unwrap();
         assert_eq!(names.len(), count);
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let begun = Clock::now();
-        let gathered = runtime.block_on(client.gather(names));
-        let took = begun.elapsed();
-        // Five batches of a second each; those behind them are not asked.
-        assert!(took >= ALL_TIMEOUT.mul_f64(0.9) && took < 4 * ALL_TIMEOUT, "{took:?}");
+        // The clock is the test's: it goes to the next time-out when nothing else is to be done.
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+        let (gathered, took) = runtime.block_on(async {
+            let begun = Instant::now();
+            (client.gather(names).await, begun.elapsed())
+        });
+        // Two batches, each of which takes its whole time; the VMs behind them are not asked.
+        assert_eq!(took.as_secs(), ALL_TIMEOUT.as_secs());
         assert!(gathered.vms.is_empty() && gathered.silent == (0..count).map(name).collect::<Vec<_>>());
         let waiting = |listener: &UnixListener| {
             listener.set_nonblocking(true).unwrap();
             listener.accept().is_ok()
         };
         let asked = silent.iter().filter(|listener| waiting(listener)).count();
-        assert!((MAX_ASKED..=5 * MAX_ASKED).contains(&asked), "{asked} of {count}");
+        assert_eq!(asked, 2 * MAX_ASKED, "of {count}");
     }
 }

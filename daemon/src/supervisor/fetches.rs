@@ -105,7 +105,7 @@ mod tests {
 
     #[test]
     fn a_vm_that_does_not_answer_takes_four_threads_and_no_more() {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
         runtime.block_on(async {
             let fetches = Fetches::default();
             let soon = Duration::from_millis(20);

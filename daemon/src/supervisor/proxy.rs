@@ -96,9 +96,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         // Connections wait in its backlog.
         let _listener = UnixListener::bind(dir.path().join("web.sock")).unwrap();
-        let begun = std::time::Instant::now();
         assert_eq!(ask(dir.path()).map_err(|error| error.kind), Err(ProblemKind::VmSilent));
-        assert!(begun.elapsed() < Duration::from_secs(10));
     }
 
     #[test]
