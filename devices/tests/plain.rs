@@ -5,7 +5,7 @@
 
 mod driver;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clade_devices::Console;
 use clade_devices::virtio::balloon::{Balloon, BalloonStat, BalloonState};
@@ -130,11 +130,7 @@ fn a_device_that_was_taken_or_broken_since_is_put_back() {
     vm.set_up();
     // No such descriptor chain: a loop of one.
     vm.post(1, &[(BUFFER, 0, false)]);
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !vm.needs_reset() {
-        assert!(Instant::now() < deadline, "an empty buffer is against the rules");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    clade_test_support::wait_until("an empty buffer is against the rules", || vm.needs_reset());
     let broken = vm.moment();
     vm.rewind(&taken);
     assert!(!vm.needs_reset());

@@ -77,14 +77,16 @@ pub struct Stats {
 }
 
 /// What a ring may do: the operations of [`Op`], their timers, and cancellation.
-fn allowed() -> [Restriction; 7] {
-    [
+fn allowed() -> Vec<Restriction> {
+    vec![
         Restriction::sqe_op(opcode::Readv::CODE),
         Restriction::sqe_op(opcode::Writev::CODE),
         Restriction::sqe_op(opcode::Fsync::CODE),
         Restriction::sqe_op(opcode::Fallocate::CODE),
         Restriction::sqe_op(opcode::Timeout::CODE),
         Restriction::sqe_op(opcode::AsyncCancel2::CODE),
+        #[cfg(feature = "gate")]
+        Restriction::sqe_op(opcode::PollAdd::CODE),
         Restriction::sqe_flags_allowed(squeue::Flags::IO_LINK.bits()),
     ]
 }
@@ -303,6 +305,10 @@ impl<T> Engine<T> {
             match op.step(entry.result()) {
                 Step::Again => {
                     op.delay = None;
+                    #[cfg(feature = "gate")]
+                    {
+                        op.held = None;
+                    }
                     self.stats.continued += 1;
                     self.ops[at] = Some(op);
                     self.backlog.push_back(at);

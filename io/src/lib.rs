@@ -26,6 +26,8 @@ mod at;
 mod buffer;
 mod engine;
 mod file;
+#[cfg(feature = "gate")]
+mod gate;
 mod net_backend;
 mod op;
 mod overlay_pool;
@@ -37,6 +39,8 @@ pub mod thread;
 pub use buffer::{AlignedBuf, BufferError, Fragment, total_len, window};
 pub use engine::{Completion, Engine, EngineError, Stats};
 pub use file::{CachePolicy, FileError, IoFile, OpenError};
+#[cfg(feature = "gate")]
+pub use gate::Gate;
 pub use net_backend::NetBackend;
 pub use op::{Failure, Request};
 pub use overlay_pool::OverlayPool;

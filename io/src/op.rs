@@ -160,6 +160,9 @@ pub(crate) struct Op<T> {
     no_direct: bool,
     retries: u32,
     pub(crate) delay: Option<Timespec>,
+    /// The gate that holds it, for tests.
+    #[cfg(feature = "gate")]
+    pub(crate) held: Option<crate::gate::Held>,
 }
 
 // SAFETY: `pieces` points into fragments of `request` or into `bounce`, which move with the
@@ -174,6 +177,8 @@ impl<T> Op<T> {
         }
         Self {
             total,
+            #[cfg(feature = "gate")]
+            held: crate::gate::Held::of(request.file().path()),
             request,
             token,
             done: 0,
@@ -216,8 +221,13 @@ impl<T> Op<T> {
         (entry, self.way)
     }
 
-    /// The timer that delays the operation, if there is one. Its pointer is into `self`.
+    /// The timer that delays the operation, or what waits for its gate, if there is one. Its pointer is into `self`.
     pub(crate) fn timer(&self) -> Option<squeue::Entry> {
+        #[cfg(feature = "gate")]
+        if let Some(held) = &self.held {
+            let opened = opcode::PollAdd::new(Fd(held.fd()), libc::POLLIN as u32).build();
+            return Some(opened.flags(squeue::Flags::IO_LINK));
+        }
         let time = self.delay.as_ref()?;
         // Without ETIME_SUCCESS an expired timer would break the link.
         let timer = opcode::Timeout::new(&raw const *time).flags(TimeoutFlags::ETIME_SUCCESS).build();

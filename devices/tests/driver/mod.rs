@@ -3,18 +3,20 @@
 
 #![allow(dead_code, reason = "not every test uses all of it")]
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clade_devices::MmioDevice;
 use clade_devices::virtio::{Backend, TransportState, VirtioDevice, VirtioMmio, Wiring, regs};
 use clade_memory::{FreezeMode, GuestRam, Quiesced, RamImage, RamLayout, Store};
+use clade_test_support::{Patience, Watchdog};
 use vm_memory::{Bytes, GuestAddress};
 
 /// Descriptors of each queue.
 pub(crate) const SIZE: u16 = 16;
 const RINGS: u64 = 0x1_0000;
 const PER_QUEUE: u64 = 0x4000;
-const TIMEOUT: Duration = Duration::from_secs(20);
+/// The product's time for a halt and for pins, longer than a test runs.
+const TIMEOUT: Duration = Duration::from_secs(600);
 const WRITE: u16 = 2;
 const NEXT: u16 = 1;
 const INDIRECT: u16 = 4;
@@ -39,6 +41,12 @@ pub(crate) struct Driver {
     pub(crate) device: VirtioMmio,
     wiring: Wiring,
     rings: Vec<Ring>,
+    /// Ends a test whose host waits for bytes for ever.
+    _watchdog: Watchdog,
+}
+
+fn watchdog() -> Watchdog {
+    Watchdog::new(TIMEOUT, || "a device is driven".to_owned())
 }
 
 pub(crate) fn store() -> Store {
@@ -68,7 +76,7 @@ impl Driver {
         let device = VirtioMmio::new(device, ram, wiring.clone(), false);
         let ring = |index: u64| Ring { base: RINGS + index * PER_QUEUE, available: 0, seen: 0, next: 0 };
         let rings = (0..queues as u64).map(ring).collect();
-        let mut driver = Self { ram: ram.clone(), device, wiring, rings };
+        let mut driver = Self { ram: ram.clone(), device, wiring, rings, _watchdog: watchdog() };
         driver.set_up();
         driver
     }
@@ -180,21 +188,21 @@ impl Driver {
 
     /// Waits for the next chain in the used ring.
     pub(crate) fn wait(&mut self, queue: usize) -> (u32, u32) {
-        let deadline = Instant::now() + TIMEOUT;
+        let mut patience = Patience::default();
         loop {
             if let Some(used) = self.used(queue) {
                 return used;
             }
             assert!(!self.needs_reset(), "the device has given up");
-            assert!(Instant::now() < deadline, "nothing comes back from queue {queue}");
+            assert!(patience.tick(), "nothing comes back from queue {queue}");
             std::thread::sleep(Duration::from_micros(200));
         }
     }
 
     pub(crate) fn wait_until(&self, what: &str, mut so: impl FnMut(&Self) -> bool) {
-        let deadline = Instant::now() + TIMEOUT;
+        let mut patience = Patience::default();
         while !so(self) {
-            assert!(Instant::now() < deadline, "never {what}");
+            assert!(patience.tick(), "never {what}");
             std::thread::sleep(Duration::from_micros(200));
         }
     }
@@ -224,7 +232,7 @@ impl Driver {
         let wiring = Wiring::new(self.rings.len()).unwrap();
         let device = VirtioMmio::restore(make(&state, &backend), &ram, wiring.clone(), &state).unwrap();
         device.resume();
-        Self { ram, device, wiring, rings: self.rings.clone() }
+        Self { ram, device, wiring, rings: self.rings.clone(), _watchdog: watchdog() }
     }
 }
 

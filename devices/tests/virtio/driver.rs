@@ -2,13 +2,15 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::{Ordering, fence};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clade_devices::MmioDevice;
 use clade_devices::disk::{Disk, DiskConfig, DiskImage};
 use clade_devices::virtio::block::{Block, BlockOptions};
 use clade_devices::virtio::{Backend, DeviceState, TransportState, VirtioMmio, Wiring, regs};
+use clade_io::Gate;
 use clade_memory::{GuestRam, Quiesced, RamLayout, Store};
+use clade_test_support::{Patience, wait_until};
 use vm_memory::{Bytes, GuestAddress};
 
 pub(crate) const RAM: u64 = 16 << 20;
@@ -19,10 +21,8 @@ pub(crate) const SIZE: u16 = 64;
 pub(crate) const OK: u32 = 15;
 pub(crate) const NEEDS_RESET: u32 = 0x40;
 
-/// What a request takes that is to be in flight when it is looked at, on a busy machine too.
-pub(crate) const LATENCY: Duration = Duration::from_millis(1500);
-/// What takes longer does not end.
-pub(crate) const SOON: Duration = Duration::from_secs(20);
+/// The running time after which a wait has no end.
+pub(crate) const SOON: Duration = Duration::from_secs(120);
 
 pub(crate) const NEXT: u16 = 1;
 pub(crate) const WRITE: u16 = 2;
@@ -55,18 +55,23 @@ pub(crate) struct Machine {
 
 /// A disk in a directory.
 pub(crate) struct File {
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
     pub(crate) path: PathBuf,
 }
 
 impl File {
+    /// Holds the requests to this disk and its overlays that come from now on, until it is opened.
+    pub(crate) fn gate(&self) -> Gate {
+        Gate::close(self.dir.path()).unwrap()
+    }
+
     /// `bytes` bytes: each sector is filled with its number.
     pub(crate) fn new(bytes: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
         let all: Vec<u8> = (0..bytes).map(|at| (at / 512) as u8).collect();
         std::fs::write(&path, all).unwrap();
-        Self { _dir: dir, path }
+        Self { dir, path }
     }
 
     pub(crate) fn config(&self) -> DiskConfig {
@@ -226,7 +231,7 @@ impl Machine {
 
     /// The next entry of the used ring, if it comes in time: head and length.
     pub(crate) fn next_used(&mut self, patience: Duration) -> Option<(u32, u32)> {
-        let deadline = Instant::now() + patience;
+        let mut patience = Patience::new(patience);
         loop {
             let index: u16 = self.ram.memory().load(GuestAddress(RINGS + 0x8002), Ordering::Acquire).unwrap();
             if index != self.used[0] {
@@ -235,7 +240,7 @@ impl Machine {
                 let entry: u64 = self.ram.memory().read_obj(GuestAddress(at)).unwrap();
                 return Some((entry as u32, (entry >> 32) as u32));
             }
-            if Instant::now() >= deadline {
+            if !patience.tick() {
                 return None;
             }
             std::thread::sleep(Duration::from_micros(100));
@@ -268,11 +273,7 @@ impl Machine {
     }
 
     pub(crate) fn wait_for_status(&self, bits: u32) {
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while self.read(regs::STATUS) & bits != bits {
-            assert!(Instant::now() < deadline, "status {:#x} never has {bits:#x}", self.read(regs::STATUS));
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        wait_until(&format!("the status has {bits:#x}"), || self.read(regs::STATUS) & bits == bits);
     }
 
     /// A fork: memory and device at one instant.
@@ -288,11 +289,7 @@ impl Machine {
 
 /// Waits until `count` requests of `machine` are in flight together.
 pub(crate) fn wait_in_flight(machine: &Machine, count: usize) {
-    let deadline = Instant::now() + SOON;
-    while machine.fork().in_flight() < count {
-        assert!(Instant::now() < deadline, "{count} requests are never in flight together");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_until(&format!("{count} requests are in flight together"), || machine.fork().in_flight() >= count);
 }
 
 pub(crate) struct Image {
@@ -313,7 +310,7 @@ impl Image {
     /// The same machine, back at this instant, not running yet.
     pub(crate) fn rewind(&self, machine: &mut Machine) {
         machine.device.quiesce();
-        assert!(machine.device.halt(Duration::from_secs(20)));
+        assert!(machine.device.halt(SOON));
         machine.ram.reset(&self.ram, &Quiesced::by(&clade_memory::NoWriters), Duration::ZERO).unwrap();
         machine.device.rewind(&self.state, &Backend::Disk(self.disk.clone())).unwrap();
         machine.available.clone_from(&self.available);

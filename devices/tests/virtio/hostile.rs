@@ -6,7 +6,7 @@ use clade_devices::virtio::regs;
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::driver::{File, LATENCY, Machine, NEEDS_RESET, NEXT, OK, RAM, RINGS, SIZE, WRITE};
+use crate::driver::{File, Machine, NEEDS_RESET, NEXT, OK, RAM, RINGS, SIZE, SOON, WRITE};
 
 /// A buffer in RAM that nothing else uses.
 pub(crate) const FREE: u64 = 0x80_0000;
@@ -98,9 +98,8 @@ fn chains_that_break_the_rules_need_a_reset() {
 #[test]
 fn more_in_flight_than_descriptors_needs_a_reset() {
     let file = File::new(1 << 20);
-    let mut config = file.config();
-    config.latency = Some(LATENCY);
-    let mut machine = Machine::started(&config);
+    let mut machine = Machine::started(&file.config());
+    let gate = file.gate();
     let head = machine.request(0, 0, 0, 512);
     // The same chain over and over: each is in flight when the next is popped.
     for round in 0..3 {
@@ -113,6 +112,7 @@ fn more_in_flight_than_descriptors_needs_a_reset() {
         }
     }
     machine.wait_for_status(NEEDS_RESET);
+    gate.open();
     machine.start();
     assert_eq!(machine.one(0, 5, 512), (0, 513));
 }
@@ -142,7 +142,7 @@ fn buffers_over_the_rings_and_over_each_other_are_the_drivers_own_affair() {
     machine.describe(11, FREE, 512, NEXT | WRITE, 2);
     machine.offer(0);
     machine.kick();
-    assert_eq!(machine.next_used(Duration::from_secs(20)), Some((0, 1537)));
+    assert_eq!(machine.next_used(SOON), Some((0, 1537)));
     let byte = machine.bytes(FREE, 1)[0];
     assert!((8..=10).contains(&byte) && machine.bytes(FREE, 512) == [byte; 512]);
     assert_eq!(machine.ram.stats().unwrap().pinned, 0);

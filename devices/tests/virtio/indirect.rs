@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use clade_devices::virtio::{QueueError, QueueState, Virtqueue, regs};
+use clade_io::Gate;
 use clade_memory::{GuestRam, RamLayout, Store};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
@@ -14,8 +15,8 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::driver::{
-    File, INDIRECT, INDIRECT_DESC, LATENCY, Machine, NEEDS_RESET, NEXT, OK, RAM, RINGS, SIZE, SOON, WRITE, descriptor,
-    ram, wait_in_flight,
+    File, INDIRECT, INDIRECT_DESC, Machine, NEEDS_RESET, NEXT, OK, RAM, RINGS, SIZE, SOON, WRITE, descriptor, ram,
+    wait_in_flight,
 };
 use crate::hostile::{FREE, expect_refusal};
 
@@ -122,10 +123,9 @@ fn tables_are_as_the_driver_likes_them_within_the_rules() {
 
 /// A machine with 8 requests in tables in flight: reads to even pages, writes of the byte `0xc0 +
 /// n` from odd ones.
-fn with_eight_in_flight(file: &File) -> Machine {
-    let mut config = file.config();
-    config.latency = Some(LATENCY);
-    let mut machine = Machine::started(&config);
+fn with_eight_in_flight(file: &File) -> (Machine, Gate) {
+    let mut machine = Machine::started(&file.config());
+    let gate = file.gate();
     for n in 0..8 {
         machine.put(machine.data(n), &[if n % 2 == 1 { 0xc0 + n as u8 } else { 0 }; 4096]);
         machine.request(n, u32::from(n % 2), u64::from(n) * 8, 4096);
@@ -134,7 +134,7 @@ fn with_eight_in_flight(file: &File) -> Machine {
     }
     machine.kick();
     wait_in_flight(&machine, 8);
-    machine
+    (machine, gate)
 }
 
 /// The writes of the 8 are on the disk. They are read through a table, which needs the feature.
@@ -148,9 +148,10 @@ fn expect_written(machine: &mut Machine) {
 #[test]
 fn a_child_walks_the_tables_of_what_is_in_flight_in_its_own_memory() {
     let file = File::new(1 << 20);
-    let mut parent = with_eight_in_flight(&file);
+    let (mut parent, gate) = with_eight_in_flight(&file);
     let image = parent.fork();
     assert_eq!(image.in_flight(), 8);
+    gate.open();
     parent.expect_eight();
     // What the parent does with its tables and buffers afterwards is nothing to the child.
     parent.put(TABLES, &[0xff; 4096]);
@@ -166,8 +167,9 @@ fn a_child_walks_the_tables_of_what_is_in_flight_in_its_own_memory() {
 #[test]
 fn a_machine_that_is_put_back_does_what_was_in_flight_in_tables_again() {
     let file = File::new(1 << 20);
-    let mut machine = with_eight_in_flight(&file);
+    let (mut machine, gate) = with_eight_in_flight(&file);
     let image = machine.fork();
+    gate.open();
     machine.expect_eight();
     // Also where its driver has declined tables since.
     for declined in [0, INDIRECT_DESC] {
@@ -273,13 +275,14 @@ fn tables_that_break_the_rules_need_a_reset() {
 #[test]
 fn a_table_that_is_changed_while_its_request_is_in_flight_changes_nothing() {
     let file = File::new(1 << 20);
-    let mut machine = with_eight_in_flight(&file);
+    let (mut machine, gate) = with_eight_in_flight(&file);
     machine.put(FREE, &[0xa5; 8192]);
     for n in 0..8 {
         let at = TABLES + n * 48;
         machine.table(at, &[(FREE, 4096, WRITE, 0), (u64::MAX, 0, INDIRECT, 9), (FREE + 4096, 4096, WRITE | NEXT, 0)]);
         (0..3).for_each(|index| machine.describe(n as u16 * 3 + index, FREE, 4096, WRITE, 0));
     }
+    gate.open();
     machine.expect_eight();
     assert!(machine.bytes(FREE, 8192) == [0xa5; 8192], "what it refers to now was never asked for");
     expect_written(&mut machine);

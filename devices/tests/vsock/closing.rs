@@ -4,7 +4,6 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::time::Duration;
 
 use crate::guest::{CREDIT_REQUEST, CREDIT_UPDATE, DATA, Guest, REQUEST, RESET, RESPONSE, SHUTDOWN, guest};
 
@@ -25,7 +24,6 @@ fn connected(dir: &Path) -> (Guest, UnixStream) {
     guest.send(REQUEST, PORT, 5, &[], 1 << 20);
     assert_eq!(guest.packet().op, RESPONSE);
     let (host, _) = listener.accept().unwrap();
-    host.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     (guest, host)
 }
 

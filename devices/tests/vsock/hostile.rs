@@ -7,12 +7,14 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use clade_devices::virtio::VirtioMmio;
+use clade_test_support::Patience;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
 
 use crate::driver::Driver;
 use crate::guest::{DATA, HEADER, OUT, REQUEST, RESET, RESPONSE, TX, guest};
 
-const SOON: Duration = Duration::from_secs(20);
+/// How often a pause is looked for.
+const TICK: Duration = Duration::from_millis(50);
 
 fn socket() -> OwnedFd {
     socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None).unwrap()
@@ -46,11 +48,18 @@ fn pauses(device: &VirtioMmio, rescue: impl FnOnce()) {
             device.resume();
             paused.send(()).unwrap();
         });
-        let ended = heard.recv_timeout(SOON);
-        if ended.is_err() {
+        let mut patience = Patience::default();
+        let ended = loop {
+            match heard.recv_timeout(TICK) {
+                Ok(()) => break true,
+                Err(_) if !patience.tick() => break false,
+                Err(_) => {}
+            }
+        };
+        if !ended {
             rescue();
         }
-        assert!(ended.is_ok(), "a pause waits for a host");
+        assert!(ended, "a pause waits for a host");
     });
 }
 

@@ -140,7 +140,9 @@ fn a_driver_that_has_closed_its_connections_is_waited_for_no_longer() {
     let mut parent = Guest::new(Driver::take(device(dir.path(), "vm.sock", CID, false), &ram(&store)));
     // More than the one that the device needs.
     (0..3).for_each(|n| _ = parent.driver.post(EVENTS, &[(0x10_0000 + n * 8, 8, true)]));
-    let quick = (0..5).any(|round| {
+    let mut round = 0;
+    clade_test_support::wait_until("a child whose driver answers goes on before its two seconds are over", || {
+        round += 1;
         let name = format!("{round}.sock");
         let mut child = parent.driver.fork(&store, |_, _| device(dir.path(), &name, 43, true));
         let _host = connect(dir.path(), &name, 10);
@@ -150,7 +152,6 @@ fn a_driver_that_has_closed_its_connections_is_waited_for_no_longer() {
         child.wait(RX);
         begun.elapsed() < Duration::from_secs(1)
     });
-    assert!(quick, "a driver that answers is waited for like one that does not");
 }
 
 /// Its guest may be closing a connection of its parent's, and would close the clone's of the same ports.
@@ -277,7 +278,6 @@ fn who_breaks_the_rules_is_reset_and_the_others_are_not() {
     assert_eq!(guest.packet().op, RESET);
     let mut host = UnixStream::connect(dir.path().join("vm.sock")).unwrap();
     host.write_all(b"HELO there, this is a long line that says nothing\n").unwrap();
-    host.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     assert_eq!(host.read(&mut [0]).unwrap_or(0), 0);
     assert!(!guest.driver.needs_reset());
 }

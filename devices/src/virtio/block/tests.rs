@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use clade_io::Gate;
 use clade_memory::{GuestRam, Quiesced, RamImage, RamLayout, Store};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SEG_MAX};
 use vm_memory::{Bytes, GuestAddress};
@@ -380,8 +381,9 @@ fn a_fork_in_the_middle_of_a_long_request_hands_on_all_of_it() {
 
 #[test]
 fn a_child_pops_nothing_new_before_what_was_in_flight_is_done() {
-    let (_dir, path) = file();
-    let mut rig = Rig::new(&path, &Options { latency: Some(Duration::from_millis(300)), ..Options::default() });
+    let (dir, path) = file();
+    let mut rig = Rig::new(&path, &Options::default());
+    let gate = Gate::close(dir.path()).unwrap();
     rig.fill(DATA, &[0x77; 4096]);
     let written = rig.offer(0, OUT, 8, &[(DATA, 4096)]);
     rig.turn(Wake::Start);
@@ -390,7 +392,12 @@ fn a_child_pops_nothing_new_before_what_was_in_flight_is_done() {
     let mut child = rig.child(&moment);
     let read = child.offer(0, IN, 8, &[(DATA + PAGE, 4096)]);
     let popped = |rig: &Rig| rig.service.queue_states()[0].unwrap().next_available;
+    let mut turns = 0;
     while child.used(0).is_none() {
+        turns += 1;
+        if turns == 3 {
+            gate.open();
+        }
         child.turn(Wake::Start);
         if !child.service.in_flight().iter().any(|chain| chain.head == written) {
             break;
@@ -485,8 +492,9 @@ fn who_waits_for_clusters_goes_before_who_came_later() {
 
 #[test]
 fn what_was_given_up_in_pieces_is_done_again_whole() {
-    let (_dir, path) = file();
-    let mut rig = Rig::new(&path, &Options { latency: Some(Duration::from_millis(300)), ..Options::default() });
+    let (dir, path) = file();
+    let mut rig = Rig::new(&path, &Options::default());
+    let gate = Gate::close(dir.path()).unwrap();
     let heads: Vec<u16> = (0..3u64).map(|n| rig.offer(0, IN, n * 4096, &[(DATA + n * (2 << 20), 2 << 20)])).collect();
     (0..3).for_each(|_| assert_eq!(rig.turn(Wake::Start), Turn::Again));
     assert!(rig.service.halt(TIMEOUT));
@@ -494,6 +502,7 @@ fn what_was_given_up_in_pieces_is_done_again_whole() {
     let mut left: Vec<u16> = rig.service.in_flight().iter().map(|chain| chain.head).collect();
     left.sort_unstable();
     assert_eq!(left, heads, "each once");
+    gate.open();
     let mut done: Vec<(u16, u8)> = heads.iter().map(|_| rig.wait()).collect();
     done.sort_unstable();
     assert_eq!(done, heads.iter().map(|head| (*head, 0)).collect::<Vec<_>>());

@@ -1,0 +1,69 @@
+//! Operations that stand in the kernel until a test lets them go.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Holds the operations on files in a directory that are submitted while it lives, until it is opened
+/// or dropped. They can be cancelled like all others.
+#[derive(Debug)]
+pub struct Gate {
+    dir: PathBuf,
+    event: Arc<EventFd>,
+}
+
+type Gates = Vec<(PathBuf, Arc<EventFd>)>;
+
+fn gates() -> MutexGuard<'static, Gates> {
+    static GATES: Mutex<Gates> = Mutex::new(Vec::new());
+    GATES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Gate {
+    /// Holds what is submitted from now on for files below `dir`.
+    ///
+    /// # Errors
+    /// When no eventfd can be made.
+    pub fn close(dir: &Path) -> io::Result<Self> {
+        let event = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        gates().push((dir.to_owned(), Arc::clone(&event)));
+        Ok(Self { dir: dir.to_owned(), event })
+    }
+
+    /// Lets the operations go, and those that are submitted later.
+    pub fn open(&self) {
+        gates().retain(|(_, event)| !Arc::ptr_eq(event, &self.event));
+        // Readable from now on: nothing reads it. A counter at its end is readable, too.
+        let _ = self.event.write(1);
+    }
+
+    /// The directory.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        self.open();
+    }
+}
+
+/// The gate of an operation, which keeps its descriptor open.
+#[derive(Clone, Debug)]
+pub(crate) struct Held(Arc<EventFd>);
+
+impl Held {
+    /// The newest gate that holds operations on the file at `path`.
+    pub(crate) fn of(path: &Path) -> Option<Self> {
+        gates().iter().rev().find(|(dir, _)| path.starts_with(dir)).map(|(_, event)| Self(Arc::clone(event)))
+    }
+
+    pub(crate) fn fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
