@@ -13,7 +13,7 @@ use crate::listen::{accept, router};
 use crate::places::PER_SANDBOX;
 use crate::wire::{AskedNetwork, Texts};
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(300);
 /// A request for a WebSocket, but for its sandbox.
 const ASK: &str = "GET /ws HTTP/1.1\r\nhost: 80-ibox.box.test\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
                    sec-websocket-version: 13\r\nsec-websocket-key: k\r\n";
@@ -124,7 +124,8 @@ async fn read(from: &mut (impl AsyncReadExt + Unpin), text: &str) {
 
 fn run(test: impl Future<Output = ()>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async { tokio::time::timeout(PATIENCE, test).await.expect("the test hangs") });
+    let _watchdog = clade_test_support::Watchdog::new(LIMIT, || "a request is proxied".to_owned());
+    runtime.block_on(test);
 }
 
 #[test]
