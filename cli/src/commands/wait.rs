@@ -9,13 +9,17 @@ use hyper::Method;
 use serde::Serialize;
 
 use crate::commands::remote::{ask, failure};
+use crate::commands::serve::answers;
 use crate::commands::units::parse_duration;
 use crate::commands::{Failure, Outcome, print_json};
 
 /// How often VMs are looked at.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
-/// How long the record of a VM whose process was killed may take. The supervisor writes it.
-const RECORD_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the record of a VM whose process was killed may take. The supervisor writes it, and does
+/// so for the VMs that it knows.
+const RECORD_TIMEOUT: Duration = Duration::from_secs(60);
+/// The same without a supervisor that answers: one may just be starting.
+const NO_SUPERVISOR_TIMEOUT: Duration = Duration::from_secs(5);
 /// The longest wait without `--timeout`: a century.
 const FOR_EVER: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
@@ -62,7 +66,9 @@ async fn end_of(
     (was_seen, mut is_dead): (bool, bool),
     deadline: Instant,
 ) -> Result<Option<Ended>, Failure> {
-    let deadline = deadline.min(Instant::now() + RECORD_TIMEOUT);
+    let is_supervised = client.is_remote() || answers(client.dir());
+    let limit = if is_supervised { RECORD_TIMEOUT } else { NO_SUPERVISOR_TIMEOUT };
+    let deadline = deadline.min(Instant::now() + limit);
     loop {
         // Before the record is looked for, which is written before the socket goes.
         let is_there = client.is_remote() || socket_path(client.dir(), name).exists();
@@ -95,7 +101,11 @@ async fn one(client: Client, name: String, deadline: Instant) -> Result<Option<E
                 let in_order = is_in_order(&reason);
                 return Ok(Some(Ended { name, reason: reason.to_string(), in_order }));
             }
-            Ok(Ok(_)) => was_seen = true,
+            Ok(Ok(_)) => {
+                if !std::mem::replace(&mut was_seen, true) {
+                    tracing::debug!(name, "the VM runs, and its end is waited for");
+                }
+            }
             Ok(Err(error)) => {
                 // An answer that breaks off: it is ending. A supervisor says so of a VM's process.
                 let breaks_off = matches!(error, ClientError::Http(_) | ClientError::Refused { status: 502, .. });
@@ -104,7 +114,9 @@ async fn one(client: Client, name: String, deadline: Instant) -> Result<Option<E
                 if !is_dead && !is_gone {
                     return Err(failure(error));
                 }
-                if breaks_off && was_seen && Instant::now() < deadline {
+                // A VM that ends at the first look was there at it.
+                was_seen |= breaks_off;
+                if breaks_off && Instant::now() < deadline {
                     tokio::time::sleep(POLL_INTERVAL).await;
                     continue;
                 }
