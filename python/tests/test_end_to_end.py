@@ -17,7 +17,7 @@ EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 
 
 def ask(vm, expression):
-    done = vm.exec(["answer", expression], timeout=120)
+    done = vm.exec(["answer", expression], timeout=7200)
     assert done.exit_code == 0, done
     return ast.literal_eval(done.text)
 
@@ -55,7 +55,7 @@ def test_forks_of_one_interpreter_go_their_own_ways(daemon, warm):
     with pytest.raises(NoSuchVmError):
         first.info()
     point.remove()
-    assert forked.wait(30), seen
+    assert forked.wait(7200), seen
 
 
 def test_programs_and_files(warm):
@@ -71,7 +71,7 @@ def test_programs_and_files(warm):
         with pytest.raises(AgentError):
             vm.exec(["/no/program"])
         with pytest.raises(AgentError) as late:
-            vm.exec(["sleep", "100"], timeout=2)
+            vm.exec(["sleep", "100000"], timeout=2)
         assert late.value.code == "deadline_exceeded"
         vm.write_memory(0x1000, b"here")
         assert vm.read_memory(0x1000, 4) == b"here"
@@ -103,7 +103,7 @@ def test_the_same_awaited(daemon, warm):
 def test_forks_are_awaited_at_the_same_time(daemon, warm):
     async def one(vm, number):
         async with vm:
-            done = await vm.exec(["answer", f"state.setdefault('y', {number}) or 0"], timeout=120)
+            done = await vm.exec(["answer", f"state.setdefault('y', {number}) or 0"], timeout=7200)
             assert done.exit_code == 0, done
             await vm.write_file("/tmp/n", str(number).encode() * 100_000)
             pieces = [piece async for piece in vm.follow(["/bin/sh", "-c", "cat; exit 4"], input=b"in")]
@@ -117,7 +117,7 @@ def test_forks_are_awaited_at_the_same_time(daemon, warm):
             first = asyncio.create_task(anext(events))
             await asyncio.sleep(0.5)
             point = await parent.checkpoint("awaited")
-            assert (await asyncio.wait_for(first, 60)).kind.startswith(("vm.", "checkpoint."))
+            assert (await asyncio.wait_for(first, 7200)).kind.startswith(("vm.", "checkpoint."))
             await events.aclose()
             children = await point.forks(3, name="awaited-{n}")
             answers = await asyncio.gather(*(one(vm, number) for number, vm in enumerate(children, 1)))
@@ -126,7 +126,7 @@ def test_forks_are_awaited_at_the_same_time(daemon, warm):
                 await parent.read_file("/tmp/none")
             assert missing.value.code == "not_found"
             with pytest.raises(AgentError) as late:
-                await parent.exec(["sleep", "100"], timeout=2)
+                await parent.exec(["sleep", "100000"], timeout=2)
             assert late.value.code == "deadline_exceeded"
             with pytest.raises(CladeError, match="--mem"):
                 await clade.run("x", "--mem", "nothing", program=os.environ["CLADE"])
@@ -141,7 +141,7 @@ def test_a_vm_of_the_pytest_plugin_is_reset_between_tests(warm, tmp_path):
         "import pytest\n"
         "@pytest.mark.parametrize('round', [1, 2])\n"
         "def test_nothing_is_left(vm, round):\n"
-        "    done = vm.exec(['/bin/sh', '-c', 'ls /tmp/left; echo x >/tmp/left'], timeout=120)\n"
+        "    done = vm.exec(['/bin/sh', '-c', 'ls /tmp/left; echo x >/tmp/left'], timeout=7200)\n"
         "    assert (done.exit_code, done.stdout) == (0, b''), done\n"
     )
     args = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--clade-vm", "warm", str(tmp_path)]

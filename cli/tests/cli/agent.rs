@@ -6,20 +6,18 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clade_agent_client::proto::PORT;
 use clade_agent_client::{Client as Agent, Endpoint};
+use clade_test_support::{Cid, TapName, wait_for_within};
 
-use crate::tool::{Answer, Runtime, kvm, taps};
+use crate::tool::{Answer, Runtime, kvm, stem, taps, wait_until};
 
-/// How long a boot may take, where guest kernels are interpreted and the processors are busy.
-const BOOT: Duration = Duration::from_secs(300);
-
-/// A CID that no other test has.
-fn cid() -> u32 {
-    0x6000_0000 + std::process::id() * 32
-}
+/// Running time for a boot on the reference host. Guest kernels may be interpreted.
+pub(crate) const BOOT: Duration = Duration::from_secs(900);
+/// How long `clade exec` waits for an agent whose guest is busy.
+pub(crate) const WAIT: &str = "1h";
 
 fn output(script: &str, args: &[&str]) -> Option<String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources").join(script);
@@ -46,37 +44,39 @@ fn guest(dir: &Path) -> Option<(PathBuf, PathBuf)> {
     made
 }
 
-fn boot(runtime: &mut Runtime) -> bool {
-    boot_at(runtime, cid())
-}
-
 /// Boots a guest with the agent, as `web`. Returns when the agent answers; false where there is no guest.
-pub(crate) fn boot_at(runtime: &mut Runtime, cid: u32) -> bool {
+pub(crate) fn boot(runtime: &mut Runtime, cid: &Cid, tap: &TapName) -> bool {
     let Some((kernel, initrd)) = guest(runtime.dir()) else { return false };
-    let vsock = format!("cid={cid},socket={}", runtime.dir().join("web.vsock").display());
+    let vsock = format!("cid={},socket={}", cid.number(), runtime.dir().join("web.vsock").display());
     let files = [kernel.to_str().unwrap(), initrd.to_str().unwrap()];
     let args = ["run", "--detached", "--kernel", files[0], "--initrd", files[1], "--mem", "256M", "--name", "web"];
-    let net = format!("tap=ca{}x%d", std::process::id() % 10_000);
+    let net = format!("tap={}%d", stem(tap));
     let net: &[&str] = if taps() { &["--net", &net] } else { &[] };
     runtime.spawn(&[&args[..], &["--vsock", &vsock], net].concat());
-    let begun = Instant::now();
-    while runtime.clade(&["exec", "web", "--", "true"]).code != Some(0) {
-        assert!(begun.elapsed() < BOOT, "the agent does not answer: {:?}", runtime.clade(&["logs", "web"]));
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    wait_until("the VM's socket", || runtime.socket("web").exists());
+    // The agent of a guest that boots is waited for, and a guest that has ended refuses at once.
+    wait_for_within(BOOT, "the agent answers", || {
+        let answer = runtime.clade(&["exec", "--wait", WAIT, "web", "--", "true"]);
+        assert!(answer.code == Some(0) || runtime.socket("web").exists(), "{:?}", runtime.clade(&["logs", "web"]));
+        (answer.code == Some(0)).then_some(())
+    });
     true
 }
 
 fn exec(runtime: &Runtime, args: &[&str]) -> Answer {
-    let begun = Instant::now();
-    loop {
-        let answer = runtime.clade(&[&["exec"], args].concat());
-        // A guest whose kernel is interpreted may need longer, among others on busy processors.
-        let is_late = answer.code == Some(125) && answer.stderr.contains("does not take the connection");
-        if !is_late || begun.elapsed() > Duration::from_secs(60) {
-            return answer;
-        }
-    }
+    runtime.clade(&[&["exec", "--wait", WAIT], args].concat())
+}
+
+/// Runs `clade exec -i` with a program that gets these bytes, or as many as the program reads.
+fn feed(runtime: &Runtime, program: &[&str], bytes: Vec<u8>) -> Answer {
+    let mut command = runtime.command(&[&["exec", "--wait", WAIT, "-i", "web", "--"], program].concat());
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let writer = std::thread::spawn(move || stdin.write_all(&bytes));
+    let answer = child.wait_with_output().unwrap().into();
+    // The program may end before it has read all of it: its end and its output say whether that is right.
+    let _ = writer.join().unwrap();
+    answer
 }
 
 fn programs(runtime: &Runtime) {
@@ -93,11 +93,14 @@ fn programs(runtime: &Runtime) {
     assert_eq!(exec(runtime, &["--timeout", "1s", "web", "--", "sleep", "1000"]).code, Some(124));
     assert_eq!(exec(runtime, &["nobody", "--", "true"]).code, Some(125));
     assert!(exec(runtime, &["-t", "web", "tty"]).stdout.starts_with("/dev/pts/"));
-    let mut command = runtime.command(&["exec", "-i", "web", "--", "sha256sum"]);
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let bytes = vec![b'x'; 3_000_000];
-    child.stdin.take().unwrap().write_all(&bytes).unwrap();
-    let done: Answer = child.wait_with_output().unwrap().into();
+    let done = feed(runtime, &["sha256sum"], bytes.clone());
+    assert_eq!((done.code, done.stderr.as_str()), (Some(0), ""), "{done:?}");
+    // A program that ends while its input still comes: its output and its end are reported.
+    let early = feed(runtime, &["sh", "-c", "head -c 4; echo; seq 20000; exit 3"], bytes.clone());
+    let numbers: String = (1..=20_000).map(|number| format!("{number}\n")).collect();
+    assert_eq!((early.code, early.stderr.as_str()), (Some(3), ""), "{early:?}");
+    assert!(early.stdout == format!("xxxx\n{numbers}"), "{} bytes came", early.stdout.len());
     let own = runtime.dir().join("bytes");
     fs::write(&own, &bytes).unwrap();
     let own = String::from_utf8(Command::new("sha256sum").arg(own).output().unwrap().stdout).unwrap();
@@ -180,14 +183,14 @@ fn forks(runtime: &Runtime) {
     assert_eq!(exec(runtime, &["web", "--", "true"]).code, Some(0));
     // The agent is PID 1: it ends the guest in order.
     exec(runtime, &["web-1", "--", "kill", "-TERM", "1"]);
-    assert_eq!(runtime.clade(&["wait", "web-1", "--timeout", "60s"]).code, Some(0));
+    assert_eq!(runtime.clade(&["wait", "web-1"]).code, Some(0));
 }
 
 /// A program and an upload of the parent's go on through a fork. The child has what they had come to,
 /// and says so. (This kernel has no inotify to watch with.)
 fn forks_in_the_middle(runtime: &Runtime) {
     let socket = runtime.dir().join("web.vsock");
-    let slow = Duration::from_secs(300);
+    let slow = BOOT;
     let guest = Agent::new(Endpoint::Vsock { socket, port: PORT }).with_patience(slow, slow);
     let script = "echo $$; until test -e /tmp/go; do sleep 0.2; done; echo gone; exit 3";
     let mut program = runtime.command(&["exec", "web", "--", "sh", "-c", script]);
@@ -201,9 +204,9 @@ fn forks_in_the_middle(runtime: &Runtime) {
         let (mut upload, call) = guest.upload("/tmp/up", None);
         let uploaded = tokio::spawn(call);
         assert!(upload.send(vec![b'a'; 600 << 10].into()).await);
-        let begun = Instant::now();
+        let mut patience = clade_test_support::Patience::new(BOOT);
         while !guest.stat("/tmp/up").await.is_ok_and(|file| file.size >= 256 << 10) {
-            assert!(begun.elapsed() < Duration::from_secs(60), "nothing of the file is there");
+            assert!(patience.tick(), "nothing of the file is there");
         }
         let fork = runtime.command(&["fork", "web", "--ready", "--name", "middle", "--network", "off"]).output();
         let fork = Answer::from(fork.unwrap());
@@ -239,10 +242,7 @@ fn closed(runtime: &Runtime, child: &str) {
     assert_eq!(up("web"), "1\n");
     assert_eq!(up(child), "0\n");
     assert_eq!(runtime.clade(&["network", child, "open"]).code, Some(0));
-    let begun = Instant::now();
-    while up(child) != "1\n" {
-        assert!(begun.elapsed() < Duration::from_secs(120), "the link stays down");
-    }
+    wait_for_within(BOOT, "the link comes up", || (up(child) == "1\n").then_some(()));
 }
 
 #[test]
@@ -251,7 +251,8 @@ fn an_agent_serves_its_guest_and_its_forks() {
         return;
     }
     let mut runtime = Runtime::new();
-    if !boot(&mut runtime) {
+    let (cid, tap) = (Cid::take(), TapName::take());
+    if !boot(&mut runtime, &cid, &tap) {
         return;
     }
     programs(&runtime);
@@ -265,29 +266,29 @@ fn an_agent_serves_its_guest_and_its_forks() {
 }
 
 #[test]
-fn a_vm_without_an_agent_is_said_at_once() {
+fn a_vm_without_an_agent_is_an_error_that_says_why() {
     if !kvm() {
         return;
     }
     let mut runtime = Runtime::new();
     runtime.start("plain");
-    let vsock = format!("cid={},socket={}", cid() + 1, runtime.dir().join("deaf.vsock").display());
+    let cid = Cid::take();
+    let vsock = format!("cid={},socket={}", cid.number(), runtime.dir().join("deaf.vsock").display());
     runtime.start_with("deaf", &["--vsock", &vsock]);
     for name in ["plain", "deaf"] {
         runtime.clade(&["resume", name, "--json"]).json();
     }
-    let begun = Instant::now();
+    // Without the device there is nothing to wait for: this hour would not pass.
     let plain = exec(&runtime, &["plain", "--", "true"]);
     assert!(plain.code == Some(125) && plain.stderr.contains("no vsock device"), "{plain:?}");
-    let deaf = runtime.clade(&["exec", "deaf", "--", "true"]);
-    assert!(deaf.code == Some(125) && deaf.stderr.contains("no agent answers"), "{deaf:?}");
-    runtime.clade(&["cp", "/etc/passwd", "deaf:/tmp"]).expect_refusal("no agent answers");
+    let deaf = runtime.clade(&["exec", "--wait", "300ms", "deaf", "--", "true"]);
+    assert!(deaf.code == Some(125) && deaf.stderr.contains("no agent answers in the guest within"), "{deaf:?}");
+    runtime.clade(&["cp", "--wait", "300ms", "/etc/passwd", "deaf:/tmp"]).expect_refusal("no agent answers");
     runtime.clade(&["fork", "plain", "--ready"]).expect_refusal("no vsock device");
     runtime.clade(&["ready", "plain"]).expect_refusal("no vsock device");
     let (status, problem) = runtime.http("POST", "/v1/vms/deaf/fork", r#"{"ready": true, "paused": true}"#);
     assert_eq!((status, problem["type"].as_str()), (400, Some("urn:clade:bad-request")), "{problem}");
     assert_eq!(runtime.names(), ["deaf", "plain"]);
-    assert!(begun.elapsed() < Duration::from_secs(20));
 }
 
 /// What a guest says to every connection once it has been asked something.
@@ -309,9 +310,9 @@ fn a_guest_that_talks_nonsense_is_said_to() {
     }
     let mut runtime = Runtime::new();
     let socket = runtime.dir().join("odd.vsock");
-    runtime.start_with("odd", &["--vsock", &format!("cid={},socket={}", cid() + 2, socket.display())]);
+    let cid = Cid::take();
+    runtime.start_with("odd", &["--vsock", &format!("cid={},socket={}", cid.number(), socket.display())]);
     runtime.clade(&["resume", "odd", "--json"]).json();
-    let begun = Instant::now();
     for (answer, why) in [
         (&b"\0\x01nonsense\r\n\r\n"[..], "connection has failed"),
         (b"", "the agent or its VM has ended"),
@@ -328,5 +329,4 @@ fn a_guest_that_talks_nonsense_is_said_to() {
     fs::remove_file(&socket).unwrap();
     say_to_all(UnixListener::bind(&socket).unwrap(), b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nnonsense!");
     runtime.clade(&["ready", "odd"]).expect_refusal("cannot be read");
-    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
 }

@@ -4,9 +4,10 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::thread;
 
+use clade_test_support::{Cid, TapName};
 use serde_json::{Value, json};
 
-use crate::tool::{Runtime, expect_problem, kvm, taps, wait_until};
+use crate::tool::{Runtime, expect_problem, kvm, stem, taps, wait_until};
 
 #[test]
 fn a_fleet_from_its_first_vm_to_its_last() {
@@ -201,8 +202,8 @@ fn children_have_interfaces_of_their_own() {
         return;
     }
     let mut runtime = Runtime::new();
-    // Of this process, because tests run beside each other on one host.
-    let stem = format!("cl{}x", std::process::id());
+    let name = TapName::take();
+    let stem = stem(&name);
     let interfaces = || {
         let all =
             fs::read_dir("/sys/class/net").unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
@@ -242,8 +243,8 @@ fn children_have_sockets_and_addresses_of_their_own() {
         return;
     }
     let mut runtime = Runtime::new();
-    // Of this process, because tests run beside each other on one host.
-    let cid = 0x4000_0000 + u64::from(std::process::id()) * 64;
+    let claim = Cid::take();
+    let cid = u64::from(claim.number());
     let socket = |name: &str| runtime.dir().join(name).display().to_string();
     let vsock = format!("cid={cid},socket={}", socket("eve.vsock"));
     let (own, given) = (socket("own.vsock"), socket("given-{name}"));

@@ -6,12 +6,12 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::process::Command;
-use std::time::Duration;
 
+use clade_test_support::{Cid, PatientStream, Port, TapName};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::agent::boot_at;
+use crate::agent::boot;
 use crate::tool::{Runtime, kill, kvm, taps, wait_until};
 
 const SCRIPT: &str = include_str!("e2b_sdk.py");
@@ -30,12 +30,14 @@ fn python() -> Option<String> {
 pub(crate) struct Host {
     pub(crate) runtime: Runtime,
     pub(crate) address: String,
+    _port: Port,
 }
 
 impl Host {
     pub(crate) fn new() -> Self {
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let mut host = Self { runtime: Runtime::new(), address: format!("127.0.0.1:{port}") };
+        let port = Port::take();
+        let address = format!("127.0.0.1:{}", port.number());
+        let mut host = Self { runtime: Runtime::new(), address, _port: port };
         host.serve();
         host
     }
@@ -56,8 +58,7 @@ impl Host {
 
     /// One request as it stands here: its status and what came behind the head.
     fn says(&self, request: &str) -> (u16, String) {
-        let mut stream = TcpStream::connect(&self.address).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let mut stream = PatientStream::from(TcpStream::connect(&self.address).unwrap());
         stream.write_all(request.as_bytes()).unwrap();
         let mut answer = String::new();
         let _ = stream.read_to_string(&mut answer);
@@ -81,7 +82,8 @@ fn the_python_sdk_makes_forks_and_ends_sandboxes() {
     }
     let Some(python) = python() else { return };
     let mut host = Host::new();
-    if !boot_at(&mut host.runtime, 0x5000_0000 + std::process::id() * 64) {
+    let (claim, tap) = (Cid::take(), TapName::take());
+    if !boot(&mut host.runtime, &claim, &tap) {
         return;
     }
     // Its shell, where the guest has a smaller one.

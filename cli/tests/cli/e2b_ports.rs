@@ -4,15 +4,16 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
+use clade_test_support::{PatientStream, wait_until_within};
 use serde_json::Value;
 
+use crate::agent::BOOT;
 use crate::e2b::Host;
 use crate::image::guest;
 use crate::python::layout;
 use crate::tool::{Answer, kvm};
 
 const SERVER: &str = include_str!("ports_server.py");
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Requests for one port of one sandbox.
 struct Port<'a> {
@@ -30,9 +31,8 @@ impl Port<'_> {
         Port { host, named: format!("host: {port}-{id}.box.test\r\n") }
     }
 
-    fn open(&self, first: &str, more: &str) -> BufReader<TcpStream> {
-        let mut stream = TcpStream::connect(&self.host.address).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    fn open(&self, first: &str, more: &str) -> BufReader<PatientStream<TcpStream>> {
+        let mut stream = PatientStream::from(TcpStream::connect(&self.host.address).unwrap());
         stream.write_all(format!("{first} HTTP/1.1\r\n{}{more}\r\n", self.named).as_bytes()).unwrap();
         BufReader::new(stream)
     }
@@ -51,7 +51,7 @@ impl Port<'_> {
         self.says(&format!("GET {path}"), "", "")
     }
 
-    fn websocket(&self, more: &str) -> BufReader<TcpStream> {
+    fn websocket(&self, more: &str) -> BufReader<PatientStream<TcpStream>> {
         let ask = "connection: keep-alive, Upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n\
                    sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
         let mut stream = self.open("GET /ws", &format!("{ask}{more}"));
@@ -72,7 +72,7 @@ fn head(stream: &mut impl BufRead) -> (u16, String) {
 }
 
 /// Sends a message of less than 64 KiB, and expects it back.
-fn echo(stream: &mut BufReader<TcpStream>, text: &str) {
+fn echo(stream: &mut BufReader<PatientStream<TcpStream>>, text: &str) {
     let length = text.len();
     let lengths: Vec<u8> = match u8::try_from(length) {
         Ok(short @ ..=125) => vec![short],
@@ -91,7 +91,7 @@ fn echo(stream: &mut BufReader<TcpStream>, text: &str) {
     assert!(&back[header.len()..] == text.as_bytes(), "another message came back");
 }
 
-fn is_cut(mut stream: BufReader<TcpStream>) {
+fn is_cut(mut stream: BufReader<PatientStream<TcpStream>>) {
     let mut rest = Vec::new();
     // An error is an end, too, but not that it has not come in time.
     if let Err(error) = stream.read_to_end(&mut rest) {
@@ -115,11 +115,9 @@ fn template(host: &mut Host, dir: &std::path::Path) -> bool {
     let args = ["run", "-d", "--image", &name, "--mem", "256M", "--name", "py", "--fresh", "--kernel"];
     let booted = clade(host, &[&args[..], &[kernel.to_str().unwrap()]].concat());
     assert_eq!(booted.code, Some(0), "{booted:?}");
-    let begun = Instant::now();
-    while !host.runtime.clade(&["logs", "py"]).stdout.contains("python answers") {
-        assert!(begun.elapsed() < Duration::from_secs(300), "{:?}", host.runtime.clade(&["logs", "py"]));
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    wait_until_within(BOOT, "the interpreter answers", || {
+        host.runtime.clade(&["logs", "py"]).stdout.contains("python answers")
+    });
     std::fs::write(&script, SERVER).unwrap();
     let copied = host.runtime.clade(&["cp", script.to_str().unwrap(), "py:/srv/ports_server.py"]);
     assert_eq!(copied.code, Some(0), "{copied:?}");
@@ -220,13 +218,10 @@ fn streams(port: &Port<'_>) {
 }
 
 fn closed_ports(host: &Host, id: &str) {
-    let begun = Instant::now();
     let (status, answer) = Port::by_headers(host, id, 22).get("/");
     let answer: Value = serde_json::from_str(&answer).unwrap();
     assert_eq!((status, &answer["port"], &answer["sandboxId"]), (502, &22.into(), &id.into()), "{answer}");
     assert!(answer["message"].as_str().unwrap().contains("nothing listens at port 22"), "{answer}");
-    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
-    println!("a closed port is refused after {:.1} ms", begun.elapsed().as_secs_f64() * 1e3);
 }
 
 fn websockets(host: &Host, key: &str, id: &str) {

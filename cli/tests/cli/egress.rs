@@ -1,10 +1,11 @@
 //! Egress rules: of a VM, and of all that descend from it.
 
+use clade_test_support::TapName;
 use serde_json::Value;
 
 use crate::metrics::scrape;
 use crate::supervisor::Supervised;
-use crate::tool::{expect_problem, kvm, taps};
+use crate::tool::{expect_problem, kvm, stem, taps};
 
 /// The rules of a VM's devices, which are the same: layers with a semicolon between, and rules with
 /// a comma.
@@ -30,7 +31,8 @@ fn egress_rules_are_inherited_and_a_child_only_narrows_them() {
         return;
     }
     let all = Supervised::start("0");
-    let stem = format!("ce{}x", std::process::id() % 10_000);
+    let name = TapName::take();
+    let stem = stem(&name);
     let nets = [format!("tap={stem}%d"), format!("tap={stem}%d")];
     let web = ["--egress", "deny:10.0.0.5", "--egress", "allow:10.0.0.0/8:80-90/tcp"];
     all.boot("web", &[&["--net", &nets[0], "--net", &nets[1]], &web[..]].concat());

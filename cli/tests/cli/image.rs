@@ -2,14 +2,16 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
+use clade_test_support::Port;
 use serde_json::{Value, json};
 
+use crate::agent::WAIT;
 use crate::tool::{Answer, Runtime, kvm, required, wait_until};
 
 fn sha256(path: &Path) -> String {
@@ -60,12 +62,12 @@ pub(crate) fn write_layout(layout: &Path, root: &Path, config: &Value) {
 /// Images in a cache of their own, and a registry to pull them from. Both end with it.
 pub(crate) struct Images {
     pub(crate) runtime: Runtime,
-    registry: Option<Child>,
+    registry: Option<(Child, Port)>,
 }
 
 impl Drop for Images {
     fn drop(&mut self) {
-        if let Some(registry) = &mut self.registry {
+        if let Some((registry, _)) = &mut self.registry {
             let _ = registry.kill();
             let _ = registry.wait();
         }
@@ -100,8 +102,8 @@ impl Images {
                 return None;
             }
         }
-        // Free now; nobody else has reason to take it.
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let claim = Port::take();
+        let port = claim.number();
         let config = self.path("registry.yml");
         let storage = self.path("registry");
         let text = format!(
@@ -112,7 +114,7 @@ impl Images {
         let quiet = || File::create(self.path("registry.log")).unwrap();
         let mut command = Command::new("docker-registry");
         command.arg("serve").arg(&config).stdin(Stdio::null()).stdout(quiet()).stderr(quiet());
-        self.registry = Some(command.spawn().unwrap());
+        self.registry = Some((command.spawn().unwrap(), claim));
         wait_until("the registry", || TcpStream::connect(("127.0.0.1", port)).is_ok());
         let name = format!("127.0.0.1:{port}/clade/image:{tag}");
         let copied = Command::new("skopeo")
@@ -234,7 +236,7 @@ fn an_image_is_a_vm_that_can_be_forked() {
         "{booted:?} {:?}",
         images.clade(&["logs", "web"])
     );
-    let exec = |vm: &str, script: &str| images.clade(&["exec", vm, "--", "sh", "-c", script]);
+    let exec = |vm: &str, script: &str| images.clade(&["exec", "--wait", WAIT, vm, "--", "sh", "-c", script]);
     wait_until("what the image runs", || exec("web", "cat /tmp/started").stdout == "started\n");
     let logs = images.clade(&["logs", "web"]).stdout.replace('\r', "");
     assert!(logs.contains("7\n20\nblue\n/work/made\n"), "{logs}");
@@ -246,7 +248,7 @@ fn an_image_is_a_vm_that_can_be_forked() {
     images.clade(&["image", "rm", &name]).expect_refusal("in use");
     let file = images.path("file");
     fs::write(&file, "from here\n").unwrap();
-    assert_eq!(images.clade(&["cp", file.to_str().unwrap(), "web:/srv/file"]).code, Some(0));
+    assert_eq!(images.clade(&["cp", "--wait", WAIT, file.to_str().unwrap(), "web:/srv/file"]).code, Some(0));
     let forked = images.clade(&["fork", "web", "--count", "2", "--ready", "--json"]).json();
     assert_eq!(forked["children"].as_array().unwrap().len(), 2);
     for vm in ["web", "web-1", "web-2"] {

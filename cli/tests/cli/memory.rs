@@ -16,8 +16,7 @@ const MOST: usize = 4 << 20;
 
 /// One request with bytes: the status, the media type and the body of the answer.
 fn bytes_at(socket: &Path, method: &str, path: &str, headers: &str, body: &[u8]) -> (u16, String, Vec<u8>) {
-    let mut stream = UnixStream::connect(socket).unwrap();
-    stream.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
+    let mut stream = clade_test_support::PatientStream::from(UnixStream::connect(socket).unwrap());
     let head = format!(
         "{method} {path} HTTP/1.1\r\nhost: clade\r\nconnection: close\r\n{headers}content-length: {}\r\n\r\n",
         body.len()

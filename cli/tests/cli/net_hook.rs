@@ -5,8 +5,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
+use clade_test_support::TapName;
+
 use crate::supervisor::Supervised;
-use crate::tool::{Runtime, expect_problem, kvm, taps, wait_until};
+use crate::tool::{Runtime, expect_problem, kvm, stem, taps, wait_until};
 
 /// A hook that writes down what it is told and whether the interface is there, and fails for VMs
 /// called `bad`.
@@ -35,7 +37,8 @@ fn interfaces_are_connected_before_their_vms_run_and_taken_down_after() {
     let socket = all.runtime.dir().join("clade.api");
     wait_until("the supervisor", || UnixStream::connect(&socket).is_ok());
     let lines = || fs::read_to_string(&log).unwrap_or_default().lines().map(str::to_owned).collect::<Vec<_>>();
-    let stem = format!("ch{}x", std::process::id() % 10_000);
+    let name = TapName::take();
+    let stem = stem(&name);
     all.boot("web", &["--net", &format!("tap={stem}%d")]);
     assert_eq!(lines(), [format!("up web {stem}0 none there")]);
     all.fork(&["web", "--count", "2"]);

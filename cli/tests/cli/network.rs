@@ -1,9 +1,10 @@
 //! Networks that are closed: by a fork, for all that descend from it, until they are opened.
 
+use clade_test_support::TapName;
 use serde_json::Value;
 
 use crate::supervisor::Supervised;
-use crate::tool::{expect_problem, kvm, taps};
+use crate::tool::{expect_problem, kvm, stem, taps};
 
 /// Whether the packets of a VM pass, of each device.
 fn networks(all: &Supervised, name: &str) -> Vec<String> {
@@ -22,7 +23,8 @@ fn a_closed_network_is_inherited_until_it_is_opened() {
         return;
     }
     let all = Supervised::start("0");
-    let stem = format!("cn{}x", std::process::id() % 10_000);
+    let name = TapName::take();
+    let stem = stem(&name);
     let nets = [format!("tap={stem}%d"), format!("tap={stem}%d")];
     all.boot("web", &["--net", &nets[0], "--net", &nets[1]]);
     all.fork(&["web", "--name", "child", "--network", "off"]);

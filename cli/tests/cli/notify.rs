@@ -3,7 +3,6 @@
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::Stdio;
-use std::time::Duration;
 
 use rustix::process::Signal;
 
@@ -18,11 +17,12 @@ fn a_service_manager_hears_when_the_supervisor_is_ready_and_when_it_ends() {
     let sockets = tempfile::tempdir().unwrap();
     let path = sockets.path().join("notify");
     let socket = UnixDatagram::bind(&path).unwrap();
-    socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     let mut command = runtime.command(&["serve", "--pool", "0"]);
     command.env("NOTIFY_SOCKET", &path).stdout(Stdio::null()).stderr(Stdio::null());
     let process = command.spawn().unwrap();
     runtime.adopt(process);
+    let limit = std::time::Duration::from_secs(300);
+    let _watchdog = clade_test_support::Watchdog::new(limit, || "the supervisor says nothing".to_owned());
     let hear = || {
         let mut text = [0; 256];
         let length = socket.recv(&mut text).unwrap();

@@ -7,8 +7,8 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
+use clade_test_support::PatientStream;
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -22,6 +22,7 @@ struct Port {
     runtime: Runtime,
     address: String,
     token: String,
+    _claim: clade_test_support::Port,
 }
 
 /// An answer: its status, its head, its body.
@@ -45,8 +46,9 @@ impl Said {
 
 impl Port {
     fn new() -> Self {
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let mut port = Self { runtime: Runtime::new(), address: format!("127.0.0.1:{port}"), token: String::new() };
+        let claim = clade_test_support::Port::take();
+        let address = format!("127.0.0.1:{}", claim.number());
+        let mut port = Self { runtime: Runtime::new(), address, token: String::new(), _claim: claim };
         port.serve();
         port.token = std::fs::read_to_string(port.runtime.dir().join("token")).unwrap().trim().to_owned();
         port
@@ -58,9 +60,8 @@ impl Port {
         wait_until("the port", || TcpStream::connect(&self.address).is_ok());
     }
 
-    fn send(&self, method: &str, path: &str, headers: &str, body: &[u8]) -> TcpStream {
-        let mut stream = TcpStream::connect(&self.address).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    fn send(&self, method: &str, path: &str, headers: &str, body: &[u8]) -> PatientStream<TcpStream> {
+        let mut stream = PatientStream::from(TcpStream::connect(&self.address).unwrap());
         let length = body.len();
         let head =
             format!("{method} {path} HTTP/1.1\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n");

@@ -4,10 +4,12 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use clade_test_support::wait_until_within;
 use serde_json::{Value, json};
 
+use crate::agent::{BOOT, WAIT};
 use crate::image::{Images, guest, resource};
 use crate::tool::{Answer, kvm, required, wait_until};
 
@@ -27,15 +29,16 @@ pub(crate) fn layout() -> Option<PathBuf> {
 }
 
 pub(crate) fn exec(images: &Images, args: &[&str]) -> Answer {
-    let begun = Instant::now();
-    loop {
-        let answer = images.clade(&[&["exec"], args].concat());
-        // A guest whose kernel is interpreted may need longer on busy processors.
-        let is_late = answer.code == Some(125) && answer.stderr.contains("does not take the connection");
-        if !is_late || begun.elapsed() > Duration::from_secs(60) {
-            return answer;
-        }
-    }
+    images.clade(&[&["exec", "--wait", WAIT], args].concat())
+}
+
+/// Waits until the interpreter of `py` has written that it listens: a question would take its time.
+pub(crate) fn wait_for_python(images: &Images) {
+    wait_until_within(BOOT, "the interpreter answers", || {
+        let logs = images.clade(&["logs", "py"]);
+        assert_eq!(logs.code, Some(0), "{logs:?}");
+        logs.stdout.contains("python answers")
+    });
 }
 
 /// The value of an expression in the running interpreter, as JSON.
@@ -58,11 +61,11 @@ fn ask_all(images: &Images, vms: &[String], expression: impl Fn(&str) -> String 
 fn files(images: &Images) {
     let (numbers, copy) = (images.path("numbers.json"), images.path("squares.json"));
     fs::write(&numbers, "[3, 4]").unwrap();
-    let copied = images.clade(&["cp", numbers.to_str().unwrap(), "py:/srv/numbers.json"]);
+    let copied = images.clade(&["cp", "--wait", WAIT, numbers.to_str().unwrap(), "py:/srv/numbers.json"]);
     assert_eq!(copied.code, Some(0), "{copied:?}");
     let expression = "json.dump([n * n for n in json.load(open('/srv/numbers.json'))], open('/srv/squares.json', 'w'))";
     assert_eq!(exec(images, &["py", "--", "answer", expression]).stdout, "None\n");
-    let copied = images.clade(&["cp", "py:/srv/squares.json", copy.to_str().unwrap()]);
+    let copied = images.clade(&["cp", "--wait", WAIT, "py:/srv/squares.json", copy.to_str().unwrap()]);
     assert_eq!(copied.code, Some(0), "{copied:?}");
     assert_eq!(fs::read_to_string(copy).unwrap(), "[9, 16]");
 }
@@ -89,12 +92,7 @@ fn ten_forks_of_a_running_python_answer_each_for_itself() {
     let booted: Answer = command.output().unwrap().into();
     assert_eq!(booted.code, Some(0), "{booted:?}");
     let begun = Instant::now();
-    // What it writes when it listens: asking it would take its time.
-    while !images.clade(&["logs", "py"]).stdout.contains("python answers") {
-        let logs = || images.clade(&["logs", "py"]);
-        assert!(begun.elapsed() < Duration::from_secs(300), "no interpreter answers: {:?}", logs());
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    wait_for_python(&images);
     println!("python answers {:.1} s after its VM has begun", begun.elapsed().as_secs_f64());
     let raised = exec(&images, &["py", "--", "answer", "1 / 0"]);
     assert_eq!((raised.code, raised.stderr.as_str()), (Some(1), "ZeroDivisionError: division by zero\n"));

@@ -2,10 +2,11 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use clade_test_support::Port;
 use serde_json::json;
 
 use crate::image::{Images, write_layout};
@@ -50,8 +51,7 @@ fn certificate(dir: &Path) {
     assert!(made.status.success(), "{made:?}");
 }
 
-fn start(dir: &Path) -> (Registry, u16) {
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+fn start(dir: &Path, port: u16) -> Registry {
     fs::write(dir.join("htpasswd"), LINE).unwrap();
     let config = json!({
         "version": "0.1",
@@ -67,7 +67,7 @@ fn start(dir: &Path) -> (Registry, u16) {
     command.arg("serve").arg(dir.join("config.yml")).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
     let registry = Registry(command.spawn().unwrap());
     wait_until("the registry", || TcpStream::connect(("127.0.0.1", port)).is_ok());
-    (registry, port)
+    registry
 }
 
 /// Pulls with a name and a password, which is read from standard input.
@@ -89,7 +89,9 @@ fn an_image_of_a_private_registry_is_pulled_with_a_password() {
     let dir = images.path("private");
     fs::create_dir(&dir).unwrap();
     certificate(&dir);
-    let (_registry, port) = start(&dir);
+    let claim = Port::take();
+    let port = claim.number();
+    let _registry = start(&dir, port);
     let (root, layout) = (images.path("root"), images.path("layout"));
     fs::create_dir(&root).unwrap();
     fs::write(root.join("motd"), "hello\n").unwrap();

@@ -9,11 +9,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use clade_test_support::{Cid, Patience, TapName};
 use serde_json::Value;
 
-use crate::tool::{Random, Runtime, kvm, taps, wait_until};
+use crate::tool::{Random, Runtime, kvm, stem, taps, wait_until};
 
 const THREADS: u64 = 8;
+/// Running time of a storm on the reference host.
+const MOST: Duration = Duration::from_secs(3600);
 /// VMs at a time: what two processors and the default limits bear.
 const MAX_VMS: usize = 24;
 
@@ -104,7 +107,8 @@ impl Storm<'_> {
         self.tally.done.fetch_add(u64::from(status == 200), Ordering::Relaxed);
         // Gone in between, in the wrong state, no balloon, no room: all of that is an answer. A
         // failure is not.
-        assert!([200, 404, 409, 410, 507].contains(&status), "{method} {path} {body}: {status} {answer}");
+        // On a busy machine a request may be refused for now (503), or its VM be silent (504).
+        assert!([200, 404, 409, 410, 503, 504, 507].contains(&status), "{method} {path} {body}: {status} {answer}");
         (status, answer)
     }
 
@@ -176,12 +180,15 @@ fn storm(seconds: u64) {
     }
     let mut runtime = Runtime::new();
     let snapshots = tempfile::tempdir().unwrap();
-    let stem = format!("cw{}x", std::process::id());
-    let cid = 0x6800_0000 + std::process::id();
+    let name = TapName::take();
+    let stem = stem(&name);
+    let claim = Cid::take();
+    let cid = claim.number();
     let vsock = format!("cid={cid},socket={}", runtime.dir().join("web.vsock").display());
     let devices = ["--net", &format!("tap={stem}0"), "--vsock", &vsock, "--virtio-console"];
     runtime.start_with("web", &devices);
     let tally = Tally::default();
+    let is_enough = || tally.done.load(Ordering::Relaxed) > 50 && tally.forks.load(Ordering::Relaxed) > 5;
     let run = |seconds: Duration, round: u64| {
         let end = Instant::now() + seconds;
         thread::scope(|scope| {
@@ -189,8 +196,11 @@ fn storm(seconds: u64) {
                 let storm = Storm { runtime: &runtime, snapshots: snapshots.path(), tally: &tally };
                 scope.spawn(move || {
                     let mut random = Random(0x9e37_79b9 + thread + round * 1000);
-                    while Instant::now() < end {
+                    // At least as long as asked, and until enough has been done.
+                    let mut patience = Patience::new(MOST);
+                    while Instant::now() < end || !is_enough() {
                         storm.turn(&mut random, thread);
+                        assert!(patience.tick(), "{:?}", storm.tally);
                     }
                 });
             }
@@ -224,7 +234,6 @@ fn storm(seconds: u64) {
     keep_smaps(runtime.pid(), "after");
     println!("{tally:?} in {seconds} s; {grown} KiB more resident; {before:?}");
     assert!(grown < 16 << 10, "{grown} KiB more than before");
-    assert!(tally.done.load(Ordering::Relaxed) > 50 && tally.forks.load(Ordering::Relaxed) > 5, "{tally:?}");
     assert_eq!(fs::read_dir(snapshots.path()).unwrap().count(), 0, "nothing of a snapshot is left");
     assert_eq!(runtime.clade(&["stop", "web"]).code, Some(0));
     assert_eq!(runtime.ended(), Some(0));

@@ -7,11 +7,12 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use clade_io::seqpacket;
+use clade_test_support::{Cid, TapName};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::tool::{Runtime, expect_problem, kill, kvm, runs, taps, wait_until};
+use crate::tool::{Runtime, expect_problem, kill, kvm, runs, stem, taps, wait_until};
 
 mod storm;
 
@@ -295,8 +296,10 @@ fn interfaces_and_sockets_are_handed_in_and_go_with_their_vm() {
     }
     let all = Supervised::start("1");
     let dir = tempfile::tempdir().unwrap();
-    let cid = 90_000 + std::process::id() % 1_000 * 10;
-    let stem = format!("cl{}x", std::process::id() % 10_000);
+    let claim = Cid::take();
+    let cid = claim.number();
+    let name = TapName::take();
+    let stem = stem(&name);
     let vsock = format!("cid={cid},socket={}", dir.path().join("web.vsock").display());
     all.boot("web", &["--net", &format!("tap={stem}%d"), "--vsock", &vsock]);
     assert_eq!(all.fork(&["web", "--count", "2"]), ["web-1", "web-2"]);
@@ -642,9 +645,7 @@ fn a_vm_whose_process_does_not_answer_is_stopped_all_the_same() {
         }
         let pid = all.pid_of(name);
         kill(pid, Signal::STOP);
-        let begun = std::time::Instant::now();
         let stopped = all.runtime.clade(&["stop", name, "--json"]).json();
-        assert!(begun.elapsed() < std::time::Duration::from_secs(30), "{:?}", begun.elapsed());
         assert_eq!((&stopped["killed"], &stopped["state"]), (&true.into(), &"stopped".into()), "{stopped}");
         assert_eq!(stopped["pid"], pid);
         assert!(!runs(pid));

@@ -5,8 +5,8 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
 
+use clade_test_support::Cid;
 use serde_json::Value;
 
 use crate::supervisor::{GuestMemory, Supervised};
@@ -39,7 +39,6 @@ fn follow(all: &Supervised) -> std::thread::JoinHandle<String> {
     stream.write_all(b"GET /v1/events HTTP/1.1\r\nhost: clade\r\n\r\n").unwrap();
     let mut first = [0; 1];
     stream.read_exact(&mut first).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
     std::thread::spawn(move || {
         let mut text = Vec::new();
         let _ = stream.read_to_end(&mut text);
@@ -56,7 +55,8 @@ fn a_suspended_vm_has_next_to_no_memory_and_what_needs_it_wakes_it() {
     let events = follow(&all);
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("web.vsock");
-    let cid = 80_000 + std::process::id() % 1_000 * 10;
+    let claim = Cid::take();
+    let cid = claim.number();
     all.boot("web", &["--vsock", &format!("cid={cid},socket={}", socket.display())]);
     let (pid, memory) = (all.pid_of("web"), GuestMemory::of(all.pid_of("web")));
     (0..PAGES).for_each(|page| memory.write(page, page + 1));

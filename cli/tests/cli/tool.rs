@@ -6,9 +6,10 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
 
 use clade_io::Tap;
+use clade_test_support::{PatientStream, TapName};
+pub(crate) use clade_test_support::{required, wait_until};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -21,11 +22,10 @@ pub(crate) const CLADE: &str = env!("CARGO_BIN_EXE_clade");
 pub(crate) fn copy_program(to: &std::path::Path) {
     assert!(std::process::Command::new("cp").arg(CLADE).arg(to).status().unwrap().success());
 }
-const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Whether `CLADE_REQUIRE` names what a test needs: it must not be skipped then.
-pub(crate) fn required(tier: &str) -> bool {
-    std::env::var("CLADE_REQUIRE").is_ok_and(|tiers| tiers.split(',').any(|t| t == tier))
+/// The stem of names of interfaces that no other test has. A number goes behind it.
+pub(crate) fn stem(name: &TapName) -> String {
+    format!("{}x", name.name())
 }
 
 /// Whether this host has KVM. Where it must have it, it is an error if not.
@@ -46,15 +46,6 @@ pub(crate) fn taps() -> bool {
         println!("skipped: {error}");
     }
     missing.is_none()
-}
-
-/// Checks `done` until it says yes.
-pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + TIMEOUT;
-    while !done() {
-        assert!(Instant::now() < deadline, "{what}: not within {TIMEOUT:?}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
 }
 
 /// What a command answered.
@@ -255,8 +246,7 @@ impl Runtime {
 
     /// One HTTP request to a socket.
     pub(crate) fn http_at(&self, socket: &Path, method: &str, path: &str, body: &str) -> (u16, Value) {
-        let mut stream = UnixStream::connect(socket).unwrap();
-        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+        let mut stream = PatientStream::from(UnixStream::connect(socket).unwrap());
         let request = format!(
             "{method} {path} HTTP/1.1\r\nhost: clade\r\ncontent-type: application/json\r\nconnection: close\r\n\
              content-length: {}\r\n\r\n{body}",

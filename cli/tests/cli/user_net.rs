@@ -5,13 +5,12 @@ use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::image::{Images, guest};
-use crate::python::{ask, exec, layout};
+use crate::python::{ask, exec, layout, wait_for_python};
 use crate::tool::{Answer, kill, kvm, required, wait_until};
 
 /// What every passt of a VM's is started with.
@@ -106,12 +105,7 @@ fn a_guest_and_its_forks_reach_the_host_without_an_interface() {
     wait_until("no passt is left", || others().is_empty());
     let booted = run();
     assert_eq!(booted.code, Some(0), "{booted:?}");
-    let begun = Instant::now();
-    while !images.clade(&["logs", "py"]).stdout.contains("python answers") {
-        let logs = || images.clade(&["logs", "py"]);
-        assert!(begun.elapsed() < Duration::from_secs(300), "no interpreter answers: {:?}", logs());
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    wait_for_python(&images);
     let resolver = exec(&images, &["py", "--", "/usr/bin/python3", "-c", "print(open('/etc/resolv.conf').read())"]);
     assert!(resolver.stdout.contains("nameserver 10.0.2.3"), "{resolver:?}");
 

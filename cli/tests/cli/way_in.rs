@@ -7,22 +7,20 @@ use std::net::Shutdown;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::thread;
 use std::time::{Duration, Instant};
 
+use clade_test_support::{Cid, PatientStream, TapName, wait_until_within};
 use rustix::process::{Pid, Resource, Rlimit};
 use serde_json::{Value, json};
 
 use crate::guest::write_guest;
-use crate::tool::{Runtime, kvm, taps, wait_until};
+use crate::tool::{Runtime, kvm, stem, taps, wait_until};
+
+/// Running time for hundreds of VMs on the reference host.
+const HUNDREDS: Duration = Duration::from_secs(1200);
 
 fn interface_exists(name: &str) -> bool {
     std::path::Path::new("/sys/class/net").join(name).exists()
-}
-
-/// CIDs that no other test has, here or in another process.
-fn cid(number: u32) -> u32 {
-    0x5000_0000 + std::process::id() * 32 + number
 }
 
 #[test]
@@ -31,8 +29,10 @@ fn stop_answers_when_all_is_released() {
         return;
     }
     let mut runtime = Runtime::new();
-    let stem = format!("cs{}x", std::process::id());
-    let vsock = format!("cid={},socket={}", cid(0), runtime.dir().join("web.vsock").display());
+    let name = TapName::take();
+    let stem = stem(&name);
+    let claim = Cid::take();
+    let vsock = format!("cid={},socket={}", claim.number(), runtime.dir().join("web.vsock").display());
     runtime.start_with("web", &["--net", &format!("tap={stem}0"), "--vsock", &vsock, "--virtio-console"]);
     let (own, child) = (format!("{stem}0"), format!("{stem}1"));
     for _ in 0..20 {
@@ -99,16 +99,16 @@ fn a_fork_of_more_than_there_is_room_for_is_refused_before_it_begins() {
     let mut runtime = Runtime::new();
     runtime.start("web");
     let before = (runtime.files(), runtime.open_files(runtime.pid()));
-    let begun = Instant::now();
+    let forks = || crate::metrics::scrape_of(&runtime).value("clade_fork_seconds_count", &[]);
+    let before_it = forks();
     let refused = runtime.clade(&["fork", "web", "--count", "10000"]);
-    let took = begun.elapsed();
     // Unless the host is large enough for ten thousand VMs.
     if refused.code == Some(0) {
         return println!("skipped: this host has room for 10,000 children");
     }
     assert_eq!(refused.code, Some(1), "{refused:?}");
     assert!(refused.stderr.contains("10000 children do not fit"), "{refused:?}");
-    assert!(took < Duration::from_secs(5), "{took:?}");
+    assert_eq!(forks(), before_it, "the VM was not forked");
     assert_eq!(runtime.files(), before.0);
     // What it says one needs is what one takes.
     let needed: u64 = refused.stderr.split("about ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
@@ -132,7 +132,7 @@ fn begin_large_fork(runtime: &Runtime) -> UnixStream {
     );
     stream.write_all(format!("{head}{body}").as_bytes()).unwrap();
     // Under way once the names are taken.
-    wait_until("the fork to begin", || runtime.files().len() > 400);
+    wait_until_within(HUNDREDS, "the fork to begin", || runtime.files().len() > 400);
     stream
 }
 
@@ -145,7 +145,7 @@ fn a_client_that_has_gone_cancels_its_fork() {
     runtime.start("web");
     let before = (runtime.files(), runtime.open_files(runtime.pid()));
     drop(begin_large_fork(&runtime));
-    wait_until("the names to be free", || runtime.files() == before.0);
+    wait_until_within(HUNDREDS, "the names to be free", || runtime.files() == before.0);
     assert_eq!(runtime.names(), ["web"], "no child was left");
     // Workers that are prepared for the next fork stay for a minute: sixteen, with a socket and a
     // process each.
@@ -160,10 +160,9 @@ fn the_end_of_a_session_cancels_its_fork() {
     }
     let mut runtime = Runtime::new();
     runtime.start("web");
-    let mut asked = begin_large_fork(&runtime);
+    let mut asked = PatientStream::from(begin_large_fork(&runtime));
     assert_eq!(runtime.clade(&["stop", "web", "--json"]).json()["state"], "stopped");
     let mut answer = String::new();
-    asked.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     // The connection stays open behind the answer.
     let mut bytes = [0; 4096];
     while !answer.contains("cancelled after") {
@@ -192,17 +191,19 @@ fn without_descriptors_it_waits_and_does_not_spin() {
     // More than it has descriptors for, on both sockets.
     let connect = |path, count| (0..count).map(|_| UnixStream::connect(&path).unwrap()).collect::<Vec<_>>();
     let open = [connect(runtime.dir().join("web.console"), 100), connect(runtime.socket("web"), 100)];
-    thread::sleep(Duration::from_millis(1500));
     let pid = runtime.worker("web");
     let ticks = || -> u64 {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
         let fields: Vec<&str> = stat.rsplit(") ").next().unwrap().split(' ').collect();
         fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
     };
-    let before = ticks();
-    thread::sleep(Duration::from_secs(1));
-    let spent = ticks() - before;
-    assert!(spent < 50, "{spent} of 100 ticks of a second");
+    // Once all connections have come. A process that spins takes what it gets of a processor.
+    wait_until("the process rests without descriptors", || {
+        let (before, begun) = (ticks(), Instant::now());
+        std::thread::sleep(Duration::from_millis(500));
+        let spent = Duration::from_millis(10 * (ticks() - before));
+        spent < begun.elapsed() / 2
+    });
     drop(open);
     wait_until("an answer", || runtime.clade(&["ps", "--json"]).code == Some(0) && runtime.names() == ["web"]);
     runtime.clade(&["stop", "web", "--json"]).json();
@@ -220,17 +221,16 @@ fn idle_and_slow_connections_are_cut_and_others_are_served() {
     let mut runtime = Runtime::new();
     runtime.start("web");
     // As many as there may be, none of which says anything.
-    let mut idle: Vec<UnixStream> = (0..300).map(|_| UnixStream::connect(runtime.socket("web")).unwrap()).collect();
+    let idle: Vec<UnixStream> = (0..300).map(|_| UnixStream::connect(runtime.socket("web")).unwrap()).collect();
     assert_eq!(runtime.names(), ["web"], "who comes after them is served all the same");
-    for stream in &mut idle {
-        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    for stream in idle {
+        let mut stream = PatientStream::from(stream);
         // Cut, with or without a word.
         let mut rest = Vec::new();
         stream.read_to_end(&mut rest).unwrap();
     }
     // A body that does not come.
-    let mut slow = UnixStream::connect(runtime.socket("web")).unwrap();
-    slow.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let mut slow = PatientStream::from(UnixStream::connect(runtime.socket("web")).unwrap());
     slow.write_all(b"POST /v1/vms/web/fork HTTP/1.1\r\nhost: c\r\ncontent-length: 9\r\nconnection: close\r\n\r\n{")
         .unwrap();
     let mut answer = String::new();
