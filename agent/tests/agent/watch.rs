@@ -15,9 +15,8 @@ use crate::{Agent, run, until};
 fn inotify_of(agent: &Agent) -> Option<OwnedFd> {
     let pid = agent.child.id();
     let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
-    let mut found = entries.filter(|entry| {
-        std::fs::read_link(entry.path()).is_ok_and(|link| link.to_str() == Some("anon_inode:inotify"))
-    });
+    let mut found = entries
+        .filter(|entry| std::fs::read_link(entry.path()).is_ok_and(|link| link.to_str() == Some("anon_inode:inotify")));
     let number = found.next()?.file_name().to_str().unwrap().parse().unwrap();
     let agent = pidfd_open(Pid::from_child(&agent.child), PidfdFlags::empty()).unwrap();
     pidfd_getfd(agent, number, PidfdGetfdFlags::empty()).ok()

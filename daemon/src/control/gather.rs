@@ -101,8 +101,8 @@ impl Client {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixListener;
     use super::*;
+    use std::os::unix::net::UnixListener;
 
     /// Sockets that take connections and say nothing, as those of stopped processes.
     #[test]
