@@ -155,9 +155,12 @@ fn a_client_that_has_gone_cancels_its_fork() {
 
 #[test]
 fn the_end_of_a_session_cancels_its_fork() {
-    if !kvm() {
-        return;
-    }
+    // A fork that is done before the session ends is not cancelled: then the next is begun.
+    assert!(!kvm() || (0..20).any(|_| ends_within_a_fork()), "every fork was done before its session ended");
+}
+
+/// Ends a session while it forks. Returns whether that was in time; then the fork is cancelled.
+fn ends_within_a_fork() -> bool {
     let mut runtime = Runtime::new();
     runtime.start("web");
     let mut asked = PatientStream::from(begin_large_fork(&runtime));
@@ -169,11 +172,15 @@ fn the_end_of_a_session_cancels_its_fork() {
         let got = asked.read(&mut bytes).unwrap();
         assert!(got > 0, "{answer}");
         answer.push_str(&String::from_utf8_lossy(&bytes[..got]));
+        if answer.starts_with("HTTP/1.1 200") {
+            return false;
+        }
     }
     assert!(answer.starts_with("HTTP/1.1 409"), "{answer}");
     drop(asked);
     assert_eq!(runtime.ended(), Some(0), "no child is left to wait for");
     assert_eq!(runtime.files(), [].into());
+    true
 }
 
 #[test]
