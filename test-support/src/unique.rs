@@ -26,7 +26,8 @@ impl Claim {
         let first = process::id().wrapping_mul(7) % length;
         for step in 0..length {
             let number = range.start + (first + step) % length;
-            let file = File::options().write(true).create(true).truncate(false).open(dir.join(format!("{kind}-{number}")));
+            let file =
+                File::options().write(true).create(true).truncate(false).open(dir.join(format!("{kind}-{number}")));
             let file = file.unwrap_or_else(|error| panic!("a lock in {}: {error}", dir.display()));
             if file.try_lock().is_ok() && usable(number) {
                 return Self { number, _lock: file };

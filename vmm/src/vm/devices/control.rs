@@ -1,8 +1,8 @@
 //! Operations of the host on the devices of a running VM.
 
-use clade_devices::{Console, DOORBELL};
 use clade_devices::virtio::balloon::{Balloon, BalloonStats};
 use clade_devices::virtio::net::{Egress, EgressError, EgressRule, Link, Net, NetStats};
+use clade_devices::{Console, DOORBELL};
 use clade_memory::PAGE_SHIFT;
 use kvm_bindings::kvm_msi;
 use kvm_ioctls::VmFd;
