@@ -1,5 +1,5 @@
-//! What tests of every crate share: how long they wait, which numbers of the host they take, and
-//! which tiers they must not skip. It depends on no other crate, so every crate can use it.
+//! Helpers for the tests of all crates: patience, numbers of the host that one test may use at a
+//! time, and tiers that must not be skipped. It depends on no other crate, so every crate can use it.
 
 #![deny(missing_docs)]
 

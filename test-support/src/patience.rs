@@ -1,4 +1,4 @@
-//! How long a test waits for what must happen.
+//! The patience of a test that waits for an event.
 //!
 //! No test is decided by elapsed time: a wait ends when its condition holds. [`Patience`] only bounds
 //! a wait whose condition never holds. It counts time in which this process ran: a tick counts at

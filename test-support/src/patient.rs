@@ -10,7 +10,7 @@ use crate::Patience;
 /// How long one read of the socket waits.
 const READ_TIME: Duration = Duration::from_millis(50);
 
-/// A socket whose reads wait until bytes come, or patience ends. Each byte renews the patience.
+/// A socket with reads that wait for bytes until patience ends. Each byte renews the patience.
 #[derive(Debug)]
 pub struct PatientStream<S>(S);
 
