@@ -93,17 +93,10 @@ impl<'a> Session<'a> {
         let supervisor = if answers(&dir) {
             None
         } else {
-            // What is missing here is better said here than by a process of its own. It takes half a
-            // millisecond, beside the start.
-            thread::scope(|scope| {
-                let host = scope.spawn(Host::open);
-                let started = start();
-                match host.join() {
-                    Ok(host) => host.map_err(Failure::input)?,
-                    Err(panic) => std::panic::resume_unwind(panic),
-                };
-                started
-            })?
+            // Before the start: a missing KVM is one error, without the warnings of a process that
+            // cannot use it either.
+            Host::open().map_err(Failure::input)?;
+            start()?
         };
         Ok(Self { name, client, runtime, shutdown, supervisor })
     }

@@ -45,8 +45,16 @@ impl Host {
     pub(crate) fn serve(&mut self) {
         let keys = self.runtime.dir().join("keys.json");
         let keys = keys.to_str().unwrap();
-        self.runtime.spawn(&["serve", "--e2b", &self.address, "--e2b-domain", "box.test", "--keys", keys]);
-        wait_until("the port", || TcpStream::connect(&self.address).is_ok());
+        let log = self.runtime.dir().join("serve.log");
+        let mut command =
+            self.runtime.command(&["serve", "--e2b", &self.address, "--e2b-domain", "box.test", "--keys", keys]);
+        let mut process = command.stderr(std::fs::File::create(&log).unwrap()).spawn().unwrap();
+        wait_until("the port", || {
+            let ended = process.try_wait().unwrap();
+            assert!(ended.is_none(), "serve has ended: {}", std::fs::read_to_string(&log).unwrap());
+            TcpStream::connect(&self.address).is_ok()
+        });
+        self.runtime.adopt(process);
     }
 
     pub(crate) fn key(&self, name: &str, scope: &str) -> String {

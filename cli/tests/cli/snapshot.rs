@@ -3,9 +3,11 @@
 use std::fs;
 use std::path::Path;
 
+use clade_guests::abi::{Command, WORK_BASE};
 use rustix::process::Signal;
 use serde_json::json;
 
+use crate::machine::BareVm;
 use crate::supervisor::{GuestMemory, Supervised};
 use crate::tool::{Runtime, expect_problem, kill, kvm, wait_until};
 
@@ -51,9 +53,9 @@ fn a_vm_is_saved_and_restored_as_several() {
     wait_until("both in the fleet", || runtime.names() == ["w-1", "w-2"]);
     let one = runtime.http("GET", "/v1/vms/w-1", "").1;
     assert_eq!((&one["state"], &one["parent"], &one["memory"]["mib"]), (&json!("paused"), &json!(null), &json!(32)));
-    // They run, and what they touched is put on record.
-    runtime.clade(&["resume", "w-1"]);
-    assert_eq!(runtime.clade(&["pause", "w-1", "--json"]).json()["state"], "paused");
+    // The pages that its guest touches are put on record.
+    BareVm::of(&runtime, "w-1").run(Command::Touch { start: WORK_BASE, pages: 4, value: 1 });
+    assert_eq!(runtime.http("GET", "/v1/vms/w-1", "").1["state"], "paused");
     let warm = runtime.clade(&["snapshot", "working-set", "w-1", "--json"]).json();
     assert!(warm["pages"].as_u64().unwrap() > 0, "{warm}");
     assert_eq!(runtime.clade(&["reset", "w-2", "--json"]).json()["vm"]["state"], "paused");

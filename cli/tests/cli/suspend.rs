@@ -6,9 +6,11 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use clade_guests::abi::Command;
 use clade_test_support::Cid;
 use serde_json::Value;
 
+use crate::machine::BareVm;
 use crate::supervisor::{GuestMemory, Supervised};
 use crate::tool::{kvm, wait_until};
 
@@ -207,9 +209,11 @@ fn an_idle_vm_is_suspended_after_its_time_and_again_after_a_wake() {
     assert_eq!(all.http("PUT", "/v1/vms/nobody/suspend-after", r#"{"seconds": 1}"#).0, 404);
     let state = |name: &str| all.http("GET", &format!("/v1/vms/{name}"), "").1["state"].as_str().unwrap().to_owned();
     assert_eq!(all.http("PUT", at, r#"{"seconds": 1}"#).1["seconds"], 1.0);
-    // A child has a time of its own, or none. One that runs spins, and is never idle.
-    let forked = all.runtime.clade(&["fork", "web", "--name", "busy", "--suspend-after", "1s", "--json"]);
+    // A child has a time of its own, or none. One that spins is never idle.
+    let forked = all.runtime.clade(&["fork", "web", "--name", "busy", "--paused", "--json"]);
     assert_eq!(forked.code, Some(0), "{forked:?}");
+    BareVm::of(&all.runtime, "busy").begin(Command::Spin);
+    assert_eq!(all.http("PUT", "/v1/vms/busy/suspend-after", r#"{"seconds": 1}"#).1["seconds"], 1.0);
     assert_eq!(all.fork(&["web", "--name", "other"]), ["other"]);
     assert!(all.http("GET", "/v1/vms/other/suspend-after", "").1["seconds"].is_null());
     for _ in 0..2 {

@@ -109,8 +109,9 @@ pub(crate) struct Devices {
     power: PowerSwitch,
     /// The interrupt of ACPI events, if the guest has ACPI.
     events: Option<Arc<Irq>>,
-    /// Whether the guest may be the bare guest.
-    report_port: bool,
+    /// Whether the guest may be the bare guest. One with ACPI hears of its start from saved state by
+    /// an event.
+    has_doorbell: bool,
 }
 
 impl Devices {
@@ -147,6 +148,7 @@ impl Devices {
             let port = ReportPort::new(move |report| to.push(report));
             bus.add(REPORT_PORT, REPORT_PORTS, Arc::new(Mutex::new(port)))?;
         }
+        let has_doorbell = report_port && events.is_none();
         let made = virtio::make(saved, config, prepared, ends)?;
         let (virtio, hvc) = (made.devices, made.hvc);
         let mut mmio = MmioBus::default();
@@ -154,7 +156,7 @@ impl Devices {
             let (base, _) = virtio_slot(at).ok_or(DeviceError::Mismatch { found: at, wanted: virtio.len() })?;
             mmio.add(base.0, MMIO_LEN, device.clone())?;
         }
-        Ok(Self { bus, mmio, virtio, serial, console, hvc, reports, reset, power, events, report_port })
+        Ok(Self { bus, mmio, virtio, serial, console, hvc, reports, reset, power, events, has_doorbell })
     }
 
     pub(crate) fn mmio_read(&self, address: u64, data: &mut [u8]) {
@@ -240,7 +242,7 @@ impl Devices {
     /// changed since its vCPUs halted. Call it after the interrupt controllers are restored: a restore
     /// would lose the interrupt.
     pub(crate) fn ring_doorbells(&self, vm: &VmFd, cpus: u8) -> Result<(), kvm_ioctls::Error> {
-        if self.report_port { (0..cpus).try_for_each(|vcpu| control::ring(vm, vcpu)) } else { Ok(()) }
+        if self.has_doorbell { (0..cpus).try_for_each(|vcpu| control::ring(vm, vcpu)) } else { Ok(()) }
     }
 
     /// Notifies the guest of an ACPI event: its new generation, or the power button. Call it after the
