@@ -9,9 +9,11 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, fchmod, openat, statat, unlinkat};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
@@ -285,6 +287,11 @@ fn write_pid(lock: &File) {
     let _ = lock.set_len(0).and_then(|()| lock.write_all_at(format!("{}\n", std::process::id()).as_bytes(), 0));
 }
 
+/// Attempts to lock a directory whose supervisor takes no connections.
+const LOCK_ATTEMPTS: u32 = 1_000;
+/// The time between two attempts.
+const LOCK_INTERVAL: Duration = Duration::from_millis(10);
+
 /// A directory's supervisor: its lock and its socket.
 #[derive(Debug)]
 pub(crate) struct SupervisorClaim {
@@ -293,14 +300,26 @@ pub(crate) struct SupervisorClaim {
 }
 
 impl SupervisorClaim {
-    /// Claims the directory and binds the socket.
+    /// Claims the directory and binds the socket. The kernel closes the descriptors of a supervisor
+    /// that was killed one by one: its lock may outlive its sockets. So a lock without a socket that
+    /// takes connections is waited for.
     ///
     /// # Errors
     /// When another process has it.
     pub(crate) fn new(dir: &RuntimeDir) -> Result<(Self, UnixListener), FleetError> {
-        expect_short(supervisor_path(&dir.path))?;
-        let lock = dir.lock(SUPERVISOR_LOCK)?;
-        let lock = lock.ok_or_else(|| FleetError::Supervised { path: dir.path.clone() })?;
+        let path = supervisor_path(&dir.path);
+        expect_short(path.clone())?;
+        let mut attempts = 0;
+        let lock = loop {
+            if let Some(lock) = dir.lock(SUPERVISOR_LOCK)? {
+                break lock;
+            }
+            attempts += 1;
+            if attempts > LOCK_ATTEMPTS || UnixStream::connect(&path).is_ok() {
+                return Err(FleetError::Supervised { path: dir.path.clone() });
+            }
+            thread::sleep(LOCK_INTERVAL);
+        };
         let socket = dir.bind(SUPERVISOR, SocketType::STREAM)?;
         Ok((Self { dir: dir.clone(), _lock: lock }, UnixListener::from(socket)))
     }

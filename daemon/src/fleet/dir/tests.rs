@@ -94,6 +94,24 @@ fn a_directory_has_one_supervisor() {
 }
 
 #[test]
+fn the_lock_of_a_supervisor_that_is_ending_is_waited_for() {
+    let (_path, dir) = temporary();
+    // Its sockets are closed, and its lock is not yet.
+    let lock = dir.lock(SUPERVISOR_LOCK).unwrap().unwrap();
+    let (tried, has_tried) = std::sync::mpsc::channel();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            // Long after the first attempt of the claim below.
+            has_tried.recv().unwrap();
+            thread::sleep(20 * LOCK_INTERVAL);
+            drop(lock);
+        });
+        tried.send(()).unwrap();
+        SupervisorClaim::new(&dir).unwrap();
+    });
+}
+
+#[test]
 fn what_is_made_is_this_users_alone_whatever_the_umask() {
     let (path, dir) = temporary();
     let claim = NameClaim::new(&dir, "a").unwrap();
