@@ -112,11 +112,13 @@ class Calls:
         """
         return self._transport.data("GET", f"/v1/vms/{quote(name, safe='')}/memory", query={"address": address, "length": length})
 
-    def write_memory(self, name: str, body: bytes, *, address: int) -> t.MemoryWritten:
+    def write_memory(self, name: str, body: bytes, *, address: int, doorbell: int | None = None) -> t.MemoryWritten:
         """Writes a guest's memory, as the guest would. A fork, a snapshot or a reset has all of it
-        or nothing. Aligned words of 8 bytes are written as a whole.
+        or nothing. Aligned words of 8 bytes are written as a whole. With `doorbell`, the vCPU
+        of that number is interrupted afterwards (vector 48), if its guest has enabled its local
+        APIC: a guest that works on orders in its memory can halt in between.
         """
-        answer: t.MemoryWritten = self._transport.json("PUT", f"/v1/vms/{quote(name, safe='')}/memory", body=body, query={"address": address})
+        answer: t.MemoryWritten = self._transport.json("PUT", f"/v1/vms/{quote(name, safe='')}/memory", body=body, query={"address": address, "doorbell": doorbell})
         return answer
 
     def set_network(self, name: str, body: t.NetworkRequest) -> t.VmInfo:
@@ -341,11 +343,13 @@ class AsyncCalls:
         """
         return await self._transport.data("GET", f"/v1/vms/{quote(name, safe='')}/memory", query={"address": address, "length": length})
 
-    async def write_memory(self, name: str, body: bytes, *, address: int) -> t.MemoryWritten:
+    async def write_memory(self, name: str, body: bytes, *, address: int, doorbell: int | None = None) -> t.MemoryWritten:
         """Writes a guest's memory, as the guest would. A fork, a snapshot or a reset has all of it
-        or nothing. Aligned words of 8 bytes are written as a whole.
+        or nothing. Aligned words of 8 bytes are written as a whole. With `doorbell`, the vCPU
+        of that number is interrupted afterwards (vector 48), if its guest has enabled its local
+        APIC: a guest that works on orders in its memory can halt in between.
         """
-        answer: t.MemoryWritten = await self._transport.json("PUT", f"/v1/vms/{quote(name, safe='')}/memory", body=body, query={"address": address})
+        answer: t.MemoryWritten = await self._transport.json("PUT", f"/v1/vms/{quote(name, safe='')}/memory", body=body, query={"address": address, "doorbell": doorbell})
         return answer
 
     async def set_network(self, name: str, body: t.NetworkRequest) -> t.VmInfo:
