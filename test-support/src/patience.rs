@@ -96,7 +96,7 @@ impl Patience {
         Self { limit, left: limit, last: Instant::now() }
     }
 
-    /// Counts the time since the last call, at most [`MAX_TICK`]. Returns whether some is left. Call
+    /// Counts the time since the last call, at most 200 ms. Returns whether some is left. Call
     /// it at least every 100 ms.
     pub fn tick(&mut self) -> bool {
         let elapsed = self.last.elapsed();

@@ -251,7 +251,7 @@ thread_local! {
 
 /// Runs a test that forks a disk's run in the middle. A machine on which this thread stands still
 /// while the guest's goes on may end the run first: then the test is run again, at most
-/// [`MAX_TRIES`] times in all.
+/// `MAX_TRIES` times in all.
 pub fn until_in_flight(test: impl Fn()) {
     for tried in 1.. {
         RUN_IS_OVER.set(false);

@@ -140,7 +140,7 @@ impl Linux {
     }
 
     /// Types a line into the shell of a running VM, and returns what came up to the next prompt. A
-    /// line whose program dies of a lost FS base is typed again ([`Linux::again`]), so it must be
+    /// line whose program dies of a lost FS base is typed again (`Linux::again`), so it must be
     /// possible to carry it out twice.
     ///
     /// # Panics
@@ -191,7 +191,7 @@ impl Linux {
 }
 
 /// Runs a test whose lines cannot be typed again one by one. It is run again when it fails and a
-/// program of its guests has lost its FS base ([`Linux::lost_fs_base`]), at most [`MAX_AGAIN`] times.
+/// program of its guests has lost its FS base (`Linux::lost_fs_base`), at most `MAX_AGAIN` times.
 pub fn rerun(test: impl Fn()) {
     for tried in 0.. {
         LOST_HERE.set(false);
