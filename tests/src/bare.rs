@@ -18,7 +18,7 @@ pub enum Writer {
     Host,
 }
 
-/// A bare guest with one or more vCPUs, paused except while it works: it would spin on a processor that others need.
+/// A bare guest with one or more vCPUs, paused except while it works.
 /// Pages are counted from [`WORK_BASE`].
 #[derive(Debug)]
 pub struct Guest {

@@ -43,8 +43,8 @@ pub(crate) struct BareReport {
     pub(crate) backing: String,
 }
 
-/// A child that is paused except while it executes a command. The guest polls for commands, and a
-/// hundred polling children would leave the parent no processor.
+/// A child that is paused except while it executes a command: it inherits its parent's command, and a
+/// hundred writing children would leave the parent no processor.
 struct Child {
     vm: RemoteVm,
     /// Operations that each vCPU had completed when it stopped.

@@ -42,7 +42,7 @@ impl Supervised {
         wait_until("the supervisor", || UnixStream::connect(&socket).is_ok());
     }
 
-    /// Boots a paused VM: it would spin.
+    /// Boots a VM, and pauses it.
     pub(crate) fn boot(&self, name: &str, more: &[&str]) {
         let args = [&["run", "-d", "--kernel", "bare", "--mem", "32M", "--name", name], more].concat();
         let booted = self.runtime.clade(&args);

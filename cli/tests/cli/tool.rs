@@ -127,7 +127,7 @@ impl Runtime {
         self.command(args).output().unwrap().into()
     }
 
-    /// Starts a bare VM in the background, and waits for its socket. Paused: it would spin.
+    /// Starts a bare VM in the background, and waits for its socket. The VM is paused.
     pub(crate) fn start(&mut self, name: &str) {
         self.start_with(name, &[]);
     }
