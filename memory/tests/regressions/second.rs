@@ -24,13 +24,41 @@ fn declared(ram: &GuestRam) -> Vec<Vec<PageRange>> {
     ram.regions().iter().map(of).collect()
 }
 
-/// Runs `with` while this process can open `more` files and no other.
+/// Descriptors of this process.
+fn descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+/// Waits until the threads of the store have closed the files that nothing needs: a file that one of
+/// them closes during an attempt would let the attempt open another.
+fn settle(store: &Store) {
+    store.drain();
+    store.sweep();
+    let (mut before, mut same) = (descriptors(), 0);
+    while same < 3 {
+        std::thread::sleep(Duration::from_millis(10));
+        let now = descriptors();
+        same = if now == before { same + 1 } else { 0 };
+        before = now;
+    }
+}
+
+/// Runs `with` while this process can open `more` files and no other. The limit is a number that no
+/// descriptor reaches, so every smaller number must be in use: a store's threads leave free ones.
 fn with_files<T>(more: u64, with: impl FnOnce() -> T) -> T {
-    let free = std::fs::File::open("/dev/null").unwrap();
-    let next = std::os::fd::AsRawFd::as_raw_fd(&free) as u64;
-    drop(free);
+    let numbers = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+    let highest = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok()).max().unwrap();
+    let mut taken = Vec::new();
+    let last = loop {
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let number = std::os::fd::AsRawFd::as_raw_fd(&file);
+        taken.push(file);
+        if number >= highest {
+            break number as u64;
+        }
+    };
     let before = getrlimit(Resource::Nofile);
-    setrlimit(Resource::Nofile, Rlimit { current: Some(next + more), ..before }).unwrap();
+    setrlimit(Resource::Nofile, Rlimit { current: Some(last + 1 + more), ..before }).unwrap();
     let done = with();
     setrlimit(Resource::Nofile, before).unwrap();
     done
@@ -110,7 +138,7 @@ fn freezes() {
         (0..2).for_each(|region| fill(&ram, region, PageRange::new(10, 590), 1));
         high(&ram).set_no_fork(PageRange::new(595, 599), Some(NoFork::Zeroed)).unwrap();
         ram.finish_background().unwrap();
-        store.drain();
+        settle(&store);
         let before = books(&ram);
         assert_eq!(before.1, 2 * 580, "both regions have pages to be frozen");
         // A file for each region's copies, and in the background a second handle of it.
@@ -127,6 +155,7 @@ fn freezes() {
                         "I13: {mode:?} with {files} files: {error}"
                     );
                     check_all(&ram, 1, "after a freeze that failed");
+                    settle(&store);
                     false
                 }
                 Ok(_) => true,
