@@ -1,14 +1,16 @@
-//! Helpers for the tests of all crates: patience, numbers of the host that one test may use at a
-//! time, and tiers that must not be skipped. It depends on no other crate, so every crate can use it.
+//! Helpers for the tests of all crates: patience, cached guests, numbers of the host that one test may
+//! use at a time, and tiers that must not be skipped. It depends on no other crate, so every crate can use it.
 
 #![deny(missing_docs)]
 
+mod cache;
 mod patience;
 mod patient;
 mod require;
 mod tier;
 mod unique;
 
+pub use cache::CacheKey;
 pub use patience::{
     Patience, Watchdog, host_factor, receive, report_bare_boot, wait_eq, wait_for, wait_for_within, wait_until,
     wait_until_within,

@@ -5,10 +5,7 @@
 //! milliseconds. The snapshot's directory is named by a hash over everything that it depends on, so
 //! another kernel, host or configuration has another one.
 
-use std::collections::hash_map::DefaultHasher;
 use std::fs::{self, File};
-use std::hash::{Hash, Hasher};
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -17,8 +14,7 @@ use clade_devices::virtio::block::BlockOptions;
 use clade_devices::virtio::limiter::Limits;
 use clade_devices::virtio::vsock::VsockOptions;
 use clade_memory::Backing;
-use clade_test_support::{Cid, skip};
-use clade_vmm::kvm::Host;
+use clade_test_support::{CacheKey, Cid, skip};
 use clade_vmm::vm::{
     ChildOptions, Context, DiskSpec, ForkImage, NetSpec, RestoreOptions, SnapshotOptions, Vm, VmConfig,
 };
@@ -26,7 +22,7 @@ use clade_vmm::vm::{
 use crate::{Linux, PROMPT, Turn, can_have_taps, ext4};
 
 /// Its version: of the VM that is booted, and of what is saved beside the snapshot.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// The snapshot's directory and the console's text, in the cached directory.
 const SNAPSHOT: &str = "snapshot";
 const CONSOLE: &str = "console";
@@ -88,46 +84,14 @@ impl BootedLinux {
 #[must_use]
 pub fn booted(turn: &Turn, taps: bool) -> Option<PathBuf> {
     let linux = Linux::find()?;
-    let cache = cache().expect("a cache directory");
-    let dir = cache.join(format!("booted-{:016x}", hash(&linux, turn.host(), taps)));
-    let lock = File::create(cache.join("booted.lock")).expect("the lock of cached boots");
-    // One process boots, the others wait for its snapshot.
-    lock.lock().expect("the lock of cached boots");
-    if dir.exists() {
+    // A snapshot of another version is refused, and made anew.
+    let check = |dir: &Path| {
         let scratch = tempfile::tempdir().expect("a directory");
-        match restore(&turn.context(Backing::Huge), &dir, scratch.path()) {
-            Ok(_) => return Some(dir),
-            Err(error) => println!("{} is made anew: {error}", dir.display()),
-        }
-        fs::remove_dir_all(&dir).expect("a cached snapshot is removed");
-    }
-    let aside = tempfile::Builder::new().prefix(".booted-").tempdir_in(&cache).expect("a directory");
-    boot(turn, &linux, aside.path(), taps)?;
-    fs::rename(aside.keep(), &dir).expect("the snapshot gets its name");
-    Some(dir)
-}
-
-/// `$XDG_CACHE_HOME/clade`, or `~/.cache/clade`.
-fn cache() -> io::Result<PathBuf> {
-    let of = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let home = || of("HOME").map(|home| home.join(".cache"));
-    let dir = of("XDG_CACHE_HOME").or_else(home).unwrap_or_else(std::env::temp_dir).join("clade");
-    fs::create_dir_all(&dir)?;
-    Ok(dir)
-}
-
-/// Everything that the snapshot depends on, but for the snapshot's format: one of another version is
-/// refused, and made anew.
-fn hash(linux: &Linux, host: &Host, taps: bool) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    VERSION.hash(&mut hasher);
-    linux.hash_files(&mut hasher);
-    format!("{:?}", config(Path::new("/"), taps, 0)).hash(&mut hasher);
-    format!("{:?}", host.quirks()).hash(&mut hasher);
-    fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().hash(&mut hasher);
-    let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    cpus.lines().find(|line| line.starts_with("model name")).hash(&mut hasher);
-    hasher.finish()
+        restore(&turn.context(Backing::Huge), dir, scratch.path()).map(drop)
+    };
+    let settings = format!("{:?} {:?}", config(Path::new("/"), taps, 0), turn.host().quirks());
+    let key = linux.files().iter().fold(CacheKey::new("booted", VERSION), |key, file| key.file(file));
+    key.text(&settings).get(check, |dir| boot(turn, &linux, dir, taps))
 }
 
 /// A VM with every device, its disk and its socket in `dir`.

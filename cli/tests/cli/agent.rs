@@ -4,7 +4,6 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -12,56 +11,13 @@ use clade_agent_client::proto::PORT;
 use clade_agent_client::{Client as Agent, Endpoint};
 use clade_test_support::{Cid, TapName, wait_for_within};
 
-use crate::tool::{Answer, Runtime, kvm, stem, taps, wait_until};
+use crate::cached;
+use crate::tool::{Answer, Runtime, kvm, taps};
 
 /// Running time for a boot on the reference host. Guest kernels may be interpreted.
 pub(crate) const BOOT: Duration = Duration::from_secs(900);
 /// How long `clade exec` waits for an agent whose guest is busy.
 pub(crate) const WAIT: &str = "1h";
-
-fn output(script: &str, args: &[&str]) -> Option<String> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources").join(script);
-    let done = Command::new(path).args(args).stdin(Stdio::null()).output().ok()?;
-    let text = String::from_utf8_lossy(&done.stdout).trim().lines().last().map(str::to_owned);
-    text.filter(|_| done.status.success())
-}
-
-/// A kernel, and an initramfs with the agent in it. `CLADE_AGENT` names an agent that is built already.
-fn guest(dir: &Path) -> Option<(PathBuf, PathBuf)> {
-    let required = std::env::var("CLADE_REQUIRE").is_ok_and(|tiers| tiers.split(',').any(|tier| tier == "linux"));
-    let named = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-    let linux = named("CLADE_LINUX_GUEST").or_else(|| output("linux/build.sh", &["--path"]));
-    let agent = linux.is_some().then(|| named("CLADE_AGENT").or_else(|| output("agent/build.sh", &[]))).flatten();
-    let initrd = dir.join("initramfs.cpio");
-    let made = linux.as_ref().zip(agent.as_ref()).and_then(|(linux, agent)| {
-        output("agent/initramfs.sh", &[linux, agent, initrd.to_str()?])?;
-        Some((Path::new(linux).join("vmlinux"), initrd))
-    });
-    if made.is_none() {
-        assert!(!required, "linux is required: guest {linux:?}, agent {agent:?}");
-        println!("skipped: the guest is {linux:?}, its agent {agent:?}");
-    }
-    made
-}
-
-/// Boots a guest with the agent, as `web`. Returns when the agent answers; false where there is no guest.
-pub(crate) fn boot(runtime: &mut Runtime, cid: &Cid, tap: &TapName) -> bool {
-    let Some((kernel, initrd)) = guest(runtime.dir()) else { return false };
-    let vsock = format!("cid={},socket={}", cid.number(), runtime.dir().join("web.vsock").display());
-    let files = [kernel.to_str().unwrap(), initrd.to_str().unwrap()];
-    let args = ["run", "--detached", "--kernel", files[0], "--initrd", files[1], "--mem", "256M", "--name", "web"];
-    let net = format!("tap={}%d", stem(tap));
-    let net: &[&str] = if taps() { &["--net", &net] } else { &[] };
-    runtime.spawn(&[&args[..], &["--vsock", &vsock], net].concat());
-    wait_until("the VM's socket", || runtime.socket("web").exists());
-    // The agent of a guest that boots is waited for, and a guest that has ended refuses at once.
-    wait_for_within(BOOT, "the agent answers", || {
-        let answer = runtime.clade(&["exec", "--wait", WAIT, "web", "--", "true"]);
-        assert!(answer.code == Some(0) || runtime.socket("web").exists(), "{:?}", runtime.clade(&["logs", "web"]));
-        (answer.code == Some(0)).then_some(())
-    });
-    true
-}
 
 fn exec(runtime: &Runtime, args: &[&str]) -> Answer {
     runtime.clade(&[&["exec", "--wait", WAIT], args].concat())
@@ -143,8 +99,7 @@ fn forks(runtime: &Runtime) {
     let copied = runtime.clade(&["cp", path.to_str().unwrap(), "web:/etc/clade/fork.d/"]);
     assert_eq!(copied.code, Some(0), "{copied:?}");
     // A process that goes on in each, undisturbed; and the clock is wrong.
-    let script =
-        "trap 'echo hit >> /tmp/hit' HUP INT TERM; (while :; do sleep 1; done) >/dev/null 2>&1 </dev/null & echo $!";
+    let script = "(trap 'echo hit >> /tmp/hit' HUP INT TERM; sleep 100000 & while :; do wait; done) >/dev/null 2>&1 </dev/null & echo $!";
     let pid = exec(runtime, &["web", "--", "sh", "-c", script]).stdout.trim().to_owned();
     exec(runtime, &["web", "--", "date", "-s", "2001-01-01 00:00:00"]);
     let forked = runtime.clade(&["fork", "web", "--count", "2", "--ready", "--json"]).json();
@@ -252,7 +207,7 @@ fn an_agent_serves_its_guest_and_its_forks() {
     }
     let mut runtime = Runtime::new();
     let (cid, tap) = (Cid::take(), TapName::take());
-    if !boot(&mut runtime, &cid, &tap) {
+    if !cached::agent(&mut runtime, &cid, &tap) {
         return;
     }
     programs(&runtime);

@@ -11,7 +11,7 @@ use clade_test_support::{Cid, PatientStream, Port, TapName};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::agent::boot;
+use crate::cached;
 use crate::tool::{Runtime, kill, kvm, taps, wait_until};
 
 const SCRIPT: &str = include_str!("e2b_sdk.py");
@@ -91,7 +91,7 @@ fn the_python_sdk_makes_forks_and_ends_sandboxes() {
     let Some(python) = python() else { return };
     let mut host = Host::new();
     let (claim, tap) = (Cid::take(), TapName::take());
-    if !boot(&mut host.runtime, &claim, &tap) {
+    if !cached::agent(&mut host.runtime, &claim, &tap) {
         return;
     }
     // Its shell, where the guest has a smaller one.

@@ -7,6 +7,7 @@ mod agent;
 mod ahead;
 mod api;
 mod bad_input;
+mod cached;
 mod cgroup;
 mod check;
 mod control;

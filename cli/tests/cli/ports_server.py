@@ -1,7 +1,7 @@
 """A small server of HTTP and WebSockets on port 8000. Each request has a connection of its own.
 
 `/name` has a value that PUT sets, `/head` the head of the request, `/sum` the length and SHA-256 of a body as it
-came, `/ticks` three lines with a second in between, `/zeros` 4 MiB, and `/ws` sends messages back.
+came, `/ticks` three lines with a second in between, `/zeros` 1 MiB, and `/ws` sends messages back.
 """
 
 import base64
@@ -78,9 +78,9 @@ def serve(connection):
                 time.sleep(1)
             connection.sendall(b"0\r\n\r\n")
         elif path == "/zeros":
-            connection.sendall(f"HTTP/1.1 200 OK\r\ncontent-length: {4 << 20}\r\n\r\n".encode())
+            connection.sendall(f"HTTP/1.1 200 OK\r\ncontent-length: {1 << 20}\r\n\r\n".encode())
             for _ in range(4):
-                connection.sendall(bytes(1 << 20))
+                connection.sendall(bytes(1 << 18))
         elif path == "/ws":
             websocket(connection, stream, headers)
         else:
