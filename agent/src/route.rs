@@ -78,7 +78,7 @@ async fn init(agent: &Agent, bytes: &[u8]) -> Reply {
     };
     let time = match request.timestamp.as_deref().map(|text| clock::parse_rfc3339(text).ok_or(text)).transpose() {
         Ok(time) => time,
-        Err(text) => return http_error(StatusCode::BAD_REQUEST, format_args!("{text:?} is no time")),
+        Err(text) => return http_error(StatusCode::BAD_REQUEST, format_args!("invalid time {text:?}")),
     };
     let _turn = agent.turn.lock().await;
     let mut settings = agent.settings();

@@ -203,7 +203,7 @@ impl ChildAhead {
         }
         let noted = vm.written_set().map_err(io::Error::other).and_then(|(set, came)| write(&self.note, &set, came));
         if let Err(error) = noted {
-            tracing::debug!(%error, "what the VM has written is not noted");
+            tracing::debug!(%error, "cannot record the pages that the VM has written");
         }
     }
 }

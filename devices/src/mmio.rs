@@ -30,7 +30,7 @@ pub enum MmioBusError {
         other: u64,
     },
     /// The range is empty, or leaves the address space.
-    #[error("{len:#x} bytes at {base:#x} are no range of addresses")]
+    #[error("invalid address range: {len:#x} bytes at {base:#x}")]
     NoRange {
         /// First address of the range.
         base: u64,

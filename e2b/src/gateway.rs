@@ -53,7 +53,7 @@ pub enum OpenError {
         source: io::Error,
     },
     /// The domain is none.
-    #[error("{domain:?} is no domain: letters, digits, '-' and '.' are wanted")]
+    #[error("invalid domain {domain:?}: letters, digits, '-' and '.' are allowed")]
     Domain {
         /// The domain given.
         domain: String,

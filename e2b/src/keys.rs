@@ -43,7 +43,7 @@ pub enum KeysError {
         mode: u32,
     },
     /// It is no file of keys.
-    #[error("{} is no file of keys", path.display())]
+    #[error("{} is not a file of keys", path.display())]
     Form {
         /// The file.
         path: PathBuf,
@@ -52,7 +52,7 @@ pub enum KeysError {
         source: serde_json::Error,
     },
     /// A name that no key can have.
-    #[error("{name:?} is no name of a key: 1 to {MAX_NAME} letters, digits, '-', '_' and '.'")]
+    #[error("invalid key name {name:?}: 1 to {MAX_NAME} letters, digits, '-', '_' and '.'")]
     Name {
         /// The name given.
         name: String,

@@ -52,7 +52,7 @@ pub enum TemplateError {
     #[error("there is no template {0:?}")]
     NotFound(String),
     /// The text is no name.
-    #[error("{0:?} is no name of a template: 1 to 48 letters, digits, '-', '_' and '.', a letter or digit first")]
+    #[error("invalid template name {0:?}: 1 to 48 letters, digits, '-', '_' and '.', a letter or digit first")]
     Name(String),
 }
 

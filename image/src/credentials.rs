@@ -49,7 +49,7 @@ pub enum CredentialsError {
         source: io::Error,
     },
     /// The file is no configuration of docker's.
-    #[error("{path} is no configuration of docker's: line {line}, column {column}")]
+    #[error("{path} is not a valid docker configuration: line {line}, column {column}")]
     Config {
         /// Which.
         path: PathBuf,
@@ -59,7 +59,7 @@ pub enum CredentialsError {
         column: usize,
     },
     /// What it has for a registry is no name and password.
-    #[error("{path}: what \"auths\" has for {registry} is no base64 of NAME:PASSWORD")]
+    #[error("{path}: the entry of \"auths\" for {registry} is not base64 of NAME:PASSWORD")]
     Auth {
         /// The file.
         path: PathBuf,

@@ -12,7 +12,7 @@ use thiserror::Error;
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum DigestError {
     /// The text is no digest of a known kind.
-    #[error("{0:?} is no digest: sha256: or sha512:, and as many hexadecimal digits in lower case")]
+    #[error("invalid digest {0:?}: sha256: or sha512:, and as many hexadecimal digits in lower case")]
     Text(String),
     /// The content has another digest.
     #[error("content of {wanted} has the digest {found}")]
@@ -23,7 +23,7 @@ pub enum DigestError {
         found: Digest,
     },
     /// The content has another size.
-    #[error("content of {digest} has {found} bytes; its descriptor says {wanted}")]
+    #[error("content of {digest} has {found} bytes instead of the {wanted} of its descriptor")]
     Size {
         /// Whose.
         digest: Digest,

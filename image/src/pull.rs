@@ -40,7 +40,7 @@ pub enum PullError {
         source: LayerError,
     },
     /// A layer is not what the configuration says.
-    #[error("the layer {layer} is not what the image's configuration says")]
+    #[error("the layer {layer} does not match the diff ID in the image's configuration")]
     DiffId {
         /// Which.
         layer: Digest,

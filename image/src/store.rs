@@ -44,7 +44,7 @@ pub enum StoreError {
         source: io::Error,
     },
     /// A record that is none.
-    #[error("{path} is no record of images")]
+    #[error("{path} is not a valid record of images")]
     Record {
         /// Which.
         path: PathBuf,

@@ -27,7 +27,7 @@ pub enum TarError {
     #[error("the header after {0} has a wrong checksum")]
     Checksum(String),
     /// A number that is none, or out of range.
-    #[error("the {field} of {path} is no number in range: {value:?}")]
+    #[error("the {field} of {path} is not a number in range: {value:?}")]
     Number {
         /// Whose.
         path: String,
@@ -52,7 +52,7 @@ pub enum TarError {
         limit: u64,
     },
     /// A sparse file.
-    #[error("{0} is a sparse file of GNU tar; layers have none")]
+    #[error("{0} is a sparse file of GNU tar, which layers must not contain")]
     Sparse(String),
     /// A kind of entry that is not known.
     #[error("{path} is of the kind {kind:?}, which layers have not")]

@@ -79,7 +79,7 @@ pub enum OpenError {
         path: PathBuf,
     },
     /// Another process has locked the file.
-    #[error("{} is in use by somebody who {}", path.display(), if *writing { "has it open" } else { "writes to it" })]
+    #[error("{} is in use: another process {}", path.display(), if *writing { "has it open" } else { "writes to it" })]
     Locked {
         /// The path.
         path: PathBuf,

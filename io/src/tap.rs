@@ -21,7 +21,7 @@ const MAX_PIECES: usize = 1024;
 #[non_exhaustive]
 pub enum TapError {
     /// The name is not valid.
-    #[error("\"{name}\" is no name for an interface: 1 to {MAX_NAME} characters, no slash, space or colon")]
+    #[error("invalid interface name \"{name}\": 1 to {MAX_NAME} characters, no slash, space or colon")]
     Name {
         /// The name.
         name: String,

@@ -55,7 +55,7 @@ pub enum EraseError {
         length: usize,
     },
     /// Its beginning or its end is in memory everywhere.
-    #[error("a secret whose first or last {MIN_EDGE} bytes are all the same cannot be told from other memory")]
+    #[error("a secret whose first or last {MIN_EDGE} bytes are all the same matches other memory")]
     Plain,
     /// The pages cannot be found out.
     #[error("the VM's memory cannot be looked at")]

@@ -253,7 +253,7 @@ impl Store {
         if reclaim.is_none() {
             match ReclaimThread::start(&self.0.views) {
                 Ok(started) => *reclaim = Some(started),
-                Err(error) => tracing::warn!(%error, "no reclaim thread: what is left over is freed on the spot"),
+                Err(error) => tracing::warn!(%error, "no reclaim thread: memory is freed on the spot"),
             }
         }
         reclaim.as_ref().map(with)

@@ -139,7 +139,7 @@ pub enum Error {
         page: u64,
     },
     /// Runs are not ascending, overlap, or leave their space.
-    #[error("what was to be saved of {name} goes wrong at page {page:#x} of {pages:#x}")]
+    #[error("invalid runs of {name} to save: page {page:#x} of {pages:#x}")]
     Runs {
         /// `memory`, or the disk's name.
         name: String,

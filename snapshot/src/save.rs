@@ -197,7 +197,7 @@ impl Save<'_> {
         let base_untold = self.publish(files, &mut aside, &target, &mut meter)? == Some(Noted::ReadOnly);
         if base_untold && let Some(base) = &self.base {
             let (base, dependent) = (base.dir.display(), target.display());
-            tracing::warn!(%base, %dependent, "the base cannot be written to, and is not told of its dependent");
+            tracing::warn!(%base, %dependent, "the base is read-only: it does not record its dependent");
         }
         Ok(Saved { id, data_pages, zero_pages, data_bytes, base_untold })
     }

@@ -52,7 +52,7 @@ pub enum ClientError {
     )]
     Lost(#[source] hyper::Error),
     /// The guest has said nothing for too long, or no whole message.
-    #[error("the agent has said nothing for {} s", time.as_secs())]
+    #[error("the agent has not answered for {} s", time.as_secs())]
     Silent {
         /// How long.
         time: Duration,

@@ -150,7 +150,7 @@ impl Host {
     fn open(store: &Store, path: &Path) -> Result<Self, Failure> {
         let file = Arc::new(IoFile::open(path, true, CachePolicy::Direct).map_err(Failure::run)?);
         if file.policy() != CachePolicy::Direct {
-            tracing::warn!("the file system has no O_DIRECT: what is measured is the page cache, on both sides");
+            tracing::warn!("the file system lacks O_DIRECT: both sides measure the page cache");
         }
         let event = Engine::<usize>::eventfd().map_err(Failure::run)?;
         let engine = Engine::new(DEPTH as u32, event).map_err(Failure::run)?;

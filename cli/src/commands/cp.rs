@@ -159,7 +159,9 @@ struct Partial {
 
 impl Partial {
     fn create(to: &Path) -> Result<Self, Failure> {
-        let name = to.file_name().ok_or_else(|| Failure::input(anyhow!("{} is no name", to.display())))?;
+        let name = to
+            .file_name()
+            .ok_or_else(|| Failure::input(anyhow!("invalid destination {}: it has no file name", to.display())))?;
         let mut hidden = std::ffi::OsString::from(".");
         hidden.push(name);
         hidden.push(format!(".clade-{}", std::process::id()));
@@ -219,7 +221,7 @@ async fn down_dir(client: &Client, from: &str, to: &Path, depth: usize, copied: 
     copied.directories += 1;
     for entry in client.list_dir(from).await.map_err(agent_failure)? {
         if !is_name(&entry.name) {
-            return Err(Failure::run(anyhow!("the guest lists {:?}, which is no name", entry.name)));
+            return Err(Failure::run(anyhow!("the guest lists an invalid file name: {:?}", entry.name)));
         }
         let (path, to) = (join(from, &entry.name), to.join(&entry.name));
         match entry.kind {

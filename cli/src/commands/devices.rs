@@ -16,10 +16,10 @@ const NET: &str = "tap=, user, forward=, mac=, queues=, rx-bytes=, rx-bytes-burs
 #[derive(Debug, Error, PartialEq, Eq)]
 pub(crate) enum DeviceArgError {
     /// An option is unknown.
-    #[error("{option:?} is no option of {what}: {known}")]
+    #[error("unknown option {option:?} of {what}: {known}")]
     Unknown { what: &'static str, option: String, known: &'static str },
     /// An option has a bad value.
-    #[error("{value:?} is no value for {key} of {what}: {wanted}")]
+    #[error("invalid value {value:?} for {key} of {what}: {wanted}")]
     Value { what: &'static str, key: String, value: String, wanted: &'static str },
     /// A required option is missing.
     #[error("{text:?} is not {what}: {needs}")]

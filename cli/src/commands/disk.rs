@@ -24,7 +24,7 @@ pub(crate) enum DiskArgError {
     )]
     Unknown { option: String },
     /// An option has a bad value.
-    #[error("{value:?} is no value for {key} of a disk: {wanted}")]
+    #[error("invalid value {value:?} for {key} of a disk: {wanted}")]
     Value { key: String, value: String, wanted: &'static str },
     /// A burst without a rate.
     #[error("{key} of a disk needs {needs}")]

@@ -138,7 +138,7 @@ fn find_agent() -> Result<PathBuf, Failure> {
     if let Some(path) = std::env::var_os(AGENT_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from) {
         return match path.is_file() {
             true => Ok(path),
-            false => Err(Failure::Input(anyhow!("{AGENT_VARIABLE} is {}, which is no file", path.display()))),
+            false => Err(Failure::Input(anyhow!("{AGENT_VARIABLE} names {}, which is not a file", path.display()))),
         };
     }
     let own = std::env::current_exe().map_err(Failure::run)?;

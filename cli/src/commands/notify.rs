@@ -28,7 +28,7 @@ fn send(socket: &OsStr, state: &str) -> io::Result<()> {
 pub(super) fn notify(state: &str) {
     let Some(socket) = std::env::var_os(SOCKET).filter(|socket| !socket.is_empty()) else { return };
     if let Err(error) = send(&socket, state) {
-        tracing::warn!(%error, socket = %socket.display(), state, "the service manager is not told");
+        tracing::warn!(%error, socket = %socket.display(), state, "cannot notify the service manager");
     }
 }
 

@@ -79,7 +79,7 @@ pub(super) fn ensure() -> Outcome {
         if Instant::now() > deadline {
             let dir = dir.display();
             return Err(Failure::Run(match has_ended {
-                true => anyhow::anyhow!("the supervisor has ended: clade.log in {dir} says why"),
+                true => anyhow::anyhow!("the supervisor has exited; see clade.log in {dir}"),
                 false => anyhow::anyhow!("the supervisor does not answer after {START_TIMEOUT:?}"),
             }));
         }

@@ -178,7 +178,7 @@ fn order<M: GuestWords + ?Sized>(mailbox: BareMailbox<'_, M>, command: abi::Comm
 
 fn await_announcement(vm: &Vm) {
     if let Err(error) = BareVcpu::new(vm, 0).await_event(abi::Event::Announce) {
-        tracing::error!(%error, "the child says nothing");
+        tracing::error!(%error, "the child does not report");
     }
 }
 

@@ -54,7 +54,7 @@ pub(crate) fn main(args: &DemoArgs) -> Result<(), Failure> {
     }
     match report.wrong_bytes {
         0 => Ok(()),
-        wrong => Err(Failure::Run(anyhow::anyhow!("{wrong} bytes are not what they must be"))),
+        wrong => Err(Failure::Run(anyhow::anyhow!("{wrong} bytes differ from the expected ones"))),
     }
 }
 

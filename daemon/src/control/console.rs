@@ -33,7 +33,7 @@ static FOLLOWERS: Semaphore = Semaphore::const_new(MAX_CONNECTIONS);
 /// Why a query is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 enum QueryError {
-    #[error("{key:?} is no parameter: line is")]
+    #[error("unknown parameter {key:?}: only line is known")]
     Key { key: String },
     #[error("line={value:?}: serial or virtio")]
     Line { value: String },

@@ -40,7 +40,7 @@ impl Gathered {
                 | ClientError::Refused { status: 404, .. },
             )) => {}
             Some(Err(error)) => {
-                tracing::warn!(%error, name, "a VM says nothing of itself");
+                tracing::warn!(%error, name, "a VM does not answer");
                 self.silent.push(name);
             }
             None => self.silent.push(name),

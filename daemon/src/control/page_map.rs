@@ -48,7 +48,7 @@ const FIRST_LAYER: u64 = 4;
 /// Why a query is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 enum QueryError {
-    #[error("{key:?} is no parameter: from and max_runs are")]
+    #[error("unknown parameter {key:?}: from and max_runs are known")]
     Key { key: String },
     #[error("{key}={value:?} is not a number")]
     Number { key: &'static str, value: String },

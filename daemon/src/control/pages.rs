@@ -34,7 +34,7 @@ pub const MAX_CELLS: u64 = 65_536;
 /// Why a query is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 enum QueryError {
-    #[error("{key:?} is no parameter: from, max_runs and cells are")]
+    #[error("unknown parameter {key:?}: from, max_runs and cells are known")]
     Key { key: String },
     #[error("{key}={value:?} is not a number")]
     Number { key: &'static str, value: String },

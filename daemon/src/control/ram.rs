@@ -43,7 +43,7 @@ const CHUNK: usize = 64 << 10;
 enum QueryError {
     #[error("{key:?} is not a parameter: address, length and doorbell are")]
     Key { key: String },
-    #[error("length is for reading: what is written is as long as the body")]
+    #[error("length is for reading: a write is as long as its body")]
     Length,
     #[error("doorbell is for writing")]
     Doorbell,

@@ -60,7 +60,7 @@ pub enum JailError {
         source: io::Error,
     },
     /// The text is no kind of confinement.
-    #[error("{text:?} is no confinement: auto, require or off")]
+    #[error("unknown confinement {text:?}: auto, require or off")]
     Kind {
         /// The text.
         text: String,

@@ -117,7 +117,7 @@ impl Inner {
             Err(FleetError::Taken { .. }) => {
                 self.unsettled().push(Unsettled { name: name.clone(), exit, was_orderly, flight });
             }
-            Err(error) => tracing::warn!(%error, name, "what a VM has left stays for now"),
+            Err(error) => tracing::warn!(%error, name, "cannot remove the files of an ended VM"),
         }
         self.say_ended(&name);
     }
@@ -234,7 +234,7 @@ impl Inner {
             }
             // What the lock says, its owner has written.
             let pid = worker.unwrap_or(pid);
-            tracing::info!(name = claim.name, pid, "a VM's process has ended, and nobody has said so");
+            tracing::info!(name = claim.name, pid, "VM process exited without notification");
             self.clear_up(claim, Exit { pid, signal: None, code: None }, false, flight);
             worker.map(|pid| self.processes.remove(pid));
         }

@@ -38,7 +38,7 @@ pub struct DiskImage {
 #[non_exhaustive]
 pub enum CommitError {
     /// Other VMs or images read the base.
-    #[error("{others} other VMs or images use {} as it is; what was written since the fork {}", path.display(), outcome_text(kept.as_deref()))]
+    #[error("{others} other VMs or images use {} as it is; writes since the fork {}", path.display(), outcome_text(kept.as_deref()))]
     Shared {
         /// The base's path.
         path: PathBuf,
@@ -48,7 +48,7 @@ pub enum CommitError {
         kept: Option<PathBuf>,
     },
     /// The disk is a child's, and its parent has left a journal beside the base.
-    #[error("{} is to be given what is in {} first: by whoever opens it next", path.display(), dir.display())]
+    #[error("{} first needs the journal in {}: the next open replays it", path.display(), dir.display())]
     RecoveredJournal {
         /// The base's path.
         path: PathBuf,
@@ -56,7 +56,7 @@ pub enum CommitError {
         dir: PathBuf,
     },
     /// There is no base: the disk was made of a snapshot's files, which never change.
-    #[error("{} comes from a snapshot, which stays as it is; what was written since {}", path.display(), outcome_text(None))]
+    #[error("{} comes from a snapshot, which stays as it is; later writes {}", path.display(), outcome_text(None))]
     Snapshot {
         /// The path in the disk's configuration.
         path: PathBuf,
@@ -88,7 +88,7 @@ pub enum CommitError {
         path: PathBuf,
     },
     /// The last flush failed. The image is as it was after the flush before.
-    #[error("{} is as it was at the last flush: what was written since could not be made durable", path.display())]
+    #[error("{} is as it was at the last flush: later writes could not be made durable", path.display())]
     Unflushed {
         /// The base's path.
         path: PathBuf,
@@ -97,13 +97,13 @@ pub enum CommitError {
         source: Box<DiskError>,
     },
     /// Another file has the base's name: the parent disk has put a new image there.
-    #[error("{} is another file by now; what was written since the fork {}", path.display(), outcome_text(None))]
+    #[error("another file has replaced {}; writes since the fork {}", path.display(), outcome_text(None))]
     Replaced {
         /// The base's path.
         path: PathBuf,
     },
     /// Another program has changed the base since the last flush.
-    #[error("{} is not as it was; what was written since the fork {}", path.display(), outcome_text(kept.as_deref()))]
+    #[error("another program has changed {}; writes since the fork {}", path.display(), outcome_text(kept.as_deref()))]
     Changed {
         /// The base's path.
         path: PathBuf,
@@ -114,7 +114,7 @@ pub enum CommitError {
         source: Box<JournalError>,
     },
     /// A copy failed. The base has a part of what was written since the fork.
-    #[error("the base holds only part of what was written since the fork; the rest {}", outcome_text(kept.as_deref()))]
+    #[error("the base holds only part of the writes since the fork; the rest {}", outcome_text(kept.as_deref()))]
     Partial {
         /// The journal's directory, if the journal has everything.
         kept: Option<PathBuf>,
@@ -373,7 +373,7 @@ impl Disk {
     /// then the image alone has what is durable.
     pub(super) fn keep(&mut self) -> bool {
         let kept = self.durability.journal().is_some() && self.flush_now().inspect_err(|error| {
-            tracing::warn!(path = %self.config().path.display(), error = error as &dyn std::error::Error, "no journal of what is committed");
+            tracing::warn!(path = %self.config().path.display(), error = error as &dyn std::error::Error, "cannot write a journal before the commit");
         }).is_ok();
         // The flush may have found that there cannot be a journal.
         kept && self.durability.journal().is_some()

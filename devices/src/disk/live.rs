@@ -59,7 +59,7 @@ impl Disk {
             Some(left) if config.read_only || config.ephemeral => map = left.map,
             Some(left) => {
                 let report = left.write_back(&base, size)?;
-                tracing::warn!(path = %config.path.display(), ?report, "given what a VM that did not end in order had made durable");
+                tracing::warn!(path = %config.path.display(), ?report, "replayed journal after unclean shutdown");
             }
             None => {}
         }
@@ -319,7 +319,7 @@ impl Disk {
         let Some(error) = error.filter(|error| error.is_full()) else { return };
         if self.requests.count_no_room() == 1 {
             let (path, error) = (self.config().path.display(), error as &dyn std::error::Error);
-            tracing::warn!(%path, error, "no room for what the guest writes: its writes fail until there is");
+            tracing::warn!(%path, error, "no space for the guest's writes: they fail until space is free");
         }
     }
 

@@ -190,7 +190,7 @@ pub enum DiskError {
         size: u64,
     },
     /// A snapshot's file is open for writing.
-    #[error("{} is open for writing: what a disk was written down in is only read", path.display())]
+    #[error("{} is open for writing: a snapshot's file must be read-only", path.display())]
     WritableLayer {
         /// The snapshot's file.
         path: PathBuf,

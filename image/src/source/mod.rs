@@ -28,7 +28,7 @@ pub enum SourceError {
         source: io::Error,
     },
     /// No layout.
-    #[error("{0} is no OCI layout: {1}")]
+    #[error("{0} is not an OCI layout: {1}")]
     Layout(PathBuf, &'static str),
     /// No image of that name.
     #[error("{place} has no image {wanted:?}; it has {found}")]

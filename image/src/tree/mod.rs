@@ -31,7 +31,7 @@ pub enum LayerError {
     #[error("{0} is an absolute path")]
     Absolute(String),
     /// A path with a NUL, or an empty one.
-    #[error("{0} is no name of a file")]
+    #[error("invalid file name {0}")]
     Name(String),
     /// A path, a name or the target of a link is too long, or too deep.
     #[error("{path}: its {what} is longer than {limit}")]
@@ -44,13 +44,13 @@ pub enum LayerError {
         limit: usize,
     },
     /// A whiteout of nothing that can be named.
-    #[error("{0} is no whiteout that can be")]
+    #[error("invalid whiteout entry {0}")]
     Whiteout(String),
     /// A second entry of the same name in one layer.
     #[error("{0} is twice in its layer")]
     Duplicate(String),
     /// A part of the path is a file.
-    #[error("{path}: {part} is no directory")]
+    #[error("{path}: {part} is not a directory")]
     NotADirectory {
         /// Whose.
         path: String,
@@ -61,7 +61,7 @@ pub enum LayerError {
     #[error("{0} leads through too many symbolic links")]
     Loop(String),
     /// A hard link to what is not there, or to a directory.
-    #[error("{path} is a hard link to {target}, which is no file of the image")]
+    #[error("{path} is a hard link to {target}, which is not a file of the image")]
     HardLink {
         /// Whose.
         path: String,

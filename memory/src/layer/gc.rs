@@ -111,7 +111,7 @@ fn sweep_in_steps(views: &Views, mut between: impl FnMut()) -> Swept {
         swept.layers += u64::from(pages > 0);
     }
     views.count_given(swept.pages);
-    tracing::debug!(?swept, "gave back what nobody sees");
+    tracing::debug!(?swept, "freed pages without users");
     swept
 }
 

@@ -182,7 +182,7 @@ impl GuestRegion {
         let unused = refused.map_or_else(|| self.unused(&state, &own), Err);
         for run in unused.iter().flatten() {
             if let Err(error) = self.at.drop_private(*run) {
-                tracing::debug!(%error, %run, "what was copied ahead for nothing stays");
+                tracing::debug!(%error, %run, "cannot free unused prepared copies");
             }
         }
         own.iter().for_each(|run| self.reclaim(&state, &table, *run));

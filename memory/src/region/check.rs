@@ -27,7 +27,7 @@ pub enum CheckError {
         range: PageRange,
     },
     /// A page shows what the map does not: it might be given back under the VM.
-    #[error("I14: {range} show {shown}, and the map says {says}")]
+    #[error("I14: {range} show {shown} instead of {says}, which the map has")]
     Astray {
         /// Which pages.
         range: PageRange,

@@ -61,7 +61,7 @@ pub enum VcpuStateError {
         here: u32,
     },
     /// The MSRs of this host could not be determined.
-    #[error("the MSRs of this host could not be told")]
+    #[error("cannot determine the MSRs of this host")]
     Msrs {
         /// The error of the probe.
         #[source]
@@ -99,7 +99,7 @@ fn report_unreadable(refused: &[u32]) {
     static TOLD: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
     let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
     for index in refused.iter().filter(|index| told.insert(**index)) {
-        tracing::warn!("KVM does not read MSR {index:#x} of a vCPU: what it holds is not saved");
+        tracing::warn!("KVM does not read MSR {index:#x} of a vCPU: its value is not saved");
     }
 }
 

@@ -25,7 +25,7 @@ pub enum VmError {
     #[error(transparent)]
     Access(#[from] AccessError),
     /// What a child is not to have could not be erased in its memory.
-    #[error("what the child is not to have could not be erased")]
+    #[error("cannot erase the withheld secrets in the child's memory")]
     Erase(#[from] EraseError),
     /// No guest can boot in these RAM ranges.
     #[error(transparent)]

@@ -43,7 +43,7 @@ impl Sandbox {
         text("sandboxID")
             .zip(text("envdAccessToken"))
             .map(|(id, token)| Self { id, token })
-            .ok_or_else(|| anyhow!("this is no sandbox: {value}"))
+            .ok_or_else(|| anyhow!("unexpected sandbox in the answer: {value}"))
     }
 }
 

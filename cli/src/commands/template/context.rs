@@ -102,7 +102,8 @@ impl BuildContext {
             let entry = entry.map_err(named(&path))?;
             let kind = entry.file_type().map_err(named(&path))?;
             let name = entry.file_name().into_string();
-            let name = name.map_err(|name| Failure::input(anyhow!("{name:?} in {} is no text", path.display())))?;
+            let name =
+                name.map_err(|name| Failure::input(anyhow!("file name {name:?} in {} is not UTF-8", path.display())))?;
             all.push((name, kind));
             if all.len() > MAX_ENTRIES {
                 return Err(Failure::input(anyhow!("{} has more than {MAX_ENTRIES} entries", path.display())));
@@ -161,7 +162,7 @@ impl BuildContext {
         } else if found.is_symlink() {
             let target = fs::read_link(&place).map_err(named(&place))?;
             let target = target.into_os_string().into_string();
-            Kind::Link(target.map_err(|_| Failure::input(anyhow!("what the link {path} leads to is no text")))?)
+            Kind::Link(target.map_err(|_| Failure::input(anyhow!("the target of the link {path} is not UTF-8")))?)
         } else {
             return Err(Failure::input(anyhow!("{path} is neither a file, a directory nor a link")));
         };

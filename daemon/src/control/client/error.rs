@@ -24,7 +24,7 @@ pub enum ClientError {
         path: PathBuf,
     },
     /// There is a socket, but no process listens on it.
-    #[error("the process of {name:?} has died: nobody answers at {}", path.display())]
+    #[error("the process of {name:?} has died: no answer at {}", path.display())]
     Dead {
         /// The VM's name.
         name: String,
@@ -32,7 +32,7 @@ pub enum ClientError {
         path: PathBuf,
     },
     /// No supervisor answers.
-    #[error("nobody supervises the VMs: start `clade serve` (no answer at {})", path.display())]
+    #[error("no supervisor is running: start `clade serve` (no answer at {})", path.display())]
     NoSupervisor {
         /// Its socket's path.
         path: PathBuf,
@@ -105,7 +105,7 @@ pub enum ClientError {
     #[error(transparent)]
     Token(#[from] TokenError),
     /// No supervisor answers at the address.
-    #[error("nobody answers at {address}")]
+    #[error("no answer at {address}")]
     NoAnswer {
         /// The address.
         address: SocketAddr,

@@ -101,7 +101,7 @@ pub(super) fn unmark(image: &IoFile) -> Result<(), FileError> {
 
 /// Removes the files of a journal that does not count. A file that cannot be removed does no harm.
 pub(super) fn remove_files(location: &Location, dir: &Directory) {
-    let told = |error: &FileError| tracing::warn!(%error, "a file that nobody needs any more was not removed");
+    let told = |error: &FileError| tracing::warn!(%error, "cannot remove an unused file");
     let ours = |name: &String| name == NEXT || name.starts_with(OVERLAY);
     let names = dir.names().inspect_err(told).unwrap_or_default();
     for name in names.iter().filter(|name| ours(name)) {
@@ -118,7 +118,7 @@ pub(super) fn allocated(file: &IoFile) -> u64 {
 /// Removes the name of an overlay that no journal refers to any more.
 pub(super) fn forget(dir: &Directory, number: u64) {
     if let Err(error) = dir.unlink(&overlay(number)) {
-        tracing::warn!(%error, "a file that nobody needs any more was not removed");
+        tracing::warn!(%error, "cannot remove an unused file");
     }
 }
 

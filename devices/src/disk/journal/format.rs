@@ -144,7 +144,7 @@ pub(super) fn record(number: u64, seen: Seen, entries: &[Entry]) -> Vec<u8> {
 #[non_exhaustive]
 pub enum JournalError {
     /// The header or the first record is not whole.
-    #[error("it is damaged: its beginning is not what was written")]
+    #[error("it is damaged: its header does not match its checksum")]
     Damaged,
     /// The image has another id, another size, or is another file.
     #[error(

@@ -14,7 +14,7 @@ pub struct Mac(pub [u8; 6]);
 
 /// A text is not the address of an interface.
 #[derive(Debug, Error, PartialEq, Eq)]
-#[error("\"{text}\" is no unicast Ethernet address, like 02:00:00:00:00:01")]
+#[error("invalid MAC address \"{text}\": a unicast Ethernet address like 02:00:00:00:00:01")]
 pub struct MacError {
     text: String,
 }

@@ -40,7 +40,7 @@ pub(super) const LISTENER: u64 = u64::MAX;
 #[non_exhaustive]
 pub enum VsockError {
     /// The CID is reserved.
-    #[error("{cid} is no CID for a guest: they begin at {FIRST_GUEST_CID} and end before 2^32 - 1")]
+    #[error("invalid guest CID {cid}: guest CIDs begin at {FIRST_GUEST_CID} and end before 2^32 - 1")]
     Cid {
         /// The CID.
         cid: u64,

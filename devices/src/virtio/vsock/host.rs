@@ -302,7 +302,7 @@ impl Vsock {
                 self.retry_at.get_or_insert_with(|| Instant::now() + RETRY_INTERVAL);
             }
             Err(error) => {
-                tracing::debug!(%error, port = key.0, "nobody listens for the guest");
+                tracing::debug!(%error, port = key.0, "no listener on the host for the guest's connection");
                 self.close(key, true);
             }
         }

@@ -252,7 +252,7 @@ impl Devices {
             && let Err(error) = irq.trigger()
         {
             // The eventfd's counter is full, so an interrupt is pending anyway.
-            tracing::debug!(%error, "a guest is not told once more of an event");
+            tracing::debug!(%error, "cannot signal an event to the guest again");
         }
     }
 

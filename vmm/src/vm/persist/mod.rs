@@ -74,7 +74,7 @@ pub enum SnapshotError {
         wanted: usize,
     },
     /// The snapshot has no record of the pages to read ahead.
-    #[error("{} has no record of what is touched first: make one with `clade snapshot working-set` of a VM restored from it", path.display())]
+    #[error("{} has no recorded working set: record one with `clade snapshot working-set` of a VM restored from it", path.display())]
     Cold {
         /// The snapshot's directory.
         path: PathBuf,

@@ -131,7 +131,7 @@ pub enum SavedError {
         wanted: String,
     },
     /// The configuration is one that no VM can have.
-    #[error("section {section:?} is no configuration of a VM")]
+    #[error("section {section:?} is not a valid VM configuration")]
     Config {
         /// The section's name.
         section: &'static str,

@@ -91,7 +91,7 @@ impl VcpuThread {
     pub(super) fn notify_paused(&self) {
         if let Err(error) = mark_paused(&self.vcpu) {
             let error = crate::error_chain(&error);
-            tracing::debug!(vcpu = self.index, error, "a guest is not told that it was paused");
+            tracing::debug!(vcpu = self.index, error, "cannot notify the guest of its pause");
         }
     }
 

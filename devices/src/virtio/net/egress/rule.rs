@@ -16,7 +16,7 @@ use super::frame::{IpPacket, Port, Protocol};
 #[non_exhaustive]
 pub enum EgressError {
     /// It is no rule.
-    #[error("{rule:?} is no egress rule: {wanted}")]
+    #[error("invalid egress rule {rule:?}: {wanted}")]
     Rule {
         /// The text.
         rule: String,
