@@ -141,11 +141,22 @@ async fn body<T: DeserializeOwned>(request: Request) -> Answer<T> {
     serde_json::from_slice(text).map_err(|error| ApiError::bad(format!("the body: {error}")))
 }
 
+/// Makes a change to its end, also when the client that asked for it goes meanwhile: what is half done
+/// contradicts its record, or has none.
+pub(crate) async fn to_the_end<T: Send + 'static>(
+    change: impl Future<Output = Answer<T>> + Send + 'static,
+) -> Answer<T> {
+    tokio::spawn(change).await.unwrap_or_else(|error| Err(ApiError::internal(error.to_string())))
+}
+
 async fn create(State(gateway): Gate, Extension(owner): Who, request: Request) -> Answer<(StatusCode, Json<Sandbox>)> {
     let key = request.headers().get("idempotency-key").and_then(|key| key.to_str().ok()).map(str::to_owned);
     let new: NewSandbox = body(request).await?;
-    let made = gateway.create(&owner.0, new);
-    let sandbox = gateway.0.replays.once(&owner.0, key.as_deref(), made).await?;
+    let made = async move {
+        let made = gateway.create(&owner.0, new);
+        gateway.0.replays.once(&owner.0, key.as_deref(), made).await
+    };
+    let sandbox = to_the_end(made).await?;
     Ok((StatusCode::CREATED, Json(sandbox)))
 }
 
@@ -294,24 +305,26 @@ async fn show(State(gateway): Gate, Own(entry): Own) -> Answer<Json<Detail>> {
 }
 
 async fn kill(State(gateway): Gate, Own(entry): Own) -> Answer<StatusCode> {
-    gateway.kill(&entry).await?;
+    to_the_end(async move { gateway.kill(&entry).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 async fn set_timeout(State(gateway): Gate, Own(entry): Own, request: Request) -> Answer<StatusCode> {
     let wanted: Timeout = body(request).await?;
-    gateway.set_timeout(&entry, wanted.timeout).await?;
+    to_the_end(async move { gateway.set_timeout(&entry, wanted.timeout).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 async fn set_network(State(gateway): Gate, Own(entry): Own, request: Request) -> Answer<StatusCode> {
-    gateway.set_network(&entry, &body(request).await?).await?;
+    let wanted: Value = body(request).await?;
+    to_the_end(async move { gateway.set_network(&entry, &wanted).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 async fn refresh(State(gateway): Gate, Own(entry): Own, request: Request) -> Answer<StatusCode> {
     let wanted: Refresh = body(request).await?;
-    gateway.resume(&entry, wanted.duration, None, Some(SandboxState::Running)).await?;
+    let running = Some(SandboxState::Running);
+    to_the_end(async move { gateway.resume(&entry, wanted.duration, None, running).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -324,7 +337,7 @@ fn expect_memory(memory: Option<bool>) -> Answer<()> {
 
 async fn pause(State(gateway): Gate, Own(entry): Own, request: Request) -> Answer<StatusCode> {
     expect_memory(body::<Save>(request).await?.memory)?;
-    gateway.pause(&entry, |_| true).await?;
+    to_the_end(async move { gateway.pause(&entry, |_| true).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -332,14 +345,16 @@ async fn resume(State(gateway): Gate, Own(entry): Own, request: Request) -> Answ
     let wanted: Connect = body(request).await?;
     expect_memory(wanted.memory)?;
     let paused = Some(SandboxState::Paused);
-    let (sandbox, _) = gateway.resume(&entry, wanted.timeout, wanted.auto_pause, paused).await?;
+    let resumed = async move { gateway.resume(&entry, wanted.timeout, wanted.auto_pause, paused).await };
+    let (sandbox, _) = to_the_end(resumed).await?;
     Ok((StatusCode::CREATED, Json(sandbox)))
 }
 
 async fn connect(State(gateway): Gate, Own(entry): Own, request: Request) -> Answer<(StatusCode, Json<Sandbox>)> {
     let wanted: Connect = body(request).await?;
     expect_memory(wanted.memory)?;
-    let (sandbox, was_paused) = gateway.resume(&entry, wanted.timeout, None, None).await?;
+    let resumed = async move { gateway.resume(&entry, wanted.timeout, None, None).await };
+    let (sandbox, was_paused) = to_the_end(resumed).await?;
     Ok((if was_paused { StatusCode::CREATED } else { StatusCode::OK }, Json(sandbox)))
 }
 
@@ -350,7 +365,8 @@ async fn fork(
     request: Request,
 ) -> Answer<(StatusCode, Json<Vec<Forked>>)> {
     let wanted: Fork = body(request).await?;
-    Ok((StatusCode::CREATED, Json(gateway.fork(&owner.0, &id, wanted).await?)))
+    let forked = to_the_end(async move { gateway.fork(&owner.0, &id, wanted).await }).await?;
+    Ok((StatusCode::CREATED, Json(forked)))
 }
 
 async fn snapshot(
@@ -361,7 +377,8 @@ async fn snapshot(
 ) -> Answer<(StatusCode, Json<SnapshotInfo>)> {
     let wanted: Save = body(request).await?;
     expect_memory(wanted.memory)?;
-    Ok((StatusCode::CREATED, Json(gateway.snapshot(&owner.0, &id, wanted.name).await?)))
+    let taken = to_the_end(async move { gateway.snapshot(&owner.0, &id, wanted.name).await }).await?;
+    Ok((StatusCode::CREATED, Json(taken)))
 }
 
 async fn snapshots(
@@ -450,3 +467,6 @@ async fn logs(State(gateway): Gate, Own(entry): Own) -> Answer<Json<Value>> {
     let entries: Vec<Value> = answer.console.lines().map(entry).collect();
     Ok(Json(json!({ "logs": entries, "logEntries": entries })))
 }
+
+#[cfg(test)]
+mod tests;

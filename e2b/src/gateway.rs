@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::http::StatusCode;
 use clade_agent_client::proto::PORT;
 use clade_agent_client::{Client as Agent, Endpoint};
 use clade_daemon::control::{Client, ClientError, StopRequest, TtlInfo, TtlRequest};
@@ -184,8 +185,11 @@ impl Gateway {
     }
 
     pub(crate) async fn stop(&self, id: &str) {
-        if let Err(error) = self.0.client.stop(id, StopRequest::default()).await {
-            tracing::warn!(%error, id, "a sandbox does not stop");
+        match self.0.client.stop(id, StopRequest::default()).await.map_err(ApiError::from) {
+            Err(error) if error.status != StatusCode::NOT_FOUND => {
+                tracing::warn!(%error.message, id, "a sandbox does not stop");
+            }
+            _ => {}
         }
     }
 }

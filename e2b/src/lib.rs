@@ -30,6 +30,8 @@ mod sandboxes;
 mod secret;
 mod snapshots;
 mod templates;
+#[cfg(test)]
+mod testing;
 mod tunnel;
 mod wire;
 

@@ -19,6 +19,7 @@ use hyper_util::rt::TokioIo;
 use serde_json::json;
 use tokio::sync::watch;
 
+use crate::control::to_the_end;
 use crate::error::{Answer, ApiError};
 use crate::gateway::Gateway;
 use crate::headers::{
@@ -68,7 +69,7 @@ pub(crate) async fn forward(gateway: &Gateway, target: &Target, request: Request
 async fn running(
     gateway: &Gateway,
     target: &Target,
-    entry: &Entry<Record>,
+    entry: &Arc<Entry<Record>>,
 ) -> Result<(Record, watch::Receiver<()>), Response> {
     // Before it is looked at: a pause is noted in the record, and then heard of.
     let mut cut = entry.cut.subscribe();
@@ -77,7 +78,9 @@ async fn running(
         if !record.auto_resume {
             return Err(bad_gateway(target, "The sandbox is paused"));
         }
-        gateway.resume(entry, None, None, None).await.map_err(ApiError::into_response)?;
+        let (waking, woken) = (gateway.clone(), Arc::clone(entry));
+        let resumed = async move { waking.resume(&woken, None, None, None).await };
+        to_the_end(resumed).await.map_err(ApiError::into_response)?;
         cut = entry.cut.subscribe();
         record = entry.get();
         if record.paused {
@@ -97,7 +100,7 @@ fn to_origin(request: &mut Request) {
 async fn to_agent(
     gateway: &Gateway,
     target: &Target,
-    entry: &Entry<Record>,
+    entry: &Arc<Entry<Record>>,
     mut request: Request,
 ) -> Result<Response, Response> {
     let refused = |status, why: String| Err(ApiError::new(status, why).into_response());
@@ -169,7 +172,7 @@ fn not_open(target: &Target, error: &ClientError) -> Response {
 async fn to_program(
     gateway: &Gateway,
     target: &Target,
-    entry: &Entry<Record>,
+    entry: &Arc<Entry<Record>>,
     request: Request,
 ) -> Result<Response, Response> {
     let refused = ApiError::into_response;

@@ -12,6 +12,7 @@ use clade_daemon::fleet::{Label, LabelError, Labels};
 use hyper::Method;
 use jiff::Timestamp;
 use serde_json::Value;
+use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
 use crate::error::{Answer, ApiError};
@@ -48,7 +49,9 @@ impl Gateway {
         let id = random_hex::<9>().map_err(|error| ApiError::internal(error.to_string()))?;
         let network = network(new.allow_internet_access, new.network.as_ref())?;
         let (link, egress) = (network.link, network.egress);
-        let request = ForkRequest { network: link, egress, ..request_for(format!("i{id}"), 1, &template)? };
+        let id = format!("i{id}");
+        let request = ForkRequest { network: link, egress, ..request_for(id.clone(), 1, &template)? };
+        let unrecorded = Unrecorded::new(self, id);
         let mut forked = self.fork_checkpoint(&checkpoint, &request).await;
         let is_gone =
             |forked: &Answer<ForkAnswer>| matches!(forked, Err(error) if error.status == StatusCode::NOT_FOUND);
@@ -57,12 +60,15 @@ impl Gateway {
             self.reopen(built).await?;
             forked = self.fork_checkpoint(&checkpoint, &request).await;
         }
-        let answer = if is_gone(&forked) { Err(ApiError::no_template(&template)) } else { forked }?;
+        if let Err(error) = forked {
+            let is_gone = error.status == StatusCode::NOT_FOUND;
+            return Err(if is_gone { ApiError::no_template(&template) } else { error });
+        }
         let mut envs = built.map(|one| one.spec.env).unwrap_or_default();
         envs.extend(new.env_vars.unwrap_or_default());
         let started_at = Timestamp::now();
         let record = Record {
-            id: answer.children.first().cloned().ok_or_else(|| ApiError::internal("a fork without a child"))?,
+            id: unrecorded.id.clone(),
             template,
             owner: owner.to_owned(),
             metadata: new.metadata.unwrap_or_default(),
@@ -80,7 +86,7 @@ impl Gateway {
             network: network.asked,
             template_layers: None,
         };
-        self.hand_out(record, timeout).await
+        self.hand_out(unrecorded, record, timeout).await
     }
 
     async fn fork_checkpoint(&self, checkpoint: &str, request: &ForkRequest) -> Answer<ForkAnswer> {
@@ -89,12 +95,12 @@ impl Gateway {
     }
 
     /// Makes a VM that was just forked a sandbox. One that cannot be is stopped.
-    async fn hand_out(&self, record: Record, timeout: i64) -> Answer<Sandbox> {
-        let id = record.id.clone();
+    async fn hand_out(&self, mut unrecorded: Unrecorded, record: Record, timeout: i64) -> Answer<Sandbox> {
         let handed = self.hand_out_or_fail(record, timeout).await;
         if handed.is_err() {
-            self.stop(&id).await;
+            self.stop(&unrecorded.id).await;
         }
+        unrecorded.is_settled = true;
         handed
     }
 
@@ -147,18 +153,20 @@ impl Gateway {
         }
         let name = random_hex::<9>().map_err(|error| ApiError::internal(error.to_string()))?;
         let request = request_for(format!("i{name}x{{n}}"), count, &parent.template)?;
+        let mut children: Vec<_> = (1..=count).map(|n| Unrecorded::new(self, format!("i{name}x{n}"))).collect();
         let answer: ForkAnswer = self.vm(Method::POST, id, "/fork", Some(&request)).await?;
+        children.retain(|child| answer.children.contains(&child.id));
         let started_at = Timestamp::now();
         let end_at = after(started_at, timeout)?;
         let turns = Arc::new(Semaphore::new(MAX_HANDED));
         let mut handed = Vec::new();
-        for id in answer.children {
-            let record = Record { id, started_at, end_at, ..parent.clone() };
+        for child in children {
+            let record = Record { id: child.id.clone(), started_at, end_at, ..parent.clone() };
             let (gateway, turns) = (self.clone(), Arc::clone(&turns));
             handed.push(tokio::spawn(async move {
                 // It is never closed.
                 let _turn = turns.acquire_owned().await;
-                gateway.hand_out(record, timeout).await
+                gateway.hand_out(child, record, timeout).await
             }));
         }
         let mut forked = Vec::new();
@@ -284,6 +292,34 @@ impl Gateway {
         entry.cut.send_replace(());
         // Somebody else may have ended it.
         stopped.map(drop).map_err(|_| ApiError::no_sandbox(&id))
+    }
+}
+
+/// A VM that has no record yet, or is about to be made. Dropped before it has one, it is stopped: also where
+/// its fork was done and the answer was lost.
+#[derive(Debug)]
+struct Unrecorded {
+    gateway: Gateway,
+    id: String,
+    is_settled: bool,
+}
+
+impl Unrecorded {
+    fn new(gateway: &Gateway, id: String) -> Self {
+        Self { gateway: gateway.clone(), id, is_settled: false }
+    }
+}
+
+impl Drop for Unrecorded {
+    fn drop(&mut self) {
+        if self.is_settled {
+            return;
+        }
+        let (gateway, id) = (self.gateway.clone(), std::mem::take(&mut self.id));
+        // Without a runtime the process ends.
+        if let Ok(runtime) = Handle::try_current() {
+            runtime.spawn(async move { gateway.stop(&id).await });
+        }
     }
 }
 

@@ -90,6 +90,6 @@ pub(super) async fn alias(
 }
 
 pub(super) async fn remove(State(gateway): Gate, Extension(owner): Who, Path(id): Path<String>) -> Answer<StatusCode> {
-    gateway.remove_snapshot(&owner.0, &id).await?;
+    super::to_the_end(async move { gateway.remove_snapshot(&owner.0, &id).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }

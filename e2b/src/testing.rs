@@ -1,0 +1,440 @@
+//! A supervisor, its VMs and their agents as tasks of a test, and a gateway over them.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Path as UrlPath, Request, State};
+use axum::http::{HeaderMap, Method, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{any, get, post};
+use clade_test_support::Watchdog;
+use hyper_util::rt::TokioIo;
+use hyper_util::service::TowerToHyperService;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Notify;
+use tower::ServiceExt;
+
+use crate::gateway::{Gateway, Options};
+use crate::keys::Scope;
+use crate::listen::router;
+
+/// How long a test may take.
+pub(crate) const LIMIT: Duration = Duration::from_secs(300);
+
+/// A VM of the supervisor.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Vm {
+    /// The checkpoint or the VM that it was forked from.
+    pub(crate) parent: String,
+    pub(crate) is_paused: bool,
+    /// Seconds that it has; none if it has no end.
+    pub(crate) ttl: Option<f64>,
+    pub(crate) is_closed: bool,
+    /// The token of its agent.
+    pub(crate) token: Option<String>,
+}
+
+/// What the supervisor has.
+#[derive(Debug, Default)]
+pub(crate) struct Fleet {
+    pub(crate) vms: BTreeMap<String, Vm>,
+    /// Each with whether its network is closed.
+    pub(crate) checkpoints: BTreeMap<String, bool>,
+    /// The requests that came, to the supervisor and to agents.
+    pub(crate) log: Vec<String>,
+    /// How many may come until one is held.
+    pub(crate) hold_after: Option<usize>,
+    /// Requests that contain one of these are held.
+    pub(crate) held: Vec<String>,
+    /// The answers of requests that contain this are lost.
+    pub(crate) lost: Option<String>,
+    /// How many are held since all were released.
+    held_now: usize,
+}
+
+/// The supervisor.
+#[derive(Debug)]
+pub(crate) struct World {
+    dir: PathBuf,
+    fleet: Mutex<Fleet>,
+    is_held: Notify,
+    changed: Notify,
+}
+
+type Answered = Result<Value, StatusCode>;
+
+impl World {
+    pub(crate) fn fleet(&self) -> MutexGuard<'_, Fleet> {
+        self.fleet.lock().unwrap()
+    }
+
+    /// Notes a request, and waits as long as such requests are held.
+    async fn step(&self, what: String) {
+        let number = {
+            let mut fleet = self.fleet();
+            fleet.log.push(what.clone());
+            fleet.log.len()
+        };
+        loop {
+            let changed = self.changed.notified();
+            let mut changed = std::pin::pin!(changed);
+            changed.as_mut().enable();
+            {
+                let mut fleet = self.fleet();
+                let is_late = fleet.hold_after.is_some_and(|after| number > after);
+                if !is_late && !fleet.held.iter().any(|held| what.contains(held.as_str())) {
+                    return;
+                }
+                fleet.held_now += 1;
+            }
+            self.is_held.notify_waiters();
+            changed.await;
+        }
+    }
+
+    /// Waits until a request is held.
+    pub(crate) async fn until_held(&self) {
+        loop {
+            let held = self.is_held.notified();
+            let mut held = std::pin::pin!(held);
+            held.as_mut().enable();
+            if self.fleet().held_now > 0 {
+                return;
+            }
+            held.await;
+        }
+    }
+
+    /// Lets all requests go on.
+    pub(crate) fn release(&self) {
+        let mut fleet = self.fleet();
+        (fleet.hold_after, fleet.held, fleet.held_now) = (None, Vec::new(), 0);
+        drop(fleet);
+        self.changed.notify_waiters();
+    }
+
+    fn socket(&self, vm: &str) -> PathBuf {
+        self.dir.join(format!("{vm}.vsock"))
+    }
+
+    fn info(&self, name: &str) -> Answered {
+        let vm = self.fleet().vms.get(name).cloned().ok_or(StatusCode::NOT_FOUND)?;
+        let state = if vm.is_paused { "paused" } else { "running" };
+        let network = if vm.is_closed { "closed" } else { "open" };
+        Ok(json!({
+            "name": name, "pid": 1, "state": state, "parent": vm.parent, "generation": 1, "cpus": 1, "age_s": 0.0,
+            "memory": {
+                "mib": 64, "reference_pages": 0, "shared_pages": 0, "exclusive_pages": 0, "pinned_pages": 0,
+                "private_kib": 0,
+            },
+            "vsock": { "cid": 3, "socket": self.socket(name) },
+            "nets": [{
+                "tap": "", "mac": "02:00:00:00:00:01", "received_bytes": 0, "sent_bytes": 0, "dropped": 0,
+                "network": network,
+            }],
+        }))
+    }
+
+    fn identity(&self, name: &str) -> Value {
+        json!({ "nets": [], "vsock": { "cid": 3, "socket": self.socket(name) } })
+    }
+
+    fn fork(self: &Arc<Self>, parent: &str, is_closed: bool, request: &Value) -> Answered {
+        let count = request["count"].as_u64().unwrap_or(1);
+        let pattern = request["name"].as_str().unwrap_or("child-{n}").to_owned();
+        let names: Vec<String> = (1..=count).map(|n| pattern.replace("{n}", &n.to_string())).collect();
+        let is_closed = match request["network"].as_str() {
+            Some(link) => link == "closed",
+            None => is_closed,
+        };
+        for name in &names {
+            let vm = Vm { parent: parent.to_owned(), is_closed, ..Vm::default() };
+            self.fleet().vms.insert(name.clone(), vm);
+            std::fs::write(self.dir.join(format!("{name}.sock")), "").unwrap();
+            let listener = UnixListener::bind(self.socket(name)).unwrap();
+            tokio::spawn(Arc::clone(self).answer_for_agent(listener, name.clone()));
+        }
+        let identities: Vec<Value> = names.iter().map(|name| self.identity(name)).collect();
+        Ok(json!({
+            "children": names, "identities": identities, "pause_us": 0.0, "freeze_us": 0.0, "total_us": 0.0,
+            "remapped_pages": 0, "copied_pages": 0,
+        }))
+    }
+
+    fn checkpoint(name: &str) -> Value {
+        json!({
+            "name": name, "vm": null, "generation": 1, "cpus": 1, "mib": 64, "age_s": 0.0, "descriptors": 1,
+            "pause_us": 0.0,
+        })
+    }
+
+    fn stop(&self, name: &str) -> Answered {
+        let info = self.info(name)?;
+        self.fleet().vms.remove(name);
+        for file in [self.dir.join(format!("{name}.sock")), self.socket(name)] {
+            std::fs::remove_file(file).unwrap();
+        }
+        Ok(info)
+    }
+
+    fn of_checkpoint(self: &Arc<Self>, method: &Method, name: &str, action: &str, body: &Value) -> Answered {
+        let is_closed = self.fleet().checkpoints.get(name).copied().ok_or(StatusCode::NOT_FOUND)?;
+        match (method.as_str(), action) {
+            ("GET", "") => Ok(Self::checkpoint(name)),
+            ("DELETE", "") => {
+                self.fleet().checkpoints.remove(name);
+                Ok(Self::checkpoint(name))
+            }
+            ("POST", "fork") => self.fork(name, is_closed, body),
+            _ => Err(StatusCode::METHOD_NOT_ALLOWED),
+        }
+    }
+
+    fn of_vm(self: &Arc<Self>, method: &Method, name: &str, action: &str, body: &Value) -> Answered {
+        let is_closed = self.fleet().vms.get(name).ok_or(StatusCode::NOT_FOUND)?.is_closed;
+        let change = |change: &dyn Fn(&mut Vm)| {
+            self.fleet().vms.get_mut(name).into_iter().for_each(change);
+            self.info(name)
+        };
+        match (method.as_str(), action) {
+            ("GET", "") => self.info(name),
+            ("GET", "logs") => Ok(json!({ "console": name })),
+            ("PUT", "ttl") => {
+                change(&|vm| vm.ttl = body["seconds"].as_f64())?;
+                Ok(json!({ "seconds_left": body["seconds"] }))
+            }
+            ("DELETE", "ttl") => {
+                change(&|vm| vm.ttl = None)?;
+                Ok(json!({ "seconds_left": null }))
+            }
+            ("POST", "pause") => change(&|vm| vm.is_paused = true),
+            ("POST", "resume") => change(&|vm| vm.is_paused = false),
+            ("POST", "suspend") => Ok(json!({
+                "name": name, "was_suspended": false, "written_pages": 0, "zero_pages": 0, "kept_pages": 0,
+                "halt_us": 0.0, "write_us": 0.0, "total_us": 0.0,
+            })),
+            ("POST", "network") => change(&|vm| {
+                vm.is_closed = body["network"].as_str().map_or(vm.is_closed, |link| link == "closed");
+            }),
+            ("POST", "fork") => self.fork(name, is_closed, body),
+            ("POST", "checkpoint") => {
+                let wanted = body["name"].as_str().unwrap_or(name);
+                let mut fleet = self.fleet();
+                if fleet.checkpoints.contains_key(wanted) {
+                    return Err(StatusCode::CONFLICT);
+                }
+                fleet.checkpoints.insert(wanted.to_owned(), is_closed);
+                Ok(Self::checkpoint(wanted))
+            }
+            ("POST", "stop") => self.stop(name),
+            _ => Err(StatusCode::METHOD_NOT_ALLOWED),
+        }
+    }
+
+    /// Does a request, also when its client goes.
+    async fn serve(world: Arc<Self>, (of, name, action): (&'static str, String, String), request: Request) -> Response {
+        let method = request.method().clone();
+        let what = format!("{method} {of} {name} {action}");
+        world.step(what.clone()).await;
+        let is_lost = world.fleet().lost.as_ref().is_some_and(|lost| what.contains(lost));
+        let bytes = axum::body::to_bytes(request.into_body(), 1 << 22).await.unwrap();
+        let body = serde_json::from_slice(&bytes).unwrap_or_default();
+        let done = tokio::spawn(async move {
+            match of {
+                "vm" => world.of_vm(&method, &name, &action, &body),
+                _ => world.of_checkpoint(&method, &name, &action, &body),
+            }
+        });
+        match done.await.unwrap() {
+            Ok(_) if is_lost => "lost".into_response(),
+            Ok(answer) => axum::Json(answer).into_response(),
+            Err(status) => {
+                let problem =
+                    json!({ "type": "about:blank", "title": "no", "status": status.as_u16(), "detail": "no" });
+                (status, axum::Json(problem)).into_response()
+            }
+        }
+    }
+
+    fn supervise(self: &Arc<Self>, listener: UnixListener) {
+        type Of = State<Arc<World>>;
+        type Names = UrlPath<(String, String)>;
+        let vm = |of| {
+            let one = move |State(world): Of, UrlPath(name): UrlPath<String>, request: Request| {
+                Self::serve(world, (of, name, String::new()), request)
+            };
+            let action = move |State(world): Of, UrlPath((name, action)): Names, request: Request| {
+                Self::serve(world, (of, name, action), request)
+            };
+            (any(one), any(action))
+        };
+        let all = async |State(world): Of| {
+            world.step("GET checkpoints".to_owned()).await;
+            let names: Vec<String> = world.fleet().checkpoints.keys().cloned().collect();
+            axum::Json(names.iter().map(|name| Self::checkpoint(name)).collect::<Vec<_>>())
+        };
+        let ((one, action), (checkpoint, of_checkpoint)) = (vm("vm"), vm("checkpoint"));
+        let router = Router::new()
+            .route("/v1/vms/{name}", one)
+            .route("/v1/vms/{name}/{action}", action)
+            .route("/v1/checkpoints", get(all))
+            .route("/v1/checkpoints/{name}", checkpoint)
+            .route("/v1/checkpoints/{name}/{action}", of_checkpoint)
+            .with_state(Arc::clone(self));
+        tokio::spawn(async move { axum::serve(listener, router).await });
+    }
+
+    async fn answer_for_agent(self: Arc<Self>, listener: UnixListener, vm: String) {
+        while let Ok((stream, _)) = listener.accept().await {
+            let (world, vm) = (Arc::clone(&self), vm.clone());
+            if !world.fleet().vms.contains_key(&vm) {
+                return;
+            }
+            tokio::spawn(async move { drop(world.answer_one(stream, vm).await) });
+        }
+    }
+
+    async fn answer_one(self: Arc<Self>, mut stream: UnixStream, vm: String) -> std::io::Result<()> {
+        let to = line(&mut stream).await?;
+        stream.write_all(b"OK 1024\n").await?;
+        let router = if to == "CONNECT 49983" {
+            self.agent(&vm)
+        } else {
+            line(&mut stream).await?;
+            stream.write_all(b"OK\n").await?;
+            Router::new().fallback(async move || format!("program of {vm}"))
+        };
+        let service = TowerToHyperService::new(router);
+        let http = hyper::server::conn::http1::Builder::new();
+        let _ = http.serve_connection(TokioIo::new(stream), service).await;
+        Ok(())
+    }
+
+    fn agent(self: &Arc<Self>, vm: &str) -> Router {
+        let (world, name) = (Arc::clone(self), vm.to_owned());
+        let init = post(async move |axum::Json(init): axum::Json<Value>| {
+            world.step(format!("init {name}")).await;
+            let mut fleet = world.fleet();
+            let Some(vm) = fleet.vms.get_mut(&name) else { return StatusCode::GONE };
+            vm.token = init["accessToken"].as_str().map(str::to_owned);
+            StatusCode::NO_CONTENT
+        });
+        let (world, name) = (Arc::clone(self), vm.to_owned());
+        let other = async move |headers: HeaderMap| {
+            world.step(format!("agent {name}")).await;
+            let token = world.fleet().vms.get(&name).and_then(|vm| vm.token.clone());
+            let shown = headers.get("x-access-token").and_then(|shown| shown.to_str().ok());
+            match token.is_some() && token.as_deref() == shown {
+                true => (StatusCode::OK, name),
+                false => (StatusCode::UNAUTHORIZED, String::new()),
+            }
+        };
+        Router::new().route("/init", init).fallback(other)
+    }
+}
+
+async fn line(stream: &mut UnixStream) -> std::io::Result<String> {
+    let mut text = String::new();
+    loop {
+        match stream.read_u8().await? {
+            b'\n' => return Ok(text),
+            byte => text.push(byte.into()),
+        }
+    }
+}
+
+/// A gateway over a [`World`] with the checkpoint `base`.
+pub(crate) struct Fake {
+    pub(crate) gateway: Gateway,
+    pub(crate) world: Arc<World>,
+    pub(crate) router: Router,
+    _dir: TempDir,
+}
+
+impl Fake {
+    pub(crate) fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("run");
+        std::fs::create_dir(&run).unwrap();
+        let gateway = Gateway::open(&Self::options(dir.path())).unwrap();
+        let fleet = Fleet { checkpoints: [("base".to_owned(), false)].into(), ..Fleet::default() };
+        let world = Arc::new(World {
+            dir: run.clone(),
+            fleet: Mutex::new(fleet),
+            is_held: Notify::new(),
+            changed: Notify::new(),
+        });
+        world.supervise(UnixListener::bind(clade_daemon::fleet::supervisor_path(&run)).unwrap());
+        let router = router(&gateway);
+        Self { gateway, world, router, _dir: dir }
+    }
+
+    fn options(dir: &Path) -> Options {
+        let domain = Some("box.test".to_owned());
+        Options { dir: dir.join("run"), keys: dir.join("keys.json"), domain, templates: None }
+    }
+
+    pub(crate) fn key(&self, name: &str) -> String {
+        self.gateway.0.keys.add(name, Scope::All).unwrap()
+    }
+
+    pub(crate) async fn request(&self, request: Request) -> (u16, Value) {
+        let answer = self.router.clone().oneshot(request).await.unwrap();
+        let status = answer.status().as_u16();
+        let bytes = axum::body::to_bytes(answer.into_body(), 1 << 24).await.unwrap();
+        let text = || Value::String(String::from_utf8_lossy(&bytes).into_owned());
+        (status, serde_json::from_slice(&bytes).unwrap_or_else(|_| text()))
+    }
+
+    pub(crate) fn ask(key: &str, method: &str, path: &str, body: &Value) -> Request {
+        let body = if body.is_null() { Body::empty() } else { Body::from(body.to_string()) };
+        Request::builder().method(method).uri(path).header("x-api-key", key).body(body).unwrap()
+    }
+
+    pub(crate) async fn call(&self, key: &str, method: &str, path: &str, body: Value) -> (u16, Value) {
+        self.request(Self::ask(key, method, path, &body)).await
+    }
+
+    /// A sandbox of `base`, by its name.
+    pub(crate) async fn sandbox(&self, key: &str, more: Value) -> String {
+        let mut body = json!({ "templateID": "base", "timeout": 300 });
+        let fields = more.as_object().cloned().unwrap_or_default();
+        body.as_object_mut().unwrap().extend(fields);
+        let (status, made) = self.call(key, "POST", "/sandboxes", body).await;
+        assert_eq!(status, 201, "{made}");
+        made["sandboxID"].as_str().unwrap().to_owned()
+    }
+
+    /// Begins a call, whose client goes when the supervisor has done `steps` of it. Returns whether it had as
+    /// many.
+    pub(crate) async fn drop_after(&self, steps: usize, request: Request) -> bool {
+        let so_far = self.world.fleet().log.len();
+        self.world.fleet().hold_after = Some(so_far + steps);
+        let mut begun = tokio::spawn(self.router.clone().oneshot(request));
+        let is_held = tokio::select! {
+            () = self.world.until_held() => true,
+            answer = &mut begun => { drop(answer); false }
+        };
+        if is_held {
+            begun.abort();
+            let _ = begun.await;
+        }
+        self.world.release();
+        is_held
+    }
+}
+
+/// Waits for what tasks without a handle do.
+pub(crate) async fn until(what: &'static str, mut is_so: impl FnMut() -> bool) {
+    let _watchdog = Watchdog::new(LIMIT, move || what.to_owned());
+    while !is_so() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
