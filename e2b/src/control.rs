@@ -42,7 +42,7 @@ const MAX_PAGE: usize = 1000;
 const MAX_METRICS: usize = 100;
 const NEXT_TOKEN: &str = "x-next-token";
 
-/// The name of the key that a call was made with: who owns what it makes.
+/// Who owns what a call makes: the owner of the key that it was made with.
 #[derive(Clone, Debug)]
 struct Owner(String);
 
@@ -128,7 +128,8 @@ async fn authorize(State(gateway): Gate, mut request: Request, next: Next) -> Re
     if key.scope == Scope::Read && request.method() != Method::GET {
         return ApiError::new(StatusCode::FORBIDDEN, "this key is for calls that change nothing").into_response();
     }
-    request.extensions_mut().insert(Owner(key.name));
+    request.extensions_mut().insert(key.scope);
+    request.extensions_mut().insert(Owner(key.owner().to_owned()));
     next.run(request).await
 }
 
@@ -292,11 +293,13 @@ async fn list_running(State(gateway): Gate, Extension(owner): Who, query: Asked)
     Ok(Json(filtered(&gateway, &owner, &query)?.0))
 }
 
-async fn show(State(gateway): Gate, Own(entry): Own) -> Answer<Json<Detail>> {
+async fn show(State(gateway): Gate, Extension(scope): Extension<Scope>, Own(entry): Own) -> Answer<Json<Detail>> {
     let record = entry.get();
     let on_timeout = if record.auto_pause { OnTimeout::Pause } else { OnTimeout::Kill };
     let lifecycle = Lifecycle { auto_resume: record.auto_resume, on_timeout };
-    let (envd_access_token, domain) = (gateway.token(&record.id), gateway.0.domain.clone());
+    // The token makes its holder root in the guest, which changes it.
+    let envd_access_token = (scope == Scope::All).then(|| gateway.token(&record.id));
+    let domain = gateway.0.domain.clone();
     let AskedNetwork { is_allowed: allow_internet_access, allow_out, deny_out } = record.network.clone();
     let (allow_public_traffic, mask_request_host) = (!record.is_private, record.masked_host.clone());
     let network = NetworkShown { allow_public_traffic, allow_out, deny_out, mask_request_host };

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::{self, Write};
+use std::fs::File;
+use std::io::{self, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -106,13 +107,24 @@ impl FromStr for Scope {
 /// A key, without what only its owner has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyInfo {
-    /// Its name: that of its owner. Sandboxes belong to names.
+    /// Its name.
     pub name: String,
+    /// The owner of what is made with it; the key's name if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    owner: Option<String>,
     /// What it may do.
     #[serde(default)]
     pub scope: Scope,
     /// The SHA-256 of the key, as hexadecimal digits.
     sha256: String,
+}
+
+impl KeyInfo {
+    /// Who owns what is made with it, and may see it. Several keys may have one owner.
+    #[must_use]
+    pub fn owner(&self) -> &str {
+        self.owner.as_deref().unwrap_or(&self.name)
+    }
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -135,6 +147,14 @@ pub struct ApiKeys {
     loaded: Mutex<Loaded>,
 }
 
+fn check_name(name: &str) -> Result<(), KeysError> {
+    let is_name = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
+    if name.is_empty() || name.len() > MAX_NAME || !name.bytes().all(is_name) {
+        return Err(KeysError::Name { name: name.to_owned() });
+    }
+    Ok(())
+}
+
 fn hash(key: &str) -> String {
     hex(&Sha256::digest(key.as_bytes()))
 }
@@ -151,22 +171,39 @@ impl ApiKeys {
     }
 
     fn read(&self) -> Result<KeysFile, KeysError> {
-        let bytes = match std::fs::read(&self.path) {
+        let mut file = match File::open(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(KeysFile::default()),
             other => other.map_err(|source| self.failed(source))?,
         };
-        let mode = std::fs::metadata(&self.path).map_err(|source| self.failed(source))?.mode() & 0o7777;
+        // The mode is that of the bytes: the file may be replaced meanwhile.
+        let mode = file.metadata().map_err(|source| self.failed(source))?.mode() & 0o7777;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).map_err(|source| self.failed(source))?;
         if mode & 0o022 != 0 {
             return Err(KeysError::Open { path: self.path.clone(), mode });
         }
         serde_json::from_slice(&bytes).map_err(|source| KeysError::Form { path: self.path.clone(), source })
     }
 
+    fn dir(&self) -> &Path {
+        self.path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."))
+    }
+
+    /// Changes the file. A change that another process makes at the same time waits, so none is lost.
+    fn change<T>(&self, change: impl FnOnce(&mut KeysFile) -> Result<T, KeysError>) -> Result<T, KeysError> {
+        let opened = std::fs::create_dir_all(self.dir()).and_then(|()| File::open(self.dir()));
+        let dir = opened.map_err(|source| self.failed(source))?;
+        dir.lock().map_err(|source| self.failed(source))?;
+        let mut file = self.read()?;
+        let done = change(&mut file)?;
+        self.write(&file)?;
+        Ok(done)
+    }
+
     /// Replaces the file as a whole: a reader has the old one or the new one.
     fn write(&self, keys: &KeysFile) -> Result<(), KeysError> {
-        let dir = self.path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let text = serde_json::to_vec_pretty(keys).map_err(|error| self.failed(error.into()))?;
-        let written = std::fs::create_dir_all(dir).and_then(|()| NamedTempFile::new_in(dir)).and_then(|mut file| {
+        let written = NamedTempFile::new_in(self.dir()).and_then(|mut file| {
             file.write_all(&text)?;
             file.as_file().sync_all()?;
             file.persist(&self.path).map_err(|error| error.error).map(drop)
@@ -174,22 +211,22 @@ impl ApiKeys {
         written.map_err(|source| self.failed(source))
     }
 
-    /// Makes a key and returns it. It is shown this once.
+    /// Makes a key and returns it. It is shown this once. Without an `owner` its name is the owner.
     ///
     /// # Errors
-    /// When the name is taken or is none, or the file cannot be written.
-    pub fn add(&self, name: &str, scope: Scope) -> Result<String, KeysError> {
-        let is_name = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
-        if name.is_empty() || name.len() > MAX_NAME || !name.bytes().all(is_name) {
-            return Err(KeysError::Name { name: name.to_owned() });
-        }
-        let mut file = self.read()?;
-        if file.keys.iter().any(|key| key.name == name) {
-            return Err(KeysError::Taken { name: name.to_owned() });
-        }
-        let key = format!("{PREFIX}{}", random_hex::<20>().map_err(|source| self.failed(source))?);
-        file.keys.push(KeyInfo { name: name.to_owned(), scope, sha256: hash(&key) });
-        self.write(&file).map(|()| key)
+    /// When the key's name is taken, a name is malformed, or the file cannot be written.
+    pub fn add(&self, name: &str, owner: Option<&str>, scope: Scope) -> Result<String, KeysError> {
+        check_name(name)?;
+        owner.map_or(Ok(()), check_name)?;
+        self.change(|file| {
+            if file.keys.iter().any(|key| key.name == name) {
+                return Err(KeysError::Taken { name: name.to_owned() });
+            }
+            let key = format!("{PREFIX}{}", random_hex::<20>().map_err(|source| self.failed(source))?);
+            let (name, owner) = (name.to_owned(), owner.map(str::to_owned));
+            file.keys.push(KeyInfo { name, owner, scope, sha256: hash(&key) });
+            Ok(key)
+        })
     }
 
     /// Takes a key back.
@@ -197,13 +234,14 @@ impl ApiKeys {
     /// # Errors
     /// When there is none of that name, or the file cannot be written.
     pub fn remove(&self, name: &str) -> Result<(), KeysError> {
-        let mut file = self.read()?;
-        let count = file.keys.len();
-        file.keys.retain(|key| key.name != name);
-        if file.keys.len() == count {
-            return Err(KeysError::None { name: name.to_owned() });
-        }
-        self.write(&file)
+        self.change(|file| {
+            let count = file.keys.len();
+            file.keys.retain(|key| key.name != name);
+            match file.keys.len() == count {
+                true => Err(KeysError::None { name: name.to_owned() }),
+                false => Ok(()),
+            }
+        })
     }
 
     /// All keys.
@@ -243,8 +281,8 @@ mod tests {
         let path = dir.path().join("sub/keys.json");
         let keys = ApiKeys::new(&path);
         assert_eq!(keys.find("e2b_").unwrap(), None);
-        let one = keys.add("one", Scope::All).unwrap();
-        let two = keys.add("two", Scope::Read).unwrap();
+        let one = keys.add("one", None, Scope::All).unwrap();
+        let two = keys.add("two", None, Scope::Read).unwrap();
         assert!(one.starts_with("e2b_") && one.len() == 44 && one != two);
         assert!(!std::fs::read_to_string(&path).unwrap().contains(&one[4..]));
         assert_eq!(keys.find(&one).unwrap().unwrap().name, "one");
@@ -252,9 +290,9 @@ mod tests {
         for wrong in ["", "e2b_", &one[1..], &format!("{one} "), &hash(&one)] {
             assert_eq!(keys.find(wrong).unwrap(), None, "{wrong}");
         }
-        assert!(matches!(keys.add("one", Scope::All), Err(KeysError::Taken { .. })));
+        assert!(matches!(keys.add("one", None, Scope::All), Err(KeysError::Taken { .. })));
         for name in ["", "a b", "ä", &"x".repeat(49)] {
-            assert!(matches!(keys.add(name, Scope::All), Err(KeysError::Name { .. })), "{name}");
+            assert!(matches!(keys.add(name, None, Scope::All), Err(KeysError::Name { .. })), "{name}");
         }
         // By another process.
         ApiKeys::new(&path).remove("one").unwrap();
@@ -268,7 +306,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("keys.json");
         let keys = ApiKeys::new(&path);
-        let one = keys.add("one", Scope::All).unwrap();
+        let one = keys.add("one", None, Scope::All).unwrap();
         assert!(keys.find(&one).unwrap().is_some());
         std::fs::write(&path, "{").unwrap();
         assert!(matches!(keys.find(&one), Err(KeysError::Form { .. })));
@@ -276,5 +314,42 @@ mod tests {
         std::fs::write(&path, "{\"keys\": []}").unwrap();
         std::fs::set_permissions(&path, Permissions::from_mode(0o666)).unwrap();
         assert!(matches!(keys.list(), Err(KeysError::Open { mode: 0o666, .. })));
+    }
+
+    #[test]
+    fn keys_that_are_added_and_removed_at_once_are_all_there_or_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("keys.json");
+        ApiKeys::new(&path).add("kept", None, Scope::All).unwrap();
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                let keys = ApiKeys::new(&path);
+                scope.spawn(move || {
+                    for n in 0..8 {
+                        keys.add(&format!("k{thread}-{n}"), None, Scope::All).unwrap();
+                        keys.add(&format!("gone{thread}-{n}"), None, Scope::All).unwrap();
+                        keys.remove(&format!("gone{thread}-{n}")).unwrap();
+                    }
+                });
+            }
+        });
+        let names: std::collections::BTreeSet<String> =
+            ApiKeys::new(&path).list().unwrap().into_iter().map(|key| key.name).collect();
+        let wanted = (0..4).flat_map(|thread| (0..8).map(move |n| format!("k{thread}-{n}")));
+        assert_eq!(names, wanted.chain(["kept".to_owned()]).collect());
+    }
+
+    #[test]
+    fn a_key_has_an_owner_which_is_its_name_if_no_other_is_given() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("keys.json");
+        // As an older clade wrote it.
+        std::fs::write(&path, r#"{"keys": [{"name": "old", "scope": "all", "sha256": "00"}]}"#).unwrap();
+        let keys = ApiKeys::new(&path);
+        keys.add("watch", Some("old"), Scope::Read).unwrap();
+        let all: Vec<(String, String)> =
+            keys.list().unwrap().into_iter().map(|key| (key.owner().to_owned(), key.name)).collect();
+        assert_eq!(all, [("old".into(), "old".into()), ("old".into(), "watch".into())]);
+        assert!(matches!(keys.add("x", Some("a/b"), Scope::All), Err(KeysError::Name { name }) if name == "a/b"));
     }
 }

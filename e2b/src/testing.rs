@@ -382,7 +382,11 @@ impl Fake {
     }
 
     pub(crate) fn key(&self, name: &str) -> String {
-        self.gateway.0.keys.add(name, Scope::All).unwrap()
+        self.key_of(name, None, Scope::All)
+    }
+
+    pub(crate) fn key_of(&self, name: &str, owner: Option<&str>, scope: Scope) -> String {
+        self.gateway.0.keys.add(name, owner, scope).unwrap()
     }
 
     pub(crate) async fn request(&self, request: Request) -> (u16, Value) {

@@ -124,7 +124,9 @@ pub(crate) struct NetworkShown {
 pub(crate) struct Detail {
     #[serde(flatten)]
     pub(crate) listed: Listed,
-    pub(crate) envd_access_token: String,
+    /// Not for keys of scope `read`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) envd_access_token: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) domain: Option<String>,
     /// Null where it was not asked for.

@@ -163,7 +163,7 @@ impl Bench {
     fn start(args: &BenchArgs, image: &str) -> Result<Self, Failure> {
         let dir = tempfile::tempdir().map_err(Failure::run)?;
         let keys = dir.path().join("keys.json");
-        let key = ApiKeys::new(&keys).add("bench", Scope::All).map_err(Failure::run)?;
+        let key = ApiKeys::new(&keys).add("bench", None, Scope::All).map_err(Failure::run)?;
         // Free now; nobody else has reason to take it.
         let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
         let address = free.map_err(Failure::run)?;

@@ -47,7 +47,7 @@ impl KeysFile {
 /// `clade key`.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum KeyCommand {
-    /// Make a key and print it, this once. Its name owns what is made with it.
+    /// Make a key and print it, this once. Its owner owns what is made with it.
     Add(AddArgs),
     /// List the keys' names.
     Ls(ListArgs),
@@ -59,6 +59,9 @@ pub(crate) enum KeyCommand {
 pub(crate) struct AddArgs {
     /// Its name.
     name: String,
+    /// Who owns what is made with it, and sees it. Several keys may have one owner. Default: its name.
+    #[arg(long, value_name = "NAME")]
+    owner: Option<String>,
     /// What it may do: all calls, or those that change nothing.
     #[arg(long, value_name = "all|read", default_value = "all")]
     scope: Scope,
@@ -93,6 +96,7 @@ fn failure(error: KeysError) -> Failure {
 #[derive(Serialize)]
 struct Row {
     name: String,
+    owner: String,
     scope: Scope,
 }
 
@@ -100,19 +104,22 @@ pub(super) fn key(command: &KeyCommand) -> Outcome {
     let keys = |file: &KeysFile| file.path().map(|path| ApiKeys::new(&path));
     match command {
         KeyCommand::Add(args) => {
-            let key = keys(&args.keys)?.add(&args.name, args.scope).map_err(failure)?;
+            let key = keys(&args.keys)?.add(&args.name, args.owner.as_deref(), args.scope).map_err(failure)?;
             writeln!(io::stdout(), "{key}").map_err(Failure::run)?;
         }
         KeyCommand::Rm(args) => keys(&args.keys)?.remove(&args.name).map_err(failure)?,
         KeyCommand::Ls(args) => {
             let all = keys(&args.keys)?.list().map_err(failure)?;
-            let rows: Vec<Row> = all.into_iter().map(|key| Row { name: key.name, scope: key.scope }).collect();
+            let rows: Vec<Row> = all
+                .into_iter()
+                .map(|key| Row { owner: key.owner().to_owned(), name: key.name, scope: key.scope })
+                .collect();
             if args.json {
                 return print_json(&rows).map_err(Failure::run);
             }
-            let mut table = Table::new(["NAME", "SCOPE"]);
+            let mut table = Table::new(["NAME", "OWNER", "SCOPE"]);
             for row in rows {
-                table.words([row.name, row.scope.to_string()]);
+                table.words([row.name, row.owner, row.scope.to_string()]);
             }
             table.print().map_err(Failure::run)?;
         }

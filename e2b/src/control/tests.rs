@@ -87,3 +87,35 @@ async fn a_vm_whose_making_fails_anywhere_is_stopped() {
         }
     }
 }
+
+#[tokio::test]
+async fn a_key_that_reads_sees_what_is_its_owners_and_opens_nothing() {
+    let fake = Fake::new();
+    let [one, two] = ["one", "two"].map(|name| fake.key(name));
+    let reads = fake.key_of("watch", Some("one"), Scope::Read);
+    let writes = fake.key_of("more", Some("one"), Scope::All);
+    let id = fake.sandbox(&one, json!({ "metadata": { "a": "b" } })).await;
+    let path = format!("/sandboxes/{id}");
+    let token = fake.gateway.token(&id);
+    for (path, answers) in [
+        (path.clone(), true),
+        ("/sandboxes".to_owned(), true),
+        ("/v2/sandboxes".to_owned(), true),
+        (format!("{path}/logs"), true),
+        (format!("/sandboxes/metrics?sandbox_ids={id}"), true),
+    ] {
+        let (status, answer) = fake.call(&reads, "GET", &path, Value::Null).await;
+        assert_eq!(status == 200, answers, "{path}: {answer}");
+        assert!(!answer.to_string().contains(&token) && !answer.to_string().contains("ccessToken"), "{path}: {answer}");
+    }
+    assert_eq!(fake.call(&reads, "GET", "/v2/sandboxes", Value::Null).await.1[0]["sandboxID"], id.as_str());
+    for (method, path) in
+        [("POST", format!("{path}/connect")), ("POST", "/sandboxes".to_owned()), ("DELETE", path.clone())]
+    {
+        assert_eq!(fake.call(&reads, method, &path, json!({})).await.0, 403, "{method} {path}");
+    }
+    // Another key of the owner has the token, and another owner's has nothing.
+    assert_eq!(fake.call(&writes, "GET", &path, Value::Null).await.1["envdAccessToken"], token.as_str());
+    assert_eq!(fake.call(&two, "GET", &path, Value::Null).await.0, 404);
+    assert_eq!(fake.call(&writes, "DELETE", &path, Value::Null).await.0, 204);
+}
