@@ -1,6 +1,8 @@
 //! What happens by itself: sandboxes pause when their time is over, and those that are gone are
 //! forgotten.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use clade_daemon::control::{CheckpointInfo, ClientError};
@@ -8,10 +10,49 @@ use hyper::Method;
 use jiff::Timestamp;
 
 use crate::gateway::Gateway;
+use crate::records::Record;
 
-/// How often it is looked for sandboxes whose time is over, and after how many times for those that are gone.
+/// How often the gateway looks for sandboxes whose time is over, and for those that are gone.
 const TICK: Duration = Duration::from_millis(250);
-const TICKS_OF_A_SWEEP: u32 = 20;
+const SWEEP: Duration = Duration::from_secs(5);
+/// Sandboxes of one owner that are paused at a time because their time is over.
+const MAX_PAUSING: usize = 8;
+
+/// The sandboxes that are being paused, by owner.
+#[derive(Debug, Default)]
+struct Pausing(Mutex<BTreeMap<String, BTreeSet<String>>>);
+
+/// One of them, until this is dropped.
+#[derive(Debug)]
+struct OnePausing {
+    of: Arc<Pausing>,
+    owner: String,
+    id: String,
+}
+
+impl Pausing {
+    /// Takes a place for a sandbox. None if the sandbox is being paused, or its owner has no place left.
+    fn begin(self: &Arc<Self>, record: &Record) -> Option<OnePausing> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let ids = all.entry(record.owner.clone()).or_default();
+        if ids.len() >= MAX_PAUSING || !ids.insert(record.id.clone()) {
+            return None;
+        }
+        Some(OnePausing { of: Arc::clone(self), owner: record.owner.clone(), id: record.id.clone() })
+    }
+}
+
+impl Drop for OnePausing {
+    fn drop(&mut self) {
+        let mut all = self.of.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(ids) = all.get_mut(&self.owner) {
+            ids.remove(&self.id);
+            if ids.is_empty() {
+                all.remove(&self.owner);
+            }
+        }
+    }
+}
 
 impl Gateway {
     /// Forgets sandboxes whose VMs are gone, and snapshots whose checkpoints are.
@@ -34,24 +75,76 @@ impl Gateway {
         Ok(())
     }
 
-    /// Pauses sandboxes whose time is over, for ever.
-    pub(crate) async fn keep_time(self) {
-        let mut ticks: u32 = 0;
+    /// Forgets what is gone, for ever.
+    pub(crate) async fn keep_swept(&self) {
         loop {
-            if ticks.is_multiple_of(TICKS_OF_A_SWEEP)
-                && let Err(error) = self.sweep().await
-            {
+            if let Err(error) = self.sweep().await {
                 tracing::debug!(%error, "sandboxes are not looked for");
             }
-            ticks = ticks.wrapping_add(1);
+            tokio::time::sleep(SWEEP).await;
+        }
+    }
+
+    /// Pauses sandboxes whose time is over, for ever. Each pauses in a task of its own: one that takes long
+    /// delays no other owner's.
+    pub(crate) async fn keep_time(&self) {
+        let pausing = Arc::new(Pausing::default());
+        loop {
             tokio::time::sleep(TICK).await;
             let now = Timestamp::now();
             for entry in self.0.sandboxes.select(|record| record.is_to_pause(now)) {
-                // It may have been given more time meanwhile.
-                if let Err(error) = self.pause(&entry, |record| record.is_to_pause(now)).await {
-                    tracing::debug!(%error.message, id = entry.get().id, "a sandbox is not paused");
-                }
+                let Some(one) = pausing.begin(&entry.get()) else { continue };
+                let gateway = self.clone();
+                tokio::spawn(async move {
+                    // The sandbox may have been given more time meanwhile.
+                    if let Err(error) = gateway.pause(&entry, |record| record.is_to_pause(now)).await {
+                        tracing::debug!(%error.message, id = one.id, "a sandbox is not paused");
+                    }
+                    drop(one);
+                });
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::testing::{Fake, until};
+
+    #[tokio::test]
+    async fn a_sandbox_that_pauses_slowly_delays_no_other_owners() {
+        let fake = Fake::new();
+        let (one, two) = (fake.key("one"), fake.key("two"));
+        let mut slow = Vec::new();
+        for _ in 0..2 * MAX_PAUSING {
+            slow.push(fake.sandbox(&one, json!({ "autoPause": true })).await);
+        }
+        let other = fake.sandbox(&two, json!({ "autoPause": true })).await;
+        for id in &slow {
+            fake.world.hold(&format!("{id} pause"));
+        }
+        for record in fake.gateway.0.sandboxes.list() {
+            let entry = fake.gateway.0.sandboxes.get(&record.id).unwrap();
+            fake.gateway.0.sandboxes.change(&entry, |record| record.end_at = Timestamp::UNIX_EPOCH);
+        }
+        let gateway = fake.gateway.clone();
+        let keeping = tokio::spawn(async move { gateway.keep_time().await });
+        until("the other owner's to pause", || fake.gateway.0.sandboxes.get(&other).unwrap().get().paused).await;
+        until("as many as one owner may have", || {
+            let fleet = fake.world.fleet();
+            fleet.log.iter().filter(|what| what.ends_with(" pause")).count() == MAX_PAUSING + 1
+        })
+        .await;
+        fake.world.release();
+        until("all to pause", || fake.world.fleet().vms.values().all(|vm| vm.is_paused)).await;
+        keeping.abort();
+        let log = fake.world.fleet().log.clone();
+        let pauses = log.iter().filter(|what| what.ends_with(" pause")).count();
+        assert_eq!(pauses, slow.len() + 1, "each was paused once: {log:?}");
+        let key = &one;
+        assert_eq!(fake.call(key, "GET", &format!("/sandboxes/{}", slow[0]), Value::Null).await.1["state"], "paused");
     }
 }

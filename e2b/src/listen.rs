@@ -135,7 +135,7 @@ impl Gateway {
         let listener = TcpListener::from_std(listener).map_err(failed)?;
         let (router, gateway) = (router(self), self.clone());
         let serving = async move {
-            tokio::join!(accept(listener, router), gateway.keep_time());
+            tokio::join!(accept(listener, router), gateway.keep_time(), gateway.keep_swept());
         };
         Ok((bound, serving))
     }

@@ -112,6 +112,11 @@ impl World {
         }
     }
 
+    /// Holds requests with this in them.
+    pub(crate) fn hold(&self, what: &str) {
+        self.fleet().held.push(what.to_owned());
+    }
+
     /// Lets all requests go on.
     pub(crate) fn release(&self) {
         let mut fleet = self.fleet();
