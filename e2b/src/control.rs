@@ -133,12 +133,15 @@ async fn authorize(State(gateway): Gate, mut request: Request, next: Next) -> Re
     next.run(request).await
 }
 
-/// A body of JSON. The older calls have none where everything may be left out.
-async fn body<T: DeserializeOwned>(request: Request) -> Answer<T> {
+async fn body_bytes(request: Request) -> Answer<Bytes> {
     let late = |_| ApiError::new(StatusCode::REQUEST_TIMEOUT, "the body did not come in time");
     let read = tokio::time::timeout(BODY_TIME, Bytes::from_request(request, &())).await.map_err(late)?;
-    let bytes = read.map_err(|rejection| ApiError::new(rejection.status(), rejection.body_text()))?;
-    let text: &[u8] = if bytes.is_empty() { b"{}" } else { &bytes };
+    read.map_err(|rejection| ApiError::new(rejection.status(), rejection.body_text()))
+}
+
+/// What a body of JSON says. The older calls have none where everything may be left out.
+fn parsed<T: DeserializeOwned>(bytes: &[u8]) -> Answer<T> {
+    let text: &[u8] = if bytes.is_empty() { b"{}" } else { bytes };
     serde_json::from_slice(text).map_err(|error| ApiError::bad(format!("the body: {error}")))
 }
 
@@ -150,12 +153,17 @@ pub(crate) async fn to_the_end<T: Send + 'static>(
     tokio::spawn(change).await.unwrap_or_else(|error| Err(ApiError::internal(error.to_string())))
 }
 
+async fn body<T: DeserializeOwned>(request: Request) -> Answer<T> {
+    parsed(&body_bytes(request).await?)
+}
+
 async fn create(State(gateway): Gate, Extension(owner): Who, request: Request) -> Answer<(StatusCode, Json<Sandbox>)> {
     let key = request.headers().get("idempotency-key").and_then(|key| key.to_str().ok()).map(str::to_owned);
-    let new: NewSandbox = body(request).await?;
+    let bytes = body_bytes(request).await?;
+    let new: NewSandbox = parsed(&bytes)?;
     let made = async move {
         let made = gateway.create(&owner.0, new);
-        gateway.0.replays.once(&owner.0, key.as_deref(), made).await
+        gateway.0.replays.once(&owner.0, key.as_deref(), &bytes, made).await
     };
     let sandbox = to_the_end(made).await?;
     Ok((StatusCode::CREATED, Json(sandbox)))

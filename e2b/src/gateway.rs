@@ -126,11 +126,13 @@ impl Gateway {
         record.is_private.then(|| self.0.token_key.traffic_token(&record.id))
     }
 
-    /// Takes as long for each text of the same length.
     pub(crate) fn is_traffic_token(&self, id: &str, given: &[u8]) -> bool {
-        let own = self.0.token_key.traffic_token(id);
-        let (own, length) = (own.as_bytes(), own.len());
-        length > 0 && given.len() == length && own.iter().zip(given).fold(0, |odd, (a, b)| odd | (a ^ b)) == 0
+        is_same(&self.0.token_key.traffic_token(id), given)
+    }
+
+    /// Whether this is the token of a sandbox's agent.
+    pub(crate) fn is_token(&self, id: &str, given: &[u8]) -> bool {
+        is_same(&self.token(id), given)
     }
 
     /// How a sandbox is shown to who made it.
@@ -192,6 +194,12 @@ impl Gateway {
             _ => {}
         }
     }
+}
+
+/// Takes as long for each text of the same length.
+fn is_same(own: &str, given: &[u8]) -> bool {
+    let (own, length) = (own.as_bytes(), own.len());
+    length > 0 && given.len() == length && own.iter().zip(given).fold(0, |odd, (a, b)| odd | (a ^ b)) == 0
 }
 
 #[cfg(test)]

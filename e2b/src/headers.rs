@@ -16,7 +16,7 @@ pub(crate) const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 /// Opens the ports of a sandbox that is not public.
 pub(crate) const TRAFFIC_TOKEN: HeaderName = HeaderName::from_static("e2b-traffic-access-token");
 /// Opens a sandbox's agent, and nothing else.
-const AGENT_TOKEN: HeaderName = HeaderName::from_static(TOKEN_HEADER);
+pub(crate) const AGENT_TOKEN: HeaderName = HeaderName::from_static(TOKEN_HEADER);
 const WEBSOCKET: HeaderValue = HeaderValue::from_static("websocket");
 /// What concerns a connection, or this host alone.
 const NOT_PASSED_ON: [HeaderName; 13] = [

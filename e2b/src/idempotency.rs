@@ -1,9 +1,12 @@
 //! Calls that are made twice with one `Idempotency-Key`: a sandbox is made once.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use axum::http::StatusCode;
+use sha2::{Digest, Sha256};
 
 use tokio::sync::Mutex as AsyncMutex;
 
@@ -12,8 +15,8 @@ use crate::wire::Sandbox;
 
 /// How long an answer is kept.
 const KEPT: Duration = Duration::from_secs(600);
-/// Most answers that are kept. The oldest go first.
-const MAX_KEPT: usize = 4096;
+/// Most answers of one owner that are kept. The owner's oldest go first.
+const MAX_KEPT: usize = 1024;
 /// Most bytes of a key.
 const MAX_KEY: usize = 255;
 
@@ -21,44 +24,60 @@ type Slot = Arc<AsyncMutex<Option<Sandbox>>>;
 
 #[derive(Debug)]
 struct Kept {
-    owner: String,
     key: String,
+    /// The SHA-256 of the call's body.
+    body: [u8; 32],
     since: Instant,
     answer: Slot,
 }
 
-/// The answers of calls that may come again.
+/// The answers of calls that may come again, by owner.
 #[derive(Debug, Default)]
-pub(crate) struct Replays(Mutex<VecDeque<Kept>>);
+pub(crate) struct Replays(Mutex<BTreeMap<String, VecDeque<Kept>>>);
 
 impl Replays {
-    fn slot(&self, owner: &str, key: &str) -> Slot {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        while all.len() >= MAX_KEPT || all.front().is_some_and(|kept| kept.since.elapsed() > KEPT) {
+    fn slot(&self, owner: &str, key: &str, body: &[u8]) -> Answer<Slot> {
+        let body = Sha256::digest(body).into();
+        let mut owners = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        owners.retain(|_, all| {
+            while all.front().is_some_and(|kept| kept.since.elapsed() > KEPT) {
+                all.pop_front();
+            }
+            !all.is_empty()
+        });
+        let all = owners.entry(owner.to_owned()).or_default();
+        if let Some(kept) = all.iter_mut().find(|kept| kept.key == key) {
+            // What has failed may be asked for in another way.
+            let has_failed = kept.answer.try_lock().is_ok_and(|answer| answer.is_none());
+            if kept.body != body && !has_failed {
+                let why = format!("Idempotency-Key {key:?} was used for another request");
+                return Err(ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, why));
+            }
+            kept.body = body;
+            return Ok(Arc::clone(&kept.answer));
+        }
+        if all.len() >= MAX_KEPT {
             all.pop_front();
         }
-        if let Some(kept) = all.iter().find(|kept| kept.owner == owner && kept.key == key) {
-            return Arc::clone(&kept.answer);
-        }
         let answer = Slot::default();
-        let (owner, key) = (owner.to_owned(), key.to_owned());
-        all.push_back(Kept { owner, key, since: Instant::now(), answer: Arc::clone(&answer) });
-        answer
+        all.push_back(Kept { key: key.to_owned(), body, since: Instant::now(), answer: Arc::clone(&answer) });
+        Ok(answer)
     }
 
-    /// Runs `work`, or answers what it answered for this key. A call that comes meanwhile waits. What
-    /// failed is run again.
+    /// Runs `work`, or answers what it answered for this key and this body. A call that comes meanwhile
+    /// waits. What failed is run again.
     pub(crate) async fn once(
         &self,
         owner: &str,
         key: Option<&str>,
+        body: &[u8],
         work: impl Future<Output = Answer<Sandbox>>,
     ) -> Answer<Sandbox> {
         let Some(key) = key else { return work.await };
         if key.is_empty() || key.len() > MAX_KEY {
             return Err(ApiError::bad(format!("Idempotency-Key has 1 to {MAX_KEY} characters, not {}", key.len())));
         }
-        let slot = self.slot(owner, key);
+        let slot = self.slot(owner, key, body)?;
         let mut answer = slot.lock().await;
         if let Some(sandbox) = &*answer {
             return Ok(sandbox.clone());
@@ -96,17 +115,41 @@ mod tests {
                 tokio::task::yield_now().await;
                 Ok(sandbox(made.fetch_add(1, Ordering::Relaxed)))
             };
-            replays.once(owner, key, work).await.unwrap().id
+            replays.once(owner, key, b"{}", work).await.unwrap().id
         };
         let both = tokio::join!(make("one", Some("k")), make("one", Some("k")));
         assert_eq!(both, ("0".to_owned(), "0".to_owned()));
         assert_eq!(make("two", Some("k")).await, "1");
         assert_eq!(make("one", Some("l")).await, "2");
         assert_eq!((make("one", None).await, make("one", None).await), ("3".to_owned(), "4".to_owned()));
-        let failed = replays.once("one", Some("f"), async { Err(ApiError::internal("no")) }).await;
+        let failed = replays.once("one", Some("f"), b"{}", async { Err(ApiError::internal("no")) }).await;
         assert_eq!(failed.unwrap_err().message, "no");
         assert_eq!(make("one", Some("f")).await, "5");
         let long = "x".repeat(MAX_KEY + 1);
-        assert!(replays.once("one", Some(&long), async { Ok(sandbox(9)) }).await.is_err());
+        assert!(replays.once("one", Some(&long), b"{}", async { Ok(sandbox(9)) }).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_key_is_for_one_request_and_evicts_no_other_owners() {
+        let replays = Replays::default();
+        let make = async |owner: &str, key: &str, body: &str, number: usize| {
+            let made = replays.once(owner, Some(key), body.as_bytes(), async { Ok(sandbox(number)) }).await;
+            made.map(|one| one.id).map_err(|error| error.status.as_u16())
+        };
+        assert_eq!(make("one", "k", "a", 1).await, Ok("1".to_owned()));
+        assert_eq!(make("one", "k", "b", 2).await, Err(422));
+        assert_eq!(make("one", "k", "a", 3).await, Ok("1".to_owned()));
+        // Another body waits for no call that is under way.
+        let under_way = replays.once("one", Some("w"), b"a", async {
+            assert_eq!(make("one", "w", "b", 4).await, Err(422));
+            Err(ApiError::internal("no"))
+        });
+        under_way.await.unwrap_err();
+        assert_eq!(make("one", "w", "b", 5).await, Ok("5".to_owned()));
+        for number in 0..MAX_KEPT + 1 {
+            make("two", &number.to_string(), "", number).await.unwrap();
+        }
+        assert_eq!(make("one", "k", "a", 6).await, Ok("1".to_owned()));
+        assert_eq!(make("two", "0", "", 7).await, Ok("7".to_owned()), "the owner's own oldest has gone");
     }
 }

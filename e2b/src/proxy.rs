@@ -23,7 +23,8 @@ use crate::control::to_the_end;
 use crate::error::{Answer, ApiError};
 use crate::gateway::Gateway;
 use crate::headers::{
-    TRAFFIC_TOKEN, asks_for_websocket, check_framing, offer_websocket, strip, strip_for_program, takes_websocket,
+    AGENT_TOKEN, TRAFFIC_TOKEN, asks_for_websocket, check_framing, offer_websocket, strip, strip_for_program,
+    takes_websocket,
 };
 use crate::ports::Target;
 use crate::records::{Entry, Record};
@@ -65,17 +66,18 @@ pub(crate) async fn forward(gateway: &Gateway, target: &Target, request: Request
     passed.unwrap_or_else(|refusal| refusal)
 }
 
-/// The sandbox as it runs, and what hears when it does not any more.
+/// The sandbox as it runs, and what hears when it does not any more. A paused one is woken if `may_wake`.
 async fn running(
     gateway: &Gateway,
     target: &Target,
     entry: &Arc<Entry<Record>>,
+    may_wake: bool,
 ) -> Result<(Record, watch::Receiver<()>), Response> {
     // Before it is looked at: a pause is noted in the record, and then heard of.
     let mut cut = entry.cut.subscribe();
     let mut record = entry.get();
     if record.paused {
-        if !record.auto_resume {
+        if !record.auto_resume || !may_wake {
             return Err(bad_gateway(target, "The sandbox is paused"));
         }
         let (waking, woken) = (gateway.clone(), Arc::clone(entry));
@@ -110,7 +112,13 @@ async fn to_agent(
     if request.headers().contains_key(UPGRADE) {
         return refused(StatusCode::NOT_IMPLEMENTED, "connections to the agent are not upgraded".to_owned());
     }
-    let (record, _) = running(gateway, target, entry).await?;
+    // The agent checks the token of each request; a paused sandbox has to be woken for that.
+    let mut shown = request.headers().get_all(AGENT_TOKEN).iter();
+    let may_wake = match (shown.next(), shown.next()) {
+        (Some(token), None) => gateway.is_token(&target.id, token.as_bytes()),
+        _ => false,
+    };
+    let (record, _) = running(gateway, target, entry, may_wake).await?;
     strip(request.headers_mut());
     request.headers_mut().insert(HOST, HeaderValue::from_static("localhost"));
     to_origin(&mut request);
@@ -186,7 +194,7 @@ async fn to_program(
     let is_websocket = asks_for_websocket(&head).map_err(refused)?;
     let mut request = Request::from_parts(head, body);
     let client = is_websocket.then(|| hyper::upgrade::on(&mut request));
-    let (record, mut cut) = running(gateway, target, entry).await?;
+    let (record, mut cut) = running(gateway, target, entry, true).await?;
     strip_for_program(request.headers_mut());
     if is_websocket {
         offer_websocket(request.headers_mut());

@@ -119,3 +119,30 @@ async fn a_key_that_reads_sees_what_is_its_owners_and_opens_nothing() {
     assert_eq!(fake.call(&two, "GET", &path, Value::Null).await.0, 404);
     assert_eq!(fake.call(&writes, "DELETE", &path, Value::Null).await.0, 204);
 }
+
+#[tokio::test]
+async fn only_the_token_of_a_paused_sandbox_wakes_it_by_its_agent() {
+    let fake = Fake::new();
+    let key = fake.key("one");
+    let lifecycle = json!({ "autoPause": true, "autoResume": { "enabled": true } });
+    let (id, other) = (fake.sandbox(&key, lifecycle).await, fake.sandbox(&key, Value::Null).await);
+    assert_eq!(fake.call(&key, "POST", &format!("/sandboxes/{id}/pause"), json!({})).await.0, 204);
+    let record = || fake.gateway.0.sandboxes.get(&id).unwrap().get();
+    let (before, tokens) = (record(), [&id, &other].map(|id| fake.gateway.token(id)));
+    let ask = |tokens: &[&str], path: &str| {
+        let request = Request::get(path).header("e2b-sandbox-id", &id);
+        let with = |request: axum::http::request::Builder, token: &&str| request.header("x-access-token", *token);
+        fake.request(tokens.iter().fold(request, with).body(axum::body::Body::empty()).unwrap())
+    };
+    for wrong in [&[][..], &["x"], &[""], &[&tokens[1]], &[&tokens[0], &tokens[0]], &[&tokens[0][1..]]] {
+        for path in ["/envs", "/health", "/files?path=/a&signature=v1_x"] {
+            assert_eq!(ask(wrong, path).await.0, 502, "{wrong:?} {path}");
+        }
+    }
+    assert_eq!(record(), before);
+    assert!(fake.world.fleet().vms[&id].is_paused);
+    assert_eq!(ask(&[&tokens[0]], "/envs").await, (200, Value::String(id.clone())));
+    assert!(!record().paused);
+    // And the agent asks for it then.
+    assert_eq!(ask(&["x"], "/envs").await.0, 401);
+}
