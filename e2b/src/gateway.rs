@@ -171,7 +171,7 @@ impl Gateway {
         action: &str,
         body: Option<&(impl serde::Serialize + Sync)>,
     ) -> Result<T, ClientError> {
-        self.0.client.supervisor(method, &format!("/v1/vms/{id}{action}"), body).await
+        self.0.client.of_vm(method, id, action, body).await
     }
 
     /// Has the VM's process end it at the time that is set, also when nobody supervises it.

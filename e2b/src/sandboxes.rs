@@ -90,8 +90,7 @@ impl Gateway {
     }
 
     async fn fork_checkpoint(&self, checkpoint: &str, request: &ForkRequest) -> Answer<ForkAnswer> {
-        let fork = format!("/v1/checkpoints/{checkpoint}/fork");
-        Ok(self.0.client.supervisor(Method::POST, &fork, Some(request)).await?)
+        Ok(self.0.client.of_checkpoint(Method::POST, checkpoint, "/fork", Some(request)).await?)
     }
 
     /// Makes a VM that was just forked a sandbox. One that cannot be is stopped.

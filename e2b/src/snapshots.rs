@@ -39,8 +39,7 @@ impl Gateway {
     }
 
     async fn remove_checkpoint(&self, name: &str) -> Answer<()> {
-        let path = format!("/v1/checkpoints/{name}");
-        let _: Value = self.0.client.supervisor(Method::DELETE, &path, None::<&()>).await?;
+        let _: Value = self.0.client.of_checkpoint(Method::DELETE, name, "", None::<&()>).await?;
         Ok(())
     }
 

@@ -271,16 +271,48 @@ impl Client {
         }
     }
 
-    /// Sends a request to the supervisor.
+    /// Sends a request for one VM to the supervisor. `action` is empty, or a path below the VM's.
     ///
     /// # Errors
-    /// When there is none, or it refuses.
+    /// As for [`Self::supervisor`].
+    pub async fn of_vm<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        name: &str,
+        action: &str,
+        body: Option<&(impl Serialize + Sync)>,
+    ) -> Result<T, ClientError> {
+        check_name(name)?;
+        self.supervisor(method, &format!("/v1/vms/{name}{action}"), body).await
+    }
+
+    /// The same for one checkpoint.
+    ///
+    /// # Errors
+    /// As for [`Self::supervisor`].
+    pub async fn of_checkpoint<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        name: &str,
+        action: &str,
+        body: Option<&(impl Serialize + Sync)>,
+    ) -> Result<T, ClientError> {
+        check_name(name)?;
+        self.supervisor(method, &format!("/v1/checkpoints/{name}{action}"), body).await
+    }
+
+    /// Sends a request to the supervisor. The path consists of names alone: the server would decode an
+    /// escape and cut off a query, so another request than the caller's would arrive.
+    ///
+    /// # Errors
+    /// When there is none, or it refuses. When the path has anything but names in it.
     pub async fn supervisor<T: DeserializeOwned>(
         &self,
         method: Method,
         uri: &str,
         body: Option<&(impl Serialize + Sync)>,
     ) -> Result<T, ClientError> {
+        check_path(uri)?;
         let mut attempt = 1;
         loop {
             let answer = self.supervisor_once(method.clone(), uri, body).await;
@@ -394,6 +426,12 @@ impl Client {
         all.vms.sort_unstable_by(|one, other| one.name.cmp(&other.name));
         Ok(all)
     }
+}
+
+/// Checks that a path consists of names. The error has the part that is none.
+fn check_path(path: &str) -> Result<(), ClientError> {
+    let names = path.strip_prefix('/').unwrap_or(path);
+    names.split('/').try_for_each(|name| Ok(check_name(name)?))
 }
 
 /// Lets the reason of a refusal pass.

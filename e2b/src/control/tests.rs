@@ -146,3 +146,43 @@ async fn only_the_token_of_a_paused_sandbox_wakes_it_by_its_agent() {
     // And the agent asks for it then.
     assert_eq!(ask(&["x"], "/envs").await.0, 401);
 }
+
+#[tokio::test]
+async fn no_spelling_of_another_owners_snapshot_makes_a_sandbox_of_it() {
+    let fake = Fake::new();
+    let (one, two) = (fake.key("one"), fake.key("two"));
+    let id = fake.sandbox(&one, Value::Null).await;
+    let (status, taken) =
+        fake.call(&one, "POST", &format!("/sandboxes/{id}/snapshots"), json!({ "name": "kept" })).await;
+    assert_eq!((status, &taken["snapshotID"]), (201, &json!("kept")), "{taken}");
+    let checkpoints: Vec<String> = fake.world.fleet().checkpoints.keys().cloned().collect();
+    let vms = fake.world.fleet().vms.len();
+    for name in ["kept", "kept:default"]
+        .into_iter()
+        .chain(checkpoints.iter().map(String::as_str))
+        .filter(|name| *name != "base")
+    {
+        for spelling in [
+            name.to_owned(),
+            format!("{name}:default"),
+            name.replacen('k', "%6b", 1),
+            name.replacen('e', "%65", 1),
+            name.replacen('e', "%2565", 1),
+            format!("{name}?"),
+            format!("{name}#"),
+            format!("{name} "),
+            format!("{name}/"),
+            format!("./{name}"),
+            format!("x/../{name}"),
+            format!("{name}\0"),
+        ] {
+            let (status, answer) = fake.call(&two, "POST", "/sandboxes", json!({ "templateID": spelling })).await;
+            assert_eq!(status, 404, "{spelling:?}: {answer}");
+            let path = format!("/templates/{}", spelling.replace(['?', '#', ' ', '\0'], "%20"));
+            let (status, answer) = fake.call(&two, "DELETE", &path, Value::Null).await;
+            assert!([404, 405].contains(&status), "{spelling:?}: {answer}");
+        }
+    }
+    assert_eq!(fake.world.fleet().vms.len(), vms);
+    assert_eq!(fake.call(&one, "POST", "/sandboxes", json!({ "templateID": "kept" })).await.0, 201);
+}

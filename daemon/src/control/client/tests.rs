@@ -133,3 +133,26 @@ async fn a_refusal_that_may_pass_is_answered_by_another_attempt() {
     let (answer, count) = ask(Client::new(dir.path()), Method::GET, ProblemKind::TooMany, 1).await;
     assert!(answer.is_err() && count == 1, "a supervisor's own client sends a request once: {answer:?}");
 }
+
+#[test]
+fn a_path_to_the_supervisor_consists_of_names() {
+    let dir = tempfile::tempdir().unwrap();
+    // A request that is sent fails in another way: nothing listens.
+    let client = Client::new(dir.path());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let is_bad = |error: ClientError| matches!(error, ClientError::Name(FleetError::BadName { .. }));
+    for name in ["%6bept", "k%65pt", "kept?", "kept?x", "kept#", "kept ", "..", ".", "", "a/../b", "a\r\nb", "\u{e9}"] {
+        let path = format!("/v1/checkpoints/{name}/fork");
+        let error = runtime.block_on(client.supervisor::<VmInfo>(Method::POST, &path, None::<&()>)).unwrap_err();
+        assert!(is_bad(error), "{name:?}");
+        let error = runtime.block_on(client.of_checkpoint::<VmInfo>(Method::GET, name, "", None::<&()>)).unwrap_err();
+        assert!(is_bad(error), "{name:?}");
+    }
+    for name in ["a/b", "kept/fork"] {
+        let error = runtime.block_on(client.of_vm::<VmInfo>(Method::GET, name, "", None::<&()>)).unwrap_err();
+        assert!(is_bad(error), "{name:?}");
+    }
+    let path = "/v1/checkpoints/kept/fork";
+    let sent = runtime.block_on(client.supervisor::<VmInfo>(Method::POST, path, None::<&()>));
+    assert!(matches!(sent, Err(ClientError::NoSupervisor { .. })), "{sent:?}");
+}
