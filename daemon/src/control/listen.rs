@@ -11,7 +11,7 @@ use axum::extract::Request;
 use axum::http::Method;
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
-use axum::middleware::{Next, from_fn};
+use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
@@ -30,6 +30,7 @@ use crate::control::object::begins_object;
 use crate::control::problem::{ApiError, ProblemKind};
 use crate::control::ram::MAX_MEMORY;
 use crate::control::server::router as router_of;
+use crate::control::session::{Gate, authorize};
 use crate::control::stall::Stalling;
 use crate::fleet::{Fleet, Serve, Serving, Sockets, WeakFleet};
 use crate::{console, image};
@@ -287,11 +288,21 @@ async fn accept<A: Accept>(
     }
 }
 
+/// With each body read before its handler runs.
+pub(crate) fn with_bodies(router: Router) -> Router {
+    router.layer(from_fn(read_body))
+}
+
+/// For clients that show the token of `gate`. No body is read before that: slow ones without a token would
+/// take the places of others.
+pub(crate) fn behind_gate(router: Router, gate: Arc<Gate>) -> Router {
+    with_bodies(router).layer(from_fn_with_state(gate, authorize))
+}
+
 /// Serves connections of their own, beside those of other sockets, until `ending`, and then answers the requests that have
 /// begun, for [`LAST_ANSWERS_OF_ALL`].
 pub(crate) async fn serve_http(acceptor: impl Accept, router: Router, mut ending: watch::Receiver<bool>) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    let router = router.layer(from_fn(read_body));
     let receiver = ending.clone();
     tokio::select! {
         () = accept(acceptor, || router.clone(), &connections, receiver) => {}
@@ -314,7 +325,7 @@ impl Serve for Listener {
         }
         let (router, fleet) = (Arc::clone(&self.router), self.fleet.clone());
         let (connections, ending) = (Arc::clone(&self.connections), self.ending.clone());
-        let made = move || router.get_or_init(|| router_of(fleet.clone()).layer(from_fn(read_body))).clone();
+        let made = move || router.get_or_init(|| with_bodies(router_of(fleet.clone()))).clone();
         let control = self.runtime.spawn(async move {
             let Some(acceptor) = Acceptor::new(sockets.control, "control socket") else { return };
             accept(acceptor, made, &connections, ending.subscribe()).await;
@@ -356,6 +367,7 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
+    use crate::control::Token;
 
     /// A server whose paths say "yes", and connections to it.
     struct Server {
@@ -365,13 +377,17 @@ mod tests {
 
     impl Server {
         async fn start() -> Self {
+            Self::start_with(with_bodies).await
+        }
+
+        async fn start_with(wrapped: impl FnOnce(Router) -> Router) -> Self {
             let dir = tempfile::tempdir().unwrap();
             let listener = UnixListener::bind(dir.path().join("socket")).unwrap();
             let acceptor = Acceptor::new(listener, "a test").unwrap();
             let yes = || async { "yes" };
             let router = Router::new().route("/", get(yes)).route("/v1/vms/web/memory", put(yes));
             let ending = watch::Sender::new(false);
-            tokio::spawn(serve_http(acceptor, router, ending.subscribe()));
+            tokio::spawn(serve_http(acceptor, wrapped(router), ending.subscribe()));
             Self { dir, _ending: ending }
         }
 
@@ -411,6 +427,29 @@ mod tests {
             assert!(!is_answered(&mut next, A_WHILE).await, "it waits");
             drop(all.pop());
             assert!(is_answered(&mut next, SOON).await);
+        });
+    }
+
+    #[test]
+    fn no_body_is_read_before_the_token() {
+        within(async {
+            let server = Server::start_with(|router| {
+                behind_gate(router, Arc::new(Gate::new(Token::of_test("0123456789abcdef"), 7777)))
+            })
+            .await;
+            let head = "PUT /v1/vms/web/memory HTTP/1.1\r\nhost: localhost:7777\r\ncontent-length: 1000000\r\n";
+            for (token, status) in [("", "401"), ("authorization: Bearer 0123456789abcdef\r\n", "200")] {
+                let mut stream = UnixStream::connect(server.dir.path().join("socket")).await.unwrap();
+                // Large enough to need one of few places, and never whole without the token.
+                stream.write_all(format!("{head}{token}\r\n").as_bytes()).await.unwrap();
+                stream.write_all(&vec![0; 2 * MAX_BODY]).await.unwrap();
+                if status == "200" {
+                    stream.write_all(&vec![0; 1_000_000 - 2 * MAX_BODY]).await.unwrap();
+                }
+                let mut answer = [0; 12];
+                stream.read_exact(&mut answer).await.unwrap();
+                assert_eq!(String::from_utf8_lossy(&answer), format!("HTTP/1.1 {status}"));
+            }
         });
     }
 

@@ -64,7 +64,7 @@ pub use api::{
 pub use client::{Client, ClientError, ListedVms};
 pub use console::ConsoleTyped;
 pub use gather::Gathered;
-pub(crate) use listen::{ACCEPT_BACKOFF, Acceptor, TcpAcceptor, serve_http, serve_vm};
+pub(crate) use listen::{ACCEPT_BACKOFF, Acceptor, TcpAcceptor, behind_gate, serve_http, serve_vm, with_bodies};
 pub use memory::{
     CopyStats, HistogramInfo, KindCounts, LayerHome, LayerInfo, MemoryStats, PauseStats, PinStats, ProcessStats,
     VmStats, pages_kib,
@@ -78,7 +78,7 @@ pub(crate) use server::{
     Answer, CancelOnDrop, THREAD_PATIENCE, described, expect_absolute, fallback, grace, not_allowed, on_a_thread,
     warm_up,
 };
-pub(crate) use session::{Gate, authorize};
+pub(crate) use session::Gate;
 pub use session::{SessionEnded, SessionInfo};
 pub(crate) use token::is_for_this_host;
 pub use token::{Token, TokenError};

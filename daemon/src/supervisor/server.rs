@@ -35,8 +35,8 @@ use crate::control::{
     ForkAnswer, ForkRequest, Gate, OpenRequest, Optional, PrepareRequest, Prepared, ProblemKind, ReadyAnswer,
     RestoreRequest, SnapshotAnswer, SnapshotProgress, SnapshotRequest, StopAnswer, StopRequest, SupervisorInfo,
     SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest, THREAD_PATIENCE, TcpAcceptor, Token,
-    TouchedAnswer, VmInfo, WorkingSetAnswer, authorize, expect_absolute, fallback, grace, not_allowed, on_a_thread,
-    serve_http,
+    TouchedAnswer, VmInfo, WorkingSetAnswer, behind_gate, expect_absolute, fallback, grace, not_allowed, on_a_thread,
+    serve_http, with_bodies,
 };
 use crate::fleet::{Cancel, EndedVm, FleetError, ended_vms};
 
@@ -50,7 +50,7 @@ const END_INTERVAL: Duration = Duration::from_millis(10);
 /// Serves the supervisor's socket until `ending`.
 pub(super) async fn serve(socket: UnixListener, supervisor: Supervisor, ending: watch::Receiver<bool>) {
     let Some(acceptor) = Acceptor::new(socket, "supervisor") else { return };
-    serve_http(acceptor, router(supervisor), ending).await;
+    serve_http(acceptor, with_bodies(router(supervisor)), ending).await;
 }
 
 /// Why the API is not served over TCP.
@@ -91,7 +91,7 @@ impl Supervisor {
         let bound = listener.local_addr().map_err(failed)?;
         let acceptor = TcpAcceptor(TcpListener::from_std(listener).map_err(failed)?);
         let gate = Arc::new(Gate::new(token, bound.port()));
-        let api = router(self.clone()).layer(from_fn_with_state(gate, authorize));
+        let api = behind_gate(router(self.clone()), gate);
         let router = page::routes().merge(api).layer(from_fn(page::harden));
         self.0.serve(serve_http(acceptor, router, self.0.ending.subscribe()));
         Ok(bound)
