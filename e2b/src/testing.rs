@@ -147,10 +147,6 @@ impl World {
         }))
     }
 
-    fn identity(&self, name: &str) -> Value {
-        json!({ "nets": [], "vsock": { "cid": 3, "socket": self.socket(name) } })
-    }
-
     fn fork(self: &Arc<Self>, parent: &str, is_closed: bool, request: &Value) -> Answered {
         let count = request["count"].as_u64().unwrap_or(1);
         let pattern = request["name"].as_str().unwrap_or("child-{n}").to_owned();
@@ -166,9 +162,8 @@ impl World {
             let listener = UnixListener::bind(self.socket(name)).unwrap();
             tokio::spawn(Arc::clone(self).answer_for_agent(listener, name.clone()));
         }
-        let identities: Vec<Value> = names.iter().map(|name| self.identity(name)).collect();
         Ok(json!({
-            "children": names, "identities": identities, "pause_us": 0.0, "freeze_us": 0.0, "total_us": 0.0,
+            "children": names, "pause_us": 0.0, "freeze_us": 0.0, "total_us": 0.0,
             "remapped_pages": 0, "copied_pages": 0,
         }))
     }

@@ -30,12 +30,13 @@ pub(crate) struct AgentArgs {
 impl AgentArgs {
     /// A client of the agent in `vm`.
     pub(super) async fn client(&self, vm: &str) -> Result<Client, Failure> {
-        let info = Control::default().request::<VmInfo>(Method::GET, vm, "", None::<&()>).await.map_err(failure)?;
+        let control = Control::default();
+        let info = control.request::<VmInfo>(Method::GET, vm, "", None::<&()>).await.map_err(failure)?;
         // A suspended one is woken by the connection.
         if !matches!(info.state, VmState::Running | VmState::Suspended) {
             return Err(Failure::input(anyhow!("{vm} does not run, so nothing in it answers")));
         }
-        let device = info.vsock.ok_or_else(|| {
+        let socket = control.agent_socket(vm).await.map_err(failure)?.ok_or_else(|| {
             Failure::input(anyhow!("{vm} has no vsock device to reach its agent by: give it one with --vsock"))
         })?;
         let read = |path: &PathBuf| {
@@ -43,7 +44,7 @@ impl AgentArgs {
             text.map_err(|error| Failure::input(anyhow::Error::new(error).context(path.display().to_string())))
         };
         let token = self.token_file.as_ref().map(read).transpose()?.map(|text| text.trim().to_owned());
-        let client = Client::new(Endpoint::Vsock { socket: device.socket, port: PORT });
+        let client = Client::new(Endpoint::Vsock { socket, port: PORT });
         let client = client.with_user(self.user.clone()).with_token(token);
         Ok(match self.wait {
             Some(wait) => client.with_wait(wait),

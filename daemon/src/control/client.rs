@@ -19,11 +19,12 @@ use tokio::time::{sleep, timeout};
 
 use crate::control::api::{StopAnswer, StopRequest, VmInfo};
 use crate::control::problem::Problem;
+use crate::control::server::{THREAD_PATIENCE, on_a_thread};
 use crate::control::token::Token;
 use crate::fleet::{
     EndedVm, FleetError, NameClaim, RuntimeDir, check_name, ended_vms, runtime_dir, socket_path, supervisor_path,
 };
-use crate::supervisor::clear_up;
+use crate::supervisor::{clear_up, vsock_known};
 use crate::zygote::Exit;
 
 mod error;
@@ -180,6 +181,25 @@ impl Client {
             return self.supervisor_once(method, &format!("/v1/vms/{name}{action}"), body).await;
         }
         exchange(self.connect(name).await?, None, method, &format!("/v1/vms/{name}{action}"), body).await
+    }
+
+    /// The socket that the agent in the guest of `name` is behind, as the supervisor knows it. The process of
+    /// the VM may have been broken into and name another program's socket, so it is asked only where no
+    /// supervisor has started it.
+    ///
+    /// # Errors
+    /// When there is no such VM.
+    pub async fn agent_socket(&self, name: &str) -> Result<Option<PathBuf>, ClientError> {
+        check_name(name)?;
+        if !self.is_remote() {
+            let (dir, vm) = (self.dir.clone(), name.to_owned());
+            let known = on_a_thread(THREAD_PATIENCE, move || vsock_known(&dir, &vm)).await;
+            if let Ok(Ok(Some(known))) = known {
+                return Ok(known.map(|vsock| vsock.socket));
+            }
+        }
+        let info: VmInfo = self.request(Method::GET, name, "", None::<&()>).await?;
+        Ok(info.vsock.map(|vsock| vsock.socket))
     }
 
     /// A connection to the process of `name`.

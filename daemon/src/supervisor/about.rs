@@ -16,6 +16,7 @@ use super::cgroups::Bounds;
 use super::net_hook::Interfaces;
 use super::overlays::unnamed_in;
 use super::processes::ProcessId;
+use crate::control::VsockInfo;
 use crate::fleet::{FleetError, NameClaim, RuntimeDir, about, check_name, settle};
 use crate::flight::FlightEvent;
 use crate::image::Forked;
@@ -126,6 +127,11 @@ impl About {
         claim.write_about(&bytes).map_err(failed)
     }
 
+    /// Its socket device.
+    pub(super) fn vsock(&self) -> Option<VsockInfo> {
+        self.identity.vsock.as_ref().map(|own| VsockInfo { cid: own.cid, socket: own.socket.clone() })
+    }
+
     /// The interfaces of the VM, which is called `name`.
     pub(super) fn interfaces(&self, name: &str) -> Interfaces {
         Interfaces::of(name, self.parent.as_deref(), &self.identity)
@@ -168,6 +174,15 @@ pub fn vms_in(dir: &Path) -> Result<Vec<String>, FleetError> {
     Ok(About::all(&RuntimeDir::open(dir)?)?.into_iter().map(|(name, _)| name).collect())
 }
 
+/// The socket device of a VM as its supervisor has made it, whatever the VM's process says. The outer `None`
+/// is for a VM that no supervisor has started.
+///
+/// # Errors
+/// When the record cannot be read.
+pub(crate) fn vsock_known(dir: &Path, name: &str) -> Result<Option<Option<VsockInfo>>, FleetError> {
+    Ok(About::read(&RuntimeDir::open(dir)?, name)?.map(|about| about.vsock()))
+}
+
 /// Removes what is left of a VM whose process has ended, where no supervisor is left to do so.
 pub fn settle_dead(dir: &Path, name: &str) {
     // Taken: its process still has it, or somebody clears up.
@@ -196,7 +211,7 @@ pub(crate) fn clear_up(claim: NameClaim, exit: Exit, was_orderly: bool, flight: 
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::time::Duration;
 
     use clade_devices::disk::DiskConfig;
@@ -227,6 +242,21 @@ mod tests {
         let (disk, device) = (DiskConfig::new(Path::new(path)), BlockOptions::default());
         config.disks.push(DiskSpec { disk, device });
         config
+    }
+
+    /// A VM without disks whose agent is behind this socket.
+    pub(crate) fn about_with(socket: Option<&str>) -> About {
+        let vsock = socket.map(|socket| clade_devices::virtio::vsock::VsockOptions { cid: 3, socket: socket.into() });
+        About {
+            shape: Shape::of_boot(&VmConfig::bare(32 << 20, 1).unwrap()),
+            identity: Identity { vsock, ..Identity::default() },
+            overlays: Vec::new(),
+            socket: None,
+            session: None,
+            process: None,
+            parent: None,
+            bounds: Bounds::default(),
+        }
     }
 
     #[test]

@@ -86,7 +86,7 @@ use crate::jail::Confinement;
 use crate::worker::has_ended;
 use crate::zygote::{Exit, Zygote};
 use about::About;
-pub(crate) use about::clear_up;
+pub(crate) use about::{clear_up, vsock_known};
 pub use about::{in_session, is_in_session, settle_dead, vms_in};
 use broker::Broker;
 use cgroups::Cgroups;

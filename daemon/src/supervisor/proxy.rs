@@ -4,18 +4,23 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use axum::body::Body;
+use axum::Json;
+use axum::body::{Body, to_bytes};
 use axum::extract::Request;
 use axum::http::HeaderName;
 use axum::http::header::{AUTHORIZATION, COOKIE};
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use hyper::Method;
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tokio::time::{sleep, timeout};
 
-use crate::control::{ApiError, Client, ClientError, ProblemKind, VmInfo};
+use super::about::vsock_known;
+use crate::control::{ApiError, Client, ClientError, ProblemKind, THREAD_PATIENCE, VmInfo, on_a_thread};
 use crate::fleet::{check_name, socket_path};
+
+/// Most bytes of what a process says of its VM.
+const MAX_INFO: usize = 1 << 20;
 
 /// How long a VM's process may take.
 #[derive(Clone, Copy, Debug)]
@@ -70,15 +75,39 @@ pub(super) async fn forward(
     }
 }
 
+/// What the process of a VM says of it, with the socket that the supervisor has made: clients connect there.
+///
+/// # Errors
+/// When it is no description of a VM.
+pub(super) async fn shown(dir: &Path, name: String, answer: Response) -> Result<Response, ApiError> {
+    let gone = |error: String| ApiError::new(ProblemKind::VmGone, format!("{name}: {error}"));
+    let bytes = to_bytes(answer.into_body(), MAX_INFO).await.map_err(|error| gone(error.to_string()))?;
+    let info = serde_json::from_slice(&bytes).map_err(|error| gone(error.to_string()))?;
+    Ok(Json(with_own_socket(dir, name, info).await?).into_response())
+}
+
+/// The same of what is known of a VM.
+///
+/// # Errors
+/// When its record cannot be read.
+pub(super) async fn with_own_socket(dir: &Path, name: String, info: VmInfo) -> Result<VmInfo, ApiError> {
+    let dir = dir.to_owned();
+    let known = on_a_thread(THREAD_PATIENCE, move || vsock_known(&dir, &name)).await??;
+    Ok(VmInfo { vsock: known.unwrap_or(info.vsock.clone()), ..info })
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
     use std::os::unix::net::UnixListener;
     use std::thread;
 
+    use axum::Router;
     use http_body_util::BodyExt;
 
     use super::*;
+    use crate::fleet::{NameClaim, RuntimeDir};
+    use crate::supervisor::about::tests::about_with;
 
     const LIMITS: Limits = Limits { answer: Duration::from_millis(100), probe: Duration::from_millis(200) };
 
@@ -154,5 +183,41 @@ mod tests {
         });
         let head = serves.join().unwrap();
         assert!(head.contains("x-mine: kept") && !head.contains("secret"), "{head}");
+    }
+
+    /// The process of a VM that was broken into: it names another program's socket.
+    async fn lie(listener: tokio::net::UnixListener) {
+        let info = serde_json::json!({
+            "name": "web", "pid": 1, "state": "running", "parent": null, "generation": 0, "cpus": 1, "age_s": 0.0,
+            "memory": null, "vsock": { "cid": 3, "socket": "/run/docker.sock" },
+        });
+        let router = Router::new().fallback(async move || Json(info));
+        axum::serve(listener, router).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn no_socket_that_a_vms_process_names_is_shown_or_connected_to() {
+        let held = tempfile::tempdir().unwrap();
+        let dir = RuntimeDir::create(held.path()).unwrap();
+        let claim = NameClaim::new(&dir, "web").unwrap();
+        about_with(Some("/run/web.vsock")).write(&claim).unwrap();
+        for name in ["web", "alone"] {
+            let listener = tokio::net::UnixListener::bind(socket_path(held.path(), name)).unwrap();
+            tokio::spawn(lie(listener));
+        }
+        let client = Client::new(held.path());
+        let own = Some("/run/web.vsock".into());
+        assert_eq!(client.agent_socket("web").await.unwrap(), own);
+        let request = || Request::get("/v1/vms/web").body(axum::body::Body::empty()).unwrap();
+        let answer = forward(held.path(), "web", request(), Limits::default()).await.unwrap();
+        let answer = shown(held.path(), "web".to_owned(), answer).await.unwrap();
+        let bytes = to_bytes(answer.into_body(), MAX_INFO).await.unwrap();
+        let info: VmInfo = serde_json::from_slice(&bytes).unwrap();
+        assert_eq!(info.vsock.map(|vsock| vsock.socket), own);
+        // One without the device has none.
+        about_with(None).write(&claim).unwrap();
+        assert_eq!(client.agent_socket("web").await.unwrap(), None);
+        // A VM that runs in the process of its user, which no supervisor has started, is asked itself.
+        assert_eq!(client.agent_socket("alone").await.unwrap(), Some("/run/docker.sock".into()));
     }
 }

@@ -12,7 +12,7 @@ use axum::body::Bytes;
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path as UrlPath, Request, State};
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
-use axum::http::{HeaderMap, Method};
+use axum::http::{HeaderMap, Method, StatusCode};
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, on};
@@ -25,8 +25,9 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::about::About;
+use super::about::vsock_known;
 use super::idempotency::once;
-use super::proxy::{Limits, forward};
+use super::proxy::{Limits, forward, shown, with_own_socket};
 use super::{Supervisor, metrics, openapi, page, suspend};
 use crate::control;
 use crate::control::session;
@@ -119,7 +120,17 @@ async fn info(State(supervisor): State<Supervisor>) -> Json<SupervisorInfo> {
 /// Lists the VMs of the directory.
 #[utoipa::path(get, path = "/v1/vms", responses((status = 200, description = "Done.", body = Vec<VmInfo>)))]
 async fn vms(State(supervisor): State<Supervisor>) -> Answer<Vec<VmInfo>> {
-    Ok(Json(Client::new(supervisor.dir()).list().await?.vms))
+    let mut all = Client::new(supervisor.dir()).list().await?.vms;
+    let known = move || {
+        for vm in &mut all {
+            // As in `shown`.
+            if let Ok(Some(known)) = vsock_known(supervisor.dir(), &vm.name) {
+                vm.vsock = known;
+            }
+        }
+        all
+    };
+    Ok(Json(on_a_thread(THREAD_PATIENCE, known).await?))
 }
 
 /// Lists the VMs that ended by themselves, and why.
@@ -139,10 +150,11 @@ async fn ended(State(supervisor): State<Supervisor>) -> Answer<Vec<EndedVm>> {
 async fn boot(State(supervisor): State<Supervisor>, request: Wanted<BootRequest>) -> Answer<VmInfo> {
     let Json(request) = request?;
     let (dir, config) = (supervisor.dir().to_owned(), request.config.clone());
-    let Json(name) = work(supervisor, move |supervisor, cancel| Ok(supervisor.boot(request, cancel)?.name)).await?;
+    let Json(name) =
+        work(supervisor.clone(), move |supervisor, cancel| Ok(supervisor.boot(request, cancel)?.name)).await?;
     let client = Client::new(&dir);
     match client.request_within(ANSWER_TIMEOUT, hyper::Method::GET, &name, "", None::<&()>).await {
-        Ok(info) => Ok(Json(info)),
+        Ok(info) => Ok(Json(with_own_socket(&dir, name, info).await?)),
         Err(error) => {
             let ended = on_a_thread(THREAD_PATIENCE, move || ended_soon(&dir, &name)).await?;
             ended.map(|ended| Json(VmInfo::of_ended(ended, &config))).ok_or_else(|| error.into())
@@ -499,9 +511,15 @@ fn name_in(request: &Request) -> String {
 /// Passes a request for one VM on to its process.
 async fn pass_on(State(supervisor): State<Supervisor>, request: Request) -> Response {
     let name = name_in(&request);
+    let is_shown = request.method() == Method::GET && request.uri().path().strip_prefix("/v1/vms/") == Some(&name);
     let passed = async {
         let _turn = supervisor.0.passing.begin(&name)?;
-        forward(supervisor.dir(), &name, request, Limits::default()).await
+        let answer = forward(supervisor.dir(), &name, request, Limits::default()).await?;
+        if is_shown && answer.status() == StatusCode::OK {
+            shown(supervisor.dir(), name, answer).await
+        } else {
+            Ok(answer)
+        }
     };
     passed.await.unwrap_or_else(IntoResponse::into_response)
 }
