@@ -16,7 +16,7 @@ use crate::commands::disk::parse_disk;
 use crate::commands::e2b::{E2bArgs, KeyCommand};
 use crate::commands::exec::{ExecArgs, ShellArgs};
 use crate::commands::generate::{CompletionsArgs, ManArgs};
-use crate::commands::image::{ImageCommand, PullFlags};
+use crate::commands::image::{ImageCommand, ListArgs, PullFlags};
 use crate::commands::machine::MachineArgs;
 use crate::commands::many::{ManyArgs, StopArgs, SuspendArgs};
 use crate::commands::memory::MemoryCommand;
@@ -36,7 +36,13 @@ use clade_vmm::vm::{DiskSpec, NetChoice, VsockChoice};
 
 /// A small KVM virtual machine monitor that forks running microVMs.
 #[derive(Debug, Parser)]
-#[command(name = "clade", version, about, max_term_width = 100)]
+#[command(
+    name = "clade",
+    version,
+    about,
+    max_term_width = 100,
+    after_help = "Environment variables: clade help environment"
+)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -57,6 +63,7 @@ pub(crate) enum Command {
     /// A guest to run: the embedded one, or a Linux that is built once.
     Guest(GuestArgs),
     /// List the running VMs.
+    #[command(visible_alias = "list")]
     Ps(PsArgs),
     /// Show the memory of VMs in numbers: whose it is, copies, pins, pauses.
     Stats(StatsArgs),
@@ -97,6 +104,7 @@ pub(crate) enum Command {
     /// Wake VMs that are suspended.
     Wake(ManyArgs),
     /// Stop VMs for good: by a power cut, or after their guests had time to power off.
+    #[command(visible_alias = "kill")]
     Stop(StopArgs),
     /// Wait until VMs have ended, and show why.
     Wait(WaitArgs),
@@ -110,6 +118,9 @@ pub(crate) enum Command {
     /// OCI images: fetch, list, inspect and remove what VMs can be run of.
     #[command(subcommand)]
     Image(ImageCommand),
+    /// List the images: clade image ls.
+    #[command(hide = true)]
+    Images(ListArgs),
     /// Templates: an image that has been set up, with what it runs under way. Sandboxes are forks of it.
     #[command(subcommand)]
     Template(TemplateCommand),
@@ -159,6 +170,13 @@ pub(crate) struct ServeArgs {
     /// runs, and after its end.
     #[arg(long, value_name = "PROGRAM")]
     pub(crate) net_hook: Option<PathBuf>,
+    /// Show the supervisor that runs: its pid, directory and VMs. Exit code 1 if none runs.
+    #[arg(long, exclusive = true)]
+    pub(crate) status: bool,
+    /// End the supervisor that runs. Its VMs run on, and the next supervisor finds them; checkpoints end
+    /// with it.
+    #[arg(long, exclusive = true)]
+    pub(crate) stop: bool,
     /// Serve the API also at this loopback address. Port 0 is a free one.
     #[arg(long, value_name = "ADDR", requires = "token_file")]
     pub(crate) tcp: Option<std::net::SocketAddr>,
@@ -366,12 +384,12 @@ pub(crate) struct RunArgs {
     /// guest's connections go to listeners at PATH_PORT.
     #[arg(long, value_name = "cid=N,socket=PATH", value_parser = parse_vsock)]
     pub(crate) vsock: Option<VsockOptions>,
-    /// Do not read the terminal; the console is on its socket.
-    #[arg(long)]
-    pub(crate) detached: bool,
     /// Leave the VM to the supervisor, which is started if there is none, and return once it runs.
-    #[arg(long, short = 'd', conflicts_with = "detached")]
+    #[arg(long = "detach", alias = "background", short = 'd', conflicts_with = "detached")]
     pub(crate) background: bool,
+    /// Run in the foreground without reading the terminal; the console is on its socket.
+    #[arg(long = "no-terminal", alias = "detached")]
+    pub(crate) detached: bool,
     /// Confine the VM's process, if no supervisor runs: as far as the host can (auto), wholly or not
     /// at all (require), or leave it free (off).
     #[arg(long, value_name = "auto|require|off", default_value_t = Confinement::Auto)]
@@ -528,12 +546,13 @@ pub(crate) struct RestoreArgs {
     pub(crate) ready: bool,
     #[command(flatten)]
     pub(crate) child: CloneArgs,
-    /// Do not read the terminal; consoles are on their sockets. Several VMs are always detached.
-    #[arg(long)]
-    pub(crate) detached: bool,
     /// Leave the VMs to the supervisor, which is started if there is none, and return once they run.
-    #[arg(long, short = 'd', conflicts_with = "detached")]
+    #[arg(long = "detach", alias = "background", short = 'd', conflicts_with = "detached")]
     pub(crate) background: bool,
+    /// Run in the foreground without reading the terminal; consoles are on their sockets. Several VMs
+    /// never read it.
+    #[arg(long = "no-terminal", alias = "detached")]
+    pub(crate) detached: bool,
     /// Confine the VMs' processes, if no supervisor runs: as far as the host can (auto), wholly or
     /// not at all (require), or leave them free (off).
     #[arg(long, value_name = "auto|require|off", default_value_t = Confinement::Auto)]

@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use clade_devices::virtio::limiter::Limits;
 use clade_devices::virtio::net::Egress;
 
@@ -27,7 +27,8 @@ use crate::commands::{Failure, Outcome};
 use clade_daemon::control::{BootRequest, Client, VmInfo, VmLimits};
 use clade_daemon::fleet::Labels;
 use clade_daemon::secrets::{MAX_SECRET_BYTES, Secret};
-use clade_vmm::vm::{Irqchip, VmConfig, user_net};
+use clade_vmm::error_chain;
+use clade_vmm::vm::{ConfigError, Irqchip, VmConfig, user_net};
 
 /// Writes a line to standard error. A failure is ignored: a VM does not end because its terminal or
 /// log has gone.
@@ -55,7 +56,12 @@ pub(super) fn name(args: &RunArgs) -> String {
 
 fn config(args: &RunArgs, bare: bool) -> Result<VmConfig, Failure> {
     let machine = &args.machine;
-    let mut config = VmConfig::new(machine.mem, machine.cpus).map_err(Failure::input)?;
+    let hint = |error: ConfigError| match machine.mem {
+        // Docker's `--memory` and QEMU's `-m` take a plain number, too.
+        mem @ 1..0x10_0000 => Failure::input(anyhow!("{}; did you mean {mem}M?", error_chain(&error))),
+        _ => Failure::input(error),
+    };
+    let mut config = VmConfig::new(machine.mem, machine.cpus).map_err(hint)?;
     if !machine.overcommit {
         config.check_host_memory().map_err(Failure::input)?;
     }

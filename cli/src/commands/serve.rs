@@ -6,12 +6,18 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use clade_daemon::control::Token;
+use anyhow::anyhow;
+use clade_daemon::control::{Client, SupervisorInfo, Token};
 use clade_daemon::fleet::{FleetError, open_log, runtime_dir, supervisor_path};
 use clade_daemon::supervisor::{Supervisor, SupervisorOptions};
 
+use hyper::Method;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
 use crate::commands::args::ServeArgs;
 use crate::commands::notify::{READY, STOPPING, notify};
+use crate::commands::remote::ask;
 use crate::commands::run::{say, with_runtime};
 use crate::commands::shutdown::ShutdownSignal;
 use crate::commands::{Failure, Outcome};
@@ -23,7 +29,51 @@ const START_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long another may take that has the directory already.
 const OTHER_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// How long `clade serve --stop` waits for the end.
+const STOP_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The supervisor that runs.
+fn running() -> Result<SupervisorInfo, Failure> {
+    ask(Client::default().supervisor(Method::GET, "/v1/supervisor", None::<&()>))
+}
+
+fn status() -> Outcome {
+    let SupervisorInfo { pid, version, dir, vms, checkpoints, prepared } = running()?;
+    println!("process {pid}, version {version}");
+    println!("directory {}", dir.display());
+    println!("{vms} VMs, {checkpoints} checkpoints, {prepared} prepared processes");
+    Ok(())
+}
+
+fn stop() -> Outcome {
+    if Client::default().is_remote() {
+        return Err(Failure::input(anyhow!("CLADE_API is set: only a supervisor of this host can be stopped")));
+    }
+    let supervisor = running()?;
+    let pid = i32::try_from(supervisor.pid).ok().and_then(Pid::from_raw);
+    let pid = pid.ok_or_else(|| Failure::run(anyhow!("the supervisor reports an invalid pid")))?;
+    // A descriptor of the process: its number may be another's before the signal is sent.
+    let process = pidfd_open(pid, PidfdFlags::empty()).map_err(Failure::run)?;
+    if running()?.pid != supervisor.pid {
+        return Err(Failure::run(anyhow!("another supervisor has just started: try again")));
+    }
+    pidfd_send_signal(&process, Signal::TERM).map_err(Failure::run)?;
+    let timeout = Timespec { tv_sec: STOP_TIMEOUT.as_secs() as i64, tv_nsec: 0 };
+    let ended = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&timeout)).map_err(Failure::run)?;
+    if ended == 0 {
+        return Err(Failure::run(anyhow!("process {} has not ended after {STOP_TIMEOUT:?}", supervisor.pid)));
+    }
+    println!("the supervisor has ended: process {}", supervisor.pid);
+    Ok(())
+}
+
 pub(super) fn main(args: &ServeArgs) -> Outcome {
+    if args.status {
+        return status();
+    }
+    if args.stop {
+        return stop();
+    }
     with_runtime(|runtime| {
         // Before there is anything to clean up.
         let shutdown = ShutdownSignal::listen(runtime).map_err(Failure::run)?;

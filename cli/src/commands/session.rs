@@ -77,7 +77,7 @@ impl<'a> Session<'a> {
         let client = Client::default();
         if client.is_remote() {
             return Err(Failure::input(anyhow::anyhow!(
-                "CLADE_API is set, and the console of a VM elsewhere is not to be had: use --background"
+                "CLADE_API is set, and the console of a VM elsewhere is not to be had: use --detach"
             )));
         }
         let dir = runtime_dir();

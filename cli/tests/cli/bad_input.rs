@@ -69,9 +69,11 @@ fn values_that_no_vm_can_have() {
     let missing = missing.to_str().unwrap();
     let long = "x".repeat(5000);
     let long_name = "n".repeat(49);
-    let rows: [(&[&str], &str); 19] = [
+    let rows: [(&[&str], &str); 20] = [
         (&["--mem", "0"], "0 bytes"),
         (&["--mem", "4097"], "4097"),
+        // A number of MiB, as QEMU takes it.
+        (&["--mem", "256"], "did you mean 256M?"),
         (&["--mem", "1T"], "1048576 MiB"),
         (&["--mem", "64T", "--overcommit"], "70368744177664"),
         // Pages, but too few for any kernel.

@@ -627,6 +627,34 @@ fn the_first_vm_in_the_background_starts_a_supervisor() {
     assert_eq!(all.files(), [""; 0]);
 }
 
+/// `clade serve` shows and ends the supervisor that runs; its VMs run on. A second one is refused with
+/// the first one's pid.
+#[test]
+fn a_supervisor_is_shown_and_ended_by_a_command() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised { runtime: Runtime::new() };
+    for option in ["--status", "--stop"] {
+        all.runtime.clade(&["serve", option]).expect_refusal("clade.api");
+    }
+    all.boot("web", &[]);
+    let pid = all.info("pid").to_string();
+    all.runtime.clade(&["serve"]).expect_refusal(&format!("process {pid} supervises"));
+    let status = all.runtime.clade(&["serve", "--status"]);
+    assert!(status.code == Some(0) && status.stdout.starts_with(&format!("process {pid}, version ")), "{status:?}");
+    assert!(status.stdout.contains("1 VMs, 0 checkpoints"), "{status:?}");
+    let stopped = all.runtime.clade(&["serve", "--stop"]);
+    assert_eq!(stopped.stdout, format!("the supervisor has ended: process {pid}\n"), "{stopped:?}");
+    assert!(!runs(pid.parse().unwrap()));
+    // The next supervisor finds the VM, by another word for `ps` and for `stop`.
+    let mut all = all;
+    all.serve("0");
+    assert!(all.runtime.clade(&["list"]).stdout.contains("web"));
+    assert_eq!(all.runtime.clade(&["kill", "web"]).code, Some(0));
+    all.end();
+}
+
 /// A VM whose process is stopped is ended by a request to stop it, in bounded time, and its name is
 /// free then. Requests that only it can answer fail.
 #[test]

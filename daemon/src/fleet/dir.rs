@@ -16,6 +16,7 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, fchmod, openat, statat, unlinkat};
+use rustix::net::sockopt::socket_peercred;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 
 use super::FleetError;
@@ -315,8 +316,11 @@ impl SupervisorClaim {
                 break lock;
             }
             attempts += 1;
-            if attempts > LOCK_ATTEMPTS || UnixStream::connect(&path).is_ok() {
-                return Err(FleetError::Supervised { path: dir.path.clone() });
+            let listening = UnixStream::connect(&path).ok();
+            if attempts > LOCK_ATTEMPTS || listening.is_some() {
+                let peer = listening.and_then(|stream| socket_peercred(&stream).ok());
+                let pid = peer.map(|peer| peer.pid.as_raw_nonzero().get());
+                return Err(FleetError::Supervised { path: dir.path.clone(), pid });
             }
             thread::sleep(LOCK_INTERVAL);
         };

@@ -147,10 +147,16 @@ pub enum FleetError {
         mode: u32,
     },
     /// The runtime directory has a supervisor.
-    #[error("another process supervises the VMs in {}", path.display())]
+    #[error(
+        "{} supervises the VMs in {}: end it with `clade serve --stop`",
+        pid.map_or_else(|| "another process".to_owned(), |pid| format!("process {pid}")),
+        path.display()
+    )]
     Supervised {
         /// The path.
         path: PathBuf,
+        /// The supervisor's pid, unless it takes no connections.
+        pid: Option<i32>,
     },
     /// No checkpoint has the name.
     #[error("there is no checkpoint {name:?}")]
