@@ -28,6 +28,7 @@ use crate::fleet::{FleetError, Labels, WeakFleet, check_name, image_path};
 use crate::flight;
 use crate::secrets::Secrets;
 use crate::suspend::{self, SUSPEND};
+use clade_devices::virtio::net::Link;
 use clade_vmm::vm::{ForkReport, Leases, SealedParts, TransferError, Vm, VmConfig};
 
 /// Clients of one VM's socket at a time. A VM is forked for one after the other.
@@ -55,6 +56,9 @@ pub(crate) struct Forked {
     pub(crate) labels: Labels,
     /// What its children may be made without.
     pub(crate) secrets: Secrets,
+    /// Whether packets pass at that instant. None without a network, or where it is not known.
+    #[serde(default)]
+    pub(crate) network: Option<Link>,
     /// Forks between the image and the VM that was booted.
     pub(crate) generation: u32,
     pub(crate) pause: Duration,
@@ -153,6 +157,8 @@ fn answer(socket: &OwnedFd, vm: &Weak<Vm>, leases: &Leases, fleet: &WeakFleet) -
 
 fn forked(vm: &Vm, leases: &Leases, fleet: &WeakFleet) -> Result<(Forked, SealedParts), FleetError> {
     let (image, report) = vm.fork()?;
+    let links: Vec<Link> = (0..vm.identity().nets.len()).filter_map(|at| vm.network(at)).collect();
+    let network = if links.contains(&Link::Closed) { Some(Link::Closed) } else { links.first().copied() };
     let ForkReport { times, freeze, in_flight } = report;
     let (pause, remapped, copied) = (times.pause.as_micros(), freeze.remapped, freeze.copied);
     let pages = format!("{remapped} pages remapped, {copied} copied");
@@ -163,6 +169,7 @@ fn forked(vm: &Vm, leases: &Leases, fleet: &WeakFleet) -> Result<(Forked, Sealed
         config: VmConfig::clone(image.config()),
         labels,
         secrets,
+        network,
         generation: image.generation(),
         pause: times.pause,
         freeze: times.freeze,

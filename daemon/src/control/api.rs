@@ -897,6 +897,11 @@ pub struct CheckpointInfo {
     pub cpus: u8,
     /// Guest memory in MiB.
     pub mib: u64,
+    /// Whether packets passed at that instant, as they do between a child and the host. Null without a
+    /// network, or for a checkpoint of a snapshot.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[schema(value_type = Option<schema::Link>)]
+    pub network: Option<Link>,
     /// Seconds since it was taken.
     pub age_s: f64,
     /// Descriptors that it holds: layers of memory and of disks, and its state.

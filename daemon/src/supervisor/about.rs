@@ -227,6 +227,7 @@ pub(super) mod tests {
             config,
             labels,
             secrets: crate::secrets::Secrets::None,
+            network: None,
             generation: 1,
             pause: none,
             freeze: none,

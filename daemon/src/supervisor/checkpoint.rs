@@ -72,6 +72,7 @@ impl Checkpoint {
             labels: Labels::default(),
             // What is in its memory is not written down.
             secrets: Secrets::None,
+            network: None,
             generation: saved.generation,
             pause: Duration::ZERO,
             freeze: Duration::ZERO,
@@ -145,6 +146,7 @@ impl Checkpoint {
             generation: self.forked.generation,
             cpus: self.config().cpus(),
             mib: self.config().layout().bytes() >> 20,
+            network: self.forked.network,
             age_s: self.made.elapsed().as_secs_f64(),
             descriptors: self.parts.descriptors(),
             pause_us: self.pause_us(),

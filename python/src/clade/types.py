@@ -397,6 +397,10 @@ class CheckpointInfo(TypedDict):
     name: str
     """Its name."""
 
+    network: NotRequired[Link | None]
+    """Whether packets passed at that instant, as they do between a child and the host. Null without a
+    network, or for a checkpoint of a snapshot."""
+
     pause_us: float
     """How long the VM was paused, in microseconds."""
 
