@@ -262,9 +262,8 @@ type Asked = Result<Query<ListQuery>, QueryRejection>;
 fn filtered(gateway: &Gateway, owner: &Owner, query: &ListQuery) -> Answer<(Vec<Listed>, Order)> {
     let (states, metadata) = (query.states()?, query.metadata()?);
     // Sandboxes know it by its name.
-    let name =
-        |template: &str| gateway.built(template).map_or_else(|| checkpoint_name(template).to_owned(), |one| one.name);
-    let template = query.template.as_deref().map(name);
+    let name = |template: &str| gateway.source(&owner.0, template).map(|source| source.template);
+    let template = query.template.as_deref().map(name).transpose()?;
     let is_wanted = |record: &Record| {
         record.owner == owner.0
             && states.contains(&record.state())
@@ -272,7 +271,7 @@ fn filtered(gateway: &Gateway, owner: &Owner, query: &ListQuery) -> Answer<(Vec<
             && template.as_deref().is_none_or(|template| template == record.template)
             && query.started_after.is_none_or(|after| record.started_at > after)
     };
-    let mut all: Vec<Listed> = gateway.0.sandboxes.list().into_iter().filter(is_wanted).map(listed).collect();
+    let mut all: Vec<Listed> = gateway.0.sandboxes.such(is_wanted).into_iter().map(listed).collect();
     all.sort_by_key(listed_key);
     match query.order.as_deref() {
         None | Some("desc") => {
@@ -398,17 +397,17 @@ async fn snapshots(
     query: Asked,
 ) -> Answer<(HeaderMap, Json<Vec<SnapshotInfo>>)> {
     let Query(query) = query?;
-    let mut all = gateway.0.snapshots.list();
-    all.retain(|one| {
+    let mut all = gateway.0.snapshots.such(|one| {
         one.owner == owner.0
             && query.sandbox.as_ref().is_none_or(|sandbox| *sandbox == one.sandbox)
-            && query.name.as_deref().is_none_or(|name| checkpoint_name(name) == one.id)
+            && query.name.as_deref().is_none_or(|name| checkpoint_name(name) == one.shown())
     });
     let key = |one: &Snapshot| (one.taken_at.as_nanosecond(), one.id.clone());
     all.sort_by_key(key);
     all.reverse();
     let (headers, page) = query.page(all, Order::Descending, key)?;
-    let shown = page.into_iter().map(|one| SnapshotInfo { names: vec![one.id.clone()], id: one.id });
+    let shown =
+        page.into_iter().map(|one| SnapshotInfo { id: one.shown().to_owned(), names: vec![one.shown().to_owned()] });
     Ok((headers, Json(shown.collect())))
 }
 

@@ -1,8 +1,9 @@
 //! What all calls need: the supervisor, the records, and the agents in sandboxes.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::http::StatusCode;
@@ -17,6 +18,7 @@ use crate::error::{Answer, ApiError};
 use crate::idempotency::Replays;
 use crate::keys::ApiKeys;
 use crate::places::Places;
+use crate::quotas::{Held, Ledger, Quotas, Usage};
 use crate::rate::Rates;
 use crate::records::{Entry, Record, Snapshot, Table};
 use crate::secret::TokenKey;
@@ -38,6 +40,8 @@ pub struct Options {
     pub domain: Option<String>,
     /// The templates that were built. Without them there are those alone that are checkpoints.
     pub templates: Option<TemplateStore>,
+    /// What the sandboxes and snapshots of each owner may take.
+    pub quotas: Quotas,
 }
 
 /// Why there is no gateway.
@@ -70,6 +74,9 @@ pub(crate) struct Inner {
     pub(crate) replays: Replays,
     pub(crate) sandboxes: Table<Record>,
     pub(crate) snapshots: Table<Snapshot>,
+    pub(crate) ledger: Arc<Ledger>,
+    /// Names of snapshots that are being taken, each with its owner.
+    pub(crate) naming: Mutex<BTreeSet<(String, String)>>,
     pub(crate) domain: Option<String>,
     pub(crate) templates: Option<TemplateStore>,
     /// Held while a template's checkpoint is made of its snapshot.
@@ -110,11 +117,34 @@ impl Gateway {
             replays: Replays::default(),
             sandboxes,
             snapshots,
+            ledger: Arc::new(Ledger::new(options.quotas)),
+            naming: Mutex::default(),
             domain: options.domain.as_ref().map(|domain| domain.to_ascii_lowercase()),
             templates: options.templates.clone(),
             opening: AsyncMutex::default(),
             token_key,
         })))
+    }
+
+    /// Takes a part of an owner's quotas.
+    ///
+    /// # Errors
+    /// 429 when there is not as much left.
+    pub(crate) fn take(&self, owner: &str, more: Usage) -> Answer<Held> {
+        self.0.ledger.take(owner, more, || {
+            let mut usage = Usage::default();
+            self.0.sandboxes.each(|one| {
+                if one.owner == owner {
+                    usage = usage.and(Usage::of_sandboxes(1, one.mib));
+                }
+            });
+            self.0.snapshots.each(|one| {
+                if one.owner == owner {
+                    usage = usage.and(Usage::of_snapshot(one.mib));
+                }
+            });
+            usage
+        })
     }
 
     pub(crate) fn token(&self, id: &str) -> String {
@@ -211,7 +241,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for domain in ["", "a b", "a/b", "a:80"] {
             let domain = Some(domain.to_owned());
-            let options = Options { dir: dir.path().to_owned(), keys: PathBuf::new(), domain, templates: None };
+            let options = Options {
+                dir: dir.path().to_owned(),
+                keys: PathBuf::new(),
+                domain,
+                templates: None,
+                quotas: Quotas::default(),
+            };
             assert!(matches!(Gateway::open(&options), Err(OpenError::Domain { .. })));
         }
     }

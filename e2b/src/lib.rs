@@ -20,15 +20,19 @@ mod idempotency;
 mod keys;
 mod lifetime;
 mod listen;
+#[cfg(test)]
+mod owners_tests;
 mod places;
 mod ports;
 mod proxy;
+mod quotas;
 mod rate;
 mod records;
 mod rules;
 mod sandboxes;
 mod secret;
 mod snapshots;
+mod source;
 mod templates;
 #[cfg(test)]
 mod testing;
@@ -38,6 +42,7 @@ mod wire;
 pub use gateway::{Gateway, OpenError, Options};
 pub use keys::{ApiKeys, KeyInfo, KeysError, Scope};
 pub use listen::ListenError;
+pub use quotas::{QuotaError, Quotas};
 pub use templates::{
     Draft, TEMPLATES_VARIABLE, Template, TemplateError, TemplateSpec, TemplateStore, check_template_name,
 };

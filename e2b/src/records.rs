@@ -44,6 +44,10 @@ pub(crate) struct Record {
     pub(crate) masked_host: Option<String>,
     #[serde(default)]
     pub(crate) network: AskedNetwork,
+    /// Whether its template's owner has closed the template's network. Then it is never opened. None if that is
+    /// not known.
+    #[serde(default)]
+    pub(crate) is_template_closed: Option<bool>,
     /// How many layers of egress rules are its template's. They stay when its own are replaced. None
     /// for one that was made before this was kept.
     #[serde(default)]
@@ -74,11 +78,27 @@ impl Record {
 /// A snapshot: a checkpoint that a sandbox's owner has taken.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Snapshot {
-    /// The checkpoint's name.
+    /// The checkpoint's name, which no other owner's name can be.
     pub(crate) id: String,
+    /// The name that its owner has chosen, if any: unique among the owner's.
+    #[serde(default)]
+    pub(crate) name: Option<String>,
+    /// MiB of guest memory.
+    #[serde(default)]
+    pub(crate) mib: u64,
+    /// As its sandbox's [`Record::is_template_closed`].
+    #[serde(default)]
+    pub(crate) is_closed: Option<bool>,
     pub(crate) owner: String,
     pub(crate) sandbox: String,
     pub(crate) taken_at: Timestamp,
+}
+
+impl Snapshot {
+    /// What its owner calls it.
+    pub(crate) fn shown(&self) -> &str {
+        self.name.as_deref().unwrap_or(&self.id)
+    }
 }
 
 /// What a file of a [`Table`] is named by.
@@ -159,6 +179,18 @@ impl<T: Named + Clone + Serialize + DeserializeOwned> Table<T> {
         entries.iter().map(|entry| entry.get()).collect()
     }
 
+    /// Copies of those that are such, in the order of their names.
+    pub(crate) fn such(&self, is_such: impl Fn(&T) -> bool) -> Vec<T> {
+        self.select(is_such).iter().map(|entry| entry.get()).collect()
+    }
+
+    /// Shows all of them.
+    pub(crate) fn each(&self, mut show: impl FnMut(&T)) {
+        // A change locks an entry before the table.
+        let entries: Vec<_> = self.all().values().map(Arc::clone).collect();
+        entries.iter().for_each(|entry| show(&entry.value.lock().unwrap_or_else(PoisonError::into_inner)));
+    }
+
     /// Those that are such, as they are now, in the order of their names.
     pub(crate) fn select(&self, is_such: impl Fn(&T) -> bool) -> Vec<Arc<Entry<T>>> {
         // As above.
@@ -216,8 +248,8 @@ mod tests {
     use super::*;
 
     fn snapshot(id: &str, sandbox: &str) -> Snapshot {
-        let owner = "one".to_owned();
-        Snapshot { id: id.to_owned(), owner, sandbox: sandbox.to_owned(), taken_at: Timestamp::UNIX_EPOCH }
+        let (id, owner, sandbox) = (id.to_owned(), "one".to_owned(), sandbox.to_owned());
+        Snapshot { id, name: None, mib: 64, is_closed: None, owner, sandbox, taken_at: Timestamp::UNIX_EPOCH }
     }
 
     #[test]
@@ -269,6 +301,7 @@ mod tests {
             is_private: false,
             masked_host: None,
             network: AskedNetwork::default(),
+            is_template_closed: None,
             template_layers: None,
         };
         let dir = tempfile::tempdir().unwrap();

@@ -9,6 +9,7 @@ use clade_daemon::control::{
     ForkAnswer, ForkRequest, NetworkRequest, StopRequest, SuspendAnswer, SuspendRequest, VmInfo,
 };
 use clade_daemon::fleet::{Label, LabelError, Labels};
+use clade_devices::virtio::net::Link;
 use hyper::Method;
 use jiff::Timestamp;
 use serde_json::Value;
@@ -17,8 +18,9 @@ use tokio::sync::Semaphore;
 
 use crate::error::{Answer, ApiError};
 use crate::gateway::Gateway;
+use crate::quotas::{Usage, check_metadata, check_variables};
 use crate::records::{Entry, Record};
-use crate::rules::{after, checkpoint_name, network, new_network, seconds};
+use crate::rules::{after, network, new_network, seconds};
 use crate::secret::random_hex;
 use crate::wire::{Fork, Forked, NewSandbox, Sandbox, State};
 
@@ -38,33 +40,26 @@ impl Gateway {
     pub(crate) async fn create(&self, owner: &str, new: NewSandbox) -> Answer<Sandbox> {
         new.check()?;
         let timeout = seconds(new.timeout, DEFAULT_TIMEOUT)?;
-        let built = self.built(&new.template);
-        let named = checkpoint_name(&new.template).to_owned();
-        let (template, checkpoint) =
-            built.as_ref().map_or((named.clone(), named), |one| (one.name.clone(), one.id.clone()));
-        let is_anothers = self.0.snapshots.get(&checkpoint).is_some_and(|snapshot| snapshot.get().owner != owner);
-        if is_anothers {
-            return Err(ApiError::no_template(&template));
-        }
-        let id = random_hex::<9>().map_err(|error| ApiError::internal(error.to_string()))?;
+        check_metadata(new.metadata.as_ref())?;
+        check_variables(new.env_vars.as_ref())?;
         let network = network(new.allow_internet_access, new.network.as_ref())?;
-        let (link, egress) = (network.link, network.egress);
+        let source = self.source(owner, &new.template)?;
+        let checkpoint = self.opened(&source).await?;
+        // Until it has a record, or has failed.
+        let _held = self.take(owner, Usage::of_sandboxes(1, checkpoint.mib))?;
+        let is_template_closed = source.is_closed(&checkpoint);
+        let link = network.link.filter(|link| *link == Link::Closed || is_template_closed == Some(false));
+        let id = random_hex::<9>().map_err(|error| ApiError::internal(error.to_string()))?;
         let id = format!("i{id}");
-        let request = ForkRequest { network: link, egress, ..request_for(id.clone(), 1, &template)? };
+        let egress = network.egress;
+        let request = ForkRequest { network: link, egress, ..request_for(id.clone(), 1, &source.template)? };
         let unrecorded = Unrecorded::new(self, id);
-        let mut forked = self.fork_checkpoint(&checkpoint, &request).await;
-        let is_gone =
-            |forked: &Answer<ForkAnswer>| matches!(forked, Err(error) if error.status == StatusCode::NOT_FOUND);
-        if let Some(built) = built.as_ref().filter(|_| is_gone(&forked)) {
-            // Checkpoints go with their supervisor.
-            self.reopen(built).await?;
-            forked = self.fork_checkpoint(&checkpoint, &request).await;
-        }
-        if let Err(error) = forked {
+        if let Err(error) = self.fork_checkpoint(&source.checkpoint, &request).await {
             let is_gone = error.status == StatusCode::NOT_FOUND;
-            return Err(if is_gone { ApiError::no_template(&template) } else { error });
+            return Err(if is_gone { ApiError::no_template(&source.template) } else { error });
         }
-        let mut envs = built.map(|one| one.spec.env).unwrap_or_default();
+        let template = source.template;
+        let mut envs = source.built.map(|one| one.spec.env).unwrap_or_default();
         envs.extend(new.env_vars.unwrap_or_default());
         let started_at = Timestamp::now();
         let record = Record {
@@ -84,6 +79,7 @@ impl Gateway {
             is_private: network.is_private,
             masked_host: network.masked_host,
             network: network.asked,
+            is_template_closed,
             template_layers: None,
         };
         self.hand_out(unrecorded, record, timeout).await
@@ -108,6 +104,10 @@ impl Gateway {
         let vm: VmInfo = self.vm(Method::GET, &record.id, "", None::<&()>).await?;
         record.cpus = vm.cpus;
         record.mib = vm.memory.map_or(0, |memory| memory.mib);
+        // What is open now is so by its template: an unknown link is never asked to be open.
+        if record.is_template_closed.is_none() && vm.nets.iter().all(|net| net.network == Link::Open) {
+            record.is_template_closed = Some(false);
+        }
         // Of a fork of a sandbox they are that one's.
         let of_template = vm.nets.iter().map(|net| net.egress_inherited).max().unwrap_or(0);
         record.template_layers = record.template_layers.or(Some(of_template));
@@ -150,6 +150,7 @@ impl Gateway {
         if parent.paused {
             return Err(ApiError::conflict(format!("the sandbox {id:?} is paused")));
         }
+        let _held = self.take(owner, Usage::of_sandboxes(count, parent.mib))?;
         let name = random_hex::<9>().map_err(|error| ApiError::internal(error.to_string()))?;
         let request = request_for(format!("i{name}x{{n}}"), count, &parent.template)?;
         let mut children: Vec<_> = (1..=count).map(|n| Unrecorded::new(self, format!("i{name}x{n}"))).collect();
@@ -269,12 +270,20 @@ impl Gateway {
         let network = new_network(rules)?;
         let _turn = entry.turn.lock().await;
         let record = entry.get();
+        // What the template's owner has closed stays so, and what is not known may be closed.
+        let link = match (network.link, record.is_template_closed) {
+            (Some(Link::Open), Some(true)) => Some(Link::Closed),
+            (Some(Link::Open), None) => None,
+            (link, _) => link,
+        };
         let request = match record.template_layers {
-            Some(keep) => NetworkRequest { network: network.link, egress: Some(network.egress), keep },
-            None if network.egress.is_empty() => NetworkRequest { network: network.link, ..NetworkRequest::default() },
+            Some(keep) => NetworkRequest { network: link, egress: Some(network.egress), keep },
+            None if network.egress.is_empty() => NetworkRequest { network: link, ..NetworkRequest::default() },
             None => return Err(ApiError::conflict("rules of a sandbox that an older clade made cannot be replaced")),
         };
-        let _: VmInfo = self.vm(Method::POST, &record.id, "/network", Some(&request)).await?;
+        if request.network.is_some() || request.egress.is_some() {
+            let _: VmInfo = self.vm(Method::POST, &record.id, "/network", Some(&request)).await?;
+        }
         self.0.sandboxes.change(entry, |record| record.network = network.asked);
         Ok(())
     }

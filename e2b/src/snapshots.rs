@@ -1,15 +1,21 @@
-//! Snapshots: checkpoints of sandboxes, each its owner's alone.
+//! Snapshots: checkpoints of sandboxes, each its owner's alone. Their names are the owner's; the checkpoints'
+//! names are not.
+
+use std::sync::PoisonError;
 
 use clade_daemon::control::{CheckpointInfo, CheckpointRequest};
+use clade_daemon::fleet::check_name;
 use hyper::Method;
 use jiff::Timestamp;
 use serde_json::Value;
 
 use crate::error::{Answer, ApiError};
 use crate::gateway::Gateway;
+use crate::quotas::Usage;
 use crate::records::Snapshot;
 use crate::rules::checkpoint_name;
 use crate::secret::random_hex;
+use crate::source::SNAPSHOT_PREFIX;
 use crate::wire::SnapshotInfo;
 
 impl Gateway {
@@ -17,25 +23,48 @@ impl Gateway {
     pub(crate) async fn snapshot(&self, owner: &str, id: &str, name: Option<String>) -> Answer<SnapshotInfo> {
         let entry = self.owned(owner, id)?;
         let _turn = entry.turn.lock().await;
-        let names: Vec<String> = name.iter().cloned().collect();
-        let name = match name {
-            Some(name) => checkpoint_name(&name).to_owned(),
-            None => format!("s{}", random_hex::<9>().map_err(|error| ApiError::internal(error.to_string()))?),
+        let record = entry.get();
+        let name = name.map(|name| checkpoint_name(&name).to_owned());
+        let _named = match &name {
+            Some(name) => Some(self.name_snapshot(owner, name).await?),
+            None => None,
         };
-        // The checkpoint of a template is made again under its id, and the name would be the template's.
-        if self.built(&name).is_some() {
-            return Err(ApiError::conflict(format!("{name:?} is the name of a template")));
-        }
-        let request = CheckpointRequest { name: Some(name) };
+        let _held = self.take(owner, Usage::of_snapshot(record.mib))?;
+        let random = random_hex::<9>().map_err(|error| ApiError::internal(error.to_string()))?;
+        let request = CheckpointRequest { name: Some(format!("{SNAPSHOT_PREFIX}{random}")) };
         let taken: CheckpointInfo = self.vm(Method::POST, id, "/checkpoint", Some(&request)).await?;
-        let (owner, sandbox) = (owner.to_owned(), id.to_owned());
-        let snapshot = Snapshot { id: taken.name.clone(), owner, sandbox, taken_at: Timestamp::now() };
+        let snapshot = Snapshot {
+            id: taken.name.clone(),
+            name: name.clone(),
+            mib: record.mib,
+            is_closed: record.is_template_closed,
+            owner: owner.to_owned(),
+            sandbox: id.to_owned(),
+            taken_at: Timestamp::now(),
+        };
+        let shown = SnapshotInfo { id: snapshot.shown().to_owned(), names: name.into_iter().collect() };
         if let Err(error) = self.0.snapshots.insert(snapshot) {
-            // It would be everybody's.
+            // Without a record nobody can make anything of it, or remove it.
             self.remove_checkpoint(&taken.name).await?;
             return Err(ApiError::internal(error.to_string()));
         }
-        Ok(SnapshotInfo { id: taken.name, names })
+        Ok(shown)
+    }
+
+    /// Takes a name for a snapshot of an owner's, until what this returns is dropped or a record has the name.
+    async fn name_snapshot(&self, owner: &str, name: &str) -> Answer<Naming> {
+        check_name(name).map_err(|error| ApiError::bad(error.to_string()))?;
+        let taken = |whose: &str| Err(ApiError::conflict(format!("{name:?} is the name of {whose}")));
+        // The checkpoint of a template is made again under its id, and the name would be the template's.
+        if self.built(name).is_some() || name.starts_with(SNAPSHOT_PREFIX) || self.has_checkpoint(name).await? {
+            return taken("a template");
+        }
+        let pair = (owner.to_owned(), name.to_owned());
+        let mut naming = self.0.naming.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.snapshot_of(owner, name).is_some() || !naming.insert(pair.clone()) {
+            return taken("another snapshot");
+        }
+        Ok(Naming { gateway: self.clone(), pair })
     }
 
     async fn remove_checkpoint(&self, name: &str) -> Answer<()> {
@@ -46,15 +75,25 @@ impl Gateway {
     /// Removes a snapshot of its owner's. Templates are the host's: they are not removed here.
     pub(crate) async fn remove_snapshot(&self, owner: &str, id: &str) -> Answer<()> {
         let id = checkpoint_name(id);
-        let owned = self.0.snapshots.get(id).is_some_and(|snapshot| snapshot.get().owner == owner);
-        if !owned {
-            return Err(ApiError::no_template(id));
-        }
-        let removed = self.remove_checkpoint(id).await;
+        let snapshot = self.snapshot_of(owner, id).ok_or_else(|| ApiError::no_template(id))?;
+        let removed = self.remove_checkpoint(&snapshot.id).await;
         if removed.as_ref().is_err_and(|error| error.status.as_u16() != 404) {
             return removed;
         }
-        self.0.snapshots.remove(id);
+        self.0.snapshots.remove(&snapshot.id);
         Ok(())
+    }
+}
+
+/// A name that a snapshot is about to have.
+#[derive(Debug)]
+struct Naming {
+    gateway: Gateway,
+    pair: (String, String),
+}
+
+impl Drop for Naming {
+    fn drop(&mut self) {
+        self.gateway.0.naming.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.pair);
     }
 }

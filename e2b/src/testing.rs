@@ -24,6 +24,7 @@ use tower::ServiceExt;
 use crate::gateway::{Gateway, Options};
 use crate::keys::Scope;
 use crate::listen::router;
+use crate::quotas::Quotas;
 
 /// How long a test may take.
 pub(crate) const LIMIT: Duration = Duration::from_secs(300);
@@ -168,10 +169,12 @@ impl World {
         }))
     }
 
-    fn checkpoint(name: &str) -> Value {
+    fn checkpoint(&self, name: &str, is_closed: bool) -> Value {
+        let network = if is_closed { "closed" } else { "open" };
+        let (at, mib) = (self.dir.join(name), 64);
         json!({
-            "name": name, "vm": null, "generation": 1, "cpus": 1, "mib": 64, "age_s": 0.0, "descriptors": 1,
-            "pause_us": 0.0,
+            "name": name, "vm": null, "generation": 1, "cpus": 1, "mib": mib, "age_s": 0.0, "descriptors": 1,
+            "pause_us": 0.0, "network": network, "snapshot": at,
         })
     }
 
@@ -187,10 +190,10 @@ impl World {
     fn of_checkpoint(self: &Arc<Self>, method: &Method, name: &str, action: &str, body: &Value) -> Answered {
         let is_closed = self.fleet().checkpoints.get(name).copied().ok_or(StatusCode::NOT_FOUND)?;
         match (method.as_str(), action) {
-            ("GET", "") => Ok(Self::checkpoint(name)),
+            ("GET", "") => Ok(self.checkpoint(name, is_closed)),
             ("DELETE", "") => {
                 self.fleet().checkpoints.remove(name);
-                Ok(Self::checkpoint(name))
+                Ok(self.checkpoint(name, is_closed))
             }
             ("POST", "fork") => self.fork(name, is_closed, body),
             _ => Err(StatusCode::METHOD_NOT_ALLOWED),
@@ -231,7 +234,7 @@ impl World {
                     return Err(StatusCode::CONFLICT);
                 }
                 fleet.checkpoints.insert(wanted.to_owned(), is_closed);
-                Ok(Self::checkpoint(wanted))
+                Ok(self.checkpoint(wanted, is_closed))
             }
             ("POST", "stop") => self.stop(name),
             _ => Err(StatusCode::METHOD_NOT_ALLOWED),
@@ -277,8 +280,8 @@ impl World {
         };
         let all = async |State(world): Of| {
             world.step("GET checkpoints".to_owned()).await;
-            let names: Vec<String> = world.fleet().checkpoints.keys().cloned().collect();
-            axum::Json(names.iter().map(|name| Self::checkpoint(name)).collect::<Vec<_>>())
+            let all = world.fleet().checkpoints.clone();
+            axum::Json(all.iter().map(|(name, is_closed)| world.checkpoint(name, *is_closed)).collect::<Vec<_>>())
         };
         let ((one, action), (checkpoint, of_checkpoint)) = (vm("vm"), vm("checkpoint"));
         let router = Router::new()
@@ -360,10 +363,14 @@ pub(crate) struct Fake {
 
 impl Fake {
     pub(crate) fn new() -> Self {
+        Self::with(Quotas::default())
+    }
+
+    pub(crate) fn with(quotas: Quotas) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let run = dir.path().join("run");
         std::fs::create_dir(&run).unwrap();
-        let gateway = Gateway::open(&Self::options(dir.path())).unwrap();
+        let gateway = Gateway::open(&Self::options(dir.path(), quotas)).unwrap();
         let fleet = Fleet { checkpoints: [("base".to_owned(), false)].into(), ..Fleet::default() };
         let world = Arc::new(World {
             dir: run.clone(),
@@ -376,9 +383,9 @@ impl Fake {
         Self { gateway, world, router, _dir: dir }
     }
 
-    fn options(dir: &Path) -> Options {
+    fn options(dir: &Path, quotas: Quotas) -> Options {
         let domain = Some("box.test".to_owned());
-        Options { dir: dir.join("run"), keys: dir.join("keys.json"), domain, templates: None }
+        Options { dir: dir.join("run"), keys: dir.join("keys.json"), domain, templates: None, quotas }
     }
 
     pub(crate) fn key(&self, name: &str) -> String {

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use clade_e2b::{ApiKeys, Gateway, KeysError, Options, Scope, TemplateStore};
+use clade_e2b::{ApiKeys, Gateway, KeysError, Options, Quotas, Scope, TemplateStore};
 use serde::Serialize;
 use tokio::runtime::Handle;
 
@@ -20,6 +20,9 @@ pub(crate) struct E2bArgs {
     /// The domain below which PORT-ID is a sandbox's port.
     #[arg(long, value_name = "DOMAIN", requires = "e2b")]
     e2b_domain: Option<String>,
+    /// What the sandboxes and snapshots of each owner of keys may take, memory in MiB.
+    #[arg(long, value_name = "sandboxes=N,memory=MIB,snapshots=N", default_value_t, requires = "e2b")]
+    e2b_quota: Quotas,
     #[command(flatten)]
     keys: KeysFile,
 }
@@ -134,7 +137,7 @@ impl E2bArgs {
         // Without a directory for them there are none.
         let templates = TemplateStore::of_user().ok();
         let (keys, domain) = (self.keys.path()?, self.e2b_domain.clone());
-        let options = Options { dir: dir.to_owned(), keys, domain, templates };
+        let options = Options { dir: dir.to_owned(), keys, domain, templates, quotas: self.e2b_quota };
         let gateway = Gateway::open(&options).map_err(Failure::input)?;
         let _runtime = runtime.enter();
         let (bound, serving) = gateway.listen(address).map_err(Failure::input)?;

@@ -1,6 +1,6 @@
 //! The calls that show templates: those that were built, and checkpoints that were made by hand.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode};
@@ -13,7 +13,9 @@ use serde_json::{Value, json};
 use super::{Asked, Gate, Order, Owner, Who};
 use crate::error::{Answer, ApiError};
 use crate::gateway::Gateway;
+use crate::records::Snapshot;
 use crate::rules::checkpoint_name;
+use crate::source::SNAPSHOT_PREFIX;
 use crate::templates::Template as Built;
 use crate::wire::{ENVD_VERSION, Template};
 
@@ -38,12 +40,11 @@ fn template(id: String, name: String, (cpu_count, memory_mib): (u8, u64), taken_
     }
 }
 
-fn of_checkpoint(gateway: &Gateway, checkpoint: CheckpointInfo) -> Template {
+fn of_checkpoint(checkpoint: CheckpointInfo, snapshot: Option<&Snapshot>) -> Template {
     let age = SignedDuration::try_from_secs_f64(checkpoint.age_s).unwrap_or_default();
     let taken_at = Timestamp::now().checked_sub(age).unwrap_or_default();
-    let name = checkpoint.name;
-    let public = gateway.0.snapshots.get(&name).is_none();
-    Template { public, ..template(name.clone(), name, (checkpoint.cpus, checkpoint.mib), taken_at) }
+    let name = snapshot.map_or(checkpoint.name, |snapshot| snapshot.shown().to_owned());
+    Template { public: snapshot.is_none(), ..template(name.clone(), name, (checkpoint.cpus, checkpoint.mib), taken_at) }
 }
 
 fn of_built(built: Built) -> Template {
@@ -55,11 +56,16 @@ async fn visible(gateway: &Gateway, owner: &Owner) -> Answer<Vec<Template>> {
     let mut all: Vec<CheckpointInfo> = gateway.0.client.supervisor(Method::GET, "/v1/checkpoints", None::<&()>).await?;
     let built = gateway.all_built()?;
     let hidden: BTreeSet<&str> = built.iter().flat_map(|one| [one.name.as_str(), one.id.as_str()]).collect();
+    let own = gateway.0.snapshots.such(|one| one.owner == owner.0);
+    let own: BTreeMap<&str, &Snapshot> = own.iter().map(|one| (one.id.as_str(), one)).collect();
+    let named: BTreeSet<&str> = own.values().map(|one| one.shown()).collect();
     all.retain(|one| {
-        let snapshot = gateway.0.snapshots.get(&one.name);
-        snapshot.is_none_or(|snapshot| snapshot.get().owner == owner.0) && !hidden.contains(one.name.as_str())
+        let name = one.name.as_str();
+        // The checkpoint of a snapshot is its owner's alone, also before it has a record.
+        own.contains_key(name) || !name.starts_with(SNAPSHOT_PREFIX) && !hidden.contains(name) && !named.contains(name)
     });
-    let mut all: Vec<Template> = all.into_iter().map(|one| of_checkpoint(gateway, one)).collect();
+    let of = |one: CheckpointInfo| own.get(one.name.as_str()).copied();
+    let mut all: Vec<Template> = all.into_iter().map(|one| of_checkpoint(one.clone(), of(one))).collect();
     all.extend(built.into_iter().map(of_built));
     Ok(all)
 }

@@ -35,7 +35,13 @@ impl Host {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
         let domain = Some("box.test".to_owned());
-        let options = Options { dir: path("run"), keys: path("keys.json"), domain, templates: None };
+        let options = Options {
+            dir: path("run"),
+            keys: path("keys.json"),
+            domain,
+            templates: None,
+            quotas: crate::Quotas::default(),
+        };
         std::fs::create_dir(path("run")).unwrap();
         let gateway = Gateway::open(&options).unwrap();
         let mut record = record(&path("vsock"));
@@ -95,6 +101,7 @@ fn record(socket: &Path) -> Record {
         is_private: false,
         masked_host: None,
         network: AskedNetwork::default(),
+        is_template_closed: None,
         template_layers: None,
     }
 }

@@ -29,8 +29,13 @@ fn supervise(listener: UnixListener, socket: &std::path::Path, log: &Log) {
         "children": ["ibox"], "pause_us": 0.0, "freeze_us": 0.0, "total_us": 0.0, "remapped_pages": 0,
         "copied_pages": 0,
     });
+    let checkpoint = json!({
+        "name": "base", "vm": null, "generation": 1, "cpus": 1, "mib": 64, "age_s": 0.0, "descriptors": 1,
+        "pause_us": 0.0,
+    });
     let resumed = vm.clone();
     let router = axum::Router::new()
+        .route("/v1/checkpoints/{name}", get(async move || Json(checkpoint)))
         .route("/v1/checkpoints/{name}/fork", post(async move || Json(forked)))
         .route("/v1/vms/{name}", get(async move || Json(vm)))
         .route("/v1/vms/{name}/resume", post(async move || Json(resumed)))
@@ -82,7 +87,13 @@ async fn the_time_of_a_sandbox_begins_when_its_guest_is_initialised() {
     let dir = tempfile::tempdir().unwrap();
     let (run, socket) = (dir.path().join("run"), dir.path().join("vsock"));
     std::fs::create_dir(&run).unwrap();
-    let options = Options { dir: run.clone(), keys: dir.path().join("keys.json"), domain: None, templates: None };
+    let options = Options {
+        dir: run.clone(),
+        keys: dir.path().join("keys.json"),
+        domain: None,
+        templates: None,
+        quotas: crate::Quotas::default(),
+    };
     let gateway = Gateway::open(&options).unwrap();
     let (log, permits) = (Log::default(), Arc::new(Semaphore::new(0)));
     let supervisor = clade_daemon::fleet::supervisor_path(&run);

@@ -1,0 +1,163 @@
+//! What two owners have of each other: nothing. And how much one may have.
+
+use axum::http::StatusCode;
+use serde_json::{Value, json};
+
+use crate::quotas::Quotas;
+use crate::source::SNAPSHOT_PREFIX;
+use crate::testing::{Fake, until};
+
+async fn snapshot(fake: &Fake, key: &str, id: &str, name: &str) -> (u16, Value) {
+    fake.call(key, "POST", &format!("/sandboxes/{id}/snapshots"), json!({ "name": name })).await
+}
+
+fn ids(list: &Value, field: &str) -> Vec<String> {
+    list.as_array().unwrap().iter().map(|one| one[field].as_str().unwrap().to_owned()).collect()
+}
+
+#[tokio::test]
+async fn a_snapshots_name_is_its_owners_and_takes_none_of_the_hosts() {
+    let fake = Fake::new();
+    let (one, two) = (fake.key("one"), fake.key("two"));
+    let (of_one, of_two) = (fake.sandbox(&one, Value::Null).await, fake.sandbox(&two, Value::Null).await);
+    for (key, id) in [(&one, &of_one), (&two, &of_two)] {
+        for name in ["kept", "image-0123456789abcdef"] {
+            let (status, taken) = snapshot(&fake, key, id, name).await;
+            assert_eq!((status, &taken["snapshotID"]), (201, &json!(name)), "{taken}");
+            assert_eq!(snapshot(&fake, key, id, name).await.0, 409, "{name} is taken");
+        }
+        for taken in ["base", "base:default"] {
+            assert_eq!(snapshot(&fake, key, id, taken).await.0, 409, "{taken}");
+        }
+        for wrong in ["a/b", "", "..", "%6bept", "a b", &format!("{SNAPSHOT_PREFIX}0")] {
+            assert!([400, 409].contains(&snapshot(&fake, key, id, wrong).await.0), "{wrong}");
+        }
+    }
+    let names: Vec<String> = fake.world.fleet().checkpoints.keys().cloned().collect();
+    assert!(names.iter().all(|name| name == "base" || name.starts_with(SNAPSHOT_PREFIX)), "{names:?}");
+    assert_eq!(names.len(), 5);
+    // A checkpoint of a snapshot that has no record yet, or no more.
+    let bare = format!("{SNAPSHOT_PREFIX}00");
+    fake.world.fleet().checkpoints.insert(bare.clone(), false);
+    for key in [&one, &two] {
+        let (_, templates) = fake.call(key, "GET", "/templates", Value::Null).await;
+        assert_eq!(ids(&templates, "templateID"), ["base", "image-0123456789abcdef", "kept"], "{templates}");
+        let (status, made) = fake.call(key, "POST", "/sandboxes", json!({ "templateID": bare })).await;
+        assert_eq!(status, 404, "{made}");
+        assert_eq!(fake.call(key, "DELETE", &format!("/templates/{bare}"), Value::Null).await.0, 404);
+    }
+    // Each makes a sandbox of its own snapshot, and removes that alone.
+    let made = fake.sandbox(&two, json!({ "templateID": "kept" })).await;
+    let parent = fake.world.fleet().vms[&made].parent.clone();
+    assert_eq!(fake.gateway.0.snapshots.get(&parent).unwrap().get().owner, "two");
+    assert_eq!(fake.call(&one, "DELETE", "/templates/kept", Value::Null).await.0, 204);
+    assert_eq!(fake.call(&one, "POST", "/sandboxes", json!({ "templateID": "kept" })).await.0, 404);
+    assert_eq!(fake.call(&one, "POST", "/sandboxes", json!({ "templateID": parent })).await.0, 404);
+    fake.sandbox(&two, json!({ "templateID": parent })).await;
+    assert_eq!(ids(&fake.call(&two, "GET", "/snapshots", Value::Null).await.1, "snapshotID").len(), 2);
+}
+
+#[tokio::test]
+async fn a_network_that_the_templates_owner_closed_is_never_opened() {
+    let fake = Fake::new();
+    fake.world.fleet().checkpoints.insert("shut".to_owned(), true);
+    let key = fake.key("one");
+    let is_closed = |id: &str| fake.world.fleet().vms[id].is_closed;
+    let put = |id: &str, rules: Value| {
+        let (fake, key, id) = (&fake, &key, id.to_owned());
+        async move { fake.call(key, "PUT", &format!("/sandboxes/{id}/network"), rules).await.0 }
+    };
+    for asked in [json!({}), json!({ "allow_internet_access": true }), json!({ "allow_internet_access": false })] {
+        let asked = [asked, json!({ "templateID": "shut" })].into_iter().fold(json!({}), |mut all, more| {
+            all.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            all
+        });
+        let id = fake.sandbox(&key, asked.clone()).await;
+        let (_, forked) = fake.call(&key, "POST", &format!("/sandboxes/{id}/fork"), json!({})).await;
+        let child = forked[0]["sandbox"]["sandboxID"].as_str().unwrap().to_owned();
+        let (_, taken) = fake.call(&key, "POST", &format!("/sandboxes/{id}/snapshots"), json!({})).await;
+        let again = json!({ "templateID": taken["snapshotID"], "allow_internet_access": true });
+        let of_snapshot = fake.sandbox(&key, again).await;
+        for id in [&id, &child, &of_snapshot] {
+            for rules in [json!({}), json!({ "allow_internet_access": true }), json!({ "denyOut": ["10.0.0.0/8"] })] {
+                assert!(is_closed(id), "{asked}");
+                assert_eq!(put(id, rules.clone()).await, 204);
+                assert!(is_closed(id), "{asked} {rules}");
+            }
+        }
+    }
+    // A network that the sandbox's owner has closed is the owner's to open.
+    let id = fake.sandbox(&key, json!({ "allow_internet_access": false })).await;
+    assert!(is_closed(&id));
+    let (_, taken) = fake.call(&key, "POST", &format!("/sandboxes/{id}/snapshots"), json!({})).await;
+    assert_eq!(put(&id, json!({})).await, 204);
+    assert!(!is_closed(&id));
+    let again = json!({ "templateID": taken["snapshotID"], "allow_internet_access": true });
+    assert!(!is_closed(&fake.sandbox(&key, again).await));
+}
+
+#[tokio::test]
+async fn an_owner_has_no_more_than_its_quotas_whatever_is_asked_for_at_once() {
+    let fake = Fake::with(Quotas { sandboxes: 4, memory_mib: 5 * 64, snapshots: 2 });
+    let (one, two) = (fake.key("one"), fake.key("two"));
+    let many = StatusCode::TOO_MANY_REQUESTS.as_u16();
+    let body = json!({ "templateID": "base", "timeout": 300 });
+    fake.world.hold(" fork");
+    let mut calls = tokio::task::JoinSet::new();
+    for _ in 0..10 {
+        let request = Fake::ask(&one, "POST", "/sandboxes", &body);
+        let router = fake.router.clone();
+        calls.spawn(async move { tower::ServiceExt::oneshot(router, request).await.unwrap().status().as_u16() });
+    }
+    until("four to be made", || fake.world.fleet().log.iter().filter(|what| what.ends_with(" fork")).count() >= 4)
+        .await;
+    fake.world.release();
+    let mut statuses = calls.join_all().await;
+    statuses.sort_unstable();
+    assert_eq!(statuses, [201, 201, 201, 201, many, many, many, many, many, many]);
+    assert_eq!(fake.world.fleet().vms.len(), 4);
+    let all = ids(&fake.call(&one, "GET", "/v2/sandboxes", Value::Null).await.1, "sandboxID");
+    // A paused one counts, a fork is one, and another owner has quotas of its own.
+    assert_eq!(fake.call(&one, "POST", &format!("/sandboxes/{}/pause", all[0]), json!({})).await.0, 204);
+    assert_eq!(fake.call(&one, "POST", "/sandboxes", body.clone()).await.0, many);
+    assert_eq!(fake.call(&one, "POST", &format!("/sandboxes/{}/fork", all[1]), json!({})).await.0, many);
+    fake.sandbox(&two, Value::Null).await;
+    // Five times 64 MiB: a snapshot has the memory of one.
+    assert_eq!(snapshot(&fake, &one, &all[1], "a").await.0, 201);
+    let (status, refused) = snapshot(&fake, &one, &all[1], "b").await;
+    assert!(status == many && refused["message"].as_str().unwrap().contains("384 MiB"), "{refused}");
+    // What ends is given back.
+    for id in &all[..2] {
+        assert_eq!(fake.call(&one, "DELETE", &format!("/sandboxes/{id}"), Value::Null).await.0, 204);
+    }
+    assert_eq!(fake.call(&one, "POST", &format!("/sandboxes/{}/fork", all[2]), json!({ "count": 3 })).await.0, many);
+    assert_eq!(snapshot(&fake, &one, &all[2], "b").await.0, 201);
+    let (status, refused) = snapshot(&fake, &one, &all[2], "c").await;
+    assert!(status == many && refused["message"].as_str().unwrap().contains("3 snapshots"), "{refused}");
+    fake.sandbox(&one, Value::Null).await;
+    assert_eq!(fake.call(&one, "POST", "/sandboxes", body).await.0, many);
+}
+
+#[tokio::test]
+async fn metadata_and_variables_have_bounds() {
+    let fake = Fake::new();
+    let key = fake.key("one");
+    let pairs = |count: usize, length: usize| -> Value {
+        (0..count)
+            .map(|n| (format!("{n:04}"), Value::String("x".repeat(length))))
+            .collect::<serde_json::Map<_, _>>()
+            .into()
+    };
+    for (field, texts, status) in [
+        ("metadata", pairs(256, 60), 201),
+        ("metadata", pairs(257, 0), 400),
+        ("metadata", pairs(1, 16 << 10), 400),
+        ("envVars", pairs(256, 250), 201),
+        ("envVars", pairs(257, 0), 400),
+        ("envVars", pairs(1, 64 << 10), 400),
+    ] {
+        let (got, answer) = fake.call(&key, "POST", "/sandboxes", json!({ "templateID": "base", field: texts })).await;
+        assert_eq!(got, status, "{field}: {answer}");
+        assert!(status == 201 || answer["message"].as_str().unwrap().starts_with(field), "{answer}");
+    }
+}

@@ -1,0 +1,91 @@
+//! What sandboxes are made of: templates that were built, an owner's snapshots, and checkpoints of the host.
+
+use clade_daemon::control::CheckpointInfo;
+use clade_devices::virtio::net::Link;
+use hyper::Method;
+
+use crate::error::{Answer, ApiError};
+use crate::gateway::Gateway;
+use crate::records::Snapshot;
+use crate::rules::checkpoint_name;
+use crate::templates::Template;
+
+/// What the names of snapshots' checkpoints begin with. No owner chooses one: a snapshot's own name is in its
+/// record, so it takes no name of the host's or of another owner's.
+pub(crate) const SNAPSHOT_PREFIX: &str = "e2b-snapshot-";
+
+/// Where a sandbox comes from.
+#[derive(Clone, Debug)]
+pub(crate) struct Source {
+    /// Its name to the owner.
+    pub(crate) template: String,
+    pub(crate) checkpoint: String,
+    pub(crate) built: Option<Template>,
+    snapshot: Option<Snapshot>,
+}
+
+impl Source {
+    /// Whether the owner of the template has closed its network. None if that is not known.
+    pub(crate) fn is_closed(&self, info: &CheckpointInfo) -> Option<bool> {
+        match &self.snapshot {
+            // The owner of a snapshot may open what its sandbox could.
+            Some(snapshot) => snapshot.is_closed,
+            None => info.network.map(|link| link == Link::Closed).or(self.built.is_some().then_some(false)),
+        }
+    }
+}
+
+impl Gateway {
+    /// The snapshot of that name or id, if it is the owner's.
+    pub(crate) fn snapshot_of(&self, owner: &str, name: &str) -> Option<Snapshot> {
+        let is_it = |one: &Snapshot| one.owner == owner && (one.id == name || one.name.as_deref() == Some(name));
+        self.0.snapshots.such(is_it).into_iter().next()
+    }
+
+    /// What `name` stands for to this owner. A checkpoint of the host may not be there.
+    pub(crate) fn source(&self, owner: &str, name: &str) -> Answer<Source> {
+        let name = checkpoint_name(name);
+        if let Some(built) = self.built(name) {
+            let (template, checkpoint) = (built.name.clone(), built.id.clone());
+            return Ok(Source { template, checkpoint, built: Some(built), snapshot: None });
+        }
+        if let Some(snapshot) = self.snapshot_of(owner, name) {
+            let (template, checkpoint) = (snapshot.shown().to_owned(), snapshot.id.clone());
+            return Ok(Source { template, checkpoint, built: None, snapshot: Some(snapshot) });
+        }
+        // Also one that has no record yet, or no more.
+        if name.starts_with(SNAPSHOT_PREFIX) {
+            return Err(ApiError::no_template(name));
+        }
+        Ok(Source { template: name.to_owned(), checkpoint: name.to_owned(), built: None, snapshot: None })
+    }
+
+    /// Whether the host has a checkpoint of that name.
+    pub(crate) async fn has_checkpoint(&self, name: &str) -> Answer<bool> {
+        match self.checkpoint(name).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.status.as_u16() == 404 => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    pub(crate) async fn checkpoint(&self, name: &str) -> Answer<CheckpointInfo> {
+        Ok(self.0.client.of_checkpoint(Method::GET, name, "", None::<&()>).await?)
+    }
+
+    /// The checkpoint that a sandbox is forked from. That of a built template is made again after a restart.
+    pub(crate) async fn opened(&self, source: &Source) -> Answer<CheckpointInfo> {
+        let gone = |error: ApiError| match error.status.as_u16() {
+            404 => ApiError::no_template(&source.template),
+            _ => error,
+        };
+        match (self.checkpoint(&source.checkpoint).await, &source.built) {
+            (Err(error), Some(built)) if error.status.as_u16() == 404 => {
+                // Checkpoints go with their supervisor.
+                self.reopen(built).await?;
+                self.checkpoint(&source.checkpoint).await.map_err(gone)
+            }
+            (found, _) => found.map_err(gone),
+        }
+    }
+}
