@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Once, OnceLock};
 
 use clade_agent_proto::process::{Size, StartRequest};
 use clade_agent_proto::{Code, RpcError};
@@ -22,12 +22,16 @@ use tokio::io::Interest;
 use tokio::sync::oneshot;
 
 use crate::children::Children;
+use crate::log::log;
 use crate::paths;
 use crate::stream::{Stream, register};
 use crate::users::User;
 
 /// Where programs are looked for, if the agent's own environment does not say it.
 pub(crate) const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// The shell that E2B's SDKs name, and the one of a guest that lacks it.
+const BASH: &str = "/bin/bash";
+const SH: &str = "/bin/sh";
 /// How the C library is tuned.
 const TUNABLES: &str = "GLIBC_TUNABLES";
 /// The kernel ends such a process before the agent, when memory runs out.
@@ -187,6 +191,21 @@ fn directory(asked: Option<&str>, around: &Surroundings<'_>) -> Result<PathBuf, 
     }
 }
 
+/// The program to run for `named`: `/bin/sh` for a `/bin/bash` that the guest lacks.
+fn substitute(named: &str, exists: impl Fn(&str) -> bool) -> &str {
+    if named == BASH && !exists(BASH) && exists(SH) { SH } else { named }
+}
+
+/// [`substitute`] in this guest. The first substitution is logged.
+fn program(named: &str) -> &str {
+    static LOGGED: Once = Once::new();
+    let program = substitute(named, |path| fs::metadata(path).is_ok());
+    if program != named {
+        LOGGED.call_once(|| log!("the guest lacks {named}: {program} runs instead"));
+    }
+    program
+}
+
 /// Starts what `request` says.
 pub(crate) fn start(
     children: &Children,
@@ -201,7 +220,7 @@ pub(crate) fn start(
         return Err(RpcError::invalid("a variable has an empty name, or one with '='"));
     }
     let cwd = directory(config.cwd.as_deref(), around)?;
-    let mut command = command(&config.cmd, &config.args, &config.envs, &cwd, around, request.pty.is_some());
+    let mut command = command(program(&config.cmd), &config.args, &config.envs, &cwd, around, request.pty.is_some());
     let run = |command: &mut Command| children.spawn(command).map_err(|error| not_started(&config.cmd, &error));
     if let Some(wanted) = request.pty {
         let (master, slave) = pty(wanted.size).map_err(failed("no terminal can be made"))?;
@@ -229,4 +248,22 @@ pub(crate) fn start(
     let (stdout, stderr) = (register(stdout, Interest::READABLE)?, register(stderr, Interest::READABLE)?);
     let (pid, end) = run(&mut command)?;
     Ok(Started { pid, end, streams: Streams::Pipes { stdin, stdout, stderr } })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sh_runs_for_a_missing_bash_alone() {
+        for (named, there, runs) in [
+            (BASH, &[BASH, SH][..], BASH),
+            (BASH, &[SH], SH),
+            (BASH, &[], BASH),
+            ("/bin/zsh", &[SH], "/bin/zsh"),
+            ("bash", &[SH], "bash"),
+        ] {
+            assert_eq!(substitute(named, |path| there.contains(&path)), runs, "{named} with {there:?}");
+        }
+    }
 }

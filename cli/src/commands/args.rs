@@ -387,6 +387,17 @@ pub(crate) struct RunArgs {
     /// Leave the VM to the supervisor, which is started if there is none, and return once it runs.
     #[arg(long = "detach", alias = "background", short = 'd', conflicts_with = "detached")]
     pub(crate) background: bool,
+    /// With -d: return when the guest's agent answers, within a time (5m). The default with --image.
+    #[arg(
+        long,
+        value_name = "TIME",
+        value_parser = parse_duration,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "5m",
+        requires = "background"
+    )]
+    pub(crate) wait: Option<Duration>,
     /// Run in the foreground without reading the terminal; the console is on its socket.
     #[arg(long = "no-terminal", alias = "detached")]
     pub(crate) detached: bool,

@@ -1,5 +1,5 @@
-//! `clade run -d --image`: the first VM of an image is booted, and a checkpoint taken of it when its
-//! agent answers. The next ones are children of that.
+//! `clade run -d --image`: the first VM of an image is booted. When a trial child of it has been made
+//! ready, a checkpoint is taken. The next VMs are children of the checkpoint.
 //!
 //! The checkpoint's name is of all that was booted: image, command, kernel, agent, memory, limits. It
 //! is the supervisor's like any other, and ends with it.
@@ -14,7 +14,8 @@ use clade_agent_client::Client as Agent;
 use clade_agent_client::Endpoint;
 use clade_agent_client::proto::PORT;
 use clade_daemon::control::{
-    BootRequest, CheckpointInfo, CheckpointRequest, Client, ClientError, ForkAnswer, ForkRequest, VmInfo,
+    BootRequest, CheckpointInfo, CheckpointRequest, Client, ClientError, ForkAnswer, ForkRequest, ProblemKind,
+    StopRequest, VmInfo,
 };
 use clade_daemon::fleet::Labels;
 use clade_vmm::vm::{NetSpec, UserNet, VsockChoice};
@@ -27,8 +28,15 @@ use crate::commands::run::say;
 use crate::commands::{Failure, Outcome};
 
 /// How long an agent may take until it answers: a guest may boot slowly.
-const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
+pub(super) const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 const RETRY: Duration = Duration::from_millis(20);
+/// A command that waits longer writes so.
+const REPORT_AFTER: Duration = Duration::from_secs(1);
+/// How long the entrypoint may take until a trial child can be made ready.
+const READY_TIMEOUT: Duration = Duration::from_secs(300);
+/// The time between trials: doubled from the first to the longest. Each stops the VM for a moment.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// Whether VMs of these arguments can be children of one. What else they would have is each one's own:
 /// images that are written, interfaces, addresses.
@@ -50,6 +58,12 @@ pub(super) fn start(request: &BootRequest) -> Result<String, Failure> {
     block_on(async {
         match fork(&client, &checkpoint, request).await {
             Err(ClientError::Refused { status: 404, .. }) => {}
+            Err(error) if is_not_ready(&error) => {
+                say!("clade: removing {checkpoint}, whose child is not ready: {error}");
+                let path = format!("/v1/checkpoints/{checkpoint}");
+                // Another command may have removed it.
+                let _ = client.supervisor::<CheckpointInfo>(Method::DELETE, &path, None::<&()>).await;
+            }
             forked => return Ok(forked.map_err(failure)?.children.into_iter().next().unwrap_or_default()),
         }
         let booted: VmInfo = client.supervisor(Method::POST, "/v1/vms", Some(request)).await.map_err(failure)?;
@@ -73,21 +87,73 @@ async fn fork(client: &Client, checkpoint: &str, request: &BootRequest) -> Resul
     client.supervisor(Method::POST, &format!("/v1/checkpoints/{checkpoint}/fork"), Some(&fork)).await
 }
 
-/// Takes the checkpoint when the agent answers. An error says why there is none.
-async fn keep(client: &Client, checkpoint: &str, request: &BootRequest, vm: &VmInfo) -> Result<(), String> {
-    let Some(vsock) = &request.config.vsock else { return Err("it has no agent".to_owned()) };
-    let agent = Agent::new(Endpoint::Vsock { socket: vsock.socket.clone(), port: PORT });
-    let begun = Instant::now();
-    while agent.health().await.is_err() {
-        let state = client.request::<VmInfo>(Method::GET, &vm.name, "", None::<&()>).await;
-        if let Err(error) = state {
-            return Err(format!("{} has ended: {error}", vm.name));
+fn is_not_ready(error: &ClientError) -> bool {
+    let ClientError::Refused { problem, .. } = error else { return false };
+    ProblemKind::of_urn(&problem.kind) == Some(ProblemKind::NotReady)
+}
+
+/// Forks trial children of the VM until one has been made ready, and stops that one. A hook may need the
+/// entrypoint, which may start slower than the agent: children of an earlier instant would all fail.
+async fn try_child(client: &Client, vm: &str) -> Result<(), String> {
+    let (begun, mut pause, mut is_reported) = (Instant::now(), FIRST_PAUSE, false);
+    let trial = ForkRequest { ready: true, ..ForkRequest::default() };
+    loop {
+        let forked: Result<ForkAnswer, _> =
+            client.supervisor(Method::POST, &format!("/v1/vms/{vm}/fork"), Some(&trial)).await;
+        match forked {
+            Ok(answer) => {
+                for child in answer.children {
+                    let stopped = client.stop(&child, StopRequest::default()).await;
+                    stopped.map_err(|error| clade_vmm::error_chain(&error))?;
+                }
+                return Ok(());
+            }
+            Err(error) if is_not_ready(&error) && begun.elapsed() < READY_TIMEOUT => {
+                if !is_reported {
+                    say!("clade: waiting until children of {vm} can be made ready: {error}");
+                    is_reported = true;
+                }
+            }
+            Err(error) => return Err(clade_vmm::error_chain(&error)),
         }
-        if begun.elapsed() > BOOT_TIMEOUT {
-            return Err(format!("its agent has not answered for {} s", BOOT_TIMEOUT.as_secs()));
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// Waits until the agent of the VM that `request` has booted answers.
+async fn agent_answers(client: &Client, request: &BootRequest, vm: &str, limit: Duration) -> Result<(), String> {
+    let Some(vsock) = &request.config.vsock else { return Err(format!("{vm} has no socket device for an agent")) };
+    let agent = Agent::new(Endpoint::Vsock { socket: vsock.socket.clone(), port: PORT });
+    let (begun, mut is_reported) = (Instant::now(), false);
+    while agent.health().await.is_err() {
+        let state = client.request::<VmInfo>(Method::GET, vm, "", None::<&()>).await;
+        if let Err(error) = state {
+            return Err(format!("{vm} has ended: {error}"));
+        }
+        if begun.elapsed() > limit {
+            return Err(format!("the agent of {vm} has not answered for {} s", limit.as_secs()));
+        }
+        if !is_reported && begun.elapsed() > REPORT_AFTER {
+            say!("clade: waiting for the agent of {vm}");
+            is_reported = true;
         }
         tokio::time::sleep(RETRY).await;
     }
+    Ok(())
+}
+
+/// The same for a command.
+pub(super) fn wait_for_agent(request: &BootRequest, vm: &str, limit: Duration) -> Result<(), String> {
+    let waited = block_on(async { Ok(agent_answers(&Client::default(), request, vm, limit).await) });
+    waited.unwrap_or_else(|failure| Err(failure.to_string()))
+}
+
+/// Takes the checkpoint when the agent answers and a trial child was made ready. An error is the reason
+/// for which there is none.
+async fn keep(client: &Client, checkpoint: &str, request: &BootRequest, vm: &VmInfo) -> Result<(), String> {
+    agent_answers(client, request, &vm.name, BOOT_TIMEOUT).await?;
+    try_child(client, &vm.name).await?;
     let path = format!("/v1/vms/{}/checkpoint", vm.name);
     let taken = CheckpointRequest { name: Some(checkpoint.to_owned()) };
     match client.supervisor::<CheckpointInfo>(Method::POST, &path, Some(&taken)).await {

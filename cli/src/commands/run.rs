@@ -16,7 +16,7 @@ use zeroize::Zeroizing;
 
 use crate::commands::args::{DEFAULT_CMDLINE, RunArgs};
 use crate::commands::image_vm::{ImageVm, ROOT_WORD};
-use crate::commands::image_warm;
+use crate::commands::image_warm::{self, BOOT_TIMEOUT};
 use crate::commands::many::{limit, suspend_after};
 use crate::commands::remote::ask;
 use crate::commands::serve::ensure;
@@ -185,6 +185,15 @@ fn background(args: &RunArgs, request: &BootRequest) -> Outcome {
         image_warm::start(request)?
     } else {
         let info: VmInfo = ask(Client::default().supervisor(Method::POST, "/v1/vms", Some(request)))?;
+        let waited = |limit| image_warm::wait_for_agent(request, &info.name, limit);
+        match args.wait {
+            Some(limit) => waited(limit).map_err(|why| Failure::run(anyhow!("{why}")))?,
+            // The VM runs, or has done its work.
+            None if args.image.is_some() => {
+                drop(waited(BOOT_TIMEOUT).map_err(|why| say!("clade: {why}")));
+            }
+            None => {}
+        }
         info.name
     };
     let limited = limit(std::slice::from_ref(&name), args.ttl)

@@ -217,13 +217,18 @@ fn an_image_is_a_vm_that_can_be_forked() {
     let mut images = Images::new();
     let (root, layout) = (images.path("root"), images.path("layout"));
     write_root(&root, &linux);
+    // Children of an instant before the program has started are never ready.
+    let hook = root.join("etc/clade/fork.d/10-started");
+    fs::create_dir_all(hook.parent().unwrap()).unwrap();
+    fs::write(&hook, "#!/bin/sh\ncat /tmp/started\n").unwrap();
+    fs::set_permissions(&hook, fs::Permissions::from_mode(0o755)).unwrap();
     let config = json!({"Entrypoint": ["sh", "-c"], "Cmd": ["exit 1"], "Env": ["PATH=/bin", "COLOUR=blue"],
         "WorkingDir": "/work/made", "User": "app:staff"});
     write_layout(&layout, &root, &config);
     let name = images.push(&layout, "1").unwrap_or_else(|| format!("oci:{}:1", layout.display()));
     images.runtime.spawn(&["serve", "--pool", "0"]);
     wait_until("the supervisor", || images.clade(&["checkpoints"]).code == Some(0));
-    let script = "id -u; id -g; echo $COLOUR; pwd; echo started > /tmp/started; exec sleep 100000";
+    let script = "id -u; id -g; echo $COLOUR; pwd; sleep 3; echo started > /tmp/started; exec sleep 100000";
     let run = |vm: &str| -> Answer {
         let mut command = images.command(&["run", "-d", "--image", &name, "--mem", "256M", "--name", vm]);
         command.arg("--kernel").arg(linux.join("vmlinux")).args(["--", script]).env("CLADE_AGENT", &agent);

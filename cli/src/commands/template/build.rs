@@ -59,6 +59,7 @@ fn run_args(args: &BuildArgs, name: String) -> RunArgs {
         vsock: None,
         detached: false,
         background: true,
+        wait: None,
         confine: Confinement::default(),
     }
 }
