@@ -26,6 +26,7 @@ use crate::headers::API_KEY;
 use crate::keys::Scope;
 use crate::records::{Entry, Record, Snapshot};
 use crate::rules::checkpoint_name;
+use crate::seats::{Seat, holding};
 use crate::wire::{
     AskedNetwork, CLIENT_ID, Connect, Detail, ENVD_VERSION, Fork, Forked, Lifecycle, ListQuery, Listed, Metric,
     NetworkShown, NewSandbox, OnTimeout, Refresh, Sandbox, Save, SnapshotInfo, State as SandboxState, Texts, Timeout,
@@ -128,9 +129,15 @@ async fn authorize(State(gateway): Gate, mut request: Request, next: Next) -> Re
     if key.scope == Scope::Read && request.method() != Method::GET {
         return ApiError::new(StatusCode::FORBIDDEN, "this key is for calls that change nothing").into_response();
     }
+    let owner = key.owner().to_owned();
+    let call = match gateway.0.calls.take_call(&owner) {
+        Ok(call) => call,
+        Err(error) => return error.into_response(),
+    };
+    let admitted = request.extensions().get::<Arc<Seat>>().map(Seat::admit);
     request.extensions_mut().insert(key.scope);
-    request.extensions_mut().insert(Owner(key.owner().to_owned()));
-    next.run(request).await
+    request.extensions_mut().insert(Owner(owner));
+    next.run(request).await.map(|body| holding(body, (call, admitted)))
 }
 
 async fn body_bytes(request: Request) -> Answer<Bytes> {

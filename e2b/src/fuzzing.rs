@@ -1,12 +1,14 @@
 //! What fuzz targets reach: a connection of a client's, and what comes to a guest of it.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::gateway::{Gateway, Options};
 use crate::listen::{self, router};
+use crate::seats::Seats;
 
 /// A gateway that keeps its files in `dir`, with the domain `box.test` and one sandbox: `ibox`, whose
 /// VM's vsock socket is `socket`. No supervisor is behind it.
@@ -35,5 +37,6 @@ pub fn gateway(dir: &Path, socket: &Path) -> Gateway {
 
 /// Answers a client's connection, up to its end.
 pub async fn answer(gateway: &Gateway, client: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
-    listen::answer(client, router(gateway)).await;
+    let seat = Seats::new(1).take().await;
+    listen::answer(client, router(gateway), Arc::new(seat)).await;
 }

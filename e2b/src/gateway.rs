@@ -28,6 +28,8 @@ use crate::wire::{CLIENT_ID, ENVD_VERSION, Sandbox};
 /// How long an agent may take to take a connection and then to answer. Guests' kernels may be interpreted.
 const CONNECTING: Duration = Duration::from_secs(30);
 const ANSWERING: Duration = Duration::from_secs(60);
+/// The same for what clients ask of agents and programs.
+const PROGRAM_ANSWERING: Duration = Duration::from_secs(600);
 
 /// What a gateway is opened with.
 #[derive(Clone, Debug)]
@@ -71,6 +73,10 @@ pub(crate) struct Inner {
     pub(crate) keys: ApiKeys,
     pub(crate) rates: Rates,
     pub(crate) places: Arc<Places>,
+    /// How long a guest may take to begin an answer, from the last part of the request's body on.
+    pub(crate) answering: Duration,
+    /// Calls that are under way.
+    pub(crate) calls: Arc<Places>,
     pub(crate) replays: Replays,
     pub(crate) sandboxes: Table<Record>,
     pub(crate) snapshots: Table<Snapshot>,
@@ -114,6 +120,8 @@ impl Gateway {
             keys: ApiKeys::new(&options.keys),
             rates: Rates::default(),
             places: Arc::default(),
+            answering: PROGRAM_ANSWERING,
+            calls: Arc::default(),
             replays: Replays::default(),
             sandboxes,
             snapshots,

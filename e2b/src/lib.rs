@@ -30,6 +30,7 @@ mod rate;
 mod records;
 mod rules;
 mod sandboxes;
+mod seats;
 mod secret;
 mod snapshots;
 mod source;

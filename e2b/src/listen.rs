@@ -17,16 +17,16 @@ use hyper_util::service::TowerToHyperService;
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use crate::control;
 use crate::gateway::Gateway;
 use crate::ports::Target;
 use crate::proxy::forward;
+use crate::seats::{Seat, Seats};
 use crate::tunnel::Afterwards;
 
-/// Most connections. More wait in the kernel's backlog.
+/// Most connections. For one more, another that is idle is cut; where none is, it waits in the kernel's backlog.
 const MAX_CONNECTIONS: usize = 2048;
 /// How long a connection may be idle, and a request's head may take: longer than SDKs keep one.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(330);
@@ -71,16 +71,26 @@ pub(crate) fn router(gateway: &Gateway) -> Router {
     control::router(gateway).layer(from_fn_with_state(gateway.clone(), dispatch))
 }
 
-pub(crate) async fn answer(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, router: Router) {
+/// Answers a connection's requests until it ends, or has to make way for another.
+pub(crate) async fn answer(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    router: Router,
+    seat: Arc<Seat>,
+) {
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).max_buf_size(MAX_HEAD).max_headers(MAX_HEADERS);
     let (service, afterwards) = (TowerToHyperService::new(router), Afterwards::default());
-    let own = afterwards.clone();
+    let (own, own_seat) = (afterwards.clone(), Arc::clone(&seat));
     let service = service_fn(move |mut request: hyper::Request<Incoming>| {
         request.extensions_mut().insert(own.clone());
+        request.extensions_mut().insert(Arc::clone(&own_seat));
         service.call(request)
     });
-    if let Err(error) = http.serve_connection(TokioIo::new(stream), service).with_upgrades().await {
+    let served = tokio::select! {
+        served = http.serve_connection(TokioIo::new(stream), service).with_upgrades() => served,
+        () = seat.until_cut() => return,
+    };
+    if let Err(error) = served {
         // The client went away, or was too slow.
         tracing::debug!(%error, "a connection to E2B's API");
     }
@@ -90,22 +100,23 @@ pub(crate) async fn answer(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 
 }
 
 pub(crate) async fn accept(listener: TcpListener, router: Router) {
-    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    accept_at_most(MAX_CONNECTIONS, listener, router).await;
+}
+
+pub(crate) async fn accept_at_most(most: usize, listener: TcpListener, router: Router) {
+    let seats = Seats::new(most);
     // They are cut off with this.
     let mut answering = JoinSet::new();
     loop {
-        // Wait here before accepting another connection. The semaphore is never closed.
-        let Ok(permit) = Arc::clone(&connections).acquire_owned().await else { return };
         while answering.try_join_next().is_some() {}
         match listener.accept().await {
             Ok((stream, _)) => {
+                // Waits here before it accepts another one.
+                let seat = seats.take().await;
                 // An event is sent when it happens.
                 let _ = stream.set_nodelay(true);
                 let router = router.clone();
-                answering.spawn(async move {
-                    answer(stream, router).await;
-                    drop(permit);
-                });
+                answering.spawn(answer(stream, router, Arc::new(seat)));
             }
             Err(error) => {
                 tracing::warn!(%error, "connections to E2B's API cannot be accepted");

@@ -1,11 +1,16 @@
 //! What two owners have of each other: nothing. And how much one may have.
 
 use axum::http::StatusCode;
+use clade_test_support::Watchdog;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
+use crate::listen::accept_at_most;
+use crate::places::MAX_CALLS;
 use crate::quotas::Quotas;
 use crate::source::SNAPSHOT_PREFIX;
-use crate::testing::{Fake, until};
+use crate::testing::{Fake, LIMIT, until};
 
 async fn snapshot(fake: &Fake, key: &str, id: &str, name: &str) -> (u16, Value) {
     fake.call(key, "POST", &format!("/sandboxes/{id}/snapshots"), json!({ "name": name })).await
@@ -160,4 +165,66 @@ async fn metadata_and_variables_have_bounds() {
         assert_eq!(got, status, "{field}: {answer}");
         assert!(status == 201 || answer["message"].as_str().unwrap().starts_with(field), "{answer}");
     }
+}
+
+#[tokio::test]
+async fn idle_connections_without_a_key_keep_nobody_out() {
+    const MOST: usize = 8;
+    let fake = Fake::new();
+    let key = fake.key("one");
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(accept_at_most(MOST, listener, fake.router.clone()));
+    let ask = async |head: &str| {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(head.as_bytes()).await.unwrap();
+        stream
+    };
+    let status = async |stream: &mut TcpStream| {
+        let mut bytes = [0; 12];
+        stream.read_exact(&mut bytes).await.unwrap();
+        String::from_utf8_lossy(&bytes[9..]).into_owned()
+    };
+    let _watchdog = Watchdog::new(LIMIT, || "a connection waits".to_owned());
+    // One whose call is under way stays, however many others come.
+    fake.world.hold("GET checkpoints");
+    let mut under_way = ask(&format!("GET /templates HTTP/1.1\r\nhost: x\r\nx-api-key: {key}\r\n\r\n")).await;
+    fake.world.until_held().await;
+    let mut idle = Vec::new();
+    for n in 0..3 * MOST {
+        // Idle, with half a request, with a wrong key, or for a sandbox that is not there.
+        let head = ["", "GET /v2/sandb", "GET /v2/sandboxes HTTP/1.1\r\nhost: x\r\nx-api-key: e2b_x\r\n\r\n"];
+        idle.push(ask(head[n % 3]).await);
+        let mut health = ask("GET /health HTTP/1.1\r\nhost: x\r\n\r\n").await;
+        assert_eq!(status(&mut health).await, "204");
+        idle.push(health);
+    }
+    let mut calls = ask(&format!("GET /v2/sandboxes HTTP/1.1\r\nhost: x\r\nx-api-key: {key}\r\n\r\n")).await;
+    assert_eq!(status(&mut calls).await, "200");
+    fake.world.release();
+    assert_eq!(status(&mut under_way).await, "200");
+}
+
+#[tokio::test]
+async fn an_owner_whose_calls_hang_has_so_many_and_no_more() {
+    let fake = Fake::new();
+    let (one, two) = (fake.key("one"), fake.key("two"));
+    fake.world.hold("GET checkpoints");
+    let mut calls = tokio::task::JoinSet::new();
+    for _ in 0..MAX_CALLS {
+        let request = Fake::ask(&one, "GET", "/templates", &Value::Null);
+        calls.spawn(tower::ServiceExt::oneshot(fake.router.clone(), request));
+    }
+    until("all to be under way", || {
+        fake.world.fleet().log.iter().filter(|what| *what == "GET checkpoints").count() == MAX_CALLS
+    })
+    .await;
+    let (status, refused) = fake.call(&one, "GET", "/v2/sandboxes", Value::Null).await;
+    assert_eq!(status, 429, "{refused}");
+    assert_eq!(fake.call(&two, "GET", "/v2/sandboxes", Value::Null).await.0, 200);
+    // Those whose clients go, and those that are answered.
+    calls.abort_all();
+    while calls.join_next().await.is_some() {}
+    fake.world.release();
+    assert_eq!(fake.call(&one, "GET", "/v2/sandboxes", Value::Null).await.0, 200);
 }

@@ -1,5 +1,5 @@
-//! How many connections to programs' ports there may be: of one sandbox, and of all that a key has
-//! made. Each costs this process two descriptors for as long as its client likes.
+//! How many connections to guests there may be: of one sandbox, and of all of an owner. And how many calls of an
+//! owner may be under way. Each costs this process two descriptors for as long as its client likes.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,7 +10,9 @@ use crate::error::{Answer, ApiError};
 
 /// Most of one sandbox: fewer than its agent takes.
 pub(crate) const PER_SANDBOX: usize = 256;
-/// Most of all sandboxes of a key: half of what the address takes.
+/// Most calls of one owner that are under way.
+pub(crate) const MAX_CALLS: usize = 256;
+/// Most of all sandboxes of an owner: half of what the address takes.
 pub(crate) const PER_KEY: usize = 1024;
 
 #[derive(Debug, Default)]
@@ -47,13 +49,32 @@ impl Places {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    #[cfg(test)]
+    pub(crate) fn taken(&self, sandbox: &str) -> usize {
+        count(&self.counts().by_sandbox, sandbox)
+    }
+
+    /// Takes a place for a call of an owner's. Calls have an instance of their own.
+    ///
+    /// # Errors
+    /// 429 when there is none.
+    pub(crate) fn take_call(self: &Arc<Self>, owner: &str) -> Answer<Place> {
+        let mut counts = self.counts();
+        if count(&counts.by_key, owner) >= MAX_CALLS {
+            let why = format!("{MAX_CALLS} calls with keys of this owner are under way");
+            return Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, why));
+        }
+        *counts.by_key.entry(owner.to_owned()).or_default() += 1;
+        Ok(Place { places: Arc::clone(self), sandbox: String::new(), key: owner.to_owned() })
+    }
+
     /// Takes a place for a connection to `sandbox`, which was made with `key`.
     ///
     /// # Errors
     /// 429 when there is none.
     pub(crate) fn take(self: &Arc<Self>, sandbox: &str, key: &str) -> Answer<Place> {
         let full = |whose: String, most: usize| {
-            let why = format!("{most} connections to ports of {whose} are open");
+            let why = format!("{most} connections to {whose} are open");
             Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, why))
         };
         let mut counts = self.counts();

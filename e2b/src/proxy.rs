@@ -1,7 +1,7 @@
 //! Requests for a sandbox's port, passed on to its guest: to the agent, or to a program's TCP port.
 #![allow(clippy::result_large_err, reason = "an answer is the answer also where it refuses: one for each request")]
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -13,11 +13,13 @@ use axum::response::{IntoResponse, Response};
 use clade_agent_client::proto::PORT;
 use clade_agent_client::proto::forward::FORWARD_PORT;
 use clade_agent_client::{ClientError, Endpoint, Socket};
+use http_body_util::BodyExt;
 use hyper::client::conn::http1;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use serde_json::json;
 use tokio::sync::watch;
+use tokio::time::{Instant, timeout_at};
 
 use crate::control::to_the_end;
 use crate::error::{Answer, ApiError};
@@ -28,6 +30,7 @@ use crate::headers::{
 };
 use crate::ports::Target;
 use crate::records::{Entry, Record};
+use crate::seats::{Seat, holding};
 use crate::tunnel::{Afterwards, relay};
 
 #[cfg(test)]
@@ -58,12 +61,13 @@ pub(crate) async fn forward(gateway: &Gateway, target: &Target, request: Request
     let Some(entry) = gateway.0.sandboxes.get(&target.id) else {
         return bad_gateway(target, "The sandbox was not found");
     };
+    let admitted = request.extensions().get::<Arc<Seat>>().map(Seat::admit);
     let passed = if u32::from(target.port) == PORT {
         to_agent(gateway, target, &entry, request).await
     } else {
         to_program(gateway, target, &entry, request).await
     };
-    passed.unwrap_or_else(|refusal| refusal)
+    passed.unwrap_or_else(|refusal| refusal).map(|body| holding(body, admitted))
 }
 
 /// The sandbox as it runs, and what hears when it does not any more. A paused one is woken if `may_wake`.
@@ -118,6 +122,8 @@ async fn to_agent(
         (Some(token), None) => gateway.is_token(&target.id, token.as_bytes()),
         _ => false,
     };
+    let owner = entry.get().owner;
+    let place = gateway.0.places.take(&target.id, &owner).map_err(ApiError::into_response)?;
     let (record, _) = running(gateway, target, entry, may_wake).await?;
     strip(request.headers_mut());
     request.headers_mut().insert(HOST, HeaderValue::from_static("localhost"));
@@ -125,7 +131,12 @@ async fn to_agent(
     let endpoint = Endpoint::Vsock { socket: record.socket, port: PORT };
     let socket = endpoint.connect(CONNECTING).await;
     let socket = socket.map_err(|error| bad_gateway(target, &format!("The sandbox does not answer: {error}")))?;
-    let mut answer = send(socket, request, std::future::pending()).await.map_err(|error| broken(target, &error))?;
+    // The place is held until the connection has ended.
+    let never = async move {
+        let _place = place;
+        std::future::pending::<()>().await;
+    };
+    let mut answer = send(gateway.0.answering, target, socket, request, never).await?;
     strip(answer.headers_mut());
     Ok(answer)
 }
@@ -137,13 +148,16 @@ fn broken(target: &Target, error: &hyper::Error) -> Response {
 /// Sends a request on a connection of its own, which ends when the answer has been read, is dropped,
 /// or is `cut`.
 async fn send(
+    answering: Duration,
+    target: &Target,
     socket: Socket,
     request: Request,
     cut: impl Future<Output = ()> + Send + 'static,
-) -> hyper::Result<Response> {
+) -> Result<Response, Response> {
+    let failed = |error: hyper::Error| broken(target, &error);
     let mut http = http1::Builder::new();
     http.max_headers(MAX_HEADERS).max_buf_size(MAX_HEAD);
-    let (mut sender, connection) = http.handshake(TokioIo::new(socket)).await?;
+    let (mut sender, connection) = http.handshake(TokioIo::new(socket)).await.map_err(failed)?;
     tokio::spawn(async move {
         tokio::select! {
             // What it fails of is said where the answer is waited for.
@@ -151,7 +165,27 @@ async fn send(
             () = cut => {}
         }
     });
-    Ok(sender.send_request(request).await?.map(Body::new))
+    let moved = Arc::new(Mutex::new(Instant::now()));
+    let last = Arc::clone(&moved);
+    let request = request.map(|body| {
+        Body::new(body.map_frame(move |frame| {
+            *moved.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+            frame
+        }))
+    });
+    let mut answer = std::pin::pin!(sender.send_request(request));
+    loop {
+        let deadline = *last.lock().unwrap_or_else(PoisonError::into_inner) + answering;
+        match timeout_at(deadline, answer.as_mut()).await {
+            Ok(answer) => return Ok(answer.map_err(failed)?.map(Body::new)),
+            // The body may have moved meanwhile.
+            Err(_) if *last.lock().unwrap_or_else(PoisonError::into_inner) + answering <= Instant::now() => {
+                let why = format!("the sandbox has not answered within {} s", answering.as_secs_f64());
+                return Err(ApiError::new(StatusCode::GATEWAY_TIMEOUT, why).into_response());
+            }
+            Err(_) => {}
+        }
+    }
 }
 
 /// Refuses what does not show the token of a sandbox whose ports are not public.
@@ -190,6 +224,8 @@ async fn to_program(
     check_traffic(gateway, &record, &request).map_err(refused)?;
     let place = Arc::new(gateway.0.places.take(&record.id, &record.owner).map_err(refused)?);
     let afterwards = request.extensions().get::<Afterwards>().cloned();
+    // A WebSocket is an admitted request until it ends.
+    let seat = request.extensions().get::<Arc<Seat>>().map(Seat::admit);
     let (head, body) = request.into_parts();
     let is_websocket = asks_for_websocket(&head).map_err(refused)?;
     let mut request = Request::from_parts(head, body);
@@ -216,7 +252,7 @@ async fn to_program(
         drop(ended.changed().await);
         drop(held);
     };
-    let mut answer = send(socket, request, until_cut).await.map_err(|error| broken(target, &error))?;
+    let mut answer = send(gateway.0.answering, target, socket, request, until_cut).await?;
     if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
         let is_taken = takes_websocket(answer.headers());
         let (Some(client), Some(afterwards), true) = (client, afterwards, is_taken) else {
@@ -224,7 +260,7 @@ async fn to_program(
         };
         let guest = hyper::upgrade::on(&mut answer);
         afterwards.set(async move {
-            let _place = place;
+            let _held = (place, seat);
             tokio::select! {
                 () = tunnel(client, guest) => {}
                 _ = cut.changed() => {}

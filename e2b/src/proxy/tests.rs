@@ -23,6 +23,7 @@ const TAKE: &str = "HTTP/1.1 101 Switching Protocols\r\nconnection: Upgrade\r\nu
 /// A gateway with one sandbox, `ibox`, and the guest's side of it.
 struct Host {
     gateway: Gateway,
+    options: Options,
     address: std::net::SocketAddr,
     guest: UnixListener,
     _dir: tempfile::TempDir,
@@ -47,11 +48,19 @@ impl Host {
         let mut record = record(&path("vsock"));
         change(&mut record);
         gateway.0.sandboxes.insert(record).unwrap();
-        // Not by `listen`, which forgets what no supervisor knows.
+        let guest = UnixListener::bind(path("vsock")).unwrap();
+        let address = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut host = Self { gateway: gateway.clone(), options, address, guest, _dir: dir };
+        host.serve(gateway).await;
+        host
+    }
+
+    /// Not by `listen`, which forgets what no supervisor knows.
+    async fn serve(&mut self, gateway: Gateway) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
+        self.address = listener.local_addr().unwrap();
         tokio::spawn(accept(listener, router(&gateway)));
-        Self { gateway, address, guest: UnixListener::bind(path("vsock")).unwrap(), _dir: dir }
+        self.gateway = gateway;
     }
 
     async fn client(&self, text: &str) -> TcpStream {
@@ -413,4 +422,28 @@ async fn answered(host: &Host, ask: &str) -> TcpStream {
             () = tokio::time::sleep(Duration::from_millis(200)) => {}
         }
     }
+}
+
+#[test]
+fn a_guest_that_never_answers_is_not_waited_for_without_end() {
+    run(async {
+        let mut host = Host::new(|_| {}).await;
+        let mut gateway = Gateway::open(&host.options).unwrap();
+        Arc::get_mut(&mut gateway.0).unwrap().answering = Duration::from_millis(100);
+        host.serve(gateway).await;
+        let request = "POST / HTTP/1.1\r\nhost: 80-ibox.box.test\r\ncontent-length: 4\r\n\r\nbody";
+        let mut client = BufReader::new(host.client(request).await);
+        let mut guest = host.accept().await;
+        head(&mut guest).await;
+        read(&mut guest, "body").await;
+        assert_eq!(host.gateway.0.places.taken("ibox"), 1);
+        let answer = head(&mut client).await;
+        assert!(answer.starts_with("http/1.1 504 "), "{answer}");
+        // Its place is free when the connection to the guest has ended.
+        let mut rest = Vec::new();
+        guest.read_to_end(&mut rest).await.unwrap();
+        while host.gateway.0.places.taken("ibox") > 0 {
+            tokio::task::yield_now().await;
+        }
+    });
 }
