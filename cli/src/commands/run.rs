@@ -190,7 +190,9 @@ fn background(args: &RunArgs, request: &BootRequest) -> Outcome {
             Some(limit) => waited(limit).map_err(|why| Failure::run(anyhow!("{why}")))?,
             // The VM runs, or has done its work.
             None if args.image.is_some() => {
-                drop(waited(BOOT_TIMEOUT).map_err(|why| say!("clade: {why}")));
+                if let Err(why) = waited(BOOT_TIMEOUT) {
+                    say!("clade: {why}");
+                }
             }
             None => {}
         }
