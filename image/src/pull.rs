@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use thiserror::Error;
 
@@ -87,6 +88,8 @@ pub struct PullOptions {
     pub ca: Option<PathBuf>,
     /// Most of what an image may have.
     pub limits: Limits,
+    /// How long a registry may send nothing of a body: 60 s if not given.
+    pub stall: Option<Duration>,
 }
 
 /// Tells of what passes.

@@ -56,7 +56,7 @@ impl PullFlags {
             (None, _) => None,
         };
         let limits = Limits { bytes: self.max_image, ..Limits::default() };
-        Ok(PullOptions { is_insecure: self.insecure, credentials, ca: self.ca.clone(), limits })
+        Ok(PullOptions { is_insecure: self.insecure, credentials, ca: self.ca.clone(), limits, stall: None })
     }
 }
 

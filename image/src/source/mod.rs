@@ -3,6 +3,7 @@
 mod archive;
 mod layout;
 mod registry;
+mod stall;
 
 use std::io::{self, Read};
 use std::path::PathBuf;
@@ -110,7 +111,7 @@ pub enum SourceError {
         registry: String,
     },
     /// They would be sent where others can read them, or to a host that is not the registry.
-    #[error("the password for the registry {registry} is not sent to {to}, which is asked without TLS")]
+    #[error("the password for the registry {registry} is not sent to {to}: one of them is asked without TLS")]
     Clear {
         /// Its host.
         registry: String,

@@ -1,7 +1,7 @@
 //! A registry, as the distribution specification has it, with tokens, and passwords for who has one.
 //!
 //! A name and a password are sent when the registry itself has asked for them: to it, or to the
-//! server of tokens that it names. They go by TLS, or to this machine. Where a request is redirected
+//! server of tokens that it names by TLS. They go by TLS, or to this machine. Where a request is redirected
 //! to, neither they nor a token are sent, and what is asked for there is not given.
 
 use std::fs;
@@ -16,6 +16,7 @@ use ureq::http::{HeaderValue, Response, StatusCode, Uri};
 use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::{Agent, Body, ResponseExt};
 
+use super::stall::Stalling;
 use super::{Source, SourceError};
 use crate::credentials::Credentials;
 use crate::digest::{Digest, DigestError};
@@ -29,6 +30,10 @@ const MAX_TOKEN: u64 = 256 << 10;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 /// For the head of an answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// For a part of a body.
+const STALL: Duration = Duration::from_secs(60);
+/// For a whole body, however slowly it moves: a thread waits for it.
+const BODY_TIMEOUT: Duration = Duration::from_secs(12 * 3600);
 const REDIRECTS: u32 = 5;
 
 /// A repository of a registry.
@@ -44,6 +49,7 @@ pub(super) struct Registry {
     is_loopback: bool,
     credentials: Option<Credentials>,
     proof: Proof,
+    stall: Duration,
 }
 
 /// What is said with a request.
@@ -88,6 +94,7 @@ impl Registry {
             .redirect_auth_headers(RedirectAuthHeaders::Never)
             .timeout_connect(Some(CONNECT_TIMEOUT))
             .timeout_recv_response(Some(ANSWER_TIMEOUT))
+            .timeout_recv_body(Some(BODY_TIMEOUT))
             .user_agent(concat!("clade/", env!("CARGO_PKG_VERSION")))
             // A registry that is asked in the clear may send elsewhere so too; others may not.
             .https_only(!is_plain)
@@ -102,6 +109,7 @@ impl Registry {
             is_loopback,
             credentials: options.credentials.clone(),
             proof: Proof::Nothing,
+            stall: options.stall.unwrap_or(STALL),
         })
     }
 
@@ -147,8 +155,10 @@ impl Registry {
         let parsed: Option<Uri> = to.parse().ok();
         let is_tls = parsed.as_ref().is_some_and(|to| to.scheme_str() == Some("https"));
         let base: Option<Uri> = self.base.parse().ok();
-        let is_here = self.is_loopback && parsed.as_ref().and_then(Uri::host) == base.as_ref().and_then(Uri::host);
-        if is_tls || is_here {
+        let is_host = parsed.as_ref().and_then(Uri::host) == base.as_ref().and_then(Uri::host);
+        // An answer in the clear may be anybody's: it names no server that the credentials go to.
+        let is_named = !self.is_plain || self.is_loopback || is_host;
+        if is_tls && is_named || self.is_loopback && is_host {
             return Ok(Some(credentials));
         }
         Err(SourceError::Clear { registry: self.host.clone(), to: to.to_owned() })
@@ -204,7 +214,7 @@ impl Registry {
             token: Option<String>,
             access_token: Option<String>,
         }
-        let bytes = read(&realm, answer, MAX_TOKEN)?;
+        let bytes = read(&realm, answer, MAX_TOKEN, self.stall)?;
         let token: Option<Token> = serde_json::from_slice(&bytes).ok();
         let token = token.and_then(|token| token.token.or(token.access_token)).filter(|token| !token.is_empty());
         token.ok_or(SourceError::NoToken(realm))
@@ -219,10 +229,17 @@ fn sensitive(credentials: &Credentials) -> HeaderValue {
     value
 }
 
+/// The body of an answer, which may not come to a halt.
+fn body(url: &str, answer: Response<Body>, stall: Duration) -> Result<Stalling, SourceError> {
+    let body = Stalling::new(answer.into_body().into_reader(), stall);
+    body.map_err(|source| SourceError::Answer { url: url.to_owned(), source })
+}
+
 /// Reads an answer, and one byte more than it may have.
-fn read(url: &str, answer: Response<Body>, limit: u64) -> Result<Vec<u8>, SourceError> {
+fn read(url: &str, answer: Response<Body>, limit: u64, stall: Duration) -> Result<Vec<u8>, SourceError> {
     let mut bytes = Vec::new();
-    let read = answer.into_body().into_reader().take(limit + 1).read_to_end(&mut bytes);
+    let body = body(url, answer, stall)?;
+    let read = body.take(limit + 1).read_to_end(&mut bytes);
     read.map_err(|source| SourceError::Answer { url: url.to_owned(), source })?;
     Ok(bytes)
 }
@@ -267,7 +284,7 @@ impl Source for Registry {
         let answer = self.get(&path, &accepted())?;
         let kind = answer.headers().get("content-type").and_then(|value| value.to_str().ok()).unwrap_or_default();
         let kind = kind.split(';').next().unwrap_or_default().trim().to_owned();
-        let bytes = read(&format!("{}/{path}", self.base), answer, MAX_DOCUMENT)?;
+        let bytes = read(&format!("{}/{path}", self.base), answer, MAX_DOCUMENT, self.stall)?;
         let mut found = Descriptor::of(&kind, &bytes);
         if let Version::Digest(wanted) = &self.version {
             let is_it = Digest::of_kind(wanted, &bytes);
@@ -280,13 +297,15 @@ impl Source for Registry {
     }
 
     fn manifest(&mut self, wanted: &Descriptor) -> Result<Box<dyn Read + '_>, SourceError> {
-        let answer = self.get(&format!("manifests/{}", wanted.digest), &accepted())?;
-        Ok(Box::new(answer.into_body().into_reader()))
+        let path = format!("manifests/{}", wanted.digest);
+        let answer = self.get(&path, &accepted())?;
+        Ok(Box::new(body(&format!("{}/{path}", self.base), answer, self.stall)?))
     }
 
     fn blob(&mut self, wanted: &Descriptor) -> Result<Box<dyn Read + '_>, SourceError> {
-        let answer = self.get(&format!("blobs/{}", wanted.digest), "*/*")?;
-        Ok(Box::new(answer.into_body().into_reader()))
+        let path = format!("blobs/{}", wanted.digest);
+        let answer = self.get(&path, "*/*")?;
+        Ok(Box::new(body(&format!("{}/{path}", self.base), answer, self.stall)?))
     }
 }
 
@@ -303,6 +322,32 @@ mod tests {
         assert_eq!(Challenge::parse("bearer realm=x,error=y").unwrap().realm, "x");
         for wrong in ["", "Basic realm=\"x\"", "Bearer", "Bearer x", "Bearer realm=\"", "Bearer service=\"x\""] {
             assert_eq!(Challenge::parse(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn an_answer_in_the_clear_names_no_server_for_a_password() {
+        let registry = |host: &str, is_loopback: bool, is_insecure: bool| {
+            let credentials = Credentials::new("ann", "secret".to_owned().into()).ok();
+            let options = PullOptions { is_insecure, credentials, ..PullOptions::default() };
+            Registry::new((host, is_loopback), "a/b", &Version::Tag("v1".to_owned()), &options).unwrap()
+        };
+        let (far, near) = ("registry.test:5000", "127.0.0.1:5000");
+        for (host, is_loopback, is_insecure, to, is_sent) in [
+            (far, false, false, "https://registry.test:5000/v2/a", true),
+            (far, false, false, "https://tokens.test/token", true),
+            (far, false, false, "http://registry.test:5000/v2/a", false),
+            (far, false, true, "https://tokens.test/token", false),
+            (far, false, true, "https://registry.test.evil/token", false),
+            (far, false, true, "https://registry.test/token", true),
+            (far, false, true, "http://registry.test:5000/v2/a", false),
+            (near, true, false, "http://127.0.0.1:7000/token", true),
+            (near, true, true, "https://tokens.test/token", true),
+            (near, true, false, "http://tokens.test/token", false),
+        ] {
+            let registry = registry(host, is_loopback, is_insecure);
+            let sent = registry.credentials_for(to);
+            assert_eq!(sent.is_ok(), is_sent, "{host} {is_insecure} {to}: {:?}", sent.err());
         }
     }
 }

@@ -7,6 +7,7 @@ use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use clade_image::{Credentials, Image, PullError, PullOptions, SourceError};
 use serde_json::json;
@@ -185,4 +186,29 @@ fn a_file_without_certificates_is_refused_by_its_name() {
     assert!(refused().contains("ca.pem cannot be read"));
     fs::write(ca, "no certificate").unwrap();
     assert!(refused().contains("ca.pem has no certificate"));
+}
+
+#[test]
+fn a_blob_that_stalls_ends_the_pull_and_gives_the_store_back() {
+    let rig = Rig::new();
+    let content = Content::of(&rig);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    thread::spawn(move || {
+        let mut held = Vec::new();
+        for mut stream in listener.incoming().flatten() {
+            let Ok((path, _)) = read(&stream) else { continue };
+            let (status, _, body) = content.get(&path);
+            let head = format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n", body.len());
+            // Of a blob, all but the last byte.
+            let length = if path.contains("/blobs/") { body.len() - 1 } else { body.len() };
+            let _ = stream.write_all(&[head.as_bytes(), &body[..length]].concat());
+            held.push(stream);
+        }
+    });
+    let options = PullOptions { stall: Some(Duration::from_millis(200)), ..PullOptions::default() };
+    let reference = format!("127.0.0.1:{port}/a/b:v1").parse().unwrap();
+    let error = rig.store().pull(&reference, &options, &()).unwrap_err();
+    assert!(chain(&error).contains("has sent nothing for 0.2 s"), "{}", chain(&error));
+    drop(rig.store().lock().unwrap());
 }
