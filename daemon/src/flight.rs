@@ -99,6 +99,12 @@ pub(crate) fn noted() -> Vec<FlightEvent> {
     RECORDER.get().map(|recorder| read(&recorder.file)).unwrap_or_default()
 }
 
+/// An event of this moment that is shown and not noted.
+pub(crate) fn now(event: String) -> FlightEvent {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    FlightEvent { at: since.as_secs_f64(), event }
+}
+
 /// The file of this process's record, for another process.
 ///
 /// # Errors

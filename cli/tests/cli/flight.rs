@@ -39,8 +39,10 @@ fn the_last_that_happened_to_a_vm_outlives_a_kill_and_garbage_costs_its_own_reco
         assert_eq!(all.runtime.clade(&[command, "web-1"]).code, Some(0), "{command}");
     }
     let running = all.runtime.clade(&["logs", "web", "--flight"]).stdout;
-    let expected = ["booted with 32 MiB and 1 vCPUs", "paused", "image taken: paused "];
+    // A kick for the fork's pause is the last exit of the guest, which waits for a command.
+    let expected = ["booted with 32 MiB and 1 vCPUs", "paused", "image taken: paused ", "vCPU 0, "];
     assert_eq!(running.lines().count(), expected.len(), "{running}");
+    assert!(running.trim_end().ends_with(" kick, saved,"), "{running}");
     for (line, text) in running.lines().zip(expected) {
         assert!(line[13..].starts_with(text) && line.as_bytes()[2] == b':', "{running}");
     }
@@ -132,6 +134,7 @@ fn a_record_has_the_warnings_of_devices_and_where_a_vcpu_was() {
     let at = noted.iter().position(|text| text.starts_with("unhandled exit rip=0x"));
     let at = at.unwrap_or_else(|| panic!("no instruction: {noted:?}"));
     assert!(noted[at].contains("vCPU 0 shut down"), "{noted:?}");
+    assert!(noted[at + 1].starts_with("vCPU 0, ") && noted[at + 1].ends_with("other,"), "its last exits: {noted:?}");
     assert!(noted[at + 1..].iter().any(|text| text.starts_with("ended: vCPU 0 shut down")), "{noted:?}");
 
     all.boot("web", &["--disk", image.to_str().unwrap()]);

@@ -182,8 +182,9 @@ async fn stop(
 async fn logs(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<LogsAnswer> {
     Ok(Json(
         with_fleet(fleet, move |fleet| {
-            let console = last_output(&fleet.get(&name)?.vm);
-            Ok(LogsAnswer { console, flight: flight::noted() })
+            let vm = &fleet.get(&name)?.vm;
+            let exits = vm.last_exits().into_iter().map(flight::now);
+            Ok(LogsAnswer { console: last_output(vm), flight: flight::noted().into_iter().chain(exits).collect() })
         })
         .await?,
     ))

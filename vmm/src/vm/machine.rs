@@ -268,6 +268,12 @@ impl Vm {
         self.prepared.control.stopped()
     }
 
+    /// The last exits of each vCPU from KVM_RUN, and what was done about them, in words.
+    #[must_use]
+    pub fn last_exits(&self) -> Vec<String> {
+        self.prepared.control.last_exits()
+    }
+
     /// Waits up to `timeout` until its vCPU threads have exited. Returns why it stopped, or None
     /// after the timeout.
     #[must_use]

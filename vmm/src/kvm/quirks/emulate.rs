@@ -134,13 +134,15 @@ fn fwait_fault(cr0: u64, status: u16, control: u16) -> Option<u8> {
 
 impl Quirks {
     /// Emulates an instruction that KVM could not, after `KVM_RUN` returned
-    /// `KVM_EXIT_INTERNAL_ERROR`. After `Ok` the caller runs the vCPU again.
-    pub(crate) fn emulate_insn(self, vcpu: &mut VcpuFd) -> Result<Emulated, EmulateError> {
+    /// `KVM_EXIT_INTERNAL_ERROR`. Returns what it was, and its address. After `Ok` the caller runs the
+    /// vCPU again.
+    pub(crate) fn emulate_insn(self, vcpu: &mut VcpuFd) -> Result<(Emulated, u64), EmulateError> {
         let failure = EmulationFailure::of(vcpu).ok_or(EmulateError::NotEmulation)?;
         let call = |what| move |source| EmulateError::Ioctl { what, source };
         let mut regs = vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
         let remedy = if self == Self::None { None } else { EmulatedInsn::decode(failure.insn()) };
         let Some(remedy) = remedy else { return Err(EmulateError::NoRemedy { failure, rip: regs.rip }) };
+        let rip = regs.rip;
         let fault = match remedy {
             EmulatedInsn::Fwait => {
                 let (cr0, fpu) = (vcpu.get_sregs().map_err(call("KVM_GET_SREGS"))?.cr0, vcpu.get_fpu());
@@ -165,7 +167,7 @@ impl Quirks {
             events.exception.has_error_code = 0;
             vcpu.set_vcpu_events(&events).map_err(call("KVM_SET_VCPU_EVENTS"))?;
         }
-        Ok(if remedy == EmulatedInsn::Int3 { Emulated::Breakpoint } else { Emulated::Instruction })
+        Ok((if remedy == EmulatedInsn::Int3 { Emulated::Breakpoint } else { Emulated::Instruction }, rip))
     }
 }
 

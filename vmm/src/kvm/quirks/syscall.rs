@@ -298,7 +298,7 @@ mod tests {
                     }
                 }
                 VcpuExit::InternalError => {
-                    if quirks.emulate_insn(vcpu).unwrap() == Emulated::Breakpoint {
+                    if quirks.emulate_insn(vcpu).unwrap().0 == Emulated::Breakpoint {
                         let entry = quirks.find_page_faults(vcpu, &read).unwrap();
                         assert_eq!(entry, Some(KERNEL + CODE + 0x200));
                         Quirks::watch_page_faults(vcpu, entry).unwrap();

@@ -35,6 +35,7 @@ use std::time::{Duration, Instant};
 
 use crate::vm::error::{VmError, catch_panic};
 use crate::vm::stop::StopReason;
+use crate::vm::vcpu::exits::{Exits, lines_of_all};
 use crate::vm::vcpu::kick::Kicker;
 use crate::vm::vcpu::schedule::Schedule;
 use state::{Inner, Phase, RUN, Startup, State};
@@ -89,6 +90,7 @@ pub(crate) struct VcpuControl<O, S> {
     to_vcpus: Condvar,
     to_owner: Condvar,
     kickers: Vec<Kicker>,
+    exits: Vec<Exits>,
     pub(crate) schedule: Schedule,
 }
 
@@ -119,6 +121,7 @@ impl<O, S> VcpuControl<O, S> {
             to_vcpus: Condvar::new(),
             to_owner: Condvar::new(),
             kickers: (0..vcpus).map(|_| Kicker::default()).collect(),
+            exits: (0..vcpus).map(|_| Exits::default()).collect(),
             schedule: Schedule::default(),
         }
     }
@@ -140,6 +143,16 @@ impl<O, S> VcpuControl<O, S> {
 
     pub(crate) fn kicker(&self, index: usize) -> &Kicker {
         &self.kickers[index]
+    }
+
+    /// The last exits of vCPU `index`.
+    pub(crate) fn exits(&self, index: usize) -> &Exits {
+        &self.exits[index]
+    }
+
+    /// The last exits of all vCPUs, in words.
+    pub(crate) fn last_exits(&self) -> Vec<String> {
+        lines_of_all(&self.exits)
     }
 
     // --- the vCPU threads' side ---

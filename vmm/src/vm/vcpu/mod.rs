@@ -6,12 +6,14 @@
 //! | `run` | the loop around `KVM_RUN`, and the handling of each exit |
 //! | `state` | a vCPU's state: set at a boot, restored, saved at a fork, replaced at a reset |
 //! | `control` | synchronizes these threads with the owner of the VM |
+//! | `exits` | the last exits of each vCPU, for the flight record |
 //! | `kick` | getting a thread out of `KVM_RUN` |
 //! | `sched` | makes a waking thread run soon |
 //! | `schedule` | delays that tests put before kicks |
 //! | `ticket_lock` | one operation on a VM at a time, in order |
 
 pub(crate) mod control;
+pub(crate) mod exits;
 mod kick;
 mod run;
 pub(crate) mod sched;
@@ -92,6 +94,10 @@ impl VcpuThread {
         drop(enrolled);
         drop(self);
         if let Some(reason) = end {
+            // Before the stop: with the VM its process ends.
+            for line in control.last_exits() {
+                tracing::info!(target: crate::FLIGHT, "{line}");
+            }
             control.stop(reason);
         }
         control.thread_exited(index);

@@ -7,13 +7,16 @@ use crate::kvm::{EmulateError, Emulated, Quirks, pio_width};
 use crate::vm::devices::Devices;
 use crate::vm::stop::StopReason;
 use crate::vm::vcpu::VcpuThread;
+use crate::vm::vcpu::exits::Exit;
 
 impl VcpuThread {
     /// Runs the guest until it must park (`None`) or stops.
     pub(super) fn run(&mut self, devices: &Devices) -> Option<StopReason> {
         let vcpu = self.index;
         loop {
-            match self.vcpu.run() {
+            let exit = self.vcpu.run();
+            self.control.exits(self.index).note(Exit::from(&exit));
+            match exit {
                 Ok(VcpuExit::IoOut(port, data)) => {
                     let data: *const [u8] = data;
                     let width = pio_width(&mut self.vcpu);
@@ -76,7 +79,8 @@ impl VcpuThread {
     }
 
     fn emulate_insn(&mut self) -> Option<StopReason> {
-        let emulated = self.host.quirks().emulate_insn(&mut self.vcpu).and_then(|emulated| {
+        let emulated = self.host.quirks().emulate_insn(&mut self.vcpu).and_then(|(emulated, rip)| {
+            self.control.exits(self.index).note(Exit::emulated(emulated, rip));
             if emulated == Emulated::Breakpoint && self.page_fault_entry.is_none() {
                 let entry = self.host.quirks().find_page_faults(&self.vcpu, &self.read_memory())?;
                 self.watch_page_faults(entry)?;

@@ -9,6 +9,7 @@ use crate::kvm::{
 };
 use crate::vm::error::{VmError, catch_panic};
 use crate::vm::vcpu::control::Next;
+use crate::vm::vcpu::exits::{Exit, Kind};
 use crate::vm::vcpu::sched::BoostGuard;
 use crate::vm::vcpu::{Start, VcpuThread};
 
@@ -58,6 +59,7 @@ impl VcpuThread {
                 Next::Save(request) => {
                     // Caught, because the owner waits for this vCPU.
                     let saved = catch_panic(self.index, || self.save_state());
+                    self.control.exits(self.index).note(Exit { kind: Kind::Saved, address: 0 });
                     self.control.submit_state(self.index, request, saved);
                     next = self.control.park(self.index, true);
                 }
@@ -68,6 +70,7 @@ impl VcpuThread {
                         forget_pending(&self.vcpu)?;
                         self.give_state(&command.start)
                     });
+                    self.control.exits(self.index).note(Exit { kind: Kind::Loaded, address: 0 });
                     self.control.has_loaded(self.index, request, loaded);
                     next = self.control.park(self.index, true);
                 }
