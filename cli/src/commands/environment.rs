@@ -44,7 +44,7 @@ mod tests {
                 read_in(&path, found);
             } else if path.extension().is_some_and(|kind| kind == "rs") {
                 let text = std::fs::read_to_string(&path).unwrap();
-                let named = text.split('"').filter(|part| part.starts_with("CLADE_"));
+                let named = text.split('"').filter(|part| part.len() > "CLADE_".len() && part.starts_with("CLADE_"));
                 let is_name = |name: &&str| name.bytes().all(|byte| byte.is_ascii_uppercase() || byte == b'_');
                 found.extend(named.filter(is_name).map(str::to_owned));
             }
