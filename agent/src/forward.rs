@@ -23,7 +23,7 @@ use crate::log::log;
 const MAX_FORWARDS: usize = 512;
 /// How long the first line may take, and a port to take the connection.
 const LINE_TIMEOUT: Duration = Duration::from_secs(10);
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long one may be idle after one direction has ended. The host may have gone: the kernel says
 /// so to a writer alone.
 const HALF_CLOSED_TIMEOUT: Duration = Duration::from_secs(600);

@@ -38,8 +38,8 @@ mod tests;
 
 /// How long a guest may take to take a connection.
 const CONNECTING: Duration = Duration::from_secs(30);
-/// The same for a program's port. Its agent tries two addresses, for 5 s each.
-const CONNECTING_TO_PORT: Duration = Duration::from_secs(20);
+/// The same for a program's port. Its agent tries two addresses, for 30 s each.
+const CONNECTING_TO_PORT: Duration = Duration::from_secs(90);
 /// Most headers of a guest's answer.
 const MAX_HEADERS: usize = 64;
 /// Most bytes of their head.
