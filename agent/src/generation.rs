@@ -77,12 +77,14 @@ impl Agent {
                 ready.failed.push(format!("{what}: {why}"));
             }
         };
-        // First, because whoever had the parent's token must not get in any more.
+        // First, because whoever had the parent's token must not get in any more. Nor may others who needed
+        // one: the host gives out the new token.
         {
             let mut settings = self.settings();
             let envs = std::mem::take(&mut settings.envs);
             let (user, workdir) = (settings.user.clone(), settings.workdir.clone());
-            *settings = Settings { envs, user, workdir, ..Settings::default() };
+            let is_locked = settings.is_locked || settings.token.is_some();
+            *settings = Settings { envs, user, workdir, is_locked, ..Settings::default() };
         }
         // Only this thread reads it, when the connections wake.
         is_kept.store(true, Ordering::Relaxed);

@@ -18,6 +18,8 @@ use crate::listen::{Connection, Peer};
 use crate::log::log;
 use crate::settings::Token;
 
+/// A program of the host marks with this what it passes on for others: such a request is not the host's own.
+const PASSED_ON: &str = "x-clade-passed-on";
 /// What the clock may be off by before `/init` sets it: behind and ahead.
 const BEHIND_NS: i128 = 50_000_000;
 const AHEAD_NS: i128 = 5 * clock::SECOND_NS;
@@ -25,12 +27,22 @@ const AHEAD_NS: i128 = 5 * clock::SECOND_NS;
 /// Answers a request.
 pub(crate) async fn route(agent: Shared, own: Connection, request: Request<Incoming>) -> Reply {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let mut own = own;
+    if request.headers().contains_key(PASSED_ON) {
+        own.peer = Peer::Other;
+    }
     // These need no token, or look at it themselves.
     let is_open =
         matches!((&method, path.as_str()), (&Method::GET, "/health" | "/files") | (&Method::POST, "/files" | "/init"));
-    let token = agent.settings().token.clone();
+    let (token, is_locked) = {
+        let settings = agent.settings();
+        (settings.token.clone(), settings.is_locked)
+    };
     if path.starts_with("/clade/") {
         return clade(agent, own, &method, &path, request).await;
+    }
+    if is_locked && own.peer != Peer::Trusted && path != "/health" {
+        return http_error(StatusCode::UNAUTHORIZED, "the VM is a new one, and the host has set no token yet");
     }
     if !is_open && !has_token(token.as_ref(), request.headers()) {
         let why = "unauthorized access, please provide a valid access token or method signing if supported";
@@ -102,6 +114,7 @@ async fn init(agent: &Agent, bytes: &[u8]) -> Reply {
         }
     }
     settings.token = token;
+    settings.is_locked = false;
     if let Some(envs) = request.env_vars {
         settings.envs = Arc::new(envs);
     }

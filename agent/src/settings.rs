@@ -38,6 +38,8 @@ impl fmt::Debug for Token {
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
     pub(crate) token: Option<Token>,
+    /// Whether the host alone gets in until it sets a token: the VM is another than the one whose token it was.
+    pub(crate) is_locked: bool,
     pub(crate) envs: Arc<BTreeMap<String, String>>,
     pub(crate) user: String,
     pub(crate) workdir: Option<String>,
@@ -48,6 +50,6 @@ pub(crate) struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         let user = DEFAULT_USER.to_owned();
-        Self { token: None, envs: Arc::default(), user, workdir: None, newest_ns: i128::MIN }
+        Self { token: None, is_locked: false, envs: Arc::default(), user, workdir: None, newest_ns: i128::MIN }
     }
 }

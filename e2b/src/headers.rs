@@ -17,6 +17,8 @@ pub(crate) const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 pub(crate) const TRAFFIC_TOKEN: HeaderName = HeaderName::from_static("e2b-traffic-access-token");
 /// Opens a sandbox's agent, and nothing else.
 pub(crate) const AGENT_TOKEN: HeaderName = HeaderName::from_static(TOKEN_HEADER);
+/// Tells the agent that a request is not the host's own. The agent has the same constant.
+pub(crate) const PASSED_ON: HeaderName = HeaderName::from_static("x-clade-passed-on");
 const WEBSOCKET: HeaderValue = HeaderValue::from_static("websocket");
 /// What concerns a connection, or this host alone.
 const NOT_PASSED_ON: [HeaderName; 13] = [

@@ -25,8 +25,8 @@ use crate::control::to_the_end;
 use crate::error::{Answer, ApiError};
 use crate::gateway::Gateway;
 use crate::headers::{
-    AGENT_TOKEN, TRAFFIC_TOKEN, asks_for_websocket, check_framing, offer_websocket, strip, strip_for_program,
-    takes_websocket,
+    AGENT_TOKEN, PASSED_ON, TRAFFIC_TOKEN, asks_for_websocket, check_framing, offer_websocket, strip,
+    strip_for_program, takes_websocket,
 };
 use crate::ports::Target;
 use crate::records::{Entry, Record};
@@ -127,6 +127,7 @@ async fn to_agent(
     let (record, _) = running(gateway, target, entry, may_wake).await?;
     strip(request.headers_mut());
     request.headers_mut().insert(HOST, HeaderValue::from_static("localhost"));
+    request.headers_mut().insert(PASSED_ON, HeaderValue::from_static("1"));
     to_origin(&mut request);
     let endpoint = Endpoint::Vsock { socket: record.socket, port: PORT };
     let socket = endpoint.connect(CONNECTING).await;

@@ -332,6 +332,7 @@ impl World {
         let (world, name) = (Arc::clone(self), vm.to_owned());
         let other = async move |headers: HeaderMap| {
             world.step(format!("agent {name}")).await;
+            assert_eq!(headers.get_all("x-clade-passed-on").iter().count(), 1, "a client's request is marked");
             let token = world.fleet().vms.get(&name).and_then(|vm| vm.token.clone());
             let shown = headers.get("x-access-token").and_then(|shown| shown.to_str().ok());
             match token.is_some() && token.as_deref() == shown {

@@ -127,6 +127,40 @@ fn another_generation_drops_tokens_and_connections_and_no_process() {
 }
 
 #[test]
+fn a_new_vm_that_needed_a_token_is_the_hosts_alone_until_it_has_one() {
+    let agent = Agent::start_with(&["--tcp", "127.0.0.1:0"]);
+    let address = format!("127.0.0.1:{}", listening_port(agent.child.id())).parse().unwrap();
+    run(async {
+        let (host, other) = (agent.client(), Client::new(Endpoint::Tcp(address)));
+        // Without a token all may enter, also afterwards.
+        host.change_generation(&Generation::default()).await.unwrap();
+        other.list().await.unwrap();
+        host.init(&token("of the parent")).await.unwrap();
+        for _ in 0..2 {
+            host.change_generation(&Generation::default()).await.unwrap();
+            assert_eq!(status(other.list().await), 401);
+            assert_eq!(status(other.init(&token("of a thief")).await), 401);
+            other.health().await.unwrap();
+            for request in [
+                "GET /envs HTTP/1.1\r\nx-access-token: of the parent",
+                "GET /files?path=/etc/passwd HTTP/1.1",
+                "POST /init HTTP/1.1\r\ncontent-length: 0",
+            ] {
+                // As the host passes it on for a client.
+                let text = format!("{request}\r\nhost: x\r\nx-clade-passed-on: 1\r\nconnection: close\r\n\r\n");
+                let answer = agent.say(text.as_bytes());
+                assert!(answer.starts_with("HTTP/1.1 401 "), "{request}: {answer}");
+            }
+        }
+        let passed_on = "POST /clade/shutdown HTTP/1.1\r\nhost: x\r\nx-clade-passed-on: 1\r\nconnection: close\r\n\r\n";
+        assert!(agent.say(passed_on.as_bytes()).starts_with("HTTP/1.1 403 "));
+        host.list().await.unwrap();
+        host.init(&token("of the child")).await.unwrap();
+        other.with_token(Some("of the child".to_owned())).list().await.unwrap();
+    });
+}
+
+#[test]
 fn only_the_host_may_ask_for_the_end() {
     let mut agent = Agent::start_with(&["--tcp", "127.0.0.1:0"]);
     // Which port it has is not said: it is found among those that the agent's process listens on.
