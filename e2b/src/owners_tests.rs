@@ -1,4 +1,4 @@
-//! What two owners have of each other: nothing. And how much one may have.
+//! Two owners are separate: neither learns of the other. And each has bounds.
 
 use axum::http::StatusCode;
 use clade_test_support::Watchdog;
@@ -131,7 +131,7 @@ async fn an_owner_has_no_more_than_its_quotas_whatever_is_asked_for_at_once() {
     assert_eq!(snapshot(&fake, &one, &all[1], "a").await.0, 201);
     let (status, refused) = snapshot(&fake, &one, &all[1], "b").await;
     assert!(status == many && refused["message"].as_str().unwrap().contains("384 MiB"), "{refused}");
-    // What ends is given back.
+    // The quota of a sandbox that ends is given back.
     for id in &all[..2] {
         assert_eq!(fake.call(&one, "DELETE", &format!("/sandboxes/{id}"), Value::Null).await.0, 204);
     }

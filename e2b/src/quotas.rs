@@ -17,7 +17,7 @@ const MAX_PAIRS: usize = 256;
 const MAX_METADATA: usize = 16 << 10;
 const MAX_VARIABLES: usize = 64 << 10;
 
-/// What the sandboxes and snapshots of each owner may take.
+/// The most that the sandboxes and snapshots of each owner take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Quotas {
     /// Sandboxes, running or paused.
@@ -68,7 +68,7 @@ impl fmt::Display for Quotas {
     }
 }
 
-/// What is taken.
+/// Use of quotas.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Usage {
     pub(crate) sandboxes: u64,
@@ -96,14 +96,14 @@ impl Usage {
     }
 }
 
-/// The quotas, and what is about to be taken of them.
+/// The quotas, and the use of them by requests under way.
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
     quotas: Quotas,
     pending: Mutex<BTreeMap<String, Usage>>,
 }
 
-/// A part of an owner's quotas, until what it is for has a record or has failed.
+/// A part of an owner's quotas, held by a request under way.
 #[derive(Debug)]
 pub(crate) struct Held {
     of: Arc<Ledger>,
@@ -120,7 +120,7 @@ impl Ledger {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes more for an owner. `recorded` looks up what the owner has by record, while nobody else is given
+    /// Takes more for an owner. `recorded` counts the owner's records. No other request is given
     /// anything.
     ///
     /// # Errors
@@ -135,7 +135,7 @@ impl Ledger {
             ("MiB of memory in sandboxes and snapshots", after.mib, memory_mib, more.mib),
             ("snapshots", after.snapshots, snapshots, more.snapshots),
         ];
-        // An owner who has more than a new, smaller quota may still take of the others.
+        // An owner above one quota, which was made smaller, may still use the others.
         if let Some((what, after, most, _)) = all.into_iter().find(|(_, after, most, more)| *more > 0 && after > most) {
             let why = format!("{after} {what} would be more than the {most} that the key's owner may have");
             return Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, why));

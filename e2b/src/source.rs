@@ -1,4 +1,4 @@
-//! What sandboxes are made of: templates that were built, an owner's snapshots, and checkpoints of the host.
+//! The origins of sandboxes: built templates, snapshots of an owner, and checkpoints of the host.
 
 use clade_daemon::control::CheckpointInfo;
 use clade_devices::virtio::net::Link;
@@ -10,7 +10,7 @@ use crate::records::Snapshot;
 use crate::rules::checkpoint_name;
 use crate::templates::Template;
 
-/// What the names of snapshots' checkpoints begin with. No owner chooses one: a snapshot's own name is in its
+/// The prefix of the names of snapshots' checkpoints. No owner chooses one: a snapshot's own name is in its
 /// record, so it takes no name of the host's or of another owner's.
 pub(crate) const SNAPSHOT_PREFIX: &str = "e2b-snapshot-";
 
@@ -42,7 +42,7 @@ impl Gateway {
         self.0.snapshots.such(is_it).into_iter().next()
     }
 
-    /// What `name` stands for to this owner. A checkpoint of the host may not be there.
+    /// Resolves a name for this owner. A checkpoint of the host may not be there.
     pub(crate) fn source(&self, owner: &str, name: &str) -> Answer<Source> {
         let name = checkpoint_name(name);
         if let Some(built) = self.built(name) {

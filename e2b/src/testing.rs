@@ -42,7 +42,7 @@ pub(crate) struct Vm {
     pub(crate) token: Option<String>,
 }
 
-/// What the supervisor has.
+/// The supervisor's state.
 #[derive(Debug, Default)]
 pub(crate) struct Fleet {
     pub(crate) vms: BTreeMap<String, Vm>,
