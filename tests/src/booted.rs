@@ -89,7 +89,8 @@ pub fn booted(turn: &Turn, taps: bool) -> Option<PathBuf> {
         let scratch = tempfile::tempdir().expect("a directory");
         restore(&turn.context(Backing::Huge), dir, scratch.path()).map(drop)
     };
-    let settings = format!("{:?} {:?}", config(Path::new("/"), taps, 0), turn.host().quirks());
+    let quirks = turn.host().quirks();
+    let settings = format!("{:?} {quirks:?} {}", config(Path::new("/"), taps, 0), quirks.kernel_args());
     let key = linux.files().iter().fold(CacheKey::new("booted", VERSION), |key, file| key.file(file));
     key.text(&settings).get(check, |dir| boot(turn, &linux, dir, taps))
 }

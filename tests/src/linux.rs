@@ -22,13 +22,13 @@ const MEMORY: u64 = 64 << 20;
 /// How much running time the guest has for an answer. Where guest kernels are interpreted a boot has
 /// taken 300 s on a busy machine.
 const LIMIT: Duration = Duration::from_secs(1200);
-/// How often a program that has lost its FS base is run again.
+/// How often a program that died by SIGSEGV on kvm-pvm is run again.
 const MAX_AGAIN: u32 = 3;
-/// Programs that have lost their FS base so far.
-static LOST_FS_BASES: AtomicU32 = AtomicU32::new(0);
+/// How many have died in this process.
+static DEATHS: AtomicU32 = AtomicU32::new(0);
 thread_local! {
-    /// Whether a program that this thread has looked at has lost its FS base.
-    static LOST_HERE: Cell<bool> = const { Cell::new(false) };
+    /// Whether a program that this thread has looked at died so.
+    static DIED_HERE: Cell<bool> = const { Cell::new(false) };
 }
 /// What the command line's default is.
 const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 tsc=reliable";
@@ -66,6 +66,12 @@ impl Linux {
         }
         let text = String::from_utf8_lossy(&output.stdout);
         Some(Self { dir: text.lines().last().expect("the guest's directory").into() })
+    }
+
+    /// A file of the guest.
+    #[must_use]
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
     }
 
     /// Starts booting `kernel` (a file of the guest), with `extra` on the default command line.
@@ -126,7 +132,7 @@ impl Linux {
             // Read before the console, so that nothing is printed after the last look.
             let stopped = vm.stopped();
             let (seen, _) = vm.console().wait_for(position, texts[0], Duration::from_millis(50));
-            Self::lost_fs_base(vm, position);
+            Self::has_died(vm, position);
             if texts.iter().any(|text| seen.contains(text)) {
                 return seen;
             }
@@ -136,7 +142,7 @@ impl Linux {
     }
 
     /// Types a line into the shell of a running VM, and returns what came up to the next prompt. A
-    /// line whose program dies of a lost FS base is typed again (`Linux::again`), so it must be
+    /// line whose program dies by SIGSEGV on kvm-pvm is typed again (`Linux::again`), so it must be
     /// possible to carry it out twice.
     ///
     /// # Panics
@@ -153,9 +159,9 @@ impl Linux {
         })
     }
 
-    /// Does `once`. On kvm-pvm a guest's program now and then loses its FS base and dies by SIGSEGV,
-    /// forked or not: there, and only for that, `once` is done again, at most [`MAX_AGAIN`] times.
-    /// Each time is printed and counted.
+    /// Does `once`. On kvm-pvm a guest's program has now and then died by SIGSEGV, forked or not
+    /// (docs/selfcheck.md): there, and only for that, `once` is done again, at most [`MAX_AGAIN`]
+    /// times. Each time is printed and counted.
     ///
     /// # Panics
     /// When the program dies every time.
@@ -163,7 +169,7 @@ impl Linux {
         for tried in 0.. {
             let from = vm.console().position();
             let done = once();
-            if !Self::lost_fs_base(vm, from) {
+            if !Self::has_died(vm, from) {
                 return done;
             }
             count_again(what);
@@ -174,25 +180,25 @@ impl Linux {
 
     /// Whether a program of the guest has died by SIGSEGV on kvm-pvm, by what is on the console after
     /// `from`. [`rerun`] learns it.
-    pub fn lost_fs_base(vm: &Vm, from: u64) -> bool {
+    pub fn has_died(vm: &Vm, from: u64) -> bool {
         let seen = vm.console().since(from);
         let seen = String::from_utf8_lossy(&seen);
-        let is_lost = vm.context().host().quirks() == Quirks::Pvm
+        let is_dead = vm.context().host().quirks() == Quirks::Pvm
             && ["Segmentation fault", "[done 139]"].iter().any(|text| seen.contains(text));
-        if is_lost {
-            LOST_HERE.set(true);
+        if is_dead {
+            DIED_HERE.set(true);
         }
-        is_lost
+        is_dead
     }
 }
 
 /// Runs a test whose lines cannot be typed again one by one. It is run again when it fails and a
-/// program of its guests has lost its FS base (`Linux::lost_fs_base`), at most `MAX_AGAIN` times.
+/// program of its guests has died (`Linux::has_died`), at most `MAX_AGAIN` times.
 pub fn rerun(test: impl Fn()) {
     for tried in 0.. {
-        LOST_HERE.set(false);
+        DIED_HERE.set(false);
         let Err(panic) = catch_unwind(AssertUnwindSafe(&test)) else { return };
-        if !LOST_HERE.get() || tried == MAX_AGAIN {
+        if !DIED_HERE.get() || tried == MAX_AGAIN {
             resume_unwind(panic);
         }
         count_again(thread::current().name().unwrap_or("a test"));
@@ -201,6 +207,6 @@ pub fn rerun(test: impl Fn()) {
 
 fn count_again(what: &str) {
     // Relaxed: a number that is printed.
-    let count = LOST_FS_BASES.fetch_add(1, Ordering::Relaxed) + 1;
-    println!("kvm-pvm lost the FS base of a guest's program, {count} so far in these tests; again: {what}");
+    let count = DEATHS.fetch_add(1, Ordering::Relaxed) + 1;
+    println!("a guest's program died by SIGSEGV on kvm-pvm, {count} so far in these tests; again: {what}");
 }

@@ -89,9 +89,8 @@ fn forked_in_flight(vm: &Vm) -> (Arc<ForkImage>, usize) {
     })
 }
 
-/// Booted with two vCPUs. On kvm-pvm, with busy processors, user space sometimes loses its FS base
-/// when it moves between the vCPUs, and the guest dies before anything was forked. That is the
-/// host's; elsewhere a boot that fails is a failure.
+/// Booted with two vCPUs. On kvm-pvm, with busy processors, the first program of a guest has died
+/// before anything was forked. There each failed boot is printed; elsewhere it is a failure.
 fn two_vcpus(linux: &Linux, context: &Context) -> Vm {
     let attempts = if context.host().quirks() == Quirks::Pvm { 4 } else { 1 };
     for attempt in 1..=attempts {

@@ -32,7 +32,7 @@ fn wait_for<T>(vm: &Vm, what: &str, mut done: impl FnMut() -> Option<T>) -> T {
     let from = vm.console().position();
     vm.resume().unwrap();
     let seen = clade_test_support::wait_for(&format!("{}: {what}", vm.name()), || {
-        assert!(!Linux::lost_fs_base(vm, from), "{}: {what}: a program has died", vm.name());
+        assert!(!Linux::has_died(vm, from), "{}: {what}: a program has died", vm.name());
         done()
     });
     vm.pause().unwrap();
@@ -218,7 +218,7 @@ fn linux_gives_memory_back_when_asked_and_when_it_has_it_free() {
 /// Reads what a guest's program sends. A program that dies ends the connection.
 fn read_exact(vm: &Vm, from: u64, stream: &mut UnixStream, bytes: &mut [u8]) {
     if let Err(error) = stream.read_exact(bytes) {
-        Linux::lost_fs_base(vm, from);
+        Linux::has_died(vm, from);
         panic!("{}: {error}", vm.name());
     }
 }
@@ -235,7 +235,7 @@ fn talk(vm: &Vm, word: &str) {
     let from = vm.console().position();
     vm.type_in(format!("echo from-{word} | vsock connect 2 5000\n").as_bytes());
     let (mut stream, _) = patiently("the guest connects", || {
-        assert!(!Linux::lost_fs_base(vm, from), "a program has died before it connected");
+        assert!(!Linux::has_died(vm, from), "a program has died before it connected");
         listener.accept()
     });
     stream.set_nonblocking(false).unwrap();

@@ -110,7 +110,8 @@ const PVM_MAX_LEAF: u32 = 6;
 /// Ring 3 runs natively, and so does its CPUID: a program sees the host's AVX, which the guest's
 /// kernel does not save. Of two programs that use it, one finds the upper halves of its registers
 /// zeroed after a switch: a `memcpy` then writes zeros. What the kernel does not know goes into the
-/// environment of its first program, and from there on to others: the C library obeys.
+/// environment of its first program, and from there on to others: the C library obeys. XCR0 without
+/// AVX would do for all programs, but this KVM does not load the guest's (docs/selfcheck.md).
 const PVM_KERNEL_ARGS: &str = "clearcpuid=popcnt,movbe,rdrand,ssse3,sse4_2,pclmulqdq,aes \
      GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX512F,-AVX512VL,-AVX512BW,-AVX2,-AVX,-AVX_Fast_Unaligned_Load";
 
@@ -160,7 +161,7 @@ impl Quirks {
     /// [`Self::emulate_insn`] covers the same instructions. But each of these costs an exit and
     /// three ioctls.
     #[must_use]
-    pub(crate) fn kernel_args(self) -> &'static str {
+    pub fn kernel_args(self) -> &'static str {
         match self {
             Self::None => "",
             Self::Pvm => PVM_KERNEL_ARGS,
