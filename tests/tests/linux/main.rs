@@ -8,6 +8,7 @@ mod boots;
 mod clones;
 mod cloud;
 mod devices;
+mod selfcheck;
 mod shell;
 
 use std::fs::{self, File};

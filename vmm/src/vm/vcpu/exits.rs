@@ -1,5 +1,5 @@
-//! The last exits of a vCPU from KVM_RUN, and what `quirks` did in the guest's place: for the
-//! flight record.
+//! The last exits of a vCPU from KVM_RUN, and the instructions that `quirks` emulated: for the flight
+//! record.
 //!
 //! The vCPU's thread writes one word for each; any thread reads them. A reader may see an entry that
 //! is being replaced: it then shows the newer one.
@@ -20,8 +20,8 @@ const LINE: usize = 200;
 /// Most lines of a VM that has ended: the flight record has room for what else happened.
 const MAX_LINES: usize = 24;
 
-/// What an entry is. Its address is a port, a guest-physical address or, for what was emulated, the
-/// instruction's.
+/// The kind of an entry. Its address is a port, a guest-physical address or, for an emulated
+/// instruction, the instruction's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Kind {
