@@ -25,6 +25,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -115,8 +116,14 @@ class Clade:
         self.run("stop", name, check=False)
 
     def stop_all(self):
+        """Ends the VMs, and the supervisor that the first of them started."""
         for line in self.run("ps", check=False).splitlines()[1:]:
             self.stop(line.split()[0])
+        api = Api(os.path.join(self.runtime, "clade.api"))
+        api.request("GET", "/v1/supervisor")
+        os.kill(json.loads(api.getresponse().read())["pid"], signal.SIGTERM)
+        while os.path.exists(os.path.join(self.runtime, "clade.api")):
+            time.sleep(0.1)
 
 
 class Qemu:
