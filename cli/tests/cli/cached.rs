@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use clade_test_support::{CacheKey, Cid, TapName, wait_for_within, wait_until_within};
+use clade_vmm::kvm::Host;
 
 use crate::agent::{BOOT, WAIT};
 use crate::image::{guest, resource};
@@ -14,6 +15,11 @@ use crate::tool::{Answer, Runtime, stem, taps, wait_until};
 const SNAPSHOT: &str = "snapshot";
 const INITRAMFS: &str = include_str!("../../../resources/agent/initramfs.sh");
 const SERVER: &str = include_str!("ports_server.py");
+
+/// The arguments that the kernel of a guest gets on this host besides its command line.
+fn kernel_args() -> &'static str {
+    Host::open().unwrap().quirks().kernel_args()
+}
 
 /// Refuses a snapshot of another format.
 fn check(dir: &Path) -> Result<(), String> {
@@ -42,7 +48,7 @@ fn wait_for_agent(runtime: &Runtime, vm: &str) {
 pub(crate) fn agent(runtime: &mut Runtime, cid: &Cid, tap: &TapName) -> bool {
     let Some((linux, agent)) = guest() else { return false };
     let (kernel, initramfs, has_net) = (linux.join("vmlinux"), linux.join("initramfs.cpio"), taps());
-    let key = CacheKey::new("agent", 1).file(&kernel).file(&initramfs).file(&agent).text(INITRAMFS);
+    let key = CacheKey::new("agent", 1).file(&kernel).file(&initramfs).file(&agent).text(INITRAMFS).text(kernel_args());
     let cached = key.text(&has_net.to_string()).get(check, |dir| {
         let mut runtime = Runtime::new();
         let initrd = dir.join("initramfs.cpio");
@@ -78,7 +84,7 @@ pub(crate) fn ports_server(runtime: &Runtime) -> bool {
     let Some((linux, agent)) = guest() else { return false };
     let kernel = linux.join("vmlinux");
     let key = CacheKey::new("ports", 1).file(&kernel).file(&linux.join("initramfs.cpio")).file(&agent);
-    let cached = key.file(&layout.join("index.json")).text(SERVER).get(check, |dir| {
+    let cached = key.file(&layout.join("index.json")).text(SERVER).text(kernel_args()).get(check, |dir| {
         serve_ports(dir, &kernel, &layout, &agent);
         Some(())
     });
