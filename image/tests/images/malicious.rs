@@ -44,9 +44,9 @@ fn names_that_lead_out_are_refused() {
         ("below a whiteout", tar().file(".wh.a/b", b"").end(), &[".wh.a/b", "whiteout"]),
         ("opaque below a whiteout", tar().file(".wh.a/.wh..wh..opq", b"").end(), &[".wh.a", "whiteout"]),
         ("whiteout through dots", tar().file("../.wh.canary", b"").end(), &["../.wh.canary", "out of the image"]),
-        ("no name", tar().file("", b"").end(), &["\"\"", "no name"]),
-        ("NUL in a name", pax_path(b"a\0b"), &["a\\x00b", "no name"]),
-        ("the root as a file", tar().file(".", b"x").end(), &["\".\"", "no directory"]),
+        ("no name", tar().file("", b"").end(), &["\"\"", "invalid file name"]),
+        ("NUL in a name", pax_path(b"a\0b"), &["a\\x00b", "invalid file name"]),
+        ("the root as a file", tar().file(".", b"x").end(), &["\".\"", "not a directory"]),
     ]);
 }
 
@@ -82,8 +82,8 @@ fn symbolic_links_lead_nowhere_but_into_the_image() {
     refused(vec![
         ("a circle", circle, &["\"a/x\"", "too many symbolic links"]),
         ("itself", Tar::default().link("a", "a").file("a/x", b"").end(), &["too many symbolic links"]),
-        ("through a file", Tar::default().file("a", b"").file("a/x", b"").end(), &["\"a/x\"", "no directory"]),
-        ("an empty target", Tar::default().link("a", "").end(), &["no name"]),
+        ("through a file", Tar::default().file("a", b"").file("a/x", b"").end(), &["\"a/x\"", "not a directory"]),
+        ("an empty target", Tar::default().link("a", "").end(), &["invalid file name"]),
         (
             "a long target",
             Tar::default().pax(&[("linkpath", &[b'x'; 4096])]).link("a", "x").end(),
@@ -253,7 +253,7 @@ fn content_is_what_its_digest_says() {
         rig.manifest(&config, &[other]);
         sizes.push(pull());
     }
-    assert!(sizes[..3].iter().all(|text| text.contains("its descriptor says")), "{sizes:?}");
+    assert!(sizes[..3].iter().all(|text| text.contains("of its descriptor")), "{sizes:?}");
     assert!(sizes[3].contains("more than"), "{sizes:?}");
     let path = rig.path("layout/blobs/sha256").join(Digest::of(&tar).hex());
     rig.manifest(&config, std::slice::from_ref(&layer));
@@ -272,7 +272,7 @@ fn content_is_what_its_digest_says() {
     fs::write(&path, &tar).unwrap();
     let other = rig.config(&[Digest::of(b"another")]);
     rig.manifest(&other, std::slice::from_ref(&layer));
-    assert!(pull().contains("not what the image's configuration says"));
+    assert!(pull().contains("does not match the diff ID in the image's configuration"));
     rig.manifest(&rig.config(&[]), &[layer]);
     assert!(pull().contains("1 layers, and its configuration 0"));
 }
@@ -297,7 +297,7 @@ fn documents_that_are_none_are_refused() {
     other["mediaType"] = json!("application/x-tar");
     assert!(of(json!({"schemaVersion": 2, "config": config, "layers": [other]})).contains("application/x-tar"));
     other["digest"] = json!("sha256:../../../canary/etc/passwd");
-    assert!(of(json!({"schemaVersion": 2, "config": config, "layers": [other]})).contains("no digest"));
+    assert!(of(json!({"schemaVersion": 2, "config": config, "layers": [other]})).contains("invalid digest"));
     rig.index(&[rig.blob(MANIFEST, b"{\"layers\": [], \"layers\": []}")]);
     assert!(pull().contains("duplicate field"));
     rig.index(&[rig.blob(MANIFEST, "[".repeat(100_000).as_bytes())]);
@@ -336,5 +336,7 @@ fn indexes_are_followed_to_this_platform_and_not_in_circles() {
     let bytes = fs::read(rig.path("layout/blobs/sha256").join(name)).unwrap();
     fs::write(rig.path("layout/blobs/sha256").join(Digest::of(b"c").hex()), bytes).unwrap();
     rig.index(&[circle]);
-    assert!(chain(&rig.pull_alone(&PullOptions::default()).unwrap_err()).contains("its descriptor says 1"));
+    assert!(
+        chain(&rig.pull_alone(&PullOptions::default()).unwrap_err()).contains("instead of the 1 of its descriptor")
+    );
 }

@@ -216,6 +216,8 @@ halt:
 2:  sti
 sleep:
     hlt
+    nop                                 # the doorbell alone has ended the HLT
+woken:
     cli
     addq $8, %rsp
     incq (%rsp)
@@ -229,13 +231,15 @@ doze:
     incq (%rsp)
     iretq
 
-# Interrupts come in at `sleep` and at `doze` only. At `doze` the task priority holds back relayed
+# Interrupts come in at `sleep`, behind its HLT, and at `doze`. At `doze` the task priority holds back relayed
 # interrupts, because the idle loop would lose them.
 relayed:
     pushq %rax
     cmpq $sleep, 8(%rsp)                # before the HLT: the vCPU must not halt now
+    je 6f
+    cmpq $sleep + 1, 8(%rsp)            # after it: a doorbell that comes next must not halt the vCPU again
     jne 5f
-    incq 8(%rsp)
+6:  movq $woken, 8(%rsp)
     jmp 5f
 
 doorbell:

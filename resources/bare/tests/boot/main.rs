@@ -7,11 +7,14 @@ mod vm;
 use clade_guests::abi::{
     Command, Event, MAGIC, PAGE_SIZE, Report, State, Status, WORK_BASE, mailbox_gpa, model, offset, write_op,
 };
+use clade_test_support::Patience;
 use std::time::{Duration, Instant};
 use vm::{Entry, Irqchip, Layout, Vm};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
+/// How long a relay may make no progress. A relay takes microseconds.
+const STALLED: Duration = Duration::from_secs(20);
 const SMALL: Layout = Layout { memory: 64 * MIB, vcpus: 1, irqchip: Irqchip::Split, entry: Entry::Pvh };
 
 /// Boots, or returns from the test.
@@ -306,6 +309,24 @@ fn the_doorbell_ends_no_relay() {
         std::thread::sleep(Duration::from_micros(200));
     }
     assert_eq!(vm.mailbox(0, offset::PROGRESS), 1, "no interrupt was relayed");
+}
+
+#[test]
+fn a_doorbell_behind_a_relayed_interrupt_halts_no_vcpu() {
+    let vm = boot!(Layout { vcpus: 2, ..SMALL });
+    vm.give(1, Command::Relay { peer: 0, first: false });
+    vm.wait_for(1, offset::PROGRESS, 1);
+    vm.give(0, Command::Relay { peer: 1, first: true });
+    // At every step of the relay at some time: right behind the relayed interrupt as well.
+    let (mut patience, mut before) = (Patience::new(STALLED), 0);
+    while before < 30_000 {
+        (0..2).for_each(|vcpu| vm.ring(vcpu));
+        let now = vm.mailbox(0, offset::PROGRESS);
+        if now > before {
+            (patience, before) = (Patience::new(STALLED), now);
+        }
+        assert!(patience.tick(), "the relay stands still at {now}");
+    }
 }
 
 #[test]
