@@ -5,6 +5,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use clade_guests::abi::Command;
 use clade_test_support::Cid;
@@ -217,7 +218,11 @@ fn an_idle_vm_is_suspended_after_its_time_and_again_after_a_wake() {
     assert_eq!(all.fork(&["web", "--name", "other"]), ["other"]);
     assert!(all.http("GET", "/v1/vms/other/suspend-after", "").1["seconds"].is_null());
     for _ in 0..2 {
-        wait_until("it is idle", || state("web") == "suspended");
+        // Each look takes the VM's process some processor time: frequent ones would keep it busy.
+        wait_until("it is idle", || {
+            std::thread::sleep(Duration::from_millis(500));
+            state("web") == "suspended"
+        });
         assert_eq!((state("busy").as_str(), state("other").as_str()), ("running", "paused"));
         all.runtime.clade(&["wake", "web", "--json"]).json();
     }
