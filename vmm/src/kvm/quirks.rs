@@ -158,7 +158,7 @@ impl Quirks {
     }
 
     /// What to append to a Linux guest's command line. Not needed to boot, since
-    /// [`Self::emulate_insn`] covers the same instructions. But each of these costs an exit and
+    /// `emulate_insn` covers the same instructions. But each of these costs an exit and
     /// three ioctls.
     #[must_use]
     pub fn kernel_args(self) -> &'static str {
