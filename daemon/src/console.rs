@@ -184,7 +184,7 @@ fn drop_elsewhere(what: impl Send + 'static) {
 
 /// Wakes a VM that is typed to. It takes the time of some reads of a disk.
 async fn wake(vm: &Arc<Vm>) {
-    if vm.is_suspended() {
+    if !vm.is_awake() {
         let vm = Arc::clone(vm);
         // One that has stopped reads nothing.
         let _ = tokio::task::spawn_blocking(move || {

@@ -81,7 +81,7 @@ fn suspended(vm: &Arc<Vm>, files: Vec<OwnedFd>) -> Result<(SuspendAnswer, Option
     let begun = Instant::now();
     // Before it is suspended: without descriptors it is not.
     let sources = vm.request_sources().map_err(failed)?;
-    let SuspendReport { was_suspended, memory, halt, write } = vm.suspend(file)?;
+    let SuspendReport { was_suspended, memory, halt, write, has_input } = vm.suspend(file)?;
     let woken = vm.woken().map_err(failed).inspect_err(|_| drop(vm.wake()))?;
     let us = |time: Duration| time.as_secs_f64() * 1e6;
     flight::note(&format!("suspended in {} us: {} pages written", begun.elapsed().as_micros(), memory.written));
@@ -96,7 +96,7 @@ fn suspended(vm: &Arc<Vm>, files: Vec<OwnedFd>) -> Result<(SuspendAnswer, Option
         total_us: us(begun.elapsed()),
     };
     // Another watches one that was suspended before.
-    let watch = (!was_suspended).then(|| Watch { vm: Arc::downgrade(vm), sources, woken, socket: None });
+    let watch = (!was_suspended).then(|| Watch { vm: Arc::downgrade(vm), sources, woken, has_input, socket: None });
     Ok((answer, watch))
 }
 
@@ -105,6 +105,8 @@ struct Watch {
     vm: Weak<Vm>,
     sources: Vec<RequestSource>,
     woken: PipeReader,
+    /// Whether there is a request that no source announces: the VM is woken at once.
+    has_input: bool,
     /// Who has suspended it.
     socket: Option<OwnedFd>,
 }
@@ -130,6 +132,9 @@ impl Watch {
 
     /// Returns when there is a request, or the VM is awake, or has gone.
     fn wait(&self) -> io::Result<()> {
+        if self.has_input {
+            return Ok(());
+        }
         let mut awaited = vec![PollFd::new(&self.woken, PollFlags::IN)];
         for RequestSource { fd, is_served } in &self.sources {
             let mut source = [PollFd::new(fd, PollFlags::IN)];

@@ -90,6 +90,15 @@ impl NetBackend {
         }
     }
 
+    /// Whether a pair of queues has a packet. False if the host cannot be asked.
+    #[must_use]
+    pub fn has_packet(&self, queue: usize) -> bool {
+        match self {
+            Self::Tap(tap) => tap.has_packet(queue),
+            Self::Stream(stream) => queue == 0 && stream.has_packet(),
+        }
+    }
+
     /// Sets which packets the receiver accepts.
     ///
     /// # Errors

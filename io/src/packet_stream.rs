@@ -12,7 +12,7 @@ use rustix::net::{RecvFlags, SendFlags, recv, send};
 use vm_memory::Bytes;
 
 use crate::buffer::{Fragment, for_window, total_len};
-use crate::tap::VNET_HEADER;
+use crate::tap::{VNET_HEADER, is_readable};
 
 /// Bytes of the length before each packet.
 const LENGTH: usize = 4;
@@ -58,6 +58,12 @@ impl PacketStream {
     #[must_use]
     pub fn descriptor(&self) -> RawFd {
         self.socket.as_raw_fd()
+    }
+
+    /// Whether bytes were received that no packet was given out for, or can be received now.
+    #[must_use]
+    pub fn has_packet(&self) -> bool {
+        !self.has_ended() && (self.taken < self.received.len() || is_readable(&self.socket))
     }
 
     /// Whether the other end has gone, or has not kept to the protocol.

@@ -2,9 +2,10 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use thiserror::Error;
 
 use crate::buffer::Fragment;
@@ -48,6 +49,12 @@ pub struct Offload {
     pub tso4: bool,
     /// TCP segments over IPv6 that are larger than the wire's.
     pub tso6: bool,
+}
+
+/// Whether a descriptor has something to be read, without waiting.
+pub(crate) fn is_readable(fd: impl AsFd) -> bool {
+    let mut fds = [PollFd::new(&fd, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0) && fds[0].revents().contains(PollFlags::IN)
 }
 
 /// `struct ifreq`, with the fields that TAP uses.
@@ -137,6 +144,12 @@ impl Tap {
     #[must_use]
     pub fn descriptor(&self, queue: usize) -> Option<RawFd> {
         self.queues.get(queue).map(AsRawFd::as_raw_fd)
+    }
+
+    /// Whether a pair of queues has a packet. False if the kernel cannot be asked.
+    #[must_use]
+    pub fn has_packet(&self, queue: usize) -> bool {
+        self.queues.get(queue).is_some_and(is_readable)
     }
 
     /// Sets which packets the receiver accepts.

@@ -388,8 +388,10 @@ impl Store {
         Ok(())
     }
 
-    /// Lets the files go that are kept for later.
+    /// Closes the files that are kept for later. The reclaim thread first does the tasks that it was sent
+    /// before: some of them close files, and some make new ones to be kept.
     pub fn drain(&self) {
+        self.wait_reclaimed();
         self.0.pool.clear();
         self.0.spares.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
@@ -406,5 +408,27 @@ impl Store {
             (None, Some(fs)) => fs.file(pages),
             (None, None) => small_file(pages),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Tests count descriptors after this: a file that a task keeps afterwards would be counted as a leak.
+    #[test]
+    fn files_that_a_task_keeps_are_closed_by_a_drain_that_comes_after_it() {
+        let store = Store::open_small().unwrap();
+        let weak = Arc::downgrade(&store.0);
+        let keep = move || {
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            if let Some(inner) = weak.upgrade() {
+                inner.spares.lock().unwrap().push(small_file(1).unwrap());
+            }
+        };
+        assert_eq!(store.reclaim(|thread| thread.sender().spawn(keep).is_ok()), Some(true));
+        store.drain();
+        store.wait_reclaimed();
+        assert_eq!(store.spares(), 0);
     }
 }

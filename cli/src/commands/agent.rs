@@ -6,12 +6,15 @@ use std::time::Duration;
 use anyhow::anyhow;
 use clade_agent_client::proto::PORT;
 use clade_agent_client::{Client, ClientError, Endpoint};
-use clade_daemon::control::{Client as Control, VmInfo, VmState};
+use clade_daemon::control::{Client as Control, VmInfo, VmState, WakeAnswer};
 use hyper::Method;
 
 use crate::commands::Failure;
 use crate::commands::remote::failure;
 use crate::commands::units::parse_duration;
+
+/// How often work that needs the guest looks whether the VM is suspended.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Who asks the agent.
 #[derive(Debug, Default, clap::Args)]
@@ -50,6 +53,28 @@ impl AgentArgs {
             Some(wait) => client.with_wait(wait),
             None => client,
         })
+    }
+}
+
+/// Does `work`, which needs the guest of `vm`, and wakes the VM if it is suspended meanwhile.
+///
+/// A connection wakes a suspended VM, and so do bytes on a connection. But a VM that is suspended with
+/// all of a request in its memory waits for nothing from outside, and its client for the answer.
+pub(super) async fn keep_awake<T>(vm: &str, work: impl Future<Output = T>) -> T {
+    let control = Control::default();
+    let wakes = async {
+        loop {
+            tokio::time::sleep(LOOK_INTERVAL).await;
+            let info = control.request::<VmInfo>(Method::GET, vm, "", None::<&()>).await;
+            if info.is_ok_and(|info| info.state == VmState::Suspended) {
+                // A VM that cannot be woken shows in the work.
+                let _ = control.request::<WakeAnswer>(Method::POST, vm, "/wake", None::<&()>).await;
+            }
+        }
+    };
+    tokio::select! {
+        done = work => done,
+        () = wakes => unreachable!("the loop has no end"),
     }
 }
 

@@ -15,7 +15,7 @@ use clade_agent_client::proto::{Code, RpcError};
 use clade_agent_client::{Client, ClientError};
 use serde::Serialize;
 
-use crate::commands::agent::{AgentArgs, agent_failure, block_on};
+use crate::commands::agent::{AgentArgs, agent_failure, block_on, keep_awake};
 use crate::commands::{Failure, Outcome, print_json};
 
 /// Levels of directories.
@@ -279,9 +279,13 @@ pub(super) fn main(args: &CpArgs) -> Outcome {
     let mut copied = Copied::default();
     block_on(async {
         match (place(&args.from), place(&args.to)) {
-            (Some((vm, from)), None) => copy_down(&args.agent.client(vm).await?, from, &args.to, &mut copied).await,
+            (Some((vm, from)), None) => {
+                let agent = args.agent.client(vm).await?;
+                keep_awake(vm, copy_down(&agent, from, &args.to, &mut copied)).await
+            }
             (None, Some((vm, to))) => {
-                copy_up(&args.agent.client(vm).await?, Path::new(&args.from), to, &mut copied).await
+                let agent = args.agent.client(vm).await?;
+                keep_awake(vm, copy_up(&agent, Path::new(&args.from), to, &mut copied)).await
             }
             (Some(_), Some(_)) => Err(Failure::input(anyhow!("one of both is a path of this host"))),
             (None, None) => Err(Failure::input(anyhow!("one of both is in a VM: VM:PATH"))),

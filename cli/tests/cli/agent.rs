@@ -7,6 +7,8 @@ use std::os::unix::net::UnixListener;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+mod asleep;
+
 use clade_agent_client::proto::PORT;
 use clade_agent_client::{Client as Agent, Endpoint};
 use clade_test_support::{Cid, TapName, wait_for_within};

@@ -53,5 +53,8 @@ fn ends_by_itself(vm: &Vm, time: Duration) -> bool {
         if left.is_zero() {
             return false;
         }
+        // A guest that was suspended since would sleep until its power is cut. One that has stopped is
+        // noticed at the next look.
+        let _ = vm.wake();
     }
 }

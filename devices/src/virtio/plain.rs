@@ -244,6 +244,13 @@ pub trait DeviceOps: Send + fmt::Debug + 'static {
         None
     }
 
+    /// Whether the device has input for the guest that no source announces: a packet behind a limiter
+    /// or a full ring, a connection that waits for credit. Input that was there at the last call counts
+    /// again only if the guest has taken some since: a driver that takes none must not keep its VM awake.
+    fn has_input(&mut self) -> bool {
+        false
+    }
+
     /// The handler's state, and the part of it that cannot be serialized.
     fn save(&self) -> (DeviceState, Backend);
 }

@@ -9,6 +9,7 @@ use clade_devices::virtio::DeviceState;
 use clade_devices::virtio::net::{Link, Net};
 use clade_devices::virtio::plain::{DeviceOps, SyncDevice};
 use clade_io::PacketStream;
+use clade_test_support::wait_until;
 
 use crate::driver::{Driver, ram, store};
 use crate::{HEADER, OUT, TX, frame, offer, options, received, send, set_link, stats, status};
@@ -144,6 +145,35 @@ fn a_program_that_goes_or_lies_takes_the_link_down_and_nothing_else() {
         send(&mut vm, &frame(100, 3));
         assert!(!vm.needs_reset());
     }
+}
+
+/// A VM that is put to sleep with it would never be asked for it again: the socket is not watched.
+#[test]
+fn a_packet_behind_a_full_ring_is_input_until_the_guest_has_it() {
+    let (stream, mut program) = pair();
+    let mut vm = Driver::take(device(stream), &ram(&store()));
+    offer(&mut vm, 2048);
+    assert!(!with(&vm, DeviceOps::has_input), "nothing was sent");
+    (2..5).for_each(|seed| give(&mut program, &frame(100, seed)));
+    assert_eq!(received(&mut vm), frame(100, 2));
+    assert!(with(&vm, DeviceOps::has_input), "two wait");
+    assert!(!with(&vm, DeviceOps::has_input), "a driver that takes nothing does not keep its VM awake");
+    offer(&mut vm, 2048);
+    assert_eq!(received(&mut vm), frame(100, 3));
+    assert!(with(&vm, DeviceOps::has_input), "it has taken one, and one waits");
+    // A closed device drops what comes.
+    set_link(&mut vm, Link::Closed);
+    vm.wait_until("the packet is dropped", |vm| stats(vm).blocked_received == 1);
+    assert!(!with(&vm, DeviceOps::has_input));
+    set_link(&mut vm, Link::Open);
+    vm.wait_until("the link is up", |vm| status(vm) == 3);
+    (0..4).for_each(|_| offer(&mut vm, 2048));
+    wait_until("a source announces what comes now", || {
+        give(&mut program, &frame(100, 9));
+        assert_eq!(received(&mut vm), frame(100, 9));
+        offer(&mut vm, 2048);
+        !with(&vm, DeviceOps::has_input)
+    });
 }
 
 fn with<T>(vm: &Driver, read: impl FnOnce(&mut Net) -> T) -> T {

@@ -8,6 +8,7 @@ mod closing;
 mod driver;
 mod guest;
 mod hostile;
+mod waiting;
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};

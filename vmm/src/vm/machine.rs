@@ -233,8 +233,7 @@ impl Vm {
     /// # Errors
     /// When it has stopped, or a reset has failed half-way.
     pub fn resume(&self) -> Result<(), VmError> {
-        self.wake()?;
-        let _one = self.operations.take();
+        let _one = self.awake()?;
         if let Some(reason) = self.stopped() {
             return Err(VmError::Stopped(reason));
         }

@@ -31,6 +31,7 @@ use clade_memory::{AheadUse, PageSet, Quiesced, StopsWriters, SuspendFile, Suspe
 use crate::vm::error::VmError;
 use crate::vm::machine::Vm;
 use crate::vm::vcpu::sched::BoostGuard;
+use crate::vm::vcpu::ticket_lock::Turn;
 
 /// How long the kernel may take to give up the requests it holds.
 const HALT: Duration = super::reset::HALT;
@@ -49,6 +50,9 @@ pub struct SuspendReport {
     pub halt: Duration,
     /// The time to write the file and to give memory back.
     pub write: Duration,
+    /// Whether a device has input for the guest that no request source announces again: a host waits for
+    /// the guest, so the VM has to be woken at once.
+    pub has_input: bool,
 }
 
 /// A descriptor that is readable when a device is asked for something.
@@ -82,12 +86,50 @@ struct Asleep {
 
 /// Whether a VM is suspended.
 #[derive(Debug, Default)]
-pub(crate) struct Suspension(Mutex<Option<Asleep>>);
+enum State {
+    #[default]
+    Awake,
+    /// A suspension is under way, and holds the operations' lock.
+    FallingAsleep,
+    Asleep(Asleep),
+}
+
+/// The state of a VM's suspension.
+#[derive(Debug, Default)]
+pub(crate) struct Suspension(Mutex<State>);
 
 impl Suspension {
-    fn state(&self) -> MutexGuard<'_, Option<Asleep>> {
+    fn state(&self) -> MutexGuard<'_, State> {
         // Replaced in one step.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_awake(&self) -> bool {
+        matches!(*self.state(), State::Awake)
+    }
+}
+
+/// A suspension that is under way. The VM is awake again if it fails.
+#[derive(Debug)]
+struct FallingAsleep<'a>(&'a Suspension);
+
+impl<'a> FallingAsleep<'a> {
+    fn begin(suspension: &'a Suspension) -> Self {
+        *suspension.state() = State::FallingAsleep;
+        Self(suspension)
+    }
+
+    fn done(self, asleep: Asleep) {
+        *self.0.state() = State::Asleep(asleep);
+    }
+}
+
+impl Drop for FallingAsleep<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.state();
+        if matches!(*state, State::FallingAsleep) {
+            *state = State::Awake;
+        }
     }
 }
 
@@ -129,16 +171,22 @@ impl Vm {
             return Ok(SuspendReport { was_suspended: true, ..SuspendReport::default() });
         }
         let begun = Instant::now();
+        // Before the first step: a wake that comes from here on waits for the operations' lock, and then
+        // wakes the VM. Until the file is written that may take seconds.
+        let falling = FallingAsleep::begin(&self.suspension);
         let guard = self.pause_inner(false)?;
         if let Some(place) = self.devices.halt(HALT) {
             return Err(VmError::InFlight { place, seconds: HALT.as_secs() });
         }
         let halted = Instant::now();
         let (memory, working_set) = self.ram().suspend(file, &guard.quiesced(), PINS)?;
-        *self.suspension.state() = Some(Asleep { working_set, told: Vec::new() });
+        // While devices are quiesced: afterwards a source announces new input.
+        let has_input = self.has_input();
+        falling.done(Asleep { working_set, told: Vec::new() });
         // The guard's pause becomes the suspension's.
         std::mem::forget(guard);
-        let report = SuspendReport { was_suspended: false, memory, halt: halted - begun, write: halted.elapsed() };
+        let (halt, write) = (halted - begun, halted.elapsed());
+        let report = SuspendReport { was_suspended: false, memory, halt, write, has_input };
         tracing::debug!(name = self.name(), ?report, "suspended");
         Ok(report)
     }
@@ -149,8 +197,8 @@ impl Vm {
     /// # Errors
     /// When it has stopped.
     pub fn wake(&self) -> Result<WakeReport, VmError> {
-        // What needs the guest asks each time.
-        if !self.is_suspended() {
+        // Each request that needs the guest calls this. A suspension under way is waited for below.
+        if self.suspension.is_awake() {
             return Ok(WakeReport::default());
         }
         let _one = self.operations.take();
@@ -159,15 +207,29 @@ impl Vm {
         if let Some(reason) = self.stopped() {
             return Err(VmError::Stopped(reason));
         }
-        let Some(Asleep { working_set, told }) = self.suspension.state().take() else {
-            return Ok(WakeReport::default());
-        };
+        let state = std::mem::take(&mut *self.suspension.state());
+        let State::Asleep(Asleep { working_set, told }) = state else { return Ok(WakeReport::default()) };
         self.ram().read_ahead(&working_set);
         self.unpause();
         drop(told);
         let report = WakeReport { was_suspended: true, working_set: working_set.pages(), total: begun.elapsed() };
         tracing::debug!(name = self.name(), ?report, "woken");
         Ok(report)
+    }
+
+    /// Wakes it, and holds the operations' lock: no suspension begins as long as the guard lives. A
+    /// suspension that took the lock between the wake and this is undone as well.
+    ///
+    /// # Errors
+    /// When it has stopped.
+    pub(crate) fn awake(&self) -> Result<Turn<'_>, VmError> {
+        loop {
+            self.wake()?;
+            let one = self.operations.take();
+            if self.suspension.is_awake() {
+                return Ok(one);
+            }
+        }
     }
 
     /// What it has written since it was made, reset, forked or woken last, and what came of the
@@ -195,7 +257,13 @@ impl Vm {
     /// Whether it is suspended.
     #[must_use]
     pub fn is_suspended(&self) -> bool {
-        self.suspension.state().is_some()
+        matches!(*self.suspension.state(), State::Asleep(_))
+    }
+
+    /// Whether it is awake, and no suspension is under way. Otherwise [`Vm::wake`] has something to do.
+    #[must_use]
+    pub fn is_awake(&self) -> bool {
+        self.suspension.is_awake()
     }
 
     /// A pipe that is at its end when the VM is woken, or goes. It is so at once if the VM is not
@@ -205,7 +273,7 @@ impl Vm {
     /// When there is no descriptor to be had.
     pub fn woken(&self) -> io::Result<PipeReader> {
         let (reader, writer) = io::pipe()?;
-        if let Some(asleep) = self.suspension.state().as_mut() {
+        if let State::Asleep(asleep) = &mut *self.suspension.state() {
             asleep.told.push(writer);
         }
         Ok(reader)
@@ -220,6 +288,20 @@ impl Vm {
         let nets = (0..self.config.nets.len()).filter_map(|number| self.sources_of::<Net>(number));
         let sources = nets.chain(self.sources_of::<Vsock>(0)).flatten();
         sources.collect()
+    }
+
+    /// Whether a device with a driver has input for the guest ([`DeviceOps::has_input`]).
+    fn has_input(&self) -> bool {
+        let nets = (0..self.config.nets.len()).filter(|number| self.device_has_input::<Net>(*number)).count();
+        // Each is asked: it remembers that it was.
+        self.device_has_input::<Vsock>(0) || nets > 0
+    }
+
+    fn device_has_input<H: DeviceOps>(&self, number: usize) -> bool {
+        let asked = self.devices.with_plain(number, |device| {
+            device.is_in_use() && device.with(|handler: &mut H| handler.has_input()) == Some(true)
+        });
+        asked == Some(true)
     }
 
     fn sources_of<H: DeviceOps>(&self, number: usize) -> Option<Vec<io::Result<RequestSource>>> {

@@ -119,6 +119,8 @@ pub struct Net {
     renew: bool,
     /// When it was last logged that memory cannot be pinned.
     warned: Option<Instant>,
+    /// Packets received at the last call of [`DeviceOps::has_input`].
+    asked_at: Option<u64>,
     stats: NetStats,
     filter: Filter,
     /// Layers of the policy that are a parent's.
@@ -167,6 +169,7 @@ impl Net {
             down_since: None,
             renew,
             warned: None,
+            asked_at: None,
             stats: NetStats::default(),
             inherited: state.map_or(0, |state| state.egress.layers().len().min(egress.layers().len())),
             copy: outward::copy_for(&egress),
@@ -531,6 +534,14 @@ impl DeviceOps for Net {
 
     fn deadline(&self) -> Option<Instant> {
         [self.until, self.link_deadline()].into_iter().flatten().min()
+    }
+
+    fn has_input(&mut self) -> bool {
+        // Sources are one-shot: a queue that the device takes for readable is not watched.
+        let waits = |pair: usize| self.readable.get(pair) == Some(&true) && self.backend.has_packet(pair);
+        let has_input = self.link != Link::Closed && (0..usize::from(self.pairs)).any(waits);
+        let has_progress = self.asked_at.replace(self.stats.received) != Some(self.stats.received);
+        has_input && has_progress
     }
 
     fn save(&self) -> (DeviceState, Backend) {

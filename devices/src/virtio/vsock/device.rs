@@ -12,7 +12,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::FIRST_GUEST_CID;
-use super::connection::Connection;
+use super::connection::{Connection, Stage};
 use super::host::Pending;
 use super::packet::Header;
 use super::socket::VsockSocket;
@@ -105,6 +105,10 @@ pub struct Vsock {
     /// Connections with input, in turn.
     pub(super) ready: VecDeque<Key>,
     transport: Transport,
+    /// Packets that the guest got.
+    pub(super) delivered: u64,
+    /// `delivered` at the last call of [`DeviceOps::has_input`].
+    asked_at: Option<u64>,
     pub(super) stats: VsockStats,
 }
 
@@ -158,6 +162,8 @@ impl Vsock {
             replies: VecDeque::new(),
             ready: VecDeque::new(),
             transport: if reset { Transport::Reset } else { Transport::Known },
+            delivered: 0,
+            asked_at: None,
             stats: VsockStats::default(),
         })
     }
@@ -283,6 +289,14 @@ impl DeviceOps for Vsock {
     fn deadline(&self) -> Option<Instant> {
         let told = if let Transport::Told { until, .. } = self.transport { Some(until) } else { None };
         [self.retry_at, self.accept_at, told].into_iter().flatten().min()
+    }
+
+    fn has_input(&mut self) -> bool {
+        let waits = |connection: &Connection| connection.readable || connection.stage == Stage::Asked;
+        // After a failure to accept, the listener is not watched for some time.
+        let has_input = !self.replies.is_empty() || self.accept_at.is_some() || self.connections.values().any(waits);
+        let has_progress = self.asked_at.replace(self.delivered) != Some(self.delivered);
+        has_input && has_progress
     }
 
     fn save(&self) -> (DeviceState, Backend) {

@@ -115,7 +115,10 @@ impl Vsock {
                 None => self.send(io, &chain)?,
             };
             match written {
-                Some(written) => io.add_used(RX, chain.head, written)?,
+                Some(written) => {
+                    io.add_used(RX, chain.head, written)?;
+                    self.delivered += 1;
+                }
                 None => io.undo_pop(RX),
             }
             if hurry.is_set() {

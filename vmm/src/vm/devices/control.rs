@@ -92,10 +92,9 @@ impl Vm {
     /// When there is no such vCPU, the VM has stopped, or KVM refuses the message.
     pub fn ring_doorbell(&self, vcpu: u64) -> Result<(), VmError> {
         let vcpu = self.expect_vcpu(vcpu)?;
-        // Its guest must run to take it.
-        self.wake()?;
-        // No reset or fork at the same time: it would restore or save the interrupt controllers.
-        let _one = self.operations.take();
+        // Its guest must run to take it. And no reset or fork at the same time: it would restore or save
+        // the interrupt controllers.
+        let _one = self.awake()?;
         if let Some(reason) = self.stopped() {
             return Err(VmError::Stopped(reason));
         }
@@ -110,10 +109,8 @@ impl Vm {
     /// # Errors
     /// When the VM has no ACPI, is paused, or has stopped.
     pub fn press_power_button(&self) -> Result<(), VmError> {
-        // Its guest must run to notice.
-        self.wake()?;
-        // No reset or fork at the same time.
-        let _one = self.operations.take();
+        // Its guest must run to notice. And no reset or fork at the same time.
+        let _one = self.awake()?;
         if let Some(reason) = self.stopped() {
             return Err(VmError::Stopped(reason));
         }

@@ -146,3 +146,37 @@ fn i13_a_suspension_that_is_refused_leaves_the_vm_running() {
     context.store().sweep();
     assert_eq!(context.store().live_layers(), 0, "nothing is left of its file");
 }
+
+/// Whoever needs the guest while the file is written must find it awake afterwards.
+#[test]
+fn a_wake_in_the_middle_of_a_suspension_is_not_lost() {
+    let Some(context) = context() else { return };
+    let vm = boot(&context, &PAIRS);
+    let need = |name: &str| match name {
+        "wake" => vm.wake().map(drop).unwrap(),
+        "resume" => vm.resume().unwrap(),
+        _ => vm.ring_doorbell(0).unwrap(),
+    };
+    for name in ["wake", "resume", "doorbell"] {
+        let mut round = 0;
+        clade_test_support::wait_until("a request in the middle of a suspension", || {
+            round += 1;
+            // So that writing takes time.
+            (FREE..FREE + 500).for_each(|page| put(&vm, page, round));
+            let was_in_the_middle = thread::scope(|scope| {
+                let suspends = scope.spawn(|| vm.suspend(file()).unwrap());
+                while vm.is_awake() && !suspends.is_finished() {
+                    std::hint::spin_loop();
+                }
+                let is_in_the_middle = !vm.is_suspended() && !suspends.is_finished();
+                need(name);
+                assert!(!suspends.join().unwrap().was_suspended);
+                is_in_the_middle
+            });
+            assert!(!vm.is_suspended() && vm.is_awake(), "{name}, round {round}: it sleeps for good");
+            goes_on(&vm, &PAIRS).unwrap();
+            was_in_the_middle
+        });
+    }
+    (FREE..FREE + 500).for_each(|page| assert!(word(&vm, page) > 0));
+}
