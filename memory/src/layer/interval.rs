@@ -156,7 +156,7 @@ impl<V: Piece> IntervalMap<V> {
         }
     }
 
-    /// Maps `range` to `value`, over whatever was there.
+    /// Maps `range` to `value`. Replaces existing entries.
     pub fn insert(&mut self, range: PageRange, value: V) {
         if range.is_empty() {
             return;
@@ -270,13 +270,13 @@ mod tests {
                     prop_assert_eq!(Some(v), model[r.start as usize]);
                 }
             }
-            // What was copied does not change with what it is a copy of.
+            // A copy does not change with its original.
             for (map, model) in copies {
                 for p in 0..MODEL { prop_assert_eq!(map.get(p), model[p as usize], "page {} of a copy", p); }
             }
         }
 
-        /// As many entries as take several chunks, and what is cut across them.
+        /// Enough entries for several chunks, and cuts across chunks.
         #[test]
         fn many_entries_agree_with_an_array(cuts in proptest::collection::vec((0u64..2_000, 0u64..700), 0..20)) {
             let mut map = IntervalMap::new();

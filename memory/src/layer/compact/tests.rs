@@ -2,8 +2,8 @@ use super::*;
 use crate::{FreezeMode, NoFork, RamLayout};
 use vm_memory::{Bytes, GuestAddress};
 
-/// What is declared no-fork between the copying and the taking over stays with the layer it is
-/// shown from.
+/// Pages declared no-fork between the copy and the takeover keep the layer from which they are
+/// shown.
 #[test]
 fn a_declaration_that_came_in_between_is_left_alone() {
     let store = Store::open().unwrap();
@@ -15,7 +15,7 @@ fn a_declaration_that_came_in_between_is_left_alone() {
     // So many that most are mapped over the delta.
     (0..1024).filter(|page| page % 512 < 400).for_each(|page| put(page, page + 1));
     let image = freeze();
-    // The VM's own again, and in what a freeze does not ask for once it is declared.
+    // A page of the VM's own, in a range that a freeze skips once it is declared no-fork.
     put(12, 999);
     let region = &ram.regions()[0];
     let mut state = region.state();
@@ -121,7 +121,7 @@ fn short_pieces_are_merged_where_that_is_cheap() {
     assert_eq!((merged(49, 16, 49), merged(49, 16, 50)), (1, 49));
     // A hundred times their pages, which only too many pieces are worth.
     assert_eq!((merged(500, 1, 99), merged(513, 1, 99)), (500, 1));
-    // What may not be copied keeps them apart, however long the gaps that are looked at.
+    // Barred pages keep pieces apart, regardless of the length of the gaps considered.
     let barred: Vec<_> = (0..60).map(|nth| PageRange::with_len(2 * nth + 1, 1)).collect();
     assert_eq!(runs_to_merge(&pieces(&store, 60, 1, 1, 2), &barred).len(), 60);
 }

@@ -1,4 +1,4 @@
-//! What no sweep may cost, at whatever moment it comes.
+//! Sweeps at any moment must not lose pages.
 
 use std::time::Duration;
 
@@ -48,8 +48,8 @@ fn what_is_shown_while_a_sweep_looks_round_is_kept() {
     }
 }
 
-/// All that shows a layer goes while a sweep looks round: the sweep is its last user. A layer's end
-/// is a step of its own, also in a trace.
+/// All views of a layer are dropped during a sweep, so the sweep is its last user. A layer's end is
+/// a step of its own, also in a trace.
 #[test]
 fn a_layer_may_end_in_a_sweep() {
     let (done, is_done) = std::sync::mpsc::channel();
@@ -62,7 +62,7 @@ fn a_layer_may_end_in_a_sweep() {
         sweep_in_steps(store.views(), || {
             if at == 1 {
                 let (image, ram, parts) = users.take().unwrap();
-                // Handles have been made since: what was seen may not be swept.
+                // Handles have been made since, so the pages seen may not be swept.
                 drop(RamImage::from_parts(&store, ram.layout(), parts).unwrap());
                 drop((image, ram));
                 store.wait_reclaimed();
@@ -119,8 +119,8 @@ fn child(image: &RamImage, store: &Store) -> GuestRam {
     child
 }
 
-/// Pairs of pages with gaps of two. A freeze closes the gaps, so the delta has them as well.
-/// They are few: the VM keeps what it has mapped, and shows the gaps from beneath.
+/// Pairs of pages with gaps of two. A freeze closes the gaps, so the delta includes them. The pages
+/// are few, so the VM keeps its mappings and shows the gaps from the layer below.
 fn is_dirty(page: u64) -> bool {
     page < 200 && page % 4 < 2
 }
@@ -129,8 +129,7 @@ fn gapped(page: u64) -> u64 {
     if is_dirty(page) { 2 } else { 1 }
 }
 
-/// When a background freeze is taken note of, the pages under closed gaps are in no published view
-/// yet.
+/// When a background freeze is absorbed, the pages under closed gaps are in no published view yet.
 #[test]
 fn gaps_of_a_background_freeze_outlive_a_sweep_before_they_are_published() {
     let store = Store::open_small().unwrap();
@@ -139,7 +138,7 @@ fn gaps_of_a_background_freeze_outlive_a_sweep_before_they_are_published() {
     (0..SMALL).filter(|page| is_dirty(*page)).for_each(|page| name(&ram, page, 2));
     let image = freeze(&ram, FreezeMode::Background);
     image.finish_background().unwrap();
-    // Views that were let go of have gone.
+    // Dropped views are freed.
     store.wait_reclaimed();
     for region in ram.regions() {
         let mut state = region.state();
@@ -225,7 +224,7 @@ fn i4_an_image_made_of_handles_during_a_sweep_is_kept() {
             let image = image.take();
             let parts = image.as_ref().map(|image| image.maps().map(|map| (map, Vec::new())).collect::<Vec<_>>());
             drop(image);
-            // What the VM's own view was before has gone, too.
+            // The VM's previous view is dropped, too.
             parts
         };
         if before {
@@ -261,8 +260,8 @@ fn of_memory_in_blocks_whole_blocks_are_given_back() {
     assert_eq!(dead(&[run(0, pages - 1)], &[]), [], "the end of a block");
 }
 
-/// What is discarded after a freeze is in no view: it goes after the next freeze by itself, once,
-/// and is counted.
+/// Pages discarded after a freeze are in no view. The next freeze punches them, once, and counts
+/// them.
 #[test]
 fn what_nobody_sees_goes_by_itself_and_is_counted() {
     let store = Store::open_small().unwrap();
