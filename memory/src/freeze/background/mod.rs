@@ -118,7 +118,7 @@ enum Target {
 
 #[derive(Default)]
 struct Index {
-    /// By first address: the end, and whose it is.
+    /// By first address: the end, and the owner.
     targets: BTreeMap<u64, (u64, Target)>,
     jobs: VecDeque<Arc<BackgroundCopy>>,
     /// VMs whose memory was lost. The thread, which holds no lock, runs their callbacks.
