@@ -1,11 +1,11 @@
 //! Freeze: a VM's exclusive pages become a layer that other VMs may share.
 //!
 //! ```text
-//!   base pages (shared mapping over the base file)       private pages (the kernel's copies)
-//!     │ not pinned: remap private; the base file           │ copy into a delta layer
-//!     │             is the layer. Nothing is copied.       │ many: remap over the delta, so that they are shared
-//!     │ pinned:     copy into the delta; stays mapped      │ few, or pinned: stay as they are, still this VM's own
-//!     │             shared and in place (I3)               │             (the layer has its own bytes)
+//!   base pages (shared over the base file)         private pages (the kernel's copies)
+//!     │ not pinned: remap private; the base file     │ copy into a delta layer
+//!     │             is the layer, without a copy     │ many: remap over the delta, to share them
+//!     │ pinned:     copy into the delta; stays       │ few, or pinned: stay this VM's own
+//!     │             mapped shared and in place (I3)  │           (the layer has its own bytes)
 //! ```
 //!
 //! The order preserves I1-I4 and makes a failure harmless (I13):

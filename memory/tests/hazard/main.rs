@@ -22,7 +22,7 @@ use clade_test_support::{Watchdog, skip};
 use disk::{Disk, How};
 use guest::{Guest, Snapshot};
 
-/// Images held while the VM goes on, and looked at once more before they go (I4).
+/// Images held while the VM runs on, and checked once more before they are dropped (I4).
 const HELD: usize = 6;
 /// Pause between freezes, so that requests and writes come in between.
 const PACE: Duration = Duration::from_millis(2);

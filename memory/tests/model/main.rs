@@ -4,8 +4,8 @@
 //!
 //! | variable | |
 //! |---|---|
-//! | `CLADE_MODEL_OPS` | operations to carry out over all, half of them in huge pages; 60,000 if not given, a million in CI |
-//! | `CLADE_MODEL_SEED` | the first schedules' seed, as a failure prints it; a fresh one if not given |
+//! | `CLADE_MODEL_OPS` | total operations, half in huge pages; default 60,000, a million in CI |
+//! | `CLADE_MODEL_SEED` | seed of the first schedules, as a failure prints it; default random |
 //!
 //! Only operations that take place are counted: an unpin without a pin is not.
 

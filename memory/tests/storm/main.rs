@@ -9,10 +9,12 @@
 //!
 //! | variable | |
 //! |---|---|
-//! | `CLADE_STORM_SECONDS` | duration, over all kinds of pages; 10 if not given, 600 in the long test |
-//! | `CLADE_STORM_SEED` | seed of the threads' decisions, as a failure prints it; a fresh one if not given |
-//! | `CLADE_STORM_WITHOUT` | operations to leave out, to isolate a cause: `short`, `sweep`, `settle`, `discard`, `evict`,
-//!   `reclaim`, `compact`, `reset`, `drop`, `background`, comma-separated |
+//! | `CLADE_STORM_SECONDS` | duration, over all kinds of pages; default 10, long test 600 |
+//! | `CLADE_STORM_SEED` | seed of the threads, as a failure prints it; default random |
+//! | `CLADE_STORM_WITHOUT` | operations to leave out, comma-separated, see below |
+//!
+//! Operations that can be left out, to isolate a cause: `short`, `sweep`, `settle`, `discard`,
+//! `evict`, `reclaim`, `compact`, `reset`, `drop`, `background`.
 //!
 //! A seed determines the actions of each thread, but not their interleaving.
 
