@@ -1,4 +1,4 @@
-//! What is saved comes back.
+//! Saved contents are restored unchanged.
 
 use std::cell::RefCell;
 use std::fs;
@@ -77,8 +77,8 @@ fn zeros_are_not_what_is_missing() {
         assert_eq!(restored(&at("b"), &store, load), contents(&ram));
         assert_eq!(restored(&at("a"), &store, load), [9; 203 * 4096]);
     }
-    // Nothing changed at all. (A freeze may copy once more what the VM was left as its own, and
-    // that is saved once more.)
+    // No change. (A freeze may copy pages again that the VM kept as its own, and these are saved
+    // again.)
     let again = Saving { base: Some((&at("b"), saved.id, &second)), ..Saving::default() };
     let none = again.save(&freeze(&ram), &at("c")).unwrap();
     assert!(none.data_pages == 0 && none.zero_pages <= saved.zero_pages);
@@ -130,7 +130,7 @@ fn what_is_not_inherited_is_neither_saved_nor_forgotten() {
     let wanted = [Some(0x55), None, None, Some(0x55), Some(0), Some(0x55), Some(7), Some(7), Some(0x55)];
     assert_eq!(look(&ram), wanted);
     assert_eq!(look(&ram), look(&child(&image, &store)), "as a fork would have it");
-    // And its children do not inherit what it writes there.
+    // Children of the VM do not inherit its writes there.
     put(&ram, 70 + 8, 1);
     put(&ram, 70 + 41, 1);
     assert_eq!(look(&child(&freeze(&ram), &store)), wanted);

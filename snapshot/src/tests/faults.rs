@@ -21,11 +21,11 @@ pub(crate) enum Fault {
     Kill,
     /// Only some of it is done, if it is a write or a read.
     Short,
-    /// It says that it wrote, and did not.
+    /// Reports a successful write without writing.
     Lie,
 }
 
-/// What is done before an operation; its error is the operation's.
+/// Called before an operation; its error is the operation's.
 struct Hook(Box<Before>);
 
 type Before = dyn Fn(Op, &Path) -> io::Result<()> + Send + Sync;
@@ -63,12 +63,12 @@ impl Plan {
         Self { lock_timeout: Some(Duration::ZERO), ..Self::default() }
     }
 
-    /// What was done, in order.
+    /// The operations so far, in order.
     pub(crate) fn trace(&self) -> Vec<(Op, PathBuf)> {
         self.trace.lock().unwrap().clone()
     }
 
-    /// What is to become of the next operation.
+    /// The verdict on the next operation.
     pub(crate) fn decide(&self, op: Op, path: &Path) -> io::Result<Verdict> {
         let number = self.count.fetch_add(1, Ordering::SeqCst);
         self.trace.lock().unwrap().push((op, path.to_owned()));
@@ -80,7 +80,7 @@ impl Plan {
             Some((at, Fault::Dead)) if number >= at => Err(Errno::IO.into()),
             Some((at, Fault::Kill)) if at == number => {
                 let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
-                // It does not come back from there.
+                // The process has ended at this point.
                 Err(Errno::IO.into())
             }
             Some((at, Fault::Short)) if at == number => Ok(Verdict::Short),

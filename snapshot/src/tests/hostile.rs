@@ -17,7 +17,7 @@ use crate::*;
 
 const HUGE: u64 = 8 << 40;
 
-/// A small snapshot with a disk and a record of what was touched.
+/// A small snapshot with a disk and a working set.
 fn small(dir: &Path, name: &str) -> PathBuf {
     let store = Store::open_small().unwrap();
     let ram = born(&layout(), &store);
@@ -136,7 +136,7 @@ fn vast(dir: &Path, kind: Kind) -> PathBuf {
 fn memory_of_any_size_costs_nothing_before_it_is_there() {
     let dir = scratch();
     let store = Store::open_small().unwrap();
-    // No chunk says what the data is.
+    // Data pages without a chunk are refused.
     assert!(matches!(Snapshot::open(&vast(dir.path(), Kind::Data)), Err(Error::Damaged { .. })));
     let opened = Snapshot::open(&vast(dir.path(), Kind::Zero));
     match opened {
@@ -144,7 +144,7 @@ fn memory_of_any_size_costs_nothing_before_it_is_there() {
         Ok(snapshot) => {
             for load in [Load::Lazy, Load::Preload, Load::WorkingSet(vec![PageRange::new(0, HUGE >> 12)])] {
                 if let Ok(image) = snapshot.restore_ram(&store, &load) {
-                    // Whether the host has the room or not, it says so.
+                    // Succeeds or fails with an error, depending on the host's memory.
                     let made = clade_memory::GuestRam::reserve(image.layout(), &store);
                     drop(made.and_then(|ram| ram.adopt(&image).map(drop)));
                 }
@@ -172,7 +172,7 @@ fn a_sweep_touches_nothing_behind_links_nor_of_others() {
     // One of another user, where there can be one.
     copy_dir(&victim, &leftover(2));
     let others = chown(leftover(2), Some(12345), Some(12345)).is_ok();
-    // One that is as it should be, and one that is no directory.
+    // A valid leftover, and one that is a file.
     copy_dir(&victim, &leftover(3));
     fs::write(leftover(4), "a file").unwrap();
     small(&stage, "it");
@@ -229,7 +229,7 @@ fn a_record_of_what_is_touched_names_each_page_of_the_memory_once() {
     bytes[32..40].copy_from_slice(&u64::MAX.to_le_bytes());
     fs::write(at.join("warm"), format::seal(bytes)).unwrap();
     assert!(matches!(snapshot.working_set(), Err(Error::Damaged { damage: Damage::Length { .. }, .. })));
-    // What is recorded is made so.
+    // Recorded runs are normalized.
     record_working_set(&at, &[PageRange::new(8, 10), PageRange::new(0, pages + 7), PageRange::new(9, 9)]).unwrap();
     let wanted = [(8, 10), (0, 8), (10, pages)].map(|(start, end)| PageRange::new(start, end));
     assert_eq!(snapshot.working_set().unwrap().as_deref(), Some(&wanted[..]));
