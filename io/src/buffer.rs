@@ -34,7 +34,7 @@ pub struct AlignedBuf {
 }
 
 // SAFETY: the memory belongs to this value alone and is only accessed by the kernel and through
-// volatile slices, neither of which cares about threads.
+// volatile slices, both independent of threads.
 unsafe impl Send for AlignedBuf {}
 // SAFETY: as for Send: there is no access through `&self` but by volatile slices.
 unsafe impl Sync for AlignedBuf {}

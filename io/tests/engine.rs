@@ -89,7 +89,7 @@ fn pieces_of_pages_are_read_and_written() {
         } else {
             assert_eq!((stats.cached, stats.direct, stats.bounced), (20, 0, 0));
         }
-        // What fits, and what does not fit in the file.
+        // A write that fits in the file, and one that does not.
         ram.memory().write_slice(&[0xab; 4096], GuestAddress(16 * 4096)).unwrap();
         let whole = |len| vec![Fragment::pinned(&pages, 0, len).unwrap()];
         engine.submit(Request::Write { file: Arc::clone(&file), offset: 8192, buffers: whole(4096) }, 0);
