@@ -112,7 +112,7 @@ impl GuestRam {
         self.expect_not_lost()
     }
 
-    /// Writes guest-physical memory from `address` on, as a guest's write: pages become the VM's own.
+    /// Writes guest-physical memory from `address` on, like a guest: pages become the VM's own.
     ///
     /// The caller excludes forks and resets meanwhile.
     ///

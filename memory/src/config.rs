@@ -29,8 +29,8 @@ pub struct Config {
     /// Maximum number of private pages that a freeze copies and leaves in place. Below it, copying
     /// them again at the next freeze is cheaper than mapping them anew and breaking COW again.
     pub keep_pages: u64,
-    /// Maximum number of pages used by devices since the last freeze that a freeze copies and leaves
-    /// in place. Copying 2,048 takes half a millisecond.
+    /// Maximum number of pages used by devices since the last freeze that a freeze copies and
+    /// leaves in place. Copying 2,048 takes half a millisecond.
     pub keep_recently_pinned_pages: u64,
     /// Number of pieces of a VM's layer map from which they are merged in the background.
     pub compact_at_pieces: usize,

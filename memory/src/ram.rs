@@ -20,7 +20,7 @@ use crate::region::suspend::{SuspendFile, Suspended, Suspension, WorkingSet};
 use crate::store::{Backing, Store};
 use crate::units::{PAGE_SHIFT, PAGE_SIZE};
 
-/// Where the gap for memory-mapped devices begins: 3 GiB.
+/// Start of the gap for memory-mapped devices: 3 GiB.
 pub const GAP_START: u64 = 0xc000_0000;
 /// Where memory continues above the gap: 4 GiB.
 pub const GAP_END: u64 = 0x1_0000_0000;

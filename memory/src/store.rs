@@ -64,12 +64,12 @@ pub enum StoreError {
         #[source]
         source: io::Error,
     },
-    /// A layer of another process came in a file that can be written here.
+    /// The file of another process's layer is writable here.
     #[error("the file of another process's layer must be open for reading only")]
     Writable,
 }
 
-/// Shared by every VM that may share memory with another.
+/// Resources of VMs that may share memory with each other.
 #[derive(Clone, Debug)]
 pub struct Store(Arc<Inner>);
 
@@ -403,7 +403,7 @@ impl Store {
                 file.set_len(pages.next_multiple_of(BLOCK_PAGES) << PAGE_SHIFT)?;
                 Ok(file)
             }
-            // Another freeze took the last one.
+            // Another freeze took the last spare.
             (None, Some(fs)) => fs.file(pages),
             (None, None) => small_file(pages),
         }

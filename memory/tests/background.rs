@@ -1,6 +1,6 @@
-//! Freezes in the background under load: vCPUs (threads) and devices (io_uring through pins) write
-//! while pages are copied, and children read at once. The model is a byte a page and round: a
-//! writer in round r writes r everywhere it goes.
+//! Background freezes under load: vCPUs (threads) and devices (io_uring through pins) write while
+//! pages are copied, and children read at once. The model is one byte per page and round: a writer
+//! in round r writes r everywhere.
 
 #![allow(clippy::unwrap_used, reason = "a test, although not every function of it is one")]
 

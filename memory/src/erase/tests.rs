@@ -70,7 +70,7 @@ fn naive(bytes: &[u8], secrets: &[Vec<u8>]) -> (Vec<u8>, u64) {
     (left, count)
 }
 
-/// A secret of this many bytes, no two of which have the same beginning or end.
+/// A secret of this length, whose prefixes and suffixes are all distinct.
 fn secret(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let byte = |_| {

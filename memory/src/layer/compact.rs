@@ -120,7 +120,7 @@ fn map_end(map: &LayerMap) -> u64 {
 /// last compaction.
 fn needs_compaction(map: &LayerMap, last_compacted: (usize, usize), config: &Config) -> bool {
     let (pieces, deep) = last_compacted;
-    // No threshold is too large: it is a user's.
+    // Any threshold is accepted, because the user sets it.
     let deep = deep.saturating_add(config.compact_at_layers);
     map.len() > config.compact_at_pieces.max(pieces + pieces / 2) || (map.len() > deep && layers([map]) > deep)
 }
@@ -378,7 +378,7 @@ impl GuestRegion {
             // the map.
             let same = subtract_runs(&merged.unchanged(state.space.map(), *run), &kept);
             let copied = |part: PageRange| source.advance(part.start - run.start);
-            // This VM's own pages stay as they are; of them only the map changes.
+            // This VM's own pages stay mapped; only their entries in the map change.
             let pieces = subtract_runs(&same, own);
             if !is_gain(state.space.mappings(), &pieces) {
                 continue;

@@ -167,7 +167,7 @@ impl Piece for LayerSource {
 /// Which layer provides each page of a region. A page in no entry is zeros.
 pub type ImageMap = IntervalMap<LayerSource>;
 
-/// `map` for others. To be called while it is registered.
+/// Converts `map` for external users. Called while the map is registered.
 pub(crate) fn image_map(map: &LayerMap) -> ImageMap {
     let mut out = ImageMap::new();
     for (range, source) in map.iter() {
@@ -176,7 +176,7 @@ pub(crate) fn image_map(map: &LayerMap) -> ImageMap {
     out
 }
 
-/// `map` for the inside.
+/// Converts `map` for use inside the crate.
 pub(crate) fn layer_map(map: &ImageMap) -> LayerMap {
     let mut out = LayerMap::new();
     map.iter().for_each(|(range, source)| out.insert(range, source.inner()));

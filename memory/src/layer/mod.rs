@@ -95,7 +95,7 @@ pub(crate) struct Layer {
 
 impl Layer {
     pub(crate) fn new(id: LayerId, file: File, pages: u64, home: Home, live: Arc<AtomicUsize>) -> Self {
-        // Relaxed: a gauge; nothing is ordered by it.
+        // Relaxed: a gauge that orders nothing.
         live.fetch_add(1, Ordering::Relaxed);
         let (base_file, given) = (AtomicBool::new(false), Mutex::default());
         trace!(Layer { layer: id.0, file: crate::trace::file(&file) });

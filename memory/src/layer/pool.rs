@@ -26,7 +26,7 @@ use rustix::fs::{FallocateFlags, fallocate, ftruncate};
 use crate::store::Backing;
 use crate::units::PAGE_SHIFT;
 
-/// Maximum number of files of each kind. The second is made while the first is in use.
+/// Maximum number of files of each kind: one can be taken while the next is made.
 const MAX_FILES: usize = 2;
 /// Largest file made ahead, in pages.
 pub(crate) const MAX_PAGES: u64 = 2_048;
@@ -46,9 +46,9 @@ struct Made {
 #[derive(Debug, Default)]
 struct Inner {
     files: Vec<Made>,
-    /// When a freeze last asked.
+    /// Time of the last freeze's request.
     asked: Option<Instant>,
-    /// Asked for and not made yet.
+    /// Number of files ordered and not made yet.
     ordered: usize,
 }
 

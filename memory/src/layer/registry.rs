@@ -50,7 +50,7 @@ fn registered() -> MutexGuard<'static, Registered> {
 
 /// The layers that views other than `own` show. `None` if there are more than `most` such views.
 pub(crate) fn layers_elsewhere(own: &BTreeSet<u64>, most: usize) -> Option<BTreeSet<LayerId>> {
-    // Not walked under the lock.
+    // Copied under the lock, and walked outside it.
     let others: Vec<Arc<LayerMap>> = {
         let registry = registered();
         let others = registry.maps.iter().filter(|(id, _)| !own.contains(id));
@@ -61,7 +61,7 @@ pub(crate) fn layers_elsewhere(own: &BTreeSet<u64>, most: usize) -> Option<BTree
 }
 
 impl Views {
-    /// Of a store whose layers are counted in `live_layers`.
+    /// The views of a store whose layers are counted in `live_layers`.
     pub(crate) fn new(live_layers: &Arc<AtomicUsize>) -> Self {
         let (changed, given_back) = (AtomicBool::new(false), AtomicU64::new(0));
         Self { live_layers: Arc::clone(live_layers), changed, given_back }

@@ -79,8 +79,8 @@ pub(crate) struct Counters {
     freeze_pinned: AtomicU64,
     freeze_ahead: AtomicU64,
     locked: AtomicU64,
-    /// The guest's count when last shown. Pages that a balloon gives back uncounted no longer are
-    /// copies, but the count must not decrease.
+    /// The guest's count when last shown. Pages freed by a balloon before they are counted stop
+    /// being copies, but the count must not decrease.
     shown: AtomicU64,
 }
 

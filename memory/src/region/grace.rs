@@ -15,7 +15,7 @@
 //!   the pages' words: not exclusive            retire the view before, with the section still odd
 //!   sequence unchanged? else undo, lock        sequence becomes even
 //!   ... the device reads ...
-//!   active[side] -= 1; the last one frees      the retired view: dropped once both sides were empty
+//!   active[side] -= 1; the last one frees      retired view: dropped once both sides were empty
 //! ```
 //!
 //! The sequence is R11's write section. Within a change a page may lack its bit for a moment

@@ -152,7 +152,7 @@ impl Pagemap {
                     PageRange::new((region.start - origin) >> PAGE_SHIFT, (region.end - origin) >> PAGE_SHIFT),
                 );
             }
-            // walk_end is where the next call goes on; equal to end when the walk is complete.
+            // walk_end is the start of the next call, and equals end when the walk is complete.
             start = arg.walk_end;
         }
         Ok(runs)

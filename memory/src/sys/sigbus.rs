@@ -182,7 +182,7 @@ fn mend(address: usize) -> bool {
         let end = slot.end.load(Ordering::SeqCst);
         let start = slot.start.load(Ordering::SeqCst);
         // The end once more: it is 0 while the slot changes hands, so that the start of one region
-        // and the end of another are never taken for a range.
+        // and the end of another never form a range.
         if address < start || address >= end || slot.end.load(Ordering::SeqCst) != end {
             continue;
         }

@@ -3,10 +3,10 @@
 //! axes.
 //!
 //! ```text
-//!   page state   birth | shared | exclusive | reference | being filled | evicted | mixed | one left
+//!   page state   birth | shared | exclusive | reference | filling | evicted | mixed | one left
 //!   backing      huge | 4 KiB
-//!   actor        CPU | device read | device write        (a thread; io_uring's registered buffers)
-//!   order        fork | snapshot | reset                 (child at once; image adopted later; VM reset)
+//!   actor        CPU | device read | device write   (a thread; io_uring's registered buffers)
+//!   order        fork | snapshot | reset            (child at once; image adopted later; VM reset)
 //!   freeze       eager | in the background
 //! ```
 //!

@@ -10,7 +10,7 @@ use crate::vm::{ALL, ARENA, Content, UNTOUCHED, Vm, WIDE};
 const ITS_OWN_PAGES: Skip = (|axis: &Axis| axis.state != State::Birth, "the row makes its own pages");
 const NO_BACKGROUND: Skip = (|axis: &Axis| axis.mode == FreezeMode::Eager, "without write protection it is row 1");
 
-/// A device that reads and is dropped is a part of rows that collapse.
+/// `split_and_collapse` itself includes a device that reads.
 const HAS_ITS_READER: Skip = (|axis: &Axis| axis.actor == Actor::DeviceRead, "the row has a device that reads");
 
 const BLOCK: PageRange = PageRange::new(0, BLOCK_PAGES);

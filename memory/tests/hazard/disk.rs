@@ -14,10 +14,10 @@ use clade_memory::{Access, DmaPin, GuestRam, PAGE_SIZE, PageRange, PinLifetime};
 use io_uring::{IoUring, opcode, types};
 use vm_memory::{Bytes, GuestAddress, VolatileSlice};
 
-/// Buffers, half of them for each way.
+/// Buffers, half of them for each way of addressing.
 pub(crate) const SLOTS: usize = 16;
 const SLOT_PAGES: u64 = 2;
-/// Pages from one buffer to the next.
+/// Distance between two buffers in pages.
 const STRIDE: u64 = 97;
 /// Guest bytes at either end of a buffer's pages.
 const MARGIN: u64 = 512;

@@ -202,7 +202,7 @@ impl BackgroundCopy {
         }
     }
 
-    /// Gives up: the parent goes on unharmed, and children lose the pages that they lack.
+    /// Gives up: the parent continues unharmed, and children lose the pages that they lack.
     pub(crate) fn fail(&self, error: &Arc<FillError>) {
         self.give_up(self.phase(), error);
     }

@@ -8,7 +8,7 @@
 //!      a vCPU writes ─┘       │                 │  a read of a hole waits ◄───┘
 //!      and waits              └─ pinned         │
 //!           │                    (copied before │             W write-protected, not copied
-//!           │                    anything)      │             C copied: released, or mapped over the delta
+//!           │                    anything)      │             C copied: released or over the delta
 //!           └───────────► background thread ────┘             P pinned: never protected
 //!              both faults jump the queue: copy, then release, then wake
 //! ```
@@ -110,9 +110,9 @@ impl From<OpenError> for BackgroundError {
 /// Owner of a faulting address.
 #[derive(Clone)]
 enum Target {
-    /// The frozen VM's, from its first page.
+    /// The frozen VM, from its first page.
     Writer(Arc<BackgroundCopy>),
-    /// A child's; the file's page at the range's start.
+    /// A child; the number is the file's page at the start of the range.
     Reader(Arc<BackgroundCopy>, u64),
 }
 
@@ -174,7 +174,7 @@ impl CopyService {
         drop(gone);
     }
 
-    /// Hands a background copy to the thread.
+    /// Queues a background copy for the thread.
     pub(crate) fn start(&self, bg_copy: &Arc<BackgroundCopy>) {
         self.index().jobs.push_back(Arc::clone(bg_copy));
         self.ring();
@@ -302,7 +302,7 @@ impl CopyService {
             match catch_unwind(AssertUnwindSafe(|| self.serve())) {
                 Ok(Ok(())) => return,
                 // The interrupted work may be half done, so none of the pending layers can be
-                // trusted. The thread goes on, for the accesses that still wait.
+                // trusted. The thread continues, for the accesses that still wait.
                 Err(_) => self.fail_all(&Arc::new(FillError::Panic)),
                 Ok(Err(error)) => {
                     self.index().lost = true;

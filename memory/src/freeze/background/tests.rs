@@ -258,8 +258,8 @@ fn d4_a_pin_of_a_page_not_copied_yet_copies_it_first() {
         let pin = region.pin(PageRange::new(590, 610), Access::Write, PinLifetime::LongTerm).unwrap();
         // A device that writes only after all pages are copied: no fault precedes its write.
         let late = region.pin(PageRange::new(700, 710), Access::Write, PinLifetime::LongTerm).unwrap();
-        // As a device would: through the frames, ignores_pins of protection (here the early pin's
-        // and the pin's own addresses, by the kernel).
+        // Like a device: through the frames, regardless of protection (here the kernel writes at
+        // the early pin's and the pin's own addresses).
         for pin in [&early, &pin] {
             pin.slice().write_slice(&vec![0x99; pin.len()], 0).unwrap();
         }
@@ -311,7 +311,8 @@ fn copied_runs_are_shared_back_and_written_pages_are_not() {
     }
 }
 
-/// Runs are chosen in one step and mapped over the delta in the next, and a writer may come between.
+/// Runs are chosen in one step and mapped over the delta in the next, with a possible write in
+/// between.
 #[test]
 fn a_write_between_any_two_steps_is_the_parents_alone() {
     for store in stores() {

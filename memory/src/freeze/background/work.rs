@@ -115,7 +115,7 @@ pub(super) struct Work {
     _mapping: Promise,
     /// Keeps the source pages of the gaps.
     _beneath: View,
-    /// Ascending in the file, which they cover.
+    /// Ascending in the file; the parts cover it without gaps.
     parts: Vec<Part>,
     /// Indices of `parts`, ascending in the region.
     by_page: Vec<usize>,

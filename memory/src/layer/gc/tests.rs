@@ -17,7 +17,8 @@ fn check(ram: &GuestRam, what: &str) {
     }
 }
 
-/// The last pages of a base file become a layer's, or their VM goes, in the middle of a sweep.
+/// The last pages of a base file become a layer's, or their VM is dropped, in the middle of a
+/// sweep.
 #[test]
 fn what_is_shown_while_a_sweep_looks_round_is_kept() {
     for (dies, step) in [(false, 0), (false, 1), (true, 0), (true, 1)] {
@@ -77,7 +78,7 @@ fn a_layer_may_end_in_a_sweep() {
     assert_eq!(steps, 2);
 }
 
-/// Two regions of so many pages.
+/// Pages of each of the two regions.
 const SMALL: u64 = 600;
 const HIGH: u64 = 1 << 32;
 
@@ -169,7 +170,7 @@ fn no_sweep_costs_a_page_whenever_it_comes() {
     expect(&ram, "with pins", |_| 1);
     expect(&child(&first, &store), "a child of what was pinned", |_| 1);
     drop(pins);
-    // Pages that devices had stay in place once more; then the last of the base file becomes a
+    // Pages used by devices stay in place once more; then the last of the base file becomes a
     // layer's.
     for round in 0..2 {
         let image = freeze(&ram, FreezeMode::Eager);
@@ -192,7 +193,8 @@ fn no_sweep_costs_a_page_whenever_it_comes() {
     assert!(restless.sweeps() > 20, "{} sweeps", restless.sweeps());
 }
 
-/// A VM that was never frozen is put back to another's image: its base file goes with the mappings.
+/// A VM that was never frozen is reset to another VM's image: its base file is freed with the
+/// mappings.
 #[test]
 fn a_reset_leaves_no_birth_file_behind() {
     let store = Store::open_small().unwrap();

@@ -343,7 +343,7 @@ fn nothing_is_lost_of_what_is_written_up_to_the_instant() {
             let (ram, runs, over) = (&ram, &runs, &over);
             threads.spawn(move || {
                 let mut count = 0u64;
-                // At least once round the ring, however slow the thread is.
+                // At least one round of the ring, even if the thread is slow.
                 while !over.load(Ordering::Relaxed) || count <= 200 {
                     let _running = runs.read().unwrap();
                     count += 1;

@@ -100,7 +100,7 @@ fn pagemap(address: u64) -> u64 {
 
 fn in_core(address: u64) -> bool {
     let mut seen = 0u8;
-    // SAFETY: one page of this process's own mapping is asked for, and one byte is written.
+    // SAFETY: queries one page of this process's own mapping, and writes one byte.
     let asked = unsafe { libc::mincore(address as *mut libc::c_void, PAGE_SIZE as usize, &raw mut seen) };
     asked == 0 && seen & 1 != 0
 }
