@@ -238,8 +238,8 @@ impl IoFile {
         self.handles.direct.as_ref().map(AsFd::as_fd)
     }
 
-    /// Another descriptor of the open file that holds the lock: as long as there is one, the file is
-    /// locked as it is here. It cannot be written through.
+    /// Another descriptor of the open file that holds the lock: as long as it exists, the file is
+    /// locked as it is here. It does not permit writing.
     ///
     /// # Errors
     /// When there is no descriptor to be had, or the file is not locked.

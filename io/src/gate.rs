@@ -36,7 +36,7 @@ impl Gate {
     /// Releases the operations, and later ones.
     pub fn open(&self) {
         gates().retain(|(_, event)| !Arc::ptr_eq(event, &self.event));
-        // Readable from now on: nothing reads it. A counter at its end is readable, too.
+        // Readable from now on, because there are no readers. A saturated counter is readable, too.
         let _ = self.event.write(1);
     }
 

@@ -16,7 +16,7 @@
 //! | submitting, continuing, reaping | `engine.rs` |
 //! | backends of network devices | `net_backend.rs`, `tap.rs`, `packet_stream.rs` |
 //! | messages with descriptors to other processes | [`seqpacket`] |
-//! | registering threads that serve a guest, for sandboxing | [`thread`] |
+//! | a hook on threads that serve a guest, for sandboxing | [`thread`] |
 //!
 //! Limits: the crate does not know guests, disks or their formats, and it starts no threads.
 

@@ -73,7 +73,7 @@ impl NetBackend {
         matches!(self, Self::Tap(_))
     }
 
-    /// Whether there will never be a packet again.
+    /// Whether no more packets can come.
     #[must_use]
     pub fn has_ended(&self) -> bool {
         match self {
@@ -136,7 +136,8 @@ impl NetBackend {
         }
     }
 
-    /// Sends the packet in `buffers`, which begins with its header. None when no packet is taken now.
+    /// Sends the packet in `buffers`, which begins with its header. `None` when it is not taken
+    /// now.
     ///
     /// # Errors
     /// When it is not taken at all.

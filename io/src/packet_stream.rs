@@ -98,8 +98,8 @@ impl PacketStream {
         Ok(len.is_some())
     }
 
-    /// Sends the packet in `buffers`, but for its header. None when the socket takes no packet now. Of
-    /// one that it takes in part it gets the rest later: see [`PacketStream::flush`].
+    /// Sends the packet in `buffers`, without its header. `None` when the socket takes no packet
+    /// now. If the socket takes a part, the rest is sent later: see [`PacketStream::flush`].
     ///
     /// # Errors
     /// When the packet is not of a packet's size, or the other end has gone.
@@ -124,7 +124,7 @@ impl PacketStream {
         });
         self.flush()?;
         if self.sent == 0 {
-            // Nothing of it has gone: it may be another the next time.
+            // None of it was sent: the next attempt may use another packet.
             self.unsent.clear();
             return Ok(None);
         }

@@ -1,4 +1,4 @@
-//! Registry of threads that serve a guest, for sandboxing.
+//! A hook on threads that serve a guest, for sandboxing.
 
 use std::sync::OnceLock;
 

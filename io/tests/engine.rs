@@ -30,7 +30,7 @@ fn bytes() -> Vec<u8> {
     (0..SIZE).map(|at| (at / 7 % 251) as u8).collect()
 }
 
-/// A directory on a disk: memory file systems know no O_DIRECT.
+/// A directory on a disk: memory file systems do not support O_DIRECT.
 fn dir() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }

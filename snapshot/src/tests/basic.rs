@@ -66,7 +66,7 @@ fn zeros_are_not_what_is_missing() {
     // Written with zeros, and discarded; the rest is unchanged.
     (20..60).for_each(|page| put(&ram, page, 0));
     ram.regions()[1].discard(PageRange::new(30, 90)).unwrap();
-    // So few that one mapping of the parent's file would span them, were they not data there.
+    // Few enough that one mapping of the parent's file would span them if they were not data there.
     ram.regions()[1].discard(PageRange::new(100, 103)).unwrap();
     let second = freeze(&ram);
     let base = Some((at("a"), saved.id, &first));
@@ -97,7 +97,7 @@ fn a_lazily_restored_vm_is_saved_whole_and_over_its_own_files() {
     drop(ram);
     for _ in 0..3 {
         let image = Snapshot::open(&at).unwrap().restore_ram(&store, &Load::Lazy).unwrap();
-        // Not a page of it has been touched.
+        // Without touching a page of it.
         let ram = child(&image, &store);
         let saved = Saving::default().save(&freeze(&ram), &at).unwrap();
         assert_eq!(saved.data_pages + saved.zero_pages, 203);
@@ -221,7 +221,7 @@ fn a_lazily_restored_vm_is_frozen_after_many_writes() {
     Saving::default().save(&freeze(&ram), &at).unwrap();
     let restored = Snapshot::open(&at).unwrap().restore_ram(&store, &Load::Lazy).unwrap();
     let ram = child(&restored, &store);
-    // More than a freeze copies while the VM stands still, where it has the choice.
+    // More pages than a freeze in mode Auto copies while the VM is paused.
     (0..8192).filter(|page| page % 4 == 0).for_each(|page| put(&ram, page, 4));
     let image = freeze(&ram);
     image.finish_background().unwrap();
