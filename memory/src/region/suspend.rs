@@ -255,8 +255,8 @@ impl GuestRegion {
 
     fn plan_suspension(&self, state: &State, merge: &BTreeSet<LayerId>) -> Result<Plan, RamError> {
         let mappings = state.space.mappings();
-        // R19: no-fork pages stay in place. In a layer's file a child would be one mapping away from
-        // their bytes.
+        // R19: no-fork pages stay in place. In a layer's file a child would be one mapping away
+        // from their bytes.
         let kept = nofork::runs(&state.no_fork);
         let mapped_shared = mappings.base_runs();
         let private = subtract_runs(&self.owned_private(self.range(), &mapped_shared)?, &kept);
