@@ -12,9 +12,9 @@
 //! ([`crate::region::grace`]).
 //!
 //! The state lock is held while a VM's view is changed, and the change is published before unlock.
-//! Between the two the registry has the VM's old view. Pages added by the change are also in
-//! another view (an image's, which the caller holds), in a layer that is in no view yet, or in a
-//! base file, which the sweep skips.
+//! Between the two the registry has the VM's old view. Any page added by the change is in another
+//! view (an image's, which the caller holds), in a layer that is in no view yet, or in a base file,
+//! which the sweep skips.
 
 use std::collections::{BTreeSet, HashMap};
 use std::ops::{Deref, DerefMut};

@@ -56,8 +56,8 @@ impl GuestRegion {
         // Finishes background copies first, because they read pages that the eviction drops.
         self.finish_background(&mut state)?;
         let table = self.table.lock();
-        // R19: no-fork pages stay in place. In a layer's file a child would be one mapping away from
-        // their bytes. I7: pages that a device reads stay too.
+        // R19: no-fork pages stay in place. In a layer's file a child would be one mapping away
+        // from their bytes. I7: pages that a device reads stay too.
         let mut kept = [nofork::runs(&state.no_fork), self.grace.ranges()].concat();
         kept.sort_unstable();
         let kept = join_runs(&kept, 0);

@@ -127,9 +127,9 @@ impl<T> Grace<T> {
         free.next()
     }
 
-    /// Opens a section over `range` without a lock, if no change is in progress and `shared`
-    /// confirms that the pages belong to layers. Otherwise returns `Err` with the result of
-    /// [`Grace::close`].
+    /// Opens a section over `range` without a lock, if there is no change in progress while
+    /// `shared` confirms that the pages belong to layers. Otherwise returns `Err` with the result
+    /// of [`Grace::close`].
     pub(crate) fn try_open(&self, range: PageRange, shared: impl FnOnce() -> bool) -> Result<Section, Vec<T>> {
         let side = self.open();
         let Some(slot) = self.note(range) else { return Err(self.leave(side)) };

@@ -44,8 +44,8 @@ use crate::region::{GuestRegion, State, ahead, nofork};
 use crate::testing::failpoint::{Call, failpoint};
 use crate::units::{PAGE_SHIFT, PageRange, join_runs, pages_in, subtract_runs};
 
-/// Minimum length of a run of zeros that is mapped rather than written: shorter runs are not worth
-/// a mapping.
+/// Minimum length of a run of zeros that is mapped rather than left as a hole in the file: shorter
+/// runs are not worth a mapping.
 const MIN_ZERO_RUN: u64 = 64;
 /// Runs are joined over gaps up to this length even when there are few.
 const SMALL_GAP: u64 = 4;
