@@ -238,8 +238,8 @@ impl IoFile {
         self.handles.direct.as_ref().map(AsFd::as_fd)
     }
 
-    /// Another, read-only descriptor of the open file that holds the lock: as long as it exists, the
-    /// file is locked as it is here.
+    /// Another, read-only descriptor of the open file that holds the lock. As long as it exists,
+    /// the file is locked as it is here.
     ///
     /// # Errors
     /// When there is no descriptor to be had, or the file is not locked.
