@@ -12,8 +12,8 @@ use crate::file::{CachePolicy, FileError, Handles, IoFile, read_only_again};
 use crate::overlay_pool::OverlayPool;
 
 impl IoFile {
-    /// An empty unnamed file of `len` bytes in `dir`. It goes with its last handle. `path` is the
-    /// directory's path in messages.
+    /// Opens an empty unnamed file of `len` bytes in `dir`, freed with its last handle. `path` is
+    /// the directory's path in messages.
     ///
     /// # Errors
     /// When the directory's file system has no unnamed files, or no room.
@@ -27,9 +27,9 @@ impl IoFile {
         Ok(Self::new(path, Arc::new(Handles::new(cached, true, policy, path)), true, false, false))
     }
 
-    /// As [`IoFile::unnamed_in`], but a file from `pool` if it has one, **with any content**: the
-    /// caller must read only what it has written. The file returns to the pool when it is dropped.
-    /// All files of one pool must be made with the same arguments.
+    /// As [`IoFile::unnamed_in`], but takes a file from `pool` if it has one, **with arbitrary
+    /// content**: the caller must read only bytes that it has written. The file returns to the pool
+    /// when it is dropped. All files of one pool must be made with the same arguments.
     ///
     /// # Errors
     /// As [`IoFile::unnamed_in`].
@@ -48,7 +48,7 @@ impl IoFile {
         Ok(file)
     }
 
-    /// A named file that is open for reading and writing. It is not locked.
+    /// Wraps a named file that is open for reading and writing, without locking it.
     #[must_use]
     pub fn read_write(cached: File, path: &Path, policy: CachePolicy) -> Self {
         Self::new(path, Arc::new(Handles::new(cached, true, policy, path)), true, true, false)
@@ -61,13 +61,13 @@ impl IoFile {
     pub fn try_lock(&self) -> std::io::Result<()> {
         let lock = read_only_again(&self.handles.cached)?;
         lock.try_lock()?;
-        // One that was locked before stays so.
+        // An existing lock is kept.
         let _ = self.lock.set(lock);
         Ok(())
     }
 
-    /// Has nobody open it for writing again, this process included: the descriptors that are there
-    /// are all that can write. For files without names whose descriptors go to other processes.
+    /// Prevents further opens for writing, by this process too: only the existing descriptors can
+    /// write. For unnamed files whose descriptors go to other processes.
     ///
     /// # Errors
     /// When its mode cannot be changed.

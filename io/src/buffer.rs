@@ -34,7 +34,7 @@ pub struct AlignedBuf {
 }
 
 // SAFETY: the memory belongs to this value alone and is only accessed by the kernel and through
-// volatile slices, neither of which cares about threads.
+// volatile slices, both independent of threads.
 unsafe impl Send for AlignedBuf {}
 // SAFETY: as for Send: there is no access through `&self` but by volatile slices.
 unsafe impl Sync for AlignedBuf {}
@@ -45,7 +45,7 @@ impl AlignedBuf {
     pub fn new(len: usize) -> Self {
         let rounded =
             len.max(1).checked_next_multiple_of(ALIGN).and_then(|size| Layout::from_size_align(size, ALIGN).ok());
-        // A length beyond the address space ends as one beyond memory does.
+        // A length beyond the address space is treated like exhausted memory.
         let Some(layout) = rounded else { handle_alloc_error(Layout::new::<u8>()) };
         // SAFETY: the layout's size is at least `ALIGN`.
         let at = unsafe { alloc_zeroed(layout) };

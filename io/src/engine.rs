@@ -76,7 +76,7 @@ pub struct Stats {
     pub synced: u64,
 }
 
-/// What a ring may do: the operations of [`Op`], their timers, and cancellation.
+/// Operations allowed in a ring: those of [`Op`], their timers, and cancellation.
 fn allowed() -> Vec<Restriction> {
     vec![
         Restriction::sqe_op(opcode::Readv::CODE),
@@ -95,8 +95,8 @@ fn allowed() -> Vec<Restriction> {
 fn ring(depth: u32) -> io::Result<IoUring> {
     // Two entries for an operation, and one to cancel. The kernel doubles that for completions.
     let ring = IoUring::builder().setup_clamp().setup_r_disabled().build(2 * depth + 2)?;
-    // For good, and before anybody else has it: no seccomp filter sees what a ring does, so that a
-    // process that has been broken into could open files and sockets through it.
+    // Permanent, and done before the ring is shared: seccomp filters do not see a ring's
+    // operations, so a compromised process could open files and sockets through it.
     ring.submitter().register_restrictions(&mut allowed())?;
     Ok(ring)
 }
@@ -376,8 +376,8 @@ impl<T> Drop for Engine<T> {
             self.cancel(drop);
         }
         if self.in_kernel > 0 {
-            // The kernel may still write to this memory. It is leaked with its pins: freeing it
-            // would let the kernel write to memory of another owner.
+            // The kernel may still write to this memory, so the memory is leaked with its pins:
+            // freeing it would let the kernel write to memory of another owner.
             tracing::error!(
                 operations = self.in_kernel,
                 "the kernel does not let go of operations; their memory is left to it"

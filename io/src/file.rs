@@ -42,7 +42,7 @@ fn direct_handle(cached: &File, write: bool, policy: CachePolicy, path: &Path) -
     if policy == CachePolicy::Host {
         return None;
     }
-    // By its descriptor, so that it is the same file, whatever has happened to the name.
+    // By its descriptor, so that it is the same file, even if the name leads elsewhere.
     let same = format!("/proc/self/fd/{}", cached.as_raw_fd());
     let opened = OpenOptions::new().read(true).write(write).custom_flags(libc::O_DIRECT | libc::O_CLOEXEC).open(same);
     opened
@@ -148,8 +148,8 @@ impl IoFile {
     pub fn open(path: &Path, write: bool, policy: CachePolicy) -> Result<Self, OpenError> {
         let failed = |what| move |source| FileError { path: path.to_owned(), what, source };
         let opened = if write { "opened for writing" } else { "opened" };
-        // O_NONBLOCK: opening a FIFO must not wait for its other end. It has no effect on files and
-        // block devices.
+        // O_NONBLOCK, because opening a FIFO must not wait for its other end. The flag has no
+        // effect on files and block devices.
         let cached = OpenOptions::new()
             .read(true)
             .write(write)
@@ -176,7 +176,7 @@ impl IoFile {
         Ok(file)
     }
 
-    /// An empty unnamed file of `len` bytes in `dir`. It goes with its last handle.
+    /// Opens an empty unnamed file of `len` bytes in `dir`, freed with its last handle.
     ///
     /// # Errors
     /// When the directory's file system has no unnamed files, or no room.
@@ -186,8 +186,8 @@ impl IoFile {
         Self::unnamed_in(opened.as_fd(), dir, len, policy)
     }
 
-    /// A file that is open for reading, with its path. It is not locked: the caller knows that it
-    /// does not change.
+    /// Wraps a file that is open for reading, with its path, without locking it: the caller
+    /// guarantees that it does not change.
     #[must_use]
     pub fn read_only(cached: File, path: &Path, policy: CachePolicy) -> Self {
         Self::new(path, Arc::new(Handles::new(cached, false, policy, path)), false, true, false)
@@ -200,7 +200,7 @@ impl IoFile {
         self
     }
 
-    /// What it keeps open.
+    /// The descriptors that it keeps open.
     #[must_use]
     pub fn kept(&self) -> &[Arc<OwnedFd>] {
         &self.kept
@@ -238,8 +238,8 @@ impl IoFile {
         self.handles.direct.as_ref().map(AsFd::as_fd)
     }
 
-    /// Another descriptor of the open file that holds the lock: as long as there is one, the file is
-    /// locked as it is here. It cannot be written through.
+    /// Another, read-only descriptor of the open file that holds the lock. As long as it exists,
+    /// the file is locked as it is here.
     ///
     /// # Errors
     /// When there is no descriptor to be had, or the file is not locked.
@@ -391,8 +391,7 @@ impl IoFile {
 
     /// Makes finished writes durable, without an engine.
     ///
-    /// # Errors
-    /// When the sync fails. A later success says nothing about earlier writes then.
+    /// # Errors When the sync fails. A later success then does not cover earlier writes.
     pub fn sync_now(&self) -> Result<(), FileError> {
         self.handles.cached.sync_all().map_err(|source| self.failed("made durable", source))
     }

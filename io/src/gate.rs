@@ -1,4 +1,4 @@
-//! Operations that stand in the kernel until a test lets them go.
+//! Operations that tests hold in the kernel.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// Holds the operations on files in a directory that are submitted while it lives, until it is opened
-/// or dropped. They can be cancelled like all others.
+/// Holds the operations submitted during its lifetime on files in a directory, until it is opened
+/// or dropped. Cancellation works on them as on all others.
 #[derive(Debug)]
 pub struct Gate {
     dir: PathBuf,
@@ -23,7 +23,7 @@ fn gates() -> MutexGuard<'static, Gates> {
 }
 
 impl Gate {
-    /// Holds what is submitted from now on for files below `dir`.
+    /// Holds operations submitted from now on for files below `dir`.
     ///
     /// # Errors
     /// When no eventfd can be made.
@@ -33,10 +33,10 @@ impl Gate {
         Ok(Self { dir: dir.to_owned(), event })
     }
 
-    /// Lets the operations go, and those that are submitted later.
+    /// Releases the operations, and later ones.
     pub fn open(&self) {
         gates().retain(|(_, event)| !Arc::ptr_eq(event, &self.event));
-        // Readable from now on: nothing reads it. A counter at its end is readable, too.
+        // Readable from now on, because there are no readers. A saturated counter is readable, too.
         let _ = self.event.write(1);
     }
 

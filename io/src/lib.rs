@@ -1,24 +1,24 @@
-//! Asynchronous file I/O of Clade: an io_uring whose operations **own** everything the kernel works
-//! on.
+//! Asynchronous file I/O of Clade: an io_uring whose operations **own** everything that the kernel
+//! accesses.
 //!
 //! A [`Request`] holds its file and its memory, as [`Fragment`]s: parts of
-//! [`DmaPin`](clade_memory::DmaPin)s, or of [`AlignedBuf`]s. An [`Engine`] takes it by value. It
-//! comes back in a [`Completion`] when the kernel has let go of it, and not before. So the
-//! submitter cannot unpin, unmap or free memory under a transfer. An engine that is dropped cancels
-//! what it can, and waits for the rest.
+//! [`DmaPin`](clade_memory::DmaPin)s, or of [`AlignedBuf`]s. An [`Engine`] takes the request by
+//! value, and returns it in a [`Completion`] only after the kernel has finished with it. So the
+//! submitter cannot unpin, unmap or free memory under a transfer. A dropped engine cancels
+//! operations where possible, and waits for the rest.
 //!
-//! | to learn about | read |
+//! | topic | place |
 //! |---|---|
 //! | memory of an operation | `buffer.rs` |
-//! | files, and whether the page cache is used | `file.rs` |
+//! | files, with and without the page cache | `file.rs` |
 //! | files by their directory's descriptor | `at.rs` |
-//! | files that are used again | `overlay_pool.rs` |
+//! | reused files | `overlay_pool.rs` |
 //! | submitting, continuing, reaping | `engine.rs` |
-//! | what a network device is connected to | `net_backend.rs`, `tap.rs`, `packet_stream.rs` |
+//! | backends of network devices | `net_backend.rs`, `tap.rs`, `packet_stream.rs` |
 //! | messages with descriptors to other processes | [`seqpacket`] |
-//! | threads that serve a guest, to be restricted | [`thread`] |
+//! | a hook on threads that serve a guest, for sandboxing | [`thread`] |
 //!
-//! What it does not do: it does not know guests, disks or their formats, and it starts no threads.
+//! Limits: the crate does not know guests, disks or their formats, and it starts no threads.
 
 #![deny(missing_docs)]
 

@@ -1,4 +1,4 @@
-//! What a network device is connected to.
+//! Backends of network devices.
 
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
@@ -48,7 +48,8 @@ impl NetBackend {
         }
     }
 
-    /// What another process has opened ([`NetBackend::into_queues`]). None if there is no descriptor.
+    /// Wraps queues that another process has opened ([`NetBackend::into_queues`]). `None` without a
+    /// descriptor.
     #[must_use]
     pub fn of_queues(name: String, queues: Vec<OwnedFd>) -> Option<Self> {
         if !name.is_empty() {
@@ -72,7 +73,7 @@ impl NetBackend {
         matches!(self, Self::Tap(_))
     }
 
-    /// Whether there will never be a packet again.
+    /// Whether no more packets can come.
     #[must_use]
     pub fn has_ended(&self) -> bool {
         match self {
@@ -81,7 +82,7 @@ impl NetBackend {
         }
     }
 
-    /// The descriptor of a pair of queues. It is readable when there is a packet.
+    /// The descriptor of a pair of queues, readable when a packet is available.
     #[must_use]
     pub fn descriptor(&self, queue: usize) -> Option<RawFd> {
         match self {
@@ -133,7 +134,7 @@ impl NetBackend {
         }
     }
 
-    /// Reads a packet and drops it. False when there is no packet.
+    /// Reads a packet and drops it. Returns false when no packet is available.
     ///
     /// # Errors
     /// As for [`NetBackend::receive`].
@@ -144,7 +145,8 @@ impl NetBackend {
         }
     }
 
-    /// Sends the packet in `buffers`, which begins with its header. None when no packet is taken now.
+    /// Sends the packet in `buffers`, which begins with its header. `None` when it is not taken
+    /// now.
     ///
     /// # Errors
     /// When it is not taken at all.
@@ -155,7 +157,8 @@ impl NetBackend {
         }
     }
 
-    /// Sends what is left of a packet that was taken in part. False when there is still some left.
+    /// Sends the rest of a packet that was taken in part. Returns false when some of it is still
+    /// left.
     ///
     /// # Errors
     /// As for [`NetBackend::send`].

@@ -1,4 +1,4 @@
-//! One operation: what it owns, and the part that the kernel gets next.
+//! One operation: its resources, and the part that the kernel gets next.
 
 use std::io;
 use std::sync::Arc;
@@ -13,12 +13,13 @@ use crate::file::IoFile;
 
 /// Most pieces of memory that the kernel takes at once (UIO_MAXIOV).
 const MAX_PIECES: usize = 1024;
-/// Most bytes in a bounce buffer, which bounds what a guest can make the host allocate.
+/// Maximum length of a bounce buffer in bytes, which bounds the memory that a guest can make the
+/// host allocate.
 const MAX_BOUNCED: usize = 1 << 20;
 /// How often an operation is given to the kernel again after EINTR or EAGAIN.
 const MAX_RETRIES: u32 = 64;
 
-/// An operation on a file. It owns what the kernel needs for it.
+/// An operation on a file. Owns all resources that the kernel needs for it.
 #[derive(Debug)]
 pub enum Request {
     /// Fills `buffers`, in order, from `offset` on.
@@ -138,15 +139,15 @@ pub(crate) enum Way {
     Bounced,
 }
 
-/// What follows a completion from the kernel.
+/// The step after a completion from the kernel.
 pub(crate) enum Step {
     /// The kernel gets the operation again, for the rest.
     Again,
     Over(Result<(), Failure>),
 }
 
-/// An operation on its way. It is boxed while the kernel has it, because the kernel reads the
-/// pieces and the time where they are.
+/// An operation in progress. Boxed while the kernel holds it, because the kernel reads the pieces
+/// and the time in place.
 pub(crate) struct Op<T> {
     request: Request,
     pub(crate) token: T,
@@ -191,8 +192,8 @@ impl<T> Op<T> {
         }
     }
 
-    /// The entry for what is left to do. Its pointers are into `self`, which must not be dropped
-    /// until the completion.
+    /// The entry for the remaining transfer. Its pointers are into `self`, which must not be
+    /// dropped until the completion.
     pub(crate) fn entry(&mut self) -> (squeue::Entry, Way) {
         let file = Arc::clone(self.request.file());
         let fd = Fd(file.cached_fd());
@@ -221,7 +222,8 @@ impl<T> Op<T> {
         (entry, self.way)
     }
 
-    /// The timer that delays the operation, or what waits for its gate, if there is one. Its pointer is into `self`.
+    /// The timer that delays the operation, or the entry that waits for its gate, if any. Its
+    /// pointer is into `self`.
     pub(crate) fn timer(&self) -> Option<squeue::Entry> {
         #[cfg(feature = "gate")]
         if let Some(held) = &self.held {
@@ -334,8 +336,8 @@ impl<T> Op<T> {
         matches!(self.request, Request::Sync { .. })
     }
 
-    /// Takes the operation apart at its end: the token and the memory. Tells the file that a write
-    /// has ended.
+    /// Takes the operation apart at its end: the token and the memory. Notifies the file of the end
+    /// of a write.
     pub(crate) fn into_parts(self) -> (T, Vec<Fragment>) {
         if self.request.changes() {
             self.request.file().write_ends();

@@ -25,18 +25,18 @@ const CAPACITY: usize = 2 * (LENGTH + MAX_FRAME);
 
 /// One end of a stream of packets.
 ///
-/// Packets have the header of a TAP interface's for their users, and none on the stream: it says
-/// nothing where nothing was negotiated.
+/// Users see packets with a TAP interface's header, which is not on the stream: without negotiation
+/// it has no content.
 #[derive(Debug)]
 pub struct PacketStream {
     socket: OwnedFd,
-    /// What was received; from `taken` on it was not given out yet.
+    /// Received bytes, consumed up to `taken`.
     received: Vec<u8>,
     taken: usize,
     /// A packet of which the socket took only a part; from `sent` on it is still to be sent.
     unsent: Vec<u8>,
     sent: usize,
-    /// Why there is nothing more.
+    /// The reason why no more packets can come.
     ended: Option<io::ErrorKind>,
 }
 
@@ -47,14 +47,14 @@ impl PacketStream {
         Self { socket, received: Vec::new(), taken: 0, unsent: Vec::new(), sent: 0, ended: None }
     }
 
-    /// The socket, for another process. What was received and not given out is lost.
+    /// The socket, for another process. Received packets that were not consumed are lost.
     #[must_use]
     pub fn into_socket(self) -> OwnedFd {
         self.socket
     }
 
-    /// The socket's descriptor. It is readable when there is something to be received, but for what
-    /// was received already: that is given out until there is no packet.
+    /// The socket's descriptor, which does not become readable for packets received already: the
+    /// user must receive until there is no packet.
     #[must_use]
     pub fn descriptor(&self) -> RawFd {
         self.socket.as_raw_fd()
@@ -72,8 +72,8 @@ impl PacketStream {
         self.ended.is_some()
     }
 
-    /// Receives a packet into `buffers`, behind a header of zeros. What does not fit is cut off. Returns
-    /// the bytes of both. None when there is no packet.
+    /// Receives a packet into `buffers`, after a header of zeros. Excess bytes are cut off. Returns
+    /// the length of both. `None` when no packet is available.
     ///
     /// # Errors
     /// When the other end has gone, or does not keep to the protocol; from then on always.
@@ -94,7 +94,7 @@ impl PacketStream {
         Ok(Some((VNET_HEADER + len).min(room)))
     }
 
-    /// Receives a packet and drops it. False when there is none.
+    /// Receives a packet and drops it. Returns false when no packet is available.
     ///
     /// # Errors
     /// As for [`PacketStream::receive`].
@@ -104,8 +104,8 @@ impl PacketStream {
         Ok(len.is_some())
     }
 
-    /// Sends the packet in `buffers`, but for its header. None when the socket takes no packet now. Of
-    /// one that it takes in part it gets the rest later: see [`PacketStream::flush`].
+    /// Sends the packet in `buffers`, without its header. `None` when the socket takes no packet
+    /// now. If the socket takes a part, the rest is sent later: see [`PacketStream::flush`].
     ///
     /// # Errors
     /// When the packet is not of a packet's size, or the other end has gone.
@@ -123,21 +123,21 @@ impl PacketStream {
         self.unsent.extend((len as u32).to_be_bytes());
         self.unsent.resize(LENGTH + len, 0);
         let mut at = LENGTH;
-        // Once: the guest may change it meanwhile, but not what was copied.
+        // Copied once: the guest may change its memory meanwhile, but not the copy.
         for_window(buffers, VNET_HEADER, len, |part| {
             let _ = part.slice().read_slice(&mut self.unsent[at..at + part.len], 0);
             at += part.len;
         });
         self.flush()?;
         if self.sent == 0 {
-            // Nothing of it has gone: it may be another the next time.
+            // None of it was sent: the next attempt may use another packet.
             self.unsent.clear();
             return Ok(None);
         }
         Ok(Some(whole))
     }
 
-    /// Sends what is left of a packet. False when the socket takes no more now.
+    /// Sends the rest of a packet. Returns false when the socket takes no more now.
     ///
     /// # Errors
     /// When the other end has gone.
@@ -175,7 +175,7 @@ impl PacketStream {
         }
     }
 
-    /// Takes what the socket has. False if that is nothing.
+    /// Reads all available bytes from the socket. Returns false if it has no bytes.
     fn fill(&mut self) -> io::Result<bool> {
         if let Some(kind) = self.ended {
             return Err(kind.into());

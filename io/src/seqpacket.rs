@@ -86,7 +86,7 @@ pub fn receive(socket: impl AsFd, most: usize) -> io::Result<Message> {
     Ok(Message { bytes, files })
 }
 
-/// Waits for a message, and says how long it is.
+/// Waits for a message, and returns its length.
 fn length(socket: impl AsFd) -> io::Result<usize> {
     let mut nothing: [u8; 0] = [];
     loop {

@@ -140,7 +140,7 @@ impl Tap {
         self.queues.len()
     }
 
-    /// The descriptor of a pair of queues. It is readable when there is a packet.
+    /// The descriptor of a pair of queues, readable when a packet is available.
     #[must_use]
     pub fn descriptor(&self, queue: usize) -> Option<RawFd> {
         self.queues.get(queue).map(AsRawFd::as_raw_fd)
@@ -189,8 +189,8 @@ impl Tap {
         Ok(())
     }
 
-    /// Reads a packet and its header into `buffers`, which are parts of pins for writing. What does
-    /// not fit is cut off. None when there is no packet.
+    /// Reads a packet and its header into `buffers`, which are parts of pins for writing. Excess
+    /// bytes are cut off. `None` when no packet is available.
     ///
     /// # Errors
     /// When the kernel refuses it.
@@ -208,7 +208,7 @@ impl Tap {
     /// When the kernel refuses it.
     pub fn discard(&self, queue: usize) -> io::Result<bool> {
         let mut file = self.queues.get(queue).ok_or(io::ErrorKind::InvalidInput)?;
-        // What does not fit is cut off, and dropped with the rest.
+        // Excess bytes are cut off, and dropped with the rest.
         let mut head = [0; VNET_HEADER + 64];
         loop {
             match file.read(&mut head) {

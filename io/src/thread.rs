@@ -1,11 +1,11 @@
-//! Threads that serve a guest, for whoever restricts what they may do.
+//! A hook on threads that serve a guest, for sandboxing.
 
 use std::sync::OnceLock;
 
 static HOOK: OnceLock<fn()> = OnceLock::new();
 
-/// Has `hook` called on each thread that serves a guest when it starts. The first call of a process
-/// counts.
+/// Sets `hook`, to be called on each thread that serves a guest when it starts. Only the first call
+/// of a process has an effect.
 pub fn set_guest_hook(hook: fn()) {
     let _ = HOOK.set(hook);
 }

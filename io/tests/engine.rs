@@ -30,7 +30,7 @@ fn bytes() -> Vec<u8> {
     (0..SIZE).map(|at| (at / 7 % 251) as u8).collect()
 }
 
-/// A directory on a disk: memory file systems know no O_DIRECT.
+/// A directory on a disk: memory file systems do not support O_DIRECT.
 fn dir() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }
@@ -89,7 +89,7 @@ fn pieces_of_pages_are_read_and_written() {
         } else {
             assert_eq!((stats.cached, stats.direct, stats.bounced), (20, 0, 0));
         }
-        // What fits, and what does not fit in the file.
+        // A write that fits in the file, and one that does not.
         ram.memory().write_slice(&[0xab; 4096], GuestAddress(16 * 4096)).unwrap();
         let whole = |len| vec![Fragment::pinned(&pages, 0, len).unwrap()];
         engine.submit(Request::Write { file: Arc::clone(&file), offset: 8192, buffers: whole(4096) }, 0);

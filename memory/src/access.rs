@@ -1,11 +1,11 @@
 //! Reading and writing guest memory from outside the guest, for a debugger or an API.
 //!
-//! A write goes through the VM's own mapping, as a guest's does: it breaks COW. So does a read, but
-//! for what has no memory behind it: the hole of a file is read as zeros and stays a hole.
+//! A write goes through the VM's own mapping, like a guest's: it breaks COW. A read does too,
+//! except for unallocated memory: the hole of a file is read as zeros and stays a hole.
 //!
-//! Neither is a device's access: there is no pin, so the caller keeps forks and resets out. Each
-//! aligned word of 8 bytes is read or written as a whole, beside vCPUs that access it. There is no
-//! order between words.
+//! These are not device accesses: there is no pin, so the caller excludes forks and resets. Each
+//! aligned word of 8 bytes is read or written atomically with respect to vCPUs. Words are
+//! unordered.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ use crate::units::{PAGE_SHIFT, PAGE_SIZE, PageRange, subtract_runs};
 
 const WORD: usize = size_of::<u64>();
 
-/// Why guest memory is not read or written.
+/// The reason why guest memory is not read or written.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum AccessError {
@@ -55,10 +55,10 @@ pub enum AccessError {
         /// Guest-physical address of the page.
         page: u64,
     },
-    /// Some of the VM's memory is lost: what was read may be zeros that stand in for it.
+    /// Part of the VM's memory is lost: the bytes read may be zeros in its place.
     #[error("the VM's memory is lost")]
     Lost(#[source] Arc<FillError>),
-    /// It cannot be found out what has memory behind it.
+    /// The allocated pages could not be determined.
     #[error("the VM's memory cannot be looked at")]
     Look(#[source] Box<RamError>),
     /// The processor's access has failed.
@@ -72,7 +72,7 @@ pub enum AccessError {
     },
 }
 
-/// A part of a range: of one region, with memory.
+/// A part of a range: in one region, with memory.
 struct Part<'a> {
     region: &'a GuestRegion,
     /// Byte of the region.
@@ -86,7 +86,7 @@ impl Part<'_> {
     }
 
     fn pages(&self) -> PageRange {
-        // It lies within its region.
+        // The part lies within its region.
         PageRange::new(self.offset >> PAGE_SHIFT, (self.offset + self.length as u64).div_ceil(PAGE_SIZE))
     }
 
@@ -97,12 +97,12 @@ impl Part<'_> {
 }
 
 impl GuestRam {
-    /// Reads guest-physical memory from `address` on. What has no memory behind it stays so.
+    /// Reads guest-physical memory from `address` on. Unallocated memory stays unallocated.
     ///
-    /// The caller keeps forks and resets out meanwhile.
+    /// The caller excludes forks and resets meanwhile.
     ///
     /// # Errors
-    /// When the range is not all RAM, or memory is lost. `bytes` has no meaning then.
+    /// When the range is not all RAM, or memory is lost. `bytes` is undefined then.
     pub fn read_bytes(&self, address: u64, bytes: &mut [u8]) -> Result<(), AccessError> {
         let mut done = 0;
         for part in self.parts(address, bytes.len())? {
@@ -112,12 +112,12 @@ impl GuestRam {
         self.expect_not_lost()
     }
 
-    /// Writes guest-physical memory from `address` on, as a guest's write: pages become the VM's own.
+    /// Writes guest-physical memory from `address` on, like a guest: pages become the VM's own.
     ///
-    /// The caller keeps forks and resets out meanwhile.
+    /// The caller excludes forks and resets meanwhile.
     ///
     /// # Errors
-    /// When the range is not all RAM: then nothing is written. When memory is lost.
+    /// When the range is not all RAM: then no byte is written. When memory is lost.
     pub fn write_bytes(&self, address: u64, bytes: &[u8]) -> Result<(), AccessError> {
         let mut done = 0;
         for part in self.parts(address, bytes.len())? {
@@ -162,7 +162,7 @@ impl GuestRegion {
         let pages = part.pages();
         let holes = self.unpopulated(pages).map_err(|error| AccessError::Look(Box::new(error)))?;
         let end = part.offset + part.length as u64;
-        // The bytes of a run of pages that are in the part, and where they are in `bytes`.
+        // The bytes of a run of pages that are in the part, and their place in `bytes`.
         let clipped = |run: &PageRange| {
             let (from, to) = ((run.start << PAGE_SHIFT).max(part.offset), (run.end << PAGE_SHIFT).min(end));
             (from, (from - part.offset) as usize..(to - part.offset) as usize)
@@ -179,8 +179,8 @@ impl GuestRegion {
         Ok(())
     }
 
-    /// Those pages of `range` that are zeros because there is no memory behind them, as far as that
-    /// is known. None while a copy in the background may fill them.
+    /// The pages of `range` that are known to be zeros because they are unallocated. Empty while a
+    /// background copy may fill them.
     fn unpopulated(&self, range: PageRange) -> Result<Vec<PageRange>, RamError> {
         let state = self.live_state()?;
         let mut holes = Vec::new();
@@ -191,10 +191,10 @@ impl GuestRegion {
             let (source, is_private) = match mapping {
                 Mapping::SharedBase(source) => (source, false),
                 Mapping::Private(source) => (source, true),
-                // Reading them costs nothing. Absent ones are not read.
+                // Reading zeros is free. Absent ranges are not read.
                 Mapping::Zero | Mapping::Absent => continue,
             };
-            // What is on a disk is in no memory file that could grow.
+            // Pages on a disk are in no memory file that could grow.
             if !matches!(source.layer.home(), Home::Memory(_) | Home::Foreign) || source.layer.bg_copy().is_some() {
                 continue;
             }
@@ -203,7 +203,7 @@ impl GuestRegion {
             let of_guest = |run: &PageRange| PageRange::with_len(piece.start + (run.start - source.at), run.len());
             let empty: Vec<PageRange> = subtract_runs(&[file], &data).iter().map(of_guest).collect();
             if is_private && !empty.is_empty() {
-                // After the file, whose holes stay: a page that the guest writes now is in neither.
+                // After the file's holes: a page that the guest writes now is in neither list.
                 holes.extend(subtract_runs(&empty, &self.owned_private(piece, &[])?));
             } else {
                 holes.extend(empty);
@@ -225,31 +225,31 @@ fn atomics<'a>(slice: &'a VolatileSlice<'_>, from: usize, count: usize) -> impl 
     let is_within = from + count * WORD <= slice.len() && first.is_aligned();
     assert!(count == 0 || is_within, "words of the slice");
     // SAFETY: the word is in the slice and aligned (asserted), and is mapped as long as the slice
-    // lives. What else accesses it is a vCPU, a device, or this process by atomics and volatile
+    // lives. Concurrent accesses are by vCPUs, devices, or this process with atomics and volatile
     // accesses, which are one instruction on this architecture.
     (0..count).map(move |at| unsafe { AtomicU64::from_ptr(first.wrapping_add(at)) })
 }
 
-/// Reads aligned words as a whole, and what is not a whole word bytewise.
+/// Reads aligned words atomically, and the bytes around them one by one.
 fn copy_out(from: &VolatileSlice<'_>, address: u64, bytes: &mut [u8]) -> Result<(), VolatileMemoryError> {
     let (head, words) = words_of(address, bytes.len());
     let tail = head + words * WORD;
     from.subslice(0, head)?.copy_to(&mut bytes[..head]);
     for (bytes, word) in bytes[head..tail].as_chunks_mut::<WORD>().0.iter_mut().zip(atomics(from, head, words)) {
-        // Relaxed: words are in no order.
+        // Relaxed: words are unordered.
         *bytes = word.load(Ordering::Relaxed).to_ne_bytes();
     }
     from.subslice(tail, bytes.len() - tail)?.copy_to(&mut bytes[tail..]);
     Ok(())
 }
 
-/// Writes aligned words as a whole, and what is not a whole word bytewise.
+/// Writes aligned words atomically, and the bytes around them one by one.
 fn copy_in(to: &VolatileSlice<'_>, address: u64, bytes: &[u8]) -> Result<(), VolatileMemoryError> {
     let (head, words) = words_of(address, bytes.len());
     let tail = head + words * WORD;
     to.subslice(0, head)?.copy_from(&bytes[..head]);
     for (bytes, word) in bytes[head..tail].as_chunks::<WORD>().0.iter().zip(atomics(to, head, words)) {
-        // Relaxed: words are in no order.
+        // Relaxed: words are unordered.
         word.store(u64::from_ne_bytes(*bytes), Ordering::Relaxed);
     }
     to.subslice(tail, bytes.len() - tail)?.copy_from(&bytes[tail..]);
@@ -371,7 +371,7 @@ mod tests {
         assert_eq!(seen, [0, 1, 2, 3, 4, 5, 6, 0]);
     }
 
-    /// The pages that are still being copied are neither holes nor lost.
+    /// Pages that are still being copied are neither holes nor lost.
     #[test]
     fn what_is_copied_in_the_background_is_read_as_it_was() {
         let store = Store::open_small().unwrap();

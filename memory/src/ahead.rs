@@ -1,9 +1,9 @@
-//! Copies that are made before they are asked for: which pages VMs of one kind write is learned from
-//! those that have ended, and the next one gets its own copies of them in bulk.
+//! Copies ahead of writes: the pages that VMs of one kind write are learned from VMs that have
+//! ended, and the next VM gets its own copies of them in bulk.
 //!
-//! A guest's first write to a shared page costs a fault of the guest, and two if the page was mapped
-//! for reading before: the copy takes away what KVM has just looked up. A copy in bulk costs a
-//! fraction of that, and KVM then maps several neighbours at one fault.
+//! A guest's first write to a shared page costs a guest fault, and two if the page was mapped for
+//! reading before: the copy invalidates the entry that KVM has just made. A bulk copy costs a
+//! fraction of that, and KVM then maps several neighbours per fault.
 //!
 //! ```text
 //!   child ends ── GuestRam::written_set ──► Learned::record
@@ -11,8 +11,8 @@
 //!   next child ◄── GuestRam::copy_ahead ◄── Learned::likely
 //! ```
 //!
-//! A copy ahead changes no contents and needs no proof: it is what the kernel does at a write, done
-//! earlier. So a set that is wrong costs time and memory, and nothing else (I5).
+//! A copy ahead changes no contents and needs no proof: it is the kernel's copy on write, done
+//! earlier. So a wrong set costs only time and memory (I5).
 
 use std::collections::BTreeMap;
 
@@ -21,14 +21,14 @@ use thiserror::Error;
 use crate::ram::RamLayout;
 use crate::units::{PageRange, pages_in, push_run, subtract_runs};
 
-/// Runs that a set has at most, over all regions.
+/// Maximum number of runs of a set, over all regions.
 const MAX_RUNS: usize = 65_536;
-/// Pages that are learned of one set at most: 256 MiB. The others are left out.
+/// Maximum number of pages learned from one set: 256 MiB. Further pages are left out.
 const MAX_LEARNED: u64 = 65_536;
-/// Sets that are remembered, one bit of a page's record each.
+/// Number of sets remembered, one bit of a page's record each.
 const REMEMBERED: u32 = u8::BITS;
 
-/// A set of pages that does not fit the guest it is for.
+/// A set of pages that does not fit its guest.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PageSetError {
@@ -66,7 +66,7 @@ pub enum PageSetError {
     },
 }
 
-/// Pages of a guest: runs by region, ascending and apart.
+/// Pages of a guest: runs by region, ascending and disjoint.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PageSet {
     runs: Vec<Vec<PageRange>>,
@@ -76,7 +76,7 @@ impl PageSet {
     /// The pages `runs`, by region, of a guest of this shape.
     ///
     /// # Errors
-    /// When they do not fit it, are not ascending, or are too many.
+    /// When the runs do not fit the guest, are not ascending, or are too many.
     pub fn new(layout: &RamLayout, runs: Vec<Vec<PageRange>>) -> Result<Self, PageSetError> {
         let given = runs.iter().map(Vec::len).sum();
         if given > MAX_RUNS {
@@ -87,7 +87,7 @@ impl PageSet {
         Ok(set)
     }
 
-    /// Of what this process has found itself.
+    /// A set of pages that this process has found itself.
     pub(crate) fn found(runs: Vec<Vec<PageRange>>) -> Self {
         Self { runs }
     }
@@ -113,30 +113,30 @@ impl PageSet {
         Ok(())
     }
 
-    /// Its runs, by region.
+    /// The runs, by region.
     #[must_use]
     pub fn runs(&self) -> &[Vec<PageRange>] {
         &self.runs
     }
 
-    /// Its pages.
+    /// Number of pages.
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.runs.iter().map(|runs| pages_in(runs)).sum()
     }
 
-    /// Whether it has none.
+    /// Whether the set is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.runs.iter().all(Vec::is_empty)
     }
 
-    /// With the runs of a region before those it has.
+    /// Inserts the runs of a region before the others.
     pub(crate) fn insert_first(&mut self, runs: Vec<PageRange>) {
         self.runs.insert(0, runs);
     }
 
-    /// Its first `most` pages.
+    /// The first `most` pages.
     pub(crate) fn first(&self, most: u64) -> Self {
         let mut left = most;
         let mut cut = |run: &PageRange| {
@@ -147,23 +147,23 @@ impl PageSet {
         Self { runs: self.runs.iter().map(|runs| runs.iter().filter_map(&mut cut).collect()).collect() }
     }
 
-    /// Those of it that `other`, of the same guest, has not.
+    /// The pages that are not in `other`, a set of the same guest.
     pub(crate) fn without(&self, other: &Self) -> Self {
         let others = other.runs.iter().map(Vec::as_slice).chain(std::iter::repeat([].as_slice()));
         Self { runs: self.runs.iter().zip(others).map(|(runs, other)| subtract_runs(runs, other)).collect() }
     }
 }
 
-/// What came of the pages that were copied ahead.
+/// Use of the pages copied ahead.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AheadUse {
-    /// Copied ahead since the VM was made, reset, frozen or suspended last.
+    /// Pages copied ahead since the VM was last made, reset, frozen or suspended.
     pub copied: u64,
-    /// Of these, written since: a fault less each. A page that was written with the bytes it had is
-    /// not among them.
+    /// Copied pages written since: each saved a fault. Pages rewritten with the same bytes are not
+    /// included.
     pub hits: u64,
-    /// Of these, still as they were copied: memory and time for nothing. What is neither has been
-    /// given back since.
+    /// Copied pages still unchanged: wasted memory and time. Pages in neither count have been
+    /// dropped since.
     pub waste: u64,
 }
 
@@ -175,30 +175,31 @@ impl std::ops::AddAssign for AheadUse {
     }
 }
 
-/// What the VMs of one kind write: the children of a checkpoint, or one VM between its resets.
+/// Learns the pages written by VMs of one kind: the children of a checkpoint, or one VM between its
+/// resets.
 ///
-/// The last eight sets are remembered. A page is likely to be written if half of them have it, so
-/// what is written no more is forgotten after five.
+/// The last eight sets are remembered. A page counts as likely if half of them have it, so a page
+/// that is no longer written is forgotten after five.
 #[derive(Clone, Debug)]
 pub struct Learned {
     layout: RamLayout,
-    /// Sets that were recorded, as far as they are remembered.
+    /// Number of sets recorded, as far as they are remembered.
     sets: u32,
-    /// By region and page: which of the last sets have it. The lowest bit is the last one's.
+    /// By region and page: the sets that have the page. The lowest bit is the latest set.
     pages: Vec<BTreeMap<u64, u8>>,
 }
 
 impl Learned {
-    /// Nothing yet, of guests of this shape.
+    /// An empty history, for guests of this shape.
     #[must_use]
     pub fn new(layout: &RamLayout) -> Self {
         Self { layout: layout.clone(), sets: 0, pages: vec![BTreeMap::new(); layout.ranges().len()] }
     }
 
-    /// Takes note of what one of them has written.
+    /// Records the pages written by one VM.
     ///
     /// # Errors
-    /// When the set is of a guest of another shape. Then nothing is noted.
+    /// When the set belongs to a guest of another shape. Then it is not recorded.
     pub fn record(&mut self, written: &PageSet) -> Result<(), PageSetError> {
         written.expect_fits(&self.layout)?;
         self.sets = (self.sets + 1).min(REMEMBERED);
@@ -215,8 +216,8 @@ impl Learned {
         Ok(())
     }
 
-    /// The pages that the next one is likely to write, `most` at most: what most have written, and
-    /// of that what was written last, first.
+    /// The pages that the next VM is likely to write, at most `most`: the pages in most sets, and
+    /// among these the most recently written first.
     #[must_use]
     pub fn likely(&self, most: u64) -> PageSet {
         let mut likely: Vec<(u32, u8, usize, u64)> = Vec::new();
@@ -232,7 +233,7 @@ impl Learned {
         PageSet { runs }
     }
 
-    /// Sets that were recorded, as far as they are remembered.
+    /// Number of sets recorded, as far as they are remembered.
     #[must_use]
     pub fn sets(&self) -> u32 {
         self.sets

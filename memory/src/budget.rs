@@ -1,6 +1,6 @@
 //! The budget of memory mappings: `vm.max_map_count` is shared by every VM of a process, and
-//! running into it half-way through a fork is the one failure that cannot be undone. So mappings
-//! are promised before they are made (D5).
+//! exceeding it half-way through a fork is the one failure that cannot be undone. So mappings are
+//! reserved before they are made (D5).
 
 use std::fs;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,16 +10,16 @@ use thiserror::Error;
 
 /// The kernel's default, where /proc cannot be read.
 const DEFAULT_MAX_MAP_COUNT: u64 = 65_530;
-/// Left for everything that is not guest memory: binaries, heaps, thread stacks, vCPU state.
+/// Reserve for other mappings than guest memory: binaries, heaps, thread stacks, vCPU state.
 const RESERVE: u64 = 4_096;
 
-/// Refused: the mappings would pass the budget.
+/// Refused: the mappings would exceed the budget.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("{asked} more mappings do not fit: {used} of {limit} are in use (vm.max_map_count less a reserve)")]
 pub struct BudgetError {
-    /// What was asked for.
+    /// Requested mappings.
     pub asked: u64,
-    /// What is in use.
+    /// Mappings in use.
     pub used: u64,
     /// The limit.
     pub limit: u64,
@@ -28,9 +28,9 @@ pub struct BudgetError {
 /// Mappings in use and allowed, over all VMs and stores of the process.
 #[derive(Debug)]
 pub struct MappingBudget {
-    /// Promised by this store.
+    /// Mappings promised by this store.
     used: Arc<AtomicU64>,
-    /// Promised by all stores together: what the limit is compared with.
+    /// Mappings promised by all stores together, to compare with the limit.
     total: Arc<AtomicU64>,
     limit: u64,
 }
@@ -49,39 +49,39 @@ impl MappingBudget {
         Self { used: Arc::default(), total: Arc::default(), limit }
     }
 
-    /// Another store's part of the same budget.
+    /// Another store's share of the same budget.
     #[cfg(test)]
     fn beside(&self) -> Self {
         Self { used: Arc::default(), total: Arc::clone(&self.total), limit: self.limit }
     }
 
-    /// Mappings promised by this store at the moment.
+    /// Mappings promised by this store now.
     #[must_use]
     pub fn used(&self) -> u64 {
         self.used.load(Ordering::Relaxed)
     }
 
-    /// Mappings that can still be promised, by any store.
+    /// Mappings that can still be promised, to any store.
     #[must_use]
     pub fn left(&self) -> u64 {
         self.limit.saturating_sub(self.total.load(Ordering::Relaxed))
     }
 
-    /// Mappings that may be promised in all.
+    /// Maximum number of promised mappings.
     #[must_use]
     pub fn limit(&self) -> u64 {
         self.limit
     }
 
-    /// How many one more VM should use at most: a share of what is left, so that the thousandth
-    /// clone still finds room.
+    /// Maximum number for another VM: a share of the rest, so that the thousandth clone still finds
+    /// room.
     pub(crate) fn fair_share(&self) -> u64 {
         const MOST: u64 = 1_024;
         const LEAST: u64 = 4;
         (self.left() / 16).clamp(LEAST, MOST)
     }
 
-    /// Promises `count` mappings, given back when the promise is dropped.
+    /// Promises `count` mappings, until the promise is dropped.
     pub(crate) fn promise(&self, count: u64) -> Result<Promise, BudgetError> {
         let (used, total) = (Arc::clone(&self.used), Arc::clone(&self.total));
         let mut promise = Promise { used, total, count: 0, limit: self.limit };
@@ -90,7 +90,7 @@ impl MappingBudget {
     }
 }
 
-/// Mappings a region may have.
+/// Mappings reserved for a region.
 #[derive(Debug)]
 pub(crate) struct Promise {
     used: Arc<AtomicU64>,
@@ -104,10 +104,10 @@ impl Promise {
         self.count
     }
 
-    /// Changes how many; refused, and unchanged, when they do not fit.
+    /// Changes the number; refused without a change if the budget lacks room.
     pub(crate) fn resize(&mut self, count: u64) -> Result<(), BudgetError> {
         if count <= self.count {
-            // Relaxed: the budget is a number; no memory is published through it.
+            // Relaxed: the budget is a count and publishes no memory.
             self.total.fetch_sub(self.count - count, Ordering::Relaxed);
             self.used.fetch_sub(self.count - count, Ordering::Relaxed);
         } else {

@@ -1,8 +1,8 @@
-//! What a store's user may choose. The defaults are measured (docs/performance.md).
+//! Options of a store. The defaults are measured (docs/performance.md).
 
 use crate::store::Backing;
 
-/// How a store keeps memory, and when it copies.
+/// Options for a store's memory and the time of its copies.
 ///
 /// ```
 /// use clade_memory::{Backing, Config, Store};
@@ -17,24 +17,24 @@ use crate::store::Backing;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Config {
-    /// The page size layers live in. `None`: 2 MiB where the host allows it, else 4 KiB with a
-    /// warning ([`Store::warning`](crate::Store::warning)).
+    /// The page size of layers. `None`: 2 MiB if the host allows it, else 4 KiB with a warning
+    /// ([`Store::warning`](crate::Store::warning)).
     pub backing: Option<Backing>,
-    /// Memory mappings that all stores of this process may have when this one asks. Never more
-    /// than `vm.max_map_count` less 4,096, which is also the default.
+    /// Maximum number of memory mappings of all stores of this process, as checked by this store.
+    /// At most `vm.max_map_count` less 4,096, which is also the default.
     pub max_mappings: Option<u64>,
-    /// Private pages from which on [`FreezeMode::Auto`](crate::FreezeMode::Auto) leaves copying to
+    /// Number of private pages from which [`FreezeMode::Auto`](crate::FreezeMode::Auto) copies in
     /// the background.
     pub background_pages: u64,
-    /// Private pages that a freeze copies and leaves in place, at most. Below it, copying them
-    /// again at the next freeze is cheaper than mapping them anew and breaking COW again.
+    /// Maximum number of private pages that a freeze copies and leaves in place. Below it, copying
+    /// them again at the next freeze is cheaper than mapping them anew and breaking COW again.
     pub keep_pages: u64,
-    /// Pages used by devices since the last freeze that a freeze copies and leaves in place, at
-    /// most. Copying 2,048 takes half a millisecond.
+    /// Maximum number of pages used by devices since the last freeze that a freeze copies and
+    /// leaves in place. Copying 2,048 takes half a millisecond.
     pub keep_recently_pinned_pages: u64,
-    /// Pieces of a VM's layer map from which on they are merged in the background.
+    /// Number of pieces of a VM's layer map from which they are merged in the background.
     pub compact_at_pieces: usize,
-    /// Layers of a VM's layer map from which on they are merged in the background.
+    /// Number of layers in a VM's layer map from which they are merged in the background.
     pub compact_at_layers: usize,
 }
 

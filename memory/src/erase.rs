@@ -1,12 +1,12 @@
-//! Erasing bytes wherever they are in a VM's memory: what a child must not have of its parent.
+//! Erasing bytes in a VM's memory, for secrets of a parent that a child must not have.
 //!
-//! All of memory is read, through the layers, and only pages with a match are written. So a child
-//! that is erased in stays as shared as it was, but for these pages.
+//! All memory is read, through the layers, and only pages with a match are written. So a child
+//! stays as shared as before, except for these pages.
 //!
-//! A program's buffer is contiguous in its own addresses, not in the guest's memory. It may begin at
-//! the end of one page and go on in a page elsewhere. So a beginning of the bytes at the end of a
-//! page is erased as well, and an end of them at the start of a page, from [`MIN_EDGE`] bytes on.
-//! A secret is no longer than a page, so no page lies within it.
+//! A program's buffer is contiguous in its own addresses, not in the guest's memory. A secret may
+//! begin at the end of one page and continue in a page elsewhere. So a prefix of the bytes at the
+//! end of a page is erased as well, and a suffix of them at the start of a page, from [`MIN_EDGE`]
+//! bytes on. A secret is no longer than a page, so no page lies within it.
 //!
 //! ```text
 //!  page 7             page 8              page 3             page 90
@@ -25,42 +25,42 @@ use crate::ram::{GuestRam, Quiesced};
 use crate::region::pages::PageKind;
 use crate::units::PAGE_SIZE;
 
-/// The least bytes that are searched for as a whole: fewer are in memory by chance.
+/// Minimum length of a secret: fewer bytes occur in memory by chance.
 pub const MIN_SECRET: usize = 16;
-/// The most.
+/// Maximum length of a secret.
 pub const MAX_SECRET: usize = PAGE_SIZE as usize;
-/// The least bytes of a beginning or an end at a page's edge.
+/// Minimum length of a prefix or suffix at a page's edge.
 pub const MIN_EDGE: usize = 8;
-/// Bytes that are read at a time, in whole pages. Each read asks the kernel which pages are there.
+/// Bytes read at a time, in whole pages. Each read queries the kernel for the present pages.
 const CHUNK: usize = 8 << 20;
 const PAGE: usize = PAGE_SIZE as usize;
 
 /// Bytes that were erased.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Erased {
-    /// How often a secret was there as a whole.
+    /// Complete occurrences of a secret.
     pub whole: u64,
-    /// Beginnings at the end of a page and ends at the start of one.
+    /// Prefixes at the end of a page and suffixes at the start of one.
     pub parts: u64,
 }
 
-/// Why nothing is searched for, or not all was erased.
+/// The reason why the search was refused, or the erasure is incomplete.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum EraseError {
-    /// It has too few bytes, or too many.
+    /// The secret has too few bytes, or too many.
     #[error("a secret of {length} bytes: {MIN_SECRET} to {MAX_SECRET} can be found in memory")]
     Length {
-        /// Its bytes.
+        /// Length of the secret.
         length: usize,
     },
-    /// Its beginning or its end is in memory everywhere.
+    /// The secret's prefix or suffix occurs everywhere in memory.
     #[error("a secret whose first or last {MIN_EDGE} bytes are all the same matches other memory")]
     Plain,
-    /// The pages cannot be found out.
+    /// The page map could not be read.
     #[error("the VM's memory cannot be looked at")]
     Look(#[source] RamError),
-    /// Memory cannot be read or written. Some may be erased.
+    /// Memory could not be read or written. Some may be erased.
     #[error("the VM's memory cannot be searched")]
     Access(#[from] AccessError),
 }
@@ -81,16 +81,17 @@ pub fn check_secret(secret: &[u8]) -> Result<(), EraseError> {
     Ok(())
 }
 
-/// One secret, and what finds its first and its last bytes.
+/// One secret, and the finders of its prefix and suffix.
 struct Needle<'a> {
     secret: &'a [u8],
     first: Finder<'a>,
     last: Finder<'a>,
-    /// Where those end that go across the end of the last bytes, in the next ones.
+    /// Ends of the occurrences that cross the end of the current bytes, as offsets in the next
+    /// ones.
     across: Vec<usize>,
 }
 
-/// All places where `finder` matches, also those that overlap.
+/// All matches of `finder`, overlapping ones included.
 fn places<'a>(finder: &'a Finder<'_>, bytes: &'a [u8]) -> impl Iterator<Item = usize> + 'a {
     let mut from = 0;
     std::iter::from_fn(move || {
@@ -107,8 +108,8 @@ impl<'a> Needle<'a> {
         Ok(Self { secret, first: Finder::new(&secret[..MIN_EDGE]), last: Finder::new(last), across: Vec::new() })
     }
 
-    /// Where it is in `bytes`, which begin at a page. `end` of them are searched; those behind are
-    /// there for what goes across.
+    /// Finds the secret in `bytes`, which start at a page. Searches the first `end` bytes; the
+    /// others serve matches that cross `end`.
     fn find(&mut self, bytes: &[u8], end: usize, found: &mut Vec<Range<usize>>, erased: &mut Erased) {
         let (secret, length) = (self.secret, self.secret.len());
         let across = std::mem::take(&mut self.across);
@@ -127,7 +128,7 @@ impl<'a> Needle<'a> {
             let page = at - at % PAGE;
             let tail = at + MIN_EDGE - page;
             let is_end = tail <= PAGE && tail < length && bytes[page..page + tail] == secret[length - tail..];
-            // The end of one that goes across the edge between two pages is no other.
+            // The suffix of an occurrence across the edge of two pages is not a match of its own.
             let is_known = || {
                 let is_it = |whole: &Range<usize>| whole.start < page && whole.end == page + tail;
                 whole.iter().any(is_it) || page == 0 && across.contains(&tail)
@@ -143,17 +144,17 @@ impl<'a> Needle<'a> {
 }
 
 impl GuestRam {
-    /// Writes zeros over every occurrence of each of `secrets`: of all its bytes, and of a part of
-    /// them at a page's edge. Pages without one are read only, and stay as shared as they are.
+    /// Overwrites every occurrence of each of `secrets` with zeros: complete ones, and parts at a
+    /// page's edge. Pages without a match are only read, and stay as shared as before.
     ///
     /// # Errors
-    /// When one of the secrets cannot be searched for: then nothing is written. When memory cannot
+    /// When one of the secrets cannot be searched for: then no byte is written. When memory cannot
     /// be read or written: then the VM must not run.
     pub fn erase(&self, secrets: &[&[u8]], quiesced: &Quiesced<'_>) -> Result<Erased, EraseError> {
         self.erase_by(CHUNK, secrets, quiesced)
     }
 
-    /// The same, `chunk` bytes at a time.
+    /// As [`Self::erase`], `chunk` bytes at a time.
     fn erase_by(&self, chunk: usize, secrets: &[&[u8]], _quiesced: &Quiesced<'_>) -> Result<Erased, EraseError> {
         let mut needles = secrets.iter().map(|secret| Needle::new(secret)).collect::<Result<Vec<_>, _>>()?;
         let mut erased = Erased::default();
@@ -162,7 +163,7 @@ impl GuestRam {
         }
         let mut bytes = vec![0; chunk + PAGE];
         for Range { mut start, end } in self.with_bytes()? {
-            // Bytes that were read with those before, and were not searched.
+            // Bytes read earlier that were not searched yet.
             let mut kept = 0;
             needles.iter_mut().for_each(|needle| needle.across.clear());
             while start < end {
@@ -177,18 +178,18 @@ impl GuestRam {
                 for place in found {
                     self.write_bytes(start + place.start as u64, &vec![0; place.len()])?;
                 }
-                // As they were: another secret may begin where one was erased.
+                // Unmodified bytes: another secret may begin within an erased one.
                 bytes.copy_within(searched.., 0);
                 (kept, start) = (read - searched, start + searched as u64);
             }
         }
-        // They are no other's to read either.
+        // This process must not keep the secrets either.
         bytes.fill(0);
         std::hint::black_box(&bytes);
         Ok(erased)
     }
 
-    /// The addresses that have other bytes than zeros or a pattern, in runs, each of one region.
+    /// The address ranges with other contents than zeros or a pattern, each within one region.
     fn with_bytes(&self) -> Result<Vec<Range<u64>>, EraseError> {
         let map = self.page_map(None).map_err(EraseError::Look)?;
         let mut runs: Vec<Range<u64>> = Vec::new();

@@ -1,4 +1,4 @@
-//! What guest memory can refuse.
+//! Errors of guest memory.
 
 use std::io;
 use std::sync::Arc;
@@ -10,12 +10,11 @@ use crate::freeze::background::{BackgroundError, FillError};
 use crate::store::StoreError;
 use crate::units::PageRange;
 
-/// An operation on guest memory that was refused or failed. The VM it was asked of is as it was
-/// (I13).
+/// An operation on guest memory that was refused or failed. The VM is unchanged (I13).
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum RamError {
-    /// No memory at all was asked for.
+    /// The requested size is zero.
     #[error("a guest needs memory: 0 bytes were asked for")]
     NoMemory,
     /// Not a whole number of pages.
@@ -32,7 +31,7 @@ pub enum RamError {
         /// The limit.
         most: u64,
     },
-    /// A range of guest memory that cannot be.
+    /// An invalid range of guest memory.
     #[error(
         "{pages} pages at {start:#x} cannot be a range of guest memory: ranges are ascending, disjoint and whole pages"
     )]
@@ -42,10 +41,10 @@ pub enum RamError {
         /// Its length.
         pages: u64,
     },
-    /// An image was to be made of maps that do not fit it.
+    /// The maps do not fit the image to be assembled.
     #[error("maps that do not fit the guest: {what}")]
     Parts {
-        /// What does not.
+        /// The mismatch.
         what: String,
     },
     /// No address range for a region.
@@ -60,7 +59,7 @@ pub enum RamError {
     /// A mapping failed.
     #[error("{range} could not be mapped")]
     Map {
-        /// Of the region.
+        /// Range in the region.
         range: PageRange,
         /// Why.
         #[source]
@@ -72,16 +71,16 @@ pub enum RamError {
     /// Copying pages into a layer, or out of one, failed.
     #[error("{pages} pages could not be copied")]
     Copy {
-        /// How many.
+        /// Number of pages.
         pages: u64,
         /// Why.
         #[source]
         source: io::Error,
     },
-    /// What a VM owns could not be written to the file it was to be suspended to.
+    /// A VM's own pages could not be written to its suspension file.
     #[error("{pages} pages could not be written to the file of a suspended VM")]
     Suspend {
-        /// How many were to be.
+        /// Number of pages.
         pages: u64,
         /// Why.
         #[source]
@@ -90,7 +89,7 @@ pub enum RamError {
     /// A layer's file could not be opened again for reading.
     #[error("a layer's file could not be opened for another process")]
     Reopen(#[source] io::Error),
-    /// Memory is already there.
+    /// The region has memory already.
     #[error("the region at {base:#x} already has memory")]
     NotEmpty {
         /// Its guest physical address.
@@ -105,21 +104,21 @@ pub enum RamError {
     /// Not inside the region.
     #[error("{range} reach beyond the region's {pages} pages")]
     OutOfRange {
-        /// Asked for.
+        /// Requested range.
         range: PageRange,
         /// Size of the region.
         pages: u64,
     },
-    /// Pages that may not be moved or dropped, because a device was promised them.
+    /// Pages that must not be moved or dropped, because a device holds them.
     #[error("{pages} pages are pinned for DMA, the first of them at {first}")]
     Pinned {
-        /// How many.
+        /// Number of pages.
         pages: u64,
         /// The first run.
         first: PageRange,
     },
-    /// A reset failed half-way: the memory is neither what it was nor what it was to be. Another
-    /// reset mends it.
+    /// A reset failed half-way: the memory is neither the old nor the new contents. Another reset
+    /// repairs it.
     #[error("the region at {base:#x} was left half reset: it must be reset again before anything else")]
     Inconsistent {
         /// Its guest physical address.
@@ -133,7 +132,7 @@ pub enum RamError {
         /// Bytes reserved.
         guest: u64,
     },
-    /// A freeze in the background failed; what depends on its layer is lost, and refused.
+    /// A background freeze failed; memory that depends on its layer is lost, and refused.
     #[error("memory that a background freeze was still copying is lost")]
     Lost(#[source] Arc<FillError>),
     /// See [`BackgroundError`].

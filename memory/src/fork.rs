@@ -1,8 +1,8 @@
 //! Adopting an image: a child's reservation is mapped over the layers of a freeze.
 //!
-//! Each entry of the layer map is one private mapping. Where that would be more than the VM's share
-//! of the mapping budget, short runs are copied into the child instead, so that the mapping beneath
-//! spans them: it costs a page of private memory each, and never a refused fork.
+//! Each entry of the layer map is one private mapping. If that exceeds the VM's share of the
+//! mapping budget, short runs are copied into the child instead, so that the mapping below spans
+//! them. That costs a page of private memory each, and avoids refusing the fork.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -17,10 +17,10 @@ use crate::region::nofork::{self, NoForkMap};
 use crate::region::{GuestRegion, State};
 use crate::units::{PAGE_SIZE, PageRange, pages_in};
 
-/// Most memory to copy into a child for want of mappings. Beyond it the fork is refused.
+/// Maximum memory to copy into a child to save mappings. Beyond it the fork is refused.
 const MAX_COPIED: u64 = (64 << 20) / PAGE_SIZE;
 
-/// How a child is laid out: mappings that cover the region, then copies on top of them.
+/// Layout of a child: mappings that cover the region, then copies on top of them.
 #[derive(Debug, Default)]
 struct Layout {
     mappings: Vec<(PageRange, Mapping)>,
@@ -49,7 +49,7 @@ impl Layout {
         if range.is_empty() {
             return;
         }
-        // One mapping can go on over runs that are copied on top of it (they lie over zeros until
+        // One mapping can extend over runs that are copied on top of it (such runs are zeros until
         // then).
         if let [.., (before, below), (filler, Mapping::Zero)] = self.mappings.as_mut_slice()
             && filler.end == range.start
@@ -90,8 +90,8 @@ fn goes_on(below: &Mapping, pages: u64, next: &Mapping) -> bool {
 }
 
 impl GuestRegion {
-    /// Maps the layers of `map` into this still empty region, which is not live before all of its
-    /// VM's are.
+    /// Maps the layers of `map` into this empty region. The region goes live only together with all
+    /// regions of its VM.
     pub(crate) fn adopt(&self, image: &RegionImage) -> Result<(), RamError> {
         if let Some(error) = image.map.iter().find_map(|(_, source)| source.layer.failure()) {
             return Err(RamError::Lost(error));
@@ -100,7 +100,7 @@ impl GuestRegion {
         Self::expect_empty(self.base, &state)?;
         let adopted = self.lay_out(&mut state, image);
         if adopted.is_err() {
-            // I13: an unborn child leaves nothing behind.
+            // I13: a child that was not started leaves no resources behind.
             self.clear(&mut state);
         }
         adopted
@@ -122,7 +122,7 @@ impl GuestRegion {
         }
         state.space.reserve((layout.mappings.len() + 2 * absent.len()) as u64)?;
         let State { space, waits, .. } = state;
-        // Before the region is live: a hole in an unfinished layer is waited for, never read.
+        // Before the region is live: an access to a hole in an unfinished layer must wait.
         space.lay_out(&layout.mappings, map.map(), |range, mapping| match mapping {
             Mapping::Private(source) => self.watch(waits, range, source),
             _ => Ok(()),
@@ -148,8 +148,8 @@ impl GuestRegion {
     }
 
     fn watch(&self, waits: &mut Vec<Arc<Layer>>, range: PageRange, source: &Source) -> Result<(), RamError> {
-        // Not only while it is pending: it may have failed since it was looked at, and only the
-        // background copy's lock tells.
+        // Not only for pending copies: the copy may have failed since the check, and only the
+        // background copy's lock protects against that.
         let Some(bg_copy) = source.layer.bg_copy() else { return Ok(()) };
         let missing = bg_copy.attach(&self.at, range, source.at, &self.failure).map_err(|error| match error {
             AttachError::Failed(error) => RamError::Lost(error),
@@ -161,13 +161,13 @@ impl GuestRegion {
         Ok(())
     }
 
-    /// Takes all memory away and leaves bare address space, as [`GuestRegion::reserve`] made it.
+    /// Removes all memory and leaves bare address space, as after [`GuestRegion::reserve`].
     pub(crate) fn empty(&self) {
         self.clear(&mut self.state());
     }
 
-    /// All that populating it has done, it undoes: addresses, bits, declarations. It was never
-    /// live, so there is no pin.
+    /// Undoes all steps of populating: addresses, bits, declarations. The region was never live, so
+    /// it has no pins.
     fn clear(&self, state: &mut State) {
         let pinned = self.table.lock().share(self.range());
         debug_assert!(pinned.is_empty(), "a region that was never live is pinned");

@@ -1,38 +1,38 @@
 //! Guest memory that a running VM can be forked from.
 //!
-//! A VM's memory is one reservation of host addresses per guest-physical region. It is mapped over
+//! A VM's memory is one reservation of host addresses per guest-physical region, mapped over
 //! *layers*: immutable, shared sets of pages in memory files. For every page the crate knows
 //! whether its VM **owns it outright** (the exclusive bit) and how often it is pinned for DMA. A
-//! page is made the VM's own *before* a device is given its address. So sharing memory never moves
-//! it from under the device.
+//! page becomes the VM's own *before* a device gets its address. So sharing memory never moves it
+//! from under the device.
 //!
-//! | to learn about | read |
+//! | topic | place |
 //! |---|---|
 //! | the memory of one VM, all regions | [`GuestRam`] in `ram.rs` |
 //! | the exclusive bit and the pin count | `ownership/`, [`OwnershipTable`] |
-//! | one region, and what is mapped where | `region/`, [`GuestRegion`] |
-//! | how a pin breaks COW | `region/pin.rs`, [`DmaPin`] |
-//! | how memory becomes shared | `freeze/`; which pages are write-protected: `freeze/protect.rs` |
+//! | one region and its mappings | `region/`, [`GuestRegion`] |
+//! | breaking COW for a pin | `region/pin.rs`, [`DmaPin`] |
+//! | sharing memory | `freeze/`; write protection: `freeze/protect.rs` |
 //! | copies after the pause | `freeze/background/` |
-//! | how a child maps what it inherits | `fork.rs` |
-//! | how layers are kept few, and given back | `layer/`: `compact.rs`, `gc.rs`, `registry.rs` |
-//! | what a snapshot on a disk is made of | `layer/builder.rs`, `layer/handle.rs` |
-//! | how others read and write it | `access.rs` |
-//! | what is copied before it is written | `ahead.rs`, `region/ahead.rs` |
-//! | how secrets are kept from a child | `erase.rs` |
-//! | how it is tested | `testing/`, `tests/` |
+//! | mapping a child's inherited memory | `fork.rs` |
+//! | merging and sweeping layers | `layer/`: `compact.rs`, `gc.rs`, `registry.rs` |
+//! | layers for snapshots on disk | `layer/builder.rs`, `layer/handle.rs` |
+//! | access from outside the guest | `access.rs` |
+//! | copies ahead of writes | `ahead.rs`, `region/ahead.rs` |
+//! | erasing secrets for a child | `erase.rs` |
+//! | tests | `testing/`, `tests/` |
 //!
-//! The crate knows no KVM and needs no `/dev/kvm` to be tested. It does not stop writers (see
-//! [`Quiesced`]). It handles no page faults but those of a background copy: the kernel's private
-//! mappings copy on write. It writes to a disk only what is evicted.
+//! The crate does not depend on KVM and its tests do not need `/dev/kvm`. The caller stops writers
+//! (see [`Quiesced`]). The crate handles page faults only for background copies, because the
+//! kernel's private mappings copy on write. It writes only evicted and suspended pages to disk.
 
 #![deny(missing_docs)]
 
-// The devices of the tests are those of the integration tests.
+// Unit tests share device emulation with the integration tests.
 #[cfg(test)]
 extern crate self as clade_memory;
 
-/// Logs one linearization point. Nothing at all without the `trace` feature.
+/// Logs one linearization point. Empty without the `trace` feature.
 macro_rules! trace {
     ($($event:tt)*) => {
         #[cfg(feature = "trace")]

@@ -1,4 +1,4 @@
-//! A VM's guest memory: its regions, and what is done with all of them at once.
+//! A VM's guest memory: its regions, and operations on all of them at once.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,15 +20,15 @@ use crate::region::suspend::{SuspendFile, Suspended, Suspension, WorkingSet};
 use crate::store::{Backing, Store};
 use crate::units::{PAGE_SHIFT, PAGE_SIZE};
 
-/// Where the gap for memory-mapped devices begins: 3 GiB.
+/// Start of the gap for memory-mapped devices: 3 GiB.
 pub const GAP_START: u64 = 0xc000_0000;
-/// Where memory goes on behind the gap: 4 GiB.
+/// Where memory continues above the gap: 4 GiB.
 pub const GAP_END: u64 = 0x1_0000_0000;
-/// Most memory a guest can have: what fits below 2^46 (a host with 4-level page tables has 2^47
+/// Maximum memory of a guest, which must fit below 2^46 (a host with 4-level page tables has 2^47
 /// addresses for itself).
 const MAX_BYTES: u64 = 1 << 45;
 
-/// How often a reset or a suspension that waits for devices looks again.
+/// Interval at which a reset or a suspension that waits for devices checks again.
 const PIN_POLL: Duration = Duration::from_micros(200);
 
 /// The shape of a guest's memory: which guest-physical ranges are RAM.
@@ -62,9 +62,8 @@ impl RamLayout {
 
     /// RAM in the given ranges: start and length in pages of each.
     ///
-    /// # Errors
-    /// When there is none, one is empty or not page-aligned, or they are not ascending and
-    /// disjoint.
+    /// # Errors When the list is empty, a range is empty or not page-aligned, or the ranges are not
+    /// ascending and disjoint.
     pub fn of_ranges(ranges: &[(GuestAddress, u64)]) -> Result<Self, RamError> {
         let mut free = 0;
         let mut total = 0u64;
@@ -101,8 +100,8 @@ impl RamLayout {
     }
 }
 
-/// The memory of a VM at one instant, as layers: cheap to clone, keeps them alive, starts any
-/// number of VMs.
+/// The memory of a VM at one instant, as layers: cheap to clone, keeps the layers alive, and can
+/// start any number of VMs.
 #[derive(Clone, Debug)]
 pub struct RamImage {
     layout: RamLayout,
@@ -110,7 +109,7 @@ pub struct RamImage {
 }
 
 impl RamImage {
-    /// The shape of the guest it was taken from.
+    /// The shape of the guest from which the image was taken.
     #[must_use]
     pub fn layout(&self) -> &RamLayout {
         &self.layout
@@ -124,25 +123,25 @@ impl RamImage {
         Self { layout, regions }
     }
 
-    /// Of the same shape, with other maps of the same contents.
+    /// An image of the same shape, with other maps of the same contents.
     pub(crate) fn with_regions(&self, regions: Vec<RegionImage>) -> Self {
         Self { layout: self.layout.clone(), regions }
     }
 
-    /// Mappings a VM started from it needs at most.
+    /// Maximum number of mappings of a VM started from the image.
     #[must_use]
     pub fn mappings(&self) -> usize {
         self.regions.iter().map(|region| region.map.len()).sum()
     }
 
-    /// The same memory copied into one layer a region, in pages of the given size: as long a copy
-    /// as the memory is large, after which it depends on no other layer.
+    /// Copies the memory into one layer per region, in pages of the given size. The time is that of
+    /// copying all memory; the result depends on no other layer.
     ///
     /// # Errors
-    /// When there is no memory for the copy.
+    /// When memory for the copy runs out.
     pub fn flatten(&self, store: &Store, grain: Backing) -> Result<Self, RamError> {
         let view = GuestRam::reserve(&self.layout, store)?;
-        // What is absent is copied as zeros, and absent again in a VM that adopts the copy.
+        // Absent ranges are copied as zeros, and are absent again in a VM that adopts the copy.
         let seen = |region: &RegionImage| RegionImage { map: Arc::clone(&region.map), no_fork: NoForkMap::new() };
         view.adopt(&Self { layout: self.layout.clone(), regions: self.regions.iter().map(seen).collect() })?;
         let copies = view.regions.iter().zip(&self.regions).map(|(region, of)| region.copy_whole(grain, &of.no_fork));
@@ -153,24 +152,24 @@ impl RamImage {
         self.regions.iter().flat_map(|region| region.map.iter()).filter_map(|(_, source)| source.layer.bg_copy())
     }
 
-    /// Whether some of it is still being copied from the VM it was taken of. It can be adopted all
-    /// the same.
+    /// Whether pages of the image are still being copied from its VM. The image can be adopted in
+    /// the meantime.
     #[must_use]
     pub fn is_pending(&self) -> bool {
         self.bg_copies().any(|bg_copy| !bg_copy.is_over())
     }
 
-    /// Why it will never be complete, if a copy in the background failed. It cannot be adopted
-    /// then.
+    /// The reason why the image will never be complete, if a background copy failed. Such an image
+    /// cannot be adopted.
     #[must_use]
     pub fn failure(&self) -> Option<Arc<FillError>> {
         self.bg_copies().find_map(|bg_copy| bg_copy.failure())
     }
 
-    /// Waits until it is complete, copying what is missing on this thread.
+    /// Waits until the image is complete, copying missing pages on this thread.
     ///
     /// # Errors
-    /// When it will never be complete.
+    /// When the image will never be complete.
     pub fn finish_background(&self) -> Result<(), RamError> {
         for bg_copy in self.bg_copies() {
             bg_copy.finish().map_err(RamError::Lost)?;
@@ -178,40 +177,39 @@ impl RamImage {
         Ok(())
     }
 
-    /// Layers it refers to.
+    /// Number of layers in the image.
     #[must_use]
     pub fn layers(&self) -> usize {
         compact::layers(self.regions.iter().map(|region| &**region.map))
     }
 }
 
-/// A guard: while it lives, nothing writes to a VM's memory but devices through pins. vCPUs are out
-/// of KVM_RUN, and devices are paused.
+/// A guard: while it lives, the only writers to a VM's memory are devices through pins. vCPUs are
+/// out of KVM_RUN, and devices are paused.
 ///
-/// Implemented for the value that lets them go on when it is dropped.
+/// Implemented for the value that resumes them when dropped.
 pub trait StopsWriters {}
 
-/// There are no writers to stop: only the caller has the memory, as in tests and
-/// benchmarks.
+/// There are no writers to stop: only the caller has the memory, as in tests and benchmarks.
 #[derive(Clone, Copy, Debug)]
 pub struct NoWriters;
 
 impl StopsWriters for NoWriters {}
 
-/// Proof that a guard stops all writers. A write in spite of it is not undefined behaviour, but it
-/// may be in the image or not.
+/// Proof that a guard stops all writers. A write in spite of it is not undefined behaviour, but may
+/// or may not be in the image.
 #[derive(Debug)]
 pub struct Quiesced<'a>(std::marker::PhantomData<&'a ()>);
 
 impl<'a> Quiesced<'a> {
-    /// Writers are stopped for as long as `guard` is held, and so is this.
+    /// Writers are stopped as long as `guard` is held, which this value borrows.
     #[must_use]
     pub fn by(_guard: &'a impl StopsWriters) -> Self {
         Self(std::marker::PhantomData)
     }
 }
 
-/// What rust-vmm crates work on: the regions as a `vm_memory` collection.
+/// The memory for rust-vmm crates: the regions as a `vm_memory` collection.
 pub type GuestMemory = GuestRegionCollection<GuestRegion>;
 
 /// A VM's guest memory.
@@ -243,35 +241,35 @@ pub struct GuestRam {
 }
 
 impl GuestRam {
-    /// Reserves host addresses for `layout`: enough to set memslots, with no memory yet.
+    /// Reserves host addresses for `layout`: enough for memslots, without memory yet.
     ///
     /// # Errors
-    /// When there is no address space, or no mapping left in the budget.
+    /// When address space or the mapping budget is exhausted.
     pub fn reserve(layout: &RamLayout, store: &Store) -> Result<Self, RamError> {
         let reserve = |(base, pages): &(GuestAddress, u64)| GuestRegion::reserve(*base, *pages, store).map(Arc::new);
         let regions = layout.ranges.iter().map(reserve).collect::<Result<Vec<_>, _>>()?;
-        // A layout's ranges are ascending, disjoint and at least one.
+        // A layout has at least one range, and its ranges are ascending and disjoint.
         let memory = GuestRegionCollection::from_arc_regions(regions.clone()).map_err(|_| RamError::NoMemory)?;
         Ok(Self { layout: layout.clone(), regions, memory })
     }
 
-    /// Prepares it for getting its memory soon: the kernel forgets the reservation of its addresses,
-    /// so that mapping the memory need not tell KVM that something goes. Before it has any.
+    /// Prepares the VM for getting its memory soon: unmaps the reservations, so that mapping the
+    /// memory sends KVM no invalidations. Called before the VM has memory.
     pub fn vacate(&self) {
         self.regions.iter().for_each(|region| region.vacate());
     }
 
-    /// Gives it fresh memory of its own, all zeros.
+    /// Populates the VM with its own zeroed memory.
     ///
     /// # Errors
-    /// When memory is there already or cannot be had.
+    /// When the VM has memory already, or memory runs out.
     pub fn populate(&self) -> Result<(), RamError> {
         trace!(Schedule);
         self.fill_regions(|at| self.regions[at].populate())
     }
 
-    /// Gives every region memory, and makes them live when all have it; on failure none has any
-    /// (I13).
+    /// Fills every region, and makes all of them live when every fill has succeeded. On failure all
+    /// regions are empty (I13).
     fn fill_regions(&self, mut one: impl FnMut(usize) -> Result<(), RamError>) -> Result<(), RamError> {
         for at in 0..self.regions.len() {
             if let Err(error) = one(at) {
@@ -283,11 +281,11 @@ impl GuestRam {
         Ok(())
     }
 
-    /// Gives it the memory of an image, shared until written.
+    /// Gives the VM the memory of an image, shared until written.
     ///
     /// # Errors
-    /// When memory is there already, the shapes differ, or mappings run out; then it is as empty as
-    /// before (I13).
+    /// When the VM has memory already, the shapes differ, or mappings run out; then it is as empty
+    /// as before (I13).
     pub fn adopt(&self, image: &RamImage) -> Result<(), RamError> {
         if image.layout != self.layout {
             return Err(RamError::Shape { image: image.layout.bytes(), guest: self.layout.bytes() });
@@ -295,27 +293,27 @@ impl GuestRam {
         self.fill_regions(|at| self.regions[at].adopt(&image.regions[at]))
     }
 
-    /// Turns everything this VM owns into layers, except pages pinned for DMA, which are copied
-    /// (I3). This VM goes on with the same contents at the same addresses.
+    /// Turns all pages that this VM owns into layers, except pages pinned for DMA, which are copied
+    /// (I3). The VM continues with the same contents at the same addresses.
     ///
     /// # Errors
-    /// Then the VM is as it was, and nothing was shared (I13).
+    /// Then the VM is unchanged, and no page was shared (I13).
     pub fn freeze(&self, quiesced: &Quiesced<'_>) -> Result<(RamImage, FreezeReport), RamError> {
         self.freeze_in(FreezeMode::Auto, quiesced)
     }
 
-    /// As [`GuestRam::freeze`], and says when private pages are to be copied.
+    /// As [`GuestRam::freeze`], with a choice of when private pages are copied.
     ///
-    /// If they are left to the background, writers may go on as soon as this returns: a write to a
-    /// page that is not copied yet waits for that page. The image may be adopted at once: a read of
-    /// such a page waits likewise.
+    /// If they are copied in the background, writers may resume as soon as this returns: a write to
+    /// a page that is not copied yet waits for that page. The image may be adopted at once: a read
+    /// of such a page waits likewise.
     ///
     /// # Errors
-    /// Then the VM is as it was, and nothing was shared (I13).
+    /// Then the VM is unchanged, and no page was shared (I13).
     pub fn freeze_in(&self, mode: FreezeMode, _quiesced: &Quiesced<'_>) -> Result<(RamImage, FreezeReport), RamError> {
         let mut frozen = VecDeque::with_capacity(self.regions.len());
         GuestRegion::freeze_all(&self.regions, mode, &mut frozen)?;
-        // A page that was lost meanwhile was copied as the zeros that stand in for it.
+        // A page that was lost meanwhile was copied as the zeros in its place.
         if let Some(error) = self.regions.iter().find_map(|region| region.lost()) {
             return Err(RamError::Lost(error));
         }
@@ -328,7 +326,7 @@ impl GuestRam {
         Ok((RamImage { layout: self.layout.clone(), regions }, report))
     }
 
-    /// What this VM's freezes do with pinned pages from now on. Not inherited by children.
+    /// Sets the treatment of pinned pages in this VM's later freezes. Not inherited by children.
     #[cfg(any(test, feature = "hazard"))]
     pub fn set_pin_policy(&self, policy: crate::PinPolicy) {
         if policy == crate::PinPolicy::Ignore {
@@ -337,12 +335,13 @@ impl GuestRam {
         self.regions.iter().for_each(|region| region.set_pin_policy(policy));
     }
 
-    /// Puts the memory back to what it was in `image`, in place. The cost is in pages written
-    /// since. Waits up to `patience` for transient pins, and for no long-term pin.
+    /// Resets the memory to `image`, in place. The cost is in pages written since. Waits up to
+    /// `patience` for transient pins, and never for long-term pins.
     ///
     /// # Errors
-    /// When pages stay pinned, or mappings run out: then nothing has changed. When it fails
-    /// half-way the contents are neither ([`GuestRam::is_inconsistent`]), and the VM must not run.
+    /// When pages stay pinned, or mappings run out: then nothing has changed. After a failure
+    /// half-way the contents are inconsistent ([`GuestRam::is_inconsistent`]), and the VM must not
+    /// run.
     pub fn reset(
         &self,
         image: &RamImage,
@@ -352,7 +351,7 @@ impl GuestRam {
         if image.layout != self.layout {
             return Err(RamError::Shape { image: image.layout.bytes(), guest: self.layout.bytes() });
         }
-        // What the image still misses must be there before it is mapped.
+        // The image's missing pages must be filled before it is mapped.
         image.finish_background()?;
         self.wait_unpinned(patience)?;
         let mut report = ResetReport::default();
@@ -360,21 +359,20 @@ impl GuestRam {
             Ok(()) => Ok(report),
             Err(ResetError::Refused(error)) => Err(error),
             Err(ResetError::Inconsistent(error)) => {
-                // What is back already is of another instant than what is not.
+                // Some pages are of the image's instant, and others are not.
                 self.regions.iter().for_each(|region| region.mark_inconsistent());
                 Err(error)
             }
         }
     }
 
-    /// Writes everything this VM owns to `file`, and gives its memory back. The VM goes on with the
-    /// same contents at the same addresses: what is touched is read back. What was written since an
-    /// earlier suspension is written alone. Waits up to `patience` for devices to let go of their
+    /// Writes all pages that this VM owns to `file`, and frees their memory. The VM keeps the same
+    /// contents at the same addresses: pages are read back on access. After an earlier suspension,
+    /// only pages written since are written. Waits up to `patience` for devices to release their
     /// pins.
     ///
-    /// # Errors
-    /// When pages stay pinned, the file cannot be written, or mappings run out. Then the contents
-    /// are the same, and what did not get into the file is still this VM's own (I13).
+    /// # Errors When pages stay pinned, the file cannot be written, or mappings run out. Then the
+    /// contents are the same, and pages that are not in the file are still this VM's own (I13).
     pub fn suspend(
         &self,
         file: SuspendFile,
@@ -382,7 +380,8 @@ impl GuestRam {
         patience: Duration,
     ) -> Result<(Suspended, WorkingSet), RamError> {
         self.wait_unpinned(patience)?;
-        // Before it is chosen what is written: the contents stay the same, whatever fails after.
+        // Before the pages to write are selected: contents do not change, even if a later step
+        // fails.
         self.regions.iter().try_for_each(|region| region.drop_unused())?;
         let mut suspension = Suspension::to(file, &self.regions)?;
         let store = self.regions.first().map(|region| region.store.clone()).ok_or(RamError::NoMemory)?;
@@ -390,15 +389,15 @@ impl GuestRam {
         Ok((suspension.report, suspension.working_set))
     }
 
-    /// Reads ahead what a suspended VM will touch, and maps it. What cannot be read is read when it
-    /// is touched.
+    /// Reads ahead and maps the pages that a suspended VM is likely to touch. Pages that cannot be
+    /// read are read on access.
     pub fn read_ahead(&self, working_set: &WorkingSet) {
         working_set.read_ahead(&self.regions);
     }
 
-    /// Waits up to `patience` until no page is pinned, unless one of the pins is long-term: that ends
-    /// when its holder likes. All regions are looked at before the first is touched; a pin that comes
-    /// later refuses what is done to its own region.
+    /// Waits up to `patience` until no page is pinned. Gives up at a long-term pin, whose end only
+    /// its holder decides. All regions are checked before the first change; a later pin refuses the
+    /// operation on its own region.
     fn wait_unpinned(&self, patience: Duration) -> Result<(), RamError> {
         let deadline = Instant::now() + patience;
         while let Some(refused) = self.regions.iter().find_map(|region| region.in_use()) {
@@ -411,24 +410,24 @@ impl GuestRam {
         Ok(())
     }
 
-    /// Whether a reset has failed half-way: the contents are of no one instant, and only another
-    /// reset is of use.
+    /// Whether a reset has failed half-way: the contents are not of one instant, and only another
+    /// reset helps.
     #[must_use]
     pub fn is_inconsistent(&self) -> bool {
         self.regions.iter().any(|region| region.is_inconsistent())
     }
 
-    /// Why some of its memory is lost: it was adopted while it was still being copied, and the copy
-    /// failed. Accesses to the pages that are missing are errors (KVM_RUN and system calls: EFAULT;
-    /// this process: a signal).
+    /// The reason why memory is lost, if it is: the VM adopted an image that was still being
+    /// copied, and the copy failed. Accesses to the missing pages fail (KVM_RUN and system calls:
+    /// EFAULT; this process: a signal).
     #[must_use]
     pub fn failure(&self) -> Option<Arc<FillError>> {
         self.regions.iter().find_map(|region| region.failure.get())
     }
 
-    /// Calls `call` once when memory is lost, on a thread of the memory's own that holds no lock:
-    /// it may ask the VM anything. If memory is lost already, it is called here and now. For
-    /// stopping the VM with its reason.
+    /// Calls `call` once when memory is lost, on a thread of this crate that holds no lock, so
+    /// `call` may query the VM. If memory is already lost, calls it immediately. For stopping the
+    /// VM with the reason.
     pub fn on_failure(&self, call: impl FnOnce(&Arc<FillError>) + Send + 'static) {
         let once = Arc::new(Mutex::new(Some(call)));
         for region in &self.regions {
@@ -442,19 +441,19 @@ impl GuestRam {
         }
     }
 
-    /// Finishes what the background has to do with this memory: its own last freeze, and layers it
-    /// was given before they were complete.
+    /// Finishes all background work on this memory: the VM's own last freeze, and layers that it
+    /// adopted unfinished.
     ///
     /// # Errors
-    /// When memory it was given is lost.
+    /// When adopted memory is lost.
     pub fn finish_background(&self) -> Result<(), RamError> {
         self.regions.iter().try_for_each(|region| region.finish_background(&mut region.state()))
     }
 
-    /// Counts by kind of page.
+    /// Page counts by kind.
     ///
     /// # Errors
-    /// When the kernel cannot be asked.
+    /// When the page map cannot be read.
     pub fn stats(&self) -> Result<RamStats, RamError> {
         let mut stats = RamStats::default();
         for region in &self.regions {
@@ -464,10 +463,10 @@ impl GuestRam {
         Ok(stats)
     }
 
-    /// What was copied so far, by cause.
+    /// Copies so far, by cause.
     ///
     /// # Errors
-    /// When the kernel cannot be asked.
+    /// When the page map cannot be read.
     pub fn cow_counts(&self) -> Result<CowCounts, RamError> {
         let mut counts = CowCounts::default();
         for region in &self.regions {
@@ -476,7 +475,7 @@ impl GuestRam {
         Ok(counts)
     }
 
-    /// Its pins.
+    /// Pins of the VM.
     #[must_use]
     pub fn pin_counts(&self) -> PinCounts {
         let mut counts = PinCounts::default();
@@ -484,11 +483,11 @@ impl GuestRam {
         counts
     }
 
-    /// What each page is, and the layers it is shown. `origin` is an image that is held for this VM
-    /// alone: what it shows is not called another's.
+    /// The kind of each page, and the layers shown to the VM. `origin` is an image that is held for
+    /// this VM alone: its layers do not count as shown to others.
     ///
     /// # Errors
-    /// When there is no memory yet, or the kernel cannot be asked.
+    /// When there is no memory yet, or the page map cannot be read.
     pub fn page_map(&self, origin: Option<&RamImage>) -> Result<PageMap, RamError> {
         self.regions.iter().for_each(|region| region.reap_background(&mut region.state(), false));
         pages::page_map(&self.regions, origin)
@@ -500,19 +499,19 @@ impl GuestRam {
         &self.memory
     }
 
-    /// Its regions, ascending.
+    /// The regions, ascending.
     #[must_use]
     pub fn regions(&self) -> &[Arc<GuestRegion>] {
         &self.regions
     }
 
-    /// Its shape.
+    /// The shape of the memory.
     #[must_use]
     pub fn layout(&self) -> &RamLayout {
         &self.layout
     }
 
-    /// The region around `gpa`, and the page of the region.
+    /// The region that contains `gpa`, and the page of the region.
     #[must_use]
     pub fn locate(&self, gpa: GuestAddress) -> Option<(&Arc<GuestRegion>, u64)> {
         let at = self.regions.iter().find(|r| r.to_region_addr(gpa).is_some())?;

@@ -1,5 +1,5 @@
 //! The reclaim thread: work that no VM waits for. It frees layers, merges chains of them, allocates
-//! files ahead, and gives back pages that no view sees.
+//! files ahead, and punches pages that no view shows.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -12,22 +12,22 @@ use std::time::{Duration, Instant};
 use crate::layer::gc;
 use crate::layer::registry::Views;
 
-/// What it lets others have first: whoever sends it something is in a hurry, and has just woken
-/// this thread on its own processor. Once for all that has come by then.
+/// Delay before the thread starts on tasks: a sender is time-critical, and has just woken this
+/// thread on its own processor. One delay for all tasks that arrive meanwhile.
 const HEAD_START: Duration = Duration::from_millis(2);
-/// Least time between two sweeps: each walks every view.
+/// Minimum time between two sweeps: each walks every view.
 const MIN_SWEEP_INTERVAL: Duration = Duration::from_millis(500);
-/// Tasks that wait at most. Whoever comes with one more does it on the spot, or leaves it undone if
-/// it may be.
+/// Maximum number of queued tasks. Further tasks run on the sender's thread, or are skipped if
+/// optional.
 const MAX_QUEUED: usize = 4_096;
 
-/// Something to drop counts as done by dropping it.
+/// A value to drop is sent as a task that owns it.
 pub(crate) type Task = Box<dyn FnOnce() + Send>;
 
 #[derive(Default)]
 struct Queue {
     tasks: VecDeque<Task>,
-    /// A sweep is wanted.
+    /// A sweep was requested.
     sweep: bool,
     closed: bool,
 }
@@ -49,13 +49,13 @@ impl fmt::Debug for TaskSender {
 
 impl Inner {
     fn queue(&self) -> MutexGuard<'_, Queue> {
-        // Each change to it is one step.
+        // Each change to the queue is one step.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl TaskSender {
-    /// Does `task` some time later. Gives it back if the thread has ended or has too much to do.
+    /// Queues `task`. Returns the task if the thread has ended or its queue is full.
     pub(crate) fn spawn(&self, task: impl FnOnce() + Send + 'static) -> Result<(), Box<dyn FnOnce() + Send>> {
         let task: Task = Box::new(task);
         let mut queue = self.0.queue();
@@ -70,8 +70,8 @@ impl TaskSender {
 }
 
 impl TaskSender {
-    /// Waits until the thread has done every task that it was sent before. Returns at once if the
-    /// thread has ended.
+    /// Waits until the thread has done every task queued before. Returns at once if the thread has
+    /// ended.
     pub(crate) fn barrier(&self) {
         let (passed, pass) = mpsc::channel::<()>();
         {
@@ -79,7 +79,7 @@ impl TaskSender {
             if queue.closed {
                 return;
             }
-            // Past the limit as well: each caller waits, so barriers are few.
+            // Exceeds the limit if needed: each caller waits, so barriers are few.
             queue.tasks.push_back(Box::new(move || drop(passed)));
         }
         self.0.more.notify_one();
@@ -88,7 +88,7 @@ impl TaskSender {
     }
 }
 
-/// See the module's documentation. Dropped, it finishes what it was given.
+/// See the module's documentation. On drop, finishes the queued tasks.
 pub(crate) struct ReclaimThread {
     sender: TaskSender,
     thread: Option<JoinHandle<()>>,
@@ -104,7 +104,7 @@ impl ReclaimThread {
     pub(crate) fn start(views: &Arc<Views>) -> io::Result<Self> {
         let inner = Arc::new(Inner { queue: Mutex::default(), more: Condvar::new() });
         if cfg!(shuttle) {
-            // A task of the test's does what the thread would: `take_queued`.
+            // In tests under shuttle a task does the thread's work: `take_queued`.
             return Ok(Self { sender: TaskSender(inner), thread: None });
         }
         let (served, views) = (Arc::clone(&inner), Arc::clone(views));
@@ -124,18 +124,18 @@ impl ReclaimThread {
         self.thread.as_ref().is_some_and(|handle| handle.thread().id() == thread::current().id())
     }
 
-    /// The thread's work, for a task that stands in for it.
+    /// Takes the queued work, for a task that replaces the thread.
     #[cfg(all(test, shuttle))]
     pub(crate) fn take_queued(&self) -> VecDeque<Task> {
         std::mem::take(&mut self.sender.0.queue().tasks)
     }
 
-    /// What may outlive this.
+    /// A sender, which may outlive this.
     pub(crate) fn sender(&self) -> TaskSender {
         self.sender.clone()
     }
 
-    /// Sweeps some time later; asking twice is asking once.
+    /// Requests a sweep; requests are merged.
     pub(crate) fn sweep(&self) {
         let first = !std::mem::replace(&mut self.sender.0.queue().sweep, true);
         if first {
@@ -144,8 +144,7 @@ impl ReclaimThread {
     }
 }
 
-/// The reclaim thread of a store, kept from its work until this is dropped. What it was given
-/// before has been done.
+/// Keeps a store's reclaim thread from its work until dropped. Tasks queued before have been done.
 #[cfg(test)]
 pub(crate) struct Busy(#[allow(dead_code, reason = "its end is what counts")] std::sync::mpsc::Sender<()>);
 
@@ -164,8 +163,8 @@ impl Busy {
     }
 }
 
-/// Waits for something to do: tasks, if there are any, and whether a sweep is due. `None` when
-/// there will be nothing more.
+/// Waits for work: tasks, if any, and whether a sweep is due. `None` when the queue is closed and
+/// empty.
 fn wait(inner: &Inner, swept: Option<Instant>) -> Option<(VecDeque<Task>, bool)> {
     let mut queue = inner.queue();
     loop {
@@ -177,7 +176,7 @@ fn wait(inner: &Inner, swept: Option<Instant>) -> Option<(VecDeque<Task>, bool)>
         let sweep = until_sweep.is_some_and(|left| left.is_zero());
         if !queue.tasks.is_empty() || sweep {
             if sweep {
-                // Before it looks: what changes from here on asks for another.
+                // Before the sweep starts: later changes request another.
                 queue.sweep = false;
             }
             return Some((std::mem::take(&mut queue.tasks), sweep));
@@ -199,12 +198,12 @@ fn serve(inner: &Inner, views: &Views) {
             thread::sleep(HEAD_START);
         }
         for task in tasks {
-            // A panic is one task's: the others still want doing.
+            // A panic ends one task; the others still run.
             if catch_unwind(AssertUnwindSafe(task)).is_err() {
                 tracing::error!("a task of the reclaim thread panicked");
             }
         }
-        // After every batch in which it is due, however many tasks have come meanwhile.
+        // After every batch in which it is due, regardless of new tasks.
         if sweep {
             if catch_unwind(AssertUnwindSafe(|| gc::sweep(views))).is_err() {
                 tracing::error!("a sweep panicked");
@@ -219,8 +218,8 @@ impl Drop for ReclaimThread {
         self.sender.0.queue().closed = true;
         self.sender.0.more.notify_one();
         let Some(thread) = self.thread.take() else { return };
-        // Its work may have held the last handle of the store: then this is the thread, and it ends
-        // by itself.
+        // The thread's work may have held the last handle of the store. Then this is the thread
+        // itself, which ends without being joined.
         if thread.thread().id() != thread::current().id() && thread.join().is_err() {
             tracing::error!("the reclaim thread ended in a panic");
         }

@@ -1,5 +1,5 @@
-//! Where layers come from, and what all VMs of a process share: the file source, the mapping
-//! budget, the pagemap.
+//! The origin of layers, and the state that all VMs of a process share: the file source, the
+//! mapping budget, the pagemap.
 
 use std::fs::File;
 use std::io;
@@ -22,7 +22,7 @@ use crate::sync::whole;
 use crate::sys::{HugeTmpfs, Pagemap, small_file};
 use crate::units::{BLOCK_PAGES, BLOCK_SIZE, PAGE_SHIFT};
 
-/// Pages of a spare: what a guest of ordinary habits writes between two forks.
+/// Pages of a spare file: enough for a typical guest's writes between two forks.
 const SPARE_PAGES: u64 = 4 * BLOCK_PAGES;
 
 /// The size of the pages layers live in.
@@ -45,7 +45,7 @@ impl Backing {
     }
 }
 
-/// What the store could not do.
+/// Failures of the store.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum StoreError {
@@ -64,12 +64,12 @@ pub enum StoreError {
         #[source]
         source: io::Error,
     },
-    /// A layer of another process came in a file that can be written here.
+    /// The file of another process's layer is writable here.
     #[error("the file of another process's layer must be open for reading only")]
     Writable,
 }
 
-/// Shared by every VM that may share memory with another.
+/// Resources of VMs that may share memory with each other.
 #[derive(Clone, Debug)]
 pub struct Store(Arc<Inner>);
 
@@ -86,35 +86,35 @@ struct Inner {
     /// Files that were taken from it.
     made_ahead: AtomicU64,
     views: Arc<Views>,
-    /// Started by the first background freeze. Dropped, it finishes what is pending.
+    /// Started by the first background freeze. On drop, finishes pending copies.
     engine: whole::Mutex<Option<CopyThread>>,
-    /// Started when there is first something to do. After the engine: what that lets go of may come
-    /// here.
+    /// Started with the first task. Declared after the engine, which may send tasks while it is
+    /// dropped.
     reclaim: Mutex<Option<ReclaimThread>>,
 }
 
 impl Store {
-    /// A store with the default [`Config`]: in 2 MiB pages if this host allows it.
+    /// Opens a store with the default [`Config`]: in 2 MiB pages if this host allows it.
     ///
     /// # Errors
-    /// When the kernel lacks what freeze depends on.
+    /// When the kernel lacks a feature that freeze needs.
     pub fn open() -> Result<Self, StoreError> {
         Self::with_config(Config::default())
     }
 
-    /// A store in 4 KiB pages, whatever the host could do.
+    /// Opens a store in 4 KiB pages, regardless of the host.
     ///
     /// # Errors
-    /// When the kernel lacks what freeze depends on.
+    /// When the kernel lacks a feature that freeze needs.
     pub fn open_small() -> Result<Self, StoreError> {
         Self::with_config(Config { backing: Some(Backing::Small), ..Config::default() })
     }
 
-    /// A store by `config`.
+    /// Opens a store with `config`.
     ///
     /// # Errors
-    /// When the kernel lacks what freeze depends on; when 2 MiB pages were demanded and cannot be
-    /// had.
+    /// When the kernel lacks a feature that freeze needs; when 2 MiB pages were demanded and are
+    /// unavailable.
     pub fn with_config(config: Config) -> Result<Self, StoreError> {
         let budget = MappingBudget::of_this_process(config.max_mappings);
         let (huge, warning) = match config.backing {
@@ -128,11 +128,11 @@ impl Store {
         Self::assemble(huge, warning, budget, config)
     }
 
-    /// A store with the default [`Config`], but for its mount, which another process has made: `None`
-    /// if that could have none, and has said so.
+    /// Opens a store with the default [`Config`], on a mount made by another process. `None` if
+    /// that process could not mount one, and has logged the reason.
     ///
     /// # Errors
-    /// When the kernel lacks what freeze depends on.
+    /// When the kernel lacks a feature that freeze needs.
     pub fn on(mount: Option<HugeTmpfs>) -> Result<Self, StoreError> {
         let config = Config::default();
         Self::assemble(mount, None, MappingBudget::of_this_process(config.max_mappings), config)
@@ -168,14 +168,14 @@ impl Store {
         })))
     }
 
-    /// What it was made with.
+    /// The configuration of the store.
     #[must_use]
     pub fn config(&self) -> &Config {
         &self.0.config
     }
 
-    /// The directory in which files of huge pages are made, if they are. For whoever restricts what
-    /// this process may open.
+    /// The directory of huge-page files, if they are in use. For callers that restrict the paths
+    /// that this process may open.
     #[must_use]
     pub fn directory(&self) -> Option<BorrowedFd<'_>> {
         self.0.huge.as_ref().map(HugeTmpfs::directory)
@@ -187,7 +187,7 @@ impl Store {
         if self.0.huge.is_some() { Backing::Huge } else { Backing::Small }
     }
 
-    /// What the operator should know about the backing, if it is not the best.
+    /// A warning for the operator, if the backing is not the best.
     #[must_use]
     pub fn warning(&self) -> Option<&str> {
         self.0.warning.as_deref()
@@ -199,11 +199,11 @@ impl Store {
         self.0.live_layers.load(Ordering::Acquire)
     }
 
-    /// Waits until the reclaim thread has done every task that it was sent before. Returns at once if
-    /// it was never started, or on that thread.
+    /// Waits until the reclaim thread has done every task queued before. Returns at once if the
+    /// thread was never started, or on that thread.
     pub(crate) fn wait_reclaimed(&self) {
         if cfg!(shuttle) {
-            // A task of the test's stands in for the thread, and takes its tasks when it likes.
+            // Under shuttle a task replaces the thread, and takes the queued tasks at any time.
             return;
         }
         let sender = {
@@ -215,8 +215,8 @@ impl Store {
         }
     }
 
-    /// Waits until no layer is left. A background copy that has just ended shows its thread what is
-    /// beneath for a moment longer.
+    /// Waits until no layer is left. A background copy that has just ended keeps its source layers
+    /// for a moment longer.
     #[cfg(test)]
     pub(crate) fn expect_no_layers(&self) {
         self.wait_reclaimed();
@@ -233,7 +233,7 @@ impl Store {
         &self.0.pagemap
     }
 
-    /// What copies in the background, started if it was not yet.
+    /// The background copy service, started on first use.
     pub(crate) fn background(&self) -> Result<Arc<background::CopyService>, BackgroundError> {
         let mut engine = self.0.engine.lock().unwrap_or_else(PoisonError::into_inner);
         match &*engine {
@@ -247,7 +247,7 @@ impl Store {
         &self.0.views
     }
 
-    /// Calls `with` with the reclaim thread, unless there is no thread to be had.
+    /// Calls `with` with the reclaim thread, unless the thread cannot be started.
     pub(crate) fn reclaim<T>(&self, with: impl FnOnce(&ReclaimThread) -> T) -> Option<T> {
         let mut reclaim = self.0.reclaim.lock().unwrap_or_else(PoisonError::into_inner);
         if reclaim.is_none() {
@@ -261,29 +261,29 @@ impl Store {
 
     /// Drops `garbage` in the background: freeing a layer of small pages takes 0.7 us for each.
     pub(crate) fn dispose(&self, garbage: impl Send + 'static) {
-        // Without a thread, or with one that has too much to do, it is dropped with the task, here.
+        // Without a thread, or with a full queue, the garbage is dropped here with the task.
         let task = self.reclaim(ReclaimThread::sender).map(|sender| sender.spawn(move || drop(garbage)));
         drop(task);
     }
 
-    /// Starts what background freezes need, which is otherwise done by the first of them: so that a
-    /// host without it is known at start, by name (canon 25).
+    /// Starts the background service, which otherwise the first background freeze does: so that a
+    /// missing feature of the host is reported by name at start (canon 25).
     ///
     /// # Errors
-    /// Why this host cannot; freezes are eager then.
+    /// The reason why this host lacks background freezes. Freezes are eager then.
     pub fn start_background(&self) -> Result<(), BackgroundError> {
         self.background().map(|_| ())
     }
 
-    /// A new layer's file of `pages` pages, all holes. Huge pages are used from one block upward: a
-    /// smaller file would pay for clearing 2 MiB to hold a few pages.
+    /// Makes a new layer with a file of `pages` pages, all holes. Huge pages are used from one
+    /// block upward: a smaller file would clear 2 MiB to hold a few pages.
     pub(crate) fn layer(&self, pages: u64, grain: Backing) -> Result<Layer, StoreError> {
         let file = self.file(pages, grain).map_err(|source| StoreError::File { pages, source })?;
         Ok(self.adopt_file(file, pages, Home::Memory(self.grain(grain))))
     }
 
-    /// As [`Self::layer`], for a caller that writes all of it before it is shared: its memory may
-    /// be allocated already.
+    /// As [`Self::layer`], for a caller that writes all pages before sharing the layer: its memory
+    /// may be preallocated.
     pub(crate) fn delta_layer(&self, pages: u64, grain: Backing) -> Result<Layer, StoreError> {
         if pages > MAX_PAGES {
             return self.layer(pages, grain);
@@ -304,7 +304,7 @@ impl Store {
         }
         match made {
             Some(file) => {
-                // Relaxed: a number to be shown.
+                // Relaxed: a statistic.
                 self.0.made_ahead.fetch_add(1, Ordering::Relaxed);
                 Ok(self.adopt_file(file, pages, Home::Memory(grain)))
             }
@@ -312,14 +312,14 @@ impl Store {
         }
     }
 
-    /// Freezes that found a file whose memory was allocated already.
+    /// Number of freezes that found a preallocated file.
     #[must_use]
     pub fn made_ahead(&self) -> u64 {
         self.0.made_ahead.load(Ordering::Relaxed)
     }
 
-    /// As [`Self::layer`], and no page is there yet, not even as zeros: in a file that is filled
-    /// while it is read, a page that is there is taken for filled.
+    /// As [`Self::layer`], with no page present, not even as zeros: in a file that is filled while
+    /// it is read, a present page counts as filled.
     pub(crate) fn unpopulated_layer(&self, pages: u64, grain: Backing) -> Result<Layer, StoreError> {
         let file = match (&self.0.huge, grain) {
             (Some(fs), Backing::Huge) => fs.file(pages),
@@ -341,14 +341,14 @@ impl Store {
         Layer::new(LayerId(Self::next_id()), file, pages, home, Arc::clone(&self.0.live_layers))
     }
 
-    /// The page size that is to be had.
+    /// The page size available for `wanted`.
     fn grain(&self, wanted: Backing) -> Backing {
         if self.0.huge.is_some() { wanted } else { Backing::Small }
     }
 
     fn next_id() -> u64 {
-        // The process's, because a VM of one store may be started from an image of another.
-        // Relaxed: identities only have to differ.
+        // Per process, because a VM of one store may be started from an image of another. Relaxed:
+        // identities only have to differ.
         static NEXT: AtomicU64 = AtomicU64::new(1);
         NEXT.fetch_add(1, Ordering::Relaxed)
     }
@@ -361,24 +361,24 @@ impl Store {
         }
     }
 
-    /// Spare files that wait for a freeze.
+    /// Number of spare files that wait for a freeze.
     #[must_use]
     pub fn spares(&self) -> usize {
         self.0.spares.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
     /// Makes spare files until there are `count`: huge pages that are already allocated and
-    /// cleared, so that a freeze only has to copy into them. Fresh huge pages cost 0.4-5.5 us for
-    /// every 4 KiB where the host has to find them first, warm ones 0.15.
+    /// cleared, so that a freeze only has to copy into them. Fresh huge pages cost 0.4-5.5 us per 4
+    /// KiB if the host has to find them first, warm ones 0.15.
     ///
     /// # Errors
-    /// When there is no memory for one; those that were made stay.
+    /// When memory for a file runs out; files already made stay.
     pub fn prefill(&self, count: usize) -> Result<(), StoreError> {
         let Some(fs) = &self.0.huge else { return Ok(()) };
         let failed = |source| StoreError::File { pages: SPARE_PAGES, source };
         while self.spares() < count {
             let file = fs.file(SPARE_PAGES).map_err(failed)?;
-            // Written, not just allocated: allocation alone leaves the clearing to the first write.
+            // Written, not just allocated: an allocation leaves the clearing to the first write.
             let zeros = vec![0u8; BLOCK_SIZE as usize];
             for block in 0..SPARE_PAGES / BLOCK_PAGES {
                 file.write_all_at(&zeros, block * BLOCK_SIZE).map_err(failed)?;
@@ -388,15 +388,16 @@ impl Store {
         Ok(())
     }
 
-    /// Closes the files that are kept for later. The reclaim thread first does the tasks that it was sent
-    /// before: some of them close files, and some make new ones to be kept.
+    /// Frees all files kept for later, after the reclaim thread has done the tasks queued before: some
+    /// tasks close files, and some keep new ones.
     pub fn drain(&self) {
         self.wait_reclaimed();
         self.0.pool.clear();
         self.0.spares.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
-    /// A spare cut to `pages`, rounded up to whole blocks, which is what its memory comes in.
+    /// Takes a spare, truncated to `pages`, rounded up to whole blocks because its memory consists
+    /// of blocks.
     fn take_spare(&self, pages: u64) -> io::Result<File> {
         let spare = self.0.spares.lock().unwrap_or_else(PoisonError::into_inner).pop();
         match (spare, &self.0.huge) {
@@ -404,7 +405,7 @@ impl Store {
                 file.set_len(pages.next_multiple_of(BLOCK_PAGES) << PAGE_SHIFT)?;
                 Ok(file)
             }
-            // Another freeze took the last one.
+            // Another freeze took the last spare.
             (None, Some(fs)) => fs.file(pages),
             (None, None) => small_file(pages),
         }

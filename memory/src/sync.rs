@@ -1,5 +1,5 @@
-//! The atomics and the locks of the ownership protocol, swapped for loom's when it is being
-//! modelled, and for shuttle's when its schedules are.
+//! The atomics and locks of the ownership protocol, replaced by loom's for its models and by
+//! shuttle's for its schedules.
 
 #[cfg(loom)]
 pub(crate) use loom::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -16,7 +16,7 @@ pub(crate) use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 #[cfg(not(any(loom, shuttle)))]
 pub(crate) use std::sync::{Mutex, MutexGuard};
 
-/// What whole regions lock and look at: beyond loom, not beyond shuttle.
+/// Locks and flags of whole regions: real under loom, scheduled under shuttle.
 pub(crate) mod whole {
     #[cfg(shuttle)]
     pub(crate) use shuttle::sync::{Mutex, MutexGuard, atomic::AtomicBool};
@@ -24,14 +24,14 @@ pub(crate) mod whole {
     pub(crate) use std::sync::{Mutex, MutexGuard, atomic::AtomicBool};
 }
 
-/// A place between two system calls where another thread may come in.
+/// A point between two system calls where another thread may run.
 #[cfg(test)]
 pub(crate) fn step() {
     #[cfg(shuttle)]
     shuttle::sync::atomic::AtomicBool::new(false).load(Ordering::SeqCst);
 }
 
-/// Locks; a panic under the lock leaves what it guards as it was after the last completed step.
+/// Locks `mutex`. After a panic under the lock, the guarded data is as of the last completed step.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
@@ -41,8 +41,7 @@ use loom::sync::atomic::AtomicBool as Flag;
 #[cfg(shuttle)]
 use shuttle::sync::atomic::AtomicBool as Flag;
 
-/// What `std`'s promises of filling and reading, with a flag that the model sees. It is filled
-/// under a lock.
+/// Replacement of `std`'s `OnceLock`, with a flag that the model sees. Filled under a lock.
 #[cfg(any(loom, shuttle))]
 #[derive(Debug)]
 pub(crate) struct OnceLock<T> {

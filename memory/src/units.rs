@@ -9,8 +9,8 @@ use std::fmt;
 pub const PAGE_SHIFT: u32 = 12;
 /// Bytes in a page.
 pub const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;
-/// Pages in a 2 MiB block, the granule of one ownership record while a block has one owner. Few
-/// where schedules are tried.
+/// Pages in a 2 MiB block, the granule of one ownership record while a block has one owner. Few in
+/// schedule exploration.
 pub const BLOCK_PAGES: u64 = if cfg!(loom) {
     2
 } else if cfg!(shuttle) {
@@ -26,8 +26,8 @@ pub const BLOCK_SIZE: u64 = BLOCK_PAGES * PAGE_SIZE;
 pub struct PageRange {
     /// First page.
     pub(crate) start: u64,
-    /// One past the last page. Never below `start`: every constructor sees to it, and nothing
-    /// outside the crate can change it.
+    /// One past the last page. Never below `start`: constructors ensure it, and the field is
+    /// private to the crate.
     pub(crate) end: u64,
 }
 
@@ -38,9 +38,8 @@ impl PageRange {
         Self { start, end: if end < start { start } else { end } }
     }
 
-    /// `len` pages from `start`. Where the end cannot be counted, a range that ends with the last
-    /// page there could be: beyond every region and never empty, so that a check of it refuses
-    /// it.
+    /// `len` pages from `start`. If the end overflows, the range ends with the last possible page:
+    /// it is beyond every region and never empty, so that a check refuses it.
     #[must_use]
     pub const fn with_len(start: u64, len: u64) -> Self {
         match start.checked_add(len) {
@@ -168,7 +167,7 @@ pub(crate) fn subtract_runs(from: &[PageRange], minus: &[PageRange]) -> Vec<Page
     out
 }
 
-/// Ascending runs, joined over gaps of up to `gap` pages. They may overlap.
+/// Joins ascending, possibly overlapping runs over gaps of up to `gap` pages.
 pub(crate) fn join_runs(runs: &[PageRange], gap: u64) -> Vec<PageRange> {
     let mut out: Vec<PageRange> = Vec::with_capacity(runs.len());
     for run in runs {

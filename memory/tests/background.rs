@@ -1,6 +1,6 @@
-//! Freezes in the background under load: vCPUs (threads) and devices (io_uring through pins) write
-//! while pages are copied, and children read at once. The model is a byte a page and round: a
-//! writer in round r writes r everywhere it goes.
+//! Background freezes under load: vCPUs (threads) and devices (io_uring through pins) write while
+//! pages are copied, and children read at once. The model is one byte per page and round: a writer
+//! in round r writes r everywhere.
 
 #![allow(clippy::unwrap_used, reason = "a test, although not every function of it is one")]
 
@@ -50,12 +50,13 @@ fn read(ram: &GuestRam, page: u64) -> u64 {
     u64::from_ne_bytes(first.try_into().expect("guest memory"))
 }
 
-/// A scatter that visits every page once a round.
+/// A permutation that visits every page once per round.
 fn scattered(n: u64) -> u64 {
     n * 2_777 % PAGES
 }
 
-/// What another process would map: no page of the layer may be missing, for it would be zeros.
+/// The view of another process: no page of the layer may be missing, because it would read as
+/// zeros.
 #[test]
 fn i4_a_layer_for_another_process_is_complete() {
     for store in [Store::open().unwrap(), Store::open_small().unwrap()] {
@@ -80,9 +81,9 @@ fn i4_a_layer_for_another_process_is_complete() {
     }
 }
 
-/// Rounds: all pages are written, the VM is frozen, and while the delta is filled the next round's
-/// writers are at work on the parent, and readers on two children. Every image must be exactly its
-/// round.
+/// Rounds: all pages are written, and the VM is frozen. While the delta is filled, the next round's
+/// writers run in the parent, and readers in two children. Every image must have exactly the bytes
+/// of its round.
 fn rounds(store: &Store, rounds: u64, scatter: bool) {
     let ram = parent(store);
     let order = |n: u64| if scatter { scattered(n) } else { n };
@@ -135,8 +136,8 @@ fn writers_and_readers_at_once_in_small_pages() {
     rounds(&Store::open_small().unwrap(), 6, false);
 }
 
-/// A device keeps writing through pins that are taken and dropped while pages are copied: no write
-/// of it reaches an image that was frozen before, and none is lost.
+/// A device keeps writing through pins that are taken and dropped while pages are copied: its
+/// writes reach no image frozen before, and none of them is lost.
 fn devices(store: &Store) {
     const PINNED: u64 = 24;
     let ram = parent(store);
@@ -190,8 +191,8 @@ fn devices_write_while_pages_are_copied_in_small_pages() {
     devices(&Store::open_small().unwrap());
 }
 
-/// A chain of VMs, each frozen in the background while what it was given is still pending, and
-/// every elder dropped at once.
+/// A chain of VMs, each frozen in the background while its adopted pages are still pending, and
+/// every older VM dropped at once.
 #[test]
 fn a_chain_of_pending_layers() {
     for store in [Store::open().unwrap(), Store::open_small().unwrap()] {
@@ -214,8 +215,8 @@ fn a_chain_of_pending_layers() {
     }
 }
 
-/// VMs are made, frozen and dropped in any order while everything is pending; nothing hangs and
-/// nothing is left.
+/// VMs are made, frozen and dropped in any order while everything is pending, without hangs or
+/// leaks.
 #[test]
 fn drops_in_any_order() {
     for store in [Store::open().unwrap(), Store::open_small().unwrap()] {
@@ -244,8 +245,8 @@ fn drops_in_any_order() {
     }
 }
 
-/// Many freezes in a row beside a writer that is stopped only for each: what a template that is
-/// forked all the time sees.
+/// Many freezes in a row beside a writer that is stopped only for each: the load of a template that
+/// is forked all the time.
 #[test]
 fn a_running_counter_is_frozen_at_one_instant() {
     let store = Store::open().unwrap();
@@ -283,7 +284,7 @@ fn a_running_counter_is_frozen_at_one_instant() {
             for n in last + 1 - PAGES..=last {
                 assert_eq!(read(&copy, scattered(n % PAGES)), n, "write {n} of {last}");
             }
-            // Paused means that it has seen the pause, not that it saw it for an earlier round.
+            // Waits for an acknowledgement of this pause, not of an earlier round's.
             while paused.load(Ordering::Acquire) {
                 thread::yield_now();
             }
@@ -311,7 +312,7 @@ fn figures() {
                 let begun = Instant::now();
                 let (image, _) = freeze(&ram, mode);
                 pauses.push(begun.elapsed().as_secs_f64() * 1e6);
-                // The parent writes protected pages from the end, where the copier is not yet.
+                // The parent writes protected pages from the end, which the copier reaches last.
                 let begun = Instant::now();
                 let some = (dirty / 8).min(1024);
                 for n in (dirty - some..dirty).rev() {
@@ -381,7 +382,7 @@ fn small_pages_are_put_together_when_all_are_there() {
     let (image, report) = ram.freeze_in(FreezeMode::Background, &Quiesced::by(&clade_memory::NoWriters)).unwrap();
     assert!(report.pending > 0);
     image.finish_background().unwrap();
-    // The kernel may lack memory in blocks for a moment: each try is a child of its own.
+    // Memory in blocks may be short for a moment: each attempt uses a new child.
     wait_until("the child is mapped in blocks", || {
         let child = GuestRam::reserve(image.layout(), &store).unwrap();
         child.adopt(&image).unwrap();

@@ -1,5 +1,5 @@
-//! What docs/invariants.md and docs/identity.md say is so: every line they quote stands in the file
-//! they name, and every test they name exists.
+//! Checks docs/invariants.md and docs/identity.md: every quoted line exists in the named file, and
+//! every named test exists.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -17,7 +17,7 @@ fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// What stands between backquotes.
+/// The text between backquotes.
 fn quoted(cell: &str) -> Vec<&str> {
     cell.split('`').skip(1).step_by(2).collect()
 }
@@ -26,14 +26,14 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
 }
 
-/// All code there is.
+/// All source code.
 fn all_sources() -> String {
     let mut files = Vec::new();
     sources(root(), &mut files);
     files.iter().map(|file| fs::read_to_string(file).unwrap()).collect()
 }
 
-/// docs/identity.md has a test for each thing that a clone has of its own.
+/// docs/identity.md names a test for each property that a clone does not share.
 #[test]
 fn every_row_of_what_a_clone_has_of_its_own_has_its_test() {
     let text = fs::read_to_string(root().join("docs/identity.md")).unwrap();
@@ -57,7 +57,7 @@ fn every_line_and_every_test_named_is_there() {
     let all = all_sources();
     let (mut rules, mut wrong) = (0, Vec::new());
     for row in text.lines().filter(|line| line.starts_with("| R")) {
-        // A quoted line may hold the bar that separates cells.
+        // A quoted line may contain the bar that separates cells.
         let cells: Vec<&str> = row.trim_matches('|').split(" | ").map(str::trim).collect();
         let [rule, _, file, line @ .., tests] = cells.as_slice() else { panic!("not a row: {row}") };
         rules += 1;

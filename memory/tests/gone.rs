@@ -1,4 +1,4 @@
-//! Memory over a file that goes away: one VM is told that it is lost, and the process lives on.
+//! Memory over a file that is truncated: one VM is notified of its loss, and the process survives.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -46,17 +46,15 @@ fn a_vm_whose_file_is_cut_short_is_told_and_no_other() {
     assert_eq!((byte(&lost, 0), byte(&well, 0)), (1, 2));
     lost.memory().write_obj(9u8, GuestAddress(3 * PAGE_SIZE + 7)).unwrap();
     first.set_len(0).unwrap();
-    // What is read now is nothing to rely on, but it is read.
+    // The value read now is meaningless, but the read succeeds.
     let _ = byte(&lost, 30);
     assert!(clade_test_support::receive("the callback", &hear), "it is told why");
     assert!(matches!(lost.failure().as_deref(), Some(FillError::Gone)));
-    // The kernel takes a VM's own copies of a file's pages with the file's: nothing of it is worth
-    // anything.
+    // The kernel drops a VM's own copies of a file's pages with the file's, so all of it is lost.
     let _ = byte(&lost, 3);
     assert!(well.failure().is_none());
     (0..PAGES).for_each(|page| assert_eq!(byte(&well, page), 2));
-    // Neither is it frozen into something that others would take for its memory, nor does trying
-    // harm anybody.
+    // A freeze must not turn it into memory for other VMs, and the attempt must be harmless.
     drop(lost.freeze(&Quiesced::by(&clade_memory::NoWriters)));
     drop(lost);
     assert_eq!(byte(&over(&second, &store), 5), 2);
@@ -72,7 +70,7 @@ fn touches_what_is_nobodys() {
     // SAFETY: a fresh mapping at an address of the kernel's choice.
     let at = unsafe { mmap(std::ptr::null_mut(), 4096, ProtFlags::READ, flags, &other, 0) }.unwrap();
     other.set_len(0).unwrap();
-    // SAFETY: the address is mapped; that the access is a SIGBUS is what is tried.
+    // SAFETY: the address is mapped; the SIGBUS on access is the subject of the test.
     let byte = unsafe { at.cast::<u8>().read_volatile() };
     println!("read {byte}");
 }

@@ -1,5 +1,5 @@
-//! Compaction and the sweep: layers stay few, and what nobody sees is given back, without anybody
-//! noticing.
+//! Compaction and the sweep: the number of layers stays low, and invisible pages are punched,
+//! without an effect on VMs.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -57,7 +57,7 @@ fn what_no_view_sees_is_given_back() {
     let second = freeze(&ram);
     (0..16).for_each(|page| put(&ram, page, 200 + page));
     let third = freeze(&ram);
-    // In all: the store sweeps by itself, too.
+    // In total, because the store also sweeps by itself.
     let swept = || {
         store.sweep();
         store.given_back()
@@ -67,12 +67,12 @@ fn what_no_view_sees_is_given_back() {
     drop(first);
     assert_eq!(swept(), 0, "a child sees what its image showed");
     drop(sibling);
-    // Of the first layer pages 0..32 are in no view any more: the second image and the VM have
+    // Pages 0..32 of the first layer are in no view any more: the second image and the VM have
     // newer ones.
     assert_eq!(swept(), 32);
     let grandchild = child(&second, &store);
     assert!((0..32).all(|page| word(&grandchild, page) == 100 + page));
-    // The second image's layer goes as a whole: the third copied pages 16..32 again.
+    // The second image's layer is freed as a whole: the third copied pages 16..32 again.
     drop((second, grandchild));
     assert_eq!(swept(), 32);
     let want = |page| match page {
@@ -88,8 +88,8 @@ fn what_no_view_sees_is_given_back() {
     expect_gone(&store);
 }
 
-/// A freeze copies the page between two written ones along with them. The VM goes on showing the
-/// old one, which must stay.
+/// A freeze copies the page between two written ones along with them. The VM still shows the old
+/// page, which must stay.
 #[test]
 fn a_page_copied_with_its_neighbours_is_still_shown_from_where_it_was() {
     for mode in [FreezeMode::Eager, FreezeMode::Background] {
@@ -129,7 +129,7 @@ fn i7_nothing_is_given_back_under_a_pin() {
             assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(pin.range().start() * PAGE_SIZE)).unwrap(), 77);
         }
         drop(pins);
-        // Now they are a layer's like any other.
+        // Now they belong to an ordinary layer.
         let last = freeze(&ram);
         drop(later);
         store.sweep();
@@ -190,7 +190,7 @@ fn many_pieces_are_merged_with_the_same_contents() {
         ram.check(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
         assert_eq!((after.exclusive, after.shared), (before.exclusive, before.shared), "nobody owns more than before");
         expect(&ram, &want);
-        // Back to what the first image was, and forward to the merged one.
+        // Back to the first image, and forward to the merged one.
         ram.reset(&images[0], &Quiesced::by(&clade_memory::NoWriters), Duration::ZERO).unwrap();
         expect(
             &ram,
@@ -253,8 +253,8 @@ fn evicted_pages_that_were_read_back_are_dropped_again() {
     (0..256).for_each(|page| assert_eq!(word(&ram, page), page + 1));
     put(&ram, 9, 99);
     let pin = region.pin(PageRange::new(20, 24), Access::Write, PinLifetime::LongTerm).unwrap();
-    // Page 9 is the VM's own again and goes to disk; the four that are pinned stay; the others only
-    // leave memory.
+    // Page 9 is the VM's own again and is written to disk; the four pinned pages stay; the others
+    // are only dropped from memory.
     let evicted = region.evict(all, dir, &quiesced).unwrap();
     assert_eq!(evicted, Evicted { written: 1, dropped: 251 });
     pin.slice().write_obj(7u64, 0).unwrap();
@@ -265,8 +265,8 @@ fn evicted_pages_that_were_read_back_are_dropped_again() {
     assert_eq!(word(&ram, 9), 99);
 }
 
-/// More scattered pages than a process may have mappings: what a child cannot be given is refused
-/// before anything is done, and can be had once the image has been merged.
+/// More scattered pages than a process may have mappings: a child that needs too many is refused
+/// before any change, and succeeds once the image has been merged.
 #[test]
 fn d5_more_scattered_pages_than_mappings() {
     let store = Store::open().unwrap();
@@ -305,8 +305,8 @@ fn d5_more_scattered_pages_than_mappings() {
     expect_gone(&store);
 }
 
-/// A VM of one store, started from an image of another: neither store gives back what the other's
-/// VM sees.
+/// A VM of one store, started from an image of another: neither store punches pages that the
+/// other's VM shows.
 #[test]
 fn stores_look_at_each_others_views() {
     let (ours, theirs) = (Store::open_small().unwrap(), Store::open_small().unwrap());
@@ -319,7 +319,7 @@ fn stores_look_at_each_others_views() {
     ours.sweep();
     (0..64).for_each(|page| assert_eq!(word(&vm, page), if page < 32 { 7 } else { page + 1 }));
     (0..64).for_each(|page| assert_eq!(word(&parent, page), if page < 32 { page + 1 } else { 8 }));
-    // What nobody sees of ours is given back all the same.
+    // Invisible pages of this store's layers are punched as well.
     (0..16).for_each(|page| put(&parent, page, 9));
     drop(freeze(&parent));
     drop(vm);
@@ -327,8 +327,8 @@ fn stores_look_at_each_others_views() {
     assert!(ours.given_back() > 0);
 }
 
-/// What a VM still owned of its birth file when it went, because a device had it at the last
-/// freeze, is given back though others see the rest.
+/// Pages of its birth file that a VM still owned when it was dropped, because a device held them at
+/// the last freeze, are punched even if other VMs show the rest.
 #[test]
 fn what_a_dead_vm_owned_of_its_birth_file_is_given_back() {
     let store = Store::open_small().unwrap();

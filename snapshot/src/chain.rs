@@ -15,14 +15,14 @@ use crate::layer::{LayerFile, sealed_sum};
 use crate::space::Kind;
 use crate::staging::{MANIFEST, STATE, WORKING_SET, layer_name};
 
-/// Most snapshots in a chain: a full one, and those on top of it. Each adds files to hold open, and
-/// pieces to map.
+/// Maximum number of snapshots in a chain: a full one, and those on top of it. Each adds files to
+/// hold open, and pieces to map.
 pub(crate) const MAX_DEPTH: usize = 64;
-/// Most bytes of a manifest.
+/// Maximum length of a manifest in bytes.
 const MAX_MANIFEST: u64 = 16 << 20;
-/// Most bytes of a state file, whatever the manifest says.
+/// Maximum length of a state file in bytes, regardless of the manifest.
 pub(crate) const MAX_STATE: u64 = 256 << 20;
-/// Most bytes of a working-set file, whatever the size of the memory.
+/// Maximum length of a working-set file in bytes, regardless of the size of the memory.
 const MAX_WORKING_SET: u64 = 256 << 20;
 
 /// The layer of the chain that has a page: 0 is the newest.
@@ -121,7 +121,7 @@ pub(crate) fn read_chain(files: &Files, dir: &Path) -> Result<Vec<Member>, Error
         if members.len() >= MAX_DEPTH {
             return Err(Error::TooDeep { path: dir.to_owned(), most: MAX_DEPTH });
         }
-        // From the child's open directory, whatever its path leads to by now.
+        // From the child's open directory, even if its path leads elsewhere by now.
         let opened = files.dir_from(child, Path::new(&parent.path)).map_err(inside)?;
         let found = read_manifest(files, &opened).map_err(inside)?;
         if found.id != parent.id {
@@ -129,7 +129,7 @@ pub(crate) fn read_chain(files: &Files, dir: &Path) -> Result<Vec<Member>, Error
             return Err(inside(wrong));
         }
         fits(child.path(), manifest, &found)?;
-        // Messages use the resolved path: a row of relative ones is hard to read.
+        // Messages use the resolved path: a chain of relative ones is hard to read.
         let called = at.canonicalize().unwrap_or(at);
         members.push(Member { dir: opened.called(called), manifest: found });
     }
@@ -181,8 +181,8 @@ impl Snapshot {
         let members = read_chain(files, dir)?;
         let newest = &members[0];
         let sections = read_state(files, newest)?;
-        // A restore does not need the parents' states. They are checked because a chain must be
-        // whole.
+        // A restore does not need the parents' states. The check exists because a chain must be
+        // complete.
         members[1..].iter().try_for_each(|member| read_state(files, member).map(drop))?;
         let space = |disk: Option<usize>| {
             let layers = members.iter().map(|member| {
@@ -196,7 +196,7 @@ impl Snapshot {
         Ok(Self(Arc::new(Opened { files: files.clone(), members, sections, memory, disks })))
     }
 
-    /// Its directory, and those of the snapshots that it depends on, the newest first.
+    /// Directories of the snapshot and of those that it depends on, newest first.
     pub fn dirs(&self) -> impl Iterator<Item = &Path> {
         self.0.members.iter().map(|member| member.dir.path())
     }
@@ -254,7 +254,7 @@ impl Snapshot {
     /// The pages that a run touched first, if that was recorded, for [`crate::Load::WorkingSet`].
     ///
     /// # Errors
-    /// When the file is damaged. The rest of the snapshot can be used all the same.
+    /// When the file is damaged. The rest of the snapshot is still usable.
     pub fn working_set(&self) -> Result<Option<Vec<PageRange>>, Error> {
         read_working_set(&self.0.files, &self.0.members[0])
     }

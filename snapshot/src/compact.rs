@@ -1,7 +1,7 @@
 //! Compaction: a chain becomes one full snapshot, in the newest one's place.
 //!
-//! The snapshot keeps its identity, which is that of its contents. So snapshots on top of it stay
-//! valid. Its parents stay as they are: other snapshots may depend on them.
+//! The snapshot keeps its identity, which belongs to its contents, so snapshots on top of it stay
+//! valid. Its parents are unchanged, because other snapshots may depend on them.
 
 use std::path::Path;
 

@@ -1,13 +1,13 @@
 //! Dependents: each snapshot has a note for each incremental one on top of it.
 //!
-//! A note is a file `.needed-by-XXXXXXXXXXXXXXXX` with the path of the dependent's directory. It is
-//! durable before the dependent is published, so a dependent always has a note. A note alone proves
-//! nothing: the dependent's manifest is read too. A dependent that was compacted, replaced or moved
-//! away no longer counts.
+//! A note is a file `.needed-by-XXXXXXXXXXXXXXXX` with the path of the dependent's directory. A
+//! dependent is published only after its note is durable, so a dependent always has a note. A note
+//! alone proves nothing: the dependent's manifest is read too. A dependent that was compacted,
+//! replaced or moved away no longer counts.
 //!
-//! Notes are written under a shared lock of the base. They are read, copied and removed under an
-//! exclusive one ([`crate::lock`]). So the note of a dependent that is about to be published is not
-//! taken for that of one that is gone.
+//! Notes are written under a shared lock of the base, and read, copied and removed under an
+//! exclusive one ([`crate::lock`]). So the note of a dependent that is about to be published cannot
+//! be mistaken for that of a removed one.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -115,7 +115,7 @@ pub(crate) fn prune(files: &Files, dir: &Dir) -> Result<(), Error> {
 pub(crate) fn expect_none(files: &Files, dir: &Dir) -> Result<(), Error> {
     let own = match read_manifest(files, dir) {
         Ok(manifest) => manifest.id,
-        // Nothing can depend on a snapshot that cannot be read.
+        // A snapshot that cannot be read cannot have dependents.
         Err(Error::Damaged { .. } | Error::NotAFile { .. }) => return Ok(()),
         Err(Error::File { source, .. }) if source.kind() == ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(error),
@@ -143,7 +143,7 @@ fn standing(files: &Files, dir: &Dir, name: &str, on: SnapshotId) -> Standing {
     match files.dir(&path).and_then(|dir| read_manifest(files, &dir)) {
         Ok(manifest) if manifest.parent.as_ref().is_some_and(|parent| parent.id == on) => Standing::Needs(path),
         Ok(_) => Standing::Gone,
-        // It is not there, is no directory, or is not a snapshot.
+        // The path is missing, or leads to a file or another directory.
         Err(Error::File { source, .. }) if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
             Standing::Gone
         }

@@ -1,7 +1,8 @@
-//! A snapshot's directory, open: it stays the same directory if its path comes to lead elsewhere.
+//! The open directory of a snapshot, which stays the same directory even if its path leads
+//! elsewhere later.
 //!
-//! Everything in it is opened, made and removed by this descriptor. So the files read belong to the
-//! manifest that was checked, even if directories are exchanged meanwhile.
+//! All files in it are opened, made and removed through this descriptor. So the files read belong
+//! to the manifest that was checked, even if directories are exchanged meanwhile.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata};
@@ -28,7 +29,7 @@ pub(crate) struct Dir {
 }
 
 impl Dir {
-    /// Its path in messages. Nothing is opened by it.
+    /// Its path in messages, never used to open it.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
@@ -78,8 +79,8 @@ impl Files {
         }
     }
 
-    /// Opens a regular file for reading. A link is refused, because it leads elsewhere; a FIFO is
-    /// refused, because opening it would block.
+    /// Opens a regular file for reading. Links are refused, because they lead elsewhere; FIFOs are
+    /// refused, because opening one would block.
     pub(crate) fn open_in(&self, dir: &Dir, name: &str) -> Result<File, Error> {
         let path = dir.path.join(name);
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;

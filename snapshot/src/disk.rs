@@ -52,7 +52,7 @@ impl DiskReader {
     }
 
     /// Reads `bytes` at `offset`. Uncompressed data is not compared with its checksum here, because
-    /// that would take reading 256 KiB. [`Self::copy_to`] and [`crate::verify`] compare it.
+    /// that would require reading 256 KiB. [`Self::copy_to`] and [`crate::verify`] compare it.
     ///
     /// # Errors
     /// When the range leaves the disk, or cannot be read.
@@ -101,7 +101,7 @@ impl DiskReader {
         Ok(())
     }
 
-    /// The runs of pages that have data, ascending: what a copy has to write.
+    /// The runs of pages that have data, ascending. A copy has to write these.
     #[must_use]
     pub fn data_runs(&self) -> Vec<PageRange> {
         let mut runs: Vec<PageRange> = Vec::new();

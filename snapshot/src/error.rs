@@ -8,7 +8,7 @@ use thiserror::Error;
 
 use crate::format::{Damage, SnapshotId};
 
-/// Why a snapshot cannot be written or used. A snapshot that was there before stays as it was.
+/// The reason why a snapshot cannot be written or used. An existing snapshot is unchanged.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -40,12 +40,12 @@ pub enum Error {
         /// The kind of file that is there.
         found: &'static str,
     },
-    /// A file's content is not what was written.
+    /// A file's content differs from the content written.
     #[error("{} is damaged, or not of this format", path.display())]
     Damaged {
         /// The file's path.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The damage.
         #[source]
         damage: Damage,
     },
@@ -54,7 +54,7 @@ pub enum Error {
     NotASnapshot {
         /// The directory's path.
         path: PathBuf,
-        /// What the directory has, or lacks, in words.
+        /// Contents of the directory, or the missing part, in words.
         found: String,
     },
     /// Another snapshot depends on the one to be replaced.

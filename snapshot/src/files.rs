@@ -41,7 +41,7 @@ pub(crate) struct Files {
     pub(crate) plan: Option<std::sync::Arc<crate::tests::faults::Plan>>,
 }
 
-/// What a plan does in place of an operation.
+/// A plan's substitute for an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(not(test), allow(dead_code, reason = "only plans of tests say more than Go"))]
 pub(crate) enum Verdict {
@@ -65,14 +65,14 @@ impl Files {
         self.plan.as_ref().map_or(Ok(Verdict::Go), |plan| plan.decide(op, path))
     }
 
-    /// How long a lock of a snapshot's directory is waited for.
+    /// Maximum time to wait for a lock of a snapshot's directory.
     #[cfg(not(test))]
     #[allow(clippy::unused_self, reason = "a test's plan decides")]
     pub(crate) fn lock_timeout(&self) -> Duration {
         crate::lock::TIMEOUT
     }
 
-    /// How long a lock is waited for: as the plan says, or longer than any test.
+    /// Maximum time to wait for a lock: from the plan, or longer than any test.
     #[cfg(test)]
     pub(crate) fn lock_timeout(&self) -> Duration {
         self.plan.as_ref().and_then(|plan| plan.lock_timeout).unwrap_or(crate::lock::TIMEOUT * 60)
@@ -135,7 +135,8 @@ impl Files {
         let file = self.run(Op::Create, path, |_| {
             if direct {
                 match open(OFlags::DIRECT) {
-                    // The file system does not support it. It may have made the file all the same.
+                    // Unsupported by the file system. The file may have been made in spite of the
+                    // error.
                     Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {
                         let _ = fs::remove_file(path);
                     }
@@ -177,7 +178,7 @@ impl Files {
         self.run(Op::SetLen, path, |_| file.set_len(bytes)).map_err(|source| Error::file("extended", path, source))
     }
 
-    /// Makes a file durable. A failure is final: a later success says nothing about the same pages.
+    /// Makes a file durable. A failure is final: a later success does not cover the same pages.
     pub(crate) fn sync(&self, file: &File, path: &Path) -> Result<(), Error> {
         self.run(Op::Sync, path, |_| file.sync_all()).map_err(|source| Error::file("synced", path, source))
     }
@@ -271,7 +272,7 @@ impl Files {
     }
 }
 
-/// What to call a file of another kind.
+/// Name for a file of another kind, in messages.
 pub(crate) fn name_of(kind: FileType) -> &'static str {
     match kind {
         kind if kind.is_dir() => "a directory",

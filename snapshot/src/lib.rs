@@ -1,18 +1,18 @@
 //! Snapshots of microVMs on disk.
 //!
 //! A snapshot is a directory with a VM at one instant: its memory, its disks, and named sections of
-//! bytes for the rest. It is full, or has what changed since its parent. `docs/snapshot-format.md`
-//! describes the format and its guarantees.
+//! bytes for the rest. A snapshot is full, or has the changes since its parent.
+//! `docs/snapshot-format.md` describes the format and its guarantees.
 //!
-//! | to | use |
+//! | operation | item |
 //! |---|---|
-//! | write one | [`Save`] |
-//! | read one | [`Snapshot`] |
-//! | check one, look at one, merge a chain | [`verify`], [`show`], [`compact`] |
-//! | read ahead what the last run touched first | [`record_working_set`], [`Load::WorkingSet`] |
+//! | write a snapshot | [`Save`] |
+//! | read a snapshot | [`Snapshot`] |
+//! | check or show a snapshot, merge a chain | [`verify`], [`show`], [`compact`] |
+//! | read ahead the last run's first pages | [`record_working_set`], [`Load::WorkingSet`] |
 //!
-//! What it does not do: it does not stop the VM (it takes an image that never changes), does not
-//! know the contents of sections, and does not encrypt. Checksums detect accidents, not forgeries.
+//! Limits: the crate does not stop the VM (it takes an immutable image), does not interpret
+//! sections, and does not encrypt. Checksums detect accidents, not forgeries.
 
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]

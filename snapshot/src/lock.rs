@@ -17,8 +17,8 @@ use crate::dir::{Dir, identity};
 use crate::error::Error;
 use crate::files::{Files, Op};
 
-/// How long a lock is waited for. Its holder writes a note, renames and syncs directories, which a
-/// disk that stalls makes long.
+/// Maximum time to wait for a lock. Its holder writes a note, renames and syncs directories, which
+/// takes long on a stalled disk.
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(60);
 /// Time between attempts.
 const AGAIN: Duration = Duration::from_millis(5);
@@ -58,7 +58,7 @@ pub(crate) fn lock(
     }
 }
 
-/// All locks, or the path of one that is not free.
+/// Takes all locks, or returns the path of one that is not free.
 fn lock_all<'a>(files: &Files, wanted: &[(&'a Path, How)]) -> Result<Result<Vec<Option<Dir>>, &'a Path>, Error> {
     let mut locked = Vec::with_capacity(wanted.len());
     for (path, how) in wanted {
@@ -92,7 +92,7 @@ fn lock_one(files: &Files, path: &Path, how: How) -> Result<Tried, Error> {
         Err(error) => Err(error.into()),
     });
     let had = had.map_err(|source| Error::file("locked", path, source))?;
-    // The holder before may have put another directory in its place.
+    // The previous holder may have put another directory in its place.
     let there = path.symlink_metadata().ok().map(|meta| identity(&meta));
     Ok(if had && dir.identity() == there { Tried::Locked(dir) } else { Tried::Contended })
 }

@@ -17,7 +17,8 @@ pub(crate) struct RamSpace {
 }
 
 impl RamSpace {
-    /// All of `image`, or what may have changed since `base`. Waits until the image is complete.
+    /// The pages of `image`, or those that may have changed since `base`. Waits until the image is
+    /// complete.
     pub(crate) fn new(image: &RamImage, base: Option<&RamImage>) -> Result<Self, RamError> {
         image.finish_background()?;
         let layout = image.layout();

@@ -232,8 +232,8 @@ fn bridge(space: &ChainSpace, pieces: impl Iterator<Item = (PageRange, Owner)>, 
             && range.start() - last.end() <= gap
         {
             let between = PageRange::new(last.end(), range.start());
-            // Zeros in the space must be a hole in the file. The file may have pages there that a
-            // later layer says are zeros.
+            // Zeros in the space must be a hole in the file. The file may have data for pages that
+            // are zeros in a later layer.
             let hole = match owner {
                 Owner::File(at) => space.layers[at].index.data_within(between).next().is_none(),
                 Owner::Draft => true,

@@ -227,7 +227,7 @@ impl Save<'_> {
             if let Some((base, path)) = &base {
                 let gone = || Error::file("found", path, std::io::ErrorKind::NotFound.into());
                 let dir = locked.next().flatten().ok_or_else(gone)?;
-                // It may have been replaced meanwhile.
+                // Another save may have replaced the base meanwhile.
                 expect_id(files, base, &dir)?;
                 if how == How::Shared && dependents::is_full(files, &dir)? {
                     how = How::Exclusive;

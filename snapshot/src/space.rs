@@ -7,7 +7,7 @@ use clade_memory::{PageRange, RamLayout};
 use crate::error::Error;
 use crate::format::Run;
 
-/// What is known of a page before it is read.
+/// Kind of a page, before it is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// The page has to be read, and may turn out to be zeros.

@@ -2,10 +2,10 @@
 //!
 //! 1. Leftovers of crashes are removed: directories with our prefix whose lock is free.
 //! 2. A directory `.NAME.clade-XXXXXXXXXXXXXXXX` is made beside the target and locked (flock on the
-//!    directory itself, so that it ends with the process).
+//!    directory itself, so that the lock ends with the process).
 //! 3. Everything is written there, each file synced, then the directory.
-//! 4. One rename: to the target if there is none, else the two are exchanged.
-//! 5. The parent directory is synced, and only then is the old snapshot removed: until it is, a
+//! 4. One rename: to the target if it does not exist, else the two are exchanged.
+//! 5. The parent directory is synced, and only then is the old snapshot removed: until the sync, a
 //!    power cut can bring the old names back.
 
 use std::fs::File;
@@ -188,7 +188,7 @@ impl<'f> StagingDir<'f> {
         if !files.try_lock(&dir, path)? {
             return Ok(None);
         }
-        // The path must still lead to what was locked.
+        // The path must still lead to the locked directory.
         let same = |a: std::fs::Metadata, b: std::fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
         let there = dir.metadata().and_then(|locked| Ok(same(locked, path.symlink_metadata()?)));
         Ok(there.unwrap_or(false).then_some(dir))
@@ -199,9 +199,10 @@ impl<'f> StagingDir<'f> {
         &self.path
     }
 
-    /// Puts it in its place: over the snapshot there, which the caller has locked, or where nothing
-    /// is. All files in it must be synced. Returns false if the place is no longer as `over` says.
-    /// After an error it may be in place all the same, whole, but perhaps not durable.
+    /// Moves the directory into place: over the existing snapshot, which the caller has locked, or
+    /// to an unused name. All files in it must be synced. Returns false if the state of the target
+    /// contradicts `over`. After an error the snapshot may nevertheless be in place, complete, but
+    /// perhaps not durable.
     pub(crate) fn publish(&mut self, over: bool) -> Result<bool, Error> {
         self.files.sync_dir(&self.path)?;
         let put = if over {
@@ -212,7 +213,7 @@ impl<'f> StagingDir<'f> {
         if !put {
             return Ok(false);
         }
-        // The directory aside is the old snapshot now. It must stay until the rename is durable.
+        // The staging directory is the old snapshot now, and is kept until the rename is durable.
         self.garbage = false;
         self.files.sync_dir(self.place.parent().unwrap_or(&self.place))?;
         self.garbage = over;

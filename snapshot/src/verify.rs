@@ -13,7 +13,7 @@ use crate::files::Files;
 use crate::format::{CHUNK_PAGES, Damage};
 use crate::layer::LayerFile;
 
-/// What was read and found intact.
+/// Data that was read and found intact.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Verified {
     /// Snapshots in the chain.

@@ -116,7 +116,7 @@ fn fill(
         let (jobs, todo) = sync_channel::<Job>(BUFFERS);
         let (done, buffers) = channel();
         for _ in 0..BUFFERS {
-            // The receiver is in this function.
+            // Succeeds, because the receiver is in this function.
             let _ = done.send(Buffer::new());
         }
         let writer = scope.spawn(move || {
@@ -276,7 +276,7 @@ fn within(data: &[PageRange], chunk: u64) -> impl Iterator<Item = PageRange> {
     data.iter().map(move |range| range.intersect(all)).filter(|range| !range.is_empty())
 }
 
-/// The kinds of a window's pages, after those said to be data were read.
+/// The kinds of a window's pages, after the presumed data pages were read.
 fn settle(pieces: &[Run], buffer: &mut Buffer) -> Vec<Run> {
     let mut runs = Vec::new();
     for piece in pieces {
@@ -314,7 +314,7 @@ mod tests {
 
     const PAGES: u64 = 9 * WINDOW + 5;
 
-    /// What page it is: its byte if it is data, none if it is not to be saved.
+    /// Expected content of a page: its byte if it is data, `None` if it is not saved.
     fn byte(page: u64) -> Option<u8> {
         match (page / WINDOW, page % 100) {
             (4 | 5, _) | (_, 40..70) => Some(0),
@@ -330,7 +330,7 @@ mod tests {
         }
         fn runs(&self) -> io::Result<Vec<(PageRange, Kind)>> {
             let kind = |page: u64| match byte(page)? {
-                // Only found by reading.
+                // Detected only by reading.
                 0 if page % 100 == 99 => Some(Kind::Data),
                 0 => Some(Kind::Zero),
                 _ => Some(Kind::Data),

@@ -162,10 +162,10 @@ fn a_packet_behind_a_full_ring_is_input_until_the_guest_has_it() {
     assert_eq!(received(&mut vm), frame(100, 3));
     assert!(with(&vm, DeviceOps::has_input), "it has taken one, and one waits");
     // A closed device drops what comes.
-    set_link(&mut vm, Link::Closed);
+    set_link(&vm, Link::Closed);
     vm.wait_until("the packet is dropped", |vm| stats(vm).blocked_received == 1);
     assert!(!with(&vm, DeviceOps::has_input));
-    set_link(&mut vm, Link::Open);
+    set_link(&vm, Link::Open);
     vm.wait_until("the link is up", |vm| status(vm) == 3);
     (0..4).for_each(|_| offer(&mut vm, 2048));
     wait_until("a source announces what comes now", || {

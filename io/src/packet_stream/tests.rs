@@ -15,7 +15,7 @@ fn pair() -> (PacketStream, UnixStream) {
 /// A packet with its header, in pieces of `size` bytes.
 fn pieces(packet: &[u8], size: usize) -> Vec<Fragment> {
     let whole = Arc::new(AlignedBuf::new(VNET_HEADER + packet.len()));
-    // A header that says something would be seen if it were sent.
+    // A header with content would be noticed if it were sent.
     whole.slice().write_slice(&[0xee; VNET_HEADER], 0).unwrap();
     whole.slice().write_slice(packet, VNET_HEADER).unwrap();
     let starts = (0..whole.len()).step_by(size);
@@ -111,7 +111,7 @@ fn a_length_that_no_packet_has_ends_the_stream() {
         for _ in 0..2 {
             assert_eq!(received(&mut stream, 60).unwrap_err().kind(), io::ErrorKind::InvalidData, "{len}");
         }
-        // Nor is what comes after it taken for a packet.
+        // Later bytes are not taken for a packet either.
         theirs.write_all(&framed(&[8; 20])).unwrap();
         stream.discard().unwrap_err();
     }

@@ -26,7 +26,7 @@ fn a_set_that_does_not_fit_its_guest_is_refused_by_name() {
     }
     let many = vec![run(0, 1); MAX_RUNS + 1];
     assert_eq!(refused(vec![many, vec![]]), PageSetError::TooManyRuns { given: MAX_RUNS + 1 });
-    // Of another shape: nothing of it is noted.
+    // A set of another shape is not recorded.
     let mut learned = Learned::new(&RamLayout::new(4096).unwrap());
     assert!(matches!(learned.record(&set(&[run(0, 1)], &[])), Err(PageSetError::Regions { given: 2, guest: 1 })));
     assert_eq!((learned.sets(), learned.likely(9).pages()), (0, 0));
@@ -38,7 +38,7 @@ fn what_half_of_the_last_sets_have_is_likely() {
     assert!(learned.likely(100).is_empty());
     learned.record(&set(&[run(3, 6)], &[run(0, 2)])).unwrap();
     assert_eq!(learned.likely(100), set(&[run(3, 6)], &[run(0, 2)]));
-    // One of two is half, one of three is not.
+    // One of two is half; one of three is less.
     learned.record(&set(&[run(4, 5)], &[])).unwrap();
     assert_eq!(learned.likely(100), set(&[run(3, 6)], &[run(0, 2)]));
     learned.record(&set(&[run(4, 5)], &[])).unwrap();
@@ -56,7 +56,7 @@ fn what_is_written_no_more_is_forgotten() {
         let likely = learned.likely(100);
         known.push((likely.runs()[0].contains(&run(10, 20)), likely.runs()[0].contains(&run(50, 60))));
     }
-    // Four of the last eight are half of them.
+    // Four of the last eight are half.
     let want = [(true, false), (true, false), (true, false), (true, true), (false, true)];
     assert_eq!(known[..5], want);
     assert_eq!(learned.likely(100), new);
@@ -68,7 +68,7 @@ fn a_budget_takes_what_most_have_written() {
     let mut learned = Learned::new(&layout());
     learned.record(&set(&[run(0, 4)], &[run(9, 12)])).unwrap();
     learned.record(&set(&[run(2, 6)], &[run(9, 12)])).unwrap();
-    // Both have 2..4 and 9..12. Of what one has, the last one's first.
+    // Both have 2..4 and 9..12. Pages in only one set: the latest set's come first.
     assert_eq!(learned.likely(5), set(&[run(2, 4)], &[run(9, 12)]));
     assert_eq!(learned.likely(6), set(&[run(2, 5)], &[run(9, 12)]));
     assert_eq!(learned.likely(9), set(&[run(0, 6)], &[run(9, 12)]));

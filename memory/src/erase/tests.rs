@@ -10,7 +10,7 @@ use crate::{Access, FreezeMode, NoFork, NoWriters, PageRange, PinLifetime, RamLa
 const LOW: u64 = 512 + 40;
 const HIGH: u64 = 70;
 const HIGH_START: u64 = 1 << 32;
-/// Bytes that are read at a time, where that matters.
+/// Bytes read at a time, in tests where that matters.
 const SMALL: usize = 256 << 10;
 
 fn quiesced() -> Quiesced<'static> {
@@ -44,7 +44,7 @@ fn all(ram: &GuestRam) -> Vec<Vec<u8>> {
     ram.layout().ranges().iter().map(region).collect()
 }
 
-/// What is left of a region's bytes, by comparing at every place.
+/// Remaining occurrences in a region's bytes, by comparing at every offset.
 fn naive(bytes: &[u8], secrets: &[Vec<u8>]) -> (Vec<u8>, u64) {
     let mut left = bytes.to_vec();
     let mut count = 0;
@@ -70,7 +70,7 @@ fn naive(bytes: &[u8], secrets: &[Vec<u8>]) -> (Vec<u8>, u64) {
     (left, count)
 }
 
-/// A secret of this many bytes, no two of which have the same beginning or end.
+/// A secret of this length, whose prefixes and suffixes are all distinct.
 fn secret(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let byte = |_| {
@@ -82,7 +82,7 @@ fn secret(seed: u64, length: usize) -> Vec<u8> {
     (0..length).map(byte).collect()
 }
 
-/// Something that is written: where, and which bytes of a secret.
+/// A planted part: its place, and its bytes of a secret.
 #[derive(Clone, Debug)]
 struct Plant {
     region: usize,
@@ -102,7 +102,8 @@ impl Plant {
         let (start, pages) = ram.layout().ranges()[self.region];
         let page = self.page % pages * PAGE_SIZE;
         let (at, bytes) = match self.place {
-            // A beginning at the end of a page, an end at the start of one, all of it anywhere.
+            // A prefix at the end of a page, a suffix at the start of one, a complete secret
+            // anywhere.
             0 => (page + PAGE_SIZE - part as u64, &secret[..part]),
             1 => (page, &secret[secret.len() - part..]),
             2 => (page + PAGE_SIZE - (part as u64).min(page + PAGE_SIZE), &secret[..]),
@@ -160,14 +161,14 @@ proptest! {
         prop_assert!(all(&erased) == expected, "{plants:?}");
         prop_assert_eq!(found.whole, counts.iter().sum::<u64>());
         prop_assert!(all(&parent) == before && all(&sibling) == before, "a relative has lost something");
-        // Written were the pages with a match alone.
+        // Only pages with a match were written.
         let changed: u64 = before.iter().zip(&expected).map(|(before, after)| {
             before.chunks(PAGE).zip(after.chunks(PAGE)).filter(|(before, after)| before != after).count() as u64
         }).sum();
         let own = erased.stats().unwrap().exclusive;
         prop_assert!(own <= changed + pinned.len() as u64, "{} pages are its own, {} changed", own, changed);
         drop((held, own_pins));
-        // Its own children have none of it either, and a second search finds nothing.
+        // Children of the VM are clean as well, and a second search finds no occurrence.
         let grandchild = child(&erased, FreezeMode::Eager, &store);
         prop_assert_eq!(grandchild.erase(&views, &quiesced()).unwrap(), Erased::default());
         prop_assert!(all(&grandchild) == expected);
@@ -182,13 +183,13 @@ fn a_secret_across_the_bytes_that_are_read_at_a_time_is_found() {
     let secret = secret(7, 100);
     let parent = populated(&store, &layout);
     let chunk = SMALL as u64;
-    // Whole: wholly before, across by each part, at the very start, and at the end of all.
+    // Complete: before the edge, across it in each split, at the very start, and at the very end.
     let mut places = vec![chunk - 100, 2 * chunk - 3, chunk + 5_000, 0, 3 * chunk - 100];
     places.extend([2 * chunk + 8_192 - 50, 2 * chunk + 100_000]);
     for at in &places {
         parent.write_bytes(*at, &secret).unwrap();
     }
-    // A beginning before the edge and an end behind it that do not belong together.
+    // A prefix before the edge and a suffix after it that do not belong together.
     parent.write_bytes(chunk, &secret[60..]).unwrap();
     let child = child(&parent, FreezeMode::Eager, &store);
     let found = child.erase_by(SMALL, &[&secret], &quiesced()).unwrap();
@@ -196,7 +197,7 @@ fn a_secret_across_the_bytes_that_are_read_at_a_time_is_found() {
     assert!(all(&child)[0].iter().all(|byte| *byte == 0));
 }
 
-/// What has no memory behind it gets none, and what was not inherited is not asked for.
+/// Unallocated memory stays unallocated, and absent ranges are skipped.
 #[test]
 fn a_search_gives_memory_to_nothing() {
     for store in [Store::open().unwrap(), Store::open_small().unwrap()] {
@@ -234,7 +235,7 @@ fn what_cannot_be_told_from_other_memory_is_refused_and_nothing_is_written() {
     assert_eq!(ram.erase(&[], &quiesced()).unwrap(), Erased::default());
 }
 
-/// The worst that a guest can prepare: its pages are full of what a secret begins with.
+/// The worst case that a guest can prepare: pages full of a secret's prefix.
 #[test]
 fn memory_full_of_beginnings_is_searched_to_the_end() {
     let store = Store::open_small().unwrap();
@@ -243,7 +244,7 @@ fn memory_full_of_beginnings_is_searched_to_the_end() {
     let bytes = b"ab".repeat(2 << 20);
     (0..2).for_each(|half| ram.write_bytes(half * bytes.len() as u64, &bytes).unwrap());
     ram.write_bytes(5_000_000, &secret).unwrap();
-    // A search that compares again and again what it has compared would take hours.
+    // A search that repeats its comparisons would take hours.
     let _watchdog = clade_test_support::Watchdog::new(Duration::from_secs(600), || "a search".to_owned());
     assert_eq!(ram.erase(&[&secret], &quiesced()).unwrap().whole, 1);
 }

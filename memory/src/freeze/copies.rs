@@ -1,5 +1,5 @@
-//! What a freeze copies: which runs, how they lie in their layer, what of them the parent is shown
-//! from there.
+//! The copies of a freeze: their runs, their layout in the layer, and the part that is remapped in
+//! the parent.
 
 use std::sync::Arc;
 
@@ -8,17 +8,17 @@ use crate::layer::{Layer, LayerMap, Source};
 use crate::store::Backing;
 use crate::units::{BLOCK_PAGES, PageRange, join_runs, pages_in, subtract_runs};
 
-/// Runs are joined over gaps up to this long (in pages) even when there are few: copying four
-/// shared pages costs less than one more mapping in the parent and in every child.
+/// Runs are joined over gaps up to this length (in pages) even when there are few: copying four
+/// shared pages costs less than another mapping in the parent and in every child.
 pub(super) const SMALL_GAP: u64 = if cfg!(shuttle) { 1 } else { 4 };
 /// Above this many runs, longer gaps are closed too.
 const MANY_RUNS: usize = 64;
 
-/// Where each run of a region is in a delta.
+/// Place of each run of a region in a delta.
 pub(crate) type Placed = Vec<(PageRange, Source)>;
 
-/// Which of the runs that are copied the parent is to be shown from their copy: not the pinned (I3;
-/// of base pages only those are copied), and the longest, until no more than `keep` pages are left.
+/// Selects the copied runs to remap in the parent: never pinned ones (I3; the copied base pages are
+/// all pinned), and the longest first, until at most `keep` pages are left.
 pub(super) fn runs_to_remap(copy: &[PageRange], pinned: &[PageRange], keep: u64) -> Vec<PageRange> {
     let mut runs = subtract_runs(copy, pinned);
     let mut left = pages_in(&runs);
@@ -32,8 +32,8 @@ pub(super) fn runs_to_remap(copy: &[PageRange], pinned: &[PageRange], keep: u64)
     runs
 }
 
-/// How runs lie in a delta's file: one after another, whole blocks first and so aligned that they
-/// can be mapped 2 MiB at a time. (At offset = region offset, one stray page in a huge-page file
+/// Layout of runs in a delta's file: one after another, whole blocks first and aligned so that they
+/// can be mapped 2 MiB at a time. (With offset = region offset, one stray page in a huge-page file
 /// would cost 2 MiB.)
 pub(crate) struct Packed {
     pub(crate) runs: Vec<PageRange>,
@@ -61,7 +61,7 @@ impl Packed {
         Self { pages: pages_in(&order), runs: order, grain }
     }
 
-    /// The runs, and the file's page each starts at.
+    /// The runs, each with its first page in the file.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (PageRange, u64)> {
         self.runs.iter().scan(0, |at, run| {
             let here = *at;
@@ -75,8 +75,8 @@ impl Packed {
     }
 }
 
-/// What the delta's pages are copied from. Pages this VM owns, and pinned ones, are in its memory;
-/// gaps that were closed it may write meanwhile (not all are protected), so they come from beneath.
+/// The origins of the delta's pages. Owned and pinned pages come from the VM's memory. Closed gaps
+/// come from the layer below, because the VM may write them meanwhile (not all are protected).
 pub(super) fn parts(map: &LayerMap, owned: &[PageRange], pinned: &[PageRange], packed: &Packed) -> Vec<Part> {
     let mut own = subtract_runs(pinned, owned);
     own.extend_from_slice(owned);
@@ -116,14 +116,14 @@ fn beneath(map: &LayerMap, gap: PageRange, add: &mut impl FnMut(PageRange, Origi
     zero(done, gap.end, add);
 }
 
-/// Joins runs over small gaps; over longer ones when there are many runs. Copying a shared page too
-/// much is always safe (I5).
+/// Joins runs over small gaps, and over longer ones when there are many runs. Copying extra shared
+/// pages is always safe (I5).
 pub(super) fn close_gaps(runs: &[PageRange]) -> Vec<PageRange> {
     let mut joined = join_runs(runs, SMALL_GAP);
     let mut gap = SMALL_GAP * 4;
     while joined.len() > MANY_RUNS && gap <= BLOCK_PAGES / 8 {
         let wider = join_runs(runs, gap);
-        // Not at any price: at most twice the pages that have to be copied anyway.
+        // Bounded: at most twice the pages that have to be copied anyway.
         if pages_in(&wider) > 2 * pages_in(runs) {
             break;
         }

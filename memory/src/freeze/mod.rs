@@ -1,29 +1,28 @@
-//! Freeze: what a VM exclusively owns becomes a layer that others may share.
+//! Freeze: a VM's exclusive pages become a layer that other VMs may share.
 //!
 //! ```text
-//!   base pages (shared mapping over the base file)       private pages (the kernel's copies)
-//!     │ not pinned: remap private; the base file           │ copy into a delta layer
-//!     │             is the layer. Nothing is copied.       │ many: remap over the delta, so that they are shared
-//!     │ pinned:     copy into the delta; stays mapped      │ few, or pinned: stay as they are, still this VM's own
-//!     │             shared and in place (I3)               │             (the layer has its own bytes)
+//!   base pages (shared over the base file)         private pages (the kernel's copies)
+//!     │ not pinned: remap private; the base file     │ copy into a delta layer
+//!     │             is the layer, without a copy     │ many: remap over the delta, to share them
+//!     │ pinned:     copy into the delta; stays       │ few, or pinned: stay this VM's own
+//!     │             mapped shared and in place (I3)  │           (the layer has its own bytes)
 //! ```
 //!
-//! The order is what keeps I1-I4, and what makes failure harmless (I13):
+//! The order preserves I1-I4 and makes a failure harmless (I13):
 //!
-//! 1. Bits are given up first, atomically against lockless pins ([`crate::ownership::word`]);
-//!    a later pin waits for the table's lock.
-//! 2. Everything that needs a copy is copied while every page still is where it was. Failing here
-//!    changes nothing.
-//! 3. Base pages are remapped. Contents do not change, so even a failure half-way leaves the VM
-//!    whole: what was remapped is read from the same file, what was not stays owned.
-//! 4. Private pages are remapped over the delta, as an optimisation: a page left out is merely
-//!    copied again next time. Which are is decided before 2, so that those that stay get a layer to
-//!    themselves: all of it is superseded at the next freeze, and its memory goes. In one layer
-//!    with the others it would live as long as the last of them.
+//! 1. Clear the bits first, atomically against lockless pins ([`crate::ownership::word`]). A later
+//!    pin waits for the table's lock.
+//! 2. Copy every page that needs a copy while it is still in place. A failure changes nothing.
+//! 3. Remap base pages. Contents do not change, so even a failure half-way leaves the VM whole:
+//!    remapped pages are read from the same file, and the others stay owned.
+//! 4. Remap private pages over the delta. This is an optimisation: a page left out is just copied
+//!    again by the next freeze. The selection precedes step 2, so that the remaining pages get a
+//!    layer to themselves. The next freeze supersedes that layer completely, which frees its
+//!    memory. In one layer with the others it would live as long as the last of them.
 //! 5. Only then can the image be adopted.
 //!
-//! Where there is much to copy, steps 2 and 4 are left to the background
-//! ([`crate::freeze::background`]): pinned pages are still copied here, then the others are
+//! If there are many pages to copy, steps 2 and 4 run in the background
+//! ([`crate::freeze::background`]). Pinned pages are still copied here, then the others are
 //! write-protected, and the image exists before its delta is complete.
 
 pub(crate) mod background;
@@ -55,32 +54,32 @@ use crate::units::{PageRange, join_runs, pages_in, subtract_runs};
 pub(crate) use copies::{Packed, Placed};
 use copies::{SMALL_GAP, close_gaps, parts, runs_to_remap};
 
-/// No-fork pages that a freeze moves out of the base file, at most: reading them takes a
+/// Maximum number of no-fork pages that a freeze moves out of the base file: reading them takes a
 /// millisecond.
 const MAX_WITHDRAWN: u64 = 1_024;
 
-/// When a freeze copies the private pages that have to be copied.
+/// Selects when a freeze copies private pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FreezeMode {
-    /// Before it returns.
+    /// Before the freeze returns.
     Eager,
-    /// In the background, however few they are. An error where the host cannot.
+    /// In the background, regardless of their number. An error if the host lacks support.
     Background,
-    /// In the background when they are many and the host can.
+    /// In the background if there are many pages and the host supports it.
     #[default]
     Auto,
 }
 
-/// What a freeze does with a page that is pinned for DMA.
+/// Treatment of pages that are pinned for DMA.
 #[cfg(any(test, feature = "hazard"))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PinPolicy {
-    /// It is copied for the others, and stays the VM's own and in place (I3).
+    /// Pinned pages are copied for other VMs, and stay the VM's own and in place (I3).
     #[default]
     Unshare,
-    /// It is shared and write-protected like any other, as kernels did before they told exclusive
-    /// pages apart. **Memory is lost**: devices write into layers, and into frames that the guest
-    /// has left. For showing that a test would notice.
+    /// Pinned pages are shared and write-protected like any other page, as in kernels before
+    /// exclusive pages were tracked. **Memory is lost**: devices write into layers, and into frames
+    /// that the guest has left. For proving that a test would detect it.
     Ignore,
 }
 
@@ -88,20 +87,20 @@ pub enum PinPolicy {
 #[derive(Clone, Debug)]
 pub(crate) struct RegionImage {
     pub(crate) map: Arc<View>,
-    /// What was not inherited, and will not be by the children's children.
+    /// No-fork declarations, inherited by children.
     pub(crate) no_fork: NoForkMap,
 }
 
-/// What one freeze did. Counts are pages.
+/// Result of a freeze. Counts are pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FreezeReport {
-    /// Became layer pages by remapping alone.
+    /// Pages that became layer pages by remapping alone.
     pub remapped: u64,
-    /// Were copied into a delta layer (gaps that were closed included), or will be.
+    /// Pages that were or will be copied into a delta layer (closed gaps included).
     pub copied: u64,
-    /// Of those, left to the background.
+    /// Copied pages that are left to the background.
     pub pending: u64,
-    /// Of the copied, pinned: they stay exclusive and in place.
+    /// Copied pages that are pinned: they stay exclusive and in place.
     pub pinned: u64,
 }
 
@@ -114,29 +113,29 @@ impl std::ops::AddAssign for FreezeReport {
     }
 }
 
-/// What there is to freeze, decided under both locks.
+/// The pages to freeze, determined under both locks.
 struct Plan<'t> {
     base: Vec<PageRange>,
     /// Private pages this VM owns.
     owned: Vec<PageRange>,
-    /// Of those, the ones given up: not pinned. Short gaps between them are among them, so that
-    /// protecting takes few calls.
+    /// The owned pages whose bits are cleared: those not pinned. Short gaps between them are
+    /// included, so that protecting takes few calls.
     private: SharedPages<'t>,
     /// Base and private.
     pinned: Vec<PageRange>,
-    /// Of the owned, those that the kernel has copied since they were last counted.
+    /// Number of owned pages that the kernel has copied since the last count.
     unseen: u64,
-    /// What goes into the delta: `owned` with small gaps closed, and the pinned base pages.
+    /// Pages for the delta: `owned` with small gaps closed, and the pinned base pages.
     copy: Vec<PageRange>,
 }
 
 impl GuestRegion {
-    /// Freezes `regions`, all or none; see the module's documentation. Nothing but pinned DMA may
-    /// be writing to them.
+    /// Freezes `regions`, all or none; see the module's documentation. The only concurrent writers
+    /// are pinned devices.
     ///
-    /// Everything that can be refused is done in all of them before the first is remapped: each is
-    /// prepared here, then the rest, and only when those have succeeded is it committed. A commit
-    /// can fail in one system call, which changes no contents.
+    /// All steps that can be refused are done in every region before the first remap: each region
+    /// is prepared here, then the rest, and the region is committed only when those have succeeded.
+    /// A commit can fail only in a system call that changes no contents.
     pub(crate) fn freeze_all(
         regions: &[Arc<Self>],
         mode: FreezeMode,
@@ -144,19 +143,20 @@ impl GuestRegion {
     ) -> Result<(), RamError> {
         let Some((region, rest)) = regions.split_first() else { return Ok(()) };
         let mut state = region.checked(region.range())?;
-        // Before anything is looked at: what is still being copied from here would be shared twice,
-        // and what this VM was given may not be there yet.
+        // Finishes earlier background work first: pages still being copied from here would be
+        // shared twice, and adopted pages may not be filled yet.
         region.finish_background(&mut state)?;
         let table = region.table.lock();
         region.table.trace.freeze_begun();
         let plan = region.plan(&state, &table)?;
-        // While nothing writes and every page this VM owns is known.
+        // At this point there are no writers and every page that this VM owns is known.
         region.take_over_some(&mut state, [&plan.base, &plan.owned]);
         let prepared = region.prepare_freeze(&mut state, &plan, mode);
         let done = prepared.and_then(|prepared| Self::freeze_all(rest, mode, frozen).map(|()| prepared));
         let done = done.and_then(|prepared| region.commit_freeze(&mut state, &table, &plan, prepared));
         if done.is_err() {
-            // I13: whatever is still base or private is still this VM's own.
+            // I13: pages still mapped shared over the base file, or private, are still this VM's
+            // own.
             for run in
                 state.space.mappings().base_runs().iter().chain(&plan.owned).filter(|_| !broken(Break::ForgetUndo))
             {
@@ -168,7 +168,7 @@ impl GuestRegion {
         let (mut map, report) = done?;
         region.compact_later(&mut state);
         region.store.sweep_later();
-        // The map of a child, which is not in all the parent's own (R19).
+        // The child's map, which differs from the parent's in no-fork ranges (R19).
         nofork::hide(&state.no_fork, &mut map);
         region.table.trace.image(&map, &state.no_fork);
         let map = Arc::new(View::new(region.store.views(), map));
@@ -177,31 +177,31 @@ impl GuestRegion {
     }
 
     fn plan<'t>(&self, state: &State, table: &'t TableGuard<'_>) -> Result<Plan<'t>, RamError> {
-        // R19: what children do not inherit is not looked at. It stays as it is, and its bytes
-        // reach no layer.
+        // R19: no-fork pages are skipped. They stay as they are, and their bytes reach no layer.
         let kept = if broken(Break::InheritAll) { Vec::new() } else { nofork::runs(&state.no_fork) };
         let mapped_shared = state.space.mappings().base_runs();
         let base = subtract_runs(&mapped_shared, &kept);
         let (mut owned, mut together) = (Vec::new(), Vec::new());
         let (mut copy, mut pinned) = (Vec::new(), Vec::new());
-        // What is absent though it is not declared any more has nothing to be copied, and is no gap
-        // between what has (R19).
+        // Absent pages that are no longer declared have no bytes to copy, and do not count as gaps
+        // between other pages (R19).
         for private in self.not_absent(&subtract_runs(&subtract_runs(&[self.range()], &mapped_shared), &kept)) {
             let mut runs = self.store.pagemap().owned_runs(&self.at, private).map_err(RamError::Harvest)?;
             if broken(Break::BelieveTable) {
                 runs = runs.iter().flat_map(|run| subtract_runs(&[*run], &table.not_exclusive(*run))).collect();
             }
             copy.extend(close_gaps(&runs));
-            // Never more than is copied: what is protected is released by what fills the delta.
+            // At most the copied pages: a protected page is released by the thread that fills the
+            // delta.
             together.extend(join_runs(&runs, SMALL_GAP));
             owned.extend(runs);
         }
-        // Before bits are given up.
+        // Before the bits are cleared.
         let unseen = self.unseen_copies(state, &owned);
         let ignores_pins = self.ignores_pins();
-        // Pages that devices had since the last freeze they will have again: copied now and left
-        // where they are, like those they have. Otherwise each would be mapped anew, and copied
-        // once more at its next pin. Their bits stay, so that such a pin needs no lock.
+        // Pages that devices used since the last freeze will be used again, so they are copied now
+        // and left in place, like pinned pages. Otherwise each would be mapped anew, and copied
+        // again at its next pin. Their bits stay set, so that such a pin needs no lock.
         let mut left = if ignores_pins { 0 } else { self.store.config().keep_recently_pinned_pages };
         let mut take_recently_pinned = |runs: &[PageRange]| {
             let mut used = Vec::new();
@@ -213,8 +213,7 @@ impl GuestRegion {
             used
         };
         let (used_base, used_private) = (take_recently_pinned(&base), take_recently_pinned(&together));
-        // I2, I8: the bit goes before anything is shared. A pin that got in first keeps its page
-        // out.
+        // I2, I8: the bit is cleared before a page is shared. An earlier pin excludes its page.
         for run in subtract_runs(&base, &used_base) {
             pinned.extend(table.share(run));
         }
@@ -235,19 +234,19 @@ impl GuestRegion {
         Ok(Plan { base, owned, private, pinned, unseen, copy })
     }
 
-    /// Copies what has to be copied, and has mappings promised. Failing, or with what it returns
-    /// dropped, nothing has changed.
+    /// Makes the copies and reserves mappings. On failure, or if the result is dropped, nothing has
+    /// changed.
     fn prepare_freeze(&self, state: &mut State, plan: &Plan<'_>, mode: FreezeMode) -> Result<Prepared, RamError> {
         let kept: &[PageRange] = if broken(Break::RemapPinned) { &[] } else { &plan.pinned };
         let to_remap = subtract_runs(&plan.base, kept);
-        // Promised before anything is touched (D5): each run adds itself and splits what it lies
-        // in. First, because what the background may map comes on top.
+        // Reserved before any change (D5): each run adds a mapping and splits the one it lies in.
+        // Done first, because the background's mappings come on top.
         state.space.reserve_runs(to_remap.len())?;
         let delta = self.delta(state, plan, mode)?;
         Ok(Prepared { delta, to_remap })
     }
 
-    /// Shares what was prepared.
+    /// Shares the prepared pages.
     fn commit_freeze(
         &self,
         state: &mut State,
@@ -263,7 +262,7 @@ impl GuestRegion {
                 state.space.supersede(*run, source);
                 continue;
             }
-            // From here on these pages of the base file are a layer's (I4).
+            // From here on these pages of the base file belong to a layer (I4).
             state.space.show(*run, &Mapping::Private(source))?;
         }
         self.withdraw_no_fork(state, table);
@@ -282,11 +281,11 @@ impl GuestRegion {
         let ahead = pages_in(&plan.pinned).saturating_sub(report.pinned);
         self.counters.count_guest(plan.unseen);
         self.counters.count_freeze(report.copied, report.pinned, ahead);
-        // What came of them cannot be told any more: the delta has their bytes.
+        // Use of the pages copied ahead is no longer known: the delta has their bytes.
         state.ahead.clear();
         state.moved = true;
         if let (Some(bg_copy), Some((_, source))) = (delta.bg_copy.take(), delta.staying.first()) {
-            // The bits stay given up: a pin of one of these pages has it settled first, under the
+            // The bits stay cleared: a pin of one of these pages first has it copied, under the
             // state lock.
             state.counted.clone_from(&plan.owned);
             state.freezing = Some(Freezing { layer: Arc::clone(&source.layer), before, gaps });
@@ -298,7 +297,7 @@ impl GuestRegion {
         self.share_copies(state, &delta.shared);
         state.space.keep_gaps(&before, &gaps);
         // Pages that were copied but not remapped are this VM's own as before: the layer has its
-        // own bytes.
+        // own copy of the bytes.
         let shared_id = delta.shared.first().map(|(_, source)| source.layer.id());
         for private in &plan.owned {
             for (range, mapping) in state.space.mappings().within(*private) {
@@ -312,10 +311,9 @@ impl GuestRegion {
         Ok((image, report))
     }
 
-    /// R19: pages that children do not inherit leave the VM's base file, which is one that children
-    /// map from now on: they become private pages with the same bytes, and the file has holes in
-    /// their place. What is pinned stays where it is (I3), and so does what is too much for a
-    /// pause.
+    /// R19: moves no-fork pages out of the VM's base file, which children map from now on. The
+    /// pages become private pages with the same bytes, and leave holes in the file. Pinned pages
+    /// stay (I3), and so do pages beyond the number that a pause allows.
     fn withdraw_no_fork(&self, state: &mut State, table: &TableGuard<'_>) {
         if state.space.base_file().is_none() {
             return;
@@ -335,14 +333,14 @@ impl GuestRegion {
                         Err(error) => tracing::debug!(%error, %piece, "no-fork pages stay in the base file"),
                     }
                 }
-                // Here or there, they are this VM's own.
+                // In both places they are this VM's own.
                 table.set_exclusive(piece);
             }
         }
         state.space.free_base(&moved);
     }
 
-    /// All of the region, as it is read now, in a layer of its own.
+    /// Copies the region's current contents into a layer of its own.
     pub(crate) fn copy_whole(&self, grain: Backing, no_fork: &NoForkMap) -> Result<RegionImage, RamError> {
         let _state = self.state();
         let layer = self.store.layer(self.pages(), grain)?;
@@ -354,7 +352,8 @@ impl GuestRegion {
         Ok(RegionImage { map, no_fork: no_fork.clone() })
     }
 
-    /// What the plan copies, in layers: complete, or with what fills them.
+    /// Makes the layers of the plan's copies: complete, or with the background copy that fills
+    /// them.
     fn delta(&self, state: &mut State, plan: &Plan<'_>, mode: FreezeMode) -> Result<Copies, RamError> {
         if plan.copy.is_empty() {
             return Ok(Copies::default());
@@ -375,7 +374,7 @@ impl GuestRegion {
                 Err(error) => tracing::warn!(%error, "pages are copied while the VM is paused"),
             }
         }
-        // What is kept in place would be spared after all.
+        // Pages kept in place would spare pinned pages after all.
         let keep = if self.ignores_pins() { 0 } else { self.store.config().keep_pages };
         let shared = runs_to_remap(&plan.copy, &plan.pinned, keep);
         let staying = self.copied(&subtract_runs(&plan.copy, &shared))?;
@@ -395,7 +394,7 @@ impl GuestRegion {
     }
 
     /// Copies the pinned pages into a new delta layer, write-protects the others, and leaves these
-    /// to the background. Failing, or with the layer dropped, nothing stays protected.
+    /// to the background. On failure, or if the layer is dropped, no page stays protected.
     fn defer(
         &self,
         state: &mut State,
@@ -407,16 +406,15 @@ impl GuestRegion {
         let file = failpoint(Call::Copy)
             .and_then(|()| layer.file().try_clone())
             .map_err(|source| RamError::Copy { pages: packed.pages, source })?;
-        // Mappings that the background may make when it shares copied runs back: as many as are to
-        // be had, none if there are none.
+        // Mappings that the background may make when it shares copied runs back: as many as are
+        // available, possibly zero.
         let used = state.space.promised();
         let allowance =
             (2 * plan.private.runs().len() as u64).min(self.store.budget().fair_share().saturating_sub(used));
         let allowance = state.space.reserve(used + allowance).map_or(0, |()| allowance);
         let mapping = self.store.budget().promise(1)?;
         let beneath = View::new(self.store.views(), Arc::clone(state.space.map()));
-        // Pages come into its file one by one; what is a whole block is put together when all are
-        // there.
+        // Pages enter the file one by one; whole blocks are collapsed when all pages are filled.
         let later = (packed.grain == Backing::Huge).then(|| self.store.reclaim(ReclaimThread::sender)).flatten();
         let delta = Delta {
             file,
@@ -434,10 +432,10 @@ impl GuestRegion {
     }
 
     /// Remaps copied private pages over their layer, longest runs first. Never an error: a page
-    /// left out is only copied again next time.
+    /// left out is just copied again next time.
     fn share_copies(&self, state: &mut State, shared: &[(PageRange, Source)]) {
-        // D5: no more than its share, whatever is left of the budget; the base pages and the pieces
-        // of the image come on top.
+        // D5: at most the region's share, regardless of the rest of the budget. The base pages and
+        // the pieces of the image come on top.
         let share = self.store.budget().fair_share();
         let mut pieces: Vec<_> = shared.iter().collect();
         pieces.sort_unstable_by_key(|(run, _)| std::cmp::Reverse(run.len()));
@@ -446,7 +444,7 @@ impl GuestRegion {
                 tracing::debug!("enough mappings: pages stay private to the parent until layers have been merged");
                 break;
             }
-            // Refused when the budget is used up, too.
+            // Also refused when the budget is used up.
             if let Err(error) =
                 state.space.reserve_runs(1).map_err(RamError::from).and_then(|()| state.space.catch_up(*piece, source))
             {
@@ -457,19 +455,19 @@ impl GuestRegion {
     }
 }
 
-/// A freeze of one region that can still be given up.
+/// A prepared freeze of one region, which can still be undone.
 struct Prepared {
     delta: Copies,
-    /// Base runs that become a layer's by being mapped privately.
+    /// Base runs that become a layer's by a private mapping.
     to_remap: Vec<PageRange>,
 }
 
-/// What a freeze copies, and where to.
+/// Copies of a freeze, and their places.
 #[derive(Default)]
 struct Copies {
-    /// Pages that the parent will be shown from here.
+    /// Pages that will be shown to the parent from here.
     shared: Placed,
-    /// Pages that stay its own and in place, and whatever is left to the background.
+    /// Pages that stay the VM's own and in place, and all pages left to the background.
     staying: Placed,
     bg_copy: Option<Arc<BackgroundCopy>>,
 }

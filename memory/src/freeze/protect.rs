@@ -1,15 +1,14 @@
 //! The protect gate: the only way a page of guest memory is write-protected.
 //!
-//! R10 and R20: the gate does not look at pages. It is asked for [`SharedPages`] runs, and those
-//! can only be had from the ownership table giving up their bits, under its lock. A pinned page
-//! keeps its bit, so it is in no such run, and *the gate cannot be asked for it*; a page pinned
-//! later has lost its bit, takes the locked path, and is released there before the device learns
-//! its address.
+//! R10 and R20: the gate does not inspect pages. It takes [`SharedPages`] runs only, which are made
+//! by clearing bits in the ownership table, under its lock. A pinned page keeps its bit, so no such
+//! run includes it, and *the gate cannot protect it*. A page pinned later has lost its bit, takes
+//! the locked path, and is released there before the device gets its address.
 //!
-//! Protection is userfaultfd's (R16: no page-table bits of our own), so a write waits wherever it
-//! comes from: vCPU, KVM, or a system call of this process. It stays registered for the region's
-//! life; registered memory that is not protected costs nothing but fault-around, while
-//! unregistering would throw away what KVM has mapped of all the rest.
+//! Protection uses userfaultfd (R16: no page-table bits of our own), so a write waits regardless of
+//! its origin: vCPU, KVM, or a system call of this process. The registration lasts for the region's
+//! life: registered but unprotected memory loses only fault-around, while unregistering would
+//! discard KVM's mappings of the whole region.
 
 use std::io;
 use std::marker::PhantomData;
@@ -19,8 +18,8 @@ use crate::ownership::TableGuard;
 use crate::sys::{Reservation, Uffd, Watch};
 use crate::units::{PageRange, subtract_runs};
 
-/// Runs whose exclusive bits have just been given up. Proof for as long as the table stays locked:
-/// until then they cannot be pinned.
+/// Runs whose exclusive bits were just cleared. Proof as long as the table stays locked: until then
+/// the pages cannot be pinned.
 #[derive(Debug)]
 pub(crate) struct SharedPages<'t> {
     runs: Vec<PageRange>,
@@ -29,7 +28,7 @@ pub(crate) struct SharedPages<'t> {
 }
 
 impl<'t> SharedPages<'t> {
-    /// Gives up the bits of `runs` (ascending) except where they are pinned (I2, I3).
+    /// Clears the bits of `runs` (ascending) except for pinned pages (I2, I3).
     pub(crate) fn give_up(table: &'t TableGuard<'_>, runs: &[PageRange]) -> Self {
         let mut pinned = Vec::new();
         for run in runs {
@@ -38,12 +37,12 @@ impl<'t> SharedPages<'t> {
         Self { runs: subtract_runs(runs, &pinned), pinned, _locked: PhantomData }
     }
 
-    /// What may be protected.
+    /// The pages that may be protected.
     pub(crate) fn runs(&self) -> &[PageRange] {
         &self.runs
     }
 
-    /// What stayed the VM's own because a device holds it.
+    /// The pages that stay the VM's own because a device holds them.
     pub(crate) fn pinned(&self) -> &[PageRange] {
         &self.pinned
     }
@@ -72,8 +71,8 @@ impl ProtectGate {
         &self.uffd
     }
 
-    /// From when this returns a CPU's write to `shared` waits. Failing, some may be protected: the
-    /// caller releases all.
+    /// Protects `shared`: a CPU's write waits once this returns. On failure some pages may be
+    /// protected, and the caller releases all.
     pub(crate) fn protect(&self, shared: &SharedPages<'_>) -> io::Result<()> {
         for run in &shared.runs {
             trace!(Protected { at: self.at.addr(0) as u64, range: *run });
@@ -82,15 +81,15 @@ impl ProtectGate {
         Ok(())
     }
 
-    /// Lifts the protection of `range` and wakes the writes that wait there. Always safe
-    /// for the region; the caller has copied what the layer still needs.
+    /// Lifts the protection of `range` and wakes waiting writes. Always safe for the region; the
+    /// caller has already copied the pages that the layer still needs.
     pub(crate) fn release(&self, range: PageRange) -> io::Result<()> {
         self.uffd.unprotect(&self.at, range)?;
         trace!(Released { at: self.at.addr(0) as u64, range });
         Ok(())
     }
 
-    /// Wakes the writes that wait in `range`, after something else was mapped there.
+    /// Wakes writes that wait in `range`, after a different mapping was put there.
     pub(crate) fn wake(&self, range: PageRange) -> io::Result<()> {
         self.uffd.wake(&self.at, range)
     }

@@ -1,5 +1,5 @@
-//! What a freeze has promised to it before it touches anything (D5), what it leaves with its VM,
-//! and when it copies.
+//! The mappings that a freeze reserves before any change (D5), the pages that it leaves with its
+//! VM, and the time of its copies.
 
 use super::*;
 use crate::budget::MappingBudget;
@@ -12,7 +12,7 @@ const PAGES: u64 = 600;
 const BACKGROUND: u64 = 1_024;
 /// Pages of devices that a freeze leaves in place.
 const RECENTLY_PINNED: u64 = 2_048;
-/// Pages that devices hold, each between two runs that become a layer's.
+/// Pages held by devices, each between two runs that become a layer's.
 const PINNED: u64 = 20;
 
 fn with_pins(store: &Store) -> (GuestRam, Vec<DmaPin>) {
@@ -81,7 +81,7 @@ fn whole_blocks_come_first_in_a_delta() {
     assert_eq!(packed(&[over, small]), (order, 2 * BLOCK_PAGES + 17, Backing::Huge));
     let exact = run(BLOCK_PAGES, 2 * BLOCK_PAGES);
     assert_eq!(packed(&[run(3, 4), exact]), (vec![exact, run(3, 4)], BLOCK_PAGES + 1, Backing::Huge));
-    // Over a block's edge, and without a whole block.
+    // Across the edge of a block, and without a whole block.
     let edge = run(BLOCK_PAGES - 2, BLOCK_PAGES + 2);
     assert_eq!(packed(&[edge]), (vec![edge], 4, Backing::Small));
     let nearly = run(1, 2 * BLOCK_PAGES - 1);
@@ -95,7 +95,7 @@ fn many_pages_are_left_to_the_background_and_few_are_not() {
     freeze_in(&ram, FreezeMode::Eager);
     write(&ram, PageRange::with_len(100, BACKGROUND - 1));
     assert_eq!(freeze_in(&ram, FreezeMode::Auto).pending, 0);
-    // All of it is shown from its copy now, but for what stays in any case.
+    // All pages are shown from their copies now, except those that stay in any case.
     write(&ram, PageRange::with_len(100, BACKGROUND));
     assert!(freeze_in(&ram, FreezeMode::Auto).pending > 0);
     ram.finish_background().unwrap();
@@ -142,7 +142,7 @@ fn what_devices_had_lately_stays_with_the_vm_up_to_a_bound() {
     let store = Store::open_small().unwrap();
     let ram = named(&store, 3000);
     let region = &ram.regions()[0];
-    // Two runs: what is not inherited lies between them.
+    // Two runs, with a no-fork page between them.
     region.set_no_fork(PageRange::new(1500, 1501), Some(NoFork::Zeroed)).unwrap();
     drop(region.pin(PageRange::new(0, 3000), Access::Write, PinLifetime::Transient).unwrap());
     freeze_in(&ram, FreezeMode::Eager);
@@ -150,7 +150,7 @@ fn what_devices_had_lately_stays_with_the_vm_up_to_a_bound() {
     ram.check(&Quiesced::by(&NoWriters)).unwrap();
 }
 
-/// The base pages of a VM that has been frozen with `declared` not inherited.
+/// The base pages of a VM that was frozen with `declared` as no-fork.
 fn base_left(declared: &[PageRange], pinned: Option<PageRange>) -> Vec<PageRange> {
     let store = Store::open_small().unwrap();
     let ram = named(&store, 3000);
@@ -173,7 +173,7 @@ fn r19_what_is_not_inherited_leaves_the_base_file_but_for_what_devices_hold() {
     let run = PageRange::new;
     assert_eq!(base_left(&[run(100, 110), run(500, 530)], None), []);
     assert_eq!(base_left(&[run(100, 110), run(500, 530)], Some(run(505, 507))), [run(505, 507)]);
-    // No more than a pause has time for.
+    // At most the number that a pause allows.
     assert_eq!(base_left(&[run(0, MAX_WITHDRAWN + 1), run(2000, 2010)], None), [run(0, MAX_WITHDRAWN + 1)]);
     assert_eq!(base_left(&[run(0, MAX_WITHDRAWN), run(2000, 2001)], None), [run(2000, 2001)]);
     assert_eq!(base_left(&[run(0, 1000), run(2000, 2024), run(2100, 2101)], None), [run(2100, 2101)]);
@@ -211,8 +211,8 @@ fn what_a_freeze_replaces_is_freed_by_the_reclaim_thread() {
     clade_test_support::wait_eq("handles of the replaced layer", &0, || layer.strong_count());
 }
 
-/// Mappings of a VM after a freeze that copied twenty runs, with so many in all and `held` by
-/// others.
+/// Number of mappings of a VM after a freeze that copied twenty runs, with budget `limit`, of which
+/// others hold `held`.
 fn mappings_after(limit: u64, held: u64) -> usize {
     let budget = MappingBudget::with_limit(limit);
     let store = Store::open_with_budget(budget);
@@ -230,21 +230,22 @@ fn mappings_after(limit: u64, held: u64) -> usize {
 
 #[test]
 fn d5_a_freeze_shares_copies_within_its_share_and_the_budget() {
-    // A sixteenth of what is left is 9: four runs in the middle of one mapping.
+    // A sixteenth of the rest is 9: four runs in the middle of one mapping.
     assert_eq!(mappings_after(150, 0), 9);
-    // As many as it needs: all but the 256 pages that stay its own.
+    // As many as needed: all but the 256 pages that stay the VM's own.
     assert_eq!(mappings_after(10_000, 0), 1 + 2 * 15);
-    // One is left, where a run needs two.
+    // One mapping is left, and a run needs two.
     assert_eq!(mappings_after(10, 8), 1);
 }
 
-/// What leaves the base file and what the background may map are both promised, not the larger one.
+/// The mappings of the withdrawn base pages and of the background are both reserved, not just the
+/// larger number.
 #[test]
 fn d5_base_remaps_take_nothing_from_the_background() {
     let store = Store::open_small().unwrap();
     let (ram, pins) = with_pins(&store);
     let region = &ram.regions()[0];
-    // Private runs of the VM's own, beside base pages with pinned ones between them.
+    // Private runs of the VM's own, next to base pages with pinned ones between them.
     region.discard(PageRange::new(450, 600)).unwrap();
     (0..5).for_each(|nth| write(&ram, PageRange::with_len(455 + 30 * nth, 12)));
     let mut state = region.checked(region.range()).unwrap();

@@ -1,10 +1,9 @@
-//! Images taken apart and put together: what a snapshot on a disk is made of.
+//! Taking images apart and assembling them, for snapshots on disk.
 //!
-//! Whoever writes an image out asks which layer provides each page ([`RamImage::maps`]) and reads
-//! the layers by their descriptors ([`LayerHandle::read_pages`]). Whoever reads one in makes layers
-//! of files that are there ([`Store::file_layer`], never written) or that it fills itself
-//! ([`LayerBuilder`], which is not shared before it is complete, I4), and an image of these
-//! ([`RamImage::from_parts`]).
+//! A writer of images gets the layer of each page from [`RamImage::maps`] and reads layers by their
+//! descriptors ([`LayerHandle::read_pages`]). A reader of images makes layers from existing files
+//! ([`Store::file_layer`], never written) or fills new ones ([`LayerBuilder`], not shared before it
+//! is complete, I4), and assembles an image of them ([`RamImage::from_parts`]).
 
 use std::fs::File;
 use std::io;
@@ -32,7 +31,7 @@ impl LayerBuilder {
     /// Writes whole pages at the given page of the layer.
     ///
     /// # Errors
-    /// When there is no memory for them, or they are beyond the end.
+    /// If memory runs out, or the pages are beyond the end.
     pub fn write_pages(&self, at: u64, bytes: &[u8]) -> Result<(), RamError> {
         let pages = (bytes.len() as u64).div_ceil(PAGE_SIZE);
         let range = PageRange::with_len(at, pages);
@@ -42,7 +41,7 @@ impl LayerBuilder {
         self.0.file().write_all_at(bytes, range.offset()).map_err(|source| RamError::Copy { pages, source })
     }
 
-    /// No more writes: from here on it never changes (I4).
+    /// Ends writing. From here on the layer never changes (I4).
     #[must_use]
     pub fn publish(self) -> LayerHandle {
         LayerHandle::new(&Arc::new(self.0))
@@ -50,24 +49,24 @@ impl LayerBuilder {
 }
 
 impl Store {
-    /// A layer over the first `pages` pages of a file, which is mapped as it stands and never
-    /// written: pages are read from it as they are touched, and its page cache is shared by all
-    /// that maps it. Nobody may change the file; if it is cut short, accesses to what is gone are
-    /// errors (KVM_RUN and system calls: EFAULT; this process: SIGBUS).
+    /// Makes a layer of the first `pages` pages of a file. The file is mapped as it is and never
+    /// written: pages are read on first touch, and all mappings share its page cache. The file must
+    /// not be changed. If it is truncated, accesses to the missing pages fail (KVM_RUN and system
+    /// calls: EFAULT; this process: SIGBUS).
     ///
     /// # Errors
-    /// When the file is shorter.
+    /// If the file is shorter.
     pub fn file_layer(&self, file: File, pages: u64) -> Result<LayerHandle, StoreError> {
         check_length(&file, pages)?;
         Ok(LayerHandle::new(&Arc::new(self.adopt_file(file, pages, Home::File))))
     }
 
-    /// A layer that another process published ([`LayerHandle::read_only_file`]), in the first
-    /// `pages` pages of a file in memory. It is mapped as it stands and never written. `lease` is
-    /// open as long as anything here uses the layer: its publisher keeps the pages until then.
+    /// Makes a layer of the first `pages` pages of a memory file that another process published
+    /// ([`LayerHandle::read_only_file`]). The file is mapped as it is and never written. `lease`
+    /// stays open as long as this process uses the layer; the publisher keeps the pages until then.
     ///
     /// # Errors
-    /// When the file is shorter, or open for writing.
+    /// If the file is shorter, or open for writing.
     pub fn foreign_layer(&self, file: File, pages: u64, lease: Arc<OwnedFd>) -> Result<LayerHandle, StoreError> {
         check_length(&file, pages)?;
         let mode = rustix::fs::fcntl_getfl(&file).map_err(|errno| StoreError::File { pages, source: errno.into() })?;
@@ -77,16 +76,16 @@ impl Store {
         Ok(LayerHandle::new(&Arc::new(self.adopt_file(file, pages, Home::Foreign).under(lease))))
     }
 
-    /// A layer of `pages` pages in memory, all zeros, to be filled.
+    /// Makes a layer of `pages` zero pages in memory, to be filled.
     ///
     /// # Errors
-    /// When there is no memory file to be had.
+    /// If no memory file can be created.
     pub fn draft(&self, pages: u64, grain: Backing) -> Result<LayerBuilder, StoreError> {
         self.layer(pages, grain).map(LayerBuilder)
     }
 }
 
-/// A mapping beyond the end of a file is no memory.
+/// Checks the length: accesses to a mapping beyond the end of its file fail.
 pub(crate) fn check_length(file: &File, pages: u64) -> Result<(), StoreError> {
     let short = |source| StoreError::File { pages, source };
     let bytes = file.metadata().map_err(short)?.len();
@@ -97,11 +96,11 @@ pub(crate) fn check_length(file: &File, pages: u64) -> Result<(), StoreError> {
 }
 
 impl RamImage {
-    /// An image of these maps, one for each range of the layout, and what its children's children
-    /// do not inherit.
+    /// Assembles an image of these maps and no-fork declarations, one pair for each range of the
+    /// layout.
     ///
     /// # Errors
-    /// When a map reaches beyond its range, or beyond a layer.
+    /// If a map reaches beyond its range, or beyond a layer.
     #[expect(clippy::needless_pass_by_value, reason = "the handles are held to the end, see below")]
     pub fn from_parts(
         store: &Store,
@@ -113,8 +112,8 @@ impl RamImage {
             return Err(wrong(format!("{} maps for {} ranges", maps.len(), layout.ranges().len())));
         }
         let mut regions = Vec::with_capacity(maps.len());
-        // The handles in `maps` are held until every region's view is registered: between two of
-        // them a layer may be seen in part only.
+        // The handles in `maps` are held until the views of all regions are registered. Between two
+        // registrations the views may show only part of a layer.
         for ((base, pages), (map, declared)) in layout.ranges().iter().zip(&maps) {
             let all = PageRange::new(0, *pages);
             for (range, source) in map.iter() {
@@ -136,23 +135,23 @@ impl RamImage {
         Ok(Self::of(layout.clone(), regions))
     }
 
-    /// Which layer provides each page, by range of the layout. A page in no entry is zeros. The
-    /// handles keep the layers whole, after the image too.
+    /// The layer map of each range of the layout. Pages in no entry are zeros. The handles keep the
+    /// layers whole even after the image is dropped.
     pub fn maps(&self) -> impl Iterator<Item = ImageMap> {
         self.regions().iter().map(|region| image_map(&region.map))
     }
 
-    /// What children's children do not inherit, by range of the layout.
+    /// The no-fork declarations of each range of the layout.
     pub fn no_fork(&self) -> impl Iterator<Item = Vec<(PageRange, NoFork)>> {
         self.regions().iter().map(|region| region.no_fork.iter().map(|(range, what)| (range, what.clone())).collect())
     }
 
     /// The pages that may differ between this image and an older one of the same shape, by range of
-    /// the layout: those that are not the same page of the same layer. Layers never change (I4), so
-    /// none that differs is missed; one that was copied without a change is named too (I5).
+    /// the layout: all pages that are not the same page of the same layer. Layers never change
+    /// (I4), so no difference is missed. Pages that were copied unchanged are included (I5).
     ///
     /// # Errors
-    /// When the shapes differ.
+    /// If the shapes differ.
     pub fn changed_since(&self, base: &Self) -> Result<Vec<Vec<PageRange>>, RamError> {
         if base.layout() != self.layout() {
             return Err(RamError::Shape { image: base.layout().bytes(), guest: self.layout().bytes() });
@@ -176,7 +175,7 @@ fn differing(now: &LayerMap, before: &LayerMap) -> Vec<PageRange> {
         }
         runs.extend(subtract_runs(&[range], &same));
     }
-    // Zeros now, which they were not before.
+    // Pages that became zeros.
     let had: Vec<PageRange> = before.iter().map(|(range, _)| range).collect();
     runs.extend(subtract_runs(&had, &shown));
     runs.sort_unstable();
@@ -184,12 +183,12 @@ fn differing(now: &LayerMap, before: &LayerMap) -> Vec<PageRange> {
 }
 
 impl GuestRam {
-    /// The pages that the VM has touched since it got its memory, by range of the layout: what is
-    /// worth reading ahead when another is started from the same snapshot. The kernel maps some
-    /// neighbours of a touched page too, and whole blocks where memory is in huge pages.
+    /// The pages that the VM has touched since it got its memory, by range of the layout:
+    /// candidates for readahead when another VM is started from the same snapshot. Fault-around
+    /// adds neighbours of touched pages, and huge pages add whole blocks.
     ///
     /// # Errors
-    /// When the kernel cannot be asked.
+    /// If the page map cannot be read.
     pub fn touched(&self) -> Result<Vec<Vec<PageRange>>, RamError> {
         let mut all = Vec::with_capacity(self.regions().len());
         for region in self.regions() {
@@ -268,7 +267,7 @@ mod tests {
         let path = std::env::temp_dir().join(format!("clade-parts-{}", std::process::id()));
         let bytes: Vec<u8> = (0..2 * PAGES).flat_map(|p| vec![p as u8 + 1; 4096]).collect();
         std::fs::write(&path, &bytes).unwrap();
-        // It could be written to: that it is not is up to the sweep.
+        // The sweep could write to the file, and must not.
         let file = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
         assert!(matches!(store.file_layer(file.try_clone().unwrap(), 2 * PAGES + 1), Err(StoreError::File { .. })));
         let layer = store.file_layer(file, 2 * PAGES).unwrap();
@@ -278,7 +277,7 @@ mod tests {
         let draft = draft.publish();
         let map = |at| {
             let mut map = ImageMap::new();
-            // The first page shows zeros, so that a sweep would find something to give back.
+            // The first page shows zeros, so that a sweep would find a page to punch.
             map.insert(PageRange::new(1, PAGES), LayerSource { layer: layer.clone(), at: at + 1 });
             map.insert(PageRange::new(9, 10), LayerSource { layer: draft.clone(), at: 2 });
             (map, Vec::new())
@@ -293,7 +292,7 @@ mod tests {
         assert_eq!((word(&vms[0], 0x2000), word(&vms[1], 0x2000)), (77, 0x0303_0303_0303_0303));
         assert_eq!((word(&vms[0], 0), word(&vms[0], 0x9000)), (0, 0xeeee_eeee_eeee_eeee));
         assert_eq!(word(&vms[1], 0x10_0000 + 0x3000), 0x4444_4444_4444_4444);
-        // A holder of a handle or of the map may read any page of it.
+        // A holder of a handle or of the map may read any page of the layer.
         let map = image.maps().next().unwrap();
         for handle in [Some(draft), map.get(9).map(|source| source.layer)] {
             assert_eq!(store.sweep(), Swept::default());
@@ -302,7 +301,7 @@ mod tests {
             assert_eq!(page, [0; 4096]);
         }
         drop((map, layer));
-        // Of the draft something goes; of the file nothing does, though it has no handle.
+        // The sweep punches pages of the draft, and none of the file, which has no handle either.
         let swept = store.sweep();
         assert_eq!(swept, Swept { pages: 3, layers: 1 });
         assert_eq!(std::fs::read(&path).unwrap(), bytes, "the file is as it was");

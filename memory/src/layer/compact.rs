@@ -1,17 +1,16 @@
-//! Compaction: a view of many pieces or many layers is merged into few.
+//! Compaction: merging a view of many pieces or many layers into few.
 //!
-//! Every freeze lays one more delta over what was there, so a VM that is frozen a thousand times,
-//! or the thousandth generation of forks, would be made of a thousand layers in as many pieces, and
-//! each piece is a mapping in every VM started from it. Layers do not change (I4), so the short
-//! pieces can be copied together into one new layer at any time, while everybody runs: that is done
-//! by the reclaim thread, from the map a freeze has left. The VM takes the result over at a later
-//! freeze, while nothing writes:
+//! Every freeze adds a delta on top, so a VM frozen a thousand times, or the thousandth generation
+//! of forks, would consist of a thousand layers in as many pieces, each of them a mapping in every
+//! VM started from it. Layers do not change (I4), so short pieces can be copied together into one
+//! new layer at any time, while all VMs run. The reclaim thread does that, from the map that a
+//! freeze has left. The VM takes over the result at a later freeze, while there are no writers:
 //!
-//! * where its map still says what was copied, the map is changed, and
-//! * where besides the VM does not own the page and its mapping says so too, the new layer is
-//!   mapped in place of the old.
+//! * where its map still has the copied source, the map is changed, and
+//! * where, in addition, the VM does not own the page and its mapping agrees with the map, the new
+//!   layer is mapped in place of the old.
 //!
-//! Contents do not change in either step, so it can stop after any piece. Reference pages stay
+//! Neither step changes contents, so compaction can stop after any piece. Reference pages stay
 //! references (R22).
 
 #[cfg(test)]
@@ -36,34 +35,33 @@ use crate::store::Store;
 use crate::testing::failpoint::{Call, failpoint};
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange, join_runs, pages_in, subtract_runs};
 
-/// As many pieces as short ones are to become, if it can be had for copying [`MAX_COPY_RATIO`]
-/// times their pages.
+/// Target number of short pieces, if reachable by copying at most [`MAX_COPY_RATIO`] times their
+/// pages.
 const TARGET_PIECES: usize = 48;
 /// See [`TARGET_PIECES`].
 const MAX_COPY_RATIO: u64 = 4;
-/// As many pieces as short ones may stay, whatever it costs to have fewer: half of what a VM may
-/// have mapped.
+/// Hard limit on short pieces, at any cost of copying: half of the mappings that a VM may have.
 const MAX_SHORT_PIECES: usize = 512;
-/// Pages that may be copied in any case.
+/// Pages that may always be copied.
 const MIN_COPY_BUDGET: u64 = 2_048;
-/// Longer pieces stay where they are.
+/// Longer pieces are not copied.
 const MAX_MERGED_PAGES: u64 = BLOCK_PAGES;
-/// Mappings a freeze makes on behalf of a compaction: what it adds to the pause is bounded. The
-/// others wait for the next.
+/// Mappings that a freeze makes on behalf of a compaction, which bounds the added pause. The others
+/// wait for the next freeze.
 const MAX_REMAPS_AT_FREEZE: usize = 24;
 
-/// What a compaction did. Pieces and layers are counted over all regions.
+/// Result of a compaction. Pieces and layers are counted over all regions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CompactReport {
     /// Pages copied into new layers.
     pub copied: u64,
-    /// Pieces of the view before.
+    /// Pieces of the view before the compaction.
     pub pieces_before: u64,
-    /// And after.
+    /// Pieces after it.
     pub pieces: u64,
-    /// Layers in the view before.
+    /// Layers in the view before the compaction.
     pub layers_before: u64,
-    /// And after.
+    /// Layers after it.
     pub layers: u64,
 }
 
@@ -86,8 +84,8 @@ pub(crate) fn layers<'a>(maps: impl IntoIterator<Item = &'a LayerMap>) -> usize 
     ids.len()
 }
 
-/// The runs to copy together, ascending: every short piece, and what lies between them where that
-/// is cheap. `barred` is left out.
+/// The runs to copy together, ascending: every short piece, and the gaps between them where that is
+/// cheap. `barred` is left out.
 fn runs_to_merge(map: &LayerMap, barred: &[PageRange]) -> Vec<PageRange> {
     let (mut short, mut barred) = (Vec::new(), barred.to_vec());
     for (range, source) in map.iter() {
@@ -118,11 +116,11 @@ fn map_end(map: &LayerMap) -> u64 {
     map.iter().last().map_or(0, |(range, _)| range.end)
 }
 
-/// Whether `map` is worth merging, so far as its size tells: it has grown well beyond what the last
-/// time left.
+/// Whether the size of `map` makes merging worthwhile: it has grown well beyond the size after the
+/// last compaction.
 fn needs_compaction(map: &LayerMap, last_compacted: (usize, usize), config: &Config) -> bool {
     let (pieces, deep) = last_compacted;
-    // No threshold is too large: it is a user's.
+    // Any threshold is accepted, because the user sets it.
     let deep = deep.saturating_add(config.compact_at_layers);
     map.len() > config.compact_at_pieces.max(pieces + pieces / 2) || (map.len() > deep && layers([map]) > deep)
 }
@@ -132,14 +130,14 @@ fn needs_compaction(map: &LayerMap, last_compacted: (usize, usize), config: &Con
 struct Merged {
     /// The map it is a copy of.
     of: Arc<LayerMap>,
-    /// What was copied, and where to.
+    /// The copied runs, and where each was copied to.
     placed: Vec<(PageRange, Source)>,
-    /// The new layer's pages are seen by this until the views that take it over see them.
+    /// Keeps the new layer's pages in view until the views that take them over are published.
     seen: View,
 }
 
 impl Merged {
-    /// Copies `patches` of `of`. `None` when there is nothing to gain.
+    /// Copies `patches` of `of`. Returns `None` if merging gains nothing.
     fn make(store: &Store, of: &Arc<LayerMap>, patches: &[PageRange]) -> Result<Option<Self>, RamError> {
         if patches.is_empty() {
             return Ok(None);
@@ -148,7 +146,7 @@ impl Merged {
         let layer = Arc::new(store.layer(packed.pages, packed.grain)?);
         let mut buffer = vec![0; (256 * PAGE_SIZE) as usize];
         for (run, at) in packed.iter() {
-            // What no layer provides is zeros, in the new file as well.
+            // Pages in no layer are zeros, in the new file as well.
             for (range, source) in of.within(run) {
                 source.layer.wait_filled(PageRange::with_len(source.at, range.len())).map_err(RamError::Lost)?;
                 let copied = copy(
@@ -172,7 +170,7 @@ impl Merged {
         self.placed.iter().map(|(run, _)| run.len()).sum()
     }
 
-    /// The parts of `run` where `now` says what it said when it was copied.
+    /// The parts of `run` that `now` still maps as at the time of the copy.
     fn unchanged(&self, now: &LayerMap, run: PageRange) -> Vec<PageRange> {
         let mut unchanged = Vec::new();
         for (range, was) in parts_of(&self.of, run) {
@@ -187,7 +185,7 @@ impl Merged {
         join_runs(&unchanged, 0)
     }
 
-    /// Shows the copies in `map`, wherever it still says what was copied.
+    /// Replaces sources in `map` by their copies, wherever the copied source is unchanged.
     fn substitute(&self, map: &mut LayerMap) {
         for (run, source) in &self.placed {
             for same in self.unchanged(map, *run) {
@@ -210,8 +208,8 @@ fn copy(from: &File, at: u64, into: &File, to: u64, pages: u64, buffer: &mut [u8
 }
 
 impl RamImage {
-    /// The same memory in fewer pieces: what a template should be made of before it is forked by
-    /// the hundred. Copies short pieces only.
+    /// Returns the same memory in fewer pieces, for a template that is forked hundreds of times.
+    /// Copies short pieces only.
     ///
     /// # Errors
     /// When there is no memory for the copies; the image stays as it was in any case.
@@ -254,7 +252,7 @@ pub(crate) struct Compaction(Mutex<Stage>);
 enum Stage {
     #[default]
     Copying,
-    /// What is not taken over yet, if anything came of it.
+    /// The merged parts that are not taken over yet, if the merge succeeded.
     Copied(Option<Merged>),
 }
 
@@ -263,7 +261,7 @@ impl Compaction {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Stage::Copied(merged);
     }
 
-    /// What came of it, once.
+    /// Takes the result, once.
     fn take(&self) -> Option<Option<Merged>> {
         match &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner) {
             Stage::Copying => None,
@@ -272,8 +270,8 @@ impl Compaction {
     }
 }
 
-/// Whether mapping `pieces` anew takes no more mappings than there are: not where one large layer
-/// shows between many pages of the VM's own. What is absent stays absent.
+/// Whether mapping `pieces` anew takes no more mappings than exist now. False where one large layer
+/// shows between many pages of the VM's own. Absent ranges stay absent.
 fn is_gain(mappings: &Mappings, pieces: &[PageRange]) -> bool {
     let (Some(first), Some(last)) = (pieces.first(), pieces.last()) else { return true };
     let mut trial = IntervalMap::new();
@@ -296,8 +294,8 @@ impl GuestRegion {
         let merged = Merged::make(&self.store, &of, &runs_to_merge(&of, &nofork::runs(&state.no_fork)))?;
         let pages = merged.as_ref().map_or(0, Merged::pages);
         if let Some(merged) = merged {
-            // No bit changes hands, but none may meanwhile: a page is mapped anew only if it is not
-            // the VM's own.
+            // Mapping anew is allowed only for pages that the VM does not own, so the bits must not
+            // change meanwhile.
             let _table = self.table.lock();
             let own = self.own(&state)?;
             self.take_over(&mut state, merged, &own, usize::MAX)?;
@@ -306,8 +304,7 @@ impl GuestRegion {
         Ok(())
     }
 
-    /// After a freeze: has the short pieces of the view merged in the background, if they have
-    /// become many.
+    /// After a freeze: starts a background merge of the view's short pieces, if there are many.
     pub(crate) fn compact_later(&self, state: &mut State) {
         if state.compaction.is_some()
             || state.freezing.is_some()
@@ -330,8 +327,9 @@ impl GuestRegion {
         }
     }
 
-    /// In a freeze, with the table locked: takes over some of what has been merged, if anything
-    /// has. `own` are the pages this VM owns, but for no-fork ones; nothing else writes.
+    /// In a freeze, with the table locked: takes over some of the merged parts, if a merge has
+    /// finished. `own` are the pages that this VM owns, except no-fork ones. There are no other
+    /// writers.
     pub(crate) fn take_over_some(&self, state: &mut State, own: [&[PageRange]; 2]) {
         let Some(merged) = state.compaction.as_ref().and_then(|compaction| compaction.take()) else { return };
         let mut own = own.concat();
@@ -350,7 +348,7 @@ impl GuestRegion {
         state.last_compacted = (state.space.map().len(), layers([&**state.space.map()]));
     }
 
-    /// Shows what was copied in the map, and maps it where this VM shows the old layer. At most
+    /// Puts the copies into the map, and maps them where this VM shows the old layer. Takes at most
     /// `most` patches; returns the rest.
     fn take_over(
         &self,
@@ -366,8 +364,8 @@ impl GuestRegion {
         if taken.is_ok() && !merged.placed.is_empty() {
             return Ok(Some(merged));
         }
-        // What was taken over before is in the published view, so the new layer is one that a sweep
-        // looks at; what was just taken over is not yet.
+        // Parts taken over earlier are in the published view, so a sweep considers the new layer;
+        // the parts just taken over are not in it yet.
         state.space.keep_until_published(merged.seen);
         taken.map(|()| None)
     }
@@ -375,12 +373,12 @@ impl GuestRegion {
     fn take_over_all(&self, state: &mut State, merged: &Merged, own: &[PageRange]) -> Result<(), RamError> {
         let kept = nofork::runs(&state.no_fork);
         for (run, source) in &merged.placed {
-            // Without what has been declared no-fork since it was copied: which of those pages are
-            // the VM's own a freeze does not ask, and a page that is not must not be shown by a
-            // mapping when the map says otherwise.
+            // Skips ranges declared no-fork since the copy: a freeze does not look for the VM's own
+            // pages among them, and the mapping of a page that the VM does not own must agree with
+            // the map.
             let same = subtract_runs(&merged.unchanged(state.space.map(), *run), &kept);
             let copied = |part: PageRange| source.advance(part.start - run.start);
-            // This VM's own pages stay as they are; of them only the map changes.
+            // This VM's own pages stay mapped; only their entries in the map change.
             let pieces = subtract_runs(&same, own);
             if !is_gain(state.space.mappings(), &pieces) {
                 continue;

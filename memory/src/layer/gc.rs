@@ -1,14 +1,14 @@
-//! The sweep: memory of layer pages that cannot be seen any more is given back, though the layer
-//! itself is still in use.
+//! The sweep: garbage collection of layer pages that no view shows, while the layer itself is still
+//! in use.
 //!
-//! A layer goes with its last user. Until then a VM that is frozen again and again leaves old
-//! versions of its pages behind, in layers that others, or other pages, keep alive. A page is seen
-//! if it is in some view ([`crate::layer::registry`]); nothing else reads a layer's page: a mapping
-//! shows what the view says, or a page of the VM's own on top of it.
+//! A layer is freed by its last user. Until then a VM that is frozen repeatedly leaves old versions
+//! of its pages behind, in layers that other VMs, or other pages, keep alive. A page is visible if
+//! it is in some view ([`crate::layer::registry`]). There is no other way to read a layer's page: a
+//! mapping shows the page in the view, or a page of the VM's own on top of it.
 //!
-//! Never under a pin: a pinned page is exclusive, so it is no layer's page, with one exception, the
-//! pages of a base file that were pinned when the rest of it became a layer. They are in no view,
-//! and a base file is not swept for as long as its VM has such pages.
+//! The sweep never punches a pinned page: a pinned page is exclusive, so it is not a layer's page.
+//! The one exception is the pages of a base file that were pinned when the rest of it became a
+//! layer. These are in no view, and the sweep skips base files as long as their VM owns such pages.
 
 #[cfg(test)]
 mod tests;
@@ -29,7 +29,7 @@ use crate::store::{Backing, Store};
 use crate::trace;
 use crate::units::{BLOCK_PAGES, PAGE_SHIFT, PageRange, join_runs, pages_in, subtract_runs};
 
-/// What a sweep gave back.
+/// Result of a sweep.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Swept {
     /// Pages whose memory is free again (or disk space, of layers on a disk).
@@ -39,20 +39,21 @@ pub struct Swept {
 }
 
 impl Store {
-    /// Gives back what no VM and no image can see, now. It is done now and then by itself.
+    /// Punches all layer pages that no VM and no image can see. Also runs in the background now and
+    /// then.
     pub fn sweep(&self) -> Swept {
-        // Views that were let go of may still be waiting to be dropped.
+        // Dropped views may still be queued.
         self.wait_reclaimed();
         sweep(self.views())
     }
 
-    /// Pages that sweeps have given back so far, of layers that were still in use.
+    /// Pages that sweeps have punched so far, of layers that were still in use.
     #[must_use]
     pub fn given_back(&self) -> u64 {
         self.views().given_back()
     }
 
-    /// Has it done in the background, if anything has changed since it was last.
+    /// Starts a background sweep, if views have changed since the last one.
     pub(crate) fn sweep_later(&self) {
         if self.views().take_changed() {
             self.reclaim(ReclaimThread::sweep);
@@ -60,34 +61,35 @@ impl Store {
     }
 }
 
-/// See [`Store::sweep`]. Layers of other stores are theirs to sweep.
+/// See [`Store::sweep`]. Layers of other stores are skipped; their own sweeps handle them.
 pub(crate) fn sweep(views: &Views) -> Swept {
     sweep_in_steps(views, || {})
 }
 
-/// `between` is called after each step but the last: whatever others do there must cost no page.
+/// Calls `between` after each step but the last: concurrent changes at these points must not lose a
+/// page.
 fn sweep_in_steps(views: &Views, mut between: impl FnMut()) -> Swept {
-    // Before the views are looked at: a VM that freezes or dies in between first shows the pages it
-    // had to itself and then says that it has none. Asked afterwards, the layer would be one of
-    // which the views looked at do not show those pages.
+    // Must precede the scan of the views: a VM that freezes or dies in between first publishes the
+    // pages it owned and then clears the base flag. With the opposite order the layer would count
+    // as whole while the scanned views lack those pages.
     let whole = whole_layers(views);
     between();
     let mut seen = seen_in(views);
     between();
-    // A handle is made of a view, and a view of a handle. While the views are read, a page may pass
-    // from one to the other and be seen in neither. So there must have been no handle from the
-    // first look to the last.
+    // A handle is made from a view, and a view from a handle. During the scan a page may move from
+    // one to the other and be seen in neither. So no handle may have existed between the first
+    // check and the last.
     let mut spared = HashMap::new();
     trace::swept(&mut seen, |seen| {
         let may_go =
             |id: &LayerId, layer: &Layer| whole.get(id).is_some_and(|made| layer.handles_made() == Some(*made));
         (*seen, spared) = std::mem::take(seen).into_iter().partition(|(id, (layer, _))| may_go(id, layer));
     });
-    // A layer may end here: not within a step, as its end is one.
+    // A layer may be dropped here, outside the step, because its end is a step of its own.
     drop(spared);
     let mut swept = Swept::default();
     for (layer, runs) in seen.into_values() {
-        // Held while pages go: what a layer has given is what its file lacks.
+        // Locked while pages are punched: `given` must equal the holes of the file.
         let mut given = layer.given();
         let dead = dead_runs(&layer, runs, &given);
         let mut pages = 0;
@@ -115,8 +117,7 @@ fn sweep_in_steps(views: &Views, mut between: impl FnMut()) -> Swept {
     swept
 }
 
-/// All there is to be read through, once: children that have not changed since their fork share one
-/// map.
+/// All registered maps, without duplicates: children unchanged since their fork share one map.
 fn maps_of(views: &Views) -> Vec<Arc<LayerMap>> {
     let mut maps = views.all();
     let mut walked = HashSet::new();
@@ -124,7 +125,7 @@ fn maps_of(views: &Views) -> Vec<Arc<LayerMap>> {
     maps
 }
 
-/// This store's layers in sight that may be swept, each with the handles there have been of it.
+/// This store's visible layers that may be swept, each with the number of handles made so far.
 fn whole_layers(views: &Views) -> HashMap<LayerId, u64> {
     let maps = maps_of(views);
     let layers = maps.iter().flat_map(|map| map.iter()).map(|(_, source)| &source.layer);
@@ -132,7 +133,7 @@ fn whole_layers(views: &Views) -> HashMap<LayerId, u64> {
     whole.filter_map(|layer| Some((layer.id(), layer.handles_made()?))).collect()
 }
 
-/// What views see of this store's layers.
+/// The pages of this store's layers that views show.
 fn seen_in(views: &Views) -> HashMap<LayerId, (Arc<Layer>, Vec<PageRange>)> {
     let mut seen: HashMap<LayerId, (Arc<Layer>, Vec<PageRange>)> = HashMap::new();
     for map in &maps_of(views) {
@@ -144,9 +145,9 @@ fn seen_in(views: &Views) -> HashMap<LayerId, (Arc<Layer>, Vec<PageRange>)> {
     seen
 }
 
-/// Whether what views show is all there is of it. Once it is, it stays so. A reference page lives
-/// by its handle; in a layer that is being filled a hole is a page that is still to come; a
-/// snapshot, or another process's layer, is not ours to punch holes in, whatever sees it here.
+/// Whether views show all pages in use of the layer. Once true, it stays true. Excluded are
+/// reference pages, which live by their handle; layers being filled, where a hole is a page still
+/// to come; and files of snapshots or other processes, which must not be punched in any case.
 fn is_whole(layer: &Layer) -> bool {
     !matches!(layer.home(), Home::File | Home::Foreign)
         && !layer.id().is_reference()
@@ -154,8 +155,8 @@ fn is_whole(layer: &Layer) -> bool {
         && layer.pending().is_none()
 }
 
-/// What of `layer` no view shows and has not been given back: in whole blocks where its memory
-/// comes in blocks, because a block that lost a page would be mapped page by page.
+/// The pages of `layer` that no view shows and that are not punched yet. Only whole blocks where
+/// the memory consists of blocks, because a block with a hole would be mapped page by page.
 fn dead_runs(layer: &Layer, mut seen: Vec<PageRange>, given: &[PageRange]) -> Vec<PageRange> {
     seen.sort_unstable();
     let dead = subtract_runs(&[PageRange::new(0, layer.pages())], &join_runs(&seen, 0));

@@ -1,9 +1,8 @@
-//! Layers as others see them: handles that count.
+//! Counted handles of layers for users outside the crate.
 //!
-//! Inside the crate a layer is an `Arc`, and what may be read of it is what views show
-//! ([`crate::layer::registry`]); the rest of it is given back ([`crate::layer::gc`]). Who is
-//! outside may read any page of a layer they were given, so a handle says so: while there is one,
-//! nothing of its layer is given back.
+//! Inside the crate a layer is an `Arc`, and only the pages that views show may be read
+//! ([`crate::layer::registry`]); the sweep punches the others ([`crate::layer::gc`]). External
+//! users may read any page of a layer, so the sweep spares layers with external handles.
 
 use std::fmt;
 use std::fs::File;
@@ -21,12 +20,12 @@ use crate::layer::{Home, Layer, LayerId, LayerMap, Source};
 use crate::region::stats::allocated;
 use crate::units::{PAGE_SIZE, PageRange};
 
-/// A layer: immutable pages in a file. While there is a handle all of it stays as it was when the
-/// handle was made.
+/// A layer: immutable pages in a file. As long as a handle exists, the whole layer stays as it was
+/// when the handle was made.
 pub struct LayerHandle(Arc<Layer>);
 
-/// Another descriptor of a file, open for reading only. One that is so already is not opened again:
-/// this process may have no right to.
+/// Opens the file again, read-only. A read-only descriptor is duplicated instead: this process may
+/// lack the right to reopen the file.
 fn reopened_for_reading(file: BorrowedFd<'_>) -> io::Result<File> {
     if fcntl_getfl(file)? & OFlags::ACCMODE == OFlags::RDONLY {
         return Ok(file.try_clone_to_owned()?.into());
@@ -35,65 +34,64 @@ fn reopened_for_reading(file: BorrowedFd<'_>) -> io::Result<File> {
 }
 
 impl LayerHandle {
-    /// To be called while something that shows the layer's pages is registered or the layer is
-    /// no other's: from then on the handle keeps them.
+    /// Makes a handle, which keeps the layer's pages from then on. The caller holds a registered
+    /// view of the pages, or the only reference to the layer.
     pub(crate) fn new(layer: &Arc<Layer>) -> Self {
         layer.add_handle();
         Self(Arc::clone(layer))
     }
 
-    /// Its identity.
+    /// Identity of the layer.
     #[must_use]
     pub fn id(&self) -> LayerId {
         self.0.id()
     }
 
-    /// Pages of address space in its file (holes included).
+    /// Number of pages of the file's address space (holes included).
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.0.pages()
     }
 
-    /// Why it will never be complete.
+    /// The reason why the layer will never be complete.
     #[must_use]
     pub fn failure(&self) -> Option<Arc<FillError>> {
         self.0.failure()
     }
 
-    /// Its file for another process, open for reading only. Waits for pages that are still being
-    /// copied: a hole is zeros to whoever maps it there.
+    /// The file for another process, opened read-only. Waits for pages that are still being copied,
+    /// because the other process would read a hole as zeros.
     ///
-    /// While the other process uses it, an image that shows those pages must be held here: what no
-    /// image and no VM of this process shows is given back.
+    /// While the other process uses the file, this process must hold an image that shows those
+    /// pages: the sweep punches pages that no image and no VM of this process shows.
     ///
     /// # Errors
-    /// When pages will never come, or the file cannot be opened again (procfs is needed).
+    /// If pages will never be filled, or the file cannot be reopened (procfs is needed).
     pub fn read_only_file(&self) -> Result<File, RamError> {
         self.0.wait_filled(PageRange::new(0, self.0.pages())).map_err(RamError::Lost)?;
         let file = self.0.reader().map_or(self.0.as_fd(), AsFd::as_fd);
         reopened_for_reading(file).map_err(RamError::Reopen)
     }
 
-    /// What its publisher sees it in use by, if that is another process
-    /// ([`Store::foreign_layer`](crate::Store::foreign_layer)).
+    /// The lease by which the publisher sees that the layer is in use, if another process published
+    /// it ([`Store::foreign_layer`](crate::Store::foreign_layer)).
     #[must_use]
     pub fn lease(&self) -> Option<&Arc<OwnedFd>> {
         self.0.lease()
     }
 
-    /// Bytes of memory behind its file.
+    /// Bytes of memory behind the file.
     ///
     /// # Errors
-    /// When the file cannot be asked.
+    /// If `fstat` fails.
     pub fn resident_bytes(&self) -> io::Result<u64> {
         self.0.resident_bytes()
     }
 
-    /// Reads whole pages of it, beginning with page `at`; waits for those that are still being
-    /// copied.
+    /// Reads whole pages, beginning with page `at`. Waits for pages that are still being copied.
     ///
     /// # Errors
-    /// When they cannot be read, or will never come.
+    /// If the pages cannot be read, or will never be filled.
     pub fn read_pages(&self, at: u64, bytes: &mut [u8]) -> Result<(), RamError> {
         let pages = (bytes.len() as u64).div_ceil(PAGE_SIZE);
         let range = PageRange::with_len(at, pages);
@@ -101,16 +99,15 @@ impl LayerHandle {
         self.0.file().read_exact_at(bytes, range.offset()).map_err(|source| RamError::Copy { pages, source })
     }
 
-    /// Those of the pages in `range` of its file that may be other than zeros, because there is
-    /// memory behind them. Waits for those that are still being copied.
+    /// The pages of the file within `range` that may be nonzero, because memory is allocated for
+    /// them. Waits for pages that are still being copied.
     ///
     /// # Errors
-    /// When the file cannot be asked, or pages will never come.
+    /// If the file's extents cannot be read, or pages will never be filled.
     pub fn data_runs(&self, range: PageRange) -> Result<Vec<PageRange>, RamError> {
         self.0.wait_filled(range).map_err(RamError::Lost)?;
         match self.0.home() {
-            // What is read of it must be there: had it been cut short, what is gone would look
-            // like a hole.
+            // Every page must exist: after a truncation the missing pages would look like a hole.
             Home::File => return Ok(vec![range]),
             Home::Foreign => crate::layer::builder::check_length(self.0.file(), self.0.pages())?,
             Home::Memory(_) | Home::Disk => {}
@@ -170,7 +167,7 @@ impl Piece for LayerSource {
 /// Which layer provides each page of a region. A page in no entry is zeros.
 pub type ImageMap = IntervalMap<LayerSource>;
 
-/// `map` for others. To be called while it is registered.
+/// Converts `map` for external users. Called while the map is registered.
 pub(crate) fn image_map(map: &LayerMap) -> ImageMap {
     let mut out = ImageMap::new();
     for (range, source) in map.iter() {
@@ -179,7 +176,7 @@ pub(crate) fn image_map(map: &LayerMap) -> ImageMap {
     out
 }
 
-/// `map` for the inside.
+/// Converts `map` for use inside the crate.
 pub(crate) fn layer_map(map: &ImageMap) -> LayerMap {
     let mut out = LayerMap::new();
     map.iter().for_each(|(range, source)| out.insert(range, source.inner()));

@@ -1,4 +1,4 @@
-//! An ordered map from disjoint page ranges to values that know how to be cut.
+//! An ordered map from disjoint page ranges to values that can be cut.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ pub trait Piece: Clone {
     fn continues(&self, pages: u64, next: &Self) -> bool;
 }
 
-/// Entries of a chunk at most.
+/// Maximum number of entries of a chunk.
 const MAX_CHUNK: usize = 64;
 
 #[derive(Clone, Debug)]
@@ -24,12 +24,12 @@ struct Entry<V> {
 
 type Chunk<V> = Arc<Vec<Entry<V>>>;
 
-/// Disjoint ranges to values. Later insertions overwrite; neighbours that continue each other are
-/// one entry, so the number of entries is the number of mappings needed.
+/// A map from disjoint ranges to values. Later insertions overwrite. Neighbours that continue each
+/// other are one entry, so the number of entries is the number of mappings needed.
 ///
-/// Entries stand in chunks that copies share until one of them is changed. A copy costs a count a
-/// chunk, and the first change after it one chunk: a VM's map is copied for every image, and
-/// changed by every discard.
+/// Entries are in chunks, which copies share until one of them is changed. A copy costs one
+/// reference count per chunk, and the first change after it one chunk: a VM's map is copied for
+/// every image, and changed by every discard.
 #[derive(Clone, Debug)]
 pub struct IntervalMap<V> {
     /// Ascending, none of them empty.
@@ -131,8 +131,7 @@ impl<V: Piece> IntervalMap<V> {
         }
     }
 
-    /// Takes `range` out of the entries from `first` to `behind` of a chunk, of which something is
-    /// left.
+    /// Removes `range` from the entries `first` to `behind` of a chunk, parts of which remain.
     fn cut(&mut self, at: usize, first: usize, behind: usize, range: PageRange) {
         let chunk = Arc::make_mut(&mut self.chunks[at]);
         let (head, tail) = (&chunk[first], &chunk[behind - 1]);
@@ -156,7 +155,7 @@ impl<V: Piece> IntervalMap<V> {
         }
     }
 
-    /// Maps `range` to `value`, over whatever was there.
+    /// Maps `range` to `value`. Replaces existing entries.
     pub fn insert(&mut self, range: PageRange, value: V) {
         if range.is_empty() {
             return;
@@ -270,13 +269,13 @@ mod tests {
                     prop_assert_eq!(Some(v), model[r.start as usize]);
                 }
             }
-            // What was copied does not change with what it is a copy of.
+            // A copy does not change with its original.
             for (map, model) in copies {
                 for p in 0..MODEL { prop_assert_eq!(map.get(p), model[p as usize], "page {} of a copy", p); }
             }
         }
 
-        /// As many entries as take several chunks, and what is cut across them.
+        /// Enough entries for several chunks, and cuts across chunks.
         #[test]
         fn many_entries_agree_with_an_array(cuts in proptest::collection::vec((0u64..2_000, 0u64..700), 0..20)) {
             let mut map = IntervalMap::new();

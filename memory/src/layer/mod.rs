@@ -1,5 +1,5 @@
-//! Layers: sets of pages that never change, in files, shared by any number of VMs; and the map from
-//! pages to them.
+//! Layers: immutable sets of pages in files, shared by any number of VMs; and the map from pages to
+//! layers.
 
 pub(crate) mod builder;
 pub(crate) mod compact;
@@ -31,13 +31,13 @@ impl LayerId {
     /// Set in the identity of a layer that holds a reference page.
     pub(crate) const REFERENCE: u64 = 1 << 63;
 
-    /// Its number. Layers and reference pages are counted apart.
+    /// Number of the layer. Layers and reference pages are numbered separately.
     #[must_use]
     pub fn number(self) -> u64 {
         self.0 & !Self::REFERENCE
     }
 
-    /// Whether the layer is a reference page's.
+    /// Whether this layer holds a reference page.
     #[must_use]
     pub fn is_reference(self) -> bool {
         self.0 & Self::REFERENCE != 0
@@ -56,21 +56,19 @@ impl fmt::Debug for LayerId {
 pub(crate) enum Home {
     /// In memory, in pages of this size.
     Memory(Backing),
-    /// In a file on a disk that is the layer's alone, and in the page cache as long as there is
-    /// room.
+    /// In a private file on a disk. The page cache holds its pages as long as there is room.
     Disk,
-    /// In a file that others have too, such as a snapshot's: only ever read, so nothing of it is
-    /// given back.
+    /// In a file with other users, such as a snapshot's: read-only, so the sweep never punches it.
     File,
-    /// In memory, in a file that another process published: only ever read.
+    /// In a memory file published by another process: read-only.
     Foreign,
 }
 
-/// A memory file whose published pages are immutable (I4). Freed, file and all, with its last user.
+/// A memory file whose published pages are immutable (I4). The last user frees layer and file.
 ///
-/// A layer made from a base file may still have pages that were pinned when it was frozen: those
-/// belong to the VM that was populated in it, are in no [`LayerMap`], and are not part of the
-/// layer.
+/// A layer made from a base file may still contain pages that were pinned when it was frozen. Those
+/// pages belong to the VM that was populated in the file, are in no [`LayerMap`], and are not part
+/// of the layer.
 #[derive(Debug)]
 pub(crate) struct Layer {
     id: LayerId,
@@ -78,25 +76,26 @@ pub(crate) struct Layer {
     pages: u64,
     home: Home,
     live: Arc<AtomicUsize>,
-    /// Whether a VM still owns pages of it, mapped shared, which are in no map.
+    /// Whether a VM still owns pages of the file, mapped shared, that no map contains.
     base_file: AtomicBool,
-    /// What has been given back of it, ascending (see [`crate::layer::gc`]).
+    /// Punched ranges of the file, ascending (see [`crate::layer::gc`]).
     given: Mutex<Vec<PageRange>>,
-    /// What fills it, or did, if it was published before it was complete.
+    /// The background copy that fills or filled the layer, if it was published incomplete.
     bg_copy: OnceLock<Arc<BackgroundCopy>>,
-    /// Handles that others were given (see [`crate::layer::handle`]), and those of them that have
-    /// gone. Both only grow.
+    /// External handles created (see [`crate::layer::handle`]), and external handles dropped. Both
+    /// counts only grow.
     handles_made: AtomicU64,
     handles_gone: AtomicU64,
-    /// Open as long as the layer is in use, if another process published it.
+    /// The publisher's lease, held open as long as the layer is in use, for another process's
+    /// layer.
     lease: Option<Arc<OwnedFd>>,
-    /// Its file open for reading only, where this process may have no right to open it so.
+    /// The file opened read-only, for when this process may lack the right to reopen it so.
     reader: Option<File>,
 }
 
 impl Layer {
     pub(crate) fn new(id: LayerId, file: File, pages: u64, home: Home, live: Arc<AtomicUsize>) -> Self {
-        // Relaxed: a gauge; nothing is ordered by it.
+        // Relaxed: a gauge that orders nothing.
         live.fetch_add(1, Ordering::Relaxed);
         let (base_file, given) = (AtomicBool::new(false), Mutex::default());
         trace!(Layer { layer: id.0, file: crate::trace::file(&file) });
@@ -105,13 +104,13 @@ impl Layer {
         Self { id, file, pages, home, live, base_file, given, bg_copy, handles_made, handles_gone, lease, reader }
     }
 
-    /// Gives other processes copies of `reader`, which is of the same file.
+    /// Sets `reader`, an open of the same file, as the descriptor to copy to other processes.
     pub(crate) fn read_by(mut self, reader: File) -> Self {
         self.reader = Some(reader);
         self
     }
 
-    /// Its file for another process, if that was there from the beginning.
+    /// The descriptor for other processes, if one was set at creation.
     pub(crate) fn reader(&self) -> Option<&File> {
         self.reader.as_ref()
     }
@@ -122,46 +121,46 @@ impl Layer {
         self
     }
 
-    /// What its publisher sees it in use by.
+    /// The lease by which the publisher sees that the layer is in use.
     pub(crate) fn lease(&self) -> Option<&Arc<OwnedFd>> {
         self.lease.as_ref()
     }
 
-    /// Counts a handle, before the view that it is made of may go. SeqCst: pairs with
-    /// [`Self::handles_made`].
+    /// Counts a new handle, before the view from which it is made may be dropped. SeqCst: pairs
+    /// with [`Self::handles_made`].
     pub(crate) fn add_handle(&self) {
         crate::trace::handle(self.id, || self.handles_made.fetch_add(1, Ordering::SeqCst));
     }
 
-    /// Release: what was read through the handle was read before, and what was made of it is
-    /// registered.
+    /// Counts a dropped handle. Release: reads through the handle, and the registration of views
+    /// made from it, happen before.
     pub(crate) fn remove_handle(&self) {
         trace!(HandleGone { layer: self.id.0 });
         self.handles_gone.fetch_add(1, Ordering::Release);
     }
 
-    /// How many handles there have been, if there is none now. If it says the same twice, there was
-    /// none in between.
+    /// Number of handles ever made, if all have been dropped. Two equal results mean that no handle
+    /// existed in between.
     pub(crate) fn handles_made(&self) -> Option<u64> {
-        // In this order: no handle goes before it is made. So equal counts mean that there was none
-        // at the first load. Acquire: pairs with `remove_handle`.
+        // In this order, because a handle is made before it is dropped: equal counts mean that no
+        // handle existed at the first load. Acquire: pairs with `remove_handle`.
         let gone = self.handles_gone.load(Ordering::Acquire);
         let made = self.handles_made.load(Ordering::SeqCst);
         (made == gone).then_some(made)
     }
 
-    /// Whether it is counted there: whether it is that store's.
+    /// Whether the layer belongs to the store that counts its layers in `live`.
     pub(crate) fn is_counted_in(&self, live: &Arc<AtomicUsize>) -> bool {
         Arc::ptr_eq(&self.live, live)
     }
 
-    /// Where its pages are.
+    /// Where the pages are.
     pub(crate) fn home(&self) -> Home {
         self.home
     }
 
-    /// Says whether a VM owns pages of it that are in no map. Release: pairs with
-    /// [`Self::is_base`]; the map that shows the pages the VM gave up is published before.
+    /// Sets whether a VM owns pages of the file that no map contains. Release: pairs with
+    /// [`Self::is_base`]; the map with the pages that the VM gave up is published before.
     pub(crate) fn set_base(&self, base_file: bool) {
         self.base_file.store(base_file, Ordering::Release);
         #[cfg(test)]
@@ -172,7 +171,7 @@ impl Layer {
         self.base_file.load(Ordering::Acquire)
     }
 
-    /// What has been given back of it.
+    /// Punched ranges of the file.
     pub(crate) fn given(&self) -> MutexGuard<'_, Vec<PageRange>> {
         self.given.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -181,40 +180,40 @@ impl Layer {
         &self.file
     }
 
-    /// Its identity.
+    /// Identity of the layer.
     pub(crate) fn id(&self) -> LayerId {
         self.id
     }
 
-    /// Says what fills it: once, before it is shared.
+    /// Sets the background copy that fills the layer: once, before the layer is shared.
     pub(crate) fn fill_with(&self, bg_copy: Arc<BackgroundCopy>) {
         let first = self.bg_copy.set(bg_copy).is_ok();
         debug_assert!(first, "a layer is filled once");
         trace!(Hollow { layer: self.id.0 });
     }
 
-    /// What fills it, if that was left to the background.
+    /// The background copy that fills or filled the layer, if any.
     pub(crate) fn bg_copy(&self) -> Option<&Arc<BackgroundCopy>> {
         self.bg_copy.get()
     }
 
-    /// What fills it, as long as pages may be missing.
+    /// The background copy that fills the layer, as long as pages may be missing.
     pub(crate) fn pending(&self) -> Option<&Arc<BackgroundCopy>> {
         self.bg_copy().filter(|bg_copy| !bg_copy.is_over())
     }
 
-    /// Why it will never be complete.
+    /// The reason why the layer will never be complete.
     pub(crate) fn failure(&self) -> Option<Arc<FillError>> {
         self.bg_copy()?.failure()
     }
 
-    /// Waits until the pages of its file within `range` are there: to be called before the file is
-    /// read otherwise than through a mapping that was adopted.
+    /// Waits until the file's pages within `range` are filled. Required before the file is read
+    /// otherwise than through an adopted mapping.
     pub(crate) fn wait_filled(&self, range: PageRange) -> Result<(), Arc<FillError>> {
         self.bg_copy().map_or(Ok(()), |bg_copy| bg_copy.wait_filled(range))
     }
 
-    /// The bytes of `range` of its file. What is still being filled must be there.
+    /// Reads the file's pages within `range`, which must be filled.
     pub(crate) fn read_pages(&self, range: PageRange) -> io::Result<Vec<u8>> {
         failpoint(Call::Copy)?;
         let mut bytes = vec![0; range.bytes()];
@@ -222,15 +221,15 @@ impl Layer {
         Ok(bytes)
     }
 
-    /// Pages of address space in its file (holes included).
+    /// Number of pages of the file's address space (holes included).
     pub(crate) fn pages(&self) -> u64 {
         self.pages
     }
 
-    /// Bytes of memory behind its file.
+    /// Bytes of memory behind the file.
     ///
     /// # Errors
-    /// When the file cannot be asked.
+    /// If `fstat` fails.
     pub(crate) fn resident_bytes(&self) -> io::Result<u64> {
         Ok(self.file.metadata()?.blocks() * 512)
     }
@@ -264,7 +263,7 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    /// Whether both are one page of one layer.
+    /// Whether both refer to the same page of the same layer.
     pub(crate) fn is(&self, other: &Self) -> bool {
         self.layer.id() == other.layer.id() && self.at == other.at
     }
@@ -285,5 +284,5 @@ impl Piece for Source {
     }
 }
 
-/// Which layer provides each page a VM does not own. A page in no entry is zeros.
+/// The layer that provides each page that a VM does not own. Pages in no entry are zeros.
 pub(crate) type LayerMap = IntervalMap<Source>;

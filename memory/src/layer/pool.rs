@@ -1,18 +1,19 @@
-//! Files for the next freezes, made ahead: their memory is allocated, and they were never
-//! them.
+//! Preallocated files for the next freezes. Their memory is allocated ahead of time, and the files
+//! were never published.
 //!
-//! A page of a fresh file costs the kernel's finding it, and the host's behind that where this is a
-//! virtual machine itself: 0.4-5.5 us, against 0.15 to copy over one that is there. A VM that is
-//! forked a hundred times a second needs as many deltas, each about as large as the one before. So
-//! when freezes follow each other, the reclaim thread allocates the next file while no VM waits.
+//! To find a page of a fresh file costs the kernel, and its host if the machine is itself virtual,
+//! 0.4-5.5 us; to copy over an existing page costs 0.15. A VM that is forked a hundred times a
+//! second needs as many deltas, each about as large as the last. So when freezes follow each other
+//! closely, the reclaim thread allocates the next file while no VM waits.
 //!
-//! **No file is used again.** The file of a layer that has gone may still be read: by a device that
-//! was given its frames, by a splice, by another process. Only the kernel knows, by its page
-//! references, and it cannot be asked; a count of ours is no proof (I4). A file that was never
-//! published needs none. What a layer leaves behind is freed, and frames in use outlive their file.
+//! **Files are never reused.** The file of a dropped layer may still be read by a device that was
+//! given its frames, by a splice, or by another process. The kernel knows this by its page
+//! references but has no interface for it; a count of ours is not proof (I4). A file that was never
+//! published needs no proof. A dropped layer's memory is freed, and frames in use outlive their
+//! file.
 //!
-//! Only a freeze that copies at once takes from here, because it writes every page of its layer
-//! before it is shared.
+//! Only a freeze that copies at once takes files from the pool, because it writes every page of its
+//! layer before the layer is shared.
 
 use std::fs::File;
 use std::io;
@@ -25,13 +26,14 @@ use rustix::fs::{FallocateFlags, fallocate, ftruncate};
 use crate::store::Backing;
 use crate::units::PAGE_SHIFT;
 
-/// Files kept of each kind. One is taken while the next is made.
+/// Maximum number of files of each kind: one can be taken while the next is made.
 const MAX_FILES: usize = 2;
 /// Largest file made ahead, in pages.
 pub(crate) const MAX_PAGES: u64 = 2_048;
 /// Sizes are rounded up to this many pages.
 const ROUNDED_TO: u64 = 16;
-/// Freezes further apart than this make their files themselves: memory that waits longer is wasted.
+/// Minimum rate: freezes further apart than this make their own files, because memory that waits
+/// longer is wasted.
 const MAX_APART: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
@@ -44,9 +46,9 @@ struct Made {
 #[derive(Debug, Default)]
 struct Inner {
     files: Vec<Made>,
-    /// When a freeze last asked.
+    /// Time of the last freeze's request.
     asked: Option<Instant>,
-    /// Asked for and not made yet.
+    /// Number of files ordered and not made yet.
     ordered: usize,
 }
 
@@ -66,7 +68,7 @@ impl LayerFilePool {
         f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// A file in pages of `grain` that has room for `pages`: the smallest there is.
+    /// Takes the smallest file with pages of `grain` that has room for `pages`.
     pub(crate) fn take(&self, grain: Backing, pages: u64) -> Option<File> {
         let made = self.with(|inner| {
             let fits = |made: &Made| made.grain == grain && made.pages >= pages;
@@ -74,17 +76,16 @@ impl LayerFilePool {
             let (at, _) = fitting.min_by_key(|(_, made)| made.pages)?;
             Some(inner.files.swap_remove(at))
         })?;
-        // What is over is given back, unless it is little: the file's length is what it is charged
-        // for. While the VM is paused: so a file that is made for a delta of the same size is not
-        // cut.
+        // Truncates the excess unless it is small, because the file is charged by its length. The
+        // VM is paused here, so a file that was made for a delta of the same size is not truncated.
         if made.pages > pages + pages / 4 + ROUNDED_TO {
             ftruncate(&made.file, pages << PAGE_SHIFT).ok()?;
         }
         Some(made.file)
     }
 
-    /// Notes that a freeze has wanted a file of `pages` at `now`. What is to be made for the next,
-    /// if another is likely.
+    /// Notes that a freeze requested a file of `pages` at `now`. Returns the file to make for the
+    /// next freeze, if one is likely to follow.
     pub(crate) fn order(&self, grain: Backing, pages: u64, now: Instant) -> Option<Wanted> {
         // The next delta is about as large as the last.
         let pages = (pages + pages / 8).next_multiple_of(ROUNDED_TO);
@@ -99,13 +100,13 @@ impl LayerFilePool {
         })
     }
 
-    /// What was ordered will not be made.
+    /// Cancels an order.
     pub(crate) fn cancel(&self) {
         self.with(|inner| inner.ordered -= 1);
     }
 
-    /// Makes what was ordered with `make`, and allocates its memory. On a thread that no VM waits
-    /// for.
+    /// Makes an ordered file with `make` and allocates its memory. Runs on a thread that no VM
+    /// waits for.
     pub(crate) fn fill(&self, order: Wanted, make: impl FnOnce(u64, Backing) -> io::Result<File>) {
         let made = make(order.pages, order.grain).and_then(|file| {
             fallocate(file.as_fd(), FallocateFlags::empty(), 0, order.pages << PAGE_SHIFT)?;
@@ -123,7 +124,7 @@ impl LayerFilePool {
         drop(gone);
     }
 
-    /// Lets all of them go.
+    /// Drops all files.
     pub(crate) fn clear(&self) {
         let gone = self.with(|inner| std::mem::take(&mut inner.files));
         drop(gone);
@@ -190,8 +191,8 @@ mod tests {
         }
     }
 
-    /// A VM is frozen again and again, and what each image and child shows, and what a splice under
-    /// way reads, stays what it was.
+    /// A VM is frozen repeatedly. The contents of each image and child, and the data of a splice in
+    /// flight, do not change.
     #[test]
     fn i4_what_was_a_layer_is_read_to_the_end_by_whoever_holds_its_frames() {
         const PAGES: u64 = 1024;
@@ -208,7 +209,7 @@ mod tests {
             drop(freeze());
             let pin = ram.regions()[0].pin(PageRange::new(3, 4), Access::Read, PinLifetime::Transient).unwrap();
             held.push((round, Splice::of(&pin)));
-            // The device has the frame, which outlives the pin as far as the kernel is concerned.
+            // The device holds the frame, which the kernel keeps beyond the pin.
             drop(pin);
         }
         for (round, splice) in held {

@@ -1,21 +1,20 @@
-//! Views: every map through which a layer can still be read, known to the process.
+//! Views: the process-wide registry of all maps through which a layer can still be read.
 //!
-//! A layer's page that is in no view can be given back ([`crate::layer::gc`]). For that to be safe
-//! the sweep must see *all* views at one instant, while VMs fork, reset and die beside it. So a
-//! view's map is an immutable value, registered before anything is read through it: a thread that
-//! copies the registry under its lock holds every page that any view made later can have of an
-//! older layer, because such a view is made of these. (Walking the VMs one after another would miss
-//! a page that moves from one not yet visited to an image and away again.) The registry is the
-//! process's, not a store's: nothing keeps a VM of one store from being started from an image of
-//! another.
+//! Layer pages in no view can be punched ([`crate::layer::gc`]). For safety the sweep must see
+//! *all* views at one instant, while VMs fork, reset and die concurrently. So a view's map is an
+//! immutable value, registered before any read through it. A thread that copies the registry under
+//! its lock holds every page of an older layer that a later view can contain, because later views
+//! are made of these. (A walk over the VMs one after another would miss a page that moves from an
+//! unvisited VM to an image and away again.) The registry is per process, not per store, because a
+//! VM of one store can be started from an image of another.
 //!
-//! A view that a VM no longer shows stays registered while a device may be reading it without a
-//! count ([`crate::region::grace`]).
+//! A view that a VM has replaced stays registered while a device may be reading it uncounted
+//! ([`crate::region::grace`]).
 //!
-//! The state lock is held while a VM's view is changed, and the change is published before it is
-//! let go. Between the two the registry has what the VM showed before, and what it will show
-//! besides is either in another view (an image's, which the caller holds), in a layer that is in no
-//! view yet, or in a base file, which is not swept while it is one.
+//! The state lock is held while a VM's view is changed, and the change is published before unlock.
+//! Between the two the registry has the VM's old view. Any page added by the change is in another
+//! view (an image's, which the caller holds), in a layer that is in no view yet, or in a base file,
+//! which the sweep skips.
 
 use std::collections::{BTreeSet, HashMap};
 use std::ops::{Deref, DerefMut};
@@ -24,17 +23,17 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
 use crate::layer::{Layer, LayerId, LayerMap};
 
-/// Every view there is.
+/// Every registered view.
 static REGISTERED: LazyLock<Mutex<Registered>> = LazyLock::new(Mutex::default);
 
-/// A store's part in it.
+/// The registry as one store uses it.
 #[derive(Debug)]
 pub(crate) struct Views {
-    /// Which layers are the store's: those that are counted here.
+    /// Identifies the store's layers: those counted here.
     live_layers: Arc<AtomicUsize>,
-    /// A view has gone or changed since this was last taken: there may be something to give back.
+    /// Set when a view was dropped or changed since the last sweep: there may be pages to punch.
     changed: AtomicBool,
-    /// Pages given back so far, of layers that were still in use.
+    /// Pages punched so far, of layers that were still in use.
     given_back: AtomicU64,
 }
 
@@ -45,13 +44,13 @@ struct Registered {
 }
 
 fn registered() -> MutexGuard<'static, Registered> {
-    // Each change to it is one step.
+    // Every change to the registry is one step.
     REGISTERED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The layers that views other than `own` show. None if there are more than `most` of them.
+/// The layers that views other than `own` show. `None` if there are more than `most` such views.
 pub(crate) fn layers_elsewhere(own: &BTreeSet<u64>, most: usize) -> Option<BTreeSet<LayerId>> {
-    // Not walked under the lock.
+    // Copied under the lock, and walked outside it.
     let others: Vec<Arc<LayerMap>> = {
         let registry = registered();
         let others = registry.maps.iter().filter(|(id, _)| !own.contains(id));
@@ -62,7 +61,7 @@ pub(crate) fn layers_elsewhere(own: &BTreeSet<u64>, most: usize) -> Option<BTree
 }
 
 impl Views {
-    /// Of a store whose layers are counted in `live_layers`.
+    /// The views of a store whose layers are counted in `live_layers`.
     pub(crate) fn new(live_layers: &Arc<AtomicUsize>) -> Self {
         let (changed, given_back) = (AtomicBool::new(false), AtomicU64::new(0));
         Self { live_layers: Arc::clone(live_layers), changed, given_back }
@@ -73,24 +72,24 @@ impl Views {
         layer.is_counted_in(&self.live_layers)
     }
 
-    /// Every map that is read through now, and with it all that can be read through later of the
-    /// layers there are now.
+    /// Every map that is read through now. These contain every page of today's layers that can be
+    /// read later.
     pub(crate) fn all(&self) -> Vec<Arc<LayerMap>> {
         registered().maps.values().cloned().collect()
     }
 
-    /// Counts pages that a sweep gave back.
+    /// Counts pages that a sweep punched.
     pub(crate) fn count_given(&self, pages: u64) {
-        // Relaxed: a number to be shown.
+        // Relaxed: a statistic.
         self.given_back.fetch_add(pages, Ordering::Relaxed);
     }
 
-    /// Pages given back so far.
+    /// Pages punched so far.
     pub(crate) fn given_back(&self) -> u64 {
         self.given_back.load(Ordering::Relaxed)
     }
 
-    /// Whether a sweep may find something that the last one did not.
+    /// Whether a sweep may find pages that the last one did not.
     pub(crate) fn take_changed(&self) -> bool {
         // Relaxed: a hint; the registry's lock orders what matters.
         self.changed.swap(false, Ordering::Relaxed)
@@ -111,7 +110,7 @@ impl View {
         Self::register(all, map, false)
     }
 
-    /// `base`: of pages that are a VM's own, in its base file.
+    /// Registers a map. `base`: of pages that are a VM's own, in its base file.
     fn register(all: &Arc<Views>, map: Arc<LayerMap>, base: bool) -> Self {
         let mut registry = registered();
         registry.next += 1;
@@ -124,17 +123,19 @@ impl View {
         Self { all: Arc::clone(all), id, published: Arc::clone(&map), map }
     }
 
-    /// Another view of the same store, registered: of what stays a VM's own of its base file.
+    /// Registers another view of the same store, of the pages of its base file that a VM still
+    /// owns.
     pub(crate) fn beside(&self, map: Arc<LayerMap>) -> Self {
         Self::register(&self.all, map, true)
     }
 
-    /// Whether there is a layer in it, or in what was published of it. Dropping it may free one then.
+    /// Whether the map or the published map contains a layer. If so, dropping the view may free
+    /// one.
     pub(crate) fn shows_layers(&self) -> bool {
         [&self.map, &self.published].iter().any(|map| map.iter().next().is_some())
     }
 
-    /// The map as it is now: a copy costs nothing until one of the two is changed.
+    /// The current map. A copy is free until one of the two is changed.
     pub(crate) fn map(&self) -> &Arc<LayerMap> {
         &self.map
     }
@@ -144,13 +145,13 @@ impl View {
         self.id
     }
 
-    /// Shows another map. To be published.
+    /// Replaces the map. The caller publishes it.
     pub(crate) fn set(&mut self, map: Arc<LayerMap>) {
         self.map = map;
     }
 
-    /// Registers what it shows now in place of what it did. Returns what it did, which is still
-    /// registered: a device may be reading it ([`crate::region::grace`]).
+    /// Registers the current map in place of the published one. Returns the old one, still
+    /// registered, because a device may be reading it ([`crate::region::grace`]).
     #[must_use = "a device may be reading what was shown before"]
     pub(crate) fn publish(&mut self) -> Option<Self> {
         if Arc::ptr_eq(&self.map, &self.published) {
@@ -180,7 +181,7 @@ impl Deref for View {
     }
 }
 
-/// Changes the view's own copy, which others do not see.
+/// Changes the view's private copy of the map.
 impl DerefMut for View {
     fn deref_mut(&mut self) -> &mut LayerMap {
         Arc::make_mut(&mut self.map)

@@ -1,4 +1,4 @@
-//! Every interleaving of pins, unpins, freezes, splits and merges, on the table itself. A block has
+//! Every interleaving of pins, unpins, freezes, splits and merges, on the table itself. Blocks have
 //! two pages here.
 
 use loom::sync::{Arc, Mutex};
@@ -13,7 +13,7 @@ fn page(number: u64) -> PageRange {
     PageRange::with_len(number, 1)
 }
 
-/// A region of one block: its table, and under its state lock the frame that is behind each page.
+/// A region of one block: its table, and under its state lock the frame behind each page.
 struct Region {
     table: OwnershipTable,
     frames: Mutex<[u32; 2]>,
@@ -26,8 +26,7 @@ impl Region {
         Arc::new(region)
     }
 
-    /// As `GuestRegion::freeze`: the bits are given up, then other frames are put behind what is
-    /// shared.
+    /// As `GuestRegion::freeze`: clears the bits, then puts other frames behind the shared pages.
     fn freeze(&self, range: PageRange) {
         let mut frames = self.frames.lock().unwrap();
         let pinned = self.table.lock().share(range);
@@ -38,8 +37,8 @@ impl Region {
         }
     }
 
-    /// As `GuestRegion::pin`: without the lock, or else with it. What a device is given of each
-    /// page.
+    /// As `GuestRegion::pin`: without the lock, or else with it. Returns the frame of each page
+    /// that the device gets.
     fn pin(&self, range: PageRange) -> Pinned<'_> {
         if self.table.try_pin(range).is_err() {
             let mut frames = self.frames.lock().unwrap();
@@ -67,10 +66,10 @@ struct Pinned<'a> {
 }
 
 impl Pinned<'_> {
-    /// The device is done. The frames it has had are behind the pages still.
+    /// Ends the device's use. Its frames must still be behind the pages.
     fn end(self) {
         let frames = *self.region.frames.lock().unwrap();
-        // Under the lock: while a block is split or merged a page's record is closed for a moment.
+        // Under the lock: while a block is split or merged, a page's record is closed for a moment.
         let shared = self.region.table.lock().not_exclusive(self.range);
         assert_eq!(shared, [], "I3: a pinned page lost its bit");
         for at in self.range.start..self.range.end {
@@ -80,10 +79,10 @@ impl Pinned<'_> {
     }
 }
 
-/// One thread does `one`, another `other`, on a region that `prepare` has prepared.
+/// Runs `one` and `other` on two threads, on a region set up by `prepare`.
 fn race(prepare: fn(&Region), one: fn(&Region), other: fn(&Region)) {
     let mut model = loom::model::Builder::new();
-    // Three switches that are not forced are enough for every race of two; all of them take hours.
+    // Three preemptions are enough for every race of two; a full exploration takes hours.
     model.preemption_bound = Some(3);
     model.check(move || {
         let region = Region::base();
@@ -182,7 +181,7 @@ fn loom_two_devices_and_a_freeze() {
     });
 }
 
-/// An unpin that comes while its block is being split by a freeze of the other page.
+/// An unpin while its block is being split by a freeze of the other page.
 #[test]
 fn loom_an_unpin_against_a_split() {
     race(|region| region.table.try_pin(BLOCK).unwrap(), |region| region.table.unpin(BLOCK), freeze_second);

@@ -1,8 +1,8 @@
 //! The ownership table: which pages a VM owns outright, and how often each is pinned.
 //!
-//! The only module that sets the bit or a count. One record describes a 2 MiB block while it has
-//! one owner; the first operation on a part of a block splits it into a record a page, each with
-//! the block's bit and count (I12, R13).
+//! The only module that changes the bit or a count. One record describes a 2 MiB block while it has
+//! one owner. The first operation on a part of a block splits it into one record per page, each
+//! with the block's bit and count (I12, R13).
 //!
 //! | who | needs the lock | may |
 //! |---|---|---|
@@ -24,7 +24,7 @@ type PageWords = Box<[Word]>;
 #[derive(Debug)]
 struct Block {
     word: Word,
-    /// Filled by the first split and kept: a lock-free reader may be looking.
+    /// Filled by the first split and kept, because lock-free readers may be using it.
     pages: OnceLock<PageWords>,
 }
 
@@ -37,7 +37,7 @@ pub struct OwnershipTable {
     pub(crate) trace: trace::Table,
 }
 
-/// Pages of a table by what they are.
+/// Page counts of a table by state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TableCounts {
     /// Pages with the bit set.
@@ -49,7 +49,7 @@ pub struct TableCounts {
 }
 
 impl OwnershipTable {
-    /// A table of `pages` pages, none of them owned.
+    /// A table of `pages` pages, all without an owner.
     #[must_use]
     pub fn new(pages: u64) -> Self {
         let block = || Block { word: Word::new(Ownership::new(false, 0)), pages: OnceLock::new() };
@@ -57,21 +57,21 @@ impl OwnershipTable {
         Self { blocks, pages, lock: Mutex::new(()), trace: trace::Table::new(pages) }
     }
 
-    /// Pages described.
+    /// Number of pages described.
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.pages
     }
 
-    /// Bytes the table itself takes.
+    /// Size of the table in bytes.
     #[must_use]
     pub fn footprint(&self) -> u64 {
         let split = self.blocks.iter().filter(|b| b.pages.get().is_some()).count();
         (self.blocks.len() * size_of::<Block>() + split * BLOCK_PAGES as usize * size_of::<Word>()) as u64
     }
 
-    /// The right to change bits. Held by freeze, unshare, adopt and reset; never while waiting for
-    /// anything.
+    /// Takes the right to change bits. Held by freeze, unshare, adopt and reset; never while
+    /// waiting.
     pub fn lock(&self) -> TableGuard<'_> {
         let held = lock(&self.lock);
         TableGuard { table: self, _trace: trace::TraceLocked::new(&self.trace), _held: held }
@@ -89,7 +89,7 @@ impl OwnershipTable {
         }
     }
 
-    /// What the table says of `page`: exclusive, and its pins.
+    /// State of `page` in the table: the exclusive bit and the pin count.
     #[must_use]
     pub fn get(&self, page: u64) -> (bool, u32) {
         let block = (page / BLOCK_PAGES) as usize;
@@ -101,8 +101,8 @@ impl OwnershipTable {
         (word.is_exclusive(), word.pins())
     }
 
-    /// Pins every page of `range`, all or none, without a lock: one atomic step a page, or one for
-    /// a whole block. On a miss nothing stays counted, and the caller takes the locked path.
+    /// Pins every page of `range`, all or none, without a lock: one atomic step per page, or one
+    /// for a whole block. On a miss no pin stays counted, and the caller takes the locked path.
     pub(crate) fn try_pin(&self, range: PageRange) -> Result<(), PinMiss> {
         for (block, piece) in range.blocks() {
             if let Err((miss, done)) = self.try_pin_piece(block, piece) {
@@ -113,7 +113,7 @@ impl OwnershipTable {
         Ok(())
     }
 
-    /// On a miss, says up to which page (from the piece's start) pins were counted.
+    /// On a miss, returns the page (from the piece's start) up to which pins were counted.
     fn try_pin_piece(&self, block: usize, piece: PageRange) -> Result<(), (PinMiss, u64)> {
         let record = &self.blocks[block];
         if piece == self.whole(block) || broken(Break::CountBlock) {
@@ -126,7 +126,7 @@ impl OwnershipTable {
             let word = record.word.load();
             if !word.is_split() {
                 // A part of a block is pinned page by page, so that counts stay exact (I6): the
-                // locked path splits it.
+                // locked path splits the block.
                 let miss = if word.is_exclusive() { PinMiss::Split } else { PinMiss::NotExclusive };
                 return Err((miss, piece.start));
             }
@@ -139,23 +139,23 @@ impl OwnershipTable {
     }
 
     /// Whether no page of `range` is exclusive, as far as a lookup without the lock shows. Loads
-    /// are Acquire: what is asked next is asked after them.
+    /// are Acquire: later loads of the caller come after them.
     pub(crate) fn none_exclusive(&self, range: PageRange) -> bool {
         let mut none = true;
         for (block, piece) in range.blocks() {
             let word = self.blocks[block].word.load();
             let pages = if word.is_split() { self.page_words(block, piece) } else { &[] };
-            // A page's record that is closed belongs to a block that is being split or merged.
+            // A page's closed record belongs to a block that is being split or merged.
             none &= (word.is_split() || !word.is_exclusive())
                 && pages.iter().map(Word::load).all(|word| !word.is_exclusive() && !word.is_split());
         }
         none
     }
 
-    /// Takes back one pin from every page of `range`. No lock.
+    /// Drops one pin of every page of `range`. Takes no lock.
     ///
     /// # Panics
-    /// When a page was not pinned or is no longer exclusive (R27): memory would already be wrong.
+    /// When a page was not pinned or is no longer exclusive (R27): memory would already be corrupt.
     pub(crate) fn unpin(&self, range: PageRange) {
         for (block, piece) in range.blocks() {
             let unpin = |page, word: &Word| self.trace.on(block, page, WordStep::Unpin, word, Word::unpin);
@@ -166,7 +166,7 @@ impl OwnershipTable {
             assert!(self.blocks[block].word.load().is_split(), "I6: part of an unsplit block unpinned: {piece}");
             for (page, word) in (piece.start..).zip(self.page_words(block, piece)) {
                 // Refused while the block is being split and this page's record is not open yet:
-                // wait for that to be over.
+                // waits for the split.
                 while unpin(Some(page), word).is_err() {
                     drop(self.lock());
                 }
@@ -200,7 +200,7 @@ impl OwnershipTable {
     }
 
     /// The pinned pages within `range`, as ascending runs. Only a [`TableGuard`] holder that has
-    /// shared the rest may act on it.
+    /// shared the rest may act on the result.
     #[must_use]
     pub fn pinned_runs(&self, range: PageRange) -> Vec<PageRange> {
         let mut runs = Vec::new();
@@ -217,7 +217,7 @@ impl OwnershipTable {
 #[derive(Debug)]
 pub struct TableGuard<'a> {
     table: &'a OwnershipTable,
-    /// Before the lock is let go.
+    /// Dropped before the lock is released.
     _trace: trace::TraceLocked,
     _held: MutexGuard<'a, ()>,
 }
@@ -233,9 +233,9 @@ impl TableGuard<'_> {
             if was.is_split() {
                 return;
             }
-            // The pages' records are closed until the block's is split, and opened with what it
-            // said at that moment: a thread that looks in between waits for the lock. A pin or
-            // unpin of the whole block that comes first makes this go round again.
+            // The pages' records stay closed until the block's record is split, and are then opened
+            // with its value at that moment: a concurrent lookup waits for the lock. An earlier pin
+            // or unpin of the whole block makes this loop retry.
             let trace = &self.table.trace;
             if trace.on(block, None, WordStep::Split, &record.word, |word| word.try_split(was)) {
                 let was = if broken(Break::SplitBare) { Ownership::new(was.is_exclusive(), 0) } else { was };
@@ -246,8 +246,8 @@ impl TableGuard<'_> {
         }
     }
 
-    /// Makes one record of `block` again, if its pages have one owner and no pin (I12, R13).
-    /// Returns whether it is one now.
+    /// Merges the records of `block` into one, if its pages have one owner and no pin (I12, R13).
+    /// Returns whether it has one record now.
     pub(crate) fn merge(&self, block: usize) -> bool {
         let record = &self.table.blocks[block];
         if !record.word.load().is_split() {
@@ -259,8 +259,8 @@ impl TableGuard<'_> {
         if first.pins() > 0 {
             return false;
         }
-        // Closed one by one: a pin that comes in between is either counted before its page is
-        // closed, and ends the merge, or takes the locked path and waits for this one.
+        // Closed one by one: a concurrent pin is either counted before its page is closed, which
+        // ends the merge, or takes the locked path and waits.
         let trace = &self.table.trace;
         let like_the_first = |page: usize, word: &Word| {
             let was = word.load();
@@ -297,8 +297,8 @@ impl TableGuard<'_> {
         }
     }
 
-    /// Gives up the bit of every page of `range` that is not pinned, and returns the pinned ones,
-    /// which keep it (I3). Pages that were not exclusive stay so.
+    /// Clears the bit of every unpinned page of `range`, and returns the pinned pages, which keep
+    /// it (I3). Pages that were not exclusive are unchanged.
     #[must_use = "the pinned pages must be copied, never shared"]
     pub(crate) fn share(&self, range: PageRange) -> Vec<PageRange> {
         if broken(Break::KeepBits) {
@@ -335,8 +335,8 @@ impl TableGuard<'_> {
         pinned
     }
 
-    /// The pages of `range` that devices had since this was last asked, at most `most`; from now on
-    /// they have not. Exclusive pages only.
+    /// Returns at most `most` exclusive pages of `range` that devices used since the last call, and
+    /// clears their marks.
     pub(crate) fn take_recently_pinned(&self, range: PageRange, most: u64) -> Vec<PageRange> {
         let (mut runs, mut count) = (Vec::new(), 0);
         let mut take = |run: PageRange, word: &Word| {
@@ -358,8 +358,8 @@ impl TableGuard<'_> {
         runs
     }
 
-    /// The locked half of a pin: makes the records of `range` a page each where the range covers
-    /// only a part of a block.
+    /// The locked half of a pin: splits the records of `range` into one per page where the range
+    /// covers only a part of a block.
     pub(crate) fn split_partial(&self, range: PageRange) {
         for (block, piece) in range.blocks() {
             if piece != self.table.whole(block) {

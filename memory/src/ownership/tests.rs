@@ -3,8 +3,7 @@ use proptest::prelude::*;
 
 const PAGES: u64 = 3 * BLOCK_PAGES + 100;
 
-/// What a short read without a lock asks (I4): blocks that are whole, and blocks that are
-/// split.
+/// The check of a lock-free short read (I4): whole blocks and split blocks.
 #[test]
 fn i4_no_page_of_a_range_is_exclusive_or_one_is() {
     let table = OwnershipTable::new(PAGES);
@@ -45,7 +44,7 @@ fn i12_split_gives_every_page_the_blocks_bit_and_pins() {
 }
 
 /// A device unpins a block that is being split. The pins have left the block's record, and the
-/// pages' are closed.
+/// pages' records are closed.
 #[test]
 fn i6_an_unpin_waits_for_a_split() {
     let table = OwnershipTable::new(PAGES);

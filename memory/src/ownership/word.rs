@@ -8,16 +8,16 @@
 //!  +---------------+--------+------+-------+-----------+
 //! ```
 //!
-//! `used` says that it was pinned since the last freeze: a hint, set in the step that counts, on
-//! which nothing but speed depends. `split` in a block's record means "ask the pages"; in a page's
-//! record, "ask the block, under the lock".
+//! `used`: pinned since the last freeze. A hint for speed only, set in the step that counts.
+//! `split` in a block's record means "ask the pages"; in a page's record, "ask the block, under the
+//! lock".
 //!
-//! Bit and count share a word (R14) so that the two questions that must not be torn apart are each
-//! one atomic step: "is it exclusive, and if so count me" (pin) and "is no pin counted, and if so
-//! it is no longer exclusive" (share). A pin that loses to a share sees the bit gone and takes the
-//! locked path, where it waits for the freeze to finish; a share that loses to a pin sees the count
-//! and leaves the page alone. That is what a sequence count around the sharing would give (I8),
-//! without a second cache line; the model in `loom_tests` walks every interleaving.
+//! Bit and count share a word (R14) so that each of two checks is one atomic step: "exclusive, and
+//! count me" (pin) and "not pinned, and no longer exclusive" (share). A pin that loses to a share
+//! sees the bit cleared and takes the locked path, where it waits for the freeze to finish. A share
+//! that loses to a pin sees the count and spares the page. A sequence count around the sharing
+//! would give the same guarantee (I8) at the cost of a second cache line. The model in `loom_tests`
+//! explores every interleaving.
 
 use std::fmt;
 
@@ -29,7 +29,7 @@ const SPLIT: u32 = 1 << 1;
 const RECENTLY_PINNED: u32 = 1 << 2;
 const PIN_SHIFT: u32 = 8;
 const PIN: u32 = 1 << PIN_SHIFT;
-/// Most pins one page can have at a time. One more is refused: a count never wraps (I6).
+/// Maximum number of pins of one page. Another one is refused: a count never wraps (I6).
 pub const MAX_PINS: u32 = (1 << (32 - PIN_SHIFT)) - 1;
 
 /// A snapshot of a word.
@@ -40,18 +40,18 @@ impl Ownership {
     pub(crate) const fn new(exclusive: bool, pins: u32) -> Self {
         Self((exclusive as u32) | (pins << PIN_SHIFT))
     }
-    /// A page's record while its block's stands for it.
+    /// A page's record while the block's record is in force.
     pub(crate) const fn closed() -> Self {
         Self(SPLIT)
     }
     pub(crate) const fn is_exclusive(self) -> bool {
         self.0 & EXCLUSIVE != 0
     }
-    /// Whether a device had it since the last freeze.
+    /// Whether a device used the page since the last freeze.
     pub(crate) const fn is_used(self) -> bool {
         self.0 & RECENTLY_PINNED != 0
     }
-    /// But for that.
+    /// Clears the recently-pinned bit.
     pub(crate) const fn unused(self) -> Self {
         Self(self.0 & !RECENTLY_PINNED)
     }
@@ -74,7 +74,7 @@ impl fmt::Debug for Ownership {
     }
 }
 
-/// Why a word could not be pinned at once.
+/// The reason why a word could not be pinned without the lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum PinMiss {
     /// Not exclusive: the locked path must unshare first (I3, I9).
@@ -85,10 +85,10 @@ pub(crate) enum PinMiss {
     Saturated,
 }
 
-/// Why a word could not be shared.
+/// The reason why a word could not be shared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ShareMiss {
-    /// Somebody's pin: the page stays exclusive and the layer gets a copy (I3).
+    /// Pinned: the page stays exclusive and the layer gets a copy (I3).
     Pinned,
     /// Was not exclusive to begin with.
     NotExclusive,
@@ -96,7 +96,7 @@ pub(crate) enum ShareMiss {
     Split,
 }
 
-/// The atomic itself. Nothing outside [`crate::ownership`] can reach one.
+/// The atomic itself, private to [`crate::ownership`].
 #[derive(Debug)]
 pub(crate) struct Word(AtomicU32);
 
@@ -147,8 +147,8 @@ impl Word {
         }
     }
 
-    /// Takes one pin back. `Err` when this is a block's record that has been split since, or a
-    /// page's that its block's split has not opened yet.
+    /// Drops one pin. `Err` for a block's record that has been split since, or a page's record that
+    /// its block's split has not opened yet.
     ///
     /// Release: the device's use of the page happens before anything a later share does with it.
     #[inline]
@@ -160,7 +160,7 @@ impl Word {
                 self.0.load(Ordering::Acquire);
                 return Err(PinMiss::Split);
             }
-            // R27: what is unpinned was pinned, and has been exclusive throughout.
+            // R27: an unpinned page was pinned, and has been exclusive throughout.
             assert!(now.pins() > 0 && now.is_exclusive(), "I3: unpin of a page that is {now:?}");
             match self.0.compare_exchange_weak(seen, seen - PIN, Ordering::Release, Ordering::Relaxed) {
                 Ok(_) => return Ok(()),
@@ -169,7 +169,7 @@ impl Word {
         }
     }
 
-    /// Gives up exclusive ownership if there is no pin. Caller holds the table's lock.
+    /// Clears exclusive ownership if there is no pin. Caller holds the table's lock.
     ///
     /// AcqRel: Acquire pairs with [`Word::unpin`] (the device is done before the bytes are frozen);
     /// Release publishes the lost bit before the layer that shares the page.
@@ -193,9 +193,9 @@ impl Word {
         }
     }
 
-    /// Takes back that a device had it. Returns whether one did. Relaxed: a hint.
+    /// Clears the recently-pinned bit. Returns whether it was set. Relaxed: a hint.
     pub(crate) fn forget_used(&self) -> bool {
-        // A closed or split record's bits mean nothing.
+        // A closed or split record's bits are meaningless.
         let seen = Ownership(self.0.load(Ordering::Relaxed));
         !seen.is_split() && seen.is_used() && Ownership(self.0.fetch_and(!RECENTLY_PINNED, Ordering::Relaxed)).is_used()
     }
@@ -207,25 +207,25 @@ impl Word {
         self.0.fetch_or(EXCLUSIVE, Ordering::Release);
     }
 
-    /// Closes a page's record for a merge into its block's, provided it is `was`, which has no
-    /// pins. From here on a pin of this page misses with [`PinMiss::Split`] and takes the locked
-    /// path, where the merge is over.
+    /// Closes a page's record for a merge into its block's, if it equals `was`, which has no pins.
+    /// From here on a pin of this page misses with [`PinMiss::Split`] and takes the locked path,
+    /// where the merge is over.
     ///
     /// AcqRel: as [`Word::try_share`].
     pub(crate) fn try_close(&self, was: Ownership) -> bool {
         self.0.compare_exchange(was.0, SPLIT, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
-    /// Opens a closed page's record, or makes a block's record, all of whose pages' are closed,
-    /// stand for them again. Caller holds the table's lock; nothing else writes to such a word.
+    /// Opens a closed page's record, or puts a block's record into force again when all its pages'
+    /// records are closed. Caller holds the table's lock; such a word has no other writers.
     ///
     /// Release: pairs with [`Word::try_pin`]'s Acquire.
     pub(crate) fn reopen(&self, ownership: Ownership) {
         self.0.store(ownership.0, Ordering::Release);
     }
 
-    /// Turns a block's record into "ask the pages", provided it is still `was`; the pages' records
-    /// are closed until they are opened with the block's bit and count. Caller holds the table's
+    /// Turns a block's record into "ask the pages", if it still equals `was`. The pages' records
+    /// stay closed until they are opened with the block's bit and count. Caller holds the table's
     /// lock.
     ///
     /// AcqRel: Acquire, because the block's count is carried over; Release pairs with the Acquire

@@ -1,8 +1,8 @@
-//! Copies ahead: pages that a VM is likely to write become its own before it does.
+//! Copies ahead: pages that a VM is likely to write become its own before the write.
 //!
-//! Only what a layer provides, and is all there, is copied. What is the VM's own already, absent
-//! (R19), zeros, or still being filled in the background is left out. A failure leaves pages shared,
-//! as they were: it is reported nowhere but in the log.
+//! Only complete pages of layers are copied. Excluded are pages that the VM owns already, absent
+//! pages (R19), zeros, and pages still being filled in the background. After a failure the pages
+//! stay shared, as before; the log has the only report of it.
 
 use crate::ahead::{AheadUse, PageSet, PageSetError};
 use crate::error::RamError;
@@ -13,27 +13,27 @@ use crate::region::mappings::Mapping;
 use crate::region::{GuestRegion, State};
 use crate::units::{PAGE_SIZE, PageRange, join_runs, pages_in, push_run, subtract_runs};
 
-/// Pages that are copied before the locks are let go: whoever waits for them waits for some 100 us.
+/// Pages copied per lock hold, which delays waiters by some 100 us.
 const BATCH: u64 = 64;
 
 impl GuestRam {
-    /// Gives this VM its own copies of the pages in `set`, `most` at most, before it asks for them.
-    /// Returns how many were copied. Its vCPUs and devices may run meanwhile. Contents do not
-    /// change, and what cannot be copied stays shared.
+    /// Gives this VM its own copies of up to `most` pages of `set`, ahead of their first write.
+    /// Returns the number of copied pages. vCPUs and devices may run meanwhile. Contents do not
+    /// change, and pages that cannot be copied stay shared.
     ///
     /// # Errors
-    /// When the set is of a guest of another shape. Then nothing is copied.
+    /// When the set belongs to a guest of another shape. Then nothing is copied.
     pub fn copy_ahead(&self, set: &PageSet, most: u64) -> Result<u64, PageSetError> {
         set.expect_fits(self.layout())?;
         Ok(copy_all_ahead(self.regions(), set, most))
     }
 
-    /// What this VM has written since it was made, reset, frozen or woken last, and what came of
-    /// the pages that were copied ahead since. What was copied ahead and is unchanged is not among
-    /// what was written: so a set that is learned from it forgets what is written no more.
+    /// The pages that this VM has written since it was last made, reset, frozen or woken, and the
+    /// use of the pages copied ahead since. Unchanged copies do not count as written, so a set
+    /// learned from the result forgets pages that are no longer written.
     ///
     /// # Errors
-    /// When there is no memory yet, some is lost, or the kernel cannot be asked.
+    /// When there is no memory yet, some is lost, or the page map cannot be read.
     pub fn written_set(&self, _quiesced: &Quiesced<'_>) -> Result<(PageSet, AheadUse), RamError> {
         let (mut runs, mut all) = (Vec::with_capacity(self.regions().len()), AheadUse::default());
         for region in self.regions() {
@@ -44,7 +44,7 @@ impl GuestRam {
         Ok((PageSet::found(runs), all))
     }
 
-    /// Whether [`GuestRam::written_set`] has all that this VM has written since it was made or reset:
+    /// Whether [`GuestRam::written_set`] covers all writes of this VM since it was made or reset:
     /// it was neither frozen nor suspended since.
     #[must_use]
     pub fn is_written_set_whole(&self) -> bool {
@@ -52,7 +52,7 @@ impl GuestRam {
     }
 }
 
-/// Copies `most` pages of `set` at most.
+/// Copies at most `most` pages of `set`.
 pub(super) fn copy_all_ahead(regions: &[std::sync::Arc<GuestRegion>], set: &PageSet, most: u64) -> u64 {
     let mut left = most;
     for (region, runs) in regions.iter().zip(set.runs()) {
@@ -62,7 +62,7 @@ pub(super) fn copy_all_ahead(regions: &[std::sync::Arc<GuestRegion>], set: &Page
 }
 
 impl GuestRegion {
-    /// Copies those pages of `runs` that are shared, up to `left` of them, which it counts down.
+    /// Copies the shared pages of `runs`, up to `left` pages, and subtracts them from `left`.
     fn copy_ahead(&self, runs: &[PageRange], left: &mut u64) {
         let mut batch = Vec::new();
         for run in runs {
@@ -79,10 +79,10 @@ impl GuestRegion {
         self.copy_batch(&batch, left);
     }
 
-    /// The same, under one lock. Whether it can go on.
+    /// Copies one batch under one lock. Returns whether copying can go on.
     fn copy_batch(&self, runs: &[PageRange], left: &mut u64) -> bool {
-        // As a pin does, it only makes pages this VM's own: those that other pins take for shared
-        // stay right. The lock keeps freeze, reset and suspension out.
+        // Like a pin, this only makes pages exclusive, so concurrent pins that consider pages
+        // shared remain right. The lock excludes freeze, reset and suspension.
         let mut state = self.state_for_pin();
         if !self.is_live() || state.inconsistent || self.lost().is_some() {
             return false;
@@ -113,8 +113,8 @@ impl GuestRegion {
                 if part.is_empty() {
                     return Ok(());
                 }
-                // In step with the kernel's page tables, like a pin's. I2: exclusive once the frame
-                // is this VM's.
+                // In step with the kernel's page tables, as for a pin. I2: exclusive once the VM
+                // owns the frame.
                 let table = self.table.lock();
                 self.at.populate_write(part)?;
                 table.set_exclusive(part);
@@ -135,8 +135,8 @@ impl GuestRegion {
         Ok((subtract_runs(&owned, &unused), came))
     }
 
-    /// Those pages of `own`, private copies, whose bytes are those of the layer beneath. Nothing may
-    /// be writing to them.
+    /// The pages of `own`, which are private copies, whose bytes equal the layer's below. There are
+    /// no writers.
     fn unused(&self, state: &State, own: &[PageRange]) -> Result<Vec<PageRange>, RamError> {
         let mut unused = Vec::new();
         let failed = |source| RamError::Copy { pages: pages_in(own), source };
@@ -157,17 +157,18 @@ impl GuestRegion {
         Ok(unused)
     }
 
-    /// Gives back what was copied ahead and is as it was: its layer is shown again. Nothing but
-    /// devices may be writing.
+    /// Drops the unchanged pages that were copied ahead, and shows their layer again. The only
+    /// concurrent writers are devices.
     ///
     /// # Errors
-    /// When a page of it is pinned (I7), or the kernel cannot be asked. Then nothing has changed.
+    /// When one of the pages is pinned (I7), or the page map cannot be read. Then nothing has
+    /// changed.
     pub(crate) fn drop_unused(&self) -> Result<(), RamError> {
         let state = self.checked(self.range())?;
         if state.ahead.is_empty() {
             return Ok(());
         }
-        // I7: nothing more is read without a count until the lock is let go.
+        // I7: no uncounted read begins until the lock is released.
         let read = self.grace.ranges();
         if let Some(first) = read.first().copied() {
             return Err(RamError::Pinned { pages: pages_in(&read), first });
@@ -175,8 +176,7 @@ impl GuestRegion {
         let table = self.table.lock();
         let owned = self.owned_private(self.range(), &state.space.mappings().base_runs())?;
         let own = within(&owned, &state.ahead);
-        // I7, I8: the bit goes before the bytes are looked at. A pin that comes later waits for the
-        // lock.
+        // I7, I8: the bit is cleared before the bytes are compared. A later pin waits for the lock.
         let pinned: Vec<PageRange> = own.iter().flat_map(|run| table.share(*run)).collect();
         let refused = pinned.first().map(|first| RamError::Pinned { pages: pages_in(&pinned), first: *first });
         let unused = refused.map_or_else(|| self.unused(&state, &own), Err);
@@ -190,7 +190,7 @@ impl GuestRegion {
     }
 }
 
-/// Those parts of `run` that layers provide which are all there.
+/// The parts of `run` that complete layers provide.
 fn provided(state: &State, run: PageRange) -> Vec<(PageRange, Source)> {
     let mut provided = Vec::new();
     for (piece, mapping) in state.space.mappings().within(run) {
@@ -198,14 +198,14 @@ fn provided(state: &State, run: PageRange) -> Vec<(PageRange, Source)> {
         if mapped.layer.pending().is_some() || mapped.layer.failure().is_some() {
             continue;
         }
-        // What the map does not show may be given back by a sweep.
+        // A sweep may punch pages that the map does not show.
         let shown = state.space.map().within(piece).into_iter();
         provided.extend(shown.filter(|(part, source)| source.is(&mapped.advance(part.start - piece.start))));
     }
     provided
 }
 
-/// What is in both.
+/// Intersection of two lists of runs.
 fn within(all: &[PageRange], some: &[PageRange]) -> Vec<PageRange> {
     subtract_runs(some, &subtract_runs(some, all))
 }

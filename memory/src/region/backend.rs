@@ -1,9 +1,8 @@
 //! A region's memory as a file, for a device backend in another process (vhost-user).
 //!
-//! Such a backend maps the file and writes to it whenever it likes. It is a device that has pinned
-//! all of the region: so the file is handed out together with that pin. While it is held, every
-//! freeze copies the region instead of sharing it, and the backend and the guest go on seeing each
-//! other (I3).
+//! The backend maps the file and writes to it at any time, like a device that has pinned all of the
+//! region. So the file comes with such a pin. While the pin is held, every freeze copies the region
+//! instead of sharing it, and backend and guest continue to see each other's writes (I3).
 
 use std::fs::File;
 use std::sync::Arc;
@@ -14,8 +13,8 @@ use crate::region::pin::{Access, DmaPin, PinError, PinLifetime};
 
 /// A region's memory file, for as long as it may be mapped by another process.
 ///
-/// Drop it when the backend has unmapped the file: what it writes later is in no VM's memory or,
-/// after the next freeze, in a layer that other VMs are shown.
+/// Drop it after the backend has unmapped the file: later writes by the backend reach no VM or,
+/// after the next freeze, a layer shown to other VMs.
 #[derive(Debug)]
 pub struct SharedFile {
     file: File,
@@ -23,8 +22,8 @@ pub struct SharedFile {
 }
 
 impl SharedFile {
-    /// The file. The region's first byte is its first. It may be longer than the region: use
-    /// [`SharedFile::len`].
+    /// The file. The region's first byte is the file's first. The file may be longer than the
+    /// region: use [`SharedFile::len`].
     #[must_use]
     pub fn file(&self) -> &File {
         &self.file
@@ -36,7 +35,7 @@ impl SharedFile {
         self.pin.len() as u64
     }
 
-    /// Never: a region has a page.
+    /// Always false: a region has at least one page.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.pin.is_empty()
@@ -44,11 +43,11 @@ impl SharedFile {
 }
 
 impl GuestRegion {
-    /// The file that has all of this region's memory, with all of it pinned.
+    /// Returns the file that has all of this region's memory, with the whole region pinned.
     ///
-    /// There is one from [`GuestRam::populate`](crate::GuestRam::populate) to the first operation
-    /// that maps anything else: a freeze without such a pin, a discard, a reset, an eviction. A VM
-    /// that was forked has none: its memory is its own copies over shared layers.
+    /// The file exists from [`GuestRam::populate`](crate::GuestRam::populate) to the first
+    /// operation with another mapping: a freeze without such a pin, a discard, a reset, an
+    /// eviction. A forked VM has no such file: its memory is its own copies over shared layers.
     ///
     /// # Errors
     /// [`PinError::NotInOneFile`] where there is no such file; the errors of a pin.
@@ -56,10 +55,10 @@ impl GuestRegion {
         if !self.is_live() {
             return Err(PinError::Empty { base: self.base.0 });
         }
-        // Before the pin, which would unshare all that is not in the file.
+        // Before the pin, which would unshare all pages that are not in the file.
         self.whole_file()?;
         let pin = self.pin(self.range(), Access::Write, PinLifetime::LongTerm)?;
-        // After it: what is mapped shared now stays so for as long as it is held.
+        // After the pin: pages mapped shared now stay so as long as it is held.
         let file = self.whole_file()?.file().try_clone().map_err(PinError::File)?;
         Ok(SharedFile { file, pin })
     }

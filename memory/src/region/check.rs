@@ -1,5 +1,4 @@
-//! A look at everything that must agree about a VM's memory: the table, the kernel, the map and the
-//! mappings.
+//! A consistency check of a VM's memory: the table, the kernel, the map and the mappings.
 
 use thiserror::Error;
 
@@ -10,11 +9,11 @@ use crate::region::GuestRegion;
 use crate::region::space::Differs;
 use crate::units::PageRange;
 
-/// Two that must agree and do not: a bug in this crate, or a writer that was not stopped.
+/// A disagreement: a bug in this crate, or a writer that was not stopped.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum CheckError {
-    /// The table claims what the kernel does not confirm.
+    /// The table claims pages that the kernel does not confirm.
     #[error("I1: {range} are called exclusive and are not the VM's own")]
     NotOwned {
         /// Which pages.
@@ -26,25 +25,25 @@ pub enum CheckError {
         /// Which pages.
         range: PageRange,
     },
-    /// A page shows what the map does not: it might be given back under the VM.
+    /// A page shows a source that is not in the map, and might be punched under the VM.
     #[error("I14: {range} show {shown} instead of {says}, which the map has")]
     Astray {
         /// Which pages.
         range: PageRange,
-        /// What is mapped.
+        /// Mapped source.
         shown: String,
-        /// What the map says.
+        /// Source in the map.
         says: String,
     },
-    /// More mappings than were promised.
+    /// More mappings than promised.
     #[error("D5: {mappings} mappings, and {promised} were promised")]
     Unpromised {
-        /// Mappings there are.
+        /// Number of mappings.
         mappings: u64,
-        /// Mappings the budget knows of.
+        /// Number of mappings in the budget.
         promised: u64,
     },
-    /// The kernel could not be asked.
+    /// The page map could not be read.
     #[error(transparent)]
     Ram(#[from] RamError),
 }
@@ -67,7 +66,7 @@ fn told(source: Option<&Source>) -> String {
 impl GuestRegion {
     fn check(&self) -> Result<(), CheckError> {
         let mut state = self.checked(self.range())?;
-        // Until what the background did is taken note of, the view before keeps what is still
+        // Until the background freeze is absorbed, only the view before it has pages that are still
         // mapped.
         self.finish_background(&mut state)?;
         let table = self.table.lock();

@@ -1,30 +1,30 @@
-//! Counts over a region's life: copies by what made them, and pins.
+//! Counts over a region's life: copies by cause, and pins.
 //!
-//! The guest copies pages without this process: the kernel does. What it has copied is counted when
-//! it is looked at, at a freeze, a reset or a pin, and once more when the counts are asked for.
-//! Nothing is counted where a pin takes no lock.
+//! The kernel copies pages for the guest without this process. Such copies are counted when a
+//! freeze, a reset or a pin examines the pages, and again when the counts are read. Pins without a
+//! lock count no copies.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Pages that a VM has been given copies of, by cause, since it was made.
+/// Pages copied for a VM since it was made, by cause.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CowCounts {
-    /// Written by the guest, or by this process for it: the kernel has copied them. A page that is
-    /// given back before it is seen here is missing. It never becomes less.
+    /// Written by the guest, or by this process for it, and copied by the kernel. A page that is
+    /// given back before it is counted here is missing. The count never decreases.
     pub guest: u64,
     /// Copied for a pin.
     pub pin: u64,
-    /// Copied into the VM when it was started, for want of mappings.
+    /// Copied into the VM at its start, because mappings had run out.
     pub adopt: u64,
-    /// Copied ahead of a write that was likely.
+    /// Copied ahead of a likely write.
     pub ahead: u64,
     /// Copied into layers by freezes, because the VM had written them.
     pub freeze: u64,
-    /// Copied into layers because they were pinned: they stay the VM's.
+    /// Copied into layers because they were pinned: the pages stay the VM's.
     pub freeze_pinned: u64,
-    /// Copied into layers because devices had them lately: they stay the VM's, ahead of the next
-    /// pin.
+    /// Copied into layers because devices had used them recently: the pages stay the VM's, ahead of
+    /// the next pin.
     pub freeze_ahead: u64,
 }
 
@@ -45,15 +45,15 @@ impl std::ops::AddAssign for CowCounts {
 pub struct PinCounts {
     /// Pins over all pages, now.
     pub now: u64,
-    /// Pages that devices read now without a count.
+    /// Pages read by devices now without a count.
     pub reading: u64,
-    /// Pins so far that took a lock: the others are not counted.
+    /// Pins so far that took a lock. Other pins are not counted.
     pub locked: u64,
     /// Long-term pins, now.
     pub long: u64,
     /// Long-term pins so far.
     pub long_total: u64,
-    /// The longest that a long-term pin was held, or has been held so far.
+    /// The longest time that a long-term pin was or has been held.
     pub longest: Duration,
 }
 
@@ -68,7 +68,7 @@ impl std::ops::AddAssign for PinCounts {
     }
 }
 
-/// The counters. Relaxed throughout: numbers to be shown, by which nothing is ordered.
+/// The counters. Relaxed throughout: statistics that order nothing.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     guest: AtomicU64,
@@ -79,8 +79,8 @@ pub(crate) struct Counters {
     freeze_pinned: AtomicU64,
     freeze_ahead: AtomicU64,
     locked: AtomicU64,
-    /// What was shown last as the guest's. Pages that a balloon gives back unseen are not copies any
-    /// more, and what is counted never becomes less.
+    /// The guest's count when last shown. Pages freed by a balloon before they are counted stop
+    /// being copies, but the count must not decrease.
     shown: AtomicU64,
 }
 
@@ -110,7 +110,7 @@ impl Counters {
         self.ahead.fetch_add(pages, Ordering::Relaxed);
     }
 
-    /// A freeze copied `copied`, of them `pinned` that were and `ahead` that are likely to be.
+    /// A freeze copied `copied` pages, of which `pinned` were pinned and `ahead` are likely to be.
     pub(crate) fn count_freeze(&self, copied: u64, pinned: u64, ahead: u64) {
         self.freeze.fetch_add(copied.saturating_sub(pinned + ahead), Ordering::Relaxed);
         self.freeze_pinned.fetch_add(pinned, Ordering::Relaxed);
@@ -122,7 +122,7 @@ impl Counters {
         self.locked.load(Ordering::Relaxed)
     }
 
-    /// All of them. `unseen`: what the kernel has copied since that was last counted.
+    /// All counts. `unseen`: copies by the kernel that are not counted yet.
     pub(crate) fn cow(&self, unseen: u64) -> CowCounts {
         let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let guest = of(&self.guest) + unseen;
@@ -146,7 +146,7 @@ mod tests {
     fn what_the_guest_has_copied_never_becomes_less() {
         let counters = Counters::default();
         assert_eq!(counters.cow(10).guest, 10);
-        // A balloon has taken eight of them.
+        // A balloon has freed eight of them.
         assert_eq!(counters.cow(2).guest, 10);
         counters.count_guest(2);
         assert_eq!((counters.cow(0).guest, counters.cow(9).guest), (10, 11));

@@ -1,7 +1,7 @@
-//! Eviction: cold pages a VM owns go to a file on disk, and come back when they are touched.
+//! Eviction: cold pages that a VM owns go to a file on disk, and are read back on access.
 //!
-//! It is a freeze of some pages into a layer whose file is on a disk: afterwards they are the
-//! layer's, the kernel may drop them from its page cache under pressure, and a touch reads them
+//! An eviction freezes some pages into a layer whose file is on a disk. Afterwards the layer owns
+//! them, the kernel may drop them from its page cache under pressure, and an access reads them
 //! back. A pinned page is never evicted (I7, R12).
 
 use std::fs::File;
@@ -23,7 +23,7 @@ use crate::region::{GuestRegion, State};
 use crate::testing::failpoint::{Call, failpoint};
 use crate::units::{PAGE_SHIFT, PageRange, join_runs, pages_in, subtract_runs};
 
-/// A nameless file in `dir`, gone with its last user.
+/// Creates an unnamed file in `dir`, freed with its last user.
 fn swap_file(dir: &Path, pages: u64) -> io::Result<File> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     failpoint(Call::File)?;
@@ -33,31 +33,31 @@ fn swap_file(dir: &Path, pages: u64) -> io::Result<File> {
     Ok(fd.into())
 }
 
-/// What an eviction did. Counts are pages.
+/// Result of an eviction. Counts are pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Evicted {
-    /// This VM's own: written to disk, and dropped from memory.
+    /// This VM's own pages that were written to disk and dropped from memory.
     pub written: u64,
-    /// Of a layer on a disk (they were evicted before): dropped again, as far as no other VM shows
+    /// Pages of a layer on disk (evicted earlier) that were dropped again, unless another VM shows
     /// them.
     pub dropped: u64,
 }
 
 impl GuestRegion {
-    /// Writes the pages of `range` that this VM owns and that are not pinned to a file in `dir`,
-    /// and drops them from memory, as well as those that a layer on a disk provides. No-fork pages
-    /// stay. Nothing but pinned DMA may be writing to them meanwhile.
+    /// Writes the unpinned pages of `range` that this VM owns to a file in `dir` and drops them
+    /// from memory, together with pages that layers on disk provide. No-fork pages stay. The only
+    /// concurrent writers are pinned devices.
     ///
     /// # Errors
     /// When the file cannot be written; then nothing has changed. When a mapping fails half-way,
     /// some pages are evicted and the others are not; the contents are the same.
     pub fn evict(&self, range: PageRange, dir: &Path, _quiesced: &Quiesced<'_>) -> Result<Evicted, RamError> {
         let mut state = self.checked(range)?;
-        // What is still being copied from here is finished first: the copy reads the pages that go.
+        // Finishes background copies first, because they read pages that the eviction drops.
         self.finish_background(&mut state)?;
         let table = self.table.lock();
-        // R19: what children do not inherit stays where it is. In a layer's file its bytes would be
-        // a mapping away from them. I7: so does what a device reads.
+        // R19: no-fork pages stay in place. In a layer's file a child would be one mapping away
+        // from their bytes. I7: pages that a device reads stay too.
         let mut kept = [nofork::runs(&state.no_fork), self.grace.ranges()].concat();
         kept.sort_unstable();
         let kept = join_runs(&kept, 0);
@@ -65,11 +65,11 @@ impl GuestRegion {
         let mut own = subtract_runs(&self.owned_private(range, &state.space.mappings().base_within(range))?, &kept);
         own.extend_from_slice(&base);
         own.sort_unstable();
-        // Before the map shows what is about to be written there: that is not mapped yet.
+        // Before the new layer is in the map, because it is not mapped yet.
         let mut stays = [own.as_slice(), &kept].concat();
         stays.sort_unstable();
         let dropped = self.drop_cached(&state, range, &join_runs(&stays, 0))?;
-        // I7: the bit goes first; what is pinned keeps it and stays.
+        // I7: clears the bits first; pinned pages keep theirs and stay.
         let pinned: Vec<PageRange> = own.iter().flat_map(|run| table.share(*run)).collect();
         let out = subtract_runs(&own, &pinned);
         let written = pages_in(&out);
@@ -83,8 +83,8 @@ impl GuestRegion {
         Ok(Evicted { written, dropped })
     }
 
-    /// Drops what layers on a disk provide within `range`, where it is not this VM's own. It is
-    /// read again when it is touched.
+    /// Drops cached pages of layers on disk within `range`, except this VM's own. An access reads
+    /// them again.
     fn drop_cached(&self, state: &State, range: PageRange, own: &[PageRange]) -> Result<u64, RamError> {
         let mut dropped = 0;
         for (piece, source) in state.space.map().within(range) {
@@ -92,12 +92,12 @@ impl GuestRegion {
                 continue;
             }
             for run in subtract_runs(&[piece], own) {
-                // No copy of this VM's own is among them, so nothing is lost; what is not mapped
-                // can be dropped from the page cache.
+                // The VM has no copies of its own here, so no data is lost; unmapped pages can be
+                // dropped from the page cache.
                 self.at.drop_private(run).map_err(|source| RamError::Map { range: run, source })?;
                 let offset = (source.at + (run.start - piece.start)) << PAGE_SHIFT;
-                // Best effort: what another VM shows stays, and what stays is reclaimed when memory
-                // is short.
+                // Best effort: pages that another VM shows stay, and are reclaimed under memory
+                // pressure.
                 let _ = fadvise(source.layer.as_fd(), offset, NonZero::new(run.len() << PAGE_SHIFT), Advice::DontNeed);
                 dropped += run.len();
             }
@@ -105,7 +105,7 @@ impl GuestRegion {
         Ok(dropped)
     }
 
-    /// Makes a layer on a disk of `out`, whose bits have been given up, and maps it in their place.
+    /// Makes a layer on disk of `out`, whose bits are cleared, and maps it in place of the pages.
     fn write_away(
         &self,
         state: &mut State,
@@ -113,7 +113,7 @@ impl GuestRegion {
         out: &[PageRange],
         dir: &Path,
     ) -> Result<(), RamError> {
-        // Of what has not been remapped: that is still this VM's own.
+        // Restores the bits of pages that were not remapped, which are still this VM's own.
         let restore = |rest: &[PageRange]| rest.iter().for_each(|run| table.set_exclusive(*run));
         let pages = pages_in(out);
         let written = swap_file(dir, pages).and_then(|file| {
@@ -134,11 +134,11 @@ impl GuestRegion {
         for (done, run) in out.iter().enumerate() {
             let source = Source { layer: Arc::clone(&layer), at };
             at += run.len();
-            // Contents do not change, so stopping half-way is harmless: what was not remapped is
+            // Contents do not change, so stopping half-way is harmless: pages not remapped are
             // still the VM's own.
             state.space.show(*run, &Mapping::Private(source)).inspect_err(|_| restore(&out[done..]))?;
         }
-        // Best effort: what stays in the page cache is reclaimed when memory is short.
+        // Best effort: pages left in the page cache are reclaimed under memory pressure.
         let _ = fadvise(layer.as_fd(), 0, None, Advice::DontNeed);
         Ok(())
     }
@@ -191,7 +191,7 @@ mod tests {
             }
             (0..64).for_each(|p| ram.memory().write_obj(p + 1, GuestAddress(p * PAGE_SIZE)).unwrap());
             let region = &ram.regions()[0];
-            // The VM's own, and a short read of them: of private pages it counts nothing.
+            // The VM's own pages, and a short read of them, which leaves private pages uncounted.
             let pin = region.pin(PageRange::new(10, 12), Access::Read, PinLifetime::Transient).unwrap();
             assert_eq!(region.ownership().get(10).1, u32::from(!frozen));
             region.set_no_fork(PageRange::new(20, 30), Some(crate::NoFork::Zeroed)).unwrap();

@@ -1,10 +1,10 @@
-//! Grace periods for short read pins: what the kernel calls a sleepable RCU, one for each region.
+//! Grace periods for short read pins: a sleepable RCU for each region.
 //!
-//! A short read pin of shared pages counts nothing in the ownership table: the pages are a layer's,
-//! which does not change (I4). But the *region* changes while a device reads. A freeze, a reset or
-//! a compaction maps other layers in place of those the device was shown, and the view that named
-//! the old ones goes. If nothing else names them, their pages are punched or freed under the
-//! device. So each such pin is a read-side section of its region, and a view that is replaced stays
+//! A short read pin of shared pages counts nothing in the ownership table: the pages belong to a
+//! layer, which does not change (I4). But the *region* changes while a device reads. A freeze, a
+//! reset or a compaction maps other layers in place of those shown at the pin, and the view with
+//! the old layers is dropped. If they are in no other view, their pages are punched or freed under
+//! the device. So each such pin is a read-side section of its region, and a replaced view stays
 //! registered ([`crate::layer::registry`]) until every section that was open then has ended.
 //!
 //! ```text
@@ -15,26 +15,26 @@
 //!   the pages' words: not exclusive            retire the view before, with the section still odd
 //!   sequence unchanged? else undo, lock        sequence becomes even
 //!   ... the device reads ...
-//!   active[side] -= 1; the last one frees      the retired view: dropped when both sides have been empty once
+//!   active[side] -= 1; the last one frees      retired view: dropped once both sides were empty
 //! ```
 //!
-//! The sequence is R11's write section. Inside it a page may be without its bit for a moment
-//! although it is not shared yet, so no pin may take it for shared.
+//! The sequence is R11's write section. Within a change a page may lack its bit for a moment
+//! although it is not shared yet, and pins must not treat it as shared.
 //!
-//! Sections come in two sides, so that pins which overlap for ever do not keep a view for ever: new
-//! sections open on the current side; what was retired waits for the other side to empty, then the
-//! sides change places, and it waits for the second.
+//! Sections have two sides, so that pins that overlap for ever do not keep a view for ever. New
+//! sections open on the current side. A retired view waits for the other side to empty, then the
+//! sides swap, and the view waits for the second side.
 
 use crate::sync::{AtomicU64, AtomicUsize, Mutex, MutexGuard, Ordering, lock};
 use crate::units::{PageRange, join_runs};
 
-/// Ranges that sections note without a lock, of one region at a time. With more, a pin takes the
+/// Number of range slots for lock-free sections of a region. When all are taken, a pin takes the
 /// state lock.
 const SLOTS: usize = if cfg!(any(loom, shuttle)) { 1 } else { 64 };
 /// Bits of a slot for a range's length in pages; the others are its start.
 const LEN_BITS: u32 = 24;
 
-/// An open section: which side it is counted on, and where its range is noted.
+/// An open section: the side that counts it, and the place of its range.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Section {
     side: usize,
@@ -48,7 +48,7 @@ enum Noted {
     Listed(PageRange),
 }
 
-/// A range as a slot has it: never 0. `None` when it does not fit.
+/// A range in a slot's encoding, never 0. `None` if it does not fit.
 fn packed(range: PageRange) -> Option<u64> {
     let fits = !range.is_empty() && range.len() < 1 << LEN_BITS && range.start() < 1 << (64 - LEN_BITS);
     fits.then(|| range.start() << LEN_BITS | range.len())
@@ -60,13 +60,13 @@ fn unpacked(slot: u64) -> PageRange {
 
 #[derive(Debug)]
 struct Retired<T> {
-    /// Retired before the sides last changed places: go when the other side is empty.
+    /// Retired before the last swap of the sides: dropped when the other side is empty.
     closing: Vec<T>,
-    /// Retired since.
+    /// Retired since that swap.
     fresh: Vec<T>,
 }
 
-/// See the module's documentation. `T` is what is retired.
+/// See the module's documentation. `T` is the type of the retired values.
 #[derive(Debug)]
 pub(crate) struct Grace<T> {
     /// Odd while the region's mappings, bits or view are being changed.
@@ -75,11 +75,11 @@ pub(crate) struct Grace<T> {
     current: AtomicUsize,
     /// Open sections by side.
     active: [AtomicUsize; 2],
-    /// What open sections read: a range, or 0.
+    /// Ranges of open sections, or 0.
     slots: [AtomicU64; SLOTS],
-    /// Ranges for which there was no slot.
+    /// Ranges of sections without a slot.
     listed: Mutex<Vec<PageRange>>,
-    /// 1 while something is retired: the last section of a side looks after it.
+    /// 1 while retired values wait: the last section of a side then calls `advance`.
     waiting: AtomicUsize,
     retired: Mutex<Retired<T>>,
 }
@@ -104,10 +104,10 @@ impl<T> Grace<T> {
     }
 
     fn open(&self) -> usize {
-        // Relaxed: a stale side is as good, see `advance`.
+        // Relaxed: a stale side also works, see `advance`.
         let side = self.current.load(Ordering::Relaxed);
-        // AcqRel: pairs with `count`, a read-modify-write too, so that one of the two comes first.
-        // Either a change that has retired something sees this section, or this section sees that
+        // AcqRel: pairs with `count`, also a read-modify-write, so that one of the two comes first.
+        // Either a change that has retired a view sees this section, or this section sees that
         // change's sequence and mappings.
         self.active[side].fetch_add(1, Ordering::AcqRel);
         side
@@ -120,24 +120,24 @@ impl<T> Grace<T> {
         // apart.
         let first = (range.start().wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize;
         let slots = (0..SLOTS).map(|step| first.wrapping_add(step) % SLOTS);
-        // AcqRel: pairs with `ranges`, a read-modify-write too. Either a change sees the range, or
+        // AcqRel: pairs with `ranges`, also a read-modify-write. Either a change sees the range, or
         // the section sees the change's sequence.
         let mut free = slots
             .filter(|slot| self.slots[*slot].compare_exchange(0, value, Ordering::AcqRel, Ordering::Relaxed).is_ok());
         free.next()
     }
 
-    /// Opens a section over `range` without a lock, if nothing is being changed and `shared` says,
-    /// for as long as that is so, that its pages are a layer's. `Err` with what [`Grace::close`]
-    /// says otherwise.
+    /// Opens a section over `range` without a lock, if there is no change in progress while
+    /// `shared` confirms that the pages belong to layers. Otherwise returns `Err` with the result
+    /// of [`Grace::close`].
     pub(crate) fn try_open(&self, range: PageRange, shared: impl FnOnce() -> bool) -> Result<Section, Vec<T>> {
         let side = self.open();
         let Some(slot) = self.note(range) else { return Err(self.leave(side)) };
         let section = Section { side, noted: Noted::Slot(slot) };
-        // Acquire: pairs with `end_change`; what is shared by then is seen to be.
+        // Acquire: pairs with `end_change`; pages shared by then are seen as shared.
         let before = self.sequence.load(Ordering::Acquire);
-        // `shared` loads with Acquire, so the second look at the sequence comes after it. A bit
-        // that a change has taken away is seen only together with that change's odd sequence.
+        // `shared` loads with Acquire, so the second load of the sequence comes after it. A bit
+        // cleared by a change is seen only together with that change's odd sequence.
         if before.is_multiple_of(2) && shared() && self.sequence.load(Ordering::Acquire) == before {
             Ok(section)
         } else {
@@ -145,8 +145,8 @@ impl<T> Grace<T> {
         }
     }
 
-    /// Opens a section over `range` for the holder of the region's state lock, so that nothing is
-    /// being changed.
+    /// Opens a section over `range` for the holder of the region's state lock, which excludes
+    /// changes.
     pub(crate) fn open_locked(&self, range: PageRange) -> Section {
         let side = self.open();
         let listed = || {
@@ -156,7 +156,7 @@ impl<T> Grace<T> {
         Section { side, noted: self.note(range).map_or_else(listed, Noted::Slot) }
     }
 
-    /// Ends a section. Returns what is not read any more, to be dropped outside all locks.
+    /// Ends a section. Returns values that are no longer read, to be dropped outside all locks.
     #[must_use = "what is returned is dropped outside all locks"]
     #[expect(clippy::needless_pass_by_value, reason = "a section is ended once")]
     pub(crate) fn close(&self, section: Section) -> Vec<T> {
@@ -174,9 +174,8 @@ impl<T> Grace<T> {
     }
 
     fn leave(&self, side: usize) -> Vec<T> {
-        // AcqRel: pairs with `count`. The device's reads come before whatever is done with what is
-        // freed; and either `retire` sees that the section has ended, or this sees that something
-        // waits for it.
+        // AcqRel: pairs with `count`. The device's reads come before any use of freed memory.
+        // Either `retire` sees that the section has ended, or this thread sees the waiting flag.
         let last = self.active[side].fetch_sub(1, Ordering::AcqRel) == 1;
         if last && self.waiting.load(Ordering::Acquire) != 0 { self.advance(&mut self.retired()) } else { Vec::new() }
     }
@@ -186,8 +185,8 @@ impl<T> Grace<T> {
         self.active[side].fetch_add(0, Ordering::AcqRel)
     }
 
-    /// What open sections read, as ascending runs. Within a change no other opens: these are all
-    /// whose pages may not be taken away.
+    /// The ranges of open sections, as ascending runs. No section opens within a change, so these
+    /// are all the pages that a change must not remove.
     pub(crate) fn ranges(&self) -> Vec<PageRange> {
         if self.count(0) + self.count(1) == 0 {
             return Vec::new();
@@ -201,7 +200,7 @@ impl<T> Grace<T> {
 
     /// A change begins. Under the state lock.
     pub(crate) fn begin_change(&self) {
-        // Whoever sees a bit given up after this, by a release, sees this.
+        // A thread that sees a bit cleared after this, by a release, also sees this increment.
         let was = self.sequence.fetch_add(1, Ordering::AcqRel);
         debug_assert!(was.is_multiple_of(2), "changes do not nest: the state lock is held");
     }
@@ -211,18 +210,18 @@ impl<T> Grace<T> {
         self.sequence.fetch_add(1, Ordering::Release);
     }
 
-    /// Keeps `old`, which nothing new reads, until all sections that are open now have ended.
-    /// Within a change. Returns what is not read any more.
+    /// Retires `old`, which has no new readers, until all currently open sections have ended.
+    /// Called within a change. Returns values that are no longer read.
     #[must_use = "what is returned is dropped outside all locks"]
     pub(crate) fn retire(&self, old: T) -> Vec<T> {
         let mut retired = self.retired();
         retired.fresh.push(old);
-        // Before the counts are looked at: see `close`.
+        // Before the counts are read: see `close`.
         self.waiting.store(1, Ordering::Release);
         self.advance(&mut retired)
     }
 
-    /// Lets go of what has waited for both sides.
+    /// Releases values that have waited for both sides.
     fn advance(&self, retired: &mut Retired<T>) -> Vec<T> {
         let mut free = Vec::new();
         loop {
@@ -234,9 +233,9 @@ impl<T> Grace<T> {
             if retired.fresh.is_empty() {
                 break;
             }
-            // A section that has read the old side and counts itself there only now opened after
-            // all that is closing was replaced: it cannot be reading that, and what is retired
-            // later waits for its side as well.
+            // A section that has loaded the old side but counts itself only now opened after all
+            // closing values were replaced, so it cannot be reading them. Values retired later wait
+            // for its side as well.
             retired.closing.append(&mut retired.fresh);
             self.current.store(1 - current, Ordering::Relaxed);
         }
@@ -333,7 +332,7 @@ mod loom_tests {
     use loom::sync::Arc;
     use loom::thread;
 
-    /// A file that is given back when the last view of it goes: then no device may still read it.
+    /// A file that is freed when its last view is dropped. No device may read it then.
     struct File(Arc<AtomicUsize>);
 
     impl Drop for File {
@@ -343,7 +342,7 @@ mod loom_tests {
         }
     }
 
-    /// One region whose view is replaced twice, and devices that read whatever it shows.
+    /// One region whose view is replaced twice, and devices that read the shown file.
     fn readers_against_changes(readers: usize) {
         let grace = Arc::new(Grace::<File>::default());
         let files: Vec<_> = (0..3).map(|_| Arc::new(AtomicUsize::new(0))).collect();
@@ -354,7 +353,7 @@ mod loom_tests {
                 let (grace, files, shown) = (Arc::clone(&grace), files.clone(), Arc::clone(&shown));
                 thread::spawn(move || {
                     let Ok(section) = grace.try_open(PageRange::new(0, 1), || true) else { return };
-                    // What is mapped when the device gets to it, which may be later than the pin.
+                    // The file mapped when the device gets to it, which may be later than the pin.
                     let file = &files[shown.load(Ordering::Acquire)];
                     let before = file.fetch_add(1, Ordering::AcqRel);
                     assert!(before < 1_000, "read after it was given back");
@@ -387,7 +386,8 @@ mod loom_tests {
         model.check(|| readers_against_changes(2));
     }
 
-    /// A page that loses its bit inside a change is not shared yet: no pin may take it for that.
+    /// A page that loses its bit within a change is not shared yet, and pins must not treat it as
+    /// shared.
     #[test]
     fn loom_a_bit_that_is_given_up_for_a_moment_is_not_taken_for_shared() {
         loom::model(|| {
@@ -405,8 +405,8 @@ mod loom_tests {
         });
     }
 
-    /// A discard takes a page away unless it is being read; a device that was let read it finds it
-    /// there to the end.
+    /// A discard spares a page that is being read. A device that was allowed to read it finds it
+    /// there until the end.
     #[test]
     fn loom_what_is_being_read_is_not_taken_away() {
         loom::model(|| {

@@ -1,10 +1,10 @@
-//! What is mapped where in a region's reservation.
+//! The mappings of a region's reservation.
 
 use crate::layer::Source;
 use crate::layer::interval::{IntervalMap, Piece};
 use crate::units::{PageRange, pages_in, push_run};
 
-/// What is mapped into a piece of the reservation at present.
+/// Mapping of a piece of the reservation.
 #[derive(Clone, Debug)]
 pub(crate) enum Mapping {
     /// Shared and writable over the base file: every page is this VM's own.
@@ -26,23 +26,23 @@ impl Piece for Mapping {
             Self::Absent => Self::Absent,
         }
     }
-    /// Never: the kernel may or may not join two mappings, so each counts against the budget.
+    /// Always false: the kernel may or may not merge two mappings, so each counts against the
+    /// budget.
     fn continues(&self, _pages: u64, _next: &Self) -> bool {
         false
     }
 }
 
-/// The pieces of one region. Their number is what the region costs the mapping budget.
+/// The pieces of one region. Their number is the region's share of the mapping budget.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Mappings {
     pieces: IntervalMap<Mapping>,
-    /// Pages mapped shared, counted, so that no walk over all pieces is needed to learn that there
-    /// are none.
+    /// Number of pages mapped shared, so that zero is known without a walk over all pieces.
     base: u64,
 }
 
 impl Mappings {
-    /// Notes that `mapping` is in place of what was in `range`.
+    /// Records that `mapping` replaces the pieces of `range`.
     pub(crate) fn insert(&mut self, range: PageRange, mapping: Mapping) {
         self.base -= pages_in(&self.base_within(range));
         if matches!(mapping, Mapping::SharedBase(_)) {
@@ -51,7 +51,7 @@ impl Mappings {
         self.pieces.insert(range, mapping);
     }
 
-    /// Pieces.
+    /// Number of pieces.
     pub(crate) fn len(&self) -> usize {
         self.pieces.len()
     }
@@ -61,11 +61,11 @@ impl Mappings {
         self.pieces.is_empty()
     }
 
-    /// Pieces there will be once one is put in place of what is in `range`.
+    /// Number of pieces after one piece replaces `range`.
     pub(crate) fn len_with(&self, range: PageRange) -> usize {
         let hit = self.pieces.within(range).len();
         let cut = |page: Option<u64>| page.is_some_and(|page| self.pieces.get(page).is_some());
-        // What reaches out of the range on either side stays, as a piece of its own.
+        // A piece that reaches beyond the range keeps that part as a piece of its own.
         let before = usize::from(cut(range.start.checked_sub(1)) && self.same_piece(range.start));
         let after = usize::from(cut(Some(range.end)) && self.same_piece(range.end));
         self.pieces.len() - hit + 1 + before + after
@@ -100,7 +100,7 @@ impl Mappings {
         base(self.pieces.iter())
     }
 
-    /// Those of `range`.
+    /// The runs of `range` mapped shared over the base file.
     pub(crate) fn base_within(&self, range: PageRange) -> Vec<PageRange> {
         if self.base == 0 {
             return Vec::new();

@@ -56,7 +56,7 @@ pub(crate) fn same(a: Option<&Source>, b: Option<&Source>) -> bool {
     }
 }
 
-/// All of `range` by what `map` says: a source, or zeros.
+/// Splits all of `range` by its sources in `map`. `None` stands for zeros.
 pub(crate) fn parts_of(map: &LayerMap, range: PageRange) -> Vec<(PageRange, Option<Source>)> {
     let mut parts: Vec<_> = map.within(range).into_iter().map(|(range, source)| (range, Some(source))).collect();
     let covered: Vec<PageRange> = parts.iter().map(|(range, _)| *range).collect();
@@ -64,39 +64,38 @@ pub(crate) fn parts_of(map: &LayerMap, range: PageRange) -> Vec<(PageRange, Opti
     parts
 }
 
-/// A guest-physical range and the memory behind it. See [`crate::GuestRam`] for what is done with
-/// it.
+/// A guest-physical range and the memory behind it. [`crate::GuestRam`] has the operations on it.
 #[derive(Debug)]
 pub struct GuestRegion {
     pub(crate) base: GuestAddress,
     pub(crate) store: Store,
-    /// Before the addresses, which may be another's once they are given back.
+    /// Dropped before the reservation, whose addresses may be reused once released.
     watched: Option<Watched>,
-    /// Shared with what is still being copied out of it.
+    /// Shared with copies of this memory that are still running.
     pub(crate) at: Arc<Reservation>,
     pub(crate) table: OwnershipTable,
-    /// Whether memory it adopted was lost.
+    /// Whether adopted memory was lost.
     pub(crate) failure: Arc<LostMemory>,
     pub(crate) pins: PinList,
     pub(crate) counters: Counters,
-    /// The short read pins that are not counted, and the views they may read.
+    /// The uncounted short read pins, and the views they may read.
     pub(crate) grace: Grace<View>,
-    /// Whether memory it adopted may still be missing: then a pin has it brought first, under the
-    /// state lock. Set before the region is live.
+    /// Whether adopted memory may still be missing. If so, a pin first has the pages filled, under
+    /// the state lock. Set before the region is live.
     unfinished: whole::AtomicBool,
-    /// Whether memory is mapped. Release on going live pairs with Acquire at each access: the
-    /// mappings are there before they are used.
+    /// Whether memory is mapped. The Release on going live pairs with the Acquire at each access,
+    /// so the mappings exist before they are used.
     live: AtomicBool,
-    /// Ranges without memory, known before the region is live.
+    /// Ranges without memory. Set before the region is live.
     absent: OnceLock<Vec<PageRange>>,
-    /// Whether its freezes take pinned pages like any others. Relaxed: looked at by freezes only,
-    /// under the state lock.
+    /// Whether freezes take pinned pages like any other page. Relaxed: read by freezes only, under
+    /// the state lock.
     ignores_pins: AtomicBool,
     state: Mutex<State>,
 }
 
 impl GuestRegion {
-    /// Reserves addresses for `pages` pages at `base`. Nothing is mapped yet.
+    /// Reserves addresses for `pages` pages at `base`. Maps nothing.
     pub(crate) fn reserve(base: GuestAddress, pages: u64, store: &Store) -> Result<Self, RamError> {
         let at = Reservation::new(pages).map(Arc::new).map_err(|source| RamError::Reserve { pages, source })?;
         let space = AddressSpace::new(&at, store)?;
@@ -123,7 +122,7 @@ impl GuestRegion {
         })
     }
 
-    /// Leaves its addresses unmapped until it gets memory ([`Reservation::vacate`]).
+    /// Leaves the addresses unmapped until the region gets memory ([`Reservation::vacate`]).
     pub(crate) fn vacate(&self) {
         let state = self.state();
         if state.space.mappings().is_empty() {
@@ -140,7 +139,7 @@ impl GuestRegion {
         Ok(())
     }
 
-    /// The state, for an operation on `range`.
+    /// Locks the state for an operation on `range`.
     pub(crate) fn checked(&self, range: PageRange) -> Result<LockedState<'_>, RamError> {
         if !self.range().covers(range) {
             return Err(RamError::OutOfRange { range, pages: self.pages() });
@@ -152,15 +151,15 @@ impl GuestRegion {
         if state.inconsistent { Err(RamError::Inconsistent { base: self.base.0 }) } else { Ok(state) }
     }
 
-    /// The state, torn or not.
+    /// Locks the state, torn or not.
     pub(crate) fn live_state(&self) -> Result<LockedState<'_>, RamError> {
         let state = self.state();
         if self.is_live() { Ok(state) } else { Err(RamError::Empty { base: self.base.0 }) }
     }
 
-    /// Sets the bits again that were given up in `range` for something that then failed: of what is
-    /// still this VM's own, as the kernel says. Where the kernel cannot be asked, a page stays
-    /// without its bit, which costs a copy at most (R4).
+    /// Restores the bits in `range` that were cleared for an operation that then failed, for pages
+    /// that the kernel reports as still this VM's own. If the page map cannot be read, the pages
+    /// stay without their bit, which costs at most a copy (R4).
     pub(crate) fn reclaim(&self, state: &State, table: &TableGuard<'_>, range: PageRange) {
         let base = state.space.mappings().base_within(range);
         match self.owned_private(range, &base) {
@@ -170,8 +169,8 @@ impl GuestRegion {
         base.iter().for_each(|run| table.set_exclusive(*run));
     }
 
-    /// The private pages of `range` that this VM owns, as the kernel says; `base` are the runs
-    /// mapped shared.
+    /// The private pages of `range` that this VM owns according to the page map. `base` are the
+    /// runs mapped shared.
     pub(crate) fn owned_private(&self, range: PageRange, base: &[PageRange]) -> Result<Vec<PageRange>, RamError> {
         let mut owned = Vec::new();
         for private in subtract_runs(&[range], base) {
@@ -180,7 +179,7 @@ impl GuestRegion {
         Ok(owned)
     }
 
-    /// What this VM owns, mapped shared or private.
+    /// The pages that this VM owns, mapped shared or private.
     pub(crate) fn own(&self, state: &State) -> Result<Vec<PageRange>, RamError> {
         let base = state.space.mappings().base_runs();
         let mut own = self.owned_private(self.range(), &base)?;
@@ -189,39 +188,38 @@ impl GuestRegion {
         Ok(own)
     }
 
-    /// Refuses memory that is there, live or about to be.
+    /// Fails if the region has memory, live or not yet live.
     pub(crate) fn expect_empty(base: GuestAddress, state: &State) -> Result<(), RamError> {
         if state.space.mappings().is_empty() { Ok(()) } else { Err(RamError::NotEmpty { base: base.0 }) }
     }
 
-    /// The memory is there, in this region and in all others of its VM: pins and accesses may
-    /// begin.
+    /// Allows pins and accesses. The memory of this region and of all others of its VM is in place.
     pub(crate) fn go_live(&self) {
         let state = self.state();
         let absent = state.space.mappings().iter().filter(|(_, mapping)| matches!(mapping, Mapping::Absent));
-        // Once: a region that is live stays so.
+        // Succeeds once: a live region stays live.
         let _ = self.absent.set(absent.map(|(range, _)| range).collect());
         self.set_unfinished(!state.waits.is_empty());
         self.set_live(true);
     }
 
     pub(crate) fn state(&self) -> LockedState<'_> {
-        // A panic under the lock leaves the state as it was after the last completed step, each of
-        // which is consistent.
+        // A panic under the lock leaves the state as of the last completed step. Each step leaves a
+        // consistent state.
         let state = self.state_for_pin();
         self.grace.begin_change();
         LockedState { region: self, state }
     }
 
-    /// The state, for a pin: it only makes pages this VM's own, so those that other pins take for
-    /// shared stay right.
+    /// Locks the state for a pin. A pin only makes pages exclusive, so concurrent pins that
+    /// consider pages shared remain right.
     pub(crate) fn state_for_pin(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether memory it adopted may still be missing.
+    /// Whether adopted memory may still be missing.
     pub(crate) fn is_unfinished(&self) -> bool {
-        // Acquire: pairs with the Release of the thread that has done it.
+        // Acquire: pairs with the Release of the thread that has filled it.
         self.unfinished.load(Ordering::Acquire)
     }
 
@@ -229,16 +227,14 @@ impl GuestRegion {
         self.unfinished.store(unfinished, Ordering::Release);
     }
 
-    /// Finishes what the background has to do with this region, copying what is missing on this
-    /// thread: its own last freeze, and the layers it adopted unfinished. To be called under the
-    /// state lock, with the vCPUs stopped or not, **before anything takes pages away, maps others
-    /// in their place or reads the map or the mappings to do so**: freeze, reset, evict,
-    /// compaction.
+    /// Finishes all background work on this region, copying missing pages on this thread: for the
+    /// region's own last freeze, and for the layers it adopted unfinished. Called under the state
+    /// lock, with the vCPUs stopped or not, **before an operation removes pages, maps others in
+    /// their place, or reads the map or the mappings to do so**: freeze, reset, evict, compaction.
     ///
-    /// A freeze of its own that failed is undone, which takes nothing from the region (I13).
+    /// A failed freeze of the region itself is undone, and the region loses nothing (I13).
     ///
-    /// # Errors
-    /// When memory it adopted is lost.
+    /// # Errors When adopted memory is lost.
     pub(crate) fn finish_background(&self, state: &mut State) -> Result<(), RamError> {
         self.reap_background(state, true);
         while let Some(layer) = state.waits.last() {
@@ -251,8 +247,7 @@ impl GuestRegion {
         Ok(())
     }
 
-    /// Takes note of what a freeze in the background has done to the mappings; waits for it on
-    /// demand.
+    /// Absorbs the mapping changes of a background freeze. Waits for it if `wait` is set.
     pub(crate) fn reap_background(&self, state: &mut State, wait: bool) {
         let Some(freezing) = state.freezing.take_if(|freezing| wait || freezing.layer.pending().is_none()) else {
             return;
@@ -262,7 +257,7 @@ impl GuestRegion {
             Ok(shared_back) => {
                 let mut runs: Vec<PageRange> = shared_back.iter().map(|(run, _)| *run).collect();
                 runs.sort_unstable();
-                // What is copied of them from now on is copied anew.
+                // Later copies of these pages count again.
                 state.counted = subtract_runs(&state.counted, &runs);
                 for (run, at) in shared_back {
                     state.space.note_shared_back(run, Source { layer: Arc::clone(&layer), at });
@@ -275,19 +270,19 @@ impl GuestRegion {
                 state.space.undo(before)
             }
         };
-        // Registered until what is shown now is: a gap's pages, which are shown from beneath again,
-        // are in no other view before that, and a sweep in between would give them back. Whatever
-        // lets go of a view publishes first.
+        // Keeps the old view registered until the current one is published. The pages under closed
+        // gaps, shown from the layer below again, are in no other view before that, and a sweep in
+        // between would punch them. A view is dropped only after a publication.
         state.space.keep_until_published(beneath);
-        // It may hold the last handle of a large layer, and the vCPUs may be stopped.
+        // The layer may be large and this the last handle, and the vCPUs may be stopped.
         self.store.dispose(layer);
-        // What the background was promised and did not need.
+        // Releases unused mappings of the background copy's promise.
         state.space.trim();
     }
 
-    /// Copies those pages of `range` that the background has not got to, and releases them: from
-    /// then on they are not protected, not missing, and stay where they are. To be called under the
-    /// state lock before a device is given their frames, which no protection keeps it from writing.
+    /// Copies and releases those pages of `range` that the background copy has not reached.
+    /// Afterwards they are unprotected, present, and stay in place. Called under the state lock
+    /// before a device is given their frames, because write protection does not stop a device.
     ///
     /// # Errors
     /// When adopted pages among them are lost.
@@ -299,7 +294,7 @@ impl GuestRegion {
         waits.into_iter().try_for_each(|bg_copy| bg_copy.wait_filled_for(&self.at, range))
     }
 
-    /// Why some of its memory is lost, whether its callbacks have run or not.
+    /// The reason why adopted memory is lost, whether the callbacks have run or not.
     pub(crate) fn lost(&self) -> Option<Arc<FillError>> {
         let gone = || self.watched.as_ref().is_some_and(Watched::is_lost).then(|| Arc::new(FillError::Gone));
         self.failure.get().or_else(gone)
@@ -310,7 +305,7 @@ impl GuestRegion {
         self.ignores_pins.store(policy == crate::PinPolicy::Ignore, Ordering::Relaxed);
     }
 
-    /// Whether a freeze takes pinned pages like any others: never, but where a test is to notice
+    /// Whether a freeze takes pinned pages like any other page. Set only by tests that must detect
     /// it.
     pub(crate) fn ignores_pins(&self) -> bool {
         self.ignores_pins.load(Ordering::Relaxed)
@@ -324,7 +319,7 @@ impl GuestRegion {
         self.live.store(live, Ordering::Release);
     }
 
-    /// Those of `runs`, ascending, that have memory (R19).
+    /// The parts of `runs` (ascending) that have memory (R19).
     pub(crate) fn not_absent(&self, runs: &[PageRange]) -> Vec<PageRange> {
         subtract_runs(runs, self.absent.get().map_or(&[], Vec::as_slice))
     }
@@ -348,7 +343,7 @@ impl GuestRegion {
         self.at.pages()
     }
 
-    /// All of it.
+    /// All pages of the region.
     #[must_use]
     pub fn range(&self) -> PageRange {
         PageRange::new(0, self.pages())
@@ -369,8 +364,8 @@ impl GuestRegion {
 
 impl Drop for GuestRegion {
     fn drop(&mut self) {
-        // A freeze of its own is finished without it: the background copy keeps the memory, and has
-        // long copied what was pinned of the base file.
+        // A freeze of the region finishes without it: the background copy keeps the memory, and has
+        // already copied the base file's pinned pages.
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         self.table.trace.left();
         state.space.abandon_base();

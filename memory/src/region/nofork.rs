@@ -2,11 +2,11 @@
 //! or secrets.
 //!
 //! Declared ranges are left out of every layer: a freeze neither shares nor copies them, and the
-//! first moves them out of the base file (up to 4 MiB; what is pinned stays). So their bytes are in
-//! no file a child maps. The parent keeps them as they are. A child gets them absent, as zeros, or
-//! fresh from a reference page, and inherits the declaration, so that its own children do too. The
-//! declaration belongs to the range: writing, protecting, discarding or resetting its pages does
-//! not change it.
+//! first freeze moves them out of the base file (up to 4 MiB; pinned pages stay). So their bytes
+//! are in no file that a child maps. The parent keeps the pages unchanged. A child gets them
+//! absent, as zeros, or fresh from a reference page, and inherits the declaration, and so do its
+//! own children. The declaration belongs to the range: writing, protecting, discarding or resetting
+//! its pages does not change it.
 
 use std::sync::Arc;
 
@@ -18,11 +18,11 @@ use crate::region::reference::RefPage;
 use crate::testing::sabotage::{Break, broken};
 use crate::units::{PageRange, push_run};
 
-/// What a child finds in a no-fork range.
+/// Contents of a no-fork range in a child.
 #[derive(Clone, Debug)]
 pub enum NoFork {
-    /// No memory: an access stops the child (a guest's by an error from KVM, the VMM's by an error
-    /// of its own).
+    /// No memory: an access stops the child (with an error from KVM for the guest, or from the VMM
+    /// for its own accesses).
     Absent,
     /// Zeros.
     Zeroed,
@@ -55,7 +55,7 @@ pub(crate) fn runs(declared: &NoForkMap) -> Vec<PageRange> {
     out
 }
 
-/// What the children's map says where the parent's must not be seen.
+/// Replaces declared ranges in the children's map, which must not show the parent's pages.
 pub(crate) fn hide(declared: &NoForkMap, map: &mut Arc<LayerMap>) {
     if declared.is_empty() || broken(Break::InheritAll) {
         return;
@@ -69,17 +69,17 @@ pub(crate) fn hide(declared: &NoForkMap, map: &mut Arc<LayerMap>) {
     }
 }
 
-/// The ranges a child has no memory for.
+/// The ranges without memory in a child.
 pub(crate) fn absent(declared: &NoForkMap) -> Vec<PageRange> {
     declared.iter().filter(|(_, what)| matches!(what, NoFork::Absent)).map(|(range, _)| range).collect()
 }
 
 impl GuestRegion {
-    /// Declares what children find in `range` from the next fork on; `None` takes the declaration
-    /// back, and they inherit it again.
+    /// Declares the contents of `range` in children from the next fork on. `None` removes the
+    /// declaration, so that they inherit the range again.
     ///
     /// # Errors
-    /// When the range is not the region's, or the region has no memory yet.
+    /// When the range is outside the region, or the region has no memory yet.
     pub fn set_no_fork(&self, range: PageRange, what: Option<NoFork>) -> Result<(), RamError> {
         let mut state = self.checked(range)?;
         match what {
@@ -89,7 +89,7 @@ impl GuestRegion {
         Ok(())
     }
 
-    /// The declared ranges and what children find there.
+    /// The declared ranges, each with its contents in children.
     #[must_use]
     pub fn no_fork(&self) -> Vec<(PageRange, NoFork)> {
         self.state().no_fork.iter().map(|(range, what)| (range, what.clone())).collect()
@@ -150,7 +150,7 @@ mod tests {
             assert!((0..PAGES).all(|p| word(&parent, p) == SECRET), "the parent keeps its own");
             let first = child(&image, &store);
             check_child(&first);
-            // A sweep walks each map once, however many VMs show it.
+            // A sweep walks each map once, regardless of the number of VMs that show it.
             let shown = |ram: &GuestRam| std::sync::Arc::clone(ram.regions()[0].state().space.map());
             assert!(
                 std::sync::Arc::ptr_eq(&shown(&first), image.regions()[0].map.map()),
@@ -170,8 +170,8 @@ mod tests {
     fn r19_the_bytes_are_in_no_layer() {
         let store = Store::open().unwrap();
         let parent = declared(&store);
-        // The second freeze harvests private pages, the third goes through the background: three
-        // ways for a page to get into a layer.
+        // The second freeze harvests private pages, the third runs in the background: a page can
+        // get into a layer in three ways.
         for mode in [FreezeMode::Eager, FreezeMode::Eager, FreezeMode::Background] {
             let (image, _) = parent.freeze_in(mode, &Quiesced::by(&crate::NoWriters)).unwrap();
             image.finish_background().unwrap();
@@ -206,8 +206,8 @@ mod tests {
         assert!(pin.is_err(), "nor does a pattern");
     }
 
-    /// Once the declaration is taken back, the next freeze has the child's own pages on either side
-    /// of one that is absent, as near as if it were a gap to be closed.
+    /// After the declaration is removed, the next freeze has the child's own pages on both sides of
+    /// an absent page, close enough to close the gap.
     #[test]
     fn r19_what_is_absent_is_no_gap_to_be_copied() {
         for store in [Store::open().unwrap(), Store::open_small().unwrap()] {
@@ -215,7 +215,7 @@ mod tests {
             for mode in [FreezeMode::Eager, FreezeMode::Background] {
                 let parent = child(&image, &store);
                 parent.regions()[0].set_no_fork(PageRange::new(1000, 1001), None).unwrap();
-                // So many that they are shared back from the layer.
+                // Enough pages to be shared back from the layer.
                 let written = || (700..1300).filter(|page| *page != 1000);
                 written().for_each(|page| put(&parent, page, page));
                 let (image, report) = parent.freeze_in(mode, &Quiesced::by(&crate::NoWriters)).unwrap();

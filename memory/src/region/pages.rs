@@ -1,7 +1,7 @@
-//! What each page of a VM is, and the layers that it is shown.
+//! The kind of each page of a VM, and the layers shown to the VM.
 //!
-//! All of it is of one instant a region: it is read under the region's lock. The guest may write
-//! meanwhile, so a page that is called shared may be the VM's own by the time that it is read.
+//! The result is consistent per region: it is read under the region's lock. The guest may write
+//! meanwhile, so a page reported as shared may have become the VM's own.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd;
@@ -15,13 +15,13 @@ use crate::region::mappings::Mapping;
 use crate::region::{GuestRegion, State};
 use crate::units::{PAGE_SIZE, PageRange, join_runs, pages_in, subtract_runs};
 
-/// Views of a process beyond which it is not looked for who else shows a layer: each is walked.
+/// Views of a process beyond which `is_alone` is not determined, because each view is walked.
 const MAX_VIEWS: usize = 64;
 
-/// What a page is. Each is exactly one of these.
+/// Kind of a page. The kinds are disjoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum PageKind {
-    /// It has no memory: it was not inherited.
+    /// No memory: not inherited.
     Absent,
     /// Zeros or a pattern, which cost nothing.
     Reference,
@@ -36,11 +36,11 @@ pub enum PageKind {
 /// Pages of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageRun {
-    /// The first guest frame number.
+    /// First guest frame number.
     pub first: u64,
-    /// How many.
+    /// Number of pages.
     pub count: u64,
-    /// What they are.
+    /// Kind of the pages.
     pub kind: PageKind,
 }
 
@@ -49,9 +49,9 @@ pub struct PageRun {
 pub enum LayerPlace {
     /// In memory of this process's store.
     Memory,
-    /// In a file on a disk that is the layer's alone: what was evicted.
+    /// In a private file on a disk: evicted pages.
     Disk,
-    /// In a file on a disk that others have too: a snapshot.
+    /// In a file on a disk with other users: a snapshot.
     Snapshot,
     /// In memory that another process published.
     Foreign,
@@ -60,29 +60,29 @@ pub enum LayerPlace {
 /// A layer that a VM is shown.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ShownLayer {
-    /// Its identity within this process.
+    /// Identity within this process.
     pub id: LayerId,
-    /// Its file's device and inode: its identity among all processes.
+    /// Device and inode of the file: the identity across processes.
     pub file: (u64, u64),
-    /// Where its bytes are.
+    /// Location of the bytes.
     pub place: LayerPlace,
     /// Pages of the VM that it provides now.
     pub shown: u64,
-    /// Pages that it provides, or would if the VM dropped its own copies.
+    /// Pages that the layer provides, or would if the VM dropped its own copies.
     pub mapped: u64,
-    /// Pages of address space in its file.
+    /// Number of pages of the file's address space.
     pub pages: u64,
-    /// Bytes of memory behind its file, if the file can be asked.
+    /// Bytes of memory behind the file, if `fstat` succeeds.
     pub resident_bytes: Option<u64>,
-    /// Whether no other VM and no image shows any of it. None where that is not known: another
-    /// process published it or has the file too, or this process has too many views to be walked.
+    /// Whether no other VM and no image shows the layer. `None` if unknown: another process
+    /// published it or also uses the file, or this process has too many views to walk.
     pub is_alone: Option<bool>,
 }
 
 /// The memory of a VM, page by page.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PageMap {
-    /// Ascending. What lies between two regions is in none.
+    /// Ascending. Gaps between regions are in no run.
     pub runs: Vec<PageRun>,
     /// The layers that provide pages, by identity.
     pub layers: Vec<ShownLayer>,
@@ -107,7 +107,7 @@ impl PageMap {
     }
 }
 
-/// A layer as it is counted.
+/// A layer with its page counts.
 struct Counted<'a> {
     layer: &'a Layer,
     shown: u64,
@@ -139,17 +139,17 @@ impl ShownLayer {
 }
 
 impl GuestRegion {
-    /// Of the VM's private pages `owned`, those that the kernel has copied for writes, and that
-    /// nothing here has counted or made the VM's own.
+    /// The number of private pages in `owned` that the kernel has copied on write and that are
+    /// neither counted nor marked exclusive yet.
     pub(crate) fn unseen_copies(&self, state: &State, owned: &[PageRange]) -> u64 {
         let unseen = |runs: &[PageRange]| runs.iter().map(|run| run.len() - self.table.counts(*run).exclusive).sum();
-        // The VM may be paused for this.
+        // Fast path, because the VM may be paused.
         if state.counted.is_empty() { unseen(owned) } else { unseen(&subtract_runs(owned, &state.counted)) }
     }
 
-    /// What was copied so far, by cause.
+    /// Copies so far, by cause.
     pub(crate) fn cow_counts(&self) -> Result<CowCounts, RamError> {
-        // It changes nothing, so short reads are pinned meanwhile.
+        // A read-only look, so short reads can be pinned meanwhile.
         let state = self.state_for_pin();
         if !self.is_live() {
             return Ok(CowCounts::default());
@@ -158,10 +158,10 @@ impl GuestRegion {
         Ok(self.counters.cow(self.unseen_copies(&state, &owned)))
     }
 
-    /// Its pins.
+    /// Pins of the region.
     pub(crate) fn pin_counts(&self) -> PinCounts {
         let reading = {
-            // No section opens while it is looked at.
+            // No section opens under this lock.
             let _state = self.state();
             pages_in(&self.grace.ranges())
         };
@@ -178,7 +178,7 @@ impl GuestRegion {
         let absent: Vec<PageRange> = absent.map(|(range, _)| range).collect();
         let mut kinds = Vec::new();
         let mut add = |runs: &[PageRange], kind| kinds.extend(runs.iter().map(|run| (*run, kind)));
-        // Pinned pages are the VM's own (I3): where the kernel has not said so, it says it by now.
+        // Pinned pages are the VM's own (I3), even where the page map was read before the pin.
         add(&pinned, PageKind::Pinned);
         add(&subtract_runs(&own, &pinned), PageKind::Exclusive);
         let mut known = [own, pinned].concat();
@@ -189,7 +189,7 @@ impl GuestRegion {
         let mut taken = [known, absent].concat();
         taken.sort_unstable();
         for rest in subtract_runs(&[self.range()], &join_runs(&taken, 0)) {
-            // In one pass: of a region in many pieces, this is all that takes time.
+            // In one pass, because this takes most of the time for a region in many pieces.
             let mut at = rest.start;
             for (piece, source) in state.space.map().within(rest) {
                 let id = source.layer.id();
@@ -223,7 +223,7 @@ pub(crate) fn page_map(regions: &[Arc<GuestRegion>], origin: Option<&RamImage>) 
     let mut maps = Vec::new();
     let mut own_views: BTreeSet<u64> = origin.into_iter().flat_map(RamImage::regions).map(|r| r.map.id()).collect();
     for region in regions {
-        // It changes nothing, so short reads are pinned meanwhile.
+        // A read-only look, so short reads can be pinned meanwhile.
         let state = region.state_for_pin();
         if !region.is_live() {
             return Err(RamError::Empty { base: region.base.0 });

@@ -24,7 +24,7 @@ pub enum PinError {
     /// Not inside the region.
     #[error("{range} reach beyond the region's {pages} pages")]
     OutOfRange {
-        /// Asked for.
+        /// Requested range.
         range: PageRange,
         /// Size of the region.
         pages: u64,
@@ -41,7 +41,7 @@ pub enum PinError {
     /// A page is absent, because it was not inherited (R19).
     #[error("a page of {range} is absent: the VM did not inherit it")]
     Absent {
-        /// Asked for.
+        /// Requested range.
         range: PageRange,
     },
     /// The region's memory is not in one file: parts of it are mapped privately, over layers or
@@ -61,13 +61,13 @@ pub enum PinError {
     /// A page has as many pins as can be counted (I6).
     #[error("a page of {range} already has {MAX_PINS} pins")]
     Saturated {
-        /// Asked for.
+        /// Requested range.
         range: PageRange,
     },
     /// The pages of a long-term pin for writing could not be marked as written.
     #[error("{range} could not be marked as written")]
     MarkWritten {
-        /// Asked for.
+        /// Requested range.
         range: PageRange,
         /// Why.
         #[source]
@@ -84,49 +84,49 @@ pub enum PinError {
     },
 }
 
-/// What the device will do with the pages.
+/// How the device uses the pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Access {
-    /// Read them.
+    /// The device reads them.
     Read,
-    /// Write them.
+    /// The device writes them.
     Write,
 }
 
-/// For how long.
+/// Lifetime of a pin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PinLifetime {
-    /// For one request: the device reads what is there when it starts. What it writes is written by a
+    /// For one request: the device reads the bytes present when it starts. Data is written by a
     /// processor, or by a system call that marks the pages, as a direct read does.
     Transient,
-    /// Until further notice, across requests: the guest's later writes must be seen (I9). Listed
-    /// with its owner while it lasts. Pages that may be written have memory from the start, and the
-    /// kernel takes them for written, whoever holds their frames says so or not (I15).
+    /// Until further notice, across requests: the device must see the guest's later writes (I9).
+    /// Listed with its owner as long as it is held. Writable pages have memory from the start, and
+    /// are marked as written whether or not the holder of their frames marks them (I15).
     LongTerm,
 }
 
-/// A long-term pin, as it is listed.
+/// A long-term pin, for listing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PinInfo {
-    /// Who asked for it.
+    /// Owner of the pin.
     pub owner: &'static str,
-    /// Which pages.
+    /// Pinned pages.
     pub range: PageRange,
-    /// What for.
+    /// Access of the device.
     pub access: Access,
-    /// For how long it has been held.
+    /// Time since the pin was taken.
     pub held: Duration,
 }
 
-/// The long-term pins of a region. Short ones are only counted: writing their names down would cost
-/// more than the pin.
+/// The long-term pins of a region. Short pins are only counted: listing them would cost more than
+/// the pin.
 #[derive(Debug, Default)]
 pub(crate) struct PinList(Mutex<Listed>);
 
 #[derive(Debug, Default)]
 struct Listed {
     next: u64,
-    /// The longest that one was held which is not any more.
+    /// The longest time that a released pin was held.
     longest: Duration,
     pins: BTreeMap<u64, (PinInfo, Instant)>,
 }
@@ -150,44 +150,44 @@ impl PinList {
         listed.longest = listed.longest.max(held);
     }
 
-    /// How many there are and have been, and the longest that one was or has been held.
+    /// Number of current pins, number of all pins so far, and the longest time one was held.
     pub(crate) fn counts(&self) -> (u64, u64, Duration) {
         let listed = self.listed();
         let held = listed.pins.values().map(|(_, since)| since.elapsed()).max().unwrap_or_default();
         (listed.pins.len() as u64, listed.next, listed.longest.max(held))
     }
 
-    /// All of them, the longest held first.
+    /// All pins, the longest held first.
     pub(crate) fn all(&self) -> Vec<PinInfo> {
         let listed = self.listed();
         listed.pins.values().map(|(info, since)| PinInfo { held: since.elapsed(), ..info.clone() }).collect()
     }
 }
 
-/// Pages that are exclusive and stay the same frames until this is dropped (I3).
+/// Pages that are exclusive and stay in the same frames until this is dropped (I3).
 ///
-/// An operation in flight owns its pin: drop it after the completion has been reaped, never before.
+/// An operation in flight owns its pin: drop it after the completion was reaped, never before.
 ///
-/// A short read of pages that are not the VM's own is the one case in which nothing is counted for
-/// them: a layer's page does not change (I4), and one that the guest writes meanwhile is copied
-/// *away* from the device, which was asked for what was there before. Such a pin holds the views
-/// its region shows while it lasts, and with them the layers, files and frames
-/// (`region/grace.rs`); no reset, discard or eviction takes a page of its range away.
+/// Only a short read of pages that the VM does not own is uncounted: a layer's page does not change
+/// (I4), and if the guest writes it meanwhile, the guest's copy is made *away* from the device,
+/// which was asked for the bytes before the write. Such a pin holds the region's views as long as
+/// it lasts, and with them layers, files and frames (`region/grace.rs`). Resets, discards and
+/// evictions spare the pages of its range.
 pub struct DmaPin {
-    /// Before the region may go.
+    /// Dropped before the region.
     trace: trace::Device,
     region: Arc<GuestRegion>,
     range: PageRange,
     access: Access,
-    /// The pages counted, where they are not all of `range`.
+    /// The counted pages, if they are not all of `range`.
     part: Option<Vec<PageRange>>,
-    /// Where some are not: what keeps the views that show them.
+    /// The section that keeps the views of the uncounted pages, if any.
     section: Option<Section>,
     ticket: Option<u64>,
 }
 
-/// What a pin that is not of exclusive pages alone holds: the pages counted, if not all, and what
-/// keeps the others.
+/// Holdings of a pin that covers other than exclusive pages: the counted pages, if not all, and the
+/// section that keeps the others.
 type Held = (Option<Vec<PageRange>>, Option<Section>);
 
 impl DmaPin {
@@ -209,15 +209,15 @@ impl DmaPin {
         self.range.bytes()
     }
 
-    /// Whether it is for more than one request.
+    /// Whether the pin lasts for more than one request.
     #[must_use]
     pub fn lifetime(&self) -> PinLifetime {
         if self.ticket.is_some() { PinLifetime::LongTerm } else { PinLifetime::Transient }
     }
 
-    /// I15: a frame that was looked up where the page tables allowed writing is not marked by that, and
-    /// io_uring marks none when it lets go of a registered buffer. A page that only devices have
-    /// written would then be clean: the kernel drops it when memory is short.
+    /// I15: looking up a frame through a writable page table entry does not mark it, and io_uring
+    /// does not mark registered buffers on release. So a page that only devices have written would
+    /// be clean, and the kernel would drop it under memory pressure.
     fn mark_written(&self) -> io::Result<()> {
         let may_be_written = self.access == Access::Write && self.lifetime() == PinLifetime::LongTerm;
         if !may_be_written || broken(Break::LeaveClean) {
@@ -226,7 +226,7 @@ impl DmaPin {
         self.region.at.mark_written(self.range)
     }
 
-    /// Never: a pin has at least one page.
+    /// Always false: a pin has at least one page.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.range.is_empty()
@@ -250,8 +250,8 @@ impl fmt::Debug for DmaPin {
 
 impl Drop for DmaPin {
     fn drop(&mut self) {
-        // I15: while they are still pinned. Once more, because the kernel may have written pages to swap
-        // space since, before the device looked them up.
+        // I15: while the pages are still pinned. A second marking is needed because the kernel may
+        // have swapped pages out since the first, before the device looked them up.
         if let Err(error) = self.mark_written() {
             tracing::debug!(%error, range = %self.range, "pages of a device are not marked as written again");
         }
@@ -270,10 +270,10 @@ impl Drop for DmaPin {
 }
 
 impl GuestRegion {
-    /// Pins `range` for a device. Except for a short read, every page is exclusive before this
-    /// returns, by copying the shared ones (I3, I9).
+    /// Pins `range` for a device. Except for a short read, every page is exclusive on return,
+    /// because shared pages are copied (I3, I9).
     ///
-    /// The common case, exclusive pages, takes no lock and one atomic step a page, or one a 2 MiB
+    /// The common case, exclusive pages, takes no lock and one atomic step per page, or per 2 MiB
     /// block.
     ///
     /// # Errors
@@ -307,8 +307,8 @@ impl GuestRegion {
             Ok(()) => (None, None),
             Err(PinMiss::Saturated) => return Err(PinError::Saturated { range }),
             Err(PinMiss::NotExclusive | PinMiss::Split) => {
-                // A part of it would be granted otherwise, and a read of the slice would end the
-                // process.
+                // Otherwise part of the range would be granted, and reading the slice would kill
+                // the process.
                 if self.is_absent(range) {
                     return Err(PinError::Absent { range });
                 }
@@ -332,11 +332,11 @@ impl GuestRegion {
         self.pins.all()
     }
 
-    /// A short read of pages that are all a layer's: no lock, no count, but a section that keeps
-    /// what the region shows (I4).
+    /// Opens a short read of pages that all belong to layers. Takes no lock and no count, only a
+    /// section that keeps the region's views (I4).
     fn try_open(&self, range: PageRange, access: Access, term: PinLifetime) -> Option<Section> {
-        // What is still being copied into the layer is brought by the locked path, which says why
-        // if it cannot be had.
+        // Pages still being copied into the layer take the locked path, which reports the reason if
+        // they cannot be filled.
         if access != Access::Read || term != PinLifetime::Transient || self.is_unfinished() {
             return None;
         }
@@ -355,7 +355,7 @@ impl GuestRegion {
 
     fn dispose(&self, gone: Vec<View>) {
         if !gone.is_empty() {
-            // They may hold the last handles of large layers, and this is a device's thread.
+            // These views may hold the last handles of large layers, and this is a device's thread.
             self.store.dispose(gone);
         }
     }
@@ -366,9 +366,9 @@ impl GuestRegion {
         // kernel's page tables in step.
         let state = self.state_for_pin();
         self.counters.count_locked();
-        // Before the table is locked, which is never held while waiting: a page that is still being
-        // copied is copied now and released, because a device heeds no protection (D4); one that
-        // was adopted unfinished is made to be there.
+        // Before the table is locked, because no thread waits with the table lock held. A page that
+        // is still to be copied is copied and released now, because a device ignores protection
+        // (D4). A page that was adopted unfinished is filled.
         self.copy_range_now(&state, range).map_err(|e| PinError::Unshare { range, source: io::Error::other(e) })?;
         let table = self.table.lock();
         let shared = table.not_exclusive(range);
@@ -385,14 +385,13 @@ impl GuestRegion {
             return Ok((Some(own), Some(self.grace.open_locked(range))));
         }
         for run in shared {
-            // Break COW before the bit is set: a page is exclusive only once the frame is ours
-            // (I2). Where the kernel already copied it for an earlier guest write, this finds it
-            // writable and does nothing.
+            // Break COW before the bit is set: a page is exclusive only once the VM owns the frame
+            // (I2). If the kernel has copied the page on an earlier guest write, this is a no-op.
             if broken(Break::PinInPlace) {
                 table.set_exclusive(run);
                 continue;
             }
-            // What the guest has copied already is not copied for the pin.
+            // Pages that the guest has copied already are not counted as copied for the pin.
             let copied = self.store.pagemap().seen_runs(&self.at, run);
             self.at.populate_write(run).map_err(|source| PinError::Unshare { range: run, source })?;
             table.set_exclusive(run);
@@ -400,7 +399,7 @@ impl GuestRegion {
             self.counters.count_pin(run.len().saturating_sub(pages_in(&copied)));
         }
         table.split_partial(range);
-        // Under the lock no thread clears the bit or splits, so only saturation is left to miss.
+        // Under the lock no thread clears the bit or splits, so only saturation can fail the pin.
         self.table.try_pin(range).map_err(|_| PinError::Saturated { range })?;
         Ok((None, None))
     }
@@ -441,11 +440,11 @@ mod tests {
         assert_eq!(region.long_pins(), []);
     }
 
-    /// A short read that ends may be the last to hold a large layer: a device's thread does not
-    /// free it.
+    /// A short read that ends may hold the last reference to a large layer: a device's thread does
+    /// not free it.
     #[test]
     fn what_a_short_read_held_last_is_freed_by_the_reclaim_thread() {
-        // More than a freeze leaves with its VM: the child is shown all of its copy.
+        // More pages than a freeze leaves with its VM: the child shows all pages of its copy.
         const BYTES: u64 = 600 * PAGE_SIZE;
         let store = Store::open_small().unwrap();
         let stopped = || Quiesced::by(&NoWriters);
@@ -459,7 +458,7 @@ mod tests {
         let region = &child.regions()[0];
         let layer = Arc::downgrade(&region.state().space.map().get(5).unwrap().layer);
         let pin = region.pin(PageRange::with_len(5, 2), Access::Read, PinLifetime::Transient).unwrap();
-        // All of it anew: only the view that the pin holds still names the layer.
+        // Overwrites all pages: only the pin's view still contains the layer.
         child.memory().write_slice(&[2; BYTES as usize], GuestAddress(0)).unwrap();
         child.freeze(&stopped()).unwrap();
         let busy = Busy::begin(&store);

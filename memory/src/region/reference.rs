@@ -1,11 +1,11 @@
 //! Reference pages: one pattern, shown by any number of guest pages (R22).
 //!
-//! A reference page is a layer like any other, so freeze, fork and reset keep it as a reference
-//! without knowing about it, and the first write copies it. What is special (I10, R23): nobody
-//! counts its mappings, it is never exclusive and so never pinned for writing (a pin copies it
-//! first), and it lives as long as its handle or a map that shows it.
+//! A reference page is a layer, so freeze, fork and reset keep it as a reference without special
+//! cases, and the first write copies it. The differences (I10, R23): its mappings are not counted;
+//! it is never exclusive, and so never pinned for writing (a pin copies it first); it lives as long
+//! as its handle or a map that shows it.
 //!
-//! Zero is the special case that needs no file: a page that is in no layer.
+//! Zero pages are a special case that needs no file: pages in no layer.
 
 use std::fmt;
 use std::os::unix::fs::FileExt;
@@ -21,7 +21,7 @@ use crate::testing::failpoint::{Call, failpoint};
 use crate::testing::sabotage::{Break, broken};
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange, join_runs, pages_in, subtract_runs};
 
-/// A page's worth of bytes.
+/// The bytes of one page.
 pub type Pattern = [u8; PAGE_SIZE as usize];
 
 /// A handle to a reference page. Clones are the same page.
@@ -45,7 +45,7 @@ impl fmt::Debug for RefPage {
 }
 
 impl RefPage {
-    /// Whether both are handles to one page.
+    /// Whether both are handles to the same page.
     pub(crate) fn same_as(&self, other: &Self) -> bool {
         match (&self.0, &other.0) {
             (Kind::Zero, Kind::Zero) => true,
@@ -54,8 +54,7 @@ impl RefPage {
         }
     }
 
-    /// What provides the pages of `range` while they show this page: nothing for zeros, else a
-    /// piece a block.
+    /// The sources of `range` when it shows this page: none for zeros, else one piece per block.
     pub(crate) fn sources(&self, range: PageRange) -> Vec<(PageRange, Source)> {
         match &self.0 {
             Kind::Zero => Vec::new(),
@@ -90,35 +89,35 @@ impl Store {
     }
 }
 
-/// What a discard did. Counts are pages.
+/// Result of a discard. Counts are pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Discarded {
-    /// Became reference pages, or were given back. What is neither discarded nor pinned has kept
-    /// its memory and its contents: no mapping was left, and the one beneath its copy is not what
-    /// its layer map shows (I14).
+    /// Pages that became reference pages or were given back. Pages that are neither discarded nor
+    /// pinned keep memory and contents: no mapping was left, and the mapping below the copy
+    /// disagrees with the layer map (I14).
     pub discarded: u64,
-    /// Were pinned, and stay as they are (I7).
+    /// Pinned pages, which stay as they are (I7).
     pub pinned: u64,
-    /// Of the discarded, given back without a mapping, because the VM has used up its share of
-    /// mappings. Their memory is free; they show zeros if they were the VM's since it was
-    /// populated, else what their layer has, until they are written.
+    /// Discarded pages that were given back without a mapping, because the VM has used up its share
+    /// of mappings. Their memory is free. Until written they show zeros if they were the VM's own
+    /// since it was populated, else the bytes of their layer.
     pub unmapped: u64,
 }
 
 impl GuestRegion {
-    /// Shows `page` in all of `range`, in place of what was there. What is absent because it was
-    /// not inherited stays so (R19).
+    /// Shows `page` in all of `range`, in place of its pages. Ranges that were not inherited stay
+    /// absent (R19).
     ///
     /// # Errors
     /// When a page is pinned, or mappings run out; then nothing has changed. When a mapping fails
     /// half-way, a part of the range shows the page.
     pub fn map_reference(&self, range: PageRange, page: &RefPage) -> Result<(), RamError> {
         let mut state = self.checked(range)?;
-        // What is still being copied from here is finished first: the copy reads the pages that go.
+        // Finishes background copies first, because they read pages that are replaced here.
         self.finish_background(&mut state)?;
         let table = self.table.lock();
-        // The bit goes first, atomically against lockless pins; the loser takes the locked path
-        // (I8).
+        // The bit is cleared first, atomically against lockless pins; the loser takes the locked
+        // path (I8).
         let pinned = self.share_unless_pinned(&table, range);
         if !pinned.is_empty() {
             self.reclaim(&state, &table, range);
@@ -129,19 +128,18 @@ impl GuestRegion {
         shown.inspect_err(|_| self.reclaim(&state, &table, range))
     }
 
-    /// Gives the memory of `range` back (balloon, free page reporting): its pages become zeros that
-    /// cost nothing, except those pinned. What is absent because it was not inherited stays so
-    /// (R19).
+    /// Frees the memory of `range` (balloon, free page reporting): its pages become zeros without
+    /// cost, except pinned ones. Ranges that were not inherited stay absent (R19).
     ///
-    /// Zeros in the middle of something else cost a mapping or two. A guest may discard what it
-    /// likes, so each region has its share of the process's mappings; beyond it pages are given
-    /// back without one ([`Discarded::unmapped`]).
+    /// Zeros in the middle of a mapping cost one or two mappings. Since guests control their
+    /// discards, each region has a share of the process's mappings. Beyond it pages are given back
+    /// without a mapping ([`Discarded::unmapped`]).
     ///
     /// # Errors
-    /// When the kernel refuses; the pages done so far are discarded, the others are as they were.
+    /// When the kernel refuses; the pages done so far are discarded, and the others are unchanged.
     pub fn discard(&self, range: PageRange) -> Result<Discarded, RamError> {
         let mut state = self.checked(range)?;
-        // What is still being copied from here is finished first: the copy reads the pages that go.
+        // Finishes background copies first, because they read pages that are dropped here.
         self.finish_background(&mut state)?;
         let table = self.table.lock();
         // I7: a pinned page is not discarded.
@@ -150,13 +148,13 @@ impl GuestRegion {
             pinned.clear();
         }
         let (mut unmapped, mut kept) = (0, 0);
-        // What is being read keeps its bit if it had one.
+        // Pages that are being read keep the bit if they had it.
         pinned.iter().for_each(|run| self.reclaim(&state, &table, *run));
         for run in self.not_absent(&subtract_runs(&[range], &pinned)) {
             let mapped = self.may_map_zero(&state, run).then(|| self.show(&mut state, &table, run, &RefPage::zero()));
             let shown = match mapped {
-                // Beyond its share, or another VM has taken the last mappings since: nothing has
-                // been touched.
+                // Beyond the region's share, or another VM has taken the last mappings since:
+                // nothing has changed.
                 None | Some(Err(RamError::Budget(_))) => self.give_back_unmapped(&state, &table, run).map(|given| {
                     unmapped += given;
                     kept += run.len() - given;
@@ -169,17 +167,17 @@ impl GuestRegion {
         Ok(Discarded { discarded: range.len() - pinned - kept, pinned, unmapped })
     }
 
-    /// Whether zeros in place of `range` stay within the region's share of mappings, or take none.
+    /// Whether mapping zeros in `range` stays within the region's share of mappings, or needs none.
     fn may_map_zero(&self, state: &State, range: PageRange) -> bool {
         let (now, then) = (state.space.mappings().len() as u64, state.space.mappings().len_with(range) as u64);
         let budget = self.store.budget();
-        // What it takes while it is being done: see `try_show`.
+        // Mappings needed during the operation: see `try_show`.
         then <= now || (then <= budget.fair_share() && now + 2 <= state.space.promised().max(now + budget.left()))
     }
 
-    /// Gives back the memory of `range`, which is not pinned, without a mapping: nothing changes
-    /// but that the VM's own copies go. Returns the pages given back. A copy over a mapping that
-    /// shows what the map does not stays (I14).
+    /// Frees the memory of `range`, which is not pinned, without a new mapping: only the VM's own
+    /// copies are dropped. Returns the number of freed pages. A copy over a mapping that disagrees
+    /// with the map stays (I14).
     fn give_back_unmapped(&self, state: &State, table: &TableGuard<'_>, range: PageRange) -> Result<u64, RamError> {
         let base = state.space.mappings().base_within(range);
         let private = subtract_runs(&[range], &base);
@@ -187,16 +185,16 @@ impl GuestRegion {
         for run in &dropped {
             self.at.drop_private(*run).map_err(|source| RamError::Map { range: *run, source })?;
         }
-        // They keep their bits: they are what they were.
+        // The remaining pages keep their bits: they are unchanged.
         subtract_runs(&private, &dropped).iter().for_each(|run| self.reclaim(state, table, *run));
-        // In place: holes in a file of this VM's own are zeros, and the pages stay its own.
+        // Punched in place: holes in the VM's own file are zeros, and the pages stay its own.
         state.space.free_base(&base);
         base.iter().for_each(|run| table.set_exclusive(*run));
         Ok(pages_in(&dropped) + pages_in(&base))
     }
 
-    /// Gives up the bits of `range` where nothing is pinned; returns what is: counted, or being
-    /// read without a count.
+    /// Clears the bits of the unpinned pages of `range`. Returns the pinned pages: counted, or read
+    /// without a count.
     fn share_unless_pinned(&self, table: &TableGuard<'_>, range: PageRange) -> Vec<PageRange> {
         let mut pinned = table.share(range);
         pinned
@@ -205,7 +203,7 @@ impl GuestRegion {
         join_runs(&pinned, 0)
     }
 
-    /// Maps `page` over `range`, none of which is pinned or will be before the locks are let go.
+    /// Maps `page` over `range`. No page of it is pinned, or can be before the locks are released.
     fn show(
         &self,
         state: &mut State,
@@ -217,8 +215,8 @@ impl GuestRegion {
         if broken(Break::OwnReference) {
             table.set_exclusive(range);
         }
-        // Failing, what was not reached is still this VM's own, but its bits are given up. Setting
-        // them again is for the caller: a discard that is refused a mapping drops the copies first
+        // On failure the remaining pages are still this VM's own, with their bits cleared. The
+        // caller restores the bits: a discard that is refused a mapping drops the copies first
         // (I8).
         state.space.trim();
         shown
@@ -226,8 +224,8 @@ impl GuestRegion {
 
     fn try_show(&self, state: &mut State, range: PageRange, page: &RefPage) -> Result<(), RamError> {
         let sources = page.sources(range);
-        // Promised before anything is touched (D5): each piece adds itself and splits what it lies
-        // in. Zeros are one piece, and may take the place of as many as they need.
+        // Reserved before any change (D5): each piece adds a mapping and splits the one it lies in.
+        // Zeros are one piece, and may replace as many pieces as they need.
         if !sources.is_empty() {
             state.space.reserve_runs(sources.len())?;
         }
@@ -282,17 +280,17 @@ mod tests {
         assert_eq!((word(&ram, 599), word(&ram, 600), word(&ram, 601)), (0xabcd, 7, 0xabcd), "the first write copies");
         assert_eq!(ram.stats().unwrap().reference, 1099);
 
-        // Freeze and fork keep it a reference, whichever handle is dropped.
+        // Freeze and fork keep the reference, whichever handle is dropped.
         drop(page);
         let (image, _) = ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
         let child = GuestRam::reserve(image.layout(), &store).unwrap();
         child.adopt(&image).unwrap();
         drop((ram, image));
         assert_eq!((word(&child, 599), word(&child, 600)), (0xabcd, 7));
-        // Gaps that the freeze closed were copied; all others are references still.
+        // Gaps that the freeze closed were copied; all others are still references.
         assert!(child.stats().unwrap().reference > 1000);
         drop(child);
-        // R23: it lived as long as it was shown.
+        // R23: the page lives as long as it is shown.
         store.expect_no_layers();
     }
 
@@ -340,9 +338,9 @@ mod tests {
         }
     }
 
-    /// What a freeze has copied and left in place is shown by the map from the copy, and by the
-    /// mapping beneath it from the layer before. Given back without a mapping, it would show what
-    /// the map does not.
+    /// For a page that a freeze copied in place, the map shows the copy and the mapping below shows
+    /// the older layer. If it were given back without a mapping, it would show a page that is not
+    /// in the map.
     #[test]
     fn i14_what_stayed_in_place_at_a_freeze_is_not_given_back_without_a_mapping() {
         let store = Store::open_with_budget(crate::MappingBudget::with_limit(100));
@@ -366,7 +364,7 @@ mod tests {
         (0..PAGES).for_each(|p| assert_eq!(word(&ram, p), word(&child, p), "page {p} of parent and child"));
     }
 
-    /// Zeros in place of zeros that were written to take no mapping, so none has to be left.
+    /// Zeros in place of zeros that were written need no mapping, so the budget may be exhausted.
     #[test]
     fn d5_a_discard_of_one_piece_needs_no_mapping_of_its_own() {
         let store = Store::open_with_budget(crate::MappingBudget::with_limit(100));
@@ -379,7 +377,8 @@ mod tests {
         assert_eq!(done, Discarded { discarded: 100, pinned: 0, unmapped: 0 });
         ram.check(&Quiesced::by(&crate::NoWriters)).unwrap();
         assert_eq!((word(&ram, 0), word(&ram, 99), word(&ram, 100)), (0, 0, 101));
-        // More than a piece, and no mapping for it: the copies go, and no bit says otherwise.
+        // More than one piece, and no mapping left: the copies are dropped, and their bits are
+        // cleared.
         let done = region.discard(PageRange::new(50, 110)).unwrap();
         assert_eq!((done.discarded, done.unmapped), (60, 60));
         ram.check(&Quiesced::by(&crate::NoWriters)).unwrap();

@@ -1,9 +1,8 @@
-//! Reset: back to an image, in place. The cost is in pages written since, not in memory.
+//! Reset: back to an image, in place. The cost is in pages written since, not in memory size.
 //!
-//! A page the VM has written since is dropped: the private mapping shows the layer again. Where the
-//! layer behind a range is not the image's any more (it was frozen again since), or where the VM's
-//! copy lies over an older layer (a freeze copied it and left it where it was), the range is mapped
-//! anew.
+//! A page that the VM has written since is dropped, and the private mapping shows the layer again.
+//! A range is mapped anew if the layer behind it is no longer the image's (the VM was frozen
+//! since), or if the VM's copy lies over an older layer (a freeze copied it and left it in place).
 
 use std::sync::Arc;
 
@@ -14,14 +13,14 @@ use crate::region::mappings::{Mapping, Mappings};
 use crate::region::{GuestRegion, State};
 use crate::units::{BLOCK_PAGES, PageRange, join_runs, pages_in, push_run, subtract_runs};
 
-/// Shared pages between two of the VM's own that are dropped along: showing them again costs the
-/// guest one fault at most, since the kernel maps the neighbours of a page with it, and that costs
-/// no more than the system call it saves (4 us with KVM's part in it).
+/// Shared pages between two of the VM's own are dropped along up to this count. Showing them again
+/// costs the guest at most one fault, since fault-around maps a page's neighbours with it. That is
+/// no more than the saved system call (4 us with KVM's part in it).
 const MAX_GAP: u64 = 16;
-/// Runs of one block that are dropped one by one. With more, all that is between them goes too.
+/// Runs of one block that are dropped one by one. With more, the gaps between them are dropped too.
 const MAX_RUNS: usize = 8;
 
-/// What a reset did. Counts are pages.
+/// Result of a reset. Counts are pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ResetReport {
     /// The VM's own copies that were dropped.
@@ -37,12 +36,12 @@ impl std::ops::AddAssign for ResetReport {
     }
 }
 
-/// Why a reset did not take place.
+/// The reason why a reset failed.
 #[derive(Debug)]
 pub(crate) enum ResetError {
     /// Nothing has changed.
     Refused(RamError),
-    /// Some of it has.
+    /// The reset is partly done.
     Inconsistent(RamError),
 }
 
@@ -52,17 +51,17 @@ impl From<RamError> for ResetError {
     }
 }
 
-/// Whether a private mapping shows what `want` says.
+/// Whether a private mapping shows the pages of `want`.
 fn shows(have: &Mapping, want: &Mapping) -> bool {
     match (have, want) {
         (Mapping::Private(have), Mapping::Private(want)) => have.is(want),
-        // What was not inherited stays as absent as it was (R19).
+        // Ranges that were not inherited stay absent (R19).
         (Mapping::Zero, Mapping::Zero) | (Mapping::Absent, _) => true,
         _ => false,
     }
 }
 
-/// What must be mapped where for `map`.
+/// The mappings that `map` requires.
 fn wanted(map: &LayerMap, all: PageRange) -> Vec<(PageRange, Mapping)> {
     let mut out = Vec::with_capacity(map.len() + 1);
     let mut at = all.start;
@@ -76,7 +75,7 @@ fn wanted(map: &LayerMap, all: PageRange) -> Vec<(PageRange, Mapping)> {
     out
 }
 
-/// The runs of `range` whose mapping is not `want`, each with what it must be.
+/// The runs of `range` whose mapping is not `want`, each with its required mapping.
 fn differing(mappings: &Mappings, range: PageRange, want: &Mapping) -> Vec<(PageRange, Mapping)> {
     use crate::layer::interval::Piece;
     let mut runs = Vec::new();
@@ -88,8 +87,8 @@ fn differing(mappings: &Mappings, range: PageRange, want: &Mapping) -> Vec<(Page
     runs.into_iter().map(|run| (run, want.advance(run.start - range.start))).collect()
 }
 
-/// `runs`, ascending, with what lies between neighbours where that costs less than it saves. Only
-/// shared pages are added, whose loss is a fault.
+/// `runs`, ascending, joined over gaps where that costs less than it saves. Only shared pages are
+/// added, whose loss is a fault.
 fn joined(runs: &[PageRange]) -> Vec<PageRange> {
     let mut out: Vec<PageRange> = Vec::new();
     for run in runs {
@@ -108,7 +107,7 @@ fn joined(runs: &[PageRange]) -> Vec<PageRange> {
 }
 
 impl GuestRegion {
-    /// Why the region cannot be reset at present, if it cannot. Callers that can wait do so.
+    /// The reason why the region cannot be reset now, if any. Callers that can wait do so.
     pub(crate) fn in_use(&self) -> Option<RamError> {
         let mut pinned = self.table.pinned_runs(self.range());
         pinned.extend(self.grace.ranges());
@@ -123,13 +122,13 @@ impl GuestRegion {
         self.state().inconsistent
     }
 
-    /// Notes that a reset has failed half-way: of the VM, if not of this region.
+    /// Notes that a reset of the VM has failed half-way, even if not in this region.
     pub(crate) fn mark_inconsistent(&self) {
         self.state().inconsistent = true;
     }
 
-    /// Puts `regions` back to `images`. Nothing may be writing to them. Everything that can be
-    /// refused is asked of all of them before the first is touched.
+    /// Resets `regions` to `images`. There are no writers. All checks of all regions precede the
+    /// first change.
     pub(crate) fn reset_all(
         regions: &[Arc<Self>],
         images: &[RegionImage],
@@ -143,9 +142,9 @@ impl GuestRegion {
         if let Some(error) = region.lost() {
             return Err(RamError::Lost(error).into());
         }
-        // What is still being copied from here is finished first: the copy reads the pages that go.
+        // Finishes background copies first, because they read pages that the reset drops.
         region.finish_background(&mut state)?;
-        // I7: nothing more is read without a count until the lock is let go.
+        // I7: no uncounted read begins until the lock is released.
         let read = region.grace.ranges();
         if let Some(first) = read.first().copied() {
             return Err(RamError::Pinned { pages: pages_in(&read), first }.into());
@@ -155,8 +154,8 @@ impl GuestRegion {
         let owned = region.owned_private(region.range(), &base)?;
         let unseen = region.unseen_copies(&state, &owned);
         region.table.trace.reset_begun();
-        // I7, I8: the bit goes before the page does; a pin that got in first refuses the reset, one
-        // that comes later waits for the lock.
+        // I7, I8: the bit is cleared before the page is dropped. An earlier pin refuses the reset,
+        // and a later one waits for the lock.
         let mut pinned = Vec::new();
         for run in base.iter().chain(&owned) {
             pinned.extend(table.share(*run));
@@ -165,14 +164,14 @@ impl GuestRegion {
             base.iter().chain(&owned).for_each(|run| table.set_exclusive(*run));
             return Err(RamError::Pinned { pages: pages_in(&pinned), first }.into());
         }
-        // Before anything is touched. A refusal here or in another region leaves all as it was.
+        // Before any change. A refusal here or in another region leaves everything as it was.
         let todo = region.prepare(&mut state, map).map_err(ResetError::from);
         let todo = todo.and_then(|todo| Self::reset_all(rest, images, report).map(|()| todo));
         let todo = todo.inspect_err(|_| {
             region.reclaim(&state, &table, region.range());
             state.space.trim();
         })?;
-        // Until all of it is done: should that end in a panic, the VM does not run on.
+        // Until the reset is complete: if it ends in a panic, the VM must not run on.
         state.inconsistent = true;
         *report += region.put_back(&mut state, map, &base, &owned, &todo).map_err(ResetError::Inconsistent)?;
         state.inconsistent = false;
@@ -183,7 +182,7 @@ impl GuestRegion {
         Ok(())
     }
 
-    /// What must be mapped anew for `map`, with the mappings promised (D5).
+    /// The ranges to map anew for `map`, with their mappings reserved (D5).
     fn prepare(&self, state: &mut State, map: &LayerMap) -> Result<Vec<(PageRange, Mapping)>, RamError> {
         let mut todo: Vec<(PageRange, Mapping)> = Vec::new();
         for (range, want) in wanted(map, self.range()) {
@@ -203,7 +202,8 @@ impl GuestRegion {
     ) -> Result<ResetReport, RamError> {
         let anew: Vec<PageRange> = todo.iter().map(|(range, _)| *range).collect();
         let dropped = subtract_runs(owned, &anew);
-        // No page between them is pinned: a pin makes it the VM's own (I3, I9), and there are none.
+        // The joined gaps contain no pinned page: a pinned page is the VM's own (I3, I9), and pins
+        // were refused above.
         for run in &joined(&dropped) {
             self.at.drop_private(*run).map_err(|source| RamError::Map { range: *run, source })?;
         }
@@ -298,7 +298,7 @@ mod tests {
     fn what_lies_between_pages_that_are_dropped_stays_as_it_was() {
         let store = Store::open().unwrap();
         let (ram, image) = frozen(&store);
-        // One in three, one in forty; and one page that has no layer behind it.
+        // One in three, one in forty; and one page in no layer.
         let some = |p: &u64| if *p < 1000 { p.is_multiple_of(3) } else { p.is_multiple_of(40) };
         (0..PAGES).filter(some).for_each(|p| put(&ram, p, 0));
         ram.regions()[0].discard(PageRange::with_len(1001, 1)).unwrap();
@@ -312,7 +312,7 @@ mod tests {
     fn back_over_a_freeze_that_came_between() {
         let store = Store::open().unwrap();
         let (ram, first) = frozen(&store);
-        // Few, which a freeze copies and leaves; and many, which it remaps.
+        // A few pages, which a freeze copies in place; and many, which it remaps.
         put(&ram, 7, 0);
         (1000..1600).for_each(|p| put(&ram, p, 0));
         let (second, _) = ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
@@ -334,7 +334,7 @@ mod tests {
         let pin = ram.regions()[0].pin(PageRange::with_len(5, 1), Access::Write, PinLifetime::LongTerm).unwrap();
         let refused = ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::from_millis(5));
         assert!(matches!(refused, Err(RamError::Pinned { pages: 1, .. })));
-        // A pin that comes after the first look is met by the region itself.
+        // A pin after the first check is detected by the region itself.
         let late = GuestRegion::reset_all(ram.regions(), image.regions(), &mut ResetReport::default());
         assert!(matches!(late, Err(ResetError::Refused(RamError::Pinned { pages: 1, .. }))));
         assert_eq!((word(&ram, 5), word(&ram, 6)), (55, 66));
@@ -351,7 +351,7 @@ mod tests {
         put(&ram, 700, 7);
         let pin = ram.regions()[0].pin(PageRange::with_len(5, 2), Access::Read, PinLifetime::Transient).unwrap();
         assert_eq!(ram.regions()[0].ownership().get(5), (false, 0), "not counted");
-        // A read that comes after the first look is met by the region itself.
+        // A read after the first check is detected by the region itself.
         let late = GuestRegion::reset_all(ram.regions(), image.regions(), &mut ResetReport::default());
         assert!(matches!(late, Err(ResetError::Refused(RamError::Pinned { pages: 2, .. }))), "{late:?}");
         assert_eq!(word(&ram, 700), 7, "nothing has changed");
@@ -384,7 +384,7 @@ mod tests {
         let store = Store::open_small().unwrap();
         let (ram, image) = frozen(&store);
         let region = &ram.regions()[0];
-        // Every second page of the image comes from elsewhere: each is mapped anew in the middle of
+        // Every second page of the image has another source: each is mapped anew in the middle of
         // one mapping.
         let mut map = LayerMap::clone(image.regions()[0].map.map());
         (0..40).for_each(|n| map.remove(PageRange::with_len(100 + 2 * n, 1)));

@@ -1,24 +1,23 @@
-//! The address space of a region: what the kernel has mapped where, the record of it, the layer
-//! map, and the mappings promised for it. They change together, here and nowhere else.
+//! The address space of a region: the kernel's mappings, their record, the layer map, and the
+//! promised mappings. All changes to them are made together, in this module.
 //!
-//! **I14**: *a page that the layer map does not show is shown by no mapping.* Of a page that the VM
-//! has a copy of its own of, the map says what other VMs are shown, and the mapping beneath the
-//! copy may be an older one. Of any other page the two say the same. So all maps together name all
-//! that can be read ([`crate::layer::gc`]).
+//! **I14**: *no mapping shows a page that the layer map does not show.* For a page of which the VM
+//! has its own copy, the map names the source that other VMs see, and the mapping below the copy
+//! may be older. For any other page the two agree. So all maps together contain every readable page
+//! ([`crate::layer::gc`]).
 //!
 //! | operation | kernel | record | map |
 //! |---|---|---|---|
 //! | [`AddressSpace::populate`] | shared over the base file | yes | |
 //! | [`AddressSpace::show`] | a layer, zeros or nothing | yes | yes |
 //! | [`AddressSpace::lay_out`] | the same, piece by piece | yes | at the end |
-//! | [`AddressSpace::catch_up`] | what the map shows already | yes | |
+//! | [`AddressSpace::catch_up`] | to the source in the map | yes | |
 //! | [`AddressSpace::supersede`] | | | of the VM's own pages |
 //! | [`AddressSpace::note_shared_back`] | done by a background copy | yes | |
 //! | [`AddressSpace::withdraw`] | a private copy of base pages | yes | |
-//! | [`AddressSpace::keep_gaps`] | | | back to what is mapped |
+//! | [`AddressSpace::keep_gaps`] | | | back to the mapping's source |
 //!
-//! Every operation that maps something has its mapping promised first (D5): one that is refused has
-//! changed nothing.
+//! Every operation that maps reserves its mappings first (D5). A refused operation changes nothing.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -37,36 +36,36 @@ use crate::sys::Reservation;
 use crate::testing::sabotage::{Break, broken};
 use crate::units::{PAGE_SHIFT, PageRange, subtract_runs};
 
-/// See the module's documentation. All of it is under the state lock.
+/// See the module's documentation. All fields are under the state lock.
 #[derive(Debug)]
 pub(crate) struct AddressSpace {
     at: Arc<Reservation>,
-    /// What is mapped where. Its length is what the region costs the mapping budget.
+    /// The mappings. Their number is the region's share of the mapping budget.
     mappings: Mappings,
-    /// What provides the pages this VM does not own, or would if it dropped its own copy.
+    /// The source of each page that this VM does not own, or would show if it dropped its own copy.
     map: View,
     /// The base file of this VM, while some of its pages are still mapped shared.
     base_file: Option<Arc<Layer>>,
-    /// Once the rest of that file is a layer: those pages, so that nothing of theirs is given back,
-    /// and the rest may be.
+    /// The still shared-mapped pages of the base file, once the rest of it is a layer. The view
+    /// keeps these pages from being punched, and allows the rest to be.
     base: Option<View>,
     promise: Promise,
-    /// Views that were replaced since the last were taken.
+    /// Replaced views, until taken.
     replaced: Vec<View>,
 }
 
-/// A piece of which mapping and map differ. `None` stands for zeros.
+/// A piece whose mapping and map differ. `None` stands for zeros.
 #[derive(Debug)]
 pub(crate) struct Differs {
     pub(crate) range: PageRange,
-    /// What is mapped.
+    /// The mapped source.
     pub(crate) shown: Option<Source>,
-    /// What the map says.
+    /// The source in the map.
     pub(crate) says: Option<Source>,
 }
 
 impl AddressSpace {
-    /// Of bare addresses.
+    /// An address space without mappings.
     pub(super) fn new(at: &Arc<Reservation>, store: &Store) -> Result<Self, BudgetError> {
         Ok(Self {
             at: Arc::clone(at),
@@ -79,22 +78,22 @@ impl AddressSpace {
         })
     }
 
-    /// What provides the pages that are not the VM's own.
+    /// The source of each page that the VM does not own.
     pub(crate) fn map(&self) -> &Arc<LayerMap> {
         self.map.map()
     }
 
-    /// The identities of its views: of what it shows, and of what is left of its base file.
+    /// The identities of the views: the shown one, the one of the base file, and the replaced ones.
     pub(crate) fn views(&self) -> impl Iterator<Item = u64> {
         [&self.map].into_iter().chain(&self.base).chain(&self.replaced).map(View::id)
     }
 
-    /// What is mapped where.
+    /// The recorded mappings.
     pub(crate) fn mappings(&self) -> &Mappings {
         &self.mappings
     }
 
-    /// Mappings promised.
+    /// Number of promised mappings.
     pub(crate) fn promised(&self) -> u64 {
         self.promise.count()
     }
@@ -104,25 +103,25 @@ impl AddressSpace {
         self.base_file.as_ref()
     }
 
-    /// Has mappings promised for what is put in place of `runs` runs: each adds itself and splits
-    /// what it lies in. Failing, nothing has changed.
+    /// Reserves mappings for replacing `runs` runs: each adds a mapping and splits the one it lies
+    /// in. On failure nothing has changed.
     pub(crate) fn reserve_runs(&mut self, runs: usize) -> Result<(), BudgetError> {
         self.reserve((self.mappings.len() + 2 * runs) as u64)
     }
 
-    /// Has `count` mappings promised in all, or more if more are.
+    /// Reserves `count` mappings in total, unless more are reserved.
     pub(crate) fn reserve(&mut self, count: u64) -> Result<(), BudgetError> {
         self.promise.resize(self.promise.count().max(count))
     }
 
-    /// Gives back what was promised and is not needed.
+    /// Releases promised mappings that are not needed.
     pub(crate) fn trim(&mut self) {
-        // Shrinking a promise cannot fail, and there is always as much as is mapped.
+        // Shrinking a promise cannot fail, and the promise is never below the number of mappings.
         let shrunk = self.promise.resize(self.mappings.len().max(1) as u64);
         debug_assert!(shrunk.is_ok(), "D5: more is mapped than was promised");
     }
 
-    /// Maps all of it shared over `file`, which becomes the VM's base file.
+    /// Maps all pages shared over `file`, which becomes the VM's base file.
     pub(super) fn populate(&mut self, file: Arc<Layer>) -> Result<(), RamError> {
         let range = PageRange::new(0, self.at.pages());
         self.at.map_shared(range, file.as_fd(), 0).map_err(|source| RamError::Map { range, source })?;
@@ -132,8 +131,8 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Maps `want` in place of what is in `range`, copies of the VM's own included. Failing,
-    /// nothing has changed.
+    /// Maps `want` in `range`, in place of its pages and the VM's own copies. On failure nothing
+    /// has changed.
     pub(crate) fn show(&mut self, range: PageRange, want: &Mapping) -> Result<(), RamError> {
         self.put(range, want)?;
         if broken(Break::LeaveMap) {
@@ -141,7 +140,7 @@ impl AddressSpace {
         }
         match want {
             Mapping::Private(source) | Mapping::SharedBase(source) => self.map.insert(range, source.clone()),
-            // A map that is not changed stays the one that others have too.
+            // An unchanged map stays shared with other views.
             Mapping::Zero | Mapping::Absent if self.map.within(range).is_empty() => {}
             Mapping::Zero | Mapping::Absent => {
                 self.map.remove(range);
@@ -150,9 +149,9 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Maps each of `pieces`, calling `mapped` after it, and shows `map` in the end.
+    /// Maps each of `pieces`, calling `mapped` after each, and finally shows `map`.
     ///
-    /// Failing half-way, some are mapped and the map is the old one: no vCPU may run on it.
+    /// On failure some pieces are mapped and the map is the old one: no vCPU may run on it.
     pub(crate) fn lay_out(
         &mut self,
         pieces: &[(PageRange, Mapping)],
@@ -167,8 +166,7 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Maps what the map shows in `range`, which is `source`, in place of the VM's own copies of
-    /// it.
+    /// Maps the map's source of `range`, which is `source`, in place of the VM's own copies.
     pub(crate) fn catch_up(&mut self, range: PageRange, source: &Source) -> Result<(), RamError> {
         debug_assert!(
             parts_of(&self.map, range)
@@ -179,7 +177,7 @@ impl AddressSpace {
         self.put(range, &Mapping::Private(source.clone()))
     }
 
-    /// The kernel's mapping and its record.
+    /// Changes the kernel's mapping and its record.
     fn put(&mut self, range: PageRange, want: &Mapping) -> Result<(), RamError> {
         if self.promise.count() < self.mappings.len() as u64 + 2 {
             self.reserve(self.mappings.len_with(range) as u64)?;
@@ -195,13 +193,14 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Says that `source` provides `range`, whose pages are the VM's own: they are not mapped anew.
+    /// Makes `source` the source of `range` in the map. The pages are the VM's own and are not
+    /// remapped.
     pub(crate) fn supersede(&mut self, range: PageRange, source: Source) {
         self.map.insert(range, source);
     }
 
-    /// Records that a background copy has mapped `run` over `source`, which the map shows since its
-    /// freeze.
+    /// Records that a background copy has mapped `run` over `source`, which the map has shown since
+    /// its freeze.
     pub(super) fn note_shared_back(&mut self, run: PageRange, source: Source) {
         self.mappings.insert(run, Mapping::Private(source));
         debug_assert!(
@@ -210,17 +209,17 @@ impl AddressSpace {
         );
     }
 
-    /// Shows `map` again, undoing a freeze whose copies were mapped nowhere. Returns the view that
-    /// is replaced.
+    /// Restores the map `before`, undoing a freeze whose copies were never mapped. Returns the
+    /// replaced view.
     pub(super) fn undo(&mut self, before: View) -> View {
         std::mem::replace(&mut self.map, before)
     }
 
-    /// Puts private copies with the same bytes in place of base pages. The file has holes to come
-    /// there ([`Self::free_base`]). Failing, nothing has changed.
+    /// Replaces base pages by private copies with the same bytes. The file's pages are to be
+    /// punched ([`Self::free_base`]). On failure nothing has changed.
     pub(crate) fn withdraw(&mut self, piece: PageRange) -> Result<(), RamError> {
         let Some(base_file) = self.base_file.clone() else { return Ok(()) };
-        // On top of what a background copy has been promised.
+        // In addition to the mappings promised to a background copy.
         self.reserve(self.promise.count() + 2)?;
         self.at
             .replace_private(piece, base_file.as_fd(), piece.start)
@@ -229,8 +228,8 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Shows what was there `before` a delta where its copies of `gaps` have not been mapped: the
-    /// VM has no copy of its own of them.
+    /// Restores the sources from `before` a delta for those `gaps` whose copies were not mapped.
+    /// The VM has no copies of its own there.
     pub(crate) fn keep_gaps(&mut self, before: &LayerMap, gaps: &[PageRange]) {
         for gap in gaps {
             for Differs { range, .. } in self.out_of_step(*gap) {
@@ -240,8 +239,8 @@ impl AddressSpace {
         }
     }
 
-    /// The pieces of `range` of which mapping and map differ: only copies of the VM's own keep I14
-    /// there. What has no memory shows nothing, whatever an image it was reset to has there.
+    /// The pieces of `range` whose mapping and map differ. There I14 holds only because the VM has
+    /// its own copies. Absent ranges stay unmapped even if the reset image maps them.
     pub(crate) fn out_of_step(&self, range: PageRange) -> Vec<Differs> {
         let mut differ = Vec::new();
         for (range, mapping) in self.mappings.within(range) {
@@ -260,30 +259,30 @@ impl AddressSpace {
         differ
     }
 
-    /// Those pages of `range` whose copies can be dropped with nothing mapped anew: what is beneath
-    /// is what the map says.
+    /// The pages of `range` whose copies can be dropped without a new mapping, because the mapping
+    /// below agrees with the map.
     pub(crate) fn in_step(&self, range: PageRange) -> Vec<PageRange> {
         let mut differ: Vec<PageRange> = self.out_of_step(range).iter().map(|piece| piece.range).collect();
         differ.sort_unstable();
         subtract_runs(&[range], &differ)
     }
 
-    /// To be called when pages have been taken from the base file: it is none any more once all
-    /// have.
+    /// Called after pages were taken from the base file. Drops the base file once no page maps it
+    /// shared.
     pub(crate) fn retire_base_if_shared(&mut self) {
         if self.mappings.base_pages() == 0
             && let Some(base_file) = self.base_file.take()
         {
-            // Before it may be swept: what it shows as a layer.
+            // Publishes the view of these pages as a layer's before the file may be swept.
             self.publish();
             base_file.set_base(false);
             self.base = None;
         }
     }
 
-    /// After a freeze: this VM's base file is a layer but for the pages that are still its own.
-    /// These are registered like a view's, and from then on what no view shows of the file can be
-    /// given back, though one page of it be kept for ever.
+    /// Called after a freeze: the base file is now a layer except for the pages that the VM still
+    /// owns. These pages are registered in a view of their own. From then on the sweep can punch
+    /// the other pages, even if one page of the file is kept for ever.
     pub(crate) fn register_base(&mut self) {
         self.retire_base_if_shared();
         let Some(base_file) = self.base_file.clone() else { return };
@@ -291,15 +290,15 @@ impl AddressSpace {
         for run in self.mappings.base_runs() {
             map.insert(run, Source { layer: Arc::clone(&base_file), at: run.start });
         }
-        // In this order: what has become a layer's is shown by the view before it is no longer
-        // registered as the base's.
+        // In this order: pages that became the layer's are in the published view before they leave
+        // the base's view.
         self.publish();
         self.base = Some(self.map.beside(Arc::new(map)));
         base_file.set_base(false);
     }
 
-    /// The VM goes, or its memory does: what it still owned of its base file has no owner. No
-    /// device has any of it, for a pin keeps the region.
+    /// Abandons the base file when the VM or its memory goes; the VM's pages in it lose their
+    /// owner. Devices do not use them, because a pin keeps the region.
     pub(crate) fn abandon_base(&mut self) {
         if let Some(base_file) = self.base_file.take() {
             base_file.set_base(false);
@@ -307,8 +306,8 @@ impl AddressSpace {
         self.base = None;
     }
 
-    /// Gives back the base file's memory behind pages that were this VM's alone and are mapped
-    /// nowhere now.
+    /// Punches the base file's pages in `runs`, which were this VM's alone and are not mapped any
+    /// more.
     pub(crate) fn free_base(&self, runs: &[PageRange]) {
         let Some(base_file) = &self.base_file else { return };
         for run in runs.iter().filter(|run| !run.is_empty()) {
@@ -320,7 +319,7 @@ impl AddressSpace {
         }
     }
 
-    /// Takes all memory away and leaves bare address space.
+    /// Removes all memory and leaves bare address space.
     pub(crate) fn clear(&mut self) {
         if let Err(error) = self.at.protect_none() {
             tracing::error!(%error, "a region could not be emptied");
@@ -331,18 +330,18 @@ impl AddressSpace {
         self.trim();
     }
 
-    /// Keeps `view` registered until what is shown now is, and until no device reads it.
+    /// Keeps `view` registered until the current one is published and no device reads `view`.
     pub(crate) fn keep_until_published(&mut self, view: View) {
         self.replaced.push(view);
     }
 
-    /// Registers the view as it is now. The one before stays registered until the lock is let go,
+    /// Registers the current view. The previous one stays registered until the lock is released,
     /// and longer while it is read.
     pub(super) fn publish(&mut self) {
         self.replaced.extend(self.map.publish());
     }
 
-    /// Views that were replaced: still registered, and perhaps read by a device.
+    /// Takes the replaced views, which are still registered and may still be read by devices.
     pub(super) fn take_replaced(&mut self) -> Vec<View> {
         std::mem::take(&mut self.replaced)
     }

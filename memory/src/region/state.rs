@@ -1,4 +1,4 @@
-//! What a region's lock guards.
+//! The data under a region's lock.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
@@ -12,34 +12,34 @@ use crate::region::space::AddressSpace;
 use crate::sync::whole::MutexGuard;
 use crate::units::PageRange;
 
-/// Everything about a region that only changes under its lock.
+/// The region's data that changes only under its lock.
 ///
-/// Lock order: this, then the ownership table's.
+/// Lock order: this lock, then the ownership table's.
 #[derive(Debug)]
 pub(crate) struct State {
-    /// What its addresses show (I14).
+    /// The address space (I14).
     pub(crate) space: AddressSpace,
-    /// What children do not inherit.
+    /// No-fork declarations.
     pub(crate) no_fork: NoForkMap,
-    /// The last freeze, while it is or was copied in the background and its outcome has not been
-    /// taken note of.
+    /// The last freeze, if it was copied in the background and its outcome is not absorbed yet.
     pub(crate) freezing: Option<Freezing>,
-    /// Private pages without their bit that have been counted as copies, ascending: a freeze in the
-    /// background has left them where they are.
+    /// Private pages without their bit that are already counted as copies, ascending: a background
+    /// freeze has left them in place.
     pub(crate) counted: Vec<PageRange>,
     /// Layers adopted before they were complete, each watched where it is mapped.
     pub(crate) waits: Vec<Arc<Layer>>,
-    /// The merge of the view in the background, or its result.
+    /// The background merge of the view, or its result.
     pub(crate) compaction: Option<Arc<Compaction>>,
-    /// Pieces and layers of the map when it last was compacted.
+    /// Pieces and layers of the map after the last compaction.
     pub(crate) last_compacted: (usize, usize),
-    /// A reset has failed half-way: only another one may follow.
+    /// A reset has failed half-way: only another reset may follow.
     pub(crate) inconsistent: bool,
-    /// What was copied ahead, ascending, since it was made, reset, frozen or suspended last.
+    /// Pages copied ahead, ascending, since the VM was last made, reset, frozen or suspended.
     pub(crate) ahead: Vec<PageRange>,
-    /// It was frozen or suspended since it was made or reset: what it wrote before is a layer's.
+    /// The VM was frozen or suspended since it was made or reset: pages written before belong to a
+    /// layer.
     pub(crate) moved: bool,
-    /// It was suspended, so what is mapped now was touched since.
+    /// The VM was suspended, so pages mapped now were touched since.
     pub(crate) woken: bool,
 }
 
@@ -61,19 +61,19 @@ impl State {
     }
 }
 
-/// What has to be settled when a freeze in the background is over.
+/// Work left for the end of a background freeze.
 #[derive(Debug)]
 pub(crate) struct Freezing {
     /// The delta.
     pub(crate) layer: Arc<Layer>,
-    /// The map without the delta: if that fails, the freeze has never been.
+    /// The map without the delta. If the delta fails, the freeze is undone.
     pub(crate) before: View,
-    /// Gaps that were closed: pages in the delta that were not this VM's own.
+    /// Closed gaps: pages in the delta that were not this VM's own.
     pub(crate) gaps: Vec<PageRange>,
 }
 
-/// The state under its lock. What was changed of the view is published before the lock is let go;
-/// meanwhile no page is taken for shared without it (R11, [`crate::region::grace`]).
+/// The locked state. Changes to the view are published before unlock. Until then no lock-free pin
+/// treats a page as shared (R11, [`crate::region::grace`]).
 #[derive(Debug)]
 pub(crate) struct LockedState<'a> {
     pub(super) region: &'a GuestRegion,
@@ -105,12 +105,12 @@ impl Drop for LockedState<'_> {
         }
         self.state.space.publish();
         let replaced = self.state.space.take_replaced();
-        // After the new view is published and its layers are mapped, before another pin may begin:
-        // a device that reads the one before keeps it.
+        // After the new view is published and its layers are mapped, and before another pin may
+        // begin: a device that reads the old view keeps it.
         let gone: Vec<View> = replaced.into_iter().flat_map(|view| self.region.grace.retire(view)).collect();
         self.region.grace.end_change();
         if gone.iter().any(View::shows_layers) {
-            // They may hold the last handles of large layers, and the VM may be paused for this.
+            // These views may hold the last handles of large layers, and the VM may be paused.
             self.region.store.dispose(gone);
         }
     }

@@ -1,4 +1,4 @@
-//! Exact counts of a VM's pages by what they are.
+//! Exact counts of a VM's pages by kind.
 
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
@@ -11,21 +11,21 @@ use crate::region::mappings::Mapping;
 use crate::units::{PAGE_SHIFT, PAGE_SIZE, PageRange, pages_in, push_run, subtract_runs};
 
 /// Every page of a guest is exactly one of reference, shared and exclusive. Counts are pages unless
-/// they say KiB.
+/// named KiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RamStats {
-    /// In no layer, or showing a reference page: they cost nothing.
+    /// In no layer, or showing a reference page: no cost.
     pub reference: u64,
     /// Provided by a layer.
     pub shared: u64,
     /// This VM's own.
     pub exclusive: u64,
-    /// Of the exclusive, pinned for DMA.
+    /// Exclusive pages that are pinned for DMA.
     pub pinned: u64,
-    /// Memory that goes when this VM goes: its own copies, and what is allocated of its base file
-    /// while that is not a layer.
+    /// Memory freed with this VM: its own copies, and the allocated pages of its base file while
+    /// the file is not a layer.
     pub private_kib: u64,
-    /// Mappings it costs.
+    /// Number of mappings.
     pub mappings: u64,
     /// Bytes of the ownership table.
     pub table_bytes: u64,
@@ -76,7 +76,7 @@ impl GuestRegion {
     }
 }
 
-/// The pages of `range` of a file that have memory behind them.
+/// The pages of a file within `range` for which memory is allocated.
 pub(crate) fn allocated(file: BorrowedFd<'_>, range: PageRange) -> std::io::Result<Vec<PageRange>> {
     let mut runs = Vec::new();
     let mut at = range.start;

@@ -1,7 +1,6 @@
-//! Suspension: everything that a VM owns goes to one file on a disk, and comes back as it is
-//! touched.
+//! Suspension: all pages that a VM owns are written to a file on disk, and are read back on access.
 //!
-//! It is an eviction of all regions at once. The file becomes a layer, which is mapped in place of
+//! A suspension is an eviction of all regions at once. The file becomes a layer, mapped in place of
 //! the VM's own pages.
 //!
 //! ```text
@@ -14,17 +13,16 @@
 //!
 //! The order makes a failure harmless (I13):
 //!
-//! 1. Bits are given up in all regions. A pinned page refuses the suspension (I7).
-//! 2. Everything is written, and synced: an error of a write that is left to the kernel would be
-//!    known too late.
-//! 3. Mappings are promised for all regions (D5).
-//! 4. Only then is the file mapped. Contents do not change, so this can stop after any run: what was
-//!    not remapped is still the VM's own.
+//! 1. Clear the bits in all regions. A pinned page refuses the suspension (I7).
+//! 2. Write all pages and sync: an error in the kernel's writeback would be reported too late.
+//! 3. Reserve mappings for all regions (D5).
+//! 4. Only then map the file. Contents do not change, so this can stop after any run: pages not yet
+//!    remapped are still the VM's own.
 //!
-//! The page tables are emptied in the end. So what is mapped at the next suspension was touched
-//! since the wake: that is the working set. What was written of it is copied at the next wake, and
-//! the rest is read ahead ([`crate::ahead`]). Copies that were not written are given back first, so
-//! that they are neither written to a file nor copied again.
+//! Finally the page tables are emptied, so the pages mapped at the next suspension were touched
+//! since the wake: they are the working set. Its written pages are copied at the next wake, and the
+//! rest is read ahead ([`crate::ahead`]). Copies that were never written are dropped first, so that
+//! they are neither written to a file nor copied again.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -46,19 +44,20 @@ use crate::region::{GuestRegion, State, ahead, nofork};
 use crate::testing::failpoint::{Call, failpoint};
 use crate::units::{PAGE_SHIFT, PageRange, join_runs, pages_in, subtract_runs};
 
-/// Zeros that are mapped, rather than left out of the file: shorter runs are not worth a mapping.
+/// Minimum length of a run of zeros that is mapped rather than left as a hole in the file: shorter
+/// runs are not worth a mapping.
 const MIN_ZERO_RUN: u64 = 64;
-/// Runs are joined over gaps up to this long even when there are few.
+/// Runs are joined over gaps up to this length even when there are few.
 const SMALL_GAP: u64 = 4;
-/// Pages of a working set that are read ahead at most.
+/// Maximum number of pages of a working set that are read ahead.
 const MAX_WORKING_SET: u64 = 16_384;
-/// Pages of it that are copied ahead at most: 8 MiB, some 2 ms.
+/// Maximum number of them that are copied ahead: 8 MiB, some 2 ms.
 const MAX_COPIED: u64 = 2_048;
-/// Earlier files whose pages are shown. With more, the smallest are copied too.
+/// Maximum number of earlier files that stay in use. With more, the smallest are copied too.
 const MAX_FILES: usize = 8;
 
-/// An unnamed file for what a VM owns: one descriptor to write it, and one to read it, which other
-/// processes are given.
+/// An unnamed file for a suspended VM's pages: one descriptor to write it, and one to read it,
+/// which is passed to other processes.
 #[derive(Debug)]
 pub struct SuspendFile {
     write: File,
@@ -66,25 +65,25 @@ pub struct SuspendFile {
 }
 
 impl SuspendFile {
-    /// A file in the directory `dir`, gone with its last user.
+    /// Creates a file in the directory `dir`, freed with its last user.
     ///
     /// # Errors
-    /// When none can be made there.
+    /// When no file can be created there.
     pub fn create(dir: &Path) -> io::Result<Self> {
         failpoint(Call::File)?;
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        // Whoever is handed the second descriptor cannot open it again to write.
+        // A receiver of the second descriptor cannot reopen it for writing.
         let write = open(dir, flags, Mode::RUSR)?;
         failpoint(Call::File)?;
         let read = File::open(format!("/proc/self/fd/{}", write.as_raw_fd()))?;
         Ok(Self { write: write.into(), read })
     }
 
-    /// The file of two descriptors that another process has made.
+    /// Builds the file from two descriptors that another process has opened.
     ///
     /// # Errors
-    /// When they are not of one file, it is not empty, the first cannot be written, or the second
-    /// can.
+    /// When the descriptors are not of one file, the file is not empty, the first is not writable,
+    /// or the second is.
     pub fn of(write: OwnedFd, read: OwnedFd) -> io::Result<Self> {
         let wrong = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what);
         let (written, is_read) = (fstat(&write)?, fstat(&read)?);
@@ -108,53 +107,53 @@ impl SuspendFile {
     }
 }
 
-/// What a suspension did. Counts are pages.
+/// Result of a suspension. Counts are pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Suspended {
     /// Written to the file.
     pub written: u64,
-    /// Of the VM's own, zeros: written nowhere.
+    /// The VM's own zero pages, which are not written.
     pub zeros: u64,
-    /// Not inherited by children, so they stayed in memory.
+    /// No-fork pages, which stayed in memory.
     pub kept: u64,
 }
 
-/// What a VM touched between its last wake and its suspension.
+/// The pages that a VM touched between its last wake and its suspension.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WorkingSet {
     touched: PageSet,
-    /// Of these, what was written.
+    /// The touched pages that were written.
     written: PageSet,
 }
 
 impl WorkingSet {
-    /// Its pages.
+    /// Number of touched pages.
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.touched.pages()
     }
 
-    /// Those of them that were written.
+    /// Number of touched pages that were written.
     #[must_use]
     pub fn written(&self) -> u64 {
         self.written.pages()
     }
 }
 
-/// What goes where, of one region.
+/// The plan for one region.
 #[derive(Debug, Default)]
 struct Plan {
-    /// The VM's own pages that go.
+    /// The VM's own pages that are written out.
     own: Vec<PageRange>,
-    /// Of those, mapped shared over the base file.
+    /// The own pages that are mapped shared over the base file.
     base: Vec<PageRange>,
-    /// What stays as it is.
+    /// Pages that stay in memory.
     kept: Vec<PageRange>,
-    /// What is zeros, and the VM's own.
+    /// The own pages that are zeros.
     zeros: Vec<PageRange>,
-    /// What will show the file.
+    /// Pages that will show the file.
     shown: Vec<PageRange>,
-    /// What will show zeros.
+    /// Pages that will show zeros.
     cleared: Vec<PageRange>,
 }
 
@@ -163,23 +162,24 @@ pub(crate) struct Suspension {
     file: Option<SuspendFile>,
     /// Earlier files whose pages are copied too.
     merge: BTreeSet<LayerId>,
-    /// Pages of the file that have their place.
+    /// Pages of the file that are allocated so far.
     placed: u64,
     layer: Option<Arc<Layer>>,
-    /// Until all regions show the file: what one of them does not show yet is not given back.
+    /// Held until all regions show the file, to keep the sweep from punching pages that a region
+    /// does not show yet.
     whole: Option<LayerHandle>,
     pub(crate) report: Suspended,
     pub(crate) working_set: WorkingSet,
 }
 
 impl Suspension {
-    /// Of `regions`.
+    /// A suspension of `regions`.
     pub(crate) fn to(file: SuspendFile, regions: &[Arc<GuestRegion>]) -> Result<Self, RamError> {
         let (merge, (report, working_set)) = (files_to_merge(regions)?, Default::default());
         Ok(Self { file: Some(file), merge, placed: 0, layer: None, whole: None, report, working_set })
     }
 
-    /// The file as a layer, once all is written.
+    /// Publishes the file as a layer, once it is written completely.
     fn publish(&mut self, store: &crate::Store) -> io::Result<()> {
         let Some(SuspendFile { write, read }) = self.file.take() else { return Ok(()) };
         if self.placed > 0 {
@@ -198,8 +198,7 @@ fn unwritten(pages: u64) -> impl Fn(io::Error) -> RamError {
 }
 
 impl GuestRegion {
-    /// Suspends `regions`, all or none: see the module's documentation. Nothing may be writing to
-    /// them.
+    /// Suspends `regions`, all or none: see the module's documentation. There are no writers.
     pub(crate) fn suspend_all(
         regions: &[Arc<Self>],
         store: &crate::Store,
@@ -210,9 +209,9 @@ impl GuestRegion {
             return to.publish(store).map_err(unwritten(pages));
         };
         let mut state = region.checked(region.range())?;
-        // What is still being copied from here is finished first: the copy reads the pages that go.
+        // Finishes background copies first, because they read pages that the suspension drops.
         region.finish_background(&mut state)?;
-        // I7: nothing more is read without a count until the lock is let go.
+        // I7: no uncounted read begins until the lock is released.
         let read = region.grace.ranges();
         if let Some(first) = read.first().copied() {
             return Err(RamError::Pinned { pages: pages_in(&read), first });
@@ -222,7 +221,7 @@ impl GuestRegion {
         let private = subtract_runs(&plan.own, &plan.base);
         let unseen = region.unseen_copies(&state, &private);
         let (touched, written) = if state.woken { (region.touched_now()?, private) } else { Default::default() };
-        // I7, I8: the bit goes before the page does; a pin that comes later waits for the lock.
+        // I7, I8: the bit is cleared before the page is dropped. A later pin waits for the lock.
         let pinned: Vec<PageRange> = plan.own.iter().flat_map(|run| table.share(*run)).collect();
         let refused = pinned.first().map(|first| RamError::Pinned { pages: pages_in(&pinned), first: *first });
         let place = to.placed;
@@ -232,7 +231,8 @@ impl GuestRegion {
         let done = done.and_then(|()| Self::suspend_all(rest, store, to));
         let done = done.and_then(|()| region.show_file(&mut state, &plan, place, to.layer.as_ref()));
         if done.is_err() {
-            // I13: whatever is still base or private is still this VM's own.
+            // I13: pages still mapped shared over the base file, or private, are still this VM's
+            // own.
             region.reclaim(&state, &table, region.range());
         }
         state.space.trim();
@@ -255,14 +255,15 @@ impl GuestRegion {
 
     fn plan_suspension(&self, state: &State, merge: &BTreeSet<LayerId>) -> Result<Plan, RamError> {
         let mappings = state.space.mappings();
-        // R19: what children do not inherit stays where it is. In a layer's file its bytes would be
-        // a mapping away from them.
+        // R19: no-fork pages stay in place. In a layer's file a child would be one mapping away
+        // from their bytes.
         let kept = nofork::runs(&state.no_fork);
         let mapped_shared = mappings.base_runs();
         let private = subtract_runs(&self.owned_private(self.range(), &mapped_shared)?, &kept);
         let base = subtract_runs(&mapped_shared, &kept);
         let absent = subtract_runs(&[self.range()], &self.not_absent(&[self.range()]));
-        // Not read through the mapping, which would allocate it.
+        // The file is examined instead of the mapping, because reading through it would allocate
+        // pages.
         let (mut filled, mut holes) = (Vec::new(), Vec::new());
         if let Some(file) = state.space.base_file() {
             for run in &base {
@@ -273,7 +274,7 @@ impl GuestRegion {
         }
         let mut zeros = self.at.zero_runs(&merged(&[&private, &filled]));
         zeros = merged(&[&zeros, &holes]);
-        // Written with what lies around them: fewer writes.
+        // Short zero runs are written along with their neighbours: fewer writes.
         zeros.retain(|run| run.len() > SMALL_GAP);
         let own = merged(&[&private, &base]);
         let barred = merged(&[&kept, &absent]);
@@ -292,12 +293,12 @@ impl GuestRegion {
         Ok(Plan { own, base, kept, zeros, shown, cleared })
     }
 
-    /// Writes what the plan shows, behind what is there. What is zeros stays a hole.
+    /// Appends the shown pages of the plan to the file. Zeros stay holes.
     fn write_plan(&self, plan: &Plan, to: &mut Suspension) -> Result<(), RamError> {
         let Some(file) = &to.file else { return Ok(()) };
         let pages = pages_in(&plan.shown);
         let failed = unwritten(pages);
-        // One system call for what follows each other in the file.
+        // One system call for runs that are adjacent in the file.
         let mut batch: Vec<PageRange> = Vec::new();
         let (mut at, mut batch_at, mut written) = (to.placed, to.placed, 0);
         let end = at + pages;
@@ -339,7 +340,7 @@ impl GuestRegion {
         Ok(())
     }
 
-    /// Maps the file, from page `place` of it on, in place of the pages it has.
+    /// Maps the file, from its page `place` on, in place of the planned pages.
     fn show_file(
         &self,
         state: &mut State,
@@ -357,8 +358,7 @@ impl GuestRegion {
         plan.cleared.iter().try_for_each(|run| state.space.show(*run, &Mapping::Zero))
     }
 
-    /// Has the kernel forget which pages are mapped, but for `kept`: none of the others is the VM's
-    /// own.
+    /// Empties the page tables except for `kept`. The VM owns no page outside `kept`.
     fn empty_tables(&self, kept: &[PageRange]) {
         for run in subtract_runs(&[self.range()], kept) {
             if let Err(error) = self.at.drop_private(run) {
@@ -371,7 +371,7 @@ impl GuestRegion {
         self.store.pagemap().touched_runs(&self.at, self.range()).map_err(RamError::Harvest)
     }
 
-    /// Has what files provide of `runs` read, without waiting for it.
+    /// Starts reading the file pages behind `runs`, without waiting.
     fn begin_reading(&self, runs: &[PageRange]) {
         let state = self.state_for_pin();
         let some = self.not_absent(runs);
@@ -383,8 +383,8 @@ impl GuestRegion {
         }
     }
 
-    /// Maps `runs` for reading. Best effort: what fails here fails again, by name, when the guest
-    /// touches it.
+    /// Maps `runs` for reading. Best effort: a failure here recurs with a proper error when the
+    /// guest touches the page.
     fn map_ahead(&self, runs: &[PageRange]) {
         let _state = self.state_for_pin();
         for run in self.not_absent(runs).iter().filter(|run| !run.is_empty()) {
@@ -396,16 +396,16 @@ impl GuestRegion {
 }
 
 impl WorkingSet {
-    /// Copies what was written ahead into `regions`, and reads the rest ahead.
+    /// Copies the written pages ahead into `regions`, and reads the rest ahead.
     pub(crate) fn read_ahead(&self, regions: &[Arc<GuestRegion>]) {
         let ahead = self.touched.first(MAX_WORKING_SET);
-        // All of it is on its way before the first of it is waited for.
+        // All reads are started before the first is waited for.
         for (region, runs) in regions.iter().zip(ahead.runs()) {
             region.begin_reading(runs);
         }
         ahead::copy_all_ahead(regions, &self.written, MAX_COPIED);
-        // A page that is mapped for reading costs two faults at its first write: its copy takes
-        // away what KVM has looked up, which then looks again.
+        // A page mapped for reading costs two faults at its first write: its copy invalidates KVM's
+        // entry, and KVM must look up the page again.
         for (region, runs) in regions.iter().zip(ahead.without(&self.written).runs()) {
             region.map_ahead(runs);
         }
@@ -419,8 +419,8 @@ fn merged(lists: &[&[PageRange]]) -> Vec<PageRange> {
     join_runs(&all, 0)
 }
 
-/// The earlier files whose pages are copied too: so there are few files, and each page is copied a
-/// few times at most. A choice only: it is right whatever changes meanwhile.
+/// Selects the earlier files to copy too, which keeps their number small and copies each page only
+/// a few times. Only a heuristic: any selection is correct, whatever changes meanwhile.
 fn files_to_merge(regions: &[Arc<GuestRegion>]) -> Result<BTreeSet<LayerId>, RamError> {
     let (mut files, mut written) = (BTreeMap::<LayerId, u64>::new(), 0);
     for region in regions {
@@ -436,7 +436,7 @@ fn files_to_merge(regions: &[Arc<GuestRegion>]) -> Result<BTreeSet<LayerId>, Ram
     files.sort_unstable();
     let mut merged = BTreeSet::new();
     for (pages, id) in files {
-        // Of a VM that has written nothing, nothing is written.
+        // If the VM has written nothing, nothing is copied.
         if written == 0 || (pages > written && left < MAX_FILES) {
             break;
         }
@@ -447,17 +447,17 @@ fn files_to_merge(regions: &[Arc<GuestRegion>]) -> Result<BTreeSet<LayerId>, Ram
     Ok(merged)
 }
 
-/// What the files in `merge` show, besides the VM's `own` pages.
+/// The pages shown by the files in `merge`, except the VM's `own` pages.
 fn shown_by(merge: &BTreeSet<LayerId>, state: &State, own: &[PageRange]) -> Vec<PageRange> {
     let pieces = state.space.map().iter().filter(|(_, source)| merge.contains(&source.layer.id()));
     subtract_runs(&pieces.map(|(range, _)| range).collect::<Vec<_>>(), own)
 }
 
-/// Room on the disk: a disk that is full says so before anything is written.
+/// Reserves disk space, so that a full disk fails before the first write.
 fn reserve_room(file: &File, at: u64, pages: u64) -> io::Result<()> {
     failpoint(Call::Size)?;
     match fallocate(file, FallocateFlags::KEEP_SIZE, at << PAGE_SHIFT, pages << PAGE_SHIFT) {
-        // The sync tells.
+        // The sync reports a full disk in this case.
         Err(rustix::io::Errno::OPNOTSUPP) => Ok(()),
         other => Ok(other?),
     }

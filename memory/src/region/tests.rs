@@ -1,4 +1,4 @@
-//! What a region refuses before it has memory, and whose the rest of its base file is.
+//! Refusals of a region before it has memory, and the ownership of the rest of its base file.
 
 use std::time::Duration;
 
@@ -55,7 +55,7 @@ fn memory_is_given_once() {
     assert!((0..PAGES).all(|page| word(page) == page + 1), "what was there is there");
 }
 
-/// The rest of a base file is a layer like any other, though a device keeps a page of it in place.
+/// The rest of a base file is an ordinary layer, though a device keeps a page of it in place.
 #[test]
 fn a_base_file_is_swept_around_what_devices_hold() {
     let store = Store::open_small().unwrap();

@@ -13,10 +13,10 @@ use crate::error::RamError;
 use crate::ram::GuestRam;
 use crate::region::GuestRegion;
 
-/// A region whose writes through `vm_memory` are noted in a bitmap `B`.
+/// A region that records its writes through `vm_memory` in a bitmap `B`.
 ///
-/// It sees what this process writes through it. What the guest writes KVM's dirty log has; what
-/// devices write through pins their owner knows.
+/// The bitmap has this process's writes through `vm_memory` only. KVM's dirty log has the guest's
+/// writes, and the owners of pins know those of devices.
 #[derive(Debug)]
 pub struct TrackedRegion<B> {
     region: Arc<GuestRegion>,
@@ -62,8 +62,8 @@ impl<B: Bitmap> GuestMemoryRegion for TrackedRegion<B> {
 impl<B: Bitmap> GuestMemoryRegionBytes for TrackedRegion<B> {}
 
 impl GuestRam {
-    /// The same memory, for rust-vmm crates, with a dirty bitmap for each region: `bitmap` is
-    /// called with its size in bytes.
+    /// The same memory, for rust-vmm crates, with a dirty bitmap for each region. `bitmap` is
+    /// called with the region's size in bytes.
     ///
     /// ```
     /// use clade_memory::{GuestRam, PAGE_SIZE, RamLayout, Store};

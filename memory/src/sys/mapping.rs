@@ -1,4 +1,4 @@
-//! A reservation of host address space that never moves, and what gets mapped into it.
+//! A reservation of host address space that never moves, and the mappings in it.
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
@@ -13,40 +13,42 @@ use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap, mmap_a
 use crate::testing::failpoint::{Call, failpoint};
 use crate::units::{BLOCK_SIZE, PAGE_SHIFT, PAGE_SIZE, PageRange, push_run, subtract_runs};
 
-/// Address space for a region: inaccessible until something is mapped over it, aligned to 2 MiB so
-/// that huge pages fit.
+/// Address space for a region: inaccessible until it is mapped, aligned to 2 MiB so that huge pages
+/// fit.
 ///
 /// The address is fixed for the reservation's life, so a KVM memslot over it is set once.
 ///
-/// **Vacant.** Mapping over what is mapped has the kernel tell KVM, which walks the memslot's reverse
-/// map of all pages of it: 0.1 ms for 512 MiB, 0.7 ms for 4 GiB, though nothing was ever mapped. So
-/// nothing is mapped at a VM's addresses until it gets its memory ([`Self::vacate`]). They are apart from where the kernel puts mappings by itself, and what
-/// is there nevertheless is an error and not replaced. No vCPU runs before.
+/// **Vacant.** Mapping over an existing mapping makes the kernel notify KVM, which walks the
+/// memslot's reverse map of all its pages: 0.1 ms for 512 MiB, 0.7 ms for 4 GiB, even if no page
+/// was ever mapped. So a VM's addresses stay unmapped until it gets its memory ([`Self::vacate`]).
+/// These addresses are apart from the kernel's own choices; a foreign mapping there is an error
+/// and is not replaced. No vCPU runs before.
 #[derive(Debug)]
 pub(crate) struct Reservation {
     base: NonNull<u8>,
     pages: u64,
-    /// Whether its addresses are apart from others.
+    /// Whether the addresses are apart from the kernel's choices.
     is_apart: bool,
-    /// While it is vacant: what is mapped already, ascending. None if all of it is.
+    /// While the reservation is vacant: the mapped ranges, ascending. `None` if all of it is
+    /// mapped.
     mapped: Mutex<Option<Vec<PageRange>>>,
 }
 
-/// Addresses at which the kernel maps nothing unless it is asked to: it goes down from the stack.
+/// Addresses that the kernel does not choose by itself: it allocates downward from the stack.
 const APART: Range<usize> = 0x1000_0000_0000..0x5000_0000_0000;
-/// How often another place is tried.
+/// Number of places tried.
 const TRIES: usize = 8;
 
-/// The reservations of this process that are apart, by address, with their ends: the kernel does not
-/// know of those that are vacant.
+/// The reservations of this process at apart addresses, with their ends: the kernel does not know
+/// the vacant ones.
 static TAKEN: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
 
 fn taken() -> MutexGuard<'static, BTreeMap<usize, usize>> {
-    // A panic in between leaves it whole.
+    // A panic in between leaves the map consistent.
     TAKEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Notes that `len` bytes from `start` are a reservation's, unless some of them are another's.
+/// Records `len` bytes from `start` as a reservation, unless they overlap another one.
 fn take(start: usize, len: usize) -> bool {
     let mut taken = taken();
     let is_free = taken.range(..start + len).next_back().is_none_or(|(_, end)| *end <= start);
@@ -91,8 +93,7 @@ impl Reservation {
         Ok(Self { base, pages, is_apart: false, mapped: Mutex::default() })
     }
 
-    /// Reserves `len` bytes at a random place that is apart from others. None if each that was tried is
-    /// taken.
+    /// Reserves `len` bytes at a random apart address. `None` if every place tried is taken.
     fn apart(len: usize) -> Option<NonNull<u8>> {
         let places = APART.len().checked_sub(len)? / BLOCK_SIZE as usize;
         (0..TRIES).find_map(|_| {
@@ -110,7 +111,7 @@ impl Reservation {
             return None;
         }
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-        // SAFETY: without MAP_FIXED the address is a wish: nothing that exists is touched.
+        // SAFETY: without MAP_FIXED the address is a hint: existing mappings are not touched.
         let raw = unsafe { mmap_anonymous(place as *mut _, len, ProtFlags::empty(), flags) };
         if let Ok(raw) = raw
             && raw as usize == place
@@ -119,7 +120,7 @@ impl Reservation {
         }
         taken().remove(&place);
         if let Ok(raw) = raw {
-            // SAFETY: the mapping was just made, and nobody else knows of it.
+            // SAFETY: the mapping was just made, and has no other users.
             if let Err(error) = unsafe { munmap(raw, len) } {
                 tracing::error!(%error, "addresses stay reserved");
             }
@@ -127,7 +128,7 @@ impl Reservation {
         None
     }
 
-    /// Lets another reservation have its addresses, where nothing of it is mapped any more.
+    /// Releases the addresses for other reservations, once they are unmapped.
     fn release(&self) {
         if self.is_apart {
             taken().remove(&(self.base.as_ptr() as usize));
@@ -135,27 +136,27 @@ impl Reservation {
     }
 
     fn mapped(&self) -> MutexGuard<'_, Option<Vec<PageRange>>> {
-        // A panic in between leaves less noted than is mapped, which is then not unmapped.
+        // A panic in between leaves a mapping unrecorded, which is then not unmapped.
         self.mapped.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Maps nothing at its addresses until something is mapped over them. Nothing may be mapped yet.
-    /// One whose addresses are not apart stays as it is.
+    /// Unmaps the addresses until memory is mapped there. Only before anything is mapped. A
+    /// reservation whose addresses are not apart is left as it is.
     pub(crate) fn vacate(&self) {
         let mut mapped = self.mapped();
         if !self.is_apart || mapped.is_some() {
             return;
         }
-        // SAFETY: the mapping is this type's own, inaccessible, and no vCPU runs on it. From here on
-        // the addresses are only mapped by `place`, which replaces nothing.
+        // SAFETY: the mapping is this type's own, inaccessible, and no vCPU runs on it. From here
+        // on the addresses are only mapped by `place`, which replaces no foreign mapping.
         match unsafe { munmap(self.base.as_ptr().cast(), PageRange::new(0, self.pages).bytes()) } {
             Ok(()) => *mapped = Some(Vec::new()),
             Err(error) => tracing::debug!(%error, "a reservation stays mapped"),
         }
     }
 
-    /// Has `map` map `range`, with the flags that it is given: over what is mapped there by this type,
-    /// or where nothing is.
+    /// Calls `map` for `range` with the flags to use: over mappings of this type, or over unmapped
+    /// addresses.
     fn place(&self, range: PageRange, map: impl Fn(MapFlags) -> io::Result<*mut c_void>) -> io::Result<()> {
         let mut vacant = self.mapped();
         let Some(mapped) = &mut *vacant else {
@@ -170,7 +171,7 @@ impl Reservation {
                 for part in parts {
                     let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED_NOREPLACE;
                     let at = self.addr(part.start).cast();
-                    // SAFETY: the flag has it replace nothing.
+                    // SAFETY: with this flag existing mappings are not replaced.
                     let raw = unsafe { mmap_anonymous(at, part.bytes(), ProtFlags::empty(), flags) }?;
                     self.expect_free(*part, raw)?;
                     mapped.push(*part);
@@ -189,21 +190,21 @@ impl Reservation {
         Ok(())
     }
 
-    /// Checks that `raw` is where `range` was to be mapped: before Linux 4.17 the flag is not known,
-    /// and the address is a wish.
+    /// Checks that `raw` is the place of `range`: before Linux 4.17 the flag is unknown, and the
+    /// address is a hint.
     fn expect_free(&self, range: PageRange, raw: *mut c_void) -> io::Result<()> {
         if raw == self.addr(range.start).cast() {
             return Ok(());
         }
-        // SAFETY: the mapping was just made, and nobody else knows of it.
+        // SAFETY: the mapping was just made, and has no other users.
         unsafe { munmap(raw, range.bytes()) }?;
         Err(io::ErrorKind::AlreadyExists.into())
     }
 
     fn trim(at: usize, len: usize) -> io::Result<()> {
         if len > 0 {
-            // SAFETY: only called on the slack at either end of the mapping just made, which nobody
-            // else knows.
+            // SAFETY: only called on the slack at either end of the mapping just made, which has no
+            // other users.
             unsafe { munmap(at as *mut _, len) }?;
         }
         Ok(())
@@ -268,32 +269,32 @@ impl Reservation {
         Ok(())
     }
 
-    /// Keeps `range` out of processes that this one forks (R19's VM_DONTCOPY): a fork would make
-    /// guest memory the kernel's COW pages, under its devices, and give a child process what is the
-    /// guest's. Best effort: it can only fail for a range that is not mapped.
+    /// Excludes `range` from forked processes (R19's VM_DONTCOPY): a fork would turn guest memory
+    /// into the kernel's COW pages, under its devices, and give the guest's memory to a child
+    /// process. Best effort: this fails only for an unmapped range.
     fn do_not_fork(&self, range: PageRange) {
         let at = self.addr(range.start).cast();
-        // SAFETY: it changes what a fork copies, not the memory.
+        // SAFETY: this changes the copies made by a fork, not the memory.
         if let Err(error) = unsafe { madvise(at, range.bytes(), Advice::LinuxDontFork) } {
             tracing::debug!(%error, %range, "a process that is forked inherits guest memory");
         }
     }
 
-    /// Takes the memory of `range` away: an access is an error.
+    /// Removes the memory of `range`: accesses fail.
     pub(crate) fn map_none(&self, range: PageRange) -> io::Result<()> {
         self.check(range)?;
         failpoint(Call::Map)?;
         let at = self.addr(range.start).cast();
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-        // SAFETY: the range stays reserved; no Rust reference into it exists, and the region says
-        // that it is not there.
+        // SAFETY: the range stays reserved; no Rust reference into it exists, and the region
+        // reports that it is absent.
         self.place(range, |how| Ok(unsafe { mmap_anonymous(at, range.bytes(), ProtFlags::empty(), flags | how) }?))?;
         trace!(Nothing { at: self.at(), range });
         Ok(())
     }
 
-    /// Puts private pages with the bytes that `file` has from `file_page` on in place of what is
-    /// mapped in `range`, in one step. Failing, nothing has changed.
+    /// Replaces the mapping of `range`, in one step, by private pages with the bytes of `file` from
+    /// `file_page` on. On failure nothing has changed.
     pub(crate) fn replace_private(&self, range: PageRange, file: BorrowedFd<'_>, file_page: u64) -> io::Result<()> {
         let aside = Self::new(range.len())?;
         let all = PageRange::new(0, range.len());
@@ -305,7 +306,7 @@ impl Reservation {
         // SAFETY: `from` is a mapping of this function's own, which moves whole; `into` lies within
         // this reservation, which stays mapped. No Rust reference into either exists.
         unsafe { mremap_fixed(from, range.bytes(), range.bytes(), MremapFlags::MAYMOVE, into) }?;
-        // Its addresses were given up by the move, and may be another's by now.
+        // The move gave up these addresses, which may be reused by now.
         aside.release();
         std::mem::forget(aside);
         trace!(Replaced { at: self.at(), range });
@@ -320,8 +321,8 @@ impl Reservation {
         Ok(())
     }
 
-    /// Has the kernel take the pages of `range`, which are this VM's own, for written. A page of a file
-    /// in memory that it takes for clean is dropped when memory is short, and is zeros after.
+    /// Marks the pages of `range`, which are this VM's own, as written. The kernel drops a clean
+    /// page of a memory file under memory pressure, and the page is zeros afterwards.
     pub(crate) fn mark_written(&self, range: PageRange) -> io::Result<()> {
         self.check(range)?;
         failpoint(Call::Advise)?;
@@ -349,7 +350,7 @@ impl Reservation {
         }
     }
 
-    /// Those pages of `runs` that hold nothing but zeros. They are read through the mapping.
+    /// The all-zero pages of `runs`. Reads them through the mapping.
     pub(crate) fn zero_runs(&self, runs: &[PageRange]) -> Vec<PageRange> {
         let mut zeros = Vec::new();
         for page in runs.iter().flat_map(|run| run.start..run.end) {
@@ -380,9 +381,9 @@ impl Reservation {
         })
     }
 
-    /// Puts the small pages behind each whole block of `range`, mapped shared over a file, together
-    /// into one of 2 MiB (Linux 6.1). Whoever maps the file goes on reading the same bytes. Refused
-    /// where a page is in use by a device.
+    /// Collapses the small pages behind each whole block of `range`, mapped shared over a file,
+    /// into one of 2 MiB (Linux 6.1). Other mappings of the file still read the same bytes. Refused
+    /// if a device uses one of the pages.
     pub(crate) fn collapse(&self, range: PageRange) -> io::Result<()> {
         self.check(range)?;
         let at = self.addr(range.start).cast();
@@ -404,7 +405,7 @@ impl Reservation {
         Ok(())
     }
 
-    /// Takes all access away, and all memory with it. What was vacant is so again.
+    /// Removes all access and all memory. A vacant reservation becomes vacant again.
     pub(crate) fn protect_none(&self) -> io::Result<()> {
         if let Some(mapped) = &mut *self.mapped() {
             self.unmap(mapped)?;
@@ -420,17 +421,18 @@ impl Reservation {
         Ok(())
     }
 
-    /// Unmaps what is `mapped` of a vacant reservation: other addresses of it may be anybody's.
+    /// Unmaps the `mapped` ranges of a vacant reservation: its other addresses may have other
+    /// users.
     fn unmap(&self, mapped: &mut Vec<PageRange>) -> io::Result<()> {
         while let Some(run) = mapped.pop() {
-            // SAFETY: `place` has mapped it, and whoever holds an address holds the region.
+            // SAFETY: `place` has mapped the run, and every holder of an address holds the region.
             unsafe { munmap(self.addr(run.start).cast(), run.bytes()) }?;
         }
         Ok(())
     }
 
     /// Appends the bytes of `runs`, one after another, to `file` at `file_page`. The kernel reads
-    /// guest memory itself, so a vCPU or device that is still writing makes a torn copy, never
+    /// guest memory itself, so a concurrent write by a vCPU or device makes a torn copy, never
     /// undefined behaviour.
     pub(crate) fn write_out(&self, runs: &[PageRange], file: impl AsFd, file_page: u64) -> io::Result<()> {
         const MAX_IOVECS: usize = 1024;
@@ -446,7 +448,7 @@ impl Reservation {
             while !todo.is_empty() {
                 failpoint(Call::Copy)?;
                 // SAFETY: every iovec lies within this reservation (checked above, and only ever
-                // cut shorter below); the kernel reads it, Rust never does.
+                // shortened below); the kernel reads it, Rust never does.
                 let wrote = unsafe { libc::pwritev(fd, todo.as_ptr(), todo.len() as libc::c_int, at as i64) };
                 let mut wrote = match wrote {
                     0 => return Err(io::ErrorKind::WriteZero.into()),
@@ -457,7 +459,7 @@ impl Reservation {
                     },
                 };
                 at += wrote as u64;
-                // A short write (a file system that fills up, a signal): go on from where it
+                // A short write (a full file system, a signal): continues from the place where it
                 // stopped.
                 let whole = todo.iter().take_while(|v| {
                     let fits = v.iov_len <= wrote;
@@ -504,7 +506,7 @@ impl Reservation {
         Ok(())
     }
 
-    /// What a trace calls it.
+    /// Identity in a trace.
     #[cfg(feature = "trace")]
     fn at(&self) -> u64 {
         self.addr(0) as u64
@@ -540,7 +542,7 @@ mod tests {
         file
     }
 
-    /// Pages of the reservation that have a mapping, in this process's list.
+    /// Pages of the reservation that are mapped according to /proc/self/maps.
     fn there(at: &Reservation) -> u64 {
         let (first, last) = (at.addr(0) as usize, at.addr(PAGES) as usize);
         let maps = read_to_string("/proc/self/maps").unwrap();
@@ -574,7 +576,7 @@ mod tests {
         }
         assert!(at.mapped().is_none());
         assert_eq!([0, 99, 100, 700].map(|page| first_byte(&at, page)), [0, 99, 100, 700u64 as u8]);
-        // Over what is there.
+        // Over existing mappings.
         at.map_zero(PageRange::new(90, 110)).unwrap();
         assert_eq!([89, 90, 109, 110].map(|page| first_byte(&at, page)), [89, 0, 0, 110]);
         at.protect_none().unwrap();
@@ -600,7 +602,7 @@ mod tests {
         let (at, file) = (vacant(), file());
         let others = PageRange::new(600, 610);
         let how = MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE;
-        // SAFETY: the flag has it replace nothing.
+        // SAFETY: with this flag existing mappings are not replaced.
         let raw = unsafe { mmap_anonymous(at.addr(600).cast(), others.bytes(), RAM_PROT, how) }.unwrap();
         // SAFETY: it was just mapped, for writing.
         unsafe { raw.cast::<u8>().write_volatile(0xaa) };
@@ -609,13 +611,13 @@ mod tests {
             assert_eq!(refused.raw_os_error(), Some(libc::EEXIST), "{refused}");
         }
         at.map_private(PageRange::new(0, 600), file.as_fd(), 0).unwrap();
-        // Partly over what is there.
+        // Partly over existing mappings.
         assert!(at.map_zero(PageRange::new(500, 700)).is_err());
         assert_eq!([599, 600].map(|page| first_byte(&at, page)), [599u64 as u8, 0xaa]);
         at.protect_none().unwrap();
         assert_eq!(there(&at), others.len());
         drop(at);
-        // SAFETY: it is still there, or this faults.
+        // SAFETY: the mapping still exists, or this faults.
         assert_eq!(unsafe { raw.cast::<u8>().read_volatile() }, 0xaa);
         // SAFETY: this test has mapped it.
         unsafe { munmap(raw, others.bytes()) }.unwrap();
@@ -645,7 +647,7 @@ mod tests {
         assert!(at.map_private(PageRange::new(0, 10), not_a_file.as_fd(), 0).is_err());
         assert_eq!(there(&at), 0);
         at.map_zero(PageRange::new(4, 6)).unwrap();
-        // Its parts are reserved, and then it fails.
+        // The parts are reserved first, then the mapping fails.
         assert!(at.map_private(PageRange::new(0, 10), not_a_file.as_fd(), 0).is_err());
         assert_eq!(there(&at), 10);
         drop(at);

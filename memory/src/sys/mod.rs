@@ -1,5 +1,4 @@
-//! The system calls the manager stands on. All of the crate's unsafe code is in here and in
-//! [`crate::region`]'s accessor.
+//! System calls. All of the crate's unsafe code is in here and in [`crate::region`]'s accessor.
 
 mod mapping;
 mod pagemap;

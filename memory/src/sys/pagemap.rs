@@ -46,8 +46,8 @@ const BATCH: usize = 512;
 
 /// /proc/self/pagemap, held open.
 ///
-/// The file is of the memory of the process that opened it, also in a child that inherits it: a
-/// process that has been forked since opens it again.
+/// The file describes the memory of the process that opened it, even in a child that inherits it,
+/// so a forked process opens it again.
 #[derive(Debug)]
 pub(crate) struct Pagemap(Mutex<Opened>);
 
@@ -64,7 +64,7 @@ impl Opened {
 }
 
 impl Pagemap {
-    /// Opens it, and makes sure that this kernel has PAGEMAP_SCAN.
+    /// Opens the file, and checks that this kernel has PAGEMAP_SCAN.
     pub(crate) fn open() -> io::Result<Self> {
         let map = Self(Mutex::new(Opened::now()?));
         let probe = Reservation::new(1)?;
@@ -82,8 +82,8 @@ impl Pagemap {
         Ok(Arc::clone(&opened.file))
     }
 
-    /// The pages of `range` that are present or swapped and neither a file's nor the zero page:
-    /// this VM's own copies. The kernel is the truth here; it has seen writes by vCPUs, by devices
+    /// The pages of `range` that are present or swapped and neither file-backed nor the zero page:
+    /// this VM's own copies. The kernel is authoritative: it has seen writes by vCPUs, by devices
     /// and by this process alike.
     pub(crate) fn owned_runs(&self, at: &Reservation, range: PageRange) -> io::Result<Vec<PageRange>> {
         let runs = self.runs_without(PAGE_IS_FILE | PAGE_IS_PFNZERO, at, range)?;
@@ -91,13 +91,13 @@ impl Pagemap {
         Ok(runs)
     }
 
-    /// As [`Self::owned_runs`], for a count to be shown: none if the kernel cannot be asked.
+    /// As [`Self::owned_runs`], for statistics: empty if the page map cannot be read.
     pub(crate) fn seen_runs(&self, at: &Reservation, range: PageRange) -> Vec<PageRange> {
         self.scan(PAGE_IS_FILE | PAGE_IS_PFNZERO, at, range, || Ok(())).unwrap_or_default()
     }
 
-    /// The pages of `range` read or written through this mapping and that are not
-    /// the zero page.
+    /// The pages of `range` that were read or written through this mapping and are not the zero
+    /// page.
     pub(crate) fn touched_runs(&self, at: &Reservation, range: PageRange) -> io::Result<Vec<PageRange>> {
         self.runs_without(PAGE_IS_PFNZERO, at, range)
     }
@@ -107,7 +107,7 @@ impl Pagemap {
         self.scan(not, at, range, || failpoint(Call::Scan))
     }
 
-    /// The same, with `before` called before each call of the kernel.
+    /// As [`Self::runs_without`], with `before` called before each system call.
     fn scan(
         &self,
         not: u64,
@@ -152,7 +152,7 @@ impl Pagemap {
                     PageRange::new((region.start - origin) >> PAGE_SHIFT, (region.end - origin) >> PAGE_SHIFT),
                 );
             }
-            // walk_end is where the next call goes on; equal to end when the walk is complete.
+            // walk_end is the start of the next call, and equals end when the walk is complete.
             start = arg.walk_end;
         }
         Ok(runs)

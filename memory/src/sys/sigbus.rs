@@ -1,14 +1,14 @@
-//! SIGBUS: a page of guest memory that the kernel cannot bring.
+//! SIGBUS: a page of guest memory that the kernel cannot provide.
 //!
-//! Memory that is mapped from files on a disk (snapshots, evicted pages) can turn out not to be
-//! there: a file was cut short, a disk does not read. A guest's access is an error of KVM_RUN and a
-//! system call's is EFAULT, but an access by this process is a signal, which would end every VM of
-//! it. So the page is replaced (the kernel takes the VM's own copies of a truncated file's pages
-//! too) by one of zeros **that only keeps the access from failing**, and the VM whose memory it is
-//! learns that it is lost; it is stopped, and what was made of the zeros meanwhile stops with it.
+//! Memory mapped from files on a disk (snapshots, evicted pages) may turn out to be missing: the
+//! file was truncated, or the disk fails to read. A guest's access is then an error of KVM_RUN and
+//! a system call's is EFAULT, but an access by this process is a signal, which would end all its
+//! VMs. So the page is replaced (the kernel drops the VM's own copies of a truncated file's pages
+//! too) by one of zeros **whose only purpose is that the access succeeds**, and the VM is marked as
+//! lost. The VM is stopped, and with it ends every use of the zeros.
 //!
-//! The handler may interrupt anything, so it takes no locks: it looks through a table of watched
-//! ranges, each entry of which is written in an order that makes a half-written one match nothing.
+//! The handler may interrupt any code, so it takes no locks: it searches a table of watched ranges.
+//! The write order of each entry ensures that a half-written one matches no address.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -22,8 +22,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use crate::freeze::background::{FillError, LostMemory};
 use crate::units::PAGE_SIZE;
 
-/// Regions that can be watched at a time. Others are not: their process goes as it would without
-/// this.
+/// Maximum number of watched regions. For other regions the signal keeps its default effect.
 const SLOTS: usize = 1 << 15;
 
 /// A watched range. Empty if `end` is 0.
@@ -35,12 +34,12 @@ struct Slot {
 
 static TABLE: [Slot; SLOTS] =
     [const { Slot { start: AtomicUsize::new(0), end: AtomicUsize::new(0), lost: AtomicBool::new(false) } }; SLOTS];
-/// Slots that have ever been used: how far the handler looks.
+/// Number of slots ever used, which bounds the handler's search.
 static USED: AtomicUsize = AtomicUsize::new(0);
-/// The eventfd that the handler writes to when it has found a loss; -1 until there is one.
+/// The eventfd that the handler writes to when it has found a loss; -1 until it exists.
 static BELL: AtomicI32 = AtomicI32::new(-1);
 
-/// What the handler does not touch.
+/// Data that the handler does not access.
 #[derive(Default)]
 struct Owners {
     free: Vec<usize>,
@@ -48,7 +47,7 @@ struct Owners {
 }
 
 static OWNERS: Mutex<Option<Owners>> = Mutex::new(None);
-/// What was there before, for signals that are not about guest memory.
+/// The previous handler, for signals outside guest memory.
 static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
 
 fn owners<T>(with: impl FnOnce(&mut Owners) -> T) -> T {
@@ -60,8 +59,8 @@ fn owners<T>(with: impl FnOnce(&mut Owners) -> T) -> T {
 pub(crate) struct Watched(usize);
 
 impl Watched {
-    /// Watches the addresses from `start` to `end`, which are guest memory's and stay so: `failure`
-    /// learns of it when a page of them is lost. `None` when there is no room.
+    /// Watches the addresses from `start` to `end`, which are and stay guest memory. Reports the
+    /// loss of a page to `failure`. `None` when the table is full.
     pub(crate) fn new(start: usize, end: usize, failure: &Arc<LostMemory>) -> Option<Self> {
         install().inspect_err(|error| tracing::warn!(%error, "a file that is cut short will end the process")).ok()?;
         let slot = owners(|owners| {
@@ -73,7 +72,7 @@ impl Watched {
             owners.failures[slot] = Arc::downgrade(failure);
             Some(slot)
         })?;
-        // SeqCst: in this order, after the 0 of whoever had the slot before. The handler looks at
+        // SeqCst: in this order, after the 0 stored by the slot's previous user. The handler loads
         // the end, the start and the end.
         TABLE[slot].start.store(start, Ordering::SeqCst);
         TABLE[slot].end.store(end, Ordering::SeqCst);
@@ -91,11 +90,11 @@ impl Watched {
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        // Before the addresses are used again: the region drops this before its reservation.
+        // Before the addresses are reused: the region drops this before its reservation.
         TABLE[self.0].end.store(0, Ordering::SeqCst);
         owners(|owners| {
-            // There is no owner left to notify. Nothing sets it again: whoever accesses the region
-            // keeps it.
+            // The owner is gone. The flag cannot be set again, because every accessor of the region
+            // keeps the region alive.
             TABLE[self.0].lost.store(false, Ordering::Relaxed);
             owners.failures[self.0] = Weak::new();
             owners.free.push(self.0);
@@ -103,7 +102,7 @@ impl Drop for Watched {
     }
 }
 
-/// Takes the signal over, once, with a thread that tells.
+/// Installs the handler, once, with a thread that notifies owners.
 fn install() -> io::Result<()> {
     static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
     let done = INSTALLED.get_or_init(|| take_over().map_err(|error| error.raw_os_error().unwrap_or(libc::EIO)));
@@ -112,7 +111,7 @@ fn install() -> io::Result<()> {
 
 fn take_over() -> io::Result<()> {
     let bell = eventfd(0, EventfdFlags::CLOEXEC)?;
-    // For the life of the process, as the handler is.
+    // For the life of the process, like the handler.
     let raw = bell.as_fd().as_raw_fd();
     thread::Builder::new().name("clade-sigbus".to_owned()).spawn(move || tell_all(&bell))?;
     BELL.store(raw, Ordering::Release);
@@ -120,11 +119,11 @@ fn take_over() -> io::Result<()> {
     // SAFETY: zeros are a value of the structure: no flags, no signals, the default action.
     let new = unsafe { action.assume_init_mut() };
     new.sa_sigaction = handler as *const () as usize;
-    // On the thread's signal stack if it has one, restarting what it interrupts.
+    // Uses the thread's signal stack if there is one, and restarts interrupted system calls.
     new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
     let mut before = MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: both point at structures of that type; the handler is a function of the signature
-    // that SA_SIGINFO says.
+    // SAFETY: both point at structures of that type; the handler has the signature that SA_SIGINFO
+    // requires.
     if unsafe { libc::sigaction(libc::SIGBUS, new, before.as_mut_ptr()) } != 0 {
         return Err(io::Error::last_os_error());
     }
@@ -134,7 +133,7 @@ fn take_over() -> io::Result<()> {
     Ok(())
 }
 
-/// The thread that tells owners: what they do may lock and allocate.
+/// The thread that notifies owners, whose callbacks may lock and allocate.
 fn tell_all(bell: &OwnedFd) {
     loop {
         let mut count = [0; 8];
@@ -143,12 +142,12 @@ fn tell_all(bell: &OwnedFd) {
             Err(_) => return,
         }
         for (slot, entry) in TABLE.iter().enumerate().take(USED.load(Ordering::Acquire)) {
-            // In one step with whose it is: a slot that is taken by another VM in between would
-            // have its owner notified.
+            // In one step with the lookup of the owner: otherwise, if another VM took the slot in
+            // between, its owner would be notified.
             let failure = owners(|owners| {
                 let lost = entry.lost.load(Ordering::Acquire);
                 let failure = owners.failures.get(slot).filter(|_| lost).and_then(Weak::upgrade)?;
-                // Noted before the mark is taken away: whoever asks in between finds one of the
+                // Recorded before the mark is cleared, so that a concurrent query finds one of the
                 // two.
                 failure.set(&Arc::new(FillError::Gone));
                 entry.lost.store(false, Ordering::Release);
@@ -183,7 +182,7 @@ fn mend(address: usize) -> bool {
         let end = slot.end.load(Ordering::SeqCst);
         let start = slot.start.load(Ordering::SeqCst);
         // The end once more: it is 0 while the slot changes hands, so that the start of one region
-        // and the end of another are never taken for a range.
+        // and the end of another never form a range.
         if address < start || address >= end || slot.end.load(Ordering::SeqCst) != end {
             continue;
         }
@@ -206,23 +205,23 @@ fn mend(address: usize) -> bool {
     false
 }
 
-/// A signal that is not ours: the handler before this one has it, or the default, which ends the
-/// process.
+/// Passes a signal outside guest memory to the previous handler, or to the default action, which
+/// ends the process.
 fn not_ours(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     let Some(before) = BEFORE.get() else { return };
     if before.sa_sigaction == libc::SIG_DFL || before.sa_sigaction == libc::SIG_IGN {
-        // SAFETY: the action that was there before. Back in the code that faulted, it takes place.
+        // SAFETY: restores the previous action, which applies when the faulting code resumes.
         unsafe { libc::sigaction(signal, before, std::ptr::null_mut()) };
         return;
     }
     if before.sa_flags & libc::SA_SIGINFO != 0 {
         type WithInfo = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
-        // SAFETY: whoever set it said by SA_SIGINFO that it is of this type.
+        // SAFETY: the handler was set with SA_SIGINFO, so it is of this type.
         let call = unsafe { std::mem::transmute::<usize, WithInfo>(before.sa_sigaction) };
         call(signal, info, context);
     } else {
         type Plain = extern "C" fn(libc::c_int);
-        // SAFETY: whoever set it said by the lack of SA_SIGINFO that it is of this type.
+        // SAFETY: the handler was set without SA_SIGINFO, so it is of this type.
         let call = unsafe { std::mem::transmute::<usize, Plain>(before.sa_sigaction) };
         call(signal);
     }

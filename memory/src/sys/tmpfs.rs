@@ -1,5 +1,5 @@
-//! Where memory files come from: a tmpfs in huge pages that no other process sees unless it is handed
-//! in, and memfd.
+//! The source of memory files: a tmpfs in huge pages that other processes see only if they receive
+//! it, and memfd.
 
 use std::fs::File;
 use std::io;
@@ -12,11 +12,11 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, 
 use crate::testing::failpoint::{Call, failpoint};
 use crate::units::PAGE_SHIFT;
 
-/// `TMPFS_MAGIC`, as `statfs` says it.
+/// `TMPFS_MAGIC`, as reported by `statfs`.
 const TMPFS: u64 = 0x0102_1994;
 
-/// A tmpfs mounted `huge=always`, detached: it has no path, and goes when the last file on it is
-/// closed. Its root may be handed to other processes, which then have their memory in the same mount.
+/// A tmpfs mounted `huge=always`, detached: it has no path, and is freed when its last file is
+/// closed. Its root may be passed to other processes, whose memory is then in the same mount.
 #[derive(Clone, Debug)]
 pub struct HugeTmpfs(Arc<OwnedFd>);
 
@@ -29,7 +29,7 @@ impl HugeTmpfs {
         let fs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
         fsconfig_set_string(&fs, "source", "clade")?;
         fsconfig_set_string(&fs, "huge", "always")?;
-        // No limit of its own: what a VM may have is checked where the VM is made.
+        // The mount has no limit of its own: a VM's size is checked when the VM is made.
         fsconfig_set_string(&fs, "size", "0")?;
         fsconfig_set_string(&fs, "nr_inodes", "0")?;
         fsconfig_set_string(&fs, "mode", "0700")?;
@@ -39,10 +39,10 @@ impl HugeTmpfs {
         Ok(Self(Arc::new(fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attrs)?)))
     }
 
-    /// Mounts it, or logs what the operator should know.
+    /// Mounts it, or logs a warning for the operator.
     ///
     /// # Errors
-    /// The same text.
+    /// The logged text.
     pub fn mount_or_say() -> Result<Self, String> {
         Self::mount().map_err(|error| {
             let warning = format!(
@@ -55,10 +55,9 @@ impl HugeTmpfs {
         })
     }
 
-    /// The one whose root another process has handed in.
+    /// Uses a mount whose root was passed in by another process.
     ///
-    /// # Errors
-    /// When it is no directory of a tmpfs.
+    /// # Errors When it is not a directory of a tmpfs.
     pub fn handed_in(root: OwnedFd) -> io::Result<Self> {
         let is_directory = FileType::from_raw_mode(fstat(&root)?.st_mode).is_dir();
         let kind = fstatfs(&root)?.f_type as u64;
@@ -69,16 +68,16 @@ impl HugeTmpfs {
         Ok(Self(Arc::new(root)))
     }
 
-    /// Its root.
+    /// The root directory.
     pub(crate) fn directory(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
 
-    /// A nameless file of `pages` pages, all holes.
+    /// An unnamed file of `pages` pages, all holes.
     pub(crate) fn file(&self, pages: u64) -> io::Result<File> {
         failpoint(Call::File)?;
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        // For reading: nobody who gets a descriptor of it opens it again for writing.
+        // Mode for reading: a receiver of a descriptor cannot reopen the file for writing.
         let fd = openat(&*self.0, ".", flags, Mode::RUSR)?;
         failpoint(Call::Size)?;
         ftruncate(&fd, pages << PAGE_SHIFT)?;
@@ -109,7 +108,8 @@ mod tests {
 
     use super::*;
 
-    /// A process that has one open for reading must not open it again for writing, through procfs.
+    /// A process that has a file open for reading must not be able to reopen it for writing,
+    /// through procfs.
     #[test]
     fn files_of_both_kinds_are_their_owners_to_read_alone() {
         let mode = |file: &File| file.metadata().unwrap().mode() & 0o7777;

@@ -1,8 +1,7 @@
-//! userfaultfd: write-protecting pages, filling holes, and reading the faults that wait for either.
+//! userfaultfd: write-protecting pages, filling holes, and reading the faults that wait for these.
 //!
-//! Faults in kernel mode are wanted too (KVM's own accesses, system calls), so never
-//! UFFD_USER_MODE_ONLY; that needs `/dev/userfaultfd`, CAP_SYS_PTRACE or
-//! `vm.unprivileged_userfaultfd`.
+//! Faults in kernel mode are needed too (KVM's own accesses, system calls), so UFFD_USER_MODE_ONLY
+//! is never set; that needs `/dev/userfaultfd`, CAP_SYS_PTRACE or `vm.unprivileged_userfaultfd`.
 
 use std::fs::OpenOptions;
 use std::io;
@@ -35,12 +34,12 @@ const WRITEPROTECT_WP: u64 = 1 << 0;
 const EVENT_PAGEFAULT: u8 = 0x12;
 const PAGEFAULT_WP: u64 = 1 << 1;
 
-/// What is needed, and what it is called.
+/// Needed features and their names.
 const FEATURES: [(u64, &str); 4] = [
     (1 << 0, "UFFD_FEATURE_PAGEFAULT_FLAG_WP"),
     (1 << 5, "UFFD_FEATURE_MISSING_SHMEM"),
     (1 << 12, "UFFD_FEATURE_WP_HUGETLBFS_SHMEM"),
-    // Pages that are not mapped yet are protected too, in zeros as in files.
+    // Pages that are not mapped yet are protected too, for zeros and for files.
     (1 << 13, "UFFD_FEATURE_WP_UNPOPULATED"),
 ];
 
@@ -94,12 +93,12 @@ const MESSAGE: usize = 32;
 /// Messages taken at a time.
 const BATCH: usize = 16;
 
-/// Somebody waits.
+/// A waiting access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Fault {
     /// The host address, rounded down to its page.
     pub(crate) address: u64,
-    /// A write to a protected page; else an access to a page that is not there.
+    /// A write to a protected page; else an access to a missing page.
     pub(crate) write_protected: bool,
 }
 
@@ -112,17 +111,17 @@ pub(crate) enum Watch {
     Protected,
 }
 
-/// A userfaultfd. Closing it with faults in flight lets them read zeros: whoever registers a range
-/// keeps it open.
+/// A userfaultfd. Closing it with faults in flight lets them read zeros, so the registrar of a
+/// range keeps it open.
 #[derive(Debug)]
 pub(crate) struct Uffd(OwnedFd);
 
-/// Why there is none.
+/// The reason why userfaultfd is unavailable.
 #[derive(Debug)]
 pub(crate) enum OpenError {
     /// The kernel or its configuration refuses.
     Refused(io::Error),
-    /// The kernel is too old for this.
+    /// The kernel is too old.
     Lacks(&'static str),
 }
 
@@ -132,8 +131,8 @@ impl Uffd {
         let wanted = FEATURES.iter().fold(0, |all, (bit, _)| all | bit);
         let mut api = Api { api: API, features: wanted, ioctls: 0 };
         let Err(refused) = uffd.ioctl(UFFDIO_API, &mut api) else { return Ok(uffd) };
-        // A descriptor answers once: ask another one what there is, to be able to name what is
-        // missing.
+        // The handshake works once per descriptor: queries the features on another one, to name the
+        // missing one.
         let probe = Self::raw().map_err(OpenError::Refused)?;
         let mut api = Api { api: API, ..Api::default() };
         probe.ioctl(UFFDIO_API, &mut api).map_err(OpenError::Refused)?;
@@ -153,15 +152,15 @@ impl Uffd {
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the kernel just made it and nothing else has it.
+        // SAFETY: the kernel has just made the descriptor, and it has no other owner.
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
     /// Callers pass the argument that `request` is declared with.
     fn ioctl<T>(&self, request: libc::c_ulong, arg: &mut T) -> io::Result<()> {
         // SAFETY: `arg` is the request's own argument type (see each constant) and outlives the
-        // call. What a request does to memory lies within a `Reservation`, to which nothing has a
-        // Rust reference into.
+        // call. Requests change memory only within a `Reservation`, into which there are no Rust
+        // references.
         if unsafe { libc::ioctl(self.0.as_raw_fd(), request, std::ptr::from_mut(arg)) } < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -178,7 +177,7 @@ impl Uffd {
         self.ioctl(UFFDIO_REGISTER, &mut Register { range: Range::of(at, range), mode, ioctls: 0 })
     }
 
-    /// Watches `range` no longer, lifts any protection, and wakes the accesses that wait there.
+    /// Stops watching `range`, lifts any protection, and wakes the accesses that wait there.
     pub(crate) fn unregister(&self, at: &Reservation, range: PageRange) -> io::Result<()> {
         self.ioctl(UFFDIO_UNREGISTER, &mut Range::of(at, range))?;
         // The kernel wakes accesses that wait for a missing page, but not writes that wait.
@@ -190,13 +189,13 @@ impl Uffd {
         self.ioctl(UFFDIO_WAKE, &mut Range::of(at, range))
     }
 
-    /// Wakes the accesses that wait for the page at `address`. Harmless whatever is mapped there.
+    /// Wakes the accesses that wait for the page at `address`. Harmless for any mapping.
     pub(crate) fn wake_page(&self, address: u64) -> io::Result<()> {
         self.ioctl(UFFDIO_WAKE, &mut Range { start: address, len: PAGE_SIZE })
     }
 
-    /// Write-protects the pages of `range`. For [`crate::freeze::protect`] alone, which knows what
-    /// may be.
+    /// Write-protects the pages of `range`. Only for [`crate::freeze::protect`], which ensures that
+    /// they may be protected.
     pub(crate) fn protect(&self, at: &Reservation, range: PageRange) -> io::Result<()> {
         failpoint(Call::Protect)?;
         self.write_protect(at, range, WRITEPROTECT_WP)
@@ -210,16 +209,16 @@ impl Uffd {
     fn write_protect(&self, at: &Reservation, range: PageRange, mode: u64) -> io::Result<()> {
         loop {
             match self.ioctl(UFFDIO_WRITEPROTECT, &mut WriteProtect { range: Range::of(at, range), mode }) {
-                // The address space is being changed elsewhere.
+                // The address space is being changed concurrently.
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => {}
                 other => return other,
             }
         }
     }
 
-    /// Fills the holes of `range` of a shared mapping with the pages from `from` on; pages that are
-    /// there already stay. A page appears to others in one step, complete, and alone: no neighbour
-    /// of it comes into being, whatever the file's page size.
+    /// Fills the holes of `range` of a shared mapping with the pages from `from` on; present pages
+    /// stay. A page appears to others in one step, complete, and alone: no neighbour is allocated
+    /// with it, regardless of the file's page size.
     ///
     /// The kernel reads `from`, never Rust; an address that is not mapped is an error.
     pub(crate) fn fill(&self, into: &Reservation, range: PageRange, from: *const u8) -> io::Result<()> {
@@ -236,7 +235,7 @@ impl Uffd {
         Ok(())
     }
 
-    /// Reads the faults that wait, or none.
+    /// Reads the waiting faults, possibly none.
     pub(crate) fn faults(&self) -> io::Result<Vec<Fault>> {
         let mut bytes = [0u8; MESSAGE * BATCH];
         let got = match rustix::io::read(&self.0, &mut bytes) {
@@ -258,8 +257,8 @@ impl Uffd {
     }
 }
 
-/// How many bytes to go on by after a call that stopped early: past a page that is there already,
-/// or again from the same place.
+/// Number of bytes to advance after a call that stopped early: past a present page, or zero to
+/// retry.
 fn skip_or(result: io::Result<()>) -> io::Result<u64> {
     match result {
         Ok(()) => Ok(0),
@@ -290,8 +289,7 @@ mod tests {
         got
     }
 
-    /// What makes children of a pending layer right: a page that is filled brings no zero-filled
-    /// neighbour with it.
+    /// A requirement for children of a pending layer: filling a page adds no zero-filled neighbour.
     #[test]
     fn filling_a_page_of_a_huge_file_makes_no_neighbour() {
         let Ok(fs) = HugeTmpfs::mount() else {

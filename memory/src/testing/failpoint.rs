@@ -1,9 +1,9 @@
-//! Where a system call can be made to fail, one at a time, by the tests of I13. Nothing in a build
-//! that is not a test's.
+//! Failpoints: system calls that the tests of I13 can make fail, one at a time. Compiled only for
+//! tests.
 
 use std::io;
 
-/// What kind of call is about to be made.
+/// Kind of the next system call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Call {
     /// mmap.
@@ -22,14 +22,14 @@ pub(crate) enum Call {
     Watch,
     /// UFFDIO_WRITEPROTECT that protects.
     Protect,
-    /// UFFDIO_WRITEPROTECT that lifts a protection. What it falls back on, forgetting the region,
-    /// does not fail here.
+    /// UFFDIO_WRITEPROTECT that lifts a protection. The fallback, forgetting the region, never
+    /// fails here.
     Release,
     /// UFFDIO_COPY.
     Fill,
 }
 
-/// To be asked before each call: an error to be taken for the call's own.
+/// Called before each system call; an error counts as the call's own.
 #[cfg(not(test))]
 #[inline(always)]
 pub(crate) fn failpoint(_call: Call) -> io::Result<()> {
@@ -51,15 +51,16 @@ mod armed {
 
     const OFF: u64 = u64::MAX;
 
-    /// A kind of call and how many of them are left until one fails.
+    /// A kind of call and the number of calls until one fails.
     type Only = Option<(Call, u64)>;
 
-    /// Which call fails. One for a test's thread and the threads that its stores start.
+    /// Selects the failing call. One plan for a test's thread and the threads that its stores
+    /// start.
     #[derive(Debug)]
     pub(crate) struct Plan {
         /// Calls until the one that fails.
         left: AtomicU64,
-        /// 0 none yet, 1 one, 2 all from there on.
+        /// 0 not yet, 1 once, 2 all from there on.
         fired: AtomicU8,
         for_ever: AtomicU8,
         last: std::sync::Mutex<Option<Call>>,
@@ -75,14 +76,14 @@ mod armed {
     }
 
     impl Plan {
-        /// The call after `nth` others fails, or all from it on.
+        /// Makes the call after `nth` others fail, or all from it on.
         pub(crate) fn arm(&self, nth: u64, for_ever: bool) {
             self.fired.store(0, Ordering::SeqCst);
             self.for_ever.store(u8::from(for_ever), Ordering::SeqCst);
             self.left.store(nth, Ordering::SeqCst);
         }
 
-        /// The call of that kind after `nth` others of it fails, alone.
+        /// Makes only the call of that kind after `nth` others of it fail.
         pub(crate) fn fail_call(&self, call: Call, nth: u64) {
             self.fired.store(0, Ordering::SeqCst);
             *self.only.lock().unwrap() = Some((call, nth));
@@ -105,14 +106,14 @@ mod armed {
             }
         }
 
-        /// No more failures.
+        /// Stops failures.
         pub(crate) fn heal(&self) {
             self.left.store(OFF, Ordering::SeqCst);
             self.for_ever.store(0, Ordering::SeqCst);
             *self.only.lock().unwrap() = None;
         }
 
-        /// No more failures. Returns the call that failed, if one did.
+        /// Stops failures. Returns the call that failed, if any.
         pub(crate) fn disarm(&self) -> Option<Call> {
             self.heal();
             let fired = self.fired.swap(0, Ordering::SeqCst) > 0;
@@ -125,8 +126,7 @@ mod armed {
             }
             let left = self.left.load(Ordering::SeqCst);
             if left == OFF {
-                // What allocates fails for ever; what only looks or is done while cleaning up does
-                // not.
+                // Allocating calls keep failing; calls that only query or clean up do not.
                 let again = self.fired.load(Ordering::SeqCst) > 0 && self.for_ever.load(Ordering::SeqCst) > 0;
                 return again && matches!(call, Call::Map | Call::File | Call::Size | Call::Advise | Call::Copy);
             }
@@ -150,7 +150,7 @@ mod armed {
         PLAN.with(|plan| Arc::clone(&plan.borrow()))
     }
 
-    /// To be called on a thread that works for the one that had `plan`.
+    /// Called on a thread that works for the owner of `plan`.
     pub(crate) fn inherit(plan: Arc<Plan>) {
         PLAN.with(|mine| *mine.borrow_mut() = plan);
     }

@@ -1,5 +1,5 @@
 //! Faults, deliberate breaks and schedules. A build without tests has only the names of the
-//! failpoints, which cost nothing there.
+//! failpoints, at no cost.
 
 pub(crate) mod failpoint;
 pub(crate) mod sabotage;

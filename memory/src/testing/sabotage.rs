@@ -1,7 +1,7 @@
-//! Deliberate breaks, one for each invariant: what the tests below would miss if they could not see
-//! them. Nothing in a build that is not a test's.
+//! Deliberate breaks, one for each invariant, which prove that the tests below detect violations.
+//! Compiled only for tests.
 
-/// Something done wrong on purpose. I8 is broken in the model of `ownership/word.rs`.
+/// A deliberate break. I8 is broken in the model of `ownership/word.rs`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Break {
     /// I1: a pin gives a device a page that is not the VM's own.
@@ -14,38 +14,38 @@ pub(crate) enum Break {
     ForgetPinned,
     /// I4: the base file stays writable after it has become a layer.
     WriteLayer,
-    /// I5: a freeze believes the table where the kernel knows better.
+    /// I5: a freeze trusts the table although the kernel knows better.
     BelieveTable,
     /// I6: pinning a part of a block counts all of it.
     CountBlock,
-    /// I7: a discard heeds no pin.
+    /// I7: a discard ignores pins.
     DropPinned,
-    /// I9: a long-term read pin takes what is there.
+    /// I9: a long-term read pin does not unshare.
     ReadInPlace,
-    /// I10: reference pages are called exclusive.
+    /// I10: reference pages are marked exclusive.
     OwnReference,
-    /// I11: a child inherits what it must not.
+    /// I11: a child inherits no-fork pages.
     InheritAll,
-    /// I12: splitting a block forgets what its pages were.
+    /// I12: splitting a block loses the state of its pages.
     SplitBare,
-    /// I13: a refused freeze does not give back what it took.
+    /// I13: a refused freeze does not restore the bits.
     ForgetUndo,
-    /// I14: what is mapped is not shown by the map.
+    /// I14: mapped pages are not entered in the map.
     LeaveMap,
     /// I15: a long-term pin leaves pages clean.
     LeaveClean,
-    /// I8: a pin looks at the bit and counts in two steps. Noticed by the schedules, as are those
+    /// I8: a pin checks the bit and counts in two steps. Detected by the schedules, like the breaks
     /// below.
     CountUnchecked,
-    /// I3: a freeze in the background leaves pinned pages to be copied later.
+    /// I3: a background freeze leaves pinned pages to be copied later.
     CopyPinnedLater,
     /// D4: a protected page is released before it is copied.
     ReleaseUncopied,
-    /// D4: a run is mapped over its copy though it may have been written since.
+    /// D4: a run is mapped over its copy although it may have been written since.
     ShareWritten,
 }
 
-/// Whether to do it wrong.
+/// Whether to apply a break.
 #[cfg(not(test))]
 #[inline(always)]
 pub(crate) fn broken(_how: Break) -> bool {
@@ -77,7 +77,7 @@ pub(crate) mod tests {
         BROKEN.get() == Some(how)
     }
 
-    /// What becomes of `work` when something is done wrong on purpose: its panic.
+    /// Runs `work` with a deliberate break, and returns its panic.
     pub(crate) fn with_break(how: Break, work: impl FnOnce()) -> std::thread::Result<()> {
         BROKEN.set(Some(how));
         let noticed = catch_unwind(AssertUnwindSafe(work));
@@ -129,14 +129,13 @@ pub(crate) mod tests {
         ram.memory().read_obj(GuestAddress(page * PAGE_SIZE)).unwrap()
     }
 
-    /// A device's write through a pin reaches the guest, and nobody else.
+    /// A device's write through a pin reaches the guest, and no other VM.
     fn device_writes(first: u64, pages: u64) {
         let rig = Rig::base();
         let image = rig.freeze();
         let region = &rig.ram.regions()[0];
         let pin = region.pin(PageRange::with_len(first, pages), Access::Write, PinLifetime::Transient).unwrap();
-        // Before anything is written: a write by the CPU would break COW, and hide that the pin did
-        // not.
+        // Before the first write: a CPU's write would break COW, and hide that the pin did not.
         rig.check();
         pin.slice().write_obj(77u64, 0).unwrap();
         assert_eq!(rig.get(first), 77);
@@ -145,8 +144,8 @@ pub(crate) mod tests {
         rig.check();
     }
 
-    /// A pin is held across a freeze: device and guest go on seeing each other, the child sees the
-    /// moment of the freeze.
+    /// A pin is held across a freeze: device and guest continue to see each other's writes, and the
+    /// child sees the instant of the freeze.
     fn pin_across_a_freeze() {
         use crate::dma::Device;
         let rig = Rig::base();
@@ -190,7 +189,7 @@ pub(crate) mod tests {
         let pinned = |page: u64| u32::from(page == 3) + u32::from(page < 1024) + u32::from((500..600).contains(&page));
         let wrong = (0..PAGES).find(|page| region.ownership().get(*page) != (true, pinned(*page)));
         if let Some(page) = wrong {
-            // Dropping what was miscounted would panic on the way out of a panic.
+            // Dropping the miscounted pins would panic during the panic.
             std::mem::forget(pins);
             panic!("page {page} is {:?}, with {} pins", region.ownership().get(page), pinned(page));
         }
@@ -208,13 +207,12 @@ pub(crate) mod tests {
         drop(pin);
     }
 
-    /// A reader that takes the frames it is given as they are, as a device does: what the kernel
-    /// splices into a pipe. (io_uring would have the kernel unshare them first, and hide that the
-    /// pin did not.)
+    /// A reader that uses its frames as they are, like a device: the kernel splices them into a
+    /// pipe. (io_uring would have the kernel unshare them first, and hide that the pin did not.)
     fn splice(pin: &DmaPin) -> OwnedFd {
         let (read, write) = rustix::pipe::pipe().unwrap();
         let mut bytes = libc::iovec { iov_base: pin.host_address().cast(), iov_len: pin.len() };
-        // SAFETY: the bytes are pinned guest memory, which lives as long as the pin; nobody has a
+        // SAFETY: the bytes are pinned guest memory, which lives as long as the pin; there is no
         // Rust reference into it.
         let spliced = unsafe { libc::vmsplice(write.as_raw_fd(), &raw mut bytes, 1, 0) };
         assert_eq!(spliced, pin.len() as isize, "{}", std::io::Error::last_os_error());
@@ -264,7 +262,7 @@ pub(crate) mod tests {
         drop(pin);
     }
 
-    /// What only a device has written is there when the kernel has taken back what it could.
+    /// Pages that only a device has written survive the kernel's reclaim.
     fn device_writes_and_memory_is_short() {
         use crate::dma::Device;
         for store in [Store::open().unwrap(), Store::open_small().unwrap()] {
@@ -274,7 +272,7 @@ pub(crate) mod tests {
             for (range, reads_first) in [(PageRange::new(3, 7), true), (PageRange::new(600, 620), false)] {
                 let look = |page: u64| word(&ram, page);
                 if reads_first {
-                    // Mapped, so that writing is allowed, and clean.
+                    // Mapped, hence writable, and clean.
                     range_words(range).for_each(|page| assert_eq!(look(page), 0));
                 }
                 let pin = region.pin(range, Access::Write, PinLifetime::LongTerm).unwrap();
@@ -282,7 +280,7 @@ pub(crate) mod tests {
                 let mut device = Device::attach(pin);
                 device.write(9);
                 drop(device);
-                // SAFETY: the pages stay mapped; what they hold may only be written elsewhere.
+                // SAFETY: the pages stay mapped; their contents may only be written out.
                 let shrunk = unsafe { libc::madvise(at.cast(), range.bytes(), libc::MADV_PAGEOUT) };
                 assert_eq!(shrunk, 0, "{}", std::io::Error::last_os_error());
                 for page in range_words(range) {
@@ -292,7 +290,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// For each break: its invariant, and what notices.
+    /// For each break: its invariant, and the scenario that detects it.
     const TABLE: [(&str, Break, fn()); 16] = [
         ("I1", Break::PinInPlace, || device_writes(600, 1)),
         ("I1 (a whole block)", Break::PinInPlace, || device_writes(512, 512)),
@@ -312,7 +310,7 @@ pub(crate) mod tests {
         ("I15", Break::LeaveClean, device_writes_and_memory_is_short),
     ];
 
-    /// What shows a break.
+    /// The scenario that detects a break.
     #[cfg(feature = "trace")]
     pub(crate) fn scenario_of(how: Break) -> fn() {
         TABLE.iter().find(|(_, of, _)| *of == how).expect("each break has its scenario").2

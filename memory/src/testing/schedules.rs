@@ -2,15 +2,15 @@
 //! atomics that shuttle schedules.
 //!
 //! A guest writes, devices pin, transfer and unpin, the VM is frozen at once and in the background,
-//! children read what they were given. All tasks share one thread. So no access may wait in the
-//! kernel: the guest asks the page map first whether its access would fault, and sends the fault to
-//! the task that stands in for the background thread, which answers it by the thread's own
-//! function. Devices are io_uring's registered buffers and spliced pages, which hold frames, and
-//! heed neither mapping nor protection.
+//! and children read their memory. All tasks share one thread, so no access may wait in the kernel.
+//! The guest first checks in the page map whether its access would fault, and sends the fault to
+//! the task that replaces the background thread, which serves it with the thread's own function.
+//! Devices are io_uring's registered buffers and spliced pages, which hold frames and bypass
+//! mapping and protection.
 //!
-//! What is held against each other: a device reads what its guest was given last and its guest sees
-//! what it writes; a short read sees what was there when it was pinned, or later; a child sees its
-//! parent's bytes of the freeze's instant, for ever.
+//! Assertions: a device reads its guest's latest bytes and its guest sees the device's writes; a
+//! short read sees the bytes at the time of the pin, or later ones; a child sees its parent's bytes
+//! of the freeze's instant, permanently.
 
 mod world;
 
@@ -31,7 +31,7 @@ use crate::units::PageRange;
 use crate::{FreezeMode, GuestRam, NoWriters, Quiesced, RamImage};
 use world::{At, Instant, PAGES, REGIONS, World, bytes, words};
 
-/// A break that so many schedules do not notice is one that they cannot.
+/// Number of schedules after which an undetected break counts as undetectable.
 const MAX_UNNOTICED: usize = 5_000;
 
 fn below(end: u64) -> u64 {
@@ -42,7 +42,7 @@ fn any_page() -> At {
     At { region: below(REGIONS as u64) as usize, page: below(PAGES) }
 }
 
-/// A page, a few, a block, or all of a region.
+/// One page, a few, a block, or a whole region.
 fn any_range() -> PageRange {
     match below(8) {
         0 => PageRange::new(0, PAGES),
@@ -52,8 +52,8 @@ fn any_range() -> PageRange {
     }
 }
 
-/// Again where it fails: the call that was to fail in a freeze may be this one's, once. Then it has
-/// changed nothing (I13).
+/// Retries once: the call that was armed to fail in a freeze may be this one. The failed attempt
+/// has changed nothing (I13).
 fn twice<T, E>(work: impl Fn() -> Result<T, E>) -> Result<T, E> {
     work().or_else(|_| work())
 }
@@ -64,7 +64,7 @@ fn guest(world: &World) {
     }
 }
 
-/// Devices of the parent: one pin after another.
+/// Devices of the parent: takes one pin after another.
 fn device(world: &World) {
     for _ in 0..3 {
         let (at, range) = (below(REGIONS as u64) as usize, any_range());
@@ -84,7 +84,7 @@ fn device(world: &World) {
                 return;
             }
         };
-        // Else registering the frames would wait for ever.
+        // Otherwise registering the frames would wait for ever.
         if !World::is_open(region, range, access == Access::Write || term == PinLifetime::LongTerm) {
             world.wrong(format!("{range} is pinned and protected, or not there"));
             return;
@@ -103,7 +103,7 @@ fn device(world: &World) {
             continue;
         }
         let mut device = Device::attach(pin);
-        // Some are held across a freeze.
+        // Some pins are held across a freeze.
         let steps = if term == PinLifetime::LongTerm { 100 * below(3) } else { 0 };
         for _ in 0..2 {
             (0..=steps).for_each(|_| thread::yield_now());
@@ -123,7 +123,7 @@ fn device(world: &World) {
     }
 }
 
-/// A child of an image: everything is read, some written, some pinned, and everything read again.
+/// A child of an image: reads all pages, writes and pins some, and reads all again.
 fn child(world: &World, image: &RamImage, instant: &Instant) -> Option<GuestRam> {
     let child = twice(|| GuestRam::reserve(image.layout(), &world.store)).unwrap();
     twice(|| child.adopt(image)).unwrap();
@@ -169,7 +169,7 @@ fn child(world: &World, image: &RamImage, instant: &Instant) -> Option<GuestRam>
     Some(child)
 }
 
-/// Freezes twice; between the two, a child of the first.
+/// Freezes twice; in between, starts a child of the first image.
 fn freezer(world: &Arc<World>) {
     let mut children = Vec::new();
     for _ in 0..2 {
@@ -198,7 +198,7 @@ fn freezer(world: &Arc<World>) {
     children.into_iter().for_each(|child| child.join().unwrap());
 }
 
-/// One schedule's story.
+/// One schedule.
 fn story() -> Option<String> {
     world::watch();
     plan().disarm();
@@ -270,8 +270,8 @@ fn shuttle_devices_and_children_see_what_they_must_by_priorities() {
     hold(PctScheduler::new(5, schedules()));
 }
 
-/// Schedules until `how` is noticed, and what is said of it. By a seed, so that they are always the
-/// same.
+/// Runs schedules until `how` is detected, and returns their number and the failure. Seeded, so
+/// that the schedules are always the same.
 fn until_noticed(how: Break) -> (usize, String) {
     static RAN: AtomicUsize = AtomicUsize::new(0);
     RAN.store(0, Ordering::Relaxed);
@@ -292,7 +292,8 @@ fn until_noticed(how: Break) -> (usize, String) {
 
 #[test]
 fn shuttle_notices_what_is_done_wrong() {
-    // Not PinInPlace: the kernel unshares what io_uring registers, and hides it.
+    // PinInPlace is left out: the kernel unshares the pages that io_uring registers, and hides the
+    // break.
     for how in [
         Break::KeepBits,
         Break::RemapPinned,

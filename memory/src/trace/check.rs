@@ -1,7 +1,8 @@
-//! The validator: replays a trace, and refuses the first step that the specification does not have.
+//! The validator: replays a trace, and refuses the first step that the specification does not
+//! allow.
 //!
-//! Records take the steps of spec/Ownership.tla ([`super::records`]). What is mapped, shown,
-//! protected and given back takes those of Cow.tla and Background.tla, as far as a trace shows them
+//! Records take the steps of spec/Ownership.tla ([`super::records`]). Mappings, views, protection
+//! and punched pages take those of Cow.tla and Background.tla, as far as a trace shows them
 //! ([`super::frames`]).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -14,9 +15,9 @@ use super::region::{Region, Why, why};
 use super::step::WordStep;
 use crate::units::{BLOCK_PAGES, PageRange};
 
-/// Events that are kept to be shown beside one that is refused.
+/// Maximum number of events kept, to be printed with a refused one.
 const KEPT: usize = 1 << 14;
-/// Of those, the last that are about the page.
+/// Maximum number of these that are printed: the last ones of the page.
 const SHOWN: usize = 12;
 
 /// A pin.
@@ -29,7 +30,7 @@ struct Device {
     section: bool,
 }
 
-/// A step that the specification does not have.
+/// A step that the specification does not allow.
 #[derive(Debug)]
 pub(crate) struct Refused {
     index: u64,
@@ -66,7 +67,7 @@ pub(crate) struct Checker {
 }
 
 impl Checker {
-    /// What has been replayed.
+    /// Summary of the replay.
     pub(crate) fn summary(&self) -> String {
         let kinds: Vec<String> = self.kinds.iter().map(|(name, count)| format!("{name} {count}")).collect();
         let (steps, schedules) = (self.steps, self.schedules);
@@ -122,7 +123,7 @@ impl Checker {
                 if let Some(device) = self.devices.values().find(|device| device.table == *table) {
                     return Err(why(device.range.start, "I3: a region goes under a pin"));
                 }
-                // Its addresses went before it, and may be another's by now.
+                // The addresses were released before, and may be reused by now.
                 if let Some(region) = self.regions.remove(table)
                     && self.spaces.get(&region.at) == Some(table)
                 {
@@ -171,7 +172,7 @@ impl Checker {
                 }
             }
             Event::Left { table } => {
-                // `Death`. No device is left: a pin keeps the region.
+                // `Death`. No device is left, because a pin keeps the region.
                 if let Some(device) = self.devices.values().find(|device| device.table == *table) {
                     return Err(why(device.range.start, "Death: I3: a region goes under a pin"));
                 }
@@ -228,7 +229,7 @@ impl Checker {
         let (of, device) = (&region.blocks[*block], *device);
         let at = *block as u64 * BLOCK_PAGES + page.unwrap_or(0) as u64;
         if at >= region.pages {
-            // The last block's records are as many as any other's.
+            // The last block has as many records as any other.
             return Ok(());
         }
         let says = |of: &Block| page.map_or(of.record, |page| of.pages[page]);
@@ -273,9 +274,8 @@ impl Checker {
         Ok(())
     }
 
-    /// A device of the specification pins one run. A short read of which only parts are the VM's
-    /// own counts several: each run is a device's there, numbered by its pin and the page it began
-    /// with.
+    /// A device of the specification pins one run. A short read whose pages the VM owns only in
+    /// part counts as several: each run is a device there, numbered by its pin and its first page.
     fn run_of(of: &Block, device: u64, step: WordStep, page: Option<usize>, at: u64) -> u64 {
         let fresh = (device << 32) | at;
         let Some(page) = page else { return fresh };
@@ -294,7 +294,7 @@ impl Checker {
             .flat_map(|(_, pages)| pages.iter().copied())
     }
 
-    /// `Hold`: what a device has been given.
+    /// `Hold`: the pages that a device gets.
     fn held(&mut self, device: u64, counted: Option<&[PageRange]>, section: bool) -> Result<(), Why> {
         self.count("pins");
         let Some(of) = self.devices.get_mut(&device) else { return Ok(()) };
@@ -340,7 +340,7 @@ impl Checker {
         Ok(())
     }
 
-    /// I13: what was the VM's own before a freeze that was refused is so after it.
+    /// I13: after a refused freeze the VM owns the same pages as before.
     fn freeze_failed(&mut self, table: u64) -> Result<(), Why> {
         let Some(region) = self.regions.get(&table) else { return Ok(()) };
         let lost = (0..region.had.len() as u64)
@@ -348,7 +348,7 @@ impl Checker {
         lost.map_or(Ok(()), |page| Err(why(page, "FreezeFails: I13: a refused freeze does not give back a bit")))
     }
 
-    /// Steps on what is mapped.
+    /// Steps on mappings.
     fn mapping(&mut self, thread: u64, event: &Event) -> Result<(), Why> {
         let Some((at, Some(range))) = event.about() else { return Ok(()) };
         let Some(table) = self.spaces.get(&at).copied() else { return Ok(()) };
@@ -362,7 +362,8 @@ impl Checker {
                 }
             }
             Event::Kernel { runs, .. } => {
-                // Only under the lock: nobody takes a page away between the answer and the log.
+                // Only under the lock, which keeps pages from being removed between the answer and
+                // the log.
                 if !locked {
                     return Ok(());
                 }
@@ -420,7 +421,7 @@ impl Checker {
                             region.set_own(page, true);
                         }
                         _ => {
-                            // Dropped in place, over the file it was born in: the page is still its
+                            // Dropped in place, over its birth file: the page is still the VM's
                             // own.
                         }
                     }
@@ -440,7 +441,7 @@ impl Checker {
         if region.is_own(page) { Ok(()) } else { region.step(thread, block, Step::Own(place)) }
     }
 
-    /// `Take`, `StepRemap`: something else is mapped in a page's place.
+    /// `Take`, `StepRemap`: another mapping replaces a page's.
     fn taken(region: &mut Region, thread: u64, page: u64, locked: bool, emptied: bool) -> Result<(), Why> {
         if region.pins(page) > 0 {
             return Err(why(page, "Take: I3, I7: a pinned page is taken away"));
@@ -456,8 +457,8 @@ impl Checker {
             let (block, place) = Region::place(page);
             return region.step(thread, block, Step::Take(place));
         }
-        // Without it: the background thread, which has its background copy's, or a region that is
-        // emptied, which nobody has.
+        // Without the lock: the background thread, which holds its background copy's lock, or a
+        // region that is being emptied and has no other users.
         if !was_protected && !emptied {
             return Err(why(page, "StepRemap: a page is mapped over a delta that was not protected"));
         }

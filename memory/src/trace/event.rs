@@ -1,4 +1,4 @@
-//! What a trace consists of.
+//! The events of a trace.
 
 use crate::trace::records::Record;
 use crate::trace::step::WordStep;
@@ -36,7 +36,7 @@ pub(crate) enum Event {
     Unlock {
         table: u64,
     },
-    /// A pin is asked for.
+    /// A pin is requested.
     Pin {
         device: u64,
         table: u64,
@@ -44,17 +44,17 @@ pub(crate) enum Event {
         write: bool,
         long: bool,
     },
-    /// It is given: `counted` if not all of it, and whether a section keeps the rest.
+    /// The pin is held: `counted` if not all of it, and whether a section keeps the rest.
     Held {
         device: u64,
         counted: Option<Vec<PageRange>>,
         section: bool,
     },
-    /// It is dropped; what it has counted goes from here on.
+    /// The pin is dropped; its counts are removed from here on.
     Closing {
         device: u64,
     },
-    /// It is gone, or was refused: nothing is left counted.
+    /// The pin is gone, or was refused: it has no counts left.
     Done {
         device: u64,
     },
@@ -82,17 +82,17 @@ pub(crate) enum Event {
         at: u64,
         range: PageRange,
     },
-    /// Copies of the VM's own are dropped: what is mapped beneath is shown.
+    /// The VM's own copies are dropped: the mapping below is shown.
     Dropped {
         at: u64,
         range: PageRange,
     },
-    /// No memory any more.
+    /// The memory was removed.
     Nothing {
         at: u64,
         range: PageRange,
     },
-    /// Private pages with the same bytes in place of what was mapped.
+    /// Private pages with the same bytes replaced a mapping.
     Replaced {
         at: u64,
         range: PageRange,
@@ -102,7 +102,7 @@ pub(crate) enum Event {
         at: u64,
         range: PageRange,
     },
-    /// The kernel was asked which of `range` are the VM's own.
+    /// The kernel reported the pages of `range` that are the VM's own.
     Kernel {
         at: u64,
         range: PageRange,
@@ -129,7 +129,7 @@ pub(crate) enum Event {
     HandleGone {
         layer: u64,
     },
-    /// A view is registered, or shows another map. `born`: it names pages that are a VM's own.
+    /// A view is registered, or shows another map. `born`: its pages are a VM's own.
     View {
         view: u64,
         born: bool,
@@ -138,32 +138,32 @@ pub(crate) enum Event {
     ViewGone {
         view: u64,
     },
-    /// Copied to a file: the runs follow one another there.
+    /// Copied to a file, where the runs are contiguous.
     Written {
         at: u64,
         runs: Vec<PageRange>,
         file: FileId,
         page: u64,
     },
-    /// A layer is published before its pages are there.
+    /// A layer is published before its pages are filled.
     Hollow {
         layer: u64,
     },
-    /// A sweep has asked for handles for the last time: these layers have none.
+    /// A sweep has checked handles for the last time: these layers have no handle.
     Swept {
         layers: Vec<u64>,
     },
-    /// Memory of a file is given back; `swept`: of a layer that others use, by a sweep.
+    /// Memory of a file is freed; `swept`: of a layer in use, by a sweep.
     Punch {
         file: FileId,
         range: PageRange,
         swept: bool,
     },
-    /// The VM goes: what it had of the file it was born in is nobody's.
+    /// The VM is dropped: its pages in its birth file have no owner any more.
     Left {
         table: u64,
     },
-    /// A reset goes on: nothing is read without a count.
+    /// A reset proceeds: there is no uncounted read.
     ResetBegun {
         table: u64,
     },
@@ -173,8 +173,7 @@ pub(crate) enum Event {
     FreezeFailed {
         table: u64,
     },
-    /// The region's lock is about to be let go, with nothing left to the background: this is its
-    /// map.
+    /// The region's lock is about to be released, with no background work left: this is its map.
     Settled {
         table: u64,
         map: Vec<(PageRange, u64, u64)>,
@@ -188,7 +187,7 @@ pub(crate) enum Event {
 }
 
 impl Event {
-    /// The table or reservation that it is about, if it is about one.
+    /// The table or reservation of the event, if any.
     pub(crate) fn about(&self) -> Option<(u64, Option<PageRange>)> {
         Some(match self {
             Self::Word { table, block, page, .. } => {

@@ -1,5 +1,5 @@
-//! Files, layers and views: who is shown what, and what may be given back. The rules of Cow.tla
-//! that a trace shows, by the names of its actions.
+//! Files, layers and views: which pages are shown to which VM, and which may be punched. The rules
+//! of Cow.tla that a trace shows, by the names of its actions.
 
 use std::collections::{HashMap, HashSet};
 
@@ -10,32 +10,32 @@ use crate::units::PageRange;
 
 type Map = Vec<(PageRange, u64, u64)>;
 
-/// What is mapped behind a page, whether or not the VM has its own copy on top.
+/// Mapping behind a page, whether or not the VM has its own copy on top.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Under {
     /// No memory.
     Nothing,
     Zero,
-    /// Mapped shared: a page of the file the VM was born in.
+    /// Mapped shared: a page of the VM's birth file.
     Born(FileId, u64),
     Private(FileId, u64),
 }
 
-/// Where a file's page was copied from: the table, its freeze, the page.
+/// Source of a copied page of a file: the table, its freeze, the page.
 type Origin = (u64, u64, u64);
 
 #[derive(Debug, Default)]
 struct File {
     /// Layers over it.
     layers: HashSet<u64>,
-    /// Given back.
+    /// Punched pages.
     given: HashSet<u64>,
     origins: HashMap<u64, Origin>,
-    /// A table of a VM that maps it shared.
+    /// The table of a VM that maps the file shared.
     is_birth: bool,
 }
 
-/// All of them.
+/// All files.
 #[derive(Debug, Default)]
 pub(super) struct Files {
     files: HashMap<FileId, File>,
@@ -43,7 +43,7 @@ pub(super) struct Files {
     hollow: HashSet<u64>,
     handles: HashMap<u64, i64>,
     views: HashMap<u64, Map>,
-    /// Views of what is a VM's own, which it may write and give back.
+    /// Views of a VM's own pages, which it may write and punch.
     born: HashSet<u64>,
     named: HashMap<u64, HashSet<u64>>,
 }
@@ -93,8 +93,8 @@ impl Files {
         Ok(())
     }
 
-    /// A view that names a page of `range` of the file, if there is one. `all`: even what only says
-    /// that it is a VM's own.
+    /// A view that refers to a page of `range` of the file, if any. `all`: including views of a
+    /// VM's own pages.
     fn naming(&self, file: FileId, range: PageRange, all: bool) -> Option<u64> {
         let layers = &self.files.get(&file)?.layers;
         layers.iter().find_map(|layer| {
@@ -108,7 +108,7 @@ impl Files {
         })
     }
 
-    /// I1, I4: what is shown is written in place by nobody.
+    /// I1, I4: shown pages are never written in place.
     pub(super) fn nobody_writes(
         &self,
         file: FileId,
@@ -129,7 +129,7 @@ impl Files {
         Ok(())
     }
 
-    /// I4: what is mapped is there.
+    /// I4: mapped pages exist.
     pub(super) fn shown(&self, file: FileId, page: u64) -> Result<(), String> {
         match self.files.get(&file) {
             Some(of) if of.given.contains(&page) => Err("I4: a page is mapped that was given back".into()),
@@ -172,7 +172,7 @@ impl Files {
         }
     }
 
-    /// I4: a file is written before anybody is shown it.
+    /// I4: a file is written before any VM is shown it.
     pub(super) fn written(
         &mut self,
         table: u64,
@@ -193,7 +193,7 @@ impl Files {
         Ok(())
     }
 
-    /// A sweep goes by what it has asked.
+    /// A sweep acts on its last check of handles.
     pub(super) fn swept(&self, layers: &[u64]) -> Result<(), Why> {
         let handled = layers.iter().find(|layer| self.handles.get(layer).is_some_and(|count| *count > 0));
         handled.map_or(Ok(()), |layer| {
@@ -201,7 +201,7 @@ impl Files {
         })
     }
 
-    /// `SweepPunch`; and what a VM gives back of its birth file.
+    /// `SweepPunch`; and the pages of its birth file that a VM punches.
     pub(super) fn punch(
         &mut self,
         file: FileId,
@@ -221,7 +221,7 @@ impl Files {
         Ok(())
     }
 
-    /// I14: what is mapped where the VM has no copy of its own is what its map says.
+    /// I14: where the VM has no copy of its own, mapping and map agree.
     pub(super) fn settled(&self, region: &Region, map: &Map) -> Result<(), Why> {
         let mut pieces = map.iter().peekable();
         for page in 0..region.under.len() as u64 {
@@ -240,8 +240,8 @@ impl Files {
         Ok(())
     }
 
-    /// `FreezeCommit`, `ChildSees`: the image has the bytes of the freeze's instant of every page
-    /// that is still the VM's own. I11: and none of what is not inherited.
+    /// `FreezeCommit`, `ChildSees`: for every page that is still the VM's own, the image has the
+    /// bytes of the freeze's instant. I11: and no bytes of no-fork pages.
     pub(super) fn image(&self, table: u64, region: &Region, map: &Map, declared: &[PageRange]) -> Result<(), Why> {
         let mut pieces = map.iter().peekable();
         let mut hidden = declared.iter().peekable();

@@ -1,28 +1,28 @@
-//! Traces: one event a linearization point, replayed against the specification while the process
+//! Traces: one event per linearization point, replayed against the specification while the process
 //! runs.
 //!
 //! Only with the `trace` feature, and then only if `CLADE_TRACE` is set. Without the feature
-//! `off.rs` stands in for this module: types without size and empty functions.
+//! `off.rs` replaces this module with zero-sized types and empty functions.
 //!
 //! # Why the order is right
 //!
-//! There is one log, under one lock. A step on a record is done *while the log is locked*
-//! ([`step`]): the compare-and-swap and its place in the log cannot be told apart, so the log has
-//! the steps of a record in the order in which they took effect, and steps on two records in an
-//! order that no thread can contradict. The registry of views and the count of handles are logged
-//! in the same way.
+//! There is one log, under one lock. A step on a record is performed *while the log is locked*
+//! ([`step`]): the compare-and-swap and its place in the log are inseparable, so the log has the
+//! steps of a record in the order in which they took effect, and steps on two records in an order
+//! that no thread can contradict. The registry of views and the count of handles are logged in the
+//! same way.
 //!
 //! System calls are not made under the log's lock. A mapping is logged after the call, by the
-//! thread that holds what orders it: the region's state lock, or the lock of the background copy.
-//! Whatever depends on it comes after that lock is let go, or through a record, so it is logged
-//! later. What is *given away* (a pin, a section) is logged as given after it is there and as gone
-//! before it goes: the log has it for a shorter time than it is held, so nothing is refused that is
-//! right.
+//! thread that holds the lock which orders it: the region's state lock, or the lock of the
+//! background copy. Every dependent step follows the release of that lock, or goes through a
+//! record, so it is logged later. Resources that are *handed out* (a pin, a section) are logged as
+//! held after they are taken and as released before they are: the log has them for a shorter time
+//! than they are held, so no correct step is refused.
 //!
-//! A guest's write is in no log. It is the specification's `Write`, allowed at any time while the
-//! VM is not stopped; the log has it when the kernel is asked who owns a page.
+//! A guest's write is in no log. Such a write is the specification's `Write`, allowed at any time
+//! while the VM is not stopped; the log has it when the kernel reports page ownership.
 //!
-//! The log's lock is a leaf: nothing else is locked under it.
+//! The log's lock is a leaf: no other lock is taken under it.
 
 pub(crate) mod check;
 pub(crate) mod event;
@@ -52,12 +52,12 @@ pub(crate) use crate::trace::step::WordStep;
 use crate::units::PageRange;
 use crate::{Access, PinLifetime};
 
-/// Events handed over at a time.
+/// Events per chunk.
 const CHUNK: usize = 4096;
-/// Chunks that wait for the validator. With more, who logs waits.
+/// Chunks that wait for the validator. With more, the logging thread waits.
 const WAITING: usize = 64;
 
-/// An event, and the thread it is of.
+/// An event, and the number of its thread.
 pub(crate) type Entry = (u64, Event);
 
 enum Message {
@@ -82,7 +82,7 @@ static LOG: LazyLock<Option<Mutex<Log>>> = LazyLock::new(|| {
 
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
-/// A number that nothing else has. Relaxed: only to differ.
+/// A unique number. Relaxed: only uniqueness matters.
 fn number() -> u64 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
@@ -101,18 +101,18 @@ impl Log {
         self.events.push((THREAD.try_with(|id| *id).unwrap_or(0), event));
         if self.events.len() == CHUNK {
             let full = std::mem::replace(&mut self.events, Vec::with_capacity(CHUNK));
-            // A validator that has gone has said why.
+            // A validator that has ended has printed the reason.
             let _ = self.validator.send(Message::Events(full));
         }
     }
 }
 
-/// Ends the process. Nothing that comes after a step that was refused means anything.
+/// Ends the process. Steps after a refused one are meaningless.
 fn end(told: &str) -> ! {
-    // Not by a macro: what a test prints, and what the threads it starts print, may be kept from
-    // sight.
+    // Bypasses the print macros: tests, and threads started by tests, may have their output
+    // captured.
     let _ = writeln!(std::io::stderr(), "{told}");
-    // SAFETY: ends the process without running anything of it. Not an abort: no core is wanted.
+    // SAFETY: ends the process without running any of its code. Not an abort: no core is wanted.
     unsafe { libc::_exit(101) }
 }
 
@@ -155,7 +155,7 @@ extern "C" fn at_exit() {
     }
 }
 
-/// Logs what has been done.
+/// Logs an operation that has been done.
 pub(crate) fn emit(event: impl FnOnce() -> Event) {
     if LOG.is_some() {
         let event = event();
@@ -248,7 +248,7 @@ impl Drop for Table {
     }
 }
 
-/// That the table's lock is held.
+/// Proof that the table's lock is held.
 #[derive(Debug)]
 pub(crate) struct TraceLocked(u64);
 
@@ -265,7 +265,7 @@ impl Drop for TraceLocked {
     }
 }
 
-/// One pin, from when it is asked for to its end.
+/// One pin, from its request to its end.
 #[derive(Debug)]
 pub(crate) struct Device(u64);
 
@@ -310,7 +310,7 @@ pub(crate) fn file(file: impl AsFd) -> FileId {
     rustix::fs::fstat(file).map_or((0, 0), |stat| (stat.st_dev, stat.st_ino))
 }
 
-/// A sweep asks for handles for the last time.
+/// A sweep checks handles for the last time.
 pub(crate) fn swept<V>(seen: &mut HashMap<LayerId, V>, ask: impl FnOnce(&mut HashMap<LayerId, V>)) {
     let ask = || {
         ask(seen);

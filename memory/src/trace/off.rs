@@ -1,5 +1,4 @@
-//! What stands in for traces in a build without them: types without size and functions that do
-//! nothing.
+//! Replaces traces in a build without them: zero-sized types and empty functions.
 
 mod step;
 

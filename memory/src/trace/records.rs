@@ -1,11 +1,11 @@
-//! One block's records: what a step may do to them. The relation of spec/Ownership.tla, kept equal
-//! to it.
+//! One block's records, and the steps allowed on them. The relation of spec/Ownership.tla, kept
+//! equal to it.
 //!
-//! The state is the part of the specification's that a trace shows: the records, who has the lock,
-//! what each device has counted, whose the frame behind each page is, and how far a split or a
-//! merge has come. Where the specification's threads are in their code is left open, and so are
-//! devices' ranges: a step is allowed if some state of the specification that looks like this one
-//! has it.
+//! The state is the part of the specification's that a trace shows: the records, the holder of the
+//! lock, the pages that each device has counted, the owner of the frame behind each page, and the
+//! progress of a split or a merge. The program counters of the specification's threads and devices'
+//! ranges are unconstrained: a step is allowed if some state of the specification with the same
+//! projection allows it.
 //!
 //! `the_relation_is_the_specifications` compares all states and steps with TLC's (spec/check
 //! --graph).
@@ -13,10 +13,10 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// A record: the bit and the count, or "ask the others".
+/// A record: the bit and the count, or a reference to the other level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Record {
-    /// The record speaks for itself.
+    /// The record is in force.
     Says {
         /// The exclusive bit.
         exclusive: bool,
@@ -36,45 +36,45 @@ impl fmt::Display for Record {
     }
 }
 
-/// Who has the table's lock.
+/// Holder of the table's lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Lock {
-    /// Nobody.
+    /// Not held.
     Free,
     /// A pin, of this device (`Locked` to `LetGo`).
     Pin(u64),
     /// A freeze or a reset (`Begin` to `Finish`).
     Change,
-    /// In a trace: what either of them may do is allowed, to any part of the block.
+    /// In a trace: the steps of either are allowed, on any part of the block.
     Either,
 }
 
-/// How far a split or a merge has come.
+/// Progress of a split or a merge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Doing {
-    /// Neither is under way.
+    /// Neither is in progress.
     Quiet,
     /// The block's record was `was`; pages before `next` are open.
     Opening {
         /// Next page.
         next: usize,
-        /// What the block's record said.
+        /// Value of the block's record.
         was: Record,
     },
-    /// Pages before `next` are closed, and were like `first`.
+    /// Pages before `next` are closed, and were equal to `first`.
     Closing {
         /// Next page.
         next: usize,
-        /// What all must be like.
+        /// Value that all pages must have.
         first: Record,
     },
-    /// A merge was given up: pages from `next` to `end` are closed still.
+    /// A merge was given up: pages from `next` to `end` are still closed.
     Reopening {
         /// Next page.
         next: usize,
-        /// Where it had come to.
+        /// End of the closed pages.
         end: usize,
-        /// What they were like.
+        /// Value that they had.
         first: Record,
     },
 }
@@ -121,15 +121,15 @@ pub(crate) enum Step {
 /// One block and its pages.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub(crate) struct Block {
-    /// Its own record.
+    /// The block's record.
     pub(crate) record: Record,
-    /// Its pages'.
+    /// The pages' records.
     pub(crate) pages: Vec<Record>,
     /// Whether the frame behind a page is the VM's own.
     pub(crate) own: Vec<bool>,
-    /// Who has the table's lock.
+    /// Holder of the table's lock.
     pub(crate) lock: Lock,
-    /// How far a split or a merge has come.
+    /// Progress of a split or a merge.
     pub(crate) doing: Doing,
     /// The pages each device has counted, ascending.
     pub(crate) counted: BTreeMap<u64, Vec<usize>>,
@@ -137,7 +137,7 @@ pub(crate) struct Block {
 
 const CLEAR: Record = Record::Says { exclusive: false, pins: 0 };
 
-/// Why a step is none of the specification's.
+/// The reason why the specification does not allow a step.
 pub(crate) type Refusal = &'static str;
 
 fn need(holds: bool, refusal: Refusal) -> Result<(), Refusal> {
@@ -157,7 +157,7 @@ impl Block {
         }
     }
 
-    /// What is said of a page, if no split or merge has it closed.
+    /// The record of a page, if no split or merge has it closed.
     pub(crate) fn says(&self, page: usize) -> Record {
         if self.record == Record::Ask { self.pages[page] } else { self.record }
     }
@@ -209,7 +209,7 @@ impl Block {
         }
     }
 
-    /// Takes a step, or says which rule forbids it.
+    /// Takes a step, or returns the rule that forbids it.
     pub(crate) fn step(&mut self, step: Step, most: u32) -> Result<(), Refusal> {
         match step {
             Step::PinBlock(device) => {
@@ -327,8 +327,8 @@ impl Block {
             }
             Step::ReopenPage(page) => {
                 let (next, end, first) = match self.doing {
-                    // Given up because of a page that was unlike. It may have been pinned then, and
-                    // is not any more.
+                    // Given up because one page differed. That page may have been pinned then, and
+                    // no longer be.
                     Doing::Closing { next, first } if next < self.pages.len() => {
                         let unlike = self.pages[next] != first
                             || matches!(self.pages[next], Record::Says { exclusive: true, .. });
@@ -359,7 +359,7 @@ impl Block {
                     Record::Ask => return Err("a page is taken away whose record speaks for nothing"),
                     Record::Says { .. } => {}
                 }
-                // What is alike and unpinned is merged first.
+                // Equal and unpinned records are merged first.
                 let merged = self.lock == Lock::Either || self.record != Record::Ask || self.some_exclusive();
                 need(merged, "pages are taken away that should have been merged")?;
                 need(self.own[page], "a page is taken away that is not the VM's own")?;
@@ -373,7 +373,7 @@ impl Block {
         self.pages.iter().any(|page| matches!(page, Record::Says { exclusive: true, .. }))
     }
 
-    /// Whether a change has nothing left to do.
+    /// Whether a change is complete.
     fn is_settled(&self) -> bool {
         if self.record != Record::Ask {
             return true;

@@ -1,29 +1,29 @@
-//! A region as a trace shows it: its records, what is mapped in it, whose its pages are.
+//! A region as a trace shows it: its records, its mappings, and the owners of its pages.
 
 use super::frames::Under;
 use super::records::{Block, Doing, Lock, Record, Step};
 use crate::ownership::word::MAX_PINS;
 use crate::units::{BLOCK_PAGES, PageRange};
 
-/// A region, with its table and what is mapped in it.
+/// A region, with its table and its mappings.
 #[derive(Debug)]
 pub(super) struct Region {
     pub(super) at: u64,
     pub(super) pages: u64,
     pub(super) blocks: Vec<Block>,
-    /// What is mapped where.
+    /// The mappings.
     pub(super) under: Vec<Under>,
     pub(super) protected: Vec<bool>,
-    /// The thread that has the table's lock.
+    /// The thread that holds the table's lock.
     pub(super) lock: Option<u64>,
     /// The block that is being split or merged.
     pub(super) busy: Option<usize>,
-    /// The bits there were when a freeze began, and how many have begun.
+    /// The bits at the start of a freeze, and the number of freezes begun.
     pub(super) had: Vec<bool>,
     pub(super) freezes: u64,
 }
 
-/// Why, and of which page of the region.
+/// The reason, and the page of the region.
 pub(super) type Why = (Option<u64>, String);
 
 pub(super) fn why(page: u64, text: impl Into<String>) -> Why {
@@ -92,7 +92,7 @@ impl Region {
         })
     }
 
-    /// What is seen of a page.
+    /// The visible state of a page.
     pub(super) fn describe(&self, page: u64) -> String {
         if page >= self.pages {
             return "beyond the region".into();

@@ -1,4 +1,4 @@
-//! What is done to a record of the ownership table, with traces and without.
+//! The operations on a record of the ownership table, with traces and without.
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WordStep {

@@ -1,6 +1,5 @@
-//! Breaks made on purpose, and whether the validator alone notices: the scenario's own assertions
-//! come after it, or are not looked at. Each runs in a process of its own, whose trace is nobody
-//! else's.
+//! Deliberate breaks, and whether the validator alone detects them: the scenario's own assertions
+//! come later, or are ignored. Each break runs in a process of its own, with its own trace.
 
 use std::process::Command;
 
@@ -9,7 +8,7 @@ use crate::testing::sabotage::tests::{scenario_of, with_break};
 
 const NAME: &str = "CLADE_TRACE_BREAK";
 
-/// For each break: what the validator says.
+/// For each break: the validator's message.
 const TABLE: [(Break, &str); 14] = [
     (Break::PinInPlace, "I2: a page is called exclusive and is not the VM's own"),
     (Break::KeepBits, "Take: I8: a page is taken away before its bit is"),

@@ -1,4 +1,4 @@
-//! The axes, and what a row does along them.
+//! The axes, and the steps of a row along them.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -14,18 +14,18 @@ use clade_memory::{
 
 use crate::vm::{ALL, ARENA, Content, Image, Vm, WIDE, WRITTEN, seeded};
 
-/// What the pages that a row is about are when it begins.
+/// State of a row's pages at its start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum State {
     /// Written since birth, never frozen.
     Birth,
-    /// A layer's.
+    /// Provided by a layer.
     Shared,
     /// The VM's own again after a freeze.
     Exclusive,
-    /// Half of them a pattern's, half zeros.
+    /// Half of them show a pattern, half zeros.
     Reference,
-    /// A layer's that the background has still to fill.
+    /// In a layer that the background has still to fill.
     BackgroundCopy,
     /// In a file on a disk.
     Evicted,
@@ -50,17 +50,17 @@ impl State {
         Self::OneLeft,
     ];
 
-    /// What rows 22 and 23 are for.
+    /// Whether the state belongs to rows 22 and 23.
     pub(crate) fn is_another_rows(self) -> bool {
         matches!(self, Self::Mixed | Self::OneLeft | Self::BackgroundCopy | Self::Evicted | Self::Restored)
     }
 }
 
-/// Who writes, and who looks.
+/// The writer and the observer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Actor {
     Cpu,
-    /// The CPU writes while a device holds a long read pin, and must see it.
+    /// The CPU writes while a device holds a long read pin; the device must see the write.
     DeviceRead,
     /// A device writes through a pin.
     DeviceWrite,
@@ -70,14 +70,14 @@ impl Actor {
     pub(crate) const ALL: [Self; 3] = [Self::Cpu, Self::DeviceRead, Self::DeviceWrite];
 }
 
-/// How somebody else comes to see what the VM was.
+/// Order of the observations of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Order {
-    /// A child at once.
+    /// A child is started at once.
     Fork,
     /// The VM writes first; the child is made of the image afterwards.
     Snapshot,
-    /// A child at once; the VM writes, and goes back to the image.
+    /// A child is started at once; the VM writes, and is reset to the image.
     Reset,
 }
 
@@ -118,20 +118,19 @@ impl Axis {
     }
 }
 
-/// Before anything that a row writes.
+/// Written before a row's own writes.
 const AGAIN: u16 = 9;
-/// What the VM writes between an image and its use.
+/// Written by the VM between an image and its use.
 const LATER: u16 = 70;
 pub(crate) const PATTERN: u8 = 0x5a;
 
-/// VMs in the state "being filled": those that were filled before the row could begin, and the
-/// others.
+/// VMs in the state "being filled": those filled before the row could begin, and the others.
 pub(crate) static FILLING: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
 
 pub(crate) struct Case<'a> {
     pub(crate) store: &'a Store,
     pub(crate) axis: Axis,
-    /// A block of memory each.
+    /// Each takes a block of memory.
     patterns: RefCell<BTreeMap<u8, RefPage>>,
 }
 
@@ -140,7 +139,7 @@ impl<'a> Case<'a> {
         Self { store, axis, patterns: RefCell::default() }
     }
 
-    /// A VM whose [`ARENA`] is in the row's state; around it are pages of a like kind, and
+    /// A VM whose [`ARENA`] is in the row's state, surrounded by pages of a similar state and
     /// untouched ones.
     pub(crate) fn subject(&self) -> Vm {
         let mut vm = Vm::born(self.store, "VM");
@@ -150,7 +149,7 @@ impl<'a> Case<'a> {
             State::Shared => self.share(&mut vm),
             State::Exclusive => {
                 self.share(&mut vm);
-                // So many that a freeze shares most of them back, and not just copies.
+                // Enough pages that a freeze shares most of them back, instead of just copying.
                 vm.write(WRITTEN, AGAIN);
             }
             State::Reference => {
@@ -208,8 +207,8 @@ impl<'a> Case<'a> {
         vm
     }
 
-    /// All of a VM in a file, none of which is mapped. (That it is in the page cache makes no
-    /// difference to anyone but the clock.)
+    /// Puts all of a VM into a file, without mapping a page. (Pages in the page cache differ only
+    /// in timing.)
     fn on_disk(&self, vm: &Vm) -> Image {
         let file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         file.write_all_at(&vm.bytes(ALL), 0).unwrap();
@@ -237,7 +236,7 @@ impl<'a> Case<'a> {
         Image { ram, model: vm.model.clone(), report, store: self.store.clone() }
     }
 
-    /// Freezes as the case says.
+    /// Freezes in the case's mode.
     pub(crate) fn freeze(&self, vm: &Vm) -> Image {
         self.freeze_in(self.axis.mode, vm)
     }
@@ -270,9 +269,9 @@ impl<'a> Case<'a> {
         );
     }
 
-    /// The VM and an image of it, with a child, in the case's order; `held` says that devices hold
-    /// pins, which a reset must respect. The VM ends up with other contents than the image's in the
-    /// order "snapshot" only, and never in `keep`.
+    /// The VM and an image of it, with a child, in the case's order. `held`: devices hold pins,
+    /// which a reset must respect. The VM ends up with contents other than the image's only in the
+    /// order "snapshot", and never in `keep`.
     fn cloned(&self, vm: &mut Vm, keep: PageRange, held: bool) -> (Image, Vm) {
         let image = self.freeze(vm);
         if self.axis.order == Order::Fork {
@@ -300,24 +299,24 @@ impl<'a> Case<'a> {
         (image, child)
     }
 
-    /// A clone of a VM that no device is at work on.
+    /// A clone of a VM without active devices.
     pub(crate) fn clone_of(&self, vm: &mut Vm) -> (Image, Vm) {
         // All of the arena is written in between, and more on both sides.
         self.cloned(vm, PageRange::new(0, WIDE.start()), false)
     }
 
-    /// A clone of a VM of which devices hold `held`.
+    /// A clone of a VM with `held` pinned by devices.
     pub(crate) fn clone_under_pins(&self, vm: &mut Vm, held: PageRange) -> (Image, Vm) {
         self.cloned(vm, held, true)
     }
 
-    /// Protects what the VM owns, and lifts it again: copying done, or given up because nobody
-    /// wants the copy.
+    /// Protects the VM's own pages, and lifts the protection: after a complete copy, or after a
+    /// copy abandoned because its layer has no user.
     pub(crate) fn protect_and_unprotect(&self, vm: &Vm) {
         for wanted in [true, false] {
             let image = match vm.ram.freeze_in(FreezeMode::Background, &Quiesced::by(&clade_memory::NoWriters)) {
                 Ok((image, _)) => image,
-                // Over a file on a disk only without.
+                // Over a file on a disk, only without a background freeze.
                 Err(RamError::Background(_)) if matches!(self.axis.state, State::Evicted | State::Restored) => return,
                 Err(error) => panic!("{error}"),
             };

@@ -1,24 +1,23 @@
 //! The kernel's own tests of copy-on-write, pins and tracking (cow.c, gup_longterm.c, and those of
-//! userfaultfd, pagemap, mkdirty and ksm), retold for VMs: one table of rows, each walked over its
+//! userfaultfd, pagemap, mkdirty and ksm), adapted to VMs: one table of rows, each run over its
 //! axes.
 //!
 //! ```text
-//!   page state   birth | shared | exclusive | reference | being filled | evicted | mixed | all but one page discarded
+//!   page state   birth | shared | exclusive | reference | filling | evicted | mixed | one left
 //!   backing      huge | 4 KiB
-//!   actor        CPU | device read | device write        (a thread; io_uring's registered buffers)
-//!   order        fork | snapshot | reset                 (child at once; image adopted later; the VM itself goes back)
+//!   actor        CPU | device read | device write   (a thread; io_uring's registered buffers)
+//!   order        fork | snapshot | reset            (child at once; image adopted later; VM reset)
 //!   freeze       eager | in the background
 //! ```
 //!
-//! "Not loaded" is two states here: being filled (by a background freeze that has not got there)
-//! and evicted. Rows 22 and 23 are rows 1-14 again, over mixed blocks and over pages that are not
-//! loaded. A combination that has no meaning, or that this host cannot do, is *skipped*: listed
+//! "Not loaded" is two states here: being filled (by a background freeze that has not reached the
+//! page) and evicted. Rows 22 and 23 are rows 1-14 again, over mixed blocks and over pages that are
+//! not loaded. A combination that is meaningless, or unsupported by this host, is *skipped*: listed
 //! once with its reason, and not counted as run.
 //!
-//! With devices and snapshots, not here: 31 (one fault a page of a lazy restore), 32 (a page that
-//! is unavailable is a named error) and 34 (a corrupt page stops only its VM). There is no dirty
-//! query in the interface; what rows 36-38 ask of one is asked of what stands for it, the
-//! statistics and what a freeze takes.
+//! Rows 31 (one fault per page of a lazy restore), 32 (an unavailable page is a named error) and 34
+//! (a corrupt page stops only its VM) are with the tests of devices and snapshots. The interface
+//! has no dirty query; rows 36-38 check the statistics and the pages taken by a freeze instead.
 
 #![allow(clippy::unwrap_used, reason = "a test, although not every function of it is one")]
 

@@ -10,7 +10,7 @@ use crate::vm::{ALL, ARENA, Content, UNTOUCHED, Vm, WIDE};
 const ITS_OWN_PAGES: Skip = (|axis: &Axis| axis.state != State::Birth, "the row makes its own pages");
 const NO_BACKGROUND: Skip = (|axis: &Axis| axis.mode == FreezeMode::Eager, "without write protection it is row 1");
 
-/// A device that reads, and lets go, is a part of what collapses.
+/// `split_and_collapse` itself includes a device that reads.
 const HAS_ITS_READER: Skip = (|axis: &Axis| axis.actor == Actor::DeviceRead, "the row has a device that reads");
 
 const BLOCK: PageRange = PageRange::new(0, BLOCK_PAGES);
@@ -70,7 +70,7 @@ pub(crate) fn rows() -> Vec<Row> {
 
 fn parent_overwrites(case: &Case<'_>) {
     let mut parent = case.subject();
-    // These, like everything a row makes, are checked to the last byte once more when they go.
+    // Like all VMs and images of a row, these are checked completely once more when dropped.
     let (_image, _child) = case.clone_of(&mut parent);
     case.overwrite(&mut parent, ALL, 2);
 }
@@ -86,7 +86,7 @@ fn siblings(case: &Case<'_>) {
     let mut parent = case.subject();
     let (image, mut one) = case.clone_of(&mut parent);
     let mut two = case.child(&image);
-    // Seen by the other before: what is mapped already must not change either.
+    // The other one maps the pages first: existing mappings must not change either.
     two.check("before its sibling writes");
     case.overwrite(&mut one, ARENA, 2);
     case.overwrite(&mut two, PageRange::new(ARENA.start() + 10, ARENA.end()), 3);
@@ -113,8 +113,8 @@ fn with_protection(case: &Case<'_>) {
     }
 }
 
-/// Splits the block's record by pinning a part of it, lets go, and has the kernel collapse the
-/// block if it likes; the record is merged by the next freeze that shares all of it.
+/// Splits the block's record by pinning a part of it, drops the pin, and lets the kernel collapse
+/// the block. The next freeze that shares the whole block merges the record.
 fn split_and_collapse(vm: &Vm) {
     drop(vm.device(PageRange::new(3, 9), Access::Write, PinLifetime::Transient));
     drop(vm.device(PageRange::new(BLOCK.end() - 4, BLOCK.end()), Access::Read, PinLifetime::LongTerm));
@@ -150,8 +150,8 @@ fn collapsed_shared(case: &Case<'_>) {
     let mut parent = case.subject();
     split_and_collapse(&parent);
     drop(case.freeze(&parent));
-    // The whole block is pinned by one record, then a part of it by records of their own, and a
-    // clone comes between.
+    // The whole block is pinned by one record, then a part of it by records of their own, with a
+    // clone in between.
     let mut whole = parent.device(BLOCK, Access::Write, PinLifetime::LongTerm);
     let mut part = parent.device(PageRange::new(100, 120), Access::Write, PinLifetime::LongTerm);
     let (_, child) = case.clone_under_pins(&mut parent, BLOCK);
@@ -181,7 +181,7 @@ fn collapsed_partly(case: &Case<'_>) {
 
 fn first_write(case: &Case<'_>) {
     let mut parent = case.subject();
-    // The same pattern elsewhere: writing here must not show there.
+    // The same pattern elsewhere, where writes to this one must not show.
     case.show(&mut parent, PageRange::new(5, 8), 0x77);
     case.show(&mut parent, PageRange::new(10, 13), 0);
     let (image, mut one) = case.clone_of(&mut parent);
@@ -202,7 +202,7 @@ fn untouched(case: &Case<'_>) {
     let image = case.freeze(&parent);
     case.overwrite(&mut parent, UNTOUCHED, 2);
     image.check("after its source has touched a page");
-    // The same where the page is a hole two layers down.
+    // The same for a hole two layers down.
     let mut child = case.child(&image);
     case.overwrite(&mut child, PageRange::with_len(UNTOUCHED.start(), 1), 3);
     let (_, _grandchild) = case.clone_of(&mut child);

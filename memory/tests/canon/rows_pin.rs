@@ -69,8 +69,7 @@ pub(crate) fn rows() -> Vec<Row> {
     ]
 }
 
-/// What a device that holds `range` must be able to do: see the CPU's writes, and have its own
-/// seen.
+/// Requirements on a device that holds `range`: it sees the CPU's writes, and its own are seen.
 fn coherent(vm: &mut Vm, device: &mut Device, writes: bool, seed: u16) {
     let range = device.pin().range();
     vm.check_device(device, "at first");
@@ -87,8 +86,8 @@ fn unmapped_in_child(case: &Case<'_>, protect: bool) {
     let mut parent = case.subject();
     let (_image, mut child) = case.clone_of(&mut parent);
     let mut device = child.device(HELD, Access::Read, PinLifetime::LongTerm);
-    // A short read of pages that are not the child's own holds their frames read-only, as
-    // CVE-2020-29374 did.
+    // A short read of pages that the child does not own holds their frames read-only, as in
+    // CVE-2020-29374.
     let elsewhere = PageRange::new(300, 310);
     let short = child.pin(elsewhere, Access::Read, PinLifetime::Transient);
     let splice = Splice::of(&short);
@@ -97,7 +96,7 @@ fn unmapped_in_child(case: &Case<'_>, protect: bool) {
         case.protect_and_unprotect(&child);
     }
     drop(short);
-    // All of it is given back but what the device holds (I7).
+    // All pages are freed except those that the device holds (I7).
     let gone = child.region().discard(ALL).unwrap();
     assert_eq!((gone.discarded, gone.pinned), (PAGES - HELD.len(), HELD.len()));
     for zero in [PageRange::new(0, HELD.start()), PageRange::new(HELD.end(), PAGES)] {
@@ -107,7 +106,7 @@ fn unmapped_in_child(case: &Case<'_>, protect: bool) {
     assert!(splice.read() == old, "R28: a child's read reference shows the parent's later writes");
     child.check_device(&mut device, "after the child has discarded and the parent written");
     child.check("after it has discarded");
-    // The child dies: the device has the frames to itself.
+    // The child dies: the frames belong to the device alone.
     let held = device.read();
     child.kill();
     case.overwrite(&mut parent, WIDE, 3);
@@ -176,7 +175,7 @@ fn read_pin(case: &Case<'_>, alone: bool, protect: bool) {
     let (kept, gone): (Option<(Image, Vm)>, _) = if alone { (None, Some(sharers)) } else { (Some(sharers), None) };
     drop(gone);
     let pin = parent.pin(HELD, Access::Read, PinLifetime::LongTerm);
-    // Before any device makes the kernel look: registering would unshare by itself.
+    // Before a device is registered, which would unshare by itself.
     let owned = parent.owned();
     for page in HELD.start()..HELD.end() {
         assert_eq!(
@@ -258,8 +257,8 @@ fn all_kinds(case: &Case<'_>) {
         }
         case.freeze(&vm).check("at once");
     }
-    // A short read of what is not the VM's own is of what was there when it began; nothing is
-    // copied for it.
+    // A short read of pages that the VM does not own sees the bytes at its start; no page is copied
+    // for it.
     let mut reader = case.child(&image);
     let before = reader.bytes(ARENA);
     let pin = reader.pin(ARENA, Access::Read, PinLifetime::Transient);
@@ -272,7 +271,7 @@ fn all_kinds(case: &Case<'_>) {
     refused(case, &vm);
 }
 
-/// What cannot be pinned is refused by name, and nothing stays pinned.
+/// Ranges that cannot be pinned are refused by name, and no page stays pinned.
 fn refused(case: &Case<'_>, vm: &Vm) {
     let region = vm.region();
     let empty = Vm::reserve(case.store, "reserved");

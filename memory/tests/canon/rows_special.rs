@@ -1,4 +1,4 @@
-//! Rows that have no axes but the backing: 25, 39, 41.
+//! Rows without axes except the backing: 25, 39, 41.
 
 use std::fs;
 use std::path::Path;
@@ -35,15 +35,14 @@ pub(crate) fn rows() -> Vec<Row> {
 
 // --- 25 ---
 
-/// Set in the process that does without a system call.
+/// Set in the process that lacks a system call.
 const WITHOUT: &str = "CLADE_CANON_WITHOUT";
 const SECCOMP_DATA_NR: u32 = 0;
 const SECCOMP_DATA_ARG1: u32 = 24;
 const USERFAULTFD_IOC_NEW: u32 = 0xaa00;
 const PAGEMAP_SCAN: u32 = 0xc060_6610;
 
-/// From now on, and for ever, this thread and its children are refused one system call, or one
-/// ioctl.
+/// Permanently denies one system call, or one ioctl, to this thread and its children.
 fn refuse(call: libc::c_long, command: Option<u32>) {
     let load =
         |at| libc::sock_filter { code: (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16, jt: 0, jf: 0, k: at };
@@ -76,7 +75,7 @@ fn named_at_the_start(store: &Store) -> Result<(), (&'static str, String)> {
     Ok(())
 }
 
-/// In a process of its own, which row 25 starts; nothing elsewhere.
+/// Runs in a process of its own, started by row 25; does nothing elsewhere.
 #[test]
 fn without_a_kernel_feature() {
     let Ok(without) = std::env::var(WITHOUT) else { return };
@@ -105,8 +104,8 @@ fn without_a_kernel_feature() {
             println!("{error}");
         }
     }
-    // Everything else goes on: a freeze that may choose is eager, and one that must not is refused
-    // with nothing changed.
+    // Everything else works: a freeze in mode Auto is eager, and one that must run in the
+    // background is refused without a change.
     let mut vm = Vm::with_pages(&store, "VM", 2048);
     vm.ram.populate().unwrap();
     drop(vm.ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).unwrap());
@@ -127,16 +126,16 @@ fn without_a_kernel_feature() {
 
 const WRITERS: u64 = 6;
 const PAGES_EACH: u64 = 8;
-/// Rounds at least, and how many there may be until freezes enough have met writes.
+/// Minimum rounds, and the maximum until enough freezes have coincided with writes.
 const ROUNDS: u64 = 1_000;
 const MAX_ROUNDS: u64 = 100 * ROUNDS;
 const FREEZES: u32 = 20;
-/// Writers by DMA; the others are CPUs, which stand still for each freeze.
+/// Writers by DMA; the others are CPUs, which stop for each freeze.
 const DEVICES: u64 = 3;
 
 struct Writer {
     pages: PageRange,
-    /// The round it has begun to write, and the last that is written.
+    /// The round that is being written, and the last complete one.
     begun: AtomicU64,
     done: AtomicU64,
 }
@@ -150,7 +149,7 @@ fn write_rounds(writer: &Writer, ram: &GuestRam, device: bool, standing: &RwLock
         let pages = |value: u64| value.to_le_bytes().repeat(writer.pages.bytes() / 8);
         writer.begun.store(round, Ordering::Release);
         if device {
-            // A pin for each request: most of them meet pages that a freeze has just taken.
+            // A pin per request: most of them meet pages that a freeze has just taken.
             let pin = region.pin(writer.pages, Access::Write, PinLifetime::Transient).unwrap();
             Device::attach(pin).put(0, &pages(round));
         } else {
@@ -159,13 +158,13 @@ fn write_rounds(writer: &Writer, ram: &GuestRam, device: bool, standing: &RwLock
         }
         writer.done.store(round, Ordering::Release);
         if !device {
-            // A vCPU has other things to do; the lock would never be free.
+            // Yields the lock, which would never be free otherwise.
             thread::sleep(Duration::from_micros(20));
         }
     }
 }
 
-/// Words of a writer's pages that are of no round in between.
+/// A word of a writer's pages that belongs to no round in between.
 fn stray(ram: &GuestRam, writer: &Writer, from: u64, to: u64) -> Option<u64> {
     let mut got = vec![0; writer.pages.bytes()];
     ram.memory().read_slice(&mut got, GuestAddress(writer.pages.offset())).unwrap();
@@ -194,8 +193,8 @@ fn nothing_lost(store: &Store) -> Result<(), (&'static str, String)> {
             let mode = if background && freezes % 2 == 1 { FreezeMode::Background } else { FreezeMode::Eager };
             let standing = standing.write().unwrap();
             let before: Vec<u64> = writers.iter().map(|writer| writer.done.load(Ordering::Acquire)).collect();
-            // Fetch and clear: what was written since goes into the image, and is nobody's own any
-            // more.
+            // Fetch and clear: pages written since go into the image, and are no longer the VM's
+            // own.
             let (image, _) = ram.freeze_in(mode, &Quiesced::by(&clade_memory::NoWriters)).unwrap();
             let after: Vec<u64> = writers.iter().map(|writer| writer.begun.load(Ordering::Acquire)).collect();
             drop(standing);
@@ -232,11 +231,11 @@ fn nothing_lost(store: &Store) -> Result<(), (&'static str, String)> {
 // --- 41 ---
 
 const KSM: &str = "/sys/kernel/mm/ksm";
-/// The scans of the kernel in which it must have merged the pages.
+/// Number of the kernel's scans within which it must have merged the pages.
 const MAX_SCANS: u64 = 20;
 
-/// Switches merging on for the whole host, and restores the settings when it is dropped, also in a
-/// panic. The lock keeps tests of other processes from doing the same meanwhile.
+/// Switches merging on for the whole host, and restores the settings on drop, also in a panic. The
+/// lock excludes tests of other processes meanwhile.
 struct Merging {
     was: Vec<(&'static str, String)>,
     _lock: fs::File,
@@ -269,7 +268,7 @@ fn merged_pages() -> u64 {
     fs::read_to_string("/proc/self/ksm_merging_pages").ok().and_then(|n| n.trim().parse().ok()).unwrap_or(0)
 }
 
-/// Scans of all mergeable memory that the kernel has completed. It merges pages that two scans have
+/// Number of complete scans of all mergeable memory. The kernel merges pages that two scans have
 /// found unchanged.
 fn full_scans() -> u64 {
     fs::read_to_string(Path::new(KSM).join("full_scans")).ok().and_then(|n| n.trim().parse().ok()).unwrap_or(0)
@@ -280,7 +279,7 @@ fn merged(store: &Store) -> Result<(), (&'static str, String)> {
     static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
     let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let _merging = Merging::start().map_err(|error| ("ksm", format!("{KSM} cannot be switched on: {error}")))?;
-    // Private copies with the same bytes in two VMs that have nothing to do with each other.
+    // Private copies with the same bytes in two unrelated VMs.
     let twin = |who| {
         let mut vm = Vm::born(store, who);
         drop(vm.ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).unwrap());
@@ -288,14 +287,14 @@ fn merged(store: &Store) -> Result<(), (&'static str, String)> {
         vm.ram.memory().write_slice(&bytes, GuestAddress(ARENA.offset())).unwrap();
         vm.holds(ARENA, Content::Byte(0x6b));
         let at = (vm.region().host_address() + ARENA.offset()) as *mut libc::c_void;
-        // SAFETY: merging does not change what is read.
+        // SAFETY: merging does not change the pages' contents.
         let allowed = unsafe { libc::madvise(at, ARENA.bytes(), libc::MADV_MERGEABLE) };
         (allowed == 0).then_some(vm).ok_or(("ksm", "MADV_MERGEABLE is refused".to_owned()))
     };
     let (mut one, mut two) = (twin("VM")?, twin("twin")?);
     let (scans, mut patience) = (full_scans(), Patience::default());
     while merged_pages() < ARENA.len() {
-        // The patience is for a kernel that does not scan at all.
+        // The patience covers a kernel that does not scan at all.
         if full_scans() > scans + MAX_SCANS || !patience.tick() {
             return Err(("ksm", format!("the kernel has merged nothing in {MAX_SCANS} scans of the memory")));
         }

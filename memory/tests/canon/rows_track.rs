@@ -1,5 +1,5 @@
-//! Rows of tracking: what is whose, while pages are protected, filled, moved and asked about.
-//! 26-29, 33, 35-38, 40.
+//! Rows of tracking: page ownership while pages are protected, filled, moved and queried. 26-29,
+//! 33, 35-38, 40.
 
 use std::thread;
 
@@ -58,8 +58,8 @@ fn filled_twice(case: &Case<'_>) {
     parent.write(WRITTEN, 2);
     let image = case.freeze(&parent);
     let (one, two) = (case.child(&image), case.child(&image));
-    // The parent's writers, two children's readers, a device and the background thread all want the
-    // same pages first.
+    // The parent's writers, two children's readers, a device and the background thread compete for
+    // the same pages.
     thread::scope(|scope| {
         scope.spawn(|| one.check("while it is filled"));
         scope.spawn(|| two.check("while it is filled"));
@@ -79,7 +79,8 @@ fn moved(case: &Case<'_>) {
     let evict = |vm: &Vm| vm.region().evict(ARENA, dir, &Quiesced::by(&clade_memory::NoWriters)).unwrap().written;
     let _image = case.freeze(&vm);
     vm.ram.finish_background().unwrap();
-    // The page map tells a zero page that was only read from a copy by nothing but its number.
+    // In the page map only the frame number distinguishes a copy from a zero page that was only
+    // read.
     let copied = |page: &u64| ARENA.contains(*page) && vm.model[*page as usize] != Content::Zero;
     let own = vm.owned().into_iter().filter(copied).count() as u64;
     assert_eq!(evict(&vm), own, "what is moved is the VM's own: a layer's page is not");
@@ -149,15 +150,15 @@ fn used_again(case: &Case<'_>) {
     vm.write(WRITTEN, 2);
     let at = vm.region().host_address();
     let image = case.freeze(&vm);
-    // It goes while its pages are protected, and its address is free when the copy is complete;
-    // somebody else's memory comes to it.
+    // The VM is dropped while its pages are protected, and its address is free when the copy
+    // completes. Memory of another VM is then placed there.
     drop(vm);
     image.ram.finish_background().unwrap();
     let mut others: Vec<Vm> = Vec::new();
     while others.len() < 8 && others.iter().all(|vm| vm.region().host_address() != at) {
         others.push(Vm::born(case.store, "VM at a used address"));
     }
-    // The last one is it, or as near as the other backing's walk has left room for.
+    // The last one is at that address, or as near as the other backing's run permits.
     others.drain(..others.len() - 1);
     for other in &mut others {
         case.overwrite(other, ALL, 3);
@@ -166,7 +167,7 @@ fn used_again(case: &Case<'_>) {
     }
 }
 
-/// More runs than the kernel is asked for at a time.
+/// More runs than one query of the kernel returns.
 const MANY: u64 = 3 * BLOCK_PAGES + 30;
 
 fn sane(case: &Case<'_>) {
@@ -193,7 +194,7 @@ fn sane(case: &Case<'_>) {
     assert_eq!(many.owned(), odd.clone().map(PageRange::start).collect::<Vec<_>>(), "by the page map");
     assert_eq!(many.exclusive(), MANY / 2, "exact beyond what one answer of the kernel holds");
     let image = case.freeze(&many);
-    // Gaps that were closed are copied too; what is the VM's own is never left out.
+    // Closed gaps are copied too; the VM's own pages are never left out.
     assert!(image.report.copied >= MANY / 2, "{:?}", image.report);
     case.overwrite(&mut many, PageRange::new(0, MANY), 3);
 }
@@ -234,7 +235,7 @@ fn nothing_forgotten(case: &Case<'_>) {
     let mut vm = case.subject();
     let mut images: Vec<Image> = Vec::new();
     for round in 0..6u16 {
-        // Fewer than a freeze leaves with the VM, and more.
+        // Fewer pages than a freeze leaves with the VM, and more.
         let pages = if round % 2 == 0 { PageRange::new(300, 320) } else { WRITTEN };
         case.overwrite(&mut vm, pages, 10 + round);
         if case.axis.mode == FreezeMode::Background {
@@ -247,7 +248,7 @@ fn nothing_forgotten(case: &Case<'_>) {
         images.push(case.freeze(&vm));
     }
     case.overwrite(&mut vm, WIDE, 50);
-    // Back, and forward again from there: what comes next is based on what it went back to.
+    // Back, and forward again: later freezes are based on the image of the reset.
     vm.ram.reset(&images[1].ram, &Quiesced::by(&clade_memory::NoWriters), std::time::Duration::ZERO).unwrap();
     vm.model.clone_from(&images[1].model);
     images.push(case.freeze(&vm));
@@ -255,8 +256,8 @@ fn nothing_forgotten(case: &Case<'_>) {
     images.push(case.freeze(&vm));
 }
 
-/// Pins, attached devices and populated pages make the kernel mark pages dirty and writable, with
-/// nothing written.
+/// Pins, attached devices and populated pages make the kernel mark pages dirty and writable without
+/// a write.
 fn marked_dirty(case: &Case<'_>) {
     let mut parent = case.subject();
     let (_image, mut child) = case.clone_of(&mut parent);

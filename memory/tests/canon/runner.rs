@@ -1,4 +1,4 @@
-//! Walks the table, and says what ran, what was skipped and why, and what failed.
+//! Runs the table, and reports the rows run, the rows skipped with their reasons, and the failures.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,33 +14,33 @@ use clade_test_support::{Watchdog, wait_eq};
 use crate::AGAIN;
 use crate::case::{Axis, Case, FILLING, State};
 
-/// When a combination is left out, and why.
+/// The condition under which a combination is left out, and the reason.
 pub(crate) type Skip = (fn(&Axis) -> bool, &'static str);
 
 pub(crate) enum Run {
-    /// Every combination but those left out.
+    /// Every combination except the skipped ones.
     Axes(&'static [Skip], fn(&Case<'_>)),
     /// Rows 1-14 in these states.
     Again(&'static [State]),
-    /// Once a backing; an error is the reason why it was skipped, after the tier it belongs to.
+    /// Once per backing; an error is the reason for skipping, after its tier.
     Once(fn(&Store) -> Result<(), (&'static str, String)>),
 }
 
 pub(crate) struct Row {
     pub(crate) number: u32,
     pub(crate) name: &'static str,
-    /// The leak it guards against.
+    /// The leak that the row guards against.
     pub(crate) guards: &'static str,
     pub(crate) run: Run,
 }
 
-/// Left out of every row.
+/// Skipped in every row.
 const ALWAYS: &[Skip] = &[(
     |axis| matches!(axis.state, State::Evicted | State::Restored) && axis.mode == FreezeMode::Background,
     "pages over a file on a disk cannot be write-protected, and are frozen eagerly",
 )];
 
-/// Failures after which the rest of a row is not run.
+/// Number of failures after which the rest of a row is skipped.
 const ENOUGH: usize = 3;
 const HANG_LIMIT: Duration = Duration::from_secs(600);
 
@@ -52,7 +52,7 @@ struct Tally {
     failures: Vec<String>,
 }
 
-/// One backing's walk.
+/// The run over one backing.
 struct Walk<'t> {
     table: &'t [Row],
     backing: Backing,
@@ -60,7 +60,7 @@ struct Walk<'t> {
     background: Result<(), String>,
     at: Arc<Mutex<String>>,
     tallies: Vec<Tally>,
-    /// What was left out of every row.
+    /// Combinations that are skipped in every row.
     always: BTreeMap<&'static str, usize>,
 }
 
@@ -117,7 +117,7 @@ impl<'t> Walk<'t> {
         format!("{} {} ({}), {} pages", row.number, row.name, row.guards, self.backing.name())
     }
 
-    /// The combinations of row `inner`, on the account of row `at`.
+    /// Runs the combinations of row `inner` on behalf of row `at`.
     fn axes(&mut self, at: usize, inner: usize, skips: &[Skip], run: fn(&Case<'_>), states: Option<&[State]>) {
         let again = AGAIN.contains(&self.table[inner].number);
         let stride = clade_test_support::stride();
@@ -135,7 +135,7 @@ impl<'t> Walk<'t> {
                 self.skip(at, why);
                 continue;
             }
-            // So that each value of an axis meets each of the others in some row.
+            // Ensures that each value of an axis meets each of the others in some row.
             let diagonal = index % 6 + index / 6 + index / 18 + self.table[inner].number as usize;
             if !diagonal.is_multiple_of(stride) {
                 self.skip(at, "with a stride of more than 1 (CLADE_TEST_STRIDE)");
@@ -158,8 +158,8 @@ impl<'t> Walk<'t> {
         self.nothing_held(at, &format!("{}, after all its combinations", self.title(inner)));
     }
 
-    /// Layers are put away a moment after their last user has gone: waiting for that after each
-    /// combination would take longer than it.
+    /// Layers are freed a moment after their last user is dropped: waiting for that after each
+    /// combination would take longer than the combination.
     fn nothing_held(&mut self, at: usize, what: &str) {
         let ran = self.tallies[at].ran;
         self.attempt(at, what, expect_nothing_held);
@@ -181,7 +181,7 @@ impl<'t> Walk<'t> {
                 let text = panic.downcast_ref::<String>().map(String::as_str);
                 let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("a panic");
                 self.tallies[at].failures.push(format!("{what}: {text}"));
-                // What it left behind is not the next case's.
+                // The next case does not share its leftovers.
                 self.store = open(self.backing);
             }
         }
@@ -200,7 +200,7 @@ fn open_files() -> usize {
 
 /// Runs the table over both backings, one thread each.
 pub(crate) fn run(table: &[Row]) {
-    // What the first region has the process keep for good: an eventfd.
+    // The first region leaves one permanent descriptor in the process: an eventfd.
     let store = Store::open_small().unwrap();
     drop(GuestRam::reserve(&RamLayout::new(PAGE_SIZE).unwrap(), &store).unwrap());
     drop(store);
@@ -213,7 +213,7 @@ pub(crate) fn run(table: &[Row]) {
         let _watchdog = Watchdog::new(HANG_LIMIT, move || places.iter().map(place).collect::<Vec<_>>().join("; "));
         thread::scope(|scope| {
             let started: Vec<_> = walks.iter_mut().map(|walk| scope.spawn(|| walk.walk())).collect();
-            // Joined, not just waited for: a thread's devices go when it has ended.
+            // Joined, not just waited for: a thread's devices are freed at its end.
             started.into_iter().for_each(|thread| thread.join().expect("a walk that goes through"));
         });
         for (why, count) in walks.iter().flat_map(|walk| &walk.always) {

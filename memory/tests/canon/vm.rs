@@ -1,4 +1,5 @@
-//! VMs and images with a model: what each page must hold. Both are checked once more when they go.
+//! VMs and images with a model of the contents of each page. Both are checked once more when
+//! dropped.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -14,10 +15,9 @@ use crate::dma::Device;
 
 /// One whole block and a part of one.
 pub(crate) const PAGES: u64 = 512 + 60;
-/// The pages that a row is about: on both sides of the block's edge.
+/// The pages of a row: on both sides of the block's edge.
 pub(crate) const ARENA: PageRange = PageRange::new(490, 530);
-/// Pages written at birth: more than a freeze copies and leaves where they are. The rest is
-/// untouched.
+/// Pages written at birth: more than a freeze copies in place. The rest is untouched.
 pub(crate) const WRITTEN: PageRange = PageRange::new(280, 560);
 /// Never written by [`crate::case::Case::subject`].
 pub(crate) const UNTOUCHED: PageRange = PageRange::new(560, PAGES);
@@ -26,22 +26,22 @@ pub(crate) const WIDE: PageRange = PageRange::new(440, PAGES);
 pub(crate) const ALL: PageRange = PageRange::new(0, PAGES);
 const PAGE: usize = PAGE_SIZE as usize;
 
-/// What a page holds.
+/// Contents of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Content {
     Zero,
-    /// One byte all over, as reference pages are.
+    /// The same byte everywhere, as in reference pages.
     Byte(u8),
-    /// Words that no other page or seed has.
+    /// Words that are unique to the page and the seed.
     Seed(u16),
 }
 
 impl Content {
-    /// Whether a page is so.
+    /// Whether a page has these contents.
     fn is(self, page: u64, got: &[u8; PAGE]) -> bool {
         let words = || got.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word));
         match self {
-            // The whole page, or nothing: a fold without a branch is what the compiler makes wide.
+            // The whole page, without early exit: the compiler vectorizes a fold without branches.
             Self::Zero => words().fold(0, |seen, word| seen | word) == 0,
             Self::Byte(byte) => {
                 let want = u64::from_le_bytes([byte; 8]);
@@ -70,7 +70,7 @@ impl Content {
     }
 }
 
-/// What pages of `range` hold after a write with `seed`.
+/// Contents of the pages of `range` after a write with `seed`.
 pub(crate) fn seeded(range: PageRange, seed: u16) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(range.bytes());
     (range.start()..range.end()).for_each(|page| bytes.extend_from_slice(&Content::Seed(seed).bytes(page)));
@@ -81,7 +81,7 @@ pub(crate) struct Vm {
     pub(crate) ram: GuestRam,
     pub(crate) model: Vec<Content>,
     pub(crate) who: &'static str,
-    /// Relatives that a state brought with it: they must not notice anything.
+    /// Relatives made along with a state: they must not notice any change.
     pub(crate) kin: Vec<Vm>,
     pub(crate) images: Vec<Image>,
 }
@@ -116,7 +116,7 @@ impl Vm {
         self.holds(range, Content::Seed(seed));
     }
 
-    /// Says what `range` holds from now on.
+    /// Records the contents of `range`.
     pub(crate) fn holds(&mut self, range: PageRange, content: Content) {
         self.model[range.start() as usize..range.end() as usize].fill(content);
     }
@@ -136,10 +136,10 @@ impl Vm {
         got
     }
 
-    /// Every byte, as the CPU sees it.
+    /// Checks every byte, as the CPU sees it.
     pub(crate) fn check(&self, when: &str) {
         thread_local! {
-            /// Fresh memory for each look would cost more than the look.
+            /// Reused, because fresh memory for each check would cost more than the check.
             static ROOM: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
         }
         ROOM.with_borrow_mut(|room| {
@@ -149,19 +149,19 @@ impl Vm {
         });
     }
 
-    /// What a device sees of `range` is what the CPU must see.
+    /// Checks that a device sees the same contents of `range` as the CPU.
     pub(crate) fn check_device(&self, device: &mut Device, when: &str) {
         let range = device.pin().range();
         let model = &self.model[range.start() as usize..range.end() as usize];
         compare(&device.read(), range.start(), model, &format!("a device of the {} {when}", self.who));
     }
 
-    /// Pages that are its own, by the statistics.
+    /// Number of its own pages according to the statistics.
     pub(crate) fn exclusive(&self) -> u64 {
         self.ram.stats().unwrap().exclusive
     }
 
-    /// Pages that are private copies, as the kernel's page map says: not a file's, so also zeros
+    /// Private copies according to the kernel's page map: not file-backed, which includes zeros
     /// without a file that were only read.
     pub(crate) fn owned(&self) -> Vec<u64> {
         const PRESENT_OR_SWAPPED: u64 = 3 << 62;
@@ -171,7 +171,7 @@ impl Vm {
         owned.map(|(page, _)| page).collect()
     }
 
-    /// The frames behind `range`, which only a privileged process may know; zeros for others.
+    /// The frames behind `range`. Only a privileged process gets their numbers; zeros for others.
     pub(crate) fn frames(&self, range: PageRange) -> Vec<u64> {
         let entries = &self.page_map()[range.start() as usize..range.end() as usize];
         entries.iter().map(|entry| entry & ((1 << 55) - 1)).collect()
@@ -184,7 +184,7 @@ impl Vm {
         entries.as_chunks::<8>().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect()
     }
 
-    /// It dies with devices still at work: nothing is asked of it any more.
+    /// Drops the VM while its devices are still active, and skips its last check.
     pub(crate) fn kill(mut self) {
         self.model.clear();
     }
@@ -209,7 +209,7 @@ impl Drop for Vm {
     }
 }
 
-/// An image, the model of its instant, and what the freeze said.
+/// An image, the model of its instant, and the freeze's report.
 pub(crate) struct Image {
     pub(crate) ram: RamImage,
     pub(crate) model: Vec<Content>,
@@ -218,7 +218,7 @@ pub(crate) struct Image {
 }
 
 impl Image {
-    /// Every byte of a VM made of it now.
+    /// Checks every byte of a VM newly made of the image.
     pub(crate) fn check(&self, when: &str) {
         let vm = Vm::adopt(&self.store, self, "image");
         vm.check(when);

@@ -1,9 +1,9 @@
 //! DMA by the kernel into guest frames: io_uring with registered buffers. The frames are looked up
-//! once, at registration; what is mapped at the address later is of no interest to it. That is what
-//! makes it a device.
+//! once, at registration, and later mappings at the address have no effect on them. This makes it a
+//! device.
 //!
-//! A thread's devices share one ring with a table of buffers: a ring costs more than all that a
-//! device does with it.
+//! A thread's devices share one ring with a table of buffers: a ring costs more than all operations
+//! of a device.
 
 #![allow(dead_code, reason = "not every test needs all of it")]
 
@@ -18,10 +18,10 @@ use std::rc::Rc;
 use clade_memory::{DmaPin, PinLifetime};
 use io_uring::{IoUring, opcode, types};
 
-/// Devices of one thread at a time.
+/// Maximum number of concurrent devices of one thread.
 const DEVICES: u32 = 1024;
 
-/// What a thread's devices share.
+/// State shared by a thread's devices.
 struct Bus {
     ring: RefCell<IoUring>,
     free: RefCell<Vec<u32>>,
@@ -39,14 +39,14 @@ impl Bus {
         // SAFETY: the name is a valid C string.
         let fd = unsafe { libc::memfd_create(c"disk".as_ptr(), libc::MFD_CLOEXEC) };
         assert!(fd >= 0);
-        // SAFETY: fd was just made and belongs to nobody else.
+        // SAFETY: fd was just made and has no other owner.
         let disk = unsafe { File::from_raw_fd(fd) };
         Self { ring: RefCell::new(ring), free: RefCell::new((0..DEVICES).rev().collect()), disk }
     }
 
     fn set(&self, slot: u32, buffer: libc::iovec) {
-        // SAFETY: the buffer is none, or pages that are pinned until after the slot has been
-        // emptied (`Device::drop`).
+        // SAFETY: the buffer is empty, or consists of pages that are pinned until after the slot
+        // has been emptied (`Device::drop`).
         let updated = unsafe { self.ring.borrow().submitter().register_buffers_update(slot, &[buffer], None) };
         updated.expect("register the pinned pages");
     }
@@ -66,7 +66,7 @@ impl Bus {
 pub(crate) struct Device {
     bus: Rc<Bus>,
     slot: u32,
-    // Dropped last: the kernel lets go of the frames first.
+    // Dropped last: the kernel releases the frames first.
     pin: DmaPin,
 }
 
@@ -96,10 +96,10 @@ impl Device {
         }
     }
 
-    /// A registered buffer is not marked by io_uring, and what is behind a short pin is not by the memory
-    /// manager: a direct read, which this stands for, marks what it has written.
+    /// Marks the pages as written, like a direct read, which this device represents: io_uring does
+    /// not mark registered buffers, and the memory manager does not mark the pages of a short pin.
     fn mark_written(&self) {
-        // SAFETY: populating changes no contents. What is not mapped any more is refused.
+        // SAFETY: populating does not change contents. Pages that are no longer mapped are refused.
         let marked =
             unsafe { libc::madvise(self.pin.host_address().cast(), self.pin.len(), libc::MADV_POPULATE_WRITE) };
         if marked != 0 {
@@ -107,7 +107,7 @@ impl Device {
         }
     }
 
-    /// What the device reads from offset `at` of its pages on.
+    /// Reads from offset `at` of the device's pages on.
     pub(crate) fn get(&mut self, at: usize, bytes: usize) -> Vec<u8> {
         assert!(at + bytes <= self.pin.len());
         let fd = types::Fd(self.bus.disk.as_raw_fd());
@@ -124,7 +124,7 @@ impl Device {
         self.put(0, &vec![byte; self.pin.len()]);
     }
 
-    /// What the device reads from its pages.
+    /// Reads all of the device's pages.
     pub(crate) fn read(&mut self) -> Vec<u8> {
         self.get(0, self.pin.len())
     }

@@ -35,7 +35,7 @@ impl Splice {
         Self { out: out.into(), bytes: pin.len() }
     }
 
-    /// What is in those frames by now.
+    /// The current bytes of those frames.
     pub(crate) fn read(mut self) -> Vec<u8> {
         let mut got = vec![0; self.bytes];
         self.out.read_exact(&mut got).unwrap();

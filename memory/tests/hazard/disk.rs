@@ -14,18 +14,18 @@ use clade_memory::{Access, DmaPin, GuestRam, PAGE_SIZE, PageRange, PinLifetime};
 use io_uring::{IoUring, opcode, types};
 use vm_memory::{Bytes, GuestAddress, VolatileSlice};
 
-/// Buffers, half of them for each way.
+/// Buffers, half of them for each way of addressing.
 pub(crate) const SLOTS: usize = 16;
 const SLOT_PAGES: u64 = 2;
-/// Pages from one buffer to the next.
+/// Distance between two buffers in pages.
 const STRIDE: u64 = 97;
-/// The guest's bytes at either end of a buffer's pages.
+/// Guest bytes at either end of a buffer's pages.
 const MARGIN: u64 = 512;
 const LEN: u64 = SLOT_PAGES * PAGE_SIZE - 2 * MARGIN;
-/// Patterns in the file. An old one comes back only after as many requests, of which one is in
-/// flight at a time.
+/// Number of patterns in the file. An old one is reused only after as many requests, of which one
+/// is in flight at a time.
 const PATTERNS: u64 = 64;
-/// Requests through one registration.
+/// Number of requests through one registration.
 const HOLD: u64 = 16;
 
 /// Pages around a buffer.
@@ -39,12 +39,12 @@ pub(crate) fn buffer(slot: usize) -> Range<u64> {
     start..start + LEN
 }
 
-/// Word `at` of what request `n` reads; nothing has been read at 0.
+/// Word `at` of the data of request `n`; 0 stands for no request yet.
 fn word(n: u64, at: u64) -> u64 {
     if n == 0 { 0 } else { (n % PATTERNS + 1) << 32 | at }
 }
 
-/// Bytes of a buffer that come from none of these requests.
+/// Number of bytes in a buffer that come from none of these requests.
 pub(crate) fn wrong_bytes(ram: &GuestRam, slot: usize, requests: RangeInclusive<u64>) -> u64 {
     let mut got = vec![0u8; LEN as usize];
     ram.memory().read_slice(&mut got, GuestAddress(buffer(slot).start)).unwrap();
@@ -52,7 +52,7 @@ pub(crate) fn wrong_bytes(ram: &GuestRam, slot: usize, requests: RangeInclusive<
     (0..).zip(got.chunks_exact(8)).filter(|word| !one(*word)).count() as u64 * 8
 }
 
-/// How requests name memory.
+/// How requests address memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum How {
     Plain,
@@ -62,7 +62,7 @@ pub(crate) enum How {
 pub(crate) struct Disk {
     path: PathBuf,
     file: File,
-    /// Requests issued into each buffer, and completed.
+    /// Requests issued into each buffer, and requests completed.
     counts: [(AtomicU64, AtomicU64); SLOTS],
 }
 
@@ -80,7 +80,7 @@ impl Disk {
         let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
         let mut content = Vec::new();
         for n in 1..=PATTERNS {
-            // The last one, which is 0 modulo PATTERNS, is the file's first.
+            // The last pattern, which is 0 modulo PATTERNS, is the first in the file.
             let n = n - 1 + PATTERNS;
             (0..LEN / 8).for_each(|at| content.extend(word(n, at).to_ne_bytes()));
         }
@@ -93,7 +93,7 @@ impl Disk {
         Ok(disk)
     }
 
-    /// Opening may succeed where reading does not.
+    /// Reads once, because opening may succeed where reading does not.
     fn probe(&self) -> io::Result<()> {
         let mut room = vec![0u8; LEN as usize + 4096];
         let aligned = room.as_mut_ptr().wrapping_add(4096 - room.as_ptr() as usize % 4096);
@@ -112,8 +112,8 @@ impl Disk {
         self.counts.iter().map(|(issued, _)| issued.load(Ordering::Acquire)).collect()
     }
 
-    /// Reads into half of the buffers, all of them at a time, until told to stop. What the parent
-    /// then does not have is counted.
+    /// Reads into half of the buffers concurrently until `stop` is set. Counts the bytes that the
+    /// parent then lacks.
     pub(crate) fn serve(&self, how: How, ram: &GuestRam, stop: &AtomicBool, done: &AtomicU64, wrong: &AtomicU64) {
         let half = SLOTS / 2;
         let slots = if how == How::Plain { 0..half } else { half..SLOTS };
@@ -159,7 +159,7 @@ impl Disk {
     }
 
     fn submit(&self, how: How, ring: &mut IoUring, slot: usize, at: usize, pin: &DmaPin) {
-        // Release: with the count comes the pin, which came first.
+        // Release: publishes the pin with the count.
         let n = self.counts[slot].0.fetch_add(1, Ordering::Release) + 1;
         let fd = types::Fd(self.file.as_raw_fd());
         let slice: VolatileSlice<'_> = pin.slice();
@@ -176,12 +176,12 @@ impl Disk {
 }
 
 fn register(ring: &IoUring, at: usize, buffer: libc::iovec) {
-    // SAFETY: the buffer is none, or pages that stay pinned until it is taken back.
+    // SAFETY: the buffer is empty, or consists of pages that stay pinned until it is deregistered.
     let updated = unsafe { ring.submitter().register_buffers_update(at as u32, &[buffer], None) };
     updated.expect("register the pinned pages");
 }
 
-/// Lets go of a pin, the kernel first.
+/// Drops a pin, after the kernel has released the frames.
 fn release(how: How, ring: &IoUring, at: usize, pin: &mut Option<DmaPin>) {
     if pin.is_some() && how == How::Registered {
         register(ring, at, libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 });

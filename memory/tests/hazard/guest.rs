@@ -1,5 +1,5 @@
 //! The guest: a thread that writes words around the disk's buffers and in all other pages, and
-//! knows what it wrote.
+//! records its writes.
 
 use std::ops::Range;
 use std::sync::Mutex;
@@ -14,21 +14,21 @@ use crate::disk;
 /// Three whole blocks and a part of one.
 pub(crate) const BYTES: u64 = (3 * 512 + 70) * PAGE_SIZE;
 const WORDS: usize = (BYTES / 8) as usize;
-/// Words written between two looks at whether the memory is to stand still.
+/// Words written between two checks for a stop.
 const TURN: usize = 256;
 
-/// Ranges of bytes that are not the disk's, between its buffers.
+/// Ranges of bytes between the disk's buffers.
 fn gaps() -> impl Iterator<Item = Range<u64>> {
     let starts = std::iter::once(0).chain((0..disk::SLOTS).map(|slot| disk::buffer(slot).end));
     let ends = (0..disk::SLOTS).map(|slot| disk::buffer(slot).start).chain(std::iter::once(BYTES));
     starts.zip(ends).map(|(start, end)| start..end)
 }
 
-/// What the guest has written: a word each, zero where it has not.
+/// The guest's writes: a word for each address, zero before its first write.
 pub(crate) struct Guest {
     words: Vec<u64>,
-    /// Addresses in the order of writing: the words next to the buffers again and again, one word
-    /// of every other page in turn.
+    /// Addresses in the order of writing: the words next to the buffers repeatedly, and one word of
+    /// every other page in turn.
     order: Vec<u64>,
     next: usize,
     count: u64,
@@ -51,7 +51,7 @@ impl Default for Guest {
 }
 
 impl Guest {
-    /// Writes until it is told to stop; stands still whenever somebody else has the lock.
+    /// Writes until `stop` is set; pauses while the lock is held by another thread.
     pub(crate) fn run(guest: &Mutex<Self>, ram: &GuestRam, stop: &AtomicBool) {
         while !stop.load(Ordering::Acquire) {
             guest.lock().unwrap().turn(ram);
@@ -75,11 +75,11 @@ impl Guest {
     }
 }
 
-/// What the guest had written at one instant.
+/// The guest's writes at one instant.
 pub(crate) struct Snapshot(Vec<u64>);
 
 impl Snapshot {
-    /// Bytes of `ram` outside the disk's buffers that are not so.
+    /// Number of bytes of `ram` outside the disk's buffers that differ.
     pub(crate) fn wrong_bytes(&self, ram: &GuestRam) -> u64 {
         let mut got = vec![0u8; BYTES as usize];
         ram.memory().read_slice(&mut got, GuestAddress(0)).unwrap();

@@ -1,11 +1,10 @@
-//! The hazard that the project is about, on real DMA, both ways: a disk's reads land in guest pages
-//! while the guest writes other bytes of the same pages and the memory is frozen again and again.
-//! With the protocol no byte is wrong, in the parent or in any image; with it switched off, bytes
-//! are.
+//! The project's central hazard, on real DMA, both ways: a disk's reads land in guest pages while
+//! the guest writes other bytes of the same pages and the memory is frozen repeatedly. With the
+//! protocol no byte is wrong, in the parent or in any image; without it, bytes are wrong.
 //!
-//! Per request (`n` of its buffer) and image: completed before the freeze began, it is in the
-//! image; issued after the freeze returned, it is not; in flight, each word is one or the other.
-//! The parent has all of it as soon as it is complete.
+//! Per request (`n` of its buffer) and image: a request completed before the freeze began is in the
+//! image; one issued after the freeze returned is not; of one in flight, each word may be either.
+//! The parent has all of it on completion.
 
 #![allow(clippy::unwrap_used, reason = "a test, although not every function of it is one")]
 
@@ -23,15 +22,15 @@ use clade_test_support::{Watchdog, skip};
 use disk::{Disk, How};
 use guest::{Guest, Snapshot};
 
-/// Images held while the VM goes on, and looked at once more before they go (I4).
+/// Images held while the VM runs on, and checked once more before they are dropped (I4).
 const HELD: usize = 6;
-/// Between freezes, so that requests and writes come in between.
+/// Pause between freezes, so that requests and writes come in between.
 const PACE: Duration = Duration::from_millis(2);
 
 /// A storm that hangs must fail.
 const HANG_LIMIT: Duration = Duration::from_secs(600);
 
-/// What was found, in bytes.
+/// Wrong bytes found.
 #[derive(Debug, Default)]
 struct Wrong {
     parent: AtomicU64,
@@ -44,7 +43,7 @@ impl Wrong {
     }
 }
 
-/// What was done, so that finding nothing means something.
+/// Work done, which proves that the test was effective.
 #[derive(Debug, Default)]
 struct Done {
     requests: AtomicU64,
@@ -56,13 +55,13 @@ struct Done {
 struct Image {
     ram: RamImage,
     guest: Snapshot,
-    /// Of each buffer, the last request completed before and the last issued by the time the freeze
-    /// had returned.
+    /// For each buffer, the last request completed before the freeze and the last issued by its
+    /// return.
     between: Vec<(u64, u64)>,
 }
 
 impl Image {
-    /// Wrong bytes of a child of it.
+    /// Number of wrong bytes in a child of the image.
     fn wrong_bytes(&self, store: &Store) -> u64 {
         let child = GuestRam::reserve(self.ram.layout(), store).unwrap();
         child.adopt(&self.ram).unwrap();
@@ -74,7 +73,7 @@ impl Image {
     }
 }
 
-/// Freezes `ram` for as long as `go_on` says.
+/// Freezes `ram` repeatedly while `go_on` is true.
 fn storm(
     store: &Store,
     ram: &GuestRam,
@@ -104,8 +103,7 @@ fn storm(
             done.freezes += 1;
             done.pinned += report.pinned;
             done.pending += report.pending;
-            // At once, while it may still be filled; and once more when the VM has gone on for a
-            // while.
+            // At once, while the image may still be filled; and again after the VM has run on.
             wrong.child.fetch_add(image.wrong_bytes(store), Ordering::Relaxed);
             images.push(image);
             if images.len() > HELD {
@@ -117,7 +115,7 @@ fn storm(
             wrong.child.fetch_add(image.wrong_bytes(store), Ordering::Relaxed);
         }
     });
-    // Nothing is in flight any more: every byte of the parent is known.
+    // No request is in flight any more: every byte of the parent is known.
     let left = guest.lock().unwrap().snapshot().wrong_bytes(ram);
     let last = disk.completed().into_iter().enumerate().map(|(slot, n)| disk::wrong_bytes(ram, slot, n..=n));
     wrong.parent.fetch_add(left + last.sum::<u64>(), Ordering::Relaxed);
@@ -130,7 +128,7 @@ fn born(store: &Store) -> GuestRam {
     ram
 }
 
-/// Backings and modes that this host can do, each with a fresh disk.
+/// Runs over the backings and modes that this host supports, each with a fresh disk.
 fn each(mut run: impl FnMut(&Store, FreezeMode, &Disk, &str)) {
     for store in [Store::open().unwrap(), Store::open_small().unwrap()] {
         for mode in [FreezeMode::Eager, FreezeMode::Background] {
@@ -149,8 +147,7 @@ fn each(mut run: impl FnMut(&Store, FreezeMode, &Disk, &str)) {
 
 #[test]
 fn i3_no_byte_is_wrong_while_disk_reads_land_between_freezes() {
-    /// Freezes of each storm at least, and how many there may be until requests enough were in
-    /// flight.
+    /// Minimum freezes of each storm, and the maximum until enough requests were in flight.
     const FREEZES: u64 = 150;
     const MAX_FREEZES: u64 = 20_000;
     each(|store, mode, disk, what| {
@@ -170,13 +167,14 @@ fn i3_no_byte_is_wrong_while_disk_reads_land_between_freezes() {
     });
 }
 
-/// The same storm finds wrong bytes on both sides when pins are ignored.
+/// The same storm finds wrong bytes on both sides when freezes ignore pins.
 #[test]
 fn without_unshare_before_protect_bytes_are_wrong() {
-    /// Freezes until a wrong byte of one kind must have been found.
+    /// Number of freezes within which a wrong byte of one kind must appear.
     const MAX_FREEZES: u64 = 20_000;
-    /// Freezes in which both kinds are looked for. A parent is wrong only if its page is replaced in
-    /// the middle of a transfer, which the background copy does when it gets to that page.
+    /// Number of freezes in which both kinds are awaited. A parent is wrong only if its page is
+    /// replaced in the middle of a transfer, which the background copy does when it reaches that
+    /// page.
     const FREEZES_FOR_BOTH: u64 = 400;
     let everywhere = Wrong::default();
     each(|store, mode, disk, what| {
@@ -194,7 +192,7 @@ fn without_unshare_before_protect_bytes_are_wrong() {
         everywhere.parent.fetch_add(wrong.parent.load(Ordering::Relaxed), Ordering::Relaxed);
         everywhere.child.fetch_add(wrong.child.load(Ordering::Relaxed), Ordering::Relaxed);
     });
-    // Nothing was done if the host cannot.
+    // Zero runs if the host lacks support.
     let [parent, child] = [&everywhere.parent, &everywhere.child].map(|n| n.load(Ordering::Relaxed));
     assert!((parent > 0) == (child > 0), "only one side was ever wrong: {everywhere:?}");
 }

@@ -1,13 +1,13 @@
-//! Random schedules of everything a VM's memory can go through, against a byte-level model of every
-//! VM. Devices are real: io_uring with registered buffers, and splices for short reads. Both hold
+//! Random schedules of all operations on a VM's memory, against a byte-level model of every VM.
+//! Devices are real: io_uring with registered buffers, and splices for short reads. Both hold
 //! frames, not addresses. Memory is two regions with a gap between.
 //!
 //! | variable | |
 //! |---|---|
-//! | `CLADE_MODEL_OPS` | operations to carry out over all, half of them in huge pages; 60,000 if not given, a million in CI |
-//! | `CLADE_MODEL_SEED` | the first schedules' seed, as a failure prints it; a fresh one if not given |
+//! | `CLADE_MODEL_OPS` | total operations, half in huge pages; default 60,000, a million in CI |
+//! | `CLADE_MODEL_SEED` | seed of the first schedules, as a failure prints it; default random |
 //!
-//! Operations are counted when they are carried out: an unpin without a pin is none.
+//! Only operations that take place are counted: an unpin without a pin is not.
 
 #![allow(
     clippy::unwrap_used,
@@ -71,7 +71,7 @@ fn schedule(store: &Store, pages: u64, ops: &[Op]) -> u64 {
 /// Panics since the last verdict.
 static PANICS: AtomicUsize = AtomicUsize::new(0);
 
-/// Making a schedule shorter means failing a thousand times: the first few are enough to read.
+/// Shrinking a schedule fails a thousand times: only the first few panics are printed.
 fn panic_quietly() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -84,7 +84,7 @@ fn panic_quietly() {
     });
 }
 
-/// A batch of schedules. Failing, the schedule is made as short as it can be, and printed.
+/// Runs a batch of schedules. A failing schedule is shrunk, and printed.
 fn batch(backing: Backing, store: &RefCell<Option<Store>>, seed: u64) -> u64 {
     let mut bytes = [0; 32];
     bytes[..8].copy_from_slice(&seed.to_le_bytes());
@@ -99,8 +99,8 @@ fn batch(backing: Backing, store: &RefCell<Option<Store>>, seed: u64) -> u64 {
     let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
     let done = Cell::new(0);
     let outcome = runner.run(&ops::schedule(), |(pages, ops)| {
-        // Put back only by a schedule that went through: what a failed one left behind is not the
-        // next one's.
+        // Only a successful schedule returns its store: the leftovers of a failed one must not
+        // affect the next.
         let _watchdog = Watchdog::new(HANG_LIMIT, move || format!("CLADE_MODEL_SEED={seed}, {} pages", backing.name()));
         let mine = store.take().unwrap_or_else(|| open(backing));
         done.set(done.get() + schedule(&mine, pages, &ops));

@@ -1,11 +1,11 @@
-//! The operations, and how schedules of them are made.
+//! The operations, and the generation of their schedules.
 
 use clade_memory::{Access, PAGE_SIZE, PageRange, PinLifetime};
 use proptest::prelude::*;
 
 use crate::pages::Inherits;
 
-/// A range of bytes or pages, whatever the size of the memory it is used on.
+/// A range of bytes or pages, reduced to the size of the memory.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct At {
     start: u64,
@@ -39,16 +39,16 @@ pub(crate) enum Op {
         vm: usize,
         at: At,
     },
-    /// In the background, everything goes on while pages are still being copied.
+    /// In the background: other operations continue while pages are being copied.
     Freeze {
         vm: usize,
         background: bool,
     },
-    /// Of any image, however old, and of whichever generation.
+    /// Of any image, regardless of age and generation.
     Clone {
         image: usize,
     },
-    /// Its devices let go first, or go on with what is left of it.
+    /// Its devices are dropped first, or continue with the remaining memory.
     DropVm {
         vm: usize,
         devices_go_on: bool,
@@ -62,7 +62,7 @@ pub(crate) enum Op {
         access: Access,
         term: PinLifetime,
     },
-    /// A device writes through a pin, whatever happened since it was taken.
+    /// A device writes through a pin, at any time after it was taken.
     DmaWrite {
         pin: usize,
         byte: u8,
@@ -74,7 +74,7 @@ pub(crate) enum Op {
     Unpin {
         pin: usize,
     },
-    /// Back to any image of this size.
+    /// Resets to any image of this size.
     Reset {
         vm: usize,
         image: usize,
@@ -94,7 +94,7 @@ pub(crate) enum Op {
         at: At,
         disk: bool,
     },
-    /// All that a VM owns goes to a file. What it touched before is read ahead, or not.
+    /// Writes all of a VM's own pages to a file. Its touched pages are read ahead, or not.
     Suspend {
         vm: usize,
         wake: bool,
@@ -109,7 +109,7 @@ pub(crate) enum Op {
         at: At,
         what: Option<Inherits>,
     },
-    /// What is left to the background is waited for.
+    /// Waits for background work.
     Settle {
         vm: usize,
     },
@@ -117,13 +117,13 @@ pub(crate) enum Op {
     Compact {
         vm: usize,
     },
-    /// An image's is: it stays the same image.
+    /// Merges an image's view: its contents stay the same.
     CompactImage {
         image: usize,
     },
-    /// What nobody sees is given back.
+    /// Punches pages that no view shows.
     Sweep,
-    /// Memory is short: the kernel takes out what it may.
+    /// Memory pressure: the kernel reclaims pages.
     Reclaim {
         vm: usize,
         at: At,
@@ -136,7 +136,7 @@ fn op() -> impl Strategy<Value = Op> {
         any::<u32>().prop_map(u64::from),
         (0..4096u64, 0..32u64).prop_map(|(page, d)| (page * PAGE_SIZE + d).saturating_sub(16))
     ];
-    // Now and then so much that a freeze remaps instead of keeping what it copied.
+    // Occasionally long enough that a freeze remaps its copies instead of keeping pages in place.
     let len = prop_oneof![8 => 1..64u64, 8 => 1..9000u64, 1 => 300 * PAGE_SIZE..700 * PAGE_SIZE];
     let bytes = || (near_an_edge.clone(), len.clone()).prop_map(|(start, len)| At { start, len });
     let run = prop_oneof![6 => 1..40u64, 1 => 1..300u64];
@@ -154,8 +154,8 @@ fn op() -> impl Strategy<Value = Op> {
         2 => Just(Inherits::Zeroed),
         2 => (0..3u8).prop_map(Inherits::Fresh),
     ];
-    // Few pages, as between two that are copied together; and taken back all over, so that a child
-    // has things absent that nobody declares.
+    // Few pages, as between two that are copied together; and removed everywhere, so that a child
+    // has absent pages that are no longer declared.
     let few = (0..4096u64, 1..5u64).prop_map(|(start, len)| At { start, len });
     let no_fork = prop_oneof![
         5 => (prop_oneof![pages(), few], inherits).prop_map(|(at, what)| (at, Some(what))),
@@ -189,11 +189,11 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// A size of memory, and what is done with it.
+/// A memory size, and a list of operations.
 pub(crate) fn schedule() -> impl Strategy<Value = (u64, Vec<Op>)> {
-    // A part of a block, in which everything but huge pages and sharing back is met at a seventh of
-    // the cost; and one whole block with a part of another, so that both shapes of ownership record
-    // are.
+    // A part of a block, which covers everything except huge pages and sharing back at a seventh of
+    // the cost; and one whole block with a part of another, which covers both shapes of ownership
+    // record.
     let pages = prop_oneof![2 => Just(90u64), 1 => Just(512 + 90u64)];
     (pages, proptest::collection::vec(op(), 1..400))
 }

@@ -1,5 +1,5 @@
-//! What a VM's memory must hold, byte by byte: pages that are shared until they change, so that a
-//! copy costs next to nothing.
+//! The expected contents of a VM's memory, byte by byte: pages are shared until they change, so
+//! that copies are cheap.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use clade_memory::{PAGE_SIZE, PageRange};
 
 const PAGE: usize = PAGE_SIZE as usize;
 
-/// What children find in a page.
+/// Contents of a page in children.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Inherits {
     Absent,
@@ -18,9 +18,9 @@ pub(crate) enum Inherits {
 
 #[derive(Clone, Debug)]
 struct Page {
-    /// What it holds; of an absent one, what lies beneath.
+    /// The page's bytes; for an absent page, those of the layer below.
     bytes: Arc<[u8; PAGE]>,
-    /// There is no memory: it was not inherited.
+    /// No memory: not inherited.
     absent: bool,
     no_fork: Option<Inherits>,
 }
@@ -30,7 +30,7 @@ struct Page {
 pub(crate) struct Pages(Vec<Page>);
 
 impl Pages {
-    /// Zeros.
+    /// All pages are zeros.
     pub(crate) fn new(pages: u64) -> Self {
         let zero = Page { bytes: Arc::new([0; PAGE]), absent: false, no_fork: None };
         Self(vec![zero; pages as usize])
@@ -44,7 +44,7 @@ impl Pages {
         PageRange::new(0, self.len())
     }
 
-    /// What a page holds.
+    /// The page's bytes.
     pub(crate) fn bytes(&self, page: u64) -> &Arc<[u8; PAGE]> {
         &self.0[page as usize].bytes
     }
@@ -53,7 +53,7 @@ impl Pages {
         &self.0[range.start() as usize..range.end() as usize]
     }
 
-    /// Whether all of it has memory.
+    /// Whether the whole range has memory.
     pub(crate) fn is_there(&self, range: PageRange) -> bool {
         self.of(range).iter().all(|page| !page.absent)
     }
@@ -82,7 +82,7 @@ impl Pages {
         }
     }
 
-    /// One byte all over `pages`; what is absent stays so.
+    /// Fills `pages` with one byte; absent pages stay absent.
     pub(crate) fn show(&mut self, pages: impl IntoIterator<Item = u64>, byte: u8) {
         let shown = Arc::new([byte; PAGE]);
         for page in pages {
@@ -97,11 +97,12 @@ impl Pages {
         self.0[range.start() as usize..range.end() as usize].iter_mut().for_each(|page| page.no_fork = what);
     }
 
-    /// What a child is given. What it does not inherit, its children do not inherit either.
+    /// The image for a child. Pages that the child does not inherit are not inherited by its
+    /// children either.
     pub(crate) fn image(&self) -> Self {
         let inherited = |page: &Page| match page.no_fork {
-            // What has no memory here, and is not declared any more, is what lies beneath: zeros,
-            // or what it was reset to.
+            // A page that is absent here, and no longer declared, is inherited with the bytes
+            // below: zeros, or those of the last reset.
             None => Page { absent: false, ..page.clone() },
             Some(Inherits::Absent) => Page { bytes: Arc::new([0; PAGE]), absent: true, ..page.clone() },
             Some(Inherits::Zeroed) => Page { bytes: Arc::new([0; PAGE]), absent: false, ..page.clone() },
@@ -110,16 +111,16 @@ impl Pages {
         Self(self.0.iter().map(inherited).collect())
     }
 
-    /// A reset to `image`: the contents, where there is memory. What is declared, and what is
-    /// absent, stays so.
+    /// A reset to `image`: replaces contents, where there is memory. Declarations and absent pages
+    /// are unchanged.
     pub(crate) fn reset(&mut self, image: &Self) {
         for (page, image) in self.0.iter_mut().zip(&image.0) {
             page.bytes = Arc::clone(&image.bytes);
         }
     }
 
-    /// The first byte of `got`, which was read from `range` on, that is wrong: its address, what it
-    /// is and what it must be.
+    /// The first wrong byte of `got`, which was read from `range` on: its address, value and
+    /// expected value.
     pub(crate) fn first_wrong(&self, range: PageRange, got: &[u8]) -> Option<(u64, u8, u8)> {
         assert_eq!(got.len(), range.bytes());
         let pages = (range.start()..).zip(got.as_chunks::<PAGE>().0).zip(self.of(range));

@@ -1,4 +1,4 @@
-//! How devices reach memory, and what they must read.
+//! How devices access memory, and the bytes that they must read.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -15,18 +15,18 @@ const PAGE: usize = PAGE_SIZE as usize;
 pub(crate) enum Reach {
     /// By frames that were made the VM's own: registered once.
     Frames(dma::Device),
-    /// By the frames that were there when a short read began.
+    /// By the frames present at the start of a short read.
     Held(Held),
     /// By address at the time of each request.
     Address(DmaPin),
 }
 
-/// A short read under way.
+/// A short read in progress.
 pub(crate) struct Held {
     splice: Option<Splice>,
-    /// What each page has held since the pin was taken, the pin's instant first.
+    /// The contents of each page since the pin was taken, starting with the pin's instant.
     seen: Vec<Vec<Arc<[u8; PAGE]>>>,
-    // Dropped last: the kernel lets go of the frames first.
+    // Dropped last: the kernel releases the frames first.
     _pin: DmaPin,
 }
 
@@ -43,12 +43,12 @@ pub(crate) struct Pin {
     pub(crate) range: PageRange,
     pub(crate) access: Access,
     pub(crate) vm: u64,
-    /// Pages on which it is counted.
+    /// Pages that count the pin.
     pub(crate) counted: Vec<u64>,
 }
 
 impl Pin {
-    /// Takes note of what the VM's pages hold by now.
+    /// Records the current contents of the VM's pages.
     pub(crate) fn note(&mut self, model: &Pages) {
         let Reach::Held(held) = &mut self.reach else { return };
         for (page, seen) in (self.range.start()..).zip(&mut held.seen) {
@@ -59,11 +59,11 @@ impl Pin {
         }
     }
 
-    /// Reads all of it. Returns whether the request is over.
+    /// Reads all pages. Returns whether the request is complete.
     ///
-    /// A page that is counted is the VM's own: the device sees what the guest has written last. Any
-    /// other may be a layer's, which does not change, or a copy of the guest's own: it holds what
-    /// it held at one instant since the pin, and in no case anything else.
+    /// A page with a counted pin is the VM's own: the device sees the guest's latest write. Any
+    /// other page may be a layer's, which does not change, or a copy of the guest's own: it must
+    /// have its contents of some instant since the pin.
     pub(crate) fn reads_what_it_must(&mut self, model: &Pages) -> bool {
         let held = match &mut self.reach {
             Reach::Held(held) => held,
@@ -91,12 +91,12 @@ impl Pin {
     }
 }
 
-/// What the kernel reads at a pin's address.
+/// Bytes that the kernel reads at a pin's address.
 fn read_by_address(pin: &DmaPin) -> Vec<u8> {
     // SAFETY: the name is a valid C string.
     let fd = unsafe { libc::memfd_create(c"read".as_ptr(), libc::MFD_CLOEXEC) };
     assert!(fd >= 0);
-    // SAFETY: fd was just made and belongs to nobody else.
+    // SAFETY: fd was just made and has no other owner.
     let file = std::fs::File::from(unsafe { OwnedFd::from_raw_fd(fd) });
     // SAFETY: the pinned bytes are mapped; the kernel reads them.
     let wrote = unsafe { libc::pwrite(file.as_raw_fd(), pin.host_address().cast(), pin.len(), 0) };

@@ -1,4 +1,4 @@
-//! The model counts pages over both regions. This is where they are.
+//! Maps the model's page numbers, which count over both regions, to regions.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use vm_memory::GuestAddress;
 
 /// Pages of the second region.
 const HIGH_PAGES: u64 = 40;
-/// Where it starts, behind a gap.
+/// Start of the second region, behind a gap.
 const HIGH_START: u64 = 1 << 32;
 
 pub(crate) fn layout(pages: u64) -> RamLayout {
@@ -15,20 +15,20 @@ pub(crate) fn layout(pages: u64) -> RamLayout {
     RamLayout::of_ranges(&[(GuestAddress(0), low), (GuestAddress(HIGH_START), HIGH_PAGES)]).unwrap()
 }
 
-/// Where `page` of a memory of `pages` is.
+/// Address of `page` in a memory of `pages` pages.
 pub(crate) fn address(page: u64, pages: u64) -> GuestAddress {
     let high = page.checked_sub(pages - HIGH_PAGES);
     GuestAddress(high.map_or(page * PAGE_SIZE, |high| HIGH_START + high * PAGE_SIZE))
 }
 
-/// What lies in one region.
+/// The part of a range in one region.
 pub(crate) struct Part<'r> {
     pub(crate) region: &'r Arc<GuestRegion>,
     /// The region's first page, counted over both.
     pub(crate) first: u64,
-    /// In the region.
+    /// Page range in the region.
     pub(crate) range: PageRange,
-    /// Counted over both.
+    /// Page range counted over both regions.
     pub(crate) pages: PageRange,
 }
 

@@ -18,9 +18,10 @@ use crate::regions::{address, layout, parts};
 
 const MAX_VMS: usize = 6;
 const MAX_PINS: usize = 40;
-/// Pages that a splice holds at most: more need a pipe that only a privileged process may have.
+/// Maximum number of pages that a splice holds: more need a pipe that only a privileged process may
+/// have.
 const MAX_HELD: u64 = 128;
-/// Operations between two looks at everything of one VM.
+/// Number of operations between two complete checks of one VM.
 const LOOK: u64 = 24;
 
 struct Vm {
@@ -30,7 +31,7 @@ struct Vm {
 }
 
 impl Vm {
-    /// The bytes of `range` and of a page on either side.
+    /// Checks the bytes of `range` and of a page on either side.
     fn look_at(&self, range: PageRange) {
         let around = PageRange::new(range.start().saturating_sub(1), (range.end() + 1).min(self.model.len()));
         let parts = parts(&self.ram, around).into_iter();
@@ -50,7 +51,7 @@ pub(crate) struct World<'s> {
     vms: Vec<Vm>,
     images: Vec<(RamImage, Pages)>,
     pins: Vec<Pin>,
-    /// What is left of VMs that died before their devices.
+    /// The remaining contents of VMs that died before their devices.
     dead: BTreeMap<u64, Pages>,
     references: BTreeMap<u8, RefPage>,
     /// Whether any VM has had pages on a disk.
@@ -77,7 +78,7 @@ impl<'s> World<'s> {
         }
     }
 
-    /// Operations that were carried out.
+    /// Number of operations carried out.
     pub(crate) fn done(&self) -> u64 {
         self.done
     }
@@ -91,7 +92,7 @@ impl<'s> World<'s> {
         self.references.entry(byte).or_insert_with(made).clone()
     }
 
-    /// Does it, if there is something to do it with.
+    /// Carries out `op`, if its operands exist.
     pub(crate) fn run(&mut self, op: Op) {
         if self.carry_out(op) {
             self.done += 1;
@@ -240,7 +241,7 @@ impl<'s> World<'s> {
                 vm.look_at(range);
             }
             Op::Evict { vm, at, disk } => {
-                // A disk makes a test wait; what it does differently is rare in the code too.
+                // A disk makes a test wait, and its special cases are rare in the code too.
                 let dir = Path::new(if disk { env!("CARGO_TARGET_TMPDIR") } else { "/dev/shm" });
                 self.evicted |= disk;
                 let (vm, range) = (self.pick(vm), at.pages(self.pages));
@@ -260,7 +261,7 @@ impl<'s> World<'s> {
                 let set = PageSet::new(vm.ram.layout(), runs).unwrap();
                 assert!(vm.ram.copy_ahead(&set, range.len()).unwrap() <= range.len());
                 vm.look_at(range);
-                // Nothing is taken for unused that has changed.
+                // A changed page must not count as unused.
                 let (_, came) = vm.ram.written_set(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
                 assert!(came.hits + came.waste <= came.copied, "{came:?}");
             }
@@ -278,7 +279,7 @@ impl<'s> World<'s> {
                 self.vms[vm].model.declare(range, what);
             }
             Op::Settle { vm } => self.vms[self.pick(vm)].ram.finish_background().unwrap(),
-            // Contents do not change, so the model need not know.
+            // Contents do not change, so the model stays as it is.
             Op::Compact { vm } => {
                 let vm = &self.vms[self.pick(vm)];
                 vm.ram.compact(&Quiesced::by(&clade_memory::NoWriters)).unwrap();
@@ -297,8 +298,8 @@ impl<'s> World<'s> {
                 let (vm, range) = (&self.vms[self.pick(vm)], at.pages(self.pages));
                 for part in parts(&vm.ram, range) {
                     let at = (part.region.host_address() + part.range.offset()) as *mut libc::c_void;
-                    // SAFETY: the pages stay what they are; where they are kept is the kernel's affair.
-                    // What is absent has none, and is refused.
+                    // SAFETY: the pages keep their contents, wherever the kernel stores them.
+                    // Absent ranges have no memory, and are refused.
                     unsafe { libc::madvise(at, part.range.bytes(), libc::MADV_PAGEOUT) };
                 }
                 vm.look_at(range);
@@ -311,7 +312,7 @@ impl<'s> World<'s> {
         let vm = &self.vms[self.pick(vm)];
         let mode = if background { FreezeMode::Background } else { FreezeMode::Eager };
         let frozen = match vm.ram.freeze_in(mode, &Quiesced::by(&clade_memory::NoWriters)) {
-            // Private pages over a file on a disk cannot be write-protected; left to choose, the
+            // Private pages over a file on a disk cannot be write-protected; in mode Auto the
             // freeze is eager then.
             Err(RamError::Background(_)) if self.evicted => {
                 vm.ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&clade_memory::NoWriters))
@@ -341,17 +342,17 @@ impl<'s> World<'s> {
             }
         };
         assert!(vm.model.is_there(range), "R19: a device was given what is absent");
-        // The one case in which what is not the VM's own is neither copied nor counted.
+        // The one case in which shared pages are neither copied nor counted.
         let short_read = access == Access::Read && term == PinLifetime::Transient;
         let counted = if short_read { own } else { (range.start()..range.end()).collect() };
         for page in &counted {
             assert!(table.get(page - part.first).0, "I3: pinned {page:#x} is exclusive");
         }
-        // The kernel agrees, before any device has made it look twice.
+        // The kernel agrees, before a device makes it look up the pages again.
         let pinned = table.counts(region.range()).pinned;
         assert!(vm.ram.stats().unwrap().exclusive >= pinned, "I3: pinned before it was unshared");
         let id = vm.id;
-        // Most requests look their frames up when they begin.
+        // Most requests look up their frames at their start.
         let reach = match (short_read, range.len() > MAX_HELD || self.done.is_multiple_of(4)) {
             (true, true) => Reach::Address(pin),
             (true, false) => Reach::Held(Held::of(pin, range, &vm.model)),
@@ -401,18 +402,18 @@ impl<'s> World<'s> {
         dead.retain(|id, _| pins.iter().any(|pin| pin.vm == *id));
     }
 
-    /// Pages that are pinned, counted or not: none of them may be taken away.
+    /// Pages with a pin, counted or not: operations must spare them.
     fn pinned_pages(&self, vm: u64) -> BTreeSet<u64> {
         let pins = self.pins.iter().filter(|pin| pin.vm == vm);
         pins.flat_map(|pin| pin.range.start()..pin.range.end()).collect()
     }
 
-    /// Those that are counted.
+    /// Pages with a counted pin.
     fn counted_pages(&self, vm: u64) -> BTreeSet<u64> {
         self.pins.iter().filter(|pin| pin.vm == vm).flat_map(|pin| pin.counted.iter().copied()).collect()
     }
 
-    /// Every byte and every count of a VM.
+    /// Checks every byte and every count of a VM.
     fn check(&self, vm: usize) {
         let vm = &self.vms[vm];
         vm.look_at(vm.model.all());
@@ -425,7 +426,7 @@ impl<'s> World<'s> {
         assert_eq!(counts.sum::<u64>(), pins, "I6: pins are exact");
     }
 
-    /// Everything, at the end.
+    /// Checks all VMs and images at the end.
     pub(crate) fn check_all(&mut self) {
         (0..self.vms.len()).for_each(|vm| self.check(vm));
         self.store.sweep();
@@ -437,7 +438,8 @@ impl<'s> World<'s> {
             let alive = self.vms.iter().find(|vm| vm.id == pin.vm).map(|vm| &vm.model);
             pin.reads_what_it_must(alive.unwrap_or_else(|| &self.dead[&pin.vm]));
         }
-        // I4: every image still gives the bytes of its instant, whatever its source did since.
+        // I4: every image still has the bytes of its instant, regardless of its source's later
+        // writes.
         for (image, model) in &self.images {
             let ram = GuestRam::reserve(image.layout(), self.store).unwrap();
             ram.adopt(image).unwrap();

@@ -1,4 +1,4 @@
-//! Tests that take away what the whole process has run in a process of their own.
+//! Runs tests that consume resources of the whole process in a process of their own.
 
 use std::process::Command;
 

@@ -1,5 +1,4 @@
-//! A guest's balloon takes pages one by one, for ever. It has its own share of the process's
-//! mappings and no more.
+//! A guest's balloon takes pages one by one, endlessly, within its share of the process's mappings.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -10,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::alone::alone;
 use crate::{born, child, freeze, high};
 
-/// Every second one of them is discarded: more than the process can have mappings.
+/// Every second page is discarded: more runs than the process can have mappings.
 const PAGES: u64 = 80_000;
 const BATCH: usize = 1_000;
 
@@ -22,8 +21,8 @@ fn word(ram: &GuestRam, page: u64) -> u64 {
     ram.memory().read_obj(GuestAddress(page * PAGE_SIZE)).unwrap()
 }
 
-/// The promised mappings after each batch of discards, and the pages that were given back without
-/// a mapping.
+/// The promised mappings after each batch of discards, and the pages that were given back without a
+/// mapping.
 fn discard_every_second(ram: &GuestRam, store: &Store) -> (Vec<u64>, BTreeSet<u64>) {
     let region = &ram.regions()[0];
     let pages: Vec<u64> = (0..PAGES).step_by(2).collect();
@@ -41,7 +40,7 @@ fn discard_every_second(ram: &GuestRam, store: &Store) -> (Vec<u64>, BTreeSet<u6
     (used, unmapped)
 }
 
-/// The mappings that the kernel has of this process.
+/// Number of this process's mappings in the kernel.
 fn kernel_mappings() -> u64 {
     fs::read_to_string("/proc/self/maps").unwrap().lines().count() as u64
 }
@@ -63,7 +62,7 @@ fn balloon(freeze_first: bool) {
     let store = Store::open_small().unwrap();
     let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), &store).unwrap();
     ram.populate().unwrap();
-    // Far apart: what is written is seen to stay or to go.
+    // Far apart, to observe which written pages stay.
     let marked = |page: &u64| page.is_multiple_of(101);
     (0..PAGES).filter(marked).for_each(|page| put(&ram, page, page + 1));
     if freeze_first {
@@ -71,8 +70,8 @@ fn balloon(freeze_first: bool) {
     }
     let before = kernel_mappings();
     let (used, unmapped) = discard_every_second(&ram, &store);
-    // What a discard costs follows from the mappings that it has to look through. Once the share is
-    // used up, no further batch adds one, in the budget or in the kernel.
+    // A discard's cost depends on the mappings that it has to search. After the share is used up,
+    // further batches add no mapping, in the budget or in the kernel.
     let (most, limit) = (used.iter().max().copied().unwrap(), store.budget().limit());
     assert!(most <= limit / 4, "one guest's balloon takes {most} mappings of {limit}");
     let (middle, last) = (used[used.len() / 2], used[used.len() - 1]);
@@ -80,8 +79,8 @@ fn balloon(freeze_first: bool) {
     let added = kernel_mappings().saturating_sub(before);
     assert!(added <= most + 64, "the kernel has {added} mappings more, and {most} are promised");
     for page in (0..PAGES).filter(marked) {
-        // Without a mapping of its own a page shows what is beneath: zeros in a file of the VM's
-        // own, else its layer.
+        // Without its own mapping a page shows the bytes below: zeros in a file of the VM's own,
+        // else its layer's.
         let beneath = freeze_first && unmapped.contains(&page);
         let want = if page.is_multiple_of(2) && !beneath { 0 } else { page + 1 };
         assert_eq!(word(&ram, page), want, "page {page:#x}");

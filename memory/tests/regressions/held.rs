@@ -1,5 +1,5 @@
-//! A device that reads pages of a layer by a short pin reads the bytes of the pin's instant, to the
-//! end, whatever becomes of the view, the layer, its file or its VM (I4).
+//! A device that reads pages of a layer by a short pin reads the bytes of the pin's instant until
+//! its end, regardless of later changes to the view, the layer, its file or its VM (I4).
 
 use std::time::Duration;
 
@@ -9,15 +9,15 @@ use vm_memory::Bytes;
 use crate::splice::Splice;
 use crate::{born, child, fill, fill_all, freeze, high, one_word, seeded, stores};
 
-/// Pages of the second region that a delta provides: so many that a freeze maps them, so few that
+/// Pages of the second region provided by a delta: enough that a freeze maps them, few enough that
 /// its file is kept.
 const SHOWN: PageRange = PageRange::new(40, 440);
-/// What the device reads.
+/// Pages that the device reads.
 const READ: PageRange = PageRange::new(100, 164);
-/// Freezes of others: each may use a file again.
+/// Freezes of other VMs: each could reuse a file.
 const FREEZES: u64 = 12;
 
-/// A read under way.
+/// A read in progress.
 struct Read {
     splice: Splice,
     pin: DmaPin,
@@ -41,7 +41,7 @@ impl Read {
     }
 }
 
-/// A VM whose pages `SHOWN` come from a delta that nobody else shows, and an older image of it.
+/// A VM whose pages `SHOWN` come from a delta that no other view shows, and an older image of it.
 fn shown(store: &Store) -> (GuestRam, RamImage) {
     let ram = born(store, 1);
     let first = freeze(&ram);
@@ -50,7 +50,7 @@ fn shown(store: &Store) -> (GuestRam, RamImage) {
     (ram, first)
 }
 
-/// Other VMs freeze as many pages again and again.
+/// Other VMs repeatedly freeze as many pages.
 fn strangers_freeze(store: &Store) {
     let strangers = [7, 8].map(|seed| born(store, seed));
     strangers.iter().for_each(|stranger| drop(freeze(stranger)));
@@ -60,12 +60,12 @@ fn strangers_freeze(store: &Store) {
             drop(freeze(stranger));
         }
         store.sweep();
-        // What is put away in the background is put away.
+        // Waits for background frees.
         std::thread::sleep(Duration::from_millis(1));
     }
 }
 
-/// A read of pages that are shown from a delta, while `goes_on` happens and others freeze.
+/// A read of pages shown from a delta, while `goes_on` runs and other VMs freeze.
 fn holds(what: &str, goes_on: impl Fn(&Store, GuestRam, &RamImage) -> Option<GuestRam>) {
     for store in stores() {
         let (ram, first) = shown(&store);
@@ -99,7 +99,7 @@ fn i4_a_short_read_outlives_its_view_compacted() {
 #[test]
 fn i4_a_short_read_outlives_a_discard() {
     holds("discarded", |_, ram, _| {
-        // Pinned or not is the code's affair: the device reads the same.
+        // Spared or not: the device reads the same bytes.
         high(&ram).discard(SHOWN).unwrap();
         Some(ram)
     });
@@ -109,7 +109,7 @@ fn i4_a_short_read_outlives_a_discard() {
 fn i4_a_short_read_outlives_a_reset() {
     holds("reset", |_, ram, first| {
         let patience = Duration::from_millis(1);
-        // Refused for the pin, or done: the device reads the same.
+        // Refused because of the pin, or done: the device reads the same bytes.
         let _ = ram.reset(first, &Quiesced::by(&clade_memory::NoWriters), patience);
         Some(ram)
     });
@@ -123,7 +123,7 @@ fn i4_a_short_read_outlives_its_vm() {
     });
 }
 
-/// By address, too: the pin keeps the memory that it lies in.
+/// The same by address: the pin keeps the memory of its range.
 #[test]
 fn i4_a_pin_shows_its_pages_when_its_vm_is_gone() {
     for store in stores() {
@@ -139,13 +139,14 @@ fn i4_a_pin_shows_its_pages_when_its_vm_is_gone() {
     }
 }
 
-/// A request may look its frames up at any time before it completes.
+/// A request may look up its frames at any time before it completes.
 #[test]
 fn i4_frames_that_are_looked_up_after_a_freeze_are_held_too() {
     for store in stores() {
         let (ram, _first) = shown(&store);
         let pin = high(&ram).pin(READ, Access::Read, PinLifetime::Transient).unwrap();
-        // The guest writes what the device reads, so the freeze shows it from a new delta.
+        // The guest writes the pages that the device reads, so the freeze shows them from a new
+        // delta.
         fill(&ram, 1, SHOWN, 3);
         drop(freeze(&ram));
         let splice = Splice::of(&pin);
@@ -178,18 +179,18 @@ fn i4_a_short_read_outlives_a_childs_freezes() {
     });
 }
 
-/// The tail of a huge layer is less than a block: giving it back zeroes it in place.
+/// The tail of a huge layer is less than a block: punching it zeroes it in place.
 #[test]
 fn i4_a_short_read_outlives_a_sweep_of_a_layers_tail() {
     for store in stores() {
         let ram = born(&store, 1);
         drop(freeze(&ram));
-        // All of the region in a delta, the tail behind a whole block.
+        // The whole region in a delta, the tail after a whole block.
         fill(&ram, 1, high(&ram).range(), 2);
         drop(freeze(&ram));
         let tail = PageRange::new(512, high(&ram).pages());
         let read = Read::begin(&ram, PageRange::new(540, 580), 2);
-        // Now nobody is shown the tail of that layer any more.
+        // Now no view shows the tail of that layer any more.
         fill(&ram, 1, tail, 3);
         drop(freeze(&ram));
         for _ in 0..3 {
@@ -199,8 +200,7 @@ fn i4_a_short_read_outlives_a_sweep_of_a_layers_tail() {
     }
 }
 
-/// The same of pages of which one is the VM's own: that one is counted, and the others are held all
-/// the same.
+/// The same with one page that is the VM's own: it is counted, and the others are held as well.
 #[test]
 fn i4_a_short_read_of_mixed_pages_outlives_a_sweep_of_a_layers_tail() {
     for store in stores() {
@@ -219,7 +219,7 @@ fn i4_a_short_read_of_mixed_pages_outlives_a_sweep_of_a_layers_tail() {
         for _ in 0..3 {
             store.sweep();
         }
-        // I7: nor does anything else take a page of it away.
+        // I7: other operations do not remove its pages either.
         let discarded = high(&ram).discard(range).unwrap();
         assert_eq!((discarded.discarded, discarded.pinned), (0, range.len()));
         assert!(ram.reset(&first, &Quiesced::by(&clade_memory::NoWriters), Duration::ZERO).is_err());
@@ -228,7 +228,7 @@ fn i4_a_short_read_of_mixed_pages_outlives_a_sweep_of_a_layers_tail() {
     }
 }
 
-/// Small layers are given back page by page, and one of which nothing is shown goes as a whole.
+/// Small layers are punched page by page, and a layer without visible pages is freed as a whole.
 #[test]
 fn i4_a_short_read_outlives_a_sweep_of_everything() {
     for store in stores() {

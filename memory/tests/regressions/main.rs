@@ -1,6 +1,6 @@
-//! One test for each way in which memory was lost, shown to the wrong VM or refused to the wrong
-//! one. Each goes through the public interface, and looks at what a device holds or a child is
-//! shown. It asks no record of the code for that.
+//! One test for each past bug in which memory was lost, shown to the wrong VM or refused to the
+//! right one. Each uses the public interface only, and checks the bytes that devices hold or
+//! children see, not the code's records.
 
 #![allow(clippy::unwrap_used, reason = "a test, although not every function of it is one")]
 
@@ -36,7 +36,7 @@ fn address(region: usize, page: u64) -> u64 {
     HIGH_START * region as u64 + page * PAGE_SIZE
 }
 
-/// All of a page is one word.
+/// Fills a page with one word.
 fn put(ram: &GuestRam, region: usize, page: u64, word: u64) {
     let bytes = word.to_le_bytes().repeat(PAGE_SIZE as usize / 8);
     ram.memory().write_slice(&bytes, GuestAddress(address(region, page))).unwrap();
@@ -48,13 +48,13 @@ fn word(ram: &GuestRam, region: usize, page: u64) -> u64 {
     one_word(&got).unwrap_or_else(|| panic!("page {page:#x} of region {region} is torn"))
 }
 
-/// The word that all of a page is.
+/// The word that fills a page, if it is the same everywhere.
 fn one_word(page: &[u8]) -> Option<u64> {
     let words = page.as_chunks::<8>().0;
     words.iter().all(|word| *word == words[0]).then(|| u64::from_le_bytes(words[0]))
 }
 
-/// What a VM that was written with `seed` holds.
+/// Contents of a VM written with `seed`.
 fn seeded(seed: u64, region: usize, page: u64) -> u64 {
     seed << 32 | (region as u64) << 16 | (page + 1)
 }

@@ -1,5 +1,5 @@
-//! Guest memory and processes that this one forks (R19): they inherit none of it, however it came
-//! to be mapped.
+//! Guest memory and forked processes (R19): these inherit none of it, regardless of its kind of
+//! mapping.
 
 use std::fs;
 use std::path::Path;

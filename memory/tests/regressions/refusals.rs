@@ -1,4 +1,4 @@
-//! What must be refused, and what must stay unseen.
+//! Operations that must be refused, and memory that must stay hidden.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -40,7 +40,7 @@ fn r19_no_pin_of_what_is_absent_is_granted() {
     }
 }
 
-/// The end of a range is its start and its length, which a guest may choose.
+/// The end of a range is computed from a start and a length that a guest may choose.
 #[test]
 fn a_range_whose_end_wraps_is_refused() {
     let store = Store::open_small().unwrap();
@@ -65,7 +65,7 @@ fn a_range_whose_end_wraps_is_refused() {
     crate::check_all(&ram, 1, "after refusals");
 }
 
-/// Memory over a file of which nothing is left is not frozen into zeros for others.
+/// Memory over a truncated file must not be frozen into zeros for other VMs.
 #[test]
 fn memory_that_is_lost_is_not_frozen() {
     let store = Store::open_small().unwrap();
@@ -74,14 +74,14 @@ fn memory_that_is_lost_is_not_frozen() {
     let layer = store.file_layer(file.try_clone().unwrap(), HIGH).unwrap();
     let mut map = ImageMap::new();
     map.insert(PageRange::new(0, HIGH), LayerSource { layer, at: 0 });
-    // The second region's memory is the file's.
+    // The file backs the second region's memory.
     let parts = vec![(ImageMap::new(), Vec::new()), (map, Vec::new())];
     let image = RamImage::from_parts(&store, &layout(), parts).unwrap();
     let ram = child(&image, &store);
     let (told, hear) = mpsc::channel();
     ram.on_failure(move |_| told.send(()).unwrap());
     file.set_len(0).unwrap();
-    // What is read now is nothing to rely on, but it is read.
+    // The value read now is meaningless, but the read succeeds.
     let _ = ram.memory().read_obj::<u8>(GuestAddress(address(1, 30))).unwrap();
     clade_test_support::receive("the callback", &hear);
     assert!(ram.failure().is_some());
@@ -91,7 +91,7 @@ fn memory_that_is_lost_is_not_frozen() {
     }
 }
 
-/// The files that are mapped in a VM's regions, by device and inode.
+/// The files mapped in a VM's regions, by device and inode.
 fn mapped_files(ram: &GuestRam) -> BTreeSet<(u64, u64)> {
     let inside = |start: u64| {
         let of = |region: &std::sync::Arc<clade_memory::GuestRegion>| {
@@ -122,7 +122,7 @@ fn open_files() -> BTreeMap<(u64, u64), PathBuf> {
     fds.filter_map(|path| fs::metadata(&path).ok().map(|meta| ((meta.dev(), meta.ino()), path))).collect()
 }
 
-/// Whether a word stands anywhere in a file.
+/// Whether a file contains the word anywhere.
 fn holds_word(path: &Path, word: u64) -> bool {
     let file = File::open(path).unwrap();
     let mut bytes = vec![0; file.metadata().unwrap().len() as usize];

@@ -1,5 +1,6 @@
-//! What fails in the second of two regions has not been begun (I13): the bits, the declarations and
-//! the bytes of the first are as before, and whatever was refused works once there is room.
+//! Operations that fail in the second of two regions leave no trace (I13): the bits, the
+//! declarations and the bytes of the first are as before, and a refused operation succeeds once
+//! there is room.
 
 use std::time::Duration;
 
@@ -29,8 +30,8 @@ fn descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// Waits until the threads of the store have closed the files that nothing needs: a file that one of
-/// them closes during an attempt would let the attempt open another.
+/// Waits until the store's threads have closed unused files: a file closed during an attempt would
+/// let the attempt open another.
 fn settle(store: &Store) {
     store.drain();
     store.sweep();
@@ -43,8 +44,8 @@ fn settle(store: &Store) {
     }
 }
 
-/// Runs `with` while this process can open `more` files and no other. The limit is a number that no
-/// descriptor reaches, so every smaller number must be in use: a store's threads leave free ones.
+/// Runs `with` while this process can open just `more` files. The limit applies to descriptor
+/// numbers, so every smaller number must be in use: a store's threads leave free ones.
 fn with_files<T>(more: u64, with: impl FnOnce() -> T) -> T {
     let numbers = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
     let highest = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok()).max().unwrap();
@@ -64,7 +65,7 @@ fn with_files<T>(more: u64, with: impl FnOnce() -> T) -> T {
     done
 }
 
-/// VMs that leave `left` mappings of the budget to others.
+/// VMs that use up the budget except for `left` mappings.
 fn leave(store: &Store, left: u64) -> Vec<GuestRam> {
     const MOST: u64 = 20_000;
     let mut hogs = Vec::new();
@@ -73,7 +74,7 @@ fn leave(store: &Store, left: u64) -> Vec<GuestRam> {
         if more == 0 {
             return hogs;
         }
-        // A region each, which is promised one mapping.
+        // One region each, with one promised mapping.
         let ranges: Vec<_> = (0..more).map(|n| (GuestAddress(n * 2 * PAGE_SIZE), 1)).collect();
         hogs.push(GuestRam::reserve(&RamLayout::of_ranges(&ranges).unwrap(), store).unwrap());
     }
@@ -119,7 +120,7 @@ fn i13_a_freeze_that_fails_in_the_second_region_has_not_been() {
     alone("second::freezes");
 }
 
-/// What a VM is in its own books, in the kernel's, and to its guest.
+/// State of a VM in its own records, in the kernel's, and as its guest sees it.
 fn books(ram: &GuestRam) -> (Vec<TableCounts>, u64, Vec<Vec<PageRange>>) {
     (counts(ram), ram.stats().unwrap().exclusive, declared(ram))
 }
@@ -134,7 +135,7 @@ fn freezes() {
         }
         let ram = born(&store, 1);
         drop(freeze(&ram));
-        // So many that a freeze shares them.
+        // Enough pages that a freeze shares them.
         (0..2).for_each(|region| fill(&ram, region, PageRange::new(10, 590), 1));
         high(&ram).set_no_fork(PageRange::new(595, 599), Some(NoFork::Zeroed)).unwrap();
         ram.finish_background().unwrap();
@@ -146,7 +147,7 @@ fn freezes() {
             match with_files(*files, || ram.freeze_in(mode, &Quiesced::by(&clade_memory::NoWriters))) {
                 Err(error) => {
                     let now = books(&ram);
-                    // A page that is the VM's own may get its bit: that is all that may change.
+                    // Only a page that is the VM's own may get its bit; no other change is allowed.
                     let kept = now.0.iter().zip(&before.0).all(|(now, before)| now.exclusive >= before.exclusive);
                     assert!(kept, "I13: {mode:?} with {files} files: {error}: {now:?}, before {before:?}");
                     assert_eq!(
@@ -172,7 +173,7 @@ fn i13_a_first_freeze_that_fails_in_the_second_region_has_not_been() {
     alone("second::first_freezes");
 }
 
-/// Pages of the birth file need no copy, except where a device holds them.
+/// Pages of the birth file need no copy, except pages that devices hold.
 #[test]
 #[ignore = "takes the process's files; run by a test above"]
 fn first_freezes() {
@@ -200,7 +201,7 @@ fn adoption() {
     let store = Store::open_small().unwrap();
     let parent = born(&store, 1);
     for region in parent.regions() {
-        // Four pieces in each region: as many as a VM is always allowed.
+        // Four pieces in each region: the number that a VM is always allowed.
         region.discard(PageRange::new(100, 200)).unwrap();
         region.discard(PageRange::new(400, 600)).unwrap();
         region.set_no_fork(PageRange::new(120, 130), Some(NoFork::Zeroed)).unwrap();
@@ -208,13 +209,13 @@ fn adoption() {
     let image = freeze(&parent);
     let fresh = reserve(&store);
     let before = counts(&fresh);
-    // Mappings that one region takes, in a budget of plenty: they are promised one already.
+    // Mappings that one region takes with an ample budget, in addition to the one already promised.
     let used = store.budget().used();
     let plenty = child(&image, &store);
     let each = (store.budget().used() - used) / 2;
     drop(plenty);
     assert!(each > 1, "{each} mappings a region");
-    // Enough for one of them.
+    // Enough for one of the two.
     let hogs = leave(&store, each);
     let used = store.budget().used();
     let refused = fresh.adopt(&image);
@@ -242,12 +243,11 @@ fn i13_a_reset_that_is_refused_in_the_second_region_has_not_been() {
     alone("second::resets");
 }
 
-/// A VM of which the first region needs one piece mapped anew for a reset, and the second needs
-/// three.
+/// A VM whose reset needs one piece mapped anew in the first region, and three in the second.
 fn to_be_reset(store: &Store) -> (GuestRam, clade_memory::RamImage) {
     let ram = born(store, 1);
     let first = freeze(&ram);
-    // So many pages that they are shown from their copies.
+    // Enough pages that they are shown from their copies.
     fill(&ram, 0, PageRange::new(10, 590), 2);
     for start in [10, 210, 410] {
         fill(&ram, 1, PageRange::new(start, start + 150), 2);

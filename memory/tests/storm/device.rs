@@ -1,4 +1,4 @@
-//! Devices. They hold frames: what a pin's address shows later is of no interest to them.
+//! Devices. They hold frames: later mappings at a pin's address do not affect them.
 
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ const MAX_READS: usize = 96;
 const MAX_WRITES: usize = 24;
 /// Most pages of a request.
 const MAX_PAGES: u64 = 24;
-/// A request lives for this long at most, so that many freezes fall into it.
+/// Maximum lifetime of a request, long enough for many freezes.
 const MAX_LIFE_MICROS: u64 = 600_000;
 
 fn term(rng: &mut Rng) -> PinLifetime {
@@ -30,16 +30,16 @@ fn life(rng: &mut Rng) -> Duration {
     Duration::from_micros(rng.below(most))
 }
 
-/// A request that reads, by page references as a splice takes them.
+/// A reading request, by page references like a splice.
 struct Read {
     splice: Splice,
     pin: clade_memory::DmaPin,
     first: u64,
     term: PinLifetime,
     until: Instant,
-    /// It goes on when devices are asked to finish, if it can.
+    /// Continues when devices are asked to finish, if it can.
     stubborn: bool,
-    /// When the pin was asked for.
+    /// Number of freezes when the pin was requested.
     freezes: u64,
     lows: Vec<[u64; 2]>,
     model: Arc<Model>,
@@ -69,7 +69,7 @@ impl Read {
         if term == PinLifetime::LongTerm {
             vm.chunks.hold(pages);
         }
-        // Its frames are these, whatever is mapped there later.
+        // Its frames, regardless of later mappings.
         let splice = Splice::of(&pin);
         Some(Self {
             splice,
@@ -89,7 +89,7 @@ impl Read {
     fn finish(mut self, tally: &Tally) -> Result<(), String> {
         let pages = self.pages();
         if self.term == PinLifetime::LongTerm {
-            // I9: it sees what the guest has written since.
+            // I9: the request sees the guest's later writes.
             let now = |page| LANES.map(|lane| self.model.low(page, lane));
             self.lows = (pages.start()..pages.end()).map(now).collect();
             if let Some(vm) = self.vm.upgrade()
@@ -119,7 +119,7 @@ impl Read {
     }
 }
 
-/// Requests that read, many at a time.
+/// Reading requests, many at a time.
 pub(crate) fn reader(fleet: &Fleet, mut rng: Rng) -> Result<(), String> {
     let mut reads: Vec<Read> = Vec::new();
     while fleet.goes_on() {
@@ -167,7 +167,7 @@ impl Write {
         self.until <= now || self.chunks.is_quiet()
     }
 
-    /// One page by DMA. The guest must see it at once, if there is a guest.
+    /// Writes one page by DMA. The guest, if any, must see it at once.
     fn put(&mut self, page: u64) -> Result<(), String> {
         let vm = self.vm.upgrade();
         let _devices = vm.as_ref().map(|vm| vm.devices_run());
@@ -190,7 +190,7 @@ impl Write {
         wrong.map_or(Ok(()), |wrong| Err(format!("I3: the guest does not see its device's write: {wrong}")))
     }
 
-    /// The device reads through the same frames what the guest has written.
+    /// Reads the guest's writes through the same frames.
     fn look(&mut self, page: u64) -> Result<(), String> {
         let lows = LANES.map(|lane| self.model.low(page, lane));
         let got = self.device.get(((page - self.first) * PAGE_SIZE) as usize, PAGE_SIZE as usize);
@@ -208,7 +208,7 @@ impl Write {
     }
 }
 
-/// Devices that write. One thread writes the device lanes of all VMs.
+/// Writing devices. One thread writes the device lanes of all VMs.
 pub(crate) fn writer(fleet: &Fleet, mut rng: Rng) -> Result<(), String> {
     let mut writes: Vec<Write> = Vec::new();
     while fleet.goes_on() {

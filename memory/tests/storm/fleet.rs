@@ -1,4 +1,4 @@
-//! All VMs and images of a storm, and what was done with them.
+//! All VMs and images of a storm, and a tally of the operations.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,7 +13,7 @@ use crate::vm::{CHUNK, CHUNKS, Image, Vm, chunk};
 const MAX_VMS: usize = 5;
 const MAX_IMAGES: usize = 6;
 
-/// What was done, so that finding nothing means something.
+/// Operations done, which proves that the storm was effective.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
     freezes: AtomicU64,
@@ -26,7 +26,7 @@ pub(crate) struct Tally {
     forks: AtomicU64,
     resets: AtomicU64,
     discarded: AtomicU64,
-    /// Pages that the kernel was told to reclaim.
+    /// Pages that the kernel was asked to reclaim.
     reclaimed: AtomicU64,
     other: AtomicU64,
     looks: AtomicU64,
@@ -83,7 +83,7 @@ impl Tally {
         count(&self.looks, 1);
     }
 
-    /// Something of everything that no storm can do without.
+    /// Whether every essential operation occurred.
     pub(crate) fn is_a_storm(&self) -> bool {
         let some = [&self.freezes, &self.long, &self.dma, &self.written, &self.forks, &self.looks];
         some.iter().all(|counter| counter.load(Ordering::Relaxed) > 0)
@@ -97,7 +97,7 @@ pub(crate) struct Fleet {
     pub(crate) tally: Tally,
     /// Whether this host can freeze in the background.
     pub(crate) background: bool,
-    /// What is left out, to look for something else.
+    /// Operations left out, to isolate a cause.
     without: String,
     vms: Mutex<Vec<Arc<Vm>>>,
     images: Mutex<Vec<Image>>,
@@ -127,11 +127,11 @@ impl Fleet {
     }
 
     pub(crate) fn goes_on(&self) -> bool {
-        // A storm lasts at least its time, and on a slow machine until it has been one.
+        // A storm lasts at least its time, and on a slow machine until every operation occurred.
         !self.stop.load(Ordering::Relaxed) && (Instant::now() < self.end || !self.tally.is_a_storm())
     }
 
-    /// Whether `what` belongs to this storm.
+    /// Whether this storm includes `what`.
     pub(crate) fn has(&self, what: &str) -> bool {
         self.without.split(',').all(|without| without.trim() != what)
     }
@@ -150,18 +150,18 @@ impl Fleet {
         lock(&self.vms).clone()
     }
 
-    /// It runs from now on. Another one goes if there are too many.
+    /// Adds a running VM. Drops another one if there are too many.
     pub(crate) fn add(&self, vm: Vm, rng: &mut Rng) {
         let mut vms = lock(&self.vms);
         vms.push(Arc::new(vm));
         let gone =
             (vms.len() > MAX_VMS).then(|| vms.len() as u64 - 1).map(|old| vms.swap_remove(rng.below(old) as usize));
         drop(vms);
-        // Its devices may go on.
+        // Its devices may continue.
         drop(gone);
     }
 
-    /// A VM goes, if another is left.
+    /// Drops a VM, if another is left.
     pub(crate) fn drop_one(&self, rng: &mut Rng) {
         let mut vms = lock(&self.vms);
         let gone = (vms.len() > 2).then(|| vms.len() as u64).map(|all| vms.swap_remove(rng.below(all) as usize));
@@ -187,7 +187,7 @@ impl Fleet {
         drop(gone);
     }
 
-    /// One image in place of another that shows the same.
+    /// Replaces an image by another one with the same contents.
     pub(crate) fn replace(&self, new: &Image) {
         let same = |image: &&mut Image| Arc::ptr_eq(&image.frozen, &new.frozen);
         let old = lock(&self.images).iter_mut().find(same).map(|image| std::mem::replace(image, new.clone()));
@@ -209,7 +209,7 @@ impl Fleet {
 
     /// Some pages of one region.
     pub(crate) fn run_of_pages(&self, rng: &mut Rng, most: u64) -> PageRange {
-        // Chunks do not straddle regions.
+        // Chunks do not cross regions.
         let of = chunk(rng.below(CHUNKS));
         let len = 1 + rng.below(most.min(CHUNK));
         PageRange::with_len(of.start() + rng.below(CHUNK - len + 1), len)

@@ -1,21 +1,22 @@
 //! Everything at once, from many threads: vCPUs that write, devices that hold frames, freezes,
 //! forks, resets, discards, evictions, reclaim, compaction, sweeps, and the end of VMs and images.
 //!
-//! The oracle asks none of the code's records. It knows three things from the bytes alone (see
-//! `stamp.rs`):
+//! The oracle uses none of the code's records. From the bytes alone (see `stamp.rs`) it determines:
 //!
-//! * what a device must read from the frames it holds, short or long,
-//! * what an image shows to its children, for ever,
-//! * what a VM shows to its guest.
+//! * the contents that a device must read from its frames, short or long,
+//! * the contents that an image shows to its children, permanently,
+//! * the contents that a VM shows to its guest.
 //!
 //! | variable | |
 //! |---|---|
-//! | `CLADE_STORM_SECONDS` | how long, over all kinds of pages; 10 if not given, 600 in the long test |
-//! | `CLADE_STORM_SEED` | what the threads decide from, as a failure prints it; a fresh one if not given |
-//! | `CLADE_STORM_WITHOUT` | what to leave out, to tell causes apart: `short`, `sweep`, `settle`, `discard`, `evict`,
-//!   `reclaim`, `compact`, `reset`, `drop`, `background`, comma-separated |
+//! | `CLADE_STORM_SECONDS` | duration, over all kinds of pages; default 10, long test 600 |
+//! | `CLADE_STORM_SEED` | seed of the threads, as a failure prints it; default random |
+//! | `CLADE_STORM_WITHOUT` | operations to leave out, comma-separated, see below |
 //!
-//! A seed decides what each thread does. It does not decide how they interleave.
+//! Operations that can be left out, to isolate a cause: `short`, `sweep`, `settle`, `discard`,
+//! `evict`, `reclaim`, `compact`, `reset`, `drop`, `background`.
+//!
+//! A seed determines the actions of each thread, but not their interleaving.
 
 #![allow(clippy::unwrap_used, reason = "a test, although not every function of it is one")]
 
@@ -43,7 +44,7 @@ use vm::Vm;
 
 const SHORT_SECONDS: u64 = 10;
 const LONG_SECONDS: u64 = 600;
-/// How much running time a storm may take beyond its time before the watchdog aborts it.
+/// Running time that a storm may take beyond its time before the watchdog aborts it.
 const HANG_LIMIT: Duration = Duration::from_secs(600);
 
 fn number(name: &str) -> Option<u64> {
@@ -51,7 +52,7 @@ fn number(name: &str) -> Option<u64> {
     Some(text.parse().unwrap_or_else(|_| panic!("{name} is {text:?}, not a number")))
 }
 
-/// Why a thread ended.
+/// The reason why a thread ended.
 fn told(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().cloned();
     text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
@@ -59,7 +60,7 @@ fn told(panic: &(dyn Any + Send)) -> String {
 
 type Job<'f> = Box<dyn FnOnce(&'f Fleet, Rng) -> Result<(), String> + Send>;
 
-/// Runs the threads until the time is over or one of them finds something: what it found.
+/// Runs the threads until the time is over or one of them finds a failure, which is returned.
 fn blow(fleet: &Fleet, seed: u64) -> Option<String> {
     let found = Mutex::new(None);
     let mut jobs: Vec<(&str, Job<'_>)> = vec![
@@ -82,7 +83,7 @@ fn blow(fleet: &Fleet, seed: u64) -> Option<String> {
                 let result = catch_unwind(AssertUnwindSafe(|| job(fleet, rng)));
                 let result = result.unwrap_or_else(|panic| Err(told(&*panic)));
                 if let Err(error) = result {
-                    // The first is the cause of what others find.
+                    // The first failure is the cause of the others.
                     let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
                     found.get_or_insert(format!("{name}: {error}"));
                     fleet.stop();
@@ -93,7 +94,7 @@ fn blow(fleet: &Fleet, seed: u64) -> Option<String> {
     found.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What is left at the end, once more.
+/// Checks the remaining VMs and images at the end.
 fn look_at_all(fleet: &Fleet) -> Result<(), String> {
     fleet.vms().iter().try_for_each(|vm| vm.look_all())?;
     fleet.store.sweep();
@@ -104,7 +105,7 @@ fn look_at_all(fleet: &Fleet) -> Result<(), String> {
 }
 
 fn storm(backing: Backing, lasts: Duration) {
-    // One at a time: each takes all processors.
+    // One at a time, because each uses all processors.
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let fresh = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64 >> 10;
@@ -137,7 +138,7 @@ fn storm(backing: Backing, lasts: Duration) {
     });
 }
 
-/// Half of the time is for each kind of pages.
+/// Half of the time for each kind of pages.
 fn half(seconds: u64) -> Duration {
     Duration::from_millis(number("CLADE_STORM_SECONDS").unwrap_or(seconds) * 500)
 }

@@ -1,4 +1,4 @@
-//! Numbers that a seed decides.
+//! Pseudo-random numbers from a seed.
 
 /// SplitMix64.
 #[derive(Debug)]
@@ -19,7 +19,7 @@ impl Rng {
         word ^ word >> 31
     }
 
-    /// Below `end`, which is 0 for a range of nothing.
+    /// A number below `end`; 0 if `end` is 0.
     pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.next() % end.max(1)
     }

@@ -1,4 +1,4 @@
-//! Words that say where they come from, and the record of what each page may hold.
+//! Words that identify their origin, and the record of the allowed contents of each page.
 //!
 //! A page has two lanes: the CPU writes the lower half, devices write the upper half. Every word of
 //! a lane is the same stamp. A stamp names its writer, its page, its lane and its place in the
@@ -11,9 +11,9 @@
 //! | 33 | lane |
 //! | 0..33 | count: drawn from one clock, so it grows along every line of descent |
 //!
-//! A lane has one writing thread. It notes a count before it writes and again after. A reader takes
-//! the lower bound before it looks and the upper bound after. Zeros count as a write: birth and
-//! discards make them.
+//! A lane has one writing thread. It records a count before each write and again after it. A reader
+//! loads the lower bound before it reads and the upper bound after. Zeros count as a write: birth
+//! and discards make them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
@@ -28,7 +28,7 @@ const WRITER_SHIFT: u32 = PAGE_SHIFT + 12;
 /// Bytes of a lane.
 pub(crate) const LANE: usize = PAGE_SIZE as usize / 2;
 
-/// Which half of a page, and who writes it.
+/// The half of a page, and its writer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Lane {
     Cpu,
@@ -48,7 +48,7 @@ fn stamp(writer: u64, page: u64, lane: Lane, count: u64) -> u64 {
     writer << WRITER_SHIFT | page << PAGE_SHIFT | (lane as u64) << LANE_BIT | count
 }
 
-/// A stamp as it is read in a failure.
+/// A stamp as printed in a failure.
 fn spelled(word: u64) -> String {
     if word == 0 {
         return "zeros".to_owned();
@@ -58,7 +58,7 @@ fn spelled(word: u64) -> String {
     format!("writer {} page {page:#x} {lane:?} count {}", word >> WRITER_SHIFT, word & ((1 << COUNT_BITS) - 1))
 }
 
-/// Where counts and writers' numbers come from.
+/// Source of counts and writers' numbers.
 #[derive(Debug)]
 pub(crate) struct Clock {
     count: AtomicU64,
@@ -76,7 +76,7 @@ impl Clock {
         count
     }
 
-    /// The last count that was drawn.
+    /// The last count drawn.
     pub(crate) fn now(&self) -> u64 {
         self.count.load(Ordering::SeqCst) - 1
     }
@@ -88,7 +88,8 @@ impl Clock {
     }
 }
 
-/// What a lane of a page may hold: counts `low..=high`, and zeros if they came at `low` or later.
+/// Allowed contents of a lane of a page: counts `low..=high`, and zeros if they were written at
+/// `low` or later.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Span {
     pub(crate) low: u64,
@@ -103,10 +104,10 @@ struct Record {
     zeroed: AtomicU64,
 }
 
-/// Whose writes may be seen: a writer and the last count of it that was inherited.
+/// The visible writers: each with the last count that was inherited.
 pub(crate) type Line = Arc<Vec<(u64, u64)>>;
 
-/// What the pages of a VM may hold, during one life of it.
+/// Allowed contents of a VM's pages, during one life of it.
 #[derive(Debug)]
 pub(crate) struct Model {
     clock: Arc<Clock>,
@@ -115,14 +116,14 @@ pub(crate) struct Model {
     records: [Vec<Record>; 2],
 }
 
-/// What an image must show.
+/// Required contents of an image.
 #[derive(Clone, Debug)]
 pub(crate) struct Frozen {
     pub(crate) line: Line,
     spans: [Vec<Span>; 2],
 }
 
-/// A write that has begun.
+/// A write in progress.
 #[must_use]
 pub(crate) struct Begun<'m> {
     record: &'m Record,
@@ -139,13 +140,13 @@ impl Begun<'_> {
         bytes
     }
 
-    /// It is complete.
+    /// Completes the write.
     pub(crate) fn done(self) {
         fence(Ordering::SeqCst);
         self.record.done.store(self.count, Ordering::SeqCst);
     }
 
-    /// It has had no effect. No other write may have begun.
+    /// Cancels the write, which has had no effect. No other write may have begun.
     pub(crate) fn undone(self) {
         self.record.zeroed.store(self.was.zeroed, Ordering::SeqCst);
         self.record.begun.store(self.was.high, Ordering::SeqCst);
@@ -153,14 +154,14 @@ impl Begun<'_> {
 }
 
 impl Model {
-    /// A VM that is born: zeros.
+    /// The model of a newly born VM: zeros.
     pub(crate) fn born(clock: &Arc<Clock>, pages: u64) -> Self {
         let zero = Span { low: 0, high: 0, zeroed: 0 };
         let spans = || vec![zero; pages as usize];
         Self::of(clock, &Frozen { line: Line::default(), spans: [spans(), spans()] })
     }
 
-    /// A VM that is made of an image, or reset to it.
+    /// The model of a VM made of an image, or reset to it.
     pub(crate) fn of(clock: &Arc<Clock>, image: &Frozen) -> Self {
         let record = |span: &Span| Record {
             done: AtomicU64::new(span.low),
@@ -188,24 +189,24 @@ impl Model {
         Begun { record, count, word, was }
     }
 
-    /// The lane's one writer is about to write.
+    /// Begins a write by the lane's only writer.
     pub(crate) fn write(&self, page: u64, lane: Lane) -> Begun<'_> {
         self.begin(page, lane, false)
     }
 
-    /// Zeros are about to be shown, while nobody else writes.
+    /// Begins the zeroing of a lane, while there are no other writers.
     pub(crate) fn zero(&self, page: u64, lane: Lane) -> Begun<'_> {
         self.begin(page, lane, true)
     }
 
-    /// The lower bound for whoever looks from now on.
+    /// The lower bound for reads from now on.
     pub(crate) fn low(&self, page: u64, lane: Lane) -> u64 {
         let low = self.record(page, lane).done.load(Ordering::SeqCst);
         fence(Ordering::SeqCst);
         low
     }
 
-    /// What somebody may have seen who has looked until now.
+    /// Allowed contents for reads that ended before now.
     pub(crate) fn span(&self, page: u64, lane: Lane, low: u64) -> Span {
         fence(Ordering::SeqCst);
         let record = self.record(page, lane);
@@ -218,7 +219,8 @@ impl Model {
         LANES.map(|lane| (0..self.records[0].len() as u64).map(|page| self.low(page, lane)).collect())
     }
 
-    /// What an image shows that was begun when the bounds were `lows` and is complete now.
+    /// Required contents of an image that was begun when the bounds were `lows` and is complete
+    /// now.
     pub(crate) fn frozen(&self, lows: &[Vec<u64>; 2]) -> Frozen {
         let spans = LANES.map(|lane| {
             let lows = (0..).zip(&lows[lane as usize]);
@@ -229,7 +231,7 @@ impl Model {
         Frozen { line: Arc::new(line), spans }
     }
 
-    /// What is wrong with the bytes of a lane.
+    /// The error in the bytes of a lane, if any.
     pub(crate) fn wrong(&self, page: u64, lane: Lane, span: Span, got: &[u8]) -> Option<String> {
         let wrong = wrong((&self.line, self.writer), (page, lane), span, got)?;
         Some(format!("life {}: {wrong}", self.writer))
@@ -237,7 +239,7 @@ impl Model {
 }
 
 impl Frozen {
-    /// What is wrong with the bytes of a lane.
+    /// The error in the bytes of a lane, if any.
     pub(crate) fn wrong(&self, page: u64, lane: Lane, got: &[u8]) -> Option<String> {
         wrong((&self.line, 0), (page, lane), self.spans[lane as usize][page as usize], got)
     }
@@ -277,7 +279,7 @@ fn wrong((line, writer): (&Line, u64), (page, lane): (u64, Lane), span: Span, go
     None
 }
 
-/// What the oracle is worth: each kind of wrong word is told apart.
+/// Self-test of the oracle: it distinguishes each kind of wrong word.
 #[test]
 fn the_oracle_tells_what_is_wrong() {
     let clock = Arc::new(Clock::new());

@@ -1,4 +1,4 @@
-//! A VM of the storm: its memory, what it may hold, and the gates its writers pass.
+//! A VM of the storm: its memory, the allowed contents, and the locks that its writers take.
 //!
 //! Lock order: `cpus`, then `devices`, then chunks in ascending order.
 
@@ -16,7 +16,7 @@ const LOW_PAGES: u64 = 2 * 512 + 96;
 const HIGH_PAGES: u64 = 512 + 192;
 const HIGH_START: u64 = 1 << 32;
 pub(crate) const PAGES: u64 = LOW_PAGES + HIGH_PAGES;
-/// Pages that one lock keeps from being discarded while somebody writes. It divides both regions.
+/// Pages under one lock, which excludes discards during a write. Divides both regions evenly.
 pub(crate) const CHUNK: u64 = 32;
 pub(crate) const CHUNKS: u64 = PAGES / CHUNK;
 const PAGE: usize = PAGE_SIZE as usize;
@@ -25,13 +25,13 @@ pub(crate) fn layout() -> RamLayout {
     RamLayout::of_ranges(&[(GuestAddress(0), LOW_PAGES), (GuestAddress(HIGH_START), HIGH_PAGES)]).unwrap()
 }
 
-/// Where a page is, counted over both regions.
+/// Address of a page, counted over both regions.
 pub(crate) fn address(page: u64) -> GuestAddress {
     let high = page.checked_sub(LOW_PAGES);
     GuestAddress(high.map_or(page * PAGE_SIZE, |high| HIGH_START + high * PAGE_SIZE))
 }
 
-/// The region of a page and the page in it.
+/// The region of a page and the page's number in it.
 fn located(page: u64) -> (usize, u64) {
     page.checked_sub(LOW_PAGES).map_or((0, page), |high| (1, high))
 }
@@ -48,13 +48,13 @@ fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
     lock.write().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What outlives a VM for its devices: which pages they hold, and who may be writing.
+/// State that a VM's devices keep after it: the held pages, and the locks of writers.
 #[derive(Debug)]
 pub(crate) struct Chunks {
     locks: Vec<RwLock<()>>,
-    /// Pins that must keep a page in place, as the storm knows them.
+    /// Pins that must keep a page in place, as counted by the storm.
     held: Vec<AtomicU32>,
-    /// Devices are asked to finish what they hold.
+    /// Devices are asked to finish their requests.
     quiet: AtomicBool,
 }
 
@@ -67,12 +67,12 @@ impl Chunks {
         }
     }
 
-    /// For a writer of the chunk around `page`.
+    /// Locks the chunk around `page` for a writer.
     pub(crate) fn writing(&self, page: u64) -> RwLockReadGuard<'_, ()> {
         read(&self.locks[(page / CHUNK) as usize])
     }
 
-    /// For whoever takes pages away.
+    /// Locks chunks for an operation that removes pages.
     pub(crate) fn taking(&self, chunks: std::ops::Range<u64>) -> Vec<RwLockWriteGuard<'_, ()>> {
         self.locks[chunks.start as usize..chunks.end as usize].iter().map(write).collect()
     }
@@ -95,7 +95,7 @@ impl Chunks {
         self.quiet.store(quiet, Ordering::SeqCst);
     }
 
-    /// To be called before the pin is dropped.
+    /// Called before the pin is dropped.
     pub(crate) fn let_go(&self, pages: PageRange) {
         for page in pages.start()..pages.end() {
             let _writing = self.writing(page);
@@ -107,12 +107,13 @@ impl Chunks {
 #[derive(Debug)]
 pub(crate) struct Vm {
     pub(crate) ram: GuestRam,
-    /// Forks and resets between it and its birth.
+    /// Number of forks and resets since its birth.
     pub(crate) depth: usize,
     model: RwLock<Arc<Model>>,
-    /// Read by vCPUs while they write. Written by whoever needs [`Quiesced`].
+    /// Read by vCPUs while they write. Written by threads that need [`Quiesced`].
     pub(crate) cpus: RwLock<()>,
-    /// Read by devices while they begin or do something. Written by whoever needs them paused.
+    /// Read by devices while they begin or perform an operation. Written by threads that need them
+    /// paused.
     pub(crate) devices: RwLock<()>,
     pub(crate) chunks: Arc<Chunks>,
 }
@@ -145,7 +146,7 @@ impl Vm {
         Arc::clone(&read(&self.model))
     }
 
-    /// It has been reset: a new life.
+    /// Begins a new life after a reset.
     pub(crate) fn begin_life(&self, clock: &Arc<Clock>, image: &Frozen) {
         *write(&self.model) = Arc::new(Model::of(clock, image));
     }
@@ -166,20 +167,20 @@ impl Vm {
         write(&self.devices)
     }
 
-    /// The region of `pages`, which lie in one, and the pages in it.
+    /// The region that contains `pages`, and their range in it.
     pub(crate) fn region(&self, pages: PageRange) -> (&Arc<GuestRegion>, PageRange) {
         let (region, first) = located(pages.start());
         (&self.ram.regions()[region], PageRange::with_len(first, pages.len()))
     }
 
-    /// The CPU writes its lane of `page`. The chunk is held by the caller.
+    /// The CPU writes its lane of `page`. The caller holds the chunk.
     pub(crate) fn write(&self, model: &Model, page: u64) {
         let begun = model.write(page, Lane::Cpu);
         self.ram.memory().write_slice(&begun.bytes(), address(page)).unwrap();
         begun.done();
     }
 
-    /// The CPU looks at `page`.
+    /// The CPU reads and checks `page`.
     pub(crate) fn look(&self, model: &Model, page: u64) -> Result<(), String> {
         let lows = LANES.map(|lane| model.low(page, lane));
         let mut got = [0; PAGE];
@@ -191,7 +192,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Every byte, while everybody else stands still.
+    /// Checks every byte, while all other threads are stopped.
     pub(crate) fn look_all(&self) -> Result<(), String> {
         let (_cpus, _devices) = (self.stop_cpus(), self.stop_devices());
         let model = self.model();
@@ -201,7 +202,7 @@ impl Vm {
     }
 }
 
-/// An image, and what it must show for ever.
+/// An image, and its required contents.
 #[derive(Clone, Debug)]
 pub(crate) struct Image {
     pub(crate) ram: RamImage,
@@ -209,7 +210,7 @@ pub(crate) struct Image {
 }
 
 impl Image {
-    /// Every byte that a new child of it is shown. Nobody writes to the child.
+    /// Checks every byte of a new child. The child has no writers.
     pub(crate) fn look_through(&self, child: &Vm) -> Result<(), String> {
         let mut got = [0; PAGE];
         for page in 0..PAGES {

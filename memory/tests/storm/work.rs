@@ -1,4 +1,5 @@
-//! What goes on beside the devices: vCPUs that write, freezes, forks, and all that moves pages.
+//! Activity beside the devices: vCPUs that write, freezes, forks, and all operations that move
+//! pages.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,18 +13,18 @@ use crate::rng::Rng;
 use crate::stamp::{Begun, LANES};
 use crate::vm::{CHUNK, CHUNKS, Image, PAGES, Vm, address, chunk};
 
-/// Generations after which a VM is born anew.
+/// Number of generations after which a VM is born anew.
 const DEEPEST: usize = 16;
-/// Threads that are vCPUs.
+/// Number of vCPU threads.
 pub(crate) const VCPUS: u64 = 2;
 
-/// A thread that is a vCPU of whichever VM. It alone writes the CPU lanes of its chunks.
+/// A thread that acts as a vCPU of any VM. It alone writes the CPU lanes of its chunks.
 pub(crate) fn vcpu(fleet: &Fleet, mut rng: Rng, n: u64) -> Result<(), String> {
     while fleet.goes_on() {
         let Some(vm) = fleet.pick(&mut rng) else { break };
         let _running = vm.cpus_run();
         let model = vm.model();
-        // Now and then so much that a freeze shares it back; often a page here and there.
+        // Occasionally enough that a freeze shares the pages back; often scattered pages.
         let (chunks, dense) = if rng.one_in(3) { (CHUNKS / VCPUS, true) } else { (1 + rng.below(12), false) };
         let first = rng.below(CHUNKS / VCPUS);
         for at in 0..chunks {
@@ -43,11 +44,11 @@ pub(crate) fn vcpu(fleet: &Fleet, mut rng: Rng, n: u64) -> Result<(), String> {
     Ok(())
 }
 
-/// Freezes, in every mode, and images that are dropped at once, settled, kept or looked through.
+/// Freezes, in every mode, and images that are dropped at once, settled, kept or checked.
 pub(crate) fn freezer(fleet: &Fleet, mut rng: Rng) -> Result<(), String> {
     while fleet.goes_on() {
         let Some(vm) = fleet.pick(&mut rng) else { break };
-        // Freezes of one VM in a row: files of layers are used again.
+        // Several freezes of one VM in a row.
         for _ in 0..1 + rng.below(6) {
             freeze(fleet, &vm, &mut rng)?;
             std::thread::sleep(Duration::from_micros(rng.below(2_000)));
@@ -72,7 +73,7 @@ fn freeze(fleet: &Fleet, vm: &Vm, rng: &mut Rng) -> Result<(), String> {
     let image = Image { ram, frozen: Arc::new(model.frozen(&lows)) };
     drop(stopped);
     fleet.tally.freeze(report.pending);
-    // The vCPUs run into protected pages now.
+    // From here on the vCPUs hit protected pages.
     match rng.below(8) {
         0 | 1 if fleet.has("settle") => {
             image.ram.finish_background().map_err(|error| format!("an image: {error:?}"))?;
@@ -93,7 +94,7 @@ fn look_through(fleet: &Fleet, image: &Image) -> Result<(), String> {
     image.look_through(&child)
 }
 
-/// Children of images, some of which stay.
+/// Children of images, some of which are kept.
 pub(crate) fn forker(fleet: &Fleet, mut rng: Rng) -> Result<(), String> {
     while fleet.goes_on() {
         if let Some(image) = fleet.image(&mut rng) {
@@ -113,7 +114,7 @@ pub(crate) fn forker(fleet: &Fleet, mut rng: Rng) -> Result<(), String> {
     Ok(())
 }
 
-/// All that moves pages or layers.
+/// Operations that move pages or layers.
 pub(crate) fn upkeep(fleet: &Fleet, mut rng: Rng) -> Result<(), String> {
     while fleet.goes_on() {
         let Some(vm) = fleet.pick(&mut rng) else { break };
@@ -158,7 +159,7 @@ pub(crate) fn upkeep(fleet: &Fleet, mut rng: Rng) -> Result<(), String> {
     Ok(())
 }
 
-/// A balloon takes pages while vCPUs and devices are at work on others.
+/// A balloon takes pages while vCPUs and devices use others.
 fn discard(fleet: &Fleet, vm: &Vm, rng: &mut Rng) -> Result<(), String> {
     let _devices = vm.devices_run();
     let model = vm.model();
@@ -169,7 +170,7 @@ fn discard(fleet: &Fleet, vm: &Vm, rng: &mut Rng) -> Result<(), String> {
         let whole = chunk(of);
         let pages = if rng.one_in(2) { whole } else { PageRange::with_len(whole.start() + rng.below(CHUNK), 1) };
         let all = pages.start()..pages.end();
-        // Under the lock of its chunk no pin that the storm knows of is dropped.
+        // Under the lock of its chunk the storm drops no pin.
         let held: Vec<bool> = all.clone().map(|page| vm.chunks.is_held(page)).collect();
         let begun: Vec<_> = all.clone().map(|page| LANES.map(|lane| model.zero(page, lane))).collect();
         let (region, range) = vm.region(pages);
@@ -194,7 +195,7 @@ fn discard(fleet: &Fleet, vm: &Vm, rng: &mut Rng) -> Result<(), String> {
     Ok(())
 }
 
-/// Cold pages go to a file. vCPUs stand still, devices do not.
+/// Cold pages are written to a file. vCPUs are stopped, devices are not.
 fn evict(vm: &Vm, rng: &mut Rng) -> Result<(), String> {
     let _stopped = vm.stop_cpus();
     let first = rng.below(CHUNKS);
@@ -206,16 +207,16 @@ fn evict(vm: &Vm, rng: &mut Rng) -> Result<(), String> {
     Ok(())
 }
 
-/// The kernel takes the frames of pages that nothing was written to since they were last read from
-/// where they are kept, as it does when memory is scarce. Everybody goes on meanwhile.
+/// Makes the kernel reclaim the frames of clean pages, as under memory pressure, while all threads
+/// run on.
 fn reclaim(vm: &Vm, rng: &mut Rng) -> u64 {
     let first = rng.below(CHUNKS);
     let mut taken = 0;
     for of in first..(first + 1 + rng.below(CHUNKS / 2)).min(CHUNKS) {
         let (region, range) = vm.region(chunk(of));
         let at = (region.host_address() + range.offset()) as *mut libc::c_void;
-        // SAFETY: the pages stay what they are; where they are kept is the kernel's affair. What is
-        // absent has none, and is refused.
+        // SAFETY: the pages keep their contents, wherever the kernel stores them. Absent ranges
+        // have no memory, and are refused.
         let done = unsafe { libc::madvise(at, range.bytes(), libc::MADV_PAGEOUT) };
         taken += u64::from(done == 0) * range.len();
     }
@@ -225,8 +226,8 @@ fn reclaim(vm: &Vm, rng: &mut Rng) -> u64 {
 fn reset(fleet: &Fleet, vm: &Vm, rng: &mut Rng) -> Result<(), String> {
     let Some(image) = fleet.image(rng) else { return Ok(()) };
     vm.chunks.set_quiet(true);
-    // For most requests to end. Some never do, and refuse the reset if they hold pages of the VM's
-    // own.
+    // Time for most requests to end. Some never do, and refuse the reset if they hold pages of the
+    // VM's own.
     std::thread::sleep(Duration::from_millis(10));
     let (_cpus, _devices) = (vm.stop_cpus(), vm.stop_devices());
     let done = vm.ram.reset(&image.ram, &Quiesced::by(&clade_memory::NoWriters), Duration::from_millis(5));

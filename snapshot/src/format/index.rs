@@ -1,8 +1,10 @@
 //! The index of a layer: the pages of a space that it has, and a checksum for each chunk of them.
 //!
 //! ```text
-//! "CLADEIDX"  u32 version  u32 flags (1: packed)  u64 bytes of the space  u64 bytes of the data file  u64 runs  u64 chunks
-//! runs   × { u64 first page, u64 pages << 1 | zeros }          ascending, disjoint, joined where they touch
+//! "CLADEIDX"  u32 version  u32 flags (1: packed)  u64 bytes of the space
+//!             u64 bytes of the data file  u64 runs  u64 chunks
+//! runs   × { u64 first page, u64 pages << 1 | zeros }          ascending, disjoint, and
+//!                                                              joined where they touch
 //! chunks × { u32 bytes stored, u32 0, u64 checksum of them }   those that hold data, ascending
 //! u64 checksum of all that
 //! ```

@@ -73,7 +73,7 @@ pub struct LayerEntry {
     pub index_checksum: u64,
 }
 
-/// What a child VM finds in a range that it does not inherit.
+/// Contents of a no-fork range in a child VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum NoForkKind {
@@ -92,7 +92,7 @@ pub struct NoForkEntry {
     pub start: u64,
     /// Number of pages.
     pub pages: u64,
-    /// What a child finds there.
+    /// Contents of the range in a child.
     pub kind: NoForkKind,
 }
 

@@ -1,5 +1,5 @@
-//! The files of a snapshot as bytes. Each decoder takes any bytes, and returns a value or
-//! [`Damage`]. None panics, and none allocates more than a small multiple of its input.
+//! The files of a snapshot as bytes. Each decoder accepts any bytes, and returns a value or
+//! [`Damage`]. Decoders never panic, and never allocate more than a small multiple of their input.
 
 mod index;
 mod manifest;

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! "CLADESTA"  u32 version  u32 sections
-//! sections × { u32 bytes of the name, u32 0, u64 bytes, u64 checksum of name and bytes, name, bytes }
+//! sections × { u32 bytes of the name, u32 0, u64 bytes, u64 checksum of name and bytes,
+//!              name, bytes }
 //! u64 checksum of all that
 //! ```
 

@@ -1,4 +1,4 @@
-//! The working-set file: the pages of memory that a VM touched after it was started from the snapshot.
+//! The working-set file: the pages that a VM touched after its start from the snapshot.
 //!
 //! ```text
 //! "CLADEWRM"  u32 version  u32 0  u128 the snapshot  u64 runs
@@ -29,8 +29,8 @@ impl Piece for Seen {
     }
 }
 
-/// A working set. It is only a hint: a file that is missing, damaged or another snapshot's costs
-/// time alone.
+/// A working set: a hint only. A file that is missing, damaged or of another snapshot costs only
+/// time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkingSet {
     /// The snapshot it was recorded for.

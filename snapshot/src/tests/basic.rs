@@ -1,4 +1,4 @@
-//! What is saved comes back.
+//! Saved contents are restored unchanged.
 
 use std::cell::RefCell;
 use std::fs;
@@ -66,7 +66,7 @@ fn zeros_are_not_what_is_missing() {
     // Written with zeros, and discarded; the rest is unchanged.
     (20..60).for_each(|page| put(&ram, page, 0));
     ram.regions()[1].discard(PageRange::new(30, 90)).unwrap();
-    // So few that one mapping of the parent's file would span them, were they not data there.
+    // Few enough that one mapping of the parent's file would span them if they were not data there.
     ram.regions()[1].discard(PageRange::new(100, 103)).unwrap();
     let second = freeze(&ram);
     let base = Some((at("a"), saved.id, &first));
@@ -77,8 +77,8 @@ fn zeros_are_not_what_is_missing() {
         assert_eq!(restored(&at("b"), &store, load), contents(&ram));
         assert_eq!(restored(&at("a"), &store, load), [9; 203 * 4096]);
     }
-    // Nothing changed at all. (A freeze may copy once more what the VM was left as its own, and
-    // that is saved once more.)
+    // No change. (A freeze may copy pages again that the VM kept as its own, and these are saved
+    // again.)
     let again = Saving { base: Some((&at("b"), saved.id, &second)), ..Saving::default() };
     let none = again.save(&freeze(&ram), &at("c")).unwrap();
     assert!(none.data_pages == 0 && none.zero_pages <= saved.zero_pages);
@@ -97,7 +97,7 @@ fn a_lazily_restored_vm_is_saved_whole_and_over_its_own_files() {
     drop(ram);
     for _ in 0..3 {
         let image = Snapshot::open(&at).unwrap().restore_ram(&store, &Load::Lazy).unwrap();
-        // Not a page of it has been touched.
+        // Without touching a page of it.
         let ram = child(&image, &store);
         let saved = Saving::default().save(&freeze(&ram), &at).unwrap();
         assert_eq!(saved.data_pages + saved.zero_pages, 203);
@@ -130,7 +130,7 @@ fn what_is_not_inherited_is_neither_saved_nor_forgotten() {
     let wanted = [Some(0x55), None, None, Some(0x55), Some(0), Some(0x55), Some(7), Some(7), Some(0x55)];
     assert_eq!(look(&ram), wanted);
     assert_eq!(look(&ram), look(&child(&image, &store)), "as a fork would have it");
-    // And its children do not inherit what it writes there.
+    // Children of the VM do not inherit its writes there.
     put(&ram, 70 + 8, 1);
     put(&ram, 70 + 41, 1);
     assert_eq!(look(&child(&freeze(&ram), &store)), wanted);
@@ -221,7 +221,7 @@ fn a_lazily_restored_vm_is_frozen_after_many_writes() {
     Saving::default().save(&freeze(&ram), &at).unwrap();
     let restored = Snapshot::open(&at).unwrap().restore_ram(&store, &Load::Lazy).unwrap();
     let ram = child(&restored, &store);
-    // More than a freeze copies while the VM stands still, where it has the choice.
+    // More pages than a freeze in mode Auto copies while the VM is paused.
     (0..8192).filter(|page| page % 4 == 0).for_each(|page| put(&ram, page, 4));
     let image = freeze(&ram);
     image.finish_background().unwrap();

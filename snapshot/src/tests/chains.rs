@@ -58,7 +58,7 @@ fn parents_that_are_missing_or_others_are_refused_by_name() {
     assert!(shown.broken.is_some_and(|broken| broken.contains("../b")) && shown.parents.is_empty());
     fs::rename(at("x"), at("b")).unwrap();
 
-    // What is wrong with a parent is wrong with the child.
+    // Damage of a parent is an error of the child.
     let state = fs::read(at("a").join("state")).unwrap();
     fs::write(at("a").join("state"), &state[1..]).unwrap();
     assert!(matches!(Snapshot::open(&at("c")), Err(Error::Damaged { damage: Damage::Length { .. }, .. })));
@@ -91,7 +91,7 @@ fn cycles_and_shapes_that_do_not_fit_are_refused() {
         a.memory.regions[0].guest_address = 0;
     });
     assert!(matches!(Snapshot::open(&at("c")), Err(Error::Shape { .. })));
-    // A full one that is none.
+    // A full snapshot in name only.
     rewrite(&at("b"), |b| b.parent = None);
     let refused = Snapshot::open(&at("b")).unwrap_err();
     assert!(matches!(refused, Error::Damaged { damage: Damage::Hole { page: 0 }, .. }), "{refused:?}");
@@ -267,11 +267,11 @@ fn a_snapshot_that_others_depend_on_is_not_replaced_without_being_told_to() {
             .count()
     };
     assert_eq!(notes(), 1);
-    // Compacted, the dependent needs it no more, and what is noted of it is not believed.
+    // After its compaction the dependent needs the base no more, and its stale note is ignored.
     crate::compact(&at("top"), &SaveProgress::none()).unwrap();
     let again = keeping().save(&second, &at("base")).unwrap();
     assert_eq!(notes(), 0);
-    // Told to, it is replaced, and the dependent says what it lacks.
+    // With an explicit request the base is replaced, and the dependent's error names it.
     on(&at("base"), again.id, &second).save(&second, &at("top")).unwrap();
     Saving::default().save(&second, &at("base")).unwrap();
     assert!(matches!(crate::verify(&at("top")), Err(Error::Parent { .. })));

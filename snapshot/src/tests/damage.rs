@@ -9,7 +9,7 @@ use clade_memory::{PageRange, Store};
 use super::support::*;
 use crate::*;
 
-/// A small snapshot with a disk and what was touched, compressed or not.
+/// A small snapshot with a disk and a working set, compressed or not.
 fn small(compression: Compression) -> (tempfile::TempDir, PathBuf) {
     let store = Store::open_small().unwrap();
     let dir = scratch();

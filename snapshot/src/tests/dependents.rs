@@ -15,7 +15,7 @@ use crate::files::{Files, Op};
 use crate::staging::NEEDED_BY;
 use crate::{Error, SaveProgress, Saved};
 
-/// `one`, `two` on top of it, and what is to be `three` on top of that.
+/// `one`, `two` on top of it, and the image for `three` on top of that.
 struct Scene {
     dir: tempfile::TempDir,
     two: (crate::SnapshotId, RamImage),

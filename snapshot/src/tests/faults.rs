@@ -1,4 +1,4 @@
-//! Plans: which operation on files fails, and how.
+//! Plans: the failing operation on files, and the kind of failure.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,22 +10,22 @@ use rustix::io::Errno;
 
 use crate::files::{Op, Verdict};
 
-/// How an operation goes wrong.
+/// Kind of failure of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// It fails with this, once.
+    /// Fails with this error, once.
     Errno(Errno),
-    /// It, and every one after it, fails: the process is gone, as far as the disk knows.
+    /// Fails, and so do all later operations: for the disk, the process is gone.
     Dead,
-    /// The process is killed before it.
+    /// The process is killed before the operation.
     Kill,
-    /// Only some of it is done, if it is a write or a read.
+    /// A write or a read is done in part.
     Short,
-    /// It says that it wrote, and did not.
+    /// Reports a successful write without writing.
     Lie,
 }
 
-/// What is done before an operation; its error is the operation's.
+/// Called before an operation; its error is the operation's.
 struct Hook(Box<Before>);
 
 type Before = dyn Fn(Op, &Path) -> io::Result<()> + Send + Sync;
@@ -36,19 +36,19 @@ impl std::fmt::Debug for Hook {
     }
 }
 
-/// Numbers operations, and lets one go wrong.
+/// Counts operations, and makes one of them fail.
 #[derive(Debug, Default)]
 pub(crate) struct Plan {
     hook: Option<Hook>,
     fault: Option<(u64, Fault)>,
     count: AtomicU64,
     trace: Mutex<Vec<(Op, PathBuf)>>,
-    /// How long locks are waited for.
+    /// Maximum time to wait for a lock.
     pub(crate) lock_timeout: Option<Duration>,
 }
 
 impl Plan {
-    /// Operation number `at` goes wrong.
+    /// Operation number `at` fails.
     pub(crate) fn new(at: u64, fault: Fault) -> Self {
         Self { fault: Some((at, fault)), ..Self::default() }
     }
@@ -63,12 +63,12 @@ impl Plan {
         Self { lock_timeout: Some(Duration::ZERO), ..Self::default() }
     }
 
-    /// What was done, in order.
+    /// The operations so far, in order.
     pub(crate) fn trace(&self) -> Vec<(Op, PathBuf)> {
         self.trace.lock().unwrap().clone()
     }
 
-    /// What is to become of the next operation.
+    /// The verdict on the next operation.
     pub(crate) fn decide(&self, op: Op, path: &Path) -> io::Result<Verdict> {
         let number = self.count.fetch_add(1, Ordering::SeqCst);
         self.trace.lock().unwrap().push((op, path.to_owned()));
@@ -80,7 +80,7 @@ impl Plan {
             Some((at, Fault::Dead)) if number >= at => Err(Errno::IO.into()),
             Some((at, Fault::Kill)) if at == number => {
                 let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
-                // It does not come back from there.
+                // The process has ended at this point.
                 Err(Errno::IO.into())
             }
             Some((at, Fault::Short)) if at == number => Ok(Verdict::Short),

@@ -32,7 +32,7 @@ impl Space for Disk {
     }
 }
 
-/// What is random otherwise is the same each time.
+/// Replaces random values by fixed ones.
 fn fix(dir: &Path, id: u128, parent: Option<u128>) {
     let path = dir.join("manifest.json");
     let mut manifest = Manifest::decode(&fs::read(&path).unwrap()).unwrap();

@@ -1,4 +1,5 @@
-//! Hostile directories: opening one ends, costs no more than its content, and touches nothing
+//! Hostile directories: opening one terminates, costs no more than its content, and touches no file
+//! outside.
 //! outside.
 
 use std::fs::{self, OpenOptions};
@@ -17,7 +18,7 @@ use crate::*;
 
 const HUGE: u64 = 8 << 40;
 
-/// A small snapshot with a disk and a record of what was touched.
+/// A small snapshot with a disk and a working set.
 fn small(dir: &Path, name: &str) -> PathBuf {
     let store = Store::open_small().unwrap();
     let ram = born(&layout(), &store);
@@ -31,7 +32,7 @@ fn small(dir: &Path, name: &str) -> PathBuf {
     at
 }
 
-/// Opens it and reads all that can be read, which must come to an end.
+/// Opens the snapshot and reads all readable data, which must terminate.
 fn read(at: &Path) -> Result<(), Error> {
     let (at, (told, heard)) = (at.to_owned(), channel());
     std::thread::spawn(move || {
@@ -59,7 +60,7 @@ fn what_is_no_file_is_refused_by_name_and_not_waited_for() {
         fs::rename(&path, &elsewhere).unwrap();
         mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
         refused("a pipe");
-        // One that would be right, but is not in the directory.
+        // A valid file outside the directory.
         symlink(&elsewhere, &path).unwrap();
         refused("a symbolic link");
         symlink("/dev/zero", &path).unwrap();
@@ -136,7 +137,7 @@ fn vast(dir: &Path, kind: Kind) -> PathBuf {
 fn memory_of_any_size_costs_nothing_before_it_is_there() {
     let dir = scratch();
     let store = Store::open_small().unwrap();
-    // No chunk says what the data is.
+    // Data pages without a chunk are refused.
     assert!(matches!(Snapshot::open(&vast(dir.path(), Kind::Data)), Err(Error::Damaged { .. })));
     let opened = Snapshot::open(&vast(dir.path(), Kind::Zero));
     match opened {
@@ -144,7 +145,7 @@ fn memory_of_any_size_costs_nothing_before_it_is_there() {
         Ok(snapshot) => {
             for load in [Load::Lazy, Load::Preload, Load::WorkingSet(vec![PageRange::new(0, HUGE >> 12)])] {
                 if let Ok(image) = snapshot.restore_ram(&store, &load) {
-                    // Whether the host has the room or not, it says so.
+                    // Succeeds or fails with an error, depending on the host's memory.
                     let made = clade_memory::GuestRam::reserve(image.layout(), &store);
                     drop(made.and_then(|ram| ram.adopt(&image).map(drop)));
                 }
@@ -162,17 +163,17 @@ fn a_sweep_touches_nothing_behind_links_nor_of_others() {
     let stage = dir.path().join("stage");
     fs::create_dir(&stage).unwrap();
     let leftover = |n: u8| stage.join(format!(".it.clade-000000000000000{n}"));
-    // A link that is called like a leftover.
+    // A link with the name of a leftover.
     symlink(&victim, leftover(0)).unwrap();
     // A leftover with links in it.
     fs::create_dir(leftover(1)).unwrap();
     for name in ["manifest.json", "memory.data"] {
         symlink(victim.join(name), leftover(1).join(name)).unwrap();
     }
-    // One of another user, where there can be one.
+    // A leftover of another user, where possible.
     copy_dir(&victim, &leftover(2));
     let others = chown(leftover(2), Some(12345), Some(12345)).is_ok();
-    // One that is as it should be, and one that is no directory.
+    // A valid leftover, and one that is a file.
     copy_dir(&victim, &leftover(3));
     fs::write(leftover(4), "a file").unwrap();
     small(&stage, "it");
@@ -185,7 +186,7 @@ fn a_sweep_touches_nothing_behind_links_nor_of_others() {
     } else {
         println!("skipped: another user's directory, which only root can make");
     }
-    // A snapshot that is replaced is removed, and not what its names lead to.
+    // A replaced snapshot is removed, but not the targets of links in it.
     fs::rename(stage.join("it/memory.data"), dir.path().join("kept")).unwrap();
     symlink(dir.path().join("kept"), stage.join("it/memory.data")).unwrap();
     small(&stage, "it");
@@ -214,7 +215,7 @@ fn a_record_of_what_is_touched_names_each_page_of_the_memory_once() {
     damaged(&[PageRange::new(1 << 47, (1 << 47) + 1)]);
     damaged(&[PageRange::new(5, 9), PageRange::new(0, 2), PageRange::new(8, 9)]);
     damaged(&vec![whole; 50]);
-    // More runs than there are pages are not even read.
+    // A file with more runs than pages is not even read.
     let plan = std::sync::Arc::new(super::faults::Plan::default());
     let files = crate::files::Files { plan: Some(plan.clone()) };
     let many = format::WorkingSet { id, runs: vec![PageRange::new(0, 1); 1 + pages as usize] };
@@ -223,13 +224,13 @@ fn a_record_of_what_is_touched_names_each_page_of_the_memory_once() {
     let steps = plan.trace().len();
     assert!(matches!(snapshot.working_set(), Err(Error::Damaged { damage: Damage::Length { .. }, .. })));
     assert!(plan.trace()[steps..].iter().all(|(op, _)| *op != crate::files::Op::Read));
-    // A count that is not that of the runs, in a file that is sealed.
+    // A wrong count of runs, in a sealed file.
     let mut bytes = format::WorkingSet { id, runs: vec![whole] }.encode();
     bytes.truncate(bytes.len() - 8);
     bytes[32..40].copy_from_slice(&u64::MAX.to_le_bytes());
     fs::write(at.join("warm"), format::seal(bytes)).unwrap();
     assert!(matches!(snapshot.working_set(), Err(Error::Damaged { damage: Damage::Length { .. }, .. })));
-    // What is recorded is made so.
+    // Recorded runs are normalized.
     record_working_set(&at, &[PageRange::new(8, 10), PageRange::new(0, pages + 7), PageRange::new(9, 9)]).unwrap();
     let wanted = [(8, 10), (0, 8), (10, pages)].map(|(start, end)| PageRange::new(start, end));
     assert_eq!(snapshot.working_set().unwrap().as_deref(), Some(&wanted[..]));

@@ -11,7 +11,7 @@ use crate::files::Files;
 
 const HOW: &str = "CLADE_SNAPSHOT_KILL";
 
-/// Not a test of its own: what the next one starts and kills.
+/// Not a test of its own: the next test starts and kills it.
 #[test]
 #[ignore = "is started by `killed_at_any_step`, and killed"]
 fn victim() {

@@ -11,7 +11,7 @@ use crate::files::Files;
 use crate::space::{Kind, Space};
 use crate::{Base, Compression, DiskToSave, Error, Load, Save, SaveProgress, Saved, Snapshot, SnapshotId};
 
-/// A disk in memory that knows what was written since it was last saved.
+/// A disk in memory that tracks the writes since its last save.
 #[derive(Clone, Debug)]
 pub(crate) struct ModelDisk {
     pub(crate) bytes: Vec<u8>,
@@ -150,7 +150,7 @@ pub(crate) fn alone() -> std::sync::MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// What is done to a directory that has `one`, a full snapshot, and `two`, on top of it.
+/// An operation on a directory that has `one`, a full snapshot, and `two`, on top of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Deed {
     /// A full save to where nothing is.
@@ -163,7 +163,7 @@ pub(crate) enum Deed {
     Packed,
     /// `two` is merged with `one`.
     Compact,
-    /// What a run from `two` touched is written down.
+    /// The working set of a run from `two` is recorded.
     WorkingSet,
 }
 
@@ -218,7 +218,7 @@ impl Cast {
         Self { store, template, one, two, new, base, image }
     }
 
-    /// A directory with copies of both, and what a crash has left there.
+    /// A directory with copies of both, and the leftovers of a crash.
     pub(crate) fn stage(&self) -> tempfile::TempDir {
         let stage = scratch();
         for name in ["one", "two"] {
@@ -251,7 +251,7 @@ impl Cast {
         saving.save(&self.image, &target).map(drop)
     }
 
-    /// What the target has before the deed (nothing, if it is not there), and after.
+    /// Contents of the target before the deed (`None` if it does not exist) and after.
     pub(crate) fn before_and_after(&self, deed: Deed) -> (Option<&[u8]>, &[u8]) {
         match deed {
             Deed::Fresh => (None, &self.new),

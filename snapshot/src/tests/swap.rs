@@ -1,4 +1,4 @@
-//! Directories exchanged while a snapshot is opened: what was opened is what was checked.
+//! Directories exchanged while a snapshot is opened: the opened files are the checked ones.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -34,7 +34,7 @@ fn exchange(a: &Path, b: &Path) {
     renameat_with(CWD, a, CWD, b, RenameFlags::EXCHANGE).unwrap();
 }
 
-/// What is in a snapshot: memory and the disk.
+/// The contents of a snapshot: memory and the disk.
 fn all(snapshot: &Snapshot, store: &Store) -> Result<(Vec<u8>, Vec<u8>), Error> {
     let memory = contents(&child(&snapshot.restore_ram(store, &Load::Lazy)?, store));
     let mut disk = vec![0; 4 * 4096];
@@ -70,13 +70,13 @@ fn a_directory_exchanged_between_check_and_open_is_not_followed() {
             let found = open(&Files { plan: Some(Arc::new(plan)) });
             exchange(&ours.join(at), &theirs.join(at));
             match found {
-                // Before the first is opened, the other pair is what is there.
+                // Before the first file is opened, the other pair is in place.
                 Ok(found) if step == 0 && at.is_empty() => assert!(found != wanted),
                 Ok(found) => {
                     assert!(found == wanted, "{what} exchanged at step {step}: neither the one nor the other");
                     old += 1;
                 }
-                // The parent is another one, and that is said.
+                // The parent is another snapshot, which is detected.
                 Err(Error::Parent { .. }) => failed += 1,
                 Err(error) => panic!("{what} exchanged at step {step}: {error:?}"),
             }

@@ -14,7 +14,7 @@ fn with(plan: &Arc<Plan>) -> Files {
     Files { plan: Some(Arc::clone(plan)) }
 }
 
-/// Steps that the deed takes when nothing goes wrong, and what they are.
+/// The steps of a deed without faults.
 fn trace(cast: &Cast, deed: Deed) -> (tempfile::TempDir, Vec<(Op, std::path::PathBuf)>) {
     let plan = Arc::new(Plan::default());
     let stage = cast.stage();
@@ -177,7 +177,7 @@ fn an_old_snapshot_is_not_removed_before_its_successor_is_known_to_be_on_the_dis
     for deed in [Deed::Over, Deed::Compact] {
         let (stage, steps) = trace(&cast, deed);
         let parent = stage.path().canonicalize().unwrap();
-        // What a crash left may be such a one: its removal waits for a sync too.
+        // A leftover of a crash may be an old snapshot: its removal waits for a sync too.
         let first = steps.iter().position(|(op, _)| *op == Op::Remove).unwrap();
         assert!(steps[..first].iter().any(|(op, path)| *op == Op::SyncDir && path.canonicalize().unwrap() == parent));
         let last = steps.iter().rposition(|(op, _)| *op == Op::SyncDir).unwrap();

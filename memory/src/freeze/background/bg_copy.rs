@@ -1,5 +1,4 @@
-//! One delta layer that is being filled, and the pages of the frozen VM that are protected until it
-//! is.
+//! One delta layer that is being filled, and the frozen VM's pages that are protected until it is.
 
 use std::fs::File;
 use std::io;
@@ -20,8 +19,8 @@ use crate::sys::{Reservation, Watch};
 use crate::testing::sabotage::{Break, broken};
 use crate::units::PageRange;
 
-/// The freeze returns and the vCPUs resume before copying begins: the thread that has just been
-/// woken would otherwise run in their place.
+/// Delay of the copy, so that the freeze returns and the vCPUs resume first: the woken thread would
+/// otherwise run in their place.
 const HEAD_START: Duration = Duration::from_millis(1);
 
 #[derive(Debug)]
@@ -37,30 +36,30 @@ enum Phase {
 pub(crate) struct BackgroundCopy {
     shared: Arc<CopyService>,
     phase: Mutex<Phase>,
-    /// Set (Release) after the last page is there or the first is lost; pairs with the Acquire of
+    /// Set (Release) after the last page is filled or the first is lost. Pairs with the Acquire of
     /// readers without the lock.
     over: AtomicBool,
 }
 
-/// What a background copy is made of.
+/// Inputs of a background copy.
 #[derive(Debug)]
 pub(crate) struct Delta {
     pub(crate) file: File,
     pub(crate) parts: Vec<Part>,
-    /// The view that gaps between the parts are copied through.
+    /// The view through which gaps between the parts are copied.
     pub(crate) beneath: View,
-    /// For the mapping it needs itself.
+    /// Reserved for the copy's own mapping.
     pub(crate) mapping: Promise,
-    /// Mappings the region may be given.
+    /// Mappings that the region may use.
     pub(crate) allowance: u64,
-    /// Pages that stay the region's own in any case, as in an eager freeze.
+    /// Number of pages that stay the region's own in any case, as in an eager freeze.
     pub(crate) keep: u64,
-    /// Who puts its blocks together when it is complete.
+    /// Task queue for collapsing its blocks when it is complete.
     pub(crate) later: Option<TaskSender>,
 }
 
 impl BackgroundCopy {
-    /// Prepares to fill `delta` from the region `at`. Nothing is protected yet.
+    /// Prepares to fill `delta` from the region `at`. Protects no page yet.
     pub(crate) fn new(
         shared: &Arc<CopyService>,
         at: &Arc<Reservation>,
@@ -69,18 +68,18 @@ impl BackgroundCopy {
         let work = Work::new(shared, at, delta)?;
         let phase = Mutex::new(Phase::Pending(Box::new(work)));
         let bg_copy = Arc::new(Self { shared: Arc::clone(shared), phase, over: AtomicBool::new(false) });
-        // Before anything is protected: a fault always finds its background copy.
+        // Before any page is protected, so that every fault finds its background copy.
         let (start, end) = (at.addr(0) as u64, at.addr(at.pages()) as u64);
         shared.add_target(start, end, Target::Writer(Arc::clone(&bg_copy)));
         Ok(bg_copy)
     }
 
     fn phase(&self) -> MutexGuard<'_, Phase> {
-        // A panic while it was held is answered by failing the background copy.
+        // If a holder panics, the background copy is failed.
         self.phase.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Copies the pinned pages, then protects the others: the order is I3's.
+    /// Copies the pinned pages, then protects the others: I3 requires this order.
     pub(crate) fn protect(
         &self,
         private: &protect::SharedPages<'_>,
@@ -91,7 +90,7 @@ impl BackgroundCopy {
         let fill = |range| work.fill_region(range).map_err(|e| BackgroundError::Watch(io::Error::other(e)));
         let pinned: &[PageRange] = if broken(Break::CopyPinnedLater) { &[] } else { pinned };
         pinned.iter().copied().try_for_each(fill)?;
-        // Marked first: should protecting fail half-way, all of it is released.
+        // Marked first: if protecting fails half-way, all marked pages are released.
         for run in private.runs() {
             let mut marked = 0;
             work.for_parts(*run, |work, part, range| {
@@ -105,12 +104,12 @@ impl BackgroundCopy {
         work.gate.protect(private).map_err(BackgroundError::Watch)
     }
 
-    /// Hands it to the background thread.
+    /// Queues the copy for the background thread.
     pub(crate) fn start(self: &Arc<Self>) {
         self.shared.start(self);
     }
 
-    /// Pages of the layer that are not there yet.
+    /// Number of pages of the layer that are not filled yet.
     pub(crate) fn missing(&self) -> u64 {
         match &*self.phase() {
             Phase::Pending(work) => work.pages.iter().filter(|flags| **flags & FILLED == 0).count() as u64,
@@ -118,14 +117,14 @@ impl BackgroundCopy {
         }
     }
 
-    /// How long the thread is to answer faults only.
+    /// Time for which the thread should answer faults only.
     pub(crate) fn head_start(&self) -> Option<Duration> {
         let phase = self.phase();
         let Phase::Pending(work) = &*phase else { return None };
         HEAD_START.checked_sub(work.since.elapsed()).filter(|left| !left.is_zero())
     }
 
-    /// Whether there is nothing left to wait for.
+    /// Whether the copy has completed or failed.
     pub(crate) fn is_over(&self) -> bool {
         self.over.load(Ordering::Acquire)
     }
@@ -140,7 +139,7 @@ impl BackgroundCopy {
         }
     }
 
-    /// Does one slice of the work. True when nothing is left.
+    /// Does one slice of the work. Returns true when no work is left.
     pub(crate) fn step(&self) -> bool {
         let mut phase = self.phase();
         let Phase::Pending(work) = &mut *phase else { return true };
@@ -157,9 +156,9 @@ impl BackgroundCopy {
         }
     }
 
-    /// A step has failed. If the delta has all its pages that costs nothing: the layer is
-    /// complete, and what was mapped over it stays so. Otherwise the layer is lost. Nothing has
-    /// been mapped over it in that case, so the parent is as it was before the freeze.
+    /// Handles a failed step. If the delta has all its pages, the failure is harmless: the layer is
+    /// complete, and runs mapped over it stay so. Otherwise the layer is lost. In that case no run
+    /// has been mapped over it, so the parent is as it was before the freeze.
     fn give_up(&self, mut phase: MutexGuard<'_, Phase>, error: &Arc<FillError>) {
         match &mut *phase {
             Phase::Pending(work) if work.is_filled() => {
@@ -171,8 +170,8 @@ impl BackgroundCopy {
         }
     }
 
-    /// Finishes on the caller's thread, beside the background thread; returns what was mapped over
-    /// the delta meanwhile. Bounded: it copies what is missing, and waits for nothing.
+    /// Finishes on the caller's thread, concurrently with the background thread. Returns the runs
+    /// mapped over the delta meanwhile. Bounded: copies the missing pages without waiting.
     pub(crate) fn finish(&self) -> Result<Vec<(PageRange, u64)>, Arc<FillError>> {
         while !self.step() {}
         match &*self.phase() {
@@ -182,12 +181,12 @@ impl BackgroundCopy {
         }
     }
 
-    /// Everything is copied, and released or mapped over the delta.
+    /// Completes: everything is copied, and released or mapped over the delta.
     fn complete(&self, mut phase: MutexGuard<'_, Phase>) {
         let Phase::Pending(work) = &mut *phase else { return };
         let remapped = std::mem::take(&mut work.remapped);
         self.shared.remove_target(work.gate.at().addr(0) as u64);
-        // After the last page is there: from here on a hole would be zeros.
+        // After the last page is filled: from here on a hole would read as zeros.
         for reader in &work.readers {
             self.shared.remove_target(reader.address());
             if let Err(error) = self.shared.uffd.unregister(&reader.at, reader.range) {
@@ -197,13 +196,13 @@ impl BackgroundCopy {
         let done = std::mem::replace(&mut *phase, Phase::Done(remapped));
         self.over.store(true, Ordering::Release);
         drop(phase);
-        // Outside the lock: it may hold the last handles of layers beneath.
+        // Outside the lock, because it may hold the last handles of layers below.
         if let Phase::Pending(work) = done {
             work.put_together();
         }
     }
 
-    /// Gives up: the parent goes on whole, children lose what they have not got.
+    /// Gives up: the parent continues unharmed, and children lose the pages that they lack.
     pub(crate) fn fail(&self, error: &Arc<FillError>) {
         self.give_up(self.phase(), error);
     }
@@ -211,12 +210,12 @@ impl BackgroundCopy {
     fn fail_locked(&self, mut phase: MutexGuard<'_, Phase>, error: &Arc<FillError>) {
         let Phase::Pending(work) = &mut *phase else { return };
         tracing::warn!(%error, "a background freeze failed");
-        // I14: what is mapped over a delta is shown from it by the map, and a map forgets a delta
-        // that failed.
+        // I14: for pages mapped over a delta the map must show the delta, and a failed delta is
+        // removed from the map.
         debug_assert!(work.remapped.is_empty(), "a run is mapped over a delta that is not complete");
         let readers = std::mem::take(&mut work.readers);
-        // Before anyone is woken: who asks why must be told. (Who asks the layer waits for this
-        // lock.)
+        // Before waiters are woken, so that they see the failure. (Callers that query the layer
+        // wait for this lock.)
         self.over.store(true, Ordering::Release);
         readers.iter().for_each(|reader| reader.failure.set(error));
         work.release_everything();
@@ -230,12 +229,11 @@ impl BackgroundCopy {
         let done = std::mem::replace(&mut *phase, Phase::Failed(Arc::clone(error)));
         drop(phase);
         drop(done);
-        // Not here: whoever finishes a copy holds a region's lock, and who is told may ask that
-        // region.
+        // Deferred: the caller may hold a region's lock, and a callback may query that region.
         self.shared.tell_later(readers.into_iter().map(|reader| reader.failure));
     }
 
-    /// The layer has no user left: releases the frozen VM's pages. A layer that is read is
+    /// The layer has lost its last user: releases the frozen VM's pages. A layer with readers is
     /// finished instead.
     pub(crate) fn abandon(&self) {
         if self.is_over() {
@@ -251,20 +249,20 @@ impl BackgroundCopy {
         }
     }
 
-    /// A write to a page of the frozen region waits.
+    /// Serves a write that waits for a page of the frozen region.
     pub(crate) fn serve_writer(&self, page: u64) {
         let mut phase = self.phase();
         let Phase::Pending(work) = &mut *phase else { return };
         let window = PageRange::with_len(page - page % WINDOW, WINDOW);
-        // Only what this background copy says is protected: the fault may be older than that. Since
-        // it was read the page may have been released, or mapped over the delta, where there is
-        // nothing to be released any more. Whoever waits is woken in any case, and tries again.
+        // Relies on this background copy's flags only: the fault may predate the copy. Since it was
+        // read the page may have been released, or mapped over the delta, which needs no release.
+        // The waiter is woken in any case, and tries again.
         if let Err(error) = work.copy_and_unprotect(&self.shared, window) {
             self.give_up(phase, &Arc::new(error));
         }
     }
 
-    /// An access to a page of the file waits.
+    /// Serves an access that waits for a page of the file.
     pub(crate) fn serve_reader(&self, page: u64) {
         let mut phase = self.phase();
         let Phase::Pending(work) = &mut *phase else { return };
@@ -274,9 +272,9 @@ impl BackgroundCopy {
         }
     }
 
-    /// Copies and releases the pages of the frozen region within `range`, for a device that is
-    /// about to write them behind every protection. An error is the layer's, not the region's: its
-    /// pages are released all the same.
+    /// Copies and releases the pages of the frozen region within `range`, for a device that will
+    /// write them regardless of protection. An error affects the layer, not the region: its pages
+    /// are released in any case.
     pub(crate) fn copy_and_unprotect(&self, range: PageRange) {
         let mut phase = self.phase();
         let Phase::Pending(work) = &mut *phase else { return };
@@ -285,7 +283,7 @@ impl BackgroundCopy {
         }
     }
 
-    /// Waits until the pages of the file within `range` are there.
+    /// Waits until the pages of the file within `range` are filled.
     pub(crate) fn wait_filled(&self, range: PageRange) -> Result<(), Arc<FillError>> {
         if self.is_over() {
             return self.failure().map_or(Ok(()), Err);
@@ -314,7 +312,7 @@ impl BackgroundCopy {
     }
 
     /// Watches a child's mapping of the file: `range` of the reservation `at`, from the file's page
-    /// `from`. It must not be live yet. False when nothing is missing any more.
+    /// `from`. The mapping must not be live yet. Returns false if no page is missing any more.
     pub(crate) fn attach(
         self: &Arc<Self>,
         at: &Arc<Reservation>,
@@ -338,8 +336,8 @@ impl BackgroundCopy {
         }
     }
 
-    /// Forgets a child that is going. Its mappings stay watched until they are unmapped, so that
-    /// they never read a hole.
+    /// Removes a child that is being dropped. Its mappings stay watched until they are unmapped, so
+    /// that they never read a hole.
     pub(crate) fn detach(&self, at: &Arc<Reservation>) {
         let mut phase = self.phase();
         let Phase::Pending(work) = &mut *phase else { return };
@@ -350,7 +348,7 @@ impl BackgroundCopy {
     }
 }
 
-/// Why a child's mapping could not be watched.
+/// The reason why a child's mapping could not be watched.
 #[derive(Debug)]
 pub(crate) enum AttachError {
     Failed(Arc<FillError>),

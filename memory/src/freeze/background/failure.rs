@@ -1,4 +1,4 @@
-//! What becomes known when a copy in the background fails.
+//! Reporting of failed background copies.
 
 use std::fmt;
 use std::io;
@@ -6,28 +6,28 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use thiserror::Error;
 
-/// Why a layer was never finished.
+/// The reason why a layer was never finished.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum FillError {
-    /// There was no memory for a page of it, or the page could not be read.
+    /// Memory for a page ran out, or the page could not be read.
     #[error("{range} of the frozen VM could not be copied into the layer", range = crate::units::PageRange::with_len(*.page, *.pages))]
     Copy {
         /// First page, of the layer's file.
         page: u64,
-        /// How many.
+        /// Number of pages.
         pages: u64,
         /// Why.
         #[source]
         source: io::Error,
     },
-    /// The frozen VM could not be let go on writing where it was done.
+    /// The frozen VM's copied pages could not be made writable again.
     #[error("copied pages could not be released")]
     Release(#[source] io::Error),
     /// The thread that copies panicked.
     #[error("the thread that copies in the background panicked")]
     Panic,
-    /// A file that memory is mapped from has become shorter, or cannot be read.
+    /// A file behind guest memory was truncated, or cannot be read.
     #[error("a page of guest memory is gone: the file it is mapped from was cut short, or cannot be read")]
     Gone,
     /// The userfaultfd no longer answers.
@@ -56,7 +56,7 @@ impl LostMemory {
         self.with(|inner| inner.error.clone())
     }
 
-    /// Notes an error; the first one stays.
+    /// Records an error; the first one is kept.
     pub(crate) fn set(&self, error: &Arc<FillError>) {
         self.with(|inner| {
             inner.error.get_or_insert_with(|| Arc::clone(error));
@@ -71,7 +71,7 @@ impl LostMemory {
         }
     }
 
-    /// Calls `call` when it fails, or now if it has.
+    /// Calls `call` when memory is lost, or now if it already is.
     pub(crate) fn on(&self, call: Callback) {
         let now = self.with(|inner| match &inner.error {
             Some(error) => Some((Arc::clone(error), call)),

@@ -8,44 +8,45 @@
 //!      a vCPU writes ─┘       │                 │  a read of a hole waits ◄───┘
 //!      and waits              └─ pinned         │
 //!           │                    (copied before │             W write-protected, not copied
-//!           │                    anything)      │             C copied: released, or mapped over the delta
+//!           │                    anything)      │             C copied: released or over the delta
 //!           └───────────► background thread ────┘             P pinned: never protected
 //!              both faults jump the queue: copy, then release, then wake
 //! ```
 //!
-//! What keeps it right, in the order of a page's life:
+//! Invariants, in the order of a page's life:
 //!
-//! 1. **Pinned pages are copied before anything is protected**, and protected never (I3,
+//! 1. **Pinned pages are copied before any page is protected**, and are never protected (I3,
 //!    [`crate::freeze::protect`]).
 //! 2. A page is **protected before the freeze returns** and the parent's vCPUs resume; until it is
 //!    copied its bytes are the frozen ones.
 //! 3. **Copy, then release, then wake.** A page of the parent is released only after the delta has
 //!    it.
 //! 4. A page appears in the delta's file **complete and alone**: UFFDIO_COPY puts finished 4 KiB
-//!    pages into the page cache. (A `pwrite` does not do: into a hole of a `huge=always` file it
-//!    makes 2 MiB of which all but the page read as zeros, and one that cannot read its source at
-//!    once exposes zeros for a moment even in 4 KiB pages.)
-//! 5. A child's mapping of an unfinished file is **watched before it is live**; a hole in it is
-//!    waited for, never read. Watching ends only after every page is there.
-//! 6. A pin of a page that is protected or not there yet fills it itself ([`crate::GuestRegion`]'s
-//!    `settle`), under the region's lock: from then on it is released and not shared back, so the
-//!    frame the device learns of is the page's for good.
-//! 7. Everything that takes pages away or maps others in their place (freeze, reset, evict,
-//!    compaction) first finishes the copy (`finish_background`).
-//! 8. What has been copied and is **still protected** when all is copied is mapped over the delta,
-//!    so that parent and children share it and the next freeze need not copy it again. No write is
-//!    lost: until the mapping is replaced it cannot be written, and the replacement is one step for
-//!    every CPU.
+//!    pages into the page cache. (`pwrite` is unsuitable: in a hole of a `huge=always` file it
+//!    allocates 2 MiB of which all other pages read as zeros, and if it cannot read its source at
+//!    once it exposes zeros for a moment even with 4 KiB pages.)
+//! 5. A child's mapping of an unfinished file is **watched before it is live**; an access to a hole
+//!    waits and never reads zeros. Watching ends only after every page is filled.
+//! 6. A pin of a protected or missing page fills the page itself ([`crate::GuestRegion`]'s
+//!    `settle`), under the region's lock. From then on the page is released and not shared back, so
+//!    the device's frame stays the page's.
+//! 7. Every operation that removes or remaps pages (freeze, reset, evict, compaction) first
+//!    finishes the copy (`finish_background`).
+//! 8. Pages that are **still protected** when all is copied are mapped over the delta, so that
+//!    parent and children share them and the next freeze need not copy them again. No write is
+//!    lost: the pages cannot be written until the mapping is replaced, and the replacement is one
+//!    step for every CPU.
 //!
-//! If the copy fails, the parent is whole (it was only ever protected), and of the children the
-//! missing pages become errors to access, never zeros; [`crate::GuestRam::on_failure`] tells.
+//! If the copy fails, the parent is whole (its pages were only protected). In children the missing
+//! pages become access errors, never zeros; [`crate::GuestRam::on_failure`] reports it.
 //!
 //! Lock order: a region's state, the ownership table, a [`BackgroundCopy`], the [`CopyService`]
-//! index. The thread takes the last two only, and no holder of the last two touches guest memory
-//! except through the kernel, reading: so a thread that waits for this one may hold the first two.
+//! index. The thread takes the last two only, and their holders access guest memory only through
+//! the kernel, reading. So a thread that waits for this one may hold the first two.
 //!
-//! The parent may go at any time: a background copy keeps the parent's memory until it is done. One
-//! thread a store serves all of it; it ends with the store, after the last background copy.
+//! The parent may be dropped at any time: a background copy keeps the parent's memory until it is
+//! done. One thread per store does all copies. It ends with the store, after the last background
+//! copy.
 
 mod bg_copy;
 mod failure;
@@ -74,22 +75,22 @@ pub use failure::FillError;
 pub(crate) use failure::LostMemory;
 pub(crate) use work::{Origin, Part};
 
-/// Why nothing can be frozen in the background.
+/// The reason why background freezes are impossible.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum BackgroundError {
-    /// No userfaultfd.
+    /// The kernel refused a userfaultfd.
     #[error(
         "the kernel gives no userfaultfd (it needs /dev/userfaultfd, CAP_SYS_PTRACE or vm.unprivileged_userfaultfd)"
     )]
     Refused(#[source] io::Error),
-    /// One that cannot do what is needed.
+    /// The userfaultfd lacks a needed feature.
     #[error("this kernel's userfaultfd lacks {feature} (Linux 6.4 or later has it)")]
     Lacks {
-        /// What is missing.
+        /// The missing feature.
         feature: &'static str,
     },
-    /// No thread.
+    /// The thread could not be started.
     #[error("the thread that copies in the background could not be started")]
     Thread(#[source] io::Error),
     /// The memory could not be prepared.
@@ -106,31 +107,31 @@ impl From<OpenError> for BackgroundError {
     }
 }
 
-/// Whose fault an address is.
+/// Owner of a faulting address.
 #[derive(Clone)]
 enum Target {
-    /// The frozen VM's, from its first page.
+    /// The frozen VM, from its first page.
     Writer(Arc<BackgroundCopy>),
-    /// A child's; the file's page at the range's start.
+    /// A child; the number is the file's page at the start of the range.
     Reader(Arc<BackgroundCopy>, u64),
 }
 
 #[derive(Default)]
 struct Index {
-    /// By first address: the end, and whose it is.
+    /// By first address: the end, and the owner.
     targets: BTreeMap<u64, (u64, Target)>,
     jobs: VecDeque<Arc<BackgroundCopy>>,
-    /// VMs whose memory was lost: the thread, which holds no lock, runs their callbacks.
+    /// VMs whose memory was lost. The thread, which holds no lock, runs their callbacks.
     lost_memory: Vec<Arc<LostMemory>>,
     stopping: bool,
-    /// The userfaultfd failed: nothing more is begun.
+    /// The userfaultfd failed: no new copies start.
     lost: bool,
     /// The thread has ended.
     ended: bool,
 }
 
-/// What the thread and the background copies share. It outlives the thread for as long as a
-/// background copy does.
+/// State shared by the thread and the background copies. A background copy keeps it alive after the
+/// thread has ended.
 pub(crate) struct CopyService {
     uffd: Arc<Uffd>,
     bell: OwnedFd,
@@ -147,11 +148,11 @@ impl fmt::Debug for CopyService {
 
 impl CopyService {
     fn index(&self) -> MutexGuard<'_, Index> {
-        // Each change to it is one step.
+        // Each change to the index is one step.
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// As if the userfaultfd had been lost.
+    /// Simulates the loss of the userfaultfd.
     #[cfg(test)]
     pub(crate) fn lose_userfaultfd(&self) {
         self.index().lost = true;
@@ -168,18 +169,18 @@ impl CopyService {
     }
 
     fn remove_target(&self, start: u64) {
-        // Dropped after the lock is: it may be the last handle of a background copy.
+        // Dropped after unlock, because it may be the last handle of a background copy.
         let gone = self.index().targets.remove(&start);
         drop(gone);
     }
 
-    /// Hands a background copy to the thread.
+    /// Queues a background copy for the thread.
     pub(crate) fn start(&self, bg_copy: &Arc<BackgroundCopy>) {
         self.index().jobs.push_back(Arc::clone(bg_copy));
         self.ring();
     }
 
-    /// Has the thread run the callbacks of `failures`. May be called with any lock held.
+    /// Queues the callbacks of `failures` for the thread. May be called with any lock held.
     pub(crate) fn tell_later(&self, failures: impl Iterator<Item = Arc<LostMemory>>) {
         let mut failures: Vec<_> = failures.collect();
         if failures.is_empty() {
@@ -220,10 +221,10 @@ impl CopyService {
             Some((start, Target::Reader(bg_copy, at))) => {
                 bg_copy.serve_reader(at + (fault.address - start) / PAGE_SIZE);
             }
-            // Finished since: try again.
+            // The copy has finished since: retry.
             None => {}
         }
-        // Last: by now the page is there, released, or not to be had.
+        // Last: by now the page is present, released, or lost.
         if let Err(error) = self.uffd.wake_page(fault.address) {
             tracing::error!(%error, "a waiting access could not be woken");
         }
@@ -258,8 +259,8 @@ impl CopyService {
         }
     }
 
-    /// A round of the thread's, for a task that stands in for it: `fault`, or a slice of the oldest
-    /// job. False when there is nothing to do.
+    /// One round of the thread, for a task in its place: `fault`, or a slice of the oldest job.
+    /// Returns false when idle.
     #[cfg(all(test, shuttle))]
     pub(crate) fn serve_one(&self, fault: Option<Fault>) -> bool {
         if let Some(fault) = fault {
@@ -295,13 +296,13 @@ impl CopyService {
         Ok(())
     }
 
-    /// Never returns while an access may wait, unless it is to stop.
+    /// Returns only on request, never while an access may wait.
     fn run(&self) {
         loop {
             match catch_unwind(AssertUnwindSafe(|| self.serve())) {
                 Ok(Ok(())) => return,
-                // What it was doing may be half done: no layer of the lot is to be trusted. The
-                // thread goes on, for the accesses that still wait.
+                // The interrupted work may be half done, so none of the pending layers can be
+                // trusted. The thread continues, for the accesses that still wait.
                 Err(_) => self.fail_all(&Arc::new(FillError::Panic)),
                 Ok(Err(error)) => {
                     self.index().lost = true;
@@ -314,8 +315,8 @@ impl CopyService {
 
     fn fail_all(&self, error: &Arc<FillError>) {
         tracing::error!(%error, "background freezes failed");
-        // Looked at once: what is begun after this has nothing to do with it. A background copy
-        // that was not handed over yet is in the targets only.
+        // Read at once: copies that start later are unaffected. A background copy that was not yet
+        // started is in the targets only.
         let (jobs, targets) = {
             let mut index = self.index();
             let targets: Vec<_> = index.targets.values().map(|(_, target)| target.clone()).collect();
@@ -354,7 +355,7 @@ impl CopyThread {
             hooks: tests::Hooks::default(),
         });
         if cfg!(shuttle) {
-            // A task of the test's does what the thread would: `serve_one`.
+            // In tests under shuttle a task does the thread's work: `serve_one`.
             return Ok(Self { shared, thread: None });
         }
         let served = Arc::clone(&shared);
@@ -370,7 +371,7 @@ impl CopyThread {
         Ok(Self { shared, thread: Some(thread.map_err(BackgroundError::Thread)?) })
     }
 
-    /// What background copies are made with; an error once the userfaultfd has been lost.
+    /// The service for new background copies; an error after the userfaultfd was lost.
     pub(crate) fn shared(&self) -> Result<Arc<CopyService>, BackgroundError> {
         if self.shared.index().lost {
             return Err(BackgroundError::Watch(io::Error::other("the userfaultfd was lost")));
@@ -385,8 +386,8 @@ impl Drop for CopyThread {
         self.shared.index().stopping = true;
         self.shared.ring();
         let Some(thread) = self.thread.take() else { return };
-        // A failure callback may have held the last handle of the store: then this is the thread,
-        // and it ends by itself.
+        // A failure callback may have held the last handle of the store. Then this is the thread
+        // itself, which ends without being joined.
         if thread.thread().id() != thread::current().id() && thread.join().is_err() {
             tracing::error!("the background thread ended in a panic");
         }

@@ -1,5 +1,4 @@
-//! What needs the thread to stand still, or to fail, at a known place. The rest is in
-//! `tests/background.rs`.
+//! Tests in which the thread stops or fails at a known place. `tests/background.rs` has the others.
 
 mod failure;
 mod over;
@@ -21,19 +20,19 @@ use crate::testing::failpoint::Call;
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange};
 use crate::{FreezeMode, FreezeReport, GuestRam, Quiesced, RamError, RamImage, RamLayout, Store};
 
-/// What tests may do to the background thread.
+/// Controls of the background thread for tests.
 #[derive(Debug)]
 pub(crate) struct Hooks {
     /// Only faults are answered.
     hold: AtomicBool,
-    /// Pages that may still be copied before copying fails.
+    /// Number of pages that can still be copied before copying fails.
     left: AtomicU64,
     panic: AtomicBool,
     /// Each copy takes this long.
     delay: AtomicU64,
-    /// Faults that are read are not answered yet.
+    /// Faults are read and not answered yet.
     hold_answers: AtomicBool,
-    /// Faults that have been read.
+    /// Number of faults read.
     faults_read: AtomicU64,
 }
 
@@ -55,7 +54,7 @@ impl Hooks {
         self.hold.store(true, Ordering::Release);
     }
 
-    /// No page can be copied any more.
+    /// Makes all further copies fail.
     pub(crate) fn fail_copies(&self) {
         self.left.store(0, Ordering::Release);
     }
@@ -89,8 +88,7 @@ impl Hooks {
 const PAGES: u64 = 3 * BLOCK_PAGES + 40;
 const BYTES: u64 = PAGES * PAGE_SIZE;
 
-/// A frozen parent whose pages have been written since: what a freeze in the background has to
-/// copy.
+/// A frozen parent whose pages were written since, for a background freeze to copy.
 struct Rig {
     store: Store,
     engine: Arc<CopyService>,
@@ -122,7 +120,7 @@ impl Rig {
         }
     }
 
-    /// Freezes with the thread held: everything is pending but what faults ask for.
+    /// Freezes with the thread held: all pages are pending except those that faults request.
     fn freeze_held(&self) -> (RamImage, FreezeReport) {
         self.engine.hooks.hold.store(true, Ordering::Release);
         self.parent.freeze_in(FreezeMode::Background, &Quiesced::by(&crate::NoWriters)).unwrap()
@@ -155,11 +153,11 @@ fn read(ram: &GuestRam, page: u64) -> u8 {
     got[0]
 }
 
-/// What the kernel says of an access to `page`, without a signal.
+/// Result of a kernel access to `page`, without a signal.
 fn touch(ram: &GuestRam, page: u64) -> std::io::Result<()> {
     let sink = small_file(1).unwrap();
     let from = ram.regions()[0].host_address() + page * PAGE_SIZE;
-    // SAFETY: the kernel reads the address, or says that it cannot.
+    // SAFETY: the kernel reads the address, or returns an error.
     let wrote = unsafe { libc::pwrite(sink.as_raw_fd(), from as *const libc::c_void, PAGE_SIZE as usize, 0) };
     if wrote < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
 }
@@ -228,8 +226,8 @@ fn a_parents_write_waits_until_its_page_is_copied() {
 #[test]
 fn gaps_that_were_closed_come_from_beneath() {
     let short: Vec<PageRange> = (0..300).map(|n| PageRange::with_len(n * 4, 2)).collect();
-    // Longer than what is protected beside the pages themselves: the copier does not see these
-    // written.
+    // Longer than the range protected around the pages themselves: the copier does not see these
+    // writes.
     let long: Vec<PageRange> = (0..75).map(|n| PageRange::with_len(n * 20, 14)).collect();
     for dirty in [short, long] {
         for store in stores() {
@@ -258,10 +256,10 @@ fn d4_a_pin_of_a_page_not_copied_yet_copies_it_first() {
         assert_eq!(report.pinned, 10);
         assert_eq!(report.pending, report.copied - 10, "I3: pinned pages are copied before it returns");
         let pin = region.pin(PageRange::new(590, 610), Access::Write, PinLifetime::LongTerm).unwrap();
-        // A device that writes only when all is copied: no fault tells of it before.
+        // A device that writes only after all pages are copied: no fault precedes its write.
         let late = region.pin(PageRange::new(700, 710), Access::Write, PinLifetime::LongTerm).unwrap();
-        // As a device would: through the frames, ignores_pins of protection (here the early pin's
-        // and the pin's own addresses, by the kernel).
+        // Like a device: through the frames, regardless of protection (here the kernel writes at
+        // the early pin's and the pin's own addresses).
         for pin in [&early, &pin] {
             pin.slice().write_slice(&vec![0x99; pin.len()], 0).unwrap();
         }
@@ -313,7 +311,8 @@ fn copied_runs_are_shared_back_and_written_pages_are_not() {
     }
 }
 
-/// Runs are chosen in one step and mapped over the delta in the next, and a writer may come between.
+/// Runs are chosen in one step and mapped over the delta in the next, with a possible write in
+/// between.
 #[test]
 fn a_write_between_any_two_steps_is_the_parents_alone() {
     for store in stores() {
@@ -346,7 +345,7 @@ fn frozen_again_while_pending() {
         let (second, _) = rig.freeze_held();
         assert!(!first.is_pending(), "finished first");
         let grandchild = {
-            // A child frozen while what it was given was pending.
+            // A child that was frozen while its adopted pages were pending.
             let (image, _) = child.freeze_in(FreezeMode::Background, &Quiesced::by(&crate::NoWriters)).unwrap();
             rig.child(&image)
         };
@@ -431,8 +430,8 @@ fn the_store_waits_for_a_slow_copy() {
     assert!(!image.is_pending() && image.failure().is_none(), "the last handle of the store waits until all is copied");
 }
 
-/// A bell that blocks would stop its ringer, and one that a child process inherits would be rung by
-/// it.
+/// A blocking bell would stop the thread that rings it, and a child process could ring an inherited
+/// one.
 #[test]
 fn the_bell_blocks_nobody_and_is_not_inherited() {
     let store = Store::open_small().unwrap();

@@ -1,5 +1,5 @@
-//! What is to be done for one delta that is filled in the background, and the steps of doing it.
-//! Under its background copy's lock.
+//! The work for one delta that is filled in the background, and its steps. Under the background
+//! copy's lock.
 
 use std::fs::File;
 use std::io;
@@ -20,25 +20,24 @@ use crate::testing::failpoint::{Call, failpoint};
 use crate::testing::sabotage::{Break, broken};
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange};
 
-/// Pages copied before the thread looks for faults again: what a fault waits for at most, beside
+/// Pages copied before the thread checks for faults again: the longest wait of a fault, apart from
 /// its own copy.
 const SLICE: u64 = if cfg!(shuttle) { 3 } else { 64 };
-/// Pages copied around a fault, aligned: a writer that goes on to the next page does not fault
-/// again.
+/// Pages copied around a fault, aligned, so that a sequential writer does not fault on every page.
 pub(super) const WINDOW: u64 = if cfg!(shuttle) { 2 } else { 32 };
 /// Mappings made, or runs released, before the thread looks for faults again.
 const RUNS: usize = if cfg!(shuttle) { 1 } else { 32 };
 /// Shorter runs are released instead of mapped over the delta: a mapping costs more than copying
 /// them again.
 const MIN_REMAPPED: u64 = if cfg!(shuttle) { 2 } else { 8 };
-/// How often a block is put together before it stays in small pages: a page of it may be in use for
+/// Attempts to collapse a block before it stays in small pages: one of its pages may be in use for
 /// a moment.
 const COLLAPSE_TRIES: u32 = if cfg!(shuttle) { 1 } else { 5 };
 const COLLAPSE_INTERVAL: Duration = Duration::from_millis(1);
 
-/// The delta has it.
+/// The delta has the page.
 pub(super) const FILLED: u8 = 1;
-/// The frozen VM cannot write it.
+/// The frozen VM cannot write the page.
 pub(super) const PROTECTED: u8 = 2;
 
 /// Where the bytes of a part are until they are copied.
@@ -46,14 +45,14 @@ pub(super) const PROTECTED: u8 = 2;
 pub(crate) enum Origin {
     /// In the frozen VM's memory, protected or pinned.
     Parent,
-    /// A gap that was closed: the VM does not own these pages and may write them meanwhile, but the
-    /// layer beneath never changes (I4).
+    /// A closed gap: the VM does not own these pages and may write them meanwhile, but the layer
+    /// below never changes (I4).
     Layer(Source),
-    /// A gap over nothing.
+    /// A closed gap without a layer below.
     Zero,
 }
 
-/// Pages of the frozen region that lie together in the delta's file from `at` on.
+/// Pages of the frozen region that are contiguous in the delta's file from `at` on.
 #[derive(Clone, Debug)]
 pub(crate) struct Part {
     pub(crate) range: PageRange,
@@ -87,7 +86,7 @@ impl Reader {
         self.at.addr(self.range.start) as u64
     }
 
-    /// What of the file `range` of the child's region shows.
+    /// The file pages shown by `range` of the child's region.
     pub(super) fn file_of(&self, range: PageRange) -> Option<PageRange> {
         let cut = self.range.intersect(range);
         let file = || PageRange::with_len(self.file.start + (cut.start - self.range.start), cut.len());
@@ -97,35 +96,35 @@ impl Reader {
 
 #[derive(Debug)]
 enum Stage {
-    /// From this page of the file on.
+    /// Copying, from this page of the file on.
     Copy(u64),
-    /// Runs of the region and where they are in the file; the next is the last.
+    /// Remapping: runs of the region and their places in the file; the last one is next.
     Remap(Vec<(PageRange, u64)>),
-    /// From this part on.
+    /// Releasing, from this part on.
     Release(usize),
 }
 
 #[derive(Debug)]
 pub(super) struct Work {
     pub(super) gate: ProtectGate,
-    /// When it was begun.
+    /// Start time.
     pub(super) since: Instant,
-    /// The delta's file, and all of it mapped, for the kernel to put pages into.
+    /// The delta's file, and a mapping of all of it, into which the kernel puts pages.
     file: File,
     into: Reservation,
     _mapping: Promise,
-    /// Keeps the pages that gaps are copied from.
+    /// Keeps the source pages of the gaps.
     _beneath: View,
-    /// Ascending in the file, which they cover.
+    /// Ascending in the file; the parts cover it without gaps.
     parts: Vec<Part>,
     /// Indices of `parts`, ascending in the region.
     by_page: Vec<usize>,
-    /// A page of the file each.
+    /// Flags of each page of the file.
     pub(super) pages: Vec<u8>,
     stage: Stage,
-    /// Mappings that the region may still be given.
+    /// Mappings that the region may still use.
     allowance: u64,
-    /// Pages that stay the region's own in any case.
+    /// Number of pages that stay the region's own in any case.
     keep: u64,
     later: Option<TaskSender>,
     pub(super) remapped: Vec<(PageRange, u64)>,
@@ -133,10 +132,10 @@ pub(super) struct Work {
     bounce: Vec<u8>,
 }
 
-/// Most mappings a lost layer may cost a child that is going to be stopped.
+/// Maximum number of mappings that a lost layer may cost a child that will be stopped.
 const MAX_INACCESSIBLE_RUNS: usize = 64;
 
-/// The runs, or one around all of them where they are too many.
+/// The runs, or a single run around them if there are too many.
 pub(super) fn coalesce_if_many(runs: Vec<PageRange>) -> Vec<PageRange> {
     match runs.as_slice() {
         [first, .., last] if runs.len() > MAX_INACCESSIBLE_RUNS => vec![PageRange::new(first.start, last.end)],
@@ -144,15 +143,16 @@ pub(super) fn coalesce_if_many(runs: Vec<PageRange>) -> Vec<PageRange> {
     }
 }
 
-/// Makes a run of the file an error to access through `reader`, now and after the guest has
-/// discarded it, and wakes the accesses that wait.
+/// Makes a run of the file inaccessible through `reader`, now and after a discard by the guest, and
+/// wakes waiting accesses.
 ///
-/// No access at all, rather than UFFDIO_POISON: KVM answers a poisoned page with a SIGBUS, which
-/// would take the whole process, and this with an error from KVM_RUN, which takes the VM.
+/// The pages are unmapped rather than marked by UFFDIO_POISON: KVM answers a poisoned page with a
+/// SIGBUS, which would kill the whole process, and an unmapped one with an error from KVM_RUN,
+/// which stops the VM.
 pub(super) fn make_inaccessible(shared: &CopyService, reader: &Reader, file: PageRange) {
     let range = PageRange::with_len(reader.range.start + (file.start - reader.file.start), file.len());
     if let Err(error) = reader.at.map_none(range).and_then(|()| shared.uffd.wake(&reader.at, range)) {
-        // Never zeros: it stays watched.
+        // Never zeros: the range stays watched.
         tracing::error!(%error, %range, "lost pages could not be denied: whoever touches them waits for ever");
     }
 }
@@ -179,12 +179,12 @@ fn runs_with(pages: &[u8], within: PageRange, flag: u8) -> Vec<PageRange> {
 }
 
 impl Work {
-    /// Prepares to fill `delta` from the region `at`. Nothing is protected yet.
+    /// Prepares to fill `delta` from the region `at`. Protects no page yet.
     pub(super) fn new(shared: &CopyService, at: &Arc<Reservation>, delta: Delta) -> Result<Self, BackgroundError> {
         let Delta { file, parts, beneath, mapping, allowance, keep, later } = delta;
         let count = parts.last().map_or(0, |part| part.file().end);
         let all = PageRange::new(0, count);
-        // A page that is there is taken for filled.
+        // A present page counts as filled.
         let blocks = file.metadata().map_err(BackgroundError::Watch)?.blocks();
         assert_eq!(blocks, 0, "a layer that is filled later starts as holes");
         let into = Reservation::new(count).map_err(BackgroundError::Watch)?;
@@ -213,7 +213,7 @@ impl Work {
         })
     }
 
-    /// Whether every page of the delta is there.
+    /// Whether every page of the delta is filled.
     pub(super) fn is_filled(&self) -> bool {
         self.pages.iter().all(|flags| flags & FILLED != 0)
     }
@@ -224,7 +224,7 @@ impl Work {
         }
     }
 
-    /// Calls `f` with each part that touches `range` of the region, and what it has of it.
+    /// Calls `f` with each part that touches `range` of the region, and the part's share of it.
     pub(super) fn for_parts(
         &mut self,
         range: PageRange,
@@ -243,7 +243,7 @@ impl Work {
         Ok(())
     }
 
-    /// Copies what is missing of `range` of the file.
+    /// Copies the missing pages of `range` of the file.
     pub(super) fn fill(&mut self, shared: &CopyService, range: PageRange) -> Result<(), FillError> {
         let range = range.intersect(PageRange::new(0, self.pages.len() as u64));
         let mut next = self.parts.partition_point(|part| part.file().end <= range.start);
@@ -308,7 +308,7 @@ impl Work {
     pub(super) fn copy_and_unprotect(&mut self, shared: &CopyService, range: PageRange) -> Result<(), FillError> {
         self.for_parts(range, |work, part, cut| {
             let file = part.to_file(cut);
-            // Gaps come from beneath, whatever the VM writes there.
+            // Gaps are copied from the layer below, regardless of writes by the VM.
             if matches!(part.origin, Origin::Parent) && !broken(Break::ReleaseUncopied) {
                 work.fill(shared, file)?;
             }
@@ -316,7 +316,7 @@ impl Work {
         })
     }
 
-    /// Releases what is protected of `file` pages of `part`.
+    /// Releases the protected ones of the `file` pages of `part`.
     fn release(&mut self, part: &Part, file: PageRange) -> io::Result<()> {
         for run in runs_with(&self.pages, file, PROTECTED) {
             failpoint(Call::Release)?;
@@ -326,7 +326,7 @@ impl Work {
         Ok(())
     }
 
-    /// The frozen VM can write everything again, copied or not.
+    /// Makes all pages writable for the frozen VM again, copied or not.
     pub(super) fn release_everything(&mut self) {
         let parts = std::mem::take(&mut self.parts);
         let released = parts.iter().try_for_each(|part| self.release(part, part.file()));
@@ -336,13 +336,13 @@ impl Work {
         }
     }
 
-    /// When all pages are there: makes blocks of those that are whole, in the background. Children
-    /// then map 2 MiB at a time, as they do after a freeze that copied at once.
+    /// When all pages are filled: collapses whole blocks, in the background. Children then map 2
+    /// MiB at a time, as after a freeze that copied at once.
     pub(super) fn put_together(self) {
         let filled = self.is_filled();
         let Self { later, into, _mapping: promise, .. } = self;
         let (Some(later), true) = (later, filled) else { return };
-        // Left undone if there is too much to do: then small pages stay small.
+        // Skipped if the queue is full: then small pages stay small.
         let _ = later.spawn(move || {
             for (_, block) in PageRange::new(0, into.pages()).blocks().filter(|(_, block)| block.len() == BLOCK_PAGES) {
                 let mut done = into.collapse(block);
@@ -354,8 +354,8 @@ impl Work {
                     done = into.collapse(block);
                 }
                 if let Err(error) = done {
-                    // No memory in one piece, or a page in use: it stays as it is, which is slower
-                    // and not wrong.
+                    // No contiguous memory, or a page in use: the block stays as it is, which is
+                    // slower and correct.
                     tracing::debug!(%error, %block, "small pages stay small");
                 }
             }
@@ -363,7 +363,7 @@ impl Work {
         });
     }
 
-    /// One slice. True when all is done.
+    /// Does one slice. Returns true when all is done.
     pub(super) fn step(&mut self, shared: &CopyService) -> Result<bool, FillError> {
         match &mut self.stage {
             Stage::Copy(next) => {
@@ -401,7 +401,7 @@ impl Work {
         Ok(false)
     }
 
-    /// Runs that will not be mapped over the delta are released as soon as they are copied.
+    /// Releases runs that will not be mapped over the delta as soon as they are copied.
     fn release_short(&mut self, slice: PageRange) -> Result<(), FillError> {
         let mut next = self.parts.partition_point(|part| part.file().end <= slice.start);
         while let Some(part) = self.parts.get(next) {
@@ -418,7 +418,7 @@ impl Work {
         Ok(())
     }
 
-    /// Whether no other part goes on where this one ends or begins, in the region as in the file.
+    /// Whether no other part adjoins this one, in the region and in the file alike.
     fn is_alone(&self, n: usize) -> bool {
         let goes_on = |a: &Part, b: &Part| a.range.end == b.range.start && a.file().end == b.at;
         let part = &self.parts[n];
@@ -426,9 +426,9 @@ impl Work {
             && !self.parts.get(n + 1).is_some_and(|next| goes_on(part, next))
     }
 
-    /// What is worth mapping over the delta: the longest runs last, which is next.
+    /// The runs worth mapping over the delta, in reverse order: the longest is last and next.
     fn to_remap(&self) -> Vec<(PageRange, u64)> {
-        // A VM that has gone shares nothing.
+        // The VM was dropped, so sharing is useless.
         if Arc::strong_count(self.gate.at()) == 1 {
             return Vec::new();
         }
@@ -445,7 +445,7 @@ impl Work {
         let mut left: u64 = runs.iter().map(|(run, _)| run.len()).sum();
         runs.retain(|(run, _)| run.len() >= MIN_REMAPPED);
         runs.sort_unstable_by_key(|(run, _)| std::cmp::Reverse(run.len()));
-        // Each adds itself and splits what it lies in.
+        // Each run adds a mapping and splits the one it lies in.
         runs.truncate((self.allowance / 2) as usize);
         let wanted = runs.iter().take_while(|(run, _)| {
             let more = left > self.keep;
@@ -458,18 +458,18 @@ impl Work {
         runs
     }
 
-    /// Maps a copied run over the delta, unless a write to it has been allowed since.
+    /// Maps a copied run over the delta, unless a write to it was allowed since.
     fn share_back(&mut self, run: PageRange, at: u64) -> io::Result<()> {
         let file = PageRange::with_len(at, run.len());
         let kept = self.pages[at as usize..file.end as usize].iter().all(|flags| *flags == FILLED | PROTECTED);
         if !kept && !broken(Break::ShareWritten) {
             return Ok(());
         }
-        // All of it is copied and protected, so no write is lost: a writer waits, and finds the new
-        // mapping when it is woken.
+        // The run is copied and protected completely, so no write is lost: a writer waits, and
+        // finds the new mapping when it is woken.
         self.remapped.reserve(1);
         self.gate.at().map_private(run, self.file.as_fd(), at)?;
-        // At once: from here on it is mapped there, whatever happens next (I14).
+        // At once: from here on the run is mapped over the delta, whatever fails next (I14).
         self.remapped.push((run, at));
         self.mark(file, |flags| flags & !PROTECTED);
         self.gate.wake(run)

@@ -2,8 +2,8 @@ use super::*;
 use crate::{FreezeMode, NoFork, RamLayout};
 use vm_memory::{Bytes, GuestAddress};
 
-/// What is declared no-fork between the copying and the taking over stays with the layer it is
-/// shown from.
+/// Pages declared no-fork between the copy and the takeover keep the layer from which they are
+/// shown.
 #[test]
 fn a_declaration_that_came_in_between_is_left_alone() {
     let store = Store::open().unwrap();
@@ -12,10 +12,10 @@ fn a_declaration_that_came_in_between_is_left_alone() {
     let put = |page: u64, word: u64| ram.memory().write_obj(word, GuestAddress(page * PAGE_SIZE)).unwrap();
     let freeze = || ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters)).unwrap().0;
     freeze();
-    // So many that most are mapped over the delta.
+    // Enough pages that most are mapped over the delta.
     (0..1024).filter(|page| page % 512 < 400).for_each(|page| put(page, page + 1));
     let image = freeze();
-    // The VM's own again, and in what a freeze does not ask for once it is declared.
+    // A page of the VM's own, in a range that a freeze skips once it is declared no-fork.
     put(12, 999);
     let region = &ram.regions()[0];
     let mut state = region.state();
@@ -93,7 +93,7 @@ fn pieces(store: &Store, pieces: u64, len: u64, gap: u64, layers: u64) -> LayerM
     let mut map = LayerMap::new();
     for nth in 0..pieces {
         let (range, layer) = (PageRange::with_len(nth * (len + gap), len), &layers[nth as usize % layers.len()]);
-        // Nowhere does one go on where another ends.
+        // Pieces whose sources never continue each other.
         map.insert(range, Source { layer: Arc::clone(layer), at: 2 * range.start + nth });
     }
     map
@@ -119,9 +119,9 @@ fn short_pieces_are_merged_where_that_is_cheap() {
     assert_eq!((merged(10, 1, 2), merged(48, 1, 2), merged(49, 1, 2)), (10, 48, 1));
     // 49 times 16 pages, and 49 between each two: four times their pages exactly.
     assert_eq!((merged(49, 16, 49), merged(49, 16, 50)), (1, 49));
-    // A hundred times their pages, which only too many pieces are worth.
+    // A hundred times their pages, which is worthwhile only for too many pieces.
     assert_eq!((merged(500, 1, 99), merged(513, 1, 99)), (500, 1));
-    // What may not be copied keeps them apart, however long the gaps that are looked at.
+    // Barred pages keep pieces apart, regardless of the length of the gaps considered.
     let barred: Vec<_> = (0..60).map(|nth| PageRange::with_len(2 * nth + 1, 1)).collect();
     assert_eq!(runs_to_merge(&pieces(&store, 60, 1, 1, 2), &barred).len(), 60);
 }
@@ -161,7 +161,7 @@ fn child(image: &RamImage, store: &Store) -> GuestRam {
     child
 }
 
-/// An image whose map has some 800 pieces, and a VM that is shown it and has nothing of its own.
+/// An image whose map has some 800 pieces, and a VM that shows it and owns no pages.
 fn in_pieces(store: &Store) -> (GuestRam, RamImage) {
     let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), store).unwrap();
     ram.populate().unwrap();

@@ -1,4 +1,4 @@
-//! What no sweep may cost, at whatever moment it comes.
+//! Sweeps at any moment must not lose pages.
 
 use std::time::Duration;
 
@@ -17,7 +17,8 @@ fn check(ram: &GuestRam, what: &str) {
     }
 }
 
-/// The last pages of a base file become a layer's, or their VM goes, in the middle of a sweep.
+/// The last pages of a base file become a layer's, or their VM is dropped, in the middle of a
+/// sweep.
 #[test]
 fn what_is_shown_while_a_sweep_looks_round_is_kept() {
     for (dies, step) in [(false, 0), (false, 1), (true, 0), (true, 1)] {
@@ -48,8 +49,8 @@ fn what_is_shown_while_a_sweep_looks_round_is_kept() {
     }
 }
 
-/// All that shows a layer goes while a sweep looks round: the sweep is its last user. A layer's end
-/// is a step of its own, also in a trace.
+/// All views of a layer are dropped during a sweep, so the sweep is its last user. A layer's end is
+/// a step of its own, also in a trace.
 #[test]
 fn a_layer_may_end_in_a_sweep() {
     let (done, is_done) = std::sync::mpsc::channel();
@@ -62,7 +63,7 @@ fn a_layer_may_end_in_a_sweep() {
         sweep_in_steps(store.views(), || {
             if at == 1 {
                 let (image, ram, parts) = users.take().unwrap();
-                // Handles have been made since: what was seen may not be swept.
+                // Handles have been made since, so the pages seen may not be swept.
                 drop(RamImage::from_parts(&store, ram.layout(), parts).unwrap());
                 drop((image, ram));
                 store.wait_reclaimed();
@@ -77,7 +78,7 @@ fn a_layer_may_end_in_a_sweep() {
     assert_eq!(steps, 2);
 }
 
-/// Two regions of so many pages.
+/// Pages of each of the two regions.
 const SMALL: u64 = 600;
 const HIGH: u64 = 1 << 32;
 
@@ -119,8 +120,8 @@ fn child(image: &RamImage, store: &Store) -> GuestRam {
     child
 }
 
-/// Pairs of pages with gaps of two. A freeze closes the gaps, so the delta has them as well.
-/// They are few: the VM keeps what it has mapped, and shows the gaps from beneath.
+/// Pairs of pages with gaps of two. A freeze closes the gaps, so the delta includes them. The pages
+/// are few, so the VM keeps its mappings and shows the gaps from the layer below.
 fn is_dirty(page: u64) -> bool {
     page < 200 && page % 4 < 2
 }
@@ -129,8 +130,7 @@ fn gapped(page: u64) -> u64 {
     if is_dirty(page) { 2 } else { 1 }
 }
 
-/// When a background freeze is taken note of, the pages under closed gaps are in no published view
-/// yet.
+/// When a background freeze is absorbed, the pages under closed gaps are in no published view yet.
 #[test]
 fn gaps_of_a_background_freeze_outlive_a_sweep_before_they_are_published() {
     let store = Store::open_small().unwrap();
@@ -139,7 +139,7 @@ fn gaps_of_a_background_freeze_outlive_a_sweep_before_they_are_published() {
     (0..SMALL).filter(|page| is_dirty(*page)).for_each(|page| name(&ram, page, 2));
     let image = freeze(&ram, FreezeMode::Background);
     image.finish_background().unwrap();
-    // Views that were let go of have gone.
+    // Dropped views are freed.
     store.wait_reclaimed();
     for region in ram.regions() {
         let mut state = region.state();
@@ -170,7 +170,7 @@ fn no_sweep_costs_a_page_whenever_it_comes() {
     expect(&ram, "with pins", |_| 1);
     expect(&child(&first, &store), "a child of what was pinned", |_| 1);
     drop(pins);
-    // Pages that devices had stay in place once more; then the last of the base file becomes a
+    // Pages used by devices stay in place once more; then the last of the base file becomes a
     // layer's.
     for round in 0..2 {
         let image = freeze(&ram, FreezeMode::Eager);
@@ -193,7 +193,8 @@ fn no_sweep_costs_a_page_whenever_it_comes() {
     assert!(restless.sweeps() > 20, "{} sweeps", restless.sweeps());
 }
 
-/// A VM that was never frozen is put back to another's image: its base file goes with the mappings.
+/// A VM that was never frozen is reset to another VM's image: its base file is freed with the
+/// mappings.
 #[test]
 fn a_reset_leaves_no_birth_file_behind() {
     let store = Store::open_small().unwrap();
@@ -225,7 +226,7 @@ fn i4_an_image_made_of_handles_during_a_sweep_is_kept() {
             let image = image.take();
             let parts = image.as_ref().map(|image| image.maps().map(|map| (map, Vec::new())).collect::<Vec<_>>());
             drop(image);
-            // What the VM's own view was before has gone, too.
+            // The VM's previous view is dropped, too.
             parts
         };
         if before {
@@ -261,8 +262,8 @@ fn of_memory_in_blocks_whole_blocks_are_given_back() {
     assert_eq!(dead(&[run(0, pages - 1)], &[]), [], "the end of a block");
 }
 
-/// What is discarded after a freeze is in no view: it goes after the next freeze by itself, once,
-/// and is counted.
+/// Pages discarded after a freeze are in no view. The next freeze punches them, once, and counts
+/// them.
 #[test]
 fn what_nobody_sees_goes_by_itself_and_is_counted() {
     let store = Store::open_small().unwrap();

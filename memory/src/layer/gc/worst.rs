@@ -1,5 +1,5 @@
 //! Sweeps at the worst moments, for tests: after every change of the registry of views or of a base
-//! file's state, on the thread that makes it.
+//! file's state, on the thread that makes the change.
 
 use std::cell::Cell;
 
@@ -33,9 +33,9 @@ impl Drop for Restless {
     }
 }
 
-/// Something has changed that a sweep looks at.
+/// Called after a change to state that a sweep reads.
 pub(crate) fn moment(views: &Views) {
-    // A sweep may let go of layers, which let go of views.
+    // A sweep may drop layers, which drops views.
     if ARMED.get() && !BUSY.replace(true) {
         super::sweep(views);
         SWEEPS.set(SWEEPS.get() + 1);

@@ -3,8 +3,7 @@ use loom::thread;
 
 use super::*;
 
-/// A freeze, on a thread of its own: shares the page, and if it may, puts another frame behind
-/// it.
+/// A freeze, on a thread of its own: shares the page, and on success puts another frame behind it.
 fn freeze_and_remap(word: &Arc<Word>, frame: &Arc<Mutex<u32>>) -> thread::JoinHandle<()> {
     let (word, frame) = (word.clone(), frame.clone());
     thread::spawn(move || {
@@ -63,7 +62,7 @@ fn unpin_against_freeze() {
         let device = {
             let (word, bytes) = (word.clone(), bytes.clone());
             thread::spawn(move || {
-                // SAFETY: the pin is held: nobody else touches the bytes.
+                // SAFETY: the pin is held, so the bytes have no other user.
                 bytes.0.with_mut(|b| unsafe { *b = 7 });
                 word.unpin().unwrap();
             })
@@ -76,8 +75,8 @@ fn unpin_against_freeze() {
     });
 }
 
-/// I8 broken on purpose: a pin that looks at the bit in one step and counts in another. The
-/// model finds the freeze that comes between.
+/// I8 broken on purpose: a pin that checks the bit in one step and counts in another. The model
+/// finds the freeze in between.
 #[test]
 #[should_panic(expected = "a pinned page was remapped")]
 fn a_pin_in_two_steps_is_caught() {
@@ -94,9 +93,9 @@ fn a_pin_in_two_steps_is_caught() {
     });
 }
 
-/// A device is done and lets go while a reset drops what was written: either the reset is
-/// refused, or the device's last write was before it and goes with the page. A device that pins
-/// during the reset gets the page as it is afterwards, never the one that goes.
+/// A device ends its use while a reset drops written pages: either the reset is refused, or the
+/// device's last write came before it and is dropped with the page. A device that pins during the
+/// reset gets the page as it is afterwards, never the dropped one.
 #[test]
 fn unpin_against_reset() {
     use loom::cell::UnsafeCell;
@@ -107,14 +106,14 @@ fn unpin_against_reset() {
     unsafe impl Send for Frame {}
     loom::model(|| {
         let word = Arc::new(Word::new(Ownership::new(true, 1)));
-        // What the page holds: 1 as the VM wrote it, 0 as the image has it, 7 and 8 as devices
-        // write it. And which frame it is.
+        // The page's contents: 1 as the VM wrote it, 0 as in the image, 7 and 8 as devices write
+        // it. And the number of its frame.
         let bytes = Arc::new(Frame(UnsafeCell::new(1)));
         let dropped = Arc::new(Mutex::new(false));
         let device = {
             let (word, bytes) = (word.clone(), bytes.clone());
             thread::spawn(move || {
-                // SAFETY: the pin is held: nobody else touches the bytes.
+                // SAFETY: the pin is held, so the bytes have no other user.
                 bytes.0.with_mut(|b| unsafe { *b = 7 });
                 word.unpin().unwrap();
             })
@@ -152,7 +151,7 @@ fn unpin_against_reset() {
         };
         device.join().unwrap();
         next.join().unwrap();
-        // SAFETY: everybody has ended.
+        // SAFETY: all threads have ended.
         let left = bytes.0.with(|b| unsafe { *b });
         assert_eq!(
             left,

@@ -21,7 +21,7 @@ fn i6_a_page_has_24_bits_of_pins() {
     assert_eq!(word.load().pins(), 100);
 }
 
-/// What a freeze copies and leaves in place: pages that devices had since the last one.
+/// Pages that a freeze copies and leaves in place: those used by devices since the last freeze.
 #[test]
 fn a_page_is_used_from_its_first_pin_until_that_is_forgotten() {
     let word = Word::new(Ownership::new(true, 0));
@@ -36,7 +36,7 @@ fn a_page_is_used_from_its_first_pin_until_that_is_forgotten() {
     assert!(!Word::new(Ownership::closed()).forget_used());
 }
 
-/// A pin that came since the word was looked at ends a merge, and a split begins anew.
+/// A pin since the load of the word ends a merge, and a split starts over.
 #[test]
 fn i12_what_has_changed_is_neither_closed_nor_split() {
     let was = Ownership::new(true, 0);

@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::{Access, FreezeMode, Learned, NoFork, NoWriters, PinLifetime, RamImage, RamLayout, Store, SuspendFile};
 
-/// Of the first region. The second has a quarter of it.
+/// Pages of the first region. The second has a quarter of that.
 const PAGES: u64 = 2048;
 const ALL: u64 = PAGES + PAGES / 4;
 const SECOND: u64 = 1 << 30;
@@ -75,7 +75,7 @@ fn i2_what_is_copied_ahead_is_the_vms_own_and_changes_nothing() {
         let image = image(&store);
         let (vm, sibling) = (child(&store, &image), child(&store, &image));
         let before = contents(&vm);
-        // Some of it is the VM's own already.
+        // Some pages are the VM's own already.
         put(&vm, 12, 13);
         let wanted = set(&[run(10, 300), run(700, 701)], &[run(5, 15)]);
         assert_eq!(vm.copy_ahead(&wanted, 10_000).unwrap(), 300);
@@ -86,7 +86,7 @@ fn i2_what_is_copied_ahead_is_the_vms_own_and_changes_nothing() {
         assert_eq!(vm.copy_ahead(&wanted, 10_000).unwrap(), 0, "copied twice");
         let counts = vm.cow_counts().unwrap();
         assert_eq!((counts.ahead, counts.guest), (300, 1));
-        // The guest's and a device's writes are the VM's alone.
+        // Writes by the guest and by a device stay private to the VM.
         let pin = region.pin(run(20, 22), Access::Write, PinLifetime::LongTerm).unwrap();
         assert_eq!(vm.pin_counts().locked, 0, "a pin of what was copied ahead takes no lock");
         pin.slice().write_obj(77u64, 0).unwrap();
@@ -95,7 +95,7 @@ fn i2_what_is_copied_ahead_is_the_vms_own_and_changes_nothing() {
         assert_eq!(contents(&sibling), before);
         vm.check(&stopped()).unwrap();
         drop(pin);
-        // A child has it as it is.
+        // A child has the same contents.
         let (second, _) = vm.freeze_in(FreezeMode::Eager, &stopped()).unwrap();
         assert_eq!(contents(&child(&store, &second)), contents(&vm));
         vm.check(&stopped()).unwrap();
@@ -133,14 +133,14 @@ fn hits_and_waste_are_told_apart_and_only_hits_are_learned() {
     let vm = child(&store, &image);
     vm.copy_ahead(&set(&[run(0, 100)], &[run(0, 10)]), 1000).unwrap();
     (50..150).chain(PAGES + 5..PAGES + 20).for_each(|page| put(&vm, page, 0));
-    // With the bytes it had.
+    // Rewritten with the same bytes.
     put(&vm, 3, 4);
     let (written, came) = vm.written_set(&stopped()).unwrap();
     assert_eq!(written, set(&[run(50, 150)], &[run(5, 20)]));
     assert_eq!(came, AheadUse { copied: 110, hits: 55, waste: 55 });
     assert_eq!(vm.written_set(&stopped()).unwrap(), (written, came), "a question changes nothing");
     assert!(vm.is_written_set_whole());
-    // A reset and a freeze begin anew.
+    // A reset and a freeze start over.
     vm.reset(&image, &stopped(), Duration::ZERO).unwrap();
     assert_eq!(vm.written_set(&stopped()).unwrap(), (set(&[], &[]), AheadUse::default()));
     assert_eq!(own(&vm), 0);
@@ -191,7 +191,7 @@ fn r19_what_is_absent_or_zeros_or_being_filled_is_left_out() {
     let copied = vm.copy_ahead(&set(&[run(40, 100)], &[]), 1000).unwrap();
     assert_eq!(copied, 40, "of 60, 10 are absent, and 10 are zeros");
     assert!(vm.memory().read_obj::<u64>(address(55)).is_err());
-    // What is missing is not waited for. It is copied once it is there.
+    // Missing pages are not waited for; they are copied once filled.
     let early = vm.copy_ahead(&set(&[run(900, 1000)], &[]), 1000).unwrap();
     assert!(pending || early == 100);
     vm.finish_background().unwrap();
@@ -216,7 +216,7 @@ fn a_suspension_gives_back_what_was_copied_for_nothing() {
     let store = Store::open_small().unwrap();
     let vm = child(&store, &image(&store));
     suspend(&vm);
-    // After the wake: what is written is known at the next.
+    // After the wake: pages written now are learned at the next suspension.
     (100..200).chain(PAGES + 3..PAGES + 5).for_each(|page| put(&vm, page, 1 << 40));
     assert_eq!(word(&vm, 1500), 1501);
     let (report, working_set) = suspend(&vm);
@@ -224,7 +224,7 @@ fn a_suspension_gives_back_what_was_copied_for_nothing() {
     assert!(working_set.pages() > 102, "what was read is of it");
     vm.read_ahead(&working_set);
     assert_eq!(own(&vm), 102, "copied ahead");
-    // Half of it is written this time, and page 50.
+    // Half of them are written this time, and page 50.
     (100..150).chain([50]).for_each(|page| put(&vm, page, 1 << 41));
     let before = contents(&vm);
     let pin = vm.regions()[0].pin(run(180, 181), Access::Write, PinLifetime::LongTerm).unwrap();
@@ -250,7 +250,7 @@ fn i7_a_device_that_writes_what_was_copied_ahead_is_seen_by_the_suspension() {
     assert_eq!(vm.memory().read_obj::<u64>(GuestAddress(7 * PAGE_SIZE + 8)).unwrap(), 99);
 }
 
-/// The guest and a device write, forks and resets come in between, and no write is lost.
+/// The guest and a device write during forks and resets, and no write is lost.
 #[test]
 fn copies_ahead_beside_writers_forks_and_pins_lose_nothing() {
     let store = Store::open_small().unwrap();
@@ -290,7 +290,7 @@ fn copies_ahead_beside_writers_forks_and_pins_lose_nothing() {
         assert!(copier.join().unwrap() > 1000);
     });
     vm.check(&stopped()).unwrap();
-    // And one that ends in the middle.
+    // And a VM that ends in the middle.
     let short = Arc::new(child(&store, &image));
     let other = Arc::clone(&short);
     let copier = thread::spawn(move || other.copy_ahead(&set(&[run(0, PAGES)], &[]), PAGES));

@@ -30,8 +30,7 @@ fn pages_of(map: &PageMap, is: impl Fn(PageKind) -> bool) -> Vec<u64> {
     map.runs.iter().filter(|run| is(run.kind)).flat_map(|run| run.first..run.first + run.count).collect()
 }
 
-/// The pages that are private copies, as the words of /proc/self/pagemap say: present or swapped,
-/// and of no file.
+/// The private copies according to /proc/self/pagemap: present or swapped, and not file-backed.
 fn copies_by_the_kernels_words(ram: &GuestRam) -> Vec<u64> {
     let file = File::open("/proc/self/pagemap").unwrap();
     let first = ram.regions()[0].host_address() / PAGE_SIZE;
@@ -58,7 +57,7 @@ fn the_map_shows_what_was_written_as_the_kernels_words_do() {
     assert_eq!(copies_by_the_kernels_words(&child), written);
     assert_eq!(map.runs.iter().map(|run| run.count).sum::<u64>(), PAGES);
     assert!(map.runs.windows(2).all(|two| two[0].first + two[0].count == two[1].first), "{map:?}");
-    // The base file is the one layer, all of it.
+    // The base file is the only layer, in full.
     let [layer] = map.layers.as_slice() else { panic!("{:?}", map.layers) };
     assert_eq!((layer.shown, layer.mapped, layer.place), (PAGES - 9, PAGES, LayerPlace::Memory));
     assert_eq!(layer.is_alone, Some(false), "the parent shows it");
@@ -116,7 +115,7 @@ fn copies_are_counted_once_and_by_what_made_them() {
     assert_eq!((counts.freeze_pinned, counts.freeze_ahead), (3, 0));
     assert_eq!(counts.freeze + counts.freeze_pinned, report.copied);
     drop(pin);
-    // Pinned since the last freeze: they stay, ahead of the next pin.
+    // Pinned since the last freeze: the pages stay, ahead of the next pin.
     drop(region.pin(PageRange::new(4, 7), Access::Write, PinLifetime::Transient).unwrap());
     child.freeze_in(FreezeMode::Eager, &Quiesced::by(&NoWriters)).unwrap();
     assert_eq!(child.cow_counts().unwrap().freeze_ahead, 3);
@@ -140,7 +139,7 @@ fn a_layer_is_alone_when_nobody_else_shows_it() {
     assert_eq!(alone(&child, None), Some(true));
 }
 
-/// What a freeze in the background leaves in place is the copy that was counted.
+/// A copy that a background freeze leaves in place is the copy that was counted.
 #[test]
 fn a_copy_that_stays_in_place_is_counted_once() {
     let store = Store::open().unwrap();
@@ -161,7 +160,7 @@ fn a_copy_that_stays_in_place_is_counted_once() {
     assert_eq!(guest(), 350);
     let stays = child.stats().unwrap().exclusive;
     assert!(stays > 0 && stays < 350, "{stays}");
-    // One that has stayed is not copied again; one that has not, and one that is new, are.
+    // A page that stayed is not copied again; a remapped page and a new page are.
     let own = child.page_map(None).unwrap();
     let kept = pages_of(&own, |kind| kind == PageKind::Exclusive)[0];
     let shared =
@@ -188,7 +187,7 @@ fn pages_are_numbered_as_the_guest_numbers_its_frames() {
     let map = child.page_map(None).unwrap();
     assert_eq!(pages_of(&map, |kind| kind == PageKind::Exclusive), [63, high, high + 31]);
     assert_eq!(map.layers.iter().map(|layer| layer.shown).collect::<Vec<_>>(), [63, 30]);
-    // Neighbours in the list, of one kind, with the gap between them.
+    // Neighbours in the list, of one kind, with a gap between them.
     let own: Vec<(u64, u64)> =
         map.runs.iter().filter(|run| run.kind == PageKind::Exclusive).map(|run| (run.first, run.count)).collect();
     assert_eq!(own, [(63, 1), (high, 1), (high + 31, 1)]);

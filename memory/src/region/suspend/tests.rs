@@ -10,13 +10,13 @@ use crate::layer::gc::worst::Restless;
 use crate::units::BLOCK_SIZE;
 use crate::{Access, GuestRam, NoFork, NoWriters, PAGE_SIZE, PinLifetime, Quiesced, RamLayout, StopsWriters, Store};
 
-/// Of the first region. The second has a quarter of it.
+/// Pages of the first region. The second has a quarter of that.
 const PAGES: u64 = 2048;
 const ALL: u64 = PAGES + PAGES / 4;
 const SECOND: u64 = 1 << 30;
 /// A wait that ends when the device drops its pin.
 const UNTIL_UNPINNED: Duration = Duration::from_secs(3600);
-/// A memory file system: what a disk does differently is not looked at here.
+/// A memory file system: behaviour specific to disks is not tested here.
 const DIR: &str = "/dev/shm";
 
 fn address(page: u64) -> GuestAddress {
@@ -40,18 +40,18 @@ fn reserved(store: &Store) -> GuestRam {
     GuestRam::reserve(&RamLayout::of_ranges(&ranges).unwrap(), store).unwrap()
 }
 
-/// All of it, without thousands of numbers where it differs.
+/// Compares all pages, without thousands of numbers on a failure.
 #[track_caller]
 fn expect(ram: &GuestRam, want: &[u64]) {
     let wrong = (0..ALL).find(|page| word(ram, *page) != want[*page as usize]);
     assert_eq!(wrong.map(|page| (page, word(ram, page), want[page as usize])), None, "page, is, must be");
 }
 
-/// A VM that was booted, and one that was frozen since and has written some.
+/// A booted VM, and one that was frozen since and has written some pages.
 fn booted(store: &Store, frozen: bool) -> GuestRam {
     let ram = reserved(store);
     ram.populate().unwrap();
-    // Runs of zeros long and short, in both regions, and blocks that were never touched.
+    // Runs of zeros, long and short, in both regions, and blocks that were never touched.
     (0..900).chain(PAGES..PAGES + 100).filter(|page| !(300..500).contains(page)).for_each(|page| {
         put(&ram, page, if page % 7 == 0 { 0 } else { page + 1 });
     });
@@ -79,7 +79,7 @@ fn try_suspend(ram: &GuestRam, patience: Duration) -> Result<(Suspended, Working
 fn on_both(test: impl Fn(&Store, bool)) {
     for store in [Store::open(), Store::open_small()] {
         let store = store.unwrap();
-        // What one region does not show yet, a sweep must leave alone.
+        // A sweep must spare pages that a region does not show yet.
         let restless = Restless::begin();
         [false, true].into_iter().for_each(|frozen| test(&store, frozen));
         assert!(restless.sweeps() > 4, "no sweep has come in between");
@@ -102,11 +102,11 @@ fn all_that_a_vm_owns_goes_and_comes_back() {
         let layers = ram.page_map(None).unwrap().layers;
         assert_eq!(layers.iter().filter(|layer| layer.place == crate::LayerPlace::Disk).count(), 1, "one file");
         assert!(report.written + report.zeros >= own && report.kept == 0, "{report:?} of {own}");
-        // Of those that were frozen, the VM owns zeros in short runs only.
+        // A frozen VM owns zeros in short runs only.
         assert_eq!(report.zeros > 1000, !frozen, "{report:?}");
         expect(&ram, &before);
         ram.check(&Quiesced::by(&NoWriters)).unwrap();
-        // Writable as ever, by the guest and by devices.
+        // Writable as before, by the guest and by devices.
         (0..ALL).step_by(3).for_each(|page| put(&ram, page, 7 + page));
         let pin = ram.regions()[0].pin(PageRange::new(50, 53), Access::Write, PinLifetime::LongTerm).unwrap();
         pin.slice().write_obj(99u64, 0).unwrap();
@@ -128,7 +128,7 @@ fn the_second_time_only_what_was_written_since_is_written() {
         [3, 4, 701, PAGES + 7].iter().for_each(|page| put(&ram, *page, 1 << 40));
         let (second, _) = suspend(&ram);
         assert_eq!(second, Suspended { written: 4, zeros: 0, kept: 0 }, "the first time {first:?}");
-        // And of a VM that has written nothing, nothing.
+        // If a VM has written nothing, nothing is written.
         assert_eq!(suspend(&ram).0, Suspended::default());
         (0..ALL).for_each(|page| {
             let new = [3, 4, 701, PAGES + 7].contains(&page);
@@ -150,7 +150,7 @@ fn files_stay_few_and_each_page_is_copied_seldom() {
         let files = layers.iter().filter(|layer| layer.place == crate::LayerPlace::Disk).count();
         assert!(files <= MAX_FILES + 1, "{files} files in round {round}");
     }
-    // Each of the 800 pages about as often as the files' number has bits, and gaps.
+    // Each of the 800 pages about as often as the number of files has bits, and gaps.
     assert!(written < whole + 40_000, "{written} pages were written, {whole} of them at first");
     ram.check(&Quiesced::by(&NoWriters)).unwrap();
 }
@@ -164,7 +164,7 @@ fn scattered_pages_cost_few_mappings() {
     freeze(&ram);
     (0..PAGES).step_by(6).for_each(|page| put(&ram, page, 1));
     let wants = |page: u64| if page < PAGES && page.is_multiple_of(6) { 1 } else { page + 1 };
-    // Far more than a share of what is left.
+    // Far more than a share of the remaining mappings.
     let held = store.budget().promise(store.budget().left() - 600).unwrap();
     suspend(&ram);
     assert!(ram.stats().unwrap().mappings < 100, "{:?}", ram.stats());
@@ -182,7 +182,7 @@ fn what_was_touched_since_the_wake_is_read_ahead() {
     let (_, touched) = suspend(&ram);
     let runs = touched.touched.runs().to_vec();
     let all: Vec<u64> = runs[0].iter().flat_map(|run| run.start..run.end).collect();
-    // The kernel maps what lies around a page that is read.
+    // Fault-around maps the neighbours of a page that is read.
     assert!([20, 22, 800].iter().all(|page| all.contains(page)), "{touched:?}");
     assert!(all.len() < 200 && runs[1].iter().any(|run| run.contains(3)), "{touched:?}");
     let mapped = || ram.regions()[0].touched_now().unwrap();
@@ -191,7 +191,7 @@ fn what_was_touched_since_the_wake_is_read_ahead() {
     assert_eq!(mapped(), runs[0]);
     assert_eq!(ram.stats().unwrap().private_kib, 4, "what was read is read, and what was written is copied");
     assert!(ram.regions()[1].ownership().get(3).0);
-    // No more than there is room for.
+    // Bounded by the available room.
     suspend(&ram);
     let much = PageSet::found(vec![vec![PageRange::new(0, PAGES)], vec![]]);
     WorkingSet { touched: PageSet::found(vec![vec![], vec![]]), written: much }.read_ahead(ram.regions());
@@ -208,7 +208,7 @@ fn i7_a_pin_refuses_it_or_is_waited_for() {
         let pin = ram.regions()[0].pin(PageRange::new(20, 22), access, PinLifetime::Transient).unwrap();
         let refused = try_suspend(&ram, Duration::from_millis(5));
         assert!(matches!(refused, Err(RamError::Pinned { pages: 2, .. })), "{refused:?}");
-        // A pin that comes after the first look.
+        // A pin after the first check.
         let mut late = Suspension::to(SuspendFile::create(Path::new(DIR)).unwrap(), ram.regions()).unwrap();
         let late = GuestRegion::suspend_all(ram.regions(), &store, &mut late);
         assert!(matches!(late, Err(RamError::Pinned { pages: 2, .. })), "{late:?}");
@@ -258,7 +258,7 @@ fn r19_what_is_absent_is_no_gap_between_pages_that_go() {
     ram.regions()[0].set_no_fork(PageRange::new(120, 122), Some(NoFork::Absent)).unwrap();
     let child = reserved(&store);
     child.adopt(&freeze(&ram)).unwrap();
-    // Nobody declares it any more, and it is absent all the same.
+    // The range is no longer declared, but still absent.
     child.regions()[0].set_no_fork(PageRange::new(0, PAGES), None).unwrap();
     [118, 119, 122, 124].iter().for_each(|page| put(&child, *page, 7));
     suspend(&child);
@@ -283,7 +283,7 @@ fn children_before_and_after_share_and_do_not_see_each_other() {
         let now = contents(&ram);
         expect(&elder, &before);
         expect(&younger, &now);
-        // All write, and are suspended in turn.
+        // All VMs write, and are suspended in turn.
         for (nth, vm) in [&ram, &elder, &younger].into_iter().enumerate() {
             (0..900).step_by(4).for_each(|page| put(vm, page, 60 + nth as u64));
             suspend(vm);
@@ -327,7 +327,7 @@ fn a_file_that_is_not_what_it_must_be_is_refused() {
     assert!(of(write, read).unwrap_err().contains("not empty"));
 }
 
-/// Held: nothing is written by the guest.
+/// Held as a guard: the guest does not write.
 struct Stopped<'a>(#[allow(dead_code, reason = "held")] std::sync::RwLockWriteGuard<'a, ()>);
 
 impl StopsWriters for Stopped<'_> {}
@@ -343,7 +343,7 @@ fn nothing_is_lost_of_what_is_written_up_to_the_instant() {
             let (ram, runs, over) = (&ram, &runs, &over);
             threads.spawn(move || {
                 let mut count = 0u64;
-                // At least once round the ring, however slow the thread is.
+                // At least one round of the ring, even if the thread is slow.
                 while !over.load(Ordering::Relaxed) || count <= 200 {
                     let _running = runs.read().unwrap();
                     count += 1;
@@ -392,7 +392,7 @@ fn nothing_is_lost_of_what_is_written_up_to_the_instant() {
     });
     for (first, count, ring) in last {
         assert!(count > ring, "only {count} writes");
-        // The guests' counts begin at 1, the device's pages at its count before.
+        // The guests' counts start at 1, the device's pages at its previous count.
         let offset = u64::from(first != 1200);
         for written in count - ring + 1..=count {
             let page = first + (written - 1 + offset) % ring;

@@ -1,7 +1,7 @@
-//! I13, call by call: every operation is done with its first system call failing, then its second,
-//! and so on until none is left to fail; once with that call alone, and once with every call after
-//! it that needs memory. Each time the VM must be as it was, own what it owned, run on, leave
-//! nothing behind, and succeed when it is asked again.
+//! I13, call by call: every operation runs with its first system call failing, then its second, and
+//! so on until no call is left to fail; once with that call alone, and once with every later call
+//! that allocates memory. Each time the VM must be unchanged, own the same pages, run on, leave no
+//! resources behind, and succeed on the next attempt.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,21 +17,21 @@ use crate::{
     SuspendFile,
 };
 
-/// Of the first region, in which operations on a region take place.
+/// Pages of the first region, where operations on a region take place.
 const PAGES: u64 = 1100;
-/// Of both, numbered through. The second begins behind a gap, so that what concerns the whole VM
-/// can fail in it when the first is done.
+/// Pages of both regions, numbered through. The second begins behind a gap, so that operations on
+/// the whole VM can fail in it after the first is done.
 const ALL: u64 = PAGES + 200;
 const SECOND: u64 = 1 << 30;
 
-/// What an operation may do to the contents.
+/// Allowed effect of an operation on the contents.
 #[derive(Clone, Copy, PartialEq)]
 enum Effect {
-    /// Nothing, whether it succeeds or not.
+    /// Unchanged on success and failure.
     None,
-    /// These pages become zeros, or the pattern, some or all of them if it fails.
+    /// These pages become zeros, or the pattern; on failure some or all of them.
     Shows(PageRange, u64),
-    /// All is as in the image afterwards; torn if it fails half-way.
+    /// All pages are as in the image afterwards; torn on a failure half-way.
     Resets,
 }
 
@@ -65,14 +65,14 @@ fn layout() -> RamLayout {
     RamLayout::of_ranges(&[(GuestAddress(0), PAGES), (GuestAddress(SECOND), ALL - PAGES)]).unwrap()
 }
 
-/// The region of a page, and its number there.
+/// The region of a page, and the page's number in it.
 fn place(ram: &GuestRam, page: u64) -> (&std::sync::Arc<GuestRegion>, u64) {
     if page < PAGES { (&ram.regions()[0], page) } else { (&ram.regions()[1], page - PAGES) }
 }
 
 impl Rig {
-    /// A VM that was frozen before, if `frozen`, and has pages of every kind: base or shared, its
-    /// own, pinned, reference, no-fork.
+    /// A VM that was frozen before, if `frozen`, with pages of every kind: base or shared, its own,
+    /// pinned, reference, no-fork.
     fn new(small: bool, frozen: bool) -> Self {
         let store = if small { Store::open_small() } else { Store::open() }.unwrap();
         let ram = GuestRam::reserve(&layout(), &store).unwrap();
@@ -117,8 +117,8 @@ impl Rig {
         (0..ALL).map(bit).collect()
     }
 
-    /// After a failure: what was the VM's own and has not gone is its own, and it has no more
-    /// mappings promised than it needs.
+    /// After a failure: the VM still owns its remaining pages, and has no more mappings reserved
+    /// than it needs.
     fn check_still_owned(&self, before: &[bool], what: &str) {
         for (region, first) in self.ram.regions().iter().zip([0, PAGES]) {
             let state = region.state();
@@ -133,8 +133,8 @@ impl Rig {
         }
     }
 
-    /// The VM runs on: it can write everywhere, devices write through their pins, and no image sees
-    /// any of it.
+    /// The VM runs on: it can write all pages, devices write through their pins, and images see
+    /// none of these writes.
     fn check_runs_on(&mut self, what: &str) {
         for pin in &self.pins {
             let first = pin.range().start;
@@ -168,7 +168,7 @@ fn walk(name: &str, frozen: bool, effect: Effect, op: impl Fn(&Rig) -> Result<Op
     let mut failed: BTreeMap<String, u32> = BTreeMap::new();
     let stride = clade_test_support::stride();
     for (kind, (small, for_ever)) in [(false, false), (true, false), (false, true)].into_iter().enumerate() {
-        // Each kind begins at another call.
+        // Each kind starts at another call.
         for nth in (kind as u64 % stride as u64..).step_by(stride) {
             assert!(nth < 2_000, "{name} never gets done");
             let mut rig = Rig::new(small, frozen);
@@ -235,7 +235,7 @@ fn check(
     if !rig.ram.is_inconsistent() {
         rig.check_table(what);
     }
-    // Asked again, it succeeds.
+    // The next attempt succeeds.
     op(rig).unwrap_or_else(|error| panic!("{what}: and again: {error:?}"));
     rig.check_table(what);
     rig.check_runs_on(what);
@@ -243,8 +243,8 @@ fn check(
 
 fn freeze(rig: &Rig, mode: FreezeMode) -> Result<Option<RamImage>, RamError> {
     let (image, _) = rig.ram.freeze_in(mode, &Quiesced::by(&crate::NoWriters))?;
-    // A failure after it has returned undoes the freeze, which nobody is hurt by who has not
-    // started a child of it.
+    // A failure after the return undoes the freeze, which is harmless as long as no child was
+    // started.
     Ok(image.finish_background().is_ok().then_some(image))
 }
 
@@ -298,7 +298,7 @@ fn i13_a_child_that_fails_anywhere_leaves_nothing() {
 #[test]
 fn i13_a_reset_that_fails_half_way_says_so_and_is_mended_by_another() {
     walk("reset", true, Effect::Resets, |rig| {
-        // Pins would refuse it: their pages are left alone here.
+        // Pins would refuse the reset: this VM is not pinned.
         let vm = GuestRam::reserve(&layout(), &rig.store)?;
         let (image, seen) = rig.image.as_ref().unwrap();
         vm.adopt(image)?;
@@ -351,7 +351,7 @@ fn i13_eviction_and_compaction_change_nothing() {
         walk("evict", frozen, Effect::None, |rig| {
             let region = &rig.ram.regions()[0];
             region.evict(PageRange::new(90, 850), dir, &Quiesced::by(&crate::NoWriters))?;
-            // And what has been read back is dropped.
+            // Pages that have been read back are dropped again.
             assert_eq!(word(&rig.ram, 120), rig.want[120]);
             region.evict(PageRange::new(90, 850), dir, &Quiesced::by(&crate::NoWriters)).map(|_| None)
         });
@@ -372,7 +372,7 @@ fn i13_eviction_and_compaction_change_nothing() {
     });
 }
 
-/// Suspends a VM that is frozen, or was booted, and has pages in both regions; `times` times.
+/// Suspends a VM that was frozen or booted, with pages in both regions, `times` times.
 fn suspend(rig: &Rig, times: u64) -> Result<Option<RamImage>, RamError> {
     let vm = GuestRam::reserve(&layout(), &rig.store)?;
     match &rig.image {
@@ -428,7 +428,7 @@ fn i13_a_copy_ahead_that_fails_anywhere_changes_nothing() {
         let before = contents(&vm);
         let runs = vec![vec![PageRange::new(90, 300), PageRange::new(500, 501)], vec![PageRange::new(3, 90)]];
         let set = PageSet::new(&layout(), runs).unwrap();
-        // A failure is not an error of what it is done for.
+        // A failed copy is not an error of the operation.
         vm.copy_ahead(&set, 500).unwrap();
         let came = vm.written_set(&Quiesced::by(&crate::NoWriters));
         if let Ok((written, came)) = &came {

@@ -1,4 +1,4 @@
-//! What the tasks of a schedule share: a VM of two regions, a record of what each page was given,
+//! Shared state of a schedule's tasks: a VM of two regions, a record of the writes to each page,
 //! and a guest that never waits in the kernel.
 
 use std::collections::VecDeque;
@@ -17,7 +17,7 @@ use crate::{GuestRam, GuestRegion, RamLayout, Store};
 pub(super) const PAGES: u64 = 2 * BLOCK_PAGES + 3;
 pub(super) const REGIONS: usize = 2;
 
-/// How often an access is tried before nobody will ever serve it.
+/// Number of attempts after which an access counts as never served.
 const MAX_TRIES: u32 = 200;
 
 /// A page of the VM.
@@ -37,8 +37,8 @@ impl At {
     }
 }
 
-/// What every page has been given, in order. LockedState between two steps of a schedule only, so
-/// never waited for.
+/// The words written to every page, in order. Locked only between two steps of a schedule, so
+/// without waiting.
 #[derive(Debug, Default)]
 struct Record {
     /// By page.
@@ -47,8 +47,8 @@ struct Record {
     wrong: Option<String>,
 }
 
-/// What a page may be in a child: what the parent's was when the freeze began, and what devices
-/// wrote while it went on.
+/// The words that a page may have in a child: the parent's when the freeze began, and those that
+/// devices wrote during the freeze.
 #[derive(Clone, Debug)]
 pub(super) struct Instant(Vec<Vec<u64>>);
 
@@ -58,7 +58,7 @@ impl Instant {
     }
 }
 
-/// What the background task is asked.
+/// Requests to the background task.
 #[derive(Debug, Default)]
 struct Desk {
     faults: VecDeque<Fault>,
@@ -73,7 +73,7 @@ pub(super) struct World {
     pub(super) store: Store,
     pub(super) engine: Arc<CopyService>,
     pub(super) parent: GuestRam,
-    /// Held by the vCPU while it runs, and by whoever has stopped it.
+    /// Held by the vCPU while it runs, and by a task that has stopped it.
     pub(super) cpu: Mutex<()>,
     record: std::sync::Mutex<Record>,
     desk: Mutex<Desk>,
@@ -100,7 +100,7 @@ fn pagemap(address: u64) -> u64 {
 
 fn in_core(address: u64) -> bool {
     let mut seen = 0u8;
-    // SAFETY: one page of this process's own mapping is asked for, and one byte is written.
+    // SAFETY: queries one page of this process's own mapping, and writes one byte.
     let asked = unsafe { libc::mincore(address as *mut libc::c_void, PAGE_SIZE as usize, &raw mut seen) };
     asked == 0 && seen & 1 != 0
 }
@@ -128,7 +128,7 @@ impl World {
         self.record.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Something is not as it must be: the schedule fails.
+    /// Records a failure: the schedule fails.
     pub(super) fn wrong(&self, told: String) {
         self.record().wrong.get_or_insert(told);
     }
@@ -137,25 +137,26 @@ impl World {
         self.record().wrong.clone()
     }
 
-    /// A word that no page has had.
+    /// A word that no page has had yet.
     pub(super) fn fresh(&self) -> u64 {
         let mut record = self.record();
         record.last += 1;
         record.last
     }
 
-    /// Notes that the parent's page has been given `word`: by its guest or by a device.
+    /// Records that `word` was written to the parent's page, by its guest or by a device.
     pub(super) fn given(&self, at: At, word: u64) {
         self.record().words[at.index()].push(word);
     }
 
-    /// Gives a page of the VM's base file its first word: a hole until then, that nobody watches.
+    /// Writes the first word of a page of the VM's base file, which is an unwatched hole until
+    /// then.
     pub(super) fn base(&self, at: At) {
         let word = self.fresh();
         let region = &self.parent.regions()[at.region];
         let to = address(region, at.page) as *mut u64;
-        // SAFETY: the page is the region's, mapped and aligned; nothing in Rust refers to it, and
-        // no other task runs yet.
+        // SAFETY: the page is the region's, mapped and aligned; there is no Rust reference to it,
+        // and no other task runs yet.
         unsafe { to.write_volatile(word) };
         self.given(at, word);
     }
@@ -164,18 +165,19 @@ impl World {
         *self.record().words[at.index()].last().unwrap()
     }
 
-    /// How much each page had been given by now.
+    /// Number of writes to each page so far.
     pub(super) fn mark(&self) -> Vec<usize> {
         self.record().words.iter().map(|words| words.len() - 1).collect()
     }
 
-    /// What each page was at `mark` and has been given since.
+    /// The words of each page from `mark` on.
     pub(super) fn since(&self, mark: &[usize]) -> Instant {
         let record = self.record();
         Instant(record.words.iter().zip(mark).map(|(words, first)| words[*first..].to_vec()).collect())
     }
 
-    /// Whether an access would wait in the kernel, for good here, where all tasks share a thread.
+    /// Whether an access would wait in the kernel, which would block all tasks, since they share a
+    /// thread.
     pub(super) fn waits(region: &GuestRegion, page: u64, write: bool) -> bool {
         let address = address(region, page);
         let entry = pagemap(address);
@@ -186,15 +188,15 @@ impl World {
         }
     }
 
-    /// One access by a guest: the word that was there. `None` when it would wait; then its fault
-    /// has been sent.
+    /// One access by a guest: returns the old word. `None` if the access would wait; its fault has
+    /// then been sent.
     fn try_access(&self, region: &GuestRegion, page: u64, write: Option<u64>) -> Option<u64> {
         if Self::waits(region, page, write.is_some()) {
             return None;
         }
         let word = address(region, page) as *mut u64;
-        // SAFETY: the page is the region's, mapped and aligned; nothing in Rust refers to it, and
-        // no other task runs meanwhile.
+        // SAFETY: the page is the region's, mapped and aligned; there is no Rust reference to it,
+        // and no other task runs meanwhile.
         let was = unsafe { word.read_volatile() };
         if let Some(value) = write {
             // SAFETY: as above.
@@ -215,7 +217,7 @@ impl World {
         }
     }
 
-    /// The parent's guest, on its vCPU: reads a page, or writes it.
+    /// The parent's guest, on its vCPU: reads or writes a page.
     pub(super) fn guest(&self, at: At, write: bool) {
         let region = &self.parent.regions()[at.region];
         for _ in 0..MAX_TRIES {
@@ -233,7 +235,7 @@ impl World {
                     return;
                 }
             }
-            // The vCPU waits outside the guest: a freeze can stop it.
+            // The vCPU waits outside the guest, so a freeze can stop it.
             self.fault(region, at.page, write);
         }
         self.wrong(format!("an access of the guest to {at:?} is never served"));
@@ -252,19 +254,19 @@ impl World {
         0
     }
 
-    /// Whether nothing a device does to `range` would wait: it heeds no protection, and knows no
-    /// hole.
+    /// Whether a device's access to `range` would never wait: devices bypass protection, and must
+    /// not meet holes.
     pub(super) fn is_open(region: &GuestRegion, range: PageRange, write: bool) -> bool {
         (range.start..range.end).all(|page| !Self::waits(region, page, write))
     }
 
-    /// There may be something to copy.
+    /// Signals that there may be pages to copy.
     pub(super) fn poke(&self) {
         self.desk.lock().unwrap().poked = true;
         self.bell.notify_all();
     }
 
-    /// No more will be asked.
+    /// Ends the requests.
     pub(super) fn close(&self) {
         self.desk.lock().unwrap().closed = true;
         self.bell.notify_all();
@@ -296,7 +298,7 @@ impl World {
         }
     }
 
-    /// What is left to the reclaim thread.
+    /// Runs the tasks of the reclaim thread.
     pub(super) fn reclaim(&self) {
         let tasks = self.store.reclaim(|thread| thread.take_queued());
         tasks.into_iter().flatten().for_each(|task| task());
@@ -317,10 +319,10 @@ pub(super) fn bytes(words: &[u64]) -> Vec<u8> {
     bytes
 }
 
-/// Ends the process if one schedule takes longer than that: a task waits in the kernel, and with it
-/// all of them.
+/// Ends the process if one schedule takes longer than that: a task waits in the kernel, and blocks
+/// all tasks.
 pub(super) fn watch() {
-    // SAFETY: it arms a timer; the signal's default is to end the process, with a name that says
-    // why.
+    // SAFETY: this only arms a timer; the signal's default action ends the process with the
+    // signal's name, which identifies the cause.
     unsafe { libc::alarm(60) };
 }

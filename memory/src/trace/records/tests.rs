@@ -1,4 +1,4 @@
-//! The relation beside TLC's graph of the specification.
+//! Compares the relation with TLC's graph of the specification.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -9,7 +9,7 @@ const PAGES: usize = 2;
 
 type Graph = BTreeMap<String, BTreeSet<String>>;
 
-/// As spec/graph.py writes a state.
+/// A state in the format of spec/graph.py.
 fn state(block: &Block, devices: u64) -> String {
     let counted = (1..=devices).map(|device| {
         let of: String = block.counted(device).iter().map(|page| (page + 1).to_string()).collect();
@@ -51,7 +51,7 @@ fn steps(devices: u64) -> Vec<Step> {
     steps
 }
 
-/// All states and steps of the relation.
+/// All reachable states and steps of the relation.
 fn reached(devices: u64) -> Graph {
     let all = steps(devices);
     let mut graph = Graph::new();
@@ -100,8 +100,8 @@ fn the_relation_is_the_specifications() {
     assert_eq!(spec.keys().collect::<Vec<_>>(), ours.keys().collect::<Vec<_>>());
 }
 
-/// Two devices, in a configuration too small for all that the relation can do: whatever the
-/// specification does there is allowed.
+/// Two devices, in a configuration too small to reach all states of the relation: every step of the
+/// specification there is allowed.
 #[test]
 fn what_two_devices_do_in_the_specification_is_allowed() {
     let (spec, ours) = (read(include_str!("../../../../spec/Ownership-two.graph")), reached(2));

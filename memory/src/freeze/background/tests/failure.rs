@@ -1,4 +1,4 @@
-//! Copies that fail: what the parent keeps, and what its children are told.
+//! Failing copies: the parent's state, and the errors reported to its children.
 
 use super::*;
 
@@ -13,25 +13,25 @@ fn expect_failed(rig: &Rig, image: &RamImage, child: &GuestRam, told: &mpsc::Rec
     }
     write(&rig.parent, 700, 0x70);
     write(&rig.parent, 700, mark(700));
-    // Nobody starts from the image any more. (A parent's write is let go a moment before the
-    // failure is known to all.)
+    // The image can no longer be adopted. (A parent's write is allowed a moment before the failure
+    // is visible to all.)
     wait_until("the image's failure", || image.failure().is_some());
     assert!(!image.is_pending());
     let late = GuestRam::reserve(image.layout(), &rig.store).unwrap();
     assert!(matches!(late.adopt(image), Err(RamError::Lost(_))));
-    // A child that has started knows, and reads no zeros.
+    // A running child sees the failure, and reads no zeros.
     assert!(child.failure().is_some());
     receive("the callback", told);
     assert!(is_lost(touch(child, 1050)), "canon 32: an error, never zeros");
     assert!(touch(child, 1300).is_ok(), "what was never in the delta is still there");
     assert!(child.regions()[0].pin(PageRange::new(1050, 1051), Access::Write, PinLifetime::Transient).is_err());
     assert!(matches!(child.freeze(&Quiesced::by(&crate::NoWriters)), Err(RamError::Lost(_))));
-    // Discarded, a lost page does not come back as zeros either.
+    // A lost page does not return as zeros after a discard either.
     let at = (child.regions()[0].host_address() + 1050 * PAGE_SIZE) as *mut libc::c_void;
     // SAFETY: a page of the child's own memory, to which no Rust reference exists.
     assert_eq!(unsafe { libc::madvise(at, PAGE_SIZE as usize, libc::MADV_DONTNEED) }, 0);
     assert!(is_lost(touch(child, 1050)), "canon 32");
-    // The next freeze goes as if the failed one had never been.
+    // The next freeze works as if the failed one had not happened.
     let (again, _) = rig.parent.freeze_in(FreezeMode::Background, &Quiesced::by(&crate::NoWriters)).unwrap();
     expect_image(rig, &again, &MANY);
     again.finish_background().unwrap();
@@ -105,12 +105,12 @@ fn a_refused_freeze_leaves_nothing_protected() {
     expect_image(&rig, &image, &MANY);
 }
 
-/// A fault that was read is answered when the copy has gone on: the page has been released, or is
-/// mapped over the delta by now.
+/// A fault that was read is answered after the copy has proceeded: by now the page has been
+/// released, or is mapped over the delta.
 #[test]
 fn a_fault_that_is_answered_late_costs_the_parent_nothing() {
     for store in stores() {
-        // How far the copy goes on meanwhile: to the end, or step by step.
+        // Progress of the copy meanwhile: to the end, or step by step.
         for steps in [1, 5, 13, 14, 15, 16, 17, 18, u32::MAX] {
             let rig = Rig::new(store.clone(), &MANY);
             let (image, _) = rig.freeze_held();
@@ -135,7 +135,8 @@ fn a_fault_that_is_answered_late_costs_the_parent_nothing() {
             rig.parent.finish_background().unwrap();
             assert!(image.failure().is_none(), "after {steps} steps: {:?}", image.failure());
             expect_image(&rig, &image, &MANY);
-            // Everything is where the records say: what the VM owns and what later images have.
+            // All pages are where the records place them: those that the VM owns and those of later
+            // images.
             rig.parent.check(&Quiesced::by(&crate::NoWriters)).unwrap();
             write(&rig.parent, 700, 0x77);
             let now = |page| match page {
@@ -155,8 +156,8 @@ fn a_fault_that_is_answered_late_costs_the_parent_nothing() {
     }
 }
 
-/// Every lift of a protection fails in turn, alone: before anything is mapped over the delta,
-/// between, and after. Nobody loses a byte.
+/// Every lift of a protection fails in turn, alone: before any run is mapped over the delta, in
+/// between, and after. Neither parent nor child loses a byte.
 #[test]
 fn i14_a_release_that_fails_after_a_remap_loses_nothing() {
     let mut tried = 0;
@@ -189,7 +190,7 @@ fn i14_a_release_that_fails_after_a_remap_loses_nothing() {
     assert!(tried > 3, "{tried} releases");
 }
 
-/// Who is told may ask the VM anything: no lock is held, whoever noticed.
+/// A callback may query the VM: no lock is held, whichever thread noticed the failure.
 #[test]
 fn a_callback_may_ask_the_vm() {
     for store in stores() {
@@ -214,8 +215,8 @@ fn a_callback_may_ask_the_vm() {
     }
 }
 
-/// The last handle of a store may go in a callback, on the store's own thread. The thread cannot
-/// wait for itself.
+/// The last handle of a store may be dropped in a callback, on the store's own thread. The thread
+/// cannot join itself.
 #[test]
 fn a_callback_may_let_go_of_the_store() {
     let rig = Rig::new(Store::open_small().unwrap(), &MANY);

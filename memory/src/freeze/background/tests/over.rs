@@ -1,5 +1,4 @@
-//! What is left of a copy that is over: nothing that is watched, nothing that can be adopted by
-//! mistake.
+//! Leftovers of a completed copy: no memory stays watched, and no layer can be adopted by mistake.
 
 use super::*;
 use crate::freeze::background::AttachError;
@@ -32,8 +31,7 @@ fn nothing_is_watched_once_all_pages_are_there() {
         rig.let_run();
         image.finish_background().unwrap();
         assert_eq!(watched(&child), Vec::<String>::new(), "every fault of it would go round by the thread for ever");
-        // Each of them keeps its background copy, and another VM may come to be at the same
-        // address.
+        // Each target keeps its background copy, and another VM may reuse the address.
         assert_eq!(rig.engine.index().targets.len(), 0, "targets of a copy that is over");
         expect_image(&rig, &image, &MANY);
     }
@@ -54,7 +52,7 @@ fn a_child_that_goes_first_is_no_target_any_more() {
     }
 }
 
-/// The image was whole when it was looked at, and its copy fails before the child's mapping is
+/// The image was whole when it was checked, and its copy fails before the child's mapping is
 /// watched.
 #[test]
 fn i13_a_child_that_comes_just_after_the_copy_failed_is_refused() {
@@ -73,8 +71,7 @@ fn i13_a_child_that_comes_just_after_the_copy_failed_is_refused() {
     }
 }
 
-/// The store has gone, and with it the thread: a VM whose memory is lost after that is told all the
-/// same.
+/// The store is dropped, and with it the thread. Callbacks of VMs that lose memory later still run.
 #[test]
 fn who_loses_memory_after_the_thread_has_ended_is_told() {
     let engine = crate::freeze::background::CopyThread::start().unwrap();
@@ -88,7 +85,7 @@ fn who_loses_memory_after_the_thread_has_ended_is_told() {
     receive("the callback", &told);
 }
 
-/// A child's mapping of the middle of a file shows the file's pages from there on.
+/// A child's mapping of the middle of a file shows the file's pages from that place on.
 #[test]
 fn what_a_reader_shows_of_the_file_follows_its_own_place() {
     let at = Arc::new(crate::sys::Reservation::new(1100).unwrap());

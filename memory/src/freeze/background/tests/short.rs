@@ -1,4 +1,4 @@
-//! Runs that are too short to be mapped over the delta, and short reads of what is not there yet.
+//! Runs that are too short to be mapped over the delta, and short reads of missing pages.
 
 use super::*;
 use crate::PinError;
@@ -38,13 +38,13 @@ fn a_short_run_can_be_written_as_soon_as_it_is_copied() {
 
 #[test]
 fn short_runs_that_go_on_in_one_another_are_shared_back_as_one() {
-    // Twice four pages and a gap of three between them: eleven, which is worth a mapping.
+    // Two times four pages with a gap of three: eleven pages, which is worth a mapping.
     let runs: Vec<_> = (0..60).map(|n| PageRange::with_len(30 * (n / 2) + 7 * (n % 2), 4)).collect();
     let rig = Rig::new(Store::open_small().unwrap(), &runs);
     let (image, _) = rig.freeze_held();
     rig.let_run();
     rig.parent.finish_background().unwrap();
-    // Of 330 pages no more than 256 stay the parent's, that is seven runs of eleven do not.
+    // Of 330 pages at most 256 stay the parent's, so seven runs of eleven are shared.
     assert_eq!(owned(&rig.parent, PageRange::new(0, 900)), (30 - 7) * 8, "released before it could be mapped");
     expect_image(&rig, &image, &runs);
 }
@@ -66,7 +66,7 @@ fn a_short_read_of_lost_pages_is_refused_and_says_why() {
         let (image, _) = rig.freeze_held();
         let child = rig.child(&image);
         let region = &child.regions()[0];
-        // One that is there is read without a word (I4).
+        // A filled page is read without delay (I4).
         drop(region.pin(PageRange::with_len(1300, 1), Access::Read, PinLifetime::Transient).unwrap());
         rig.engine.hooks.left.store(0, Ordering::Release);
         let refused = region.pin(PageRange::with_len(1050, 1), Access::Read, PinLifetime::Transient);
@@ -94,8 +94,8 @@ fn a_short_read_of_a_layers_pages_takes_no_lock() {
     assert!(pinned);
 }
 
-/// More runs than a child may have mappings: some are copied into it, from a layer that is not
-/// complete.
+/// More runs than a child may have mappings: some are copied into the child, from an incomplete
+/// layer.
 #[test]
 fn a_child_that_copies_short_runs_waits_for_them() {
     let store = Store::open_small().unwrap();
