@@ -36,7 +36,7 @@ pub use error::{CancelReason, FleetError, MAX_CHILDREN};
 pub use labels::{Label, LabelError, Labels};
 use release::{InUse, Tail};
 pub use room::RoomError;
-pub(crate) use room::{Needs, check as check_room};
+pub(crate) use room::{Needs, check as check_room, check_share};
 pub use shutdown::Shutdown;
 
 /// How long a stopped VM may take to release its interfaces, sockets and name. Disks wait for the

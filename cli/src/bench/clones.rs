@@ -136,7 +136,8 @@ impl Bench {
     }
 
     fn fork(&self, of: &str, count: usize) -> Result<(ForkAnswer, Duration), Failure> {
-        let request = ForkRequest { count, name: Some("clone-{n}".to_owned()), ..ForkRequest::default() };
+        let request =
+            ForkRequest { count, name: Some("clone-{n}".to_owned()), overcommit: true, ..ForkRequest::default() };
         let begun = Instant::now();
         let answer = self.supervisor.ask(Method::POST, &format!("/v1/{of}/fork"), Some(&request))?;
         Ok((answer, begun.elapsed()))

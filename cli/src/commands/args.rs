@@ -265,6 +265,10 @@ pub(crate) struct PsArgs {
     /// The columns to show.
     #[arg(long, short, value_name = "FORMAT", default_value = "short")]
     pub(crate) output: ListFormat,
+    /// How long to wait for the VMs' processes, such as 10s. Default: 800ms for a table, which shows the
+    /// others as "no answer", and 15s for each VM with --json.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub(crate) wait: Option<Duration>,
     /// Print JSON instead of a table.
     #[arg(long)]
     pub(crate) json: bool,
@@ -466,6 +470,9 @@ pub(crate) struct ForkArgs {
     /// none. Default: as the supervisor has it.
     #[arg(long, value_name = "MIB")]
     pub(crate) ahead: Option<u32>,
+    /// Make the children though the host has too little memory, or more than 500 VMs for each processor.
+    #[arg(long)]
+    pub(crate) overcommit: bool,
     /// A label of the children: key=value. Repeatable. Default: the labels of their parent.
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) label: Vec<Label>,
@@ -555,6 +562,9 @@ pub(crate) struct RestoreArgs {
     /// there are none.
     #[arg(long, conflicts_with = "paused")]
     pub(crate) ready: bool,
+    /// Make the VMs though the host has too little memory, or more than 500 VMs for each processor.
+    #[arg(long)]
+    pub(crate) overcommit: bool,
     #[command(flatten)]
     pub(crate) child: CloneArgs,
     /// Leave the VMs to the supervisor, which is started if there is none, and return once they run.

@@ -6,6 +6,8 @@
 
 use std::future::Future;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use clade_daemon::control::{
@@ -17,12 +19,15 @@ use hyper::Method;
 use serde::Serialize;
 use tokio::task::JoinSet;
 
+use crate::commands::progress::shown;
 use crate::commands::remote::{ask, failure, state_name};
 use crate::commands::units::parse_duration;
 use crate::commands::{Failure, Outcome, print_json};
 
 /// Requests at a time.
 const MAX_ASKED: usize = 16;
+/// Requests at a time that kill processes.
+const MAX_KILLED: usize = 256;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct ManyArgs {
@@ -48,7 +53,8 @@ pub(crate) struct StopArgs {
 }
 
 pub(super) fn stop(args: &StopArgs) -> Outcome {
-    main(&args.many, &Verb::Stop(StopRequest { graceful_s: args.graceful.map(|time| time.as_secs_f64()) }))
+    let graceful_s = args.graceful.map(|time| time.as_secs_f64());
+    main(&args.many, &Verb::Stop(StopRequest { graceful_s, at_once: args.many.all }))
 }
 
 #[derive(Debug, clap::Args)]
@@ -80,6 +86,21 @@ pub(super) enum Verb {
     Reset,
     Ready,
     Remove,
+}
+
+impl Verb {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Pause => "pause",
+            Self::Resume => "resume",
+            Self::Suspend(_) => "suspend",
+            Self::Wake => "wake",
+            Self::Stop(_) => "stop",
+            Self::Reset => "reset",
+            Self::Ready => "ready",
+            Self::Remove => "rm",
+        }
+    }
 }
 
 /// A guest that is ready.
@@ -193,10 +214,23 @@ where
     T: Send + 'static,
     W: Future<Output = Result<T, ClientError>> + Send + 'static,
 {
+    for_each_of(names, MAX_ASKED, each).await
+}
+
+/// As [`for_each`], `at_a_time`.
+async fn for_each_of<T, W>(
+    names: &[String],
+    at_a_time: usize,
+    each: impl Fn(String) -> W,
+) -> Vec<Result<T, ClientError>>
+where
+    T: Send + 'static,
+    W: Future<Output = Result<T, ClientError>> + Send + 'static,
+{
     let mut results: Vec<Option<Result<T, ClientError>>> = names.iter().map(|_| None).collect();
     let (mut asked, mut waiting) = (JoinSet::new(), names.iter().enumerate());
     loop {
-        while asked.len() < MAX_ASKED {
+        while asked.len() < at_a_time {
             let Some((at, name)) = waiting.next() else { break };
             let work = each(name.clone());
             asked.spawn(async move { (at, work.await) });
@@ -263,7 +297,22 @@ pub(super) fn main(args: &ManyArgs, verb: &Verb) -> Outcome {
     let client = Client::default();
     let (names, results) = ask(async {
         let names = if args.all { everyone(&client, verb).await? } else { args.names.clone() };
-        let results = for_each(&names, |name| one(client.clone(), verb.clone(), name)).await;
+        let done = Arc::new(AtomicUsize::new(0));
+        let each = |name| {
+            let (work, done) = (one(client.clone(), verb.clone(), name), Arc::clone(&done));
+            async move {
+                let result = work.await;
+                // Relaxed: a number to be shown, by which nothing is ordered.
+                done.fetch_add(1, Ordering::Relaxed);
+                result
+            }
+        };
+        let message = || format!("{}: {} of {}", verb.name(), done.load(Ordering::Relaxed), names.len());
+        // Processes that compute leave no processor to those that end: the sooner all are killed the better.
+        let at_a_time =
+            if matches!(verb, Verb::Stop(StopRequest { at_once: true, .. })) { MAX_KILLED } else { MAX_ASKED };
+        let all = for_each_of(&names, at_a_time, each);
+        let results = if args.json { all.await } else { shown(all, message).await };
         Ok((names, results))
     })?;
     let is_alone = !args.all && names.len() == 1;

@@ -27,6 +27,7 @@ mod notify;
 mod output;
 mod pages;
 mod private;
+mod progress;
 mod ps;
 mod remote;
 mod restore;

@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 use std::io::{self, Write};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
@@ -14,6 +14,8 @@ use clade_daemon::control::{Client, ListedVms, VmInfo};
 use clade_daemon::fleet::EndedVm;
 
 const NONE: &str = "-";
+/// How long all VMs together may take to answer for a table.
+const TABLE_LIMIT: Duration = Duration::from_millis(800);
 
 /// Compares names, with digits in them as numbers: `web-2` before `web-10`.
 pub(super) fn by_name(left: &str, right: &str) -> Ordering {
@@ -83,6 +85,8 @@ fn or_none(text: String) -> String {
 /// One line of the list.
 enum Row<'a> {
     Running(&'a VmInfo),
+    /// Its process has not answered in time.
+    Silent(&'a str),
     Ended(&'a EndedVm),
 }
 
@@ -90,6 +94,7 @@ impl Row<'_> {
     fn name(&self) -> &str {
         match self {
             Self::Running(vm) => &vm.name,
+            Self::Silent(name) => name,
             Self::Ended(vm) => &vm.name,
         }
     }
@@ -99,6 +104,9 @@ impl Row<'_> {
         match self {
             Self::Running(vm) => {
                 vec![vm.name.clone(), state(vm), parent(&vm.parent), memory(vm), show_age(vm.age_s)]
+            }
+            Self::Silent(name) => {
+                vec![(*name).to_owned(), "no answer".into(), "?".into(), "?".into(), "?".into()]
             }
             Self::Ended(vm) => {
                 let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
@@ -128,6 +136,7 @@ impl Row<'_> {
                     or_none(vm.labels.text()),
                 ]
             }
+            Self::Silent(_) => [const { "?" }; 7].map(String::from),
             Self::Ended(vm) => [
                 vm.pid.to_string(),
                 vm.generation.to_string(),
@@ -143,8 +152,10 @@ impl Row<'_> {
 }
 
 /// The list as printed on standard output.
-fn table(running: &[VmInfo], ended: &[EndedVm], all: bool, format: ListFormat) -> String {
-    let mut rows: Vec<Row<'_>> = running.iter().map(Row::Running).chain(ended.iter().map(Row::Ended)).collect();
+fn table(running: &[VmInfo], silent: &[String], ended: &[EndedVm], all: bool, format: ListFormat) -> String {
+    let silent = silent.iter().map(|name| Row::Silent(name));
+    let rows = running.iter().map(Row::Running).chain(silent);
+    let mut rows: Vec<Row<'_>> = rows.chain(ended.iter().map(Row::Ended)).collect();
     rows.sort_by(|a, b| by_name(a.name(), b.name()));
     let mut header: Vec<String> = ["NAME", "STATE", "PARENT", "MEMORY", "AGE"].map(String::from).into();
     if format == ListFormat::Wide {
@@ -157,6 +168,7 @@ fn table(running: &[VmInfo], ended: &[EndedVm], all: bool, format: ListFormat) -
         if all {
             cells.push(match row {
                 Row::Running(vm) => vm.stopped.as_ref().map_or_else(|| NONE.into(), ToString::to_string),
+                Row::Silent(_) => NONE.into(),
                 Row::Ended(vm) => vm.reason.clone(),
             });
         }
@@ -177,20 +189,31 @@ pub(super) fn main(args: &PsArgs) -> Outcome {
     let client = Client::default();
     // What has ended has no labels any more.
     let with_ended = args.all && args.filter.is_empty();
-    let (ListedVms { mut vms, forbidden }, ended) = ask(async {
-        let listed = client.list().await?;
+    // A person wants an answer at once, also on a host whose processors are all busy. A program wants all
+    // VMs: one that is left out looks as if it had ended.
+    let limit = args.wait.or((!args.json).then_some(TABLE_LIMIT));
+    let (ListedVms { mut vms, forbidden, mut silent }, ended) = ask(async {
+        let listed = client.list_within(limit).await?;
         Ok((listed, if with_ended { client.ended().await? } else { Vec::new() }))
     })?;
     vms.retain(|vm| args.filter.iter().all(|label| vm.labels.has(label)));
     vms.sort_by(|a, b| by_name(&a.name, &b.name));
+    if !args.filter.is_empty() {
+        // Their labels are not known.
+        silent.clear();
+    }
     match (args.json, args.all) {
         (true, false) => print_json(&vms),
         (true, true) => print_json(&Everything { vms: &vms, ended: &ended }),
-        _ => io::stdout().write_all(table(&vms, &ended, args.all, args.output).as_bytes()),
+        _ => io::stdout().write_all(table(&vms, &silent, &ended, args.all, args.output).as_bytes()),
     }
     .map_err(Failure::run)?;
     if forbidden > 0 {
         eprintln!("clade: {forbidden} VMs in {} are another user's", client.dir().display());
+    }
+    if !silent.is_empty() {
+        let (count, of) = (silent.len(), silent.len() + vms.len());
+        eprintln!("clade: {count} of {of} VMs have not answered in time; --wait TIME waits longer");
     }
     Ok(())
 }
@@ -219,7 +242,7 @@ mod tests {
             }))
             .unwrap()
         };
-        let text = table(&[vm("web-10"), vm("web-2")], &[], false, ListFormat::Short);
+        let text = table(&[vm("web-10"), vm("web-2")], &[], &[], false, ListFormat::Short);
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines[0], "NAME    STATE    PARENT  MEMORY     AGE");
         assert_eq!(lines[1], "web-2   running  web     1.2M/512M  2h1m");
@@ -227,10 +250,12 @@ mod tests {
         let mut full = vm("web");
         full.disks =
             vec![serde_json::from_value(serde_json::json!({"path": "/d", "no_room": 3, "lost": false})).unwrap()];
-        assert!(table(&[full], &[], false, ListFormat::Short).contains("running, disk full"));
-        let longest = table(&[vm(&"x".repeat(40))], &[], false, ListFormat::Short);
+        assert!(table(&[full], &[], &[], false, ListFormat::Short).contains("running, disk full"));
+        let longest = table(&[vm(&"x".repeat(40))], &[], &[], false, ListFormat::Short);
         assert!(longest.lines().all(|line| line.len() <= 80), "{longest}");
-        let wide = table(&[vm("web-2")], &[], false, ListFormat::Wide);
+        let silent = table(&[vm("web-2")], &["web-1".into()], &[], true, ListFormat::Wide);
+        assert!(silent.lines().nth(1).unwrap().starts_with("web-1  no answer  ?"), "{silent}");
+        let wide = table(&[vm("web-2")], &[], &[], false, ListFormat::Wide);
         assert!(wide.contains("12345") && wide.contains("2.0M") || wide.contains(" 2M "), "{wide}");
     }
 }

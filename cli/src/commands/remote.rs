@@ -1,15 +1,14 @@
 //! Requests to a running VM. `logs` also reads the records of ended VMs.
 
 use std::future::Future;
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
 
 use hyper::Method;
-use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::commands::args::{BalloonArgs, ConsoleArgs, ForkArgs, LogsArgs};
 use crate::commands::many::{limit, suspend_after};
+use crate::commands::progress::shown;
 use crate::commands::serve::ensure;
 use crate::commands::terminal::{Escape, EscapeFilter, RawMode};
 use crate::commands::units::show_age;
@@ -19,10 +18,6 @@ use clade_daemon::control::{
 };
 use clade_daemon::fleet::{Labels, check_name, console_path, runtime_dir, virtio_console_path};
 use clade_daemon::flight::FlightEvent;
-
-/// When it is shown that a fork goes on.
-const SHOW_AFTER: Duration = Duration::from_secs(1);
-const TICK: Duration = Duration::from_millis(100);
 
 pub(super) fn ask<T>(question: impl Future<Output = Result<T, ClientError>>) -> Result<T, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::run)?;
@@ -59,26 +54,6 @@ fn children(count: usize) -> String {
     if count == 1 { "1 child".into() } else { format!("{count} children") }
 }
 
-/// Shows on a terminal that a request goes on, if it takes longer than a second.
-async fn shown<T>(request: impl Future<Output = T>, args: &ForkArgs) -> T {
-    let mut request = std::pin::pin!(request);
-    if args.json || !io::stderr().is_terminal() {
-        return request.await;
-    }
-    tokio::select! {
-        answer = &mut request => return answer,
-        () = tokio::time::sleep(SHOW_AFTER) => {}
-    }
-    let template = ProgressStyle::with_template("{spinner} {msg} ({elapsed})");
-    let spinner = ProgressBar::new_spinner().with_style(template.unwrap_or_else(|_| ProgressStyle::default_spinner()));
-    let spinner = spinner.with_elapsed(SHOW_AFTER);
-    spinner.set_message(format!("forking {} ({} wanted)", args.name, children(args.count)));
-    spinner.enable_steady_tick(TICK);
-    let answer = request.await;
-    spinner.finish_and_clear();
-    answer
-}
-
 /// A client of the supervisor, which is started if there is none, for what is called `name`.
 pub(super) fn supervised(name: &str) -> Result<Client, Failure> {
     check_name(name).map_err(Failure::input)?;
@@ -102,6 +77,7 @@ pub(crate) fn fork(args: &ForkArgs) -> Outcome {
         egress: args.child.egress.clone(),
         vsock: args.child.vsock.clone(),
         ahead_mib: args.ahead,
+        overcommit: args.overcommit,
     };
     let client = supervised(&args.name)?;
     let forked = async {
@@ -113,7 +89,8 @@ pub(crate) fn fork(args: &ForkArgs) -> Outcome {
             answer => answer,
         }
     };
-    let answer: ForkAnswer = ask(shown(forked, args))?;
+    let message = || format!("forking {} ({} wanted)", args.name, children(args.count));
+    let answer: ForkAnswer = if args.json { ask(forked)? } else { ask(shown(forked, message))? };
     let limited = limit(&answer.children, args.ttl).and(suspend_after(&answer.children, args.suspend_after));
     if args.json {
         return print_json(&answer).map_err(Failure::run).and(limited);

@@ -37,6 +37,7 @@ fn request(args: &RestoreArgs) -> Result<RestoreRequest, Failure> {
         egress: args.child.egress.clone(),
         vsock: args.child.vsock.clone(),
         ahead_mib: None,
+        overcommit: args.overcommit,
     };
     Ok(RestoreRequest { saved: SavedSource { dir, load, overlays }, vms, session: None })
 }
@@ -64,6 +65,7 @@ pub(crate) fn main(args: &RestoreArgs) -> Outcome {
             return session.foreground(name, args.detached);
         }
         list(&made, args, begun);
+        say!("they run until they end by themselves, or until Ctrl-C, which ends all {}", made.children.len());
         session.wait_for_any();
         session.end_by_signal()
     })

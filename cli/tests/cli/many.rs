@@ -6,8 +6,7 @@ use std::process::{Child, Stdio};
 use rustix::process::Signal;
 
 use crate::supervisor::Supervised;
-use crate::tool::kill;
-use crate::tool::{Answer, kvm};
+use crate::tool::{Answer, kill, kvm, runs, wait_until};
 
 /// Starts `clade wait` with these arguments. Returns when it has seen that these VMs run.
 fn waiting(all: &Supervised, args: &[&str], vms: &[&str]) -> Child {
@@ -97,5 +96,75 @@ fn waiting_ends_with_the_vms_and_says_why() {
     let _ = std::fs::remove_file(left);
     run(&["wait", "nobody"]).expect_refusal("nobody");
     assert_eq!(run(&["wait", "web", "--timeout", "soon"]).code, Some(2));
+    all.end();
+}
+
+/// A host whose processors are all busy has no turn left for those that are to end.
+#[test]
+fn all_are_stopped_by_a_kill_but_those_that_write_disks() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    let image = all.runtime.dir().join("disk.img");
+    std::fs::write(&image, vec![0; 1 << 20]).unwrap();
+    all.boot("disk", &["--disk", image.to_str().unwrap()]);
+    all.boot("web", &[]);
+    all.fork(&["web"]);
+    let pids = ["disk", "web", "web-1"].map(|name| all.pid_of(name));
+    let run = |args: &[&str]| all.runtime.clade(args);
+    let (status, answer) = all.http("POST", "/v1/vms/web-1/stop", r#"{"at_once": true, "graceful_s": 86401}"#);
+    assert_eq!(status, 400, "{answer}");
+    let stopped = run(&["stop", "--all", "--json"]).json();
+    // A process that is asked knows its memory; one that is killed says nothing any more.
+    let was_asked = |answer: &serde_json::Value| !answer["memory"].is_null();
+    let asked: Vec<(&str, bool)> =
+        stopped.as_array().unwrap().iter().map(|vm| (vm["name"].as_str().unwrap(), was_asked(vm))).collect();
+    assert_eq!(asked, [("disk", true), ("web", false), ("web-1", false)], "{stopped}");
+    let was_wanted = |vm: &serde_json::Value| vm["stopped"]["kind"] == "requested";
+    assert!(stopped.as_array().unwrap().iter().all(was_wanted), "{stopped}");
+    wait_until("the ends of all", || pids.iter().all(|pid| !runs(*pid)));
+    // As of any VM that was stopped: no names, no files, no record of a crash.
+    assert_eq!(all.runtime.names(), [""; 0]);
+    assert_eq!(run(&["ps", "-a", "--json"]).json()["ended"], serde_json::json!([]));
+    let left: Vec<String> = all.runtime.files().into_iter().filter(|name| name.starts_with("web")).collect();
+    assert_eq!(left, [""; 0]);
+    all.boot("web", &[]);
+    all.end();
+}
+
+#[test]
+fn a_list_does_not_wait_for_a_process_that_stands_still() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    all.boot("web", &[]);
+    all.fork(&["web"]);
+    let pid = all.pid_of("web-1");
+    kill(pid, Signal::STOP);
+    let listed = all.runtime.clade(&["ps", "--wait", "3s"]);
+    kill(pid, Signal::CONT);
+    assert_eq!(listed.code, Some(0), "{listed:?}");
+    let rows = lines(&listed);
+    assert!(rows[1].starts_with("web  ") && rows[2].starts_with("web-1  no answer  ?"), "{listed:?}");
+    assert!(listed.stderr.contains("1 of 2 VMs have not answered"), "{listed:?}");
+    assert_eq!(all.runtime.clade(&["ps", "--json"]).json().as_array().unwrap().len(), 2);
+    all.end();
+}
+
+#[test]
+fn more_children_than_the_processors_take_are_refused_without_overcommit() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    all.boot("web", &[]);
+    let limit = 500 * std::thread::available_parallelism().unwrap().get();
+    let refused = all.runtime.clade(&["fork", "web", "--count", &limit.to_string()]);
+    assert!(refused.code != Some(0) && refused.stderr.contains("running VMs"), "{refused:?}");
+    assert!(refused.stderr.contains(&format!("{} of {limit}", limit - 1)), "{refused:?}");
+    assert_eq!(all.runtime.names(), ["web"]);
+    assert_eq!(all.fork(&["web", "--overcommit"]), ["web-1"]);
     all.end();
 }

@@ -255,7 +255,8 @@ impl VmInfo {
         Self { parent, generation, age_s, ..Self::of_stopped(&name, pid, stopped, config) }
     }
 
-    fn of_stopped(name: &str, pid: u32, stopped: StopReason, config: &VmConfig) -> Self {
+    /// A VM that has ended for this reason.
+    pub(crate) fn of_stopped(name: &str, pid: u32, stopped: StopReason, config: &VmConfig) -> Self {
         Self {
             name: name.to_owned(),
             pid,
@@ -326,6 +327,11 @@ pub struct ForkRequest {
     #[serde(default)]
     #[schema(minimum = 0, maximum = 4096)]
     pub ahead_mib: Option<u32>,
+    /// Whether to make them though the host has too little memory or too few processors for so many:
+    /// without this, a fork is refused that takes more than the available memory, or that brings the
+    /// VMs to more than 500 for each processor (children that start paused do not count).
+    #[serde(default)]
+    pub overcommit: bool,
 }
 
 impl Default for ForkRequest {
@@ -343,6 +349,7 @@ impl Default for ForkRequest {
             egress: Vec::new(),
             vsock: None,
             ahead_mib: None,
+            overcommit: false,
         }
     }
 }
@@ -446,6 +453,11 @@ pub struct StopRequest {
     #[serde(default)]
     #[schema(minimum = 0, maximum = 86400)]
     pub graceful_s: Option<f64>,
+    /// Whether to kill the VM's process instead of asking it, if no disk of the VM is written: a busy
+    /// host stops many VMs sooner. The checkpoint learns nothing from such a child. Without effect
+    /// with `graceful_s`.
+    #[serde(default)]
+    pub at_once: bool,
 }
 
 /// A VM that has stopped.

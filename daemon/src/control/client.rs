@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::error::Elapsed;
-use tokio::time::{sleep, timeout};
+use tokio::time::{sleep, timeout, timeout_at};
 
 use crate::control::api::{StopAnswer, StopRequest, VmInfo};
 use crate::control::problem::Problem;
@@ -33,7 +33,7 @@ mod memory;
 pub use error::ClientError;
 
 /// VMs that are asked at a time when all are listed.
-const MAX_ASKED: usize = 16;
+const MAX_ASKED: usize = 32;
 /// How long each may take. One that is stopped by a debugger holds up the list no longer. A process
 /// whose connections are all idle takes 10 s to cut one.
 const LIST_TIMEOUT: Duration = Duration::from_secs(15);
@@ -63,6 +63,8 @@ pub struct ListedVms {
     pub vms: Vec<VmInfo>,
     /// How many sockets are another user's.
     pub forbidden: usize,
+    /// The names of VMs whose processes have not answered in time.
+    pub silent: Vec<String>,
 }
 
 type Answered = (Result<Result<VmInfo, ClientError>, Elapsed>, String);
@@ -75,7 +77,7 @@ impl ListedVms {
             Some(Ok((Ok(Err(ClientError::Forbidden { .. })), _))) => self.forbidden += 1,
             // It has ended meanwhile, or a dead process has left its socket.
             Some(Ok((Ok(Err(error)), name))) => tracing::debug!(%error, name, "does not answer"),
-            Some(Ok((Err(_), name))) => tracing::warn!(name, "does not answer within {LIST_TIMEOUT:?}"),
+            Some(Ok((Err(_), name))) => self.silent.push(name),
             Some(Err(error)) => tracing::warn!(%error, "a VM is left out"),
             None => {}
         }
@@ -419,31 +421,46 @@ impl Client {
         Ok(ended_vms(&self.dir)?)
     }
 
-    /// All VMs of this user that answer.
+    /// All VMs of this user. Each has 15 s to answer.
     ///
     /// # Errors
     /// When the directory of sockets cannot be read.
     pub async fn list(&self) -> Result<ListedVms, ClientError> {
+        self.list_within(None).await
+    }
+
+    /// All VMs of this user that answer within `limit`, which is for all of them, or within 15 s each.
+    ///
+    /// # Errors
+    /// As for [`Client::list`].
+    pub async fn list_within(&self, limit: Option<Duration>) -> Result<ListedVms, ClientError> {
         if self.is_remote() {
             let vms = self.supervisor(Method::GET, "/v1/vms", None::<&()>).await?;
-            return Ok(ListedVms { vms, forbidden: 0 });
+            return Ok(ListedVms { vms, ..ListedVms::default() });
         }
         let mut all = ListedVms::default();
         let mut asked = JoinSet::new();
-        for name in self.names()? {
-            if asked.len() >= MAX_ASKED {
-                all.extend(asked.join_next().await);
+        let mut names = self.names()?.into_iter();
+        let deadline = limit.map(|limit| Instant::now() + limit);
+        let due = || deadline.unwrap_or_else(|| Instant::now() + LIST_TIMEOUT);
+        loop {
+            while asked.len() < MAX_ASKED && Instant::now() < due() {
+                let Some(name) = names.next() else { break };
+                let (client, due) = (self.clone(), due());
+                asked.spawn(async move {
+                    let answer = client.request::<VmInfo>(Method::GET, &name, "", None::<&()>);
+                    (timeout_at(due.into(), answer).await, name)
+                });
             }
-            let client = self.clone();
-            asked.spawn(async move {
-                let answer = client.request::<VmInfo>(Method::GET, &name, "", None::<&()>);
-                (timeout(LIST_TIMEOUT, answer).await, name)
-            });
-        }
-        while let Some(answer) = asked.join_next().await {
+            let Some(answer) = asked.join_next().await else { break };
             all.extend(Some(answer));
         }
+        all.silent.extend(names);
+        for name in &all.silent {
+            tracing::debug!(name, "does not answer in time");
+        }
         all.vms.sort_unstable_by(|one, other| one.name.cmp(&other.name));
+        all.silent.sort_unstable();
         Ok(all)
     }
 }

@@ -18,6 +18,14 @@ const SPARE_DESCRIPTORS: u64 = 256;
 /// Threads left for the rest of the host.
 const SPARE_THREADS: u64 = 512;
 
+/// Running VMs for each processor. Idle guests take next to nothing, but as many that compute get 2 ms
+/// of each second.
+const VMS_OF_A_PROCESSOR: u64 = 500;
+/// What a child takes of the host before it writes: page tables, KVM's structures, its process.
+const MIB_OF_A_CHILD: u64 = 1;
+/// Memory left for the rest of the host.
+const SPARE_MIB: u64 = 256;
+
 /// Threads of a worker beside its VM's: its sockets, its requests, its memory's upkeep.
 const WORKER_THREADS: u64 = 8;
 
@@ -66,6 +74,50 @@ fn first_line(path: &str) -> Option<String> {
     Some(str::from_utf8(&bytes[..read]).ok()?.lines().next()?.to_owned())
 }
 
+/// Refuses `count` more VMs if they exceed the host's available memory or, with `running` VMs there,
+/// its processors. `running` is None for VMs that start paused.
+///
+/// # Errors
+/// [`RoomError`]. A number that the kernel does not report is not checked.
+pub(crate) fn check_share(count: usize, running: Option<usize>) -> Result<(), RoomError> {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    check_share_of(count as u64, running.map(|running| running as u64), processors as u64, mib_of_memory())
+}
+
+fn check_share_of(
+    count: u64,
+    running: Option<u64>,
+    processors: u64,
+    memory: Option<(u64, u64)>,
+) -> Result<(), RoomError> {
+    if let Some(running) = running {
+        let limit = VMS_OF_A_PROCESSOR.saturating_mul(processors);
+        let left = limit.saturating_sub(running);
+        if count > left {
+            let (what, setting) = ("running VMs", "500 for each processor, without overcommit");
+            return Err(RoomError { what, needed: count, left, limit, setting });
+        }
+    }
+    if let Some((total, available)) = memory {
+        let (needed, left) = (count.saturating_mul(MIB_OF_A_CHILD), available.saturating_sub(SPARE_MIB));
+        if needed > left {
+            let (what, setting) = ("MiB of memory", "MemAvailable, without overcommit");
+            return Err(RoomError { what, needed, left, limit: total, setting });
+        }
+    }
+    Ok(())
+}
+
+/// The host's memory and the part that is available, in MiB.
+fn mib_of_memory() -> Option<(u64, u64)> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let mib = |key: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(key))?;
+        Some(line.trim_start_matches(':').trim().split(' ').next()?.parse::<u64>().ok()? >> 10)
+    };
+    Some((mib("MemTotal")?, mib("MemAvailable")?))
+}
+
 /// Refuses `count` VMs that each need `needs` if the host has no room for all.
 ///
 /// # Errors
@@ -98,6 +150,19 @@ pub(crate) fn check(count: usize, needs: Needs) -> Result<(), RoomError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_fork_beyond_the_processors_or_the_memory_is_refused_with_its_numbers() {
+        let memory = Some((24_000, 20_000));
+        check_share_of(1000, Some(0), 2, memory).unwrap();
+        let refused = check_share_of(2000, Some(1), 2, memory).unwrap_err();
+        assert_eq!((refused.what, refused.needed, refused.left, refused.limit), ("running VMs", 2000, 999, 1000));
+        check_share_of(2000, None, 2, memory).unwrap();
+        let refused = check_share_of(2000, None, 2, Some((4_000, 2_000))).unwrap_err();
+        assert_eq!((refused.what, refused.needed, refused.left), ("MiB of memory", 2000, 1744));
+        let (total, available) = mib_of_memory().unwrap();
+        assert!(0 < available && available <= total);
+    }
 
     #[test]
     fn what_there_is_too_little_of_is_named_with_its_numbers() {

@@ -14,7 +14,9 @@ use super::ready::expect_reachable;
 use super::{Fetch, Inner, Supervisor};
 use crate::ahead::{AheadOrder, Learning, note};
 use crate::control::{BootRequest, ErasedInfo, ForkAnswer, ForkRequest, ProblemKind, VmLimits};
-use crate::fleet::{Cancel, FleetError, NameClaim, Needs, check_name, check_names, check_room, claim_names};
+use crate::fleet::{
+    Cancel, FleetError, NameClaim, Needs, check_name, check_names, check_room, check_share, claim_names,
+};
 use crate::image::Asked;
 use crate::jail::is_block_device;
 use crate::secrets::{self, Secrets};
@@ -157,6 +159,10 @@ impl Supervisor {
         }
         check_room(count, Needs::of(&shape.config)).map_err(|source| FleetError::Room { count, source })?;
         let listed = self.0.processes.names();
+        if !request.overcommit {
+            let running = if request.paused { None } else { Some(listed.len()) };
+            check_share(count, running).map_err(|source| FleetError::Room { count, source })?;
+        }
         let check = || self.check(0, count, cancel);
         claim_names(&self.0.dir, stem, count, request.name.as_deref(), |name| listed.contains(name), check)
     }

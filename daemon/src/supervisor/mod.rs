@@ -71,7 +71,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{PidfdFlags, getpid, pidfd_open};
+use rustix::process::{PidfdFlags, Signal, getpid, pidfd_open, pidfd_send_signal};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
@@ -85,6 +85,8 @@ use crate::image::give_broker;
 use crate::jail::Confinement;
 use crate::worker::has_ended;
 use crate::zygote::{Exit, Zygote};
+use clade_vmm::vm::StopReason;
+
 use about::About;
 pub(crate) use about::{clear_up, vsock_known};
 pub use about::{in_session, is_in_session, settle_dead, vms_in};
@@ -145,6 +147,15 @@ impl Tie {
 /// The supervisor of a runtime directory. A clone is a handle to the same one.
 #[derive(Clone, Debug)]
 pub struct Supervisor(Arc<Inner>);
+
+/// Why a VM's process is killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kill {
+    /// It does not answer.
+    Silent,
+    /// A request wants no answer of it.
+    AtOnce,
+}
 
 /// A VM that has ended while its name was taken.
 #[derive(Debug)]
@@ -369,11 +380,31 @@ impl Supervisor {
         }
     }
 
-    /// Ends a VM by killing its process, which does not answer.
+    /// Whether a VM loses nothing when its process is killed: it was started here, and none of its disks
+    /// is written.
+    ///
+    /// # Errors
+    /// When the record of the VM cannot be read.
+    fn may_kill(&self, name: &str) -> Result<bool, FleetError> {
+        let about = About::read(&self.0.dir, name)?;
+        let is_ours = self.0.processes.of(name).is_some();
+        Ok(is_ours && about.is_some_and(|about| about.shape.written().is_empty()))
+    }
+
+    /// Sends SIGKILL to a VM's process that was started here.
+    fn send_kill(&self, name: &str) {
+        if let Some((pid, vm)) = self.0.processes.of(name) {
+            self.0.processes.mark_stopped(pid);
+            // One that has ended is not there to be killed.
+            let _ = pidfd_send_signal(&vm.process, Signal::KILL);
+        }
+    }
+
+    /// Ends a VM by killing its process.
     ///
     /// # Errors
     /// When it is not known which process that is, or it does not end.
-    fn kill(&self, name: &str) -> Result<StopAnswer, FleetError> {
+    fn kill(&self, name: &str, why: Kill) -> Result<StopAnswer, FleetError> {
         let silent = |text: &str| FleetError::Refused {
             kind: ProblemKind::VmSilent,
             text: format!("the process of {name:?} does not answer{text}"),
@@ -382,7 +413,9 @@ impl Supervisor {
         let own = self.0.processes.of(name).map(|(pid, vm)| (pid, vm.process));
         let found = || Some((about.process?.pid(), Arc::new(about.process?.open()?)));
         let (pid, process) = own.or_else(found).ok_or_else(|| silent(", and has ended meanwhile"))?;
-        tracing::warn!(name, pid, "a VM that is to stop does not answer: its process is killed");
+        if why == Kill::Silent {
+            tracing::warn!(name, pid, "a VM that is to stop does not answer: its process is killed");
+        }
         self.0.processes.mark_stopped(pid);
         if !kill(&process) {
             return Err(silent(", and does not end though it was killed"));
@@ -396,8 +429,12 @@ impl Supervisor {
             Err(FleetError::Taken { .. }) => {}
             Err(error) => return Err(error),
         }
-        let vm = VmInfo::of_killed(name, exit, &about.shape.config);
-        Ok(StopAnswer { vm, shutdown: None, killed: true })
+        let config = &about.shape.config;
+        let vm = match why {
+            Kill::Silent => VmInfo::of_killed(name, exit, config),
+            Kill::AtOnce => VmInfo::of_stopped(name, pid, StopReason::Requested, config),
+        };
+        Ok(StopAnswer { vm, shutdown: None, killed: why == Kill::Silent })
     }
 
     fn snapshots(&self) -> &Snapshots {

@@ -28,7 +28,7 @@ use super::about::About;
 use super::about::vsock_known;
 use super::idempotency::once;
 use super::proxy::{Limits, forward, shown, with_own_socket};
-use super::{Supervisor, metrics, openapi, page, suspend};
+use super::{Kill, Supervisor, metrics, openapi, page, suspend};
 use crate::control;
 use crate::control::session;
 use crate::control::{
@@ -365,13 +365,20 @@ pub(super) async fn stop_vm(supervisor: &Supervisor, name: &str, request: StopRe
     // Not what the process says of itself.
     let pid = supervisor.pid_of(name);
     let (held, owned) = (supervisor.clone(), name.to_owned());
+    if request.at_once && request.graceful_s.is_none() && supervisor.may_kill(name)? {
+        // At once: threads that wait for the ends of others may all be taken.
+        supervisor.send_kill(name);
+        return Ok(on_a_thread(THREAD_PATIENCE, move || held.kill(&owned, Kill::AtOnce)).await??);
+    }
     match Client::new(supervisor.dir()).stop_process(name, request).await {
         Ok((answer, left)) => {
             // Closing descriptors may free memory and disks.
             on_a_thread(THREAD_PATIENCE, move || held.stopped(pid, left)).await?;
             Ok(answer)
         }
-        Err(ClientError::Silent { .. }) => Ok(on_a_thread(THREAD_PATIENCE, move || held.kill(&owned)).await??),
+        Err(ClientError::Silent { .. }) => {
+            Ok(on_a_thread(THREAD_PATIENCE, move || held.kill(&owned, Kill::Silent)).await??)
+        }
         Err(error) => Err(error.into()),
     }
 }
