@@ -27,7 +27,7 @@ const STEPS: u64 = 3;
 /// After this many children, the child becomes the parent: a restored VM is forked again.
 const SUCCESSION: usize = 8;
 
-/// What two vCPUs do to each other.
+/// The interaction of two vCPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pair {
     /// Each wakes the other.
