@@ -39,7 +39,7 @@ impl Console {
         self.log().total
     }
 
-    /// The output since `position`, as far as it is still kept.
+    /// The output since `position`, as far as the backlog has it.
     #[must_use]
     pub fn since(&self, position: u64) -> Vec<u8> {
         let log = self.log();

@@ -31,7 +31,7 @@ use super::map::{BlockMap, CLUSTER, Source};
 const MAX_OVERLAYS: usize = 64;
 /// Overlays made between two counts of them: counting takes time proportional to the map.
 const CHECK_INTERVAL: u32 = 16;
-/// Most clusters in one move.
+/// Maximum number of clusters in one move.
 const MAX_RUN: u64 = 64;
 /// Moves in flight.
 const MAX_RUNNING: usize = 2;

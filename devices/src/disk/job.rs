@@ -138,7 +138,7 @@ impl Edge {
 }
 
 impl RmwEdges {
-    /// Where a write of `offset..end` begins together with its edges, and the memory of all of it.
+    /// The start of a write of `offset..end` with its edges, and the memory of all of it.
     pub(super) fn around(&self, offset: u64, end: u64, buffers: &[Fragment]) -> (u64, Vec<Fragment>) {
         let mut all = Vec::with_capacity(buffers.len() + 2);
         let start = self.head.as_ref().map_or(offset, Edge::start);

@@ -44,8 +44,8 @@ pub struct DiskLayer {
     pub runs: Vec<DiskRun>,
 }
 
-/// Reopens `file` for another process. The result keeps `ours` open, if the file is this disk's
-/// own.
+/// Reopens `file` for another process. The result keeps open the descriptors that `file` came with,
+/// or `ours` if it came with none.
 fn shared(file: &IoFile, ours: &[Arc<OwnedFd>]) -> Result<IoFile, FileError> {
     let kept = if file.kept().is_empty() { ours } else { file.kept() };
     Ok(file.for_another_process()?.keeping(kept.to_vec()))

@@ -207,7 +207,7 @@ impl Disk {
     fn lock(&mut self, at: usize, job: &mut Job) -> bool {
         let chain = &self.chain;
         let in_place = |active: &Arc<IoFile>| {
-            // Whether a change in the active file leaves the map as it is.
+            // Whether a change in the active file leaves the map unchanged.
             let stays = matches!(job.work, Work::Write(_)) || chain.is_base(active);
             stays && chain.map().is_all(job.clusters(), active)
         };

@@ -111,7 +111,7 @@ impl RequestTable {
         self.jobs.iter().flatten().any(Job::changes)
     }
 
-    /// The files that jobs are to write to.
+    /// The target files of jobs.
     pub(super) fn targets(&self) -> impl Iterator<Item = &Arc<IoFile>> {
         self.jobs.iter().flatten().filter_map(|job| job.target.as_ref())
     }

@@ -10,7 +10,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::queue::QueueError;
 
-/// Most bytes in a chain, by the specification.
+/// Maximum bytes in a chain, by the specification.
 const MAX_BYTES: u64 = 1 << 32;
 /// Bytes of a descriptor.
 pub(super) const DESCRIPTOR: u32 = size_of::<Descriptor>() as u32;

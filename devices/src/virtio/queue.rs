@@ -128,7 +128,7 @@ pub enum QueueError {
 /// The state of a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueState {
-    /// Most descriptors the device allows.
+    /// Maximum number of descriptors that the device allows.
     pub max_size: u16,
     /// Descriptors that the driver has chosen.
     pub size: u16,

@@ -22,7 +22,7 @@ use crate::hostile::{FREE, expect_refusal};
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
-/// Where tables are.
+/// Address of the tables.
 const TABLES: u64 = 0x70_0000;
 
 /// Executes the request that is described at `n`.

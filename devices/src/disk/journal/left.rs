@@ -18,7 +18,7 @@ use crate::disk::map::{BlockMap, CLUSTER, Source, push_run};
 pub(super) enum Checks {
     /// That the journal is the image's, and that no other program has changed the image.
     All,
-    /// That the journal's disk has the image's size: `clade disk apply` asks for no more.
+    /// That the journal's disk has the image's size: the only check of `clade disk apply`.
     Size,
 }
 

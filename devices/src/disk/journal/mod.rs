@@ -120,7 +120,7 @@ pub(super) struct Journal {
     /// The next record must be a whole one, because the map is not the one that the last record
     /// continued.
     whole: bool,
-    /// The file that is to replace the journal.
+    /// The file that will replace the journal.
     next: Option<Arc<IoFile>>,
     writing: Option<Writing>,
 }

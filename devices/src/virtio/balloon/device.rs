@@ -24,7 +24,7 @@ const STATS: usize = 2;
 const REPORTING: usize = 3;
 /// Chains in a turn: a chain is up to some hundred pages to discard.
 const BATCH: usize = 4;
-/// Most page numbers in a chain; Linux sends 256.
+/// Maximum number of page numbers in a chain; Linux sends 256.
 const MAX_PAGES: usize = 4096;
 /// Offsets in `struct virtio_balloon_config`.
 const NUM_PAGES: u64 = 0;

@@ -20,5 +20,6 @@ mod transfer;
 pub use device::{Block, BlockOptions, MAX_QUEUES};
 pub use state::{BlockState, InFlight};
 
-/// Most buffers of data in a request. With header and status, a chain takes half of a queue.
+/// Maximum number of data buffers in a request. With header and status, a chain takes half of a
+/// queue.
 const SEG_MAX: u32 = 126;

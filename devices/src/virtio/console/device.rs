@@ -15,7 +15,7 @@ use crate::virtio::{ActivateError, Backend, DeviceState, Turn, Wake, YieldReques
 
 const RX: usize = 0;
 const TX: usize = 1;
-/// Most bytes of input kept for a driver that does not read.
+/// Maximum bytes of input kept for a driver that does not read.
 const MAX_TYPED: usize = 64 << 10;
 /// Maximum bytes taken from one chain of output. The rest of the chain is dropped, as on a console
 /// that loses output.

@@ -116,7 +116,7 @@ pub struct Net {
     until: Option<Instant>,
     /// The time at which the link went down, if it is down.
     down_since: Option<Instant>,
-    /// Whether the link is to go down first.
+    /// Whether the link must go down first.
     renew: bool,
     /// Time of the last log message that memory cannot be pinned.
     warned: Option<Instant>,

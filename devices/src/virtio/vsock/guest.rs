@@ -10,7 +10,7 @@ use super::packet::{HEADER, Header, Op, SHUT_RECEIVE, SHUT_SEND};
 use crate::virtio::plain::{FatalError, QueueCtx};
 use crate::virtio::{Chain, QueueError, YieldRequest, dma};
 
-/// Most bytes in a packet to the guest.
+/// Maximum bytes of data in a packet to the guest.
 const MAX_DATA: usize = 16 << 10;
 
 impl Vsock {

@@ -16,7 +16,7 @@ use thiserror::Error;
 
 use crate::virtio::net::mac::Mac;
 
-/// Most bytes of IPv6 extension headers.
+/// Maximum length of IPv6 extension headers.
 const MAX_EXTENSIONS: usize = 256;
 /// Bytes at the beginning of a packet that contain all headers that can be parsed.
 pub(in super::super) const MAX_HEADERS: usize = 512;
@@ -230,8 +230,8 @@ impl Frame<'_> {
         };
         let plain = self.at == first && protocol == Protocol::Icmp && left >= 8;
         let kind = self.rest()?.first().copied();
-        // Router and neighbour solicitations, and advertisements. Routers do not forward packets
-        // with this hop limit, and receivers accept no other.
+        // Router and neighbour solicitations, and neighbour advertisements. A forwarded packet
+        // would have a lower hop limit, and receivers accept no other.
         if plain && hops == 255 && matches!(kind, Some(133 | 135 | 136)) {
             self.offload.check(0, None, GSO_NONE)?;
             return Ok(Packet::Neighbours);
