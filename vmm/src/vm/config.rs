@@ -15,7 +15,7 @@ use crate::kvm::{Chips, CpuHide, CpuTemplate};
 use crate::platform::{MAX_CPUS, VIRTIO_GSIS, virtio_slot};
 use crate::vm::identity::UserNet;
 
-/// Which interrupt controllers KVM emulates.
+/// The interrupt controllers that KVM emulates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Irqchip {

@@ -206,7 +206,7 @@ mod tests {
         assert_eq!(nothing(&[0xe8, 0, 0, 0]), None);
     }
 
-    /// Where the upper half maps guest-physical memory.
+    /// Start of the upper half's mapping of guest-physical memory.
     const KERNEL: u64 = 0xffff_8000_0000_0000;
     const CODE: u64 = 0x10_0000;
     const PML4: u64 = 0x20_0000;

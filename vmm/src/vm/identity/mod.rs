@@ -112,7 +112,7 @@ pub struct ChildIdentity {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum IdentityError {
-    /// Another VM of the host has it.
+    /// Another VM of the host has the value.
     #[error("the {what} {value} is another VM's")]
     Taken {
         /// The kind of value: `TAP interface`, `MAC address` or `CID`.
@@ -120,7 +120,7 @@ pub enum IdentityError {
         /// The value.
         value: String,
     },
-    /// The host cannot check whether another VM has it.
+    /// The host cannot check whether another VM has the value.
     #[error("the {what} {value} cannot be claimed")]
     Claim {
         /// The kind of value: `TAP interface`, `MAC address` or `CID`.

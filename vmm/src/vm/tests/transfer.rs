@@ -116,7 +116,7 @@ fn a_layer_that_could_be_written_is_refused() {
     let (image, _) = parent.fork().unwrap();
     let mut parts = image.export(&Leases::default()).unwrap();
     let layer = image.ram().maps().next().unwrap().iter().next().map(|(_, source)| source.layer.clone()).unwrap();
-    // As this process has it.
+    // A descriptor as this process has it, open for writing.
     parts.files[0] = std::os::fd::AsFd::as_fd(&layer).try_clone_to_owned().unwrap();
     let error = ForkImage::import(&context, parts, Overlays::AsNamed).unwrap_err();
     assert!(crate::error_chain(&error).contains("reading only"), "{}", crate::error_chain(&error));

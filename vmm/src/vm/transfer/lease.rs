@@ -73,7 +73,7 @@ impl Leases {
         Ok(lease.into())
     }
 
-    /// Drops unused images, until there has been none for [`IDLE`].
+    /// Drops unused images. Returns after [`IDLE`] without any image.
     fn watch(&self, wake: &OwnedFd) {
         let mut idle = false;
         while let Some(ends) = self.ends(idle) {

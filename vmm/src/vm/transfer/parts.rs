@@ -30,9 +30,9 @@ use crate::vm::context::Context;
 use crate::vm::fork::ForkImage;
 use crate::vm::persist::sections;
 
-/// Most descriptors of one image.
+/// Maximum number of descriptors of one image.
 pub(super) const MAX_FILES: usize = 1 << 16;
-/// Most bytes of one image's description and state.
+/// Maximum bytes of one image's description and state.
 pub(super) const MAX_BYTES: usize = 64 << 20;
 /// Timeout for the writes that were in flight at the fork.
 const SETTLE: Duration = Duration::from_secs(30);
@@ -252,7 +252,7 @@ impl Hidden {
 
 fn exported(layer: &LayerHandle, lease: &Arc<OwnedFd>, files: &mut Files) -> Result<Layer, TransferError> {
     let file = files.add(layer.read_only_file()?.into());
-    // The owner of another process's layer keeps it, through the layer's own lease.
+    // A layer that came from another process is leased from that process.
     let lease = files.share(layer.lease().unwrap_or(lease))?;
     Ok(Layer { file, pages: layer.pages(), lease })
 }

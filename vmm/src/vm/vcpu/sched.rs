@@ -135,7 +135,7 @@ mod tests {
         use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
         std::thread::spawn(|| {
             let none = CapabilitySet::empty();
-            // Of this thread alone.
+            // Applies to this thread alone.
             set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none }).unwrap();
             let before = (slice(), nice());
             let boost = BoostGuard::new();
