@@ -2,9 +2,9 @@
 
 use thiserror::Error;
 
-/// Most bytes of a part's headers.
+/// Maximum length of a part's headers.
 const MAX_HEADERS: usize = 8 << 10;
-/// Most characters of a boundary.
+/// Maximum length of a boundary in characters.
 const MAX_BOUNDARY: usize = 70;
 
 /// Why a form cannot be read.

@@ -84,7 +84,8 @@ pub struct PullOptions {
     pub is_insecure: bool,
     /// The credentials for a registry that requires them.
     pub credentials: Option<Credentials>,
-    /// A file of certificates (PEM), by one of which a registry's must be signed; requires TLS.
+    /// A file of certificates (PEM): a registry's must be one of them, or be signed by one.
+    /// Requires TLS.
     pub ca: Option<PathBuf>,
     /// The limits of the image.
     pub limits: Limits,

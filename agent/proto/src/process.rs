@@ -136,7 +136,7 @@ pub struct EndEvent {
     /// Its exit code; -1 if a signal ended it.
     #[serde(skip_serializing_if = "is_default", alias = "exit_code", deserialize_with = "number::deserialize")]
     pub exit_code: i32,
-    /// Whether it exited, not ended by a signal.
+    /// Whether it exited by itself, and not by a signal.
     #[serde(skip_serializing_if = "is_default")]
     pub exited: bool,
     /// The same in words: `exit status 3`, `signal: killed`.

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 
 const PREFIX: &str = "user.e2b.";
 const HEADER: &str = "x-metadata-";
-/// Most bytes of a key, and of all keys and values of a file.
+/// Maximum length of a key, and of all keys and values of a file.
 const MAX_KEY: usize = 246;
 const MAX_ALL: usize = 4096;
 /// Room for the list of names, which the kernel bounds at 64 KiB.

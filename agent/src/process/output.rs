@@ -18,7 +18,7 @@ use super::Process;
 use crate::children::describe;
 use crate::stream::Stream;
 
-/// Most bytes of an event.
+/// Maximum bytes of an event.
 const CHUNK: usize = 32 << 10;
 
 thread_local! {
