@@ -1,4 +1,4 @@
-//! What all connections share.
+//! State shared by all connections.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,10 +11,10 @@ use crate::metrics::CpuTimes;
 use crate::process::Table;
 use crate::settings::Settings;
 
-/// Messages and other bodies beyond 16 KiB that are in memory at a time.
+/// Number of messages and other bodies above 16 KiB in memory at a time.
 const LARGE_BODIES: usize = 8;
 
-/// The agent: what all its connections share.
+/// The agent: the state shared by all its connections.
 #[derive(Debug)]
 pub struct Agent {
     settings: Mutex<Settings>,
@@ -22,15 +22,15 @@ pub struct Agent {
     pub(crate) processes: Table,
     pub(crate) watchers: Watchers,
     pub(crate) large: Semaphore,
-    /// Counts how often the VM has become another. Connections of before end.
+    /// Counts the changes of the VM's generation. Each one ends the earlier connections.
     pub(crate) generation: watch::Sender<u64>,
     pub(crate) cpu: Mutex<CpuTimes>,
     pub(crate) end: watch::Sender<bool>,
-    /// One change of the generation, or `/init`, at a time.
+    /// Held during a change of the generation, or `/init`: one at a time.
     pub(crate) turn: tokio::sync::Mutex<()>,
 }
 
-/// The data behind a lock that a panic has passed is as good as before: no change of it can panic half-way.
+/// Locks `mutex`, even after a panic: no change of the data can panic half-way.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -39,7 +39,7 @@ impl Agent {
     /// An agent, which reaps all children of this process from now on.
     ///
     /// # Errors
-    /// When the end of children cannot be heard of.
+    /// When the signal of children's ends cannot be received.
     pub fn new() -> io::Result<Arc<Self>> {
         let agent = Self {
             settings: Mutex::default(),

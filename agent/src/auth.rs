@@ -1,4 +1,4 @@
-//! Who may ask: the access token, and signatures of files.
+//! Authorization of requests: the access token, and signatures of files.
 
 use std::fmt::Write;
 
@@ -17,7 +17,7 @@ pub(crate) fn has_token(token: Option<&Token>, headers: &HeaderMap) -> bool {
     token.is_none_or(|token| headers.get(TOKEN_HEADER).is_some_and(|given| token.is(given.as_bytes())))
 }
 
-/// What a request for a file says of itself.
+/// The signed parts of a request for a file.
 #[derive(Debug)]
 pub(crate) struct Signed<'a> {
     pub(crate) path: &'a str,
@@ -28,7 +28,7 @@ pub(crate) struct Signed<'a> {
 }
 
 impl Signed<'_> {
-    /// Whether the file may be had: by the token, or by a signature that was made with it.
+    /// Whether access to the file is allowed: by the token, or by a signature made with it.
     pub(crate) fn check(&self, token: Option<&Token>, headers: &HeaderMap) -> Result<(), &'static str> {
         let Some(token) = token else { return Ok(()) };
         if text(headers, TOKEN_HEADER).is_some_and(|given| !given.is_empty()) {
@@ -39,7 +39,7 @@ impl Signed<'_> {
         let mut signed = format!("{}:{}:{}:{}", self.path, self.operation, self.user, token.reveal());
         let expires = self.expires.map(|time| time.parse::<i64>().map_err(|_| "invalid signature")).transpose()?;
         if let Some(expires) = expires {
-            // A string takes all.
+            // Writing to a String does not fail.
             let _ = write!(signed, ":{expires}");
         }
         let wanted = format!("v1_{}", STANDARD_NO_PAD.encode(Sha256::digest(signed)));

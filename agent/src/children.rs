@@ -1,8 +1,8 @@
 //! Child processes: started, and reaped, by one thread.
 //!
-//! Only the agent's thread starts children, and only the task here, on the same thread, reaps. So a child's end is never
-//! seen before the child is known, and a number is never that of two of them. As PID 1 the agent also reaps what others
-//! have left.
+//! Only the agent's thread starts children, and only the task here, on the same thread, reaps them.
+//! So a child's end is never seen before the child is known, and no two children share a number. As
+//! PID 1 the agent also reaps orphans.
 
 use std::collections::HashMap;
 use std::io;
@@ -26,7 +26,7 @@ pub(crate) struct Children {
 }
 
 impl Children {
-    /// Reaps from now on.
+    /// Starts to reap.
     pub(crate) fn start() -> io::Result<Self> {
         let waiting = Waiting::default();
         let mut ends = signal(SignalKind::child())?;
@@ -39,7 +39,7 @@ impl Children {
         Ok(Self { waiting })
     }
 
-    /// Starts a child. The receiver gets its end.
+    /// Starts a child. The receiver gets its exit status.
     pub(crate) fn spawn(&self, command: &mut Command) -> io::Result<(u32, oneshot::Receiver<ExitStatus>)> {
         let pid = command.spawn()?.id();
         let (sender, receiver) = oneshot::channel();
@@ -49,17 +49,17 @@ impl Children {
 }
 
 fn reap(waiting: &Waiting) {
-    // Signals come together: all that have ended, until there is none.
+    // Signals are merged: reaps every ended child.
     while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
         let pid = pid.as_raw_nonzero().get().unsigned_abs();
         if let Some(sender) = lock(waiting).remove(&pid) {
-            // Its process may be of no interest any more.
+            // The receiver may have been dropped.
             let _ = sender.send(ExitStatus::from_raw(status.as_raw()));
         }
     }
 }
 
-/// An end in words, as envd says it.
+/// An exit status in words, as in envd.
 pub(crate) fn describe(status: ExitStatus) -> String {
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("exit status {code}"),

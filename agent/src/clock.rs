@@ -1,11 +1,11 @@
-//! Times as RFC 3339 writes them, and the clock.
+//! Times as in RFC 3339, and the clock.
 
 use rustix::time::{ClockId, Timespec, clock_settime};
 
 const DAY: i64 = 86_400;
 pub(crate) const SECOND_NS: i128 = 1_000_000_000;
 
-/// A time in UTC, with as many digits as it has: none, three, six or nine.
+/// A time in UTC, with no fraction or three, six or nine digits, as needed.
 pub(crate) fn rfc3339(seconds: i64, nanos: u32) -> String {
     let (days, second) = (seconds.div_euclid(DAY), seconds.rem_euclid(DAY));
     let (year, month, day) = civil(days);
@@ -59,7 +59,7 @@ pub(crate) fn parse_rfc3339(text: &str) -> Option<i128> {
     Some(i128::from(seconds) * SECOND_NS + i128::from(nanos))
 }
 
-/// Year, month and day of a day since 1970, in the Gregorian calendar for ever.
+/// Year, month and day of a day since 1970, in the proleptic Gregorian calendar.
 fn civil(days: i64) -> (i64, i64, i64) {
     let days = days + 719_468;
     let era = days.div_euclid(146_097);
@@ -80,7 +80,7 @@ fn days(year: i64, month: i64, day: i64) -> i64 {
     era * 146_097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year - 719_468
 }
 
-/// Nanoseconds since 1970, now.
+/// The present time in nanoseconds since 1970.
 pub(crate) fn now_ns() -> i128 {
     let now = rustix::time::clock_gettime(ClockId::Realtime);
     i128::from(now.tv_sec) * SECOND_NS + i128::from(now.tv_nsec)
@@ -89,7 +89,7 @@ pub(crate) fn now_ns() -> i128 {
 /// Sets the clock. Only root may.
 pub(crate) fn set(nanos: i128) -> rustix::io::Result<()> {
     let seconds = i64::try_from(nanos.div_euclid(SECOND_NS)).map_err(|_| rustix::io::Errno::INVAL)?;
-    // Below a second, by the remainder.
+    // The fraction, from the remainder.
     let rest = nanos.rem_euclid(SECOND_NS) as i64;
     clock_settime(ClockId::Realtime, Timespec { tv_sec: seconds, tv_nsec: rest })
 }

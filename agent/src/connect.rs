@@ -23,10 +23,10 @@ use crate::agent::Agent;
 use crate::http::{Answer, BodyError, Reply, Shared, json, piece, reply, text, turn, whole};
 use crate::users::{self, User};
 
-/// How long a stream is silent before it has a keepalive, if the client does not say it.
+/// Default silence of a stream before a keepalive.
 const KEEPALIVE: Duration = Duration::from_secs(90);
 
-/// What a call's headers say.
+/// The parameters in a call's headers.
 #[derive(Clone, Debug)]
 pub(crate) struct Caller {
     named: Option<User>,
@@ -48,7 +48,7 @@ impl Caller {
             Some(millis) => {
                 let invalid = || RpcError::invalid(format_args!("{millis:?} is no time-out"));
                 let millis: u64 = millis.parse().map_err(|_| invalid())?;
-                // At most ten digits, says the protocol: four months.
+                // The protocol allows at most ten digits: four months.
                 (millis > 0).then(|| Duration::from_millis(millis.min(9_999_999_999)))
             }
         };
@@ -58,7 +58,7 @@ impl Caller {
         Ok(Self { named, timeout, keepalive })
     }
 
-    /// The user that the call is for.
+    /// The user of the call.
     pub(crate) fn user(&self, agent: &Agent) -> Result<User, RpcError> {
         if let Some(user) = &self.named {
             return Ok(user.clone());
@@ -86,7 +86,7 @@ fn media_type(headers: &HeaderMap) -> &str {
     text(headers, CONTENT_TYPE.as_str()).map_or("", |value| value.split(';').next().unwrap_or("").trim())
 }
 
-/// The answer to a media type, or an encoding, that is not spoken here.
+/// The answer to an unsupported media type or encoding.
 fn refused(headers: &HeaderMap, wanted: &'static str) -> Option<Reply> {
     let encoding = if wanted == UNARY_TYPE { "content-encoding" } else { "connect-content-encoding" };
     if text(headers, encoding).is_some_and(|value| !value.eq_ignore_ascii_case("identity")) {
@@ -142,7 +142,7 @@ where
     answer.await.map_or_else(|refused| error(&refused), |answer| json(&answer))
 }
 
-/// Where the messages of a stream go.
+/// The sender of a stream's messages.
 #[derive(Debug)]
 pub(crate) struct Sink(mpsc::Sender<io::Result<Bytes>>);
 
@@ -153,7 +153,7 @@ impl Sink {
         self.0.send(Ok(seal(message).into())).await.map_err(gone)
     }
 
-    /// Ends when the client has gone.
+    /// Ends when the client has disconnected.
     pub(crate) async fn closed(&self) {
         self.0.closed().await;
     }
@@ -199,7 +199,7 @@ where
             Ok(call) => within(timeout, call).await,
             Err(error) => Err(error),
         };
-        // The client may have gone.
+        // The client may have disconnected.
         let _ = sender.send(Ok(seal_end(ended.err()).into())).await;
     });
     reply
@@ -275,7 +275,7 @@ impl Messages {
                     self.envelopes.finish().map_err(EnvelopeBroken)?;
                     self.is_over = true;
                 }
-                // A stream may be silent for as long as its client likes, between two messages.
+                // A stream may be silent between two messages for any time.
                 Err(BodyError::Late) if self.envelopes.finish().is_ok() => {}
                 Err(error) => return Err(error.into()),
             }
@@ -302,7 +302,7 @@ mod tests {
         let caller = Caller::of(&headers(&[("connect-timeout-ms", "0"), ("keepalive-ping-interval", "50")])).unwrap();
         assert_eq!((caller.timeout, caller.keepalive), (None, Duration::from_secs(50)));
         assert_eq!(Caller::of(&headers(&[("connect-timeout-ms", "x")])).unwrap_err().code, Code::InvalidArgument);
-        // "nobody-of-that-name:"
+        // Base64 of an unknown user's name and a colon.
         let nobody = [("authorization", "Basic bm9ib2R5LW9mLXRoYXQtbmFtZTo=")];
         assert_eq!(Caller::of(&headers(&nobody)).unwrap_err().code, Code::Unauthenticated);
     }

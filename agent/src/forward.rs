@@ -1,8 +1,8 @@
 //! Connections of the host to TCP ports of this guest.
 //!
-//! Each begins with a line that names a port (`clade_agent_proto::forward`). Then bytes are copied
-//! both ways. The target is an address of the loopback interface, so nothing but this guest is
-//! reached by them.
+//! A connection begins with a line that contains a port (`clade_agent_proto::forward`). Then bytes
+//! are copied both ways. The target is an address of the loopback interface, so connections reach
+//! this guest only.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -19,18 +19,19 @@ use crate::agent::Agent;
 use crate::listen::{Listener, Peer, RETRY, Stream};
 use crate::log::log;
 
-/// Most of them at a time: half of what the VM's device has, so that the agent itself is reached.
+/// Maximum number of connections: half of those of the VM's device, so that the agent itself can
+/// still be reached.
 const MAX_FORWARDS: usize = 512;
-/// How long the first line may take, and a port to take the connection.
+/// Timeout for the first line, and for a port to accept the connection.
 const LINE_TIMEOUT: Duration = Duration::from_secs(10);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long one may be idle after one direction has ended. The host may have gone: the kernel says
-/// so to a writer alone.
+/// Maximum idle time after one direction has ended. The host may have disconnected, which the
+/// kernel reports only to a writer.
 const HALF_CLOSED_TIMEOUT: Duration = Duration::from_secs(600);
-/// Bytes of each direction that are on their way.
+/// Buffered bytes of each direction.
 const BUFFER: usize = 16 << 10;
 
-/// Takes connections for ever.
+/// Accepts connections for ever.
 pub(crate) async fn serve(agent: Arc<Agent>, listener: Listener) {
     let room = Arc::new(Semaphore::new(MAX_FORWARDS));
     loop {
@@ -51,7 +52,8 @@ pub(crate) async fn serve(agent: Arc<Agent>, listener: Listener) {
                 forward(&agent, stream).await;
                 drop(place);
             })),
-            // The host is not to wait for what may last. The line is shorter than any buffer.
+            // In a task, so that a slow refusal does not delay the host. The line is shorter than
+            // any buffer.
             Err(_) => drop(tokio::spawn(refuse(stream))),
         }
     }
@@ -62,7 +64,7 @@ async fn refuse(mut stream: Box<dyn Stream>) {
     let _ = tokio::time::timeout(LINE_TIMEOUT, stream.write_all(line.as_bytes())).await;
 }
 
-/// One connection, until both its directions have ended, or the VM is another.
+/// Serves one connection, until both its directions have ended, or the VM is another.
 async fn forward(agent: &Agent, mut stream: Box<dyn Stream>) {
     let mut generation = agent.generation.subscribe();
     let forwarded = async {
@@ -82,13 +84,13 @@ async fn forward(agent: &Agent, mut stream: Box<dyn Stream>) {
         }
     };
     tokio::select! {
-        // A side that breaks the connection is its own affair.
+        // An error of either side ends the connection, and is not reported.
         _ = forwarded => {}
         _ = generation.changed() => {}
     }
 }
 
-/// The first line, without its end. It is read byte by byte: what follows is the port's.
+/// The first line, without its end. Read byte by byte, because the later bytes belong to the port.
 pub(crate) async fn first_line(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Vec<u8>> {
     let mut line = Vec::new();
     loop {
@@ -107,7 +109,7 @@ async fn connect(port: u16) -> Result<TcpStream, Reply> {
         let connecting = TcpStream::connect(SocketAddr::new(address, port));
         match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
             Ok(Ok(stream)) => {
-                // What a program writes in small pieces is wanted as soon.
+                // Small writes of a program are forwarded at once.
                 let _ = stream.set_nodelay(true);
                 return Ok(stream);
             }
@@ -121,14 +123,15 @@ async fn connect(port: u16) -> Result<TcpStream, Reply> {
     Err(Reply::Closed(why))
 }
 
-/// How far a connection is. One thread's tasks read and write it, and it orders nothing else.
+/// The progress of a connection. Accessed by one thread's tasks, without ordering any other data.
 #[derive(Debug, Default)]
 struct Progress {
     bytes: AtomicU64,
     is_half: AtomicBool,
 }
 
-/// Copies one direction to its end, and ends it on the other side. A slow reader slows its writer.
+/// Copies one direction to its end, and shuts it down on the other side. A slow reader slows its
+/// writer.
 async fn pump(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
@@ -186,7 +189,7 @@ mod tests {
         let (mut server, _) = listener.accept().await.unwrap();
         let (mut host, stream) = UnixStream::pair().unwrap();
         let relayed = tokio::spawn(relay(stream, guest, Duration::from_millis(50)));
-        // Idle alone is no reason.
+        // An idle connection stays open.
         tokio::time::sleep(Duration::from_millis(300)).await;
         host.write_all(b"still here").await.unwrap();
         host.shutdown().await.unwrap();

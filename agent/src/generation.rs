@@ -1,6 +1,7 @@
-//! The VM has become another: a fork's child, a restored VM, one that was put back.
+//! Changes of the VM's generation: a fork's child, a restored VM, a VM that was reset.
 //!
-//! The host says so before it hands the VM out. What is the parent's goes; processes are not disturbed.
+//! The host reports the change before it releases the VM. State of the parent is dropped; processes
+//! are not disturbed.
 
 use std::fs;
 use std::io;
@@ -24,15 +25,15 @@ use crate::process::spawn::{Surroundings, command};
 use crate::settings::Settings;
 use crate::users;
 
-/// Where the hooks are.
+/// The directory of hooks.
 const HOOKS: &str = "/etc/clade/fork.d";
-/// Most hooks.
+/// Maximum number of hooks.
 const MAX_HOOKS: usize = 64;
-/// How long each may take.
+/// Timeout of each hook.
 const HOOK_TIMEOUT: Duration = Duration::from_secs(30);
-/// What the clock may be off by.
+/// Clock difference that is not corrected.
 const SMALL_STEP_NS: i128 = 1_000_000;
-/// Has the kernel's generator take what was written to it: RNDRESEEDCRNG.
+/// RNDRESEEDCRNG: makes the kernel's generator use the entropy written to it.
 const RESEED: rustix::ioctl::Opcode = opcode::none(b'R', 7);
 
 fn reseed(entropy: &[u8]) -> io::Result<()> {
@@ -53,7 +54,7 @@ fn set_clock(now_ns: &str) -> Result<(), String> {
     clock::set(wanted).map_err(|error| error.to_string())
 }
 
-/// The hooks that may be run, by name.
+/// The executable hooks, by name.
 fn hooks(dir: &Path) -> io::Result<Vec<PathBuf>> {
     let entries = match fs::read_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -67,7 +68,7 @@ fn hooks(dir: &Path) -> io::Result<Vec<PathBuf>> {
 }
 
 impl Agent {
-    /// All that a VM does when it is another. `is_kept` is set for the connection that says so.
+    /// Performs all steps of a change. Sets `is_kept` for the requesting connection.
     pub(crate) async fn change_generation(&self, request: Generation, is_kept: &AtomicBool) -> Ready {
         let _turn = self.turn.lock().await;
         let mut ready = Ready::default();
@@ -77,8 +78,8 @@ impl Agent {
                 ready.failed.push(format!("{what}: {why}"));
             }
         };
-        // First, because whoever had the parent's token must not get in any more. Nor may others who needed
-        // one: the host gives out the new token.
+        // First, because a holder of the parent's token must be locked out from now on, and so must
+        // other users until the host sets a new token.
         {
             let mut settings = self.settings();
             let envs = std::mem::take(&mut settings.envs);
@@ -86,7 +87,7 @@ impl Agent {
             let is_locked = settings.is_locked || settings.token.is_some();
             *settings = Settings { envs, user, workdir, is_locked, ..Settings::default() };
         }
-        // Only this thread reads it, when the connections wake.
+        // Relaxed: only this thread reads it, when the connections wake.
         is_kept.store(true, Ordering::Relaxed);
         self.generation.send_modify(|generation| *generation += 1);
         ready.generation = *self.generation.borrow();
@@ -121,7 +122,7 @@ impl Agent {
         let around = Surroundings { user: &user, envs: &envs, workdir: None };
         let program = path.to_string_lossy();
         let mut command = command(&program, &[], &BTreeMap::new(), Path::new("/"), &around, false);
-        // What it writes goes where the agent's own lines go.
+        // The hook's output goes to the agent's log.
         command.stdin(Stdio::null()).stdout(Stdio::inherit()).stderr(Stdio::inherit());
         let (pid, end) = match self.children.spawn(&mut command) {
             Ok(child) => child,
@@ -131,7 +132,7 @@ impl Agent {
             Ok(status) => status.map_or_else(|_| "unknown".to_owned(), describe),
             Err(_) => {
                 if let Some(group) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
-                    // It may be at its end.
+                    // The group may have ended already.
                     let _ = kill_process_group(group, Signal::KILL);
                 }
                 format!("not done after {} s", HOOK_TIMEOUT.as_secs())

@@ -18,9 +18,9 @@ use tokio::sync::{SemaphorePermit, mpsc};
 
 use crate::agent::Agent;
 
-/// What a body may have before it waits for its turn.
+/// Maximum size of a body that needs no turn.
 const SMALL: usize = 16 << 10;
-/// How long the next piece of a body may take.
+/// Timeout for the next piece of a body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// An answer.
@@ -30,7 +30,8 @@ pub(crate) type Reply = Response<Answer>;
 #[derive(Debug)]
 pub(crate) enum Answer {
     Whole(Option<Bytes>),
-    /// Pieces as they come. An error cuts the connection, so that nobody takes the part for the whole.
+    /// Pieces as they arrive. An error cuts the connection, so that a client does not mistake a
+    /// part for the whole.
     Pieces(mpsc::Receiver<io::Result<Bytes>>),
 }
 
@@ -57,7 +58,7 @@ impl Body for Answer {
     }
 }
 
-/// Why the body of a request cannot be had.
+/// Why the body of a request is not available.
 #[derive(Debug, Error)]
 pub(crate) enum BodyError {
     #[error("a message of more than {MAX_MESSAGE} bytes")]
@@ -86,7 +87,7 @@ pub(crate) async fn piece(body: &mut Incoming) -> Result<Option<Bytes>, BodyErro
         let Some(frame) = tokio::time::timeout(BODY_TIMEOUT, next).await.map_err(|_| BodyError::Late)? else {
             return Ok(None);
         };
-        // Trailers say nothing.
+        // Trailers are ignored.
         if let Ok(data) = frame.map_err(BodyError::Broken)?.into_data()
             && !data.is_empty()
         {
@@ -95,14 +96,15 @@ pub(crate) async fn piece(body: &mut Incoming) -> Result<Option<Bytes>, BodyErro
     }
 }
 
-/// A turn to have a large body in memory. It is taken before the body is, so those that have one come to their end.
+/// A permit for a large body in memory. Taken before the body is read, so that bodies with a permit
+/// can be completed.
 pub(crate) async fn turn<'a>(
     agent: &'a Agent,
     held: &mut Option<SemaphorePermit<'a>>,
     length: usize,
 ) -> Result<(), RpcError> {
     if length > SMALL && held.is_none() {
-        // It is never closed.
+        // The semaphore is never closed.
         *held = Some(agent.large.acquire().await.map_err(RpcError::internal)?);
     }
     Ok(())
@@ -140,12 +142,12 @@ pub(crate) fn json<T: serde::Serialize>(message: &T) -> Reply {
     reply(StatusCode::OK, clade_agent_proto::UNARY_TYPE, encode(message))
 }
 
-/// An answer without anything.
+/// An answer without a body.
 pub(crate) fn no_content() -> Reply {
     reply(StatusCode::NO_CONTENT, "", Vec::new())
 }
 
-/// Why a plain request failed.
+/// The answer to a failed plain request.
 pub(crate) fn http_error(status: StatusCode, message: impl std::fmt::Display) -> Reply {
     let error = HttpError { code: status.as_u16(), message: message.to_string() };
     reply(status, clade_agent_proto::UNARY_TYPE, encode(&error))
@@ -156,7 +158,7 @@ pub(crate) fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers.get(name)?.to_str().ok()
 }
 
-/// What a request's path has behind the question mark, percent-decoded.
+/// A parameter of a request's query, percent-decoded.
 pub(crate) fn query(query: Option<&str>, name: &str) -> Option<String> {
     query?.split('&').find_map(|pair| {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
@@ -164,7 +166,7 @@ pub(crate) fn query(query: Option<&str>, name: &str) -> Option<String> {
     })
 }
 
-/// `+` and `%20` are blanks. What is no escape is taken as it is.
+/// `+` and `%20` are blanks. Invalid escapes are kept as they are.
 fn percent_decode(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();

@@ -1,8 +1,9 @@
 //! The agent in a guest: processes, files and TCP ports, over vsock.
 //!
-//! It speaks the protocol of E2B's envd, so that the SDKs of others work with it (`docs/agent.md`). Everything runs on one
-//! thread; reads and writes of files are given to a few others. Nothing that a client sends, or fails to read, makes the
-//! agent's memory grow beyond its bounds.
+//! It speaks the protocol of E2B's envd, so that the SDKs made for envd work with it
+//! (`docs/agent.md`). Everything runs on one thread, except for reads and writes of files, which
+//! use a few others. The agent's memory is bounded for any client, even for one that floods or does
+//! not read.
 #![deny(missing_docs)]
 
 mod agent;

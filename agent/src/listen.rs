@@ -23,31 +23,31 @@ use crate::route::route;
 
 /// Connections at a time; further ones wait.
 const MAX_CONNECTIONS: usize = 2048;
-/// How long a connection may be idle, or take for the head of a request.
+/// Maximum idle time of a connection, and timeout for the head of a request.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
 const MAX_HEADERS: usize = 64;
-/// Most bytes of a head, and about as many of an answer that are on their way.
+/// Maximum length of a head, and about as many buffered bytes of an answer.
 const MAX_BUFFER: usize = 64 << 10;
-/// How long to wait when there are no descriptors.
+/// Delay before the next attempt when there are no descriptors.
 pub(crate) const RETRY: Duration = Duration::from_millis(200);
 
-/// Who is at the other end.
+/// The peer of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Peer {
-    /// The host, or the agent's own user: they may do what they like with the guest.
+    /// The host, or the agent's own user, with full rights in the guest.
     Trusted,
     Other,
 }
 
-/// What a connection knows of itself.
+/// The properties of a connection.
 #[derive(Clone, Debug)]
 pub(crate) struct Connection {
     pub(crate) peer: Peer,
-    /// Whether it outlives the change of the generation that it is asked for.
+    /// Whether the connection survives the change of the generation that it requests.
     pub(crate) is_kept: Arc<AtomicBool>,
 }
 
-/// A socket that is listened on.
+/// A listening socket.
 #[derive(Debug)]
 pub enum Listener {
     /// vsock.
@@ -59,10 +59,10 @@ pub enum Listener {
 }
 
 impl Listener {
-    /// Opens what `options` name.
+    /// Opens the listeners of `options`.
     ///
     /// # Errors
-    /// When one cannot be listened on.
+    /// When an address cannot be listened on.
     pub async fn open(options: &Options) -> io::Result<Vec<Self>> {
         let mut listeners = Vec::new();
         if let Some(port) = options.vsock {
@@ -77,7 +77,7 @@ impl Listener {
         Ok(listeners)
     }
 
-    /// Opens where connections to ports of the guest come in.
+    /// Opens the listener for connections to ports of the guest.
     pub(crate) fn open_forward(options: &Options) -> io::Result<Option<Self>> {
         match (&options.forward_unix, options.forward_vsock) {
             (Some(path), _) => Self::unix(path).map(Some),
@@ -91,7 +91,7 @@ impl Listener {
     }
 
     fn unix(path: &Path) -> io::Result<Self> {
-        // A socket that an agent of before has left.
+        // A socket left behind by an earlier agent.
         if std::os::unix::net::UnixStream::connect(path)
             .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
         {
@@ -124,11 +124,11 @@ impl Listener {
     }
 }
 
-/// A connection, of whatever kind.
+/// A connection of any kind.
 pub(crate) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
-/// Answers at all listeners, for ever.
+/// Serves all listeners, for ever.
 pub async fn serve(agent: Arc<Agent>, listeners: Vec<Listener>) {
     let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let mut tasks = tokio::task::JoinSet::new();
@@ -140,7 +140,7 @@ pub async fn serve(agent: Arc<Agent>, listeners: Vec<Listener>) {
 
 async fn accept(agent: Arc<Agent>, listener: Listener, room: Arc<Semaphore>) {
     loop {
-        // It is never closed.
+        // The semaphore is never closed.
         let Ok(place) = Arc::clone(&room).acquire_owned().await else { return };
         let (stream, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -171,7 +171,7 @@ async fn connection(agent: Arc<Agent>, stream: Box<dyn Stream>, peer: Peer) {
     let mut served = std::pin::pin!(http.serve_connection(TokioIo::new(stream), service));
     loop {
         tokio::select! {
-            // A client that breaks the connection, or the protocol, is its own affair.
+            // An error caused by the client ends the connection, and is not reported.
             _ = &mut served => return,
             changed = generation.changed() => {
                 if changed.is_err() || !is_kept.swap(false, Ordering::Relaxed) {

@@ -3,7 +3,7 @@
 macro_rules! log {
     ($($arg:tt)*) => {{
         use std::io::Write;
-        // Nothing can be done about a console that is gone.
+        // A failed write to the console cannot be reported.
         let _ = writeln!(std::io::stderr(), "clade-agent: {}", format_args!($($arg)*));
     }};
 }

@@ -8,14 +8,14 @@ use clade_agent_proto::api::Metrics;
 use crate::agent::{Agent, lock};
 use crate::clock;
 
-/// What the processors have done until the last time.
+/// The processors' times at the last call.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct CpuTimes {
     busy: u64,
     all: u64,
 }
 
-/// The times of all processors, and how many there are.
+/// The times of all processors, and their number.
 fn cpu_times(stat: &str) -> (CpuTimes, u32) {
     let mut times = CpuTimes::default();
     let mut count = 0;
@@ -25,7 +25,8 @@ fn cpu_times(stat: &str) -> (CpuTimes, u32) {
             count += 1;
             continue;
         }
-        // user nice system idle iowait irq softirq steal; what guests have had is in the first two.
+        // user nice system idle iowait irq softirq steal; the first two include the times of
+        // guests.
         let fields: Vec<u64> = fields.take(8).map(|field| field.parse().unwrap_or(0)).collect();
         times.all = fields.iter().sum();
         times.busy = times.all - fields.iter().skip(3).take(2).sum::<u64>();

@@ -1,8 +1,7 @@
-//! Modules of the kernel that are in the initramfs: drivers of the root's disk and of vsock.
+//! Kernel modules in the initramfs: drivers of the root's disk and of vsock.
 //!
-//! Whoever has made the initramfs has put them in the order in which they are loaded, and unpacked
-//! them. Parameters are those of the kernel's command line, which the kernel itself gives only to what
-//! is built in.
+//! The initramfs contains them uncompressed, with names in load order. Their parameters are on the
+//! kernel's command line; the kernel itself applies those only to built-in drivers.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -15,13 +14,13 @@ use rustix::system::finit_module;
 
 use crate::log::log;
 
-/// Where they are: `000-first.ko`, `001-second.ko`.
+/// The directory of modules: `000-first.ko`, `001-second.ko`.
 const MODULES: &str = "/lib/clade/modules";
-/// How long a disk may take to be found after its driver was loaded.
+/// Timeout for a disk to appear after its driver was loaded.
 const DISK_TIMEOUT: Duration = Duration::from_secs(10);
 const DISK_POLL: Duration = Duration::from_millis(10);
 
-/// The files in their order, and what the modules are called.
+/// The files in their order, and the names of the modules.
 fn files(dir: &Path) -> io::Result<Vec<(PathBuf, String)>> {
     let entries = match fs::read_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -36,19 +35,19 @@ fn files(dir: &Path) -> io::Result<Vec<(PathBuf, String)>> {
     Ok(files.into_iter().filter_map(|path| Some((name(&path)?, path))).map(|(name, path)| (path, name)).collect())
 }
 
-/// What the command line has for a module: `NAME.PARAMETER=VALUE`, without the name.
+/// The parameters for a module on the command line: `NAME.PARAMETER=VALUE`, without the name.
 fn parameters(words: &[String], module: &str) -> String {
     let of_it = |word: &String| {
         let (name, rest) = word.split_once('.')?;
         (name.replace('-', "_") == module).then(|| rest.to_owned())
     };
-    // What stands behind this is a program's.
+    // The words after `--` belong to a program.
     let words = words.iter().take_while(|word| *word != "--");
     words.filter_map(of_it).collect::<Vec<_>>().join(" ")
 }
 
-/// Loads all modules of a directory by `load`. Returns how many were loaded, and what is wrong with
-/// others: what needs none of those works.
+/// Loads all modules of a directory by `load`. Returns the number of loaded modules, and the errors
+/// of others: functions that do not need those still work.
 fn load_all(dir: &Path, words: &[String], load: impl Fn(&File, &CString) -> io::Result<()>) -> (usize, Vec<String>) {
     let (mut count, mut failed) = (0, Vec::new());
     let files = files(dir).unwrap_or_else(|error| {
@@ -56,11 +55,11 @@ fn load_all(dir: &Path, words: &[String], load: impl Fn(&File, &CString) -> io::
         Vec::new()
     });
     for (path, name) in files {
-        // No word of the command line has a zero in it.
+        // Words of the command line do not contain a zero byte.
         let parameters = CString::new(parameters(words, &name)).unwrap_or_default();
         match File::open(&path).and_then(|file| load(&file, &parameters)) {
             Ok(()) => count += 1,
-            // It is built in, or was loaded by another.
+            // The module is built in, or was loaded before.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => count += 1,
             Err(error) => failed.push(format!("the module {name}: {error}")),
         }
@@ -68,7 +67,7 @@ fn load_all(dir: &Path, words: &[String], load: impl Fn(&File, &CString) -> io::
     (count, failed)
 }
 
-/// Loads what is in the initramfs. Returns whether there was something.
+/// Loads the modules of the initramfs. Returns whether there were any.
 pub(crate) fn load(words: &[String]) -> bool {
     let load = |file: &File, parameters: &CString| Ok(finit_module(file, parameters, 0)?);
     let (count, failed) = load_all(Path::new(MODULES), words, load);
@@ -78,7 +77,7 @@ pub(crate) fn load(words: &[String]) -> bool {
     count + failed.len() > 0
 }
 
-/// Waits until a disk is there whose driver was just loaded.
+/// Waits for a disk whose driver was just loaded.
 pub(crate) fn wait_for(device: &str) {
     let begun = Instant::now();
     while !Path::new(device).exists() && begun.elapsed() < DISK_TIMEOUT {
@@ -129,9 +128,9 @@ mod tests {
         assert_eq!(names, ["000-virtio.ko", "001-virtio-ring.ko", "002-bad.ko", "003-there.ko", "010-last.ko"]);
         assert_eq!((loaded[0].1.as_str(), loaded[1].1.as_str()), ("", "x=1"));
         assert!(count == 4 && failed.len() == 1 && failed[0].starts_with("the module bad: "), "{failed:?}");
-        // A guest without any.
+        // A guest without modules.
         assert_eq!(load_all(&dir.path().join("none"), &[], |_, _| Ok(())), (0, Vec::new()));
-        // What is no module is said by the kernel, if this process may ask at all.
+        // The kernel refuses a file that is not a module, or this process may not load any.
         let refused = finit_module(File::open(dir.path().join("readme")).unwrap(), c"", 0);
         assert!(refused.is_err());
     }

@@ -1,10 +1,10 @@
-//! Forms with files (`multipart/form-data`), taken apart as they come.
+//! Forms with files (`multipart/form-data`), parsed as they arrive.
 
 use thiserror::Error;
 
-/// Most bytes of a part's headers.
+/// Maximum length of a part's headers.
 const MAX_HEADERS: usize = 8 << 10;
-/// Most characters of a boundary.
+/// Maximum length of a boundary in characters.
 const MAX_BOUNDARY: usize = 70;
 
 /// Why a form cannot be read.
@@ -13,22 +13,22 @@ pub enum MultipartError {
     /// The headers of a part have no end.
     #[error("the headers of a part are longer than {MAX_HEADERS} bytes")]
     LongHeaders,
-    /// What stands behind a boundary is neither a line's end nor the form's.
+    /// A boundary is followed by something other than the end of the line or of the form.
     #[error("a boundary is followed by something else than a line's end")]
     Boundary,
-    /// It ends before its last boundary.
+    /// The form ends before its last boundary.
     #[error("the form has no end")]
     Truncated,
 }
 
-/// What comes next of a form.
+/// The next event of a form.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PartEvent {
     /// A part begins.
     Part {
-        /// The field.
+        /// The field's name.
         name: Option<String>,
-        /// The file, with its path if it has one.
+        /// The file's name, with its path if there is one.
         filename: Option<String>,
     },
     /// Bytes of the part.
@@ -46,7 +46,7 @@ enum State {
     End,
 }
 
-/// Takes a form apart. It keeps one chunk, and the headers of one part.
+/// Parses a form. Buffers one chunk, and the headers of one part.
 #[derive(Debug)]
 pub struct Multipart {
     delimiter: Vec<u8>,
@@ -55,14 +55,14 @@ pub struct Multipart {
 }
 
 impl Multipart {
-    /// A form whose parts are between boundaries.
+    /// A form whose parts are separated by `boundary`.
     #[must_use]
     pub fn new(boundary: &str) -> Self {
         // The first boundary needs no line before it.
         Self { delimiter: format!("\r\n--{boundary}").into_bytes(), buffer: b"\r\n".to_vec(), state: State::Preamble }
     }
 
-    /// Adds what has come. Take all events out before more is added.
+    /// Adds received bytes. All events must be taken out before the next call.
     pub fn push(&mut self, chunk: &[u8]) {
         if self.state != State::End {
             self.buffer.extend_from_slice(chunk);
@@ -73,15 +73,15 @@ impl Multipart {
         memchr::memmem::find(&self.buffer, &self.delimiter)
     }
 
-    /// What may be the beginning of a delimiter stays.
+    /// Length without the tail, which may be the beginning of a delimiter.
     fn without_tail(&self) -> usize {
         self.buffer.len().saturating_sub(self.delimiter.len() - 1)
     }
 
-    /// The next event; `None` if more has to come.
+    /// The next event; `None` if more bytes are needed.
     ///
     /// # Errors
-    /// When what has come is no form.
+    /// When the bytes are not a valid form.
     pub fn next_event(&mut self) -> Result<Option<PartEvent>, MultipartError> {
         loop {
             match self.state {
@@ -106,7 +106,7 @@ impl Multipart {
                             self.state = State::End;
                         }
                         [b'\r', b'\n', ..] => {
-                            // The line's end stays: headers that are none end at once.
+                            // The end of the line stays, so that empty headers end at once.
                             self.buffer.drain(..blanks);
                             self.state = State::Headers;
                         }
@@ -121,7 +121,7 @@ impl Multipart {
                         self.state = State::Data;
                         return Ok(Some(PartEvent::Part { name, filename }));
                     }
-                    // The blank line may have begun.
+                    // The blank line may be incomplete.
                     None if self.buffer.len() < MAX_HEADERS + 4 => return Ok(None),
                     _ => return Err(MultipartError::LongHeaders),
                 },
@@ -154,7 +154,7 @@ impl Multipart {
     }
 }
 
-/// The field and the file that a part's headers name.
+/// The field and the file names in a part's headers.
 fn disposition(headers: &str) -> (Option<String>, Option<String>) {
     let value = headers.split("\r\n").find_map(|line| {
         let (name, value) = line.split_once(':')?;
@@ -164,7 +164,7 @@ fn disposition(headers: &str) -> (Option<String>, Option<String>) {
     (parameter(value, "name"), parameter(value, "filename"))
 }
 
-/// The boundary that a media type names, if it is one of forms.
+/// The boundary in a media type, if it is that of forms.
 #[must_use]
 pub fn boundary(media_type: &str) -> Option<String> {
     let is_form = media_type.get(..10).is_some_and(|start| start.eq_ignore_ascii_case("multipart/"));
@@ -203,7 +203,7 @@ fn unquote(quoted: &str) -> Option<(String, &str)> {
                     text.push(escaped);
                     letters.next();
                 }
-                // A path of Windows.
+                // A path from Windows.
                 _ => text.push('\\'),
             },
             letter => text.push(letter),

@@ -1,8 +1,8 @@
-//! The network that the kernel's command line names, where the kernel has not set it up itself.
+//! The network in the kernel's command line, if the kernel has not set it up itself.
 //!
 //! The word is the kernel's own:
-//! `ip=CLIENT:SERVER:GATEWAY:NETMASK:HOSTNAME:DEVICE:AUTOCONF:RESOLVER:RESOLVER`. Only addresses that are said
-//! are set: nothing is asked of the network.
+//! `ip=CLIENT:SERVER:GATEWAY:NETMASK:HOSTNAME:DEVICE:AUTOCONF:RESOLVER:RESOLVER`. Only addresses
+//! given there are set, without queries to the network.
 
 use std::fs;
 use std::io;
@@ -13,11 +13,11 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, 
 
 use crate::log::log;
 
-/// The device, if none is named.
+/// The default device.
 const DEVICE: &str = "eth0";
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 
-/// What the guest is on its network.
+/// The guest's addresses on its network.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Address {
     client: Ipv4Addr,
@@ -28,7 +28,7 @@ struct Address {
 }
 
 impl Address {
-    /// From `ip=`. None if there is none, or it is to be asked for.
+    /// Parses `ip=`. None without that word, or if it requests autoconfiguration.
     fn of(words: &[String]) -> Option<Self> {
         let word = words.iter().find_map(|word| word.strip_prefix("ip="))?;
         let fields: Vec<&str> = word.split(':').collect();
@@ -39,7 +39,7 @@ impl Address {
         if !is_name || !matches!(field(6), None | Some("off" | "none")) {
             return None;
         }
-        // As the kernel takes it: a class of old.
+        // The default of the kernel: the mask of an old address class.
         let mask = address(3).unwrap_or(Ipv4Addr::new(255, 255, 255, 0)).to_bits();
         Some(Self {
             client: address(0)?,
@@ -58,9 +58,9 @@ impl Message {
     const NEWLINK: u16 = 16;
     const NEWADDR: u16 = 20;
     const NEWROUTE: u16 = 24;
-    /// The kernel says whether it could be done.
+    /// The kernel acknowledges the request.
     const REQUEST: u16 = 0x001 | 0x004;
-    /// Something is made that is not there.
+    /// A new object is made.
     const MAKE: u16 = 0x200 | 0x400;
     const HEADER: usize = 16;
     const INET: u8 = 2;
@@ -90,7 +90,7 @@ impl Message {
     fn default_route(device: u32, gateway: Ipv4Addr) -> Self {
         const RTA_OIF: u16 = 4;
         const RTA_GATEWAY: u16 = 5;
-        /// The main table, made at boot, for all there is, to one receiver.
+        /// Main table, protocol boot, universe scope, unicast.
         const ROUTE: [u8; 12] = [Message::INET, 0, 0, 0, 254, 3, 0, 1, 0, 0, 0, 0];
         Self::new(Self::NEWROUTE, &ROUTE).with(RTA_GATEWAY, gateway.octets()).with(RTA_OIF, device.to_ne_bytes())
     }
@@ -102,11 +102,11 @@ impl Message {
         self
     }
 
-    /// Has the kernel do it. What is so already is no error.
+    /// Sends the request to the kernel. An existing object is not an error.
     fn send(mut self) -> io::Result<()> {
         let len = self.0.len() as u32;
         self.0[..4].copy_from_slice(&len.to_ne_bytes());
-        // The protocol 0 is that of routes. Without an address it goes to the kernel.
+        // The protocol 0 is routing. Without an address the message goes to the kernel.
         let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
         send(&socket, &self.0, SendFlags::empty())?;
         let mut answer = [0; 1024];
@@ -121,7 +121,7 @@ impl Message {
     }
 }
 
-/// Sets up what the kernel's command line says.
+/// Sets up the network of the kernel's command line.
 pub(crate) fn set_up(words: &[String]) {
     let Some(address) = Address::of(words) else { return };
     if let Err(error) = connect(&address) {
@@ -142,7 +142,7 @@ fn connect(address: &Address) -> io::Result<()> {
     address.gateway.map_or(Ok(()), |gateway| Message::default_route(device, gateway).send())
 }
 
-/// Names servers in a file that names none.
+/// Adds name servers to a file without any.
 fn name_resolvers(file: &Path, resolvers: &[Ipv4Addr]) -> io::Result<()> {
     let there = fs::read_to_string(file).unwrap_or_default();
     if there.lines().any(|line| line.trim_start().starts_with("nameserver")) {
@@ -150,7 +150,7 @@ fn name_resolvers(file: &Path, resolvers: &[Ipv4Addr]) -> io::Result<()> {
     }
     let lines: String = resolvers.iter().map(|resolver| format!("nameserver {resolver}\n")).collect();
     fs::write(file, &lines).or_else(|_| {
-        // A link to what another init would make.
+        // A link to a file that another init would make.
         fs::remove_file(file)?;
         fs::write(file, &lines)
     })
@@ -193,13 +193,13 @@ mod tests {
         assert_eq!(bytes[24..32], [8, 0, 2, 0, 10, 0, 2, 15]);
         assert_eq!(Message::up(3).0.len(), 16 + 16);
         assert_eq!(Message::default_route(3, Ipv4Addr::new(10, 0, 2, 2)).0.len(), 16 + 12 + 8 + 8);
-        // The kernel looks at it, and finds no such device.
+        // The kernel handles the request, and finds no such device.
         let refused = Message::up(u32::MAX >> 1).send().unwrap_err();
         let codes = [rustix::io::Errno::NODEV, rustix::io::Errno::PERM].map(|code| Some(code.raw_os_error()));
         assert!(codes.contains(&refused.raw_os_error()), "{refused}");
     }
 
-    /// In a network of its own, where only root may have one.
+    /// In a network namespace of its own, which may need root.
     #[test]
     fn a_guest_has_its_address_and_a_way_out() {
         let in_own = std::thread::spawn(|| {
@@ -209,7 +209,7 @@ mod tests {
                 return;
             }
             let there = of("ip=10.9.8.7::10.9.8.1:255.255.255.0::lo:off").unwrap();
-            // Again, as after a kernel that has done it.
+            // Repeated, as after a kernel that has done it.
             (0..2).for_each(|_| connect(&there).unwrap());
             let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
             socket.connect("192.0.2.1:9").unwrap();

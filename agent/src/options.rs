@@ -1,4 +1,4 @@
-//! What the agent is started with.
+//! The agent's arguments.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -7,25 +7,25 @@ use clade_agent_proto::PORT;
 use clade_agent_proto::forward::FORWARD_PORT;
 use thiserror::Error;
 
-/// How to use it.
+/// The usage message.
 const USAGE: &str = "usage: clade-agent [--vsock PORT] [--unix PATH] [--tcp ADDRESS:PORT] [--forward-unix PATH]";
 
-/// Where the agent listens. Without an option: vsock port 49983, and 49984 for ports of the guest.
+/// The agent's listeners. Without an option: vsock port 49983, and 49984 for ports of the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Options {
     /// A vsock port.
     pub vsock: Option<u32>,
     /// A Unix socket's path.
     pub unix: Option<PathBuf>,
-    /// A TCP address. Whoever reaches it is root of the guest, unless a token is set.
+    /// A TCP address. Its clients have root's rights in the guest, unless a token is set.
     pub tcp: Option<SocketAddr>,
     /// A vsock port for connections to TCP ports of the guest.
     pub forward_vsock: Option<u32>,
-    /// A Unix socket for the same, instead.
+    /// A Unix socket for the same, in place of vsock.
     pub forward_unix: Option<PathBuf>,
 }
 
-/// An argument that is not understood.
+/// An invalid argument.
 #[derive(Debug, Error)]
 #[error("{argument:?} is not understood\n{USAGE}")]
 pub struct UsageError {
@@ -33,16 +33,16 @@ pub struct UsageError {
 }
 
 impl Options {
-    /// Where the host looks for an agent.
+    /// The addresses at which the host expects an agent.
     #[must_use]
     pub fn of_a_guest() -> Self {
         Self { vsock: Some(PORT), forward_vsock: Some(FORWARD_PORT), ..Self::default() }
     }
 
-    /// Reads arguments. What the kernel gives PID 1 is no argument of ours.
+    /// Parses arguments. Arguments that the kernel passes to PID 1 do not belong to the agent.
     ///
     /// # Errors
-    /// When one is not known, or has no value of its kind.
+    /// When one is unknown, or has an invalid value.
     pub fn parse(arguments: impl IntoIterator<Item = String>) -> Result<Self, UsageError> {
         let mut options = Self::default();
         let mut arguments = arguments.into_iter();

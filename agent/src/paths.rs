@@ -7,8 +7,8 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::users::User;
 
-/// The absolute path that a request means: `~` is the user's home, and what is relative begins there. No path means
-/// `workdir`.
+/// The absolute path of a request's path: `~` is the user's home, and relative paths begin there.
+/// An empty path means `workdir`.
 ///
 /// # Errors
 /// When it is the home of another user.
@@ -32,12 +32,12 @@ pub(crate) fn resolve(path: &str, user: &User, workdir: Option<&str>) -> Result<
     Ok(absolute)
 }
 
-/// Gives a file to a user. Without root's rights, files stay the agent's.
+/// Makes a user the owner of a file. Without root's rights, the agent stays the owner.
 pub(crate) fn give(path: &Path, user: &User) -> io::Result<()> {
     if rustix::process::geteuid().is_root() { chown(path, Some(user.uid), Some(user.gid)) } else { Ok(()) }
 }
 
-/// Makes a directory and those on the way to it. New ones are the user's.
+/// Makes a directory and its parents. The user owns the new ones.
 pub(crate) fn make_dirs(path: &Path, user: &User) -> io::Result<()> {
     let mut missing = Vec::new();
     for dir in path.ancestors() {
@@ -53,7 +53,7 @@ pub(crate) fn make_dirs(path: &Path, user: &User) -> io::Result<()> {
     }
     for dir in missing.into_iter().rev() {
         match fs::DirBuilder::new().mode(0o755).create(dir) {
-            // Another request was faster, and may not have given it away yet.
+            // Another request made it first, and may not have changed its owner yet.
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             Ok(()) | Err(_) => give(dir, user)?,
         }

@@ -1,4 +1,4 @@
-//! Which request is which.
+//! Dispatch of requests.
 
 use std::sync::Arc;
 
@@ -18,9 +18,10 @@ use crate::listen::{Connection, Peer};
 use crate::log::log;
 use crate::settings::Token;
 
-/// A program of the host marks with this what it passes on for others: such a request is not the host's own.
+/// Marks requests that a program of the host passes on for others, and which are not the host's
+/// own.
 const PASSED_ON: &str = "x-clade-passed-on";
-/// What the clock may be off by before `/init` sets it: behind and ahead.
+/// Clock differences that `/init` does not correct: behind and ahead.
 const BEHIND_NS: i128 = 50_000_000;
 const AHEAD_NS: i128 = 5 * clock::SECOND_NS;
 
@@ -31,7 +32,7 @@ pub(crate) async fn route(agent: Shared, own: Connection, request: Request<Incom
     if request.headers().contains_key(PASSED_ON) {
         own.peer = Peer::Other;
     }
-    // These need no token, or look at it themselves.
+    // These need no token, or check it themselves.
     let is_open =
         matches!((&method, path.as_str()), (&Method::GET, "/health" | "/files") | (&Method::POST, "/files" | "/init"));
     let (token, is_locked) = {
@@ -95,14 +96,15 @@ async fn init(agent: &Agent, bytes: &[u8]) -> Reply {
     let _turn = agent.turn.lock().await;
     let mut settings = agent.settings();
     let token = Token::of(request.access_token);
-    // The first sets it. Later only who has it: a reset is for the host, by /clade/generation.
+    // Any client sets the first token. Later only its holder may: a reset is reserved to the host,
+    // by /clade/generation.
     if settings.token.is_some() && settings.token != token {
         let why = if token.is_some() { "access token validation failed" } else { "access token reset not authorized" };
         return http_error(StatusCode::UNAUTHORIZED, why);
     }
     if let Some(time) = time {
         if time <= settings.newest_ns {
-            // An older one that comes late changes nothing.
+            // An older request that arrives late has no effect.
             return no_content();
         }
         settings.newest_ns = time;
@@ -127,7 +129,7 @@ async fn init(agent: &Agent, bytes: &[u8]) -> Reply {
     no_content()
 }
 
-/// What only the host may ask for.
+/// Requests reserved to the host.
 async fn clade(agent: Shared, own: Connection, method: &Method, path: &str, request: Request<Incoming>) -> Reply {
     if own.peer != Peer::Trusted {
         return http_error(StatusCode::FORBIDDEN, "only the host may ask for that");

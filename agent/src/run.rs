@@ -21,9 +21,9 @@ use crate::shutdown::end_guest;
 use crate::system::{Entrypoint, prepare, raise_file_limit};
 use crate::users;
 
-/// Threads for files. A file system that does not answer may hold each.
+/// Threads for files. A file system that does not answer may block each of them.
 const FILE_THREADS: usize = 16;
-/// How long an answer has to leave before the guest ends.
+/// Time for the last answer to leave before the guest ends.
 const LAST_ANSWER: Duration = Duration::from_millis(100);
 const IDLE_THREAD: Duration = Duration::from_secs(5);
 
@@ -35,7 +35,7 @@ pub fn run(options: Result<Options, UsageError>) -> ExitCode {
     raise_file_limit();
     let options = match options {
         Ok(options) => options,
-        // What the kernel does not know of its command line it gives to PID 1.
+        // The kernel passes unknown words of its command line to PID 1.
         Err(_) if is_init => Options::of_a_guest(),
         Err(error) => {
             log!("{error}");
@@ -69,7 +69,7 @@ async fn live(options: Options, is_init: bool, entrypoint: Option<Entrypoint>) -
     }
     let listeners = match Listener::open(&options).await {
         Ok(listeners) => listeners,
-        // PID 1 goes on: its entrypoint may be all that is wanted.
+        // PID 1 continues: its entrypoint may be sufficient.
         Err(error) if is_init => {
             log!("nobody can reach the agent: {error}");
             Vec::new()
@@ -88,7 +88,7 @@ async fn live(options: Options, is_init: bool, entrypoint: Option<Entrypoint>) -
     match Listener::open_forward(&options) {
         Ok(Some(listener)) => drop(tokio::spawn(forward::serve(Arc::clone(&agent), listener))),
         Ok(None) => {}
-        // All else works without.
+        // Everything else works without it.
         Err(error) => log!("nobody can reach the guest's ports: {error}"),
     }
     agent.end().await;
@@ -98,14 +98,14 @@ async fn live(options: Options, is_init: bool, entrypoint: Option<Entrypoint>) -
     }
     agent.end_processes().await;
     for path in options.unix.iter().chain(&options.forward_unix) {
-        // Another agent may have it by now.
+        // Another agent may have bound the path meanwhile.
         let _ = std::fs::remove_file(path);
     }
     Ok(())
 }
 
 impl Agent {
-    /// Runs what is to run beside the agent, on the console.
+    /// Runs the entrypoint beside the agent, on the console.
     async fn run_entrypoint(&self, entrypoint: Entrypoint) {
         let name = entrypoint.user.as_deref().unwrap_or("root");
         let Some(user) = users::find_with_group(name) else {
@@ -116,7 +116,7 @@ impl Agent {
         let none = BTreeMap::new();
         let around = Surroundings { user: &user, envs: &none, workdir: None };
         let cwd = Path::new(entrypoint.cwd.as_deref().unwrap_or("/"));
-        // Images name directories that are made when they are needed. What is wrong with it the start says.
+        // Images may refer to directories that do not exist yet. The start reports any error.
         let _ = std::fs::create_dir_all(cwd);
         let mut command = command(program, args, &entrypoint.env, cwd, &around, false);
         command.stdin(Stdio::inherit()).stdout(Stdio::inherit()).stderr(Stdio::inherit());

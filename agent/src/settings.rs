@@ -1,23 +1,23 @@
-//! What `/init` sets.
+//! The settings of `/init`.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-/// Who runs what no request names a user for, until `/init` says another.
+/// The default user, until `/init` sets another.
 const DEFAULT_USER: &str = "root";
 
-/// A token that is not shown in logs.
+/// A token, hidden in logs.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Token(String);
 
 impl Token {
-    /// `None` of an empty text.
+    /// `None` for an empty text.
     pub(crate) fn of(text: Option<String>) -> Option<Self> {
         text.filter(|text| !text.is_empty()).map(Self)
     }
 
-    /// Takes as long for each text of the same length.
+    /// Compares in constant time for texts of equal length.
     pub(crate) fn is(&self, other: &[u8]) -> bool {
         let own = self.0.as_bytes();
         own.len() == other.len() && own.iter().zip(other).fold(0, |odd, (one, other)| odd | (one ^ other)) == 0
@@ -34,16 +34,17 @@ impl fmt::Debug for Token {
     }
 }
 
-/// What `/init` sets.
+/// The settings of `/init`.
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
     pub(crate) token: Option<Token>,
-    /// Whether the host alone gets in until it sets a token: the VM is another than the one whose token it was.
+    /// Whether only the host has access until it sets a token, because the last token was for
+    /// another VM.
     pub(crate) is_locked: bool,
     pub(crate) envs: Arc<BTreeMap<String, String>>,
     pub(crate) user: String,
     pub(crate) workdir: Option<String>,
-    /// The newest time that an `/init` came with.
+    /// The newest time of any `/init`.
     pub(crate) newest_ns: i128,
 }
 

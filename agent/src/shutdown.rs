@@ -9,19 +9,19 @@ use rustix::system::RebootCommand;
 use crate::agent::Agent;
 use crate::log::log;
 
-/// How long processes have between SIGTERM and SIGKILL.
+/// Time between SIGTERM and SIGKILL.
 const GRACE: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(20);
 
 impl Agent {
-    /// Asks for the end.
+    /// Requests the end.
     pub(crate) fn ask_for_end(&self) {
         self.end.send_replace(true);
     }
 
-    /// Waits until the end is asked for.
+    /// Waits until the end is requested.
     pub(crate) async fn end(&self) {
-        // The sender is `self`'s: it does not go.
+        // The sender belongs to `self`, and so is not dropped.
         let _ = self.end.subscribe().wait_for(|is_asked| *is_asked).await;
     }
 
@@ -31,7 +31,7 @@ impl Agent {
         let groups: Vec<Pid> = list.iter().filter_map(|info| Pid::from_raw(i32::try_from(info.pid).ok()?)).collect();
         let send = |signal| {
             for group in &groups {
-                // It may be at its end.
+                // The group may have ended already.
                 let _ = kill_process_group(*group, signal);
             }
         };
@@ -44,21 +44,21 @@ impl Agent {
     }
 }
 
-/// Whether there is a process of user space beside this one.
+/// Whether this is the only process of user space.
 fn is_alone() -> bool {
     let Ok(entries) = std::fs::read_dir("/proc") else { return true };
     let own = std::process::id();
     let mut others = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    // A thread of the kernel has no program, and so has one that is not reaped yet.
+    // Kernel threads and zombies have no program.
     !others.any(|pid| pid != own && std::fs::read_link(format!("/proc/{pid}/exe")).is_ok())
 }
 
-/// Ends all processes, writes all files to the disk, and resets the machine: that ends a VM of Clade, also where the kernel
-/// cannot switch it off and would halt instead.
+/// Ends all processes, syncs all files to the disk, and resets the machine. That ends a VM of
+/// Clade, even if the kernel cannot switch it off and would halt instead.
 pub(crate) async fn end_guest() -> io::Error {
     log!("the guest ends");
     let all = |signal| Pid::from_raw(-1).map(|all| kill_process(all, signal));
-    // There may be none.
+    // There may be no processes.
     let _ = all(Signal::TERM);
     let begun = Instant::now();
     while begun.elapsed() < GRACE && !is_alone() {

@@ -1,4 +1,4 @@
-//! Descriptors that are waited for.
+//! Descriptors registered with the runtime.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -6,12 +6,13 @@ use std::os::fd::OwnedFd;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// A pipe, a terminal, or what else can be waited for.
+/// A pipe, a terminal, or another pollable descriptor.
 pub(crate) type Stream = AsyncFd<OwnedFd>;
 
-/// Has the runtime wait for a descriptor, which does not block from now on.
+/// Registers a descriptor with the runtime, and makes it non-blocking.
 pub(crate) fn register(fd: OwnedFd, interest: Interest) -> io::Result<Stream> {
     rustix::io::ioctl_fionbio(&fd, true)?;
-    // SAFETY: an `OwnedFd` is one open descriptor for as long as it lives, and the `AsyncFd` owns it.
+    // SAFETY: an `OwnedFd` is one open descriptor for as long as it lives, and the `AsyncFd` owns
+    // it.
     Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
 }

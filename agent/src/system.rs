@@ -1,4 +1,4 @@
-//! What PID 1 does before anything else.
+//! The steps of PID 1 before anything else.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,13 +17,13 @@ use crate::modules;
 use crate::network;
 use crate::process::spawn::first_file_limit;
 
-/// What is run beside the agent, if the kernel's command line does not say it.
+/// The file of the entrypoint, if the kernel's command line lacks one.
 const ENTRYPOINT: &str = "/etc/clade/entrypoint.json";
-/// Where the root of `clade.root=` is mounted first.
+/// The first mount point of the root of `clade.root=`.
 const NEW_ROOT: &str = "/newroot";
-/// Descriptors of the agent: some for each process and each connection.
+/// The agent's limit of descriptors: some for each process and each connection.
 const FILES: u64 = 65_536;
-/// What the loopback interface is called by the kernel.
+/// The kernel's index of the loopback interface.
 const LOOPBACK: i32 = 1;
 
 /// Directory, type, flags and data, in the order in which they are mounted.
@@ -68,7 +68,7 @@ fn warn<E: std::fmt::Display>(what: &str, done: Result<(), E>) {
     }
 }
 
-/// Whether something is mounted at a directory. Nothing is, as long as `/proc` is not.
+/// Whether a file system is mounted at a directory. False as long as `/proc` is not.
 fn is_mounted(dir: &str) -> bool {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     mounts.lines().any(|line| line.split(' ').nth(1) == Some(dir))
@@ -79,24 +79,25 @@ fn prepare_mounts() {
         if is_mounted(dir) {
             continue;
         }
-        // It is there in most guests.
+        // Most guests have the directory.
         let _ = fs::create_dir_all(dir);
         let flags = if dir == "/dev" { MountFlags::NOSUID } else { MountFlags::NOSUID | MountFlags::NODEV };
         let flags = if dir == "/dev/pts" { MountFlags::NOSUID | MountFlags::NOEXEC } else { flags };
         let data = (!data.is_empty()).then(|| std::ffi::CString::new(data).unwrap_or_default());
-        // A kernel may have no terminals, say: what needs none works.
+        // A kernel may lack terminals, for example: everything else works without them.
         warn(dir, mount(kind, dir, kind, flags, data.as_deref()));
     }
     for (target, link) in LINKS {
         if !Path::new(link).exists() {
-            // A device of that name may be there, without a driver.
+            // A device of that name may exist, without a driver.
             let _ = symlink(target, link);
         }
     }
 }
 
-/// Makes the file system of a device the root. What is mounted by now goes along; so do no other files
-/// of the initramfs. Directories of the image's own stay visible: nothing is put over `/tmp` and `/run`.
+/// Makes the file system of a device the root. Existing mounts are moved there; other files of the
+/// initramfs are not. Directories of the image's own stay visible: `/tmp` and `/run` are not
+/// mounted over.
 fn switch_root(device: &str) -> io::Result<()> {
     let failed = |what: String| move |error: io::Error| io::Error::new(error.kind(), format!("{what}: {error}"));
     fs::create_dir_all(NEW_ROOT).map_err(failed(NEW_ROOT.to_owned()))?;
@@ -105,7 +106,7 @@ fn switch_root(device: &str) -> io::Result<()> {
     mounted.map_err(io::Error::from).map_err(failed(device.to_owned()))?;
     for dir in ["/proc", "/sys", "/dev"] {
         let place = format!("{NEW_ROOT}{dir}");
-        // A link of the image's would be followed in this root.
+        // A link in the image would be followed in this root.
         if !fs::symlink_metadata(&place).is_ok_and(|what| what.is_dir()) {
             let _ = fs::remove_file(&place);
             fs::create_dir(&place).map_err(failed(place.clone()))?;
@@ -118,7 +119,7 @@ fn switch_root(device: &str) -> io::Result<()> {
     std::env::set_current_dir("/")
 }
 
-/// Has the kernel bring up the loopback interface: RTM_NEWLINK by netlink.
+/// Brings up the loopback interface: RTM_NEWLINK by netlink.
 fn bring_up_loopback() -> io::Result<()> {
     const RTM_NEWLINK: u16 = 16;
     const NLM_F_REQUEST: u16 = 1;
@@ -132,9 +133,9 @@ fn bring_up_loopback() -> io::Result<()> {
     message.extend(LOOPBACK.to_ne_bytes());
     message.extend(IFF_UP.to_ne_bytes());
     message.extend(IFF_UP.to_ne_bytes());
-    // The protocol 0 is that of routes.
+    // The protocol 0 is routing.
     let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
-    // Without an address it goes to the kernel.
+    // Without an address the message goes to the kernel.
     send(&socket, &message, SendFlags::empty())?;
     Ok(())
 }
@@ -165,7 +166,7 @@ fn words(line: &str) -> Vec<String> {
     words
 }
 
-/// What runs beside the agent: what stands behind ` -- ` on the kernel's command line, or the file.
+/// The entrypoint: the words after ` -- ` on the kernel's command line, or the file.
 fn entrypoint(words: &[String], file: Option<&str>) -> Result<Option<Entrypoint>, serde_json::Error> {
     if let Some(at) = words.iter().position(|word| word == "--")
         && at + 1 < words.len()
@@ -175,19 +176,19 @@ fn entrypoint(words: &[String], file: Option<&str>) -> Result<Option<Entrypoint>
     file.map(serde_json::from_str).transpose()
 }
 
-/// Raises the limit of open files. Children get the one of before.
+/// Raises the limit of open files. Children get the original limit.
 pub fn raise_file_limit() {
     let first = first_file_limit();
     let higher = Rlimit { current: Some(FILES), maximum: first.maximum.map(|most| most.max(FILES)) };
-    // Not every root may go beyond its own limit.
+    // Not every root may exceed its own limit.
     let own = Rlimit { current: first.maximum.map_or(Some(FILES), |most| Some(most.min(FILES))), ..first };
     if let Err(error) = setrlimit(Resource::Nofile, higher).or_else(|_| setrlimit(Resource::Nofile, own)) {
         log!("descriptors: {error}");
     }
 }
 
-/// Mounts what is missing, loads modules, changes to the root that the kernel's command line names, brings up the
-/// loopback interface and the network, and says what is to be run.
+/// Mounts missing file systems, loads modules, changes to the root of the kernel's command line,
+/// and brings up the loopback interface and the network. Returns the entrypoint.
 #[must_use]
 pub fn prepare() -> Option<Entrypoint> {
     umask(Mode::WGRP | Mode::WOTH);
@@ -196,7 +197,7 @@ pub fn prepare() -> Option<Entrypoint> {
     let words = words(&line);
     let has_modules = modules::load(&words);
     warn("the loopback interface", bring_up_loopback());
-    // That of the initramfs, before its files are out of sight.
+    // The entrypoint of the initramfs, before its files become unreachable.
     let file = fs::read_to_string(ENTRYPOINT).ok();
     let root = words.iter().find_map(|word| word.strip_prefix("clade.root="));
     if let Some(device) = root.filter(|_| has_modules) {
@@ -205,7 +206,7 @@ pub fn prepare() -> Option<Entrypoint> {
     if let Some(device) = root
         && let Err(error) = switch_root(device)
     {
-        // What would run has its files there. The agent answers, so that one can look.
+        // The entrypoint has its files there. The agent still answers, for diagnosis.
         log!("no root: {error}");
         return None;
     }

@@ -1,11 +1,11 @@
-//! Users and groups, from `/etc/passwd` and `/etc/group`. A static program has no other directory of them.
+//! Users and groups, from `/etc/passwd` and `/etc/group`, the only directory of a static program.
 
 use std::collections::HashMap;
 use std::fs;
 
 const PASSWD: &str = "/etc/passwd";
 const GROUP: &str = "/etc/group";
-/// Most bytes read of either.
+/// Maximum number of bytes read of either.
 const MAX_FILE: u64 = 1 << 20;
 
 /// A user that processes run as.
@@ -15,7 +15,7 @@ pub(crate) struct User {
     pub(crate) uid: u32,
     pub(crate) gid: u32,
     pub(crate) home: String,
-    /// All groups, the first one of them.
+    /// All groups, the primary one first.
     pub(crate) groups: Vec<u32>,
 }
 
@@ -29,12 +29,12 @@ fn read(path: &str) -> String {
     String::from_utf8_lossy(&text.unwrap_or_default()).into_owned()
 }
 
-/// The user `name`, if there is one. There is always `root`, and a number is a user without a name.
+/// The user `name`, if there is one. `root` always exists, and a number is a user without a name.
 pub(crate) fn find(name: &str) -> Option<User> {
     find_in(name, &read(PASSWD), &read(GROUP))
 }
 
-/// The same, with a group behind a colon that it has instead of its own.
+/// The same, with a group after a colon in place of the user's own.
 pub(crate) fn find_with_group(text: &str) -> Option<User> {
     with_group_in(text, &read(PASSWD), &read(GROUP))
 }
@@ -74,7 +74,7 @@ fn find_in(name: &str, passwd: &str, group: &str) -> Option<User> {
     Some(User { name: name.to_owned(), uid, gid, home: home.to_owned(), groups })
 }
 
-/// Names of numbers.
+/// Names by number.
 #[derive(Debug)]
 pub(crate) struct Names {
     users: HashMap<u32, String>,

@@ -7,14 +7,13 @@ use std::time::{Duration, Instant};
 
 /// Bytes of output that are kept.
 const BACKLOG: usize = 256 << 10;
-/// Bytes of the backlog that a new listener gets: some screens, and no more than a socket takes at
-/// once.
+/// Bytes of the backlog that a new listener gets: a few screens, and at most one socket buffer.
 const REPLAY: usize = 32 << 10;
 
 #[derive(Default)]
 struct Log {
     backlog: VecDeque<u8>,
-    /// Bytes written since the VM began; the backlog has the last of them.
+    /// Total bytes written; the backlog has the last of them.
     total: u64,
     listeners: Vec<Box<dyn Write + Send>>,
 }
@@ -40,7 +39,7 @@ impl Console {
         self.log().total
     }
 
-    /// The output since `position`, as far as it is still kept.
+    /// The output since `position`, as far as the backlog has it.
     #[must_use]
     pub fn since(&self, position: u64) -> Vec<u8> {
         let log = self.log();
@@ -54,8 +53,8 @@ impl Console {
     pub fn wait_for(&self, position: u64, text: &str, patience: Duration) -> (String, bool) {
         let deadline = Instant::now() + patience;
         loop {
-            // Read before the lock for waiting is taken again, so the length shows whether output
-            // came in between.
+            // Read before the waiting lock is taken again: a different length below shows that
+            // output arrived in between.
             let seen = self.position();
             let got = String::from_utf8_lossy(&self.since(position)).into_owned();
             let now = Instant::now();
@@ -69,8 +68,8 @@ impl Console {
         }
     }
 
-    /// Sends `listener` the end of the backlog and then all output, until it returns an error. It
-    /// must not block: a console never waits for a listener.
+    /// Sends `listener` the end of the backlog and then all output, until it returns an error. The
+    /// listener must not block: a console never waits for it.
     pub fn listen(&self, mut listener: Box<dyn Write + Send>) {
         let mut log = self.log();
         let skip = log.backlog.len().saturating_sub(REPLAY);

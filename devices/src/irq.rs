@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 pub struct Irq(Arc<EventFd>);
 
 impl Irq {
-    /// A line connected to nothing yet.
+    /// A line that is not connected yet.
     ///
     /// # Errors
     /// When no eventfd can be made.

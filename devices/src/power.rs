@@ -1,13 +1,14 @@
-//! The power switch of a guest with ACPI: its own way out, and the button that the host presses.
+//! The power switch of a guest with ACPI: soft off for the guest, and the button that the host
+//! presses.
 //!
-//! | offset | name | what |
+//! | offset | name | use |
 //! |---|---|---|
-//! | 0 | sleep control | the guest writes a sleep state and the enable bit here; soft off (S5) ends the VM |
+//! | 0 | sleep control | sleep state and enable bit, written by the guest; S5 ends the VM |
 //! | 1 | sleep status | 0: the VM never wakes from a sleep |
 //! | 2 | button | 1 if the button was pressed since the last read, which clears it |
 //!
-//! A press is never saved. A child, a restored VM and a VM that was reset find it not pressed: what
-//! is meant for one VM must not end another.
+//! A press is never saved. A child, a restored VM and a VM that was reset find the button not
+//! pressed, because a press for one VM must not end another.
 
 use std::fmt;
 use std::sync::Arc;
@@ -25,9 +26,9 @@ pub const SLEEP_CONTROL: u16 = 0;
 pub const SLEEP_STATUS: u16 = 1;
 /// Offset of the button's register.
 pub const BUTTON: u16 = 2;
-/// The sleep state that is soft off, as `_S5_` says it.
+/// The sleep state of soft off, as in `_S5_`.
 pub const SOFT_OFF: u8 = 5;
-/// Where the sleep state is in the control register, and how many bits it has.
+/// Position of the sleep state in the control register, and its number of bits.
 const STATE_SHIFT: u8 = 2;
 const STATE_MASK: u8 = 7;
 /// Enters the state.
@@ -40,12 +41,12 @@ struct Lines {
     is_noticed: AtomicBool,
 }
 
-/// The host's side of the switch. Clones are of the same one.
+/// The host's side of the switch. Clones refer to the same one.
 #[derive(Clone, Debug, Default)]
 pub struct PowerSwitch(Arc<Lines>);
 
 impl PowerSwitch {
-    /// Presses the button. The guest reads that once it is interrupted.
+    /// Presses the button. The guest reads it once it is interrupted.
     pub fn press(&self) {
         self.0.is_noticed.store(false, Ordering::Relaxed);
         // Release: pairs with the guest's read.

@@ -1,4 +1,5 @@
-//! How the bare guest and the host reach each other: the guest writes a port, and the host interrupts a vCPU.
+//! The channel between the bare guest and the host: the guest writes a port, and the host
+//! interrupts a vCPU.
 
 use std::fmt;
 use std::time::Instant;
@@ -22,7 +23,7 @@ pub struct Report {
     pub at: Instant,
 }
 
-/// A port that calls back for every write of 32 bits. It has no state to save.
+/// A port that calls back for every write of 32 bits, without state to save.
 pub struct ReportPort(Box<dyn FnMut(Report) + Send>);
 
 impl fmt::Debug for ReportPort {

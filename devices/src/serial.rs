@@ -17,7 +17,7 @@ pub const COM1_BASE: u16 = 0x3f8;
 pub const SERIAL_PORTS: u16 = 8;
 /// Its GSI.
 pub const COM1_GSI: u32 = 4;
-/// Most bytes of input that wait for the guest. Further input is dropped, as a UART does.
+/// Maximum bytes of input that wait for the guest. Further input is dropped, as a UART does.
 const MAX_PENDING: usize = 64 << 10;
 
 /// The saved state of a UART.

@@ -134,14 +134,14 @@ fn net(tap: Tap, last: u8) -> Box<SyncDevice<Net>> {
     Box::new(SyncDevice::new(Net::new(tap, &options(last), None, false).unwrap()))
 }
 
-/// The frame in the used chains. The header in the first one tells how many they are.
+/// The frame in the used chains, whose number is in the first one's header.
 fn received(vm: &mut Driver) -> Vec<u8> {
     loop {
         let (frame, parts) = any(vm);
         if frame[12..14] == KIND {
             return frame;
         }
-        // The host's own, which it sends to everybody.
+        // The host's own frame, a broadcast.
         (0..parts).for_each(|_| offer(vm, 1024));
     }
 }
@@ -176,7 +176,7 @@ fn packets_go_both_ways_whole() {
     let mut mac = [0; 6];
     vm.config(0, &mut mac);
     assert_eq!(mac, [2, 0, 0, 0, 0, 1]);
-    // Sent, from two buffers, the first of which ends within the frame's header.
+    // Sent from two buffers, the first of which ends within the frame's header.
     let out = frame(900, 3);
     vm.fill(OUT, &[0; HEADER]);
     vm.fill(OUT + HEADER as u64, &out[..10]);
@@ -184,7 +184,7 @@ fn packets_go_both_ways_whole() {
     vm.post(TX, &[(OUT, HEADER as u32 + 10, false), (OUT + 0x1ff0, 890, false)]);
     vm.wait(TX);
     assert_eq!(wire.receive(), out);
-    // Received: one buffer, several, and again after buffers ran out.
+    // Received into one buffer, into several, and again after buffers ran out.
     (0..8).for_each(|_| offer(&mut vm, 512));
     for (len, seed) in [(60, 1), (500, 2), (1500, 3)] {
         wire.send(&frame(len, seed));
@@ -194,7 +194,7 @@ fn packets_go_both_ways_whole() {
     std::thread::sleep(Duration::from_millis(50));
     (0..8).for_each(|_| offer(&mut vm, 512));
     assert_eq!(received(&mut vm), frame(1400, 4));
-    // What is no packet is dropped, and nothing else.
+    // An invalid packet is dropped, and no other.
     vm.post(TX, &[(OUT, 5, false)]);
     vm.wait(TX);
     assert!(!vm.needs_reset());
@@ -205,7 +205,7 @@ fn packets_go_both_ways_whole() {
     assert!(stats.received >= 4);
 }
 
-/// Pages with as many pins as their count holds: they cannot be pinned until one of those ends.
+/// Pages with as many pins as can be counted cannot be pinned until one of the pins ends.
 #[test]
 fn memory_that_cannot_be_pinned_now_is_pinned_later() {
     let Some((tap, wire)) = tap(1) else { return };
@@ -237,7 +237,7 @@ fn memory_that_cannot_be_pinned_now_is_pinned_later() {
     drop(sent);
     vm.wait(TX);
     assert_eq!(wire.receive(), out);
-    // The same for what it receives into.
+    // The same for a page to receive into.
     let before = retries(&vm);
     (0..8).for_each(|_| offer(&mut vm, 512));
     wire.send(&frame(60, 5));
@@ -266,7 +266,7 @@ fn a_child_keeps_its_buffers_and_is_made_to_renew() {
         u16::from_le_bytes(status)
     };
     child.wait_until("told", |vm| vm.get(regs::INTERRUPT_STATUS) & 2 == 2);
-    // A driver that takes its time does not miss it.
+    // A slow driver does not miss it.
     std::thread::sleep(Duration::from_millis(600));
     assert_eq!(status(&child), 0, "down until the driver has looked");
     child.wait_until("up again", |vm| status(vm) == 3);
@@ -315,9 +315,9 @@ fn send(vm: &mut Driver, bytes: &[u8]) {
     vm.wait(TX);
 }
 
-/// A driver that ignores that its link is down gets nothing in, and nothing out.
+/// A driver that ignores that its link is down receives nothing, and sends nothing.
 fn expect_closed(vm: &mut Driver, wire: &Wire) {
-    // What the host sent to everybody while the parent's link was up.
+    // Broadcasts of the host while the parent's link was up.
     while vm.used(RX).is_some() {}
     let before = stats(vm);
     send(vm, &frame(100, 1));
@@ -328,7 +328,7 @@ fn expect_closed(vm: &mut Driver, wire: &Wire) {
     assert_eq!(now.blocked_sent, before.blocked_sent + 2, "{now:?}");
     assert_eq!((now.sent, now.received), (before.sent, before.received));
     assert!(vm.used(RX).is_none() && status(vm) == 0 && !vm.needs_reset());
-    // Nothing is on the wire: a read would get it at once.
+    // The wire is empty: a read would return a frame at once.
     rustix::io::ioctl_fionbio(&wire.socket, true).unwrap();
     let got = rustix::io::read(&wire.socket, &mut [0; 2048]);
     assert_eq!(got, Err(rustix::io::Errno::AGAIN));
@@ -345,7 +345,7 @@ fn a_closed_child_and_its_own_have_no_network_until_they_are_opened() {
     let store = store();
     let mut parent = Driver::take(net(tap, 1), &ram(&store));
     (0..6).for_each(|_| offer(&mut parent, 2048));
-    // What is there before the child's first turn is not for it either.
+    // Frames that arrived before the child's first turn are not for the child either.
     childs_wire.send(&frame(60, 9));
     let fork = |vm: &mut Driver, tap, link| {
         vm.fork(&store, |state, _| {
@@ -367,17 +367,18 @@ fn a_closed_child_and_its_own_have_no_network_until_they_are_opened() {
     // Longer than an open child's link is down.
     std::thread::sleep(Duration::from_millis(400));
     assert_eq!(status(&child), 0);
-    // The child of a closed one is closed without being asked for, also after a reset in place.
+    // The child of a closed device is closed by default, also after a reset in place.
     let mut grandchild = fork(&mut child, grandchilds, None);
     expect_closed(&mut grandchild, &grandchilds_wire);
     let moment = grandchild.moment();
     grandchild.rewind(&moment);
     grandchild.wait_until("told", |vm| vm.get(regs::INTERRUPT_STATUS) & 2 == 2);
     expect_closed(&mut grandchild, &grandchilds_wire);
-    // The parent's is as it was.
+    // The parent's device is unchanged.
     wire.send(&frame(300, 6));
     assert_eq!(received(&mut parent), frame(300, 6));
-    // Opened: only what comes from then on is received. It had no turn in between to drop it.
+    // After opening, only later frames are received, although the device had no turn to drop the
+    // earlier ones.
     child.device.quiesce();
     childs_wire.send(&frame(400, 7));
     assert!(set_link(&child, Link::Open) && !set_link(&child, Link::Open));
@@ -388,7 +389,7 @@ fn a_closed_child_and_its_own_have_no_network_until_they_are_opened() {
     assert_eq!(received(&mut child), frame(500, 8));
     send(&mut child, &frame(120, 4));
     assert_eq!(childs_wire.receive(), frame(120, 4));
-    // And closed while it runs.
+    // Closed while it runs.
     assert!(set_link(&child, Link::Closed));
     assert_eq!(status(&child), 0, "at once");
     expect_closed(&mut child, &childs_wire);

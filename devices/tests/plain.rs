@@ -1,5 +1,5 @@
-//! The plain devices, driven through registers and rings: what they do, what they refuse, and that
-//! a fork loses and repeats nothing.
+//! The plain devices, driven through registers and rings: their operation, their refusals, and
+//! forks that lose and repeat no request.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -72,14 +72,14 @@ fn a_console_is_heard_and_typed_at_and_a_child_has_its_own() {
     parent.post(1, &[(BUFFER, 6, false), (BUFFER + 0x1000, 5, false)]);
     parent.wait(1);
     assert_eq!(output.since(0), b"hello world");
-    // Typed before the driver listens, more than it has room for.
+    // Typed before the driver is ready, and more than its buffer holds.
     assert_eq!(typist.type_in(b"abcdefgh"), 8);
     parent.post(0, &[(BUFFER + 0x2000, 5, true)]);
     assert_eq!(parent.wait(0).1, 5);
     assert_eq!(parent.look(BUFFER + 0x2000, 5), b"abcde");
     parent.post(0, &[(BUFFER + 0x3000, 5, true)]);
     assert_eq!(parent.wait(0).1, 3);
-    // A buffer posted before the fork stays posted in both.
+    // A buffer posted before the fork stays posted in both VMs.
     parent.post(0, &[(BUFFER + 0x4000, 16, true)]);
     let (device, childs, childs_typist) = console();
     let mut child = parent.fork(&store, |_, _| device);
@@ -128,7 +128,7 @@ fn a_device_that_was_taken_or_broken_since_is_put_back() {
     vm.put(regs::STATUS, 0);
     let fresh = vm.moment();
     vm.set_up();
-    // No such descriptor chain: a loop of one.
+    // An invalid descriptor chain: a loop of one.
     vm.post(1, &[(BUFFER, 0, false)]);
     clade_test_support::wait_until("an empty buffer is against the rules", || vm.needs_reset());
     let broken = vm.moment();
@@ -191,7 +191,7 @@ fn an_inflated_balloon_gives_memory_back_and_never_a_pinned_page() {
     (0x1000..0x1100).for_each(|page| vm.fill(page << 12, &[7; 4096]));
     let region = vm.ram.regions()[0].clone();
     let pin = region.pin(PageRange::new(0x1010, 0x1012), Access::Write, PinLifetime::LongTerm).unwrap();
-    // Descending, as Linux sends them, and some numbers that are no RAM.
+    // Descending, as Linux sends them, with some numbers outside RAM.
     vm.fill(BUFFER, &numbers((0x1000..0x1100).rev().chain([0xc_0000, u32::MAX])));
     vm.post(0, &[(BUFFER, 258 * 4, false)]);
     vm.wait(0);
@@ -201,13 +201,13 @@ fn an_inflated_balloon_gives_memory_back_and_never_a_pinned_page() {
         assert_eq!(vm.look(page << 12, 4096), vec![if kept { 7 } else { 0 }; 4096], "page {page:#x}");
     }
     drop(pin);
-    // Free pages are reported as buffers; part of a page is not a page.
+    // Free pages are reported as buffers; a part of a page is ignored.
     vm.fill(0x120_0800, &[9; 0x4000]);
     vm.post(3, &[(0x120_0800, 0x3000, true), (0x130_0000, 0x20_0000 - 1, true)]);
     vm.wait(3);
     assert_eq!(vm.look(0x120_0800, 0x800), vec![9; 0x800], "a part of a page stays");
     assert_eq!(vm.look(0x120_1000, 0x2000), vec![0; 0x2000]);
-    // Taken back: they are zeros until they are written.
+    // Pages taken back are zeros until they are written.
     vm.post(1, &[(BUFFER, 256 * 4, false)]);
     vm.wait(1);
     vm.fill(0x1000 << 12, b"again");

@@ -1,5 +1,5 @@
-//! Disks on XFS and Btrfs: a flush after a fork makes a new image that shares its blocks, and needs
-//! no journal.
+//! Disks on XFS and Btrfs: a flush after a fork makes a new image that shares its blocks, without a
+//! journal.
 //!
 //! Without root, loop devices or mkfs it prints `skipped: REASON`, unless the environment's
 //! CLADE_REQUIRE names `mount`.
@@ -17,11 +17,11 @@ use clade_devices::disk::{CommitError, Disk, DiskConfig, DiskOp};
 use clade_io::{AlignedBuf, Fragment};
 
 const CLUSTER: u64 = 4096;
-/// Not whole clusters.
+/// The last cluster is short.
 const SIZE: u64 = 200 * CLUSTER - 512;
 const SOON: Duration = Duration::from_secs(10);
 
-/// A file system on a loop device, unmounted at the end.
+/// A file system on a loop device, unmounted on drop.
 struct Mounted {
     dir: tempfile::TempDir,
 }
@@ -122,7 +122,7 @@ fn names(room: &Path) -> Vec<String> {
 }
 
 fn on_each(test: impl Fn(&Mounted)) {
-    // One after the other: a process that is begun elsewhere in this one would inherit locks.
+    // One after the other: a process started elsewhere in this one would inherit locks.
     for mkfs in ["mkfs.xfs", "mkfs.btrfs"] {
         if let Some(mounted) = Mounted::new(mkfs) {
             println!("{mkfs}");
@@ -171,7 +171,7 @@ fn a_flush_after_a_fork_is_in_the_image_itself(mounted: &Mounted) {
     model[..512].fill(5);
     flush(&mut disk);
     assert!(fs::read(&path).unwrap() == model && read(&mut disk) == model);
-    // A child has nothing to be committed into.
+    // A child has no image to commit to.
     drop((first, second));
     write(&mut child, 0, 512, 9);
     let (child, error) = *child.commit().unwrap_err();
@@ -230,7 +230,7 @@ fn an_image_with_two_names_has_a_journal(mounted: &Mounted) {
     drop(disk);
     drop(open(&path));
     assert!(fs::read(room.join("other.img")).unwrap()[..4096] == [2; 4096]);
-    // Something else took the name while the VM ran: that is not replaced.
+    // Another file took the name while the VM ran: it is not replaced.
     let path = image(&mounted.room("taken"));
     let mut disk = open(&path);
     drop(disk.fork());
@@ -241,7 +241,8 @@ fn an_image_with_two_names_has_a_journal(mounted: &Mounted) {
     assert_eq!(fs::read(&path).unwrap(), b"another");
 }
 
-/// Any schedule; whenever the process ends, the image is as it was at the last flush, or later.
+/// For any schedule: when the process ends, the image has its state at the last flush, or a later
+/// one.
 fn a_model_agrees(mounted: &Mounted) {
     let room = mounted.room("model");
     let path = image(&room);
@@ -271,7 +272,7 @@ fn a_model_agrees(mounted: &Mounted) {
             11 => images.clear(),
             12 if !images.is_empty() => {
                 let (image, then) = images.last().unwrap();
-                // Of the same image only: another one is a disk of its own.
+                // Only to instants of the same image: another one is a disk of its own.
                 if image.size() == disk.size() && disk.is_forked() && disk.rewind(image) {
                     model.clone_from(then);
                 }

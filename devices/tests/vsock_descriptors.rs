@@ -1,4 +1,5 @@
-//! A socket device at the limit of descriptors. One test, because the limit is the whole process's.
+//! A socket device at the limit of descriptors. A single test, because the limit applies to the
+//! process.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -18,9 +19,9 @@ use guest::{REQUEST, RESET, RESPONSE, connect, guest, line};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, socket};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Connections that a device has at most.
+/// Maximum number of connections of a device.
 const MAX_CONNECTIONS: u32 = 1024;
-/// How soon the device tries again to accept.
+/// Delay before the device tries to accept again.
 const ACCEPT_INTERVAL: Duration = Duration::from_millis(100);
 
 fn limit(current: u64) {
@@ -40,10 +41,10 @@ fn descriptors_and_connections_are_limited_and_neither_keeps_the_device_busy() {
     let dir = tempfile::tempdir().unwrap();
     limit(4096);
     let mut guest = guest(dir.path());
-    // A host connects when there is no descriptor for it. It waits in the backlog.
+    // A host connects without a free descriptor for it, and waits in the backlog.
     let client = socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
     let begun = Instant::now();
-    // Below what is in use: this process gets no other descriptor.
+    // Below the number in use: this process gets no other descriptor.
     limit(3);
     rustix::net::connect(&client, &SocketAddrUnix::new(dir.path().join("vm.sock")).unwrap()).unwrap();
     guest.driver.wait_until("tries again", |driver| stats(driver).accept_failures >= 4);
@@ -51,14 +52,14 @@ fn descriptors_and_connections_are_limited_and_neither_keeps_the_device_busy() {
     let intervals = begun.elapsed().as_millis() / ACCEPT_INTERVAL.as_millis();
     limit(4096);
     assert!(u128::from(failures) <= intervals + 1, "{failures} attempts in {intervals} intervals");
-    // Once there is one, it is accepted without another notification.
+    // Once a descriptor is free, the connection is accepted without another notification.
     let host = UnixStream::from(client);
     rustix::io::write(&host, b"CONNECT 9\n").unwrap();
     let asked = guest.packet();
     assert_eq!((asked.op, asked.guest), (REQUEST, 9));
     drop(host);
 
-    // Connections of the guest to a host that does not even accept them: bounded all the same.
+    // Connections of the guest to a host that does not accept them are bounded as well.
     let _listener = UnixListener::bind(dir.path().join("vm.sock_77")).unwrap();
     let mut open = 0;
     let refused = loop {

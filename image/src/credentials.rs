@@ -1,4 +1,4 @@
-//! A name and a password for a registry, and where docker's tools keep them.
+//! A name and a password for a registry, and their place in the configuration of docker's tools.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,12 +12,12 @@ use serde::Deserialize;
 use thiserror::Error;
 use zeroize::Zeroizing;
 
-/// The directory of docker's configuration, if it is not `.docker` of the home directory.
+/// The directory of docker's configuration, if it is not `.docker` in the home directory.
 pub const DOCKER_CONFIG_VARIABLE: &str = "DOCKER_CONFIG";
-/// Most bytes of the file.
+/// Maximum length of the file.
 const MAX_FILE: u64 = 1 << 20;
 
-/// A name and a password. They are in no error, no log and no debug output.
+/// A name and a password, absent from every error, log and debug output.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Credentials {
     username: String,
@@ -30,45 +30,45 @@ impl fmt::Debug for Credentials {
     }
 }
 
-/// Why there are no credentials to be had. No variant has any of them.
+/// Why there are no credentials. No variant contains any.
 #[derive(Debug, Error)]
 pub enum CredentialsError {
-    /// A name that basic authentication cannot say.
+    /// A name that basic authentication cannot encode.
     #[error("a registry's user name is not empty, has no colon and no control characters")]
     Username,
-    /// A password that it cannot say.
+    /// A password that basic authentication cannot encode.
     #[error("a registry's password is not empty, and has no control characters")]
     Password,
     /// The file cannot be read.
     #[error("{path} cannot be read")]
     File {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// The file is no configuration of docker's.
+    /// The file is not a configuration of docker's.
     #[error("{path} is not a valid docker configuration: line {line}, column {column}")]
     Config {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// Where it is wrong.
+        /// The line of the fault.
         line: usize,
-        /// Where in that line.
+        /// The column of the fault.
         column: usize,
     },
-    /// What it has for a registry is no name and password.
+    /// The entry for a registry is not a name and a password.
     #[error("{path}: the entry of \"auths\" for {registry} is not base64 of NAME:PASSWORD")]
     Auth {
         /// The file.
         path: PathBuf,
-        /// For which registry.
+        /// The registry.
         registry: String,
     },
 }
 
-/// The part of docker's configuration that is of use. Programs that it names are not run.
+/// The used part of docker's configuration. Credential helpers in it are not run.
 #[derive(Default, Deserialize)]
 struct Config {
     #[serde(default)]
@@ -82,7 +82,7 @@ struct Auth {
     password: Option<Zeroizing<String>>,
 }
 
-/// The registry that a key of "auths" is for: `HOST[:PORT]`, maybe as an address with a path.
+/// The registry of a key of "auths": `HOST[:PORT]`, possibly as an address with a path.
 fn host_of(key: &str) -> &str {
     let rest = key.strip_prefix("https://").or_else(|| key.strip_prefix("http://")).unwrap_or(key);
     rest.split('/').next().unwrap_or(rest)
@@ -104,11 +104,11 @@ impl Credentials {
         Ok(Self { username: username.to_owned(), password })
     }
 
-    /// Those for the registry `host` of docker's configuration, if there are any: in the directory
-    /// that [`DOCKER_CONFIG_VARIABLE`] names, else in `.docker` of the home directory.
+    /// The credentials for the registry `host` in docker's configuration, if any: in the directory
+    /// of [`DOCKER_CONFIG_VARIABLE`], otherwise in `.docker` in the home directory.
     ///
     /// # Errors
-    /// When the file is there and cannot be used.
+    /// When the file exists and cannot be used.
     pub fn of_docker(host: &str) -> Result<Option<Self>, CredentialsError> {
         let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let home = || variable("HOME").map(|home| home.join(".docker"));
@@ -118,10 +118,10 @@ impl Credentials {
         }
     }
 
-    /// The same of a directory.
+    /// The same for a given directory.
     ///
     /// # Errors
-    /// When the file is there and cannot be used.
+    /// When the file exists and cannot be used.
     pub fn of_docker_in(dir: &Path, host: &str) -> Result<Option<Self>, CredentialsError> {
         let path = dir.join("config.json");
         let mut bytes = Zeroizing::new(Vec::new());
@@ -133,7 +133,7 @@ impl Credentials {
             Err(source) => return Err(CredentialsError::File { path, source }),
             Ok(_) => {}
         }
-        // Not the error itself, which may say a value.
+        // The error itself is dropped, because it may contain a value.
         let wrong = |error: serde_json::Error| CredentialsError::Config {
             path: path.clone(),
             line: error.line(),
@@ -155,12 +155,12 @@ impl Credentials {
             Auth { username: Some(username), password: Some(password), .. } => {
                 Self::new(&username, password).map(Some).map_err(|_| broken())
             }
-            // They are with a program, which is not asked.
+            // The credentials are in a credential helper, which is not run.
             _ => Ok(None),
         }
     }
 
-    /// What a request has to say.
+    /// The value of the authorization header.
     pub(crate) fn header(&self) -> Zeroizing<String> {
         let both = Zeroizing::new(format!("{}:{}", self.username, &*self.password));
         Zeroizing::new(format!("Basic {}", &*Zeroizing::new(BASE64_STANDARD.encode(both.as_bytes()))))

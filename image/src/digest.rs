@@ -8,33 +8,33 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256, Sha512};
 use thiserror::Error;
 
-/// A digest is not one, or content is not what its digest says.
+/// An invalid digest, or content that does not match its digest.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum DigestError {
-    /// The text is no digest of a known kind.
+    /// The text is not a digest of a known algorithm.
     #[error("invalid digest {0:?}: sha256: or sha512:, and as many hexadecimal digits in lower case")]
     Text(String),
     /// The content has another digest.
     #[error("content of {wanted} has the digest {found}")]
     Content {
-        /// What was asked for.
+        /// The expected digest.
         wanted: Digest,
-        /// What came.
+        /// The digest of the content.
         found: Digest,
     },
     /// The content has another size.
     #[error("content of {digest} has {found} bytes instead of the {wanted} of its descriptor")]
     Size {
-        /// Whose.
+        /// The expected digest.
         digest: Digest,
-        /// As its descriptor says.
+        /// The size in its descriptor.
         wanted: u64,
-        /// What came. One more than wanted, if it is more.
+        /// The size of the content; one more than expected if it is larger.
         found: u64,
     },
 }
 
-/// How a digest is made.
+/// The algorithm of a digest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 enum Algorithm {
     Sha256,
@@ -56,7 +56,7 @@ impl Algorithm {
     }
 }
 
-/// The digest of content, such as `sha256:` and 64 digits. Safe as a part of a path.
+/// The digest of content, such as `sha256:` and 64 digits. Safe as a path component.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Digest {
@@ -73,7 +73,7 @@ impl Digest {
         hasher.finish()
     }
 
-    /// The digest of bytes, of the same kind as another one.
+    /// The digest of bytes, by the algorithm of another one.
     pub(crate) fn of_kind(other: &Self, bytes: &[u8]) -> Self {
         let mut hasher = Hasher::new(other.algorithm);
         hasher.update(bytes);
@@ -149,7 +149,7 @@ enum State {
     Sha512(Sha512),
 }
 
-/// A digest in the making.
+/// A digest being computed.
 #[derive(Debug)]
 struct Hasher {
     algorithm: Algorithm,
@@ -180,14 +180,14 @@ impl Hasher {
         };
         let mut hex = String::with_capacity(bytes.len() * 2);
         for byte in bytes {
-            // A string takes everything.
+            // Writing to a String does not fail.
             let _ = write!(hex, "{byte:02x}");
         }
         Digest { algorithm: self.algorithm, hex }
     }
 }
 
-/// A reader that makes the digest of what passes.
+/// A reader that computes the digest of the bytes read.
 #[derive(Debug)]
 pub(crate) struct DigestReader<R> {
     inner: R,
@@ -201,7 +201,7 @@ impl<R: Read> DigestReader<R> {
         Self { inner, hasher: Hasher::new(wanted.algorithm), wanted: wanted.clone(), passed: 0 }
     }
 
-    /// Says whether what has passed was what was wanted.
+    /// Checks the bytes read against the expected digest.
     pub(crate) fn finish(self, size: Option<u64>) -> Result<(), DigestError> {
         if let Some(wanted) = size.filter(|size| *size != self.passed) {
             return Err(DigestError::Size { digest: self.wanted, wanted, found: self.passed });

@@ -1,4 +1,4 @@
-//! What fuzz targets reach: bytes in, and nothing but an outcome.
+//! Entry points of fuzz targets: bytes in, and only a result.
 
 use std::fs::File;
 
@@ -6,7 +6,7 @@ use crate::limits::{Bounded, Budget, Counted, Limits};
 use crate::manifest::{Document, ImageConfig, choose, document};
 use crate::tree::{Layer, LayerError, Spool, Tree};
 
-/// Puts archives on each other, and writes the disk. Returns how long it is, if none is refused.
+/// Applies archives as layers, and writes the disk. Returns its length, if no archive is refused.
 ///
 /// # Errors
 /// When one is refused.
@@ -25,7 +25,7 @@ pub fn unpack(archives: &[&[u8]], spool: File, disk: &File) -> Result<u64, Layer
     Ok(written.unwrap_or_else(|error| panic!("an accepted tree is not written: {error}")))
 }
 
-/// Reads a document as manifest, index and configuration.
+/// Parses a document as manifest, index and configuration.
 pub fn manifest(bytes: &[u8]) {
     match document("", bytes) {
         Ok(Document::Manifest(manifest)) => {

@@ -1,21 +1,21 @@
 //! OCI images to disks.
 //!
 //! An image comes from a registry, an OCI layout or an archive of Docker's. Its content is kept by
-//! digest. Its layers are put on each other in memory, and the result is written as one ext4 file
-//! system. No name of an image is ever a name on this host, nothing needs root, and the same image
+//! digest. Its layers are applied in memory, and the result is written as one ext4 file system.
+//! Names in an image are never used as names on this host, root is not needed, and the same image
 //! makes the same bytes.
 //!
-//! | to learn about | read |
+//! | topic | file |
 //! |---|---|
 //! | from a reference to a disk | [`Store::pull`] in `pull.rs` |
-//! | what is kept, and how it becomes visible | `store.rs` |
-//! | where content comes from | `source/` |
-//! | archives, and what is refused of them | `tar.rs`, `limits.rs` |
-//! | layers on each other | `tree/` |
+//! | stored files, and how they become visible | `store.rs` |
+//! | sources of content | `source/` |
+//! | archives, and refusals of their content | `tar.rs`, `limits.rs` |
+//! | applying layers | `tree/` |
 //! | the file system | `ext4/` |
-//! | Dockerfiles, and what they have done | `dockerfile/` |
+//! | Dockerfiles, and their steps | `dockerfile/` |
 //!
-//! It runs nothing, mounts nothing, and does not know what a VM is.
+//! This crate runs nothing, mounts nothing, and does not know VMs.
 
 #![deny(missing_docs)]
 

@@ -1,4 +1,4 @@
-//! What an image may take, and streams that are held to it.
+//! Limits of an image, and streams that enforce them.
 
 use std::cell::Cell;
 use std::io::{self, Read};
@@ -6,24 +6,24 @@ use std::rc::Rc;
 
 use thiserror::Error;
 
-/// Most bytes of a path of an entry, as the kernel has it.
+/// Maximum length of an entry's path, as in the kernel.
 pub(crate) const MAX_PATH: usize = 4096;
-/// Most bytes of a name.
+/// Maximum length of a name.
 pub(crate) const MAX_NAME: usize = 255;
-/// Most bytes of a manifest, an index or a configuration.
+/// Maximum length of a manifest, an index or a configuration.
 pub(crate) const MAX_DOCUMENT: u64 = 4 << 20;
-/// Most bytes of the extended header of an entry.
+/// Maximum length of an entry's extended header.
 pub(crate) const MAX_PAX: u64 = 1 << 20;
-/// Levels of directories.
+/// Maximum depth of directories.
 pub(crate) const MAX_DEPTH: usize = 1024;
-/// Links to one file, as ext4 has it.
+/// Maximum number of links to one file, as in ext4.
 pub(crate) const MAX_LINKS: u32 = 65_000;
-/// Bytes of names, links and attributes of all entries.
+/// Maximum bytes of names, links and attributes of all entries.
 const MAX_NAMES: u64 = 512 << 20;
-/// From how many bytes on a ratio is looked at.
+/// Unpacked bytes from which on the ratio is checked.
 const RATIO_FROM: u64 = 64 << 20;
 
-/// Most of what an image may have.
+/// The limits of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Layers.
@@ -32,7 +32,7 @@ pub struct Limits {
     pub entries: u64,
     /// Bytes of all layers together, unpacked.
     pub bytes: u64,
-    /// Bytes of a layer for each byte of it that is compressed, beyond its first 64 MiB.
+    /// Unpacked bytes of a layer per compressed byte, beyond its first 64 MiB.
     pub ratio: u64,
 }
 
@@ -42,39 +42,39 @@ impl Default for Limits {
     }
 }
 
-/// A layer is larger than an image may be.
+/// A limit that an image exceeds.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum LimitError {
     /// Too many layers.
     #[error("the image has {found} layers; {limit} are allowed")]
     Layers {
-        /// How many it has.
+        /// The number of layers.
         found: usize,
-        /// How many are allowed.
+        /// The limit.
         limit: usize,
     },
     /// Too many entries.
     #[error("the image has more than {0} entries")]
     Entries(u64),
-    /// Names, links and attributes are too large together.
+    /// Names, links and attributes are too large in total.
     #[error("the image has more than {0} bytes of names and attributes")]
     Names(u64),
     /// Too many bytes.
     #[error("the image has more than {0} bytes")]
     Bytes(u64),
-    /// Compressed beyond what content can be.
+    /// The compression ratio is too high.
     #[error("{compressed} bytes of the layer are {unpacked} unpacked; {ratio} to 1 are allowed")]
     Ratio {
-        /// What was read.
+        /// Compressed bytes read.
         compressed: u64,
-        /// What came of it.
+        /// Bytes unpacked from them.
         unpacked: u64,
-        /// What is allowed.
+        /// The limit.
         ratio: u64,
     },
 }
 
-/// What is left of an image's limits.
+/// The rest of an image's limits.
 #[derive(Debug)]
 pub(crate) struct Budget {
     limits: Limits,
@@ -88,7 +88,7 @@ impl Budget {
         Self { limits: limits.clone(), entries: limits.entries, names: MAX_NAMES, bytes: limits.bytes }
     }
 
-    /// Takes an entry with that many bytes of names and attributes, which are kept in memory.
+    /// Counts an entry with that many bytes of names and attributes, which are kept in memory.
     pub(crate) fn take_entry(&mut self, names: usize) -> Result<(), LimitError> {
         self.names = self.names.checked_sub(names as u64).ok_or(LimitError::Names(MAX_NAMES))?;
         self.entries = self.entries.checked_sub(1).ok_or(LimitError::Entries(self.limits.entries))?;
@@ -100,13 +100,13 @@ impl Budget {
         Ok(())
     }
 
-    /// Whether a file of that size has room. A refusal before its bytes come.
+    /// Checks that a file of that size has room, before its bytes are read.
     pub(crate) fn allows(&self, bytes: u64) -> Result<(), LimitError> {
         if bytes > self.bytes { Err(LimitError::Bytes(self.limits.bytes)) } else { Ok(()) }
     }
 }
 
-/// Counts what is read.
+/// Counts the bytes read.
 #[derive(Debug)]
 pub(crate) struct Counted<R> {
     inner: R,
@@ -128,7 +128,7 @@ impl<R: Read> Read for Counted<R> {
     }
 }
 
-/// An unpacked layer that ends with an error at the limit.
+/// An unpacked layer whose stream fails at the limit.
 pub(crate) struct Bounded<'a, R> {
     inner: R,
     compressed: Rc<Cell<u64>>,

@@ -1,4 +1,4 @@
-//! Manifests, indexes and configurations, as OCI and Docker have them.
+//! Manifests, indexes and configurations, of OCI and Docker.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use thiserror::Error;
 use crate::digest::Digest;
 use crate::limits::{LimitError, Limits, MAX_DOCUMENT};
 
-/// Levels of indexes in indexes.
+/// Maximum depth of nested indexes.
 pub(crate) const MAX_NESTING: usize = 4;
 const INDEXES: [&str; 2] =
     ["application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json"];
@@ -17,76 +17,76 @@ const MANIFESTS: [&str; 2] =
 const CONFIGS: [&str; 2] =
     ["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
 
-/// What a registry is told that is understood.
+/// The media types that a registry may send.
 pub(crate) fn accepted() -> String {
     [&INDEXES[..], &MANIFESTS[..]].concat().join(", ")
 }
 
-/// A document that no image can be made of.
+/// Why no image can be made of a document.
 #[derive(Debug, Error)]
 pub enum ManifestError {
-    /// No JSON, or not of that form.
+    /// The document is invalid JSON, or has another form.
     #[error("{what} cannot be understood")]
     Json {
-        /// Which.
+        /// The document.
         what: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: serde_json::Error,
     },
-    /// Too long.
+    /// The document is too long.
     #[error("{what} has {found} bytes; {MAX_DOCUMENT} are allowed")]
     TooLong {
-        /// Which.
+        /// The document.
         what: String,
-        /// How many it has.
+        /// Its length.
         found: u64,
     },
-    /// Of a kind that is none of an image.
+    /// The document's type is not part of an image.
     #[error("{what} is of the type {found:?}, which is not supported")]
     MediaType {
-        /// Which.
+        /// The document.
         what: String,
-        /// As it says.
+        /// Its media type.
         found: String,
     },
-    /// Nothing for this platform.
+    /// An index without an image for this platform.
     #[error("there is no image for linux/amd64 among {0}")]
     Platform(String),
     /// An image for another platform.
     #[error("the image is for {0}, not for linux/amd64")]
     OtherPlatform(String),
-    /// Indexes in indexes.
+    /// The nesting of indexes is too deep.
     #[error("the index {0} is more than {MAX_NESTING} indexes deep")]
     Nesting(Digest),
-    /// The configuration knows other layers.
+    /// The configuration lists other layers.
     #[error("the manifest has {manifest} layers, and its configuration {config}")]
     Layers {
-        /// As the manifest says.
+        /// Layers in the manifest.
         manifest: usize,
-        /// As the configuration says.
+        /// Layers in the configuration.
         config: usize,
     },
-    /// A limit.
+    /// A limit is exceeded.
     #[error(transparent)]
     Limit(#[from] LimitError),
 }
 
-/// Which content, and how much of it.
+/// A reference to content, with its size.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Descriptor {
-    /// What it is.
+    /// Its media type.
     #[serde(default)]
     pub media_type: String,
     /// Its digest.
     pub digest: Digest,
-    /// Its bytes.
+    /// Its size in bytes.
     pub size: u64,
-    /// What it runs on.
+    /// Its platform.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub platform: Option<Platform>,
-    /// What else is said of it, such as a tag.
+    /// Further annotations, such as a tag.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub annotations: BTreeMap<String, String>,
 }
@@ -103,7 +103,7 @@ impl Descriptor {
     }
 }
 
-/// What an image runs on.
+/// The platform of an image.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Platform {
@@ -135,13 +135,13 @@ pub struct Manifest {
     schema_version: u32,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     media_type: Option<String>,
-    /// What it runs, and what its layers are unpacked.
+    /// Its configuration: the program, and the digests of its unpacked layers.
     pub config: Descriptor,
-    /// From the lowest to the highest.
+    /// The layers, from the lowest to the highest.
     pub layers: Vec<Descriptor>,
 }
 
-/// How a layer is packed.
+/// The compression of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Packing {
     None,
@@ -149,7 +149,7 @@ pub(crate) enum Packing {
     Zstd,
 }
 
-/// How the layer that a descriptor names is packed.
+/// The compression of the layer in a descriptor.
 pub(crate) fn packing(layer: &Descriptor) -> Result<Packing, ManifestError> {
     let known = |prefix: &str| layer.media_type.strip_prefix(prefix);
     let rest = known("application/vnd.oci.image.layer.v1.tar")
@@ -167,7 +167,7 @@ pub(crate) fn packing(layer: &Descriptor) -> Result<Packing, ManifestError> {
     }
 }
 
-/// What a document that names content is.
+/// A document that refers to content.
 #[derive(Debug)]
 pub(crate) enum Document {
     Index(Vec<Descriptor>),
@@ -182,7 +182,7 @@ fn parse<'a, T: Deserialize<'a>>(what: impl FnOnce() -> String, bytes: &'a [u8])
     serde_json::from_slice(bytes).map_err(|source| ManifestError::Json { what: what(), source })
 }
 
-/// Reads an index or a manifest. Which it is it says itself; `told` is what its descriptor says.
+/// Parses an index or a manifest, by its own media type; `told` is the type in its descriptor.
 pub(crate) fn document(told: &str, bytes: &[u8]) -> Result<Document, ManifestError> {
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
@@ -197,7 +197,7 @@ pub(crate) fn document(told: &str, bytes: &[u8]) -> Result<Document, ManifestErr
     let any: Any = parse(what, bytes)?;
     let kind = any.media_type.as_deref().unwrap_or(told);
     let other = || ManifestError::MediaType { what: what(), found: kind.to_owned() };
-    // A document that is both would be taken for one by some, and for the other by others.
+    // Readers differ on the meaning of a document that is both.
     let is_index = match (any.manifests.is_some(), any.layers.is_some()) {
         (true, false) => true,
         (false, true) => false,
@@ -211,12 +211,12 @@ pub(crate) fn document(told: &str, bytes: &[u8]) -> Result<Document, ManifestErr
     }
 }
 
-/// The descriptor in an index that is for this platform.
+/// The descriptor in an index for this platform.
 pub(crate) fn choose(mut manifests: Vec<Descriptor>) -> Result<Descriptor, ManifestError> {
     let known = |one: &Descriptor| [&INDEXES[..], &MANIFESTS[..]].concat().contains(&one.media_type.as_str());
     let ours = |one: &Descriptor| one.platform.as_ref().is_some_and(Platform::is_ours);
     let chosen = manifests.iter().position(|one| known(one) && ours(one));
-    // One without a platform may be for any.
+    // A descriptor without a platform may be for any.
     let chosen = chosen.or_else(|| manifests.iter().position(|one| known(one) && one.platform.is_none()));
     match chosen {
         Some(at) => Ok(manifests.swap_remove(at)),
@@ -230,14 +230,14 @@ pub(crate) fn choose(mut manifests: Vec<Descriptor>) -> Result<Descriptor, Manif
     }
 }
 
-/// What an image runs.
+/// The program of an image, with its defaults.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct RunConfig {
-    /// A program and its first arguments.
+    /// The program and its first arguments.
     #[serde(deserialize_with = "or_default")]
     pub entrypoint: Vec<String>,
-    /// Arguments that others can replace; the program too, if there is no entrypoint.
+    /// Replaceable arguments, including the program if there is no entrypoint.
     #[serde(deserialize_with = "or_default")]
     pub cmd: Vec<String>,
     /// Variables, as NAME=VALUE.
@@ -246,12 +246,12 @@ pub struct RunConfig {
     /// The directory.
     #[serde(deserialize_with = "or_default")]
     pub working_dir: String,
-    /// A name or number, and a group behind a colon.
+    /// A name or number, and optionally a group after a colon.
     #[serde(deserialize_with = "or_default")]
     pub user: String,
 }
 
-/// Docker writes null for what is empty.
+/// Docker writes null for empty values.
 fn or_default<'de, D: serde::Deserializer<'de>, T: Default + Deserialize<'de>>(from: D) -> Result<T, D::Error> {
     Option::<T>::deserialize(from).map(Option::unwrap_or_default)
 }
@@ -287,25 +287,25 @@ impl ImageConfig {
 }
 
 impl Manifest {
-    /// One of layers whose configuration is at hand, as an archive of Docker's has them.
+    /// A manifest for layers with an available configuration, as in an archive of Docker's.
     pub(crate) fn of(config: &[u8], layers: Vec<Descriptor>) -> Self {
         let config = Descriptor::of(CONFIGS[0], config);
         Self { schema_version: 2, media_type: Some(MANIFESTS[0].to_owned()), config, layers }
     }
 
-    /// Its bytes, and what names them.
+    /// Its bytes, and their descriptor.
     pub(crate) fn to_bytes(&self) -> (Descriptor, Vec<u8>) {
         let bytes = serde_json::to_vec(self).unwrap_or_default();
         (Descriptor::of(MANIFESTS[0], &bytes), bytes)
     }
 
-    /// Its descriptor, by what it says itself.
+    /// Its descriptor, with its own media type.
     pub(crate) fn describe(&self, digest: Digest, size: u64) -> Descriptor {
         let media_type = self.media_type.as_deref().unwrap_or(MANIFESTS[0]);
         Descriptor { digest, size, ..Descriptor::of(media_type, b"") }
     }
 
-    /// Looks at what is said before anything is fetched for it.
+    /// Checks the manifest before any of its content is fetched.
     pub(crate) fn check(&self, limits: &Limits) -> Result<(), ManifestError> {
         if self.layers.len() > limits.layers {
             return Err(LimitError::Layers { found: self.layers.len(), limit: limits.layers }.into());

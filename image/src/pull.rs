@@ -19,7 +19,7 @@ use crate::source::{self, Source, SourceError};
 use crate::store::{Image, Store, StoreError, StoreLock};
 use crate::tree::{Layer, LayerError, Spool, Tree};
 
-/// Why there is no disk of an image.
+/// Why an image could not be turned into a disk.
 #[derive(Debug, Error)]
 pub enum PullError {
     /// The store fails.
@@ -34,27 +34,27 @@ pub enum PullError {
     /// A layer is refused.
     #[error("the layer {layer} is refused")]
     Layer {
-        /// Which.
+        /// The layer.
         layer: Digest,
-        /// Why.
+        /// The cause.
         #[source]
         source: LayerError,
     },
-    /// A layer is not what the configuration says.
+    /// A layer does not match the configuration.
     #[error("the layer {layer} does not match the diff ID in the image's configuration")]
     DiffId {
-        /// Which.
+        /// The layer.
         layer: Digest,
-        /// Why.
+        /// The cause.
         #[source]
         source: DigestError,
     },
     /// A decoder cannot be made.
     #[error("the layer {layer} cannot be unpacked")]
     Unpack {
-        /// Which.
+        /// The layer.
         layer: Digest,
-        /// Why.
+        /// The cause.
         #[source]
         source: std::io::Error,
     },
@@ -63,36 +63,37 @@ pub enum PullError {
     Disk(#[from] DiskError),
 }
 
-/// What is told while an image is pulled.
+/// Receiver of a pull's progress.
 pub trait Progress {
-    /// Content comes, of so many bytes.
+    /// The fetch of content of this size begins.
     fn fetch(&self, _what: &Descriptor) {}
-    /// So many bytes of it more have come.
+    /// So many further bytes were fetched.
     fn fetched(&self, _bytes: u64) {}
-    /// A layer is unpacked: which of how many.
+    /// The unpacking of a layer begins: its number, and the number of layers.
     fn unpack(&self, _layer: usize, _of: usize) {}
-    /// The disk is written.
+    /// The writing of the disk begins.
     fn write(&self) {}
 }
 
 impl Progress for () {}
 
-/// How to pull.
+/// Options of a pull.
 #[derive(Clone, Debug, Default)]
 pub struct PullOptions {
-    /// Ask a registry in the clear, though it is not on this machine.
+    /// Whether to use a registry without TLS although it is on another machine.
     pub is_insecure: bool,
-    /// A name and a password, for a registry that asks for them.
+    /// The credentials for a registry that requires them.
     pub credentials: Option<Credentials>,
-    /// A file of certificates (PEM): a registry's must be of one of these, and it is asked by TLS.
+    /// A file of certificates (PEM): a registry's must be one of them, or be signed by one.
+    /// Requires TLS.
     pub ca: Option<PathBuf>,
-    /// Most of what an image may have.
+    /// The limits of the image.
     pub limits: Limits,
-    /// How long a registry may send nothing of a body: 60 s if not given.
+    /// Maximum silence of a registry within a body. Default: 60 s.
     pub stall: Option<Duration>,
 }
 
-/// Tells of what passes.
+/// Reports the bytes read.
 struct Told<'a, R> {
     inner: R,
     progress: &'a dyn Progress,
@@ -107,12 +108,12 @@ impl<R: Read> Read for Told<'_, R> {
 }
 
 impl Store {
-    /// Pulls an image, makes its disk, and gives it the reference's name. What is there already is not
+    /// Pulls an image, makes its disk, and gives it the reference's name. Present content is not
     /// fetched again.
     ///
     /// # Errors
-    /// When the source does not have it, when it is refused, or when the store fails. Nothing has a name
-    /// then that is not complete.
+    /// When the source does not have the image, when it is refused, or when the store fails. No
+    /// incomplete file has its name then.
     pub fn pull(
         &self,
         reference: &Reference,
@@ -143,7 +144,7 @@ struct Pull<'a> {
 }
 
 impl Pull<'_> {
-    /// Goes through indexes to a manifest, and keeps that.
+    /// Follows indexes to a manifest, and stores the manifest.
     fn resolve(
         &self,
         source: &mut dyn Source,
@@ -155,7 +156,7 @@ impl Pull<'_> {
                 Document::Manifest(manifest) => {
                     self.store.put_blob(self.lock, &name, &bytes[..])?;
                     manifest.check(&self.options.limits)?;
-                    // The same from each source.
+                    // The same descriptor for every source.
                     return Ok((manifest.describe(name.digest, name.size), *manifest));
                 }
                 Document::Index(manifests) => {
@@ -224,7 +225,7 @@ fn unpack(
     let failed = |source| PullError::Unpack { layer: layer.digest.clone(), source };
     let unpacked: Box<dyn Read> = match packing(layer)? {
         Packing::None => Box::new(file),
-        // Several members after each other are one stream.
+        // Concatenated members form one stream.
         Packing::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(BufReader::new(file))),
         Packing::Zstd => Box::new(zstd::Decoder::new(file).map_err(failed)?),
     };
@@ -232,7 +233,7 @@ fn unpack(
     let bounded = Bounded::new(checked, compressed, budget);
     let refused = |source| PullError::Layer { layer: layer.digest.clone(), source };
     let (read, mut rest) = Layer::read(bounded, spool).map_err(refused)?;
-    // What stands behind the archive is nothing, but it is in the digest.
+    // Bytes after the archive are ignored, but count for the digest.
     let drained = std::io::copy(&mut rest, &mut std::io::sink());
     drained.map_err(|error| refused(crate::tar::TarError::from(error).into()))?;
     let diff = |source| PullError::DiffId { layer: layer.digest.clone(), source };

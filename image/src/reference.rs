@@ -1,4 +1,4 @@
-//! Where an image is.
+//! References to images.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -8,29 +8,29 @@ use thiserror::Error;
 
 use crate::digest::Digest;
 
-/// The registry of names that say none.
+/// The registry of names without one.
 pub const REGISTRY_VARIABLE: &str = "CLADE_REGISTRY";
 
-/// A text that names no image.
+/// A text that is not a reference to an image.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum ReferenceError {
-    /// It is none.
+    /// The text is not a reference.
     #[error("{text:?} names no image: {why}")]
     Text {
-        /// As given.
+        /// The text.
         text: String,
-        /// What is wrong.
+        /// The reason.
         why: &'static str,
     },
-    /// There is no registry.
+    /// The registry is missing.
     #[error("{0:?} names no registry: HOST[:PORT]/NAME, or set {REGISTRY_VARIABLE} to HOST[:PORT][/PREFIX]")]
     NoRegistry(String),
 }
 
-/// Which manifest of a repository.
+/// The manifest within a repository.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Version {
-    /// By a name, which may be another one tomorrow.
+    /// By a name, which may refer to another manifest later.
     Tag(String),
     /// By its digest.
     Digest(Digest),
@@ -45,28 +45,28 @@ impl fmt::Display for Version {
     }
 }
 
-/// Where an image is.
+/// A reference to an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reference {
     /// `oci:DIR[:TAG]`: an OCI layout.
     Layout {
         /// Its directory.
         dir: PathBuf,
-        /// Which of its images, if there are several.
+        /// The tag, needed if there are several images.
         tag: Option<String>,
     },
-    /// `docker-archive:FILE`: what `docker save` writes.
+    /// `docker-archive:FILE`: the output of `docker save`.
     Archive {
         /// Its path.
         file: PathBuf,
     },
     /// `HOST[:PORT]/NAME[:TAG|@DIGEST]`.
     Registry {
-        /// With the port, if it has one.
+        /// The host, with the port if there is one.
         host: String,
         /// The repository.
         name: String,
-        /// Which of its images.
+        /// The image in the repository.
         version: Version,
     },
 }
@@ -79,7 +79,7 @@ fn is_tag(tag: &str) -> bool {
         && bytes.all(|byte| is_word(byte) || matches!(byte, b'.' | b'-'))
 }
 
-/// Whether it is a path of repositories, as the distribution specification has them.
+/// Whether the text is a path of repositories as in the distribution specification.
 fn is_name(name: &str) -> bool {
     let is_part = |part: &str| {
         let alphanumeric = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
@@ -108,14 +108,14 @@ fn is_host(host: &str) -> bool {
 }
 
 impl Reference {
-    /// Reads one. `registry` is the one of names that say none.
+    /// Parses a reference. `registry` is that of names without one.
     ///
     /// # Errors
-    /// When the text names no image.
+    /// When the text is not a reference.
     pub fn parse(text: &str, registry: Option<&str>) -> Result<Self, ReferenceError> {
         let bad = |why| ReferenceError::Text { text: text.to_owned(), why };
         if let Some(rest) = text.strip_prefix("oci:") {
-            // What follows the last colon is a tag, unless it is a part of the path.
+            // The text after the last colon is a tag, unless it is a part of the path.
             let (dir, tag) = match rest.rsplit_once(':') {
                 Some((dir, tag)) if !tag.contains('/') => (dir, Some(tag.to_owned())),
                 _ => (rest, None),
@@ -180,7 +180,7 @@ impl FromStr for Reference {
     type Err = ReferenceError;
     fn from_str(text: &str) -> Result<Self, ReferenceError> {
         let registry = std::env::var(REGISTRY_VARIABLE).ok().filter(|registry| !registry.is_empty());
-        // A name in a store means the same in each directory.
+        // The name in a store must not depend on the working directory.
         let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
         Ok(match Self::parse(text, registry.as_deref())? {
             Self::Layout { dir, tag } => Self::Layout { dir: absolute(dir), tag },

@@ -1,4 +1,4 @@
-//! Which image a text names, and the end of images.
+//! Lookup of images by text, and their removal.
 
 use std::fs::File;
 use std::io;
@@ -11,50 +11,50 @@ use crate::digest::Digest;
 use crate::reference::Reference;
 use crate::store::{Image, Store, StoreError};
 
-/// Least digits of a digest that name an image.
+/// Minimum number of digits of an abbreviated digest.
 const MIN_DIGITS: usize = 6;
 
-/// An image is not found, or not removed.
+/// Why an image was not found, or not removed.
 #[derive(Debug, Error)]
 pub enum ImageError {
     /// The store fails.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// There is none of that name.
+    /// No image has that name.
     #[error("there is no image {0:?}")]
     NotFound(String),
-    /// Several have a digest that begins so.
+    /// Several digests begin with the text.
     #[error("{0:?} is the beginning of several digests")]
     Ambiguous(String),
-    /// A VM or a checkpoint has its disk.
+    /// A VM or a checkpoint uses its disk.
     #[error("the disk of {0} is in use")]
     InUse(String),
-    /// It has other names.
+    /// The image has other names.
     #[error("{digest} has the names {}; remove them, or all by the digest with --force", names.join(", "))]
     Named {
-        /// Which image.
+        /// The image.
         digest: Digest,
         /// Its names.
         names: Vec<String>,
     },
 }
 
-/// What a removal has removed.
+/// The result of a removal.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Removed {
-    /// The image, if nothing names it any more.
+    /// The image, if it has no names left.
     pub image: Option<Digest>,
-    /// Its names that are no more.
+    /// Its removed names.
     pub names: Vec<String>,
-    /// Bytes of content that nothing else needs.
+    /// Bytes of content freed.
     pub bytes: u64,
 }
 
 impl Store {
-    /// The image that a text names: a reference, a digest, or its first digits.
+    /// The image of a text: a reference, a digest, or its first digits.
     ///
     /// # Errors
-    /// When there is none, or several.
+    /// When no image matches, or several do.
     pub fn find(&self, text: &str) -> Result<Image, ImageError> {
         let digest = self.find_digest(text)?;
         self.image(&digest)?.ok_or_else(|| ImageError::NotFound(text.to_owned()))
@@ -77,11 +77,11 @@ impl Store {
         }
     }
 
-    /// Removes a name, and the image when that was its last. A digest removes an image that has at most
-    /// one name, or with `is_forced` all of them.
+    /// Removes a name, and the image when that was its last. A digest removes an image that has at
+    /// most one name; with `is_forced`, an image with any number of names.
     ///
     /// # Errors
-    /// When there is none, or when its disk is in use. Nothing is removed then.
+    /// When no image matches, or when its disk is in use. Nothing is removed then.
     pub fn remove(&self, text: &str, is_forced: bool) -> Result<Removed, ImageError> {
         let lock = self.lock()?;
         let digest = self.find_digest(text)?;
@@ -113,13 +113,15 @@ impl Store {
     }
 }
 
-/// Whether any process has the file open. The kernel gives a lease for writing to who is alone with it.
+/// Whether any other process has the file open. The kernel grants a write lease only to the sole
+/// opener.
 fn is_open(path: &Path) -> bool {
-    // Without a disk nobody uses it.
+    // Without a disk there is no user.
     let Ok(file) = File::open(path) else { return false };
-    // SAFETY: the descriptor is open for as long as `file` is, and the call has no other arguments than
-    // numbers. The lease ends with the descriptor.
+    // SAFETY: the descriptor is open for as long as `file` is, and the other arguments of the call
+    // are numbers. The lease ends with the descriptor.
     let leased = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK) };
-    // A file system without leases knows nothing; then what is open stays as it is for who has it.
+    // Without leases on the file system, the use is unknown; open files then stay intact for their
+    // users.
     leased != 0 && io::Error::last_os_error().raw_os_error() == Some(libc::EAGAIN)
 }

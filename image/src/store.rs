@@ -1,12 +1,12 @@
-//! What has been pulled: content by digest, disks by the digest of their image, and names.
+//! Pulled images: content by digest, disks by the digest of their image, and names.
 //!
-//! | path | what |
+//! | path | contents |
 //! |---|---|
-//! | `blobs/sha256/HEX` | content, checked before it had that name |
-//! | `disks/HEX/disk.ext4`, `image.json` | the disk of an image, and what it runs |
-//! | `references.json` | which name is which image |
-//! | `partial/` | what is being written. Emptied by the next that writes |
-//! | `lock` | locked by one that writes |
+//! | `blobs/sha256/HEX` | content, checked before it got that name |
+//! | `disks/HEX/disk.ext4`, `image.json` | the disk of an image, and its program |
+//! | `references.json` | the image of each name |
+//! | `partial/` | files being written; emptied by the next writer |
+//! | `lock` | locked by a writer |
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -21,46 +21,46 @@ use thiserror::Error;
 use crate::digest::{Digest, DigestError, DigestReader};
 use crate::manifest::{Descriptor, RunConfig};
 
-/// Where images are, if not in the cache.
+/// The directory of images, if it is not in the cache.
 pub const DIRECTORY_VARIABLE: &str = "CLADE_IMAGE_DIR";
-/// The writer's version. Other bytes of the same image are another disk.
+/// The writer's version: other bytes for the same image need another version.
 const FORMAT: u32 = 1;
 
-/// The store fails.
+/// An error of the store.
 #[derive(Debug, Error)]
 pub enum StoreError {
-    /// There is no directory for it.
+    /// There is no directory for the store.
     #[error("no directory for images: set {DIRECTORY_VARIABLE}, XDG_CACHE_HOME or HOME")]
     NoDirectory,
     /// A file cannot be used.
     #[error("{path} cannot be {what}")]
     File {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// Done with it.
+        /// The operation.
         what: &'static str,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// A record that is none.
+    /// A file is not a valid record.
     #[error("{path} is not a valid record of images")]
     Record {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: serde_json::Error,
     },
-    /// Content that is not what it should be.
+    /// Content does not match its digest.
     #[error(transparent)]
     Digest(#[from] DigestError),
-    /// Content breaks off.
+    /// Content ends too early.
     #[error("the content of {digest} cannot be read to its end")]
     Content {
-        /// Whose.
+        /// The content's digest.
         digest: Digest,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
@@ -76,15 +76,15 @@ fn failed(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> StoreErr
 pub struct Image {
     /// The digest of its manifest.
     pub digest: Digest,
-    /// Its version of the writer.
+    /// The version of its writer.
     format: u32,
-    /// Content that is its own: manifest, configuration, layers.
+    /// Its content: manifest, configuration, layers.
     pub blobs: Vec<Descriptor>,
-    /// What it runs.
+    /// Its program, with defaults.
     pub config: RunConfig,
-    /// Bytes that its disk has for the guest.
+    /// Size of its disk for the guest.
     pub disk_bytes: u64,
-    /// Attributes and files of other systems that were left out.
+    /// Number of attributes and of other systems' files that were left out.
     pub skipped: u64,
 }
 
@@ -98,17 +98,18 @@ pub struct Store {
     root: PathBuf,
 }
 
-/// Held by one that writes. Readers need none: everything has its name when it is complete.
+/// Held by a writer. Readers need no lock: every file gets its name when it is complete.
 #[derive(Debug)]
 pub struct StoreLock {
     _file: File,
 }
 
 impl Store {
-    /// The directory of `CLADE_IMAGE_DIR`, else `clade/images` in the cache. Made if it is not there.
+    /// The directory of `CLADE_IMAGE_DIR`, otherwise `clade/images` in the cache. Made if it does
+    /// not exist.
     ///
     /// # Errors
-    /// When there is none, or it cannot be made.
+    /// When there is no such directory, or it cannot be made.
     pub fn open_default() -> Result<Self, StoreError> {
         let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let cache = || set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")));
@@ -116,7 +117,7 @@ impl Store {
         Self::open(&root.ok_or(StoreError::NoDirectory)?)
     }
 
-    /// A directory. Made if it is not there.
+    /// Opens a directory. Made if it does not exist.
     ///
     /// # Errors
     /// When it cannot be made.
@@ -129,16 +130,16 @@ impl Store {
         Ok(Self { root })
     }
 
-    /// Where it is.
+    /// The store's directory.
     #[must_use]
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// Waits until nobody else writes. Removes what others have left unfinished.
+    /// Waits until no other writer holds the lock. Removes unfinished files of others.
     ///
     /// # Errors
-    /// When there can be no lock.
+    /// When the lock cannot be taken.
     pub fn lock(&self) -> Result<StoreLock, StoreError> {
         let path = self.root.join("lock");
         let file = File::create(&path).map_err(failed(&path, "opened"))?;
@@ -153,7 +154,7 @@ impl Store {
         Ok(StoreLock { _file: file })
     }
 
-    /// Where what is not complete is.
+    /// The directory of incomplete files.
     pub(crate) fn partial(&self) -> PathBuf {
         self.root.join("partial")
     }
@@ -167,22 +168,22 @@ impl Store {
         self.root.join("disks").join(format!("{other}{}", digest.hex()))
     }
 
-    /// The disk of an image. For reading: it is shared by all VMs.
+    /// The disk of an image, to be read only: all VMs share it.
     #[must_use]
     pub fn disk(&self, image: &Digest) -> PathBuf {
         self.disk_dir(image).join("disk.ext4")
     }
 
-    /// Whether content is there, and of its size.
+    /// Whether content is present, with its size.
     pub(crate) fn has_blob(&self, wanted: &Descriptor) -> bool {
         fs::metadata(self.blob_path(&wanted.digest)).is_ok_and(|file| file.is_file() && file.len() == wanted.size)
     }
 
-    /// Keeps content, after it has been checked.
+    /// Stores content, after checking it.
     pub(crate) fn put_blob(&self, _: &StoreLock, wanted: &Descriptor, content: impl Read) -> Result<(), StoreError> {
         let partial = self.partial();
         let mut file = NamedTempFile::new_in(&partial).map_err(failed(&partial, "written"))?;
-        // One byte more shows that there are more.
+        // One more byte shows that the content is too long.
         let mut content = DigestReader::new(content.take(wanted.size.saturating_add(1)), &wanted.digest);
         let mut chunk = vec![0; 128 << 10];
         loop {
@@ -198,14 +199,15 @@ impl Store {
         self.settle(file, &self.blob_path(&wanted.digest))
     }
 
-    /// Gives a file its name, when it is on the disk.
+    /// Gives a file its name, when it is durable.
     fn settle(&self, file: NamedTempFile, path: &Path) -> Result<(), StoreError> {
         file.as_file().sync_all().map_err(failed(path, "written"))?;
         file.persist(path).map_err(|error| failed(path, "written")(error.error))?;
         sync_directory(path.parent().unwrap_or(&self.root))
     }
 
-    /// Content that is kept. It was checked when it came; a layer's unpacked digest is checked when it is read.
+    /// Opens stored content. Its digest was checked when it was stored; a layer's unpacked digest
+    /// is checked when it is read.
     pub(crate) fn open_blob(&self, wanted: &Descriptor) -> Result<File, StoreError> {
         let path = self.blob_path(&wanted.digest);
         File::open(&path).map_err(failed(&path, "opened"))
@@ -222,10 +224,10 @@ impl Store {
         Ok(bytes)
     }
 
-    /// An image whose disk is complete. None if it has none, or one of another version.
+    /// An image with a complete disk. None without a disk, or with one of another version.
     ///
     /// # Errors
-    /// When its record is none.
+    /// When its record is invalid.
     pub fn image(&self, digest: &Digest) -> Result<Option<Image>, StoreError> {
         let path = self.disk_dir(digest).join("image.json");
         match fs::read(&path) {
@@ -239,7 +241,7 @@ impl Store {
         }
     }
 
-    /// All images that have disks.
+    /// All images with disks.
     ///
     /// # Errors
     /// When they cannot be listed.
@@ -269,7 +271,7 @@ impl Store {
         Image { digest, format: FORMAT, blobs, config, disk_bytes, skipped }
     }
 
-    /// Keeps a disk. `write` writes it into the file that it is given.
+    /// Stores a disk. `write` writes it into the given file.
     pub(crate) fn put_disk<E: From<StoreError>>(
         &self,
         _: &StoreLock,
@@ -289,7 +291,7 @@ impl Store {
         write_synced(&record, &bytes)?;
         sync_directory(dir.path())?;
         let place = self.disk_dir(digest);
-        // One of another version, or without a record.
+        // A disk of another version, or without a record.
         match fs::remove_dir_all(&place) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(failed(&place, "replaced")(error).into());
@@ -297,7 +299,7 @@ impl Store {
             _ => {}
         }
         fs::rename(dir.path(), &place).map_err(failed(&place, "made"))?;
-        // It has another name now, and nothing is left to remove.
+        // The directory was renamed, so there is nothing left to remove.
         drop(dir.keep());
         sync_directory(&self.root.join("disks"))?;
         Ok(image)
@@ -328,7 +330,7 @@ impl Store {
         self.settle(file, &self.root.join("references.json"))
     }
 
-    /// Removes a disk. Its record goes first: what is half removed is no image.
+    /// Removes a disk. Its record goes first, so that a half-removed disk is not an image.
     pub(crate) fn remove_disk(&self, _: &StoreLock, digest: &Digest) -> Result<(), StoreError> {
         let place = self.disk_dir(digest);
         let record = place.join("image.json");
@@ -339,7 +341,7 @@ impl Store {
         fs::remove_dir_all(&place).map_err(failed(&place, "removed"))
     }
 
-    /// Removes content that no image has. Returns how many bytes that was.
+    /// Removes content of no image. Returns the number of bytes freed.
     pub(crate) fn sweep_blobs(&self, _: &StoreLock) -> Result<u64, StoreError> {
         let images = self.images()?;
         let kept: std::collections::HashSet<PathBuf> =

@@ -1,5 +1,5 @@
-//! Tar archives, as far as layers have them: ustar, pax and GNU's long names. Every length is bounded
-//! before anything of that length is read.
+//! Tar archives, as far as layers use them: ustar, pax and GNU's long names. Every length is
+//! checked before any data of that length is read.
 
 use std::io::{self, Read};
 
@@ -11,55 +11,55 @@ const BLOCK: usize = 512;
 /// Prefix of extended attributes in pax records.
 const XATTR: &[u8] = b"SCHILY.xattr.";
 
-/// An archive that is not read further.
+/// Why an archive is not read further.
 #[derive(Debug, Error)]
 pub enum TarError {
-    /// It cannot be read.
+    /// The archive cannot be read.
     #[error("the archive cannot be read")]
     Read(#[source] io::Error),
-    /// It is beyond a limit.
+    /// The archive exceeds a limit.
     #[error(transparent)]
     Limit(#[from] LimitError),
-    /// It ends within an entry.
+    /// The archive ends within an entry.
     #[error("the archive ends within {0}")]
     Truncated(String),
-    /// A header whose sum is wrong.
+    /// A header has a wrong checksum.
     #[error("the header after {0} has a wrong checksum")]
     Checksum(String),
-    /// A number that is none, or out of range.
+    /// A number is invalid, or out of range.
     #[error("the {field} of {path} is not a number in range: {value:?}")]
     Number {
-        /// Whose.
+        /// The entry's path.
         path: String,
-        /// Which.
+        /// The field.
         field: &'static str,
-        /// What stands there.
+        /// The field's content.
         value: String,
     },
-    /// A record that is none.
+    /// An extended header is malformed.
     #[error("an extended header before {0} is not well-formed")]
     Pax(String),
-    /// A name, or a header of names, that is too long.
+    /// A name, or a header of names, is too long.
     #[error("a {what} of {found} bytes after {after}; {limit} are allowed")]
     TooLong {
-        /// The entry before.
+        /// The previous entry.
         after: String,
-        /// Which.
+        /// The item.
         what: &'static str,
-        /// How long it is.
+        /// Its length.
         found: u64,
-        /// How long it may be.
+        /// The limit.
         limit: u64,
     },
-    /// A sparse file.
+    /// An entry is a sparse file.
     #[error("{0} is a sparse file of GNU tar, which layers must not contain")]
     Sparse(String),
-    /// A kind of entry that is not known.
+    /// An entry has an unknown kind.
     #[error("{path} is of the kind {kind:?}, which layers have not")]
     Kind {
-        /// Whose.
+        /// The entry's path.
         path: String,
-        /// Which.
+        /// The kind.
         kind: char,
     },
 }
@@ -79,7 +79,7 @@ pub(crate) fn shown(name: &[u8]) -> String {
     if name.len() > 200 { format!("\"{text}...\"") } else { format!("\"{text}\"") }
 }
 
-/// What an entry is.
+/// The kind of an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     File,
@@ -94,7 +94,7 @@ pub(crate) enum Kind {
 /// A name and a value.
 pub(crate) type Xattr = (Box<[u8]>, Box<[u8]>);
 
-/// The header of one entry, with what came before it.
+/// The header of one entry, with the extended headers before it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
     pub(crate) path: Vec<u8>,
@@ -104,12 +104,12 @@ pub(crate) struct Header {
     pub(crate) uid: u32,
     pub(crate) gid: u32,
     pub(crate) mtime: i64,
-    /// Bytes that follow. 0 of what is no file.
+    /// Bytes of content. 0 for entries other than files.
     pub(crate) size: u64,
     pub(crate) xattrs: Vec<Xattr>,
 }
 
-/// What extended headers say of the next entry.
+/// The extended headers' values for the next entry.
 #[derive(Default)]
 struct Extended {
     path: Option<Vec<u8>>,
@@ -126,7 +126,7 @@ struct Extended {
 #[derive(Debug)]
 pub(crate) struct TarReader<R> {
     inner: R,
-    /// Of the entry's content.
+    /// Bytes left of the entry's content.
     left: u64,
     padding: u64,
     /// The last entry's name, for messages.
@@ -147,7 +147,7 @@ impl<R: Read> TarReader<R> {
         self.inner
     }
 
-    /// The next entry, after what is left of the one before is skipped. None at the end.
+    /// The next entry, after skipping the rest of the one before. None at the end.
     pub(crate) fn next_entry(&mut self) -> Result<Option<Header>, TarError> {
         let mut extended = Extended::default();
         let mut headers = 0;
@@ -170,13 +170,13 @@ impl<R: Read> TarReader<R> {
                     let records = self.content("extended header", size, MAX_PAX)?;
                     self.records(&records, &mut extended)?;
                 }
-                // Global: comments. What it says of names or sizes is for no layer.
+                // Global: comments. Names or sizes in it do not apply to layers.
                 _ => drop(self.content("global header", size, MAX_PAX)?),
             }
         }
     }
 
-    /// Reads of the entry's content. 0 at its end.
+    /// Reads a part of the entry's content. Returns 0 at its end.
     pub(crate) fn read_content(&mut self, buffer: &mut [u8]) -> Result<usize, TarError> {
         let want = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
         if want == 0 {
@@ -190,7 +190,7 @@ impl<R: Read> TarReader<R> {
         Ok(read)
     }
 
-    /// The caller has moved what is read to the end of the content.
+    /// Notes that the caller has moved the reader to the end of the content.
     pub(crate) fn content_was_skipped(&mut self) {
         self.left = 0;
     }
@@ -211,7 +211,7 @@ impl<R: Read> TarReader<R> {
         let mut read = 0;
         while read < BLOCK {
             match self.inner.read(&mut block[read..])? {
-                // Not every writer ends an archive. What is cut off a layer changes its digest.
+                // Some writers do not terminate an archive. A truncated layer has another digest.
                 0 if read == 0 => {
                     self.is_over = true;
                     return Ok(None);
@@ -250,7 +250,7 @@ impl<R: Read> TarReader<R> {
 
     fn long(&mut self, what: &'static str, size: u64) -> Result<Vec<u8>, TarError> {
         let mut name = self.content(what, size, MAX_PATH as u64 + 1)?;
-        // It ends with a NUL.
+        // The name ends with a NUL.
         name.truncate(name.iter().position(|byte| *byte == 0).unwrap_or(name.len()));
         Ok(name)
     }
@@ -272,7 +272,7 @@ impl<R: Read> TarReader<R> {
 
     fn record(&self, key: &[u8], value: &[u8], extended: &mut Extended) -> Result<(), TarError> {
         let decimal = |field| -> Result<Option<u64>, TarError> {
-            // An empty value takes back what was said.
+            // An empty value cancels an earlier one.
             if value.is_empty() {
                 return Ok(None);
             }
@@ -330,14 +330,14 @@ impl<R: Read> TarReader<R> {
         }
         let device = || -> Result<(u32, u32), TarError> {
             let (major, minor) = (of(329, 337, "device")?, of(337, 345, "device")?);
-            // What Linux has of them: 12 and 20 bits.
+            // Linux's ranges: 12 and 20 bits.
             let in_range = major < 1 << 12 && minor < 1 << 20;
             let number =
                 || TarError::Number { path: path_shown.clone(), field: "device", value: format!("{major}:{minor}") };
             if in_range { Ok((major as u32, minor as u32)) } else { Err(number()) }
         };
         let kind = match kind {
-            // As the oldest archives have them.
+            // As in the oldest archives.
             0 if is_dir_name => Kind::Dir,
             b'0' | 0 | b'7' => Kind::File,
             b'1' => Kind::HardLink,
@@ -348,10 +348,10 @@ impl<R: Read> TarReader<R> {
             b'6' => Kind::Fifo,
             other => return Err(TarError::Kind { path: path_shown.clone(), kind: char::from(other) }),
         };
-        // What a size of a directory or a link means differs between readers; Go's, which most tools
-        // for images have, takes it for none.
+        // Readers differ on the size of a directory or a link. Go's reader, used by most tools for
+        // images, treats it as 0.
         let size = if kind == Kind::File { extended.size.unwrap_or(size) } else { 0 };
-        // The last block is padded: a size near the end of all numbers has no such end.
+        // The last block is padded, which overflows for a size near the maximum.
         let padded = size.checked_next_multiple_of(BLOCK as u64).ok_or_else(|| TarError::Number {
             path: path_shown.clone(),
             field: "size",
@@ -376,7 +376,7 @@ fn until_nul(field: &[u8]) -> &[u8] {
 
 fn ustar_path(block: &[u8; 512]) -> Vec<u8> {
     let name = until_nul(&block[..100]);
-    // GNU has other fields where ustar has the prefix.
+    // GNU has other fields in place of the prefix of ustar.
     let prefix = if &block[257..263] == b"ustar\0" { until_nul(&block[345..500]) } else { &[] };
     if prefix.is_empty() { name.to_vec() } else { [prefix, b"/", name].concat() }
 }
@@ -385,7 +385,8 @@ fn ustar_path(block: &[u8; 512]) -> Vec<u8> {
 fn number(field: &[u8], name: &'static str, path: &str) -> Result<u64, TarError> {
     let bad = || TarError::Number { path: path.to_owned(), field: name, value: shown(field) };
     match field.first() {
-        // The bit below the highest is the sign. Times before 1970 are in few archives, and are 0 here.
+        // The bit below the highest is the sign. Times before 1970 are rare in archives, and become
+        // 0 here.
         Some(first) if first & 0xc0 == 0xc0 && name == "time" => Ok(0),
         Some(first) if first & 0xc0 == 0x80 => {
             let mut value = u64::from(first & 0x3f);

@@ -1,4 +1,4 @@
-//! Forks a running VM: the child goes on from the same instant, in memory of its own.
+//! Forks a running VM: the child continues from the same instant, in memory of its own.
 
 use std::sync::Arc;
 

@@ -19,7 +19,8 @@ pub fn unpack(packed: &[u8], limit: usize) -> Option<Vec<u8>> {
     boot::unpack(packed, limit).ok()
 }
 
-/// Whether the description in `bytes`, with `files`, is the memory of an image from another process.
+/// Whether the description in `bytes`, with `files`, is the memory of an image from another
+/// process.
 pub fn image_memory(store: &clade_memory::Store, bytes: &[u8], files: Vec<std::os::fd::OwnedFd>) -> bool {
     crate::vm::is_memory(store, bytes, files)
 }

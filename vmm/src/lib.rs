@@ -1,7 +1,7 @@
 //! Clade as a library: virtual machines under KVM that are forked, snapshotted, restored and reset
 //! while they run.
 //!
-//! | to learn about | read |
+//! | topic | module |
 //! |---|---|
 //! | running, forking, pausing a VM | [`vm`] |
 //! | loading a guest | [`boot`] |
@@ -19,7 +19,7 @@ pub mod kvm;
 pub mod platform;
 pub mod vm;
 
-/// The target of trace events that are for a VM's flight record, whatever is logged.
+/// The target of trace events for a VM's flight record, independent of the log level.
 pub const FLIGHT: &str = "clade_flight";
 
 /// An error and its causes in one line.
@@ -29,7 +29,7 @@ pub fn error_chain(error: &(dyn std::error::Error + 'static)) -> String {
     let mut cause = error.source();
     while let Some(error) = cause {
         let more = error.to_string();
-        // A transparent error says what its cause says.
+        // The text of a transparent error is already that of its cause.
         if !text.ends_with(&more) {
             text.push_str(": ");
             text.push_str(&more);

@@ -29,29 +29,29 @@ use tokio::time::Instant;
 
 use crate::{Client, ClientError, Socket};
 
-/// How long a guest may take to take a connection, if the client has no other patience.
+/// Default timeout for a guest to accept a connection.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long one attempt may take. Each attempt that is given up is more work for a slow guest.
+/// Timeout of one attempt. Each abandoned attempt is more work for a slow guest.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The pause after the first attempt. Each further pause is twice as long, up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
-/// Why an attempt failed that got no answer in its time.
+/// The reason for an attempt without an answer in time.
 const NOT_TAKEN: &str = "it does not take the connection";
-/// How long the head of an answer may take, if the client has no other patience.
+/// Default timeout for the head of an answer.
 pub(crate) const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long the agent may be silent within an answer. It is asked to say something more often.
+/// Maximum silence of the agent within an answer. Keepalives are requested at a shorter interval.
 pub(crate) const SILENCE: Duration = Duration::from_secs(120);
-/// Most bytes of an answer's head.
+/// Maximum length of an answer's head.
 const MAX_HEAD: usize = 64 << 10;
 const MAX_HEADERS: usize = 64;
-/// Most bytes of the line that answers CONNECT.
+/// Maximum length of the line that answers CONNECT.
 const MAX_LINE: usize = 64;
 
-/// Where an agent is.
+/// The address of an agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Endpoint {
-    /// A port of a VM, behind the VM's vsock socket on the host.
+    /// A port of a VM, reached through the VM's vsock socket on the host.
     Vsock {
         /// The socket.
         socket: PathBuf,
@@ -90,11 +90,11 @@ impl Endpoint {
         })
     }
 
-    /// Connects within a time. A guest that refuses the connection, or does not answer it, may have an
-    /// agent in a moment: the attempt is repeated until the time is over.
+    /// Connects within a time. A guest that refuses the connection, or does not answer it, may have
+    /// an agent soon: the attempt is repeated until the time is over.
     ///
     /// # Errors
-    /// When the socket does not exist, or the guest takes no connection in time.
+    /// When the socket does not exist, or the guest does not accept a connection in time.
     pub async fn connect(&self, time: Duration) -> Result<Socket, ClientError> {
         let (begun, mut pause) = (Instant::now(), FIRST_PAUSE);
         loop {
@@ -112,7 +112,7 @@ impl Endpoint {
         }
     }
 
-    /// Connects by one attempt of at most this time.
+    /// Connects with one attempt of at most this time.
     ///
     /// # Errors
     /// As for [`Self::connect`].
@@ -121,11 +121,11 @@ impl Endpoint {
         tokio::time::timeout(time, self.open()).await.map_err(late)?
     }
 
-    /// Connects within a time to a TCP port of the guest, where its agent takes such connections:
-    /// this is that endpoint. All that is read and written then is the port's.
+    /// Connects within a time to a TCP port of the guest. The endpoint must be that of an agent's
+    /// connections to ports. Later bytes belong to the port, in both directions.
     ///
     /// # Errors
-    /// When there is no agent that does so, or nothing listens at the port.
+    /// When there is no such agent, or no listener at the port.
     pub async fn connect_tcp(&self, port: u16, time: Duration) -> Result<Socket, ClientError> {
         let late = |_| ClientError::NoAgent { why: "it does not connect to the port in time", waited: time };
         tokio::time::timeout(time, self.open_tcp(port)).await.map_err(late)?
@@ -141,7 +141,8 @@ impl Endpoint {
                 Ok(b'\n') => break,
                 Ok(byte) if line.len() < MAX_REPLY => line.push(byte),
                 Ok(_) => return Err(ClientError::answer("the line about the port has no end")),
-                // An agent without a place says so and closes, perhaps before it is asked.
+                // An agent without room reports that and closes, perhaps before it reads the
+                // request.
                 Err(_) if let Err(source) = asked => {
                     return Err(ClientError::Socket { at: self.shown(), source });
                 }
@@ -160,7 +161,7 @@ impl Endpoint {
     }
 }
 
-/// Reads `OK`, a port and a line's end, and no byte more: what follows is the agent's.
+/// Reads `OK`, a port and the end of the line, and no further byte: the next ones are the agent's.
 async fn accepted(stream: &mut Socket) -> Result<(), ClientError> {
     let (mut line, begun) = (Vec::new(), Instant::now());
     while line.last() != Some(&b'\n') {
@@ -174,12 +175,13 @@ async fn accepted(stream: &mut Socket) -> Result<(), ClientError> {
     if line.starts_with(b"OK ") { Ok(()) } else { Err(ClientError::answer(String::from_utf8_lossy(&line).trim_end())) }
 }
 
-/// How far a body in pieces is.
+/// The progress of a body in pieces.
 #[derive(Debug, Default)]
 pub(crate) struct Progress {
-    /// Pieces that the connection has taken. Both are read and written by one call's tasks, and order nothing else.
+    /// Pieces that the connection has accepted. Only tasks of one call access both fields, and they
+    /// order no other data.
     taken: AtomicU64,
-    /// Whether the connection waits for the next piece: the guest is not to blame then.
+    /// Whether the connection waits for the next piece, so that the guest does not cause the delay.
     is_waiting: AtomicBool,
 }
 
@@ -187,9 +189,9 @@ pub(crate) struct Progress {
 #[derive(Debug)]
 pub(crate) enum Outgoing {
     Whole(Option<Bytes>),
-    /// The guest may take them as slowly as it likes.
+    /// The guest may accept the pieces at any speed.
     Pieces(mpsc::Receiver<Bytes>),
-    /// It is to take one, or to answer, now and then.
+    /// The guest must accept a piece, or answer, from time to time.
     Watched(mpsc::Receiver<Bytes>, Arc<Progress>),
 }
 
@@ -236,7 +238,7 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
-    /// The next bytes; none at the end.
+    /// The next bytes; `None` at the end.
     pub(crate) async fn piece(&mut self) -> Result<Option<Bytes>, ClientError> {
         loop {
             let body = self.response.body_mut();
@@ -250,7 +252,8 @@ impl Answer {
         }
     }
 
-    /// All of the body, up to the bound of a message. A guest that sends it byte by byte is cut, too.
+    /// All of the body, up to the limit of a message. The timeout also cuts off a guest that sends
+    /// it byte by byte.
     pub(crate) async fn whole(&mut self) -> Result<Vec<u8>, ClientError> {
         within(SILENCE, self.pieces()).await?
     }
@@ -271,7 +274,7 @@ pub(crate) async fn within<T>(time: Duration, work: impl Future<Output = T>) -> 
     tokio::time::timeout(time, work).await.map_err(|_| ClientError::Silent { time })
 }
 
-/// Waits as long as the guest takes pieces.
+/// Waits as long as the guest accepts pieces.
 async fn progressing<T>(progress: &Progress, work: impl Future<Output = T>) -> Result<T, ClientError> {
     let mut work = std::pin::pin!(work);
     let mut taken = 0;
@@ -288,7 +291,7 @@ async fn progressing<T>(progress: &Progress, work: impl Future<Output = T>) -> R
 }
 
 impl Client {
-    /// A request with what all of them have.
+    /// A request with the common headers.
     pub(crate) fn request(&self, method: &str, path: &str) -> hyper::http::request::Builder {
         let mut request = Request::builder().method(method).uri(path).header(HOST, "agent");
         if let Some(user) = &self.user {
@@ -304,7 +307,8 @@ impl Client {
         self.user.as_deref()
     }
 
-    /// Sends a request. A body in pieces may have as much time for its answer as it takes, unless it is watched.
+    /// Sends a request. There is no timeout for the answer to a body in pieces, unless it is
+    /// watched.
     pub(crate) async fn send(&self, request: Request<Outgoing>) -> Result<Answer, ClientError> {
         let is_piecewise = matches!(request.body(), Outgoing::Pieces(_));
         let progress = match request.body() {
@@ -320,7 +324,7 @@ impl Client {
         let (mut sender, connection) =
             http.handshake(TokioIo::new(stream)).await.map_err(ClientError::of_connection)?;
         let driver = Driver(tokio::spawn(async move {
-            // What it fails of is said where the answer is waited for.
+            // The waiter for the answer reports the connection's error.
             let _ = connection.await;
         }));
         let answer = sender.send_request(request);

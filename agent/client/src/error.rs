@@ -10,7 +10,7 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ClientError {
-    /// The socket to the guest is not there, or nobody listens at it.
+    /// The socket to the guest does not exist, or has no listener.
     #[error("the guest's socket {at} cannot be connected to")]
     Socket {
         /// The socket.
@@ -22,17 +22,17 @@ pub enum ClientError {
     /// There is no agent: the guest refuses the connection, or does not answer it.
     #[error("no agent answers in the guest within {:.1} s: {why}", waited.as_secs_f64())]
     NoAgent {
-        /// What it does instead.
+        /// The guest's behaviour.
         why: &'static str,
-        /// How long an agent was waited for.
+        /// How long the client waited for an agent.
         waited: Duration,
     },
-    /// Nothing takes connections at a TCP port of the guest.
+    /// A TCP port of the guest has no listener.
     #[error("port {port} of the guest is not open: {why}")]
     PortClosed {
         /// The port.
         port: u16,
-        /// What the agent says, of printable characters and bounded length.
+        /// The agent's reason: printable characters of bounded length.
         why: String,
     },
     /// The agent does not connect to a TCP port of the guest.
@@ -40,7 +40,7 @@ pub enum ClientError {
     PortRefused {
         /// The port.
         port: u16,
-        /// What the agent says, as above.
+        /// The agent's reason, as above.
         why: String,
     },
     /// The connection broke.
@@ -51,16 +51,16 @@ pub enum ClientError {
         "the agent's connection has ended within the answer: the agent or its VM has ended, or the VM is another now"
     )]
     Lost(#[source] hyper::Error),
-    /// The guest has said nothing for too long, or no whole message.
+    /// The guest was silent for too long, or did not send a whole message.
     #[error("the agent has not answered for {} s", time.as_secs())]
     Silent {
-        /// How long.
+        /// The timeout.
         time: Duration,
     },
-    /// What came is no answer.
+    /// The data received is not an answer.
     #[error("the agent's answer cannot be read: {what}")]
     Answer {
-        /// What it is.
+        /// Its form.
         what: String,
     },
     /// The stream of answers is broken.
@@ -69,10 +69,10 @@ pub enum ClientError {
     /// The stream ended before its last message.
     #[error("the agent's answer ends too early")]
     Truncated,
-    /// The agent refuses, or could not do it.
+    /// The agent refused the call, or failed.
     #[error(transparent)]
     Rpc(#[from] RpcError),
-    /// The same of a file.
+    /// The same for a file.
     #[error("{message}")]
     Refused {
         /// The HTTP status.
@@ -86,7 +86,7 @@ pub enum ClientError {
 }
 
 impl ClientError {
-    /// Of a request that was sent, or of its answer.
+    /// Converts the error of a sent request, or of its answer.
     pub(crate) fn of_connection(error: hyper::Error) -> Self {
         let cause = std::error::Error::source(&error).and_then(|cause| cause.downcast_ref::<io::Error>());
         let is_cut = cause.is_some_and(|cause| {
@@ -97,12 +97,14 @@ impl ClientError {
         if is_lost { Self::Lost(error) } else { Self::Http(error) }
     }
 
-    /// Whether a new attempt to connect may succeed: the guest's device is there, and nothing was sent.
+    /// Whether a new attempt to connect may succeed: the guest's device exists, and no data was
+    /// sent.
     pub(crate) fn may_pass(&self) -> bool {
         use io::ErrorKind::{BrokenPipe, ConnectionReset, WouldBlock};
         match self {
             Self::NoAgent { .. } => true,
-            // The device's backlog is full, or the device has closed the connection before it was used.
+            // The device's backlog is full, or the device has closed the connection before its
+            // first use.
             Self::Socket { source, .. } => matches!(source.kind(), WouldBlock | ConnectionReset | BrokenPipe),
             _ => false,
         }
@@ -117,7 +119,7 @@ impl ClientError {
     }
 
     pub(crate) fn answer(what: impl std::fmt::Display) -> Self {
-        // What a guest says is not passed on at any length.
+        // The length of a guest's text is limited.
         Self::Answer { what: what.to_string().chars().take(200).collect() }
     }
 }

@@ -13,11 +13,11 @@ use crate::connection::{Answer, Outgoing};
 use crate::rpc::refusal;
 use crate::{Client, ClientError};
 
-/// A file that comes down.
+/// A file being downloaded.
 #[derive(Debug)]
 pub struct Download {
     answer: Answer,
-    /// Its length, if the agent says it.
+    /// Its length, if the agent sends it.
     pub length: Option<u64>,
     read: u64,
 }
@@ -37,18 +37,19 @@ impl Download {
     }
 }
 
-/// A file that goes up.
+/// A file being uploaded.
 #[derive(Debug)]
 pub struct Upload(mpsc::Sender<Bytes>);
 
 impl Upload {
-    /// Sends bytes. It waits until those before are on their way. `false` if the call has ended.
+    /// Sends bytes. Waits until earlier bytes are in transit. Returns `false` if the call has
+    /// ended.
     pub async fn send(&mut self, bytes: Bytes) -> bool {
         self.0.send(bytes).await.is_ok()
     }
 }
 
-/// A text as a part of a query.
+/// Percent-encodes a text for a query.
 fn encoded(text: &str) -> String {
     let mut encoded = String::new();
     for byte in text.bytes() {
@@ -81,8 +82,9 @@ impl Client {
         Ok(Download { answer, length, read: 0 })
     }
 
-    /// A stream of bytes to a file with these permissions, and the call that takes it. The call ends when the stream is
-    /// dropped and the file is written. Drop the call first to break it off.
+    /// A stream of bytes to a file with these permissions, and the call that writes it. The call
+    /// ends when the stream is dropped and the file is written. Drop the call first to abort the
+    /// upload.
     pub fn upload(
         &self,
         path: &str,
@@ -107,10 +109,10 @@ impl Client {
         (Upload(sender), call)
     }
 
-    /// What is known of an entry.
+    /// The information about an entry.
     ///
     /// # Errors
-    /// When there is none.
+    /// When the entry does not exist.
     pub async fn stat(&self, path: &str) -> Result<EntryInfo, ClientError> {
         let request = PathRequest { path: path.to_owned() };
         Ok(self.call::<_, EntryResponse>("filesystem.Filesystem/Stat", &request).await?.entry)
@@ -119,32 +121,32 @@ impl Client {
     /// The entries of a directory.
     ///
     /// # Errors
-    /// When there is none.
+    /// When the directory does not exist.
     pub async fn list_dir(&self, path: &str) -> Result<Vec<EntryInfo>, ClientError> {
         let request = ListDirRequest { path: path.to_owned(), depth: 1 };
         Ok(self.call::<_, ListDirResponse>("filesystem.Filesystem/ListDir", &request).await?.entries)
     }
 
-    /// Makes a directory and those on the way to it.
+    /// Makes a directory and its parents.
     ///
     /// # Errors
-    /// When there is something of that name.
+    /// When an entry of that name exists.
     pub async fn make_dir(&self, path: &str) -> Result<EntryInfo, ClientError> {
         let request = PathRequest { path: path.to_owned() };
         Ok(self.call::<_, EntryResponse>("filesystem.Filesystem/MakeDir", &request).await?.entry)
     }
 
-    /// Removes an entry, and all that is in it.
+    /// Removes an entry, recursively. Succeeds if the entry does not exist.
     ///
     /// # Errors
-    /// When it cannot be removed. One that is not there is none.
+    /// When the entry cannot be removed.
     pub async fn remove(&self, path: &str) -> Result<(), ClientError> {
         let request = PathRequest { path: path.to_owned() };
         self.call::<_, Empty>("filesystem.Filesystem/Remove", &request).await.map(drop)
     }
 }
 
-/// The one file that an upload's answer names.
+/// The one file in an upload's answer.
 fn written(bytes: &[u8]) -> Result<[Written; 1], ClientError> {
     clade_agent_proto::json::decode_list(bytes).map_err(ClientError::answer)
 }

@@ -1,6 +1,7 @@
-//! Asks the agent in a guest: runs programs, and copies files.
+//! The client of the agent in a guest: runs programs, and copies files.
 //!
-//! The guest may be anybody's. What it answers is bounded in memory and in time, and what is no answer is a typed error.
+//! The guest may be hostile. Its answers are bounded in memory and in time, and an invalid answer
+//! is a typed error.
 #![deny(missing_docs)]
 
 mod connection;
@@ -22,22 +23,23 @@ use std::time::Duration;
 
 use connection::{CONNECT_TIMEOUT, HEAD_TIMEOUT};
 
-/// An agent, and who asks it.
+/// An agent, and the caller's credentials.
 #[derive(Clone, Debug)]
 pub struct Client {
     endpoint: Endpoint,
     user: Option<String>,
     token: Option<String>,
-    /// How long a guest may take to take a connection.
+    /// Timeout for the guest to accept a connection.
     connecting: Duration,
-    /// Whether a guest that takes no connection gets no second attempt.
+    /// Whether a guest that does not accept a connection gets no second attempt.
     tries_once: bool,
-    /// How long the head of an answer may take.
+    /// Timeout for the head of an answer.
     answering: Duration,
 }
 
 impl Client {
-    /// A client of the agent at `endpoint`. Nothing is connected yet: each call has a connection of its own.
+    /// A client of the agent at `endpoint`. Does not connect yet: each call has a connection of its
+    /// own.
     #[must_use]
     pub fn new(endpoint: Endpoint) -> Self {
         let (connecting, answering) = (CONNECT_TIMEOUT, HEAD_TIMEOUT);
@@ -50,20 +52,20 @@ impl Client {
         Self { user, ..self }
     }
 
-    /// The same, for a guest that may be slow: how long it may take to take a connection, instead of 30 s,
-    /// and then until an answer begins, instead of 60 s.
+    /// The same, with timeouts for a slow guest: for accepting a connection, instead of 30 s, and
+    /// then for the beginning of an answer, instead of 60 s.
     #[must_use]
     pub fn with_patience(self, connecting: Duration, answering: Duration) -> Self {
         Self { connecting, answering, ..self }
     }
 
-    /// The same, for a caller that makes new attempts by itself: each call connects once.
+    /// The same, for a caller that retries by itself: each call connects once.
     #[must_use]
     pub fn with_one_attempt(self) -> Self {
         Self { tries_once: true, ..self }
     }
 
-    /// The same, for a guest that may still boot: how long it may take to take a connection.
+    /// The same, with a timeout for accepting a connection, for a guest that may still boot.
     #[must_use]
     pub fn with_wait(self, connecting: Duration) -> Self {
         Self { connecting, ..self }

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use crate::connection::Outgoing;
 use crate::{Client, ClientError, Messages};
 
-/// A process that is followed.
+/// A process whose events are followed.
 #[derive(Debug)]
 pub struct Process {
     /// Its number in the guest.
@@ -23,10 +23,10 @@ pub struct Process {
 }
 
 impl Process {
-    /// What happens next; `None` after its end.
+    /// The next event; `None` after the last.
     ///
     /// # Errors
-    /// When its time is over, or the connection has failed.
+    /// When the call's time is over, or the connection has failed.
     pub async fn next(&mut self) -> Result<Option<ProcessEvent>, ClientError> {
         Ok(self.events.next().await?.map(|message| message.event))
     }
@@ -40,7 +40,8 @@ pub struct Input {
 }
 
 impl Input {
-    /// Sends bytes. It waits until those before are on their way. `false` if nobody reads any more.
+    /// Sends bytes. Waits until earlier bytes are in transit. Returns `false` if the input is no
+    /// longer read.
     pub async fn send(&mut self, bytes: &[u8]) -> bool {
         let bytes = Some(Base64(bytes.to_vec()));
         let input = if self.is_terminal {
@@ -90,8 +91,8 @@ impl Client {
         self.call("process.Process/List", &Empty {}).await
     }
 
-    /// A stream of input to a process, and the call that takes it. The call ends when the stream is dropped and the process
-    /// has all of it.
+    /// A stream of input to a process, and the call that writes it. The call ends when the stream
+    /// is dropped and the process has all of its bytes.
     pub fn input(
         &self,
         pid: u32,
@@ -101,7 +102,7 @@ impl Client {
         let client = self.clone();
         let start = InputStart { process: Selector::pid(pid) };
         let first = StreamInputRequest { start: Some(start), ..StreamInputRequest::default() };
-        // There is room for it.
+        // The empty channel has room for it.
         let _ = sender.try_send(seal(&first).into());
         let call = async move {
             let body = Outgoing::Pieces(pieces);
@@ -128,7 +129,7 @@ impl Client {
         self.call::<_, Empty>("process.Process/SendSignal", &request).await.map(drop)
     }
 
-    /// Tells a process's terminal its size.
+    /// Sets the size of a process's terminal.
     ///
     /// # Errors
     /// When there is no such process, or it has no terminal.

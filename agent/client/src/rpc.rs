@@ -18,7 +18,7 @@ use serde::de::DeserializeOwned;
 use crate::connection::{Answer, Outgoing, SILENCE, within};
 use crate::{Client, ClientError};
 
-/// How often the agent is to say that a stream is alive.
+/// Interval of keepalives requested for a stream.
 const KEEPALIVE_SECONDS: u32 = 20;
 
 pub(crate) fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ClientError> {
@@ -29,7 +29,7 @@ fn whole(bytes: Vec<u8>) -> Outgoing {
     Outgoing::Whole(Some(Bytes::from(bytes)).filter(|bytes| !bytes.is_empty()))
 }
 
-/// The refusal that an answer is.
+/// The refusal in an answer.
 pub(crate) async fn refusal(answer: &mut Answer) -> ClientError {
     let status = answer.response.status().as_u16();
     let bytes = match answer.whole().await {
@@ -59,9 +59,10 @@ impl<T: DeserializeOwned> Messages<T> {
     /// The next message; `None` after the last.
     ///
     /// # Errors
-    /// When the call has failed, or what comes is no message.
+    /// When the call has failed, or the data is not a message.
     pub async fn next(&mut self) -> Result<Option<T>, ClientError> {
-        // Each whole message: one that comes byte by byte would hold its reader up for as long as it likes.
+        // A timeout for each whole message: one sent byte by byte would delay its reader without
+        // limit.
         within(SILENCE, self.message()).await?
     }
 
@@ -134,15 +135,15 @@ impl Client {
         self.sent(self.request(method, path), whole(body), UNARY_TYPE).await?.whole().await
     }
 
-    /// Whether there is an agent.
+    /// Checks that an agent answers.
     ///
     /// # Errors
-    /// When there is none.
+    /// When there is no agent.
     pub async fn health(&self) -> Result<(), ClientError> {
         self.plain("GET", "/health", Vec::new()).await.map(drop)
     }
 
-    /// What the guest uses of its processors, memory and disk.
+    /// The guest's use of its processors, memory and disk.
     ///
     /// # Errors
     /// When there is no agent, or it refuses.
@@ -150,7 +151,7 @@ impl Client {
         read(&self.plain("GET", "/metrics", Vec::new()).await?)
     }
 
-    /// Sets what the agent is to use from now on.
+    /// Sets the agent's token, defaults and time.
     ///
     /// # Errors
     /// When there is no agent, or it refuses: another token is set.
@@ -158,7 +159,7 @@ impl Client {
         self.plain("POST", "/init", encode(init)).await.map(drop)
     }
 
-    /// Tells the agent that its VM is another one, and waits until it is ready.
+    /// Notifies the agent that its VM is another one, and waits until it is ready.
     ///
     /// # Errors
     /// When there is no agent, or it refuses.

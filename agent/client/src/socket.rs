@@ -9,9 +9,9 @@ use rustix::net::{SendFlags, send};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
-/// A socket. A write after its other end has closed is [`io::ErrorKind::BrokenPipe`], also in a
-/// process that is to end at SIGPIPE: that is for its output. Tokio's own sockets write with
-/// `writev`, which sends the signal.
+/// A socket. A write after its other end has closed fails with [`io::ErrorKind::BrokenPipe`], even
+/// in a process that should end at SIGPIPE, which is meant for its output. Tokio's own sockets
+/// write with `writev`, which sends the signal.
 #[derive(Debug)]
 pub enum Socket {
     /// A Unix socket.
@@ -66,7 +66,7 @@ impl AsyncWrite for Socket {
         loop {
             ready!(self.poll_ready(cx))?;
             match self.try_send(bytes) {
-                // It was not writable any more. The next look at it says when it is.
+                // The socket is no longer writable. The next poll registers for its readiness.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 sent => return Poll::Ready(sent),
             }

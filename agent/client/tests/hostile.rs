@@ -1,4 +1,4 @@
-//! Guests that refuse, are silent, flood, and say what is no answer.
+//! Guests that refuse, stay silent, flood, and send invalid answers.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -11,7 +11,7 @@ use std::time::Duration;
 use clade_agent_client::proto::process::{ListResponse, StartRequest};
 use clade_agent_client::{Client, ClientError, Endpoint};
 
-/// A guest that does `behave` with each connection.
+/// A guest that runs `behave` for each connection.
 fn guest(dir: &tempfile::TempDir, behave: impl Fn(UnixStream) + Send + Sync + Copy + 'static) -> Client {
     let socket = dir.path().join("guest.vsock");
     let listener = UnixListener::bind(&socket).unwrap();
@@ -33,7 +33,7 @@ fn line(stream: &mut UnixStream) -> String {
     String::from_utf8(bytes).unwrap()
 }
 
-/// Takes the connection and the head of the request, and then says `answer` once and `more` for ever.
+/// Accepts the connection, reads the head of the request, sends `answer` once, and `more` for ever.
 fn say(mut stream: UnixStream, answer: &[u8], more: &[u8]) {
     assert_eq!(line(&mut stream), "CONNECT 49983\n");
     stream.write_all(b"OK 1024\n").unwrap();
@@ -45,7 +45,7 @@ fn say(mut stream: UnixStream, answer: &[u8], more: &[u8]) {
         }
         length = header.strip_prefix("content-length: ").map_or(length, |value| value.trim().parse().unwrap());
     }
-    // A socket that is closed with unread bytes is an error to the other end.
+    // Closing a socket with unread bytes is an error to the other end.
     let mut body = vec![0; length];
     stream.read_exact(&mut body).unwrap();
     let mut written = stream.write_all(answer);

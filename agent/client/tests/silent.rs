@@ -1,5 +1,5 @@
-//! Guests that answer as slowly as they can, or never. The clock is the test's: it goes to the next
-//! time-out when nothing else is to be done.
+//! Guests that answer as slowly as they can, or never. The test controls the clock, which advances
+//! to the next timeout when all tasks are idle.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -15,17 +15,17 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::time::{Instant, sleep};
 
 const STREAM: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Type: application/connect+json\r\n\r\n";
-/// An event that says that a stream is alive, in its envelope.
+/// A keepalive event of a stream, in its envelope.
 const ALIVE: &[u8] = b"\0\0\0\0\x1a{\"event\":{\"keepalive\":{}}}";
-/// The longest that a call may take of a guest that does nothing.
+/// Maximum duration of a call to an idle guest.
 const LONGEST: Duration = Duration::from_secs(250);
 
-/// What a guest does with a connection once it has the head of a request.
+/// A guest's behaviour after the head of a request.
 #[derive(Clone, Copy)]
 enum Guest {
-    /// Says this, and `drip` again and again with a pause before each.
+    /// Sends `answer`, and then `drip` repeatedly with a pause before each.
     Says { answer: &'static [u8], drip: &'static [u8], pause: Duration },
-    /// Reads the body to its end, and says this.
+    /// Reads the body to its end, and sends `answer`.
     Reads { answer: &'static [u8] },
 }
 
@@ -57,7 +57,7 @@ async fn behave(mut stream: UnixStream, guest: Guest) {
     }
 }
 
-/// Runs a call against a guest. Returns what it came to, and how long it took.
+/// Runs a call against a guest. Returns its result, and its duration.
 fn call<T, F: Future<Output = T>>(guest: Guest, call: impl FnOnce(Client) -> F) -> (T, Duration) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
     runtime.block_on(async {
@@ -84,18 +84,20 @@ fn says(answer: &'static [u8], drip: &'static [u8]) -> Guest {
     Guest::Says { answer, drip, pause: Duration::from_secs(50) }
 }
 
-/// What a device does with its connections, one after another. The last is done with all that follow.
+/// A device's behaviour for its connections, one after another. The last one also applies to all
+/// later connections.
 #[derive(Clone, Copy)]
 enum Device {
-    /// Closes the connection: nothing in the guest listens.
+    /// Closes the connection: the guest has no listener.
     Refuses,
-    /// Keeps the connection, and answers nothing.
+    /// Keeps the connection without answering.
     Ignores,
-    /// Takes the connection, and answers a request.
+    /// Accepts the connection, and answers a request.
     Takes,
 }
 
-/// Asks a guest behind such a device. Returns the answer, how long it took, and the connections' count.
+/// Calls a guest behind such a device. Returns the answer, the duration, and the number of
+/// connections.
 fn ask(device: &'static [Device], wait: Option<Duration>) -> (Result<(), ClientError>, Duration, usize) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
     runtime.block_on(async {
@@ -158,7 +160,7 @@ fn a_guest_without_a_socket_gets_one_attempt() {
     let begun = runtime.block_on(async { Instant::now() });
     let error = runtime.block_on(async { nowhere.health().await.unwrap_err() });
     assert!(matches!(error, ClientError::Socket { .. }), "{error}");
-    // The paused clock stands still unless a task waits for time.
+    // The paused clock does not advance unless a task waits for time.
     assert_eq!(runtime.block_on(async { begun.elapsed() }), Duration::ZERO);
 }
 
@@ -176,7 +178,7 @@ fn an_answer_byte_by_byte_is_not_waited_for() {
     expect_silent(ready);
     let refusal = call(says(b"HTTP/1.1 500 No\r\n\r\n", b"x"), async |guest| guest.list().await);
     expect_silent(refusal);
-    // Of a message with a megabyte.
+    // The beginning of a message of a megabyte.
     let message = call(says(&[STREAM, b"\0\0\x10\0\0"].concat().leak()[..], b" "), async |guest| {
         guest.start(&StartRequest::default(), None).await
     });
@@ -198,7 +200,7 @@ fn a_program_that_runs_for_long_is_waited_for() {
     assert!(took > Duration::from_secs(4000), "{took:?}");
 }
 
-/// Sends as much as is taken, `pieces` at most.
+/// Sends as much as the guest accepts, up to `pieces`.
 async fn upload(guest: Client, pieces: usize, pause: Duration) -> Result<String, ClientError> {
     let (mut upload, call) = guest.upload("/srv/file", None);
     let call = tokio::spawn(call);

@@ -4,23 +4,23 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// `POST /init`: what the agent is to use from now on.
+/// `POST /init`: the agent's token, defaults and time.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Init {
-    /// Variables of every process. They replace those of the last time.
+    /// Variables of every process. They replace the earlier ones.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub env_vars: Option<BTreeMap<String, String>>,
-    /// The token that requests need. Left out or empty, none.
+    /// The token that requests need. Left out or empty: no token.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub access_token: Option<String>,
-    /// The time, as RFC 3339 says it. The request is old if a later one came first.
+    /// The time as in RFC 3339. A request that is older than an earlier one has no effect.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub timestamp: Option<String>,
-    /// Who runs processes if a request does not say it.
+    /// The default user of processes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub default_user: Option<String>,
-    /// Where relative paths begin if a request does not say it.
+    /// The default directory for relative paths.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub default_workdir: Option<String>,
 }
@@ -33,7 +33,7 @@ pub struct Metrics {
     pub ts: i64,
     /// Processors.
     pub cpu_count: u32,
-    /// Per cent of them that were busy since the last time.
+    /// Their use since the last call, in per cent.
     pub cpu_used_pct: f32,
     /// Memory in MiB.
     pub mem_total_mib: u64,
@@ -73,7 +73,7 @@ pub struct Written {
 pub struct HttpError {
     /// The HTTP status.
     pub code: u16,
-    /// This case, in words.
+    /// The case in words.
     pub message: String,
 }
 
@@ -81,10 +81,10 @@ pub struct HttpError {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Generation {
-    /// What the VM is called.
+    /// The VM's name.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub name: String,
-    /// The time in nanoseconds since 1970, as text. Left out, the clock stays.
+    /// The time in nanoseconds since 1970, as text. Left out, the clock is not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub now_ns: Option<String>,
     /// Bytes for the kernel's random number generator, as base64.
@@ -92,25 +92,25 @@ pub struct Generation {
     pub entropy: Option<crate::Base64>,
 }
 
-/// What a hook of `/etc/clade/fork.d` did.
+/// The result of a hook in `/etc/clade/fork.d`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Hook {
     /// Its name.
     pub name: String,
-    /// How it ended: `exit status 0`.
+    /// Its exit status, such as `exit status 0`.
     pub status: String,
 }
 
-/// The answer: all that was to be done is done.
+/// The answer, when all steps are done.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Ready {
-    /// How often this agent has been told that it is another.
+    /// Number of generation changes of this agent.
     pub generation: u64,
     /// The hooks, in their order.
     pub hooks: Vec<Hook>,
-    /// What could not be done.
+    /// The steps that failed.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub failed: Vec<String>,
 }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// The kind of an error, as the Connect protocol has it.
+/// The kind of an error in the Connect protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[allow(missing_docs)]
@@ -60,7 +60,7 @@ impl fmt::Display for Code {
 pub struct RpcError {
     /// The kind.
     pub code: Code,
-    /// This case, in words.
+    /// The case in words.
     #[serde(default)]
     pub message: String,
 }
@@ -72,13 +72,13 @@ impl RpcError {
         Self { code, message: message.to_string() }
     }
 
-    /// The request is wrong.
+    /// The request is invalid.
     #[must_use]
     pub fn invalid(message: impl fmt::Display) -> Self {
         Self::new(Code::InvalidArgument, message)
     }
 
-    /// There is no such thing.
+    /// The object does not exist.
     #[must_use]
     pub fn not_found(message: impl fmt::Display) -> Self {
         Self::new(Code::NotFound, message)

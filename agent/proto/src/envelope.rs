@@ -7,7 +7,7 @@ use crate::json;
 
 /// Set in the flags of a stream's last message.
 pub const END_OF_STREAM: u8 = 2;
-/// Set in the flags of a message that is compressed. Nobody here does that.
+/// Set in the flags of a compressed message, which is not supported.
 pub const COMPRESSED: u8 = 1;
 const HEAD: usize = 5;
 
@@ -23,15 +23,15 @@ pub struct Envelope {
 /// Why a stream cannot be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum EnvelopeError {
-    /// The length is more than is allowed.
+    /// The length exceeds the limit.
     #[error("a message of {length} bytes; {max} are allowed")]
     TooLong {
-        /// What the envelope says.
+        /// The length in the envelope.
         length: usize,
-        /// What is allowed.
+        /// The limit.
         max: usize,
     },
-    /// A flag that is not known, or compression.
+    /// An unknown flag, or compression.
     #[error("an envelope with the flags {flags:#x}")]
     Flags {
         /// The flags.
@@ -45,7 +45,7 @@ pub enum EnvelopeError {
     },
 }
 
-/// Takes envelopes out of a stream of bytes. It keeps one message and one chunk at most.
+/// Extracts envelopes from a stream of bytes. Buffers at most one message and one chunk.
 #[derive(Debug)]
 pub struct Envelopes {
     buffer: Vec<u8>,
@@ -60,14 +60,14 @@ impl Envelopes {
         Self { buffer: Vec::new(), taken: 0, max }
     }
 
-    /// Adds what has come. Take all envelopes out before more is added.
+    /// Adds received bytes. All envelopes must be taken out before the next call.
     pub fn push(&mut self, chunk: &[u8]) {
         self.buffer.drain(..self.taken);
         self.taken = 0;
         self.buffer.extend_from_slice(chunk);
     }
 
-    /// How long the message that is incomplete says it is.
+    /// The length in the head of the incomplete message.
     #[must_use]
     pub fn announced(&self) -> usize {
         self.rest().get(1..HEAD).map_or(0, length)
@@ -96,7 +96,7 @@ impl Envelopes {
         let message = message.to_vec();
         self.taken += HEAD + length;
         if self.taken == self.buffer.len() {
-            // What a long message needed is not kept.
+            // The buffer of a long message is not kept.
             (self.buffer, self.taken) = (Vec::new(), 0);
         }
         Ok(Some(Envelope { flags, message }))
@@ -135,7 +135,7 @@ pub fn seal_end(error: Option<RpcError>) -> Vec<u8> {
 fn with_flags<T: serde::Serialize>(flags: u8, message: &T) -> Vec<u8> {
     let mut bytes = vec![flags, 0, 0, 0, 0];
     bytes.extend(json::encode(message));
-    // No message is 4 GiB long: what it is made of is bounded.
+    // Messages are shorter than 4 GiB, because their parts are bounded.
     let length = u32::try_from(bytes.len() - HEAD).unwrap_or(u32::MAX);
     bytes[1..HEAD].copy_from_slice(&length.to_be_bytes());
     bytes

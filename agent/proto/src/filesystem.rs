@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::json::{is_default, long, number};
 pub use crate::process::KeepAlive;
 
-/// What an entry is.
+/// The type of an entry.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FileType {
     /// A regular file.
@@ -19,7 +19,7 @@ pub enum FileType {
     /// A symbolic link.
     #[serde(rename = "FILE_TYPE_SYMLINK")]
     Symlink,
-    /// None of the others.
+    /// Any other type.
     #[default]
     #[serde(rename = "FILE_TYPE_UNSPECIFIED", other)]
     Unspecified,
@@ -32,16 +32,16 @@ pub struct EntryInfo {
     /// Its name.
     #[serde(skip_serializing_if = "is_default")]
     pub name: String,
-    /// What it is; of a link, what it leads to.
+    /// Its type; for a link, the target's.
     #[serde(rename = "type", skip_serializing_if = "is_default")]
     pub kind: FileType,
     /// Its path.
     #[serde(skip_serializing_if = "is_default")]
     pub path: String,
-    /// Bytes.
+    /// Size in bytes.
     #[serde(skip_serializing_if = "is_default", with = "long")]
     pub size: i64,
-    /// Permission bits; of a link, those of what it leads to.
+    /// Permission bits; for a link, the target's.
     #[serde(skip_serializing_if = "is_default", deserialize_with = "number::deserialize")]
     pub mode: u32,
     /// The entry's own type and permissions, in letters.
@@ -53,10 +53,10 @@ pub struct EntryInfo {
     /// The group's name, or number.
     #[serde(skip_serializing_if = "is_default")]
     pub group: String,
-    /// When it was last written, as RFC 3339 says it.
+    /// Its modification time as in RFC 3339.
     #[serde(skip_serializing_if = "is_default", alias = "modified_time")]
     pub modified_time: Option<String>,
-    /// Where a link leads to.
+    /// The target of a link.
     #[serde(skip_serializing_if = "is_default", alias = "symlink_target")]
     pub symlink_target: Option<String>,
     /// The attributes `user.e2b.*`.
@@ -76,9 +76,9 @@ pub struct PathRequest {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct MoveRequest {
-    /// From where.
+    /// The present path.
     pub source: String,
-    /// To where.
+    /// The new path.
     pub destination: String,
 }
 
@@ -86,9 +86,9 @@ pub struct MoveRequest {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ListDirRequest {
-    /// Which.
+    /// The directory.
     pub path: String,
-    /// How many levels; 0 is one.
+    /// Number of levels; 0 means one.
     #[serde(skip_serializing_if = "is_default", deserialize_with = "number::deserialize")]
     pub depth: u32,
 }
@@ -105,7 +105,7 @@ pub struct EntryResponse {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ListDirResponse {
-    /// Each of them.
+    /// The entries.
     #[serde(skip_serializing_if = "is_default")]
     pub entries: Vec<EntryInfo>,
 }
@@ -114,38 +114,38 @@ pub struct ListDirResponse {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct WatchRequest {
-    /// Which.
+    /// The directory.
     pub path: String,
-    /// Also the directories below it.
+    /// Whether to include the directories below it.
     #[serde(skip_serializing_if = "is_default")]
     pub recursive: bool,
-    /// With what is known of an entry, while it is there.
+    /// Whether events include the entry's information, while it exists.
     #[serde(skip_serializing_if = "is_default", alias = "include_entry")]
     pub include_entry: bool,
-    /// Also on file systems of other machines.
+    /// Whether to allow file systems of other machines.
     #[serde(skip_serializing_if = "is_default", alias = "allow_network_mounts")]
     pub allow_network_mounts: bool,
 }
 
-/// What has happened to an entry.
+/// The type of an event.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum EventType {
-    /// It was made, or moved here.
+    /// The entry was created, or moved here.
     #[serde(rename = "EVENT_TYPE_CREATE")]
     Create,
-    /// It was written.
+    /// The entry was written.
     #[serde(rename = "EVENT_TYPE_WRITE")]
     Write,
-    /// It was removed.
+    /// The entry was removed.
     #[serde(rename = "EVENT_TYPE_REMOVE")]
     Remove,
-    /// It was moved away.
+    /// The entry was moved away.
     #[serde(rename = "EVENT_TYPE_RENAME")]
     Rename,
-    /// Its owner, times or permissions changed.
+    /// The entry's owner, times or permissions changed.
     #[serde(rename = "EVENT_TYPE_CHMOD")]
     Chmod,
-    /// None of the others.
+    /// Any other type.
     #[default]
     #[serde(rename = "EVENT_TYPE_UNSPECIFIED", other)]
     Unspecified,
@@ -155,10 +155,10 @@ pub enum EventType {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct FilesystemEvent {
-    /// The entry, below the directory that is watched.
+    /// The entry's path below the watched directory.
     #[serde(skip_serializing_if = "is_default")]
     pub name: String,
-    /// What has happened.
+    /// The type of the event.
     #[serde(rename = "type", skip_serializing_if = "is_default")]
     pub kind: EventType,
     /// The entry.
@@ -170,18 +170,19 @@ pub struct FilesystemEvent {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct WatchDirResponse {
-    /// The first.
+    /// The first message.
     #[serde(skip_serializing_if = "is_default")]
     pub start: Option<KeepAlive>,
     /// An event.
     #[serde(skip_serializing_if = "is_default")]
     pub filesystem: Option<FilesystemEvent>,
-    /// Nothing.
+    /// A keepalive.
     #[serde(skip_serializing_if = "is_default")]
     pub keepalive: Option<KeepAlive>,
 }
 
-/// Names a watcher: the answer of `CreateWatcher`, and the request of `GetWatcherEvents` and `RemoveWatcher`.
+/// The name of a watcher: the answer of `CreateWatcher`, and the request of `GetWatcherEvents` and
+/// `RemoveWatcher`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Watcher {
@@ -190,11 +191,11 @@ pub struct Watcher {
     pub watcher_id: String,
 }
 
-/// What has happened since the last time.
+/// The events since the last call.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct WatcherEvents {
-    /// Each event.
+    /// The events.
     #[serde(skip_serializing_if = "is_default")]
     pub events: Vec<FilesystemEvent>,
 }

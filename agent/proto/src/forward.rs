@@ -1,22 +1,23 @@
-//! The lines that a connection to a TCP port of a guest begins with.
+//! The lines at the beginning of a connection to a TCP port of a guest.
 //!
-//! The host says `TCP 8080`, the agent answers `OK`, and what follows is the port's. A line that
-//! begins with `CLOSED` says that nothing listens there, one with `ERR` that it was not tried.
+//! The host sends `TCP 8080`, the agent answers `OK`, and the later bytes belong to the port. A
+//! line with `CLOSED` means that the port has no listener, one with `ERR` that no connection was
+//! tried.
 
-/// The vsock port where the agent takes such connections.
+/// The vsock port of such connections to the agent.
 pub const FORWARD_PORT: u32 = 49984;
-/// Most bytes of a request's line, and of an answer's, with its end.
+/// Maximum length of a request's line with its end; likewise of an answer's.
 pub const MAX_REQUEST: usize = 16;
 /// See [`MAX_REQUEST`].
 pub const MAX_REPLY: usize = 128;
 
-/// The line that asks for a port.
+/// The line that requests a port.
 #[must_use]
 pub fn request(port: u16) -> String {
     format!("TCP {port}\n")
 }
 
-/// The port that a line asks for, without its end. A number is written in one way alone.
+/// The port in a line without its end. Only the canonical form of a number is accepted.
 #[must_use]
 pub fn parse_request(line: &[u8]) -> Option<u16> {
     let digits = line.strip_prefix(b"TCP ")?;
@@ -24,19 +25,19 @@ pub fn parse_request(line: &[u8]) -> Option<u16> {
     std::str::from_utf8(digits).ok().filter(|_| is_number)?.parse().ok()
 }
 
-/// What the agent answers.
+/// The agent's answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply {
     /// The port is connected.
     Open,
-    /// It cannot be connected to: why.
+    /// The port cannot be connected to, for this reason.
     Closed(String),
-    /// The agent does not try: why.
+    /// The agent does not try to connect, for this reason.
     Refused(String),
 }
 
 impl Reply {
-    /// The line, cut to its bound.
+    /// The line, cut to its maximum length.
     #[must_use]
     pub fn line(&self) -> String {
         let (word, why) = match self {
@@ -49,7 +50,7 @@ impl Reply {
         format!("{word} {text}\n")
     }
 
-    /// Reads a line, without its end. What is no answer is `None`.
+    /// Parses a line without its end. Returns `None` for an invalid answer.
     #[must_use]
     pub fn parse(line: &[u8]) -> Option<Self> {
         let is_plain = line.iter().all(|byte| *byte == b' ' || byte.is_ascii_graphic());

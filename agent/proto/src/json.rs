@@ -17,7 +17,7 @@ const ENGINE: GeneralPurpose = GeneralPurpose::new(
 /// Reads a message. An empty text is the empty message. A field that is null has its default.
 ///
 /// # Errors
-/// When the text is no JSON, or a field has a value that its type cannot have.
+/// When the text is invalid JSON, or a field has a value outside its type.
 pub fn decode<T: DeserializeOwned>(text: &[u8]) -> Result<T, serde_json::Error> {
     if text.iter().all(u8::is_ascii_whitespace) {
         return T::deserialize(Value::Object(serde_json::Map::new()));
@@ -30,10 +30,10 @@ pub fn decode<T: DeserializeOwned>(text: &[u8]) -> Result<T, serde_json::Error> 
     T::deserialize(value)
 }
 
-/// Reads a list, which is no message.
+/// Reads a list, which protobuf does not count as a message.
 ///
 /// # Errors
-/// When it is none.
+/// When the text is not a list.
 pub fn decode_list<T: DeserializeOwned>(text: &[u8]) -> Result<T, serde_json::Error> {
     serde_json::from_slice(text)
 }
@@ -53,11 +53,11 @@ fn drop_nulls(value: &mut Value) {
 /// Writes a message.
 #[must_use]
 pub fn encode<T: Serialize>(message: &T) -> Vec<u8> {
-    // Messages have strings as keys and no maps that could fail.
+    // Messages have strings as keys, and no maps that could fail.
     serde_json::to_vec(message).unwrap_or_else(|_| b"{}".to_vec())
 }
 
-/// Bytes, as base64. Both alphabets are read, with padding and without.
+/// Bytes, as base64. Both alphabets are accepted, with or without padding.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Base64(pub Vec<u8>);
 

@@ -1,8 +1,9 @@
-//! What the agent in a guest and its clients say to each other: the messages of E2B's envd, as JSON, and the envelopes
-//! of the Connect protocol around them.
+//! The protocol between the agent in a guest and its clients: the messages of E2B's envd, as JSON,
+//! in the envelopes of the Connect protocol.
 //!
-//! Messages follow the JSON mapping of protobuf: names in camelCase (snake_case is read too), bytes as base64, 64-bit
-//! integers as strings, enums by name, default values left out, unknown fields ignored.
+//! Messages follow the JSON mapping of protobuf: names in camelCase (snake_case is read too), bytes
+//! as base64, 64-bit integers as strings, enums by name, default values left out, unknown fields
+//! ignored.
 #![deny(missing_docs)]
 
 pub mod api;
@@ -24,12 +25,12 @@ pub const PORT: u32 = 49983;
 pub const UNARY_TYPE: &str = "application/json";
 /// The media type of a call with a stream.
 pub const STREAM_TYPE: &str = "application/connect+json";
-/// The header with how long a call may take, in milliseconds.
+/// The header with the timeout of a call, in milliseconds.
 pub const TIMEOUT_HEADER: &str = "connect-timeout-ms";
-/// The header with the seconds of silence after which a stream has a keepalive.
+/// The header with the seconds of silence after which a stream sends a keepalive.
 pub const KEEPALIVE_HEADER: &str = "keepalive-ping-interval";
 /// The header with the access token.
 pub const TOKEN_HEADER: &str = "x-access-token";
 
-/// Most bytes of one message, in either direction.
+/// Maximum length of one message, in either direction.
 pub const MAX_MESSAGE: usize = 4 << 20;

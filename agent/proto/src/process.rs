@@ -7,7 +7,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::json::{Base64, is_default, number};
 
-/// What is run.
+/// The program of a process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct ProcessConfig {
@@ -17,7 +17,7 @@ pub struct ProcessConfig {
     /// Its arguments, without its name.
     #[serde(skip_serializing_if = "is_default")]
     pub args: Vec<String>,
-    /// Variables beside the default ones.
+    /// Variables in addition to the default ones.
     #[serde(skip_serializing_if = "is_default")]
     pub envs: BTreeMap<String, String>,
     /// The working directory.
@@ -49,7 +49,7 @@ pub struct Pty {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct StartRequest {
-    /// What is run.
+    /// The program.
     pub process: ProcessConfig,
     /// The terminal it gets.
     #[serde(skip_serializing_if = "is_default")]
@@ -57,7 +57,7 @@ pub struct StartRequest {
     /// A name to find it by.
     #[serde(skip_serializing_if = "is_default")]
     pub tag: Option<String>,
-    /// Whether it has a standard input that can be written. Left out, it has.
+    /// Whether it has a writable standard input. Left out: yes.
     #[serde(skip_serializing_if = "is_default")]
     pub stdin: Option<bool>,
 }
@@ -82,11 +82,11 @@ impl Selector {
     }
 }
 
-/// A process that runs.
+/// A running process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ProcessInfo {
-    /// What is run.
+    /// The program.
     pub config: ProcessConfig,
     /// Its number.
     #[serde(deserialize_with = "number::deserialize")]
@@ -96,16 +96,16 @@ pub struct ProcessInfo {
     pub tag: Option<String>,
 }
 
-/// The processes that run.
+/// The running processes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ListResponse {
-    /// Each of them.
+    /// The processes.
     #[serde(skip_serializing_if = "is_default")]
     pub processes: Vec<ProcessInfo>,
 }
 
-/// A process has started, or is there.
+/// A process has started, or was found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct StartEvent {
@@ -114,17 +114,17 @@ pub struct StartEvent {
     pub pid: u32,
 }
 
-/// What a process has written: one of these.
+/// Output of a process: one of these.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct DataEvent {
-    /// To its standard output.
+    /// Bytes of its standard output.
     #[serde(skip_serializing_if = "is_default")]
     pub stdout: Option<Base64>,
-    /// To its standard error.
+    /// Bytes of its standard error.
     #[serde(skip_serializing_if = "is_default")]
     pub stderr: Option<Base64>,
-    /// To its terminal.
+    /// Bytes of its terminal.
     #[serde(skip_serializing_if = "is_default")]
     pub pty: Option<Base64>,
 }
@@ -136,7 +136,7 @@ pub struct EndEvent {
     /// Its exit code; -1 if a signal ended it.
     #[serde(skip_serializing_if = "is_default", alias = "exit_code", deserialize_with = "number::deserialize")]
     pub exit_code: i32,
-    /// Whether it ended by itself.
+    /// Whether it exited by itself, and not by a signal.
     #[serde(skip_serializing_if = "is_default")]
     pub exited: bool,
     /// The same in words: `exit status 3`, `signal: killed`.
@@ -147,7 +147,7 @@ pub struct EndEvent {
     pub error: Option<String>,
 }
 
-/// What envd calls the signals from 1 on.
+/// The names of envd for the signals from 1 on.
 const SIGNALS: [&str; 15] = [
     "hangup",
     "interrupt",
@@ -166,7 +166,7 @@ const SIGNALS: [&str; 15] = [
     "terminated",
 ];
 
-/// What envd calls a signal.
+/// The name of envd for a signal.
 #[must_use]
 pub fn signal_name(number: i32) -> String {
     let known = usize::try_from(number).ok().and_then(|number| SIGNALS.get(number.checked_sub(1)?));
@@ -174,7 +174,7 @@ pub fn signal_name(number: i32) -> String {
 }
 
 impl EndEvent {
-    /// The exit code that a shell would give: 128 and its number for a signal.
+    /// The exit code as in a shell: 128 plus the number for a signal.
     #[must_use]
     pub fn shell_code(&self) -> u8 {
         if self.exited {
@@ -186,24 +186,24 @@ impl EndEvent {
     }
 }
 
-/// Nothing has happened; the stream is alive.
+/// A keepalive: the stream is alive, without an event.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeepAlive {}
 
-/// What happens to a process: one of these.
+/// An event of a process: one of these.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ProcessEvent {
-    /// It has started.
+    /// The process has started.
     #[serde(skip_serializing_if = "is_default")]
     pub start: Option<StartEvent>,
-    /// It has written something.
+    /// The process has written output.
     #[serde(skip_serializing_if = "is_default")]
     pub data: Option<DataEvent>,
-    /// It has ended.
+    /// The process has ended.
     #[serde(skip_serializing_if = "is_default")]
     pub end: Option<EndEvent>,
-    /// Nothing.
+    /// A keepalive.
     #[serde(skip_serializing_if = "is_default")]
     pub keepalive: Option<KeepAlive>,
 }
@@ -212,7 +212,7 @@ pub struct ProcessEvent {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct EventResponse {
-    /// What has happened.
+    /// The event.
     pub event: ProcessEvent,
 }
 
@@ -220,7 +220,7 @@ pub struct EventResponse {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ConnectRequest {
-    /// Which.
+    /// The process.
     pub process: Selector,
 }
 
@@ -228,21 +228,21 @@ pub struct ConnectRequest {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct UpdateRequest {
-    /// Which.
+    /// The process.
     pub process: Selector,
     /// The size.
     #[serde(skip_serializing_if = "is_default")]
     pub pty: Option<Pty>,
 }
 
-/// What a process is to read: one of these.
+/// Input of a process: one of these.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ProcessInput {
-    /// On its standard input.
+    /// Bytes for its standard input.
     #[serde(skip_serializing_if = "is_default")]
     pub stdin: Option<Base64>,
-    /// On its terminal.
+    /// Bytes for its terminal.
     #[serde(skip_serializing_if = "is_default")]
     pub pty: Option<Base64>,
 }
@@ -251,9 +251,9 @@ pub struct ProcessInput {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SendInputRequest {
-    /// Which.
+    /// The process.
     pub process: Selector,
-    /// What.
+    /// The input.
     pub input: ProcessInput,
 }
 
@@ -261,7 +261,7 @@ pub struct SendInputRequest {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct InputStart {
-    /// For which process.
+    /// The process.
     pub process: Selector,
 }
 
@@ -277,13 +277,13 @@ pub struct InputData {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct StreamInputRequest {
-    /// The first.
+    /// The first message.
     #[serde(skip_serializing_if = "is_default")]
     pub start: Option<InputStart>,
-    /// Those after it.
+    /// The later messages.
     #[serde(skip_serializing_if = "is_default")]
     pub data: Option<InputData>,
-    /// Nothing.
+    /// A keepalive.
     #[serde(skip_serializing_if = "is_default")]
     pub keepalive: Option<KeepAlive>,
 }
@@ -292,11 +292,12 @@ pub struct StreamInputRequest {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct CloseStdinRequest {
-    /// Which.
+    /// The process.
     pub process: Selector,
 }
 
-/// A signal's number. SIGTERM and SIGKILL have names in the protocol; others are written as numbers.
+/// A signal's number. SIGTERM and SIGKILL have names in the protocol; others are written as
+/// numbers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Signal(pub i32);
 
@@ -335,13 +336,13 @@ impl<'de> Deserialize<'de> for Signal {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SendSignalRequest {
-    /// Which.
+    /// The process.
     pub process: Selector,
-    /// What.
+    /// The signal.
     pub signal: Signal,
 }
 
-/// An answer that says nothing.
+/// An empty answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Empty {}
 

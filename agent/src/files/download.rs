@@ -1,4 +1,4 @@
-//! A file down, in pieces: one is read when the one before is on its way.
+//! Downloads of files, in pieces: a piece is read when the one before is in transit.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -15,7 +15,8 @@ use crate::http::{Answer, Reply, Shared, text};
 
 const PIECE: usize = 256 << 10;
 
-/// Whether a client takes a file as it is. Nothing is compressed here: it would cost the guest's processors.
+/// Whether a client accepts a file uncompressed. Compression would use the guest's processors, and
+/// is not supported.
 fn takes_identity(headers: &HeaderMap) -> bool {
     let Some(accepted) = text(headers, ACCEPT_ENCODING.as_str()) else { return true };
     let refused = |coding: &str| {
@@ -35,7 +36,7 @@ fn open(path: &Path) -> Result<(File, u64, bool), Refusal> {
         io::ErrorKind::NotFound => (StatusCode::NOT_FOUND, format!("path '{}' does not exist", path.display())),
         _ => failed("error reading", path, &error),
     };
-    // Looked at before it is opened: a pipe without a writer would keep the thread for ever.
+    // Checked before the open: a pipe without a writer would block the thread for ever.
     let found = std::fs::metadata(path).map_err(missing)?;
     if found.is_dir() {
         return Err(bad(format_args!("path '{}' is a directory", path.display())));
@@ -45,7 +46,7 @@ fn open(path: &Path) -> Result<(File, u64, bool), Refusal> {
     }
     let file = File::open(path).map_err(missing)?;
     let length = file.metadata().map_err(missing)?.len();
-    // Files of /proc and /sys have no length, and a content all the same.
+    // Files of /proc and /sys have content but report no length.
     let is_exact = length > 0;
     Ok((file, length, is_exact))
 }
@@ -72,7 +73,7 @@ async fn send(mut file: File, length: Option<u64>, sender: mpsc::Sender<io::Resu
             }
             Err(_) => true,
         };
-        // The file has become shorter: a connection that is cut says so.
+        // The file has become shorter: the connection is cut, to report that.
         let piece = if is_end && length.is_some() { Err(io::ErrorKind::UnexpectedEof.into()) } else { piece };
         let is_empty = piece.as_ref().is_ok_and(Bytes::is_empty);
         if is_empty || sender.send(piece).await.is_err() || is_end {

@@ -1,4 +1,4 @@
-//! `/files`: a file down, files up.
+//! `/files`: downloads and uploads.
 
 mod download;
 mod upload;
@@ -17,18 +17,18 @@ use crate::users::{self, User};
 pub(crate) use download::download;
 pub(crate) use upload::upload;
 
-/// What a request for a file says.
+/// The parameters of a request for a file.
 #[derive(Debug)]
 struct Wanted {
     user: User,
-    /// As the request has it; `None` if it has none.
+    /// As in the request, if given.
     path: Option<String>,
     workdir: Option<String>,
-    /// The permissions that a file is to have.
+    /// The permissions of a new file.
     mode: Option<u32>,
 }
 
-/// A refusal: the status, and why.
+/// A refusal: the status, and the reason.
 type Refusal = (StatusCode, String);
 
 fn bad(why: impl std::fmt::Display) -> Refusal {
@@ -70,7 +70,7 @@ fn refusal((status, why): Refusal) -> Reply {
     http_error(status, why)
 }
 
-/// The status for an error of a file system.
+/// The refusal for a file system's error.
 fn failed(what: &str, path: &Path, error: &io::Error) -> Refusal {
     let status = match error.kind() {
         io::ErrorKind::NotFound => StatusCode::NOT_FOUND,

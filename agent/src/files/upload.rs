@@ -1,4 +1,4 @@
-//! Files up: as a body, or as a form of several. Nothing but the piece that is being written is in memory.
+//! Uploads: as a body, or as a form of several files. Only the piece being written is in memory.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{File, OpenOptions, Permissions};
@@ -22,11 +22,11 @@ use crate::multipart::{Multipart, PartEvent, boundary};
 use crate::paths;
 use crate::users::User;
 
-/// What is written at a time.
+/// Bytes written at a time.
 const PIECE: usize = 256 << 10;
-/// What is unpacked at a time: a thousand times as much may come of it.
+/// Bytes unpacked at a time: they may expand by a factor of a thousand.
 const PACKED: usize = 512;
-/// Most files of a form.
+/// Maximum number of files in a form.
 const MAX_FILES: usize = 10_000;
 
 fn internal() -> Refusal {
@@ -46,7 +46,7 @@ fn broken(error: &BodyError) -> Refusal {
 struct Body {
     incoming: Incoming,
     unpacker: Option<MultiGzDecoder<Vec<u8>>>,
-    /// What has come and is not unpacked.
+    /// Received bytes that are not unpacked yet.
     packed: bytes::Bytes,
 }
 
@@ -60,7 +60,7 @@ impl Body {
         Ok(Self { incoming, unpacker, packed: bytes::Bytes::new() })
     }
 
-    /// The next bytes; none at the end.
+    /// The next bytes; empty at the end.
     async fn next(&mut self) -> Result<Vec<u8>, Refusal> {
         let Some(unpacker) = &mut self.unpacker else {
             let next = piece(&mut self.incoming).await.map_err(|error| broken(&error))?;
@@ -86,7 +86,7 @@ impl Body {
     }
 }
 
-/// A file that is being written.
+/// A file being written.
 struct Writer {
     file: Arc<File>,
     path: PathBuf,
@@ -96,7 +96,8 @@ struct Writer {
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        // Its client has gone or sent nonsense, or the VM is another: nobody else is told.
+        // The client has disconnected or sent invalid data, or the VM is another: the log is the
+        // only report.
         if !self.is_whole {
             log!("{} is written in part: its upload has ended too early", self.path.display());
         }
@@ -117,7 +118,8 @@ fn create(path: &Path, user: &User) -> Result<File, Refusal> {
     if found.as_ref().is_ok_and(std::fs::Metadata::is_dir) {
         return Err(bad(format_args!("path is a directory: {}", path.display())));
     }
-    // A pipe without a reader would keep the thread for ever; writing to a device may.
+    // A pipe without a reader would block the thread for ever; writing to a device may block it
+    // too.
     if found.is_ok_and(|found| !found.is_file()) {
         return Err(bad(format_args!("path is no regular file: {}", path.display())));
     }

@@ -1,4 +1,4 @@
-//! What is known of an entry of a directory.
+//! Information about an entry of a directory.
 
 use std::collections::BTreeMap;
 use std::fs::{self, Metadata};
@@ -27,7 +27,7 @@ fn kind(of: &Metadata) -> FileType {
     }
 }
 
-/// Type and permissions in letters, as Go writes them: that is what clients of envd know.
+/// Type and permissions in letters as in Go, for clients of envd.
 fn letters(of: &Metadata) -> String {
     let (kind, mode) = (of.file_type(), of.permissions().mode());
     let is_device = kind.is_block_device() || kind.is_char_device();
@@ -52,7 +52,7 @@ fn letters(of: &Metadata) -> String {
     text
 }
 
-/// An entry, without following it if it is a link.
+/// The information about an entry, without following a link.
 pub(super) fn entry(path: &Path, names: &Names) -> io::Result<EntryInfo> {
     let own = fs::symlink_metadata(path)?;
     let mut info = EntryInfo {
@@ -69,7 +69,7 @@ pub(super) fn entry(path: &Path, names: &Names) -> io::Result<EntryInfo> {
         metadata: BTreeMap::new(),
     };
     if info.kind == FileType::Symlink {
-        // What leads nowhere has no type.
+        // A dangling link has no type.
         let target = fs::canonicalize(path).ok();
         let led_to = target.as_ref().and_then(|target| fs::metadata(target).ok());
         info.kind = led_to.as_ref().map_or(FileType::Unspecified, kind);
@@ -82,7 +82,7 @@ pub(super) fn entry(path: &Path, names: &Names) -> io::Result<EntryInfo> {
     Ok(info)
 }
 
-/// The error of looking at `path`.
+/// The error of an access to `path`.
 pub(super) fn failed(path: &Path, error: &io::Error) -> RpcError {
     let shown = path.display();
     match error.kind() {

@@ -1,4 +1,4 @@
-//! What happens in a directory, from the kernel's inotify.
+//! Events in a directory, from the kernel's inotify.
 
 use std::collections::HashMap;
 use std::fs;
@@ -15,12 +15,12 @@ use tokio::io::Interest;
 
 use crate::stream::{Stream, register};
 
-/// Most directories of a watch.
+/// Maximum number of directories of a watch.
 const MAX_DIRS: usize = 8192;
-/// Most events that are read at a time: some hundred.
+/// Bytes of events read at a time: some hundred events.
 const BUFFER: usize = 16 << 10;
 
-/// One event: what, and where below the directory that is watched.
+/// One event: the type, and the path below the watched directory.
 pub(super) type Event = (EventType, PathBuf);
 
 /// A watch of a directory.
@@ -29,7 +29,7 @@ pub(super) struct Inotify {
     fd: Stream,
     root: PathBuf,
     is_recursive: bool,
-    /// The directories, below the root.
+    /// Paths of the directories below the root.
     dirs: HashMap<i32, PathBuf>,
 }
 
@@ -46,7 +46,7 @@ fn flags() -> WatchFlags {
 }
 
 impl Inotify {
-    /// Watches `root`. Call it on the runtime's thread.
+    /// Watches `root`. Must be called on the runtime's thread.
     pub(super) fn new(root: &Path, is_recursive: bool) -> io::Result<Self> {
         let fd = init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
         let fd = register(fd, Interest::READABLE)?;
@@ -55,7 +55,7 @@ impl Inotify {
         Ok(watch)
     }
 
-    /// Watches a directory, and those in it if wanted. `found` gets what is in it.
+    /// Watches a directory, and those in it for a recursive watch. Adds their entries to `found`.
     fn add(&mut self, dir: &Path, found: &mut Vec<Event>) -> io::Result<()> {
         if self.dirs.len() >= MAX_DIRS {
             return Err(io::Error::other(format!("more than {MAX_DIRS} directories")));
@@ -66,7 +66,7 @@ impl Inotify {
         if !self.is_recursive {
             return Ok(());
         }
-        // After the watch: what is made from now on is heard of.
+        // After the watch, so that later entries cause events.
         for entry in fs::read_dir(&path)?.flatten() {
             let below = dir.join(entry.file_name());
             found.push((EventType::Create, below.clone()));
@@ -80,7 +80,7 @@ impl Inotify {
         Ok(())
     }
 
-    /// What has happened next.
+    /// The next events.
     pub(super) async fn next(&mut self) -> io::Result<Vec<Event>> {
         loop {
             let mut buffer = vec![MaybeUninit::uninit(); BUFFER];
@@ -104,7 +104,7 @@ impl Inotify {
             return Ok(());
         }
         let Some(dir) = self.dirs.get(&id) else { return Ok(()) };
-        // Of the directories below, their parents say the same.
+        // For the directories below, their parents report the same.
         let is_own = what.intersects(ReadFlags::DELETE_SELF | ReadFlags::MOVE_SELF);
         if is_own && !dir.as_os_str().is_empty() {
             return Ok(());

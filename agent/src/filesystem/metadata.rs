@@ -1,4 +1,4 @@
-//! What clients note at files: extended attributes `user.e2b.*`.
+//! Notes of clients on files: extended attributes `user.e2b.*`.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -11,13 +11,13 @@ use rustix::io::Errno;
 
 const PREFIX: &str = "user.e2b.";
 const HEADER: &str = "x-metadata-";
-/// Most bytes of a key, and of all keys and values of a file.
+/// Maximum length of a key, and of all keys and values of a file.
 const MAX_KEY: usize = 246;
 const MAX_ALL: usize = 4096;
 /// Room for the list of names, which the kernel bounds at 64 KiB.
 const MAX_LIST: usize = 64 << 10;
 
-/// The notes that an upload's headers have.
+/// The notes in an upload's headers.
 pub(crate) fn of_headers(headers: &HeaderMap) -> Result<BTreeMap<String, String>, &'static str> {
     let mut notes = BTreeMap::new();
     for (name, value) in headers {
@@ -39,7 +39,7 @@ fn names(list: &[u8]) -> impl Iterator<Item = &str> {
     names.filter(|name| name.starts_with(PREFIX))
 }
 
-/// The notes at a file. A file system without them has none.
+/// The notes on a file. Empty on a file system without them.
 pub(super) fn read(path: &Path) -> BTreeMap<String, String> {
     let mut notes = BTreeMap::new();
     // Most files have no attributes at all.
@@ -69,7 +69,7 @@ pub(crate) fn write(file: &File, notes: &BTreeMap<String, String>) -> io::Result
     }
     for (key, value) in notes {
         match fsetxattr(file, format!("{PREFIX}{key}"), value.as_bytes(), XattrFlags::empty()) {
-            // As of /proc and of file systems in memory: the file is written all the same.
+            // As in /proc and on file systems in memory: the file is written without notes.
             Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::PERM) => {}
             Err(error) => return Err(error.into()),
         }

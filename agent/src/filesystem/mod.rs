@@ -1,4 +1,5 @@
-//! The service `filesystem.Filesystem`. Like envd, it has the agent's rights, not the user's: new entries are the user's.
+//! The service `filesystem.Filesystem`. Like envd, it runs with the agent's rights, not the user's.
+//! The user owns new entries.
 
 mod entry;
 mod inotify;
@@ -22,12 +23,12 @@ use crate::users::{Names, User};
 use entry::{entry, failed};
 pub(crate) use watch::Watchers;
 
-/// Most entries of an answer.
+/// Maximum number of entries in an answer.
 const MAX_ENTRIES: usize = 1 << 16;
-/// Most levels of an answer. Each takes room on the stack.
+/// Maximum depth of an answer. Each level takes room on the stack.
 const MAX_DEPTH: u32 = 512;
 
-/// Does what may wait for a disk on another thread.
+/// Runs work that may wait for a disk on another thread.
 pub(crate) async fn elsewhere<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, RpcError> {
     tokio::task::spawn_blocking(work).await.map_err(|_| RpcError::internal("the request has failed"))
 }
@@ -36,7 +37,7 @@ fn of_entry(entry: io::Result<EntryInfo>, path: &Path) -> Result<EntryResponse, 
     entry.map(|entry| EntryResponse { entry }).map_err(|error| failed(path, &error))
 }
 
-/// The user of a call, and the path that it names.
+/// The user of a call, and the path in it.
 fn place(agent: &Agent, caller: &Caller, path: &str) -> Result<(User, PathBuf), RpcError> {
     let user = caller.user(agent)?;
     let workdir = agent.settings().workdir.clone();
@@ -112,7 +113,7 @@ impl Agent {
                 Err(error) => Err(error),
             };
             match removed {
-                // It is as it should be.
+                // The entry does not exist, as requested.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Empty {}),
                 removed => removed.map(|()| Empty {}).map_err(|error| failed(&path, &error)),
             }
@@ -121,7 +122,8 @@ impl Agent {
     }
 }
 
-/// The entries of `dir` by name, each before what is in it. `shown` is what the client called it.
+/// The entries of `dir` by name, each before its own entries. `shown` is the client's path of
+/// `dir`.
 fn list(dir: &Path, shown: &Path, depth: u32, names: &Names, entries: &mut Vec<EntryInfo>) -> Result<(), RpcError> {
     let read = fs::read_dir(dir).and_then(|entries| entries.map(|entry| entry.map(|it| it.file_name())).collect());
     let mut found: Vec<_> = read.map_err(|error| failed(dir, &error))?;
@@ -130,7 +132,7 @@ fn list(dir: &Path, shown: &Path, depth: u32, names: &Names, entries: &mut Vec<E
         let (path, shown) = (dir.join(&name), shown.join(&name));
         let info = match entry(&path, names) {
             Ok(info) => info,
-            // It has gone meanwhile.
+            // The entry was removed meanwhile.
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             Err(error) => return Err(failed(&path, &error)),
         };

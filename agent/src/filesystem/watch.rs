@@ -1,4 +1,4 @@
-//! Watches: as a stream, and as watchers that are asked.
+//! Watches: as a stream, and as watchers that are polled.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -19,20 +19,20 @@ use crate::agent::{Agent, lock};
 use crate::connect::{Caller, Sink};
 use crate::users::Names;
 
-/// Most watchers at a time: as many as the kernel lets a user have.
+/// Maximum number of watchers: as many as the kernel allows a user.
 const MAX_WATCHERS: usize = 128;
-/// Most events that a watcher keeps until it is asked.
+/// Maximum number of events in a watcher between two polls.
 const MAX_EVENTS: usize = 1 << 14;
 /// File systems of other machines and of programs: NFS, CIFS, SMB, SMB2, FUSE.
 const REMOTE: [i64; 5] = [0x6969, 0xFF53_4D42, 0x517B, 0xFE53_4D42, 0x6573_5546];
 
-/// What a watcher keeps until it is asked, or why it has ended.
+/// The events of a watcher since the last poll, or the reason for its end.
 #[derive(Debug)]
 struct Watched {
     events: Mutex<Result<Vec<FilesystemEvent>, RpcError>>,
 }
 
-/// A watcher, and the task that hears for it.
+/// A watcher, and the task that receives its events.
 type Open = (Arc<Watched>, JoinHandle<()>);
 
 /// The watchers that clients have made.
@@ -42,7 +42,7 @@ pub(crate) struct Watchers {
     open: Mutex<HashMap<String, Open>>,
 }
 
-/// A watch that has begun.
+/// A started watch.
 struct Watch {
     inotify: Inotify,
     root: PathBuf,
@@ -74,7 +74,7 @@ impl Watch {
     }
 
     fn message(&self, (kind, path): Event, names: Option<&Names>) -> FilesystemEvent {
-        // What was removed or moved away is not what is there now.
+        // After a removal or a move, the path may refer to another entry.
         let is_there = matches!(kind, EventType::Create | EventType::Write | EventType::Chmod);
         let found = names.filter(|_| is_there).and_then(|names| entry(&self.root.join(&path), names).ok());
         let name = if path.as_os_str().is_empty() { ".".into() } else { path.to_string_lossy().into_owned() };
@@ -146,7 +146,7 @@ impl Agent {
                 }
             }
         });
-        // Only this thread counts.
+        // Relaxed: only this thread counts.
         let number = self.watchers.made.fetch_add(1, Ordering::Relaxed);
         let watcher_id = format!("w{number}");
         lock(&self.watchers.open).insert(watcher_id.clone(), (watched, task));

@@ -34,7 +34,7 @@ fn ended(end: EndEvent) -> EventResponse {
     EventResponse { event: ProcessEvent { end: Some(end), ..ProcessEvent::default() } }
 }
 
-/// Passes events on to a client until the last.
+/// Passes events on to a client, up to the last one.
 async fn forward(
     sink: &mut Sink,
     mut events: mpsc::Receiver<ProcessEvent>,
@@ -94,20 +94,20 @@ impl Agent {
                 Some(time) => match tokio::time::timeout(time, &mut pump).await {
                     Ok(end) => end,
                     Err(_) => {
-                        // It may be at its end.
+                        // The process may have ended already.
                         let _ = pumped.signal(Signal::KILL.0);
                         pump.await
                     }
                 },
             };
-            // Remembered first: who follows late finds it in one place or the other.
+            // Remembered first, so that a late follower finds it in one place or the other.
             agent.processes.end(&pumped, end.clone());
             pumped.finish(end).await;
         });
         Ok(process)
     }
 
-    /// `Start`: the process goes on when its client goes, and ends when its time is over.
+    /// `Start`: the process survives its client, and is killed when its time is over.
     pub(crate) async fn start(
         self: Arc<Self>,
         request: StartRequest,
@@ -187,7 +187,7 @@ impl Agent {
     }
 }
 
-/// Writes to a process. It takes as long as the process takes to read.
+/// Writes to a process. Waits for the process to read.
 async fn write(process: &Process, input: ProcessInput) -> Result<(), RpcError> {
     match (input.stdin, input.pty, &process.input) {
         (Some(bytes), None, Input::Pipe(stdin)) => {

@@ -1,7 +1,7 @@
-//! What a process writes, to all who follow it.
+//! The output of a process, for all its followers.
 //!
-//! A chunk is read when everybody has taken the one before. So who reads slowly slows the process down, and nothing is
-//! kept. What is written while nobody follows is dropped.
+//! A chunk is read when every follower has received the one before. So a slow follower slows the
+//! process down, and no output is buffered. Output without followers is dropped.
 
 use std::cell::RefCell;
 use std::io;
@@ -18,15 +18,16 @@ use super::Process;
 use crate::children::describe;
 use crate::stream::Stream;
 
-/// Most bytes of an event.
+/// Maximum bytes of an event.
 const CHUNK: usize = 32 << 10;
 
 thread_local! {
-    /// What is read lies here until it is copied to a buffer of its length: 1,000 silent processes need no 1,000 buffers.
+    /// Output is read into this buffer before it is copied to one of its length, so that 1,000
+    /// silent processes do not need 1,000 buffers.
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; CHUNK].into());
 }
 
-/// Which stream something was read from.
+/// The stream that output was read from.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Source {
     Stdout,
@@ -42,7 +43,7 @@ struct Output {
 }
 
 impl Output {
-    /// The next chunk; `None` at the end. Never ends if the stream has ended before.
+    /// The next chunk; `None` at the end. Never returns if the stream has already ended.
     async fn read(&mut self) -> Option<Bytes> {
         let Some(stream) = &self.stream else { return std::future::pending().await };
         let chunk = stream.async_io(tokio::io::Interest::READABLE, read_now).await;
@@ -53,7 +54,7 @@ impl Output {
         chunk
     }
 
-    /// What can be read without waiting.
+    /// The output that can be read without waiting.
     fn read_rest(&mut self) -> Option<Bytes> {
         let chunk = read_now(self.stream.as_ref()?.get_ref()).ok().filter(|chunk| !chunk.is_empty());
         if chunk.is_none() {
@@ -82,7 +83,7 @@ fn event(source: Source, chunk: &Bytes) -> ProcessEvent {
     ProcessEvent { data: Some(data), ..ProcessEvent::default() }
 }
 
-/// How a process ended, for who followed it.
+/// The end of a process, for its followers.
 fn end_event(status: Option<ExitStatus>) -> EndEvent {
     let Some(status) = status else {
         let status = "unknown".to_owned();
@@ -97,8 +98,8 @@ fn end_event(status: Option<ExitStatus>) -> EndEvent {
     }
 }
 
-/// Passes on what a process writes, until it has ended and its streams have. Once a signal was sent to it, what others
-/// hold open of its streams is not waited for.
+/// Passes on the output of a process, until the process has ended and its streams have. After a
+/// signal was sent to it, output that other processes hold open is not waited for.
 pub(crate) async fn pump(
     process: Arc<Process>,
     streams: Vec<(Arc<Stream>, Source)>,

@@ -27,20 +27,20 @@ use crate::paths;
 use crate::stream::{Stream, register};
 use crate::users::User;
 
-/// Where programs are looked for, if the agent's own environment does not say it.
+/// Search path for programs, if the agent's environment lacks one.
 pub(crate) const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// The shell that E2B's SDKs name, and the one of a guest that lacks it.
+/// The shell used by E2B's SDKs, and the substitute in a guest without it.
 const BASH: &str = "/bin/bash";
 const SH: &str = "/bin/sh";
-/// How the C library is tuned.
+/// The variable with tunables of the C library.
 const TUNABLES: &str = "GLIBC_TUNABLES";
-/// The kernel ends such a process before the agent, when memory runs out.
+/// Makes the kernel kill such a process before the agent, when memory runs out.
 const OOM_SCORE: &[u8] = b"100";
 
 /// The last real-time signal of the kernel.
 const LAST_SIGNAL: i32 = 64;
 
-/// What a process starts with.
+/// The initial environment of a process.
 #[derive(Debug)]
 pub(crate) struct Surroundings<'a> {
     pub(crate) user: &'a User,
@@ -56,16 +56,16 @@ pub(crate) struct Started {
     pub(crate) streams: Streams,
 }
 
-/// The ends of its streams.
+/// The agent's ends of its streams.
 #[derive(Debug)]
 pub(crate) enum Streams {
-    /// It has a terminal.
+    /// A terminal.
     Pty(Stream),
-    /// It has pipes, or nothing to read from.
+    /// Pipes, or no standard input.
     Pipes { stdin: Option<Stream>, stdout: Stream, stderr: Stream },
 }
 
-/// The limit of open files that the agent began with: what its children get.
+/// The limit of open files at the agent's start, which its children get.
 pub(crate) fn first_file_limit() -> Rlimit {
     static FIRST: OnceLock<Rlimit> = OnceLock::new();
     *FIRST.get_or_init(|| getrlimit(Resource::Nofile))
@@ -88,7 +88,7 @@ pub(crate) fn command(
     let mut command = Command::new(program);
     let path = std::env::var_os("PATH").filter(|path| !path.is_empty());
     command.args(args).env_clear().env("PATH", path.unwrap_or_else(|| DEFAULT_PATH.into()));
-    // The host may have told the C library what this machine's processor is not to be used for.
+    // The host may have disabled processor features for the C library.
     command.envs(std::env::var_os(TUNABLES).map(|tunables| (TUNABLES, tunables)));
     command.env("HOME", &around.user.home).env("USER", &around.user.name).env("LOGNAME", &around.user.name);
     command.envs(around.envs).envs(envs);
@@ -96,15 +96,15 @@ pub(crate) fn command(
     command
 }
 
-/// What the child does before it becomes the program: a session and a terminal, or a group of its own; then its user; then
-/// the directory, because it is the user who must be allowed to enter it.
+/// The child's steps before exec: a session and a terminal, or a group of its own; then its user;
+/// then the directory, because the user must be allowed to enter it.
 fn enter(command: &mut Command, user: &User, cwd: &Path, has_terminal: bool) {
     let is_other = rustix::process::geteuid().as_raw() != user.uid || rustix::process::getegid().as_raw() != user.gid;
     let is_root = rustix::process::geteuid().is_root();
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
     let groups: Vec<Gid> = user.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
     let files = first_file_limit();
-    // A path with a NUL is refused before: it has been looked at.
+    // A path with a NUL was refused before, when it was looked up.
     let cwd = std::ffi::CString::new(cwd.as_os_str().as_encoded_bytes()).unwrap_or_default();
     let prepare = move || {
         if has_terminal {
@@ -114,7 +114,7 @@ fn enter(command: &mut Command, user: &User, cwd: &Path, has_terminal: bool) {
             rustix::process::setpgid(None::<Pid>, None::<Pid>)?;
         }
         default_signals();
-        // Without these the process runs all the same.
+        // The process also runs without these.
         if let Ok(file) = rustix::fs::open(c"/proc/self/oom_score_adj", OFlags::WRONLY, Mode::empty()) {
             let _ = rustix::io::write(&file, OOM_SCORE);
         }
@@ -129,21 +129,22 @@ fn enter(command: &mut Command, user: &User, cwd: &Path, has_terminal: bool) {
         rustix::process::chdir(cwd.as_c_str())?;
         Ok(())
     };
-    // SAFETY: between fork and exec the closure only makes system calls, on values it has copied before: it takes no
-    // lock and no memory. The child has one thread, so what is set for a thread is set for the process.
+    // SAFETY: between fork and exec the closure only makes system calls, on values copied before:
+    // it takes no lock and no memory. The child has one thread, so settings of the thread are those
+    // of the process.
     unsafe { command.pre_exec(prepare) };
 }
 
 /// Gives every signal its default disposition, and blocks none. The standard library resets only
-/// SIGPIPE, and exec keeps the signals that the agent's starter had it ignore or block.
+/// SIGPIPE, and exec keeps signals ignored or blocked by the agent's starter.
 fn default_signals() {
     // The kernel's structure: SIG_DFL, no flags, no restorer and no mask. The C library's function
     // refuses the two signals that the library uses itself.
     let action = [0_u64; 4];
     for number in 1..=LAST_SIGNAL {
         let (action, size) = (&raw const action, size_of::<u64>());
-        // SAFETY: the kernel reads `action`, which lives on, and installs no handler. It refuses SIGKILL
-        // and SIGSTOP with an error.
+        // SAFETY: the kernel reads `action`, which lives on, and installs no handler. It refuses
+        // SIGKILL and SIGSTOP with an error.
         unsafe { libc::syscall(libc::SYS_rt_sigaction, number, action, 0_usize, size) };
     }
     let (mask, size) = (0_u64, size_of::<u64>());
@@ -185,7 +186,7 @@ fn directory(asked: Option<&str>, around: &Surroundings<'_>) -> Result<PathBuf, 
     match fs::metadata(&cwd) {
         Ok(found) if found.is_dir() => Ok(cwd),
         Ok(_) => Err(RpcError::invalid(format_args!("cwd '{}' is no directory", cwd.display()))),
-        // A user's home need not be there.
+        // A user's home may not exist.
         Err(_) if asked.is_none_or(str::is_empty) && around.workdir.is_none() => Ok("/".into()),
         Err(_) => Err(RpcError::invalid(format_args!("cwd '{}' does not exist", cwd.display()))),
     }
@@ -206,7 +207,7 @@ fn program(named: &str) -> &str {
     program
 }
 
-/// Starts what `request` says.
+/// Starts the process of `request`.
 pub(crate) fn start(
     children: &Children,
     request: &StartRequest,

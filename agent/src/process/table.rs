@@ -15,14 +15,14 @@ use tokio::sync::{Notify, mpsc};
 use crate::agent::lock;
 use crate::stream::Stream;
 
-/// How long the end of a process is remembered, for who follows it late.
+/// How long the end of a process is remembered, for late followers.
 const REMEMBERED: Duration = Duration::from_secs(30);
-/// Ends that are remembered.
+/// Maximum number of remembered ends.
 const MAX_REMEMBERED: usize = 1024;
-/// Processes at a time.
+/// Maximum number of processes.
 pub(crate) const MAX_PROCESSES: usize = 4096;
 
-/// Where a process reads from.
+/// The input of a process.
 #[derive(Debug)]
 pub(crate) enum Input {
     Pty(Arc<Stream>),
@@ -58,29 +58,29 @@ impl Process {
 
     /// Its events from now on.
     pub(crate) fn follow(&self) -> mpsc::Receiver<ProcessEvent> {
-        // One on its way, and one that is being written.
+        // One event in transit, and one being written.
         let (sender, receiver) = mpsc::channel(1);
         lock(&self.followers).push(sender);
         receiver
     }
 
-    /// Gives an event to all who follow, when each has room for it.
+    /// Sends an event to all followers, waiting until each has room for it.
     pub(crate) async fn publish(&self, event: ProcessEvent) {
         let followers = lock(&self.followers).clone();
         for follower in &followers {
-            // One that has gone is left out below.
+            // A dropped follower is removed below.
             let _ = follower.send(event.clone()).await;
         }
         lock(&self.followers).retain(|follower| !follower.is_closed());
     }
 
-    /// The last event, and no more.
+    /// Sends the last event, and removes the followers.
     pub(crate) async fn finish(&self, end: EndEvent) {
         self.publish(ProcessEvent { end: Some(end), ..ProcessEvent::default() }).await;
         lock(&self.followers).clear();
     }
 
-    // All of these run on one thread: the flags need no order.
+    // All of these run on one thread: the flags need no ordering.
     pub(crate) fn is_signalled(&self) -> bool {
         self.is_signalled.load(Ordering::Relaxed)
     }
@@ -101,8 +101,8 @@ impl Process {
             self.is_signalled.store(true, Ordering::Relaxed);
             self.signalled.notify_one();
         }
-        // Once it is reaped its number is its group's as long as the group has members. A process that has the number is
-        // another one, and so is its group.
+        // After it is reaped, its number still identifies its group as long as the group has
+        // members. If a process has that number, it is another one, and so is its group.
         if self.is_reaped.load(Ordering::Relaxed) && Path::new(&format!("/proc/{}", self.pid)).exists() {
             return Ok(());
         }
@@ -132,7 +132,7 @@ pub(crate) struct Table {
     ended: Mutex<Vec<Ended>>,
 }
 
-/// What a selector names.
+/// The result of a lookup by selector.
 #[derive(Debug)]
 pub(crate) enum Found {
     Running(Arc<Process>),
@@ -157,7 +157,7 @@ impl Table {
     }
 
     pub(crate) fn insert(&self, process: &Arc<Process>) {
-        // What had the number, or the tag, before is not found any more.
+        // An earlier process with the same number or tag is no longer found.
         lock(&self.ended).retain(|ended| ended.pid != process.pid && (ended.tag.is_none() || ended.tag != process.tag));
         lock(&self.running).insert(process.pid, Arc::clone(process));
     }
@@ -177,7 +177,7 @@ impl Table {
         ended.push(Ended { pid: process.pid, tag: process.tag.clone(), end, at: Instant::now() });
     }
 
-    /// The process that `selector` names, running or lately ended.
+    /// The process of `selector`, running or recently ended.
     pub(crate) fn find(&self, selector: &Selector) -> Result<Found, RpcError> {
         let matches = |pid: u32, tag: &Option<String>| match (selector.pid, &selector.tag) {
             (Some(wanted), _) => wanted == pid,
@@ -199,7 +199,7 @@ impl Table {
         })
     }
 
-    /// The process that `selector` names, if it runs.
+    /// The process of `selector`, if it runs.
     pub(crate) fn running(&self, selector: &Selector) -> Result<Arc<Process>, RpcError> {
         match self.find(selector)? {
             Found::Running(process) => Ok(process),

@@ -1,4 +1,4 @@
-//! Calls whose agent is killed, or whose VM becomes another, while they are under way.
+//! Calls in progress when their agent is killed, or their VM becomes another.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -13,11 +13,11 @@ use tokio::task::JoinHandle;
 
 use crate::{Agent, run, sh, shell, until};
 
-/// One call of each kind, under way.
+/// One call of each kind, in progress.
 struct Calls {
     process: Process,
     watch: Messages<WatchDirResponse>,
-    /// Kept: it is not the client that ends it.
+    /// Kept, so that the client does not end it.
     _upload: Upload,
     uploaded: JoinHandle<Result<Written, ClientError>>,
     download: Download,
@@ -45,7 +45,7 @@ impl Calls {
         Self { process, watch, _upload: upload, uploaded, download }
     }
 
-    /// Each call ends with the error of a connection that broke, and not with that of a silent agent.
+    /// Each call ends with the error of a broken connection, and not with that of a silent agent.
     async fn expect_lost(mut self) {
         let process = loop {
             if let Err(error) = self.process.next().await {
@@ -84,7 +84,7 @@ fn an_agent_that_is_killed_is_said_to_be_gone() {
         calls.expect_lost().await;
         let after = client.list().await.unwrap_err();
         assert!(matches!(after, ClientError::Socket { .. }), "{after}");
-        // It is nobody's, and would run on.
+        // The orphan would run on.
         assert!(Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
     });
 }
@@ -100,7 +100,8 @@ fn calls_end_when_the_vm_becomes_another_and_what_they_began_stays() {
         let generation = Generation { name: "child".into(), ..Generation::default() };
         assert_eq!(client.change_generation(&generation).await.unwrap().generation, 1);
         calls.expect_lost().await;
-        // The process runs on, and the file has what had come. The next calls are as any.
+        // The process runs on, and the file has the bytes received so far. Later calls work
+        // normally.
         assert_eq!(client.list().await.unwrap().processes[0].pid, pid);
         assert!((256 << 10..=1 << 20).contains(&std::fs::metadata(agent.path("up")).unwrap().len()));
         let (mut upload, call) = client.upload(&agent.path("up"), None);
@@ -110,7 +111,7 @@ fn calls_end_when_the_vm_becomes_another_and_what_they_began_stays() {
         assert_eq!(sh(&client, &format!("cat {}", agent.path("up"))).await.stdout, "whole");
         client.signal(pid, Signal::KILL).await.unwrap();
     });
-    // The child's console says what happened to what its parent had under way.
+    // The child's console reports the interrupted calls of its parent.
     let mut lines = String::new();
     while !lines.contains("/up is written in part") {
         assert!(said.read_line(&mut lines).unwrap() > 0, "{lines}");
@@ -119,7 +120,7 @@ fn calls_end_when_the_vm_becomes_another_and_what_they_began_stays() {
 }
 
 impl Agent {
-    /// The same, and what it says can be read.
+    /// The same, with its log readable.
     fn start_heard() -> Self {
         Self::start_as(&[], Stdio::piped())
     }

@@ -52,7 +52,7 @@ fn files_go_up_and_down() {
         assert_eq!(get(&client, &path).await.unwrap(), b"short");
         put(&client, &path, b"").await.unwrap();
         assert_eq!(get(&client, &path).await.unwrap(), b"");
-        // Has no length, and a content.
+        // A file with content but without a length.
         assert!(get(&client, "/proc/self/status").await.unwrap().starts_with(b"Name:"));
         assert_eq!(status(&get(&client, "/nowhere").await.unwrap_err()), 404);
         assert_eq!(status(&get(&client, "/tmp").await.unwrap_err()), 400);
@@ -151,7 +151,7 @@ fn forms_have_several_files() {
     assert_eq!(std::fs::read_to_string(agent.path("three")).unwrap(), "named");
     run(async {
         let notes = agent.client().stat(&one).await.unwrap().metadata;
-        // Not every file system has room for them.
+        // Some file systems have no room for them.
         assert!(notes.is_empty() || notes["origin"] == "a test", "{notes:?}");
     });
 }

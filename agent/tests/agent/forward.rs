@@ -12,10 +12,10 @@ use clade_test_support::{Watchdog, wait_until};
 
 use crate::{Agent, LIMIT, run, shell, until};
 
-/// Longer than any test runs: a connection that is not answered is the watchdog's affair.
+/// Longer than any test runs: the watchdog handles a connection without an answer.
 const ANY_TIME: Duration = Duration::from_secs(86_400);
 
-/// An agent, and where it takes connections to ports.
+/// An agent, and its socket for connections to ports.
 struct Forward {
     agent: Agent,
     dir: tempfile::TempDir,
@@ -38,7 +38,7 @@ impl Forward {
         self.endpoint().connect_tcp(port, ANY_TIME).await
     }
 
-    /// What is said to a first line as it stands here.
+    /// The answer to this exact first line.
     fn say(&self, line: &[u8]) -> String {
         let _watchdog = Watchdog::new(LIMIT, || "the agent does not close a connection".to_owned());
         let mut stream = StdUnixStream::connect(self.dir.path().join("forward.sock")).unwrap();
@@ -72,7 +72,7 @@ fn a_port_that_is_closed_is_refused_by_the_guest() {
     run(async {
         let port = free_port().await;
         let error = all.open(port).await.unwrap_err();
-        // The kernel's refusal is passed on: the agent has not waited for a time-out.
+        // The kernel's refusal is passed on: the agent has not waited for a timeout.
         let refusal = format!("nothing listens at port {port}");
         assert!(
             matches!(&error, ClientError::PortClosed { port: of, why } if *of == port && *why == refusal),
@@ -82,7 +82,7 @@ fn a_port_that_is_closed_is_refused_by_the_guest() {
     for wrong in ["TCP 0\n", "TCP 127.0.0.1:80\n", "TCP 70000\n", "GET / HTTP/1\n", "\n"] {
         assert_eq!(all.say(wrong.as_bytes()), "ERR the line names no port\n", "{wrong:?}");
     }
-    // No line, or one without an end.
+    // Not a line, or one without an end.
     assert_eq!(all.say(&[b'x'; 4096]), "");
 }
 
@@ -106,7 +106,7 @@ fn either_side_may_end_first_and_the_other_goes_on() {
     let all = Forward::start();
     run(async {
         let (listener, port) = listener().await;
-        // The host ends, and then is answered.
+        // The host shuts down its direction, and then gets the answer.
         let mut stream = all.open(port).await.unwrap();
         let (mut served, _) = listener.accept().await.unwrap();
         stream.write_all(b"question").await.unwrap();
@@ -120,7 +120,7 @@ fn either_side_may_end_first_and_the_other_goes_on() {
         read.clear();
         stream.read_to_end(&mut read).await.unwrap();
         assert_eq!(read, b"answer");
-        // The program ends, and still reads.
+        // The program shuts down its direction, and still reads.
         let mut stream = all.open(port).await.unwrap();
         let (mut served, _) = listener.accept().await.unwrap();
         served.shutdown().await.unwrap();
@@ -130,7 +130,7 @@ fn either_side_may_end_first_and_the_other_goes_on() {
         let mut read = Vec::new();
         served.read_to_end(&mut read).await.unwrap();
         assert_eq!(read, b"later");
-        // A client that goes is gone for the program, too, and leaves nothing behind.
+        // When a client disconnects, so does the agent from the program, and no descriptor is left.
         let before = all.agent.descriptors();
         let stream = all.open(port).await.unwrap();
         let (mut served, _) = listener.accept().await.unwrap();
@@ -159,7 +159,7 @@ fn many_connections_are_served_and_one_more_is_refused() {
         }
         let error = all.open(port).await.unwrap_err();
         assert!(matches!(&error, ClientError::PortRefused { why, .. } if why.contains("512")), "{error}");
-        // The agent itself is there.
+        // The agent itself still answers.
         all.agent.client().start(&shell("true"), None).await.unwrap();
         for (number, stream) in open.iter_mut().enumerate() {
             let mut read = [0; 4];
@@ -190,7 +190,7 @@ fn a_slow_reader_slows_its_writer_and_no_byte_is_lost() {
                 counted.fetch_add(piece.len(), std::sync::atomic::Ordering::Relaxed);
             }
         });
-        // Nobody reads: it comes to a halt long before the end.
+        // Without a reader, the transfer stops long before the end.
         let mut last = usize::MAX;
         until("a halt", async || {
             tokio::time::sleep(Duration::from_millis(200)).await;

@@ -1,4 +1,4 @@
-//! Clients that send garbage, floods and halves, and clients that vanish.
+//! Clients that send garbage, floods and partial requests, and clients that vanish.
 
 use std::io::{Read, Write};
 use std::time::Duration;
@@ -87,11 +87,11 @@ fn a_client_that_vanishes_leaves_nothing() {
         let before = agent.descriptors();
         let mut pids = Vec::new();
         for _ in 0..50 {
-            // It writes for ever, and nobody reads.
+            // Writes for ever, without a reader.
             let process = client.start(&shell("exec cat /dev/zero"), None).await.unwrap();
             pids.push(process.pid);
         }
-        // Nobody follows: what is written is dropped, and they run on.
+        // Without followers: the output is dropped, and the processes run on.
         assert_eq!(client.list().await.unwrap().processes.len(), 50);
         for pid in pids {
             client.signal(pid, Signal::KILL).await.unwrap();
@@ -127,7 +127,8 @@ fn a_client_that_reads_nothing_stops_the_process_and_not_the_agent() {
         assert!(agent.memory() < 64 << 10, "{} KiB", agent.memory());
         assert_eq!(sh(&client, "echo fine").await.stdout, "fine\n");
         client.signal(pid, Signal::KILL).await.unwrap();
-        // It has ended, and its client has not heard of it. Another is told at once what it was that ended.
+        // The process has ended, and its client has not received that. Another client gets the end
+        // at once.
         drop(client.follow(Selector { tag: Some("flood".into()), pid: None }).await.unwrap());
         drop(stream);
         until("the end", async || client.list().await.unwrap().processes.is_empty()).await;

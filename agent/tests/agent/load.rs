@@ -1,4 +1,4 @@
-//! Much of it: a file of a GiB, a thousand processes, output that floods.
+//! Load: a file of a GiB, a thousand processes, output that floods.
 
 use bytes::Bytes;
 use clade_agent_client::proto::process::Signal;
@@ -6,7 +6,7 @@ use clade_agent_client::proto::process::Signal;
 use crate::{Agent, run, shell, until};
 
 const MIB: usize = 1 << 20;
-/// What the agent may have, with whatever it is busy with: in KiB.
+/// Limit of the agent's memory under any load, in KiB.
 const MEMORY: u64 = 32 << 10;
 
 #[test]
@@ -59,7 +59,7 @@ fn output_of_256_mib_comes_whole_and_in_order() {
         let (mut total, mut sum, mut most) = (0u64, 0u64, 0);
         while let Some(event) = process.next().await.unwrap() {
             let Some(bytes) = event.data.and_then(|data| data.stdout) else { continue };
-            // Depends on the order.
+            // This checksum depends on the order.
             sum = bytes.0.iter().fold(sum, |sum, byte| sum.wrapping_mul(31).wrapping_add(u64::from(*byte)));
             if total.is_multiple_of(64 * MIB as u64) {
                 most = most.max(agent.memory());

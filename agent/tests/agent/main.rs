@@ -23,7 +23,7 @@ use clade_agent_client::proto::process::{EndEvent, ProcessConfig, StartRequest};
 use clade_agent_client::{Client, ClientError, Endpoint, Process};
 use clade_test_support::{Patience, Watchdog, wait_until};
 
-/// The running time after which a test hangs.
+/// Running time after which a test counts as hung.
 const LIMIT: Duration = Duration::from_secs(300);
 
 /// The agent's program.
@@ -49,7 +49,7 @@ impl Agent {
         Self::start_by(Command::new(PROGRAM), arguments, stderr)
     }
 
-    /// Starts an agent by a command that becomes the agent.
+    /// Starts an agent by a command that execs it.
     fn start_by(mut command: Command, arguments: &[&str], stderr: Stdio) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("agent.sock");
@@ -80,7 +80,7 @@ impl Agent {
     fn say(&self, bytes: &[u8]) -> String {
         let _watchdog = Watchdog::new(LIMIT, || "the agent does not close a connection".to_owned());
         let mut stream = self.raw();
-        // The agent may close before it has all of it.
+        // The agent may close before it has read all of it.
         let _ = stream.write_all(bytes);
         let mut answer = Vec::new();
         let _ = stream.read_to_end(&mut answer);
@@ -118,7 +118,7 @@ fn shell(script: &str) -> StartRequest {
     StartRequest { process, stdin: Some(false), ..StartRequest::default() }
 }
 
-/// What a process has written, and how it has ended.
+/// The output of a process, and its end.
 #[derive(Debug, Default)]
 struct Outcome {
     stdout: String,

@@ -53,7 +53,7 @@ fn a_command_has_its_directory_and_its_environment() {
     });
 }
 
-/// The limit of open files of this process, which the agent had too.
+/// This process's limit of open files, which the agent started with too.
 fn rustix_limit() -> String {
     let limits = std::fs::read_to_string("/proc/self/limits").unwrap();
     let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
@@ -97,7 +97,7 @@ fn input_comes_in_order_and_ends() {
         drop(input);
         call.await.unwrap().unwrap();
         client.close_stdin(pid).await.unwrap();
-        // Closed twice is closed.
+        // Closing it twice is allowed.
         let done = outcome(process).await.unwrap();
         let wanted: String = (0..500).map(|number| format!("line {number}\n")).collect();
         assert_eq!(done.stdout, format!("{wanted}end\n"));
@@ -131,7 +131,8 @@ fn signals_go_to_the_whole_group() {
         let client = agent.client();
         // The shell waits for a child, which holds its output open.
         let mut process = client.start(&shell("sleep 1000 & echo $!; wait"), None).await.unwrap();
-        // The child is there: a shell that blocks signals while it forks has one that a signal has missed.
+        // Wait for the child: a shell that blocks signals during its fork could have a child that
+        // missed one.
         let first = process.next().await.unwrap().unwrap().data.unwrap().stdout.unwrap().0;
         let child = String::from_utf8(first).unwrap().trim().to_owned();
         client.signal(process.pid, Signal::TERM).await.unwrap();
@@ -177,7 +178,7 @@ fn what_was_left_behind_is_killed_after_its_leader() {
         let mut process = client.start(&shell("sleep 1000 & echo $!"), None).await.unwrap();
         let first = process.next().await.unwrap().unwrap().data.unwrap().stdout.unwrap().0;
         let child = String::from_utf8(first).unwrap().trim().to_owned();
-        // The shell has ended, and the child holds its output: the stream goes on.
+        // The shell has ended, and the child holds its output: the stream continues.
         until("the shell's end", async || !std::path::Path::new(&format!("/proc/{}", process.pid)).exists()).await;
         assert_eq!(client.list().await.unwrap().processes.len(), 1);
         client.signal(process.pid, Signal::KILL).await.unwrap();
@@ -225,7 +226,7 @@ fn time_ends_a_process_and_its_children() {
     run(async {
         let client = agent.client();
         let mut time = Duration::from_millis(300);
-        // A busy machine may need more than the program's time until it has printed.
+        // On a busy machine, the program's time may be over before it has printed.
         let (begun, mut process, first) = loop {
             let begun = Instant::now();
             let started = client.start(&shell("sleep 100000 & echo $!; wait"), Some(time)).await;
@@ -266,7 +267,7 @@ fn users_are_who_they_say() {
         assert_eq!((lines[0], lines[1], lines[2]), ("nobody", "65534", "100"), "{done:?}");
         let number = agent.client().with_user(Some("4321".into()));
         assert_eq!(sh(&number, "id -u; id -G; pwd").await.stdout, "4321\n4321\n/\n");
-        // The directory is entered as the user.
+        // The user must be allowed to enter the directory.
         let mut secret = shell("pwd");
         secret.process.cwd = Some("/root".into());
         use std::os::unix::fs::PermissionsExt;
@@ -315,7 +316,8 @@ fn a_process_outlives_its_client_and_is_found_again() {
 fn orphans_that_are_the_agents_are_reaped() {
     let agent = Agent::start();
     run(async {
-        // A process in the background whose parent ends is init's, so what is counted here is the agent's own children.
+        // An orphan in the background becomes a child of init, so only the agent's own children are
+        // counted here.
         for _ in 0..20 {
             sh(&agent.client(), "true").await;
         }

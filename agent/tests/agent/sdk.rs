@@ -1,6 +1,6 @@
-//! The agent as the Python SDK of E2B sees it. Skipped where that is not installed: `pip install e2b`.
+//! The agent with the Python SDK of E2B. Skipped if the SDK is not installed: `pip install e2b`.
 //!
-//! `CLADE_E2B_PYTHON` names a Python that has it; else `python3` is tried.
+//! `CLADE_E2B_PYTHON` is a Python that has it; otherwise `python3` is tried.
 
 use std::process::Command;
 
@@ -9,7 +9,7 @@ use clade_test_support::{Port, skip};
 use crate::Agent;
 
 const SCRIPT: &str = include_str!("sdk.py");
-/// Where the SDK looks for an agent in its debug mode.
+/// The SDK's port of an agent in its debug mode.
 const PORT: u16 = 49983;
 
 #[test]
@@ -20,7 +20,7 @@ fn the_python_sdk_works_unchanged() {
         println!("skipped: {python} has no e2b");
         return;
     }
-    // The SDK knows no other port, so other tests of this port are waited for.
+    // The SDK supports no other port, so tests of this port run one after another.
     let port = Port::wait_for(PORT);
     let address = format!("127.0.0.1:{}", port.number());
     if let Err(error) = std::net::TcpListener::bind(&address) {

@@ -17,7 +17,7 @@ fn status<T: std::fmt::Debug>(answer: Result<T, ClientError>) -> u16 {
     }
 }
 
-/// The time, as RFC 3339 says it.
+/// A time as in RFC 3339.
 fn now(offset: &str) -> String {
     let date = std::process::Command::new("date").args(["-u", "-d", offset, "+%FT%T.%NZ"]).output().unwrap();
     String::from_utf8(date.stdout).unwrap().trim().to_owned()
@@ -59,7 +59,7 @@ fn an_old_init_changes_nothing() {
             default_user: Some(user.into()),
             ..Init::default()
         };
-        // Times of just now: no clock is set.
+        // Recent times, so that the clock is not set.
         client.init(&at(&now("-1 sec"), "root")).await.unwrap();
         client.init(&at(&now("-3 sec"), "nobody-there")).await.unwrap();
         sh(&client, "true").await;
@@ -81,7 +81,7 @@ fn a_token_keeps_others_out() {
         assert_eq!(status(agent.client().with_token(Some("secreT".into())).list().await), 401);
         owner.list().await.unwrap();
         owner.download("/etc/passwd").await.unwrap();
-        // Only who has it sets it again, or takes it away.
+        // Only a holder of the token may change or remove it.
         assert_eq!(status(open.init(&token("other")).await), 401);
         assert_eq!(status(open.init(&Init::default()).await), 401);
         owner.init(&token("secret")).await.unwrap();
@@ -114,10 +114,10 @@ fn another_generation_drops_tokens_and_connections_and_no_process() {
         let ready =
             client.change_generation(&Generation { name: "child".into(), ..Generation::default() }).await.unwrap();
         assert_eq!((ready.generation, ready.hooks.len()), (1, 0));
-        // The kernel is asked for entropy by root only.
+        // Only root may reseed the kernel's generator.
         assert!(ready.failed.is_empty() || std::env::var("USER").is_ok_and(|user| user != "root"), "{ready:?}");
         process.next().await.unwrap_err();
-        // The token has gone, the process has not.
+        // The token is gone, the process is not.
         let list = client.list().await.unwrap().processes;
         assert_eq!(list[0].pid, process.pid);
         client.init(&token("of the child")).await.unwrap();
@@ -132,7 +132,7 @@ fn a_new_vm_that_needed_a_token_is_the_hosts_alone_until_it_has_one() {
     let address = format!("127.0.0.1:{}", listening_port(agent.child.id())).parse().unwrap();
     run(async {
         let (host, other) = (agent.client(), Client::new(Endpoint::Tcp(address)));
-        // Without a token all may enter, also afterwards.
+        // Without a token all clients have access, also afterwards.
         host.change_generation(&Generation::default()).await.unwrap();
         other.list().await.unwrap();
         host.init(&token("of the parent")).await.unwrap();
@@ -163,7 +163,7 @@ fn a_new_vm_that_needed_a_token_is_the_hosts_alone_until_it_has_one() {
 #[test]
 fn only_the_host_may_ask_for_the_end() {
     let mut agent = Agent::start_with(&["--tcp", "127.0.0.1:0"]);
-    // Which port it has is not said: it is found among those that the agent's process listens on.
+    // The agent does not print its port: it is found among the listening ports of its process.
     let port = listening_port(agent.child.id());
     let address = format!("127.0.0.1:{port}").parse().unwrap();
     run(async {

@@ -51,7 +51,7 @@ fn what_happens_in_a_directory_is_told() {
         let away = wait_for(&mut stream, EventType::Rename, "sub/a").await.filesystem.unwrap();
         assert_eq!(away.entry, None);
         wait_for(&mut stream, EventType::Create, "b").await;
-        // In a directory that was not there before, however soon.
+        // In a new directory, immediately.
         std::fs::create_dir_all(format!("{dir}/new/deep")).unwrap();
         std::fs::write(format!("{dir}/new/deep/c"), "1").unwrap();
         wait_for(&mut stream, EventType::Create, "new/deep/c").await;
@@ -106,7 +106,7 @@ fn a_watcher_that_nobody_asks_is_bounded() {
         .await;
         let error =
             client.call::<_, WatcherEvents>("filesystem.Filesystem/GetWatcherEvents", &watcher).await.unwrap_err();
-        // The agent's bound, or the kernel's.
+        // The agent's limit, or the kernel's.
         let ClientError::Rpc(error) = error else { panic!("{error}") };
         assert!(matches!(error.code, Code::ResourceExhausted | Code::Internal), "{error}");
     });

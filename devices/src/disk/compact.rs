@@ -1,17 +1,17 @@
 //! Keeps the number of a disk's files low.
 //!
-//! A disk that is forked makes another overlay at its next write. An overlay lives as long as it
-//! has one cluster that is nowhere else. A disk that is forked a thousand times, with a few writes
-//! in between, would have a thousand overlays with two descriptors each.
+//! After a fork, the next write makes another overlay. An overlay lives as long as one of its
+//! clusters is in no other file. Without compaction, a disk that was forked a thousand times, with
+//! a few writes in between, would have a thousand overlays with two descriptors each.
 //!
 //! So when a map names too many overlays, the clusters of the smallest are *moved* into the active
 //! file until half as many are left. A move reads the clusters, writes them, and changes the map,
-//! while the guest runs. It holds its clusters as a guest's write does. As in a log-structured
+//! while the guest runs. Like a guest's write, a move holds its clusters. As in a log-structured
 //! merge, moved clusters are in a larger file, and move again only when there are many files of
 //! that size.
 //!
-//! Images keep the files they have. Nothing is moved while a parent's writes to a file of this disk
-//! are in flight. No overlay is made only to move clusters into it: a disk without writes costs no
+//! Images keep their files. Moves wait until the parent's writes in flight to a file of this disk
+//! have ended. No overlay is made only to move clusters into it: a disk without writes costs no
 //! file.
 
 use std::collections::VecDeque;
@@ -31,20 +31,20 @@ use super::map::{BlockMap, CLUSTER, Source};
 const MAX_OVERLAYS: usize = 64;
 /// Overlays made between two counts of them: counting takes time proportional to the map.
 const CHECK_INTERVAL: u32 = 16;
-/// Most clusters in one move.
+/// Maximum number of clusters in one move.
 const MAX_RUN: u64 = 64;
 /// Moves in flight.
 const MAX_RUNNING: usize = 2;
 /// How long a commit waits for the moves in flight.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The queue of moves, and how many are in flight.
+/// The queue of moves, and the number of moves in flight.
 ///
 /// Invariants: at most [`MAX_RUNNING`] moves run. A queued range is at most [`MAX_RUN`] clusters.
-/// Nothing is urgent when the queue is cleared.
+/// Clearing the queue clears the urgent flag.
 #[derive(Debug)]
 pub(super) struct Relocation {
-    /// Ranges of clusters. The file that has a range is looked up when its turn comes.
+    /// Ranges of clusters. The file of a range is looked up when its turn comes.
     queue: VecDeque<Range<u64>>,
     /// Moves in flight.
     running: usize,
@@ -108,7 +108,7 @@ impl Relocation {
         self.queue.extend(ranges);
     }
 
-    /// The range to move next, which is then counted as running. None while enough are.
+    /// The range to move next, which then counts as running. None while [`MAX_RUNNING`] moves run.
     pub(super) fn next(&mut self) -> Option<Range<u64>> {
         if self.running >= MAX_RUNNING {
             return None;
@@ -143,7 +143,7 @@ impl Relocation {
         self.running
     }
 
-    /// Makes flushes wait for what is queued.
+    /// Makes flushes wait for the queued moves.
     pub(super) fn set_urgent(&mut self) {
         self.urgent = true;
     }
@@ -167,7 +167,7 @@ impl Relocation {
     }
 }
 
-/// Whether clusters of `file` may be moved away: whether it is an overlay that is read-only now.
+/// Whether clusters of `file` may be moved: it is an overlay, and read-only now.
 pub(super) fn movable(file: &Arc<IoFile>, active: Option<&Arc<IoFile>>) -> bool {
     !file.is_named() && !active.is_some_and(|active| Arc::ptr_eq(active, file))
 }
@@ -178,7 +178,8 @@ impl Disk {
         self.chain.rescan_for_fold();
         while let Some(range) = self.chain.next_move() {
             let (start, end) = (range.start * CLUSTER, (range.end * CLUSTER).min(self.size()));
-            // The token is no request's. The chain counts the move, and no device sees its end.
+            // The token belongs to no request. The chain counts the move, and no device sees its
+            // end.
             self.add(Job::new(u64::MAX, start, end - start, Work::Move(None)));
         }
     }
@@ -186,13 +187,13 @@ impl Disk {
     /// Plans a move: reads one run of the job's clusters that can still be moved. The other runs
     /// are queued again.
     pub(super) fn plan_move(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
-        // Planned again after a fork, it may have nothing left to do.
+        // A move that is planned again after a fork may have no clusters left.
         (job.moves, job.target, job.stage) = (false, None, Stage::Transfer);
         let (chain, map) = (&self.chain, self.chain.map());
         let mut runs: Vec<Range<u64>> = Vec::new();
         for (range, source) in map.pieces(job.clusters()) {
             if chain.is_folding() && matches!(source, Source::Zero) {
-                // Alone, and no bytes are moved.
+                // A disk that folds is alone, and zeros need no copy.
                 runs.push(range);
             } else if chain.is_movable(source) {
                 match runs.last_mut() {
@@ -204,7 +205,7 @@ impl Disk {
             }
         }
         let mut runs = runs.into_iter();
-        // There is no active file if the disk was forked meanwhile and not written since.
+        // A disk that was forked meanwhile and not written since has no active file.
         let (Some(active), Some(run)) = (chain.active().cloned(), runs.next()) else { return Ok(()) };
         self.chain.requeue_moves(runs);
         job.offset = run.start * CLUSTER;

@@ -26,7 +26,7 @@ impl Directory {
         Self::open_as(path, OFlags::RDONLY)
     }
 
-    /// The directory at `path`, in which nothing is looked for.
+    /// Opens the directory at `path` as a path alone, for operations that do not read it.
     pub(super) fn reach(path: &Path) -> Result<Self, FileError> {
         Self::open_as(path, OFlags::PATH)
     }
@@ -68,15 +68,15 @@ impl Directory {
         Ok(stat.st_dev)
     }
 
-    /// Refuses a directory in which no file can be made.
+    /// Refuses a directory in which files cannot be made.
     pub(super) fn check_writable(&self) -> Result<(), FileError> {
         use rustix::fs::{Access, accessat};
         let flags = AtFlags::EACCESS;
         accessat(self.at(), ".", Access::WRITE_OK | Access::EXEC_OK, flags).map_err(self.failed("", "written to"))
     }
 
-    /// Opens the subdirectory `name`. It must be this user's, and no other user may be able to
-    /// write in it; otherwise the error is PermissionDenied.
+    /// Opens the subdirectory `name`. If another user owns it or may write in it, the error is
+    /// PermissionDenied.
     pub(super) fn open_ours(&self, name: &str) -> Result<Self, FileError> {
         let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let path = self.path().join(name);
@@ -105,7 +105,7 @@ impl Directory {
         flock(&*self.file, how).map_err(self.failed("", "locked"))
     }
 
-    /// Makes an empty file `name`, in place of one that was there, for its owner only.
+    /// Makes an empty file `name` for its owner only. Replaces an existing file.
     pub(super) fn create(&self, name: &str) -> Result<Arc<IoFile>, FileError> {
         step(|| format!("create {name}")).map_err(failed(&self.path().join(name), "created"))?;
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -131,8 +131,7 @@ impl Directory {
         Ok(Arc::new(file))
     }
 
-    /// Makes an unnamed file of `len` bytes, whose messages call it `path`: its name once it has
-    /// one.
+    /// Makes an unnamed file of `len` bytes. Messages call the file `path`, its future name.
     pub(super) fn new_image(&self, len: u64, path: &Path, policy: CachePolicy) -> Result<IoFile, FileError> {
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         let opened = openat(self.at(), ".", flags, Mode::RUSR | Mode::WUSR);
@@ -153,7 +152,7 @@ impl Directory {
         IoFile::reused_in(pool, self.at(), self.path(), len, policy)
     }
 
-    /// Makes and drops an unnamed file. Only trying tells whether one can be made.
+    /// Makes and drops an unnamed file: an attempt is the only test of whether one can be made.
     pub(super) fn try_unnamed(&self, len: u64) -> Result<(), FileError> {
         IoFile::unnamed_in(self.at(), self.path(), len, CachePolicy::Host).map(drop)
     }
@@ -164,7 +163,7 @@ impl Directory {
         file.link_in(self.at(), name, &path)
     }
 
-    /// Renames a file, in place of the one that had the name.
+    /// Renames a file. Replaces an existing file of the new name.
     pub(super) fn rename(&self, from: &str, to: &str) -> Result<(), FileError> {
         step(|| format!("rename {from} {to}")).map_err(failed(&self.path().join(to), "replaced"))?;
         renameat(self.at(), from, self.at(), to).map_err(self.failed(to, "replaced"))

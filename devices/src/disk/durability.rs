@@ -1,4 +1,4 @@
-//! What makes a disk durable: syncs of its base, and after a fork a journal or a new image.
+//! Durability of a disk: syncs of its base, and after a fork a journal or a new image.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -11,17 +11,17 @@ use super::journal::{ImageError, Journal, Log, Standing};
 use super::overlay_chain::OverlayChain;
 use super::shadow::Shadow;
 
-/// Flushes in a row that must find the disk alone before it is folded. A guest that is forked again
-/// and again need not be.
+/// Consecutive flushes that must find the disk alone before overlays are folded into the base. A
+/// guest that is forked repeatedly is then spared the fold.
 const FOLD_AFTER: u32 = 2;
 
-/// The flush on its way, and the journal or the new image that takes what the base must not get.
+/// The flush in progress, and the journal or the new image for data that must not enter the base.
 ///
 /// Invariants:
 ///
 /// - Only the disk that was opened from the base has a journal or a new image; its children have
 ///   neither.
-/// - The journal takes a flush of a forked disk only where there is no new image. A new image that
+/// - The journal takes a flush of a forked disk only if there is no new image. A new image that
 ///   cannot be made is given up for good.
 /// - At most one flush, `flushing`, uses the journal or the new image at a time.
 /// - `lost` is never cleared. The system reports a lost write once; no later flush may succeed.
@@ -30,12 +30,12 @@ pub(super) struct Durability {
     journal: Option<Journal>,
     /// The new image, where the file system has reflinks.
     shadow: Option<Shadow>,
-    /// Slot of the flush that is on its way. Others wait: they promise what this one may not have
-    /// done yet.
+    /// Slot of the flush in progress. Other flushes wait, because they would promise data that this
+    /// one may not have written yet.
     flushing: Option<usize>,
-    /// Whether the system has failed to make durable the base, or an overlay that is committed.
+    /// The system has failed to make the base durable, or an overlay that is being committed.
     lost: bool,
-    /// Flushes in a row that have found the disk alone.
+    /// Consecutive flushes that have found the disk alone.
     alone: u32,
 }
 
@@ -50,8 +50,8 @@ impl Durability {
         self.alone = 0;
     }
 
-    /// Notes a rewind. If the image is of another base, the journal and the new image stay as they
-    /// are on disk, for that base.
+    /// Notes a rewind. If the image has another base, the journal and the new image stay on disk
+    /// unchanged, for that base.
     pub(super) fn rewound(&mut self, same_base: bool) {
         self.journal = self.journal.take().filter(|_| same_base);
         self.journal.iter_mut().for_each(Journal::replaced);
@@ -78,7 +78,8 @@ impl Durability {
         self.lost || journal || shadow
     }
 
-    /// Whether the system has failed to make durable the base, or an overlay that is committed.
+    /// Whether the system has failed to make the base durable, or an overlay that is being
+    /// committed.
     pub(super) fn is_base_lost(&self) -> bool {
         self.lost
     }
@@ -100,8 +101,8 @@ impl Durability {
         self.flushing.is_some()
     }
 
-    /// Begins the flush in slot `at`. `dirty` says that the base was written since it was last
-    /// synced. Returns what the kernel is to do first.
+    /// Begins the flush in slot `at`. `dirty`: the base was written since its last sync. Returns
+    /// the first requests for the kernel.
     pub(super) fn begin_flush(
         &mut self,
         at: usize,
@@ -114,7 +115,7 @@ impl Durability {
         let folds = chain.is_folding() || self.alone >= FOLD_AFTER && self.may_fold(chain);
         let shadowed = begun.is_some();
         let mut requests = begun.unwrap_or_default();
-        // Without a journal, an overlay ends with the process, synced or not.
+        // Without a journal, an overlay ends with the process, whether it was synced or not.
         let begun = match self.journal.as_mut().filter(|_| chain.is_forked() && !shadowed) {
             _ if shadowed => true,
             Some(journal) => match journal.begin(chain.map(), Standing { dirty, writing: folds }) {
@@ -139,8 +140,8 @@ impl Durability {
         Ok(requests)
     }
 
-    /// Begins a flush into a new image, where the file system has reflinks. None if a journal does
-    /// instead.
+    /// Begins a flush into a new image, on a file system with reflinks. Returns None if the journal
+    /// takes the flush instead.
     fn begin_shadow(&mut self, chain: &OverlayChain, dirty: bool) -> Result<Option<Vec<Request>>, DiskError> {
         let Some(shadow) = self.shadow.as_mut().filter(|_| chain.is_forked()) else { return Ok(None) };
         match shadow.begin(chain.map(), dirty) {
@@ -155,8 +156,8 @@ impl Durability {
         }
     }
 
-    /// Whether the image is as this disk has left it. What another program has written there must
-    /// not be overwritten.
+    /// Whether the image is as this disk left it. Changes by another program must not be
+    /// overwritten.
     fn may_fold(&self, chain: &OverlayChain) -> bool {
         let checked = self.journal.as_ref().map_or(Ok(()), Journal::check_image);
         if let Err(error) = checked.as_ref().map_err(|error| error as &dyn std::error::Error)
@@ -185,13 +186,13 @@ impl Durability {
         base.set_unsynced();
     }
 
-    /// Ends the flush in slot `at`. Returns whether it was the one on its way.
+    /// Ends the flush in slot `at`. Returns whether it was the flush in progress.
     pub(super) fn end_flush(&mut self, at: usize, error: Option<&DiskError>) -> bool {
         if self.flushing != Some(at) {
             return false;
         }
         self.flushing = None;
-        // After success there is nothing to give up. What was cancelled is not lost.
+        // After success there is nothing to give up. A cancelled operation is not a lost write.
         let lost = matches!(error, Some(DiskError::Transfer(failure)) if failure.errno().is_some());
         self.journal.iter_mut().for_each(|journal| journal.give_up(lost));
         self.shadow.iter_mut().for_each(|shadow| shadow.give_up(lost));
@@ -225,7 +226,7 @@ impl Durability {
         self.journal.as_ref().map_or(Ok(()), Journal::check_image)
     }
 
-    /// The journal's end, where a commit records what it has copied into the image.
+    /// The end of the journal, where a commit records the clusters it has copied into the image.
     pub(super) fn log(&self) -> Option<Log> {
         self.journal.as_ref().and_then(Journal::log)
     }
@@ -247,7 +248,7 @@ impl Durability {
     }
 }
 
-/// Whether the error says that the base was not made durable.
+/// Whether the error means that the base was not made durable.
 fn is_lost(error: &DiskError, base: &IoFile) -> bool {
     matches!(error, DiskError::Transfer(Failure::Io { path, .. }) if path == base.path())
 }

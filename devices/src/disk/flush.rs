@@ -1,18 +1,20 @@
-//! Flushes, and folding: overlays that no clone needs go back into the image while the guest runs.
+//! Flushes, and folding: overlays that no clone needs are merged back into the image while the
+//! guest runs.
 //!
-//! A disk is *alone* when no other disk and no image has its setup, and so its base in a map. The
-//! base may then be written again. Folding has three steps:
+//! A disk is *alone* when no other disk and no image shares its setup, and so no other map contains
+//! its base. The base may then be written again. Folding has three steps:
 //!
-//! 1. The second flush in a row that finds the disk alone says in the journal, durably, that the
-//!    image is being written.
+//! 1. The second consecutive flush that finds the disk alone records durably in the journal that
+//!    the image is being written.
 //! 2. The base becomes the active file again. Writes go there, and overlays are moved there cluster
 //!    by cluster, as by compaction ([`super::compact`]).
-//! 3. The next flush that finds everything in the image removes the journal.
+//! 3. The next flush that finds all clusters in the image removes the journal.
 //!
-//! A fork in the middle is a fork like any other: the map has some clusters in the image and some
-//! in overlays.
+//! A fork during a fold is an ordinary fork: the map has some clusters in the image and some in
+//! overlays.
 //!
-//! Without a journal nothing is folded. A crash half-way would leave an image of no instant.
+//! Without a journal there is no folding, because a crash half-way would leave an image that
+//! matches no instant of the disk.
 
 use super::DiskError;
 use super::job::{Job, Stage};
@@ -21,9 +23,9 @@ use super::live::Disk;
 use super::shadow::Shadow;
 
 impl Disk {
-    /// Whether a flush must wait. It waits for another flush on its way. It waits for writes to the
-    /// image that were begun before the fork, which would change the image's times. It waits for
-    /// overlays that waste room to be merged, because it would give a name to one more.
+    /// Whether a flush must wait: for another flush in progress; for writes to the image that were
+    /// begun before the fork, which would change the image's times; or for the merge of overlays
+    /// that waste room, because the flush would name one more.
     pub(super) fn flush_waits(&self) -> bool {
         let base_busy = || self.chain.base().is_some_and(|base| base.has_writes());
         let journaled = self.chain.is_forked() && self.durability.journal().is_some();
@@ -53,8 +55,8 @@ impl Disk {
     /// Notes how a flush has ended.
     pub(super) fn flush_ends(&mut self, at: usize, job: &mut Job) {
         if let Some(error) = &job.error {
-            // Not durable: the next flush tries again, unless the system has reported a lost write.
-            // The system reports it once.
+            // Not durable: the next flush tries again, unless the system has reported a lost write,
+            // which it reports only once.
             let base = job.target.take().or_else(|| self.chain.base().cloned());
             if let Some(base) = base {
                 self.durability.flush_failed(error, &base);
@@ -63,14 +65,14 @@ impl Disk {
         if !self.durability.end_flush(at, job.error.as_ref()) {
             return;
         }
-        // Other flushes have waited for this one.
+        // Other flushes wait for this one.
         self.requests.release();
         if job.error.is_none() {
             self.after_flush();
         }
     }
 
-    /// Begins to fold, ends the fold, or has wasteful overlays merged.
+    /// Begins or ends a fold, or has wasteful overlays merged.
     fn after_flush(&mut self) {
         if self.durability.shadow().is_some_and(Shadow::is_image) {
             return self.take_over();
@@ -94,8 +96,7 @@ impl Disk {
         }
     }
 
-    /// Makes the new image the base, if no clone needs the old one and nothing is being written to
-    /// an overlay.
+    /// Makes the new image the base, if no clone needs the old one and no overlay is being written.
     fn take_over(&mut self) {
         if !self.requests.has_changes() && self.chain.relocation().is_idle() {
             self.durability.take_over(&mut self.chain);

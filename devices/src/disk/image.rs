@@ -1,4 +1,4 @@
-//! A disk at one instant, as a fork takes it; commit and export of what was written.
+//! A disk at one instant, as taken by a fork; commit and export of later writes.
 
 use std::fs::{OpenOptions, Permissions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
@@ -23,8 +23,8 @@ const CHUNK: u64 = 1 << 20;
 /// How long one wait for the engine lasts.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A disk at one instant. Any number of disks can be made of it, each with writes of its own. It
-/// keeps the files alive, not the VM.
+/// A disk at one instant. Any number of disks can be opened from it, each with writes of its own.
+/// The image keeps the files alive, but not the VM.
 #[derive(Clone, Debug)]
 pub struct DiskImage {
     pub(super) setup: Arc<Setup>,
@@ -76,18 +76,18 @@ pub enum CommitError {
         requests: usize,
     },
     /// The base has everything, but its journal could not be removed. Opening the base would apply
-    /// the journal again, and undo what was written to the base meanwhile.
+    /// the journal again, over later writes to the base.
     #[error(
         "the image has everything that was written since the fork, but the journal beside it is still there: remove it before the image is opened"
     )]
     Journal(#[source] FileError),
-    /// A write since the fork was lost. The copy would not be the disk.
+    /// A write since the fork was lost, so a copy would differ from the disk.
     #[error("a write to {} since the fork was lost: the system failed to make it durable", path.display())]
     Lost {
         /// The base, or the directory of its overlays.
         path: PathBuf,
     },
-    /// The last flush failed. The image is as it was after the flush before.
+    /// The last flush failed. The image is in the state of the flush before.
     #[error("{} is as it was at the last flush: later writes could not be made durable", path.display())]
     Unflushed {
         /// The base's path.
@@ -113,7 +113,7 @@ pub enum CommitError {
         #[source]
         source: Box<JournalError>,
     },
-    /// A copy failed. The base has a part of what was written since the fork.
+    /// A copy failed. The base has only part of the writes since the fork.
     #[error("the base holds only part of the writes since the fork; the rest {}", outcome_text(kept.as_deref()))]
     Partial {
         /// The journal's directory, if the journal has everything.
@@ -124,7 +124,7 @@ pub enum CommitError {
     },
 }
 
-/// Where writes are that were not committed, for a message.
+/// The place of uncommitted writes, for a message.
 fn outcome_text(kept: Option<&Path>) -> String {
     match kept {
         Some(dir) => format!("is in {} and is put in when the image is opened next", dir.display()),
@@ -189,7 +189,7 @@ impl DiskImage {
     pub fn export(&self, path: &Path) -> Result<u64, FileError> {
         let failed = |what| move |source| FileError { path: path.to_owned(), what, source };
         let to = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(failed("created"))?;
-        // A block device's permissions are no model for a file's.
+        // A block device's permissions do not suit a file.
         let image = self.setup.base.as_ref().filter(|base| !base.is_block_device());
         let stat = image.map(|base| rustix::fs::fstat(&**base)).transpose();
         let mode =
@@ -210,7 +210,7 @@ impl DiskImage {
     }
 }
 
-/// Calls `write` with each chunk that is not all zeros. Returns how many bytes these were.
+/// Calls `write` with each chunk that is not all zeros. Returns the total size of these chunks.
 fn copy_data(
     map: &BlockMap,
     size: u64,
@@ -294,8 +294,8 @@ impl Disk {
         if base.link_count().is_ok_and(|links| links == 0) {
             return Err(CommitError::Replaced { path: path() });
         }
-        // Every disk and every image has the setup once. This one is ours and cannot be cloned
-        // meanwhile, so no others means alone.
+        // Each disk and each image holds the setup once. This disk's reference is ours and cannot
+        // be cloned meanwhile, so a count of no others means alone.
         let others = self.chain.others();
         let journaled = self.is_forked() && self.keep();
         if self.is_lost() {
@@ -329,8 +329,8 @@ impl Disk {
         Ok(CommitReport { copied: report.copied, zeroed: report.zeroed, journaled })
     }
 
-    /// Flushes, after which the new image has everything. None if it turns out that there is no new
-    /// image.
+    /// Flushes, after which the new image has everything. Returns None if the flush finds that
+    /// there is no new image.
     fn commit_to_shadow(&mut self, base: &Arc<IoFile>) -> Result<Option<CommitReport>, CommitError> {
         let mut report = CommitReport { journaled: true, ..CommitReport::default() };
         for (range, source) in self.chain.map().extents() {
@@ -370,16 +370,16 @@ impl Disk {
     }
 
     /// Puts everything into the journal. Returns false without a journal, or with no room for it:
-    /// then the image alone has what is durable.
+    /// durable data is then in the image alone.
     pub(super) fn keep(&mut self) -> bool {
         let kept = self.durability.journal().is_some() && self.flush_now().inspect_err(|error| {
             tracing::warn!(path = %self.config().path.display(), error = error as &dyn std::error::Error, "cannot write a journal before the commit");
         }).is_ok();
-        // The flush may have found that there cannot be a journal.
+        // The flush may have found that a journal is impossible.
         kept && self.durability.journal().is_some()
     }
 
-    /// A whole flush, while nothing else is in flight.
+    /// A complete flush, while no other request is in flight.
     pub(super) fn flush_now(&mut self) -> Result<(), DiskError> {
         const TOKEN: u64 = u64::MAX;
         self.submit(DiskOp::Flush, TOKEN)?;
@@ -395,12 +395,12 @@ impl Disk {
     }
 }
 
-/// The directory for overlays of `config`, whose image is a block device or not.
+/// The directory for overlays of `config`. `block_device`: the image is a block device.
 #[must_use]
 pub fn overlay_dir(config: &DiskConfig, block_device: bool) -> PathBuf {
     match (&config.overlays, config.path.parent()) {
         (Some(dir), _) => dir.clone(),
-        // The directory of a block device is in memory.
+        // A block device's directory is in memory.
         (None, _) if block_device => std::env::temp_dir(),
         (None, Some(dir)) if dir.as_os_str().is_empty() => PathBuf::from("."),
         (None, Some(dir)) => dir.to_owned(),
@@ -408,12 +408,12 @@ pub fn overlay_dir(config: &DiskConfig, block_device: bool) -> PathBuf {
     }
 }
 
-/// Opens the directory for overlays. For a writable disk, makes and drops one overlay: better here
-/// than at the guest's first write after a fork.
+/// Opens the directory for overlays. For a writable disk, makes and drops one overlay, so that a
+/// failure appears here and not at the guest's first write after a fork.
 pub(super) fn open_overlays(config: &DiskConfig, block_device: bool, size: u64) -> Result<Directory, DiskError> {
     let path = overlay_dir(config, block_device);
     let opened = if config.read_only {
-        // This process may have no right to look into it.
+        // This process may lack permission to list the directory.
         Directory::reach(&path)
     } else {
         Directory::open(&path).and_then(|dir| {

@@ -8,7 +8,7 @@ use clade_io::{AlignedBuf, Failure, Fragment, IoFile};
 use super::DiskError;
 use super::map::CLUSTER;
 
-/// What a job is to do.
+/// The work of a job.
 #[derive(Debug)]
 pub(super) enum Work {
     /// Reads into the buffers.
@@ -31,11 +31,11 @@ pub(super) enum Work {
 /// The step a job has reached.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Stage {
-    /// The engine has nothing of it, or the job is planned again from the beginning.
+    /// The engine has no operation of the job, or the job is to be planned anew.
     Planned,
-    /// It reads the rest of clusters that it writes in part, or the clusters that it moves.
+    /// Reading the rest of partly written clusters, or the clusters to move.
     RmwEdges,
-    /// It transfers its data.
+    /// Transferring the data.
     Transfer,
 }
 
@@ -51,9 +51,9 @@ pub(super) struct Job {
     pub(super) left: usize,
     pub(super) error: Option<DiskError>,
     pub(super) lock: Option<u64>,
-    /// The file it writes to, once that is decided.
+    /// The file to write to, once that is decided.
     pub(super) target: Option<Arc<IoFile>>,
-    /// Whether the map is to name `target` for its clusters when it ends.
+    /// Whether the map is to refer to `target` for the job's clusters when the job ends.
     pub(super) moves: bool,
     pub(super) edges: RmwEdges,
 }
@@ -75,8 +75,8 @@ impl Job {
         }
     }
 
-    /// Notes an error. The first one stays, but a cancellation hides none: the kernel reports a
-    /// lost write once, and a flush that was given up must not forget it.
+    /// Notes an error. The first error stays, unless it is a cancellation: the kernel reports a
+    /// lost write once, and a cancelled flush must not forget it.
     pub(super) fn fail(&mut self, error: DiskError) {
         if matches!(self.error, None | Some(DiskError::Transfer(Failure::Cancelled))) {
             self.error = Some(error);
@@ -87,25 +87,25 @@ impl Job {
         self.offset + self.len
     }
 
-    /// The clusters it touches.
+    /// The clusters that the job touches.
     pub(super) fn clusters(&self) -> Range<u64> {
         self.offset / CLUSTER..self.end().div_ceil(CLUSTER)
     }
 
-    /// The clusters it covers as a whole. On a disk of `size` bytes, the last cluster may be a
-    /// short one.
+    /// The clusters that the job covers as a whole. On a disk of `size` bytes, the last cluster may
+    /// be a short one.
     pub(super) fn whole_clusters(&self, size: u64) -> Range<u64> {
         let end = if self.end() == size { size.div_ceil(CLUSTER) } else { self.end() / CLUSTER };
         let start = self.offset.div_ceil(CLUSTER);
         start..end.max(start)
     }
 
-    /// Whether it is a relocation, which belongs to no request.
+    /// Whether the job is a relocation, which belongs to no request.
     pub(super) fn is_relocation(&self) -> bool {
         matches!(self.work, Work::Move(_))
     }
 
-    /// Whether it changes the disk.
+    /// Whether the job changes the disk.
     pub(super) fn changes(&self) -> bool {
         matches!(self.work, Work::Write(_) | Work::Zero { .. } | Work::Move(_))
     }
@@ -138,7 +138,7 @@ impl Edge {
 }
 
 impl RmwEdges {
-    /// Where a write of `offset..end` begins together with its edges, and the memory of all of it.
+    /// The start of a write of `offset..end` with its edges, and the memory of all of it.
     pub(super) fn around(&self, offset: u64, end: u64, buffers: &[Fragment]) -> (u64, Vec<Fragment>) {
         let mut all = Vec::with_capacity(buffers.len() + 2);
         let start = self.head.as_ref().map_or(offset, Edge::start);

@@ -1,16 +1,16 @@
 //! Runs of clusters that a snapshot writes, and a disk made of a snapshot's files.
 //!
-//! A snapshot takes runs of clusters from an image, all of them or those that changed since an
-//! older image. It puts each cluster at its own offset in a file. A disk is made of such files
-//! again, oldest first: each run covers what was there before.
+//! A snapshot takes runs of clusters from an image, either all or those that changed since an older
+//! image. Each cluster is written at its own offset in a file. A disk is made of such files again,
+//! oldest first: later runs cover earlier ones.
 //!
 //! # Why comparing sources is enough
 //!
 //! A file in an image's map was its disk's active file until that instant, and is read-only from
 //! then on. So a cluster that two images map to one file has one content, once the writes in flight
-//! at the *older* image's instant have ended ([`DiskImage::settle`]). The child does those writes
-//! again, whatever the file then holds. A cluster with two sources may still have one content; it
-//! counts as changed.
+//! at the *older* image's instant have ended ([`DiskImage::settle`]). The child repeats those
+//! writes, so the file's content does not matter to it. A cluster with two sources may still have
+//! one content; it counts as changed.
 
 use std::iter;
 use std::ops::Range;
@@ -44,7 +44,8 @@ pub struct DiskLayer {
     pub runs: Vec<DiskRun>,
 }
 
-/// `file` as another process may have it, which keeps `ours` if it is.
+/// Reopens `file` for another process. The result keeps open the descriptors that `file` came with,
+/// or `ours` if it came with none.
 fn shared(file: &IoFile, ours: &[Arc<OwnedFd>]) -> Result<IoFile, FileError> {
     let kept = if file.kept().is_empty() { ours } else { file.kept() };
     Ok(file.for_another_process()?.keeping(kept.to_vec()))
@@ -99,8 +100,8 @@ impl DiskImage {
         Ok(runs)
     }
 
-    /// The clusters that may differ from those of `older`, ascending. None that differs is missing,
-    /// if `older` was settled before it was read.
+    /// The clusters that may differ from those of `older`, ascending. Includes all that differ, if
+    /// `older` was settled before it was read.
     ///
     /// # Errors
     /// As [`DiskImage::runs`].
@@ -108,7 +109,7 @@ impl DiskImage {
         let mut runs = Vec::new();
         for (clusters, source) in self.map.pieces(0..self.clusters()) {
             let mut at = clusters.start;
-            // `pieces` does not return what is beyond the end of the older image.
+            // `pieces` omits clusters beyond the end of the older image.
             for (other, before) in older.map.pieces(clusters.clone()) {
                 if !source.same(before) {
                     self.push_source(&mut runs, other.clone(), source)?;
@@ -154,11 +155,12 @@ impl DiskImage {
         Ok(())
     }
 
-    /// The disk as layers that another process may have: files of their own, open for reading only.
-    /// While it uses them, this image must be held here; as long as it does, it has `lease` open.
-    /// Each keeps the lock on the disk's image file, also where nothing of that file is shown: when
-    /// this process ends first, whoever opens the image file may apply a journal, which punches
-    /// overlays. A file that came from another process keeps what it came with.
+    /// The disk as layers for another process: reopened files, read-only. While the process uses
+    /// them, this process must hold the image; the process has `lease` open as long as it does.
+    /// Each layer keeps the lock on the disk's image file, even if no cluster of that file is
+    /// shown: otherwise, once this process has ended, opening the image file could apply a journal,
+    /// which punches overlays. A file received from another process keeps the descriptors it came
+    /// with.
     ///
     /// # Errors
     /// When a file cannot be opened again.
@@ -181,8 +183,8 @@ impl DiskImage {
     }
 
     /// A disk of `size` bytes made of a snapshot's layers, oldest first. Later runs cover earlier
-    /// ones. Clusters in no run are zeros. Disks that are opened from it write to overlays, where
-    /// `config` has them, and never to the layers.
+    /// ones. Clusters in no run are zeros. Disks that are opened from it write to overlays in the
+    /// directory of `config`, and never to the layers.
     ///
     /// # Errors
     /// When the size is not a disk's, a layer does not fit the disk, or overlays cannot be made.
@@ -190,12 +192,12 @@ impl DiskImage {
         Self::from_layers_in(config, size, layers, || open_overlays(config, false, size))
     }
 
-    /// The same for reading: there is nowhere for a disk that is opened from it to write to.
+    /// The same, read-only: a disk that is opened from it has no place for overlays.
     ///
     /// # Errors
     /// When the size is not a disk's, or a layer does not fit the disk.
     pub fn from_layers_to_read(config: &DiskConfig, size: u64, layers: &[DiskLayer]) -> Result<Self, DiskError> {
-        // Open as a path alone: nothing can be made in it.
+        // Opened as a path alone, in which no file can be made.
         Self::from_layers_in(config, size, layers, || Ok(Directory::reach(Path::new("/"))?))
     }
 
@@ -231,7 +233,7 @@ impl DiskLayer {
             if file.is_writable() {
                 return Err(DiskError::WritableLayer { path: file.path().to_owned() });
             }
-            // The disk's last cluster may be a short one. The file has it whole if the file is as
+            // The disk's last cluster may be a short one. The file has all of it if the file is as
             // long as the disk.
             let bytes = file.size()?;
             in_file = if bytes >= size { u64::MAX } else { bytes / CLUSTER };

@@ -1,5 +1,5 @@
-//! A disk in use: takes requests, follows the map, gives operations to the engine, and reports the
-//! requests that are done.
+//! A disk in use: accepts requests, follows the map, gives operations to the engine, and reports
+//! completed requests.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -25,12 +25,13 @@ use super::{DiskConfig, DiskError, SECTOR};
 /// Each part keeps its own invariants; the methods of `Disk` keep the parts in step.
 ///
 /// - A job ends in `requests` after its clusters are in the map of `chain`, and after `durability`
-///   knows that they have changed.
+///   has noted their change.
 /// - A move that `chain` counts as running is a job in `requests`.
-/// - A flush that `durability` has on its way is a job in `requests`.
+/// - The flush in progress in `durability` is a job in `requests`.
 #[derive(Debug)]
 pub struct Disk {
-    // First, so that it is dropped first: what is in flight ends while the rest is still there.
+    // Dropped first, as the first field: operations in flight end while the other fields still
+    // exist.
     pub(super) requests: RequestTable,
     pub(super) chain: OverlayChain,
     pub(super) durability: Durability,
@@ -41,7 +42,7 @@ impl Disk {
     /// first. A read-only disk shows the journal's clusters without applying them.
     ///
     /// # Errors
-    /// When the file cannot be a disk, or its journal cannot be applied. Nothing of the journal is
+    /// When the file cannot be a disk, or its journal cannot be applied. No data of the journal is
     /// lost then.
     pub fn open(config: &DiskConfig) -> Result<Self, DiskError> {
         let base = Arc::new(IoFile::open(&config.path, !(config.read_only || config.ephemeral), config.cache)?);
@@ -64,8 +65,8 @@ impl Disk {
             None => {}
         }
         let active = base.is_writable().then(|| Arc::clone(&base));
-        // A process that has ended may have left writes in the page cache. They can be read, so the
-        // first flush covers them too.
+        // A process that has ended may have left writes in the page cache. Reads return that data,
+        // so the first flush covers it.
         base.set_unsynced();
         let journal = active.as_ref().and_then(|base| Journal::new(base, size, &overlays));
         let shadow = journal.as_ref().and_then(|_| Shadow::new(&base, size, &overlays, config.cache));
@@ -79,20 +80,20 @@ impl Disk {
         Ok(Self { requests, chain, durability: Durability::default() })
     }
 
-    /// The disk at this instant, in constant time. What this disk has written so far becomes
-    /// read-only, for this disk as well.
+    /// The disk at this instant, in constant time. Data written so far becomes read-only, for this
+    /// disk as well.
     ///
     /// Writes in flight continue into files that the image has too. The image's map does not show
     /// them, except in clusters that were already mapped to the file being written. The device that
-    /// continues from the image does those requests again, with the same bytes, before it reads
+    /// continues from the image repeats those requests, with the same bytes, before it reads
     /// anything (see docs/devices.md).
     pub fn fork(&mut self) -> DiskImage {
         self.durability.forked();
         self.chain.fork(self.requests.targets())
     }
 
-    /// Goes back to an image, in place. What was written since is dropped with the active file.
-    /// Returns false, with nothing changed, while requests are in flight.
+    /// Goes back to an image, in place. Later writes are dropped with the active file. Returns
+    /// false, with nothing changed, while requests are in flight.
     #[must_use]
     pub fn rewind(&mut self, image: &DiskImage) -> bool {
         if self.in_flight() > 0 {
@@ -104,13 +105,13 @@ impl Disk {
         true
     }
 
-    /// Its size in bytes: whole sectors.
+    /// Size in bytes: whole sectors.
     #[must_use]
     pub fn size(&self) -> u64 {
         self.chain.size()
     }
 
-    /// The configuration it was opened with.
+    /// The configuration that the disk was opened with.
     #[must_use]
     pub fn config(&self) -> &DiskConfig {
         self.chain.config()
@@ -123,31 +124,31 @@ impl Disk {
         self.chain.policy()
     }
 
-    /// Whether it was ever forked, or is the result of a fork: its writes are then in overlays.
+    /// Whether the disk was ever forked, or made by a fork: its writes are then in overlays.
     #[must_use]
     pub fn is_forked(&self) -> bool {
         self.chain.is_forked()
     }
 
-    /// Requests that are not done, and relocations in flight.
+    /// Unfinished requests, and relocations in flight.
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.requests.in_flight() + self.chain.relocation().running()
     }
 
-    /// Readable when there is something to [`Disk::reap`].
+    /// Readable when [`Disk::reap`] has completions to process.
     #[must_use]
     pub fn event(&self) -> &EventFd {
         self.requests.event()
     }
 
-    /// How the engine has done transfers so far.
+    /// Transfer counters of the engine.
     #[must_use]
     pub fn stats(&self) -> Stats {
         self.requests.stats()
     }
 
-    /// What has gone wrong with the disk on the host.
+    /// Failures of the disk on the host.
     #[must_use]
     pub fn health(&self) -> DiskHealth {
         DiskHealth { no_room: self.requests.no_room(), lost: self.durability.is_lost() }
@@ -159,11 +160,11 @@ impl Disk {
         (self.chain.map().len(), self.chain.map().sizes().len())
     }
 
-    /// Takes a request. It begins at the next [`Disk::kick`]. `token` comes back in a [`DiskDone`];
-    /// no other request in flight may have it.
+    /// Accepts a request. It begins at the next [`Disk::kick`]. `token` comes back in a
+    /// [`DiskDone`]; no other request in flight may have it.
     ///
     /// # Errors
-    /// When the request is not valid for this disk. Nothing was begun then.
+    /// When the request is invalid for this disk. Nothing was begun then.
     pub fn submit(&mut self, op: DiskOp, token: u64) -> Result<(), DiskError> {
         let (offset, len, work) = match op {
             DiskOp::Read { offset, buffers } => (offset, total_len(&buffers) as u64, Work::Read(buffers)),
@@ -206,7 +207,7 @@ impl Disk {
     fn lock(&mut self, at: usize, job: &mut Job) -> bool {
         let chain = &self.chain;
         let in_place = |active: &Arc<IoFile>| {
-            // Whether a change in the active file leaves the map as it is.
+            // Whether a change in the active file leaves the map unchanged.
             let stays = matches!(job.work, Work::Write(_)) || chain.is_base(active);
             stays && chain.map().is_all(job.clusters(), active)
         };
@@ -219,10 +220,10 @@ impl Disk {
         self.requests.give(at, job, request, self.chain.config().latency)
     }
 
-    /// Submits to the kernel what was begun.
+    /// Submits the begun operations to the kernel.
     ///
     /// # Errors
-    /// When the kernel takes nothing. The next call submits it again.
+    /// When the kernel accepts no operation. The next call submits them again.
     pub fn kick(&mut self) -> Result<(), DiskError> {
         self.begin_moves();
         Ok(self.requests.flush_engine()?)
@@ -250,14 +251,14 @@ impl Disk {
         Ok(self.requests.take_done())
     }
 
-    /// Cancels what the kernel can cancel. Every request must still be reaped.
+    /// Cancels the operations that the kernel can cancel. Every request must still be reaped.
     pub fn cancel(&mut self) {
         self.chain.forget_moves();
         let mut reaped = self.requests.cancel();
         for completion in reaped.drain(..) {
             self.completed(completion);
         }
-        // A flush may have waited for what is not moved any more.
+        // A flush may have waited for moves that are now dropped.
         self.requests.release();
         self.begin_waiting();
         self.requests.recycle(reaped);
@@ -297,7 +298,7 @@ impl Disk {
         }
         if job.changes() {
             self.durability.changed(job.clusters());
-            // A flush may wait until nothing is on its way into the image.
+            // A flush may wait until no write to the image is in flight.
             if job.target.as_ref().is_some_and(|target| target.is_named()) {
                 self.requests.release();
             }
@@ -306,7 +307,7 @@ impl Disk {
         if job.is_relocation() {
             self.chain.move_ended();
             if let Some(error) = job.error.take() {
-                // The clusters stay where they are. Another attempt is made some overlays later.
+                // The clusters stay in place. The next attempt comes some overlays later.
                 tracing::debug!(%error, "overlays are not merged");
                 self.chain.forget_moves();
             }
@@ -328,8 +329,8 @@ impl Disk {
         self.chain.insert(clusters, source);
     }
 
-    /// Begins the jobs that need not wait any more, in order. Not from within `end`, which would
-    /// begin to nest.
+    /// Begins the jobs that need not wait any more, in order. Not called from within `end`, which
+    /// would recurse.
     fn begin_waiting(&mut self) {
         while self.requests.take_released() {
             for at in self.requests.waiting() {

@@ -5,10 +5,10 @@ use std::ops::Range;
 /// How a write holds its clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Hold {
-    /// Beside other writes in place: the clusters stay in the file they are in.
+    /// Beside other writes in place: the clusters stay in their file.
     Shared,
-    /// Alone: the write moves clusters to another file, and may have to read what it does not
-    /// write.
+    /// Exclusively: the write moves clusters to another file, and may have to read bytes around its
+    /// own.
     Alone,
 }
 

@@ -1,4 +1,4 @@
-//! Which file has each cluster of a disk: a persistent map, cloned in constant time with the VM.
+//! The map from a disk's clusters to files: persistent, cloned in constant time with the VM.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -10,7 +10,7 @@ use rpds::RedBlackTreeMapSync;
 /// Bytes of a cluster, the unit in which the map names files.
 pub const CLUSTER: u64 = 4096;
 
-/// What has a range of clusters. In a file, each cluster stands at its own offset in the disk.
+/// The source of a range of clusters. In a file, each cluster stands at its own offset in the disk.
 #[derive(Clone, Debug)]
 pub(crate) enum Source {
     /// No file: the range reads as zeros.
@@ -54,7 +54,7 @@ pub(crate) struct BlockMap {
 }
 
 impl BlockMap {
-    /// A map of `clusters` clusters, all in `source`.
+    /// A map of `clusters` clusters, all with `source`.
     pub(crate) fn new(clusters: u64, source: Source) -> Self {
         let mut extents = RedBlackTreeMapSync::new_sync();
         if clusters > 0 {
@@ -68,7 +68,7 @@ impl BlockMap {
         self.extents.size()
     }
 
-    /// All of it, ascending and without gaps.
+    /// All extents, ascending and without gaps.
     pub(crate) fn extents(&self) -> impl Iterator<Item = (Range<u64>, &Source)> {
         self.extents.iter().map(|(start, extent)| (*start..extent.end, &extent.source))
     }
@@ -82,7 +82,7 @@ impl BlockMap {
         })
     }
 
-    /// Whether `file` has all of `range`.
+    /// Whether `file` is the source of all of `range`.
     pub(crate) fn is_all(&self, range: Range<u64>, file: &Arc<IoFile>) -> bool {
         self.pieces(range).all(|(_, source)| source.is(file))
     }
@@ -93,7 +93,7 @@ impl BlockMap {
         found.unwrap_or(Source::Zero)
     }
 
-    /// Puts `range` into `source`.
+    /// Maps `range` to `source`.
     pub(crate) fn insert(&mut self, range: Range<u64>, source: Source) {
         if range.is_empty() {
             return;
@@ -125,7 +125,7 @@ impl BlockMap {
         self.extents.insert_mut(start, Extent { end, source });
     }
 
-    /// The files in the map, each once, with the number of clusters it has.
+    /// The files in the map, each once, with its number of clusters.
     pub(crate) fn sizes(&self) -> Vec<(Arc<IoFile>, u64)> {
         let (mut files, mut known) = (Vec::new(), HashMap::new());
         for (start, extent) in self.extents.iter() {
@@ -160,7 +160,7 @@ mod tests {
         (0..3).map(|_| Arc::new(file())).collect()
     }
 
-    /// Which of the files, or none, provides each cluster.
+    /// The index of the file that is the source of each cluster, if any.
     fn flat(map: &BlockMap, files: &[Arc<IoFile>]) -> Vec<Option<usize>> {
         let mut flat = Vec::new();
         for (range, source) in map.pieces(0..CLUSTERS) {

@@ -1,31 +1,31 @@
 //! Disks: files that are cloned in constant time with the VM they belong to.
 //!
-//! A disk is a map from ranges of 4 KiB clusters to files. In a file, each cluster stands at
-//! its own offset in the disk. Reads follow the map. Writes go to the *active* file, the one file
-//! that this VM may write. A fork makes that file read-only for every disk and image that has it in
-//! a map. The map is cloned, which copies one pointer. The next write of either side makes an
-//! unnamed overlay, its new active file. docs/devices.md has the reasons; in short:
+//! A disk is a map from ranges of 4 KiB clusters to files. In a file, each cluster stands at its
+//! own offset in the disk. Reads follow the map. Writes go to the *active* file, the one file that
+//! this VM may write. A fork makes that file read-only for every disk and image that has it in a
+//! map. The map is cloned, which copies one pointer. The next write of either side makes an unnamed
+//! overlay, its new active file. docs/devices.md has the reasons; in short:
 //!
 //! - A write of whole clusters goes to the active file and then into the map. A write of part of a
 //!   cluster that is in another file reads the rest of the cluster first, and holds the cluster
 //!   alone (`locks.rs`).
 //! - The map changes when the write is done. A fork in the middle of a write finds the old cluster,
-//!   and the child's device does the request again.
+//!   and the child's device repeats the request.
 //!
-//! | to learn about | read |
+//! | topic | file |
 //! |---|---|
 //! | the map | `map.rs` |
 //! | `Disk`, which keeps its three parts in step | `live.rs` |
 //! | the jobs of requests, the clusters they hold, the engine | `request_table.rs`, `locks.rs` |
 //! | base, overlays and map | `overlay_chain.rs` |
-//! | journal, new image, and the flush on its way | `durability.rs` |
+//! | journal, new image, and the flush in progress | `durability.rs` |
 //! | the steps of a job | `job.rs`, `steps.rs` |
 //! | forking, commit, export | `image.rs` |
-//! | what of a forked disk survives the process | `journal/` |
-//! | the same where the file system has reflinks | `shadow.rs` |
-//! | flushes, and overlays that go back into the image | `flush.rs` |
+//! | the durable part of a forked disk | `journal/` |
+//! | the same on a file system with reflinks | `shadow.rs` |
+//! | flushes, and folding of overlays into the image | `flush.rs` |
 //! | keeping overlays few | `compact.rs` |
-//! | what a snapshot writes, and a disk made of it again | `layers.rs` |
+//! | the runs that a snapshot writes, and a disk made of them | `layers.rs` |
 
 mod compact;
 mod directory;
@@ -71,7 +71,7 @@ pub const SECTOR: u64 = 512;
 pub struct DiskConfig {
     /// A raw image or a block device.
     pub path: PathBuf,
-    /// Whether the guest may only read it.
+    /// Whether the guest may only read the disk.
     pub read_only: bool,
     /// Whether writes end with the VM. The image is opened read-only, and several VMs may use it.
     #[serde(default)]
@@ -115,7 +115,7 @@ pub enum DiskError {
     /// A system call on a file has failed.
     #[error(transparent)]
     File(#[from] FileError),
-    /// The image has no whole sector.
+    /// The image is smaller than a sector.
     #[error("{} has {bytes} bytes: a disk has at least one sector of 512", path.display())]
     TooSmall {
         /// The image's path.
@@ -150,7 +150,7 @@ pub enum DiskError {
         /// The path where the journal is, if it is in the same directory.
         found: Option<PathBuf>,
     },
-    /// While the image was opened, another file took its name.
+    /// Another file took the image's name during the open.
     #[error("{} was replaced while it was opened: try again", path.display())]
     Replaced {
         /// The image's path.
@@ -173,7 +173,7 @@ pub enum DiskError {
         /// The image's path.
         path: PathBuf,
     },
-    /// A request leaves the disk.
+    /// A request exceeds the disk.
     #[error("{len} bytes at {offset:#x} are not on a disk of {size:#x} bytes")]
     OutOfRange {
         /// First byte of the request.
@@ -195,7 +195,7 @@ pub enum DiskError {
         /// The snapshot's file.
         path: PathBuf,
     },
-    /// A run of a layer that is not on the disk, or not in its file.
+    /// A run of a layer exceeds the disk, or its file.
     #[error("the layer in {} has clusters {start:#x} to {end:#x}; there are {clusters:#x}", path.display())]
     LayerRun {
         /// The layer's file; the disk's own path for a run of zeros.
@@ -241,7 +241,7 @@ pub enum DiskError {
 }
 
 impl DiskError {
-    /// Whether the error says that a file system or a quota is full.
+    /// Whether the error means that a file system or a quota is full.
     fn is_full(&self) -> bool {
         use rustix::io::Errno;
         let errno = match self {

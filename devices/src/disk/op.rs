@@ -52,11 +52,11 @@ pub struct DiskDone {
     pub result: Result<(), DiskError>,
 }
 
-/// What has gone wrong with a disk on the host.
+/// Failures of a disk on the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DiskHealth {
     /// Requests that failed because a file system had no room, the image's or the overlays'.
     pub no_room: u64,
-    /// Whether the system has failed to make a write durable. All later flushes fail.
+    /// The system has failed to make a write durable. All later flushes fail.
     pub lost: bool,
 }

@@ -1,4 +1,4 @@
-//! The files of a disk: its base, its overlays, and the map that says which cluster is in which.
+//! The files of a disk: its base, its overlays, and the map from clusters to these files.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use super::journal::{Log, Report, write_back};
 use super::map::{BlockMap, CLUSTER, Source};
 use super::{DiskConfig, DiskError};
 
-/// What all disks of one ancestor share. Each disk and each image holds it once.
+/// State shared by all disks of one ancestor. Each disk and each image holds it once.
 #[derive(Debug)]
 pub(super) struct Setup {
     pub(super) config: DiskConfig,
@@ -23,20 +23,19 @@ pub(super) struct Setup {
     pub(super) size: u64,
     /// The directory in which overlays are made.
     pub(super) overlays: Directory,
-    /// Overlays that no disk and no image has any more, to be used again. What is in one is read
-    /// only where the map says so. The map says so only of clusters that were written as a whole
-    /// since the file was taken from here.
+    /// Overlays that no disk and no image has any more, for reuse. Old contents are never read: the
+    /// map refers to a cluster only after all of it was written since the file was taken from here.
     pub(super) pool: Arc<OverlayPool>,
 }
 
-/// Which file has each cluster of a disk, and which file its writes go to.
+/// The map from clusters to files, and the file that writes go to.
 ///
 /// Invariants:
 ///
 /// - No image and no other disk has `active` in its map. A fork clears it before it clones the map.
-/// - `active` is None, the base, or an overlay that this disk has made since its last fork.
-/// - Once the disk was forked, `active` is the base only while it folds, and then no other disk and
-///   no image had the setup when the fold began.
+/// - `active` is empty, the base, or an overlay made by this disk since its last fork.
+/// - Once the disk was forked, `active` is the base only while the disk folds; no other disk and no
+///   image had the setup when the fold began.
 /// - `relocation` never moves clusters out of `active`, and never begins while `unsettled` has
 ///   writes.
 #[derive(Debug)]
@@ -49,7 +48,7 @@ pub(super) struct OverlayChain {
     forked: bool,
     /// Files of the map that another VM was still writing when this disk was made.
     unsettled: Vec<Arc<IoFile>>,
-    /// Whether a forked disk writes to its base again, and overlays are moved into it.
+    /// Whether a forked disk writes to its base again, and has overlays moved into it.
     folding: bool,
     /// Whether clusters may have come into other files than the base since a fold last queued its
     /// moves.
@@ -87,7 +86,7 @@ impl OverlayChain {
             self.relocation.forget();
         }
         self.stop_folding();
-        // The map may still have them, whether or not the device has done those writes again.
+        // The map may still contain them, even after the device has repeated those writes.
         self.unsettled.retain(|file| file.has_writes());
         let mut unsettled = self.unsettled.clone();
         for target in targets {
@@ -98,11 +97,11 @@ impl OverlayChain {
         DiskImage { setup: Arc::clone(&self.setup), map: self.map.clone(), unsettled }
     }
 
-    /// Goes back to an image. No request may be in flight.
+    /// Goes back to an image. Requires that no request is in flight.
     pub(super) fn rewind(&mut self, image: &DiskImage) {
         self.setup = Arc::clone(&image.setup);
         self.map = image.map.clone();
-        // No map has the active file any more: its room is given back.
+        // No map contains the active file any more: its room is freed.
         self.active = None;
         self.forked = true;
         self.stop_folding();
@@ -110,13 +109,13 @@ impl OverlayChain {
         self.relocation.forget();
     }
 
-    /// Whether the image's disk has the same base as this one.
+    /// Whether the image's disk has this disk's base.
     pub(super) fn has_base_of(&self, image: &DiskImage) -> bool {
         let base = |setup: &Setup| setup.base.as_ref().map(Arc::as_ptr);
         base(&self.setup) == base(&image.setup)
     }
 
-    /// Its size in bytes.
+    /// Size in bytes.
     pub(super) fn size(&self) -> u64 {
         self.setup.size
     }
@@ -142,17 +141,17 @@ impl OverlayChain {
         self.forked
     }
 
-    /// The file it was opened from.
+    /// The file that the disk was opened from.
     pub(super) fn base(&self) -> Option<&Arc<IoFile>> {
         self.setup.base.as_ref()
     }
 
-    /// Whether `file` is the one it was opened from.
+    /// Whether `file` is the base.
     pub(super) fn is_base(&self, file: &Arc<IoFile>) -> bool {
         self.base().is_some_and(|base| Arc::ptr_eq(base, file))
     }
 
-    /// Whether the base has every cluster.
+    /// Whether all clusters are in the base.
     pub(super) fn is_all_base(&self) -> bool {
         self.base().is_some_and(|base| self.map.is_all(self.clusters(), base))
     }
@@ -162,15 +161,15 @@ impl OverlayChain {
         self.active.as_ref()
     }
 
-    /// The file that writes go to. Makes an overlay if there is none.
+    /// The file that writes go to. Makes an overlay if necessary.
     pub(super) fn active_or_overlay(&mut self) -> Result<Arc<IoFile>, DiskError> {
         if let Some(active) = &self.active {
             return Ok(Arc::clone(active));
         }
         let setup = &self.setup;
         let file = setup.overlays.unnamed(&setup.pool, setup.size, setup.config.cache)?;
-        // No journal gives it a name, to be written by whoever finds it. So nobody opens it for
-        // writing again: not a process that gets it to read.
+        // Without a journal, the file gets no name by which it could be opened for writing. So no
+        // process opens it for writing again, not even one that gets it for reading.
         if !setup.base.as_ref().is_some_and(|base| base.is_writable()) {
             file.forbid_writers().map_err(|source| FileError { path: file.path().to_owned(), what: "kept", source })?;
         }
@@ -179,7 +178,7 @@ impl OverlayChain {
         Ok(active)
     }
 
-    /// Puts `clusters` into `source`.
+    /// Maps `clusters` to `source`.
     pub(super) fn insert(&mut self, clusters: Range<u64>, source: Source) {
         self.rescan |= !self.base().is_some_and(|base| source.is(base));
         self.map.insert(clusters, source);
@@ -197,12 +196,13 @@ impl OverlayChain {
 
     /// Whether no other disk and no image has the base in a map.
     pub(super) fn is_alone(&mut self) -> bool {
-        // Not the count alone: `get_mut` also orders what the others did before this.
+        // A count alone is not enough: `get_mut` also orders the accesses of former holders before
+        // this.
         !self.is_unsettled() && Arc::get_mut(&mut self.setup).is_some()
     }
 
-    /// Makes `file` the base and the active file, with every cluster. The disk is then as if it had
-    /// never been forked. Returns false, with nothing changed, unless the chain is alone.
+    /// Makes `file` the base and the active file, with every cluster, as if the disk had never been
+    /// forked. Returns false, with nothing changed, unless the chain is alone.
     pub(super) fn replace_base(&mut self, file: Arc<IoFile>) -> bool {
         let Some(setup) = Arc::get_mut(&mut self.setup) else { return false };
         self.map = BlockMap::new(setup.size.div_ceil(CLUSTER), Source::File(Arc::clone(&file)));
@@ -213,7 +213,7 @@ impl OverlayChain {
         true
     }
 
-    /// Copies into the base what other files have; see [`write_back`].
+    /// Copies the clusters of other files into the base; see [`write_back`].
     pub(super) fn write_back(&mut self, base: &Arc<IoFile>, log: Option<&mut Log>) -> Result<Report, FileError> {
         write_back(&mut self.map, base, self.setup.size, log)
     }
@@ -232,7 +232,7 @@ impl OverlayChain {
         self.rescan = true;
     }
 
-    /// Ends a fold when the base has everything: the disk is as if it had never been forked.
+    /// Ends a fold when all clusters are in the base, as if the disk had never been forked.
     pub(super) fn end_fold(&mut self) {
         self.stop_folding();
         self.forked = false;
@@ -294,8 +294,7 @@ impl OverlayChain {
     }
 
     fn moves_are_held(&self) -> bool {
-        // A parent's writes that have not landed are done again by this disk's device, and are in
-        // the active file then.
+        // This disk's device repeats its parent's writes that have not ended, into the active file.
         self.relocation.is_held() || self.active.is_none() || self.is_unsettled()
     }
 

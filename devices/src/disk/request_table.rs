@@ -28,20 +28,21 @@ struct Parts {
 
 /// The jobs of a disk, each in a slot whose index is its token in the engine.
 ///
-/// A request consists of one job or several. A relocation is a job of no request.
+/// A request consists of one job or several. A relocation is a job without a request.
 ///
 /// Invariants:
 ///
 /// - A slot is free, holds a job, or lends its job to a method of `Disk`. That method puts the job
 ///   back ([`RequestTable::put`], [`RequestTable::park`]) or ends it ([`RequestTable::finish`]).
-/// - `parts` has every request with a job that has not ended. When its last job ends, the request
-///   leaves `parts` and enters `done`, once.
+/// - `parts` has every request with an unfinished job. When its last job ends, the request leaves
+///   `parts` and enters `done`, once.
 /// - `waiting` names a slot at most once, and keeps the order in which the jobs came.
 /// - A job that ends releases its clusters. `released` is then set until waiting jobs are tried
 ///   again.
 #[derive(Debug)]
 pub(super) struct RequestTable {
-    // First, so that it is dropped first: what is in flight ends while the rest is still there.
+    // Dropped first, as the first field: operations in flight end while the other fields still
+    // exist.
     engine: Option<Engine<usize>>,
     /// Signalled by the engine when it has completions.
     event: EventFd,
@@ -50,7 +51,7 @@ pub(super) struct RequestTable {
     free: Vec<usize>,
     /// Slots of jobs that wait for their clusters, or for a flush to end.
     waiting: VecDeque<usize>,
-    /// Whether something was released since the waiting jobs were last tried.
+    /// Whether clusters or a flush were released since the waiting jobs were last tried.
     released: bool,
     locks: RangeLocks,
     /// Requests in flight, by token.
@@ -61,12 +62,12 @@ pub(super) struct RequestTable {
     no_room: u64,
     /// Kept empty between reaps for its capacity.
     reaped: Vec<Completion<usize>>,
-    /// Made at the first use. It is not read again when the engine fails for good.
+    /// Made at the first use. Left unused once the engine has failed for good.
     zeros: Option<Arc<AlignedBuf>>,
 }
 
-/// Makes now what `disks` disks need of the kernel at their first request: for a process that may
-/// not ask for it later.
+/// Makes the kernel objects for the first request of `disks` disks, for a process that may not ask
+/// for them later.
 ///
 /// # Errors
 /// When io_uring is not available.
@@ -110,13 +111,13 @@ impl RequestTable {
         self.jobs.iter().flatten().any(Job::changes)
     }
 
-    /// The files that jobs are to write to.
+    /// The target files of jobs.
     pub(super) fn targets(&self) -> impl Iterator<Item = &Arc<IoFile>> {
         self.jobs.iter().flatten().filter_map(|job| job.target.as_ref())
     }
 
     fn count_part(&mut self, job: &Job) {
-        // A relocation's token is no request's.
+        // A relocation's token belongs to no request.
         if !job.is_relocation() {
             self.parts.entry(job.token).or_default().left += 1;
         }
@@ -133,8 +134,7 @@ impl RequestTable {
         at
     }
 
-    /// Adds a job that must not begin before the one that adds it holds or has released its
-    /// clusters.
+    /// Adds a job that must not begin before the adding job holds or has released its clusters.
     pub(super) fn insert_later(&mut self, job: Job) {
         self.count_part(&job);
         let at = self.jobs.len();
@@ -178,7 +178,7 @@ impl RequestTable {
         self.released = true;
     }
 
-    /// Whether something was released since the last call.
+    /// Whether clusters or a flush were released since the last call.
     pub(super) fn take_released(&mut self) -> bool {
         mem::take(&mut self.released)
     }
@@ -188,13 +188,13 @@ impl RequestTable {
         self.waiting.iter().copied().collect()
     }
 
-    /// The job of slot `at` waits no more.
+    /// Removes the job of slot `at` from the waiting jobs.
     pub(super) fn stop_waiting(&mut self, at: usize) {
         self.waiting.retain(|other| *other != at);
     }
 
-    /// Ends the job of slot `at`: its request is done if it was the last one, its clusters are
-    /// released.
+    /// Ends the job of slot `at`: completes its request if it was the last job, and releases its
+    /// clusters.
     pub(super) fn finish(&mut self, at: usize, mut job: Job) {
         self.free.push(at);
         if !job.is_relocation()
@@ -215,7 +215,7 @@ impl RequestTable {
         }
     }
 
-    /// Counts a job that found no room. Returns how many there were.
+    /// Counts a job that found no room. Returns the new count.
     pub(super) fn count_no_room(&mut self) -> u64 {
         self.no_room += 1;
         self.no_room
@@ -259,7 +259,7 @@ impl RequestTable {
         Ok(())
     }
 
-    /// Submits to the kernel what the engine was given.
+    /// Submits the engine's queued operations to the kernel.
     pub(super) fn flush_engine(&mut self) -> Result<(), EngineError> {
         self.engine.as_mut().map_or(Ok(()), Engine::flush)
     }
@@ -279,7 +279,7 @@ impl RequestTable {
         (reaped, result)
     }
 
-    /// Cancels what the kernel can cancel, and takes the completions of it.
+    /// Cancels the operations that the kernel can cancel, and takes their completions.
     pub(super) fn cancel(&mut self) -> Vec<Completion<usize>> {
         let mut reaped = mem::take(&mut self.reaped);
         if let Some(engine) = &mut self.engine {
@@ -299,7 +299,8 @@ impl RequestTable {
         let at = completion.token;
         let mut job = self.take(at)?;
         job.left -= 1;
-        // The memory goes here, whether or not the job goes on: what it still needs it has itself.
+        // The buffers are dropped here even if the job continues: a job has its own references to
+        // buffers it still needs.
         drop(completion.buffers);
         if let Err(failure) = completion.result {
             job.fail(failure.into());

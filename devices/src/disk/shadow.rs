@@ -1,18 +1,18 @@
-//! Flushes after a fork where the file system has reflinks (XFS, Btrfs): a new image that shares
-//! blocks with the old one, instead of a journal.
+//! Flushes after a fork on a file system with reflinks (XFS, Btrfs): a new image that shares blocks
+//! with the old one, instead of a journal.
 //!
-//! A fork makes the image read-only. The first flush after it makes a copy (FICLONE, which copies
-//! no data). It puts into the copy what the map has in other files (`copy_file_range`, which shares
-//! blocks too). It syncs the copy, and renames it to the image's name. The rename is one step:
-//! under its name the image is always whole, and has everything that was flushed. Clones keep the
-//! old image, which then has no name.
+//! A fork makes the image read-only. The first flush after it clones the image (FICLONE, which
+//! copies no data), adds the clusters that the map has in other files (`copy_file_range`, which
+//! shares blocks too), syncs the copy, and renames it to the image's name. The rename is one step:
+//! under its name the image is always whole, and has all flushed data. Clones keep the old image,
+//! which then has no name.
 //!
-//! No map has the new image. So later flushes write into it what has changed since, and sync it,
-//! whether or not there was another fork. Like any disk that is being written, it shows each sector
-//! as it was at the last flush or later.
+//! No map contains the new image. So later flushes write the changed clusters into it and sync it,
+//! with or without another fork. Like any disk that is being written, it shows each sector as it
+//! was at the last flush or later.
 //!
-//! When no clone needs the old image, the new one takes its place in the map. The disk is then as
-//! if it had never been forked.
+//! When no clone needs the old image, the new one takes its place in the map, as if the disk had
+//! never been forked.
 
 use std::fs::File;
 use std::io;
@@ -50,7 +50,7 @@ struct Writing {
     step: Step,
 }
 
-/// The new image of a disk, and what it lacks since the last flush.
+/// The new image of a disk, and the clusters it lacks since the last flush.
 #[derive(Debug)]
 pub(super) struct Shadow {
     beside: Directory,
@@ -77,7 +77,7 @@ fn place(path: &Path) -> Result<(Directory, String), FileError> {
     Ok((Directory::open(real.parent().unwrap_or(Path::new("/")))?, name))
 }
 
-/// Removes the new image that a process has left half-made.
+/// Removes the half-made new image of an earlier process.
 pub(super) fn sweep(base: &IoFile) {
     if base.is_block_device() || !base.is_writable() {
         return;
@@ -91,9 +91,8 @@ pub(super) fn sweep(base: &IoFile) {
 }
 
 impl Shadow {
-    /// For the image that `base` is. None where the file system has no reflinks, where the image
-    /// has a second name, which would stay the old image's, or where overlays are on another file
-    /// system.
+    /// For the image `base`. None on a file system without reflinks, for an image with a second
+    /// name (which would stay with the old image), or with overlays on another file system.
     pub(super) fn new(base: &Arc<IoFile>, size: u64, overlays: &Directory, policy: CachePolicy) -> Option<Self> {
         let ready = || -> Result<Self, FileError> {
             let (beside, name) = place(base.path())?;
@@ -156,10 +155,10 @@ impl Shadow {
         self.whole = true;
     }
 
-    /// Begins to make durable what `map` shows. Returns what the kernel is to do first.
+    /// Begins to make the clusters of `map` durable. Returns the first requests for the kernel.
     ///
     /// # Errors
-    /// When there can be no new image. If there has never been one, a journal takes its place.
+    /// When a new image is impossible. If there has never been one, a journal takes its place.
     pub(super) fn begin(&mut self, map: &BlockMap, dirty: bool) -> Result<Vec<Request>, FileError> {
         if self.broken {
             return Err(failed(self.base.path(), "flushed since a write was lost")(rustix::io::Errno::IO.into()));
@@ -188,7 +187,7 @@ impl Shadow {
         let current = self.file.as_ref().unwrap_or(&self.base);
         let (inode, device) = self.beside.identity_of(&self.name)?;
         let stat = rustix::fs::fstat(&**current).map_err(|error| failed(current.path(), "looked at")(error.into()))?;
-        // Another file has the name, which is not ours to replace.
+        // Another file has the name; this disk must not replace it.
         if (inode, device) != (stat.st_ino, stat.st_dev) || stat.st_nlink != 1 {
             return Err(failed(current.path(), "found by its name")(io::ErrorKind::NotFound.into()));
         }
@@ -218,7 +217,7 @@ impl Shadow {
         Ok(())
     }
 
-    /// The next request for the kernel, when it has done all before. None when everything is
+    /// The next request, once the kernel has completed all earlier ones. None when everything is
     /// durable.
     ///
     /// # Errors
@@ -248,7 +247,7 @@ impl Shadow {
                 }
                 self.beside.link(to, &new)?;
                 self.beside.rename(&new, &self.name)?;
-                // From here on it may be the image.
+                // From here on the file may be the image.
                 self.file = self.next.take();
                 Ok(Some(Request::Sync { file: Arc::clone(self.beside.file()), all: true }))
             }
@@ -259,7 +258,7 @@ impl Shadow {
         }
     }
 
-    /// Ends a failed flush: the next one does it all again, unless something was `lost`.
+    /// Ends a failed flush. The next flush does it all again, unless a write was `lost`.
     pub(super) fn give_up(&mut self, lost: bool) {
         let Some(mut writing) = self.writing.take() else { return };
         self.broken |= lost;

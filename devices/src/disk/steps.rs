@@ -1,4 +1,5 @@
-//! The steps of a disk's jobs: what each gives to the engine, and what follows a completion.
+//! The steps of a disk's jobs: the operations that a step gives to the engine, and the step after a
+//! completion.
 
 use std::sync::Arc;
 
@@ -9,11 +10,11 @@ use super::job::{Edge, Job, RmwEdges, Stage, Work};
 use super::live::Disk;
 use super::map::{CLUSTER, Source};
 
-/// Extents in a map beyond which small zeros and discards add no more. The map then takes some 10
-/// MiB.
+/// Number of extents in a map above which small zeros and discards add no more. The map then takes
+/// some 10 MiB.
 pub(super) const MAX_EXTENTS: usize = 1 << 16;
-/// Clusters from which on zeros always become an extent: a disk has room for few ranges of this
-/// size.
+/// Number of clusters from which on zeros always become an extent: a disk has room for few ranges
+/// of this size.
 const SMALL_ZEROS: u64 = 256;
 
 impl Disk {
@@ -31,7 +32,7 @@ impl Disk {
         self.put(at, job);
     }
 
-    /// Puts a job back, or ends it when the engine has no operation of it.
+    /// Puts a job back, or ends it if the engine has no operation of it.
     pub(super) fn put(&mut self, at: usize, job: Job) {
         if job.left > 0 {
             self.requests.put(at, job);
@@ -51,8 +52,8 @@ impl Disk {
                 Source::File(file) => {
                     requests.push(Request::Read { file: Arc::clone(file), offset: start, buffers: part });
                 }
-                // By the processor: these pages are this VM's own, because they are pinned for
-                // writing.
+                // The processor may write: these pages are pinned for writing, and so this VM's
+                // own.
                 Source::Zero => part.iter().for_each(fill_with_zeros),
             }
         }
@@ -83,7 +84,7 @@ impl Disk {
         };
         job.edges.head = edge(clusters.start);
         let last = clusters.end - 1;
-        // One cluster can be both: it is read once.
+        // One cluster can be both head and tail: it is read once.
         let tail = if last == clusters.start { job.edges.head.clone() } else { edge(last) };
         job.edges.tail = tail;
         if reads.is_empty() {
@@ -111,7 +112,7 @@ impl Disk {
         let (offset, len) = (job.offset, job.len);
         let base = self.chain.active().filter(|active| self.chain.is_base(active)).cloned();
         if let Some(file) = base.clone().filter(|base| self.chain.map().is_all(job.clusters(), base)) {
-            // In place: the base is what lasts, and its file system can make zeros.
+            // In place: the base is durable, and its file system can make zeros.
             job.target = Some(Arc::clone(&file));
             let request =
                 if punch { Request::Punch { file, offset, len } } else { Request::Zero { file, offset, len } };
@@ -142,8 +143,8 @@ impl Disk {
         }
         job.moves = !crowded;
         let Some(active) = self.chain.active().cloned() else { return Ok(()) };
-        // Punches holes in the active file. Other files belong to other disks too, and stay as they
-        // are.
+        // Punches holes in the active file. Other files belong to other disks too, and stay
+        // unchanged.
         let active_pieces = self.chain.map().pieces(whole).filter(|(_, source)| source.is(&active));
         let punches: Vec<Request> = active_pieces
             .map(|(range, _)| {
@@ -155,8 +156,8 @@ impl Disk {
     }
 
     /// Whether the map is full, and zeros in `clusters` would add an extent. Such a discard is done
-    /// in the active file only. Such zeros are written as data. So a guest cannot make the host
-    /// remember each cluster of a disk in an extent of its own.
+    /// in the active file only, and such zeros are written as data. So a guest cannot make the host
+    /// store an extent for each cluster of a disk.
     fn is_crowded(&self, clusters: &std::ops::Range<u64>) -> bool {
         let small = clusters.end - clusters.start < SMALL_ZEROS;
         small && self.chain.map().len() >= MAX_EXTENTS && self.chain.map().pieces(clusters.clone()).take(3).count() < 3
@@ -172,8 +173,8 @@ impl Disk {
         let next = match (&job.work, &job.stage) {
             (Work::Write(_) | Work::Move(_), Stage::RmwEdges) if job.error.is_none() => {
                 let current = job.target.as_ref().zip(self.chain.active()).is_some_and(|(a, b)| Arc::ptr_eq(a, b));
-                // The disk was forked meanwhile, and the file to write to is read-only now. The job
-                // begins again, with the new active file. The bytes that were read are still right,
+                // The disk was forked meanwhile, and the target file is read-only now. The job
+                // begins again, with the new active file. The bytes already read are still right,
                 // since the clusters are held.
                 match (current, &job.work) {
                     (true, _) => self.transfer(at, job),
@@ -194,15 +195,16 @@ impl Disk {
         }
     }
 
-    /// A file that has no holes: a discard is done, zeros are written.
+    /// Handles a file without holes: a discard is complete, zeros are written.
     fn after_zero(&mut self, job: &mut Job, advisory: bool) {
         let refused = matches!(&job.error, Some(DiskError::Transfer(failure)) if failure.errno().is_some());
         if !refused {
             return;
         }
-        // For a move the map says zero, whatever the file still holds; and a discard is a hint.
+        // For a move, the map records zeros regardless of the file's content; and a discard is a
+        // hint.
         job.error = None;
-        // Of the base the map says what it holds.
+        // In the base, the content is in the file and not in the map.
         job.moves &= job.target.is_none();
         if !job.moves && !advisory {
             let zeros = self.requests.zeros(job.len);
@@ -211,7 +213,7 @@ impl Disk {
     }
 }
 
-/// What of `offset..end` lies outside of the whole clusters in it.
+/// The parts of `offset..end` outside its whole clusters.
 fn odd_ends(offset: u64, end: u64, whole: &std::ops::Range<u64>) -> Vec<(u64, u64)> {
     if whole.is_empty() {
         // Within one cluster, or across the border of two.

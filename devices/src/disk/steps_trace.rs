@@ -7,12 +7,12 @@ pub(super) use testing::{request, step};
 
 #[cfg(not(test))]
 mod real {
-    /// Called before each change of a file or a directory that is not given to the engine.
+    /// Called before each change of a file or a directory that bypasses the engine.
     pub(in crate::disk) fn step(_what: impl FnOnce() -> String) -> std::io::Result<()> {
         Ok(())
     }
 
-    /// Called with each request that is given to the engine.
+    /// Called with each request to the engine.
     pub(in crate::disk) fn request(request: clade_io::Request) -> clade_io::Request {
         request
     }
@@ -30,7 +30,8 @@ pub(super) mod testing {
     #[derive(Default)]
     struct Trace {
         done: Vec<String>,
-        /// Steps that may still be done. All after them fail, as if the process had ended.
+        /// Number of steps that may still be done. All later steps fail, as if the process had
+        /// ended.
         left: Option<usize>,
         /// The name of files whose syncs fail.
         unsyncable: Option<String>,
@@ -52,7 +53,7 @@ pub(super) mod testing {
         })
     }
 
-    /// Does `work`, of which only the first `steps` steps succeed. Returns the steps done as well.
+    /// Runs `work`, with only the first `steps` steps succeeding. Returns the steps done as well.
     pub(in crate::disk) fn traced<T>(steps: Option<usize>, work: impl FnOnce() -> T) -> (T, Vec<String>) {
         TRACE.with_borrow_mut(|trace| (trace.done, trace.left) = (Vec::new(), steps));
         let result = work();
@@ -64,7 +65,7 @@ pub(super) mod testing {
         TRACE.with_borrow_mut(|trace| trace.unsyncable = name.map(str::to_owned));
     }
 
-    /// Records a sync, or makes it one that fails.
+    /// Records a sync, or makes it fail.
     pub(in crate::disk) fn request(request: Request) -> Request {
         let Request::Sync { file, all } = request else { return request };
         let name = file.path().file_name().unwrap_or_default().to_string_lossy().into_owned();

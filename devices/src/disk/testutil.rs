@@ -1,4 +1,4 @@
-//! What tests of disks share.
+//! Helpers for tests of disks.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use super::{Disk, DiskImage, DiskOp};
 
 pub(super) const SOON: Duration = Duration::from_secs(10);
 
-/// Memory with `bytes` in it. What is given to the kernel keeps it.
+/// Memory filled with `bytes`. Operations in the kernel keep it alive.
 pub(super) fn buffer(bytes: &[u8]) -> Vec<Fragment> {
     let buffer = Arc::new(AlignedBuf::new(bytes.len()));
     let fragment = Fragment::owned(&buffer, 0, bytes.len()).unwrap();
@@ -18,7 +18,7 @@ pub(super) fn buffer(bytes: &[u8]) -> Vec<Fragment> {
     vec![fragment]
 }
 
-/// Begins to write.
+/// Submits a write.
 pub(super) fn begin_write(disk: &mut Disk, offset: u64, bytes: &[u8], token: u64) {
     disk.submit(DiskOp::Write { offset, buffers: buffer(bytes) }, token).unwrap();
     disk.kick().unwrap();
@@ -37,7 +37,7 @@ pub(super) fn read(disk: &mut Disk, offset: u64, len: usize) -> Vec<u8> {
     bytes
 }
 
-/// Lets all that is in flight end, and returns how many requests did.
+/// Waits until all operations in flight have ended, and returns the number of completed requests.
 pub(super) fn finish(disk: &mut Disk) -> usize {
     let mut ended = 0;
     disk.kick().unwrap();
@@ -60,7 +60,7 @@ pub(super) fn whole(image: &DiskImage) -> Vec<u8> {
     bytes
 }
 
-/// Where a run of at most `most` of `all` begins, and how long it is.
+/// The start and the length of a run of at most `most` of `all`.
 pub(super) fn run(all: u64, most: u64) -> impl Strategy<Value = (u64, u64)> + Clone {
     (0..all).prop_flat_map(move |first| (Just(first), 1..=(all - first).min(most)))
 }

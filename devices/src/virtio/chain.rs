@@ -1,7 +1,7 @@
 //! A chain of buffers, read once.
 //!
-//! Each descriptor is read once, and an indirect table is copied before it is checked. So nothing
-//! changes between check and use. An invalid chain is an error, not a shorter chain.
+//! Each descriptor is read once, and an indirect table is copied before it is checked. So the guest
+//! cannot change anything between check and use. An invalid chain is an error, not a shorter chain.
 
 use clade_memory::GuestRam;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
@@ -10,7 +10,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::queue::QueueError;
 
-/// Most bytes in a chain, by the specification.
+/// Maximum bytes in a chain, by the specification.
 const MAX_BYTES: u64 = 1 << 32;
 /// Bytes of a descriptor.
 pub(super) const DESCRIPTOR: u32 = size_of::<Descriptor>() as u32;
@@ -39,7 +39,8 @@ pub struct Chain {
 #[derive(Debug)]
 pub(super) struct Walk<'a> {
     ram: &'a GuestRam,
-    /// Descriptors in the queue: also the most buffers of a chain, in the queue or in a table.
+    /// Descriptors in the queue: also the maximum number of buffers in a chain, in the queue or in
+    /// a table.
     size: u16,
     left: u16,
     bytes: u64,
@@ -61,10 +62,10 @@ impl<'a> Walk<'a> {
         has(descriptor, VRING_DESC_F_INDIRECT)
     }
 
-    /// Takes a buffer. Returns the index of the next one, if there is one.
+    /// Takes a buffer. Returns the index of the next one, if any.
     pub(super) fn buffer(&mut self, descriptor: &Descriptor) -> Result<Option<u16>, QueueError> {
         let (head, size) = (self.chain.head, self.size);
-        // Also the end of loops.
+        // This also ends loops.
         self.left = self.left.checked_sub(1).ok_or(QueueError::Endless { head, size })?;
         let segment = self.segment(descriptor)?;
         self.bytes += u64::from(segment.len);
@@ -81,8 +82,8 @@ impl<'a> Walk<'a> {
         Ok(has(descriptor, VRING_DESC_F_NEXT).then(|| descriptor.next()))
     }
 
-    /// Takes the buffers of the table that `descriptor` refers to, which end the chain. A write
-    /// flag on the descriptor has no meaning.
+    /// Takes the buffers of the table that `descriptor` refers to, which end the chain. The write
+    /// flag of the descriptor is ignored.
     pub(super) fn table(&mut self, descriptor: &Descriptor) -> Result<(), QueueError> {
         let (head, size, len) = (self.chain.head, self.size, descriptor.len());
         if has(descriptor, VRING_DESC_F_NEXT) {
@@ -95,7 +96,7 @@ impl<'a> Walk<'a> {
         let Segment { address, .. } = self.segment(descriptor)?;
         let gone = |_| QueueError::Outside { head, address: address.0, len };
         let mut table = vec![Descriptor::default(); entries as usize];
-        // At any address: the specification asks for no alignment, and the copy needs none.
+        // At any address: the specification requires no alignment, and a copy needs none.
         self.ram.memory().get_slice(address, len as usize).map_err(gone)?.copy_to(&mut table);
         let mut next = Some(0);
         while let Some(index) = next {

@@ -1,10 +1,10 @@
-//! Guest memory for devices: pinned where the kernel gets its address, copied by the processor
-//! elsewhere.
+//! Guest memory for devices: pinned if the kernel gets its address, otherwise copied by the
+//! processor.
 //!
 //! An address that the kernel keeps for a transfer needs a pin (I3), because the VM may be forked
-//! meanwhile. What a thread of the VMM writes in one call needs none: a status byte, or the used
-//! ring. It goes through this VM's private mapping, which breaks COW by itself, and workers stand
-//! still during a fork.
+//! meanwhile. A write by a thread of the VMM within one call needs no pin, for example to a status
+//! byte or the used ring. Such a write goes through this VM's private mapping, which breaks COW by
+//! itself, and workers are paused during a fork.
 
 use std::io;
 use std::sync::Arc;
@@ -44,7 +44,7 @@ pub enum DmaError {
 
 impl DmaError {
     /// Whether a retry may succeed soon: there was no memory for the VM's own copy of a page, or a
-    /// page has as many pins as its count can hold.
+    /// page has as many pins as can be counted.
     #[must_use]
     pub(crate) fn is_transient(&self) -> bool {
         match self {
@@ -83,7 +83,7 @@ fn pin_one(ram: &GuestRam, owner: &'static str, segment: &Segment, access: Acces
     Fragment::pinned(&pin, start, len as usize).map_err(|_| outside())
 }
 
-/// Copies the first bytes of `segments` from guest memory. Returns what is left of the segments.
+/// Copies the first bytes of `segments` from guest memory. Returns the rest of the segments.
 ///
 /// # Errors
 /// When there are too few bytes, or guest memory cannot be read.
@@ -107,7 +107,7 @@ pub(crate) fn copy_in(ram: &GuestRam, segments: &[Segment], bytes: &mut [u8]) ->
     Ok(rest)
 }
 
-/// Copies `bytes` into the first bytes of `segments`. Returns how many bytes fitted.
+/// Copies `bytes` into the first bytes of `segments`. Returns the number of bytes that fitted.
 ///
 /// # Errors
 /// When guest memory cannot be written.

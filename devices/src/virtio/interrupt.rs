@@ -16,7 +16,7 @@ const CONFIG: u32 = 2;
 /// device's worker, which raises it.
 ///
 /// `pending` is set before the line is raised, and cleared by the guest's acknowledgement. All
-/// accesses are SeqCst, because the line is a path to the guest beside memory.
+/// accesses are SeqCst, because the line reaches the guest by another path than memory.
 #[derive(Debug)]
 pub struct Interrupt {
     irq: Arc<Irq>,
@@ -89,7 +89,7 @@ impl Interrupt {
         }
     }
 
-    /// Raises the line again if an interrupt is pending. An interrupt too many does no harm; a lost
+    /// Raises the line again if an interrupt is pending. A spurious interrupt is harmless; a lost
     /// one hangs the driver.
     pub(crate) fn reraise(&self) {
         if self.pending() != 0 {
@@ -113,8 +113,8 @@ impl Interrupt {
         self.needs_reset.load(Ordering::SeqCst)
     }
 
-    /// Clears it at a reset. The generation continues: a change of it only means that the
-    /// configuration has changed.
+    /// Clears the interrupt at a reset. The generation continues: a change of it only means that
+    /// the configuration has changed.
     pub(crate) fn clear(&self) {
         self.needs_reset.store(false, Ordering::SeqCst);
         self.pending.store(0, Ordering::SeqCst);

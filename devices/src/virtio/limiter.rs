@@ -9,9 +9,9 @@ use serde::{Deserialize, Serialize};
 pub struct Rate {
     /// Tokens added per second.
     pub per_second: u64,
-    /// The bucket's size in tokens. Default: what one second adds.
+    /// The bucket's size in tokens. Default: the tokens of one second.
     pub burst: Option<u64>,
-    /// Tokens on top of that at the beginning, which are not added again.
+    /// Additional tokens at the beginning, which are not refilled.
     pub once: u64,
 }
 
@@ -23,7 +23,7 @@ impl Rate {
     }
 }
 
-/// The limits of a device. An absent limit is none.
+/// The limits of a device. None means unlimited.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// Limit in bytes.
@@ -35,11 +35,11 @@ pub struct Limits {
 #[derive(Clone, Copy, Debug)]
 struct Bucket {
     rate: Rate,
-    /// Tokens in the bucket. Negative after an operation larger than the bucket, which is let
-    /// through and paid for by waiting.
+    /// Tokens in the bucket. Negative after an operation larger than the bucket, which passes at
+    /// once; later operations wait for it.
     level: i128,
     once: u64,
-    /// The instant of `level`. It is advanced by whole tokens only, so that fractions are kept.
+    /// The instant of `level`, advanced by whole tokens only, so that fractions are kept.
     at: Instant,
 }
 
@@ -65,7 +65,7 @@ impl Bucket {
         }
     }
 
-    /// How long until an operation may begin; zero if it may now.
+    /// The wait before an operation may begin; zero if it may begin now.
     fn wait(&self) -> Duration {
         if self.once > 0 || self.level > 0 {
             return Duration::ZERO;
@@ -109,7 +109,7 @@ impl Limiter {
         self.take_at(bytes, Instant::now())
     }
 
-    /// Whether an operation may begin now. Takes nothing: for operations whose size is known only
+    /// Whether an operation may begin now. Takes no tokens: for operations whose size is known only
     /// afterwards.
     ///
     /// # Errors
@@ -139,7 +139,7 @@ impl Limiter {
 mod tests {
     use super::*;
 
-    /// Operations of `bytes` that go through in `span`, asked for every 100 us.
+    /// Number of operations of `bytes` that pass within `span`, with an attempt every 100 us.
     fn through(limiter: &mut Limiter, start: Instant, span: Duration, bytes: u64) -> u64 {
         let steps = (span.as_micros() / 100) as u32;
         (0..steps).filter(|n| limiter.take_at(bytes, start + Duration::from_micros(100) * *n).is_ok()).count() as u64
@@ -153,7 +153,7 @@ mod tests {
         assert_eq!(through(&mut limiter, start, Duration::from_millis(1), 1), 10, "at most one each 100 us");
         let later = start + Duration::from_millis(1);
         let count = 10 + through(&mut limiter, later, Duration::from_secs(2), 1);
-        // The burst, what comes once, and two seconds.
+        // The burst, the one-time tokens, and two seconds.
         assert!((2014..=2017).contains(&count), "{count}");
         let much_later = start + Duration::from_secs(60);
         let count = (0..100).filter(|_| limiter.take_at(1, much_later).is_ok()).count();

@@ -3,9 +3,9 @@
 //! # How a device is made
 //!
 //! 1. A *device* implements [`VirtioDevice`]: its features, its configuration space, its activation
-//!    by a driver ([`Activation`]), its reset, and how it is paused and saved. It is a folder here,
-//!    of the shape of [`block`]: `device.rs` (that trait), `request.rs` (requests, parsed),
-//!    `service.rs` (the work), `state.rs` (saved state).
+//!    by a driver ([`Activation`]), its reset, and how it is paused and saved. A device has a
+//!    folder here, laid out as [`block`]: `device.rs` (that trait), `request.rs` (requests,
+//!    parsed), `service.rs` (the work), `state.rs` (saved state).
 //! 2. Its work is a `Service` on a `Worker`, a thread that sleeps until a queue's eventfd or one of
 //!    the device's own is readable. A turn pops chains from a [`Virtqueue`], and adds them to the
 //!    used ring.
@@ -20,14 +20,9 @@
 //! lets each worker finish its turn. From then on no chain is popped and none is added to a used
 //! ring. Transfers that the kernel is busy with continue, into pinned pages.
 //!
-//! A new device adds a variant to both.
-//!
 //! The state that [`VirtioDevice::save`] returns is a [`Saved`]: a plain [`DeviceState`], and a
 //! [`Backend`], the part that cannot be serialized (files, sockets). A new device adds a variant to
 //! both.
-//!
-//! [`VirtioDevice::save`] returns a [`Saved`]: a plain [`DeviceState`], and a [`Backend`], which is what cannot be written down (files, sockets).
-//! A new device adds a variant to both.
 
 pub mod balloon;
 pub mod block;
@@ -67,18 +62,18 @@ pub use transport::{MMIO_LEN, RestoreError, TransportState, VirtioMmio};
 pub(crate) use worker::{Service, Worker};
 pub use worker::{Turn, Wake, YieldRequest};
 
-/// What a device gets when its driver sets DRIVER_OK.
+/// Resources that a device gets when its driver sets DRIVER_OK.
 #[derive(Debug)]
 pub struct Activation {
     /// Guest memory.
     pub ram: GuestRam,
-    /// Every queue of the device; the ones that the driver does not use are absent.
+    /// Every queue of the device; the ones not in use by the driver are absent.
     pub queues: Vec<Option<Virtqueue>>,
     /// The negotiated features, by bit.
     pub features: u64,
-    /// The interrupt that tells the driver about used chains.
+    /// The interrupt for used chains.
     pub interrupt: Arc<Interrupt>,
-    /// Whether the VM is paused: the device does nothing before [`VirtioDevice::resume`].
+    /// Whether the VM is paused: the device waits for [`VirtioDevice::resume`].
     pub held: bool,
 }
 
@@ -128,7 +123,7 @@ pub enum DeviceState {
 }
 
 impl DeviceState {
-    /// The kind of device, as messages call it.
+    /// The kind of device, as used in messages.
     #[must_use]
     pub fn kind(&self) -> &'static str {
         match self {
@@ -141,12 +136,12 @@ impl DeviceState {
         }
     }
 
-    /// How many requests were in flight.
+    /// Number of requests in flight.
     #[must_use]
     pub fn in_flight(&self) -> usize {
         match self {
             Self::Block(state) => state.in_flight.len(),
-            // These devices finish a request in the turn in which they begin it.
+            // These devices finish a request in the turn in which it begins.
             Self::Rng(_) | Self::Console(_) | Self::Balloon(_) | Self::Vsock(_) | Self::Net(_) => 0,
         }
     }
@@ -198,31 +193,31 @@ pub trait VirtioDevice: Send + fmt::Debug {
     /// Reads the configuration space, which continues in zeros beyond its end.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
-    /// Writes the configuration space. Most devices have nothing writable there.
+    /// Writes the configuration space. Most devices have no writable fields.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
-    /// Begins to work for a driver. A device that was made from a saved state first does the chains
-    /// that were in flight then.
+    /// Begins to work for a driver. A device that was made from a saved state first repeats the
+    /// chains that were in flight then.
     ///
     /// # Errors
-    /// When it cannot work. The device is as before then.
+    /// When it cannot work. The device is then unchanged.
     fn activate(&mut self, with: Activation) -> Result<(), ActivateError>;
 
-    /// Stops working for the driver. Returns whether guest memory is left alone from now on; if
-    /// not, the transport calls it again.
+    /// Stops working for the driver. Returns whether the device has stopped accessing guest memory;
+    /// if not, the transport calls this again.
     #[must_use]
     fn deactivate(&mut self) -> bool;
 
     /// Stops all changes of guest memory, except by transfers that the kernel is busy with.
-    /// Bounded: it waits for no I/O.
+    /// Bounded: does not wait for I/O.
     fn quiesce(&mut self);
 
     /// Undoes [`VirtioDevice::quiesce`].
     fn resume(&mut self);
 
     /// Cancels the kernel's transfers in guest memory, or waits for them, up to `patience`. Only
-    /// called while the device is quiesced. Returns whether none is left. No chain is added to a
-    /// used ring: a device that is then resumed does all of them again, as after a fork.
+    /// called while the device is quiesced. Returns whether all have ended. No chain is added to a
+    /// used ring: a device that is then resumed repeats all of them, as after a fork.
     #[must_use]
     fn halt(&mut self, _patience: Duration) -> bool {
         // Most devices never have a transfer in flight.
@@ -230,16 +225,16 @@ pub trait VirtioDevice: Send + fmt::Debug {
     }
 
     /// Goes back to a saved state, in place, after [`VirtioDevice::halt`]. `with` is given if a
-    /// driver used the device then. What belongs to this VM alone stays (its sockets, its
-    /// interface), and the guest is notified as a child's guest is.
+    /// driver used the device then. Resources of this VM alone stay (its sockets, its interface),
+    /// and the guest is notified as a child's guest is.
     ///
     /// # Errors
     /// When the state is of another kind of device, or the device cannot work. The device is then
-    /// of no instant, and must be rewound again.
+    /// in no consistent state, and must be rewound again.
     fn rewind(&mut self, state: &DeviceState, backend: &Backend, with: Option<Activation>)
     -> Result<(), ActivateError>;
 
-    /// The device's state. Only called while it is quiesced.
+    /// The device's state. Only called while the device is quiesced.
     ///
     /// # Errors
     /// When it has lost its worker.
@@ -249,18 +244,18 @@ pub trait VirtioDevice: Send + fmt::Debug {
     fn as_any(&mut self) -> &mut dyn Any;
 }
 
-/// The eventfds between a device and its VM. They are made before the device, so that a VM can be
-/// prepared before its devices are known.
+/// The eventfds between a device and its VM. Made before the device, so that a VM can be prepared
+/// before its devices are known.
 #[derive(Clone, Debug)]
 pub struct Wiring {
     /// The interrupt line.
     pub irq: Arc<Irq>,
-    /// Of each queue, the eventfd that notifications signal.
+    /// For each queue, the eventfd signalled by notifications.
     pub notify: Vec<Arc<EventFd>>,
 }
 
 impl Wiring {
-    /// Eventfds for a device with `queues` queues, connected to nothing yet.
+    /// Eventfds for a device with `queues` queues, not connected yet.
     ///
     /// # Errors
     /// When no eventfd can be made.

@@ -1,10 +1,10 @@
-//! The frame of a plain device: one that finishes each request in the turn in which it begins it.
-//! Nothing of it is ever in flight.
+//! The frame of a plain device: one that finishes each request in the turn in which the request
+//! begins, so that none is ever in flight.
 //!
 //! Such a device is a [`DeviceOps`], the handler. While a driver uses the device, a worker owns the
-//! handler. The worker gives it a turn when a queue's eventfd or one of the handler's own
-//! descriptors is readable. At other times the handler is here. A fork pauses it between two turns,
-//! so the saved state is the handler's own and its queues'.
+//! handler, and gives it a turn when a queue's eventfd or one of the handler's own descriptors is
+//! readable. At other times the device owns the handler. A fork pauses the handler between two
+//! turns, so the saved state is the handler's own and its queues'.
 
 use std::any::Any;
 use std::fmt;
@@ -23,17 +23,17 @@ use super::{
     Wake, Worker, YieldRequest,
 };
 
-/// The first number of a handler's own sources; smaller ones are its queues'.
+/// The first number of a handler's own sources; smaller numbers belong to its queues.
 pub(crate) const OWN: u32 = 1 << 16;
 
-/// Why a device works no more until it is reset.
+/// Why a device stops working until it is reset.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum FatalError {
     /// The driver has broken the rules of a queue.
     #[error(transparent)]
     Queue(#[from] QueueError),
-    /// The driver has named memory that is not there.
+    /// The driver has named memory that does not exist.
     #[error(transparent)]
     Dma(#[from] DmaError),
 }
@@ -46,12 +46,12 @@ pub struct Config(Arc<Mutex<Space>>);
 #[derive(Debug)]
 struct Space {
     bytes: Vec<u8>,
-    /// Of each byte, whether the driver has read it since it was last written.
+    /// For each byte, whether the driver has read it since it was last written.
     seen: Vec<bool>,
 }
 
 impl Config {
-    /// A space with these bytes.
+    /// A configuration space with these bytes.
     #[must_use]
     pub fn new(bytes: Vec<u8>) -> Self {
         let seen = vec![false; bytes.len()];
@@ -120,8 +120,8 @@ impl QueueCtx {
         Self { ram, features, queues: QueueSet::new(queues, interrupt) }
     }
 
-    /// Pops the next chain of queue `index`, read once and checked. Returns None when there is
-    /// none, or no such queue: then the driver notifies the device of the next one.
+    /// Pops the next chain of queue `index`, read once and checked. Returns None if the queue is
+    /// empty or absent: the driver then notifies the device of the next chain.
     ///
     /// # Errors
     /// When the driver has broken the rules.
@@ -131,20 +131,21 @@ impl QueueCtx {
             if let Some(head) = queue.pop()? {
                 return queue.chain(head).map(Some);
             }
-            // Notifications are enabled before the last look, or one that comes in between is lost.
+            // Notifications are enabled before the last check; otherwise one that arrives in
+            // between is lost.
             if !queue.enable_notifications() {
                 return Ok(None);
             }
         }
     }
 
-    /// The number of chains that are to be popped. The driver notifies the device of the next one.
+    /// The number of available chains. The driver notifies the device of the next one.
     ///
     /// # Errors
     /// When the driver has broken the rules.
     pub(crate) fn offered(&mut self, index: usize) -> Result<u16, QueueError> {
         let mut count = 0;
-        // What is counted is given back, whatever ends it.
+        // The counted chains are given back, even after an error.
         let end = loop {
             match self.pop(index) {
                 Ok(Some(_)) => count += 1,
@@ -171,7 +172,7 @@ impl QueueCtx {
         if self.has(index) { self.queues.add_used(index, head, len) } else { Ok(()) }
     }
 
-    /// Counts a chain as popped that was in flight when the device was saved.
+    /// Counts a chain as popped, because it was in flight when the device was saved.
     pub(crate) fn restore_in_flight(&mut self, index: usize) {
         if let Some(queue) = self.queues.get_mut(index) {
             queue.restore_in_flight();
@@ -192,12 +193,12 @@ impl QueueCtx {
 
 /// The handler of a plain device; see the module's documentation.
 pub trait DeviceOps: Send + fmt::Debug + 'static {
-    /// The name of the device's thread, and in messages.
+    /// The name of the device's thread, also used in messages.
     const NAME: &'static str;
     /// The device type, as the specification numbers them.
     const TYPE: u32;
 
-    /// The features offered. By default VIRTIO_F_EVENT_IDX alone.
+    /// The features offered. Default: VIRTIO_F_EVENT_IDX alone.
     fn features(&self) -> u64 {
         1 << VIRTIO_RING_F_EVENT_IDX
     }
@@ -225,8 +226,8 @@ pub trait DeviceOps: Send + fmt::Debug + 'static {
     /// The driver has reset the device.
     fn end(&mut self) {}
 
-    /// Goes back to a saved state, after [`DeviceOps::end`] and before [`DeviceOps::begin`]. What
-    /// belongs to this VM alone stays.
+    /// Goes back to a saved state, after [`DeviceOps::end`] and before [`DeviceOps::begin`].
+    /// Resources of this VM alone stay.
     ///
     /// # Errors
     /// When the state is of another kind of device.
@@ -244,9 +245,10 @@ pub trait DeviceOps: Send + fmt::Debug + 'static {
         None
     }
 
-    /// Whether the device has input for the guest that no source announces: a packet behind a limiter
-    /// or a full ring, a connection that waits for credit. Input that was there at the last call counts
-    /// again only if the guest has taken some since: a driver that takes none must not keep its VM awake.
+    /// Whether the device has input for the guest that no source announces: a packet behind a
+    /// limiter or a full ring, or a connection that waits for credit. Input that was there at the
+    /// last call counts again only if the guest has taken some since: a driver that takes no input
+    /// must not keep its VM awake.
     fn has_input(&mut self) -> bool {
         false
     }
@@ -312,7 +314,7 @@ impl<H: DeviceOps> Service for PlainService<H> {
 enum Place<H: DeviceOps> {
     Here(H),
     Working(Worker<PlainService<H>>),
-    /// The thread could not be ended, or could not be started.
+    /// No owner: the thread could not be ended, or could not be started.
     Lost,
 }
 
@@ -348,7 +350,7 @@ impl<H: DeviceOps> SyncDevice<H> {
         }
     }
 
-    /// Whether a driver uses the device: what its sources say is looked at.
+    /// Whether a driver uses the device, so that its sources are watched.
     #[must_use]
     pub fn is_in_use(&self) -> bool {
         matches!(self.place, Place::Working(_))
@@ -363,8 +365,8 @@ impl<H: DeviceOps> SyncDevice<H> {
 }
 
 impl<H: DeviceOps> SyncDevice<H> {
-    /// Gives the handler a turn soon, if a driver uses the device: something else than a queue or a
-    /// descriptor has changed.
+    /// Gives the handler a turn soon, if a driver uses the device: for changes other than of a
+    /// queue or a descriptor.
     pub fn wake(&mut self) {
         if let Place::Working(worker) = &self.place {
             worker.start_over();
@@ -449,13 +451,13 @@ impl<H: DeviceOps> VirtioDevice for SyncDevice<H> {
         with: Option<Activation>,
     ) -> Result<(), ActivateError> {
         let Some(with) = with else {
-            // A plain device is always reset at once.
+            // A plain device always resets at once.
             let _over = self.deactivate();
             let Place::Here(handler) = &mut self.place else { return Err(ActivateError::NotReady) };
             return handler.rewind(state);
         };
-        // In place if the worker waits for the same queues' events then and now: starting a thread
-        // costs more than all the rest.
+        // In place if the worker has waited for the same queues' events: starting a thread costs
+        // more than all the rest.
         if let Place::Working(worker) = &self.place
             && worker.is_alive()
             && worker.with(|service| service.io.queues.is_same_as(&with.queues))

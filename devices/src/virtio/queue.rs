@@ -1,6 +1,6 @@
 //! A virtqueue in guest memory, where a driver offers chains of buffers.
 //!
-//! The crate `virtio-queue` has the rings; `chain.rs` walks chains.
+//! The crate `virtio-queue` implements the rings; `chain.rs` walks chains.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -28,7 +28,7 @@ pub enum QueueError {
         /// Descriptors in the queue.
         size: u16,
     },
-    /// A chain has more buffers than the queue has descriptors; most often it is a loop.
+    /// A chain has more buffers than the queue has descriptors; most often because of a loop.
     #[error("the chain at {head} does not end within {size} descriptors")]
     Endless {
         /// The chain's head.
@@ -54,7 +54,8 @@ pub enum QueueError {
         /// The chain's head.
         head: u16,
     },
-    /// The length of an indirect table is no number of descriptors, or more than the queue has.
+    /// The length of an indirect table is not a multiple of a descriptor's, or the table has more
+    /// descriptors than the queue.
     #[error("the chain at {head} has an indirect table of {len} bytes, not of 1 to {size} descriptors of {DESCRIPTOR}")]
     TableLength {
         /// The chain's head.
@@ -74,7 +75,7 @@ pub enum QueueError {
         /// Descriptors in the table.
         entries: u32,
     },
-    /// A buffer has no bytes.
+    /// A buffer is empty.
     #[error("the chain at {head} has a buffer of no bytes")]
     Empty {
         /// The chain's head.
@@ -119,7 +120,7 @@ pub enum QueueError {
     Content {
         /// The chain's head.
         head: u16,
-        /// What is wrong with the content.
+        /// The fault of the content.
         what: &'static str,
     },
 }
@@ -127,7 +128,7 @@ pub enum QueueError {
 /// The state of a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueState {
-    /// Most descriptors the device allows.
+    /// Maximum number of descriptors that the device allows.
     pub max_size: u16,
     /// Descriptors that the driver has chosen.
     pub size: u16,
@@ -165,7 +166,7 @@ impl QueueState {
     }
 }
 
-/// An active queue. It pops chains, adds them to the used ring, and counts those in between.
+/// An active queue: pops chains, adds them to the used ring, and counts those in between.
 #[derive(Debug)]
 pub struct Virtqueue {
     index: u16,
@@ -182,7 +183,7 @@ impl Virtqueue {
     /// not used are counted afterwards, one by one.
     ///
     /// # Errors
-    /// When the state is not valid, or a ring is not in RAM.
+    /// When the state is invalid, or a ring is not in RAM.
     pub fn new(
         index: u16,
         state: &QueueState,
@@ -225,10 +226,10 @@ impl Virtqueue {
         self.out
     }
 
-    /// Clears the eventfd. The queue must be read after it, or a notification that comes in between
-    /// is lost.
+    /// Clears the eventfd. The queue must be read after it; otherwise a notification that arrives
+    /// in between is lost.
     pub(crate) fn acknowledge(&self) {
-        // EAGAIN is fine: another read has cleared it.
+        // EAGAIN is fine: another read has cleared the eventfd.
         let _ = self.event.read();
     }
 
@@ -260,7 +261,7 @@ impl Virtqueue {
             _ => QueueError::Rings { index: self.index },
         })?;
         let Some(chain) = available.next() else { return Ok(None) };
-        // A driver that offers a descriptor again before it came back could otherwise have any
+        // Otherwise a driver that offers a descriptor again before it came back could have any
         // number of chains in flight.
         if self.out == size {
             return Err(QueueError::Flood { size });
@@ -275,7 +276,7 @@ impl Virtqueue {
         self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
     }
 
-    /// Counts a chain as popped that was in flight when the queue's state was saved.
+    /// Counts a chain as popped, because it was in flight when the queue's state was saved.
     pub(crate) fn restore_in_flight(&mut self) {
         self.out = self.out.saturating_add(1);
     }
@@ -316,7 +317,7 @@ impl Virtqueue {
     /// When the used ring is not in RAM.
     pub(crate) fn add_used(&mut self, head: u16, len: u32) -> Result<(), QueueError> {
         self.out = self.out.saturating_sub(1);
-        // Its last step is a release store of the index: a driver that sees it sees the data and
+        // The last step is a release store of the index: a driver that sees it sees the data and
         // the status too.
         self.queue.add_used(self.ram.memory(), head, len).map_err(|_| QueueError::Rings { index: self.index })
     }
@@ -336,12 +337,12 @@ impl Virtqueue {
 
     /// Asks the driver not to notify, because the device is going to read the queue anyway.
     pub(crate) fn disable_notifications(&mut self) {
-        // It is a hint. If the ring cannot be written, `add_used` reports it.
+        // This is a hint. If the ring cannot be written, `add_used` reports it.
         let _ = self.queue.disable_notification(self.ram.memory());
     }
 
-    /// Asks the driver to notify again. Returns whether chains have become available meanwhile, for
-    /// which no notification comes.
+    /// Asks the driver to notify again. Returns whether chains have become available meanwhile,
+    /// without a notification.
     #[must_use]
     pub(crate) fn enable_notifications(&mut self) -> bool {
         self.queue.enable_notification(self.ram.memory()).unwrap_or(false)
@@ -360,8 +361,7 @@ mod tests {
     const SIZE: u16 = 4;
     const AVAILABLE: u64 = 0x2000;
 
-    /// A queue of four descriptors, each a chain of its own, of which `offered` were made
-    /// available.
+    /// A queue of four descriptors, each a chain of its own; the first `offered` are available.
     fn queue(offered: u16) -> Virtqueue {
         let ram = GuestRam::reserve(&RamLayout::new(2 << 20).unwrap(), &Store::open_small().unwrap()).unwrap();
         ram.populate().unwrap();
@@ -403,7 +403,7 @@ mod tests {
         (0..3).for_each(|_| queue.restore_in_flight());
         assert_eq!(queue.pop(), Ok(Some(0)));
         assert_eq!(queue.pop(), Err(QueueError::Flood { size: SIZE }), "four are out");
-        // One of the chains in flight is used, and makes room for another.
+        // One of the chains in flight is used, which makes room for another.
         let mut queue = self::queue(SIZE);
         (0..SIZE).for_each(|_| queue.restore_in_flight());
         queue.add_used(2, 0).unwrap();

@@ -1,15 +1,15 @@
-//! The queues that a driver has set up, and the interrupt that tells it about used chains.
+//! The queues that a driver has set up, and their interrupt for used chains.
 
 use std::mem;
 use std::sync::Arc;
 
 use super::{Interrupt, QueueError, QueueState, Virtqueue};
 
-/// Every queue of an active device. Queues that the driver does not use are absent.
+/// Every queue of an active device. Queues not in use by the driver are absent.
 #[derive(Debug)]
 pub(super) struct QueueSet {
     queues: Vec<Option<Virtqueue>>,
-    /// Of each queue, whether chains were added to its used ring since the last
+    /// For each queue, whether chains were added to its used ring since the last
     /// [`QueueSet::notify`].
     used: Vec<bool>,
     interrupt: Arc<Interrupt>,
@@ -26,7 +26,7 @@ impl QueueSet {
         self.queues = queues;
     }
 
-    /// How many queues the device has.
+    /// Number of queues of the device.
     pub(super) fn len(&self) -> usize {
         self.queues.len()
     }
@@ -49,10 +49,10 @@ impl QueueSet {
         self.queues.iter().map(|queue| queue.as_ref().map(Virtqueue::save)).collect()
     }
 
-    /// Takes a notification of queue `index`. Returns whether there is such a queue.
+    /// Takes a notification of queue `index`. Returns whether the queue exists.
     pub(super) fn acknowledge(&mut self, index: usize) -> bool {
         let Some(queue) = self.get_mut(index) else { return false };
-        // Before looking into the queue.
+        // Before reading the queue.
         queue.acknowledge();
         queue.disable_notifications();
         true
@@ -66,7 +66,7 @@ impl QueueSet {
         Ok(())
     }
 
-    /// Interrupts the driver, if a queue has used chains that it wants to be interrupted for.
+    /// Interrupts the driver, if a queue has used chains for which it wants an interrupt.
     pub(super) fn notify(&mut self) {
         let mut wanted = false;
         for (used, queue) in self.used.iter_mut().zip(&mut self.queues) {

@@ -1,4 +1,4 @@
-//! Virtio over MMIO, version 2 registers. It lets a driver do only what the device's status allows.
+//! Virtio over MMIO, version 2 registers. The device's status limits the driver's writes.
 //!
 //! ```text
 //!   0 ──► ACKNOWLEDGE ──► DRIVER ──► FEATURES_OK ──► DRIVER_OK          any ──write 0──► 0
@@ -58,7 +58,7 @@ pub struct TransportState {
 }
 
 impl TransportState {
-    /// Whether a driver was using the device, without having broken it.
+    /// Whether a driver was using the device without having broken the rules.
     fn is_active(&self) -> bool {
         self.status & DRIVER_OK != 0 && !self.interrupt.needs_reset()
     }
@@ -89,17 +89,17 @@ pub enum RestoreError {
 
 #[derive(Debug)]
 struct Registers {
-    /// The status register, without DEVICE_NEEDS_RESET, which [`Interrupt`] has.
+    /// The status register, without DEVICE_NEEDS_RESET, which is in [`Interrupt`].
     status: u32,
     device_features_sel: u32,
     driver_features_sel: u32,
     driver_features: u64,
     queue_sel: u32,
-    /// The queues as the driver has set them up. Once active, the device has its own.
+    /// The queues as set up by the driver. An active device has its own.
     queues: Vec<QueueState>,
-    /// How many times the device was paused and not resumed.
+    /// Number of pauses without a matching resume.
     holds: u32,
-    /// Whether a reset is not finished. The status register stays as it is until then.
+    /// Whether a reset is unfinished. The status register keeps its value until then.
     resetting: bool,
     device: Box<dyn VirtioDevice>,
 }
@@ -251,7 +251,7 @@ impl VirtioMmio {
     }
 
     /// Goes back to a saved state, in place. The device must be quiesced and halted, and the VM's
-    /// memory at that instant already. Interrupts that were pending are not raised: see
+    /// memory must already be at that instant. Interrupts that were pending are not raised: see
     /// [`VirtioMmio::reraise`].
     ///
     /// # Errors
@@ -328,7 +328,7 @@ impl VirtioMmio {
         inner.device.activate(with)
     }
 
-    /// What the device gets to continue from `state`.
+    /// The resources with which the device continues from `state`.
     fn activation(&self, inner: &Registers, state: &TransportState) -> Result<Activation, ActivateError> {
         self.activation_of(inner, state.driver_features, &state.queues)
     }
@@ -362,7 +362,7 @@ impl VirtioMmio {
         inner.driver_features = 0;
         inner.queue_sel = 0;
         inner.queues = inner.device.queue_sizes().iter().map(|size| QueueState::new(*size)).collect();
-        // After the device, which may have raised one more.
+        // After the device's reset, which may have raised the interrupt once more.
         self.interrupt.clear();
     }
 
@@ -383,7 +383,7 @@ impl VirtioMmio {
                 }
                 self.status(&inner)
             }
-            // There is no shared memory.
+            // The device has no shared memory.
             regs::SHM_LEN_LOW | regs::SHM_LEN_HIGH | regs::SHM_BASE_LOW | regs::SHM_BASE_HIGH => u32::MAX,
             regs::CONFIG_GENERATION => self.interrupt.generation(),
             _ => 0,
@@ -391,7 +391,7 @@ impl VirtioMmio {
     }
 
     fn write_register(&self, offset: u64, value: u32) {
-        // For hosts without ioeventfd. It takes no lock, which a worker may hold for long.
+        // For hosts without ioeventfd. Takes no lock, since a worker may hold it for long.
         if offset == regs::QUEUE_NOTIFY {
             if let Some(event) = self.wiring.notify.get(value as usize) {
                 // A full counter is a pending notification.
@@ -422,7 +422,8 @@ fn selected(inner: &Registers) -> Option<&QueueState> {
     inner.queues.get(inner.queue_sel as usize)
 }
 
-/// Sets up a queue. Only between FEATURES_OK and DRIVER_OK, and only while it is not ready.
+/// Sets up a queue. Allowed only between FEATURES_OK and DRIVER_OK, and only while the queue is not
+/// ready.
 fn write_queue(inner: &mut Registers, offset: u64, value: u32) {
     let Some(queue) = inner.queues.get_mut(inner.queue_sel as usize) else { return };
     if offset == regs::QUEUE_READY {
@@ -434,8 +435,8 @@ fn write_queue(inner: &mut Registers, offset: u64, value: u32) {
     }
     match offset {
         regs::QUEUE_NUM => {
-            // An invalid size is ignored. The driver sees that nothing works, and activation checks
-            // the rings.
+            // An invalid size is ignored. The driver notices that the queue does not work, and
+            // activation checks the rings.
             let size = u16::try_from(value).ok().filter(|size| size.is_power_of_two() && *size <= queue.max_size);
             queue.size = size.unwrap_or(queue.size);
         }
@@ -478,7 +479,7 @@ impl MmioDevice for VirtioMmio {
     fn write(&self, offset: u64, data: &[u8]) {
         if let Some(offset) = offset.checked_sub(regs::CONFIG) {
             let mut inner = self.inner();
-            // Not before the driver has said that it knows the device.
+            // Not before the driver has set DRIVER.
             if inner.status & DRIVER != 0 {
                 inner.device.write_config(offset, data);
             }

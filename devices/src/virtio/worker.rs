@@ -2,11 +2,11 @@
 //!
 //! A worker sleeps until one of its sources is readable or its timer is due. Then it gives its
 //! [`Service`] a *turn*. A turn is short, because pausing the VM waits for its end. Between two
-//! turns the worker checks whether it is to stand still.
+//! turns the worker checks whether it is paused.
 //!
 //! ```text
-//!   epoll ──► standing still? ──► turn (service locked) ──► again? ──► epoll
-//!                  ▲   quiesce: no turn begins, and the one that runs is waited for
+//!   epoll ──► paused? ──► turn (service locked) ──► again? ──► epoll
+//!                ▲   quiesce: no turn begins, and the one that runs is waited for
 //! ```
 
 use std::fmt;
@@ -43,12 +43,12 @@ pub enum Wake {
     Again,
 }
 
-/// What a worker does after a turn.
+/// The worker's action after a turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Turn {
-    /// It sleeps until there is a reason for a turn.
+    /// Sleep until there is a reason for a turn.
     Done,
-    /// It gives another turn: there is more to do, but other threads may want the lock.
+    /// Give another turn: there is more work, but other threads may want the lock.
     Again,
 }
 
@@ -57,16 +57,16 @@ pub enum Turn {
 pub struct YieldRequest<'a>(&'a AtomicBool);
 
 impl<'a> YieldRequest<'a> {
-    /// A request that `flag` stands for.
+    /// The request given by `flag`.
     #[cfg(test)]
     pub(crate) fn of(flag: &'a AtomicBool) -> Self {
         Self(flag)
     }
 
-    /// Whether the turn should end as soon as it can, with [`Turn::Again`] if there is more to do.
+    /// Whether the turn should end as soon as possible, with [`Turn::Again`] if there is more work.
     #[must_use]
     pub(crate) fn is_set(&self) -> bool {
-        // Relaxed: a hint. What makes a turn's end visible is the lock.
+        // Relaxed: a hint. The lock makes a turn's end visible.
         self.0.load(Ordering::Relaxed)
     }
 }
@@ -81,13 +81,13 @@ pub(crate) trait Service: Send + fmt::Debug + 'static {
         None
     }
 
-    /// Notes that a turn has panicked. The service gets no other turn.
+    /// Notes that a turn has panicked. The service gets no further turn.
     fn broken(&mut self);
 }
 
 struct Shared<S> {
     service: Mutex<S>,
-    /// How often the worker has reached the gate, and how often it has passed it.
+    /// Number of times the worker has reached the gate, and has passed it.
     #[cfg(test)]
     gate_steps: std::sync::atomic::AtomicU64,
     gate: Mutex<Gate>,
@@ -146,13 +146,13 @@ impl<S: Service> Worker<S> {
             serves_guest();
             let lived = catch_unwind(AssertUnwindSafe(|| on_thread.run(&epoll)));
             if lived.is_err() {
-                // The service gets no other turn, and the driver is interrupted.
+                // The service gets no further turn, and the driver is interrupted.
                 on_thread.service().broken();
             }
         };
         match thread::Builder::new().name(name.to_owned()).stack_size(STACK).spawn(life) {
             Ok(thread) => Ok(Self { shared, thread: Some(thread) }),
-            // The closure went with the attempt, so the last handle is here.
+            // The closure was dropped with the attempt, so this is the last handle.
             Err(error) => Err(Box::new((error, Self::take_apart(shared)))),
         }
     }
@@ -190,7 +190,7 @@ impl<S: Service> Worker<S> {
     /// Makes the next turn read everything, as the first one does, because the service was rewound.
     pub(crate) fn start_over(&self) {
         self.shared.gate().start = true;
-        // Fails only when the counter is full, and then the worker wakes up anyway.
+        // Fails only if the counter is full; the worker wakes up in that case too.
         let _ = self.shared.control.write(1);
     }
 
@@ -222,7 +222,7 @@ impl<S: Service> Worker<S> {
     fn end(&mut self) {
         self.shared.gate().stop = true;
         self.shared.opened.notify_all();
-        // Fails only when the counter is full, and then the worker wakes up anyway.
+        // Fails only if the counter is full; the worker wakes up in that case too.
         let _ = self.shared.control.write(1);
         if let Some(thread) = self.thread.take() {
             // A panic was caught on the thread itself.
@@ -243,11 +243,11 @@ impl<S: Service> Shared<S> {
     }
 
     fn service(&self) -> MutexGuard<'_, S> {
-        // After a panic the service gets no other turn.
+        // After a panic the service gets no further turn.
         self.service.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits while the gate is shut. Returns whether it was shut, or `None` when the worker is to
+    /// Waits while the gate is shut. Returns whether it was shut, or `None` when the worker should
     /// end.
     fn pass(&self) -> Option<bool> {
         let mut gate = self.gate();
@@ -261,7 +261,7 @@ impl<S: Service> Shared<S> {
     fn run(&self, epoll: &Epoll) {
         let mut wakes = vec![Wake::Start];
         let mut events = [EpollEvent::default(); EVENTS];
-        // Kept over interrupted waits, after which no turn sets it again.
+        // Kept across interrupted waits, which are not followed by a turn that sets it again.
         let mut deadline = None;
         loop {
             let mut at = 0;
@@ -298,8 +298,8 @@ impl<S: Service> Shared<S> {
                 Ok(count) => {
                     let sources = events[..count].iter().map(EpollEvent::data).filter(|data| *data != CONTROL);
                     wakes.extend(sources.map(|data| Wake::Source(data as u32)));
-                    // EAGAIN is fine. Read before the gate, or a call that comes in between is
-                    // lost.
+                    // EAGAIN is fine. Read before the gate is checked; otherwise a call that comes
+                    // in between is lost.
                     let _ = self.control.read();
                     let mut gate = self.gate();
                     if gate.stop {
@@ -319,7 +319,7 @@ impl<S: Service> Shared<S> {
     }
 }
 
-/// Milliseconds until `deadline`, rounded up; -1, for ever, if there is none.
+/// Milliseconds until `deadline`, rounded up; -1, which waits for ever, without a deadline.
 fn timeout(deadline: Option<Instant>) -> i32 {
     let Some(deadline) = deadline else { return -1 };
     let left = deadline.saturating_duration_since(Instant::now());
@@ -404,14 +404,14 @@ mod tests {
             }
         };
         let service = worker.shared.service();
-        // It has come to the gate for its first turn and gone through, and now for its second.
+        // The worker has passed the gate for its first turn, and now for its second.
         event.write(1).unwrap();
         wait_for(4);
-        // It waits for the service, or is about to. What `quiesce` does: the gate, then the
-        // service; after that it returns.
+        // The worker waits for the service, or is about to. These are the steps of `quiesce`: the
+        // gate, then the service; after that it returns.
         worker.shared.gate().shut = true;
         drop(service);
-        // It looks at the gate again instead.
+        // The worker checks the gate again instead.
         wait_for(5);
         assert!(heard.try_recv().is_err(), "a turn began while it was to stand still");
         worker.resume();

@@ -1,5 +1,5 @@
-//! A driver in plain memory: it sets a device up through its registers and uses its queues as a
-//! guest would, without a guest.
+//! A driver in plain memory: sets a device up through its registers and uses its queues as a guest
+//! would.
 
 #![allow(dead_code, reason = "not every test uses all of it")]
 
@@ -15,12 +15,12 @@ use vm_memory::{Bytes, GuestAddress};
 pub(crate) const SIZE: u16 = 16;
 const RINGS: u64 = 0x1_0000;
 const PER_QUEUE: u64 = 0x4000;
-/// The product's time for a halt and for pins, longer than a test runs.
+/// Timeout for a halt and for pins, longer than a test runs.
 const TIMEOUT: Duration = Duration::from_secs(600);
 const WRITE: u16 = 2;
 const NEXT: u16 = 1;
 const INDIRECT: u16 = 4;
-/// Where a queue has its tables, one a descriptor.
+/// Start of a queue's indirect tables, one per descriptor.
 const TABLES: u64 = 0x3000;
 const PER_TABLE: u64 = 0x100;
 
@@ -33,7 +33,7 @@ struct Ring {
     next: u16,
 }
 
-/// A buffer: where, how long, and whether the device writes it.
+/// A buffer: address, length, and whether the device writes it.
 pub(crate) type Buffer = (u64, u32, bool);
 
 pub(crate) struct Driver {
@@ -41,7 +41,7 @@ pub(crate) struct Driver {
     pub(crate) device: VirtioMmio,
     wiring: Wiring,
     rings: Vec<Ring>,
-    /// Ends a test whose host waits for bytes for ever.
+    /// Ends a test whose host would wait for bytes for ever.
     _watchdog: Watchdog,
 }
 
@@ -69,7 +69,7 @@ fn describe(ram: &GuestRam, at: u64, (address, len, flags, next): (u64, u32, u16
 }
 
 impl Driver {
-    /// Takes `device`, with every feature it offers.
+    /// Sets `device` up, with every feature it offers.
     pub(crate) fn take(device: Box<dyn VirtioDevice>, ram: &GuestRam) -> Self {
         let queues = device.queue_sizes().len();
         let wiring = Wiring::new(queues).unwrap();
@@ -81,7 +81,7 @@ impl Driver {
         driver
     }
 
-    /// From the beginning: with the device reset, and nothing in the rings of what was there.
+    /// Begins anew, with the device reset and empty rings.
     pub(crate) fn set_up(&mut self) {
         self.put(regs::STATUS, 0);
         for ring in &mut self.rings {
@@ -95,7 +95,7 @@ impl Driver {
             self.put(regs::DEVICE_FEATURES_SEL, half);
             let mut offered = self.get(regs::DEVICE_FEATURES);
             if half == 0 {
-                // Without event indices: the driver here looks by itself.
+                // Without event indices: this driver polls the rings.
                 offered &= !(1 << 29);
             }
             self.put(regs::DRIVER_FEATURES_SEL, half);
@@ -133,13 +133,13 @@ impl Driver {
         self.get(regs::STATUS) & 0x40 != 0
     }
 
-    /// The descriptor that the next chain begins with.
+    /// The first descriptor of the next chain.
     pub(crate) fn next(&self, queue: usize) -> u16 {
         self.rings[queue].next
     }
 
-    /// Makes a chain available, and notifies. Chains take turns: in the ring, in a table, and in
-    /// both.
+    /// Makes a chain available, and notifies the device. Descriptors are in the ring, in a table,
+    /// or in both, by turns.
     pub(crate) fn post(&mut self, queue: usize, buffers: &[Buffer]) -> u16 {
         let memory = self.ram.memory();
         let ring = &mut self.rings[queue];
@@ -236,7 +236,7 @@ impl Driver {
     }
 }
 
-/// A device, its memory and what the driver remembers, at one instant.
+/// A device, its memory and the driver's state, at one instant.
 pub(crate) struct Moment {
     state: TransportState,
     backend: Backend,
@@ -253,7 +253,7 @@ impl Driver {
         Moment { state, backend, ram, rings: self.rings.clone() }
     }
 
-    /// Back to `moment`, in place.
+    /// Goes back to `moment`, in place.
     pub(crate) fn rewind(&mut self, moment: &Moment) {
         self.device.quiesce();
         assert!(self.device.halt(TIMEOUT));

@@ -1,4 +1,4 @@
-//! Egress rules: what a driver sends is judged on its way to the interface.
+//! Egress rules: the driver's packets are judged on their way to the interface.
 
 use clade_devices::virtio::DeviceState;
 use clade_devices::virtio::net::{Egress, EgressRule, Net, NetOptions};
@@ -42,7 +42,7 @@ fn counts(vm: &Driver) -> Vec<Vec<u64>> {
     packets.iter().map(|layer| layer.iter().map(|(_, packets)| *packets).collect()).collect()
 }
 
-/// Of the packets to these ports of 10.0.0.1, those that reach the host's side.
+/// Sends packets to these ports of 10.0.0.1. Returns the ports of those that reach the host's side.
 fn reached(vm: &mut Driver, wire: &Wire, last: u8, ports: &[u16]) -> Vec<u16> {
     for port in ports {
         send(vm, &tcp(last, [10, 0, 0, 1], *port));
@@ -70,14 +70,14 @@ fn packets_reach_the_interface_by_the_rules_and_a_child_has_them_too() {
     set(&parent, &["allow:10.0.0.0/8:80-82/tcp"]);
     let before = stats(&parent);
     assert_eq!(reached(&mut parent, &wires[0], 1, &[25, 80, 82, 83]), [80, 82]);
-    // Another's address, another destination, and what is no IP.
+    // A foreign source address, another destination, and a frame without IP.
     send(&mut parent, &tcp(9, [10, 0, 0, 1], 80));
     send(&mut parent, &tcp(1, [11, 0, 0, 1], 80));
     send(&mut parent, &frame(100, 1));
     let now = stats(&parent);
     assert_eq!((now.egress_dropped, now.sent, now.dropped), (5, before.sent + 2, before.dropped), "{now:?}");
     assert_eq!(counts(&parent), [[2]]);
-    // One packet in three buffers, of which one ends within a header.
+    // One packet in three buffers, one of which ends within a header.
     let whole = tcp(1, [10, 0, 0, 1], 81);
     parent.fill(OUT, &[0; HEADER]);
     parent.fill(OUT + HEADER as u64, &whole[..20]);
@@ -86,7 +86,7 @@ fn packets_reach_the_interface_by_the_rules_and_a_child_has_them_too() {
     parent.post(TX, &[(OUT, 32, false), (OUT + 0x1000, 17, false), (OUT + 0x2000, 17, false)]);
     parent.wait(TX);
     assert_eq!(reached(&mut parent, &wires[0], 1, &[]), [81]);
-    // A child's are the parent's and its own.
+    // A child has its parent's rules and its own.
     let mut childs = Some(childs);
     let mut child = parent.fork(&store, |state, _| {
         let DeviceState::Net(state) = &state.device else { panic!("{state:?}") };
@@ -98,7 +98,7 @@ fn packets_reach_the_interface_by_the_rules_and_a_child_has_them_too() {
     assert_eq!(counts(&child), [vec![3], vec![1]]);
     assert_eq!((inherited(&parent), inherited(&child)), (0, 1));
     assert_eq!(reached(&mut parent, &wires[0], 1, &[82]), [82]);
-    // As it was saved, if nothing else is said; and after a reset in place.
+    // The saved rules by default; and again after a reset in place.
     let moment = child.moment();
     child.rewind(&moment);
     assert_eq!(reached(&mut child, &wires[1], 2, &[81, 82, 83]), [81]);

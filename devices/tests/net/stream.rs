@@ -14,7 +14,7 @@ use clade_test_support::wait_until;
 use crate::driver::{Driver, ram, store};
 use crate::{HEADER, OUT, TX, frame, offer, options, received, send, set_link, stats, status};
 
-/// The bits of checksums and of segments.
+/// The feature bits of checksum and segmentation offload.
 const OFFLOADS: u64 = 0b11 | 0b11 << 7 | 0b11 << 11;
 
 fn pair() -> (PacketStream, UnixStream) {
@@ -51,7 +51,7 @@ fn packets_go_both_ways_over_a_socket_and_a_child_has_its_own() {
     parent.post(TX, &[(OUT, HEADER as u32 + 10, false), (OUT + 0x1ff0, 890, false)]);
     parent.wait(TX);
     assert_eq!(taken(&mut program), out);
-    // One buffer, several, and again after buffers ran out; in pieces that end anywhere.
+    // Into one buffer, into several, and again after buffers ran out; in pieces of any size.
     (0..8).for_each(|_| offer(&mut parent, 512));
     for (len, seed) in [(60, 1), (500, 2), (1500, 3)] {
         give(&mut program, &frame(len, seed));
@@ -63,12 +63,12 @@ fn packets_go_both_ways_over_a_socket_and_a_child_has_its_own() {
         program.write_all(part).unwrap();
         std::thread::sleep(Duration::from_millis(10));
     }
-    // Each has room for a packet: the device may take the first as soon as one is there, and what does
-    // not fit is cut off.
+    // Each buffer has room for a packet: the device may use the first one as soon as it is there,
+    // and cuts off the rest of a longer packet.
     (0..8).for_each(|_| offer(&mut parent, 2048));
     assert_eq!(received(&mut parent), both[0]);
     assert_eq!(received(&mut parent), both[1]);
-    // A packet is cut by the fork: its rest is the parent's, as its beginning was.
+    // The fork falls within a packet: its rest goes to the parent, like its beginning.
     program.write_all(&[&200u32.to_be_bytes()[..], &frame(200, 6)[..100]].concat()).unwrap();
     std::thread::sleep(Duration::from_millis(50));
     let mut child = parent.fork(&store, |state, _| {
@@ -85,14 +85,14 @@ fn packets_go_both_ways_over_a_socket_and_a_child_has_its_own() {
     assert!(!parent.needs_reset() && !child.needs_reset());
 }
 
-/// The socket takes a packet in part. What follows waits, and what has begun is sent to its end.
+/// The socket accepts a packet in part. The packet is sent to its end, and later ones wait.
 #[test]
 fn a_slow_program_gets_every_packet_whole_also_of_a_device_that_is_closed_meanwhile() {
     let (stream, mut program) = pair();
     let mut vm = Driver::take(device(stream), &ram(&store()));
     let large = |seed| frame(40_000, seed);
     let mut posted = 0;
-    // Until one waits: nobody reads.
+    // Until one waits, because the program does not read.
     for seed in 0..20 {
         vm.fill(OUT, &[0; HEADER]);
         vm.fill(OUT + HEADER as u64, &large(seed));
@@ -106,13 +106,13 @@ fn a_slow_program_gets_every_packet_whole_also_of_a_device_that_is_closed_meanwh
     assert!((2..20).contains(&posted), "{posted} packets were taken at once");
     let sent = stats(&vm).sent;
     assert_eq!(sent, posted - 1);
-    // The one that waits is not sent any more; those that were taken are, to the last byte.
+    // The waiting packet is not sent any more; accepted ones are, to the last byte.
     assert!(set_link(&vm, Link::Closed));
     vm.wait_until("refused", |vm| stats(vm).blocked_sent == 1);
     for seed in 0..sent {
         assert!(taken(&mut program) == large(seed as u8), "packet {seed}");
     }
-    // What the program sends to a closed device is dropped, and framed as before when it is open.
+    // Packets from the program to a closed device are dropped; after opening, framing is intact.
     give(&mut program, &frame(100, 1));
     vm.wait_until("dropped", |vm| stats(vm).blocked_received == 1);
     assert!(set_link(&vm, Link::Open));
@@ -139,7 +139,7 @@ fn a_program_that_goes_or_lies_takes_the_link_down_and_nothing_else() {
             drop(program);
         }
         vm.wait_until("its link is down", |vm| status(vm) == 0);
-        // Nor is it woken for ever by a descriptor that stays readable.
+        // A descriptor that stays readable does not wake the device for ever either.
         std::thread::sleep(Duration::from_millis(150));
         assert!(!with(&vm, |net| is_readable(net.sources()[0].0)), "it would spin");
         send(&mut vm, &frame(100, 3));
@@ -147,7 +147,7 @@ fn a_program_that_goes_or_lies_takes_the_link_down_and_nothing_else() {
     }
 }
 
-/// A VM that is put to sleep with it would never be asked for it again: the socket is not watched.
+/// A VM suspended with such a packet would never be woken for it: the socket is not watched.
 #[test]
 fn a_packet_behind_a_full_ring_is_input_until_the_guest_has_it() {
     let (stream, mut program) = pair();
@@ -161,7 +161,7 @@ fn a_packet_behind_a_full_ring_is_input_until_the_guest_has_it() {
     offer(&mut vm, 2048);
     assert_eq!(received(&mut vm), frame(100, 3));
     assert!(with(&vm, DeviceOps::has_input), "it has taken one, and one waits");
-    // A closed device drops what comes.
+    // A closed device drops packets.
     set_link(&vm, Link::Closed);
     vm.wait_until("the packet is dropped", |vm| stats(vm).blocked_received == 1);
     assert!(!with(&vm, DeviceOps::has_input));

@@ -31,9 +31,9 @@ pub(crate) const EXT4: Kind = Kind {
     bytes: 24 << 20,
     mkfs: &["-q", "-b", "4096", "-I", "256", "-J", "size=4", "-E", "lazy_itable_init=0,lazy_journal_init=0"],
 };
-/// With reflinks, as is the next.
+/// With reflinks, like the next.
 pub(crate) const BTRFS: Kind = Kind { name: "btrfs", bytes: 48 << 20, mkfs: &["-q", "-M"] };
-/// Smaller than is supported.
+/// Below the supported minimum size.
 pub(crate) const XFS: Kind = Kind { name: "xfs", bytes: 48 << 20, mkfs: &["-q", "--unsupported"] };
 
 /// A request to the device.
@@ -93,7 +93,7 @@ impl Filesystem for OneFile {
     }
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        // Nothing is cached on the way: what the loop device does is seen here.
+        // No cache in between: writes of the loop device arrive here at once.
         reply.opened(FileHandle(1), FopenFlags::FOPEN_DIRECT_IO);
     }
 
@@ -171,7 +171,7 @@ impl Recorder {
         Ok(Self { kind, state, dir, _session: session })
     }
 
-    /// An empty file system.
+    /// The bytes of an empty file system.
     pub(crate) fn format(&self) -> Result<Vec<u8>, String> {
         let path = self.dir.path().join("empty");
         std::fs::write(&path, vec![0; self.kind.bytes]).map_err(|error| error.to_string())?;
@@ -180,7 +180,7 @@ impl Recorder {
         std::fs::read(&path).map_err(|error| error.to_string())
     }
 
-    /// Starts with `bytes`, and mounts them.
+    /// Initializes the device with `bytes`, and mounts it.
     pub(crate) fn mount(&self, bytes: Vec<u8>) -> Result<Mounted<'_>, String> {
         *self.state.lock().unwrap() = State { bytes, log: Vec::new() };
         let (disk, at) = (self.dir.path().join("device").join(NAME), self.dir.path().join("mnt"));
@@ -190,7 +190,7 @@ impl Recorder {
         Ok(Mounted { recorder: self, at, unmounted: false })
     }
 
-    /// Events so far.
+    /// Number of events so far.
     pub(crate) fn position(&self) -> usize {
         self.state.lock().unwrap().log.len()
     }
@@ -200,7 +200,7 @@ impl Recorder {
     }
 }
 
-/// Unmounted at the end.
+/// Unmounted on drop.
 pub(crate) struct Mounted<'r> {
     recorder: &'r Recorder,
     at: PathBuf,
@@ -212,7 +212,7 @@ impl Mounted<'_> {
         &self.at
     }
 
-    /// Unmounts it, and returns the requests to the device before that.
+    /// Unmounts the file system, and returns the requests to the device before that.
     pub(crate) fn unmount(mut self) -> Vec<Event> {
         let before = self.recorder.position();
         self.unmounted = true;
@@ -231,12 +231,12 @@ impl Drop for Mounted<'_> {
     }
 }
 
-/// What the device may hold after a power cut before event `at`: all that was flushed, and any part
-/// of what was not.
+/// Possible contents of the device after a power cut before event `at`: all flushed writes, and any
+/// part of the others.
 pub(crate) fn cut(start: &[u8], log: &[Event], at: usize, random: &mut Random) -> Vec<u8> {
     let flushed = log[..at].iter().rposition(|event| matches!(event, Event::Flush)).unwrap_or(0);
     let mut bytes = start.to_vec();
-    // All of the rest, none, or each by chance.
+    // All of the rest, none of it, or a random part.
     let kept = random.below(3);
     for (number, event) in log[..at].iter().enumerate() {
         let Event::Write { offset, bytes: written } = event else { continue };

@@ -1,9 +1,9 @@
-//! Power cuts: a file system on a device that remembers all writes and flushes, cut anywhere, with
-//! any part of what was not flushed lost.
+//! Power cuts: a file system on a device that records all writes and flushes, cut anywhere, with
+//! any part of the unflushed writes lost.
 //!
 //! A disk on that file system is written, flushed, forked, committed and opened again. After a cut
-//! it must open. Each sector must be as it was at the last flush that succeeded before the cut, or
-//! as it was written since. Opening the disk applies its journal, and that is cut too.
+//! it must open. Each sector must have its content at the last flush that succeeded before the cut,
+//! or a content written since. Opening the disk applies its journal, and that is cut too.
 //!
 //! On ext4 there is a journal beside the image, on Btrfs and XFS a new image.
 //!
@@ -42,7 +42,7 @@ impl Random {
     }
 }
 
-/// From a flush on: what was durable then, and what each sector has been since.
+/// The time from a flush on: the durable content of each sector, and its contents since.
 struct Epoch {
     position: usize,
     durable: Vec<u8>,
@@ -83,7 +83,7 @@ impl<'r> Machine<'r> {
         machine
     }
 
-    /// All there is now is durable.
+    /// The present content is durable.
     fn durable(&mut self) {
         let position = self.recorder.position();
         let since = vec![BTreeSet::new(); SECTORS as usize];
@@ -120,7 +120,7 @@ impl<'r> Machine<'r> {
         let bytes = Arc::new(AlignedBuf::new((sectors * SECTOR) as usize));
         let buffer = Fragment::owned(&bytes, 0, bytes.len()).unwrap();
         buffer.slice().copy_from(&vec![byte; bytes.len()]);
-        // Before: it may be there from when it is begun.
+        // Recorded first: the write may take effect from its start.
         self.set(sector, sectors, byte);
         self.do_it(DiskOp::Write { offset: sector * SECTOR, buffers: vec![buffer] });
     }
@@ -154,7 +154,7 @@ impl<'r> Machine<'r> {
                 self.kept = (random.below(2) == 0).then_some(image);
             }
             20 => self.kept = None,
-            // Overlays go back into the image.
+            // Overlays are folded into the image.
             21 if self.disk.is_forked() => {
                 self.kept = None;
                 for _ in 0..3 {
@@ -179,7 +179,7 @@ impl<'r> Machine<'r> {
                 machine.now = shown(dir);
                 let epoch = machine.epochs.last_mut().unwrap();
                 epoch.compare(&machine.now, "a process that ended");
-                // What it shows now is in the page cache, and need not be durable.
+                // The present content is in the page cache, and may not be durable.
                 for (sector, byte) in machine.now.iter().enumerate() {
                     epoch.since[sector].insert(*byte);
                 }
@@ -191,7 +191,7 @@ impl<'r> Machine<'r> {
     }
 }
 
-/// A byte for each sector, of an image that was opened for writing.
+/// One byte per sector of an image opened for writing.
 fn shown(dir: &Path) -> Vec<u8> {
     let bytes = fs::read(dir.join("disk.img")).unwrap();
     let sectors = bytes.chunks(SECTOR as usize);
@@ -208,8 +208,8 @@ impl Epoch {
     }
 }
 
-/// Opens what a cut has left, and compares it. Returns what it shows, the requests to the device
-/// meanwhile, and how many of them were done when it was open.
+/// Opens the disk after a cut, and compares it. Returns its content, the requests to the device
+/// meanwhile, and how many of them were complete when the disk was open.
 fn open_after(recorder: &Recorder, bytes: Vec<u8>, epoch: &Epoch, what: &str) -> (Vec<u8>, Vec<Event>) {
     let mounted = recorder.mount(bytes).unwrap();
     let disk = open(mounted.path());
@@ -220,7 +220,7 @@ fn open_after(recorder: &Recorder, bytes: Vec<u8>, epoch: &Epoch, what: &str) ->
     (found, mounted.unmount())
 }
 
-/// A device with an empty file system, if there can be one.
+/// A device with an empty file system, if possible.
 fn device(kind: Kind) -> Option<(Recorder, Vec<u8>)> {
     let made = Recorder::new(kind).and_then(|recorder| {
         let empty = recorder.format()?;
@@ -235,7 +235,7 @@ fn device(kind: Kind) -> Option<(Recorder, Vec<u8>)> {
     .ok()
 }
 
-/// One after the other: programs that are begun meanwhile would inherit locks.
+/// One after the other: programs started meanwhile would inherit locks.
 #[test]
 fn what_was_flushed_survives_power_cuts() {
     for (kind, schedules, cuts) in [(EXT4, 7, 32), (BTRFS, 3, 12), (XFS, 3, 12)] {
@@ -262,7 +262,7 @@ fn cut_and_compare(kind: Kind, recorder: &Recorder, empty: &[u8], (schedules, cu
         let log = mounted.unmount();
         let first = epochs[0].position;
         for number in 0..cuts_each {
-            // At the instant when a flush has returned, or anywhere.
+            // When a flush has just returned, or at any instant.
             let at = if number % 2 == 0 {
                 at_flushes += 1;
                 epochs[random.below(epochs.len() as u64) as usize].position
@@ -278,7 +278,7 @@ fn cut_and_compare(kind: Kind, recorder: &Recorder, empty: &[u8], (schedules, cu
             );
             let (found, opening) = open_after(recorder, left.clone(), epoch, &what);
             cuts += 1;
-            // And during that; and when it is over.
+            // During the recovery, or at its end.
             let over = random.below(2) == 0;
             let at = if over { opening.len() } else { random.below(opening.len() as u64 + 1) as usize };
             let left = cut(&left, &opening, at, &mut random);

@@ -58,7 +58,7 @@ fn a_fork_hands_over_what_is_in_flight_and_nothing_else() {
 
     gate.open();
     parent.expect_eight();
-    // What the parent does with its buffers afterwards is nothing to the child.
+    // The parent's later use of its buffers does not affect the child.
     for n in 0..8 {
         parent.put(parent.data(n), &[0xff; 4096]);
     }
@@ -75,7 +75,7 @@ fn a_fork_hands_over_what_is_in_flight_and_nothing_else() {
 }
 
 /// A machine with 8 requests in flight: reads to even pages, writes of the byte `0xc0 + n` from odd
-/// ones. They go on when the gate is opened.
+/// ones. They proceed when the gate is opened.
 fn with_eight_in_flight(file: &File) -> (Machine, Gate) {
     let mut machine = Machine::started(&file.config());
     let gate = file.gate();
@@ -108,7 +108,7 @@ fn a_machine_that_is_put_back_does_what_was_in_flight_then_and_forgets_the_rest(
     machine.offer(head);
     machine.kick();
     for _ in 0..2 {
-        // In the middle of it, and then in the middle of the eight.
+        // In the middle of that request, and then in the middle of the eight.
         image.rewind(&mut machine);
         assert_eq!(machine.ram.stats().unwrap().pinned, 0);
         assert_eq!(machine.next_used(Duration::from_millis(100)), None, "it stands still until it is let go");
@@ -165,7 +165,7 @@ fn what_the_disk_writes_to_is_pinned_and_its_own_also_where_it_was_shared() {
 fn a_reset_ends_what_is_in_flight_and_does_not_wait_for_it() {
     let file = File::new(1 << 20);
     let mut machine = Machine::started(&file.config());
-    // It stays closed: nothing but a cancellation ends the request.
+    // The gate stays closed: only a cancellation ends the request.
     let _gate = file.gate();
     machine.put(machine.data(0), &[0x77; 4096]);
     let head = machine.request(0, IN, 8, 4096);

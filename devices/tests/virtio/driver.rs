@@ -1,4 +1,4 @@
-//! A driver as a guest has one: it reaches the device by its registers and by guest memory alone.
+//! A driver as in a guest: uses the device only through registers and guest memory.
 
 use std::path::PathBuf;
 use std::sync::atomic::{Ordering, fence};
@@ -14,21 +14,21 @@ use clade_test_support::{Patience, wait_until};
 use vm_memory::{Bytes, GuestAddress};
 
 pub(crate) const RAM: u64 = 16 << 20;
-/// Where each queue has its rings: 64 KiB a queue.
+/// Start of the rings: 64 KiB per queue.
 pub(crate) const RINGS: u64 = 0x10_0000;
 pub(crate) const DATA: u64 = 0x40_0000;
 pub(crate) const SIZE: u16 = 64;
 pub(crate) const OK: u32 = 15;
 pub(crate) const NEEDS_RESET: u32 = 0x40;
 
-/// The running time after which a wait has no end.
+/// Limit after which a wait counts as endless.
 pub(crate) const SOON: Duration = Duration::from_secs(120);
 
 pub(crate) const NEXT: u16 = 1;
 pub(crate) const WRITE: u16 = 2;
 pub(crate) const INDIRECT: u16 = 4;
 
-/// The feature of indirect tables.
+/// The feature bit of indirect tables.
 pub(crate) const INDIRECT_DESC: u64 = 1 << 28;
 
 /// A descriptor's bytes.
@@ -41,13 +41,13 @@ pub(crate) fn descriptor(address: u64, len: u32, flags: u16, next: u16) -> [u8; 
     bytes
 }
 
-/// A device, its memory, and what a driver remembers.
+/// A device, its memory, and the driver's state.
 pub(crate) struct Machine {
     pub(crate) ram: GuestRam,
     pub(crate) device: VirtioMmio,
     wiring: Wiring,
     options: BlockOptions,
-    /// Features that the driver does not take.
+    /// Features that the driver declines.
     pub(crate) declined: u64,
     available: Vec<u16>,
     used: Vec<u16>,
@@ -60,7 +60,7 @@ pub(crate) struct File {
 }
 
 impl File {
-    /// Holds the requests to this disk and its overlays that come from now on, until it is opened.
+    /// Holds later requests to this disk and its overlays until the gate is opened.
     pub(crate) fn gate(&self) -> Gate {
         Gate::close(self.dir.path()).unwrap()
     }
@@ -94,7 +94,7 @@ impl Machine {
         Self { ram, device, wiring, options, declined: 0, available: vec![0; queues], used: vec![0; queues] }
     }
 
-    /// With the driver ready.
+    /// A machine with the driver ready.
     pub(crate) fn started(config: &DiskConfig) -> Self {
         let mut machine = Self::new(config, BlockOptions::default());
         machine.start();
@@ -111,7 +111,7 @@ impl Machine {
         self.device.write(offset, &value.to_le_bytes());
     }
 
-    /// Up to FEATURES_OK, with everything that is offered and not declined.
+    /// Negotiates up to FEATURES_OK, with all offered features except the declined ones.
     pub(crate) fn negotiate(&self) -> u64 {
         self.write(regs::STATUS, 0);
         self.write(regs::STATUS, 1);
@@ -158,14 +158,14 @@ impl Machine {
         self.put(RINGS + u64::from(index) * 16, &descriptor(address, len, flags, next));
     }
 
-    /// Puts a table somewhere: address, length, flags and next of each descriptor.
+    /// Writes a table: address, length, flags and next of each descriptor.
     pub(crate) fn table(&self, at: u64, entries: &[(u64, u32, u16, u16)]) {
         let bytes: Vec<u8> =
             entries.iter().flat_map(|&(at, len, flags, next)| descriptor(at, len, flags, next)).collect();
         self.put(at, &bytes);
     }
 
-    /// Makes the chain at `head` of the first queue available, without saying so.
+    /// Makes the chain at `head` of the first queue available, without a notification.
     pub(crate) fn offer(&mut self, head: u16) {
         let at = RINGS + 0x4000 + 4 + u64::from(self.available[0] % SIZE) * 2;
         self.ram.memory().write_obj(head, GuestAddress(at)).unwrap();
@@ -178,8 +178,7 @@ impl Machine {
         self.write(regs::QUEUE_NOTIFY, 0);
     }
 
-    /// Puts request number `n` (of 20) into descriptors 3n.., with its data at page n, and returns
-    /// its head.
+    /// Writes request `n` (of 20) into descriptors 3n.., with its data at page n. Returns its head.
     pub(crate) fn request(&self, n: u16, kind: u32, sector: u64, len: u32) -> u16 {
         let header = DATA - 0x1000 + u64::from(n) * 32;
         self.ram.memory().write_obj(kind, GuestAddress(header)).unwrap();
@@ -193,8 +192,8 @@ impl Machine {
         head
     }
 
-    /// Puts all of request `n` but its first `direct` descriptors into a table at `at`. What they
-    /// leave in the ring is nonsense.
+    /// Moves all of request `n` except its first `direct` descriptors into a table at `at`. Their
+    /// descriptors in the ring become invalid.
     pub(crate) fn fold(&self, n: u16, direct: u16, at: u64) -> u16 {
         let head = n * 3;
         let mut table = self.bytes(RINGS + u64::from(head + direct) * 16, usize::from(3 - direct) * 16);
@@ -207,8 +206,8 @@ impl Machine {
         head
     }
 
-    /// Requests 0 to 7, reads into the even pages and writes from the odd ones, each of 8 sectors,
-    /// are in the used ring, once each and right.
+    /// Checks that requests 0 to 7, reads into the even pages and writes from the odd ones, each of
+    /// 8 sectors, are in the used ring exactly once and correct.
     pub(crate) fn expect_eight(&mut self) {
         let mut heads: Vec<u32> = (0..8).map(|_| self.next_used(SOON).expect("each is given back").0).collect();
         heads.sort_unstable();
@@ -229,7 +228,7 @@ impl Machine {
         self.ram.memory().read_obj(GuestAddress(DATA - 0x1000 + u64::from(n) * 32 + 16)).unwrap()
     }
 
-    /// The next entry of the used ring, if it comes in time: head and length.
+    /// Waits for the next entry of the used ring: head and length.
     pub(crate) fn next_used(&mut self, patience: Duration) -> Option<(u32, u32)> {
         let mut patience = Patience::new(patience);
         loop {
@@ -247,7 +246,7 @@ impl Machine {
         }
     }
 
-    /// Does one request and returns its status and the length the device said.
+    /// Executes one request. Returns its status and the length reported by the device.
     pub(crate) fn one(&mut self, kind: u32, sector: u64, len: u32) -> (u8, u32) {
         let head = self.request(0, kind, sector, len);
         self.offer(head);
@@ -307,7 +306,7 @@ impl Image {
         self.state.device.in_flight()
     }
 
-    /// The same machine, back at this instant, not running yet.
+    /// Takes the same machine back to this instant, paused.
     pub(crate) fn rewind(&self, machine: &mut Machine) {
         machine.device.quiesce();
         assert!(machine.device.halt(SOON));
@@ -317,7 +316,7 @@ impl Image {
         machine.used.clone_from(&self.used);
     }
 
-    /// A child, not running yet.
+    /// A child, paused.
     pub(crate) fn child(&self) -> Machine {
         let ram = ram();
         ram.adopt(&self.ram).unwrap();

@@ -101,7 +101,7 @@ fn more_in_flight_than_descriptors_needs_a_reset() {
     let mut machine = Machine::started(&file.config());
     let gate = file.gate();
     let head = machine.request(0, 0, 0, 512);
-    // The same chain over and over: each is in flight when the next is popped.
+    // The same chain repeatedly: each is in flight when the next is popped.
     for round in 0..3 {
         for _ in 0..SIZE / 2 {
             machine.offer(head);
@@ -130,12 +130,13 @@ fn buffers_over_the_rings_and_over_each_other_are_the_drivers_own_affair() {
         machine.describe(1, at, len, NEXT | WRITE, 2);
         machine.offer(0);
         machine.kick();
-        // Whatever it does with what it then finds there, it ends and can be reset.
+        // For any content there, the device finishes and can be reset.
         let _ = machine.next_used(Duration::from_millis(50));
         machine.start();
         assert_eq!(machine.one(0, 5, 512), (0, 513), "{what}");
     }
-    // One buffer three times in a chain: the last part wins or not, but all of it is of this disk.
+    // One buffer three times in a chain: the last part may win or not, but all bytes come from this
+    // disk.
     machine.request(0, 0, 8, 512);
     machine.describe(1, FREE, 512, NEXT | WRITE, 10);
     machine.describe(10, FREE, 512, NEXT | WRITE, 11);
@@ -161,7 +162,7 @@ fn wild() -> impl Strategy<Value = Wild> {
         8 => FREE..FREE + 0x10_0000,
         1 => RAM - 5000..RAM + 5000,
         1 => any::<u64>(),
-        // The ring's own descriptors are a table too.
+        // The ring's own descriptors, used as a table.
         2 => (0..u64::from(SIZE)).prop_map(|index| RINGS + index * 16),
     ];
     let len =
@@ -178,8 +179,8 @@ fn wild() -> impl Strategy<Value = Wild> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
 
-    /// Whatever is in the rings: the device ends, needs a reset or does not, is reset, and works;
-    /// no page stays pinned, and not a byte of RAM that no descriptor names is changed.
+    /// For any content of the rings, the device finishes, may need a reset, can be reset, and
+    /// works; no page stays pinned, and RAM outside the descriptors' buffers is unchanged.
     #[test]
     fn whatever_is_in_the_rings(
         descriptors in prop::collection::vec(wild(), SIZE as usize),
@@ -190,7 +191,7 @@ proptest! {
         let mut machine = Machine::started(&file.config());
         const QUIET: u64 = 0xc0_0000;
         machine.put(QUIET, &[0xa5; 0x1_0000]);
-        // Some headers make sense, so that requests get further.
+        // Some valid headers, so that requests get further.
         for page in 0..256u64 {
             machine.put(FREE + page * 4096, &[header[0] & 1, 0, 0, 0, 0, 0, 0, 0, page as u8]);
         }

@@ -1,5 +1,5 @@
-//! Chains in indirect tables: done like others, done again like others, and refused where they
-//! break the rules.
+//! Chains in indirect tables: executed like others, repeated like others, and refused if they break
+//! the rules.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -22,10 +22,10 @@ use crate::hostile::{FREE, expect_refusal};
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
-/// Where tables are.
+/// Address of the tables.
 const TABLES: u64 = 0x70_0000;
 
-/// Does the request that is described at `n`.
+/// Executes the request that is described at `n`.
 fn finish(machine: &mut Machine, n: u16) -> (u8, u32) {
     machine.offer(n * 3);
     machine.kick();
@@ -45,8 +45,8 @@ fn one(machine: &mut Machine, kind: u32, sector: u64, len: u32) -> (u8, u32) {
 fn requests_in_tables_are_done_and_answered() {
     let file = File::new(1 << 20);
     let mut machine = Machine::started(&file.config());
-    // All in the table, or only what is behind the header, or only the status; and tables that are
-    // not aligned.
+    // All descriptors in the table, or all after the header, or the status alone; also in unaligned
+    // tables.
     for direct in 0..3 {
         for at in [TABLES, TABLES + 1, TABLES + 0xffe, RAM - 48] {
             let sector = 7 + 8 * u64::from(direct) + at % 7;
@@ -72,12 +72,12 @@ fn tables_are_as_the_driver_likes_them_within_the_rules() {
     let mut machine = Machine::started(&file.config());
     let header = machine.data(0) - 0x1000;
     machine.request(0, IN, 3, 512);
-    // That the device writes the table is said, and ignored.
+    // The write flag of a table's descriptor is ignored.
     machine.fold(0, 0, TABLES);
     machine.describe(0, TABLES, 48, INDIRECT | WRITE, 0);
     assert_eq!(finish(&mut machine, 0), (0, 513));
     assert_eq!(machine.bytes(machine.data(0), 512), [3; 512]);
-    // Out of order, and with unused descriptors between.
+    // Out of order, with unused descriptors in between.
     machine.request(0, IN, 4, 512);
     let nonsense = (u64::MAX, 0, INDIRECT | NEXT, 0xffff);
     let [data, status] = [(machine.data(0), 512, WRITE | NEXT, 1), (header + 16, 1, WRITE, 0)];
@@ -85,7 +85,7 @@ fn tables_are_as_the_driver_likes_them_within_the_rules() {
     machine.describe(0, TABLES, 80, INDIRECT, 0);
     assert_eq!(finish(&mut machine, 0), (0, 513));
     assert_eq!(machine.bytes(machine.data(0), 512), [4; 512]);
-    // As many buffers as the queue has descriptors; of them, a few direct or none.
+    // As many buffers as the queue has descriptors; a few of them direct, or none.
     for direct in [0, 1, 5] {
         machine.request(0, IN, 16, 512);
         let all: Vec<_> = (0..SIZE)
@@ -106,7 +106,7 @@ fn tables_are_as_the_driver_likes_them_within_the_rules() {
         for n in 1..SIZE - 1 {
             assert_eq!(machine.bytes(FREE + u64::from(n) * 4096, 512), [15 + n as u8; 512]);
         }
-        // One more is one too many, wherever it is described: the table alone is short enough.
+        // One more is too many, although the table alone is short enough.
         if direct > 0 {
             let mut table: Vec<_> =
                 table.into_iter().map(|(at, len, flags, next)| (at, len, flags, next + 1)).collect();
@@ -137,7 +137,7 @@ fn with_eight_in_flight(file: &File) -> (Machine, Gate) {
     (machine, gate)
 }
 
-/// The writes of the 8 are on the disk. They are read through a table, which needs the feature.
+/// Checks that the writes of the 8 are on the disk. Reads through a table, which needs the feature.
 fn expect_written(machine: &mut Machine) {
     for n in [1, 3, 5, 7u8] {
         assert_eq!(one(machine, IN, u64::from(n) * 8, 4096), (0, 4097));
@@ -153,7 +153,7 @@ fn a_child_walks_the_tables_of_what_is_in_flight_in_its_own_memory() {
     assert_eq!(image.in_flight(), 8);
     gate.open();
     parent.expect_eight();
-    // What the parent does with its tables and buffers afterwards is nothing to the child.
+    // The parent's later use of its tables and buffers does not affect the child.
     parent.put(TABLES, &[0xff; 4096]);
     (0..8).for_each(|n| parent.put(parent.data(n), &[0xff; 4096]));
     let mut child = image.child();
@@ -171,7 +171,7 @@ fn a_machine_that_is_put_back_does_what_was_in_flight_in_tables_again() {
     let image = machine.fork();
     gate.open();
     machine.expect_eight();
-    // Also where its driver has declined tables since.
+    // Even if its driver has declined tables since.
     for declined in [0, INDIRECT_DESC] {
         machine.put(TABLES, &[0xff; 4096]);
         machine.declined = declined;
@@ -204,7 +204,7 @@ fn a_driver_that_did_not_choose_tables_has_none_and_nor_have_its_children() {
     assert_eq!(one(&mut child, IN, 5, 512), (0, 513), "until it is reset and chooses them");
 }
 
-/// A good request, whose table is then `broken`.
+/// A valid request, whose table is then `broken`.
 fn broken(machine: &mut Machine, broken: impl FnOnce(&Machine)) {
     machine.request(0, IN, 0, 512);
     machine.fold(0, 0, TABLES);
@@ -212,7 +212,7 @@ fn broken(machine: &mut Machine, broken: impl FnOnce(&Machine)) {
     machine.offer(0);
 }
 
-/// A good request, whose one descriptor then refers to something else.
+/// A valid request, whose one descriptor then refers to another buffer.
 fn refers(machine: &mut Machine, address: u64, len: u32, flags: u16) {
     broken(machine, |m| m.describe(0, address, len, flags, 1));
 }
@@ -294,7 +294,7 @@ fn a_table_that_is_changed_while_it_is_read_is_read_once() {
     let mut machine = Machine::started(&file.config());
     let over = Arc::new(AtomicBool::new(false));
     let (memory, stop) = (machine.ram.clone(), Arc::clone(&over));
-    // The address of the data, again and again: one that may be, and one that may not.
+    // Alternates the address of the data: one in RAM, and one outside.
     let flip = std::thread::spawn(move || {
         while !stop.load(Ordering::Relaxed) {
             for address in [FREE, RAM + 4096] {
@@ -319,7 +319,7 @@ fn a_table_that_is_changed_while_it_is_read_is_read_once() {
             }
         };
         if used.is_some() {
-            // What was found to be right is what was used.
+            // The checked address is the one that was used.
             assert_eq!((used, machine.status_of(0)), (Some((0, 513)), 0), "round {round}");
             let written = [FREE, machine.data(0)].map(|at| machine.bytes(at, 512) == [round as u8; 512]);
             assert!(written[0] != written[1] || round as u8 == 0xa5, "round {round}: {written:?}");
@@ -375,10 +375,10 @@ fn a_table_has_at_most_4_gib_and_stays_in_one_piece_of_ram() {
     put(&ram, TABLES, &exactly);
     put(&ram, RINGS, &[descriptor(TABLES, 32 * 16, INDIRECT, 0)]);
     assert_eq!(queue.chain(0).unwrap().readable.len(), 32);
-    // Direct ones count too.
+    // Direct descriptors count too.
     put(&ram, RINGS, &[descriptor(FREE, 1, NEXT, 1), descriptor(TABLES, 32 * 16, INDIRECT, 0)]);
     assert_eq!(queue.chain(0), Err(QueueError::TooLong { head: 0 }));
-    // A table up to the hole, one across its beginning, and one across its end.
+    // A table that ends at the hole, and tables across its beginning and its end.
     for (at, good) in [(hole - 32, true), (hole - 16, false), (hole, false), ((4 << 30) - 16, false), (4 << 30, true)] {
         if good {
             put(&ram, at, &[descriptor(FREE, 1, NEXT, 1), descriptor(FREE, 1, 0, 0)]);
@@ -393,7 +393,7 @@ fn a_table_has_at_most_4_gib_and_stays_in_one_piece_of_ram() {
     }
 }
 
-/// A queue so small that chains get too long for it.
+/// A queue so small that chains exceed it.
 const SMALL: u16 = 8;
 
 fn any_descriptor() -> impl Strategy<Value = [u8; 16]> {
@@ -405,7 +405,7 @@ fn any_descriptor() -> impl Strategy<Value = [u8; 16]> {
     (address, len, flags, next).prop_map(|(address, len, flags, next)| descriptor(address, len, flags, next))
 }
 
-/// What a chain is, as simply as it can be said: all buffers first, and then whether they may be.
+/// The simplest model of a chain: collect all buffers first, and check them afterwards.
 fn naive(ram: &GuestRam, head: u16) -> Option<[Vec<(u64, u32)>; 2]> {
     let in_ram = |at: u64, len: u32| u128::from(at) + u128::from(len) <= u128::from(RAM);
     let (mut table, mut entries, mut nested) = (RINGS, u32::from(SMALL), false);

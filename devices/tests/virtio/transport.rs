@@ -19,7 +19,7 @@ fn it_says_what_it_is() {
     assert_eq!((machine.read(regs::VERSION), machine.read(regs::DEVICE_ID)), (2, 2));
     assert_eq!((machine.read(regs::QUEUE_NUM_MAX), machine.read(regs::SHM_LEN_LOW)), (256, u32::MAX));
     assert_eq!(machine.read(regs::CONFIG), (1 << 20) / 512);
-    // Any width, beyond the end too.
+    // Accesses of any width, beyond the end too.
     let mut bytes = [0xaa; 8];
     machine.device.read(regs::CONFIG + 20, &mut bytes[..1]);
     machine.device.read(regs::CONFIG + 0xef8, &mut bytes[1..]);

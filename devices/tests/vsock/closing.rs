@@ -1,4 +1,4 @@
-//! Ends of connections: what was sent before them arrives.
+//! Ends of connections: data sent before them arrives.
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -9,7 +9,7 @@ use crate::guest::{CREDIT_REQUEST, CREDIT_UPDATE, DATA, Guest, REQUEST, RESET, R
 
 const PORT: u32 = 77;
 const SENT: usize = 409_600;
-/// Of a shutdown: receives no more, sends no more.
+/// Flags of a shutdown: no more receiving, no more sending.
 const NO_RECEIVE: u32 = 1;
 const NO_SEND: u32 = 2;
 
@@ -27,7 +27,7 @@ fn connected(dir: &Path) -> (Guest, UnixStream) {
     (guest, host)
 }
 
-/// Sends `bytes` as fast as there is room for them, to a host that reads nothing.
+/// Sends `bytes` as fast as credit allows, to a host that does not read.
 fn send_all(guest: &mut Guest, bytes: &[u8]) {
     let (mut room, mut forwarded, mut sent) = (256u32 << 10, 0u32, 0u32);
     for chunk in bytes.chunks(4096) {
@@ -54,7 +54,7 @@ fn what_the_guest_sent_before_it_closed_reaches_a_host_that_is_slow() {
         if then_resets {
             guest.send(RESET, PORT, 5, &[], 1 << 20);
         }
-        // The same ports are free for another connection meanwhile.
+        // Meanwhile the same ports are free for another connection.
         guest.send(DATA, PORT, 5, b"?", 1 << 20);
         assert_eq!(guest.other().op, RESET, "it knows of no connection");
         let mut got = Vec::new();
@@ -80,7 +80,7 @@ fn a_guest_that_resets_is_heard_to_the_end_as_well() {
 fn a_host_reads_the_end_although_what_it_sent_was_not_read() {
     let dir = tempfile::tempdir().unwrap();
     let (mut guest, mut host) = connected(dir.path());
-    // A guest without room: nothing is read from the host.
+    // A guest without room: the device does not read from the host.
     guest.send(CREDIT_UPDATE, PORT, 5, &[], 0);
     host.write_all(b"nobody reads this").unwrap();
     guest.send(DATA, PORT, 5, b"the last words", 0);
@@ -99,7 +99,7 @@ fn what_the_host_sent_before_it_closed_reaches_a_guest_that_goes_on_sending() {
     let sent = pattern(100_000);
     host.write_all(&sent).unwrap();
     drop(host);
-    // Packets of no connection: no reason for the guest to lose what it was sent.
+    // Packets for unknown connections do not make the guest lose data.
     for _ in 0..100 {
         guest.send(DATA, PORT, 5, &[7; 4096], 0);
     }
@@ -142,8 +142,8 @@ fn a_buffer_that_was_taken_for_nothing_is_still_the_guests() {
     let (mut guest, mut host) = connected(dir.path());
     guest.send(CREDIT_UPDATE, PORT, 5, &[], 0);
     host.write_all(b"wait for it").unwrap();
-    // Each time the device looks for something to send it has none, because the guest has no room:
-    // more often than the guest has buffers.
+    // At each attempt the device has no data to send, because the guest has no room: more attempts
+    // than the guest has buffers.
     for _ in 0..40 {
         guest.send(CREDIT_UPDATE, PORT, 5, &[], 0);
     }

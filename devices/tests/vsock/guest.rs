@@ -1,4 +1,4 @@
-//! A guest's end of a socket device, and hosts' ends.
+//! A guest's end of a socket device, and the ends of hosts.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -16,7 +16,7 @@ pub(crate) const EVENTS: usize = 2;
 pub(crate) const CID: u64 = 42;
 pub(crate) const IN: u64 = 0x20_0000;
 pub(crate) const OUT: u64 = 0x30_0000;
-/// Of a header.
+/// Length of a header.
 pub(crate) const HEADER: usize = 44;
 pub(crate) const REQUEST: u16 = 1;
 pub(crate) const RESPONSE: u16 = 2;
@@ -31,9 +31,9 @@ pub(crate) struct Guest {
     pub(crate) driver: Driver,
     pub(crate) slots: u64,
     pub(crate) taken: u32,
-    /// What a shutdown shuts.
+    /// The directions of a shutdown.
     pub(crate) shuts: u32,
-    /// What it says its address is, and what the device says.
+    /// The guest's address as in its packets, and as in the device's.
     pub(crate) cid: u64,
     pub(crate) addressed: u64,
 }
@@ -94,14 +94,14 @@ impl Guest {
         self.driver.wait(TX);
     }
 
-    /// Asks for a connection, without waiting for the device to look.
+    /// Requests a connection, without waiting for the device.
     pub(crate) fn request(&mut self, host: u32, guest: u32) {
         let header = self.header(REQUEST, host, guest, 0, 1 << 16);
         self.driver.fill(OUT, &header);
         self.driver.post(TX, &[(OUT, HEADER as u32, false)]);
     }
 
-    /// The next packet that is no news of credit.
+    /// The next packet other than a credit update.
     pub(crate) fn other(&mut self) -> Packet {
         loop {
             let packet = self.packet();
@@ -113,7 +113,7 @@ impl Guest {
 
     pub(crate) fn packet(&mut self) -> Packet {
         let (head, len) = self.driver.wait(RX);
-        // Buffers are posted one descriptor each, in turn.
+        // Buffers are posted one descriptor each, by turns.
         let at = IN + (u64::from(head) % 16) * 0x2000;
         let bytes = self.driver.look(at, len as usize);
         let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());

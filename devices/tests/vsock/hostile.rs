@@ -13,14 +13,14 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, 
 use crate::driver::Driver;
 use crate::guest::{DATA, HEADER, OUT, REQUEST, RESET, RESPONSE, TX, guest};
 
-/// How often a pause is looked for.
+/// Interval of checks for a pause.
 const TICK: Duration = Duration::from_millis(50);
 
 fn socket() -> OwnedFd {
     socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None).unwrap()
 }
 
-/// A host that listens at `path`, whose backlog is full; and those who fill it.
+/// A listener at `path` whose backlog is full, and the sockets that fill it.
 fn full(path: &Path) -> (UnixListener, Vec<OwnedFd>) {
     let address = SocketAddrUnix::new(path).unwrap();
     let listener = socket();
@@ -39,7 +39,7 @@ fn full(path: &Path) -> (UnixListener, Vec<OwnedFd>) {
     }
 }
 
-/// Stops the device for a moment, and has `rescue` help it if that does not come to an end.
+/// Pauses the device for a moment. Calls `rescue` if the pause does not end.
 fn pauses(device: &VirtioMmio, rescue: impl FnOnce()) {
     std::thread::scope(|scope| {
         let (paused, heard) = channel();
@@ -68,7 +68,7 @@ fn a_host_whose_backlog_is_full_keeps_nobody_waiting() {
     let dir = tempfile::tempdir().unwrap();
     let (listener, waiting) = full(&dir.path().join("vm.sock_77"));
     let mut guest = guest(dir.path());
-    // Not by `send`, which waits for the buffer to come back.
+    // Not by `send`, which waits until the buffer is used.
     guest.request(77, 5);
     let accept = || {
         listener.set_nonblocking(true).unwrap();
@@ -77,11 +77,11 @@ fn a_host_whose_backlog_is_full_keeps_nobody_waiting() {
     pauses(&guest.driver.device, accept);
     guest.driver.wait(TX);
     assert!(guest.driver.used(crate::guest::RX).is_none(), "it is neither connected nor refused");
-    // Once there is room, it is connected.
+    // Once there is room, the connection is made.
     drop(waiting);
     accept();
     assert_eq!(guest.packet().op, RESPONSE);
-    // Where there never is room, the guest's connection is refused; one that the guest has reset is
+    // If the backlog stays full, the guest's connection is refused; one that the guest has reset is
     // forgotten.
     let (_listener, _waiting) = full(&dir.path().join("vm.sock_78"));
     guest.send(REQUEST, 78, 5, &[], 1 << 16);
@@ -99,14 +99,14 @@ fn peak() -> u64 {
 }
 
 fn reset_peak() -> u64 {
-    // 5: the peak is what it is now.
+    // 5 resets the peak to the present value.
     std::fs::write("/proc/self/clear_refs", "5").unwrap();
     peak()
 }
 
 #[test]
 fn a_length_is_not_believed_before_the_room_is_looked_at() {
-    /// Of one buffer, which a packet has twelve times.
+    /// Length of one buffer, which a packet has twelve times.
     const BUFFER: u32 = 31 << 20;
     const LENGTH: u32 = 12 * BUFFER;
     let dir = tempfile::tempdir().unwrap();
@@ -124,7 +124,7 @@ fn a_length_is_not_believed_before_the_room_is_looked_at() {
     assert_eq!(guest.packet().op, RESET);
     let grown = peak().saturating_sub(before);
     assert!(grown < u64::from(LENGTH) / 2, "{grown} bytes for a packet that there is no room for");
-    // One that is longer than its buffers breaks the rules of the queue.
+    // A packet longer than its buffers breaks the rules of the queue.
     let header = guest.header(DATA, 77, 5, u32::MAX, 1 << 16);
     guest.driver.fill(OUT, &header);
     guest.driver.post(TX, &[(OUT, HEADER as u32, false), (0x1000, 4096, false)]);

@@ -1,5 +1,5 @@
-//! Sockets between guest and host: both may begin, streams are whole and bounded, a child's are
-//! reset.
+//! Sockets between guest and host: either side may connect, streams are complete and bounded, and a
+//! child's are reset.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -78,7 +78,7 @@ fn the_guest_connects_and_a_long_stream_is_whole() {
     }
     assert!(got == sent, "the stream is not what was sent");
     let mut host = writer.join().unwrap();
-    // And the other way, as far as there is room: the host does not read.
+    // In the other direction, as far as there is room: the host does not read.
     let mut room = answer.room;
     let mut total = 0u32;
     while room >= 4096 {
@@ -122,7 +122,8 @@ fn a_child_is_told_that_its_connections_are_gone_and_the_parents_go_on() {
     assert_eq!(parent.packet().data, b"still here");
     assert!(child.used(RX).is_none(), "not for the child");
     assert!(parent.driver.used(EVENTS).is_none(), "nothing was reset in the parent");
-    // Its own socket works, as soon as the driver has closed what it had: it would close this as well.
+    // The child's own socket works once the driver has closed its old connections: earlier ones
+    // would be closed with them.
     let _other = connect(dir.path(), "child.sock", 10);
     std::thread::sleep(Duration::from_millis(200));
     assert!(child.used(RX).is_none(), "before the driver has closed its connections");
@@ -133,13 +134,14 @@ fn a_child_is_told_that_its_connections_are_gone_and_the_parents_go_on() {
     assert!(!dir.path().join("child.sock").exists());
 }
 
-/// It is waited for for two seconds, and no longer than it takes. A busy host may be slow.
+/// The wait for a driver ends as soon as it has closed its connections, and after two seconds at
+/// most. A busy host may be slow.
 #[test]
 fn a_driver_that_has_closed_its_connections_is_waited_for_no_longer() {
     let dir = tempfile::tempdir().unwrap();
     let store = store();
     let mut parent = Guest::new(Driver::take(device(dir.path(), "vm.sock", CID, false), &ram(&store)));
-    // More than the one that the device needs.
+    // More buffers than the one that the device needs.
     (0..3).for_each(|n| _ = parent.driver.post(EVENTS, &[(0x10_0000 + n * 8, 8, true)]));
     let mut round = 0;
     clade_test_support::wait_until("a child whose driver answers goes on before its two seconds are over", || {
@@ -155,7 +157,8 @@ fn a_driver_that_has_closed_its_connections_is_waited_for_no_longer() {
     });
 }
 
-/// Its guest may be closing a connection of its parent's, and would close the clone's of the same ports.
+/// The guest may be closing a connection of its parent's, and would close the clone's of the same
+/// ports.
 #[test]
 fn a_clones_connections_have_other_ports_than_its_parents() {
     let dir = tempfile::tempdir().unwrap();
@@ -177,7 +180,7 @@ fn a_child_that_has_not_read_its_address_yet_is_asked_again() {
     let mut child = Guest::new(Driver::take(device(dir.path(), "child.sock", 43, true), &ram(&store())));
     child.addressed = 43;
     let mut host = connect(dir.path(), "child.sock", 9);
-    // It answers as its parent.
+    // The guest answers with its parent's address.
     let mut asked = child.packet();
     for _ in 0..3 {
         assert_eq!((asked.op, asked.guest), (REQUEST, 9));
@@ -191,7 +194,7 @@ fn a_child_that_has_not_read_its_address_yet_is_asked_again() {
     child.cid = 43;
     child.send(RESPONSE, asked.host, 9, &[], 1 << 16);
     assert_eq!(line(&mut host), format!("OK {}", asked.host));
-    // One that never reads it is not asked for ever.
+    // The requests to a guest that never reads its address end.
     child.cid = CID;
     let mut host = connect(dir.path(), "child.sock", 10);
     let mut count = 0;
@@ -228,12 +231,12 @@ fn a_guest_that_is_put_back_is_told_that_its_connections_are_gone_and_so_is_the_
         assert!(vm.driver.used(RX).is_none(), "nothing of what was on its way");
     }
     assert_eq!(host.read(&mut [0; 8]).unwrap(), 0, "the host reads the end");
-    // Its address and its socket are what they were, and work.
+    // The address and the socket are unchanged, and work.
     let mut cid = [0; 8];
     vm.driver.config(0, &mut cid);
     assert_eq!(u64::from_le_bytes(cid), CID);
     let mut host = connect(dir.path(), "vm.sock", 10);
-    // The driver offers no buffer again: it is not waited for for ever.
+    // The driver does not offer its buffer again: the wait for it ends.
     let asked = vm.packet();
     assert_eq!((asked.op, asked.guest), (REQUEST, 10));
     vm.send(RESPONSE, asked.host, 10, &[], 1 << 16);
@@ -251,7 +254,7 @@ fn who_breaks_the_rules_is_reset_and_the_others_are_not() {
     }
     let (one, _) = listener.accept().unwrap();
     let (mut other, _) = listener.accept().unwrap();
-    // More than there is room for, to a host that does not read.
+    // More than fits, to a host that does not read.
     let mut reset = None;
     for _ in 0..200 {
         guest.send(DATA, 77, 5, &[1; 4096], 1 << 16);
@@ -271,8 +274,8 @@ fn who_breaks_the_rules_is_reset_and_the_others_are_not() {
     let mut bytes = [0; 4];
     other.read_exact(&mut bytes).unwrap();
     assert_eq!(&bytes, b"fine");
-    // Data for a connection that is not, a second request on one that is, a host that does not
-    // speak.
+    // Data for an absent connection, a second request on an open one, and a host that sends no
+    // line.
     guest.send(DATA, 77, 99, b"?", 1 << 16);
     assert_eq!(guest.packet().op, RESET);
     guest.send(REQUEST, 77, 6, &[], 1 << 16);

@@ -1,4 +1,4 @@
-//! Input that the device holds back: a VM that is put to sleep with it would never be asked for it again.
+//! Input that the device holds back: a VM suspended with it would never be woken for it.
 
 use std::io::Write;
 use std::os::unix::net::UnixListener;
@@ -10,10 +10,10 @@ use clade_test_support::wait_until;
 use crate::guest::{CREDIT_REQUEST, CREDIT_UPDATE, DATA, Guest, REQUEST, RESPONSE, connect, guest};
 
 const PORT: u32 = 77;
-/// Bytes of the guest's buffer.
+/// Size of the guest's buffer.
 const ROOM: u32 = 1000;
 
-/// Asks between two turns.
+/// Calls `has_input` between two turns.
 fn has_input(guest: &Guest) -> bool {
     guest.driver.device.with_device(|device| {
         let device = device.as_any().downcast_mut::<SyncDevice<Vsock>>().unwrap();
@@ -31,8 +31,8 @@ fn taken(guest: &mut Guest, bytes: usize) -> usize {
     taken
 }
 
-/// The guest gets a packet each time, so it makes progress: there is no other reason for none than that a
-/// source announces what comes now.
+/// The guest gets a packet each time, so it makes progress. So `has_input` can be false only
+/// because a source announces later input.
 fn has_none_with_progress(guest: &mut Guest, host: u32, port: u32) {
     wait_until("no input is held back", || {
         guest.send(CREDIT_REQUEST, host, port, &[], ROOM);
@@ -54,7 +54,7 @@ fn bytes_behind_the_guests_credit_are_input_until_the_guest_has_them() {
     assert_eq!(taken(&mut guest, ROOM as usize), ROOM as usize, "as much as it has room for");
     assert!(has_input(&guest), "the rest is in the socket, which is not watched");
     assert!(!has_input(&guest), "a guest that takes nothing does not stay awake for it");
-    // The guest makes room, takes some, and has no room again.
+    // The guest makes room, takes some bytes, and has no room again.
     guest.taken = ROOM;
     guest.send(CREDIT_UPDATE, PORT, 5, &[], ROOM);
     taken(&mut guest, ROOM as usize);

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 /// Levels of `${a:-${b:-...}}`.
 const MAX_DEPTH: usize = 16;
-/// Most bytes of a word: a variable can stand in itself many times.
+/// Maximum length of a word: a variable can contain its own old value many times.
 const MAX_WORD: usize = 64 << 10;
 
 type Lookup<'a> = &'a dyn Fn(&str) -> Option<String>;
@@ -12,7 +12,7 @@ type Lookup<'a> = &'a dyn Fn(&str) -> Option<String>;
 /// A word without its quotes, with its variables replaced.
 ///
 /// # Errors
-/// In words, when it cannot be read.
+/// The reason in words, when the word is invalid.
 pub(super) fn expand(word: &str, lookup: Lookup<'_>) -> Result<String, String> {
     expand_at(word, lookup, 0)
 }
@@ -35,7 +35,7 @@ fn expand_at(word: &str, lookup: Lookup<'_>, depth: usize) -> Result<String, Str
                 behind
             }
             '\\' => match behind.chars().next() {
-                // Within quotes it stands for itself before others.
+                // Within quotes a backslash is literal before other characters.
                 Some(escaped) if !is_quoted || "\"$\\".contains(escaped) => {
                     out.push(escaped);
                     &behind[escaped.len_utf8()..]
@@ -63,7 +63,7 @@ fn name_length(text: &str) -> usize {
     text.bytes().enumerate().take_while(|one| is_name(*one)).count()
 }
 
-/// Adds the variable that `text` begins with, behind its `$`. Returns what follows.
+/// Expands the variable at the beginning of `text`, after its `$`. Returns the rest of the text.
 fn variable<'t>(text: &'t str, out: &mut String, lookup: Lookup<'_>, depth: usize) -> Result<&'t str, String> {
     let Some(braced) = text.strip_prefix('{') else {
         let (name, behind) = text.split_at(name_length(text));
@@ -87,7 +87,7 @@ fn variable<'t>(text: &'t str, out: &mut String, lookup: Lookup<'_>, depth: usiz
         (_, [b':', b'+', ..], None) => {}
         _ => {
             let mut why = String::new();
-            // A string takes all.
+            // Writing to a String does not fail.
             let _ = write!(why, "${{{inner}}}: only ${{{name}:-word}} and ${{{name}:+word}} are known");
             return Err(why);
         }
@@ -95,7 +95,7 @@ fn variable<'t>(text: &'t str, out: &mut String, lookup: Lookup<'_>, depth: usiz
     Ok(behind)
 }
 
-/// Where the brace closes that is open before `text`.
+/// Position of the brace that closes the one open before `text`.
 fn closing(text: &str) -> Option<usize> {
     let (mut open, mut bytes) = (1, text.bytes().enumerate());
     while let Some((at, byte)) = bytes.next() {

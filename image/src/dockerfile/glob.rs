@@ -2,23 +2,23 @@
 
 use thiserror::Error;
 
-/// Most patterns of a `.dockerignore`.
+/// Maximum number of patterns in a `.dockerignore`.
 const MAX_PATTERNS: usize = 10_000;
-/// Names in a pattern.
+/// Maximum number of names in a pattern.
 const MAX_NAMES: usize = 128;
 
 /// Why a pattern is refused.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum IgnoreError {
-    /// It is no pattern.
+    /// The text is not a pattern.
     #[error("{pattern:?}: {why}")]
     Pattern {
         /// The pattern.
         pattern: String,
-        /// Why.
+        /// The reason.
         why: &'static str,
     },
-    /// There are too many.
+    /// There are too many patterns.
     #[error("a .dockerignore has at most {MAX_PATTERNS} patterns")]
     TooMany,
 }
@@ -28,7 +28,7 @@ pub enum IgnoreError {
 pub struct Pattern(Vec<String>);
 
 impl Pattern {
-    /// Reads a pattern. A slash before it says nothing, and `.` in it neither.
+    /// Parses a pattern. A leading slash and `.` components are ignored.
     ///
     /// # Errors
     /// When it leaves the directory, or has brackets.
@@ -38,7 +38,7 @@ impl Pattern {
         for name in text.split('/').filter(|name| !name.is_empty() && *name != ".") {
             match name {
                 ".." => drop(names.pop().ok_or_else(|| refused("it leaves the directory of the build"))?),
-                // Two in a row are one.
+                // Two in a row equal one.
                 "**" if names.last().is_some_and(|last| last == "**") => {}
                 name => names.push(name.to_owned()),
             }
@@ -52,18 +52,19 @@ impl Pattern {
         }
     }
 
-    /// Whether it names one path alone. Returns that, without slashes at its ends; the directory itself is empty.
+    /// The path, if the pattern matches one path only: without slashes at its ends, and empty for
+    /// the directory itself.
     #[must_use]
     pub fn path(&self) -> Option<String> {
         let is_plain = self.0.iter().all(|name| !name.contains(['*', '?']));
         is_plain.then(|| self.0.join("/"))
     }
 
-    /// Whether it matches a path: all of it.
+    /// Whether the pattern matches the whole path.
     #[must_use]
     pub fn matches(&self, path: &str) -> bool {
         let names: Vec<&str> = path.split('/').filter(|name| !name.is_empty()).collect();
-        // Which beginnings of the path the pattern matches so far.
+        // The prefixes of the path that match the pattern so far.
         let mut reached = vec![false; names.len() + 1];
         reached[0] = true;
         for part in &self.0 {
@@ -85,7 +86,7 @@ impl Pattern {
     }
 }
 
-/// Whether `*` and `?` in the pattern make it the name.
+/// Whether a pattern with `*` and `?` matches the name.
 fn name_matches(pattern: &[u8], name: &[u8]) -> bool {
     let (mut at, mut of, mut star) = (0, 0, None);
     while at < name.len() {
@@ -97,7 +98,7 @@ fn name_matches(pattern: &[u8], name: &[u8]) -> bool {
             Some(byte) if *byte == b'?' || *byte == name[at] => {
                 (at, of) = (at + 1, of + 1);
             }
-            // The last star takes one byte more.
+            // The last star matches one more byte.
             _ => match star {
                 Some((place, taken)) => {
                     (of, at) = (place + 1, taken + 1);
@@ -110,15 +111,15 @@ fn name_matches(pattern: &[u8], name: &[u8]) -> bool {
     pattern[of..].iter().all(|byte| *byte == b'*')
 }
 
-/// What a `.dockerignore` leaves out.
+/// The patterns of a `.dockerignore`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ignore(Vec<(bool, Pattern)>);
 
 impl Ignore {
-    /// Reads a `.dockerignore`.
+    /// Parses a `.dockerignore`.
     ///
     /// # Errors
-    /// When a line is no pattern.
+    /// When a line is not a pattern.
     pub fn parse(text: &str) -> Result<Self, IgnoreError> {
         let mut all = Vec::new();
         for line in text.trim_start_matches('\u{feff}').lines().map(str::trim) {
@@ -134,7 +135,8 @@ impl Ignore {
         Ok(Self(all))
     }
 
-    /// Whether a path is left out. A pattern means what is below it too, and the last that matches decides.
+    /// Whether a path is ignored. A pattern also matches paths below its own, and the last match
+    /// decides.
     #[must_use]
     pub fn leaves_out(&self, path: &str) -> bool {
         let matches = |pattern: &Pattern| {
@@ -145,7 +147,7 @@ impl Ignore {
         last.is_some_and(|(is_left_out, _)| *is_left_out)
     }
 
-    /// Whether something below a path that is left out may be taken all the same.
+    /// Whether a path below an ignored one may be included by an exception.
     #[must_use]
     pub fn has_exceptions(&self) -> bool {
         self.0.iter().any(|(is_left_out, _)| !is_left_out)

@@ -2,7 +2,7 @@
 
 use super::{DockerfileError, MAX_DOCKERFILE};
 
-/// An instruction with what stands behind it, and the line that it begins in.
+/// An instruction with its text, and the line in which it begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Line {
     pub(super) number: usize,
@@ -10,14 +10,14 @@ pub(super) struct Line {
     pub(super) rest: String,
 }
 
-/// Whether a comment is a directive of that name. They stand before all else.
+/// Parses a comment as a directive: its name and value. Directives precede everything else.
 fn directive(line: &str) -> Option<(String, &str)> {
     let (name, value) = line.trim().strip_prefix('#')?.split_once('=')?;
     let name = name.trim().to_ascii_lowercase();
     name.bytes().all(|b| b.is_ascii_alphabetic()).then_some((name, value.trim()))
 }
 
-/// The text without the backslash that continues it in the next line.
+/// The text without the backslash that continues it on the next line.
 fn continued(line: &str) -> Option<&str> {
     line.trim_end().strip_suffix('\\')
 }

@@ -1,15 +1,16 @@
-//! Dockerfiles: the instructions that make one image of another.
+//! Dockerfiles: instructions that make one image from another.
 //!
-//! [`Dockerfile::parse`] reads a text, and [`Dockerfile::plan`] says what is to be done in a guest of the
-//! base image: programs to run, files to copy, directories to make, each with its variables, directory
-//! and user. Nothing is run here. What is not known is refused with its line and its name.
+//! [`Dockerfile::parse`] parses a text, and [`Dockerfile::plan`] returns the steps in a guest of
+//! the base image: programs to run, files to copy, directories to make, each with its variables,
+//! directory and user. Nothing is run here. Unknown instructions are refused with their line and
+//! name.
 //!
-//! | file | what |
+//! | file | contents |
 //! |---|---|
 //! | `lex` | lines, comments, continuations |
 //! | `parse` | instructions |
 //! | `expand` | variables and quotes within a word |
-//! | `plan` | what is to be done, in order |
+//! | `plan` | the steps, in order |
 //! | `glob` | patterns of `.dockerignore` and of sources |
 
 mod expand;
@@ -25,7 +26,7 @@ use thiserror::Error;
 pub use glob::{Ignore, IgnoreError, Pattern};
 pub use plan::{Action, Files, Plan, Step};
 
-/// Most bytes of a Dockerfile, and of a `.dockerignore`.
+/// Maximum length of a Dockerfile, and of a `.dockerignore`.
 pub const MAX_DOCKERFILE: usize = 1 << 20;
 
 /// Why a Dockerfile is refused.
@@ -36,13 +37,13 @@ pub struct DockerfileError {
     pub line: usize,
     /// The instruction.
     pub instruction: String,
-    /// Why.
+    /// The reason.
     pub why: String,
 }
 
 impl DockerfileError {
     fn new(line: usize, instruction: &str, why: impl Into<String>) -> Self {
-        // A text that is none of ours is not said at any length.
+        // The length of a foreign text in an error is limited.
         Self { line, instruction: instruction.chars().take(32).collect(), why: why.into().chars().take(300).collect() }
     }
 }
@@ -54,7 +55,7 @@ enum Command {
     Exec(Vec<String>),
 }
 
-/// `COPY`, as it stands in the text.
+/// `COPY`, as in the text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Copy {
     sources: Vec<String>,
@@ -73,11 +74,11 @@ enum Instruction {
     Workdir(String),
     User(String),
     Copy(Copy),
-    /// Says nothing about what is run.
+    /// An instruction without an effect on the steps.
     Note,
 }
 
-/// An instruction and its place.
+/// An instruction and its position.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Placed {
     line: usize,
@@ -96,10 +97,10 @@ pub struct Dockerfile {
 }
 
 impl Dockerfile {
-    /// Reads a Dockerfile.
+    /// Parses a Dockerfile.
     ///
     /// # Errors
-    /// When it is none, or has an instruction that is not known here.
+    /// When the text is not a Dockerfile, or has an unknown instruction.
     pub fn parse(text: &str) -> Result<Self, DockerfileError> {
         parse::parse(text)
     }

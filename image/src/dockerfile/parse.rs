@@ -3,10 +3,10 @@
 use super::lex::{Line, lines};
 use super::{Command, Copy, Dockerfile, DockerfileError, Instruction, Placed};
 
-/// What is known, and `ARG`, `FROM`.
+/// The supported instructions.
 const NAMES: [&str; 11] =
     ["RUN", "CMD", "ENTRYPOINT", "ENV", "ARG", "WORKDIR", "USER", "COPY", "EXPOSE", "LABEL", "FROM"];
-/// What is left of each text, to show it.
+/// Length to which each text is cut for display.
 const MAX_SHOWN: usize = 200;
 
 pub(super) fn parse(text: &str) -> Result<Dockerfile, DockerfileError> {
@@ -43,7 +43,7 @@ fn unknown(name: &str) -> &'static str {
     }
 }
 
-/// The image that `FROM` names.
+/// The image of `FROM`.
 fn base(line: &Line) -> Result<String, DockerfileError> {
     let refused = |why: String| DockerfileError::new(line.number, "FROM", why);
     let (flags, rest) = flags(&line.rest);
@@ -62,7 +62,7 @@ fn base(line: &Line) -> Result<String, DockerfileError> {
     }
 }
 
-/// The words `--NAME=VALUE` before others, and those.
+/// The leading words `--NAME=VALUE`, and the rest.
 fn flags(text: &str) -> (Vec<(&str, &str)>, &str) {
     let (mut all, mut rest) = (Vec::new(), text);
     while let Some(behind) = rest.strip_prefix("--") {
@@ -73,7 +73,7 @@ fn flags(text: &str) -> (Vec<(&str, &str)>, &str) {
     (all, rest)
 }
 
-/// A list as JSON. What is none is a text for a shell.
+/// A list as JSON. Any other text is meant for a shell.
 fn list(text: &str) -> Option<Vec<String>> {
     text.starts_with('[').then(|| serde_json::from_str(text).ok()).flatten()
 }
@@ -108,7 +108,8 @@ fn here_document(line: &Line) -> Result<(), DockerfileError> {
     }
 }
 
-/// Words of a line. Blanks within quotes, and behind a backslash, are parts of a word, and quotes stay.
+/// Words of a line. Blanks within quotes, and after a backslash, are parts of a word, and quotes
+/// stay.
 fn words(text: &str) -> Vec<String> {
     let (mut all, mut word, mut quote) = (Vec::new(), String::new(), None);
     let mut chars = text.chars();
@@ -188,7 +189,7 @@ fn copy(line: &Line) -> Result<Copy, DockerfileError> {
         match name {
             "chown" => owner = Some(value.to_owned()),
             "chmod" => mode = Some(value.to_owned()),
-            // Of layers, which there are none of.
+            // This flag concerns layers, which do not exist here.
             "link" => {}
             "from" => return Err(refused("--from: several stages are not supported".to_owned())),
             name => return Err(refused(format!("--{name} is not supported"))),

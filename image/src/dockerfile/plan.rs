@@ -1,4 +1,4 @@
-//! What a Dockerfile has done in a guest of its base image.
+//! The steps of a Dockerfile in a guest of its base image.
 
 use std::collections::BTreeMap;
 
@@ -11,24 +11,24 @@ type Texts = BTreeMap<String, String>;
 /// Files to copy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Files {
-    /// Paths and patterns below the directory of the build.
+    /// Paths and patterns below the build's directory.
     pub sources: Vec<String>,
-    /// The absolute path in the guest. With a slash behind it, a directory.
+    /// The absolute path in the guest. A trailing slash means a directory.
     pub to: String,
-    /// Whose they are, `user[:group]`; root's if that is not given.
+    /// The owner, `user[:group]`. Default: root.
     pub owner: Option<String>,
-    /// The permissions of all, instead of their own.
+    /// The permissions of all, in place of their own.
     pub mode: Option<u32>,
 }
 
-/// What is done.
+/// The action of a step.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
     /// A program and its arguments.
     Run(Vec<String>),
-    /// Files.
+    /// Copies files.
     Copy(Files),
-    /// A directory, which may be there.
+    /// Makes a directory, which may exist already.
     MakeDir(String),
 }
 
@@ -39,9 +39,9 @@ pub struct Step {
     pub line: usize,
     /// Its name.
     pub instruction: &'static str,
-    /// The instruction as it stands in the text, or its beginning.
+    /// The text of the instruction, or its beginning.
     pub text: String,
-    /// What is done.
+    /// The action.
     pub action: Action,
     /// Variables of a program.
     pub env: Texts,
@@ -51,16 +51,16 @@ pub struct Step {
     pub user: String,
 }
 
-/// All of a Dockerfile.
+/// The plan of a Dockerfile.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
     /// The steps, in order.
     pub steps: Vec<Step>,
-    /// What the result runs, by which user, where and with which variables.
+    /// The result's program, user, directory and variables.
     pub config: RunConfig,
 }
 
-/// A shell with a text.
+/// A shell that runs a text.
 fn shell(text: String) -> Vec<String> {
     vec!["/bin/sh".to_owned(), "-c".to_owned(), text]
 }
@@ -72,7 +72,7 @@ fn argv(command: &Command) -> Vec<String> {
     }
 }
 
-/// An absolute path: `path` itself, or below `dir`.
+/// `path` as an absolute path, taken below `dir` if it is relative.
 fn below(dir: &str, path: &str) -> String {
     match path {
         absolute if absolute.starts_with('/') => absolute.to_owned(),
@@ -83,23 +83,23 @@ fn below(dir: &str, path: &str) -> String {
 /// The state of a build between two instructions.
 struct Builder<'a> {
     given: &'a Texts,
-    /// `ARG` before `FROM`, which an `ARG` without a value means.
+    /// `ARG` before `FROM`: the values of an `ARG` without one.
     global: Texts,
     args: Texts,
     env: Texts,
     config: RunConfig,
     workdir: String,
     user: String,
-    /// Whether `CMD` is of this Dockerfile.
+    /// Whether `CMD` was set by this Dockerfile.
     has_cmd: bool,
     steps: Vec<Step>,
 }
 
 impl Dockerfile {
-    /// The image that it begins with. `given` are values for `ARG`.
+    /// The base image. `given` are values for `ARG`.
     ///
     /// # Errors
-    /// When it cannot be told.
+    /// When its name cannot be expanded.
     pub fn base(&self, given: &Texts) -> Result<String, DockerfileError> {
         let (line, image) = &self.from;
         let global = self.global(given)?;
@@ -123,10 +123,11 @@ impl Dockerfile {
         Ok(all)
     }
 
-    /// What is to be done in a guest of the base image, which `base` is of. `given` are values for `ARG`.
+    /// The steps in a guest of the base image, whose configuration is `base`. `given` are values
+    /// for `ARG`.
     ///
     /// # Errors
-    /// When a variable cannot be read, or a value of `given` is of no `ARG`.
+    /// When a variable is invalid, or a value of `given` belongs to no `ARG`.
     pub fn plan(&self, base: &RunConfig, given: &Texts) -> Result<Plan, DockerfileError> {
         let global = self.global(given)?;
         let known = |wanted: &String| {
@@ -168,7 +169,7 @@ impl Builder<'_> {
     }
 
     fn step(&mut self, placed: &Placed, action: Action) {
-        // What is set by ENV is not changed by ARG.
+        // ENV takes precedence over ARG.
         let mut env = self.args.clone();
         env.extend(self.env.clone());
         self.steps.push(Step {
@@ -203,7 +204,7 @@ impl Builder<'_> {
                 self.user = user;
             }
             Instruction::Env(pairs) => {
-                // All of one instruction see what was before it.
+                // The pairs of one instruction see only the variables before it.
                 let values: Result<Vec<_>, String> =
                     pairs.iter().map(|(name, value)| Ok((name.clone(), self.expand(value)?))).collect();
                 self.env.extend(values?);
@@ -227,7 +228,8 @@ impl Builder<'_> {
             }
             Instruction::Entrypoint(command) => {
                 self.config.entrypoint = argv(command);
-                // That of the base image is for its own entrypoint, and a shell's text has no arguments.
+                // The base image's arguments belong to its own entrypoint, and a shell's text has
+                // no arguments.
                 if !self.has_cmd || matches!(command, Command::Shell(_)) {
                     self.config.cmd.clear();
                 }
@@ -240,7 +242,7 @@ impl Builder<'_> {
     fn files(&self, copy: &Copy) -> Result<Files, String> {
         let sources = copy.sources.iter().map(|source| self.expand(source)).collect::<Result<Vec<_>, _>>()?;
         let to = self.expand(&copy.to)?;
-        // The directory that it names, also without a slash.
+        // A trailing `.` means the directory itself, even without a slash.
         let is_here = to.is_empty() || to == "." || to.ends_with("/.");
         let to = below(&self.workdir, if is_here { to.trim_end_matches('.') } else { &to });
         if sources.len() > 1 && !to.ends_with('/') {

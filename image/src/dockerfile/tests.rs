@@ -27,7 +27,7 @@ fn plan(text: &str) -> Plan {
     Dockerfile::parse(text).unwrap().plan(&base(), &BTreeMap::new()).unwrap()
 }
 
-/// The programs that are run.
+/// The programs of the `RUN` steps.
 fn programs(text: &str) -> Vec<Vec<String>> {
     let of = |step: Step| if let Action::Run(words) = step.action { Some(words) } else { None };
     plan(text).steps.into_iter().filter_map(of).collect()
@@ -41,7 +41,7 @@ fn lines_are_continued_and_comments_left_out() {
     assert_eq!(programs(text), [of("one   two  three"), of("four")]);
     let error = Dockerfile::parse("FROM a\nRUN x \\\n y\n\nADD http://x /\n").unwrap_err();
     assert_eq!((error.line, error.instruction.as_str()), (5, "ADD"));
-    // One that goes over several lines is named by its first.
+    // The error of an instruction over several lines has the number of the first.
     assert_eq!(Dockerfile::parse("FROM a\nADD \\\n b \\\n c").unwrap_err().line, 2);
 }
 
@@ -52,7 +52,7 @@ fn a_program_is_a_list_or_a_text_for_a_shell() {
         (r#"["a", "b c", "$A"]"#, texts(&["a", "b c", "$A"])),
         (r#"[ "a\"b" ]"#, texts(&["a\"b"])),
         ("echo \"a  b\" 'c' $A", sh("echo \"a  b\" 'c' $A")),
-        // No JSON: a shell knows what it is.
+        // Not JSON: a shell can interpret it.
         ("['a', 'b']", sh("['a', 'b']")),
         ("[ -f x ] && y", sh("[ -f x ] && y")),
         ("cat <<< x", sh("cat <<< x")),
@@ -89,14 +89,14 @@ RUN run"#;
         ("PATH", "/bin"),
         ("U", "none"),
         ("V", "2"),
-        // What one instruction sets it does not see.
+        // An instruction does not see its own variables.
         ("Z", "1"),
     ]);
     assert_eq!(step.env, wanted);
     assert_eq!((step.workdir.as_str(), step.user.as_str(), step.line), ("/w/9/2", "app", 10));
     let dirs: Vec<&Action> = plan.steps.iter().map(|step| &step.action).take(2).collect();
     assert_eq!(dirs, [&Action::MakeDir("/w".to_owned()), &Action::MakeDir("/w/9/2".to_owned())]);
-    // An ARG is of the build alone.
+    // An ARG applies to the build alone.
     assert!(plan.config.env.contains(&"A=9".to_owned()) && !plan.config.env.iter().any(|one| one.starts_with("V=")));
     assert_eq!((plan.config.user.as_str(), plan.config.working_dir.as_str()), ("app", "/w/9/2"));
 }
@@ -286,7 +286,7 @@ proptest! {
         let _ = Ignore::parse(&text).map(|ignore| ignore.leaves_out(&text));
     }
 
-    /// A pattern of plain names means its path and what is below it.
+    /// A pattern of plain names matches its path and everything below.
     #[test]
     fn a_plain_pattern_is_a_path(names in proptest::collection::vec("[a-c]{1,2}", 1..4), path in "[a-c]{1,2}(/[a-c]{1,2}){0,3}") {
         let plain = names.join("/");
@@ -296,7 +296,7 @@ proptest! {
         prop_assert_eq!(Ignore::parse(&plain).unwrap().leaves_out(&path), is_below);
     }
 
-    /// What `sh` makes of a word in double quotes, this does.
+    /// A word in double quotes is expanded as by `sh`.
     #[test]
     fn a_quoted_text_is_itself(text in "[ a-z'#/=.]{0,20}") {
         let plan = plan(&format!("FROM a\nENV X=\"{text}\" Y=1\nRUN x"));
@@ -304,7 +304,7 @@ proptest! {
     }
 }
 
-/// Texts that are nearly Dockerfiles.
+/// Texts that resemble Dockerfiles.
 fn dockerfile() -> impl Strategy<Value = String> {
     let name = prop_oneof![
         Just("FROM"),

@@ -1,4 +1,5 @@
-//! Directories: lists of names in blocks, without an index. The kernel makes one when a directory grows.
+//! Directories: lists of names in blocks, without an index. The kernel makes an index when a
+//! directory grows.
 
 use std::io;
 
@@ -48,7 +49,7 @@ fn room(name: &[u8]) -> usize {
     (HEAD + name.len()).next_multiple_of(4)
 }
 
-/// Blocks that a directory of these names has, beside `.` and `..`.
+/// Number of blocks of a directory with these names, `.` and `..`.
 pub(super) fn blocks_of_directory<'a>(names: impl Iterator<Item = &'a [u8]>) -> u32 {
     let (mut blocks, mut used) = (1, room(b".") + room(b".."));
     for name in names {
@@ -71,7 +72,7 @@ pub(super) fn write_directory(
     for name in names {
         let more = room(name.name);
         if used + more > BLOCK {
-            // The last of a block takes what is left of it.
+            // The last entry of a block covers the rest of the block.
             put16(&mut block, last + 4, (BLOCK - last) as u16);
             write(index, &block)?;
             (block, index, used) = ([0; BLOCK], index + 1, 0);

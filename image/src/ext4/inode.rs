@@ -1,4 +1,4 @@
-//! Inodes, and the extents of their content, which is always in one piece.
+//! Inodes, and the extents of their content, which is always contiguous.
 
 use std::io;
 
@@ -6,16 +6,16 @@ use super::BLOCK;
 use super::layout::{INODE_SIZE, put16, put32};
 use crate::tree::Meta;
 
-/// Most blocks of an extent.
+/// Maximum number of blocks in an extent.
 const EXTENT: u32 = 32_768;
-/// Extents in an inode; leaves, too.
+/// Maximum number of extents in an inode, and of leaves.
 pub(super) const MAX_EXTENTS: u32 = 4;
 /// Extents in a leaf.
 const PER_LEAF: u32 = ((BLOCK - 12) / 12) as u32;
-/// Blocks that a leaf's extents have.
+/// Number of blocks in a leaf's extents.
 pub(super) const LEAF_BLOCKS: u64 = PER_LEAF as u64 * EXTENT as u64;
 const EXTENTS_FLAG: u64 = 0x8_0000;
-/// Most links of a directory. With more the number is 1, which says nothing.
+/// Maximum number of links of a directory. Above it, the field is 1, which means unknown.
 const MAX_SUBDIRECTORIES: u32 = 65_000;
 
 const FIFO: u16 = 0o010_000;
@@ -25,7 +25,7 @@ const BLOCK_DEVICE: u16 = 0o060_000;
 const FILE: u16 = 0o100_000;
 const LINK: u16 = 0o120_000;
 
-/// Leaves that the extents of so many blocks need. None if the inode has room.
+/// Number of leaves for the extents of so many blocks. 0 if the inode has room.
 pub(super) fn extent_leaves(blocks: u32) -> u32 {
     let extents = blocks.div_ceil(EXTENT);
     if extents <= MAX_EXTENTS { 0 } else { extents.div_ceil(PER_LEAF) }
@@ -38,7 +38,7 @@ fn header(bytes: &mut [u8], entries: u32, most: u32, depth: u16) {
     put16(bytes, 6, depth);
 }
 
-/// Extents of `blocks` blocks from `first` on, from extent `from` on.
+/// Writes the extents of `blocks` blocks from `first` on, beginning with extent `from`.
 fn extents(bytes: &mut [u8], first: u32, blocks: u32, from: u32, most: u32, depth: u16) {
     let count = (blocks.div_ceil(EXTENT) - from).min(most);
     header(bytes, count, most, depth);
@@ -51,7 +51,7 @@ fn extents(bytes: &mut [u8], first: u32, blocks: u32, from: u32, most: u32, dept
     }
 }
 
-/// Writes the leaves of a file that needs some.
+/// Writes the leaves of a file, if needed.
 pub(super) fn write_leaves(
     first: u32,
     blocks: u32,
@@ -77,7 +77,7 @@ impl Inode {
         put16(bytes, 24, meta.gid as u16);
         put16(bytes, 120, (meta.uid >> 16) as u16);
         put16(bytes, 122, (meta.gid >> 16) as u16);
-        // 34 bits: the high two stand in the extra field.
+        // 34 bits: the high two are in the extra field.
         let time = meta.mtime.clamp(i64::from(i32::MIN), (3 << 32) + i64::from(i32::MAX));
         let epoch = ((time - i64::from(time as i32)) >> 32) as u64 & 3;
         for (low, extra) in [(8, 140), (12, 132), (16, 136)] {
@@ -122,7 +122,7 @@ impl Inode {
         self.set_kind(LINK, links);
     }
 
-    /// A link whose target stands in the inode.
+    /// A link whose target is in the inode.
     pub(super) fn set_fast_link(&mut self, target: &[u8], links: u32) {
         self.set_link(links);
         self.0[40..40 + target.len()].copy_from_slice(target);
@@ -143,7 +143,7 @@ impl Inode {
         put32(&mut self.0, 108, size >> 32);
     }
 
-    /// Content of one piece.
+    /// Contiguous content.
     pub(super) fn set_extents(&mut self, first: u32, blocks: u32, size: u64) {
         self.set_size(size);
         put32(&mut self.0, 32, EXTENTS_FLAG);
@@ -162,7 +162,7 @@ impl Inode {
         self.add_blocks(blocks);
     }
 
-    /// Counts blocks that are the inode's, in sectors.
+    /// Adds the inode's own blocks to its count, in sectors.
     pub(super) fn add_blocks(&mut self, blocks: u32) {
         let low = u32::from_le_bytes([self.0[28], self.0[29], self.0[30], self.0[31]]);
         let sectors = u64::from(low) + u64::from(blocks) * (BLOCK as u64 / 512);

@@ -9,17 +9,17 @@ use super::{BLOCK, DiskError, FIRST_INODE};
 /// Bytes of an inode.
 pub(super) const INODE_SIZE: usize = 256;
 const INODES_PER_BLOCK: u64 = (BLOCK / INODE_SIZE) as u64;
-/// What a bitmap of one block has bits for.
+/// Number of bits in a bitmap of one block.
 const PER_GROUP: u64 = 8 * BLOCK as u64;
 const DESCRIPTOR: usize = 32;
-/// Blocks have numbers of 32 bits, and inodes too.
+/// Block and inode numbers have 32 bits.
 const MAX_BLOCKS: u64 = u32::MAX as u64 - PER_GROUP;
 
 const COMPAT: u32 = 0x8 | 0x20 | 0x200; // ext_attr, dir_index, sparse_super2: no copies of the superblock
 const INCOMPAT: u32 = 0x2 | 0x40 | 0x200; // filetype, extents, flex_bg: bitmaps may be anywhere
 const RO_COMPAT: u32 = 0x2 | 0x20 | 0x40; // large_file, dir_nlink, extra_isize
 
-/// How large each part is.
+/// The size of each part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Geometry {
     blocks: u64,
@@ -27,12 +27,12 @@ pub(super) struct Geometry {
     inodes_per_group: u64,
 }
 
-/// What is in use.
+/// The blocks and inodes in use.
 #[derive(Debug)]
 pub(super) struct Used {
-    /// The first that many.
+    /// Number of used blocks, from the first on.
     pub(super) blocks: u64,
-    /// The first that many.
+    /// Number of used inodes, from the first on.
     pub(super) inodes: u32,
     pub(super) directories: u32,
 }
@@ -50,7 +50,7 @@ impl Geometry {
             }
             let needed = geometry.blocks.div_ceil(PER_GROUP);
             if needed <= groups {
-                // Groups that the inodes alone need have blocks too.
+                // Groups needed only for their inodes have blocks too.
                 geometry.blocks = geometry.blocks.max((groups - 1) * PER_GROUP + PER_GROUP / 2);
                 return Ok(geometry);
             }
@@ -83,7 +83,7 @@ impl Geometry {
         self.inode_table(self.groups)
     }
 
-    /// Where an inode is: tables follow each other.
+    /// The offset of an inode: the tables are contiguous.
     pub(super) fn inode_offset(&self, number: u32) -> u64 {
         self.inode_table(0) * BLOCK as u64 + u64::from(number - 1) * INODE_SIZE as u64
     }
@@ -140,7 +140,7 @@ impl Geometry {
         put32(&mut block, 96, u64::from(INCOMPAT));
         put32(&mut block, 100, u64::from(RO_COMPAT));
         block[104..120].copy_from_slice(&seed[..16]);
-        // A UUID of random bits, as its version says.
+        // The version of the UUID is that of random bits.
         block[110] = block[110] & 0x0f | 0x40;
         block[112] = block[112] & 0x3f | 0x80;
         block[120..125].copy_from_slice(b"clade");
@@ -154,7 +154,7 @@ impl Geometry {
     }
 }
 
-/// The first `used` bits of `here` set, and all that are of no group.
+/// A bitmap with the first `used` bits set, and all bits beyond the group.
 fn bitmap(used: u64, here: u64) -> [u8; BLOCK] {
     let mut bits = [0; BLOCK];
     let (used, here) = (used as usize, here as usize);
@@ -170,7 +170,7 @@ pub(super) fn put16(bytes: &mut [u8], at: usize, value: u16) {
     bytes[at..at + 2].copy_from_slice(&value.to_le_bytes());
 }
 
-/// The low 32 bits.
+/// Writes the low 32 bits.
 pub(super) fn put32(bytes: &mut [u8], at: usize, value: u64) {
     bytes[at..at + 4].copy_from_slice(&(value as u32).to_le_bytes());
 }

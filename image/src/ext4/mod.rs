@@ -1,11 +1,11 @@
 //! An ext4 file system of a tree. The same tree and seed make the same bytes.
 //!
-//! Blocks are given one after the other: superblock and group descriptors, bitmaps, inode tables, then
-//! content. What is free is behind that, so a bitmap is a number. There is no journal: a VM's writes
-//! go to an overlay that ends with it. There are no checksums of metadata, which the tool that checks
+//! Blocks are allocated in sequence: superblock and group descriptors, bitmaps, inode tables, then
+//! content. Free space follows, so a bitmap is determined by a number. There is no journal: a VM's
+//! writes go to an overlay that ends with it. Metadata has no checksums, which the tool that checks
 //! the result does not need.
 //!
-//! | bytes of | in |
+//! | structure | file |
 //! |---|---|
 //! | superblock, group descriptors, bitmaps | `layout.rs` |
 //! | inodes, extents | `inode.rs` |
@@ -33,36 +33,36 @@ pub(crate) use xattr::{XATTR_ROOM, xattr_index, xattr_room};
 /// Bytes of a block.
 const BLOCK: usize = 4096;
 const ROOT_INODE: u32 = 2;
-/// The first that is not reserved: `lost+found`.
+/// The first inode that is not reserved: `lost+found`.
 const FIRST_INODE: u32 = 11;
 const LOST_FOUND: &[u8] = b"lost+found";
-/// Targets of links that are shorter stand in the inode.
+/// Shorter link targets are in the inode.
 const FAST_LINK: usize = 60;
-/// What a guest can write beside what the image has.
+/// Free space for a guest, beside the image's content.
 pub(crate) const FREE: u64 = 1 << 30;
-/// Free bytes for each free inode.
+/// Free bytes per free inode.
 const BYTES_PER_INODE: u64 = 16 << 10;
 const CHUNK: usize = 1 << 20;
 
-/// A tree that no file system can be made of.
+/// Why a tree cannot be written as a file system.
 #[derive(Debug, Error)]
 pub enum DiskError {
-    /// It cannot be written.
+    /// The disk cannot be written.
     #[error("the disk cannot be written")]
     Write(#[source] io::Error),
-    /// Too much for the format.
+    /// The tree exceeds a limit of the format.
     #[error("the disk would have {what} {found}; {limit} are possible")]
     TooLarge {
-        /// Of what.
+        /// The item.
         what: &'static str,
-        /// How many.
+        /// Its number.
         found: u64,
-        /// How many there can be.
+        /// The limit.
         limit: u64,
     },
 }
 
-/// Blocks of one node, in order: its attributes', its content's, its extents'.
+/// Blocks of one node, in order: of its attributes, its content, its extents.
 #[derive(Clone, Copy, Debug, Default)]
 struct Place {
     xattr: u32,
@@ -71,7 +71,7 @@ struct Place {
     leaves: u32,
 }
 
-/// What a node becomes.
+/// The planned form of a node.
 struct Planned {
     node: NodeId,
     inode: u32,
@@ -79,11 +79,12 @@ struct Planned {
     place: Place,
 }
 
-/// All nodes in a fixed order, and where their blocks are, counted from the first block of content.
+/// All nodes in a fixed order, and the positions of their blocks, counted from the first block of
+/// content.
 struct Plan {
     nodes: Vec<Planned>,
     inodes: HashMap<NodeId, u32>,
-    /// Blocks of content.
+    /// Number of content blocks.
     blocks: u32,
     directories: u32,
     lost_found: Option<u32>,
@@ -116,7 +117,7 @@ impl Plan {
             plan.nodes.push(Planned { node: id, inode, parent, place });
             for child in tree.names(id).into_iter().flat_map(|names| names.values()) {
                 if plan.inodes.contains_key(&child.node) {
-                    // Another name of a file.
+                    // Another name of the same file.
                     continue;
                 }
                 plan.inodes.insert(child.node, next);
@@ -158,7 +159,7 @@ impl Plan {
     }
 }
 
-/// Writes the file system. `spool` has the content of files. Returns how long the disk is.
+/// Writes the file system. `spool` has the content of files. Returns the length of the disk.
 pub(crate) fn write(tree: &Tree, spool: &File, seed: &[u8; 32], free: u64, disk: &File) -> Result<u64, DiskError> {
     let plan = Plan::new(tree)?;
     let inodes = plan.inodes.len() as u64 + u64::from(FIRST_INODE);
@@ -172,7 +173,7 @@ pub(crate) fn write(tree: &Tree, spool: &File, seed: &[u8; 32], free: u64, disk:
         inodes: FIRST_INODE - 1 + u32::from(plan.lost_found.is_some()) + plan.inodes.len() as u32 - 1,
         directories: plan.directories,
     };
-    // Directories are anywhere; what counts them by group is told that each is in the group of its inode.
+    // Directories may be anywhere; the per-group counts attribute each to the group of its inode.
     let dirs = writer.directories();
     geometry.write(&used, &dirs, seed, disk).map_err(DiskError::Write)?;
     Ok(bytes)
@@ -261,7 +262,7 @@ impl Writer<'_> {
         self.write_inode(planned.inode, &inode)
     }
 
-    /// Copies a file. Blocks of zeros stay holes of the disk's file.
+    /// Copies a file. Blocks of zeros stay holes in the disk's file.
     fn copy(&self, mut offset: u64, mut left: u64, first: u32) -> io::Result<()> {
         let mut chunk = vec![0; CHUNK.min(usize::try_from(left).unwrap_or(CHUNK))];
         let mut at = u64::from(first) * BLOCK as u64;

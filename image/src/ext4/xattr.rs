@@ -1,4 +1,4 @@
-//! Extended attributes: one block for each node that has some.
+//! Extended attributes: one block for each node with attributes.
 
 use super::BLOCK;
 use super::layout::{put16, put32};
@@ -6,21 +6,21 @@ use crate::tar::Xattr;
 
 const HEAD: usize = 32;
 const ENTRY: usize = 16;
-/// What all attributes of a node may take: a block without its head and the end of its list.
+/// Room for all attributes of a node: a block without its head and the end of its list.
 pub(crate) const XATTR_ROOM: usize = BLOCK - HEAD - 4;
 
 const USER: (u8, &[u8]) = (1, b"user.");
 const SECURITY: (u8, &[u8]) = (6, b"security.");
-/// The one attribute of the kernel's own that an image brings along.
+/// The only attribute of the kernel's own that an image may set.
 const CAPABILITY: &[u8] = b"security.capability";
 
-/// The number of a name's prefix, and the rest. None if it is not an image's to set.
+/// The number of a name's prefix, and the rest. None if an image may not set it.
 pub(crate) fn xattr_index(name: &[u8]) -> Option<(u8, &[u8])> {
     let (index, prefix) = if name == CAPABILITY { SECURITY } else { USER };
     name.strip_prefix(prefix).filter(|rest| !rest.is_empty()).map(|rest| (index, rest))
 }
 
-/// Bytes that an attribute takes.
+/// Bytes of an attribute.
 pub(crate) fn xattr_room(name: &[u8], value: &[u8]) -> usize {
     let rest = xattr_index(name).map_or(0, |(_, rest)| rest.len());
     ENTRY + rest.next_multiple_of(4) + value.len().next_multiple_of(4)
@@ -35,7 +35,7 @@ fn hash(name: &[u8], value: &[u8]) -> u32 {
     })
 }
 
-/// The block. The attributes fit, as was looked at when they were read.
+/// The block. The attributes fit, as was checked when they were read.
 pub(super) fn block(xattrs: &[Xattr]) -> [u8; BLOCK] {
     let mut block = [0; BLOCK];
     let mut sorted: Vec<_> = xattrs.iter().filter_map(|(name, value)| Some((xattr_index(name)?, &**value))).collect();

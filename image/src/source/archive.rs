@@ -1,5 +1,5 @@
-//! What `docker save` writes: a tar archive with `manifest.json`. It has no digests of layers, but its
-//! configuration has them unpacked. A manifest is made of that.
+//! The output of `docker save`: a tar archive with `manifest.json`. It lacks digests of layers, but
+//! its configuration has those of the unpacked ones, from which a manifest is made.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -16,12 +16,12 @@ use crate::manifest::{Descriptor, ImageConfig, Manifest, ManifestError};
 use crate::tar::{Kind, TarReader, shown};
 
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
-/// Files of an archive.
+/// Maximum number of files in an archive.
 const MAX_FILES: usize = 65_536;
-/// Links from one file to the next.
+/// Maximum number of links from one file to the next.
 const MAX_LINKS: usize = 8;
 
-/// Where content is in the archive.
+/// Position of content in the archive.
 #[derive(Clone, Copy, Debug)]
 struct Range {
     offset: u64,
@@ -34,7 +34,7 @@ enum Member {
     Link(Vec<u8>),
 }
 
-/// An archive.
+/// An archive of Docker's.
 #[derive(Debug)]
 pub(super) struct Archive {
     path: PathBuf,
@@ -50,7 +50,7 @@ struct Saved {
     layers: Vec<String>,
 }
 
-/// A path without `.`, `..` and what they lead over. None if that is above the archive.
+/// A path without `.`, `..` and the components they cancel. None if it leaves the archive.
 fn normal(path: &[u8]) -> Option<Vec<u8>> {
     let mut parts: Vec<&[u8]> = Vec::new();
     for part in path.split(|byte| *byte == b'/') {
@@ -140,7 +140,7 @@ fn members(path: &Path, file: &File) -> Result<HashMap<Vec<u8>, Member>, SourceE
                 return Err(refused(crate::tar::TarError::Truncated(shown(&header.path))));
             }
             Kind::File => {
-                // Layers are not read for it.
+                // Skips the content of layers.
                 at.seek_relative(i64::try_from(header.size).unwrap_or_default()).map_err(failed)?;
                 archive.content_was_skipped();
                 Member::File(Range { offset, size: header.size })

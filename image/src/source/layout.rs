@@ -17,7 +17,7 @@ const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 #[derive(Debug)]
 pub(super) struct Layout {
     dir: PathBuf,
-    /// What leads out of it is not followed.
+    /// The directory, out of which paths cannot lead.
     handle: File,
     tag: Option<String>,
 }
@@ -40,7 +40,7 @@ impl Layout {
         let failed = |source: io::Error| SourceError::File { path: self.dir.join(name), source };
         let file = openat2(&self.handle, name, flags, Mode::empty(), resolve);
         let file = file.map(File::from).map_err(|error| failed(error.into()))?;
-        // A pipe would never end.
+        // Reading a pipe would never end.
         match file.metadata() {
             Ok(what) if what.is_file() => Ok(file),
             Ok(_) => Err(failed(io::Error::other("it is no regular file"))),

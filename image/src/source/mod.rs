@@ -1,4 +1,4 @@
-//! Where content comes from. Nothing that a source says of it is believed: it is checked by digest.
+//! Sources of content. Sources are not trusted: content is checked by digest.
 
 mod archive;
 mod layout;
@@ -16,119 +16,120 @@ use crate::pull::PullOptions;
 use crate::reference::Reference;
 use crate::tar::TarError;
 
-/// A source has no such image, or does not answer.
+/// Why a source did not provide an image.
 #[derive(Debug, Error)]
 pub enum SourceError {
-    /// A file of it cannot be used.
+    /// A file of the source cannot be used.
     #[error("{path} cannot be read")]
     File {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// No layout.
+    /// The directory is not a layout.
     #[error("{0} is not an OCI layout: {1}")]
     Layout(PathBuf, &'static str),
-    /// No image of that name.
+    /// The source has no image of that name.
     #[error("{place} has no image {wanted:?}; it has {found}")]
     NoImage {
-        /// Where.
+        /// The source.
         place: String,
-        /// What was asked for.
+        /// The requested name.
         wanted: String,
-        /// What there is.
+        /// The names of its images.
         found: String,
     },
-    /// Which image is not said.
+    /// The reference does not select one of several images.
     #[error("{place} has several images, and none was named; it has {found}")]
     Several {
-        /// Where.
+        /// The source.
         place: String,
-        /// What there is.
+        /// The names of its images.
         found: String,
     },
-    /// An archive lacks what it names.
+    /// An archive lacks a file that it refers to.
     #[error("the archive {0} has no {1}")]
     Missing(PathBuf, String),
     /// The archive is refused.
     #[error("the archive {0}")]
     Archive(PathBuf, #[source] TarError),
-    /// The manifest of an archive names layers that its configuration does not know.
+    /// The manifest of an archive has layers missing from its configuration.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
-    /// Content is not what it should be.
+    /// Content does not match its digest.
     #[error(transparent)]
     Digest(#[from] DigestError),
     /// A registry answers with an error.
     #[error("{url} answers {status}")]
     Status {
-        /// What was asked.
+        /// The request's address.
         url: String,
-        /// The answer's number.
+        /// The HTTP status.
         status: u16,
     },
     /// A registry does not answer.
     #[error("{url} does not answer")]
     Http {
-        /// What was asked.
+        /// The request's address.
         url: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: Box<ureq::Error>,
     },
-    /// An answer breaks off.
+    /// An answer ends too early.
     #[error("the answer of {url} cannot be read to its end")]
     Answer {
-        /// What was asked.
+        /// The request's address.
         url: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// A registry wants a proof that is not known.
+    /// A registry requires an unknown kind of authentication.
     #[error("{url} asks for {asked}, which is not known")]
     Challenge {
-        /// What was asked.
+        /// The request's address.
         url: String,
-        /// As it says.
+        /// The registry's challenge.
         asked: String,
     },
-    /// A registry lets only known users have the image.
+    /// A registry requires credentials for the image.
     #[error(
         "the registry {registry} wants a name and a password: --username NAME --password-stdin, or \"auths\" of docker's \
          configuration"
     )]
     Anonymous {
-        /// Its host.
+        /// The registry's host.
         registry: String,
     },
-    /// A registry does not take the name and the password.
+    /// A registry rejects the credentials.
     #[error("the registry {registry} refuses the name and the password, or does not let them have the image")]
     Refused {
-        /// Its host.
+        /// The registry's host.
         registry: String,
     },
-    /// They would be sent where others can read them, or to a host that is not the registry.
+    /// The credentials would be sent without TLS, or to a host other than the registry.
     #[error("the password for the registry {registry} is not sent to {to}: one of them is asked without TLS")]
     Clear {
-        /// Its host.
+        /// The registry's host.
         registry: String,
-        /// Where it would be sent.
+        /// The destination.
         to: String,
     },
-    /// A file of certificates has none.
+    /// A file contains no certificates.
     #[error("{0} has no certificate in PEM")]
     NoCertificate(PathBuf),
-    /// The server of tokens gives none.
+    /// The token server returns no token.
     #[error("{0} gives no token")]
     NoToken(String),
 }
 
-/// Where content is read from.
+/// A source of content.
 pub(crate) trait Source {
-    /// The document that the reference names: an index or a manifest. The descriptor is of what came.
+    /// The document of the reference: an index or a manifest. The descriptor is that of the
+    /// received bytes.
     fn root(&mut self) -> Result<(Descriptor, Vec<u8>), SourceError>;
     /// Another document.
     fn manifest(&mut self, wanted: &Descriptor) -> Result<Box<dyn Read + '_>, SourceError>;
@@ -136,7 +137,7 @@ pub(crate) trait Source {
     fn blob(&mut self, wanted: &Descriptor) -> Result<Box<dyn Read + '_>, SourceError>;
 }
 
-/// Opens the source that a reference names.
+/// Opens the source of a reference.
 pub(crate) fn open(reference: &Reference, options: &PullOptions) -> Result<Box<dyn Source>, SourceError> {
     Ok(match reference {
         Reference::Layout { dir, tag } => Box::new(layout::Layout::open(dir, tag.as_deref())?),
@@ -148,7 +149,7 @@ pub(crate) fn open(reference: &Reference, options: &PullOptions) -> Result<Box<d
     })
 }
 
-/// Names for a message, at most some.
+/// Names for a message, up to a limit.
 fn listed<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
     let names: Vec<&str> = names.into_iter().take(10).collect();
     if names.is_empty() { "none with a name".to_owned() } else { names.join(", ").chars().take(400).collect() }

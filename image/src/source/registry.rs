@@ -1,8 +1,8 @@
-//! A registry, as the distribution specification has it, with tokens, and passwords for who has one.
+//! A registry, as in the distribution specification, with tokens, and optional credentials.
 //!
-//! A name and a password are sent when the registry itself has asked for them: to it, or to the
-//! server of tokens that it names by TLS. They go by TLS, or to this machine. Where a request is redirected
-//! to, neither they nor a token are sent, and what is asked for there is not given.
+//! A name and a password are sent when the registry itself has asked for them: to the registry, or
+//! to its token server over TLS. The connection is by TLS, or to this machine. After a redirect,
+//! neither credentials nor a token are sent, and a challenge of the new host is not answered.
 
 use std::fs;
 use std::io::Read;
@@ -25,14 +25,14 @@ use crate::manifest::{Descriptor, accepted};
 use crate::pull::PullOptions;
 use crate::reference::Version;
 
-/// Most bytes of what gives a token.
+/// Maximum length of a token server's answer.
 const MAX_TOKEN: u64 = 256 << 10;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
-/// For the head of an answer.
+/// Timeout for the head of an answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
-/// For a part of a body.
+/// Timeout for a part of a body.
 const STALL: Duration = Duration::from_secs(60);
-/// For a whole body, however slowly it moves: a thread waits for it.
+/// Timeout for a whole body at any speed, because a thread waits for it.
 const BODY_TIMEOUT: Duration = Duration::from_secs(12 * 3600);
 const REDIRECTS: u32 = 5;
 
@@ -40,19 +40,19 @@ const REDIRECTS: u32 = 5;
 pub(super) struct Registry {
     agent: Agent,
     host: String,
-    /// Up to the repository.
+    /// The address up to the repository.
     base: String,
     name: String,
     version: Version,
     is_plain: bool,
-    /// Whether it is on this machine.
+    /// Whether the registry is on this machine.
     is_loopback: bool,
     credentials: Option<Credentials>,
     proof: Proof,
     stall: Duration,
 }
 
-/// What is said with a request.
+/// The authentication of a request.
 enum Proof {
     Nothing,
     Token(String),
@@ -60,7 +60,7 @@ enum Proof {
     Password,
 }
 
-/// The certificates of a file, of which a registry's must be one or be signed by one.
+/// The certificates of a file. A registry's must be one of these or be signed by one.
 fn roots(ca: &Path) -> Result<RootCerts, SourceError> {
     let pem = fs::read(ca).map_err(|source| SourceError::File { path: ca.to_owned(), source })?;
     let certificates: Vec<_> = parse_pem(&pem)
@@ -96,7 +96,7 @@ impl Registry {
             .timeout_recv_response(Some(ANSWER_TIMEOUT))
             .timeout_recv_body(Some(BODY_TIMEOUT))
             .user_agent(concat!("clade/", env!("CARGO_PKG_VERSION")))
-            // A registry that is asked in the clear may send elsewhere so too; others may not.
+            // Only a registry used without TLS may redirect to another without TLS.
             .https_only(!is_plain)
             .build();
         Ok(Self {
@@ -129,7 +129,7 @@ impl Registry {
 
     fn ask(&self, url: &str, accept: &str) -> Result<Response<Body>, SourceError> {
         let mut request = self.agent.get(url).header("accept", accept);
-        // Not sent on where the registry redirects to.
+        // Not passed on to the target of a redirect.
         match (&self.proof, &self.credentials) {
             (Proof::Token(token), _) => request = request.header("authorization", format!("Bearer {token}")),
             (Proof::Password, Some(credentials)) => request = request.header("authorization", sensitive(credentials)),
@@ -138,7 +138,7 @@ impl Registry {
         request.call().map_err(|source| SourceError::Http { url: url.to_owned(), source: Box::new(source) })
     }
 
-    /// Whether an answer is the registry's, and not of where it has redirected to.
+    /// Whether an answer comes from the registry, not from the target of a redirect.
     fn is_own(&self, answer: &Response<Body>) -> bool {
         let base: Option<Uri> = self.base.parse().ok();
         base.is_some_and(|base| base.authority() == answer.get_uri().authority())
@@ -156,7 +156,7 @@ impl Registry {
         let is_tls = parsed.as_ref().is_some_and(|to| to.scheme_str() == Some("https"));
         let base: Option<Uri> = self.base.parse().ok();
         let is_host = parsed.as_ref().and_then(Uri::host) == base.as_ref().and_then(Uri::host);
-        // An answer in the clear may be anybody's: it names no server that the credentials go to.
+        // An answer without TLS may be forged: the credentials do not go to a server named in it.
         let is_named = !self.is_plain || self.is_loopback || is_host;
         if is_tls && is_named || self.is_loopback && is_host {
             return Ok(Some(credentials));
@@ -164,7 +164,7 @@ impl Registry {
         Err(SourceError::Clear { registry: self.host.clone(), to: to.to_owned() })
     }
 
-    /// What the registry asks for.
+    /// Answers the registry's challenge.
     fn prove(&self, url: &str, answer: &Response<Body>) -> Result<Proof, SourceError> {
         let asked = answer.headers().get_all("www-authenticate").iter().filter_map(|value| value.to_str().ok());
         let asked: Vec<&str> = asked.collect();
@@ -181,14 +181,14 @@ impl Registry {
             return Err(unknown());
         }
         match (&self.proof, self.credentials_for(url)?) {
-            // It has had them.
+            // The credentials were already sent.
             (Proof::Password, _) | (_, None) => Err(self.denied()),
             (_, Some(_)) => Ok(Proof::Password),
         }
     }
 
     fn fetch_token(&self, challenge: Challenge, unknown: impl Fn() -> SourceError) -> Result<String, SourceError> {
-        // In the clear anybody could take the token, and what it opens.
+        // Without TLS the token could be stolen, and with it access to the repository.
         if !(challenge.realm.starts_with("https://") || self.is_plain && challenge.realm.starts_with("http://")) {
             return Err(unknown());
         }
@@ -221,21 +221,21 @@ impl Registry {
     }
 }
 
-/// What a request says, which no log has.
+/// The value of a request's header, hidden from logs.
 fn sensitive(credentials: &Credentials) -> HeaderValue {
-    // Base64 is always one.
+    // Base64 is always a valid value.
     let mut value = HeaderValue::from_str(&credentials.header()).unwrap_or_else(|_| HeaderValue::from_static(""));
     value.set_sensitive(true);
     value
 }
 
-/// The body of an answer, which may not come to a halt.
+/// The body of an answer, with a timeout for stalls.
 fn body(url: &str, answer: Response<Body>, stall: Duration) -> Result<Stalling, SourceError> {
     let body = Stalling::new(answer.into_body().into_reader(), stall);
     body.map_err(|source| SourceError::Answer { url: url.to_owned(), source })
 }
 
-/// Reads an answer, and one byte more than it may have.
+/// Reads an answer, up to one byte more than the limit.
 fn read(url: &str, answer: Response<Body>, limit: u64, stall: Duration) -> Result<Vec<u8>, SourceError> {
     let mut bytes = Vec::new();
     let body = body(url, answer, stall)?;
@@ -244,7 +244,7 @@ fn read(url: &str, answer: Response<Body>, limit: u64, stall: Duration) -> Resul
     Ok(bytes)
 }
 
-/// What a registry asks for.
+/// A registry's challenge.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Challenge {
     realm: String,

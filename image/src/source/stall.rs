@@ -1,11 +1,11 @@
-//! A body that comes to a halt. A read that waits for a server without end would hold the store's lock.
+//! Stalled bodies. A read that waits for a server without end would hold the store's lock.
 
 use std::io::{self, Read};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread;
 use std::time::Duration;
 
-/// Bytes of a part, and parts that are read ahead.
+/// Bytes of a part, and number of parts read ahead.
 const PART: usize = 64 << 10;
 const AHEAD: usize = 4;
 
@@ -20,7 +20,8 @@ pub(super) struct Stalling {
 }
 
 impl Stalling {
-    /// A read fails with [`io::ErrorKind::TimedOut`] if nothing comes for `limit`.
+    /// A body with a limit on stalls: after `limit` without data, a read fails with
+    /// [`io::ErrorKind::TimedOut`].
     ///
     /// # Errors
     /// When there is no thread.
@@ -34,7 +35,7 @@ impl Stalling {
                     part
                 });
                 let is_last = read.as_ref().map_or(true, Vec::is_empty);
-                // The reader may have gone.
+                // The reader may have been dropped.
                 if send.send(read).is_err() || is_last {
                     return;
                 }
@@ -53,7 +54,7 @@ impl Read for Stalling {
                     let why = format!("the server has sent nothing for {} s", self.limit.as_secs_f64());
                     io::Error::new(io::ErrorKind::TimedOut, why)
                 }
-                // The thread ends behind an error.
+                // The thread ends after an error.
                 RecvTimeoutError::Disconnected => io::ErrorKind::UnexpectedEof.into(),
             })??;
             self.has_ended = part.is_empty();
@@ -84,7 +85,7 @@ mod tests {
             theirs
         });
         let mut got = vec![0; bytes.len()];
-        // The limit is that of a stalled server, and not of this test.
+        // The limit applies to a stalled server, and not to this test.
         let mut at = 0;
         while at < got.len() {
             match body.read(&mut got[at..]) {

@@ -1,5 +1,6 @@
-//! A layer on a tree. What it hides is of the layers below it, wherever in the archive that stands. So
-//! its headers are all read first, its whiteouts come next, and then its entries in their order.
+//! Applies a layer to a tree. Whiteouts hide entries of lower layers, at any position in the
+//! archive. So all headers are read first, then whiteouts are applied, and then entries in their
+//! order.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -12,13 +13,13 @@ use crate::limits::{Bounded, MAX_LINKS, MAX_PATH};
 use crate::tar::{Header, Kind, TarReader, shown};
 
 const WHITEOUT: &[u8] = b".wh.";
-/// Hides all that is below.
+/// Hides all entries of the lower layers in its directory.
 const OPAQUE: &[u8] = b".wh..wh..opq";
-/// Other files of AUFS are for AUFS alone.
+/// Prefix of other files of AUFS, which only AUFS uses.
 const AUFS: &[u8] = b".wh..wh.";
 const CHUNK: usize = 128 << 10;
 
-/// Where the content of files is, one after the other.
+/// The content of files, one after the other.
 #[derive(Debug)]
 pub(crate) struct Spool {
     file: File,
@@ -54,17 +55,17 @@ impl Spool {
 /// A layer that has been read.
 #[derive(Debug, Default)]
 pub(crate) struct Layer {
-    /// Paths of what is hidden.
+    /// Paths of hidden entries.
     whiteouts: Vec<Vec<u8>>,
-    /// Paths of directories in which all is hidden.
+    /// Paths of directories whose lower entries are all hidden.
     opaque: Vec<Vec<u8>>,
     entries: Vec<(Header, Option<Content>)>,
-    /// Attributes that were left out, and files of AUFS.
+    /// Number of attributes left out, and of files of AUFS.
     pub(crate) skipped: u64,
 }
 
 impl Layer {
-    /// Reads an archive to its end. Returns what is behind the archive too, to be read further.
+    /// Reads an archive to its end. Returns the stream after the archive too, to be read further.
     pub(crate) fn read<'a, R: Read>(
         archive: Bounded<'a, R>,
         spool: &mut Spool,
@@ -81,7 +82,7 @@ impl Layer {
         Ok((layer, archive.into_inner()))
     }
 
-    /// One of headers whose files are empty.
+    /// A layer of headers with empty files.
     #[cfg(test)]
     pub(super) fn of<R: Read>(
         headers: impl Iterator<Item = Header>,
@@ -149,8 +150,8 @@ fn join(parts: &[&[u8]]) -> Vec<u8> {
     parts.join(&b'/')
 }
 
-/// Keeps attributes that are the image's own: of users, and the capabilities of programs. Others are
-/// of the system that the layer was made on. Returns how many those are.
+/// Keeps the image's own attributes: those of users, and the capabilities of programs. The others
+/// belong to the system on which the layer was made. Returns the number of these.
 fn sort_xattrs(header: &mut Header) -> Result<u64, LayerError> {
     let before = header.xattrs.len();
     header.xattrs.retain(|(name, _)| xattr_index(name).is_some());
@@ -163,7 +164,7 @@ fn sort_xattrs(header: &mut Header) -> Result<u64, LayerError> {
 }
 
 impl Tree {
-    /// Puts a layer on what is there. `number` is another one for each.
+    /// Applies a layer to the tree. `number` must be unique per layer.
     pub(crate) fn apply(&mut self, layer: Layer, number: usize) -> Result<(), LayerError> {
         for path in &layer.opaque {
             if let Some(dir) = self.directory(path, &split(path), None)? {
@@ -188,7 +189,7 @@ impl Tree {
         let named = parts(&path)?;
         let meta = |xattrs| Meta { mode: header.mode, uid: header.uid, gid: header.gid, mtime: header.mtime, xattrs };
         let Some((name, above)) = named.split_last() else {
-            // The root itself.
+            // An entry for the root itself.
             if header.kind != Kind::Dir {
                 return Err(LayerError::NotADirectory { path: shown(&path), part: shown(b"/") });
             }
@@ -213,7 +214,7 @@ impl Tree {
         let node = match header.kind {
             Kind::HardLink => {
                 let target = self.link_target(&header)?;
-                // Before what is in its place goes: that may be the target, or have it.
+                // Before the replaced node is removed, which may be the target or contain it.
                 self.node_mut(target).links += 1;
                 target
             }
@@ -235,7 +236,7 @@ impl Tree {
         }
     }
 
-    /// The file that a hard link is another name of. Its last part is not followed.
+    /// The file that a hard link refers to. A symbolic link as the last component is not followed.
     fn link_target(&mut self, header: &Header) -> Result<NodeId, LayerError> {
         let missing = || LayerError::HardLink { path: shown(&header.path), target: shown(&header.link) };
         let named = parts(&header.link)?;
@@ -250,7 +251,7 @@ impl Tree {
     }
 }
 
-/// The parts of a path that has been checked.
+/// The components of a path that has been checked.
 fn split(path: &[u8]) -> Vec<&[u8]> {
     path.split(|byte| *byte == b'/').filter(|part| !part.is_empty()).collect()
 }

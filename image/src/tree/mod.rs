@@ -1,5 +1,5 @@
-//! The files of an image, in memory. Content of files is in one spool without a name: no name that an
-//! image has is ever one on this host.
+//! The files of an image, in memory. Content of files is in one unnamed spool file: names in an
+//! image are never used as names on this host.
 
 mod apply;
 #[cfg(test)]
@@ -15,78 +15,78 @@ use crate::tar::{TarError, Xattr};
 
 pub(crate) use apply::{Layer, Spool};
 
-/// Why a layer is refused. Each names the entry.
+/// Why a layer is refused. Each variant names the entry.
 #[derive(Debug, Error)]
 pub enum LayerError {
     /// The archive is refused.
     #[error(transparent)]
     Tar(#[from] TarError),
-    /// Beyond a limit.
+    /// The layer exceeds a limit.
     #[error(transparent)]
     Limit(#[from] LimitError),
-    /// A path with `..`.
+    /// A path contains `..`.
     #[error("{0} leads out of the image")]
     Traversal(String),
-    /// An absolute path.
+    /// A path is absolute.
     #[error("{0} is an absolute path")]
     Absolute(String),
-    /// A path with a NUL, or an empty one.
+    /// A path is empty, or contains a NUL.
     #[error("invalid file name {0}")]
     Name(String),
     /// A path, a name or the target of a link is too long, or too deep.
     #[error("{path}: its {what} is longer than {limit}")]
     TooLong {
-        /// Whose.
+        /// The entry's path.
         path: String,
-        /// Which.
+        /// The item.
         what: &'static str,
-        /// How long it may be.
+        /// The limit.
         limit: usize,
     },
-    /// A whiteout of nothing that can be named.
+    /// A whiteout without a valid name.
     #[error("invalid whiteout entry {0}")]
     Whiteout(String),
     /// A second entry of the same name in one layer.
     #[error("{0} is twice in its layer")]
     Duplicate(String),
-    /// A part of the path is a file.
+    /// A component of the path is a file.
     #[error("{path}: {part} is not a directory")]
     NotADirectory {
-        /// Whose.
+        /// The entry's path.
         path: String,
-        /// Which part.
+        /// The component.
         part: String,
     },
-    /// Symbolic links go in circles.
+    /// Symbolic links form a cycle.
     #[error("{0} leads through too many symbolic links")]
     Loop(String),
-    /// A hard link to what is not there, or to a directory.
+    /// A hard link to a missing file, or to a directory.
     #[error("{path} is a hard link to {target}, which is not a file of the image")]
     HardLink {
-        /// Whose.
+        /// The entry's path.
         path: String,
-        /// Where it points.
+        /// Its target.
         target: String,
     },
-    /// Too many hard links to one file.
+    /// A file has too many hard links.
     #[error("{0} is one hard link too many of its file")]
     Links(String),
-    /// Attributes that do not fit.
+    /// Attributes are too large.
     #[error("{path} has {found} bytes of extended attributes; {limit} are allowed")]
     Xattrs {
-        /// Whose.
+        /// The entry's path.
         path: String,
-        /// How much they take.
+        /// Their size.
         found: usize,
-        /// How much they may take.
+        /// The limit.
         limit: usize,
     },
-    /// The spool fails.
+    /// The spool file fails.
     #[error("the content of {path} cannot be kept")]
     Spool {
-        /// Whose.
+        /// The entry's path.
         path: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: std::io::Error,
     },
@@ -94,10 +94,10 @@ pub enum LayerError {
 
 /// A node of a tree.
 pub(crate) type NodeId = usize;
-/// The root's.
+/// The root node.
 pub(crate) const ROOT: NodeId = 0;
 
-/// Who a file belongs to, and what else is said of it.
+/// The owner and the other metadata of a file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Meta {
     pub(crate) mode: u16,
@@ -109,7 +109,7 @@ pub(crate) struct Meta {
 }
 
 impl Meta {
-    /// Of a directory that no entry describes.
+    /// For a directory without an entry of its own.
     fn implied() -> Self {
         Self { mode: 0o755, ..Self::default() }
     }
@@ -119,11 +119,11 @@ impl Meta {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Dirent {
     pub(crate) node: NodeId,
-    /// The layer that has put it there.
+    /// The layer that added it.
     layer: usize,
 }
 
-/// What a node is.
+/// The content of a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Content {
     Dir(BTreeMap<Box<[u8]>, Dirent>),
@@ -138,31 +138,31 @@ pub(crate) enum Content {
     Fifo,
 }
 
-/// A file, a directory or what else an image has.
+/// A file, a directory or another node of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Node {
     pub(crate) meta: Meta,
     pub(crate) content: Content,
-    /// Names that it has.
+    /// Number of its names.
     pub(crate) links: u32,
 }
 
 /// All files of an image.
 #[derive(Debug)]
 pub(crate) struct Tree {
-    /// None where one was removed.
+    /// None for a removed node.
     nodes: Vec<Option<Node>>,
     free: Vec<NodeId>,
 }
 
 impl Tree {
-    /// One with a root alone.
+    /// A tree that consists of the root.
     pub(crate) fn new() -> Self {
         let root = Node { meta: Meta::implied(), content: Content::Dir(BTreeMap::new()), links: 1 };
         Self { nodes: vec![Some(root)], free: Vec::new() }
     }
 
-    /// A node that a name leads to.
+    /// The node of a name.
     pub(crate) fn node(&self, id: NodeId) -> &Node {
         self.nodes[id].as_ref().unwrap_or_else(|| unreachable!("node {id} has a name and is not there"))
     }
@@ -171,7 +171,7 @@ impl Tree {
         self.nodes[id].as_mut().unwrap_or_else(|| unreachable!("node {id} has a name and is not there"))
     }
 
-    /// The names of a directory. None of anything else.
+    /// The names in a directory. None for other nodes.
     pub(crate) fn names(&self, id: NodeId) -> Option<&BTreeMap<Box<[u8]>, Dirent>> {
         match &self.node(id).content {
             Content::Dir(names) => Some(names),
@@ -199,7 +199,7 @@ impl Tree {
         }
     }
 
-    /// Takes a name away from a node, and all below it if that was its last.
+    /// Removes a name from a node, and everything below the node if that was its last.
     fn unlink(&mut self, id: NodeId) {
         let mut left = vec![id];
         while let Some(id) = left.pop() {

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::tar::{Header, Kind, TarReader};
 
-/// What an entry of a model is.
+/// The kind of a model's entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum What {
     Dir,
@@ -42,7 +42,7 @@ impl Model {
         self.nodes
     }
 
-    /// The directory of a path, by starting again at each link.
+    /// The directory of a path, resolved from the start again at each link.
     fn directory(&mut self, path: &[String], layer: Option<usize>) -> Result<Option<Path>, ()> {
         let mut path = path.to_vec();
         'again: for _ in 0..=40 {
@@ -135,7 +135,7 @@ impl Model {
         Ok(())
     }
 
-    /// Each path with what it is, whose, and the first path of its node.
+    /// Each path with its kind, its owner, and the first path of its node.
     fn shown(&self) -> BTreeMap<String, (What, u32, String)> {
         let mut first = BTreeMap::new();
         let mut shown = BTreeMap::new();
@@ -163,7 +163,7 @@ fn shown(tree: &Tree) -> BTreeMap<String, (What, u32, String)> {
     for (path, id) in &paths {
         count.entry(*id).or_insert((0, path.join("/"))).0 += 1;
     }
-    // Every node that is kept has its names, and there is no other.
+    // Every kept node has its names, and there are no other nodes.
     assert_eq!(count.len() + 1, tree.nodes.iter().flatten().count());
     count.iter().for_each(|(id, (links, name))| assert_eq!(tree.node(*id).links, *links, "{name}"));
     let of = |(path, id): (&Path, &NodeId)| {
@@ -273,7 +273,7 @@ fn a_link_may_take_the_place_of_a_directory_that_has_its_file() {
     tree.apply(read(&[Op::File("d/f".into(), 3)]), 0).unwrap();
     tree.apply(read(&[Op::Hard("d".into(), "d/f".into())]), 1).unwrap();
     assert_eq!(shown(&tree)["d"], (What::File, 3, "d".to_owned()));
-    // Of itself, too.
+    // A link to itself, too.
     tree.apply(read(&[Op::Hard("d".into(), "d".into())]), 2).unwrap();
     assert_eq!(shown(&tree)["d"], (What::File, 3, "d".to_owned()));
 }

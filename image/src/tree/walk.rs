@@ -1,4 +1,4 @@
-//! Paths within a tree. Symbolic links are followed as in a chroot: the root is all there is.
+//! Paths within a tree. Symbolic links are followed as in a chroot to the root.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -6,10 +6,10 @@ use super::{Content, Dirent, LayerError, Meta, Node, NodeId, ROOT, Tree};
 use crate::limits::{MAX_DEPTH, MAX_NAME, MAX_PATH};
 use crate::tar::shown;
 
-/// Symbolic links on one way, as the kernel has it.
+/// Maximum number of symbolic links in a path, as in the kernel.
 const MAX_LINKS_FOLLOWED: usize = 40;
 
-/// The parts of an entry's path. None of the root itself.
+/// The components of an entry's path. Empty for the root itself.
 pub(super) fn parts(path: &[u8]) -> Result<Vec<&[u8]>, LayerError> {
     let too_long = |what, limit| LayerError::TooLong { path: shown(path), what, limit };
     if path.is_empty() || path.contains(&0) {
@@ -32,8 +32,8 @@ pub(super) fn parts(path: &[u8]) -> Result<Vec<&[u8]>, LayerError> {
 }
 
 impl Tree {
-    /// The directory that the parts lead to. What is missing is made if a `layer` makes it; otherwise
-    /// there is none.
+    /// The directory of the given components. With a `layer`, missing directories are made in it;
+    /// without one, a missing directory yields None.
     pub(super) fn directory(
         &mut self,
         path: &[u8],
@@ -44,7 +44,7 @@ impl Tree {
         let (mut way, mut followed) = (vec![ROOT], 0);
         while let Some(part) = todo.pop_front() {
             if &*part == b".." {
-                // Above the root is the root.
+                // The parent of the root is the root.
                 if way.len() > 1 {
                     way.pop();
                 }

@@ -1,4 +1,4 @@
-//! Registries that let only known users have an image, and where what proves that is sent.
+//! Registries that require credentials for an image, and the destinations of these.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,12 +18,12 @@ const PASSWORD: &str = "open sesame";
 /// "Aladdin" and the password, in base64.
 const BASIC: &str = "Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ==";
 
-/// A path, and what its request says of who asks.
+/// A path, and the authorization of its request.
 type Request = (String, Option<String>);
-/// A status, further heads, and a body.
+/// A status, further headers, and a body.
 type Answer = (&'static str, String, Vec<u8>);
 
-/// A server of this machine's, and what it was asked.
+/// A server on this machine, and its requests.
 struct Server {
     port: u16,
     asked: Arc<Mutex<Vec<Request>>>,
@@ -65,7 +65,7 @@ impl Server {
     }
 }
 
-/// What an image of `rig` has at each path of its repository.
+/// The content of an image of `rig`, by path of its repository.
 #[derive(Clone)]
 struct Content {
     blobs: PathBuf,
@@ -100,7 +100,8 @@ fn pull(rig: &Rig, port: u16, password: Option<&str>) -> Result<Image, PullError
     rig.store().pull(&format!("127.0.0.1:{port}/a/b:v1").parse().unwrap(), &options, &())
 }
 
-/// That a pull with no password and with a wrong one is refused, by the registry's name alone.
+/// Checks that pulls with no password and with a wrong one are refused, with an error that has only
+/// the registry's name.
 fn expect_refused(rig: &Rig, port: u16) {
     let host = format!("127.0.0.1:{port}");
     let nobody = pull(rig, port, None).unwrap_err();
@@ -122,7 +123,7 @@ fn a_server_of_tokens_is_told_the_password_and_the_registry_the_token() {
         _ if path.starts_with("/token?") => match proof.as_deref() {
             Some(BASIC) => ("200 OK", String::new(), br#"{"token": "ticket"}"#.to_vec()),
             Some(_) => ("401 Unauthorized", String::new(), Vec::new()),
-            // For everybody, and good for nothing.
+            // A public token, without any rights.
             None => ("200 OK", String::new(), br#"{"token": "public"}"#.to_vec()),
         },
         Some("Bearer ticket") => content.get(path),
@@ -139,7 +140,7 @@ fn a_server_of_tokens_is_told_the_password_and_the_registry_the_token() {
 fn a_registry_that_asks_for_a_password_is_told_it_and_nobody_else_is() {
     let rig = Rig::new();
     let content = Content::of(&rig);
-    // Where blobs are. It asks for more than it needs.
+    // The server of blobs, which sends an unnecessary challenge.
     let other = content.clone();
     let elsewhere = Server::start("127.0.0.1", move |port, (path, _)| {
         let greedy = path.starts_with("/greedy");
@@ -200,7 +201,7 @@ fn a_blob_that_stalls_ends_the_pull_and_gives_the_store_back() {
             let Ok((path, _)) = read(&stream) else { continue };
             let (status, _, body) = content.get(&path);
             let head = format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n", body.len());
-            // Of a blob, all but the last byte.
+            // All but the last byte of a blob.
             let length = if path.contains("/blobs/") { body.len() - 1 } else { body.len() };
             let _ = stream.write_all(&[head.as_bytes(), &body[..length]].concat());
             held.push(stream);

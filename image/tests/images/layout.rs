@@ -1,4 +1,4 @@
-//! Archives byte by byte, OCI layouts of them, and what is around them.
+//! Archives byte by byte, OCI layouts made of them, and the files around them.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -59,7 +59,7 @@ impl Head<'_> {
     }
 }
 
-/// An archive in the making.
+/// An archive being built.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Tar(pub(crate) Vec<u8>);
 
@@ -101,7 +101,7 @@ impl Tar {
         self.special(b'x', &bytes)
     }
 
-    /// A header of a kind that is none of a file.
+    /// A header of a kind other than files.
     pub(crate) fn special(self, kind: u8, content: &[u8]) -> Self {
         let head = Head { size: content.len() as u64, ..head(b"special", kind) };
         self.add(&head, content)
@@ -119,7 +119,7 @@ pub(crate) fn gzip(bytes: &[u8]) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
-/// A layer as it is kept, its type, and the digest of what it unpacks to.
+/// A layer as it is stored, its type, and the digest of its unpacked content.
 #[derive(Clone, Debug)]
 pub(crate) struct Packed {
     pub(crate) bytes: Vec<u8>,
@@ -131,7 +131,7 @@ pub(crate) fn plain(bytes: Vec<u8>) -> Packed {
     Packed { diff_id: Digest::of(&bytes), bytes, media_type: LAYER.to_owned() }
 }
 
-/// A directory with a layout, a store, and files around them that nobody may touch.
+/// A directory with a layout, a store, and files around them that must stay untouched.
 #[derive(Debug)]
 pub(crate) struct Rig {
     dir: tempfile::TempDir,
@@ -159,7 +159,7 @@ impl Rig {
         &self.store
     }
 
-    /// Puts content into the layout, and describes it.
+    /// Adds content to the layout, and describes it.
     pub(crate) fn blob(&self, media_type: &str, bytes: &[u8]) -> Value {
         let digest = Digest::of(bytes);
         fs::write(self.path("layout/blobs/sha256").join(digest.hex()), bytes).unwrap();
@@ -178,7 +178,7 @@ impl Rig {
         self.blob(CONFIG, config.to_string().as_bytes())
     }
 
-    /// Puts an image into the layout, and describes its manifest.
+    /// Adds an image to the layout, and describes its manifest.
     pub(crate) fn image(&self, layers: &[Packed]) -> Value {
         let diff_ids: Vec<Digest> = layers.iter().map(|layer| layer.diff_id.clone()).collect();
         let config = self.config(&diff_ids);
@@ -198,13 +198,13 @@ impl Rig {
         self.store.pull(&reference, options, &())
     }
 
-    /// Pulls an image of these archives, and looks at what else was touched.
+    /// Pulls an image of these archives, and checks that other files are untouched.
     pub(crate) fn pull_layers(&self, layers: &[Vec<u8>]) -> Result<Image, PullError> {
         self.image(&layers.iter().cloned().map(plain).collect::<Vec<_>>());
         self.pull_alone(&PullOptions::default())
     }
 
-    /// Pulls, and looks at what else was touched.
+    /// Pulls, and checks that other files are untouched.
     pub(crate) fn pull_alone(&self, options: &PullOptions) -> Result<Image, PullError> {
         let before = self.around();
         let outcome = self.pull(options);
@@ -224,7 +224,7 @@ impl Rig {
         all
     }
 
-    /// The store has what its table says, each complete, and nothing else.
+    /// Checks that the store has exactly the files of its table, all complete.
     fn check_store(&self) {
         let mut all = BTreeMap::new();
         list(self.store.root(), &mut all);

@@ -1,5 +1,5 @@
-//! Layers, manifests and layouts that are to do harm. Each is refused with an error that names it, or
-//! does what a layer may; and nothing but the store is touched.
+//! Malicious layers, manifests and layouts. Every case is refused with an error that names it, or
+//! has only permitted effects; and only the store is modified.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::layout::{Head, INDEX, LAYER, MANIFEST, Packed, Rig, Tar, chain, gzip, head, plain};
 
-/// Each layer is refused, with an error that has the words.
+/// Checks that each layer is refused, with an error that contains the words.
 fn refused(cases: Vec<(&str, Vec<u8>, &[&str])>) {
     for (what, layer, words) in cases {
         let error = Rig::new().pull_layers(&[layer]).expect_err(what);
@@ -71,7 +71,7 @@ fn symbolic_links_lead_nowhere_but_into_the_image() {
         .file("up/.wh..wh..opq", b"")
         .hard("up/second", "absolute/etc/passwd")
         .end();
-    // The opaque root has taken the lower layer's links: what would go through them are paths now.
+    // The opaque root has removed the lower layer's links: paths through them are plain paths now.
     let image = rig.pull_layers(&[lower.clone(), upper]).unwrap();
     if let Some(said) = crate::whole::ask(&rig.store().disk(&image.digest), "cat up/second") {
         assert_eq!(said, "changed");
@@ -153,7 +153,7 @@ fn what_is_too_long_is_refused() {
 
 #[test]
 fn deep_ways_through_links_end() {
-    // Each layer goes on where a link to the end of the one before leads.
+    // Each layer continues at a link to the end of the previous one.
     let deep = "d/".repeat(400);
     let layers: Vec<_> = (0..4)
         .map(|number| {
@@ -214,7 +214,7 @@ fn bombs_are_refused_before_they_are_unpacked() {
             assert!(text.contains("256 to 1"), "{text}");
         }
     }
-    // A million entries, with nothing in them, and one more.
+    // A million empty entries, and one more.
     let entry = head(b"d/", b'5').bytes();
     let many = zstd::encode_all(std::io::Cursor::new(entry.repeat(300_000)), 1).unwrap();
     let rig = Rig::new();
@@ -263,7 +263,7 @@ fn content_is_what_its_digest_says() {
     assert!(pull().contains(&format!("has the digest {}", Digest::of(&changed))));
     fs::remove_file(&path).unwrap();
     assert!(pull().contains("cannot be read"));
-    // A link that leads out of the layout, to content that would be right.
+    // A link out of the layout, to the correct content.
     let outside = rig.path("canary/layer");
     fs::write(&outside, &tar).unwrap();
     symlink(&outside, &path).unwrap();
@@ -330,7 +330,7 @@ fn indexes_are_followed_to_this_platform_and_not_in_circles() {
     let nested = (0..6).fold(image, |inner, _| index(&[&inner]));
     rig.index(&[nested]);
     assert!(chain(&rig.pull_alone(&PullOptions::default()).unwrap_err()).contains("4 indexes deep"));
-    // A circle cannot have right digests. A source that says so anyhow is not believed.
+    // A cycle cannot have correct digests, and a source that claims them is not trusted.
     let circle = index(&[&json!({"mediaType": INDEX, "digest": Digest::of(b"c"), "size": 1})]);
     let name = circle["digest"].as_str().unwrap().strip_prefix("sha256:").unwrap().to_owned();
     let bytes = fs::read(rig.path("layout/blobs/sha256").join(name)).unwrap();

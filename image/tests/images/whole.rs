@@ -1,4 +1,4 @@
-//! A good image, looked at with e2fsprogs: another's code, which reads every structure.
+//! A valid image, checked with e2fsprogs, an independent implementation that reads every structure.
 
 use std::fs;
 use std::io::Read;
@@ -9,7 +9,7 @@ use std::process::Command;
 use crate::layout::{Head, Packed, Rig, Tar, gzip, head, plain};
 use clade_image::Digest;
 
-/// What a tool prints. None if it is not installed.
+/// The output of a tool. None if it is not installed.
 fn tool(name: &str, args: &[&str]) -> Option<(String, Option<i32>)> {
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
     let done = Command::new(name).args(args).env("PATH", path).output();
@@ -22,7 +22,7 @@ fn tool(name: &str, args: &[&str]) -> Option<(String, Option<i32>)> {
     Some((String::from_utf8_lossy(&done.stdout).into_owned(), done.status.code()))
 }
 
-/// Whether the checker of the file system finds nothing to say.
+/// Checks that fsck reports no error.
 fn check(disk: &Path) {
     if let Some((said, code)) = tool("e2fsck", &["-fn", disk.to_str().unwrap()]) {
         assert_eq!(code, Some(0), "{said}");
@@ -140,7 +140,7 @@ fn the_same_image_makes_the_same_bytes() {
         let image = rig.pull_layers(&[lower(), upper()]).unwrap();
         let file = fs::File::open(rig.store().disk(&image.digest)).unwrap();
         let kept = file.metadata().unwrap().blocks() * 512;
-        // All that is no hole is at the beginning.
+        // All data outside holes is at the beginning.
         let mut first = Vec::new();
         file.take(64 << 20).read_to_end(&mut first).unwrap();
         assert!(kept < 32 << 20, "{kept}");
@@ -151,7 +151,7 @@ fn the_same_image_makes_the_same_bytes() {
 
 #[test]
 fn a_file_may_have_more_extents_than_an_inode_has_room_for() {
-    // 516 MiB of zeros, in a layer that is packed to less than a MiB.
+    // 516 MiB of zeros, in a layer compressed to less than a MiB.
     let content = vec![0; 516 << 20];
     let tar = Tar::default().file("zeros", &content).file("after", b"end").end();
     drop(content);
@@ -189,7 +189,8 @@ fn a_pull_goes_on_where_another_was_killed() {
     rig.image(&[plain(lower()), plain(upper())]);
     let first = rig.pull(&Default::default()).unwrap();
     let (store, disk) = (rig.store(), rig.store().disk(&first.digest));
-    // What a killed one may leave: something half written, content that is cut, a disk without a record.
+    // Possible remains of a killed writer: a partial file, truncated content, a disk without a
+    // record.
     fs::write(store.root().join("partial/half"), "x").unwrap();
     fs::create_dir(store.root().join("partial/dir")).unwrap();
     let blob = store.root().join("blobs/sha256").join(Digest::of(&upper()).hex());
@@ -200,7 +201,7 @@ fn a_pull_goes_on_where_another_was_killed() {
     assert_eq!(store.image(&first.digest).unwrap(), None);
     assert_eq!(rig.pull_alone(&Default::default()).unwrap(), first);
     check(&disk);
-    // Nothing is fetched again: the layout may be gone.
+    // Content is not fetched again: the layout may be gone.
     fs::remove_file(rig.path("layout/blobs/sha256").join(Digest::of(&lower()).hex())).unwrap();
     assert_eq!(rig.pull(&Default::default()).unwrap(), first);
 }

@@ -12,9 +12,9 @@
 //!                                         and if its register is set: Notify (PWRB, 0x80)
 //! ```
 //!
-//! One interrupt serves all events. A driver that is notified though nothing has changed sees that
-//! from its page. The button has a register, which is set by a press and cleared by the read. So
-//! an interrupt that a fork finds pending is no press in the child.
+//! One interrupt serves all events. A driver notified without a change sees that from its page. The
+//! button has a register, which is set by a press and cleared by the read. So an interrupt that is
+//! pending at a fork does not count as a press in the child.
 
 use acpi_tables::aml::{
     Arg, Device, EISAName, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If,
@@ -47,8 +47,8 @@ const BOOT_ARCH: u16 = 1 << 2 | 1 << 5;
 /// The keyboard controller's command port, and the command that pulses the CPU's reset line.
 const RESET_PORT: u64 = I8042_BASE as u64 + 4;
 const RESET_VALUE: u8 = 0xfe;
-/// Notification that a device's state has changed; the device defines its meaning. A button's: it
-/// was pressed.
+/// Notification that a device's state has changed; the device defines its meaning. For a button:
+/// pressed.
 const CHANGED: u8 = 0x80;
 
 /// Collects the bytes of a table.

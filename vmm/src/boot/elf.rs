@@ -1,7 +1,7 @@
 //! The kernel's ELF file: checks, segments and entry points.
 //!
-//! It replaces linux-loader's ELF loader for three reasons. Every error names the offending value.
-//! Segments are checked against the guest's RAM before anything is written. No arithmetic on the
+//! Used instead of linux-loader's ELF loader for three reasons. Every error names the offending
+//! value. Segments are checked against the guest's RAM before the first write. No arithmetic on the
 //! file's numbers can overflow.
 
 use std::ops::Range;
@@ -285,8 +285,8 @@ impl<'a> KernelElf<'a> {
     }
 }
 
-/// Finds the PVH entry point in a note segment. Notes are padded to four bytes, whatever the
-/// segment's alignment.
+/// Finds the PVH entry point in a note segment. Notes are padded to four bytes at any alignment of
+/// the segment.
 fn pvh_note(mut notes: &[u8]) -> Result<Option<u32>, ElfError> {
     const NOTE_HEADER_LEN: usize = 12;
     while notes.len() >= NOTE_HEADER_LEN {

@@ -56,9 +56,9 @@ pub(crate) const MP_TABLE: GuestAddress = GuestAddress(0x9_fc00);
 pub(crate) const BASE_MEMORY_END: GuestAddress = GuestAddress(0xa_0000);
 /// Start of the memory a kernel may be loaded into.
 pub(crate) const HIMEM_START: GuestAddress = GuestAddress(0x10_0000);
-/// The most RAM ranges a layout may have, so that every protocol's memory map holds them.
+/// Maximum number of RAM ranges in a layout, so that every protocol's memory map can hold them.
 pub(crate) const MAX_RAM_RANGES: usize = 64;
-/// The least RAM a guest may have: base memory and 1 MiB for a kernel.
+/// Minimum RAM of a guest: base memory and 1 MiB for a kernel.
 pub(crate) const MIN_RAM: u64 = 0x20_0000;
 
 /// Why a RAM layout was refused.
@@ -111,7 +111,7 @@ pub(crate) struct GuestRange {
 }
 
 impl GuestRange {
-    /// `len` bytes at `start`; `None` when that is empty or leaves the address space.
+    /// `len` bytes at `start`; `None` if the range is empty or leaves the address space.
     #[must_use]
     pub(crate) fn new(start: GuestAddress, len: u64) -> Option<Self> {
         let end = start.0.checked_add(len)?;
@@ -199,7 +199,7 @@ impl RamLayout {
         Self::new(ranges.into_iter().take(if high > 0 { 2 } else { 1 }))
     }
 
-    /// All regions of `mem`, for a guest memory that holds nothing but RAM.
+    /// All regions of `mem`, for a guest memory that consists of RAM alone.
     pub(crate) fn of_memory<M: GuestMemoryBackend + ?Sized>(mem: &M) -> Result<Self, LayoutError> {
         Self::new(mem.iter().map(|region| (region.start_addr(), region.len())))
     }
@@ -223,7 +223,7 @@ impl RamLayout {
         self.0.first().map_or(GuestAddress(0), |range| range.end())
     }
 
-    /// Whether one RAM range holds all of `range`.
+    /// Whether `range` lies within one RAM range.
     #[must_use]
     pub(crate) fn contains(&self, range: GuestRange) -> bool {
         self.0.iter().any(|ram| ram.contains(range))

@@ -28,7 +28,7 @@ fn plain_header() -> setup_header {
     setup_header {
         boot_flag: BOOT_FLAG,
         header: HDRS,
-        // Not 0: the kernel takes a header of version 0 for one that is not copied yet.
+        // Not 0: the kernel treats a header of version 0 as not copied yet.
         version: PROTOCOL,
         kernel_alignment: KERNEL_ALIGNMENT,
         ..Default::default()
@@ -81,7 +81,7 @@ pub(super) fn write_page_tables<M: GuestMemoryBackend>(mem: &M) -> Result<(), Gu
 }
 
 /// Writes the boot GDT and an empty IDT. The 64-bit protocol needs a GDT. PVH kernels load their
-/// own before they use one. A valid GDT saves one that does not from a fault.
+/// own before they use one; a valid GDT prevents a fault in a kernel that does not.
 pub(super) fn write_descriptors<M: GuestMemoryBackend>(mem: &M, long_mode: bool) -> Result<(), GuestMemoryError> {
     let gdt = if long_mode { GDT_LONG_MODE } else { GDT_PROTECTED_MODE };
     for (i, descriptor) in gdt.iter().enumerate() {

@@ -38,7 +38,7 @@ impl BootSource {
     }
 }
 
-/// What firmware would pass to the kernel.
+/// Information that firmware would pass to the kernel.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Firmware {
     /// The number of vCPUs, for the MP table.
@@ -106,7 +106,7 @@ pub enum BootError {
     /// There is no room for the initramfs.
     #[error(transparent)]
     Initrd(#[from] InitrdError),
-    /// No table can list that many vCPUs.
+    /// The MP table cannot list that many vCPUs.
     #[error(transparent)]
     MpTable(#[from] MpTableError),
     /// The command line is too long.
@@ -114,7 +114,7 @@ pub enum BootError {
     CmdlineTooLong {
         /// Its length in bytes.
         len: usize,
-        /// The most bytes that the kernel takes.
+        /// Maximum length for this kernel.
         max: usize,
     },
     /// The command line contains a NUL, where the kernel would stop reading.
@@ -140,14 +140,14 @@ struct Unpacked<'a> {
     header: Option<setup_header>,
 }
 
-/// Finds the ELF file in `image`, whatever its format.
+/// Finds the ELF file in `image`, in any supported format.
 fn unpack_kernel(image: &[u8], limit: usize) -> Result<Unpacked<'_>, BootError> {
     if looks_like_elf(image) {
         return Ok(Unpacked { elf: Cow::Borrowed(image), header: None });
     }
     if looks_like_bzimage(image) {
         let bzimage = BzImage::parse(image)?;
-        // No x86 kernel build has an uncompressed payload today, but nothing forbids it.
+        // No x86 kernel build has an uncompressed payload today, but the format allows it.
         let payload = bzimage.payload();
         let elf = if looks_like_elf(payload) { Cow::Borrowed(payload) } else { unpack(payload, limit)?.into() };
         return Ok(Unpacked { elf, header: Some(bzimage.header()) });
@@ -184,10 +184,10 @@ fn terminated(cmdline: &str, header: Option<&setup_header>) -> Result<Vec<u8>, B
     Ok([cmdline.as_bytes(), b"\0"].concat())
 }
 
-/// Loads `source` into `mem`. `ram` is its RAM, which must still be zero where the kernel goes.
+/// Loads `source` into `mem`. `ram` is its RAM, which must still be zero at the kernel's place.
 ///
-/// Everything is checked before anything is written. An image may still become unreadable half-way:
-/// after an error, discard the memory.
+/// All checks come before the first write. An image may still become unreadable half-way: after an
+/// error, discard the memory.
 pub(crate) fn load<M: GuestMemoryBackend>(
     mem: &M,
     ram: &RamLayout,

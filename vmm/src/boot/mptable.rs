@@ -11,9 +11,9 @@ use crate::platform::{IOAPIC_BASE, IOAPIC_PINS, LAPIC_BASE, MAX_CPUS};
 const FLOATING_LEN: usize = 16;
 const HEADER_LEN: usize = 44;
 const REVISION_1_4: u8 = 4;
-/// The version that kernels expect of an integrated APIC.
+/// The version of an integrated APIC that kernels expect.
 const APIC_VERSION: u8 = 0x14;
-/// Family 6, so that no kernel takes the CPU for a 386.
+/// Family 6, so that kernels do not mistake the CPU for a 386.
 const CPU_SIGNATURE: u32 = 0x600;
 /// The CPU has an APIC and an FPU.
 const CPU_FEATURES: u32 = 0x201;

@@ -1,7 +1,7 @@
 //! Decompressing a kernel on the host, up to a size limit.
 //!
 //! The kernel's build appends the unpacked size to every format but gzip, so each decoder reads one
-//! stream and ignores what follows.
+//! stream and ignores the bytes after it.
 
 use std::io::{self, Read};
 
@@ -61,8 +61,8 @@ pub enum UnpackError {
     },
 }
 
-/// Memory limit of an XZ or LZMA decoder's dictionary in bytes: four times what the kernel's build
-/// uses.
+/// Memory limit of an XZ or LZMA decoder's dictionary in bytes: four times that of the kernel's
+/// build.
 const LZMA_MEMORY: u64 = 256 << 20;
 const LZ4_MAGIC: u32 = 0x184c_2102;
 /// Largest unpacked size of a block in the legacy LZ4 frame.

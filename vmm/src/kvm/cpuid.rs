@@ -1,5 +1,5 @@
-//! The CPUID of a vCPU: what KVM supports, less the hidden features, with the vCPU's APIC id and
-//! topology.
+//! The CPUID of a vCPU: KVM's supported CPUID without the hidden features, with the vCPU's APIC id
+//! and topology.
 //!
 //! The guest sees one package with one core per vCPU and no hyperthreads, independent of the host.
 //! APIC ids are vCPU indices.
@@ -66,7 +66,7 @@ pub enum CpuidError {
     },
 }
 
-/// What a vCPU's CPUID depends on besides the host.
+/// Parameters of a vCPU's CPUID besides the host.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CpuidSpec<'a> {
     /// Index of this vCPU, also its APIC id.
@@ -116,14 +116,14 @@ impl Leaves {
     }
 }
 
-/// Builds the CPUID of one vCPU from what KVM supports.
+/// Builds the CPUID of one vCPU from KVM's supported CPUID.
 pub(crate) fn build_cpuid(supported: &CpuId, spec: &CpuidSpec<'_>) -> Result<CpuId, CpuidError> {
     if spec.vcpu >= spec.vcpus {
         return Err(CpuidError::NoSuchVcpu { vcpu: spec.vcpu, vcpus: spec.vcpus });
     }
     let mut leaves = Leaves(supported.as_slice().to_vec());
     let amd = leaves.is_amd();
-    // Checked before `hide` applies: a feature that the user hides is not one that the host lacks.
+    // Checked before `hide` applies: a feature hidden by the user is not missing on the host.
     let missing = spec.template.missing(&leaves.0);
     if !missing.is_empty() {
         return Err(CpuidError::Template { template: spec.template, missing });

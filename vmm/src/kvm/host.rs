@@ -137,18 +137,18 @@ struct Probed {
 pub struct Host {
     kvm: Kvm,
     quirks: Quirks,
-    /// What the quirks hide from every guest.
+    /// Features that the quirks hide from every guest.
     hidden: CpuHide,
     supported: CpuId,
     max_vcpus: u8,
     /// Properties of a vCPU without (index 0) and with (1) performance counters.
     probed: [OnceLock<Probed>; 2],
-    /// What a guest with all features of this host requires.
+    /// Requirements of a guest with all features of this host.
     requirements: OnceLock<HostRequirements>,
 }
 
 impl Host {
-    /// What a guest with all features of this host requires. Determined once.
+    /// The requirements of a guest with all features of this host. Determined once.
     ///
     /// # Errors
     /// When the host's properties cannot be determined.
@@ -163,7 +163,7 @@ impl Host {
     /// Opens `/dev/kvm`, checks it and detects its quirks.
     ///
     /// # Errors
-    /// When the device is missing, or lacks something that a VM needs.
+    /// When the device is missing, or lacks a feature that a VM needs.
     pub fn open() -> Result<Self, HostError> {
         Self::open_at(Path::new(KVM_PATH))
     }
@@ -230,7 +230,8 @@ impl Host {
         size.max(size_of::<kvm_xsave>())
     }
 
-    /// The CPUID of vCPU `vcpu` of `vcpus`, less what `hide` and the host's quirks hide.
+    /// The CPUID of vCPU `vcpu` of `vcpus`, without the features hidden by `hide` and the host's
+    /// quirks.
     pub fn cpuid(&self, vcpu: u8, vcpus: u8, hide: &CpuHide) -> Result<CpuId, HostError> {
         self.cpuid_of(vcpu, vcpus, &CpuLook { hide, template: CpuTemplate::Host, pmu: false })
     }
@@ -302,7 +303,8 @@ impl Host {
         let tsc_khz = vcpu.get_tsc_khz().ok().filter(|khz| *khz > 0);
         let arch_capabilities = read_one(&vcpu, ARCH_CAPABILITIES)?;
         let probed = Probed { msrs: MsrSet::probe(self, &vcpu)?, tsc_khz, arch_capabilities };
-        // Two threads may probe at once: they find the same values, and the first stores them.
+        // Two threads may probe at the same time: they find the same values, and the first stores
+        // them.
         Ok(slot.get_or_init(|| probed))
     }
 
@@ -317,9 +319,9 @@ impl Host {
         vm.enable_cap(&kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, args, ..Default::default() })
     }
 
-    /// Creates a VM. `KVM_CREATE_VM` takes all locks of this process's memory map. It fails with
+    /// Creates a VM. `KVM_CREATE_VM` takes all locks of this process's memory map, and fails with
     /// EINTR if the thread has other work pending in the kernel: a signal, or io_uring completions.
-    /// It is then retried.
+    /// The call is then retried.
     pub fn create_vm(&self) -> Result<VmFd, kvm_ioctls::Error> {
         for _ in 0..CREATE_TRIES {
             match self.kvm.create_vm() {
@@ -367,7 +369,7 @@ impl Host {
 /// Enables the split irqchip of `vm`, which has no vCPU yet. KVM then emulates the local APICs, but
 /// neither IOAPIC nor PICs.
 pub(crate) fn local_apics_alone(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
-    /// Pins of the absent IOAPIC. KVM takes the number for its routing table.
+    /// Pins of the absent IOAPIC. KVM uses the number for its routing table.
     const PINS: u64 = 24;
     vm.enable_cap(&kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, args: [PINS, 0, 0, 0], ..Default::default() })
 }
@@ -428,7 +430,7 @@ mod tests {
         assert!(matches!(Host::open_at(Path::new("a\0b")), Err(HostError::Open { .. })));
     }
 
-    /// Goes through the only path by which vCPUs get their CPUID, on a host that offers all of it.
+    /// Uses the only path by which vCPUs get their CPUID, on a host that offers all of it.
     #[test]
     fn guests_are_given_no_nested_virtualization_and_no_counters() {
         let Some(mut host) = host() else { return };

@@ -5,7 +5,7 @@
 //! | `host` | `/dev/kvm`: API version and required capabilities, one error for each |
 //! | `features`, `cpuid` | names of CPU features, and the CPUID of each vCPU |
 //! | `template` | CPU templates: baselines of CPUID and MSRs |
-//! | `requirements` | what a saved state requires of a host |
+//! | `requirements` | a saved state's requirements on a host |
 //! | `host_time` | the time elapsed since a state was saved |
 //! | `quirks` | workarounds for kvm-pvm, a KVM without hardware virtualization |
 //! | `msrs` | the MSRs of a vCPU's state on this host |

@@ -1,7 +1,7 @@
 //! The MSRs of a vCPU's state on this host, in restore order.
 //!
-//! KVM lists MSRs that cannot be read, or not be written back. Each is therefore tried once, on a
-//! scratch vCPU with a guest's CPUID. After that one `KVM_GET_MSRS` reads them all.
+//! KVM lists MSRs that cannot be read, or cannot be written back. So every listed MSR is tried
+//! once, on a scratch vCPU with a guest's CPUID. After that one `KVM_GET_MSRS` reads them all.
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
@@ -70,7 +70,7 @@ pub struct MsrSet(Vec<u32>);
 /// The rank of an MSR in the restore order, lowest first.
 fn rank(index: u32) -> u8 {
     match index {
-        // First: everything that tells the time is computed from it.
+        // First: all other clocks and timers are computed from the TSC.
         MSR_TSC => 0,
         // After the TSC: on this write KVM fills the guest's clock page from the TSC offset.
         KVM_SYSTEM_TIME => 2,
@@ -92,8 +92,8 @@ fn fam(entries: &[kvm_msr_entry]) -> Result<Msrs, MsrError> {
     Msrs::from_entries(entries).map_err(|_| MsrError::TooMany { count: entries.len() })
 }
 
-/// Sets `bits` of one MSR and keeps its other bits. `false` if this host's KVM has no such MSR, or
-/// refuses the value.
+/// Sets `bits` of one MSR and keeps its other bits. Returns `false` if this host's KVM lacks the
+/// MSR, or refuses the value.
 pub(crate) fn set_msr_bits(vcpu: &VcpuFd, index: u32, bits: u64) -> Result<bool, MsrError> {
     let failed = |what| move |source| MsrError::Call { what, source };
     let mut one = fam(&entries(&[index]))?;
@@ -163,7 +163,7 @@ impl MsrSet {
         indices.extend(UNLISTED);
         indices.extend(machine_check_banks(vcpu)?);
         indices.retain(|index| !DUPLICATES.contains(index) && !host.quirks().skip_msrs().contains(index));
-        // By rank, then by index, so that the order is the same on every run.
+        // By rank, then by index: the order is then the same on every run.
         indices.sort_unstable_by_key(|&index| (rank(index), index));
         indices.dedup();
 
@@ -177,7 +177,7 @@ impl MsrSet {
         for index in refused {
             tracing::debug!(msr = index, "cannot be read, left out of the state");
         }
-        // In one call while none is refused: a call to a vCPU costs microseconds, whatever it is.
+        // In one call as long as KVM refuses none: any call to a vCPU costs microseconds.
         let mut refused = Vec::new();
         for piece in readable.chunks(PIECE) {
             refused.extend(write_all(vcpu, &fam(piece)?)?.iter().map(|entry| entry.index));
@@ -215,8 +215,8 @@ mod tests {
         assert_eq!(indices, wanted);
     }
 
-    /// KVM stops at a refused MSR. Those after it are still read and written, and the refused one
-    /// is reported.
+    /// KVM stops at a refused MSR. The MSRs after it are still read and written, and the refused
+    /// one is reported.
     #[test]
     fn one_bad_msr_hides_no_other() {
         let Some(host) = host() else { return };

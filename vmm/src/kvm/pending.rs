@@ -9,7 +9,7 @@
 //! | async page faults | in no state | reports a page that the guest never waited for |
 //! | unacknowledged page-ready event | in no state | KVM wakes no halted vCPU for the next one |
 //!
-//! A fresh vCPU has none of these. A reset in place calls [`forget_pending`] on each vCPU, after
+//! A fresh vCPU has no such events. A reset in place calls [`forget_pending`] on each vCPU, after
 //! all are parked and before any state is restored.
 
 use kvm_bindings::{
@@ -27,7 +27,7 @@ const KVM_ASYNC_PF_ACK: u32 = 0x4b56_4d07;
 /// Drops all pending events of `vcpu`. The vCPU is unusable until a state is restored.
 pub(crate) fn forget_pending(vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
     let failed = |call| move |source| VcpuStateError::Ioctl { call, source };
-    // First: this call clears a latched INIT, so that the next step does not reset the vCPU, and
+    // First: this call clears a latched INIT, so that the next step does not reset the vCPU, and it
     // leaves System Management Mode.
     let none = kvm_vcpu_events {
         flags: KVM_VCPUEVENT_VALID_NMI_PENDING
@@ -41,7 +41,7 @@ pub(crate) fn forget_pending(vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
     vcpu.get_mp_state().map_err(failed("KVM_GET_MP_STATE"))?;
     // Disabling cancels the page faults in flight and drops the completed ones. Then the
     // acknowledgement, because an event delivered earlier waits for one. One MSR per call, because
-    // a guest without the feature does not have its MSR.
+    // a guest without the feature lacks its MSR.
     for (index, data) in [(KVM_ASYNC_PF_EN, 0), (KVM_ASYNC_PF_ACK, 1)] {
         let one = Msrs::from_entries(&[kvm_msr_entry { index, data, ..Default::default() }])
             .map_err(|_| VcpuStateError::Buffer { what: "an MSR", bytes: size_of::<kvm_msr_entry>() })?;

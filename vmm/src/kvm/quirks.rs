@@ -2,13 +2,13 @@
 //!
 //! kvm-pvm is a KVM vendor module for hosts without hardware virtualization, such as most rented
 //! VMs. Guest ring 3 runs natively; KVM's instruction emulator interprets guest ring 0. An
-//! instruction that the emulator does not know ends `KVM_RUN` with `KVM_EXIT_INTERNAL_ERROR`. A
-//! guest kernel must therefore not see features that make it use such instructions.
+//! instruction unknown to the emulator ends `KVM_RUN` with `KVM_EXIT_INTERNAL_ERROR`. A guest
+//! kernel must therefore not see features that make it use such instructions.
 //!
 //! Ring 3 executes CPUID natively and sees the host's CPU. To show the guest kernel the same, this
 //! KVM restores the host's bits in leaves 1, 7 and 0xD of every `KVM_SET_CPUID2`, as
-//! `KVM_GET_CPUID2` shows. It does not change CX16 and PCID, leaf 0 and the leaves from 0x4000_0000
-//! on. Hence three layers:
+//! `KVM_GET_CPUID2` shows. CX16 and PCID, leaf 0 and the leaves from 0x4000_0000 on stay as set.
+//! Hence three layers:
 //!
 //! 1. [`Quirks::hide`], for the leaves that this KVM does not change;
 //! 2. [`Quirks::max_leaf`], because a kernel that sees six leaves reads neither 7 nor 0xD;
@@ -21,7 +21,7 @@
 //! A system call to a stock kernel arrives as a page fault. `syscall.rs` turns it back into a
 //! system call.
 //!
-//! No code outside this file and its submodules checks which KVM it runs on.
+//! Only this file and its submodules depend on which KVM is in use.
 
 mod emulate;
 mod syscall;
@@ -58,8 +58,8 @@ pub enum Quirks {
 }
 
 /// Features that a guest kernel must not see on kvm-pvm, each with the observed failure. Most are
-/// in leaves that KVM overrides (see above). They are listed anyway, so that nothing depends on
-/// which leaves those are.
+/// in leaves that KVM overrides (see above), and are listed so that the result does not depend on
+/// the set of overridden leaves.
 const PVM_HIDE: &[&str] = &[
     // XSAVE and XRSTOR at ring 0 are unknown to the emulator: FPU initialisation ends in an
     // emulation failure. Hiding XSAVE also hides AVX and its dependents. The guest then uses
@@ -75,7 +75,8 @@ const PVM_HIDE: &[&str] = &[
     // RDFSBASE and WRFSBASE at ring 0: the context switch loses the FS base, and the first pipeline
     // segfaults.
     "fsgsbase",
-    // Each selects an instruction or a code path in the kernel that the emulator does not support.
+    // Each of these selects an instruction or a code path in the kernel that the emulator does not
+    // support.
     "bmi1",
     "bmi2",
     "movbe",
@@ -98,20 +99,22 @@ const PVM_HIDE: &[&str] = &[
     "kvm_pv_tlb_flush",
 ];
 
-/// The highest basic leaf that a guest sees on kvm-pvm. Linux logs "CPU feature xsave disabled, no
-/// CPUID level 0xd" and uses FXSAVE. It does not read leaf 7 (SMAP, FSGSBASE, ERMS, INVPCID, ...).
+/// The highest basic leaf that a guest sees on kvm-pvm. Linux then logs "CPU feature xsave
+/// disabled, no CPUID level 0xd", uses FXSAVE, and does not read leaf 7 (SMAP, FSGSBASE, ERMS,
+/// INVPCID, ...).
 const PVM_MAX_LEAF: u32 = 6;
 
-/// Linux arguments on kvm-pvm: do not use the features that leaf 1 still announces.
+/// Linux arguments on kvm-pvm, against the use of features that leaf 1 still announces.
 ///
 /// Debian's kernels mix random numbers with SSSE3, after LDMXCSR in `kernel_fpu_begin`: an
 /// emulation failure.
 ///
 /// Ring 3 runs natively, and so does its CPUID: a program sees the host's AVX, which the guest's
-/// kernel does not save. Of two programs that use it, one finds the upper halves of its registers
-/// zeroed after a switch: a `memcpy` then writes zeros. What the kernel does not know goes into the
-/// environment of its first program, and from there on to others: the C library obeys. XCR0 without
-/// AVX would do for all programs, but this KVM does not load the guest's (docs/selfcheck.md).
+/// kernel does not save. Of two programs that use AVX, one finds the upper halves of its registers
+/// zeroed after a switch: a `memcpy` then writes zeros. Arguments unknown to the kernel go into the
+/// environment of its first program, and are inherited from there; the C library obeys them. XCR0
+/// without AVX would cover all programs, but this KVM does not load the guest's
+/// (docs/selfcheck.md).
 const PVM_KERNEL_ARGS: &str = "clearcpuid=popcnt,movbe,rdrand,ssse3,sse4_2,pclmulqdq,aes \
      GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX512F,-AVX512VL,-AVX512BW,-AVX2,-AVX,-AVX_Fast_Unaligned_Load";
 
@@ -143,7 +146,8 @@ impl Quirks {
     pub fn hide(self) -> CpuHide {
         match self {
             Self::None => CpuHide::none(),
-            // A test parses the list. Parsing takes a quarter of a millisecond of each process's start.
+            // A test parses the list: parsing takes a quarter of a millisecond at each process's
+            // start.
             Self::Pvm => CpuHide::of(PVM_HIDE),
         }
     }
@@ -157,9 +161,9 @@ impl Quirks {
         }
     }
 
-    /// What to append to a Linux guest's command line. Not needed to boot, since
-    /// `emulate_insn` covers the same instructions. But each of these costs an exit and
-    /// three ioctls.
+    /// Arguments to append to a Linux guest's command line. Not needed to boot, because
+    /// `emulate_insn` covers the same instructions, but each emulation costs an exit and three
+    /// ioctls.
     #[must_use]
     pub fn kernel_args(self) -> &'static str {
         match self {
@@ -186,7 +190,7 @@ impl Quirks {
     }
 
     /// Whether AMD guests must see XSAVEERPTR. Without it Linux works around an FXSAVE leak with
-    /// FNCLEX at every context switch, and the emulator does not know FNCLEX.
+    /// FNCLEX at every context switch, and the emulator does not support FNCLEX.
     #[must_use]
     pub(crate) fn forces_xsaveerptr(self) -> bool {
         self == Self::Pvm
@@ -223,7 +227,7 @@ mod tests {
         assert_eq!(Quirks::None.hide(), CpuHide::none());
         let (features, tunables) = Quirks::Pvm.kernel_args().split_once(' ').unwrap();
         assert!(features.strip_prefix("clearcpuid=").unwrap().parse::<CpuHide>().is_ok());
-        // With a point before the `=` the kernel would take it for a module's.
+        // The kernel would attribute an argument with a point before the `=` to a module.
         assert!(tunables.starts_with("GLIBC_TUNABLES=") && !tunables.contains(' '), "{tunables}");
     }
 }

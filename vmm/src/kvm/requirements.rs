@@ -1,5 +1,5 @@
-//! What a VM's state requires of its host. Saved with the state, so that a host can name what it
-//! lacks.
+//! Requirements of a VM's state on its host. Saved with the state, so that a host can name the
+//! missing features.
 
 use std::fmt;
 use std::fs;
@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::features::{Reg, features};
 use super::host::{Host, HostError};
 
-/// Tolerance within which two TSC frequencies count as equal, in parts per million. Calibration is
-/// no more exact.
+/// Tolerance within which two TSC frequencies count as equal, in parts per million: the precision
+/// of calibration.
 pub(super) const TSC_TOLERANCE_PPM: u64 = 250;
 
 /// Bits of `IA32_ARCH_CAPABILITIES` that report a vulnerability, not an immunity: RSBA and RRSBA.
@@ -42,7 +42,7 @@ pub struct XsaveComponent {
     pub flags: u32,
 }
 
-/// What a guest needs of a host: features, TSC, XSAVE layout, immunities.
+/// A guest's requirements on a host: features, TSC, XSAVE layout, immunities.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostRequirements {
     /// The version of Clade that saved the state. For messages only.
@@ -202,7 +202,7 @@ impl HostRequirements {
     /// The first mismatch. For CPU features, it names all that are missing.
     pub fn check(&self, host: &Host) -> Result<(), HostMismatch> {
         let here = host.requirements()?;
-        // As nearly always: the guest was booted on this host, or on its like.
+        // The common case: the guest was booted on this host, or on an equal one.
         if self == here { Ok(()) } else { self.check_against(here, host.has_tsc_control()) }
     }
 
@@ -225,7 +225,7 @@ impl HostRequirements {
         {
             return Err(HostMismatch::PhysicalBits { saved, here });
         }
-        // A guest without the MSR relies on no immunity.
+        // A guest without the MSR does not rely on any immunity.
         if let Some(saved) = self.arch_capabilities {
             let here = here.arch_capabilities.unwrap_or(0);
             let differing = saved & !here & !WORSE | here & !saved & WORSE;

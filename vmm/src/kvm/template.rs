@@ -4,9 +4,9 @@
 //! The templates are the levels of the x86-64 psABI. A host that lacks features of the level is
 //! refused, with their names. In addition to the level, guests have:
 //!
-//! - what virtualization itself adds: x2APIC, the TSC deadline timer, the hypervisor's leaves;
-//! - the host's mitigations of speculative execution, which a guest must not lose for being
-//!   movable. A snapshot records that it needs them.
+//! - features of virtualization itself: x2APIC, the TSC deadline timer, the hypervisor's leaves;
+//! - the host's mitigations of speculative execution, which a guest must not lose for the sake of
+//!   mobility. A snapshot records that it needs them.
 //!
 //! Everything else is hidden, including model-specific leaves and MSRs. The processor's signature,
 //! caches and name stay the host's: a guest reads them at boot, and a restored guest keeps those
@@ -170,13 +170,13 @@ impl CpuTemplate {
             let entry = leaves.iter().find(|entry| entry.function == feature.leaf && entry.index == feature.subleaf);
             entry.is_some_and(|entry| value(entry, feature.reg) & 1 << feature.bit != 0)
         };
-        // OSXSAVE follows CR4. Not every vendor has fxsr_opt, or reports machine checks.
+        // OSXSAVE follows CR4. Some vendors lack fxsr_opt, or do not report machine checks.
         let told = |name: &&str| !["osxsave", "fxsr_opt", "mce", "mca"].contains(name);
         let lacks = |name: &&str| !features().filter(|feature| feature.name == *name).any(|feature| has(&feature));
         self.required().filter(told).filter(lacks).collect()
     }
 
-    /// Removes from `leaves` what the template does not have.
+    /// Removes features outside the template from `leaves`.
     pub(super) fn apply(self, leaves: &mut Vec<kvm_cpuid_entry2>) {
         if self == Self::Host {
             return;
@@ -228,8 +228,8 @@ impl CpuTemplate {
         (entry.eax, entry.ebx, entry.ecx, entry.edx) = (eax, ebx, ecx, edx);
     }
 
-    /// Whether a guest of this template has MSR `index`: one that the architecture or the
-    /// hypervisor defines, none that is model-specific.
+    /// Whether a guest of this template has MSR `index`: MSRs defined by the architecture or the
+    /// hypervisor, but no model-specific ones.
     pub(super) fn has_msr(self, index: u32) -> bool {
         match index {
             _ if self == Self::Host => true,

@@ -17,7 +17,7 @@ pub(crate) const CODE: u64 = 0x10_0000;
 pub(super) const TWO_OUTS: [u8; 18] =
     [0x48, 0xc7, 0xc3, 0x78, 0x56, 0x34, 0x12, 0x66, 0xba, 0xf8, 0x03, 0xb0, 0x41, 0xee, 0x88, 0xd8, 0xee, 0xf4];
 
-/// The host, or `None` after reporting why the test is skipped.
+/// The host, or `None` after printing why the test is skipped.
 pub(crate) fn host() -> Option<Host> {
     match Host::open() {
         Ok(host) => Some(host),

@@ -167,9 +167,9 @@ pub enum CpuidState {
     Unset,
 }
 
-/// Parts of the state of a vCPU that is new: it has not run, and nothing was restored on it. A part of
-/// an image that is equal is not set again. Each call costs a microsecond with hardware virtualization,
-/// and ten under kvm-pvm.
+/// Parts of the state of a new vCPU, which has not run and has not been restored. Equal parts of an
+/// image are not set again: each call costs a microsecond with hardware virtualization, and ten
+/// under kvm-pvm.
 #[derive(Clone, Debug)]
 pub struct NewVcpu {
     mp_state: kvm_mp_state,
@@ -178,7 +178,7 @@ pub struct NewVcpu {
 }
 
 impl NewVcpu {
-    /// Reads them from `vcpu`, which is new.
+    /// Reads the parts from `vcpu`, which must be new.
     pub fn read(vcpu: &VcpuFd) -> Result<Self, VcpuStateError> {
         Ok(Self {
             mp_state: vcpu.get_mp_state().map_err(call("KVM_GET_MP_STATE"))?,
@@ -201,7 +201,7 @@ pub struct VcpuState {
     pub regs: kvm_regs,
     /// Segments, control registers, APIC base.
     pub sregs: kvm_sregs,
-    /// x87, SSE, AVX and the rest of what XSAVE covers.
+    /// x87, SSE, AVX and the rest of the XSAVE state.
     pub xsave: Xsave,
     /// XCR0.
     pub xcrs: kvm_xcrs,
@@ -265,7 +265,7 @@ impl VcpuState {
         self.msrs.as_slice().iter().find(|entry| entry.index == ARCH_CAPABILITIES).map(|entry| entry.data)
     }
 
-    /// Whether the guest has a kvmclock page: the only guest that is to hear of a pause.
+    /// Whether the guest has a kvmclock page, without which it cannot be notified of a pause.
     #[must_use]
     pub(crate) fn has_kvmclock(&self) -> bool {
         self.msrs.as_slice().iter().any(|entry| entry.index == KVM_SYSTEM_TIME && entry.data & 1 != 0)
@@ -283,9 +283,9 @@ impl VcpuState {
         self.xcrs = vcpu.get_xcrs().map_err(call("KVM_GET_XCRS"))?;
         self.debug_regs = vcpu.get_debug_regs().map_err(call("KVM_GET_DEBUGREGS"))?;
         // Before the local APIC: the APIC timer may fire between the two reads, on another CPU. In
-        // this order the interrupt is in the saved APIC and may come twice, which a guest takes for
-        // a spurious one. In the other order the deadline already reads 0 and the saved APIC lacks
-        // the interrupt. A tickless guest would then sleep forever.
+        // this order the interrupt is in the saved APIC and may come twice; the guest treats the
+        // second as spurious. In the other order the deadline already reads 0 and the saved APIC
+        // lacks the interrupt. A tickless guest would then sleep forever.
         (self.taken, self.taken_in_boot) = (WallClock::now(), BootTime::now());
         self.save_msrs(vcpu, layout)?;
         // Before the events: KVM_GET_LAPIC moves posted interrupts into the APIC's registers.
@@ -329,7 +329,8 @@ impl VcpuState {
         Ok(())
     }
 
-    /// Restores the state on `vcpu`, which is `new` or may have any state. After an error it is unusable.
+    /// Restores the state on `vcpu`, which is `new` or may have any state. After an error the vCPU
+    /// is unusable.
     pub fn restore(
         &self,
         vcpu: &VcpuFd,
@@ -341,7 +342,7 @@ impl VcpuState {
         // Checked before any change to the vCPU.
         let fitted = self.fitted_xsave(layout)?;
         let xsave = fitted.as_ref().unwrap_or(&self.xsave);
-        // First: KVM checks all that follows against the guest's CPUID.
+        // First: KVM checks all later state against the guest's CPUID.
         if cpuid == CpuidState::Unset {
             vcpu.set_cpuid2(&self.cpuid).map_err(call("KVM_SET_CPUID2"))?;
         }

@@ -153,7 +153,7 @@ impl VmState {
     /// The last step before the vCPUs run, because the clock runs from this call. After their MSRs,
     /// because the clock is computed from their TSCs.
     pub(crate) fn restore_clock(&self, vm: &VmFd, clock: Clock) -> Result<(), VmStateError> {
-        // Not by KVM_CLOCK_REALTIME. It is more exact, but not every host has it, and it advances
+        // Not by KVM_CLOCK_REALTIME: it is more exact, but missing on some hosts, and it advances
         // this clock without the TSCs.
         let ahead = match clock {
             Clock::Resume => Duration::ZERO,
@@ -228,8 +228,8 @@ mod tests {
         let mut saved = VmState::save(&a, Chips::None).unwrap();
         saved.clock.clock = 3_600_000_000_000;
         let b = host.scratch_vm().unwrap();
-        // The wall clock was stepped meanwhile, which the guest must not see within one boot of the
-        // host.
+        // The wall clock was stepped meanwhile. Within one boot of the host, the guest must not see
+        // that.
         saved.taken = saved.taken.earlier(Duration::from_secs(100_000));
         saved.taken_in_boot = saved.taken_in_boot.map(|taken| taken.earlier(Duration::from_secs(1800)));
         for (clock, ahead) in [(Clock::Resume, 0), (Clock::CatchUp, 1_800_000_000_000)] {

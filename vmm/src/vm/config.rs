@@ -15,7 +15,7 @@ use crate::kvm::{Chips, CpuHide, CpuTemplate};
 use crate::platform::{MAX_CPUS, VIRTIO_GSIS, virtio_slot};
 use crate::vm::identity::UserNet;
 
-/// Which interrupt controllers KVM emulates.
+/// The interrupt controllers that KVM emulates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Irqchip {
@@ -29,7 +29,7 @@ pub enum Irqchip {
 /// A disk and its virtio block device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskSpec {
-    /// The disk: its file and how it is used.
+    /// The disk: its file and its settings.
     pub disk: DiskConfig,
     /// The block device: its queues and limits.
     pub device: BlockOptions,
@@ -52,7 +52,7 @@ pub struct NetSpec {
     pub receive: Limits,
     /// Limits on sent traffic.
     pub send: Limits,
-    /// Where the guest may send when it boots. Later on the device knows it.
+    /// The addresses that the guest may send to when it boots. Later the device keeps them.
     #[serde(default)]
     pub egress: Egress,
 }
@@ -121,7 +121,7 @@ pub struct VmConfig {
     cpus: u8,
     /// Interrupt controllers.
     pub irqchip: Irqchip,
-    /// Whether there is a PIT. A kernel that calibrates by the TSC or kvm-clock needs none.
+    /// Whether there is a PIT. Kernels that calibrate by the TSC or kvm-clock do not need one.
     pub pit: bool,
     /// The CPU model that the guest sees.
     pub cpu: CpuTemplate,
@@ -134,7 +134,7 @@ pub struct VmConfig {
     /// Whether the guest gets ACPI tables, with its generation id in them. Without them, or without
     /// an IOAPIC, it has the command line and the MP table.
     pub acpi: bool,
-    /// A flag of snapshot format 1, for a device of tests. Written as false, and ignored when read.
+    /// A flag of snapshot format 1, for a test device. Written as false, and ignored when read.
     #[serde(rename = "report_port", default)]
     reserved: Reserved,
     /// Disks, in the order in which the guest finds them.
@@ -151,7 +151,7 @@ pub struct VmConfig {
     pub virtio_console: bool,
 }
 
-/// A flag of snapshot format 1 that has no meaning.
+/// A flag of snapshot format 1 without meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 struct Reserved;
 
@@ -263,8 +263,8 @@ impl VmConfig {
         })
     }
 
-    /// As [`VmConfig::new`], with the defaults for the bare guest: no ACPI, and local APICs as the
-    /// only interrupt controllers.
+    /// As [`VmConfig::new`], with the defaults for the bare guest: no ACPI, and only local APICs as
+    /// interrupt controllers.
     ///
     /// # Errors
     /// As [`VmConfig::new`].
@@ -282,8 +282,8 @@ impl VmConfig {
         &self.layout
     }
 
-    /// Whether the guest has ACPI tables: a generation id, a power button, and the interrupt of their
-    /// events.
+    /// Whether the guest has ACPI tables: a generation id, a power button, and the interrupt of
+    /// their events.
     #[must_use]
     pub(crate) fn has_acpi(&self) -> bool {
         self.acpi && self.irqchip == Irqchip::Full
@@ -305,7 +305,7 @@ impl VmConfig {
     }
 
     /// The virtio devices in the order of their places: disks first, so that adding another device
-    /// moves no disk.
+    /// does not move a disk.
     pub(crate) fn places(&self) -> impl Iterator<Item = Place<'_>> {
         let disks = self.disks.iter().map(Place::Disk);
         disks
@@ -316,8 +316,8 @@ impl VmConfig {
             .chain(self.virtio_console.then_some(Place::Console))
     }
 
-    /// Refuses a device without queues, or with more than it can have, and a network device with two
-    /// backends.
+    /// Refuses a device without queues, or with more than it can have, and a network device with
+    /// two backends.
     ///
     /// # Errors
     /// [`ConfigError::Queues`], [`ConfigError::Backends`].

@@ -19,7 +19,7 @@ const SPARES: usize = 1;
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ContextError {
-    /// The host has no KVM, or one that lacks something.
+    /// The host has no KVM, or its KVM lacks a required feature.
     #[error(transparent)]
     Host(#[from] HostError),
     /// The MSRs or the XSAVE area of a vCPU's state cannot be determined.
@@ -54,10 +54,10 @@ impl Context {
         Self::new(Arc::new(Host::open()?), Store::open()?)
     }
 
-    /// The same in a process that is handed the mount of its memory files ([`Store::on`]).
+    /// The same, in a process that gets the mount of its memory files from another ([`Store::on`]).
     ///
     /// # Errors
-    /// When the host lacks KVM, or what the store needs.
+    /// When the host lacks KVM, or a requirement of the store.
     pub fn open_on(mount: Option<HugeTmpfs>) -> Result<Self, ContextError> {
         Self::new(Arc::new(Host::open()?), Store::on(mount)?)
     }
@@ -98,7 +98,8 @@ impl Context {
         &self.inner.store
     }
 
-    /// Determines now what the first restore would: for a process that is copied afterwards.
+    /// Determines the host's properties in advance of the first restore, for a process that is
+    /// copied afterwards.
     ///
     /// # Errors
     /// When the host's properties cannot be determined.

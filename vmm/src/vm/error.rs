@@ -1,4 +1,4 @@
-//! What can go wrong with a VM.
+//! Errors of a VM.
 
 use std::any::Any;
 use std::io;
@@ -14,7 +14,7 @@ use crate::vm::devices::DeviceError;
 use crate::vm::identity::{GenerationError, IdentityError};
 use crate::vm::stop::StopReason;
 
-/// What can go wrong with a VM.
+/// An error of a VM.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum VmError {
@@ -24,7 +24,7 @@ pub enum VmError {
     /// Guest memory could not be read or written.
     #[error(transparent)]
     Access(#[from] AccessError),
-    /// What a child is not to have could not be erased in its memory.
+    /// The secrets withheld from a child could not be erased in its memory.
     #[error("cannot erase the withheld secrets in the child's memory")]
     Erase(#[from] EraseError),
     /// No guest can boot in these RAM ranges.
@@ -33,7 +33,7 @@ pub enum VmError {
     /// The guest's kernel could not be loaded.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// The host's KVM lacks something.
+    /// The host's KVM lacks a required feature.
     #[error(transparent)]
     Host(#[from] HostError),
     /// A vCPU's state could not be saved or restored.
@@ -45,7 +45,7 @@ pub enum VmError {
     /// A KVM ioctl failed.
     #[error("KVM could not {what}")]
     Call {
-        /// The operation that KVM did not do.
+        /// The failed operation.
         what: &'static str,
         /// The ioctl's error.
         #[source]
@@ -85,7 +85,7 @@ pub enum VmError {
         /// The VM's memory in MiB.
         there: u64,
     },
-    /// The configuration describes no VM that can be made.
+    /// The configuration describes an impossible VM.
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// The generation id could not be made, or could not be written to the guest's memory.

@@ -9,20 +9,20 @@
 //! 1. [`Vm::pause_inner`]: every vCPU leaves KVM_RUN after it has completed the instruction it
 //!    exited on. Then every device completes its current step: after the vCPUs, because they
 //!    activate and reset devices. Requests that the kernel holds continue, into pinned pages.
-//! 2. [`Vm::freeze_memory`], while the vCPU threads save their vCPUs: neither touches what the
-//!    other reads. No vCPU saves before all have left the guest (`vcpu/control.rs`).
+//! 2. [`Vm::freeze_memory`], while the vCPU threads save their vCPUs: neither modifies data read by
+//!    the other. No vCPU saves before all have left the guest (`vcpu/control.rs`).
 //! 3. [`Vm::save_rest`]: devices, then vCPU states, then interrupt controllers. After 1, because
-//!    nothing of this VM may raise an interrupt in between. Disks are cloned with the devices, at
-//!    the same instant. A request is done in the rings or in the device's list of those in flight,
+//!    this VM must not raise an interrupt in between. Disks are cloned with the devices, at the
+//!    same instant. A request is done in the rings or in the device's list of those in flight,
 //!    never both.
-//! 4. [`Vm::unpause`]: the parent runs on. The image has all that a child needs.
+//! 4. [`Vm::unpause`]: the parent runs on. The image has everything for a child.
 //! 5. [`Vm::from_image_as`], in a prepared VM: map the layers, restore the devices, then let each
 //!    vCPU thread restore its vCPU (`vcpu/state.rs`). The last thread to do so restores the
 //!    interrupt controllers and the clock ([`ForkImage::restore_controllers`]). Then devices
 //!    resume, because the controllers' state would replace an interrupt raised earlier. Then the
 //!    vCPUs run.
 //!
-//! A failure in steps 1-3 leaves no trace: the guard resumes the parent, and a frozen page is still
+//! A failure in steps 1-3 leaves no trace: the guard resumes the parent, and frozen pages stay
 //! readable and writable to it (I13). A child is returned once all its vCPUs have loaded their
 //! state. If one cannot, there is no child.
 
@@ -54,17 +54,17 @@ use crate::vm::vcpu::sched::BoostGuard;
 pub struct ChildOptions<'a> {
     /// Whether the child is paused until it is resumed.
     pub paused: bool,
-    /// Bytes that are erased wherever they are in the child's memory, before anything else is done
-    /// with it: a reset to its origin does not bring them back, and its own children have none.
+    /// Bytes that are erased everywhere in the child's memory, before any other use of it: a reset
+    /// to its origin does not bring them back, and its own children lack them too.
     pub erase: &'a [&'a [u8]],
-    /// Called with the child's memory before its first instruction, to give it something that its
-    /// parent does not have.
+    /// Called with the child's memory before its first instruction, to add data that its parent
+    /// does not have.
     pub before_start: Option<&'a dyn Fn(&GuestRam)>,
 }
 
 impl fmt::Debug for ChildOptions<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // What is erased is secret.
+        // The erased bytes are secret.
         write!(f, "ChildOptions(paused: {}, erase: {})", self.paused, self.erase.len())
     }
 }
@@ -80,7 +80,7 @@ pub struct ForkTimes {
     pub pause: Duration,
 }
 
-/// What a fork did and how long it took.
+/// The result of a fork, and its times.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ForkReport {
     /// The parts of its time.
@@ -197,15 +197,15 @@ impl Vm {
         prepared.ram.adopt(&image.ram)?;
         let (own, erased) = image.without(&prepared.ram, options.erase)?;
         timeline.mark(ChildStep::Memory);
-        // After the memory: devices check their rings there. They are quiesced until the last vCPU
-        // has its state.
+        // After the memory, because devices check their rings there. The devices stay quiesced
+        // until the last vCPU has its state.
         let saved = Some((&own.devices, own.backends.as_slice()));
         let devices = Arc::new(Devices::new(saved, &image.config, &prepared, &mut ends, context.has_report_port())?);
         timeline.mark(ChildStep::Devices);
         let (generation, origin) = (image.generation, Some(Arc::clone(&own)));
         let parts = Parts { prepared, devices, ends, generation, origin, timeline: Some(Arc::clone(&timeline)) };
         let mut vm = Self::assemble(context, name, &image.config, parts)?;
-        // Of the original: what was erased has changed since it was saved.
+        // That of the original, because erased pages have changed since it was saved.
         vm.saving = Saving::of(image);
         vm.erased = erased;
         if image.config.has_acpi() {
@@ -227,8 +227,8 @@ impl Vm {
     }
 }
 
-/// A VM at one instant, from which any number of children start. It has plain values and shared
-/// layers, so it does not depend on the parent.
+/// A VM at one instant, from which any number of children start. It consists of plain values and
+/// shared layers, so it does not depend on the parent.
 #[derive(Clone, Debug)]
 pub struct ForkImage {
     pub(crate) config: Arc<VmConfig>,
@@ -237,10 +237,10 @@ pub struct ForkImage {
     pub(crate) vm: VmState,
     pub(crate) devices: DeviceState,
     pub(crate) backends: Vec<Backend>,
-    /// The parent's identity, from which its children's are derived.
+    /// The parent's identity, from which the identities of its children are derived.
     pub(crate) identity: Arc<Identity>,
     pub(crate) generation: u32,
-    /// Its snapshot, if it was restored from one.
+    /// The parent's snapshot, if it was restored from one.
     pub(crate) place: Option<SavedAt>,
 }
 
@@ -248,13 +248,13 @@ impl ForkImage {
     /// Ends step 5 and a reset: restores interrupt controllers, clock and pending interrupts. After
     /// every vCPU has its own state, and before any runs.
     pub(crate) fn restore_controllers(&self, vm: &VmFd, devices: &Devices) -> Result<(), VmError> {
-        // After every vCPU's own state: an interrupt the controllers hold is delivered to the local
-        // APICs, and the clock is computed from the TSCs.
+        // After every vCPU's own state: an interrupt held by the controllers is delivered to the
+        // local APICs, and the clock is computed from the TSCs.
         self.vm.restore_chips(vm)?;
         self.vm.restore_clock(vm, Clock::CatchUp)?;
-        // After the interrupt controllers are restored, which would lose an interrupt raised
-        // earlier. An interrupt that a device of the parent had raised may not have reached them
-        // when they were saved.
+        // After the interrupt controllers, whose restore would lose an interrupt raised earlier. An
+        // interrupt raised by a device of the parent may not have reached them when they were
+        // saved.
         devices.reraise();
         devices.notify_events();
         let rung = devices.ring_doorbells(vm, self.config.cpus());
@@ -262,8 +262,8 @@ impl ForkImage {
     }
 
     /// Erases `secrets` in the memory of a child that has adopted the image. Returns the image to
-    /// start it from, and what was erased. If there was something, the image is the child's own: a
-    /// reset to the one before would bring the secrets back.
+    /// start it from, and the erased occurrences. If there were any, the image belongs to the child
+    /// alone: a reset to the previous image would bring the secrets back.
     fn without(self: &Arc<Self>, ram: &GuestRam, secrets: &[&[u8]]) -> Result<(Arc<Self>, Erased), VmError> {
         // Its vCPUs and devices are not made yet.
         let quiesced = Quiesced::by(&NoWriters);
@@ -313,7 +313,7 @@ impl ForkImage {
         Ok(Endpoints::child(&self.config, &self.identity, name, choice)?)
     }
 
-    /// The identity of the VM it was taken from, from which its children's are derived.
+    /// The identity of the VM that the image was taken from; its children's are derived from it.
     #[must_use]
     pub fn identity(&self) -> &Identity {
         &self.identity

@@ -36,11 +36,11 @@ pub(super) struct Parts {
     pub(super) prepared: PreparedVm,
     pub(super) devices: Arc<Devices>,
     pub(super) ends: Endpoints,
-    /// Forks between the VM and the one that was booted.
+    /// Number of forks between the VM and the one that was booted.
     pub(super) generation: u32,
-    /// The image it is started from.
+    /// The image that the VM is started from.
     pub(super) origin: Option<Arc<ForkImage>>,
-    /// Of a child's start.
+    /// The timeline of a child's start.
     pub(super) timeline: Option<Arc<Timeline>>,
 }
 
@@ -56,7 +56,7 @@ pub struct Vm {
     pub(crate) generation: u32,
     born: Instant,
     timeline: Option<Arc<Timeline>>,
-    /// Who connects the guest to the host, if that is another process.
+    /// The process that connects the guest to the host, if it is another one.
     broker: Option<BrokerSlot>,
     /// Dropped after the devices, whose interfaces and addresses the claims hold.
     _claims: Claims,
@@ -98,7 +98,7 @@ impl Vm {
     }
 
     /// Boots a guest with endpoints that were taken for it before ([`Endpoints::boot`]). A `paused`
-    /// one waits for [`Vm::resume`] before its first instruction.
+    /// guest waits for [`Vm::resume`] before its first instruction.
     ///
     /// # Errors
     /// As [`Vm::boot`].
@@ -139,7 +139,7 @@ impl Vm {
         Ok(vm)
     }
 
-    /// Has it start paused.
+    /// Makes the VM start paused.
     pub(super) fn hold(&self) {
         self.held.store(true, Ordering::Release);
         self.prepared.control.start_paused();
@@ -228,7 +228,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Lets a paused VM run. One that is suspended is woken.
+    /// Lets a paused VM run. Wakes a suspended VM.
     ///
     /// # Errors
     /// When it has stopped, or a reset has failed half-way.
@@ -257,17 +257,17 @@ impl Vm {
     /// Stops the VM for good. A snapshot of it that is being written ends with an error.
     pub fn stop(&self) {
         self.prepared.control.stop(StopReason::Requested);
-        // After the stop: a snapshot that begins now fails, and one that has begun is cancelled.
+        // After the stop: a snapshot that begins now fails, and a running one is cancelled.
         self.cancel_snapshot();
     }
 
-    /// Why it stopped, if it has.
+    /// The stop reason, if the VM has stopped.
     #[must_use]
     pub fn stopped(&self) -> Option<StopReason> {
         self.prepared.control.stopped()
     }
 
-    /// The last exits of each vCPU from KVM_RUN, and what was done about them, in words.
+    /// The last exits of each vCPU from KVM_RUN and their handling, in words.
     #[must_use]
     pub fn last_exits(&self) -> Vec<String> {
         self.prepared.control.last_exits()
@@ -298,7 +298,7 @@ impl Vm {
         &self.config
     }
 
-    /// The state it shares with the other VMs of the process.
+    /// The state shared with the other VMs of the process.
     #[must_use]
     pub fn context(&self) -> &Context {
         &self.context
@@ -310,25 +310,25 @@ impl Vm {
         &self.prepared.ram
     }
 
-    /// Forks between it and the VM that was booted.
+    /// Number of forks between the VM and the one that was booted.
     #[must_use]
     pub fn generation(&self) -> u32 {
         self.generation
     }
 
-    /// What was erased in its memory before its first instruction.
+    /// Occurrences of withheld secrets that were erased in its memory before its first instruction.
     #[must_use]
     pub fn erased(&self) -> Erased {
         self.erased
     }
 
-    /// The time since it was made.
+    /// The time since the VM was made.
     #[must_use]
     pub fn age(&self) -> Duration {
         self.born.elapsed()
     }
 
-    /// How long each step of its start took. None of a VM that was booted.
+    /// The duration of each step of its start. Empty for a VM that was booted.
     #[must_use]
     pub fn timeline(&self) -> Option<&Timeline> {
         self.timeline.as_deref()
@@ -340,20 +340,19 @@ impl Vm {
         &self.devices.console
     }
 
-    /// Types into its serial console. Returns the number of bytes taken.
+    /// Types into its serial console. Returns the number of bytes accepted.
     pub fn type_in(&self, bytes: &[u8]) -> usize {
         self.devices.type_in(bytes)
     }
 
-    /// Runs `with` on its disk number `index`, between two steps of the device. None if there is
-    /// none.
+    /// Runs `with` on its disk number `index`, between two steps of the device. Returns None
+    /// without such a disk.
     pub fn with_disk<T>(&self, index: usize, with: impl FnOnce(&mut Disk) -> T) -> Option<T> {
         self.devices.with_block(index, |block| block.with_disk(with)).flatten()
     }
 
-    /// Takes the disks of a VM that has stopped, in their order: to be committed, exported or
-    /// dropped. A disk whose requests do not complete is left out. Empty while the VM has not
-    /// stopped.
+    /// Takes the disks of a stopped VM, in their order, to be committed, exported or dropped. A
+    /// disk whose requests do not complete is left out. Empty while the VM has not stopped.
     pub fn take_disks(&self) -> Vec<Disk> {
         if self.stopped().is_none() {
             return Vec::new();
@@ -375,12 +374,12 @@ impl Vm {
         Ok(self.prepared.ram.stats()?)
     }
 
-    /// What each of its pages is, and the layers that it is shown.
+    /// The state of each of its pages, and the layers that it is shown.
     ///
     /// # Errors
     /// When the kernel cannot be queried.
     pub fn page_map(&self) -> Result<PageMap, VmError> {
-        // Siblings in this process have the same image: then it is not this VM's alone.
+        // Siblings in this process share the image: it does not belong to this VM alone then.
         let origin = self.origin().filter(|origin| Arc::strong_count(origin) <= 2 + self.saving.holds(origin));
         Ok(self.prepared.ram.page_map(origin.as_ref().map(|origin| origin.ram()))?)
     }
@@ -393,7 +392,7 @@ impl Vm {
         Ok(self.prepared.ram.cow_counts()?)
     }
 
-    /// How long it was paused.
+    /// Its pause times, by cause.
     #[must_use]
     pub fn pauses(&self) -> &Pauses {
         &self.pauses

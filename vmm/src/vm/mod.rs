@@ -1,25 +1,25 @@
 //! A VM from its boot or its fork to its end.
 //!
-//! | question | file |
+//! | topic | file |
 //! |---|---|
-//! | what a VM is made of | `config.rs` |
+//! | the configuration of a VM | `config.rs` |
 //! | the VM itself: boot, pause, resume, stop | `machine.rs` |
-//! | what is made before a VM is needed | `prepared.rs`, `pool.rs`, `context.rs` |
-//! | where a fork happens, and where its child starts | `fork.rs` |
-//! | where a VM goes back to an earlier instant, in place | `reset.rs` |
-//! | where a VM gives its memory back until it is needed | `suspend.rs` |
-//! | where a snapshot is written and made durable | `persist/save.rs` |
-//! | where a snapshot becomes an image again | `persist/restore.rs`, `persist/sections.rs` |
-//! | where an image goes to another process | `transfer/` |
+//! | preparations before a VM is needed | `prepared.rs`, `pool.rs`, `context.rs` |
+//! | forks, and the start of children | `fork.rs` |
+//! | resets in place to an earlier instant | `reset.rs` |
+//! | giving memory back until it is needed | `suspend.rs` |
+//! | writing a snapshot and making it durable | `persist/save.rs` |
+//! | turning a snapshot into an image again | `persist/restore.rs`, `persist/sections.rs` |
+//! | giving an image to another process | `transfer/` |
 //! | the loop around `KVM_RUN` | `vcpu/run.rs` |
-//! | where a vCPU's state is saved and restored | `vcpu/state.rs` |
-//! | where vCPUs are paused and synchronized | `vcpu/control.rs` |
-//! | where a vCPU is kicked out of the guest | `vcpu/kick.rs` |
-//! | where its memory is read and written from outside | `memory.rs` |
-//! | how long pauses were | `pauses.rs` |
-//! | how long each step of a child's start took | `timeline.rs` |
+//! | saving and restoring a vCPU's state | `vcpu/state.rs` |
+//! | pausing and synchronizing vCPUs | `vcpu/control.rs` |
+//! | kicking a vCPU out of the guest | `vcpu/kick.rs` |
+//! | reading and writing memory from outside | `memory.rs` |
+//! | durations of pauses | `pauses.rs` |
+//! | durations of the steps of a child's start | `timeline.rs` |
 //! | the devices on their buses | `devices/` |
-//! | what a VM does not share with its clones | `identity/` |
+//! | state that a VM does not share with its clones | `identity/` |
 
 mod config;
 mod context;

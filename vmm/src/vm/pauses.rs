@@ -1,10 +1,10 @@
-//! How long a VM has been paused by its forks, snapshots and resets: histograms of fixed buckets.
+//! Durations of a VM's pauses for forks, snapshots and resets: histograms of fixed buckets.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// The upper bound of the first bucket, in microseconds. Each of the others is twice that of the
-/// one before.
+/// The upper bound of the first bucket, in microseconds. Each further bound is twice the previous
+/// one.
 const FIRST_BOUND_US: u64 = 16;
 /// Buckets with an upper bound: the last is 16.8 s.
 const BOUNDS: usize = 21;
@@ -20,7 +20,8 @@ pub struct Histogram {
 /// A histogram at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HistogramCounts {
-    /// Upper bounds in microseconds and the durations up to each that are above the bound before.
+    /// Upper bounds in microseconds, and the number of durations between the previous bound and
+    /// each.
     pub buckets: Vec<(u64, u64)>,
     /// Durations above the last bound.
     pub above: u64,
@@ -41,7 +42,7 @@ impl Histogram {
     pub fn record(&self, time: Duration) {
         let us = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         let at = (0..BOUNDS).find(|at| us <= FIRST_BOUND_US << at).unwrap_or(BOUNDS);
-        // Relaxed: numbers to be shown, by which nothing is ordered.
+        // Relaxed: numbers for display, on which no ordering depends.
         self.buckets[at].fetch_add(1, Ordering::Relaxed);
         self.sum_us.fetch_add(us, Ordering::Relaxed);
     }

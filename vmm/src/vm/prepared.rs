@@ -1,5 +1,5 @@
-//! A prepared VM: the parts of a VM that do not depend on what it will run. They are made off a
-//! fork's path (D6).
+//! A prepared VM: the parts of a VM that do not depend on its guest, made off the path of a fork
+//! (D6).
 
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -49,7 +49,8 @@ impl PreparedVm {
         config: &VmConfig,
     ) -> Result<Self, VmError> {
         let ram = GuestRam::reserve(config.layout(), store)?;
-        // Before KVM hears of it: to map over what is mapped would have KVM walk each memslot.
+        // Before KVM knows the memory: mapping over existing mappings would make KVM walk each
+        // memslot.
         ram.vacate();
         let fd = host.create_vm().map_err(|e| VmError::kvm("create a VM", e))?;
         // Outside RAM, below 4 GiB. Intel hosts need it before the first vCPU.
@@ -131,9 +132,9 @@ impl PreparedVm {
     }
 }
 
-/// Connects the interrupt and the notifications of each virtio device. Here and not when the device
-/// is made: it depends on the configuration alone, and each ioeventfd waits for readers of KVM's
-/// bus.
+/// Connects the interrupt and the notifications of each virtio device. Done here and not when the
+/// device is made, because it depends on the configuration alone, and each ioeventfd waits for
+/// readers of KVM's bus.
 fn wire(fd: &VmFd, config: &VmConfig) -> Result<Vec<Wiring>, VmError> {
     let mut all = Vec::new();
     for (at, queues) in config.virtio_queues().enumerate() {

@@ -1,4 +1,4 @@
-//! Resetting a VM in place to the instant of an image. The cost grows with what was written since.
+//! Resetting a VM in place to the instant of an image. The cost grows with the pages written since.
 //!
 //! ```text
 //!  vCPUs    ──running──┤ kick                          │ each loads its state │      ├──running──
@@ -14,10 +14,10 @@
 //!    (I13).
 //! 3. Memory: refused while pages stay pinned, or when mappings run out. After that pages are
 //!    dropped, and there is no way back.
-//! 4. Devices: after memory, because rings describe the requests in flight at the image's instant.
-//!    They must be of that instant.
-//! 5. vCPUs, each on its own thread: after memory, because KVM writes to guest memory when it is
-//!    given the addresses of clocks.
+//! 4. Devices: after memory, because the rings there must be those of the image's instant, which
+//!    describe the requests then in flight.
+//! 5. vCPUs, each on its own thread: after memory, because KVM writes to guest memory when it gets
+//!    the addresses of clocks.
 //! 6. Interrupt controllers, clock and pending interrupts: after every vCPU, as for a child
 //!    ([`ForkImage::restore_controllers`]). This also notifies the guest of its new generation.
 //! 7. Devices resume, then vCPUs, unless the VM was paused.
@@ -37,17 +37,18 @@ use crate::vm::machine::Vm;
 use crate::vm::vcpu::sched::BoostGuard;
 use crate::vm::vcpu::{Start, StartCommand};
 
-/// How long the kernel may take to give up the requests it holds. A read or write of a file that
-/// has begun cannot be cancelled, and completes: late, where a disk stalls. After the timeout the
+/// Timeout for the kernel to give up the requests it holds. A read or write of a file that has
+/// begun cannot be cancelled, and completes, late on a stalled disk. After the timeout the
 /// operation fails and the VM runs on (I13).
 pub(super) const HALT: Duration = Duration::from_secs(30);
-/// How long to wait for transient pins that are not the VM's devices'. A transfer ends each of them.
-/// A long-term pin is not waited for.
+/// Timeout for transient pins that do not belong to the VM's devices. Each ends with a transfer.
+/// Long-term pins are not waited for.
 pub(super) const PINS: Duration = Duration::from_secs(30);
 
 #[cfg(test)]
 thread_local! {
-    /// Whether the next reset of this thread panics after it has restored memory and nothing else.
+    /// Whether the next reset of this thread panics after it has restored memory and before
+    /// anything else.
     pub(super) static PANIC_IN_LOAD: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
@@ -69,8 +70,8 @@ pub struct ResetReport {
 }
 
 impl Vm {
-    /// The image that it was started from, which [`Vm::reset_to_origin`] restores. A VM that was
-    /// booted has none.
+    /// The image that it was started from, which [`Vm::reset_to_origin`] restores. None for a VM
+    /// that was booted.
     #[must_use]
     pub fn origin(&self) -> Option<Arc<ForkImage>> {
         self.origin.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -79,14 +80,14 @@ impl Vm {
     /// Forgets the image that it was started from. Layers that only the image uses are freed.
     pub fn forget_origin(&self) {
         let forgotten = self.origin.lock().unwrap_or_else(PoisonError::into_inner).take();
-        // Not under the lock: it may be the last handle.
+        // Dropped outside the lock: this may be the last handle.
         drop(forgotten);
     }
 
     /// Resets it to the instant of the image it was started from; see [`Vm::reset`].
     ///
     /// # Errors
-    /// [`VmError::NoOrigin`] if there is none; otherwise as [`Vm::reset`].
+    /// [`VmError::NoOrigin`] without such an image; otherwise as [`Vm::reset`].
     pub fn reset_to_origin(&self) -> Result<ResetReport, VmError> {
         let origin = self.origin().ok_or(VmError::NoOrigin)?;
         self.reset(&origin)
@@ -94,12 +95,12 @@ impl Vm {
 
     /// Resets it in place to the instant of `image`: the image it was started from, or one of
     /// itself or of an ancestor. Memory, vCPUs, devices and disks are restored; later writes are
-    /// lost. It runs on from there, or stays paused if it was. Name, addresses, interfaces and
-    /// sockets stay its own. Network and socket devices notify their drivers as in a child.
+    /// lost. The VM runs on from there, or stays paused if it was. Its name, addresses, interfaces
+    /// and sockets stay. Network and socket devices notify their drivers as in a child.
     ///
     /// # Errors
-    /// When it has stopped, the image is of another shape, or pages stay pinned: then it runs on
-    /// unchanged. After a failure half-way it is paused, other calls fail with
+    /// When the VM has stopped, the image is of another shape, or pages stay pinned: the VM then
+    /// runs on unchanged. After a failure half-way the VM is paused, other calls fail with
     /// [`VmError::Inconsistent`], and another reset repairs it.
     pub fn reset(&self, image: &Arc<ForkImage>) -> Result<ResetReport, VmError> {
         let _one = self.operations.take();
@@ -158,7 +159,7 @@ impl Vm {
         Ok(report)
     }
 
-    /// Keeps it paused after a reset that has ended half-way.
+    /// Keeps it paused after a reset that failed half-way.
     fn hold_inconsistent(&self, guard: PauseGuard<'_>) {
         self.inconsistent.store(true, Ordering::Release);
         if !self.held.swap(true, Ordering::AcqRel) {
@@ -167,7 +168,7 @@ impl Vm {
         }
     }
 
-    /// Restores everything but memory, which is the image's already.
+    /// Restores everything but memory, which is already the image's.
     fn load(&self, image: &Arc<ForkImage>) -> Result<(), VmError> {
         #[cfg(test)]
         assert!(!PANIC_IN_LOAD.take(), "asked to panic");
@@ -179,7 +180,7 @@ impl Vm {
         let (start, devices) = (Start::Restore(Arc::clone(image)), Arc::clone(&self.devices));
         let order = StartCommand { start, devices, timeline: None };
         self.prepared.control.load(std::iter::repeat_n(order, cpus));
-        // While the vCPUs load: neither touches what the other does.
+        // Concurrently with the vCPUs' loads: the two modify different state.
         let devices = self.devices.rewind(&image.devices, &image.backends);
         // Wait in any case: the next reset must not meet a vCPU that is still loading its state.
         self.prepared.control.await_loaded()?;

@@ -11,7 +11,7 @@ pub enum StopReason {
     /// Its owner stopped it.
     #[error("stopped")]
     Requested,
-    /// Its process has ended without a word: it was killed, or it panicked.
+    /// Its process has ended without reporting a reason: it was killed, or it panicked.
     #[error("its process has ended ({})", how(*.signal, *.code))]
     Process {
         /// The signal that ended it.
@@ -87,7 +87,7 @@ pub enum StopReason {
         /// The error in words.
         error: String,
     },
-    /// Memory it shares with its parent was lost while it was still being copied.
+    /// Memory shared with its parent was lost while it was still being copied.
     #[error("its memory is lost: {error}")]
     MemoryLost {
         /// The error in words.
@@ -105,7 +105,7 @@ pub enum StopReason {
 }
 
 impl StopReason {
-    /// Whether the guest has run, and brought it about.
+    /// Whether the guest has run, and caused the stop.
     pub(crate) fn is_by_guest(&self) -> bool {
         matches!(
             self,

@@ -1,4 +1,4 @@
-//! Suspending a VM: it stands still, and what it owns of memory is in a file.
+//! Suspending a VM: it is paused, and the memory that it owns is in a file.
 //!
 //! ```text
 //!  vCPUs    ──running──┤ kick │                              │ suspended │ ├──running──
@@ -10,13 +10,13 @@
 //! 1. Pause, as for a fork: vCPUs, then devices. Then halt the devices: the kernel must give up the
 //!    requests it holds, because its pins keep their pages (I7).
 //! 2. Memory goes to the file ([`clade_memory::GuestRam::suspend`]).
-//! 3. The pause stays. It is the suspension's own, beside that of the VM's owner.
+//! 3. The pause stays. It belongs to the suspension, beside that of the VM's owner.
 //!
 //! A failure in 1 or 2 leaves the VM running with its memory (I13): the drop of the guard resumes
-//! it, and devices submit the requests again that they were to give up.
+//! it, and devices submit the requests again that they had to give up.
 //!
-//! A suspended VM can be forked, saved and read. It stays suspended. What needs its guest to run
-//! wakes it ([`Vm::wake`]).
+//! A suspended VM can be forked, saved and read, and stays suspended. Operations that need its
+//! guest to run wake it ([`Vm::wake`]).
 
 use std::io::{self, PipeReader, PipeWriter};
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
@@ -33,15 +33,15 @@ use crate::vm::machine::Vm;
 use crate::vm::vcpu::sched::BoostGuard;
 use crate::vm::vcpu::ticket_lock::Turn;
 
-/// How long the kernel may take to give up the requests it holds.
+/// Timeout for the kernel to give up the requests it holds.
 const HALT: Duration = super::reset::HALT;
-/// How long to wait for transient pins that are not the VM's devices'.
+/// Timeout for transient pins that do not belong to the VM's devices.
 const PINS: Duration = super::reset::PINS;
 
-/// What a suspension did, and the parts of its time.
+/// The result of a suspension, and the parts of its time.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SuspendReport {
-    /// Whether the VM was suspended before. Then nothing was done.
+    /// Whether the VM was suspended before. The call then had no effect.
     pub was_suspended: bool,
     /// The pages.
     pub memory: Suspended,
@@ -50,21 +50,21 @@ pub struct SuspendReport {
     pub halt: Duration,
     /// The time to write the file and to give memory back.
     pub write: Duration,
-    /// Whether a device has input for the guest that no request source announces again: a host waits for
-    /// the guest, so the VM has to be woken at once.
+    /// Whether a device has input for the guest that no request source announces again: a host
+    /// waits for the guest, so the VM has to be woken at once.
     pub has_input: bool,
 }
 
-/// A descriptor that is readable when a device is asked for something.
+/// A descriptor that is readable when there is a request for a device.
 #[derive(Debug)]
 pub struct RequestSource {
-    /// A copy of it.
+    /// A duplicate of the descriptor.
     pub fd: OwnedFd,
-    /// Whether a driver uses the device. Otherwise what is there stays there, awake or not.
+    /// Whether a driver uses the device. Otherwise its input stays there, awake or not.
     pub is_served: bool,
 }
 
-/// What a wake did.
+/// The result of a wake.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct WakeReport {
     /// Whether the VM was suspended.
@@ -78,9 +78,9 @@ pub struct WakeReport {
 /// A VM that is suspended.
 #[derive(Debug)]
 struct Asleep {
-    /// What the wake reads ahead.
+    /// The pages that the wake reads ahead.
     working_set: WorkingSet,
-    /// Pipes that are at their end when it is woken.
+    /// Pipes that are closed when it is woken.
     told: Vec<PipeWriter>,
 }
 
@@ -109,7 +109,7 @@ impl Suspension {
     }
 }
 
-/// A suspension that is under way. The VM is awake again if it fails.
+/// A suspension in progress. If it fails, the VM is awake again.
 #[derive(Debug)]
 struct FallingAsleep<'a>(&'a Suspension);
 
@@ -154,8 +154,8 @@ impl Drop for Ended<'_> {
 }
 
 impl Vm {
-    /// Suspends it: it stands still until [`Vm::wake`], and what it owns of memory goes to `file`.
-    /// A VM that is suspended stays so, and the file is not used.
+    /// Suspends it: the VM is paused until [`Vm::wake`], and the memory that it owns goes to
+    /// `file`. A VM that is already suspended stays so, and the file is not used.
     ///
     /// # Errors
     /// When it has stopped, a reset has failed half-way, requests or pins do not end, or the file
@@ -171,8 +171,8 @@ impl Vm {
             return Ok(SuspendReport { was_suspended: true, ..SuspendReport::default() });
         }
         let begun = Instant::now();
-        // Before the first step: a wake that comes from here on waits for the operations' lock, and then
-        // wakes the VM. Until the file is written that may take seconds.
+        // Before the first step: a wake that comes from here on waits for the operations' lock, and
+        // then wakes the VM. Until the file is written, that may take seconds.
         let falling = FallingAsleep::begin(&self.suspension);
         let guard = self.pause_inner(false)?;
         if let Some(place) = self.devices.halt(HALT) {
@@ -197,7 +197,8 @@ impl Vm {
     /// # Errors
     /// When it has stopped.
     pub fn wake(&self) -> Result<WakeReport, VmError> {
-        // Each request that needs the guest calls this. A suspension under way is waited for below.
+        // Each request that needs the guest calls this. The lock below waits for a suspension in
+        // progress.
         if self.suspension.is_awake() {
             return Ok(WakeReport::default());
         }
@@ -232,14 +233,14 @@ impl Vm {
         }
     }
 
-    /// What it has written since it was made, reset, forked or woken last, and what came of the
-    /// pages that were copied ahead. It stands still meanwhile, if it has not ended.
+    /// The pages that it has written since it was last made, reset, forked or woken, and the use of
+    /// the pages that were copied ahead. Pauses the VM meanwhile, if it has not ended.
     ///
     /// # Errors
-    /// When requests do not end, or the kernel cannot be asked.
+    /// When requests do not end, or the kernel cannot be queried.
     pub fn written_set(&self) -> Result<(PageSet, AheadUse), VmError> {
         let _one = self.operations.take();
-        // What a device still transfers would be compared while it changes.
+        // Pages with transfers in progress would be compared while they change.
         let halt = || match self.devices.halt(HALT) {
             Some(place) => Err(VmError::InFlight { place, seconds: HALT.as_secs() }),
             None => Ok(()),
@@ -260,17 +261,16 @@ impl Vm {
         matches!(*self.suspension.state(), State::Asleep(_))
     }
 
-    /// Whether it is awake, and no suspension is under way. Otherwise [`Vm::wake`] has something to do.
+    /// Whether it is awake, and no suspension is in progress. Otherwise [`Vm::wake`] has an effect.
     #[must_use]
     pub fn is_awake(&self) -> bool {
         self.suspension.is_awake()
     }
 
-    /// A pipe that is at its end when the VM is woken, or goes. It is so at once if the VM is not
-    /// suspended.
+    /// A pipe that is closed when the VM is woken, or dropped; at once if the VM is not suspended.
     ///
     /// # Errors
-    /// When there is no descriptor to be had.
+    /// When there is no free descriptor.
     pub fn woken(&self) -> io::Result<PipeReader> {
         let (reader, writer) = io::pipe()?;
         if let State::Asleep(asleep) = &mut *self.suspension.state() {
@@ -279,11 +279,11 @@ impl Vm {
         Ok(reader)
     }
 
-    /// Descriptors that become readable when another asks its devices for something: connections to
-    /// its socket, packets to its interfaces.
+    /// Descriptors that become readable when there is a request for its devices: connections to its
+    /// socket, packets to its interfaces.
     ///
     /// # Errors
-    /// When there is no descriptor to be had.
+    /// When there is no free descriptor.
     pub fn request_sources(&self) -> io::Result<Vec<RequestSource>> {
         let nets = (0..self.config.nets.len()).filter_map(|number| self.sources_of::<Net>(number));
         let sources = nets.chain(self.sources_of::<Vsock>(0)).flatten();
@@ -293,7 +293,7 @@ impl Vm {
     /// Whether a device with a driver has input for the guest ([`DeviceOps::has_input`]).
     fn has_input(&self) -> bool {
         let nets = (0..self.config.nets.len()).filter(|number| self.device_has_input::<Net>(*number)).count();
-        // Each is asked: it remembers that it was.
+        // All devices are queried, because each remembers the query.
         self.device_has_input::<Vsock>(0) || nets > 0
     }
 
@@ -306,7 +306,7 @@ impl Vm {
 
     fn sources_of<H: DeviceOps>(&self, number: usize) -> Option<Vec<io::Result<RequestSource>>> {
         let copied = |fd: RawFd| {
-            // SAFETY: the handler keeps its sources open, and does not go while it is looked at.
+            // SAFETY: the handler keeps its sources open, and is not dropped while it is looked at.
             let fd = unsafe { BorrowedFd::borrow_raw(fd) };
             fd.try_clone_to_owned()
         };

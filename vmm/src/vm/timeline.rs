@@ -1,5 +1,5 @@
-//! When each step of a child's start was done: where the time between a fork and the child's first
-//! instruction goes.
+//! Completion times of the steps of a child's start: the parts of the time between a fork and the
+//! child's first instruction.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(usize)]
 pub enum ChildStep {
-    /// There is a prepared VM for it.
+    /// A prepared VM is taken.
     Prepared,
-    /// It has its memory, and what was to be erased there is erased.
+    /// Its memory is mapped, and withheld bytes there are erased.
     Memory,
-    /// It has its devices.
+    /// Its devices are made.
     Devices,
     /// Its vCPUs have their orders.
     Assembled,
@@ -42,7 +42,7 @@ impl ChildStep {
         Self::Entered,
     ];
 
-    /// Its name: what is done by then.
+    /// Its name: the part that is complete by then.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -68,14 +68,14 @@ pub struct Timeline {
 }
 
 impl Timeline {
-    /// One that begins now.
+    /// A timeline that begins now.
     pub(crate) fn begin() -> Self {
         Self { begun: Instant::now(), at: Default::default() }
     }
 
-    /// Notes that `step` is done. Of several vCPUs the last counts.
+    /// Notes that `step` is done. The last of several vCPUs counts.
     pub(crate) fn mark(&self, step: ChildStep) {
-        // Relaxed: numbers to be shown, by which nothing is ordered.
+        // Relaxed: numbers for display, on which no ordering depends.
         self.at[step as usize].store(self.now(), Ordering::Relaxed);
     }
 
@@ -95,8 +95,8 @@ impl Timeline {
         self.begun
     }
 
-    /// When `step` was done, counted from the beginning of the start. None if it was not: of a VM
-    /// that was booted, and of one that is paused and has not run.
+    /// The time of `step`, counted from the beginning of the start. None if it was not done: for a
+    /// VM that was booted, and for one that is paused and has not run.
     #[must_use]
     pub fn at(&self, step: ChildStep) -> Option<Duration> {
         let ns = self.at[step as usize].load(Ordering::Relaxed);

@@ -22,7 +22,7 @@ fn image() -> (tempfile::TempDir, PathBuf, Vec<u8>) {
 /// Waits until the guest's requests have ended. Moves may continue.
 fn requests_end(disk: &mut Disk) {
     loop {
-        // What a cancelled one made way for is given to the kernel here.
+        // `reap` submits operations that waited for a cancelled one.
         disk.reap().unwrap();
         if disk.in_flight() == disk.chain.relocation().running() {
             return;
@@ -42,7 +42,7 @@ fn a_disk_that_is_forked_a_thousand_times_has_few_files() {
         if fork % 250 == 100 {
             kept.push((image, model.clone()));
         }
-        // Another place each time, so that each overlay would be needed for ever.
+        // A different offset each time, so that each overlay would stay needed.
         let (at, byte) = (fork * 7 % (CLUSTERS - 1) * CLUSTER, fork as u8);
         begin_write(&mut disk, at, &[byte; 4096], fork);
         model[at as usize..at as usize + 4096].fill(byte);
@@ -70,9 +70,9 @@ enum Act {
         clusters: u64,
     },
     Fork,
-    /// In a disk of its own, which is then this one.
+    /// As a new disk, which replaces this one.
     Child,
-    /// In place, once nothing is in flight.
+    /// In place, once no request is in flight.
     Rewind,
     Cancel,
 }
@@ -93,8 +93,8 @@ fn act() -> impl Strategy<Value = Act> {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
-    /// Merged all the time, with writes and forks in the middle, a disk and its images are what
-    /// bytes are.
+    /// With constant merging, and writes and forks in the middle, a disk and its images match a
+    /// byte array.
     #[test]
     fn whatever_is_moved_bytes_stay(acts in prop::collection::vec(act(), 1..80), late in any::<bool>()) {
         let (_dir, path, mut model) = image();
@@ -133,7 +133,7 @@ proptest! {
                     disk.submit(DiskOp::Zero { offset, len: end - offset, unmap: true }, token).unwrap();
                     model[offset as usize..end as usize].fill(0);
                 }
-                // A guest's requests are done again by a child's device, which is not here; moves
+                // A child's device repeats the guest's requests; there is no device here. Moves
                 // stay in flight.
                 Act::Fork | Act::Child | Act::Rewind => {
                     requests_end(&mut disk);
@@ -186,7 +186,7 @@ fn a_move_that_fails_loses_nothing_and_a_commit_waits_for_those_under_way() {
         model[at as usize..at as usize + 4096].fill(fork as u8);
         requests_end(&mut disk);
         if fork == 6 {
-            // A cancelled request ends as an error, or as if it had not been cancelled.
+            // A cancelled request fails, or completes as if it had not been cancelled.
             disk.cancel();
         }
     }

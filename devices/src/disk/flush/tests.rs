@@ -29,7 +29,7 @@ impl Bench {
         Disk::open(&DiskConfig::new(&self.path)).unwrap()
     }
 
-    /// Bytes that the journal takes.
+    /// Bytes allocated to the journal.
     fn room(&self) -> u64 {
         let entries = fs::read_dir(&self.journal).into_iter().flatten();
         entries.map(|entry| entry.unwrap().metadata().unwrap().blocks() * 512).sum()
@@ -44,7 +44,7 @@ fn flush(disk: &mut Disk) {
     disk.flush_now().unwrap();
 }
 
-/// Lets what is moved end, as a device's thread does.
+/// Waits until the moves have ended, as a device's thread does.
 fn settle(disk: &mut Disk) {
     finish(disk);
     assert!(disk.chain.relocation().is_idle());
@@ -64,7 +64,7 @@ fn a_flush_of_the_image_that_failed_is_never_followed_by_one_that_succeeds() {
     assert!(matches!(error, DiskError::Transfer(_)), "{error}");
     fail_syncs_of(None);
     assert_eq!(disk.health(), DiskHealth { no_room: 0, lost: true });
-    // The system says it once: the next sync would succeed.
+    // The system reports the lost write once: the next sync would succeed.
     for _ in 0..2 {
         let error = disk.flush_now().unwrap_err();
         assert!(matches!(&error, DiskError::Lost { path } if *path == bench.path), "{error}");
@@ -76,7 +76,7 @@ fn a_flush_of_the_image_that_failed_is_never_followed_by_one_that_succeeds() {
     assert!(matches!(&error, CommitError::Lost { path } if *path == bench.path), "{error}");
 }
 
-/// The same for the image's sync in a flush after a fork.
+/// The same for the sync of the image in a flush after a fork.
 #[test]
 fn a_flush_after_a_fork_syncs_the_image_too_and_its_failure_is_latched() {
     let bench = Bench::new();
@@ -112,7 +112,7 @@ fn other(bench: &Bench) -> PathBuf {
     path
 }
 
-/// What a process that has ended wrote is in the page cache, and is shown.
+/// Writes of a process that has ended are in the page cache, and can be read.
 #[test]
 fn the_first_flush_is_about_what_others_have_left_too() {
     let bench = Bench::new();
@@ -123,7 +123,7 @@ fn the_first_flush_is_about_what_others_have_left_too() {
     assert!(steps.is_empty(), "{steps:?}");
 }
 
-/// One that was cancelled has promised nothing: the next one syncs what it did not.
+/// A cancelled flush has promised nothing: the next flush syncs its data.
 #[test]
 fn a_flush_that_was_cancelled_is_done_by_the_next() {
     for forked in [false, true] {
@@ -177,7 +177,8 @@ fn overlays_go_back_into_the_image_when_nobody_else_needs_it() {
     drop(child);
     assert!(read(&mut other, 0, 4096) == [1; 4096]);
     drop(other);
-    // Alone for the second time: it begins. Written, zeroed and read meanwhile.
+    // The disk is alone for the second time: folding begins. Writes, zeros and reads go on
+    // meanwhile.
     flush(&mut disk);
     assert!(!disk.chain.is_folding());
     flush(&mut disk);
@@ -204,7 +205,7 @@ fn overlays_go_back_into_the_image_when_nobody_else_needs_it() {
     assert_eq!(steps[..order.len()], order);
     assert!(!bench.journal.exists() && !disk.is_forked());
     assert!(bench.image() == model);
-    // As if it had never been forked; and again.
+    // The state of a disk that was never forked; then once more.
     write(&mut disk, 0, &[4; 4096]);
     flush(&mut disk);
     drop(disk.fork());
@@ -215,8 +216,7 @@ fn overlays_go_back_into_the_image_when_nobody_else_needs_it() {
     assert!(bench.image()[..8192] == [[4; 4096], [5; 4096]].concat());
 }
 
-/// What was written to the image while overlays went back is durable before the journal says that
-/// it is there.
+/// Data written to the image during a fold is durable before the journal refers to it.
 #[test]
 fn a_flush_after_a_fork_in_the_middle_of_folding_syncs_the_image_first() {
     let bench = Bench::new();
@@ -273,7 +273,7 @@ fn folding_can_end_or_be_forked_anywhere() {
     }
 }
 
-/// 8 MiB once had 136 MiB beside them.
+/// A disk of 8 MiB once had 136 MiB of overlays.
 #[test]
 fn the_journal_takes_twice_the_disk_at_most() {
     let most = |children: bool, left_out: u64, hasty: bool| {
@@ -285,7 +285,7 @@ fn the_journal_takes_twice_the_disk_at_most() {
         for round in 0..24u64 {
             drop(disk.fork());
             let byte = round as u8 + 10;
-            // Of each overlay so many clusters stay of use.
+            // This many clusters of each overlay stay in use.
             let start = left_out * round * CLUSTER;
             write(&mut disk, start, &vec![byte; (SIZE - start) as usize]);
             model[start as usize..].fill(byte);
@@ -327,7 +327,7 @@ fn a_guest_that_discards_here_and_there_costs_the_host_a_bounded_map() {
     }
     let (extents, _) = disk.extents_and_files();
     assert!(extents <= all as usize + 2, "{extents}");
-    // Zeros are zeros all the same, where something else was.
+    // Zeros read as zeros even over earlier data.
     let at = 10 << 30;
     write(&mut disk, at, &[5; 3 * 4096]);
     disk.submit(DiskOp::Zero { offset: at + CLUSTER, len: CLUSTER, unmap: true }, 1).unwrap();
@@ -338,11 +338,11 @@ fn a_guest_that_discards_here_and_there_costs_the_host_a_bounded_map() {
     want[512..1024].fill(0);
     assert!(read(&mut disk, at, 3 * 4096) == want);
     let (before, _) = disk.extents_and_files();
-    // What is large enough is remembered: there is only so much of it.
+    // A large range becomes an extent: a disk has room for few of them.
     disk.submit(DiskOp::Discard { offset: 11 << 30, len: MIB }, 1).unwrap();
     finish(&mut disk);
     assert_eq!(disk.extents_and_files().0, before + 2);
-    // Neighbours are one.
+    // Adjacent extents are merged.
     disk.submit(DiskOp::Discard { offset: 0, len: 12 << 30 }, 1).unwrap();
     finish(&mut disk);
     assert!(disk.extents_and_files().0 < 10);
@@ -356,7 +356,7 @@ fn overlays_that_cannot_be_made_are_known_before_the_vm_boots() {
         let error = Disk::open(&config).map(drop).unwrap_err();
         assert!(matches!(&error, DiskError::Overlays { dir: named, .. } if named == Path::new(dir)), "{error}");
         assert!(error.to_string().contains(dir) && error.to_string().contains("overlays="), "{error}");
-        // Nobody writes to it.
+        // A read-only disk needs no overlay.
         if dir == "/proc" {
             drop(Disk::open(&DiskConfig { read_only: true, ..config }).unwrap());
         }
@@ -382,7 +382,7 @@ fn a_commit_of_what_was_lost_does_not_succeed() {
     let mut disk = bench.open();
     drop(disk.fork());
     write(&mut disk, 0, &[2; 4096]);
-    // The overlay is called what its directory is.
+    // The overlay has its directory's name.
     let name = bench.dir.path().file_name().unwrap().to_str().unwrap().to_owned();
     fail_syncs_of(Some(&name));
     assert!(disk.flush_now().is_err());
@@ -405,7 +405,7 @@ fn a_commit_of_what_was_lost_does_not_succeed() {
     assert!(bench.image() == vec![1; SIZE as usize]);
 }
 
-/// A mount that is gone with the test.
+/// A mount that ends with the test.
 struct Mounted(tempfile::TempDir);
 
 impl Mounted {

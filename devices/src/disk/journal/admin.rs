@@ -25,7 +25,7 @@ pub struct DiskJournal {
     pub state: JournalState,
     /// Bytes of the disk that are in overlays.
     pub data: u64,
-    /// Bytes of the disk that the journal says are zeros.
+    /// Bytes of the disk that are zeros in the journal.
     pub zeros: u64,
     /// Overlays that the journal refers to.
     pub overlays: usize,
@@ -114,8 +114,8 @@ impl DiskJournal {
         }
     }
 
-    /// Applies the journal beside `path` to the image, whatever else was written there, and removes
-    /// it.
+    /// Applies the journal beside `path` to the image, regardless of other changes to the image,
+    /// and removes the journal.
     ///
     /// # Errors
     /// When there is no journal, it is damaged, its disk has another size, or a step fails.

@@ -11,7 +11,7 @@ use super::tie;
 use crate::disk::directory::{Directory, sync};
 
 pub(super) const JOURNAL: &str = "journal";
-/// The name of a journal that does not count: not yet, or no longer.
+/// The name of a journal that is not valid: not yet, or no longer.
 pub(super) const NEXT: &str = "journal.next";
 const OVERLAY: &str = "overlay.";
 const SUFFIX: &str = ".clade-journal";
@@ -72,12 +72,13 @@ pub(super) fn header_in(dir: &Directory, name: &str) -> Result<Option<format::He
     Ok(format::read_header(&bytes).ok())
 }
 
-/// Removes a journal that is discarded, or of which the image has everything. First the journal
-/// ceases to count, then the image's attribute goes, then the files go. Wherever this ends, opening
-/// the image continues it.
+/// Removes a journal that is discarded, or whose content is all in the image. First the journal
+/// becomes invalid, then the image's attribute is removed, then the files. If this is interrupted,
+/// opening the image continues it.
 ///
 /// # Errors
-/// When the journal may still count. It must not be applied again once the image has been written.
+/// When the journal may still be valid. A valid journal must not be applied again once the image
+/// has been written.
 pub(super) fn retire(location: &Location, dir: &Directory, image: &IoFile) -> Result<(), FileError> {
     if let Err(error) = dir.rename(JOURNAL, NEXT)
         && error.source.kind() != std::io::ErrorKind::NotFound
@@ -99,7 +100,7 @@ pub(super) fn unmark(image: &IoFile) -> Result<(), FileError> {
     Ok(())
 }
 
-/// Removes the files of a journal that does not count. A file that cannot be removed does no harm.
+/// Removes the files of an invalid journal. A file that cannot be removed does no harm.
 pub(super) fn remove_files(location: &Location, dir: &Directory) {
     let told = |error: &FileError| tracing::warn!(%error, "cannot remove an unused file");
     let ours = |name: &String| name == NEXT || name.starts_with(OVERLAY);
@@ -115,7 +116,7 @@ pub(super) fn allocated(file: &IoFile) -> u64 {
     rustix::fs::fstat(file).map_or(0, |stat| stat.st_blocks as u64 * 512)
 }
 
-/// Removes the name of an overlay that no journal refers to any more.
+/// Removes the name of an overlay that no journal refers to.
 pub(super) fn forget(dir: &Directory, number: u64) {
     if let Err(error) = dir.unlink(&overlay(number)) {
         tracing::warn!(%error, "cannot remove an unused file");

@@ -1,6 +1,6 @@
-//! The steps of a flush: what the kernel gets, in which order, and what a failure leaves.
+//! The steps of a flush: the requests to the kernel, their order, and the state after a failure.
 //!
-//! [`super`]'s documentation has the order.
+//! The order is in the documentation of [`super`].
 
 use std::collections::BTreeSet;
 use std::io;
@@ -16,7 +16,7 @@ use super::{Journal, Named, Standing, tie};
 use crate::disk::directory::{Directory, write};
 use crate::disk::map::{BlockMap, Source};
 
-/// The record of the flush on its way.
+/// The record of the flush in progress.
 #[derive(Debug)]
 pub(super) struct Writing {
     /// Ranges to remember again if the flush fails.
@@ -37,7 +37,7 @@ pub(super) struct Writing {
     step: Step,
 }
 
-/// What the kernel was given last.
+/// The last request given to the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
     Data,
@@ -50,8 +50,8 @@ enum Step {
 }
 
 impl Journal {
-    /// Begins to make durable what `map` shows and the image does not. Returns what the kernel is
-    /// to do first: nothing, if everything is durable.
+    /// Begins to make durable the clusters of `map` that are not durable in the image. Returns the
+    /// first requests for the kernel: none, if everything is durable.
     ///
     /// # Errors
     /// When an overlay cannot be named. The next flush tries again.
@@ -95,8 +95,8 @@ impl Journal {
             write(&next, &format::header(self.header), 0)?;
             if !self.marked {
                 requests.push(Request::Sync { file: Arc::clone(&next), all: false });
-                // The name as well: the image's attribute must not refer to a journal that is not
-                // there.
+                // The directory's name too: the image's attribute must not refer to an absent
+                // journal.
                 requests.push(Request::Sync { file: Arc::clone(dir.file()), all: true });
             }
             self.next = Some(next);
@@ -153,7 +153,7 @@ impl Journal {
         }
     }
 
-    /// The journal's directory, made if it is not there.
+    /// Opens the journal's directory. Makes it if it is absent.
     fn make_directory(&mut self) -> Result<Directory, FileError> {
         if let Some(dir) = &self.dir {
             return Ok(dir.clone());
@@ -161,13 +161,13 @@ impl Journal {
         self.location.beside.make(&self.location.name)?;
         self.unnamed.0 = true;
         let dir = self.location.beside.open_ours(&self.location.name)?;
-        // Held as long as the journal: an image that takes this one's name under a running VM does
+        // Held as long as the journal: an image that takes this one's name under a running VM must
         // not take its journal.
         dir.lock(true)?;
         Ok(self.dir.insert(dir).clone())
     }
 
-    /// The next request for the kernel, when it has done all before. None when everything is
+    /// The next request, once the kernel has completed all earlier ones. None when everything is
     /// durable.
     ///
     /// # Errors
@@ -206,7 +206,7 @@ impl Journal {
             }
             Step::Sealed if writing.whole => {
                 writing.step = Step::Named;
-                // Set first: the file may be there even if the rename failed.
+                // Set first: the file may have its name even if the rename failed.
                 self.named = true;
                 dir.rename(NEXT, JOURNAL)?;
                 sync(dir.file(), true)
@@ -255,8 +255,8 @@ impl Journal {
         let (Some(writing), Some(dir)) = (self.writing.take(), &self.dir) else { return };
         if writing.whole {
             (self.file, self.end, self.records) = (self.next.take(), format::HEADER as u64, 0);
-            // The journal that is gone has named them. A file can be named only once, so one that
-            // may be written again keeps its name.
+            // The removed journal has named these overlays. A file can be named only once, so a
+            // file that may be written again keeps its name.
             let keeps = |named: &Named| writing.named.contains(&named.number) || !named.is_stale();
             let (keep, gone): (Vec<_>, Vec<_>) = mem::take(&mut self.overlays).into_iter().partition(keeps);
             self.overlays = keep;
@@ -267,18 +267,18 @@ impl Journal {
         self.records += u64::from(writing.len > 0);
     }
 
-    /// Ends a failed flush. Nothing of it counts. The next one does it all again, unless something
-    /// was `lost`.
+    /// Ends a failed flush and discards its progress. The next flush does it all again, unless a
+    /// write was `lost`.
     pub(in crate::disk) fn give_up(&mut self, lost: bool) {
         let Some(mut writing) = self.writing.take() else { return };
         self.broken |= lost && writing.step == Step::Data;
         writing.synced.iter().for_each(|file| file.set_unsynced());
         if writing.retires && writing.step != Step::Data {
-            // The rename and the attribute may or may not be there: both are done anew.
+            // Whether the rename and the attribute took effect is unknown: both are done anew.
             self.marked = self.header.id.is_none();
             self.seen = None;
         }
-        // With the names as well: a whole journal may or may not have its name.
+        // Whether a whole journal got its name is unknown, too.
         self.whole |= writing.whole;
         writing.moved.append(&mut self.moved);
         self.moved = writing.moved;

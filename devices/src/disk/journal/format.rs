@@ -3,17 +3,18 @@
 //!
 //! | part | fields |
 //! |---|---|
-//! | header | magic `CLADEJ02`; the disk's size; the image's id (16 bytes, 0 if it has none); the image's inode; when that was made (ns since 1970, 0 if unknown); checksum |
-//! | record | its number; its state; the image's length, mtime and ctime (ns); how many entries; the entries; checksum of all that |
-//! | entry | first cluster; the cluster after its last; the overlay's number, all ones for zeros, one less for the image itself |
+//! | header | magic `CLADEJ02`; disk size; image id (16 bytes); inode, birth time; checksum |
+//! | record | number; state; image length, mtime, ctime; entry count; entries; checksum of all |
+//! | entry | first cluster; cluster after the last; overlay number (ones: zeros; ones - 1: image) |
 //!
-//! Checksums are XXH3-64. The journal gets its name when the header and the first record are
-//! durable, so the first record is always whole. A later record may be torn, or may be the rest of
-//! a longer one that failed. Records count from 0. The journal ends before the first record that is
-//! not whole or has the wrong number.
+//! Times are in ns since 1970. An absent id and an unknown birth time are 0. Checksums are XXH3-64.
+//! The journal gets its name when the header and the first record are durable, so the first record
+//! is always whole. A later record may be torn, or may be the rest of a longer one that failed.
+//! Records count from 0. The journal ends before the first record that is not whole or has the
+//! wrong number.
 //!
-//! A record's state is 0 if the image must have the length and the times in the record. It is 1
-//! from the moment the VMM itself begins to write into the image.
+//! A record's state is 0 if the image must have the length and the times in the record, and 1 from
+//! the moment the VMM itself begins to write into the image.
 
 use std::fmt;
 use std::ops::Range;
@@ -24,13 +25,13 @@ pub(super) const HEADER: usize = 56;
 pub(super) const ENTRY: usize = 24;
 /// Bytes of a record before its entries.
 const RECORD: usize = 48;
-/// Places that are not an overlay's number.
+/// Values of an entry's place that are not overlay numbers.
 const ZEROS: u64 = u64::MAX;
 const IMAGE: u64 = u64::MAX - 1;
 /// A record's state while the VMM writes into the image.
 const WRITING: u64 = 1;
 
-/// The file that has clusters.
+/// The file that contains clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
     /// The image again.
@@ -41,7 +42,7 @@ pub(super) enum Place {
     Overlay(u64),
 }
 
-/// Clusters, and the file that has them.
+/// Clusters, and the file that contains them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Entry {
     pub(super) clusters: Range<u64>,
@@ -81,7 +82,7 @@ pub(super) struct Stamp {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Seen {
     pub(super) stamp: Stamp,
-    /// Whether the VMM writes into the image: the stamp does not hold then.
+    /// Whether the VMM is writing into the image: the stamp is then invalid.
     pub(super) writing: bool,
 }
 
@@ -200,7 +201,7 @@ impl Reader<'_> {
     }
 }
 
-/// Reads a record: the bytes behind it, the image's state, and the entries.
+/// Reads a record. Returns the bytes after it, the image's state, and the entries.
 fn next_record(bytes: &[u8], number: u64) -> Option<(&[u8], Seen, Vec<Entry>)> {
     let mut reader = Reader(bytes);
     let (found, state) = (reader.word()?, reader.word()?);
@@ -293,8 +294,8 @@ mod tests {
     }
 
     proptest! {
-        /// Cut anywhere, or with one bit turned over, it has the whole records before that, or is
-        /// refused: never anything else.
+        /// A journal cut anywhere, or with one bit flipped, has the whole records before that
+        /// point, or is refused.
         #[test]
         fn what_is_read_is_what_was_written_up_to_the_damage(
             records in proptest::collection::vec(some_entries(), 1..5),
@@ -337,8 +338,8 @@ mod tests {
     fn what_a_longer_record_has_left_is_no_record() {
         let entry = |overlay| Entry { clusters: 1..2, place: Place::Overlay(overlay) };
         let (mut bytes, ends) = journal(&[vec![entry(0)], vec![entry(1), entry(2)]]);
-        // The second failed; the next is shorter, and then lies what is left of it: here even a
-        // record that is whole.
+        // The second record failed, and the next is shorter. After it lies the rest of the failed
+        // one: here even a whole record.
         bytes.truncate(ends[0]);
         bytes.extend(record(1, seen(1), &[entry(3)]));
         bytes.extend(record(1, seen(1), &[entry(4)]));

@@ -18,12 +18,12 @@ use crate::disk::map::{BlockMap, CLUSTER, Source, push_run};
 pub(super) enum Checks {
     /// That the journal is the image's, and that no other program has changed the image.
     All,
-    /// That the journal's disk has the image's size: `clade disk apply` asks for no more.
+    /// That the journal's disk has the image's size: the only check of `clade disk apply`.
     Size,
 }
 
-/// A disk whose journal was left behind: its process has crashed, or other VMs still used the image
-/// when it ended.
+/// A disk whose journal was left behind: its process crashed, or other VMs still used the image at
+/// its end.
 #[derive(Debug)]
 pub(in crate::disk) struct RecoveredJournal {
     location: Location,
@@ -35,12 +35,12 @@ pub(in crate::disk) struct RecoveredJournal {
     file: Arc<IoFile>,
 }
 
-/// What is beside an image.
+/// The journal files beside an image.
 #[derive(Debug)]
 pub(super) enum Beside {
     /// No directory.
     Nothing,
-    /// A directory, locked, whose journal does not count.
+    /// A directory, locked, with an invalid journal.
     Names(Directory),
     /// A directory, locked, and the bytes of the journal in it.
     Journal(Directory, Arc<IoFile>, Vec<u8>),
@@ -75,12 +75,12 @@ fn missing(location: &Location, image: &IoFile, id: format::JournalId) -> DiskEr
 }
 
 impl RecoveredJournal {
-    /// Looks for the journal of the image that `base` is. Removes a journal that does not count, if
-    /// the image is writable.
+    /// Looks for the journal of the image `base`. Removes an invalid journal, if the image is
+    /// writable.
     ///
     /// # Errors
-    /// When the journal cannot be read, is not this image's, or lacks a file; when the image has
-    /// changed since; or when the image's attribute names a journal that is not here.
+    /// When the journal cannot be read, belongs to another image, or lacks a file; when the image
+    /// has changed since; or when the image's attribute names an absent journal.
     pub(in crate::disk) fn find(base: &Arc<IoFile>, size: u64) -> Result<Option<Self>, DiskError> {
         if base.is_block_device() {
             return Ok(None);
@@ -92,7 +92,8 @@ impl RecoveredJournal {
             Beside::Nothing => return mark.id().map_or(Ok(None), |id| Err(missing(&location, base, id))),
             Beside::Names(dir) => {
                 if let Mark::Id(id) = mark {
-                    // The journal is not finished, or is applied already: its name says so.
+                    // The name of the file shows that the journal is unfinished, or was applied
+                    // already.
                     let same = header_in(&dir, NEXT)?.is_some_and(|header| header.id == Some(id));
                     if !same {
                         return Err(missing(&location, base, id));
@@ -168,7 +169,7 @@ impl RecoveredJournal {
     }
 }
 
-/// The journal's end, where records are added while clusters are copied into the image.
+/// The end of the journal, where records are added while clusters are copied into the image.
 #[derive(Debug)]
 pub(in crate::disk) struct Log {
     pub(super) file: Arc<IoFile>,
@@ -189,7 +190,7 @@ impl Log {
     }
 }
 
-/// What was written into an image.
+/// Bytes written into an image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Report {
     /// Bytes copied from overlays.
@@ -200,19 +201,19 @@ pub struct Report {
 
 /// Bytes copied at once.
 const CHUNK: u64 = 1 << 20;
-/// Most bytes that are in an overlay and in the image at the same time.
+/// Maximum number of bytes in an overlay and in the image at the same time.
 #[cfg(not(test))]
 const BATCH: u64 = 16 << 20;
 #[cfg(test)]
 const BATCH: u64 = 16 << 10;
 
-/// Copies into `base` what `map` has in other files, and makes it durable. With a journal it copies
-/// piece by piece. Once a piece is durable in the image, the journal records that, and the piece's
-/// room in the overlay is freed. Without a journal the overlays stay as they are, because the image
-/// is not whole before the end.
+/// Copies the clusters of `map` that are in other files into `base`, and makes them durable. With a
+/// journal, the copy is piecewise. Once a piece is durable in the image, the journal records that,
+/// and the piece's room in the overlay is freed. Without a journal the overlays stay unchanged,
+/// because the image is incomplete until the end.
 ///
 /// # Errors
-/// When a step fails. `map` shows what is in the image then.
+/// When a step fails. `map` then shows which clusters are in the image.
 pub(in crate::disk) fn write_back(
     map: &mut BlockMap,
     base: &Arc<IoFile>,
@@ -262,7 +263,7 @@ pub(in crate::disk) fn write_back(
     Ok(report)
 }
 
-/// Clusters that are in the image, and not known to be durable there.
+/// Clusters that are in the image, but may not be durable there.
 #[derive(Default)]
 struct Batch {
     runs: Vec<Range<u64>>,
@@ -288,7 +289,7 @@ impl Batch {
             log.add(&entries)?;
         }
         runs.into_iter().for_each(|run| map.insert(run, Source::File(Arc::clone(base))));
-        // Not before: until then the journal has the clusters here.
+        // Not earlier: until now the journal refers to these clusters.
         for (file, piece) in self.overlays.drain(..).filter(|(file, _)| file.is_writable()) {
             punch(&file, piece.start * CLUSTER, (piece.end - piece.start) * CLUSTER);
         }
@@ -303,7 +304,7 @@ fn punch(file: &IoFile, offset: u64, len: u64) {
     let _ = rustix::fs::fallocate(file, Flags::PUNCH_HOLE | Flags::KEEP_SIZE, offset, len);
 }
 
-/// Makes a range of a file zeros: as a hole, or by writing them where there are no holes.
+/// Makes a range of a file zeros: as a hole, or by writing zeros if the file system has no holes.
 fn zero(file: &IoFile, start: u64, end: u64) -> Result<(), FileError> {
     use rustix::fs::FallocateFlags as Flags;
     file.set_unsynced();

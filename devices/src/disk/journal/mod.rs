@@ -1,16 +1,16 @@
-//! What of a forked disk survives the process: a journal beside the image.
+//! The durable part of a forked disk: a journal beside the image.
 //!
-//! From its first fork on, a disk writes to overlays without names, and the image is read-only. A
-//! flush must still make writes durable. So the disk that was opened from the image names its
-//! overlays when it is flushed, in a directory beside the image. A journal there records which
-//! clusters are in which overlay. Opening the image applies the journal (left.rs). A commit works
-//! the same way, and so is one step.
+//! From its first fork on, a disk writes to unnamed overlays, and the image is read-only. A flush
+//! must still make writes durable. So the disk that was opened from the image names its overlays
+//! when it is flushed, in a directory beside the image. A journal there records which clusters are
+//! in which overlay. Opening the image applies the journal (left.rs). A commit works the same way,
+//! and so is one step.
 //!
 //! ```text
-//! disk.img                    the image; the attribute user.clade.journal has the journal's id
+//! disk.img                    the image; its attribute user.clade.journal is the journal's id
 //! disk.img.clade-journal/
-//!     journal                 which clusters are where (format.rs); replaced as a whole, or appended to
-//!     journal.next            a journal that does not count: not yet, or no longer
+//!     journal                 the places of clusters (format.rs); replaced whole, or appended to
+//!     journal.next            an invalid journal: not yet valid, or no longer
 //!     overlay.0, overlay.1    clusters, each at its own offset in the disk
 //! ```
 //!
@@ -20,20 +20,21 @@
 //! 2. Their data, their names, and the image's data are made durable. For the first journal, so is
 //!    its header.
 //! 3. The first time, the image gets the journal's id in an attribute, durably.
-//! 4. A record is written and made durable. It has the clusters that have *moved*, and the image's
-//!    length and times. Before step 2 the record could refer to data that is not there: a sector of
-//!    a disk holds its old or its new content, but a file that was not synced may hold anything.
+//! 4. A record is written and made durable. The record has the clusters that have *moved*, and the
+//!    image's length and times. Before step 2 the record could refer to data that is not there: a
+//!    sector of a disk holds its old or its new content, but a file that was not synced may hold
+//!    anything.
 //! 5. A whole journal, in a file of its own so far, takes the old one's name. The rename is made
 //!    durable.
 //!
 //! A write in place, to an overlay that the journal refers to already, moves nothing. Its flush is
 //! step 2 alone, with one sync.
 //!
-//! A flush of a disk that is all in its image again removes the journal, in three durable steps:
-//! the journal ceases to count, the image's attribute goes, the files go.
+//! A flush of a disk that is again all in its image removes the journal, in three durable steps:
+//! the journal becomes invalid, the image's attribute is removed, the files are removed.
 //!
-//! The journal holds every file it refers to, whatever the map says meanwhile. The files are used
-//! again only when another journal, which does not refer to them, is durable.
+//! The journal holds every file it refers to, even if the map no longer does. The files are reused
+//! only when another journal, which does not refer to them, is durable.
 
 mod admin;
 mod files;
@@ -72,7 +73,8 @@ struct Named {
 }
 
 impl Named {
-    /// Whether only the journal has it. It is in no map any more, and nothing writes to it.
+    /// Whether the journal has the last reference: no map contains the overlay, and it is not
+    /// written.
     fn is_stale(&self) -> bool {
         Arc::strong_count(&self.file) == 1
     }
@@ -87,7 +89,7 @@ pub(super) struct Standing {
     pub(super) writing: bool,
 }
 
-/// The journal of an image, as far as it is written.
+/// The journal of an image, as far as it has been written.
 #[derive(Debug)]
 pub(super) struct Journal {
     location: Location,
@@ -112,13 +114,13 @@ pub(super) struct Journal {
     next_overlay: u64,
     /// Ranges that the map has moved since the last record.
     moved: Vec<Range<u64>>,
-    /// Whether the system has failed to make a write durable. It reports that once, and not what
-    /// was lost: no record may refer to the overlay.
+    /// The system has failed to make a write durable. It reports that once, and not the lost range:
+    /// no record may refer to the overlay.
     broken: bool,
-    /// Whether the next record must be a whole one, because the map is not the one that the last
-    /// record continued.
+    /// The next record must be a whole one, because the map is not the one that the last record
+    /// continued.
     whole: bool,
-    /// The file that is to replace the journal.
+    /// The file that will replace the journal.
     next: Option<Arc<IoFile>>,
     writing: Option<Writing>,
 }
@@ -192,8 +194,8 @@ impl Journal {
         self.named.then(|| self.location.path())
     }
 
-    /// Whether `error`, at the first name to be given, says that no name can be given. The file
-    /// system does not support it, the directory is read-only, or /proc is not mounted.
+    /// Whether `error`, from the first attempt to name an overlay, means that naming is impossible:
+    /// the file system does not support it, the directory is read-only, or /proc is not mounted.
     pub(super) fn is_impossible(&self, error: &FileError) -> bool {
         use rustix::io::Errno as E;
         let errno = E::from_io_error(&error.source);
@@ -206,7 +208,7 @@ impl Journal {
         self.broken
     }
 
-    /// Whether the last durable record says that the image is being written.
+    /// Whether the last durable record marks the image as being written.
     pub(super) fn says_writing(&self) -> bool {
         self.seen.is_some_and(|seen| seen.writing)
     }
@@ -236,14 +238,14 @@ impl Journal {
         self.whole = true;
     }
 
-    /// Notes that another file is the image now. There is no journal of the one before.
+    /// Notes that another file is now the image. The journal of the old image is gone.
     pub(super) fn rebase(&mut self, base: &Arc<IoFile>, (inode, born): (u64, u64)) {
         self.base = Arc::clone(base);
         (self.header.inode, self.header.born) = (inode, born);
         self.replaced();
     }
 
-    /// The journal's end, for a commit that copies overlays into the image piece by piece.
+    /// The end of the journal, for a commit that copies overlays into the image piece by piece.
     pub(super) fn log(&self) -> Option<Log> {
         let (file, seen) = (self.file.clone()?, self.seen?);
         Some(Log { file, end: self.end, records: self.records, seen })
@@ -252,7 +254,7 @@ impl Journal {
     /// Removes the journal, when the image has everything.
     ///
     /// # Errors
-    /// When it is still there. It must not be applied again once the image has been written.
+    /// When the journal is still there. A journal must not be applied to an image written since.
     pub(super) fn remove(&mut self) -> Result<(), FileError> {
         if let Some(dir) = self.dir.clone() {
             files::retire(&self.location, &dir, &self.base)?;

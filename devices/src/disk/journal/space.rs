@@ -8,22 +8,22 @@ use super::files::allocated;
 use super::{Journal, format};
 use crate::disk::map::{BlockMap, CLUSTER};
 
-/// A journal is replaced if it is longer than so many bytes, and longer than so many times the
+/// A journal is replaced if it is longer than this many bytes, and this many times longer than the
 /// entries of a whole one.
 const LONG: (u64, u64) = (1 << 20, 4);
-/// Overlays that only the journal has, before it is replaced.
+/// Number of overlays referred to by the journal alone, before it is replaced.
 pub(super) const STALE: usize = 16;
-/// Garbage allowed in the journal's overlays: so many bytes, and one in so many of the disk's
-/// bytes.
+/// Garbage allowed in the journal's overlays: a number of bytes, and a fraction (one in so many) of
+/// the disk's size.
 const GARBAGE: (u64, u64) = (1 << 20, 8);
 
 impl Journal {
-    /// Bytes of garbage that overlays may have.
+    /// Maximum bytes of garbage in overlays.
     fn garbage_limit(&self) -> u64 {
         GARBAGE.0 + self.header.size / GARBAGE.1
     }
 
-    /// Whether a whole journal is better than another record.
+    /// Whether a whole journal is better than one more record.
     pub(super) fn is_long(&self, map: &BlockMap) -> bool {
         let (long, times) = LONG;
         if self.end > long && self.end > times * (format::ENTRY * map.len()) as u64 {
@@ -34,8 +34,8 @@ impl Journal {
             || !stale.is_empty() && stale.iter().map(|named| allocated(&named.file)).sum::<u64>() > self.garbage_limit()
     }
 
-    /// Overlays to move clusters away from: those whose allocated bytes `map` uses least, while the
-    /// garbage of all is above the limit. `own` is still written.
+    /// Overlays to move clusters out of: those with the least used share of allocated bytes, while
+    /// the total garbage is above the limit. `own` is still being written.
     pub(in crate::disk) fn wasteful(&self, map: &BlockMap, own: Option<&Arc<IoFile>>) -> Vec<Arc<IoFile>> {
         let is_own = |file: &Arc<IoFile>| own.is_some_and(|own| Arc::ptr_eq(own, file));
         if self.overlays.len() < 2 {

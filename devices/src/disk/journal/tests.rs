@@ -13,7 +13,7 @@ use crate::disk::testutil::{SOON, begin_write, finish, read, run, whole, write};
 use crate::disk::{CommitError, CommitReport, Disk, DiskConfig, DiskError, DiskOp, SECTOR};
 
 const CLUSTERS: u64 = 40;
-/// Not whole clusters.
+/// The last cluster is short.
 const SIZE: u64 = CLUSTERS * CLUSTER - 3 * SECTOR;
 
 struct Bench {
@@ -35,7 +35,7 @@ impl Bench {
         Disk::open(&DiskConfig::new(&self.path)).unwrap()
     }
 
-    /// Forked, and the first cluster written since.
+    /// A forked disk, with the first cluster written since.
     fn forked(&self) -> Disk {
         let mut disk = self.open();
         drop(disk.fork());
@@ -47,7 +47,7 @@ impl Bench {
         fs::read(&self.path).unwrap()
     }
 
-    /// What the image says of its journal.
+    /// The journal's id in the image's attribute.
     fn mark(&self) -> Option<String> {
         let mut text = [0; 64];
         let len = rustix::fs::getxattr(&self.path, tie::XATTR, &mut text).ok()?;
@@ -87,7 +87,7 @@ fn what_was_flushed_after_a_fork_is_there_when_the_process_is_not() {
     write(&mut disk, 5 * CLUSTER, &[5; 4096]);
     flush(&mut disk);
     assert_eq!(bench.names(), ["journal", "overlay.0", "overlay.1"]);
-    // Not flushed, and moved: it may be lost.
+    // Moved but not flushed: may be lost.
     write(&mut disk, 6 * CLUSTER, &[6; 4096]);
     assert!(bench.image() == vec![1; SIZE as usize] && whole(&image) == vec![1; SIZE as usize]);
     drop((disk, image));
@@ -136,7 +136,7 @@ fn a_commit_that_did_not_come_to_its_end_is_finished_by_the_next_to_open_the_ima
         break;
     }
 
-    // What is in the way is not there any more the third time.
+    // The obstacle is gone at the third attempt.
     let bench = Bench::new();
     let mut disk = bench.forked();
     assert!(disk.keep());
@@ -165,7 +165,7 @@ fn what_cannot_be_committed_is_kept() {
     assert_eq!(*kept, bench.journal);
     assert!(refused.to_string().contains("is put in when the image is opened next"), "{refused}");
     drop(disk);
-    // The child is alone now, but not the one the image belongs to.
+    // The child is alone now, but the image does not belong to it.
     let mut child = image.open().unwrap();
     drop(image);
     write(&mut child, 0, &[3; 4096]);
@@ -197,12 +197,12 @@ fn a_journal_that_is_damaged_or_anothers_is_refused_and_nothing_is_lost() {
     fs::write(&journal, &bad).unwrap();
     assert_eq!(refused(), JournalError::Damaged);
     fs::write(&journal, &good).unwrap();
-    // Somebody else could have put it there.
+    // Another user could have put the journal there.
     let mode = |mode| fs::set_permissions(&bench.journal, fs::Permissions::from_mode(mode)).unwrap();
     mode(0o777);
     assert_eq!(refused(), JournalError::NotOurs);
     mode(0o700);
-    // Another VM has taken the name.
+    // Another VM holds the lock.
     let other = File::open(&bench.journal).unwrap();
     other.lock().unwrap();
     let error = Disk::open(&DiskConfig::new(&bench.path)).unwrap_err().to_string();
@@ -231,7 +231,7 @@ fn names_without_a_journal_are_nothing_and_a_link_leads_to_the_same_one() {
     assert!(bench.image()[..4096] == [2; 4096]);
 }
 
-/// A directory that is read-only is no reason to fail a flush, unless a journal is there already.
+/// A read-only directory does not fail a flush, unless a journal is there already.
 #[test]
 fn what_cannot_be_is_told_from_what_failed() {
     let bench = Bench::new();
@@ -294,7 +294,7 @@ fn the_journal_and_its_overlays_stay_few() {
     assert!(bench.image() == model);
 }
 
-/// What the kernel would do of it, and what it was.
+/// Executes the request as the kernel would, and describes it.
 fn carry_out(request: &Request) -> String {
     let name = |file: &IoFile| file.path().file_name().unwrap().to_str().unwrap().to_owned();
     match request {
@@ -312,7 +312,7 @@ fn carry_out(request: &Request) -> String {
     }
 }
 
-/// Stopped after any step, and opened again.
+/// Stopped after any step, and reopened.
 #[test]
 fn a_flush_is_in_order_and_one_step() {
     for stop in 0..9 {
@@ -339,7 +339,7 @@ fn a_flush_is_in_order_and_one_step() {
             "sync disk.img.clade-journal, all",
             "sync journal.next",
             "sync disk.img.clade-journal, all",
-            // The overlay: it is known by the directory it was made in.
+            // The overlay, known by the directory it was made in.
             &format!("sync {beside}"),
             "sync disk.img, all",
             "write journal.next at 56",
@@ -385,21 +385,20 @@ fn a_flush_that_failed_is_done_again_from_the_beginning() {
     }
     assert!(told(journal.begin(&map, Standing::default()).unwrap()).is_empty() && journal.next().unwrap().is_none());
     assert_eq!(bench.names(), ["journal", "overlay.0"]);
-    // What the system has lost it does not say twice.
+    // The system reports a lost write only once.
     let _ = journal.begin(&map, Standing::default()).unwrap();
     journal.give_up(true);
     let refused = journal.begin(&map, Standing::default()).unwrap_err().to_string();
     assert!(refused.contains("a write to an overlay was lost"), "{refused}");
 }
 
-/// What a journal names is kept for it, though everybody else has lost interest while it was
-/// written.
+/// The journal keeps its overlays even if every other reference was dropped while it was written.
 #[test]
 fn an_overlay_that_the_journal_alone_has_stays() {
     let bench = Bench::new();
     let mut disk = bench.forked();
     flush(&mut disk);
-    // Once more as a whole, with nothing left to be synced.
+    // A whole journal again, with no data to sync.
     let map = disk.chain.map().clone();
     let journal = disk.durability.journal_mut().unwrap();
     journal.replaced();
@@ -417,7 +416,7 @@ fn an_overlay_that_the_journal_alone_has_stays() {
     assert!(bench.image()[..4096] == [2; 4096], "as it was flushed");
 }
 
-/// Of a journal that has its name, durably or not, the next flush has to say that it is over.
+/// If the journal has its name, durably or not, the next flush has to retire it.
 #[test]
 fn a_journal_that_may_be_there_is_replaced_even_by_nothing() {
     let bench = Bench::new();
@@ -439,7 +438,7 @@ fn a_journal_that_may_be_there_is_replaced_even_by_nothing() {
     assert!(bench.image() == vec![1; SIZE as usize], "it was put back");
 }
 
-/// The first has taken what there is to be synced; the second must not be done before it.
+/// The first flush has taken the data to sync; the second must not finish before it.
 #[test]
 fn a_flush_waits_for_the_one_before_it() {
     let bench = Bench::new();
@@ -463,8 +462,8 @@ mod order;
 mod survival;
 mod tied;
 
-/// An overlay is handed to other processes to be read, and none opens it for writing again. One of a
-/// disk that keeps a journal is given a name, and whoever finds it writes it.
+/// An overlay that another process gets for reading is never opened for writing again. An overlay
+/// of a disk with a journal gets a name, by which it can be opened and written.
 #[test]
 fn overlays_are_written_again_only_where_a_journal_names_them() {
     let bench = Bench::new();
@@ -474,7 +473,7 @@ fn overlays_are_written_again_only_where_a_journal_names_them() {
     write(&mut disk, 0, &[2; 4096]);
     assert_eq!(mode(&disk), 0o600);
     drop(image);
-    // In another process a disk has layers, and no image that it may write.
+    // In another process a disk has layers, and no writable image.
     let config = DiskConfig::new(&bench.path);
     let mut child = crate::disk::DiskImage::from_layers(&config, SIZE, &[]).unwrap().open().unwrap();
     write(&mut child, 0, &[2; 4096]);

@@ -34,7 +34,7 @@ impl Mark {
 /// A random id.
 pub(super) fn new_id() -> Result<JournalId, rustix::io::Errno> {
     let mut bytes = [0; 16];
-    // Never 0, which means no id.
+    // Not 0, which stands for no id.
     bytes[0] = 1;
     rustix::rand::getrandom(&mut bytes[1..], rustix::rand::GetRandomFlags::empty())?;
     Ok(JournalId(u128::from_le_bytes(bytes)))
@@ -45,8 +45,8 @@ pub(super) fn read_mark(image: &IoFile) -> Result<Mark, FileError> {
     match fgetxattr(image, XATTR, &mut text) {
         Ok(len) => {
             let text = std::str::from_utf8(&text[..len]).ok().and_then(|text| u128::from_str_radix(text, 16).ok());
-            // A value that is no id of ours belongs to no journal. It is refused as another
-            // journal's id is.
+            // A value that is not one of our ids matches no journal. The image is refused as for
+            // another journal's id.
             Ok(Mark::Id(JournalId(text.unwrap_or(0))))
         }
         Err(Errno::NODATA) => Ok(Mark::None),
@@ -83,7 +83,7 @@ pub(super) fn stamp(image: &IoFile) -> Result<Stamp, FileError> {
     Ok(Stamp { len: stat.stx_size, mtime: ns(stat.stx_mtime), ctime: ns(stat.stx_ctime) })
 }
 
-/// Whether the image, whose stamp is `now`, is as the record in `seen` says.
+/// Compares the image's stamp `now` with the record's in `seen`.
 pub(super) fn unchanged(seen: Seen, now: Stamp) -> Result<(), JournalError> {
     let was = seen.stamp;
     let pairs = [("length", was.len, now.len), ("mtime", was.mtime, now.mtime), ("ctime", was.ctime, now.ctime)];

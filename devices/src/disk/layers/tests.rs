@@ -10,10 +10,10 @@ use super::*;
 use crate::disk::testutil::{SOON, buffer, finish, read, run, whole, write};
 use crate::disk::{CommitError, Disk, DiskOp};
 
-/// Not whole clusters.
+/// The last cluster is short.
 const SIZE: u64 = 40 * CLUSTER + 3 * SECTOR;
 
-/// A disk's file in `dir`: data, and from cluster 20 to 30 a hole.
+/// A disk's file in `dir`: data, with a hole from cluster 20 to 30.
 fn file(dir: &Path) -> (PathBuf, Vec<u8>) {
     let path = dir.join("disk.img");
     let mut model: Vec<u8> = (0..SIZE).map(|at| (at / SECTOR) as u8 | 1).collect();
@@ -29,7 +29,7 @@ fn bytes_of(run: &DiskRun, size: u64) -> Range<usize> {
     (run.clusters.start * CLUSTER) as usize..((run.clusters.end * CLUSTER).min(size)) as usize
 }
 
-/// Writes `runs` of `image` down, as a snapshot does.
+/// Writes `runs` of `image` to a file, as a snapshot does.
 fn layer(dir: &Path, number: usize, image: &DiskImage, runs: Vec<DiskRun>) -> DiskLayer {
     let path = dir.join(format!("layer{number}"));
     let to = File::create(&path).unwrap();
@@ -62,7 +62,7 @@ enum Act {
         unmap: bool,
     },
     Fork,
-    /// Goes on in a disk made of the last image, as after a reset.
+    /// Continues in a disk made of the last image, as after a reset.
     Back,
 }
 
@@ -172,7 +172,7 @@ fn a_disk_made_of_layers_writes_beside_them() {
     let layers = [layer(dir.path(), 0, &image, image.runs().unwrap())];
     let written = fs::read(dir.path().join("layer0")).unwrap();
     let overlays = tempfile::tempdir().unwrap();
-    // The image itself may be gone, and its directory with it.
+    // The image itself may be gone, with its directory.
     let mut config = DiskConfig::new("/no/such/directory/disk.img".as_ref());
     let refused = DiskImage::from_layers(&config, SIZE, &layers).unwrap_err().to_string();
     assert!(refused.contains("/no/such/directory"), "{refused}");
@@ -240,7 +240,7 @@ fn what_is_still_being_written_is_not_read() {
     let refused = image.read_at(0, &mut [0; 16]).unwrap_err().to_string();
     assert!(refused.contains("disk.img") && refused.contains("in flight"), "{refused}");
     assert!(image.runs().unwrap().iter().all(|run| !run.zero), "a hole may be filled yet");
-    // A disk that continues from it refuses too, though it has nothing in flight itself.
+    // A disk that continues from the image refuses too, though it has no request in flight.
     let heir = image.open().unwrap().fork();
     assert!(heir.read_at(0, &mut [0; 16]).is_err());
     finish(&mut disk);
@@ -251,7 +251,7 @@ fn what_is_still_being_written_is_not_read() {
     assert_eq!(heir.changed_since(&image).unwrap(), []);
 }
 
-/// No request, no fork and no snapshot shows what an overlay held before it was this disk's.
+/// Requests, forks and snapshots never show an overlay's contents from a previous owner.
 #[test]
 fn an_overlay_that_was_somebody_elses_shows_nothing_of_it() {
     let dir = tempfile::tempdir().unwrap();
@@ -262,7 +262,7 @@ fn an_overlay_that_was_somebody_elses_shows_nothing_of_it() {
     let mut child = first.open().unwrap();
     write(&mut child, 0, &old);
     drop(child);
-    // Its overlay is whose turn it is next, with all of that in it.
+    // The reused overlay, with all of that in it.
     let mut next = first.open().unwrap();
     let mut want = model.clone();
     let put = |disk: &mut Disk, want: &mut Vec<u8>, sector: u64, sectors: u64, byte: u8| {
@@ -287,8 +287,8 @@ fn an_overlay_that_was_somebody_elses_shows_nothing_of_it() {
     assert_eq!(whole(&first), model);
 }
 
-/// The image file stays locked as long as another process shows anything of the disk, also when
-/// nothing of that file is shown and whoever gave the layers away has gone.
+/// The image file stays locked as long as another process uses any file of the disk, even if it
+/// uses none of that file's clusters and the process that gave the layers away has ended.
 #[test]
 fn layers_given_away_keep_the_image_file_locked() {
     let dir = tempfile::tempdir().unwrap();

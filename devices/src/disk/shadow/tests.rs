@@ -19,7 +19,7 @@ fn open(path: &Path) -> Arc<IoFile> {
 }
 
 impl Bench {
-    /// An image of ones, of whose second cluster an overlay has twos, and a new image that is a
+    /// An image of ones, with twos in an overlay for the second cluster, and a new image that is a
     /// copy of it.
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
@@ -58,7 +58,7 @@ impl Bench {
         fs::metadata(self.dir.path().join("disk.img")).unwrap().ino()
     }
 
-    /// What is to be synced next.
+    /// The next file to sync.
     fn next(&mut self) -> Option<(Arc<IoFile>, bool)> {
         match self.shadow.next().unwrap() {
             Some(Request::Sync { file, all }) => Some((file, all)),
@@ -85,7 +85,7 @@ fn a_new_image_is_on_the_disk_before_it_has_the_name_and_the_name_after() {
     assert!(bench.inode() != old && bench.second_cluster() == 2);
     assert!(bench.shadow.is_writing(), "it is not over before that is done");
     assert!(bench.next().is_none() && !bench.shadow.is_writing());
-    // What has changed since is written into it, and synced before the flush is over.
+    // Changed clusters are written into the new image, and synced before the flush ends.
     bench.overlay.write_now(&[3; CLUSTER as usize], CLUSTER).unwrap();
     let named = bench.inode();
     bench.begin(1..2);

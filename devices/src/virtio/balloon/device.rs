@@ -24,7 +24,7 @@ const STATS: usize = 2;
 const REPORTING: usize = 3;
 /// Chains in a turn: a chain is up to some hundred pages to discard.
 const BATCH: usize = 4;
-/// Most page numbers in a chain; Linux sends 256.
+/// Maximum number of page numbers in a chain; Linux sends 256.
 const MAX_PAGES: usize = 4096;
 /// Offsets in `struct virtio_balloon_config`.
 const NUM_PAGES: u64 = 0;
@@ -72,17 +72,17 @@ const TAGS: [BalloonStat; 10] = [
 /// The state of a balloon, and the guest's statistics.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BalloonStats {
-    /// Pages that the guest is to give up.
+    /// Pages that the guest should give up.
     pub target: u32,
-    /// Pages that the guest says it has given up.
+    /// Pages that the guest has given up, as reported by the guest.
     pub actual: u32,
     /// Pages discarded so far, by inflation and by reporting.
     pub discarded: u64,
     /// Pages that were not discarded because they are pinned.
     pub pinned: u64,
-    /// The statistics that the guest sent last. [`Balloon::ask`] asks for new ones.
+    /// The guest's latest statistics. [`Balloon::ask`] requests new ones.
     pub guest: Vec<(BalloonStat, u64)>,
-    /// How often the guest has sent statistics.
+    /// Number of statistics received from the guest.
     pub answers: u64,
 }
 
@@ -90,9 +90,9 @@ pub struct BalloonStats {
 #[derive(Debug)]
 pub struct Balloon {
     config: Config,
-    /// The chain with the guest's statistics, held until new ones are wanted.
+    /// The chain with the guest's statistics, held until new ones are requested.
     stats_chain: Option<u16>,
-    /// Whether the guest is to send statistics.
+    /// Whether the guest should send statistics.
     asked: bool,
     bell: Arc<EventFd>,
     known: BalloonStats,
@@ -112,8 +112,8 @@ impl Balloon {
         Ok(Self { config, stats_chain: state.stats_chain, asked: false, bell, known })
     }
 
-    /// Sets how many pages the guest is to give up in all. The caller must then interrupt the
-    /// driver for a changed configuration.
+    /// Sets the total number of pages that the guest should give up. The caller must then interrupt
+    /// the driver for a changed configuration.
     pub fn set_target(&mut self, pages: u32) {
         self.config.write(NUM_PAGES, &pages.to_le_bytes());
     }
@@ -125,10 +125,10 @@ impl Balloon {
         BalloonStats { target, actual, ..self.known.clone() }
     }
 
-    /// Asks the guest for statistics. [`Balloon::stats`] has the answer some time later.
+    /// Requests statistics from the guest. [`Balloon::stats`] has them some time later.
     pub fn ask(&mut self) {
         self.asked = true;
-        // A full counter wakes the device too.
+        // A full counter wakes the device as well.
         let _ = self.bell.write(1);
     }
 
@@ -174,7 +174,7 @@ impl Balloon {
         Ok(())
     }
 
-    /// Discards free pages that the guest reports. The guest finds zeros when it uses them again.
+    /// Discards free pages that the guest reports. The guest finds zeros in them later.
     fn report(&mut self, ram: &GuestRam, segments: &[Segment]) {
         for segment in segments {
             let (start, end) = (segment.address.0, segment.address.0 + u64::from(segment.len));
@@ -190,7 +190,7 @@ impl Balloon {
     }
 
     fn note(&mut self, io: &QueueCtx, chain: &Chain) -> Result<(), FatalError> {
-        /// Of `struct virtio_balloon_stat`: a tag of 2 bytes and a number of 8, packed.
+        /// Size of `struct virtio_balloon_stat`: a tag of 2 bytes and a number of 8, packed.
         const STAT: usize = 10;
         let mut bytes = vec![0; (dma::len_of(&chain.readable) as usize).min(64 * STAT)];
         dma::copy_in(&io.ram, &chain.readable, &mut bytes)?;
@@ -204,7 +204,7 @@ impl Balloon {
         Ok(())
     }
 
-    /// Receives statistics. The guest posts a chain with them, and posts it again when it is used.
+    /// Receives statistics. The guest posts a chain with them, and again after the chain is used.
     fn listen(&mut self, io: &mut QueueCtx) -> Result<(), FatalError> {
         if self.asked
             && let Some(head) = self.stats_chain.take()
@@ -270,7 +270,7 @@ impl DeviceOps for Balloon {
         self.config.write(NUM_PAGES, &state.target.to_le_bytes());
         self.config.write(ACTUAL, &state.actual.to_le_bytes());
         (self.stats_chain, self.asked) = (state.stats_chain, false);
-        // The statistics are from later than the state.
+        // The statistics are newer than the saved state.
         self.known.guest.clear();
         Ok(())
     }
@@ -287,8 +287,8 @@ impl DeviceOps for Balloon {
                 io.add_used(INFLATE, chain.head, 0)?;
                 idle = false;
             }
-            // The guest may use the pages before it reports the deflation. They have been zeros
-            // since they were discarded.
+            // The guest may use the pages before it reports the deflation. Discarded pages already
+            // read as zeros.
             if let Some(chain) = io.pop(DEFLATE)? {
                 io.add_used(DEFLATE, chain.head, 0)?;
                 idle = false;

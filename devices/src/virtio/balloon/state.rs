@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 /// discarded in both.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BalloonState {
-    /// Pages that the guest is to give up.
+    /// Pages that the guest should give up.
     pub target: u32,
-    /// Pages that the guest says it has given up.
+    /// Pages that the guest has given up, as reported by the guest.
     pub actual: u32,
     /// The chain with the guest's statistics, popped and not used.
     pub stats_chain: Option<u16>,

@@ -52,7 +52,7 @@ enum Place {
     Here(Box<Disk>),
     /// The worker.
     Working(Worker<BlockService>),
-    /// None: the worker's thread could not be ended, or could not be started. Every reset and
+    /// No owner: the worker's thread could not be ended, or could not be started. Every reset and
     /// activation reports it.
     Lost,
 }
@@ -64,7 +64,7 @@ pub struct Block {
     config: [u8; CONFIG_LEN],
     features: u64,
     place: Place,
-    /// Chains that were in flight in the saved state, and are not begun again yet.
+    /// Chains that were in flight in the saved state, and have not begun again yet.
     replay_queue: VecDeque<InFlight>,
     limiter: Limiter,
 }
@@ -121,7 +121,7 @@ impl Block {
         }
     }
 
-    /// Stops the device for good, and returns its disk. None if its requests do not end.
+    /// Stops the device for good, and returns its disk. Returns None if its requests do not end.
     pub fn take_disk(&mut self) -> Option<Disk> {
         let _over = self.deactivate();
         match std::mem::replace(&mut self.place, Place::Lost) {
@@ -142,8 +142,8 @@ fn config_space(size: u64, queues: u16) -> [u8; CONFIG_LEN] {
     let cluster_sectors = (CLUSTER / SECTOR) as u32;
     put(0, &(size / SECTOR).to_le_bytes());
     put(12, &SEG_MAX.to_le_bytes());
-    // A sector can be written alone. A cluster (2^3 sectors) is cheaper: a smaller write may have
-    // to read the rest of it.
+    // A single sector can be written. A whole cluster (2^3 sectors) is cheaper: a smaller write may
+    // have to read the rest of it.
     put(20, &(SECTOR as u32).to_le_bytes());
     put(24, &[cluster_sectors.trailing_zeros() as u8]);
     put(26, &(cluster_sectors as u16).to_le_bytes());
@@ -228,7 +228,7 @@ impl VirtioDevice for Block {
         match &self.place {
             Place::Working(worker) => {
                 let over = worker.with(|service| service.halt(patience));
-                // If the reset does not succeed, the requests to be done again are begun again.
+                // If the reset fails, the requests to be repeated begin again.
                 worker.start_over();
                 over
             }
@@ -250,8 +250,8 @@ impl VirtioDevice for Block {
             self.replay_queue = state.in_flight.iter().copied().collect();
             return if rewound { Ok(()) } else { Err(ActivateError::NotReady) };
         };
-        // In place if the worker waits for the same queues' events then and now: starting a thread
-        // costs more than all the rest.
+        // In place if the worker has waited for the same queues' events: starting a thread costs
+        // more than all the rest.
         if let Place::Working(worker) = &self.place
             && worker.is_alive()
             && worker.with(|service| service.has_queues(&with.queues))
@@ -283,7 +283,7 @@ impl VirtioDevice for Block {
             Place::Here(disk) => {
                 (self.replay_queue.iter().copied().collect(), vec![None; self.queue_sizes.len()], disk.fork())
             }
-            // The worker stands still: nothing is submitted between the list and the map.
+            // The worker is paused, so no request is submitted between the list and the map.
             Place::Working(worker) => {
                 worker.with(|service| (service.in_flight(), service.queue_states(), service.disk.fork()))
             }

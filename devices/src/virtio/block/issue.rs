@@ -1,5 +1,5 @@
-//! A request's way: begun, given to the disk in pieces, and returned to the driver after the last
-//! one.
+//! The path of a request: begun, given to the disk in pieces, and returned to the driver after the
+//! last one.
 
 use clade_memory::Access;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
@@ -12,11 +12,11 @@ use super::transfer::{Piece, Transfer};
 use crate::disk::{DiskError, DiskOp};
 use crate::virtio::{YieldRequest, dma};
 
-/// Most bytes of the pieces in a turn: their pages are pinned, and the kernel copies at once what
-/// is in its cache.
+/// Maximum bytes in the pieces of one turn: their pages are pinned, and data in the page cache is
+/// copied at once by the kernel.
 pub(super) const BATCH_BYTES: u64 = 256 << 10;
-/// Most pieces that the disk has at a time, and most bytes in them. They are pinned, and a fork
-/// copies pinned pages.
+/// Maximum number of pieces in the disk at a time, and of bytes in them. Their pages are pinned,
+/// and a fork copies pinned pages.
 const MAX_PIECES: usize = 256;
 pub(super) const MAX_BYTES: u64 = 8 << 20;
 /// The owner of the pins.
@@ -28,17 +28,17 @@ pub(super) struct Pending {
     pub(super) queue: u16,
     pub(super) head: u16,
     pub(super) status: GuestAddress,
-    /// Bytes that the device writes if the request succeeds, without the status.
+    /// Bytes that the device writes on success, without the status.
     pub(super) written: u32,
-    /// The part that the disk has not got yet.
+    /// The part that the disk does not have yet.
     pub(super) rest: Option<Transfer>,
     /// Pieces in the disk.
     pub(super) running: usize,
     pub(super) failed: bool,
-    /// Whether a flush follows the request before it is used, because the driver does not know
+    /// Whether a flush follows the request before it is used, because the driver has not negotiated
     /// flushes.
     pub(super) sync: bool,
-    /// Whether pieces may have been cancelled. The request is then done again when the last one has
+    /// Whether pieces may have been cancelled. The request is then repeated once the last one has
     /// ended.
     pub(super) redo: bool,
 }
@@ -52,7 +52,7 @@ pub(super) struct Running {
 }
 
 impl BlockService {
-    /// Begins a request. Returns its token, unless it is done already.
+    /// Begins a request. Returns its token, unless it is already complete.
     pub(super) fn begin(&mut self, queue: u16, request: Request) -> Option<u64> {
         let token = self.token();
         let len = request.len();
@@ -63,7 +63,7 @@ impl BlockService {
             Pending { queue, head, status, written, rest: None, running: 0, failed: false, sync, redo: false };
         let status = match kind {
             Kind::Read { offset } | Kind::Write { offset } => {
-                // All of it or nothing: no piece is done of a request that leaves the disk.
+                // All or nothing: a request beyond the disk's end transfers no piece.
                 if offset.checked_add(len).is_some_and(|end| end <= self.disk.size()) {
                     pending.rest = Some(Transfer::new(matches!(kind, Kind::Write { .. }), offset, data));
                     self.pending.insert(token, pending);
@@ -104,7 +104,7 @@ impl BlockService {
     /// Gives the disk a piece of `request`.
     fn give_disk(&mut self, request: u64, operation: DiskOp, bytes: u64) {
         let token = self.token();
-        // Before the disk gets the piece, which may end at once.
+        // Before the disk gets the piece, which may end immediately.
         self.running.insert(token, Running { request, bytes });
         self.running_bytes += bytes;
         self.pending.get_mut(&request).into_iter().for_each(|pending| pending.running += 1);
@@ -142,8 +142,8 @@ impl BlockService {
             // Behind the others, so that a long request does not delay short ones.
             self.issuing.push_back(request);
         }
-        // For a read the device writes to memory, so the pages must be this VM's own before the
-        // kernel has their address (I3).
+        // A read makes the device write to memory, so the pages must be this VM's own before the
+        // kernel gets their address (I3).
         let access = if write { Access::Read } else { Access::Write };
         match dma::pin(&self.ram, OWNER, &data, access) {
             Ok(buffers) if write => self.give_disk(request, DiskOp::Write { offset, buffers }, len),
@@ -157,7 +157,7 @@ impl BlockService {
         len
     }
 
-    /// Fails `request`, and begins no other piece of it.
+    /// Fails `request`, and begins none of its other pieces.
     fn fail_request(&mut self, request: u64) {
         if let Some(pending) = self.pending.get_mut(&request) {
             (pending.failed, pending.rest) = (true, None);

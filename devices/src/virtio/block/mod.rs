@@ -1,12 +1,12 @@
 //! The block device: a [`Disk`](crate::disk::Disk) behind virtio.
 //!
-//! | to learn about | read |
+//! | topic | file |
 //! |---|---|
-//! | features, configuration space, its life | `device.rs` |
-//! | what a driver asks | `request.rs` |
-//! | doing it, and doing it again after a fork | `service.rs` |
-//! | giving it to the disk, in pieces | `issue.rs`, `transfer.rs` |
-//! | what is saved | `state.rs` |
+//! | features, configuration space, activation, reset | `device.rs` |
+//! | the driver's requests | `request.rs` |
+//! | executing requests, and repeating them after a fork | `service.rs` |
+//! | giving them to the disk, in pieces | `issue.rs`, `transfer.rs` |
+//! | saved state | `state.rs` |
 
 mod device;
 mod issue;
@@ -20,5 +20,6 @@ mod transfer;
 pub use device::{Block, BlockOptions, MAX_QUEUES};
 pub use state::{BlockState, InFlight};
 
-/// Most buffers of data in a request. With header and status, a chain takes half of a queue.
+/// Maximum number of data buffers in a request. With header and status, a chain takes half of a
+/// queue.
 const SEG_MAX: u32 = 126;

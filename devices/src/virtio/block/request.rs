@@ -1,7 +1,7 @@
 //! Requests of a block device's driver.
 //!
-//! The specification lets a driver cut a request into buffers as it likes. The first 16 readable
-//! bytes are the header. The last writable byte is the status. The rest is data.
+//! The specification lets a driver split a request into any buffers. The first 16 readable bytes
+//! are the header. The last writable byte is the status. The rest is data.
 
 use clade_memory::GuestRam;
 use virtio_bindings::virtio_blk::{
@@ -17,11 +17,11 @@ use crate::virtio::queue::QueueError;
 
 /// Bytes of the header.
 const HEADER: usize = 16;
-/// Bytes of a range to discard or to zero.
+/// Bytes in the description of a range to discard or to zero.
 const RANGE: usize = 16;
 /// Flag of such a range: its room may be freed.
 const UNMAP: u32 = 1;
-/// Most sectors of such a range: the most that one request may take.
+/// Maximum number of sectors in such a range, and so in one request.
 pub(super) const MAX_RANGE_SECTORS: u32 = 1 << 16;
 
 /// The operation of a request.
@@ -44,13 +44,13 @@ pub(super) enum Kind {
         len: u64,
         unmap: bool,
     },
-    /// Known, and not possible: the status is IOERR.
+    /// Known but impossible: the status is IOERR.
     Impossible,
-    /// Not known: the status is UNSUPP.
+    /// Unknown: the status is UNSUPP.
     Unknown,
 }
 
-/// A parsed request. Every byte of it was read once.
+/// A parsed request. Every byte of the chain is read once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Request {
     pub(super) head: u16,

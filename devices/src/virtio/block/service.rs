@@ -1,4 +1,4 @@
-//! The block device's work.
+//! The work of the block device.
 //!
 //! ```text
 //!   ring ──pop──► limiter ──► pieces ──► disk (pins, kernel) ──reap──► status byte ──► used ring
@@ -6,9 +6,9 @@
 //!           └───────────── in flight: saved at a fork ─────────────┘
 //! ```
 //!
-//! The disk gets a request in pieces, so that a turn is short, however long the request is. The
-//! request is used when its last piece has ended. A fork between two pieces hands on the whole
-//! request. The child does all of it again, with the pieces that its disk has already.
+//! The disk gets a request in pieces, so that a turn is short even for a long request. The request
+//! is used when its last piece has ended. A fork between two pieces passes on the whole request.
+//! The child repeats all of it, including the pieces that its disk has already.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
@@ -34,10 +34,10 @@ pub(super) const BATCH: usize = 8;
 /// Bytes of a disk's id.
 const ID_LEN: usize = 20;
 
-/// How soon a submission is tried again for which the kernel had no memory.
+/// Delay before a submission is retried for which the kernel had no memory.
 const RETRY: Duration = Duration::from_millis(1);
 
-/// A request that waits for the limiter. It is popped, so it counts as in flight.
+/// A request that waits for the limiter. Since it was popped, it counts as in flight.
 #[derive(Debug)]
 struct Delayed {
     queue: u16,
@@ -47,7 +47,8 @@ struct Delayed {
 
 #[derive(Debug)]
 pub(super) struct BlockService {
-    // First: what is in flight ends while memory and queues are still there.
+    // Dropped first, as the first field: operations in flight end while memory and queues still
+    // exist.
     pub(super) disk: Disk,
     pub(super) ram: GuestRam,
     queues: QueueSet,
@@ -56,7 +57,7 @@ pub(super) struct BlockService {
     pub(super) features: u64,
     /// Requests in flight by token, which is the order in which they were popped.
     pub(super) pending: BTreeMap<u64, Pending>,
-    /// Requests whose last piece the disk has not got yet, in turn.
+    /// Requests whose last piece is not in the disk yet, in turn.
     pub(super) issuing: VecDeque<u64>,
     /// Pieces in the disk, by token.
     pub(super) running: HashMap<u64, Running>,
@@ -64,23 +65,23 @@ pub(super) struct BlockService {
     pub(super) running_bytes: u64,
     /// The last token of a request or a piece.
     next_token: u64,
-    /// Chains to be done again, because they were in flight when the state was saved.
+    /// Chains to repeat, because they were in flight when the state was saved.
     pub(super) replay_queue: VecDeque<InFlight>,
-    /// Requests of such chains that have begun. Nothing new is popped before they are done. Until
-    /// then the disk may show what the parent, which has the same request in flight, is writing
-    /// there.
+    /// Requests of repeated chains that have begun. No new chain is popped before they are done:
+    /// until then the disk may show data that the parent is writing, since it has the same request
+    /// in flight.
     pub(super) replaying: HashSet<u64>,
     delayed: Option<Delayed>,
     /// When to repeat a submission for which the kernel had no memory.
     retry: Option<Instant>,
-    /// Of each queue, whether it must be read.
+    /// For each queue, whether it must be read.
     ready: Vec<bool>,
     /// The queue that is read first.
     first: usize,
-    /// Whether requests that end are kept in flight, to be done again.
+    /// Whether completed requests stay in flight, to be repeated.
     pub(super) halting: bool,
     /// Whether the driver has broken the rules, or the device is broken. No chain is popped or used
-    /// any more.
+    /// from then on.
     pub(super) broken: bool,
 }
 
@@ -115,8 +116,8 @@ impl BlockService {
         }
     }
 
-    /// Everything popped and not used, in the order it was popped: requests begun, then chains to
-    /// be done again, then the request that waits for the limiter.
+    /// All chains popped and not used, in the order of their pops: begun requests, then chains to
+    /// repeat, then the request that waits for the limiter.
     pub(super) fn in_flight(&self) -> Vec<InFlight> {
         let pending = self.pending.values().map(|p| InFlight { queue: p.queue, head: p.head });
         let delayed = self.delayed.iter().map(|d| InFlight { queue: d.queue, head: d.request.head });
@@ -133,8 +134,8 @@ impl BlockService {
         self.queues.get(queue).map_or(0, Virtqueue::out)
     }
 
-    /// Stops for good, and cancels what the kernel can cancel. Returns whether nothing is in
-    /// flight.
+    /// Stops for good, and cancels the operations that the kernel can cancel. Returns whether none
+    /// is left in flight.
     pub(super) fn abandon(&mut self) -> bool {
         self.broken = true;
         self.replay_queue.clear();
@@ -146,13 +147,13 @@ impl BlockService {
     }
 
     /// Cancels the requests in flight, or waits for them. They stay in flight for the driver, and
-    /// are done again from the beginning. Returns whether the disk has nothing in flight.
+    /// are repeated from the beginning. Returns whether the disk has no requests left.
     pub(super) fn halt(&mut self, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
         let mut list = self.in_flight();
         self.halting = true;
         loop {
-            // In each turn: jobs that waited for others begin when those end.
+            // In each iteration, because jobs that waited for others begin when those end.
             self.disk.cancel();
             self.reap();
             let over = self.disk.in_flight() == 0 || Instant::now() >= deadline;
@@ -161,8 +162,8 @@ impl BlockService {
             }
         }
         self.halting = false;
-        // What the disk still has continues. Parts of it may have been cancelled, so it is done
-        // again when it ends.
+        // Requests still in the disk continue. Parts of them may have been cancelled, so they are
+        // repeated when they end.
         for pending in self.pending.values_mut().filter(|pending| pending.running > 0) {
             (pending.redo, pending.rest) = (true, None);
         }
@@ -220,8 +221,8 @@ impl BlockService {
         self.next_token
     }
 
-    /// Begins chain `head` of `queue`. Returns the request's token, unless it is done already or
-    /// waits for the limiter.
+    /// Begins chain `head` of `queue`. Returns the request's token, unless it is already complete
+    /// or waits for the limiter.
     fn chain(&mut self, queue: u16, head: u16, limited: bool) -> Result<Option<u64>, QueueError> {
         let Some(ring) = self.queues.get(usize::from(queue)) else {
             return Err(QueueError::Rings { index: queue });
@@ -254,7 +255,7 @@ impl BlockService {
         }
     }
 
-    /// Handles the pieces that the disk has ended.
+    /// Handles the pieces that have ended in the disk.
     fn reap(&mut self) {
         match self.disk.reap() {
             Ok(done) => self.finish_all(done),
@@ -268,7 +269,7 @@ impl BlockService {
         }
     }
 
-    /// Submits to the kernel what was begun.
+    /// Submits the begun operations to the kernel.
     fn kick(&mut self) {
         loop {
             if let Err(error) = self.disk.kick() {
@@ -284,12 +285,12 @@ impl BlockService {
         self.retry = self.disk.is_stalled().then(|| Instant::now() + RETRY);
     }
 
-    /// Whether another request may begin. The disk first gets the pieces of those that have begun.
+    /// Whether another request may begin. The disk gets the pieces of begun requests first.
     fn has_room(&self) -> bool {
         !self.broken && self.issuing.len() < BATCH
     }
 
-    /// Whether a chain can be done again now.
+    /// Whether a chain can be repeated now.
     fn may_redo(&self) -> bool {
         !self.replay_queue.is_empty() && self.has_room()
     }
@@ -301,7 +302,7 @@ impl BlockService {
                 return;
             }
             let Some(InFlight { queue, head }) = self.replay_queue.pop_front() else { return };
-            // Without the limiter, which has counted the request when it was first popped.
+            // Not through the limiter, which counted the request when it was first popped.
             match self.chain(queue, head, false) {
                 Ok(token) => self.replaying.extend(token),
                 Err(error) => self.fail(&error),
@@ -322,7 +323,7 @@ impl BlockService {
             }
             let count = self.queues.len();
             let Some(index) = (0..count).map(|n| (self.first + n) % count).find(|n| self.ready[*n]) else { return };
-            // A queue that is always full does not delay the others.
+            // A queue that is always full must not delay the others.
             self.first = (index + 1) % count;
             self.pop_from(index);
         }
@@ -340,7 +341,8 @@ impl BlockService {
         });
         match popped {
             Ok(true) => {}
-            // Notifications are enabled before the last look, or one that comes in between is lost.
+            // Notifications are enabled before the last check; otherwise one that arrives in
+            // between is lost.
             Ok(false) => {
                 self.ready[index] = self.queues.get_mut(index).is_some_and(Virtqueue::enable_notifications);
             }
@@ -348,7 +350,7 @@ impl BlockService {
         }
     }
 
-    /// Begins the request that waits for the limiter, if it may.
+    /// Begins the request that waits for the limiter, if the limiter allows it.
     fn release(&mut self) {
         let Some(delayed) = self.delayed.take_if(|delayed| Instant::now() >= delayed.until) else { return };
         match self.limiter.take(delayed.request.cost()) {
@@ -380,7 +382,7 @@ impl Service for BlockService {
             self.kick();
         }
         self.queues.notify();
-        // Chains behind those done again are popped when the last of these is done: at the disk's
+        // Chains behind the repeated ones are popped when the last of these is done: at the disk's
         // event, or now if it has just ended. The same holds for pieces that wait for others in the
         // disk.
         let more = self.may_issue() || self.may_redo() || (self.may_pop() && self.ready.contains(&true));

@@ -14,7 +14,7 @@ pub struct InFlight {
 /// The state of a block device besides its disk and its queues.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockState {
-    /// Chains in flight, in the order they were popped. A device that continues from the state does
+    /// Chains in flight, in the order of their pops. A device that continues from the state does
     /// them first.
     pub in_flight: Vec<InFlight>,
 }

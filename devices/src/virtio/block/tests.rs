@@ -1,4 +1,5 @@
-//! The worker's turns, one at a time: what each does, and what a fork between two of them hands on.
+//! The worker's turns, one at a time: the effect of each, and the state passed on by a fork between
+//! two of them.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -36,7 +37,7 @@ const OUT: u32 = 1;
 const DISCARD: u32 = 11;
 const ZEROES: u32 = 13;
 const TIMEOUT: Duration = Duration::from_secs(20);
-/// Longer than a test takes: what the kernel was given stays with it.
+/// Longer than a test: operations given to the kernel do not end.
 const FOR_EVER: Duration = Duration::from_secs(3600);
 const MODERN: u64 = 1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_SEG_MAX;
 
@@ -51,7 +52,7 @@ struct Rig {
     features: u64,
 }
 
-/// What a fork hands on.
+/// The state that a fork passes on.
 struct Moment {
     ram: RamImage,
     disk: DiskImage,
@@ -79,7 +80,7 @@ fn file() -> (tempfile::TempDir, PathBuf) {
     (dir, path)
 }
 
-/// What the disk has at first from `offset` on.
+/// The initial contents of the disk, from `offset` on.
 fn pattern(offset: usize, len: usize) -> Vec<u8> {
     (offset..offset + len).map(|at| (at / 512 % 251) as u8).collect()
 }
@@ -152,7 +153,7 @@ impl Rig {
         head
     }
 
-    /// A range that is to be discarded or made zeros.
+    /// Makes a request for a range to discard or zero available.
     fn offer_range(&mut self, kind: u32, sector: u64, sectors: u32) -> u16 {
         let at = DATA - PAGE;
         self.ram.memory().write_obj(sector, GuestAddress(at)).unwrap();
@@ -165,7 +166,7 @@ impl Rig {
         self.service.turn(wake, &YieldRequest::of(&AtomicBool::new(false)))
     }
 
-    /// Turns until one has nothing more to do now. Returns how many.
+    /// Runs turns until one has no more work for now. Returns their number.
     fn settle(&mut self) -> usize {
         let mut turns = 1;
         while self.turn(Wake::Start) == Turn::Again {
@@ -189,7 +190,7 @@ impl Rig {
         Some((head as u16, self.ram.memory().read_obj(GuestAddress(status)).unwrap()))
     }
 
-    /// Turns until something is given back.
+    /// Runs turns until a request is given back.
     fn wait(&mut self) -> (u16, u8) {
         let begun = Instant::now();
         loop {
@@ -211,7 +212,7 @@ impl Rig {
         bytes
     }
 
-    /// Bytes whose address the kernel has.
+    /// Bytes pinned for the kernel.
     fn pinned(&self) -> u64 {
         self.ram.stats().unwrap().pinned * PAGE
     }
@@ -254,7 +255,7 @@ fn a_turn_is_bounded_in_bytes_whatever_a_request_asks_for() {
         }
         assert_eq!(done, BATCH_BYTES, "a turn does what it may");
     }
-    // The kernel has what it may have, and the rest waits for it.
+    // The kernel has the maximum, and the rest waits.
     assert_eq!(rig.pinned(), MAX_BYTES);
     assert_eq!(turns, MAX_BYTES / BATCH_BYTES);
     assert_eq!(rig.service.in_flight().len(), 1);
@@ -278,7 +279,7 @@ fn a_turn_that_somebody_waits_for_begins_nothing() {
 fn requests_of_any_length_are_whole() {
     let (_dir, path) = file();
     let mut rig = Rig::new(&path, &Options::default());
-    // Into memory that is cut anywhere, from a sector in the middle of a cluster.
+    // Into buffers split at odd places, from a sector in the middle of a cluster.
     let data = [(DATA + 3, 5 << 20), (DATA + (6 << 20), 700), (DATA + (7 << 20) + 1, (3 << 20) + 324)];
     let len: u32 = data.iter().map(|(_, len)| len).sum();
     rig.offer(0, IN, 3, &data);
@@ -293,7 +294,7 @@ fn requests_of_any_length_are_whole() {
     assert!(disk[..9001 * 512] == pattern(0, 9001 * 512), "something before it was written");
     let end = 9001 * 512 + len as usize;
     assert!(disk[end..] == pattern(end, DISK - end), "something behind it was written");
-    // One that goes beyond the end does nothing, although its first pieces would not.
+    // A request that ends beyond the disk does nothing, although its first pieces would fit.
     rig.offer(0, OUT, (DISK as u64 - (1 << 20)) / 512, &[(DATA, 2 << 20)]);
     assert_eq!(rig.wait().1, 1);
     assert!(std::fs::read(&path).unwrap()[end..] == pattern(end, DISK - end), "a part of it was written");
@@ -346,7 +347,7 @@ fn the_number_of_segments_that_is_offered_holds() {
     }
 }
 
-/// A write of 4 MiB of which the disk has got some pieces at the fork, and done some of them.
+/// A write of 4 MiB: at the fork the disk has some pieces, and has done some of them.
 #[test]
 fn a_fork_in_the_middle_of_a_long_request_hands_on_all_of_it() {
     let (_dir, path) = file();
@@ -366,7 +367,7 @@ fn a_fork_in_the_middle_of_a_long_request_hands_on_all_of_it() {
         let read_back = |side: &mut Rig| side.offer(0, IN, 5, &[(DATA + (8 << 20), len as u32)]);
         assert_eq!(rig.wait(), (head, 0));
         read_back(&mut rig);
-        // What the parent does with its buffer afterwards is nothing to the child.
+        // The parent's later use of its buffer does not affect the child.
         rig.fill(DATA, &vec![0xff; len]);
         // Offered at once: the child does the write first.
         read_back(&mut child);
@@ -420,7 +421,7 @@ fn what_waits_for_the_limiter_is_in_flight_at_a_fork() {
     rig.turn(Wake::Start);
     rig.turn(Wake::Again);
     assert_eq!(rig.used(0), Some((heads[0], 0)));
-    // The second was popped and waits; the third is the driver's.
+    // The second was popped and waits; the third is still the driver's.
     let moment = rig.fork();
     assert_eq!(moment.in_flight, [InFlight { queue: 0, head: heads[1] }]);
     assert_eq!(moment.queues[0].unwrap().next_available, 2);
@@ -441,7 +442,7 @@ fn zeros_and_discards_are_paid_for() {
         assert_eq!(rig.wait().1, 0);
         rig.offer(0, IN, 0, &[(DATA, 512)]);
         rig.turn(Wake::Start);
-        // 16 MiB at 1 MiB a second, of which the bucket had one.
+        // 16 MiB at 1 MiB a second; the bucket had one MiB.
         let until = rig.service.deadline().expect("the next one waits");
         assert!(until - begun > Duration::from_secs(14), "{kind} cost {:?}", until - begun);
         assert_eq!(rig.service.in_flight().len(), 1);
@@ -454,7 +455,7 @@ fn without_flush_a_change_is_durable_when_it_is_done() {
         let (_dir, path) = file();
         let mut rig = Rig::new(&path, &Options { features, ..Options::default() });
         let mut expected = 0;
-        // One of many pieces is made durable once.
+        // A request of many pieces is made durable once.
         rig.offer(0, OUT, 0, &[(DATA, 1 << 20)]);
         assert_eq!(rig.wait().1, 0);
         expected += syncs;
@@ -513,8 +514,8 @@ fn what_was_given_up_in_pieces_is_done_again_whole() {
     }
 }
 
-/// A driver that gives out more than the queue has descriptors, counting what its parent had in
-/// flight.
+/// A driver that offers more chains than the queue has descriptors, counting those in flight in its
+/// parent.
 #[test]
 fn what_is_in_flight_counts_against_the_queue_of_a_child_and_of_one_that_is_put_back() {
     let (_dir, path) = file();

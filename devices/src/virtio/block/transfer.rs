@@ -1,4 +1,4 @@
-//! The part of a request that the disk has not got yet, and the pieces it is cut into.
+//! The rest of a request that the disk does not have yet, and the pieces it is cut into.
 
 use std::collections::VecDeque;
 
@@ -38,8 +38,8 @@ impl Transfer {
         self.data.is_empty()
     }
 
-    /// Cuts off the next piece: at most `most` bytes, in whole sectors. It ends at the end of a
-    /// cluster where it can, because a write of part of a cluster may have to read the rest.
+    /// Cuts off the next piece: at most `most` bytes, in whole sectors. The piece ends at a
+    /// cluster's end if possible, because a write of part of a cluster may have to read the rest.
     pub(super) fn next(&mut self, most: u64) -> Piece {
         let end = (self.offset + most) / CLUSTER * CLUSTER;
         let most = if end > self.offset { end - self.offset } else { most };
@@ -70,8 +70,8 @@ mod tests {
     use crate::disk::SECTOR;
 
     proptest! {
-        /// Memory that is cut anywhere: the pieces are all of it, once and in order, none longer
-        /// than asked for.
+        /// For buffers split at any place: the pieces are all of the memory, once and in order, and
+        /// none is longer than requested.
         #[test]
         fn pieces_are_the_whole_in_order(
             start in 0u64..64,

@@ -15,9 +15,9 @@ use crate::virtio::{ActivateError, Backend, DeviceState, Turn, Wake, YieldReques
 
 const RX: usize = 0;
 const TX: usize = 1;
-/// Most bytes of input kept for a driver that does not read.
+/// Maximum bytes of input kept for a driver that does not read.
 const MAX_TYPED: usize = 64 << 10;
-/// Most bytes taken from one chain of output. The rest of the chain is not written, as on a console
+/// Maximum bytes taken from one chain of output. The rest of the chain is dropped, as on a console
 /// that loses output.
 const MAX_OUT: usize = 64 << 10;
 /// Chains in a turn.
@@ -32,13 +32,13 @@ impl Typist {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds input. Returns how many bytes there was room for.
+    /// Adds input. Returns the number of bytes that fitted.
     pub fn type_in(&self, bytes: &[u8]) -> usize {
         let mut typed = self.typed();
         let room = MAX_TYPED.saturating_sub(typed.len()).min(bytes.len());
         typed.extend(&bytes[..room]);
         drop(typed);
-        // A full counter wakes the device too.
+        // A full counter wakes the device as well.
         let _ = self.0.1.write(1);
         room
     }
@@ -59,7 +59,7 @@ impl ConsoleDevice {
     /// When no eventfd can be made.
     pub fn new(output: Console) -> io::Result<Self> {
         let typist = Typist(Arc::new((Mutex::default(), EventFd::new(EFD_NONBLOCK)?)));
-        // Columns, rows, ports and emergency write: none is offered.
+        // Columns, rows, ports and emergency write are not offered.
         Ok(Self { config: Config::new(vec![0; 12]), output, typist })
     }
 
@@ -69,7 +69,7 @@ impl ConsoleDevice {
         self.typist.clone()
     }
 
-    /// Gives the driver the input, as far as it has posted buffers.
+    /// Gives input to the driver, as far as it has posted buffers.
     fn receive(&self, io: &mut QueueCtx) -> Result<(), FatalError> {
         loop {
             let mut typed = self.typist.typed();
@@ -106,7 +106,7 @@ impl DeviceOps for ConsoleDevice {
         let DeviceState::Console(ConsoleState {}) = state else {
             return Err(ActivateError::Kind { found: state.kind() });
         };
-        // The input was for the guest as it was.
+        // The input was meant for the guest before the rewind.
         self.typist.typed().clear();
         Ok(())
     }
@@ -121,7 +121,7 @@ impl DeviceOps for ConsoleDevice {
             let Some(chain) = io.pop(TX)? else { return Ok(Turn::Done) };
             let mut bytes = vec![0; (dma::len_of(&chain.readable) as usize).min(MAX_OUT)];
             dma::copy_in(&io.ram, &chain.readable, &mut bytes)?;
-            // A console in this process takes everything.
+            // A console in this process never refuses output.
             let _ = self.output.write_all(&bytes);
             io.add_used(TX, chain.head, 0)?;
             if hurry.is_set() {

@@ -13,9 +13,9 @@ pub(super) enum Command {
     Announced,
     /// Use this Ethernet address.
     Address([u8; 6]),
-    /// Set a receive filter. It is accepted and ignored: the driver gets every packet.
+    /// Set a receive filter. Accepted and ignored: the driver gets every packet.
     Filter,
-    /// A command that is not known.
+    /// An unknown command.
     Unknown,
 }
 

@@ -40,7 +40,7 @@ const CONTROL_SIZE: u16 = 64;
 const MAX_PACKET: usize = VNET_HEADER + 14 + 65_536;
 /// Bytes of the smallest packet with its header: an Ethernet header.
 const MIN_PACKET: usize = VNET_HEADER + 14;
-/// What only a backend with offloads has.
+/// Features that need a backend with offloads.
 const OFFLOADS: [u32; 6] = [
     VIRTIO_NET_F_CSUM,
     VIRTIO_NET_F_GUEST_CSUM,
@@ -51,11 +51,12 @@ const OFFLOADS: [u32; 6] = [
 ];
 /// Packets in a turn, for each direction of each pair of queues.
 const BATCH: usize = 32;
-/// How soon a packet that the interface did not take is sent again.
+/// Delay before a packet that the interface did not accept is sent again.
 const RETRY: Duration = Duration::from_millis(1);
-/// How soon an interface that gives nothing, because it is down, is tried again.
+/// Delay before an interface that gives no packets, because it is down, is tried again.
 const DOWN_RETRY: Duration = Duration::from_millis(100);
-/// How soon memory that could not be pinned is tried again, and how often this is logged.
+/// Delay before memory that could not be pinned is tried again, and minimum time between two log
+/// messages about it.
 const PIN_RETRY: Duration = Duration::from_millis(10);
 const PIN_WARN: Duration = Duration::from_secs(60);
 const OWNER: &str = "virtio-net";
@@ -65,9 +66,9 @@ const OWNER: &str = "virtio-net";
 pub struct NetOptions {
     /// Its Ethernet address.
     pub mac: Mac,
-    /// Whether packets pass. None: as in the saved state, and open without one.
+    /// Whether packets pass. None: as in the saved state; without one, open.
     pub link: Option<Link>,
-    /// Where the guest may send. None: as in the saved state, and everywhere without one.
+    /// The addresses that the guest may send to. None: as in the saved state; without one, all.
     pub egress: Option<Egress>,
     /// Limits of receiving.
     pub receive: Limits,
@@ -86,7 +87,7 @@ pub struct NetStats {
     pub sent: u64,
     /// Bytes in packets sent.
     pub sent_bytes: u64,
-    /// Packets that the interface or the driver has refused.
+    /// Packets that the interface or the driver refused.
     pub dropped: u64,
     /// Packets from the interface that were dropped because the device is closed.
     pub blocked_received: u64,
@@ -94,7 +95,7 @@ pub struct NetStats {
     pub blocked_sent: u64,
     /// Packets from the driver that were dropped by egress rules.
     pub egress_dropped: u64,
-    /// How often memory could not be pinned, and was tried again.
+    /// Number of retries because memory could not be pinned.
     pub pin_retries: u64,
 }
 
@@ -113,25 +114,25 @@ pub struct Net {
     send: Limiter,
     /// When to try again, after a limit or a full interface.
     until: Option<Instant>,
-    /// When the link went down, if it is down.
+    /// The time at which the link went down, if it is down.
     down_since: Option<Instant>,
-    /// Whether the link is to go down first.
+    /// Whether the link must go down first.
     renew: bool,
-    /// When it was last logged that memory cannot be pinned.
+    /// Time of the last log message that memory cannot be pinned.
     warned: Option<Instant>,
     /// Packets received at the last call of [`DeviceOps::has_input`].
     asked_at: Option<u64>,
     stats: NetStats,
     filter: Filter,
-    /// Layers of the policy that are a parent's.
+    /// Number of layers of the policy that came from a parent.
     inherited: usize,
-    /// The copy of a packet that is judged. None without rules.
+    /// The copy of the packet to be judged. None without rules.
     copy: Option<Arc<AlignedBuf>>,
 }
 
 impl Net {
-    /// A device on `backend`, in the saved `state` if there is one. With `renew`, its link goes down
-    /// and up, so that the guest renews its network configuration.
+    /// A device on `backend`, in the saved `state` if there is one. With `renew`, its link goes
+    /// down and up, so that the guest renews its network configuration.
     ///
     /// # Errors
     /// When epoll cannot watch the interface.
@@ -177,7 +178,7 @@ impl Net {
         })
     }
 
-    /// The interface's name. Empty if it has none.
+    /// The interface's name; empty without an interface.
     #[must_use]
     pub fn interface(&self) -> &str {
         self.backend.name()
@@ -205,8 +206,8 @@ impl Net {
         }
     }
 
-    /// The number of the control queue: behind all pairs if the driver knows more than one, else
-    /// behind the first.
+    /// The number of the control queue: after all pairs if the driver supports more than one,
+    /// otherwise after the first.
     fn control(&self, io: &QueueCtx) -> usize {
         if io.features & (1 << VIRTIO_NET_F_MQ) != 0 { 2 * self.backend.queues() } else { 2 }
     }
@@ -274,7 +275,7 @@ impl Net {
                     self.wait_until(Instant::now() + RETRY);
                     return Ok(false);
                 }
-                // The interface is down, or the packet is not valid: the packet is lost, as on a
+                // The interface is down, or the packet is invalid: the packet is lost, as on a
                 // wire.
                 Err(_) => self.stats.dropped += 1,
             }
@@ -303,8 +304,8 @@ impl Net {
         self.wait_until(now + PIN_RETRY);
     }
 
-    /// Pops posted chains until a packet of any size fits, or as many as a packet may be spread
-    /// over.
+    /// Pops posted chains until a packet of any size fits, or up to the maximum number of chains
+    /// for a packet.
     fn gather(io: &mut QueueCtx, queue: usize, posted: &mut VecDeque<Posted>) -> Result<bool, FatalError> {
         let merges = io.features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0;
         let room = |posted: &VecDeque<Posted>| posted.iter().map(|chain| total_len(&chain.memory)).sum::<usize>();
@@ -351,7 +352,7 @@ impl Net {
                 return Ok(false);
             }
             if !Self::gather(io, queue, posted)? {
-                // Continued when the driver has posted more.
+                // Continued when the driver has posted more buffers.
                 return Ok(false);
             }
             if let Err(until) = self.receive.ready() {
@@ -379,13 +380,13 @@ impl Net {
 
     fn nothing_received(&mut self, io: &QueueCtx, pair: usize, error: &io::Error) {
         if self.backend.has_ended() {
-            // It is readable for ever, and there is nothing to be read.
+            // The descriptor stays readable for ever, without data.
             tracing::warn!(%error, mac = %self.mac, "a network device's backend has ended");
             self.set_status(0);
             io.config_changed();
             return;
         }
-        // The interface is down, most likely; continued when it has a packet.
+        // Most likely the interface is down; continued when it has a packet.
         tracing::debug!(%error, interface = self.backend.name(), "nothing is received");
         self.wait_until(Instant::now() + DOWN_RETRY);
         self.arm(pair);
@@ -408,14 +409,15 @@ impl Net {
             parts.push((chain, part));
         }
         if let Some((first, _)) = parts.first() {
-            // The last two bytes of the header count the chains, wherever the driver has them.
+            // The last two bytes of the header count the chains, at any place in the driver's
+            // buffers.
             write_at(&first.memory, VNET_HEADER - 2, (parts.len() as u16).to_le_bytes());
         }
         for (chain, part) in parts {
             io.add_used(queue, chain.head, part as u32)?;
         }
         let bytes = len.saturating_sub(VNET_HEADER) as u64;
-        // There was a token before; a packet's size is known only now.
+        // A token was available before; a packet's size is known only now.
         let _ = self.receive.take(bytes);
         self.stats.received += 1;
         self.stats.received_bytes += bytes;
@@ -503,9 +505,9 @@ impl DeviceOps for Net {
     fn rewind(&mut self, state: &DeviceState) -> Result<(), ActivateError> {
         let DeviceState::Net(state) = state else { return Err(ActivateError::Kind { found: state.kind() }) };
         self.pairs = state.pairs.clamp(1, (self.backend.queues() as u16).clamp(1, MAX_PAIRS));
-        // The driver may have set another address since.
+        // The driver may have set another address meanwhile.
         self.config.write(0, &self.mac.0);
-        // As for a child, whose address may not be the one its guest knows.
+        // As for a child: its guest may have another address.
         self.renew = true;
         Ok(())
     }
@@ -525,7 +527,7 @@ impl DeviceOps for Net {
             more |= self.send_some(io, pair, hurry)?;
             more |= self.receive_some(io, pair, hurry)?;
         }
-        // The rest of a packet that was taken in part, also of a device that was closed since.
+        // The rest of a partly accepted packet, even of a device that was closed since.
         if !self.backend.flush().unwrap_or(true) {
             self.wait_until(Instant::now() + RETRY);
         }
@@ -537,7 +539,7 @@ impl DeviceOps for Net {
     }
 
     fn has_input(&mut self) -> bool {
-        // Sources are one-shot: a queue that the device takes for readable is not watched.
+        // Sources are one-shot: a queue that the device believes readable is not watched.
         let waits = |pair: usize| self.readable.get(pair) == Some(&true) && self.backend.has_packet(pair);
         let has_input = self.link != Link::Closed && (0..usize::from(self.pairs)).any(waits);
         let has_progress = self.asked_at.replace(self.stats.received) != Some(self.stats.received);

@@ -1,11 +1,11 @@
-//! Egress rules: to which addresses and ports a guest may send.
+//! Egress rules: the addresses and ports to which a guest may send.
 //!
 //! The device judges a copy of each packet, which the guest cannot change any more, and sends that
-//! copy. A packet that is not understood is dropped.
+//! copy. A packet that cannot be parsed is dropped.
 //!
 //! A policy is a list of layers, each a list of rules. In a layer the first rule that matches
-//! decides. Without a match the layer drops the packet if it allows anything, and passes it
-//! otherwise. A packet has to pass every layer, so a layer that is added can only narrow.
+//! decides. Without a match the layer drops the packet if it has an allow rule, and passes it
+//! otherwise. A packet must pass every layer, so an added layer can only narrow the policy.
 
 mod frame;
 mod rule;
@@ -20,10 +20,10 @@ use frame::{Packet, parse};
 use rule::{Decision, Verdict};
 pub use rule::{EgressError, EgressRule};
 
-/// Most rules of a policy, in all of its layers.
+/// Maximum number of rules of a policy, in all of its layers.
 pub const MAX_RULES: usize = 256;
 
-/// To which addresses and ports a guest may send. Without rules: to all.
+/// The addresses and ports to which a guest may send; all of them without rules.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Vec<Vec<EgressRule>>", into = "Vec<Vec<EgressRule>>")]
 pub struct Egress {
@@ -55,7 +55,7 @@ impl Egress {
         vec![rules].try_into()
     }
 
-    /// This policy with one more layer. It allows nothing that this one does not.
+    /// This policy with one more layer, so at most as permissive.
     ///
     /// # Errors
     /// When there are more than [`MAX_RULES`] in all.
@@ -67,7 +67,7 @@ impl Egress {
         layers.try_into()
     }
 
-    /// This policy with `rules` in the place of all layers but the first `kept`.
+    /// This policy with `rules` in place of all layers after the first `kept`.
     ///
     /// # Errors
     /// When there are more than [`MAX_RULES`] in all.
@@ -89,7 +89,7 @@ impl Egress {
     }
 }
 
-/// A policy and how often each of its rules has decided.
+/// A policy, with the number of decisions of each of its rules.
 #[derive(Debug)]
 pub(super) struct Filter {
     policy: Egress,
@@ -100,17 +100,17 @@ pub(super) struct Filter {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Judgement {
     pub(super) passes: bool,
-    /// Of each layer that was asked, the rule that decided.
+    /// The deciding rule of each layer that was consulted.
     by: Vec<Option<usize>>,
 }
 
 impl Judgement {
-    /// Of a packet that no rule is asked about.
+    /// The judgement of a packet that needs no rule.
     pub(super) fn open() -> Self {
         Self { passes: true, by: Vec::new() }
     }
 
-    /// Of a packet that is not understood.
+    /// The judgement of a packet that cannot be parsed.
     pub(super) fn refused() -> Self {
         Self { passes: false, by: Vec::new() }
     }
@@ -131,8 +131,8 @@ impl Filter {
         &self.hits
     }
 
-    /// Judges a packet of `len` bytes with its virtio header, which begins with `headers`: the
-    /// whole packet, or its first [`MAX_HEADERS`] bytes. `mac` is the guest's address.
+    /// Judges a packet of `len` bytes with its virtio header. `headers` is the whole packet, or its
+    /// first [`MAX_HEADERS`] bytes. `mac` is the guest's address.
     pub(super) fn judge(&self, headers: &[u8], len: usize, mac: Mac) -> Judgement {
         let mut judgement = Judgement::refused();
         let packet = match parse(headers, len, mac) {
@@ -158,7 +158,7 @@ impl Filter {
         judgement
     }
 
-    /// Counts the rules that have decided.
+    /// Counts the decisions of the rules.
     pub(super) fn count(&mut self, judgement: &Judgement) {
         for (layer, by) in self.hits.iter_mut().zip(&judgement.by) {
             if let Some(hits) = by.and_then(|at| layer.get_mut(at)) {
@@ -168,7 +168,7 @@ impl Filter {
     }
 }
 
-/// What a layer does with a packet that none of its rules matches.
+/// A layer's verdict on a packet that matches none of its rules.
 fn default_of(layer: &[EgressRule]) -> Verdict {
     if layer.iter().any(EgressRule::allows) { Verdict::Deny } else { Verdict::Allow }
 }

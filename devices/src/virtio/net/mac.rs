@@ -12,7 +12,7 @@ use thiserror::Error;
 #[serde(try_from = "String", into = "String")]
 pub struct Mac(pub [u8; 6]);
 
-/// A text is not the address of an interface.
+/// A text that is not the address of an interface.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error("invalid MAC address \"{text}\": a unicast Ethernet address like 02:00:00:00:00:01")]
 pub struct MacError {
@@ -37,7 +37,7 @@ impl FromStr for Mac {
     fn from_str(text: &str) -> Result<Self, MacError> {
         let bytes: Option<Vec<u8>> =
             text.split(':').map(|part| u8::from_str_radix(part, 16).ok().filter(|_| part.len() == 2)).collect();
-        // A group address cannot be an interface's.
+        // An interface cannot have a group address.
         let unicast = bytes.and_then(|bytes| <[u8; 6]>::try_from(bytes).ok()).filter(|bytes| bytes[0] & 1 == 0);
         unicast.map(Self).ok_or_else(|| MacError { text: text.to_owned() })
     }

@@ -17,7 +17,7 @@ pub(super) fn write_at(memory: &[Fragment], at: usize, bytes: [u8; 2]) {
     for part in memory {
         if skip < part.len() && !bytes.is_empty() {
             let fits = bytes.len().min(part.len() - skip);
-            // Within the fragment, so it cannot fail.
+            // Within the fragment, so this cannot fail.
             let _ = part.slice().write_slice(&bytes[..fits], skip);
             bytes = &bytes[fits..];
             skip += fits;

@@ -7,12 +7,12 @@ use super::egress::Egress;
 /// The saved state of a network device.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetState {
-    /// Pairs of queues that the driver uses.
+    /// Number of queue pairs in use by the driver.
     pub pairs: u16,
-    /// Whether the host lets packets pass. A state without it is of a device that was open.
+    /// Whether the host lets packets pass. Absent in the state of an open device.
     #[serde(default)]
     pub link: Link,
-    /// Where the guest may send. A state without it is of a device without rules.
+    /// The addresses that the guest may send to. Absent in the state of a device without rules.
     #[serde(default)]
     pub egress: Egress,
 }
@@ -21,10 +21,10 @@ pub struct NetState {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Link {
-    /// They pass.
+    /// Packets pass.
     #[default]
     Open,
-    /// None passes, in either direction: the host drops and counts them. The guest sees its link
-    /// down.
+    /// No packet passes, in either direction: the host drops and counts them. The guest sees its
+    /// link down.
     Closed,
 }

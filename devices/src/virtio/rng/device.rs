@@ -10,7 +10,7 @@ use crate::virtio::limiter::{Limiter, Limits};
 use crate::virtio::plain::{Config, DeviceOps, FatalError, QueueCtx};
 use crate::virtio::{ActivateError, Backend, Chain, DeviceState, Turn, Wake, YieldRequest, dma};
 
-/// Most bytes for one request. A driver that asks for more gets a part, as the specification
+/// Maximum bytes for one request. A driver that asks for more gets fewer, as the specification
 /// allows.
 const MAX_BYTES: usize = 4096;
 /// Requests in a turn.
@@ -21,12 +21,13 @@ const BATCH: usize = 16;
 pub struct Rng {
     config: Config,
     limiter: Limiter,
-    /// When the limiter lets the next request pass, which stays in its queue until then.
+    /// The time at which the limiter lets the next request pass, which stays in its queue until
+    /// then.
     until: Option<Instant>,
 }
 
 impl Rng {
-    /// A device that gives no more than `limits`.
+    /// A device limited by `limits`.
     #[must_use]
     pub fn new(limits: &Limits) -> Self {
         let (config, limiter) = (Config::new(Vec::new()), Limiter::new(limits));

@@ -1,7 +1,7 @@
 //! The entropy device: random bytes of the host's kernel for the driver's buffers.
 //!
-//! A child has its parent's buffers posted, and fills them with bytes of its own. This device never
-//! copies random bytes from one VM to another. (Bytes that the guest had already drawn are copied
+//! A child inherits its parent's posted buffers, and fills them with bytes of its own. This device
+//! never copies random bytes from one VM to another. (Bytes already read by the guest are copied
 //! with its memory; see the identity of clones.)
 
 mod device;

@@ -2,6 +2,6 @@
 
 use serde::{Deserialize, Serialize};
 
-/// An entropy device has nothing to save.
+/// The saved state of an entropy device: empty.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RngState {}

@@ -10,12 +10,12 @@ use rustix::net::{SendFlags, send};
 
 use super::packet::{SHUT_RECEIVE, SHUT_SEND};
 
-/// Bytes from the guest that a connection keeps for a slow socket. It is the buffer size that the
-/// guest sees.
+/// Bytes from the guest that a connection keeps for a slow socket: the buffer size announced to the
+/// guest.
 pub(super) const ROOM: u32 = 256 << 10;
-/// Most bytes in a host's first line.
+/// Maximum length of a host's first line.
 const LINE: usize = 32;
-/// Most bytes in the answer to it: `OK `, a port and the end of the line.
+/// Maximum length of the answer to it: `OK `, a port and the end of the line.
 const MAX_ANSWER: usize = 14;
 /// Reads that discard input before a socket is closed.
 const MAX_DISCARDS: usize = 64;
@@ -23,9 +23,9 @@ const MAX_DISCARDS: usize = 64;
 /// The stage of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
-    /// The host has connected, and has not named a port yet.
+    /// The host has connected, and has not sent a port yet.
     Greeting,
-    /// The guest has got the request, and has not answered yet.
+    /// The guest has received the request, and has not answered yet.
     Asked,
     /// Open.
     Open,
@@ -38,7 +38,7 @@ pub(super) enum Greeting {
     Port(u32),
     /// The line is not complete.
     Partial,
-    /// The line is not valid, or the host is gone.
+    /// The line is invalid, or the host is gone.
     Bad,
 }
 
@@ -48,11 +48,11 @@ pub(super) struct Connection {
     socket: UnixStream,
     pub(super) stage: Stage,
     line: Vec<u8>,
-    /// Bytes from the guest that the socket has not taken yet.
+    /// Bytes from the guest that the socket has not accepted yet.
     out: VecDeque<u8>,
-    /// Bytes that the socket has taken since the beginning.
+    /// Bytes that the socket has accepted since the beginning.
     pub(super) forwarded: u32,
-    /// The value of `forwarded` that the guest was last sent.
+    /// The last value of `forwarded` sent to the guest.
     told: u32,
     /// Bytes sent to the guest since the beginning, the guest's buffer size, and the bytes it has
     /// taken out of its buffer.
@@ -63,14 +63,14 @@ pub(super) struct Connection {
     shut: u32,
     /// Whether the host has ended its stream.
     pub(super) ended: bool,
-    /// Whether the guest was sent a shutdown because the host receives no more.
+    /// Whether a shutdown was sent to the guest because the host no longer receives.
     pub(super) told_hung_up: bool,
-    /// Whether the host receives no more. What the guest still sends is dropped; what the host sent
-    /// is still read.
+    /// Whether the host no longer receives. Later data from the guest is dropped; earlier data from
+    /// the host is still read.
     sink_gone: bool,
     /// Whether the socket may have input.
     pub(super) readable: bool,
-    /// How often the guest was asked for it.
+    /// Number of connection requests sent to the guest for this connection.
     pub(super) asked: u32,
 }
 
@@ -100,7 +100,7 @@ impl Connection {
         &self.socket
     }
 
-    /// Reads the host's first line, a byte at a time, because what follows belongs to the stream.
+    /// Reads the host's first line, a byte at a time, because the next bytes belong to the stream.
     pub(super) fn greeting(&mut self) -> Greeting {
         let mut byte = [0];
         loop {
@@ -117,11 +117,11 @@ impl Connection {
         port.map_or(Greeting::Bad, Greeting::Port)
     }
 
-    /// Notes that the guest has accepted, and sends the host its port.
+    /// Notes that the guest has accepted, and sends the port to the host.
     pub(super) fn accepted(&mut self, host_port: u32) {
         self.stage = Stage::Open;
         self.out.extend(format!("OK {host_port}\n").as_bytes());
-        // These are not the guest's bytes, and do not count against its credit.
+        // These bytes are not from the guest, and do not count against its credit.
         self.forwarded = self.forwarded.wrapping_sub(self.out.len() as u32);
     }
 
@@ -135,13 +135,13 @@ impl Connection {
         if self.shut & SHUT_RECEIVE != 0 {
             return 0;
         }
-        // A guest that claims to have taken more than it was sent has no room.
+        // A guest that claims to have taken more than was sent gets no room.
         let under_way = self.sent.wrapping_sub(self.peer_forwarded);
         self.peer_room.saturating_sub(under_way)
     }
 
-    /// Reads bytes for the guest. `None` when there are none now; no bytes at the end of the
-    /// stream.
+    /// Reads bytes for the guest. Returns `None` if the socket has no input now, and no bytes at
+    /// the end of the stream.
     pub(super) fn read(&mut self, bytes: &mut [u8]) -> io::Result<Option<usize>> {
         loop {
             match self.socket.read(bytes) {
@@ -168,15 +168,14 @@ impl Connection {
         self.shut & SHUT_SEND == 0 && len <= ROOM && self.out.len() + len as usize <= most
     }
 
-    /// Takes bytes from the guest, for which there is room.
+    /// Takes bytes from the guest, which must fit.
     pub(super) fn take(&mut self, bytes: &[u8]) {
         self.out.extend(bytes);
     }
 
-    /// Writes to the socket what it takes. Returns whether bytes are left.
+    /// Writes as much to the socket as it accepts. Returns whether bytes are left.
     ///
-    /// A host that receives no more is no error: it may have sent bytes before, which the guest
-    /// still gets.
+    /// A host that no longer receives is not an error: its earlier bytes still go to the guest.
     pub(super) fn flush(&mut self) -> bool {
         while !self.out.is_empty() && !self.sink_gone {
             let (first, _) = self.out.as_slices();
@@ -196,7 +195,7 @@ impl Connection {
         self.forwarded = self.forwarded.wrapping_add(self.out.len() as u32);
         self.out.clear();
         if self.shut & SHUT_SEND != 0 {
-            // The host reads the end of the stream. It may be gone already.
+            // The host reads the end of the stream. The host may already be gone.
             let _ = self.socket.shutdown(Shutdown::Write);
         }
         false
@@ -210,9 +209,9 @@ impl Connection {
         self.sink_gone || (found && socket[0].revents().intersects(PollFlags::HUP | PollFlags::ERR))
     }
 
-    /// Closes the socket. The host reads what it was sent, and then the end.
+    /// Closes the socket. The host reads all data sent to it, and then the end.
     pub(super) fn close(mut self) {
-        // Both directions first, so that nothing comes after what is discarded.
+        // Both directions are shut down first, so that no bytes arrive after those discarded here.
         let _ = self.socket.shutdown(Shutdown::Both);
         // If a Unix socket is closed with unread input, the other side gets an error, and not the
         // end.
@@ -242,7 +241,7 @@ impl Connection {
         self.shut == SHUT_RECEIVE | SHUT_SEND
     }
 
-    /// Whether to wait for input: it is not known to be there, and the stream has not ended.
+    /// Whether to wait for input: none is known to be there, and the stream has not ended.
     pub(super) fn wants_input(&self) -> bool {
         !self.readable && !self.ended
     }

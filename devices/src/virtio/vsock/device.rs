@@ -23,14 +23,14 @@ use crate::virtio::{ActivateError, Backend, DeviceState, Turn, Wake, YieldReques
 pub(super) const RX: usize = 0;
 pub(super) const TX: usize = 1;
 const EVENTS: usize = 2;
-/// How long a driver is waited for that was told of a transport reset.
+/// Maximum wait for a driver to handle a transport reset.
 const RESET_PATIENCE: Duration = Duration::from_secs(2);
-/// Most packets that wait for the guest to post buffers. While there are so many, no packet of the
-/// guest is processed.
+/// Maximum number of packets that wait for the guest to post buffers. At the limit, no packet of
+/// the guest is processed.
 const MAX_REPLIES: usize = 4096;
 /// Packets in a turn, in each direction.
 pub(super) const BATCH: usize = 16;
-/// First host port of connections that the host began, above the ports at which hosts listen.
+/// First host port of connections begun by the host, above the ports at which hosts listen.
 pub(super) const FIRST_PORT: u32 = 1 << 30;
 /// The listener's number among epoll events.
 pub(super) const LISTENER: u64 = u64::MAX;
@@ -71,9 +71,9 @@ pub(super) type Key = (u32, u32);
 /// Counters of a socket device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct VsockStats {
-    /// How often a host's connection could not be accepted for lack of descriptors or memory.
+    /// Number of failures to accept a host's connection for lack of descriptors or memory.
     pub accept_failures: u64,
-    /// How often a guest's connection was tried again because a host's backlog was full.
+    /// Number of retries of a guest's connection because a host's backlog was full.
     pub connect_retries: u64,
 }
 
@@ -87,17 +87,17 @@ pub struct Vsock {
     pub(super) connections: BTreeMap<Key, Connection>,
     /// The key of a connection, by its socket's descriptor.
     pub(super) keys: HashMap<RawFd, Key>,
-    /// Hosts that have connected, and have not named a port yet.
+    /// Hosts that have connected, and have not sent a port yet.
     pub(super) greeting: HashMap<RawFd, Connection>,
     /// Connections of the guest to hosts whose backlog is full.
     pub(super) pending: BTreeMap<Key, Pending>,
-    /// Connections that the guest has closed, with bytes that the host has not taken yet.
+    /// Connections that the guest has closed, with bytes that the host has not read yet.
     pub(super) draining: HashMap<RawFd, Connection>,
-    /// When pending connections are tried again.
+    /// Time at which pending connections are tried again.
     pub(super) retry_at: Option<Instant>,
-    /// When the listener is watched again, after it could not accept.
+    /// Time at which the listener is watched again, after a failure to accept.
     pub(super) accept_at: Option<Instant>,
-    /// When it was last logged that connections cannot be accepted.
+    /// Time of the last log message that connections cannot be accepted.
     pub(super) warned: Option<Instant>,
     pub(super) next_port: u32,
     /// Packets without data that wait for the guest's buffers.
@@ -105,40 +105,41 @@ pub struct Vsock {
     /// Connections with input, in turn.
     pub(super) ready: VecDeque<Key>,
     transport: Transport,
-    /// Packets that the guest got.
+    /// Packets delivered to the guest.
     pub(super) delivered: u64,
     /// `delivered` at the last call of [`DeviceOps::has_input`].
     asked_at: Option<u64>,
     pub(super) stats: VsockStats,
 }
 
-/// Where a clone's ports begin. Not where its parent's did: its guest may have a connection that it is
-/// closing, and would close with it the clone's of the same ports.
+/// First port of a clone. Differs from its parent's: its guest may be closing a connection of the
+/// parent, and would close the clone's connection of the same ports with it.
 fn first_port_of_clone(cid: u64) -> u32 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    // By time and not by a hasher's keys: processes that a zygote forks have the same.
+    // From the time and not from a hasher's keys, which are equal in all processes forked by a
+    // zygote.
     let mixed = (now.as_nanos() as u64 ^ cid).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     FIRST_PORT + (mixed >> 34) as u32
 }
 
-/// What the driver knows of a clone's connections.
+/// The driver's knowledge of a clone's connections.
 #[derive(Clone, Copy, Debug)]
 enum Transport {
-    /// Those that it has are there.
+    /// The driver's connections exist.
     Known,
-    /// They are gone, and it is to get a transport reset.
+    /// The driver's connections are gone, and a transport reset is due.
     Reset,
-    /// It was told. It had this many other event buffers offered then; with one more it has closed its
-    /// connections. Until this time it is waited for.
+    /// The driver has received a transport reset, when `others` other event buffers were offered.
+    /// One more means that the driver has closed its connections. The device waits until `until`.
     Told { others: u16, until: Instant },
 }
 
 impl Vsock {
-    /// A device with `socket` as the host's end. With `reset`, its driver knows connections that are
+    /// A device with `socket` as the host's end. `reset`: the driver knows connections that are
     /// gone.
     ///
     /// # Errors
-    /// When the socket cannot be waited for.
+    /// When epoll cannot watch the socket.
     pub fn new(socket: VsockSocket, reset: bool) -> io::Result<Self> {
         socket.listener.set_nonblocking(true)?;
         let epoll = Epoll::new()?;
@@ -186,23 +187,23 @@ impl Vsock {
         self.stats
     }
 
-    /// Sends the guest a transport reset: its connections are gone. Returns whether it may get
-    /// packets.
+    /// Sends the guest a transport reset, because its connections are gone. Returns whether packets
+    /// may be sent to the guest.
     ///
-    /// Linux closes *all* its connections at a transport reset, those as well that were made since, and
-    /// may read a packet before the event that came first. So a connection that a host makes to a child
-    /// at once would be closed. The driver offers its buffer again when it has closed them, and until
-    /// then nothing is sent to it.
+    /// At a transport reset Linux closes *all* its connections, including new ones, and may read a
+    /// packet before the event that came first. So a connection that a host makes to a child at
+    /// once would be closed. The driver offers its buffer again when it has closed them; until then
+    /// no packets are sent to it.
     fn tell_reset(&mut self, io: &mut QueueCtx) -> Result<bool, FatalError> {
         /// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET.
         const TRANSPORT_RESET: u32 = 0;
         match self.transport {
             Transport::Known => {}
             Transport::Reset => {
-                // A driver without a buffer hears of it when it offers one.
+                // A driver without a buffer gets the event when it offers one.
                 let Some(chain) = io.pop(EVENTS)? else { return Ok(true) };
-                // Before it has the event, or one that it offers at once would be among them. This also
-                // has it notify the device of the next one.
+                // Counted before the driver has the event; otherwise a buffer offered in response
+                // could be among them. This also has the driver notify the device of the next one.
                 let others = io.offered(EVENTS)?;
                 let written = dma::copy_out(&io.ram, &chain.writable, &TRANSPORT_RESET.to_le_bytes())?;
                 io.add_used(EVENTS, chain.head, written as u32)?;
@@ -249,12 +250,12 @@ impl DeviceOps for Vsock {
         self.ready.clear();
         self.retry_at = None;
         self.transport = Transport::Known;
-        // Connections that the guest had closed before stay: the host gets what the guest has sent.
+        // Connections closed by the guest stay until the host has read the guest's data.
     }
 
     fn rewind(&mut self, state: &DeviceState) -> Result<(), ActivateError> {
         let DeviceState::Vsock(_) = state else { return Err(ActivateError::Kind { found: state.kind() }) };
-        // As for a child: none of the connections that the driver knows is there.
+        // As for a child: all connections known to the driver are gone.
         self.transport = Transport::Reset;
         Ok(())
     }

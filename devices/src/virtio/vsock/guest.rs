@@ -10,7 +10,7 @@ use super::packet::{HEADER, Header, Op, SHUT_RECEIVE, SHUT_SEND};
 use crate::virtio::plain::{FatalError, QueueCtx};
 use crate::virtio::{Chain, QueueError, YieldRequest, dma};
 
-/// Most bytes in a packet to the guest.
+/// Maximum bytes of data in a packet to the guest.
 const MAX_DATA: usize = 16 << 10;
 
 impl Vsock {
@@ -56,8 +56,8 @@ impl Vsock {
         if let Some(pending) = self.pending.get_mut(&key) {
             match header.op {
                 Op::CreditUpdate => (pending.room, pending.forwarded) = (header.buffer, header.forwarded),
-                // The guest no longer wants the connection, or has sent data before it was allowed
-                // to.
+                // The guest no longer wants the connection, or has sent data before that was
+                // allowed.
                 op => self.close(key, op != Op::Reset),
             }
             return Ok(());
@@ -72,7 +72,7 @@ impl Vsock {
             (Op::Data, Some(Stage::Open)) => {
                 let room = |connection: &Connection| connection.has_room_for(header.len);
                 if !self.connections.get(&key).is_some_and(room) {
-                    // The guest has sent more than its credit.
+                    // The guest has exceeded its credit.
                     self.close(key, true);
                     return Ok(());
                 }
@@ -96,7 +96,7 @@ impl Vsock {
             }
             (Op::CreditUpdate, Some(_)) | (Op::Reset, None) => {}
             (Op::Reset, Some(_)) => self.finish(key, false),
-            // The packet is of no connection, or out of order.
+            // The packet belongs to no connection, or is out of order.
             _ => self.close(key, true),
         }
         Ok(())
@@ -138,7 +138,7 @@ impl Vsock {
         Ok(Some(dma::copy_out(&io.ram, &chain.writable, &bytes)? as u32))
     }
 
-    /// Sends data of the next connection that has some. Returns None when there was none.
+    /// Sends data of the next connection that has some. Returns None if no data was sent.
     fn send(&mut self, io: &QueueCtx, chain: &Chain) -> Result<Option<u32>, FatalError> {
         let Some(key) = self.ready.pop_front() else { return Ok(None) };
         let Some(connection) = self.connections.get_mut(&key) else { return Ok(None) };
@@ -152,7 +152,7 @@ impl Vsock {
         match connection.read(&mut data) {
             Ok(Some(0)) => {
                 connection.readable = false;
-                // A host that has only ended its stream still receives.
+                // A host that has only ended its own stream still receives.
                 connection.told_hung_up = connection.has_hung_up();
                 let flags = SHUT_SEND | if connection.told_hung_up { SHUT_RECEIVE } else { 0 };
                 let header = Header { flags, ..self.header(key, Op::Shutdown) };

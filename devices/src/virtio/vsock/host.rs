@@ -1,7 +1,7 @@
 //! The host's side of the socket device: Unix sockets and their events.
 //!
-//! Nothing here waits. Pausing or forking the VM waits for the end of a turn, so a slow, full or
-//! dead host must not delay one.
+//! No call here blocks. Pausing or forking the VM waits for the end of a turn, which a slow, full
+//! or dead host must not delay.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -15,21 +15,22 @@ use super::device::{FIRST_PORT, Key, LISTENER, Vsock};
 use super::packet::{Header, Op, SHUT_RECEIVE, SHUT_SEND};
 use super::socket::Attempt;
 
-/// Most connections in all stages. One more is refused.
+/// Maximum number of connections in all stages. Further ones are refused.
 pub(super) const MAX_CONNECTIONS: usize = 1024;
 /// Connections accepted in a turn.
 const MAX_ACCEPTS: usize = 64;
-/// How soon a host whose backlog is full is tried again.
+/// Delay before a host whose backlog is full is tried again.
 const RETRY_INTERVAL: Duration = Duration::from_millis(10);
-/// How often it is tried before the guest's connection is refused: for two seconds.
+/// Number of retries before the guest's connection is refused: two seconds in all.
 const MAX_RETRIES: u32 = 200;
-/// How often a guest is asked for a connection that it accepts by an address which is not its own.
+/// Maximum number of requests to a guest that accepts a connection with an address which is not its
+/// own.
 const MAX_ASKED: u32 = 100;
 /// Connections tried again in a turn.
 const MAX_RETRIED: usize = 64;
-/// How soon the listener is watched again when there was no descriptor for a connection.
+/// Delay before the listener is watched again, after there was no descriptor for a connection.
 const ACCEPT_INTERVAL: Duration = Duration::from_millis(100);
-/// How often this is logged.
+/// Minimum time between two log messages about that.
 const WARN_INTERVAL: Duration = Duration::from_secs(60);
 
 /// A connection of the guest to a host whose backlog is full, or whose broker has not answered.
@@ -56,7 +57,7 @@ impl Vsock {
         self.arm(connection.socket(), ControlOperation::Modify, connection.wants_input(), write)
     }
 
-    /// Removes a connection, and resets it for the guest if `tell` is set.
+    /// Removes a connection. With `tell`, also resets it for the guest.
     pub(super) fn close(&mut self, key: Key, tell: bool) {
         if tell {
             let header = self.header(key, Op::Reset);
@@ -73,7 +74,7 @@ impl Vsock {
         }
     }
 
-    /// The guest has closed a connection. The host still gets what was sent before.
+    /// The guest has closed a connection. Data sent before that still goes to the host.
     pub(super) fn finish(&mut self, key: Key, tell: bool) {
         if let Some(mut connection) = self.connections.remove(&key) {
             let fd = connection.socket().as_raw_fd();
@@ -84,9 +85,10 @@ impl Vsock {
         self.close(key, tell);
     }
 
-    /// Writes to a host what it takes of a connection that the guest has closed.
+    /// Writes the data left of a connection that the guest has closed, as far as the host accepts
+    /// it.
     fn drain(&mut self, fd: RawFd, mut connection: Connection) {
-        // What the host still sends is dropped, and not waited for.
+        // Further data from the host is dropped without waiting for it.
         connection.ended = true;
         if connection.flush() && self.rearm(&connection, true).is_ok() {
             self.draining.insert(fd, connection);
@@ -113,7 +115,7 @@ impl Vsock {
             let socket = match self.socket.listener.accept() {
                 Ok((socket, _)) => socket,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                // The client has gone again, or a signal came.
+                // The client has disconnected already, or a signal arrived.
                 Err(error) if matches!(error.raw_os_error(), Some(libc::ECONNABORTED | libc::EINTR)) => continue,
                 Err(error) => return self.accept_later(&error),
             };
@@ -159,7 +161,7 @@ impl Vsock {
         }
     }
 
-    /// Asks the guest for a connection to `port`.
+    /// Requests a connection to `port` from the guest.
     fn ask(&mut self, mut connection: Connection, port: u32) {
         let key = (self.free_port(port), port);
         connection.asked += 1;
@@ -169,9 +171,9 @@ impl Vsock {
         self.reply(header);
     }
 
-    /// Asks the guest once more for a connection that it has accepted by an address which is not its
-    /// own: a child that has not read yet that its address is another. What it has accepted it drops
-    /// when it does, so the connection is another one, from another port.
+    /// Requests a connection again that the guest has accepted with an address which is not its
+    /// own: a child that has not read its new address yet. It drops the accepted connection once it
+    /// reads it, so the new request uses another host port.
     pub(super) fn ask_again(&mut self, key: Key) {
         let Some(connection) = self.connections.get(&key).filter(|connection| connection.stage == Stage::Asked) else {
             return;
@@ -237,7 +239,7 @@ impl Vsock {
         self.flush(key);
     }
 
-    /// Writes to a socket what it takes, and watches it if bytes are left.
+    /// Writes as much to a socket as it accepts, and watches it if bytes are left.
     pub(super) fn flush(&mut self, key: Key) {
         let Some(connection) = self.connections.get_mut(&key) else { return };
         if connection.flush() {
@@ -280,7 +282,7 @@ impl Vsock {
                 self.arm(&socket, ControlOperation::Add, true, false)?;
                 Connection::new(socket, Stage::Open).map(Some)
             }
-            // A broker that stands still is waited for as long as the guest waits.
+            // The wait for a stuck broker lasts as long as the guest waits.
             Attempt::Waiting => Ok(None),
             Attempt::Full if retries < MAX_RETRIES => {
                 retries += 1;
@@ -308,7 +310,7 @@ impl Vsock {
         }
     }
 
-    /// Tries again what is due: connections to hosts whose backlog was full, and the listener.
+    /// Retries connections to hosts whose backlog was full, and the listener, once they are due.
     pub(super) fn retry(&mut self, now: Instant) {
         if self.accept_at.is_some_and(|at| now >= at) {
             self.accept_at = None;
@@ -317,8 +319,8 @@ impl Vsock {
         }
         if self.retry_at.is_some_and(|at| now >= at) {
             self.retry_at = None;
-            // Those with the fewest attempts first: if there are more than fit in a turn, each is
-            // tried.
+            // Those with the fewest attempts first, so that each is tried even if more are due than
+            // fit in a turn.
             let mut due: Vec<(u32, Key)> = self.pending.iter().map(|(key, pending)| (pending.retries, *key)).collect();
             due.sort_unstable();
             for (_, key) in due.into_iter().take(MAX_RETRIED) {

@@ -1,17 +1,17 @@
 //! The socket device: streams between the guest and Unix sockets of the host.
 //!
-//! * The host connects to the device's socket and writes `CONNECT <port>\n`; when the guest
-//!   accepts, it reads `OK <its port>\n`, and then the stream.
-//! * The guest connects to the host (CID 2) at a port; the device connects to its socket's path
-//!   with `_<port>` behind it, where the host listens.
+//! - The host connects to the device's socket and writes `CONNECT <port>\n`; when the guest
+//!   accepts, the host reads `OK <its port>\n`, and then the stream.
+//! - The guest connects to the host (CID 2) at a port; the device connects to its socket's path
+//!   with `_<port>` appended, where the host listens.
 //!
-//! At a fork the parent keeps its connections. A child has none of them. It has a CID and a socket
-//! of its own, and its device sends the driver a transport reset, at which the guest closes every
-//! connection it knows.
+//! At a fork only the parent keeps its connections. The child has a CID and a socket of its own,
+//! and its device sends the driver a transport reset, at which the guest closes every connection it
+//! knows.
 //!
-//! A stream's bytes are bounded on both sides. The guest gets credit (`buf_alloc` in a packet),
-//! and a connection is read only as far as the guest has credit. A connection that cannot continue
-//! is reset, and never stops the others.
+//! A stream's bytes are bounded on both sides. The guest gets credit (`buf_alloc` in a packet), and
+//! a connection is read only as far as the guest has credit. A connection that cannot continue is
+//! reset, and never stops the others.
 
 mod connection;
 mod device;

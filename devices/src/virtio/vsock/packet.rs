@@ -49,7 +49,7 @@ fn word<const N: usize>(bytes: &[u8; HEADER], at: usize) -> [u8; N] {
 }
 
 impl Header {
-    /// Parses a header. None when the operation is not known.
+    /// Parses a header. Returns None for an unknown operation.
     pub(super) fn parse(bytes: &[u8; HEADER]) -> Option<Self> {
         let op = usize::from(u16::from_le_bytes(word(bytes, 30))).checked_sub(1)?;
         Some(Self {

@@ -1,10 +1,11 @@
-//! The host's end of a socket device: where hosts connect, and where the guest's connections go.
+//! The host's end of a socket device: the listener for hosts, and the targets of the guest's
+//! connections.
 //!
-//! The guest's connection to port N goes to a listener at the socket's path with `_N` behind it. A
-//! process that may open no sockets has a broker do that: another process, at the other end of a
-//! socket that keeps messages apart (`SOCK_SEQPACKET`).
+//! The guest's connection to port N goes to a listener at the socket's path with `_N` appended. A
+//! process that may open no sockets uses a broker: another process, at the other end of a socket
+//! that preserves message boundaries (`SOCK_SEQPACKET`).
 //!
-//! | message | from | what |
+//! | message | from | content |
 //! |---|---|---|
 //! | request | device | the port, 4 bytes |
 //! | answer | broker | 0 and the connection; or the number of the error, 4 bytes |
@@ -27,34 +28,34 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 use super::device::{Key, VsockError, VsockOptions};
 use super::{FIRST_GUEST_CID, HOST_CID};
 
-/// How long the device's thread waits for an answer to the request that it has just sent. Afterwards
-/// it looks for the answer from time to time, and the guest's other connections go on.
+/// How long the device's thread waits for an answer to the request that it has just sent. After
+/// that it checks for the answer from time to time, and the guest's other connections go on.
 const ANSWER_WAIT: Duration = Duration::from_millis(20);
 /// Bytes of a message.
 const NUMBER: usize = 4;
 
-/// Connects the guest to ports of the host.
+/// How the guest's connections to ports of the host are made.
 #[derive(Debug)]
 enum HostPorts {
-    /// By itself.
+    /// By this process.
     Direct,
     /// Through the broker at the other end.
     Broker(BrokerSlot),
 }
 
-/// The broker of a socket device. Another can take its place. None once its process has ended, or
-/// has answered what is no answer. A broker that is only slow stays.
+/// The broker of a socket device, which can be replaced. None once its process has ended, or has
+/// sent an invalid answer. A slow broker stays.
 #[derive(Clone, Debug, Default)]
 pub struct BrokerSlot(Arc<Mutex<Option<Broker>>>);
 
-/// A broker, and what it was asked. One request is under way at a time, so that each answer belongs to
-/// a known request, however late the answer comes.
+/// A broker, and its request. At most one request is pending, so that each answer belongs to a
+/// known request, even a late answer.
 #[derive(Debug)]
 struct Broker {
     socket: OwnedFd,
-    /// The request under way: its connection, or none if the guest has given up the connection.
+    /// The pending request: its connection, or None if the guest has given up the connection.
     asked: Option<Option<Key>>,
-    /// Answers that came while another connection was looked for.
+    /// Answers that arrived while waiting for the answer of another connection.
     answers: BTreeMap<Key, io::Result<Attempt>>,
 }
 
@@ -67,9 +68,9 @@ impl BrokerSlot {
     /// before it are requested again.
     ///
     /// # Errors
-    /// When it is no socket.
+    /// When `broker` is not a socket.
     pub fn put(&self, broker: OwnedFd) -> io::Result<()> {
-        // With one request under way there is always room for the next.
+        // With one pending request there is always room for the next.
         set_socket_timeout(&broker, Timeout::Send, Some(ANSWER_WAIT))?;
         *self.broker() = Some(Broker { socket: broker, asked: None, answers: BTreeMap::new() });
         Ok(())
@@ -77,8 +78,8 @@ impl BrokerSlot {
 }
 
 impl Broker {
-    /// The answer for `key`, if it has come by now. Asks for it if it was not. An error of the broker
-    /// itself is the outer one.
+    /// The answer for `key`, if it has arrived. Sends the request if necessary. An error of the
+    /// broker itself is the outer one.
     fn dial(&mut self, key: Key) -> io::Result<io::Result<Attempt>> {
         if self.asked.is_some() && self.is_readable(Duration::ZERO)? {
             self.take_answer()?;
@@ -128,7 +129,7 @@ pub struct VsockSocket {
     pub(super) options: VsockOptions,
     pub(super) listener: UnixListener,
     ports: HostPorts,
-    /// Whether the socket's file is removed with this.
+    /// Whether dropping this removes the socket's file.
     removes: bool,
 }
 
@@ -153,8 +154,8 @@ impl VsockSocket {
         Ok(Self { options: options.clone(), listener, ports: HostPorts::Direct, removes: true })
     }
 
-    /// A socket that another process has bound, and will remove. The guest's connections are made
-    /// by `broker`; without one they are refused.
+    /// A socket that another process has bound, and will remove. `broker` makes the guest's
+    /// connections; without one they are refused.
     ///
     /// # Errors
     /// When the CID is reserved.
@@ -166,7 +167,7 @@ impl VsockSocket {
         Ok(Self { options, listener: listener.into(), ports: HostPorts::Broker(slot), removes: false })
     }
 
-    /// Where its broker is, if it has one.
+    /// The slot of its broker, if it has one.
     #[must_use]
     pub fn broker(&self) -> Option<BrokerSlot> {
         match &self.ports {
@@ -175,11 +176,11 @@ impl VsockSocket {
         }
     }
 
-    /// Gives up the listener for another process. From here on the socket's file is the caller's to
-    /// remove.
+    /// Gives up the listener for another process. From here on the caller removes the socket's
+    /// file.
     ///
     /// # Errors
-    /// When there is no descriptor to be had.
+    /// When there is no free descriptor.
     pub fn hand_over(mut self) -> io::Result<OwnedFd> {
         let listener = self.listener.as_fd().try_clone_to_owned()?;
         self.removes = false;
@@ -205,7 +206,7 @@ impl VsockSocket {
         }
     }
 
-    /// Forgets a connection that was dialled for and is not waited for any more.
+    /// Forgets a dialled connection that is no longer wanted.
     pub(super) fn forget(&self, key: Key) {
         if let HostPorts::Broker(slot) = &self.ports
             && let Some(broker) = slot.broker().as_mut()
@@ -266,11 +267,11 @@ fn answer_of(broker: &OwnedFd) -> io::Result<io::Result<Attempt>> {
     }
 }
 
-/// A broker's part: answers one request that has come over `device`, for the guest whose socket is
-/// at `socket`. It connects to nothing but that guest's listeners, whatever the device asks for.
+/// Handles one request as a broker: answers a request received over `device`, for the guest whose
+/// socket is at `socket`. Connects only to that guest's listeners, for any request.
 ///
 /// # Errors
-/// When the device's process has gone, or asks for something else.
+/// When the device's process has gone, or sends an invalid request.
 pub fn answer_broker(device: impl AsFd, socket: &Path) -> io::Result<()> {
     let request = seqpacket::receive(&device, NUMBER)?.bytes;
     let port = u32::from_le_bytes(*request.first_chunk().ok_or(io::ErrorKind::InvalidData)?);
@@ -337,13 +338,13 @@ mod tests {
             while answer_broker(&ours, &path).is_ok() {}
         });
         let listeners = [5, 6].map(|port| UnixListener::bind(dir.path().join(format!("v_{port}"))).unwrap());
-        // More attempts than fit in the time after which a broker was given up: a second.
+        // More attempts than fit into a second, after which a broker was once given up.
         for _ in 0..100 {
             for key in [(5, 1), (6, 1), (5, 2), (7, 1)] {
                 assert!(matches!(socket.dial(key), Ok(Attempt::Waiting)), "{key:?}");
             }
         }
-        // The guest has given up the connection whose request is under way, and opens it anew.
+        // The guest has given up the connection whose request is pending, and opens it anew.
         socket.forget((5, 1));
         gate.send(()).unwrap();
         for key in [(6, 1), (5, 2), (5, 1)] {
@@ -364,14 +365,15 @@ mod tests {
         std::fs::remove_file(dir.path().join("v")).unwrap();
         let (ours, theirs) = seqpacket::pair().unwrap();
         let socket = handed(dir.path(), Some(theirs));
-        // It says that there is a connection, and sends none. The next answer is for nobody.
+        // An answer that announces a connection and sends none. The next answer belongs to no
+        // request.
         for status in [0i32, libc::ENOENT] {
             seqpacket::send(&ours, &status.to_le_bytes(), &[]).unwrap();
         }
         for _ in 0..2 {
             assert_eq!(socket.dial((5, 1)).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
         }
-        // Another takes its place.
+        // A new broker takes its place.
         let (ours, theirs) = seqpacket::pair().unwrap();
         socket.broker().unwrap().put(theirs).unwrap();
         let path = dir.path().join("v");

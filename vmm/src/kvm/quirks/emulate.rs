@@ -1,4 +1,4 @@
-//! Emulates in userspace the instructions that KVM's emulator does not know.
+//! Emulates in userspace the instructions unknown to KVM's emulator.
 
 use kvm_bindings::{
     KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES,
@@ -23,7 +23,7 @@ const MAX_INSN: usize = 15;
 const ARITHMETIC_FLAGS: u64 = 0x8d5;
 const ZF: u64 = 1 << 6;
 
-/// What was emulated in KVM's place.
+/// Kinds of instructions emulated in place of KVM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Emulated {
     /// An instruction other than INT3.
@@ -35,13 +35,14 @@ pub(crate) enum Emulated {
 /// An instruction that can be emulated here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum EmulatedInsn {
-    /// Linux executes it in its alternatives' self test, and for tracing and live patching.
+    /// INT3, which Linux executes in its alternatives' self test, and for tracing and live
+    /// patching.
     Int3,
     /// FWAIT, which Debian's kernels execute when they set up the FPU.
     Fwait,
     /// POPCNT between registers, from Linux's hweight.
     Popcnt { wide: bool, to: u8, from: u8, len: u8 },
-    /// RDRAND or RDSEED, emulated as "no number is ready" (CF clear). Linux gives up on the
+    /// RDRAND or RDSEED, emulated as "no number is ready" (CF clear). Linux then stops using the
     /// instruction at boot.
     Random { to: u8, len: u8 },
 }
@@ -134,8 +135,8 @@ fn fwait_fault(cr0: u64, status: u16, control: u16) -> Option<u8> {
 
 impl Quirks {
     /// Emulates an instruction that KVM could not, after `KVM_RUN` returned
-    /// `KVM_EXIT_INTERNAL_ERROR`. Returns what it was, and its address. After `Ok` the caller runs the
-    /// vCPU again.
+    /// `KVM_EXIT_INTERNAL_ERROR`. Returns the instruction's kind and address. After `Ok` the caller
+    /// runs the vCPU again.
     pub(crate) fn emulate_insn(self, vcpu: &mut VcpuFd) -> Result<(Emulated, u64), EmulateError> {
         let failure = EmulationFailure::of(vcpu).ok_or(EmulateError::NotEmulation)?;
         let call = |what| move |source| EmulateError::Ioctl { what, source };
@@ -186,7 +187,7 @@ pub enum EmulateError {
         /// The instruction's address.
         rip: u64,
     },
-    /// The guest has nothing mapped at an address that must be read.
+    /// The guest has no mapping at an address that must be read.
     #[error("the guest has nothing at {linear:#x}, where a page fault is looked at")]
     Unmapped {
         /// The guest's linear address.

@@ -1,13 +1,12 @@
 //! System calls to stock kernels on kvm-pvm.
 //!
 //! SYSCALL at ring 3 reaches the kernel's entry point still at ring 3, and faults there. The kernel
-//! takes the page fault for one of its program's. A breakpoint at the first instruction of the
+//! would handle the page fault as one of its program. A breakpoint at the first instruction of the
 //! guest's page-fault handler ends `KVM_RUN` at every page fault. A fault from SYSCALL is turned
-//! into the system call. For any other fault that first instruction, which does nothing, is
-//! skipped.
+//! into the system call. For any other fault that first instruction, a no-op, is skipped.
 //!
 //! The breakpoint is set only for kernels that execute INT3 at boot. Stock kernels do so in a self
-//! test. The kernel of `resources/linux` does not, and needs none of this.
+//! test. The kernel of `resources/linux` does not, and does not need any of this.
 
 use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_HW_BP, Msrs, kvm_guest_debug, kvm_msr_entry, kvm_segment};
 use kvm_ioctls::VcpuFd;
@@ -26,7 +25,7 @@ const RFLAGS_DF: u64 = 1 << 10;
 /// Length in bytes of the longest instruction that is skipped.
 const MAX_NOTHING: usize = 4;
 
-/// Reads guest memory at a guest-physical address; `false` where there is no memory.
+/// Reads guest memory at a guest-physical address; `false` if there is no memory.
 type ReadMemory<'a> = &'a dyn Fn(u64, &mut [u8]) -> bool;
 
 /// The part of a page fault's stack frame that is used here.
@@ -207,7 +206,7 @@ mod tests {
         assert_eq!(nothing(&[0xe8, 0, 0, 0]), None);
     }
 
-    /// Where the upper half maps guest-physical memory.
+    /// Start of the upper half's mapping of guest-physical memory.
     const KERNEL: u64 = 0xffff_8000_0000_0000;
     const CODE: u64 = 0x10_0000;
     const PML4: u64 = 0x20_0000;

@@ -80,7 +80,7 @@ fn every_part_reaches_the_other_vcpu() {
     let new = NewVcpu::read(&child.vcpus[0]).unwrap();
     state.restore(&child.vcpus[0], &layout, CpuidState::Set, Clock::Resume, None).unwrap();
     same(&child);
-    // The same by what a new vCPU has: whatever differs is set.
+    // The same with the known state of a new vCPU: every difference is set.
     let child = parent.sibling(&host);
     state.restore(&child.vcpus[0], &layout, CpuidState::Set, Clock::Resume, Some(&new)).unwrap();
     same(&child);
@@ -201,7 +201,7 @@ fn a_guest_without_a_clock_page_cannot_be_told_of_a_pause() {
     let layout = StateLayout::new(&host).unwrap();
     let mut state = save_all(&vm, &host, &layout).remove(0);
     assert!(!state.has_kvmclock());
-    // Of its address, the lowest bit says that there is a page.
+    // The lowest bit of the address marks the page as present.
     for (value, has) in [(0x2000, false), (0x2001, true)] {
         set_msr(&mut state, KVM_SYSTEM_TIME, value);
         assert_eq!(state.has_kvmclock(), has);

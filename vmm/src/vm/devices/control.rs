@@ -13,10 +13,11 @@ use crate::vm::identity::{ChildIdentity, Endpoints, Identity};
 use crate::vm::machine::Vm;
 
 const MIB_SHIFT: u32 = 20;
-/// Where messages for local APICs go: the destination is in bits 12 to 19.
+/// The address of messages to local APICs: the destination is in bits 12 to 19.
 const APIC_MESSAGES: u32 = 0xfee0_0000;
 
-/// Sends [`DOORBELL`] to the local APIC of `vcpu`. A local APIC that its guest has not enabled drops it.
+/// Sends [`DOORBELL`] to the local APIC of `vcpu`. A local APIC that its guest has not enabled
+/// drops the message.
 pub(crate) fn ring(vm: &VmFd, vcpu: u8) -> Result<(), kvm_ioctls::Error> {
     let address_lo = APIC_MESSAGES | u32::from(vcpu) << 12;
     let message = kvm_msi { address_lo, data: u32::from(DOORBELL), ..kvm_msi::default() };
@@ -31,7 +32,7 @@ impl Vm {
     }
 
     /// Takes the interfaces, addresses and sockets of a child called `name` before its image
-    /// exists. This keeps the time it takes out of the fork.
+    /// exists, which keeps the time for that out of the fork.
     ///
     /// # Errors
     /// When one cannot be taken. Then none is taken, and this VM runs on (I13).
@@ -84,16 +85,16 @@ impl Vm {
         u8::try_from(vcpu).ok().filter(|vcpu| *vcpu < cpus).ok_or(VmError::NoVcpu { vcpu, cpus })
     }
 
-    /// Interrupts a vCPU with the vector [`DOORBELL`]: the bare guest halts while its mailbox is empty.
-    /// A paused VM takes the interrupt when it runs, and an image or a snapshot of it has the interrupt
-    /// pending.
+    /// Interrupts a vCPU with the vector [`DOORBELL`]: the bare guest halts while its mailbox is
+    /// empty. A paused VM takes the interrupt when it runs, and an image or a snapshot of it has
+    /// the interrupt pending.
     ///
     /// # Errors
     /// When there is no such vCPU, the VM has stopped, or KVM refuses the message.
     pub fn ring_doorbell(&self, vcpu: u64) -> Result<(), VmError> {
         let vcpu = self.expect_vcpu(vcpu)?;
-        // Its guest must run to take it. And no reset or fork at the same time: it would restore or save
-        // the interrupt controllers.
+        // The guest must run to take the interrupt. A reset or fork at the same time would restore
+        // or save the interrupt controllers.
         let _one = self.awake()?;
         if let Some(reason) = self.stopped() {
             return Err(VmError::Stopped(reason));
@@ -101,15 +102,15 @@ impl Vm {
         ring(&self.prepared.fd, vcpu).map_err(|error| VmError::kvm("interrupt a vCPU", error))
     }
 
-    /// Presses the power button. A guest that listens to it shuts down in an orderly way and powers
-    /// itself off ([`StopReason::PowerOff`](crate::vm::StopReason::PowerOff)). The press is this
-    /// VM's alone: no child and no snapshot has it, and a reset forgets it. What the guest has made
-    /// of it is the guest's state, and is inherited like all of that.
+    /// Presses the power button. A guest that handles it shuts down in an orderly way and powers
+    /// itself off ([`StopReason::PowerOff`](crate::vm::StopReason::PowerOff)). The press belongs to
+    /// this VM alone: children and snapshots do not have it, and a reset forgets it. The guest's
+    /// reaction is part of the guest's state, and is inherited.
     ///
     /// # Errors
     /// When the VM has no ACPI, is paused, or has stopped.
     pub fn press_power_button(&self) -> Result<(), VmError> {
-        // Its guest must run to notice. And no reset or fork at the same time.
+        // The guest must run to notice the press. No reset or fork may run at the same time.
         let _one = self.awake()?;
         if let Some(reason) = self.stopped() {
             return Err(VmError::Stopped(reason));
@@ -130,26 +131,25 @@ impl Vm {
         self.devices.power_button_noticed()
     }
 
-    /// Packets and bytes of network device number `index`. None if there is none.
+    /// Packets and bytes of network device number `index`. None without such a device.
     #[must_use]
     pub fn net_stats(&self, index: usize) -> Option<NetStats> {
         self.devices.with_plain(index, |device| device.with(|net: &mut Net| net.stats())).flatten()
     }
 
-    /// Whether network device number `index` lets packets pass. None if there is none.
+    /// Whether network device number `index` lets packets pass. None without such a device.
     #[must_use]
     pub fn network(&self, index: usize) -> Option<Link> {
         self.devices.with_plain(index, |device| device.with(|net: &mut Net| net.link())).flatten()
     }
 
-    /// Lets packets of all network devices pass, or none. When this returns with
-    /// [`Link::Closed`], none passes any more. An open link comes up after the guest has seen it
-    /// down.
+    /// Opens or closes all network devices. When this returns with [`Link::Closed`], no packet
+    /// passes any more. An open link comes up after the guest has seen it down.
     ///
     /// # Errors
     /// When there is no network device, or the VM has stopped.
     pub fn set_network(&self, link: Link) -> Result<(), VmError> {
-        // No fork in between, whose children would have one device open and one closed.
+        // A fork in between would have children with one device open and one closed.
         let _one = self.operations.take();
         if let Some(reason) = self.stopped() {
             return Err(VmError::Stopped(reason));
@@ -168,22 +168,22 @@ impl Vm {
         Ok(())
     }
 
-    /// How many packets each egress rule of network device number `index` has decided, by layers.
-    /// None if there is no such device.
+    /// The number of packets decided by each egress rule of network device number `index`, by
+    /// layers. None without such a device.
     #[must_use]
     pub fn egress_packets(&self, index: usize) -> Option<Vec<Vec<(EgressRule, u64)>>> {
         self.devices.with_plain(index, |device| device.with(|net: &mut Net| net.egress_packets())).flatten()
     }
 
-    /// How many layers of the policy of network device number `index` are its parent's. None if there
-    /// is no such device.
+    /// The number of layers in the policy of network device number `index` that came from its
+    /// parent. None without such a device.
     #[must_use]
     pub fn inherited_egress(&self, index: usize) -> Option<usize> {
         self.devices.with_plain(index, |device| device.with(|net: &mut Net| net.inherited_egress())).flatten()
     }
 
-    /// Says anew where the guest may send, by all network devices. When this returns, no packet that
-    /// the rules drop is sent any more.
+    /// Replaces the egress rules of all network devices. When this returns, packets that the rules
+    /// drop are no longer sent.
     ///
     /// # Errors
     /// As for [`Vm::set_network`].
@@ -191,11 +191,12 @@ impl Vm {
         self.change_egress(|_| Ok(egress.clone()))
     }
 
-    /// The same, but for the first `kept` layers of each device's policy: they stay, and `rules` take
-    /// the place of those behind them.
+    /// The same, except for the first `kept` layers of each device's policy: these stay, and
+    /// `rules` replace the later ones.
     ///
     /// # Errors
-    /// As for [`Vm::set_network`], and when a policy would have too many rules. Then none is changed.
+    /// As for [`Vm::set_network`], and when a policy would have too many rules. Then no policy is
+    /// changed.
     pub fn replace_egress(&self, kept: usize, rules: &[EgressRule]) -> Result<(), VmError> {
         self.change_egress(|policy| policy.replaced(kept, rules))
     }
@@ -212,7 +213,7 @@ impl Vm {
         let mut changed = Vec::new();
         for at in 0..self.config().nets.len() {
             let policy = self.devices.with_plain(at, |device| device.with(|net: &mut Net| net.egress().clone()));
-            // Without one, as after an error of its driver, there is nothing to be judged.
+            // Without a policy, as after a driver's error, there are no packets to judge.
             changed.push(change(&policy.flatten().unwrap_or_default()).map_err(DeviceError::from)?);
         }
         for (at, policy) in changed.into_iter().enumerate() {
@@ -223,13 +224,14 @@ impl Vm {
         Ok(())
     }
 
-    /// The output of the virtio console. None if there is none.
+    /// The output of the virtio console, if there is one.
     #[must_use]
     pub fn virtio_console(&self) -> Option<&Console> {
         self.devices.hvc.as_ref().map(|hvc| &hvc.output)
     }
 
-    /// Types into the virtio console. Returns the number of bytes taken: 0 without such a console.
+    /// Types into the virtio console. Returns the number of bytes accepted: 0 without such a
+    /// console.
     pub fn type_in_virtio(&self, bytes: &[u8]) -> usize {
         self.devices.hvc.as_ref().map_or(0, |hvc| hvc.typist.type_in(bytes))
     }

@@ -35,7 +35,7 @@ use virtio::Hvc;
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum DeviceError {
-    /// The host has no descriptor for a device.
+    /// The host has no free descriptor for a device.
     #[error("the devices could not be made")]
     Io(#[source] io::Error),
     /// Two devices claim one port.
@@ -109,13 +109,14 @@ pub(crate) struct Devices {
     power: PowerSwitch,
     /// The interrupt of ACPI events, if the guest has ACPI.
     events: Option<Arc<Irq>>,
-    /// Whether the guest may be the bare guest. One with ACPI hears of its start from saved state by
-    /// an event.
+    /// Whether the guest may be the bare guest. A guest with ACPI is notified of its start from a
+    /// saved state by an event.
     has_doorbell: bool,
 }
 
 impl Devices {
-    /// Makes fresh devices, or restores saved ones. They are quiesced until [`Devices::resume`].
+    /// Makes fresh devices, or restores saved ones. Either way they are quiesced until
+    /// [`Devices::resume`].
     pub(crate) fn new(
         saved: Option<(&DeviceState, &[Backend])>,
         config: &VmConfig,
@@ -178,13 +179,14 @@ impl Devices {
         self.virtio.iter().for_each(|device| device.resume());
     }
 
-    /// Runs `with` on the block device number `index`. None if there is none.
+    /// Runs `with` on the block device number `index`. Returns None without such a device.
     pub(crate) fn with_block<T>(&self, index: usize, with: impl FnOnce(&mut Block) -> T) -> Option<T> {
         // Disks have the first places.
         self.virtio.get(index)?.with_device(|device| device.as_any().downcast_mut().map(with))
     }
 
-    /// Runs `with` on device number `number` of those that `H` handles. None if there are fewer.
+    /// Runs `with` on device number `number` among those handled by `H`. Returns None without such
+    /// a device.
     pub(crate) fn with_plain<H: DeviceOps, T>(
         &self,
         number: usize,
@@ -199,10 +201,10 @@ impl Devices {
         self.bus.read(port, width, data);
     }
 
-    /// Returns why the VM ends, if the write has requested that.
+    /// Returns a stop reason if the write ends the VM.
     pub(crate) fn pio_write(&self, port: u16, width: usize, data: &[u8]) -> Option<StopReason> {
         self.bus.write(port, width, data);
-        // Relaxed: set by this very call, if at all.
+        // Relaxed: only this call sets it.
         if self.reset.load(Ordering::Relaxed) {
             return Some(StopReason::Reset);
         }
@@ -231,22 +233,22 @@ impl Devices {
         with(self.serial.lock().unwrap_or_else(PoisonError::into_inner).irq())
     }
 
-    /// Raises pending interrupts again: a spurious interrupt does no harm, a lost one hangs its
+    /// Raises pending interrupts again: a spurious interrupt is harmless, a lost one hangs its
     /// driver.
     pub(crate) fn reraise(&self) {
         self.virtio.iter().for_each(|device| device.reraise());
         self.serial.lock().unwrap_or_else(PoisonError::into_inner).reraise();
     }
 
-    /// Rings the doorbell of all vCPUs of a guest that starts from a saved state: its mailbox may have
-    /// changed since its vCPUs halted. Call it after the interrupt controllers are restored: a restore
-    /// would lose the interrupt.
+    /// Rings the doorbell of all vCPUs of a guest that starts from a saved state: its mailbox may
+    /// have changed since its vCPUs halted. Called after the interrupt controllers are restored,
+    /// because a restore would lose the interrupt.
     pub(crate) fn ring_doorbells(&self, vm: &VmFd, cpus: u8) -> Result<(), kvm_ioctls::Error> {
         if self.has_doorbell { (0..cpus).try_for_each(|vcpu| control::ring(vm, vcpu)) } else { Ok(()) }
     }
 
-    /// Notifies the guest of an ACPI event: its new generation, or the power button. Call it after the
-    /// interrupt controllers are restored: a restore would lose the interrupt.
+    /// Notifies the guest of an ACPI event: its new generation, or the power button. Called after
+    /// the interrupt controllers are restored, because a restore would lose the interrupt.
     pub(crate) fn notify_events(&self) {
         if let Some(irq) = &self.events
             && let Err(error) = irq.trigger()

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use clade_devices::Report;
 
-/// The most unread reports kept. A guest can write the port for ever, so the oldest are dropped.
+/// Maximum number of unread reports. A guest can write the port for ever, so the oldest are
+/// dropped.
 const MAX_REPORTS: usize = 4_096;
 
 /// Reports of the bare guest that no reader has taken yet.

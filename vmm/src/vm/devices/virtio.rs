@@ -92,7 +92,8 @@ impl Maker<'_> {
                 let egress = state.map_or(&spec.egress, |state| &state.egress).narrowed(&self.ends.egress)?;
                 let (link, egress) = (self.ends.network, Some(egress));
                 let options = NetOptions { mac: end.mac, link, egress, receive: spec.receive, send: spec.send };
-                // A VM that starts from a saved state has another address than its guest knows.
+                // A VM that starts from a saved state has another address than the one known to its
+                // guest.
                 let net = Net::new(end.backend, &options, state, state.is_some()).map_err(DeviceError::Io)?;
                 Box::new(SyncDevice::new(net))
             }

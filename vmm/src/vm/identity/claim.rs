@@ -12,16 +12,16 @@ use crate::vm::identity::IdentityError;
 /// The number of values tried before [`IdentityError::NoneFree`].
 const TRIES: u64 = 1 << 16;
 
-/// A value that no other VM of this host has. It is held as the name of an abstract socket. The
-/// kernel keeps these per network namespace, like interfaces, and frees the name however the
-/// process ends.
+/// A value that no other VM of this host has, held as the name of an abstract socket. The kernel
+/// keeps these names per network namespace, like interfaces, and frees them at any end of the
+/// process.
 #[derive(Debug)]
 pub(super) struct Claim {
     held: OwnedFd,
 }
 
-/// Takes an abstract name. A stream, which sends nothing anywhere: a process that may open no sockets
-/// gets it, and a datagram can be sent to any address.
+/// Takes an abstract name. With a stream socket, which cannot send: a process that may not open
+/// sockets gets it, and a datagram socket can send to any address.
 fn hold(name: &str) -> io::Result<OwnedFd> {
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     bind(&socket, &SocketAddrUnix::new_abstract_name(name.as_bytes())?)?;
@@ -40,7 +40,7 @@ impl Claim {
         }
     }
 
-    /// The descriptor that holds it: it may be in any process.
+    /// The descriptor that holds the claim, valid in any process.
     pub(super) fn into_descriptor(self) -> OwnedFd {
         self.held
     }
@@ -83,7 +83,7 @@ pub(super) fn first_free<T>(
 pub(super) fn next_cid(parent: u64) -> Result<(u64, Claim), IdentityError> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let candidate = || {
-        // Relaxed: if two threads get one number, the second cannot claim it.
+        // Relaxed: if two threads get the same number, the second cannot claim it.
         NEXT.fetch_max(parent + 1, Ordering::Relaxed);
         Ok(NEXT.fetch_add(1, Ordering::Relaxed))
     };

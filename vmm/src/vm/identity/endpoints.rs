@@ -19,7 +19,7 @@ use crate::vm::identity::{ChildIdentity, Identity, IdentityError, NAME, NetChoic
 
 /// Longest generated interface name before its number: a name has 15 bytes, with room for 9,999.
 const MAX_STEM: usize = 11;
-/// How long another process may hold the lock on a directory of sockets.
+/// Timeout for the lock on a directory of sockets that another process holds.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The host's end of a network device.
@@ -29,7 +29,7 @@ pub(crate) struct NetEnd {
     pub(crate) mac: Mac,
 }
 
-/// What a network device is to be connected to.
+/// The backend of a network device.
 enum To<'a> {
     Tap(&'a str),
     User(UserNet),
@@ -47,9 +47,9 @@ pub(crate) struct VsockEnd {
 #[derive(Debug, Default)]
 pub struct Endpoints {
     pub(crate) nets: Vec<NetEnd>,
-    /// Whether packets pass, if that is not as it was saved.
+    /// Whether packets pass, if this differs from the saved state.
     pub(crate) network: Option<Link>,
-    /// Rules in addition to those that were saved.
+    /// Rules in addition to the saved ones.
     pub(crate) egress: Vec<EgressRule>,
     pub(crate) vsock: Option<VsockEnd>,
     pub(crate) broker: Option<BrokerSlot>,
@@ -82,7 +82,7 @@ impl Endpoints {
         &self.identity
     }
 
-    /// Takes what the configuration of a booting VM names.
+    /// Takes the endpoints in the configuration of a VM to be booted.
     ///
     /// # Errors
     /// When one is taken, or cannot be made. Then none is taken (I13).
@@ -99,7 +99,7 @@ impl Endpoints {
         Ok(ends)
     }
 
-    /// Takes what a child called `name` needs. `parent` is its parent's identity.
+    /// Takes the endpoints of a child called `name`. `parent` is its parent's identity.
     ///
     /// # Errors
     /// As for a booting VM.
@@ -147,11 +147,11 @@ impl Endpoints {
     }
 
     /// The same for the process that makes the VM: a description, and the descriptors. The sockets'
-    /// files stay, and are the caller's to remove. `broker` is the end of a socket for the guest's
+    /// files stay; the caller removes them. `broker` is the end of a socket for the guest's
     /// connections to the host ([`clade_devices::virtio::vsock::answer_broker`]).
     ///
     /// # Errors
-    /// When there is no descriptor to be had. The files are removed then.
+    /// When there is no free descriptor. The files are removed then.
     pub fn hand_over(self, broker: Option<OwnedFd>) -> io::Result<(EndpointParts, Vec<OwnedFd>)> {
         let Self { nets, network, egress, vsock, identity, claims, .. } = self;
         let mut files = Vec::new();
@@ -172,11 +172,11 @@ impl Endpoints {
         Ok((parts, files))
     }
 
-    /// What another process has taken. It holds the claims as long as the VM lives; the sockets'
-    /// files are the other process's to remove.
+    /// The endpoints that another process has taken. They hold the claims as long as the VM lives;
+    /// the other process removes the sockets' files.
     ///
     /// # Errors
-    /// When the descriptors are not those that are described.
+    /// When the descriptors do not match the description.
     pub fn handed_in(parts: EndpointParts, files: Vec<OwnedFd>) -> Result<Self, IdentityError> {
         let EndpointParts { identity, queues, claims, network, egress, reset, broker } = parts;
         let vsock = if identity.vsock.is_some() { 1 + usize::from(broker) } else { 0 };
@@ -209,7 +209,7 @@ impl Endpoints {
         self.claims.0.push(claim);
         let backend = match to {
             To::User(user) => user.start()?.into(),
-            // Claim a known name before the interface is opened. Opening one more queue of a
+            // A known name is claimed before the interface is opened: opening one more queue of a
             // multi-queue interface would take part of another VM's packets.
             To::Tap(tap) if tap.contains("%d") => {
                 let tap = Tap::open(tap, usize::from(net.queues))?;
@@ -228,7 +228,7 @@ impl Endpoints {
 
     fn add_vsock(&mut self, options: VsockOptions, claim: Claim, child: bool) -> Result<(), IdentityError> {
         self.claims.0.push(claim);
-        // Held while a dead socket is found and replaced, so that of two processes one finds the
+        // Held while a dead socket is found and replaced, so that one of two processes finds the
         // other's live socket.
         let _lock = lock_directory(&options.socket);
         remove_dead(&options.socket);
@@ -239,7 +239,7 @@ impl Endpoints {
 }
 
 /// The pattern of a child's interface: its parent's, or the parent's name with another number. A
-/// restored VM gets `clade%d`: the name in its snapshot is another host's, or not to be trusted.
+/// restored VM gets `clade%d`, because the name in its snapshot is another host's, or untrusted.
 fn pattern(configured: &str, own: &str) -> String {
     if own.is_empty() {
         return "clade%d".to_owned();

@@ -1,4 +1,4 @@
-//! The generation of a VM: a guest reads it to learn that it was cloned, or reset.
+//! The generation of a VM, which a guest reads to detect that it was cloned or reset.
 //!
 //! Two pages of the guest's memory, announced in ACPI:
 //!
@@ -7,8 +7,8 @@
 //! - a VMClock, whose counter user space may map and read without a system call.
 //!
 //! Both change in every child, in every restored VM and at every reset, before its first
-//! instruction. An interrupt notifies the guest. The VMClock provides no time: precise time is the
-//! kvm-clock's.
+//! instruction. An interrupt notifies the guest. The VMClock does not provide the time: precise
+//! time comes from the kvm-clock.
 
 use std::fmt;
 use std::io;
@@ -22,7 +22,7 @@ use crate::platform::{GENERATION_ID, PAGE_SIZE, VMCLOCK};
 /// "VCLK".
 const MAGIC: u32 = 0x4b4c_4356;
 const VERSION: u16 = 1;
-/// No counter gives the time.
+/// No counter provides the time.
 const COUNTER_INVALID: u8 = 0xff;
 const TIME_TAI: u8 = 1;
 /// A generation counter, and notifications.
@@ -38,7 +38,7 @@ pub struct GenerationId(pub [u8; 16]);
 
 impl fmt::Debug for GenerationId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Not shown: the guest seeds its random numbers from it.
+        // Hidden, because the guest seeds its random numbers from the id.
         f.write_str("GenerationId(..)")
     }
 }
@@ -47,7 +47,7 @@ impl fmt::Debug for GenerationId {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum GenerationError {
-    /// The host gives no random bytes.
+    /// The host has no random bytes.
     #[error("no random bytes for a generation id")]
     Random(#[source] io::Error),
     /// The pages of the id and the VMClock cannot be read or written.
@@ -66,7 +66,7 @@ pub(crate) fn begin<M: GuestMemoryBackend>(mem: &M) -> Result<(), GenerationErro
     renew(mem)
 }
 
-/// Writes another generation to the memory of a VM. No vCPU of it may run.
+/// Writes another generation to the memory of a VM, whose vCPUs must not run.
 pub(crate) fn renew<M: GuestMemoryBackend>(mem: &M) -> Result<(), GenerationError> {
     let mut id = [0; 16];
     // getrandom never returns part of up to 256 bytes.
@@ -76,8 +76,8 @@ pub(crate) fn renew<M: GuestMemoryBackend>(mem: &M) -> Result<(), GenerationErro
         mem.write_obj(mem.read_obj::<u64>(field(at))?.wrapping_add(more), field(at))
     };
     let seq = mem.read_obj::<u32>(field(SEQ_COUNT))?;
-    // Odd in between and even after, whatever the guest has written there. No vCPU runs between the
-    // two writes, but the pause may have stopped a reader in the middle of its read.
+    // Odd in between and even after, for any value that the guest has written there. No vCPU runs
+    // between the two writes, but the pause may have stopped a reader in the middle of its read.
     mem.write_obj(seq | 1, field(SEQ_COUNT))?;
     mem.write_slice(&id, GENERATION_ID)?;
     add(GENERATION_COUNTER, 1)?;
@@ -120,7 +120,7 @@ mod tests {
             assert!(!ids.contains(&id));
             ids.push(id);
         }
-        // A guest that has scribbled there gets an even count all the same.
+        // The count is even even if the guest has overwritten it.
         mem.write_obj(u32::MAX, GuestAddress(VMCLOCK.0 + 0x0c)).unwrap();
         renew(&mem).unwrap();
         assert_eq!(word(0x0c), 0);

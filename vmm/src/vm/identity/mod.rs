@@ -1,15 +1,15 @@
-//! What distinguishes a VM from every other on its network: interfaces, addresses, sockets.
+//! The identity of a VM on its network: interfaces, addresses, sockets.
 //!
-//! A fork copies everything but these. They are taken before the child is made, and before its
-//! parent is paused. Creating an interface waits for locks of the kernel, and a failure must cost
-//! no VM anything (I13).
+//! A fork copies everything but these. A child's own are taken before the child is made, and before
+//! its parent is paused: creating an interface waits for locks of the kernel, and a failure must
+//! not affect any VM (I13).
 //!
-//! | file | what |
+//! | file | contents |
 //! |---|---|
 //! | `endpoints` | taking interfaces, addresses and sockets for a VM to be made |
 //! | `user_net` | a network by passt, without an interface of the host's |
 //! | `claim` | holding an address or a name against other VMs of the host |
-//! | `generation` | the generation id, by which a guest learns that it was cloned |
+//! | `generation` | the generation id, by which a guest detects that it was cloned |
 
 mod claim;
 mod endpoints;
@@ -52,9 +52,9 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// Clears what belongs to a host: names of interfaces, the socket's path, and the CID from
-    /// which children's are counted. A snapshot is not trusted with these: its author would choose
-    /// names and paths of this host. Children have their sockets in `sockets`.
+    /// Clears the values that belong to a host: names of interfaces, the socket's path, and the CID
+    /// from which children's are counted. A snapshot is not trusted with these, because its author
+    /// would choose names and paths of this host. Children have their sockets in `sockets`.
     pub(crate) fn forget_host(&mut self, sockets: Option<&Path>) {
         self.nets.iter_mut().for_each(|net| net.tap.clear());
         if let Some(vsock) = &mut self.vsock {
@@ -100,7 +100,7 @@ pub struct ChildIdentity {
     /// Whether its network devices let packets pass. Default: as its parent's.
     #[serde(default)]
     pub network: Option<Link>,
-    /// Where it may send, within what its parent may: rules in addition to the parent's.
+    /// Egress rules in addition to the parent's, so that it can at most send where its parent may.
     #[serde(default)]
     pub egress: Vec<EgressRule>,
     /// The socket device.
@@ -112,7 +112,7 @@ pub struct ChildIdentity {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum IdentityError {
-    /// Another VM of the host has it.
+    /// Another VM of the host has the value.
     #[error("the {what} {value} is another VM's")]
     Taken {
         /// The kind of value: `TAP interface`, `MAC address` or `CID`.
@@ -120,7 +120,7 @@ pub enum IdentityError {
         /// The value.
         value: String,
     },
-    /// The host cannot check whether another VM has it.
+    /// The host cannot check whether another VM has the value.
     #[error("the {what} {value} cannot be claimed")]
     Claim {
         /// The kind of value: `TAP interface`, `MAC address` or `CID`.
@@ -150,7 +150,7 @@ pub enum IdentityError {
     /// A CID or socket is chosen for a VM without a socket device.
     #[error("a CID or a socket ({choice:?}) is chosen for a VM without a socket device")]
     NoVsock {
-        /// What was chosen.
+        /// The choice.
         choice: VsockChoice,
     },
     /// The VM is restored, and no directory or path is given for its socket.
@@ -159,21 +159,21 @@ pub enum IdentityError {
         /// The VM's name.
         name: String,
     },
-    /// Another process has taken them, and does not give what it says.
+    /// Another process has taken them, and its descriptors do not match its description.
     #[error("{found} descriptors of {wanted} for interfaces and sockets")]
     Descriptors {
-        /// Descriptors that came.
+        /// Descriptors received.
         found: usize,
-        /// Descriptors that are described.
+        /// Descriptors in the description.
         wanted: usize,
     },
-    /// The host gives no random bytes for a MAC address.
+    /// The host has no random bytes for a MAC address.
     #[error("no random bytes for an address")]
     Random(#[source] io::Error),
     /// The TAP interface could not be opened or made.
     #[error(transparent)]
     Tap(#[from] TapError),
-    /// There is no network by passt.
+    /// A network by passt is impossible.
     #[error(transparent)]
     UserNet(#[from] UserNetError),
     /// The socket device could not be made.

@@ -1,16 +1,16 @@
-//! Networks without an interface of the host's: [passt](https://passt.top) takes the packets, and
-//! makes connections of its own of them.
+//! Networks without an interface of the host's: [passt](https://passt.top) accepts the packets, and
+//! turns them into connections of its own.
 //!
-//! It needs no privileges, so neither has who starts the VM. Each VM has one, which ends when its
-//! socket is closed. All guests see the same network:
+//! passt needs no privileges, and neither does the user who starts the VM. Each VM has its own
+//! passt process, which ends when its socket is closed. All guests see the same network:
 //!
-//! | address | what |
+//! | address | role |
 //! |---|---|
 //! | [`GUEST`] | the guest |
-//! | [`GATEWAY`] | passt, which leads to nothing of the host's loopback |
+//! | [`GATEWAY`] | passt, without access to the host's loopback address |
 //! | [`RESOLVER`] | the host's first name server |
 //!
-//! A child has a passt of its own. Connections of its parent are unknown to that.
+//! A child has a passt of its own, which does not know the parent's connections.
 
 use std::io;
 use std::net::Ipv4Addr;
@@ -21,77 +21,79 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// The guest's address, which it is given by DHCP.
+/// The guest's address, assigned by DHCP.
 pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
-/// Bits of the network's part of it.
+/// Length of its network prefix in bits.
 pub const PREFIX: u8 = 24;
-/// The guest's way out.
+/// The guest's gateway.
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 /// The guest's name server.
 pub const RESOLVER: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
-/// The gateway's Ethernet address, which QEMU's user network has too. A guest that draws the same is one of
-/// 2^46.
+/// The gateway's Ethernet address, as in QEMU's user network. A guest draws the same one with a
+/// probability of 1 in 2^46.
 const GATEWAY_MAC: &str = "52:55:0a:00:02:02";
 /// The program.
 const PASST: &str = "passt";
-/// Runs it with standard input as descriptor 3: in the background it has no standard input.
+/// Runs the program with standard input as descriptor 3: in the background it has no standard
+/// input.
 const AS_FD_3: &str = r#"exec passt "$@" 3<&0 </dev/null"#;
-/// What a shell ends with if there is no such program.
+/// A shell's exit code if the program is missing.
 const NOT_FOUND: i32 = 127;
-/// Most ports of the host's that lead to one guest.
+/// Maximum number of the host's ports forwarded to one guest.
 pub const MAX_FORWARDS: usize = 64;
-/// Bytes of what the program says that are looked at.
+/// Bytes of the program's output that are examined.
 const MAX_SAID: usize = 300;
 
 /// A network device on a network of its own, by passt.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct UserNet {
-    /// TCP ports that lead to the guest. Children have none of them: a port is one VM's.
+    /// TCP ports forwarded to the guest. Not inherited by children, because a port belongs to one
+    /// VM.
     #[serde(default)]
     pub forward: Vec<PortForward>,
 }
 
-/// A TCP port of the host's loopback address that leads to one of the guest's.
+/// A port of the host's loopback address that is forwarded to a TCP port of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PortForward {
-    /// The host's.
+    /// The host's port.
     pub host: u16,
-    /// The guest's.
+    /// The guest's port.
     pub guest: u16,
 }
 
-/// Why there is no network by passt.
+/// Why a network by passt is impossible.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum UserNetError {
-    /// The program is not there.
+    /// The program is missing.
     #[error("there is no passt: install it (Debian: passt), or give the network device a TAP interface")]
     Missing,
-    /// Nothing can be run.
+    /// The shell that starts it cannot be run.
     #[error("passt cannot be run")]
     Start(#[source] io::Error),
-    /// It does not begin.
+    /// The program ends at its start.
     #[error("passt has ended with {code}{}{said}", if said.is_empty() { "" } else { ": " })]
     Refused {
-        /// Its exit code, or -1 if a signal has ended it.
+        /// Its exit code, or -1 if a signal ended it.
         code: i32,
-        /// The end of what it has said.
+        /// The end of its output.
         said: String,
     },
-    /// A port is 0, is there twice, or there are too many.
+    /// A port is 0 or repeated, or there are too many.
     #[error("port {host}:{guest}: ports are 1 to 65535, each of the host's once, {MAX_FORWARDS} at most")]
     Forward {
-        /// The host's.
+        /// The host's port.
         host: u16,
-        /// The guest's.
+        /// The guest's port.
         guest: u16,
     },
 }
 
 impl UserNet {
-    /// Refuses ports that cannot be.
+    /// Refuses invalid ports.
     ///
     /// # Errors
     /// [`UserNetError::Forward`], with the first of them.
@@ -105,31 +107,31 @@ impl UserNet {
         Ok(())
     }
 
-    /// The same for a child.
+    /// The configuration of a child's network.
     #[must_use]
     pub fn of_child(&self) -> Self {
         Self::default()
     }
 
-    /// Starts the program, and returns when it takes packets. It ends when the result is dropped, in
-    /// whatever process.
+    /// Starts the program. Returns when it accepts packets. The program ends when the result is
+    /// dropped, in any process.
     ///
     /// # Errors
-    /// When the program is not there, or refuses: a port may be another's.
+    /// When the program is missing, or refuses to start: a port may be in use.
     pub(crate) fn start(&self) -> Result<PacketStream, UserNetError> {
         self.check()?;
         let pair = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
         let (ours, theirs) = pair.map_err(|errno| UserNetError::Start(errno.into()))?;
         let mut command = Command::new("sh");
-        // Not by a hook between fork and exec: with one the standard library copies this process, and
-        // so its guest memory, under what devices have pinned. This spawns it without.
+        // Not by a hook between fork and exec: with one, the standard library copies this process,
+        // including guest memory, under devices' pins. Without a hook it spawns the program.
         command
             .args(["-c", AS_FD_3, PASST])
             .args(self.args())
             .stdin(theirs)
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
-        // It goes on in the background when it has begun.
+        // The program continues in the background once it has started.
         let output = command.output().map_err(UserNetError::Start)?;
         match output.status.code() {
             Some(0) => return Ok(PacketStream::new(ours)),
@@ -137,7 +139,7 @@ impl UserNet {
             _ => {}
         }
         let said = String::from_utf8_lossy(&output.stderr);
-        // Its log is not to be had everywhere.
+        // The system log is not available everywhere.
         let lines = said.lines().filter(|line| !line.is_empty() && !line.contains("syslog"));
         let said: String = lines.collect::<Vec<_>>().join("; ").chars().take(MAX_SAID).collect();
         Err(UserNetError::Refused { code: output.status.code().unwrap_or(-1), said })
@@ -161,7 +163,7 @@ impl UserNet {
         if self.forward.is_empty() {
             add("--tcp-ports", "none".to_owned());
         }
-        // The gateway would lead to whatever listens on the host's loopback address.
+        // The gateway would lead to listeners on the host's loopback address.
         args.push("--no-map-gw".to_owned());
         args
     }

@@ -1,12 +1,12 @@
 //! VMs on disk: snapshots of running VMs, and VMs that are started from them.
 //!
-//! | file | what |
+//! | file | contents |
 //! |---|---|
 //! | `save` | forks a VM, and writes the image to a directory |
 //! | `restore` | opens the image in a directory |
 //! | `sections` | everything of an image but memory and disks, as named CBOR sections |
 //!
-//! The files themselves, and the steps that make them durable, are `clade-snapshot`'s.
+//! The files themselves, and the steps that make them durable, belong to `clade-snapshot`.
 
 mod restore;
 mod save;
@@ -41,7 +41,7 @@ pub enum SnapshotError {
     /// The saved state cannot be written or read.
     #[error("the state in the snapshot")]
     State(#[from] SavedError),
-    /// The host lacks something that the guest was booted with.
+    /// The host lacks a feature that the guest was booted with.
     #[error(transparent)]
     Host(#[from] HostMismatch),
     /// A disk cannot be read or opened.
@@ -53,7 +53,7 @@ pub enum SnapshotError {
         /// The disk's file.
         path: PathBuf,
     },
-    /// There is no snapshot that an incremental one could be based on.
+    /// There is no snapshot as the base of an incremental one.
     #[error("{name} was neither saved nor restored before, so nothing can be incremental to it: save it in full first")]
     NoBase {
         /// The VM's name.

@@ -45,16 +45,16 @@ pub enum RestoreLoad {
     WorkingSet,
 }
 
-/// What a snapshot says of its VM. Its data is not looked at.
+/// A snapshot's description of its VM. Its data is not read.
 #[derive(Clone, Debug)]
 pub struct SavedVm {
     /// The snapshot.
     pub place: SavedAt,
     /// The VM's configuration.
     pub config: VmConfig,
-    /// The VM's identity, without what belongs to the host it was saved on.
+    /// The VM's identity, without values that belong to the host it was saved on.
     pub identity: Identity,
-    /// Forks between it and the VM that was booted.
+    /// Number of forks between it and the VM that was booted.
     pub generation: u32,
     /// The directories of this snapshot and of those that it depends on, the newest first.
     pub dirs: Vec<PathBuf>,
@@ -75,8 +75,8 @@ impl SavedVm {
         Ok(Self { place: SavedAt { dir: real(dir), id: snapshot.id() }, config, identity, generation, dirs })
     }
 
-    /// The directory of its disks' overlays: `chosen`, or beside the snapshot if that is writable, or
-    /// else the temporary directory. The directory that the snapshot names is not trusted.
+    /// The directory of its disks' overlays: `chosen`, or beside the snapshot if that is writable,
+    /// or else the temporary directory. The directory named in the snapshot is not trusted.
     #[must_use]
     pub fn overlays(chosen: Option<&Path>, dir: &Path) -> PathBuf {
         if let Some(chosen) = chosen {
@@ -98,11 +98,11 @@ impl ForkImage {
     ///
     /// # Errors
     /// When it is not a snapshot, is damaged, or is of another version or machine. When this host
-    /// lacks something that the snapshot's host had, or a snapshot it depends on is missing.
+    /// lacks a feature of the snapshot's host, or a snapshot it depends on is missing.
     pub fn restore(context: &Context, dir: &Path, options: &RestoreOptions) -> Result<Arc<Self>, SnapshotError> {
         let snapshot = Snapshot::open(dir)?;
         let saved: Vec<(&str, &[u8])> = snapshot.sections().iter().collect();
-        // Before anything is made: KVM's errors name no feature.
+        // Checked first: KVM's errors do not name features.
         sections::host_requirements(saved.iter().copied())?.check(context.host())?;
         let config = sections::config(saved.iter().copied())?;
         let backends = backends(&config, &snapshot, options)?;
@@ -120,7 +120,7 @@ impl ForkImage {
         Ok(Arc::new(image))
     }
 
-    /// The snapshot it was restored from, if it was.
+    /// The snapshot that the image was restored from, if any.
     #[must_use]
     pub fn place(&self) -> Option<&SavedAt> {
         self.place.as_ref()
@@ -152,7 +152,7 @@ fn disk_layers(reader: &DiskReader, disk: &clade_devices::disk::DiskConfig) -> R
     let mut layers = Vec::new();
     for layer in reader.layers()? {
         let Some((file, path)) = layer.file else {
-            // Compressed: all of the disk is unpacked, whatever the other layers are.
+            // Compressed: all of the disk is unpacked, for any form of the other layers.
             let (file, path) = unpacked(reader, disk)?;
             let data = reader.data_runs();
             let runs = data.iter().map(|range| run(&(*range, Kind::Data))).collect();

@@ -22,7 +22,7 @@ use crate::vm::fork::{ForkImage, ForkTimes};
 use crate::vm::machine::Vm;
 use crate::vm::persist::{SavedAt, SnapshotError};
 
-/// How long writes in flight at the fork may take before the snapshot fails.
+/// Timeout of a snapshot for writes in flight at the fork.
 pub(super) const SETTLE: Duration = Duration::from_secs(30);
 /// The interval at which cancellation is checked meanwhile.
 const SETTLE_POLL: Duration = Duration::from_millis(100);
@@ -51,17 +51,17 @@ impl Saving {
         Self { last: Mutex::new(last), ..Self::default() }
     }
 
-    /// How many handles of `image` are held here. 0 while a snapshot is being written.
+    /// Number of handles of `image` held here. 0 while a snapshot is being written.
     pub(crate) fn holds(&self, image: &Arc<ForkImage>) -> usize {
         let last = self.last.try_lock();
         usize::from(last.is_ok_and(|last| last.as_ref().is_some_and(|last| Arc::ptr_eq(&last.image, image))))
     }
 }
 
-/// How a VM is saved.
+/// Options of a snapshot.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SnapshotOptions {
-    /// Whether to write only what changed since the VM was last saved, or restored.
+    /// Whether to write only the changes since the VM was last saved, or restored.
     pub incremental: bool,
     /// The compression of the files: compressed ones are smaller, but cannot be mapped.
     pub compression: Compression,
@@ -134,7 +134,7 @@ impl Vm {
         if options.incremental && last.is_none() {
             return Err(SnapshotError::NoBase { name: self.name().to_owned() });
         }
-        // Relaxed, like all of these: nothing is published through them.
+        // Relaxed, like all accesses to these: they publish no other data.
         self.saving.cancel.store(false, Ordering::Relaxed);
         self.saving.done.store(0, Ordering::Relaxed);
         self.saving.total.store(0, Ordering::Relaxed);
@@ -170,16 +170,16 @@ impl Vm {
         running.then(|| (self.saving.done.load(Ordering::Relaxed), self.saving.total.load(Ordering::Relaxed)))
     }
 
-    /// Cancels the snapshot that is being written, if there is one: it ends with an error.
+    /// Cancels the snapshot that is being written, if any: it ends with an error.
     pub fn cancel_snapshot(&self) {
         self.saving.cancel.store(true, Ordering::Relaxed);
     }
 
-    /// The pages that the VM has touched since it was started, as those of a snapshot's memory: for
-    /// whoever records them for it.
+    /// The pages that the VM has touched since it was started, numbered as in a snapshot's memory,
+    /// for callers that record them for the VM.
     ///
     /// # Errors
-    /// When the kernel cannot be asked.
+    /// When the kernel cannot be queried.
     pub fn touched_runs(&self) -> Result<Vec<PageRange>, SnapshotError> {
         Ok(linear(self.config().layout(), &self.ram().touched()?))
     }
@@ -202,8 +202,8 @@ impl Vm {
 }
 
 impl ForkImage {
-    /// Writes the image to `dir`. With a base, only what has changed since that image, which was
-    /// saved there. For a process that has only the image: a VM is saved by [`Vm::snapshot`].
+    /// Writes the image to `dir`. With a base, writes only the changes since that image, which was
+    /// saved there. For a process that has only the image: [`Vm::snapshot`] saves a VM.
     ///
     /// # Errors
     /// The contents of `dir` are unchanged then.
@@ -231,7 +231,7 @@ impl ForkImage {
         if let Some((_, base)) = base
             && base.disks().count() != self.disks().count()
         {
-            // Another VM of the name.
+            // Another VM with the same name.
             let (found, wanted) = (base.disks().count(), self.disks().count());
             return Err(SnapshotError::Disks { found, wanted });
         }

@@ -1,7 +1,7 @@
 //! Everything of a [`ForkImage`] but its memory and its disks' contents: named sections, each a
 //! CBOR value.
 //!
-//! | section | what |
+//! | section | content |
 //! |---|---|
 //! | `host` | its requirements on a host, checked before anything else: [`HostRequirements`] |
 //! | `config` | [`VmConfig`] |
@@ -10,15 +10,15 @@
 //! | `devices` | [`DeviceState`] |
 //! | `identity` | names and addresses of the VM it was taken from, and its generation |
 //!
-//! # What may change
+//! # Allowed changes
 //!
 //! - Fields have names. A new field has `#[serde(default)]`, whose default means the behaviour
 //!   before the field.
-//! - Unknown fields and sections are skipped, so they must not change what the others mean.
-//! - A field keeps its meaning and its unit. A new meaning is a new name.
-//! - KVM's own structures are bytes. They only grow: shorter ones are filled up with zeros.
+//! - Unknown fields and sections are skipped, so they must not change the meaning of others.
+//! - A field keeps its meaning and its unit. A new meaning gets a new name.
+//! - KVM's own structures are bytes. They only grow: shorter ones are padded with zeros.
 //!
-//! # What is checked
+//! # Checks
 //!
 //! Each section must fit the configuration. On a restore, KVM checks whether the state fits the
 //! host, and each device checks its queues.
@@ -62,7 +62,7 @@ pub enum SavedError {
         /// The section's name.
         section: &'static str,
     },
-    /// A section is there more than once.
+    /// A section is present more than once.
     #[error("section {section:?} is there more than once")]
     Twice {
         /// The section's name.
@@ -101,7 +101,7 @@ pub enum SavedError {
     Mismatch {
         /// The section's name.
         section: &'static str,
-        /// What is counted.
+        /// The quantity.
         what: String,
         /// The number in the section.
         found: u64,
@@ -130,7 +130,7 @@ pub enum SavedError {
         /// The chips in the configuration.
         wanted: String,
     },
-    /// The configuration is one that no VM can have.
+    /// The configuration describes an impossible VM.
     #[error("section {section:?} is not a valid VM configuration")]
     Config {
         /// The section's name.
@@ -139,7 +139,7 @@ pub enum SavedError {
         #[source]
         source: crate::vm::ConfigError,
     },
-    /// A request in flight names no descriptor of its queue, or the queue has too many.
+    /// A request in flight is not a descriptor of its queue, or the queue has too many requests.
     #[error(
         "section {section:?}: device {place} has a request in flight at {head} of queue {queue}, which has no such, or more than it can have"
     )]
@@ -190,9 +190,9 @@ impl ForkImage {
         ])
     }
 
-    /// Builds an image from what [`ForkImage::sections`] returned, with the memory and the disks of
+    /// Builds an image from the result of [`ForkImage::sections`], with the memory and the disks of
     /// the same instant. `backends` are by place, [`Backend::None`] for other devices. Check first
-    /// with [`host_requirements`] whether this host will do.
+    /// with [`host_requirements`] whether this host is suitable.
     ///
     /// # Errors
     /// When a section is missing, cannot be read, or does not fit the others, the memory or the
@@ -335,8 +335,8 @@ fn check_devices(config: &VmConfig, devices: &DeviceState, backends: &[Backend])
     Ok(())
 }
 
-/// Checks that each request in flight is in a queue, and that no queue has more than its size: its
-/// device counts them.
+/// Checks that each request in flight is in a queue, and that no queue has more requests than
+/// descriptors, because its device counts them.
 fn check_in_flight(place: usize, state: &TransportState) -> Result<(), SavedError> {
     let VirtioState::Block(block) = &state.device else { return Ok(()) };
     let mut counts: HashMap<u16, u16> = HashMap::new();

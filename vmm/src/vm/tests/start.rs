@@ -17,7 +17,7 @@ use crate::vm::{ChildOptions, Context, ForkImage, Vm, VmError};
 use clade_harness::BareMailbox;
 
 const PAIRS: [Pair; 1] = [Pair::Relay];
-/// Long enough for a vCPU to start, if it may.
+/// Longer than a vCPU takes to start.
 const SETTLE: Duration = Duration::from_millis(30);
 
 /// `image` with an MSR that no KVM has, on vCPU `vcpu`.

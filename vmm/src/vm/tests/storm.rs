@@ -20,14 +20,14 @@ use clade_memory::Store;
 use clade_test_support::{Patience, wait_until};
 
 /// A pair without progress for this much running time has lost its interrupt: it needs less than a
-/// millisecond. Used where a pair is to be stuck; elsewhere the wait is longer.
+/// millisecond. Used where a pair must get stuck; elsewhere the wait is longer.
 const STUCK: Duration = Duration::from_secs(4);
 /// Steps that a child must make.
 const STEPS: u64 = 3;
 /// After this many children, the child becomes the parent: a restored VM is forked again.
 const SUCCESSION: usize = 8;
 
-/// What two vCPUs do to each other.
+/// The interaction of two vCPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pair {
     /// Each wakes the other.

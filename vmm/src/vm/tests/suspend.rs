@@ -1,4 +1,4 @@
-//! VMs that are suspended: they stand still, own nothing, and go on as if nothing had been.
+//! Suspended VMs: they are paused, own no pages, and continue as if they had never been suspended.
 
 use std::io::Read;
 use std::path::Path;
@@ -48,7 +48,7 @@ fn a_suspended_vm_owns_nothing_and_goes_on_when_it_is_woken() {
         assert!(vm.is_suspended() && !vm.is_paused());
         assert!(report.memory.written > 0 && report.memory.kept == 0, "round {round}: {report:?}");
         assert_eq!(private_kib(&vm), 0, "round {round}");
-        // It stands still: nothing of it becomes its own again.
+        // The VM is paused: no page becomes its own again.
         thread::sleep(Duration::from_millis(20));
         assert_eq!(private_kib(&vm), 0, "round {round}");
         let again = vm.suspend(file()).unwrap();
@@ -147,7 +147,7 @@ fn i13_a_suspension_that_is_refused_leaves_the_vm_running() {
     assert_eq!(context.store().live_layers(), 0, "nothing is left of its file");
 }
 
-/// Whoever needs the guest while the file is written must find it awake afterwards.
+/// A caller that needs the guest while the file is being written finds it awake afterwards.
 #[test]
 fn a_wake_in_the_middle_of_a_suspension_is_not_lost() {
     let Some(context) = context() else { return };
@@ -161,7 +161,7 @@ fn a_wake_in_the_middle_of_a_suspension_is_not_lost() {
         let mut round = 0;
         clade_test_support::wait_until("a request in the middle of a suspension", || {
             round += 1;
-            // So that writing takes time.
+            // More pages to write, so that writing takes time.
             (FREE..FREE + 500).for_each(|page| put(&vm, page, round));
             let was_in_the_middle = thread::scope(|scope| {
                 let suspends = scope.spawn(|| vm.suspend(file()).unwrap());

@@ -1,4 +1,4 @@
-//! Images taken apart and put together again, and what is wrong with parts.
+//! Images taken apart and put together again, and invalid parts.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -49,7 +49,7 @@ fn an_image_that_is_imported_starts_the_vm_that_was_exported() {
     let parts = image.export(&leases).unwrap();
     let there = ForkImage::import(&receiver, parts, Overlays::AsNamed).unwrap();
     assert_eq!(there.generation(), image.generation());
-    // What its children's children do not inherit is declared there too.
+    // Ranges that grandchildren do not inherit are declared there too.
     let child = Vm::from_image(&receiver, "child", &there, ChildOptions::default()).unwrap();
     let grandchild =
         Vm::from_image(&receiver, "grandchild", &child.fork().unwrap().0, ChildOptions::default()).unwrap();
@@ -92,7 +92,7 @@ fn parts_that_are_cut_changed_or_mixed_up_are_refused_or_are_an_image() {
         let error = import(fewer).unwrap_err();
         assert!(matches!(error, TransferError::Malformed { .. } | TransferError::Layer(_)), "{lost}: {error:?}");
     }
-    // No change of a byte may be more than an error or another image.
+    // A changed byte may cause an error or another image, and no more.
     let head = u64::from_le_bytes(*parts.bytes.first_chunk().unwrap()) as usize;
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     let mut images = 0;
@@ -116,7 +116,7 @@ fn a_layer_that_could_be_written_is_refused() {
     let (image, _) = parent.fork().unwrap();
     let mut parts = image.export(&Leases::default()).unwrap();
     let layer = image.ram().maps().next().unwrap().iter().next().map(|(_, source)| source.layer.clone()).unwrap();
-    // As this process has it.
+    // A descriptor as this process has it, open for writing.
     parts.files[0] = std::os::fd::AsFd::as_fd(&layer).try_clone_to_owned().unwrap();
     let error = ForkImage::import(&context, parts, Overlays::AsNamed).unwrap_err();
     assert!(crate::error_chain(&error).contains("reading only"), "{}", crate::error_chain(&error));

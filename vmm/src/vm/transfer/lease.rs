@@ -1,9 +1,9 @@
-//! How the process that gave an image away knows that it is in use: by the ends of a pipe.
+//! Tracks whether an image given to other processes is still in use, by the ends of a pipe.
 //!
 //! The giver keeps the reading end and the image. Every process that uses a layer of it holds the
-//! writing end, and passes it on with the layer. The kernel counts the descriptors, across
-//! processes and whatever way they end: when the last has gone, the reading end says so, and the
-//! image is dropped. Nothing is ever written to it.
+//! writing end, and passes it on with the layer. The kernel counts the descriptors across
+//! processes, for any way in which these end: when the last descriptor is closed, the reading end
+//! is hung up, and the image is dropped. No data is ever written to the pipe.
 
 use std::io::{self, PipeReader};
 use std::os::fd::OwnedFd;
@@ -18,17 +18,17 @@ use crate::vm::fork::ForkImage;
 /// How long the thread waits for the next lease.
 const IDLE: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
-/// The images that this process has given away and that are in use. Each is held until no other
-/// process uses it, also when every handle to this list has gone.
+/// The images that this process has given away and that are in use. An image is held until no other
+/// process uses it, even if every handle to this list is gone.
 #[derive(Clone, Debug, Default)]
 pub struct Leases(Arc<Mutex<State>>);
 
 #[derive(Debug, Default)]
 struct State {
     given: Vec<Given>,
-    /// Images that are not in use any more, and are being dropped.
+    /// Number of images that are no longer in use, and are being dropped.
     dropping: usize,
-    /// Wakes the thread that watches. There is one as long as something is given away.
+    /// Wakes the watching thread, which runs as long as an image is given away.
     wake: Option<Arc<OwnedFd>>,
 }
 
@@ -45,8 +45,8 @@ impl Leases {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many images are in use by other processes. One that is not any more counts until what it
-    /// has of the VM's disks is closed: a commit comes next, and is refused to a disk that is shared.
+    /// The number of images in use by other processes. An unused image counts until its files of
+    /// the VM's disks are closed: a commit comes next, and is refused for a shared disk.
     #[must_use]
     pub fn count(&self) -> usize {
         let state = self.state();
@@ -65,7 +65,7 @@ impl Leases {
         } else {
             let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
             let (leases, woken) = (self.clone(), Arc::clone(&wake));
-            // It begins with the lock, so it finds what is given.
+            // The thread begins by taking the lock, so it finds the given images.
             thread::Builder::new().name("clade-leases".to_owned()).spawn(move || leases.watch(&woken))?;
             state.wake = Some(wake);
             state.given.push(given);
@@ -73,21 +73,21 @@ impl Leases {
         Ok(lease.into())
     }
 
-    /// Drops what is not in use any more, until there has been nothing for [`IDLE`].
+    /// Drops unused images. Returns after [`IDLE`] without any image.
     fn watch(&self, wake: &OwnedFd) {
         let mut idle = false;
         while let Some(ends) = self.ends(idle) {
             let mut polled: Vec<PollFd<'_>> = vec![PollFd::new(wake, PollFlags::IN)];
-            // Nothing is asked for: that the other end has gone is always reported, and what another
-            // process writes is nothing to us.
+            // No events are requested: a hangup is always reported, and data from another process
+            // is ignored.
             polled.extend(ends.iter().map(|end| PollFd::new(&**end, PollFlags::empty())));
-            // The next fork is spared the start of another thread.
+            // Spares the next fork the start of another thread.
             let limit = ends.is_empty().then_some(IDLE);
             match poll(&mut polled, limit.as_ref()) {
                 Ok(ready) => idle = ready == 0,
                 Err(Errno::INTR) => {}
                 Err(error) => {
-                    // What is given away is held to the end of the process.
+                    // Given images are held until the process ends.
                     tracing::error!(%error, "the leases of images cannot be watched");
                     self.state().wake = None;
                     return;
@@ -99,7 +99,7 @@ impl Leases {
                     gone.push(Arc::clone(end));
                 }
             }
-            // Empty, or not to be read: then it is polled once more.
+            // Empty, or unreadable: it is then polled once more.
             let _ = rustix::io::read(wake, &mut [0; 8]);
             // Not under the lock: dropping an image may free memory and close disks.
             let taken = self.take(&gone);
@@ -109,8 +109,8 @@ impl Leases {
         }
     }
 
-    /// The ends to be watched. `None` if there is none and it was `idle`: then the thread ends, and
-    /// the next lease starts another.
+    /// The ends to watch. `None` if no image is given away and the thread was `idle`: the thread
+    /// then ends, and the next lease starts another.
     fn ends(&self, idle: bool) -> Option<Vec<Arc<PipeReader>>> {
         let mut state = self.state();
         if idle && state.given.is_empty() {

@@ -1,17 +1,17 @@
-//! Images between processes: what a fork of one process starts in another.
+//! Images between processes: a fork in one process starts VMs in another.
 //!
-//! | file | what |
+//! | file | contents |
 //! |---|---|
 //! | `parts` | an image as bytes and descriptors, and back |
-//! | `lease` | how the process that gave an image away knows that it is in use |
+//! | `lease` | tracks whether an image given away is still in use |
 //! | `socket` | bytes and descriptors over a Unix socket |
 //!
 //! The receiver maps the same layers as a child in the giver's process would, and writes to copies
-//! of its own. It gets each file open for reading only.
+//! of its own. Each file is open for reading only.
 //!
-//! **Nothing that another process can see is written, punched or used again.** The giver holds the
-//! image until the last receiver has let go of it. The receiver may give it on, and it outlives the
-//! giver: files live by their descriptors.
+//! **Files visible to another process are never written, punched or used again.** The giver holds
+//! the image until the last receiver has released it. The receiver may pass it on, and it outlives
+//! the giver: files live by their descriptors.
 
 mod lease;
 mod parts;
@@ -38,7 +38,7 @@ use crate::vm::persist::SavedError;
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum TransferError {
-    /// Its memory cannot be given, or not be mapped here.
+    /// Its memory cannot be given away, or not be mapped here.
     #[error("the image's memory")]
     Ram(#[from] RamError),
     /// A layer cannot be used here.
@@ -59,38 +59,38 @@ pub enum TransferError {
     /// The state of vCPUs or devices cannot be written or read.
     #[error("the image's state")]
     State(#[from] SavedError),
-    /// This host lacks something that the guest was booted with.
+    /// This host lacks a feature that the guest was booted with.
     #[error(transparent)]
     Host(#[from] HostMismatch),
-    /// A descriptor, a file for the state, or the thread that watches leases is not to be had.
+    /// A descriptor, a file for the state, or the thread that watches leases cannot be made.
     #[error("the image could not be {what}")]
     System {
-        /// What was to be done.
+        /// The operation.
         what: &'static str,
         /// The system call's error.
         #[source]
         source: io::Error,
     },
-    /// The other process speaks another version.
+    /// The other process uses another version.
     #[error("an image of version {found}, this process reads version {wanted}")]
     Version {
-        /// The version that came.
+        /// The version received.
         found: u32,
         /// The version of this process.
         wanted: u32,
     },
-    /// The bytes are no image.
+    /// The bytes are not an image.
     #[error("no image: {what}")]
     Malformed {
-        /// What is wrong with them.
+        /// The fault.
         what: String,
     },
-    /// It is larger than any that this version sends.
+    /// The image exceeds a limit of this version.
     #[error("an image with {found} {what}, {most} at most are read")]
     TooLarge {
-        /// What there are too many of.
+        /// The items that exceed it.
         what: &'static str,
-        /// How many there are.
+        /// Their number.
         found: u64,
         /// The limit.
         most: u64,

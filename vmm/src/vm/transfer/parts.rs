@@ -1,10 +1,10 @@
 //! An image as bytes and descriptors, and back.
 //!
-//! The bytes are a description in CBOR and behind it the sections of [`sections`](super::super::sections).
-//! The description names descriptors by their index. It comes from a process that may have been
-//! broken into, so everything in it is checked: indexes, sizes, ranges. What the descriptors are is
-//! checked where they are used: layers are mapped for reading only, and a file that is shorter than
-//! it should be is refused.
+//! The bytes are a description in CBOR, followed by the sections of
+//! [`sections`](super::super::sections). The description refers to descriptors by index. It comes
+//! from a process that may be compromised, so everything in it is checked: indexes, sizes, ranges.
+//! The files behind the descriptors are checked at their use: layers are mapped for reading only,
+//! and a file that is too short is refused.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -30,16 +30,16 @@ use crate::vm::context::Context;
 use crate::vm::fork::ForkImage;
 use crate::vm::persist::sections;
 
-/// Most descriptors of one image.
+/// Maximum number of descriptors of one image.
 pub(super) const MAX_FILES: usize = 1 << 16;
-/// Most bytes of one image's description and state.
+/// Maximum bytes of one image's description and state.
 pub(super) const MAX_BYTES: usize = 64 << 20;
-/// How long the writes that were in flight at the fork may take.
+/// Timeout for the writes that were in flight at the fork.
 const SETTLE: Duration = Duration::from_secs(30);
 /// Size of the buffer for the longest byte string of a description that is read in one piece.
 const SCRATCH: usize = 8 << 10;
 
-/// An image as bytes and descriptors, of which another process makes the image again.
+/// An image as bytes and descriptors, from which another process makes the image again.
 #[derive(Debug)]
 pub struct ImageParts {
     pub(in crate::vm) bytes: Vec<u8>,
@@ -49,7 +49,7 @@ pub struct ImageParts {
 /// The description at the head of the bytes.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Description {
-    /// Names and lengths of the sections behind the description.
+    /// Names and lengths of the sections after the description.
     sections: Vec<(String, u64)>,
     layers: Vec<Layer>,
     regions: Vec<Region>,
@@ -82,19 +82,19 @@ struct Run {
     at: u64,
 }
 
-/// What a child's children find in a range that they do not inherit.
+/// The content of a range that a child does not pass on, in its own children.
 #[derive(Debug, Serialize, Deserialize)]
 enum Hidden {
     Absent,
     Zeroed,
-    /// Copies of the page that the image shows at the beginning of the range.
+    /// Copies of the page that the image has at the beginning of the range.
     Fresh,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 struct DiskParts {
     bytes: u64,
-    /// The directory of its overlays, which is not always the one that its configuration names.
+    /// The directory of its overlays, which may differ from the one in its configuration.
     overlays: PathBuf,
     layers: Vec<DiskPart>,
 }
@@ -102,8 +102,8 @@ struct DiskParts {
 #[derive(Debug, Serialize, Deserialize)]
 struct DiskPart {
     file: usize,
-    /// The same file past the page cache, if it is used so: the receiver may open no file again that
-    /// is in another VM's directory.
+    /// The same file opened past the page cache, if it is used so: the receiver may not reopen
+    /// files in another VM's directory.
     #[serde(default)]
     direct: Option<usize>,
     path: PathBuf,
@@ -117,7 +117,8 @@ struct DiskPart {
 #[derive(Default)]
 struct Files {
     files: Vec<OwnedFd>,
-    /// Those that stay open here too, and their indexes. Held, so that no other has their address.
+    /// Descriptors that stay open here too, and their indexes. Held, so that their addresses are
+    /// not reused.
     kept: HashMap<*const OwnedFd, (Arc<OwnedFd>, usize)>,
 }
 
@@ -140,12 +141,12 @@ impl Files {
 }
 
 impl ForkImage {
-    /// The image for another process. It is held in `leases` until no other process uses it.
+    /// The image for another process. Held in `leases` until no other process uses it.
     ///
     /// Waits until memory that is still being copied in the background is there.
     ///
     /// # Errors
-    /// When memory is lost, a file cannot be opened again, or there is no descriptor to be had.
+    /// When memory is lost, a file cannot be opened again, or there is no free descriptor.
     pub fn export(self: &Arc<Self>, leases: &Leases) -> Result<ImageParts, TransferError> {
         let mut files = Files::default();
         let lease = Arc::new(leases.lease(self).map_err(TransferError::system("leased"))?);
@@ -195,17 +196,18 @@ impl ForkImage {
         Ok(parts)
     }
 
-    /// The image of parts that another process exported. Its disks' overlays are made in `overlays`.
+    /// The image made of parts that another process exported. Its disks' overlays are made in
+    /// `overlays`.
     ///
     /// # Errors
-    /// When the parts are no image, or one that this host cannot run; when a file is not what it
-    /// should be.
+    /// When the parts are not an image, or this host cannot run it; when a file has the wrong type
+    /// or size.
     pub fn import(context: &Context, parts: ImageParts, overlays: Overlays<'_>) -> Result<Arc<Self>, TransferError> {
         Self::import_beside(context, parts, overlays, &mut SharedFiles::default())
     }
 
-    /// The same beside other images of the VM: a file that several show is one layer here, so that
-    /// they can be compared.
+    /// The same, beside other images of the VM: a file in several images becomes one layer here, so
+    /// that the images can be compared.
     ///
     /// # Errors
     /// As for [`Self::import`].
@@ -217,7 +219,7 @@ impl ForkImage {
     ) -> Result<Arc<Self>, TransferError> {
         let ImageParts { bytes, files } = parts;
         let (description, saved) = described(&bytes)?;
-        // Before anything is made: KVM's refusals name no feature.
+        // Checked first: KVM's errors do not name features.
         sections::host_requirements(saved.iter().copied())?.check(context.host())?;
         let config = sections::config(saved.iter().copied())?;
         let mut files = Received::new(files);
@@ -250,7 +252,7 @@ impl Hidden {
 
 fn exported(layer: &LayerHandle, lease: &Arc<OwnedFd>, files: &mut Files) -> Result<Layer, TransferError> {
     let file = files.add(layer.read_only_file()?.into());
-    // Another process's layer is that process's to keep, not ours.
+    // A layer that came from another process is leased from that process.
     let lease = files.share(layer.lease().unwrap_or(lease))?;
     Ok(Layer { file, pages: layer.pages(), lease })
 }
@@ -297,7 +299,8 @@ fn described(bytes: &[u8]) -> Result<(Description, Sections<'_>), TransferError>
     Ok((description, saved))
 }
 
-/// The descriptors that came. A file is used once, a kept descriptor by any number.
+/// The received descriptors. Each file is used once; a kept descriptor may be used any number of
+/// times.
 struct Received {
     files: Vec<Option<OwnedFd>>,
     kept: HashMap<usize, Arc<OwnedFd>>,
@@ -330,25 +333,25 @@ impl Received {
     }
 }
 
-/// Where disks of an image write.
+/// The directories of overlays for an image's disks.
 #[derive(Clone, Copy, Debug)]
 pub enum Overlays<'a> {
-    /// In the directories that the image names.
+    /// The directories in the image.
     AsNamed,
-    /// In these, one for each disk.
+    /// These directories, one for each disk.
     In(&'a [PathBuf]),
-    /// Nowhere: nothing is started from the image.
+    /// None: no VM is started from the image.
     Nowhere,
 }
 
-/// Layers and disks' files of images that are already there, by the file they are.
+/// Layers and disk files of existing images, by file id.
 #[derive(Debug, Default)]
 pub struct SharedFiles {
     layers: HashMap<FileId, LayerHandle>,
     files: HashMap<FileId, Arc<IoFile>>,
 }
 
-/// Device, inode, and when the inode was born: numbers are used again.
+/// Device, inode, and the inode's birth time, because inode numbers are reused.
 type FileId = (u32, u32, u64, i64, u32);
 
 fn file_id(file: impl AsFd) -> Result<FileId, TransferError> {
@@ -431,7 +434,7 @@ fn readable(file: OwnedFd) -> Result<File, TransferError> {
     Ok(file)
 }
 
-/// The file of `id` once more, open for reading only past the page cache.
+/// Reopens the file of `id`, for reading only, past the page cache.
 fn past_the_cache(file: OwnedFd, id: FileId) -> Result<File, TransferError> {
     let file = readable(file)?;
     let flags = fcntl_getfl(&file).map_err(|errno| TransferError::system("looked at")(errno.into()))?;
@@ -488,7 +491,7 @@ fn disks(
     Ok(backends)
 }
 
-/// Whether `bytes` and `files` are the memory of an image, whatever else they are.
+/// Whether `bytes` and `files` form the memory of an image.
 #[cfg(feature = "fuzzing")]
 pub(crate) fn is_memory(store: &Store, bytes: &[u8], files: Vec<OwnedFd>) -> bool {
     let described = described(bytes);

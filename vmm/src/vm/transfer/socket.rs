@@ -1,12 +1,12 @@
-//! An image over a Unix socket that keeps messages apart (`SOCK_SEQPACKET`).
+//! An image over a Unix socket that preserves message boundaries (`SOCK_SEQPACKET`).
 //!
 //! | message | bytes | descriptors |
 //! |---|---|---|
-//! | 1 | `CLADEIMG`, version, number of descriptors (u32 each, little-endian) | a sealed memory file with the image's bytes |
+//! | 1 | `CLADEIMG`, version, descriptor count (u32 each, little-endian) | a sealed memory file |
 //! | 2.. | one byte | up to [`BATCH`] |
 //!
-//! The bytes go as a file because a message is as long as the socket's buffer at most, and sealed
-//! so that they cannot change while they are read.
+//! The image's bytes are in the file because the socket's buffer limits the length of a message.
+//! The file is sealed so that they cannot change while they are read.
 
 use std::fs::File;
 use std::io;
@@ -22,11 +22,11 @@ use super::{ImageParts, TransferError};
 const MAGIC: [u8; 8] = *b"CLADEIMG";
 const VERSION: u32 = 1;
 const HELLO: usize = 16;
-/// What may not happen to the bytes any more.
+/// Seals: the bytes can no longer change.
 const SEALED: SealFlags = SealFlags::WRITE.union(SealFlags::SHRINK).union(SealFlags::GROW);
 
-/// An image on its way: [`ImageParts`] whose bytes are in a memory file that cannot change any more.
-/// It is sent to any number of processes without being made again.
+/// An image to be sent: [`ImageParts`] whose bytes are in a sealed memory file. The same parts can
+/// be sent to any number of processes.
 #[derive(Debug)]
 pub struct SealedParts {
     bytes: OwnedFd,
@@ -34,16 +34,16 @@ pub struct SealedParts {
 }
 
 impl SealedParts {
-    /// Receives what another process sent, without reading it.
+    /// Receives an image from another process, without reading it.
     ///
     /// # Errors
-    /// When the other side has gone, is of another version, or sends something else.
+    /// When the other side has gone, has another version, or sends other data.
     pub fn receive(socket: impl AsFd) -> Result<Self, TransferError> {
         Self::receive_while(socket, &|| false)
     }
 
-    /// The same from a process that may be slow on purpose: when nothing has come for the socket's
-    /// timeout, `go_on` says whether to wait on.
+    /// The same, from a process that may be slow on purpose: after each timeout of the socket
+    /// without data, `go_on` decides whether to wait on.
     ///
     /// # Errors
     /// As for [`Self::receive`].
@@ -75,7 +75,8 @@ impl SealedParts {
         Ok(Self { bytes, files })
     }
 
-    /// Sends them over `socket`, of type `SOCK_SEQPACKET`. It may block until the other side reads.
+    /// Sends the image over `socket`, of type `SOCK_SEQPACKET`. May block until the other side
+    /// reads.
     ///
     /// # Errors
     /// When the other side has gone.
@@ -93,7 +94,7 @@ impl SealedParts {
         Ok(())
     }
 
-    /// How many descriptors it has, that of its bytes included.
+    /// Number of descriptors, including that of the bytes.
     #[must_use]
     pub fn descriptors(&self) -> usize {
         self.files.len() + 1
@@ -109,7 +110,7 @@ impl SealedParts {
 }
 
 impl ImageParts {
-    /// The same in a form that is sent.
+    /// The same in sealed form, for sending.
     ///
     /// # Errors
     /// When there is no memory for the bytes.

@@ -4,7 +4,7 @@
 //! # The order of a save
 //!
 //! 1. The state becomes [`State::Pausing`], then each vCPU is kicked, one after the other.
-//! 2. Each vCPU leaves the guest and parks. It saves nothing yet.
+//! 2. Each vCPU leaves the guest and parks, without saving yet.
 //! 3. The last vCPU parks: the state becomes [`State::Paused`]. From here on no vCPU sends an
 //!    interrupt to another.
 //! 4. Each vCPU saves itself.
@@ -20,9 +20,9 @@
 //! # The order of a start
 //!
 //! 1. Each vCPU loads its state.
-//! 2. The last one to do so does what the VM as a whole needs ([`VcpuControl::begin`]).
-//! 3. All enter the guest, or none does. At this moment the owner gets the result: the first
-//!    failure if there is one.
+//! 2. The last one to do so performs the steps for the VM as a whole ([`VcpuControl::begin`]).
+//! 3. Either all vCPUs enter the guest, or none. At this moment the owner gets the result: the
+//!    first failure, if any.
 //!
 //! No thread waits for a fixed number of threads: a vCPU that fails or panics stops the VM, and
 //! that wakes every waiter.
@@ -40,11 +40,11 @@ use crate::vm::vcpu::kick::Kicker;
 use crate::vm::vcpu::schedule::Schedule;
 use state::{Inner, Phase, RUN, Startup, State};
 
-/// How long a vCPU may take to leave the guest. It takes microseconds on an idle processor and
-/// seconds on a host that is overcommitted many times; past this the host is broken.
+/// Timeout for a vCPU to leave the guest. This takes microseconds on an idle processor and seconds
+/// on a host that is overcommitted many times; past the timeout the host is broken.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The synchronization point. `O` is what a vCPU starts with, `S` what it saves.
+/// The synchronization point. `O` is the order that a vCPU starts with, `S` its saved state.
 ///
 /// # The VM's state
 ///
@@ -56,15 +56,15 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 /// | Pausing, Paused | Running | the last pause is released |
 /// | Running, Pausing, Paused | Stopped | [`VcpuControl::stop`]; the first reason stays |
 ///
-/// A pause that is taken while another is held changes no state. Only `set_state` changes it, and
-/// the wish with it.
+/// A pause taken while another is held leaves the state unchanged. Only `set_state` changes the
+/// state, and the wish with it.
 ///
 /// # The start
 ///
 /// | from | to | when |
 /// |---|---|---|
 /// | Preparing(n) | Preparing(n + 1) | a vCPU has its state, and is not the last |
-/// | Preparing | Begun | the last vCPU has its state, and has done what the VM as a whole needs |
+/// | Preparing | Begun | the last vCPU has its state, and the steps for the whole VM are done |
 /// | Preparing | Failed | a vCPU cannot take its state, or the last one fails; the VM stops |
 ///
 /// # A vCPU's phase
@@ -98,7 +98,7 @@ pub(crate) struct VcpuControl<O, S> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Request(u64);
 
-/// What a parked or idle vCPU is to do next.
+/// The next action of a parked or idle vCPU.
 #[derive(Debug)]
 pub(crate) enum Next<O> {
     /// Take this state, and run.
@@ -178,9 +178,9 @@ impl<O, S> VcpuControl<O, S> {
     /// Reports whether vCPU `index` has loaded its first state, and waits until the start is
     /// decided. Returns true if the vCPU may enter the guest.
     ///
-    /// The last vCPU to arrive runs `lead`, which does what the VM as a whole needs. No vCPU enters
-    /// the guest before that is done. A failure or a panic of any of them stops the VM and is
-    /// returned to the owner; no vCPU waits on.
+    /// The last vCPU to arrive runs `lead`, the steps for the VM as a whole. No vCPU enters the
+    /// guest before that is done. A failure or a panic of any vCPU stops the VM and is returned to
+    /// the owner, and the other vCPUs stop waiting.
     pub(crate) fn begin(
         &self,
         index: usize,
@@ -200,7 +200,7 @@ impl<O, S> VcpuControl<O, S> {
             }
             return inner.startup == Startup::Begun;
         }
-        // Not under the lock: a device that resumes may stop the VM.
+        // Outside the lock: a device that resumes may stop the VM.
         drop(inner);
         if let Err(error) = catch_panic(index, lead) {
             self.fail_start(index, error);
@@ -240,7 +240,7 @@ impl<O, S> VcpuControl<O, S> {
             self.to_owner.notify_all();
             if inner.state == State::Pausing && inner.all_in(Phase::Parked) {
                 self.set_state(&mut inner, State::Paused);
-                // vCPUs that parked before have waited for this one.
+                // vCPUs that parked earlier have waited for this one.
                 self.to_vcpus.notify_all();
             }
         }
@@ -274,8 +274,8 @@ impl<O, S> VcpuControl<O, S> {
         }
     }
 
-    /// Submits the state that a vCPU has saved for `request`. It is dropped if a newer request was
-    /// made: the vCPU's siblings may have run in between.
+    /// Submits the state that a vCPU has saved for `request`. Dropped if there is a newer request,
+    /// because the vCPU's siblings may have run in between.
     pub(crate) fn submit_state(&self, index: usize, request: Request, state: Result<S, VmError>) {
         let mut inner = self.inner();
         if request == Request(inner.save_asked) {
@@ -303,14 +303,14 @@ impl<O, S> VcpuControl<O, S> {
     // --- the owner's side ---
 
     /// Starts the vCPUs, with one order each. Returns once all of them have loaded their state and
-    /// may enter the guest. A guest may have ended by then.
+    /// may enter the guest. The guest may already have ended by then.
     pub(crate) fn start(&self, orders: impl IntoIterator<Item = O>) -> Result<(), VmError> {
         self.give(orders);
         self.to_vcpus.notify_all();
         let mut inner = self.wait(|inner| !matches!(inner.startup, Startup::Preparing(_)))?;
         match (inner.failure.take(), inner.stop_reason()) {
             (Some(error), _) => Err(error),
-            // It has begun, run, and ended.
+            // The guest has begun, run, and ended.
             (None, Some(reason)) if inner.startup == Startup::Begun && reason.is_by_guest() => Ok(()),
             (None, Some(reason)) => Err(VmError::Stopped(reason.clone())),
             (None, None) => Ok(()),
@@ -329,7 +329,7 @@ impl<O, S> VcpuControl<O, S> {
         }
     }
 
-    /// Takes a pause. Neither kicks the vCPUs nor waits for them.
+    /// Takes a pause, without kicking the vCPUs or waiting for them.
     fn hold(&self, inner: &mut Inner<O, S>) {
         inner.pauses += 1;
         if inner.state == State::Running {
@@ -435,14 +435,14 @@ impl<O, S> VcpuControl<O, S> {
         }
         let untaken: Vec<Option<O>> = inner.vcpus.iter_mut().map(|vcpu| vcpu.order.take()).collect();
         drop(inner);
-        // Not under the lock: the last order to be dropped drops the devices.
+        // Outside the lock: the last order to be dropped drops the devices.
         drop(untaken);
         self.to_vcpus.notify_all();
         self.to_owner.notify_all();
         self.kickers.iter().for_each(Kicker::kick);
     }
 
-    /// Why the VM stopped, if it has.
+    /// The stop reason, if the VM has stopped.
     pub(crate) fn stopped(&self) -> Option<StopReason> {
         self.inner().stop_reason().cloned()
     }

@@ -1,8 +1,8 @@
-//! The last exits of a vCPU from KVM_RUN, and the instructions that `quirks` emulated: for the flight
+//! The last exits of a vCPU from KVM_RUN, and the instructions emulated by `quirks`, for the flight
 //! record.
 //!
-//! The vCPU's thread writes one word for each; any thread reads them. A reader may see an entry that
-//! is being replaced: it then shows the newer one.
+//! The vCPU's thread writes one word for each; any thread reads them. A reader that meets an entry
+//! being replaced shows the newer one.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,13 +11,14 @@ use kvm_ioctls::VcpuExit;
 
 use crate::kvm::Emulated;
 
-/// Exits that are kept.
+/// Number of exits that are kept.
 const KEPT: usize = 64;
 /// Bits of an entry that hold its address.
 const ADDRESS: u64 = (1 << 56) - 1;
-/// Most bytes of a line.
+/// Maximum length of a line.
 const LINE: usize = 200;
-/// Most lines of a VM that has ended: the flight record has room for what else happened.
+/// Maximum number of lines for an ended VM, which leaves room in the flight record for other
+/// events.
 const MAX_LINES: usize = 24;
 
 /// The kind of an entry. Its address is a port, a guest-physical address or, for an emulated
@@ -79,7 +80,7 @@ impl From<&Result<VcpuExit<'_>, kvm_ioctls::Error>> for Exit {
     }
 }
 
-/// One exit, or one thing that was done.
+/// One exit, or one action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Exit {
     pub(crate) kind: Kind,
@@ -136,8 +137,8 @@ impl Exits {
         self.count.store(count.wrapping_add(1), Ordering::Relaxed);
     }
 
-    /// The entries in words, the oldest first, in lines that fit into a flight record. Equal ones
-    /// that follow each other are one, with their number.
+    /// The entries in words, the oldest first, in lines that fit into a flight record. Consecutive
+    /// equal entries are merged, with their number.
     pub(crate) fn lines(&self, vcpu: usize) -> Vec<String> {
         // Relaxed: see `note`.
         let count = self.count.load(Ordering::Relaxed);
@@ -163,7 +164,7 @@ impl Exits {
     }
 }
 
-/// The entries of all vCPUs in words: of each the newest lines.
+/// The newest lines of each vCPU's entries, in words.
 pub(crate) fn lines_of_all(all: &[Exits]) -> Vec<String> {
     let each = (MAX_LINES / all.len().max(1)).max(1);
     let lines = all.iter().enumerate().flat_map(|(vcpu, exits)| {

@@ -1,10 +1,10 @@
 //! Getting a vCPU's thread out of KVM_RUN from another thread.
 //!
-//! Two things are needed, in this order:
+//! This takes two steps, in this order:
 //!
 //! 1. `immediate_exit` is set in the vCPU's `kvm_run`: a thread that has not entered the guest yet
 //!    will not.
-//! 2. The thread is sent a signal: one that is in the guest comes out.
+//! 2. A signal is sent to the thread: one that is in the guest leaves it.
 
 use std::os::raw::c_int;
 use std::ptr;
@@ -13,7 +13,7 @@ use std::sync::{Mutex, Once, PoisonError};
 
 use kvm_ioctls::VcpuFd;
 
-/// The signal: the first real-time one, which nothing else in the process uses.
+/// The signal: the first real-time one, unused elsewhere in the process.
 fn kick_signal() -> c_int {
     libc::SIGRTMIN()
 }
@@ -95,7 +95,7 @@ impl Kicker {
     /// kick stops it.
     ///
     /// SeqCst on both sides: the thread clears the flag, then reads the wish; a pauser sets the
-    /// wish, then the flag. One of them sees the other.
+    /// wish, then the flag. At least one of them sees the other's store.
     pub(crate) fn clear_immediate_exit(&self) {
         let target = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(target) = &*target {

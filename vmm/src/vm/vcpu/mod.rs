@@ -1,7 +1,7 @@
 //! A vCPU's thread: takes a start command, runs the guest, answers its exits, and parks when the VM
 //! is paused.
 //!
-//! | file | what |
+//! | file | contents |
 //! |---|---|
 //! | `run` | the loop around `KVM_RUN`, and the handling of each exit |
 //! | `state` | a vCPU's state: set at a boot, restored, saved at a fork, replaced at a reset |
@@ -37,7 +37,7 @@ use crate::vm::stop::StopReason;
 use crate::vm::timeline::{ChildStep, Timeline};
 use control::{Next, VcpuControl};
 
-/// What a vCPU starts from.
+/// The initial state of a vCPU.
 #[derive(Clone)]
 pub(crate) enum Start {
     /// The boot vCPU starts at the entry; the others wait for INIT-SIPI.
@@ -51,7 +51,7 @@ pub(crate) enum Start {
 pub(crate) struct StartCommand {
     pub(crate) start: Start,
     pub(crate) devices: Arc<Devices>,
-    /// Of a child's start.
+    /// The timeline of a child's start.
     pub(crate) timeline: Option<Arc<Timeline>>,
 }
 
@@ -65,7 +65,7 @@ impl StartCommand {
 
 pub(crate) type Control = VcpuControl<StartCommand, VcpuState>;
 
-/// Everything a vCPU's thread works with.
+/// The data of a vCPU's thread.
 pub(crate) struct VcpuThread {
     pub(crate) index: usize,
     pub(crate) host: Arc<Host>,
@@ -78,7 +78,7 @@ pub(crate) struct VcpuThread {
     pub(crate) memory: GuestMemory,
     /// The address of the guest's page fault handler, if its page faults are watched; see `quirks`.
     pub(crate) page_fault_entry: Option<u64>,
-    /// What `vcpu` was made with, until it has another state.
+    /// The state of a new vCPU, until another state is loaded.
     pub(crate) new: Option<NewVcpu>,
     /// The frequency of its TSC, once it was read.
     pub(crate) tsc_khz: Option<Option<u32>>,
@@ -94,7 +94,7 @@ impl VcpuThread {
         drop(enrolled);
         drop(self);
         if let Some(reason) = end {
-            // Before the stop: with the VM its process ends.
+            // Before the stop: the process may end with the VM.
             for line in control.last_exits() {
                 tracing::info!(target: crate::FLIGHT, "{line}");
             }
@@ -130,7 +130,7 @@ impl VcpuThread {
     }
 
     /// Loads the vCPU's first state. All vCPUs of a VM have theirs before the first of them runs.
-    /// Returns false if the VM does not start; it has its stop reason then.
+    /// Returns false if the VM does not start; it then has a stop reason.
     fn prepare(&mut self, command: &StartCommand) -> bool {
         let own = catch_panic(self.index, || self.give_state(&command.start));
         if !self.control.begin(self.index, own, || self.lead(command)) {
@@ -145,7 +145,7 @@ impl VcpuThread {
         true
     }
 
-    /// Does what the VM as a whole needs between its last vCPU's state and its first instruction.
+    /// Performs the steps for the whole VM between its last vCPU's state and its first instruction.
     fn lead(&self, command: &StartCommand) -> Result<(), VmError> {
         command.mark(ChildStep::Vcpus);
         match &command.start {
@@ -159,7 +159,7 @@ impl VcpuThread {
     }
 }
 
-/// Runs the life of vCPU `vcpu`'s thread. A panic stops this VM and no other.
+/// Runs `life`, the body of vCPU `vcpu`'s thread. A panic stops this VM and no other.
 fn end_of(vcpu: usize, life: impl FnOnce() -> Option<StopReason>) -> Option<StopReason> {
     catch_unwind(AssertUnwindSafe(life))
         .unwrap_or_else(|panic| Some(StopReason::Panic { vcpu, message: panic_message(&*panic) }))

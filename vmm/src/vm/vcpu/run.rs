@@ -67,7 +67,7 @@ impl VcpuThread {
         }
     }
 
-    /// Has the flight record say where the vCPU was, which is lost with the VM.
+    /// Writes the vCPU's position to the flight record, since it is lost with the VM.
     fn unhandled(&self, reason: StopReason) -> Option<StopReason> {
         let rip = self.vcpu.get_regs().map_or(0, |regs| regs.rip);
         tracing::info!(target: crate::FLIGHT, rip = %format_args!("{rip:#x}"), %reason, "unhandled exit");

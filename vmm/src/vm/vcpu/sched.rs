@@ -78,7 +78,7 @@ fn set(slice_ns: u64, nice: i32, flags: u64) -> io::Result<()> {
         sched_deadline: 0,
         sched_period: 0,
     };
-    // SAFETY: `attr` is a valid sched_attr that says its own size; 0 is the calling thread.
+    // SAFETY: `attr` is a valid sched_attr that contains its own size; 0 is the calling thread.
     match unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attr, 0) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
@@ -105,7 +105,7 @@ mod tests {
                 drop(BoostGuard::new());
                 (before, nice())
             });
-            // The kernel makes it 0 where it was below.
+            // The kernel resets a negative value to 0.
             let reset = if inside < 0 { 0 } else { before };
             assert_eq!(made.join().unwrap(), (reset, reset));
             drop(boost);
@@ -124,7 +124,7 @@ mod tests {
         // SAFETY: zeros are valid for these numbers.
         let mut attr: libc::sched_attr = unsafe { std::mem::zeroed() };
         let size = size_of::<libc::sched_attr>() as u32;
-        // SAFETY: `attr` has room for as many bytes as `size` says; 0 is the calling thread.
+        // SAFETY: `attr` has room for `size` bytes; 0 is the calling thread.
         let rc = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attr, size, 0) };
         assert_eq!(rc, 0, "{}", io::Error::last_os_error());
         attr.sched_runtime
@@ -135,7 +135,7 @@ mod tests {
         use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
         std::thread::spawn(|| {
             let none = CapabilitySet::empty();
-            // Of this thread alone.
+            // Applies to this thread alone.
             set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none }).unwrap();
             let before = (slice(), nice());
             let boost = BoostGuard::new();

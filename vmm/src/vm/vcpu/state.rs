@@ -1,7 +1,7 @@
 //! A vCPU's state on its own thread: set at a boot, restored in a child, saved at a fork, replaced
 //! at a reset.
 //!
-//! What the state consists of, and the order of its parts, is in [`VcpuState`].
+//! The parts of the state, and their order, are documented at [`VcpuState`].
 
 use crate::boot::{BOOT_MSRS, Entry};
 use crate::kvm::{
@@ -17,18 +17,18 @@ impl VcpuThread {
     /// Loads the state that the vCPU starts with.
     pub(super) fn give_state(&mut self, start: &Start) -> Result<(), VmError> {
         let new = self.new.take();
-        // A state may bring another.
+        // The state may set another frequency.
         self.tsc_khz = None;
         match start {
             Start::Boot(entry) => {
                 self.set_boot_msrs();
-                // The others wait for the first to start them.
+                // The other vCPUs wait until the first starts them.
                 if self.index == 0 { self.boot(entry) } else { Ok(()) }
             }
             Start::Restore(image) => {
                 let state = image.vcpus.get(self.index).ok_or(VmError::NotSaved)?;
-                // An image of another host has that host's CPUID, and the guest keeps it. A vCPU
-                // that has run has it already.
+                // The CPUID in an image is that of the host it was taken on, and the guest keeps
+                // it. A vCPU that has run has it already.
                 let other = state.cpuid.as_slice() != self.cpuid.as_slice();
                 if other {
                     self.cpuid = state.cpuid.clone();
@@ -50,8 +50,8 @@ impl VcpuThread {
     /// Parks, and saves or replaces the vCPU's state as often as the owner requests it. Returns
     /// false when the thread must end.
     pub(super) fn park(&mut self) -> bool {
-        // The owner waits for this thread to save, and the guest for it to run on. Neither may wait
-        // for the end of another thread's slice.
+        // The owner waits for this thread to save, and the guest for it to run on. Both need to run
+        // without waiting for the end of another thread's slice.
         let _boost = BoostGuard::new();
         let mut next = self.control.park(self.index, false);
         loop {

@@ -56,7 +56,7 @@ impl TicketLock {
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
         self.0.tickets().now += 1;
-        // All of them: each compares its own ticket.
+        // Wakes all waiters: each compares its own ticket.
         self.0.called.notify_all();
     }
 }
@@ -81,7 +81,7 @@ mod tests {
                     thread::sleep(Duration::from_micros(200));
                 }
             });
-            // Counted in turns: the time that either thread needs for one decides nothing.
+            // Counted in turns, so that the time either thread needs for one does not matter.
             let mut rounds = 0;
             while rounds < 100 || others.load(Ordering::SeqCst) <= 10 {
                 let mut held = turns.tickets();

@@ -1,4 +1,4 @@
-//! Images whose name another file has taken.
+//! Images whose name was taken by another file.
 
 use super::*;
 
@@ -15,12 +15,12 @@ fn nothing_is_committed_into_an_image_that_has_lost_its_name() {
     fs::rename(bench.dir.path().join("other"), &bench.path).unwrap();
     let (mut child, error) = *child.commit().unwrap_err();
     assert!(matches!(&error, CommitError::Replaced { path } if *path == bench.path), "{error}");
-    // It is as it was: with what it had written, and the image with what the other is.
+    // The disk still has its writes, and the image has the content of the other file.
     assert!(read(&mut child, 0, 8192) == [[2; 4096], [1; 4096]].concat());
     assert!(bench.image() == vec![9; SIZE as usize]);
 }
 
-/// Opened by a path that leads to a file without a name, as one does that is replaced meanwhile.
+/// The opened path leads to an unnamed file, as when the file is replaced during the open.
 #[test]
 fn an_image_that_is_replaced_while_it_is_opened_is_refused() {
     use std::os::fd::AsRawFd;

@@ -1,8 +1,8 @@
-//! What a flush waits for.
+//! Conditions that a flush waits for.
 
 use super::*;
 
-/// A flush would give a name to one more overlay, of which the journal has too much already.
+/// The flush would name one more overlay, though the journal already has too many.
 #[test]
 fn a_flush_waits_until_overlays_that_take_too_much_are_merged() {
     let bench = Bench::new();
@@ -24,10 +24,10 @@ fn a_flush_waits_until_overlays_that_take_too_much_are_merged() {
     drop(child);
 }
 
-/// Submits a flush while overlays are to be merged: it does not begin before they are.
+/// Submits a flush while overlays are to be merged: the flush begins after the merge.
 fn flush_while_merging(disk: &mut Disk, round: u64) {
     disk.submit(DiskOp::Flush, 5).unwrap();
-    // Nothing was reaped since they were to be merged.
+    // No completion was reaped since the merge was requested.
     let mut done = disk.take_done();
     assert!(done.is_empty() && !disk.durability.is_flushing(), "round {round}: begun, or done, before they are merged");
     disk.kick().unwrap();
@@ -63,7 +63,7 @@ fn a_commit_that_fails_half_way_and_folding_do_not_mix() {
     let (bench, committed, all) = late(None);
     committed.map_err(|refused| refused.1).unwrap();
     assert!(bench.image()[..BYTES] == [2; BYTES]);
-    // Just after a piece of it is in the image for good.
+    // Just after one piece is durable in the image.
     let pieces =
         (1..all.len()).filter(|at| all[*at].starts_with("write disk.img") && all[*at - 1].starts_with("sync journal"));
     let mut failed = 0;

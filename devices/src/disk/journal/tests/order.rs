@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// A journal with one cluster that was written and one that was made zeros, left behind.
+/// A left-behind journal with one written cluster and one of zeros.
 fn left_behind() -> Bench {
     let bench = Bench::new();
     let mut disk = bench.forked();
@@ -31,7 +31,7 @@ fn what_is_put_in_is_durable_before_the_journal_says_so_and_that_before_its_room
     let place = |wanted: &str| steps.iter().position(|step| step.starts_with(wanted)).unwrap();
     assert_eq!(place("write journal"), 0, "that the image is being written is said first: {steps:?}");
     assert_eq!(steps[1], "sync journal");
-    // Each batch is synced, then named, durably; and the last before the journal goes.
+    // Each batch is synced, then recorded durably; the last one before the journal is removed.
     let batches = steps.iter().filter(|step| **step == "sync disk.img").count();
     assert_eq!(batches, 4, "10 clusters in batches of 4, and the id: {steps:?}");
     for (at, _) in steps.iter().enumerate().filter(|(_, step)| step.starts_with("write journal")).skip(1) {
@@ -58,8 +58,8 @@ fn what_is_put_in_is_durable_before_the_journal_says_so_and_that_before_its_room
     assert!(bench.image() == expected());
 }
 
-/// The process ends after any step of an application, and of the one that continues it. Another
-/// image would be refused then, and this one never.
+/// The process ends after any step of an application, and of the one that continues it. This image
+/// is never refused, though another would be.
 #[test]
 fn putting_in_can_end_after_any_step_and_be_gone_on_with() {
     let all = {
@@ -72,7 +72,7 @@ fn putting_in_can_end_after_any_step_and_be_gone_on_with() {
             let bench = left_behind();
             let open = || Disk::open(&DiskConfig::new(&bench.path)).map(drop);
             let (ended, steps) = traced(Some(first), open);
-            // Removing files that do no harm may fail.
+            // Failures to remove harmless files are tolerated.
             let committed = steps.iter().filter(|step| step.starts_with("sync disk.img")).count() >= 5;
             assert!(ended.is_err() || committed, "{first}: {steps:?}");
             let (_, again) = traced(Some(second), open);
@@ -83,8 +83,8 @@ fn putting_in_can_end_after_any_step_and_be_gone_on_with() {
     }
 }
 
-/// The same for the first flush after a fork: it has promised nothing yet, and no image is refused
-/// for it.
+/// The same for the first flush after a fork: it has promised nothing yet, so the image is not
+/// refused.
 #[test]
 fn making_a_journal_can_end_after_any_step() {
     let flushed = |disk: &mut Disk| disk.flush_now();
@@ -104,7 +104,7 @@ fn making_a_journal_can_end_after_any_step() {
     }
 }
 
-/// A copy of 9 clusters takes 4 of them twice at most, not all.
+/// A copy of 9 clusters duplicates at most 4 of them at a time.
 #[test]
 fn the_room_is_not_needed_twice() {
     let bench = left_behind();
@@ -113,7 +113,7 @@ fn the_room_is_not_needed_twice() {
     let overlay = bench.journal.join("overlay.0");
     let blocks = || std::os::unix::fs::MetadataExt::blocks(&fs::metadata(&overlay).unwrap()) * 512;
     let before = blocks();
-    // Up to where the last batch is said to be in the image.
+    // Up to the record that the last batch is in the image.
     for steps in 0..100 {
         let (_, done) = traced(Some(steps), || Disk::open(&DiskConfig::new(&bench.path)).map(drop));
         if done.iter().any(|step| step.starts_with("rename")) {

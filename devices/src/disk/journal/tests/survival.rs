@@ -19,7 +19,7 @@ enum Act {
     },
     Fork,
     Rewind,
-    /// With writes begun after it, and cancelled in the middle or not; or two of them.
+    /// With later writes, cancelled half-way or not; or two flushes.
     Flush {
         cancelled: bool,
         twice: bool,
@@ -44,8 +44,7 @@ fn act() -> impl Strategy<Value = Act> {
     ]
 }
 
-/// Sectors as they are, as they were at the last flush that succeeded, and what they have been
-/// since.
+/// Sectors as they are now, as they were at the last successful flush, and their contents since.
 struct Model {
     now: Vec<u8>,
     durable: Vec<u8>,
@@ -65,14 +64,14 @@ impl Model {
         }
     }
 
-    /// All of it, as it was `then`.
+    /// All sectors were flushed as they were `then`.
     fn flushed(&mut self, then: Vec<u8>) {
         self.durable = then;
         self.since.iter_mut().for_each(BTreeSet::clear);
     }
 }
 
-/// A byte for each sector; a sector is all of one.
+/// One byte per sector: all bytes of a sector are equal.
 fn sectors_of(bytes: &[u8]) -> Vec<u8> {
     let sectors = bytes.chunks(SECTOR as usize);
     sectors
@@ -98,8 +97,8 @@ fn all_well(disk: &mut Disk) -> bool {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(150))]
-    /// Each sector is what it was at the last flush that succeeded, or what was written to it
-    /// since, whenever the process ends.
+    /// Whenever the process ends, each sector has its content at the last successful flush, or a
+    /// content written since.
     #[test]
     fn what_was_flushed_survives(acts in prop::collection::vec(act(), 1..70), late in any::<bool>()) {
         let bench = Bench::new();
@@ -148,7 +147,7 @@ proptest! {
                         }
                         continue;
                     }
-                    // Beside it.
+                    // Beside the flush.
                     let (sector, byte) = (token * 13 % (SIZE / SECTOR), token as u8 | 0x80);
                     begin_write(&mut disk, sector * SECTOR, &[byte; SECTOR as usize], u64::MAX - token);
                     prop_assert!(all_well(&mut disk), "a flush that nobody cancels succeeds");

@@ -1,9 +1,9 @@
-//! An image that its journal was not made for, in each way in which a user can cause it.
+//! A journal beside the wrong image, in each way in which a user can cause it.
 
 use super::*;
 use crate::disk::{DiskJournal, JournalState};
 
-/// With one cluster in the journal.
+/// A bench with one cluster in the journal.
 fn left() -> Bench {
     let bench = Bench::new();
     let mut disk = bench.forked();
@@ -12,7 +12,7 @@ fn left() -> Bench {
     bench
 }
 
-/// As `cp -a` does it.
+/// Copies as `cp -a` does.
 fn copy_all(from: &Path, to: &Path) {
     if from.is_dir() {
         fs::create_dir(to).unwrap();
@@ -60,7 +60,7 @@ fn an_image_that_was_copied_over_this_one_is_refused() {
     let bench = left();
     let golden = bench.path.with_file_name("golden.img");
     fs::write(&golden, vec![7; SIZE as usize]).unwrap();
-    // The same file, of the same size and birth, with other bytes.
+    // The same file, with the same size and birth time, and other bytes.
     fs::copy(&golden, &bench.path).unwrap();
     assert_eq!(changed(&refused(&bench.path)), "mtime");
     set_mtime(&bench.path, &golden);
@@ -69,7 +69,7 @@ fn an_image_that_was_copied_over_this_one_is_refused() {
     assert!(matches!(&shown.state, JournalState::Refused(error) if !changed(error).is_empty()), "{shown:?}");
     assert_eq!((shown.data, shown.zeros, shown.overlays), (4096, 0, 1));
     assert!(shown.room >= 4096 && shown.id.is_some() && shown.journal == bench.journal, "{shown:?}");
-    // What was meant: the new image.
+    // The user's intention: the new image.
     assert!(DiskJournal::discard(&bench.path).unwrap());
     drop(bench.open());
     assert!(bench.image() == vec![7; SIZE as usize] && !bench.journal.exists() && bench.mark().is_none());
@@ -109,7 +109,7 @@ fn an_image_of_another_size_is_never_given_the_journal() {
     }
 }
 
-/// fsck, a mount: in place, by something that knows no locks.
+/// An fsck or a mount: a change in place, by a program that does not use our locks.
 #[test]
 fn an_image_that_something_else_has_written_is_refused_also_while_the_vm_runs() {
     let poke = |bench: &Bench| {
@@ -152,7 +152,7 @@ fn an_image_that_was_renamed_is_refused_until_its_journal_is_too() {
     assert!(fs::read(&other).unwrap()[..4097] == [vec![2; 4096], vec![1]].concat());
     drop(Disk::open(&DiskConfig::new(&other)).unwrap());
 
-    // Or it is given up.
+    // Alternatively the journal is discarded.
     let bench = left();
     let other = bench.path.with_file_name("other.img");
     fs::rename(&bench.path, &other).unwrap();
@@ -188,7 +188,7 @@ fn a_copy_of_image_and_journal_is_refused_with_a_way_out() {
     DiskJournal::apply(&copy).unwrap();
     drop(Disk::open(&DiskConfig::new(&copy)).unwrap());
     assert!(fs::read(&copy).unwrap()[..4096] == [2; 4096]);
-    // The first is as it was.
+    // The first image is unchanged.
     drop(bench.open());
     assert!(bench.image()[..4096] == [2; 4096]);
 }

@@ -9,19 +9,19 @@ use crate::virtio::YieldRequest;
 use crate::virtio::net::Link;
 use crate::virtio::plain::{FatalError, QueueCtx};
 
-/// How long a child's link stays down at least.
+/// Minimum time for which a child's link stays down.
 const DOWN: Duration = Duration::from_millis(250);
-/// How long it stays down for a driver that does not read the status. A driver that reads it only
-/// when the link is up again has not seen it down.
+/// Time for which the link stays down if the driver does not read the status. A driver that reads
+/// it only after the link is up again has missed the change.
 const MAX_DOWN: Duration = Duration::from_secs(30);
-/// How often the device checks whether the driver has read the status.
+/// Interval of checks whether the driver has read the status.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
-/// Offset of the status in the configuration space, behind the address.
+/// Offset of the status in the configuration space, after the address.
 const STATUS: u64 = 6;
 const UP: u16 = 1;
 const ANNOUNCE: u16 = 2;
 
-/// The status of a link that nothing has happened to.
+/// The initial status of a link.
 pub(super) fn initial_status(link: Link) -> u16 {
     match link {
         Link::Open => UP,
@@ -36,27 +36,27 @@ impl Net {
         self.link
     }
 
-    /// Lets packets pass, or none. The link goes down at once, and comes up again some time after
-    /// the driver has seen it down: in a turn, which the caller is to bring about. What came while
-    /// it was closed is dropped. Returns whether anything has changed.
+    /// Opens or closes the device. The link goes down at once, and comes up again some time after
+    /// the driver has seen it down, in a turn that the caller must bring about. Packets that
+    /// arrived while the device was closed are dropped. Returns whether the state has changed.
     pub fn set_link(&mut self, link: Link) -> bool {
         if self.link == link {
             return false;
         }
         if link == Link::Open {
-            // Before it is open: a packet that waits came while it was closed.
+            // Before opening: a waiting packet arrived while the device was closed.
             for pair in 0..self.backend.queues() {
                 self.discard(pair, usize::from(u16::MAX));
             }
         }
         self.link = link;
-        // Either way: an open link begins down.
+        // In either case: an open link begins down.
         self.set_status(0);
         self.renew = true;
         true
     }
 
-    /// Drops up to `most` packets of the interface. Whether there may be more.
+    /// Drops up to `most` packets of the interface. Returns whether there may be more.
     pub(super) fn discard(&mut self, pair: usize, most: usize) -> bool {
         for _ in 0..most {
             match self.backend.discard(pair) {
@@ -82,7 +82,7 @@ impl Net {
         true
     }
 
-    /// Drops what the driver sends. Whether there may be more.
+    /// Drops the driver's packets. Returns whether there may be more.
     pub(super) fn refuse_some(
         &mut self,
         io: &mut QueueCtx,
@@ -101,7 +101,7 @@ impl Net {
         Ok(true)
     }
 
-    /// The driver has announced its guest. The link may be down again since it was asked to.
+    /// The driver has announced its guest. The link may have gone down again since the request.
     pub(super) fn announced(&self) {
         let mut status = [0; 2];
         self.config.read(STATUS, &mut status);
@@ -131,7 +131,7 @@ impl Net {
         down >= MAX_DOWN || (down >= DOWN && self.config.is_seen(STATUS))
     }
 
-    /// The time of the next turn for the link's sake.
+    /// The time of the next turn needed for the link.
     pub(super) fn link_deadline(&self) -> Option<Instant> {
         // Once the link may come up, the status is checked at intervals.
         self.down_since.map(|since| (since + DOWN).max(Instant::now() + POLL_INTERVAL))

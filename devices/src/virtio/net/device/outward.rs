@@ -8,33 +8,33 @@ use vm_memory::Bytes;
 use super::{MAX_PACKET, Net};
 use crate::virtio::net::egress::{Egress, EgressRule, Filter, Judgement, MAX_HEADERS};
 
-/// Memory for the packet that is judged, if any is.
+/// Memory for the packet to be judged; None without rules.
 pub(super) fn copy_for(egress: &Egress) -> Option<Arc<AlignedBuf>> {
     (!egress.is_empty()).then(|| Arc::new(AlignedBuf::new(MAX_PACKET)))
 }
 
 impl Net {
-    /// Where the guest may send.
+    /// The addresses that the guest may send to.
     #[must_use]
     pub fn egress(&self) -> &Egress {
         self.filter.policy()
     }
 
-    /// How many packets each rule has decided, by the policy's layers.
+    /// Number of packets decided by each rule, by the policy's layers.
     #[must_use]
     pub fn egress_packets(&self) -> Vec<Vec<(EgressRule, u64)>> {
         let layers = self.filter.policy().layers().iter().zip(self.filter.hits());
         layers.map(|(rules, hits)| rules.iter().cloned().zip(hits.iter().copied()).collect()).collect()
     }
 
-    /// How many layers of its policy, from the first on, are those that its state was saved with: its
-    /// parent's. Those behind them are its own.
+    /// Number of layers of the policy, from the first on, that came with its saved state, so from
+    /// its parent. The later layers are its own.
     #[must_use]
     pub fn inherited_egress(&self) -> usize {
         self.inherited
     }
 
-    /// Says anew where the guest may send, from the next packet on. Counts begin at zero.
+    /// Replaces the egress rules, from the next packet on. Counts begin at zero.
     pub fn set_egress(&mut self, egress: Egress) {
         let same = |(old, new): &(&Vec<EgressRule>, &Vec<EgressRule>)| old == new;
         let kept = self.egress().layers().iter().zip(egress.layers()).take_while(same).count();
@@ -43,8 +43,8 @@ impl Net {
         self.filter = Filter::new(egress);
     }
 
-    /// Judges the packet in `memory`, of `len` bytes. With rules the memory returned is a copy: the
-    /// guest can change its own between the judgement and the sending.
+    /// Judges the packet in `memory`, of `len` bytes. With rules, the returned memory is a copy,
+    /// because the guest can change its own between the judgement and the sending.
     pub(super) fn judged(&self, memory: Vec<Fragment>, len: usize) -> (Vec<Fragment>, Judgement) {
         let Some(copy) = &self.copy else { return (memory, Judgement::open()) };
         let mut headers = [0; MAX_HEADERS];
@@ -56,8 +56,8 @@ impl Net {
     }
 }
 
-/// Copies a packet of `len` bytes, and its first ones into `headers` from the copy. None if they do
-/// not fit, which nothing that a driver sends comes to.
+/// Copies a packet of `len` bytes, and its first bytes from the copy into `headers`. None if they
+/// do not fit, which does not happen for packets of a driver.
 fn copied(copy: &Arc<AlignedBuf>, memory: &[Fragment], len: usize, headers: &mut [u8]) -> Option<Fragment> {
     let whole = Fragment::owned(copy, 0, len).ok()?;
     let mut at = 0;

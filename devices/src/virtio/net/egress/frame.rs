@@ -1,9 +1,9 @@
-//! Where a packet goes: its Ethernet, IP and transport headers.
+//! The destination of a packet: its Ethernet, IP and transport headers.
 //!
-//! What could reach another place than its headers say is refused: source routes, a checksum that
-//! the host is to write somewhere else, headers that do not fit into the first fragment. A fragment
-//! cannot move a port afterwards: ports are in the first 8 bytes of the first fragment, and no later
-//! one begins before them.
+//! A packet that could reach another place than its headers name is refused: source routes, a
+//! checksum that the host is to write somewhere else, headers that do not fit into the first
+//! fragment. A fragment cannot move a port afterwards: ports are in the first 8 bytes of the first
+//! fragment, and no later one begins before them.
 
 use std::net::IpAddr;
 
@@ -16,9 +16,9 @@ use thiserror::Error;
 
 use crate::virtio::net::mac::Mac;
 
-/// Most bytes of IPv6 extension headers.
+/// Maximum length of IPv6 extension headers.
 const MAX_EXTENSIONS: usize = 256;
-/// Bytes at a packet's begin that hold all headers which are understood.
+/// Bytes at the beginning of a packet that contain all headers that can be parsed.
 pub(in super::super) const MAX_HEADERS: usize = 512;
 
 /// The protocol above IP.
@@ -34,13 +34,13 @@ pub(super) enum Protocol {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Port {
     One(u16),
-    /// It is in another fragment.
+    /// The port is in another fragment.
     Any,
-    /// The protocol has none.
+    /// The protocol has no ports.
     None,
 }
 
-/// Where an IP packet goes.
+/// The destination of an IP packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct IpPacket {
     pub(super) to: IpAddr,
@@ -48,10 +48,10 @@ pub(super) struct IpPacket {
     pub(super) port: Port,
 }
 
-/// A packet that is understood.
+/// A packet that was parsed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Packet {
-    /// ARP, or neighbour discovery: it finds Ethernet addresses, and no router passes it on.
+    /// ARP, or neighbour discovery: these find Ethernet addresses, and routers do not forward them.
     Neighbours,
     Ip(IpPacket),
 }
@@ -63,7 +63,7 @@ pub(super) struct Refused(pub(super) &'static str);
 
 type Parsed<T> = Result<T, Refused>;
 
-/// What the driver asks the interface to do with a packet: `struct virtio_net_hdr`.
+/// Offload request of the driver to the interface: `struct virtio_net_hdr`.
 #[derive(Clone, Copy)]
 struct Offload {
     checksum: Option<(usize, usize)>,
@@ -91,7 +91,8 @@ impl Offload {
         Ok(Self { checksum, segments })
     }
 
-    /// Refuses to write a checksum anywhere but where the transport header at `at` has it.
+    /// Refuses to write a checksum anywhere but into the checksum field of the transport header at
+    /// `at`.
     fn check(self, at: usize, protocol: Option<Protocol>, tcp: u8) -> Parsed<()> {
         let place = match protocol {
             Some(Protocol::Tcp) => Some((at, 16)),
@@ -109,7 +110,7 @@ impl Offload {
     }
 }
 
-/// Parses a packet of `len` bytes, of which `headers` are the first ones.
+/// Parses a packet of `len` bytes that begins with `headers`.
 pub(super) fn parse(headers: &[u8], len: usize, mac: Mac) -> Parsed<Packet> {
     if headers.len() < VNET_HEADER || len < headers.len() {
         return Err(Refused("no virtio header"));
@@ -149,7 +150,7 @@ impl Frame<'_> {
         self.bytes.get(self.at..).ok_or(Refused("its headers are too long"))
     }
 
-    /// An ARP request or answer for IPv4 over Ethernet, in the guest's own name.
+    /// An ARP request or answer for IPv4 over Ethernet, with the guest's own address as the sender.
     fn arp(&self, mac: Mac) -> Parsed<Packet> {
         let arp = self.rest()?;
         self.offload.check(0, None, GSO_NONE)?;
@@ -167,7 +168,7 @@ impl Frame<'_> {
         if total < header || total > self.len - self.at {
             return Err(Refused("the length of its IPv4 header"));
         }
-        // End, nothing, and router alert. A source route would take it elsewhere.
+        // End, no-op, and router alert. A source route would change the destination.
         let mut options = ip.options();
         while let Some((kind, rest)) = options.split_first() {
             options = match kind {
@@ -229,8 +230,8 @@ impl Frame<'_> {
         };
         let plain = self.at == first && protocol == Protocol::Icmp && left >= 8;
         let kind = self.rest()?.first().copied();
-        // Solicitations of routers and neighbours, and answers. No router passes on their hop limit,
-        // and receivers take no other.
+        // Router and neighbour solicitations, and neighbour advertisements. A forwarded packet
+        // would have a lower hop limit, and receivers accept no other.
         if plain && hops == 255 && matches!(kind, Some(133 | 135 | 136)) {
             self.offload.check(0, None, GSO_NONE)?;
             return Ok(Packet::Neighbours);
@@ -239,8 +240,7 @@ impl Frame<'_> {
         Ok(Packet::Ip(IpPacket { to: IpAddr::V6(to), protocol, port }))
     }
 
-    /// The port of a transport header, of which the packet has `len` bytes from `offset` on, in
-    /// units of 8.
+    /// The port in a transport header. The packet has `len` bytes from `offset` on, in units of 8.
     fn transport(&self, protocol: Protocol, len: usize, offset: usize, fragment: bool, tcp: u8) -> Parsed<Port> {
         let checked = (!fragment).then_some(protocol);
         self.offload.check(self.at, checked, tcp)?;
@@ -251,7 +251,7 @@ impl Frame<'_> {
             return if offset != 0 || len >= 8 { Ok(Port::None) } else { Err(Refused("no ICMP header")) };
         }
         if offset != 0 {
-            // It could be taken for a part of the TCP header.
+            // The fragment could be taken for a part of the TCP header.
             let tiny = protocol == Protocol::Tcp && offset * 8 < 60;
             return if tiny { Err(Refused("a fragment of a TCP header")) } else { Ok(Port::Any) };
         }

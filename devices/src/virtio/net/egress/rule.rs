@@ -1,4 +1,4 @@
-//! A rule: `allow:CIDR[:PORT[-PORT]][/tcp|udp|icmp]`, or `deny:` and the same.
+//! A rule: `allow:CIDR[:PORT[-PORT]][/tcp|udp|icmp]`, or the same with `deny:`.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -15,12 +15,12 @@ use super::frame::{IpPacket, Port, Protocol};
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum EgressError {
-    /// It is no rule.
+    /// The text cannot be parsed as a rule.
     #[error("invalid egress rule {rule:?}: {wanted}")]
     Rule {
         /// The text.
         rule: String,
-        /// What is wanted in its place.
+        /// The expected form.
         wanted: &'static str,
     },
     /// There are too many.
@@ -31,18 +31,18 @@ pub enum EgressError {
     },
 }
 
-/// What is done with a packet.
+/// The verdict on a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     Allow,
     Deny,
 }
 
-/// What a rule says to a packet.
+/// A rule's decision about a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Decision {
     Is(Verdict),
-    /// The next rule is to decide.
+    /// No match: the next rule decides.
     Next,
 }
 
@@ -70,7 +70,8 @@ impl EgressRule {
         let decides = match (packet.port, &self.ports) {
             (_, None) => true,
             (Port::One(port), Some(ports)) => ports.contains(&port),
-            // Its port is in another fragment: it may be any. It passes where all may pass.
+            // Its port is in another fragment and may be any: the packet passes only if all ports
+            // are allowed.
             (Port::Any, Some(ports)) => !self.allows() || *ports == (0..=u16::MAX),
             (Port::None, Some(_)) => false,
         };
@@ -93,7 +94,7 @@ impl EgressRule {
     }
 }
 
-/// Parses the part behind the verdict and without the protocol. The error is what was wanted.
+/// Parses the part after the verdict and before the protocol. The error is the expected form.
 fn target(text: &str) -> Result<(IpAddr, u8, Option<RangeInclusive<u16>>), &'static str> {
     const ADDRESS: &str = "an address or CIDR, IPv6 with a port in brackets: 10.0.0.0/8, [2001:db8::/32]:443";
     let (cidr, ports) = match text.strip_prefix('[') {

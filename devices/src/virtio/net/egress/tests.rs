@@ -12,7 +12,7 @@ const TCP: u8 = 6;
 const UDP: u8 = 17;
 const ICMP: u8 = 1;
 
-/// A packet with an empty virtio header, to `to`, with `payload` behind its IP header.
+/// A packet with an empty virtio header, to `to`, with `payload` after its IP header.
 fn ip(to: IpAddr, protocol: u8, payload: &[u8]) -> Vec<u8> {
     let mut frame = vec![0; 12];
     frame.extend([0xff; 6]);
@@ -128,7 +128,7 @@ fn the_first_match_decides_and_a_layer_only_narrows() {
     }
     let not_mail = filter(&["deny:0.0.0.0/0:25/tcp"]);
     assert!(passes(&not_mail, &packet("1.1.1.1", TCP, 80)) && !passes(&not_mail, &packet("1.1.1.1", TCP, 25)));
-    // A child that allows itself everything has what its parent allows.
+    // A child with a rule that allows everything is still limited by its parent's rules.
     let narrow = |rules: &[&str]| {
         let rules: Vec<EgressRule> = rules.iter().map(|rule| rule.parse().unwrap()).collect();
         Filter::new(web.policy().narrowed(&rules).unwrap())
@@ -142,7 +142,7 @@ fn the_first_match_decides_and_a_layer_only_narrows() {
     let judgement = less.judge(&dropped, dropped.len(), MAC);
     less.count(&judgement);
     assert_eq!((judgement.passes, less.hits()), (false, &[vec![0, 1, 0, 0], vec![1]][..]));
-    // Layers that are kept stay in front, and no more than there are.
+    // Kept layers stay first, up to the number that exist.
     let mail = ["deny:0.0.0.0/0:25".parse().unwrap()];
     let two = less.policy().replaced(1, &mail).unwrap();
     assert_eq!(two.layers(), [&web.policy().layers()[0][..], &mail[..]]);
@@ -151,7 +151,7 @@ fn the_first_match_decides_and_a_layer_only_narrows() {
     assert!(less.policy().replaced(0, &[]).unwrap().is_empty());
     let many = vec![mail[0].clone(); MAX_RULES];
     assert_eq!(less.policy().replaced(1, &many).unwrap_err(), EgressError::TooMany { rules: 260 });
-    // The same layer twice is once, and an empty one none.
+    // A repeated layer is added once, and an empty one not at all.
     assert_eq!(less.policy().narrowed(&["deny:10.0.0.0/8:80".parse().unwrap()]).unwrap(), *less.policy());
     assert_eq!(less.policy().narrowed(&[]).unwrap(), *less.policy());
 }
@@ -171,12 +171,12 @@ fn what_could_go_elsewhere_is_refused() {
     assert_eq!(change(28, &[4, 0]), "the length of its IPv4 header");
     assert_eq!(change(35, &[47]), "neither TCP nor UDP nor ICMP");
     assert_eq!(change(58, &[0xf0]), "no whole TCP header");
-    // A part of a TCP header, and the next one over it.
+    // A part of a TCP header, and an overlapping fragment.
     assert_eq!(change(32, &[0, 1]), "a fragment of a TCP header");
     assert_eq!(change(32, &[0x1f, 0xff]), "a fragment beyond the largest packet");
     let tiny = ip("10.0.0.1".parse().unwrap(), TCP, &transport(TCP, 80)[..8]);
     assert_eq!(why(&tiny), "no whole TCP header");
-    // The host's checksum over the port or the address.
+    // The host's checksum would overwrite the port or the address.
     assert_eq!(change(0, &[1, 0, 0, 0, 0, 0, 34, 0, 2, 0]), "its checksum is to be written elsewhere");
     assert_eq!(change(0, &[1, 0, 0, 0, 0, 0, 14, 0, 16, 0]), "its checksum is to be written elsewhere");
     assert_eq!(change(0, &[8]), "unknown flags of its virtio header");
@@ -218,7 +218,7 @@ fn later_fragments_pass_where_all_ports_may() {
     ] {
         assert_eq!(passes(&filter(rules), &udp), passed, "{rules:?}");
     }
-    // Over IPv6, behind options.
+    // Over IPv6, after options.
     let mut payload = vec![44, 0, 1, 4, 0, 0, 0, 0, UDP, 0, 3, 0x20, 0, 0, 0, 1];
     payload.extend([0; 40]);
     let v6 = ip("fd00::1".parse().unwrap(), 60, &payload);
@@ -244,7 +244,7 @@ fn ipv6_headers_are_bounded_and_neighbours_are_found() {
     for next in [43, 51, 50, 59, 41, 135] {
         assert_eq!(why(&ip(to, next, &transport(TCP, 443))), "neither TCP nor UDP nor ICMPv6", "{next}");
     }
-    // Behind a fragment header no other may follow.
+    // A fragment header must be the last extension header.
     assert_eq!(why(&ip(to, 44, &[60, 0, 0, 1, 0, 0, 0, 1])), "neither TCP nor UDP nor ICMPv6");
     let mut neighbours = ip(to, ICMP, &[135, 0, 0, 0, 0, 0, 0, 0]);
     let none = filter(&["deny:::/0", "deny:0.0.0.0/0"]);
@@ -271,7 +271,7 @@ fn ipv6_headers_are_bounded_and_neighbours_are_found() {
 type Naive = (bool, IpAddr, u8, Option<(u16, u16)>, Option<u8>);
 
 fn address() -> impl Strategy<Value = IpAddr> {
-    // Few bits that differ, so that rules meet packets.
+    // Few differing bits, so that rules match packets.
     (any::<bool>(), any::<[bool; 4]>()).prop_map(|(six, bits)| {
         let [a, b, c, d] = bits.map(u8::from);
         if six {
@@ -344,7 +344,7 @@ proptest! {
         let filter = Filter::new(policy);
         let mut packet = ip(to, protocol, &transport(protocol, port));
         prop_assert_eq!(passes(&filter, &packet), naive(&layers, to, protocol, port));
-        // Whatever becomes of it: what is parsed is what the bytes say, and nothing panics.
+        // For any bytes: the result matches them, and the parser does not panic.
         for (at, byte) in flips {
             let at = at % packet.len();
             packet[at] = byte;

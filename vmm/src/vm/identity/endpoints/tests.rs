@@ -62,7 +62,7 @@ fn nobody_shares_an_address_or_a_socket() {
     drop(Endpoints::boot(&config).unwrap());
 }
 
-/// A snapshot may name any socket and interface of the host, and a CID after which there is none.
+/// A snapshot may contain any socket and interface of the host, and the last possible CID.
 #[test]
 fn what_a_snapshot_says_of_the_host_is_not_believed() {
     let (victim, ours) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());

@@ -4,7 +4,8 @@
 use crate::vm::error::VmError;
 use crate::vm::stop::StopReason;
 
-/// What the vCPUs of a VM may do now. See [`VcpuControl`](super::VcpuControl) for its transitions.
+/// The state of a VM, which limits its vCPUs' actions. See [`VcpuControl`](super::VcpuControl) for
+/// its transitions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum State {
     /// No pause is held. A vCPU that was started may enter the guest; one that is still parked is
@@ -12,7 +13,7 @@ pub(super) enum State {
     Running,
     /// A pause is held, and at least one vCPU is not parked.
     Pausing,
-    /// A pause is held, and every vCPU is parked. It stays so until the last pause is released.
+    /// A pause is held, and every vCPU is parked until the last pause is released.
     Paused,
     /// The VM has stopped for good.
     Stopped(StopReason),
@@ -47,21 +48,21 @@ pub(super) enum Startup {
 /// The phase of one vCPU's thread. See [`VcpuControl`](super::VcpuControl) for its transitions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
-    /// Its thread is being made.
+    /// The thread is being made.
     Spawned,
-    /// It waits for its start command.
+    /// The thread waits for its start command.
     Idle,
-    /// It loads its state, or runs the guest.
+    /// The vCPU loads its state, or runs the guest.
     Started,
-    /// It is out of the guest and between two instructions: it waits, saves or loads.
+    /// The vCPU is out of the guest and between two instructions: it waits, saves or loads.
     Parked,
-    /// It has seen that the VM has stopped.
+    /// The thread has seen that the VM has stopped.
     Leaving,
-    /// Its thread has dropped the vCPU and ends.
+    /// The thread has dropped the vCPU and ends.
     Exited,
 }
 
-/// One vCPU. `O` is what it starts with, `S` what it saves.
+/// One vCPU. `O` is the order it starts with, `S` its saved state.
 pub(super) struct Vcpu<O, S> {
     pub(super) phase: Phase,
     /// The order to start with if it is idle, or to load if it is parked.

@@ -1,4 +1,4 @@
-//! The orders of a save, a load and a start, with threads that are no vCPUs.
+//! The orders of a save, a load and a start, with threads in place of vCPUs.
 
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -11,7 +11,7 @@ use super::{Next, Phase, State, VcpuControl};
 use crate::vm::error::VmError;
 use crate::vm::stop::StopReason;
 
-/// Long enough for a thread to go on, if it may.
+/// Longer than a thread takes to continue.
 const SETTLE: Duration = Duration::from_millis(150);
 
 type Control = VcpuControl<u32, u32>;
@@ -84,8 +84,8 @@ fn no_vcpu_loads_before_all_are_parked() {
     [pauser, first, second].into_iter().for_each(|thread| thread.join().unwrap());
 }
 
-/// A fork that fails in the middle resumes while a vCPU still saves. Its late state is of another
-/// instant.
+/// A fork that fails in the middle resumes while a vCPU still saves. The late state belongs to
+/// another instant.
 #[test]
 fn a_state_saved_for_an_earlier_pause_is_dropped() {
     let control = Arc::new(Control::new(1));

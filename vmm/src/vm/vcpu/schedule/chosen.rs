@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Relaxed throughout: nothing is published through these.
+/// Relaxed throughout: these publish no other data.
 #[derive(Debug, Default)]
 pub(crate) struct Schedule {
     /// The longest delay before a kick, in nanoseconds.
@@ -36,7 +36,7 @@ impl Schedule {
         let seed = self.random.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
         let mixed = (seed ^ seed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let end = Instant::now() + Duration::from_nanos((mixed ^ mixed >> 27) % longest);
-        // Not asleep: the delays of interest are shorter than a timer's slack.
+        // Busy-waits, because the delays of interest are shorter than a timer's slack.
         while Instant::now() < end {
             std::hint::spin_loop();
         }
