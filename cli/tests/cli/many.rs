@@ -106,7 +106,8 @@ fn all_are_stopped_by_a_kill_but_those_that_write_disks() {
         return;
     }
     let all = Supervised::start("0");
-    let image = all.runtime.dir().join("disk.img");
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk.img");
     std::fs::write(&image, vec![0; 1 << 20]).unwrap();
     all.boot("disk", &["--disk", image.to_str().unwrap()]);
     all.boot("web", &[]);
