@@ -52,7 +52,7 @@ impl Line {
 struct Waiting {
     bytes: VecDeque<u8>,
     dropped: u64,
-    /// The console has gone, or the reader has.
+    /// The console or the reader has gone.
     is_closed: bool,
 }
 
@@ -117,7 +117,7 @@ fn output() -> (OutputWriter, OutputReader) {
 }
 
 impl OutputReader {
-    /// The next output; None once the console has gone and all is read.
+    /// Returns the next output, or None once the console has gone and all output is read.
     pub(crate) async fn next(&self) -> Option<Vec<u8>> {
         loop {
             {
@@ -178,15 +178,15 @@ fn let_go(vm: Arc<Vm>) {
 }
 
 fn drop_elsewhere(what: impl Send + 'static) {
-    // If no thread can be created, it is dropped here, with the closure.
+    // If no thread can be created, the VM is dropped here, with the closure.
     let _ = thread::Builder::new().name("clade-drop".into()).spawn(move || drop(what));
 }
 
-/// Wakes a VM that is typed to. It takes the time of some reads of a disk.
+/// Wakes a suspended VM on input. This takes as long as some disk reads.
 async fn wake(vm: &Arc<Vm>) {
     if !vm.is_awake() {
         let vm = Arc::clone(vm);
-        // One that has stopped reads nothing.
+        // A stopped VM reads nothing.
         let _ = tokio::task::spawn_blocking(move || {
             let woken = vm.wake();
             let_go(vm);
@@ -196,15 +196,15 @@ async fn wake(vm: &Arc<Vm>) {
     }
 }
 
-/// What a console writes from now on, after its last lines. None if the VM has no such console.
+/// Returns the console's last lines and all later output, or None if the VM has no such console.
 pub(crate) fn follow(vm: &Vm, line: Line) -> Option<OutputReader> {
     let (writer, reader) = output();
     line.of(vm)?.listen(Box::new(writer));
     Some(reader)
 }
 
-/// Types into a console, and wakes its VM if that is suspended. None if the VM has gone; within it
-/// how many bytes were taken, or None if there is no such console.
+/// Types into a console, and wakes a suspended VM. Returns None if the VM has gone; otherwise the
+/// number of bytes taken, or None within if there is no such console.
 pub(crate) async fn type_in(vm: &Weak<Vm>, line: Line, bytes: &[u8]) -> Option<Option<usize>> {
     let vm = vm.upgrade()?;
     wake(&vm).await;
