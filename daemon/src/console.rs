@@ -1,7 +1,7 @@
 //! A VM's consoles on Unix sockets.
 //!
 //! A guest never waits for a reader. Each reader has a bounded buffer. Output that does not fit is
-//! dropped, and the reader gets a line that says how much.
+//! dropped, and the reader gets a line with the number of bytes dropped.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};

@@ -201,7 +201,7 @@ impl Ended {
 
     /// Reaps all ended children.
     fn reap(&self, mut to: &PipeWriter) {
-        // One signal may stand for many. It is taken before the children are reaped.
+        // One signal may stand for many. So it is taken before the children are reaped.
         let mut record = [0; size_of::<libc::signalfd_siginfo>()];
         let _ = rustix::io::read(&self.fd, &mut record);
         while let Ok(Some((pid, status))) = waitpid(None, WaitOptions::NOHANG) {

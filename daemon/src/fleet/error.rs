@@ -101,12 +101,12 @@ pub enum FleetError {
         #[source]
         source: io::Error,
     },
-    /// No file can be made in the directory that a VM is to be suspended to.
+    /// No file can be made in the directory for a suspended VM's memory.
     #[error("no file for a suspended VM can be made in {}", path.display())]
     SuspendDir {
         /// The directory.
         path: PathBuf,
-        /// Why.
+        /// The reason.
         #[source]
         source: io::Error,
     },
