@@ -98,7 +98,7 @@ pub(super) fn enter(names_files: bool, locks_files: bool) -> io::Result<()> {
 }
 
 /// Restricts the calling thread to the needs of serving the guest. vCPU threads start those of
-/// devices, which inherit the filter: so there is one list for both. It is short, because the
+/// devices, which inherit the filter: so there is one list for both. The list is short, because the
 /// kernel compiles it for each thread; the worker's own filters are inherited.
 ///
 /// # Panics

@@ -164,7 +164,7 @@ impl Maker<'_> {
         let (claim_took, receive_took) = (claimed - begun, received - waited);
         tracing::debug!(name, ?claim_took, ?receive_took, import_took = ?received.elapsed(), "worker");
         let before_start = self.program.before_start.as_ref().map(|hook| hook as &dyn Fn(&GuestRam));
-        // The child gets no secrets, and this process has none once it is made.
+        // The child is made without secrets, and this process drops them once it is made.
         let (withheld, secrets) = if withhold { (secrets, Secrets::Withheld) } else { (Secrets::None, secrets) };
         let make = |context: &Context| {
             let options = ChildOptions { paused: true, erase: &withheld.bytes(), before_start };
