@@ -211,7 +211,8 @@ impl Fleet {
     /// Stops the VM, and waits until its name, interfaces, addresses and sockets are free. Returns
     /// the result of `describe`, which is called when the VM has stopped.
     ///
-    /// # Errors When there is no such VM, or some resource of it stays in use.
+    /// # Errors
+    /// When there is no such VM, or some resource of it stays in use.
     pub fn stop<T>(&self, name: &str, describe: impl FnOnce(&Listed) -> T) -> Result<T, FleetError> {
         self.stop_listed(self.get(name)?, describe)
     }

@@ -67,7 +67,8 @@ pub(crate) fn make() -> io::Result<OwnedFd> {
 /// Checks the file that a VM's process sends as its record: reading it then takes no more time and
 /// memory than reading a record.
 ///
-/// # Errors When it is not a file in memory, or not sealed at a record's size.
+/// # Errors
+/// When it is not a file in memory, or not sealed at a record's size.
 pub(crate) fn checked(file: OwnedFd) -> io::Result<OwnedFd> {
     let refused = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
     // First: only files in memory have seals. A read of another file could block this process.
@@ -104,7 +105,8 @@ pub(crate) fn now(event: String) -> FlightEvent {
 
 /// Returns the file of this process's record, for another process.
 ///
-/// # Errors When there is no record, or no descriptor is left.
+/// # Errors
+/// When there is no record, or no descriptor is left.
 pub(crate) fn descriptor() -> io::Result<OwnedFd> {
     let recorder = RECORDER.get().ok_or(io::ErrorKind::NotFound)?;
     recorder.file.as_fd().try_clone_to_owned()

@@ -275,7 +275,8 @@ impl AskedRecord {
 
     /// Returns the file, checked to be a record even if the process is hostile.
     ///
-    /// # Errors When no valid record comes until `deadline`.
+    /// # Errors
+    /// When no valid record comes until `deadline`.
     pub(crate) fn file(self, deadline: Instant) -> io::Result<OwnedFd> {
         // Zero would be no limit.
         let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));

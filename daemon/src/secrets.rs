@@ -105,7 +105,8 @@ impl Secrets {
 
     /// Checks that children of `vm`, or of a snapshot, can be made without them.
     ///
-    /// # Errors When the list of secrets is unknown.
+    /// # Errors
+    /// When the list of secrets is unknown.
     pub(crate) fn expect_known(&self, vm: Option<&str>) -> Result<(), FleetError> {
         if !matches!(self, Self::None) {
             return Ok(());
@@ -118,8 +119,9 @@ impl Secrets {
 
 /// Checks the secrets of a new VM.
 ///
-/// # Errors When a secret has no name, or another's. When there are too many, or one cannot be
-/// found in memory.
+/// # Errors
+/// When a secret has no name, or another's. When there are too many, or one cannot be found in
+/// memory.
 pub(crate) fn check(secrets: &[Secret]) -> Result<(), FleetError> {
     let refused = |text: String| Err(FleetError::Refused { kind: ProblemKind::BadConfig, text });
     let bytes: usize = secrets.iter().map(|secret| secret.value.len()).sum();

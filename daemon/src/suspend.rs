@@ -171,8 +171,9 @@ impl Asleep {
 /// Suspends the VM called `name` to a file in `dir`. Calls `check` every [`CHECK_INTERVAL`]; the VM
 /// may be suspended even if that fails.
 ///
-/// # Errors When there is no such VM, no file can be made in `dir`, or the VM cannot be suspended:
-/// it then runs on.
+/// # Errors
+/// When there is no such VM, no file can be made in `dir`, or the VM cannot be suspended: it then
+/// runs on.
 pub(crate) fn suspend(
     runtime: &Path,
     name: &str,

@@ -91,7 +91,8 @@ fn has_huge_pages(enabled: &str) -> bool {
 /// Puts the program's text and constants in huge pages. Call it while the process has one thread,
 /// which is not traced by a debugger that has put breakpoints in.
 ///
-/// # Errors When the kernel refuses. Then all or part of the text stays in its file.
+/// # Errors
+/// When the kernel refuses. Then all or part of the text stays in its file.
 pub(crate) fn use_huge_pages() -> io::Result<()> {
     if !has_huge_pages(&fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled")?) {
         return Ok(());

@@ -85,7 +85,8 @@ pub fn mount(socket: &OwnedFd) -> io::Result<Option<HugeTmpfs>> {
 /// `huge_text` all workers run from one copy of the program in huge pages: 18 MiB, and a fifth of
 /// the time of a worker's start.
 ///
-/// # Errors When this process has more than one thread; when the kernel refuses a call.
+/// # Errors
+/// When this process has more than one thread; when the kernel refuses a call.
 #[expect(clippy::needless_pass_by_value, reason = "a worker closes it")]
 pub fn serve(socket: OwnedFd, confinement: Confinement, huge_text: bool) -> io::Result<Role> {
     let threads = fs::read_dir("/proc/self/task")?.count();

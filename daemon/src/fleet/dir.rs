@@ -385,7 +385,8 @@ impl NameClaim {
     /// Returns the claim of another process that has passed on its lock. That process removes the
     /// files.
     ///
-    /// # Errors When the file is not the lock of that name.
+    /// # Errors
+    /// When the file is not the lock of that name.
     pub(crate) fn adopt(dir: &RuntimeDir, name: &str, lock: OwnedFd) -> Result<Self, FleetError> {
         check_name(name)?;
         let lock = File::from(lock);

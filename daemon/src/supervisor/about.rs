@@ -88,7 +88,8 @@ impl About {
 
     /// Reads the record of a VM that must have one.
     ///
-    /// # Errors When it has none, or it cannot be read.
+    /// # Errors
+    /// When it has none, or it cannot be read.
     pub(super) fn expect(dir: &RuntimeDir, name: &str) -> Result<Self, FleetError> {
         Self::read(dir, name)?.ok_or_else(|| FleetError::NoSuchVm { name: name.to_owned() })
     }
@@ -106,7 +107,8 @@ impl About {
     /// Checks an image's description by the process of a VM: its configuration must be the recorded
     /// one.
     ///
-    /// # Errors When it is another.
+    /// # Errors
+    /// When it is another.
     pub(super) fn check(&self, name: &str, forked: &Forked) -> Result<(), FleetError> {
         if self.shape.config == forked.config {
             return Ok(());
@@ -117,7 +119,8 @@ impl About {
 
     /// Writes the record of the VM of `claim`.
     ///
-    /// # Errors When the file cannot be written.
+    /// # Errors
+    /// When the file cannot be written.
     pub(super) fn write(&self, claim: &NameClaim) -> Result<(), FleetError> {
         let bytes = serde_json::to_vec(self).map_err(|error| failed(error.into()))?;
         claim.write_about(&bytes).map_err(failed)
@@ -155,7 +158,8 @@ pub fn in_session(dir: &Path, session: &str) -> Result<Vec<String>, FleetError> 
 
 /// Returns whether the VM called `name` has not ended, and is of a session.
 ///
-/// # Errors When the record cannot be read.
+/// # Errors
+/// When the record cannot be read.
 pub fn is_in_session(dir: &Path, name: &str, session: &str) -> Result<bool, FleetError> {
     let about = About::read(&RuntimeDir::open(dir)?, name)?;
     Ok(about.is_some_and(|about| about.session.as_deref() == Some(session)))

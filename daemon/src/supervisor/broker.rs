@@ -78,7 +78,8 @@ impl Shared {
 }
 
 impl Broker {
-    /// # Errors When no thread or descriptor is left.
+    /// # Errors
+    /// When no thread or descriptor is left.
     pub(super) fn start() -> io::Result<Self> {
         let (epoll, end) = (Epoll::new()?, EventFd::new(EFD_NONBLOCK)?);
         epoll.ctl(ControlOperation::Add, end.as_raw_fd(), EpollEvent::new(EventSet::IN, END))?;
@@ -90,7 +91,8 @@ impl Broker {
 
     /// Returns the device's end of a socket, for a device whose own is at `socket`.
     ///
-    /// # Errors When no descriptor is left.
+    /// # Errors
+    /// When no descriptor is left.
     pub(super) fn connect(&self, socket: PathBuf) -> io::Result<OwnedFd> {
         let (device, theirs) = seqpacket::pair()?;
         rustix::io::ioctl_fionbio(&device, true)?;

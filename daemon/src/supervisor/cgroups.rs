@@ -144,7 +144,8 @@ impl Cgroups {
     /// Opens the groups at `place`. Returns None if `place` is off, or if it is automatic and has
     /// no delegated group.
     ///
-    /// # Errors When the directory is not a group, or may not be divided.
+    /// # Errors
+    /// When the directory is not a group, or may not be divided.
     pub(super) fn open(place: &CgroupPlace) -> Result<Option<Self>, CgroupError> {
         match place {
             CgroupPlace::Off => Ok(None),
@@ -251,7 +252,8 @@ pub(super) struct Group {
 impl Group {
     /// Moves a worker into the group, with all threads that it will start.
     ///
-    /// # Errors When the worker has ended.
+    /// # Errors
+    /// When the worker has ended.
     pub(super) fn enter(&self, pid: u32) -> Result<(), CgroupError> {
         let procs = self.path.join("cgroup.procs");
         fs::write(&procs, pid.to_string()).map_err(failed(&procs))

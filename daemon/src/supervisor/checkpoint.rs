@@ -207,7 +207,8 @@ impl Checkpoints {
 
     /// Reserves a name: by default the VM's and a number.
     ///
-    /// # Errors When the name is invalid, or taken.
+    /// # Errors
+    /// When the name is invalid, or taken.
     pub(super) fn reserve(&self, vm: &str, name: Option<&str>) -> Result<Reserved<'_>, FleetError> {
         let mut all = self.all();
         let name = match name {
@@ -231,7 +232,8 @@ impl Checkpoints {
 
     /// Returns the checkpoint called `name`.
     ///
-    /// # Errors When no checkpoint has the name.
+    /// # Errors
+    /// When no checkpoint has the name.
     pub(super) fn get(&self, name: &str) -> Result<Arc<Checkpoint>, FleetError> {
         let none = || FleetError::NoSuchCheckpoint { name: name.to_owned() };
         self.all().get(name).cloned().flatten().ok_or_else(none)
@@ -239,7 +241,8 @@ impl Checkpoints {
 
     /// Removes a checkpoint. Children forked from it run on.
     ///
-    /// # Errors When no checkpoint has the name.
+    /// # Errors
+    /// When no checkpoint has the name.
     pub(super) fn remove(&self, name: &str) -> Result<CheckpointInfo, FleetError> {
         let mut all = self.all();
         // A reserved name belongs to another request.

@@ -117,7 +117,7 @@ impl Events {
         self.add(&mut self.ring(), "vm.suspended", json!({ "name": name, "written_pages": written_pages }));
     }
 
-    /// A suspended VM was woken, whatever the cause.
+    /// A suspended VM was woken, for whatever cause.
     pub(super) fn woken(&self, name: &str) {
         self.add(&mut self.ring(), "vm.woken", json!({ "name": name }));
     }
@@ -164,7 +164,8 @@ impl Events {
     /// Returns the events after `last`, an event's id; without one those from now on. The stream
     /// ends once `ending` is true.
     ///
-    /// # Errors When there are too many readers, or `last` is not an id.
+    /// # Errors
+    /// When there are too many readers, or `last` is not an id.
     pub(super) fn follow(
         self: &Arc<Self>,
         last: Option<&str>,

@@ -31,7 +31,8 @@ pub(super) struct Fetches(Mutex<BTreeMap<String, Arc<Semaphore>>>);
 impl Fetches {
     /// Waits for permission to request an image of `vm`. The wait takes no thread.
     ///
-    /// # Errors When the current holders make no progress.
+    /// # Errors
+    /// When the current holders make no progress.
     pub(super) async fn begin(&self, vm: &str) -> Result<Fetch, ApiError> {
         self.begin_within(vm, TURN_TIMEOUT).await
     }

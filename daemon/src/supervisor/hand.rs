@@ -83,7 +83,8 @@ pub(super) struct Hand {
 impl Hand {
     /// Makes the files of a VM that uses `overlays`, and records the VM.
     ///
-    /// # Errors When a file cannot be made. Then none stays.
+    /// # Errors
+    /// When a file cannot be made. Then none stays.
     pub(super) fn make(
         claim: &NameClaim,
         start: Start<'_>,

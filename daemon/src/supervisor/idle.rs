@@ -3,7 +3,7 @@
 //! A VM is **idle** if its process uses next to no processor time: at most 2 % of one between two
 //! checks, a second apart. That includes vCPUs, devices and requests. A halted guest is in the
 //! kernel, and uses none; one that only serves its timer uses less than that. A guest that waits
-//! for an answer from elsewhere cannot be told apart: the packet with the answer wakes it.
+//! for an answer from elsewhere looks idle: the packet with the answer wakes it.
 //!
 //! On a busy host a guest that computes may get less than that. So each thread's time is compared
 //! with the time that it could have had: the interval, less the time that the thread waited for a
@@ -167,7 +167,8 @@ impl Idle {
 impl Supervisor {
     /// Has a VM suspended whenever it has been idle for a time, which replaces an earlier one.
     ///
-    /// # Errors When there is no such VM, or the time is out of range.
+    /// # Errors
+    /// When there is no such VM, or the time is out of range.
     pub(super) fn suspend_after(&self, name: &str, request: &SuspendAfterRequest) -> Result<(), FleetError> {
         let SuspendAfterRequest { seconds, ref dir } = *request;
         // NaN is in no range.

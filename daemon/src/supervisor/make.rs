@@ -75,8 +75,9 @@ fn erased(made: &[Made], request: &ForkRequest) -> Option<ErasedInfo> {
 impl Supervisor {
     /// Forks a VM, in whichever process it runs, into children of one instant.
     ///
-    /// # Errors When there is no such VM, or a child cannot be made: then none is made (I13). The
-    /// parent runs on.
+    /// # Errors
+    /// When there is no such VM, or a child cannot be made: then none is made (I13). The parent
+    /// runs on.
     pub(crate) fn fork_vm(
         &self,
         vm: &str,

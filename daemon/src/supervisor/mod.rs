@@ -203,8 +203,9 @@ impl Supervisor {
     /// Supervises the runtime directory `dir` with `options`, and answers at its socket, on
     /// `runtime`.
     ///
-    /// # Errors When another process supervises it, or the zygote cannot be started. When control
-    /// groups are required, and unavailable.
+    /// # Errors
+    /// When another process supervises it, or the zygote cannot be started. When control groups are
+    /// required, and unavailable.
     pub fn start(dir: &Path, options: &SupervisorOptions, runtime: &Handle) -> Result<Self, FleetError> {
         let SupervisorOptions { pool, confinement, ref cgroup, ref net_hook, ahead_mib, ref session } = *options;
         let dir = RuntimeDir::create(dir)?;
@@ -349,7 +350,8 @@ impl Supervisor {
 
     /// Waits for permission to request an image of `vm`.
     ///
-    /// # Errors When the VM's process does not answer the current holders.
+    /// # Errors
+    /// When the VM's process does not answer the current holders.
     pub(crate) async fn fetch(&self, vm: &str) -> Result<Fetch, ApiError> {
         self.0.fetches.begin(vm).await
     }
@@ -372,7 +374,8 @@ impl Supervisor {
 
     /// Ends a VM by killing its process, which does not answer.
     ///
-    /// # Errors When the process is unknown, or does not end.
+    /// # Errors
+    /// When the process is unknown, or does not end.
     fn kill(&self, name: &str) -> Result<StopAnswer, FleetError> {
         let silent = |text: &str| FleetError::Refused {
             kind: ProblemKind::VmSilent,

@@ -101,7 +101,8 @@ pub(super) struct NetHook {
 }
 
 impl NetHook {
-    /// # Errors When the program is missing, or no thread is left.
+    /// # Errors
+    /// When the program is missing, or no thread is left.
     pub(super) fn new(program: &Path) -> Result<Self, Box<HookError>> {
         Self::with_limit(program, TIME_LIMIT)
     }

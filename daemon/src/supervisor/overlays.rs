@@ -39,7 +39,8 @@ impl OverlayDirs {
 
     /// Makes missing directories, and holds them all.
     ///
-    /// # Errors When a directory cannot be made, or is not this user's alone. Then none is held.
+    /// # Errors
+    /// When a directory cannot be made, or is not this user's alone. Then none is held.
     pub(super) fn hold(&self, paths: &[PathBuf]) -> Result<InUse, FleetError> {
         let mut held = InUse { of: self.clone(), paths: Vec::with_capacity(paths.len()) };
         for path in paths {

@@ -328,7 +328,8 @@ impl Pool {
 
     /// Prepares workers for `config` until there are `count`. Returns their number.
     ///
-    /// # Errors When one cannot be made, or that of `check`. Workers made before are kept.
+    /// # Errors
+    /// When one cannot be made, or that of `check`. Workers made before are kept.
     pub(super) fn prepare(
         &self,
         shape: &Shape,

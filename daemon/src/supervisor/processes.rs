@@ -180,7 +180,7 @@ impl Processes {
         }
     }
 
-    /// Notes that the process has given its name back. It may take some time to end.
+    /// Notes that the process has given its name back. The process may take some time to end.
     pub(super) fn give_back(&self, pid: u32) {
         if let Some(vm) = self.all().get_mut(&pid) {
             vm.given_back.get_or_insert_with(Instant::now);

@@ -78,7 +78,8 @@ pub(super) async fn forward(
 /// Returns a VM's description by its process, with the socket that the supervisor has made: clients
 /// connect there.
 ///
-/// # Errors When the answer is not a description of a VM.
+/// # Errors
+/// When the answer is not a description of a VM.
 pub(super) async fn shown(dir: &Path, name: String, answer: Response) -> Result<Response, ApiError> {
     let gone = |error: String| ApiError::new(ProblemKind::VmGone, format!("{name}: {error}"));
     let bytes = to_bytes(answer.into_body(), MAX_INFO).await.map_err(|error| gone(error.to_string()))?;
@@ -88,7 +89,8 @@ pub(super) async fn shown(dir: &Path, name: String, answer: Response) -> Result<
 
 /// Replaces the socket in a VM's description likewise.
 ///
-/// # Errors When the VM's record cannot be read.
+/// # Errors
+/// When the VM's record cannot be read.
 pub(super) async fn with_own_socket(dir: &Path, name: String, info: VmInfo) -> Result<VmInfo, ApiError> {
     let dir = dir.to_owned();
     let known = on_a_thread(THREAD_PATIENCE, move || vsock_known(&dir, &name)).await??;

@@ -82,7 +82,8 @@ async fn stop_all(supervisor: &Supervisor, names: Vec<String>) {
 impl Supervisor {
     /// Has the agent in a VM reset its parent's state.
     ///
-    /// # Errors When there is no such VM, no agent answers in it, or it could not do all of it.
+    /// # Errors
+    /// When there is no such VM, no agent answers in it, or it could not do all of it.
     pub(super) async fn make_ready(&self, name: &str) -> Result<ReadyAnswer, ApiError> {
         self.make_ready_among(name, 1).await
     }
@@ -135,7 +136,8 @@ impl Supervisor {
     /// The same for new VMs: all are ready when this returns, or all have ended. They also end when
     /// the future is dropped.
     ///
-    /// # Errors That of the first VM that is not ready.
+    /// # Errors
+    /// That of the first VM that is not ready.
     pub(super) async fn hand_out(&self, names: &[String]) -> Result<(), ApiError> {
         let mut unhanded = Unhanded { supervisor: self.clone(), names: names.to_vec() };
         let turns = Arc::new(Semaphore::new(told_at_a_time()));

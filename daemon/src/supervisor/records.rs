@@ -102,7 +102,7 @@ mod tests {
     fn gives_the_good_record(limit: Duration) -> bool {
         let dir = tempfile::tempdir().unwrap();
         let this = ProcessId::of(std::process::id()).unwrap();
-        // The answer of each process: None is silence.
+        // The answers of the processes. None: no answer.
         let gives: [(&str, Option<OwnedFd>); 4] = [
             ("good", Some(flight::make().unwrap())),
             ("silent", None),

@@ -79,7 +79,8 @@ impl Supervisor {
     /// Also serves the API and the page at a loopback address, for clients that show `token`.
     /// Returns the address: port 0 stands for a free one.
     ///
-    /// # Errors When the address is not a loopback address, or cannot be bound.
+    /// # Errors
+    /// When the address is not a loopback address, or cannot be bound.
     pub fn listen(&self, address: SocketAddr, token: Token) -> Result<SocketAddr, TcpError> {
         if !address.ip().is_loopback() {
             return Err(TcpError::NotLoopback { address });

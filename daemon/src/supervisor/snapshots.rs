@@ -132,7 +132,8 @@ impl Supervisor {
     /// Records the pages that a VM has touched in its last snapshot. `touched` is the answer of its
     /// process. Returns their number.
     ///
-    /// # Errors When the VM was not saved here, or the record cannot be written.
+    /// # Errors
+    /// When the VM was not saved here, or the record cannot be written.
     pub(super) fn record_working_set(&self, vm: &str, touched: &TouchedAnswer) -> Result<u64, FleetError> {
         let refused = |text| FleetError::Refused { kind: ProblemKind::SnapshotConflict, text };
         let dir = self.0.snapshots.last_dir(vm);
@@ -153,8 +154,9 @@ impl Supervisor {
 
     /// Saves a VM, which runs on.
     ///
-    /// # Errors When the directory cannot be written, or holds other files; when the request is
-    /// cancelled. The directory is then unchanged.
+    /// # Errors
+    /// When the directory cannot be written, or holds other files; when the request is cancelled.
+    /// The directory is then unchanged.
     pub(super) fn snapshot(
         &self,
         vm: &str,

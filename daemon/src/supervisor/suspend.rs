@@ -16,8 +16,8 @@ pub(super) const DIR: &str = "/var/tmp";
 impl Supervisor {
     /// Suspends a VM to a file in `dir`.
     ///
-    /// # Errors When there is no such VM, no file can be made, or it cannot be suspended: it then
-    /// runs on.
+    /// # Errors
+    /// When there is no such VM, no file can be made, or it cannot be suspended: it then runs on.
     pub(super) fn suspend(&self, name: &str, dir: &Path, cancel: &Cancel) -> Result<SuspendAnswer, FleetError> {
         let _busy = self.0.busy.read();
         About::expect(&self.0.dir, name)?;

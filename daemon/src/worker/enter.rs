@@ -35,7 +35,8 @@ pub struct Entered {
 /// Receives the first order from the process behind `socket`, and confines this process to it. Call
 /// it while the process has one thread. Returns `None` if the starter no longer wants a worker.
 ///
-/// # Errors When another order comes first, or the process cannot be confined.
+/// # Errors
+/// When another order comes first, or the process cannot be confined.
 pub fn enter(context: &Context, socket: &OwnedFd) -> Result<Option<Entered>, FleetError> {
     let failed = |source| FleetError::Worker { source };
     let order = match receive(socket) {

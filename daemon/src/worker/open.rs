@@ -1,7 +1,8 @@
 //! A worker that opens a snapshot for others, and ends.
 //!
 //! A snapshot is not trusted. The supervisor reads its description of the VM, and this process
-//! everything else. It can reach those files alone, and its image is checked like any other.
+//! everything else. The process can reach those files alone, and its image is checked like any
+//! other.
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;

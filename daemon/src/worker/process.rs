@@ -79,7 +79,8 @@ impl Worker {
 
     /// Returns a pidfd of its process, or None once it has been let go.
     ///
-    /// # Errors When no descriptor is left.
+    /// # Errors
+    /// When no descriptor is left.
     pub(crate) fn pidfd(&self) -> Result<Option<OwnedFd>, FleetError> {
         self.process.as_ref().map(|process| process.pidfd.try_clone()).transpose().map_err(failed)
     }
@@ -254,8 +255,8 @@ impl Worker {
         }
     }
 
-    /// The same for a worker that may run at once. When `check` fails, its socket is closed. It has
-    /// then either already reported that its VM is made, or never will, and ends.
+    /// The same for a worker that may run at once. When `check` fails, its socket is closed. Then
+    /// the worker has either already reported its VM as made, or never will, and ends.
     fn made_or_never(&self, check: impl Fn() -> Result<(), FleetError>) -> Result<Made, FleetError> {
         self.made(check).or_else(|error| {
             self.dismiss();

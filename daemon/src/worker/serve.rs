@@ -40,7 +40,8 @@ pub struct Served {
 /// own that `runtime` serves. Returns once the VM runs, or with `None` if the starter no longer
 /// wants one. Calls `before_it_runs` when its VM has a name, before it is made.
 ///
-/// # Errors When the VM cannot be made. The other process gets the error too.
+/// # Errors
+/// When the VM cannot be made. The other process gets the error too.
 pub fn serve(
     context: &Context,
     entered: &Entered,
