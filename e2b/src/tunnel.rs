@@ -14,8 +14,8 @@ const LINGER: Duration = Duration::from_secs(10);
 
 type Work = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// The work on a connection after its last answer. It is an extension of requests, so that the
-/// connection keeps its place meanwhile, and it ends with the rest.
+/// The work on a connection after its last answer. As an extension of requests it keeps the
+/// connection's place meanwhile, and ends with the rest.
 #[derive(Clone, Default)]
 pub(crate) struct Afterwards(Arc<Mutex<Option<Work>>>);
 
