@@ -1,6 +1,7 @@
 //! Rows 3, 5-9, 13 and 29 of the kernel's tests of copy-on-write and pins (`memory/tests/canon` has
 //! the table), with a KVM guest as the CPU and io_uring's registered buffers as the device: the
-//! guest must see the device's writes, and the device the guest's, and no other VM sees any of them.
+//! guest must see the device's writes, and the device the guest's, and no other VM sees any of
+//! them.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
