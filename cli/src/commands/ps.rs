@@ -80,7 +80,7 @@ fn or_none(text: String) -> String {
     if text.is_empty() { NONE.into() } else { text }
 }
 
-/// One line of the list.
+/// A line of the list.
 enum Row<'a> {
     Running(&'a VmInfo),
     Ended(&'a EndedVm),
@@ -142,7 +142,7 @@ impl Row<'_> {
     }
 }
 
-/// The list as printed on standard output.
+/// Formats the list for standard output.
 fn table(running: &[VmInfo], ended: &[EndedVm], all: bool, format: ListFormat) -> String {
     let mut rows: Vec<Row<'_>> = running.iter().map(Row::Running).chain(ended.iter().map(Row::Ended)).collect();
     rows.sort_by(|a, b| by_name(a.name(), b.name()));
@@ -166,7 +166,7 @@ fn table(running: &[VmInfo], ended: &[EndedVm], all: bool, format: ListFormat) -
     columns(&lines)
 }
 
-/// What `ps --all --json` prints.
+/// The output of `ps --all --json`.
 #[derive(Serialize)]
 struct Everything<'a> {
     vms: &'a [VmInfo],
@@ -175,7 +175,7 @@ struct Everything<'a> {
 
 pub(super) fn main(args: &PsArgs) -> Outcome {
     let client = Client::default();
-    // What has ended has no labels any more.
+    // Ended VMs have no labels.
     let with_ended = args.all && args.filter.is_empty();
     let (ListedVms { mut vms, forbidden }, ended) = ask(async {
         let listed = client.list().await?;

@@ -20,7 +20,7 @@ use clade_daemon::control::{
 use clade_daemon::fleet::{Labels, check_name, console_path, runtime_dir, virtio_console_path};
 use clade_daemon::flight::FlightEvent;
 
-/// When it is shown that a fork goes on.
+/// Time after which a progress line is shown for a fork.
 const SHOW_AFTER: Duration = Duration::from_secs(1);
 const TICK: Duration = Duration::from_millis(100);
 
@@ -29,7 +29,7 @@ pub(super) fn ask<T>(question: impl Future<Output = Result<T, ClientError>>) -> 
     runtime.block_on(question).map_err(failure)
 }
 
-/// Whether the request was wrong, or what it was sent to.
+/// Classifies an error: a bad request, or a failure of its receiver.
 pub(super) fn failure(error: ClientError) -> Failure {
     match error {
         ClientError::NoSuchVm { .. }
@@ -59,7 +59,7 @@ fn children(count: usize) -> String {
     if count == 1 { "1 child".into() } else { format!("{count} children") }
 }
 
-/// Shows on a terminal that a request goes on, if it takes longer than a second.
+/// Shows on a terminal that a request is in progress, if it takes longer than a second.
 async fn shown<T>(request: impl Future<Output = T>, args: &ForkArgs) -> T {
     let mut request = std::pin::pin!(request);
     if args.json || !io::stderr().is_terminal() {
@@ -79,7 +79,8 @@ async fn shown<T>(request: impl Future<Output = T>, args: &ForkArgs) -> T {
     answer
 }
 
-/// A client of the supervisor, which is started if there is none, for what is called `name`.
+/// Returns a client of the supervisor, which is started if none runs, for the VM or checkpoint
+/// called `name`.
 pub(super) fn supervised(name: &str) -> Result<Client, Failure> {
     check_name(name).map_err(Failure::input)?;
     let client = Client::default();
@@ -195,8 +196,7 @@ pub(crate) fn console(args: &ConsoleArgs) -> Outcome {
     Ok(())
 }
 
-/// Prints the last console output of a VM, running or ended.
-/// Prints a flight record: the time of day (UTC) and what happened.
+/// Prints a flight record: the time of day (UTC) and the event.
 fn print_flight(events: &[FlightEvent]) -> Outcome {
     let mut stdout = io::stdout().lock();
     let mut print = |event: &FlightEvent| {
