@@ -80,8 +80,8 @@ pub(crate) enum Command {
     Fork(ForkArgs),
     /// Reset forked VMs in place to the instant of their fork.
     Reset(ManyArgs),
-    /// Have the agents in VMs reset the state of an earlier VM: clock, random numbers, tokens,
-    /// hooks. For use after a restore or a reset; `clade fork --ready` does it for children.
+    /// Have the agents in VMs renew their identity: clock, random numbers, tokens, hooks. For use
+    /// after a restore or a reset; `clade fork --ready` does it for children.
     Ready(ManyArgs),
     /// Show a VM's balloon, or ask its guest to give up memory.
     Balloon(BalloonArgs),
@@ -459,7 +459,7 @@ pub(crate) struct ForkArgs {
     /// to a disk until its guest is needed.
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub(crate) suspend_after: Option<Duration>,
-    /// Have the agent in each child reset its parent's state: its clock, random numbers, tokens and
+    /// Have the agent in each child renew its identity: its clock, random numbers, tokens and
     /// hooks. Returns when all are ready; if one fails, no child stays.
     #[arg(long, conflicts_with = "paused")]
     pub(crate) ready: bool,
@@ -556,8 +556,8 @@ pub(crate) struct RestoreArgs {
     /// Directory of the disks' overlays. Default: beside the snapshot.
     #[arg(long, value_name = "DIR")]
     pub(crate) overlays: Option<PathBuf>,
-    /// Have the agent in each guest reset the original's state. Returns when all are ready; if one
-    /// fails, no VM stays.
+    /// Have the agent in each guest renew its identity. Returns when all are ready; if one fails,
+    /// no VM stays.
     #[arg(long, conflicts_with = "paused")]
     pub(crate) ready: bool,
     #[command(flatten)]

@@ -369,7 +369,7 @@ fn show(mut console: UnixStream) -> io::Result<Shown> {
     let show = move || {
         let mut bytes = [0; 4096];
         while let Ok(got @ 1..) = console.read(&mut bytes) {
-            // Relaxed: read after the end was reported, or without need.
+            // Relaxed: read after the message of the end, or to no effect.
             shows.store(true, Ordering::Relaxed);
             if print(&bytes[..got]).is_err() {
                 // The VM runs on without a reader.

@@ -290,8 +290,8 @@ pub struct ForkRequest {
     /// Whether they start paused.
     #[serde(default)]
     pub paused: bool,
-    /// Whether to notify the agent in each guest that its VM is a new one. The answer comes when
-    /// all are ready; if one fails, no VM stays. Not for VMs that start paused.
+    /// Whether the agent in each guest renews its identity first. The answer comes when all are
+    /// ready; if one fails, no VM stays. Not for VMs that start paused.
     #[serde(default)]
     pub ready: bool,
     /// Whether the secrets that the parent was made with are erased in their memory before their
@@ -311,7 +311,7 @@ pub struct ForkRequest {
     #[serde(default)]
     #[schema(value_type = Option<schema::Link>)]
     pub network: Option<Link>,
-    /// Egress rules, within their parent's: a layer of rules in addition to its own.
+    /// Egress rules of the children: a layer in addition to their parent's rules, which also apply.
     #[serde(default)]
     #[schema(value_type = Vec<schema::EgressRule>)]
     pub egress: Vec<EgressRule>,
@@ -360,10 +360,10 @@ impl ForkRequest {
     }
 }
 
-/// A guest whose agent has adapted to its new VM.
+/// A guest that has renewed its identity.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ReadyAnswer {
-    /// Number of times that its agent has adapted to a new VM.
+    /// How often its agent was notified of a new VM.
     pub generation: u64,
     /// The hooks that the agent has run, in their order.
     pub hooks: Vec<String>,
@@ -395,7 +395,7 @@ pub struct SuspendAfterRequest {
 /// The time after which a VM is suspended.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct SuspendAfterInfo {
-    /// Seconds of idle time; null if it is not suspended.
+    /// Idle time in seconds until it is suspended; null for never.
     pub seconds: Option<f64>,
 }
 
@@ -923,7 +923,7 @@ pub struct CheckpointInfo {
 pub struct AheadInfo {
     /// Children that have ended and reported their written pages.
     pub children: u64,
-    /// Pages that the next child is likely to write, without its limit.
+    /// Pages that the next child is likely to write, regardless of its limit.
     pub pages: u64,
     /// Pages copied ahead for those children.
     pub copied: u64,

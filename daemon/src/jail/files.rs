@@ -39,8 +39,9 @@ pub(crate) struct Grants {
 }
 
 impl Grants {
-    /// Grants for a child, whose disks write to unnamed files in `overlays`. It reads a VM's
-    /// `saved` disks from these directories alone: the paths in a snapshot are not trusted.
+    /// Grants for a child, whose disks write to unnamed files in `overlays`. The disks of a
+    /// restored VM are read from the directories in `saved`: the paths in a snapshot are not
+    /// trusted.
     pub(crate) fn of_child(config: &VmConfig, overlays: &[PathBuf], saved: &[PathBuf]) -> Self {
         let mut grants = Self { dirs: saved.to_vec(), ..Self::default() };
         for (DiskConfig { path, read_only, .. }, overlays) in config.disks.iter().map(|disk| &disk.disk).zip(overlays) {

@@ -31,8 +31,8 @@ static HAS_LONG_LIST: AtomicBool = AtomicBool::new(false);
 const ARCH: TargetArch = TargetArch::x86_64;
 
 /// Builds the kernel's filters, as lists of the same form: `long` has the permitted calls of a
-/// worker and the zygote, the others the forbidden calls of each kind of worker. Calls that several
-/// lists forbid are merged into one: the kernel's cost is by list.
+/// worker and the zygote, the others the forbidden calls of each kind of worker. A worker gets one
+/// merged list: each further one costs the kernel as much again.
 pub(super) fn programs() -> io::Result<Value> {
     let lists: Value = serde_json::from_str(LISTS).map_err(io::Error::other)?;
     let entries = |names: &[&str]| -> Vec<Value> {

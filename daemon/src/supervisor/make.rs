@@ -105,7 +105,7 @@ impl Supervisor {
                 tracing::debug!(vm, claim = ?claimed - begun, image = ?claimed.elapsed(), "fork");
                 Ok(taken.get_or_init(|| checkpoint))
             }
-            // The request has failed before.
+            // The request for it has failed.
             (None, None) => Err(FleetError::Ending),
         };
         let made = self.start_children(

@@ -29,7 +29,7 @@
 //! | `page` | the browser's page: its files, and the headers of all answers over TCP |
 //! | `pool` | workers prepared ahead of requests |
 //! | `proxy` | requests forwarded to a VM's process |
-//! | `ready` | notification of guests that their VM is a new one |
+//! | `ready` | identity of guests in new VMs, renewed by their agents |
 //! | `restore` | VMs from snapshots |
 //! | `server` | the HTTP API |
 

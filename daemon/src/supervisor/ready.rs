@@ -1,5 +1,5 @@
-//! Notification of guests that their VM is a new one: children of a fork, restored VMs, reset VMs.
-//! The agent in each drops its parent's state, and reports when it is ready.
+//! Identity of guests that are in a new VM: children of a fork, restored VMs, reset VMs. The agent
+//! in each drops its parent's state, and reports when it is ready.
 //!
 //! Children requested as *ready* are handed out once all are ready, or none is (I13).
 
@@ -80,7 +80,7 @@ async fn stop_all(supervisor: &Supervisor, names: Vec<String>) {
 }
 
 impl Supervisor {
-    /// Has the agent in a VM reset its parent's state.
+    /// Has the agent in a VM renew its identity.
     ///
     /// # Errors
     /// When there is no such VM, no agent answers in it, or it could not do all of it.

@@ -209,8 +209,8 @@ async fn handed_out(supervisor: &Supervisor, ready: bool, Json(answer): Json<For
     Ok(Json(answer))
 }
 
-/// Has the agent in a VM's guest reset its parent's state: its clock, its random numbers, its
-/// tokens, its hooks. Answers when it is ready.
+/// Has the agent in a VM's guest renew its identity: its clock, its random numbers, its tokens, its
+/// hooks. Answers when it is ready.
 #[utoipa::path(
     post,
     path = "/v1/vms/{name}/ready",
