@@ -22,7 +22,7 @@ use clade_vmm::vm::Vm;
 const MAX_WAITING: usize = 256 << 10;
 /// Connections to the consoles of a VM.
 pub(crate) const MAX_CONNECTIONS: usize = 16;
-/// How long a reader may take for the last output of a VM that has ended.
+/// Time limit of a reader for the last output of a VM that has ended.
 pub(crate) const LAST_OUTPUT: Duration = Duration::from_secs(1);
 
 /// One of a VM's consoles.

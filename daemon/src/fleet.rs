@@ -39,7 +39,7 @@ pub use room::RoomError;
 pub(crate) use room::{Needs, check as check_room};
 pub use shutdown::Shutdown;
 
-/// How long a stopped VM may take to release its interfaces, sockets and name. Disks wait for the
+/// Time limit of a stopped VM to release its interfaces, sockets and name. Disks wait for the
 /// kernel for 2 s.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -68,7 +68,7 @@ pub struct Listed {
 /// The sockets of a VM, bound and not yet served.
 pub(crate) struct Sockets {
     pub(crate) control: UnixListener,
-    /// Where other processes ask for its image.
+    /// Socket for requests of other processes for its image.
     pub(crate) image: OwnedFd,
     pub(crate) consoles: Vec<(Line, UnixListener)>,
 }

@@ -44,9 +44,9 @@ const BROKER: u8 = 2;
 const RECORD: u8 = 3;
 /// Most bytes of an answer.
 const MAX_ANSWER: usize = 64 << 10;
-/// How long the other side may take for a message, or for the whole fork.
+/// Time limit of the other side for a message, or for the whole fork.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How long a client may take to ask.
+/// Time limit of a client's request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Report of a fork for another process.

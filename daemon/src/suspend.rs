@@ -32,7 +32,7 @@ use clade_vmm::vm::{RequestSource, SuspendReport, Vm};
 pub(crate) const SUSPEND: u8 = 4;
 /// Most bytes of an answer.
 const MAX_ANSWER: usize = 64 << 10;
-/// How long a VM's process may take: it writes as much as the VM owns.
+/// Time limit of a VM's process: it writes as much as the VM owns.
 const PATIENCE: Duration = Duration::from_secs(600);
 /// Interval of the checks whether the client still wants it.
 const CHECK_INTERVAL: Duration = Duration::from_millis(100);

@@ -34,12 +34,12 @@ use crate::wire::{
 
 /// Most bytes of a call's body.
 const MAX_BODY: usize = 1 << 20;
-/// How long a body may take.
+/// Time limit of a body.
 const BODY_TIME: Duration = Duration::from_secs(10);
-/// Entries of a list if no other number is asked for, and most of them.
+/// Default and largest number of a list's entries.
 const PAGE: usize = 100;
 const MAX_PAGE: usize = 1000;
-/// Sandboxes whose load is asked for in one call, at most.
+/// Most sandboxes of one call for their load.
 const MAX_METRICS: usize = 100;
 const NEXT_TOKEN: &str = "x-next-token";
 

@@ -13,7 +13,7 @@ use tokio::sync::Mutex as AsyncMutex;
 use crate::error::{Answer, ApiError};
 use crate::wire::Sandbox;
 
-/// How long an answer is kept.
+/// Lifetime of a kept answer.
 const KEPT: Duration = Duration::from_secs(600);
 /// Most answers kept for one owner. The owner's oldest go first.
 const MAX_KEPT: usize = 1024;

@@ -30,7 +30,7 @@ pub enum BareError {
         wanted: &'static str,
         /// The timeout in seconds.
         seconds: u64,
-        /// Why the VM stopped, if it did.
+        /// The reason why the VM stopped, if it did.
         stopped: Option<StopReason>,
     },
     /// The guest took an exception.

@@ -25,9 +25,9 @@ const DEFAULT_LIMIT: Duration = Duration::from_secs(120);
 
 /// The host's factor, if the environment has it: a number of at least 1.
 const FACTOR_ENV: &str = "CLADE_HOST_FACTOR";
-/// How long the reference host takes for [`probe`].
+/// Time of the reference host for [`probe`].
 const REFERENCE_PROBE: Duration = Duration::from_millis(12);
-/// How long the reference host takes to boot the bare guest.
+/// Time of the reference host to boot the bare guest.
 const REFERENCE_BOOT: Duration = Duration::from_millis(40);
 /// Largest factor: slower hosts get no more time.
 const MAX_FACTOR: f64 = 20.0;

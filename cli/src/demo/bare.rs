@@ -24,7 +24,7 @@ const WINDOW: u64 = 64;
 const OWN_PAGES: u64 = 32;
 /// The interval between forks.
 const PACE: Duration = Duration::from_millis(10);
-/// How long a generation writes before it is forked.
+/// Time that a generation writes before it is forked.
 const GENERATION: Duration = Duration::from_millis(20);
 /// The seed of vCPU 0's words; the next ones follow.
 const SEED: u64 = 0xc1ade;

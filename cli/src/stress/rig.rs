@@ -22,8 +22,8 @@ pub(super) const READER: u64 = 0;
 pub(super) const WRITER: u64 = 1;
 /// The first vCPU without a disk. It and those after it form pairs.
 const FIRST_OF_PAIRS: u64 = 2;
-/// How long a pair may make no progress. It needs less than a millisecond, or some seconds on a
-/// busy host.
+/// Longest time without progress of a pair. A pair needs less than a millisecond, or some seconds
+/// on a busy host.
 const STUCK: Duration = Duration::from_secs(20);
 
 /// The disk drivers' areas.

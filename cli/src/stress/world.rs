@@ -12,7 +12,7 @@ use clade_vmm::vm::{ChildOptions, Context, ForkImage, StopReason, Vm, VmConfig};
 
 use crate::commands::{BARE, Failure, PrivateVms, RemoteVm, Source};
 
-/// Where VMs are made.
+/// The place of new VMs.
 pub(super) enum World {
     /// In this process. With `ignore`, pinned pages are not spared by freezes.
     Here { context: Context, ignore: bool },

@@ -363,7 +363,7 @@ impl ForkRequest {
 /// A guest that has renewed its identity.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ReadyAnswer {
-    /// How often its agent was notified of a new VM.
+    /// Number of notifications of its agent that the VM is a new one.
     pub generation: u64,
     /// The hooks that the agent has run, in their order.
     pub hooks: Vec<String>,
@@ -589,7 +589,7 @@ pub struct ForkAnswer {
     /// devices.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub identities: Vec<IdentityInfo>,
-    /// How long the parent was paused, in microseconds.
+    /// Length of the parent's pause, in microseconds.
     pub pause_us: f64,
     /// The part of the pause that froze memory, in microseconds.
     pub freeze_us: f64,
@@ -675,7 +675,7 @@ pub struct SnapshotAnswer {
     pub dir: PathBuf,
     /// Its id.
     pub id: String,
-    /// How long the VM was paused, in microseconds.
+    /// Length of the VM's pause, in microseconds.
     pub pause_us: f64,
     /// The whole request, until everything was on the disk, in microseconds.
     pub total_us: f64,
@@ -818,7 +818,7 @@ pub struct SavedSource {
     /// client.
     #[schema(value_type = String)]
     pub dir: PathBuf,
-    /// How memory is loaded.
+    /// The way to load memory.
     #[serde(default)]
     #[schema(value_type = schema::RestoreLoad)]
     pub load: RestoreLoad,
@@ -908,7 +908,7 @@ pub struct CheckpointInfo {
     pub age_s: f64,
     /// Descriptors held: layers of memory and of disks, and its state.
     pub descriptors: usize,
-    /// How long the VM was paused, in microseconds.
+    /// Length of the VM's pause, in microseconds.
     pub pause_us: f64,
     /// Further costs for the VM; null if it was opened from a snapshot.
     #[serde(skip_serializing_if = "Option::is_none", default)]

@@ -16,7 +16,7 @@ use crate::control::problem::{ApiError, ProblemKind};
 
 /// Wrong tokens of an address at a time.
 pub(super) const MAX_WRONG: usize = 4;
-/// How long the answer to a wrong token takes.
+/// Delay of the answer to a wrong token.
 pub(super) const WRONG_DELAY: Duration = Duration::from_secs(1);
 /// Addresses that have places of their own. Further ones share the same.
 const MAX_ADDRESSES: usize = 1024;

@@ -38,15 +38,15 @@ use clade_vmm::vm::{Context, Leases, Vm};
 
 /// The most connections to control sockets of the process. More wait in the kernel's backlog.
 const MAX_CONNECTIONS: usize = 256;
-/// How long a request's head may take, and how long a connection may be idle.
+/// Time limit of a request's head, and of an idle connection.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a client may read nothing of its answer.
+/// Longest time that a client may read nothing of its answer.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// The largest head of a request, in bytes.
 const MAX_HEAD: usize = 64 << 10;
 /// The most headers of a request.
 const MAX_HEADERS: usize = 64;
-/// How long a request's body may take.
+/// Time limit of a request's body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest body of a request, in bytes. One that writes memory may have [`MAX_MEMORY`].
 const MAX_BODY: usize = 64 << 10;
@@ -57,7 +57,7 @@ static LARGE_BODIES: Semaphore = Semaphore::const_new(8);
 const MAX_DISCARDED: usize = 16 << 20;
 /// The delay after a connection could not be accepted. Retrying sooner frees no descriptors.
 pub(crate) const ACCEPT_BACKOFF: Duration = Duration::from_millis(200);
-/// How long clients with open requests may take to read the answer when the process ends.
+/// Time limit of clients to read the answers to open requests when the process ends.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
 /// The same for a supervisor. All requests to it are done by then, and a cut answer would look like
 /// a failure.

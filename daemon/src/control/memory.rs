@@ -187,7 +187,7 @@ impl From<HistogramCounts> for HistogramInfo {
     }
 }
 
-/// How long a VM was paused, by cause.
+/// The pauses of a VM, by cause.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PauseStats {
     /// Forks and checkpoints.

@@ -33,7 +33,7 @@ pub const MAX_MEMORY: usize = 4 << 20;
 pub(super) const MEDIA_TYPE: &str = "application/octet-stream";
 /// Answers with memory that the process holds at a time, until their clients have read them.
 static READS: Semaphore = Semaphore::const_new(8);
-/// How long a request waits for its turn.
+/// Time limit of a request's wait for its turn.
 const TURN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes handed to the connection at a time.
 const CHUNK: usize = 64 << 10;

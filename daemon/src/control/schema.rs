@@ -45,7 +45,7 @@ pub(crate) enum StopReason {
     Panic { vcpu: usize, message: String },
 }
 
-/// How memory is loaded from a snapshot.
+/// The way to load memory from a snapshot.
 #[derive(ToSchema)]
 #[cfg_attr(test, derive(serde::Deserialize))]
 #[schema(as = RestoreLoad)]

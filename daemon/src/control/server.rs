@@ -27,12 +27,12 @@ use crate::fleet::{Cancel, Fleet, FleetError, WeakFleet, last_output};
 use crate::flight;
 use clade_vmm::vm::{Vm, VmError};
 
-/// How long a guest may take to send its memory statistics. A guest that is paused, or whose kernel
-/// is busy, does not send them.
+/// Time limit of a guest for its memory statistics. A guest that is paused, or whose kernel is
+/// busy, does not send them.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// The interval at which its answer is polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
-/// How long a request waits for a thread if no more can be created.
+/// Time limit of a request's wait for a thread if no more can be created.
 pub(crate) const THREAD_PATIENCE: Duration = Duration::from_secs(5);
 
 pub(crate) type Answer<T> = Result<Json<T>, ApiError>;

@@ -28,7 +28,7 @@ use crate::control::guesses::{Guesses, Peer};
 use crate::control::problem::{ApiError, ProblemKind};
 use crate::control::token::{Token, is_for_this_host, is_same, random_hex};
 
-/// How long a session lasts.
+/// Lifetime of a session.
 const LIFETIME: Duration = Duration::from_secs(12 * 3600);
 /// Sessions at a time. One more ends the oldest.
 const MAX_SESSIONS: usize = 64;

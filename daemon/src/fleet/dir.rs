@@ -34,8 +34,8 @@ const SUPERVISOR_LOCK: &str = "clade.supervisor";
 /// The largest file that is read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
 
-/// Where sockets live: `$CLADE_RUNTIME_DIR`, else `$XDG_RUNTIME_DIR/clade`, else `/run/clade` for
-/// root and `/tmp/clade-UID` for others.
+/// Returns the directory of sockets: `$CLADE_RUNTIME_DIR`, else `$XDG_RUNTIME_DIR/clade`, else
+/// `/run/clade` for root and `/tmp/clade-UID` for others.
 #[must_use]
 pub fn runtime_dir() -> PathBuf {
     let of = |name| std::env::var_os(name).filter(|dir| !dir.is_empty()).map(PathBuf::from);

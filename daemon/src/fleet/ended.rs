@@ -37,7 +37,7 @@ fn shorten(text: &mut String, most: usize) {
 pub struct EndedVm {
     /// Its name.
     pub name: String,
-    /// Why it ended.
+    /// The reason why it ended.
     #[schema(value_type = control::schema::StopReason)]
     pub stopped: StopReason,
     /// The reason in words.

@@ -46,7 +46,7 @@ pub enum Confinement {
     Off,
 }
 
-/// Why a worker cannot be confined.
+/// Reason why a worker cannot be confined.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum JailError {

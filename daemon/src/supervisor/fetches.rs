@@ -17,7 +17,7 @@ use crate::control::{ApiError, ProblemKind};
 const MAX_FETCHES: usize = 4;
 /// Requests forwarded to one VM at a time.
 const MAX_PASSED: usize = 64;
-/// How long a request for an image waits for its turn.
+/// Time limit of a request's wait for its turn.
 const TURN_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Permission to ask for an image, until it is dropped.

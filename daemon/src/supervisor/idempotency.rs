@@ -25,7 +25,7 @@ pub(super) const MAX_KEY: usize = 128;
 const MAX_KEYS: usize = 1024;
 /// Most bytes of all remembered answers.
 const MAX_BYTES: usize = 16 << 20;
-/// How long an answer is remembered.
+/// Lifetime of a remembered answer.
 const REMEMBERED: Duration = Duration::from_secs(600);
 
 /// An answer that can be given again.

@@ -49,7 +49,7 @@ struct Thread {
     ran: Duration,
     /// Time in which it was runnable without a processor, up to its last turn.
     delayed: Duration,
-    /// How often it got a processor.
+    /// Number of its turns on a processor.
     turns: u64,
     /// Whether it has had no turn since the last check, and is runnable now.
     is_starved: bool,

@@ -59,7 +59,7 @@ pub enum HookError {
         vm: String,
         /// The interface.
         tap: String,
-        /// How it ended.
+        /// The end of the program.
         how: String,
         /// The last line of its standard error.
         said: String,

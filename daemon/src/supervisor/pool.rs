@@ -19,7 +19,7 @@ use crate::zygote::Zygote;
 const IDLE: Duration = Duration::from_secs(60);
 /// Workers made at a time. Meanwhile, requests for workers wait.
 const STEP: usize = 8;
-/// How long requests that make VMs delay the preparation of further workers.
+/// Longest time that requests that make VMs delay the preparation of further workers.
 const MAX_BUSY: Duration = Duration::from_millis(50);
 /// The pause after such a request: its answer is on its way.
 const REST: Duration = Duration::from_millis(1);

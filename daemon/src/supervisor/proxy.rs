@@ -218,7 +218,7 @@ mod tests {
         // A VM without the device has no socket.
         about_with(None).write(&claim).unwrap();
         assert_eq!(client.agent_socket("web").await.unwrap(), None);
-        // A VM in its user's process, which no supervisor has started, is asked itself.
+        // The process of a VM without a supervisor answers itself.
         assert_eq!(client.agent_socket("alone").await.unwrap(), Some("/run/docker.sock".into()));
     }
 }

@@ -1,4 +1,4 @@
-//! Flight records of VMs that another supervisor has started: their processes are asked for them.
+//! Flight records of VMs that another supervisor has started, requested from their processes.
 //!
 //! A process may be compromised, or not answer. Its file is checked and read like any record, so
 //! that at worst that VM's record is lost. All processes are asked at once, and waited for

@@ -14,7 +14,7 @@ use super::{Answer, EnterOrder, Inherited, Made, OpenOrder, Order, SaveOrder, Sa
 use crate::fleet::FleetError;
 use clade_vmm::vm::SealedParts;
 
-/// How long a worker may take to make its VM.
+/// Time limit of a worker to make its VM.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Interval of the checks for cancellation while a request waits for workers.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);

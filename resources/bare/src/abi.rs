@@ -216,7 +216,7 @@ numbered! {
 }
 
 numbered! {
-    /// How a command ended.
+    /// The outcome of a command.
     Status: u64 {
         /// No command has ended yet.
         None = 0,

@@ -78,7 +78,7 @@ async fn a_stop_outlives_a_supervisor_that_ends() {
         fs::remove_file(&path).unwrap();
     });
     let refused = Client::new(dir.path()).stop("web", StopRequest::default()).await.unwrap_err();
-    // Then its own process is asked, which is not there.
+    // Then the request goes to its own process, which does not exist.
     assert!(matches!(&refused, ClientError::NoSuchVm { name, .. } if name == "web"), "{refused:?}");
     ending.join().unwrap();
 }

@@ -37,14 +37,14 @@ const LOADER_TABLES: u64 = 0x1_0000;
 
 type Error = Box<dyn std::error::Error>;
 
-/// How the first vCPU enters the guest.
+/// The way that the first vCPU enters the guest.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Entry {
     Pvh,
     Linux,
 }
 
-/// Which interrupt controllers KVM has.
+/// The interrupt controllers that KVM has.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Irqchip {
     None,
