@@ -33,7 +33,7 @@ use clade_test_support::Watchdog;
 use clade_vmm::kvm::Host;
 use clade_vmm::vm::Context;
 
-/// Running time limit of a test, before its process is aborted.
+/// Limit of a test's running time, after which its process is aborted.
 const TEST_LIMIT: Duration = Duration::from_secs(1800);
 
 /// The right to run VMs. A watchdog aborts a test that hangs.

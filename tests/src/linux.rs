@@ -19,8 +19,8 @@ use crate::{required, skip};
 /// The shell's prompt.
 pub const PROMPT: &str = "clade# ";
 const MEMORY: u64 = 64 << 20;
-/// Running time limit of the guest's answer. Where guest kernels are interpreted a boot has taken
-/// 300 s on a busy machine.
+/// Limit of running time for the guest's answer. Where guest kernels are interpreted a boot has
+/// taken 300 s on a busy machine.
 const LIMIT: Duration = Duration::from_secs(1200);
 /// Most repetitions of a program that died by SIGSEGV on kvm-pvm.
 const MAX_AGAIN: u32 = 3;

@@ -57,7 +57,7 @@ const MADE_UP: u32 = 10;
 /// Forks within which a run without unshare must find wrong bytes. A few hundred have always been
 /// enough.
 const MAX_CONTROL_FORKS: u64 = 10_000;
-/// Longest time by which a run may exceed its own while no child has been reset in place.
+/// Longest overtime of a run while no child has been reset in place.
 const MAX_OVERTIME: Duration = Duration::from_mins(1);
 /// The interval at which the parent is polled.
 const POLL_INTERVAL: Duration = Duration::from_micros(500);

@@ -162,8 +162,8 @@ impl Cgroups {
 
     fn in_dir(dir: &Path) -> Result<Self, CgroupError> {
         let procs = fs::read_to_string(dir.join("cgroup.procs")).map_err(failed(dir))?;
-        // A group with processes gives its children no controllers. Its only processes are this
-        // one, its zygote and their threads.
+        // A group with processes gives its children no controllers. So this process moves to a
+        // leaf, with its threads and its later zygote.
         let own = std::process::id().to_string();
         if procs.split_whitespace().any(|pid| pid == own) {
             let leaf = dir.join(OWN);

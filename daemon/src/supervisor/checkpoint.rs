@@ -50,7 +50,8 @@ impl Checkpoint {
         Self::of_asked(vm, about, Asked::begin(dir.path(), vm)?, check)
     }
 
-    /// Returns the image of the VM called `vm`, which `about` describes and which was asked for it.
+    /// Returns the image of the VM called `vm`, which `about` describes. The request for it is
+    /// already sent.
     ///
     /// # Errors
     /// When it cannot be forked.

@@ -246,7 +246,8 @@ impl Shared {
 }
 
 impl Pool {
-    /// Starts a pool of at most `most` workers for a configuration, beside those requested by name.
+    /// Starts a pool of at most `most` workers for a configuration, beside those prepared on
+    /// request.
     ///
     /// # Errors
     /// When the thread that fills it cannot be started.
