@@ -1,4 +1,4 @@
-//! What a device and a fork pay for memory: pins of pages the VM owns, freezing and adopting.
+//! Cost of memory to a device and to a fork: pins of pages the VM owns, freezing and adopting.
 
 use std::hint::black_box;
 
@@ -39,7 +39,7 @@ fn pin(c: &mut Criterion) {
     for (name, pages) in [("4K", 1), ("64K", 16), ("2M", 512)] {
         let ram = born(&store);
         let region = &ram.regions()[0];
-        // From a block's start: the larger one is one record, the smaller ones split theirs.
+        // From a block's start: the larger range is one record, the smaller ones split theirs.
         let range = PageRange::with_len(512, pages);
         group.throughput(Throughput::Bytes(pages * PAGE_SIZE));
         group.bench_function(BenchmarkId::from_parameter(name), |b| {

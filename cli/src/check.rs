@@ -1,5 +1,5 @@
 //! `clade check host`: properties of this host that affect vCPU state, and short checks that need
-//! no guest kernel. docs/vtx-checklist.md says what to examine for each line.
+//! no guest kernel. docs/vtx-checklist.md has the further steps for each line.
 
 mod facts;
 mod forks;
@@ -14,7 +14,7 @@ use clade_vmm::kvm::Host;
 #[serde(tag = "outcome", rename_all = "snake_case")]
 enum Outcome {
     Passed {
-        /// What the check observed.
+        /// The observations of the check.
         seen: String,
     },
     Failed {

@@ -23,7 +23,7 @@ const SOURCES: [(&str, &[u8]); 6] = [
     ("console", include_bytes!("../../resources/linux/console")),
 ];
 
-/// Why there is no Linux guest.
+/// Reason why there is no Linux guest.
 #[derive(Debug, Error)]
 pub(crate) enum LinuxGuestError {
     /// The directory that the variable names has no guest.
@@ -63,8 +63,8 @@ impl LinuxGuest {
         Ok(Self { kernel: file("vmlinux")?, initrd: file("initramfs.cpio")? })
     }
 
-    /// Finds the guest that `$CLADE_LINUX_GUEST` names, or that was built before. None if there is
-    /// none.
+    /// Finds the guest that `$CLADE_LINUX_GUEST` names, or that was built before. Returns None if
+    /// neither exists.
     ///
     /// # Errors
     /// When the variable names a directory without a guest, or the script cannot be run.
@@ -88,8 +88,8 @@ impl LinuxGuest {
     }
 }
 
-/// Runs the script on its embedded sources. Returns the directory it prints, or None if `args` only
-/// query for one and there is none.
+/// Runs the script on its embedded sources. Returns the directory that it prints, or None if `args`
+/// only query for a missing guest.
 fn run_script(args: &[&str], stderr: Stdio) -> Result<Option<PathBuf>, LinuxGuestError> {
     let sources = tempfile::tempdir().map_err(LinuxGuestError::Script)?;
     for (name, bytes) in SOURCES {

@@ -1,4 +1,4 @@
-//! docs/invariants.md names lines and tests of vCPUs. They exist.
+//! Checks that the lines and tests that docs/invariants.md names exist.
 
 use std::fs;
 use std::path::Path;

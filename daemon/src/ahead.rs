@@ -1,18 +1,17 @@
-//! Copies ahead for the children of a checkpoint: what they write is learned from those that have
-//! ended, and the next ones have copies of it before they ask for them.
+//! Copies ahead for the children of a checkpoint: learns the written pages from ended children, and
+//! gives later children copies of them before their guests write.
 //!
-//! A child's process is told which pages to copy, and what it has written it notes in a file that it
-//! was handed. The supervisor reads that when the process has ended.
+//! A child's process gets the pages to copy, and a file to note its written pages in. The
+//! supervisor reads that file after the process has ended.
 //!
 //! | bytes of a file | |
 //! |---|---|
-//! | 0..8 | 1 once all of it is there |
-//! | 8..32 | pages that were copied ahead; of these written since, and not written |
+//! | 0..8 | 1 once the file is complete |
+//! | 8..32 | pages copied ahead; of these written since, and not written |
 //! | 32..40 | runs |
 //! | then 24 each | a run's region, its first page, the page behind its last |
 //!
-//! Both sides take the other's file for anything: a set that is wrong costs time and memory, and
-//! nothing else (I5).
+//! Neither side trusts the other's file: a wrong set costs time and memory, and nothing else (I5).
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -35,20 +34,20 @@ const RUN: usize = 24;
 /// Runs that a file has room for. Those beyond are left out.
 const MAX_RUNS: usize = 8_192;
 const SIZE: usize = HEAD + MAX_RUNS * RUN;
-/// No process changes its size.
+/// Seals against a change of size.
 const SEALED: SealFlags = SealFlags::GROW.union(SealFlags::SHRINK).union(SealFlags::SEAL);
-/// Pages that the children of one request have copied at most: 256 MiB.
+/// Limit of pages copied ahead by all children of one request: 256 MiB.
 const MAX_OF_REQUEST: u64 = 65_536;
 
-/// What a child is to copy, and where it notes what it has written. With it come two descriptors: the set,
-/// and the note.
+/// A child's limit of pages to copy. Two descriptors follow it: the set to copy, and the note for
+/// the written pages.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct AheadOrder {
     /// Pages to copy at most.
     pub(crate) pages: u64,
 }
 
-/// What the children of a checkpoint have written.
+/// The set of pages that the children of a checkpoint have written.
 #[derive(Debug)]
 pub(crate) struct Learning {
     layout: RamLayout,
@@ -58,13 +57,13 @@ pub(crate) struct Learning {
 #[derive(Debug)]
 struct State {
     learned: Learned,
-    /// Children that have said what they had written.
+    /// Children whose notes were read.
     children: u64,
     came: AheadUse,
 }
 
 impl Learning {
-    /// Of guests of this shape.
+    /// Creates an empty set for guests of this layout.
     pub(crate) fn new(layout: &RamLayout) -> Self {
         let state = State { learned: Learned::new(layout), children: 0, came: AheadUse::default() };
         Self { layout: layout.clone(), state: Mutex::new(state) }
@@ -74,12 +73,12 @@ impl Learning {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many pages each of `count` children may copy, if one may copy `most`.
+    /// Returns the limit of pages for each of `count` children, if one may copy `most`.
     pub(crate) fn budget(most: u64, count: usize) -> u64 {
         most.min(MAX_OF_REQUEST / (count as u64).max(1))
     }
 
-    /// The pages that the next child is likely to write, `most` at most, in a file.
+    /// Returns the pages that the next child is likely to write, at most `most`, in a file.
     ///
     /// # Errors
     /// When there is no memory or descriptor for it.
@@ -90,7 +89,7 @@ impl Learning {
         Ok(file)
     }
 
-    /// Learns from the note of a child that has ended. One that has not noted anything says nothing.
+    /// Learns from the note of a child that has ended. An empty note is ignored.
     pub(crate) fn learn(&self, note: &OwnedFd) {
         let Some((written, came)) = read(note, &self.layout) else { return };
         let mut state = self.state();
@@ -105,7 +104,7 @@ impl Learning {
         }
     }
 
-    /// For people.
+    /// Returns the counts for display.
     pub(crate) fn info(&self) -> AheadInfo {
         let state = self.state();
         let AheadUse { copied, hits, waste } = state.came;
@@ -114,7 +113,7 @@ impl Learning {
     }
 }
 
-/// A file to note a set in.
+/// Creates a file to note a set in.
 ///
 /// # Errors
 /// When there is no memory or descriptor for it.
@@ -136,13 +135,13 @@ fn write(file: &OwnedFd, set: &PageSet, came: AheadUse) -> io::Result<()> {
     runs.take(MAX_RUNS).for_each(|(region, run)| words(&mut bytes, [region, run.start(), run.end()]));
     let file = std::fs::File::from(file.as_fd().try_clone_to_owned()?);
     file.write_all_at(&bytes, 0)?;
-    // Last: who reads it before this reads nothing.
+    // Written last: a reader before this takes the file as empty.
     file.write_all_at(&1_u64.to_le_bytes(), 0)
 }
 
-/// What is in a file, whoever has written it. None if it is not all there, or not of such a guest.
+/// Reads an untrusted file. Returns None if it is incomplete or of another guest's layout.
 fn read(file: &OwnedFd, layout: &RamLayout) -> Option<(PageSet, AheadUse)> {
-    // A copy, which nobody changes.
+    // A copy, which no other process can change.
     let mut bytes = vec![0; HEAD];
     let file = std::fs::File::from(file.as_fd().try_clone_to_owned().ok()?);
     file.read_exact_at(&mut bytes, 0).ok()?;
@@ -160,21 +159,21 @@ fn read(file: &OwnedFd, layout: &RamLayout) -> Option<(PageSet, AheadUse)> {
     for run in bytes.chunks_exact(RUN) {
         let region = runs.get_mut(usize::try_from(word(run, 0)?).ok()?)?;
         let (start, end) = (word(run, 8)?, word(run, 16)?);
-        // Before it is made a range: one that ends before it begins is none.
+        // Checked before a range is made: a run must not end before it begins.
         region.push((start < end).then(|| PageRange::new(start, end))?);
     }
     let set = PageSet::new(layout, runs);
     set.inspect_err(|error| tracing::debug!(%error, "a set of pages is not taken")).ok().map(|set| (set, came))
 }
 
-/// A child's own side: what it copies, and where it notes what it has written.
+/// The child's side: the pages to copy, and the file to note its written pages in.
 #[derive(Debug)]
 pub struct ChildAhead {
     note: OwnedFd,
 }
 
 impl ChildAhead {
-    /// Begins to copy what is in the file `likely`, beside the VM.
+    /// Begins to copy the pages of the file `likely`, beside the VM.
     pub(crate) fn begin(vm: &Arc<Vm>, order: AheadOrder, likely: &OwnedFd, note: OwnedFd) -> Self {
         let AheadOrder { pages } = order;
         let set = read(likely, vm.ram().layout()).map(|(set, _)| set).filter(|set| pages > 0 && !set.is_empty());
@@ -187,7 +186,7 @@ impl ChildAhead {
                     Err(error) => tracing::debug!(%error, "no page is copied ahead"),
                 }
             };
-            // The child is none the worse without.
+            // The child also runs without the copies.
             if let Err(error) = thread::Builder::new().name("clade-ahead".to_owned()).spawn(copy) {
                 tracing::warn!(%error, "no page is copied ahead");
             }
@@ -195,8 +194,8 @@ impl ChildAhead {
         Self { note }
     }
 
-    /// Notes what the VM, which has ended, has written. Nothing if it does not have all of it any more:
-    /// a part would be taken for what its siblings need.
+    /// Notes the written pages of a VM that has ended. Notes nothing if the set is no longer
+    /// complete: siblings would take a part for the whole.
     pub fn end(self, vm: &Vm) {
         if !vm.ram().is_written_set_whole() {
             return;

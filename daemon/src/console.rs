@@ -1,7 +1,7 @@
 //! A VM's consoles on Unix sockets.
 //!
 //! A guest never waits for a reader. Each reader has a bounded buffer. Output that does not fit is
-//! dropped, and the reader gets a line that says how much.
+//! dropped, and the reader gets a line with the number of bytes dropped.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -22,7 +22,7 @@ use clade_vmm::vm::Vm;
 const MAX_WAITING: usize = 256 << 10;
 /// Connections to the consoles of a VM.
 pub(crate) const MAX_CONNECTIONS: usize = 16;
-/// How long a reader may take for the last output of a VM that has ended.
+/// Time limit of a reader for the last output of a VM that has ended.
 pub(crate) const LAST_OUTPUT: Duration = Duration::from_secs(1);
 
 /// One of a VM's consoles.
@@ -52,7 +52,7 @@ impl Line {
 struct Waiting {
     bytes: VecDeque<u8>,
     dropped: u64,
-    /// The console has gone, or the reader has.
+    /// The console or the reader has gone.
     is_closed: bool,
 }
 
@@ -117,7 +117,7 @@ fn output() -> (OutputWriter, OutputReader) {
 }
 
 impl OutputReader {
-    /// The next output; None once the console has gone and all is read.
+    /// Returns the next output, or None once the console has gone and all output is read.
     pub(crate) async fn next(&self) -> Option<Vec<u8>> {
         loop {
             {
@@ -178,15 +178,15 @@ fn let_go(vm: Arc<Vm>) {
 }
 
 fn drop_elsewhere(what: impl Send + 'static) {
-    // If no thread can be created, it is dropped here, with the closure.
+    // If no thread can be created, the VM is dropped here, with the closure.
     let _ = thread::Builder::new().name("clade-drop".into()).spawn(move || drop(what));
 }
 
-/// Wakes a VM that is typed to. It takes the time of some reads of a disk.
+/// Wakes a suspended VM on input. This takes as long as some disk reads.
 async fn wake(vm: &Arc<Vm>) {
     if !vm.is_awake() {
         let vm = Arc::clone(vm);
-        // One that has stopped reads nothing.
+        // A stopped VM reads nothing.
         let _ = tokio::task::spawn_blocking(move || {
             let woken = vm.wake();
             let_go(vm);
@@ -196,15 +196,15 @@ async fn wake(vm: &Arc<Vm>) {
     }
 }
 
-/// What a console writes from now on, after its last lines. None if the VM has no such console.
+/// Returns the console's last lines and all later output, or None if the VM has no such console.
 pub(crate) fn follow(vm: &Vm, line: Line) -> Option<OutputReader> {
     let (writer, reader) = output();
     line.of(vm)?.listen(Box::new(writer));
     Some(reader)
 }
 
-/// Types into a console, and wakes its VM if that is suspended. None if the VM has gone; within it
-/// how many bytes were taken, or None if there is no such console.
+/// Types into a console, and wakes a suspended VM. Returns None if the VM has gone; otherwise the
+/// number of bytes taken, or None within if there is no such console.
 pub(crate) async fn type_in(vm: &Weak<Vm>, line: Line, bytes: &[u8]) -> Option<Option<usize>> {
     let vm = vm.upgrade()?;
     wake(&vm).await;

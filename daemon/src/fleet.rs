@@ -1,5 +1,5 @@
-//! The VM of this process: its name, its sockets, and its end. And what all processes of a runtime
-//! directory agree on: names, locks, records of ended VMs.
+//! The VM of this process: its name, its sockets and its end. Also the rules for names, locks and
+//! records of ended VMs that all processes of a runtime directory share.
 
 mod dir;
 mod ended;
@@ -39,20 +39,20 @@ pub use room::RoomError;
 pub(crate) use room::{Needs, check as check_room, check_share};
 pub use shutdown::Shutdown;
 
-/// How long a stopped VM may take to release its interfaces, sockets and name. Disks wait for the
+/// Time limit of a stopped VM to release its interfaces, sockets and name. Disks wait for the
 /// kernel for 2 s.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
 struct Member {
     listed: Listed,
-    /// Where its end is recorded.
+    /// The record of its end.
     record: File,
     /// Its sockets are served until this is dropped.
     _serving: Serving,
 }
 
-/// A VM, and what is said of it.
+/// A VM, and its description.
 #[derive(Clone, Debug)]
 pub struct Listed {
     /// The VM.
@@ -61,14 +61,14 @@ pub struct Listed {
     pub parent: Option<String>,
     /// Its labels.
     pub labels: Labels,
-    /// What its children may be made without.
+    /// The secrets that its children may be made without.
     pub(crate) secrets: Secrets,
 }
 
 /// The sockets of a VM, bound and not yet served.
 pub(crate) struct Sockets {
     pub(crate) control: UnixListener,
-    /// Where other processes ask for its image.
+    /// Socket for requests of other processes for its image.
     pub(crate) image: OwnedFd,
     pub(crate) consoles: Vec<(Line, UnixListener)>,
 }
@@ -98,7 +98,7 @@ pub(crate) trait Serve: Send + Sync {
     fn finish(&self);
 }
 
-/// The VM of this process, once it is made. A clone is a handle to the same one.
+/// The VM of this process, once it is made. Clones are handles to the same VM.
 #[derive(Clone)]
 pub struct Fleet(Arc<Inner>);
 
@@ -127,7 +127,7 @@ impl WeakFleet {
         self.0.upgrade().map(Fleet)
     }
 
-    /// Of a fleet that has gone.
+    /// Returns a handle to a fleet that has gone.
     #[cfg(test)]
     pub(crate) fn gone() -> Self {
         Self(Weak::new())
@@ -135,7 +135,7 @@ impl WeakFleet {
 }
 
 impl Fleet {
-    /// For a VM that is served by the result of `serve`.
+    /// Creates the fleet of a VM that the result of `serve` serves.
     pub(crate) fn new(context: &Context, serve: impl FnOnce(WeakFleet) -> Box<dyn Serve>) -> Self {
         Self(Arc::new_cyclic(|weak| Inner {
             context: context.clone(),
@@ -161,8 +161,8 @@ impl Fleet {
         self.0.serve.finish();
     }
 
-    /// Makes the VM under a name that is claimed. It is listed, and its sockets are served, once
-    /// `is_wanted` says so, which may let it run: nobody else can before.
+    /// Makes the VM under a claimed name. Lists it and serves its sockets once `is_wanted` returns
+    /// true. `is_wanted` may let the VM run; no other code can before.
     ///
     /// # Errors
     /// When it cannot be made.
@@ -177,13 +177,13 @@ impl Fleet {
         let mut vm = make(&self.0.context)?;
         let VmFiles { control, image, console, hvc, record } = files;
         let consoles = [(Line::Serial, console)].into_iter().chain(hvc.map(|hvc| (Line::Virtio, hvc))).collect();
-        // Dropped after its devices: a name is free only when nothing of its VM is in use any more.
+        // Dropped after its devices: a name is free only once nothing of its VM is in use.
         vm.drop_last(Tail::new(claim, &self.0.in_use));
         let vm = Arc::new(vm);
         if !is_wanted(&vm) {
             return Ok(None);
         }
-        // Who is served waits until it is listed.
+        // Requests wait until the VM is listed.
         let mut member = self.member();
         let serving = self.0.serve.begin(Sockets { control, image, consoles }, &vm, &self.0.leases);
         let listed = Listed { vm: Arc::clone(&vm), parent, labels, secrets };
@@ -192,7 +192,7 @@ impl Fleet {
         Ok(Some(vm))
     }
 
-    /// The VM, which is called `name`.
+    /// Returns the VM if its name is `name`.
     ///
     /// # Errors
     /// When it has another name, or has ended.
@@ -202,7 +202,7 @@ impl Fleet {
         found.cloned().ok_or_else(|| FleetError::NoSuchVm { name: name.to_owned() })
     }
 
-    /// The VM, unless it has ended.
+    /// Returns the VM, unless it has ended.
     #[must_use]
     pub fn listed(&self) -> Option<Listed> {
         self.member().as_ref().map(|member| member.listed.clone())
@@ -212,7 +212,7 @@ impl Fleet {
     /// the result of `describe`, which is called when the VM has stopped.
     ///
     /// # Errors
-    /// When there is no such VM, or something of it stays in use.
+    /// When there is no such VM, or some resource of it stays in use.
     pub fn stop<T>(&self, name: &str, describe: impl FnOnce(&Listed) -> T) -> Result<T, FleetError> {
         self.stop_listed(self.get(name)?, describe)
     }
@@ -236,8 +236,8 @@ impl Fleet {
         self.member().take()
     }
 
-    /// Removes the VM. It ends with its last handle. If it stopped by itself, the reason is recorded
-    /// ([`EndedVm`]).
+    /// Removes the VM. It ends with its last handle. If it stopped by itself, the reason is
+    /// recorded ([`EndedVm`]).
     pub fn remove(&self) {
         if let Some(Member { listed, record, .. }) = self.take() {
             ended::record(record, &listed.vm, listed.parent.as_deref());
@@ -251,8 +251,8 @@ impl Fleet {
         &self.0.leases
     }
 
-    /// Waits up to `timeout` until nothing of the VM is in use, whoever has a handle to it. Returns
-    /// whether that is so.
+    /// Waits up to `timeout` until nothing of the VM is in use, whichever thread holds a handle.
+    /// Returns whether that is so.
     pub fn wait_until_unused(&self, timeout: Duration) -> bool {
         self.0.in_use.wait_for_none(timeout)
     }

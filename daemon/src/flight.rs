@@ -1,17 +1,16 @@
-//! The flight record of a VM: the last things that happened to it, also when its process was
-//! killed.
+//! The flight record of a VM: the last events of the VM, kept even if its process is killed.
 //!
 //! The supervisor makes a file in memory of fixed size, and hands it to the VM's process with the
 //! order. The process notes events in it, each in a slot, the oldest replaced first. When the
-//! process has ended, the supervisor reads the file, in which there may be anything: of a slot it
-//! takes two numbers and a text of bounded length. A supervisor that has not started the VM asks the
-//! process for the file, and looks first at what it is given (`checked`).
+//! process has ended, the supervisor reads the file, which may hold anything: it takes two numbers
+//! and a text of bounded length from a slot. A supervisor that has not started the VM asks the
+//! process for the file, and checks it first (`checked`).
 //!
-//! | bytes of a slot | what |
+//! | bytes of a slot | content |
 //! |---|---|
-//! | 0-7 | the event's number, from 1 on; 0: there is none |
-//! | 8-15 | when, in microseconds since 1970 |
-//! | 16-17 | how long the text is |
+//! | 0-7 | the event's number, from 1 on; 0: an empty slot |
+//! | 8-15 | time, in microseconds since 1970 |
+//! | 16-17 | length of the text |
 //! | 18-255 | the text |
 
 use std::fs::File;
@@ -25,22 +24,22 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat,
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// Events that are kept.
+/// Slots of a record.
 const SLOTS: u64 = 64;
-/// Bytes of a slot: none is in two pages, so a process that is killed leaves it whole.
+/// Bytes of a slot. No slot crosses a page, so a process that is killed leaves whole slots.
 const SLOT: usize = 256;
 const HEAD: usize = 18;
-/// Bytes of a text.
+/// Most bytes of a text.
 const MAX_TEXT: usize = SLOT - HEAD;
-/// What nobody can do to a record any more: change its size.
+/// Seals against a change of size.
 const SEALED: SealFlags = SealFlags::GROW.union(SealFlags::SHRINK);
 
-/// Something that happened to a VM.
+/// An event in the life of a VM.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct FlightEvent {
-    /// When, in seconds since 1970.
+    /// Time, in seconds since 1970.
     pub at: f64,
-    /// What.
+    /// Description of the event.
     pub event: String,
 }
 
@@ -50,11 +49,11 @@ static RECORDER: OnceLock<Recorder> = OnceLock::new();
 #[derive(Debug)]
 struct Recorder {
     file: File,
-    /// Of the next event.
+    /// Number of the next event.
     number: Mutex<u64>,
 }
 
-/// Makes the file for a VM's record: of a size that nobody can change.
+/// Makes the file for a VM's record, sealed against a change of size.
 ///
 /// # Errors
 /// When there is no memory or descriptor for it.
@@ -65,14 +64,14 @@ pub(crate) fn make() -> io::Result<OwnedFd> {
     Ok(file)
 }
 
-/// A file that the process of a VM says its record is: whatever it is, reading it takes no time and no
-/// more memory than a record.
+/// Checks the file that a VM's process sends as its record: reading it then takes no more time and
+/// memory than reading a record.
 ///
 /// # Errors
-/// When it is no file in memory, or not of a record's size for good.
+/// When it is not a file in memory, or not sealed at a record's size.
 pub(crate) fn checked(file: OwnedFd) -> io::Result<OwnedFd> {
     let refused = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
-    // First: only files in memory have seals. Another could have this process wait.
+    // First: only files in memory have seals. A read of another file could block this process.
     let seals = fcntl_get_seals(&file).map_err(|errno| refused(format!("no file in memory: {errno}")))?;
     let (bytes, wanted) = (fstat(&file)?.st_size, (SLOTS * SLOT as u64) as i64);
     if !seals.contains(SEALED) || bytes != wanted {
@@ -81,34 +80,33 @@ pub(crate) fn checked(file: OwnedFd) -> io::Result<OwnedFd> {
     Ok(file)
 }
 
-/// Has this process note events in `file` from now on. The first that is given counts.
+/// Has this process note events in `file` from now on. Later calls change nothing.
 pub(crate) fn install(file: OwnedFd) {
     let _ = RECORDER.set(Recorder { file: file.into(), number: Mutex::new(1) });
 }
 
-/// Notes that something has happened to the VM of this process. Nothing in a process without a
-/// record.
+/// Notes an event of this process's VM. Does nothing in a process without a record.
 pub fn note(event: &str) {
     if let Some(recorder) = RECORDER.get() {
         recorder.note(event);
     }
 }
 
-/// What is on record in this process.
+/// Returns the events noted in this process.
 pub(crate) fn noted() -> Vec<FlightEvent> {
     RECORDER.get().map(|recorder| read(&recorder.file)).unwrap_or_default()
 }
 
-/// An event of this moment that is shown and not noted.
+/// An event of this moment that is shown but not noted.
 pub(crate) fn now(event: String) -> FlightEvent {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     FlightEvent { at: since.as_secs_f64(), event }
 }
 
-/// The file of this process's record, for another process.
+/// Returns the file of this process's record, for another process.
 ///
 /// # Errors
-/// When there is no record, or no descriptor to be had.
+/// When there is no record, or no descriptor is left.
 pub(crate) fn descriptor() -> io::Result<OwnedFd> {
     let recorder = RECORDER.get().ok_or(io::ErrorKind::NotFound)?;
     recorder.file.as_fd().try_clone_to_owned()
@@ -125,20 +123,19 @@ impl Recorder {
         slot[8..16].copy_from_slice(&at.to_le_bytes());
         slot[16..HEAD].copy_from_slice(&(end as u16).to_le_bytes());
         slot[HEAD..HEAD + end].copy_from_slice(&event.as_bytes()[..end]);
-        // It cannot fail but for want of memory, and then there is nothing to note it in.
+        // Only a lack of memory makes it fail, and then there is no place to note that.
         let _ = self.file.write_all_at(&slot, *number % SLOTS * SLOT as u64);
         *number += 1;
     }
 }
 
-/// The text of a slot as it may be shown: no controls, no more than fits.
+/// Returns the printable text of a slot: no control characters, at most as long as a slot's.
 fn shown(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     text.chars().map(|letter| if letter.is_control() { ' ' } else { letter }).collect()
 }
 
-/// The events in a file that a process had to note them in, the oldest first. There may be anything
-/// in it.
+/// Reads the events in a process's record, the oldest first. The file may hold anything.
 pub(crate) fn read(file: impl AsFd) -> Vec<FlightEvent> {
     let mut bytes = vec![0; SLOTS as usize * SLOT];
     let mut done = 0;
@@ -208,12 +205,12 @@ mod tests {
             let events = read(&file);
             assert_eq!(events.len() as u64, if byte == 0 { 0 } else { SLOTS });
             for event in events {
-                // A byte that is no UTF-8 is shown as a sign of three.
+                // A byte that is not UTF-8 is shown as a replacement character of three bytes.
                 assert!(event.event.len() <= 3 * MAX_TEXT && !event.event.contains(char::is_control));
                 assert!(event.at.is_finite());
             }
         }
-        // Not even a file of that length.
+        // A file of another length.
         assert_eq!(read(tempfile::tempfile().unwrap()), []);
     }
 

@@ -1,14 +1,13 @@
 //! The heap of a process that is copied many times.
 //!
-//! A process that has started has hundreds of holes in its heap, where what it needed for that was.
-//! Its copies allocate in them, and each page that they write becomes theirs: 90 KiB of allocations
-//! were 276 KiB of private memory, and each page a fault. Without holes they allocate behind everything
-//! that they share: 212 KiB.
+//! A started process has hundreds of holes in its heap, left by startup allocations. Its copies
+//! allocate in them, and each page that they write becomes their own: 90 KiB of allocations took
+//! 276 KiB of private memory, and each page a fault. Without holes the copies allocate behind all
+//! shared pages: 212 KiB.
 
-/// Takes all holes of the heap, for good. Nothing of what is taken is written to but the allocator's own
-/// words.
+/// Allocates all holes of the heap, for good. Writes nothing to them but the allocator's own words.
 ///
-/// Call it when all that the copies share has been made. Without glibc it does nothing.
+/// Call it when everything that the copies share has been made. Without glibc it does nothing.
 #[cfg(target_env = "gnu")]
 pub(crate) fn take_holes() {
     /// Sizes that the allocator keeps lists of, for each thread and for all: multiples of 16.
@@ -16,17 +15,17 @@ pub(crate) fn take_holes() {
     const LISTED: usize = 1024;
     /// Chunks on a thread's list of one size, at most.
     const ON_LIST: usize = 7;
-    /// Larger ones are not taken from the heap: they are mappings of their own.
+    /// Larger chunks do not come from the heap: they are mappings of their own.
     const LARGEST: usize = 64 << 10;
 
     // SAFETY: it reads the allocator's state, under the allocator's lock.
     let info = unsafe { libc::mallinfo2() };
     // SAFETY: it asks for the end of the heap, and does not move it.
     let end = unsafe { libc::sbrk(0) } as usize;
-    // What is behind this was never allocated.
+    // Memory behind this was never allocated.
     let top = end.saturating_sub(info.keepcost);
     let take = |size: usize| {
-        // SAFETY: any size may be asked for. What it returns is never used, and never freed.
+        // SAFETY: any size is valid for `malloc`. The result is never used, and never freed.
         unsafe { libc::malloc(size) as usize }
     };
     let mut taken = 0;
@@ -36,7 +35,7 @@ pub(crate) fn take_holes() {
     }
     let mut size = LARGEST;
     while size >= STEP {
-        // A hole that is larger is split, and its rest is a hole again.
+        // A larger hole is split, and its rest is a hole again.
         let behind = loop {
             match take(size) {
                 hole if (1..top).contains(&hole) => taken += size,

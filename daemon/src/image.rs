@@ -1,13 +1,13 @@
-//! The socket at which another process asks for a VM's image.
+//! The socket on which another process requests a VM's image.
 //!
-//! | message | from | what |
+//! | message | from | content |
 //! |---|---|---|
-//! | 1 | client | one byte: what it wants. With [`BROKER`] comes a socket, and there is no answer. With [`SUSPEND`] come files ([`crate::suspend`]). To [`RECORD`] the answer is the same byte and a descriptor |
-//! | 2 | VM's process | how the fork went, as JSON; or the error |
+//! | 1 | client | one byte: the request. With [`BROKER`] comes a socket, and there is no answer. With [`SUSPEND`] come files ([`crate::suspend`]). To [`RECORD`] the answer is the same byte and a descriptor |
+//! | 2 | VM's process | the report of the fork, as JSON; or the error |
 //! | 3.. | VM's process | the image ([`SealedParts`]) |
 //!
-//! The VM is forked at the client's request and runs on. Its process holds what the image shows
-//! until the last process that uses it has gone.
+//! The VM is forked at the client's request and runs on. Its process holds the image's layers until
+//! the last process that uses them has gone.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -33,28 +33,29 @@ use clade_vmm::vm::{ForkReport, Leases, SealedParts, TransferError, Vm, VmConfig
 
 /// Clients of one VM's socket at a time. A VM is forked for one after the other.
 const MAX_CLIENTS: usize = 4;
-/// How often whoever wants an image is looked for.
+/// Interval of the checks whether the client still wants the image.
 const CHECK_INTERVAL: Duration = Duration::from_millis(100);
 /// Fork the VM, and give the image.
 const FORK: u8 = 1;
-/// Have the guest's connections made by another broker ([`answer_broker`](clade_devices::virtio::vsock::answer_broker)).
+/// Have the guest's connections made by another broker
+/// ([`answer_broker`](clade_devices::virtio::vsock::answer_broker)).
 const BROKER: u8 = 2;
 /// Give the file of the VM's [flight record](crate::flight).
 const RECORD: u8 = 3;
 /// Most bytes of an answer.
 const MAX_ANSWER: usize = 64 << 10;
-/// How long the other side may take for a message, or for the whole fork.
+/// Time limit of the other side for a message, or for the whole fork.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How long a client may take to ask.
+/// Time limit of a client's request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How a fork for another process went.
+/// Report of a fork for another process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Forked {
     pub(crate) config: VmConfig,
     /// The VM's labels.
     pub(crate) labels: Labels,
-    /// What its children may be made without.
+    /// The secrets that its children may be made without.
     pub(crate) secrets: Secrets,
     /// Whether packets pass at that instant. None without a network, or where it is not known.
     #[serde(default)]
@@ -63,9 +64,9 @@ pub(crate) struct Forked {
     pub(crate) generation: u32,
     pub(crate) pause: Duration,
     pub(crate) freeze: Duration,
-    /// Of the pause: until all stood still.
+    /// Part of the pause: the time until vCPUs and devices stood still.
     pub(crate) park: Duration,
-    /// Requests of devices that were in flight.
+    /// Device requests in flight.
     pub(crate) in_flight: u64,
     pub(crate) remapped: u64,
     pub(crate) copied: u64,
@@ -107,7 +108,7 @@ pub(crate) async fn serve(listener: OwnedFd, vm: Weak<Vm>, leases: Leases, fleet
                 tokio::time::sleep(ACCEPT_BACKOFF).await;
                 continue;
             }
-            // Another connection took what was there.
+            // Another connection took the request.
             Err(_) => continue,
         };
         // The semaphore is never closed.
@@ -115,7 +116,7 @@ pub(crate) async fn serve(listener: OwnedFd, vm: Weak<Vm>, leases: Leases, fleet
         let (vm, leases, fleet) = (vm.clone(), leases.clone(), fleet.clone());
         tokio::task::spawn_blocking(move || {
             if let Err(error) = answer(&socket, &vm, &leases, &fleet) {
-                // The client has gone, is another user's, or asks for nothing.
+                // The client has gone, is another user's, or sent no request.
                 tracing::debug!(%error, "image socket");
             }
             drop(permit);
@@ -184,7 +185,7 @@ fn forked(vm: &Vm, leases: &Leases, fleet: &WeakFleet) -> Result<(Forked, Sealed
     Ok((forked, parts))
 }
 
-/// A VM that is forked for children in other processes: its process has been asked.
+/// A VM that is forked for children in other processes: the request is sent.
 #[derive(Debug)]
 pub(crate) struct Asked {
     socket: OwnedFd,
@@ -197,7 +198,7 @@ fn failed(source: io::Error) -> FleetError {
 }
 
 impl Asked {
-    /// Asks the VM called `name`, in whatever process it is.
+    /// Requests the image of the VM called `name`, in whichever process it runs.
     ///
     /// # Errors
     /// When there is no such VM, or it takes no request.
@@ -231,12 +232,12 @@ impl Asked {
                 answer => break answer,
             }
         };
-        // Whoever wanted it may have gone.
+        // The client may have gone.
         check()?;
         let Message { bytes, .. } = answer.map_err(|error| self.silent(&error))?;
         match serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))? {
             Answer::Forked(forked) => match SealedParts::receive_while(&self.socket, &go_on) {
-                // It has ended, or does not answer.
+                // The VM's process has ended, or does not answer.
                 Err(TransferError::System { source, .. }) => {
                     check()?;
                     Err(self.silent(&source))
@@ -257,7 +258,7 @@ pub(crate) fn give_broker(dir: &Path, name: &str, broker: BorrowedFd<'_>) -> Res
     seqpacket::send(&socket, &[BROKER], &[broker]).map_err(failed)
 }
 
-/// The process of a VM that has been asked for the file of its flight record.
+/// A request for the file of a VM's flight record, sent to its process.
 #[derive(Debug)]
 pub(crate) struct AskedRecord(OwnedFd);
 
@@ -272,10 +273,10 @@ impl AskedRecord {
         Ok(Self(socket))
     }
 
-    /// The file, which is one whatever the process is.
+    /// Returns the file, checked to be a record even if the process is hostile.
     ///
     /// # Errors
-    /// When none that is a record comes until `deadline`.
+    /// When no valid record comes until `deadline`.
     pub(crate) fn file(self, deadline: Instant) -> io::Result<OwnedFd> {
         // Zero would be no limit.
         let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
@@ -290,14 +291,14 @@ pub(crate) fn connected(dir: &Path, name: &str, limit: Duration) -> Result<Owned
     let path = image_path(dir, name);
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
         .map_err(|errno| failed(errno.into()))?;
-    // Before it connects: that waits too, when others are in the queue.
+    // Set before the connection: with others in the queue, that waits too.
     for which in [Timeout::Recv, Timeout::Send] {
         set_socket_timeout(&socket, which, Some(limit)).map_err(|errno| failed(errno.into()))?;
     }
     let connected = SocketAddrUnix::new(&path).and_then(|address| connect(&socket, &address));
     match connected {
         Err(Errno::NOENT | Errno::CONNREFUSED) => return Err(FleetError::NoSuchVm { name: name.to_owned() }),
-        // Others are in the queue, and none is accepted.
+        // Others are in the queue, and the process accepts none of them.
         Err(Errno::AGAIN) => {
             let text = format!("the process of {name:?} accepts no request for its image");
             return Err(FleetError::Refused { kind: ProblemKind::VmSilent, text });
@@ -332,7 +333,7 @@ mod tests {
         let full = bound(0);
         let waits = connected(dir.path(), "web", limit).unwrap();
         assert_eq!(kind(), Err(ProblemKind::VmSilent));
-        // One that has ended.
+        // A VM that has ended.
         drop((full, waits));
         assert_eq!(kind(), Err(ProblemKind::NoSuchVm));
     }

@@ -1,14 +1,14 @@
 //! VMs by name, with control sockets (HTTP) and console sockets.
 //!
-//! | to learn about | read |
+//! | topic | module |
 //! |---|---|
 //! | the VMs of a process | [`fleet`] |
 //! | the HTTP API and its client | [`control`] |
 //! | consoles on sockets | [`console`] |
 //! | processes with one VM each | [`worker`] |
-//! | how they are made | [`zygote`] |
-//! | what they may do to the host | [`jail`] |
-//! | what children are made without | [`secrets`] |
+//! | forking of workers | [`zygote`] |
+//! | confinement of workers | [`jail`] |
+//! | secrets that children are made without | [`secrets`] |
 //! | checkpoints, forks and names for all processes of a directory | [`supervisor`] |
 
 #![deny(missing_docs)]

@@ -1,9 +1,9 @@
 //! Secrets of a VM: bytes that its children may be made without.
 //!
-//! Whoever makes a VM says what is secret. The VM's process keeps that, gives it to nobody but
-//! whoever asks for the VM's image, and writes it nowhere. A child that is made without them has it
-//! searched for in all of its memory ([`clade_memory::GuestRam::erase`]); its process forgets it
-//! before the child's first instruction.
+//! The request that makes a VM names its secrets. The VM's process keeps them, sends them only with
+//! the VM's image, and writes them nowhere. For a child without secrets, all of its memory is
+//! searched for them ([`clade_memory::GuestRam::erase`]); its process forgets them before the
+//! child's first instruction.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -21,16 +21,16 @@ use crate::fleet::FleetError;
 
 /// Most secrets of a VM.
 pub const MAX_SECRETS: usize = 16;
-/// Most bytes of all of them.
+/// Most bytes of all secrets of a VM.
 pub const MAX_SECRET_BYTES: usize = 16 << 10;
-/// Longest name of one.
+/// Longest name of a secret.
 const MAX_NAME: usize = 64;
 
-/// Bytes that are not for everybody, and what they are called.
+/// Secret bytes, and their name.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Secret {
-    /// What it is called in answers and errors.
+    /// The name in answers and errors.
     #[schema(min_length = 1, max_length = 64)]
     pub name: String,
     /// The bytes in base64: 16 to 4,096.
@@ -51,15 +51,15 @@ fn encode<S: Serializer>(value: &Zeroizing<Vec<u8>>, serializer: S) -> Result<S:
 
 fn decode<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Zeroizing<Vec<u8>>, D::Error> {
     let text = Zeroizing::new(String::deserialize(deserializer)?);
-    // The error of the decoder would say a byte of it.
+    // The decoder's error would show a byte of the secret.
     BASE64_STANDARD.decode(&*text).map(Zeroizing::new).map_err(|_| de::Error::custom("a secret's value is no base64"))
 }
 
-/// Secrets from an array of objects. No error says what is in them.
+/// Deserializes secrets from an array of objects. Errors show nothing of their values.
 pub(crate) fn list<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Secret>, D::Error> {
     let values = Vec::<Value>::deserialize(from)?;
     let secret = |value: Value| {
-        // The errors for other types say their value.
+        // Errors for other types would show the value.
         let is_one = value.is_object() && value.get("value").is_none_or(Value::is_string);
         let wrong = || de::Error::custom("a secret is an object with a name and a value in base64");
         if is_one { Secret::deserialize(value).map_err(de::Error::custom) } else { Err(wrong()) }
@@ -67,21 +67,21 @@ pub(crate) fn list<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Secret>, D:
     values.into_iter().map(secret).collect()
 }
 
-/// What is known of a VM's secrets.
+/// The known secrets of a VM.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Secrets {
-    /// None was named, or nobody remembers: a snapshot has no list of them.
+    /// No secret was named, or the list is unknown: a snapshot does not keep it.
     #[default]
     None,
-    /// These, which may be in its memory.
+    /// Secrets that may be in its memory.
     Held(Vec<Secret>),
-    /// It was made without its parent's.
+    /// The VM was made without its parent's secrets.
     Withheld,
 }
 
 impl Secrets {
-    /// Of a VM that is booted.
+    /// Returns the state of a VM that is booted with these secrets.
     pub(crate) fn of(secrets: Vec<Secret>) -> Self {
         if secrets.is_empty() { Self::None } else { Self::Held(secrets) }
     }
@@ -93,12 +93,12 @@ impl Secrets {
         }
     }
 
-    /// What they are called.
+    /// Returns the names of the secrets.
     pub(crate) fn names(&self) -> Vec<String> {
         self.held().iter().map(|secret| secret.name.clone()).collect()
     }
 
-    /// What they are.
+    /// Returns the values of the secrets.
     pub(crate) fn bytes(&self) -> Vec<&[u8]> {
         self.held().iter().map(|secret| secret.value.as_slice()).collect()
     }
@@ -106,7 +106,7 @@ impl Secrets {
     /// Checks that children of `vm`, or of a snapshot, can be made without them.
     ///
     /// # Errors
-    /// When it is not known what they are.
+    /// When the list of secrets is unknown.
     pub(crate) fn expect_known(&self, vm: Option<&str>) -> Result<(), FleetError> {
         if !matches!(self, Self::None) {
             return Ok(());
@@ -117,10 +117,11 @@ impl Secrets {
     }
 }
 
-/// Checks what a VM is to be made with.
+/// Checks the secrets of a new VM.
 ///
 /// # Errors
-/// When one has no name, or another's. When there are too many, or one cannot be found in memory.
+/// When a secret has no name, or another's. When there are too many, or one cannot be found in
+/// memory.
 pub(crate) fn check(secrets: &[Secret]) -> Result<(), FleetError> {
     let refused = |text: String| Err(FleetError::Refused { kind: ProblemKind::BadConfig, text });
     let bytes: usize = secrets.iter().map(|secret| secret.value.len()).sum();

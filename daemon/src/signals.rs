@@ -1,4 +1,4 @@
-//! Signals of programs that are not Clade's.
+//! Default signals for other programs.
 
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -6,17 +6,17 @@ use std::process::Command;
 /// The last real-time signal of the kernel.
 const LAST_SIGNAL: i32 = 64;
 
-/// Has the program of `command` start with default signals: it ignores and blocks none. Otherwise exec
-/// would keep what this process was started with, as by `nohup`.
+/// Has the program of `command` start with default signals, none ignored or blocked. Otherwise exec
+/// would keep those of this process, such as the ones that `nohup` sets.
 pub(crate) fn with_default_signals(command: &mut Command) -> &mut Command {
     let reset = || {
-        // The kernel's structure: SIG_DFL, no flags, no restorer and no mask. The C library's function
-        // refuses the two signals that the library uses itself.
+        // The kernel's structure: SIG_DFL, no flags, no restorer and no mask. The C library's
+        // function refuses the two signals that the library uses itself.
         let action = [0_u64; 4];
         for number in 1..=LAST_SIGNAL {
             let (action, size) = (&raw const action, size_of::<u64>());
-            // SAFETY: the kernel reads `action`, which lives on, and installs no handler. It refuses
-            // SIGKILL and SIGSTOP with an error.
+            // SAFETY: the kernel reads `action`, which lives on, and installs no handler. It
+            // refuses SIGKILL and SIGSTOP with an error.
             unsafe { libc::syscall(libc::SYS_rt_sigaction, number, action, 0_usize, size) };
         }
         let (mask, size) = (0_u64, size_of::<u64>());
@@ -24,8 +24,8 @@ pub(crate) fn with_default_signals(command: &mut Command) -> &mut Command {
         unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const mask, 0_usize, size) };
         Ok(())
     };
-    // SAFETY: between fork and exec the closure only makes system calls on values of its own: it takes
-    // no lock and no memory.
+    // SAFETY: between fork and exec the closure only makes system calls on values of its own: it
+    // takes no lock and no memory.
     unsafe { command.pre_exec(reset) }
 }
 

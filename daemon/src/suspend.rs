@@ -1,13 +1,13 @@
-//! Suspending a VM whose process may open no files: it is handed one.
+//! Suspending a VM whose process may not open files: the client passes one.
 //!
-//! It goes over the VM's socket for images ([`crate::image`]), which stays open while the VM is
+//! The request goes over the VM's image socket ([`crate::image`]), which stays open while the VM is
 //! suspended.
 //!
 //! | message | from | what |
 //! |---|---|---|
 //! | 1 | client | the byte of the request, with the file's descriptors: one to write it, one to read it |
-//! | 2 | VM's process | how it went, as JSON; or the error |
-//! | 3 | VM's process | one byte, when the VM is woken. Its end instead: the VM has gone |
+//! | 2 | VM's process | the report, as JSON; or the error |
+//! | 3 | VM's process | one byte, when the VM is woken. End of file instead: the VM has gone |
 
 use std::io::{self, PipeReader};
 use std::os::fd::{AsFd, OwnedFd};
@@ -32,9 +32,9 @@ use clade_vmm::vm::{RequestSource, SuspendReport, Vm};
 pub(crate) const SUSPEND: u8 = 4;
 /// Most bytes of an answer.
 const MAX_ANSWER: usize = 64 << 10;
-/// How long a VM's process may take: it writes as much as the VM owns.
+/// Time limit of a VM's process: it writes as much as the VM owns.
 const PATIENCE: Duration = Duration::from_secs(600);
-/// How often whoever wants it is looked for.
+/// Interval of the checks whether the client still wants it.
 const CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -47,7 +47,7 @@ enum Answer {
     },
 }
 
-/// Suspends the VM of this process, and wakes it when another asks its devices for something.
+/// Suspends the VM of this process, and wakes it on the first request to its devices.
 pub(crate) fn answer(socket: &OwnedFd, vm: &Weak<Vm>, files: Vec<OwnedFd>) -> io::Result<()> {
     let suspended = vm.upgrade().ok_or(FleetError::Ending).and_then(|vm| suspended(&vm, files));
     let answer = match &suspended {
@@ -59,7 +59,7 @@ pub(crate) fn answer(socket: &OwnedFd, vm: &Weak<Vm>, files: Vec<OwnedFd>) -> io
         }
     };
     let told = seqpacket::send(socket, &serde_json::to_vec(&answer)?, &[]);
-    // Without it no request would wake the VM, whether its client has gone or not.
+    // Without the watch no request would wake the VM, even if its client has gone.
     if let Some(mut watch) = suspended.ok().and_then(|(_, watch)| watch) {
         watch.socket = socket.try_clone().ok();
         let name = "clade-waker".to_owned();
@@ -79,7 +79,7 @@ fn suspended(vm: &Arc<Vm>, files: Vec<OwnedFd>) -> Result<(SuspendAnswer, Option
         .map_err(|_| failed(io::Error::other(format!("a request to suspend with {count} descriptors"))))?;
     let file = SuspendFile::of(write, read).map_err(failed)?;
     let begun = Instant::now();
-    // Before it is suspended: without descriptors it is not.
+    // Made before the suspension: without descriptors the VM stays awake.
     let sources = vm.request_sources().map_err(failed)?;
     let SuspendReport { was_suspended, memory, halt, write, has_input } = vm.suspend(file)?;
     let woken = vm.woken().map_err(failed).inspect_err(|_| drop(vm.wake()))?;
@@ -95,19 +95,19 @@ fn suspended(vm: &Arc<Vm>, files: Vec<OwnedFd>) -> Result<(SuspendAnswer, Option
         write_us: us(write),
         total_us: us(begun.elapsed()),
     };
-    // Another watches one that was suspended before.
+    // An earlier suspension has its own watch.
     let watch = (!was_suspended).then(|| Watch { vm: Arc::downgrade(vm), sources, woken, has_input, socket: None });
     Ok((answer, watch))
 }
 
-/// What waits for requests of a suspended VM.
+/// Waits for requests to a suspended VM.
 struct Watch {
     vm: Weak<Vm>,
     sources: Vec<RequestSource>,
     woken: PipeReader,
-    /// Whether there is a request that no source announces: the VM is woken at once.
+    /// Whether a request is there that no source announces: the VM is then woken at once.
     has_input: bool,
-    /// Who has suspended it.
+    /// Socket of the client that suspended the VM.
     socket: Option<OwnedFd>,
 }
 
@@ -122,15 +122,15 @@ impl Watch {
                 flight::note(&format!("woken by a request in {} us", report.total.as_micros()));
             }
             Ok(_) => {}
-            // It has stopped.
+            // The VM has stopped.
             Err(error) => return tracing::debug!(%error, "a suspended VM"),
         }
         drop(vm);
-        // Whoever has suspended it may have gone.
+        // The client may have gone.
         let _ = self.socket.map(|socket| seqpacket::send(socket, &[SUSPEND], &[]));
     }
 
-    /// Returns when there is a request, or the VM is awake, or has gone.
+    /// Returns on a request, or when the VM is awake or has gone.
     fn wait(&self) -> io::Result<()> {
         if self.has_input {
             return Ok(());
@@ -138,7 +138,8 @@ impl Watch {
         let mut awaited = vec![PollFd::new(&self.woken, PollFlags::IN)];
         for RequestSource { fd, is_served } in &self.sources {
             let mut source = [PollFd::new(fd, PollFlags::IN)];
-            // What was there before, and no driver takes, wakes nobody: it would do so for ever.
+            // A request from before that no driver takes must not wake the VM: it would do so for
+            // ever.
             if *is_served || poll(&mut source, Some(&Timespec::default()))? == 0 {
                 awaited.extend(source);
             }
@@ -152,12 +153,12 @@ impl Watch {
     }
 }
 
-/// A VM that is suspended, as whoever has suspended it sees it.
+/// A suspended VM, on the client's side.
 #[derive(Debug)]
 pub(crate) struct Asleep(OwnedFd);
 
 impl Asleep {
-    /// Waits until it is woken. Returns false if it has gone instead.
+    /// Waits until the VM is woken. Returns false if it has gone instead.
     pub(crate) fn wait(&self) -> bool {
         // Its process may be silent for as long as the VM sleeps.
         if set_socket_timeout(&self.0, Timeout::Recv, None).is_err() {
@@ -167,12 +168,12 @@ impl Asleep {
     }
 }
 
-/// Suspends the VM called `name` to a file in `dir`. `check` is called every [`CHECK_INTERVAL`]; the
-/// VM may be suspended though it fails.
+/// Suspends the VM called `name` to a file in `dir`. Calls `check` every [`CHECK_INTERVAL`]; the VM
+/// may be suspended even if that fails.
 ///
 /// # Errors
-/// When there is no such VM, no file can be made in `dir`, or the VM cannot be suspended: it runs
-/// on then.
+/// When there is no such VM, no file can be made in `dir`, or the VM cannot be suspended: it then
+/// runs on.
 pub(crate) fn suspend(
     runtime: &Path,
     name: &str,
@@ -183,7 +184,7 @@ pub(crate) fn suspend(
     let socket = connected(runtime, name, CHECK_INTERVAL.max(PATIENCE / 60))?;
     let file = SuspendFile::create(dir).map_err(|source| FleetError::SuspendDir { path: dir.to_owned(), source })?;
     seqpacket::send(&socket, &[SUSPEND], &file.descriptors()).map_err(failed)?;
-    // The VM's process has it.
+    // The VM's process has its own descriptor.
     drop(file);
     set_socket_timeout(&socket, Timeout::Recv, Some(CHECK_INTERVAL)).map_err(|errno| failed(errno.into()))?;
     let deadline = Instant::now() + PATIENCE;

@@ -1,12 +1,12 @@
 //! The program's text in huge pages, for a process that is copied many times.
 //!
-//! A fork copies the page tables of anonymous memory, and none of a file's: each worker takes a page
-//! fault for every 64 KiB of the program that it runs, which were 120 of its 200 page faults. So the
-//! zygote runs from a copy of the program's file in anonymous huge pages. Its workers share it, and each
-//! takes an entry of a page table for 2 MiB.
+//! A fork copies the page tables of anonymous memory, but not those of files: each worker takes a
+//! page fault for every 64 KiB of the program that it runs, 120 of its 200 page faults. So the
+//! zygote runs from a copy of the program's file in anonymous huge pages. Its workers share it, and
+//! each copies one page table entry for 2 MiB.
 //!
-//! The copy is as large as the text, 18 MiB, once for a supervisor. Where there are no huge pages
-//! nothing is done. A profiler that finds symbols by the file of a mapping finds none.
+//! The copy is as large as the text, 18 MiB, once for a supervisor. Without huge pages nothing is
+//! done. Profilers that look up symbols by a mapping's file do not find them in the copy.
 
 use std::fs;
 use std::io;
@@ -25,8 +25,8 @@ struct Segment {
 }
 
 impl Segment {
-    /// Of a line of `/proc/PID/maps`: none if it is not read-only, not of `program`, or has no whole huge
-    /// page.
+    /// Parses a line of `/proc/PID/maps`. Returns None if the mapping is writable, not of
+    /// `program`, or has no whole huge page.
     fn parse(line: &str, program: &str) -> Option<Self> {
         // Addresses, permissions, offset, device, inode, path.
         let mut fields = line.splitn(6, ' ');
@@ -45,7 +45,7 @@ impl Segment {
         (start < end).then(|| Self { start, len: end - start, is_text })
     }
 
-    /// Puts a copy in its place.
+    /// Replaces the segment by a copy.
     fn replace(self) -> io::Result<()> {
         let Self { start, len, is_text } = self;
         let (read_write, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
@@ -53,44 +53,46 @@ impl Segment {
         let room = unsafe { mmap_anonymous(std::ptr::null_mut(), len + HUGE, read_write, flags) }?;
         let copy = room.wrapping_byte_add((room as usize).next_multiple_of(HUGE) - room as usize);
         let replaced = (|| {
-            // SAFETY: it says which pages are to be used for a mapping of this function's own.
+            // SAFETY: the call sets the page size of a mapping of this function's own.
             unsafe { madvise(copy, len, Advice::LinuxHugepage) }?;
             let from = std::ptr::with_exposed_provenance::<u8>(start);
-            // SAFETY: the caller has found `len` readable bytes of the program's file mapped at `start`, which
-            // nobody writes. At `copy` are `len` of the `len + HUGE` bytes mapped above, apart from them.
+            // SAFETY: the caller has found `len` readable bytes of the program's file mapped at
+            // `start`, which no code writes. At `copy` are `len` of the `len + HUGE` bytes mapped
+            // above, apart from them.
             unsafe { std::ptr::copy_nonoverlapping(from, copy.cast::<u8>(), len) };
             let protection = if is_text { MprotectFlags::READ | MprotectFlags::EXEC } else { MprotectFlags::READ };
             // SAFETY: the mapping is this function's own.
             unsafe { mprotect(copy, len, protection) }?;
             let into = std::ptr::with_exposed_provenance_mut(start);
-            // SAFETY: the same bytes with the same permissions take the place of the program's file, in one
-            // system call, which this process's one thread makes: nothing runs or reads them meanwhile.
+            // SAFETY: the same bytes with the same permissions take the place of the program's
+            // file, in one system call, which this process's one thread makes: nothing runs or
+            // reads them meanwhile.
             unsafe { mremap_fixed(copy, len, len, MremapFlags::MAYMOVE, into) }.map(|_| ())
         })();
-        // What is left: all of it, or what is around the copy that has moved.
+        // The rest of the mapping: all of it, or the parts around the moved copy.
         let (before, behind) = (copy as usize - room as usize, copy.wrapping_byte_add(len));
         let rest = match replaced {
             Ok(()) => [(room, before), (behind, HUGE - before)],
             Err(_) => [(room, len + HUGE), (room, 0)],
         };
         for (at, len) in rest.into_iter().filter(|(_, len)| *len > 0) {
-            // SAFETY: it is of the mapping made above, and nobody else knows of it.
+            // SAFETY: the range is part of the mapping made above, which no other code refers to.
             unsafe { munmap(at, len) }?;
         }
         Ok(replaced?)
     }
 }
 
-/// Whether a process may ask for huge pages.
+/// Returns whether a process may ask for huge pages.
 fn has_huge_pages(enabled: &str) -> bool {
     !enabled.contains("[never]")
 }
 
-/// Puts the program's text and constants in huge pages. Call it while the process has one thread, which
-/// is not traced by a debugger that has put breakpoints in.
+/// Puts the program's text and constants in huge pages. Call it while the process has one thread,
+/// which is not traced by a debugger that has put breakpoints in.
 ///
 /// # Errors
-/// When the kernel refuses. Nothing has changed then, or not all of it has moved.
+/// When the kernel refuses. Then all or part of the text stays in its file.
 pub(crate) fn use_huge_pages() -> io::Result<()> {
     if !has_huge_pages(&fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled")?) {
         return Ok(());
@@ -124,11 +126,11 @@ mod tests {
         assert!(has_huge_pages("always [madvise] never") && !has_huge_pages("always madvise [never]"));
     }
 
-    /// In a process of its own, which has one thread: this one has others, and goes on in its file.
+    /// Runs in a child with one thread: this process has others, and stays in its file.
     #[test]
     fn a_process_goes_on_in_the_copy() {
-        // SAFETY: the child calls what needs no lock of another thread but the allocator's, which glibc's fork
-        // takes care of, and ends without running anything at its exit.
+        // SAFETY: the child makes only calls that need no lock of another thread but the
+        // allocator's, which glibc's fork takes care of, and ends without running exit handlers.
         let pid = unsafe { libc::fork() };
         if pid == 0 {
             let before = std::hint::black_box(has_huge_pages)("[always]");

@@ -1,20 +1,20 @@
-//! The zygote: a small process with one thread that has loaded what every worker needs, and forks
-//! workers.
+//! The zygote: a small process with one thread that has loaded everything that a worker needs, and
+//! forks workers.
 //!
-//! A process with many threads cannot fork, and one that starts the program anew takes milliseconds
-//! for each worker and memory that is shared by none. The zygote is started by the same program
-//! with a socket (`SOCK_SEQPACKET`) as its standard input.
+//! A process with many threads cannot fork safely. One that starts the program anew takes
+//! milliseconds for each worker, and shares no memory. The same program starts the zygote, with a
+//! socket (`SOCK_SEQPACKET`) as its standard input.
 //!
-//! | message | from | what |
+//! | message | from | content |
 //! |---|---|---|
 //! | 1 | starter | one byte, and the mount of all workers' memory files, if there is one |
 //! | 2 | zygote | one byte, and the reading end of a pipe with the ends of workers, 8 bytes each: pid and wait status |
 //! | request | starter | one byte, and the socket of the worker ([`worker`](crate::worker)) |
 //! | answer | zygote | pid and pidfd of the worker; or 0 and the number of the error |
 //!
-//! Requests are answered in their order. When its socket is closed its workers run on; the zygote
-//! reaps them, and ends with the last. When it is killed, they run on too, and another one is
-//! started.
+//! The zygote answers requests in order. When its socket is closed, its workers run on; the zygote
+//! reaps them, and ends with the last. When it is killed, they run on too, and the starter starts
+//! another one.
 
 use std::fs;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
@@ -44,11 +44,11 @@ use crate::worker::{Process, Worker};
 
 /// The command-line argument that makes the program a zygote.
 pub const ZYGOTE: &str = "zygote";
-/// Its argument for a copy of the program in huge pages.
+/// The zygote's argument for a copy of the program in huge pages.
 const HUGE_TEXT: &str = "--huge-text";
-/// Requests that may wait for their answers: what a socket's buffer holds for sure.
+/// Limit of requests without an answer: a socket's buffer holds as many for sure.
 const MAX_WAITING: usize = 64;
-/// How long it may take to answer.
+/// Time limit of an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A process that the zygote has reaped.
@@ -61,7 +61,7 @@ pub(crate) struct Exit {
     pub(crate) code: Option<i32>,
 }
 
-/// What [`serve`] returns in.
+/// The process that [`serve`] returns in.
 #[derive(Debug)]
 pub enum Role {
     /// The zygote, at its end.
@@ -70,8 +70,8 @@ pub enum Role {
     Worker(OwnedFd),
 }
 
-/// Takes the mount of memory files from the process behind `socket`, which has none or hands it to all
-/// of its zygotes.
+/// Receives the mount of memory files from the process behind `socket`, which hands the same one,
+/// or none, to all of its zygotes.
 ///
 /// # Errors
 /// When the process has ended, or sends something else.
@@ -81,12 +81,12 @@ pub fn mount(socket: &OwnedFd) -> io::Result<Option<HugeTmpfs>> {
 }
 
 /// Forks workers for the process behind `socket` until that closes it. Returns in the zygote then,
-/// and once in each worker, which is still to be confined ([`enter`](crate::worker::enter)). With
-/// `huge_text` all of them run from one copy of the program in huge pages: 18 MiB, and a fifth of the time
-/// that a worker takes.
+/// and once in each worker, which is not confined yet ([`enter`](crate::worker::enter)). With
+/// `huge_text` all workers run from one copy of the program in huge pages: 18 MiB, and a fifth of
+/// the time of a worker's start.
 ///
 /// # Errors
-/// When this process has more than one thread; when the kernel refuses what it needs.
+/// When this process has more than one thread; when the kernel refuses a call.
 #[expect(clippy::needless_pass_by_value, reason = "a worker closes it")]
 pub fn serve(socket: OwnedFd, confinement: Confinement, huge_text: bool) -> io::Result<Role> {
     let threads = fs::read_dir("/proc/self/task")?.count();
@@ -104,12 +104,12 @@ pub fn serve(socket: OwnedFd, confinement: Confinement, huge_text: bool) -> io::
     seqpacket::send(&socket, &[1], &[exits.as_fd()])?;
     drop(exits);
     let ended = Ended::watch()?;
-    // Last: what is above is done once.
+    // Last: the calls above are made once.
     jail::confine_zygote(confinement).map_err(io::Error::other)?;
     heap::take_holes();
     let mut is_asked = true;
     while is_asked || ended.has_more() {
-        // A closed socket is always ready, and not looked at.
+        // A closed socket is always ready, and is not polled.
         let mut polled = [PollFd::new(&ended.fd, PollFlags::IN), PollFd::new(&socket, PollFlags::IN)];
         match poll(&mut polled[..1 + usize::from(is_asked)], None) {
             Ok(_) | Err(Errno::INTR) => {}
@@ -128,7 +128,7 @@ pub fn serve(socket: OwnedFd, confinement: Confinement, huge_text: bool) -> io::
                 is_asked = false;
                 continue;
             }
-            // A descriptor too many: the request is answered, so that the next has its answer.
+            // A descriptor too many: the request is answered, so that answers stay in step.
             Err(error) if error.kind() == io::ErrorKind::InvalidData => None,
             Err(error) => return Err(error),
         };
@@ -153,7 +153,7 @@ pub fn serve(socket: OwnedFd, confinement: Confinement, huge_text: bool) -> io::
     Ok(Role::Zygote)
 }
 
-/// A new process, or `None` in it.
+/// Forks. Returns `None` in the new process.
 fn fork() -> Result<Option<Pid>, Errno> {
     // SAFETY: `serve` has seen that the process has one thread, and starts none. So the copy has
     // all of it: no lock is held by a thread that is not there.
@@ -164,7 +164,7 @@ fn fork() -> Result<Option<Pid>, Errno> {
     }
 }
 
-/// Hears of workers that have ended.
+/// Reports ended workers.
 struct Ended {
     fd: OwnedFd,
 }
@@ -185,7 +185,7 @@ impl Ended {
         Ok(Self { fd: unsafe { OwnedFd::from_raw_fd(fd) } })
     }
 
-    /// In a worker: signals are as they were.
+    /// Restores the signals in a worker.
     fn forget(&self) -> io::Result<()> {
         let signals = child_signals();
         // SAFETY: `signals` is initialised; the old mask is not asked for.
@@ -195,19 +195,19 @@ impl Ended {
         }
     }
 
-    /// Whether there is a child that has not been reaped.
+    /// Returns whether there is a child that has not been reaped.
     fn has_more(&self) -> bool {
         waitid(WaitId::All, WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT).is_ok()
     }
 
-    /// Reaps all that have ended.
+    /// Reaps all ended children.
     fn reap(&self, mut to: &PipeWriter) {
-        // One signal may stand for many, and is taken before they are looked for.
+        // One signal may stand for many. So it is taken before the children are reaped.
         let mut record = [0; size_of::<libc::signalfd_siginfo>()];
         let _ = rustix::io::read(&self.fd, &mut record);
         while let Ok(Some((pid, status))) = waitpid(None, WaitOptions::NOHANG) {
             let status = status.as_raw() as u64;
-            // Whoever reads may have gone.
+            // The reader may have gone.
             let _ = to.write_all(&(pid.as_raw_nonzero().get() as u64 | status << 32).to_ne_bytes());
         }
     }
@@ -235,7 +235,7 @@ impl Exit {
     }
 }
 
-/// The process of a zygote, and its socket. It ends by itself when that is closed.
+/// The process of a zygote, and its socket. The process ends when that is closed.
 #[derive(Debug)]
 struct Started {
     socket: OwnedFd,
@@ -253,41 +253,41 @@ impl Drop for Started {
     }
 }
 
-/// Why workers were not made.
+/// Reason why workers were not made.
 #[derive(Debug)]
 enum ForkError {
-    /// Questions and answers are not in step any more: the zygote has ended, or does not answer.
+    /// Requests and answers are no longer in step: the zygote has ended, or does not answer.
     Broken(io::Error),
-    /// There is no room for them.
+    /// A lack of resources for them.
     Refused(io::Error),
 }
 
-/// The zygote, as its starter sees it. It is started again when it has ended.
+/// The zygote, on its starter's side. Started again when it has ended.
 #[derive(Debug)]
 pub(crate) struct Zygote {
     started: Mutex<Option<Started>>,
     exits: Sender<Exit>,
     confinement: Confinement,
     huge_text: bool,
-    /// Where workers of all its processes have their memory files, if it is in huge pages.
+    /// The mount for workers' memory files of all zygotes, if they use huge pages.
     mount: Option<HugeTmpfs>,
     restarts: AtomicU64,
 }
 
 impl Zygote {
-    /// How often another was started because it had ended.
+    /// Returns how often a zygote that had ended was replaced.
     pub(crate) fn restarts(&self) -> u64 {
         // Relaxed: a number to show.
         self.restarts.load(Ordering::Relaxed)
     }
 
-    /// Starts it. Its workers' ends are sent to `exits`.
+    /// Starts the zygote, which sends the ends of its workers to `exits`.
     ///
     /// # Errors
     /// When it cannot be started.
     pub(crate) fn start(exits: Sender<Exit>, confinement: Confinement, huge_text: bool) -> Result<Self, FleetError> {
         let (started, restarts) = (Mutex::new(None), AtomicU64::new(0));
-        // It has said why there is none.
+        // A failure is already logged.
         let mount = HugeTmpfs::mount_or_say().ok();
         let zygote = Self { started, exits, confinement, huge_text, mount, restarts };
         let started = zygote.process().map_err(|source| FleetError::Worker { source })?;
@@ -298,7 +298,7 @@ impl Zygote {
     fn process(&self) -> io::Result<Started> {
         let (socket, theirs) = seqpacket::pair()?;
         let mut command = Command::new(PathBuf::from("/proc/self/exe"));
-        // The path of the program says nothing in a list of processes.
+        // The program's path is of little use in a process list.
         command
             .arg0("clade")
             .arg(ZYGOTE)
@@ -312,7 +312,7 @@ impl Zygote {
         for which in [Timeout::Recv, Timeout::Send] {
             set_socket_timeout(&socket, which, Some(PATIENCE))?;
         }
-        // From here on it is killed if anything fails.
+        // From here on the process is killed if a step fails.
         let mut started = Started { socket, process: command.spawn()?, is_wanted: false };
         // Its end of the socket, so that its death is seen.
         drop(command);
@@ -350,7 +350,7 @@ impl Zygote {
                 Ok(()) => return Ok(all),
             }
         }
-        // What it may still answer belongs to requests that are forgotten.
+        // Its later answers belong to forgotten requests.
         if let Some(mut broken) = started.take() {
             broken.is_wanted = false;
         }
@@ -367,13 +367,13 @@ impl Zygote {
 impl Started {
     fn fork(&self, count: usize, to: &mut Vec<Worker>) -> Result<(), ForkError> {
         for at in (0..count).step_by(MAX_WAITING) {
-            // All that this process may not have room for, before anything is asked.
+            // Everything that this process may lack resources for, before the first request.
             let pairs = (at..count.min(at + MAX_WAITING)).map(|_| seqpacket::pair());
             let pairs: Vec<_> = pairs.collect::<io::Result<_>>().map_err(ForkError::Refused)?;
             for (_, theirs) in &pairs {
                 seqpacket::send(&self.socket, &[1], &[theirs.as_fd()]).map_err(ForkError::Broken)?;
             }
-            // Whatever is refused, each answer is taken: it belongs to its request.
+            // Every answer is taken, even after a refusal: each belongs to its request.
             let mut refused = None;
             for (socket, theirs) in pairs {
                 // Its end of the socket, so that its death is seen.
@@ -400,7 +400,8 @@ impl Started {
 
 impl Drop for Zygote {
     fn drop(&mut self) {
-        // It ends when its socket is closed and its last worker has ended: not waited for here.
+        // The zygote ends when its socket is closed and its last worker has ended. No wait for
+        // that.
         drop(self.started.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 }

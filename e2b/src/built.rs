@@ -1,4 +1,5 @@
-//! Templates that were built: found by name, and made checkpoints again after the supervisor was restarted.
+//! Built templates: looked up by name, and reopened as checkpoints after a restart of the
+//! supervisor.
 
 use clade_daemon::control::{CheckpointInfo, ClientError, OpenRequest, ProblemKind, SavedSource};
 use hyper::Method;
@@ -9,7 +10,7 @@ use crate::rules::checkpoint_name;
 use crate::templates::{Template, TemplateError};
 
 impl Gateway {
-    /// The template of a name or an id, if it was built.
+    /// Returns the built template of a name or an id.
     pub(crate) fn built(&self, name: &str) -> Option<Template> {
         match self.0.templates.as_ref()?.find(checkpoint_name(name)) {
             Ok(template) => Some(template),
@@ -21,23 +22,23 @@ impl Gateway {
         }
     }
 
-    /// All templates that were built.
+    /// Returns all built templates.
     pub(crate) fn all_built(&self) -> Answer<Vec<Template>> {
         let all = self.0.templates.as_ref().map_or(Ok(Vec::new()), crate::templates::TemplateStore::list);
         all.map_err(|error| ApiError::internal(error.to_string()))
     }
 
-    /// Makes the checkpoint of a template again, of its snapshot.
+    /// Makes the checkpoint of a template again, from its snapshot.
     pub(crate) async fn reopen(&self, template: &Template) -> Answer<()> {
         let Some(store) = &self.0.templates else { return Err(ApiError::no_template(&template.name)) };
-        // One at a time: the others find it.
+        // One at a time: the others then find it.
         let _turn = self.0.opening.lock().await;
         let saved = SavedSource { dir: store.snapshot(&template.id), load: Default::default(), overlays: None };
         let request = OpenRequest { saved, name: Some(template.id.clone()) };
         let opened = self.0.client.supervisor::<CheckpointInfo>(Method::POST, "/v1/checkpoints", Some(&request)).await;
         match opened {
             Ok(_) => Ok(()),
-            // Another was quicker.
+            // Another process was quicker.
             Err(ClientError::Refused { problem, .. })
                 if ProblemKind::of_urn(&problem.kind) == Some(ProblemKind::NameTaken) =>
             {

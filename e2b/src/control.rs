@@ -34,23 +34,23 @@ use crate::wire::{
 
 /// Most bytes of a call's body.
 const MAX_BODY: usize = 1 << 20;
-/// How long a body may take.
+/// Time limit of a body.
 const BODY_TIME: Duration = Duration::from_secs(10);
-/// Entries of a list if no other number is asked for, and most of them.
+/// Default and largest number of a list's entries.
 const PAGE: usize = 100;
 const MAX_PAGE: usize = 1000;
-/// Sandboxes whose load is asked for in one call, at most.
+/// Most sandboxes of one call for their load.
 const MAX_METRICS: usize = 100;
 const NEXT_TOKEN: &str = "x-next-token";
 
-/// Who owns what a call makes: the owner of the key that it was made with.
+/// The owner of the resources that a call makes: the owner of its key.
 #[derive(Clone, Debug)]
 struct Owner(String);
 
 type Gate = State<Gateway>;
 type Who = Extension<Owner>;
 
-/// The sandbox that a call names, if it is its owner who calls.
+/// The sandbox named in a call by its owner.
 struct Own(Arc<Entry<Record>>);
 
 impl FromRequestParts<Gateway> for Own {
@@ -64,7 +64,7 @@ impl FromRequestParts<Gateway> for Own {
     }
 }
 
-/// All calls. What is no call is a 404 of the same form.
+/// Routes all calls. Unknown paths are a 404 of the same form.
 pub(crate) fn router(gateway: &Gateway) -> Router {
     Router::new()
         .route("/sandboxes", get(list_running).post(create))
@@ -100,13 +100,13 @@ pub(crate) fn router(gateway: &Gateway) -> Router {
         .with_state(gateway.clone())
 }
 
-/// Lets calls through that show a key which may make them.
+/// Lets calls through whose key may make them.
 async fn authorize(State(gateway): Gate, mut request: Request, next: Next) -> Response {
-    // Who watches the host asks this without a key.
+    // Monitors of the host request this without a key.
     if request.uri().path() == "/health" {
         return next.run(request).await;
     }
-    // By anybody's page in a browser of this host.
+    // A request from any page in a browser of this host.
     if request.headers().contains_key("origin") {
         return ApiError::new(StatusCode::FORBIDDEN, "calls of a browser's pages are not taken").into_response();
     }
@@ -146,14 +146,14 @@ async fn body_bytes(request: Request) -> Answer<Bytes> {
     read.map_err(|rejection| ApiError::new(rejection.status(), rejection.body_text()))
 }
 
-/// What a body of JSON says. The older calls have none where everything may be left out.
+/// Parses a body of JSON. Older calls may have none, with all fields at their defaults.
 fn parsed<T: DeserializeOwned>(bytes: &[u8]) -> Answer<T> {
     let text: &[u8] = if bytes.is_empty() { b"{}" } else { bytes };
     serde_json::from_slice(text).map_err(|error| ApiError::bad(format!("the body: {error}")))
 }
 
-/// Makes a change to its end, also when the client that asked for it goes meanwhile: what is half done
-/// contradicts its record, or has none.
+/// Runs a change to its end, even if its client goes meanwhile: a partial change contradicts its
+/// record, or has none.
 pub(crate) async fn to_the_end<T: Send + 'static>(
     change: impl Future<Output = Answer<T>> + Send + 'static,
 ) -> Answer<T> {
@@ -192,13 +192,13 @@ fn listed(record: Record) -> Listed {
     }
 }
 
-/// The pairs of a query string within a query, which has been decoded once.
+/// Parses the pairs of a query string within a query, which has been decoded once.
 fn pairs(query: &str) -> Answer<Texts> {
     let url = format!("http://x/?{query}").parse().map_err(|_| ApiError::bad(format!("metadata={query:?}")))?;
     Query::<Texts>::try_from_uri(&url).map(|pairs| pairs.0).map_err(ApiError::from)
 }
 
-/// What each side writes once more.
+/// Decodes the second encoding of each side.
 fn unquoted(texts: Texts) -> Answer<Texts> {
     let mut plain = Texts::new();
     for (key, value) in texts {
@@ -223,8 +223,8 @@ impl ListQuery {
         self.metadata.as_deref().filter(|text| !text.is_empty()).map_or(Ok(Texts::new()), |text| unquoted(pairs(text)?))
     }
 
-    /// One page of what is sorted by `key`. It begins behind the key that the last page ended with,
-    /// also when what had it is gone.
+    /// Returns one page of a list sorted by `key`. The page begins behind the key that the last
+    /// page ended with, even if its entry has gone.
     fn page<T>(&self, all: Vec<T>, order: Order, key: impl Fn(&T) -> Key) -> Answer<(HeaderMap, Vec<T>)> {
         let limit = match self.limit.unwrap_or(PAGE) {
             limit @ 1..=MAX_PAGE => limit,
@@ -255,7 +255,7 @@ impl ListQuery {
     }
 }
 
-/// What lists are sorted by: a time in nanoseconds, and a name.
+/// The sort key of lists: a time in nanoseconds, and a name.
 type Key = (i128, String);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -268,7 +268,7 @@ type Asked = Result<Query<ListQuery>, QueryRejection>;
 
 fn filtered(gateway: &Gateway, owner: &Owner, query: &ListQuery) -> Answer<(Vec<Listed>, Order)> {
     let (states, metadata) = (query.states()?, query.metadata()?);
-    // Sandboxes know it by its name.
+    // Sandboxes record it by its name.
     let name = |template: &str| gateway.source(&owner.0, template).map(|source| source.template);
     let template = query.template.as_deref().map(name).transpose()?;
     let is_wanted = |record: &Record| {
@@ -311,7 +311,7 @@ async fn show(State(gateway): Gate, Extension(scope): Extension<Scope>, Own(entr
     let record = entry.get();
     let on_timeout = if record.auto_pause { OnTimeout::Pause } else { OnTimeout::Kill };
     let lifecycle = Lifecycle { auto_resume: record.auto_resume, on_timeout };
-    // The token makes its holder root in the guest, which changes it.
+    // The token makes its holder root in the guest, and so able to change it.
     let envd_access_token = (scope == Scope::All).then(|| gateway.token(&record.id));
     let domain = gateway.0.domain.clone();
     let AskedNetwork { is_allowed: allow_internet_access, allow_out, deny_out } = record.network.clone();
@@ -437,7 +437,7 @@ async fn metric(gateway: &Gateway, record: &Record) -> Answer<Metric> {
     })
 }
 
-/// The load now. Nothing is kept of what was before.
+/// Returns the current load. No history is kept.
 async fn metrics(State(gateway): Gate, Own(entry): Own) -> Answer<Json<Vec<Metric>>> {
     let record = entry.get();
     if record.paused {
@@ -475,11 +475,11 @@ async fn metrics_of_many(
     Ok(Json(json!({ "sandboxes": all })))
 }
 
-/// The end of what the guest wrote on its console. It has no times: each line has that of the call.
+/// Returns the end of the guest's console output. It has no times: each line has that of the call.
 async fn logs(State(gateway): Gate, Own(entry): Own) -> Answer<Json<Value>> {
     let answer: LogsAnswer = gateway.vm(Method::GET, &entry.get().id, "/logs", None::<&()>).await?;
     let now = Timestamp::now();
-    // The older call knows lines, the newer one messages.
+    // The older call returns lines, the newer one messages.
     let entry = |line: &str| json!({"timestamp": now, "message": line, "line": line, "level": "info", "fields": {}});
     let entries: Vec<Value> = answer.console.lines().map(entry).collect();
     Ok(Json(json!({ "logs": entries, "logEntries": entries })))

@@ -9,7 +9,7 @@ use clade_agent_client::ClientError as AgentError;
 use clade_daemon::control::{ClientError, ProblemKind};
 use serde::Serialize;
 
-/// What is answered instead of a result.
+/// The error answer of a call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ApiError {
     pub(crate) status: StatusCode,
@@ -21,7 +21,7 @@ pub(crate) struct ApiError {
 pub(crate) struct ErrorBody {
     /// The HTTP status.
     pub(crate) code: u16,
-    /// This case, in words.
+    /// A description of this error.
     pub(crate) message: String,
 }
 
@@ -66,7 +66,8 @@ impl IntoResponse for ApiError {
 }
 
 impl From<ClientError> for ApiError {
-    /// What the supervisor or a VM's process refuses is refused with its status. What ends while it is asked was busy.
+    /// A refusal by the supervisor or a VM's process keeps its status. An end during the request
+    /// counts as busy.
     fn from(error: ClientError) -> Self {
         let status = match &error {
             ClientError::NoSuchVm { .. } | ClientError::Dead { .. } => StatusCode::NOT_FOUND,
@@ -104,5 +105,5 @@ impl From<QueryRejection> for ApiError {
     }
 }
 
-/// What a handler answers.
+/// The result of a handler.
 pub(crate) type Answer<T> = Result<T, ApiError>;

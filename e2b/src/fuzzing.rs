@@ -1,4 +1,4 @@
-//! What fuzz targets reach: a connection of a client's, and what comes to a guest of it.
+//! Entry points of fuzz targets: a client's connection, and its effect on a guest.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,8 +10,8 @@ use crate::gateway::{Gateway, Options};
 use crate::listen::{self, router};
 use crate::seats::Seats;
 
-/// A gateway that keeps its files in `dir`, with the domain `box.test` and one sandbox: `ibox`, whose
-/// VM's vsock socket is `socket`. No supervisor is behind it.
+/// Opens a gateway that keeps its files in `dir`, with the domain `box.test` and one sandbox:
+/// `ibox`, whose VM's vsock socket is `socket`. It has no supervisor.
 ///
 /// # Panics
 /// When its files cannot be written.

@@ -1,4 +1,4 @@
-//! What all calls need: the supervisor, the records, and the agents in sandboxes.
+//! The common state of all calls: the supervisor, the records, and the agents in sandboxes.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -25,32 +25,34 @@ use crate::secret::TokenKey;
 use crate::templates::TemplateStore;
 use crate::wire::{CLIENT_ID, ENVD_VERSION, Sandbox};
 
-/// How long an agent may take to take a connection and then to answer. Guests' kernels may be interpreted.
+/// Time limit of an agent for a connection, and then for an answer. Guests' kernels may be
+/// interpreted.
 const CONNECTING: Duration = Duration::from_secs(30);
 const ANSWERING: Duration = Duration::from_secs(60);
-/// The same for what clients ask of agents and programs.
+/// The same for requests of clients to agents and programs.
 const PROGRAM_ANSWERING: Duration = Duration::from_secs(600);
 
-/// What a gateway is opened with.
+/// Options of a gateway.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The supervisor's runtime directory.
     pub dir: PathBuf,
     /// The file of API keys.
     pub keys: PathBuf,
-    /// The domain below which `PORT-ID` are sandboxes' ports. Without one they are named by headers alone.
+    /// The domain whose subdomains `PORT-ID` are sandboxes' ports. Without one, only headers name
+    /// ports.
     pub domain: Option<String>,
-    /// The templates that were built. Without them there are those alone that are checkpoints.
+    /// The store of built templates. Without it checkpoints are the only templates.
     pub templates: Option<TemplateStore>,
-    /// What the sandboxes and snapshots of each owner may take.
+    /// Quotas of each owner's sandboxes and snapshots.
     pub quotas: Quotas,
 }
 
-/// Why there is no gateway.
+/// Reason why a gateway cannot be opened.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum OpenError {
-    /// What it keeps cannot be read or made.
+    /// Its files cannot be read or made.
     #[error("{} cannot be used", path.display())]
     State {
         /// The directory.
@@ -59,7 +61,7 @@ pub enum OpenError {
         #[source]
         source: io::Error,
     },
-    /// The domain is none.
+    /// The domain is invalid.
     #[error("invalid domain {domain:?}: letters, digits, '-' and '.' are allowed")]
     Domain {
         /// The domain given.
@@ -73,19 +75,20 @@ pub(crate) struct Inner {
     pub(crate) keys: ApiKeys,
     pub(crate) rates: Rates,
     pub(crate) places: Arc<Places>,
-    /// How long a guest may take to begin an answer, from the last part of the request's body on.
+    /// Time limit for the beginning of a guest's answer, from the last part of the request's body
+    /// on.
     pub(crate) answering: Duration,
-    /// Calls that are under way.
+    /// Calls in progress.
     pub(crate) calls: Arc<Places>,
     pub(crate) replays: Replays,
     pub(crate) sandboxes: Table<Record>,
     pub(crate) snapshots: Table<Snapshot>,
     pub(crate) ledger: Arc<Ledger>,
-    /// Names of snapshots that are being taken, each with its owner.
+    /// Names of snapshots being taken, each with its owner.
     pub(crate) naming: Mutex<BTreeSet<(String, String)>>,
     pub(crate) domain: Option<String>,
     pub(crate) templates: Option<TemplateStore>,
-    /// Held while a template's checkpoint is made of its snapshot.
+    /// Held while a template's checkpoint is made from its snapshot.
     pub(crate) opening: AsyncMutex<()>,
     token_key: TokenKey,
 }
@@ -95,10 +98,11 @@ pub(crate) struct Inner {
 pub struct Gateway(pub(crate) Arc<Inner>);
 
 impl Gateway {
-    /// A gateway over the VMs of a runtime directory. It finds the sandboxes that were made before.
+    /// Opens a gateway over the VMs of a runtime directory, with the sandboxes that were made
+    /// before.
     ///
     /// # Errors
-    /// When what it keeps cannot be read or made.
+    /// When its files cannot be read or made.
     pub fn open(options: &Options) -> Result<Self, OpenError> {
         let is_fine = |b: u8| b.is_ascii_alphanumeric() || b"-.".contains(&b);
         if let Some(domain) = &options.domain
@@ -137,7 +141,7 @@ impl Gateway {
     /// Takes a part of an owner's quotas.
     ///
     /// # Errors
-    /// 429 when there is not as much left.
+    /// 429 when too little is left.
     pub(crate) fn take(&self, owner: &str, more: Usage) -> Answer<Held> {
         self.0.ledger.take(owner, more, || {
             let mut usage = Usage::default();
@@ -159,7 +163,7 @@ impl Gateway {
         self.0.token_key.token(id)
     }
 
-    /// The token of the ports of a sandbox that is not public.
+    /// Returns the token for the ports of a sandbox that is not public.
     pub(crate) fn traffic_token(&self, record: &Record) -> Option<String> {
         record.is_private.then(|| self.0.token_key.traffic_token(&record.id))
     }
@@ -168,12 +172,12 @@ impl Gateway {
         is_same(&self.0.token_key.traffic_token(id), given)
     }
 
-    /// Whether this is the token of a sandbox's agent.
+    /// Returns whether this is the token of a sandbox's agent.
     pub(crate) fn is_token(&self, id: &str, given: &[u8]) -> bool {
         is_same(&self.token(id), given)
     }
 
-    /// How a sandbox is shown to who made it.
+    /// Describes a sandbox to its maker.
     pub(crate) fn shown(&self, record: &Record) -> Sandbox {
         Sandbox {
             template: record.template.clone(),
@@ -186,7 +190,7 @@ impl Gateway {
         }
     }
 
-    /// The sandbox of that name, if it is its owner who asks. Of others' there is no word.
+    /// Returns the sandbox of that name, if it is this owner's. Others' look missing.
     pub(crate) fn owned(&self, owner: &str, id: &str) -> Answer<Arc<Entry<Record>>> {
         let entry = self.0.sandboxes.get(id).filter(|entry| entry.get().owner == owner);
         entry.ok_or_else(|| ApiError::no_sandbox(id))
@@ -197,7 +201,7 @@ impl Gateway {
         Agent::new(endpoint).with_patience(CONNECTING, ANSWERING).with_token(Some(token.to_owned()))
     }
 
-    /// The agent in a sandbox.
+    /// Returns the agent in a sandbox.
     pub(crate) fn agent_of(&self, record: &Record) -> Agent {
         Self::agent(record, &self.token(&record.id))
     }
@@ -212,7 +216,7 @@ impl Gateway {
         self.0.client.of_vm(method, id, action, body).await
     }
 
-    /// Has the VM's process end it at the time that is set, also when nobody supervises it.
+    /// Has the VM's process end it at the time set, even without a supervisor.
     pub(crate) async fn end_in(&self, id: &str, seconds: i64) -> Answer<()> {
         let request = TtlRequest { seconds: seconds as f64 };
         let _: TtlInfo = self.vm(Method::PUT, id, "/ttl", Some(&request)).await?;
@@ -234,7 +238,7 @@ impl Gateway {
     }
 }
 
-/// Takes as long for each text of the same length.
+/// Compares in a time that depends only on the length.
 fn is_same(own: &str, given: &[u8]) -> bool {
     let (own, length) = (own.as_bytes(), own.len());
     length > 0 && given.len() == length && own.iter().zip(given).fold(0, |odd, (a, b)| odd | (a ^ b)) == 0

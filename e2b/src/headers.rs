@@ -1,4 +1,4 @@
-//! Which headers pass between a client and a sandbox's port.
+//! Headers that pass between a client and a sandbox's port.
 
 use axum::http::header::{
     CONNECTION, CONTENT_LENGTH, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
@@ -17,10 +17,10 @@ pub(crate) const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 pub(crate) const TRAFFIC_TOKEN: HeaderName = HeaderName::from_static("e2b-traffic-access-token");
 /// Opens a sandbox's agent, and nothing else.
 pub(crate) const AGENT_TOKEN: HeaderName = HeaderName::from_static(TOKEN_HEADER);
-/// Tells the agent that a request is not the host's own. The agent has the same constant.
+/// Marks a request to the agent as not the host's own. The agent has the same constant.
 pub(crate) const PASSED_ON: HeaderName = HeaderName::from_static("x-clade-passed-on");
 const WEBSOCKET: HeaderValue = HeaderValue::from_static("websocket");
-/// What concerns a connection, or this host alone.
+/// Headers for one connection, or for this host alone.
 const NOT_PASSED_ON: [HeaderName; 13] = [
     CONNECTION,
     HeaderName::from_static("keep-alive"),
@@ -37,7 +37,7 @@ const NOT_PASSED_ON: [HeaderName; 13] = [
     TRAFFIC_TOKEN,
 ];
 
-/// Drops the headers that are not passed on, and those that `Connection` names.
+/// Drops the headers that are not forwarded, and those that `Connection` names.
 pub(crate) fn strip(headers: &mut HeaderMap) {
     let named: Vec<HeaderName> = headers
         .get_all(CONNECTION)
@@ -46,7 +46,7 @@ pub(crate) fn strip(headers: &mut HeaderMap) {
         .flat_map(|value| value.split(','))
         .filter_map(|name| name.trim().parse().ok())
         .collect();
-    // A length beside it says nothing.
+    // A length beside it has no meaning.
     if headers.contains_key(TRANSFER_ENCODING) {
         headers.remove(CONTENT_LENGTH);
     }
@@ -55,13 +55,13 @@ pub(crate) fn strip(headers: &mut HeaderMap) {
     }
 }
 
-/// The same for a program in the guest, which must not learn what opens the agent.
+/// The same for a program in the guest, which must not learn the agent's token.
 pub(crate) fn strip_for_program(headers: &mut HeaderMap) {
     strip(headers);
     headers.remove(AGENT_TOKEN);
 }
 
-/// Whether one of the items that a header lists is `item`.
+/// Returns whether a header's list has `item`.
 fn lists(headers: &HeaderMap, name: &HeaderName, item: &str) -> bool {
     let values = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
     values.flat_map(|value| value.split(',')).any(|one| one.trim().eq_ignore_ascii_case(item))
@@ -80,8 +80,8 @@ pub(crate) fn check_framing(headers: &HeaderMap) -> Answer<()> {
     Ok(())
 }
 
-/// Whether a request asks for a WebSocket. Another protocol that it offers is not taken: the
-/// request is answered in the one that it came in.
+/// Returns whether a request asks for a WebSocket. Offers of other protocols are ignored: the
+/// request is answered in its own.
 pub(crate) fn asks_for_websocket(head: &Parts) -> Answer<bool> {
     let headers = &head.headers;
     if !lists(headers, &CONNECTION, "upgrade") || !lists(headers, &UPGRADE, "websocket") {
@@ -107,12 +107,12 @@ pub(crate) fn asks_for_websocket(head: &Parts) -> Answer<bool> {
     Ok(true)
 }
 
-/// Whether an answer takes the offer.
+/// Returns whether an answer accepts the offer.
 pub(crate) fn takes_websocket(headers: &HeaderMap) -> bool {
     lists(headers, &UPGRADE, "websocket") && headers.get_all(SEC_WEBSOCKET_ACCEPT).iter().count() == 1
 }
 
-/// Says what [`strip`] has dropped, of a WebSocket.
+/// Adds the headers of a WebSocket that [`strip`] has dropped.
 pub(crate) fn offer_websocket(headers: &mut HeaderMap) {
     headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
     headers.insert(UPGRADE, WEBSOCKET);
@@ -185,7 +185,7 @@ mod tests {
         };
         let good = [("connection", "keep-alive, Upgrade"), ("upgrade", "WebSocket"), ("sec-websocket-key", "x")];
         assert_eq!(ask("GET", Version::HTTP_11, &good), Ok(true));
-        // Not asked for: without its half in Connection, or another protocol.
+        // Not a request for one: without its half in Connection, or for another protocol.
         assert_eq!(ask("GET", Version::HTTP_11, &good[1..]), Ok(false));
         assert_eq!(ask("GET", Version::HTTP_11, &[good[0], good[2]]), Ok(false));
         assert_eq!(ask("POST", Version::HTTP_11, &[good[0], ("upgrade", "h2c")]), Ok(false));

@@ -1,4 +1,4 @@
-//! Calls that are made twice with one `Idempotency-Key`: a sandbox is made once.
+//! Repeated calls with one `Idempotency-Key`: a sandbox is made once.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
@@ -13,9 +13,9 @@ use tokio::sync::Mutex as AsyncMutex;
 use crate::error::{Answer, ApiError};
 use crate::wire::Sandbox;
 
-/// How long an answer is kept.
+/// Lifetime of a kept answer.
 const KEPT: Duration = Duration::from_secs(600);
-/// Most answers of one owner that are kept. The owner's oldest go first.
+/// Most answers kept for one owner. The owner's oldest go first.
 const MAX_KEPT: usize = 1024;
 /// Most bytes of a key.
 const MAX_KEY: usize = 255;
@@ -31,7 +31,7 @@ struct Kept {
     answer: Slot,
 }
 
-/// The answers of calls that may come again, by owner.
+/// The answers of calls that may be repeated, by owner.
 #[derive(Debug, Default)]
 pub(crate) struct Replays(Mutex<BTreeMap<String, VecDeque<Kept>>>);
 
@@ -47,7 +47,7 @@ impl Replays {
         });
         let all = owners.entry(owner.to_owned()).or_default();
         if let Some(kept) = all.iter_mut().find(|kept| kept.key == key) {
-            // What has failed may be asked for in another way.
+            // A failed call may be repeated with another body.
             let has_failed = kept.answer.try_lock().is_ok_and(|answer| answer.is_none());
             if kept.body != body && !has_failed {
                 let why = format!("Idempotency-Key {key:?} was used for another request");
@@ -64,8 +64,8 @@ impl Replays {
         Ok(answer)
     }
 
-    /// Runs `work`, or answers what it answered for this key and this body. A call that comes meanwhile
-    /// waits. What failed is run again.
+    /// Runs `work`, or returns its earlier answer for this key and this body. A call that comes
+    /// meanwhile waits. Failed work is run again.
     pub(crate) async fn once(
         &self,
         owner: &str,
@@ -139,7 +139,7 @@ mod tests {
         assert_eq!(make("one", "k", "a", 1).await, Ok("1".to_owned()));
         assert_eq!(make("one", "k", "b", 2).await, Err(422));
         assert_eq!(make("one", "k", "a", 3).await, Ok("1".to_owned()));
-        // Another body waits for no call that is under way.
+        // A call with another body does not wait for one in progress.
         let under_way = replays.once("one", Some("w"), b"a", async {
             assert_eq!(make("one", "w", "b", 4).await, Err(422));
             Err(ApiError::internal("no"))

@@ -1,4 +1,4 @@
-//! API keys. Their file has hashes, so whoever reads it has none.
+//! API keys. Their file has only hashes, so its readers learn no key.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,12 +17,12 @@ use thiserror::Error;
 
 use crate::secret::{hex, random_hex};
 
-/// What E2B's keys begin with. Its older SDKs look at it.
+/// The prefix of E2B's keys. Its older SDKs check it.
 const PREFIX: &str = "e2b_";
 /// Most bytes of a key's name.
 const MAX_NAME: usize = 48;
 
-/// Why keys cannot be had or changed.
+/// Reason why keys cannot be read or changed.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum KeysError {
@@ -43,22 +43,22 @@ pub enum KeysError {
         /// Its mode.
         mode: u32,
     },
-    /// It is no file of keys.
+    /// The file is malformed.
     #[error("{} is not a file of keys", path.display())]
     Form {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The parser's error.
         #[source]
         source: serde_json::Error,
     },
-    /// A name that no key can have.
+    /// The name is invalid.
     #[error("invalid key name {name:?}: 1 to {MAX_NAME} letters, digits, '-', '_' and '.'")]
     Name {
         /// The name given.
         name: String,
     },
-    /// A key of that name is there.
+    /// The name is taken.
     #[error("there is a key {name:?} already")]
     Taken {
         /// The name given.
@@ -72,7 +72,7 @@ pub enum KeysError {
     },
 }
 
-/// What a key may do.
+/// The rights of a key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Scope {
@@ -104,15 +104,15 @@ impl FromStr for Scope {
     }
 }
 
-/// A key, without what only its owner has.
+/// A key, without its secret.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyInfo {
     /// Its name.
     pub name: String,
-    /// The owner of what is made with it; the key's name if not given.
+    /// The owner of its sandboxes; the key's name if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     owner: Option<String>,
-    /// What it may do.
+    /// Its rights.
     #[serde(default)]
     pub scope: Scope,
     /// The SHA-256 of the key, as hexadecimal digits.
@@ -120,7 +120,7 @@ pub struct KeyInfo {
 }
 
 impl KeyInfo {
-    /// Who owns what is made with it, and may see it. Several keys may have one owner.
+    /// Returns the owner of its sandboxes, who may see them. Several keys may have one owner.
     #[must_use]
     pub fn owner(&self) -> &str {
         self.owner.as_deref().unwrap_or(&self.name)
@@ -134,13 +134,13 @@ struct KeysFile {
 
 #[derive(Debug, Default)]
 struct Loaded {
-    /// When the file was changed last, its length and its inode.
+    /// The file's last change, its length and its inode.
     version: Option<(SystemTime, u64, u64)>,
-    /// By their hashes.
+    /// The keys by their hashes.
     keys: BTreeMap<String, KeyInfo>,
 }
 
-/// The keys of a file. It is read again when it has changed, so a key is taken back at once.
+/// The keys of a file. A changed file is read again, so a key can be revoked at once.
 #[derive(Debug)]
 pub struct ApiKeys {
     path: PathBuf,
@@ -160,7 +160,7 @@ fn hash(key: &str) -> String {
 }
 
 impl ApiKeys {
-    /// The keys of the file. A file that is not there has none.
+    /// Opens the keys of a file. A missing file has no keys.
     #[must_use]
     pub fn new(path: &Path) -> Self {
         Self { path: path.to_owned(), loaded: Mutex::default() }
@@ -175,7 +175,7 @@ impl ApiKeys {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(KeysFile::default()),
             other => other.map_err(|source| self.failed(source))?,
         };
-        // The mode is that of the bytes: the file may be replaced meanwhile.
+        // The mode and the bytes are of one file: it may be replaced meanwhile.
         let mode = file.metadata().map_err(|source| self.failed(source))?.mode() & 0o7777;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).map_err(|source| self.failed(source))?;
@@ -189,7 +189,7 @@ impl ApiKeys {
         self.path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."))
     }
 
-    /// Changes the file. A change that another process makes at the same time waits, so none is lost.
+    /// Changes the file. A concurrent change by another process waits, so that neither is lost.
     fn change<T>(&self, change: impl FnOnce(&mut KeysFile) -> Result<T, KeysError>) -> Result<T, KeysError> {
         let opened = std::fs::create_dir_all(self.dir()).and_then(|()| File::open(self.dir()));
         let dir = opened.map_err(|source| self.failed(source))?;
@@ -211,7 +211,7 @@ impl ApiKeys {
         written.map_err(|source| self.failed(source))
     }
 
-    /// Makes a key and returns it. It is shown this once. Without an `owner` its name is the owner.
+    /// Makes a key and returns it, this once. Without an `owner` its name is the owner.
     ///
     /// # Errors
     /// When the key's name is taken, a name is malformed, or the file cannot be written.
@@ -229,10 +229,10 @@ impl ApiKeys {
         })
     }
 
-    /// Takes a key back.
+    /// Revokes a key.
     ///
     /// # Errors
-    /// When there is none of that name, or the file cannot be written.
+    /// When no key has the name, or the file cannot be written.
     pub fn remove(&self, name: &str) -> Result<(), KeysError> {
         self.change(|file| {
             let count = file.keys.len();
@@ -244,7 +244,7 @@ impl ApiKeys {
         })
     }
 
-    /// All keys.
+    /// Returns all keys.
     ///
     /// # Errors
     /// When the file cannot be read.
@@ -252,14 +252,14 @@ impl ApiKeys {
         Ok(self.read()?.keys)
     }
 
-    /// The key that a client shows. What it shows is hashed first, so the time of the search says
-    /// nothing of the keys that are there.
+    /// Returns the key that a client shows. The shown text is hashed first, so the time of the
+    /// search reveals nothing of the existing keys.
     pub(crate) fn find(&self, shown: &str) -> Result<Option<KeyInfo>, KeysError> {
         let found = std::fs::metadata(&self.path).ok();
         let version = found.and_then(|found| Some((found.modified().ok()?, found.len(), found.ino())));
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         if version.is_none() || loaded.version != version {
-            // With an error there are none.
+            // On an error no key is valid.
             *loaded = Loaded::default();
             let keys = self.read()?.keys.into_iter().map(|key| (key.sha256.clone(), key)).collect();
             *loaded = Loaded { version, keys };

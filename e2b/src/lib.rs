@@ -1,12 +1,13 @@
 //! E2B's API over the VMs of a supervisor, so that its SDKs work unchanged.
 //!
-//! A *template* is a checkpoint, made by hand or built; a built one is a snapshot on the disk, too. A
-//! *sandbox* is a VM that was forked from one, and a *snapshot* is a checkpoint of a sandbox. What E2B has no word for is asked of the supervisor, which this is a
-//! client of. It keeps one file for each sandbox beside the VMs' sockets: what its owner wrote on
-//! it, and when it ends.
+//! A *template* is a checkpoint, made by hand or built; a built one is a snapshot on the disk, too.
+//! A *sandbox* is a VM that was forked from one, and a *snapshot* is a checkpoint of a sandbox.
+//! This crate is a client of the supervisor, which holds the state beyond E2B's terms. It keeps one
+//! file for each sandbox beside the VMs' sockets, with its owner's metadata and its end.
 //!
 //! One address takes both: calls of the API, and requests for a sandbox's port. The latter name the
-//! sandbox in `E2b-Sandbox-Id` or in `Host`, and go to the agent in the guest or to a TCP port there.
+//! sandbox in `E2b-Sandbox-Id` or in `Host`, and go to the agent in the guest or to a TCP port
+//! there.
 #![deny(missing_docs)]
 
 mod built;

@@ -1,5 +1,4 @@
-//! What happens by itself: sandboxes pause when their time is over, and those that are gone are
-//! forgotten.
+//! Background tasks: pause sandboxes when their time is over, and forget those that have gone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,17 +11,17 @@ use jiff::Timestamp;
 use crate::gateway::Gateway;
 use crate::records::Record;
 
-/// How often the gateway looks for sandboxes whose time is over, and for those that are gone.
+/// Interval of the checks for sandboxes whose time is over, and for those that have gone.
 const TICK: Duration = Duration::from_millis(250);
 const SWEEP: Duration = Duration::from_secs(5);
-/// Sandboxes of one owner that are paused at a time because their time is over.
+/// Sandboxes of one owner paused at a time because their time is over.
 const MAX_PAUSING: usize = 8;
 
 /// The sandboxes that are being paused, by owner.
 #[derive(Debug, Default)]
 struct Pausing(Mutex<BTreeMap<String, BTreeSet<String>>>);
 
-/// One of them, until this is dropped.
+/// One such sandbox, until this is dropped.
 #[derive(Debug)]
 struct OnePausing {
     of: Arc<Pausing>,
@@ -31,7 +30,8 @@ struct OnePausing {
 }
 
 impl Pausing {
-    /// Takes a place for a sandbox. None if the sandbox is being paused, or its owner has no place left.
+    /// Takes a place for a sandbox. None if the sandbox is already being paused, or its owner has
+    /// no place left.
     fn begin(self: &Arc<Self>, record: &Record) -> Option<OnePausing> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let ids = all.entry(record.owner.clone()).or_default();
@@ -55,9 +55,9 @@ impl Drop for OnePausing {
 }
 
 impl Gateway {
-    /// Forgets sandboxes whose VMs are gone, and snapshots whose checkpoints are.
+    /// Forgets sandboxes and snapshots whose VMs or checkpoints have gone.
     async fn sweep(&self) -> Result<(), ClientError> {
-        // Before it is asked what is there: one that is made meanwhile is not forgotten.
+        // Before the VMs are listed: a sandbox that is made meanwhile stays.
         let (sandboxes, snapshots) = (self.0.sandboxes.list(), self.0.snapshots.list());
         if !sandboxes.is_empty() {
             let there = self.0.client.all_names().await?;
@@ -75,7 +75,7 @@ impl Gateway {
         Ok(())
     }
 
-    /// Forgets what is gone, for ever.
+    /// Sweeps for ever.
     pub(crate) async fn keep_swept(&self) {
         loop {
             if let Err(error) = self.sweep().await {
@@ -85,7 +85,7 @@ impl Gateway {
         }
     }
 
-    /// Pauses sandboxes whose time is over, for ever. Each pauses in a task of its own: one that takes long
+    /// Pauses sandboxes whose time is over, for ever. Each pauses in a task of its own: a slow one
     /// delays no other owner's.
     pub(crate) async fn keep_time(&self) {
         let pausing = Arc::new(Pausing::default());
@@ -96,7 +96,7 @@ impl Gateway {
                 let Some(one) = pausing.begin(&entry.get()) else { continue };
                 let gateway = self.clone();
                 tokio::spawn(async move {
-                    // The sandbox may have been given more time meanwhile.
+                    // The sandbox may have got more time meanwhile.
                     if let Err(error) = gateway.pause(&entry, |record| record.is_to_pause(now)).await {
                         tracing::debug!(%error.message, id = one.id, "a sandbox is not paused");
                     }

@@ -1,4 +1,4 @@
-//! The address that the API is at.
+//! The listener of the API.
 
 use std::future::Future;
 use std::io;
@@ -26,9 +26,10 @@ use crate::proxy::forward;
 use crate::seats::{Seat, Seats};
 use crate::tunnel::Afterwards;
 
-/// Most connections. For one more, another that is idle is cut; where none is, it waits in the kernel's backlog.
+/// Most connections. A further one takes the seat of an idle one; if all are busy, it waits in the
+/// kernel's backlog.
 const MAX_CONNECTIONS: usize = 2048;
-/// How long a connection may be idle, and a request's head may take: longer than SDKs keep one.
+/// Time limit of an idle connection, and of a request's head: longer than SDKs keep one.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(330);
 /// The largest head of a request, in bytes, and the most headers.
 const MAX_HEAD: usize = 64 << 10;
@@ -36,7 +37,7 @@ const MAX_HEADERS: usize = 64;
 /// The delay after a connection could not be accepted. Retrying sooner frees no descriptors.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(200);
 
-/// Why the API is not served.
+/// Reason why the API is not served.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ListenError {
@@ -46,7 +47,7 @@ pub enum ListenError {
         /// The address.
         address: SocketAddr,
     },
-    /// The address cannot be had.
+    /// The address cannot be bound.
     #[error("{address} cannot be listened on")]
     Bind {
         /// The address.
@@ -57,7 +58,7 @@ pub enum ListenError {
     },
 }
 
-/// Takes requests for sandboxes' ports out of the calls of the API.
+/// Separates requests for sandboxes' ports from calls of the API.
 async fn dispatch(State(gateway): State<Gateway>, request: Request, next: Next) -> Response {
     match Target::of(request.headers(), gateway.0.domain.as_deref()) {
         Ok(Some(target)) => forward(&gateway, &target, request).await,
@@ -66,12 +67,12 @@ async fn dispatch(State(gateway): State<Gateway>, request: Request, next: Next) 
     }
 }
 
-/// Both: the calls, and sandboxes' ports.
+/// Routes both calls and requests for sandboxes' ports.
 pub(crate) fn router(gateway: &Gateway) -> Router {
     control::router(gateway).layer(from_fn_with_state(gateway.clone(), dispatch))
 }
 
-/// Answers a connection's requests until it ends, or has to make way for another.
+/// Answers a connection's requests until it ends, or its seat is taken.
 pub(crate) async fn answer(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     router: Router,
@@ -105,13 +106,13 @@ pub(crate) async fn accept(listener: TcpListener, router: Router) {
 
 pub(crate) async fn accept_at_most(most: usize, listener: TcpListener, router: Router) {
     let seats = Seats::new(most);
-    // They are cut off with this.
+    // Dropping this cuts the connections.
     let mut answering = JoinSet::new();
     loop {
         while answering.try_join_next().is_some() {}
         match listener.accept().await {
             Ok((stream, _)) => {
-                // Waits here before it accepts another one.
+                // The wait comes before the next connection is accepted.
                 let seat = seats.take().await;
                 // An event is sent when it happens.
                 let _ = stream.set_nodelay(true);
@@ -127,11 +128,11 @@ pub(crate) async fn accept_at_most(most: usize, listener: TcpListener, router: R
 }
 
 impl Gateway {
-    /// Listens at a loopback address; port 0 stands for a free one. Returns the address, and what
-    /// serves it for as long as it is polled. Called within a runtime.
+    /// Listens at a loopback address; port 0 stands for a free one. Returns the address, and a
+    /// future that serves it while polled. Call it within a runtime.
     ///
     /// # Errors
-    /// When the address is no loopback address, or cannot be had.
+    /// When the address is not a loopback address, or cannot be bound.
     pub fn listen(
         &self,
         address: SocketAddr,

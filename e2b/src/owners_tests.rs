@@ -1,4 +1,4 @@
-//! Two owners are separate: neither learns of the other. And each has bounds.
+//! Owners are separate, and neither learns of the other. And each has quotas.
 
 use axum::http::StatusCode;
 use clade_test_support::Watchdog;
@@ -41,7 +41,7 @@ async fn a_snapshots_name_is_its_owners_and_takes_none_of_the_hosts() {
     let names: Vec<String> = fake.world.fleet().checkpoints.keys().cloned().collect();
     assert!(names.iter().all(|name| name == "base" || name.starts_with(SNAPSHOT_PREFIX)), "{names:?}");
     assert_eq!(names.len(), 5);
-    // A checkpoint of a snapshot that has no record yet, or no more.
+    // A checkpoint of a snapshot whose record is not there yet, or no longer.
     let bare = format!("{SNAPSHOT_PREFIX}00");
     fake.world.fleet().checkpoints.insert(bare.clone(), false);
     for key in [&one, &two] {
@@ -51,7 +51,7 @@ async fn a_snapshots_name_is_its_owners_and_takes_none_of_the_hosts() {
         assert_eq!(status, 404, "{made}");
         assert_eq!(fake.call(key, "DELETE", &format!("/templates/{bare}"), Value::Null).await.0, 404);
     }
-    // Each makes a sandbox of its own snapshot, and removes that alone.
+    // Each makes a sandbox of its own snapshot, and removes only that.
     let made = fake.sandbox(&two, json!({ "templateID": "kept" })).await;
     let parent = fake.world.fleet().vms[&made].parent.clone();
     assert_eq!(fake.gateway.0.snapshots.get(&parent).unwrap().get().owner, "two");
@@ -91,7 +91,7 @@ async fn a_network_that_the_templates_owner_closed_is_never_opened() {
             }
         }
     }
-    // A network that the sandbox's owner has closed is the owner's to open.
+    // The sandbox's owner may open a network that the same owner has closed.
     let id = fake.sandbox(&key, json!({ "allow_internet_access": false })).await;
     assert!(is_closed(&id));
     let (_, taken) = fake.call(&key, "POST", &format!("/sandboxes/{id}/snapshots"), json!({})).await;
@@ -122,16 +122,16 @@ async fn an_owner_has_no_more_than_its_quotas_whatever_is_asked_for_at_once() {
     assert_eq!(statuses, [201, 201, 201, 201, many, many, many, many, many, many]);
     assert_eq!(fake.world.fleet().vms.len(), 4);
     let all = ids(&fake.call(&one, "GET", "/v2/sandboxes", Value::Null).await.1, "sandboxID");
-    // A paused one counts, a fork is one, and another owner has quotas of its own.
+    // Paused sandboxes and forks count, and another owner has separate quotas.
     assert_eq!(fake.call(&one, "POST", &format!("/sandboxes/{}/pause", all[0]), json!({})).await.0, 204);
     assert_eq!(fake.call(&one, "POST", "/sandboxes", body.clone()).await.0, many);
     assert_eq!(fake.call(&one, "POST", &format!("/sandboxes/{}/fork", all[1]), json!({})).await.0, many);
     fake.sandbox(&two, Value::Null).await;
-    // Five times 64 MiB: a snapshot has the memory of one.
+    // Five times 64 MiB: a snapshot counts with its sandbox's memory.
     assert_eq!(snapshot(&fake, &one, &all[1], "a").await.0, 201);
     let (status, refused) = snapshot(&fake, &one, &all[1], "b").await;
     assert!(status == many && refused["message"].as_str().unwrap().contains("384 MiB"), "{refused}");
-    // The quota of a sandbox that ends is given back.
+    // The quota of a sandbox that ends is released.
     for id in &all[..2] {
         assert_eq!(fake.call(&one, "DELETE", &format!("/sandboxes/{id}"), Value::Null).await.0, 204);
     }
@@ -186,13 +186,13 @@ async fn idle_connections_without_a_key_keep_nobody_out() {
         String::from_utf8_lossy(&bytes[9..]).into_owned()
     };
     let _watchdog = Watchdog::new(LIMIT, || "a connection waits".to_owned());
-    // One whose call is under way stays, however many others come.
+    // A connection with a call in progress stays, however many others come.
     fake.world.hold("GET checkpoints");
     let mut under_way = ask(&format!("GET /templates HTTP/1.1\r\nhost: x\r\nx-api-key: {key}\r\n\r\n")).await;
     fake.world.until_held().await;
     let mut idle = Vec::new();
     for n in 0..3 * MOST {
-        // Idle, with half a request, with a wrong key, or for a sandbox that is not there.
+        // Idle, with half a request, with a wrong key, or for an unknown sandbox.
         let head = ["", "GET /v2/sandb", "GET /v2/sandboxes HTTP/1.1\r\nhost: x\r\nx-api-key: e2b_x\r\n\r\n"];
         idle.push(ask(head[n % 3]).await);
         let mut health = ask("GET /health HTTP/1.1\r\nhost: x\r\n\r\n").await;
@@ -222,7 +222,7 @@ async fn an_owner_whose_calls_hang_has_so_many_and_no_more() {
     let (status, refused) = fake.call(&one, "GET", "/v2/sandboxes", Value::Null).await;
     assert_eq!(status, 429, "{refused}");
     assert_eq!(fake.call(&two, "GET", "/v2/sandboxes", Value::Null).await.0, 200);
-    // Those whose clients go, and those that are answered.
+    // Calls of clients that go, and calls that are answered.
     calls.abort_all();
     while calls.join_next().await.is_some() {}
     fake.world.release();

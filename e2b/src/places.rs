@@ -1,5 +1,5 @@
-//! How many connections to guests there may be: of one sandbox, and of all of an owner. And how many calls of an
-//! owner may be under way. Each costs this process two descriptors for as long as its client likes.
+//! Limits of connections to guests, for a sandbox and for all of an owner's, and of an owner's
+//! calls in progress. Each costs this process two descriptors for as long as its client likes.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,11 +8,11 @@ use axum::http::StatusCode;
 
 use crate::error::{Answer, ApiError};
 
-/// Most of one sandbox: fewer than its agent takes.
+/// Most connections to one sandbox: fewer than its agent takes.
 pub(crate) const PER_SANDBOX: usize = 256;
-/// Most calls of one owner that are under way.
+/// Most calls of one owner in progress.
 pub(crate) const MAX_CALLS: usize = 256;
-/// Most of all sandboxes of an owner: half of what the address takes.
+/// Most connections to all sandboxes of an owner: half of the address's limit.
 pub(crate) const PER_KEY: usize = 1024;
 
 #[derive(Debug, Default)]
@@ -21,7 +21,7 @@ struct Counts {
     by_key: BTreeMap<String, usize>,
 }
 
-/// The places that are taken.
+/// The places in use.
 #[derive(Debug, Default)]
 pub(crate) struct Places(Mutex<Counts>);
 
@@ -57,7 +57,7 @@ impl Places {
     /// Takes a place for a call of an owner's. Calls have an instance of their own.
     ///
     /// # Errors
-    /// 429 when there is none.
+    /// 429 when no place is left.
     pub(crate) fn take_call(self: &Arc<Self>, owner: &str) -> Answer<Place> {
         let mut counts = self.counts();
         if count(&counts.by_key, owner) >= MAX_CALLS {
@@ -71,7 +71,7 @@ impl Places {
     /// Takes a place for a connection to `sandbox`, which was made with `key`.
     ///
     /// # Errors
-    /// 429 when there is none.
+    /// 429 when no place is left.
     pub(crate) fn take(self: &Arc<Self>, sandbox: &str, key: &str) -> Answer<Place> {
         let full = |whose: String, most: usize| {
             let why = format!("{most} connections to {whose} are open");
@@ -82,7 +82,7 @@ impl Places {
             return full(format!("the sandbox {sandbox:?}"), PER_SANDBOX);
         }
         if count(&counts.by_key, key) >= PER_KEY {
-            // Not the key's name: who asks may be anybody.
+            // Without the key's name: any client may see this.
             return full("its owner's sandboxes".to_owned(), PER_KEY);
         }
         *counts.by_sandbox.entry(sandbox.to_owned()).or_default() += 1;
@@ -114,7 +114,7 @@ mod tests {
         let rest: Vec<Place> = (PER_SANDBOX..PER_KEY).map(|n| take(&format!("b{}", n % 8), "one").unwrap()).collect();
         let full = take("c", "one").unwrap_err();
         assert!(full.message.contains("1024") && !full.message.contains("one"), "{full:?}");
-        // A refusal takes nothing, and another's key has its own.
+        // A refusal takes no place, and another key has its own.
         let other = take("d", "two").unwrap();
         first.pop();
         let again = take("a", "one").unwrap();

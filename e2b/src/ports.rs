@@ -1,4 +1,4 @@
-//! Which port of which sandbox a request is for.
+//! The sandbox and port that a request is for.
 
 use axum::http::header::HOST;
 use axum::http::{HeaderMap, HeaderName};
@@ -21,7 +21,7 @@ fn one<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Answer<Option<&'a str>>
     text.map(Some).ok_or_else(|| ApiError::bad(format!("{name} is there twice, or is no text")))
 }
 
-/// `PORT-ID`, as a label in front of a domain.
+/// Parses `PORT-ID`, as a label in front of a domain.
 fn labelled(label: &str) -> Option<Target> {
     let (port, id) = label.split_once('-')?;
     let is_name = !id.is_empty() && id.bytes().all(|b| b.is_ascii_alphanumeric());
@@ -29,15 +29,16 @@ fn labelled(label: &str) -> Option<Target> {
     Some(Target { id: id.to_owned(), port: number(port)? })
 }
 
-/// A port, which is written in one way alone.
+/// Parses a port in its one canonical form.
 fn number(text: &str) -> Option<u16> {
     let is_number = text.bytes().all(|b| b.is_ascii_digit()) && !text.starts_with('0');
     is_number.then(|| text.parse().ok()).flatten()
 }
 
 impl Target {
-    /// What a request is for: none if it is a call of the API. The headers and the host must not
-    /// name two. A call has an API key, and older SDKs say in some which sandbox it is about.
+    /// Returns the target of a request, or None for a call of the API. The headers and the host
+    /// must not name two targets. A call has an API key, and in some calls older SDKs also name the
+    /// sandbox.
     pub(crate) fn of(headers: &HeaderMap, domain: Option<&str>) -> Answer<Option<Self>> {
         let host = one(headers, &HOST)?.unwrap_or_default().to_ascii_lowercase();
         let host = host.split_once(':').map_or(host.as_str(), |(host, _)| host);
@@ -65,7 +66,7 @@ impl Target {
         };
         let target = Self { id: id.to_ascii_lowercase(), port: port.unwrap_or(PORT as u16) };
         match by_host {
-            // The port is in the host's name where it is not in a header.
+            // The port is in the host's name unless a header has it.
             Some(other) if other.id != target.id || port.is_some_and(|port| port != other.port) => {
                 Err(ApiError::bad("E2b-Sandbox-Id and E2b-Sandbox-Port are not the host's"))
             }

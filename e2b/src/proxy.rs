@@ -1,4 +1,4 @@
-//! Requests for a sandbox's port, passed on to its guest: to the agent, or to a program's TCP port.
+//! Requests for a sandbox's port, forwarded to its guest: to the agent, or to a program's TCP port.
 #![allow(clippy::result_large_err, reason = "an answer is the answer also where it refuses: one for each request")]
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -36,27 +36,28 @@ use crate::tunnel::{Afterwards, relay};
 #[cfg(test)]
 mod tests;
 
-/// How long a guest may take to take a connection.
+/// Time limit of a guest for a connection.
 const CONNECTING: Duration = Duration::from_secs(30);
 /// The same for a program's port. Its agent tries two addresses, for 30 s each.
 const CONNECTING_TO_PORT: Duration = Duration::from_secs(90);
 /// Most headers of a guest's answer.
 const MAX_HEADERS: usize = 64;
-/// Most bytes of their head.
+/// Most bytes of a guest's answer's head.
 const MAX_HEAD: usize = 64 << 10;
 
-/// E2B's proxy says so where there is nobody to ask.
+/// Answers as E2B's proxy does for an unreachable guest.
 fn bad_gateway(target: &Target, message: &str) -> Response {
     let body = json!({"sandboxId": target.id, "port": target.port, "message": message, "code": 502});
     (StatusCode::BAD_GATEWAY, axum::Json(body)).into_response()
 }
 
-/// Whether a path is for the host alone: what makes a sandbox another, ends it, or sets its token.
+/// Returns whether only the host may use a path: those that change a sandbox's identity, end it, or
+/// set its token.
 fn is_the_hosts(path: &str) -> bool {
     path == "/init" || path == "/clade" || path.starts_with("/clade/")
 }
 
-/// Passes a request on to a port of a sandbox, and its answer back, both as they come.
+/// Forwards a request to a port of a sandbox, and its answer back, both as a stream.
 pub(crate) async fn forward(gateway: &Gateway, target: &Target, request: Request) -> Response {
     let Some(entry) = gateway.0.sandboxes.get(&target.id) else {
         return bad_gateway(target, "The sandbox was not found");
@@ -70,14 +71,14 @@ pub(crate) async fn forward(gateway: &Gateway, target: &Target, request: Request
     passed.unwrap_or_else(|refusal| refusal).map(|body| holding(body, admitted))
 }
 
-/// The sandbox as it runs, and what hears when it does not any more. A paused one is woken if `may_wake`.
+/// Returns the running sandbox, and a receiver for its end. Wakes a paused one if `may_wake`.
 async fn running(
     gateway: &Gateway,
     target: &Target,
     entry: &Arc<Entry<Record>>,
     may_wake: bool,
 ) -> Result<(Record, watch::Receiver<()>), Response> {
-    // Before it is looked at: a pause is noted in the record, and then heard of.
+    // Before the record is read: a pause is noted in the record first, and then sent.
     let mut cut = entry.cut.subscribe();
     let mut record = entry.get();
     if record.paused {
@@ -96,7 +97,7 @@ async fn running(
     Ok((record, cut))
 }
 
-/// Has a request name nothing but a path.
+/// Reduces the request's target to its path.
 fn to_origin(request: &mut Request) {
     let path = request.uri().path_and_query().cloned();
     *request.uri_mut() = Uri::from(path.unwrap_or_else(|| PathAndQuery::from_static("/")));
@@ -116,7 +117,7 @@ async fn to_agent(
     if request.headers().contains_key(UPGRADE) {
         return refused(StatusCode::NOT_IMPLEMENTED, "connections to the agent are not upgraded".to_owned());
     }
-    // The agent checks the token of each request; a paused sandbox has to be woken for that.
+    // The agent checks the token of each request, which wakes a paused sandbox.
     let mut shown = request.headers().get_all(AGENT_TOKEN).iter();
     let may_wake = match (shown.next(), shown.next()) {
         (Some(token), None) => gateway.is_token(&target.id, token.as_bytes()),
@@ -146,8 +147,8 @@ fn broken(target: &Target, error: &hyper::Error) -> Response {
     bad_gateway(target, &format!("The sandbox has cut the connection: {error}"))
 }
 
-/// Sends a request on a connection of its own, which ends when the answer has been read, is dropped,
-/// or is `cut`.
+/// Sends a request on a connection of its own, which ends when the answer has been read, is
+/// dropped, or is `cut`.
 async fn send(
     answering: Duration,
     target: &Target,
@@ -161,7 +162,7 @@ async fn send(
     let (mut sender, connection) = http.handshake(TokioIo::new(socket)).await.map_err(failed)?;
     tokio::spawn(async move {
         tokio::select! {
-            // What it fails of is said where the answer is waited for.
+            // The waiter for the answer reports a failure.
             _ = connection.with_upgrades() => {}
             () = cut => {}
         }
@@ -189,7 +190,7 @@ async fn send(
     }
 }
 
-/// Refuses what does not show the token of a sandbox whose ports are not public.
+/// Refuses requests without the token of a sandbox whose ports are not public.
 fn check_traffic(gateway: &Gateway, record: &Record, request: &Request) -> Answer<()> {
     if !record.is_private {
         return Ok(());
@@ -203,7 +204,7 @@ fn check_traffic(gateway: &Gateway, record: &Record, request: &Request) -> Answe
     }
 }
 
-/// Why a program's port has not taken a connection. A closed one is E2B's own case.
+/// Answers for a failed connection to a program's port. A closed port is E2B's own case.
 fn not_open(target: &Target, error: &ClientError) -> Response {
     let message = match error {
         ClientError::PortClosed { port, why } => format!("The sandbox is running but port {port} is not open: {why}"),
@@ -220,7 +221,7 @@ async fn to_program(
 ) -> Result<Response, Response> {
     let refused = ApiError::into_response;
     check_framing(request.headers()).map_err(refused)?;
-    // Both before it wakes the sandbox.
+    // Both checks come before the wake.
     let record = entry.get();
     check_traffic(gateway, &record, &request).map_err(refused)?;
     let place = Arc::new(gateway.0.places.take(&record.id, &record.owner).map_err(refused)?);
@@ -236,7 +237,7 @@ async fn to_program(
     if is_websocket {
         offer_websocket(request.headers_mut());
     }
-    // The host is the client's, unless its owner has named another.
+    // The host is the client's, unless the sandbox's owner has set another.
     if let Some(mask) = &record.masked_host
         && let Ok(host) = HeaderValue::from_str(&mask.replace("${PORT}", &target.port.to_string()))
     {
@@ -248,7 +249,8 @@ async fn to_program(
         endpoint.connect_tcp(target.port, CONNECTING_TO_PORT).await.map_err(|error| not_open(target, &error))?;
     let mut ended = cut.clone();
     let held = Arc::clone(&place);
-    // Its sender goes with the sandbox. The place is held until the connection has ended, however it does.
+    // The sender goes with the sandbox. The place is held until the connection has ended, whatever
+    // its end.
     let until_cut = async move {
         drop(ended.changed().await);
         drop(held);

@@ -1,5 +1,4 @@
-//! How much the sandboxes and snapshots of one owner may take together. Paused ones count: their memory is
-//! in files.
+//! Quotas of each owner's sandboxes and snapshots. Paused ones count: their memory is in files.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,7 +16,7 @@ const MAX_PAIRS: usize = 256;
 const MAX_METADATA: usize = 16 << 10;
 const MAX_VARIABLES: usize = 64 << 10;
 
-/// The most that the sandboxes and snapshots of each owner take.
+/// Limits of each owner's sandboxes and snapshots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Quotas {
     /// Sandboxes, running or paused.
@@ -34,7 +33,7 @@ impl Default for Quotas {
     }
 }
 
-/// A text that names no quotas.
+/// The text does not name quotas.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("{text:?} is not of the form sandboxes=N,memory=MIB,snapshots=N")]
 pub struct QuotaError {
@@ -44,7 +43,7 @@ pub struct QuotaError {
 impl FromStr for Quotas {
     type Err = QuotaError;
 
-    /// Quotas that are left out are the default ones.
+    /// Parses quotas. Missing ones have their defaults.
     fn from_str(text: &str) -> Result<Self, QuotaError> {
         let wrong = || QuotaError { text: text.to_owned() };
         let mut quotas = Self::default();
@@ -77,7 +76,7 @@ pub(crate) struct Usage {
 }
 
 impl Usage {
-    /// `count` sandboxes of `mib` each.
+    /// Returns the use of `count` sandboxes of `mib` each.
     pub(crate) fn of_sandboxes(count: usize, mib: u64) -> Self {
         let sandboxes = count as u64;
         Self { sandboxes, mib: mib.saturating_mul(sandboxes), snapshots: 0 }
@@ -96,14 +95,14 @@ impl Usage {
     }
 }
 
-/// The quotas, and the use of them by requests under way.
+/// The quotas, and their use by requests in progress.
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
     quotas: Quotas,
     pending: Mutex<BTreeMap<String, Usage>>,
 }
 
-/// A part of an owner's quotas, held by a request under way.
+/// A part of an owner's quotas, held by a request in progress.
 #[derive(Debug)]
 pub(crate) struct Held {
     of: Arc<Ledger>,
@@ -120,11 +119,11 @@ impl Ledger {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes more for an owner. `recorded` counts the owner's records. No other request is given
-    /// anything.
+    /// Takes more for an owner. `recorded` counts the owner's records. Concurrent requests wait
+    /// meanwhile.
     ///
     /// # Errors
-    /// 429 when it is more than a quota.
+    /// 429 when it exceeds a quota.
     pub(crate) fn take(self: &Arc<Self>, owner: &str, more: Usage, recorded: impl FnOnce() -> Usage) -> Answer<Held> {
         let mut pending = self.pending();
         let before = pending.get(owner).copied().unwrap_or_default();
@@ -135,7 +134,7 @@ impl Ledger {
             ("MiB of memory in sandboxes and snapshots", after.mib, memory_mib, more.mib),
             ("snapshots", after.snapshots, snapshots, more.snapshots),
         ];
-        // An owner above one quota, which was made smaller, may still use the others.
+        // An owner above one quota, after that was reduced, may still use the others.
         if let Some((what, after, most, _)) = all.into_iter().find(|(_, after, most, more)| *more > 0 && after > most) {
             let why = format!("{after} {what} would be more than the {most} that the key's owner may have");
             return Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, why));

@@ -1,12 +1,12 @@
-//! How many calls a key may make.
+//! Rate limits of the calls of a key.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-/// Calls a second that a key may make for ever.
+/// Sustained calls a second for a key.
 const PER_SECOND: f64 = 100.0;
-/// Calls that it may make at once.
+/// Burst of calls for a key.
 const BURST: f64 = 400.0;
 
 #[derive(Debug)]
@@ -20,7 +20,8 @@ struct Bucket {
 pub(crate) struct Rates(Mutex<BTreeMap<String, Bucket>>);
 
 impl Rates {
-    /// Whether `key` may make one more call at `now`. Names are those of keys, so there are few.
+    /// Returns whether `key` may make one more call at `now`. Names are those of keys, so there are
+    /// few.
     pub(crate) fn admit(&self, key: &str, now: Instant) -> bool {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let bucket = all.entry(key.to_owned()).or_insert(Bucket { calls: BURST, at: now });

@@ -1,4 +1,4 @@
-//! What is known of sandboxes and snapshots: a file for each, in memory too.
+//! Records of sandboxes and snapshots: a file for each, and a copy in memory.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -15,7 +15,7 @@ use tokio::sync::{Mutex as AsyncMutex, watch};
 use crate::error::{Answer, ApiError};
 use crate::wire::{AskedNetwork, State, Texts};
 
-/// A sandbox: what its VM's process does not know of it.
+/// The gateway's own record of a sandbox, beyond its VM's process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Record {
     /// Its name, and that of its VM.
@@ -34,22 +34,22 @@ pub(crate) struct Record {
     pub(crate) auto_resume: bool,
     pub(crate) cpus: u8,
     pub(crate) mib: u64,
-    /// The socket that its agent is behind.
+    /// The socket of its agent.
     pub(crate) socket: PathBuf,
-    /// Whether its ports are for those alone who have its traffic token.
+    /// Whether its ports require its traffic token.
     #[serde(default)]
     pub(crate) is_private: bool,
-    /// The host that programs in it are named by in requests, with `${PORT}` for the port.
+    /// The host in requests to its programs, with `${PORT}` for the port.
     #[serde(default)]
     pub(crate) masked_host: Option<String>,
     #[serde(default)]
     pub(crate) network: AskedNetwork,
-    /// Whether its template's owner has closed the template's network. Then it is never opened. None if that is
-    /// not known.
+    /// Whether its template's owner has closed the template's network. Then it is never opened.
+    /// None if unknown.
     #[serde(default)]
     pub(crate) is_template_closed: Option<bool>,
-    /// How many layers of egress rules are its template's. They stay when its own are replaced. None
-    /// for one that was made before this was kept.
+    /// Number of its template's layers of egress rules. They stay when its own are replaced. None
+    /// in records from before this field.
     #[serde(default)]
     pub(crate) template_layers: Option<usize>,
 }
@@ -69,7 +69,7 @@ impl Record {
         }
     }
 
-    /// Whether its time is over at `now`, and it pauses then.
+    /// Returns whether it is to pause because its time is over at `now`.
     pub(crate) fn is_to_pause(&self, now: Timestamp) -> bool {
         self.auto_pause && !self.paused && self.end_at <= now
     }
@@ -78,7 +78,7 @@ impl Record {
 /// A snapshot: a checkpoint that a sandbox's owner has taken.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Snapshot {
-    /// The checkpoint's name, which no other owner's name can be.
+    /// The checkpoint's name, which no owner can choose.
     pub(crate) id: String,
     /// The name that its owner has chosen, if any: unique among the owner's.
     #[serde(default)]
@@ -95,13 +95,13 @@ pub(crate) struct Snapshot {
 }
 
 impl Snapshot {
-    /// What its owner calls it.
+    /// Returns the name that its owner uses.
     pub(crate) fn shown(&self) -> &str {
         self.name.as_deref().unwrap_or(&self.id)
     }
 }
 
-/// What a file of a [`Table`] is named by.
+/// The name of a file of a [`Table`].
 pub(crate) trait Named {
     fn name(&self) -> &str;
 }
@@ -118,7 +118,7 @@ impl Named for Snapshot {
     }
 }
 
-/// Something with a file of its own.
+/// A value with a file of its own.
 #[derive(Debug)]
 pub(crate) struct Entry<T> {
     value: Mutex<T>,
@@ -134,7 +134,8 @@ impl<T: Clone> Entry<T> {
     }
 }
 
-/// Files of one kind, by name. Names are those of VMs and checkpoints: none leaves the directory.
+/// Files of one kind, by name. Names are those of VMs and checkpoints: none leads out of the
+/// directory.
 #[derive(Debug)]
 pub(crate) struct Table<T> {
     dir: PathBuf,
@@ -142,7 +143,7 @@ pub(crate) struct Table<T> {
 }
 
 impl<T: Named + Clone + Serialize + DeserializeOwned> Table<T> {
-    /// Reads the files of a directory, which is made if it is missing. What is no record is left out.
+    /// Reads the files of a directory, which is made if it is missing. Invalid files are skipped.
     ///
     /// # Errors
     /// When the directory cannot be made or read.
@@ -172,26 +173,26 @@ impl<T: Named + Clone + Serialize + DeserializeOwned> Table<T> {
         self.all().get(name).cloned()
     }
 
-    /// All of them, in the order of their names.
+    /// Returns all values, in the order of their names.
     pub(crate) fn list(&self) -> Vec<T> {
         // A change locks an entry before the table.
         let entries: Vec<_> = self.all().values().map(Arc::clone).collect();
         entries.iter().map(|entry| entry.get()).collect()
     }
 
-    /// Copies of those that are such, in the order of their names.
+    /// Returns copies of the values that `is_such` accepts, in the order of their names.
     pub(crate) fn such(&self, is_such: impl Fn(&T) -> bool) -> Vec<T> {
         self.select(is_such).iter().map(|entry| entry.get()).collect()
     }
 
-    /// Shows all of them.
+    /// Calls `show` with each value.
     pub(crate) fn each(&self, mut show: impl FnMut(&T)) {
         // A change locks an entry before the table.
         let entries: Vec<_> = self.all().values().map(Arc::clone).collect();
         entries.iter().for_each(|entry| show(&entry.value.lock().unwrap_or_else(PoisonError::into_inner)));
     }
 
-    /// Those that are such, as they are now, in the order of their names.
+    /// Returns the entries that `is_such` accepts now, in the order of their names.
     pub(crate) fn select(&self, is_such: impl Fn(&T) -> bool) -> Vec<Arc<Entry<T>>> {
         // As above.
         let mut entries: Vec<_> = self.all().values().map(Arc::clone).collect();
@@ -199,21 +200,21 @@ impl<T: Named + Clone + Serialize + DeserializeOwned> Table<T> {
         entries
     }
 
-    /// Adds one, in place of the one that has its name.
+    /// Adds a value, which replaces one of the same name.
     ///
     /// # Errors
-    /// When its file cannot be written: then it is not there.
+    /// When its file cannot be written: then the value is not added.
     pub(crate) fn insert(&self, value: T) -> io::Result<()> {
         write(&self.dir, &self.path(value.name()), &value)?;
         self.all().insert(value.name().to_owned(), Arc::new(Entry::new(value)));
         Ok(())
     }
 
-    /// Changes one. Its file may be behind: it is read after a start alone.
+    /// Changes a value. Its file may be behind: it is only read at a start.
     pub(crate) fn change(&self, entry: &Entry<T>, change: impl FnOnce(&mut T)) -> T {
         let mut value = entry.value.lock().unwrap_or_else(PoisonError::into_inner);
         change(&mut value);
-        // One that was removed meanwhile stays removed.
+        // A value removed meanwhile stays removed.
         let is_there = self.all().get(value.name()).is_some_and(|own| std::ptr::eq(Arc::as_ptr(own), entry));
         if is_there && let Err(error) = write(&self.dir, &self.path(value.name()), &*value) {
             tracing::warn!(%error, name = value.name(), "a record is not written");
@@ -276,7 +277,7 @@ mod tests {
         let entry = table.get("a").unwrap();
         table.remove("a");
         table.change(&entry, |one| one.sandbox = "late".to_owned());
-        // Nor by one of another that has its name now.
+        // Nor by the entry of another that has its name now.
         table.insert(snapshot("a", "new")).unwrap();
         table.change(&entry, |one| one.sandbox = "later".to_owned());
         assert_eq!(Table::<Snapshot>::open(dir.path().join("s")).unwrap().list(), [snapshot("a", "new")]);

@@ -1,4 +1,4 @@
-//! What a call may ask for: times, templates, and rules for a network.
+//! Checks of a call's fields: times, templates, and rules for a network.
 
 use std::net::IpAddr;
 
@@ -12,15 +12,15 @@ use crate::wire::{AskedNetwork, NewSandbox};
 
 /// The longest time, in seconds: a day.
 const MAX_TIMEOUT: i64 = 86_400;
-/// All addresses, as E2B writes it. Those of IPv6 are meant, too.
+/// All addresses, in E2B's notation. They include those of IPv6.
 const ALL: &str = "0.0.0.0/0";
 
-/// `seconds` later than `start`.
+/// Returns the time `seconds` after `start`.
 pub(crate) fn after(start: Timestamp, seconds: i64) -> Answer<Timestamp> {
     start.checked_add(SignedDuration::from_secs(seconds)).map_err(|error| ApiError::bad(error.to_string()))
 }
 
-/// A time to live: what is given, or `otherwise`.
+/// Returns a time to live: the given one, or `otherwise`.
 pub(crate) fn seconds(given: Option<i64>, otherwise: i64) -> Answer<i64> {
     match given.unwrap_or(otherwise) {
         seconds @ 1..=MAX_TIMEOUT => Ok(seconds),
@@ -28,7 +28,8 @@ pub(crate) fn seconds(given: Option<i64>, otherwise: i64) -> Answer<i64> {
     }
 }
 
-/// The checkpoint of a template. The tag that E2B adds to its own says nothing here.
+/// Returns the checkpoint of a template. E2B adds a tag to its own templates, which has no meaning
+/// here.
 pub(crate) fn checkpoint_name(template: &str) -> &str {
     template.strip_suffix(":default").unwrap_or(template)
 }
@@ -43,7 +44,7 @@ fn is_set(value: Option<&Value>) -> bool {
 }
 
 impl NewSandbox {
-    /// Refuses what would be promised and not kept.
+    /// Refuses fields that this host does not support.
     pub(crate) fn check(&self) -> Answer<()> {
         let refused = [
             ("mcp", is_set(self.mcp.as_ref())),
@@ -53,26 +54,26 @@ impl NewSandbox {
         ];
         match refused.iter().find(|(_, is_given)| *is_given) {
             Some((field, _)) => Err(ApiError::bad(format!("{field} is not there on this host"))),
-            // It stands in the path of a request to the supervisor.
+            // The name becomes part of a path to the supervisor.
             None => check_name(checkpoint_name(&self.template)).map_err(|_| ApiError::no_template(&self.template)),
         }
     }
 }
 
-/// What a sandbox's network is to be.
+/// The requested network of a sandbox.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Network {
-    /// Without a word it stays as it is.
+    /// None leaves it unchanged.
     pub(crate) link: Option<Link>,
-    /// Where it may send.
+    /// The requested egress rules.
     pub(crate) egress: Vec<EgressRule>,
-    /// Whether its ports are for those alone who have its token.
+    /// Whether its ports require its token.
     pub(crate) is_private: bool,
     pub(crate) masked_host: Option<String>,
     pub(crate) asked: AskedNetwork,
 }
 
-/// The entries of a list. Null is none.
+/// Returns the entries of a list. Null is an empty list.
 fn entries(field: &str, value: &Value) -> Answer<Vec<String>> {
     let texts = serde_json::from_value::<Option<Vec<String>>>(value.clone());
     texts.map(Option::unwrap_or_default).map_err(|_| not_there(field, value))
@@ -82,7 +83,7 @@ fn not_there(field: &str, value: &Value) -> ApiError {
     ApiError::bad(format!("network: {field}={value} is not there on this host"))
 }
 
-/// One entry, as a rule: an address or a CIDR block, and nothing that a rule may have besides.
+/// Parses one entry as a rule: an address or a CIDR block, without the other parts of a rule.
 fn rule(verdict: &str, entry: &str) -> Answer<EgressRule> {
     let (address, prefix) = entry.split_once('/').unwrap_or((entry, ""));
     let is_block = address.parse::<IpAddr>().is_ok() && prefix.bytes().all(|b| b.is_ascii_digit());
@@ -93,7 +94,7 @@ fn rule(verdict: &str, entry: &str) -> Answer<EgressRule> {
     format!("{verdict}:{entry}").parse().map_err(|error: EgressError| refused(&error.to_string()))
 }
 
-/// The rules for a list that allows and one that denies: what is allowed wins.
+/// Returns the rules for an allow list and a deny list: the allow list wins.
 fn egress(allowed: &[String], denied: &[String]) -> Answer<Vec<EgressRule>> {
     let mut rules = Vec::new();
     for (verdict, entries) in [("allow", allowed), ("deny", denied)] {
@@ -101,7 +102,7 @@ fn egress(allowed: &[String], denied: &[String]) -> Answer<Vec<EgressRule>> {
             rules.push(rule(verdict, entry)?);
         }
     }
-    // Rules that allow something drop the rest, unless that is allowed too.
+    // An allow list drops the rest, unless that is allowed too.
     if !allowed.is_empty() && !denied.iter().any(|entry| entry == ALL) {
         rules.push(rule("allow", ALL)?);
         rules.push(rule("allow", "::/0")?);
@@ -109,7 +110,7 @@ fn egress(allowed: &[String], denied: &[String]) -> Answer<Vec<EgressRule>> {
     Ok(rules)
 }
 
-/// A host that stands in a header, with `${PORT}` once.
+/// Checks a host for a header, with `${PORT}` once.
 fn masked_host(mask: &str) -> Answer<String> {
     let plain = mask.replacen("${PORT}", "1", 1);
     let is_host = !plain.is_empty() && plain.bytes().all(|b| b.is_ascii_alphanumeric() || b".-:".contains(&b));
@@ -117,7 +118,7 @@ fn masked_host(mask: &str) -> Answer<String> {
     (is_host && mask.len() <= 255).then(|| mask.to_owned()).ok_or_else(refused)
 }
 
-/// What is asked of a network. What is not there on this host is refused by its name.
+/// Parses a requested network. Unsupported fields are refused by name.
 pub(crate) fn network(allowed: Option<bool>, rules: Option<&Value>) -> Answer<Network> {
     let (mut allowed, mut network) = (allowed, Network::default());
     let (mut allow, mut deny) = (Vec::new(), Vec::new());
@@ -152,7 +153,7 @@ pub(crate) fn network(allowed: Option<bool>, rules: Option<&Value>) -> Answer<Ne
     Ok(network)
 }
 
-/// The same for a sandbox that runs. What is left out is taken back.
+/// The same for a running sandbox. Absent fields reset their settings.
 pub(crate) fn new_network(rules: &Value) -> Answer<Network> {
     let asked = network(None, Some(rules))?;
     if asked.is_private || asked.masked_host.is_some() {
@@ -233,7 +234,7 @@ mod tests {
             let shown: Vec<String> = asked.egress.into_iter().map(String::from).collect();
             assert_eq!((shown.join(" ").as_str(), asked.link), (rules, None), "{text}");
         }
-        // An entry is no more than addresses.
+        // An entry holds nothing but addresses.
         for wrong in ["1.1.1.1:80", "1.1.1.1/tcp", "1.1.1.1/32/tcp", "10.0.0.1/8", "1.1.1.1/33", "", "*.example.com"] {
             let error = asked(&format!(r#"{{"denyOut": ["{wrong}"]}}"#)).unwrap_err();
             assert!(error.message.contains(&format!("{wrong:?}")), "{error:?}");

@@ -24,15 +24,15 @@ use crate::rules::{after, network, new_network, seconds};
 use crate::secret::random_hex;
 use crate::wire::{Fork, Forked, NewSandbox, Sandbox, State};
 
-/// The time of a sandbox that is made without one, and of a fork, in seconds.
+/// Default time of a sandbox and of a fork, in seconds.
 const DEFAULT_TIMEOUT: i64 = 300;
 const DEFAULT_FORK_TIMEOUT: i64 = 15;
-/// How much longer than its time a sandbox may live, in seconds, while its guest is initialised: it
-/// ends also if this process has gone meanwhile.
+/// Extra seconds that a sandbox may live while its guest is initialised: it ends even if this
+/// process has gone meanwhile.
 const INIT_TIME: i64 = 600;
 /// Most forks of one call.
 const MAX_FORKS: i64 = 100;
-/// Forks that are given their tokens at a time.
+/// Forks initialised at a time.
 const MAX_HANDED: usize = 16;
 
 impl Gateway {
@@ -89,7 +89,7 @@ impl Gateway {
         Ok(self.0.client.of_checkpoint(Method::POST, checkpoint, "/fork", Some(request)).await?)
     }
 
-    /// Makes a VM that was just forked a sandbox. One that cannot be is stopped.
+    /// Makes a sandbox of a new fork. A fork that fails is stopped.
     async fn hand_out(&self, mut unrecorded: Unrecorded, record: Record, timeout: i64) -> Answer<Sandbox> {
         let handed = self.hand_out_or_fail(record, timeout).await;
         if handed.is_err() {
@@ -104,17 +104,17 @@ impl Gateway {
         let vm: VmInfo = self.vm(Method::GET, &record.id, "", None::<&()>).await?;
         record.cpus = vm.cpus;
         record.mib = vm.memory.map_or(0, |memory| memory.mib);
-        // What is open now is so by its template: an unknown link is never asked to be open.
+        // An open network is open by its template: a request never opens one of unknown state.
         if record.is_template_closed.is_none() && vm.nets.iter().all(|net| net.network == Link::Open) {
             record.is_template_closed = Some(false);
         }
-        // Of a fork of a sandbox they are that one's.
+        // A fork of a sandbox inherits that sandbox's number.
         let of_template = vm.nets.iter().map(|net| net.egress_inherited).max().unwrap_or(0);
         record.template_layers = record.template_layers.or(Some(of_template));
         let vsock = vm.vsock.ok_or_else(|| ApiError::bad("the template has no vsock device for its agent"))?;
         record.socket = vsock.socket;
         self.init(&record).await?;
-        // Its time begins here: a slow guest takes none of it for its start.
+        // Its time begins here: a slow start of its guest does not count.
         record.started_at = Timestamp::now();
         record.end_at = after(record.started_at, timeout)?;
         match record.auto_pause {
@@ -137,7 +137,7 @@ impl Gateway {
         Ok(self.agent_of(record).init(&init).await?)
     }
 
-    /// Forks a sandbox that runs. All forks are of one instant.
+    /// Forks a running sandbox. All forks are of one instant.
     pub(crate) async fn fork(&self, owner: &str, id: &str, fork: Fork) -> Answer<Vec<Forked>> {
         let entry = self.owned(owner, id)?;
         let timeout = seconds(fork.timeout, DEFAULT_FORK_TIMEOUT)?;
@@ -164,7 +164,7 @@ impl Gateway {
             let record = Record { id: child.id.clone(), started_at, end_at, ..parent.clone() };
             let (gateway, turns) = (self.clone(), Arc::clone(&turns));
             handed.push(tokio::spawn(async move {
-                // It is never closed.
+                // The semaphore is never closed.
                 let _turn = turns.acquire_owned().await;
                 gateway.hand_out(child, record, timeout).await
             }));
@@ -177,7 +177,7 @@ impl Gateway {
         Ok(forked)
     }
 
-    /// Pauses a sandbox, if it is such. Its time stands still.
+    /// Pauses a sandbox that `is_such` accepts. Its time stands still.
     pub(crate) async fn pause(&self, entry: &Entry<Record>, is_such: impl Fn(&Record) -> bool) -> Answer<()> {
         let _turn = entry.turn.lock().await;
         let record = entry.get();
@@ -197,7 +197,8 @@ impl Gateway {
         }
         self.0.sandboxes.change(entry, |record| record.paused = true);
         entry.cut.send_replace(());
-        // Its memory goes to a file until it is resumed. Without a disk for it, it stays.
+        // Its memory goes to a file until it is resumed. Without room on a disk, it stays in
+        // memory.
         let request = SuspendRequest { dir: None };
         let suspended: Result<SuspendAnswer, _> = self.vm(Method::POST, &record.id, "/suspend", Some(&request)).await;
         if let Err(error) = suspended {
@@ -206,7 +207,7 @@ impl Gateway {
         Ok(())
     }
 
-    /// Lets a sandbox run, and for this long at least: one that is in the `state`, if one is given. Returns
+    /// Lets a sandbox run, for at least this long: one that is in the `state`, if given. Returns
     /// whether it was paused.
     pub(crate) async fn resume(
         &self,
@@ -237,7 +238,7 @@ impl Gateway {
         }
         // Its clock stood still, too.
         let initialised = self.init(&record).await;
-        // Its time begins here, as that of a new one.
+        // Its time begins here, like a new sandbox's.
         let end_at = after(Timestamp::now(), timeout)?;
         self.prolong(entry, &record, end_at, timeout).await?;
         initialised?;
@@ -252,7 +253,8 @@ impl Gateway {
         Ok(())
     }
 
-    /// Gives a sandbox so many seconds from now on. One that is paused has them when it is resumed.
+    /// Sets a sandbox's time to so many seconds from now on. A paused one has them when it is
+    /// resumed.
     pub(crate) async fn set_timeout(&self, entry: &Entry<Record>, timeout: i64) -> Answer<()> {
         let timeout = seconds(Some(timeout), timeout)?;
         let _turn = entry.turn.lock().await;
@@ -270,7 +272,7 @@ impl Gateway {
         let network = new_network(rules)?;
         let _turn = entry.turn.lock().await;
         let record = entry.get();
-        // What the template's owner has closed stays so, and what is not known may be closed.
+        // A network closed by the template's owner stays closed; one of unknown state may be.
         let link = match (network.link, record.is_template_closed) {
             (Some(Link::Open), Some(true)) => Some(Link::Closed),
             (Some(Link::Open), None) => None,
@@ -298,13 +300,13 @@ impl Gateway {
         }
         self.0.sandboxes.remove(&id);
         entry.cut.send_replace(());
-        // Somebody else may have ended it.
+        // Another call may have ended it.
         stopped.map(drop).map_err(|_| ApiError::no_sandbox(&id))
     }
 }
 
-/// A VM that has no record yet, or is about to be made. Dropped before it has one, it is stopped: also where
-/// its fork was done and the answer was lost.
+/// A VM without a record, or about to be made. A drop stops it, even if its fork was done and the
+/// answer was lost.
 #[derive(Debug)]
 struct Unrecorded {
     gateway: Gateway,
@@ -331,7 +333,7 @@ impl Drop for Unrecorded {
     }
 }
 
-/// A request for children that nobody else's connections or tokens reach.
+/// Returns a request for children without their parent's connections and tokens.
 fn request_for(name: String, count: usize, template: &str) -> Answer<ForkRequest> {
     let refused = |error: LabelError| ApiError::bad(error.to_string());
     let label: Label = format!("e2b-template={template}").parse().map_err(refused)?;

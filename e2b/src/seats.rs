@@ -1,5 +1,5 @@
-//! Connections to the address. One that has no admitted request under way makes way for a new one, so who
-//! shows no key and names no sandbox holds nothing that others need.
+//! Connections to the address. One without an admitted request in progress makes way for a new one.
+//! So clients without a key or a sandbox hold no resources that others need.
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
@@ -14,9 +14,9 @@ use tokio::sync::Notify;
 
 #[derive(Debug)]
 struct Connection {
-    /// Admitted requests that are under way.
+    /// Admitted requests in progress.
     busy: usize,
-    /// Counts up: which connection has been idle for longest.
+    /// Ordinal of its last change: the lowest has been idle for longest.
     idle_since: u64,
     cut: Arc<Notify>,
 }
@@ -38,7 +38,7 @@ pub(crate) struct Seat {
     cut: Arc<Notify>,
 }
 
-/// An admitted request that is under way, until it is dropped.
+/// An admitted request in progress, until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Admitted(Arc<Seat>);
 
@@ -52,12 +52,12 @@ impl Seats {
     }
 
     fn next(&self) -> u64 {
-        // Relaxed: a number, and nothing is published through it.
+        // Relaxed: a counter that publishes no other data.
         self.count.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// A seat for a new connection: a free one, or that of the connection that has been idle for longest,
-    /// which is cut.
+    /// Takes a seat for a new connection: a free one, or that of the connection that has been idle
+    /// for longest, which is cut.
     fn try_take(self: &Arc<Self>) -> Option<Seat> {
         let mut all = self.all();
         if all.len() >= self.most {
@@ -70,7 +70,7 @@ impl Seats {
         Some(Seat { of: Arc::clone(self), number, cut })
     }
 
-    /// The same, when there is one.
+    /// Waits for a seat.
     pub(crate) async fn take(self: &Arc<Self>) -> Seat {
         loop {
             let freed = self.freed.notified();
@@ -85,7 +85,7 @@ impl Seats {
 }
 
 impl Seat {
-    /// Waits until the connection is to make way for another.
+    /// Waits until the connection has to make way for another.
     pub(crate) async fn until_cut(&self) {
         self.cut.notified().await;
     }

@@ -15,7 +15,7 @@ const KEY_BYTES: usize = 32;
 
 fn random<const N: usize>() -> io::Result<[u8; N]> {
     let mut bytes = [0; N];
-    // So few come at once.
+    // The kernel returns so few at once.
     if getrandom(&mut bytes, GetRandomFlags::empty())? != N {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
@@ -31,15 +31,15 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// `count` random bytes, as hexadecimal digits.
+/// Returns `count` random bytes, as hexadecimal digits.
 ///
 /// # Errors
-/// When the kernel has none.
+/// When the kernel returns an error.
 pub(crate) fn random_hex<const N: usize>() -> io::Result<String> {
     Ok(hex(&random::<N>()?))
 }
 
-/// Makes tokens of sandboxes' names, so that none has to be kept.
+/// Derives tokens from sandboxes' names, so that no token has to be stored.
 #[derive(Clone)]
 pub(crate) struct TokenKey([u8; KEY_BYTES]);
 
@@ -59,7 +59,7 @@ impl TokenKey {
             Ok(mut file) => {
                 let key = random()?;
                 file.write_all(&key).and_then(|()| file.sync_all()).inspect_err(|_| {
-                    // Half a key is none.
+                    // Half a key is invalid.
                     let _ = std::fs::remove_file(path);
                 })?;
                 Ok(Self(key))
@@ -73,12 +73,12 @@ impl TokenKey {
         }
     }
 
-    /// The token of a sandbox's agent. Who has it says nothing of another's.
+    /// Returns the token of a sandbox's agent. It reveals nothing of another's.
     pub(crate) fn token(&self, sandbox: &str) -> String {
         self.of(b"envd access ", sandbox)
     }
 
-    /// The token of a sandbox's other ports.
+    /// Returns the token of a sandbox's other ports.
     pub(crate) fn traffic_token(&self, sandbox: &str) -> String {
         self.of(b"traffic access ", sandbox)
     }

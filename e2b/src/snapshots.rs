@@ -1,5 +1,5 @@
-//! Snapshots: checkpoints of sandboxes, each its owner's alone. Their names are the owner's; the checkpoints'
-//! names are not.
+//! Snapshots: checkpoints of sandboxes, visible to their owners alone. An owner chooses a
+//! snapshot's name, but not its checkpoint's.
 
 use std::sync::PoisonError;
 
@@ -19,7 +19,7 @@ use crate::source::SNAPSHOT_PREFIX;
 use crate::wire::SnapshotInfo;
 
 impl Gateway {
-    /// Holds the state of a sandbox at one instant, to make others of.
+    /// Holds the state of a sandbox at one instant, for further sandboxes.
     pub(crate) async fn snapshot(&self, owner: &str, id: &str, name: Option<String>) -> Answer<SnapshotInfo> {
         let entry = self.owned(owner, id)?;
         let _turn = entry.turn.lock().await;
@@ -44,18 +44,19 @@ impl Gateway {
         };
         let shown = SnapshotInfo { id: snapshot.shown().to_owned(), names: name.into_iter().collect() };
         if let Err(error) = self.0.snapshots.insert(snapshot) {
-            // Without a record nobody can make anything of it, or remove it.
+            // Without a record no owner could use or remove it.
             self.remove_checkpoint(&taken.name).await?;
             return Err(ApiError::internal(error.to_string()));
         }
         Ok(shown)
     }
 
-    /// Takes a name for a snapshot of an owner's, until what this returns is dropped or a record has the name.
+    /// Reserves a name for an owner's snapshot, until the result is dropped or a record has the
+    /// name.
     async fn name_snapshot(&self, owner: &str, name: &str) -> Answer<Naming> {
         check_name(name).map_err(|error| ApiError::bad(error.to_string()))?;
         let taken = |whose: &str| Err(ApiError::conflict(format!("{name:?} is the name of {whose}")));
-        // The checkpoint of a template is made again under its id, and the name would be the template's.
+        // A template's checkpoint is reopened under its id: a snapshot of that name would hide it.
         if self.built(name).is_some() || name.starts_with(SNAPSHOT_PREFIX) || self.has_checkpoint(name).await? {
             return taken("a template");
         }
@@ -72,7 +73,7 @@ impl Gateway {
         Ok(())
     }
 
-    /// Removes a snapshot of its owner's. Templates are the host's: they are not removed here.
+    /// Removes an owner's snapshot. Templates are the host's, and stay.
     pub(crate) async fn remove_snapshot(&self, owner: &str, id: &str) -> Answer<()> {
         let id = checkpoint_name(id);
         let snapshot = self.snapshot_of(owner, id).ok_or_else(|| ApiError::no_template(id))?;
@@ -85,7 +86,7 @@ impl Gateway {
     }
 }
 
-/// A name that a snapshot is about to have.
+/// The reserved name of a snapshot.
 #[derive(Debug)]
 struct Naming {
     gateway: Gateway,

@@ -10,11 +10,11 @@ use crate::records::Snapshot;
 use crate::rules::checkpoint_name;
 use crate::templates::Template;
 
-/// The prefix of the names of snapshots' checkpoints. No owner chooses one: a snapshot's own name is in its
-/// record, so it takes no name of the host's or of another owner's.
+/// The prefix of the names of snapshots' checkpoints. No owner chooses one: a snapshot's own name
+/// is in its record, so it takes no name of the host's or of another owner's.
 pub(crate) const SNAPSHOT_PREFIX: &str = "e2b-snapshot-";
 
-/// Where a sandbox comes from.
+/// The origin of a sandbox.
 #[derive(Clone, Debug)]
 pub(crate) struct Source {
     /// Its name to the owner.
@@ -25,10 +25,10 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    /// Whether the owner of the template has closed its network. None if that is not known.
+    /// Returns whether the owner of the template has closed its network. None if unknown.
     pub(crate) fn is_closed(&self, info: &CheckpointInfo) -> Option<bool> {
         match &self.snapshot {
-            // The owner of a snapshot may open what its sandbox could.
+            // The owner of a snapshot may open a network if the owner of its sandbox could.
             Some(snapshot) => snapshot.is_closed,
             None => info.network.map(|link| link == Link::Closed).or(self.built.is_some().then_some(false)),
         }
@@ -36,13 +36,13 @@ impl Source {
 }
 
 impl Gateway {
-    /// The snapshot of that name or id, if it is the owner's.
+    /// Returns the snapshot of that name or id, if it is the owner's.
     pub(crate) fn snapshot_of(&self, owner: &str, name: &str) -> Option<Snapshot> {
         let is_it = |one: &Snapshot| one.owner == owner && (one.id == name || one.name.as_deref() == Some(name));
         self.0.snapshots.such(is_it).into_iter().next()
     }
 
-    /// Resolves a name for this owner. A checkpoint of the host may not be there.
+    /// Resolves a name for this owner. A checkpoint of the host may be missing.
     pub(crate) fn source(&self, owner: &str, name: &str) -> Answer<Source> {
         let name = checkpoint_name(name);
         if let Some(built) = self.built(name) {
@@ -53,14 +53,14 @@ impl Gateway {
             let (template, checkpoint) = (snapshot.shown().to_owned(), snapshot.id.clone());
             return Ok(Source { template, checkpoint, built: None, snapshot: Some(snapshot) });
         }
-        // Also one that has no record yet, or no more.
+        // Even one whose record is not there yet, or no longer.
         if name.starts_with(SNAPSHOT_PREFIX) {
             return Err(ApiError::no_template(name));
         }
         Ok(Source { template: name.to_owned(), checkpoint: name.to_owned(), built: None, snapshot: None })
     }
 
-    /// Whether the host has a checkpoint of that name.
+    /// Returns whether the host has a checkpoint of that name.
     pub(crate) async fn has_checkpoint(&self, name: &str) -> Answer<bool> {
         match self.checkpoint(name).await {
             Ok(_) => Ok(true),
@@ -73,7 +73,8 @@ impl Gateway {
         Ok(self.0.client.of_checkpoint(Method::GET, name, "", None::<&()>).await?)
     }
 
-    /// The checkpoint that a sandbox is forked from. That of a built template is made again after a restart.
+    /// Returns the checkpoint of a sandbox's origin. A built template's is reopened after a
+    /// restart.
     pub(crate) async fn opened(&self, source: &Source) -> Answer<CheckpointInfo> {
         let gone = |error: ApiError| match error.status.as_u16() {
             404 => ApiError::no_template(&source.template),

@@ -1,14 +1,13 @@
-//! Templates on the disk: a snapshot for each, and what is known of it.
+//! Templates on the disk: a snapshot for each, and its record.
 //!
-//! | path | what |
+//! | path | content |
 //! |---|---|
-//! | `NAME.json` | the template of that name: its id, and what was built |
+//! | `NAME.json` | the record of the template of that name: its id, and its build |
 //! | `ID/` | its snapshot |
-//! | `lock` | locked by one that writes |
+//! | `lock` | locked by a writer |
 //!
-//! A template is there with its record, which is written last and takes the place of an older one at
-//! once. A directory that no record names is of a build that was killed, and the next that writes
-//! removes it.
+//! A template exists with its record, which is written last and replaces an older one atomically. A
+//! directory without a record is from a killed build, and the next writer removes it.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -25,12 +24,12 @@ use thiserror::Error;
 
 use crate::secret::random_hex;
 
-/// Where templates are, if not with the user's data.
+/// The variable with the directory of templates, if not with the user's data.
 pub const TEMPLATES_VARIABLE: &str = "CLADE_TEMPLATE_DIR";
 const LOCK: &str = "lock";
 const ENDING: &str = ".json";
 
-/// The store fails.
+/// An error of the store.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum TemplateError {
@@ -40,18 +39,18 @@ pub enum TemplateError {
     /// A file cannot be used.
     #[error("{} cannot be {what}", path.display())]
     File {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// Done with it.
+        /// The failed operation.
         what: &'static str,
-        /// Why.
+        /// The reason.
         #[source]
         source: io::Error,
     },
-    /// There is none of that name or id.
+    /// No template has the name or id.
     #[error("there is no template {0:?}")]
     NotFound(String),
-    /// The text is no name.
+    /// The name is invalid.
     #[error("invalid template name {0:?}: 1 to 48 letters, digits, '-', '_' and '.', a letter or digit first")]
     Name(String),
 }
@@ -61,23 +60,23 @@ fn failed(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> Template
     move |source| TemplateError::File { path, what, source }
 }
 
-/// What a template was built of, and what its sandboxes have.
+/// The sources of a template, and its sandboxes' settings.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct TemplateSpec {
     /// The image, or the directory of the Dockerfile.
     pub source: String,
-    /// The digest of the image that was booted.
+    /// The digest of the booted image.
     pub image: String,
-    /// What was started, if anything was.
+    /// The program started, if any.
     pub start: Vec<String>,
-    /// What had to succeed before the snapshot.
+    /// The command that had to succeed before the snapshot.
     pub ready: Option<String>,
     /// Variables of all programs.
     pub env: BTreeMap<String, String>,
-    /// Who runs programs that name no user.
+    /// The default user of programs.
     pub user: String,
-    /// Where they run.
+    /// Their working directory.
     pub workdir: String,
     /// vCPUs.
     pub cpus: u8,
@@ -88,13 +87,14 @@ pub struct TemplateSpec {
 /// A template.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Template {
-    /// Its name. A later build of that name takes its place.
+    /// Its name. A later build of that name replaces it.
     pub name: String,
-    /// The build's own. The checkpoint in the supervisor and the snapshot's directory are called so.
+    /// The id of its build, which is also the name of its checkpoint in the supervisor and of its
+    /// snapshot's directory.
     pub id: String,
-    /// When it was there.
+    /// Time of its publication.
     pub created_at: Timestamp,
-    /// What it is.
+    /// Its description.
     #[serde(flatten)]
     pub spec: TemplateSpec,
 }
@@ -103,7 +103,7 @@ pub struct Template {
 #[derive(Clone, Debug)]
 pub struct TemplateStore(PathBuf);
 
-/// A build that has the store's lock. Without [`Draft::publish`] nothing of it is left.
+/// A build that holds the store's lock. Without [`Draft::publish`] it leaves nothing.
 #[derive(Debug)]
 pub struct Draft {
     store: TemplateStore,
@@ -114,10 +114,11 @@ pub struct Draft {
 }
 
 impl TemplateStore {
-    /// The templates of this user: in [`TEMPLATES_VARIABLE`], else in `clade/templates` of `XDG_DATA_HOME`.
+    /// Returns the templates of this user: in [`TEMPLATES_VARIABLE`], else in `clade/templates` of
+    /// `XDG_DATA_HOME`.
     ///
     /// # Errors
-    /// When none of these is known.
+    /// When neither is set.
     pub fn of_user() -> Result<Self, TemplateError> {
         let of = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let data = || of("XDG_DATA_HOME").or_else(|| of("HOME").map(|home| home.join(".local/share")));
@@ -126,13 +127,13 @@ impl TemplateStore {
         Ok(Self::at(&std::path::absolute(&dir).map_err(failed(&dir, "found"))?))
     }
 
-    /// The templates of a directory, which need not be there.
+    /// Returns the templates of a directory, which may be missing.
     #[must_use]
     pub fn at(dir: &Path) -> Self {
         Self(dir.to_owned())
     }
 
-    /// A new id.
+    /// Returns a new id.
     ///
     /// # Errors
     /// When the host has no random numbers.
@@ -140,7 +141,7 @@ impl TemplateStore {
         Ok(format!("t{}", random_hex::<9>().map_err(failed(&self.0, "named in"))?))
     }
 
-    /// The snapshot of a template.
+    /// Returns the directory of a template's snapshot.
     #[must_use]
     pub fn snapshot(&self, id: &str) -> PathBuf {
         self.0.join(id)
@@ -161,7 +162,7 @@ impl TemplateStore {
         }
     }
 
-    /// All of them, by name. What cannot be read is left out.
+    /// Returns all templates, by name. Unreadable records are skipped.
     ///
     /// # Errors
     /// When the directory cannot be read.
@@ -169,7 +170,7 @@ impl TemplateStore {
         self.read_all().map(|(all, _)| all)
     }
 
-    /// The same, and whether these are all that there are.
+    /// The same, with whether the list is complete.
     fn read_all(&self) -> Result<(Vec<Template>, bool), TemplateError> {
         let entries = match fs::read_dir(&self.0) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((Vec::new(), true)),
@@ -179,7 +180,7 @@ impl TemplateStore {
         for entry in entries {
             let path = entry.map_err(failed(&self.0, "read"))?.path();
             let file = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            // A file that is being written begins with a point.
+            // A file being written begins with a dot.
             let Some(name) = file.strip_suffix(ENDING).filter(|name| check_name(name).is_ok()) else { continue };
             match Self::read(&path) {
                 Ok(template) => all.extend(template.filter(|template| template.name == name)),
@@ -193,10 +194,10 @@ impl TemplateStore {
         Ok((all, is_whole))
     }
 
-    /// The template of a name or an id.
+    /// Returns the template of a name or an id.
     ///
     /// # Errors
-    /// When there is none, or it cannot be read.
+    /// When no template has it, or it cannot be read.
     pub fn find(&self, name: &str) -> Result<Template, TemplateError> {
         check_name(name).map_err(|_| TemplateError::NotFound(name.to_owned()))?;
         if let Some(template) = Self::read(&self.record(name))? {
@@ -206,7 +207,7 @@ impl TemplateStore {
         found.ok_or_else(|| TemplateError::NotFound(name.to_owned()))
     }
 
-    /// Locks the store for one that writes. What a build that was killed has left is removed.
+    /// Locks the store for a writer, and removes the directories of killed builds.
     fn lock(&self) -> Result<File, TemplateError> {
         let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.0);
         made.map_err(failed(&self.0, "made"))?;
@@ -216,14 +217,14 @@ impl TemplateStore {
         flock(&lock, FlockOperation::LockExclusive).map_err(|errno| failed(&path, "locked")(errno.into()))?;
         let (all, is_whole) = self.read_all()?;
         if !is_whole {
-            // A record that this program cannot read may be a newer one's, whose snapshot is here.
+            // An unreadable record may be a newer version's, whose snapshot is here.
             return Ok(lock);
         }
         let ids: Vec<String> = all.into_iter().map(|template| template.id).collect();
         for entry in fs::read_dir(&self.0).map_err(failed(&self.0, "read"))?.flatten() {
             let name = entry.file_name();
             let Some(name) = name.to_str() else { continue };
-            // A snapshot that is being written has a point before its name, as the overlays of disks have.
+            // A snapshot being written has a dot before its name, as the overlays of disks have.
             if is_id(name) && !ids.iter().any(|id| id == name) {
                 remove_dir(&entry.path());
             }
@@ -231,10 +232,11 @@ impl TemplateStore {
         Ok(lock)
     }
 
-    /// Begins to write a template: its snapshot goes to [`Draft::dir`]. Others wait until it is done.
+    /// Begins to write a template: its snapshot goes to [`Draft::dir`]. Other writers wait until it
+    /// is done.
     ///
     /// # Errors
-    /// When the text is no name, or the store cannot be written.
+    /// When the name is invalid, or the store cannot be written.
     pub fn draft(&self, name: &str, id: &str) -> Result<Draft, TemplateError> {
         check_template_name(name)?;
         let (store, name, id) = (self.clone(), name.to_owned(), id.to_owned());
@@ -244,9 +246,9 @@ impl TemplateStore {
     /// Removes a template and its snapshot. VMs of it run on.
     ///
     /// # Errors
-    /// When there is none, or it cannot be removed.
+    /// When it is missing, or cannot be removed.
     pub fn remove(&self, name: &str) -> Result<Template, TemplateError> {
-        // Before there is a directory for it.
+        // Before the lock makes a directory for it.
         self.find(name)?;
         let _lock = self.lock()?;
         let template = self.find(name)?;
@@ -257,12 +259,12 @@ impl TemplateStore {
     }
 }
 
-/// Refuses what is no name of a template.
+/// Refuses invalid names of templates.
 ///
 /// # Errors
-/// That.
+/// [`TemplateError::Name`].
 pub fn check_template_name(name: &str) -> Result<(), TemplateError> {
-    // One that looks like an id would be taken for it.
+    // A name that looks like an id would be ambiguous.
     let refused = check_name(name).is_err() || is_id(name);
     if refused { Err(TemplateError::Name(name.to_owned())) } else { Ok(()) }
 }
@@ -271,7 +273,7 @@ fn is_id(name: &str) -> bool {
     name.strip_prefix('t').is_some_and(|hex| hex.len() == 18 && hex.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
-/// A directory that cannot be removed is left to the next that writes.
+/// The next writer removes a directory that remains.
 fn remove_dir(path: &Path) {
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -282,19 +284,19 @@ fn remove_dir(path: &Path) {
 }
 
 impl Draft {
-    /// Where its snapshot goes.
+    /// Returns the directory for its snapshot.
     #[must_use]
     pub fn dir(&self) -> PathBuf {
         self.store.snapshot(&self.id)
     }
 
-    /// Makes it the template of its name. Returns it, and the older one whose place it has taken.
+    /// Publishes it under its name. Returns it, and the older template that it replaces.
     ///
     /// # Errors
-    /// When the record cannot be written. The older one stays then.
+    /// When the record cannot be written. Then the older one stays.
     pub fn publish(mut self, spec: TemplateSpec) -> Result<(Template, Option<Template>), TemplateError> {
         let path = self.store.record(&self.name);
-        // One that cannot be read is replaced all the same.
+        // An unreadable record is replaced all the same.
         let old = TemplateStore::read(&path).ok().flatten();
         let template = Template { name: self.name.clone(), id: self.id.clone(), created_at: Timestamp::now(), spec };
         let write = || {
@@ -302,7 +304,7 @@ impl Draft {
             file.write_all(&serde_json::to_vec_pretty(&template)?)?;
             file.as_file().sync_all()?;
             file.persist(&path).map_err(|error| error.error)?;
-            // The name is on the disk, too.
+            // Makes the name durable, too.
             File::open(&self.store.0)?.sync_all()
         };
         write().map_err(failed(&path, "written"))?;
@@ -368,7 +370,7 @@ mod tests {
         let half = draft.dir();
         drop(draft);
         assert!(!half.exists() && store.find("a").unwrap() == first && store.snapshot(&first.id).exists());
-        // One that was killed has left its directory. What is nobody's stays.
+        // A killed build has left its directory. Unrelated directories stay.
         let killed = store.snapshot(&store.new_id().unwrap());
         fs::create_dir(&killed).unwrap();
         fs::create_dir(dir.path().join("other")).unwrap();
@@ -392,17 +394,17 @@ mod tests {
         let store = TemplateStore::at(dir.path());
         let (first, _) = build(&store, "a", "one");
         fs::write(dir.path().join("bad.json"), "{").unwrap();
-        // Under another's name it is nobody's.
+        // A record under another name is invalid.
         fs::copy(dir.path().join("a.json"), dir.path().join("copy.json")).unwrap();
         assert_eq!(store.list().unwrap(), std::slice::from_ref(&first));
         let error = store.find("bad").unwrap_err();
         assert!(error.to_string().contains("bad.json"), "{error}");
-        // Whose snapshots these are is not known: all stay.
+        // The owner of these snapshots is unknown: all stay.
         let perhaps = store.snapshot(&store.new_id().unwrap());
         fs::create_dir(&perhaps).unwrap();
         build(&store, "c", "three");
         assert!(perhaps.exists());
-        // A build of that name mends it.
+        // A build of that name repairs it.
         build(&store, "bad", "two");
         assert_eq!(store.find("bad").unwrap().spec.source, "two");
     }

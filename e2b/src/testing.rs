@@ -26,7 +26,7 @@ use crate::keys::Scope;
 use crate::listen::router;
 use crate::quotas::Quotas;
 
-/// How long a test may take.
+/// Time limit of a test.
 pub(crate) const LIMIT: Duration = Duration::from_secs(300);
 
 /// A VM of the supervisor.
@@ -35,7 +35,7 @@ pub(crate) struct Vm {
     /// The checkpoint or the VM that it was forked from.
     pub(crate) parent: String,
     pub(crate) is_paused: bool,
-    /// Seconds that it has; none if it has no end.
+    /// Seconds until its end; None without one.
     pub(crate) ttl: Option<f64>,
     pub(crate) is_closed: bool,
     /// The token of its agent.
@@ -46,17 +46,17 @@ pub(crate) struct Vm {
 #[derive(Debug, Default)]
 pub(crate) struct Fleet {
     pub(crate) vms: BTreeMap<String, Vm>,
-    /// Each with whether its network is closed.
+    /// Checkpoints, with whether their network is closed.
     pub(crate) checkpoints: BTreeMap<String, bool>,
-    /// The requests that came, to the supervisor and to agents.
+    /// The requests to the supervisor and to agents.
     pub(crate) log: Vec<String>,
-    /// How many may come until one is held.
+    /// Number of requests until one is held.
     pub(crate) hold_after: Option<usize>,
-    /// Requests that contain one of these are held.
+    /// Requests with one of these texts are held.
     pub(crate) held: Vec<String>,
-    /// The answers of requests that contain this are lost.
+    /// The answers of requests with this text are lost.
     pub(crate) lost: Option<String>,
-    /// How many are held since all were released.
+    /// Number held since the last release.
     held_now: usize,
 }
 
@@ -76,7 +76,7 @@ impl World {
         self.fleet.lock().unwrap()
     }
 
-    /// Notes a request, and waits as long as such requests are held.
+    /// Logs a request, and waits as long as such requests are held.
     async fn step(&self, what: String) {
         let number = {
             let mut fleet = self.fleet();
@@ -113,7 +113,7 @@ impl World {
         }
     }
 
-    /// Holds requests with this in them.
+    /// Holds requests with this text.
     pub(crate) fn hold(&self, what: &str) {
         self.fleet().held.push(what.to_owned());
     }
@@ -241,7 +241,7 @@ impl World {
         }
     }
 
-    /// Does a request, also when its client goes.
+    /// Serves a request, even if its client goes.
     async fn serve(world: Arc<Self>, (of, name, action): (&'static str, String, String), request: Request) -> Response {
         let method = request.method().clone();
         let what = format!("{method} {of} {name} {action}");
@@ -414,7 +414,7 @@ impl Fake {
         self.request(Self::ask(key, method, path, &body)).await
     }
 
-    /// A sandbox of `base`, by its name.
+    /// Makes a sandbox of `base`, and returns its name.
     pub(crate) async fn sandbox(&self, key: &str, more: Value) -> String {
         let mut body = json!({ "templateID": "base", "timeout": 300 });
         let fields = more.as_object().cloned().unwrap_or_default();
@@ -424,8 +424,8 @@ impl Fake {
         made["sandboxID"].as_str().unwrap().to_owned()
     }
 
-    /// Begins a call, whose client goes when the supervisor has done `steps` of it. Returns whether it had as
-    /// many.
+    /// Begins a call whose client goes after `steps` requests to the supervisor. Returns whether it
+    /// had as many.
     pub(crate) async fn drop_after(&self, steps: usize, request: Request) -> bool {
         let so_far = self.world.fleet().log.len();
         self.world.fleet().hold_after = Some(so_far + steps);
@@ -443,7 +443,7 @@ impl Fake {
     }
 }
 
-/// Waits for what tasks without a handle do.
+/// Waits for a result of tasks without a handle.
 pub(crate) async fn until(what: &'static str, mut is_so: impl FnMut() -> bool) {
     let _watchdog = Watchdog::new(LIMIT, move || what.to_owned());
     while !is_so() {

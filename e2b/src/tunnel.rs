@@ -1,4 +1,4 @@
-//! Connections that are something else than HTTP from an answer on: WebSockets.
+//! Connections that leave HTTP after an answer: WebSockets.
 
 use std::fmt;
 use std::future::Future;
@@ -8,13 +8,14 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, copy, split};
 
-/// How long one direction may go on when the other has ended. Who ends a WebSocket has had its end.
+/// Time that one direction may go on when the other has ended. A WebSocket has already been closed
+/// by then.
 const LINGER: Duration = Duration::from_secs(10);
 
 type Work = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// What is to be done with a connection when it has answered its last request. It is an extension
-/// of requests, so that the place of the connection is held for as long, and it ends with the rest.
+/// The work on a connection after its last answer. As an extension of requests it keeps the
+/// connection's place meanwhile, and ends with the rest.
 #[derive(Clone, Default)]
 pub(crate) struct Afterwards(Arc<Mutex<Option<Work>>>);
 
@@ -34,10 +35,10 @@ impl Afterwards {
     }
 }
 
-/// Copies both directions until either has ended, and what is on its way has come.
+/// Copies both directions until either has ended and the other is drained.
 pub(crate) async fn relay(client: impl AsyncRead + AsyncWrite, guest: impl AsyncRead + AsyncWrite) {
     let ((mut from_client, mut to_client), (mut from_guest, mut to_guest)) = (split(client), split(guest));
-    // What fails, or comes too late, has nobody who waits for it.
+    // Errors and late bytes are dropped: both ends are done.
     let mut up = std::pin::pin!(async {
         if copy(&mut from_client, &mut to_guest).await.is_ok() {
             let _ = to_guest.shutdown().await;

@@ -1,4 +1,4 @@
-//! What E2B's API calls things. Requests may have fields that are not read here: SDKs add some.
+//! The types of E2B's API. Requests may have unknown fields: SDKs add some.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ pub(crate) const ENVD_VERSION: &str = "0.6.4";
 /// E2B's name for the host that a sandbox is on.
 pub(crate) const CLIENT_ID: &str = "clade";
 
-/// Metadata and variables. Null is none.
+/// Metadata and variables. Null is an empty map.
 pub(crate) type Texts = BTreeMap<String, String>;
 
 /// `POST /v2/sandboxes`, and the older `POST /sandboxes`.
@@ -55,7 +55,7 @@ pub(crate) struct Sandbox {
     pub(crate) client: &'static str,
     pub(crate) envd_version: &'static str,
     pub(crate) envd_access_token: String,
-    /// Of a sandbox whose ports are not public.
+    /// Only for a sandbox whose ports are not public.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) traffic_access_token: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -85,7 +85,7 @@ pub(crate) struct Listed {
     pub(crate) cpu_count: u8,
     #[serde(rename = "memoryMB")]
     pub(crate) memory_mib: u64,
-    /// Not known here: 0.
+    /// Unknown here: 0.
     #[serde(rename = "diskSizeMB")]
     pub(crate) disk_mib: u64,
     pub(crate) metadata: Texts,
@@ -93,7 +93,7 @@ pub(crate) struct Listed {
     pub(crate) envd_version: &'static str,
 }
 
-/// Where a sandbox may send, as its owner has asked.
+/// The egress rules of a sandbox as its owner has requested them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct AskedNetwork {
@@ -124,18 +124,18 @@ pub(crate) struct NetworkShown {
 pub(crate) struct Detail {
     #[serde(flatten)]
     pub(crate) listed: Listed,
-    /// Not for keys of scope `read`.
+    /// Hidden from keys of scope `read`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) envd_access_token: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) domain: Option<String>,
-    /// Null where it was not asked for.
+    /// Null if it was not requested.
     pub(crate) allow_internet_access: Option<bool>,
     pub(crate) network: NetworkShown,
     pub(crate) lifecycle: Lifecycle,
 }
 
-/// What happens when a sandbox's time is over.
+/// The action at the end of a sandbox's time.
 #[derive(Clone, Copy, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Lifecycle {
@@ -185,7 +185,7 @@ pub(crate) struct Fork {
     pub(crate) count: Option<i64>,
 }
 
-/// What has become of one fork.
+/// The result of one fork.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Forked {
@@ -201,7 +201,7 @@ pub(crate) struct SnapshotInfo {
     pub(crate) names: Vec<String>,
 }
 
-/// What a list is narrowed to.
+/// The filters of a list.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct ListQuery {
@@ -213,10 +213,10 @@ pub(crate) struct ListQuery {
     pub(crate) template: Option<String>,
     pub(crate) next_token: Option<String>,
     pub(crate) limit: Option<usize>,
-    /// Of snapshots.
+    /// Only for snapshots.
     #[serde(rename = "sandboxID")]
     pub(crate) sandbox: Option<String>,
-    /// Of snapshots.
+    /// Only for snapshots.
     pub(crate) name: Option<String>,
 }
 

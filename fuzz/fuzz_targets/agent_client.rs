@@ -24,7 +24,7 @@ struct Guest {
 
 impl Guest {
     fn new() -> Self {
-        // The clock is the target's: who waits for a guest that says nothing more is at the time-out at once.
+        // The clock is the target's: a wait for a silent guest times out at once.
         let runtime = Builder::new_current_thread().enable_all().start_paused(true).build().expect("a runtime");
         let dir = tempfile::tempdir().expect("a directory");
         let socket = dir.path().join("guest");
@@ -74,7 +74,7 @@ fuzz_target!(|input: (u8, &[u8])| {
     let (kind, bytes) = input;
     GUEST.with_borrow(|guest| {
         guest.runtime.block_on(async {
-            // Bytes alone hardly ever are a head, or the line before it.
+            // Random bytes hardly ever form a head, or the line before it.
             let (line, bytes) = if kind & 16 == 0 { (&b"OK 7\n"[..], bytes) } else { (bytes, &[][..]) };
             let said = if kind & 32 == 0 { [HEAD, bytes].concat() } else { bytes.to_vec() };
             let guest_side = async {

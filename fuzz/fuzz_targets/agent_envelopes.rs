@@ -1,4 +1,4 @@
-//! Any stream of envelopes, in any pieces: it is refused, or comes out as it would in one piece.
+//! Any stream of envelopes, in any pieces: it is refused, or parsed as in one piece.
 #![no_main]
 
 use clade_agent_proto::{Envelope, EnvelopeError, Envelopes};

@@ -1,4 +1,4 @@
-//! Any form, in any pieces: it is refused, or its parts come out as they would in one piece.
+//! Any form, in any pieces: it is refused, or its parts are parsed as in one piece.
 #![no_main]
 
 use clade_agent::{Multipart, PartEvent, boundary};

@@ -1,4 +1,5 @@
-//! Any bytes before a connection to a guest's port: the first line, what follows it, the port that it names, and answers.
+//! Any bytes before a connection to a guest's port: the first line, what follows it, the port that
+//! it names, and answers.
 #![no_main]
 
 use std::io;
@@ -15,7 +16,7 @@ fn stream(bytes: &[u8], cut: usize) -> Chain<&[u8], &[u8]> {
     first.chain(rest)
 }
 
-/// Reads the first line, and what is left behind it.
+/// Reads the first line, and the rest behind it.
 fn read(bytes: &[u8], cut: usize) -> (io::Result<Vec<u8>>, Vec<u8>) {
     let runtime = Builder::new_current_thread().build().expect("a runtime");
     runtime.block_on(async {

@@ -1,4 +1,5 @@
-//! Any text as each message, of the agent's clients and of the agent: it is refused, or says the same when it is written again.
+//! Any text as each message, of the agent's clients and of the agent: it is refused, or keeps its
+//! value when it is written again.
 #![no_main]
 
 use clade_agent_proto::api::{Generation, Init, Metrics, Ready};

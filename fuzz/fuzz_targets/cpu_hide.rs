@@ -1,4 +1,5 @@
-//! Any text as a list of CPU features: refused by name, or what it prints parses to the same.
+//! Any text as a list of CPU features: it is refused with the name, or its printed form parses to
+//! the same list.
 #![no_main]
 
 use clade_vmm::kvm::CpuHide;

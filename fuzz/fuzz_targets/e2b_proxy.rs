@@ -1,5 +1,6 @@
-//! Any bytes of a client at E2B's address, in any pieces: each connection of the guest is sent one request whose end is said
-//! once, without what opens the agent or the host's API. What comes back is HTTP.
+//! Any bytes of a client at E2B's address, in any pieces: each connection of the guest gets one
+//! request with an unambiguous end, without the tokens of the agent or the host's API. The answer
+//! is HTTP.
 #![no_main]
 
 use std::cell::RefCell;
@@ -12,7 +13,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::runtime::{Builder, Runtime};
 
-/// What no program is told; its agent is told the second.
+/// Texts that no program may receive; its agent receives the second.
 const SECRETS: [&str; 6] = [
     "x-api-key",
     "x-access-token",
@@ -62,11 +63,11 @@ enum Piece {
     Line(u8),
     Bytes(Vec<u8>),
     Body(u8),
-    /// What comes next comes later.
+    /// A pause before the next piece.
     Wait,
 }
 
-/// How a guest answers.
+/// Behaviour of a guest.
 #[derive(arbitrary::Arbitrary, Clone, Copy, Debug)]
 enum Guest {
     Plain,
@@ -102,7 +103,7 @@ async fn line(from: &mut BufReader<UnixStream>) -> Option<String> {
     line.ends_with('\n').then_some(line)
 }
 
-/// The length of a body in chunks with its end, if it has come to that. Anything else is not passed on.
+/// Returns the length of a whole chunked body. Any other body is not forwarded.
 fn chunks(bytes: &[u8]) -> Option<usize> {
     let mut at = 0;
     loop {
@@ -110,7 +111,7 @@ fn chunks(bytes: &[u8]) -> Option<usize> {
         let size = std::str::from_utf8(&bytes[at..end]).expect("a size");
         let size = usize::from_str_radix(size, 16).expect("a size and nothing else");
         if size == 0 {
-            // Trailers would be headers that nobody has looked at.
+            // Trailers would be unchecked headers.
             let rest = bytes.get(end + 2..end + 4)?;
             assert_eq!(rest, b"\r\n", "trailers");
             return Some(end + 4);
@@ -120,7 +121,7 @@ fn chunks(bytes: &[u8]) -> Option<usize> {
     }
 }
 
-/// Looks at all that one connection of the guest was sent.
+/// Checks all bytes that one connection of the guest received.
 fn check(is_agent: bool, upgraded: bool, bytes: &[u8]) {
     let mut headers = [httparse::EMPTY_HEADER; 100];
     let mut request = httparse::Request::new(&mut headers);
@@ -156,7 +157,7 @@ fn check(is_agent: bool, upgraded: bool, bytes: &[u8]) {
     }
 }
 
-/// Takes one connection for the agent, and looks at what comes.
+/// Accepts one connection for the agent, and checks its bytes.
 async fn guest(stream: UnixStream, kind: Guest) {
     let mut stream = BufReader::new(stream);
     let connect = line(&mut stream).await.expect("a port");
@@ -199,7 +200,7 @@ struct Host {
 
 impl Host {
     fn new() -> Self {
-        // The clock is the target's: who waits is at the time-out at once.
+        // The clock is the target's: a wait times out at once.
         let runtime = Builder::new_current_thread().enable_all().start_paused(true).build().expect("a runtime");
         let dir = tempfile::tempdir().expect("a directory");
         let socket = dir.path().join("vsock");
@@ -243,7 +244,7 @@ async fn talk(host: &Host, sent: Vec<Vec<u8>>, kind: Guest) {
     let client = async {
         let ((), bytes, ()) = tokio::join!(write, read, answer(&host.gateway, server));
         assert!(bytes.is_empty() || bytes.starts_with(b"HTTP/1."), "{:?}", String::from_utf8_lossy(&bytes));
-        // What the guest has still to look at.
+        // The guest's remaining bytes.
         tokio::time::sleep(Duration::from_secs(10)).await;
     };
     tokio::select! {

@@ -1,5 +1,6 @@
-//! Any packets of a guest under any egress rules. What leaves the device is what the guest sent, and a naive model lets it
-//! pass. A packet that is well-formed leaves exactly when the model says so, and each packet is counted once.
+//! Any packets of a guest under any egress rules. Packets that leave the device are the guest's
+//! own, and a naive model permits them. A well-formed packet leaves exactly when the model permits
+//! it, and each packet is counted once.
 #![no_main]
 
 use std::io::{ErrorKind, Read};
@@ -52,15 +53,15 @@ struct Shape {
     protocol: u8,
     port: u8,
     tag: bool,
-    /// Options that say nothing: 4 bytes each of IPv4, 8 of IPv6.
+    /// Options without effect: 4 bytes each of IPv4, 8 of IPv6.
     options: u8,
-    /// A checksum that the host is to write, where the transport header has it.
+    /// A checksum for the host to write, where the transport header has it.
     checksum: bool,
     /// The IPv4 header's flags and offset, or IPv6's, if the packet is a fragment.
     fragment: Option<u16>,
     /// Bytes behind the transport header.
     data: u16,
-    /// Bytes that are other ones.
+    /// Bytes replaced by others.
     changes: Vec<(u16, u8)>,
     cut: Option<u16>,
 }
@@ -74,7 +75,7 @@ enum Packet {
 #[derive(arbitrary::Arbitrary, Debug)]
 struct Input {
     layers: Vec<Vec<Rule>>,
-    /// Each with the size of the buffers that it is in.
+    /// Packets, with the size of their buffers.
     packets: Vec<(Packet, u8)>,
 }
 
@@ -138,7 +139,7 @@ impl Rule {
     }
 }
 
-/// Whether a packet of `protocol` to that port may leave.
+/// Returns whether a packet of `protocol` to that port may leave.
 fn allowed(layers: &[Vec<Rule>], to: IpAddr, protocol: u8, port: u16) -> bool {
     layers.iter().filter(|layer| !layer.is_empty()).all(|layer| {
         let decides = layer.iter().find(|rule| rule.matches(to, protocol, port));
@@ -151,7 +152,7 @@ impl Shape {
         [TCP, UDP, ICMP][usize::from(self.protocol % 3)]
     }
 
-    /// Whether nothing is wrong with it, and its port is in it.
+    /// Returns whether the packet is well-formed, and has its port.
     fn is_plain(&self) -> bool {
         self.fragment.is_none() && self.changes.is_empty() && self.cut.is_none()
     }
@@ -227,14 +228,14 @@ impl Shape {
     }
 }
 
-/// Where a receiver takes a packet to go.
+/// The destination of a packet, as a receiver reads it.
 enum Seen {
     Neighbours,
-    /// Its port is none in a later fragment.
+    /// A later fragment has no port.
     To(IpAddr, u8, Option<u16>),
 }
 
-/// Reads a packet that has left, as a host that is not strict would.
+/// Reads a packet that has left, as a lenient host would.
 fn seen(packet: &[u8]) -> Seen {
     let (header, frame) = packet.split_at(HEADER);
     assert_eq!(frame[6..12], MAC, "another's address");
@@ -283,7 +284,7 @@ fn seen(packet: &[u8]) -> Seen {
     Seen::To(to, protocol, port)
 }
 
-/// All ports where a rule begins or ends, and their neighbours.
+/// Returns all ports where a rule begins or ends, and their neighbours.
 fn edges(layers: &[Vec<Rule>]) -> Vec<u16> {
     let ports = layers.iter().flatten().filter_map(Rule::ports).flat_map(|(first, last)| [first, last]);
     let near = ports.flat_map(|port| [port.saturating_sub(1), port, port + 1]);
@@ -347,8 +348,8 @@ impl Host {
         })
     }
 
-    /// Sends a packet in buffers of `size` bytes, and waits until the device has looked at it. Returns what
-    /// it has counted before and after.
+    /// Sends a packet in buffers of `size` bytes, and waits until the device has handled it.
+    /// Returns its counts before and after.
     fn send(&mut self, packet: &[u8], size: usize) -> (NetStats, NetStats) {
         let before = self.net(|net| net.stats());
         self.poke(OUT, packet);
@@ -378,7 +379,7 @@ impl Host {
         }
     }
 
-    /// What the program behind the device has been given.
+    /// Returns the bytes that the program behind the device has received.
     fn left(&mut self) -> Vec<u8> {
         let mut bytes = vec![0; 1 << 16];
         match self.program.read(&mut bytes) {

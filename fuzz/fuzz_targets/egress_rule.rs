@@ -1,4 +1,4 @@
-//! Any text as an egress rule: refused, or a rule whose own text is the same rule, also as it is saved.
+//! Any text as an egress rule: refused, or a rule whose printed and saved forms are the same rule.
 #![no_main]
 
 use clade_devices::virtio::net::EgressRule;
@@ -15,7 +15,7 @@ fuzz_target!(|text: &str| {
     let saved = serde_json::to_value(&rule).expect("a text");
     assert_eq!(saved.as_str(), Some(shown.as_str()));
     assert_eq!(serde_json::from_value::<EgressRule>(saved).ok(), Some(rule));
-    // Nothing is left out on the way: the verdict and the protocol are those of the text.
+    // No part is lost on the way: the verdict and the protocol are those of the text.
     let verdict = |text: &str| text.split(':').next().map(str::to_owned);
     assert_eq!(verdict(text), verdict(&shown));
     for protocol in ["/tcp", "/udp", "/icmp"] {

@@ -1,4 +1,5 @@
-//! Any description of an image from another process, with four descriptors: it is refused, or memory comes of it.
+//! Any description of an image from another process, with four descriptors: it is refused, or
+//! becomes memory.
 #![no_main]
 
 use std::fs::File;

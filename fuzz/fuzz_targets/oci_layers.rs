@@ -1,4 +1,4 @@
-//! Any archives, as layers on each other: each is refused, or a file system is made of them.
+//! Any archives, as layers on each other: each is refused, or becomes part of a file system.
 #![no_main]
 
 use std::fs::File;
@@ -7,16 +7,16 @@ use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use rustix::fs::{MemfdFlags, memfd_create};
 
-/// What an archive is made of.
+/// The parts of an archive.
 #[derive(Arbitrary, Debug)]
 enum Piece<'a> {
     /// A header with a right checksum, and its content.
     Entry { kind: u8, name: Name<'a>, link: Name<'a>, mode: u16, device: [u8; 4], content: &'a [u8] },
     /// Records of pax, with right lengths.
     Pax(Vec<(Key, &'a [u8])>),
-    /// Names that are likely to meet each other.
+    /// Entries with names that are likely to collide.
     Link { name: Short, target: Short, kind: bool },
-    /// Anything.
+    /// Any bytes.
     Raw(&'a [u8]),
 }
 

@@ -1,5 +1,5 @@
-//! Packets over a stream that is cut anywhere, with lengths that nobody has: what comes out, and what goes in, is as a queue
-//! of bytes has it.
+//! Packets over a stream that is cut anywhere, with invalid lengths: input and output match the
+//! model, a queue of bytes.
 #![no_main]
 
 use std::collections::VecDeque;
@@ -15,26 +15,26 @@ use vm_memory::Bytes;
 const LENGTH: usize = 4;
 const MIN: usize = 14;
 const MAX: usize = MIN + 65_536;
-/// What buffers have before something is received into them.
+/// Contents of buffers before a receive.
 const BEFORE: u8 = 0x55;
 
 #[derive(arbitrary::Arbitrary, Debug)]
 enum Step {
-    /// The program writes a packet, and bytes that may be anything.
+    /// The program writes a packet, and arbitrary bytes.
     Packet(Length, u8),
     Bytes(Vec<u8>),
-    /// A length alone.
+    /// Only a length.
     Lie(u32),
-    /// So many of them come.
+    /// As many bytes arrive.
     Deliver(u16),
     Shut,
     Receive(u16, u8),
-    /// There is room for the largest packet.
+    /// Receive with room for the largest packet.
     ReceiveAll,
     Discard,
     Send(Length, u8, u8),
     Flush,
-    /// The program reads so many bytes.
+    /// The program reads as many bytes.
     Read(u16),
 }
 
@@ -59,7 +59,7 @@ fn is_packet(len: usize) -> bool {
     (MIN..=MAX).contains(&len)
 }
 
-/// Memory of `bytes` in pieces of `size`.
+/// Splits memory of `bytes` into pieces of `size`.
 fn pieces(bytes: &[u8], size: u8) -> Vec<Fragment> {
     if bytes.is_empty() {
         return Vec::new();
@@ -84,17 +84,17 @@ fn bytes_of(fragments: &[Fragment]) -> Vec<u8> {
 struct World {
     stream: PacketStream,
     program: UnixStream,
-    /// What the program has written, and what of it has come.
+    /// Bytes that the program has written, and those that have arrived.
     written: VecDeque<u8>,
     come: VecDeque<u8>,
     is_shut: bool,
     ended: bool,
-    /// What the stream has taken, and what of it the program has read.
+    /// Bytes that the stream has taken, and those that the program has read.
     taken: Vec<u8>,
     read: Vec<u8>,
 }
 
-/// What is to come out next.
+/// The expected next packet.
 enum Next {
     Packet(Vec<u8>),
     Nothing,
@@ -105,7 +105,7 @@ impl World {
     fn new() -> Self {
         let (ours, program) = UnixStream::pair().expect("sockets");
         program.set_nonblocking(true).expect("a socket");
-        // As small as it can be: packets are taken in part.
+        // As small as possible: packets are taken in part.
         rustix::net::sockopt::set_socket_send_buffer_size(&ours, 1).expect("a socket");
         let stream = PacketStream::new(ours.into());
         let (written, come) = (VecDeque::new(), VecDeque::new());
@@ -165,7 +165,7 @@ impl World {
 
     fn send(&mut self, len: usize, byte: u8, size: u8) {
         let packet: Vec<u8> = (0..len).map(|n| byte.wrapping_add((n % 251) as u8)).collect();
-        // The header is not sent: it would be seen.
+        // The header must not be sent: the program would see it.
         let whole = [&[0xee; VNET_HEADER][..], &packet].concat();
         match self.stream.send(&pieces(&whole, size)) {
             Ok(Some(sent)) => {
@@ -179,7 +179,7 @@ impl World {
         }
     }
 
-    /// Whether the program had something to read.
+    /// Returns whether the program had bytes to read.
     fn read(&mut self, most: usize) -> bool {
         let mut bytes = vec![0; most];
         let count = match self.program.read(&mut bytes) {
@@ -230,10 +230,10 @@ fuzz_target!(|steps: Vec<Step>| {
     for step in steps.iter().take(200) {
         world.step(step);
     }
-    // All that was taken comes, to its last byte.
+    // All bytes taken arrive, to the last one.
     while !world.stream.flush().expect("the program is there") | world.read(1 << 20) {}
     assert!(world.read == world.taken, "{} bytes for {}", world.read.len(), world.taken.len());
-    // And all that was written, up to the end.
+    // And all bytes written, up to the end.
     while !world.ended && (!world.written.is_empty() || !world.come.is_empty()) {
         let left = (world.written.len(), world.come.len());
         world.deliver(usize::MAX);

@@ -1,4 +1,5 @@
-//! Any bytes in place of one section of a saved VM: they are refused, or an image comes of them that can be written down and read again.
+//! Any bytes in place of one section of a saved VM: they are refused, or become an image that can
+//! be written and read again.
 #![no_main]
 
 use std::sync::OnceLock;
@@ -29,7 +30,7 @@ fn bytes(value: &impl serde::Serialize) -> Vec<u8> {
     bytes
 }
 
-/// Sections that are right, of a VM with a balloon.
+/// Returns valid sections, of a VM with a balloon.
 fn right() -> &'static [Vec<u8>; 6] {
     static RIGHT: OnceLock<[Vec<u8>; 6]> = OnceLock::new();
     RIGHT.get_or_init(|| {
@@ -80,7 +81,7 @@ fuzz_target!(
         let (section, keep, bytes) = input;
         let mut sections = right().clone();
         let section = &mut sections[usize::from(section) % SECTIONS.len()];
-        // The beginning of what is right, so that what comes is also met in the middle.
+        // The beginning of a valid section, so that the random bytes also appear in the middle.
         section.truncate(usize::from(keep) % (section.len() + 1));
         section.extend_from_slice(bytes);
         let named = SECTIONS.into_iter().zip(sections.iter().map(Vec::as_slice));

@@ -1,8 +1,6 @@
-//! Any directory in a snapshot's place, made from one that was right: files missing, cut short,
-//! lengthened by holes, changed with their checksums set
-//! right again, or replaced by links, pipes and directories. Opening, reading, verifying, restoring
-//! and saving over it come to an end, and touch nothing
-//! outside.
+//! Any directory in a snapshot's place, made from a valid one: files missing, cut short, lengthened
+//! by holes, changed with their checksums corrected, or replaced by links, pipes and directories.
+//! Opening, reading, verifying, restoring and saving over it end, and touch no file outside.
 #![no_main]
 
 use std::fs;
@@ -23,7 +21,7 @@ use vm_memory::{Bytes, GuestAddress};
 const RAM: u64 = 1 << 20;
 const FILES: [&str; 7] =
     ["manifest.json", "state", "memory.index", "memory.data", "disk-0.index", "disk-0.data", "warm"];
-/// What stands outside, and must stay as it is.
+/// The contents of a file outside, which must not change.
 const OUTSIDE: &[u8] = b"outside";
 
 #[derive(arbitrary::Arbitrary, Debug)]
@@ -33,18 +31,18 @@ enum Change {
     /// With a hole, to so many MiB.
     Lengthen(u8, u16),
     Flip(u8, u16, u8),
-    /// The same, and the checksum that the file ends with is right again.
+    /// The same, with the file's final checksum corrected.
     Forge(u8, u16, Vec<u8>),
-    /// A number in the manifest, by its place among its numbers.
+    /// Change a number in the manifest, by its place among its numbers.
     Number(u8, u64),
-    /// The manifest knows the index's and the state's checksums and lengths again.
+    /// Correct the manifest's checksums and lengths of the index and the state.
     Settle,
     Pipe(u8),
     Link(u8, u8),
     Dir(u8),
-    /// A leftover of a save: a link to what stands outside, or a directory with links in it.
+    /// A leftover of a save: a link to the file outside, or a directory with links in it.
     Leftover(u8, bool),
-    /// Another file of that name, of what another has.
+    /// Replace a file by a copy of another.
     Copy(u8, u8),
 }
 
@@ -109,7 +107,7 @@ fn seal(bytes: &mut [u8]) {
     }
 }
 
-/// The manifest's JSON text up to its checksum, with `change` made, sealed again.
+/// Applies `change` to the manifest's JSON text up to its checksum, and corrects that.
 fn reseal(path: &Path, change: impl FnOnce(&mut serde_json::Value)) -> Option<()> {
     let mut value: serde_json::Value = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
     value.as_object_mut()?.remove("checksum");
@@ -240,7 +238,7 @@ fuzz_target!(|input: (bool, Vec<Change>)| {
     let _ = clade_snapshot::show(&at);
     if let Ok(snapshot) = Snapshot::open(&at) {
         let warm = snapshot.working_set().ok().flatten().unwrap_or_default();
-        // What it says of its memory may be more than this host is to be asked for here.
+        // The snapshot may claim more memory than this host should allocate.
         let small = snapshot.layout().is_ok_and(|layout| layout.bytes() <= 64 << 20);
         for load in [Load::Lazy, Load::WorkingSet(warm), Load::Preload] {
             if small && let Ok(image) = snapshot.restore_ram(&world.store, &load) {

@@ -1,12 +1,14 @@
-//! Any index: it is refused, or its runs and chunks agree with each other and make the same bytes again.
+//! Any index: it is refused, or its runs and chunks agree with each other and make the same bytes
+//! again.
 #![no_main]
 
 use clade_memory::PageRange;
 use clade_snapshot::format::{Index, seal};
 use libfuzzer_sys::fuzz_target;
 
-/// An index whose lengths are right, so that what is behind them is reached: a byte of flags, one that says how many of the entries are runs, two for
-/// the pages of the space; then four bytes an entry.
+/// Makes an index whose lengths are right, so that the code behind them is reached: a byte of
+/// flags, one with the number of runs among the entries, two for the pages of the space; then four
+/// bytes an entry.
 fn made(bytes: &[u8]) -> Option<Vec<u8>> {
     let (head, rest) = bytes.split_first_chunk::<4>()?;
     let entries: Vec<(u64, u64)> = rest

@@ -1,4 +1,4 @@
-//! Any manifest: it is refused, or it says the same when it is written again.
+//! Any manifest: it is refused, or keeps its value when it is written again.
 #![no_main]
 
 use clade_snapshot::format::Manifest;
@@ -13,7 +13,7 @@ fn check(bytes: &[u8]) {
 
 fuzz_target!(|bytes: &[u8]| {
     check(bytes);
-    // With the right checksum, or what is behind it is never reached.
+    // With the right checksum, or the code behind it is never reached.
     if let Ok(text) = std::str::from_utf8(bytes) {
         check(&Manifest::sealed(text));
     }

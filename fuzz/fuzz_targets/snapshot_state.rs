@@ -6,14 +6,14 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
     assert!(Sections::decode(bytes).is_err() || bytes.len() >= 24);
-    // With the right checksum for the whole of it.
+    // With the right checksum of the whole file.
     let head = [&b"CLADESTA"[..], &(1u32 << 16).to_le_bytes()].concat();
     for sections in [seal(bytes.to_vec()), seal([&head, bytes].concat())].iter().flat_map(|file| Sections::decode(file))
     {
         let list: Vec<(&str, &[u8])> = sections.iter().collect();
         assert_eq!(Sections::decode(&encode_sections(&list)).as_ref(), Ok(&sections));
     }
-    // And sections cut from the bytes come back, whatever they are.
+    // And any sections cut from the bytes come back unchanged.
     let (name, body) = bytes.split_at(bytes.len() / 2);
     let name: String = String::from_utf8_lossy(name).chars().take(60).collect();
     let list = [(name.as_str(), body), ("another one", bytes)];

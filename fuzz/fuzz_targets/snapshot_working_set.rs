@@ -5,7 +5,8 @@ use clade_snapshot::format::{WorkingSet, seal};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
-    // With a head and a checksum that are right, or what is behind them is seldom reached; and with a number of runs that fits.
+    // With a valid head and checksum, or the code behind them is seldom reached; and with a number
+    // of runs that fits.
     let head = [&b"CLADEWRM"[..], &(1u32 << 16).to_le_bytes()].concat();
     let with_head = seal([&head, bytes].concat());
     let fits = (bytes.len() as u64 / 16).to_le_bytes();

@@ -1,5 +1,6 @@
-//! Any driver: registers in any order, rings and descriptors of any content, notifications, forks. A device gives back what it was given or asks to
-//! be reset, no byte outside its memory is touched (there is none to touch), nothing panics and nothing hangs; what is saved can be restored.
+//! Any driver: registers in any order, rings and descriptors of any content, notifications, forks.
+//! A device returns its descriptors or asks to be reset, touches no byte outside its memory (there
+//! is none to touch), and neither panics nor hangs; a saved state can be restored.
 #![no_main]
 
 use std::sync::OnceLock;
@@ -45,16 +46,17 @@ const REGISTERS: [u64; 16] = [
 enum Step {
     Write(u8, u32),
     Read(u16, u8),
-    /// Brings the device to life in the usual way, with so many queues, and with indirect tables or without.
+    /// Brings the device to life in the usual way, with so many queues, and with indirect tables or
+    /// without.
     SetUp(u8),
     /// Puts a descriptor somewhere: queue, index, address, length, flags, next.
     Descriptor(u8, u8, u32, u32, u16, u8),
-    /// Makes a head available.
+    /// Makes a descriptor head available.
     Offer(u8, u16),
-    /// Puts an indirect table behind a queue's rings and a descriptor that refers to it: queue, index, offset, length, flags, and each descriptor's
-    /// address, length, flags and next.
+    /// Puts an indirect table behind a queue's rings and a descriptor that refers to it: queue,
+    /// index, offset, length, flags, and each descriptor's address, length, flags and next.
     Table(u8, u8, u8, u32, u16, Vec<(u32, u32, u16, u8)>),
-    /// Any bytes anywhere near.
+    /// Any bytes anywhere near the rings.
     Poke(u16, Vec<u8>),
     Notify(u8),
     Settle,
@@ -80,7 +82,7 @@ fn world() -> &'static World {
     })
 }
 
-/// One device of each kind, or one that goes on from a saved one.
+/// Makes one device of each kind, or one from a saved state.
 fn device(kind: u8, name: &str, saved: Option<(&TransportState, &Backend)>) -> Box<dyn VirtioDevice> {
     let world = world();
     match kind % 5 {
@@ -127,7 +129,8 @@ impl Vm {
         let device = match saved {
             None => VirtioMmio::new(device, &ram, wiring, false),
             Some((state, _)) => {
-                // Rings that were moved out of memory since they were set up are refused, like any others.
+                // Rings that were moved out of memory since they were set up are refused, like any
+                // others.
                 let restored = VirtioMmio::restore(device, &ram, wiring, state).expect("its own state");
                 restored.resume();
                 restored
@@ -151,7 +154,7 @@ impl Vm {
         self.poke(at + 14, &next.to_le_bytes());
     }
 
-    /// A descriptor of a buffer that is in RAM and short, most often.
+    /// Writes a descriptor of a buffer that is usually in RAM and short.
     fn buffer(&self, at: u64, (address, len, flags, next): (u32, u32, u16, u8)) {
         let address = if address % 4 == 0 { u64::from(address) << 8 } else { u64::from(address) % WINDOW };
         let len = if len % 4 == 0 { len } else { len % 0x600 };
@@ -189,10 +192,10 @@ impl Vm {
             Step::Table(queue, index, offset, len, flags, entries) => {
                 let queue = 0x1000 * u64::from(queue % 8);
                 let table = queue + 0xc00 + u64::from(offset % 32);
-                // Most often as long as it is, and sometimes longer than a queue of 16 allows.
+                // Usually its right length, and sometimes longer than a queue of 16 allows.
                 let len = if len % 4 == 0 { len } else { 16 * (entries.len() as u32 % 18) };
                 for ((address, len, flags, next), n) in entries.into_iter().zip(0u64..18) {
-                    // A table in a table is rare, or nothing else would be seen.
+                    // A table in a table is rare, or it would hide all other cases.
                     let flags = if flags % 32 == 0 { 4 } else { flags % 4 };
                     self.buffer(table + 16 * n, (address, len, flags, next));
                 }
@@ -210,7 +213,7 @@ impl Vm {
             }
             Step::Poke(at, bytes) => self.poke(u64::from(at), &bytes),
             Step::Notify(queue) => self.put(regs::QUEUE_NOTIFY, u32::from(queue)),
-            // A turn has been had when the worker stands still.
+            // The device has had its turn once its worker stands still.
             Step::Settle => {
                 self.device.quiesce();
                 self.device.resume();

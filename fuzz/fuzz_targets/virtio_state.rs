@@ -1,4 +1,5 @@
-//! Any saved state: it is refused, or a device goes on from it and can be saved, reset, put back to it and dropped.
+//! Any saved state: it is refused, or a device goes on from it and can be saved, reset, put back to
+//! it and dropped.
 #![no_main]
 
 use std::sync::OnceLock;
@@ -36,7 +37,7 @@ fuzz_target!(|bytes: &[u8]| {
     device.resume();
     assert!(saved.is_ok());
     device.write(regs::STATUS, &0u32.to_le_bytes());
-    // And back to it, in place: as a driver had it, and from a device that nobody has.
+    // And back to the saved state, in place: after a driver's use, and in a device without one.
     for _ in 0..2 {
         device.quiesce();
         assert!(device.halt(Duration::ZERO));

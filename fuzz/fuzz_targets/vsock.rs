@@ -1,8 +1,7 @@
 //! Any guest and any hosts at a socket device, over real sockets: connections both ways, packets of
-//! any header over any buffers, hosts that
-//! read, write, end and close as they like, full backlogs, forks of the turn. Nothing panics, no
-//! turn waits for a host, memory and connections
-//! stay bounded, and a host reads nothing that the guest did not send it.
+//! any header over any buffers, hosts that read, write, end and close as they like, full backlogs,
+//! forks of the turn. Nothing panics, no turn waits for a host, memory and connections stay
+//! bounded, and a host reads only the guest's bytes.
 #![no_main]
 
 use std::io::{Read, Write};
@@ -26,18 +25,18 @@ const SIZE: u16 = 16;
 const RX: u64 = 0;
 const TX: u64 = 1;
 const HEADER: usize = 44;
-/// Ports that hosts listen at: one takes connections, one has a full backlog. Nobody is at the
-/// others.
+/// Ports with listeners: one accepts connections, one has a full backlog. Other ports have no
+/// listener.
 const OPEN_PORT: u32 = 70;
 const FULL_PORT: u32 = 71;
 const RX_AT: u64 = 0x4_0000;
 const TX_AT: u64 = 0x10_0000;
-/// What every byte of a guest's data is.
+/// The value of every byte of a guest's data.
 const MARK: u8 = 0x5a;
 
 #[derive(arbitrary::Arbitrary, Debug)]
 enum Step {
-    /// A packet in order: operation, host's port, guest's port, data, room, flags.
+    /// A well-formed packet: operation, host's port, guest's port, data, room, flags.
     Packet {
         op: u8,
         host: u8,
@@ -46,7 +45,7 @@ enum Step {
         room: u32,
         flags: u8,
     },
-    /// The same with a length of its own, over buffers of these lengths that overlap.
+    /// The same with an unrelated length, over overlapping buffers of these lengths.
     Lie {
         op: u8,
         host: u8,
@@ -78,7 +77,7 @@ struct World {
     image: RamImage,
     dir: tempfile::TempDir,
     open: UnixListener,
-    /// The listener whose backlog is full, and those who fill it.
+    /// The listener whose backlog is full, and the connections that fill it.
     _full: (UnixListener, Vec<UnixStream>),
 }
 
@@ -187,8 +186,7 @@ impl Vm {
         self.put(regs::QUEUE_NOTIFY, queue as u32);
     }
 
-    /// Sends one packet, and waits until the device has looked at it: a turn has been had when it
-    /// stands still.
+    /// Sends one packet, and waits until the device stands still, and so has handled it.
     fn send(&mut self, header: &[u8], buffers: &[(u64, u32)]) {
         self.poke(TX_AT, header);
         let mut all = vec![(TX_AT, header.len().max(1) as u32)];
@@ -216,7 +214,7 @@ impl Vm {
         }
     }
 
-    /// What a host reads is what the guest sent, behind the line it is answered with.
+    /// A host reads the guest's bytes, behind the line that answers it.
     fn read(host: &mut UnixStream) {
         let mut bytes = vec![0; 16 << 10];
         if let Ok(got) = host.read(&mut bytes) {
@@ -236,8 +234,8 @@ impl Vm {
                 let header = header(op, host, guest, len, 1 << 16, 3);
                 let most = (RAM - TX_AT - 0x1000) as u32;
                 let buffers: Vec<_> = buffers.iter().map(|len| (TX_AT + 0x1000, len % most + 1)).collect();
-                // Data of other bytes is not to reach a host: only the marked part is long enough
-                // to be all of it.
+                // Other data must not reach a host: only the marked part is long enough to be all
+                // of it.
                 let inside = len <= 0x7_0000 && buffers.iter().all(|(_, len)| *len <= 0x7_0000);
                 if inside || len > 256 << 10 {
                     self.send(&header, &buffers);
@@ -296,7 +294,7 @@ impl Vm {
 }
 
 fn header(op: u8, host: u8, guest: u8, len: u32, room: u32, flags: u8) -> Vec<u8> {
-    // Hosts that the guest is asked by have ports from 1 << 30 on.
+    // Hosts whose connections the guest began have ports from 1 << 30 on.
     let host = match host % 8 {
         0..=2 => OPEN_PORT,
         3 => FULL_PORT,
@@ -331,7 +329,7 @@ fuzz_target!(|steps: Vec<Step>| {
     vm.put(regs::STATUS, 0);
     let hosts = std::mem::take(&mut vm.hosts);
     drop(vm);
-    // Whoever is left reads the end, and nothing else.
+    // The remaining hosts read the end, and nothing else.
     hosts.into_iter().for_each(|mut host| Vm::read(&mut host));
     while world().open.accept().is_ok() {}
 });

@@ -1,4 +1,4 @@
-//! Talking to the bare guest: commands through its mailboxes, answers through its reports.
+//! Commands to the bare guest through its mailboxes, and answers through its reports.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use crate::machine::{GuestWords, Machine, WordsError};
 use clade_vmm::boot::{BootSource, Image};
 use clade_vmm::vm::{Context, StopReason, Vm, VmConfig, VmError};
 
-/// What went wrong while talking to the bare guest.
+/// An error of communication with the bare guest.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum BareError {
@@ -26,11 +26,11 @@ pub enum BareError {
         vm: String,
         /// The vCPU's index.
         vcpu: u64,
-        /// The report that was waited for.
+        /// The expected report.
         wanted: &'static str,
         /// The timeout in seconds.
         seconds: u64,
-        /// Why the VM stopped, if it did.
+        /// The reason why the VM stopped, if it did.
         stopped: Option<StopReason>,
     },
     /// The guest took an exception.
@@ -60,11 +60,11 @@ pub enum BareError {
     },
 }
 
-// They are written at once.
+// Both are written at once.
 const _: () = assert!(abi::offset::ARGS == abi::offset::COMMAND + 8);
 const _: () = assert!(abi::offset::COMMAND == abi::offset::CMD_SEQ + 8);
 
-/// How long the guest may take to answer.
+/// Time limit of the guest's answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The mailbox of one vCPU, in a guest's memory.
@@ -83,7 +83,7 @@ impl<M: ?Sized> Clone for BareMailbox<'_, M> {
 impl<M: ?Sized> Copy for BareMailbox<'_, M> {}
 
 impl<'a, M: GuestWords + ?Sized> BareMailbox<'a, M> {
-    /// The mailbox of `vcpu` in `ram`.
+    /// Returns the mailbox of `vcpu` in `ram`.
     #[must_use]
     pub fn new(ram: &'a M, vcpu: u64) -> Self {
         Self { ram, vcpu }
@@ -113,21 +113,21 @@ impl<'a, M: GuestWords + ?Sized> BareMailbox<'a, M> {
         let (code, args) = command.encode();
         let mut words = [code; 9];
         words[1..].copy_from_slice(&args);
-        // First, and the number is read after it: a read before it would be a page fault more.
+        // First; the number is read after it: a read before it would be one more page fault.
         self.put(abi::offset::COMMAND, &words)?;
         let seq = self.get(abi::offset::CMD_SEQ)? + 1;
-        // Last: the guest takes what is there when it sees it.
+        // Last: the guest takes the command when it sees the number.
         self.put_and_ring(abi::offset::CMD_SEQ, &[seq])?;
         Ok(seq)
     }
 
     /// Gives the vCPU of a paused VM a command, in place of the one it executes. Returns the
-    /// command's number, and the operations that the other one has completed.
+    /// command's number, and the completed operations of the replaced one.
     ///
     /// # Errors
     /// When its mailbox cannot be reached.
     pub fn order_paused(self, command: Command) -> Result<(u64, u64), BareError> {
-        // By two accesses: one that is made for another process takes a while.
+        // In two accesses: an access for another process takes a while.
         let mut bytes = [0; (abi::offset::PROGRESS + 8) as usize];
         let read = self.ram.read(mailbox_gpa(self.vcpu), &mut bytes);
         read.map_err(|source| BareError::Mailbox { vcpu: self.vcpu, source })?;
@@ -141,7 +141,7 @@ impl<'a, M: GuestWords + ?Sized> BareMailbox<'a, M> {
         Ok((words[0], word(abi::offset::PROGRESS)))
     }
 
-    /// Operations that the running command has completed.
+    /// Returns the operations that the running command has completed.
     ///
     /// # Errors
     /// When its mailbox cannot be reached.
@@ -149,7 +149,7 @@ impl<'a, M: GuestWords + ?Sized> BareMailbox<'a, M> {
         self.get(abi::offset::PROGRESS)
     }
 
-    /// The number of the last command that has completed.
+    /// Returns the number of the last completed command.
     ///
     /// # Errors
     /// When its mailbox cannot be reached.
@@ -157,7 +157,7 @@ impl<'a, M: GuestWords + ?Sized> BareMailbox<'a, M> {
         self.get(abi::offset::DONE_SEQ)
     }
 
-    /// The number of the last command that the vCPU has taken.
+    /// Returns the number of the last command that the vCPU has taken.
     ///
     /// # Errors
     /// When its mailbox cannot be reached.
@@ -165,7 +165,7 @@ impl<'a, M: GuestWords + ?Sized> BareMailbox<'a, M> {
         self.get(abi::offset::ACK_SEQ)
     }
 
-    /// Whether the vCPU is in its command loop.
+    /// Returns whether the vCPU is in its command loop.
     ///
     /// # Errors
     /// When its mailbox cannot be reached.
@@ -174,7 +174,7 @@ impl<'a, M: GuestWords + ?Sized> BareMailbox<'a, M> {
         Ok(booted && self.get(abi::offset::STATE)? != abi::State::Booting as u64)
     }
 
-    /// The results of the last command.
+    /// Returns the results of the last command.
     ///
     /// # Errors
     /// When its mailbox cannot be reached.
@@ -211,13 +211,13 @@ impl<V: ?Sized> Clone for BareVcpu<'_, V> {
 impl<V: ?Sized> Copy for BareVcpu<'_, V> {}
 
 impl<'a, V: Machine + ?Sized> BareVcpu<'a, V> {
-    /// vCPU `vcpu` of `vm`.
+    /// Returns vCPU `vcpu` of `vm`.
     #[must_use]
     pub fn new(vm: &'a V, vcpu: u64) -> Self {
         Self { vm, mailbox: BareMailbox::new(vm, vcpu) }
     }
 
-    /// Its mailbox.
+    /// Returns its mailbox.
     #[must_use]
     pub fn mailbox(&self) -> BareMailbox<'a, V> {
         self.mailbox
@@ -254,7 +254,7 @@ impl<'a, V: Machine + ?Sized> BareVcpu<'a, V> {
     /// Waits for the vCPU to enter its command loop.
     ///
     /// # Errors
-    /// When the guest faults or does not get there.
+    /// When the guest faults or does not enter it.
     pub fn await_ready(&self) -> Result<(), BareError> {
         let deadline = Instant::now() + ANSWER_TIMEOUT;
         loop {
@@ -289,7 +289,7 @@ impl<'a, V: Machine + ?Sized> BareVcpu<'a, V> {
 }
 
 impl BareVcpu<'_> {
-    /// Waits for a report of `event` from this vCPU. Returns the time at which it came.
+    /// Waits for a report of `event` from this vCPU. Returns the time of its arrival.
     ///
     /// # Errors
     /// When the guest faults or does not report it.

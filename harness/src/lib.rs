@@ -1,4 +1,4 @@
-//! Driving the bare guest: what tests, the demo, benchmarks and the stress test share.
+//! Driving the bare guest: shared by tests, the demo, benchmarks and the stress test.
 
 #![deny(missing_docs)]
 

@@ -1,5 +1,5 @@
-//! What the harness needs of a VM: its guest's memory in words, and whether it runs. The VM may be
-//! in this process, or in another that is asked for it.
+//! The harness's view of a VM: its guest's memory in words, and whether it runs. The VM may be in
+//! this process, or in another that this one asks.
 
 use std::error::Error;
 use std::sync::atomic::Ordering;
@@ -9,13 +9,14 @@ use clade_memory::GuestRam;
 use clade_vmm::vm::{StopReason, Vm, VmError};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-/// Why guest memory could not be read or written.
+/// Reason why guest memory could not be read or written.
 pub type WordsError = Box<dyn Error + Send + Sync>;
 
-/// Guest memory as aligned words of 8 bytes, each of which is read and written as a whole.
+/// Guest memory as aligned words of 8 bytes. Reads and writes of a word are atomic.
 pub trait GuestWords {
-    /// Reads a word. What the guest has written before it is seen by later reads. Unless this is
-    /// written anew, a read of eight aligned bytes has to be one of a word, and so has a write.
+    /// Reads a word. Later reads see everything that the guest has written before it. The default
+    /// implementation requires that a read of eight aligned bytes is a read of one word, and so for
+    /// a write.
     ///
     /// # Errors
     /// When it is not in guest memory.
@@ -33,32 +34,32 @@ pub trait GuestWords {
         self.write(address, &bytes_of(words))
     }
 
-    /// Writes words as [`GuestWords::store`], and wakes a vCPU that waits for them. The memory of a VM
-    /// that has not started wakes none: a vCPU is woken when it starts.
+    /// Writes words as [`GuestWords::store`], and wakes a vCPU that waits for them. The memory of a
+    /// VM that has not started wakes none: a vCPU is woken when it starts.
     ///
     /// # Errors
     /// When they are not in guest memory, or there is no such vCPU.
     fn store_and_ring(&self, address: u64, words: &[u64], vcpu: u64) -> Result<(), WordsError>;
 
-    /// Reads bytes, in no order.
+    /// Reads bytes, in any order.
     ///
     /// # Errors
     /// When they are not in guest memory.
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), WordsError>;
 
-    /// Writes bytes, in no order.
+    /// Writes bytes, in any order.
     ///
     /// # Errors
     /// When they are not in guest memory.
     fn write(&self, address: u64, bytes: &[u8]) -> Result<(), WordsError>;
 
-    /// How many words are best read at a time: they fit in the second-level cache.
+    /// Returns the best number of words to read at a time: they fit in the second-level cache.
     fn chunk(&self) -> usize {
         16 << 10
     }
 }
 
-/// Words as they are in guest memory.
+/// Returns words as they are in guest memory.
 #[must_use]
 pub fn bytes_of(words: &[u64]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
@@ -66,13 +67,13 @@ pub fn bytes_of(words: &[u64]) -> Vec<u8> {
 
 /// A VM whose guest is driven.
 pub trait Machine: GuestWords {
-    /// Its name.
+    /// Returns its name.
     fn name(&self) -> String;
 
-    /// Why it has stopped, if it has.
+    /// Returns the reason why it has stopped, if it has.
     fn stopped(&self) -> Option<StopReason>;
 
-    /// Waits until its guest may have something to say, up to `limit`.
+    /// Waits until its guest may have a report, up to `limit`.
     fn await_report(&self, limit: Duration);
 }
 
@@ -115,7 +116,7 @@ impl GuestWords for Vm {
     fn store_and_ring(&self, address: u64, words: &[u64], vcpu: u64) -> Result<(), WordsError> {
         self.store(address, words)?;
         match self.ring_doorbell(vcpu) {
-            // Its memory can still be written.
+            // The memory of a stopped VM can still be written.
             Ok(()) | Err(VmError::Stopped(_)) => Ok(()),
             Err(error) => Err(error.into()),
         }

@@ -1,8 +1,8 @@
 //! The patience of a test that waits for an event.
 //!
-//! No test is decided by elapsed time: a wait ends when its condition holds. [`Patience`] only bounds
-//! a wait whose condition never holds. It counts time in which this process ran: a tick counts at
-//! most [`MAX_TICK`], however long the machine stood still between two ticks.
+//! No test is decided by elapsed time: a wait ends when its condition holds. [`Patience`] only
+//! bounds a wait whose condition never holds. It counts time in which this process ran: a tick
+//! counts at most [`MAX_TICK`], however long the machine stood still between two ticks.
 
 use std::env;
 use std::fmt::Debug;
@@ -25,11 +25,11 @@ const DEFAULT_LIMIT: Duration = Duration::from_secs(120);
 
 /// The host's factor, if the environment has it: a number of at least 1.
 const FACTOR_ENV: &str = "CLADE_HOST_FACTOR";
-/// How long the reference host takes for [`probe`].
+/// Time of the reference host for [`probe`].
 const REFERENCE_PROBE: Duration = Duration::from_millis(12);
-/// How long the reference host takes to boot the bare guest.
+/// Time of the reference host to boot the bare guest.
 const REFERENCE_BOOT: Duration = Duration::from_millis(40);
-/// Hosts that are slower are not waited for in proportion.
+/// Largest factor: slower hosts get no more time.
 const MAX_FACTOR: f64 = 20.0;
 
 /// The time of the first boot of the bare guest in microseconds, or 0.
@@ -42,9 +42,9 @@ pub fn report_bare_boot(took: Duration) {
     let _ = BARE_BOOT_US.compare_exchange(0, us, Ordering::Relaxed, Ordering::Relaxed);
 }
 
-/// How much slower this host is than the reference host: 1 to 20. Measured once a process, by a boot
-/// of the bare guest if one was reported, otherwise by starting threads and filling memory.
-/// `CLADE_HOST_FACTOR` overrides it.
+/// Returns how much slower this host is than the reference host: 1 to 20. Measured once a process,
+/// by a boot of the bare guest if one was reported, otherwise by starting threads and filling
+/// memory. `CLADE_HOST_FACTOR` overrides it.
 pub fn host_factor() -> f64 {
     static FACTOR: OnceLock<f64> = OnceLock::new();
     *FACTOR.get_or_init(|| {
@@ -109,7 +109,7 @@ impl Patience {
         !self.left.is_zero()
     }
 
-    /// All of it, as it was scaled.
+    /// Returns the whole limit, scaled.
     #[must_use]
     pub fn limit(&self) -> Duration {
         self.limit
@@ -191,7 +191,8 @@ pub fn wait_until_within(limit: Duration, what: &str, mut done: impl FnMut() -> 
     wait_for_within(limit, what, || done().then_some(()));
 }
 
-/// Aborts the process when it is still held after its time: a test that hangs must fail and say so.
+/// Aborts the process when it is still held after its time: a test that hangs must fail with a
+/// message.
 #[derive(Debug)]
 pub struct Watchdog(Option<(Sender<()>, JoinHandle<()>)>);
 
@@ -204,8 +205,8 @@ impl Watchdog {
     pub fn new(limit: Duration, about: impl FnOnce() -> String + Send + 'static) -> Self {
         let (done, finished) = mpsc::channel::<()>();
         let test = thread::current().name().unwrap_or("a test").to_owned();
-        // Here and not on the watchdog's thread: the first call starts threads, and the test may count
-        // the process's.
+        // Here and not on the watchdog's thread: the first call starts threads, and the test may
+        // count the process's.
         let mut patience = Patience::new(limit);
         let watch = move || {
             while finished.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::Patience;
 
-/// How long one read of the socket waits.
+/// Time limit of one read of the socket.
 const READ_TIME: Duration = Duration::from_millis(50);
 
 /// A socket with reads that wait for bytes until patience ends. Each byte renews the patience.

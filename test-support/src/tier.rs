@@ -1,14 +1,14 @@
-//! How much of a systematic test the ordinary suite carries out.
+//! The share of a systematic test that the ordinary suite runs.
 
 use std::env;
 
-/// Which part of the enumerated cases is carried out: every n-th; 1 for all of them.
+/// The stride over the enumerated cases: every n-th is run; 1 for all of them.
 const STRIDE_ENV: &str = "CLADE_TEST_STRIDE";
-/// Without it.
+/// The default.
 const DEFAULT_STRIDE: usize = 3;
 
-/// Tests that enumerate cases, such as the failure of each system call in turn, carry out every n-th
-/// case. The long tier sets `CLADE_TEST_STRIDE=1` and carries out all of them.
+/// Tests that enumerate cases, such as the failure of each system call in turn, run every n-th
+/// case. The long tier sets `CLADE_TEST_STRIDE=1` and runs all of them.
 ///
 /// # Panics
 /// When the environment has something else than a number above 0.

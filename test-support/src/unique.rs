@@ -88,7 +88,7 @@ impl Port {
 pub struct Cid(Claim);
 
 impl Cid {
-    /// How many CIDs it is.
+    /// Number of these CIDs.
     pub const COUNT: u32 = 256;
 
     /// Takes a CID.

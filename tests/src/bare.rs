@@ -1,4 +1,4 @@
-//! Bare guests that run only while they are told something.
+//! Bare guests that run only while they carry out a command.
 
 use std::sync::Arc;
 
@@ -9,24 +9,24 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::oracle;
 
-/// Who writes: the guest's CPU, or the VMM.
+/// The source of a write: the guest's CPU, or the VMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Writer {
-    /// By a command to the first vCPU.
+    /// A command to the first vCPU.
     Guest,
-    /// Through `vm-memory`, as a device's emulation would.
+    /// An access through `vm-memory`, as a device's emulation does.
     Host,
 }
 
-/// A bare guest with one or more vCPUs, paused except while it works.
-/// Pages are counted from [`WORK_BASE`].
+/// A bare guest with one or more vCPUs, paused except while it works. Pages are counted from
+/// [`WORK_BASE`].
 #[derive(Debug)]
 pub struct Guest {
     vm: Vm,
 }
 
 impl Guest {
-    /// Boots one with `mib` of memory.
+    /// Boots a guest with `mib` of memory.
     ///
     /// # Panics
     /// When it does not boot.
@@ -35,7 +35,7 @@ impl Guest {
         Self::boot_as(context, VmConfig::bare(mib << 20, cpus).expect("a configuration"))
     }
 
-    /// Boots one of the given shape.
+    /// Boots a guest of the given shape.
     ///
     /// # Panics
     /// When it does not boot.
@@ -46,7 +46,7 @@ impl Guest {
         Self { vm }
     }
 
-    /// A child of `image`, paused.
+    /// Makes a paused child of `image`.
     ///
     /// # Panics
     /// When it cannot be made.
@@ -56,7 +56,7 @@ impl Guest {
         Self { vm: Vm::from_image(context, "child", image, options).expect("a child") }
     }
 
-    /// Forks it while it runs.
+    /// Forks the guest while it runs.
     ///
     /// # Panics
     /// When it cannot be forked.
@@ -68,25 +68,25 @@ impl Guest {
         forked
     }
 
-    /// Forks it, and starts one child.
+    /// Forks the guest, and starts one child.
     #[must_use]
     pub fn fork_child(&self) -> Self {
         Self::child(self.vm.context(), &self.fork().0)
     }
 
-    /// The VM.
+    /// Returns the VM.
     #[must_use]
     pub fn vm(&self) -> &Vm {
         &self.vm
     }
 
-    /// The VM alone.
+    /// Returns only the VM.
     #[must_use]
     pub fn into_vm(self) -> Vm {
         self.vm
     }
 
-    /// Pages from [`WORK_BASE`] to the end.
+    /// Returns the number of pages from [`WORK_BASE`] to the end.
     #[must_use]
     pub fn work_pages(&self) -> u64 {
         (self.vm.config().layout().bytes() - WORK_BASE) / PAGE_SIZE
@@ -106,7 +106,7 @@ impl Guest {
     /// Fills `pages` pages from `first` with words of `seed`.
     ///
     /// # Panics
-    /// When they are not there.
+    /// When the pages do not exist.
     pub fn fill(&self, writer: Writer, first: u64, pages: u64, seed: u64) {
         let start = gpa(first);
         match writer {
@@ -122,7 +122,8 @@ impl Guest {
         }
     }
 
-    /// Checks that `pages` pages from `first` hold the words of `seed` (zeros if `None`), as the host and the guest see it.
+    /// Checks that `pages` pages from `first` hold the words of `seed` (zeros if `None`), as the
+    /// host and the guest see it.
     ///
     /// # Panics
     /// When a word differs.
@@ -160,16 +161,16 @@ impl Guest {
         }
     }
 
-    /// Pages it owns, as it says.
+    /// Returns the number of pages that it owns, by its own counts.
     ///
     /// # Panics
-    /// When it cannot say.
+    /// When the counts are unavailable.
     #[must_use]
     pub fn exclusive(&self) -> u64 {
         self.vm.memory_stats().expect("statistics").exclusive
     }
 
-    /// Work pages it owns, as the kernel's page map says, in order.
+    /// Returns the work pages that it owns, by the kernel's page map, in order.
     #[must_use]
     pub fn owned_work_pages(&self) -> Vec<u64> {
         let region = &self.vm.ram().regions()[0];

@@ -2,8 +2,8 @@
 //! directory.
 //!
 //! Where guest kernels are interpreted a boot takes most of a minute, and a restore takes
-//! milliseconds. The snapshot's directory is named by a hash over everything that it depends on, so
-//! another kernel, host or configuration has another one.
+//! milliseconds. The name of the snapshot's directory is a hash over everything that it depends on,
+//! so another kernel, host or configuration uses another directory.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -21,13 +21,13 @@ use clade_vmm::vm::{
 
 use crate::{Linux, PROMPT, Turn, can_have_taps, ext4};
 
-/// Its version: of the VM that is booted, and of what is saved beside the snapshot.
+/// The recipe's version: of the booted VM, and of the files beside the snapshot.
 const VERSION: u32 = 2;
 /// The snapshot's directory and the console's text, in the cached directory.
 const SNAPSHOT: &str = "snapshot";
 const CONSOLE: &str = "console";
 const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, erase: &[], before_start: None };
-/// What a request to the disk takes at least, so that a fork finds some in flight.
+/// Least time of a disk request, so that a fork finds some in flight.
 const LATENCY: std::time::Duration = std::time::Duration::from_millis(10);
 
 /// A shell at its prompt, in a VM with an ext4 disk, an interface, sockets, entropy, a balloon and
@@ -38,19 +38,19 @@ pub struct BootedLinux {
     pub context: Context,
     /// The image at the prompt.
     pub image: Arc<ForkImage>,
-    /// What was on the console until then.
+    /// The console's output until then.
     pub console: Arc<str>,
-    /// Where its children have their overlays and sockets.
+    /// The directory of its children's overlays and sockets.
     pub dir: PathBuf,
     /// Whether it has an interface.
     pub taps: bool,
 }
 
 impl BootedLinux {
-    /// Restores it into a context of its own. Boots it if that has not been done on this host. `dir`
-    /// is where its children have their overlays and sockets.
+    /// Restores it into a context of its own. Boots it if that has not been done on this host.
+    /// `dir` is the directory of its children's overlays and sockets.
     ///
-    /// `None`, after printing the reason, on a host that lacks something it needs.
+    /// `None`, after printing the reason, on a host that lacks a requirement.
     ///
     /// # Panics
     /// When it cannot be booted or restored.
@@ -64,7 +64,7 @@ impl BootedLinux {
         Some(Self { context, image, console, dir: dir.to_owned(), taps })
     }
 
-    /// A child, paused at the prompt.
+    /// Makes a child, paused at the prompt.
     ///
     /// # Panics
     /// When it cannot be made.
@@ -74,8 +74,8 @@ impl BootedLinux {
     }
 }
 
-/// The directory of the cached snapshot, of a VM with an interface or without. It is made if it is
-/// missing, or cannot be restored. Tests of programs restore what is in `snapshot` in it.
+/// Returns the directory of the cached snapshot, of a VM with an interface or without. It is made
+/// if it is missing, or cannot be restored. Tests of programs restore the `snapshot` in it.
 ///
 /// `None`, after printing the reason, where Linux is not built or mkfs.ext4 is missing.
 ///

@@ -1,18 +1,19 @@
-//! What a process holds, counted.
+//! Counts of the resources that a process holds.
 
 use std::fs;
 
 use clade_memory::Store;
 use clade_test_support::wait_eq;
 
-/// Everything that a VM takes and must give back.
+/// The resources that a VM takes and must release.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Holdings {
     /// Open descriptors.
     pub fds: usize,
     /// Mappings of files and of anonymous inodes: layers, and `kvm_run` pages.
     pub file_mappings: usize,
-    /// All mappings. The C library keeps some stacks of ended threads, so these come back only roughly.
+    /// All mappings. The C library keeps some stacks of ended threads, so these come back only
+    /// roughly.
     pub mappings: usize,
     /// Threads.
     pub threads: usize,
@@ -22,17 +23,18 @@ pub struct Holdings {
     pub promised: u64,
 }
 
-/// Checks that nobody holds a layer of the store, or a mapping of its budget.
+/// Checks that all layers of the store, and mappings of its budget, are released.
 ///
 /// # Panics
-/// When somebody does.
+/// When one is still held.
 pub fn expect_nothing_held(store: &Store, what: &str) {
     // A thread of the store frees large layers.
     let what = format!("{what}: a layer or a mapping outlived its last user");
     wait_eq(&what, &(0, 0), || (store.live_layers(), store.budget().used()));
 }
 
-/// The threads of this process. Those that the kernel adds for transfers go 5 s after the last one.
+/// Counts the threads of this process. Those that the kernel adds for transfers go 5 s after the
+/// last one.
 fn threads() -> usize {
     let tasks = fs::read_dir("/proc/self/task").expect("/proc").flatten();
     let name = |task: fs::DirEntry| fs::read_to_string(task.path().join("comm")).unwrap_or_default();
@@ -40,13 +42,13 @@ fn threads() -> usize {
 }
 
 impl Holdings {
-    /// Counts.
+    /// Counts the resources.
     ///
     /// # Panics
     /// When /proc cannot be read.
     #[must_use]
     pub fn count(store: &Store) -> Self {
-        // What is kept warm for later is not held by anybody.
+        // Resources kept warm for later have no holder.
         store.drain();
         let maps = fs::read_to_string("/proc/self/maps").expect("maps");
         let entries = |path| fs::read_dir(path).expect("/proc").count();
@@ -60,18 +62,18 @@ impl Holdings {
         }
     }
 
-    /// Checks that everything is as it was.
+    /// Checks that all counts are unchanged.
     ///
     /// # Panics
-    /// When it is not.
+    /// When one has changed.
     pub fn expect_same(self, store: &Store, what: &str) {
         self.expect_layers_more(0, store, what);
     }
 
-    /// The same, but for a layer more, and its file: of a VM that ran, and was frozen then.
+    /// The same, except for one more layer, and its file: of a VM that ran, and was then frozen.
     ///
     /// # Panics
-    /// When it is not.
+    /// When another count has changed.
     pub fn expect_a_layer_more_at_most(self, store: &Store, what: &str) {
         self.expect_layers_more(1, store, what);
     }

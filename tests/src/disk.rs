@@ -16,11 +16,11 @@ use clade_vmm::vm::{ChildOptions, Context, DiskSpec, ForkImage, Vm, VmConfig};
 
 use crate::Guest;
 
-/// How often a test may be run until a fork has found requests in flight.
+/// Most runs of a test until a fork has found requests in flight.
 const MAX_TRIES: u32 = 20;
-/// Where the driver's area is.
+/// Address of the driver's area.
 const AREA: u64 = WORK_BASE;
-/// Where the data is.
+/// Address of the data.
 const BUFFER: u64 = WORK_BASE + 16 * PAGE_SIZE;
 
 /// A directory with a disk's file in it.
@@ -31,7 +31,7 @@ pub struct DiskFile {
 }
 
 impl DiskFile {
-    /// A disk of `bytes` bytes that holds the words of `seed`.
+    /// Makes a disk of `bytes` bytes that holds the words of `seed`.
     ///
     /// # Panics
     /// When it cannot be written.
@@ -43,25 +43,25 @@ impl DiskFile {
         Self { dir, path }
     }
 
-    /// The file.
+    /// Returns the file's path.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// A name in the same directory.
+    /// Returns a path in the same directory.
     #[must_use]
     pub fn beside(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    /// What a VM is to be told of it.
+    /// Returns the disk's configuration for a VM.
     #[must_use]
     pub fn spec(&self) -> DiskSpec {
         DiskSpec { disk: DiskConfig::new(&self.path), device: BlockOptions::default() }
     }
 
-    /// Its bytes.
+    /// Returns its bytes.
     ///
     /// # Panics
     /// When it cannot be read.
@@ -71,7 +71,7 @@ impl DiskFile {
     }
 }
 
-/// The words of `seed` at `bytes` bytes from byte `offset` of a disk.
+/// Returns the words of `seed` at `bytes` bytes from byte `offset` of a disk.
 #[must_use]
 pub fn words(seed: u64, offset: u64, bytes: u64) -> Vec<u8> {
     let mut all = vec![0; bytes as usize];
@@ -87,10 +87,11 @@ pub struct DiskGuest {
 }
 
 impl DiskGuest {
-    /// Where the driver's area is.
+    /// Address of the driver's area.
     pub const AREA: u64 = AREA;
 
-    /// Boots one with the disk opened by its driver, and memory that the driver does not use written by the guest.
+    /// Boots a guest whose driver has opened the disk, and whose memory outside the driver's was
+    /// written by the guest.
     ///
     /// # Panics
     /// When it does not boot, or the driver does not find the disk.
@@ -106,12 +107,13 @@ impl DiskGuest {
         this
     }
 
-    /// Has the driver take the disk.
+    /// Has the driver open the disk.
     pub fn open(&self) -> [u64; 4] {
         self.guest.run(Command::DiskOpen { slot: 0, area: AREA, size: 256 })
     }
 
-    /// A run over the disk's first `sectors` sectors, sequential and once, in blocks of 8 sectors, 32 at a time.
+    /// Returns a run over the disk's first `sectors` sectors, sequential and once, in blocks of 8
+    /// sectors, 32 at a time.
     #[must_use]
     pub fn whole(what: What, sectors: u64, seed: u64) -> DiskRun {
         let (order, block) = (Order::Sequential, 8.min(sectors));
@@ -130,27 +132,27 @@ impl DiskGuest {
         }
     }
 
-    /// Runs, and returns operations, errors and wrong words.
+    /// Carries out a run, and returns operations, errors and wrong words.
     pub fn run(&self, run: DiskRun) -> (u64, u64, u64) {
         let [done, errors, wrong, _] = self.guest.run(Command::DiskRun(run));
         (done, errors, wrong)
     }
 
-    /// Runs, and expects every operation to succeed and every word to be right.
+    /// Carries out a run, and expects every operation to succeed and every word to be right.
     ///
     /// # Panics
-    /// When not.
+    /// When one fails, or is wrong.
     pub fn expect(&self, run: DiskRun, what: &str) {
         assert_eq!(self.run(run), (run.count, 0, 0), "{what}: operations, errors, wrong words of {run:?}");
     }
 
-    /// A paused child of `image`.
+    /// Makes a paused child of `image`.
     #[must_use]
     pub fn child(context: &Context, image: &Arc<ForkImage>) -> Self {
         Self { guest: Guest::child(context, image) }
     }
 
-    /// The VM.
+    /// Returns the VM.
     #[must_use]
     pub fn vm(&self) -> &Vm {
         self.guest.vm()
@@ -159,7 +161,7 @@ impl DiskGuest {
     /// Begins a run and leaves the guest running. Returns the command's number.
     ///
     /// # Panics
-    /// When it cannot be told.
+    /// When the command cannot be given.
     #[must_use]
     pub fn begin(&self, run: DiskRun) -> u64 {
         let seq = BareMailbox::new(self.vm(), 0).order(Command::DiskRun(run)).expect("an order");
@@ -167,7 +169,7 @@ impl DiskGuest {
         seq
     }
 
-    /// Waits for the end of a run that was begun, here or in the parent, and pauses.
+    /// Waits for the end of a run that began here or in the parent, and pauses.
     ///
     /// # Panics
     /// When it does not end.
@@ -184,7 +186,7 @@ impl DiskGuest {
     /// Waits until `done` operations of a running guest's run are done.
     ///
     /// # Panics
-    /// When it does not get on.
+    /// When the run makes no progress.
     pub fn await_progress(&self, done: u64) {
         let vcpu = BareVcpu::new(self.vm(), 0);
         let progress = || vcpu.mailbox().progress().expect("the guest's progress");
@@ -192,10 +194,10 @@ impl DiskGuest {
     }
 
     /// Forks a running guest once `done` operations of its run are done and others are in flight.
-    /// Between two batches there are none for a moment. In a test that [`until_in_flight`] runs.
+    /// Between two batches no requests are in flight. For a test run by [`until_in_flight`].
     ///
     /// # Panics
-    /// When the run is over before.
+    /// When the run ends before.
     #[must_use]
     pub fn fork_in_flight(&self, done: u64) -> Arc<ForkImage> {
         self.await_progress(done);
@@ -208,10 +210,10 @@ impl DiskGuest {
         })
     }
 
-    /// Checks that the run that was begun is not over.
+    /// Checks that the current run has not ended.
     ///
     /// # Panics
-    /// When it is. A test that [`until_in_flight`] runs is run again.
+    /// When it has. [`until_in_flight`] runs the test again.
     pub fn expect_running(&self) {
         let vcpu = BareVcpu::new(self.vm(), 0);
         let [ended, taken] = [vcpu.mailbox().ended(), vcpu.mailbox().taken()].map(|seq| seq.expect("the mailbox"));
@@ -221,7 +223,8 @@ impl DiskGuest {
         }
     }
 
-    /// Interrupts a run of a running guest, waits until it has let its operations end, and pauses. Returns its results.
+    /// Interrupts a run of a running guest, waits until its operations have ended, and pauses.
+    /// Returns its results.
     ///
     /// # Panics
     /// When it does not end.
@@ -233,7 +236,7 @@ impl DiskGuest {
         results
     }
 
-    /// A paused child that goes on with what it was told.
+    /// Makes a paused child that continues its parent's command.
     ///
     /// # Panics
     /// When it cannot be made.
@@ -245,12 +248,12 @@ impl DiskGuest {
 }
 
 thread_local! {
-    /// Whether a run was over before this thread has forked it.
+    /// Whether a run ended before this thread forked it.
     static RUN_IS_OVER: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs a test that forks a disk's run in the middle. A machine on which this thread stands still
-/// while the guest's goes on may end the run first: then the test is run again, at most
+/// Runs a test that forks a disk's run in the middle. On a machine where this thread stands still
+/// while the guest's goes on, the run may end first: then the test is run again, at most
 /// `MAX_TRIES` times in all.
 pub fn until_in_flight(test: impl Fn()) {
     for tried in 1.. {

@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use clade_vmm::vm::ForkImage;
 
-/// How long writes to a disk may take to end.
+/// Time limit for the end of writes to a disk.
 const SETTLE: Duration = Duration::from_secs(60);
 
-/// Runs one of e2fsprogs' programs on `path`; false if it is not there.
+/// Runs one of e2fsprogs' programs on `path`; false if the program is missing.
 ///
 /// # Panics
 /// When it fails.
@@ -24,7 +24,8 @@ pub fn ext4(program: &str, args: &[&str], path: &Path) -> bool {
     true
 }
 
-/// Writes the first disk of an image to the file `path`, replays its journal as a mount would, and checks it.
+/// Writes the first disk of an image to the file `path`, replays its journal as a mount would, and
+/// checks it.
 ///
 /// # Panics
 /// When it has faults.
@@ -32,7 +33,8 @@ pub fn checked(image: &ForkImage, path: &Path) {
     let disk = image.disks().next().expect("a disk");
     assert!(disk.settle(SETTLE), "its writes end");
     disk.export(path).expect("an export");
-    // A disk of a running system: its journal is not empty. Replayed (1: errors corrected), it must be without fault.
+    // A disk of a running system: its journal is not empty. Replayed (1: errors corrected), it must
+    // be without fault.
     let replay = Command::new("e2fsck").args(["-p", "-E", "journal_only"]).arg(path).stdin(Stdio::null()).output();
     let replay = replay.expect("e2fsck");
     assert!(matches!(replay.status.code(), Some(0 | 1)), "{replay:?}");

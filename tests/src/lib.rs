@@ -1,4 +1,5 @@
-//! What the end-to-end tests share: a host or a reason to skip, bare and Linux guests, and counters of what a process holds.
+//! Common parts of the end-to-end tests: a host or a reason to skip, bare and Linux guests, and
+//! counters of a process's resources.
 
 mod bare;
 mod booted;
@@ -32,7 +33,7 @@ use clade_test_support::Watchdog;
 use clade_vmm::kvm::Host;
 use clade_vmm::vm::Context;
 
-/// How much running time a test may take before its process is aborted.
+/// Limit of a test's running time, after which its process is aborted.
 const TEST_LIMIT: Duration = Duration::from_secs(1800);
 
 /// The right to run VMs. A watchdog aborts a test that hangs.
@@ -44,8 +45,8 @@ pub struct Turn {
 }
 
 impl Turn {
-    /// Waits until no other test of the binary runs VMs. Bare guests spin while they wait, and the resources of a
-    /// process can only be counted while no other test changes them.
+    /// Waits until no other test of the binary runs VMs. Bare guests spin while they wait, and the
+    /// resources of a process can only be counted while no other test changes them.
     ///
     /// `None`, with the reason printed, on a host that cannot run VMs.
     #[must_use]
@@ -54,8 +55,8 @@ impl Turn {
         Self::with(Some(ALONE.lock().unwrap_or_else(PoisonError::into_inner)))
     }
 
-    /// Does not wait: for guests that sleep while they wait, in tests that count no resources of the
-    /// process.
+    /// Does not wait: for guests that sleep while they wait, in tests that count no resources of
+    /// the process.
     ///
     /// `None`, with the reason printed, on a host that cannot run VMs.
     #[must_use]
@@ -87,7 +88,7 @@ impl Turn {
         &self.host
     }
 
-    /// A context of its own over a fresh store.
+    /// Makes a context of its own over a fresh store.
     ///
     /// # Panics
     /// When this host has KVM but cannot have the store.

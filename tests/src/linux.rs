@@ -1,4 +1,4 @@
-//! The Linux guest: where its files are, booting it, and its shell.
+//! The Linux guest: its files, its boot, and its shell.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -19,21 +19,21 @@ use crate::{required, skip};
 /// The shell's prompt.
 pub const PROMPT: &str = "clade# ";
 const MEMORY: u64 = 64 << 20;
-/// How much running time the guest has for an answer. Where guest kernels are interpreted a boot has
+/// Limit of running time for the guest's answer. Where guest kernels are interpreted a boot has
 /// taken 300 s on a busy machine.
 const LIMIT: Duration = Duration::from_secs(1200);
-/// How often a program that died by SIGSEGV on kvm-pvm is run again.
+/// Most repetitions of a program that died by SIGSEGV on kvm-pvm.
 const MAX_AGAIN: u32 = 3;
-/// How many have died in this process.
+/// Number of such deaths in this process.
 static DEATHS: AtomicU32 = AtomicU32::new(0);
 thread_local! {
-    /// Whether a program that this thread has looked at died so.
+    /// Whether this thread has seen such a death.
     static DIED_HERE: Cell<bool> = const { Cell::new(false) };
 }
-/// What the command line's default is.
+/// The default command line.
 const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 tsc=reliable";
 
-/// Whether a line is the kernel's own: on a busy host it now and then says how long a timer took.
+/// Returns whether a line is the kernel's own: on a busy host it sometimes reports a slow timer.
 fn is_kernels(line: &str) -> bool {
     line.starts_with("hrtimer: interrupt took")
 }
@@ -45,7 +45,7 @@ pub struct Linux {
 }
 
 impl Linux {
-    /// `None`, having said so, when it is not built and not required.
+    /// `None`, after printing the reason, when the guest is neither built nor required.
     ///
     /// # Panics
     /// When it is required and cannot be built.
@@ -68,7 +68,7 @@ impl Linux {
         Some(Self { dir: text.lines().last().expect("the guest's directory").into() })
     }
 
-    /// A file of the guest.
+    /// Returns the path of a file of the guest.
     #[must_use]
     pub fn file(&self, name: &str) -> PathBuf {
         self.dir.join(name)
@@ -83,7 +83,7 @@ impl Linux {
         self.boot_as(context, kernel, extra, Self::config(cpus))
     }
 
-    /// What it is booted with by default.
+    /// Returns the default configuration.
     ///
     /// # Panics
     /// When no VM can have so many vCPUs.
@@ -107,7 +107,7 @@ impl Linux {
         Vm::boot(context, "linux", &config, &source).expect("Linux is loaded")
     }
 
-    /// The files that a boot of `vmlinux` reads.
+    /// Returns the files that a boot of `vmlinux` reads.
     pub(crate) fn files(&self) -> [PathBuf; 2] {
         ["vmlinux", "initramfs.cpio"].map(|name| self.dir.join(name))
     }
@@ -124,12 +124,12 @@ impl Linux {
     /// Waits for one of `texts` on the console after `position`; returns everything since.
     ///
     /// # Panics
-    /// When none comes.
+    /// When no text comes.
     #[must_use]
     pub fn expect_any(vm: &Vm, position: u64, texts: &[&str]) -> String {
         let mut patience = Patience::new(LIMIT);
         loop {
-            // Read before the console, so that nothing is printed after the last look.
+            // Read before the console, so that no output comes after the last check.
             let stopped = vm.stopped();
             let (seen, _) = vm.console().wait_for(position, texts[0], Duration::from_millis(50));
             Self::has_died(vm, position);
@@ -141,9 +141,9 @@ impl Linux {
         }
     }
 
-    /// Types a line into the shell of a running VM, and returns what came up to the next prompt. A
+    /// Types a line into the shell of a running VM, and returns the output up to the next prompt. A
     /// line whose program dies by SIGSEGV on kvm-pvm is typed again (`Linux::again`), so it must be
-    /// possible to carry it out twice.
+    /// safe to run twice.
     ///
     /// # Panics
     /// When the shell does not answer.
@@ -159,9 +159,9 @@ impl Linux {
         })
     }
 
-    /// Does `once`. On kvm-pvm a guest's program has now and then died by SIGSEGV, forked or not
-    /// (docs/selfcheck.md): there, and only for that, `once` is done again, at most [`MAX_AGAIN`]
-    /// times. Each time is printed and counted.
+    /// Calls `once`. On kvm-pvm a guest's program sometimes dies by SIGSEGV, forked or not
+    /// (docs/selfcheck.md): there, and only for that, `once` is repeated, at most [`MAX_AGAIN`]
+    /// times. Each repetition is printed and counted.
     ///
     /// # Panics
     /// When the program dies every time.
@@ -178,8 +178,8 @@ impl Linux {
         unreachable!("the last try returns or fails")
     }
 
-    /// Whether a program of the guest has died by SIGSEGV on kvm-pvm, by what is on the console after
-    /// `from`. [`rerun`] learns it.
+    /// Returns whether a program of the guest has died by SIGSEGV on kvm-pvm, by the console's
+    /// output after `from`. Notes it for [`rerun`].
     pub fn has_died(vm: &Vm, from: u64) -> bool {
         let seen = vm.console().since(from);
         let seen = String::from_utf8_lossy(&seen);
@@ -192,7 +192,7 @@ impl Linux {
     }
 }
 
-/// Runs a test whose lines cannot be typed again one by one. It is run again when it fails and a
+/// Runs a test whose lines cannot be repeated one by one. The test is run again when it fails and a
 /// program of its guests has died (`Linux::has_died`), at most `MAX_AGAIN` times.
 pub fn rerun(test: impl Fn()) {
     for tried in 0.. {

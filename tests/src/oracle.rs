@@ -1,11 +1,12 @@
-//! What the kernel says about memory, by other interfaces than the memory manager asks.
+//! The kernel's accounts of memory, through other interfaces than those of the memory manager.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
 const PAGE: u64 = 4096;
 
-/// The pages from `address` on that are private copies: present or swapped, and neither a file's nor shared.
+/// Returns the pages from `address` on that are private copies: present or swapped, and neither a
+/// file's nor shared.
 ///
 /// # Panics
 /// When the page map cannot be read.
@@ -22,7 +23,8 @@ pub fn owned_pages(address: u64, pages: u64) -> Vec<u64> {
     (0..).zip(entries).filter(|(_, entry)| owned(*entry)).map(|(page, _)| page).collect()
 }
 
-/// The sum of `Anonymous` in /proc/self/smaps over the mappings that lie in `pages` pages from `address` on.
+/// Returns the sum of `Anonymous` in /proc/self/smaps over the mappings that lie in `pages` pages
+/// from `address` on.
 ///
 /// # Panics
 /// When it cannot be read.
@@ -41,7 +43,7 @@ pub fn smaps_anonymous_kib(address: u64, pages: u64) -> u64 {
     kib
 }
 
-/// The start of the mapping that `line` opens, if it opens one.
+/// Returns the start of the mapping if `line` begins an entry.
 fn mapping_start(line: &str) -> Option<u64> {
     let (start, rest) = line.split_once('-')?;
     rest.contains(' ').then(|| u64::from_str_radix(start, 16).ok())?

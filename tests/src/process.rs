@@ -7,8 +7,8 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 /// Set in the processes that [`in_a_process_of_its_own`] starts.
 const OWN_PROCESS: &str = "CLADE_TEST_OWN_PROCESS";
 
-/// True in a process that runs the test called `name` and no other. Elsewhere it starts that process, waits for it, passes its
-/// verdict on and is false.
+/// Returns true in a process that runs only the test called `name`. Otherwise starts that process,
+/// waits for it, passes its verdict on and returns false.
 ///
 /// # Panics
 /// When the test fails there.
@@ -28,7 +28,7 @@ pub fn in_a_process_of_its_own(name: &str) -> bool {
     false
 }
 
-/// Lets the process open `extra` more files and no others. Dropped, the limit is as before.
+/// Lets the process open `extra` more files and no others. A drop restores the limit.
 ///
 /// # Panics
 /// When /proc cannot be read.

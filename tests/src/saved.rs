@@ -1,4 +1,4 @@
-//! Images with vCPUs of another state, made by way of what is written down of them.
+//! Images whose vCPUs have another state, made by way of their serialized form.
 
 use std::sync::Arc;
 
@@ -7,10 +7,10 @@ use clade_vmm::vm::ForkImage;
 
 const VCPUS: &str = "vcpus";
 
-/// The vCPUs of an image as they are written down.
+/// Returns the vCPUs of an image in their serialized form.
 ///
 /// # Panics
-/// When they are not.
+/// When the image does not have them.
 #[must_use]
 pub fn saved_vcpus(image: &ForkImage) -> Vec<VcpuState> {
     let sections = image.sections().expect("sections");
@@ -18,7 +18,7 @@ pub fn saved_vcpus(image: &ForkImage) -> Vec<VcpuState> {
     ciborium::de::from_reader_with_buffer(bytes.as_slice(), &mut vec![0; 16 << 10]).expect("vCPUs")
 }
 
-/// The image of a VM without devices, each of its vCPUs changed.
+/// Returns the image of a VM without devices, with each of its vCPUs changed.
 ///
 /// # Panics
 /// When it cannot be read back.

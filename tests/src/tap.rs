@@ -9,7 +9,7 @@ use clade_vmm::vm::IdentityError;
 
 use crate::skip;
 
-/// `struct ifreq` with an address, or flags, in it.
+/// `struct ifreq` with an address, or flags.
 #[repr(C)]
 struct Request {
     name: [u8; libc::IFNAMSIZ],
@@ -28,13 +28,13 @@ impl Subnet {
         Self(clade_test_support::Subnet::take())
     }
 
-    /// The host's address.
+    /// Returns the host's address.
     #[must_use]
     pub fn host(&self) -> Ipv4Addr {
         self.0.address(1).into()
     }
 
-    /// The guest's.
+    /// Returns the guest's address.
     #[must_use]
     pub fn guest(&self) -> Ipv4Addr {
         self.0.address(2).into()
@@ -68,7 +68,7 @@ impl Subnet {
     }
 }
 
-/// Whether this host lets one have TAP interfaces; says why not otherwise.
+/// Returns whether this host permits TAP interfaces; prints the reason otherwise.
 #[must_use]
 pub fn can_have_taps() -> bool {
     match Tap::open("cladep%d", 1) {

@@ -80,7 +80,7 @@ fn writes_in_flight_at_a_fork_are_done_once_here_and_again_there() {
         for guest in [&parent, &child] {
             guest.expect(whole(What::Verify, 2), "what was written around the fork");
         }
-        // From here on they are apart.
+        // From here on they diverge.
         child.expect(part(What::Write, 800, 3), "the child writes");
         parent.expect(part(What::Write, 400, 4), "the parent writes");
         child.expect(part(What::Verify, 800, 3), "the child's own");
@@ -122,7 +122,7 @@ fn a_child_that_is_forked_before_it_ran_hands_its_requests_on() {
         for n in 0..4 {
             let child = DiskGuest::paused_child(&context, &image, "descendant");
             image = if n % 2 == 1 {
-                // It begins to do them again, and is forked in the middle of that.
+                // The child begins to repeat them, and is forked in the middle of that.
                 child.vm().resume().unwrap();
                 thread::sleep(LATE / 2);
                 child.fork_in_flight(0)
@@ -194,7 +194,7 @@ fn a_parent_that_is_forked_all_the_time_loses_nothing() {
     assert_eq!((errors, wrong), (0, 0), "{done} operations, {in_flight} in flight at forks");
 }
 
-// --- what is refused, and what is broken off ---
+// --- refused and interrupted requests ---
 
 #[test]
 fn a_read_only_disk_refuses_writes_and_the_end_of_a_disk_is_its_end() {
@@ -290,7 +290,7 @@ fn a_reset_in_the_middle_of_transfers_ends_them() {
         }
         is_broken_off
     });
-    // What was on its way does not come any more: buffers stay as they are.
+    // Interrupted transfers never arrive later: buffers keep their contents.
     guest.guest.fill(clade_tests::Writer::Guest, 16, 64, 77);
     thread::sleep(Duration::from_secs(1));
     guest.guest.expect(16, 64, Some(77), "after the reset");
@@ -341,7 +341,7 @@ fn what_the_guest_flushed_after_forks_is_there_when_its_vm_has_died() {
         want[sector as usize * 512..][..80 * 512].copy_from_slice(&words(seed, sector * 512, 80 * 512));
     }
     assert!(file.bytes() == words(1, 0, BYTES), "the image is for others to read");
-    // Nobody commits.
+    // No process commits.
     drop(parent);
     let guest = DiskGuest::boot(&context, file.spec(), 1);
     assert!(file.bytes() == want, "the image has been given it");

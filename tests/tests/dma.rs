@@ -1,6 +1,7 @@
-//! Rows 3, 5-9, 13 and 29 of the kernel's tests of copy-on-write and pins (`memory/tests/canon` has the table), with a KVM guest as the CPU
-//! and io_uring's registered buffers as the device: what the device writes the guest must see, and the other way round, and nobody
-//! else may.
+//! Rows 3, 5-9, 13 and 29 of the kernel's tests of copy-on-write and pins (`memory/tests/canon` has
+//! the table), with a KVM guest as the CPU and io_uring's registered buffers as the device: the
+//! guest must see the device's writes, and the device the guest's, and no other VM sees any of
+//! them.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -17,18 +18,18 @@ use dma::Device;
 /// 16 MiB of work pages: eight blocks of 2 MiB.
 const MIB: u64 = 32;
 const PAGES: u64 = (MIB << 20) / PAGE_SIZE - WORK_BASE / PAGE_SIZE;
-/// What the device holds: pages on both sides of a block's edge.
+/// The pages that the device holds: on both sides of a block's edge.
 const FIRST: u64 = 500;
 const HELD: u64 = 24;
 
 struct Row {
     name: &'static str,
-    /// The leak it guards against.
+    /// The leak that the row guards against.
     guards: &'static str,
     run: fn(&Context, &str),
 }
 
-/// Words that [`Guest::fill`] would write to the held pages.
+/// Returns the words that [`Guest::fill`] would write to the held pages.
 fn words(seed: u64) -> Vec<u8> {
     let mut words = vec![0; (HELD * PAGE_SIZE / 8) as usize];
     model::fill(&mut words, WORK_BASE + FIRST * PAGE_SIZE, seed);

@@ -1,4 +1,5 @@
-//! Lives and deaths: ancestors that go first, VMs by the hundred, operations that race, and failures in the middle of them.
+//! Lives and deaths: ancestors that end first, VMs by the hundred, operations that race, and
+//! failures in the middle of them.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -68,7 +69,8 @@ fn ten_generations_with_the_ancestors_gone() {
     let mut guest = Guest::boot(&context, MIB, 1);
     guest.fill(Writer::Guest, 0, 2048, 100);
     for n in 0..10 {
-        // Each generation leaves its mark: 20 pages, and for every other one more than a freeze leaves where they are.
+        // Each generation writes its pages: 20, and every other one more than a freeze leaves in
+        // place.
         guest.fill(Writer::Guest, n * 20, 20, n);
         if n % 2 == 0 {
             guest.fill(Writer::Guest, 400, 1000, 50 + n);
@@ -93,7 +95,8 @@ fn slice(vcpu: u64) -> Slice {
     Slice::zeros(vcpu, WORK_BASE + vcpu * SLICE_PAGES * PAGE_SIZE, SLICE_PAGES, WINDOW, vcpu)
 }
 
-/// A child whose vCPUs are told to stop before their first instruction, and how far each was at the fork.
+/// Makes a child whose vCPUs stop before their first instruction, and returns the progress of each
+/// at the fork.
 fn stopping_child(context: &Context, image: &Arc<ForkImage>, cpus: u64) -> (Guest, Vec<u64>) {
     let at_fork = std::cell::RefCell::new(Vec::new());
     let tell = |ram: &GuestRam| {
@@ -154,12 +157,13 @@ fn writers_on_all_vcpus_are_forked_again_and_again() {
 fn a_shared_count_is_exact_in_parent_and_children() {
     for cpus in [2, 4] {
         let Some((_turn, context)) = turn() else { return };
-        // On a busy machine all forks may come before the count or after it: then that is to be done again.
+        // On a busy machine all forks may come before the count or after it: then the test is
+        // repeated.
         assert!((0..10).any(|_| is_exact_when_forked_while_counting(&context, cpus)), "forked while counting");
     }
 }
 
-/// Whether a fork came in the midst of the count. It is exact in any case.
+/// Returns whether a fork came in the middle of the count. The count is exact in any case.
 fn is_exact_when_forked_while_counting(context: &Context, cpus: u64) -> bool {
     const COUNT: u64 = 1_000_000;
     let address = WORK_BASE + 8;
@@ -195,7 +199,7 @@ fn is_exact_when_forked_while_counting(context: &Context, cpus: u64) -> bool {
     counts.iter().any(|count| (1..cpus * COUNT).contains(count))
 }
 
-// --- nothing is left behind ---
+// --- resources released ---
 
 #[test]
 fn a_hundred_children_leave_nothing_behind() {
@@ -228,7 +232,7 @@ fn a_hundred_children_leave_nothing_behind() {
     expect_nothing_held(store, "all of them");
 }
 
-/// A child is refused for want of a descriptor at every place where it takes one (I13).
+/// A child is refused for lack of a descriptor at every place where it takes one (I13).
 #[test]
 fn children_refused_for_descriptors_leave_nothing_behind() {
     if !in_a_process_of_its_own("children_refused_for_descriptors_leave_nothing_behind") {
@@ -261,7 +265,7 @@ fn children_refused_for_descriptors_leave_nothing_behind() {
     Guest::child(&context, &image).expect(0, 2048, Some(1), "a child afterwards");
 }
 
-/// A fork that cannot make its layer leaves the parent as it was, and running (I13).
+/// A fork that cannot make its layer leaves the parent unchanged, and running (I13).
 #[test]
 fn a_fork_refused_for_descriptors_changes_nothing() {
     if !in_a_process_of_its_own("a_fork_refused_for_descriptors_changes_nothing") {
@@ -280,7 +284,7 @@ fn a_fork_refused_for_descriptors_changes_nothing() {
         parent.vm().fork().unwrap_err()
     };
     assert!(matches!(error, VmError::Ram(RamError::Store(_))), "{error:?}");
-    // It runs on: it answers without having been resumed.
+    // The parent runs on: it answers without a resume.
     let [wrong, ..] =
         BareVcpu::new(parent.vm(), 0).run(Command::Verify { start: WORK_BASE, pages: 500, seed: 1 }).unwrap();
     assert_eq!(wrong, 0);
@@ -293,7 +297,7 @@ fn a_fork_refused_for_descriptors_changes_nothing() {
     child.expect(500, 1000, Some(2), "the next fork's child");
 }
 
-/// The same for want of mappings, in fork and in starting a child.
+/// The same for lack of mappings, in a fork and in the start of a child.
 #[test]
 fn a_fork_refused_for_mappings_changes_nothing() {
     if !in_a_process_of_its_own("a_fork_refused_for_mappings_changes_nothing") {
@@ -303,7 +307,7 @@ fn a_fork_refused_for_mappings_changes_nothing() {
     let parent = Guest::boot(&context, MIB, 1);
     parent.fill(Writer::Guest, 0, 2048, 1);
     drop(parent.fork());
-    // More pages than a freeze leaves where they are, in two places.
+    // More pages than a freeze leaves in place, in two places.
     parent.fill(Writer::Guest, 100, 600, 2);
     let (image, _) = parent.fork();
     let before = Holdings::count(context.store());
@@ -324,7 +328,7 @@ fn a_fork_refused_for_mappings_changes_nothing() {
     let error = Vm::from_image(&context, "child", &image, PAUSED).unwrap_err();
     assert!(matches!(error, VmError::Ram(RamError::Budget(_))), "{error:?}");
     hogs.push(GuestRam::reserve(&layout, context.store()).unwrap());
-    // A fork may be refused or do without new mappings; either way the parent is whole.
+    // A fork may be refused or do without new mappings; either way the parent is intact.
     let newborn_fork = {
         parent.fill(Writer::Guest, 1000, 600, 3);
         parent.vm().resume().unwrap();
@@ -345,7 +349,7 @@ fn a_fork_refused_for_mappings_changes_nothing() {
     child.expect(100, 600, Some(2), "a child afterwards");
     drop(child);
     let now = Holdings::count(context.store());
-    // But for the files of the layers that the parent has been frozen to meanwhile.
+    // Without the files of the layers that the parent has been frozen to meanwhile.
     let others = |held: &Holdings| held.fds - held.layers;
     assert_eq!(others(&now).abs_diff(others(&before)) / 2, 0, "{now:?}, was {before:?}");
     drop((parent, image));
@@ -420,12 +424,12 @@ fn progress(vm: &Vm, vcpu: u64) -> u64 {
     BareMailbox::new(vm.ram(), vcpu).progress().unwrap()
 }
 
-/// Waits until the vCPUs' threads have ended. Returns why.
+/// Waits until the vCPUs' threads have ended. Returns the reason.
 fn ended(vm: &Vm) -> StopReason {
     wait_for("the end of its threads", || vm.wait(Duration::ZERO))
 }
 
-/// Waits until every vCPU gets on.
+/// Waits until every vCPU makes progress.
 fn expect_running(vm: &Vm, cpus: u64) {
     for vcpu in 0..cpus {
         let before = progress(vm, vcpu);
@@ -498,7 +502,7 @@ fn pauses_resumes_and_forks_race() {
                         thread::yield_now();
                     }
                     vm.resume().unwrap();
-                    // Locks are not fair: without a break nobody else gets a turn.
+                    // Locks are not fair: without a break no other thread gets a turn.
                     thread::sleep(Duration::from_micros(50));
                 }
             });
@@ -617,7 +621,7 @@ fn a_child_is_dropped_at_once() {
     }
 }
 
-// --- the guest's own doing ---
+// --- the guest's own faults ---
 
 #[test]
 fn a_faulting_guest_is_told_and_can_still_be_forked() {

@@ -1,5 +1,6 @@
-//! Rows 1, 19, 22, 30 and 37 of the kernel's copy-on-write tests, on VMs: each row in huge and in small pages, written by the
-//! guest's CPU and by the VMM. A row's text names the leak it guards against.
+//! Rows 1, 19, 22, 30 and 37 of the kernel's copy-on-write tests, on VMs: each row in huge and in
+//! small pages, written by the guest's CPU and by the VMM. A row's text names the leak it guards
+//! against.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -149,7 +150,7 @@ fn canon_1_basic_cow() {
     ]);
 }
 
-// --- 19: pages that are nobody's ---
+// --- 19: pages without an owner ---
 
 #[test]
 fn canon_19_zero_and_file_pages() {
@@ -187,7 +188,7 @@ fn canon_19_zero_and_file_pages() {
                 let parent = case.parent();
                 let (image, _) = parent.fork();
                 let (one, two) = (case.child(&image), case.child(&image));
-                // Seen by the other before and after: a page already mapped must not change either.
+                // Read by the other before and after: a page already mapped must not change either.
                 case.expect(&two, 0, 128, 1, "sibling before");
                 (0..64).for_each(|n| case.write(&one, n * 2, 1, 2));
                 case.expect(&two, 0, 128, 1, "sibling after");
@@ -271,7 +272,7 @@ fn canon_22_mixed_ownership_in_a_block() {
                 let pin_born =
                     region.pin(PageRange::new(born, born + 2), Access::Write, PinLifetime::Transient).unwrap();
                 let (first, _) = parent.fork();
-                // Not owned any more: the pin copies.
+                // No longer owned: the pin copies.
                 let pin_private =
                     region.pin(PageRange::new(private, private + 2), Access::Write, PinLifetime::LongTerm).unwrap();
                 let (second, _) = parent.fork();
@@ -296,7 +297,7 @@ fn canon_22_mixed_ownership_in_a_block() {
     ]);
 }
 
-// --- 30: a page that nobody has touched yet ---
+// --- 30: a page before its first access ---
 
 #[test]
 fn canon_30_untouched_page_then_write() {
@@ -327,7 +328,7 @@ fn canon_30_untouched_page_then_write() {
     ]);
 }
 
-// --- 37: which pages are a VM's own, exactly ---
+// --- 37: the exact set of a VM's own pages ---
 
 /// Runs of work pages, by name.
 fn patterns() -> Vec<(&'static str, Vec<(u64, u64)>)> {
@@ -342,7 +343,8 @@ fn patterns() -> Vec<(&'static str, Vec<(u64, u64)>)> {
 }
 
 fn expect_exact(case: &Case<'_>, guest: &Guest, who: &str, runs: &[(u64, u64)]) {
-    // Its own commands touch low memory (mailbox, stack, the page tables' accessed and dirty bits): done before counting.
+    // The guest's own commands touch low memory (mailbox, stack, the page tables' accessed and
+    // dirty bits): done before counting.
     guest.run(Command::Read { start: WORK_BASE, pages: PAGES, passes: 1, words: 1 });
     guest.run(Command::SharedCount { address: WORK_BASE - PAGE_SIZE, count: 1 });
     let before = guest.exclusive();
@@ -383,7 +385,7 @@ fn canon_37_exactly_the_written_pages() {
     ]);
 }
 
-/// `private_kib` against the kernel's own accounting, which counts by other means.
+/// Compares `private_kib` with the kernel's own accounting, which counts by other means.
 #[test]
 fn private_memory_is_what_the_kernel_says() {
     run(&[Row {

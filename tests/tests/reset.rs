@@ -1,4 +1,5 @@
-//! Resets in place: of running and paused VMs, in the middle of I/O, refused, broken half-way, and a thousand times.
+//! Resets in place: of running and paused VMs, in the middle of I/O, refused, failed half-way, and
+//! a thousand times.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -60,7 +61,7 @@ fn a_running_vm_goes_on_from_its_image() {
         let report = child.vm().reset_to_origin().unwrap();
         assert!(report.memory.dropped > 0, "round {round}: {report:?}");
         assert!(!child.vm().is_paused(), "it was running");
-        // It runs, and what it was told after the image it knows nothing of.
+        // The VM runs, and knows nothing of commands after the image.
         BareVcpu::new(child.vm(), 0).run(Command::Idle).unwrap();
         child.vm().pause().unwrap();
         child.expect(0, 2048, Some(1), "as at the fork");
@@ -73,7 +74,7 @@ fn a_paused_vm_stays_paused_and_twice_is_once() {
     let Some((_turn, context)) = turn() else { return };
     let (_parent, image) = family(&context, 1);
     let child = Guest::child(&context, &image);
-    // Before it has run at all.
+    // Before its first instruction.
     child.vm().reset_to_origin().unwrap();
     child.fill(Writer::Guest, 100, 300, 2);
     child.fill(Writer::Host, 1000, 10, 3);
@@ -101,7 +102,7 @@ fn siblings_and_parents_are_not_disturbed() {
         children[n as usize].expect(256, 1792, Some(1), "what a sibling shares");
     }
     parent.expect(0, 64, Some(10), "the parent's own");
-    // A child of what was reset, and a reset of it to its own fork point and to its grandparent's.
+    // A child of a reset VM, and its resets to its own fork point and to its grandparent's.
     children[1].fill(Writer::Guest, 500, 50, 30);
     let (own, _) = children[1].fork();
     let grandchild = Guest::child(&context, &own);
@@ -122,7 +123,7 @@ fn all_vcpus_are_put_back() {
     let Some((_turn, context)) = turn() else { return };
     let parent = Guest::boot(&context, MIB, 2);
     parent.fill(Writer::Guest, 0, 2048, 1);
-    // Both are in the middle of something in the image.
+    // In the image both are in the middle of a command.
     counting(&parent, 0, 1000, 10);
     counting(&parent, 1, 1100, 10);
     let (image, _) = parent.fork();
@@ -134,7 +135,7 @@ fn all_vcpus_are_put_back() {
         }
         counting(&child, 1, round * 10, 5);
         child.vm().reset_to_origin().unwrap();
-        // They count on: more than at the instant, each in its own pages.
+        // Both count on: beyond the instant, each in its own pages.
         let progress = |vcpu| BareMailbox::new(child.vm().ram(), vcpu).progress().unwrap();
         let before = [progress(0), progress(1)];
         wait_until("both vCPUs count on", || (0..2).all(|vcpu| progress(vcpu) != before[vcpu as usize]));
@@ -169,7 +170,7 @@ fn a_reset_in_the_middle_of_disk_io_does_the_images_requests_again() {
         }
         assert_eq!(child.finish(seq), (run.count, 0, 0), "each done once, none wrong");
         child.expect(DiskGuest::whole(What::Verify, SECTORS, 2), "what was written around the fork");
-        // Back to before: the disk too.
+        // Back to the image, with the disk.
         child.expect(DiskGuest::whole(What::Write, SECTORS, 3), "it writes all of it");
         child.vm().reset_to_origin().unwrap();
         assert_eq!(child.finish(seq), (run.count, 0, 0), "and again");
@@ -208,7 +209,7 @@ fn i7_a_long_pin_refuses_the_reset_and_everything_goes_on() {
     let run = DiskGuest::whole(What::Write, SECTORS, 2);
     let seq = child.begin(run);
     let region = &child.vm().ram().regions()[0];
-    // Somebody else's engine, in a page that the driver does not use.
+    // Another engine's pin, on a page that the driver does not use.
     let page = region.pages() - 1;
     let pin = region.pin(PageRange::with_len(page, 1), Access::Write, PinLifetime::LongTerm).unwrap();
     for _ in 0..3 {
@@ -217,7 +218,7 @@ fn i7_a_long_pin_refuses_the_reset_and_everything_goes_on() {
         assert!(matches!(refused, Err(VmError::Ram(RamError::Pinned { pages: 1, .. }))), "{refused:?}");
         assert!(!child.vm().is_paused());
     }
-    // What was given up for it is done again.
+    // Requests given up for the reset are done again.
     assert_eq!(child.finish(seq), (run.count, 0, 0), "each done once, none wrong");
     child.expect(DiskGuest::whole(What::Verify, SECTORS, 2), "what it wrote");
     drop(pin);
@@ -242,7 +243,7 @@ fn a_vm_without_an_origin_and_one_that_has_stopped_say_so() {
     assert!(matches!(child.vm().reset(&image), Err(VmError::Stopped(_))));
 }
 
-/// `image` with state that no vCPU of this host takes.
+/// Returns `image` with a state that no vCPU of this host accepts.
 fn broken(image: &ForkImage) -> Arc<ForkImage> {
     // A state component that this host has no room for, in use.
     let mut xsave = Xsave::new(4096).unwrap();
@@ -265,7 +266,7 @@ fn i13_a_reset_that_fails_half_way_leaves_it_paused_until_another_mends_it() {
         assert!(matches!(failed, Err(VmError::VcpuState(_))), "{failed:?}");
         assert!(child.vm().is_paused());
         assert!(matches!(child.vm().resume(), Err(VmError::Inconsistent)));
-        // Its registers are those of a guest that counts, but it stands still.
+        // Its registers are those of a counting guest, but it stands still.
         let progress = || BareMailbox::new(child.vm().ram(), 0).progress().unwrap();
         let before = progress();
         thread::sleep(Duration::from_millis(30));

@@ -1,4 +1,4 @@
-//! Everything of an image but its memory, written down and read back: the VM that comes of it goes on.
+//! Everything of an image but its memory, serialized and read back: the resulting VM goes on.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -27,7 +27,7 @@ fn read_back(image: &ForkImage, disk: DiskImage) -> Arc<ForkImage> {
     Arc::new(ForkImage::from_sections(named(), image.ram().clone(), vec![Backend::Disk(disk)]).unwrap())
 }
 
-/// The disk of `image`, written into a file at `path` and made of it again.
+/// Writes the disk of `image` to a file at `path`, and makes it from that again.
 fn written_down(image: &ForkImage, path: &std::path::Path) -> DiskImage {
     let disk = image.disks().next().unwrap();
     wait_until("the disk settles", || disk.settle(Duration::from_millis(50)));
@@ -43,7 +43,8 @@ fn written_down(image: &ForkImage, path: &std::path::Path) -> DiskImage {
     DiskImage::from_layers(disk.config(), disk.size(), &[DiskLayer { file: Some(file), runs }]).unwrap()
 }
 
-/// A guest that was booted on another host, whose processor has another name, goes on with that name.
+/// A guest that was booted on another host, whose processor has another name, goes on with that
+/// name.
 #[test]
 fn a_guest_keeps_the_cpuid_it_was_booted_with() {
     const NAME: u32 = 0x8000_0002;
@@ -87,7 +88,7 @@ fn a_vm_written_down_in_the_middle_of_its_writes_goes_on() {
         let child = DiskGuest::paused_child(&context, &again, "restored");
         assert_eq!(child.finish(seq), (run.count, 0, 0), "each done once, none wrong");
         child.expect(DiskGuest::whole(What::Verify, SECTORS, 2), "what was written around the snapshot");
-        // And again, from what it has become.
+        // And again, from its current state.
         child.expect(DiskGuest::whole(What::Write, 800, 3), "it writes");
         let (image, _) = child.guest.fork();
         let second = read_back(&image, written_down(&image, &file.beside("second")));

@@ -1,4 +1,4 @@
-//! Snapshots on disk on real KVM: bare guests saved while they run, and what goes on from there.
+//! Snapshots on disk on real KVM: bare guests saved while they run, and the VMs restored from them.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -67,7 +67,7 @@ fn a_vm_goes_on_from_the_instant_it_was_saved_at() {
         let at = dir.path().join(name);
         let report = save(&guest, &at, SnapshotOptions { incremental: false, compression, replace: false });
         assert!(report.saved.data_pages >= 600, "{report:?}");
-        // What is written afterwards is in nobody's past.
+        // Later writes are in no snapshot's past.
         guest.fill(Writer::Guest, 10, 20, 2);
         let one = restored(&context, &at, &load(way));
         let two = restored(&context, &at, &load(way));
@@ -77,7 +77,7 @@ fn a_vm_goes_on_from_the_instant_it_was_saved_at() {
         one.expect(0, 100, Some(3), name);
         guest.expect(10, 20, Some(2), "the VM that was saved runs on");
         guest.fill(Writer::Guest, 10, 20, 1);
-        // What the guest's code does not touch is zeros.
+        // Pages that the guest's code does not touch are zeros.
         two.expect(2000, 100, None, name);
         assert_eq!(two.vm().generation(), one.vm().generation());
     }
@@ -98,7 +98,7 @@ fn incremental_snapshots_hold_what_changed_and_are_as_good_as_full_ones() {
     guest.fill(Writer::Guest, 100, 50, 2);
     let second = save(&guest, &at("second"), INCREMENTAL);
     assert!((50..400).contains(&second.saved.data_pages), "{:?} of {:?}", second.saved, full.saved);
-    // One that goes on from the second, changed and saved in its turn: not the VM that the first two are of.
+    // A VM restored from the second, changed and saved in its turn: not the VM of the first two.
     let other = restored(&context, &at("second"), &LAZY);
     other.fill(Writer::Guest, 200, 10, 3);
     let third = save(&other, &at("third"), INCREMENTAL);
@@ -114,17 +114,17 @@ fn incremental_snapshots_hold_what_changed_and_are_as_good_as_full_ones() {
     check("third", RestoreLoad::Lazy);
     check("third", RestoreLoad::Preload);
     assert_eq!(verify(&at("third")).unwrap().snapshots, 3);
-    // A full one of a VM that was loaded as it was touched has all of it.
+    // A full snapshot of a lazily loaded VM has all of its memory.
     let whole = save(&restored(&context, &at("third"), &LAZY), &at("whole"), FULL);
     assert!(whole.saved.data_pages >= full.saved.data_pages, "{:?} of {:?}", whole.saved, full.saved);
     assert_eq!(verify(&at("whole")).unwrap().snapshots, 1);
     check("whole", RestoreLoad::Lazy);
-    // Onto what its own memory is mapped from.
+    // Onto the files that its own memory is mapped from.
     let vm = restored(&context, &at("whole"), &LAZY);
     save(&vm, &at("whole"), FULL);
     vm.expect(0, 100, Some(1), "its files were replaced under it");
     check("whole", RestoreLoad::Lazy);
-    // But never onto what it depends on.
+    // But never onto a snapshot that it depends on.
     vm.vm().resume().unwrap();
     let error = vm.vm().snapshot(&at("whole"), INCREMENTAL).unwrap_err();
     assert!(matches!(error, SnapshotError::Files(Error::OwnChain { .. })), "{error}");
@@ -148,7 +148,7 @@ fn a_disk_is_saved_with_the_vm_at_the_same_instant() {
     save(&parent.guest, &at("full"), FULL);
     parent.expect(run(What::Write, 64, 9), "written after");
     save(&parent.guest, &at("more"), INCREMENTAL);
-    // In the middle of writing everything.
+    // In the middle of a write of everything.
     let seq = parent.begin(run(What::Write, sectors, 10));
     let report = parent.vm().snapshot(&at("midst"), INCREMENTAL).unwrap();
     assert_eq!(parent.finish(seq), (sectors / 8, 0, 0));
@@ -156,7 +156,7 @@ fn a_disk_is_saved_with_the_vm_at_the_same_instant() {
     for (name, way) in [("full", RestoreLoad::Lazy), ("full", RestoreLoad::Preload)] {
         let vm = DiskGuest { guest: restored(&context, &at(name), &load(way)) };
         vm.expect(run(What::Verify, 512, 8), name);
-        // Its own writes are its own.
+        // Its own writes are private.
         vm.expect(run(What::Write, 32, 11), name);
         vm.expect(run(What::Verify, 32, 11), name);
         assert!(vm.vm().with_disk(0, |disk| disk.is_forked()).unwrap());
@@ -164,7 +164,7 @@ fn a_disk_is_saved_with_the_vm_at_the_same_instant() {
     let vm = DiskGuest { guest: restored(&context, &at("more"), &LAZY) };
     vm.expect(run(What::Verify, 64, 9), "the base and what changed");
     drop(vm);
-    // What was in flight is done again, against its own disk.
+    // Requests in flight are done again, against its own disk.
     let vm = DiskGuest { guest: restored(&context, &at("midst"), &LAZY) };
     assert_eq!(vm.finish(seq), (sectors / 8, 0, 0));
     vm.expect(run(What::Verify, sectors, 10), "finished after it was restored");
@@ -203,7 +203,7 @@ fn what_is_touched_first_is_recorded_and_read_ahead() {
     verify(&at).unwrap();
 }
 
-/// The machine's shape, its CPU template and its generation id go with it; the id changes.
+/// The machine's shape, its CPU template and its generation id are saved with it; the id changes.
 #[test]
 fn restored_vms_have_another_generation_and_the_same_cpu() {
     let Some((turn, context)) = turn() else { return };
@@ -248,7 +248,7 @@ fn restored_vms_have_interfaces_and_addresses_of_their_own() {
     let sockets = tempfile::tempdir().unwrap();
     let options = RestoreOptions { sockets: Some(sockets.path().to_owned()), ..LAZY };
     let image = ForkImage::restore(&context, &at, &options).unwrap();
-    // Beside the one that was saved, which still has its own.
+    // Beside the saved VM, which still has its own.
     let vms: Vec<Vm> = ["a", "b", "c"].map(|name| Vm::from_image(&context, name, &image, PAUSED).unwrap()).into();
     let all: Vec<&Vm> = vms.iter().chain([guest.vm()]).collect();
     let different = |what: &str, of: fn(&Vm) -> String| {
@@ -259,7 +259,7 @@ fn restored_vms_have_interfaces_and_addresses_of_their_own() {
     different("interfaces", |vm| vm.identity().nets[0].tap.clone());
     different("CIDs", |vm| vm.identity().vsock.as_ref().unwrap().cid.to_string());
     different("sockets", |vm| vm.identity().vsock.as_ref().unwrap().socket.display().to_string());
-    // Where the saved one had its socket and what its interface was called is not believed.
+    // The snapshot's socket path and interface name are not trusted.
     assert!(vms[0].identity().vsock.as_ref().unwrap().socket.starts_with(sockets.path()));
     assert!(!vms[0].identity().nets[0].tap.starts_with("cladet"));
     let nowhere = ForkImage::restore(&context, &at, &LAZY).unwrap();
@@ -289,7 +289,7 @@ fn damaged_and_foreign_snapshots_are_refused_by_name() {
         }
         to
     };
-    // A bit of what is small; of the data only a preload, or a verification, sees it.
+    // A flipped bit of a small file; in the data only a preload, or a verification, sees it.
     for file in ["manifest.json", "state", "memory.index"] {
         let bad = copy(&format!("flipped-{file}"));
         let mut bytes = fs::read(bad.join(file)).unwrap();
@@ -314,7 +314,7 @@ fn damaged_and_foreign_snapshots_are_refused_by_name() {
     data.set_len(4096).unwrap();
     drop(data);
     assert!(clade_vmm::error_chain(&refused(&bad)).contains("memory.data"));
-    // A directory with something else in it is not replaced.
+    // A directory with other files is not replaced.
     let other: PathBuf = at("precious");
     fs::create_dir(&other).unwrap();
     fs::write(other.join("letter"), "dear").unwrap();
@@ -324,8 +324,8 @@ fn damaged_and_foreign_snapshots_are_refused_by_name() {
     assert_eq!(fs::read(other.join("letter")).unwrap(), b"dear");
     guest.vm().pause().unwrap();
     guest.expect(0, 64, Some(1), "and the VM runs on");
-    // The last one was of a VM that ran. It is refused after the memory is frozen: what the guest has written
-    // by then, if only on its stack after its last report, is a layer of the VM's.
+    // The last one was of a VM that ran. It is refused after memory is frozen: the guest's writes
+    // until then, if only on its stack after its last report, are a layer of the VM's.
     before.expect_a_layer_more_at_most(context.store(), "refusals leave nothing behind");
 }
 
@@ -368,14 +368,14 @@ fn a_stopped_vm_is_not_saved_and_nothing_is_left() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporaries");
 }
 
-/// Stopping a VM is not held up by a snapshot of it that would take long, and no half of one is left.
+/// A long snapshot does not delay the stop of its VM, and leaves no partial files.
 #[test]
 fn stopping_a_vm_ends_its_snapshot() {
     let Some((_turn, context)) = turn() else { return };
     let dir = tempfile::tempdir().unwrap();
     let guest = Guest::boot(&context, 384, 1);
     let (image, _) = guest.vm().fork().unwrap();
-    // What no compressor makes smaller, so that it takes its time.
+    // Incompressible data, so that the snapshot takes its time.
     let fill = |ram: &clade_memory::GuestRam| {
         let mut word = 88_172_645_463_325_252_u64;
         let mut noise = vec![0; 1 << 20];
@@ -391,7 +391,7 @@ fn stopping_a_vm_ends_its_snapshot() {
     };
     let options = ChildOptions { paused: true, erase: &[], before_start: Some(&fill) };
     let zstd = SnapshotOptions { incremental: false, compression: Compression::Zstd, replace: false };
-    // On a busy machine a snapshot may be done before its VM is stopped: then that is to be done again.
+    // On a busy machine a snapshot may be done before its VM is stopped: then the test is repeated.
     let cancelled = (0..20).any(|n| {
         let vm = Vm::from_image(&context, &format!("noise-{n}"), &image, options).unwrap();
         let at = dir.path().join(format!("saved-{n}"));

@@ -29,7 +29,7 @@ fn requests_in_flight_are_done_once_by_a_vm_that_was_suspended_and_by_its_child(
         let mut child = None;
         for round in 1..6 {
             parent.await_progress(run.count * round / 8);
-            // Between two batches there are no requests in flight: then it is suspended once more.
+            // Between two batches no requests are in flight: then the VM is suspended once more.
             let mut is_first = true;
             wait_until("a suspension that gives requests up", || {
                 let file = SuspendFile::create(Path::new("/dev/shm")).unwrap();
@@ -37,7 +37,7 @@ fn requests_in_flight_are_done_once_by_a_vm_that_was_suspended_and_by_its_child(
                 assert!(report.memory.written > 0 || !is_first, "round {round}: {report:?}");
                 assert_eq!(parent.vm().memory_stats().unwrap().private_kib, 0, "round {round}");
                 if round == 3 {
-                    // The requests that it has given up are in the image.
+                    // The requests given up for the suspension are in the image.
                     let (image, report) = parent.vm().fork().unwrap();
                     if report.in_flight == 0 {
                         parent.expect_running();

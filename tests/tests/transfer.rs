@@ -1,5 +1,5 @@
-//! Children in other processes: they show the instant of the fork, whatever becomes of the processes that were there before,
-//! and what they show is kept as long as they are there and no longer.
+//! Children in other processes: they show the instant of the fork, whatever the ends of earlier
+//! processes, and their layers are kept as long as they exist and no longer.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -18,13 +18,13 @@ use clade_vmm::vm::{ChildOptions, ForkImage, Leases, Overlays, SealedParts, Tran
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
 
 const MIB: u64 = 48;
-/// Work pages that are written, and looked at.
+/// Work pages written and checked.
 const PAGES: u64 = 3000;
 const SECTORS: u64 = 2048;
 /// Set in the other processes.
 const ROLE: &str = "CLADE_TEST_TRANSFER";
 
-/// What another process is told to do: a kind, a first page, a number of pages, a seed.
+/// An order to another process: a kind, a first page, a number of pages, a seed.
 type Order = [u64; 4];
 const EXPECT: u64 = 1;
 const WRITE: u64 = 2;
@@ -66,7 +66,7 @@ impl Other {
         }
     }
 
-    /// An image of its VM, to be given on.
+    /// Returns an image of its VM, to be passed on.
     fn fork(&self) -> SealedParts {
         self.ask(FORK, 0, 0, 0);
         SealedParts::receive(&self.socket).unwrap()
@@ -84,7 +84,7 @@ impl Other {
     }
 }
 
-/// Not a test but for [`Other::start`]: what is told by the process that started it.
+/// Not a test except for [`Other::start`]: carries out the orders of the process that started it.
 #[test]
 fn another_process() {
     let Some(role) = std::env::var_os(ROLE) else { return };
@@ -130,7 +130,7 @@ fn another_process() {
     }
 }
 
-/// Waits until no other process uses anything that was given away.
+/// Waits until no other process uses a shared layer.
 fn expect_unused(leases: &Leases) {
     wait_eq("images that are still held", &0, || leases.count());
 }
@@ -148,14 +148,14 @@ fn i4_a_child_in_another_process_shows_the_instant_of_the_fork() {
         let parent = Guest::boot(&context, MIB, 2);
         parent.fill(Writer::Guest, 0, PAGES, 1);
         let (first, _) = parent.fork();
-        // In the background, by which few pages are in the layer when it is made.
+        // In the background: few pages are in the layer when it is made.
         parent.fill(Writer::Host, 0, PAGES, 2);
         let (second, _) = parent.fork();
         let one = Other::start(&exported(&first, &leases), role);
         let two = Other::start(&exported(&second, &leases), role);
         assert_eq!(leases.count(), 2);
         drop((first, second));
-        // What the parent writes, frees and frozen again leaves behind is nothing to them.
+        // The parent's later writes, discards and frozen pages do not affect them.
         for seed in 3..6 {
             parent.fill(Writer::Guest, seed * 10, PAGES - 100, seed);
             drop(parent.fork());
@@ -180,7 +180,7 @@ fn i4_a_child_in_another_process_shows_the_instant_of_the_fork() {
     }
 }
 
-/// Pages that the parent has written again since are given back only when no other process shows them.
+/// Pages that the parent has written again are given back only once no other process shows them.
 #[test]
 fn i8_what_is_given_away_is_swept_when_its_last_user_has_gone_and_not_before() {
     let Some(turn) = Turn::take() else { return };
@@ -208,7 +208,7 @@ fn i8_what_is_given_away_is_swept_when_its_last_user_has_gone_and_not_before() {
     parent.expect(0, PAGES / 2, Some(3), "and what is the parent's");
 }
 
-/// A grandchild in a third process shows the first's pages, though the second has gone, and the first.
+/// A grandchild in a third process shows the first's pages after both of its ancestors have gone.
 #[test]
 fn a_family_over_three_processes_outlives_its_ancestors() {
     let Some(turn) = Turn::take() else { return };
@@ -243,7 +243,8 @@ fn a_family_over_three_processes_outlives_its_ancestors() {
     expect_unused(&leases);
 }
 
-/// A fork in the background publishes its layer before it is filled. A hole would be zeros to another process.
+/// A fork in the background publishes its layer before it is filled. Another process would read a
+/// hole as zeros.
 #[test]
 fn pages_that_are_still_being_copied_are_there_in_another_process() {
     let Some(turn) = Turn::take() else { return };
@@ -253,7 +254,7 @@ fn pages_that_are_still_being_copied_are_there_in_another_process() {
     drop(parent.fork());
     parent.fill(Writer::Guest, 0, PAGES, 2);
     let (image, _) = parent.fork();
-    // What is given away is held, though nothing here asks for it any more.
+    // A shared layer is held, even without a user in this process.
     let other = Other::start(&exported(&image, &Leases::default()), "small");
     drop(image);
     parent.fill(Writer::Guest, 0, PAGES, 3);
@@ -270,7 +271,7 @@ fn a_child_in_another_process_has_a_disk_of_its_own() {
     let leases = Leases::default();
     let file = DiskFile::new(SECTORS * 512, 1);
     let parent = DiskGuest::boot(&context, file.spec(), 1);
-    // All of it, after a fork: nothing of the image file is shown, and a journal has the overlays.
+    // All of it, after a fork: the image file shows no pages, and a journal has the overlays.
     drop(parent.guest.fork());
     parent.expect(DiskGuest::whole(What::Write, SECTORS, 2), "the parent writes");
     let image = parent.guest.fork().0;
@@ -280,7 +281,7 @@ fn a_child_in_another_process_has_a_disk_of_its_own() {
     other.ask(VERIFY_DISK, 0, SECTORS / 2, 2);
     other.ask(WRITE_DISK, 0, SECTORS / 2, 4);
     parent.expect(DiskGuest::whole(What::Verify, SECTORS / 2, 3), "its own");
-    // What is in overlays stays there: the other process reads the image.
+    // Writes in overlays stay there: the other process reads the image.
     parent.vm().stop();
     for disk in parent.vm().take_disks() {
         let (_, refused) = *disk.commit().unwrap_err();
@@ -297,8 +298,8 @@ fn a_child_in_another_process_has_a_disk_of_its_own() {
     drop(Disk::open(&file.spec().disk).unwrap());
 }
 
-/// The disk is given what was written as soon as nobody else uses it: an image that is still being
-/// dropped then would have it refused, and what was written would be lost.
+/// Writes are merged into the disk as soon as it has no other user: an image still being dropped
+/// would have that refused, and the writes would be lost.
 #[test]
 fn a_disk_that_others_have_used_is_committed_as_soon_as_none_is_counted() {
     let Some(turn) = Turn::take() else { return };
@@ -327,7 +328,8 @@ fn a_disk_that_others_have_used_is_committed_as_soon_as_none_is_counted() {
     }
 }
 
-/// Each goes on from the one before, which has gone. What it holds for its ancestors does not add up.
+/// Each generation continues from the previous one, which has gone. The layers held for its
+/// ancestors do not add up.
 #[test]
 fn generations_in_processes_of_their_own_hold_as_much_as_the_first() {
     let Some(turn) = Turn::take() else { return };

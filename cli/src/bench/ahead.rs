@@ -1,9 +1,9 @@
-//! `clade bench ahead`: children that write what their siblings wrote, with copies made ahead of it
-//! and without, in turn.
+//! `clade bench ahead`: children that write the same pages as their siblings, with copies made
+//! ahead and without, in turn.
 //!
-//! The parent is a bare guest that has written all its RAM. What each child has written when it
-//! ends is learned, and the next one has it copied while it is prepared. Half-way the children begin
-//! to write other pages. All of it is by the library, in this process.
+//! The parent is a bare guest that has written all its RAM. The written pages of each child are
+//! learned at its end, and copied for the next child while it is prepared. Half-way the children
+//! begin to write other pages. Everything is by the library, in this process.
 
 use std::sync::Arc;
 use std::thread;
@@ -19,33 +19,33 @@ use crate::commands::{BenchArgs, Failure};
 
 /// Pages that a child writes.
 const PAGES: u64 = 1_000;
-/// Pages that are copied ahead at most: 16 MiB.
+/// Limit of pages copied ahead: 16 MiB.
 const BUDGET: u64 = 4_096;
 /// Children after the change whose copies have rows of their own.
 const CHANGED: usize = 6;
 
 const WITHOUT: &str = "without copies ahead";
 
-/// When a child's copies are made.
+/// The time at which a child's copies are made.
 #[derive(Clone, Copy, PartialEq)]
 enum When {
     /// Not at all.
     Never,
-    /// While it is prepared: before it is asked for.
+    /// While the child is prepared, before its request.
     Prepared,
     /// Between the request and its first instruction.
     AtFork,
-    /// By a thread beside it.
+    /// By a thread beside the child.
     Beside,
 }
 
-/// What was measured of one child.
+/// The measured times of one child.
 struct Times {
     /// From the request to its first instruction.
     first: Duration,
-    /// To copy ahead.
+    /// Time to copy ahead.
     copy: Duration,
-    /// To write all its pages.
+    /// Time to write all its pages.
     write: Duration,
     came: AheadUse,
 }
@@ -56,7 +56,7 @@ struct Bench<'a> {
     learned: Learned,
 }
 
-/// `clade bench ahead`.
+/// Runs `clade bench ahead`.
 pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
     let mem = args.mem[0];
     let config = Arc::new(VmConfig::bare(mem, 1).map_err(Failure::input)?);
@@ -70,7 +70,7 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failu
     let (mut at_fork, mut beside, mut copy) = (Sample::default(), Sample::default(), Sample::default());
     let (mut first, mut first_at_fork, mut first_beside) = <(Sample, Sample, Sample)>::default();
     let (mut hits, mut waste) = (Sample::default(), Sample::default());
-    // Nothing is known of the first.
+    // The first child has nothing to learn from.
     bench.child(When::Never, 0)?;
     for _ in 0..args.samples {
         let times = bench.child(When::Never, 0)?;
@@ -99,7 +99,7 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failu
         Row::new("ahead_hits", "%", &hits),
         Row::new("ahead_waste", "%", &waste),
     ];
-    // From here on other pages are written.
+    // From here on the children write other pages.
     let (mut last_hits, mut changed) = (Sample::default(), Sample::default());
     for nth in 0..CHANGED {
         let times = bench.child(When::Prepared, pages)?;
@@ -129,7 +129,7 @@ impl<'a> Bench<'a> {
         Ok(Self { context, image, learned })
     }
 
-    /// One child that writes its pages from `skip` on, and ends.
+    /// Runs one child that writes its pages from `skip` on, and ends.
     fn child(&mut self, when: When, skip: u64) -> Result<Times, Failure> {
         self.context.prefill(self.image.config(), 1).map_err(Failure::run)?;
         let likely = self.learned.likely(BUDGET);

@@ -1,5 +1,5 @@
-//! `clade bench all`: the figures that are compared with other VMMs, each from the bench that measures
-//! it, under a name that does not change.
+//! `clade bench all`: the figures for comparisons with other VMMs, each from the bench that
+//! measures it, under a stable name.
 
 use crate::bench::{Row, ahead, clones, disk, fork, freeze, pin, reset, restore, suspend};
 use crate::commands::{BenchArgs, Failure};
@@ -8,7 +8,7 @@ use clade_vmm::vm::Context;
 /// Samples of a figure that takes a second or more.
 const FEW: usize = 10;
 
-/// Where a figure comes from: the row's name there, and here.
+/// The source of a figure: the row's name there, and here.
 type Picks = [(&'static str, &'static str)];
 
 const FORK: &Picks = &[
@@ -58,7 +58,8 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failu
     Ok(rows)
 }
 
-/// The rows of `rows` that are asked for, by their names here. With fewer clones some do not exist.
+/// Returns the requested rows of `rows`, under their names here. With fewer clones some do not
+/// exist.
 fn picked(rows: Vec<Row>, picks: &Picks) -> impl Iterator<Item = Row> {
     picks.iter().filter_map(move |(there, here)| {
         let row = rows.iter().find(|row| row.name == *there)?;

@@ -1,13 +1,13 @@
 //! `clade bench answer`: forks of a VM with a warm interpreter, to their first answers.
 //!
-//! A supervisor is started as a user starts it, and boots one VM of the image. That holds an
-//! interpreter which has started, and a program `answer` that asks it (`resources/python-image`). A time
-//! is that from a request for children that are ready until `answer` has ended in one of them with the
-//! right value, started by its agent as `clade exec` starts it. Of a request's children as many are
-//! asked at a time as the host has processors, twice.
+//! A supervisor is started as by a user, and boots one VM of the image. The image has a running
+//! interpreter, and a program `answer` that sends it an expression (`resources/python-image`). A
+//! time runs from a request for ready children until `answer` has ended in one of them with the
+//! right value, started through its agent as by `clade exec`. As many children of a request as the
+//! host has processors, twice over, are asked at a time.
 //!
-//! The baseline is another interpreter: `python3 -c` in the VM that runs, as many, and once the boot of
-//! the image.
+//! The baseline is another interpreter: `python3 -c` in the running VM, as many times, and the boot
+//! of the image once.
 
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -26,18 +26,18 @@ use crate::bench::supervisor::BenchSupervisor;
 use crate::bench::{Row, Sample};
 use crate::commands::{BenchArgs, Failure};
 
-/// Children at once, up to the number that is asked for.
+/// Children at once, up to the requested number.
 const AT_ONCE: [usize; 3] = [1, 10, 100];
-/// Interpreters that are started for the baseline: in turn, and together. A hundred together in one VM
-/// would take a quarter of an hour where guest kernels are interpreted.
+/// Interpreters started for the baseline: in turn, and together. A hundred together in one VM would
+/// take a quarter of an hour where guest kernels are interpreted.
 const BASELINES: usize = 10;
-/// How long the image may take until its interpreter answers.
+/// Time limit until the image's interpreter answers.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(600);
-/// How long one answer may take.
+/// Time limit of one answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(300);
 const POLL: Duration = Duration::from_millis(50);
 const PARENT: &str = "parent";
-/// What the interpreter writes to its console when it listens.
+/// The line on the interpreter's console once it listens.
 const LISTENS: &str = "python answers";
 const EXPRESSION: &str = "6 * 7";
 const VALUE: &str = "42\n";
@@ -45,7 +45,7 @@ const VALUE: &str = "42\n";
 const OTHER: &str = "python3 -c in the parent";
 const BOOT: &str = "run --image --fresh";
 
-/// `clade bench answer`.
+/// Runs `clade bench answer`.
 pub(crate) fn run(args: &BenchArgs) -> Result<Vec<Row>, Failure> {
     let image = args.image.as_deref().ok_or_else(|| Failure::input(anyhow!("answer needs --image IMAGE")))?;
     let most = args.count.unwrap_or(AT_ONCE[AT_ONCE.len() - 1]);
@@ -73,7 +73,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<Vec<Row>, Failure> {
     Ok(rows)
 }
 
-/// What forks took, from their requests.
+/// Times of forks, from their requests.
 #[derive(Default)]
 struct Times {
     /// Until each child's answer.
@@ -86,7 +86,7 @@ struct Bench {
     supervisor: BenchSupervisor,
 }
 
-/// More would only be late: each guest that is asked takes a processor.
+/// More would only be late: each answering guest takes a processor.
 fn asked_at_a_time() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from) * 2
 }
@@ -133,7 +133,7 @@ impl Bench {
         Ok(sample)
     }
 
-    /// Interpreters that are started in the parent, `count` of them together.
+    /// Starts interpreters in the parent, `count` of them together.
     fn other(&self, count: usize, rounds: usize) -> Result<Sample, Failure> {
         let mut sample = Sample::default();
         let script = format!("print({EXPRESSION})");
@@ -145,7 +145,7 @@ impl Bench {
         Ok(sample)
     }
 
-    /// Forks with `count` children each.
+    /// Makes forks with `count` children each.
     fn forks(&self, count: usize, rounds: usize) -> Result<Times, Failure> {
         let mut times = Times::default();
         let name = Some(format!("{PARENT}-{{n}}"));
@@ -161,7 +161,7 @@ impl Bench {
         Ok(times)
     }
 
-    /// Asks these, [`asked_at_a_time`]. Puts down when each has answered.
+    /// Asks these VMs, [`asked_at_a_time`] at a time. Records the time of each answer.
     fn all(&self, names: &[String], command: &[&str], begun: Instant, sample: &mut Sample) -> Result<(), Failure> {
         let command: Vec<String> = command.iter().map(|&word| word.to_owned()).collect();
         let asked = async {
@@ -171,7 +171,7 @@ impl Bench {
                 let turns = Arc::clone(&turns);
                 let (client, name, command) = (self.supervisor.client.clone(), name.clone(), command.clone());
                 tasks.spawn(async move {
-                    // It is never closed.
+                    // The semaphore is never closed.
                     let _turn = turns.acquire().await;
                     let words: Vec<&str> = command.iter().map(String::as_str).collect();
                     answer(&client, &name, &words).await.map(|()| begun.elapsed())
@@ -186,7 +186,7 @@ impl Bench {
     }
 }
 
-/// Runs a program in a VM as `clade exec` does, and checks that it says the value.
+/// Runs a program in a VM as `clade exec` does, and checks that its output is the value.
 async fn answer(client: &Client, vm: &str, command: &[&str]) -> anyhow::Result<()> {
     let asked = tokio::time::timeout(ANSWER_TIMEOUT, exec(client, vm, command)).await;
     let said = asked.map_err(|_| anyhow!("{vm} has not answered within {} s", ANSWER_TIMEOUT.as_secs()))?;
@@ -195,11 +195,11 @@ async fn answer(client: &Client, vm: &str, command: &[&str]) -> anyhow::Result<(
     Ok(())
 }
 
-/// What a program writes.
+/// Returns a program's output.
 pub(super) async fn exec(client: &Client, vm: &str, command: &[&str]) -> anyhow::Result<String> {
     let info: VmInfo = client.request(Method::GET, vm, "", None::<&()>).await?;
     let vsock = info.vsock.ok_or_else(|| anyhow!("it has no vsock device"))?;
-    // One that tries again gives a guest on busy processors more to do.
+    // A client that tries again burdens a guest on busy processors further.
     let agent = Agent::new(Endpoint::Vsock { socket: vsock.socket, port: PORT });
     let agent = agent.with_patience(ANSWER_TIMEOUT, ANSWER_TIMEOUT);
     let mut words = command.iter().map(|&word| word.to_owned());

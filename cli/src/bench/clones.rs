@@ -1,10 +1,10 @@
 //! `clade bench clones`: VMs in processes of their own, by the supervisor's API.
 //!
-//! A supervisor is started as a user starts it. The parent is a bare guest that has written all its
-//! RAM, and is paused. Each child says that it runs before the answer comes, and is paused then: so
-//! a time is that of the request until the last child's first instruction.
+//! A supervisor is started as by a user. The parent is a bare guest that has written all its RAM,
+//! and is paused. Each child reports that it runs before the answer comes, and is then paused: so a
+//! time runs from the request until the last child's first instruction.
 //!
-//! The baseline are as many VMs in one process, in the same run: this one, by the library.
+//! The baseline is as many VMs in one process, in the same run: this one, by the library.
 
 use std::fs;
 use std::sync::Arc;
@@ -25,21 +25,21 @@ use crate::commands::{BARE, BenchArgs, Failure, MEASURE, SPINNING};
 
 /// Runs of the larger figures.
 const RUNS: usize = 3;
-/// Clones, if no other number is asked for.
+/// Default number of clones.
 const COUNT: usize = 1000;
-/// Clones with which the time of one is compared.
+/// The number of clones that the time of one is compared with.
 const FEW: usize = 100;
-/// Numbers of clones that have rows, as far as they are less than the number asked for.
+/// Numbers of clones with rows of their own, if below the requested number.
 const COUNTS: [usize; 7] = [1, 3, 10, 30, FEW, 300, 1_000];
 
 const IDLE: &str = "clones that are idle";
 const ONE_PROCESS: &str = "VMs in one process";
 
-/// A supervisor and a parent. Both end with it.
+/// A supervisor and a parent. A drop ends both.
 struct Bench {
     supervisor: BenchSupervisor,
     context: Context,
-    /// The library's.
+    /// The library's parent.
     parent: Vm,
     image: Arc<ForkImage>,
     config: Arc<VmConfig>,
@@ -55,7 +55,7 @@ struct Times {
     kernel: Sample,
 }
 
-/// `clade bench clones`.
+/// Runs `clade bench clones`.
 pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
     let (mem, most) = (args.mem[0], args.count.unwrap_or(COUNT));
     let bench = Bench::new(context, mem, "idle")?;
@@ -79,7 +79,7 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failu
         );
     }
     if let Some(few) = few {
-        // Each clone takes a processor as soon as it runs, and so takes it from those that are still made.
+        // Each running clone takes a processor from those that are still being made.
         let spinning = Bench::new(context, mem, SPINNING)?.many(FEW)?;
         let name = format!("clones_{FEW}_total_spinning");
         rows.push(Row::new(name, "ms", &spinning.cold).against(IDLE, &few.cold));
@@ -106,7 +106,7 @@ fn totals(count: usize, times: &Times) -> [Row; 2] {
 }
 
 impl Bench {
-    /// With clones that do `after` after their first instruction.
+    /// Starts the bench with clones that do `after` after their first instruction.
     fn new(context: &Context, mem: u64, after: &str) -> Result<Self, Failure> {
         let config = Arc::new(VmConfig::bare(mem, 1).map_err(Failure::input)?);
         config.check_host_memory().map_err(Failure::input)?;
@@ -143,10 +143,10 @@ impl Bench {
         Ok((answer, begun.elapsed()))
     }
 
-    /// One child of a VM, from a prepared worker.
+    /// Measures one child of a VM, from a prepared worker.
     fn one(&self, samples: usize) -> Result<Row, Failure> {
         let (mut ours, mut library) = (Sample::default(), Sample::default());
-        // The first has no worker that is prepared.
+        // No worker is prepared for the first.
         let (first, _) = self.fork("vms/parent", 1)?;
         self.stop(&first.children)?;
         for _ in 0..samples {
@@ -165,7 +165,7 @@ impl Bench {
             .target("p50 <= 1500", |row| row.p50() <= 1_500.0))
     }
 
-    /// `count` clones of a checkpoint.
+    /// Measures `count` clones of a checkpoint.
     fn many(&self, count: usize) -> Result<Times, Failure> {
         let mut times = Times::default();
         let request = CheckpointRequest { name: Some("cp".to_owned()) };
@@ -190,7 +190,7 @@ impl Bench {
             let mut clones = Vec::with_capacity(count);
             for _ in 0..count {
                 let (clone, _) = announced_clone(&self.context, &self.image)?;
-                // As the others: it would take a processor from those that are to be made.
+                // Paused like the others: it would take a processor from those still to be made.
                 clone.pause().map_err(Failure::run)?;
                 clones.push(clone);
             }
@@ -200,10 +200,10 @@ impl Bench {
         Ok(times)
     }
 
-    /// Private memory of each clone's process, in KiB.
+    /// Returns the private memory of each clone's process, in KiB.
     fn private(&self, names: &[String]) -> Result<Sample, Failure> {
         let mut sample = Sample::default();
-        // Some are enough: reading it takes a while.
+        // A sample is enough: each read takes a while.
         for name in names.iter().step_by(names.len().div_ceil(20)) {
             let info: VmInfo = self.supervisor.ask(Method::GET, &format!("/v1/vms/{name}"), None::<&()>)?;
             sample.push(private_kib(info.pid).map_err(Failure::run)? as f64);
@@ -217,7 +217,7 @@ impl Bench {
     }
 }
 
-/// The sum of some fields of a file of `/proc`, in KiB.
+/// Returns the sum of some fields of a file of `/proc`, in KiB.
 fn kib(file: &str, fields: &[&str]) -> std::io::Result<u64> {
     let text = fs::read_to_string(file)?;
     let of = |line: &str| {

@@ -30,7 +30,7 @@ const DEPTH: u64 = 32;
 /// Guest memory: 1 MiB for each request, and the guest itself.
 const MEMORY: u64 = 128 << 20;
 const BUFFER: u64 = WORK_BASE + AREA_PAGES * PAGE_SIZE;
-/// Samples that one round counts for: a round takes about a second.
+/// Number of samples that one round replaces: a round takes about a second.
 const SAMPLES_A_ROUND: usize = 5;
 
 /// One row: an operation, its order, its block size in sectors and how often it runs.
@@ -49,7 +49,7 @@ const KINDS: [Kind; 4] = [
     Kind { name: "seq_write_1m", what: What::WriteRaw, order: Order::Sequential, block: 2048, count: 128 },
 ];
 
-/// What is read while the VM is forked 100 times a second.
+/// The operation measured while the VM is forked 100 times a second.
 const READ: Kind = Kind { name: "disk_under_forks", what: What::Read, order: Order::Random, block: 128, count: 16_384 };
 const FORK_PACE: Duration = Duration::from_millis(10);
 
@@ -104,8 +104,8 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failu
     Ok(rows)
 }
 
-/// A guest that reads its disk while it is forked, against the same guest when it is not. No child
-/// runs: what is measured is what the forks take from the guest and its device.
+/// Compares a guest that reads its disk while it is forked with the same guest without forks. The
+/// children do not run: the figure is the cost of the forks to the guest and its device.
 fn under_forks(context: &Context, path: &Path, samples: usize) -> Result<Row, Failure> {
     let guest = Guest::boot(context, path)?;
     let (mut ours, mut baseline) = (Sample::default(), Sample::default());

@@ -1,10 +1,10 @@
 //! `clade bench fork`.
 //!
-//! For each size, a bare guest writes all its RAM, or 4 GiB of it. It then keeps writing a hot set of 64 pages and
-//! is forked repeatedly. The first baseline copies all RAM: the cost of a fork without
-//! copy-on-write. The second restores as other VMMs do: it creates the VM on the path, with a
-//! private mapping of a file in 4 KiB pages. Both are measured in the same run, on the same
-//! contents. A guest that has written only a part of its RAM has none.
+//! For each size, a bare guest writes all its RAM, or 4 GiB of it. The guest then keeps writing a
+//! hot set of 64 pages and is forked repeatedly. The first baseline copies all RAM: the cost of a
+//! fork without copy-on-write. The second restores as other VMMs do: it creates the VM on the path,
+//! with a private mapping of a file in 4 KiB pages. Both are measured in the same run, on the same
+//! contents. A guest that has written only a part of its RAM has no baselines.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -65,7 +65,8 @@ struct Samples {
     timeline: StepSamples,
 }
 
-/// The steps from a fork's request to the child's first report, each from the end of the one before.
+/// The steps from a fork's request to the child's first report, each from the end of the one
+/// before.
 #[derive(Default)]
 struct StepSamples(Vec<(&'static str, Sample)>);
 

@@ -17,7 +17,7 @@ use crate::commands::{BenchArgs, Failure};
 
 /// Pages written between two freezes, after the suffix of the row's name.
 const DIRTY: [(&str, u64); 4] = [("0", 0), ("1k", 1 << 10), ("16k", 16 << 10), ("64k", 64 << 10)];
-/// First page written. It is inside a block, so that the first and the last block are split.
+/// First page written, inside a block, so that the first and the last block are split.
 const FIRST: u64 = 64;
 /// Warm spare layers that an eager freeze copies into, as for a template.
 const SPARES: usize = 2;
@@ -110,8 +110,8 @@ fn measure(store: &Store, mem: u64, pages: u64, samples: usize) -> Result<Sample
             thread::sleep(POLL_INTERVAL);
         }
         s.complete.push_us(begun.elapsed());
-        // Outside both pauses: reap the background's copies, and free what they leave behind,
-        // before the next freeze.
+        // Outside both pauses: reap the background's copies, and free their leftovers, before the
+        // next freeze.
         ram.finish_background().map_err(Failure::run)?;
     }
     store.drain();

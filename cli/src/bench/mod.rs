@@ -29,7 +29,8 @@ use clade_vmm::vm::{ChildOptions, Context, ForkImage, Vm, VmConfig};
 
 pub(crate) use sample::{Sample, Spread};
 
-/// Said beside figures of what a guest's Linux does, where KVM has no hardware virtualization under it.
+/// The note on figures that include work of a guest's Linux, where KVM has no hardware
+/// virtualization under it.
 const INTERPRETED: &str = "kvm-pvm interprets guest kernels: every system call and page fault of a guest costs \
     many times what it costs with hardware virtualization, so these figures are unflattering";
 
@@ -58,7 +59,7 @@ impl Row {
         Self { name: name.into(), unit, ours: ours.spread(), baseline: None, ratio: None, target: None, met: None }
     }
 
-    /// Beside a baseline, if there is a sample of it.
+    /// Adds a baseline, if there is a sample of it.
     pub(crate) fn against(mut self, name: &'static str, baseline: &Sample) -> Self {
         if baseline.is_empty() {
             return self;
@@ -87,7 +88,7 @@ impl Row {
         self.ratio.unwrap_or(f64::NAN)
     }
 
-    /// The same figure by another name.
+    /// Returns the same figure under another name.
     fn called(self, name: &str) -> Self {
         Self { name: name.to_owned(), ..self }
     }
@@ -128,7 +129,7 @@ impl HostInfo {
 #[derive(Debug, Serialize)]
 struct Report {
     host: HostInfo,
-    /// What the figures are not worth on this host.
+    /// The limits of the figures on this host.
     #[serde(skip_serializing_if = "Option::is_none")]
     note: Option<&'static str>,
     rows: Vec<Row>,
@@ -166,13 +167,13 @@ fn label(bytes: u64) -> String {
     if bytes.is_multiple_of(1 << 30) { format!("{}G", bytes >> 30) } else { format!("{}M", bytes >> 20) }
 }
 
-/// The number of a bare guest's work pages below the gap, all in one range.
+/// Returns the number of a bare guest's work pages below the gap, all in one range.
 fn low_pages(mem: u64) -> u64 {
     (mem.min(GAP_START) - WORK_BASE) / PAGE_SIZE
 }
 
-/// Larger guests are sparse: a copy of all that they have written, which is a baseline, must fit on
-/// the host beside it.
+/// Larger guests are sparse: a copy of all their written pages, which is a baseline, must fit on
+/// the host beside them.
 const MOST_FILLED: u64 = 4 << 30;
 
 /// Boots a bare guest with one vCPU and fills its RAM above its own image.
@@ -202,7 +203,7 @@ fn announced(context: &Context, image: &Arc<ForkImage>, begun: Instant) -> Resul
     Ok(announced_clone(context, image)?.1 - begun)
 }
 
-/// Starts a child. Returns it, and when it reported.
+/// Starts a child. Returns it, and the time of its report.
 fn announced_clone(context: &Context, image: &Arc<ForkImage>) -> Result<(Vm, Instant), Failure> {
     let tell = |ram: &GuestRam| {
         if let Err(error) = BareMailbox::new(ram, 0).order(Command::AnnounceAndHalt) {

@@ -1,12 +1,12 @@
 //! `clade bench restore` and `clade bench save`: snapshots on disk.
 //!
 //! The guest's RAM is all written, so no page is left out as zeros. A restore is measured from
-//! opening the directory to the first instruction. It is also measured to the answer to a first
-//! command, which reads a word of 256 pages. The baseline reads all of the memory first, in the
-//! same run and alternating.
+//! opening the directory to the first instruction, and to the answer to a first command, which
+//! reads a word of 256 pages. The baseline reads all of the memory first, in the same run and
+//! alternating.
 //!
-//! It is also measured as a user sees it: by a request to a supervisor, and by a process that starts,
-//! restores it and ends.
+//! Two more figures are a user's view: a request to a supervisor, and a process that starts,
+//! restores the VM and ends.
 //!
 //! The baseline of a save is this process writing as many bytes past the page cache, as `dd
 //! oflag=direct conv=fsync` does. The VM's pause is compared with that of a fork.
@@ -81,7 +81,7 @@ impl Bench {
     }
 }
 
-/// `clade bench restore`.
+/// Runs `clade bench restore`.
 pub(crate) fn restore(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
     let mut rows = Vec::new();
     for &mem in &args.mem {
@@ -157,9 +157,10 @@ impl Bench {
     }
 }
 
-/// From a running supervisor, and from nothing.
+/// Measurements with a running supervisor, and from nothing.
 impl Bench {
-    /// A request to a supervisor until the guest's first report, in a process of its own.
+    /// Measures from a request to a supervisor until the guest's first report, in a process of its
+    /// own.
     fn by_api(&self, at: &Path) -> Result<Sample, Failure> {
         let supervisor = BenchSupervisor::start(&["--pool", "1"], &[(MEASURE, "1")])?;
         let saved = SavedSource { dir: at.to_owned(), load: RestoreLoad::Lazy, overlays: None };
@@ -171,7 +172,7 @@ impl Bench {
             }
             let begun = Instant::now();
             let answer: ForkAnswer = supervisor.ask(Method::POST, "/v1/restore", Some(&request))?;
-            // The first finds nothing that is prepared.
+            // No worker is prepared for the first.
             if round > 0 {
                 sample.push_us(begun.elapsed());
             }
@@ -180,7 +181,7 @@ impl Bench {
         Ok(sample)
     }
 
-    /// A process from its start until its guest's first report.
+    /// Measures a process from its start until its guest's first report.
     fn process(&self, at: &Path, preload: bool) -> Result<Sample, Failure> {
         let mut sample = Sample::default();
         for _ in 0..self.samples {
@@ -200,7 +201,8 @@ impl Bench {
     }
 }
 
-/// `clade bench restored`: the process that `Bench::process` starts. It says so when its guest runs.
+/// Runs `clade bench restored`: the process that `Bench::process` starts. Prints a line when its
+/// guest runs.
 pub(crate) fn restored(context: &Context, args: &BenchArgs) -> Result<(), Failure> {
     let at = args.snapshot.as_deref().ok_or_else(|| Failure::Input(anyhow::anyhow!("--snapshot is missing")))?;
     let load = if args.preload { RestoreLoad::Preload } else { RestoreLoad::Lazy };
@@ -219,7 +221,7 @@ fn forget(dir: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// `clade bench save`.
+/// Runs `clade bench save`.
 pub(crate) fn save(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
     let mut rows = Vec::new();
     for &mem in &args.mem {

@@ -1,4 +1,4 @@
-//! A supervisor of a bench's own, as a user starts it, and requests to it.
+//! A supervisor for a bench, started as by a user, and requests to it.
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -13,10 +13,10 @@ use tokio::runtime::Runtime;
 
 use crate::commands::{Failure, for_each};
 
-/// How long the supervisor may take to start, and for what a bench waits of it.
+/// Time limit of the supervisor's start, and of a bench's waits for it.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A supervisor in a directory of its own. It ends with this, and so do its VMs.
+/// A supervisor in a directory of its own. A drop ends it and its VMs.
 pub(super) struct BenchSupervisor {
     pub(super) runtime: Runtime,
     pub(super) client: Client,
@@ -58,7 +58,7 @@ impl BenchSupervisor {
         Ok(Self { runtime, client: Client::new(dir.path()), process, dir })
     }
 
-    /// Its runtime directory.
+    /// Returns its runtime directory.
     pub(super) fn dir(&self) -> &Path {
         self.dir.path()
     }

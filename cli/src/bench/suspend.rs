@@ -1,9 +1,9 @@
-//! `clade bench suspend`: VMs that give their memory back, and the first answer when it is needed.
+//! `clade bench suspend`: VMs that give their memory back, and the first answer after a wake.
 //!
 //! The guest is bare, and has written all its RAM (`--mem`, 64M unless given). Its file is in
-//! `/var/tmp`, and in the page cache when it is woken. The first part is by the library, in this
-//! process. The second is by the API: ten VMs in processes of their own, of which nine are suspended,
-//! and what the host has available before and after.
+//! `/var/tmp`, and in the page cache at the wake. The first part is by the library, in this
+//! process. The second is by the API: ten VMs in processes of their own, nine of them suspended,
+//! and the host's available memory before and after.
 
 use std::fs::File;
 use std::io::Read;
@@ -25,21 +25,21 @@ use crate::bench::supervisor::BenchSupervisor;
 use crate::bench::{Row, Sample, low_pages, written};
 use crate::commands::{BARE, BenchArgs, Failure, MEASURE};
 
-/// Where the files are.
+/// Directory of the files.
 const DIR: &str = "/var/tmp";
 /// VMs at once.
 const VMS: usize = 10;
 /// Pages that a guest writes for the larger answer.
 const PAGES: u64 = 1_000;
-/// How often the memory of ten VMs is looked at.
+/// Measurements of the memory of ten VMs.
 const RUNS: usize = 3;
-/// Bytes that are read at once.
+/// Bytes read at once.
 const BUFFER: usize = 1 << 20;
 
 const AWAKE: &str = "the same of a VM that is awake";
 const READ_ALL: &str = "reading all of it from the page cache";
 
-/// `clade bench suspend`.
+/// Runs `clade bench suspend`.
 pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
     let config = Arc::new(VmConfig::bare(args.mem[0], 1).map_err(Failure::input)?);
     config.check_host_memory().map_err(Failure::input)?;
@@ -48,7 +48,7 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failu
     Ok(rows)
 }
 
-/// One VM in this process.
+/// Measures one VM in this process.
 fn library(context: &Context, config: &Arc<VmConfig>, samples: usize) -> Result<Vec<Row>, Failure> {
     let vm = written(context, config)?;
     let (mut write, mut again, mut private) = (Sample::default(), Sample::default(), Sample::default());
@@ -60,7 +60,7 @@ fn library(context: &Context, config: &Arc<VmConfig>, samples: usize) -> Result<
     for sample in 0..samples {
         let begun = Instant::now();
         vm.suspend(file()?).map_err(Failure::run)?;
-        // Only the first time all of it is written.
+        // Only the first suspension writes all of it.
         let time = if sample == 0 { &mut write } else { &mut again };
         time.push_us(begun.elapsed());
         private.push(own_kib(&vm)?);
@@ -92,8 +92,8 @@ fn library(context: &Context, config: &Arc<VmConfig>, samples: usize) -> Result<
     ])
 }
 
-/// What is a VM's own of its memory, as the kernel says, in KiB: private pages that are no file's,
-/// and pages of its memory file.
+/// Returns a VM's own memory, by the kernel's accounts, in KiB: private anonymous pages, and pages
+/// of its memory file.
 fn own_kib(vm: &Vm) -> Result<f64, Failure> {
     let starts = vm.ram().regions().iter().map(|region| (region.host_address(), region.pages() * 4096));
     let mut kib = 0;
@@ -103,8 +103,8 @@ fn own_kib(vm: &Vm) -> Result<f64, Failure> {
     Ok(kib as f64)
 }
 
-/// What of the mappings in a range of a process's addresses is its own, in KiB: anonymous pages, and
-/// dirty ones.
+/// Returns the private part of the mappings in a range of a process's addresses, in KiB: anonymous
+/// pages, and dirty ones.
 fn smaps_own_kib(process: &str, start: u64, bytes: u64) -> std::io::Result<u64> {
     let mut text = String::new();
     File::open(format!("/proc/{process}/smaps"))?.read_to_string(&mut text)?;
@@ -136,9 +136,9 @@ fn read_all(bytes: u64) -> Result<Duration, Failure> {
     Ok(begun.elapsed())
 }
 
-/// Ten VMs in processes of their own, and the host's memory.
+/// Measures ten VMs in processes of their own, and the host's memory.
 fn processes(config: &Arc<VmConfig>) -> Result<Vec<Row>, Failure> {
-    // What has written all its memory is paused by its worker then.
+    // Workers pause their VMs once all memory is written.
     let supervisor = BenchSupervisor::start(&["--pool", "0"], &[(MEASURE, "1")])?;
     let (mut all, mut one, mut wake) = (Sample::default(), Sample::default(), Sample::default());
     for _ in 0..RUNS {
@@ -182,7 +182,7 @@ fn processes(config: &Arc<VmConfig>) -> Result<Vec<Row>, Failure> {
     ])
 }
 
-/// What the host has available, once it says the same twice.
+/// Returns the host's available memory, once two readings agree.
 fn settled_kib() -> u64 {
     let mut last = available_kib();
     for _ in 0..20 {

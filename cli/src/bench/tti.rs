@@ -1,8 +1,9 @@
-//! `clade bench tti`: the time to interactive, from a request for a sandbox to a command's first answer.
+//! `clade bench tti`: the time to interactive, from a request for a sandbox to a command's first
+//! answer.
 //!
-//! A supervisor with E2B's API is started as a user starts it, and a template is built of the image. A
-//! time is that from the request until a shell in the new sandbox has said what it was asked. The method
-//! is ComputeSDK's: one after another, staggered by 200 ms, and all at once.
+//! A supervisor with E2B's API is started as by a user, and a template is built from the image. A
+//! time runs from the request until a shell in the new sandbox has printed the expected answer. The
+//! method is ComputeSDK's: one after another, staggered by 200 ms, and all at once.
 //!
 //! | row | request | the shell is asked |
 //! |---|---|---|
@@ -10,7 +11,7 @@
 //! | `fork_` | `POST /sandboxes/{id}/fork` | the same |
 //! | `native_` | `POST /v1/checkpoints/{name}/fork` with `ready` | by the guest's socket, as `clade exec` does |
 //!
-//! The baseline of `native_` is the same command in a VM that runs already; that of the others is `native_`.
+//! The baseline of `native_` is the same command in a running VM; that of the others is `native_`.
 
 mod http;
 
@@ -32,13 +33,13 @@ use crate::bench::supervisor::BenchSupervisor;
 use crate::bench::{Row, Sample};
 use crate::commands::{BenchArgs, Failure};
 
-/// Sandboxes at once, if no other number is asked for.
+/// Default number of sandboxes at once.
 const AT_ONCE: usize = 100;
-/// Between two requests that are staggered.
+/// Interval of staggered requests.
 const STAGGER: Duration = Duration::from_millis(200);
-/// How long one may take, from its request to its answer.
+/// Time limit of one sandbox, from its request to its answer.
 const TIMEOUT: Duration = Duration::from_secs(300);
-/// Commands in a VM that runs, for the baseline.
+/// Commands in a running VM, for the baseline.
 const BASELINES: usize = 10;
 const TEMPLATE: &str = "tti";
 const PARENT: &str = "parent";
@@ -48,7 +49,7 @@ const SAID: &str = "42\n";
 const RUNNING: &str = "the command in a VM that runs";
 const NATIVE: &str = "native";
 
-/// `clade bench tti`.
+/// Runs `clade bench tti`.
 pub(crate) fn run(args: &BenchArgs) -> Result<Vec<Row>, Failure> {
     let image = args.image.as_deref().ok_or_else(|| Failure::input(anyhow!("tti needs --image IMAGE")))?;
     let wanted = args.at_once.unwrap_or(AT_ONCE);
@@ -56,7 +57,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<Vec<Row>, Failure> {
         return Err(Failure::input(anyhow!("0 sandboxes are never interactive")));
     }
     let bench = Bench::start(args, image)?;
-    // Each may come to own all its memory.
+    // Each sandbox may come to own all its memory.
     let fitting = usize::try_from((available_kib() << 10) / args.mem[0]).unwrap_or(usize::MAX);
     let many = wanted.min(fitting.max(1));
     let running = bench.running()?;
@@ -72,7 +73,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<Vec<Row>, Failure> {
     Ok(rows)
 }
 
-/// When sandboxes are asked for.
+/// Schedule of the requests.
 #[derive(Clone, Copy, Debug)]
 enum Mode {
     Sequential(usize),
@@ -80,7 +81,7 @@ enum Mode {
     AtOnce(usize),
 }
 
-/// How they are asked for.
+/// Kind of the requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
     Native,
@@ -109,12 +110,12 @@ impl Mode {
     }
 }
 
-/// What the sandboxes of one mode took.
+/// Times of the sandboxes of one mode.
 #[derive(Default)]
 struct Times {
-    /// Until each one's answer.
+    /// Times until their answers.
     answers: Sample,
-    /// Those without one.
+    /// Sandboxes without an answer.
     failed: usize,
 }
 
@@ -147,7 +148,7 @@ struct Bench {
     _dir: tempfile::TempDir,
 }
 
-/// Waits for one, as long as it may take.
+/// Waits for one future, within the time limit.
 async fn in_time<T>(one: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     let late = |_| anyhow!("no answer within {} s", TIMEOUT.as_secs());
     tokio::time::timeout(TIMEOUT, one).await.map_err(late)?
@@ -164,7 +165,7 @@ impl Bench {
         let dir = tempfile::tempdir().map_err(Failure::run)?;
         let keys = dir.path().join("keys.json");
         let key = ApiKeys::new(&keys).add("bench", None, Scope::All).map_err(Failure::run)?;
-        // Free now; nobody else has reason to take it.
+        // Free now, and unlikely to be taken by another process.
         let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
         let address = free.map_err(Failure::run)?;
         let templates = dir.path().join("templates").display().to_string();
@@ -190,13 +191,13 @@ impl Bench {
         Ok(Self { supervisor, api: Arc::new(Api { address, key }), checkpoint, _dir: dir })
     }
 
-    /// The command in a VM that runs: what is left of a time when there is nothing to make.
+    /// Measures the command in a running VM: the part of a time without the sandbox's start.
     fn running(&self) -> Result<Sample, Failure> {
         let mut sample = Sample::default();
         let client = self.supervisor.client.clone();
         let measured = async {
             let names = native(&client, &self.checkpoint, PARENT, 1).await?;
-            // The first is the guest's first.
+            // The first command is the guest's first.
             for at in 0..=BASELINES {
                 let begun = Instant::now();
                 check(&in_time(exec(&client, PARENT, &SCRIPT)).await?)?;
@@ -229,14 +230,14 @@ impl Bench {
             anyhow::Ok(times)
         };
         let times = self.supervisor.runtime.block_on(measured).map_err(Failure::Run)?;
-        // What has failed may still be there.
+        // Failed sandboxes may still exist.
         let all: Vec<clade_daemon::control::VmInfo> = self.supervisor.ask(Method::GET, "/v1/vms", None::<&()>)?;
         let names: Vec<String> = all.into_iter().map(|vm| vm.name).collect();
         self.supervisor.stop(&names, 0)?;
         Ok(times)
     }
 
-    /// A request for each.
+    /// Sends a request for each.
     async fn each(&self, mode: Mode, way: Way, parent: Option<&Sandbox>, times: &mut Times) {
         let mut tasks = JoinSet::new();
         for number in 0..mode.count() {
@@ -288,7 +289,7 @@ impl Bench {
     }
 }
 
-/// Forks a checkpoint into children that are ready.
+/// Forks a checkpoint into ready children.
 async fn native(client: &Client, checkpoint: &str, name: &str, count: usize) -> anyhow::Result<Vec<String>> {
     let request = ForkRequest { count, name: Some(name.to_owned()), ready: true, ..ForkRequest::default() };
     let path = format!("/v1/checkpoints/{checkpoint}/fork");
@@ -306,7 +307,7 @@ async fn one_native(client: &Client, checkpoint: &str, number: usize) -> anyhow:
     Ok(took)
 }
 
-/// One sandbox of the template, or of a parent that runs.
+/// Measures one sandbox of the template, or of a running parent.
 async fn one_sandbox(api: &Api, parent: Option<&str>) -> anyhow::Result<Duration> {
     let begun = Instant::now();
     let sandbox = match parent {

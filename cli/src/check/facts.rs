@@ -29,7 +29,7 @@ fn skipped(why: &str) -> Outcome {
     Outcome::Skipped { why: why.to_owned() }
 }
 
-/// Passed with what was observed, or failed with the error.
+/// Returns a pass with the observations, or a failure with the error.
 fn tried(result: Result<String, Box<dyn std::error::Error>>) -> Outcome {
     match result {
         Ok(seen) => Outcome::Passed { seen },
@@ -133,7 +133,7 @@ fn there_and_back(host: &Host, layout: &StateLayout) -> Fallible<()> {
     Ok(())
 }
 
-/// Checks that a TSC which is set ahead stays ahead.
+/// Checks that a TSC set ahead stays ahead.
 fn tsc_counts_on(host: &Host, layout: &StateLayout) -> Outcome {
     const AHEAD: u64 = 1 << 50;
     let tsc = |state: &VcpuState| state.msrs.as_slice().iter().find(|e| e.index == 0x10).map(|e| e.data);

@@ -11,8 +11,8 @@ use clade_harness::{BareMailbox, boot_bare};
 use clade_vmm::vm::{ChildOptions, Context, Vm, VmConfig};
 
 const MEMORY: u64 = 32 << 20;
-/// How long a vCPU may make no progress. A step takes less than a millisecond, or some seconds on a
-/// busy host.
+/// Longest time without progress of a vCPU. A step takes less than a millisecond, or some seconds
+/// on a busy host.
 const STUCK: Duration = Duration::from_secs(60);
 
 pub(super) fn checks(forks: u32) -> Result<Vec<Check>, Failure> {
@@ -33,7 +33,7 @@ pub(super) fn checks(forks: u32) -> Result<Vec<Check>, Failure> {
 }
 
 /// Boots a guest, calls `begin` and forks it. In each child, the vCPUs that `begin` returns must
-/// make progress, also after a reset.
+/// make progress, even after a reset.
 fn run(
     context: &Context,
     cpus: u64,

@@ -13,29 +13,29 @@ use crate::commands::Failure;
 use crate::commands::remote::failure;
 use crate::commands::units::parse_duration;
 
-/// How often work that needs the guest looks whether the VM is suspended.
+/// Interval of the checks whether a VM is suspended during work that needs its guest.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Who asks the agent.
+/// The identity of a client of the agent.
 #[derive(Debug, Default, clap::Args)]
 pub(crate) struct AgentArgs {
-    /// The user of the guest. Default: the agent's, which is root unless it was told another.
+    /// The user of the guest. Default: the agent's, which is root unless it was set otherwise.
     #[arg(long, short, value_name = "USER")]
     user: Option<String>,
     /// The file of the agent's token, if it was given one.
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
-    /// How long to wait for an agent that does not answer yet, such as 90s or 5m. Default: 30s.
+    /// Time to wait for an agent that does not answer yet, such as 90s or 5m. Default: 30s.
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     wait: Option<Duration>,
 }
 
 impl AgentArgs {
-    /// A client of the agent in `vm`.
+    /// Returns a client of the agent in `vm`.
     pub(super) async fn client(&self, vm: &str) -> Result<Client, Failure> {
         let control = Control::default();
         let info = control.request::<VmInfo>(Method::GET, vm, "", None::<&()>).await.map_err(failure)?;
-        // A suspended one is woken by the connection.
+        // The connection wakes a suspended VM.
         if !matches!(info.state, VmState::Running | VmState::Suspended) {
             return Err(Failure::input(anyhow!("{vm} does not run, so nothing in it answers")));
         }
@@ -56,10 +56,11 @@ impl AgentArgs {
     }
 }
 
-/// Does `work`, which needs the guest of `vm`, and wakes the VM if it is suspended meanwhile.
+/// Runs `work`, which needs the guest of `vm`, and wakes the VM if it is suspended meanwhile.
 ///
-/// A connection wakes a suspended VM, and so do bytes on a connection. But a VM that is suspended with
-/// all of a request in its memory waits for nothing from outside, and its client for the answer.
+/// A connection wakes a suspended VM, and so do bytes on a connection. But a VM that is suspended
+/// with a whole request in its memory waits for nothing from outside, while its client waits for
+/// the answer.
 pub(super) async fn keep_awake<T>(vm: &str, work: impl Future<Output = T>) -> T {
     let control = Control::default();
     let wakes = async {
@@ -67,7 +68,7 @@ pub(super) async fn keep_awake<T>(vm: &str, work: impl Future<Output = T>) -> T 
             tokio::time::sleep(LOOK_INTERVAL).await;
             let info = control.request::<VmInfo>(Method::GET, vm, "", None::<&()>).await;
             if info.is_ok_and(|info| info.state == VmState::Suspended) {
-                // A VM that cannot be woken shows in the work.
+                // The work fails if the VM cannot be woken.
                 let _ = control.request::<WakeAnswer>(Method::POST, vm, "/wake", None::<&()>).await;
             }
         }
@@ -78,7 +79,7 @@ pub(super) async fn keep_awake<T>(vm: &str, work: impl Future<Output = T>) -> T 
     }
 }
 
-/// Whether the request was wrong, or the guest is.
+/// Classifies an error: a bad request, or a failure of the guest.
 pub(super) fn agent_failure(error: ClientError) -> Failure {
     match &error {
         ClientError::Socket { .. } | ClientError::NoAgent { .. } => Failure::input(error),
@@ -88,7 +89,8 @@ pub(super) fn agent_failure(error: ClientError) -> Failure {
     }
 }
 
-/// Does what needs the asynchronous runtime. What it left behind is not waited for: a read of the terminal may never end.
+/// Runs work on the asynchronous runtime. Leftover tasks are not waited for: a read of the terminal
+/// may never end.
 pub(super) fn block_on<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::run)?;
     let done = runtime.block_on(work);

@@ -65,48 +65,48 @@ pub(crate) enum Command {
     /// List the running VMs.
     #[command(visible_alias = "list")]
     Ps(PsArgs),
-    /// Show the memory of VMs in numbers: whose it is, copies, pins, pauses.
+    /// Show the memory of VMs in numbers: owners of pages, copies, pins, pauses.
     Stats(StatsArgs),
-    /// Draw what each page of a VM is: its own, of which layer, pinned.
+    /// Draw the pages of a VM by kind: its own, of a layer, pinned.
     Pages(PagesArgs),
     /// Read or write a guest's memory by its physical addresses.
     #[command(subcommand)]
     Memory(MemoryCommand),
-    /// Draw who descends from whom, and how much memory each owns.
+    /// Draw the tree of VMs and their descendants, with the memory of each.
     Tree(TreeArgs),
-    /// Show a VM's last console output, and why it ended; or the last that happened to it.
+    /// Show a VM's last console output and the reason of its end, or its flight record.
     Logs(LogsArgs),
     /// Fork a running VM.
     Fork(ForkArgs),
     /// Reset forked VMs in place to the instant of their fork.
     Reset(ManyArgs),
-    /// Have the agents in VMs make them other VMs: clock, random numbers, tokens, hooks. After a
-    /// restore or a reset; for children there is `clade fork --ready`.
+    /// Have the agents in VMs renew their identity: clock, random numbers, tokens, hooks. For use
+    /// after a restore or a reset; `clade fork --ready` does it for children.
     Ready(ManyArgs),
     /// Show a VM's balloon, or ask its guest to give up memory.
     Balloon(BalloonArgs),
-    /// Open or close a VM's network, or say where its packets may go.
+    /// Open or close a VM's network, or set its egress rules.
     Network(NetworkArgs),
     /// Attach to a VM's console (Ctrl-A x leaves; the VM runs on).
     Console(ConsoleArgs),
-    /// Run a program in a VM's guest, by the agent there.
+    /// Run a program in a VM's guest, through its agent.
     Exec(ExecArgs),
-    /// Open a shell in a VM's guest, by the agent there.
+    /// Open a shell in a VM's guest, through its agent.
     Shell(ShellArgs),
-    /// Copy files and directories from and to a VM's guest, by the agent there.
+    /// Copy files and directories from and to a VM's guest, through its agent.
     Cp(CpArgs),
     /// Pause VMs.
     Pause(ManyArgs),
     /// Let paused VMs run.
     Resume(ManyArgs),
-    /// Give VMs' memory back until something needs their guests: it goes to a disk.
+    /// Give VMs' memory back until their guests are needed: it goes to a disk.
     Suspend(SuspendArgs),
     /// Wake VMs that are suspended.
     Wake(ManyArgs),
     /// Stop VMs for good: by a power cut, or after their guests had time to power off.
     #[command(visible_alias = "kill")]
     Stop(StopArgs),
-    /// Wait until VMs have ended, and show why.
+    /// Wait until VMs have ended, and show the reasons.
     Wait(WaitArgs),
     /// Save a running VM to a directory, or inspect a snapshot.
     Snapshot(SnapshotArgs),
@@ -115,29 +115,29 @@ pub(crate) enum Command {
     /// Show, apply or discard the journal that a VM has left beside a disk's image.
     #[command(subcommand)]
     Disk(DiskCommand),
-    /// OCI images: fetch, list, inspect and remove what VMs can be run of.
+    /// OCI images: fetch, list, inspect and remove the images for VMs.
     #[command(subcommand)]
     Image(ImageCommand),
     /// List the images: clade image ls.
     #[command(hide = true)]
     Images(ListArgs),
-    /// Templates: an image that has been set up, with what it runs under way. Sandboxes are forks of it.
+    /// Templates: images that are set up, with their programs running. Sandboxes are forks of them.
     #[command(subcommand)]
     Template(TemplateCommand),
-    /// Keys of E2B's API: make, list and take them back.
+    /// Keys of E2B's API: make, list and revoke them.
     #[command(subcommand)]
     Key(KeyCommand),
-    /// Supervise the VMs of the runtime directory: a process for each, forks from checkpoints.
+    /// Supervise the VMs of the runtime directory: a process for each VM, forks from checkpoints.
     Serve(ServeArgs),
     /// Hold a VM's state at one instant, to fork from. It outlives the VM, not the supervisor.
     Checkpoint(CheckpointArgs),
     /// List the checkpoints.
     Checkpoints(CheckpointsArgs),
-    /// Print what happens to VMs and checkpoints, as it happens.
+    /// Print the events of VMs and checkpoints as they happen.
     Events(EventsArgs),
     /// Remove checkpoints. Children that were forked from them run on.
     Rm(ManyArgs),
-    /// Print what a shell needs to complete commands and options.
+    /// Print a shell's completions of commands and options.
     Completions(CompletionsArgs),
     /// Write a man page for each command.
     Man(ManArgs),
@@ -150,31 +150,31 @@ pub(crate) enum Command {
 
 #[derive(Debug, Args)]
 pub(crate) struct ServeArgs {
-    /// Most processes that are prepared for forks of one configuration before they are asked for.
-    /// As many are kept as the last forks took.
+    /// Most processes prepared for forks of one configuration ahead of requests. The supervisor
+    /// keeps as many as the last forks took.
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub(crate) pool: usize,
-    /// MiB of memory that a child of a checkpoint may have copies of before it writes there: what most
-    /// children before it have written. 0 for none.
+    /// MiB of memory that a child of a checkpoint may have copies of before it writes there: the
+    /// pages that most earlier children have written. 0 for none.
     #[arg(long, value_name = "MIB", default_value_t = AHEAD_MIB)]
     pub(crate) ahead: u32,
     /// Confine the processes of VMs: as far as the host can (auto), wholly or not at all (require),
     /// or leave them free (off).
     #[arg(long, value_name = "auto|require|off", default_value_t = Confinement::Auto)]
     pub(crate) confine: Confinement,
-    /// Where VMs have control groups (v2): below this process's own if it is delegated to it (auto),
-    /// in a directory, or nowhere (off).
+    /// Place of the VMs' control groups (v2): below this process's own if that is delegated to it
+    /// (auto), in a directory, or nowhere (off).
     #[arg(long, value_name = "auto|off|DIR", default_value = "auto")]
     pub(crate) cgroup: CgroupPlace,
-    /// A program that connects each interface of a VM to the host's network. It is run before the VM
-    /// runs, and after its end.
+    /// A program that connects each interface of a VM to the host's network. The program runs
+    /// before the VM does, and after its end.
     #[arg(long, value_name = "PROGRAM")]
     pub(crate) net_hook: Option<PathBuf>,
-    /// Show the supervisor that runs: its pid, directory and VMs. Exit code 1 if none runs.
+    /// Show the running supervisor: its pid, directory and VMs. Exit code 1 if none runs.
     #[arg(long, exclusive = true)]
     pub(crate) status: bool,
-    /// End the supervisor that runs. Its VMs run on, and the next supervisor finds them; checkpoints end
-    /// with it.
+    /// End the running supervisor. Its VMs run on, and the next supervisor finds them; checkpoints
+    /// end with it.
     #[arg(long, exclusive = true)]
     pub(crate) stop: bool,
     /// Serve the API also at this loopback address. Port 0 is a free one.
@@ -227,7 +227,8 @@ pub(crate) struct CheckpointsArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum DiskCommand {
-    /// Show what the journal beside an image holds, and whether it can be used. Changes nothing.
+    /// Show the contents of the journal beside an image, and whether it can be used. Changes
+    /// nothing.
     Show(DiskImageArgs),
     /// Write the journal into its image, even if the image has changed since or is another.
     Apply(DiskImageArgs),
@@ -287,7 +288,7 @@ pub(crate) struct ConsoleArgs {
 pub(crate) struct BalloonArgs {
     /// The VM's name.
     pub(crate) name: String,
-    /// Memory the guest should give up in total, such as 64M. It does so when it can.
+    /// Memory that the guest should give up in total, such as 64M. The guest does so when it can.
     #[arg(long, value_name = "SIZE", value_parser = parse_mib)]
     pub(crate) target: Option<u64>,
     /// Print JSON instead of a table.
@@ -308,7 +309,7 @@ pub(crate) struct ActArgs {
 pub(crate) struct LogsArgs {
     /// The VM's name.
     pub(crate) name: String,
-    /// Show the flight record instead: what happened to the VM last.
+    /// Show the flight record instead: the last events of the VM.
     #[arg(long)]
     pub(crate) flight: bool,
     /// Print JSON: both.
@@ -319,31 +320,31 @@ pub(crate) struct LogsArgs {
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
     /// The kernel: an ELF vmlinux, or a distribution's vmlinuz. `bare` is the embedded bare guest.
-    /// With --image it is that of clade guest linux, unless another is named.
+    /// Default with --image: that of clade guest linux.
     #[arg(long, value_name = "FILE", required_unless_present = "image")]
     pub(crate) kernel: Option<PathBuf>,
-    /// An OCI image to run, as clade image pull has it. It is pulled if it is not there. Its disk is
-    /// the root, the agent is PID 1, and what the image runs is started.
+    /// An OCI image to run, by its name for clade image pull. A missing image is pulled. Its disk
+    /// is the root, the agent is PID 1, and the image's program is started.
     #[arg(long, value_name = "IMAGE", conflicts_with_all = ["initrd", "cmdline"])]
     pub(crate) image: Option<String>,
-    /// With --image: the modules of --kernel, its directory below /lib/modules. Those that the guest
-    /// needs for its disk and its agent are loaded before all else.
+    /// With --image: the modules of --kernel, its directory below /lib/modules. Those that the
+    /// guest needs for its disk and its agent are loaded first.
     #[arg(long, value_name = "DIR", requires = "image", requires = "kernel")]
     pub(crate) modules: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) pull: PullFlags,
-    /// With --image and -d: boot it, also if there is a checkpoint of a VM that was started in the same
-    /// way.
+    /// With --image and -d: boot the image, even if there is a checkpoint of a VM with the same
+    /// arguments.
     #[arg(long, requires = "image", requires = "background")]
     pub(crate) fresh: bool,
-    /// What the image runs, instead of its cmd.
+    /// The command to run, instead of the image's cmd.
     #[arg(value_name = "COMMAND", last = true, requires = "image")]
     pub(crate) command: Vec<String>,
     /// The initramfs.
     #[arg(long, value_name = "FILE")]
     pub(crate) initrd: Option<PathBuf>,
     /// The kernel's command line; the addresses of its devices are added. Default: console=ttyS0
-    /// reboot=k panic=-1 tsc=reliable, and what this host's KVM needs.
+    /// reboot=k panic=-1 tsc=reliable, and the needs of this host's KVM.
     #[arg(long, value_name = "TEXT")]
     pub(crate) cmdline: Option<String>,
     /// Text to append to the default command line of the kernel. Repeatable.
@@ -354,28 +355,29 @@ pub(crate) struct RunArgs {
     /// The VM's name. Default: clade-PID.
     #[arg(long)]
     pub(crate) name: Option<String>,
-    /// A label to tell VMs apart by: key=value. Repeatable. Its children have it too.
+    /// A label to tell VMs apart by: key=value. Repeatable. Children inherit it.
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) label: Vec<Label>,
-    /// Stop the VM after a time, such as 90s, 10m or 1h30m. It goes on while the VM is paused.
+    /// Stop the VM after a time, such as 90s, 10m or 1h30m. The time also runs while the VM is
+    /// paused.
     #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "background")]
     pub(crate) ttl: Option<Duration>,
-    /// Suspend the VM whenever it has done nothing for a time, such as 90s or 10m: its memory goes to a
-    /// disk until something needs it.
+    /// Suspend the VM whenever it has been idle for a time, such as 90s or 10m: its memory goes to
+    /// a disk until its guest is needed.
     #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "background")]
     pub(crate) suspend_after: Option<Duration>,
     /// Most memory of the VM's process, and of each of its children's: bytes, or with K, M, G, T.
     /// Needs a supervisor with control groups.
     #[arg(long, value_name = "SIZE", value_parser = parse_size, requires = "background")]
     pub(crate) memory_limit: Option<u64>,
-    /// Most processors that the VM's process may take, and each of its children's, such as 0.5.
+    /// Most processors for the VM's process, and for each of its children's, such as 0.5.
     #[arg(long, value_name = "N", requires = "background")]
     pub(crate) cpu_limit: Option<f64>,
-    /// A file with bytes that children may be made without (clade fork --without-secrets): 16 to
-    /// 4,096, without line ends behind them. They are not given to the guest by this. Repeatable.
+    /// A file with a secret that children may be made without (clade fork --without-secrets): 16 to
+    /// 4,096 bytes, without line ends behind them. This does not give it to the guest. Repeatable.
     #[arg(long, value_name = "FILE")]
     pub(crate) secret: Vec<PathBuf>,
-    /// The same of a variable of this command's environment. Repeatable.
+    /// The same with a variable of this command's environment. Repeatable.
     #[arg(long, value_name = "NAME")]
     pub(crate) secret_env: Vec<String>,
     /// A disk: PATH, then options with commas between: ro or ephemeral, id=TEXT, cache=host|direct,
@@ -388,10 +390,11 @@ pub(crate) struct RunArgs {
     /// guest's connections go to listeners at PATH_PORT.
     #[arg(long, value_name = "cid=N,socket=PATH", value_parser = parse_vsock)]
     pub(crate) vsock: Option<VsockOptions>,
-    /// Leave the VM to the supervisor, which is started if there is none, and return once it runs.
+    /// Leave the VM to the supervisor, which is started if none runs, and return once the VM runs.
     #[arg(long = "detach", alias = "background", short = 'd', conflicts_with = "detached")]
     pub(crate) background: bool,
-    /// With -d: return when the guest's agent answers, within a time (5m). The default with --image.
+    /// With -d: return when the guest's agent answers, within a time (5m). The default with
+    /// --image.
     #[arg(
         long,
         value_name = "TIME",
@@ -405,27 +408,28 @@ pub(crate) struct RunArgs {
     /// Run in the foreground without reading the terminal; the console is on its socket.
     #[arg(long = "no-terminal", alias = "detached")]
     pub(crate) detached: bool,
-    /// Confine the VM's process, if no supervisor runs: as far as the host can (auto), wholly or not
-    /// at all (require), or leave it free (off).
+    /// Confine the VM's process, if no supervisor runs: as far as the host can (auto), wholly or
+    /// not at all (require), or leave it free (off).
     #[arg(long, value_name = "auto|require|off", default_value_t = Confinement::Auto)]
     pub(crate) confine: Confinement,
 }
 
-/// The least that a Linux guest on a serial console needs.
+/// The minimal command line of a Linux guest on a serial console.
 pub(crate) const DEFAULT_CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 tsc=reliable";
 
-/// What a forked or restored VM has of its own, and how it starts.
+/// The devices and the start of a forked or restored VM.
 #[derive(Debug, Args)]
 pub(crate) struct CloneArgs {
     /// For its network devices, in order: [tap=NAME][,mac=ADDRESS]. Default: the original's name
     /// with another number, and a random address.
     #[arg(long, value_name = "tap=NAME,...", value_parser = parse_net_choice)]
     pub(crate) net: Vec<NetChoice>,
-    /// Whether packets pass between its network devices and the host. Default: as the original's.
+    /// Whether packets pass between its network devices and the host. Default: as with the
+    /// original.
     #[arg(long, value_enum)]
     pub(crate) network: Option<NetworkState>,
-    /// Where it may send, within what the original may: rules in addition to the original's, as of
-    /// clade run. Repeatable.
+    /// An egress rule, in the form of clade run. Adds to the original's rules, and permits nothing
+    /// that those drop. Repeatable.
     #[arg(long, value_name = "RULE")]
     pub(crate) egress: Vec<EgressRule>,
     /// For its socket device: [cid=N][,socket=PATH]; {name} in the path is the VM's name. Default:
@@ -451,23 +455,24 @@ pub(crate) struct ForkArgs {
         help = "The children's names; {\u{1b}[0mn} stands for a number. NAME-{\u{1b}[0mn} if not given"
     )]
     pub(crate) pattern: Option<String>,
-    /// Stop each child after a time, such as 90s, 10m or 1h30m. It has none of its parent's.
+    /// Stop each child after a time, such as 90s, 10m or 1h30m. Children do not inherit their
+    /// parent's.
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub(crate) ttl: Option<Duration>,
-    /// Suspend each child whenever it has done nothing for a time, such as 90s or 10m: its memory goes to a
-    /// disk until something needs it.
+    /// Suspend each child whenever it has been idle for a time, such as 90s or 10m: its memory goes
+    /// to a disk until its guest is needed.
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub(crate) suspend_after: Option<Duration>,
-    /// Have the agent in each child make it another VM: its clock, random numbers, tokens and hooks.
-    /// Returns when all are ready; if one is not, there are none.
+    /// Have the agent in each child renew its identity: its clock, random numbers, tokens and
+    /// hooks. Returns when all are ready; if one fails, no child stays.
     #[arg(long, conflicts_with = "paused")]
     pub(crate) ready: bool,
     /// Erase the secrets that the VM was made with in each child's memory, before its first
     /// instruction.
     #[arg(long)]
     pub(crate) without_secrets: bool,
-    /// MiB of memory that each child of a checkpoint may have copies of before it writes there. 0 for
-    /// none. Default: as the supervisor has it.
+    /// MiB of memory that each child of a checkpoint may have copies of before it writes there. 0
+    /// for none. Default: the supervisor's setting.
     #[arg(long, value_name = "MIB")]
     pub(crate) ahead: Option<u32>,
     /// Make the children though the host has too little memory, or more than 500 VMs for each processor.
@@ -498,7 +503,7 @@ pub(crate) enum SnapshotCommand {
     Verify(SnapshotDirArgs),
     /// Describe a snapshot.
     Show(SnapshotDirArgs),
-    /// Merge a snapshot with those it depends on, so that it depends on none.
+    /// Merge a snapshot with those it depends on, so that it needs no other.
     Compact(SnapshotDirArgs),
     /// Record which pages a restored VM has touched, for `restore --working-set`.
     WorkingSet(ActArgs),
@@ -521,7 +526,7 @@ pub(crate) struct SaveArgs {
     /// The snapshot's directory. An existing snapshot is replaced when the new one is complete,
     /// unless others depend on it.
     pub(crate) dir: PathBuf,
-    /// Save only what changed since the VM was last saved, or restored. The new snapshot depends on
+    /// Save only the changes since the VM was last saved, or restored. The new snapshot depends on
     /// that one.
     #[arg(long)]
     pub(crate) incremental: bool,
@@ -558,8 +563,8 @@ pub(crate) struct RestoreArgs {
     /// Directory of the disks' overlays. Default: beside the snapshot.
     #[arg(long, value_name = "DIR")]
     pub(crate) overlays: Option<PathBuf>,
-    /// Have the agent in each guest make it another VM. Goes on when all are ready; if one is not,
-    /// there are none.
+    /// Have the agent in each guest renew its identity. Returns when all are ready; if one fails,
+    /// no VM stays.
     #[arg(long, conflicts_with = "paused")]
     pub(crate) ready: bool,
     /// Make the VMs though the host has too little memory, or more than 500 VMs for each processor.
@@ -567,11 +572,11 @@ pub(crate) struct RestoreArgs {
     pub(crate) overcommit: bool,
     #[command(flatten)]
     pub(crate) child: CloneArgs,
-    /// Leave the VMs to the supervisor, which is started if there is none, and return once they run.
+    /// Leave the VMs to the supervisor, which is started if none runs, and return once they run.
     #[arg(long = "detach", alias = "background", short = 'd', conflicts_with = "detached")]
     pub(crate) background: bool,
-    /// Run in the foreground without reading the terminal; consoles are on their sockets. Several VMs
-    /// never read it.
+    /// Run in the foreground without reading the terminal; consoles are on their sockets. Several
+    /// VMs never read it.
     #[arg(long = "no-terminal", alias = "detached")]
     pub(crate) detached: bool,
     /// Confine the VMs' processes, if no supervisor runs: as far as the host can (auto), wholly or
@@ -619,14 +624,16 @@ pub(crate) struct DemoArgs {
     pub(crate) json: bool,
 }
 
-/// What can be measured.
+/// The measurements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum BenchName {
-    /// Children that write what their siblings wrote: copied ahead, against copied when written.
+    /// Children that write the same pages as their siblings: copied ahead, against copied when
+    /// written.
     Ahead,
-    /// The figures that are compared with other VMMs, of all the others but `answer` and `tti`.
+    /// The figures for comparisons with other VMMs, of all benches except `answer` and `tti`.
     All,
-    /// Forking a VM with a warm interpreter: each child's first answer, against another interpreter.
+    /// Forking a VM with a warm interpreter: each child's first answer, against another
+    /// interpreter.
     Answer,
     /// Clones in processes of their own by the API, one and many, against as many in one process.
     Clones,
@@ -641,7 +648,7 @@ pub(crate) enum BenchName {
     Pin,
     /// Restoring a snapshot from disk, against reading all of it first.
     Restore,
-    /// One VM from a snapshot, in this process. `restore` starts it.
+    /// One VM from a snapshot, in this process. Started by `restore`.
     #[value(hide = true)]
     Restored,
     /// Saving a running VM to disk, against writing as many bytes.
@@ -649,17 +656,17 @@ pub(crate) enum BenchName {
     /// Resetting a running VM in place, by the pages written since, against starting another from
     /// the same image.
     Reset,
-    /// Suspending VMs: what they keep of memory, the first answer after a wake, and ten VMs of which
-    /// nine are suspended.
+    /// Suspending VMs: their remaining memory, the first answer after a wake, and ten VMs with nine
+    /// of them suspended.
     Suspend,
-    /// The time to interactive by E2B's API: from a request for a sandbox to a command's first answer,
-    /// one after another, staggered, and at once, against the native API.
+    /// The time to interactive by E2B's API: from a request for a sandbox to a command's first
+    /// answer, one after another, staggered, and at once, against the native API.
     Tti,
 }
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct BenchArgs {
-    /// What to measure.
+    /// The measurement to make.
     pub(crate) name: BenchName,
     /// Guest memory sizes, for all but `all`. Default: 512M, and 64M for `suspend`.
     #[arg(
@@ -677,17 +684,17 @@ pub(crate) struct BenchArgs {
     /// Most clones at once: for `clones` (default 1000) and `answer` (100).
     #[arg(long, value_name = "N")]
     pub(crate) count: Option<usize>,
-    /// Sandboxes at once, for `tti`: as many at most as there is memory for. Default: 100.
+    /// Sandboxes at once, for `tti`: limited by the available memory. Default: 100.
     #[arg(long, value_name = "N")]
     pub(crate) at_once: Option<usize>,
-    /// The image: of the interpreter, for `answer`, as `resources/python-image/build.sh` makes it; one
-    /// with a shell, for `tti`.
+    /// The image: of the interpreter, for `answer`, as `resources/python-image/build.sh` makes it;
+    /// one with a shell, for `tti`.
     #[arg(long, value_name = "IMAGE")]
     pub(crate) image: Option<String>,
     /// The kernel, for `answer` and `tti`. Default: that of `clade guest linux`.
     #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,
-    /// Also show where the time of a fork goes, step by step. For `fork`.
+    /// Also show the time of a fork step by step. For `fork`.
     #[arg(long)]
     pub(crate) timeline: bool,
     /// The directory of the snapshot, for `restored`.
@@ -723,7 +730,7 @@ pub(crate) struct StressArgs {
     /// Forks of the parent per second, as far as there is time.
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub(crate) forks_per_second: u32,
-    /// The seed of all random choices, as a failure prints it.
+    /// The seed of all random choices, as printed by a failure.
     #[arg(long, value_name = "N")]
     pub(crate) seed: Option<u64>,
     /// Directory for the disks' files. Default: the temporary directory.
@@ -741,7 +748,7 @@ pub(crate) struct StressArgs {
     pub(crate) json: bool,
 }
 
-/// What can be checked.
+/// The checks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum CheckName {
     /// This host and its KVM; docs/vtx-checklist.md has the further steps.
@@ -750,7 +757,7 @@ pub(crate) enum CheckName {
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct CheckArgs {
-    /// What to check.
+    /// The check to run.
     pub(crate) name: CheckName,
     /// Forks in each storm of interrupts.
     #[arg(long, value_name = "N", default_value_t = 20)]

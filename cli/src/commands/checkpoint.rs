@@ -1,4 +1,4 @@
-//! `clade checkpoint`, `checkpoints`: what the supervisor holds to fork from.
+//! `clade checkpoint`, `checkpoints`: the supervisor's images for forks.
 
 use clade_daemon::control::{CheckpointInfo, CheckpointRequest, Client, PrepareRequest, Prepared};
 use hyper::Method;

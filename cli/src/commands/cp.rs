@@ -1,7 +1,7 @@
 //! `clade cp`: files and directories, from and to a guest.
 //!
-//! The guest may be anybody's: a name that it lists is one entry of the directory that is written, or it is refused, and
-//! no link of this side is followed for it.
+//! The guest is not trusted: a name in its list is one entry of the written directory, or is
+//! refused, and no link on this side is followed for it.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -26,7 +26,7 @@ const PIECE: usize = 256 << 10;
 pub(crate) struct CpArgs {
     #[command(flatten)]
     agent: AgentArgs,
-    /// Print JSON: how much was copied.
+    /// Print the counts of copies as JSON.
     #[arg(long)]
     json: bool,
     /// VM:PATH, or a path of this host.
@@ -37,7 +37,7 @@ pub(crate) struct CpArgs {
     to: String,
 }
 
-/// What was copied.
+/// The result of a copy.
 #[derive(Debug, Default, Serialize)]
 struct Copied {
     files: u64,
@@ -47,7 +47,7 @@ struct Copied {
     left_out: Vec<String>,
 }
 
-/// `VM:PATH`. A path with a slash before the colon is one of this host.
+/// Splits `VM:PATH`. A path with a slash before the colon is one of this host.
 fn place(text: &str) -> Option<(&str, &str)> {
     text.split_once(':').filter(|(vm, _)| !vm.is_empty() && !vm.contains('/') && !vm.starts_with('.'))
 }
@@ -56,18 +56,18 @@ fn local<T>(path: &Path, done: io::Result<T>) -> Result<T, Failure> {
     done.with_context(|| path.display().to_string()).map_err(Failure::Run)
 }
 
-/// A path below a directory of the guest.
+/// Returns a path below a directory of the guest.
 pub(super) fn join(dir: &str, name: &str) -> String {
     format!("{}/{name}", dir.trim_end_matches('/'))
 }
 
-/// The last name of a path of the guest.
+/// Returns the last name of a path of the guest.
 fn last_name(path: &str) -> Result<&str, Failure> {
     let name = path.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
     if is_name(name) { Ok(name) } else { Err(Failure::input(anyhow!("{path:?} has no name to copy it under"))) }
 }
 
-/// Whether a guest's text is the name of an entry, and no way out of a directory.
+/// Returns whether a guest's text is the name of an entry, and does not lead out of a directory.
 fn is_name(name: &str) -> bool {
     let mut parts = Path::new(name).components();
     let is_one = matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None));
@@ -140,7 +140,7 @@ async fn up(client: &Client, from: &Path, to: &str, depth: usize, copied: &mut C
         let is_link = local(&path, entry.file_type())?.is_symlink();
         let leads_to_file = fs::metadata(&path).is_ok_and(|target| target.is_file());
         match entry.file_name().to_str() {
-            // What a link leads to, if that is a file. Directories may lead in circles.
+            // The target of a link, if that is a file. Directories may lead in circles.
             Some(name) if !is_link || leads_to_file => {
                 Box::pin(up(client, &path, &join(to, name), depth + 1, copied)).await?;
             }
@@ -172,7 +172,7 @@ impl Partial {
 
     fn finish(mut self, to: &Path, mode: u32) -> Result<(), Failure> {
         local(to, self.file.set_permissions(fs::Permissions::from_mode(mode & 0o777)))?;
-        // A link of that name is replaced, and not followed.
+        // A link of that name is replaced, not followed.
         local(to, fs::rename(&self.path, to))?;
         self.is_done = true;
         Ok(())
@@ -182,7 +182,7 @@ impl Partial {
 impl Drop for Partial {
     fn drop(&mut self) {
         if !self.is_done {
-            // It may never have been there.
+            // The file may never have existed.
             let _ = fs::remove_file(&self.path);
         }
     }

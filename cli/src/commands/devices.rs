@@ -12,7 +12,7 @@ use clade_vmm::vm::{NetChoice, NetSpec, PortForward, VsockChoice};
 
 const NET: &str = "tap=, user, forward=, mac=, queues=, rx-bytes=, rx-bytes-burst=, rx-packets=, rx-packets-burst=, tx-bytes=, tx-bytes-burst=, tx-packets=, tx-packets-burst=";
 
-/// Why the description of a device is refused.
+/// Reason why the description of a device is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub(crate) enum DeviceArgError {
     /// An option is unknown.

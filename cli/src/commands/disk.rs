@@ -12,7 +12,7 @@ use thiserror::Error;
 use crate::commands::units::parse_size;
 use clade_vmm::vm::DiskSpec;
 
-/// Why a `--disk` is refused.
+/// Reason why a `--disk` is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub(crate) enum DiskArgError {
     /// There is no path.

@@ -11,26 +11,27 @@ use tokio::runtime::Handle;
 use crate::commands::run::say;
 use crate::commands::{Failure, Outcome, Table, print_json};
 
-/// The address, as `clade serve` is given it.
+/// The address, as given to `clade serve`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct E2bArgs {
     /// Serve E2B's API too, at this loopback address, for clients with a key. Port 0 is a free one.
     #[arg(long, value_name = "ADDR")]
     e2b: Option<SocketAddr>,
-    /// The domain below which PORT-ID is a sandbox's port.
+    /// The domain whose subdomains PORT-ID are sandboxes' ports.
     #[arg(long, value_name = "DOMAIN", requires = "e2b")]
     e2b_domain: Option<String>,
-    /// What the sandboxes and snapshots of each owner of keys may take, memory in MiB.
+    /// Limits of the sandboxes and snapshots of each owner of keys, memory in MiB.
     #[arg(long, value_name = "sandboxes=N,memory=MIB,snapshots=N", default_value_t, requires = "e2b")]
     e2b_quota: Quotas,
     #[command(flatten)]
     keys: KeysFile,
 }
 
-/// Where keys are.
+/// The place of keys.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct KeysFile {
-    /// The file of keys of E2B's API. Default: `clade/keys.json` in `XDG_CONFIG_HOME` or `~/.config`.
+    /// The file of keys of E2B's API. Default: `clade/keys.json` in `XDG_CONFIG_HOME` or
+    /// `~/.config`.
     #[arg(long = "keys", value_name = "FILE")]
     path: Option<PathBuf>,
 }
@@ -50,11 +51,11 @@ impl KeysFile {
 /// `clade key`.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum KeyCommand {
-    /// Make a key and print it, this once. Its owner owns what is made with it.
+    /// Make a key and print it, this once. Its owner owns its sandboxes and snapshots.
     Add(AddArgs),
     /// List the keys' names.
     Ls(ListArgs),
-    /// Take a key back. Its sandboxes run on.
+    /// Revoke a key. Its sandboxes run on.
     Rm(RemoveArgs),
 }
 
@@ -62,10 +63,11 @@ pub(crate) enum KeyCommand {
 pub(crate) struct AddArgs {
     /// Its name.
     name: String,
-    /// Who owns what is made with it, and sees it. Several keys may have one owner. Default: its name.
+    /// The owner of its sandboxes and snapshots. Several keys may have one owner. Default: the
+    /// key's name.
     #[arg(long, value_name = "NAME")]
     owner: Option<String>,
-    /// What it may do: all calls, or those that change nothing.
+    /// The permitted calls: all, or those that change nothing.
     #[arg(long, value_name = "all|read", default_value = "all")]
     scope: Scope,
     #[command(flatten)]
@@ -76,7 +78,7 @@ pub(crate) struct AddArgs {
 pub(crate) struct ListArgs {
     #[command(flatten)]
     keys: KeysFile,
-    /// Print JSON: an array of the keys, without what only their owners have.
+    /// Print JSON: an array of the keys, without the secret parts.
     #[arg(long)]
     json: bool,
 }
@@ -131,10 +133,10 @@ pub(super) fn key(command: &KeyCommand) -> Outcome {
 }
 
 impl E2bArgs {
-    /// Serves the API, if that is asked for, until the runtime ends.
+    /// Serves the API, if requested, until the runtime ends.
     pub(super) fn serve(&self, dir: &Path, runtime: &Handle) -> Outcome {
         let Some(address) = self.e2b else { return Ok(()) };
-        // Without a directory for them there are none.
+        // Without a directory there are no templates.
         let templates = TemplateStore::of_user().ok();
         let (keys, domain) = (self.keys.path()?, self.e2b_domain.clone());
         let options = Options { dir: dir.to_owned(), keys, domain, templates, quotas: self.e2b_quota };

@@ -1,6 +1,6 @@
 //! `clade help environment`: the variables that commands read.
 
-/// Each variable, what it sets, and its default.
+/// The variables, with their meanings and defaults.
 pub(super) const VARIABLES: &[(&str, &str)] = &[
     (
         "CLADE_RUNTIME_DIR",
@@ -20,7 +20,7 @@ pub(super) const VARIABLES: &[(&str, &str)] = &[
     ("CLADE_AGENT", "The agent that boots in images. Default: the one that resources/agent/build.sh has built"),
 ];
 
-/// The text of `clade help environment`.
+/// Returns the text of `clade help environment`.
 pub(super) fn text() -> String {
     let mut text = "Environment variables:\n".to_owned();
     for (name, meaning) in VARIABLES {
@@ -36,7 +36,8 @@ mod tests {
 
     use super::*;
 
-    /// Variables that the sources read in `dir`, but for those of tests, workers and hooks.
+    /// Collects the variables that the sources in `dir` read, without those of tests, workers and
+    /// hooks.
     fn read_in(dir: &Path, found: &mut BTreeSet<String>) {
         for entry in std::fs::read_dir(dir).unwrap().flatten() {
             let path = entry.path();

@@ -1,4 +1,4 @@
-//! `clade events`: what happens to VMs and checkpoints, as it happens.
+//! `clade events`: the events of VMs and checkpoints as they happen.
 
 use std::io::{self, Write};
 
@@ -20,7 +20,7 @@ pub(super) fn main(args: &EventsArgs) -> Outcome {
     Err(Failure::Run(anyhow::anyhow!("the supervisor has ended")))
 }
 
-/// An event in a line: the time of day (UTC), what it is, and its values.
+/// Formats an event in a line: the time of day (UTC), its kind, and its values.
 fn describe(data: &str) -> String {
     let mut fields: Map<String, Value> = serde_json::from_str(data).unwrap_or_default();
     fields.remove("id");

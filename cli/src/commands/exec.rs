@@ -18,17 +18,17 @@ use crate::commands::terminal::RawMode;
 use crate::commands::units::parse_duration;
 use crate::commands::{Failure, Outcome, print_json};
 
-/// The program did not run: no VM, no agent, or it refused.
+/// The program did not run: no VM, no agent, or a refusal.
 const NOT_RUN: u8 = 125;
-/// There is such a program, and it may not be run.
+/// The program exists, and may not be run.
 const NOT_EXECUTABLE: u8 = 126;
-/// There is no such program.
+/// The program does not exist.
 const NOT_FOUND: u8 = 127;
-/// How long after its time a guest may take to say that the program was killed.
+/// Time that a guest has beyond its limit to report that the program was killed.
 const GRACE: Duration = Duration::from_secs(30);
 /// Most bytes of output in an answer of `--json`.
 const MAX_OUTPUT: usize = 16 << 20;
-/// A terminal that does not say its size.
+/// The size of a terminal that reports none.
 const SIZE: Size = Size { cols: 80, rows: 24 };
 const CTRL_D: u8 = 4;
 
@@ -51,10 +51,10 @@ pub(crate) struct ExecArgs {
     /// A variable of the environment. Repeatable.
     #[arg(long, short, value_name = "KEY=VALUE", value_parser = parse_env)]
     env: Vec<(String, String)>,
-    /// How long it may take, such as 90s, 5m or 1h30m. Then it is killed, and the exit code is 124.
+    /// Time limit, such as 90s, 5m or 1h30m. Then the program is killed, and the exit code is 124.
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     timeout: Option<Duration>,
-    /// Print its end and its output as JSON when it has ended.
+    /// Print the program's end and output as JSON when it has ended.
     #[arg(long, conflicts_with_all = ["tty", "interactive"])]
     json: bool,
     /// The program and its arguments.
@@ -78,7 +78,7 @@ fn parse_env(text: &str) -> Result<(String, String), String> {
     }
 }
 
-/// What `--json` prints.
+/// The output of `--json`.
 #[derive(Debug, Default, Serialize)]
 struct Printed {
     exit_code: i32,
@@ -87,7 +87,7 @@ struct Printed {
     stderr: String,
 }
 
-/// How a program that did not come to its end is said.
+/// Describes the failure of a program that did not end by itself.
 fn not_ended(error: ClientError) -> Failure {
     let code = match &error {
         ClientError::Rpc(rpc) if rpc.code == Code::DeadlineExceeded => return Failure::Timeout(error.into()),
@@ -121,7 +121,8 @@ fn size() -> Size {
     }
 }
 
-/// What is typed, until its end. The thread ends with the process: a read of a terminal cannot be cancelled.
+/// Returns the typed input, until its end. The thread ends with the process: a read of a terminal
+/// cannot be cancelled.
 fn typed() -> io::Result<mpsc::Receiver<Vec<u8>>> {
     let (sender, receiver) = mpsc::channel(1);
     let read = move || {
@@ -136,7 +137,7 @@ fn typed() -> io::Result<mpsc::Receiver<Vec<u8>>> {
     Ok(receiver)
 }
 
-/// Passes standard input on until it ends, and then says so.
+/// Forwards standard input until its end, and then closes the program's.
 async fn feed(client: Client, pid: u32, is_terminal: bool, mut from: mpsc::Receiver<Vec<u8>>) {
     let (input, call) = client.input(pid, is_terminal);
     let send = async move {
@@ -150,14 +151,14 @@ async fn feed(client: Client, pid: u32, is_terminal: bool, mut from: mpsc::Recei
             input.send(&[CTRL_D]).await;
         }
     };
-    // A program that reads no more, or has ended, is no failure of the command.
+    // A program that no longer reads, or has ended, does not fail the command.
     let (_, _) = tokio::join!(send, call);
     if !is_terminal {
         let _ = client.close_stdin(pid).await;
     }
 }
 
-/// Signals to this process that are the program's.
+/// Signals to this process that are forwarded to the program.
 struct Passed {
     signals: Vec<(i32, Signals)>,
     resized: Signals,
@@ -170,7 +171,7 @@ impl Passed {
         Ok(Self { signals, resized: signal(SignalKind::window_change())? })
     }
 
-    /// The next signal; `None` when the terminal has another size.
+    /// Returns the next signal; `None` when the terminal's size has changed.
     async fn next(&mut self) -> Option<i32> {
         let [(one, interrupt), (two, terminate), (three, hangup), (four, quit)] = &mut self.signals[..] else {
             return std::future::pending().await;
@@ -185,7 +186,7 @@ impl Passed {
     }
 }
 
-/// Where output goes.
+/// The destination of output.
 enum Output {
     Here,
     Kept(Box<Printed>),
@@ -226,7 +227,7 @@ async fn follow(
             event = process.next() => match event.map_err(not_ended)? {
                 Some(event) => {
                     if let Some(data) = event.data && let Err(failure) = output.take(data) {
-                        // Nobody takes its output: it is not left behind.
+                        // Without a reader of its output the program must not stay behind.
                         let _ = client.signal(process.pid, Signal::KILL).await;
                         return Err(failure);
                     }
@@ -235,7 +236,7 @@ async fn follow(
                 None => return end.ok_or_else(|| not_ended(ClientError::Truncated)),
             },
             signal = passed.next() => match signal {
-                // It may be at its end.
+                // The program may have ended.
                 Some(number) => drop(client.signal(process.pid, Signal(number)).await),
                 None if is_terminal => drop(client.resize(process.pid, size()).await),
                 None => {}
@@ -269,7 +270,7 @@ async fn exec(args: ExecArgs) -> Outcome {
     };
     let mut output = if args.json { Output::Kept(Box::default()) } else { Output::Here };
     let end = match args.timeout {
-        // The agent kills it. One that does not is not waited for.
+        // The agent kills the program. The wait does not depend on it.
         Some(time) => {
             let followed = follow(&client, process, args.tty, &mut output);
             let late = |_| Err(Failure::Timeout(anyhow!("the guest has not ended the program in its time")));
@@ -295,7 +296,7 @@ pub(super) fn main(args: ExecArgs) -> Outcome {
     block_on(exec(args))
 }
 
-/// A login shell: bash where there is one.
+/// Runs a login shell: bash if the guest has it.
 pub(super) fn shell(args: ShellArgs) -> Outcome {
     let script = "command -v bash >/dev/null && exec bash -l; exec sh -l";
     let has_terminal = io::stdin().is_terminal();

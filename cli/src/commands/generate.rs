@@ -1,4 +1,4 @@
-//! `clade completions` and `clade man`: what is made of the description of the command line. `clade
+//! `clade completions` and `clade man`: generated from the description of the command line. `clade
 //! openapi`: the description of the API.
 
 use std::fs;
@@ -20,7 +20,7 @@ pub(crate) struct CompletionsArgs {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct ManArgs {
-    /// The directory that the pages are written to. It is made if it is missing.
+    /// The directory for the pages. A missing one is made.
     #[arg(value_name = "DIR")]
     dir: PathBuf,
 }
@@ -31,7 +31,7 @@ pub(super) fn completions(args: &CompletionsArgs) -> Outcome {
     io::stdout().write_all(&text).map_err(Failure::run)
 }
 
-/// A page for `command` and for each of its subcommands that is shown, in `dir`.
+/// Writes a page for `command` and for each of its visible subcommands, in `dir`.
 fn pages(command: &clap::Command, dir: &Path) -> io::Result<()> {
     let name = command.get_display_name().unwrap_or_else(|| command.get_name()).to_owned();
     let mut page = Vec::new();
@@ -43,7 +43,7 @@ fn pages(command: &clap::Command, dir: &Path) -> io::Result<()> {
 
 pub(super) fn man(args: &ManArgs) -> Outcome {
     let mut command = Cli::command();
-    // Gives each the name of its page.
+    // Sets the name of each page.
     command.build();
     let written = fs::create_dir_all(&args.dir).and_then(|()| pages(&command, &args.dir));
     written.map_err(|error| Failure::Input(anyhow::anyhow!("{}: {error}", args.dir.display())))
@@ -57,7 +57,7 @@ pub(super) fn openapi() -> Outcome {
 mod tests {
     use super::*;
 
-    /// The words of each subcommand that is shown.
+    /// Collects the words of each visible subcommand.
     fn shown(command: &clap::Command, words: &[String], all: &mut Vec<Vec<String>>) {
         for below in command.get_subcommands().filter(|below| !below.is_hide_set() && below.get_name() != "help") {
             let words = [words, &[below.get_name().to_owned()]].concat();

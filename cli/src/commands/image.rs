@@ -1,4 +1,4 @@
-//! `clade image`: what VMs can be run of, in the cache.
+//! `clade image`: the images for VMs, in the cache.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,19 +27,19 @@ pub(crate) enum ImageCommand {
     Pull(PullArgs),
     /// List the images that have disks.
     Ls(ListArgs),
-    /// Show what an image runs, and where its disk is.
+    /// Show an image's program, and the path of its disk.
     Inspect(InspectArgs),
-    /// Remove names of images, and images that have none left. What is in use stays.
+    /// Remove names of images, and images without a name. Images in use stay.
     Rm(RemoveArgs),
 }
 
-/// How to pull.
+/// Options of a pull.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct PullFlags {
-    /// Ask the registry by HTTP, without TLS. One on this machine always is.
+    /// Ask the registry by HTTP, without TLS. Always so for one on this machine.
     #[arg(long)]
     pub(crate) insecure: bool,
-    /// A file of certificates (PEM): the registry's must be of one of these. It is asked by TLS.
+    /// A file of certificates (PEM) that the registry's must be signed by. The connection uses TLS.
     #[arg(long, value_name = "FILE", conflicts_with = "insecure")]
     pub(crate) ca: Option<PathBuf>,
     /// Most bytes of all layers together, unpacked.
@@ -48,7 +48,7 @@ pub(crate) struct PullFlags {
 }
 
 impl PullFlags {
-    /// The options for `reference`, with the credentials that were given, or docker's.
+    /// Returns the options for `reference`, with the given credentials, or docker's.
     fn options(&self, reference: &Reference, given: Option<&Credentials>) -> Result<PullOptions, Failure> {
         let credentials = match (given, reference) {
             (Some(given), _) => Some(given.clone()),
@@ -62,7 +62,7 @@ impl PullFlags {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct PullArgs {
-    // In the attribute: brackets would be links in the documentation.
+    // In the attribute: brackets would become links in the documentation.
     #[arg(
         value_name = "IMAGE",
         required = true,
@@ -71,8 +71,8 @@ pub(crate) struct PullArgs {
     images: Vec<String>,
     #[command(flatten)]
     flags: PullFlags,
-    /// A user of the registry. Without it: what "auths" of docker's configuration has for the
-    /// registry, if that has anything.
+    /// A user of the registry. Default: from "auths" of docker's configuration, if that has the
+    /// registry.
     #[arg(long, value_name = "NAME", requires = "password_stdin")]
     username: Option<String>,
     /// Read the user's password from standard input.
@@ -105,25 +105,25 @@ pub(crate) struct RemoveArgs {
     /// Their names, or digests as for inspect.
     #[arg(value_name = "IMAGE", required_unless_present = "all", conflicts_with = "all")]
     images: Vec<String>,
-    /// All that are not in use.
+    /// All images that are not in use.
     #[arg(long)]
     all: bool,
-    /// Remove an image that is named by its digest, also if it has several names.
+    /// Remove an image named by its digest, even if it has several names.
     #[arg(long)]
     force: bool,
-    /// Print JSON: an array of what was removed.
+    /// Print JSON: an array of the removed images.
     #[arg(long)]
     json: bool,
 }
 
-/// An image, as `--json` has it.
+/// An image in the form of `--json`.
 #[derive(Debug, Serialize)]
 struct Shown {
     digest: Digest,
     names: Vec<String>,
     disk: PathBuf,
     disk_bytes: u64,
-    /// What the disk's file takes of the host.
+    /// Space of the disk's file on the host.
     host_bytes: u64,
     layers: usize,
     fetched_bytes: u64,
@@ -131,7 +131,7 @@ struct Shown {
     config: RunConfig,
 }
 
-/// What `clade image rm --json` prints of each.
+/// A removed image in the form of `clade image rm --json`.
 #[derive(Debug, Serialize)]
 struct Gone {
     image: Option<Digest>,
@@ -164,7 +164,7 @@ fn image_failure(error: ImageError) -> Failure {
     }
 }
 
-/// What is wrong with an image cannot be done as asked; a network that fails may work tomorrow.
+/// A bad image cannot be used; a failed network may work later.
 fn pull_failure(error: PullError) -> Failure {
     match error {
         PullError::Store(StoreError::File { .. } | StoreError::Content { .. })
@@ -180,7 +180,7 @@ pub(super) fn parse(text: &str) -> Result<Reference, Failure> {
     text.parse().map_err(|error: ReferenceError| Failure::input(error))
 }
 
-/// Bars on a terminal; nothing elsewhere.
+/// Progress bars on a terminal; nothing elsewhere.
 struct Bars(RefCell<ProgressBar>);
 
 impl Bars {
@@ -213,7 +213,7 @@ impl Progress for Bars {
     }
 }
 
-/// Pulls one. An image in a registry by a digest that is there already needs no registry.
+/// Pulls one image. An image named by a digest in the cache needs no registry.
 pub(super) fn pull(
     store: &Store,
     reference: &Reference,
@@ -237,7 +237,7 @@ fn shown(store: &Store, image: Image, names: &BTreeMap<String, Digest>) -> Shown
         disk,
         disk_bytes: image.disk_bytes,
         host_bytes,
-        // A manifest and a configuration are before them.
+        // A manifest and a configuration come before them.
         layers: image.blobs.len().saturating_sub(2),
         fetched_bytes: image.blobs.iter().map(|blob| blob.size).sum(),
         skipped: image.skipped,
@@ -246,7 +246,7 @@ fn shown(store: &Store, image: Image, names: &BTreeMap<String, Digest>) -> Shown
     }
 }
 
-/// Does each, says what fails with its name, and fails with the first.
+/// Calls `one` for each name, prints each failure with its name, and returns the first.
 fn each<T>(names: &[String], mut one: impl FnMut(&str) -> Result<T, Failure>) -> (Vec<T>, Outcome) {
     let (mut done, mut first) = (Vec::new(), None);
     for name in names {
@@ -259,7 +259,7 @@ fn each<T>(names: &[String], mut one: impl FnMut(&str) -> Result<T, Failure>) ->
     (done, first.map_or(Ok(()), Err))
 }
 
-/// The name and the password that were given. They are one registry's.
+/// Returns the given name and password. They belong to one registry.
 fn credentials(args: &PullArgs) -> Result<Option<Credentials>, Failure> {
     let Some(username) = &args.username else { return Ok(None) };
     let mut registries = BTreeSet::new();

@@ -1,4 +1,4 @@
-//! `clade run --image`: the disk of an image, an initramfs with the agent, and what the image runs.
+//! `clade run --image`: the disk of an image, an initramfs with the agent, and the image's program.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -22,24 +22,24 @@ use crate::commands::modules::{self, Module};
 use crate::commands::run::name;
 use crate::linux_guest::LinuxGuest;
 
-/// What the agent is told by the kernel's command line.
+/// The agent's option on the kernel's command line.
 pub(super) const ROOT_WORD: &str = "clade.root=/dev/vda";
-/// Where the agent is, if not beside this program.
+/// The agent's path, if not beside this program.
 const AGENT_VARIABLE: &str = "CLADE_AGENT";
-/// CIDs from here on are of images, by the number of the process that starts them.
+/// CIDs from here on belong to images, by the pid that starts them.
 const FIRST_CID: u64 = 0x1000_0000;
 
-/// What a VM of an image has.
+/// The parts of an image's VM.
 #[derive(Debug)]
 pub(super) struct ImageVm {
     pub(super) kernel: PathBuf,
-    /// Removed with this.
+    /// Removed when dropped.
     pub(super) initrd: NamedTempFile,
     pub(super) disk: DiskSpec,
     pub(super) vsock: VsockOptions,
 }
 
-/// What the agent is told to run: `/etc/clade/entrypoint.json` of the initramfs.
+/// The agent's program to run: `/etc/clade/entrypoint.json` of the initramfs.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 struct Entrypoint {
     args: Vec<String>,
@@ -68,7 +68,7 @@ impl Entrypoint {
     }
 }
 
-/// What the VM of any image needs.
+/// The requirements of any image's VM.
 #[derive(Debug)]
 pub(super) struct Tools {
     agent: PathBuf,
@@ -80,7 +80,7 @@ impl Tools {
     /// # Errors
     /// When one of them is missing.
     pub(super) fn find(args: &RunArgs) -> Result<Self, Failure> {
-        // It is a part of a path.
+        // The name becomes a part of a path.
         check_name(&name(args)).map_err(Failure::input)?;
         let agent = find_agent()?;
         let kernel = match &args.kernel {
@@ -92,7 +92,7 @@ impl Tools {
     }
 }
 
-/// The image of that name. It is pulled, if it is not there.
+/// Returns the image of that name. A missing image is pulled.
 pub(super) fn fetch(store: &Store, image: &str, flags: &PullFlags) -> Result<Image, Failure> {
     match store.find(image) {
         Ok(image) => Ok(image),
@@ -102,9 +102,9 @@ pub(super) fn fetch(store: &Store, image: &str, flags: &PullFlags) -> Result<Ima
 }
 
 impl ImageVm {
-    /// Pulls the image, if it is not there, and makes what its VM needs.
+    /// Pulls the image, if it is missing, and makes the parts of its VM.
     pub(super) fn prepare(args: &RunArgs, image: &str) -> Result<Self, Failure> {
-        // Before an image is fetched for a kernel that cannot run it.
+        // Before an image is fetched that the kernel cannot run.
         let tools = Tools::find(args)?;
         let store = open_store()?;
         let image = fetch(&store, image, &args.pull)?;
@@ -112,7 +112,7 @@ impl ImageVm {
         Self::of(args, &tools, &store.disk(&image.digest), &entrypoint)
     }
 
-    /// The same for a VM in which the agent runs nothing by itself.
+    /// The same for a VM whose agent starts no program.
     pub(super) fn idle(args: &RunArgs, tools: &Tools, (store, image): (&Store, &Image)) -> Result<Self, Failure> {
         let entrypoint = Entrypoint { args: Vec::new(), power_off: false, ..Entrypoint::new(&image.config, &[]) };
         Self::of(args, tools, &store.disk(&image.digest), &entrypoint)
@@ -120,7 +120,7 @@ impl ImageVm {
 
     fn of(args: &RunArgs, tools: &Tools, disk: &Path, entrypoint: &Entrypoint) -> Result<Self, Failure> {
         let mut disk = DiskConfig::new(disk);
-        // Shared by all VMs: what one writes is in its overlay.
+        // Shared by all VMs: a VM's writes are in its overlay.
         disk.ephemeral = true;
         let dir = runtime_dir();
         fs::create_dir_all(&dir).with_context(|| dir.display().to_string()).map_err(Failure::Input)?;
@@ -132,7 +132,7 @@ impl ImageVm {
     }
 }
 
-/// The agent's program: what the variable names, or `clade-agent` beside this program, or in
+/// Returns the agent's program: that of the variable, or `clade-agent` beside this program, or in
 /// `../lib/clade`.
 fn find_agent() -> Result<PathBuf, Failure> {
     if let Some(path) = std::env::var_os(AGENT_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from) {
@@ -196,7 +196,8 @@ impl Cpio {
     }
 }
 
-/// The agent as PID 1, a console, what it is to run, and the modules that it loads before, in order.
+/// Makes an initramfs: the agent as PID 1, a console, its program to run, and the modules that it
+/// loads first, in order.
 fn initramfs(dir: &Path, agent: &Path, entrypoint: &Entrypoint, modules: &[Module]) -> anyhow::Result<NamedTempFile> {
     let program = fs::read(agent).with_context(|| agent.display().to_string())?;
     let mut cpio = Cpio::default();

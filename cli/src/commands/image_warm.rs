@@ -1,8 +1,8 @@
-//! `clade run -d --image`: the first VM of an image is booted. When a trial child of it has been made
+//! `clade run -d --image`: boots the first VM of an image. Once a trial child of it has been made
 //! ready, a checkpoint is taken. The next VMs are children of the checkpoint.
 //!
-//! The checkpoint's name is of all that was booted: image, command, kernel, agent, memory, limits. It
-//! is the supervisor's like any other, and ends with it.
+//! The checkpoint's name is a hash of all boot parameters: image, command, kernel, agent, memory,
+//! limits. The supervisor holds it like any other, and it ends with the supervisor.
 
 use std::fs::File;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -27,21 +27,21 @@ use crate::commands::remote::failure;
 use crate::commands::run::say;
 use crate::commands::{Failure, Outcome};
 
-/// How long an agent may take until it answers: a guest may boot slowly.
+/// Time limit until an agent answers: a guest may boot slowly.
 pub(super) const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 const RETRY: Duration = Duration::from_millis(20);
-/// A command that waits longer writes so.
+/// A command that waits longer prints a line.
 const REPORT_AFTER: Duration = Duration::from_secs(1);
-/// How long the entrypoint may take until a trial child can be made ready.
+/// Time limit until the entrypoint lets a trial child be made ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(300);
-/// The time between trials: doubled from the first to the longest. Each stops the VM for a moment.
+/// Interval of the trials: doubled from the first to the longest. Each stops the VM for a moment.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
-/// Whether VMs of these arguments can be children of one. What else they would have is each one's own:
-/// images that are written, interfaces, addresses.
+/// Returns whether VMs of these arguments can be children of one. Other arguments give each VM
+/// resources of its own: writable images, interfaces, addresses.
 pub(super) fn is_wanted(args: &RunArgs) -> bool {
-    // A secret of one would be in the others' memory.
+    // A secret of one VM would be in the others' memory.
     let has_secrets = !args.secret.is_empty() || !args.secret_env.is_empty();
     args.image.is_some()
         && !args.fresh
@@ -51,7 +51,7 @@ pub(super) fn is_wanted(args: &RunArgs) -> bool {
         && args.vsock.is_none()
 }
 
-/// Starts the VM of an image that `request` is of. Returns its name.
+/// Starts the VM of an image for `request`. Returns its name.
 pub(super) fn start(request: &BootRequest) -> Result<String, Failure> {
     let client = Client::default();
     let checkpoint = name_of(request)?;
@@ -68,7 +68,7 @@ pub(super) fn start(request: &BootRequest) -> Result<String, Failure> {
         }
         let booted: VmInfo = client.supervisor(Method::POST, "/v1/vms", Some(request)).await.map_err(failure)?;
         if let Err(why) = keep(&client, &checkpoint, request, &booted).await {
-            // It runs, or has done what it was started for.
+            // The VM runs, or has already done its work.
             say!("clade: the next VM of the image is booted as well: {why}");
         }
         Ok(booted.name)
@@ -92,8 +92,9 @@ fn is_not_ready(error: &ClientError) -> bool {
     ProblemKind::of_urn(&problem.kind) == Some(ProblemKind::NotReady)
 }
 
-/// Forks trial children of the VM until one has been made ready, and stops that one. A hook may need the
-/// entrypoint, which may start slower than the agent: children of an earlier instant would all fail.
+/// Forks trial children of the VM until one has been made ready, and stops that one. A hook may
+/// need the entrypoint, which may start more slowly than the agent: children of an earlier instant
+/// would all fail.
 async fn try_child(client: &Client, vm: &str) -> Result<(), String> {
     let (begun, mut pause, mut is_reported) = (Instant::now(), FIRST_PAUSE, false);
     let trial = ForkRequest { ready: true, ..ForkRequest::default() };
@@ -121,7 +122,7 @@ async fn try_child(client: &Client, vm: &str) -> Result<(), String> {
     }
 }
 
-/// Waits until the agent of the VM that `request` has booted answers.
+/// Waits until the agent of the VM booted by `request` answers.
 async fn agent_answers(client: &Client, request: &BootRequest, vm: &str, limit: Duration) -> Result<(), String> {
     let Some(vsock) = &request.config.vsock else { return Err(format!("{vm} has no socket device for an agent")) };
     let agent = Agent::new(Endpoint::Vsock { socket: vsock.socket.clone(), port: PORT });
@@ -149,8 +150,8 @@ pub(super) fn wait_for_agent(request: &BootRequest, vm: &str, limit: Duration) -
     waited.unwrap_or_else(|failure| Err(failure.to_string()))
 }
 
-/// Takes the checkpoint when the agent answers and a trial child was made ready. An error is the reason
-/// for which there is none.
+/// Takes the checkpoint once the agent answers and a trial child was made ready. An error is the
+/// reason why there is no checkpoint.
 async fn keep(client: &Client, checkpoint: &str, request: &BootRequest, vm: &VmInfo) -> Result<(), String> {
     agent_answers(client, request, &vm.name, BOOT_TIMEOUT).await?;
     try_child(client, &vm.name).await?;
@@ -163,7 +164,7 @@ async fn keep(client: &Client, checkpoint: &str, request: &BootRequest, vm: &VmI
     }
 }
 
-/// The checkpoint's name. Different for whatever differs in what is booted.
+/// Returns the checkpoint's name, which differs with every boot parameter.
 fn name_of(request: &BootRequest) -> Result<String, Failure> {
     let mut hash = DefaultHasher::new();
     let mut of_all = request.clone();
@@ -172,7 +173,7 @@ fn name_of(request: &BootRequest) -> Result<String, Failure> {
     of_all.initrd = None;
     of_all.config.vsock = None;
     serde_json::to_string(&of_all).map_err(Failure::run)?.hash(&mut hash);
-    // Its agent, and what that is told to run.
+    // Its agent, with the program to run.
     request.initrd.iter().chain([&request.kernel]).try_for_each(|path| hash_file(path, &mut hash))?;
     Ok(format!("image-{:016x}", hash.finish()))
 }

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::commands::args::{DiskCommand, DiskImageArgs};
 use crate::commands::{Failure, Outcome, print_json};
 
-/// `clade disk show --json`.
+/// The output of `clade disk show --json`.
 #[derive(Debug, Serialize)]
 struct Shown {
     image: String,
@@ -22,7 +22,7 @@ struct Shown {
     overlay_bytes_on_disk: u64,
 }
 
-/// `clade disk apply --json` and `clade disk discard --json`.
+/// The output of `clade disk apply --json` and `clade disk discard --json`.
 #[derive(Debug, Serialize)]
 struct Done {
     image: String,
@@ -39,7 +39,7 @@ pub(crate) fn main(command: &DiskCommand) -> Outcome {
     }
 }
 
-/// An I/O error is no input error, unless a file is missing.
+/// Only a missing file makes an I/O error an input error.
 fn failure(error: DiskError) -> Failure {
     match &error {
         DiskError::File(file) if file.source.kind() != std::io::ErrorKind::NotFound => Failure::run(error),

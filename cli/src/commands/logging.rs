@@ -14,11 +14,11 @@ use tracing_subscriber::{EnvFilter, Registry};
 
 use crate::commands::Failure;
 
-/// The variable that selects what is logged.
+/// The variable with the filter of the log.
 const VARIABLE: &str = "CLADE_LOG";
 const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 
-/// Whether `directive` is a level, or `MODULE=LEVEL` for a module of Clade.
+/// Returns whether `directive` is a level, or `MODULE=LEVEL` for a module of Clade.
 fn is_directive(directive: &str) -> bool {
     let is_level = |text: &str| LEVELS.contains(&text.to_ascii_lowercase().as_str());
     match directive.split_once('=') {
@@ -64,7 +64,7 @@ pub(super) fn init() -> Result<(), Failure> {
     Ok(())
 }
 
-/// Notes what went wrong in the flight record of the process's VM, if it has one.
+/// Notes warnings and errors in the flight record of the process's VM, if it has one.
 struct FlightLog;
 
 impl<S: Subscriber> Layer<S> for FlightLog {
@@ -75,7 +75,7 @@ impl<S: Subscriber> Layer<S> for FlightLog {
     }
 }
 
-/// An event in words: its message and its fields.
+/// An event as text: its message and its fields.
 #[derive(Default)]
 struct Line {
     message: String,

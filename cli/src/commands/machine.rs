@@ -1,4 +1,4 @@
-//! What a machine has: of `clade run`, and of a template.
+//! The hardware of a machine: for `clade run`, and for a template.
 
 #![allow(rustdoc::broken_intra_doc_links, reason = "doc comments are help texts, in which brackets mean options")]
 
@@ -24,8 +24,7 @@ pub(crate) struct MachineArgs {
     /// CPU features to hide from the guest, besides those that this host's KVM lacks.
     #[arg(long, value_name = "FEATURE,...", value_parser = parse_hide)]
     pub(crate) cpu_hide: Option<CpuHide>,
-    /// Performance counters, as the host has them. What they count is the host's, and a snapshot
-    /// needs a host that has them too.
+    /// Performance counters, those of the host's CPU: a snapshot needs a host with the same.
     #[arg(long)]
     pub(crate) pmu: bool,
     /// A network device: tap=NAME or user, then options with commas between: mac=ADDRESS, queues=N,
@@ -35,25 +34,25 @@ pub(crate) struct MachineArgs {
     /// loopback address to the guest. Repeatable.
     #[arg(long, value_name = "tap=NAME|user,...", value_parser = parse_net)]
     pub(crate) net: Vec<NetSpec>,
-    /// Where the guest may send: allow:CIDR[:PORT[-PORT]][/tcp|udp|icmp], or deny: and the same. IPv6
-    /// with a port is in brackets. The first rule that matches decides; without one, all is dropped
+    /// An egress rule: allow:CIDR[:PORT[-PORT]][/tcp|udp|icmp], or deny: and the same. IPv6 with a
+    /// port is in brackets. The first rule that matches decides; without one, packets are dropped
     /// if any rule allows something. Repeatable.
     #[arg(long, value_name = "RULE", requires = "net")]
     pub(crate) egress: Vec<EgressRule>,
     /// An entropy device for the bare guest. Every other guest has one by default.
     #[arg(long, conflicts_with = "no_rng")]
     pub(crate) rng: bool,
-    /// No entropy device.
+    /// Leave out the entropy device.
     #[arg(long)]
     pub(crate) no_rng: bool,
-    /// A balloon: the guest gives back memory that is free, or on request (clade balloon).
+    /// A balloon: the guest gives back free memory, by itself or on request (clade balloon).
     #[arg(long)]
     pub(crate) balloon: bool,
     /// A virtio console (hvc0) beside the serial one (clade console --virtio).
     #[arg(long)]
     pub(crate) virtio_console: bool,
-    /// No ACPI tables: the guest finds its devices by the command line only, and has no generation
-    /// id to learn that it was cloned.
+    /// Leave out ACPI tables: the guest finds its devices by the command line only, and has no
+    /// generation id to learn that it was cloned.
     #[arg(long)]
     pub(crate) no_acpi: bool,
     /// Give the guest a PIT (8254), for kernels that cannot calibrate without one.

@@ -1,8 +1,8 @@
-//! Commands that take several names: `pause`, `resume`, `suspend`, `wake`, `stop`, `reset`, `ready`,
-//! `rm`.
+//! Commands that take several names: `pause`, `resume`, `suspend`, `wake`, `stop`, `reset`,
+//! `ready`, `rm`.
 //!
-//! All are done, whatever fails. Each failure is said with its name, and the exit code is that of
-//! the first.
+//! A failure does not stop the others. Each failure is printed with its name, and the exit code is
+//! that of the first.
 
 use std::future::Future;
 use std::path::PathBuf;
@@ -34,7 +34,7 @@ pub(crate) struct ManyArgs {
     /// The names.
     #[arg(value_name = "NAME", required_unless_present = "all", conflicts_with = "all")]
     names: Vec<String>,
-    /// All there are.
+    /// All existing ones.
     #[arg(long)]
     all: bool,
     /// Print JSON: an object for one name, otherwise an array of those that succeed.
@@ -46,8 +46,8 @@ pub(crate) struct ManyArgs {
 pub(crate) struct StopArgs {
     #[command(flatten)]
     many: ManyArgs,
-    /// Press the power button first, and give the guest this time to power itself off. Its power is
-    /// cut when the time is over.
+    /// Press the power button first, and give the guest this time to power itself off. After that
+    /// its power is cut.
     #[arg(long, value_name = "TIME", value_parser = parse_duration, num_args = 0..=1, default_missing_value = "30s")]
     graceful: Option<Duration>,
 }
@@ -61,7 +61,7 @@ pub(super) fn stop(args: &StopArgs) -> Outcome {
 pub(crate) struct SuspendArgs {
     #[command(flatten)]
     many: ManyArgs,
-    /// The directory on a disk for their memory, in files without names. Default: /var/tmp.
+    /// The directory on a disk for their memory, in unnamed files. Default: /var/tmp.
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
 }
@@ -75,7 +75,7 @@ pub(super) fn suspend(args: &SuspendArgs) -> Outcome {
     main(&args.many, &Verb::Suspend(SuspendRequest { dir }))
 }
 
-/// What is done to each.
+/// The action on each.
 #[derive(Clone, Debug)]
 pub(super) enum Verb {
     Pause,
@@ -103,7 +103,7 @@ impl Verb {
     }
 }
 
-/// A guest that is ready.
+/// A ready guest.
 #[derive(Debug, Serialize)]
 struct NamedReady {
     name: String,
@@ -195,7 +195,7 @@ async fn one(client: Client, verb: Verb, name: String) -> Result<Done, ClientErr
     }
 }
 
-/// The names of all that `verb` can be done to.
+/// Returns the names of all that `verb` applies to.
 async fn everyone(client: &Client, verb: &Verb) -> Result<Vec<String>, ClientError> {
     match verb {
         Verb::Pause | Verb::Resume | Verb::Suspend(_) | Verb::Wake | Verb::Stop(_) | Verb::Reset | Verb::Ready => {
@@ -208,7 +208,7 @@ async fn everyone(client: &Client, verb: &Verb) -> Result<Vec<String>, ClientErr
     }
 }
 
-/// Does `each` for all names, a few at a time. Returns the results in the names' order.
+/// Calls `each` for all names, a few at a time. Returns the results in the names' order.
 pub(crate) async fn for_each<T, W>(names: &[String], each: impl Fn(String) -> W) -> Vec<Result<T, ClientError>>
 where
     T: Send + 'static,
@@ -244,7 +244,7 @@ where
     results.into_iter().flatten().collect()
 }
 
-/// Says the failures, all but the first, which is returned to be said.
+/// Prints all failures but the first, which the caller prints.
 pub(super) fn first_failure(failures: Vec<(&String, ClientError)>, is_alone: bool) -> Outcome {
     let named = |(name, error): (&String, ClientError)| {
         let failed = failure(error);
@@ -274,7 +274,7 @@ pub(super) fn limit(names: &[String], time: Option<Duration>) -> Outcome {
     first_failure(failures.collect(), names.len() == 1)
 }
 
-/// Has each VM suspended after a time without work, if there is one.
+/// Has each VM suspended after an idle time, if there is one.
 pub(super) fn suspend_after(names: &[String], time: Option<Duration>) -> Outcome {
     let Some(seconds) = time.map(|time| time.as_secs_f64()) else { return Ok(()) };
     let client = Client::default();
@@ -320,7 +320,7 @@ pub(super) fn main(args: &ManyArgs, verb: &Verb) -> Outcome {
     for (name, result) in names.iter().zip(results) {
         match result {
             Ok(answer) => done.push(answer),
-            // It has ended meanwhile, or a dead process has left its socket.
+            // The VM has ended meanwhile, or a dead process has left its socket.
             Err(ClientError::NoSuchVm { .. } | ClientError::Dead { .. }) if args.all => {}
             Err(error) => failures.push((name, error)),
         }

@@ -13,7 +13,7 @@ use crate::commands::{Failure, Outcome};
 
 /// Bytes of a line of a dump.
 const LINE: usize = 16;
-/// Bytes that are read without a length.
+/// Bytes read without a given length.
 const DEFAULT_LENGTH: u64 = 256;
 /// Standard input or output, as a file.
 const STANDARD: &str = "-";
@@ -34,10 +34,10 @@ pub(crate) struct ReadArgs {
     /// Guest-physical address, as 4096 or 0x1000.
     #[arg(value_name = "ADDRESS", value_parser = parse_address)]
     address: u64,
-    /// How many bytes: a number, 0x and digits, or with K, M, G, T.
+    /// Number of bytes: decimal, 0x and digits, or with K, M, G, T.
     #[arg(value_name = "LENGTH", value_parser = parse_length, default_value_t = DEFAULT_LENGTH)]
     length: u64,
-    /// Write the bytes as they are to a file; `-` is standard output.
+    /// Write the raw bytes to a file; `-` is standard output.
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
 }
@@ -91,7 +91,7 @@ fn parse_bytes(text: &str) -> Result<Bytes, String> {
     pairs.iter().map(byte).collect::<Option<_>>().map(Bytes).ok_or_else(wrong)
 }
 
-/// One line of a dump: the address, the bytes, and those that are ASCII as such.
+/// Formats one line of a dump: the address, the bytes, and their printable ASCII.
 fn line(address: u64, bytes: &[u8]) -> String {
     let mut text = format!("{address:012x} ");
     for at in 0..LINE {
@@ -105,7 +105,7 @@ fn line(address: u64, bytes: &[u8]) -> String {
     text
 }
 
-/// Prints lines; those that say the same as the one before are a `*`.
+/// Prints lines; repeated ones become a `*`.
 struct Dump {
     last: Option<Vec<u8>>,
     is_starred: bool,
@@ -126,7 +126,7 @@ impl Dump {
         Ok(())
     }
 
-    /// The address after the last byte, if that is not obvious.
+    /// Prints the address after the last byte, if that is not obvious.
     fn finish(&self, to: &mut impl Write, end: u64) -> io::Result<()> {
         if self.is_starred { writeln!(to, "{end:012x}") } else { Ok(()) }
     }
@@ -171,7 +171,7 @@ fn read(args: &ReadArgs) -> Outcome {
         return stdout.flush().map_err(Failure::run);
     }
     let failed = |error| Failure::Input(anyhow::Error::new(error).context(path.display().to_string()));
-    // The first request before the file: one that is refused leaves what was there.
+    // The first request before the file: a refused one leaves an existing file unchanged.
     let mut file = None;
     in_parts(args.address, args.length, |at, length| {
         let bytes = get(at, length)?;

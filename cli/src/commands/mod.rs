@@ -57,16 +57,17 @@ use many::Verb;
 pub(crate) use many::for_each;
 pub(crate) use output::{Table, print_json};
 
-/// Why a command failed.
+/// Reason why a command failed.
 #[derive(Debug)]
 pub(crate) enum Failure {
     /// The input is invalid or cannot be used: exit code 2.
     Input(anyhow::Error),
     /// The command failed: exit code 1.
     Run(anyhow::Error),
-    /// The time that was given has passed: exit code 124, as that of `timeout`.
+    /// The time limit has passed: exit code 124, like that of `timeout`.
     Timeout(anyhow::Error),
-    /// A program of the guest has ended with this code, or there is a code for why it did not run.
+    /// A program of the guest ended with this code, or the code stands for the reason why it did
+    /// not run.
     Exit(u8, Option<anyhow::Error>),
     /// An orderly end by a signal: exit code 128 plus the signal's number, as in shells.
     Signal(i32),
@@ -80,7 +81,7 @@ impl Failure {
         Self::Run(error.into())
     }
 
-    /// The same, with the name of what it is about in front.
+    /// Returns the same failure, prefixed with a name.
     pub(crate) fn named(self, name: &str) -> Self {
         let named = |error: anyhow::Error| error.context(name.to_owned());
         match self {
@@ -92,7 +93,7 @@ impl Failure {
         }
     }
 
-    /// The process's exit code.
+    /// Returns the process's exit code.
     fn code(&self) -> u8 {
         match self {
             Self::Run(_) => 1,
@@ -155,7 +156,7 @@ pub(crate) fn main() -> ExitCode {
     let outcome = logging::init().and_then(|()| run(cli.command));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        // The program has said why.
+        // The program has printed the reason.
         Err(Failure::Exit(code, None)) => ExitCode::from(code),
         Err(failure) => {
             // Standard error may be closed.

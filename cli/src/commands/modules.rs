@@ -1,7 +1,7 @@
 //! The modules of a kernel that a guest needs before it can reach its disk and its agent.
 //!
-//! A distribution's kernel has drivers as modules. `modules.dep` says which need which, as depmod has
-//! found out. What `modules.softdep` wants before a module is loaded too, where it is there.
+//! A distribution's kernel has drivers as modules. `modules.dep` has their dependencies, found by
+//! depmod. Modules that `modules.softdep` lists before a module are loaded too, if they exist.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -20,7 +20,7 @@ const MAX_MODULE: u64 = 64 << 20;
 /// Most modules. A distribution's kernel needs some twenty.
 const MAX_MODULES: usize = 256;
 
-/// Why a kernel's modules cannot be had.
+/// Reason why a kernel's modules cannot be read.
 #[derive(Debug, Error)]
 pub(super) enum ModulesError {
     /// There is no list of modules.
@@ -29,38 +29,38 @@ pub(super) enum ModulesError {
     /// A file cannot be read.
     #[error("{path} cannot be read")]
     File {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// Why.
+        /// The reason.
         #[source]
         source: io::Error,
     },
     /// A file is too large.
     #[error("{path} has more than {most} bytes")]
     TooLarge {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// How many it may have.
+        /// Its largest permitted size.
         most: u64,
     },
-    /// The list names a file elsewhere.
+    /// The list names a file outside its directory.
     #[error("modules.dep names {0:?}, which is not below its directory")]
     Outside(String),
-    /// A module that is needed is neither there nor built in.
+    /// A needed module is neither there nor built in.
     #[error("the kernel of {dir} has no {module}, neither as a module nor built in")]
     Missing {
         /// The directory.
         dir: PathBuf,
-        /// Which.
+        /// The module.
         module: String,
     },
-    /// Modules need each other.
+    /// Modules depend on each other.
     #[error("modules.dep: {0} needs itself")]
     Circle(String),
-    /// There are too many.
+    /// There are too many modules.
     #[error("more than {MAX_MODULES} modules are needed")]
     TooMany,
-    /// It is packed in a way that is not known.
+    /// The module's compression is unknown.
     #[error("{0} is no .ko, .ko.gz, .ko.xz or .ko.zst")]
     Packing(PathBuf),
 }
@@ -72,19 +72,19 @@ pub(super) struct Module {
     pub(super) content: Vec<u8>,
 }
 
-/// What a kernel's directory lists.
+/// The lists of a kernel's directory.
 #[derive(Debug, Default)]
 struct Lists {
-    /// The file of each module, and the modules that it needs.
+    /// The file of each module, and its dependencies.
     modules: BTreeMap<String, (String, Vec<String>)>,
     builtin: BTreeSet<String>,
-    /// What is to be loaded before a module, if it is there.
+    /// Optional modules to load before a module.
     softdeps: BTreeMap<String, Vec<String>>,
     /// Other names of modules, without patterns.
     aliases: BTreeMap<String, Vec<String>>,
 }
 
-/// The name of the module in a file: the kernel writes no dashes.
+/// Returns the name of the module in a file: the kernel writes no dashes.
 fn name_of(path: &str) -> String {
     let file = path.rsplit('/').next().unwrap_or(path);
     file.split(".ko").next().unwrap_or(file).replace('-', "_")
@@ -138,7 +138,7 @@ impl Lists {
         self.modules.contains_key(name) || self.builtin.contains(name)
     }
 
-    /// Adds `name` and what it needs, that first. `above` are those that need it.
+    /// Adds `name` behind its dependencies. `above` are the modules that need it.
     fn add(&self, name: &str, above: &mut Vec<String>, order: &mut Vec<String>) -> Result<(), ModulesError> {
         let Some((_, needs)) = self.modules.get(name) else { return Ok(()) };
         if order.iter().any(|other| other == name) {
@@ -154,7 +154,7 @@ impl Lists {
         for wanted in self.softdeps.get(name).into_iter().flatten() {
             let aliases = self.aliases.get(wanted).into_iter().flatten();
             for found in std::iter::once(wanted).chain(aliases) {
-                // A soft one that needs this one cannot come before it.
+                // A soft dependency that needs this module cannot come before it.
                 if !above.contains(found) {
                     self.add(found, above, order)?;
                 }
@@ -168,7 +168,7 @@ impl Lists {
         Ok(())
     }
 
-    /// The modules that a guest loads, in the order in which it loads them.
+    /// Returns the modules that a guest loads, in order.
     fn order(&self, dir: &Path) -> Result<Vec<String>, ModulesError> {
         let mut order = Vec::new();
         for name in NEEDED {
@@ -183,7 +183,7 @@ impl Lists {
     }
 }
 
-/// A module as the kernel takes it, which may not know how to unpack it.
+/// Reads a module in the form that the kernel loads: the kernel may not decompress it.
 fn unpack(path: &Path) -> Result<Vec<u8>, ModulesError> {
     let packed = read(path, MAX_MODULE)?;
     let name = path.to_string_lossy();
@@ -208,14 +208,14 @@ fn unpack(path: &Path) -> Result<Vec<u8>, ModulesError> {
     Ok(bytes)
 }
 
-/// Reads the modules that a guest needs of the kernel whose modules are in `dir`, in the order in which
-/// they are loaded.
+/// Reads the modules that a guest needs, of the kernel whose modules are in `dir`, in the order of
+/// their loading.
 pub(super) fn needed(dir: &Path) -> Result<Vec<Module>, ModulesError> {
     let dir = fs::canonicalize(dir).map_err(|source| ModulesError::File { path: dir.to_owned(), source })?;
     let lists = Lists::read(&dir)?;
     let module = |name: String| {
         let (file, _) = &lists.modules[&name];
-        // Older lists have whole paths, which may be of another root.
+        // Older lists have whole paths, perhaps of another root.
         let is_below = Path::new(file).components().all(|part| matches!(part, Component::Normal(_)));
         if !is_below {
             return Err(ModulesError::Outside(file.clone()));
@@ -231,11 +231,11 @@ mod tests {
 
     use super::*;
 
-    /// A kernel's directory, in which modules of these names have their names for content.
+    /// A kernel's directory, whose modules contain their names.
     struct Kernel(tempfile::TempDir);
 
     impl Kernel {
-        /// With what stands in the list of dependencies.
+        /// Makes one with this list of dependencies.
         fn new(list: &str) -> Self {
             let kernel = Self(tempfile::tempdir().unwrap());
             kernel.write("modules.dep", list);
@@ -308,10 +308,10 @@ kernel/drivers/gpu/huge.ko: kernel/drivers/virtio/virtio.ko
         ] {
             assert!(at(first) < at(then), "{first} before {then}: {plain:?}");
         }
-        // Each once.
+        // Each one once.
         assert_eq!(plain.len(), 12, "{plain:?}");
         assert!(!plain.contains(&"huge".to_owned()) && !plain.contains(&"crc32c_generic".to_owned()));
-        // What is wanted beside, by another name; and what is not there is not needed.
+        // Soft dependencies, by another name; missing ones are not needed.
         kernel.write("modules.softdep", "# soft\nsoftdep jbd2 pre: crypto-crc32c nowhere post: huge\n");
         kernel.write("modules.alias", "alias crypto-crc32c crc32c_generic\nalias crypto-* huge\n");
         let soft = kernel.names();

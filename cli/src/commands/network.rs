@@ -1,4 +1,4 @@
-//! `clade network`: whether a VM's packets pass, and where they may go.
+//! `clade network`: the state of a VM's network, and its egress rules.
 
 use clade_daemon::control::{Client, NetworkRequest, VmInfo};
 use clade_devices::virtio::net::{EgressRule, Link};
@@ -11,10 +11,10 @@ use crate::commands::{Failure, Outcome, print_json};
 /// Whether packets pass.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum NetworkState {
-    /// They pass.
+    /// Packets pass.
     #[value(alias = "on")]
     Open,
-    /// None passes, in either direction: the host drops and counts them.
+    /// No packet passes, in either direction: the host drops and counts them.
     #[value(alias = "off")]
     Closed,
 }
@@ -35,13 +35,13 @@ pub(crate) struct NetworkArgs {
     /// Whether packets pass.
     #[arg(value_enum, required_unless_present_any = ["egress", "no_egress"])]
     pub(crate) state: Option<NetworkState>,
-    /// Where the guest may send, in the place of all rules there are. As of clade run; repeatable.
+    /// An egress rule, in the form of clade run. The rules replace all existing ones. Repeatable.
     #[arg(long, value_name = "RULE")]
     pub(crate) egress: Vec<EgressRule>,
     /// Remove all egress rules.
     #[arg(long, conflicts_with = "egress")]
     pub(crate) no_egress: bool,
-    /// Let this many layers of rules stay, from the first on.
+    /// Keep this many layers of rules, from the first on.
     #[arg(long, value_name = "LAYERS", default_value_t = 0)]
     pub(crate) keep: usize,
     /// Print the VM as JSON.

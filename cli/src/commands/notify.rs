@@ -1,4 +1,4 @@
-//! What a service manager is told: a datagram to the socket that it names in the environment
+//! Messages to a service manager: datagrams to the socket that it names in the environment
 //! (`sd_notify(3)`).
 
 use std::ffi::OsStr;
@@ -23,8 +23,8 @@ fn send(socket: &OsStr, state: &str) -> io::Result<()> {
     UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address).map(drop)
 }
 
-/// Tells the service manager, if there is one. A failure is a warning: the service runs all the
-/// same.
+/// Sends a state to the service manager, if there is one. A failure is a warning: the service runs
+/// all the same.
 pub(super) fn notify(state: &str) {
     let Some(socket) = std::env::var_os(SOCKET).filter(|socket| !socket.is_empty()) else { return };
     if let Err(error) = send(&socket, state) {

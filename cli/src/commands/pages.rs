@@ -1,4 +1,4 @@
-//! `clade pages`: what each page of a VM is, drawn on the terminal or as SVG.
+//! `clade pages`: a VM's pages by kind, drawn on the terminal or as SVG.
 
 mod paint;
 mod svg;
@@ -13,9 +13,9 @@ use crate::commands::remote::ask;
 use crate::commands::units::show_size;
 use crate::commands::{Failure, Outcome, print_json};
 
-/// Cells of a line where the terminal's width is not known.
+/// Cells of a line if the terminal's width is unknown.
 const DEFAULT_WIDTH: u64 = 64;
-/// Lines of a drawing, at most.
+/// Most lines of a drawing.
 const MAX_LINES: u64 = 24;
 /// Widest drawing.
 const MAX_WIDTH: u64 = 1024;
@@ -28,7 +28,7 @@ pub(crate) struct PagesArgs {
     /// Write a drawing to a file, as SVG; `-` is standard output.
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
-    /// Cells of a line. Default: as the terminal is wide.
+    /// Cells of a line. Default: the terminal's width.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=MAX_WIDTH))]
     width: Option<u64>,
     /// Print JSON instead: every run of pages.
@@ -36,23 +36,23 @@ pub(crate) struct PagesArgs {
     json: bool,
 }
 
-/// What is drawn.
+/// The contents of a drawing.
 struct Drawing<'a> {
     name: &'a str,
     answer: &'a PagesAnswer,
     width: u64,
 }
 
-/// What a cell shows most of, and how much of it is the VM's own.
+/// The most frequent kind of a cell's pages, and its share of the VM's own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Shade {
-    /// Some of it is pinned.
+    /// Some pages are pinned.
     Pinned,
-    /// Half of it or more is the VM's own.
+    /// Half of the pages or more are the VM's own.
     Own,
-    /// Some of it is.
+    /// Some pages are the VM's own.
     SomeOwn,
-    /// Of a layer, by its place in the list.
+    /// Most pages are of a layer, by its place in the list.
     Layer(usize),
     Reference,
     Absent,
@@ -77,12 +77,12 @@ impl Shade {
 }
 
 impl Drawing<'_> {
-    /// Pages of a cell.
+    /// Returns the number of pages of a cell.
     fn grain(&self) -> u64 {
         self.answer.totals.total().div_ceil((self.answer.cells.len() as u64).max(1))
     }
 
-    /// The lines of the legend, each with the shade that it explains.
+    /// Returns the lines of the legend, each with its shade.
     fn legend(&self) -> Vec<(Shade, String)> {
         let KindCounts { absent, reference, exclusive, pinned, .. } = self.answer.totals;
         let pages = |what: &str, pages: u64| format!("{what}: {pages} pages, {}", show_size(pages << 12));
@@ -121,7 +121,7 @@ fn get(client: &Client, name: &str, query: &str) -> Result<PagesAnswer, Failure>
     ask(client.request(Method::GET, name, &format!("/pages?{query}"), None::<&()>))
 }
 
-/// All runs, however many requests that takes. Pages may change between two of them.
+/// Reads all runs, in as many requests as needed. Pages may change between two of them.
 fn all_runs(client: &Client, name: &str) -> Result<PagesAnswer, Failure> {
     let mut all = get(client, name, "max_runs=65536")?;
     while let Some(next) = all.next {

@@ -1,5 +1,5 @@
-//! VMs of this command alone: each in a process of its own, under a supervisor in a directory that
-//! no other command uses. They end with the command.
+//! VMs private to this command: each in a process of its own, under a supervisor in a directory
+//! that no other command uses. They end with the command.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -32,7 +32,7 @@ use crate::commands::shutdown::ShutdownSignal;
 
 /// The session of all VMs, which end with this process.
 const SESSION: &str = "private";
-/// How long a process that has nothing to say is left alone.
+/// Interval of the polls of a process without output.
 const POLL_INTERVAL: Duration = Duration::from_micros(100);
 /// Words of a request for memory.
 const CHUNK_WORDS: usize = 128 << 10;
@@ -41,7 +41,7 @@ const CHUNK_WORDS: usize = 128 << 10;
 pub(crate) struct PrivateVms {
     client: Client,
     supervisor: Supervisor,
-    /// Before the directory.
+    /// Dropped before the directory.
     runtime: Runtime,
     _dir: TempDir,
 }
@@ -49,7 +49,7 @@ pub(crate) struct PrivateVms {
 impl PrivateVms {
     /// Starts a supervisor for `command`.
     pub(crate) fn begin(command: &str) -> Result<Self, Failure> {
-        // What is missing here is better said here than by a process of its own.
+        // A missing requirement is reported better here than by another process.
         Host::open().map_err(Failure::input)?;
         let above = Some(runtime_dir()).filter(|dir| dir.is_dir()).unwrap_or_else(std::env::temp_dir);
         let dir = tempfile::Builder::new().prefix(&format!("clade-{command}-")).tempdir_in(above);
@@ -69,7 +69,7 @@ impl PrivateVms {
         Ok(Self { client: Client::new(dir.path()), supervisor, runtime, _dir: dir })
     }
 
-    /// Asks the supervisor.
+    /// Sends a request to the supervisor.
     fn ask<T: DeserializeOwned>(
         &self,
         method: Method,
@@ -83,7 +83,7 @@ impl PrivateVms {
         RemoteVm { name, client: self.client.clone(), runtime: self.runtime.handle().clone() }
     }
 
-    /// Boots a VM. `kernel` is a file, or the name of a guest that the program has.
+    /// Boots a VM. `kernel` is a file, or the name of one of the program's guests.
     pub(crate) fn boot(&self, name: &str, config: &VmConfig, source: Source<'_>) -> Result<RemoteVm, Failure> {
         let request = BootRequest {
             name: name.to_owned(),
@@ -129,14 +129,14 @@ impl PrivateVms {
         Ok(())
     }
 
-    /// Stops all VMs that are there.
+    /// Stops all remaining VMs.
     fn stop_all(&self) {
         let names: Vec<String> = vms_in(self.client.dir()).unwrap_or_default().into_iter().collect();
         let stop = |name: String| {
             let client = self.client.clone();
             async move { client.stop(&name, StopRequest::default()).await }
         };
-        // One that does not end is ended with this process.
+        // A VM that does not end is ended with this process.
         drop(self.runtime.block_on(for_each(&names, stop)));
     }
 }
@@ -148,7 +148,7 @@ impl Drop for PrivateVms {
     }
 }
 
-/// What a VM boots.
+/// The kernel of a VM.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Source<'a> {
     pub(crate) kernel: &'a std::path::Path,
@@ -165,7 +165,7 @@ pub(crate) struct RemoteVm {
 }
 
 impl RemoteVm {
-    /// Asks its process.
+    /// Sends a request to its process.
     fn ask<T: DeserializeOwned>(&self, method: Method, action: &str) -> Result<T, Failure> {
         self.runtime.block_on(self.client.request(method, &self.name, action, None::<&()>)).map_err(failure)
     }
@@ -186,7 +186,7 @@ impl RemoteVm {
         self.ask::<VmInfo>(Method::POST, "/resume").map(drop)
     }
 
-    /// Puts it back to the instant of its fork.
+    /// Resets it to the instant of its fork.
     pub(crate) fn reset(&self) -> Result<ResetAnswer, Failure> {
         self.ask(Method::POST, "/reset")
     }
@@ -195,12 +195,12 @@ impl RemoteVm {
         self.ask(Method::GET, "/stats")
     }
 
-    /// Ends it. Its name is free then.
+    /// Ends the VM. Its name is then free.
     pub(crate) fn stop(&self) -> Result<(), Failure> {
         self.runtime.block_on(self.client.stop(&self.name, StopRequest::default())).map(drop).map_err(failure)
     }
 
-    /// A connection to its console, which says first what it has said last.
+    /// Connects to its console, which first sends its last output.
     pub(crate) fn console(&self) -> Result<RemoteConsole, Failure> {
         let stream = UnixStream::connect(console_path(self.client.dir(), &self.name)).map_err(Failure::run)?;
         Ok(RemoteConsole { vm: self.clone(), stream, seen: Vec::new() })
@@ -208,7 +208,7 @@ impl RemoteVm {
 }
 
 impl GuestWords for RemoteVm {
-    // Whole words are read and written as such.
+    // Whole words are read and written atomically.
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), WordsError> {
         for (at, part) in (address..).step_by(MAX_MEMORY).zip(bytes.chunks_mut(MAX_MEMORY)) {
             self.runtime.block_on(self.client.read_memory(&self.name, at, part))?;
@@ -241,7 +241,7 @@ impl Machine for RemoteVm {
     }
 
     fn stopped(&self) -> Option<StopReason> {
-        // As long as its process has it, its socket is there.
+        // Its socket exists as long as its process uses it.
         if socket_path(self.client.dir(), &self.name).exists() {
             return None;
         }
@@ -267,7 +267,7 @@ impl RemoteConsole {
         self.stream.write_all(text.as_bytes()).map_err(Failure::run)
     }
 
-    /// Waits until the VM has said `text`. Returns all that it has said.
+    /// Waits until the VM's output has `text`. Returns all of its output.
     pub(crate) fn wait_for(&mut self, text: &str, patience: Duration) -> Result<String, Failure> {
         let deadline = Instant::now() + patience;
         let mut bytes = [0; 4096];

@@ -82,7 +82,7 @@ fn or_none(text: String) -> String {
     if text.is_empty() { NONE.into() } else { text }
 }
 
-/// One line of the list.
+/// A line of the list.
 enum Row<'a> {
     Running(&'a VmInfo),
     /// Its process has not answered in time.
@@ -151,7 +151,7 @@ impl Row<'_> {
     }
 }
 
-/// The list as printed on standard output.
+/// Formats the list for standard output.
 fn table(running: &[VmInfo], silent: &[String], ended: &[EndedVm], all: bool, format: ListFormat) -> String {
     let silent = silent.iter().map(|name| Row::Silent(name));
     let rows = running.iter().map(Row::Running).chain(silent);
@@ -178,7 +178,7 @@ fn table(running: &[VmInfo], silent: &[String], ended: &[EndedVm], all: bool, fo
     columns(&lines)
 }
 
-/// What `ps --all --json` prints.
+/// The output of `ps --all --json`.
 #[derive(Serialize)]
 struct Everything<'a> {
     vms: &'a [VmInfo],
@@ -187,7 +187,7 @@ struct Everything<'a> {
 
 pub(super) fn main(args: &PsArgs) -> Outcome {
     let client = Client::default();
-    // What has ended has no labels any more.
+    // Ended VMs have no labels.
     let with_ended = args.all && args.filter.is_empty();
     // A person wants an answer at once, also on a host whose processors are all busy. A program wants all
     // VMs: one that is left out looks as if it had ended.

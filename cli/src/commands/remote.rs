@@ -24,7 +24,7 @@ pub(super) fn ask<T>(question: impl Future<Output = Result<T, ClientError>>) -> 
     runtime.block_on(question).map_err(failure)
 }
 
-/// Whether the request was wrong, or what it was sent to.
+/// Classifies an error: a bad request, or a failure of its receiver.
 pub(super) fn failure(error: ClientError) -> Failure {
     match error {
         ClientError::NoSuchVm { .. }
@@ -172,8 +172,7 @@ pub(crate) fn console(args: &ConsoleArgs) -> Outcome {
     Ok(())
 }
 
-/// Prints the last console output of a VM, running or ended.
-/// Prints a flight record: the time of day (UTC) and what happened.
+/// Prints a flight record: the time of day (UTC) and the event.
 fn print_flight(events: &[FlightEvent]) -> Outcome {
     let mut stdout = io::stdout().lock();
     let mut print = |event: &FlightEvent| {

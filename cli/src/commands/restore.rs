@@ -15,14 +15,14 @@ use crate::commands::session::Session;
 use crate::commands::shutdown::ShutdownSignal;
 use crate::commands::{Failure, Outcome};
 
-/// The request that the arguments make.
+/// Builds the request from the arguments.
 fn request(args: &RestoreArgs) -> Result<RestoreRequest, Failure> {
     let load = match (args.preload, args.working_set) {
         (true, _) => RestoreLoad::Preload,
         (_, true) => RestoreLoad::WorkingSet,
         _ => RestoreLoad::Lazy,
     };
-    // Absolute, but links are not resolved: the path names the directory as the user does.
+    // Absolute, but with links unresolved: the path stays the user's.
     let dir = std::path::absolute(&args.dir).map_err(Failure::input)?;
     let overlays = args.overlays.as_ref().map(std::path::absolute).transpose().map_err(Failure::input)?;
     let vms = ForkRequest {

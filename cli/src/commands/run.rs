@@ -44,12 +44,12 @@ pub(super) fn with_runtime(work: impl FnOnce(&Handle) -> Outcome) -> Outcome {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(Failure::run)?;
     let outcome = work(runtime.handle());
-    // Does not wait for requests: those that matter have ended.
+    // Does not wait for requests: the important ones have ended.
     runtime.shutdown_background();
     outcome
 }
 
-/// The VM's.
+/// Returns the VM's name.
 pub(super) fn name(args: &RunArgs) -> String {
     args.name.clone().unwrap_or_else(|| format!("clade-{}", std::process::id()))
 }
@@ -57,7 +57,7 @@ pub(super) fn name(args: &RunArgs) -> String {
 fn config(args: &RunArgs, bare: bool) -> Result<VmConfig, Failure> {
     let machine = &args.machine;
     let hint = |error: ConfigError| match machine.mem {
-        // Docker's `--memory` and QEMU's `-m` take a plain number, too.
+        // Docker's `--memory` and QEMU's `-m` also accept a plain number.
         mem @ 1..0x10_0000 => Failure::input(anyhow!("{}; did you mean {mem}M?", error_chain(&error))),
         _ => Failure::input(error),
     };
@@ -83,7 +83,7 @@ fn config(args: &RunArgs, bare: bool) -> Result<VmConfig, Failure> {
     Ok(config)
 }
 
-/// The secrets that the arguments name. Line ends behind one are not a part of it.
+/// Reads the secrets named in the arguments, without line ends behind them.
 fn secrets(args: &RunArgs) -> Result<Vec<Secret>, Failure> {
     let secret = |name: &str, mut value: Zeroizing<Vec<u8>>| {
         let length = value.trim_ascii_end().len();
@@ -91,7 +91,7 @@ fn secrets(args: &RunArgs) -> Result<Vec<Secret>, Failure> {
         Secret { name: name.to_owned(), value }
     };
     let of_file = |path: &PathBuf| {
-        // More than it may have is told from what it may.
+        // Too long a secret is detected by one byte more.
         let read = File::open(path).and_then(|file| {
             let mut value = Zeroizing::new(Vec::with_capacity(MAX_SECRET_BYTES + 1));
             file.take(MAX_SECRET_BYTES as u64 + 1).read_to_end(&mut value)?;
@@ -108,7 +108,8 @@ fn secrets(args: &RunArgs) -> Result<Vec<Secret>, Failure> {
     args.secret.iter().map(of_file).chain(args.secret_env.iter().map(of_variable)).collect()
 }
 
-/// The address of a guest whose first network device is passt's, as the kernel and the agent take it.
+/// Returns the address of a guest whose first network device is passt's, in the form of the kernel
+/// and the agent.
 fn ip_word(config: &VmConfig) -> Option<String> {
     let is_user = config.nets.first().is_some_and(|net| net.user.is_some());
     let mask = Ipv4Addr::from_bits(u32::MAX << (32 - u32::from(user_net::PREFIX)));
@@ -116,7 +117,7 @@ fn ip_word(config: &VmConfig) -> Option<String> {
     is_user.then(word)
 }
 
-/// The request that the arguments make. What is `of_image` is added to it.
+/// Builds the request from the arguments, with the parts of `of_image`.
 pub(super) fn request(args: &RunArgs, of_image: Option<&ImageVm>) -> Result<BootRequest, Failure> {
     // Its process has another working directory.
     let file = |path: &PathBuf| std::path::absolute(path).map_err(Failure::input);

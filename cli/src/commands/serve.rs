@@ -22,17 +22,17 @@ use crate::commands::run::{say, with_runtime};
 use crate::commands::shutdown::ShutdownSignal;
 use crate::commands::{Failure, Outcome};
 
-/// How often the end is looked for.
+/// Interval of the checks for the end.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
-/// How long a supervisor that is started in the background may take.
+/// Time limit of the start of a supervisor in the background.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long another may take that has the directory already.
+/// Time limit of another supervisor that already has the directory.
 const OTHER_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long `clade serve --stop` waits for the end.
+/// Time that `clade serve --stop` waits for the end.
 const STOP_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The supervisor that runs.
+/// Returns the running supervisor.
 fn running() -> Result<SupervisorInfo, Failure> {
     ask(Client::default().supervisor(Method::GET, "/v1/supervisor", None::<&()>))
 }
@@ -52,7 +52,7 @@ fn stop() -> Outcome {
     let supervisor = running()?;
     let pid = i32::try_from(supervisor.pid).ok().and_then(Pid::from_raw);
     let pid = pid.ok_or_else(|| Failure::run(anyhow!("the supervisor reports an invalid pid")))?;
-    // A descriptor of the process: its number may be another's before the signal is sent.
+    // A pidfd of the process: its pid may be reused before the signal is sent.
     let process = pidfd_open(pid, PidfdFlags::empty()).map_err(Failure::run)?;
     if running()?.pid != supervisor.pid {
         return Err(Failure::run(anyhow!("another supervisor has just started: try again")));
@@ -102,12 +102,12 @@ pub(super) fn main(args: &ServeArgs) -> Outcome {
     })
 }
 
-/// Whether a supervisor answers for the runtime directory `dir`.
+/// Returns whether a supervisor answers for the runtime directory `dir`.
 pub(super) fn answers(dir: &Path) -> bool {
     UnixStream::connect(supervisor_path(dir)).is_ok()
 }
 
-/// Starts a supervisor in the background, unless there is one.
+/// Starts a supervisor in the background, unless one runs.
 pub(super) fn ensure() -> Outcome {
     let dir = runtime_dir();
     let answers = || answers(&dir);
@@ -117,12 +117,12 @@ pub(super) fn ensure() -> Outcome {
     let log = open_log(&dir).map_err(Failure::input)?;
     let mut command = Command::new("/proc/self/exe");
     command.arg0("clade").arg("serve").stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-    // A key on this terminal is not for it.
+    // Keys of this terminal must not signal it.
     command.process_group(0);
     let mut started = command.spawn().map_err(Failure::run)?;
     let (mut deadline, mut has_ended) = (Instant::now() + START_TIMEOUT, false);
     while !answers() {
-        // Another may have been quicker, and answer in a moment.
+        // Another may have been quicker, and answers in a moment.
         if !has_ended && started.try_wait().map_err(Failure::run)?.is_some() {
             (has_ended, deadline) = (true, Instant::now() + OTHER_TIMEOUT);
         }

@@ -1,7 +1,7 @@
 //! VMs in the foreground: they end with the command that has started them.
 //!
-//! Each VM has a process of its own, which a supervisor starts. If there is none, the command is
-//! one itself, for as long as it runs.
+//! Each VM has a process of its own, which a supervisor starts. If none runs, the command is one
+//! itself, for as long as it runs.
 
 use std::future::Future;
 use std::io::{self, Read, Write};
@@ -32,25 +32,26 @@ use clade_daemon::supervisor::{
 use clade_vmm::kvm::Host;
 use clade_vmm::vm::StopReason;
 
-/// How often the end of VMs is looked for.
+/// Interval of the checks for the end of VMs.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// The same while many run.
 const TURN: Duration = Duration::from_millis(200);
-/// How long the last output may take.
+/// Time limit of the last output.
 const LAST_OUTPUT: Duration = Duration::from_secs(1);
-/// How long VMs may take to end after a signal.
+/// Time limit of VMs' ends after a signal.
 const LAST_WORK: Duration = Duration::from_secs(10);
-/// When it is said that disks are waited for.
+/// Time after which the wait for disks is reported.
 const SAY_AFTER: Duration = Duration::from_secs(1);
-/// Requests in flight that stop VMs.
+/// Stop requests in flight.
 const STOPS: usize = 8;
-/// Workers that a supervisor of one command prepares at most.
+/// Most workers prepared by a supervisor of one command.
 const POOL: usize = 16;
 
 /// Memory that a child of a checkpoint may have copies of ahead, in MiB.
 pub(super) const AHEAD_MIB: u32 = 16;
 
-/// What the supervisor of one command is: the VMs of its `session` end with this process.
+/// Returns the options for the supervisor of one command: the VMs of its `session` end with this
+/// process.
 pub(super) fn own_supervisor(confinement: Confinement, session: &str) -> SupervisorOptions {
     let session = Some(session.to_owned());
     let cgroup = CgroupPlace::Off;
@@ -63,12 +64,12 @@ pub(super) struct Session<'a> {
     client: Client,
     runtime: &'a Handle,
     shutdown: &'a ShutdownSignal,
-    /// If there was none.
+    /// This process's own supervisor, if no other ran.
     supervisor: Option<Supervisor>,
 }
 
 impl<'a> Session<'a> {
-    /// Begins one. Starts a supervisor if there is none.
+    /// Begins a session. Starts a supervisor if none runs.
     pub(super) fn begin(
         confinement: Confinement,
         runtime: &'a Handle,
@@ -81,12 +82,12 @@ impl<'a> Session<'a> {
             )));
         }
         let dir = runtime_dir();
-        // The number may have been another command's, some of whose VMs are still there.
+        // The pid may have been another command's, some of whose VMs still run.
         let begun = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros());
         let name = format!("run-{}-{begun:x}", std::process::id());
         let options = own_supervisor(confinement, &name);
         let start = || match Supervisor::start(&dir, &options, runtime) {
-            // Another was quicker.
+            // Another command was quicker.
             Err(FleetError::Supervised { .. }) => ensure().map(|()| None),
             other => other.map(Some).map_err(started),
         };
@@ -101,12 +102,12 @@ impl<'a> Session<'a> {
         Ok(Self { name, client, runtime, shutdown, supervisor })
     }
 
-    /// Its name.
+    /// Returns its name.
     pub(super) fn name(&self) -> &str {
         &self.name
     }
 
-    /// Asks the supervisor. A signal cancels the request.
+    /// Sends a request to the supervisor. A signal cancels it.
     pub(super) fn ask<T: DeserializeOwned>(
         &self,
         path: &str,
@@ -130,23 +131,23 @@ impl<'a> Session<'a> {
 
     fn there(&self) -> Vec<String> {
         let there = in_session(self.client.dir(), &self.name);
-        // It is asked again.
+        // The request is repeated later.
         there.inspect_err(|error| tracing::warn!(%error, "the VMs cannot be listed")).unwrap_or_default()
     }
 
-    /// Connects this terminal to a VM, unless it is `detached`. Waits until it and its children have
-    /// ended. What it has said already is shown first.
+    /// Connects this terminal to a VM, unless it is `detached`. Waits until the VM and its children
+    /// have ended. Earlier output is shown first.
     pub(super) fn foreground(&self, name: &str, detached: bool) -> Outcome {
         let console = match self.console(name) {
             Ok(console) => console,
-            // It may have ended at once.
+            // The VM may have ended at once.
             Err(error) => {
                 return match self.ended_soon(name)? {
                     Some(ended) => {
                         print_last(&ended);
                         self.outcome(name, ended.stopped)
                     }
-                    // Somebody has stopped it since it was made.
+                    // Another command has stopped it since it was made.
                     None if !self.there().iter().any(|there| there == name) => {
                         self.outcome(name, StopReason::Requested)
                     }
@@ -162,7 +163,7 @@ impl<'a> Session<'a> {
         self.wait_for(name, &shown);
         let _ = shown.done.recv_timeout(LAST_OUTPUT);
         let ended = self.ended(name)?;
-        // Its process has ended before it took the connection.
+        // Its process ended before it accepted the connection.
         if let Some(ended) = ended.as_ref().filter(|_| !shown.is_any.load(Ordering::Relaxed)) {
             print_last(ended);
         }
@@ -170,7 +171,7 @@ impl<'a> Session<'a> {
         self.outcome(name, ended.map_or(StopReason::Requested, |ended| ended.stopped))
     }
 
-    /// Waits for the children of a VM that has ended, and says what that means for the command.
+    /// Waits for the children of a VM that has ended, and returns the outcome of the command.
     fn outcome(&self, name: &str, stopped: StopReason) -> Outcome {
         self.wait_for_all(name);
         self.end_by_signal()?;
@@ -180,7 +181,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// The signal that has ended it, as a failure. All VMs have ended then.
+    /// Returns the signal that has ended the session, as a failure. All VMs have ended by then.
     pub(super) fn end_by_signal(&self) -> Outcome {
         self.shutdown.signal().map_or(Ok(()), |number| Err(Failure::Signal(number)))
     }
@@ -190,13 +191,13 @@ impl<'a> Session<'a> {
         UnixStream::connect(&path).map_err(|source| failure(ClientError::unreachable(name, path, source)))
     }
 
-    /// How a VM has ended. None if it was asked to, or runs.
+    /// Returns the end of a VM. None if it was stopped on request, or runs.
     fn ended(&self, name: &str) -> Result<Option<EndedVm>, Failure> {
         let ended = ended_vms(self.client.dir()).map_err(Failure::input)?;
         Ok(ended.into_iter().find(|ended| ended.name == name))
     }
 
-    /// The same of one that cannot be reached: its end may not be on record yet.
+    /// The same for an unreachable VM: its end may not be on record yet.
     fn ended_soon(&self, name: &str) -> Result<Option<EndedVm>, Failure> {
         let deadline = Instant::now() + LAST_OUTPUT;
         loop {
@@ -216,15 +217,15 @@ impl<'a> Session<'a> {
             if self.shutdown.signal().is_some() {
                 return self.stop_all();
             }
-            // It has ended, most likely: its process is not there to be asked, and whoever clears up
-            // may have gone.
+            // The VM has most likely ended: its process does not answer, and its supervisor may
+            // have gone.
             if is_over && asked.elapsed() > LAST_OUTPUT {
                 self.settle(&[name.to_owned()]);
                 asked = Instant::now();
             }
             match shown.done.recv_timeout(POLL_INTERVAL) {
                 Err(RecvTimeoutError::Timeout) => {}
-                // No more is said; its end comes now, or somebody has cut the connection.
+                // No more output comes: the VM's end follows, or the connection was cut.
                 _ => {
                     is_over = true;
                     thread::sleep(POLL_INTERVAL);
@@ -233,7 +234,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Clears up after VMs that have died, if there is no supervisor any more to do so.
+    /// Clears up after VMs that have died, if no supervisor is left to do so.
     fn settle(&self, names: &[String]) {
         if !answers(self.client.dir()) {
             names.iter().for_each(|name| settle_dead(self.client.dir(), name));
@@ -249,7 +250,7 @@ impl<'a> Session<'a> {
         self.wait_for_any();
     }
 
-    /// The same, without a word.
+    /// The same, without a message.
     pub(super) fn wait_for_any(&self) {
         loop {
             let left = self.there();
@@ -268,7 +269,7 @@ impl<'a> Session<'a> {
     fn stop_all(&self) {
         let deadline = Instant::now() + LAST_WORK;
         loop {
-            // Again, because one may be forked while others are stopped.
+            // Again, because a VM may be forked while others are stopped.
             let left = self.there();
             if left.is_empty() {
                 return;
@@ -281,7 +282,7 @@ impl<'a> Session<'a> {
                     });
                     for stop in stops.collect::<Vec<_>>() {
                         let left = deadline.saturating_duration_since(Instant::now());
-                        // What is left is counted again.
+                        // The next round counts the remaining VMs.
                         let _ = tokio::time::timeout(left, stop).await;
                     }
                 });
@@ -325,17 +326,17 @@ impl Drop for Session<'_> {
     fn drop(&mut self) {
         let Some(supervisor) = self.supervisor.take() else { return };
         supervisor.close();
-        // They end with this process, which another signal ends at once.
+        // They end with this process; another signal ends that at once.
         if !supervisor.wait_for_disks(SAY_AFTER) {
             say!("\r\nclade: disks are given what was written since the fork\r");
-            // A disk that others still use is given nothing.
+            // Writes are not merged into a disk that others still use.
             let limit = if self.there().is_empty() { COMMIT_TIMEOUT } else { LAST_WORK };
             if !supervisor.wait_for_disks(limit) {
                 let limit = limit.as_secs();
                 say!("\r\nclade: a disk has not been given what was written since the fork within {limit} s\r");
             }
         }
-        // VMs of others: somebody has to be asked for their forks.
+        // VMs of others need a supervisor for their forks.
         let others = clade_daemon::supervisor::vms_in(self.client.dir());
         if others.is_ok_and(|others| !others.is_empty())
             && let Err(error) = ensure()
@@ -354,7 +355,7 @@ fn started(error: FleetError) -> Failure {
 
 /// A console that is copied to standard output.
 struct Shown {
-    /// Says when it is over.
+    /// Receives a message at its end.
     done: Receiver<()>,
     /// Whether there was any output.
     is_any: Arc<AtomicBool>,
@@ -368,7 +369,7 @@ fn show(mut console: UnixStream) -> io::Result<Shown> {
     let show = move || {
         let mut bytes = [0; 4096];
         while let Ok(got @ 1..) = console.read(&mut bytes) {
-            // Relaxed: read when the end has been said, or in vain.
+            // Relaxed: read after the message of the end, or to no effect.
             shows.store(true, Ordering::Relaxed);
             if print(&bytes[..got]).is_err() {
                 // The VM runs on without a reader.
@@ -388,8 +389,8 @@ fn print(bytes: &[u8]) -> io::Result<()> {
     stdout.write_all(bytes).and_then(|()| stdout.flush())
 }
 
-/// Shows the last output of a VM that nobody has seen.
+/// Prints the last output of a VM that was never shown.
 fn print_last(ended: &EndedVm) {
-    // Nobody may read it.
+    // Standard output may have no reader.
     let _ = print(ended.console.as_bytes());
 }

@@ -1,4 +1,4 @@
-//! Signals that shut down a process with VMs in an orderly way: nothing is left behind.
+//! Signals that end a process with VMs properly: no files or VMs stay.
 
 use std::io;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ const SIGNALS: [Signal; 3] = [Signal::TERM, Signal::INT, Signal::HUP];
 pub(super) struct ShutdownSignal(Arc<AtomicI32>, watch::Receiver<bool>);
 
 impl ShutdownSignal {
-    /// Starts to listen. The first signal is only recorded; another ends the process at once.
+    /// Starts to listen. The first signal is only recorded; a second one ends the process at once.
     pub(super) fn listen(runtime: &Handle) -> io::Result<Self> {
         let ignored = ignored()?;
         let (first, (came, coming)) = (Arc::new(AtomicI32::new(0)), watch::channel(false));
@@ -28,12 +28,12 @@ impl ShutdownSignal {
             let (first, came) = (Arc::clone(&first), came.clone());
             runtime.spawn(async move {
                 while arrivals.recv().await.is_some() {
-                    // Relaxed: nothing is published through the word. What follows from it is done
-                    // under locks.
+                    // Relaxed: the word publishes no other data. Its consequences happen under
+                    // locks.
                     if first.compare_exchange(0, number, Ordering::Relaxed, Ordering::Relaxed).is_err() {
                         std::process::exit(128 + number);
                     }
-                    // Without a receiver nobody waits.
+                    // Without a receiver no task waits.
                     let _ = came.send(true);
                 }
             });
@@ -41,7 +41,7 @@ impl ShutdownSignal {
         Ok(Self(first, coming))
     }
 
-    /// Returns once there has been one.
+    /// Returns once a signal has come.
     pub(super) async fn wait(&self) {
         // Without a sender there is no signal that could come.
         if self.1.clone().wait_for(|has_come| *has_come).await.is_err() {
@@ -49,13 +49,13 @@ impl ShutdownSignal {
         }
     }
 
-    /// The first signal, if there has been one.
+    /// Returns the first signal, if one has come.
     pub(super) fn signal(&self) -> Option<i32> {
         Some(self.0.load(Ordering::Relaxed)).filter(|number| *number != 0)
     }
 }
 
-/// A bit mask of the signals that the process ignores.
+/// Returns a bit mask of the signals that the process ignores.
 fn ignored() -> io::Result<u64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

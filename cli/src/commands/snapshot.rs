@@ -28,7 +28,8 @@ pub(crate) fn main(args: SnapshotArgs) -> Outcome {
     }
 }
 
-/// A bar of bytes with their rate. Hidden if standard error is no terminal or the output is JSON.
+/// Makes a bar of bytes with their rate. Hidden if standard error is not a terminal or the output
+/// is JSON.
 fn bar(json: bool) -> ProgressBar {
     if json || !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();

@@ -11,7 +11,7 @@ use crate::commands::remote::ask;
 use crate::commands::units::show_size;
 use crate::commands::{Failure, Outcome, print_json};
 
-/// How often `--watch` asks.
+/// Interval of `--watch`.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// Puts the cursor at the top left, and clears from there.
 const CLEAR: &str = "\x1b[H\x1b[J";
@@ -29,7 +29,7 @@ pub(crate) struct StatsArgs {
     watch: bool,
 }
 
-/// What `--json` prints.
+/// The output of `--json`.
 #[derive(Serialize)]
 struct Printed<'a> {
     vms: &'a [VmStats],
@@ -37,7 +37,7 @@ struct Printed<'a> {
     silent: &'a [String],
 }
 
-/// The bound below which at least `share` of a histogram's durations are, in words.
+/// Formats the bound below which at least `share` of a histogram's durations are.
 fn within(histogram: &HistogramInfo, share: f64) -> String {
     if histogram.count == 0 {
         return "-".to_owned();
@@ -100,7 +100,7 @@ fn table(gathered: &Gathered) -> String {
     columns(&std::iter::once(header).chain(gathered.vms.iter().map(row)).collect::<Vec<_>>())
 }
 
-/// Asks the VMs. One that was named and is not there is an error.
+/// Asks the VMs. A named VM that is missing is an error.
 fn gather(names: &[String]) -> Result<Gathered, Failure> {
     let client = Client::default();
     let mut gathered = ask(async {

@@ -1,4 +1,4 @@
-//! The terminal: raw mode, which is left however the command ends, and keyboard input.
+//! The terminal: raw mode, which ends with the command in every case, and keyboard input.
 
 use std::io::{self, IsTerminal};
 

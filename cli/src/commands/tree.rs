@@ -1,4 +1,4 @@
-//! `clade tree`: who descends from whom, and how much memory each owns.
+//! `clade tree`: VMs and their descendants, with the memory of each.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
@@ -20,10 +20,10 @@ pub(crate) struct TreeArgs {
     json: bool,
 }
 
-/// VMs say how old they are within so many seconds of each other.
+/// The reported ages of VMs are of instants within so many seconds of each other.
 const ASKED_WITHIN_S: f64 = 6.0;
 
-/// What a node is.
+/// The kind of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Kind {
@@ -31,7 +31,7 @@ enum Kind {
     Paused,
     Suspended,
     Stopped,
-    /// It has ended, and something descends from it.
+    /// An ended VM with descendants.
     Ended,
     Checkpoint,
 }
@@ -58,12 +58,12 @@ impl Kind {
     }
 }
 
-/// A VM or a checkpoint with what descends from it.
+/// A VM or a checkpoint with its descendants.
 #[derive(Debug, PartialEq, Serialize)]
 struct Node {
     name: String,
     kind: Kind,
-    /// Memory that is freed with it, in KiB; none where it has no memory of its own.
+    /// Memory that is freed with it, in KiB; None if it has no memory of its own.
     #[serde(skip_serializing_if = "Option::is_none")]
     private_kib: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -73,28 +73,28 @@ struct Node {
     children: Vec<Node>,
 }
 
-/// All that descends from one VM.
+/// All descendants of one VM.
 #[derive(Debug, PartialEq, Serialize)]
 struct Clade {
     root: Node,
-    /// VMs that have not ended.
+    /// Running VMs.
     vms: usize,
     checkpoints: usize,
     /// Private memory of all of them, in KiB.
     private_kib: u64,
-    /// Memory of the layers that they are shown, each layer once, in KiB.
+    /// Memory of the layers that provide their pages, each layer once, in KiB.
     layers_kib: u64,
     layers: usize,
 }
 
-/// What is known of the directory.
+/// The known VMs of the directory.
 struct Known<'a> {
     vms: &'a [VmStats],
     ended: &'a [EndedVm],
     checkpoints: &'a [CheckpointInfo],
 }
 
-/// A place in the tree: a VM by name, or one that has ended.
+/// A place in the tree: a running VM by name, or an ended one.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Place {
     Vm(String),
@@ -106,8 +106,8 @@ impl Known<'_> {
         self.vms.iter().find(|vm| vm.name == name)
     }
 
-    /// Where the parent of something `generation` forks deep and `age_s` old is. A VM of another
-    /// depth, or that is younger, has the name by now and is not the parent.
+    /// Returns the parent's place for a node `generation` forks deep and `age_s` old. A VM of
+    /// another depth, or a younger one, has only inherited the name, and is not the parent.
     fn parent(&self, parent: &str, generation: u32, age_s: f64) -> Place {
         let is_it = |vm: &VmStats| vm.generation + 1 == generation && vm.age_s + ASKED_WITHIN_S >= age_s;
         if self.vm(parent).is_some_and(is_it) { Place::Vm(parent.to_owned()) } else { Place::Ended(parent.to_owned()) }
@@ -121,7 +121,7 @@ impl Known<'_> {
         }
     }
 
-    /// What descends from each place, and the roots.
+    /// Returns the children of each place, and the roots.
     fn descent(&self) -> (BTreeMap<Place, Vec<Place>>, Vec<Place>) {
         let mut children: BTreeMap<Place, Vec<Place>> = BTreeMap::new();
         let mut roots = Vec::new();
@@ -146,7 +146,7 @@ impl Known<'_> {
             if !ended.insert(name.clone()) {
                 continue;
             }
-            // What is on record of it says whose child it was.
+            // The record of the ended VM has its parent.
             let record = self.ended.iter().find(|record| record.name == name);
             let parent = record.and_then(|record| Some(self.parent(record.parent.as_deref()?, record.generation, 0.0)));
             let parent = parent.filter(|place| !matches!(place, Place::Ended(name) if ended.contains(name)));
@@ -226,8 +226,8 @@ impl Known<'_> {
     }
 }
 
-/// The rows of a node and what is below it. `before` is drawn left of it, `beside` left of what is
-/// below.
+/// Returns the rows of a node and of its descendants. `before` is drawn left of it, `beside` left
+/// of the descendants.
 fn rows(node: &Node, before: &str, beside: &str, out: &mut Vec<Vec<String>>) {
     let size = |kib: Option<u64>| kib.map_or_else(|| "-".to_owned(), |kib| show_size(kib << 10));
     let age = node.age_s.map_or_else(|| "-".to_owned(), show_age);

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-/// The longest duration that is taken: a century. Clocks can count it.
+/// The longest accepted duration: a century. Clocks can count it.
 const MAX_DURATION: Duration = Duration::from_secs(100 * 365 * 86_400);
 
-/// Parses a size: a number and an optional unit, K, M, G or T, also as KiB or KB. All are powers of
-/// 1024. Returns bytes.
+/// Parses a size: a number and an optional unit, K, M, G or T, also as KiB or KB. The units are
+/// powers of 1024. Returns bytes.
 ///
 /// A fraction is accepted if the result is whole bytes: `0.5G`, `1.5M`.
 ///

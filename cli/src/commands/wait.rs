@@ -1,4 +1,4 @@
-//! `clade wait`: until VMs have ended, and why they did.
+//! `clade wait`: waits for the ends of VMs, and shows the reasons.
 
 use std::time::{Duration, Instant};
 
@@ -13,10 +13,10 @@ use crate::commands::serve::answers;
 use crate::commands::units::parse_duration;
 use crate::commands::{Failure, Outcome, print_json};
 
-/// How often VMs are looked at.
+/// Interval of the checks of VMs.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
-/// How long the record of a VM whose process was killed may take. The supervisor writes it, and does
-/// so for the VMs that it knows.
+/// Time limit of the record for a VM whose process was killed. The supervisor writes it, for the
+/// VMs that it knows.
 const RECORD_TIMEOUT: Duration = Duration::from_secs(60);
 /// The same without a supervisor that answers: one may just be starting.
 const NO_SUPERVISOR_TIMEOUT: Duration = Duration::from_secs(5);
@@ -28,10 +28,10 @@ pub(crate) struct WaitArgs {
     /// The VMs.
     #[arg(value_name = "VM", required_unless_present = "all", conflicts_with = "all")]
     names: Vec<String>,
-    /// All that run now.
+    /// All VMs that run now.
     #[arg(long)]
     all: bool,
-    /// How long to wait at most, such as 90s, 5m or 1h30m. Then the exit code is 124.
+    /// Time limit, such as 90s, 5m or 1h30m. Then the exit code is 124.
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     timeout: Option<Duration>,
     /// Print JSON instead of lines.
@@ -43,13 +43,13 @@ pub(crate) struct WaitArgs {
 #[derive(Debug, Serialize)]
 struct Ended {
     name: String,
-    /// In words.
+    /// The reason as text.
     reason: String,
-    /// Whether that is an end in order: asked for, or the guest has switched itself off.
+    /// Whether the VM ended properly: on request, or because the guest switched itself off.
     in_order: bool,
 }
 
-/// Whether a guest or its owner has ended the VM.
+/// Returns whether a guest or its owner has ended the VM.
 fn is_in_order(reason: &StopReason) -> bool {
     matches!(reason, StopReason::Requested | StopReason::Reset | StopReason::PowerOff)
 }
@@ -58,8 +58,8 @@ async fn record(client: &Client, name: &str) -> Result<Option<EndedVm>, Failure>
     Ok(client.ended().await.map_err(failure)?.into_iter().find(|ended| ended.name == name))
 }
 
-/// What is known of a VM's end, as far as it is by the `deadline`. `was_seen`: it ran when it was
-/// looked at first.
+/// Returns a VM's end, as far as it is known by the `deadline`. `was_seen`: it ran at the first
+/// check.
 async fn end_of(
     client: &Client,
     name: &str,
@@ -70,21 +70,20 @@ async fn end_of(
     let limit = if is_supervised { RECORD_TIMEOUT } else { NO_SUPERVISOR_TIMEOUT };
     let deadline = deadline.min(Instant::now() + limit);
     loop {
-        // Before the record is looked for, which is written before the socket goes.
+        // Before the record is read: that is written before the socket goes.
         let is_there = client.is_remote() || socket_path(client.dir(), name).exists();
         if let Some(record) = record(client, name).await? {
             let in_order = is_in_order(&record.stopped);
             return Ok(Some(Ended { name: name.to_owned(), reason: record.reason, in_order }));
         }
-        // Without a record it has been stopped, and somebody has cleared up.
+        // Without a record the VM was stopped, and its files were cleared up.
         is_dead &= is_there;
         if !is_dead || Instant::now() > deadline {
             break;
         }
         tokio::time::sleep(POLL_INTERVAL).await;
     }
-    // One that is stopped leaves no record, and nobody but a supervisor writes one of a process
-    // that has died.
+    // A stopped VM leaves no record, and only a supervisor writes one for a process that has died.
     let reason = if is_dead { "its process has died" } else { "stopped as asked" };
     Ok(was_seen.then(|| Ended { name: name.to_owned(), reason: reason.to_owned(), in_order: !is_dead }))
 }
@@ -107,14 +106,15 @@ async fn one(client: Client, name: String, deadline: Instant) -> Result<Option<E
                 }
             }
             Ok(Err(error)) => {
-                // An answer that breaks off: it is ending. A supervisor says so of a VM's process.
+                // An answer that breaks off means that the VM is ending. A supervisor reports this
+                // for a VM's process.
                 let breaks_off = matches!(error, ClientError::Http(_) | ClientError::Refused { status: 502, .. });
                 let is_dead = breaks_off || matches!(error, ClientError::Dead { .. });
                 let is_gone = matches!(error, ClientError::NoSuchVm { .. } | ClientError::Refused { status: 404, .. });
                 if !is_dead && !is_gone {
                     return Err(failure(error));
                 }
-                // A VM that ends at the first look was there at it.
+                // A VM that ends at the first check existed then.
                 was_seen |= breaks_off;
                 if breaks_off && Instant::now() < deadline {
                     tokio::time::sleep(POLL_INTERVAL).await;
@@ -137,7 +137,7 @@ pub(super) fn main(args: &WaitArgs) -> Outcome {
     let client = Client::default();
     let timeout = args.timeout.unwrap_or(FOR_EVER);
     let deadline = Instant::now() + timeout;
-    // All at once: each takes as long as its VM runs.
+    // All at once: each wait lasts as long as its VM runs.
     let (names, results) = ask(async {
         let names = if args.all { client.all_names().await? } else { args.names.clone() };
         let mut waits = Vec::new();

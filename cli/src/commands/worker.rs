@@ -23,29 +23,29 @@ use crate::commands::{Failure, Outcome};
 
 /// The interval at which the end of the VM is polled.
 const TURN: Duration = Duration::from_millis(200);
-/// How often the end of VMs in other processes is looked for.
+/// Interval of the checks for the end of VMs in other processes.
 const LEASE_POLL: Duration = Duration::from_millis(20);
-/// When it is said that they are waited for.
+/// Time after which the wait for them is reported.
 const SAY_AFTER: Duration = Duration::from_secs(1);
-/// How long open requests may take to end after a signal.
+/// Time limit of open requests after a signal.
 const LAST_WORK: Duration = Duration::from_secs(10);
 
-/// Set for workers that are measured: to [`SPINNING`] for children that spin from then on, otherwise
-/// children are idle.
+/// Set for measured workers: to [`SPINNING`] for children that then spin, otherwise children are
+/// idle.
 pub(crate) const MEASURE: &str = "CLADE_BENCH_WORKER";
 pub(crate) const SPINNING: &str = "spinning";
-/// The name of the embedded guest, where a kernel's file is asked for.
+/// The name of the embedded guest, in place of a kernel's file.
 pub(crate) const BARE: &str = "bare";
 
-/// What all VMs of a worker share, with memory files in `mount`.
+/// Returns the context of all VMs of a worker, with memory files in `mount`.
 pub(super) fn context(mount: Option<HugeTmpfs>) -> Result<Context, Failure> {
     let context = Context::open_on(mount).map_err(Failure::input)?;
     Ok(if measures() { context.with_report_port() } else { context })
 }
 
-/// Runs the VM that the process behind `socket` orders.
+/// Runs the VM ordered by the process behind `socket`.
 pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
-    // Before there is another thread, which would not be confined.
+    // Before a second thread, which would not be confined.
     let Some(entered) = worker::enter(context, &socket).map_err(Failure::run)? else { return Ok(()) };
     with_runtime(|runtime| {
         let mut program = Program { kernel, before_start: None, booted: None, started: None, said: None };
@@ -56,11 +56,11 @@ pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
             program.started = Some(await_announcement);
             program.said = Some(if spins { spin } else { pause });
         }
-        // Until then a signal ends the process at once, and whoever ordered the VM clears up.
+        // Until then a signal ends the process at once, and its starter clears up.
         let shutdown = OnceCell::new();
         let listen = || ShutdownSignal::listen(runtime).map(|signal| drop(shutdown.set(signal)));
         let served = worker::serve(context, &entered, &socket, runtime, &program, &listen);
-        // Whoever has ordered the VM was told.
+        // The starter got the error.
         let served = served.inspect_err(|error| tracing::debug!(%error, "no VM")).ok().flatten();
         let (Some(served), Some(shutdown)) = (served, shutdown.into_inner()) else { return Ok(()) };
         drop(socket);
@@ -71,9 +71,9 @@ pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
     })
 }
 
-/// Waits until the VM has ended and nothing of it is in use. A signal ends it.
+/// Waits until the VM has ended and none of its resources is in use. A signal ends it.
 ///
-/// The VM is dropped when it has stopped. Its resources are then free, also while children in other
+/// The VM is dropped when it has stopped. Its resources are then free, even while children in other
 /// processes read its disks.
 fn wait_for_end(served: Served, shutdown: &ShutdownSignal) {
     let Served { fleet, vm, ahead, was_booted } = served;
@@ -97,7 +97,7 @@ fn wait_for_end(served: Served, shutdown: &ShutdownSignal) {
         }
     }
     wait_for_children(&fleet, &disks, shutdown);
-    // After all have ended that read them: no disk may be written that another VM's map refers to.
+    // After the end of all readers: no disk may be written that another VM's map refers to.
     commit_overlays(disks);
 }
 
@@ -118,7 +118,7 @@ fn wait_for_children(fleet: &Fleet, disks: &[Disk], shutdown: &ShutdownSignal) {
     }
 }
 
-/// Whether a disk has overlays that belong in its image.
+/// Returns whether a disk has overlays that belong in its image.
 fn has_overlays(disk: &Disk) -> bool {
     disk.is_forked() && !disk.config().read_only && !disk.config().ephemeral
 }
@@ -143,8 +143,8 @@ fn commit_overlays(disks: Vec<Disk>) {
     }
 }
 
-/// Whether `clade bench clones` has started this worker. A child of the bare guest then says that it
-/// runs before the worker does.
+/// Returns whether `clade bench clones` has started this worker. A child of the bare guest then
+/// reports that it runs before the worker does.
 fn measures() -> bool {
     std::env::var_os(MEASURE).is_some()
 }
@@ -186,15 +186,15 @@ fn pause(vm: &Vm) {
     let _ = vm.pause();
 }
 
-/// The kernel of a VM: a file, or the embedded guest.
+/// Returns the kernel of a VM: a file, or the embedded guest.
 pub(super) fn kernel(path: &Path) -> Image {
     if path == Path::new(BARE) { Image::Bytes(clade_guests::BARE_ELF.into()) } else { Image::File(path.to_owned()) }
 }
 
-/// Takes the socket off standard input, which reads nothing from then on. A key on the terminal of
-/// the other process is not for this one.
+/// Takes the socket off standard input, which then reads nothing. Keys on the other process's
+/// terminal do not signal this one.
 pub(super) fn standard_input() -> std::io::Result<OwnedFd> {
-    // Fails only for a leader of a session, which needs none.
+    // Fails only for a session leader, which does not need it.
     let _ = rustix::process::setsid();
     let socket = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
     let nothing = rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;

@@ -1,6 +1,6 @@
-//! The bare guest's part: it writes words that the host can predict. Every child is compared, byte
-//! for byte, with the prediction for the instant of its fork. Every VM is also compared with the
-//! prediction for what it did later.
+//! The bare guest's part: the guest writes words that the host can predict. Every child is
+//! compared, byte for byte, with the prediction for the instant of its fork. Every VM is also
+//! compared with the prediction for its later writes.
 
 use std::path::Path;
 use std::thread;
@@ -24,7 +24,7 @@ const WINDOW: u64 = 64;
 const OWN_PAGES: u64 = 32;
 /// The interval between forks.
 const PACE: Duration = Duration::from_millis(10);
-/// How long a generation writes before it is forked.
+/// Time that a generation writes before it is forked.
 const GENERATION: Duration = Duration::from_millis(20);
 /// The seed of vCPU 0's words; the next ones follow.
 const SEED: u64 = 0xc1ade;
@@ -39,12 +39,12 @@ pub(crate) struct BareReport {
     pub(crate) first_instruction: Sample,
     pub(crate) private_kib: f64,
     pub(crate) private_kib_after: f64,
-    /// What memory files are in.
+    /// Page size of memory files.
     pub(crate) backing: String,
 }
 
-/// A child that is paused except while it executes a command: it inherits its parent's command, and a
-/// hundred writing children would leave the parent no processor.
+/// A child that is paused except while it executes a command: it inherits its parent's command, and
+/// a hundred writing children would leave the parent no processor.
 struct Child {
     vm: RemoteVm,
     /// Operations that each vCPU had completed when it stopped.
@@ -97,7 +97,7 @@ impl Demo<'_> {
         let parent = self.boot(config)?;
         self.report.backing = parent.stats()?.memory.backing;
         let children = self.fork_while_it_runs(&parent)?;
-        // What the generations descend from, at an instant after the last fork.
+        // The origin of the generations, at an instant after the last fork.
         self.vms.checkpoint(parent.name(), "generation")?;
         // Stop the parent now, but check it after its children: its operation count is the highest,
         // and predictions only advance.
@@ -150,7 +150,7 @@ impl Demo<'_> {
     /// which its first instruction was seen here, and the parent's pause in microseconds.
     fn start_child(&self, of: &str, name: &str) -> Result<(Child, Instant, f64), Failure> {
         let (vm, forked) = self.vms.fork_one(of, name)?;
-        // It is paused, so this is its state at the fork.
+        // The child is paused, so this is its state at the fork.
         let (mut at_fork, mut announced) = (Vec::new(), 0);
         for slice in &self.slices {
             let is_first = slice.vcpu() == 0;
@@ -252,7 +252,7 @@ impl Demo<'_> {
         checked
     }
 
-    /// Each child verifies, in the guest, what it has written since. No other VM shares that.
+    /// Has each child verify, in the guest, its own later writes. No other VM shares those.
     fn check_work(&mut self, children: &[Child]) -> Result<(), Failure> {
         let mut private = 0;
         for (n, child) in (0..).zip(children) {

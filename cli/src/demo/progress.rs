@@ -6,7 +6,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::commands::DemoArgs;
 
-/// A bar of `steps`. Hidden if standard error is no terminal or the output is JSON.
+/// Makes a bar of `steps`. Hidden if standard error is not a terminal or the output is JSON.
 pub(crate) fn bar(args: &DemoArgs, what: &'static str, steps: usize) -> ProgressBar {
     if args.json {
         return ProgressBar::hidden();

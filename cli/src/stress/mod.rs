@@ -57,12 +57,12 @@ const MADE_UP: u32 = 10;
 /// Forks within which a run without unshare must find wrong bytes. A few hundred have always been
 /// enough.
 const MAX_CONTROL_FORKS: u64 = 10_000;
-/// How much longer than asked a run lasts while no child has been reset in place.
+/// Longest overtime of a run while no child has been reset in place.
 const MAX_OVERTIME: Duration = Duration::from_mins(1);
 /// The interval at which the parent is polled.
 const POLL_INTERVAL: Duration = Duration::from_micros(500);
 
-/// What was checked, and the errors found.
+/// Counts of checks, and of errors found.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(crate) struct Tally {
     bytes_checked: u64,
@@ -116,7 +116,7 @@ struct Throughput {
     ratio_with_children: f64,
 }
 
-/// What a fork costs the parent.
+/// The cost of a fork to the parent.
 #[derive(Debug, Serialize)]
 struct Costs {
     /// The whole pause.
@@ -203,7 +203,7 @@ pub(crate) fn main(args: &StressArgs) -> Result<(), Failure> {
     if args.cpus < 2 || !args.cpus.is_multiple_of(2) {
         return Err(Failure::Input(anyhow::anyhow!("{} vCPUs: there are two for the disks, and pairs", args.cpus)));
     }
-    // The broken protocol is the library's.
+    // Only the library has the broken protocol.
     let world = Arc::new(World::new(args.in_process || args.without_unshare, args.without_unshare)?);
     let seed = args.seed.unwrap_or_else(|| u64::from(std::process::id()) ^ u64::from(rig::clock()));
     let rig = Rig::boot(&world, args)?;

@@ -22,8 +22,8 @@ pub(super) const READER: u64 = 0;
 pub(super) const WRITER: u64 = 1;
 /// The first vCPU without a disk. It and those after it form pairs.
 const FIRST_OF_PAIRS: u64 = 2;
-/// How long a pair may make no progress. It needs less than a millisecond, or some seconds on a
-/// busy host.
+/// Longest time without progress of a pair. A pair needs less than a millisecond, or some seconds
+/// on a busy host.
 const STUCK: Duration = Duration::from_secs(20);
 
 /// The disk drivers' areas.
@@ -86,7 +86,7 @@ pub(super) fn clock() -> u32 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.subsec_nanos())
 }
 
-/// What the writer does.
+/// The state of the writer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
     /// Writes the round's words over those of the round before.
@@ -371,9 +371,9 @@ fn await_taken(vm: &StressVm, vcpu: u64, seq: u64) -> Result<(), Failure> {
 }
 
 /// Stops the disk runs of a running VM, waits for requests in flight, and makes the guest compare
-/// all of the writer's disk. A child's run began in its parent, so only what the reader has
-/// compared after `read_before` operations is counted. (Words found wrong before the fork are found
-/// in both.)
+/// all of the writer's disk. A child's run began in its parent, so only the reader's comparisons
+/// after `read_before` operations are counted. (Words found wrong before the fork are found in
+/// both.)
 pub(super) fn stop_and_compare(
     vm: &StressVm,
     expect: &Expectation,
@@ -401,8 +401,8 @@ pub(super) fn stop_and_compare(
     compare_counts(vm, 0, tally)
 }
 
-/// Checks the words that CPUs increment beside the devices' bytes. Each must match the count or, at
-/// any instant, be up to `ahead` increments further.
+/// Checks the words that CPUs increment beside the devices' bytes. A word must match the count or,
+/// at any instant, be up to `ahead` increments further.
 pub(super) fn compare_counts(vm: &StressVm, ahead: u64, tally: &mut Tally) -> Result<(), Failure> {
     // All at once: a request for each takes a while if the VM is in another process.
     let mut bytes = vec![0; (2 * DEPTH * STRIDE) as usize];

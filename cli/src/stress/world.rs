@@ -1,4 +1,4 @@
-//! Where the stressed VMs are: each in a process of its own, or all in this one.
+//! The place of the stressed VMs: each in a process of its own, or all in this one.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use clade_vmm::vm::{ChildOptions, Context, ForkImage, StopReason, Vm, VmConfig};
 
 use crate::commands::{BARE, Failure, PrivateVms, RemoteVm, Source};
 
-/// Where VMs are made.
+/// The place of new VMs.
 pub(super) enum World {
     /// In this process. With `ignore`, pinned pages are not spared by freezes.
     Here { context: Context, ignore: bool },
@@ -33,10 +33,11 @@ pub(super) enum Image {
     Elsewhere(String),
 }
 
-/// What a fork cost the parent.
+/// The cost of a fork to the parent.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct ForkCosts {
-    /// In microseconds: the whole pause, until all stood still, and for freezing memory.
+    /// In microseconds: the whole pause, the part until vCPUs and devices stood still, and the part
+    /// for freezing memory.
     pub(super) pause_us: f64,
     pub(super) park_us: f64,
     pub(super) freeze_us: f64,
@@ -71,7 +72,7 @@ impl World {
         }
     }
 
-    /// The state of a VM now. It runs on, or stays paused.
+    /// Returns the state of a VM now. The VM runs on, or stays paused.
     pub(super) fn fork(&self, vm: &StressVm) -> Result<(Image, ForkCosts), Failure> {
         let us = |time: Duration| time.as_secs_f64() * 1e6;
         match (self, vm) {
@@ -132,7 +133,7 @@ impl World {
 }
 
 fn number(what: &str, numbers: &AtomicU64) -> String {
-    // Relaxed: it is only to be another one each time.
+    // Relaxed: the numbers only need to differ.
     format!("{what}-{}", numbers.fetch_add(1, Ordering::Relaxed))
 }
 
@@ -169,7 +170,7 @@ impl StressVm {
         }
     }
 
-    /// Ends it, whatever it does.
+    /// Ends the VM, whatever its state.
     pub(super) fn destroy(self) -> Result<(), Failure> {
         match self {
             Self::Here(vm) => {

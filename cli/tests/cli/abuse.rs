@@ -1,5 +1,6 @@
-//! Abuse of the API from many clients at once: requests that are valid, broken, slow, half or of
-//! nobody, while processes are killed. Each whole answer is of the API's; nothing is left.
+//! Abuse of the API from many clients at once: requests that are valid, malformed, slow, partial or
+//! unauthorized, while processes are killed. Each whole answer is in the API's form; no resources
+//! stay in use.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -21,13 +22,13 @@ use crate::tool::{Random, Runtime, kill, kvm, wait_until};
 const THREADS: u64 = 8;
 /// Children at a time.
 const MAX_VMS: usize = 10;
-/// Statuses of which each storm has an answer.
+/// Statuses that each storm must have produced.
 const EXPECTED: [u16; 3] = [200, 400, 401];
 const CANARY: &[u8] = b"nobody writes this";
-/// Guest-physical: the bare guest leaves it alone.
+/// Guest-physical: the bare guest does not touch it.
 const AT: u64 = 24 << 20;
 
-/// What the supervisor and the host hold.
+/// Resources that the supervisor and the host hold.
 #[derive(Debug)]
 struct Held {
     descriptors: usize,
@@ -65,7 +66,7 @@ fn parent_of(pid: u32) -> Option<u32> {
 }
 
 /// Sends `bytes`, and reads until the other end closes or `limit` is over. A client that vanishes
-/// reads nothing.
+/// does not read.
 fn converse(mut stream: impl Read + Write, bytes: &[u8], reads: bool) -> Vec<u8> {
     let mut answer = Vec::new();
     // A server that refuses early may not read all of it.
@@ -123,8 +124,8 @@ impl Abused {
         }
     }
 
-    /// Whether there is another request to be sent. The time bounds the count, but not before there were
-    /// answers of each kind that is expected.
+    /// Returns whether to send another request. The time bounds the count, but only after answers
+    /// of each expected kind.
     fn goes_on(&self) -> bool {
         let is_over = self.sent.fetch_add(1, Ordering::Relaxed) >= self.most || Instant::now() >= self.deadline;
         !is_over || EXPECTED.iter().any(|status| !self.answers.lock().unwrap().contains_key(status))
@@ -138,7 +139,7 @@ impl Abused {
         TcpStream::connect(&self.address).unwrap().into()
     }
 
-    /// Looks at an answer: none, if the server has cut the connection, or one that is the API's.
+    /// Checks an answer: empty, if the server has cut the connection, or in the API's form.
     fn judge(&self, asked: &str, answer: &[u8]) -> Option<(u16, Value)> {
         let text = String::from_utf8_lossy(answer);
         let (head, body) = text.split_once("\r\n\r\n")?;
@@ -156,7 +157,7 @@ impl Abused {
         self.judge(&request, &converse(self.unix(), request.as_bytes(), true))
     }
 
-    /// Names of what is in a list, but `web`.
+    /// Returns the names in a list, except `web`.
     fn names(&self, path: &str) -> Vec<String> {
         let list = self.ask("GET", path, "").map(|(_, list)| list).unwrap_or_default();
         let names = list.as_array().into_iter().flatten().filter_map(|one| one["name"].as_str());
@@ -309,7 +310,7 @@ impl Abused {
         });
     }
 
-    /// Removes what valid requests have made.
+    /// Removes everything that valid requests have made.
     fn tidy(&self) {
         wait_until("what was made to go", || {
             for name in self.names("/v1/checkpoints") {
@@ -321,7 +322,7 @@ impl Abused {
             }
             vms.is_empty()
         });
-        // There is a zygote again, if the last was killed.
+        // A new zygote has started, if the last was killed.
         let body = r#"{"name":"probe","paused":true}"#;
         wait_until("a child", || self.ask("POST", "/v1/vms/web/fork", body).is_some_and(|(status, _)| status == 200));
         self.ask("POST", "/v1/vms/probe/stop", "");
@@ -330,7 +331,7 @@ impl Abused {
     }
 }
 
-/// `most` requests, or as many as go into `seconds`.
+/// Sends `most` requests, or as many as go into `seconds`.
 fn abuse(most: u64, seconds: u64) {
     if !kvm() {
         return;
@@ -349,14 +350,14 @@ fn abuse(most: u64, seconds: u64) {
     let [zygotes, workers] = all.killed.each_ref().map(|count| count.load(Ordering::Relaxed));
     println!("{sent} requests in {took:?}; {zygotes} zygotes and {workers} workers killed");
     println!("answers by status: {:?}", all.answers.lock().unwrap());
-    // Nobody has touched the one that was there before.
+    // The VM from before is unchanged.
     assert_eq!(all.runtime.worker("web"), all.web);
     let (_, info) = all.ask("GET", "/v1/vms/web", "").unwrap();
     assert_eq!(info["state"], "paused", "{info}");
     let dump = all.runtime.clade(&["memory", "read", "web", &AT.to_string(), "18"]).stdout;
     assert!(dump.contains("nobody writes th"), "{dump}");
     let mut after = all.held();
-    // A VM whose zygote was killed with it is missed by a look at all, and cleared up by the next.
+    // One sweep may miss a VM whose zygote was killed with it; the next clears it up.
     wait_until("descriptors and files to be given back", || {
         after = all.held();
         after.descriptors <= before.descriptors && after.files == before.files
@@ -364,7 +365,7 @@ fn abuse(most: u64, seconds: u64) {
     println!("before: {before:?}\nafter: {after:?}");
     assert_eq!((after.mounts, &after.files), (before.mounts, &before.files));
     assert_eq!((&after.interfaces, after.processes), (&before.interfaces, before.processes));
-    // What the allocator keeps, and records: replayed answers, events, ended VMs.
+    // Kept by the allocator, and records: repeated answers, events, ended VMs.
     assert!(after.resident_kib < before.resident_kib + (64 << 10), "{after:?}, before: {before:?}");
     let answers = all.answers.lock().unwrap();
     assert!(EXPECTED.iter().all(|status| answers.contains_key(status)), "{answers:?}");

@@ -1,4 +1,4 @@
-//! The agent in a guest: programs, files, forks, and what is said where there is none.
+//! The agent in a guest: programs, files, forks, and errors without an agent.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -18,7 +18,7 @@ use crate::tool::{Answer, Runtime, kvm, taps};
 
 /// Running time for a boot on the reference host. Guest kernels may be interpreted.
 pub(crate) const BOOT: Duration = Duration::from_secs(900);
-/// How long `clade exec` waits for an agent whose guest is busy.
+/// Time that `clade exec` waits for an agent whose guest is busy.
 pub(crate) const WAIT: &str = "1h";
 
 fn exec(runtime: &Runtime, args: &[&str]) -> Answer {
@@ -32,7 +32,7 @@ fn feed(runtime: &Runtime, program: &[&str], bytes: Vec<u8>) -> Answer {
     let mut stdin = child.stdin.take().unwrap();
     let writer = std::thread::spawn(move || stdin.write_all(&bytes));
     let answer = child.wait_with_output().unwrap().into();
-    // The program may end before it has read all of it: its end and its output say whether that is right.
+    // The program may end before it has read everything: its end and its output are checked.
     let _ = writer.join().unwrap();
     answer
 }
@@ -54,7 +54,7 @@ fn programs(runtime: &Runtime) {
     let bytes = vec![b'x'; 3_000_000];
     let done = feed(runtime, &["sha256sum"], bytes.clone());
     assert_eq!((done.code, done.stderr.as_str()), (Some(0), ""), "{done:?}");
-    // A program that ends while its input still comes: its output and its end are reported.
+    // A program that ends while its input still arrives: its output and its end are reported.
     let early = feed(runtime, &["sh", "-c", "head -c 4; echo; seq 20000; exit 3"], bytes.clone());
     let numbers: String = (1..=20_000).map(|number| format!("{number}\n")).collect();
     assert_eq!((early.code, early.stderr.as_str()), (Some(3), ""), "{early:?}");
@@ -119,19 +119,19 @@ fn forks(runtime: &Runtime) {
         if name == "web" {
             assert_eq!((hooked.as_str(), year.as_str()), ("", "2001\n"));
         } else {
-            // It is told again if its connection was among those that were reset.
+            // The notification is repeated if the fork reset its connection.
             assert!(hooked.starts_with(&format!("{name} ")), "{hooked:?}");
             assert_ne!(year, "2001\n", "the child's clock is the host's");
         }
     }
     assert!(drawn[0] != drawn[1] && drawn[1] != drawn[2] && drawn[0] != drawn[2]);
-    // One that was put back is told as well.
+    // A reset VM is notified as well.
     exec(runtime, &["web-2", "--", "rm", "/tmp/hook"]);
     runtime.clade(&["reset", "web-2", "--json"]).json();
     let ready = runtime.clade(&["ready", "web-2", "--json"]).json();
     assert_eq!((ready["name"].as_str(), ready["hooks"][0].as_str()), (Some("web-2"), Some("10-name")), "{ready}");
     assert!(exec(runtime, &["web-2", "--", "cat", "/tmp/hook"]).stdout.starts_with("web-2 "));
-    // Where one is not ready, there are none.
+    // If one is not ready, no child stays.
     let bad = "echo exit 3 > /etc/clade/fork.d/20-bad; sed -i '1i#!/bin/sh' /etc/clade/fork.d/20-bad; chmod +x /etc/clade/fork.d/20-bad";
     exec(runtime, &["web", "--", "sh", "-c", bad]);
     let refused = runtime.clade(&["fork", "web", "--ready"]);
@@ -143,8 +143,8 @@ fn forks(runtime: &Runtime) {
     assert_eq!(runtime.clade(&["wait", "web-1"]).code, Some(0));
 }
 
-/// A program and an upload of the parent's go on through a fork. The child has what they had come to,
-/// and says so. (This kernel has no inotify to watch with.)
+/// A program and an upload of the parent's go on through a fork. The child has their state at that
+/// instant, and reports it. (This kernel has no inotify to watch with.)
 fn forks_in_the_middle(runtime: &Runtime) {
     let socket = runtime.dir().join("web.vsock");
     let slow = BOOT;
@@ -168,7 +168,7 @@ fn forks_in_the_middle(runtime: &Runtime) {
         let fork = runtime.command(&["fork", "web", "--ready", "--name", "middle", "--network", "off"]).output();
         let fork = Answer::from(fork.unwrap());
         assert_eq!(fork.code, Some(0), "{fork:?}");
-        // What the parent's clients had begun goes on.
+        // Requests begun by the parent's clients go on.
         assert!(upload.send(vec![b'b'; 400 << 10].into()).await);
         drop(upload);
         assert_eq!(uploaded.await.unwrap().unwrap().path, "/tmp/up");
@@ -188,7 +188,7 @@ fn forks_in_the_middle(runtime: &Runtime) {
     runtime.clade(&["stop", "middle"]);
 }
 
-/// The guest of a closed child sees its link down, also when it brings its interface up anew. Its
+/// The guest of a closed child sees its link down, even when it brings its interface up again. Its
 /// agent answers all the same.
 fn closed(runtime: &Runtime, child: &str) {
     if !taps() {
@@ -235,7 +235,7 @@ fn a_vm_without_an_agent_is_an_error_that_says_why() {
     for name in ["plain", "deaf"] {
         runtime.clade(&["resume", name, "--json"]).json();
     }
-    // Without the device there is nothing to wait for: this hour would not pass.
+    // Without the device there is nothing to wait for: the wait of an hour must not happen.
     let plain = exec(&runtime, &["plain", "--", "true"]);
     assert!(plain.code == Some(125) && plain.stderr.contains("no vsock device"), "{plain:?}");
     let deaf = runtime.clade(&["exec", "--wait", "300ms", "deaf", "--", "true"]);
@@ -248,7 +248,7 @@ fn a_vm_without_an_agent_is_an_error_that_says_why() {
     assert_eq!(runtime.names(), ["deaf", "plain"]);
 }
 
-/// What a guest says to every connection once it has been asked something.
+/// Sends a guest's answer to every connection after its request.
 fn say_to_all(listener: UnixListener, answer: &'static [u8]) {
     std::thread::spawn(move || {
         for mut stream in listener.incoming().flatten() {

@@ -1,4 +1,5 @@
-//! Copies ahead: the children of a checkpoint have copies of what those before them have written.
+//! Copies ahead: the children of a checkpoint have copies of the pages that earlier children have
+//! written.
 
 use crate::supervisor::{GuestMemory, Supervised};
 use crate::tool::{kvm, wait_until};
@@ -26,7 +27,7 @@ fn copied(all: &Supervised, name: &str) -> u64 {
     all.http("GET", &format!("/v1/vms/{name}/stats"), "").1["copies"]["ahead"].as_u64().unwrap()
 }
 
-/// Stops a child. What it has written is known then.
+/// Stops a child, whose written pages are then known.
 fn stop(all: &Supervised, name: &str) -> Value {
     let before = learned(all)["children"].as_u64().unwrap();
     assert_eq!(all.runtime.clade(&["stop", name]).code, Some(0));
@@ -49,7 +50,7 @@ fn children_have_copies_of_what_those_before_them_have_written() {
         assert_eq!(forked.code, Some(0), "{forked:?}");
     };
 
-    // Of the first nothing is known.
+    // The first child has nothing to learn from.
     fork("a", &[]);
     assert_eq!(copied(&all, "a"), 0);
     write(&all, "a", 0, 7);
@@ -73,30 +74,30 @@ fn children_have_copies_of_what_those_before_them_have_written() {
     assert!(after["hits"].as_u64().unwrap() >= PAGES, "{after}");
     let waste = after["waste"].as_u64().unwrap();
 
-    // One that writes other pages has had them for nothing, and they are forgotten in time.
+    // A child that writes other pages has wasted copies, which are forgotten in time.
     fork("c", &[]);
     wait_until("the copies", || copied(&all, "c") >= PAGES);
     write(&all, "c", 1000, 9);
     let after = stop(&all, "c");
     assert!(after["waste"].as_u64().unwrap() >= waste + PAGES, "{after}");
 
-    // As many as it may, or none.
+    // As many as the limit allows, or none.
     fork("none", &["--ahead", "0"]);
     fork("some", &["--ahead", "1"]);
     wait_until("the copies", || copied(&all, "some") >= PAGES);
     assert_eq!(copied(&all, "none"), 0);
     let before = learned(&all);
     all.runtime.clade(&["stop", "none"]);
-    // Its process was not asked to say anything.
+    // Its process did not have to report.
     wait_until("its end", || !all.runtime.socket("none").exists());
     assert_eq!(learned(&all), before);
 
-    // Of a VM's forks nothing is learned, and what cannot be is refused.
+    // Forks of a VM learn nothing, and impossible values are refused.
     assert_eq!(all.fork(&["web"]), ["web-1"]);
     all.runtime.clade(&["fork", "web", "--ahead", "1"]).expect_refusal("ahead_mib: 1");
     all.runtime.clade(&["fork", "base", "--ahead", "5000"]).expect_refusal("5000");
 
-    // What one that was forked itself has written is not its own alone any more.
+    // The pages written by a forked VM are no longer its own alone.
     fork("d", &[]);
     write(&all, "d", 2000, 3);
     assert_eq!(all.fork(&["d"]), ["d-1"]);
@@ -104,7 +105,7 @@ fn children_have_copies_of_what_those_before_them_have_written() {
     wait_until("its end", || !all.runtime.socket("d").exists());
     assert_eq!(learned(&all), before);
 
-    // A child that is killed says nothing, and a checkpoint that is gone hears nothing.
+    // A killed child reports nothing, and a removed checkpoint learns nothing.
     let pid = all.pid_of("some");
     rustix::process::kill_process(rustix::process::Pid::from_raw(pid as i32).unwrap(), rustix::process::Signal::KILL)
         .unwrap();

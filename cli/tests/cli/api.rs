@@ -1,4 +1,4 @@
-//! The supervisor's API as programs meet it.
+//! The supervisor's API as programs see it.
 
 use std::io::{BufRead, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -13,7 +13,7 @@ fn ask(runtime: &Runtime, method: &str, path: &str, body: &str) -> (u16, Value) 
     runtime.http_at(&runtime.dir().join("clade.api"), method, path, body)
 }
 
-/// Sends bytes and returns what comes until the server closes.
+/// Sends bytes and returns the answer until the server closes.
 fn raw(runtime: &Runtime, bytes: &[u8]) -> String {
     let mut stream = PatientStream::from(UnixStream::connect(runtime.dir().join("clade.api")).unwrap());
     // A server that refuses early may not read all of it.
@@ -89,7 +89,7 @@ fn a_port_asks_for_the_token_and_a_host_of_its_own() {
         let (status, answer) = shown("localhost", wrong);
         assert_eq!((status, &answer["type"]), (401, &"urn:clade:unauthorized".into()), "{wrong}");
     }
-    // Guesses from one address are few at a time, and nobody who has the token waits for them.
+    // Guesses from one address are few at a time, and never delay holders of the token.
     let wrong = "0".repeat(64);
     std::thread::scope(|scope| {
         let guesses: Vec<_> = (0..16).map(|_| scope.spawn(|| shown("localhost", &wrong).0)).collect();
@@ -100,7 +100,7 @@ fn a_port_asks_for_the_token_and_a_host_of_its_own() {
     });
     assert_eq!(over_tcp(&address, "host: localhost\r\n").0, 401);
     assert_eq!(over_tcp(&address, &format!("authorization: Bearer {token}\r\n")).0, 403, "no host");
-    // The Unix socket needs none.
+    // The Unix socket needs no token.
     assert_eq!(ask(&runtime, "GET", "/v1/supervisor", "").0, 200);
     // Commands over the port, from another runtime directory.
     let elsewhere = Runtime::new();
@@ -119,7 +119,7 @@ fn a_port_asks_for_the_token_and_a_host_of_its_own() {
     command(&["ps"], &api, None).expect_refusal("CLADE_TOKEN_FILE");
     command(&["ps"], "tcp://example.com", Some(file)).expect_refusal("tcp://example.com");
     command(&["ps"], &api, Some("/nonexistent")).expect_refusal("/nonexistent");
-    // Bad arguments leave no supervisor behind.
+    // Bad arguments start no supervisor.
     let other = Runtime::new();
     other.clade(&["serve", "--tcp", "0.0.0.0:0", "--token-file", file]).expect_refusal("0.0.0.0:0");
     other.clade(&["serve", "--tcp", &address, "--token-file", file]).expect_refusal(&address);
@@ -128,7 +128,7 @@ fn a_port_asks_for_the_token_and_a_host_of_its_own() {
     assert_eq!(std::fs::read_dir(other.dir()).unwrap().count(), 0);
 }
 
-/// Commands that look at all VMs ask the supervisor at the port, and not the directory here.
+/// Commands for all VMs ask the supervisor at the port, and do not read the local directory.
 #[test]
 fn commands_for_all_vms_go_to_the_port() {
     if !kvm() {
@@ -212,7 +212,7 @@ fn a_boot_and_forks_with_a_key_are_done_once() {
             ask(runtime, "POST", "/v1/checkpoints/web.1/prepare", &format!(r#"{{"count": {count}}}"#));
         assert_eq!((status, &answer["type"]), (400, &"urn:clade:bad-count".into()), "{count}");
     }
-    // A name that is taken stays taken for the same request.
+    // A taken name stays taken for the same request.
     for is_replayed in [false, true] {
         let (status, answer, replayed) = keyed("/v1/vms/web/fork", "three", r#"{"name": "web"}"#);
         assert_eq!((status, &answer["type"], replayed), (409, &"urn:clade:name-taken".into(), is_replayed));
@@ -246,7 +246,7 @@ fn events_say_what_happens_also_in_other_processes() {
             return found;
         }
     };
-    // It follows from when the supervisor has answered.
+    // The stream begins once the supervisor has answered.
     assert!(said.any(|line| line.unwrap().contains("events are followed")));
     std::thread::spawn(move || said.for_each(drop));
     let boot = ["run", "-d", "--kernel", "bare", "--mem", "32M", "--name", "web"];
@@ -272,7 +272,7 @@ fn events_say_what_happens_also_in_other_processes() {
     }
     follows.kill().unwrap();
     follows.wait().unwrap();
-    // Where it was.
+    // From its previous position.
     let from =
         format!("GET /v1/events HTTP/1.1\r\nhost: x\r\nlast-event-id: {}\r\n\r\n", forked["id"].as_str().unwrap());
     let mut stream = PatientStream::from(UnixStream::connect(runtime.dir().join("clade.api")).unwrap());
@@ -380,7 +380,7 @@ fn each_route_of_the_document_is_there_and_no_other_method_is() {
     for (path, item) in paths {
         let url = path.replace("{name}", "nobody");
         for method in ["get", "put", "post", "delete", "patch"] {
-            // It would be followed without end.
+            // Such a stream has no end.
             if path == "/v1/events" && method == "get" {
                 continue;
             }

@@ -72,7 +72,7 @@ fn values_that_no_vm_can_have() {
     let rows: [(&[&str], &str); 20] = [
         (&["--mem", "0"], "0 bytes"),
         (&["--mem", "4097"], "4097"),
-        // A number of MiB, as QEMU takes it.
+        // A number of MiB, in QEMU's notation.
         (&["--mem", "256"], "did you mean 256M?"),
         (&["--mem", "1T"], "1048576 MiB"),
         (&["--mem", "64T", "--overcommit"], "70368744177664"),
@@ -143,7 +143,7 @@ fn devices_that_cannot_be() {
     run(&["--vsock", "cid=1000777,socket=/no/such/directory/s"]).expect_refusal("/no/such/directory/s");
     let many = ["--disk", "x"].repeat(17);
     run(&[&many[..], &["--rng"]].concat()).expect_refusal("18");
-    // What the argument parser refuses: its own words, and ours in them.
+    // Refusals by the argument parser: its own texts, with ours in them.
     let rows: [(&[&str], &str); 6] = [
         (&["--net", "mac=02:00:00:00:00:01"], "tap=NAME"),
         (&["--net", "tap=x,mac=01:00:00:00:00:01"], "01:00:00:00:00:01"),
@@ -254,7 +254,7 @@ fn hosts_without_kvm() {
     }
 }
 
-/// A user who may not open /dev/kvm.
+/// A user who is not permitted to open /dev/kvm.
 #[test]
 fn a_user_without_permission() {
     const NOBODY: u32 = 65534;
@@ -264,7 +264,7 @@ fn a_user_without_permission() {
         println!("skipped: everyone may open /dev/kvm, it is not there, or this is not root");
         return;
     }
-    // The binary may lie where that user cannot go.
+    // That user may have no access to the binary's directory.
     fs::set_permissions(runtime.dir(), fs::Permissions::from_mode(0o755)).unwrap();
     let copy = runtime.dir().join("clade");
     crate::tool::copy_program(&copy);
@@ -276,7 +276,7 @@ fn a_user_without_permission() {
     }
 }
 
-/// Its command is ended by the signal when nobody reads its output, and by no other closed pipe.
+/// A closed output pipe ends the command by the signal; other closed pipes are errors.
 #[test]
 fn a_process_that_ends_within_a_request_is_an_error_and_no_signal() {
     let runtime = Runtime::new();

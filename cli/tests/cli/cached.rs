@@ -16,7 +16,7 @@ const SNAPSHOT: &str = "snapshot";
 const INITRAMFS: &str = include_str!("../../../resources/agent/initramfs.sh");
 const SERVER: &str = include_str!("ports_server.py");
 
-/// The arguments that the kernel of a guest gets on this host besides its command line.
+/// Returns the kernel arguments for a guest on this host, beside its command line.
 fn kernel_args() -> &'static str {
     Host::open().unwrap().quirks().kernel_args()
 }
@@ -43,8 +43,9 @@ fn wait_for_agent(runtime: &Runtime, vm: &str) {
     });
 }
 
-/// Restores the small guest with the agent as PID 1, as `web`, with a socket and, where the host has
-/// TAP interfaces, a network device. Returns when the agent answers; false where no guest is built.
+/// Restores the small guest with the agent as PID 1, as `web`, with a socket and, where the host
+/// has TAP interfaces, a network device. Returns when the agent answers; false if no guest is
+/// built.
 pub(crate) fn agent(runtime: &mut Runtime, cid: &Cid, tap: &TapName) -> bool {
     let Some((linux, agent)) = guest() else { return false };
     let (kernel, initramfs, has_net) = (linux.join("vmlinux"), linux.join("initramfs.cpio"), taps());
@@ -78,7 +79,7 @@ fn with_devices(runtime: &mut Runtime, command: &[&str], cid: &Cid, tap: &TapNam
 }
 
 /// Restores a VM of Python's image as `py`, under the runtime's supervisor. The server of
-/// `ports_server.py` listens in it. False where no guest or image is made.
+/// `ports_server.py` listens in it. False if no guest or image is built.
 pub(crate) fn ports_server(runtime: &Runtime) -> bool {
     let Some(layout) = layout() else { return false };
     let Some((linux, agent)) = guest() else { return false };
@@ -98,7 +99,8 @@ pub(crate) fn ports_server(runtime: &Runtime) -> bool {
     true
 }
 
-/// Boots Python's image with a cache of images in `dir`, starts the server, and writes the snapshot.
+/// Boots Python's image with a cache of images in `dir`, starts the server, and writes the
+/// snapshot.
 fn serve_ports(dir: &Path, kernel: &Path, layout: &Path, agent: &Path) {
     let runtime = Runtime::new();
     let images = dir.join("images");
@@ -117,8 +119,8 @@ fn serve_ports(dir: &Path, kernel: &Path, layout: &Path, agent: &Path) {
     fs::write(&script, SERVER).unwrap();
     let copied = runtime.clade(&["cp", script.to_str().unwrap(), "py:/srv/ports_server.py"]);
     assert_eq!(copied.code, Some(0), "{copied:?}");
-    // The server runs on when the command that has started it is gone. It may be slow to start where the
-    // guest's processor is interpreted, and has to be started again if it breaks off.
+    // The server outlives the command that starts it. The start may be slow where the guest's
+    // processor is interpreted, and is repeated if it breaks off.
     let start = "/usr/bin/python3 /srv/ports_server.py > /srv/ports.log 2>&1 < /dev/null &";
     let open = runtime.dir().join("open");
     let mut looks = 0;

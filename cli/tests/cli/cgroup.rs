@@ -9,7 +9,7 @@ use crate::supervisor::Supervised;
 use crate::tool::kill;
 use crate::tool::{Runtime, kvm, wait_until};
 
-/// A control group (v2) of this test, removed with all below it. What controllers it has is the
+/// A control group (v2) of this test, removed with all groups below it. Its controllers are the
 /// host's.
 struct Group(PathBuf);
 
@@ -61,7 +61,7 @@ fn each_vm_is_in_a_group_that_goes_with_it() {
     let up = || wait_until("the supervisor", || std::os::unix::net::UnixStream::connect(&socket).is_ok());
     up();
     all.boot("web", &[]);
-    // With a prepared worker among them, the second time.
+    // The second time includes a prepared worker.
     for name in ["a{n}", "b{n}"] {
         all.fork(&["web", "--count", "2", "--name", name]);
     }
@@ -79,7 +79,7 @@ fn each_vm_is_in_a_group_that_goes_with_it() {
     up();
     all.stop("b1");
     wait_until("its group to go", || group.groups() == ["vm-b2", "vm-web"]);
-    // A limit that nothing would enforce is refused.
+    // A limit that no controller enforces is refused.
     if !fs::read_to_string(group.0.join("cgroup.controllers")).unwrap().contains("memory") {
         let limited = ["run", "-d", "--kernel", "bare", "--mem", "32M", "--name", "x", "--memory-limit", "64M"];
         all.runtime.clade(&limited).expect_refusal("cgroup");
@@ -106,8 +106,8 @@ fn a_group_that_is_none_is_refused() {
     }
 }
 
-/// A directory that looks like a group with all controllers: what the kernel would do in it, the test
-/// does.
+/// A directory that looks like a group with all controllers: the test takes the kernel's part in
+/// it.
 #[test]
 fn a_vm_that_is_killed_for_its_memory_says_so_and_its_children_have_its_limit() {
     if !kvm() {

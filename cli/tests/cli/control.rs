@@ -1,4 +1,4 @@
-//! A fleet by its sockets: listed, forked, paused, resumed and stopped.
+//! A fleet through its sockets: listed, forked, paused, resumed and stopped.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -33,12 +33,12 @@ fn a_fleet_from_its_first_vm_to_its_last() {
 
     let resumed = runtime.clade(&["resume", "w-2", "--json"]).json();
     assert_eq!(resumed["state"], "running");
-    // A fork of a child that runs, by its default name; a line for each on standard output.
+    // A fork of a running child, by its default name; a line for each on standard output.
     let lines = runtime.clade(&["fork", "w-2", "--paused"]);
     assert_eq!((lines.code, lines.stdout.as_str()), (Some(0), "w-2-1\n"), "{lines:?}");
     assert_eq!(runtime.clade(&["pause", "w-2", "--json"]).json()["state"], "paused");
 
-    // Put back to its fork: as paused or running as it was. The first was never forked.
+    // Reset to the fork: paused or running as then. The first VM was never forked.
     let reset = runtime.clade(&["reset", "w-1", "--json"]).json();
     assert_eq!((&reset["vm"]["name"], &reset["vm"]["state"]), (&json!("w-1"), &json!("paused")));
     assert!(reset["total_us"].as_f64().unwrap() > 0.0, "{reset}");
@@ -48,7 +48,7 @@ fn a_fleet_from_its_first_vm_to_its_last() {
     assert_eq!(runtime.clade(&["pause", "w-2", "--json"]).json()["state"], "paused");
     runtime.clade(&["reset", "web"]).expect_refusal("no image");
 
-    // The numbers go on behind those in use.
+    // The numbers continue behind those in use.
     let more = runtime.clade(&["fork", "web", "--name", "w-{n}", "--paused", "--json"]).json();
     assert_eq!(more["children"], json!(["w-4"]));
     runtime.clade(&["fork", "web", "--name", "w-4", "--json"]).expect_refusal("w-4");
@@ -59,7 +59,7 @@ fn a_fleet_from_its_first_vm_to_its_last() {
     runtime.clade(&["run", "--kernel", "bare", "--detached", "--name", "w-1"]).expect_refusal("w-1");
     assert_eq!(runtime.names(), ["w-1", "w-2", "w-2-1", "w-3", "w-4", "web"], "no refusal made or ended a VM");
 
-    // The children live on when the parent stops, and its name is free again.
+    // The children run on when the parent stops, and its name is free again.
     assert_eq!(runtime.clade(&["stop", "web", "--json"]).json()["state"], "stopped");
     wait_until("the parent's sockets to go", || !runtime.socket("web").exists());
     assert!(runtime.runs());
@@ -161,7 +161,7 @@ fn many_forks_are_asked_for_at_once() {
     let expected: BTreeSet<String> = (1..=80).map(|n| format!("busy-{n}")).collect();
     assert_eq!(names, expected, "each name once, and none left out");
     assert_eq!(runtime.names().len(), 81);
-    // Stopped and asked for things at the same time.
+    // Stopped during other requests.
     thread::scope(|scope| {
         let asking = scope.spawn(|| {
             (1..=80).map(|n| runtime.http("POST", &format!("/v1/vms/busy-{n}/fork"), "{}")).collect::<Vec<_>>()
@@ -184,7 +184,7 @@ fn a_crashed_process_leaves_its_names_to_others() {
     let mut runtime = Runtime::new();
     runtime.start("crash");
     runtime.clade(&["fork", "crash", "--count", "2", "--paused", "--json"]).json();
-    // All of its session end with it.
+    // All VMs of its session end with it.
     runtime.crash();
     wait_until("the end of the workers", || runtime.clades().is_empty());
     assert!(runtime.files().contains("crash.sock"), "that is what a crash leaves");
@@ -218,11 +218,11 @@ fn children_have_interfaces_of_their_own() {
     assert_eq!(macs.len(), 2, "{forked}");
     let own = runtime.clade(&["ps", "--json"]).json()[0]["nets"][0]["mac"].as_str().unwrap().to_owned();
     assert!(!macs.contains(&own), "{forked}");
-    // An interface that has several queues would let a second VM in.
+    // An interface with several queues would accept a second VM.
     let taken = format!("{stem}0");
     runtime.clade(&["fork", "lan", "--net", &format!("tap={taken}")]).expect_refusal(&taken);
     runtime.clade(&["fork", "lan", "--net", &format!("mac={own}")]).expect_refusal(&own);
-    // The first child's is made, and goes again when the second's cannot be.
+    // The first child's interface is made, and removed again when the second's fails.
     let mac = "02:77:00:00:00:01";
     runtime.clade(&["fork", "lan", "--count", "2", "--net", &format!("mac={mac}")]).expect_refusal(mac);
     runtime.clade(&["fork", "lan", "--net", "tap=lo"]).expect_refusal("lo");
@@ -267,12 +267,12 @@ fn children_have_sockets_and_addresses_of_their_own() {
     let listed = runtime.clade(&["ps", "-o", "wide"]).stdout;
     assert!(listed.contains("CID") && listed.contains(&(cid + 50).to_string()), "{listed}");
 
-    // What is taken is named, and nothing is made or ended.
+    // The error names the taken resource, and no VM is made or ended.
     let before = runtime.files();
     let names = runtime.names();
     runtime.clade(&["fork", "eve", "--vsock", &format!("cid={cid}")]).expect_refusal(&cid.to_string());
     runtime.clade(&["fork", "eve", "--vsock", &format!("socket={}", one.1)]).expect_refusal(&one.1);
-    // The second child's would be the first's.
+    // The second child's CID would be the first's.
     let twice = cid + 60;
     let both = ["fork", "eve", "--count", "2", "--vsock", &format!("cid={twice},socket={own}")];
     runtime.clade(&both).expect_refusal(&twice.to_string());
@@ -281,7 +281,7 @@ fn children_have_sockets_and_addresses_of_their_own() {
     assert_eq!((runtime.files(), runtime.names()), (before, names));
     assert_eq!(runtime.clade(&["resume", "eve", "--json"]).json()["state"], "running", "the parent runs on");
 
-    // Nobody drives the balloon: it is as it was asked, and no guest answers.
+    // The balloon has no driver: its target is as requested, and no guest answers.
     let balloon = runtime.clade(&["balloon", "eve", "--target", "8M", "--json"]).json();
     assert_eq!((&balloon["target_mib"], &balloon["actual_mib"]), (&json!(8.0), &json!(0.0)), "{balloon}");
     assert_eq!((&balloon["answered"], &balloon["guest"]), (&json!(false), &Value::Null), "{balloon}");

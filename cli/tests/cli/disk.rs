@@ -1,4 +1,4 @@
-//! `clade disk`: what is left beside an image is shown, put in, or thrown away.
+//! `clade disk`: the leftovers beside an image are shown, merged, or thrown away.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -62,7 +62,7 @@ fn a_journal_is_shown_and_put_in_when_asked() {
     let shown = run(&["disk", "show", "--json", &image]).json();
     assert_eq!((shown["state"].as_str(), shown["data_bytes"].as_u64()), (Some("good"), Some(4096)), "{shown}");
     assert_eq!(shown["journal"].as_str(), Some(format!("{image}.clade-journal").as_str()), "{shown}");
-    // Something else has written to the image.
+    // Another program has written to the image.
     let mut bytes = fs::read(&image).unwrap();
     bytes[9000] = 7;
     fs::write(&image, &bytes).unwrap();
@@ -99,7 +99,7 @@ fn a_journal_is_thrown_away_when_asked() {
     disk("show", "/no/such/image").expect_refusal("/no/such/image");
 }
 
-/// A worker that writes no image locks it all the same, against those that would.
+/// A worker that only reads an image locks it all the same, against writers.
 #[test]
 fn a_confined_vm_may_have_nothing_but_disks_that_it_does_not_write() {
     if !kvm() {
@@ -119,14 +119,14 @@ fn a_confined_vm_may_have_nothing_but_disks_that_it_does_not_write() {
     runtime.clade(&["stop", "--all"]);
 }
 
-/// The files of a directory that a process has open, each with whether one of its descriptors goes
-/// past the page cache.
+/// Returns the files of a directory that a process has open, with whether a descriptor of each
+/// bypasses the page cache.
 fn open_files(pid: u32, dir: &Path) -> BTreeMap<u64, bool> {
     const O_DIRECT: u32 = 0o40000;
     let mut files = BTreeMap::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten() {
         let is_there = fs::read_link(entry.path()).is_ok_and(|to| to.starts_with(dir));
-        // Through the link, which leads to a file that has no name, too.
+        // Through the link, which also leads to files without a name.
         let Some(file) = fs::metadata(entry.path()).ok().filter(|file| is_there && file.is_file()) else { continue };
         let number = entry.file_name().into_string().unwrap();
         let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).unwrap();
@@ -137,7 +137,7 @@ fn open_files(pid: u32, dir: &Path) -> BTreeMap<u64, bool> {
     files
 }
 
-/// A child may not open its ancestors' overlays again, which are in directories of theirs.
+/// A child may not open its ancestors' overlays again, which are in their directories.
 #[test]
 fn a_confined_child_reads_past_the_page_cache_what_its_parent_does() {
     if !kvm() {

@@ -1,7 +1,7 @@
-//! E2B's API as its Python SDK sees it, and as one sees it who is up to no good.
+//! E2B's API as its Python SDK sees it, and under attack.
 //!
-//! `CLADE_E2B_PYTHON` names a Python that has the SDK; else `python3` is tried. `CLADE_E2B_NODE` names a
-//! directory with `node_modules` that have the one for JavaScript.
+//! `CLADE_E2B_PYTHON` names a Python with the SDK; the default is `python3`. `CLADE_E2B_NODE` names
+//! a directory with `node_modules` that have the one for JavaScript.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -64,7 +64,7 @@ impl Host {
         made.stdout.trim().to_owned()
     }
 
-    /// One request as it stands here: its status and what came behind the head.
+    /// Sends one literal request; returns its status and the bytes behind the head.
     fn says(&self, request: &str) -> (u16, String) {
         let mut stream = PatientStream::from(TcpStream::connect(&self.address).unwrap());
         stream.write_all(request.as_bytes()).unwrap();
@@ -94,7 +94,7 @@ fn the_python_sdk_makes_forks_and_ends_sandboxes() {
     if !cached::agent(&mut host.runtime, &claim, &tap) {
         return;
     }
-    // The SDKs run commands by the shell that this guest lacks.
+    // The SDKs run commands by a shell that this guest lacks.
     assert_eq!(host.runtime.clade(&["exec", "web", "--", "test", "-e", "/bin/bash"]).code, Some(1));
     host.runtime.clade(&["checkpoint", "web", "base", "--json"]).json();
     let [me, other, reader] =
@@ -130,7 +130,7 @@ fn the_python_sdk_makes_forks_and_ends_sandboxes() {
     outlives_its_supervisor(&mut host, &me);
 }
 
-/// Sandboxes, their tokens and what their owner wrote on them are there for the next supervisor.
+/// The next supervisor has the sandboxes, their tokens and their owner's metadata.
 fn outlives_its_supervisor(host: &mut Host, key: &str) {
     let body = r#"{"templateID": "base", "timeout": 300, "metadata": {"a": "b"}}"#;
     let (status, made) = host.call(key, "POST", "/v2/sandboxes", body);
@@ -144,16 +144,16 @@ fn outlives_its_supervisor(host: &mut Host, key: &str) {
     assert_eq!((status, &info["metadata"]["a"], &info["envdAccessToken"]), (200, &"b".into(), &token.into()), "{info}");
     let ask = format!("GET /envs HTTP/1.1\r\nhost: x\r\ne2b-sandbox-id: {id}\r\nx-access-token: {token}");
     assert_eq!(host.says(&format!("{ask}\r\nconnection: close\r\n\r\n")).0, 200);
-    // What is paused gives its memory back.
+    // A paused sandbox gives its memory back.
     assert_eq!(host.call(key, "POST", &format!("/sandboxes/{id}/pause"), "{}").0, 204);
     assert_eq!(host.runtime.http("GET", &format!("/v1/vms/{id}"), "").1["state"], "suspended");
     assert_eq!(host.call(key, "POST", &format!("/sandboxes/{id}/connect"), r#"{"timeout": 300}"#).0, 201);
-    // One that was ended by another command is forgotten.
+    // A sandbox ended by another command is forgotten.
     assert_eq!(host.runtime.clade(&["stop", id]).code, Some(0));
     wait_until("it to be forgotten", || host.call(key, "GET", &format!("/sandboxes/{id}"), "").0 == 404);
 }
 
-/// Requests that name what is not theirs, or two things.
+/// Requests that name other owners' resources, or two targets.
 fn reaches_nothing_else(host: &Host, key: &str) {
     let made = host.call(key, "POST", "/sandboxes", r#"{"templateID": "base", "timeout": 300}"#);
     assert_eq!(made.0, 201, "{made:?}");
@@ -162,7 +162,7 @@ fn reaches_nothing_else(host: &Host, key: &str) {
     let own = format!("e2b-sandbox-id: {id}\r\nx-access-token: {token}");
     assert_eq!(ask(&format!("GET /envs HTTP/1.1\r\nhost: x\r\n{own}")), 200);
     assert_eq!(ask(&format!("GET /envs HTTP/1.1\r\nhost: 49983-{id}.box.test\r\nx-access-token: {token}")), 200);
-    // A native VM is no sandbox, and what is the host's stays its own.
+    // A native VM is not a sandbox, and the host's calls stay the host's.
     assert_eq!(ask("GET /envs HTTP/1.1\r\nhost: x\r\ne2b-sandbox-id: web"), 502);
     assert_eq!(ask(&format!("GET /envs HTTP/1.1\r\nhost: x\r\ne2b-sandbox-id: {id}")), 401);
     for path in ["/init", "/clade/shutdown", "/clade/generation"] {
@@ -172,7 +172,7 @@ fn reaches_nothing_else(host: &Host, key: &str) {
         let status = ask(&format!("POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n{own}"));
         assert!([400, 404].contains(&status), "{path}: {status}");
     }
-    // By an address in the request's line, which is for this host's name alone.
+    // By an address in the request's line, which may name only this host.
     assert_eq!(ask(&format!("POST http://x/clade/shutdown HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n{own}")), 403);
     for wrong in [
         format!("GET /envs HTTP/1.1\r\nhost: 49983-other.box.test\r\n{own}"),
@@ -193,7 +193,7 @@ fn reaches_nothing_else(host: &Host, key: &str) {
     );
     let (status, body) = host.says(&outer);
     assert!(status == 200 && !body.contains("HTTP/1.1"), "{status} {body}");
-    // It is still there, and another of that name is none of this key's.
+    // The sandbox is still there, and this key cannot reach another of that name.
     for (method, path, status) in [
         ("GET", format!("/sandboxes/{id}"), 200),
         ("GET", "/sandboxes/web".to_owned(), 404),
@@ -236,7 +236,7 @@ fn sends_where_it_may(host: &Host, key: &str) {
     replaces_its_own_rules(host, key);
 }
 
-/// Rules are replaced while a sandbox runs, but for those of its template.
+/// Replaces rules of a running sandbox, except those of its template.
 fn replaces_its_own_rules(host: &Host, key: &str) {
     let clade = |args: &[&str]| assert_eq!(host.runtime.clade(args).code, Some(0), "{args:?}");
     clade(&["network", "web", "--egress", "deny:192.0.2.0/24"]);
@@ -302,7 +302,7 @@ fn keys_are_shown_once_and_taken_back_at_once() {
     assert_eq!(with(&["key", "rm", "me"]).code, Some(0));
     let (status, body) = host.call(&key, "GET", "/v2/sandboxes", "");
     assert_eq!((status, body["code"].as_u64()), (401, Some(401)), "{body}");
-    // A burst of calls is bounded.
+    // A burst of calls is limited.
     let key = host.key("busy", "read");
     let statuses: Vec<u16> = (0..900).map(|_| host.call(&key, "GET", "/v2/sandboxes", "").0).collect();
     assert!(statuses.iter().all(|status| [200, 429].contains(status)));

@@ -14,7 +14,7 @@ use crate::tool::kvm;
 /// Requests for one port of one sandbox.
 struct Port<'a> {
     host: &'a Host,
-    /// What names them in a head.
+    /// The part of a head that names them.
     named: String,
 }
 
@@ -89,14 +89,14 @@ fn echo(stream: &mut BufReader<PatientStream<TcpStream>>, text: &str) {
 
 fn is_cut(mut stream: BufReader<PatientStream<TcpStream>>) {
     let mut rest = Vec::new();
-    // An error is an end, too, but not that it has not come in time.
+    // An error also counts as an end, except a time-out.
     if let Err(error) = stream.read_to_end(&mut rest) {
         assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
     }
     assert!(rest.is_empty(), "{rest:?}");
 }
 
-/// A VM with the server, as the template `base`. False where there is none.
+/// Makes a VM with the server, as the template `base`. False without a guest.
 fn template(host: &Host) -> bool {
     if !cached::ports_server(&host.runtime) {
         return false;
@@ -130,7 +130,7 @@ fn a_sandboxs_ports_are_reached_by_http_and_websockets() {
         assert_eq!(way.get("/name"), (200, "template".to_owned()));
         println!("an answer came after {:.1} ms", begun.elapsed().as_secs_f64() * 1e3);
     }
-    // With a key it is a call, but for a host's label.
+    // With a key it is a call, unless the host's label names a port.
     let (_, head) =
         label.says("GET /head", &format!("x-api-key: {key}\r\nx-access-token: {token}\r\nx-own: 1\r\n"), "");
     assert!(!head.contains(&key) && !head.contains(token) && head.contains("x-own: 1"), "{head}");
@@ -140,7 +140,7 @@ fn a_sandboxs_ports_are_reached_by_http_and_websockets() {
     websockets(&host, &key, &id);
     forks(&host, &key, &id);
     private(&host, &key);
-    // Its end cuts what is open.
+    // The end of the sandbox cuts open connections.
     let mut socket = label.websocket("");
     echo(&mut socket, "last");
     assert_eq!(host.call(&key, "DELETE", &format!("/sandboxes/{id}"), "").0, 204);
@@ -149,7 +149,7 @@ fn a_sandboxs_ports_are_reached_by_http_and_websockets() {
 }
 
 fn streams(port: &Port<'_>) {
-    // An answer comes as it is written, and a body goes as it is read.
+    // Both the answer and the body are streamed.
     let begun = Instant::now();
     let mut stream = port.open("GET /ticks", "connection: close\r\n");
     let mut line = String::new();
@@ -201,12 +201,12 @@ fn websockets(host: &Host, key: &str, id: &str) {
         echo(&mut one, "ping");
     }
     println!("a message and its echo take {:.2} ms", begun.elapsed().as_secs_f64() * 1e3 / 20.0);
-    // The guest closes after the client's last word.
+    // The guest closes after the client's last frame.
     one.get_mut().write_all(&[0x88, 0x80, 0, 0, 0, 0]).unwrap();
     let mut rest = Vec::new();
     one.read_to_end(&mut rest).unwrap();
     assert_eq!(rest, [0x88, 0]);
-    // A pause cuts all. Afterwards there are new ones.
+    // A pause cuts all connections. Afterwards new ones work.
     assert_eq!(host.call(key, "POST", &format!("/sandboxes/{id}/pause"), "{}").0, 204);
     for socket in sockets {
         is_cut(socket);
@@ -234,7 +234,7 @@ fn forks(host: &Host, key: &str, id: &str) {
     for child in &children {
         assert_eq!(Port::by_headers(host, child, 8000).get("/name").1, *child);
     }
-    // The parent's own, and its open connection, are as they were.
+    // The parent's own state, and its open connection, are unchanged.
     assert_eq!(parent.get("/name").1, "parent");
     echo(&mut open, "after");
     for child in children {

@@ -1,4 +1,4 @@
-//! Egress rules: of a VM, and of all that descend from it.
+//! Egress rules: of a VM, and of all its descendants.
 
 use clade_test_support::TapName;
 use serde_json::Value;
@@ -7,8 +7,8 @@ use crate::metrics::scrape;
 use crate::supervisor::Supervised;
 use crate::tool::{expect_problem, kvm, stem, taps};
 
-/// The rules of a VM's devices, which are the same: layers with a semicolon between, and rules with
-/// a comma.
+/// Returns the rules of a VM's devices, which are the same: layers separated by semicolons, and
+/// rules by commas.
 fn rules(all: &Supervised, name: &str) -> String {
     let (status, vm) = all.http("GET", &format!("/v1/vms/{name}"), "");
     assert_eq!(status, 200, "{vm}");
@@ -64,7 +64,7 @@ fn egress_rules_are_inherited_and_a_child_only_narrows_them() {
     ] {
         assert_eq!(rules(&all, name), format!("{parents}{more}"), "{name}");
     }
-    // A child's own are told from its parent's, and replaced without them.
+    // A child's own rules are listed apart from its parent's, and replaced without them.
     let inherited =
         |name: &str| all.http("GET", &format!("/v1/vms/{name}"), "").1["nets"][1]["egress_inherited"].clone();
     assert_eq!(["web", "same", "less", "tight"].map(inherited), [0, 1, 1, 2]);
@@ -80,7 +80,7 @@ fn egress_rules_are_inherited_and_a_child_only_narrows_them() {
     assert_eq!(all.http("POST", "/v1/vms/tight/network", r#"{"network": "open", "keep": 1}"#).0, 400);
     assert_eq!(all.http("POST", "/v1/vms/tight/network", r#"{"egress": [], "keep": 1}"#).0, 200);
     assert_eq!(rules(&all, "tight"), parents);
-    // At run time they are replaced, and the network is as it was; and the other way round.
+    // At run time they are replaced without a change of the network; and the other way round.
     let changed = all.runtime.clade(&["network", "least", "--egress", "allow:192.0.2.0/24", "--json"]).json();
     assert_eq!(changed["nets"][0]["network"], "open", "{changed}");
     assert_eq!(all.runtime.clade(&["network", "least", "closed"]).code, Some(0));
@@ -91,7 +91,7 @@ fn egress_rules_are_inherited_and_a_child_only_narrows_them() {
     assert_eq!((rules(&all, "same").as_str(), rules(&all, "web").as_str()), ("", parents));
     let dropped = scrape(&all).value("clade_vm_network_egress_dropped_total", &[("vm", "web")]);
     assert_eq!(dropped, Some(0.0), "it is paused");
-    // What is no rule is said by its text, and nothing changes.
+    // An invalid rule is refused by its text, without a change.
     let (status, refused) = all.http("POST", "/v1/vms/web/network", r#"{"egress": ["allow:example.com"]}"#);
     expect_problem(&refused, status);
     assert!(status == 400 && refused["detail"].as_str().unwrap().contains("example.com"), "{refused}");

@@ -1,4 +1,4 @@
-//! Processes that are told to end: everything ends in order, and nothing is left behind.
+//! Ends of processes on request: everything ends properly, and no files stay.
 
 use std::path::Path;
 use std::process::Stdio;
@@ -13,7 +13,7 @@ fn entries(dir: &Path) -> Vec<String> {
     names.collect()
 }
 
-/// Waits until `dir` has these entries alone. The last process of a session may end after it.
+/// Waits until `dir` has exactly these entries. The last process of a session may end after it.
 fn wait_for_entries(dir: &Path, expected: &[&str]) {
     wait_until(&format!("{expected:?} alone in {}", dir.display()), || entries(dir) == expected);
 }
@@ -31,8 +31,8 @@ fn family(runtime: &mut Runtime, dir: &Path, claim: &Cid) {
     });
     runtime.clade(&["fork", "web", "--count", "2", "--json"]).json();
     assert_eq!(runtime.names(), ["web", "web-1", "web-2"]);
-    // Of each: a lock, its HTTP and its image socket, two consoles, what is known of it, and a place
-    // for its end; its vsock beside the disk, where the children's overlays are too.
+    // For each VM: a lock, its HTTP and its image socket, two consoles, the supervisor's record,
+    // and the file for its end; its vsock beside the disk, where the children's overlays are too.
     assert_eq!((runtime.files().len(), entries(dir).len()), (21, 5), "{:?} {:?}", entries(runtime.dir()), entries(dir));
 }
 
@@ -61,7 +61,7 @@ fn a_signal_ends_all_vms_and_leaves_nothing_behind() {
         wait_for_entries(runtime.dir(), &[]);
         // Neither sockets nor overlays.
         wait_for_entries(dir.path(), &["disk"]);
-        // The parent's, which it alone has in the end.
+        // The parent's disk, which it alone uses in the end.
         assert!(said.contains("disk has been given the 0 bytes written since the VM was forked"), "{said}");
         assert!(said.contains(&format!("clade: ended by signal {}", signal.as_raw())), "{said}");
         assert!(!said.contains("run on"), "{said}");
@@ -85,8 +85,8 @@ fn a_signal_ends_children_whose_parent_has_gone() {
     wait_for_entries(dir.path(), &["disk"]);
 }
 
-/// A family whose parent has ended, and its process is stopped: it has not given its disk what was
-/// written since the fork. Returns its number.
+/// A family whose parent has ended, with its process stopped: it has not yet merged the writes
+/// since the fork into its disk. Returns its pid.
 fn held_back(runtime: &mut Runtime, dir: &Path, claim: &Cid) -> u32 {
     family(runtime, dir, claim);
     let parent = runtime.worker("web");
@@ -112,7 +112,7 @@ fn a_command_ends_when_its_disks_have_what_was_written_however_late() {
             None => drop(runtime.clade(&["stop", "web-1", "web-2"])),
         }
         wait_until("the end of its VMs", || runtime.names().is_empty());
-        // It says that it waits after a second.
+        // The process reports after a second that it waits.
         std::thread::sleep(std::time::Duration::from_millis(1500));
         assert!(runtime.runs() && runs(parent), "{signal:?}: it has ended its VM's process");
         kill(parent, Signal::CONT);
@@ -167,10 +167,10 @@ fn a_second_signal_ends_it_at_once_and_its_name_is_free() {
     runtime.start("web");
     runtime.signal(Signal::TERM);
     runtime.signal(Signal::INT);
-    // Which of the two it is depends on whether the first was quicker.
+    // Either, depending on whether the first was quicker.
     let code = runtime.ended();
     assert!(matches!(code, Some(130 | 143)), "{code:?}");
-    // Its VM's process ends because of it, and answers until then.
+    // Its VM's process ends with it, and answers until then.
     wait_until("the end of its processes", || runtime.clades().is_empty());
     runtime.start("web");
     assert_eq!(runtime.names(), ["web"]);

@@ -1,4 +1,4 @@
-//! What is on record of a VM whose process was killed.
+//! The flight records of VMs whose process was killed.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -57,7 +57,7 @@ fn the_last_that_happened_to_a_vm_outlives_a_kill_and_garbage_costs_its_own_reco
     let shown = all.runtime.clade(&["logs", "--flight", "web-1"]).stdout;
     assert!(shown.lines().zip(&noted).all(|(line, text)| line.ends_with(text.as_str())), "{shown}");
 
-    // A process that was broken into writes what it likes.
+    // A compromised process writes arbitrary bytes.
     let pid = all.pid_of("web-2");
     let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
     let is_record =
@@ -69,13 +69,13 @@ fn the_last_that_happened_to_a_vm_outlives_a_kill_and_garbage_costs_its_own_reco
     kill(pid, Signal::KILL);
     let noted = texts(&ended(&all, "web-2"));
     assert!(noted.len() <= 64 && noted.iter().all(|text| text.len() <= 1024 && !text.contains(char::is_control)));
-    // Others run on, and are known as before.
+    // Others run on, and their records are intact.
     assert_eq!(all.fork(&["web", "--name", "next"]), ["next"]);
     assert_eq!(texts(&ended(&all, "web-1")).len(), 4);
     all.end();
 }
 
-/// Files of records that a process has.
+/// Returns the number of record files that a process has.
 fn records_of(pid: u32) -> usize {
     let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
     let links = descriptors.filter_map(|entry| fs::read_link(entry.path()).ok());
@@ -91,7 +91,7 @@ fn a_supervisor_that_comes_back_has_the_records_of_vms_that_it_finds() {
     all.boot("web", &[]);
     assert_eq!(all.fork(&["web", "--count", "2"]), ["web-1", "web-2"]);
     all.runtime.crash();
-    // Noted while there is none, and one that does not answer.
+    // Noted without a supervisor; one VM does not answer.
     for command in ["resume", "reset", "pause"] {
         assert_eq!(all.runtime.clade(&[command, "web-1"]).code, Some(0), "{command}");
     }
@@ -105,11 +105,11 @@ fn a_supervisor_that_comes_back_has_the_records_of_vms_that_it_finds() {
     let expected = ["started as a child of web, generation 1, paused", "resumed", "reset in ", "paused"];
     assert_eq!(noted.len(), expected.len(), "{noted:?}");
     assert!(noted.iter().zip(expected).all(|(noted, text)| noted.starts_with(text)), "{noted:?}");
-    // That of the other is lost, and nothing else of it.
+    // Only the other VM's record is lost.
     kill(silent, Signal::KILL);
     assert_eq!(ended(&all, "web-2")["flight"], Value::Array(Vec::new()));
     assert_eq!(all.fork(&["web", "--name", "next"]), ["next"]);
-    // What is stopped is not kept either.
+    // The records of stopped VMs are not kept either.
     for name in ["web", "next"] {
         all.stop(name);
     }
@@ -117,7 +117,7 @@ fn a_supervisor_that_comes_back_has_the_records_of_vms_that_it_finds() {
     all.end();
 }
 
-/// What only a device, or a vCPU, can say of a VM's end.
+/// Facts of a VM's end that only a device, or a vCPU, has.
 #[test]
 fn a_record_has_the_warnings_of_devices_and_where_a_vcpu_was() {
     if !kvm() {

@@ -9,7 +9,7 @@ use crate::guest::{write_button_guest, write_guest};
 use crate::supervisor::Supervised;
 use crate::tool::{Runtime, expect_problem, kvm, wait_until};
 
-/// Has the supervisor boot the guest at `kernel`, and waits until it has said that it is ready.
+/// Has the supervisor boot the guest at `kernel`, and waits for its `ready`.
 fn boot(runtime: &Runtime, name: &str, kernel: &Path) {
     let kernel = kernel.display().to_string();
     let booted = runtime.clade(&["run", "-d", "--kernel", &kernel, "--mem", "32M", "--name", name]);
@@ -33,12 +33,12 @@ fn a_guest_that_hears_its_power_button_ends_by_itself_and_its_child_runs_on() {
     write_button_guest(&kernel);
     boot(&all.runtime, "web", &kernel);
     assert_eq!(all.runtime.clade(&["fork", "web"]).code, Some(0));
-    // Within that time it ends by itself: the answer says that its time was not over.
+    // The guest ends by itself within that time: the answer shows that.
     let stopped = all.runtime.clade(&["stop", "web", "--graceful", "1h", "--json"]).json();
     assert_eq!(stopped["shutdown"], serde_json::json!({"by_itself": true, "noticed": true}), "{stopped}");
     assert_eq!((&stopped["state"], &stopped["stopped"]["kind"]), (&"stopped".into(), &"power_off".into()));
     assert!(reason(&all.runtime, "web").unwrap().contains("powered itself off"));
-    // The child has not heard of it, and hears its own.
+    // The press reached the parent alone; the child has its own.
     assert_eq!(all.runtime.names(), ["web-1"]);
     assert!(!all.runtime.clade(&["logs", "web-1"]).stdout.contains("bye"));
     let stopped = all.runtime.clade(&["stop", "web-1", "--graceful"]);
@@ -66,7 +66,7 @@ fn a_guest_that_does_not_listen_is_cut_when_its_time_is_over() {
     assert_eq!(stopped["shutdown"], serde_json::json!({"by_itself": false, "noticed": false}), "{stopped}");
     assert_eq!(stopped["stopped"]["kind"], "requested");
     assert_eq!(reason(&all.runtime, "deaf"), None, "it was stopped on request");
-    // Without a body it is a power cut, which knows no button.
+    // Without a body it is a power cut, without the button.
     boot(&all.runtime, "deaf", &kernel);
     let (status, stopped) = all.http("POST", "/v1/vms/deaf/stop", "");
     assert_eq!((status, &stopped["shutdown"]), (200, &Value::Null), "{stopped}");

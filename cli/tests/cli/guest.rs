@@ -12,7 +12,7 @@ use std::path::Path;
 
 const LOAD: u32 = 0x10_0000;
 const COM1: u16 = 0x3f8;
-/// Where the code begins in the file: after the header, two program headers and the note.
+/// Offset of the code in the file: after the header, two program headers and the note.
 const HEADERS: u64 = 64 + 2 * 56;
 const NOTE: usize = 20;
 /// `XEN_ELFNOTE_PHYS32_ENTRY`.
@@ -42,12 +42,12 @@ fn code() -> Vec<u8> {
     code
 }
 
-/// Where the guest that answers writes.
+/// Address that the echoing guest writes to.
 const FILLED: u32 = 0x40_0000;
 /// Pages that it fills.
 pub(crate) const ECHO_PAGES: u32 = 512;
 
-/// The power button's port, and the sleep control port with what switches off.
+/// The power button's port, and the sleep control port with the value that switches off.
 const BUTTON: u16 = 0x602;
 const SLEEP_CONTROL: u16 = 0x600;
 const SOFT_OFF: u8 = 5 << 2 | 1 << 5;
@@ -62,7 +62,7 @@ fn button_code() -> Vec<u8> {
     power_off(code)
 }
 
-/// Code that says `bye`, and switches off.
+/// Returns code that writes `bye`, and switches off.
 fn power_off(mut code: Vec<u8>) -> Vec<u8> {
     write(&mut code, "bye\n");
     // mov edx, SLEEP_CONTROL; mov al, SOFT_OFF; out dx, al; jmp $
@@ -72,7 +72,7 @@ fn power_off(mut code: Vec<u8>) -> Vec<u8> {
     code
 }
 
-/// Writes the guest that ends when it is spoken to.
+/// Writes the guest that ends after a byte of input.
 pub(crate) fn write_guest(path: &Path) {
     write_elf(path, &code());
 }
@@ -87,8 +87,8 @@ pub(crate) fn write_hasty_guest(path: &Path) {
     write_elf(path, &power_off(Vec::new()));
 }
 
-/// Writes the guest that answers what is typed: letters in the other case. It fills
-/// [`ECHO_PAGES`] pages first, and writes to the next of them with each byte.
+/// Writes the guest that echoes input: letters in the other case. The guest first fills
+/// [`ECHO_PAGES`] pages, and writes to the next of them with each byte.
 pub(crate) fn write_echo_guest(path: &Path) {
     let mut code = vec![0xb9];
     code.extend(ECHO_PAGES.to_le_bytes());

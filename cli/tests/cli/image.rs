@@ -34,7 +34,7 @@ fn document(layout: &Path, media_type: &str, content: &Value) -> Value {
     blob(layout, media_type, &path)
 }
 
-/// A layout of one image: the directory `root` as its layer, and what it runs.
+/// Writes a layout of one image: the directory `root` as its layer, and its program.
 pub(crate) fn write_layout(layout: &Path, root: &Path, config: &Value) {
     fs::create_dir_all(layout.join("blobs/sha256")).unwrap();
     fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
@@ -59,7 +59,7 @@ pub(crate) fn write_layout(layout: &Path, root: &Path, config: &Value) {
     fs::write(layout.join("index.json"), index.to_string()).unwrap();
 }
 
-/// Images in a cache of their own, and a registry to pull them from. Both end with it.
+/// Images in a cache of their own, and a registry to pull them from. A drop ends both.
 pub(crate) struct Images {
     pub(crate) runtime: Runtime,
     registry: Option<(Child, Port)>,
@@ -93,8 +93,8 @@ impl Images {
         self.command(args).output().unwrap().into()
     }
 
-    /// Starts Debian's registry, and copies the layout's image of that tag to it. None where there are
-    /// no such tools.
+    /// Starts Debian's registry, and copies the layout's image of that tag to it. None without the
+    /// tools.
     pub(crate) fn push(&mut self, layout: &Path, tag: &str) -> Option<String> {
         for tool in ["docker-registry", "skopeo"] {
             if Command::new(tool).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_err() {
@@ -168,7 +168,7 @@ fn images_are_pulled_shown_and_removed() {
     assert!(!disk.exists() && images.clade(&["image", "ls", "--json"]).json() == json!([]));
 }
 
-/// What a script of `resources` prints last, if it ends well.
+/// Returns the last line printed by a script of `resources`, if it succeeds.
 pub(crate) fn resource(script: &str, args: &[&str]) -> Option<PathBuf> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources").join(script);
     let done = Command::new(path).args(args).stdin(Stdio::null()).output().ok()?;
@@ -217,7 +217,7 @@ fn an_image_is_a_vm_that_can_be_forked() {
     let mut images = Images::new();
     let (root, layout) = (images.path("root"), images.path("layout"));
     write_root(&root, &linux);
-    // Children of an instant before the program has started are never ready.
+    // Children of an instant before the program's start are never ready.
     let hook = root.join("etc/clade/fork.d/10-started");
     fs::create_dir_all(hook.parent().unwrap()).unwrap();
     fs::write(&hook, "#!/bin/sh\ncat /tmp/started\n").unwrap();
@@ -245,11 +245,11 @@ fn an_image_is_a_vm_that_can_be_forked() {
     wait_until("what the image runs", || exec("web", "cat /tmp/started").stdout == "started\n");
     let logs = images.clade(&["logs", "web"]).stdout.replace('\r', "");
     assert!(logs.contains("7\n20\nblue\n/work/made\n"), "{logs}");
-    // The image's root, its variables, and none of the initramfs.
+    // The image's root, its variables, and nothing of the initramfs.
     let seen = exec("web", "echo $COLOUR; ls / /init; cat /proc/mounts");
     assert!(seen.stdout.starts_with("blue\n") && seen.stdout.contains("/dev/vda / ext4 rw"), "{seen:?}");
     assert!(!seen.stdout.contains("newroot") && seen.stderr.contains("/init"), "{seen:?}");
-    // Its disk is in use, and what is written is not in it.
+    // Its disk is in use, and stays without the VM's writes.
     images.clade(&["image", "rm", &name]).expect_refusal("in use");
     let file = images.path("file");
     fs::write(&file, "from here\n").unwrap();
@@ -260,7 +260,8 @@ fn an_image_is_a_vm_that_can_be_forked() {
         exec(vm, &format!("echo {vm} >> /srv/file"));
         assert_eq!(exec(vm, "cat /srv/file").stdout, format!("from here\n{vm}\n"), "alone on its disk");
     }
-    // The next one is no boot: it goes on from when the agent of the first had answered.
+    // The next VM does not boot: it starts from the instant when the first one's agent had
+    // answered.
     let begun = Instant::now();
     let warm = run("again");
     assert_eq!((warm.code, warm.stdout.as_str()), (Some(0), "again\n"), "{warm:?}");
@@ -268,7 +269,7 @@ fn an_image_is_a_vm_that_can_be_forked() {
     let again = images.clade(&["ps", "--json"]).json();
     let again = again.as_array().unwrap().iter().find(|vm| vm["name"] == "again").unwrap().clone();
     assert_eq!((again["generation"].as_u64(), again["parent"].as_str()), (Some(1), Some("web")), "{again}");
-    // Its agent may have answered before the program began, which goes on in each.
+    // The agent may have answered before the program's start, which then happens in each VM.
     wait_until("what the image runs, in the next VM", || exec("again", "cat /tmp/started").stdout == "started\n");
     let seen = exec("again", "ls /srv && echo nothing");
     assert_eq!(seen.stdout, "nothing\n", "what the first has done since is not in it: {seen:?}");

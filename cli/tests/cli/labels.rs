@@ -1,4 +1,4 @@
-//! Labels: given, inherited, asked for.
+//! Labels: given, inherited, filtered by.
 
 use crate::supervisor::Supervised;
 use crate::tool::{Runtime, kvm};
@@ -22,7 +22,7 @@ fn children_have_their_parents_labels_unless_they_are_given_others() {
     all.runtime.clade(&["checkpoint", "web", "warm", "--json"]).json();
     all.fork(&["web", "--name", "other", "--label", "tier=back"]);
     all.stop("web");
-    // Also when the parent has gone, and in the next generation.
+    // Even when the parent has gone, and in the next generation.
     all.fork(&["warm"]);
     all.fork(&["web-1"]);
     assert_eq!(listed(&all.runtime, &["label=tier=front"]), ["warm-1", "web-1", "web-1-1"]);

@@ -12,7 +12,7 @@ use tokio::runtime::Runtime as Executor;
 
 use crate::tool::Runtime;
 
-/// Where the disk's driver has its area, and its data.
+/// Addresses of the disk driver's area, and of its data.
 const AREA: u64 = WORK_BASE;
 const BUFFER: u64 = WORK_BASE + 16 * PAGE_SIZE;
 
@@ -34,7 +34,7 @@ impl<'a> BareVm<'a> {
         self.runtime.clade(&[command, &self.name, "--json"]).json();
     }
 
-    /// Has the guest of a paused VM do something. The VM is paused afterwards.
+    /// Has the guest of a paused VM carry out a command. The VM is paused afterwards.
     pub(crate) fn run(&self, command: Command) -> [u64; 4] {
         self.command("resume");
         let done = BareVcpu::new(self, 0).await_ready().and_then(|()| BareVcpu::new(self, 0).run(command));
@@ -42,7 +42,7 @@ impl<'a> BareVm<'a> {
         done.unwrap()
     }
 
-    /// Has the guest of a paused VM begin something. The VM runs on.
+    /// Has the guest of a paused VM begin a command. The VM runs on.
     pub(crate) fn begin(&self, command: Command) {
         BareVcpu::new(self, 0).mailbox().order(command).unwrap();
         self.command("resume");
@@ -68,7 +68,7 @@ impl<'a> BareVm<'a> {
         self.begin(Command::DiskRun(run));
     }
 
-    /// Has the guest of a paused VM take its disk.
+    /// Has the guest of a paused VM open its disk.
     pub(crate) fn open_disk(&self) {
         let [sectors, ..] = self.run(Command::DiskOpen { slot: 0, area: AREA, size: 256 });
         assert!(sectors > 0, "the guest has no disk");

@@ -1,4 +1,4 @@
-//! The `clade` command as a person or a program meets it.
+//! The `clade` command as people and programs see it.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 

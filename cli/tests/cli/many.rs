@@ -8,7 +8,7 @@ use rustix::process::Signal;
 use crate::supervisor::Supervised;
 use crate::tool::{Answer, kill, kvm, runs, wait_until};
 
-/// Starts `clade wait` with these arguments. Returns when it has seen that these VMs run.
+/// Starts `clade wait` with these arguments. Returns when it has seen these VMs run.
 fn waiting(all: &Supervised, args: &[&str], vms: &[&str]) -> Child {
     let mut command = all.runtime.command(&[&["wait"], args].concat());
     command.env("CLADE_LOG", "debug").stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -43,7 +43,7 @@ fn each_name_is_done_and_the_first_failure_says_how_it_ends() {
     let paused = run(&["pause", "--all"]);
     assert_eq!((paused.code, lines(&paused).len()), (Some(0), 4), "{paused:?}");
     assert!(lines(&paused).iter().all(|line| line.ends_with(" is paused")), "{paused:?}");
-    // A VM that was booted has nothing to go back to.
+    // A booted VM has no image to reset to.
     let reset = run(&["reset", "web", "web-3", "--json"]);
     assert_eq!(reset.code, Some(2), "{reset:?}");
     let answers: serde_json::Value = serde_json::from_str(&reset.stdout).unwrap();
@@ -87,9 +87,9 @@ fn waiting_ends_with_the_vms_and_says_why() {
     let said: serde_json::Value = serde_json::from_str(&ended.stdout).unwrap();
     assert_eq!(said[0]["in_order"], false, "{said}");
     assert!(said[0]["reason"].as_str().unwrap().contains("signal 9"), "{said}");
-    // A VM that has ended before the first look is on record.
+    // A VM that has ended before the first check is on record.
     assert_eq!(run(&["wait", "web-3"]).code, Some(1));
-    // No supervisor knows a socket that is left. Its end is waited for as long as asked.
+    // No supervisor has a leftover socket. The wait for its end lasts as long as requested.
     let left = all.runtime.dir().join("left.sock");
     drop(std::os::unix::net::UnixListener::bind(&left).unwrap());
     assert_ne!(run(&["wait", "left", "--timeout", "500ms"]).code, Some(0));

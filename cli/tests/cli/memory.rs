@@ -1,4 +1,4 @@
-//! A guest's memory by the API and by `clade memory`, against what its process has.
+//! A guest's memory through the API and `clade memory`, compared with its process's.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -48,7 +48,7 @@ fn memory_is_read_and_written_as_the_guest_sees_it_also_while_it_is_forked() {
     };
     let at = format!("{:#x}", GuestMemory::AT);
 
-    // What one end writes, the other has, and the command shows both ways.
+    // Writes at either end appear at the other, and the command shows both.
     GuestMemory::of(all.pid_of("web")).write(1, 7);
     let written = clade(&["memory", "write", "web", &at, "de ad be ef"]);
     assert_eq!((written.code, written.stdout.as_str()), (Some(0), ""), "{written:?}");
@@ -58,7 +58,7 @@ fn memory_is_read_and_written_as_the_guest_sees_it_also_while_it_is_forked() {
     assert_eq!(lines[3], "000001801000  07 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00  |................|");
     assert_eq!(lines.len(), 4, "equal lines are one star: {dump}");
 
-    // A child sees what its parent had; its writes are its own, and reads give it nothing.
+    // A child sees its parent's memory; its writes are private, and reads take no memory.
     assert_eq!(all.fork(&["web"]), ["web-1"]);
     let before = own_pages("web-1");
     let file = all.runtime.dir().join("memory");
@@ -76,7 +76,7 @@ fn memory_is_read_and_written_as_the_guest_sees_it_also_while_it_is_forked() {
     let first = |name: &str| clade(&["memory", "read", name, &at, "16"]).stdout;
     assert_eq!(first("web"), first("web-1"));
 
-    // By the VM's own socket as by the supervisor's, and each refusal names the address.
+    // Through the VM's own socket as through the supervisor's; each refusal names the address.
     let uri = |query: &str| format!("/v1/vms/web/memory?{query}");
     for socket in [&api, &own] {
         let query = format!("address={}&length=4", GuestMemory::AT);
@@ -113,7 +113,7 @@ fn memory_is_read_and_written_as_the_guest_sees_it_also_while_it_is_forked() {
     let odd = clade(&["memory", "write", "web", "0", "abc"]);
     assert!(odd.code == Some(2) && odd.stderr.contains("\"abc\""), "{odd:?}");
 
-    // A fork has all of a write or nothing, and the parent all of every one.
+    // A fork has a write wholly or not at all, and the parent has every one wholly.
     clade(&["resume", "web"]);
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {

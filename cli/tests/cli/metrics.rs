@@ -1,4 +1,4 @@
-//! The supervisor's metrics, read as strictly as the text format is written down.
+//! The supervisor's metrics, parsed strictly by the text format.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
@@ -14,7 +14,7 @@ type Labels = BTreeMap<String, String>;
 
 #[derive(Debug, Default)]
 pub(crate) struct Exposition {
-    /// By name: the type.
+    /// The types, by name.
     families: BTreeMap<String, String>,
     samples: Vec<(String, Labels, f64)>,
 }
@@ -24,7 +24,7 @@ fn is_name(name: &str) -> bool {
         && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
 }
 
-/// `key="value",...}` and what is behind it. Escapes are `\\`, `\"` and `\n`.
+/// Parses `key="value",...}`, and returns the rest. Escapes are `\\`, `\"` and `\n`.
 fn labels(mut text: &str) -> (Labels, &str) {
     let mut labels = Labels::new();
     loop {
@@ -53,8 +53,8 @@ fn labels(mut text: &str) -> (Labels, &str) {
     }
 }
 
-/// Every line is of the format; HELP and TYPE come once, in that order, before all samples of the
-/// family, which stand together; no sample is there twice; histograms add up.
+/// Parses metrics. Every line must be of the format; HELP and TYPE come once, in that order, before
+/// all samples of the family, which are adjacent; no sample comes twice; histograms add up.
 fn parse(text: &str) -> Exposition {
     assert!(text.ends_with('\n') && !text.contains("\n\n"), "lines");
     let mut out = Exposition::default();
@@ -119,7 +119,7 @@ impl Exposition {
     }
 }
 
-/// The metrics of the table in docs/operations.md, with their types.
+/// Returns the metrics of the table in docs/operations.md, with their types.
 fn documented() -> BTreeMap<String, String> {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/operations.md");
     let text = std::fs::read_to_string(path).unwrap();
@@ -149,14 +149,14 @@ fn keyed_fork(all: &Supervised, vm: &str, key: &str) -> String {
     text
 }
 
-/// Asks for the metrics by many connections at once. Returns the answers.
+/// Requests the metrics on many connections at once. Returns the answers.
 fn scrapes(all: &Supervised, count: usize) -> Vec<String> {
     let ask = |_| {
         let mut stream = UnixStream::connect(all.runtime.api()).unwrap();
         stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: clade\r\nconnection: close\r\n\r\n").unwrap();
         stream
     };
-    // All have asked before the first is heard.
+    // All requests are sent before the first answer is read.
     let asked: Vec<UnixStream> = (0..count).map(ask).collect();
     let hear = |mut stream: UnixStream| {
         let mut text = String::new();
@@ -212,7 +212,7 @@ fn metrics_are_of_the_text_format_and_say_what_was_done() {
     assert_eq!(found.families, documented());
     let pauses = |vm| found.value("clade_vm_pause_seconds_count", &[("vm", vm), ("cause", "fork")]);
     assert_eq!((pauses("web"), pauses("web-1")), (Some(2.0), None), "a fork and a checkpoint");
-    // The first answer again is an answer, and no fork.
+    // A repeated answer counts as an answer, not as a fork.
     for is_replayed in [false, true] {
         let answer = keyed_fork(&all, "web", "again");
         assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
@@ -227,7 +227,8 @@ fn metrics_are_of_the_text_format_and_say_what_was_done() {
     all.end();
 }
 
-/// Whether no thread of a process runs: on a busy host that takes a moment after the signal.
+/// Returns whether no thread of a process runs: on a busy host that takes a moment after the
+/// signal.
 fn is_stopped(pid: u32) -> bool {
     let mut threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
     threads.all(|thread| std::fs::read_to_string(thread.path().join("stat")).is_ok_and(|stat| stat.contains(") T ")))
@@ -257,7 +258,7 @@ fn a_vm_that_hangs_is_left_out_and_counted() {
         assert!(stats["silent"].as_array().unwrap().contains(&"web-1".into()), "{stats}");
         stats["vms"][0]["name"] == "web"
     });
-    // Each scrape waits for the VM that hangs: no more than four are begun.
+    // Each scrape waits for the VM that hangs: at most four are in progress.
     let answers = wait_for("scrapes that are together", || {
         let answers = scrapes(&all, 12);
         answers.iter().any(|text| !text.starts_with("HTTP/1.1 200 ")).then_some(answers)

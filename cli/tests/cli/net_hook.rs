@@ -10,8 +10,8 @@ use clade_test_support::TapName;
 use crate::supervisor::Supervised;
 use crate::tool::{Runtime, expect_problem, kvm, stem, taps, wait_until};
 
-/// A hook that writes down what it is told and whether the interface is there, and fails for VMs
-/// called `bad`.
+/// Writes a hook that logs its variables and whether the interface exists, and fails for VMs called
+/// `bad`.
 fn write_hook(dir: &Path) -> (PathBuf, PathBuf) {
     let (hook, log) = (dir.join("hook"), dir.join("log"));
     let text = format!(
@@ -43,7 +43,7 @@ fn interfaces_are_connected_before_their_vms_run_and_taken_down_after() {
     assert_eq!(lines(), [format!("up web {stem}0 none there")]);
     all.fork(&["web", "--count", "2"]);
     assert_eq!(lines()[1..], [format!("up web-1 {stem}1 web there"), format!("up web-2 {stem}2 web there")]);
-    // One that cannot be connected is none, and neither are its siblings.
+    // A child that cannot be connected is not made, and neither are its siblings.
     let (status, refused) = all.http("POST", "/v1/vms/web/fork", r#"{"count": 2, "name": "bad-{n}", "paused": true}"#);
     expect_problem(&refused, status);
     assert_eq!((status, refused["type"].as_str()), (409, Some("urn:clade:identity-taken")));

@@ -1,4 +1,4 @@
-//! Networks that are closed: by a fork, for all that descend from it, until they are opened.
+//! Closed networks: by a fork, for all descendants, until they are opened.
 
 use clade_test_support::TapName;
 use serde_json::Value;
@@ -6,7 +6,7 @@ use serde_json::Value;
 use crate::supervisor::Supervised;
 use crate::tool::{expect_problem, kvm, stem, taps};
 
-/// Whether the packets of a VM pass, of each device.
+/// Returns whether the packets of a VM pass, for each device.
 fn networks(all: &Supervised, name: &str) -> Vec<String> {
     let (status, vm) = all.http("GET", &format!("/v1/vms/{name}"), "");
     assert_eq!(status, 200, "{vm}");
@@ -59,7 +59,7 @@ fn a_closed_network_is_inherited_until_it_is_opened() {
     ] {
         assert_eq!(networks(&all, name), [network; 2], "{name}");
     }
-    // It is the host's to open and to close, and a reset changes nothing of that.
+    // Only the host opens and closes it, and a reset does not change that.
     let opened = all.runtime.clade(&["network", "child", "open", "--json"]).json();
     assert_eq!(opened["nets"][1]["network"], "open", "{opened}");
     assert_eq!(all.runtime.clade(&["network", "opened", "closed"]).code, Some(0));
@@ -69,7 +69,7 @@ fn a_closed_network_is_inherited_until_it_is_opened() {
     let now = ["child", "opened", "child-1"].map(|name| networks(&all, name).concat());
     assert_eq!(now, ["openopen", "closedclosed", "closedclosed"]);
     assert_eq!(all.http("POST", "/v1/vms/child/network", r#"{"network": "closed"}"#).1["nets"][0]["network"], "closed");
-    // What is neither is said by its name.
+    // Other values are refused by name.
     let (status, refused) = fork(&all, "vms/web", r#"{"network": "ajar"}"#);
     expect_problem(&refused, status);
     assert!(status == 400 && refused["detail"].as_str().unwrap().contains("ajar"), "{refused}");

@@ -1,4 +1,4 @@
-//! What a service manager hears of `clade serve`, and the unit that has it heard.
+//! The messages of `clade serve` to a service manager, and the unit that asks for them.
 
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
@@ -29,7 +29,7 @@ fn a_service_manager_hears_when_the_supervisor_is_ready_and_when_it_ends() {
         String::from_utf8(text[..length].to_vec()).unwrap()
     };
     assert_eq!(hear(), "READY=1");
-    // It takes requests by then.
+    // By then it accepts requests.
     let (status, _) = runtime.http_at(&runtime.dir().join("clade.api"), "GET", "/v1/supervisor", "");
     assert_eq!(status, 200);
     runtime.signal(Signal::TERM);

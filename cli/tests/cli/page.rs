@@ -1,7 +1,8 @@
-//! The page of the supervisor's port: its sessions, and what a browser makes of it.
+//! The page of the supervisor's port: its sessions, and its rendering in a browser.
 //!
-//! `CLADE_PAGE_PYTHON` names a Python that has playwright, and `CLADE_PAGE_AXE` the file `axe.min.js` of
-//! axe-core. The browser is Debian's `chromium`. With `page` in `CLADE_REQUIRE` none may be missing.
+//! `CLADE_PAGE_PYTHON` names a Python with playwright, and `CLADE_PAGE_AXE` the file `axe.min.js`
+//! of axe-core. The browser is Debian's `chromium`. With `page` in `CLADE_REQUIRE` all must be
+//! there.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -79,7 +80,7 @@ impl Port {
         Said { status, head, body: bytes[end + 4..].to_vec() }
     }
 
-    /// What the headers of a page's request begin with.
+    /// Returns the first headers of a page's request.
     fn own(&self) -> String {
         format!("host: {0}\r\norigin: http://{0}\r\n", self.address)
     }
@@ -137,7 +138,7 @@ fn a_session_is_the_pages_alone_and_ends() {
     assert_eq!(port.ask("DELETE", "/v1/session", &format!("{}{cookie}{key}", port.own()), b"").status, 200);
     events.read_to_end(&mut Vec::new()).unwrap();
     assert_eq!(vms(&format!("{host}{cookie}{key}")), 401);
-    // Another supervisor knows none of this one's.
+    // Another supervisor has none of this one's sessions.
     let (cookie, key) = port.log_in();
     kill(port.runtime.pid(), Signal::KILL);
     wait_until("its end", || TcpStream::connect(&port.address).is_err());
@@ -179,7 +180,7 @@ fn a_browser_forks_sees_types_and_is_told() {
         ["run", "-d", "--kernel", guest.to_str().unwrap(), "--mem", "32M", "--name", "web", "--label", "tier=<b>x"];
     let booted = port.runtime.clade(&run);
     assert_eq!(booted.code, Some(0), "{booted:?}");
-    // It would spin.
+    // The guest would spin.
     wait_until("the guest", || port.runtime.clade(&["logs", "web"]).stdout.contains("ready"));
     port.runtime.clade(&["pause", "web", "--json"]).json();
     let mut drive = Command::new(python);
@@ -188,7 +189,7 @@ fn a_browser_forks_sees_types_and_is_told() {
     let text = String::from_utf8_lossy(&done.stdout);
     assert!(done.status.success(), "{text}{}", String::from_utf8_lossy(&done.stderr));
     print!("{text}");
-    // What it has left, seen another way: one was stopped, and two were made.
+    // The result of the browser's actions, seen another way: one was stopped, and two were made.
     let mut names = port.runtime.names();
     names.sort_unstable();
     assert_eq!(names, ["web", "web-1", "web-2"]);

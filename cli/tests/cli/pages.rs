@@ -1,4 +1,4 @@
-//! What the memory of VMs is said to be, against what the kernel says of their processes.
+//! The reported memory of VMs, compared with the kernel's accounts of their processes.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -10,10 +10,10 @@ use crate::supervisor::{GuestMemory, Supervised};
 use crate::tool::kvm;
 
 const PAGE: u64 = 4096;
-/// The first page that the tests write: the bare guest leaves it alone.
+/// The first page that the tests write: the bare guest does not touch it.
 const FIRST: u64 = GuestMemory::AT / PAGE;
 
-/// Pages of guest memory that are private copies, as the words of the process's pagemap say.
+/// Returns the pages of guest memory that are private copies, by the process's pagemap.
 fn copies(pid: u32) -> BTreeSet<u64> {
     let memory = GuestMemory::of(pid);
     let pagemap = File::open(format!("/proc/{pid}/pagemap")).unwrap();
@@ -21,7 +21,7 @@ fn copies(pid: u32) -> BTreeSet<u64> {
         let mut word = [0; 8];
         pagemap.read_exact_at(&mut word, (memory.base() / PAGE + page) * 8).unwrap();
         let word = u64::from_le_bytes(word);
-        // Present or swapped, and of no file.
+        // Present or swapped, and not a file's.
         word >> 62 != 0 && word & 1 << 61 == 0
     };
     (0..GuestMemory::BYTES / PAGE).filter(is_copy).collect()
@@ -58,7 +58,7 @@ fn the_map_of_a_child_shows_what_it_has_written_and_nothing_else_as_its_own() {
     let new: Vec<u64> = own.difference(&before).map(|page| page - FIRST).collect();
     assert_eq!(new, written);
     assert_eq!(own, copies(pid));
-    // Each page is one thing, and the rest is of layers or zeros.
+    // Each page has one kind, and the rest are of layers or zeros.
     let pages = GuestMemory::BYTES / PAGE;
     let others = pages_of(&after, &["shared", "reference", "absent"]);
     assert!(own.is_disjoint(&others) && (own.len() + others.len()) as u64 == pages);
@@ -68,7 +68,7 @@ fn the_map_of_a_child_shows_what_it_has_written_and_nothing_else_as_its_own() {
     assert_eq!(after["totals"]["shared"].as_u64(), Some(shared.len() as u64));
     let layers = after["layers"].as_array().unwrap();
     assert_eq!(layers.iter().map(|layer| layer["shown_pages"].as_u64().unwrap()).sum::<u64>(), shared.len() as u64);
-    // Its layers are the parent's: the same files, which another process has.
+    // Its layers are the parent's: the same files, which another process holds.
     let of_parent = map("web");
     let files = |map: &Value| -> BTreeSet<String> {
         map["layers"].as_array().unwrap().iter().map(|layer| layer["file"].as_str().unwrap().to_owned()).collect()

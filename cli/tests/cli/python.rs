@@ -1,5 +1,5 @@
-//! A running Python with state in memory, of an image from a registry: each of its forks goes on with
-//! that state, and answers for itself.
+//! A running Python with state in memory, of an image from a registry: each of its forks goes on
+//! with that state, and answers separately.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,11 +13,11 @@ use crate::agent::{BOOT, WAIT};
 use crate::image::{Images, guest, resource};
 use crate::tool::{Answer, kvm, required, wait_until};
 
-/// The children.
+/// Number of children.
 const CHILDREN: usize = 10;
 
-/// The image's layout, as `resources/python-image/build.sh` makes it. `CLADE_PYTHON_IMAGE` names one that
-/// is made already.
+/// Returns the image's layout, as `resources/python-image/build.sh` makes it. `CLADE_PYTHON_IMAGE`
+/// names an existing one.
 pub(crate) fn layout() -> Option<PathBuf> {
     let named = std::env::var("CLADE_PYTHON_IMAGE").ok().filter(|value| !value.is_empty()).map(PathBuf::from);
     let layout = named.or_else(|| resource("python-image/build.sh", &["--path"]));
@@ -32,7 +32,7 @@ pub(crate) fn exec(images: &Images, args: &[&str]) -> Answer {
     images.clade(&[&["exec", "--wait", WAIT], args].concat())
 }
 
-/// Waits until the interpreter of `py` has written that it listens: a question would take its time.
+/// Waits until the interpreter of `py` has logged that it listens: a request would take its time.
 pub(crate) fn wait_for_python(images: &Images) {
     wait_until_within(BOOT, "the interpreter answers", || {
         let logs = images.clade(&["logs", "py"]);
@@ -41,11 +41,11 @@ pub(crate) fn wait_for_python(images: &Images) {
     });
 }
 
-/// The value of an expression in the running interpreter, as JSON.
+/// Returns the value of an expression in the running interpreter, as JSON.
 pub(crate) fn ask(images: &Images, vm: &str, expression: &str) -> Value {
     let answer = exec(images, &[vm, "--", "answer", &format!("json.dumps({expression})")]);
     assert_eq!(answer.code, Some(0), "{answer:?}");
-    // It is a text to Python, and has no quotes within.
+    // Python prints a string in quotes, and there are none within.
     let text = answer.stdout.trim_end().trim_matches('\'');
     serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {answer:?}"))
 }
@@ -113,11 +113,11 @@ fn ten_forks_of_a_running_python_answer_each_for_itself() {
     assert_eq!((random.len(), urandom.len()), (CHILDREN + 1, CHILDREN + 1), "each draws its own: {first:?}");
     for (vm, answer) in vms.iter().zip(&first) {
         let count = answer[1].as_u64().unwrap() - parent[1].as_u64().unwrap();
-        // The hook that reseeds it has counted too, and may be run twice.
+        // The hook that reseeds it has counted too, and may run twice.
         assert!((2..5).contains(&count), "the counter goes on: {parent} {answer}");
         assert_eq!(answer[4], json!({"of": "all", "me": vm}), "it sees what its parent has set, and no sibling");
     }
-    // Once all have set what is theirs.
+    // After all have set their own state.
     assert_eq!(ask(&images, &vms[0], "state['me']"), json!(vms[0]));
     let after = ask(&images, "py", "[token, count, state]");
     assert_eq!(after, json!([parent[0], parent[1].as_u64().unwrap() + 1, {"of": "all"}]), "the parent goes on");

@@ -1,4 +1,4 @@
-//! A registry of Debian's that only known users may read, by TLS with a certificate of its own.
+//! A Debian registry for known users only, through TLS with a certificate of its own.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -14,12 +14,12 @@ use crate::tool::{Answer, wait_until};
 
 const USER: &str = "reader";
 const PASSWORD: &str = "s3cret-of-the-registry";
-/// The line of htpasswd for them.
+/// Their line of htpasswd.
 const LINE: &str = "reader:$2y$05$abcdefghijklmnopqrstuuW1e3orFpi1hSyUIjjQsvB7886Cb.S5.\n";
-/// Both, as docker keeps them.
+/// Name and password, as docker stores them.
 const AUTH: &str = "cmVhZGVyOnMzY3JldC1vZi10aGUtcmVnaXN0cnk=";
 
-/// Ended with it.
+/// The registry's process, killed with this.
 struct Registry(Child);
 
 impl Drop for Registry {
@@ -37,7 +37,7 @@ fn is_there(tool: &str, flag: &str) -> bool {
     there
 }
 
-/// A certificate for this machine that has signed itself, and its key.
+/// Makes a self-signed certificate for this machine, and its key.
 fn certificate(dir: &Path) {
     let made = Command::new("openssl")
         .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"])
@@ -117,7 +117,7 @@ fn an_image_of_a_private_registry_is_pulled_with_a_password() {
         let args = [&["image", "pull", name.as_str()], more].concat();
         images.command(&args).env("DOCKER_CONFIG", config).output().unwrap().into()
     };
-    // Whoever is not known, who is known by another password, and who trusts nobody who has signed.
+    // An unknown user, a wrong password, and an untrusted certificate.
     let nowhere = images.path("nowhere");
     let nobody = pull(&nowhere, &["--ca", ca]);
     nobody.expect_refusal(&host);

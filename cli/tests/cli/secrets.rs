@@ -21,7 +21,7 @@ fn put(all: &Supervised, name: &str, address: u64, bytes: &[u8]) {
     assert_eq!(written.code, Some(0), "{written:?}");
 }
 
-/// How often `bytes` are in all of a guest's memory.
+/// Returns how often `bytes` occur in all of a guest's memory.
 fn count(all: &Supervised, name: &str, bytes: &[u8]) -> usize {
     let file = all.runtime.dir().join("memory");
     let read = all.runtime.clade(&["memory", "read", name, "0", "32M", "--output", file.to_str().unwrap()]);
@@ -60,7 +60,7 @@ fn boot_with_secrets(all: &Supervised) {
         put(all, "web", address, TOKEN);
     }
     put(all, "web", 28 << 20, &[b"KEY=", KEY, b"\0"].concat());
-    // One that goes on in a page elsewhere.
+    // A secret that continues in a page elsewhere.
     put(all, "web", (18 << 20) + PAGE - 12, &KEY[..12]);
     put(all, "web", 19 << 20, &KEY[12..]);
 }
@@ -81,14 +81,14 @@ fn a_child_without_secrets_has_none_of_them_anywhere() {
     for (name, expected) in [("web", [3, 1]), ("full", [3, 1]), ("clean-1", [0, 0]), ("clean-2", [0, 0])] {
         assert_eq!(counts(&all, name), expected, "{name}");
     }
-    // Nor the parts, each of which is there once in the others.
+    // Nor the parts, each of which occurs once in the others.
     for part in [&KEY[..12], &KEY[12..]] {
         assert_eq!((count(&all, "full", part), count(&all, "clean-1", part)), (2, 0));
     }
-    // It shares what it shared.
+    // It shares as many pages as before.
     let (own, sharing) = (private_kib(&all, "clean-1"), private_kib(&all, "full"));
     assert!(own <= sharing + 16 * PAGE / 1024, "{own} KiB, and {sharing} KiB of one that has them");
-    // A reset does not bring them back, and its children have none to lose.
+    // A reset does not bring them back, and its children have no secrets to lose.
     put(&all, "clean-1", 17 << 20, b"written since");
     all.runtime.clade(&["reset", "clean-1", "--json"]).json();
     assert_eq!((counts(&all, "clean-1"), count(&all, "clean-1", b"written since")), ([0, 0], 0));
@@ -96,7 +96,7 @@ fn a_child_without_secrets_has_none_of_them_anywhere() {
     let again = fork(&all, &["clean-1", "--name", "again", "--without-secrets"]);
     assert_eq!(again["erased"], json!({"whole": 0, "parts": 0}), "{again}");
     assert_eq!((counts(&all, "grandchild"), counts(&all, "again")), ([0, 0], [0, 0]));
-    // Their names go with them; a child that has them can have children without.
+    // Their names go with them; a child that has secrets can have children without.
     let names = |name: &str| all.http("GET", &format!("/v1/vms/{name}"), "").1["secrets"].clone();
     assert_eq!((names("full"), names("clean-1")), (json!(["token", "KEY"]), Value::Null));
     assert_eq!(all.runtime.clade(&["checkpoint", "full", "held"]).code, Some(0));
@@ -104,12 +104,12 @@ fn a_child_without_secrets_has_none_of_them_anywhere() {
     fork(&all, &["full", "--name", "late", "--without-secrets"]);
     fork(&all, &["held", "--name", "of-held", "--without-secrets"]);
     assert_eq!((counts(&all, "late"), counts(&all, "of-held")), ([0, 0], [0, 0]));
-    // A supervisor that has come back finds VMs whose processes remember.
+    // A new supervisor finds VMs whose processes remember their secrets.
     all.runtime.crash();
     all.serve("0");
     let later = fork(&all, &["full", "--name", "later", "--without-secrets"]);
     assert_eq!((later["erased"]["whole"].as_u64(), counts(&all, "later")), (Some(4), [0, 0]));
-    // A snapshot has its memory, and no list of what is secret in it.
+    // A snapshot has its memory, and no list of the secrets in it.
     let saved = all.runtime.dir().join("saved");
     all.runtime.clade(&["snapshot", "full", saved.to_str().unwrap(), "--json"]).json();
     let body = json!({"saved": {"dir": saved}, "vms": {"name": "old", "paused": true, "without_secrets": true}});
@@ -117,7 +117,7 @@ fn a_child_without_secrets_has_none_of_them_anywhere() {
     expect_problem(&refused, status);
     assert!(status == 409 && refused["detail"].as_str().unwrap().contains("a snapshot"), "{refused}");
     fs::remove_dir_all(&saved).unwrap();
-    // Nothing of them is in a file of the directory.
+    // No file of the directory has any part of them.
     for file in all.runtime.files() {
         let Ok(bytes) = fs::read(all.runtime.dir().join(&file)) else { continue };
         for secret in [TOKEN, KEY] {

@@ -1,4 +1,4 @@
-//! VMs in the foreground: without a supervisor the command is one, and they end with it.
+//! VMs in the foreground: without a supervisor the command is one, and the VMs end with it.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -29,32 +29,32 @@ fn each_vm_has_a_process_and_the_session_ends_with_the_command() {
     let mut runtime = Runtime::new();
     runtime.start("web");
     runtime.clade(&["fork", "web", "--paused", "--json"]).json();
-    // Not of its session: the supervisor is used by others too.
+    // Outside of its session: others also use the supervisor.
     detached(&runtime, "other");
     runtime.clade(&["fork", "other", "--paused", "--json"]).json();
     let pid = |name: &str| runtime.worker(name);
     let pids = [pid("web"), pid("web-1"), pid("other"), pid("other-1"), runtime.pid()];
     assert_eq!(pids.iter().collect::<std::collections::BTreeSet<_>>().len(), 5, "{pids:?}");
-    // A zygote's death takes no VM, and what the next one makes is of the session too.
+    // A zygote's death ends no VM, and the next one's VMs are of the session too.
     let zygote = parent_of(pids[0]);
     kill(zygote, Signal::KILL);
     wait_until("its end", || !runs(zygote));
     runtime.clade(&["fork", "web", "--paused", "--count", "3", "--name", "late-{n}", "--json"]).json();
     assert_eq!(runtime.names(), ["late-1", "late-2", "late-3", "other", "other-1", "web", "web-1"]);
     let late = ["late-1", "late-2", "late-3"].map(pid);
-    // Not all were prepared by the first one.
+    // The first one had not prepared all of them.
     assert!(late.iter().any(|pid| runtime.clades().contains(&parent_of(*pid))), "{late:?}");
-    // Killed, it could stop nobody.
+    // A killed supervisor can stop no VM.
     runtime.crash();
     wait_until("the end of its VMs", || late.iter().chain(&pids[..2]).all(|pid| !runs(*pid)));
     wait_until("its VMs to be dead", || runtime.names() == ["other", "other-1"]);
     assert_eq!(runtime.clade(&["resume", "other", "--json"]).json()["state"], "running");
-    // The next supervisor has them, and clears up.
+    // The next supervisor finds them, and clears up.
     runtime.start("web");
     runtime.clade(&["fork", "other", "--paused", "--json"]).json();
     assert_eq!(runtime.names(), ["other", "other-1", "other-2", "web"]);
     runtime.clade(&["pause", "other", "--json"]).json();
-    // The first one ends the command, which leaves the others to another supervisor meanwhile.
+    // The first one ends the command, which meanwhile leaves the others to another supervisor.
     for name in ["web", "other", "other-1", "other-2"] {
         let stopped = runtime.clade(&["stop", name]);
         assert_eq!(stopped.code, Some(0), "{name}: {stopped:?}");
@@ -105,7 +105,7 @@ fn a_session_runs_on_when_the_command_that_supervised_it_ends() {
             assert_eq!(runtime.ended(), Some(0));
         }
         wait_until("the end of the first", || runtime.names() == ["next", "next-1"]);
-        // One that ends with it would have done so by now.
+        // A VM that ends with it would have ended by now.
         std::thread::sleep(std::time::Duration::from_millis(300));
         assert!(workers.iter().all(|pid| runs(*pid)) && next.try_wait().unwrap().is_none());
         assert_eq!(runtime.clade(&["resume", "next-1", "--json"]).json()["state"], "running");
@@ -154,7 +154,7 @@ fn what_a_guest_says_from_its_first_instruction_to_its_last_is_shown() {
         assert!(got > 0, "{said:?}");
         said.push_str(&String::from_utf8_lossy(&bytes[..got]));
     }
-    // What is typed reaches it. At the end of the input its output goes on.
+    // Typed input reaches it. At the end of the input its output goes on.
     stdin.write_all(b"x").unwrap();
     drop(stdin);
     stdout.read_to_string(&mut said).unwrap();
@@ -175,13 +175,13 @@ fn a_guest_that_ends_at_once_is_shown_with_its_output() {
     let dir = tempfile::tempdir().unwrap();
     let kernel = dir.path().join("hasty");
     write_hasty_guest(&kernel);
-    // It may have ended before its console is connected to, or after that.
+    // The VM may have ended before or after the connection to its console.
     for time in 0..5 {
         let name = format!("hasty-{time}");
         let ran = runtime.clade(&["run", "--kernel", kernel.to_str().unwrap(), "--mem", "32M", "--name", &name]);
         assert_eq!((ran.code, ran.stdout.trim()), (Some(0), "bye"), "{ran:?}");
     }
-    // The same where another process is asked for it.
+    // The same through another process.
     runtime.spawn(&["serve", "--pool", "0"]);
     wait_until("the supervisor", || runtime.clade(&["checkpoints"]).code == Some(0));
     let args = ["run", "-d", "--kernel", kernel.to_str().unwrap(), "--mem", "32M", "--name", "hasty"];

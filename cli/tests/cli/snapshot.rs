@@ -1,4 +1,4 @@
-//! VMs on disk, from the command line: saved, looked at, merged, restored, and refused.
+//! VMs on disk, from the command line: saved, shown, merged, restored, and refused.
 
 use std::fs;
 use std::path::Path;
@@ -53,7 +53,7 @@ fn a_vm_is_saved_and_restored_as_several() {
     wait_until("both in the fleet", || runtime.names() == ["w-1", "w-2"]);
     let one = runtime.http("GET", "/v1/vms/w-1", "").1;
     assert_eq!((&one["state"], &one["parent"], &one["memory"]["mib"]), (&json!("paused"), &json!(null), &json!(32)));
-    // The pages that its guest touches are put on record.
+    // The pages that its guest touches are recorded.
     BareVm::of(&runtime, "w-1").run(Command::Touch { start: WORK_BASE, pages: 4, value: 1 });
     assert_eq!(runtime.http("GET", "/v1/vms/w-1", "").1["state"], "paused");
     let warm = runtime.clade(&["snapshot", "working-set", "w-1", "--json"]).json();
@@ -102,7 +102,7 @@ fn snapshots_that_cannot_be() {
     {
         assert_eq!(runtime.clade(args).code, Some(2), "{args:?}");
     }
-    // What is not a snapshot is not replaced, and what is damaged is named.
+    // Other directories are not replaced, and errors name the damaged file.
     fs::create_dir(at("letters")).unwrap();
     fs::write(at("letters").join("one"), "dear").unwrap();
     runtime.clade(&["snapshot", "vm", text(&at("letters"))]).expect_refusal("letters");
@@ -114,7 +114,7 @@ fn snapshots_that_cannot_be() {
     bytes[100] ^= 1;
     fs::write(&state, &bytes).unwrap();
     runtime.clade(&["restore", text(&at("good"))]).expect_refusal("state");
-    // Their workers are there when it turns out.
+    // Their workers already run when the error appears.
     runtime.clade(&["restore", text(&at("good")), "--count", "3"]).expect_refusal("state");
     runtime.clade(&["snapshot", "verify", text(&at("good"))]).expect_refusal("state");
 
@@ -150,7 +150,7 @@ fn snapshots_that_cannot_be() {
     runtime.clade(&["stop", "vm"]);
 }
 
-/// The worker that opens it the next time is kept, and may reach the directory that was there.
+/// The worker kept for the next restore may reach only the directory that was there.
 #[test]
 fn a_snapshot_that_was_replaced_is_restored_as_it_is_now() {
     if !kvm() {
@@ -165,7 +165,7 @@ fn a_snapshot_that_was_replaced_is_restored_as_it_is_now() {
     let save = || all.runtime.clade(&["snapshot", "web", text(&saved), "--replace", "--json"]).json();
     let restore = |name: &str| {
         let before = all.runtime.clades();
-        // In memory files, where it is looked for.
+        // In memory files, where the test looks for it.
         let started = all.runtime.clade(&["restore", text(&saved), "--preload", "-d", "--paused", "--name", name]);
         assert_eq!(started.code, Some(0), "{started:?}");
         let read = GuestMemory::of(all.pid_of(name)).read(0);
@@ -181,7 +181,7 @@ fn a_snapshot_that_was_replaced_is_restored_as_it_is_now() {
             assert_eq!(restore(&format!("{name}{again}")), value, "{name}{again}");
         }
     }
-    // Both have died while they waited.
+    // Both have died while waiting.
     let parent = |pid: u32| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
         stat.rsplit(") ").next().unwrap().split(' ').nth(1).unwrap().parse::<u32>().unwrap()

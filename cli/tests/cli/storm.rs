@@ -1,4 +1,4 @@
-//! Everything the API does, from eight threads at once, and what is left after it: nothing.
+//! Every action of the API, from eight threads at once; afterwards no resource is held.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -17,15 +17,15 @@ use crate::tool::{Random, Runtime, kvm, stem, taps, wait_until};
 const THREADS: u64 = 8;
 /// Running time of a storm on the reference host.
 const MOST: Duration = Duration::from_secs(3600);
-/// VMs at a time: what two processors and the default limits bear.
+/// VMs at a time: as many as two processors and the default limits allow.
 const MAX_VMS: usize = 24;
 
-/// What a process and the host have that a VM takes.
+/// Resources that a VM takes from a process and the host.
 #[derive(Debug, PartialEq, Eq)]
 struct Held {
-    /// Of files of memory layers.
+    /// Descriptors of files of memory layers.
     layers: usize,
-    /// All others.
+    /// All other descriptors.
     descriptors: usize,
     threads: usize,
     mappings: usize,
@@ -51,8 +51,8 @@ impl Held {
         }
     }
 
-    /// Whether nothing is held that was not `before`. Allocators keep some mappings. The VM that is
-    /// left has as many layers as its last forks made, and files are made ahead for the next: a
+    /// Returns whether no more is held than `before`. Allocators keep some mappings. The remaining
+    /// VM has as many layers as its last forks made, and files are made ahead for the next: a
     /// handful at most.
     fn is_back_to(&self, before: &Self) -> bool {
         self.layers <= before.layers + 8
@@ -63,29 +63,30 @@ impl Held {
     }
 }
 
-/// Whether a descriptor is of a memory layer: of a memfd, or of a nameless file in the tmpfs of
-/// huge pages, which is mounted nowhere.
+/// Returns whether a descriptor is of a memory layer: of a memfd, or of a nameless file in the
+/// tmpfs of huge pages, which is mounted nowhere.
 fn is_layer(descriptor: &fs::DirEntry) -> bool {
     let file = fs::read_link(descriptor.path()).unwrap_or_default();
     let file = file.to_string_lossy();
     file.starts_with("/memfd:clade-layer") || file.starts_with("/#")
 }
 
-/// Resident KiB of a process.
+/// Returns the resident KiB of a process.
 fn resident(pid: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
-/// Copies a process's smaps to where `CLADE_STORM_SMAPS` says, if it does: where memory went.
+/// Copies a process's smaps to the path in `CLADE_STORM_SMAPS`, if it is set: they show the use of
+/// memory.
 fn keep_smaps(pid: u32, when: &str) {
     if let Ok(to) = std::env::var("CLADE_STORM_SMAPS") {
         fs::copy(format!("/proc/{pid}/smaps"), format!("{to}.{when}")).unwrap();
     }
 }
 
-/// What was asked, and how often the answer was yes.
+/// Counts of requests, and of those granted.
 #[derive(Debug, Default)]
 struct Tally {
     asked: AtomicU64,
@@ -105,14 +106,14 @@ impl Storm<'_> {
         let (status, answer) = self.runtime.http(method, path, body);
         self.tally.asked.fetch_add(1, Ordering::Relaxed);
         self.tally.done.fetch_add(u64::from(status == 200), Ordering::Relaxed);
-        // Gone in between, in the wrong state, no balloon, no room: all of that is an answer. A
-        // failure is not.
-        // On a busy machine a request may be refused for now (503), or its VM be silent (504).
+        // Gone meanwhile, in the wrong state, no balloon, no room: these are valid answers. A
+        // failure is not. On a busy machine a request may be refused for now (503), or its VM be
+        // silent (504).
         assert!([200, 404, 409, 410, 503, 504, 507].contains(&status), "{method} {path} {body}: {status} {answer}");
         (status, answer)
     }
 
-    /// One of the children, by chance.
+    /// Returns a random child.
     fn child(&self, random: &mut Random) -> Option<String> {
         let (_, all) = self.ask("GET", "/v1/vms", "");
         let names: Vec<&str> = all.as_array()?.iter().filter_map(|vm| vm["name"].as_str()).collect();
@@ -141,7 +142,7 @@ impl Storm<'_> {
         let body = format!(r#"{{"dir":{:?}}}"#, dir.display().to_string());
         let (status, _) = self.ask("POST", &format!("/v1/vms/{child}/snapshot"), &body);
         self.tally.snapshots.fetch_add(u64::from(status == 200), Ordering::Relaxed);
-        // Made again each time: replacing is another matter.
+        // Made anew each time: replacement is another test's.
         let _ = fs::remove_dir_all(&dir);
     }
 
@@ -168,7 +169,7 @@ impl Storm<'_> {
         let Some(child) = self.child(random) else { return };
         self.ask("POST", &format!("/v1/vms/{child}/{verb}"), "");
         if verb == "stop" {
-            // Whoever has it now is another.
+            // The name may have a new owner.
             self.ask("GET", &format!("/v1/vms/{child}/logs"), "");
         }
     }
@@ -196,7 +197,7 @@ fn storm(seconds: u64) {
                 let storm = Storm { runtime: &runtime, snapshots: snapshots.path(), tally: &tally };
                 scope.spawn(move || {
                     let mut random = Random(0x9e37_79b9 + thread + round * 1000);
-                    // At least as long as asked, and until enough has been done.
+                    // At least as long as requested, and until enough requests were made.
                     let mut patience = Patience::new(MOST);
                     while Instant::now() < end || !is_enough() {
                         storm.turn(&mut random, thread);
@@ -211,7 +212,7 @@ fn storm(seconds: u64) {
             }
         }
     };
-    // What is made once stays, and is no leak.
+    // One-time allocations stay, and are not leaks.
     run(Duration::from_secs(2), 0);
     assert_eq!(runtime.http("GET", "/v1/ended", "").1, serde_json::json!([]), "none has ended by itself");
     // Threads for blocking work go after ten idle seconds.
@@ -245,7 +246,7 @@ fn the_api_under_eight_threads() {
     storm(5);
 }
 
-/// `CLADE_STORM_SECONDS` says for how long; a minute if it does not.
+/// Runs for `CLADE_STORM_SECONDS`; a minute by default.
 #[test]
 #[ignore = "a minute or more"]
 fn the_api_under_eight_threads_for_long() {

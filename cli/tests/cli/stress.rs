@@ -1,4 +1,4 @@
-//! DMA under forks, for a few seconds: no byte wrong with the protocol, and wrong bytes found
+//! DMA under forks, for a few seconds: no wrong byte with the protocol, and wrong bytes found
 //! without.
 
 use std::process::Command;
@@ -50,7 +50,7 @@ fn without_unshare_before_protect_wrong_bytes_are_found() {
         return;
     }
     let (answer, report) = stress(&["--forks-per-second", "50", "--without-unshare"]);
-    // Success is to have found it: after so many forks without it, the run fails by itself.
+    // Success means that it was found: after so many forks without it, the run fails by itself.
     assert_eq!(answer.code, Some(0), "{answer:?}");
     let found = |key: &str| report[key].as_u64().unwrap_or(0);
     assert!(found("wrong_bytes") + found("violations") > 0, "{report}");

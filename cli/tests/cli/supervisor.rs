@@ -1,4 +1,4 @@
-//! The supervisor: VMs in processes of their own, checkpoints, and what dies.
+//! The supervisor: VMs in processes of their own, checkpoints, and deaths.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -84,7 +84,7 @@ impl Supervised {
         self.processes().into_iter().filter(|pid| *pid != supervisor && !workers.contains(pid)).collect()
     }
 
-    /// Files but the log.
+    /// Returns all files except the log.
     fn files(&self) -> Vec<String> {
         let all = fs::read_dir(self.runtime.dir()).unwrap().flatten();
         all.map(|entry| entry.file_name().into_string().unwrap()).filter(|name| name != "clade.log").collect()
@@ -95,7 +95,7 @@ impl Supervised {
         assert_eq!(stopped.code, Some(0), "{stopped:?}");
     }
 
-    /// Stops what is left, and sees that nothing of it is.
+    /// Stops the remaining VMs, and checks that nothing stays.
     pub(crate) fn end(mut self) {
         for vm in self.vms() {
             self.stop(vm["name"].as_str().unwrap());
@@ -137,12 +137,12 @@ fn each_vm_has_a_process_and_a_checkpoint_outlives_its_vm() {
     let vms = all.vms();
     let child = vms.iter().find(|vm| vm["name"] == "grandchild").unwrap();
     assert_eq!((child["parent"].as_str(), child["generation"].as_u64()), (Some("web-1"), Some(2)), "{child}");
-    // They run, and are parents.
+    // They run, and have children.
     for command in ["resume", "pause"] {
         assert_eq!(all.runtime.clade(&[command, "grandchild"]).code, Some(0));
     }
     assert_eq!(all.fork(&["grandchild"]), ["grandchild-1"]);
-    // By the supervisor's socket as by their own.
+    // Through the supervisor's socket as through their own.
     assert_eq!(all.http("POST", "/v1/vms/grandchild/resume", "").1["state"], "running");
     assert_eq!(all.http("GET", "/v1/vms", "").1.as_array().unwrap().len(), 7);
     let listed = all.runtime.clade(&["checkpoints", "--json"]).json();
@@ -160,12 +160,12 @@ pub(crate) struct GuestMemory {
 
 impl GuestMemory {
     pub(crate) const BYTES: u64 = 32 << 20;
-    /// Guest-physical: the bare guest leaves it alone.
+    /// Guest-physical: the bare guest does not touch it.
     pub(crate) const AT: u64 = 24 << 20;
 
     pub(crate) fn of(pid: u32) -> Self {
-        // Neighbouring mappings, and where those of memory files begin. Pages of zeros that were
-        // restored are in no file.
+        // Adjacent mappings, and the starts of those of memory files. Restored pages of zeros are
+        // in no file.
         let (mut spans, mut starts): (Vec<(u64, u64)>, Vec<u64>) = (Vec::new(), Vec::new());
         for line in fs::read_to_string(format!("/proc/{pid}/maps")).unwrap().lines() {
             let (range, rest) = line.split_once(' ').unwrap();
@@ -188,7 +188,7 @@ impl GuestMemory {
         Self { file, base }
     }
 
-    /// Its address in the process.
+    /// Returns its address in the process.
     pub(crate) fn base(&self) -> u64 {
         self.base
     }
@@ -204,8 +204,8 @@ impl GuestMemory {
     }
 }
 
-/// Each fork shows what was written since the one before, through three generations of processes,
-/// and a reset drops it.
+/// Each fork shows the writes since the previous one, through three generations of processes, and a
+/// reset drops them.
 #[test]
 fn i4_children_show_what_was_written_since_the_last_fork() {
     if !kvm() {
@@ -242,7 +242,7 @@ fn i4_children_show_what_was_written_since_the_last_fork() {
         let vms = all.vms();
         vms.iter().find(|vm| vm["name"] == "web").unwrap()["memory"]["exclusive_pages"].as_u64().unwrap()
     };
-    // What is copied in the background is shared back for a while.
+    // Pages copied in the background are shared again after a while.
     wait_until("the copy to end", || exclusive() == exclusive());
     let before = exclusive();
     web.write(9, 1);
@@ -250,7 +250,7 @@ fn i4_children_show_what_was_written_since_the_last_fork() {
     all.end();
 }
 
-/// Lines of `/proc/PID/task/TID/status` of each thread.
+/// Returns the lines of `/proc/PID/task/TID/status` of each thread.
 fn statuses(pid: u32) -> Vec<String> {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
     threads.filter_map(|thread| fs::read_to_string(thread.path().join("status")).ok()).collect()
@@ -282,13 +282,13 @@ fn all_threads_of_a_worker_are_confined() {
     all.end();
 }
 
-/// Interfaces of this host that begin with `stem`.
+/// Returns the interfaces of this host that begin with `stem`.
 fn interfaces(stem: &str) -> BTreeSet<String> {
     let all = fs::read_dir("/sys/class/net").unwrap().flatten();
     all.filter_map(|entry| entry.file_name().into_string().ok()).filter(|name| name.starts_with(stem)).collect()
 }
 
-/// The supervisor opens interfaces and binds sockets, and a worker that is killed leaves none.
+/// The supervisor opens interfaces and binds sockets, and a killed worker leaves none.
 #[test]
 fn interfaces_and_sockets_are_handed_in_and_go_with_their_vm() {
     if !kvm() || !taps() {
@@ -314,7 +314,7 @@ fn interfaces_and_sockets_are_handed_in_and_go_with_their_vm() {
     let cids: BTreeSet<u64> = vms.iter().map(|vm| vm["vsock"]["cid"].as_u64().unwrap()).collect();
     let macs: BTreeSet<&str> = vms.iter().map(|vm| vm["nets"][0]["mac"].as_str().unwrap()).collect();
     assert_eq!((cids.len(), macs.len()), (4, 4), "{vms:?}");
-    // Somebody listens at each.
+    // Each socket has a listener.
     for socket in sockets() {
         UnixStream::connect(dir.path().join(socket)).unwrap();
     }
@@ -360,14 +360,14 @@ fn a_confined_vm_is_saved_and_what_changed_since_is_saved_alone() {
     assert!(recorded["pages"].as_u64() > Some(0), "{recorded}");
     let shown = all.runtime.clade(&["snapshot", "show", &at("more"), "--json"]).json();
     assert_eq!(shown["working_set"], true, "{shown}");
-    // Nothing else is there, and the supervisor has no other worker left.
+    // No other file is there, and the supervisor has no other worker left.
     let mut names: Vec<_> = fs::read_dir(dir.path()).unwrap().flatten().map(|entry| entry.file_name()).collect();
     names.sort();
     assert_eq!(names, ["full", "more", "part"]);
     // A restored VM shows it.
     all.stop("web");
     for (name, shown) in [("full", (1, 30, 0)), ("part", (2, 30, 0)), ("more", (2, 30, 70))] {
-        // In memory files, where it is looked for.
+        // In memory files, where the test looks for it.
         all.runtime.spawn(&["restore", &at(name), "--preload", "--paused", "--detached", "--name", name]);
         wait_until("the restored VM", || all.runtime.names().contains(&name.to_owned()));
         let there = GuestMemory::of(all.pid_of(name));
@@ -424,7 +424,7 @@ fn i13_all_children_of_a_request_are_made_or_none() {
         assert_eq!(status, wanted, "{method} {path}: {answer}");
         expect_problem(&answer, status);
     }
-    // The parent has lost nothing.
+    // The parent is unchanged.
     assert_eq!(all.fork(&["web"]), ["web-1"]);
     all.end();
 }
@@ -442,7 +442,7 @@ fn prepared_workers_are_used_and_one_that_has_died_costs_nothing() {
     let prepared: Vec<u32> = all.processes().difference(&before).copied().collect();
     assert_eq!(prepared.len(), 3);
     kill(prepared[0], Signal::KILL);
-    // All of its threads: the first may be a zombie while another keeps the socket open, and then an
+    // All of its threads: the first may be a zombie while another keeps the socket open. Then an
     // order still gets there, is lost, and all workers of the request are made anew.
     wait_until("its end", || !Path::new(&format!("/proc/{}/task", prepared[0])).exists());
     let children = all.fork(&["cp", "--count", "4"]);
@@ -475,15 +475,15 @@ fn a_killed_worker_is_one_vm_and_is_said() {
     all.end();
 }
 
-/// The file systems of a process's files in huge pages: one, where there are huge pages.
+/// Returns the file systems of a process's files in huge pages: one, if huge pages are available.
 fn memory_mounts(pid: u32) -> BTreeSet<u64> {
     let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten().map(|entry| entry.path());
-    // They have no name, and their mount is nowhere.
+    // The files have no name, and their mount is nowhere.
     let is_memory = |path: &PathBuf| fs::read_link(path).is_ok_and(|to| to.to_string_lossy().starts_with("/#"));
     descriptors.filter(is_memory).map(|path| fs::metadata(path).unwrap().dev()).collect()
 }
 
-/// Whether a supervisor has mounted a file system for memory, which is mounted nowhere.
+/// Returns whether a supervisor has mounted a file system for memory, which is mounted nowhere.
 fn has_mount(supervisor: u32) -> bool {
     let mut descriptors = fs::read_dir(format!("/proc/{supervisor}/fd")).unwrap().flatten();
     let host = fs::metadata("/").unwrap().dev();
@@ -522,7 +522,7 @@ fn a_killed_zygote_is_replaced() {
     for pid in [supervisor, next[0]].iter().chain(&pids) {
         assert_eq!(mounts(*pid), mounted, "mounts that {pid} sees");
     }
-    // What the first has made is nobody's child here, and ends as well.
+    // The first one's VMs are not this process's children, and end as well.
     all.end();
 }
 
@@ -537,7 +537,7 @@ fn a_supervisor_that_comes_back_finds_its_vms() {
     all.fork(&["cp"]);
     let workers = [all.pid_of("web"), all.pid_of("cp-1")];
     all.runtime.crash();
-    // Prepared ones go with it, and VMs run on.
+    // Prepared workers go with it, and VMs run on.
     wait_until("the end of the others", || all.processes().len() == 3);
     assert_eq!([all.pid_of("web"), all.pid_of("cp-1")], workers);
     all.runtime.clade(&["checkpoints"]).expect_refusal("clade serve");
@@ -548,7 +548,7 @@ fn a_supervisor_that_comes_back_finds_its_vms() {
     all.end();
 }
 
-/// Whoever connects to a VM's image socket and says nothing, or too much, or goes away.
+/// Clients that connect to a VM's image socket and send nothing, or too much, or go away.
 #[test]
 fn broken_clients_of_the_image_socket_cost_nothing() {
     if !kvm() {
@@ -567,7 +567,7 @@ fn broken_clients_of_the_image_socket_cost_nothing() {
     let long = connected(&path);
     seqpacket::send(&long, &[0; 4096], &[]).unwrap();
     assert!(seqpacket::receive(&long, 4096).is_err(), "it is not answered");
-    // It asks, and goes away in the middle of the answer.
+    // A client that sends a request, and goes away in the middle of the answer.
     for _ in 0..20 {
         let gone = connected(&path);
         seqpacket::send(&gone, &[1], &[]).unwrap();
@@ -580,7 +580,8 @@ fn broken_clients_of_the_image_socket_cost_nothing() {
     all.end();
 }
 
-/// What the booted VM wrote since a checkpoint goes into its image when the checkpoint has gone.
+/// The booted VM's writes since a checkpoint are merged into its image once the checkpoint has
+/// gone.
 #[test]
 fn a_disk_is_given_what_was_written_when_no_checkpoint_needs_it() {
     if !kvm() {
@@ -627,8 +628,8 @@ fn the_first_vm_in_the_background_starts_a_supervisor() {
     assert_eq!(all.files(), [""; 0]);
 }
 
-/// `clade serve` shows and ends the supervisor that runs; its VMs run on. A second one is refused with
-/// the first one's pid.
+/// `clade serve` shows and ends the running supervisor; its VMs run on. A second one is refused
+/// with the first one's pid.
 #[test]
 fn a_supervisor_is_shown_and_ended_by_a_command() {
     if !kvm() {
@@ -647,7 +648,7 @@ fn a_supervisor_is_shown_and_ended_by_a_command() {
     let stopped = all.runtime.clade(&["serve", "--stop"]);
     assert_eq!(stopped.stdout, format!("the supervisor has ended: process {pid}\n"), "{stopped:?}");
     assert!(!runs(pid.parse().unwrap()));
-    // The next supervisor finds the VM, by another word for `ps` and for `stop`.
+    // The next supervisor finds the VM; `ps` and `stop` see it as another's.
     let mut all = all;
     all.serve("0");
     assert!(all.runtime.clade(&["list"]).stdout.contains("web"));
@@ -655,8 +656,8 @@ fn a_supervisor_is_shown_and_ended_by_a_command() {
     all.end();
 }
 
-/// A VM whose process is stopped is ended by a request to stop it, in bounded time, and its name is
-/// free then. Requests that only it can answer fail.
+/// A request to stop a VM whose process is stopped ends it in bounded time, and its name is then
+/// free. Requests that only the process can answer fail.
 #[test]
 fn a_vm_whose_process_does_not_answer_is_stopped_all_the_same() {
     if !kvm() {
@@ -683,7 +684,7 @@ fn a_vm_whose_process_does_not_answer_is_stopped_all_the_same() {
     all.end();
 }
 
-/// Whoever is told that a VM is stopped may use its name at once.
+/// The name of a VM that was reported stopped is free at once.
 #[test]
 fn a_name_is_free_as_soon_as_its_vm_is_stopped() {
     if !kvm() {

@@ -1,5 +1,5 @@
-//! Suspended VMs in processes of their own: what is left in memory, what wakes them, and that
-//! nothing is lost.
+//! Suspended VMs in processes of their own: their remaining memory, their wakes, and that no data
+//! is lost.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -16,10 +16,10 @@ use crate::supervisor::{GuestMemory, Supervised};
 use crate::tool::{kvm, wait_until};
 
 const PAGE: u64 = 4096;
-/// Pages that are written.
+/// Number of written pages.
 const PAGES: u64 = 1_500;
 
-/// What a process has of its guest's memory alone, in KiB.
+/// Returns the private part of a guest's memory in a process, in KiB.
 fn private_kib(pid: u32, base: u64) -> u64 {
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
     let (mut is_in, mut kib) = (false, 0);
@@ -94,7 +94,7 @@ fn a_suspended_vm_has_next_to_no_memory_and_what_needs_it_wakes_it() {
     let child = GuestMemory::of(all.pid_of("web-1"));
     (0..PAGES).for_each(|page| assert_eq!(child.read(page), page + 1));
 
-    // What needs the guest wakes it: a connection, typing, and being told so.
+    // Requests that need the guest wake it: a connection, typing, and an explicit wake.
     let wakes: [(&str, &dyn Fn()); 4] = [
         ("a connection", &|| drop(UnixStream::connect(&socket).unwrap())),
         ("typing", &|| {
@@ -115,7 +115,7 @@ fn a_suspended_vm_has_next_to_no_memory_and_what_needs_it_wakes_it() {
         memory.write(round, 100 + round);
         memory.write(700, 100 + round);
         let written = suspend()["written_pages"].as_u64().unwrap();
-        // It ran for a moment in the last round but one.
+        // In the last round but one the VM ran for a moment.
         assert!((2..20).contains(&written), "{what}: {written} pages were written, of which two were ours");
         assert!(private_kib(pid, memory.base()) <= 64, "{what}");
         wake();
@@ -141,7 +141,7 @@ fn a_suspended_vm_has_next_to_no_memory_and_what_needs_it_wakes_it() {
     assert_eq!((count("event: vm.suspended"), count("event: vm.woken")), (7, 5), "{events}");
 }
 
-/// A VM of the snapshot of a suspended one.
+/// Restores a VM from the snapshot of a suspended one.
 fn restored(all: &Supervised, path: &str) {
     let started = all.runtime.clade(&["restore", path, "-d", "--paused", "--name", "again"]);
     assert_eq!(started.code, Some(0), "{started:?}");
@@ -165,7 +165,7 @@ fn i13_a_vm_that_cannot_be_suspended_runs_on() {
     }
     let relative = all.http("POST", "/v1/vms/web/suspend", r#"{"dir": "here"}"#);
     assert!(relative.0 == 400 && relative.1["detail"].as_str().unwrap().contains("here"), "{relative:?}");
-    // A disk that is full: it says how much there was to write, and where.
+    // A full disk: the error has the size of the data, and the directory.
     let small = tempfile::tempdir().unwrap();
     let mounted = mount(small.path());
     if mounted {
@@ -199,7 +199,7 @@ fn an_idle_vm_is_suspended_after_its_time_and_again_after_a_wake() {
         return;
     }
     let all = Supervised::start("0");
-    // Paused, so it does nothing.
+    // Paused, so it is idle.
     all.boot("web", &[]);
     let at = "/v1/vms/web/suspend-after";
     assert!(all.http("GET", at, "").1["seconds"].is_null());
@@ -210,7 +210,7 @@ fn an_idle_vm_is_suspended_after_its_time_and_again_after_a_wake() {
     assert_eq!(all.http("PUT", "/v1/vms/nobody/suspend-after", r#"{"seconds": 1}"#).0, 404);
     let state = |name: &str| all.http("GET", &format!("/v1/vms/{name}"), "").1["state"].as_str().unwrap().to_owned();
     assert_eq!(all.http("PUT", at, r#"{"seconds": 1}"#).1["seconds"], 1.0);
-    // A child has a time of its own, or none. One that spins is never idle.
+    // A child has a time of its own, or none. A spinning one is never idle.
     let forked = all.runtime.clade(&["fork", "web", "--name", "busy", "--paused", "--json"]);
     assert_eq!(forked.code, Some(0), "{forked:?}");
     BareVm::of(&all.runtime, "busy").begin(Command::Spin);
@@ -218,7 +218,7 @@ fn an_idle_vm_is_suspended_after_its_time_and_again_after_a_wake() {
     assert_eq!(all.fork(&["web", "--name", "other"]), ["other"]);
     assert!(all.http("GET", "/v1/vms/other/suspend-after", "").1["seconds"].is_null());
     for _ in 0..2 {
-        // Each look takes the VM's process some processor time: frequent ones would keep it busy.
+        // Each check takes the VM's process some processor time: frequent ones would keep it busy.
         wait_until("it is idle", || {
             std::thread::sleep(Duration::from_millis(500));
             state("web") == "suspended"

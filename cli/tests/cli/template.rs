@@ -1,4 +1,5 @@
-//! Templates: built of a Dockerfile, forked by E2B's API, and there again after the supervisor was.
+//! Templates: built from a Dockerfile, forked by E2B's API, and available after a restart of the
+//! supervisor.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -14,7 +15,7 @@ use crate::e2b::Host;
 use crate::image::{guest, write_layout, write_root};
 use crate::tool::{Answer, Runtime, kill, kvm, wait_until};
 
-/// A supervisor with E2B's API, an image, and what a guest needs.
+/// A supervisor with E2B's API, an image, and a guest's files.
 struct Bench {
     host: Host,
     kernel: String,
@@ -58,13 +59,13 @@ impl Bench {
         command.env_remove("CLADE_REGISTRY").output().unwrap().into()
     }
 
-    /// What there is of VMs, checkpoints and files of templates.
+    /// Returns the existing VMs, checkpoints and files of templates.
     fn left(&self) -> (Vec<String>, Vec<String>, BTreeSet<String>) {
         let checkpoints = self.host.runtime.clade(&["checkpoints", "--json"]).json();
         let names = checkpoints.as_array().unwrap().iter().map(|one| one["name"].as_str().unwrap().to_owned());
         let files = fs::read_dir(self.host.runtime.templates()).into_iter().flatten().flatten();
         let files = files.map(|file| file.file_name().into_string().unwrap());
-        // Of disks' overlays, which are removed when the last one is.
+        // For disks' overlays; removed with the last one.
         let files = files.filter(|file| file != ".clade-overlays").collect();
         (self.host.runtime.names(), names.collect(), files)
     }
@@ -79,7 +80,7 @@ impl Bench {
         (text("sandboxID"), text("envdAccessToken"))
     }
 
-    /// What a shell of a sandbox says.
+    /// Returns the output of a sandbox's shell.
     fn exec(&self, (id, token): &(String, String), script: &str) -> String {
         let file = self.path("token");
         fs::write(&file, token).unwrap();
@@ -150,7 +151,7 @@ fn a_template_is_built_of_a_dockerfile_and_outlives_its_supervisor() {
     assert_eq!(templates.as_array().unwrap().len(), 1, "{templates}");
     assert_eq!((&templates[0]["templateID"], &templates[0]["names"][0]), (&json!(id), &json!("base")));
     assert_eq!(bench.host.call(&key, "GET", "/templates/aliases/base", "").1["templateID"], id);
-    // Nobody's snapshot takes its place, and its owner is the host.
+    // A snapshot cannot replace it, and its owner is the host.
     for name in ["base", id] {
         let body = format!(r#"{{"name": "{name}"}}"#);
         let taken = bench.host.call(&key, "POST", &format!("/sandboxes/{}/snapshots", sandbox.0), &body);
@@ -165,7 +166,7 @@ fn a_template_is_built_of_a_dockerfile_and_outlives_its_supervisor() {
     assert_eq!(bench.left().1, [] as [String; 0]);
     let list = bench.host.runtime.clade(&["template", "ls", "--json"]).json();
     assert_eq!((&list[0]["id"], &list[0]["is_in_memory"]), (&json!(id), &json!(false)));
-    // Several at once open it once.
+    // Several requests at once open it once.
     let both = std::thread::scope(|scope| {
         let made = [id, "base:default"].map(|name| scope.spawn(|| bench.create(&key, name, "")));
         made.map(|made| made.join().unwrap())
@@ -188,7 +189,7 @@ fn a_template_is_built_of_a_dockerfile_and_outlives_its_supervisor() {
     assert_eq!(bench.exec(&both[0], "cat /srv/one.txt"), "1\n");
 }
 
-/// The files, variables and user of the Dockerfile, and what it has started.
+/// Checks the files, variables and user of the Dockerfile, and its started program.
 fn assert_sandbox(bench: &Bench, sandbox: &(String, String)) {
     let script =
         "cat /tmp/started /work/built.txt; id -un; echo $COLOUR $BASE; busybox pidof sleep > /dev/null && echo runs";
@@ -197,7 +198,7 @@ fn assert_sandbox(bench: &Bench, sandbox: &(String, String)) {
     assert_eq!(bench.exec(sandbox, &format!("cd /work; {script}")), "1\n2\na\nb\napp\na\nlink\nsub\n");
 }
 
-/// A step, and what is never ready: the older template stays, and nothing else.
+/// Fails in a step, and by a program that is never ready: only the older template stays.
 fn fails_and_leaves_nothing(bench: &Bench, id: &str) {
     let before = bench.left();
     let from = format!("FROM oci:{}:1\n", bench.path("layout"));

@@ -1,4 +1,4 @@
-//! Running the binary, and talking to its sockets.
+//! Runs the binary, and sends requests to its sockets.
 
 use std::collections::BTreeSet;
 use std::fs::{DirEntry, File};
@@ -17,18 +17,18 @@ use tempfile::TempDir;
 /// The binary under test.
 pub(crate) const CLADE: &str = env!("CARGO_BIN_EXE_clade");
 
-/// Copies the program to `to`. A process of its own does it: a descriptor that is open for writing
-/// here is inherited by whatever another test starts meanwhile, and then the copy cannot be run.
+/// Copies the program to `to`, in a process of its own: programs started by other tests meanwhile
+/// would inherit a descriptor open for writing, and then the copy cannot be run.
 pub(crate) fn copy_program(to: &std::path::Path) {
     assert!(std::process::Command::new("cp").arg(CLADE).arg(to).status().unwrap().success());
 }
 
-/// The stem of names of interfaces that no other test has. A number goes behind it.
+/// Returns a stem for names of interfaces that no other test has. A number goes behind it.
 pub(crate) fn stem(name: &TapName) -> String {
     format!("{}x", name.name())
 }
 
-/// Whether this host has KVM. Where it must have it, it is an error if not.
+/// Returns whether this host has KVM. Panics if it is required and missing.
 pub(crate) fn kvm() -> bool {
     let missing = File::options().read(true).write(true).open("/dev/kvm").err();
     if let Some(error) = &missing {
@@ -48,7 +48,7 @@ pub(crate) fn taps() -> bool {
     missing.is_none()
 }
 
-/// What a command answered.
+/// The result of a command.
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) code: Option<i32>,
@@ -91,7 +91,7 @@ pub(crate) fn expect_problem(answer: &Value, status: u16) {
     }
 }
 
-/// A directory for sockets, and what is run over it.
+/// A directory for sockets, and the processes run over it.
 pub(crate) struct Runtime {
     dir: TempDir,
     processes: Vec<Child>,
@@ -106,14 +106,14 @@ impl Runtime {
         self.dir.path()
     }
 
-    /// Its templates.
+    /// Returns the directory of its templates.
     pub(crate) fn templates(&self) -> PathBuf {
         self.dir().join("clade.templates")
     }
 
     pub(crate) fn command(&self, args: &[&str]) -> Command {
-        // A shell that runs the tests in its background has them ignore SIGINT, and what they
-        // start.
+        // A shell that runs the tests in its background has them, and their children, ignore
+        // SIGINT.
         let mut command = Command::new("env");
         command.args(["--default-signal=HUP,INT,TERM", CLADE]).args(args);
         command.env("CLADE_RUNTIME_DIR", self.dir()).env_remove("CLADE_LOG").env("RUST_BACKTRACE", "1");
@@ -138,7 +138,7 @@ impl Runtime {
         command.args(args);
         self.processes.push(command.stdout(Stdio::null()).spawn().unwrap());
         wait_until("the VM's socket", || UnixStream::connect(self.socket(name)).is_ok());
-        // Once it answers it is in the fleet.
+        // Once it answers, it is in the fleet.
         self.clade(&["pause", name, "--json"]).json();
     }
 
@@ -157,31 +157,31 @@ impl Runtime {
         self.dir().join(format!("{name}.sock"))
     }
 
-    /// Kills the newest process, as a crash would.
+    /// Kills the newest process, like a crash.
     pub(crate) fn crash(&mut self) {
         let mut process = self.processes.pop().unwrap();
         process.kill().unwrap();
         process.wait().unwrap();
     }
 
-    /// Waits for the oldest process to end by itself; its exit code.
+    /// Waits for the oldest process to end by itself; returns its exit code.
     pub(crate) fn ended(&mut self) -> Option<i32> {
-        // It stays in the list until it has ended, so that it is killed if it does not.
+        // The process stays in the list until it has ended, so that it is killed if it does not.
         wait_until("the end of the process", || self.processes[0].try_wait().unwrap().is_some());
         self.processes.remove(0).wait().unwrap().code()
     }
 
-    /// Has a process that was started elsewhere be one of these.
+    /// Adds a process that was started elsewhere.
     pub(crate) fn adopt(&mut self, process: Child) {
         self.processes.push(process);
     }
 
-    /// The oldest process.
+    /// Returns the pid of the oldest process.
     pub(crate) fn pid(&self) -> u32 {
         self.processes[0].id()
     }
 
-    /// Descriptors that a process has.
+    /// Returns the number of a process's descriptors.
     pub(crate) fn open_files(&self, pid: u32) -> usize {
         std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
     }
@@ -191,26 +191,26 @@ impl Runtime {
         kill_process(Pid::from_child(&self.processes[0]), signal).unwrap();
     }
 
-    /// Takes what the oldest process says on standard error from now on, to its end. It was started
-    /// by [`Runtime::spawn_heard`].
+    /// Returns the oldest process's standard error from now on, to its end.
+    /// [`Runtime::spawn_heard`] must have started it.
     pub(crate) fn heard(&mut self) -> String {
         let mut text = String::new();
         self.processes[0].stderr.take().unwrap().read_to_string(&mut text).unwrap();
         text
     }
 
-    /// Whether the oldest process runs.
+    /// Returns whether the oldest process runs.
     pub(crate) fn runs(&mut self) -> bool {
         self.processes[0].try_wait().unwrap().is_none()
     }
 
-    /// Names of the running VMs.
+    /// Returns the names of the running VMs.
     pub(crate) fn names(&self) -> Vec<String> {
         let all = self.clade(&["ps", "--json"]).json();
         all.as_array().unwrap().iter().map(|vm| vm["name"].as_str().unwrap().to_owned()).collect()
     }
 
-    /// The supervisor's socket.
+    /// Returns the supervisor's socket.
     pub(crate) fn api(&self) -> PathBuf {
         self.dir().join("clade.api")
     }
@@ -220,19 +220,19 @@ impl Runtime {
         self.http_at(&self.api(), method, path, body)
     }
 
-    /// The process of a VM.
+    /// Returns the process of a VM.
     pub(crate) fn worker(&self, name: &str) -> u32 {
         self.http("GET", &format!("/v1/vms/{name}"), "").1["pid"].as_u64().unwrap() as u32
     }
 
-    /// Files of VMs: not those of a supervisor.
+    /// Returns the files of VMs, without those of a supervisor.
     pub(crate) fn files(&self) -> BTreeSet<String> {
         let all = std::fs::read_dir(self.dir()).unwrap().flatten();
         let all = all.map(|entry| entry.file_name().into_string().unwrap());
         all.filter(|name| !name.starts_with("clade.")).collect()
     }
 
-    /// Processes of this runtime directory that run: supervisors, zygotes and workers.
+    /// Returns the running processes of this runtime directory: supervisors, zygotes and workers.
     pub(crate) fn clades(&self) -> BTreeSet<u32> {
         let dir = self.dir().display().to_string();
         let is_ours = |entry: &DirEntry| {
@@ -272,7 +272,7 @@ impl Drop for Runtime {
             let _ = process.kill();
             let _ = process.wait();
         }
-        // What runs in the background, and starts no others once it is gone.
+        // Background processes, which start no others afterwards.
         self.clades().iter().for_each(|pid| kill(*pid, Signal::KILL));
     }
 }
@@ -282,13 +282,13 @@ pub(crate) fn kill(pid: u32, signal: Signal) {
 }
 
 pub(crate) fn runs(pid: u32) -> bool {
-    // A zombie is nobody's worry: its parent has died, and whoever has it now reaps it.
+    // A zombie counts as ended: its parent has died, and its new parent reaps it.
     let state = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let state = state.rsplit(") ").next().and_then(|rest| rest.chars().next());
     test_kill_process(Pid::from_raw(pid as i32).unwrap()).is_ok() && !matches!(state, None | Some('Z'))
 }
 
-/// xorshift64*: a storm is repeated by its seed, as far as threads let it.
+/// xorshift64*: a seed repeats a storm, as far as threads allow.
 pub(crate) struct Random(pub(crate) u64);
 
 impl Random {

@@ -1,4 +1,4 @@
-//! VMs that have a time to live.
+//! VMs with a time to live.
 
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,8 @@ fn a_vm_is_stopped_when_its_time_is_over_unless_that_is_put_off() {
     assert_eq!(all.fork(&["web", "--ttl", "50m"]), ["web-1"]);
     assert!(left("web-1").is_some_and(|left| left > 2900.0 && left <= 3000.0));
     all.stop("web-1");
-    // A busy machine may not put the ends off in time: then the test begins anew with twice the time.
+    // A busy machine may be too slow to put the ends off: then the test begins anew with twice the
+    // time.
     let mut seconds = 1;
     let begun = loop {
         let begun = Instant::now();
@@ -49,7 +50,7 @@ fn a_vm_is_stopped_when_its_time_is_over_unless_that_is_put_off() {
     std::thread::sleep(Duration::from_millis(300));
     assert_eq!(all.runtime.names(), ["web", "web-2", "web-3"]);
     assert_eq!(left("web-3"), None);
-    // Another VM of the name has no time of the one before.
+    // A new VM of the name does not inherit the earlier one's time.
     all.fork(&["web", "--name", "web-1"]);
     assert_eq!(left("web-1"), None);
     for (body, named) in

@@ -1,5 +1,5 @@
-//! Networks without an interface of the host's: a guest and its forks reach the host by passt, each by
-//! its own.
+//! Networks without an interface of the host's: a guest and its forks reach the host by passt, each
+//! by its own.
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
@@ -13,10 +13,10 @@ use crate::image::{Images, guest};
 use crate::python::{ask, exec, layout, wait_for_python};
 use crate::tool::{Answer, kill, kvm, required, wait_until};
 
-/// What every passt of a VM's is started with.
+/// An argument of every passt for a VM.
 const OF_A_VM: &str = "52:55:0a:00:02:02";
 
-/// The host's address on the way out, which guests reach. None where there is no passt or no way.
+/// Returns the host's outgoing address, which guests reach. None without passt or a route.
 fn host() -> Option<IpAddr> {
     let runs = Command::new("passt").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
     let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
@@ -29,18 +29,19 @@ fn host() -> Option<IpAddr> {
     None
 }
 
-/// The processes of networks of VMs.
+/// Returns the processes of VMs' networks.
 fn passts() -> BTreeSet<u32> {
     let all = std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
     let is_one = |pid: &u32| {
         let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        // Its name alone would do, but for the commands that look for it.
+        // The name alone would also match commands that look for it.
         line.starts_with(b"passt") && String::from_utf8_lossy(&line).contains(OF_A_VM)
     };
     all.filter(is_one).collect()
 }
 
-/// Serves connections until it is dropped with the test: each says a word and is told what it is.
+/// Serves connections until it is dropped with the test: answers each client's word with a
+/// greeting.
 fn greeter(address: IpAddr) -> u16 {
     let listener = TcpListener::bind((address, 0)).unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -49,25 +50,25 @@ fn greeter(address: IpAddr) -> u16 {
             let mut client = client.unwrap();
             let mut word = [0; 100];
             let got = client.read(&mut word).unwrap_or(0);
-            // It may have gone.
+            // The client may have gone.
             let _ = client.write_all(&[b"hello ", &word[..got]].concat());
         }
     });
     port
 }
 
-/// What connects to an address and a port, says a word, and returns what is answered, or why nobody
-/// does.
+/// A function that connects to an address and a port, sends a word, and returns the answer, or the
+/// error's name.
 const GREET: &str = r"exec('def greet(word, address, port, patience):\n try:\n  connection = socket.create_connection((address, port), patience)\n  connection.sendall(word.encode())\n  return connection.recv(100).decode()\n except OSError as error:\n  return type(error).__name__\n', globals())";
 
-/// What is answered to a guest that connects to a port and says its name.
+/// Returns the answer to a guest that connects to a port and sends its name.
 fn greeted(images: &Images, vm: &str, address: impl Into<IpAddr>, port: u16, patience: u32) -> String {
     let answer = ask(images, vm, &format!("greet('{vm}', '{}', {port}, {patience})", address.into()));
     answer.as_str().unwrap().to_owned()
 }
 
 fn greets(images: &Images, vm: &str, host: IpAddr, port: u16) {
-    // A child's link comes up some time after it has begun.
+    // A child's link comes up some time after its start.
     assert_eq!(greeted(images, vm, host, port, 30), format!("hello {vm}"));
 }
 
@@ -90,7 +91,7 @@ fn a_guest_and_its_forks_reach_the_host_without_an_interface() {
     wait_until("the supervisor", || images.clade(&["checkpoints"]).code == Some(0));
     let before = passts();
     let others = || passts().difference(&before).copied().collect::<BTreeSet<u32>>();
-    // A port that is another's is said, and nothing is left.
+    // A port in use is named in the error, and no process stays.
     let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let forward = taken.local_addr().unwrap().port();
     let net = format!("user,forward={forward}:8000");
@@ -119,13 +120,13 @@ fn a_guest_and_its_forks_reach_the_host_without_an_interface() {
     client.write_all(b"from the host").unwrap();
     let taken = "(lambda c: [state.setdefault('client', c), c.recv(100).decode()][1])(state['door'].accept()[0])";
     assert_eq!(ask(&images, "py", taken), json!("from the host"));
-    // What listens on the host's loopback address is none of the guest's business.
+    // The guest cannot reach listeners on the host's loopback address.
     let own = greeter(Ipv4Addr::LOCALHOST.into());
     for address in [Ipv4Addr::new(10, 0, 2, 2), Ipv4Addr::LOCALHOST] {
         is_refused(&images, "py", address, own);
     }
 
-    // Children have networks of their own, and the rules that they are given.
+    // Children have networks of their own, with their own rules.
     let forked = images.clade(&["fork", "py", "--count", "2", "--ready", "--json"]).json();
     let deny = format!("deny:{host}");
     let narrow = ["fork", "py", "--name", "narrow", "--ready", "--egress", &deny, "--json"];
@@ -141,7 +142,7 @@ fn a_guest_and_its_forks_reach_the_host_without_an_interface() {
     }
     assert_eq!(images.clade(&["network", "closed", "open"]).code, Some(0));
     greets(&images, "closed", host, port);
-    // The parent's connection is the parent's.
+    // Only the parent has its connection.
     client.write_all(b" again").unwrap();
     assert_eq!(ask(&images, "py", "state['client'].recv(100).decode()"), json!(" again"));
     let ps = images.clade(&["ps", "--json"]).json();
@@ -149,14 +150,14 @@ fn a_guest_and_its_forks_reach_the_host_without_an_interface() {
     let macs: BTreeSet<String> = ps.as_array().unwrap().iter().flat_map(nets).map(|mac| mac.to_string()).collect();
     assert_eq!(macs.len(), 5, "{ps}");
 
-    // A snapshot leads to a network of its host's.
+    // A restored VM has a network of its host's.
     let saved = images.path("saved").display().to_string();
     images.clade(&["snapshot", &children[0], &saved, "--json"]).json();
     let restored = images.clade(&["restore", "-d", &saved, "--name", "restored"]);
     assert_eq!(restored.code, Some(0), "{restored:?}");
     greets(&images, "restored", host, port);
 
-    // One that is killed takes no VM with it, and no other's network.
+    // A killed network takes no VM with it, and no other's network.
     images.clade(&["stop", "narrow", "closed"]);
     wait_until("theirs to go", || others().len() == 4);
     let left = others();

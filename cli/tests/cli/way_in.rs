@@ -1,5 +1,5 @@
-//! The way in under misuse: what is stopped is released, descriptors come back, limits hold, and a
-//! client that goes cancels.
+//! The API under misuse: stopped VMs release their resources, descriptors come back, limits hold,
+//! and a client that goes cancels its request.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -36,18 +36,18 @@ fn stop_answers_when_all_is_released() {
     runtime.start_with("web", &["--net", &format!("tap={stem}0"), "--vsock", &vsock, "--virtio-console"]);
     let (own, child) = (format!("{stem}0"), format!("{stem}1"));
     for _ in 0..20 {
-        // Running, so that its threads have to be fetched out of the guest.
+        // Running, so that its threads are in the guest.
         let forked = runtime.clade(&["fork", "web", "--json"]).json();
         assert_eq!(forked["children"], json!(["web-1"]), "the name is free again each time");
         assert_eq!(forked["identities"][0]["nets"][0]["tap"], json!(child));
         assert!(runtime.dir().join("web-1.vsock").exists() && interface_exists(&child));
         runtime.clade(&["stop", "web-1", "--json"]).json();
-        // Looked at once: nothing is waited for here.
+        // Checked at once, without a wait.
         assert!(!interface_exists(&child), "the interface is there after the answer");
         let left: Vec<String> = runtime.files().into_iter().filter(|file| file.starts_with("web-1")).collect();
         assert_eq!(left, [""; 0]);
     }
-    // A parent that is stopped gives back what is its own, though children of it run on.
+    // A stopped parent releases its own resources, even if its children run on.
     runtime.clade(&["fork", "web", "--paused", "--json"]).json();
     runtime.clade(&["stop", "web", "--json"]).json();
     assert!(!interface_exists(&own) && interface_exists(&child));
@@ -80,7 +80,7 @@ fn descriptors_and_threads_come_back() {
         assert_eq!(runtime.names(), ["web"]);
         drop(idle);
     };
-    // What is made once stays: the first layers, threads for blocking work.
+    // One-time resources stay: the first layers, threads for blocking work.
     turn();
     let before = (runtime.open_files(pid), runtime.open_files(supervisor));
     for _ in 0..6 {
@@ -110,13 +110,13 @@ fn a_fork_of_more_than_there_is_room_for_is_refused_before_it_begins() {
     assert!(refused.stderr.contains("10000 children do not fit"), "{refused:?}");
     assert_eq!(forks(), before_it, "the VM was not forked");
     assert_eq!(runtime.files(), before.0);
-    // What it says one needs is what one takes.
+    // The needs in the message are those of a VM.
     let needed: u64 = refused.stderr.split("about ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
     if refused.stderr.contains("descriptors") {
         runtime.clade(&["fork", "web", "--count", "8", "--paused", "--json"]).json();
         let each = (runtime.open_files(runtime.pid()) - before.1) as u64 / 8;
         let told = needed / 10_000;
-        // Until it runs it takes its worker's socket, its name's lock and its process once more.
+        // Until it runs a VM takes its worker's socket, its name's lock and its process once more.
         assert!((each..=each + 3).contains(&told), "{told} are looked for, {each} are taken");
     }
     assert_eq!(runtime.clade(&["pause", "web", "--json"]).json()["state"], "paused");
@@ -147,15 +147,15 @@ fn a_client_that_has_gone_cancels_its_fork() {
     drop(begin_large_fork(&runtime));
     wait_until_within(HUNDREDS, "the names to be free", || runtime.files() == before.0);
     assert_eq!(runtime.names(), ["web"], "no child was left");
-    // Workers that are prepared for the next fork stay for a minute: sixteen, with a socket and a
-    // process each.
+    // Workers prepared for the next fork stay for a minute: sixteen, with a socket and a process
+    // each.
     wait_until("descriptors to come back", || runtime.open_files(runtime.pid()) <= before.1 + 4 + 2 * 16);
     assert_eq!(runtime.clade(&["fork", "web", "--paused", "--json"]).json()["children"], json!(["web-1"]));
 }
 
 #[test]
 fn the_end_of_a_session_cancels_its_fork() {
-    // A fork that is done before the session ends is not cancelled: then the next is begun.
+    // A fork that is done before the session ends is not cancelled: then the next one is begun.
     assert!(!kvm() || (0..20).any(|_| ends_within_a_fork()), "every fork was done before its session ended");
 }
 
@@ -204,7 +204,8 @@ fn without_descriptors_it_waits_and_does_not_spin() {
         let fields: Vec<&str> = stat.rsplit(") ").next().unwrap().split(' ').collect();
         fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
     };
-    // Once all connections have come. A process that spins takes what it gets of a processor.
+    // Once all connections have come. A spinning process would take all the time of a processor
+    // that it gets.
     wait_until("the process rests without descriptors", || {
         let (before, begun) = (ticks(), Instant::now());
         std::thread::sleep(Duration::from_millis(500));
@@ -227,12 +228,12 @@ fn idle_and_slow_connections_are_cut_and_others_are_served() {
     }
     let mut runtime = Runtime::new();
     runtime.start("web");
-    // As many as there may be, none of which says anything.
+    // As many as the limit allows, all silent.
     let idle: Vec<UnixStream> = (0..300).map(|_| UnixStream::connect(runtime.socket("web")).unwrap()).collect();
     assert_eq!(runtime.names(), ["web"], "who comes after them is served all the same");
     for stream in idle {
         let mut stream = PatientStream::from(stream);
-        // Cut, with or without a word.
+        // Cut, with or without an answer.
         let mut rest = Vec::new();
         stream.read_to_end(&mut rest).unwrap();
     }
@@ -259,7 +260,7 @@ fn an_error_to_a_request_with_a_body_arrives() {
         assert_eq!(runtime.http("POST", "/v1/nothing", &body).0, 404);
         assert_eq!(runtime.http("DELETE", "/v1/vms/web", &body).0, 405);
     }
-    // One that is too long is taken to its end all the same: who writes it is not cut off.
+    // A body that is too long is read to its end all the same: its sender is not cut off.
     let long = vec![b' '; 4 << 20];
     let mut stream = UnixStream::connect(runtime.socket("web")).unwrap();
     let head = format!("POST /v1/vms/web/fork HTTP/1.1\r\nhost: clade\r\ncontent-length: {}\r\n\r\n", long.len());
@@ -318,18 +319,18 @@ fn a_child_that_ends_by_itself_leaves_its_reason_and_its_last_lines() {
     let all = runtime.clade(&["ps", "--all", "--json"]).json();
     assert_eq!((&all["ended"][0]["name"], &all["ended"][0]["parent"]), (&json!("bell-1"), &json!("bell")));
     assert!(!runtime.clade(&["ps"]).stdout.contains("bell-1"));
-    // Stopped by somebody: no news.
+    // Stopped on request: not recorded.
     runtime.clade(&["stop", "bell-2", "--json"]).json();
     assert!(!runtime.clade(&["ps", "-a"]).stdout.contains("bell-2"));
     logs(&runtime, "bell-2").expect_refusal("bell-2");
-    // The next of the name takes the place of what was kept.
+    // The next VM of the name replaces the record.
     let again = runtime.clade(&["fork", "bell", "--json"]).json();
     assert_eq!(again["children"], json!(["bell-1"]));
     assert!(!runtime.clade(&["ps", "-a"]).stdout.contains("reset itself"));
-    // The last of its process, which ends with it.
+    // The last VM of its process, which ends with it.
     runtime.clade(&["stop", "bell-1", "--json"]).json();
     let mut console = UnixStream::connect(runtime.dir().join("bell.console")).unwrap();
-    // Whoever types need not read. It is given the time to find out that nobody does.
+    // A client that types need not read. It has time to notice that nothing reads.
     console.shutdown(Shutdown::Read).unwrap();
     std::thread::sleep(Duration::from_millis(200));
     console.write_all(b"x").unwrap();
@@ -365,7 +366,7 @@ fn another_users_vms_are_not_listed_as_none() {
     let mut runtime = Runtime::new();
     runtime.start("web");
     fs::set_permissions(runtime.dir(), fs::Permissions::from_mode(0o755)).unwrap();
-    // The binary may lie where that user cannot go.
+    // That user may have no access to the binary's directory.
     let outer = tempfile::tempdir().unwrap();
     fs::set_permissions(outer.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let copy = outer.path().join("clade");

@@ -23,13 +23,13 @@ use clade_vmm::vm::{ChildIdentity, Identity, NetChoice, RestoreLoad, StopReason,
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum VmState {
-    /// Its vCPUs run.
+    /// The vCPUs run.
     Running,
     /// Its owner has paused it.
     Paused,
-    /// It stands still, and its memory is on a disk, until something needs its guest.
+    /// The VM stands still, with its memory on a disk, until its guest is needed.
     Suspended,
-    /// It has ended.
+    /// The VM has ended.
     Stopped,
 }
 
@@ -77,10 +77,10 @@ pub struct NetInfo {
     /// Packets of the guest that its egress rules have dropped.
     #[serde(default)]
     pub egress_dropped: u64,
-    /// Where the guest may send: layers of rules, each of which a packet has to pass.
+    /// Egress rules: layers of rules, each of which a packet has to pass.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub egress: Vec<Vec<EgressInfo>>,
-    /// How many of these layers, from the first on, are its parent's.
+    /// Number of these layers, from the first on, that are its parent's.
     #[serde(default)]
     pub egress_inherited: usize,
 }
@@ -90,7 +90,7 @@ pub struct NetInfo {
 pub struct EgressInfo {
     /// The rule.
     pub rule: String,
-    /// Packets that it has decided.
+    /// Packets decided by the rule.
     pub packets: u64,
 }
 
@@ -116,11 +116,11 @@ pub struct DiskInfo {
     /// Its image.
     #[schema(value_type = String)]
     pub path: PathBuf,
-    /// Writes that failed because there was no room for them on the host.
+    /// Writes that failed for lack of room on the host.
     pub no_room: u64,
-    /// Whether a write was lost; nothing more is made durable then.
+    /// Whether a write was lost; no later write is made durable then.
     pub lost: bool,
-    /// Whether it is read and written past the host's page cache.
+    /// Whether reads and writes bypass the host's page cache.
     #[serde(default)]
     pub direct: bool,
 }
@@ -134,7 +134,7 @@ pub struct VmInfo {
     pub pid: u32,
     /// Its state.
     pub state: VmState,
-    /// Why it stopped, if it has.
+    /// The reason why it stopped, if it has.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     #[schema(value_type = Option<schema::StopReason>)]
     pub stopped: Option<StopReason>,
@@ -243,13 +243,13 @@ impl From<&Listed> for VmInfo {
 }
 
 impl VmInfo {
-    /// A VM whose process was killed: what is known without it.
+    /// Describes a VM whose process was killed, without asking it.
     pub(crate) fn of_killed(name: &str, exit: Exit, config: &VmConfig) -> Self {
         let stopped = StopReason::Process { signal: exit.signal, code: exit.code };
         Self::of_stopped(name, exit.pid, stopped, config)
     }
 
-    /// A VM that has ended by itself, with this configuration.
+    /// Describes a VM that has ended by itself, with this configuration.
     pub(crate) fn of_ended(ended: EndedVm, config: &VmConfig) -> Self {
         let EndedVm { name, stopped, parent, generation, age_s, pid, .. } = ended;
         Self { parent, generation, age_s, ..Self::of_stopped(&name, pid, stopped, config) }
@@ -291,8 +291,8 @@ pub struct ForkRequest {
     /// Whether they start paused.
     #[serde(default)]
     pub paused: bool,
-    /// Whether the agent in each guest is told that its VM is another. The answer comes when all are
-    /// ready; if one is not, there are none. Not for VMs that start paused.
+    /// Whether the agent in each guest renews its identity first. The answer comes when all are
+    /// ready; if one fails, no VM stays. Not for VMs that start paused.
     #[serde(default)]
     pub ready: bool,
     /// Whether the secrets that the parent was made with are erased in their memory before their
@@ -308,11 +308,11 @@ pub struct ForkRequest {
     #[schema(value_type = Vec<schema::NetChoice>)]
     pub nets: Vec<NetChoice>,
     /// Whether packets pass between their network devices and the host; as the parent's if not
-    /// given. When closed, none ever has in either direction, from the first instruction on.
+    /// given. When closed, no packet passes in either direction, from the first instruction on.
     #[serde(default)]
     #[schema(value_type = Option<schema::Link>)]
     pub network: Option<Link>,
-    /// Where they may send, within what their parent may: a layer of rules in addition to its own.
+    /// Egress rules of the children: a layer in addition to their parent's rules, which also apply.
     #[serde(default)]
     #[schema(value_type = Vec<schema::EgressRule>)]
     pub egress: Vec<EgressRule>,
@@ -320,10 +320,10 @@ pub struct ForkRequest {
     #[serde(default, deserialize_with = "object::optional")]
     #[schema(value_type = Option<schema::VsockChoice>)]
     pub vsock: Option<VsockChoice>,
-    /// MiB of memory that each child may have copies of before it writes there: what most children of
-    /// the checkpoint have written that have ended. 0 for none; the supervisor's setting if not given.
-    /// All children of a request have 256 MiB together at most. Refused for the fork of a VM, of which
-    /// nothing is learned.
+    /// MiB of memory that each child may have copies of before it writes there: the pages that most
+    /// ended children of the checkpoint have written. 0 for none; the supervisor's setting if not
+    /// given. All children of a request have 256 MiB together at most. Refused for the fork of a
+    /// VM, which does not learn.
     #[serde(default)]
     #[schema(minimum = 0, maximum = 4096)]
     pub ahead_mib: Option<u32>,
@@ -335,7 +335,7 @@ pub struct ForkRequest {
 }
 
 impl Default for ForkRequest {
-    /// For one child, as its parent is.
+    /// Returns a request for one child with its parent's settings.
     fn default() -> Self {
         Self {
             count: 1,
@@ -367,12 +367,12 @@ impl ForkRequest {
     }
 }
 
-/// A guest that has been told that its VM is another, and is ready.
+/// A guest that has renewed its identity.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ReadyAnswer {
-    /// How often its agent was told so.
+    /// Number of notifications of its agent that the VM is a new one.
     pub generation: u64,
-    /// The hooks that it has run, in their order.
+    /// The hooks that the agent has run, in their order.
     pub hooks: Vec<String>,
 }
 
@@ -399,10 +399,10 @@ pub struct SuspendAfterRequest {
     pub dir: Option<PathBuf>,
 }
 
-/// After which time a VM is suspended.
+/// The time after which a VM is suspended.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct SuspendAfterInfo {
-    /// Seconds without work; null if it is not.
+    /// Idle time in seconds until it is suspended; null for never.
     pub seconds: Option<f64>,
 }
 
@@ -411,15 +411,15 @@ pub struct SuspendAfterInfo {
 pub struct SuspendAnswer {
     /// Its name.
     pub name: String,
-    /// Whether it was suspended before. Then nothing was done.
+    /// Whether it was already suspended. Then the request did nothing.
     pub was_suspended: bool,
     /// Pages written to the file.
     pub written_pages: u64,
-    /// Of its own pages, those that were zeros: written nowhere.
+    /// Zero pages among its own pages, which are not written.
     pub zero_pages: u64,
-    /// Of its own pages, those that its children do not inherit: they stay in memory.
+    /// Its own pages that its children do not inherit: they stay in memory.
     pub kept_pages: u64,
-    /// Microseconds until nothing of it moved.
+    /// Microseconds until vCPUs and devices stood still.
     pub halt_us: f64,
     /// Microseconds to write the file and give memory back.
     pub write_us: f64,
@@ -435,7 +435,7 @@ pub struct WakeAnswer {
     pub vm: VmInfo,
     /// Whether it was suspended.
     pub was_suspended: bool,
-    /// Pages that were read ahead: those that it touched between the wake before and its suspension.
+    /// Pages read ahead: those touched between its previous wake and its suspension.
     pub working_set_pages: u64,
     /// Microseconds until it could run.
     pub total_us: f64,
@@ -466,15 +466,16 @@ pub struct StopAnswer {
     /// The VM as it was last.
     #[serde(flatten)]
     pub vm: VmInfo,
-    /// How its guest took the power button, if that was pressed.
+    /// The guest's response to the power button, if it was pressed.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub shutdown: Option<ShutdownInfo>,
-    /// Whether its process did not answer, and was killed: what was not on its disks is lost.
+    /// Whether its process did not answer, and was killed: writes that were not on its disks are
+    /// lost.
     #[serde(skip_serializing_if = "std::ops::Not::not", default)]
     pub killed: bool,
 }
 
-/// How a guest took its power button.
+/// A guest's response to its power button.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ShutdownInfo {
     /// Whether the guest ended by itself. Otherwise its power was cut when the time was over.
@@ -489,7 +490,7 @@ impl From<Shutdown> for ShutdownInfo {
     }
 }
 
-/// A request to change a VM's network. What is not given stays as it is.
+/// A request to change a VM's network. Absent fields change nothing.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NetworkRequest {
@@ -497,12 +498,11 @@ pub struct NetworkRequest {
     #[serde(default)]
     #[schema(value_type = Option<schema::Link>)]
     pub network: Option<Link>,
-    /// Where the guest may send. It takes the place of all rules there are; an empty list removes
-    /// them.
+    /// Egress rules, which replace all existing ones; an empty list removes them.
     #[serde(default)]
     #[schema(value_type = Option<Vec<schema::EgressRule>>)]
     pub egress: Option<Vec<EgressRule>>,
-    /// How many layers of rules stay, from the first on. `egress` takes the place of those behind
+    /// Number of layers of rules that stay, from the first on. `egress` replaces the layers behind
     /// them.
     #[serde(default)]
     pub keep: usize,
@@ -510,7 +510,7 @@ pub struct NetworkRequest {
 
 impl NetworkRequest {
     /// # Errors
-    /// When it asks for nothing.
+    /// When it requests no change.
     pub(crate) fn check(&self) -> Result<(), &'static str> {
         match (&self.network, &self.egress, self.keep) {
             (None, None, _) => Err("neither \"network\" nor \"egress\" is given: nothing would change"),
@@ -601,7 +601,7 @@ pub struct ForkAnswer {
     /// devices.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub identities: Vec<IdentityInfo>,
-    /// How long the parent was paused, in microseconds.
+    /// Length of the parent's pause, in microseconds.
     pub pause_us: f64,
     /// The part of the pause that froze memory, in microseconds.
     pub freeze_us: f64,
@@ -611,7 +611,7 @@ pub struct ForkAnswer {
     pub remapped_pages: u64,
     /// Pages copied.
     pub copied_pages: u64,
-    /// What was erased in each child's memory, if it was made without secrets.
+    /// Counts of secrets erased in each child's memory, if it was made without secrets.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub erased: Option<ErasedInfo>,
 }
@@ -619,9 +619,10 @@ pub struct ForkAnswer {
 /// Places at which a child's memory was erased.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ErasedInfo {
-    /// Where a secret was as a whole.
+    /// Places with a whole secret.
     pub whole: u64,
-    /// Parts of one: a beginning at the end of a page, or an end at the start of one.
+    /// Places with a part of a secret: its beginning at the end of a page, or its end at the start
+    /// of one.
     pub parts: u64,
 }
 
@@ -632,8 +633,8 @@ impl From<Erased> for ErasedInfo {
 }
 
 impl ForkAnswer {
-    /// The answer to a fork whose parent was paused for `pause`, and for `freeze` of that to freeze
-    /// memory. `pages` were remapped and copied.
+    /// Returns the answer to a fork whose parent was paused for `pause`, of which `freeze` went
+    /// into freezing memory. `pages` were remapped and copied.
     pub(crate) fn new(
         made: Vec<Made>,
         (pause, freeze, total): (Duration, Duration, Duration),
@@ -653,7 +654,7 @@ impl ForkAnswer {
         }
     }
 
-    /// With what was erased in each child: the same, because all are of one image.
+    /// Adds the counts of erased secrets: the same in each child, because all have the same image.
     pub(crate) fn with_erased(self, erased: Option<ErasedInfo>) -> Self {
         Self { erased, ..self }
     }
@@ -686,11 +687,11 @@ pub struct SnapshotAnswer {
     pub dir: PathBuf,
     /// Its id.
     pub id: String,
-    /// How long the VM was paused, in microseconds.
+    /// Length of the VM's pause, in microseconds.
     pub pause_us: f64,
-    /// The whole request, until all was on the disk, in microseconds.
+    /// The whole request, until everything was on the disk, in microseconds.
     pub total_us: f64,
-    /// Pages of memory and disks that were written.
+    /// Pages of memory and disks written.
     pub data_pages: u64,
     /// Pages of zeros.
     pub zero_pages: u64,
@@ -729,9 +730,9 @@ pub struct TouchedAnswer {
 /// A run of pages that a VM has touched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct TouchedRun {
-    /// The first.
+    /// The first page.
     pub first: u64,
-    /// How many.
+    /// The number of pages.
     pub count: u64,
 }
 
@@ -746,7 +747,7 @@ pub struct IdentityInfo {
 }
 
 impl IdentityInfo {
-    /// The identity of `vm`; none if it has no such devices.
+    /// Returns the identity of `vm`, or None if it has no such devices.
     #[must_use]
     pub fn of(vm: &Vm) -> Option<Self> {
         let (nets, vsock) = (nets(vm), vsock(vm.identity()));
@@ -759,22 +760,22 @@ impl IdentityInfo {
 pub struct ResetAnswer {
     /// The VM after the reset.
     pub vm: VmInfo,
-    /// Pages that were written since the image, and dropped.
+    /// Pages written since the image, and dropped.
     pub dropped_pages: u64,
     /// Pages mapped anew.
     pub remapped_pages: u64,
     /// The time to restore memory, in microseconds.
     pub memory_us: f64,
-    /// From the request to the vCPUs until they were released, in microseconds.
+    /// From the request to the vCPUs until their release, in microseconds.
     pub total_us: f64,
 }
 
 /// The last output on a VM's console.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct LogsAnswer {
-    /// At most 32 KiB, as text.
+    /// The output as text, at most 32 KiB.
     pub console: String,
-    /// The last that happened to the VM, the oldest first.
+    /// The last events of the VM's flight record, the oldest first.
     #[serde(default)]
     pub flight: Vec<FlightEvent>,
 }
@@ -789,7 +790,7 @@ pub struct BootRequest {
     /// Its configuration.
     #[schema(value_type = schema::VmConfig)]
     pub config: VmConfig,
-    /// The kernel's file, or the name of one that the program has.
+    /// The kernel's file, or the name of one of the program's own kernels.
     #[schema(value_type = String)]
     pub kernel: PathBuf,
     /// The initramfs.
@@ -806,16 +807,16 @@ pub struct BootRequest {
     /// Whether it starts paused.
     #[serde(default)]
     pub paused: bool,
-    /// The session that it belongs to, with all that descend from it: whoever has begun the session
-    /// stops them at its end.
+    /// Its session, inherited by all its descendants: the process that began the session stops them
+    /// at its end.
     #[serde(default)]
     #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}$", min_length = 1, max_length = 48)]
     pub session: Option<String>,
-    /// What its process may take of the host, and those of its children.
+    /// Resource limits of its process, and of its children's.
     #[serde(default, deserialize_with = "object::object")]
     pub limits: VmLimits,
-    /// Bytes that children may be made without: 16 of them, 16 KiB in all. They are given to no
-    /// guest by this.
+    /// Secrets that children may be made without: at most 16, of 16 KiB in all. This gives them to
+    /// no guest.
     #[serde(default, deserialize_with = "secrets::list", skip_serializing_if = "Vec::is_empty")]
     #[schema(max_items = 16)]
     pub secrets: Vec<Secret>,
@@ -829,7 +830,7 @@ pub struct SavedSource {
     /// client.
     #[schema(value_type = String)]
     pub dir: PathBuf,
-    /// How memory is loaded.
+    /// The way to load memory.
     #[serde(default)]
     #[schema(value_type = schema::RestoreLoad)]
     pub load: RestoreLoad,
@@ -868,11 +869,12 @@ pub struct OpenRequest {
     pub name: Option<String>,
 }
 
-/// What a VM's process may take of the host. It needs control groups.
+/// Resource limits of a VM's process on the host. They need control groups.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VmLimits {
-    /// Memory in MiB: the guest's RAM, what forks of it still show, and the process itself.
+    /// Memory in MiB: the guest's RAM, its earlier pages that forks still show, and the process
+    /// itself.
     #[serde(default)]
     #[schema(minimum = 32)]
     pub memory_mib: Option<u64>,
@@ -909,41 +911,41 @@ pub struct CheckpointInfo {
     pub cpus: u8,
     /// Guest memory in MiB.
     pub mib: u64,
-    /// Whether packets passed at that instant, as they do between a child and the host. Null without a
+    /// Whether packets passed at that instant, and so pass for its children. Null without a
     /// network, or for a checkpoint of a snapshot.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     #[schema(value_type = Option<schema::Link>)]
     pub network: Option<Link>,
     /// Seconds since it was taken.
     pub age_s: f64,
-    /// Descriptors that it holds: layers of memory and of disks, and its state.
+    /// Descriptors held: layers of memory and of disks, and its state.
     pub descriptors: usize,
-    /// How long the VM was paused, in microseconds.
+    /// Length of the VM's pause, in microseconds.
     pub pause_us: f64,
-    /// What else it cost the VM; null if it was opened from a snapshot.
+    /// Further costs for the VM; null if it was opened from a snapshot.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub forked: Option<ForkedInfo>,
-    /// What its children have written, which the next ones have copies of before they write it.
+    /// Pages learned from its children, which the next ones have copies of before they write them.
     #[serde(default)]
     pub ahead: AheadInfo,
 }
 
-/// What was learned from the children of a checkpoint that have ended.
+/// Counts of the pages learned from a checkpoint's ended children.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct AheadInfo {
-    /// Children that have ended and said what they had written.
+    /// Children that have ended and reported their written pages.
     pub children: u64,
-    /// Pages that the next child is likely to write, whatever its budget.
+    /// Pages that the next child is likely to write, regardless of its limit.
     pub pages: u64,
-    /// Pages that those children had copies of ahead.
+    /// Pages copied ahead for those children.
     pub copied: u64,
-    /// Of these, written: a fault less each.
+    /// Copied pages that were written: a fault less each.
     pub hits: u64,
-    /// Of these, never written: memory and time for nothing.
+    /// Copied pages that were never written: wasted memory and time.
     pub waste: u64,
 }
 
-/// What a checkpoint cost the VM that it was taken of.
+/// The cost of a checkpoint for its VM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ForkedInfo {
     /// The part of the pause until vCPUs and devices stood still, in microseconds.
@@ -954,7 +956,7 @@ pub struct ForkedInfo {
     pub remapped_pages: u64,
     /// Pages copied.
     pub copied_pages: u64,
-    /// Requests of devices in flight at that instant.
+    /// Device requests in flight at that instant.
     pub in_flight: u64,
 }
 
@@ -962,15 +964,15 @@ pub struct ForkedInfo {
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PrepareRequest {
-    /// How many are to be ready.
+    /// Number of workers to have ready.
     #[schema(minimum = 0, maximum = 10000)]
     pub count: usize,
 }
 
-/// Workers that are ready.
+/// Prepared workers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Prepared {
-    /// How many there are.
+    /// Their number.
     pub prepared: usize,
 }
 
@@ -988,6 +990,6 @@ pub struct SupervisorInfo {
     pub vms: usize,
     /// Checkpoints.
     pub checkpoints: usize,
-    /// Workers that are prepared.
+    /// Prepared workers.
     pub prepared: usize,
 }

@@ -32,26 +32,26 @@ mod memory;
 
 pub use error::ClientError;
 
-/// VMs that are asked at a time when all are listed.
+/// VMs asked at a time for a list of all.
 const MAX_ASKED: usize = 32;
-/// How long each may take. One that is stopped by a debugger holds up the list no longer. A process
-/// whose connections are all idle takes 10 s to cut one.
+/// Time limit of each answer. A VM stopped by a debugger delays the list no longer. A process whose
+/// connections are all idle takes 10 s to cut one.
 const LIST_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Most bytes of an answer. A map of pages has up to four million.
 const MAX_ANSWER: usize = 16 << 20;
-/// How long the process of a VM that has stopped may keep its name, and how often that is looked at.
+/// Time that the process of a stopped VM may keep its name, and the interval of the checks.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 const RELEASE_POLL: Duration = Duration::from_millis(2);
-/// How often a process is connected to that accepts nothing.
+/// Interval of the attempts to connect to a process that accepts no connection.
 const CONNECT_POLL: Duration = Duration::from_millis(50);
-/// How long a supervisor may take to end that answers no more.
+/// Time limit for the end of a supervisor that no longer answers.
 const TAKEOVER_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long the process of a VM may take to stop it, beside the time that its guest is given: longer
-/// than it waits itself for what the VM has.
+/// Time limit for a VM's process to stop it, beside its guest's grace time: longer than the process
+/// itself waits for the VM's resources.
 const STOP_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// How often a request is sent at most whose refusal may pass in a moment.
+/// Most attempts of a request whose refusal may be temporary.
 const MAX_ATTEMPTS: u32 = 6;
 /// The pause after the first refusal. Each further pause is twice as long: three seconds in all.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -61,7 +61,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 pub struct ListedVms {
     /// Those of this user.
     pub vms: Vec<VmInfo>,
-    /// How many sockets are another user's.
+    /// Number of sockets of other users.
     pub forbidden: usize,
     /// The names of VMs whose processes have not answered in time.
     pub silent: Vec<String>,
@@ -72,10 +72,10 @@ type Answered = (Result<Result<VmInfo, ClientError>, Elapsed>, String);
 impl ListedVms {
     fn extend(&mut self, answer: Option<Result<Answered, JoinError>>) {
         match answer {
-            // By the name that it was asked by, whatever it says.
+            // By the requested name, not by the answer's.
             Some(Ok((Ok(Ok(info)), name))) => self.vms.push(VmInfo { name, ..info }),
             Some(Ok((Ok(Err(ClientError::Forbidden { .. })), _))) => self.forbidden += 1,
-            // It has ended meanwhile, or a dead process has left its socket.
+            // The VM has ended meanwhile, or a dead process has left its socket.
             Some(Ok((Ok(Err(error)), name))) => tracing::debug!(%error, name, "does not answer"),
             Some(Ok((Err(_), name))) => self.silent.push(name),
             Some(Err(error)) => tracing::warn!(%error, "a VM is left out"),
@@ -96,7 +96,7 @@ struct Remote {
 pub struct Client {
     dir: PathBuf,
     remote: Option<Remote>,
-    /// How often a request is sent at most.
+    /// Most attempts of a request.
     attempts: u32,
 }
 
@@ -130,20 +130,20 @@ impl Client {
         Self { dir: dir.to_owned(), remote: None, attempts: 1 }
     }
 
-    /// The same, and a request is sent again whose refusal may pass in a moment: one that says that
-    /// nothing was done, or any temporary one of a request that changes nothing.
+    /// Has requests repeated whose refusal may be temporary: if nothing was done, or if the request
+    /// changes nothing.
     #[must_use]
     pub fn with_retries(self) -> Self {
         Self { attempts: MAX_ATTEMPTS, ..self }
     }
 
-    /// Whether it asks a supervisor behind a TCP port.
+    /// Returns whether it asks a supervisor behind a TCP port.
     #[must_use]
     pub fn is_remote(&self) -> bool {
         self.remote.is_some()
     }
 
-    /// The directory of the sockets.
+    /// Returns the directory of the sockets.
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -185,9 +185,9 @@ impl Client {
         exchange(self.connect(name).await?, None, method, &format!("/v1/vms/{name}{action}"), body).await
     }
 
-    /// The socket that the agent in the guest of `name` is behind, as the supervisor knows it. The process of
-    /// the VM may have been broken into and name another program's socket, so it is asked only where no
-    /// supervisor has started it.
+    /// Returns the socket of the agent in the guest of `name`, from the supervisor's record. The
+    /// process of the VM may be compromised and name another program's socket, so it is asked only
+    /// if no supervisor has started it.
     ///
     /// # Errors
     /// When there is no such VM.
@@ -204,12 +204,12 @@ impl Client {
         Ok(info.vsock.map(|vsock| vsock.socket))
     }
 
-    /// A connection to the process of `name`.
+    /// Connects to the process of `name`.
     async fn connect(&self, name: &str) -> Result<Socket, ClientError> {
         let path = socket_path(&self.dir, name);
         loop {
             match UnixStream::connect(&path).await {
-                // Its backlog is full. A connection that blocks would wait too.
+                // Its backlog is full. A blocking connect would wait too.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(CONNECT_POLL).await,
                 Ok(stream) => return Ok(stream.into()),
                 Err(source) => return Err(ClientError::unreachable(name, path, source)),
@@ -217,8 +217,8 @@ impl Client {
         }
     }
 
-    /// Stops a VM, as `request` says. Returns when its name is free. A confined process leaves its
-    /// files to the supervisor; where there is none, they are removed here.
+    /// Stops a VM according to `request`. Returns when its name is free. A confined process leaves
+    /// its files to the supervisor; without one, they are removed here.
     ///
     /// # Errors
     /// As for any request. When the name is not free in time.
@@ -228,7 +228,8 @@ impl Client {
         loop {
             match self.supervisor(Method::POST, &format!("/v1/vms/{name}/stop"), Some(&request)).await {
                 Err(ClientError::NoSupervisor { .. }) => break,
-                // It ended before it answered. Another may come; to stop a VM twice is to stop it.
+                // The process ended without an answer. The next may answer; stopping a VM twice is
+                // harmless.
                 Err(error) if !self.is_remote() && error.is_lost() && Instant::now() < deadline => {
                     sleep(CONNECT_POLL).await;
                 }
@@ -258,8 +259,8 @@ impl Client {
         answer.unwrap_or_else(|_| Err(ClientError::Silent { name: name.to_owned(), seconds: limit.as_secs() }))
     }
 
-    /// Stops a VM by its process. Returns the claim to what that may not remove, if it has left
-    /// anything.
+    /// Stops a VM by its process. Returns the claim to files that the process may not remove, if it
+    /// has left any.
     ///
     /// # Errors
     /// As for [`Self::stop`].
@@ -269,11 +270,11 @@ impl Client {
         request: StopRequest,
     ) -> Result<(StopAnswer, Option<(NameClaim, Exit)>), ClientError> {
         let gone = |error| match error {
-            // Somebody else has stopped it, and its process has ended before the answer.
+            // Another client has stopped it, and its process has ended before the answer.
             ClientError::Http(_) => ClientError::NoSuchVm { name: name.to_owned(), path: socket_path(&self.dir, name) },
             other => other,
         };
-        // What it cannot be is for the process to say.
+        // The process refuses invalid times.
         let grace = Duration::try_from_secs_f64(request.graceful_s.unwrap_or(0.0)).unwrap_or_default();
         let limit = grace.saturating_add(STOP_TIMEOUT);
         let answer = self.request_within(limit, Method::POST, name, "/stop", Some(&request)).await;
@@ -323,11 +324,11 @@ impl Client {
         self.supervisor(method, &format!("/v1/checkpoints/{name}{action}"), body).await
     }
 
-    /// Sends a request to the supervisor. The path consists of names alone: the server would decode an
-    /// escape and cut off a query, so another request than the caller's would arrive.
+    /// Sends a request to the supervisor. The path consists of names alone: the server would decode
+    /// an escape and cut off a query, so that another request than the caller's would arrive.
     ///
     /// # Errors
-    /// When there is none, or it refuses. When the path has anything but names in it.
+    /// When there is no supervisor, or it refuses. When the path has anything but names in it.
     pub async fn supervisor<T: DeserializeOwned>(
         &self,
         method: Method,
@@ -359,8 +360,8 @@ impl Client {
         exchange(self.connect_supervisor().await?, None, method, uri, body).await
     }
 
-    /// Follows the supervisor's events, until it ends or `each` returns false. `each` is given the
-    /// data of an event: JSON in one line.
+    /// Follows the supervisor's events, until it ends or `each` returns false. Passes the data of
+    /// each event to `each`: JSON in one line.
     ///
     /// # Errors
     /// When there is no supervisor, or it refuses.
@@ -399,7 +400,7 @@ impl Client {
         }
     }
 
-    /// The names of all VMs. Without a supervisor behind a port, some may have died.
+    /// Returns the names of all VMs. Without a supervisor behind a port, some may have died.
     ///
     /// # Errors
     /// When the directory cannot be read, or the supervisor refuses.
@@ -410,7 +411,7 @@ impl Client {
         Ok(self.list().await?.vms.into_iter().map(|vm| vm.name).collect())
     }
 
-    /// The VMs on record that ended by themselves.
+    /// Returns the recorded VMs that ended by themselves.
     ///
     /// # Errors
     /// When the directory cannot be read, or the supervisor refuses.
@@ -421,7 +422,7 @@ impl Client {
         Ok(ended_vms(&self.dir)?)
     }
 
-    /// All VMs of this user. Each has 15 s to answer.
+    /// Returns all VMs of this user that answer within 15 s each.
     ///
     /// # Errors
     /// When the directory of sockets cannot be read.
@@ -465,18 +466,18 @@ impl Client {
     }
 }
 
-/// Checks that a path consists of names. The error has the part that is none.
+/// Checks that a path consists of names. The error has the part that is not a name.
 fn check_path(path: &str) -> Result<(), ClientError> {
     let names = path.strip_prefix('/').unwrap_or(path);
     names.split('/').try_for_each(|name| Ok(check_name(name)?))
 }
 
-/// Lets the reason of a refusal pass.
+/// Waits for the reason of a refusal to pass.
 async fn pause_after(attempt: u32) {
     sleep(FIRST_PAUSE * 2_u32.pow(attempt - 1)).await;
 }
 
-/// A body, and what it is sent as.
+/// A body, and its media type.
 struct Payload {
     bytes: Bytes,
     media: &'static str,
@@ -489,7 +490,7 @@ impl Payload {
     }
 }
 
-/// Sends one request over a connection, and returns what it is answered.
+/// Sends one request over a connection, and returns its answer.
 async fn exchange<T: DeserializeOwned>(
     stream: Socket,
     token: Option<&Token>,
@@ -501,7 +502,7 @@ async fn exchange<T: DeserializeOwned>(
     Ok(serde_json::from_slice(&bytes)?)
 }
 
-/// A body. The process that sends it may have been broken into: it is so long, and no longer.
+/// Reads a body. Its sender may be compromised, so its length is bounded.
 async fn whole(body: Incoming) -> Result<Bytes, ClientError> {
     match Limited::new(body, MAX_ANSWER).collect().await {
         Ok(collected) => Ok(collected.to_bytes()),
@@ -521,7 +522,7 @@ async fn send(
     payload: Payload,
 ) -> Result<Incoming, ClientError> {
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    // It ends when the answer has been read, or is dropped.
+    // The connection ends when the answer has been read, or is dropped.
     tokio::spawn(connection);
     let request =
         Request::builder().method(method).uri(uri).header("host", "localhost").header("content-type", payload.media);
@@ -533,7 +534,7 @@ async fn send(
     let status = response.status();
     if status != StatusCode::OK {
         let bytes = whole(response.into_body()).await?;
-        // An answer of HTTP itself, as to a head that is too large, has no problem in it.
+        // An answer of HTTP itself, as to a head that is too large, has no problem document.
         let problem = serde_json::from_slice(&bytes).unwrap_or_else(|_| Problem {
             kind: "about:blank".to_owned(),
             title: status.to_string(),

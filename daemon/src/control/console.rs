@@ -1,11 +1,11 @@
 //! A VM's consoles over HTTP: `GET` and `POST /v1/vms/{name}/console`.
 //!
-//! | query | what |
+//! | query | value |
 //! |---|---|
 //! | `line=serial`, `line=virtio` | which console; the serial one if not given |
 //!
-//! Output is a body without end. What is typed comes in requests of their own: a browser's page
-//! needs nothing but `fetch`, and each request is checked like any other.
+//! Output is a body without end. Input comes in separate requests: a browser's page needs nothing
+//! but `fetch`, and each request is checked like any other.
 
 use std::sync::{Arc, Weak};
 
@@ -30,7 +30,7 @@ use crate::fleet::WeakFleet;
 /// Clients that follow consoles of the process.
 static FOLLOWERS: Semaphore = Semaphore::const_new(MAX_CONNECTIONS);
 
-/// Why a query is refused.
+/// Reason why a query is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 enum QueryError {
     #[error("unknown parameter {key:?}: only line is known")]
@@ -63,8 +63,8 @@ fn no_such_line(name: &str) -> ApiError {
     ApiError::new(ProblemKind::NoDevice, format!("{name:?} has no virtio console"))
 }
 
-/// Follows a VM's console: its last output, and then what it writes until it ends. Output that a
-/// slow client has no room for is dropped, and a line says how much.
+/// Follows a VM's console: sends its last output, and then further output until the VM ends. Output
+/// that a slow client has no room for is dropped, and replaced by a line with the number of bytes.
 #[utoipa::path(
     get,
     operation_id = "follow_console",
@@ -103,14 +103,14 @@ pub(super) async fn show(
     Ok(([(CONTENT_TYPE, MEDIA_TYPE), (CACHE_CONTROL, "no-store")], Body::new(Frames(frames))).into_response())
 }
 
-/// What a console took of what was typed.
+/// The input that a console has taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ConsoleTyped {
-    /// Bytes from the first on. For the others it had no room yet.
+    /// Bytes taken, from the first on. The console had no room for the others yet.
     pub taken: usize,
 }
 
-/// Types into a VM's console. One that is suspended wakes.
+/// Types into a VM's console. A suspended VM wakes.
 #[utoipa::path(
     post,
     operation_id = "type_into_console",

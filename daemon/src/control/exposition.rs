@@ -7,12 +7,12 @@ use crate::control::memory::HistogramInfo;
 /// The format's media type.
 pub(crate) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// What a metric is.
+/// The kind of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// It only grows.
+    /// A count that only grows.
     Counter,
-    /// It goes up and down.
+    /// A value that goes up and down.
     Gauge,
     /// Counts of durations.
     Histogram,
@@ -70,18 +70,18 @@ impl Exposition {
         let _ = writeln!(self.text, " {value}");
     }
 
-    /// A sample of the family.
+    /// Adds a sample of the family.
     pub(crate) fn sample(&mut self, labels: Labels<'_>, value: f64) {
         self.line("", labels, None, value);
     }
 
-    /// A sample of a number of things.
+    /// Adds a sample of a count.
     #[expect(clippy::cast_precision_loss, reason = "the format's numbers are floats")]
     pub(crate) fn count(&mut self, labels: Labels<'_>, value: u64) {
         self.sample(labels, value as f64);
     }
 
-    /// The samples of a histogram, in seconds.
+    /// Adds the samples of a histogram, in seconds.
     #[expect(clippy::cast_precision_loss, reason = "the format's numbers are floats")]
     pub(crate) fn histogram(&mut self, labels: Labels<'_>, histogram: &HistogramInfo) {
         let mut up_to = 0;
@@ -95,7 +95,7 @@ impl Exposition {
         self.line("_count", labels, None, histogram.count as f64);
     }
 
-    /// The text.
+    /// Returns the text.
     pub(crate) fn finish(self) -> String {
         self.text
     }

@@ -8,7 +8,7 @@ use axum::body::{Bytes, HttpBody};
 use hyper::body::Frame;
 use tokio::sync::mpsc;
 
-/// A body of what is sent to it. It ends with its senders.
+/// A body of the pieces that its senders send. The body ends with them.
 #[derive(Debug)]
 pub(crate) struct Frames(pub(crate) mpsc::Receiver<Bytes>);
 

@@ -1,4 +1,4 @@
-//! The numbers of many VMs, each from its own process. One that hangs holds up nobody.
+//! The numbers of many VMs, each from its own process. A hanging process does not delay the others.
 
 use std::io;
 use std::time::Duration;
@@ -11,11 +11,11 @@ use crate::control::client::{Client, ClientError};
 use crate::control::memory::VmStats;
 use crate::fleet::check_name;
 
-/// VMs that are asked at a time.
+/// VMs asked at a time.
 const MAX_ASKED: usize = 32;
-/// How long a VM may take. On a busy host a VM's process may wait for its turn for a second.
+/// Time limit of one VM. On a busy host a VM's process may wait for its turn for a second.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(4);
-/// How long all of them may take: less than a client of the metrics waits.
+/// Time limit of all VMs: less than a client of the metrics waits.
 const ALL_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// The VMs that have answered.
@@ -23,16 +23,17 @@ const ALL_TIMEOUT: Duration = Duration::from_secs(8);
 pub struct Gathered {
     /// Their numbers, by name.
     pub vms: Vec<VmStats>,
-    /// The names of those that are there and have not answered in time.
+    /// Names of running VMs that have not answered in time.
     pub silent: Vec<String>,
 }
 
 impl Gathered {
     fn take(&mut self, name: String, answer: Option<Result<VmStats, ClientError>>) {
         match answer {
-            // By the name that it was asked by, whatever it says.
+            // By the requested name, not by the answer's.
             Some(Ok(stats)) => self.vms.push(VmStats { name, ..stats }),
-            // It has ended meanwhile, a dead process has left its socket, or it is another user's.
+            // The VM has ended meanwhile, a dead process has left its socket, or it is another
+            // user's.
             Some(Err(
                 ClientError::NoSuchVm { .. }
                 | ClientError::Dead { .. }
@@ -49,7 +50,7 @@ impl Gathered {
 }
 
 impl Client {
-    /// The names of VMs with a socket in the directory, sorted. Some may have died.
+    /// Returns the names of VMs with a socket in the directory, sorted. Some may have died.
     ///
     /// # Errors
     /// When the directory cannot be read.
@@ -69,8 +70,8 @@ impl Client {
         Ok(names)
     }
 
-    /// The numbers of the VMs called `names`. One that does not answer within 4 s is left out and
-    /// named, as are those that are not asked within 8 s.
+    /// Gathers the numbers of the VMs called `names`. VMs that do not answer within 4 s, or are not
+    /// asked within 8 s, are listed as silent.
     pub async fn gather(&self, names: Vec<String>) -> Gathered {
         let deadline = Instant::now() + ALL_TIMEOUT;
         let mut gathered = Gathered::default();
@@ -104,7 +105,7 @@ mod tests {
     use super::*;
     use std::os::unix::net::UnixListener;
 
-    /// Sockets that take connections and say nothing, as those of stopped processes.
+    /// Sockets that accept connections and never answer, as those of stopped processes.
     #[test]
     fn however_many_vms_are_silent_it_takes_a_bounded_time() {
         let dir = tempfile::tempdir().unwrap();
@@ -115,13 +116,13 @@ mod tests {
         let client = Client::new(dir.path());
         let names = client.names().unwrap();
         assert_eq!(names.len(), count);
-        // The clock is the test's: it goes to the next time-out when nothing else is to be done.
+        // The test's clock jumps to the next time-out when no task can run.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
         let (gathered, took) = runtime.block_on(async {
             let begun = Instant::now();
             (client.gather(names).await, begun.elapsed())
         });
-        // Two batches, each of which takes its whole time; the VMs behind them are not asked.
+        // Two batches take their whole time; the VMs behind them are not asked.
         assert_eq!(took.as_secs(), ALL_TIMEOUT.as_secs());
         assert!(gathered.vms.is_empty() && gathered.silent == (0..count).map(name).collect::<Vec<_>>());
         let waiting = |listener: &UnixListener| {

@@ -1,7 +1,8 @@
-//! Wrong tokens: an address has few of them at a time, and each takes its time.
+//! Wrong tokens: an address has few attempts at a time, and each takes its time.
 //!
-//! At the login, who guesses learns nothing while all its places are taken: not even the right token is
-//! looked at then. A place is kept for its time also if the client does not wait for the answer.
+//! While all of an address's places are taken, the login checks no token of it, not even the right
+//! one: so guesses learn nothing. A place is kept for its time even if the client does not wait for
+//! the answer.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -15,7 +16,7 @@ use crate::control::problem::{ApiError, ProblemKind};
 
 /// Wrong tokens of an address at a time.
 pub(super) const MAX_WRONG: usize = 4;
-/// How long the answer to a wrong token takes.
+/// Delay of the answer to a wrong token.
 pub(super) const WRONG_DELAY: Duration = Duration::from_secs(1);
 /// Addresses that have places of their own. Further ones share the same.
 const MAX_ADDRESSES: usize = 1024;
@@ -24,10 +25,11 @@ const MAX_ADDRESSES: usize = 1024;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Peer(pub(crate) IpAddr);
 
-/// Addresses that one client can have. None is for all that have no places of their own.
+/// Addresses that one client can have. None: all addresses without places of their own.
 type Source = Option<IpAddr>;
 
-/// All of the loopback interface are one, and so are those of an IPv6 network.
+/// Returns the source of an address. All loopback addresses are one, and so are those of an IPv6
+/// network.
 fn source(Peer(address): Peer) -> Source {
     let address = address.to_canonical();
     if address.is_loopback() {
@@ -43,7 +45,7 @@ fn source(Peer(address): Peer) -> Source {
 #[derive(Debug, Default)]
 pub(super) struct Guesses(Mutex<BTreeMap<Source, Arc<Semaphore>>>);
 
-/// A place for a token that is looked at.
+/// A place for the check of a token.
 #[derive(Debug)]
 pub(super) struct Guess(OwnedSemaphorePermit);
 
@@ -52,23 +54,23 @@ impl Guesses {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let mut of = peer.and_then(source);
         if !all.contains_key(&of) {
-            // Places that are taken hold theirs.
+            // Places in use hold theirs.
             all.retain(|_, places| Arc::strong_count(places) > 1);
             of = of.filter(|_| all.len() < MAX_ADDRESSES);
         }
         Arc::clone(all.entry(of).or_insert_with(|| Arc::new(Semaphore::new(MAX_WRONG))))
     }
 
-    /// Takes a place for a token that `peer` shows.
+    /// Takes a place for a token from `peer`.
     ///
     /// # Errors
-    /// When too many were wrong just now.
+    /// When too many recent tokens were wrong.
     pub(super) fn take(&self, peer: Option<Peer>) -> Result<Guess, ApiError> {
         let taken = self.places(peer).try_acquire_owned();
         taken.map(Guess).map_err(|_| ProblemKind::TooManyLogins.into())
     }
 
-    /// Places that an address has left.
+    /// Returns the number of places that an address has left.
     #[cfg(test)]
     pub(super) fn left(&self, peer: Option<Peer>) -> usize {
         self.places(peer).available_permits()
@@ -76,10 +78,10 @@ impl Guesses {
 }
 
 impl Guess {
-    /// Gives the place back later, and returns then.
+    /// Gives the place back after its time, and returns then.
     pub(super) async fn wait_out(self) {
         tracing::warn!("a wrong token");
-        // A task of its own: it goes on if the client goes.
+        // A task of its own: it runs on if the client goes.
         let held = tokio::spawn(async move {
             sleep(WRONG_DELAY).await;
             drop(self.0);
@@ -126,7 +128,7 @@ mod tests {
         assert_eq!(guesses.left(peer("10.0.0.1")), MAX_WRONG);
         let address = |n: usize| Some(Peer(IpAddr::from((0x0a01_0000 + n as u32).to_be_bytes())));
         let _held: Vec<Guess> = (0..MAX_ADDRESSES).map(|n| guesses.take(address(n)).unwrap()).collect();
-        // Those that are too many share.
+        // Further addresses share places.
         let more: Vec<_> = (0..=MAX_WRONG).map(|n| guesses.take(address(MAX_ADDRESSES + n))).collect();
         assert!(more[..MAX_WRONG].iter().all(Result::is_ok) && more[MAX_WRONG].is_err());
         assert!(guesses.take(address(0)).is_ok());

@@ -38,15 +38,15 @@ use clade_vmm::vm::{Context, Leases, Vm};
 
 /// The most connections to control sockets of the process. More wait in the kernel's backlog.
 const MAX_CONNECTIONS: usize = 256;
-/// How long a request's head may take, and how long a connection may be idle.
+/// Time limit of a request's head, and of an idle connection.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a client may read nothing of its answer.
+/// Longest time that a client may read nothing of its answer.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// The largest head of a request, in bytes.
 const MAX_HEAD: usize = 64 << 10;
 /// The most headers of a request.
 const MAX_HEADERS: usize = 64;
-/// How long a request's body may take.
+/// Time limit of a request's body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest body of a request, in bytes. One that writes memory may have [`MAX_MEMORY`].
 const MAX_BODY: usize = 64 << 10;
@@ -57,21 +57,21 @@ static LARGE_BODIES: Semaphore = Semaphore::const_new(8);
 const MAX_DISCARDED: usize = 16 << 20;
 /// The delay after a connection could not be accepted. Retrying sooner frees no descriptors.
 pub(crate) const ACCEPT_BACKOFF: Duration = Duration::from_millis(200);
-/// How long clients with open requests may take to read the answer when the process ends.
+/// Time limit of clients to read the answers to open requests when the process ends.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
-/// The same for a supervisor. What was asked of it is done by then, and an answer that is cut off would
-/// say that it was not.
+/// The same for a supervisor. All requests to it are done by then, and a cut answer would look like
+/// a failure.
 const LAST_ANSWERS_OF_ALL: Duration = Duration::from_secs(10);
 
-/// Where connections come from.
+/// A source of connections.
 pub(crate) trait Accept: Send {
     /// A connection.
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
-    /// The next connection. Waits if none can be accepted.
+    /// Returns the next connection. Waits if none can be accepted.
     fn next(&mut self) -> impl Future<Output = Self::Stream> + Send;
 
-    /// The address that a connection comes from, if it has one.
+    /// Returns the address that a connection comes from, if it has one.
     fn peer(stream: &Self::Stream) -> Option<Peer>;
 }
 
@@ -139,8 +139,8 @@ impl Acceptor {
         }
     }
 
-    /// The next connection. Waits if none can be accepted (no descriptors). The first failure in a
-    /// row is a warning.
+    /// Returns the next connection. Waits if none can be accepted (no descriptors). The first
+    /// failure in a row is a warning.
     pub(crate) async fn next(&mut self) -> UnixStream {
         let own = rustix::process::geteuid().as_raw();
         let what = self.what;
@@ -156,8 +156,8 @@ impl Acceptor {
                 }
             };
             self.is_failing = false;
-            // The socket's mode enforces the same. This also holds if the directory was made by
-            // other means.
+            // The socket's mode enforces the same. This check also holds if the directory was made
+            // by other means.
             match stream.peer_cred() {
                 Ok(peer) if peer.uid() == own || peer.uid() == 0 => return stream,
                 Ok(peer) => tracing::warn!(uid = peer.uid(), what, "a connection of another user is refused"),
@@ -167,7 +167,7 @@ impl Acceptor {
     }
 }
 
-/// The longest body that a request may have.
+/// Returns the longest body that a request may have.
 fn longest_body(head: &Parts) -> usize {
     let path = head.uri.path();
     let writes_memory = head.method == Method::PUT && path.starts_with("/v1/vms/") && path.ends_with("/memory");
@@ -189,7 +189,7 @@ async fn read_body(request: Request, next: Next) -> Response {
             let Ok(data) = frame?.into_data() else { continue };
             if discarded == 0 && bytes.len() + data.len() <= longest {
                 if turn.is_none() && bytes.len() + data.len() > MAX_BODY {
-                    // It is never closed.
+                    // The semaphore is never closed.
                     turn = LARGE_BODIES.acquire().await.ok();
                 }
                 bytes.extend_from_slice(&data);
@@ -222,7 +222,7 @@ async fn read_body(request: Request, next: Next) -> Response {
 struct Listener {
     runtime: Handle,
     fleet: WeakFleet,
-    /// Made when somebody connects. Most VMs are never asked, and start sooner.
+    /// Made at the first connection. Most VMs are never asked, and start sooner.
     router: Arc<OnceLock<Router>>,
     connections: Arc<Semaphore>,
     consoles: Arc<Semaphore>,
@@ -288,19 +288,19 @@ async fn accept<A: Accept>(
     }
 }
 
-/// With each body read before its handler runs.
+/// Has each body read before its handler runs.
 pub(crate) fn with_bodies(router: Router) -> Router {
     router.layer(from_fn(read_body))
 }
 
-/// For clients that show the token of `gate`. No body is read before that: slow ones without a token would
-/// take the places of others.
+/// Restricts the routes to clients that show the token of `gate`. No body is read before that: slow
+/// ones without a token would take the places of others.
 pub(crate) fn behind_gate(router: Router, gate: Arc<Gate>) -> Router {
     with_bodies(router).layer(from_fn_with_state(gate, authorize))
 }
 
-/// Serves connections of their own, beside those of other sockets, until `ending`, and then answers the requests that have
-/// begun, for [`LAST_ANSWERS_OF_ALL`].
+/// Serves connections until `ending`, with a limit separate from that of other sockets, and then
+/// answers the requests that have begun, for [`LAST_ANSWERS_OF_ALL`].
 pub(crate) async fn serve_http(acceptor: impl Accept, router: Router, mut ending: watch::Receiver<bool>) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let receiver = ending.clone();
@@ -308,7 +308,7 @@ pub(crate) async fn serve_http(acceptor: impl Accept, router: Router, mut ending
         () = accept(acceptor, || router.clone(), &connections, receiver) => {}
         () = async { drop(ending.wait_for(|ending| *ending).await) } => {}
     }
-    // Connections that are not done by then are cut off.
+    // Connections still open then are cut off.
     let _ = timeout(LAST_ANSWERS_OF_ALL, connections.acquire_many(MAX_CONNECTIONS as u32)).await.map(drop);
 }
 
@@ -339,7 +339,7 @@ impl Serve for Listener {
         let _ = self.ending.send(true);
         let all = self.connections.acquire_many(MAX_CONNECTIONS as u32);
         let consoles = self.consoles.acquire_many(console::MAX_CONNECTIONS as u32);
-        // Connections that are not done by then are cut off.
+        // Connections still open then are cut off.
         self.runtime.block_on(async {
             let _ = timeout(console::LAST_OUTPUT, consoles).await.map(drop);
             let _ = timeout(LAST_ANSWERS, all).await.map(drop);
@@ -347,7 +347,7 @@ impl Serve for Listener {
     }
 }
 
-/// The VM of this process, once it is made: its sockets are served on `runtime`.
+/// Returns the fleet of this process, and serves its VM's sockets on `runtime`.
 pub(crate) fn serve_vm(context: &Context, runtime: &Handle) -> Fleet {
     Fleet::new(context, |fleet| {
         Box::new(Listener {
@@ -369,7 +369,7 @@ mod tests {
     use super::*;
     use crate::control::Token;
 
-    /// A server whose paths say "yes", and connections to it.
+    /// A server whose paths answer "yes", and connections to it.
     struct Server {
         dir: tempfile::TempDir,
         _ending: watch::Sender<bool>,

@@ -1,4 +1,4 @@
-//! What a VM's memory is made of, in numbers: `GET /v1/vms/{name}/stats`.
+//! The make-up of a VM's memory, in numbers: `GET /v1/vms/{name}/stats`.
 
 use std::fs;
 
@@ -15,18 +15,18 @@ use clade_vmm::vm::{HistogramCounts, Vm};
 
 const PAGE_KIB: u64 = PAGE_SIZE / 1024;
 
-/// Guest pages by what they are. Each is exactly one of these.
+/// Guest pages by kind. Each page counts once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct KindCounts {
-    /// Not inherited: there is no memory.
+    /// Pages not inherited, without memory.
     pub absent: u64,
-    /// Zeros or a pattern, which cost nothing.
+    /// Pages of zeros or a pattern, which cost nothing.
     pub reference: u64,
-    /// Of a layer.
+    /// Pages of a layer.
     pub shared: u64,
-    /// The VM's own, without the pinned ones.
+    /// The VM's own pages, without the pinned ones.
     pub exclusive: u64,
-    /// The VM's own, and pinned for DMA.
+    /// The VM's own pages that are pinned for DMA.
     pub pinned: u64,
 }
 
@@ -44,7 +44,7 @@ impl From<[u64; 5]> for KindCounts {
     }
 }
 
-/// Where a layer's bytes are.
+/// The place of a layer's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LayerHome {
@@ -58,20 +58,20 @@ pub enum LayerHome {
     Foreign,
 }
 
-/// A layer that a VM is shown.
+/// A layer that provides pages of a VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct LayerInfo {
     /// Its number within the VM's process.
     pub id: u64,
     /// Its file, the same for all processes: device and inode.
     pub file: String,
-    /// Where its bytes are.
+    /// The place of its bytes.
     pub home: LayerHome,
-    /// Pages of the VM that are shown from it now.
+    /// Pages of the VM that it provides now.
     pub shown_pages: u64,
-    /// Memory behind its file, in KiB; null if the file cannot be asked.
+    /// Memory behind its file, in KiB; null if the file cannot be queried.
     pub resident_kib: Option<u64>,
-    /// Whether no other VM, checkpoint or image has it; null if that is not known.
+    /// Whether no other VM, checkpoint or image uses it; null if that is unknown.
     pub alone: Option<bool>,
 }
 
@@ -101,18 +101,18 @@ pub struct MemoryStats {
     pub pages: KindCounts,
     /// Memory that is freed with the VM, in KiB.
     pub private_kib: u64,
-    /// Shared pages of layers that no other VM has.
+    /// Shared pages of layers without another user.
     pub alone_pages: u64,
-    /// Shared pages of layers of which that is not known.
+    /// Shared pages of layers whose users are unknown.
     pub unknown_pages: u64,
-    /// What its memory files are in: `huge` pages, or those of `4k`.
+    /// Page size of its memory files: `huge`, or `4k`.
     #[serde(default)]
     pub backing: String,
-    /// Memory mappings that it takes.
+    /// Memory mappings in use.
     pub mappings: u64,
     /// The table of owned pages, in KiB.
     pub table_kib: u64,
-    /// The layers that it is shown.
+    /// The layers that provide its pages.
     pub layers: Vec<LayerInfo>,
 }
 
@@ -137,7 +137,7 @@ pub struct CopyStats {
 }
 
 impl CopyStats {
-    /// Each with the name of its cause.
+    /// Returns each count with the name of its cause.
     #[must_use]
     pub fn by_cause(&self) -> [(&'static str, u64); 7] {
         [
@@ -157,26 +157,27 @@ impl CopyStats {
 pub struct PinStats {
     /// Pins over all pages, now.
     pub now: u64,
-    /// Shared pages that devices read now, which takes no pin.
+    /// Shared pages that devices are reading, which takes no pin.
     pub reading: u64,
-    /// Pins so far that had to take a lock. The others are not counted.
+    /// Pins so far that had to take a lock. Other pins are not counted.
     pub locked: u64,
     /// Long-term pins, now.
     pub long: u64,
     /// Long-term pins so far.
     pub long_total: u64,
-    /// The longest that one was or has been held, in seconds.
+    /// The longest time that a pin is or was held, in seconds.
     pub longest_s: f64,
 }
 
 /// A histogram of durations.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct HistogramInfo {
-    /// How many.
+    /// The number of durations.
     pub count: u64,
-    /// All together, in microseconds.
+    /// Their sum, in microseconds.
     pub sum_us: u64,
-    /// Upper bounds in microseconds, and how many are up to each and above the one before.
+    /// Upper bounds in microseconds, and the number of durations up to each bound and above the one
+    /// before.
     pub buckets: Vec<(u64, u64)>,
 }
 
@@ -186,7 +187,7 @@ impl From<HistogramCounts> for HistogramInfo {
     }
 }
 
-/// How long a VM was paused, by cause.
+/// The pauses of a VM, by cause.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PauseStats {
     /// Forks and checkpoints.
@@ -197,16 +198,16 @@ pub struct PauseStats {
     pub reset: HistogramInfo,
 }
 
-/// What the kernel says of a process with one VM, in KiB.
+/// The kernel's counts for a process with one VM, in KiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ProcessStats {
     /// Page tables (`VmPTE`).
     pub page_tables_kib: u64,
     /// Resident anonymous memory (`RssAnon`): the guest's private copies, and the process's own.
     pub anonymous_kib: u64,
-    /// Resident memory of memory files (`RssShmem`): what of the layers is mapped.
+    /// Resident memory of memory files (`RssShmem`): the mapped part of the layers.
     pub memory_files_kib: u64,
-    /// The process's share of what it maps, each page divided by its users (`Pss`).
+    /// The process's share of its mapped memory, each page divided by its users (`Pss`).
     pub proportional_kib: u64,
 }
 
@@ -244,7 +245,7 @@ pub struct VmStats {
     pub disks: Vec<DiskInfo>,
 }
 
-/// The layers of a page map, with where they are from.
+/// Returns the layers of a page map, with the places of their bytes.
 pub(super) fn layers(map: &PageMap) -> Vec<LayerInfo> {
     map.layers.iter().map(LayerInfo::from).collect()
 }
@@ -268,13 +269,13 @@ fn memory(vm: &Vm) -> Result<MemoryStats, FleetError> {
     })
 }
 
-/// The value of `key` in a file of `key: value kB` lines.
+/// Returns the value of `key` in a file of `key: value kB` lines.
 fn kib(text: &str, key: &str) -> Option<u64> {
     let value = |line: &str| line.strip_prefix(key)?.strip_prefix(':')?.split_whitespace().next()?.parse().ok();
     text.lines().find_map(value)
 }
 
-/// What the kernel says of this process. None where it says nothing.
+/// Reads the kernel's counts for this process. None if they are missing.
 fn process() -> Option<ProcessStats> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let rollup = fs::read_to_string("/proc/self/smaps_rollup").ok()?;
@@ -334,7 +335,7 @@ pub(super) async fn show_stats(State(fleet): State<WeakFleet>, UrlPath(name): Ur
     Ok(Json(with_fleet(fleet, move |fleet| stats(&fleet.get(&name)?)).await?))
 }
 
-/// Pages as KiB.
+/// Returns pages as KiB.
 #[must_use]
 pub fn pages_kib(pages: u64) -> u64 {
     pages * PAGE_KIB

@@ -1,14 +1,15 @@
-//! The control plane: HTTP over Unix sockets, one per VM. Paths name the VM, so that the supervisor's
-//! socket takes the same requests for all of them; its own are in `supervisor/server.rs`.
+//! The control plane: HTTP over Unix sockets, one per VM. Paths name the VM, so that the
+//! supervisor's socket takes the same requests for all of them; its own are in
+//! `supervisor/server.rs`.
 //!
 //! | method and path | body | answer |
 //! |---|---|---|
 //! | `GET /v1/vms` | | all VMs of the process: `[VmInfo]` |
 //! | `GET /v1/vms/{name}` | | `VmInfo` |
 //! | `GET /v1/vms/{name}/stats` | | `VmStats` |
-//! | `GET /v1/vms/{name}/pages` | | `PagesAnswer`: what each page is |
+//! | `GET /v1/vms/{name}/pages` | | `PagesAnswer`: the kind of each page |
 //! | `GET /v1/vms/{name}/page-map` | | the same in few bytes: see `page_map` |
-//! | `GET /v1/vms/{name}/console` | | what its console writes, without end |
+//! | `GET /v1/vms/{name}/console` | | its console's output, without end |
 //! | `POST /v1/vms/{name}/console` | bytes | `ConsoleTyped` |
 //! | `GET /v1/vms/{name}/memory` | | bytes of the guest's memory |
 //! | `PUT /v1/vms/{name}/memory` | bytes | `MemoryWritten` |

@@ -1,5 +1,5 @@
-//! JSON objects that are objects: serde takes an array for a structure too, and an empty one for a
-//! structure whose fields may all be left out.
+//! JSON objects only: for a structure, serde also takes an array, and an empty one if all its
+//! fields are optional.
 
 use serde::de::{DeserializeOwned, Error};
 use serde::{Deserialize, Deserializer};
@@ -9,14 +9,14 @@ fn expect<E: Error>(value: &Value) -> Result<(), E> {
     if value.is_object() { Ok(()) } else { Err(E::custom(format!("{value} is no object"))) }
 }
 
-/// A structure from an object.
+/// Deserializes a structure from an object.
 pub(crate) fn object<'de, D: Deserializer<'de>, T: DeserializeOwned>(from: D) -> Result<T, D::Error> {
     let value = Value::deserialize(from)?;
     expect(&value)?;
     T::deserialize(value).map_err(Error::custom)
 }
 
-/// A structure from an object, or none from null.
+/// Deserializes a structure from an object, or None from null.
 pub(crate) fn optional<'de, D: Deserializer<'de>, T: DeserializeOwned>(from: D) -> Result<Option<T>, D::Error> {
     let value = Value::deserialize(from)?;
     if value.is_null() {
@@ -26,14 +26,14 @@ pub(crate) fn optional<'de, D: Deserializer<'de>, T: DeserializeOwned>(from: D) 
     T::deserialize(value).map(Some).map_err(Error::custom)
 }
 
-/// Structures from an array of objects.
+/// Deserializes structures from an array of objects.
 pub(crate) fn list<'de, D: Deserializer<'de>, T: DeserializeOwned>(from: D) -> Result<Vec<T>, D::Error> {
     let values = Vec::<Value>::deserialize(from)?;
     values.iter().try_for_each(expect)?;
     values.into_iter().map(|value| T::deserialize(value).map_err(Error::custom)).collect()
 }
 
-/// Whether a body is an object, as far as its first character says.
+/// Returns whether a body's first character begins an object.
 pub(crate) fn begins_object(body: &[u8]) -> bool {
     body.trim_ascii_start().first() == Some(&b'{')
 }

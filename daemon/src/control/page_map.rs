@@ -1,22 +1,22 @@
-//! What each page of a VM is, in few bytes: `GET /v1/vms/{name}/page-map`.
+//! The kind of each page of a VM, in few bytes: `GET /v1/vms/{name}/page-map`.
 //!
-//! | query | what |
+//! | query | value |
 //! |---|---|
 //! | `from=GFN` | the first guest frame; 0 if not given |
 //! | `max_runs=N` | most runs; 1,048,576 if not given |
 //!
 //! The answer is the four bytes `CPM1` and then numbers in LEB128, without signs:
 //!
-//! | numbers | what |
+//! | numbers | content |
 //! |---|---|
-//! | 1 | where the next request goes on; 0 if this is all |
+//! | 1 | the first frame of the next request; 0 if this is all |
 //! | 1 and as many | the layers, by number |
 //! | 1 | the runs |
-//! | 3 a run | frames of no memory before it; frames in it; what they are |
+//! | 3 a run | frames without memory before it; frames in it; their kind |
 //!
-//! What pages are: 0 absent, 1 reference, 2 exclusive, 3 pinned, 4 and more: of the first layer, the
-//! second and so on. A guest of 16 GiB that shares all takes some bytes. At worst, when each page is
-//! another kind than the one before it, a page takes three.
+//! Kinds of pages: 0 absent, 1 reference, 2 exclusive, 3 pinned, 4 and more: of the first layer,
+//! the second and so on. A guest of 16 GiB that shares all pages takes some bytes. At worst, when
+//! the kind changes at each page, a page takes three.
 //!
 //! The answer has an `ETag`. A request with that as `If-None-Match` is answered with 304 while
 //! nothing has changed.
@@ -40,12 +40,12 @@ use clade_memory::{PageKind, PageMap};
 
 /// Most runs of an answer.
 const MAX_RUNS: u64 = 1 << 20;
-/// What an answer begins with.
+/// The first bytes of an answer.
 const MAGIC: &[u8; 4] = b"CPM1";
 /// The number of the first layer's pages.
 const FIRST_LAYER: u64 = 4;
 
-/// Why a query is refused.
+/// Reason why a query is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 enum QueryError {
     #[error("unknown parameter {key:?}: from and max_runs are known")]
@@ -64,7 +64,7 @@ impl From<QueryError> for ApiError {
     }
 }
 
-/// The first frame and the most runs.
+/// Parses the first frame and the most runs.
 fn parse(text: &str) -> Result<(u64, usize), QueryError> {
     let (mut from, mut most) = (0, MAX_RUNS);
     for pair in text.split('&').filter(|pair| !pair.is_empty()) {
@@ -91,7 +91,7 @@ fn put(bytes: &mut Vec<u8>, mut number: u64) {
     bytes.push(number as u8);
 }
 
-/// At most `most` runs from the guest frame `from` on.
+/// Encodes at most `most` runs from the guest frame `from` on.
 fn encode(map: &PageMap, from: u64, most: usize) -> Vec<u8> {
     let first = map.runs.partition_point(|run| run.first + run.count <= from);
     let rest = &map.runs[first..];
@@ -132,8 +132,8 @@ fn encode(map: &PageMap, from: u64, most: usize) -> Vec<u8> {
     bytes
 }
 
-/// Shows what each page of a VM's memory is, as runs in a few bytes each: of a browser's page that
-/// draws them. `docs/page.md` has the format.
+/// Shows the kind of each page of a VM's memory, as runs in a few bytes each: for a browser's page
+/// that draws them. `docs/page.md` has the format.
 #[utoipa::path(
     get,
     path = "/v1/vms/{name}/page-map",
@@ -150,7 +150,7 @@ pub(super) async fn page_map(
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let (from, most) = parse(query.as_deref().unwrap_or_default())?;
-    // It is never closed.
+    // The semaphore is never closed.
     let _turn = MAPS.acquire().await;
     let bytes = with_fleet(fleet, move |fleet| Ok(encode(&fleet.get(&name)?.vm.page_map()?, from, most))).await?;
     let mut hasher = DefaultHasher::new();
@@ -228,7 +228,7 @@ mod tests {
             }
             assert_eq!(all, whole, "{most}");
         }
-        // In the middle of a run, and behind all.
+        // In the middle of a run, and behind all runs.
         assert_eq!(numbers(&encode(&map(), 990, 1)[4..]), [1000, 0, 1, 0, 10, 2]);
         assert_eq!(numbers(&encode(&map(), 1 << 30, 1)[4..]), [0, 0, 0]);
     }

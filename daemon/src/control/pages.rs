@@ -1,8 +1,8 @@
-//! What each page of a VM is: `GET /v1/vms/{name}/pages`.
+//! The kind of each page of a VM: `GET /v1/vms/{name}/pages`.
 //!
 //! | query | answer |
 //! |---|---|
-//! | `from=GFN`, `max_runs=N` | runs of pages of one kind, from a guest frame on; where to go on |
+//! | `from=GFN`, `max_runs=N` | runs of pages of one kind, from a guest frame on; the first frame of the next request |
 //! | `cells=N` | the numbers of pages by kind in each of N equal parts |
 
 use std::collections::BTreeMap;
@@ -22,7 +22,7 @@ use clade_memory::{PageKind, PageMap, PageRun};
 
 /// Most runs of an answer.
 const MAX_RUNS: usize = 65_536;
-/// Page maps that are made at a time: each looks at all of the VM's pages.
+/// Page maps made at a time: each reads all of the VM's pages.
 pub(super) static MAPS: Semaphore = Semaphore::const_new(4);
 /// The last guest frame number: 8 TiB of memory.
 pub(super) const MAX_FROM: u64 = i32::MAX as u64;
@@ -31,7 +31,7 @@ const DEFAULT_RUNS: usize = 4_096;
 /// Most cells of an answer.
 pub const MAX_CELLS: u64 = 65_536;
 
-/// Why a query is refused.
+/// Reason why a query is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 enum QueryError {
     #[error("unknown parameter {key:?}: from, max_runs and cells are known")]
@@ -54,7 +54,7 @@ impl From<QueryError> for ApiError {
     }
 }
 
-/// What is asked for.
+/// The requested form of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Query {
     Runs { from: u64, most: usize },
@@ -92,15 +92,15 @@ impl Query {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum RunKind {
-    /// Not inherited: there is no memory.
+    /// Pages not inherited, without memory.
     Absent,
-    /// Zeros or a pattern.
+    /// Pages of zeros or a pattern.
     Reference,
-    /// Of a layer.
+    /// Pages of a layer.
     Shared,
-    /// The VM's own.
+    /// The VM's own pages.
     Exclusive,
-    /// The VM's own, and pinned for DMA.
+    /// The VM's own pages that are pinned for DMA.
     Pinned,
 }
 
@@ -109,11 +109,11 @@ pub enum RunKind {
 pub struct RunInfo {
     /// The first guest frame number.
     pub first: u64,
-    /// How many.
+    /// The number of pages.
     pub count: u64,
-    /// What they are.
+    /// Their kind.
     pub kind: RunKind,
-    /// The number of the layer, if they are of one.
+    /// The number of their layer, if they are of one.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub layer: Option<u64>,
 }
@@ -139,22 +139,22 @@ pub struct CellInfo {
     /// Its pages by kind.
     #[serde(flatten)]
     pub pages: KindCounts,
-    /// The number of the layer that most of its shared pages are of.
+    /// The number of the layer that provides most of its shared pages.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub layer: Option<u64>,
 }
 
-/// What the pages of a VM are.
+/// The pages of a VM by kind.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PagesAnswer {
     /// All of its pages by kind.
     pub totals: KindCounts,
-    /// The layers that it is shown.
+    /// The layers that provide its pages.
     pub layers: Vec<LayerInfo>,
-    /// Runs, ascending. Pages of no memory, such as the gap below 4 GiB, are in none.
+    /// Runs, ascending. They leave out frames without memory, such as the gap below 4 GiB.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub runs: Vec<RunInfo>,
-    /// Where the next request goes on, if there are more.
+    /// The first frame of the next request, if there are more.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub next: Option<u64>,
     /// Equal parts, ascending.
@@ -162,7 +162,7 @@ pub struct PagesAnswer {
     pub cells: Vec<CellInfo>,
 }
 
-/// At most `most` runs from the guest frame `from` on, and where the rest begins.
+/// Returns at most `most` runs from the guest frame `from` on, and the start of the rest.
 fn runs(map: &PageMap, from: u64, most: usize) -> (Vec<RunInfo>, Option<u64>) {
     let first = map.runs.partition_point(|run| run.first + run.count <= from);
     let rest = &map.runs[first..];
@@ -174,7 +174,7 @@ fn runs(map: &PageMap, from: u64, most: usize) -> (Vec<RunInfo>, Option<u64>) {
     (runs, rest.get(most).map(|run| run.first))
 }
 
-/// `count` equal parts of all pages; one a page if there are fewer pages.
+/// Returns `count` equal parts of all pages; one a page if there are fewer pages.
 fn cells(map: &PageMap, count: u64) -> Vec<CellInfo> {
     let total: u64 = map.runs.iter().map(|run| run.count).sum();
     let count = count.min(total);
@@ -210,7 +210,7 @@ fn cells(map: &PageMap, count: u64) -> Vec<CellInfo> {
     cells
 }
 
-/// Shows what each page of a VM's memory is: as runs, or counted in parts.
+/// Shows the kind of each page of a VM's memory: as runs, or counted in parts.
 #[utoipa::path(
     get,
     path = "/v1/vms/{name}/pages",
@@ -227,7 +227,7 @@ pub(super) async fn show_pages(
     RawQuery(query): RawQuery,
 ) -> Answer<PagesAnswer> {
     let query = Query::parse(query.as_deref().unwrap_or_default())?;
-    // It is never closed.
+    // The semaphore is never closed.
     let _turn = MAPS.acquire().await;
     let answer = with_fleet(fleet, move |fleet| {
         let map = fleet.get(&name)?.vm.page_map()?;

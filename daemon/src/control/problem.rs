@@ -11,7 +11,7 @@ use crate::fleet::FleetError;
 
 /// The media type of an error answer.
 pub(crate) const PROBLEM_TYPE: &str = "application/problem+json";
-/// What every problem's type begins with.
+/// The beginning of every problem's type.
 const URN: &str = "urn:clade:";
 
 /// Declares [`ProblemKind`]: each kind's name in its URN, its status and its title.
@@ -41,7 +41,7 @@ macro_rules! kinds {
                 match self { $(Self::$kind => StatusCode::$status,)+ }
             }
 
-            /// What it is in a few words.
+            /// A short description.
             #[must_use]
             pub fn title(self) -> &'static str {
                 match self { $(Self::$kind => $title,)+ }
@@ -87,13 +87,13 @@ kinds! {
 }
 
 impl ProblemKind {
-    /// The problem's `type`.
+    /// Returns the problem's `type`.
     #[must_use]
     pub fn urn(self) -> String {
         format!("{URN}{}", self.slug())
     }
 
-    /// The kind of a `type`, if there is such a kind.
+    /// Returns the kind of a `type`, if there is such a kind.
     #[must_use]
     pub fn of_urn(urn: &str) -> Option<Self> {
         let slug = urn.strip_prefix(URN)?;
@@ -130,7 +130,7 @@ impl ApiError {
 }
 
 impl From<ProblemKind> for ApiError {
-    /// An error of which there is no more to say than its title.
+    /// Returns an error with no more text than its title.
     fn from(kind: ProblemKind) -> Self {
         Self::new(kind, kind.title())
     }
@@ -142,7 +142,7 @@ impl IntoResponse for ApiError {
         let status = kind.status();
         let problem =
             Problem { kind: kind.urn(), title: kind.title().to_owned(), status: status.as_u16(), detail: text };
-        // Texts and a number: it does not fail.
+        // Texts and a number: serialization cannot fail.
         let body = serde_json::to_vec(&problem).unwrap_or_default();
         let mut response = (status, Body::from(body)).into_response();
         let headers = response.headers_mut();

@@ -1,10 +1,10 @@
 //! A guest's memory: `GET` and `PUT /v1/vms/{name}/memory`, bytes as they are.
 //!
-//! | query | what |
+//! | query | value |
 //! |---|---|
 //! | `address=N` | guest-physical address of the first byte |
-//! | `length=N` | how many bytes are read |
-//! | `doorbell=N` | the vCPU that is interrupted after a write |
+//! | `length=N` | number of bytes to read |
+//! | `doorbell=N` | the vCPU to interrupt after a write |
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -29,16 +29,16 @@ use crate::fleet::WeakFleet;
 
 /// Most bytes of a request or an answer.
 pub const MAX_MEMORY: usize = 4 << 20;
-/// What memory is sent as.
+/// The media type of memory.
 pub(super) const MEDIA_TYPE: &str = "application/octet-stream";
-/// Answers with memory that the process has at a time, until their clients have read them.
+/// Answers with memory that the process holds at a time, until their clients have read them.
 static READS: Semaphore = Semaphore::const_new(8);
-/// How long a request waits for its turn.
+/// Time limit of a request's wait for its turn.
 const TURN_TIMEOUT: Duration = Duration::from_secs(10);
-/// Bytes that are handed to the connection at a time.
+/// Bytes handed to the connection at a time.
 const CHUNK: usize = 64 << 10;
 
-/// Why a query is refused.
+/// Reason why a query is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 enum QueryError {
     #[error("{key:?} is not a parameter: address, length and doorbell are")]
@@ -85,7 +85,7 @@ fn parse(text: &str) -> Result<Query, QueryError> {
     Ok(Query { address: address.ok_or(QueryError::Missing { key: "address" })?, length, doorbell })
 }
 
-/// Bytes that a client is sent, which hold their turn until the last is.
+/// Bytes sent to a client, which hold their turn until the last is sent.
 struct Turned {
     bytes: Bytes,
     _turn: SemaphorePermit<'static>,
@@ -105,8 +105,9 @@ impl HttpBody for Turned {
     }
 }
 
-/// Reads a guest's memory, as the guest sees it. No fork, reset or pause comes between two bytes of
-/// it. Aligned words of 8 bytes are read as a whole; of others, vCPUs may write a part meanwhile.
+/// Reads a guest's memory, as the guest sees it. A fork, a reset or a pause comes before or after
+/// the whole read. Aligned words of 8 bytes are read as a whole; other words may be torn by writes
+/// of vCPUs.
 #[utoipa::path(
     get,
     operation_id = "read_memory",
@@ -140,19 +141,19 @@ pub(super) async fn read(
     Ok(([(CONTENT_TYPE, MEDIA_TYPE), (CACHE_CONTROL, "no-store")], Body::new(body)).into_response())
 }
 
-/// What was written to a guest's memory.
+/// A write to a guest's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct MemoryWritten {
     /// Guest-physical address of the first byte.
     pub address: u64,
-    /// How many bytes.
+    /// Number of bytes written.
     pub length: u64,
 }
 
 /// Writes a guest's memory, as the guest would. A fork, a snapshot or a reset has all of it or
 /// nothing. Aligned words of 8 bytes are written as a whole. With `doorbell`, the vCPU of that
 /// number is interrupted afterwards (vector 48), if its guest has enabled its local APIC: a guest
-/// that works on orders in its memory can halt in between.
+/// that takes orders from its memory can halt in between.
 #[utoipa::path(
     put,
     operation_id = "write_memory",
@@ -179,12 +180,12 @@ pub(super) async fn write(
     if length.is_some() {
         return Err(QueryError::Length.into());
     }
-    // It is there already: whoever has read it has bounded it.
+    // The body is already there, and bounded by its reader.
     let unread = |error| ApiError::new(ProblemKind::BadRequest, format!("the body cannot be read: {error}"));
     let body = to_bytes(body, MAX_MEMORY).await.map_err(unread)?;
     let written = with_fleet(fleet, move |fleet| {
         let vm = &fleet.get(&name)?.vm;
-        // Before the write: a request that is refused has changed nothing.
+        // Before the write: a refused request has changed nothing.
         doorbell.map_or(Ok(()), |vcpu| vm.expect_vcpu(vcpu).map(drop))?;
         vm.write_memory(address, &body)?;
         doorbell.map_or(Ok(()), |vcpu| vm.ring_doorbell(vcpu))?;
@@ -236,7 +237,7 @@ mod tests {
         });
     }
 
-    /// The document's numbers are literals, as the macro wants them.
+    /// The document's numbers are literals, as the macro requires.
     #[test]
     fn the_document_has_the_bounds_of_the_code() {
         assert_eq!(MAX_MEMORY, 4_194_304);

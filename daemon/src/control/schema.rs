@@ -1,5 +1,5 @@
-//! Schemas of types of the library, for the OpenAPI document. The library itself has none: tests
-//! here hold each to what the library reads and writes.
+//! Schemas of the library's types, for the OpenAPI document. The library itself has no schemas:
+//! tests here compare each with the library's own serialization.
 
 #![expect(dead_code, reason = "they are read by the derived schemas alone")]
 
@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 
 pub(crate) use egress::EgressRule;
 
-/// Why a VM stopped.
+/// The reason why a VM stopped.
 #[derive(ToSchema)]
 #[cfg_attr(test, derive(serde::Deserialize), serde(deny_unknown_fields))]
 #[schema(as = StopReason)]
@@ -17,9 +17,9 @@ pub(crate) use egress::EgressRule;
 pub(crate) enum StopReason {
     /// Its owner stopped it.
     Requested,
-    /// Its process has ended without a word.
+    /// Its process ended without a report.
     Process { signal: Option<i32>, code: Option<i32> },
-    /// Its process took more memory than its limit, and was killed.
+    /// Its process exceeded its memory limit, and was killed.
     OverLimit { mib: u64 },
     /// The guest reset itself.
     Reset,
@@ -33,7 +33,7 @@ pub(crate) enum StopReason {
     Internal { vcpu: usize, error: String },
     /// The hardware refused to enter the guest.
     FailEntry { vcpu: usize, reason: u64 },
-    /// KVM_RUN returned an exit that is not handled.
+    /// KVM_RUN returned an unhandled exit.
     Unexpected { vcpu: usize, exit: String },
     /// KVM_RUN itself failed.
     Run { vcpu: usize, error: String },
@@ -45,7 +45,7 @@ pub(crate) enum StopReason {
     Panic { vcpu: usize, message: String },
 }
 
-/// How memory is loaded from a snapshot.
+/// The way to load memory from a snapshot.
 #[derive(ToSchema)]
 #[cfg_attr(test, derive(serde::Deserialize))]
 #[schema(as = RestoreLoad)]
@@ -65,10 +65,10 @@ pub(crate) enum RestoreLoad {
 #[schema(as = Link)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Link {
-    /// They pass.
+    /// Packets pass.
     Open,
-    /// None passes, in either direction: the host drops and counts them. The guest sees its link
-    /// down.
+    /// No packet passes, in either direction: the host drops and counts them. The guest sees its
+    /// link down.
     Closed,
 }
 
@@ -101,7 +101,7 @@ pub(crate) struct VsockChoice {
     socket: Option<String>,
 }
 
-/// Which interrupt controllers KVM emulates.
+/// The interrupt controllers that KVM emulates.
 #[derive(ToSchema)]
 #[cfg_attr(test, derive(serde::Deserialize))]
 #[serde(rename_all = "snake_case")]
@@ -138,7 +138,7 @@ pub(crate) struct Rate {
     once: u64,
 }
 
-/// The limits of a device. An absent limit is none.
+/// The limits of a device. An absent limit means unlimited.
 #[derive(ToSchema)]
 #[cfg_attr(test, derive(serde::Deserialize), serde(deny_unknown_fields))]
 pub(crate) struct Limits {
@@ -153,9 +153,9 @@ pub(crate) struct Limits {
 #[cfg_attr(test, derive(serde::Deserialize))]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum CachePolicy {
-    /// They do.
+    /// Through the page cache.
     Host,
-    /// They do not (O_DIRECT).
+    /// Around it (O_DIRECT).
     Direct,
 }
 
@@ -175,7 +175,7 @@ pub(crate) struct DiskConfig {
     path: String,
     /// Whether the guest may only read it.
     read_only: bool,
-    /// Whether writes end with the VM.
+    /// Whether its writes are dropped with the VM.
     #[serde(default)]
     ephemeral: bool,
     /// The id that the guest reads. Default: the last component of `path`.
@@ -207,13 +207,14 @@ pub(crate) struct DiskSpec {
     device: BlockOptions,
 }
 
-/// A network by passt, which needs no privileges: the guest is 10.0.2.15/24, its gateway 10.0.2.2, its
-/// name server 10.0.2.3.
+/// A network by passt, which needs no privileges: the guest is 10.0.2.15/24, its gateway 10.0.2.2,
+/// its name server 10.0.2.3.
 #[derive(ToSchema)]
 #[cfg_attr(test, derive(serde::Deserialize), serde(deny_unknown_fields))]
 #[schema(as = UserNet)]
 pub(crate) struct UserNet {
-    /// TCP ports of the host's loopback address that lead to the guest. Children have none.
+    /// TCP ports of the host's loopback address that lead to the guest. Children do not inherit
+    /// them.
     #[cfg_attr(test, serde(default))]
     #[schema(max_items = 64)]
     forward: Vec<PortForward>,
@@ -224,10 +225,10 @@ pub(crate) struct UserNet {
 #[cfg_attr(test, derive(serde::Deserialize), serde(deny_unknown_fields))]
 #[schema(as = PortForward)]
 pub(crate) struct PortForward {
-    /// The host's.
+    /// The host's port.
     #[schema(minimum = 1)]
     host: u16,
-    /// The guest's.
+    /// The guest's port.
     #[schema(minimum = 1)]
     guest: u16,
 }
@@ -251,7 +252,7 @@ pub(crate) struct NetSpec {
     receive: Limits,
     /// Limits on sent traffic.
     send: Limits,
-    /// Where the guest may send: layers of rules, each of which a packet has to pass.
+    /// Egress rules: layers of rules, each of which a packet has to pass.
     #[cfg_attr(test, serde(default))]
     egress: Vec<Vec<EgressRule>>,
 }
@@ -291,7 +292,7 @@ pub(crate) struct VmConfig {
     pmu: bool,
     /// Whether the guest gets ACPI tables.
     acpi: bool,
-    /// Without meaning.
+    /// Ignored.
     #[serde(default)]
     #[schema(deprecated)]
     report_port: bool,
@@ -357,7 +358,7 @@ mod tests {
     fn a_configuration_is_as_its_schema_says() {
         let written = serde_json::to_value(config()).unwrap();
         serde_json::from_value::<VmConfig>(written.clone()).map(drop).unwrap();
-        // And nothing that the library does not write.
+        // And no field that the library does not write.
         assert_eq!(fields::<VmConfig>(), keys(&written));
         let (disk, net) = (&written["disks"][0], &written["nets"][0]);
         assert_eq!(fields::<DiskSpec>(), keys(disk));
@@ -369,7 +370,7 @@ mod tests {
         assert_eq!(fields::<UserNet>(), keys(&net["user"]));
         assert_eq!(fields::<PortForward>(), keys(&net["user"]["forward"][0]));
         assert_eq!(fields::<VsockOptions>(), keys(&written["vsock"]));
-        // Each name of the schema's lists is one that the library takes.
+        // The library accepts each name of the schema's lists.
         for (field, list) in [("irqchip", Irqchip::schema()), ("cpu", CpuTemplate::schema())] {
             let list = serde_json::to_value(list).unwrap();
             for name in list["enum"].as_array().unwrap() {
@@ -411,7 +412,7 @@ mod tests {
         assert_eq!((fields::<NetChoice>(), fields::<VsockChoice>()), (keys(&net), keys(&vsock)));
         serde_json::from_value::<NetChoice>(net).map(drop).unwrap();
         serde_json::from_value::<VsockChoice>(vsock).map(drop).unwrap();
-        // Each reason of the schema is one of the library, with the same fields.
+        // Each reason of the schema is one of the library's, with the same fields.
         let schema = serde_json::to_value(StopReason::schema()).unwrap();
         for one in schema["oneOf"].as_array().unwrap() {
             let mut example = json!({});

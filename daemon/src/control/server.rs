@@ -27,12 +27,12 @@ use crate::fleet::{Cancel, Fleet, FleetError, WeakFleet, last_output};
 use crate::flight;
 use clade_vmm::vm::{Vm, VmError};
 
-/// How long a guest may take to send its memory statistics. A guest that is paused, or whose kernel
-/// is busy, does not send them.
+/// Time limit of a guest for its memory statistics. A guest that is paused, or whose kernel is
+/// busy, does not send them.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// The interval at which its answer is polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
-/// How long a request waits for a thread if no more can be created.
+/// Time limit of a request's wait for a thread if no more can be created.
 pub(crate) const THREAD_PATIENCE: Duration = Duration::from_secs(5);
 
 pub(crate) type Answer<T> = Result<Json<T>, ApiError>;
@@ -57,7 +57,7 @@ pub(crate) async fn on_a_thread<T: Send + 'static>(
     let (begin, begun) = oneshot::channel();
     let takes = Arc::clone(&taken);
     let run = move || {
-        // Relaxed: what follows goes through the channel and the task.
+        // Relaxed: the data goes through the channel and the task.
         if takes.swap(true, Ordering::Relaxed) {
             return None;
         }
@@ -133,12 +133,12 @@ async fn act(
     Ok(Json(info.await?))
 }
 
-/// Has the flight record say why something was not done.
+/// Notes in the flight record why an action failed.
 fn note_failure<T>(what: &str, outcome: Result<T, VmError>) -> Result<T, VmError> {
     outcome.inspect_err(|error| flight::note(&format!("not {what}: {}", clade_vmm::error_chain(error))))
 }
 
-/// The time that a guest is given to end by itself. None: its power is cut.
+/// Returns the time for a guest to end by itself, or None if the VM is to be stopped at once.
 pub(crate) fn grace(request: StopRequest) -> Result<Option<Duration>, ApiError> {
     let Some(seconds) = request.graceful_s else { return Ok(None) };
     let refused = || {
@@ -151,8 +151,8 @@ pub(crate) fn grace(request: StopRequest) -> Result<Option<Duration>, ApiError> 
     Duration::try_from_secs_f64(seconds).map(Some).map_err(|_| refused())
 }
 
-/// Stops a VM, after its guest had time to power itself off if that is asked for. Answers when all
-/// it had is free. It is done though its client goes.
+/// Stops a VM. On request its guest first has time to power itself off. Answers when all its
+/// resources are free. The stop goes on even if its client goes.
 #[utoipa::path(
     post,
     path = "/v1/vms/{name}/stop",
@@ -199,7 +199,7 @@ impl Drop for CancelOnDrop {
     }
 }
 
-/// Refuses a path that would be another process's.
+/// Refuses a relative path: this process may have another working directory than the client.
 pub(crate) fn expect_absolute(dir: &Path) -> Result<(), ApiError> {
     if dir.is_absolute() {
         return Ok(());
@@ -207,7 +207,7 @@ pub(crate) fn expect_absolute(dir: &Path) -> Result<(), ApiError> {
     Err(ApiError::new(ProblemKind::BadPath, format!("{} is not an absolute path", dir.display())))
 }
 
-/// Puts a VM that was forked back to the instant of its fork.
+/// Resets a forked VM to the instant of its fork.
 #[utoipa::path(
     post,
     path = "/v1/vms/{name}/reset",
@@ -264,7 +264,7 @@ fn ask_balloon(vm: &Vm) -> Result<BalloonInfo, FleetError> {
     }
 }
 
-/// Shows a VM's balloon and what the guest says of its memory.
+/// Shows a VM's balloon and its guest's memory statistics.
 #[utoipa::path(
     get,
     path = "/v1/vms/{name}/balloon",
@@ -296,7 +296,7 @@ async fn set_balloon(
     Ok(Json(set.await?))
 }
 
-/// Lets packets of a VM's network devices pass, or none, or says where they may go.
+/// Opens or closes a VM's network devices for packets, or sets their egress rules.
 #[utoipa::path(
     post,
     path = "/v1/vms/{name}/network",
@@ -312,7 +312,7 @@ async fn set_network(
     request.check().map_err(|text| ApiError::new(ProblemKind::BadRequest, text))?;
     let set = with_fleet(fleet, move |fleet| {
         let listed = fleet.get(&name)?;
-        // First: what is opened is opened with its rules.
+        // First: a network is opened only with its rules in place.
         if let Some(rules) = &request.egress {
             listed.vm.replace_egress(request.keep, rules)?;
         }
@@ -324,7 +324,7 @@ async fn set_network(
     Ok(Json(set.await?))
 }
 
-/// The answer at a path that there is none at.
+/// The answer at an unknown path.
 pub(crate) async fn fallback() -> ApiError {
     ProblemKind::NoSuchPath.into()
 }
@@ -359,15 +359,15 @@ pub(crate) fn described() -> OpenApi {
     routes().merge(ttl::routes()).into_openapi()
 }
 
-/// The routes without what describes them, which takes longer to make than a VM.
+/// The routes without their descriptions, which take longer to make than a VM.
 static ROUTER: LazyLock<Router<WeakFleet>> = LazyLock::new(|| {
     let (router, _) = routes().split_for_parts();
     router.fallback(fallback).method_not_allowed_fallback(not_allowed)
 });
-/// Those of times to live, whose timers are one fleet's.
+/// The routes of times to live, whose timers belong to one fleet.
 static TTL_ROUTER: LazyLock<Router<WeakFleet>> = LazyLock::new(|| ttl::routes().split_for_parts().0);
 
-/// Makes now what each worker would make: for a process that is copied afterwards.
+/// Makes now the parts that each worker would make: for a process that is forked afterwards.
 pub(crate) fn warm_up() {
     LazyLock::force(&ROUTER);
     LazyLock::force(&TTL_ROUTER);

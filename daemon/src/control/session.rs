@@ -1,9 +1,9 @@
-//! Who gets through over TCP: whoever shows the token, or has a session of the page.
+//! Access over TCP: by the token, or by a session of the page.
 //!
 //! A session has two halves. One is a cookie that scripts cannot read. The other is a key that the
-//! page keeps in its origin's storage and sends in a header. Cookies go to every port of a host;
-//! storage is the origin's alone. So a server on another port, which is sent the cookie, has half of
-//! it. Sessions are kept in memory, and end with the process.
+//! page keeps in its origin's storage and sends in a header. Browsers send cookies to every port of
+//! a host; storage is the origin's alone. So a server on another port gets the cookie, which is
+//! only half of a session. Sessions are kept in memory, and end with the process.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,13 +28,13 @@ use crate::control::guesses::{Guesses, Peer};
 use crate::control::problem::{ApiError, ProblemKind};
 use crate::control::token::{Token, is_for_this_host, is_same, random_hex};
 
-/// How long a session lasts.
+/// Lifetime of a session.
 const LIFETIME: Duration = Duration::from_secs(12 * 3600);
 /// Sessions at a time. One more ends the oldest.
 const MAX_SESSIONS: usize = 64;
 /// The header with a session's key.
 const KEY: HeaderName = HeaderName::from_static("clade-session-key");
-/// What a browser says of who has made a request.
+/// The browser's header with the origin of a request.
 const SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 /// The path of the calls that begin and end sessions.
 const PATH: &str = "/v1/session";
@@ -45,11 +45,11 @@ struct Session {
     cookie: String,
     key: String,
     expires: Instant,
-    /// Dropped with the session: streams that were begun with it end then.
+    /// Dropped with the session: streams begun with it then end.
     ended: watch::Sender<()>,
 }
 
-/// The session that a request was let through by.
+/// The session that authorized a request.
 #[derive(Clone, Debug)]
 pub(crate) struct OfSession {
     cookie: String,
@@ -61,20 +61,20 @@ pub(crate) struct OfSession {
 #[derive(Debug)]
 pub(crate) struct Gate {
     token: Token,
-    /// The cookie's name. It has the port: a browser keeps one cookie of a name for all ports.
+    /// The cookie's name, with the port: a browser keeps one cookie of a name for all ports.
     name: String,
     sessions: Mutex<Vec<Session>>,
     guesses: Guesses,
 }
 
 impl Gate {
-    /// The gate of the port that clients of this host connect to.
+    /// Returns the gate of the port that clients of this host connect to.
     pub(crate) fn new(token: Token, port: u16) -> Self {
         let name = format!("clade-{port}");
         Self { token, name, sessions: Mutex::default(), guesses: Guesses::default() }
     }
 
-    /// Looks at a token that `peer` shows. A wrong one takes its time.
+    /// Checks a token of `peer`. A wrong one takes its time.
     async fn expect_token(&self, peer: Option<Peer>, given: &[u8]) -> Result<(), ApiError> {
         if !Token::may_be(given) {
             return Err(ProblemKind::Unauthorized.into());
@@ -87,7 +87,7 @@ impl Gate {
         Err(ProblemKind::Unauthorized.into())
     }
 
-    /// The sessions that have not ended.
+    /// Returns the sessions that have not ended.
     fn sessions(&self) -> MutexGuard<'_, Vec<Session>> {
         let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
@@ -95,7 +95,7 @@ impl Gate {
         sessions
     }
 
-    /// The session that a request shows both halves of.
+    /// Returns the session whose halves a request both shows.
     fn shown(&self, headers: &HeaderMap) -> Option<OfSession> {
         let key = one(headers, &KEY).ok()??.as_bytes();
         let cookies = headers.get_all(COOKIE).iter().filter_map(|value| value.to_str().ok());
@@ -104,7 +104,7 @@ impl Gate {
             (name == self.name).then_some(value)
         });
         let cookie = own.next()?;
-        // Another path or domain of a browser has set a second. Which is whose is not known.
+        // Another path or domain of a browser has set a second. Either may be the foreign one.
         if own.next().is_some() {
             return None;
         }
@@ -148,16 +148,16 @@ fn one<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a Heade
     }
 }
 
-/// Where a request says that it comes from.
+/// The source of a request, by its own headers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Source {
     /// The page of this server, by plain HTTP or by TLS that ends before it.
     Page { by_tls: bool },
-    /// It does not say.
+    /// The headers name no source.
     Unknown,
 }
 
-/// Where a request comes from. An error if that is another origin.
+/// Returns the source of a request. An error if that is another origin.
 fn origin(headers: &HeaderMap) -> Result<Source, ApiError> {
     let foreign = |what: &str| ApiError::new(ProblemKind::ForeignOrigin, format!("the request comes from {what}"));
     let site = one(headers, &SITE)?.map(HeaderValue::as_bytes);
@@ -175,7 +175,7 @@ fn origin(headers: &HeaderMap) -> Result<Source, ApiError> {
     own.map(|(_, by_tls)| Source::Page { by_tls }).ok_or_else(|| foreign(&format!("{text:?}, and not from {host:?}")))
 }
 
-/// Where a request that changes something comes from: it must say so, and be the page's.
+/// Checks that a request for a change names the page as its source. Returns whether it came by TLS.
 fn expect_page(headers: &HeaderMap) -> Result<bool, ApiError> {
     match origin(headers)? {
         Source::Page { by_tls } => Ok(by_tls),
@@ -189,8 +189,8 @@ fn expect_page(headers: &HeaderMap) -> Result<bool, ApiError> {
 pub(crate) async fn authorize(State(gate): State<Arc<Gate>>, mut request: Request, next: Next) -> Response {
     let peer = request.extensions().get::<Peer>().copied();
     let admitted = match admit(&gate, &request) {
-        // Whoever has it is let through, however many others guess: they may have the same address,
-        // behind a proxy or on this host.
+        // The holder of the token is let through, even during guesses by others: they may have the
+        // same address, behind a proxy or on this host.
         Ok(Admitted::ByToken(given)) if gate.token.is(&given) => Ok(None),
         Ok(Admitted::ByToken(given)) => gate.expect_token(peer, &given).await.map(|()| None),
         Ok(Admitted::BySession(session)) => Ok(Some(session)),
@@ -201,7 +201,7 @@ pub(crate) async fn authorize(State(gate): State<Arc<Gate>>, mut request: Reques
         Ok(session) => session,
         Err(error) => return error.into_response(),
     };
-    // They go no further: a VM's process, to which a request may be passed on, is not trusted.
+    // These stay here: a VM's process, to which a request may be forwarded, is not trusted.
     for header in [AUTHORIZATION, COOKIE, KEY] {
         request.headers_mut().remove(header);
     }
@@ -211,12 +211,12 @@ pub(crate) async fn authorize(State(gate): State<Arc<Gate>>, mut request: Reques
     next.run(request).await.map(|body| Body::new(OfSessionBody::new(body, session)))
 }
 
-/// What a request is let through by.
+/// The authorization of a request.
 enum Admitted {
-    /// What it shows, if that is the token.
+    /// By this text, if it is the token.
     ByToken(Vec<u8>),
     BySession(OfSession),
-    /// Its token is in its body.
+    /// To log in: its token is in its body.
     ToLogIn,
 }
 
@@ -242,7 +242,7 @@ fn admit(gate: &Gate, request: &Request) -> Result<Admitted, ApiError> {
     Ok(Admitted::BySession(session))
 }
 
-/// An answer that ends with the session that it was asked for with.
+/// The body of an answer that ends with its request's session.
 struct OfSessionBody {
     body: Body,
     ended: Pin<Box<dyn Future<Output = ()> + Send>>,
@@ -253,7 +253,7 @@ impl OfSessionBody {
         let OfSession { expires, mut ended, .. } = session;
         let ended = async move {
             tokio::select! {
-                // Nothing is ever sent: it fails when the session is gone.
+                // No value is ever sent: it fails when the session is gone.
                 _ = ended.changed() => {}
                 () = sleep_until(expires) => {}
             }
@@ -270,7 +270,7 @@ impl HttpBody for OfSessionBody {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
-        // First what is there: the answer to a logout is behind the session's end.
+        // Pending data first: the answer to a logout comes after the session's end.
         match Pin::new(&mut self.body).poll_frame(context) {
             Poll::Pending => self.ended.as_mut().poll(context).map(|()| None),
             ready => ready,
@@ -297,7 +297,8 @@ pub(crate) struct LoginRequest {
 /// A session of the page.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct SessionInfo {
-    /// What each request has as `Clade-Session-Key`, beside the cookie; in the answer to a login.
+    /// The value of `Clade-Session-Key` in each request, beside the cookie; in the answer to a
+    /// login.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub key: Option<String>,
     /// Seconds until it ends.
@@ -321,7 +322,7 @@ fn none_here() -> ApiError {
 #[utoipa::path(
     post,
     path = "/v1/session",
-    // The token is in the body: who has none in a header is not refused for that.
+    // The token is in the body: a missing header is not an error.
     security(()),
     request_body = LoginRequest,
     responses((status = 200, description = "Done.", body = SessionInfo))
@@ -342,7 +343,7 @@ pub(crate) async fn log_in(
     Ok(([(SET_COOKIE, gate.set_cookie(&cookie, LIFETIME.as_secs(), is_secure))], Json(info)).into_response())
 }
 
-/// Shows the session that the request is made in.
+/// Shows the session of the request.
 #[utoipa::path(get, path = "/v1/session", responses((status = 200, description = "Done.", body = SessionInfo)))]
 pub(crate) async fn show_session(session: Option<Extension<OfSession>>) -> Result<Json<SessionInfo>, ApiError> {
     let Extension(session) = session.ok_or_else(none_here)?;
@@ -350,7 +351,7 @@ pub(crate) async fn show_session(session: Option<Extension<OfSession>>) -> Resul
     Ok(Json(SessionInfo { key: None, expires_s }))
 }
 
-/// Ends the session that the request is made in, and the streams that were begun in it.
+/// Ends the session of the request, and the streams that were begun in it.
 #[utoipa::path(delete, path = "/v1/session", responses((status = 200, description = "Done.", body = SessionEnded)))]
 pub(crate) async fn log_out(gate: Gated, session: Option<Extension<OfSession>>) -> Result<Response, ApiError> {
     let (Some(Extension(gate)), Some(Extension(session))) = (gate, session) else { return Err(none_here()) };

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
 
-/// A stream whose writes fail when none gets on for `limit`.
+/// A stream whose writes fail once a write has made no progress for `limit`.
 #[derive(Debug)]
 pub(super) struct Stalling<S> {
     stream: S,

@@ -21,11 +21,11 @@ const MIN_LENGTH: usize = 16;
 /// The longest token that is taken.
 const MAX_LENGTH: usize = 256;
 
-/// Why a token's file is refused.
+/// Reason why a token's file is refused.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum TokenError {
-    /// It cannot be read or made.
+    /// The file cannot be read or made.
     #[error("the token's file {} cannot be used", path.display())]
     File {
         /// The file.
@@ -42,7 +42,7 @@ pub enum TokenError {
         /// Its mode.
         mode: u32,
     },
-    /// It is another user's.
+    /// The file is another user's.
     #[error("the token's file {} belongs to user {owner}", path.display())]
     Foreign {
         /// The file.
@@ -50,7 +50,7 @@ pub enum TokenError {
         /// Its owner's uid.
         owner: u32,
     },
-    /// There is no token in it.
+    /// The file has no token.
     #[error("{} has no token: one line of {MIN_LENGTH} to {MAX_LENGTH} letters, digits and signs", path.display())]
     Form {
         /// The file.
@@ -58,7 +58,7 @@ pub enum TokenError {
     },
 }
 
-/// The secret that a client shows. Its debug form does not.
+/// The secret that a client shows. Its debug form hides it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Token(String);
 
@@ -72,10 +72,10 @@ impl Token {
     /// Reads a token from a file that is this user's alone.
     ///
     /// # Errors
-    /// When there is none, or others have access to it.
+    /// When the file is missing, or others have access to it.
     pub fn read(path: &Path) -> Result<Self, TokenError> {
         let failed = |source| TokenError::File { path: path.to_owned(), source };
-        // A pipe does not hold it up.
+        // The open does not block on a pipe.
         let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
         let found = file.metadata().map_err(failed)?;
         let (mode, owner) = (found.mode() & 0o7777, found.uid());
@@ -86,7 +86,7 @@ impl Token {
             return Err(TokenError::Foreign { path: path.to_owned(), owner });
         }
         let mut text = String::new();
-        // One byte more than is taken, and a new line.
+        // One byte more than is accepted, and a new line.
         file.take(MAX_LENGTH as u64 + 2).read_to_string(&mut text).map_err(failed)?;
         let token = text.trim_end();
         let is_fine = token.bytes().all(|byte| byte.is_ascii_graphic());
@@ -108,7 +108,7 @@ impl Token {
             Ok(mut file) => {
                 let token = Self(random_hex().map_err(failed)?);
                 writeln!(file, "{}", token.0).and_then(|()| file.sync_all()).map_err(|error| {
-                    // Half a token is none.
+                    // Half a token is invalid.
                     let _ = std::fs::remove_file(path);
                     failed(error)
                 })?;
@@ -117,54 +117,54 @@ impl Token {
         }
     }
 
-    /// A token of a test.
+    /// Makes a token for a test.
     #[cfg(test)]
     pub(super) fn of_test(text: &str) -> Self {
         Self(text.to_owned())
     }
 
-    /// The value of the header that shows it.
+    /// Returns the value of the header that shows it.
     pub(super) fn header(&self) -> String {
         format!("Bearer {}", self.0)
     }
 
-    /// Whether `given` has a token's length. Who shows another one guesses nothing.
+    /// Returns whether `given` has a token's length. Any other text is not a guess.
     pub(super) fn may_be(given: &[u8]) -> bool {
         (MIN_LENGTH..=MAX_LENGTH).contains(&given.len())
     }
 
-    /// Whether `given` is it.
+    /// Returns whether `given` is the token.
     pub(super) fn is(&self, given: &[u8]) -> bool {
         is_same(self.0.as_bytes(), given)
     }
 }
 
-/// Whether a secret and what was given for it are the same. The time that takes says nothing of
-/// where they differ.
+/// Compares a secret and a given text. The time taken does not depend on the position of a
+/// difference.
 pub(super) fn is_same(own: &[u8], given: &[u8]) -> bool {
     let differ = own.iter().zip(given).fold(0, |differ, (own, given)| black_box(differ | (own ^ given)));
     own.len() == given.len() && black_box(differ) == 0
 }
 
-/// Random bytes in hexadecimal, as many as cannot be guessed.
+/// Returns random bytes in hexadecimal, too many to guess.
 pub(super) fn random_hex() -> io::Result<String> {
     let mut bytes = [0; RANDOM_BYTES];
-    // So few come at once.
+    // The kernel returns so few at once.
     if getrandom(&mut bytes, GetRandomFlags::empty())? != RANDOM_BYTES {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// Whether a Host header names this host by an address or `localhost`. A name that somebody's DNS
-/// made an address of this host is refused: a page of a browser could use it.
+/// Returns whether a Host header names this host by an address or `localhost`. Other names are
+/// refused, even if they resolve to this host: a page from elsewhere could use them.
 fn is_local_name(authority: &Authority) -> bool {
     let host = authority.host();
     let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
     host.eq_ignore_ascii_case("localhost") || bare.parse::<IpAddr>().is_ok()
 }
 
-/// Whether a request is for this host: by its Host header, and by its URI if that has one.
+/// Returns whether a request is for this host: by its Host header, and by its URI if that has one.
 pub(crate) fn is_for_this_host(request: &Request) -> bool {
     let host = request.headers().get(HOST).and_then(|host| Authority::try_from(host.as_bytes()).ok());
     request.uri().authority().is_none_or(is_local_name) && host.is_some_and(|host| is_local_name(&host))

@@ -27,7 +27,7 @@ use clade_vmm::vm::Vm;
 /// The longest time, in seconds: a century.
 const MAX_SECONDS: f64 = 100.0 * 365.0 * 86_400.0;
 
-/// A time that no VM can have.
+/// A time out of range.
 #[derive(Debug, Error)]
 #[error("seconds={seconds}: more than 0, and at most {MAX_SECONDS}")]
 struct TtlError {
@@ -51,11 +51,11 @@ pub struct TtlRequest {
 /// The time that a VM has to live.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct TtlInfo {
-    /// Seconds until it is stopped; null if it is not.
+    /// Seconds until it is stopped; null if it has no time to live.
     pub seconds_left: Option<f64>,
 }
 
-/// How soon it is tried again to stop a VM whose time is over.
+/// Interval of the attempts to stop a VM whose time is over.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
@@ -64,7 +64,7 @@ struct Timer {
     at: Instant,
     task: AbortHandle,
     number: u64,
-    /// Whether the time is over: nothing puts the end off any more.
+    /// Whether the time is over: no request can put the end off any more.
     is_over: bool,
 }
 
@@ -72,12 +72,12 @@ struct Timer {
 #[derive(Debug, Default)]
 struct Timers {
     by_name: Mutex<BTreeMap<String, Timer>>,
-    /// Of the next timer.
+    /// Number of the next timer.
     number: AtomicU64,
 }
 
 impl Timers {
-    /// Those of VMs that are there.
+    /// Returns the timers of running VMs.
     fn all(&self) -> MutexGuard<'_, BTreeMap<String, Timer>> {
         let mut all = self.by_name.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|_, timer| {
@@ -105,7 +105,7 @@ impl Timers {
         Ok(())
     }
 
-    /// Has `vm` stopped after `time`, and not after the time that it had. Fails if that is over.
+    /// Has `vm` stopped after `time`, which replaces an earlier time. Fails if that is over.
     fn begin(self: &Arc<Self>, fleet: WeakFleet, name: &str, vm: Weak<Vm>, time: Duration) -> Result<(), ApiError> {
         let mut all = self.all();
         if all.get(name).is_some_and(|timer| timer.is_over) {
@@ -121,8 +121,8 @@ impl Timers {
         Ok(())
     }
 
-    /// Whether timer `number` of a VM is over now. Not if there is another by now: whoever has set
-    /// that was told so.
+    /// Returns whether timer `number` of a VM is over now. False if a newer timer has replaced it:
+    /// its client has a confirmation.
     fn is_over(&self, name: &str, number: u64) -> bool {
         let mut all = self.all();
         let timer = all.get_mut(name).filter(|timer| timer.number == number);
@@ -186,7 +186,7 @@ async fn set_ttl(
     request: Result<Json<TtlRequest>, JsonRejection>,
 ) -> Answer<TtlInfo> {
     let Json(TtlRequest { seconds }) = request?;
-    // Not a number is in no range.
+    // NaN is in no range.
     if !(seconds > 0.0 && seconds <= MAX_SECONDS) {
         return Err(TtlError { seconds }.into());
     }
@@ -227,8 +227,8 @@ mod tests {
     use crate::fleet::RuntimeDir;
     use crate::fleet::tests::fleet_of_one;
 
-    /// Whoever renews a time is told so, and then the one before does not stop the VM; or is told
-    /// that it is over.
+    /// A request to renew a time either succeeds, and the old time does not stop the VM; or it
+    /// fails because the time is over.
     #[test]
     fn a_time_is_renewed_or_over_and_not_both() {
         if host().is_none() {
@@ -252,7 +252,7 @@ mod tests {
             assert!(timers.is_over("one", 1));
             assert_eq!(begin(7200), Err(ProblemKind::WrongState));
             assert_eq!(timers.end("one").map_err(|error| error.kind), Err(ProblemKind::WrongState));
-            // It is tried until the VM has stopped: the first time, something of it is in use.
+            // The attempts go on until the VM has stopped: at the first, a handle is still in use.
             let of_vm = Arc::downgrade(&vm);
             let held = Arc::clone(&vm);
             drop(vm);

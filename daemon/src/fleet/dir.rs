@@ -25,17 +25,17 @@ use super::FleetError;
 pub const LONGEST_NAME: usize = 48;
 /// Longest path of a socket: `sun_path` of `struct sockaddr_un` less its terminating NUL.
 pub const LONGEST_SOCKET_PATH: usize = 107;
-/// Connections that wait to be accepted.
+/// Backlog of connections.
 const BACKLOG: i32 = 128;
-/// The supervisor's socket, and the file that only one supervisor of a directory has locked.
+/// The supervisor's socket, and the file that a directory's one supervisor holds locked.
 const SUPERVISOR: &str = "clade.api";
 const LOG: &str = "clade.log";
 const SUPERVISOR_LOCK: &str = "clade.supervisor";
 /// The largest file that is read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
 
-/// Where sockets live: `$CLADE_RUNTIME_DIR`, else `$XDG_RUNTIME_DIR/clade`, else `/run/clade` for
-/// root and `/tmp/clade-UID` for others.
+/// Returns the directory of sockets: `$CLADE_RUNTIME_DIR`, else `$XDG_RUNTIME_DIR/clade`, else
+/// `/run/clade` for root and `/tmp/clade-UID` for others.
 #[must_use]
 pub fn runtime_dir() -> PathBuf {
     let of = |name| std::env::var_os(name).filter(|dir| !dir.is_empty()).map(PathBuf::from);
@@ -81,7 +81,7 @@ pub fn console_path(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!("{name}.console"))
 }
 
-/// Path of the socket at which another process asks for a VM's image.
+/// Path of the socket on which another process requests a VM's image.
 #[must_use]
 pub fn image_path(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!("{name}.image"))
@@ -99,7 +99,7 @@ pub fn open_log(dir: &Path) -> Result<File, FleetError> {
     opened.map(File::from).map_err(|error| FleetError::Runtime { path: dir.path.join(LOG), source: error.into() })
 }
 
-/// Path of the supervisor's socket. No VM has such a file: their endings are others.
+/// Path of the supervisor's socket. A VM's files end differently.
 #[must_use]
 pub fn supervisor_path(dir: &Path) -> PathBuf {
     dir.join(SUPERVISOR)
@@ -143,7 +143,7 @@ impl RuntimeDir {
         Self::open_as(path, OFlags::RDONLY)
     }
 
-    /// The directory at `path`, not to be listed.
+    /// Returns the directory at `path`, which cannot be listed.
     ///
     /// # Errors
     /// As [`Self::open`].
@@ -211,7 +211,8 @@ impl RuntimeDir {
         renamed.inspect_err(|_| drop(self.remove(&aside)))
     }
 
-    /// The modification time of a regular file, in seconds since 1970. None if there is none.
+    /// Returns the modification time of a regular file, in seconds since 1970, or None if it is
+    /// missing.
     pub(crate) fn written_at(&self, file: &str) -> Option<i64> {
         let found = statat(&self.fd, file, AtFlags::SYMLINK_NOFOLLOW).ok()?;
         (FileType::from_raw_mode(found.st_mode) == FileType::RegularFile).then_some(found.st_mtime)
@@ -256,8 +257,8 @@ impl RuntimeDir {
         Ok(Some(lock))
     }
 
-    /// Binds a socket of the directory, for this user alone (mode 0600). Whoever calls has a lock
-    /// that says that an existing one is a dead owner's.
+    /// Binds a socket of the directory, for this user alone (mode 0600). The caller's lock proves
+    /// that an existing one is a dead owner's.
     fn bind(&self, file: &str, kind: SocketType) -> Result<OwnedFd, FleetError> {
         let bound = || -> io::Result<OwnedFd> {
             self.remove(file)?;
@@ -302,8 +303,8 @@ pub(crate) struct SupervisorClaim {
 
 impl SupervisorClaim {
     /// Claims the directory and binds the socket. The kernel closes the descriptors of a supervisor
-    /// that was killed one by one: its lock may outlive its sockets. So a lock without a socket that
-    /// takes connections is waited for.
+    /// that was killed one by one: its lock may outlive its sockets. So a lock without a socket
+    /// that takes connections is waited for.
     ///
     /// # Errors
     /// When another process has it.
@@ -337,7 +338,7 @@ impl Drop for SupervisorClaim {
     }
 }
 
-/// The file that says what a supervisor knows of the VM called `name`.
+/// Name of the file with the supervisor's records of the VM called `name`.
 pub(crate) fn about(name: &str) -> String {
     format!("{name}.{VM}")
 }
@@ -354,16 +355,17 @@ pub(crate) struct NameClaim {
     removes: bool,
 }
 
-/// The ending of the file into which a confined worker writes how its VM has ended.
+/// The ending of the file in which a confined worker records the end of its VM.
 pub(super) const END: &str = "end";
-/// The ending of the file that says what a supervisor knows of a VM.
+/// The ending of the file with the supervisor's records of a VM.
 const VM: &str = "vm";
 /// The endings of a VM's sockets.
 const CONTROL: &str = "sock";
 const CONSOLE: &str = "console";
 const HVC: &str = "hvc";
 const IMAGE: &str = "image";
-/// The endings of a VM's files. The lock file last: while it is locked no other process makes these.
+/// The endings of a VM's files. The lock file last: while it is locked no other process makes
+/// these.
 const ENDINGS: [&str; 7] = [CONTROL, CONSOLE, HVC, IMAGE, VM, END, "lock"];
 
 impl NameClaim {
@@ -380,10 +382,11 @@ impl NameClaim {
         Self { dir: dir.clone(), name: name.to_owned(), lock: Some(lock), removes: true }
     }
 
-    /// The claim of another process that has passed on its lock. That process removes the files.
+    /// Returns the claim of another process that has passed on its lock. That process removes the
+    /// files.
     ///
     /// # Errors
-    /// When it is not the lock of that name.
+    /// When the file is not the lock of that name.
     pub(crate) fn adopt(dir: &RuntimeDir, name: &str, lock: OwnedFd) -> Result<Self, FleetError> {
         check_name(name)?;
         let lock = File::from(lock);
@@ -394,7 +397,7 @@ impl NameClaim {
         Ok(Self { dir: dir.clone(), name: name.to_owned(), lock: Some(lock), removes: false })
     }
 
-    /// Makes the files of a VM that may make none itself: its sockets, and that for its end.
+    /// Makes the files that a confined VM cannot make: its sockets, and the file for its end.
     ///
     /// # Errors
     /// When one cannot be made.
@@ -414,7 +417,7 @@ impl NameClaim {
         Ok((sockets, record))
     }
 
-    /// Writes down what a supervisor knows of the VM.
+    /// Writes the supervisor's records of the VM.
     pub(crate) fn write_about(&self, bytes: &[u8]) -> io::Result<()> {
         self.dir.write(&about(&self.name), bytes)
     }
@@ -429,12 +432,12 @@ impl NameClaim {
         self.lock.as_ref().map(AsFd::as_fd)
     }
 
-    /// Claims the names whose owners have died, each with the pid of its owner: there is a control
-    /// socket, and nobody has the lock. Dropping the claims removes what was left.
+    /// Claims the names of dead owners, each with the owner's pid: their control sockets exist, and
+    /// their locks are free. Dropping the claims removes their files.
     pub(crate) fn of_the_dead(dir: &RuntimeDir) -> io::Result<Vec<(Self, u32)>> {
         let mut dead = Vec::new();
         for file in dir.entries()? {
-            // Whatever of the two was removed, or not made yet, when it died.
+            // An owner may die after either file was removed, or before it was made.
             let ending = |file: &'_ str| {
                 [CONTROL, VM].iter().find_map(|ending| Some(file.strip_suffix(ending)?.strip_suffix('.')?.to_owned()))
             };
@@ -445,9 +448,9 @@ impl NameClaim {
             }
             let pid = dir.read(&format!("{name}.lock")).ok().flatten();
             let pid = pid.and_then(|text| String::from_utf8(text).ok()?.trim().parse().ok()).unwrap_or(0);
-            // Refused for the living, and for what is no name.
+            // Refused for live owners, and for invalid names.
             let Ok(claim) = Self::new(dir, name) else { continue };
-            // An owner that has ended meanwhile, as it should, has removed it first.
+            // An owner that has ended properly meanwhile removed it first.
             if statat(&dir.fd, &*file, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
                 dead.push((claim, pid));
             }
@@ -466,11 +469,11 @@ impl NameClaim {
         let owner: Option<u32> = owner.and_then(|text| String::from_utf8(text).ok()?.trim().parse().ok());
         match owner {
             Some(owner) if owner == pid => {}
-            // This process clears up after it already.
+            // This process already clears up after it.
             Some(owner) if owner == std::process::id() => return Err(FleetError::Taken { name: name.to_owned() }),
             _ => return Ok(None),
         }
-        // If it has gone meanwhile, this makes another, and removes that.
+        // If the lock file has gone meanwhile, this makes a new one, and removes it.
         Self::new(dir, name).map(Some)
     }
 
@@ -486,21 +489,21 @@ impl NameClaim {
     }
 }
 
-/// The files of a VM that its process is handed: it may make none.
+/// The files passed to a VM's process, which may make none.
 #[derive(Debug)]
 pub(crate) struct VmFiles {
     pub(super) control: UnixListener,
-    /// Where other processes ask for its image.
+    /// Socket for requests of other processes for its image.
     pub(super) image: OwnedFd,
     pub(super) console: UnixListener,
     /// The virtio console's.
     pub(super) hvc: Option<UnixListener>,
-    /// Where its end is recorded.
+    /// File for the record of its end.
     pub(super) record: File,
 }
 
 impl VmFiles {
-    /// Of the sockets by their endings, and the file for the end.
+    /// Builds it from the sockets by their endings, and the file for the end.
     ///
     /// # Errors
     /// When a socket is missing.
@@ -515,8 +518,8 @@ impl VmFiles {
 
 impl Drop for NameClaim {
     fn drop(&mut self) {
-        // Another process that has the lock too may have removed the files before, and the name is
-        // somebody else's by now.
+        // Another process that also has the lock may have removed the files before. Then the name
+        // may have another owner.
         let is_ours = |lock: &File| self.removes && self.dir.has(&format!("{}.lock", self.name), lock);
         if !self.lock.as_ref().is_some_and(is_ours) {
             return;

@@ -1,7 +1,7 @@
 //! Records of VMs that ended by themselves: the reason, and the last console output.
 //!
-//! Each record is a file `NAME.ended` in the runtime directory, until a VM of that name is made
-//! again. The newest [`MAX_RECORDS`] are kept.
+//! Each record is a file `NAME.ended` in the runtime directory, until the name is used again. The
+//! newest [`MAX_RECORDS`] are kept.
 
 use std::fs::File;
 use std::io::Write;
@@ -22,7 +22,7 @@ use clade_vmm::vm::{StopReason, Vm};
 const MAX_RECORDS: usize = 100;
 /// Bytes of console output kept in each.
 const MAX_OUTPUT: u64 = 32 << 10;
-/// Bytes of a reason in words, of a process that is not trusted.
+/// Most bytes of the reason given by an untrusted process.
 const MAX_REASON: usize = 1 << 10;
 const ENDING: &str = ".ended";
 
@@ -37,7 +37,7 @@ fn shorten(text: &mut String, most: usize) {
 pub struct EndedVm {
     /// Its name.
     pub name: String,
-    /// Why it ended.
+    /// The reason why it ended.
     #[schema(value_type = control::schema::StopReason)]
     pub stopped: StopReason,
     /// The reason in words.
@@ -54,7 +54,7 @@ pub struct EndedVm {
     pub pid: u32,
     /// The last output on its console.
     pub console: String,
-    /// The last that happened to it, the oldest first, as its process has noted it.
+    /// The last events of its process's flight record, the oldest first.
     #[serde(default)]
     pub flight: Vec<FlightEvent>,
 }
@@ -65,8 +65,8 @@ pub(crate) fn last_output(vm: &Vm) -> String {
     String::from_utf8_lossy(&console.since(console.position().saturating_sub(MAX_OUTPUT))).into_owned()
 }
 
-/// Records the end of `vm` in `file`, if it ended by itself: for whoever clears up after this
-/// process.
+/// Records the end of `vm` in `file`, if it ended by itself, for the process that clears up after
+/// this one.
 pub(super) fn record(mut file: File, vm: &Vm, parent: Option<&str>) {
     let Some(stopped) = vm.stopped().filter(|reason| *reason != StopReason::Requested) else { return };
     let ended = EndedVm {
@@ -87,13 +87,13 @@ pub(super) fn record(mut file: File, vm: &Vm, parent: Option<&str>) {
     }
 }
 
-/// Records the end of a VM whose process may not write into the directory: what it has said itself,
-/// otherwise what is known of its `exit`. Nothing if it was stopped on request.
+/// Records the end of a VM whose process may not write into the directory: as reported by the
+/// process itself, otherwise from its `exit`. Records nothing if it was stopped on request.
 pub(crate) fn settle(dir: &RuntimeDir, name: &str, exit: Exit, was_orderly: bool, flight: Vec<FlightEvent>) {
     let said = dir.read(&format!("{name}.{END}")).ok().flatten();
     let said = said.and_then(|bytes| serde_json::from_slice::<EndedVm>(&bytes).ok());
     match said.filter(|said| said.name == name) {
-        // The process may have been broken into: its number is known better here.
+        // A compromised process may have given another pid.
         Some(mut said) => {
             said.pid = exit.pid;
             said.flight = flight;
@@ -106,9 +106,9 @@ pub(crate) fn settle(dir: &RuntimeDir, name: &str, exit: Exit, was_orderly: bool
     }
 }
 
-/// Records the end of a VM whose process has ended without a word.
+/// Records the end of a VM whose process has ended without a report.
 fn record_lost(dir: &RuntimeDir, name: &str, exit: Exit, flight: Vec<FlightEvent>) {
-    // It may have said why itself, and waited for others afterwards.
+    // The process may have reported the reason itself, and waited for others afterwards.
     let said = dir.read(&format!("{name}{ENDING}")).ok().flatten();
     if said.and_then(|bytes| serde_json::from_slice::<EndedVm>(&bytes).ok()).is_some_and(|said| said.pid == exit.pid) {
         return;
@@ -116,7 +116,7 @@ fn record_lost(dir: &RuntimeDir, name: &str, exit: Exit, flight: Vec<FlightEvent
     record_end(dir, name, exit, StopReason::Process { signal: exit.signal, code: exit.code }, flight);
 }
 
-/// Records the end of a VM whose process has said nothing of it, for a reason that is known.
+/// Records the end of a VM for a known reason, without a report of its process.
 pub(crate) fn record_end(dir: &RuntimeDir, name: &str, exit: Exit, stopped: StopReason, flight: Vec<FlightEvent>) {
     let ended = EndedVm {
         name: name.to_owned(),
@@ -160,7 +160,7 @@ fn names(dir: &RuntimeDir) -> std::io::Result<Vec<String>> {
     Ok(dir.entries()?.into_iter().filter_map(|file| file.into_string().ok()).filter(is_record).collect())
 }
 
-/// Why the last VM of the name ended, if that is on record.
+/// Returns the recorded reason why the last VM of the name ended.
 pub(crate) fn recorded_reason(dir: &RuntimeDir, name: &str) -> Option<String> {
     let bytes = dir.read(&format!("{name}{ENDING}")).ok().flatten()?;
     Some(serde_json::from_slice::<EndedVm>(&bytes).ok()?.reason)
@@ -171,8 +171,8 @@ pub(crate) fn forget(dir: &RuntimeDir, name: &str) {
     dir.forget(&format!("{name}{ENDING}"));
 }
 
-/// The VMs on record in the runtime directory at `path`, in no order. Empty if the directory is
-/// missing.
+/// Returns the recorded VMs of the runtime directory at `path`, in no order. Empty if the directory
+/// is missing.
 ///
 /// # Errors
 /// When the directory cannot be read. A record that cannot be read is left out, with a warning.
@@ -258,7 +258,7 @@ mod tests {
         assert_eq!((record.reason.len(), record.console.len(), record.pid), (MAX_REASON - 1, MAX_OUTPUT as usize, 77));
         assert!(said.reason.starts_with(&record.reason));
         assert_eq!(record.flight, seen, "not what the process wrote into its record");
-        // One that says that it was another VM says nothing.
+        // A record that names another VM is ignored.
         dir.write(&format!("other.{END}"), &serde_json::to_vec(&said).unwrap()).unwrap();
         settle(&dir, "other", Exit { pid: 78, signal: Some(9), code: None }, false, seen);
         assert!(recorded_reason(&dir, "other").unwrap().contains("signal 9"));

@@ -1,4 +1,4 @@
-//! Why the fleet refuses or cancels a request.
+//! Reasons why the fleet refuses or cancels a request.
 
 use std::io;
 use std::path::PathBuf;
@@ -14,7 +14,7 @@ use clade_vmm::vm::{SnapshotError, TransferError, VmError};
 /// The most children of one request.
 pub const MAX_CHILDREN: usize = 10_000;
 
-/// Why a fork was cancelled.
+/// Reason why a fork was cancelled.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CancelReason {
@@ -26,7 +26,7 @@ pub enum CancelReason {
     Ending,
 }
 
-/// Why the fleet refuses or cancels a request.
+/// Reasons why the fleet refuses or cancels a request.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum FleetError {
@@ -97,16 +97,16 @@ pub enum FleetError {
     Overlays {
         /// The directory.
         path: PathBuf,
-        /// Why it cannot be made, or used.
+        /// The reason.
         #[source]
         source: io::Error,
     },
-    /// No file can be made in the directory that a VM is to be suspended to.
+    /// No file can be made in the directory for a suspended VM's memory.
     #[error("no file for a suspended VM can be made in {}", path.display())]
     SuspendDir {
         /// The directory.
         path: PathBuf,
-        /// Why.
+        /// The reason.
         #[source]
         source: io::Error,
     },

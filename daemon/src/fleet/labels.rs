@@ -1,5 +1,5 @@
-//! Labels of VMs: words that their owners tell them apart by. Children have their parent's, unless
-//! they are given others.
+//! Labels of VMs: words by which their owners tell them apart. Children inherit their parent's
+//! unless they are given others.
 
 use std::collections::BTreeMap;
 use std::str::FromStr;
@@ -12,7 +12,7 @@ const MAX_LABELS: usize = 32;
 /// Most bytes of a key or a value.
 const MAX_BYTES: usize = 63;
 
-/// Why something is no label.
+/// Reason why a label is refused.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LabelError {
@@ -37,7 +37,7 @@ pub enum LabelError {
         /// The value given.
         value: String,
     },
-    /// There are too many.
+    /// There are too many labels.
     #[error("{count} labels: a VM has {MAX_LABELS} at most")]
     Count {
         /// Their number.
@@ -91,7 +91,7 @@ impl TryFrom<BTreeMap<String, String>> for Labels {
 }
 
 impl Labels {
-    /// Of several labels. The last one of a key counts.
+    /// Collects labels. The last one of a key counts.
     ///
     /// # Errors
     /// When there are too many.
@@ -99,7 +99,7 @@ impl Labels {
         labels.iter().map(|label| (label.key.clone(), label.value.clone())).collect::<BTreeMap<_, _>>().try_into()
     }
 
-    /// Whether there are none.
+    /// Whether there are no labels.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -111,7 +111,7 @@ impl Labels {
         self.0.get(&label.key) == Some(&label.value)
     }
 
-    /// As `key=value`, with commas between.
+    /// Formats the labels as `key=value`, with commas between.
     #[must_use]
     pub fn text(&self) -> String {
         self.0.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(",")

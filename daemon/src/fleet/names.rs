@@ -22,12 +22,12 @@ impl Cancel {
     }
 }
 
-/// Refuses a number of children that cannot be, or that `pattern` has no names for.
+/// Refuses an impossible number of children, or one that `pattern` has too few names for.
 pub(crate) fn check_names(count: usize, pattern: Option<&str>) -> Result<(), FleetError> {
     if !(1..=MAX_CHILDREN).contains(&count) {
         return Err(FleetError::Count { count });
     }
-    // With the shortest number: what is no name then never is one.
+    // With the shortest number: a longer one cannot make an invalid name valid.
     pattern.map_or(Ok(()), |pattern| check_name(&pattern.replace("{n}", "1")))?;
     match pattern {
         Some(pattern) if count > 1 && !pattern.contains("{n}") => {
@@ -37,7 +37,7 @@ pub(crate) fn check_names(count: usize, pattern: Option<&str>) -> Result<(), Fle
     }
 }
 
-/// Claims `count` names of children of `stem` that `pattern` has ([`check_names`]). `{n}` in it counts
+/// Claims `count` names from `pattern` ([`check_names`]) for children of `stem`. `{n}` in it counts
 /// up from 1; a name that `is_listed`, or taken, is skipped. A pattern without `{n}` is the name.
 /// Default: the parent's name and a number.
 pub(crate) fn claim_names(

@@ -1,4 +1,4 @@
-//! Which kind of problem an error is to a client of the API.
+//! The kind of problem that an error is to a client of the API.
 
 use std::io::ErrorKind;
 
@@ -8,7 +8,7 @@ use clade_memory::{AccessError, RamError};
 use clade_vmm::vm::{DeviceError, SnapshotError, VmError};
 
 impl FleetError {
-    /// The kind of problem that it is to a client.
+    /// Returns the kind of problem that this error is to a client.
     pub(crate) fn problem(&self) -> ProblemKind {
         match self {
             Self::BadName { .. } | Self::Pattern { .. } => ProblemKind::BadName,
@@ -24,7 +24,7 @@ impl FleetError {
             Self::Room { .. } => ProblemKind::NoRoom,
             Self::NetHook(_) => ProblemKind::IdentityTaken,
             Self::Refused { kind, .. } => *kind,
-            // It was killed, most likely.
+            // The process was most likely killed.
             Self::Worker { .. } | Self::Transfer(_) if is_of_the_dead(self) => ProblemKind::VmGone,
             Self::Runtime { .. }
             | Self::Unreleased { .. }
@@ -56,11 +56,11 @@ fn of_vm(error: &VmError) -> ProblemKind {
             AccessError::NotRam { .. } | AccessError::Absent { .. } | AccessError::Nothing { .. } => {
                 ProblemKind::BadAddress
             }
-            // It is about to stop.
+            // The VM is about to stop.
             AccessError::Lost(_) => ProblemKind::WrongState,
             _ => ProblemKind::Internal,
         },
-        // They may end.
+        // The pins or requests may end.
         VmError::Ram(RamError::Pinned { .. }) | VmError::InFlight { .. } => ProblemKind::WrongState,
         VmError::Ram(RamError::Suspend { source, .. })
             if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) =>

@@ -14,14 +14,14 @@ impl InUse {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits up to `timeout`. Returns whether nothing is in use any more.
+    /// Waits up to `timeout`. Returns whether everything has been released.
     pub(super) fn wait_for_none(&self, timeout: Duration) -> bool {
         let waited = self.1.wait_timeout_while(self.in_use(), timeout, |in_use| *in_use);
         !*waited.unwrap_or_else(PoisonError::into_inner).0
     }
 }
 
-/// What a VM drops after everything else, in this order: its name, and then nothing is in use.
+/// Dropped by a VM after everything else, in this order: its name, then the mark that it is in use.
 #[derive(Debug)]
 pub(super) struct Tail {
     _claim: NameClaim,

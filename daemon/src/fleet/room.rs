@@ -1,7 +1,7 @@
 //! Checks that the host has room for a number of VMs, before the first is made.
 //!
-//! Two limits end a large fork half-way: descriptors and threads. Each is read from the kernel, and
-//! compared with the needs of the VMs. Guest memory is not counted: a child's is shared until
+//! Two limits end a large fork half-way: descriptors and threads. Both are read from the kernel,
+//! and compared with the needs of the VMs. Guest memory is not counted: a child's is shared until
 //! written.
 
 use std::fs;
@@ -45,7 +45,7 @@ pub struct RoomError {
     pub setting: &'static str,
 }
 
-/// What one VM takes of the process that starts it, and of the host.
+/// Resources that a VM takes from its starter's process and from the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Needs {
     pub(crate) descriptors: u64,
@@ -62,7 +62,7 @@ impl Needs {
     }
 }
 
-/// Reads a number that the kernel shows, in one call: these files say nothing of their length.
+/// Reads a number from a file of the kernel in one call: the length of these files is unknown.
 fn number(path: &str) -> Option<u64> {
     first_line(path)?.trim().parse().ok()
 }

@@ -1,14 +1,14 @@
-//! The power button: a VM's guest ends by itself, or its power is cut when the time is over.
+//! The power button: the guest powers off, or the VM is stopped when the time is over.
 
 use std::time::{Duration, Instant};
 
 use super::{Fleet, FleetError, Listed};
 use clade_vmm::vm::{StopReason, Vm};
 
-/// How often it is looked whether the guest has powered off.
+/// Interval of the checks whether the guest has powered off.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// How a VM ended whose power button was pressed.
+/// The outcome of a press of the power button.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shutdown {
     /// Whether the guest powered itself off, or reset itself. Otherwise its power was cut.
@@ -22,8 +22,8 @@ impl Fleet {
     /// then stops it as [`Fleet::stop`] does.
     ///
     /// # Errors
-    /// When there is no such VM, it has no power button, or it is paused: then it is not stopped. As
-    /// [`Fleet::stop`] afterwards.
+    /// When there is no such VM, it has no power button, or it is paused: then it is not stopped.
+    /// As [`Fleet::stop`] afterwards.
     pub fn shut_down<T>(
         &self,
         name: &str,
@@ -35,14 +35,14 @@ impl Fleet {
         let by_itself = ends_by_itself(&listed.vm, time);
         let shutdown = Shutdown { by_itself, noticed: listed.vm.power_button_noticed() };
         if by_itself {
-            // With a record of that, like any VM that ends by itself.
+            // Recorded like any VM that ends by itself.
             self.remove();
         }
         self.stop_listed(listed, |listed| describe(listed, shutdown))
     }
 }
 
-/// Waits up to `time` for the end of a VM. Returns whether its guest has brought that about.
+/// Waits up to `time` for the end of a VM. Returns whether its guest has ended it.
 fn ends_by_itself(vm: &Vm, time: Duration) -> bool {
     let begun = Instant::now();
     loop {
@@ -53,8 +53,8 @@ fn ends_by_itself(vm: &Vm, time: Duration) -> bool {
         if left.is_zero() {
             return false;
         }
-        // A guest that was suspended since would sleep until its power is cut. One that has stopped is
-        // noticed at the next look.
+        // A guest suspended since would sleep until it is stopped. The next check notices a stopped
+        // VM.
         let _ = vm.wake();
     }
 }

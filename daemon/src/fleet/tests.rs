@@ -13,7 +13,7 @@ impl Serve for Nobody {
     fn finish(&self) {}
 }
 
-/// A fleet, a bare guest `one` in it if it `is_wanted`, and what the starter has kept of its name.
+/// A fleet with a bare guest `one` if it `is_wanted`, and the starter's claim of its name.
 pub(crate) fn fleet_of_one(dir: &RuntimeDir, is_wanted: bool) -> (Fleet, Option<Arc<Vm>>, NameClaim) {
     let fleet = Fleet::new(&Context::open().unwrap(), |_| Box::new(Nobody));
     let config = Arc::new(VmConfig::bare(32 << 20, 1).unwrap());

@@ -12,14 +12,14 @@ use landlock::{
 };
 use serde::{Deserialize, Serialize};
 
-/// The version whose rights are asked for. With an older kernel there are fewer.
+/// The Landlock version of the rights asked for. Older kernels grant fewer.
 const WANTED: ABI = ABI::V6;
-/// Files of the host that say what there is room for.
+/// Files with the resources of the host.
 const HOST_FACTS: [&str; 4] =
     ["/proc/sys/vm/max_map_count", "/proc/loadavg", "/proc/meminfo", "/sys/kernel/mm/transparent_hugepage"];
 
-/// What a worker may reach, beside what is handed in as descriptors. All of it comes from whoever
-/// starts the VM, and nothing from an image.
+/// Files that a worker may reach beside its descriptors. All come from the process that starts the
+/// VM, never from an image.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Grants {
     /// Files that are read: kernels, and the images of a child's disks.
@@ -27,20 +27,21 @@ pub(crate) struct Grants {
     /// Directories whose files are read: those of snapshots.
     #[serde(default)]
     pub(crate) dirs: Vec<PathBuf>,
-    /// Images that are written in place.
+    /// Images written in place.
     pub(crate) write: Vec<PathBuf>,
-    /// Directories in which files without names are made.
+    /// Directories for unnamed files.
     pub(crate) overlays: Vec<PathBuf>,
     /// Directories of images that are written: a journal, or a new image, is made beside them.
     pub(crate) beside: Vec<PathBuf>,
-    /// Whether it opens images by itself, and locks them. What a child has is locked already.
+    /// Whether the worker opens and locks images itself. A child's images are locked already.
     #[serde(default)]
     pub(crate) locks: bool,
 }
 
 impl Grants {
-    /// For a child, whose disks write to unnamed files in `overlays`.
-    /// Those of a VM that was `saved` are read from there: what it says of paths is not trusted.
+    /// Grants for a child, whose disks write to unnamed files in `overlays`. The disks of a
+    /// restored VM are read from the directories in `saved`: the paths in a snapshot are not
+    /// trusted.
     pub(crate) fn of_child(config: &VmConfig, overlays: &[PathBuf], saved: &[PathBuf]) -> Self {
         let mut grants = Self { dirs: saved.to_vec(), ..Self::default() };
         for (DiskConfig { path, read_only, .. }, overlays) in config.disks.iter().map(|disk| &disk.disk).zip(overlays) {
@@ -54,7 +55,7 @@ impl Grants {
         grants
     }
 
-    /// For a VM that is booted.
+    /// Grants for a VM that is booted.
     pub(crate) fn of_boot(config: &VmConfig, kernel: &Path, initrd: Option<&Path>) -> Self {
         let mut grants = Self { locks: !config.disks.is_empty(), ..Self::default() };
         grants.read.extend([Some(kernel), initrd].into_iter().flatten().map(Path::to_owned));
@@ -68,7 +69,7 @@ impl Grants {
                 continue;
             }
             grants.write.push(path.clone());
-            // Nothing is made beside a block device.
+            // No file is made beside a block device.
             if !is_block_device(path) {
                 grants.beside.extend(path.parent().map(Path::to_owned));
             }
@@ -76,7 +77,7 @@ impl Grants {
         grants
     }
 
-    /// Takes everything else from this thread, and from those that it starts. `memory` is the
+    /// Denies everything else to this thread, and to those that it starts. `memory` is the
     /// directory of memory files, if that is a directory.
     pub(super) fn enforce(&self, memory: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let read: BitFlags<AccessFs> = AccessFs::ReadFile.into();
@@ -98,15 +99,15 @@ impl Grants {
         }
         let mut allow = |path: &Path, rights: BitFlags<AccessFs>| -> io::Result<()> {
             let Ok(opened) = PathFd::new(path) else {
-                // What is not there is not there later: whoever needs it says so.
+                // A missing file stays missing: its user reports that.
                 return Ok(());
             };
             let rights = if is_directory(opened.as_fd()) { rights } else { rights & AccessFs::from_file(WANTED) };
             let rule = PathBeneath::new(opened, rights);
             (&mut rules).add_rule(rule).map_err(io::Error::other).map(drop)
         };
-        // Its own entries alone: it reads which of its pages are present, and opens its layers
-        // again for other processes.
+        // Only the process's own entries: it reads which of its pages are present, and opens its
+        // layers again for other processes.
         allow(Path::new("/proc/self"), read | AccessFs::ReadDir)?;
         allow(Path::new("/dev/userfaultfd"), device)?;
         HOST_FACTS.iter().try_for_each(|path| allow(Path::new(path), read))?;

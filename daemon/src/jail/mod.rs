@@ -1,9 +1,9 @@
-//! What a worker may do to the host: as little as its VM needs.
+//! The rights of a worker on the host: as few as its VM needs.
 //!
-//! A guest that breaks out of its VM runs code in the worker. The jail is what stands between that
-//! code and everything else.
+//! A guest that breaks out of its VM runs code in the worker. The jail stands between that code and
+//! the host.
 //!
-//! | layer | when | what it takes away |
+//! | layer | when | restricts |
 //! |---|---|---|
 //! | namespaces | once, by the zygote | the host's network, its System V objects, its host name |
 //! | seccomp | likewise, and in each worker; threads that serve the guest have a list of their own | system calls |
@@ -11,10 +11,10 @@
 //! | capabilities, `no_new_privs` | likewise | privileges of root, and ways back to them |
 //! | rlimits | likewise | core files with guest memory; private memory without end |
 //!
-//! Everything is applied while the worker has one thread: what comes later inherits it. It cannot
-//! be undone. So what a worker will need is opened before, or handed in by the supervisor.
+//! Everything is applied while the worker has one thread; later threads inherit it. It cannot be
+//! undone. So the worker opens everything that it will need before, or gets it from the supervisor.
 //!
-//! All of it is by the kernel. Where the kernel lacks a layer, [`Confinement`] says what happens.
+//! The kernel enforces all layers. [`Confinement`] decides what happens without one of them.
 
 mod files;
 mod namespaces;
@@ -37,16 +37,16 @@ pub(crate) use namespaces::enter_empty;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Confinement {
-    /// As far as the host can. What it lacks is logged.
+    /// As far as the host supports it. A missing layer is logged.
     #[default]
     Auto,
-    /// Wholly, or there is no worker.
+    /// With every layer, or no worker starts.
     Require,
-    /// Not at all: for finding out whether a problem is the jail's.
+    /// Not at all: for finding out whether the jail causes a problem.
     Off,
 }
 
-/// Why a worker cannot be confined.
+/// Reason why a worker cannot be confined.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum JailError {
@@ -55,11 +55,11 @@ pub enum JailError {
     Layer {
         /// The layer.
         layer: &'static str,
-        /// What the kernel says.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
-    /// The text is no kind of confinement.
+    /// The text does not name a kind of confinement.
     #[error("unknown confinement {text:?}: auto, require or off")]
     Kind {
         /// The text.
@@ -91,7 +91,7 @@ impl fmt::Display for Confinement {
 }
 
 impl Confinement {
-    /// What a layer's failure means.
+    /// Decides whether a layer's failure is an error.
     pub(crate) fn judge(self, layer: &'static str, done: io::Result<()>) -> Result<(), JailError> {
         match done {
             Err(source) if self == Self::Require => Err(JailError::Layer { layer, source }),
@@ -104,7 +104,8 @@ impl Confinement {
     }
 }
 
-/// Confines the zygote, which has one thread, to what it and its workers need: they inherit it.
+/// Confines the zygote, which has one thread, to the needs of itself and its workers: they inherit
+/// it.
 ///
 /// # Errors
 /// When a layer is required, and refused.
@@ -116,8 +117,8 @@ pub(crate) fn confine_zygote(confinement: Confinement) -> Result<(), JailError> 
     confinement.judge("seccomp", seccomp::enter_zygote())
 }
 
-/// Confines this process, which has one thread, to `grants`, and to what a VM with `ram` bytes of RAM
-/// needs. `memory` is the directory in which it makes files of memory, if they have one.
+/// Confines this process, which has one thread, to `grants`, and to the needs of a VM with `ram`
+/// bytes of RAM. `memory` is the directory for its memory files, if they have one.
 ///
 /// # Errors
 /// When a layer is required, and refused.
@@ -134,17 +135,16 @@ pub(crate) fn confine(
     confinement.judge("no_new_privs", set_no_new_privs(true).map_err(io::Error::from))?;
     confinement.judge("Landlock", grants.enforce(memory))?;
     confinement.judge("capabilities", drop_capabilities())?;
-    // Last: it forbids some of the above.
+    // Last: it forbids some of the calls above.
     confinement.judge("seccomp", seccomp::enter(!grants.beside.is_empty(), grants.locks))
 }
 
 /// Private memory that a worker may map beside twice its VM's RAM: stacks, heaps, buffers.
 const PRIVATE_OVERHEAD: u64 = 1 << 30;
 
-/// No core files, which would have the guest's memory. Private memory that can be written only up to
-/// twice the RAM and an overhead: what is beyond is refused. Files of memory are not counted by any
-/// such limit. A thread may still be put in front for the microseconds of a fork: without
-/// CAP_SYS_NICE that takes a limit.
+/// Forbids core files, which would hold the guest's memory. Limits writable private memory to twice
+/// the RAM and an overhead. Memory files count towards no such limit. A thread may still be
+/// prioritised for the microseconds of a fork: without CAP_SYS_NICE that takes a limit.
 fn limit(ram: u64) -> io::Result<()> {
     /// 20 - nice: the limit for nice -20.
     const ANY_NICE: u64 = 40;

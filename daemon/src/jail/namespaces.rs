@@ -1,9 +1,9 @@
 //! One empty set of namespaces for all workers of a zygote.
 //!
-//! A set for each worker would keep them no further apart: a network namespace without interfaces
-//! and one without System V objects have nothing in them to share. What could be shared, Landlock
-//! keeps apart: signals, abstract sockets and ptrace stay within a worker's own domain. A set for
-//! each costs half a millisecond.
+//! A set for each worker would separate them no further: a network namespace without interfaces and
+//! one without System V objects have nothing to share. Landlock separates the rest: signals,
+//! abstract sockets and ptrace stay within a worker's own domain. A set for each worker costs half
+//! a millisecond.
 
 use std::fs;
 use std::io;
@@ -11,16 +11,16 @@ use std::io;
 use rustix::process::{getegid, geteuid};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-/// Moves this process, which has one thread, and its children to namespaces of their own, in which
-/// there is nothing. A user other than root needs a user namespace for that.
+/// Moves this process, which has one thread, and its children to empty namespaces of their own. A
+/// user other than root needs a user namespace for that.
 pub(crate) fn enter_empty() -> io::Result<()> {
     let (uid, gid) = (geteuid(), getegid());
     let mut flags = UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
     if !uid.is_root() {
         flags |= UnshareFlags::NEWUSER;
     }
-    // SAFETY: it shares no descriptor table and no file system attributes anew, and the process has
-    // one thread.
+    // SAFETY: the flags unshare no descriptor table and no file system attributes, and the process
+    // has one thread.
     unsafe { unshare_unsafe(flags) }?;
     if !uid.is_root() {
         // Itself and no other: files are this user's as before.

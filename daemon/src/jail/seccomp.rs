@@ -1,12 +1,12 @@
 //! System calls that a worker may make.
 //!
-//! The lists are in `resources/seccomp`, each entry with its reason. A call that is in none ends the
-//! process at once (SIGSYS), and its record says so.
+//! The lists are in `resources/seccomp`, each entry with its reason. A call outside the lists ends
+//! the process at once (SIGSYS), and the record of the VM names that.
 //!
-//! The kernel takes 0.8 ms for the long list of what a worker may do: it compiles it, and tries it with
-//! each call there is. So the zygote takes it, for itself and with what it needs besides, and
-//! workers inherit it. A worker takes short lists of what it may not do: first of all what was
-//! allowed for the zygote's sake.
+//! The kernel takes 0.8 ms for the long list of a worker's permitted calls: it compiles it, and
+//! tries it with every system call. So the zygote installs it, for itself and with the calls of its
+//! own, and workers inherit it. A worker installs short lists of forbidden calls, first of all
+//! those that only the zygote needs.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -24,15 +24,15 @@ pub(super) const LISTS: &str = include_str!("../../../resources/seccomp/worker.j
 
 /// Compiled once, before workers are copied from the zygote.
 static PROGRAMS: OnceLock<HashMap<String, BpfProgram>> = OnceLock::new();
-/// Whether this process has the long list, by itself or from its zygote.
+/// Whether this process has the long list, from itself or from its zygote.
 static HAS_LONG_LIST: AtomicBool = AtomicBool::new(false);
 
 #[cfg(target_arch = "x86_64")]
 const ARCH: TargetArch = TargetArch::x86_64;
 
-/// What the kernel is given, as lists of the same form: `long` is what a worker and the zygote may
-/// do, the others what workers of each kind may not. One list for what several forbid: each costs
-/// the kernel as much again.
+/// Builds the kernel's filters, as lists of the same form: `long` has the permitted calls of a
+/// worker and the zygote, the others the forbidden calls of each kind of worker. A worker gets one
+/// merged list: each further one costs the kernel as much again.
 pub(super) fn programs() -> io::Result<Value> {
     let lists: Value = serde_json::from_str(LISTS).map_err(io::Error::other)?;
     let entries = |names: &[&str]| -> Vec<Value> {
@@ -56,7 +56,7 @@ pub(super) fn programs() -> io::Result<Value> {
 pub(super) fn prepare() -> io::Result<()> {
     if PROGRAMS.get().is_none() {
         let programs = compile_from_json(programs()?.to_string().as_bytes(), ARCH).map_err(io::Error::other)?;
-        // Another thread may have been quicker, with the same.
+        // Another thread may have set the same before.
         let _ = PROGRAMS.set(programs);
     }
     Ok(())
@@ -67,8 +67,8 @@ fn apply(list: &str) -> io::Result<()> {
     apply_filter(program.ok_or(io::ErrorKind::NotFound)?).map_err(io::Error::other)
 }
 
-/// Restricts this process, which has one thread and may not gain privileges, to what the zygote and
-/// its workers need.
+/// Restricts this process, which has one thread and may not gain privileges, to the needs of the
+/// zygote and its workers.
 pub(super) fn enter_zygote() -> io::Result<()> {
     prepare()?;
     apply("absent")?;
@@ -78,9 +78,9 @@ pub(super) fn enter_zygote() -> io::Result<()> {
     Ok(())
 }
 
-/// Restricts this process, which has one thread, to what any thread of a worker needs. Threads that
+/// Restricts this process, which has one thread, to the needs of a worker's threads. Threads that
 /// serve the guest are restricted further when they start. Only a worker that `names_files` makes
-/// names, and changes what files are; only one that does so or `locks_files` locks them.
+/// names, and changes the kind of files; only one that does so or `locks_files` locks them.
 pub(super) fn enter(names_files: bool, locks_files: bool) -> io::Result<()> {
     // Relaxed: there is one thread.
     if !HAS_LONG_LIST.load(Ordering::Relaxed) {
@@ -97,9 +97,9 @@ pub(super) fn enter(names_files: bool, locks_files: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// Takes from the calling thread what it does not need while it serves the guest. vCPU threads start
-/// those of devices, which inherit it: so there is one list for both. It is short, because each
-/// thread has it compiled by the kernel once more; what a worker may not do it inherits.
+/// Restricts the calling thread to the needs of serving the guest. vCPU threads start those of
+/// devices, which inherit the filter: so there is one list for both. The list is short, because the
+/// kernel compiles it for each thread; the worker's own filters are inherited.
 ///
 /// # Panics
 /// When the kernel refuses the filter: a thread that cannot be restricted does not run.
@@ -109,7 +109,7 @@ fn restrict_guest_thread() {
     }
 }
 
-/// Signals to no process but this one, whose number is in no list.
+/// Forbids signals to other processes. No list has this process's number.
 fn signals_to_itself() -> io::Result<()> {
     let other = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, u64::from(std::process::id()));
     let rule = other.and_then(|other| SeccompRule::new(vec![other])).map_err(io::Error::other)?;

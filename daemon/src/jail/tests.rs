@@ -22,7 +22,7 @@ fn a_layer_that_fails_is_an_error_only_where_it_is_required() {
     assert!(refused.contains("Landlock"), "{refused}");
 }
 
-/// The lists as they are written.
+/// The lists as written.
 fn lists() -> serde_json::Value {
     serde_json::from_str(seccomp::LISTS).unwrap()
 }
@@ -40,7 +40,8 @@ fn each_entry_of_a_list_has_its_reason() {
 
 #[test]
 fn no_list_has_a_way_out() {
-    // Each would let a process that was broken into start another, look into one, or leave the jail.
+    // With any of these a compromised process could start another, look into one, or leave the
+    // jail.
     let never = [
         "execve",
         "execveat",
@@ -100,7 +101,7 @@ fn no_list_has_a_way_out() {
     let there: Vec<_> = never.iter().filter(|name| names.contains(**name)).collect();
     assert!(there.is_empty(), "{there:?}");
     assert_eq!(lists["worker"]["mismatch_action"], "kill_process");
-    // What the zygote needs besides is taken from each worker.
+    // Every worker loses the calls that only the zygote needs.
     let of_zygote = lists["zygote"]["filter"].as_array().unwrap();
     let programs = seccomp::programs().unwrap();
     for kind in ["names", "locks", "child"] {
@@ -108,7 +109,7 @@ fn no_list_has_a_way_out() {
         assert!(of_zygote.iter().all(|entry| taken.contains(entry)), "{kind}");
         assert_eq!(programs[kind]["match_action"], "kill_process");
     }
-    // Rings and processes: only with what another list says of them.
+    // Rings and processes: only under the conditions of another list.
     assert!(!names.contains("io_uring_setup") || lists["made_before"]["match_action"]["errno"] == libc::EPERM);
     assert!(!names.contains("clone3") || lists["absent"]["match_action"]["errno"] == libc::ENOSYS);
 }
@@ -124,7 +125,7 @@ fn what_serves_a_guest_may_do_less_than_the_worker() {
         (&lists["guest"]["mismatch_action"], &lists["guest"]["match_action"]),
         (&json!("allow"), &json!("kill_process"))
     );
-    // Each entry takes something away that is there: wholly, or with the same arguments.
+    // Every entry restricts a permitted call: wholly, or with the same arguments.
     let worker = entries("worker");
     for entry in entries("guest") {
         let is_there = worker.iter().any(|(name, args)| *name == entry.0 && (entry.1 == "null" || *args == entry.1));
@@ -132,28 +133,28 @@ fn what_serves_a_guest_may_do_less_than_the_worker() {
     }
 }
 
-/// What each attempt from inside the jail must come to.
+/// Expected result of an attempt from inside the jail.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Fate {
-    /// It is done: a jail in which nothing works would pass all else.
+    /// It succeeds: a jail in which every call fails would pass all else.
     Done,
-    /// The kernel refuses it.
+    /// The kernel returns this error.
     Refused(i32),
-    /// The process is ended for it.
+    /// The kernel kills the process.
     Killed,
 }
 
-/// The variable that says which attempt a process is to make, and the one for the place of its files.
+/// The variables with the attempt to make, and with the place of its files.
 const ATTEMPT: &str = "CLADE_JAIL_ATTEMPT";
 const PLACE: &str = "CLADE_JAIL_PLACE";
-/// The variable that has a process confined as a zygote is before.
+/// The variable for confining the process as a zygote first.
 const ZYGOTE: &str = "CLADE_JAIL_ZYGOTE";
 
 fn attempts() -> Vec<(&'static str, Fate)> {
     use Fate::{Done, Killed, Refused};
     let (denied, not_permitted) = (Refused(libc::EACCES), Refused(libc::EPERM));
     vec![
-        // What a worker lives on.
+        // Calls that a worker needs.
         ("read-granted", Done),
         ("write-image", Done),
         ("name-beside-image", Done),
@@ -162,13 +163,13 @@ fn attempts() -> Vec<(&'static str, Fate)> {
         ("own-pagemap", Done),
         ("thread", Done),
         ("signal-itself", Done),
-        // Files that are others'.
+        // Files of others.
         ("read-passwords", denied),
         ("read-beside", denied),
         ("write-granted-for-reading", denied),
         ("name-in-overlays", denied),
         ("remove-beside", Killed),
-        // What it was handed to read.
+        // Writes to a descriptor handed over for reading.
         ("write-handed", denied),
         ("mode-of-handed", Killed),
         ("attribute-of-handed", Killed),
@@ -187,7 +188,7 @@ fn attempts() -> Vec<(&'static str, Fate)> {
         ("read-parent", Killed),
         ("fork", Killed),
         ("execute", Killed),
-        // What its zygote may still do.
+        // Calls that only the zygote may make.
         ("fork-as-the-zygote", Killed),
         ("wait", Killed),
         ("descriptor-of-parent", Killed),
@@ -235,7 +236,7 @@ fn map_private(bytes: u64) -> Result<(), i32> {
     system_call(libc::SYS_mmap, &args)
 }
 
-/// Makes one attempt, in a process that is confined. Returns the error's number.
+/// Makes one attempt, in a confined process. Returns the error's number.
 #[expect(clippy::cast_lossless, reason = "arguments of system calls, whatever type they have")]
 fn attempt(which: &str, place: &std::path::Path, parent: u32, handed: &std::fs::File) -> Result<(), i32> {
     use std::fs::{File, OpenOptions, read_dir, remove_file};
@@ -316,7 +317,7 @@ fn attempt(which: &str, place: &std::path::Path, parent: u32, handed: &std::fs::
     }
 }
 
-/// Not a test by itself: what the next one runs in a process for each attempt.
+/// Not a test by itself: the next one runs it in a process for each attempt.
 #[test]
 fn inside() {
     use std::io::Write;
@@ -326,7 +327,7 @@ fn inside() {
     let layer = rustix::fs::memfd_create("layer", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::fchmod(&layer, rustix::fs::Mode::RUSR).unwrap();
     let handed = std::fs::File::open(format!("/proc/self/fd/{}", layer.as_raw_fd())).unwrap();
-    // A child's worker makes no names. One of a VM that was booted does, beside its image.
+    // A child's worker makes no names. A booted VM's worker does, beside its image.
     let is_booted = ["write-image", "name-beside-image"].contains(&which.as_str());
     let grants = Grants {
         read: vec![place.join("granted")],
@@ -344,7 +345,7 @@ fn inside() {
     let _ = writeln!(io::stderr(), "outcome {}", outcome.map_or_else(|errno| errno, |()| 0));
 }
 
-/// Each attempt in a process of its own, as one that was broken into would make it.
+/// Runs each attempt in a process of its own, as a compromised one would make it.
 #[test]
 fn a_worker_that_was_broken_into_reaches_nothing_that_is_not_its_own() {
     use std::os::unix::process::ExitStatusExt;
@@ -358,7 +359,7 @@ fn a_worker_that_was_broken_into_reaches_nothing_that_is_not_its_own() {
         std::fs::write(dir.path().join(name), b"x").unwrap();
     }
     let me = std::env::current_exe().unwrap();
-    // As the zygote leaves it, and as a process that comes from none.
+    // As the zygote leaves it, and as a process without one.
     let both = attempts().into_iter().flat_map(|attempt| [(attempt, true), (attempt, false)]);
     for ((which, wanted), of_zygote) in both {
         let run = Command::new(&me)

@@ -1,9 +1,8 @@
-//! What the supervisor knows of a VM, whatever the VM's process says.
+//! The supervisor's own records of VMs, independent of the VMs' processes.
 //!
-//! A process that has been broken into may say of its VM what it likes: that its disks' files go
-//! into `/etc`, that its interface is another VM's. So the supervisor writes down what it started
-//! (`NAME.vm` in the runtime directory, where no confined process may write), and derives children
-//! from that.
+//! A compromised process may describe its VM falsely: its disks' files in `/etc`, another VM's
+//! interface. So the supervisor records each VM as it started it (`NAME.vm` in the runtime
+//! directory, where no confined process may write), and derives children from that.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -26,15 +25,15 @@ use crate::zygote::Exit;
 use clade_vmm::vm::{DiskSpec, Identity, VmConfig};
 
 impl Shape {
-    /// Of a VM with this configuration, the overlays of whose disks would be made in `dir` if it were
-    /// not confined.
+    /// Returns the shape of a VM with this configuration, whose disks' overlays would be made in
+    /// `dir` without confinement.
     pub(super) fn new(config: &VmConfig, dir: impl Fn(usize) -> PathBuf) -> Self {
         let of_disk = |(at, disk): (usize, &DiskSpec)| if disk.disk.read_only { dir(at) } else { unnamed_in(&dir(at)) };
         let overlays = config.disks.iter().enumerate().map(of_disk).collect();
         Self { config: config.clone(), overlays, saved: Vec::new() }
     }
 
-    /// Of the children of a VM that is booted with this configuration.
+    /// Returns the shape of the children of a VM that is booted with this configuration.
     pub(super) fn of_boot(config: &VmConfig) -> Self {
         Self::new(config, |at| {
             let disk = &config.disks[at].disk;
@@ -56,7 +55,7 @@ pub(crate) struct About {
     pub(super) identity: Identity,
     /// Directories of overlays that it uses.
     pub(super) overlays: Vec<PathBuf>,
-    /// Device and inode of the socket of its device: its path may be another's later.
+    /// Device and inode of its device's socket: the path may later be another's.
     pub(super) socket: Option<(u64, u64)>,
     /// The session that it belongs to.
     #[serde(default)]
@@ -67,7 +66,7 @@ pub(crate) struct About {
     /// The VM that it was forked from, itself or by a checkpoint.
     #[serde(default)]
     pub(super) parent: Option<String>,
-    /// What its process may take, and those of its children.
+    /// The resource limits of its process, and of its children's.
     #[serde(default)]
     pub(super) bounds: Bounds,
 }
@@ -77,7 +76,7 @@ fn failed(source: std::io::Error) -> FleetError {
 }
 
 impl About {
-    /// What is written down of the VM called `name`.
+    /// Reads the record of the VM called `name`.
     ///
     /// # Errors
     /// When it cannot be read.
@@ -87,15 +86,15 @@ impl About {
         bytes.map(|bytes| serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))).transpose()
     }
 
-    /// The same of a VM that must be there.
+    /// Reads the record of a VM that must have one.
     ///
     /// # Errors
-    /// When it is not, or it cannot be read.
+    /// When it has none, or it cannot be read.
     pub(super) fn expect(dir: &RuntimeDir, name: &str) -> Result<Self, FleetError> {
         Self::read(dir, name)?.ok_or_else(|| FleetError::NoSuchVm { name: name.to_owned() })
     }
 
-    /// What is written down of all VMs.
+    /// Reads the records of all VMs.
     ///
     /// # Errors
     /// When the directory cannot be read.
@@ -105,8 +104,8 @@ impl About {
         Ok(names.filter_map(|name| Some((name.to_owned(), Self::read(dir, name).ok()??))).collect())
     }
 
-    /// Checks what the process of a VM has said of an image: its configuration must be what was
-    /// written down.
+    /// Checks an image's description by the process of a VM: its configuration must be the recorded
+    /// one.
     ///
     /// # Errors
     /// When it is another.
@@ -118,10 +117,10 @@ impl About {
         Err(failed(std::io::Error::other(text)))
     }
 
-    /// Writes it down for the VM of `claim`.
+    /// Writes the record of the VM of `claim`.
     ///
     /// # Errors
-    /// When there is no room for it.
+    /// When the file cannot be written.
     pub(super) fn write(&self, claim: &NameClaim) -> Result<(), FleetError> {
         let bytes = serde_json::to_vec(self).map_err(|error| failed(error.into()))?;
         claim.write_about(&bytes).map_err(failed)
@@ -157,10 +156,10 @@ pub fn in_session(dir: &Path, session: &str) -> Result<Vec<String>, FleetError> 
     Ok(all.into_iter().filter(|(_, about)| mine(about)).map(|(name, _)| name).collect())
 }
 
-/// Whether the VM called `name` has not ended, and is of a session.
+/// Returns whether the VM called `name` has not ended, and is of a session.
 ///
 /// # Errors
-/// When it cannot be read.
+/// When the record cannot be read.
 pub fn is_in_session(dir: &Path, name: &str, session: &str) -> Result<bool, FleetError> {
     let about = About::read(&RuntimeDir::open(dir)?, name)?;
     Ok(about.is_some_and(|about| about.session.as_deref() == Some(session)))
@@ -174,8 +173,8 @@ pub fn vms_in(dir: &Path) -> Result<Vec<String>, FleetError> {
     Ok(About::all(&RuntimeDir::open(dir)?)?.into_iter().map(|(name, _)| name).collect())
 }
 
-/// The socket device of a VM as its supervisor has made it, whatever the VM's process says. The outer `None`
-/// is for a VM that no supervisor has started.
+/// Returns the socket device of a VM as its supervisor made it, independent of the VM's process.
+/// The outer `None` is for a VM that no supervisor has started.
 ///
 /// # Errors
 /// When the record cannot be read.
@@ -183,9 +182,9 @@ pub(crate) fn vsock_known(dir: &Path, name: &str) -> Result<Option<Option<VsockI
     Ok(About::read(&RuntimeDir::open(dir)?, name)?.map(|about| about.vsock()))
 }
 
-/// Removes what is left of a VM whose process has ended, where no supervisor is left to do so.
+/// Removes the files of a VM whose process has ended, where no supervisor is left to do so.
 pub fn settle_dead(dir: &Path, name: &str) {
-    // Taken: its process still has it, or somebody clears up.
+    // A taken name: its process still holds it, or another process clears up.
     if let Ok(claim) = RuntimeDir::open(dir).and_then(|dir| NameClaim::new(&dir, name)) {
         clear_up(claim, Exit { pid: 0, signal: None, code: None }, true, Vec::new());
     }
@@ -197,8 +196,7 @@ pub(super) fn inode(socket: &Path) -> Option<(u64, u64)> {
     found.file_type().is_socket().then(|| (found.dev(), found.ino()))
 }
 
-/// Records the end of a VM whose process has ended, and removes what is left of it. Returns what was
-/// written down of it.
+/// Records the end of a VM whose process has ended, and removes its files. Returns its record.
 pub(crate) fn clear_up(claim: NameClaim, exit: Exit, was_orderly: bool, flight: Vec<FlightEvent>) -> Option<About> {
     settle(claim.dir(), &claim.name, exit, was_orderly, flight);
     let about = About::read(claim.dir(), &claim.name).unwrap_or_else(|error| {
@@ -283,7 +281,7 @@ pub(super) mod tests {
         let written = About::read(&dir, "web").unwrap().unwrap();
         assert_eq!(written, known);
         written.check("web", &forked(&config)).unwrap();
-        // It has another disk, it says.
+        // The process claims another disk.
         let refused = written.check("web", &forked(&with_disk("/etc/shadow"))).unwrap_err();
         assert!(clade_vmm::error_chain(&refused).contains("another configuration"), "{refused:?}");
         assert_eq!(About::all(&dir).unwrap(), [("web".to_owned(), known)]);

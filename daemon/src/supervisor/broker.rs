@@ -12,9 +12,9 @@ use clade_io::seqpacket;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// Requests that are looked at together.
+/// Requests handled together.
 const BATCH: usize = 64;
-/// The event of the end.
+/// The event that ends the thread.
 const END: u64 = u64::MAX;
 
 /// A guest whose connections are made here.
@@ -61,15 +61,15 @@ impl Shared {
         }
     }
 
-    /// Answers one request. Connecting does not block: a listener whose backlog is full is asked
-    /// again by the device.
+    /// Answers one request. Connecting does not block: if a listener's backlog is full, the device
+    /// asks again.
     fn answer(&self, fd: RawFd) {
         let mut guests = self.guests();
         let Some(guest) = guests.get(&fd) else { return };
         if let Err(error) = answer_broker(&guest.device, &guest.socket)
             && error.kind() != io::ErrorKind::WouldBlock
         {
-            // It has ended, or asks for something else.
+            // The guest has ended, or sent another request.
             tracing::debug!(%error, socket = %guest.socket.display(), "a guest is not connected any more");
             // Closing its socket removes it from epoll.
             guests.remove(&fd);
@@ -79,7 +79,7 @@ impl Shared {
 
 impl Broker {
     /// # Errors
-    /// When there is no thread, or no descriptor, to be had.
+    /// When no thread or descriptor is left.
     pub(super) fn start() -> io::Result<Self> {
         let (epoll, end) = (Epoll::new()?, EventFd::new(EFD_NONBLOCK)?);
         epoll.ctl(ControlOperation::Add, end.as_raw_fd(), EpollEvent::new(EventSet::IN, END))?;
@@ -89,10 +89,10 @@ impl Broker {
         Ok(Self(shared))
     }
 
-    /// The end of a socket for a device whose own is at `socket`.
+    /// Returns the device's end of a socket, for a device whose own is at `socket`.
     ///
     /// # Errors
-    /// When there is no descriptor to be had.
+    /// When no descriptor is left.
     pub(super) fn connect(&self, socket: PathBuf) -> io::Result<OwnedFd> {
         let (device, theirs) = seqpacket::pair()?;
         rustix::io::ioctl_fionbio(&device, true)?;

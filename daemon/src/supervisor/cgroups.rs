@@ -1,4 +1,4 @@
-//! A control group for each VM (cgroup v2): how much memory and processor time its process may take.
+//! A control group for each VM (cgroup v2): limits of memory and processor time for its process.
 //!
 //! ```text
 //! DIR                     delegated to the supervisor: it may make groups there
@@ -14,8 +14,8 @@
 //! | `cpu.max` | the VM's limit, if it has one |
 //! | `pids.max` | [`MAX_THREADS`] |
 //!
-//! A group goes with its VM: what is left in it is killed. One that is beyond its memory is ended
-//! by the kernel, alone, and its record says so.
+//! A group is removed with its VM: processes left in it are killed. If a VM exceeds its memory, the
+//! kernel ends that VM alone, and its record has the reason.
 
 use std::fs;
 use std::io;
@@ -28,8 +28,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// Memory of a VM's process without a limit of its own, in times the VM's RAM: its own pages, and
-/// what checkpoints, forks and a last snapshot still show of it as it was.
+/// Default memory limit of a VM's process, in times the VM's RAM: its own pages, and its earlier
+/// pages that checkpoints, forks and a last snapshot still show.
 const RAM_TIMES: u64 = 4;
 /// Memory of a VM's process beside that.
 const OVERHEAD: u64 = 512 << 20;
@@ -37,15 +37,15 @@ const OVERHEAD: u64 = 512 << 20;
 const MAX_THREADS: u64 = 2048;
 /// The period of processor time, in microseconds.
 const PERIOD_US: f64 = 100_000.0;
-/// How often, and how soon, it is tried again to remove a group whose processes have been killed.
+/// Attempts to remove a group whose processes have been killed, and the interval between them.
 const REMOVE_TRIES: u32 = 50;
 const REMOVE_INTERVAL: Duration = Duration::from_millis(10);
-/// Where control groups are mounted.
+/// Mount point of control groups.
 const MOUNT: &str = "/sys/fs/cgroup";
 const OWN: &str = "supervisor";
 const PREFIX: &str = "vm-";
 
-/// Where the control groups of VMs are made.
+/// Place of the VMs' control groups.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum CgroupPlace {
     /// Below the supervisor's own group, if that has a memory controller and no other process: as
@@ -71,7 +71,7 @@ impl FromStr for CgroupPlace {
     }
 }
 
-/// What a VM's process may take of the host.
+/// Resource limits of a VM's process on the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Bounds {
     /// Memory in MiB.
@@ -85,13 +85,13 @@ impl Bounds {
         self == Self::default()
     }
 
-    /// Bytes of memory of a VM with `ram`.
+    /// Returns the memory limit in bytes of a VM with `ram`.
     fn memory(self, ram: u64) -> u64 {
         self.memory_mib.map_or_else(|| (RAM_TIMES * ram).saturating_add(OVERHEAD), |mib| mib.saturating_mul(1 << 20))
     }
 }
 
-/// Why there is no control group.
+/// Reason why there is no control group.
 #[derive(Debug, Error)]
 #[error("the control group {}", path.display())]
 pub struct CgroupError {
@@ -104,14 +104,14 @@ fn failed(path: &Path) -> impl FnOnce(io::Error) -> CgroupError + '_ {
     |source| CgroupError { path: path.to_owned(), source }
 }
 
-/// The groups of a supervisor's VMs. A clone is a handle to the same ones.
+/// The groups of a supervisor's VMs. Clones are handles to the same groups.
 #[derive(Clone, Debug)]
 pub(super) struct Cgroups(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
     dir: PathBuf,
-    /// Whether memory is limited there.
+    /// Whether the place has a memory controller.
     has_memory: bool,
     /// Groups that are in use.
     used: Mutex<Vec<PathBuf>>,
@@ -123,16 +123,16 @@ impl Shared {
     }
 }
 
-/// The group that is the supervisor's, where groups are mounted.
+/// Returns the supervisor's group, below the mount point.
 fn own_group() -> Option<PathBuf> {
     let text = fs::read_to_string("/proc/self/cgroup").ok()?;
     let own = Path::new(MOUNT).join(text.lines().find_map(|line| line.strip_prefix("0::/"))?);
-    // The service manager has started it there (DelegateSubgroup=), or it is a later supervisor.
+    // The service manager started it there (DelegateSubgroup=), or it is a later supervisor.
     let is_divided = own.file_name().is_some_and(|name| name == OWN);
     if is_divided { own.parent().map(Path::to_owned) } else { Some(own) }
 }
 
-/// Whether a group may be divided by this process alone.
+/// Returns whether this process alone may divide a group.
 fn is_delegated(dir: &Path) -> bool {
     let read = |file: &str| fs::read_to_string(dir.join(file)).unwrap_or_default();
     let own = std::process::id().to_string();
@@ -141,11 +141,11 @@ fn is_delegated(dir: &Path) -> bool {
 }
 
 impl Cgroups {
-    /// Groups at `place`. None if there are to be none, or none can be had there without being asked
-    /// for.
+    /// Opens the groups at `place`. Returns None if `place` is off, or if it is automatic and has
+    /// no delegated group.
     ///
     /// # Errors
-    /// When the directory is no group, or may not be divided.
+    /// When the directory is not a group, or may not be divided.
     pub(super) fn open(place: &CgroupPlace) -> Result<Option<Self>, CgroupError> {
         match place {
             CgroupPlace::Off => Ok(None),
@@ -162,8 +162,8 @@ impl Cgroups {
 
     fn in_dir(dir: &Path) -> Result<Self, CgroupError> {
         let procs = fs::read_to_string(dir.join("cgroup.procs")).map_err(failed(dir))?;
-        // A group with processes gives its children no controllers. Those that it has come with
-        // this one: its zygote and its threads.
+        // A group with processes gives its children no controllers. So this process moves to a
+        // leaf, with its threads and its later zygote.
         let own = std::process::id().to_string();
         if procs.split_whitespace().any(|pid| pid == own) {
             let leaf = dir.join(OWN);
@@ -193,10 +193,10 @@ impl Cgroups {
     pub(super) fn tidy(&self) {
         for entry in fs::read_dir(&self.0.dir).into_iter().flatten().flatten() {
             let is_vm = entry.file_name().to_str().is_some_and(|name| name.starts_with(PREFIX));
-            // Under the lock: one that is made meanwhile is in use.
+            // Under the lock: a group made meanwhile is in use.
             let used = self.0.used();
             if is_vm && !used.contains(&entry.path()) {
-                // Refused while there is a process in it.
+                // Refused while a process is in it.
                 let _ = fs::remove_dir(entry.path());
             }
         }
@@ -220,7 +220,7 @@ impl Cgroups {
         };
         let set = |file: &str, value: &str| {
             let file = group.path.join(file);
-            // Of a controller that is not there.
+            // The file of a missing controller.
             if !file.exists() { Ok(()) } else { fs::write(&file, value).map_err(failed(&file)) }
         };
         set("memory.max", &group.memory.to_string())?;
@@ -241,7 +241,7 @@ fn make(path: &Path) -> io::Result<()> {
     }
 }
 
-/// The group of one VM. Dropped, it is removed if nothing is in it: VMs outlive their supervisor.
+/// The group of one VM. A drop removes it only if it is empty: VMs outlive their supervisor.
 #[derive(Debug)]
 pub(super) struct Group {
     of: Arc<Shared>,
@@ -250,10 +250,10 @@ pub(super) struct Group {
 }
 
 impl Group {
-    /// Moves a worker in, with all that it will start.
+    /// Moves a worker into the group, with all threads that it will start.
     ///
     /// # Errors
-    /// When it has ended.
+    /// When the worker has ended.
     pub(super) fn enter(&self, pid: u32) -> Result<(), CgroupError> {
         let procs = self.path.join("cgroup.procs");
         fs::write(&procs, pid.to_string()).map_err(failed(&procs))
@@ -268,9 +268,9 @@ impl Group {
 }
 
 impl Group {
-    /// Kills what is left in it, and removes it.
+    /// Kills the group's processes, and removes the group.
     pub(super) fn remove(&self) {
-        // It is not there before Linux 5.14. Then the group goes when its processes have ended.
+        // Missing before Linux 5.14. Then the group is removed once its processes have ended.
         let kill = self.path.join("cgroup.kill");
         if kill.exists() {
             let _ = fs::write(kill, "1");
@@ -292,7 +292,7 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // Refused while there is a process in it. It is tidied up when that has ended.
+        // Refused while a process is in it. `tidy` removes it after that has ended.
         let _ = fs::remove_dir(&self.path);
         self.of.used().retain(|path| *path != self.path);
     }
@@ -304,7 +304,7 @@ mod tests {
 
     use super::*;
 
-    /// Files as the kernel would make them in a new group, in a directory that only looks like one.
+    /// Makes the files of a new group in an ordinary directory.
     fn imitate(group: &Path) {
         for file in ["memory.max", "memory.swap.max", "memory.oom.group", "cpu.max", "pids.max", "cgroup.procs"] {
             fs::write(group.join(file), "max").unwrap();
@@ -342,7 +342,7 @@ mod tests {
         assert!(groups.limits_memory());
         assert_eq!(read(dir.path(), "cgroup.subtree_control"), "+pids");
         let ram = 256 << 20;
-        // The kernel's files are there as soon as the group is: here they are made before.
+        // The kernel makes these files with the group: here they are made before.
         for (name, bounds, memory, cpu) in [
             ("web", Bounds::default(), 4 * ram + OVERHEAD, "max"),
             ("small", Bounds { memory_mib: Some(300), cpus: Some(0.5) }, 300 << 20, "50000 100000"),
@@ -351,7 +351,7 @@ mod tests {
             let made = {
                 fs::create_dir(&path).unwrap();
                 imitate(&path);
-                // So that the name is free.
+                // Makes the name free.
                 fs::rename(path.join("cgroup.procs"), path.join("procs")).unwrap();
                 groups.make(name, bounds, ram).unwrap()
             };
@@ -363,7 +363,7 @@ mod tests {
             assert_eq!(made.exceeded(), None);
             fs::write(path.join("memory.events"), "oom 1\noom_kill 1\n").unwrap();
             assert_eq!(made.exceeded(), Some(memory >> 20));
-            // Where it is no group its directory stays, with what was written.
+            // An ordinary directory stays, with the values written.
             fs::remove_dir_all(&path).unwrap();
             drop(made);
         }
@@ -379,7 +379,7 @@ mod tests {
         }
     }
 
-    /// A directory for groups on this host: a real one, whatever controllers it has.
+    /// A directory for real groups on this host, whatever its controllers.
     fn real() -> Option<PathBuf> {
         let roots = [Path::new(MOUNT).to_owned(), Path::new(MOUNT).join("unified")];
         let root = roots.into_iter().find(|root| root.join("cgroup.controllers").exists());
@@ -402,7 +402,7 @@ mod tests {
         group.enter(sleeper.0.id()).unwrap();
         let path = group.path.clone();
         assert_eq!(read(&path, "cgroup.procs").trim(), sleeper.0.id().to_string());
-        // Another VM of the name while the process is there.
+        // Another VM of the name while the process is in the group.
         let second = groups.make("web", Bounds::default(), 32 << 20).unwrap();
         assert_eq!((path.ends_with("vm-web"), second.path.ends_with("vm-web.1")), (true, true));
         groups.tidy();

@@ -22,11 +22,11 @@ pub(crate) struct Checkpoint {
     parts: SealedParts,
     forked: Forked,
     made: Instant,
-    /// What its children write.
+    /// Learns the pages that its children write.
     learning: Arc<Learning>,
 }
 
-/// Where an image comes from.
+/// The source of an image.
 #[derive(Clone, Debug)]
 pub(super) enum Origin {
     /// A VM of this name.
@@ -36,7 +36,7 @@ pub(super) enum Origin {
 }
 
 impl Checkpoint {
-    /// Forks the VM called `vm`, which runs on. `check` is asked meanwhile.
+    /// Forks the VM called `vm`, which runs on. Calls `check` while it waits.
     ///
     /// # Errors
     /// When there is no such VM, or it cannot be forked.
@@ -45,12 +45,13 @@ impl Checkpoint {
         vm: &str,
         check: &dyn Fn() -> Result<(), FleetError>,
     ) -> Result<Self, FleetError> {
-        // Before: the VM's files may be another's when its image is there.
+        // Before: when the image is there, the VM's files may be another's.
         let about = About::expect(dir, vm)?;
         Self::of_asked(vm, about, Asked::begin(dir.path(), vm)?, check)
     }
 
-    /// The image of the VM called `vm`, which is as `about` says and was asked for it.
+    /// Returns the image of the VM called `vm`, which `about` describes. The request for it is
+    /// already sent.
     ///
     /// # Errors
     /// When it cannot be forked.
@@ -65,12 +66,12 @@ impl Checkpoint {
         Ok(Self::new(Origin::Vm(vm.to_owned()), about, parts, forked))
     }
 
-    /// The image of a snapshot, of a VM as `about` says.
+    /// Returns the image of a snapshot, of a VM that `about` describes.
     pub(super) fn of_saved(about: About, saved: &SavedVm, parts: SealedParts) -> Self {
         let forked = Forked {
             config: saved.config.clone(),
             labels: Labels::default(),
-            // What is in its memory is not written down.
+            // A snapshot has no list of the secrets in its memory.
             secrets: Secrets::None,
             network: None,
             generation: saved.generation,
@@ -89,17 +90,17 @@ impl Checkpoint {
         Self { origin, about, parts, forked, made: Instant::now(), learning }
     }
 
-    /// What its children write.
+    /// Returns the learned set of the pages that its children write.
     pub(super) fn learning(&self) -> &Arc<Learning> {
         &self.learning
     }
 
-    /// What is known of the VM, whatever its process says.
+    /// Returns the supervisor's record of the VM.
     pub(super) fn about(&self) -> &About {
         &self.about
     }
 
-    /// The VM that it was taken of.
+    /// Returns the name of the VM that it was taken of.
     pub(super) fn vm(&self) -> Option<&str> {
         match &self.origin {
             Origin::Vm(name) => Some(name),
@@ -107,7 +108,7 @@ impl Checkpoint {
         }
     }
 
-    /// The snapshot that it was opened from.
+    /// Returns the snapshot that it was opened from.
     pub(super) fn saved_at(&self) -> Option<&SavedAt> {
         match &self.origin {
             Origin::Vm(_) => None,
@@ -115,12 +116,12 @@ impl Checkpoint {
         }
     }
 
-    /// Its labels.
+    /// Returns its labels.
     pub(super) fn labels(&self) -> &Labels {
         &self.forked.labels
     }
 
-    /// What its children may be made without.
+    /// Returns the secrets that its children may be made without.
     pub(super) fn secrets(&self) -> &Secrets {
         &self.forked.secrets
     }
@@ -133,7 +134,7 @@ impl Checkpoint {
         &self.parts
     }
 
-    /// How long the VM was paused, in microseconds.
+    /// Returns the length of the VM's pause, in microseconds.
     pub(super) fn pause_us(&self) -> f64 {
         us(self.forked.pause)
     }
@@ -161,7 +162,7 @@ impl Checkpoint {
         }
     }
 
-    /// The answer to a fork that has made `made` in `total`.
+    /// Returns the answer to a fork that has made `made` in `total`.
     pub(super) fn answer(&self, made: Vec<Made>, total: Duration) -> ForkAnswer {
         let Forked { pause, freeze, remapped, copied, .. } = self.forked;
         ForkAnswer::new(made, (pause, freeze, total), (remapped, copied))
@@ -176,7 +177,7 @@ fn us(time: Duration) -> f64 {
 #[derive(Debug, Default)]
 pub(crate) struct Checkpoints(Mutex<BTreeMap<String, Option<Arc<Checkpoint>>>>);
 
-/// A name that is reserved. It is free again when this is dropped, unless a checkpoint has it.
+/// A reserved name. A drop frees it, unless a checkpoint has it.
 #[derive(Debug)]
 pub(super) struct Reserved<'a> {
     of: &'a Checkpoints,
@@ -205,10 +206,10 @@ impl Checkpoints {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reserves a name; without one the VM's and a number.
+    /// Reserves a name: by default the VM's and a number.
     ///
     /// # Errors
-    /// When it is no name, or taken.
+    /// When the name is invalid, or taken.
     pub(super) fn reserve(&self, vm: &str, name: Option<&str>) -> Result<Reserved<'_>, FleetError> {
         let mut all = self.all();
         let name = match name {
@@ -230,22 +231,22 @@ impl Checkpoints {
         self.all().insert(name.to_owned(), Some(checkpoint));
     }
 
-    /// The checkpoint called `name`.
+    /// Returns the checkpoint called `name`.
     ///
     /// # Errors
-    /// When there is none.
+    /// When no checkpoint has the name.
     pub(super) fn get(&self, name: &str) -> Result<Arc<Checkpoint>, FleetError> {
         let none = || FleetError::NoSuchCheckpoint { name: name.to_owned() };
         self.all().get(name).cloned().flatten().ok_or_else(none)
     }
 
-    /// Removes a checkpoint. Children that were forked from it run on.
+    /// Removes a checkpoint. Children forked from it run on.
     ///
     /// # Errors
-    /// When there is none.
+    /// When no checkpoint has the name.
     pub(super) fn remove(&self, name: &str) -> Result<CheckpointInfo, FleetError> {
         let mut all = self.all();
-        // A name that is only reserved is another request's.
+        // A reserved name belongs to another request.
         let found = if all.get(name).is_some_and(Option::is_some) { all.remove(name).flatten() } else { None };
         drop(all);
         Ok(found.ok_or_else(|| FleetError::NoSuchCheckpoint { name: name.to_owned() })?.info(name))
@@ -255,7 +256,7 @@ impl Checkpoints {
         self.all().iter().filter_map(|(name, found)| Some(found.as_ref()?.info(name))).collect()
     }
 
-    /// The configurations of the VMs that they are of.
+    /// Returns the configurations of the checkpoints' VMs.
     pub(super) fn configs(&self) -> Vec<VmConfig> {
         self.all().values().flatten().map(|checkpoint| checkpoint.config().clone()).collect()
     }
@@ -282,7 +283,7 @@ mod tests {
         assert_eq!(&*first, "web.1");
         assert_eq!(&*all.reserve("web", None).unwrap(), "web.2");
         assert!(matches!(all.reserve("web", Some("web.1")), Err(FleetError::CheckpointTaken { .. })));
-        // It is listed once it is there.
+        // A checkpoint is listed once it is there.
         assert_eq!(all.list().len(), 0);
         assert!(matches!(all.get("web.1"), Err(FleetError::NoSuchCheckpoint { .. })));
         assert!(all.remove("web.1").is_err());

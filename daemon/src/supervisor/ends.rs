@@ -1,4 +1,4 @@
-//! What has ended: VMs' processes are noticed, their names set free, their files removed.
+//! Ends of VMs: reaps their processes, frees their names, removes their files.
 
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,10 +15,10 @@ use crate::flight::FlightEvent;
 use crate::zygote::Exit;
 use clade_vmm::vm::StopReason;
 
-/// How often it looks for what dead processes have left.
+/// Interval of the sweeps for the files of dead processes.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(2);
-/// Sweeps that find a worker dead before it is taken that nobody will say so. A busy zygote may be
-/// late.
+/// Sweeps that must find a worker dead before its end counts as unreported. A busy zygote may
+/// report late.
 const MAX_SUSPECTED: u32 = 4;
 
 /// VMs that are being made, until this is dropped.
@@ -38,9 +38,9 @@ impl Drop for Making<'_> {
 /// Clears up after workers that have ended.
 pub(super) fn watch(exits: &Receiver<Exit>, supervisor: &Weak<Inner>) {
     let mut due = Instant::now() + SWEEP_INTERVAL;
-    // Found dead by the last sweeps, and nobody had said so.
+    // Workers that the last sweeps found dead, without a report.
     let mut suspects = BTreeMap::new();
-    // What is there already.
+    // VMs and dead processes from before this supervisor.
     if let Some(inner) = supervisor.upgrade() {
         inner.observe();
     }
@@ -54,8 +54,8 @@ pub(super) fn watch(exits: &Receiver<Exit>, supervisor: &Weak<Inner>) {
         if let Some(exit) = exit {
             inner.ended(exit);
         }
-        // However many ends come. But those that were said already come first: a VM that has ended in
-        // order would be on record as one whose end nobody knows.
+        // A sweep is due even in a flood of reports. Reports already received come first: otherwise
+        // a VM that ended properly would be recorded as lost.
         if Instant::now() >= due {
             let until = Instant::now() + SWEEP_INTERVAL;
             while Instant::now() < until
@@ -75,14 +75,14 @@ impl Inner {
         self.ends.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes that VMs are being made, until that is dropped.
+    /// Marks VMs as being made, until the result is dropped.
     pub(super) fn making(&self, claims: &[NameClaim]) -> Making<'_> {
         let names: Vec<String> = claims.iter().map(|claim| claim.name.clone()).collect();
         self.making.lock().unwrap_or_else(PoisonError::into_inner).extend(names.iter().cloned());
         Making { of: self, names }
     }
 
-    /// Names of VMs that are this supervisor's to announce.
+    /// Returns the names of VMs that this supervisor announces.
     pub(super) fn own_names(&self) -> BTreeSet<String> {
         let mut names = self.making.lock().unwrap_or_else(PoisonError::into_inner).clone();
         names.extend(self.processes.names());
@@ -97,12 +97,12 @@ impl Inner {
         let exceeded = vm.group.as_ref().and_then(|group| group.exceeded());
         vm.group.iter().for_each(|group| group.remove());
         tracing::info!(name, pid = exit.pid, signal = exit.signal, code = exit.code, "a VM's process has ended");
-        // Its name is another's by now, or free.
+        // By now its name is free, or has another owner.
         if !vm.has_name() {
             return self.say_ended(&name);
         }
         let flight = vm.flight();
-        // By itself, or by a signal that it has heard, or because it did not stop as asked.
+        // By itself, by a signal that it handles, or because it did not stop as requested.
         let in_order = exit.signal.is_none() && matches!(exit.code, Some(0..=2 | 129 | 130 | 143));
         let mut was_orderly = in_order || vm.is_stopped;
         if let Some(mib) = exceeded.filter(|_| !was_orderly) {
@@ -110,8 +110,8 @@ impl Inner {
             record_end(&self.dir, &name, exit, StopReason::OverLimit { mib }, flight.clone());
             was_orderly = true;
         }
-        // Its files are there. The lock went with it, unless another has the name by now: or this
-        // process, which has not left it to the VM yet.
+        // Its files are still there. Its lock has gone, unless another process has the name by now,
+        // or this one has not left it to the VM yet.
         match NameClaim::new(&self.dir, &name) {
             Ok(claim) => self.clear_up(claim, exit, was_orderly, flight),
             Err(FleetError::Taken { .. }) => {
@@ -122,7 +122,7 @@ impl Inner {
         self.say_ended(&name);
     }
 
-    /// Images of disks that VMs of this directory use, or checkpoints.
+    /// Returns the images of disks that VMs or checkpoints of this directory use.
     pub(super) fn used_images(&self) -> BTreeSet<PathBuf> {
         let of_vms = About::all(&self.dir).unwrap_or_default();
         let configs = of_vms.into_iter().map(|(_, about)| about.shape.config).chain(self.checkpoints.configs());
@@ -137,7 +137,7 @@ impl Inner {
     fn settle(&self) {
         let ended = std::mem::take(&mut *self.unsettled());
         for Unsettled { name, exit, was_orderly, flight } in ended {
-            // Another VM has the name, or somebody has cleared up.
+            // Another VM has the name, or another process has cleared up.
             let is_gone = !matches!(About::read(&self.dir, &name), Ok(Some(_)));
             if is_gone || self.processes.of(&name).is_some() {
                 continue;
@@ -153,7 +153,7 @@ impl Inner {
         self.snapshots.forget(&claim.name);
         let name = claim.name.clone();
         let process = About::read(&self.dir, &name).ok().flatten().and_then(|about| about.process);
-        // That of a VM that another supervisor has started.
+        // The record of a VM that another supervisor has started.
         let found = self.records.take(&name, process);
         let flight = if flight.is_empty() { found } else { flight };
         if let Some(about) = clear_up(claim, exit, was_orderly, flight) {
@@ -161,7 +161,7 @@ impl Inner {
         }
     }
 
-    /// Forgets an earlier VM of a name that is claimed: it died, and nobody has cleared up.
+    /// Clears up after an earlier VM of a claimed name, which died without that.
     pub(super) fn forget_earlier(&self, name: &str) {
         self.snapshots.forget(name);
         if let Ok(Some(about)) = About::read(&self.dir, name) {
@@ -170,23 +170,23 @@ impl Inner {
         }
     }
 
-    /// A VM has ended: what it had outside of the runtime directory goes.
+    /// Removes the resources of an ended VM outside of the runtime directory.
     fn left(&self, name: &str, about: &About) {
         self.overlays.release(&about.overlays);
         self.net_hook.iter().for_each(|hook| hook.down(about.interfaces(name)));
     }
 
-    /// Says that a VM has ended, unless another has its name by now.
+    /// Announces the end of a VM, unless another has its name by now.
     pub(super) fn say_ended(&self, name: &str) {
         if self.processes.of(name).is_none() {
             self.events.ended(name, recorded_reason(&self.dir, name).as_deref());
         }
     }
 
-    /// Says what VMs of other processes are there, and what has ended without a report.
+    /// Announces new VMs of other processes, and VMs that ended without a report.
     fn observe(&self) {
         self.events.zygote_restarts(self.zygote.restarts());
-        // Before and after: one may be made, or fail, while the directory is read.
+        // Before and after: a VM may be made, or fail, while the directory is read.
         let mut ours = self.own_names();
         match vm_names(&self.dir) {
             Ok(there) => {
@@ -198,10 +198,10 @@ impl Inner {
         }
     }
 
-    /// Clears up after processes whose end nobody has reported: a zygote that was killed reaps no
-    /// workers, and VMs of other processes of the directory are no workers. Returns those of workers
-    /// whose end may still be reported, and how many sweeps have found them: they are cleared up when
-    /// it is [`MAX_SUSPECTED`].
+    /// Clears up after processes whose end was never reported: a killed zygote reaps no workers,
+    /// and VMs of other processes of the directory are not workers. Returns the workers whose end
+    /// may still be reported, with the number of sweeps that have found them: after
+    /// [`MAX_SUSPECTED`] they are cleared up.
     fn sweep(&self, suspects: &BTreeMap<String, u32>) -> BTreeMap<String, u32> {
         let _ends = self.ends();
         self.settle();
@@ -220,8 +220,8 @@ impl Inner {
                 None => (None, Vec::new()),
             };
             if let Some(pid) = worker.filter(|pid| self.processes.is_there(*pid)) {
-                // Its process waits until it may give its disks what was written since a fork. Or it
-                // does not end, as one does that was broken into.
+                // Its process waits until it may merge the writes since a fork into its disks. Or
+                // it is compromised and does not end.
                 self.processes.give_back(pid);
                 self.clear_up(claim, Exit { pid, signal: None, code: None }, true, flight);
                 continue;
@@ -232,13 +232,13 @@ impl Inner {
                 claim.leave();
                 continue;
             }
-            // What the lock says, its owner has written.
+            // The pid in the lock is the owner's own claim.
             let pid = worker.unwrap_or(pid);
             tracing::info!(name = claim.name, pid, "VM process exited without notification");
             self.clear_up(claim, Exit { pid, signal: None, code: None }, false, flight);
             worker.map(|pid| self.processes.remove(pid));
         }
-        // Those that have ended in an orderly way under a zygote that was killed.
+        // VMs that ended properly under a killed zygote.
         self.processes.forget_ended(|name| found.contains_key(name));
         self.cgroups.iter().for_each(Cgroups::tidy);
         let used = OnceCell::new();

@@ -1,7 +1,7 @@
-//! Events: what happens to VMs and checkpoints, for clients that follow it (Server-Sent Events).
+//! Events of VMs and checkpoints, for clients that follow them (Server-Sent Events).
 //!
-//! The newest events are kept in a ring. Each reader has a place in it and takes what is there, so
-//! a slow one holds nothing up: it loses events, and is told how many.
+//! The newest events are kept in a ring. Each reader has a place in it and takes the events from
+//! there on. A slow reader delays nothing: it loses events, and gets the number lost.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::fmt::Write as _;
@@ -16,7 +16,7 @@ use tokio::time::sleep;
 use crate::control::frames::Frames;
 use crate::control::{ApiError, ProblemKind};
 
-/// Most events that are kept.
+/// Most events kept.
 const MAX_EVENTS: usize = 16 << 10;
 /// Most bytes of them.
 const MAX_BYTES: usize = 8 << 20;
@@ -24,19 +24,18 @@ const MAX_BYTES: usize = 8 << 20;
 const MAX_READERS: usize = 64;
 /// Bytes that a reader takes from the ring at once.
 const MAX_TAKEN: usize = 64 << 10;
-/// A line that says nothing is sent after this time without events. A client that has gone is found
-/// by it.
+/// An empty line is sent after this time without events. That detects clients that have gone.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 #[derive(Debug, Default)]
 struct Ring {
-    /// The newest events as they are sent.
+    /// The newest events in the form that is sent.
     kept: VecDeque<Arc<str>>,
     bytes: usize,
     /// The number of the newest event. The first has 1.
     newest: u64,
     zygote_restarts: u64,
-    /// VMs that are there.
+    /// Running VMs.
     vms: BTreeSet<String>,
 }
 
@@ -45,7 +44,7 @@ struct Ring {
 pub(super) struct Events {
     ring: Mutex<Ring>,
     newest: watch::Sender<u64>,
-    /// Tells ids of this supervisor from those of one before it.
+    /// Distinguishes ids of this supervisor from those of an earlier one.
     epoch: String,
     readers: Arc<Semaphore>,
 }
@@ -85,7 +84,7 @@ impl Events {
 
     fn created(&self, ring: &mut Ring, name: &str, parent: Option<&str>) {
         if !ring.vms.insert(name.to_owned()) {
-            // One of the name has ended, and nobody has said so yet.
+            // An earlier VM of the name has ended without an announcement.
             self.add(ring, "vm.ended", json!({ "name": name, "reason": null }));
         }
         self.add(ring, "vm.created", json!({ "name": name, "parent": parent }));
@@ -118,7 +117,7 @@ impl Events {
         self.add(&mut self.ring(), "vm.suspended", json!({ "name": name, "written_pages": written_pages }));
     }
 
-    /// A VM that was suspended was woken, by whomever.
+    /// A suspended VM was woken, for whatever cause.
     pub(super) fn woken(&self, name: &str) {
         self.add(&mut self.ring(), "vm.woken", json!({ "name": name }));
     }
@@ -140,8 +139,8 @@ impl Events {
         ring.zygote_restarts = count;
     }
 
-    /// Compares the VMs of the directory with those that are known. `is_ours` are VMs whose making
-    /// and whose end are announced elsewhere, `reason` says why one has ended.
+    /// Compares the VMs of the directory with the known ones. VMs that `is_ours` accepts are
+    /// announced elsewhere; `reason` returns why a VM has ended.
     pub(super) fn observe(
         &self,
         there: &BTreeSet<String>,
@@ -162,11 +161,11 @@ impl Events {
         }
     }
 
-    /// The events after `last`, an event's id; without one those from now on. They end when `ending`
-    /// says so.
+    /// Returns the events after `last`, an event's id; without one those from now on. The stream
+    /// ends once `ending` is true.
     ///
     /// # Errors
-    /// When there are too many readers, or `last` is no id.
+    /// When there are too many readers, or `last` is not an id.
     pub(super) fn follow(
         self: &Arc<Self>,
         last: Option<&str>,
@@ -193,7 +192,7 @@ impl Events {
         let (to, frames) = mpsc::channel(1);
         let mut reader =
             Reader { events: Arc::clone(self), after: after.unwrap_or(0), newest: self.newest.subscribe() };
-        // Another supervisor's id: what was lost is not known.
+        // Another supervisor's id: the number of lost events is unknown.
         let first = if after.is_err() { lost(None) } else { ": follows\n\n".to_owned() };
         if after.is_err() {
             reader.after = self.ring().oldest() - 1;
@@ -208,7 +207,7 @@ fn lost(count: Option<u64>) -> String {
 }
 
 impl Ring {
-    /// The number of the oldest event that is kept; of the next one if there is none.
+    /// Returns the number of the oldest event kept, or of the next one if the ring is empty.
     fn oldest(&self) -> u64 {
         self.newest + 1 - self.kept.len() as u64
     }
@@ -223,7 +222,7 @@ struct Reader {
 }
 
 impl Reader {
-    /// The next events, as soon as there are any.
+    /// Waits for the next events.
     async fn next(&mut self) -> String {
         let after = self.after;
         // Its sender lives as long as the events do.
@@ -248,7 +247,7 @@ impl Reader {
     }
 }
 
-/// Sends a reader its events until it goes, or all ends.
+/// Sends a reader its events until it goes, or the supervisor ends.
 async fn feed(
     mut reader: Reader,
     mut text: String,
@@ -279,7 +278,7 @@ mod tests {
         tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(test);
     }
 
-    /// The data of the next events, as many as `count`.
+    /// Returns the data of the next events, as many as `count`.
     async fn next(body: &mut Body, count: usize) -> Vec<Value> {
         let mut all = Vec::new();
         while all.len() < count {
@@ -330,7 +329,7 @@ mod tests {
         run(async {
             let (events, ending) = (Arc::new(Events::default()), watch::Sender::new(false));
             let mut body = events.follow(None, ending.subscribe()).unwrap();
-            // It takes a little into the channel at most, and then the ring overruns.
+            // The reader puts only a little into the channel, and then the ring overruns.
             for n in 0..MAX_EVENTS + 10 {
                 events.checkpoint_removed(&n.to_string());
             }
@@ -380,7 +379,7 @@ mod tests {
             let there = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
             events.observe(&there(&["a", "ours"]), |name| name == "ours", |_| None);
             events.observe(&there(&["a", "b", "ours"]), |name| name == "ours", |_| None);
-            // One that was made after the directory was read has not ended.
+            // A VM that was made after the directory was read has not ended.
             events.observe(&there(&["b"]), |name| name == "a", |_| None);
             events.observe(&there(&["b"]), |_| false, |name| Some(format!("why {name}")));
             let seen = next(&mut body, 3).await;

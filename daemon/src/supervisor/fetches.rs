@@ -1,7 +1,7 @@
-//! How much of the supervisor one VM may take: a process that is stopped answers nothing, and
-//! whatever asks it waits.
+//! Limits on the supervisor's resources for each VM: a stopped process answers nothing, and
+//! requests to it wait.
 //!
-//! A request for an image takes a thread until it is answered. One that is passed on takes a
+//! A request for an image takes a thread until it is answered. A forwarded request takes a
 //! connection.
 
 use std::collections::BTreeMap;
@@ -13,26 +13,26 @@ use tokio::time::timeout;
 
 use crate::control::{ApiError, ProblemKind};
 
-/// As many as its process answers at a time.
+/// The limit of a VM's process for requests at a time.
 const MAX_FETCHES: usize = 4;
-/// Requests to one VM that are passed on at a time.
+/// Requests forwarded to one VM at a time.
 const MAX_PASSED: usize = 64;
-/// How long a request for an image waits for its turn.
+/// Time limit of a request's wait for its turn.
 const TURN_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Permission to ask for an image, until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Fetch(#[expect(dead_code, reason = "it is held")] OwnedSemaphorePermit);
 
-/// Who asks for images, by VM.
+/// Users of images, by VM.
 #[derive(Debug, Default)]
 pub(super) struct Fetches(Mutex<BTreeMap<String, Arc<Semaphore>>>);
 
 impl Fetches {
-    /// Waits for permission to ask for an image of `vm`. No thread waits.
+    /// Waits for permission to request an image of `vm`. The wait takes no thread.
     ///
     /// # Errors
-    /// When those who have it do not get on.
+    /// When the current holders make no progress.
     pub(super) async fn begin(&self, vm: &str) -> Result<Fetch, ApiError> {
         self.begin_within(vm, TURN_TIMEOUT).await
     }
@@ -40,7 +40,7 @@ impl Fetches {
     async fn begin_within(&self, vm: &str, limit: Duration) -> Result<Fetch, ApiError> {
         let of_vm = {
             let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            // Those that somebody has or waits for.
+            // Semaphores that a request holds or waits for.
             all.retain(|_, turns| Arc::strong_count(turns) > 1);
             let new = || Arc::new(Semaphore::new(MAX_FETCHES));
             Arc::clone(all.entry(vm.to_owned()).or_insert_with(new))
@@ -49,17 +49,17 @@ impl Fetches {
             let text = format!("{MAX_FETCHES} requests wait for an image of {vm:?}, whose process does not answer");
             ApiError::new(ProblemKind::VmSilent, text)
         };
-        // It is never closed.
+        // The semaphore is never closed.
         let permit = timeout(limit, of_vm.acquire_owned()).await.ok().and_then(Result::ok);
         permit.map(Fetch).ok_or_else(silent)
     }
 }
 
-/// Requests that are passed on, by VM.
+/// Forwarded requests, by VM.
 #[derive(Debug, Default)]
 pub(super) struct Passing(Mutex<BTreeMap<String, usize>>);
 
-/// A request that is passed on, until this is dropped.
+/// A forwarded request, until this is dropped.
 #[derive(Debug)]
 pub(super) struct Passed<'a> {
     of: &'a Passing,
@@ -71,7 +71,7 @@ impl Passing {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins to pass a request on to `vm`.
+    /// Begins to forward a request to `vm`.
     ///
     /// # Errors
     /// When there are too many.
@@ -115,7 +115,7 @@ mod tests {
             }
             let refused = fetches.begin_within("web", soon).await.map(drop);
             assert_eq!(refused.map_err(|error| error.kind), Err(ProblemKind::VmSilent));
-            // Another is not held up, and neither is it when one has its image.
+            // Other VMs are not delayed, and neither is this one once a holder has its image.
             fetches.begin_within("other", soon).await.map(drop).unwrap();
             held.pop();
             fetches.begin_within("web", soon).await.map(drop).unwrap();

@@ -1,4 +1,4 @@
-//! What a worker is given: where it may reach, and what it is handed as descriptors.
+//! A worker's grants and descriptors.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use crate::jail::{Confinement, Grants};
 use crate::worker::{EnterOrder, Handed, Shape};
 use clade_vmm::vm::{Endpoints, VmConfig};
 
-/// Where workers are, and how far they reach.
+/// The grants of workers in a runtime directory.
 #[derive(Clone, Debug)]
 pub(super) struct Place {
     pub(super) dir: PathBuf,
@@ -24,32 +24,33 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// For a worker that works with the memory of a VM of `config`, and opens `disks` disks.
+    /// Returns the order for a worker that works with the memory of a VM of `config`, and opens
+    /// `disks` disks.
     pub(super) fn order(&self, config: &VmConfig, disks: usize, grants: Grants) -> EnterOrder {
         let (dir, confinement, ram) = (self.dir.clone(), self.confinement, config.layout().bytes());
         EnterOrder { dir, confinement, grants, disks, ram }
     }
 
-    /// For a child.
+    /// Returns the order for a child.
     pub(super) fn of_child(&self, shape: &Shape) -> EnterOrder {
         let grants = Grants::of_child(&shape.config, &shape.overlays, &shape.saved);
         self.order(&shape.config, shape.config.disks.len(), grants)
     }
 
-    /// For a worker that opens the snapshot of VMs of `shape`. Compressed disks are unpacked where
-    /// overlays are.
+    /// Returns the order for a worker that opens the snapshot of VMs of `shape`. Compressed disks
+    /// are unpacked in the directory of overlays.
     pub(super) fn of_opener(&self, shape: &Shape) -> EnterOrder {
         let overlays = shape.overlays.first().cloned().into_iter().collect();
         self.order(&shape.config, 0, Grants { dirs: shape.saved.clone(), overlays, ..Grants::default() })
     }
 
-    /// For a VM that is booted.
+    /// Returns the order for a VM that is booted.
     pub(super) fn of_boot(&self, config: &VmConfig, kernel: &Path, initrd: Option<&Path>) -> EnterOrder {
         self.order(config, config.disks.len(), Grants::of_boot(config, kernel, initrd))
     }
 }
 
-/// What is started.
+/// A VM to be started.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Start<'a> {
     pub(super) shape: &'a Shape,
@@ -63,8 +64,8 @@ pub(super) struct Start<'a> {
     pub(super) tie: Option<&'a OwnedFd>,
 }
 
-/// The descriptors of one VM, on their way to its worker. What was made for them outside of the
-/// runtime directory goes with this, unless the VM is kept.
+/// The descriptors of one VM, on their way to its worker. A drop removes the files made for it
+/// outside of the runtime directory, unless the VM is kept.
 #[derive(Debug)]
 pub(super) struct Hand {
     about: About,
@@ -73,17 +74,17 @@ pub(super) struct Hand {
     files: Vec<OwnedFd>,
     /// Whether the VM ends with this process.
     is_tied: bool,
-    /// The file of its flight record, which is read at its end.
+    /// The file of its flight record, read at its end.
     flight: Arc<OwnedFd>,
     /// None once the VM is kept.
     overlays: Option<InUse>,
 }
 
 impl Hand {
-    /// Makes the files of a VM that uses `overlays`, and writes down what it is.
+    /// Makes the files of a VM that uses `overlays`, and records the VM.
     ///
     /// # Errors
-    /// When one cannot be made. Then none stays.
+    /// When a file cannot be made. Then none stays.
     pub(super) fn make(
         claim: &NameClaim,
         start: Start<'_>,
@@ -101,7 +102,7 @@ impl Hand {
         let broker = vsock.map(|vsock| broker.connect(vsock.socket.clone())).transpose().map_err(failed)?;
         let flight = Arc::new(flight::make().map_err(failed)?);
         let (ends, devices) = ends.hand_over(broker).map_err(failed)?;
-        // From here on the socket's file is ours.
+        // From here on this owns the socket's file.
         let is_tied = tie.is_some();
         let mut hand = Self { about, is_booted: false, files: Vec::new(), is_tied, flight, overlays: Some(overlays) };
         let (sockets, record) = claim.hand_over(shape.config.virtio_console)?;
@@ -116,24 +117,24 @@ impl Hand {
         Ok((hand, Handed { is_tied, sockets, ends }))
     }
 
-    /// Of a VM that is booted: its disks' images are its to write.
+    /// Marks the VM as booted: it may write its disks' images.
     pub(super) fn booted(mut self) -> Self {
         self.is_booted = true;
         self
     }
 
-    /// The interfaces of the VM called `name`.
+    /// Returns the interfaces of the VM called `name`.
     pub(super) fn interfaces(&self, name: &str) -> Interfaces {
         self.about.interfaces(name)
     }
 
-    /// The VM called `name`, which is `process`, in `group`.
+    /// Returns the VM called `name`, with its `process` and its `group`.
     pub(super) fn own_vm(&self, name: &str, process: OwnedFd, group: Option<Group>) -> OwnVm {
         let vm = OwnVm::new(name, process, &self.about.shape.config, self.is_booted);
         vm.in_group(group).tied(self.is_tied).recorded_in(&self.flight)
     }
 
-    /// The descriptors, behind the lock of `claim`.
+    /// Returns the descriptors, behind the lock of `claim`.
     pub(super) fn files<'a>(&'a self, claim: &'a NameClaim) -> Vec<BorrowedFd<'a>> {
         claim.lock().into_iter().chain(self.files.iter().map(AsFd::as_fd)).collect()
     }
@@ -143,7 +144,7 @@ impl Hand {
         self.files.clear();
     }
 
-    /// Leaves what was made to the VM, which runs.
+    /// Leaves the files to the VM, which runs.
     pub(super) fn keep(mut self) {
         self.overlays.take().into_iter().for_each(InUse::keep);
     }

@@ -17,15 +17,15 @@ use tokio::sync::watch;
 use crate::control::{ApiError, ProblemKind};
 
 const KEY: HeaderName = HeaderName::from_static("idempotency-key");
-/// Says that an answer is the first one again.
+/// Marks an answer as a repeat of the first.
 pub(super) const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
-/// Bytes of a key.
+/// Most bytes of a key.
 pub(super) const MAX_KEY: usize = 128;
-/// Keys that are remembered.
+/// Most keys remembered.
 const MAX_KEYS: usize = 1024;
-/// Bytes of all answers that are remembered.
+/// Most bytes of all remembered answers.
 const MAX_BYTES: usize = 16 << 20;
-/// How long an answer is remembered.
+/// Lifetime of a remembered answer.
 const REMEMBERED: Duration = Duration::from_secs(600);
 
 /// An answer that can be given again.
@@ -34,7 +34,7 @@ struct Answer {
     status: StatusCode,
     media_type: Option<HeaderValue>,
     body: Bytes,
-    /// It is remembered from then on.
+    /// Start of the time for which the answer is remembered.
     at: Instant,
 }
 
@@ -61,9 +61,9 @@ impl Answer {
 
 #[derive(Debug)]
 struct Entry {
-    /// Of the method, the path and the body.
+    /// Hash of the method, the path and the body.
     fingerprint: u64,
-    /// Holds the answer once it is there.
+    /// Holds the answer once it is ready.
     answer: watch::Receiver<Option<Answer>>,
 }
 
@@ -79,22 +79,22 @@ impl Entry {
     }
 }
 
-/// The requests that are remembered, by their keys.
+/// The remembered requests, by their keys.
 #[derive(Debug, Default)]
 pub(super) struct Keys {
     all: Mutex<BTreeMap<String, Entry>>,
     hasher: RandomState,
 }
 
-/// What a request with a key is.
+/// A request with a key.
 enum Turn {
-    /// The first: its answer is to be sent.
+    /// The first: its answer goes to the sender.
     First(watch::Sender<Option<Answer>>, watch::Receiver<Option<Answer>>),
     /// A repeated one.
     Again(watch::Receiver<Option<Answer>>),
 }
 
-/// Forgets a key when dropped, unless its answer is to be remembered.
+/// Forgets a key when dropped, unless its answer is kept.
 struct Forget<'a> {
     keys: &'a Keys,
     key: &'a str,
@@ -140,13 +140,13 @@ impl Keys {
     }
 }
 
-/// Whether a request makes something, and so takes an idempotency key.
+/// Returns whether a request makes a resource, and so takes an idempotency key.
 pub(super) fn is_idempotent(method: &str, path: &str) -> bool {
     let is_one_of_all = matches!(path, "/v1/vms" | "/v1/restore" | "/v1/checkpoints");
     method == "POST" && (is_one_of_all || path.ends_with("/fork") || path.ends_with("/checkpoint"))
 }
 
-/// The key of a request.
+/// Returns the key of a request.
 fn key_of(request: &Request) -> Result<Option<String>, ApiError> {
     let Some(key) = request.headers().get(KEY) else { return Ok(None) };
     if !is_idempotent(request.method().as_str(), request.uri().path()) {
@@ -160,8 +160,8 @@ fn key_of(request: &Request) -> Result<Option<String>, ApiError> {
     Err(ApiError::new(ProblemKind::BadRequest, text))
 }
 
-/// Does a request with a key once. It is done to its end, though its client goes: the answer is for
-/// the next time. What failed by no fault of the client (5xx) is not remembered.
+/// Runs a request with a key once, to its end even if its client goes: a repeated request gets the
+/// answer. Server errors (5xx) are not remembered.
 pub(super) async fn once(State(keys): State<Arc<Keys>>, request: Request, next: Next) -> Response {
     match answer(&keys, request, next).await {
         Ok(response) => response,
@@ -184,14 +184,14 @@ async fn answer(keys: &Arc<Keys>, request: Request, next: Next) -> Result<Respon
                 let answer = Answer::of(next.run(Request::from_parts(head, Body::from(body))).await).await;
                 let Ok(answer) = answer else { return };
                 forget.is_remembered = !answer.status.is_server_error();
-                // Before those who wait hear of it: they may try again at once.
+                // Before the waiting requests get the answer: they may try again at once.
                 drop(forget);
                 sender.send_replace(Some(answer));
             });
             (answered, false)
         }
     };
-    // Without an answer the request has panicked.
+    // A missing answer means that the request has panicked.
     let answer = answered.wait_for(Option::is_some).await.ok().and_then(|answer| answer.clone());
     Ok(answer.ok_or(ProblemKind::Internal)?.response(is_replayed))
 }
@@ -211,7 +211,7 @@ mod tests {
     #[derive(Clone, Default)]
     struct Made(Arc<AtomicU32>);
 
-    /// Counts up after a while. `fail` is a server's error, `bad` a client's.
+    /// Counts up after a while. `fail` is a server error, `bad` a client error.
     async fn make(State(made): State<Made>, body: String) -> (StatusCode, String) {
         sleep(Duration::from_millis(50)).await;
         let made = made.0.fetch_add(1, Ordering::Relaxed) + 1;

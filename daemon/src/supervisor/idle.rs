@@ -1,13 +1,13 @@
-//! VMs that are suspended when they have done nothing for a time.
+//! Suspension of VMs that have been idle for a time.
 //!
-//! **Idle** is a VM whose process takes next to no processor: at most 2 % of one from one look to
-//! the next, a second apart. vCPUs, devices and requests are all in it. A guest that halts is in
-//! the kernel, and takes none; one that only serves its timer takes less than that. What cannot be
-//! seen is a guest that waits for an answer from elsewhere: the packet that brings it wakes it.
+//! A VM is **idle** if its process uses next to no processor time: at most 2 % of one between two
+//! checks, a second apart. That includes vCPUs, devices and requests. A halted guest is in the
+//! kernel, and uses none; one that only serves its timer uses less than that. A guest that waits
+//! for an answer from elsewhere looks idle: the packet with the answer wakes it.
 //!
 //! On a busy host a guest that computes may get less than that. So each thread's time is compared
-//! with what it could have had: the time from look to look, without the time that the thread waited
-//! for a processor (`/proc/PID/task/TID/schedstat`). A thread that waits all the time is busy.
+//! with the time that it could have had: the interval, less the time that the thread waited for a
+//! processor (`/proc/PID/task/TID/schedstat`). A thread that waits all the time is busy.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,41 +21,41 @@ use super::{Inner, Supervisor};
 use crate::control::{ProblemKind, SuspendAfterInfo, SuspendAfterRequest};
 use crate::fleet::{Cancel, FleetError};
 
-/// How often the VMs are looked at.
+/// Interval of the checks.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
-/// The most of a processor that an idle VM's process takes.
+/// Largest share of a processor that an idle VM's process uses.
 const MAX_SHARE: f64 = 0.02;
 /// The longest time, in seconds: a century.
 const MAX_SECONDS: f64 = 100.0 * 365.0 * 86_400.0;
-/// Where `/proc/PID/stat` has the time in user mode, counted behind the program's name. The time in
-/// the kernel follows, and the time of its start is seven behind that.
+/// Field of `/proc/PID/stat` with the time in user mode, counted behind the program's name. The
+/// time in the kernel follows, and the start time is seven fields behind that.
 const USER_TICKS: usize = 11;
 /// USER_HZ, which is the same on every kernel for x86-64.
 const TICKS_A_SECOND: u64 = 100;
 
-/// A process, and the processor time that it has had.
+/// A process, and the processor time that it has used.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Used {
     started: u64,
     ticks: u64,
-    /// Its threads by number. None where the kernel does not account for them.
+    /// Its threads by tid. None where the kernel does not account for them.
     threads: BTreeMap<u32, Thread>,
 }
 
-/// What a thread has had so far.
+/// A thread's times so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Thread {
     /// Time on a processor.
     ran: Duration,
-    /// Time in which it could have run and had no processor, up to its last turn.
+    /// Time in which it was runnable without a processor, up to its last turn.
     delayed: Duration,
-    /// How often it got a processor.
+    /// Number of its turns on a processor.
     turns: u64,
-    /// Whether it has had no turn since the last look, and can run now.
+    /// Whether it has had no turn since the last check, and is runnable now.
     is_starved: bool,
 }
 
-/// What the kernel says of a process, if it is there. `last` is what it said at the last look.
+/// Reads the kernel's counts for a process, if it exists. `last` is the result of the last check.
 fn used(pid: u32, last: Option<&Used>) -> Option<Used> {
     let mut used = parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)?;
     for entry in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
@@ -73,14 +73,15 @@ fn used(pid: u32, last: Option<&Used>) -> Option<Used> {
 }
 
 fn parse(stat: &str) -> Option<Used> {
-    // A program's name may have anything in it.
+    // A program's name may hold any character.
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
     let number = |at: usize| fields.get(at)?.parse::<u64>().ok();
     let (started, ticks) = (number(USER_TICKS + 8)?, number(USER_TICKS)? + number(USER_TICKS + 1)?);
     Some(Used { started, ticks, threads: BTreeMap::new() })
 }
 
-/// A thread's `schedstat`. None if it has had no turn: the kernel does not count them, or it is new.
+/// Parses a thread's `schedstat`. None if it has had no turn: the kernel does not count them, or it
+/// is new.
 fn parse_thread(schedstat: &str) -> Option<Thread> {
     let mut numbers = schedstat.split_ascii_whitespace().map(str::parse::<u64>);
     let (ran, delayed, turns) = (numbers.next()?.ok()?, numbers.next()?.ok()?, numbers.next()?.ok()?);
@@ -89,13 +90,13 @@ fn parse_thread(schedstat: &str) -> Option<Thread> {
 }
 
 impl Used {
-    /// The share of a processor that the process has taken in `elapsed` since `last`, of what its
-    /// threads could have had.
+    /// Returns the share of a processor that the process has used in `elapsed` since `last`, of the
+    /// time that its threads could have had.
     fn share_since(&self, last: &Self, elapsed: Duration) -> f64 {
         let of_thread = |(number, thread): (&u32, &Thread)| {
             let before = last.threads.get(number).copied().unwrap_or_default();
             let ran = thread.ran.saturating_sub(before.ran);
-            // A wait that began before the last look counts when it ends.
+            // A wait that began before the last check counts when it ends.
             let could = elapsed.saturating_sub(thread.delayed.saturating_sub(before.delayed)).max(ran);
             if thread.is_starved { 1.0 } else { ran.as_secs_f64() / could.as_secs_f64().max(f64::MIN_POSITIVE) }
         };
@@ -110,17 +111,17 @@ struct Policy {
     pid: u32,
     used: Used,
     looked: Instant,
-    /// Since when it does nothing.
+    /// Start of its idle time.
     since: Instant,
 }
 
 impl Policy {
-    /// Takes note of what its process has used by `now`. Whether it is to be suspended.
+    /// Notes the time that its process has used by `now`. Returns whether to suspend the VM.
     fn look(&mut self, used: Used, now: Instant) -> bool {
         let elapsed = now.duration_since(self.looked);
         let busy = used.ticks.saturating_sub(self.used.ticks) as f64 / TICKS_A_SECOND as f64;
         let share = busy / elapsed.as_secs_f64().max(f64::MIN_POSITIVE);
-        // One tick is the least that can be seen. Threads that have ended are only in the ticks.
+        // One tick is the least that can be seen. Ended threads show only in the ticks.
         let is_busy = share > MAX_SHARE && busy > 1.0 / TICKS_A_SECOND as f64;
         if is_busy || used.share_since(&self.used, elapsed) > MAX_SHARE {
             self.since = now;
@@ -137,7 +138,7 @@ pub(super) struct Idle(Mutex<Policies>);
 #[derive(Debug, Default)]
 struct Policies {
     by_name: BTreeMap<String, Policy>,
-    /// Whether somebody looks.
+    /// Whether the task that checks the VMs runs.
     is_watched: bool,
 }
 
@@ -146,14 +147,14 @@ impl Idle {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The VMs that are to be suspended now, and where. Those that have gone are forgotten.
+    /// Returns the VMs to suspend now, each with its directory. Forgets those that have gone.
     fn due(&self) -> Vec<(String, PathBuf)> {
         let (mut due, now) = (Vec::new(), Instant::now());
         self.policies().by_name.retain(|name, policy| {
             let used = used(policy.pid, Some(&policy.used));
             let Some(used) = used.filter(|used| used.started == policy.used.started) else { return false };
             if policy.look(used, now) {
-                // If it cannot be suspended, it is tried again after as long.
+                // If it cannot be suspended, the next attempt comes after as long.
                 policy.since = now;
                 due.push((name.clone(), policy.dir.clone()));
             }
@@ -164,13 +165,13 @@ impl Idle {
 }
 
 impl Supervisor {
-    /// Has a VM suspended whenever it has been idle for a time, in place of the time that it had.
+    /// Has a VM suspended whenever it has been idle for a time, which replaces an earlier one.
     ///
     /// # Errors
-    /// When there is no such VM, or no such time.
+    /// When there is no such VM, or the time is out of range.
     pub(super) fn suspend_after(&self, name: &str, request: &SuspendAfterRequest) -> Result<(), FleetError> {
         let SuspendAfterRequest { seconds, ref dir } = *request;
-        // Not a number is in no range.
+        // NaN is in no range.
         if !(seconds > 0.0 && seconds <= MAX_SECONDS) {
             let text = format!("seconds={seconds}: more than 0, and at most {MAX_SECONDS}");
             return Err(FleetError::Refused { kind: ProblemKind::BadRequest, text });
@@ -190,14 +191,14 @@ impl Supervisor {
         Ok(())
     }
 
-    /// After which time a VM is suspended.
+    /// Returns the time after which a VM is suspended.
     pub(super) fn suspended_after(&self, name: &str) -> Result<SuspendAfterInfo, FleetError> {
         About::expect(&self.0.dir, name)?;
         let policies = self.0.idle.policies();
         Ok(SuspendAfterInfo { seconds: policies.by_name.get(name).map(|policy| policy.after.as_secs_f64()) })
     }
 
-    /// Has a VM no longer suspended.
+    /// Stops suspending a VM.
     pub(super) fn suspend_never(&self, name: &str) -> Result<(), FleetError> {
         About::expect(&self.0.dir, name)?;
         self.0.idle.policies().by_name.remove(name);
@@ -205,7 +206,7 @@ impl Supervisor {
     }
 }
 
-/// Suspends what is idle, until the supervisor goes.
+/// Suspends idle VMs, until the supervisor goes.
 async fn watch(of: Weak<Inner>) {
     loop {
         tokio::time::sleep(LOOK_INTERVAL).await;
@@ -242,8 +243,8 @@ mod tests {
         assert_eq!((parse_thread("0 0 0\n"), parse_thread("")), (None, None));
     }
 
-    /// A policy whose VM has one thread, which is looked at every second. Returns whether each look
-    /// would suspend the VM.
+    /// Checks a policy every second on a VM with one thread. Returns whether each check would
+    /// suspend the VM.
     fn looks(after: u64, seconds: u64, thread: impl Fn(u64) -> Thread) -> Vec<bool> {
         let begun = Instant::now();
         let used = |second| Used { started: 1, ticks: 0, threads: [(1, thread(second))].into() };
@@ -260,7 +261,8 @@ mod tests {
         };
         // A spinning guest gets 5 ms of each second, and waits for the rest.
         assert_eq!(looks(3, 20, |second| thread(5 * second, 995 * second, second, false)), [false; 20]);
-        // It gets nothing for ten seconds, whose wait the kernel accounts for at the next turn.
+        // The guest gets no time for ten seconds, whose wait the kernel accounts for at the next
+        // turn.
         let starved = |second| if second < 10 { thread(0, 0, 1, true) } else { thread(1, 10_000, 2, false) };
         assert_eq!(looks(3, 10, starved), [false; 10]);
         // A guest that serves its timer takes 5 ms of each second, and waits 200 ms for its turns.
@@ -275,7 +277,7 @@ mod tests {
         let used = |ticks| Used { started: 1, ticks, ..Used::default() };
         let after = Duration::from_secs(3);
         let mut policy = Policy { after, dir: PathBuf::new(), pid: 1, used: used(0), looked: begun, since: begun };
-        // One tick a second is what cannot be told from none.
+        // One tick a second cannot be told from none.
         assert!(!policy.look(used(1), at(1)));
         assert!(!policy.look(used(2), at(2)));
         assert!(policy.look(used(2), at(3)), "three seconds");

@@ -1,4 +1,4 @@
-//! Children and booted VMs: workers that make them, all of a request or none (I13).
+//! Children and booted VMs: starts the workers that make them, all of a request or none (I13).
 
 use std::cell::{Cell, OnceCell};
 use std::os::fd::{AsFd, OwnedFd};
@@ -23,37 +23,37 @@ use crate::secrets::{self, Secrets};
 use crate::worker::{BootOrder, EnterOrder, ForkOrder, Inherited, Made, Order, Shape, Worker, Workers, has_ended};
 use clade_vmm::vm::{Endpoints, VmError};
 
-/// Where a child notes what it writes, and who learns it.
+/// The file for a child's written pages, and the set that learns from it.
 type Note = Option<(OwnedFd, Weak<Learning>)>;
 
 /// Most memory that a child may have copies of ahead, in MiB.
 const MAX_AHEAD_MIB: u32 = 4096;
 /// The least memory of a VM's process, in MiB.
 const MIN_LIMIT_MIB: u64 = 32;
-/// How much processor time a VM's limit may be.
+/// Least processor time of a VM's limit.
 const MIN_CPUS: f64 = 0.01;
 const MAX_CPUS: f64 = 1024.0;
 
-/// Where a worker is, and what it may take.
+/// A worker's control group and limits.
 pub(super) struct Ground {
     pub(super) enter: EnterOrder,
     pub(super) bounds: Bounds,
 }
 
-/// What children are made from.
+/// The source of children.
 pub(super) struct Origin<'a> {
     pub(super) about: &'a About,
     /// The VM, if it is not the image of a snapshot.
     pub(super) vm: Option<&'a str>,
-    /// What its children write, if that is learned.
+    /// Learns the pages that its children write, if that is wanted.
     pub(super) learning: Option<&'a Arc<Learning>>,
-    /// The image, once it is there: it is asked for when the workers have their orders.
+    /// Returns the image once it is there: it is requested after the workers have their orders.
     pub(super) image: &'a dyn Fn() -> Result<&'a Checkpoint, FleetError>,
 }
 
-/// VMs that are to be made.
+/// VMs to be made.
 struct Making<'a> {
-    /// What prepared workers are of. None if there are none for them.
+    /// The shape of prepared workers. None if none fit.
     shape: Option<&'a Shape>,
     ground: Ground,
     claims: &'a [NameClaim],
@@ -62,23 +62,23 @@ struct Making<'a> {
     check: &'a dyn Fn(usize) -> Result<(), FleetError>,
 }
 
-/// Workers that have their orders, each with what it was handed, in its group.
+/// Workers with their orders, each with its descriptors, in its group.
 struct Ordered {
     workers: Workers,
     hands: Vec<Hand>,
     groups: Vec<Option<Group>>,
 }
 
-/// What was erased in each of the children that were made without secrets.
+/// Returns the count of secrets erased in each of the children made without secrets.
 fn erased(made: &[Made], request: &ForkRequest) -> Option<ErasedInfo> {
     made.first().filter(|_| request.without_secrets).map(|child| child.erased)
 }
 
 impl Supervisor {
-    /// Forks a VM, in whatever process it is, into children of one instant.
+    /// Forks a VM, in whichever process it runs, into children of one instant.
     ///
     /// # Errors
-    /// When there is no such VM, or a child cannot be made: then there is none (I13). The parent
+    /// When there is no such VM, or a child cannot be made: then none is made (I13). The parent
     /// runs on.
     pub(crate) fn fork_vm(
         &self,
@@ -90,13 +90,13 @@ impl Supervisor {
         let begun = Instant::now();
         let _busy = self.0.busy.read();
         check_names(request.count, request.name.as_deref())?;
-        // Before its image is asked for: the VM's files may be another's when that is there.
+        // Before the request for its image: when that is there, the VM's files may be another's.
         let about = About::expect(&self.0.dir, vm)?;
         // Before the parent is paused: a refused request costs it nothing.
         let claims = self.claim(vm, request, &about.shape, cancel)?;
         let _making = self.0.making(&claims);
         let claimed = Instant::now();
-        // Its fork and the children's workers take their time side by side.
+        // Its fork and the starts of the children's workers run side by side.
         let asked = Cell::new(Some((Asked::begin(self.dir(), vm)?, fetch)));
         let taken = OnceCell::new();
         let image = || match (taken.get(), asked.take()) {
@@ -107,7 +107,7 @@ impl Supervisor {
                 tracing::debug!(vm, claim = ?claimed - begun, image = ?claimed.elapsed(), "fork");
                 Ok(taken.get_or_init(|| checkpoint))
             }
-            // It was asked for, in vain.
+            // The request for it has failed.
             (None, None) => Err(FleetError::Ending),
         };
         let made = self.start_children(
@@ -145,7 +145,8 @@ impl Supervisor {
         Ok(answer)
     }
 
-    /// Claims the names of children of `shape`, for which there is room. [`check_names`] comes first.
+    /// Claims the names of children of `shape`, after a check that the host has room.
+    /// [`check_names`] comes first.
     pub(super) fn claim(
         &self,
         stem: &str,
@@ -167,7 +168,7 @@ impl Supervisor {
         claim_names(&self.0.dir, stem, count, request.name.as_deref(), |name| listed.contains(name), check)
     }
 
-    /// Starts children from an image that is there.
+    /// Starts children from an existing image.
     pub(super) fn start_children_of(
         &self,
         checkpoint: &Checkpoint,
@@ -196,7 +197,7 @@ impl Supervisor {
         let budget = Learning::budget(self.ahead_pages(origin, request)?, count);
         let About { shape, identity, session, bounds, .. } = origin.about;
         let choice = request.identity();
-        // While any is made: a worker is told of directories that are there.
+        // Held while any is made: a worker's grants must name existing directories.
         let _overlays = self.0.overlays.hold(&shape.written())?;
         claims.iter().for_each(|claim| self.0.forget_earlier(&claim.name));
         let order = |worker: &Worker, claim: &NameClaim| {
@@ -267,7 +268,7 @@ impl Supervisor {
         config.check_devices().map_err(VmError::from)?;
         config.check_queues().map_err(VmError::from)?;
         let shape = Shape::of_boot(&config);
-        // The writes of a disk that keeps no journal. Others are made beside the image.
+        // The writes of a disk without a journal. Journals are made beside the image.
         let mut written = Vec::new();
         for (disk, overlays) in config.disks.iter_mut().zip(&shape.overlays) {
             let has_journal = !disk.disk.ephemeral && !is_block_device(&disk.disk.path);
@@ -310,15 +311,15 @@ impl Supervisor {
         made.into_iter().next().ok_or(FleetError::Ending)
     }
 
-    /// Has a worker for each claim make its VM, and then all run. `give` gives all of them what comes
-    /// behind their orders, and returns where each notes what it writes. The claims must outlive this when it fails: names are free when nothing
-    /// uses them any more.
+    /// Has a worker for each claim make its VM, and then lets all run. `give` sends the parts that
+    /// follow the orders, and returns the files for the written pages. On failure the claims must
+    /// outlive this call: a name is free only once nothing uses it.
     fn make(
         &self,
         making: &Making<'_>,
         give: impl Fn(&Workers) -> Result<Vec<Note>, FleetError>,
     ) -> Result<Vec<Made>, FleetError> {
-        // Others are prepared when this is over: that takes processor time.
+        // Further workers are prepared afterwards: that takes processor time.
         let (prepared, _busy) = match making.shape {
             Some(shape) => {
                 let (prepared, busy) = self.0.pool.take(shape, making.claims.len());
@@ -331,7 +332,7 @@ impl Supervisor {
         let ordered = self.order(prepared, making)?;
         let have_orders = Instant::now();
         let made = match self.run(ordered, making, &give) {
-            // One that was prepared may have died meanwhile. Others have no such excuse.
+            // A prepared worker may have died meanwhile. For others this is an error.
             Err(FleetError::Worker { source }) if were_prepared => {
                 tracing::info!(error = %source, "a prepared worker has failed, and others are taken");
                 self.run(self.order(Vec::new(), making)?, making, &give)
@@ -347,14 +348,14 @@ impl Supervisor {
         made
     }
 
-    /// Gives workers their orders: those that are `prepared`, and as many others as it takes.
+    /// Gives orders to the `prepared` workers, and to as many new ones as needed.
     fn order(&self, prepared: Vec<Worker>, making: &Making<'_>) -> Result<Ordered, FleetError> {
         let Making { ground, claims, order, check, .. } = making;
         let count = prepared.len();
         let mut workers = Workers(self.0.zygote.workers(claims.len() - count)?);
         // The prepared ones first: they are the first to be done.
         workers.0.splice(..0, prepared);
-        // In its group before it is told anything, as far as that goes.
+        // In its group before its first order, if that is possible.
         let settle = |worker: &Worker, claim: &NameClaim, is_prepared: bool| {
             let group = self.0.group_for(worker, &claim.name, ground)?;
             if !is_prepared {
@@ -369,7 +370,7 @@ impl Supervisor {
         for (at, claim) in claims.iter().enumerate() {
             check(0)?;
             let hand = match order(&workers.0[at], claim) {
-                // One that was prepared may have died meanwhile. Another has no such excuse.
+                // A prepared worker may have died meanwhile. For another this is an error.
                 Err(FleetError::Worker { .. }) => {
                     workers.0[at] = self.0.zygote.workers(1)?.pop().ok_or(FleetError::Ending)?;
                     groups[at] = settle(&workers.0[at], claim, false)?;
@@ -382,7 +383,7 @@ impl Supervisor {
         Ok(Ordered { workers, hands, groups })
     }
 
-    /// Gives workers what is behind their orders, and lets their VMs run once all are made.
+    /// Sends workers the parts that follow their orders, and lets their VMs run once all are made.
     fn run(
         &self,
         ordered: Ordered,
@@ -392,10 +393,10 @@ impl Supervisor {
         let Ordered { mut workers, hands, groups } = ordered;
         let claims = making.claims;
         let notes = give(&workers)?;
-        // All of them, or none of the VMs runs.
+        // All of them, or no VM runs.
         let interfaces = || claims.iter().zip(&hands).map(|(claim, hand)| hand.interfaces(&claim.name)).collect();
         let up = self.0.net_hook.as_ref().map(|hook| hook.up(interfaces())).transpose()?;
-        // Before they run: one may end at once.
+        // Before they run: a VM may end at once.
         let pids: Vec<u32> = workers.0.iter().map(Worker::pid).collect();
         let vms = workers.0.iter().zip(claims).zip(&hands).zip(groups).zip(notes);
         for ((((worker, claim), hand), group), note) in vms {
@@ -410,7 +411,7 @@ impl Supervisor {
         Ok(made)
     }
 
-    /// Pages that a child of `origin` may copy ahead.
+    /// Returns the number of pages that a child of `origin` may copy ahead.
     fn ahead_pages(&self, origin: &Origin<'_>, request: &ForkRequest) -> Result<u64, FleetError> {
         let refused = |text: String| Err(FleetError::Refused { kind: ProblemKind::BadConfig, text });
         let mib = match (request.ahead_mib, origin.learning) {
@@ -426,7 +427,7 @@ impl Supervisor {
         Ok((u64::from(mib) << 20) / clade_memory::PAGE_SIZE)
     }
 
-    /// What a VM may take, if that is asked for and can be enforced.
+    /// Returns the resource limits of a VM, if they are requested and can be enforced.
     fn bounds(&self, limits: VmLimits) -> Result<Bounds, FleetError> {
         let refused = |text: &str| Err(FleetError::Refused { kind: ProblemKind::BadConfig, text: text.to_owned() });
         let VmLimits { memory_mib, cpus } = limits;
@@ -445,11 +446,11 @@ impl Supervisor {
 }
 
 impl Inner {
-    /// The group of a VM that is being made, with its worker in it.
+    /// Makes the group of a new VM, with its worker in it.
     fn group_for(&self, worker: &Worker, name: &str, ground: &Ground) -> Result<Option<Group>, FleetError> {
         let Some(groups) = &self.cgroups else { return Ok(None) };
         let group = groups.make(name, ground.bounds, ground.enter.ram)?;
-        // The number is the worker's while its descriptor says that it is there.
+        // The pid is the worker's as long as its pidfd reports no end.
         let pidfd = worker.pidfd()?.filter(|pidfd| !has_ended(pidfd, Duration::ZERO));
         let Some(_pidfd) = pidfd else {
             return Err(FleetError::Worker { source: std::io::ErrorKind::BrokenPipe.into() });

@@ -1,7 +1,6 @@
 //! `GET /metrics`: the VMs of the directory and the supervisor itself, for Prometheus.
 //!
-//! Every VM is asked when the metrics are. So a scrape costs what asking all VMs costs, and between
-//! two scrapes nothing is done.
+//! Each scrape asks all VMs. Between two scrapes nothing is done.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -45,7 +44,7 @@ async fn count(State(requests): State<Arc<Requests>>, request: Request, next: Ne
     let is_post = request.method() == hyper::Method::POST;
     let response = next.run(request).await;
     *requests.by_status().entry(response.status().as_u16()).or_default() += 1;
-    // The first answer again says nothing of how long it took.
+    // A repeated answer does not show the time of the request.
     if is_post && response.status().is_success() && !response.headers().contains_key(REPLAYED) {
         match path.as_str() {
             "/v1/vms/{name}/fork" | "/v1/checkpoints/{name}/fork" => requests.forks.record(begun.elapsed()),
@@ -76,7 +75,7 @@ pub(super) async fn scrape(
     Ok(([(header::CONTENT_TYPE, CONTENT_TYPE)], out.finish()).into_response())
 }
 
-/// The supervisor's own.
+/// Writes the supervisor's own metrics.
 fn own(out: &mut Exposition, supervisor: &Supervisor, requests: &Requests, gathered: &Gathered) {
     let info = supervisor.info();
     out.family("clade_build_info", Kind::Gauge, "The supervisor's version.");
@@ -109,13 +108,13 @@ fn own(out: &mut Exposition, supervisor: &Supervisor, requests: &Requests, gathe
     out.histogram(&[], &HistogramInfo::from(requests.boots.counts()));
 }
 
-/// The VM at the root of each VM's family: the first ancestor whose parent is not there.
+/// Returns the VM at the root of each VM's family: the first ancestor whose parent does not run.
 fn clades(vms: &[VmStats]) -> BTreeMap<&str, &str> {
     let parents: BTreeMap<&str, Option<&str>> = vms.iter().map(|vm| (vm.name.as_str(), vm.parent.as_deref())).collect();
     let root = |name| {
         let (mut at, mut seen) = (name, BTreeSet::from([name]));
         while let Some(parent) = parents.get(at).copied().flatten() {
-            // A name may be that of a descendant by now.
+            // The name may be a descendant's by now.
             if !seen.insert(parent) {
                 break;
             }
@@ -129,7 +128,7 @@ fn clades(vms: &[VmStats]) -> BTreeMap<&str, &str> {
 /// One sample a VM for each of some labels and numbers.
 type Of = for<'a> fn(&'a VmStats) -> Vec<(&'static str, u64)>;
 
-/// A metric of VMs: name, kind, help, the label that tells its samples apart, its samples.
+/// A metric of VMs: name, kind, help, the label that distinguishes its samples, its samples.
 type Metric = (&'static str, Kind, &'static str, &'static str, Of);
 
 const KIB: u64 = 1024;
@@ -199,7 +198,8 @@ fn of_vms(out: &mut Exposition, vms: &[VmStats]) {
         for (cause, pauses) in
             [("fork", &vm.pauses.fork), ("snapshot", &vm.pauses.snapshot), ("reset", &vm.pauses.reset)]
         {
-            // Most VMs are children that are never forked: their empty buckets would be most of it.
+            // Most VMs are children that are never forked: their empty buckets would be most of the
+            // text.
             if pauses.count > 0 {
                 out.histogram(&[("vm", &vm.name), ("clade", &clade), ("cause", cause)], pauses);
             }

@@ -1,35 +1,35 @@
 //! The supervisor: names, checkpoints and forks of the VMs of a runtime directory, each VM in a
 //! worker of its own.
 //!
-//! It never maps guest memory. What it knows of VMs it asks their processes, through the runtime
-//! directory. So one that comes back after its end finds all VMs, and one that ends takes none
-//! with it: only its checkpoints go.
+//! The supervisor never maps guest memory. It asks the processes of VMs for their state, through
+//! the runtime directory. So a new supervisor finds all VMs, and the end of one ends no VM: only
+//! its checkpoints go.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
 //! | `make` | children and booted VMs, all of a request or none |
-//! | `ends` | what has ended is noticed, and cleared up |
-//! | `checkpoint` | images that are held, to fork from |
-//! | `about` | what is known of a VM, whatever its process says |
-//! | `hand` | what a worker may reach, and what it is handed |
-//! | `cgroups` | what the processes of VMs may take of the host |
+//! | `ends` | detection of ended processes, and their cleanup |
+//! | `checkpoint` | images held for forks |
+//! | `about` | the supervisor's own records of VMs |
+//! | `hand` | grants and descriptors of workers |
+//! | `cgroups` | resource limits of VMs' processes |
 //! | `net_hook` | the program that connects interfaces to the host's network |
 //! | `records` | flight records of VMs that another supervisor has started |
 //! | `processes` | the processes of its VMs, and the end of those that do not end |
-//! | `fetches` | how much of the supervisor one VM may take |
+//! | `fetches` | limits on the supervisor's resources for each VM |
 //! | `overlays` | directories for the writes of confined VMs' disks |
 //! | `broker` | guests' connections to the host |
-//! | `suspend` | VMs that give their memory back until they are needed |
+//! | `suspend` | suspension of VMs, until they are needed |
 //! | `snapshots` | snapshots of VMs whose processes may not write files |
-//! | `events` | what happens, for those who follow it |
-//! | `idle` | VMs that are suspended when they do nothing |
-//! | `idempotency` | requests that are sent again |
+//! | `events` | the event stream |
+//! | `idle` | suspension of idle VMs |
+//! | `idempotency` | repeated requests |
 //! | `openapi` | the description of the HTTP API |
 //! | `metrics` | numbers for Prometheus |
-//! | `page` | the page of a browser: its files, and what all answers over TCP have |
-//! | `pool` | workers that are prepared before they are asked for |
-//! | `proxy` | requests that are passed on to a VM's process |
-//! | `ready` | guests that are told that their VMs are others |
+//! | `page` | the browser's page: its files, and the headers of all answers over TCP |
+//! | `pool` | workers prepared ahead of requests |
+//! | `proxy` | requests forwarded to a VM's process |
+//! | `ready` | identity of guests in new VMs, renewed by their agents |
 //! | `restore` | VMs from snapshots |
 //! | `server` | the HTTP API |
 
@@ -109,28 +109,28 @@ use processes::{Processes, kill};
 use records::Records;
 use snapshots::Snapshots;
 
-/// Clients that are given metrics at a time.
+/// Metrics clients at a time.
 const MAX_SCRAPES: usize = 4;
 
-/// How VMs are supervised.
+/// Options of a supervisor.
 #[derive(Clone, Debug, Default)]
 pub struct SupervisorOptions {
-    /// Most workers that are kept prepared for one configuration.
+    /// Most workers kept prepared for one configuration.
     pub pool: usize,
     /// Whether the processes of VMs are confined.
     pub confinement: Confinement,
-    /// Where their control groups are.
+    /// Place of the VMs' control groups.
     pub cgroup: CgroupPlace,
     /// The program that connects their interfaces to the host's network.
     pub net_hook: Option<PathBuf>,
-    /// Memory that a child of a checkpoint may have copies of before it writes there, in MiB, if its
-    /// request says nothing. 0 for none.
+    /// Default memory, in MiB, that a child of a checkpoint may have copies of before it writes
+    /// there. 0 for none.
     pub ahead_mib: u32,
-    /// The session whose VMs end with this process, however that ends.
+    /// The session whose VMs end with this process, whatever its end.
     pub session: Option<String>,
 }
 
-/// What the VMs of a session end with.
+/// The process that the VMs of a session end with.
 #[derive(Debug)]
 struct Tie {
     session: String,
@@ -144,7 +144,7 @@ impl Tie {
     }
 }
 
-/// The supervisor of a runtime directory. A clone is a handle to the same one.
+/// The supervisor of a runtime directory. Clones are handles to the same one.
 #[derive(Clone, Debug)]
 pub struct Supervisor(Arc<Inner>);
 
@@ -189,13 +189,13 @@ struct Inner {
     /// VMs whose workers were started here.
     processes: Processes,
     records: Arc<Records>,
-    /// Names of VMs that are being made: they have files, and their making is not announced yet.
+    /// Names of VMs being made: they have files, and are not announced yet.
     making: Mutex<BTreeSet<String>>,
-    /// Held while a VM's end is settled: whoever has been told that a name is free finds it free.
+    /// Held while a VM's end is settled: a name that was reported free is free.
     ends: Mutex<()>,
     fetches: Fetches,
     passing: Passing,
-    /// Metrics are gathered for so many clients at a time: each takes memory for all VMs' answers.
+    /// Metrics clients at a time: each takes memory for all VMs' answers.
     scrapes: Semaphore,
     /// VMs that have ended while their names were taken.
     unsettled: Mutex<Vec<Unsettled>>,
@@ -204,34 +204,35 @@ struct Inner {
     busy: RwLock<()>,
     ending: watch::Sender<bool>,
     runtime: Handle,
-    /// Serve the socket, and the port if there is one.
+    /// The tasks that serve the socket, and the port if there is one.
     servers: Mutex<Vec<JoinHandle<()>>>,
-    /// None once it has ended.
+    /// None after the end.
     claim: Mutex<Option<SupervisorClaim>>,
 }
 
 impl Supervisor {
-    /// Supervises the runtime directory `dir`, as `options` say: answers at its socket, on `runtime`.
+    /// Supervises the runtime directory `dir` with `options`, and answers at its socket, on
+    /// `runtime`.
     ///
     /// # Errors
-    /// When another process supervises it, or the zygote cannot be started. When there are to be control
-    /// groups, and they cannot be had.
+    /// When another process supervises it, or the zygote cannot be started. When control groups are
+    /// required, and unavailable.
     pub fn start(dir: &Path, options: &SupervisorOptions, runtime: &Handle) -> Result<Self, FleetError> {
         let SupervisorOptions { pool, confinement, ref cgroup, ref net_hook, ahead_mib, ref session } = *options;
         let dir = RuntimeDir::create(dir)?;
         let (claim, socket) = SupervisorClaim::new(&dir)?;
-        // Before there is another process.
+        // Before any other process is started.
         let cgroups = Cgroups::open(cgroup)?;
         let net_hook = net_hook.as_deref().map(NetHook::new).transpose()?;
         let (sender, exits) = mpsc::channel();
         let failed = |source| FleetError::Worker { source };
         let tie = session.clone().map(Tie::new).transpose().map_err(failed)?;
-        // One that ends with its VMs has few of them.
+        // A supervisor whose VMs end with it has few of them.
         let zygote = Arc::new(Zygote::start(sender, confinement, session.is_none())?);
         let place = Place { dir: dir.path().to_owned(), confinement };
         let overlays = OverlayDirs::default();
         let broker = Broker::start().map_err(failed)?;
-        // VMs of a supervisor that has ended.
+        // VMs of an earlier supervisor.
         let mut found = Vec::new();
         for (name, about) in About::all(&dir)? {
             overlays.found(&about.overlays);
@@ -240,7 +241,7 @@ impl Supervisor {
                 let given = broker.connect(vsock.socket.clone()).map_err(failed);
                 let given = given.and_then(|device| give_broker(dir.path(), &name, device.as_fd()));
                 if let Err(error) = given {
-                    // It has died, most likely.
+                    // The VM has most likely died.
                     tracing::debug!(%error, name, "its guest is not connected to the host");
                 }
             }
@@ -290,27 +291,28 @@ impl Supervisor {
         Ok(supervisor)
     }
 
-    /// Ends it: no request is taken any more, and prepared workers go. VMs run on. Those of its own
-    /// session end with this process: see [`Self::wait_for_disks`].
+    /// Ends the supervisor: it accepts no more requests, and prepared workers go. VMs run on. Those
+    /// of its own session end with this process: see [`Self::wait_for_disks`].
     pub fn close(&self) {
         self.0.closing.store(true, Ordering::Relaxed);
-        // Those that are under way are cancelled, and leave nothing.
+        // Open requests are cancelled, and leave nothing.
         drop(self.0.busy.write());
-        // Then their answers are sent. Without a receiver there is nobody to tell.
+        // Then their answers are sent. Without a receiver no server is left.
         let _ = self.0.ending.send(true);
         let servers = std::mem::take(&mut *self.0.servers.lock().unwrap_or_else(PoisonError::into_inner));
         for server in servers {
-            // It ends when all that was asked is answered, within 10 s; a panic of it is logged by the runtime.
+            // The server ends when all requests are answered, within 10 s; the runtime logs its
+            // panics.
             let _ = self.0.runtime.block_on(server);
         }
         self.0.pool.close();
         self.0.checkpoints.clear();
-        // Last: another may supervise the directory from here on.
+        // Last: another supervisor may start from here on.
         drop(self.0.claim.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
-    /// Waits until all VMs of its own session that have ended have given their disks what was written
-    /// since a fork, for `limit` at most. Returns whether they have: those that have not lose what
+    /// Waits, for `limit` at most, until all ended VMs of its own session have merged the writes
+    /// since a fork into their disks. Returns whether they have: the others lose the writes that
     /// their guests have not flushed, as soon as this process ends.
     ///
     /// After [`Self::close`]: a checkpoint keeps the disks as they are.
@@ -321,7 +323,7 @@ impl Supervisor {
         writers.iter().all(|process| has_ended(process, deadline.saturating_duration_since(Instant::now())))
     }
 
-    /// The process that a VM of `session` ends with.
+    /// Returns the process that a VM of `session` ends with.
     fn tie(&self, session: Option<&str>) -> Option<&OwnedFd> {
         self.0.tie.as_ref().filter(|tie| Some(&*tie.session) == session).map(|tie| &tie.process)
     }
@@ -332,7 +334,7 @@ impl Supervisor {
         reason.map_or(Ok(()), |reason| Err(FleetError::Cancelled { made, count, reason }))
     }
 
-    /// Takes a checkpoint of a VM, in whatever process it is.
+    /// Takes a checkpoint of a VM, in whichever process it runs.
     ///
     /// # Errors
     /// When there is no such VM, it cannot be forked, or the name is taken.
@@ -347,30 +349,31 @@ impl Supervisor {
         let name = self.0.checkpoints.reserve(vm, name)?;
         let checkpoint = Arc::new(Checkpoint::take(&self.0.dir, vm, &|| self.check(0, 0, cancel))?);
         drop(fetch);
-        // Nobody would know of it.
+        // A checkpoint without a client would stay unknown.
         self.check(0, 0, cancel)?;
         let info = checkpoint.info(&name);
-        // First: as soon as it is there, another request may remove it, and say so.
+        // First: as soon as the checkpoint is there, another request may remove it, and announce
+        // that.
         self.0.events.checkpoint_created(&name, vm);
         self.0.checkpoints.insert(&name, checkpoint);
         Ok(info)
     }
 
-    /// Waits for permission to ask for an image of `vm`.
+    /// Waits for permission to request an image of `vm`.
     ///
     /// # Errors
-    /// When its process does not answer those who have it.
+    /// When the VM's process does not answer the current holders.
     pub(crate) async fn fetch(&self, vm: &str) -> Result<Fetch, ApiError> {
         self.0.fetches.begin(vm).await
     }
 
-    /// The number of a VM's process, if it was started here.
+    /// Returns the pid of a VM's process, if it was started here.
     fn pid_of(&self, name: &str) -> Option<u32> {
         self.0.processes.of(name).map(|(pid, _)| pid)
     }
 
-    /// A VM was stopped, and its process has given the name back: `pid`, if it was started here.
-    /// Removes what is left.
+    /// Removes the files of a stopped VM, whose process has given the name back: `pid`, if it was
+    /// started here.
     fn stopped(&self, pid: Option<u32>, left: Option<(NameClaim, Exit)>) {
         let _ends = self.0.ends();
         pid.into_iter().for_each(|pid| self.0.processes.give_back(pid));
@@ -403,7 +406,7 @@ impl Supervisor {
     /// Ends a VM by killing its process.
     ///
     /// # Errors
-    /// When it is not known which process that is, or it does not end.
+    /// When the process is unknown, or does not end.
     fn kill(&self, name: &str, why: Kill) -> Result<StopAnswer, FleetError> {
         let silent = |text: &str| FleetError::Refused {
             kind: ProblemKind::VmSilent,
@@ -425,7 +428,7 @@ impl Supervisor {
         let exit = Exit { pid, signal: Some(libc::SIGKILL), code: None };
         match NameClaim::new(&self.0.dir, name) {
             Ok(claim) => self.0.clear_up(claim, exit, true, Vec::new()),
-            // Somebody else has cleared up, and another has the name.
+            // Another process has cleared up, and another VM has the name.
             Err(FleetError::Taken { .. }) => {}
             Err(error) => return Err(error),
         }
@@ -451,7 +454,7 @@ impl Supervisor {
     /// When there is no such checkpoint, or no room.
     pub(crate) fn prepare(&self, checkpoint: &str, count: usize, cancel: &Cancel) -> Result<usize, FleetError> {
         let _busy = self.0.busy.read();
-        // There is no use for more.
+        // More would be of no use.
         if count > MAX_CHILDREN {
             return Err(FleetError::Count { count });
         }
@@ -461,7 +464,7 @@ impl Supervisor {
         self.0.pool.prepare(shape, count, || self.check(0, count, cancel))
     }
 
-    /// The supervisor in numbers.
+    /// Returns the supervisor's numbers.
     pub(crate) fn info(&self) -> SupervisorInfo {
         SupervisorInfo {
             pid: std::process::id(),

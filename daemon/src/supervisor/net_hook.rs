@@ -1,4 +1,4 @@
-//! A program of the host's that connects VMs' interfaces to its network.
+//! The host's program that connects VMs' interfaces to its network.
 //!
 //! | variable | value |
 //! |---|---|
@@ -7,10 +7,10 @@
 //! | `CLADE_TAP`, `CLADE_MAC` | the interface, and the guest's address |
 //! | `CLADE_PARENT` | the VM or checkpoint that it was forked from; not set for one that was booted |
 //!
-//! It is run once for each interface, without a shell, and has [`TIME_LIMIT`]. If `up` fails, the
-//! request fails for all its VMs (I13), and those that were up are taken down. What `down` answers
-//! is logged alone. No `up` begins while a `down` is waited for: the name and the interface may be
-//! the same.
+//! The program is run once for each interface, without a shell, and has [`TIME_LIMIT`]. If `up`
+//! fails, the request fails for all its VMs (I13), and the interfaces already up are taken down. A
+//! failure of `down` is only logged. No `up` begins before a pending `down` has ended: the name and
+//! the interface may be the same.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -29,15 +29,15 @@ use thiserror::Error;
 use crate::signals::with_default_signals;
 use clade_vmm::vm::Identity;
 
-/// How long it may take each time.
+/// Time limit of one run.
 const TIME_LIMIT: Duration = Duration::from_secs(10);
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
-/// How long an `up` waits for those that are taken down.
+/// Time that an `up` waits for pending `down`s.
 const DOWN_TIMEOUT: Duration = Duration::from_secs(60);
-/// Bytes of its standard error, at the end, that are looked at.
+/// Bytes read from the end of its standard error.
 const MAX_SAID: u64 = 4096;
 
-/// Why an interface is not connected.
+/// Reason why an interface is not connected.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum HookError {
@@ -46,7 +46,7 @@ pub enum HookError {
     Start {
         /// The program.
         program: PathBuf,
-        /// Why not.
+        /// The reason.
         #[source]
         source: io::Error,
     },
@@ -59,9 +59,9 @@ pub enum HookError {
         vm: String,
         /// The interface.
         tap: String,
-        /// How it ended.
+        /// The end of the program.
         how: String,
-        /// The last line that it said.
+        /// The last line of its standard error.
         said: String,
     },
 }
@@ -77,7 +77,7 @@ pub(super) struct Interfaces {
 
 impl Interfaces {
     pub(super) fn of(vm: &str, parent: Option<&str>, identity: &Identity) -> Self {
-        // A network by passt has none.
+        // A network by passt has no interface.
         let own = identity.nets.iter().filter(|net| !net.tap.is_empty());
         let nets = own.map(|net| (net.tap.clone(), net.mac.to_string())).collect();
         Self { vm: vm.to_owned(), parent: parent.map(str::to_owned), nets }
@@ -88,12 +88,12 @@ impl Interfaces {
 struct Shared {
     program: PathBuf,
     limit: Duration,
-    /// Interfaces that are still to be taken down.
+    /// Interfaces still to be taken down.
     downs: Mutex<usize>,
     none_left: Condvar,
 }
 
-/// The program, and what it is still to take down. A clone is a handle to the same one.
+/// The program, and its pending `down`s. Clones are handles to the same one.
 #[derive(Clone, Debug)]
 pub(super) struct NetHook {
     shared: Arc<Shared>,
@@ -102,7 +102,7 @@ pub(super) struct NetHook {
 
 impl NetHook {
     /// # Errors
-    /// When the program is not there, or there is no thread.
+    /// When the program is missing, or no thread is left.
     pub(super) fn new(program: &Path) -> Result<Self, Box<HookError>> {
         Self::with_limit(program, TIME_LIMIT)
     }
@@ -128,8 +128,8 @@ impl NetHook {
         Ok(Self { shared, downs })
     }
 
-    /// Connects the interfaces of VMs that do not run yet: all of them or none. They are taken down
-    /// when what it returns is dropped, unless that is kept.
+    /// Connects the interfaces of VMs that do not run yet: all of them or none. Dropping the result
+    /// takes them down, unless it is kept.
     ///
     /// # Errors
     /// When the program fails.
@@ -140,7 +140,7 @@ impl NetHook {
         for interfaces in all {
             for (at, net) in interfaces.nets.iter().enumerate() {
                 if let Err(error) = self.shared.run("up", &interfaces, net) {
-                    // What came before it, and it: it may have done half of its work.
+                    // The earlier ones and the failed one, which may be half done.
                     self.shared.take_down(&interfaces, at + 1);
                     return Err(error);
                 }
@@ -162,7 +162,7 @@ impl NetHook {
     }
 }
 
-/// Interfaces that are connected, of VMs that are still being made.
+/// Connected interfaces of VMs that are still being made.
 #[derive(Debug)]
 pub(super) struct Up {
     hook: NetHook,
@@ -170,7 +170,7 @@ pub(super) struct Up {
 }
 
 impl Up {
-    /// The VMs run.
+    /// Keeps the interfaces: the VMs run.
     pub(super) fn keep(mut self) {
         self.all.clear();
     }
@@ -198,7 +198,7 @@ impl Shared {
 
     fn run(&self, event: &str, interfaces: &Interfaces, (tap, mac): &(String, String)) -> Result<(), Box<HookError>> {
         let failed = |source| Box::new(HookError::Start { program: self.program.clone(), source });
-        // Not a pipe: what it starts may keep its standard error open.
+        // Not a pipe: processes that it starts may keep its standard error open.
         let mut said = File::from(memfd_create("clade-net-hook", MemfdFlags::CLOEXEC).map_err(|e| failed(e.into()))?);
         let mut command = Command::new(&self.program);
         command
@@ -209,7 +209,7 @@ impl Shared {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(said.try_clone().map_err(failed)?)
-            // It is killed with all that it has started.
+            // A kill reaches all processes that it has started.
             .process_group(0);
         match &interfaces.parent {
             Some(parent) => command.env("CLADE_PARENT", parent),
@@ -250,7 +250,7 @@ fn wait(child: &mut Child, limit: Duration) -> io::Result<Option<ExitStatus>> {
     }
 }
 
-/// The last line of what a program has said that is not empty.
+/// Returns the last line of a program's output that is not empty.
 fn last_line(said: &mut File) -> String {
     let mut bytes = Vec::new();
     let length = said.metadata().map_or(0, |found| found.len());
@@ -269,7 +269,7 @@ mod tests {
 
     use super::*;
 
-    /// A hook that writes down what it is told, and fails for one interface.
+    /// A hook that logs its variables, and fails for one interface.
     fn hook(dir: &Path, more: &str) -> PathBuf {
         let (path, log) = (dir.join("hook"), dir.join("log"));
         let line = r#"echo "$CLADE_EVENT $CLADE_VM $CLADE_TAP $CLADE_MAC ${CLADE_PARENT-none}""#;
@@ -336,7 +336,7 @@ mod tests {
             if refused.ends_with(": waits") {
                 break;
             }
-            // A busy machine may need more than the program's time until it has said something.
+            // A busy machine may need more than the program's time for its first output.
             limit *= 2;
         }
         for none in [dir.path().join("none"), dir.path().to_owned()] {

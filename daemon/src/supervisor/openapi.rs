@@ -1,7 +1,7 @@
-//! The OpenAPI document of the supervisor's socket: its own routes, and those it passes on to VMs.
+//! The OpenAPI document of the supervisor's socket: its own routes, and those forwarded to VMs.
 //!
-//! Routes, bodies and answers come from the handlers. What is the same for many is added here:
-//! the parameters of paths, the errors, and how a client is authorized.
+//! Routes, bodies and answers come from the handlers. Common parts are added here: the parameters
+//! of paths, the errors, and the authorization of clients.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ use super::idempotency::{MAX_KEY, is_idempotent};
 use crate::control::{PROBLEM_TYPE, Problem, ProblemKind};
 use crate::fleet::LONGEST_NAME;
 
-/// The name that the document has for the token.
+/// The document's name for the token.
 const TOKEN: &str = "token";
 
 /// Paths of a document, with its operations by method.
@@ -23,7 +23,7 @@ fn paths(document: &Value) -> Paths {
     document["paths"].as_object().cloned().unwrap_or_default()
 }
 
-/// The methods and paths that `of_vms` has and `own` has not.
+/// Returns the methods and paths of `of_vms` that `own` lacks.
 pub(super) fn passed_on(own: &OpenApi, of_vms: &OpenApi) -> Vec<(String, String)> {
     let value = |document| serde_json::to_value(document).unwrap_or_default();
     let (own, of_vms) = (value(own), value(of_vms));
@@ -36,7 +36,7 @@ pub(super) fn passed_on(own: &OpenApi, of_vms: &OpenApi) -> Vec<(String, String)
     all
 }
 
-/// The document.
+/// Returns the document.
 pub(super) fn document(own: &OpenApi, of_vms: &OpenApi) -> Value {
     let value = |document| serde_json::to_value(document).unwrap_or_default();
     let (mut all, mut of_vms_value) = (value(own), value(of_vms));
@@ -77,7 +77,7 @@ fn problem() -> Value {
     schema
 }
 
-/// Adds what is the same for many operations.
+/// Adds the parts common to many operations.
 fn complete(operation: &mut Value, method: &str, path: &str, passed_on: bool) {
     let mut parameters = operation["parameters"].as_array().cloned().unwrap_or_default();
     if path.contains("{name}") {
@@ -122,7 +122,7 @@ fn name_schema() -> Value {
     json!({ "type": "string", "pattern": pattern, "minLength": 1, "maxLength": LONGEST_NAME })
 }
 
-/// The errors that an operation can have.
+/// Returns the possible errors of an operation.
 fn errors(operation: &Value, method: &str, path: &str, passed_on: bool) -> Vec<ProblemKind> {
     use ProblemKind as Kind;
     let mut all = vec![
@@ -239,7 +239,7 @@ mod tests {
                 let makes = ["VmInfo", "ForkAnswer", "CheckpointInfo"]
                     .iter()
                     .any(|name| method == "post" && answer.is_some_and(|answer| answer.ends_with(&format!("/{name}"))));
-                // These answer with what they have changed.
+                // These answer with the changed state.
                 if !makes || ["/pause", "/resume", "/labels", "/ttl", "/network"].iter().any(|end| path.ends_with(end))
                 {
                     continue;

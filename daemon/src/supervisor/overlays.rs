@@ -1,8 +1,8 @@
 //! Directories for the overlays of confined VMs' disks.
 //!
-//! Overlays have no names. So in a directory where nothing else is, who may open files can open none
-//! of another VM. One is made beside each directory of overlays when it is first used, and removed
-//! with the last VM that uses it.
+//! Overlays have no names. In a directory without other files, a process that may open files there
+//! can open no other VM's. One such directory is made beside each directory of overlays at its
+//! first use, and removed with the last VM that uses it.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,19 +13,19 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::fleet::FleetError;
 
-/// Its name.
+/// The directory's name.
 const UNNAMED: &str = ".clade-overlays";
 
-/// The directory for overlays that would otherwise be made in `dir`.
+/// Returns the directory for overlays that would otherwise be made in `dir`.
 pub(super) fn unnamed_in(dir: &Path) -> PathBuf {
     if dir.file_name().is_some_and(|name| name == UNNAMED) { dir.to_owned() } else { dir.join(UNNAMED) }
 }
 
-/// How many users each directory has.
+/// Number of users of each directory.
 #[derive(Clone, Debug, Default)]
 pub(super) struct OverlayDirs(Arc<Mutex<BTreeMap<PathBuf, usize>>>);
 
-/// Directories that are there until this is dropped.
+/// Directories that exist until this is dropped.
 #[derive(Debug)]
 pub(super) struct InUse {
     of: OverlayDirs,
@@ -37,10 +37,10 @@ impl OverlayDirs {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes directories that are not there, and keeps them.
+    /// Makes missing directories, and holds them all.
     ///
     /// # Errors
-    /// When one cannot be made, or is not this user's alone. Then none is kept.
+    /// When a directory cannot be made, or is not this user's alone. Then none is held.
     pub(super) fn hold(&self, paths: &[PathBuf]) -> Result<InUse, FleetError> {
         let mut held = InUse { of: self.clone(), paths: Vec::with_capacity(paths.len()) };
         for path in paths {
@@ -53,12 +53,12 @@ impl OverlayDirs {
         Ok(held)
     }
 
-    /// Counts users that were there before this process.
+    /// Counts users from before this process.
     pub(super) fn found(&self, paths: &[PathBuf]) {
         paths.iter().for_each(|path| *self.counts().entry(path.clone()).or_default() += 1);
     }
 
-    /// Forgets users, and removes a directory that has none.
+    /// Forgets users, and removes directories without any.
     pub(super) fn release(&self, paths: &[PathBuf]) {
         for path in paths {
             let mut counts = self.counts();
@@ -70,7 +70,7 @@ impl OverlayDirs {
                 continue;
             }
             counts.remove(path);
-            // Under the lock: nobody makes it meanwhile.
+            // Under the lock: no other thread makes it meanwhile.
             if let Err(error) = fs::remove_dir(path) {
                 tracing::debug!(%error, path = %path.display(), "a directory of overlays stays");
             }
@@ -79,7 +79,7 @@ impl OverlayDirs {
 }
 
 impl InUse {
-    /// Leaves them to a VM, which is found by what is written about it.
+    /// Leaves the directories to a VM, whose record names them.
     pub(super) fn keep(mut self) {
         self.paths.clear();
     }
@@ -121,7 +121,7 @@ mod tests {
         assert!(path.is_dir());
         dirs.release(std::slice::from_ref(&path));
         assert!(!path.exists());
-        // Found by one that comes back.
+        // A supervisor that comes back finds it.
         fs::create_dir(&path).unwrap();
         dirs.found(std::slice::from_ref(&path));
         drop(dirs.hold(std::slice::from_ref(&path)).unwrap());

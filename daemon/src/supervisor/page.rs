@@ -1,6 +1,6 @@
 //! The page: files that are in the program, and the headers of all answers over TCP.
 //!
-//! Nothing of it is secret, so it needs no token. What it asks the API for needs its session.
+//! The page holds no secrets, so it needs no token. Its requests to the API need its session.
 
 use std::hash::{DefaultHasher, Hasher};
 
@@ -17,7 +17,7 @@ use axum::routing::get;
 
 use crate::control::{ApiError, ProblemKind, is_for_this_host};
 
-/// What the page may do: load its own files and ask its own server. No frame, no form, no base, no
+/// The page may only load its own files and ask its own server. No frame, no form, no base, no
 /// inline script or style.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; \
                       connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
@@ -71,7 +71,7 @@ fn answer((_, media, content): File, headers: &HeaderMap) -> Response {
     if is_known { (StatusCode::NOT_MODIFIED, head).into_response() } else { (head, content).into_response() }
 }
 
-/// Refuses what is for another host, and has every answer say what a browser may do with it.
+/// Refuses requests for other hosts, and adds the headers that restrict browsers to each answer.
 pub(super) async fn harden(request: Request, next: Next) -> Response {
     let mut response = if is_for_this_host(&request) {
         next.run(request).await
@@ -135,7 +135,7 @@ mod tests {
         assert_eq!(ask("/", &[]).status(), StatusCode::FORBIDDEN, "no host");
     }
 
-    /// The browser is told nothing to load that is not in the program.
+    /// The files refer to nothing outside the program.
     #[test]
     fn files_name_no_other_place() {
         let own = FILES.iter().filter(|(path, ..)| !path.starts_with("/page/xterm/"));

@@ -1,9 +1,8 @@
-//! Workers that are prepared before they are asked for: each has a VM of one configuration,
-//! without memory or state.
+//! Workers prepared ahead of requests: each has a VM of one configuration, without memory or state.
 //!
-//! As many are kept as the last forks took, up to a limit, and none for a configuration that
-//! nobody has forked for a while. For VMs from a snapshot one more is kept: it opens the snapshot the
-//! next time.
+//! The pool keeps as many as the last forks took, up to a limit, and none for a configuration
+//! without a recent fork. For VMs from a snapshot one more is kept: it opens the snapshot the next
+//! time.
 
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -18,19 +17,20 @@ use crate::zygote::Zygote;
 
 /// After this time without a fork, no worker is kept for a configuration.
 const IDLE: Duration = Duration::from_secs(60);
-/// Workers that are made at a time. While they are made, requests for workers wait.
+/// Workers made at a time. Meanwhile, requests for workers wait.
 const STEP: usize = 8;
-/// How long requests that make VMs keep others from being prepared.
+/// Longest time that requests that make VMs delay the preparation of further workers.
 const MAX_BUSY: Duration = Duration::from_millis(50);
-/// How long after such a request none is: its answer is on its way.
+/// The pause after such a request: its answer is on its way.
 const REST: Duration = Duration::from_millis(1);
 
 #[derive(Debug)]
 struct ShapePool {
     shape: Shape,
-    /// The directories of its snapshots. Its workers may reach these, whatever is at the paths now.
+    /// The directories of its snapshots at its start. Its workers may reach these alone, even if
+    /// the paths change.
     saved: Vec<DirId>,
-    /// Its workers were told of these.
+    /// The overlay directories in its workers' grants.
     _overlays: InUse,
     ready: Vec<Worker>,
     wanted: usize,
@@ -40,16 +40,16 @@ struct ShapePool {
     used: Instant,
 }
 
-/// A directory's device and inode. None if there is none.
+/// A directory's device and inode. None if it is missing.
 type DirId = Option<(u64, u64)>;
 
-/// The directories of the snapshots of VMs of `shape`, as they are now.
+/// Returns the directories of the snapshots of VMs of `shape`, as they are now.
 fn saved_now(shape: &Shape) -> Vec<DirId> {
     let id = |dir| std::fs::metadata(dir).ok().map(|found| (found.dev(), found.ino()));
     shape.saved.iter().map(id).collect()
 }
 
-/// What a pool lacks.
+/// A worker that a pool lacks.
 #[derive(Clone, Copy, Debug)]
 enum Lack {
     Opener,
@@ -61,11 +61,11 @@ impl ShapePool {
         self.ready.into_iter().chain(self.opener)
     }
 
-    /// What is to be made next.
+    /// Returns the kind of worker to make next.
     fn lacks(&self) -> Option<Lack> {
         let short = self.wanted.saturating_sub(self.ready.len());
         if self.wants_opener && self.opener.is_none() {
-            // It gets ready while the others are made.
+            // The opener gets ready while the others are made.
             Some(Lack::Opener)
         } else {
             (short > 0).then(|| Lack::Workers(short.min(STEP)))
@@ -76,24 +76,24 @@ impl ShapePool {
 #[derive(Debug, Default)]
 struct State {
     shapes: Vec<ShapePool>,
-    /// Requests that make VMs, and since when there are any.
+    /// Requests that make VMs, and the start of the first.
     busy: usize,
     busy_since: Option<Instant>,
-    /// When the last of them ended.
+    /// End of the last of them.
     idle_since: Option<Instant>,
     is_closed: bool,
 }
 
 impl State {
-    /// The pool for `shape`, whose snapshots are in the directories `saved`. One whose workers may only
-    /// reach a snapshot that has been replaced is removed, and pushed to `old`: its workers take time to
-    /// end.
+    /// Returns the pool for `shape`, whose snapshots are in the directories `saved`. A pool whose
+    /// workers may only reach a replaced snapshot is removed, and pushed to `old`: its workers take
+    /// time to end.
     fn pool(&mut self, shape: &Shape, saved: &[DirId], old: &mut Vec<ShapePool>) -> Option<&mut ShapePool> {
         old.extend(self.shapes.extract_if(.., |pool| pool.shape == *shape && pool.saved != saved));
         self.shapes.iter_mut().find(|pool| pool.shape == *shape)
     }
 
-    /// How long no worker is to be prepared.
+    /// Returns how long preparation has to pause.
     fn rest(&self) -> Duration {
         let left = |since: Option<Instant>, limit: Duration| {
             since.map_or(Duration::ZERO, |since| limit.saturating_sub(since.elapsed()))
@@ -102,7 +102,7 @@ impl State {
     }
 }
 
-/// A request that makes VMs. While there is one, none is prepared for the next.
+/// A request that makes VMs. Meanwhile no worker is prepared for the next.
 #[derive(Debug)]
 pub(super) struct Busy(Arc<Shared>);
 
@@ -138,7 +138,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Workers that are ready for VMs of `shape`.
+    /// Makes workers for VMs of `shape`.
     fn make(&self, shape: &Shape, count: usize) -> Result<Vec<Worker>, FleetError> {
         let workers = self.zygote.workers(count)?;
         let (enter, order) = (self.place.of_child(shape), Order::Prepare(Box::new(shape.config.clone())));
@@ -150,14 +150,14 @@ impl Shared {
         Ok(workers)
     }
 
-    /// A worker that opens the snapshot of VMs of `shape`.
+    /// Makes a worker that opens the snapshot of VMs of `shape`.
     fn make_opener(&self, shape: &Shape) -> Result<Worker, FleetError> {
         let worker = self.zygote.workers(1)?.pop().ok_or(FleetError::Ending)?;
         worker.enter(self.place.of_opener(shape))?;
         Ok(worker)
     }
 
-    /// A pool without workers. None if they would have no place for their disks' writes.
+    /// Makes a pool without workers. None if there is no place for their disks' writes.
     fn shape_pool(&self, shape: &Shape, saved: Vec<DirId>, wanted: usize) -> Option<ShapePool> {
         let held = self.overlays.hold(&shape.written());
         let held = held.inspect_err(|error| tracing::warn!(%error, "no workers are prepared")).ok()?;
@@ -173,7 +173,7 @@ impl Shared {
         })
     }
 
-    /// Waits until there is something to be made, and makes a few. Returns whether to go on.
+    /// Waits until a worker is lacking, and makes a few. Returns whether to go on.
     fn refill(&self) -> bool {
         let (shape, saved, lack) = {
             let mut state = self.state();
@@ -183,7 +183,7 @@ impl Shared {
                 }
                 let idle = state.shapes.extract_if(.., |pool| pool.used.elapsed() > IDLE).collect::<Vec<_>>();
                 if !idle.is_empty() {
-                    // Not under the lock: they take time to end.
+                    // Not under the lock: workers take time to end.
                     drop(state);
                     drop(Workers(idle.into_iter().flat_map(ShapePool::workers).collect()));
                     return true;
@@ -237,7 +237,7 @@ impl Shared {
         match state.shapes.iter_mut().find(wants) {
             Some(pool) => pool.opener = Some(worker),
             None => {
-                // Not under the lock: it takes time to end.
+                // Not under the lock: the worker takes time to end.
                 drop(state);
                 drop(worker);
             }
@@ -246,7 +246,8 @@ impl Shared {
 }
 
 impl Pool {
-    /// A pool of at most `most` workers for a configuration, beside those that are asked for.
+    /// Starts a pool of at most `most` workers for a configuration, beside those prepared on
+    /// request.
     ///
     /// # Errors
     /// When the thread that fills it cannot be started.
@@ -273,10 +274,10 @@ impl Pool {
         Ok(Self(shared))
     }
 
-    /// Takes up to `count` workers for `shape`, and has as many made for the next time, when the
+    /// Takes up to `count` workers for `shape`, and has as many made for the next time, once the
     /// request is over.
     pub(super) fn take(&self, shape: &Shape, count: usize) -> (Vec<Worker>, Busy) {
-        // Not under the lock: it is on whatever file system.
+        // Not under the lock: the directories may be on any file system.
         let (saved, mut old) = (saved_now(shape), Vec::new());
         let mut state = self.0.state();
         state.busy += 1;
@@ -284,7 +285,8 @@ impl Pool {
         let wanted = count.min(self.0.most);
         let taken = match state.pool(shape, &saved, &mut old) {
             Some(pool) => {
-                // It goes down by a quarter at a time, so that one small fork in between costs little.
+                // The number falls by a quarter at a time, so that one small fork in between costs
+                // little.
                 pool.wanted = wanted.max((pool.wanted * 3 / 4).min(self.0.most));
                 pool.used = Instant::now();
                 let left = pool.ready.len().saturating_sub(count);
@@ -325,19 +327,19 @@ impl Pool {
         taken
     }
 
-    /// Prepares workers for `config` until there are `count`. Returns how many there are.
+    /// Prepares workers for `config` until there are `count`. Returns their number.
     ///
     /// # Errors
-    /// When one cannot be made, or that of `check`. Those that were made before are kept.
+    /// When one cannot be made, or that of `check`. Workers made before are kept.
     pub(super) fn prepare(
         &self,
         shape: &Shape,
         count: usize,
         check: impl Fn() -> Result<(), FleetError>,
     ) -> Result<usize, FleetError> {
-        // Until there is a pool of that shape.
+        // Held until there is a pool of that shape.
         let _overlays = self.0.overlays.hold(&shape.written())?;
-        // Others may take them meanwhile: it makes so many, and no more.
+        // Other requests may take workers meanwhile: this makes so many, and no more.
         let mut made = 0;
         loop {
             check()?;
@@ -362,12 +364,12 @@ impl Pool {
         }
     }
 
-    /// How many workers are prepared for VMs.
+    /// Returns the number of workers prepared for VMs.
     pub(super) fn len(&self) -> usize {
         self.0.state().shapes.iter().map(|pool| pool.ready.len()).sum()
     }
 
-    /// Ends all workers. None is made any more.
+    /// Ends all workers. No more are made.
     pub(super) fn close(&self) {
         let mut state = self.0.state();
         state.is_closed = true;
@@ -394,7 +396,7 @@ mod tests {
         assert!(state.rest().is_zero(), "there was no request");
         (state.busy, state.busy_since) = (1, Some(Instant::now()));
         assert!(!state.rest().is_zero() && state.rest() <= MAX_BUSY);
-        // Others follow without end.
+        // More requests follow without end.
         state.busy_since = Instant::now().checked_sub(2 * MAX_BUSY);
         assert!(state.rest().is_zero());
         (state.busy, state.busy_since, state.idle_since) = (0, None, Some(Instant::now() + REST));

@@ -1,7 +1,7 @@
 //! The processes of VMs that the supervisor has started.
 //!
-//! A process is known by its pidfd: a number may be another's later, and what a process says of
-//! itself is not believed. One that has given its name back and does not end is killed.
+//! A process is identified by its pidfd: its pid may be reused, and its own statements are not
+//! trusted. A process that has given its name back and does not end is killed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -19,27 +19,27 @@ use crate::flight::{self, FlightEvent};
 use crate::worker::has_ended;
 use clade_vmm::vm::VmConfig;
 
-/// How long a process may run on that has given its name back.
+/// Time limit for the end of a process that has given its name back.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(30);
-/// The same for one that gives its disks what was written since a fork. It begins when nobody else
-/// uses the disks any more.
+/// Time limit for a process that merges the writes since a fork into its disks. It begins when no
+/// other VM or checkpoint uses the disks.
 pub const COMMIT_TIMEOUT: Duration = Duration::from_secs(600);
-/// How long a process that is killed may take to end: it may have much memory.
+/// Time limit for the end of a killed process: it may have much memory.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A process as it was at its start.
+/// The identity of a process at its start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ProcessId {
     pid: u32,
-    /// In clock ticks since the host's start: another process of the number has another.
+    /// In clock ticks since the host's start: a reused pid has another value.
     started: u64,
 }
 
 impl ProcessId {
-    /// Of the process that has the number now. None if there is none.
+    /// Identifies the process that has the pid now, or returns None.
     pub(super) fn of(pid: u32) -> Option<Self> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // Field 22; the second is the name, which may have spaces and brackets.
+        // Field 22; the second is the name, which may have spaces and parentheses.
         let started = stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()?;
         Some(Self { pid, started })
     }
@@ -48,17 +48,17 @@ impl ProcessId {
         self.pid
     }
 
-    /// A descriptor of the process. None if it has ended.
+    /// Opens a pidfd of the process. None if it has ended.
     pub(super) fn open(self) -> Option<OwnedFd> {
         let pidfd = pidfd_open(Pid::from_raw(self.pid as i32)?, PidfdFlags::empty()).ok()?;
-        // After it is open: from here on the number is of that process.
+        // After the open: from here on the pidfd is of that process.
         (Self::of(self.pid) == Some(self)).then_some(pidfd)
     }
 }
 
 /// Kills a process, and waits for its end. Returns whether it has ended.
 pub(super) fn kill(pidfd: &OwnedFd) -> bool {
-    // One that has ended already is not there to be killed.
+    // Fails for a process that has already ended.
     let _ = pidfd_send_signal(pidfd, Signal::KILL);
     has_ended(pidfd, KILL_TIMEOUT)
 }
@@ -68,24 +68,24 @@ pub(super) fn kill(pidfd: &OwnedFd) -> bool {
 pub(super) struct OwnVm {
     pub(super) name: String,
     pub(super) process: Arc<OwnedFd>,
-    /// Images of disks that it may give something at its end.
+    /// Images of disks that it may merge writes into at its end.
     images: Vec<PathBuf>,
     /// Whether it ends with this process.
     is_tied: bool,
-    /// Since when it has no name any more.
+    /// When it gave its name back.
     given_back: Option<Instant>,
-    /// Whether a request has stopped it, so that its end is no surprise.
+    /// Whether a request has stopped it: its end is then expected.
     pub(super) is_stopped: bool,
-    /// Its control group, which goes with it.
+    /// Its control group, removed with it.
     pub(super) group: Option<Arc<Group>>,
     /// The file of its flight record.
     flight: Option<Arc<OwnedFd>>,
-    /// Where it notes what it has written, for the checkpoint that it is of.
+    /// The file for its written pages, for the checkpoint that it was forked from.
     ahead: Option<(Arc<OwnedFd>, Weak<Learning>)>,
 }
 
 impl OwnVm {
-    /// The process of a VM that was booted or forked.
+    /// Makes the record of the process of a VM that was booted or forked.
     pub(super) fn new(name: &str, process: OwnedFd, config: &VmConfig, is_booted: bool) -> Self {
         let given = config.disks.iter().filter(|disk| is_booted && !disk.disk.read_only && !disk.disk.ephemeral);
         Self {
@@ -117,7 +117,7 @@ impl OwnVm {
         Self { ahead: ahead.map(|(note, learning)| (Arc::new(note), learning)), ..self }
     }
 
-    /// Has its checkpoint, if that is still there, learn what it has written. It has ended.
+    /// Has its checkpoint, if that still exists, learn its written pages. Call it after the end.
     pub(super) fn teach(&self) {
         if let Some((note, learning)) = &self.ahead
             && let Some(learning) = learning.upgrade()
@@ -126,7 +126,7 @@ impl OwnVm {
         }
     }
 
-    /// What its process has noted.
+    /// Returns the events that its process has noted.
     pub(super) fn flight(&self) -> Vec<FlightEvent> {
         self.flight.as_ref().map(flight::read).unwrap_or_default()
     }
@@ -140,7 +140,7 @@ impl OwnVm {
     }
 }
 
-/// The processes, by their numbers.
+/// The processes, by pid.
 #[derive(Debug, Default)]
 pub(super) struct Processes(Mutex<BTreeMap<u32, OwnVm>>);
 
@@ -157,12 +157,12 @@ impl Processes {
         self.all().remove(&pid)
     }
 
-    /// The names of VMs that have theirs.
+    /// Returns the names of VMs that still have them.
     pub(super) fn names(&self) -> BTreeSet<String> {
         self.all().values().filter(|vm| vm.has_name()).map(|vm| vm.name.clone()).collect()
     }
 
-    /// The process of a VM that has its name, and its number.
+    /// Returns the process of a VM that has its name, and its pid.
     pub(super) fn of(&self, name: &str) -> Option<(u32, OwnVm)> {
         let all = self.all();
         let found = all.iter().find(|(_, vm)| vm.has_name() && vm.name == name);
@@ -173,38 +173,38 @@ impl Processes {
         self.all().get(&pid).is_some_and(OwnVm::is_there)
     }
 
-    /// A request has stopped a VM, or is about to kill it.
+    /// Marks a VM that a request has stopped, or is about to kill.
     pub(super) fn mark_stopped(&self, pid: u32) {
         if let Some(vm) = self.all().get_mut(&pid) {
             vm.is_stopped = true;
         }
     }
 
-    /// The process has given its name back. It may take some time to end.
+    /// Notes that the process has given its name back. The process may take some time to end.
     pub(super) fn give_back(&self, pid: u32) {
         if let Some(vm) = self.all().get_mut(&pid) {
             vm.given_back.get_or_insert_with(Instant::now);
         }
     }
 
-    /// Processes that end with this one, and may give disks something: of VMs that have ended. `has_name`
-    /// says whether a VM is still there as a process.
+    /// Returns the processes of ended VMs that end with this one, and may write to disks.
+    /// `has_name` returns whether a VM still runs as a process.
     pub(super) fn writers(&self, has_name: impl Fn(&str, u32) -> bool) -> Vec<Arc<OwnedFd>> {
         let may_write = |vm: &OwnVm| vm.is_tied && !vm.images.is_empty();
-        // Not under the lock: it reads files.
+        // Not under the lock: `has_name` reads files.
         let all: Vec<(u32, OwnVm)> = self.all().iter().map(|(pid, vm)| (*pid, vm.clone())).collect();
         let writers = all.into_iter().filter(|(pid, vm)| may_write(vm) && !has_name(&vm.name, *pid));
         writers.map(|(_, vm)| vm.process).collect()
     }
 
-    /// Forgets those that have ended, but for VMs called as `is_awaited` says: their end is looked
-    /// at later.
+    /// Forgets ended processes, except those of VMs that `is_awaited` accepts: their end is handled
+    /// later.
     pub(super) fn forget_ended(&self, is_awaited: impl Fn(&str) -> bool) {
         self.all().retain(|_, vm| vm.is_there() || (vm.has_name() && is_awaited(&vm.name)));
     }
 
-    /// Kills those that have given their names back and run on for too long. `is_used` says whether
-    /// another VM or a checkpoint uses an image: so long its process waits, as it should.
+    /// Kills processes that run on for too long after they have given their names back. `is_used`
+    /// returns whether another VM or a checkpoint uses an image: until then the process may wait.
     pub(super) fn kill_overdue(&self, is_used: impl Fn(&PathBuf) -> bool) {
         let overdue: Vec<(u32, OwnVm)> = {
             let mut all = self.all();

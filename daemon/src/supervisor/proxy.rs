@@ -1,4 +1,4 @@
-//! Passing a request for one VM on to its process.
+//! Forwarding of a request for one VM to its process.
 
 use std::io;
 use std::path::Path;
@@ -19,15 +19,15 @@ use super::about::vsock_known;
 use crate::control::{ApiError, Client, ClientError, ProblemKind, THREAD_PATIENCE, VmInfo, on_a_thread};
 use crate::fleet::{check_name, socket_path};
 
-/// Most bytes of what a process says of its VM.
+/// Most bytes of a VM's description by its process.
 const MAX_INFO: usize = 1 << 20;
 
-/// How long a VM's process may take.
+/// Time limits of a VM's process.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
-    /// Without the first byte of its answer it is asked whether it answers at all.
+    /// Time to the first byte of its answer. After that a probe checks whether it answers at all.
     pub(super) answer: Duration,
-    /// For an answer to that.
+    /// Time for an answer to the probe.
     pub(super) probe: Duration,
 }
 
@@ -37,8 +37,8 @@ impl Default for Limits {
     }
 }
 
-/// Passes a request on to the process of `name`. A long request, such as a snapshot, takes the time
-/// that it needs as long as its process answers others.
+/// Forwards a request to the process of `name`. A long request, such as a snapshot, has as much
+/// time as it needs while its process answers others.
 pub(super) async fn forward(
     dir: &Path,
     name: &str,
@@ -46,7 +46,7 @@ pub(super) async fn forward(
     limits: Limits,
 ) -> Result<Response, ApiError> {
     check_name(name)?;
-    // What says who the client is, or means something here alone, is not for a VM's process.
+    // Headers that identify the client, or have a meaning only here, are not for a VM's process.
     for header in [AUTHORIZATION, COOKIE, HeaderName::from_static("idempotency-key")] {
         request.headers_mut().remove(header);
     }
@@ -59,7 +59,7 @@ pub(super) async fn forward(
     };
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(ClientError::from)?;
-    // It ends with the sender, or when the answer has been read.
+    // The connection ends with the sender, or when the answer has been read.
     tokio::spawn(connection);
     let mut answer = std::pin::pin!(sender.send_request(request));
     loop {
@@ -75,10 +75,11 @@ pub(super) async fn forward(
     }
 }
 
-/// What the process of a VM says of it, with the socket that the supervisor has made: clients connect there.
+/// Returns a VM's description by its process, with the socket that the supervisor has made: clients
+/// connect there.
 ///
 /// # Errors
-/// When it is no description of a VM.
+/// When the answer is not a description of a VM.
 pub(super) async fn shown(dir: &Path, name: String, answer: Response) -> Result<Response, ApiError> {
     let gone = |error: String| ApiError::new(ProblemKind::VmGone, format!("{name}: {error}"));
     let bytes = to_bytes(answer.into_body(), MAX_INFO).await.map_err(|error| gone(error.to_string()))?;
@@ -86,10 +87,10 @@ pub(super) async fn shown(dir: &Path, name: String, answer: Response) -> Result<
     Ok(Json(with_own_socket(dir, name, info).await?).into_response())
 }
 
-/// The same of what is known of a VM.
+/// Replaces the socket in a VM's description likewise.
 ///
 /// # Errors
-/// When its record cannot be read.
+/// When the VM's record cannot be read.
 pub(super) async fn with_own_socket(dir: &Path, name: String, info: VmInfo) -> Result<VmInfo, ApiError> {
     let dir = dir.to_owned();
     let known = on_a_thread(THREAD_PATIENCE, move || vsock_known(&dir, &name)).await??;
@@ -185,7 +186,7 @@ mod tests {
         assert!(head.contains("x-mine: kept") && !head.contains("secret"), "{head}");
     }
 
-    /// The process of a VM that was broken into: it names another program's socket.
+    /// The compromised process of a VM: it names another program's socket.
     async fn lie(listener: tokio::net::UnixListener) {
         let info = serde_json::json!({
             "name": "web", "pid": 1, "state": "running", "parent": null, "generation": 0, "cpus": 1, "age_s": 0.0,
@@ -214,10 +215,10 @@ mod tests {
         let bytes = to_bytes(answer.into_body(), MAX_INFO).await.unwrap();
         let info: VmInfo = serde_json::from_slice(&bytes).unwrap();
         assert_eq!(info.vsock.map(|vsock| vsock.socket), own);
-        // One without the device has none.
+        // A VM without the device has no socket.
         about_with(None).write(&claim).unwrap();
         assert_eq!(client.agent_socket("web").await.unwrap(), None);
-        // A VM that runs in the process of its user, which no supervisor has started, is asked itself.
+        // The process of a VM without a supervisor answers itself.
         assert_eq!(client.agent_socket("alone").await.unwrap(), Some("/run/docker.sock".into()));
     }
 }

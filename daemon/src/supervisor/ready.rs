@@ -1,7 +1,7 @@
-//! Guests that are told that their VMs are others: the children of a fork, restored VMs, VMs that
-//! were put back. The agent in each drops what is its parent's, and says when it is ready.
+//! Identity of guests that are in a new VM: children of a fork, restored VMs, reset VMs. The agent
+//! in each drops its parent's state, and reports when it is ready.
 //!
-//! Children that are asked for *ready* are handed out when all are, or there are none (I13).
+//! Children requested as *ready* are handed out once all are ready, or none is (I13).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -19,26 +19,26 @@ use super::server::stop_vm;
 use crate::control::{ApiError, ProblemKind, ReadyAnswer, StopRequest, THREAD_PATIENCE, on_a_thread};
 use crate::fleet::FleetError;
 
-/// Most agents that are told at a time.
+/// Most agents notified at a time.
 const MAX_TOLD: usize = 16;
-/// Bytes for each guest's random number generator.
+/// Bytes of entropy for each guest's random number generator.
 const ENTROPY: usize = 64;
-/// How long an agent may take until it takes a connection. It has to hear first that those of its
-/// parent were reset.
+/// Time limit until an agent accepts a connection. It first has to notice that its parent's
+/// connections were reset.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How much longer for each VM that was made with it, and the longest: all begin at once, and each has
-/// something to do then.
+/// Additional time for each VM made by the same request, and its maximum: all begin at once, and
+/// each has work to do then.
 const PATIENCE_EACH: Duration = Duration::from_secs(1);
 const MAX_PATIENCE: Duration = Duration::from_secs(300);
-/// How long one attempt may take. Each that is given up is more for a slow guest to do.
+/// Time limit of one attempt. Every abandoned attempt is more work for a slow guest.
 const ATTEMPT: Duration = Duration::from_secs(10);
-/// How long it may take then until it is ready.
+/// Time limit from then on until the agent is ready.
 const ANSWERING: Duration = Duration::from_secs(60);
-/// How often it is tried.
+/// Interval of the attempts.
 const RETRY: Duration = Duration::from_millis(20);
 
-/// Agents that are told at a time: their guests work then. More of them than there are processors for
-/// would all be late, where their kernels are interpreted.
+/// Returns how many agents are notified at a time: their guests work then. More of them than
+/// processors would all be late on hosts where their kernels are interpreted.
 fn told_at_a_time() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from).saturating_mul(2).min(MAX_TOLD)
 }
@@ -47,7 +47,7 @@ fn not_ready(name: &str, why: &str) -> ApiError {
     ApiError::new(ProblemKind::NotReady, format!("{name}: {why}"))
 }
 
-/// Checks that the guests of VMs of `config` can be told anything.
+/// Checks that the guests of VMs of `config` have an agent that can be reached.
 pub(super) fn expect_reachable(name: &str, config: &VmConfig) -> Result<(), FleetError> {
     if config.vsock.is_some() {
         return Ok(());
@@ -56,7 +56,7 @@ pub(super) fn expect_reachable(name: &str, config: &VmConfig) -> Result<(), Flee
     Err(FleetError::Refused { kind: ProblemKind::NoDevice, text })
 }
 
-/// VMs that are made and not yet handed out. Dropped, they end.
+/// VMs that are made and not yet handed out. Ended when dropped.
 struct Unhanded {
     supervisor: Supervisor,
     names: Vec<String>,
@@ -80,7 +80,7 @@ async fn stop_all(supervisor: &Supervisor, names: Vec<String>) {
 }
 
 impl Supervisor {
-    /// Has the agent in a VM make it another VM.
+    /// Has the agent in a VM renew its identity.
     ///
     /// # Errors
     /// When there is no such VM, no agent answers in it, or it could not do all of it.
@@ -88,7 +88,7 @@ impl Supervisor {
         self.make_ready_among(name, 1).await
     }
 
-    /// The same for one of `count` VMs that were just made.
+    /// The same for one of `count` new VMs.
     async fn make_ready_among(&self, name: &str, count: usize) -> Result<ReadyAnswer, ApiError> {
         let others = u32::try_from(count.saturating_sub(1)).unwrap_or(u32::MAX);
         let patience = PATIENCE.saturating_add(PATIENCE_EACH.saturating_mul(others)).min(MAX_PATIENCE);
@@ -100,7 +100,7 @@ impl Supervisor {
         });
         let socket = socket.await??.ok_or_else(|| not_ready(name, "it has no socket"))?;
         let agent = Agent::new(Endpoint::Vsock { socket, port: PORT }).with_patience(ATTEMPT, ANSWERING);
-        // Each attempt has the time of day in it.
+        // Each attempt has its own time of day.
         let agent = agent.with_one_attempt();
         let mut entropy = vec![0; ENTROPY];
         rustix::rand::getrandom(&mut entropy[..], rustix::rand::GetRandomFlags::empty())
@@ -111,7 +111,8 @@ impl Supervisor {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             request.now_ns = Some(now.as_nanos().to_string());
             match agent.change_generation(&request).await {
-                // The connection may be one of those that a child resets: it is told again.
+                // A child resets its parent's connections, perhaps this one: the notification is
+                // repeated.
                 Err(ClientError::NoAgent { .. } | ClientError::Http(_) | ClientError::Lost(_))
                     if Instant::now() < deadline =>
                 {
@@ -132,11 +133,11 @@ impl Supervisor {
         }
     }
 
-    /// The same for VMs that were just made: all are ready when this returns, or all have ended. They
-    /// also end when nobody waits for it any more.
+    /// The same for new VMs: all are ready when this returns, or all have ended. They also end when
+    /// the future is dropped.
     ///
     /// # Errors
-    /// That of the first that is not ready.
+    /// That of the first VM that is not ready.
     pub(super) async fn hand_out(&self, names: &[String]) -> Result<(), ApiError> {
         let mut unhanded = Unhanded { supervisor: self.clone(), names: names.to_vec() };
         let turns = Arc::new(Semaphore::new(told_at_a_time()));
@@ -158,7 +159,7 @@ impl Supervisor {
         match failed {
             None => Ok(()),
             Some(error) => {
-                // To its end, also when the client goes.
+                // Runs to its end, even if the client goes.
                 let supervisor = self.clone();
                 let _ = self.0.runtime.spawn(async move { stop_all(&supervisor, names).await }).await;
                 Err(error)

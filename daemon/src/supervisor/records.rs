@@ -1,7 +1,8 @@
-//! Flight records of VMs that another supervisor has started: their processes are asked for them.
+//! Flight records of VMs that another supervisor has started, requested from their processes.
 //!
-//! A process may have been broken into, or not answer. What it gives is checked and read like any
-//! record, which costs that VM's record at most. All are asked at once, and waited for together.
+//! A process may be compromised, or not answer. Its file is checked and read like any record, so
+//! that at worst that VM's record is lost. All processes are asked at once, and waited for
+//! together.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
@@ -13,14 +14,14 @@ use super::processes::ProcessId;
 use crate::flight::{self, FlightEvent};
 use crate::image::AskedRecord;
 
-/// Processes that are asked at once.
+/// Processes asked at once.
 const BATCH: usize = 64;
-/// How long one may take until it is asked.
+/// Time limit for the request to one.
 const ASK_TIMEOUT: Duration = Duration::from_millis(100);
-/// How long those of a batch may take to answer.
+/// Time limit for the answers of a batch.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The record of a VM, as its process has given it.
+/// The record of a VM, from its process.
 #[derive(Debug)]
 struct Record {
     /// The VM's process: a later VM may have the name.
@@ -50,20 +51,20 @@ impl Records {
                 let given = asked.map_err(|error| clade_vmm::error_chain(&error));
                 match given.and_then(|asked| asked.file(deadline).map_err(|error| error.to_string())) {
                     Ok(file) => _ = self.all().insert(name.clone(), Record { process: *process, file }),
-                    // It has ended, most likely.
+                    // The process has most likely ended.
                     Err(error) => tracing::debug!(error, name, "a VM's flight record is not to be had"),
                 }
             }
         }
     }
 
-    /// What is on record of the VM called `name`, which is `process` and has ended.
+    /// Takes the record of the VM called `name`, which is `process` and has ended.
     pub(super) fn take(&self, name: &str, process: Option<ProcessId>) -> Vec<FlightEvent> {
         let record = self.all().remove(name).filter(|record| Some(record.process) == process);
         record.map(|record| flight::read(&record.file)).unwrap_or_default()
     }
 
-    /// Lets go of those of VMs that are not `there`.
+    /// Drops the records of VMs that are not `there`.
     pub(super) fn retain(&self, there: &BTreeSet<String>) {
         self.all().retain(|name, _| there.contains(name));
     }
@@ -80,7 +81,7 @@ mod tests {
     use super::*;
     use crate::fleet::image_path;
 
-    /// A socket as that of a VM called `name`.
+    /// Binds a socket like that of a VM called `name`.
     fn listener(dir: &Path, name: &str, backlog: i32) -> OwnedFd {
         let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
         bind(&socket, &SocketAddrUnix::new(image_path(dir, name)).unwrap()).unwrap();
@@ -91,17 +92,17 @@ mod tests {
     #[test]
     fn what_processes_give_is_kept_if_it_is_a_record_and_the_others_are_given_up() {
         let mut limit = Duration::from_millis(300);
-        // A busy machine may need more time for the record that is one.
+        // A busy machine may need more time for the valid record.
         while !gives_the_good_record(limit) {
             limit *= 2;
         }
     }
 
-    /// Whether the one good record came within `limit`. No other is kept.
+    /// Returns whether the one valid record came within `limit`. No other is kept.
     fn gives_the_good_record(limit: Duration) -> bool {
         let dir = tempfile::tempdir().unwrap();
         let this = ProcessId::of(std::process::id()).unwrap();
-        // What each gives: none says nothing.
+        // The answers of the processes. None: no answer.
         let gives: [(&str, Option<OwnedFd>); 4] = [
             ("good", Some(flight::make().unwrap())),
             ("silent", None),
@@ -118,7 +119,7 @@ mod tests {
                 let client = accept_with(&socket, SocketFlags::CLOEXEC).unwrap();
                 assert_eq!(seqpacket::receive(&client, 1).unwrap().bytes, [3]);
                 match file {
-                    // The client may have given it up.
+                    // The client may have given up.
                     Some(file) => drop(seqpacket::send(&client, &[3], &[file.as_fd()])),
                     // Until the client has gone.
                     None => assert!(seqpacket::receive(&client, 1).is_err()),
@@ -134,7 +135,7 @@ mod tests {
         processes.into_iter().for_each(|process| process.join().unwrap());
         drop((full, waits));
         assert_eq!(records.all().keys().collect::<Vec<_>>(), ["good"]);
-        // It goes with its VM, and with whoever else has the name.
+        // A record goes with its VM, even if another has the name.
         records.retain(&BTreeSet::from(["good".to_owned()]));
         assert_eq!(records.take("good", None), []);
         assert!(records.all().is_empty());

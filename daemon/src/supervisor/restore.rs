@@ -1,5 +1,5 @@
-//! VMs from snapshots: a worker that has its files alone opens one, and its image is a checkpoint
-//! like any other.
+//! VMs from snapshots: a worker that can reach only the snapshot's files opens it, and its image is
+//! a checkpoint like any other.
 
 use std::cell::{Cell, OnceCell};
 use std::path::Path;
@@ -17,11 +17,11 @@ use crate::fleet::{Cancel, FleetError, LONGEST_NAME, check_name, check_names};
 use crate::worker::{OpenOrder, Shape, Worker};
 use clade_vmm::vm::{SavedVm, SnapshotError};
 
-/// The name of VMs from the snapshot in `dir`, if none is given.
+/// Returns the default name of VMs from the snapshot in `dir`.
 fn stem(dir: &Path) -> String {
     let name = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let fits = |c: char| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' };
-    // Numbers are to fit behind it.
+    // Leaves room for numbers behind it.
     let name: String = name.chars().map(fits).take(LONGEST_NAME - 16).collect();
     if name.starts_with(|c: char| c.is_ascii_alphanumeric()) { name } else { format!("vm{name}") }
 }
@@ -29,12 +29,13 @@ fn stem(dir: &Path) -> String {
 /// A worker that opens a snapshot.
 struct Opening {
     worker: Worker,
-    /// Disks are unpacked there.
+    /// The directories that disks are unpacked in.
     _overlays: InUse,
 }
 
 impl Opening {
-    /// The image of the snapshot `saved`, of VMs as `about` says. `check` is asked meanwhile.
+    /// Returns the image of the snapshot `saved`, of VMs that `about` describes. Calls `check`
+    /// while it waits.
     fn image(
         self,
         about: About,
@@ -46,7 +47,7 @@ impl Opening {
     }
 }
 
-/// What is known of VMs of `shape` from the snapshot `saved`.
+/// Returns the record for VMs of `shape` from the snapshot `saved`.
 fn about(shape: Shape, saved: &SavedVm, session: Option<&str>) -> About {
     About {
         shape,
@@ -61,7 +62,7 @@ fn about(shape: Shape, saved: &SavedVm, session: Option<&str>) -> About {
 }
 
 impl Supervisor {
-    /// Looks at a snapshot: what VM it is of.
+    /// Reads a snapshot's description of its VM.
     fn saved(&self, source: &SavedSource) -> Result<(SavedVm, Shape), FleetError> {
         let refused = |error: SnapshotError| FleetError::Snapshot(Box::new(error));
         let saved = SavedVm::read(&source.dir, Some(self.dir())).map_err(refused)?;
@@ -85,7 +86,7 @@ impl Supervisor {
             overlays: unnamed_in(&SavedVm::overlays(source.overlays.as_deref(), &saved.place.dir)),
             sockets: self.dir().to_owned(),
         };
-        // One that was prepared may have died meanwhile. Another has no such excuse.
+        // A prepared worker may have died meanwhile. For another this is an error.
         let prepared = self.0.pool.take_opener(shape).filter(|worker| worker.open(order.clone()).is_ok());
         let worker = match prepared {
             Some(worker) => worker,
@@ -110,10 +111,11 @@ impl Supervisor {
         let (saved, shape) = self.saved(&request.saved)?;
         let opening = self.begin_opening(&request.saved, &saved, &shape)?;
         let checkpoint = opening.image(about(shape, &saved, None), &saved, || self.check(0, 0, cancel))?;
-        // Nobody would know of it.
+        // A checkpoint without a client would stay unknown.
         self.check(0, 0, cancel)?;
         let info = checkpoint.info(&name);
-        // First: as soon as it is there, another request may remove it, and say so.
+        // First: as soon as the checkpoint is there, another request may remove it, and announce
+        // that.
         self.0.events.checkpoint_created(&name, &stem);
         self.0.checkpoints.insert(&name, Arc::new(checkpoint));
         Ok(info)
@@ -133,12 +135,12 @@ impl Supervisor {
             vms.name = Some(stem.clone());
         }
         check_names(vms.count, vms.name.as_deref())?;
-        // Before it is opened, which takes longer: a refused request costs little.
+        // Before the snapshot is opened, which takes longer: a refused request costs little.
         let (saved, shape) = self.saved(&request.saved)?;
         let read = Instant::now();
         let claims = self.claim(&stem, &vms, &shape, cancel)?;
         let _making = self.0.making(&claims);
-        // It is opened while its VMs' workers get ready.
+        // The snapshot is opened while its VMs' workers get ready.
         let opening = Cell::new(Some(self.begin_opening(&request.saved, &saved, &shape)?));
         let ordered = Instant::now();
         let about = about(shape, &saved, request.session.as_deref());
@@ -150,7 +152,7 @@ impl Supervisor {
                 tracing::debug!(read = ?read - begun, order = ?ordered - read, open = ?ordered.elapsed(), "restore");
                 Ok(opened.get_or_init(|| checkpoint))
             }
-            // It was to be opened, in vain.
+            // The opening has failed before.
             (None, None) => Err(FleetError::Ending),
         };
         let made = self.start_children(
@@ -162,7 +164,7 @@ impl Supervisor {
         let checkpoint = opened.into_inner().ok_or(FleetError::Ending)?;
         let answer = checkpoint.answer(made, begun.elapsed());
         answer.children.iter().for_each(|name| self.0.events.booted(name));
-        // What is saved next may be incremental to it.
+        // Later snapshots may be incremental to it.
         self.0.snapshots.restored(&answer.children, checkpoint, &saved);
         Ok(answer)
     }

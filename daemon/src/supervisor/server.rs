@@ -41,11 +41,11 @@ use crate::control::{
 };
 use crate::fleet::{Cancel, EndedVm, FleetError, ended_vms};
 
-/// How long a VM's process may take for what it answers at once.
+/// Time limit of a VM's process for requests that it answers at once.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
-/// How long the end of a VM that does not answer may take to be on record.
+/// Time limit for the record of the end of a VM that does not answer.
 const END_TIMEOUT: Duration = Duration::from_secs(1);
-/// How often that is looked at.
+/// Interval of the checks for it.
 const END_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Serves the supervisor's socket until `ending`.
@@ -54,7 +54,7 @@ pub(super) async fn serve(socket: UnixListener, supervisor: Supervisor, ending: 
     serve_http(acceptor, with_bodies(router(supervisor)), ending).await;
 }
 
-/// Why the API is not served over TCP.
+/// Reason why the API is not served over TCP.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum TcpError {
@@ -64,7 +64,7 @@ pub enum TcpError {
         /// The address.
         address: SocketAddr,
     },
-    /// The address cannot be had.
+    /// The address cannot be bound.
     #[error("{address} cannot be listened on")]
     Bind {
         /// The address.
@@ -76,11 +76,11 @@ pub enum TcpError {
 }
 
 impl Supervisor {
-    /// Serves the API and the page also at a loopback address, for clients that show `token`. Returns the
-    /// address: port 0 stands for a free one.
+    /// Also serves the API and the page at a loopback address, for clients that show `token`.
+    /// Returns the address: port 0 stands for a free one.
     ///
     /// # Errors
-    /// When the address is no loopback address, or cannot be had.
+    /// When the address is not a loopback address, or cannot be bound.
     pub fn listen(&self, address: SocketAddr, token: Token) -> Result<SocketAddr, TcpError> {
         if !address.ip().is_loopback() {
             return Err(TcpError::NotLoopback { address });
@@ -133,7 +133,7 @@ async fn vms(State(supervisor): State<Supervisor>) -> Answer<Vec<VmInfo>> {
     Ok(Json(on_a_thread(THREAD_PATIENCE, known).await?))
 }
 
-/// Lists the VMs that ended by themselves, and why.
+/// Lists the VMs that ended by themselves, with the reasons.
 #[utoipa::path(get, path = "/v1/ended", responses((status = 200, description = "Done.", body = Vec<EndedVm>)))]
 async fn ended(State(supervisor): State<Supervisor>) -> Answer<Vec<EndedVm>> {
     let dir = supervisor.dir().to_owned();
@@ -162,7 +162,7 @@ async fn boot(State(supervisor): State<Supervisor>, request: Wanted<BootRequest>
     }
 }
 
-/// The end of a VM that has just been made, and does not answer.
+/// Returns the end of a new VM that does not answer.
 fn ended_soon(dir: &Path, name: &str) -> Option<EndedVm> {
     let deadline = Instant::now() + END_TIMEOUT;
     loop {
@@ -193,7 +193,7 @@ async fn fork_vm(
     handed_out(&supervisor, ready, work(supervisor.clone(), fork).await?).await
 }
 
-/// Whether the VMs of a request are to be ready. Those that start paused cannot be.
+/// Returns whether to make the VMs of a request ready. Those that start paused cannot be.
 fn may_be_ready(request: &ForkRequest) -> Result<bool, ApiError> {
     if request.ready && request.paused {
         return Err(ApiError::new(ProblemKind::BadRequest, "a VM that starts paused is not ready: nothing in it runs"));
@@ -201,7 +201,7 @@ fn may_be_ready(request: &ForkRequest) -> Result<bool, ApiError> {
     Ok(request.ready)
 }
 
-/// Hands out VMs that were made: if they are to be `ready`, then when they are.
+/// Hands out new VMs: if `ready`, once they are.
 async fn handed_out(supervisor: &Supervisor, ready: bool, Json(answer): Json<ForkAnswer>) -> Answer<ForkAnswer> {
     if ready {
         supervisor.hand_out(&answer.children).await?;
@@ -209,7 +209,7 @@ async fn handed_out(supervisor: &Supervisor, ready: bool, Json(answer): Json<For
     Ok(Json(answer))
 }
 
-/// Has the agent in a VM's guest make it another VM: its clock, its random numbers, its tokens, its
+/// Has the agent in a VM's guest renew its identity: its clock, its random numbers, its tokens, its
 /// hooks. Answers when it is ready.
 #[utoipa::path(
     post,
@@ -342,8 +342,8 @@ async fn prepare(
     work(supervisor, prepare).await
 }
 
-/// Stops a VM for good, after its guest had time to power itself off if that is asked for. Answers
-/// when its name, interfaces and sockets are free. A process that does not answer is killed.
+/// Stops a VM for good. On request its guest first has time to power itself off. Answers when its
+/// name, interfaces and sockets are free. A process that does not answer is killed.
 #[utoipa::path(
     post,
     path = "/v1/vms/{name}/stop",
@@ -360,9 +360,9 @@ async fn stop(
 
 /// Stops the VM called `name`.
 pub(super) async fn stop_vm(supervisor: &Supervisor, name: &str, request: StopRequest) -> Result<StopAnswer, ApiError> {
-    // Before its process is asked, which has as much time.
+    // Before the request to its process, which has as much time.
     grace(request)?;
-    // Not what the process says of itself.
+    // Not from the process itself.
     let pid = supervisor.pid_of(name);
     let (held, owned) = (supervisor.clone(), name.to_owned());
     if request.at_once && request.graceful_s.is_none() && supervisor.may_kill(name)? {
@@ -383,8 +383,8 @@ pub(super) async fn stop_vm(supervisor: &Supervisor, name: &str, request: StopRe
     }
 }
 
-/// Suspends a VM: its memory goes to a file, and it stands still until something needs its guest.
-/// Answers when its memory is given back.
+/// Suspends a VM: writes its memory to a file, and stops it until its guest is needed. Answers when
+/// its memory is given back.
 #[utoipa::path(
     post,
     path = "/v1/vms/{name}/suspend",
@@ -401,7 +401,7 @@ async fn suspend_vm(
     work(supervisor, move |supervisor, cancel| supervisor.suspend(&name, &dir, cancel)).await
 }
 
-/// Shows after which time without work a VM is suspended.
+/// Shows the idle time after which a VM is suspended.
 #[utoipa::path(
     get,
     path = "/v1/vms/{name}/suspend-after",
@@ -414,7 +414,7 @@ async fn show_suspend_after(
     Ok(Json(supervisor.suspended_after(&name)?))
 }
 
-/// Has a VM suspended whenever it has done nothing for a time.
+/// Has a VM suspended whenever it has been idle for a time.
 #[utoipa::path(
     put,
     path = "/v1/vms/{name}/suspend-after",
@@ -432,7 +432,7 @@ async fn set_suspend_after(
     Ok(Json(supervisor.suspended_after(&name)?))
 }
 
-/// Has a VM run on though it does nothing.
+/// Has an idle VM run on.
 #[utoipa::path(
     delete,
     path = "/v1/vms/{name}/suspend-after",
@@ -446,7 +446,7 @@ async fn remove_suspend_after(
     Ok(Json(supervisor.suspended_after(&name)?))
 }
 
-/// Saves a VM. Answers when all is on the disk.
+/// Saves a VM. Answers when everything is on the disk.
 #[utoipa::path(
     post,
     path = "/v1/vms/{name}/snapshot",
@@ -464,7 +464,7 @@ async fn snapshot(
     work(supervisor, move |supervisor, cancel| supervisor.snapshot(&name, &request, fetch, cancel)).await
 }
 
-/// Shows how far a VM's snapshot is.
+/// Shows the progress of a VM's snapshot.
 #[utoipa::path(
     get,
     path = "/v1/vms/{name}/snapshot",
@@ -515,7 +515,7 @@ fn name_in(request: &Request) -> String {
     path.strip_prefix("/v1/vms/").and_then(|rest| rest.split('/').next()).unwrap_or_default().to_owned()
 }
 
-/// Passes a request for one VM on to its process.
+/// Forwards a request for one VM to its process.
 async fn pass_on(State(supervisor): State<Supervisor>, request: Request) -> Response {
     let name = name_in(&request);
     let is_shown = request.method() == Method::GET && request.uri().path().strip_prefix("/v1/vms/") == Some(&name);
@@ -537,7 +537,7 @@ impl From<ClientError> for ApiError {
     }
 }
 
-/// Follows what happens to VMs and checkpoints (Server-Sent Events).
+/// Follows the events of VMs and checkpoints (Server-Sent Events).
 #[utoipa::path(
     get,
     path = "/v1/events",
@@ -582,7 +582,7 @@ fn routes() -> OpenApiRouter<Supervisor> {
         .routes(routes!(prepare))
 }
 
-/// The API of a runtime directory as an OpenAPI document, as `GET /openapi.json` answers.
+/// Returns the API of a runtime directory as an OpenAPI document, as `GET /openapi.json` does.
 #[must_use]
 pub fn described() -> Value {
     openapi::document(&routes().into_openapi(), &control::described())

@@ -1,7 +1,7 @@
-//! Snapshots of VMs. Their processes may not write files: a worker that runs nothing writes them.
+//! Snapshots of VMs. Their processes may not write files: a worker that runs no guest writes them.
 //!
-//! The supervisor keeps the image of each VM's last snapshot, as the base of an incremental one. It
-//! goes with the VM.
+//! The supervisor keeps the image of each VM's last snapshot, as the base of an incremental one,
+//! until the VM ends.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -55,7 +55,7 @@ impl State {
 #[derive(Debug, Default)]
 pub(super) struct Snapshots(Mutex<BTreeMap<String, State>>);
 
-/// Ends the claim on a VM's snapshots.
+/// Releases the claim on a VM's snapshots.
 struct Ours<'a>(&'a Snapshots, &'a str, Arc<Saving>);
 
 impl Drop for Ours<'_> {
@@ -72,7 +72,7 @@ impl Snapshots {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins one. Returns what it may be based on.
+    /// Begins a snapshot. Returns its possible base.
     fn begin(&self, vm: &str, incremental: bool) -> Result<(Arc<Saving>, Option<Arc<LastSave>>), FleetError> {
         let refused = |text| Err(FleetError::Refused { kind: ProblemKind::SnapshotConflict, text });
         let mut states = self.states();
@@ -109,7 +109,7 @@ impl Snapshots {
         Some(self.states().get(vm)?.last.as_ref()?.dir.clone())
     }
 
-    /// Has the next snapshots of VMs that were started from one be based on it.
+    /// Makes the snapshot that VMs were started from the base of their next ones.
     pub(super) fn restored(&self, vms: &[String], image: Checkpoint, saved: &SavedVm) {
         let SavedVm { place, dirs, .. } = saved;
         let before = dirs.iter().skip(1).rev().cloned().collect();
@@ -129,11 +129,11 @@ impl Snapshots {
 }
 
 impl Supervisor {
-    /// Records the pages that a VM has touched in its last snapshot. `touched` is what its process
-    /// says. Returns their number.
+    /// Records the pages that a VM has touched in its last snapshot. `touched` is the answer of its
+    /// process. Returns their number.
     ///
     /// # Errors
-    /// When it was not saved here, or the record cannot be written.
+    /// When the VM was not saved here, or the record cannot be written.
     pub(super) fn record_working_set(&self, vm: &str, touched: &TouchedAnswer) -> Result<u64, FleetError> {
         let refused = |text| FleetError::Refused { kind: ProblemKind::SnapshotConflict, text };
         let dir = self.0.snapshots.last_dir(vm);
@@ -155,8 +155,8 @@ impl Supervisor {
     /// Saves a VM, which runs on.
     ///
     /// # Errors
-    /// When the directory cannot be written, or holds something else; when the request is
-    /// cancelled. The directory is as it was then.
+    /// When the directory cannot be written, or holds other files; when the request is cancelled.
+    /// The directory is then unchanged.
     pub(super) fn snapshot(
         &self,
         vm: &str,
@@ -178,7 +178,7 @@ impl Supervisor {
         drop(fetch);
         let before: Vec<PathBuf> =
             base.iter().flat_map(|base| base.before.iter().chain([&base.dir])).cloned().collect();
-        // The base gets a note of its dependent. Those before it are read.
+        // The base gets a note of its dependent. Earlier snapshots are only read.
         let mut grants = Grants { beside: vec![beside], ..Grants::default() };
         grants.beside.extend(before.iter().filter_map(|dir| dir.parent()).map(ToOwned::to_owned));
         let Shape { config, overlays, saved } = &image.about().shape;
@@ -194,7 +194,7 @@ impl Supervisor {
             replace: request.replace,
         };
         worker.save(order, base.as_ref().map(|base| base.image.parts()), image.parts())?;
-        // The directory is known better here: the next one is based on it.
+        // The directory is this supervisor's own: the next snapshot is based on it.
         let SavedFiles { id, data_pages, zero_pages, data_bytes, base_untold } = worker.saved(|progress| {
             if let Some((done, total)) = progress {
                 saving.done.store(done, Ordering::Relaxed);

@@ -1,4 +1,4 @@
-//! VMs that are suspended, and who hears of it.
+//! Suspension of VMs, and its events.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,14 +10,14 @@ use crate::control::SuspendAnswer;
 use crate::fleet::{Cancel, FleetError};
 use crate::suspend;
 
-/// Where the files are unless another place is asked for.
+/// Default directory of the files.
 pub(super) const DIR: &str = "/var/tmp";
 
 impl Supervisor {
     /// Suspends a VM to a file in `dir`.
     ///
     /// # Errors
-    /// When there is no such VM, there can be no file, or it cannot be suspended: it runs on then.
+    /// When there is no such VM, no file can be made, or it cannot be suspended: it then runs on.
     pub(super) fn suspend(&self, name: &str, dir: &Path, cancel: &Cancel) -> Result<SuspendAnswer, FleetError> {
         let _busy = self.0.busy.read();
         About::expect(&self.0.dir, name)?;

@@ -1,4 +1,4 @@
-//! A worker's first order: what it may reach from then on.
+//! A worker's first order: the grants that it is confined to.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -13,34 +13,34 @@ use crate::fleet::{FleetError, RuntimeDir};
 use crate::jail::{Confinement, Grants, confine};
 use clade_vmm::vm::Context;
 
-/// What a worker may reach.
+/// Grants of a worker.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct EnterOrder {
     /// The runtime directory.
     pub(crate) dir: PathBuf,
     pub(crate) confinement: Confinement,
     pub(crate) grants: Grants,
-    /// Disks that it will have.
+    /// Disks of its VM.
     pub(crate) disks: usize,
-    /// Bytes of the RAM that it works with.
+    /// Bytes of its VM's RAM.
     pub(crate) ram: u64,
 }
 
-/// A worker that is where it will stay.
+/// A confined worker.
 #[derive(Debug)]
 pub struct Entered {
     pub(super) dir: RuntimeDir,
 }
 
-/// Takes the first order from the process behind `socket`, and confines this process as it says.
-/// Call it while the process has one thread. Returns `None` if no worker is wanted any more.
+/// Receives the first order from the process behind `socket`, and confines this process to it. Call
+/// it while the process has one thread. Returns `None` if the starter no longer wants a worker.
 ///
 /// # Errors
-/// When the order is another, or the process cannot be confined.
+/// When another order comes first, or the process cannot be confined.
 pub fn enter(context: &Context, socket: &OwnedFd) -> Result<Option<Entered>, FleetError> {
     let failed = |source| FleetError::Worker { source };
     let order = match receive(socket) {
-        // It waited in a pool, and whoever kept it there has gone.
+        // The worker waited in a pool, and its starter has gone.
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
         other => other.map_err(failed)?.0,
     };

@@ -1,23 +1,23 @@
 //! Workers: processes with one VM each.
 //!
-//! A worker is told what to do over a socket (`SOCK_SEQPACKET`). It makes its VM with a fleet and
-//! sockets of its own in the runtime directory. From then on it depends on no other process, unless it
-//! is tied to one.
+//! A worker gets its orders over a socket (`SOCK_SEQPACKET`). It makes its VM with a fleet and
+//! sockets of its own in the runtime directory. From then on it depends on no other process, unless
+//! it is tied to one.
 //!
-//! | message | from | what |
+//! | message | from | content |
 //! |---|---|---|
-//! | 1 | starter | what the worker may reach: it is confined to that while it has one thread |
+//! | 1 | starter | the worker's grants: it is confined to them while it has one thread |
 //! | 2.. | starter | an order as JSON. With a VM's name come its lock, its sockets, its interfaces |
-//! | next | starter | only with a fork: the child's labels and its parent's secrets as JSON; files of what it copies [ahead](crate::ahead) |
+//! | next | starter | only with a fork: the child's labels and its parent's secrets as JSON; files of the copies [ahead](crate::ahead) |
 //! | next | starter | only with a fork: the image ([`SealedParts`](clade_vmm::vm::SealedParts)) |
 //! | next | worker | ready for the next order, or made and paused, or the error |
 //! | next | starter | one byte, once all children are made: they may run. For a single one at once |
-//! | last | worker | it runs |
+//! | last | worker | the VM runs |
 //!
-//! A worker whose socket is closed before its VM runs ends, so all children of a request are made or
-//! none (I13). No child runs before all are made.
+//! A worker ends if its socket is closed before its VM runs. So a request makes all of its children
+//! or none (I13), and no child runs before all are made.
 //!
-//! The supervisor's [`zygote`](crate::zygote) forks workers: processes that have everything loaded.
+//! The supervisor's [`zygote`](crate::zygote) forks workers: processes with everything loaded.
 
 mod enter;
 mod open;
@@ -52,10 +52,10 @@ pub use serve::{Served, serve};
 /// Most bytes of an order or an answer.
 const MAX_MESSAGE: usize = 64 << 10;
 
-/// What a worker is to do.
+/// An order to a worker.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Order {
-    /// The first one: reach only this from now on.
+    /// The first order: confine yourself to these grants.
     Enter(Box<EnterOrder>),
     /// Be ready for a VM of this configuration.
     Prepare(Box<VmConfig>),
@@ -69,19 +69,18 @@ pub(crate) enum Order {
     Open(Box<OpenOrder>),
 }
 
-/// What comes with an order as descriptors, in this order: the name's lock, the file for the VM's
-/// end, that of its flight record, the process that it ends with, the sockets, and those of the
-/// interfaces.
+/// Descriptors that come with an order, in this order: the name's lock, the file for the VM's end,
+/// the one for its flight record, the process that it ends with, the sockets, and the interfaces.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Handed {
-    /// Whether it ends with a process.
+    /// Whether the worker ends with another process.
     pub(crate) is_tied: bool,
     /// Endings of the sockets.
     pub(crate) sockets: Vec<String>,
     pub(crate) ends: EndpointParts,
 }
 
-/// What the workers of a family have in common.
+/// The common configuration of a family's workers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Shape {
     pub(crate) config: VmConfig,
@@ -96,7 +95,7 @@ pub(crate) struct Shape {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct ForkOrder {
     pub(crate) name: String,
-    /// What the image must be of.
+    /// The shape that the image must have.
     pub(crate) shape: Shape,
     pub(crate) handed: Handed,
     pub(crate) parent: Option<String>,
@@ -117,21 +116,21 @@ pub(crate) struct BootOrder {
     pub(crate) paused: bool,
 }
 
-/// What a child has of its parent beside the image.
+/// The parts of its parent that a child gets beside the image.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Inherited {
     pub(crate) labels: Labels,
     pub(crate) secrets: Secrets,
     /// Whether the secrets are erased in the child's memory before its first instruction.
     pub(crate) withhold: bool,
-    /// What it copies before it asks for it.
+    /// The order to copy pages ahead.
     pub(crate) ahead: Option<AheadOrder>,
 }
 
-/// What a worker says.
+/// An answer of a worker.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Answer {
-    /// It is ready for the next order.
+    /// The worker is ready for the next order.
     Ready,
     Made {
         name: String,
@@ -139,7 +138,7 @@ pub(crate) enum Answer {
         erased: ErasedInfo,
     },
     Running,
-    /// Bytes of a snapshot that are written, of those that are to be.
+    /// Bytes of a snapshot already written, and bytes in all.
     Saving {
         done: u64,
         total: u64,
@@ -154,18 +153,19 @@ pub(crate) enum Answer {
     },
 }
 
-/// What the program that a worker runs in adds.
+/// Extensions by the program that a worker runs in.
 #[derive(Clone, Copy, Debug)]
 pub struct Program {
-    /// The kernel at a path. A program may have kernels of its own, under names that are no files.
+    /// Returns the kernel at a path. A program may have kernels of its own, under names that are
+    /// not files.
     pub kernel: fn(&Path) -> Image,
     /// Called with a child's memory before its first instruction. For measurements.
     pub before_start: Option<fn(&GuestRam)>,
-    /// Called when a booted VM runs, before that is said. For measurements.
+    /// Called when a booted VM runs, before the worker reports that. For measurements.
     pub booted: Option<fn(&Vm)>,
-    /// Called when a child runs, before that is said. For measurements.
+    /// Called when a child runs, before the worker reports that. For measurements.
     pub started: Option<fn(&Vm)>,
-    /// Called when that has been said. For measurements.
+    /// Called after the report. For measurements.
     pub said: Option<fn(&Vm)>,
 }
 
@@ -175,7 +175,7 @@ pub(crate) struct Made {
     pub(crate) name: String,
     /// Its own interfaces, addresses and sockets; `None` if it has no such devices.
     pub(crate) identity: Option<IdentityInfo>,
-    /// What was erased in its memory.
+    /// The count of secrets erased in its memory.
     pub(crate) erased: ErasedInfo,
 }
 

@@ -1,7 +1,7 @@
 //! A worker that opens a snapshot for others, and ends.
 //!
-//! The snapshot's author may be anybody. The supervisor reads what it says of its VM, and this
-//! process all the rest. It has those files alone, and what it gives is taken for an image like any
+//! A snapshot is not trusted. The supervisor reads its description of the VM, and this process
+//! everything else. The process can reach those files alone, and its image is checked like any
 //! other.
 
 use std::os::fd::OwnedFd;
@@ -26,14 +26,14 @@ pub(crate) struct OpenOrder {
     pub(crate) sockets: PathBuf,
 }
 
-/// Opens a snapshot, and gives its image over `socket`.
+/// Opens a snapshot, and sends its image over `socket`.
 pub(super) fn open(context: &Context, socket: &OwnedFd, order: OpenOrder) -> Result<(), FleetError> {
     let begun = Instant::now();
     let OpenOrder { dir, load, overlays, sockets } = order;
     let options = RestoreOptions { load, overlays: Some(overlays), sockets: Some(sockets) };
     let image = ForkImage::restore(context, &dir, &options)?;
     let opened = Instant::now();
-    // Nobody writes its files, or uses them again: they need no holder.
+    // Its files are never written or used again: they need no holder.
     let parts = image.export(&Leases::default())?.seal()?;
     send(socket, &Answer::Opened, &[]).map_err(failed)?;
     parts.send(socket)?;

@@ -1,4 +1,4 @@
-//! A worker as its starter sees it.
+//! A worker, on its starter's side.
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -14,23 +14,23 @@ use super::{Answer, EnterOrder, Inherited, Made, OpenOrder, Order, SaveOrder, Sa
 use crate::fleet::FleetError;
 use clade_vmm::vm::SealedParts;
 
-/// How long a worker may take to make its VM.
+/// Time limit of a worker to make its VM.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How often a request that waits for workers looks whether it is cancelled.
+/// Interval of the checks for cancellation while a request waits for workers.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
-/// How long a worker that is not wanted any more may take to end.
+/// Time limit for the end of an unwanted worker.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A worker's process, a child of the zygote, which reaps it.
 #[derive(Debug)]
 pub(crate) struct Process {
-    /// Its number, for people.
+    /// Its pid, for display.
     pub(crate) pid: u32,
     pub(crate) pidfd: OwnedFd,
 }
 
 impl Process {
-    /// Waits until it has ended, and kills it if it does not.
+    /// Waits until the process has ended, and kills it if it does not.
     fn end(self) {
         if !has_ended(&self.pidfd, END_TIMEOUT) {
             let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
@@ -52,7 +52,7 @@ pub(crate) fn has_ended(pidfd: &OwnedFd, timeout: Duration) -> bool {
     }
 }
 
-/// A worker on its way. Dropped, it is ended.
+/// A worker whose VM does not run yet. Ended when dropped.
 #[derive(Debug)]
 pub(crate) struct Worker {
     socket: OwnedFd,
@@ -60,7 +60,7 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// A worker that `process` is, at the other end of `socket`.
+    /// Makes a worker from `process`, which has the other end of `socket`.
     ///
     /// # Errors
     /// When the socket cannot be set up. The process ends then.
@@ -72,20 +72,20 @@ impl Worker {
         Ok(worker)
     }
 
-    /// Its process number. 0 once it has been let go.
+    /// Returns its pid, or 0 once it has been let go.
     pub(crate) fn pid(&self) -> u32 {
         self.process.as_ref().map_or(0, |process| process.pid)
     }
 
-    /// A descriptor of its process. None once it has been let go.
+    /// Returns a pidfd of its process, or None once it has been let go.
     ///
     /// # Errors
-    /// When there is no descriptor to be had.
+    /// When no descriptor is left.
     pub(crate) fn pidfd(&self) -> Result<Option<OwnedFd>, FleetError> {
         self.process.as_ref().map(|process| process.pidfd.try_clone()).transpose().map_err(failed)
     }
 
-    /// Gives it an order.
+    /// Sends it an order.
     ///
     /// # Errors
     /// When it has ended.
@@ -93,7 +93,7 @@ impl Worker {
         send(&self.socket, order, files).map_err(failed)
     }
 
-    /// Tells it what it may reach: the first order.
+    /// Sends the first order, with its grants.
     ///
     /// # Errors
     /// When it has ended.
@@ -101,8 +101,8 @@ impl Worker {
         self.order(&Order::Enter(Box::new(order)), &[])
     }
 
-    /// Gives it what it starts a child from, after [`Order::Fork`], with the files of what it copies
-    /// `ahead`.
+    /// Sends the parts that it starts a child from, after [`Order::Fork`], with the files of the
+    /// copies `ahead`.
     ///
     /// # Errors
     /// When it has ended.
@@ -114,14 +114,14 @@ impl Worker {
     ) -> Result<(), FleetError> {
         let given = send(&self.socket, inherited, ahead);
         let given = given.and_then(|()| parts.send(&self.socket).map_err(io::Error::other));
-        // One that has gone says why.
+        // A worker that has gone left its reason.
         given.map_err(|error| match self.last_words() {
             Some(Answer::Failed { kind, text }) => FleetError::Refused { kind, text },
             _ => failed(error),
         })
     }
 
-    /// What it has said and nobody has heard.
+    /// Returns its last answers that no code has received.
     fn last_words(&self) -> Option<Answer> {
         // A process that has closed its end with something unread resets the connection first.
         let heard = (0..2).find_map(|_| receive(&self.socket).ok());
@@ -167,18 +167,18 @@ impl Worker {
         Ok(parts)
     }
 
-    /// Has it end at once, and waits for nothing: what it was for is done.
+    /// Kills it, without a wait: its work is done.
     fn kill(mut self) {
         if let Some(process) = self.process.take()
             && let Err(errno) = pidfd_send_signal(&process.pidfd, Signal::KILL)
         {
-            // It has ended by itself.
+            // The process has ended by itself.
             tracing::debug!(%errno, pid = process.pid, "a worker is not killed");
         }
     }
 
-    /// Waits until its snapshot is written. `watch` is called with the bytes that are done and to
-    /// do; once it says so, the worker stops, which is an error.
+    /// Waits until its snapshot is written. Calls `watch` with the bytes done and in all; once that
+    /// returns true, the worker stops, which is an error.
     ///
     /// # Errors
     /// When the worker refuses, or has ended.
@@ -225,7 +225,7 @@ impl Worker {
                         return Err(failed(io::ErrorKind::TimedOut.into()));
                     }
                 }
-                // It has ended with its permission unread. What it said before comes next.
+                // The worker ended without reading its permission. Its earlier answer comes next.
                 Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionReset) => {}
                 Ok((Answer::Failed { kind, text }, _)) => return Err(FleetError::Refused { kind, text }),
                 answer => return answer.map(|(answer, _)| answer).map_err(failed),
@@ -233,7 +233,7 @@ impl Worker {
         }
     }
 
-    /// Waits until it is ready for the next order.
+    /// Waits until the worker is ready for the next order.
     ///
     /// # Errors
     /// As [`Self::answer`].
@@ -255,8 +255,8 @@ impl Worker {
         }
     }
 
-    /// The same for one that may run at once. When `check` fails it is told, and then either it has
-    /// said before that its VM is made, or it will never say so, and ends.
+    /// The same for a worker that may run at once. When `check` fails, its socket is closed. Then
+    /// the worker has either already reported its VM as made, or never will, and ends.
     fn made_or_never(&self, check: impl Fn() -> Result<(), FleetError>) -> Result<Made, FleetError> {
         self.made(check).or_else(|error| {
             self.dismiss();
@@ -266,11 +266,11 @@ impl Worker {
 
     /// Lets its VM run.
     pub(crate) fn run(&self) {
-        // One that has gone says so when it is asked for its answer.
+        // A send to a worker that has gone fails later, at the wait for its answer.
         let _ = seqpacket::send(&self.socket, &[1], &[]);
     }
 
-    /// Waits until its VM runs, and lets it go its own way.
+    /// Waits until its VM runs, and lets the worker go.
     pub(crate) fn running(mut self, name: &str) {
         match self.answer(|| Ok(())) {
             Ok(Answer::Running) => {}
@@ -279,9 +279,9 @@ impl Worker {
         self.process = None;
     }
 
-    /// Has it end, without waiting for that.
+    /// Has the worker end, without waiting for that.
     fn dismiss(&self) {
-        // It ends by itself, and leaves no sockets behind then.
+        // The worker then ends by itself, and leaves no sockets behind.
         let _ = shutdown(&self.socket, Shutdown::Both);
     }
 }
@@ -295,13 +295,13 @@ impl Drop for Worker {
     }
 }
 
-/// Workers of one request that has not succeeded yet. Dropped, all are ended.
+/// The workers of a request that has not succeeded yet. Ended when dropped.
 #[derive(Debug)]
 pub(crate) struct Workers(pub(crate) Vec<Worker>);
 
 impl Workers {
-    /// Waits until all have made their VMs, then lets all run, and lets them go. `check` is called
-    /// with the number that is made.
+    /// Waits until all have made their VMs, then lets all run, and lets them go. Calls `check` with
+    /// the number made so far.
     ///
     /// # Errors
     /// That of `check` or of a worker; then none has run.
@@ -311,7 +311,8 @@ impl Workers {
     ) -> Result<Vec<Made>, FleetError> {
         let mut made = Vec::with_capacity(self.0.len());
         if let [worker] = self.0.as_slice() {
-            // It waits for no other: each time that one process waits for another costs a wake-up.
+            // A single VM waits for no other: every wait of one process for another costs a
+            // wake-up.
             worker.run();
             made.push(worker.made_or_never(|| check(0))?);
         } else {
@@ -322,8 +323,7 @@ impl Workers {
             check(made.len())?;
             self.0.iter().for_each(Worker::run);
         }
-        // All are there, so all may run. From here on each is on its own: one that fails ends like
-        // any VM.
+        // All VMs are made, so all may run. From here on a failure ends only its own VM.
         let workers = std::mem::take(&mut self.0);
         workers.into_iter().zip(&made).for_each(|(worker, child)| worker.running(&child.name));
         Ok(made)
@@ -332,7 +332,7 @@ impl Workers {
 
 impl Drop for Workers {
     fn drop(&mut self) {
-        // All at once. Then, as each is dropped, one is waited for after the other.
+        // All at once. Then the drops wait for one after the other.
         self.0.iter().for_each(Worker::dismiss);
     }
 }

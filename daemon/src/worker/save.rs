@@ -1,15 +1,15 @@
 //! A worker that writes a snapshot of a VM in another process, and ends.
 //!
-//! The VM's own process may not open files. This one has the image and never runs it.
+//! The VM's own process may not open files. This one has the image, and never runs it.
 //!
-//! | message | from | what |
+//! | message | from | content |
 //! |---|---|---|
 //! | 1 | starter | [`SaveOrder`] |
-//! | 2.. | starter | the image of the snapshot that it is based on, if there is one |
+//! | 2.. | starter | the image of the base snapshot, if there is one |
 //! | .. | starter | the image |
-//! | next | worker | how far it is, every [`TELL_INTERVAL`] at most |
-//! | any time | starter | one byte: stop that |
-//! | last | worker | what was written, or the error |
+//! | next | worker | progress, every [`TELL_INTERVAL`] at most |
+//! | any time | starter | one byte: stop |
+//! | last | worker | the report, or the error |
 
 use std::cell::Cell;
 use std::io;
@@ -26,7 +26,7 @@ use super::{Answer, send};
 use crate::fleet::FleetError;
 use clade_vmm::vm::{Context, ForkImage, Overlays, SavedAt, SealedParts, SharedFiles, SnapshotOptions, VmConfig};
 
-/// How often it says how far it is.
+/// Interval of the progress reports.
 const TELL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// A snapshot to be written.
@@ -34,13 +34,13 @@ const TELL_INTERVAL: Duration = Duration::from_millis(50);
 pub(crate) struct SaveOrder {
     /// Its directory.
     pub(crate) dir: PathBuf,
-    /// Directory and id of the one that it is based on.
+    /// Directory and id of its base snapshot.
     pub(crate) base: Option<(PathBuf, SnapshotId)>,
-    /// What the images must be of.
+    /// The configuration that the images must have.
     pub(crate) config: VmConfig,
     /// Whether it is compressed.
     pub(crate) zstd: bool,
-    /// Whether it replaces one that others depend on.
+    /// Whether it replaces a snapshot that others depend on.
     pub(crate) replace: bool,
 }
 
@@ -54,10 +54,10 @@ pub(crate) struct SavedFiles {
     pub(crate) base_untold: bool,
 }
 
-/// Writes a snapshot of the images that come over `socket`.
+/// Writes a snapshot of the images received over `socket`.
 pub(super) fn save(context: &Context, socket: &OwnedFd, order: &SaveOrder) -> Result<SavedFiles, FleetError> {
     let failed = |source| FleetError::Worker { source };
-    // A layer that both images show must be one here, or all of it would count as changed.
+    // A layer in both images must be one here, or all of it would count as changed.
     let mut shared = SharedFiles::default();
     let mut import = || -> Result<_, FleetError> {
         let parts = SealedParts::receive(socket)?.open()?;
@@ -80,7 +80,7 @@ pub(super) fn save(context: &Context, socket: &OwnedFd, order: &SaveOrder) -> Re
             return;
         }
         told.set(Instant::now());
-        // Whoever has ordered it has gone, or wants it no more.
+        // The starter has gone, or asks to stop.
         if send(socket, &Answer::Saving { done, total }, &[]).is_err() || has_word(socket) {
             cancel.store(true, Ordering::Relaxed);
         }
@@ -99,13 +99,14 @@ pub(super) fn save(context: &Context, socket: &OwnedFd, order: &SaveOrder) -> Re
     })
 }
 
-/// Whether the other side has said something, or gone.
+/// Returns whether the other side has sent a byte, or gone.
 fn has_word(socket: &OwnedFd) -> bool {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&now)).is_ok_and(|ready| ready > 0)
 }
 
-/// The directories that a snapshot in `dir` is written in: its own is made aside, and renamed.
+/// Returns the directories that a snapshot in `dir` is written in: its own is made aside, and
+/// renamed.
 pub(crate) fn written_beside(dir: &Path) -> io::Result<PathBuf> {
     let beside = dir.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("/"));
     std::fs::canonicalize(beside)

@@ -25,23 +25,23 @@ use clade_vmm::vm::{ChildOptions, Context, Endpoints, ForkImage, Overlays, Seale
 /// A worker's VM, which runs.
 #[derive(Debug)]
 pub struct Served {
-    /// Its name, its sockets, its end.
+    /// Its fleet: its name, its sockets, its end.
     pub fleet: Fleet,
     /// The VM.
     pub vm: Arc<Vm>,
-    /// What it copies ahead, and notes at its end.
+    /// The pages it copies ahead, and the note at its end.
     pub ahead: Option<ChildAhead>,
-    /// Whether it was booted and not forked: what it has written to its disks since its forks belongs
-    /// in their images when it ends.
+    /// Whether it was booted and not forked: at its end, everything written to its disks since its
+    /// forks is merged into their images.
     pub was_booted: bool,
 }
 
-/// Does what the process behind `socket` orders, until there is a VM, in a fleet of its own that
-/// `runtime` serves. Returns once the VM runs, with `None` if none is wanted any more. Calls
-/// `before_it_runs` when its VM has a name, before it is made.
+/// Carries out the orders of the process behind `socket`, until there is a VM, in a fleet of its
+/// own that `runtime` serves. Returns once the VM runs, or with `None` if the starter no longer
+/// wants one. Calls `before_it_runs` when its VM has a name, before it is made.
 ///
 /// # Errors
-/// When the VM cannot be made, which the other process is told.
+/// When the VM cannot be made. The other process gets the error too.
 pub fn serve(
     context: &Context,
     entered: &Entered,
@@ -53,7 +53,7 @@ pub fn serve(
     let maker = Maker { context, entered, socket, runtime, program, before_it_runs };
     loop {
         let (order, files) = match receive(socket) {
-            // It waited in a pool, and whoever kept it there has gone.
+            // The worker waited in a pool, and its starter has gone.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
             other => other.map_err(failed)?,
         };
@@ -76,17 +76,17 @@ pub fn serve(
             Order::Boot(order) => maker.boot(*order, files),
         };
         return done.inspect_err(|error| {
-            // A file that is not there, or no disk: whoever asks has named it.
+            // A missing file, or one that is not a disk: the request named it.
             let is_input = kernel.is_some() && matches!(error, FleetError::Vm(VmError::Devices(_)));
             let kind = if is_input { ProblemKind::BadConfig } else { error.problem() };
             let text = clade_vmm::error_chain(error);
-            // An error that knows only the file's contents.
+            // The error is about the file's contents, and does not name it.
             let text = match &kernel {
                 Some(kernel) if is_of_kernel(error) => format!("{}: {text}", kernel.display()),
                 _ => text,
             };
             let answer = Answer::Failed { kind, text };
-            // Whoever ordered it may have gone.
+            // The starter may have gone.
             let _ = send(socket, &answer, &[]);
         });
     }
@@ -97,8 +97,8 @@ fn is_of_kernel(error: &FleetError) -> bool {
     matches!(error, FleetError::Vm(VmError::Boot(NotAKernel { .. } | BzImage(_) | Unpack(_) | Elf(_))))
 }
 
-/// What came with an order: the claim whose lock it is, the VM's files, and its interfaces. From here on
-/// the process ends with the one that it is tied to.
+/// Unpacks an order's descriptors: the claim with its lock, the VM's files, and its interfaces.
+/// From here on the process ends with the one that it is tied to.
 fn claimed(
     entered: &Entered,
     name: &str,
@@ -132,8 +132,8 @@ struct Maker<'a> {
 }
 
 impl Maker<'_> {
-    /// Says that the VM is made. Returns whether it is wanted, once that is known: when all others
-    /// of the request are made.
+    /// Reports that the VM is made. Returns whether it is wanted, once that is known: when all
+    /// others of the request are made.
     fn is_wanted(&self, vm: &Vm) -> bool {
         let (name, erased) = (vm.name().to_owned(), vm.erased().into());
         let answer = Answer::Made { name, identity: IdentityInfo::of(vm), erased };
@@ -144,14 +144,14 @@ impl Maker<'_> {
     fn fork(&self, order: ForkOrder, files: Vec<OwnedFd>) -> Result<Option<Served>, FleetError> {
         let begun = Instant::now();
         let ForkOrder { name, shape, handed, parent, paused } = order;
-        // What needs no image comes first: the parent may still be forked.
+        // Preparations without the image come first: the parent may still be forked.
         let fleet = serve_vm(self.context, self.runtime);
         let (claim, files, ends) = claimed(self.entered, &name, handed, files, self.runtime)?;
         (self.before_it_runs)().map_err(failed)?;
         let claimed = Instant::now();
         let (Inherited { labels, secrets, withhold, ahead }, files_ahead) = match receive(self.socket) {
             Ok(inherited) => inherited,
-            // There is no image: the parent could not be forked, or another worker has failed.
+            // No image comes: the parent could not be forked, or another worker has failed.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
             Err(error) => return Err(failed(error)),
         };
@@ -165,7 +165,7 @@ impl Maker<'_> {
         let (claim_took, receive_took) = (claimed - begun, received - waited);
         tracing::debug!(name, ?claim_took, ?receive_took, import_took = ?received.elapsed(), "worker");
         let before_start = self.program.before_start.as_ref().map(|hook| hook as &dyn Fn(&GuestRam));
-        // The child has none, and neither has this process once it is made.
+        // The child is made without secrets, and this process drops them once it is made.
         let (withheld, secrets) = if withhold { (secrets, Secrets::Withheld) } else { (Secrets::None, secrets) };
         let make = |context: &Context| {
             let options = ChildOptions { paused: true, erase: &withheld.bytes(), before_start };
@@ -178,7 +178,7 @@ impl Maker<'_> {
             if !self.is_wanted(vm) {
                 return false;
             }
-            // Its sockets are served afterwards: who connects meanwhile waits. Nobody can have
+            // Its sockets are served afterwards: connections wait until then. So no client can have
             // stopped it.
             if !paused && let Err(error) = vm.resume() {
                 tracing::error!(%error, name, "the VM does not run");
@@ -200,7 +200,7 @@ impl Maker<'_> {
         if let Some(said) = self.program.said.filter(|_| !paused) {
             said(&vm);
         }
-        // Nobody waits for it.
+        // The copies run on their own.
         let ahead = ahead.zip(<[OwnedFd; 2]>::try_from(files_ahead).ok());
         let ahead = ahead.map(|(order, [likely, note])| ChildAhead::begin(&vm, order, &likely, note));
         Ok(Some(Served { fleet, vm, ahead, was_booted: false }))

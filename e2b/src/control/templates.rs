@@ -1,4 +1,4 @@
-//! The calls that show templates: those that were built, and checkpoints that were made by hand.
+//! The calls that show templates: built ones, and checkpoints made by hand.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -51,7 +51,8 @@ fn of_built(built: Built) -> Template {
     template(built.id, built.name, (built.spec.cpus, built.spec.mib), built.created_at)
 }
 
-/// All that this owner may make sandboxes of, by name. A template that was built hides a checkpoint of its name.
+/// Returns all templates that this owner may use, by name. A built template hides a checkpoint of
+/// its name.
 async fn visible(gateway: &Gateway, owner: &Owner) -> Answer<Vec<Template>> {
     let mut all: Vec<CheckpointInfo> = gateway.0.client.supervisor(Method::GET, "/v1/checkpoints", None::<&()>).await?;
     let built = gateway.all_built()?;
@@ -61,7 +62,7 @@ async fn visible(gateway: &Gateway, owner: &Owner) -> Answer<Vec<Template>> {
     let named: BTreeSet<&str> = own.values().map(|one| one.shown()).collect();
     all.retain(|one| {
         let name = one.name.as_str();
-        // The checkpoint of a snapshot is its owner's alone, also before it has a record.
+        // The checkpoint of a snapshot belongs to its owner alone, even before it has a record.
         own.contains_key(name) || !name.starts_with(SNAPSHOT_PREFIX) && !hidden.contains(name) && !named.contains(name)
     });
     let of = |one: CheckpointInfo| own.get(one.name.as_str()).copied();

@@ -61,7 +61,7 @@ async fn a_client_that_goes_leaves_no_record_that_contradicts_its_vm() {
         assert!((3..MAX_STEPS).contains(&steps), "{forth}: {steps}");
         fake.call(&key, "POST", &format!("/sandboxes/{id}/{forth}"), json!({})).await;
     }
-    // And the end.
+    // And its end.
     while fake.drop_after(0, Fake::ask(&key, "DELETE", &format!("/sandboxes/{id}"), &Value::Null)).await {
         until("its end", || fake.world.fleet().vms.is_empty() && fake.gateway.0.sandboxes.get(&id).is_none()).await;
     }
@@ -114,7 +114,7 @@ async fn a_key_that_reads_sees_what_is_its_owners_and_opens_nothing() {
     {
         assert_eq!(fake.call(&reads, method, &path, json!({})).await.0, 403, "{method} {path}");
     }
-    // Another key of the owner has the token, and another owner's has nothing.
+    // Another key of the owner has the token; another owner's key finds no sandbox.
     assert_eq!(fake.call(&writes, "GET", &path, Value::Null).await.1["envdAccessToken"], token.as_str());
     assert_eq!(fake.call(&two, "GET", &path, Value::Null).await.0, 404);
     assert_eq!(fake.call(&writes, "DELETE", &path, Value::Null).await.0, 204);
@@ -143,7 +143,7 @@ async fn only_the_token_of_a_paused_sandbox_wakes_it_by_its_agent() {
     assert!(fake.world.fleet().vms[&id].is_paused);
     assert_eq!(ask(&[&tokens[0]], "/envs").await, (200, Value::String(id.clone())));
     assert!(!record().paused);
-    // And the agent asks for it then.
+    // And then the agent requires it.
     assert_eq!(ask(&["x"], "/envs").await.0, 401);
 }
 

@@ -14,7 +14,7 @@ use crate::places::PER_SANDBOX;
 use crate::wire::{AskedNetwork, Texts};
 
 const LIMIT: Duration = Duration::from_secs(300);
-/// A request for a WebSocket, but for its sandbox.
+/// A request for a WebSocket, without its sandbox.
 const ASK: &str = "GET /ws HTTP/1.1\r\nhost: 80-ibox.box.test\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
                    sec-websocket-version: 13\r\nsec-websocket-key: k\r\n";
 const TAKE: &str = "HTTP/1.1 101 Switching Protocols\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\
@@ -55,7 +55,7 @@ impl Host {
         host
     }
 
-    /// Not by `listen`, which forgets what no supervisor knows.
+    /// Not through `listen`, which forgets sandboxes that no supervisor has.
     async fn serve(&mut self, gateway: Gateway) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         self.address = listener.local_addr().unwrap();
@@ -80,7 +80,7 @@ impl Host {
         guest
     }
 
-    /// The answer to a request that comes to no guest.
+    /// Returns the refusal of a request that reaches no guest.
     async fn refuses(&self, text: &str) -> (u16, String) {
         let mut client = BufReader::new(self.client(text).await);
         let head = head(&mut client).await;
@@ -121,7 +121,7 @@ async fn line(from: &mut (impl AsyncBufReadExt + Unpin)) -> String {
     line
 }
 
-/// A head, in small letters, with its empty line.
+/// Returns a head in lower case, with its empty line.
 async fn head(from: &mut (impl AsyncBufReadExt + Unpin)) -> String {
     let mut head = String::new();
     while !head.ends_with("\r\n\r\n") {
@@ -163,7 +163,7 @@ fn a_program_learns_nothing_that_opens_anything() {
         for gone in ["e2b-", "upgrade", "x-mine", "connection: close"] {
             assert!(!asked.contains(gone), "{gone}: {asked}");
         }
-        // The answer comes as it is written, and a token in it is no one's.
+        // The answer is streamed, without the token in it.
         let answer =
             "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\nkeep-alive: 5\r\nx-access-token: t\r\nx-own: 1\r\n\r\n";
         guest.write_all(answer.as_bytes()).await.unwrap();
@@ -217,7 +217,7 @@ fn what_is_said_in_two_ways_comes_to_no_guest_or_in_one() {
             let (status, answer) = host.refuses(&wrong).await;
             assert_eq!(status, 400, "{wrong:?}: {answer}");
         }
-        // Both lengths: where the server lets one pass, the guest is sent that one alone.
+        // Both lengths: if the server lets one pass, the guest gets only that one.
         let both = format!(
             "POST / HTTP/1.1\r\n{own}content-length: 30\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /smuggled HTTP/1.1\r\n\r\n"
         );
@@ -252,7 +252,7 @@ fn a_websocket_is_copied_both_ways_until_it_ends() {
             assert!(asked.contains(kept), "{asked}");
         }
         assert!(!asked.contains("secret"), "{asked}");
-        // What comes with the head is the other protocol's, on both sides.
+        // Bytes behind the head belong to the other protocol, on both sides.
         guest.write_all((TAKE.to_owned() + "hello").as_bytes()).await.unwrap();
         let mut reader = BufReader::new(&mut client);
         let taken = head(&mut reader).await;
@@ -264,13 +264,13 @@ fn a_websocket_is_copied_both_ways_until_it_ends() {
         let mut bytes = [0; 7];
         guest.read_exact(&mut bytes).await.unwrap();
         assert_eq!(&bytes, b"\x81\x00\r\n\r\n\xff");
-        // The guest's last word comes, and then its end.
+        // The guest's last bytes arrive, and then its end.
         guest.write_all(b"bye").await.unwrap();
         drop(guest);
         let mut rest = String::new();
         reader.read_to_string(&mut rest).await.unwrap();
         assert_eq!(rest, "bye");
-        // The client's end is heard by the guest.
+        // The guest sees the client's end.
         let mut client = host.client(&(ASK.to_owned() + "\r\n")).await;
         let mut guest = host.accept().await;
         head(&mut guest).await;
@@ -335,7 +335,7 @@ fn a_port_that_is_closed_and_a_protocol_that_was_not_asked_for_are_502() {
         };
         let ((status, answer), ()) = tokio::join!(host.refuses(ask), unasked);
         assert!(status == 502, "{answer}");
-        // A guest that declines is heard.
+        // A guest's refusal is passed on.
         let declined = async {
             let mut guest = host.accept().await;
             head(&mut guest).await;
@@ -392,7 +392,7 @@ fn connections_have_places_which_a_websocket_keeps_until_it_ends() {
             assert!(status == 429 && answer.contains("retry-after: 1\r\n"), "{answer}");
             assert!(answer.contains(r#"{"code":429,"message":"256 connections"#), "{answer}");
         }
-        // The agent is reached all the same, and refuses what it refuses.
+        // The agent is reached all the same, and refuses this path.
         let agents = "GET /init HTTP/1.1\r\nhost: 49983-ibox.box.test\r\nconnection: close\r\n\r\n";
         assert_eq!(host.refuses(agents).await.0, 403);
         drop((socket, guest));
@@ -407,7 +407,7 @@ fn connections_have_places_which_a_websocket_keeps_until_it_ends() {
     });
 }
 
-/// Asks until there is a place, and answers for the program.
+/// Repeats the request until there is a place, and answers for the program.
 async fn answered(host: &Host, ask: &str) -> TcpStream {
     loop {
         let client = host.client(ask).await;
@@ -418,7 +418,7 @@ async fn answered(host: &Host, ask: &str) -> TcpStream {
                 guest.write_all(answer).await.unwrap();
                 return client;
             }
-            // That the one before has ended is heard a moment later.
+            // The end of the previous connection is noticed a moment later.
             () = tokio::time::sleep(Duration::from_millis(200)) => {}
         }
     }

@@ -1,4 +1,4 @@
-//! When a sandbox's time begins, beside a supervisor and an agent that are tasks of the test.
+//! The beginning of a sandbox's time, beside a supervisor and an agent that are tasks of the test.
 
 use std::sync::Mutex;
 
@@ -12,7 +12,7 @@ use tokio::sync::Semaphore;
 use super::*;
 use crate::gateway::Options;
 
-/// The requests that were made, in their order.
+/// The requests in their order.
 type Log = Arc<Mutex<Vec<String>>>;
 
 fn logged(log: &Log) -> Vec<String> {
@@ -50,7 +50,7 @@ fn supervise(listener: UnixListener, socket: &std::path::Path, log: &Log) {
     tokio::spawn(async move { axum::serve(listener, router).await });
 }
 
-/// An agent that answers a request when it gets a permit.
+/// An agent that answers one request for each permit.
 fn answer_for_agent(listener: UnixListener, log: &Log, permits: Arc<Semaphore>) {
     let log = Arc::clone(log);
     tokio::spawn(async move {
@@ -112,7 +112,7 @@ async fn the_time_of_a_sandbox_begins_when_its_guest_is_initialised() {
     let record = entry.get();
     assert!(record.started_at >= ready && record.end_at >= after(ready, 2).unwrap(), "{record:?}");
 
-    // The same of one that is resumed.
+    // The same for a resumed one.
     gateway.0.sandboxes.change(&entry, |record| record.paused = true);
     log.lock().unwrap().clear();
     let (waking, woken) = (gateway.clone(), Arc::clone(&entry));

@@ -8,7 +8,7 @@ use crate::{
 use core::{arch::asm, hint, ops::ControlFlow, ptr};
 
 const BASE: u64 = 0xfee0_0000;
-/// Where the end of an interrupt is told.
+/// The register for the end of an interrupt.
 pub const EOI: u64 = BASE + 0xb0;
 const TASK_PRIORITY: u64 = BASE + 0x80;
 const SPURIOUS: u64 = BASE + 0xf0;
@@ -24,12 +24,14 @@ const INIT: u32 = 0b101 << 8;
 const STARTUP: u32 = 0b110 << 8 | (AP_START >> 12) as u32;
 /// The vector of relayed interrupts: the first behind the exceptions'.
 pub const WAKE: u32 = 32;
-/// The task priority that holds back [`WAKE`] and lets [`abi::DOORBELL`] in: a priority class has 16 vectors.
+/// The task priority that holds back [`WAKE`] and lets [`abi::DOORBELL`] in: a priority class has
+/// 16 vectors.
 const DOORBELL_ONLY: u32 = WAKE;
 const ALL: u32 = 0;
 const _: () = assert!(abi::DOORBELL as u32 / 16 > WAKE / 16);
 
-/// Where the other vCPUs start in real mode: a page below 1 MiB, whose number is the start-up IPI's vector.
+/// Address at which the other vCPUs start in real mode: a page below 1 MiB, whose number is the
+/// start-up IPI's vector.
 const AP_START: u64 = 0x8000;
 
 unsafe extern "C" {
@@ -38,7 +40,8 @@ unsafe extern "C" {
 
     /// Has ring 0 let interrupts in and halt until a relayed one has come.
     fn wait_for_interrupt();
-    /// Has ring 0 let interrupts in and halt until the doorbell has rung. A ring before the call ends it at once.
+    /// Has ring 0 let interrupts in and halt until the doorbell has rung. A ring before the call
+    /// ends it at once.
     fn wait_for_doorbell();
 }
 
@@ -52,7 +55,8 @@ pub fn enable() -> bool {
     const VALUE: u32 = SOFTWARE_ENABLED | 0xff;
     write(TASK_PRIORITY, DOORBELL_ONLY);
     write(SPURIOUS, VALUE);
-    // Without this the PIC, which this guest does not set up, interrupts with the vectors of exceptions.
+    // Without this the PIC, which this guest does not set up, interrupts with the vectors of
+    // exceptions.
     write(LOCAL_INTERRUPT_0, MASKED);
     // SAFETY: as for writes.
     unsafe { (SPURIOUS as *const u32).read_volatile() == VALUE }
@@ -69,16 +73,17 @@ fn send(peer: u64, ipi: u32) {
     write(ICR_LOW, ASSERT | ipi);
 }
 
-/// Starts all other vCPUs, by INIT and two start-up IPIs. Those that are not there do not mind.
+/// Starts all other vCPUs, by INIT and two start-up IPIs. Absent vCPUs ignore them.
 ///
-/// KVM keeps both pending until the vCPU runs, so there is nothing to wait for in between.
+/// KVM keeps both pending until the vCPU runs, so no wait is needed in between.
 pub fn start_others() {
-    // SAFETY: the page at AP_START is this program's, and the code between the symbols runs at any address.
+    // SAFETY: the page at AP_START is this program's, and the code between the symbols runs at any
+    // address.
     unsafe {
         let code = &raw const ap_start;
         let length = (&raw const ap_start_end).offset_from_unsigned(code);
         ptr::copy_nonoverlapping(code, AP_START as *mut u8, length);
-        // The processor that fetches this is another one: it must be in memory before the IPIs are sent.
+        // Another processor fetches this code: it must be in memory before the IPIs are sent.
         asm!("mfence", options(nostack, preserves_flags));
     }
     for ipi in [INIT, STARTUP, STARTUP] {

@@ -1,4 +1,5 @@
-//! The commands that take time. All accesses to guest memory are volatile: other vCPUs, devices and the host look on.
+//! The commands that take time. All accesses to guest memory are volatile: other vCPUs, devices and
+//! the host also access it.
 
 use crate::{
     apic, disk,
@@ -12,7 +13,7 @@ use core::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-/// How a command ended, and what it found.
+/// The outcome of a command.
 pub struct Outcome {
     pub status: Status,
     pub result: [u64; 4],
@@ -54,7 +55,7 @@ pub fn run(mailbox: &Mailbox, command: Command) -> Outcome {
         Command::DiskReset { area } => disk::reset(area),
         Command::Relay { peer, first } => apic::relay(mailbox, peer, first),
         Command::Restart { peer } => apic::restart(mailbox, peer),
-        // The command loop's own.
+        // Handled by the command loop.
         Command::Idle | Command::Announce | Command::AnnounceAndHalt | Command::Halt => Outcome { status: Status::Rejected, result: [0; 4] },
     }
 }
@@ -161,12 +162,13 @@ fn touch(mailbox: &Mailbox, start: u64, pages: u64, value: u64) -> Outcome {
 }
 
 fn shared_count(mailbox: &Mailbox, address: u64, count: u64) -> Outcome {
-    // SAFETY: the command's decoder checked the alignment, and what is not mapped faults.
+    // SAFETY: the command's decoder checked the alignment, and an access to an unmapped address
+    // faults.
     let word = unsafe { AtomicU64::from_ptr(address as *mut u64) };
     let flow = in_chunks(count, POLL_OPS, |chunk| {
         let end = chunk.end;
         for _ in chunk {
-            // Nothing is published through the count.
+            // Relaxed: the count publishes no other data.
             word.fetch_add(1, Ordering::Relaxed);
         }
         mailbox.set_progress(end);
@@ -192,8 +194,8 @@ fn in_chunks(total: u64, size: u64, mut body: impl FnMut(core::ops::Range<u64>) 
 pub fn poll(mailbox: &Mailbox) -> ControlFlow<()> {
     let Some(seq) = mailbox.pending() else { return ControlFlow::Continue(()) };
     if mailbox.is_announce_and_halt() {
-        // Here, in the loop's own page and without the stack: a clone that is timed by this report takes a fault
-        // for each page that it touches before.
+        // Here, in the loop's own page and without the stack: a clone timed by this report takes a
+        // fault for each page that it touches before.
         mailbox.report_as(Event::Announce, seq);
         // SAFETY: it stops this vCPU, and nothing waits for it.
         unsafe { crate::park() }
@@ -210,7 +212,8 @@ fn words(start: u64, page: u64, count: u64) -> impl Iterator<Item = u64> {
 
 #[inline(always)]
 pub fn load(gpa: u64) -> u64 {
-    // SAFETY: the host owns the range that it gave, and what is not mapped faults and is reported.
+    // SAFETY: the host owns the range that it gave, and an access to an unmapped address faults and
+    // is reported.
     unsafe { (gpa as *const u64).read_volatile() }
 }
 

@@ -1,4 +1,5 @@
-//! A polling virtio-blk driver, in ring 3. What it remembers is in its area, so that another vCPU, or the same after a fork, can go on.
+//! A polling virtio-blk driver, in ring 3. Its state is in its area, so that another vCPU, or the
+//! same after a fork, can go on.
 
 use crate::{
     abi::{
@@ -13,7 +14,7 @@ use core::{
     sync::atomic::{Ordering, fence},
 };
 
-// Registers, as the specification has them.
+// Registers, by the specification.
 const MAGIC_VALUE: u64 = 0x000;
 const VERSION: u64 = 0x004;
 const DEVICE_ID: u64 = 0x008;
@@ -39,7 +40,7 @@ const OFFERED_BY_US: u64 = EVENT_IDX | VERSION_1 | 1 << 5 | 1 << 9 | 1 << 13 | 1
 
 const NEXT: u64 = 1;
 const WRITE: u64 = 2;
-/// Where the status is, behind the header.
+/// Offset of the status, behind the header.
 const STATUS_AT: u64 = 16;
 /// In a status byte: the device has not written it.
 const UNTOUCHED: u8 = 0xee;
@@ -50,7 +51,7 @@ struct Registers(u64);
 
 impl Registers {
     fn read(self, offset: u64) -> u32 {
-        // SAFETY: the page tables map the registers; what is not there reads as ones.
+        // SAFETY: the page tables map the registers; absent ones read as ones.
         unsafe { ((self.0 + offset) as *const u32).read_volatile() }
     }
 
@@ -191,7 +192,7 @@ pub fn run(mailbox: &Mailbox, run: DiskRun) -> Outcome {
         if (done == total || interrupted) && flying == 0 {
             break;
         }
-        // Reset by somebody else: nothing comes any more.
+        // Another vCPU has reset the device: no completion comes any more.
         if driver.area.registers().is_none() {
             interrupted = true;
             break;
@@ -230,7 +231,7 @@ impl Driver {
         self.run.memory_of(slot)
     }
 
-    /// Counts the next slot's neighbour up; the count of them all after it.
+    /// Increments the word behind the next slot; the total count after it.
     fn touch(&self, depth: u64) {
         let count = self.area.get(state::TOUCHED);
         if let Some(at) = self.run.neighbour_of(count % depth) {
@@ -275,7 +276,7 @@ impl Driver {
                 store(buffer, sector);
                 store(buffer + 8, run.block);
             }
-            // What is not written by the device must not look right.
+            // Bytes that the device does not write must not look right.
             What::Verify | What::VerifyZero => {
                 for word in (0..bytes).step_by(8) {
                     store(buffer + word, !word_at(run.seed, sector * 512 + word));
@@ -298,7 +299,8 @@ impl Driver {
         self.area.set(state::AVAILABLE, filled + 1);
     }
 
-    /// Makes available what was started since `before`, and notifies the device if it wants to be.
+    /// Makes the operations started since `before` available, and notifies the device if it asks
+    /// for that.
     fn publish(&mut self, before: u64) {
         let filled = self.area.get(state::AVAILABLE);
         if filled == before {
@@ -306,7 +308,7 @@ impl Driver {
         }
         // Release: x86 keeps stores in order, so that the index is seen after the entries.
         store16(self.area.0 + AVAILABLE + 2, filled as u16);
-        // The index before the device's wish: the device stores that, then looks at the index.
+        // The index before the device's flag: the device stores the flag, then reads the index.
         fence(Ordering::SeqCst);
         let size = self.area.get(state::SIZE);
         let wanted = if self.area.get(state::FEATURES) & EVENT_IDX != 0 {
@@ -321,7 +323,7 @@ impl Driver {
         }
     }
 
-    /// Looks at what the device has given back. Returns how many operations that were.
+    /// Handles completions of the device. Returns the number of operations.
     fn finish(&mut self) -> u64 {
         let size = self.area.get(state::SIZE);
         let used = load16(self.area.0 + USED + 2);

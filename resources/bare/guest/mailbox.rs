@@ -1,4 +1,5 @@
-//! This vCPU's mailbox: every access is one volatile load or store, which x86 keeps in program order.
+//! This vCPU's mailbox: every access is one volatile load or store, which x86 keeps in program
+//! order.
 
 use crate::abi::{self, Command, Event, MAGIC, REPORT_PORT, Report, State, Status};
 use core::arch::asm;
@@ -10,7 +11,8 @@ pub struct Mailbox {
 
 macro_rules! load {
     ($self:ident . $field:ident) => {
-        // SAFETY: the page is mapped for as long as the guest lives, and its words may change at any time.
+        // SAFETY: the page is mapped for as long as the guest lives, and its words may change at
+        // any time.
         unsafe { (&raw const (*$self.at).$field).read_volatile() }
     };
 }
@@ -18,7 +20,7 @@ macro_rules! load {
 macro_rules! store {
     ($self:ident . $field:ident = $value:expr) => {{
         let value = $value;
-        // SAFETY: as for loads; the fields that are stored to here are written by nobody else.
+        // SAFETY: as for loads; only this vCPU writes the fields that are stored to here.
         unsafe { (&raw mut (*$self.at).$field).write_volatile(value) }
     }};
 }
@@ -28,13 +30,14 @@ impl Mailbox {
         Self { at: abi::mailbox_gpa(index) as *mut abi::Mailbox }
     }
 
-    /// The vCPU. By the address, which a loop has in a register.
+    /// Returns the vCPU's index, from the address, which a loop has in a register.
     #[inline(always)]
     fn index(&self) -> u8 {
         ((self.at as u64 - abi::MAILBOX_BASE) / abi::MAILBOX_STRIDE) as u8
     }
 
-    /// Sets all that the guest owns. What the host has written stays: a command may be there before the guest boots.
+    /// Sets all fields that the guest owns. The host's stay: a command may be there before the
+    /// guest boots.
     pub fn start(&self) {
         store!(self.state = State::Booting as u64);
         store!(self.ack_seq = 0);
@@ -45,19 +48,19 @@ impl Mailbox {
         store!(self.magic = MAGIC);
     }
 
-    /// The number of a command that was not taken yet.
+    /// Returns the number of a command that was not taken yet.
     #[inline(always)]
     pub fn pending(&self) -> Option<u64> {
         let seq = load!(self.cmd_seq);
         (seq != load!(self.ack_seq)).then_some(seq)
     }
 
-    /// The command: once per command, since the host may change it as soon as it is taken.
+    /// Returns the command: once per command, since the host may change it as soon as it is taken.
     pub fn command(&self) -> Option<Command> {
         Command::decode(load!(self.command), load!(self.args))
     }
 
-    /// Whether the command is [`Command::AnnounceAndHalt`].
+    /// Returns whether the command is [`Command::AnnounceAndHalt`].
     #[inline(always)]
     pub fn is_announce_and_halt(&self) -> bool {
         const CODE: u64 = Command::AnnounceAndHalt.encode().0;
@@ -69,8 +72,8 @@ impl Mailbox {
         store!(self.ack_seq = seq);
     }
 
-    /// Writes to the page of this vCPU's ring 0 stack, as a wait for the doorbell does. Whether the vCPU has waited since
-    /// a command then makes no difference to the pages that it has written.
+    /// Writes to the page of this vCPU's ring 0 stack, as a wait for the doorbell does. Whether the
+    /// vCPU has waited since a command then makes no difference to the pages that it has written.
     pub fn touch_ring0_stack(&self, seq: u64) {
         // Between the task state segment and the stack.
         const UNUSED: u64 = 1024;
@@ -97,7 +100,8 @@ impl Mailbox {
         self.set_state(state);
     }
 
-    /// Ends a command that has a status, and reports it unless it was interrupted: the host knows about that.
+    /// Ends a command that has a status, and reports it. An interrupted one is not reported: the
+    /// host knows.
     pub fn finish(&self, seq: u64, status: Status, result: [u64; 4]) {
         store!(self.status = status as u64);
         store!(self.result = result);
@@ -116,7 +120,7 @@ impl Mailbox {
     #[inline(always)]
     pub fn report_as(&self, event: Event, seq: u64) {
         let report = Report { event, vcpu: self.index(), seq: seq as u16 };
-        // SAFETY: the port does nothing but report. Memory is not named as untouched: what was stored is stored before.
+        // SAFETY: the port only reports. The asm is not `nomem`: earlier stores stay before it.
         unsafe {
             asm!("out dx, eax", in("dx") REPORT_PORT, in("eax") report.encode(), options(nostack, preserves_flags))
         };

@@ -1,4 +1,4 @@
-//! The bare guest: a ring 3 program with just enough ring 0 below it. See `../src/abi.rs` for what it does.
+//! The bare guest: a ring 3 program with just enough ring 0 below it. `../src/abi.rs` describes it.
 
 #![no_std]
 #![no_main]
@@ -56,13 +56,15 @@ unsafe extern "C" {
     fn park() -> !;
 }
 
-/// What boot.S enters in ring 3, on every vCPU. `boot` says which way the vCPU came, and what `info` points at.
+/// Entry from boot.S in ring 3, on every vCPU. `boot` is the vCPU's boot protocol, and decides the
+/// type behind `info`.
 #[unsafe(no_mangle)]
 extern "C" fn ring3(index: u64, info: *const u8, boot: u32) -> ! {
     let mailbox = Mailbox::of(index);
     mailbox.start();
     if boot != 0 {
-        // SAFETY: boot.S passes what the loader passed, and only the first vCPU comes this way, before it starts others.
+        // SAFETY: boot.S passes the loader's values, and only the first vCPU comes this way, before
+        // it starts others.
         unsafe {
             memory_map::build_page_tables(boot, info);
             load_page_tables();
@@ -73,7 +75,8 @@ extern "C" fn ring3(index: u64, info: *const u8, boot: u32) -> ! {
 }
 
 fn serve(mailbox: Mailbox) -> ! {
-    // Before the first look at the mailbox: a ring that the APIC drops is of a command that this look finds.
+    // Before the first read of the mailbox: that read finds the command of a ring that the APIC
+    // drops.
     let has_doorbell = apic::enable();
     mailbox.set_state(State::Idle);
     mailbox.report(Event::Ready);
@@ -108,7 +111,8 @@ fn serve(mailbox: Mailbox) -> ! {
             Some(command) => {
                 mailbox.set_progress(0);
                 let Outcome { status, result } = commands::run(&mailbox, command);
-                // Announced before this command's end is stored, because the stores may take the host long.
+                // Announced before this command's end is stored, because the stores may take the
+                // host long.
                 if let Some(next) = mailbox.pending()
                     && announce(&mailbox, mailbox.command(), next)
                 {
@@ -121,8 +125,9 @@ fn serve(mailbox: Mailbox) -> ! {
     }
 }
 
-/// Reports what `command` has this vCPU report, and halts if it says so: the next command, which may be there
-/// as soon as the host has the report, is not looked at. Returns whether there was a report.
+/// Reports for `command` if it asks for that, and halts if it asks for that: then the next command,
+/// which may be there as soon as the host has the report, is not read. Returns whether there was a
+/// report.
 fn announce(mailbox: &Mailbox, command: Option<Command>, seq: u64) -> bool {
     match command {
         Some(Command::Announce) => mailbox.report_as(Event::Announce, seq),

@@ -1,14 +1,15 @@
-//! From the memory map that the loader left to page tables that map just that.
+//! Builds page tables for the loader's memory map, and for nothing else.
 
 use crate::abi::{PAGE_SIZE, PAGE_TABLES, VIRTIO_BASE, WORK_BASE};
 use core::ptr;
 
 /// Entries that point at a table: present, writable, user, accessed.
 const TABLE: u64 = 0x27;
-/// Entries that map 2 MiB: the same, dirty, and large. With accessed and dirty set no page walk has to write them.
+/// Entries that map 2 MiB: the same, dirty, and large. With accessed and dirty set no page walk has
+/// to write them.
 const LARGE: u64 = 0xe7;
 const LARGE_SIZE: u64 = 2 << 20;
-/// What one PDPT reaches.
+/// Range of one PDPT.
 const LIMIT: u64 = 512 << 30;
 const LOCAL_APIC: u64 = 0xfee0_0000;
 
@@ -19,7 +20,8 @@ const PVH: u32 = 1;
 
 /// # Safety
 ///
-/// `info` must be the loader's hvm_start_info if `boot` is [`PVH`], and its boot_params otherwise. The tables must not be in use.
+/// `info` must be the loader's hvm_start_info if `boot` is [`PVH`], and its boot_params otherwise.
+/// The tables must not be in use.
 pub unsafe fn build_page_tables(boot: u32, info: *const u8) {
     // SAFETY: the caller's promise; offsets and types are those of the two boot protocols.
     let (entries, stride, count) = unsafe {
@@ -36,7 +38,8 @@ pub unsafe fn build_page_tables(boot: u32, info: *const u8) {
     tables.map(LOCAL_APIC, PAGE_SIZE);
     tables.map(VIRTIO_BASE, LARGE_SIZE);
     for index in 0..count {
-        // SAFETY: an entry of both maps starts with 64 bits of address, 64 bits of size and 32 bits of type.
+        // SAFETY: an entry of both maps starts with 64 bits of address, 64 bits of size and 32 bits
+        // of type.
         let (start, size, kind) = unsafe {
             let entry = entries.add(index * stride);
             let words = entry.cast::<u64>();
@@ -62,7 +65,7 @@ impl Tables {
         tables
     }
 
-    /// A new table, empty.
+    /// Returns a new empty table.
     fn add(&mut self) -> *mut u64 {
         let table = (PAGE_TABLES + self.used * PAGE_SIZE) as *mut u64;
         self.used += 1;
@@ -71,13 +74,14 @@ impl Tables {
         table
     }
 
-    /// Maps the range, and what its first and last 2 MiB have besides.
+    /// Maps the range, and the rest of its first and last 2 MiB.
     fn map(&mut self, start: u64, size: u64) {
         let end = start.saturating_add(size).min(LIMIT);
         let mut at = start & !(LARGE_SIZE - 1);
         while at < end {
             let slot = ((PAGE_TABLES + PAGE_SIZE) as *mut u64).wrapping_add((at >> 30) as usize);
-            // SAFETY: `at` is below LIMIT, so the slot is in the PDPT, and a present entry points at a directory.
+            // SAFETY: `at` is below LIMIT, so the slot is in the PDPT, and a present entry points
+            // at a directory.
             unsafe {
                 if slot.read() == 0 {
                     slot.write(self.add() as u64 | TABLE);

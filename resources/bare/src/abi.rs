@@ -1,8 +1,8 @@
-//! What the bare guest and the host agree on. This file is compiled into both.
+//! The interface between the bare guest and the host. This file is compiled into both.
 //!
 //! # Memory
 //!
-//! | guest-physical | what |
+//! | guest-physical | content |
 //! |---|---|
 //! | `0x8000` | the real-mode start of the other vCPUs |
 //! | [`MAILBOX_BASE`] | one [`Mailbox`] page per vCPU |
@@ -11,30 +11,35 @@
 //! | [`PAGE_TABLES`] | a PML4, a PDPT and a page directory for every GiB in use |
 //! | [`WORK_BASE`] and up | never touched except by a command |
 //!
-//! All RAM in the memory map that the guest is booted with is mapped one to one, up to 512 GiB, and so are the local
-//! APIC and the 2 MiB from [`VIRTIO_BASE`]. An access anywhere else is a page fault, and is reported as one.
+//! All RAM in the memory map that the guest is booted with is mapped one to one, up to 512 GiB, and
+//! so are the local APIC and the 2 MiB from [`VIRTIO_BASE`]. An access anywhere else is a page
+//! fault, and is reported as one.
 //!
 //! # vCPUs
 //!
-//! The first vCPU starts all others by INIT and start-up IPIs, however many there are; a vCPU's index is its initial APIC
-//! ID, which the host must set in CPUID leaf 1. A VMM without an in-kernel local APIC sees the IPIs as three 32-bit MMIO
-//! writes to 0xfee00300, and may ignore them, as all others to the APIC's page. Interrupts stay off except while a vCPU
-//! waits for the doorbell, and while [`Command::Relay`] sleeps.
+//! The first vCPU starts all others by INIT and start-up IPIs, however many there are; a vCPU's
+//! index is its initial APIC ID, which the host must set in CPUID leaf 1. A VMM without an
+//! in-kernel local APIC sees the IPIs as three 32-bit MMIO writes to 0xfee00300, and may ignore
+//! them, as all others to the APIC's page. Interrupts stay off except while a vCPU waits for the
+//! doorbell, and while [`Command::Relay`] sleeps.
 //!
 //! # Commands
 //!
-//! A vCPU with nothing to do halts. The host writes `command` and `args`, then `cmd_seq`, one higher than before; that
-//! store must be the last (a release store: it pairs with the guest's load, which x86 does not move behind the loads
-//! that follow). Then the host rings the doorbell: it sends the vCPU's local APIC an interrupt with vector [`DOORBELL`].
-//! A vCPU that runs a command polls its mailbox and needs no ring; where there is no local APIC, an idle vCPU polls too.
-//! A VMM that starts a vCPU from a saved state rings once, because the mailbox may have changed since the vCPU halted.
-//! The guest copies command and arguments once, stores `ack_seq`, and runs the command. When it ends, the
-//! guest stores `status`, `result`, `done_seq` and `state`, in that order, and then reports.
+//! A vCPU without a command halts. The host writes `command` and `args`, then `cmd_seq`, one higher
+//! than before; that store must be the last (a release store: it pairs with the guest's load, which
+//! x86 does not move behind the loads that follow). Then the host rings the doorbell: it sends the
+//! vCPU's local APIC an interrupt with vector [`DOORBELL`]. A vCPU that runs a command polls its
+//! mailbox and needs no ring; without a local APIC, an idle vCPU polls too. A VMM that starts a
+//! vCPU from a saved state rings once, because the mailbox may have changed since the vCPU halted.
+//! The guest copies command and arguments once, stores `ack_seq`, and runs the command. When it
+//! ends, the guest stores `status`, `result`, `done_seq` and `state`, in that order, and then
+//! reports.
 //!
-//! A command that runs looks at `cmd_seq` at least every [`POLL_OPS`] operations. A new command interrupts it: the old
-//! one ends with [`Status::Interrupted`] and without a report. [`Command::Idle`] and [`Command::Announce`] store no
-//! status, progress or result, so that after interrupting with `Idle` and waiting for its `Done`, the host reads
-//! exactly how far the interrupted command came.
+//! A running command reads `cmd_seq` at least every [`POLL_OPS`] operations. A new command
+//! interrupts it: the old one ends with [`Status::Interrupted`] and without a report.
+//! [`Command::Idle`] and [`Command::Announce`] store no status, progress or result, so that after
+//! interrupting with `Idle` and waiting for its `Done`, the host reads the exact progress of the
+//! interrupted command.
 //!
 //! # Reports
 //!
@@ -43,50 +48,54 @@
 #[path = "abi/model.rs"]
 pub mod model;
 
-/// Bytes in a page, and pages are what commands count in.
+/// Bytes in a page, the unit of commands.
 pub const PAGE_SIZE: u64 = 4096;
 /// 64-bit words in a page.
 pub const PAGE_WORDS: u64 = PAGE_SIZE / 8;
 
 /// First of the mailbox pages.
 pub const MAILBOX_BASE: u64 = 0x10_0000;
-/// From one mailbox to the next.
+/// Distance between mailboxes.
 pub const MAILBOX_STRIDE: u64 = PAGE_SIZE;
 /// vCPUs with an initial APIC ID of this or more halt at once.
 pub const MAX_VCPUS: u64 = 32;
 
-/// Where the image is linked.
+/// Address that the image is linked at.
 pub const IMAGE_BASE: u64 = 0x20_0000;
-/// First of the per-vCPU areas. An area starts with the task state segment and the stack for ring 0 in one page.
+/// First of the per-vCPU areas. An area starts with the task state segment and the stack for ring 0
+/// in one page.
 pub const PER_VCPU_BASE: u64 = 0x28_0000;
-/// Size of a per-vCPU area; a power of two, because the exception handler finds the vCPU's index from its stack.
+/// Size of a per-vCPU area; a power of two, because the exception handler finds the vCPU's index
+/// from its stack.
 pub const PER_VCPU_SIZE: u64 = 0x4000;
 /// Page tables start here and end below [`WORK_BASE`].
 pub const PAGE_TABLES: u64 = 0x40_0000;
-/// The first address that is the host's to give to commands.
+/// The first address that the host may give to commands.
 pub const WORK_BASE: u64 = 0x100_0000;
 
-/// Where the registers of the first virtio device are; each has a page.
+/// Address of the first virtio device's registers; each device has a page.
 pub const VIRTIO_BASE: u64 = 0xd000_0000;
 
 /// The port that reports are written to.
 pub const REPORT_PORT: u16 = 0xf4;
 /// The vector of the interrupt by which the host wakes a vCPU that waits for a command.
 pub const DOORBELL: u8 = 48;
-/// A running command looks for a new one at least this often.
+/// A running command reads `cmd_seq` at least this often.
 pub const POLL_OPS: u64 = 64;
 
-/// In [`Mailbox::magic`] as soon as a vCPU runs. The last two characters are the version of this interface.
+/// In [`Mailbox::magic`] as soon as a vCPU runs. The last two characters are the version of this
+/// interface.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"CLADE_02");
 
-/// Where a vCPU's mailbox is.
+/// Returns the address of a vCPU's mailbox.
 pub const fn mailbox_gpa(vcpu: u64) -> u64 {
     MAILBOX_BASE + vcpu * MAILBOX_STRIDE
 }
 
-/// A vCPU's mailbox. What the host writes is in cache lines of its own.
+/// A vCPU's mailbox. The host's fields have cache lines of their own.
 ///
-/// The host uses [`offset`], because it reaches the mailbox through guest memory and never as a Rust reference.
+/// The host uses [`offset`], because it reaches the mailbox through guest memory and never as a
+/// Rust reference.
 #[repr(C)]
 #[derive(Debug)]
 pub struct Mailbox {
@@ -98,7 +107,7 @@ pub struct Mailbox {
     pub ack_seq: u64,
     /// Number of the command that ended last.
     pub done_seq: u64,
-    /// A [`Status`]: how the last command that has one ended.
+    /// The [`Status`] of the last command that has one.
     pub status: u64,
     _guest: [u64; 3],
 
@@ -110,21 +119,22 @@ pub struct Mailbox {
     pub args: [u64; 8],
     _host: [u64; 6],
 
-    /// How far the command is, in the unit that its documentation says.
+    /// Progress of the command, in its documented unit.
     pub progress: u64,
-    /// What the command found.
+    /// Results of the command.
     pub result: [u64; 4],
     _results: [u64; 3],
 
-    /// Vector of the exception that stopped the vCPU; meaningful in [`State::Faulted`], as are the next four.
+    /// Vector of the exception that stopped the vCPU; meaningful in [`State::Faulted`], as are the
+    /// next four.
     pub fault_vector: u64,
-    /// Its error code, 0 for a vector that has none.
+    /// Its error code, 0 for a vector without one.
     pub fault_error: u64,
-    /// The instruction it came from.
+    /// The address of its instruction.
     pub fault_rip: u64,
     /// CR2, which is the address for a page fault.
     pub fault_cr2: u64,
-    /// The stack pointer it came from.
+    /// The stack pointer at its instruction.
     pub fault_rsp: u64,
 }
 
@@ -170,7 +180,7 @@ macro_rules! numbered {
         pub enum $name { $($(#[$variant_doc])* $variant = $number),* }
 
         impl $name {
-            /// The value with this number, if there is one.
+            /// Returns the value with this number, if it exists.
             pub const fn from_number(number: $repr) -> Option<Self> {
                 match number {
                     $(number if number == $number => Some(Self::$variant),)*
@@ -188,45 +198,46 @@ pub mod disk;
 use disk::DiskRun;
 
 numbered! {
-    /// What a vCPU is doing.
+    /// The state of a vCPU.
     State: u64 {
-        /// It has not reached its command loop.
+        /// Not in its command loop yet.
         Booting = 0,
-        /// It waits for a command, and has run nothing yet.
+        /// Waits for a command, and has run none yet.
         Idle = 1,
-        /// It runs the command `ack_seq`.
+        /// Runs the command `ack_seq`.
         Running = 2,
-        /// It waits for a command; the last one was `done_seq`.
+        /// Waits for a command; the last one was `done_seq`.
         Done = 3,
-        /// It was told to halt, with interrupts off: only INIT wakes it.
+        /// Halted by a command, with interrupts off: only INIT wakes it.
         Halted = 4,
-        /// An exception stopped it, for good.
+        /// Stopped by an exception, for good.
         Faulted = 5,
     }
 }
 
 numbered! {
-    /// How a command ended.
+    /// The outcome of a command.
     Status: u64 {
         /// No command has ended yet.
         None = 0,
-        /// It did all it was asked to.
+        /// The command has done all of its work.
         Complete = 1,
-        /// `Verify` found words that were not as expected.
+        /// `Verify` found unexpected words.
         Mismatch = 2,
         /// Another command came first.
         Interrupted = 3,
-        /// No such command, an address that is not a multiple of 8, a range that wraps, or no pages.
+        /// No such command, an address that is not a multiple of 8, a range that wraps, or no
+        /// pages.
         Rejected = 4,
     }
 }
 
 numbered! {
-    /// What a report is about.
+    /// The event of a report.
     Event: u8 {
         /// The vCPU has entered its command loop, in ring 3.
         Ready = 1,
-        /// A command ended, other than by being interrupted.
+        /// A command ended without interruption.
         Done = 2,
         /// The answer to [`Command::Announce`] and [`Command::AnnounceAndHalt`].
         Announce = 3,
@@ -237,24 +248,25 @@ numbered! {
     }
 }
 
-/// A report, as one 32-bit value: the event in bits 0-7, the vCPU in 8-15, the command's number in 16-31.
+/// A report, as one 32-bit value: the event in bits 0-7, the vCPU in 8-15, the command's number in
+/// 16-31.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Report {
-    /// What happened.
+    /// The event.
     pub event: Event,
-    /// On which vCPU.
+    /// The vCPU.
     pub vcpu: u8,
     /// The low bits of the number of the command taken last.
     pub seq: u16,
 }
 
 impl Report {
-    /// The value for the port.
+    /// Returns the value for the port.
     pub const fn encode(self) -> u32 {
         self.event as u32 | (self.vcpu as u32) << 8 | (self.seq as u32) << 16
     }
 
-    /// The report in a value from the port, if there is such an event.
+    /// Returns the report in a value from the port, if the event exists.
     pub const fn decode(value: u32) -> Option<Self> {
         let [event, vcpu, low, high] = value.to_le_bytes();
         match Event::from_number(event) {
@@ -264,59 +276,67 @@ impl Report {
     }
 }
 
-/// An order to a vCPU. Addresses are guest-physical and multiples of 8; lengths are in pages of 4 KiB.
+/// An order to a vCPU. Addresses are guest-physical and multiples of 8; lengths are in pages of 4
+/// KiB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
-    /// Does nothing: it ends what was running, and keeps its status, progress and result.
+    /// Does nothing: ends the running command, and keeps its status, progress and result.
     Idle,
     /// Counts `progress` up for ever, and touches nothing but the mailbox.
     Spin,
     /// Sets every word to [`fill_word`]. `progress` and `result[0]` count pages.
     Fill { start: u64, pages: u64, seed: u64 },
-    /// Compares every word with [`fill_word`]. `result` is the number of words that differ, the address of the first,
-    /// its value, and the value expected there. `progress` counts pages.
+    /// Compares every word with [`fill_word`]. `result` is the number of words that differ, the
+    /// address of the first, its value, and the value expected there. `progress` counts pages.
     Verify { start: u64, pages: u64, seed: u64 },
-    /// Operation `i`, from `first` on, stores one word as [`write_op`] says, and then stores `i + 1` in `progress`: a
-    /// host that reads `progress` and then the memory sees at least that many operations. `count` 0 is for ever.
-    /// `result[0]` is the final `progress`.
+    /// Operation `i`, from `first` on, stores one word given by [`write_op`], and then stores `i +
+    /// 1` in `progress`: a host that reads `progress` and then the memory sees at least that many
+    /// operations. `count` 0 is for ever. `result[0]` is the final `progress`.
     Write { start: u64, pages: u64, window: u64, seed: u64, count: u64, first: u64 },
-    /// Increments the words `start`, `start + 8 * stride` and so on, over and over, for ever; `stride` is in words, and
-    /// 0 stands for one word a page. `progress` and `result[0]` count increments.
+    /// Increments the words `start`, `start + 8 * stride` and so on, over and over, for ever;
+    /// `stride` is in words, and 0 stands for one word a page. `progress` and `result[0]` count
+    /// increments.
     Count { start: u64, pages: u64, stride: u64 },
-    /// Reads the first `words` words (0 stands for 1) of every page, `passes` times (0: for ever). `result` is their
-    /// sum and the time-stamp counter's cycles. `progress` counts pages.
+    /// Reads the first `words` words (0 stands for 1) of every page, `passes` times (0: for ever).
+    /// `result` is their sum and the time-stamp counter's cycles. `progress` counts pages.
     Read { start: u64, pages: u64, passes: u64, words: u64 },
-    /// Stores [`touch_word`] in the first word of every page. `result` is the pages and the time-stamp counter's
-    /// cycles. `progress` counts pages.
+    /// Stores [`touch_word`] in the first word of every page. `result` is the pages and the
+    /// time-stamp counter's cycles. `progress` counts pages.
     Touch { start: u64, pages: u64, value: u64 },
-    /// Reports [`Event::Announce`] with this command's number before it stores anything, even `ack_seq` or the end of
-    /// the command that it interrupts: what the host sees is the vCPU's first instructions, not its first broken COW.
+    /// Reports [`Event::Announce`] with this command's number before it stores anything, even
+    /// `ack_seq` or the end of the command that it interrupts: so the host times the vCPU's first
+    /// instructions, not its first broken COW.
     Announce,
     /// Adds 1 to one word, `count` times, atomically. `progress` and `result[0]` count.
     SharedCount { address: u64, count: u64 },
     /// Reports `Done` and halts for good; see [`State::Halted`].
     Halt,
-    /// Takes the virtio block device at place `slot`, with a queue of `size` descriptors in the [`disk::AREA_PAGES`] pages at
-    /// `area`. `result` is the disk's sectors, the features that were negotiated, and the device's status.
+    /// Takes the virtio block device at place `slot`, with a queue of `size` descriptors in the
+    /// [`disk::AREA_PAGES`] pages at `area`. `result` is the disk's sectors, the features that were
+    /// negotiated, and the device's status.
     DiskOpen { slot: u64, area: u64, size: u64 },
-    /// Moves blocks; see [`DiskRun`]. `progress` counts operations that are done. `result` is operations done, those that ended with a status
-    /// other than 0, words that were wrong (and [`disk::VIOLATION`], if the device broke the rules), and the time-stamp counter's cycles.
+    /// Moves blocks; see [`DiskRun`]. `progress` counts operations that are done. `result` is
+    /// operations done, those that ended with a status other than 0, words that were wrong (and
+    /// [`disk::VIOLATION`], if the device broke the rules), and the time-stamp counter's cycles.
     DiskRun(DiskRun),
-    /// Resets the device of `area` and waits until it says that it is. Ends a `DiskRun` on another vCPU. `result[0]` is the status after it.
+    /// Resets the device of `area` and waits until its status shows that. Ends a `DiskRun` on
+    /// another vCPU. `result[0]` is the status after it.
     DiskReset { area: u64 },
-    /// Halts until an interrupt comes, and answers it by one to vCPU `peer`, over and over; with `first`, sends one before.
-    /// Two vCPUs that name each other go on for ever unless an interrupt is lost. `progress` counts the times it was about
-    /// to halt. A new command is seen only after an interrupt.
+    /// Halts until an interrupt comes, and answers it by one to vCPU `peer`, over and over; with
+    /// `first`, sends one before. Two vCPUs that name each other go on for ever unless an interrupt
+    /// is lost. `progress` counts the times it was about to halt. A new command is seen only after
+    /// an interrupt.
     Relay { peer: u64, first: bool },
-    /// Restarts vCPU `peer` by INIT and two start-up IPIs and waits until it runs again, over and over. `progress` and
-    /// `result[0]` count restarts.
+    /// Restarts vCPU `peer` by INIT and two start-up IPIs and waits until it runs again, over and
+    /// over. `progress` and `result[0]` count restarts.
     Restart { peer: u64 },
-    /// As [`Self::Announce`], and then halts for good. It stores nothing in the mailbox, not even `ack_seq`.
+    /// As [`Self::Announce`], and then halts for good. It stores nothing in the mailbox, not even
+    /// `ack_seq`.
     AnnounceAndHalt,
 }
 
 impl Command {
-    /// The words for [`Mailbox::command`] and [`Mailbox::args`].
+    /// Returns the words for [`Mailbox::command`] and [`Mailbox::args`].
     pub const fn encode(self) -> (u64, [u64; 8]) {
         match self {
             Self::Idle => (0, [0; 8]),
@@ -341,7 +361,7 @@ impl Command {
         }
     }
 
-    /// The command in a mailbox's words, if there is one and its range can exist.
+    /// Returns the command in a mailbox's words, if it exists and its range is possible.
     pub const fn decode(code: u64, args: [u64; 8]) -> Option<Self> {
         let [a, b, c, d, e, f, ..] = args;
         let command = match code {
@@ -367,7 +387,8 @@ impl Command {
             16 => return Some(Self::AnnounceAndHalt),
             _ => return None,
         };
-        // All that are left work on a range of `b` pages from `a`, and some of them would never poll an empty one.
+        // All others work on a range of `b` pages from `a`, and some of them would never poll an
+        // empty one.
         match b.checked_mul(PAGE_SIZE) {
             Some(bytes) if b > 0 && a.is_multiple_of(8) && a.checked_add(bytes).is_some() => Some(command),
             _ => None,
@@ -380,7 +401,7 @@ const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 const MIX_1: u64 = 0xbf58_476d_1ce4_e5b9;
 const MIX_2: u64 = 0x94d0_49bb_1331_11eb;
 
-/// The output function of splitmix64. It is a bijection.
+/// The output function of splitmix64, a bijection.
 #[inline(always)]
 pub(crate) const fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(MIX_1);
@@ -388,13 +409,13 @@ pub(crate) const fn mix(mut z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// The word that [`Command::Fill`] stores at `gpa`. Words of one seed all differ.
+/// Returns the word that [`Command::Fill`] stores at `gpa`. Words of one seed all differ.
 #[inline(always)]
 pub const fn fill_word(seed: u64, gpa: u64) -> u64 {
     mix(seed ^ gpa.wrapping_mul(GOLDEN))
 }
 
-/// The word that [`Command::Touch`] stores at `gpa`.
+/// Returns the word that [`Command::Touch`] stores at `gpa`.
 #[inline(always)]
 pub const fn touch_word(value: u64, gpa: u64) -> u64 {
     value ^ gpa
@@ -407,21 +428,23 @@ pub struct WriteOp {
     pub page: u64,
     /// Word within the page.
     pub slot: u64,
-    /// What is stored there.
+    /// The stored value.
     pub value: u64,
 }
 
-/// A window of [`Command::Write`] moves on by one page every this many operations.
+/// Operations after which a window of [`Command::Write`] moves on by one page.
 pub const WINDOW_OPS_PER_PAGE: u64 = 8;
 
-/// What operation `i` of [`Command::Write`] does.
+/// Returns operation `i` of [`Command::Write`].
 ///
-/// With `r` the `i`-th output of splitmix64 started from `seed`, the value is `r`, the slot is the low 9 bits of `r`, and
-/// the page is drawn from the high bits of `r`: from the whole range if `window` is 0 or at least `pages`, otherwise from
-/// the `window` pages that follow page `i / WINDOW_OPS_PER_PAGE`, where the range is taken as a circle. `n` operations
-/// thus dirty about `window + n / 8` pages, and every page that the window has passed was very likely written.
+/// With `r` the `i`-th output of splitmix64 started from `seed`, the value is `r`, the slot is the
+/// low 9 bits of `r`, and the page is drawn from the high bits of `r`: from the whole range if
+/// `window` is 0 or at least `pages`, otherwise from the `window` pages that follow page `i /
+/// WINDOW_OPS_PER_PAGE`, where the range is taken as a circle. `n` operations thus dirty about
+/// `window + n / 8` pages, and every page that the window has passed was very likely written.
 ///
-/// Values of one seed all differ, and [`model::op_of`] finds the operation from the value. `pages` must not be 0.
+/// Values of one seed all differ, and [`model::op_of`] finds the operation from the value. `pages`
+/// must not be 0.
 #[inline(always)]
 pub const fn write_op(seed: u64, i: u64, pages: u64, window: u64) -> WriteOp {
     let value = mix(seed.wrapping_add(i.wrapping_add(1).wrapping_mul(GOLDEN)));
@@ -435,7 +458,7 @@ pub const fn write_op(seed: u64, i: u64, pages: u64, window: u64) -> WriteOp {
     WriteOp { page, slot, value }
 }
 
-/// A number below `bound`, from the high bits of `random`.
+/// Returns a number below `bound`, from the high bits of `random`.
 #[inline(always)]
 pub(crate) const fn scale(random: u64, bound: u64) -> u64 {
     ((random as u128 * bound as u128) >> 64) as u64

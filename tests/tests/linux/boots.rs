@@ -1,4 +1,4 @@
-//! What boots for itself: another kernel file, a disk that is no fork's, two vCPUs.
+//! Tests with a boot of their own: another kernel file, a disk that is not a fork's, two vCPUs.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -73,7 +73,7 @@ fn a_bzimage_on_ext4_is_forked_while_it_writes() {
         assert!(ext4("e2fsck", &["-fn"], &export), "{name}");
     }
 
-    // What the parent has flushed is its image's, whatever becomes of the parent.
+    // The parent's flushed writes are in its image, whatever the parent's end.
     drop((parent, child, image));
     drop(Disk::open(&DiskConfig::new(&path)).unwrap());
     assert!(ext4("e2fsck", &["-fn"], &path), "the image itself");
@@ -89,8 +89,8 @@ fn forked_in_flight(vm: &Vm) -> (Arc<ForkImage>, usize) {
     })
 }
 
-/// Booted with two vCPUs. On kvm-pvm, with busy processors, the first program of a guest has died
-/// before anything was forked. There each failed boot is printed; elsewhere it is a failure.
+/// Boots with two vCPUs. On kvm-pvm, with busy processors, the first program of a guest has died
+/// before any fork. There each failed boot is printed; elsewhere it is a failure.
 fn two_vcpus(linux: &Linux, context: &Context) -> Vm {
     let attempts = if context.host().quirks() == Quirks::Pvm { 4 } else { 1 };
     for attempt in 1..=attempts {

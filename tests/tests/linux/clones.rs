@@ -1,4 +1,4 @@
-//! Saved once, and started again many times, each time as another VM.
+//! A VM saved once, and restored many times, each time as another VM.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -12,9 +12,9 @@ use crate::{PAUSED, ask, ask_all, booted};
 /// Clones of the ordinary suite, and of the long tier.
 const CLONES: usize = 8;
 const MANY_CLONES: usize = 50;
-/// How wrong a clock may be, beside what is not known of when it was read.
+/// Largest error of a clock, beside the uncertainty of its reading.
 const CLOCK: f64 = 0.05;
-/// How long the snapshot lies there: a clock that stands still meanwhile is wrong by as much.
+/// Age of the snapshot at its restore: a clock that stands still meanwhile is wrong by as much.
 const AGE: Duration = Duration::from_secs(3);
 
 fn now() -> f64 {
@@ -84,7 +84,7 @@ fn saved_once_and_restored(clones: usize) {
         "saved {} pages of data in {:?}, paused for {:?}",
         report.saved.data_pages, report.took, report.times.pause
     );
-    // Written after: in nobody's past. And the original goes away, with its memory.
+    // Written after the snapshot: in no clone's past. And the original goes away, with its memory.
     assert_eq!(ask(&parent, "echo after >/tmp/d/after && sync && echo synced"), "synced");
     let of_parent = GenerationId::of(parent.ram().memory()).unwrap();
     drop(parent);
@@ -102,7 +102,7 @@ fn saved_once_and_restored(clones: usize) {
         assert!(uuids.insert(uuid.to_owned()), "clone {number} makes up what another has: {uuid}");
         assert!(ids.insert(GenerationId::of(vm.ram().memory()).unwrap()), "clone {number} is another's twin");
         match number {
-            // Two at the same time: what one writes is not the other's.
+            // Two at the same time: neither sees the other's writes.
             0 => two_write_apart(&vm, &restored(&context, &at, "clone-0-twin")),
             1 => clocks_are_right(&vm, &first),
             2 => kernels_reseed(&vm, &restored(&context, &at, "clone-2-other")),
@@ -135,8 +135,9 @@ fn two_write_apart(one: &Vm, other: &Vm) {
     }
 }
 
-/// The time since boot, and the time of day, have gone on while the VM was a file. (A guest whose kernel is interpreted loses seconds while it boots, so its time
-/// of day is compared with what it was, and not with the host's.)
+/// The time since boot, and the time of day, have advanced while the VM was a file. (A guest whose
+/// kernel is interpreted loses seconds while it boots, so its time of day is compared with its
+/// earlier value, and not with the host's.)
 fn clocks_are_right(vm: &Vm, first: &[Reading; 2]) {
     for (first, clock) in first.iter().zip([Clock::Boot, Clock::Day]) {
         let second = read(vm, clock);
@@ -148,7 +149,7 @@ fn clocks_are_right(vm: &Vm, first: &[Reading; 2]) {
     }
 }
 
-/// The kernel says that it knows, and what it gives to programs is another's.
+/// The kernels log their new generation, and their random numbers differ.
 fn kernels_reseed(one: &Vm, other: &Vm) {
     let random = |vm: &Vm| ask_all(vm, "od -An -tx1 -N16 /dev/urandom").split_whitespace().collect::<String>();
     let (a, b) = (random(one), random(other));

@@ -1,4 +1,5 @@
-//! A distribution's stock kernel: Debian's for clouds, fetched by its package's name, to our userland, and a fork of it.
+//! A distribution's stock kernel: Debian's for clouds, fetched by its package's name, with our
+//! userland, and a fork of it.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,8 +10,9 @@ use clade_tests::{Linux, Turn};
 use clade_vmm::vm::{ChildOptions, Vm, VmConfig};
 
 const PACKAGE: &str = "linux-image-cloud-amd64";
-/// What it can do without: several processors, wiping of pages it hands out, workarounds, its tracing's files, and tests of
-/// its ciphers: the one of Diffie-Hellman takes hours where it is interpreted.
+/// Features that it can do without: several processors, wiping of pages that it hands out,
+/// workarounds, its tracing's files, and tests of its ciphers: the one of Diffie-Hellman takes
+/// hours where it is interpreted.
 const EXTRA: &str = "nr_cpus=1 init_on_alloc=0 mitigations=off nowatchdog cryptomgr.notests \
                      initcall_blacklist=tracer_init_tracefs,trace_eval_init";
 

@@ -1,4 +1,4 @@
-//! The devices, each by itself and all in the middle of a fork.
+//! The devices, individually and all together in the middle of a fork.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -17,17 +17,18 @@ use clade_vmm::vm::Vm;
 
 use crate::{PAUSED, ask, booted};
 
-/// What goes over the network.
+/// Bytes of the network transfer.
 const BYTES: usize = 512 << 10;
 
-/// Waits for the end of a line that was typed into a running VM, and for the prompt behind it; returns what came.
+/// Waits for the end of a typed line of a running VM, and for the prompt behind it; returns the
+/// output.
 fn finish(vm: &Vm, from: u64) -> String {
     let text = Linux::expect(vm, from, &format!("]\r\n{PROMPT}"));
     assert!(text.contains("[done 0]"), "{text}");
     text
 }
 
-/// Waits, with the VM running, until `done` says what it has seen.
+/// Waits, with the VM running, until `done` returns a value.
 fn wait_for<T>(vm: &Vm, what: &str, mut done: impl FnMut() -> Option<T>) -> T {
     let from = vm.console().position();
     vm.resume().unwrap();
@@ -39,7 +40,7 @@ fn wait_for<T>(vm: &Vm, what: &str, mut done: impl FnMut() -> Option<T>) -> T {
     seen
 }
 
-/// Calls `once` until it does not say that it would block.
+/// Calls `once` until it no longer returns that it would block.
 fn patiently<T>(what: &str, mut once: impl FnMut() -> std::io::Result<T>) -> T {
     clade_test_support::wait_for(what, || match once() {
         Err(error) if error.kind() == ErrorKind::WouldBlock => None,
@@ -47,7 +48,7 @@ fn patiently<T>(what: &str, mut once: impl FnMut() -> std::io::Result<T>) -> T {
     })
 }
 
-/// Listens for one connection of the guest's, and gives it to `with` on a thread.
+/// Listens for one connection of the guest, and gives it to `with` on a thread.
 fn serve<T: Send + 'static>(
     address: Ipv4Addr,
     with: impl FnOnce(TcpStream) -> T + Send + 'static,
@@ -108,7 +109,8 @@ fn linux_chooses_indirect_tables_where_it_can() {
     let Some(turn) = Turn::beside_others() else { return };
     let Some(booted) = booted(&turn) else { return };
     let vm = booted.child("features");
-    // A character a bit, and the devices in their order. Its balloon driver declines: to report free memory it must not need any.
+    // A character a bit, and the devices in their order. The balloon driver declines: reporting
+    // free memory must not allocate any.
     let chosen = ask(&vm, "cat /sys/bus/virtio/devices/*/features | cut -c 29 | tr -d '\\n'; echo");
     assert_eq!(
         chosen,
@@ -124,7 +126,8 @@ fn linux_siblings_draw_random_bytes_of_their_own() {
     let (one, two) = (booted.child("one"), booted.child("two"));
     let draw = |vm: &Vm| ask(vm, "xxd -p -l 512 -c 512 /dev/hwrng");
     let (first, second, again) = (draw(&one), draw(&two), draw(&one));
-    // Hexadecimal, two digits a byte. What the driver had drawn ahead when the VM was forked, at most two buffers of 64 bytes, is the same in both.
+    // Hexadecimal, two digits a byte. Bytes that the driver had drawn ahead at the fork, at most
+    // two buffers of 64 bytes, are the same in both.
     for drawn in [&first, &second, &again] {
         assert_eq!(drawn.len(), 1024, "{drawn}");
         assert!(drawn.bytes().all(|digit| digit.is_ascii_hexdigit()), "{drawn}");
@@ -138,7 +141,7 @@ fn linux_siblings_draw_random_bytes_of_their_own() {
     }
 }
 
-/// Waits for `text` on a console whose VM may be paused; returns all that is on it.
+/// Waits for `text` on a console whose VM may be paused; returns all of its output.
 fn heard(console: &Console, text: &str) -> String {
     clade_test_support::wait_for(text, || {
         let (seen, found) = console.wait_for(0, text, Duration::ZERO);
@@ -157,7 +160,7 @@ fn linux_is_heard_and_typed_at_on_its_virtio_console() {
     assert_eq!(vm.type_in_virtio(b"from-the-host\n"), 14);
     assert_eq!(ask(&vm, "read -r line </dev/hvc0; echo got-$line >/dev/hvc0; echo read $line"), "read from-the-host");
     let _ = heard(hvc, "got-from-the-host");
-    // A child's begins empty, and goes on.
+    // A child's console begins empty, and goes on.
     let (image, _) = vm.fork().unwrap();
     let child = Vm::from_image(&booted.context, "hvc-child", &image, PAUSED).unwrap();
     assert_eq!(ask(&child, "echo of-the-child >/dev/hvc0; echo said"), "said");
@@ -177,7 +180,7 @@ fn linux_gives_memory_back_when_asked_and_when_it_has_it_free() {
     let before = private_kib(&vm);
     assert!(before > 20 << 10, "{before} KiB are the VM's own");
 
-    // So much that a part of what was used must be in it: some 48 MiB are free.
+    // Large enough to include a part of the used memory: some 48 MiB are free.
     vm.set_balloon(MIB).unwrap();
     wait_for(&vm, "the balloon inflates", || (vm.balloon_stats().unwrap().actual == MIB as u32 * 256).then_some(()));
     let (inflated, stats) = (private_kib(&vm), vm.balloon_stats().unwrap());
@@ -189,12 +192,12 @@ fn linux_gives_memory_back_when_asked_and_when_it_has_it_free() {
         text.parse::<u64>().unwrap_or_else(|_| panic!("{text:?}"))
     };
     assert!(free(&vm) < 20 << 10, "of some 48 MiB");
-    // Asked, the guest says the same.
+    // The guest's own statistics agree.
     let answers = vm.balloon_stats().unwrap().answers;
     vm.ask_balloon().unwrap();
     wait_for(&vm, "the guest answers", || (vm.balloon_stats().unwrap().answers > answers).then_some(()));
 
-    // Forked, both go on with what they have; the child takes its pages back and finds them usable.
+    // After a fork, both keep their balloons; the child takes its pages back and finds them usable.
     let (image, _) = vm.fork().unwrap();
     let child = Vm::from_image(&booted.context, "deflating", &image, PAUSED).unwrap();
     assert_eq!(child.balloon_stats().unwrap().actual, MIB as u32 * 256);
@@ -203,7 +206,8 @@ fn linux_gives_memory_back_when_asked_and_when_it_has_it_free() {
     assert!(free(&child) > 36 << 10);
     assert_eq!(vm.balloon_stats().unwrap().actual, MIB as u32 * 256, "the parent's is its own");
 
-    // From now on free runs of 128 KiB are reported; the kernel wants 4 MiB in a VM with so little memory, and then more of them than it has.
+    // From now on free runs of 128 KiB are reported; the kernel wants 4 MiB in a VM with so little
+    // memory, more such runs than it has.
     let reported = child.balloon_stats().unwrap().discarded;
     assert_eq!(ask(&child, "echo 5 >/sys/module/page_reporting/parameters/page_reporting_order; echo set"), "set");
     assert_eq!(ask(&child, use_memory), "used");
@@ -215,7 +219,7 @@ fn linux_gives_memory_back_when_asked_and_when_it_has_it_free() {
     assert_eq!(ask(&child, again), "used", "and can be used again");
 }
 
-/// Reads what a guest's program sends. A program that dies ends the connection.
+/// Reads a guest program's output. A program that dies ends the connection.
 fn read_exact(vm: &Vm, from: u64, stream: &mut UnixStream, bytes: &mut [u8]) {
     if let Err(error) = stream.read_exact(bytes) {
         Linux::has_died(vm, from);
@@ -227,7 +231,7 @@ fn read_exact(vm: &Vm, from: u64, stream: &mut UnixStream, bytes: &mut [u8]) {
 fn talk(vm: &Vm, word: &str) {
     let socket = vm.identity().vsock.clone().unwrap().socket;
     let path = |port: u32| PathBuf::from(format!("{}_{port}", socket.display()));
-    // A test that is run again finds the one of before.
+    // A repeated test finds the earlier file.
     let _ = std::fs::remove_file(path(5000));
     let listener = UnixListener::bind(path(5000)).unwrap();
     listener.set_nonblocking(true).unwrap();
@@ -280,7 +284,7 @@ fn talks_through_sockets_both_ways(booted: &BootedLinux) {
     let vm = booted.child("sockets");
     assert_eq!(vm.identity().vsock.clone().unwrap().socket, booted.dir.join("sockets.vsock"));
     talk(&vm, "one");
-    // Nobody listens: refused, and nothing else.
+    // Without a listener: refused, and nothing else.
     vm.resume().unwrap();
     let text = Linux::ask(&vm, "vsock connect 2 5001 </dev/null");
     vm.pause().unwrap();
@@ -344,8 +348,8 @@ fn moves_bytes_through_its_network(booted: &BootedLinux) {
     by_rules(&vm, &subnet, &data);
 }
 
-/// The same guest with egress rules: it sends to one port of the host, and by no other address than
-/// the one that the host has given it. Its kernel leaves checksums and segments to the host.
+/// The same guest with egress rules: it reaches one port of the host, from the address that the
+/// host has given it alone. Its kernel leaves checksums and segments to the host.
 fn by_rules(vm: &Vm, subnet: &Subnet, data: &[u8]) {
     let host = subnet.host();
     let (port, back) = serve(host, |mut stream| {
@@ -361,7 +365,7 @@ fn by_rules(vm: &Vm, subnet: &Subnet, data: &[u8]) {
         assert_eq!(ask(vm, &format!("timeout 2 nc {host} {port} </dev/null; echo tried")), "tried");
     };
     let begun = vm.net_stats(0).unwrap();
-    // It has copied its parent's address when it booted.
+    // The driver copied its parent's address when it booted.
     attempt(port);
     let (address, spoofed) = (vm.identity().nets[0].mac, vm.net_stats(0).unwrap());
     assert_eq!(spoofed.sent, begun.sent, "{spoofed:?}");
@@ -380,7 +384,7 @@ fn by_rules(vm: &Vm, subnet: &Subnet, data: &[u8]) {
     assert!(other.accept().is_ok(), "without rules it is there");
 }
 
-/// Takes half of what comes, and the rest when it is let go.
+/// Takes half of the data, and the rest when it is released.
 struct Slow {
     received: AtomicUsize,
     released: AtomicBool,
@@ -422,10 +426,10 @@ fn is_forked_in_the_middle_of_everything(booted: &BootedLinux) {
     assert_eq!(ask(&parent, "mkdir -p /tmp/d && mount -t ext4 /dev/vda /tmp/d && echo mounted"), "mounted");
     let carrier = |vm: &Vm| ask(vm, "cat /sys/class/net/eth0/carrier_changes").parse::<u64>().unwrap();
     let changes = carrier(&parent);
-    // A connection that nothing is said on.
+    // A connection without traffic.
     let held_path = booted.dir.join("parent.vsock_7000");
     for left in ["parent.vsock_7000", "at-the-fork", "of-the-parent", "of-the-child"] {
-        // Of a run before this one.
+        // From an earlier run.
         let _ = std::fs::remove_file(booted.dir.join(left));
     }
     let listener = UnixListener::bind(&held_path).unwrap();
@@ -454,7 +458,7 @@ fn is_forked_in_the_middle_of_everything(booted: &BootedLinux) {
         })
     });
     slow.released.store(true, Ordering::SeqCst);
-    // The parent has noticed nothing.
+    // The parent is undisturbed.
     let text = finish(&parent, from);
     assert!(text.contains("file-0"), "{text}");
     parent.pause().unwrap();
@@ -478,14 +482,14 @@ fn is_forked_in_the_middle_of_everything(booted: &BootedLinux) {
     child.resume().unwrap();
     let text = finish(&child, 0);
     assert!(text.contains("file-0"), "{text}");
-    // ENOTCONN is what Linux gives to who reads from a socket that its device has reset.
+    // Linux returns ENOTCONN from a read of a socket that its device has reset.
     let _ = Linux::expect(&child, 0, "failed 107");
     child.pause().unwrap();
     assert_eq!(ask(&child, "kill $net; cmp /tmp/data /tmp/d/big && echo same"), "same");
     talk(&child, "child");
     // Its link went down and came up.
     clade_test_support::wait_until("two changes of the link", || carrier(&child) >= changes + 2);
-    // The device says its own address, and a driver that is bound again takes it.
+    // The device has its own address, and a driver that is bound again takes it.
     let (base, _) = virtio_slot(1).unwrap();
     let word = |at: u64, bits: u32| ask(&child, &format!("devmem {:#x} {bits}", base.0 + 0x100 + at));
     let [a, b, c, d, e, f] = own.nets[0].mac.0;
@@ -496,7 +500,7 @@ fn is_forked_in_the_middle_of_everything(booted: &BootedLinux) {
     let subnet = connect(&child);
     send_to(&child, &subnet, &pattern(3));
 
-    // The disk of the instant of the fork is whole, and so is what either made of it.
+    // The disk at the instant of the fork is consistent, and so are both later ones.
     checked(&image, &booted.dir.join("at-the-fork"));
     for (vm, name) in [(&parent, "of-the-parent"), (&child, "of-the-child")] {
         assert_eq!(ask(vm, "umount /tmp/d && echo gone"), "gone");

@@ -1,5 +1,5 @@
-//! Linux, with one device of every kind: booted once on this host, restored by each run, and every
-//! test goes on in a fork of that. Where guest kernels are interpreted a boot takes most of a minute.
+//! Linux, with one device of every kind: booted once on this host, and restored by each run. Every
+//! test runs in a fork of that. Where guest kernels are interpreted a boot takes most of a minute.
 //! `boots` has the test that boots.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
@@ -20,7 +20,7 @@ use clade_vmm::vm::{ChildOptions, Vm};
 
 const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, erase: &[], before_start: None };
 
-/// The cached Linux, restored by the first test that wants it.
+/// Returns the cached Linux, restored by the first test that needs it.
 fn booted(turn: &Turn) -> Option<BootedLinux> {
     static BOOTED: Mutex<Option<BootedLinux>> = Mutex::new(None);
     let mut booted = BOOTED.lock().unwrap_or_else(PoisonError::into_inner);
@@ -30,8 +30,8 @@ fn booted(turn: &Turn) -> Option<BootedLinux> {
     booted.clone()
 }
 
-/// An empty directory of this run. Nothing is dropped at the end of a program with tests, so what
-/// the last run left there goes now.
+/// Makes an empty directory of this run. A test program drops nothing at its end, so the files of
+/// the last run are removed now.
 fn directory() -> PathBuf {
     static OURS: OnceLock<File> = OnceLock::new();
     let within = Path::new(env!("CARGO_TARGET_TMPDIR"));
@@ -54,7 +54,7 @@ fn ask_all(vm: &Vm, line: &str) -> String {
     answer
 }
 
-/// The last line of the answer: the kernel has something to say before it at times.
+/// Returns the last line of the answer: kernel messages may come before it.
 fn ask(vm: &Vm, line: &str) -> String {
     ask_all(vm, line).lines().last().unwrap_or_default().to_owned()
 }

@@ -15,7 +15,7 @@ use clade_vmm::vm::{Context, Vm};
 
 use crate::PAUSED;
 
-/// Comparisons of all general registers that each VM is to make.
+/// Comparisons of all general registers that each VM must make.
 const CHECKS: u64 = 1_000_000;
 const FORKS: usize = 20;
 const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 tsc=reliable";
@@ -32,7 +32,8 @@ fn packed(name: &str, mode: u32, data: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// The guest's initramfs with the program in it. `None` without a compiler; a skip is then printed.
+/// Returns the guest's initramfs with the program in it. `None` without a compiler; a skip is then
+/// printed.
 fn initramfs(linux: &Linux, dir: &Path) -> Option<PathBuf> {
     let (program, out) = (dir.join("selfcheck"), dir.join("initramfs"));
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/selfcheck/build.sh");
@@ -50,7 +51,7 @@ fn initramfs(linux: &Linux, dir: &Path) -> Option<PathBuf> {
     Some(out)
 }
 
-/// A guest at its prompt, with the program.
+/// Returns a guest at its prompt, with the program.
 fn booted(context: &Context, dir: &Path) -> Option<Vm> {
     let linux = Linux::find()?;
     let source = BootSource {
@@ -63,19 +64,19 @@ fn booted(context: &Context, dir: &Path) -> Option<Vm> {
     Some(vm)
 }
 
-/// The console of a VM since `from`.
+/// Returns the console's output since `from`.
 fn printed(vm: &Vm, from: u64) -> String {
     String::from_utf8_lossy(&vm.console().since(from)).into_owned()
 }
 
-/// The number behind `name` in the last whole line of counts.
+/// Returns the number behind `name` in the last whole line of counts.
 fn count(text: &str, name: &str) -> Option<u64> {
     let whole = &text[..text.rfind('\n')?];
     let line = whole.lines().rev().find(|line| line.starts_with("selfcheck: ") && line.contains(" s regs "))?;
     line.split_whitespace().skip_while(|word| *word != name).nth(1)?.parse().ok()
 }
 
-/// Waits until a VM's program has made [`CHECKS`] further comparisons, and nothing was wrong.
+/// Waits until a VM's program has made [`CHECKS`] further comparisons, all of them right.
 fn goes_on(vm: &Vm, from: u64, before: u64) {
     let made = wait_for("further checks", || {
         let text = printed(vm, from);

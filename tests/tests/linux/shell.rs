@@ -1,4 +1,4 @@
-//! The shell: what it says, and what the shells of relatives do not hear.
+//! The shell's output, and the separation of relatives' shells.
 
 use std::time::{Duration, Instant};
 
@@ -28,15 +28,15 @@ fn linux_children_are_told_apart() {
     let (one, two) = (booted.child("apart-one"), booted.child("apart-two"));
     assert_eq!(ask(&one, "who=the-first; echo $who"), "the-first");
     assert_eq!(ask(&two, "who=${who:-nobody}; echo $who"), "nobody");
-    // A file of the one is not the other's.
+    // A file written in one is absent from the other.
     ask(&one, "echo written-by-one >/tmp/file");
     assert_eq!(ask(&two, "[ -e /tmp/file ] && echo there || echo not-there"), "not-there");
-    // A grandchild goes on from the one.
+    // A grandchild continues from this one.
     let (image, _) = one.fork().unwrap();
     let grandchild = Vm::from_image(&booted.context, "grandchild", &image, PAUSED).unwrap();
     drop(one);
     assert_eq!(ask(&grandchild, "read -r text </tmp/file; echo $who $text"), "the-first written-by-one");
-    // Consoles are apart: a child's begins empty, and nobody's text is on another's.
+    // Consoles are separate: a child's begins empty, and no VM's text is on another's.
     let text = |vm: &Vm| String::from_utf8_lossy(&vm.console().since(0)).into_owned();
     assert!(!text(&two).contains("the-first") && !text(&two).contains("Linux version"), "{}", text(&two));
     assert!(!text(&grandchild).contains("nobody"), "{}", text(&grandchild));
@@ -75,7 +75,7 @@ fn linux_time_goes_on_in_a_child() {
     assert!(first > 0.0);
     assert_eq!(ask(&child, "sleep 1; echo slept"), "slept");
     let second = uptime(&child);
-    // No more than for the host, which looks later and has looked earlier.
+    // No further than the host's clock, which is read later and was read earlier.
     let most = begun.elapsed().as_secs_f64() + 0.05;
     assert!((1.0..most).contains(&(second - first)), "{first} then {second}, {most} for the host");
 }
@@ -114,7 +114,7 @@ fn linux_powers_itself_off_by_acpi() {
     assert_eq!(ask(&other, "echo alive"), "alive", "it was the other's power");
 }
 
-/// How often a VM's kernel was interrupted by ACPI events.
+/// Returns how often ACPI events have interrupted a VM's kernel.
 fn events(vm: &Vm) -> u64 {
     let line =
         "while read -r number count rest; do case $rest in *ACPI:Ged*) echo $count;; esac; done </proc/interrupts";
@@ -140,7 +140,8 @@ fn linux_notices_its_power_button_and_no_relative_does() {
     vm.pause().unwrap();
     assert!(events(&vm) > before);
     assert!(vm.power_button_noticed(), "its kernel has run the event's method");
-    // The child's kernel is interrupted too, by its new generation, and finds the button not pressed.
+    // The child's kernel is interrupted too, by its new generation, and finds the button not
+    // pressed.
     assert!(events(&child) > before);
     assert!(!child.power_button_noticed());
     child.resume().unwrap();

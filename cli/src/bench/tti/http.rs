@@ -1,4 +1,4 @@
-//! E2B's API by HTTP, without an SDK: each call has a connection of its own, as a new client has.
+//! E2B's API over HTTP, without an SDK: each call has a connection of its own, like a new client's.
 
 use std::net::SocketAddr;
 
@@ -18,7 +18,7 @@ use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
-/// Seconds that a sandbox has: more than it needs.
+/// Time of a sandbox in seconds, more than needed.
 const SANDBOX_SECONDS: u64 = 900;
 /// Most bytes of an answer.
 const MAX_ANSWER: usize = 4 << 20;
@@ -52,7 +52,7 @@ impl Api {
         let stream = TcpStream::connect(self.address).await.context("E2B's API")?;
         stream.set_nodelay(true)?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-        // It ends with the answer; what it fails with the answer has, too.
+        // The connection ends with the answer, which also has its error.
         tokio::spawn(connection);
         let request: Request<Full<Bytes>> =
             request.header(HOST, self.address.to_string()).body(Full::new(body.into()))?;
@@ -77,7 +77,7 @@ impl Api {
         Sandbox::of(&self.call(Method::POST, "/v2/sandboxes", Some(body)).await?)
     }
 
-    /// Forks a sandbox. Each child is one, or says why it is none.
+    /// Forks a sandbox. Returns a sandbox or an error for each child.
     pub(super) async fn fork(&self, id: &str, count: usize) -> anyhow::Result<Vec<anyhow::Result<Sandbox>>> {
         let body = json!({"count": count, "timeout": SANDBOX_SECONDS});
         let made = self.call(Method::POST, &format!("/sandboxes/{id}/fork"), Some(body)).await?;
@@ -93,7 +93,7 @@ impl Api {
         self.call(Method::DELETE, &format!("/sandboxes/{id}"), None).await.map(drop)
     }
 
-    /// Runs a program through the API's address, as an SDK does. Returns what it has said.
+    /// Runs a program through the API's address, as an SDK does. Returns its output.
     pub(super) async fn exec(&self, sandbox: &Sandbox, command: &[&str]) -> anyhow::Result<String> {
         let mut words = command.iter().map(|&word| word.to_owned());
         let cmd = words.next().unwrap_or_default();

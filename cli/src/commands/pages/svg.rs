@@ -14,8 +14,8 @@ const OWN: &str = "#e8590c";
 const PINNED: &str = "#c92a2a";
 const REFERENCE: &str = "#e9ecef";
 
-/// The tone of a layer. The golden angle keeps neighbours apart, and off the colours of what is the
-/// VM's own.
+/// Returns the tone of a layer. The golden angle keeps neighbours apart, and off the colours of the
+/// VM's own pages.
 fn tone(place: usize) -> String {
     let hue = 150 + (place * 137) % 130;
     let light = 42 + (place % 3) * 9;
@@ -36,7 +36,7 @@ fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
-/// The drawing. Part of a cell that is the VM's own covers what is beneath as much as it is of it.
+/// Draws the pages. The VM's own part of a cell covers the colour beneath in proportion.
 pub(super) fn draw(drawing: &Drawing<'_>) -> String {
     let (layers, cells) = (&drawing.answer.layers, &drawing.answer.cells);
     let legend = drawing.legend();
@@ -97,7 +97,7 @@ pub(super) fn draw(drawing: &Drawing<'_>) -> String {
     out
 }
 
-/// A cell's pages in words.
+/// Formats a cell's counts of pages.
 struct Counted<'a>(&'a clade_daemon::control::CellInfo);
 
 impl std::fmt::Debug for Counted<'_> {

@@ -1,8 +1,8 @@
-//! `clade template build`: boots an image, sets it up by its agent, starts what it runs, and keeps it when
-//! that is ready.
+//! `clade template build`: boots an image, sets it up through its agent, starts its program, and
+//! keeps it when that is ready.
 //!
-//! What fails leaves nothing: the VM is stopped, and the checkpoint and the snapshot are removed. A VM
-//! whose builder was killed ends by its time to live.
+//! A failed build leaves nothing: the VM is stopped, and the checkpoint and the snapshot are
+//! removed. The VM of a killed builder ends by its time to live.
 
 use std::io::{self, Write};
 use std::time::Instant;
@@ -31,10 +31,10 @@ use crate::commands::serve::ensure;
 use crate::commands::shutdown::ShutdownSignal;
 use crate::commands::{Failure, Outcome, print_json};
 
-/// How often the ready command is run.
+/// Interval of the runs of the ready command.
 const READY_POLL: std::time::Duration = std::time::Duration::from_millis(500);
 
-/// The arguments of a run that the VM of a build would be started by.
+/// Returns the arguments of a run for the VM of a build.
 fn run_args(args: &BuildArgs, name: String) -> RunArgs {
     RunArgs {
         kernel: args.kernel.clone(),
@@ -65,7 +65,7 @@ fn run_args(args: &BuildArgs, name: String) -> RunArgs {
 }
 
 pub(super) fn main(args: &BuildArgs, store: &TemplateStore) -> Outcome {
-    // Before anything is fetched or booted.
+    // Before any fetch or boot.
     check_template_name(&args.name).map_err(store_failure)?;
     let client = Client::default();
     if client.is_remote() {
@@ -119,7 +119,7 @@ impl Build<'_> {
         let vm: VmInfo = self.client.supervisor(Method::POST, "/v1/vms", Some(self.boot)).await.map_err(failure)?;
         let guest = Guest::of(&self.client, &vm).await?;
         say!("{} is booted after {:.1} s", self.recipe.image.digest, begun.elapsed().as_secs_f64());
-        // Images name directories that are made when they are needed.
+        // Working directories of images are made on demand.
         for dir in [self.recipe.image.config.working_dir.as_str()].iter().filter(|dir| !dir.is_empty()) {
             guest.make_dir(dir).await?;
         }
@@ -167,7 +167,7 @@ impl Build<'_> {
         guest.start(self.program(start)).await.map(Some).map_err(|failure| failure.named("the start command"))
     }
 
-    /// Runs the ready command until it succeeds. What was started must not have failed by then.
+    /// Runs the ready command until it succeeds. The started program must not have failed by then.
     async fn await_ready(&self, guest: &Guest, mut started: Option<Started>) -> Result<(), Failure> {
         let Some(ready) = &self.args.ready_cmd else { return Ok(()) };
         let (argv, begun, limit) = (shell(ready), Instant::now(), self.args.ready_timeout);
@@ -184,7 +184,7 @@ impl Build<'_> {
                         return Err(Failure::Run(anyhow!("the start command has ended: {}", described(&end, &tail))));
                     }
                     Some(Err(error)) => return Err(Failure::run(error).named("the start command")),
-                    // What has put itself into the background is no failure.
+                    // A program in the background has not failed.
                     Some(Ok(_)) => started = None,
                     None => {}
                 }
@@ -209,7 +209,8 @@ impl Build<'_> {
         }
     }
 
-    /// Takes the checkpoint and the snapshot, both of one instant, and makes them the template.
+    /// Takes the checkpoint and the snapshot, both of one instant, and publishes them as the
+    /// template.
     async fn keep(&self, guest: &Guest) -> Result<Template, Failure> {
         let (store, name, id) = (self.store.clone(), self.args.name.clone(), self.id.clone());
         let draft: Result<Draft, _> = spawn_blocking(move || store.draft(&name, &id)).await.map_err(Failure::run)?;
@@ -246,7 +247,7 @@ impl Build<'_> {
         }
     }
 
-    /// Stops the VM, and removes the checkpoint of a template that has not come to be.
+    /// Stops the VM, and removes the checkpoint of an unfinished template.
     async fn clear_up(&self, is_built: bool) {
         let stopped = self.client.stop(&self.boot.name, StopRequest::default()).await;
         if let Err(error) = stopped.map_err(failure)

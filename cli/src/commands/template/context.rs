@@ -1,4 +1,4 @@
-//! The directory of a build: what of it `COPY` takes. No path leaves it, and no link out of it is followed.
+//! The directory of a build, for `COPY`. No path leaves it, and no link out of it is followed.
 
 use std::fs;
 use std::io;
@@ -15,32 +15,32 @@ const IGNORE_FILE: &str = ".dockerignore";
 const MAX_ENTRIES: usize = 100_000;
 const MAX_DEPTH: usize = 128;
 
-/// What an entry is.
+/// The kind of an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     File,
     Dir,
-    /// A link, and what is in it.
+    /// A link, and its target.
     Link(String),
 }
 
 /// An entry of a source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Entry {
-    /// Where it is.
+    /// Its path.
     pub(super) path: PathBuf,
     /// Its path below the source; empty for the source itself.
     pub(super) below: String,
     pub(super) kind: Kind,
 }
 
-/// What a word of `COPY` has named.
+/// A source named by a word of `COPY`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Source {
     /// Its last name; empty for the directory itself.
     pub(super) name: String,
     pub(super) is_dir: bool,
-    /// All of it, each directory before what is in it.
+    /// Its entries, each directory before its contents.
     pub(super) entries: Vec<Entry>,
 }
 
@@ -75,7 +75,7 @@ impl BuildContext {
         Ok(Self { root, ignore })
     }
 
-    /// What a word of `COPY` names: one path, or what a pattern matches.
+    /// Returns the sources of a word of `COPY`: one path, or the matches of a pattern.
     pub(super) fn sources(&self, word: &str) -> Result<Vec<Source>, Failure> {
         let pattern = Pattern::parse(word).map_err(Failure::input)?;
         let found = match pattern.path() {
@@ -113,7 +113,7 @@ impl BuildContext {
         Ok(all)
     }
 
-    /// Paths that a pattern matches. What is below one of them comes with it.
+    /// Collects the paths that a pattern matches. A match includes everything below it.
     fn matching(&self, pattern: &Pattern, dir: &str, depth: usize, found: &mut Vec<String>) -> Result<(), Failure> {
         if depth == MAX_DEPTH {
             return Err(Failure::input(anyhow!("{dir}: more than {MAX_DEPTH} levels")));
@@ -131,7 +131,7 @@ impl BuildContext {
 
     fn source(&self, path: &str) -> Result<Source, Failure> {
         let given = self.root.join(path);
-        // What a link on the way leads to has to be here, too.
+        // The target of a link on the way has to be in the directory, too.
         let real = given.canonicalize().map_err(named(&given))?;
         let below = real.strip_prefix(&self.root).ok().and_then(Path::to_str);
         let below = below.ok_or_else(|| Failure::input(anyhow!("{path:?} leads out of the directory of the build")))?;
@@ -144,7 +144,7 @@ impl BuildContext {
         Ok(Source { name: path.rsplit('/').next().unwrap_or_default().to_owned(), is_dir, entries })
     }
 
-    /// Adds an entry, and what is in it. `root` is the source.
+    /// Adds an entry with its contents. `root` is the source.
     fn walk(&self, root: &str, (path, depth): (&str, usize), all: &mut Vec<Entry>) -> Result<(), Failure> {
         let is_left_out = !path.is_empty() && self.ignore.leaves_out(path);
         if is_left_out && !self.ignore.has_exceptions() {
@@ -217,7 +217,7 @@ mod tests {
         assert_eq!(below(&context, "*.txt"), ["a.txt:", "b.txt:"]);
         let src = ["src:", "src:deep", "src:deep/x.log", "src:keep.log", "src:main", "src:out"];
         assert_eq!(below(&context, "src/"), src);
-        // Links are what they are; what they lead to is not read.
+        // Links are copied as links; their targets are not read.
         let out = context.sources("src").unwrap()[0].entries.pop_out();
         assert_eq!(out, Kind::Link("../../outside".to_owned()));
         assert_eq!(below(&context, "same"), src.map(|path| path.replace("src:", "same:")));

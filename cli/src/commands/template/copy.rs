@@ -14,7 +14,7 @@ use crate::commands::cp::{found, join, send_file};
 /// Paths in one command of the guest.
 const MAX_PATHS: usize = 200;
 
-/// Copies what an instruction names.
+/// Carries out a `COPY` instruction.
 pub(super) async fn copy(guest: &Guest, context: &BuildContext, files: &Files) -> Result<(), Failure> {
     let mut sources = Vec::new();
     for word in &files.sources {
@@ -38,7 +38,8 @@ pub(super) async fn copy(guest: &Guest, context: &BuildContext, files: &Files) -
     }
 }
 
-/// Copies one source. The content of a directory goes to `to`, a file to its name in it, if that is a directory.
+/// Copies one source. The content of a directory goes to `to`, a file to its name in it, if that is
+/// a directory.
 async fn one(
     guest: &Guest,
     source: &Source,
@@ -51,7 +52,7 @@ async fn one(
         let to = if entry.below.is_empty() { to.clone() } else { join(&to, &entry.below) };
         match &entry.kind {
             Kind::Dir => {
-                // One that was there stays whose it is.
+                // An existing directory keeps its owner.
                 if guest.make_dir(&to).await? {
                     made.push(to);
                 }

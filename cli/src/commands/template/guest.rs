@@ -1,4 +1,4 @@
-//! The VM of a build: programs in it, and the time that it has.
+//! The VM of a build: its programs, and its time to live.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -18,21 +18,21 @@ use crate::commands::Failure;
 use crate::commands::agent::agent_failure;
 use crate::commands::remote::failure;
 
-/// How long the guest may take until its agent answers: its kernel may be interpreted.
+/// Time limit until the guest's agent answers: its kernel may be interpreted.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(900);
 const BOOT_POLL: Duration = Duration::from_millis(20);
-/// How long an agent may take to take a connection, and then to answer.
+/// Time limit of an agent for a connection, and then for an answer.
 const CONNECTING: Duration = Duration::from_secs(60);
 const ANSWERING: Duration = Duration::from_secs(120);
-/// How long a guest may take beyond a program's time to say that it was killed.
+/// Time that a guest has beyond a program's limit to report that it was killed.
 const GRACE: Duration = Duration::from_secs(30);
-/// The VM ends so long after the last word of this process, and how often there is one.
+/// Time to live of the VM after the last renewal by this process, and the interval of the renewals.
 const LEASE: Duration = Duration::from_secs(120);
 const RENEW: Duration = Duration::from_secs(30);
-/// What is kept of a program's output, to show it if the program fails.
+/// Bytes kept of a program's output, to show if the program fails.
 const MAX_TAIL: usize = 4 << 10;
 
-/// A program, and what it runs with.
+/// A program, and its environment.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Program<'a> {
     pub(super) argv: &'a [String],
@@ -53,17 +53,17 @@ impl Tail {
         kept.drain(..beyond);
     }
 
-    /// Its last line that says something.
+    /// Returns the last line with text.
     pub(super) fn line(&self) -> Option<String> {
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let text = String::from_utf8_lossy(&kept);
         let line = text.lines().rev().map(str::trim).find(|line| !line.is_empty())?;
-        // It stands in an error: of a terminal's own signs there are none.
+        // The line becomes part of an error: control characters are removed.
         Some(line.chars().filter(|c| !c.is_control()).take(300).collect())
     }
 }
 
-/// How a program has ended, and what it has said last.
+/// Describes the end of a program, with its last output.
 pub(super) fn described(end: &EndEvent, tail: &Tail) -> String {
     let said = tail.line().map(|line| format!(": {line}")).unwrap_or_default();
     format!("{}{said}", if end.status.is_empty() { "exit status 0" } else { &end.status })
@@ -77,19 +77,19 @@ pub(super) struct Started {
 }
 
 impl Started {
-    /// How it has ended, if it has.
+    /// Returns the program's end, once it has ended.
     pub(super) async fn end(&mut self) -> Option<Result<EndEvent, ClientError>> {
         if !self.followed.is_finished() {
             return None;
         }
-        // It is not cancelled while this is there, and does not panic.
+        // The task is never cancelled meanwhile, and does not panic.
         (&mut self.followed).await.ok()
     }
 }
 
 impl Drop for Started {
     fn drop(&mut self) {
-        // The program runs on, and nobody hears it.
+        // The program runs on, and its output is dropped.
         self.followed.abort();
     }
 }
@@ -127,7 +127,7 @@ async fn follow(mut process: Process, tail: Tail, is_shown: bool) -> Result<EndE
 }
 
 impl Guest {
-    /// The VM that has been booted, once its agent answers. It ends soon after this process does.
+    /// Returns the booted VM, once its agent answers. The VM ends soon after this process does.
     pub(super) async fn of(client: &Client, vm: &VmInfo) -> Result<Self, Failure> {
         let vsock = vm.vsock.as_ref().ok_or_else(|| Failure::run(anyhow!("the VM of the build has ended already")))?;
         let agent = Agent::new(Endpoint::Vsock { socket: vsock.socket.clone(), port: PORT });
@@ -136,7 +136,7 @@ impl Guest {
         let lease = tokio::spawn(async move {
             let request = TtlRequest { seconds: LEASE.as_secs_f64() };
             loop {
-                // A VM that has ended is noticed by what is done with it.
+                // The next step notices an ended VM.
                 let _ = leased.supervisor::<TtlInfo>(Method::PUT, &path, Some(&request)).await;
                 tokio::time::sleep(RENEW).await;
             }
@@ -215,7 +215,7 @@ impl Guest {
         }
     }
 
-    /// Makes a directory, which may be there.
+    /// Makes a directory. Returns false if it exists.
     pub(super) async fn make_dir(&self, path: &str) -> Result<bool, Failure> {
         match self.agent.make_dir(path).await {
             Ok(_) => Ok(true),
@@ -224,7 +224,7 @@ impl Guest {
         }
     }
 
-    /// Stands still, for what is kept of it.
+    /// Pauses the VM, for the template.
     pub(super) async fn pause(&self) -> Result<VmInfo, Failure> {
         let path = format!("/v1/vms/{}/pause", self.name);
         self.client.supervisor(Method::POST, &path, None::<&()>).await.map_err(failure)

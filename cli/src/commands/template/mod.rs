@@ -1,4 +1,4 @@
-//! `clade template`: an image that has been set up, as a checkpoint in memory and a snapshot on the disk.
+//! `clade template`: an image that is set up, as a checkpoint in memory and a snapshot on the disk.
 
 mod build;
 mod context;
@@ -27,11 +27,11 @@ use crate::commands::{Failure, Outcome, Table, print_json};
 /// `clade template`.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum TemplateCommand {
-    /// Boot an image, set it up, start what it runs, and keep it when that is ready.
+    /// Boot an image, set it up, start its program, and keep it when that is ready.
     Build(Box<BuildArgs>),
     /// List the templates.
     Ls(ListArgs),
-    /// Show what a template is.
+    /// Show a template.
     Inspect(InspectArgs),
     /// Remove templates: checkpoint and snapshot. Sandboxes of them run on.
     Rm(RemoveArgs),
@@ -39,22 +39,22 @@ pub(crate) enum TemplateCommand {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct BuildArgs {
-    // In the attribute: brackets would be links in the documentation.
+    // In the attribute: brackets would become links in the documentation.
     #[arg(
         value_name = "SOURCE",
         help = "A directory with a Dockerfile, or an image as clade run --image has it: HOST[:PORT]/NAME[:TAG|@DIGEST], oci:DIR[:TAG] or docker-archive:FILE"
     )]
     source: String,
-    /// The template's name. One that has it is replaced when this one is complete.
+    /// The template's name. An existing template is replaced when this one is complete.
     #[arg(long, value_name = "NAME")]
     name: String,
-    /// What is started in it, by /bin/sh. Default: what the image runs. Empty: nothing.
+    /// The command to start in it, by /bin/sh. Default: the image's. Empty: nothing.
     #[arg(long, value_name = "COMMAND")]
     start_cmd: Option<String>,
-    /// What says that it is ready, by /bin/sh: it is run again and again until it exits with 0.
+    /// The command that checks that it is ready, by /bin/sh: it is repeated until it exits with 0.
     #[arg(long, value_name = "COMMAND")]
     ready_cmd: Option<String>,
-    /// How long that may take, such as 90s or 5m.
+    /// Time limit of that, such as 90s or 5m.
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration, requires = "ready_cmd")]
     ready_timeout: Duration,
     /// A value for an ARG of the Dockerfile. Repeatable.
@@ -69,18 +69,18 @@ pub(crate) struct BuildArgs {
     /// Text to append to the command line of the kernel. Repeatable.
     #[arg(long, value_name = "TEXT")]
     append: Vec<String>,
-    /// Most memory of a sandbox's process: bytes, or with K, M, G, T. Needs a supervisor with control
-    /// groups.
+    /// Most memory of a sandbox's process: bytes, or with K, M, G, T. Needs a supervisor with
+    /// control groups.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     memory_limit: Option<u64>,
-    /// Most processors that a sandbox's process may take, such as 0.5.
+    /// Most processors for a sandbox's process, such as 0.5.
     #[arg(long, value_name = "N")]
     cpu_limit: Option<f64>,
     #[command(flatten)]
     machine: MachineArgs,
     #[command(flatten)]
     pull: PullFlags,
-    /// Print JSON: the template. What is run in it goes to standard error in any case.
+    /// Print JSON: the template. The output of its programs goes to standard error in any case.
     #[arg(long)]
     json: bool,
 }
@@ -107,7 +107,7 @@ pub(crate) struct RemoveArgs {
     /// Their names or ids.
     #[arg(value_name = "TEMPLATE", required = true)]
     templates: Vec<String>,
-    /// Print JSON: an array of what was removed.
+    /// Print JSON: an array of the removed templates.
     #[arg(long)]
     json: bool,
 }
@@ -119,13 +119,13 @@ fn parse_pair(text: &str) -> Result<(String, String), String> {
     }
 }
 
-/// A template, as `--json` has it.
+/// A template in the form of `--json`.
 #[derive(Debug, Serialize)]
 struct Shown {
     #[serde(flatten)]
     template: Template,
     snapshot: PathBuf,
-    /// What the snapshot takes of the host.
+    /// Space of the snapshot on the host.
     host_bytes: u64,
     /// Whether the supervisor of this runtime directory has its checkpoint.
     is_in_memory: bool,
@@ -139,7 +139,7 @@ impl Shown {
     }
 }
 
-/// What a directory's files take. One that is not there takes nothing.
+/// Returns the space of a directory's files. A missing directory takes none.
 fn host_bytes(dir: &Path) -> u64 {
     let of = |entry: std::fs::DirEntry| match entry.metadata() {
         Ok(found) if found.is_dir() => host_bytes(&entry.path()),
@@ -166,13 +166,13 @@ pub(super) fn main(command: &TemplateCommand) -> Outcome {
     }
 }
 
-/// The client of a supervisor, if one is there. None is started to look at templates.
+/// Returns the client of a running supervisor. Does not start one to look at templates.
 fn supervisor() -> Option<Client> {
     let client = Client::default();
     (client.is_remote() || answers(&runtime_dir())).then_some(client)
 }
 
-/// Names of the supervisor's checkpoints. One that does not answer has none.
+/// Returns the names of the supervisor's checkpoints, or none if it does not answer.
 fn held() -> Vec<String> {
     let Some(client) = supervisor() else { return Vec::new() };
     let all = ask(client.supervisor::<Vec<CheckpointInfo>>(Method::GET, "/v1/checkpoints", None::<&()>));
@@ -241,7 +241,7 @@ fn inspect(args: &InspectArgs, store: &TemplateStore) -> Outcome {
     table.print().map_err(Failure::run)
 }
 
-/// Removes each, says what fails with its name, and fails with the first.
+/// Removes each template, prints each failure with its name, and returns the first.
 fn remove(args: &RemoveArgs, store: &TemplateStore) -> Outcome {
     let (mut gone, mut first) = (Vec::new(), None);
     for name in &args.templates {

@@ -1,4 +1,4 @@
-//! What a build does: the image that is booted, the steps in it, and what it runs in the end.
+//! The recipe of a build: the image to boot, its steps, and the program to run in the end.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -17,19 +17,19 @@ const DOCKERFILE: &str = "Dockerfile";
 
 /// A build before its VM.
 pub(super) struct Recipe {
-    /// As the user has named it; a directory is absolute.
+    /// The user's name for it; a directory is absolute.
     pub(super) source: String,
     pub(super) image: Image,
     pub(super) plan: Plan,
-    /// What files are copied from.
+    /// The directory that files are copied from.
     pub(super) context: Option<BuildContext>,
-    /// What is started, if anything is.
+    /// The program to start, if any.
     pub(super) start: Vec<String>,
     /// Variables of all programs of the result.
     pub(super) env: BTreeMap<String, String>,
 }
 
-/// A text of a bounded length.
+/// Reads a text of a bounded length.
 pub(super) fn read_text(path: &Path) -> Result<String, Failure> {
     let named = || path.display().to_string();
     let mut text = String::new();
@@ -79,18 +79,18 @@ impl Recipe {
         Ok(Self { source, image, plan, context, start, env })
     }
 
-    /// Who runs programs. The agent knows no group of a request.
+    /// Returns the user of programs. The agent knows no group of a request.
     pub(super) fn user(&self) -> &str {
         user(&self.plan.config.user)
     }
 
-    /// Where programs run. Without a word of it, where their users are at home.
+    /// Returns the working directory of programs. Default: their users' homes.
     pub(super) fn workdir(&self) -> Option<&str> {
         Some(self.plan.config.working_dir.as_str()).filter(|dir| !["", "/"].contains(dir))
     }
 }
 
-/// Refuses files that are not there, before there is a VM that waits for them.
+/// Refuses missing files, before there is a VM that waits for them.
 fn check_files(plan: &Plan, context: &BuildContext) -> Result<(), Failure> {
     for step in &plan.steps {
         if let Action::Copy(files) = &step.action {
@@ -101,12 +101,12 @@ fn check_files(plan: &Plan, context: &BuildContext) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The same failure, with the instruction that it is of.
+/// Returns the same failure, with its instruction.
 pub(super) fn of_step(step: &Step, failure: Failure) -> Failure {
     failure.named(&format!("line {}: {}", step.line, step.instruction))
 }
 
-/// The user without the group that an image may name behind a colon.
+/// Returns the user without the group that an image may name behind a colon.
 pub(super) fn user(text: &str) -> &str {
     match text.split_once(':').map_or(text, |(user, _)| user) {
         "" => "root",

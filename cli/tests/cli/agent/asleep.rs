@@ -12,9 +12,9 @@ use crate::tool::{Runtime, kvm};
 
 /// Bytes that are copied: seconds' worth where a guest's kernel is interpreted.
 const BYTES: usize = 3 << 20;
-/// From one suspension to the next: the guest gets on in between.
+/// Time between suspensions: the guest makes progress in between.
 const TURN: Duration = Duration::from_millis(300);
-/// Suspensions of a copy. The guest reads its memory from the file after each.
+/// Suspensions during a copy. The guest reads its memory from the file after each.
 const SUSPENSIONS: usize = 3;
 
 fn sha256(path: &str) -> String {
@@ -26,8 +26,8 @@ fn state(runtime: &Runtime) -> String {
     runtime.http("GET", "/v1/vms/web", "").1["state"].as_str().unwrap_or_default().to_owned()
 }
 
-/// Copies a file, and suspends the VM meanwhile. Nobody but the copy wakes the VM. Returns how many
-/// suspensions there were.
+/// Copies a file, and suspends the VM meanwhile. Only the copy wakes the VM. Returns the number of
+/// suspensions.
 fn copy(runtime: &Runtime, from: &str, to: &str) -> usize {
     let mut copying = runtime.command(&["cp", from, to]).spawn().unwrap();
     let mut suspensions = 0;

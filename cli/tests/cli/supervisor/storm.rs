@@ -1,16 +1,16 @@
-//! Forks, checkpoints, stops and kills at random, after which nothing is held.
+//! Forks, checkpoints, stops and kills at random, after which no resource is held.
 
 use clade_test_support::Patience;
 
 use super::*;
 
-/// What a storm leaves must be what was there before it.
+/// Resources in use, which must be the same after a storm as before.
 #[derive(Debug, PartialEq, Eq)]
 struct Left {
     files: BTreeSet<String>,
     descriptors: usize,
     threads: usize,
-    /// Descriptors of the VM that is left: its layers vary.
+    /// Descriptors of the remaining VM: its layers vary.
     of_vm: usize,
 }
 
@@ -36,7 +36,7 @@ impl Left {
     }
 }
 
-/// Forks, checkpoints, stops and kills at random. Answers are counted by status.
+/// Forks, checkpoints, stops and kills at random. Returns the counts of answers by status.
 fn storm(all: &Supervised, seed: u64, until: std::time::Instant) -> std::collections::BTreeMap<u16, u64> {
     let mut random = seed;
     let mut below = |bound: u64| {
@@ -45,7 +45,7 @@ fn storm(all: &Supervised, seed: u64, until: std::time::Instant) -> std::collect
     };
     let mut answers = std::collections::BTreeMap::<u16, u64>::new();
     let mut patience = Patience::new(std::time::Duration::from_secs(3600));
-    // At least as long as asked, and until some requests have been granted.
+    // At least as long as requested, and until some requests have been granted.
     while std::time::Instant::now() < until || answers.get(&200) <= Some(&3) {
         assert!(patience.tick(), "{answers:?}");
         let (_, vms) = all.http("GET", "/v1/vms", "");
@@ -71,7 +71,7 @@ fn storm(all: &Supervised, seed: u64, until: std::time::Instant) -> std::collect
             6 => ("POST", format!("/v1/vms/{name}/pause"), String::new()),
             7 => ("POST", format!("/v1/checkpoints/{checkpoint}/prepare"), r#"{"count":2}"#.to_owned()),
             8 => {
-                // Not web, and nobody else by a number that was another's.
+                // Never web, and never an unrelated process with a reused pid.
                 if let Some((_, pid)) = vm.filter(|(_, pid)| all.processes().contains(pid)) {
                     kill(*pid, Signal::KILL);
                 }
@@ -88,8 +88,8 @@ fn storm(all: &Supervised, seed: u64, until: std::time::Instant) -> std::collect
         }
         let (status, answer) = all.http(method, &path, &body);
         *answers.entry(status).or_default() += 1;
-        // Gone, in the wrong state, refused for now, silent, or its process was killed while it was
-        // asked: all of that is an answer. What is 500 must say that a process has ended.
+        // Gone, in the wrong state, refused for now, silent, or its process was killed during the
+        // request: these are valid answers. A 500 must report the end of a process.
         let killed = answer["detail"].as_str().is_some_and(|error| error.contains("process") || error.contains("gone"));
         assert!(
             [200, 404, 409, 410, 503, 504, 507].contains(&status) || status == 500 && killed,
@@ -100,8 +100,7 @@ fn storm(all: &Supervised, seed: u64, until: std::time::Instant) -> std::collect
 }
 
 impl Supervised {
-    /// Kills the zygote, whichever it is now: the process that is the parent of workers and whose
-    /// parent is the supervisor.
+    /// Kills the current zygote: the parent of the workers and a child of the supervisor.
     fn zygotes_killed(&self) {
         let supervisor = self.info("pid").to_string();
         let parent = |pid: u32| {
@@ -133,8 +132,8 @@ impl Supervised {
             });
         };
         run(2, 0);
-        // Threads for blocking work go after ten idle seconds, and prepared workers stay for a minute:
-        // this one keeps none.
+        // Threads for blocking work go after ten idle seconds, and prepared workers stay for a
+        // minute: this supervisor keeps none.
         let settled = |before: Option<&Left>| {
             wait_until("what was taken to be given back", || {
                 let left = Left::now(self);
@@ -145,7 +144,7 @@ impl Supervised {
                 is_back
             });
         };
-        // Whether or not the last zygote was killed: there is one now.
+        // Whether or not the last zygote was killed, a zygote runs now.
         let probe = || {
             self.fork(&["web", "--name", "probe"]);
             self.stop("probe");
@@ -156,7 +155,7 @@ impl Supervised {
         run(seconds, 1);
         probe();
         settled(Some(&before));
-        // Supervisor, zygote, web, and what is prepared.
+        // Supervisor, zygote, web, and the prepared workers.
         wait_until("all other processes to end", || self.processes().len() == 3 + self.info("prepared") as usize);
     }
 }

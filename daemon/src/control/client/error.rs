@@ -1,4 +1,4 @@
-//! Why requests to VMs and to their supervisor fail.
+//! Reasons why requests to VMs and to their supervisor fail.
 
 use std::io;
 use std::net::SocketAddr;
@@ -11,7 +11,7 @@ use crate::control::client::MAX_ANSWER;
 use crate::control::problem::{Problem, ProblemKind};
 use crate::control::token::TokenError;
 
-/// Why a request to a VM failed.
+/// Reason why a request to a VM failed.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ClientError {
@@ -62,13 +62,13 @@ pub enum ClientError {
     Silent {
         /// The VM's name.
         name: String,
-        /// The time that it had, in seconds.
+        /// The time limit in seconds.
         seconds: u64,
     },
     /// The HTTP connection failed.
     #[error("the VM's process did not answer")]
     Http(#[from] hyper::Error),
-    /// The answer has no end.
+    /// The answer is too long.
     #[error("the VM's answer is longer than {MAX_ANSWER} bytes")]
     LongAnswer,
     /// The answer has more or less memory than was asked for.
@@ -76,9 +76,9 @@ pub enum ClientError {
     ShortMemory {
         /// The VM's name.
         name: String,
-        /// Bytes that were asked for.
+        /// Bytes requested.
         length: usize,
-        /// Bytes that came.
+        /// Bytes received.
         got: usize,
     },
     /// The answer is not of the expected form.
@@ -92,7 +92,7 @@ pub enum ClientError {
         /// The server's answer.
         problem: Box<Problem>,
     },
-    /// `CLADE_API` is no address.
+    /// `CLADE_API` is not an address.
     #[error("CLADE_API is {value:?}: an address as in tcp://127.0.0.1:8080 is wanted")]
     Address {
         /// Its value.
@@ -125,7 +125,7 @@ pub enum ClientError {
 }
 
 impl ClientError {
-    /// The kind of problem that it is to a client of the supervisor.
+    /// Returns the kind of problem that this error is to a client of the supervisor.
     pub(crate) fn problem(&self) -> ProblemKind {
         match self {
             Self::NoSuchVm { .. } | Self::Dead { .. } => ProblemKind::NoSuchVm,
@@ -133,9 +133,9 @@ impl ClientError {
             Self::Forbidden { .. } => ProblemKind::Forbidden,
             Self::Refused { problem, .. } => ProblemKind::of_urn(&problem.kind).unwrap_or(ProblemKind::Internal),
             Self::Silent { .. } => ProblemKind::VmSilent,
-            // It ended while it was connected to.
+            // The process ended during the connection.
             Self::Socket { .. } if self.is_lost() => ProblemKind::VmGone,
-            // Its process ended before it answered.
+            // The process ended without an answer.
             Self::Http(_) | Self::Answer(_) | Self::LongAnswer | Self::ShortMemory { .. } => ProblemKind::VmGone,
             // A supervisor's own client has no such address.
             Self::Address { .. } | Self::NoToken | Self::Token(_) | Self::NoAnswer { .. } => ProblemKind::Internal,
@@ -143,11 +143,12 @@ impl ClientError {
         }
     }
 
-    /// Whether the same request of `method` may succeed in a moment, and does no harm if it is sent again.
+    /// Returns whether the same request of `method` may succeed in a moment, and is harmless to
+    /// repeat.
     pub(super) fn may_pass(&self, method: &Method) -> bool {
         let Self::Refused { problem, .. } = self else { return false };
         match ProblemKind::of_urn(&problem.kind) {
-            // Refused before anything was done.
+            // Refused before any work.
             Some(ProblemKind::TooMany | ProblemKind::NoThread) => true,
             // The VM's process may still do it.
             Some(ProblemKind::VmSilent) => method.is_safe(),
@@ -155,7 +156,7 @@ impl ClientError {
         }
     }
 
-    /// Whether the process that was asked ended before it answered, or is about to end.
+    /// Returns whether the process ended without an answer, or is about to end.
     pub(super) fn is_lost(&self) -> bool {
         match self {
             Self::Http(_) => true,
@@ -167,7 +168,7 @@ impl ClientError {
         }
     }
 
-    /// The error for a socket of `name` at `path` that cannot be connected to.
+    /// Returns the error of a failed connection to the socket of `name` at `path`.
     #[must_use]
     pub fn unreachable(name: &str, path: PathBuf, source: io::Error) -> Self {
         let name = name.to_owned();

@@ -12,14 +12,15 @@ impl Client {
     /// Reads the memory of a guest: [`MAX_MEMORY`](crate::control::MAX_MEMORY) bytes at most.
     ///
     /// # Errors
-    /// As for any request. When there is no such memory: `bytes` has no meaning then.
+    /// As for any request. When there is no such memory: the contents of `bytes` are then
+    /// undefined.
     pub async fn read_memory(&self, name: &str, address: u64, bytes: &mut [u8]) -> Result<(), ClientError> {
         let query = format!("address={address}&length={}", bytes.len());
         let mut body = self.memory(Method::GET, name, &query, Bytes::new()).await?;
         let (length, mut got) = (bytes.len(), 0);
         while let Some(frame) = body.frame().await {
             let data = frame?.into_data().unwrap_or_default();
-            // The process may have been broken into: what is too long is not kept.
+            // The process may be compromised: excess bytes are dropped.
             if let Some(place) = bytes.get_mut(got..got + data.len()) {
                 place.copy_from_slice(&data);
             }

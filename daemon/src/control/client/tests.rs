@@ -1,4 +1,4 @@
-//! Processes that were broken into, and answer with too much or too little. Supervisors that end.
+//! Compromised processes that answer with too much or too little. Supervisors that end.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -13,11 +13,11 @@ use crate::control::problem::ProblemKind;
 
 use super::*;
 
-/// More than is ever read.
+/// More bytes than are ever read.
 const MANY: usize = 4 * MAX_ANSWER;
 
-/// The process of a VM, which answers one request with `head` and parts of `part` until the client has
-/// gone, or after `most` bytes. Returns how many it has sent.
+/// The process of a VM. It answers one request with `head` and parts of `part` until the client has
+/// gone, or after `most` bytes. Returns the number of bytes sent.
 fn process(path: PathBuf, head: &'static str, part: Vec<u8>, most: usize) -> JoinHandle<usize> {
     let listener = UnixListener::bind(path).unwrap();
     thread::spawn(move || {
@@ -78,13 +78,13 @@ async fn a_stop_outlives_a_supervisor_that_ends() {
         fs::remove_file(&path).unwrap();
     });
     let refused = Client::new(dir.path()).stop("web", StopRequest::default()).await.unwrap_err();
-    // Then its own process is asked, which is not there.
+    // Then the request goes to its own process, which does not exist.
     assert!(matches!(&refused, ClientError::NoSuchVm { name, .. } if name == "web"), "{refused:?}");
     ending.join().unwrap();
 }
 
-/// A supervisor that refuses as `kind` says until it has been asked `refusals` times, and then answers.
-/// The counter has the requests.
+/// A supervisor that refuses `refusals` requests with `kind`, and then answers. The counter has the
+/// requests.
 fn refusing(path: &Path, kind: ProblemKind, refusals: usize) -> Arc<AtomicUsize> {
     let listener = tokio::net::UnixListener::bind(path).unwrap();
     let requests = Arc::new(AtomicUsize::new(0));
@@ -103,7 +103,7 @@ fn refusing(path: &Path, kind: ProblemKind, refusals: usize) -> Arc<AtomicUsize>
     requests
 }
 
-/// The answer to a request of `method`, and how often it was sent.
+/// Returns the answer to a request of `method`, and the number of attempts.
 async fn ask(client: Client, method: Method, kind: ProblemKind, refusals: usize) -> (Result<u8, ClientError>, usize) {
     let requests = refusing(&supervisor_path(client.dir()), kind, refusals);
     let answer = client.supervisor::<u8>(method, "/v1/vms/web/fork", None::<&()>).await;
@@ -120,7 +120,7 @@ async fn a_refusal_that_may_pass_is_answered_by_another_attempt() {
         // The attempts are bounded.
         (Method::POST, ProblemKind::TooMany, most - 1, true, most),
         (Method::POST, ProblemKind::TooMany, most, false, most),
-        // The VM's process may still do it, or more room would have to be made.
+        // The VM's process may still carry it out, or more room would have to be made.
         (Method::POST, ProblemKind::VmSilent, 1, false, 1),
         (Method::GET, ProblemKind::NoRoom, 1, false, 1),
         (Method::GET, ProblemKind::NoSuchVm, 1, false, 1),
@@ -137,7 +137,7 @@ async fn a_refusal_that_may_pass_is_answered_by_another_attempt() {
 #[test]
 fn a_path_to_the_supervisor_consists_of_names() {
     let dir = tempfile::tempdir().unwrap();
-    // A request that is sent fails in another way: nothing listens.
+    // A request that is sent fails with another error: nothing listens.
     let client = Client::new(dir.path());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let is_bad = |error: ClientError| matches!(error, ClientError::Name(FleetError::BadName { .. }));

@@ -13,25 +13,26 @@ pub(crate) struct EgressRule(String);
 const DESCRIPTION: &str = "An egress rule. No bit of the address is set behind its prefix, and the first port of a \
                            range is no larger than the last.";
 
-/// All texts that have a rule's form. What it cannot say is in the description.
+/// Returns a pattern for all texts with a rule's form. The description has the conditions beyond a
+/// pattern.
 fn pattern() -> String {
-    // Numbers may begin with zeros, but for those within an address.
+    // Numbers may begin with zeros, except those within an address.
     let octet = "(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])";
     let v4 = format!("{octet}(\\.{octet}){{3}}");
     let word = "[0-9A-Fa-f]{1,4}";
-    // Up to `words` of them, of which an IPv4 address may be the last two.
+    // Up to `words` of them; an IPv4 address may be the last two.
     let tail = |words: usize| match words {
         0 => String::new(),
         1 => format!("({word})?"),
         _ => format!("(({word}:){{0,{}}}{word}|({word}:){{0,{}}}{v4})?", words - 1, words - 2),
     };
     let mut v6 = vec![format!("({word}:){{7}}{word}"), format!("({word}:){{6}}{v4}"), format!("::{}", tail(7))];
-    // `::` stands for one word of zeros at least.
+    // `::` stands for at least one word of zeros.
     v6.extend((1..8).map(|head| format!("{word}(:{word}){{{}}}::{}", head - 1, tail(7 - head))));
     let v4 = format!("{v4}(/0*(3[0-2]|[12]?[0-9]))?");
     let v6 = format!("({})(/0*(12[0-8]|1[01][0-9]|[1-9]?[0-9]))?", v6.join("|"));
     let port = "0*(6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5]?[0-9]{1,4})";
-    // IPv6 with a port is in brackets. ICMP has none.
+    // IPv6 with a port is in brackets. ICMP has no port.
     format!("^(allow|deny):({v6}(/(tcp|udp|icmp))?|({v4}|\\[({v4}|{v6})\\])((:{port}(-{port})?)?(/(tcp|udp))?|/icmp))$")
 }
 
@@ -63,17 +64,18 @@ mod tests {
 
     static PATTERN: LazyLock<Regex> = LazyLock::new(|| Regex::new(&pattern()).unwrap());
 
-    /// Whether the parser takes it, and if it does not, whether only for what a pattern cannot say.
+    /// Returns whether the parser accepts it, and otherwise whether only for a condition beyond a
+    /// pattern.
     fn parsed(text: &str) -> (bool, bool) {
         let Err(error) = text.parse::<Rule>() else { return (true, false) };
         let error = error.to_string();
         (false, error.contains("no bit of the address") || error.contains("the first and the last of a range"))
     }
 
-    /// An address in each of its ways of writing.
+    /// An address in each of its notations.
     fn address() -> impl Strategy<Value = (bool, String)> {
         let six = (any::<[u16; 8]>(), any::<u8>(), 0u8..5).prop_map(|(mut words, zeros, kind)| {
-            // Words of zeros, which `::` stands for.
+            // Words of zeros, for `::`.
             (0..8).filter(|at| zeros >> at & 1 == 1).for_each(|at| words[at] = 0);
             if kind == 1 {
                 words[..5].fill(0);

@@ -15,7 +15,7 @@ const TOKEN: &str = "0123456789abcdef";
 const HOST_NAME: &str = "localhost:7777";
 const OWN: (&str, &str) = ("origin", "http://localhost:7777");
 
-/// A port with one path that says what it was sent, and a stream that is fed by the test.
+/// A port with one path that echoes its request's headers, and a stream that the test feeds.
 struct Port {
     router: Router,
     gate: Arc<Gate>,
@@ -124,7 +124,7 @@ fn a_session_needs_both_its_halves_and_the_page() {
         assert_eq!(port.ask("POST", "/v1/vms", &own.headers(&[OWN])).await, (200, false.into()));
         let same = ("sec-fetch-site", "same-origin");
         assert_eq!(port.ask("POST", "/v1/vms", &own.headers(&[same])).await, (200, false.into()));
-        // Halves of none, of another, twice.
+        // Halves of no session, of another, twice.
         let host = ("host", HOST_NAME);
         let (cookie, key) = (("cookie", own.cookie.as_str()), ("clade-session-key", own.key.as_str()));
         let both = format!("{}; {}", own.cookie, other.cookie);
@@ -139,7 +139,7 @@ fn a_session_needs_both_its_halves_and_the_page() {
         ] {
             assert_eq!(kind(&port.ask("GET", "/v1/vms", &headers).await), UNAUTHORIZED, "{headers:?}");
         }
-        // From elsewhere, or nowhere.
+        // From another origin, or from none.
         assert_eq!(kind(&port.ask("POST", "/v1/vms", &own.headers(&[])).await), FOREIGN);
         for (name, value) in [
             ("origin", "http://evil.example"),
@@ -189,7 +189,7 @@ fn a_login_is_the_pages_and_wrong_ones_take_their_time() {
         while port.gate.guesses.left(None) > 0 {
             tokio::task::yield_now().await;
         }
-        // Not even the right one is looked at: who guesses learns nothing meanwhile.
+        // Not even the right one is checked: guesses learn nothing meanwhile.
         let refused = read(port.try_to_log_in(TOKEN, &page).await).await;
         assert_eq!(kind(&refused), (429, "urn:clade:too-many-logins"));
         while let Some(answer) = wrong.join_next().await {
@@ -217,7 +217,7 @@ fn guesses_of_an_address_are_few_and_no_others_wait_for_them() {
         };
         let (soon, patient) = (Duration::from_millis(50), WRONG_DELAY * 10);
         let begun = Instant::now();
-        // Who does not wait for the answers keeps the places all the same.
+        // Clients that do not wait for the answers keep their places all the same.
         for n in 0..MAX_WRONG {
             let address = format!("127.0.0.{}", n + 1);
             assert_eq!(ask(&address, "0123456789abcdee", soon).await, None, "a wrong token is answered at once");
@@ -226,7 +226,7 @@ fn guesses_of_an_address_are_few_and_no_others_wait_for_them() {
         assert!(begun.elapsed() < WRONG_DELAY, "too slow to say");
         assert_eq!(kind(&wrong), (429, "urn:clade:too-many-logins"), "one more");
         assert_eq!(ask("127.0.0.1", TOKEN, soon).await, Some((200, false.into())), "who has it waits for nobody");
-        // Another address, what is no token, a session, and later.
+        // Another address, a text that is not a token, a session, and a later attempt.
         assert_eq!(ask("10.0.0.1", TOKEN, patient).await, Some((200, false.into())));
         for short in ["", "x", &"y".repeat(300)] {
             assert_eq!(ask("127.0.0.1", short, soon).await.as_ref().map(kind), Some(UNAUTHORIZED));
@@ -254,7 +254,7 @@ fn a_session_ends_with_its_streams() {
         let cleared = ended.headers()[SET_COOKIE].to_str().unwrap().to_owned();
         assert!(cleared.starts_with("clade-7777=; ") && cleared.contains("Max-Age=0"), "{cleared}");
         assert_eq!(read(ended).await, (200, json!({ "ended": true })));
-        // Its sender is there still.
+        // Its sender still exists.
         assert_eq!(to_bytes(stream.into_body(), 64).await.unwrap(), "one");
         assert!(port.feed.is_closed());
         assert_eq!(kind(&port.ask("GET", "/v1/vms", &own.headers(&[])).await), UNAUTHORIZED);

@@ -50,10 +50,10 @@ fn a_claim_goes_to_another_process_with_its_lock() {
     assert!(path.path().join("a.lock").exists(), "it is the other's");
     assert!(matches!(NameClaim::new(&dir, "a"), Err(FleetError::Taken { .. })));
     drop(theirs);
-    // Its files are the starter's to remove.
+    // Its starter removes its files.
     drop(NameClaim::new(&dir, "a").unwrap());
     assert_eq!(fs::read_dir(path.path()).unwrap().count(), 0);
-    // Not the lock of that name, and no lock.
+    // The lock of another name, and a file without a lock.
     let other = NameClaim::new(&dir, "b").unwrap();
     let lock = || other.lock().unwrap().try_clone_to_owned().unwrap();
     assert!(NameClaim::adopt(&dir, "a", lock()).is_err());

@@ -1,8 +1,8 @@
-//! The bare guest's disk driver: what it is told, and where it keeps its queue.
+//! The interface of the bare guest's disk driver: its commands, and the layout of its queue.
 //!
 //! # The area
 //!
-//! | offset | what |
+//! | offset | content |
 //! |---|---|
 //! | [`STATE`] | the driver's own words, see [`state`] |
 //! | [`DESCRIPTORS`] | the descriptor table: operation `n` in flight has descriptors `3n`, `3n + 1` and `3n + 2` |
@@ -23,44 +23,45 @@ pub const AVAILABLE: u64 = 2 * PAGE_SIZE;
 pub const USED: u64 = 3 * PAGE_SIZE;
 /// Headers and status bytes.
 pub const HEADERS: u64 = 4 * PAGE_SIZE;
-/// From one header to the next.
+/// Distance between headers.
 pub const HEADER_STRIDE: u64 = 32;
 /// Most operations in flight: three descriptors each.
 pub const MOST_DEPTH: u64 = 85;
-/// In the count of wrong words: the device gave back what it did not have, or gave it back twice.
+/// A flag in the count of wrong words: the device returned an operation that it did not have, or
+/// returned one twice.
 pub const VIOLATION: u64 = 1 << 63;
 /// Bytes in a sector.
 pub const SECTOR: u64 = 512;
 
 /// The driver's own words, by index.
 pub mod state {
-    /// Where the device's registers are; 0 when it was reset.
+    /// Address of the device's registers; 0 after a reset.
     pub const REGISTERS: u64 = 0;
     /// Descriptors in the queue.
     pub const SIZE: u64 = 1;
-    /// Entries of the available ring that were filled, ever.
+    /// Entries of the available ring filled so far.
     pub const AVAILABLE: u64 = 2;
-    /// Entries of the used ring that were looked at, ever.
+    /// Entries of the used ring read so far.
     pub const USED: u64 = 3;
     /// Features negotiated.
     pub const FEATURES: u64 = 4;
-    /// Times the device was notified.
+    /// Notifications of the device.
     pub const KICKS: u64 = 5;
-    /// Times a word between two operations' memory was counted up, see [`super::touched`].
+    /// Increments of the words between two operations' memory, see [`super::touched`].
     pub const TOUCHED: u64 = 6;
-    /// The first of the words that say for each operation in flight which it is, plus 1.
+    /// The first of the words with the number of each operation in flight, plus 1.
     pub const FLIGHT: u64 = 16;
 }
 
-/// Whether a queue can be there.
+/// Returns whether a queue may be there.
 pub const fn is_place(slot: u64, area: u64, size: u64) -> bool {
     slot < 512 && area.is_multiple_of(PAGE_SIZE) && area != 0 && size <= 256 && size >= 4 && size.is_power_of_two()
 }
 
 numbered! {
-    /// What an operation does.
+    /// The kind of an operation.
     What: u64 {
-        /// Reads, and does not look.
+        /// Reads, without a check.
         Read = 0,
         /// Writes [`word_at`] for each word.
         Write = 1,
@@ -74,13 +75,13 @@ numbered! {
         Discard = 5,
         /// Reads, and compares with zeros.
         VerifyZero = 6,
-        /// Writes what is in the buffers.
+        /// Writes the buffers' contents.
         WriteRaw = 7,
     }
 }
 
 numbered! {
-    /// In which order the blocks come.
+    /// The order of the blocks.
     Order: u64 {
         /// One after the other, and again from the beginning.
         Sequential = 0,
@@ -89,31 +90,34 @@ numbered! {
     }
 }
 
-/// Operations on a disk, `depth` at a time. The device is notified once for as many as could be started at once.
+/// Operations on a disk, `depth` at a time. The device is notified once for all operations started
+/// together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DiskRun {
     /// The driver's area.
     pub area: u64,
-    /// Memory for the data: `depth` times `block` sectors, or `depth` times `stride` bytes. A multiple of 8.
+    /// Memory for the data: `depth` times `block` sectors, or `depth` times `stride` bytes. A
+    /// multiple of 8.
     pub buffer: u64,
-    /// Bytes from one operation's memory to the next's; 0 stands for as many as it has. The first word of what is between is counted up
-    /// by the CPU, slot after slot, for as long as the run goes on: neighbours of what the device reads and writes. See [`touched`].
+    /// Bytes from one operation's memory to the next's; 0 stands for its length. The CPU increments
+    /// the first word in between, slot after slot, for as long as the run goes on: neighbours of
+    /// the device's data. See [`touched`].
     pub stride: u64,
-    /// What to do.
+    /// The kind of the operations.
     pub what: What,
-    /// In which order.
+    /// Their order.
     pub order: Order,
-    /// How many at a time.
+    /// Operations in flight.
     pub depth: u64,
     /// First sector.
     pub sector: u64,
-    /// Sectors from there on that are used; whole blocks of them.
+    /// Sectors in use from there on; whole blocks of them.
     pub sectors: u64,
     /// Sectors an operation.
     pub block: u64,
     /// Operations; 0 is for ever.
     pub count: u64,
-    /// Of the data, and of the order.
+    /// Seed of the data, and of the order.
     pub seed: u64,
 }
 
@@ -138,7 +142,7 @@ impl DiskRun {
         }
     }
 
-    /// The first sector of operation `i`.
+    /// Returns the first sector of operation `i`.
     pub const fn sector_of(&self, i: u64) -> u64 {
         let blocks = self.sectors / self.block;
         let block = match self.order {
@@ -148,13 +152,14 @@ impl DiskRun {
         self.sector + block * self.block
     }
 
-    /// Where the memory of operation `slot` in flight is.
+    /// Returns the address of the memory of operation `slot` in flight.
     pub const fn memory_of(&self, slot: u64) -> u64 {
         let stride = if self.stride == 0 { self.block_bytes() } else { self.stride };
         self.buffer + slot * stride
     }
 
-    /// Where the word behind the memory of operation `slot` is, which the CPU counts up. None without a stride.
+    /// Returns the address of the word behind the memory of operation `slot`, which the CPU
+    /// increments. None without a stride.
     pub const fn neighbour_of(&self, slot: u64) -> Option<u64> {
         if self.stride > self.block_bytes() { Some(self.memory_of(slot) + self.block_bytes()) } else { None }
     }
@@ -165,18 +170,19 @@ impl DiskRun {
     }
 }
 
-/// How often the word of slot `slot` of `depth` was counted up when all together were `count` times.
+/// Returns how often the word of slot `slot` of `depth` was incremented after `count` increments in
+/// all.
 pub const fn touched(count: u64, slot: u64, depth: u64) -> u64 {
     (count + depth - 1 - slot) / depth
 }
 
-/// The word that a write of `seed` puts at byte `offset` of the disk.
+/// Returns the word that a write of `seed` puts at byte `offset` of the disk.
 #[inline(always)]
 pub const fn word_at(seed: u64, offset: u64) -> u64 {
     fill_word(seed, offset)
 }
 
-/// What `sectors` sectors from `sector` on hold after a write of `seed`, on the host.
+/// Computes, on the host, the contents of the sectors from `sector` on after a write of `seed`.
 pub fn pattern(bytes: &mut [u8], seed: u64, sector: u64) {
     for (word, offset) in bytes.chunks_exact_mut(8).zip((sector * SECTOR..).step_by(8)) {
         word.copy_from_slice(&word_at(seed, offset).to_le_bytes());

@@ -1,4 +1,4 @@
-//! What commands do to memory, computed by the host: tests replay them here and compare.
+//! The effects of commands on memory, computed by the host: tests replay them here and compare.
 //!
 //! `memory` is always the whole range that the command was given, as words.
 
@@ -37,13 +37,13 @@ pub fn touch(memory: &mut [u64], start: u64, value: u64) {
     }
 }
 
-/// The sum that one pass of `Command::Read` finds.
+/// Returns the sum that one pass of `Command::Read` finds.
 pub fn read_sum(memory: &[u64], words: u64) -> u64 {
     let words = words.clamp(1, PAGE_WORDS) as usize;
     memory.chunks(PAGE_WORDS as usize).flat_map(|page| &page[..words]).fold(0, |sum: u64, word| sum.wrapping_add(*word))
 }
 
-/// Which operation of `Command::Write` stored `value`: the inverse of `write_op`.
+/// Returns the operation of `Command::Write` that stored `value`: the inverse of `write_op`.
 ///
 /// For a value that no operation stored, the answer is a number far beyond any count of operations.
 pub const fn op_of(seed: u64, value: u64) -> u64 {
@@ -61,7 +61,8 @@ const fn unshift(z: u64, bits: u32) -> u64 {
     z ^ (z >> bits) ^ (z >> (2 * bits))
 }
 
-/// The inverse of an odd number modulo 2^64: each of Newton's steps doubles the correct bits, from 3.
+/// The inverse of an odd number modulo 2^64: each of Newton's steps doubles the correct bits, from
+/// 3.
 const fn inverse(odd: u64) -> u64 {
     let (mut x, mut bits) = (odd, 3);
     while bits < 64 {

@@ -1,6 +1,7 @@
 //! The bare guest on a real KVM, against the host's model of its commands.
 //!
-//! Without a usable /dev/kvm every test prints `skipped: REASON`, unless the environment's CLADE_REQUIRE names `kvm`.
+//! Without a usable /dev/kvm every test prints `skipped: REASON`, unless the environment's
+//! CLADE_REQUIRE names `kvm`.
 
 mod vm;
 
@@ -13,7 +14,7 @@ use vm::{Entry, Irqchip, Layout, Vm};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
-/// How long a relay may make no progress. A relay takes microseconds.
+/// Longest time without progress of a relay. A relay takes microseconds.
 const STALLED: Duration = Duration::from_secs(20);
 const SMALL: Layout = Layout { memory: 64 * MIB, vcpus: 1, irqchip: Irqchip::Split, entry: Entry::Pvh };
 
@@ -191,7 +192,8 @@ fn two_vcpus_share_a_counter() {
 fn announce_interrupts_and_leaves_no_other_trace() {
     let vm = boot!(SMALL);
     vm.give(0, Command::Spin);
-    // It spins, however long a busy host has kept it from that: else there is nothing to interrupt.
+    // The vCPU must spin first, however long a busy host delays that: otherwise there is no command
+    // to interrupt.
     let deadline = Instant::now() + Duration::from_secs(60);
     while vm.mailbox(0, offset::PROGRESS) == 0 {
         assert!(Instant::now() < deadline, "the vCPU does not spin");
@@ -214,7 +216,7 @@ fn a_vcpu_announces_itself_and_halts() {
     vm.wait_for(0, offset::ACK_SEQ, spins);
     let seq = vm.give(0, Command::AnnounceAndHalt);
     assert_eq!(vm.report(), Report { event: Event::Announce, vcpu: 0, seq: seq as u16 });
-    // It is interrupted like by any other, and hears of none from then on.
+    // This command interrupts it like any other, and later ones are not noticed.
     vm.give(0, Command::Idle);
     std::thread::sleep(Duration::from_millis(20));
     assert_eq!(vm.load(mailbox_gpa(0) + offset::ACK_SEQ), spins);
@@ -261,7 +263,7 @@ fn an_access_outside_ram_is_a_reported_fault() {
         let cr2 = vm.mailbox(1, offset::FAULT_CR2);
         assert!(cr2 <= address && cr2.is_multiple_of(PAGE_SIZE), "{what}: {cr2:#x}");
         assert_eq!(vm.mailbox(1, offset::FAULT_ERROR), 0b110, "a write from ring 3 to a page that is not present");
-        // The other one lives on.
+        // The other vCPU lives on.
         assert_eq!(vm.run(0, Command::Idle), Event::Done);
     }
 }
@@ -317,7 +319,7 @@ fn a_doorbell_behind_a_relayed_interrupt_halts_no_vcpu() {
     vm.give(1, Command::Relay { peer: 0, first: false });
     vm.wait_for(1, offset::PROGRESS, 1);
     vm.give(0, Command::Relay { peer: 1, first: true });
-    // At every step of the relay at some time: right behind the relayed interrupt as well.
+    // At each step of the relay at some time: right behind the relayed interrupt as well.
     let (mut patience, mut before) = (Patience::new(STALLED), 0);
     while before < 30_000 {
         (0..2).for_each(|vcpu| vm.ring(vcpu));

@@ -24,27 +24,27 @@ use std::{
 
 /// No test waits longer than this for a vCPU.
 const TIMEOUT: Duration = Duration::from_secs(20);
-/// Where the local APIC is, and where messages for local APICs go.
+/// Addresses of the local APIC, and of messages for local APICs.
 const APIC: u64 = 0xfee0_0000;
 const APIC_END: u64 = APIC + PAGE_SIZE;
 const GAP_START: u64 = 0xc000_0000;
 const GAP_END: u64 = 1 << 32;
-/// hvm_start_info or boot_params, and what the first points at.
+/// Address of hvm_start_info or boot_params, and of the tables behind the former.
 const BOOT_INFO: u64 = 0x6000;
 const MEMORY_MAP: u64 = 0x7000;
-/// For the 64-bit entry, which wants to find itself mapped.
+/// For the 64-bit entry, which must find itself mapped.
 const LOADER_TABLES: u64 = 0x1_0000;
 
 type Error = Box<dyn std::error::Error>;
 
-/// How the first vCPU enters the guest.
+/// The way that the first vCPU enters the guest.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Entry {
     Pvh,
     Linux,
 }
 
-/// Which interrupt controllers KVM has.
+/// The interrupt controllers that KVM has.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Irqchip {
     None,
@@ -53,7 +53,7 @@ pub(crate) enum Irqchip {
     Full,
 }
 
-/// What to boot.
+/// The boot configuration.
 #[derive(Clone, Copy)]
 pub(crate) struct Layout {
     pub(crate) memory: u64,
@@ -62,7 +62,7 @@ pub(crate) struct Layout {
     pub(crate) entry: Entry,
 }
 
-/// A test without KVM: says so, or fails if KVM was promised.
+/// Prints that a test is skipped without KVM, or fails if KVM was required.
 pub(crate) fn skip(reason: &Error) {
     let required = std::env::var("CLADE_REQUIRE").unwrap_or_default();
     assert!(!required.contains("kvm"), "KVM is required: {reason}");
@@ -99,7 +99,8 @@ impl Vm {
                 memory_size: size,
                 userspace_addr: memory.base as u64 + offset,
             };
-            // SAFETY: the mapping outlives the VM, see the order of Vm's fields, and regions do not overlap.
+            // SAFETY: the mapping outlives the VM, see the order of Vm's fields, and regions do not
+            // overlap.
             unsafe { vm.set_user_memory_region(region)? };
         }
         match layout.irqchip {
@@ -171,7 +172,8 @@ impl Vm {
         let of = |thread: &JoinHandle<()>| {
             let mut clock = 0;
             let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-            // SAFETY: the handle is not joined yet, so the thread's id is valid, and both results are this function's.
+            // SAFETY: the handle is not joined yet, so the thread's id is valid, and both results
+            // are this function's.
             let read = unsafe { libc::pthread_getcpuclockid(thread.as_pthread_t(), &raw mut clock) };
             assert_eq!(read, 0, "the thread has a clock");
             // SAFETY: the clock is that of a thread that runs, and the result is this function's.
@@ -193,7 +195,7 @@ impl Vm {
         report.event
     }
 
-    /// The next report of any vCPU.
+    /// Returns the next report of any vCPU.
     pub(crate) fn report(&self) -> Report {
         match self.vcpus.reports.recv_timeout(TIMEOUT) {
             Ok(Ok(report)) => report,
@@ -258,7 +260,7 @@ impl Memory {
         }
     }
 
-    /// Guest-physical address, offset in the reservation, size.
+    /// Returns guest-physical address, offset in the reservation, size.
     fn ranges(&self) -> Vec<(u64, u64, u64)> {
         let low = self.size.min(GAP_START);
         let mut ranges = vec![(0, 0, low), (GAP_END, low, self.size - low)];
@@ -269,7 +271,8 @@ impl Memory {
     fn word(&self, gpa: u64) -> &AtomicU64 {
         let at = self.at(gpa, 8).cast();
         assert!(gpa.is_multiple_of(8), "{gpa:#x} is not the address of a word");
-        // SAFETY: `at` checked the bounds, the mapping lives as long as `self`, and the guest's accesses are single words.
+        // SAFETY: `at` checked the bounds, the mapping lives as long as `self`, and the guest's
+        // accesses are single words.
         unsafe { AtomicU64::from_ptr(at) }
     }
 
@@ -330,7 +333,7 @@ impl Drop for VcpuThreads {
         // Pairs with the load in run_vcpu.
         self.stop.store(true, Ordering::Release);
         for thread in self.threads.drain(..) {
-            // Again and again: a signal just before KVM_RUN is not seen by it.
+            // Again and again: a signal just before KVM_RUN is lost.
             while !thread.is_finished() {
                 // SAFETY: the handle is not joined yet, so the thread's id is valid.
                 unsafe { libc::pthread_kill(thread.as_pthread_t(), libc::SIGUSR1) };
@@ -349,7 +352,8 @@ fn run_vcpu(index: u64, mut vcpu: VcpuFd, reports: &Sender<Result<Report, String
                 .ok()
                 .and_then(|bytes| Report::decode(u32::from_le_bytes(bytes)))
                 .ok_or_else(|| format!("vCPU {index} reports {data:?}")),
-            // Without an irqchip only: a local APIC that is not there, and a halt that nothing can end.
+            // Without an irqchip only: a local APIC that is not there, and a halt that nothing can
+            // end.
             Ok(VcpuExit::MmioWrite(APIC..APIC_END, _)) => continue,
             Ok(VcpuExit::MmioRead(APIC..APIC_END, data)) => {
                 data.fill(0);
@@ -357,7 +361,7 @@ fn run_vcpu(index: u64, mut vcpu: VcpuFd, reports: &Sender<Result<Report, String
             }
             Ok(VcpuExit::Hlt) => return,
             Ok(exit) => Err(format!("vCPU {index} exits by {exit:?}")),
-            // The second: a vCPU that was just told to start.
+            // The second: a vCPU that was just started.
             Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => continue,
             Err(error) => Err(format!("vCPU {index} does not run: {error}")),
         };
