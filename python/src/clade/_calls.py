@@ -46,7 +46,7 @@ class Calls:
         return answer
 
     def ended(self) -> list[t.EndedVm]:
-        """Lists the VMs that ended by themselves, and why."""
+        """Lists the VMs that ended by themselves, with the reasons."""
         answer: list[t.EndedVm] = self._transport.json("GET", "/v1/ended")
         return answer
 
@@ -76,7 +76,7 @@ class Calls:
         return answer
 
     def balloon(self, name: str) -> t.BalloonInfo:
-        """Shows a VM's balloon and what the guest says of its memory."""
+        """Shows a VM's balloon and its guest's memory statistics."""
         answer: t.BalloonInfo = self._transport.json("GET", f"/v1/vms/{quote(name, safe='')}/balloon")
         return answer
 
@@ -91,7 +91,7 @@ class Calls:
         return answer
 
     def type_into_console(self, name: str, body: bytes, *, line: str | None = None) -> t.ConsoleTyped:
-        """Types into a VM's console. One that is suspended wakes."""
+        """Types into a VM's console. A suspended VM wakes."""
         answer: t.ConsoleTyped = self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/console", body=body, query={"line": line})
         return answer
 
@@ -106,9 +106,9 @@ class Calls:
         return answer
 
     def read_memory(self, name: str, *, address: int, length: int) -> bytes:
-        """Reads a guest's memory, as the guest sees it. No fork, reset or pause comes between two
-        bytes of it. Aligned words of 8 bytes are read as a whole; of others, vCPUs may write a
-        part meanwhile.
+        """Reads a guest's memory, as the guest sees it. A fork, a reset or a pause comes before or
+        after the whole read. Aligned words of 8 bytes are read as a whole; other words may be
+        torn by writes of vCPUs.
         """
         return self._transport.data("GET", f"/v1/vms/{quote(name, safe='')}/memory", query={"address": address, "length": length})
 
@@ -116,24 +116,24 @@ class Calls:
         """Writes a guest's memory, as the guest would. A fork, a snapshot or a reset has all of it
         or nothing. Aligned words of 8 bytes are written as a whole. With `doorbell`, the vCPU
         of that number is interrupted afterwards (vector 48), if its guest has enabled its local
-        APIC: a guest that works on orders in its memory can halt in between.
+        APIC: a guest that takes orders from its memory can halt in between.
         """
         answer: t.MemoryWritten = self._transport.json("PUT", f"/v1/vms/{quote(name, safe='')}/memory", body=body, query={"address": address, "doorbell": doorbell})
         return answer
 
     def set_network(self, name: str, body: t.NetworkRequest) -> t.VmInfo:
-        """Lets packets of a VM's network devices pass, or none, or says where they may go."""
+        """Opens or closes a VM's network devices for packets, or sets their egress rules."""
         answer: t.VmInfo = self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/network", body=body)
         return answer
 
     def page_map(self, name: str, *, from_: int | None = None, max_runs: int | None = None) -> bytes:
-        """Shows what each page of a VM's memory is, as runs in a few bytes each: of a browser's
-        page that draws them. `docs/page.md` has the format.
+        """Shows the kind of each page of a VM's memory, as runs in a few bytes each: for a
+        browser's page that draws them. `docs/page.md` has the format.
         """
         return self._transport.data("GET", f"/v1/vms/{quote(name, safe='')}/page-map", query={"from": from_, "max_runs": max_runs})
 
     def show_pages(self, name: str, *, from_: int | None = None, max_runs: int | None = None, cells: int | None = None) -> t.PagesAnswer:
-        """Shows what each page of a VM's memory is: as runs, or counted in parts."""
+        """Shows the kind of each page of a VM's memory: as runs, or counted in parts."""
         answer: t.PagesAnswer = self._transport.json("GET", f"/v1/vms/{quote(name, safe='')}/pages", query={"from": from_, "max_runs": max_runs, "cells": cells})
         return answer
 
@@ -143,14 +143,14 @@ class Calls:
         return answer
 
     def ready(self, name: str) -> t.ReadyAnswer:
-        """Has the agent in a VM's guest make it another VM: its clock, its random numbers, its
+        """Has the agent in a VM's guest renew its identity: its clock, its random numbers, its
         tokens, its hooks. Answers when it is ready.
         """
         answer: t.ReadyAnswer = self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/ready")
         return answer
 
     def reset(self, name: str) -> t.ResetAnswer:
-        """Puts a VM that was forked back to the instant of its fork."""
+        """Resets a forked VM to the instant of its fork."""
         answer: t.ResetAnswer = self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/reset")
         return answer
 
@@ -165,12 +165,12 @@ class Calls:
         return answer
 
     def snapshot_progress(self, name: str) -> t.SnapshotProgress:
-        """Shows how far a VM's snapshot is."""
+        """Shows the progress of a VM's snapshot."""
         answer: t.SnapshotProgress = self._transport.json("GET", f"/v1/vms/{quote(name, safe='')}/snapshot")
         return answer
 
     def snapshot(self, name: str, body: t.SnapshotRequest) -> t.SnapshotAnswer:
-        """Saves a VM. Answers when all is on the disk."""
+        """Saves a VM. Answers when everything is on the disk."""
         answer: t.SnapshotAnswer = self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/snapshot", body=body)
         return answer
 
@@ -180,32 +180,32 @@ class Calls:
         return answer
 
     def stop(self, name: str, body: t.StopRequest | None = None) -> t.StopAnswer:
-        """Stops a VM for good, after its guest had time to power itself off if that is asked for.
-        Answers when its name, interfaces and sockets are free. A process that does not answer
-        is killed.
+        """Stops a VM for good. On request its guest first has time to power itself off. Answers
+        when its name, interfaces and sockets are free. A process that does not answer is
+        killed.
         """
         answer: t.StopAnswer = self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/stop", body=body)
         return answer
 
     def suspend_vm(self, name: str, body: t.SuspendRequest | None = None) -> t.SuspendAnswer:
-        """Suspends a VM: its memory goes to a file, and it stands still until something needs its
-        guest. Answers when its memory is given back.
+        """Suspends a VM: writes its memory to a file, and stops it until its guest is needed.
+        Answers when its memory is given back.
         """
         answer: t.SuspendAnswer = self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/suspend", body=body)
         return answer
 
     def remove_suspend_after(self, name: str) -> t.SuspendAfterInfo:
-        """Has a VM run on though it does nothing."""
+        """Has an idle VM run on."""
         answer: t.SuspendAfterInfo = self._transport.json("DELETE", f"/v1/vms/{quote(name, safe='')}/suspend-after")
         return answer
 
     def show_suspend_after(self, name: str) -> t.SuspendAfterInfo:
-        """Shows after which time without work a VM is suspended."""
+        """Shows the idle time after which a VM is suspended."""
         answer: t.SuspendAfterInfo = self._transport.json("GET", f"/v1/vms/{quote(name, safe='')}/suspend-after")
         return answer
 
     def set_suspend_after(self, name: str, body: t.SuspendAfterRequest) -> t.SuspendAfterInfo:
-        """Has a VM suspended whenever it has done nothing for a time."""
+        """Has a VM suspended whenever it has been idle for a time."""
         answer: t.SuspendAfterInfo = self._transport.json("PUT", f"/v1/vms/{quote(name, safe='')}/suspend-after", body=body)
         return answer
 
@@ -277,7 +277,7 @@ class AsyncCalls:
         return answer
 
     async def ended(self) -> list[t.EndedVm]:
-        """Lists the VMs that ended by themselves, and why."""
+        """Lists the VMs that ended by themselves, with the reasons."""
         answer: list[t.EndedVm] = await self._transport.json("GET", "/v1/ended")
         return answer
 
@@ -307,7 +307,7 @@ class AsyncCalls:
         return answer
 
     async def balloon(self, name: str) -> t.BalloonInfo:
-        """Shows a VM's balloon and what the guest says of its memory."""
+        """Shows a VM's balloon and its guest's memory statistics."""
         answer: t.BalloonInfo = await self._transport.json("GET", f"/v1/vms/{quote(name, safe='')}/balloon")
         return answer
 
@@ -322,7 +322,7 @@ class AsyncCalls:
         return answer
 
     async def type_into_console(self, name: str, body: bytes, *, line: str | None = None) -> t.ConsoleTyped:
-        """Types into a VM's console. One that is suspended wakes."""
+        """Types into a VM's console. A suspended VM wakes."""
         answer: t.ConsoleTyped = await self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/console", body=body, query={"line": line})
         return answer
 
@@ -337,9 +337,9 @@ class AsyncCalls:
         return answer
 
     async def read_memory(self, name: str, *, address: int, length: int) -> bytes:
-        """Reads a guest's memory, as the guest sees it. No fork, reset or pause comes between two
-        bytes of it. Aligned words of 8 bytes are read as a whole; of others, vCPUs may write a
-        part meanwhile.
+        """Reads a guest's memory, as the guest sees it. A fork, a reset or a pause comes before or
+        after the whole read. Aligned words of 8 bytes are read as a whole; other words may be
+        torn by writes of vCPUs.
         """
         return await self._transport.data("GET", f"/v1/vms/{quote(name, safe='')}/memory", query={"address": address, "length": length})
 
@@ -347,24 +347,24 @@ class AsyncCalls:
         """Writes a guest's memory, as the guest would. A fork, a snapshot or a reset has all of it
         or nothing. Aligned words of 8 bytes are written as a whole. With `doorbell`, the vCPU
         of that number is interrupted afterwards (vector 48), if its guest has enabled its local
-        APIC: a guest that works on orders in its memory can halt in between.
+        APIC: a guest that takes orders from its memory can halt in between.
         """
         answer: t.MemoryWritten = await self._transport.json("PUT", f"/v1/vms/{quote(name, safe='')}/memory", body=body, query={"address": address, "doorbell": doorbell})
         return answer
 
     async def set_network(self, name: str, body: t.NetworkRequest) -> t.VmInfo:
-        """Lets packets of a VM's network devices pass, or none, or says where they may go."""
+        """Opens or closes a VM's network devices for packets, or sets their egress rules."""
         answer: t.VmInfo = await self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/network", body=body)
         return answer
 
     async def page_map(self, name: str, *, from_: int | None = None, max_runs: int | None = None) -> bytes:
-        """Shows what each page of a VM's memory is, as runs in a few bytes each: of a browser's
-        page that draws them. `docs/page.md` has the format.
+        """Shows the kind of each page of a VM's memory, as runs in a few bytes each: for a
+        browser's page that draws them. `docs/page.md` has the format.
         """
         return await self._transport.data("GET", f"/v1/vms/{quote(name, safe='')}/page-map", query={"from": from_, "max_runs": max_runs})
 
     async def show_pages(self, name: str, *, from_: int | None = None, max_runs: int | None = None, cells: int | None = None) -> t.PagesAnswer:
-        """Shows what each page of a VM's memory is: as runs, or counted in parts."""
+        """Shows the kind of each page of a VM's memory: as runs, or counted in parts."""
         answer: t.PagesAnswer = await self._transport.json("GET", f"/v1/vms/{quote(name, safe='')}/pages", query={"from": from_, "max_runs": max_runs, "cells": cells})
         return answer
 
@@ -374,14 +374,14 @@ class AsyncCalls:
         return answer
 
     async def ready(self, name: str) -> t.ReadyAnswer:
-        """Has the agent in a VM's guest make it another VM: its clock, its random numbers, its
+        """Has the agent in a VM's guest renew its identity: its clock, its random numbers, its
         tokens, its hooks. Answers when it is ready.
         """
         answer: t.ReadyAnswer = await self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/ready")
         return answer
 
     async def reset(self, name: str) -> t.ResetAnswer:
-        """Puts a VM that was forked back to the instant of its fork."""
+        """Resets a forked VM to the instant of its fork."""
         answer: t.ResetAnswer = await self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/reset")
         return answer
 
@@ -396,12 +396,12 @@ class AsyncCalls:
         return answer
 
     async def snapshot_progress(self, name: str) -> t.SnapshotProgress:
-        """Shows how far a VM's snapshot is."""
+        """Shows the progress of a VM's snapshot."""
         answer: t.SnapshotProgress = await self._transport.json("GET", f"/v1/vms/{quote(name, safe='')}/snapshot")
         return answer
 
     async def snapshot(self, name: str, body: t.SnapshotRequest) -> t.SnapshotAnswer:
-        """Saves a VM. Answers when all is on the disk."""
+        """Saves a VM. Answers when everything is on the disk."""
         answer: t.SnapshotAnswer = await self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/snapshot", body=body)
         return answer
 
@@ -411,32 +411,32 @@ class AsyncCalls:
         return answer
 
     async def stop(self, name: str, body: t.StopRequest | None = None) -> t.StopAnswer:
-        """Stops a VM for good, after its guest had time to power itself off if that is asked for.
-        Answers when its name, interfaces and sockets are free. A process that does not answer
-        is killed.
+        """Stops a VM for good. On request its guest first has time to power itself off. Answers
+        when its name, interfaces and sockets are free. A process that does not answer is
+        killed.
         """
         answer: t.StopAnswer = await self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/stop", body=body)
         return answer
 
     async def suspend_vm(self, name: str, body: t.SuspendRequest | None = None) -> t.SuspendAnswer:
-        """Suspends a VM: its memory goes to a file, and it stands still until something needs its
-        guest. Answers when its memory is given back.
+        """Suspends a VM: writes its memory to a file, and stops it until its guest is needed.
+        Answers when its memory is given back.
         """
         answer: t.SuspendAnswer = await self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/suspend", body=body)
         return answer
 
     async def remove_suspend_after(self, name: str) -> t.SuspendAfterInfo:
-        """Has a VM run on though it does nothing."""
+        """Has an idle VM run on."""
         answer: t.SuspendAfterInfo = await self._transport.json("DELETE", f"/v1/vms/{quote(name, safe='')}/suspend-after")
         return answer
 
     async def show_suspend_after(self, name: str) -> t.SuspendAfterInfo:
-        """Shows after which time without work a VM is suspended."""
+        """Shows the idle time after which a VM is suspended."""
         answer: t.SuspendAfterInfo = await self._transport.json("GET", f"/v1/vms/{quote(name, safe='')}/suspend-after")
         return answer
 
     async def set_suspend_after(self, name: str, body: t.SuspendAfterRequest) -> t.SuspendAfterInfo:
-        """Has a VM suspended whenever it has done nothing for a time."""
+        """Has a VM suspended whenever it has been idle for a time."""
         answer: t.SuspendAfterInfo = await self._transport.json("PUT", f"/v1/vms/{quote(name, safe='')}/suspend-after", body=body)
         return answer
 

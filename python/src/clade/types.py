@@ -6,22 +6,22 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 
 class AheadInfo(TypedDict):
-    """What was learned from the children of a checkpoint that have ended."""
+    """Counts of the pages learned from a checkpoint's ended children."""
 
     children: int
-    """Children that have ended and said what they had written."""
+    """Children that have ended and reported their written pages."""
 
     copied: int
-    """Pages that those children had copies of ahead."""
+    """Pages copied ahead for those children."""
 
     hits: int
-    """Of these, written: a fault less each."""
+    """Copied pages that were written: a fault less each."""
 
     pages: int
-    """Pages that the next child is likely to write, whatever its budget."""
+    """Pages that the next child is likely to write, regardless of its limit."""
 
     waste: int
-    """Of these, never written: memory and time for nothing."""
+    """Copied pages that were never written: wasted memory and time."""
 
 
 class GuestMemory(TypedDict):
@@ -89,7 +89,7 @@ class Rate(TypedDict):
 
 
 class Limits(TypedDict):
-    """The limits of a device. An absent limit is none."""
+    """The limits of a device. An absent limit means unlimited."""
 
     bytes: NotRequired[Rate | None]
     """Limit in bytes."""
@@ -129,7 +129,7 @@ class DiskConfig(TypedDict):
     """Whether transfers go through the host's page cache."""
 
     ephemeral: NotRequired[bool]
-    """Whether writes end with the VM."""
+    """Whether its writes are dropped with the VM."""
 
     id: NotRequired[str | None]
     """The id that the guest reads. Default: the last component of `path`."""
@@ -165,10 +165,10 @@ class PortForward(TypedDict):
     """A TCP port of the host's loopback address that leads to one of the guest's."""
 
     guest: int
-    """The guest's."""
+    """The guest's port."""
 
     host: int
-    """The host's."""
+    """The host's port."""
 
 
 class UserNet(TypedDict):
@@ -177,14 +177,16 @@ class UserNet(TypedDict):
     """
 
     forward: list[PortForward]
-    """TCP ports of the host's loopback address that lead to the guest. Children have none."""
+    """TCP ports of the host's loopback address that lead to the guest. Children do not inherit
+    them.
+    """
 
 
 class NetSpec(TypedDict):
     """A network device."""
 
     egress: list[list[EgressRule]]
-    """Where the guest may send: layers of rules, each of which a packet has to pass."""
+    """Egress rules: layers of rules, each of which a packet has to pass."""
 
     mac: NotRequired[str | None]
     """The MAC address; a random one if not given."""
@@ -252,7 +254,7 @@ class VmConfig(TypedDict):
     """Whether the guest has performance counters."""
 
     report_port: NotRequired[bool]
-    """Without meaning."""
+    """Ignored."""
 
     rng: NotRequired[Limits | None]
     """The limits of the entropy device, if there is one."""
@@ -265,20 +267,22 @@ class VmConfig(TypedDict):
 
 
 class VmLimits(TypedDict):
-    """What a VM's process may take of the host. It needs control groups."""
+    """Resource limits of a VM's process on the host. They need control groups."""
 
     cpus: NotRequired[float | None]
     """Processors, also parts of one."""
 
     memory_mib: NotRequired[int | None]
-    """Memory in MiB: the guest's RAM, what forks of it still show, and the process itself."""
+    """Memory in MiB: the guest's RAM, its earlier pages that forks still show, and the process
+    itself.
+    """
 
 
 class Secret(TypedDict):
-    """Bytes that are not for everybody, and what they are called."""
+    """Secret bytes, and their name."""
 
     name: str
-    """What it is called in answers and errors."""
+    """The name in answers and errors."""
 
     value: str
     """The bytes in base64: 16 to 4,096."""
@@ -297,13 +301,13 @@ class BootRequest(TypedDict):
     """The initramfs."""
 
     kernel: str
-    """The kernel's file, or the name of one that the program has."""
+    """The kernel's file, or the name of one of the program's own kernels."""
 
     labels: NotRequired[dict[str, str]]
     """Its labels."""
 
     limits: NotRequired[VmLimits]
-    """What its process may take of the host, and those of its children."""
+    """Resource limits of its process, and of its children's."""
 
     name: str
     """Its name."""
@@ -312,33 +316,33 @@ class BootRequest(TypedDict):
     """Whether it starts paused."""
 
     secrets: NotRequired[list[Secret]]
-    """Bytes that children may be made without: 16 of them, 16 KiB in all. They are given to no
-    guest by this.
+    """Secrets that children may be made without: at most 16, of 16 KiB in all. This gives them to
+    no guest.
     """
 
     session: NotRequired[str | None]
-    """The session that it belongs to, with all that descend from it: whoever has begun the session
-    stops them at its end.
+    """Its session, inherited by all its descendants: the process that began the session stops them
+    at its end.
     """
 
 
 class KindCounts(TypedDict):
-    """Guest pages by what they are. Each is exactly one of these."""
+    """Guest pages by kind. Each page counts once."""
 
     absent: int
-    """Not inherited: there is no memory."""
+    """Pages not inherited, without memory."""
 
     exclusive: int
-    """The VM's own, without the pinned ones."""
+    """The VM's own pages, without the pinned ones."""
 
     pinned: int
-    """The VM's own, and pinned for DMA."""
+    """The VM's own pages that are pinned for DMA."""
 
     reference: int
-    """Zeros or a pattern, which cost nothing."""
+    """Pages of zeros or a pattern, which cost nothing."""
 
     shared: int
-    """Of a layer."""
+    """Pages of a layer."""
 
 
 class CellInfo(KindCounts):
@@ -348,11 +352,11 @@ class CellInfo(KindCounts):
     """Its first guest frame number."""
 
     layer: NotRequired[int | None]
-    """The number of the layer that most of its shared pages are of."""
+    """The number of the layer that provides most of its shared pages."""
 
 
 class ForkedInfo(TypedDict):
-    """What a checkpoint cost the VM that it was taken of."""
+    """The cost of a checkpoint for its VM."""
 
     copied_pages: int
     """Pages copied."""
@@ -361,13 +365,16 @@ class ForkedInfo(TypedDict):
     """The part of the pause that froze memory, in microseconds."""
 
     in_flight: int
-    """Requests of devices in flight at that instant."""
+    """Device requests in flight at that instant."""
 
     park_us: float
     """The part of the pause until vCPUs and devices stood still, in microseconds."""
 
     remapped_pages: int
     """Pages that became shared without being copied."""
+
+
+Link = Literal["open", "closed"]
 
 
 class CheckpointInfo(TypedDict):
@@ -377,16 +384,16 @@ class CheckpointInfo(TypedDict):
     """Seconds since it was taken."""
 
     ahead: NotRequired[AheadInfo]
-    """What its children have written, which the next ones have copies of before they write it."""
+    """Pages learned from its children, which the next ones have copies of before they write them."""
 
     cpus: int
     """vCPUs."""
 
     descriptors: int
-    """Descriptors that it holds: layers of memory and of disks, and its state."""
+    """Descriptors held: layers of memory and of disks, and its state."""
 
     forked: NotRequired[ForkedInfo | None]
-    """What else it cost the VM; null if it was opened from a snapshot."""
+    """Further costs for the VM; null if it was opened from a snapshot."""
 
     generation: int
     """Forks between it and the VM that was booted, counting this one."""
@@ -398,11 +405,12 @@ class CheckpointInfo(TypedDict):
     """Its name."""
 
     network: NotRequired[Link | None]
-    """Whether packets passed at that instant, as they do between a child and the host. Null without a
-    network, or for a checkpoint of a snapshot."""
+    """Whether packets passed at that instant, and so pass for its children. Null without a
+    network, or for a checkpoint of a snapshot.
+    """
 
     pause_us: float
-    """How long the VM was paused, in microseconds."""
+    """Length of the VM's pause, in microseconds."""
 
     snapshot: NotRequired[str | None]
     """The snapshot that it was opened from."""
@@ -419,10 +427,10 @@ class CheckpointRequest(TypedDict):
 
 
 class ConsoleTyped(TypedDict):
-    """What a console took of what was typed."""
+    """The input that a console has taken."""
 
     taken: int
-    """Bytes from the first on. For the others it had no room yet."""
+    """Bytes taken, from the first on. The console had no room for the others yet."""
 
 
 class CopyStats(TypedDict):
@@ -454,13 +462,13 @@ class DiskInfo(TypedDict):
     """A disk and its errors on the host."""
 
     direct: NotRequired[bool]
-    """Whether it is read and written past the host's page cache."""
+    """Whether reads and writes bypass the host's page cache."""
 
     lost: bool
-    """Whether a write was lost; nothing more is made durable then."""
+    """Whether a write was lost; no later write is made durable then."""
 
     no_room: int
-    """Writes that failed because there was no room for them on the host."""
+    """Writes that failed for lack of room on the host."""
 
     path: str
     """Its image."""
@@ -470,20 +478,20 @@ class EgressInfo(TypedDict):
     """An egress rule."""
 
     packets: int
-    """Packets that it has decided."""
+    """Packets decided by the rule."""
 
     rule: str
     """The rule."""
 
 
 class FlightEvent(TypedDict):
-    """Something that happened to a VM."""
+    """An event in the life of a VM."""
 
     at: float
-    """When, in seconds since 1970."""
+    """Time, in seconds since 1970."""
 
     event: str
-    """What."""
+    """Description of the event."""
 
 
 class StopReasonRequested(TypedDict):
@@ -493,7 +501,7 @@ class StopReasonRequested(TypedDict):
 
 
 class StopReasonProcess(TypedDict):
-    """Its process has ended without a word."""
+    """Its process ended without a report."""
 
     code: NotRequired[int | None]
 
@@ -503,7 +511,7 @@ class StopReasonProcess(TypedDict):
 
 
 class StopReasonOverLimit(TypedDict):
-    """Its process took more memory than its limit, and was killed."""
+    """Its process exceeded its memory limit, and was killed."""
 
     kind: Literal["over_limit"]
 
@@ -563,7 +571,7 @@ class StopReasonFailEntry(TypedDict):
 
 
 class StopReasonUnexpected(TypedDict):
-    """KVM_RUN returned an exit that is not handled."""
+    """KVM_RUN returned an unhandled exit."""
 
     exit: str
 
@@ -626,7 +634,7 @@ class EndedVm(TypedDict):
     """When it ended, in seconds since 1970."""
 
     flight: NotRequired[list[FlightEvent]]
-    """The last that happened to it, the oldest first, as its process has noted it."""
+    """The last events of its process's flight record, the oldest first."""
 
     generation: int
     """Forks between it and the VM that was booted."""
@@ -644,20 +652,19 @@ class EndedVm(TypedDict):
     """The reason in words."""
 
     stopped: StopReason
-    """Why it ended."""
+    """The reason why it ended."""
 
 
 class ErasedInfo(TypedDict):
     """Places at which a child's memory was erased."""
 
     parts: int
-    """Parts of one: a beginning at the end of a page, or an end at the start of one."""
+    """Places with a part of a secret: its beginning at the end of a page, or its end at the start
+    of one.
+    """
 
     whole: int
-    """Where a secret was as a whole."""
-
-
-Link = Literal["open", "closed"]
+    """Places with a whole secret."""
 
 
 class NetInfo(TypedDict):
@@ -673,13 +680,13 @@ class NetInfo(TypedDict):
     """Packets that the interface or the driver did not accept."""
 
     egress: NotRequired[list[list[EgressInfo]]]
-    """Where the guest may send: layers of rules, each of which a packet has to pass."""
+    """Egress rules: layers of rules, each of which a packet has to pass."""
 
     egress_dropped: NotRequired[int]
     """Packets of the guest that its egress rules have dropped."""
 
     egress_inherited: NotRequired[int]
-    """How many of these layers, from the first on, are its parent's."""
+    """Number of these layers, from the first on, that are its parent's."""
 
     mac: str
     """The guest's MAC address."""
@@ -727,7 +734,7 @@ class ForkAnswer(TypedDict):
     """Pages copied."""
 
     erased: NotRequired[ErasedInfo | None]
-    """What was erased in each child's memory, if it was made without secrets."""
+    """Counts of secrets erased in each child's memory, if it was made without secrets."""
 
     freeze_us: float
     """The part of the pause that froze memory, in microseconds."""
@@ -738,7 +745,7 @@ class ForkAnswer(TypedDict):
     """
 
     pause_us: float
-    """How long the parent was paused, in microseconds."""
+    """Length of the parent's pause, in microseconds."""
 
     remapped_pages: int
     """Pages that became shared without being copied."""
@@ -771,17 +778,17 @@ class ForkRequest(TypedDict):
     """A request to fork a VM."""
 
     ahead_mib: NotRequired[int | None]
-    """MiB of memory that each child may have copies of before it writes there: what most children
-    of the checkpoint have written that have ended. 0 for none; the supervisor's setting if not
+    """MiB of memory that each child may have copies of before it writes there: the pages that most
+    ended children of the checkpoint have written. 0 for none; the supervisor's setting if not
     given. All children of a request have 256 MiB together at most. Refused for the fork of a
-    VM, of which nothing is learned.
+    VM, which does not learn.
     """
 
     count: NotRequired[int]
     """The number of children; 1 if not given."""
 
     egress: NotRequired[list[EgressRule]]
-    """Where they may send, within what their parent may: a layer of rules in addition to its own."""
+    """Egress rules of the children: a layer in addition to their parent's rules, which also apply."""
 
     labels: NotRequired[dict[str, str] | None]
     """Their labels; the parent's if not given."""
@@ -794,15 +801,22 @@ class ForkRequest(TypedDict):
 
     network: NotRequired[Link | None]
     """Whether packets pass between their network devices and the host; as the parent's if not
-    given. When closed, none ever has in either direction, from the first instruction on.
+    given. When closed, no packet passes in either direction, from the first instruction on.
+    """
+
+    overcommit: NotRequired[bool]
+    """Whether to make them though the host has too little memory or too few processors for so
+    many: without this, a fork is refused that takes more than the available memory, or that
+    brings the VMs to more than 500 for each processor (children that start paused do not
+    count).
     """
 
     paused: NotRequired[bool]
     """Whether they start paused."""
 
     ready: NotRequired[bool]
-    """Whether the agent in each guest is told that its VM is another. The answer comes when all
-    are ready; if one is not, there are none. Not for VMs that start paused.
+    """Whether the agent in each guest renews its identity first. The answer comes when all are
+    ready; if one fails, no VM stays. Not for VMs that start paused.
     """
 
     vsock: NotRequired[VsockChoice | None]
@@ -818,38 +832,40 @@ class HistogramInfo(TypedDict):
     """A histogram of durations."""
 
     buckets: list[tuple[int, int]]
-    """Upper bounds in microseconds, and how many are up to each and above the one before."""
+    """Upper bounds in microseconds, and the number of durations up to each bound and above the one
+    before.
+    """
 
     count: int
-    """How many."""
+    """The number of durations."""
 
     sum_us: int
-    """All together, in microseconds."""
+    """Their sum, in microseconds."""
 
 
 LayerHome = Literal["memory", "disk", "snapshot", "foreign"]
 
 
 class LayerInfo(TypedDict):
-    """A layer that a VM is shown."""
+    """A layer that provides pages of a VM."""
 
     alone: NotRequired[bool | None]
-    """Whether no other VM, checkpoint or image has it; null if that is not known."""
+    """Whether no other VM, checkpoint or image uses it; null if that is unknown."""
 
     file: str
     """Its file, the same for all processes: device and inode."""
 
     home: LayerHome
-    """Where its bytes are."""
+    """The place of its bytes."""
 
     id: int
     """Its number within the VM's process."""
 
     resident_kib: NotRequired[int | None]
-    """Memory behind its file, in KiB; null if the file cannot be asked."""
+    """Memory behind its file, in KiB; null if the file cannot be queried."""
 
     shown_pages: int
-    """Pages of the VM that are shown from it now."""
+    """Pages of the VM that it provides now."""
 
 
 class LoginRequest(TypedDict):
@@ -863,10 +879,10 @@ class LogsAnswer(TypedDict):
     """The last output on a VM's console."""
 
     console: str
-    """At most 32 KiB, as text."""
+    """The output as text, at most 32 KiB."""
 
     flight: NotRequired[list[FlightEvent]]
-    """The last that happened to the VM, the oldest first."""
+    """The last events of the VM's flight record, the oldest first."""
 
 
 class MemoryInfo(TypedDict):
@@ -895,16 +911,16 @@ class MemoryStats(TypedDict):
     """A VM's memory."""
 
     alone_pages: int
-    """Shared pages of layers that no other VM has."""
+    """Shared pages of layers without another user."""
 
     backing: NotRequired[str]
-    """What its memory files are in: `huge` pages, or those of `4k`."""
+    """Page size of its memory files: `huge`, or `4k`."""
 
     layers: list[LayerInfo]
-    """The layers that it is shown."""
+    """The layers that provide its pages."""
 
     mappings: int
-    """Memory mappings that it takes."""
+    """Memory mappings in use."""
 
     pages: KindCounts
     """Its pages by kind."""
@@ -916,29 +932,27 @@ class MemoryStats(TypedDict):
     """The table of owned pages, in KiB."""
 
     unknown_pages: int
-    """Shared pages of layers of which that is not known."""
+    """Shared pages of layers whose users are unknown."""
 
 
 class MemoryWritten(TypedDict):
-    """What was written to a guest's memory."""
+    """A write to a guest's memory."""
 
     address: int
     """Guest-physical address of the first byte."""
 
     length: int
-    """How many bytes."""
+    """Number of bytes written."""
 
 
 class NetworkRequest(TypedDict):
-    """A request to change a VM's network. What is not given stays as it is."""
+    """A request to change a VM's network. Absent fields change nothing."""
 
     egress: NotRequired[list[EgressRule] | None]
-    """Where the guest may send. It takes the place of all rules there are; an empty list removes
-    them.
-    """
+    """Egress rules, which replace all existing ones; an empty list removes them."""
 
     keep: NotRequired[int]
-    """How many layers of rules stay, from the first on. `egress` takes the place of those behind
+    """Number of layers of rules that stay, from the first on. `egress` replaces the layers behind
     them.
     """
 
@@ -958,7 +972,7 @@ class SavedSource(TypedDict):
     """
 
     load: NotRequired[RestoreLoad]
-    """How memory is loaded."""
+    """The way to load memory."""
 
     overlays: NotRequired[str | None]
     """The directory of the disks' overlays; beside the snapshot if not given."""
@@ -981,39 +995,39 @@ class RunInfo(TypedDict):
     """Pages of one kind."""
 
     count: int
-    """How many."""
+    """The number of pages."""
 
     first: int
     """The first guest frame number."""
 
     kind: RunKind
-    """What they are."""
+    """Their kind."""
 
     layer: NotRequired[int | None]
-    """The number of the layer, if they are of one."""
+    """The number of their layer, if they are of one."""
 
 
 class PagesAnswer(TypedDict):
-    """What the pages of a VM are."""
+    """The pages of a VM by kind."""
 
     cells: NotRequired[list[CellInfo]]
     """Equal parts, ascending."""
 
     layers: list[LayerInfo]
-    """The layers that it is shown."""
+    """The layers that provide its pages."""
 
     next: NotRequired[int | None]
-    """Where the next request goes on, if there are more."""
+    """The first frame of the next request, if there are more."""
 
     runs: NotRequired[list[RunInfo]]
-    """Runs, ascending. Pages of no memory, such as the gap below 4 GiB, are in none."""
+    """Runs, ascending. They leave out frames without memory, such as the gap below 4 GiB."""
 
     totals: KindCounts
     """All of its pages by kind."""
 
 
 class PauseStats(TypedDict):
-    """How long a VM was paused, by cause."""
+    """The pauses of a VM, by cause."""
 
     fork: HistogramInfo
     """Forks and checkpoints."""
@@ -1029,7 +1043,7 @@ class PinStats(TypedDict):
     """Pins of a VM's pages for DMA."""
 
     locked: int
-    """Pins so far that had to take a lock. The others are not counted."""
+    """Pins so far that had to take a lock. Other pins are not counted."""
 
     long: int
     """Long-term pins, now."""
@@ -1038,27 +1052,27 @@ class PinStats(TypedDict):
     """Long-term pins so far."""
 
     longest_s: float
-    """The longest that one was or has been held, in seconds."""
+    """The longest time that a pin is or was held, in seconds."""
 
     now: int
     """Pins over all pages, now."""
 
     reading: int
-    """Shared pages that devices read now, which takes no pin."""
+    """Shared pages that devices are reading, which takes no pin."""
 
 
 class PrepareRequest(TypedDict):
     """A request to prepare workers for children of a checkpoint."""
 
     count: int
-    """How many are to be ready."""
+    """Number of workers to have ready."""
 
 
 class Prepared(TypedDict):
-    """Workers that are ready."""
+    """Prepared workers."""
 
     prepared: int
-    """How many there are."""
+    """Their number."""
 
 
 class Problem(TypedDict):
@@ -1078,29 +1092,29 @@ class Problem(TypedDict):
 
 
 class ProcessStats(TypedDict):
-    """What the kernel says of a process with one VM, in KiB."""
+    """The kernel's counts for a process with one VM, in KiB."""
 
     anonymous_kib: int
     """Resident anonymous memory (`RssAnon`): the guest's private copies, and the process's own."""
 
     memory_files_kib: int
-    """Resident memory of memory files (`RssShmem`): what of the layers is mapped."""
+    """Resident memory of memory files (`RssShmem`): the mapped part of the layers."""
 
     page_tables_kib: int
     """Page tables (`VmPTE`)."""
 
     proportional_kib: int
-    """The process's share of what it maps, each page divided by its users (`Pss`)."""
+    """The process's share of its mapped memory, each page divided by its users (`Pss`)."""
 
 
 class ReadyAnswer(TypedDict):
-    """A guest that has been told that its VM is another, and is ready."""
+    """A guest that has renewed its identity."""
 
     generation: int
-    """How often its agent was told so."""
+    """Number of notifications of its agent that the VM is a new one."""
 
     hooks: list[str]
-    """The hooks that it has run, in their order."""
+    """The hooks that the agent has run, in their order."""
 
 
 VmState = Literal["running", "paused", "suspended", "stopped"]
@@ -1146,7 +1160,7 @@ class VmInfo(TypedDict):
     """Its state."""
 
     stopped: NotRequired[StopReason | None]
-    """Why it stopped, if it has."""
+    """The reason why it stopped, if it has."""
 
     vsock: NotRequired[VsockInfo | None]
     """Its socket device."""
@@ -1156,7 +1170,7 @@ class ResetAnswer(TypedDict):
     """The result of a reset."""
 
     dropped_pages: int
-    """Pages that were written since the image, and dropped."""
+    """Pages written since the image, and dropped."""
 
     memory_us: float
     """The time to restore memory, in microseconds."""
@@ -1165,7 +1179,7 @@ class ResetAnswer(TypedDict):
     """Pages mapped anew."""
 
     total_us: float
-    """From the request to the vCPUs until they were released, in microseconds."""
+    """From the request to the vCPUs until their release, in microseconds."""
 
     vm: VmInfo
     """The VM after the reset."""
@@ -1198,11 +1212,13 @@ class SessionInfo(TypedDict):
     """Seconds until it ends."""
 
     key: NotRequired[str | None]
-    """What each request has as `Clade-Session-Key`, beside the cookie; in the answer to a login."""
+    """The value of `Clade-Session-Key` in each request, beside the cookie; in the answer to a
+    login.
+    """
 
 
 class ShutdownInfo(TypedDict):
-    """How a guest took its power button."""
+    """A guest's response to its power button."""
 
     by_itself: bool
     """Whether the guest ended by itself. Otherwise its power was cut when the time was over."""
@@ -1221,7 +1237,7 @@ class SnapshotAnswer(TypedDict):
     """Bytes of the files."""
 
     data_pages: int
-    """Pages of memory and disks that were written."""
+    """Pages of memory and disks written."""
 
     dir: str
     """Its directory."""
@@ -1230,10 +1246,10 @@ class SnapshotAnswer(TypedDict):
     """Its id."""
 
     pause_us: float
-    """How long the VM was paused, in microseconds."""
+    """Length of the VM's pause, in microseconds."""
 
     total_us: float
-    """The whole request, until all was on the disk, in microseconds."""
+    """The whole request, until everything was on the disk, in microseconds."""
 
     zero_pages: int
     """Pages of zeros."""
@@ -1274,14 +1290,22 @@ class StopAnswer(VmInfo):
     """A VM that has stopped."""
 
     killed: NotRequired[bool]
-    """Whether its process did not answer, and was killed: what was not on its disks is lost."""
+    """Whether its process did not answer, and was killed: writes that were not on its disks are
+    lost.
+    """
 
     shutdown: NotRequired[ShutdownInfo | None]
-    """How its guest took the power button, if that was pressed."""
+    """The guest's response to the power button, if it was pressed."""
 
 
 class StopRequest(TypedDict):
     """A request to stop a VM. Without a body its power is cut."""
+
+    at_once: NotRequired[bool]
+    """Whether to kill the VM's process instead of asking it, if no disk of the VM is written: a
+    busy host stops many VMs sooner. The checkpoint learns nothing from such a child. Without
+    effect with `graceful_s`.
+    """
 
     graceful_s: NotRequired[float | None]
     """Seconds that the guest has to power itself off after its power button was pressed. Its power
@@ -1302,7 +1326,7 @@ class SupervisorInfo(TypedDict):
     """Its pid."""
 
     prepared: int
-    """Workers that are prepared."""
+    """Prepared workers."""
 
     version: str
     """Its version."""
@@ -1312,10 +1336,10 @@ class SupervisorInfo(TypedDict):
 
 
 class SuspendAfterInfo(TypedDict):
-    """After which time a VM is suspended."""
+    """The time after which a VM is suspended."""
 
     seconds: NotRequired[float | None]
-    """Seconds without work; null if it is not."""
+    """Idle time in seconds until it is suspended; null for never."""
 
 
 class SuspendAfterRequest(TypedDict):
@@ -1332,10 +1356,10 @@ class SuspendAnswer(TypedDict):
     """A VM that was suspended."""
 
     halt_us: float
-    """Microseconds until nothing of it moved."""
+    """Microseconds until vCPUs and devices stood still."""
 
     kept_pages: int
-    """Of its own pages, those that its children do not inherit: they stay in memory."""
+    """Its own pages that its children do not inherit: they stay in memory."""
 
     name: str
     """Its name."""
@@ -1344,7 +1368,7 @@ class SuspendAnswer(TypedDict):
     """Microseconds in all."""
 
     was_suspended: bool
-    """Whether it was suspended before. Then nothing was done."""
+    """Whether it was already suspended. Then the request did nothing."""
 
     write_us: float
     """Microseconds to write the file and give memory back."""
@@ -1353,7 +1377,7 @@ class SuspendAnswer(TypedDict):
     """Pages written to the file."""
 
     zero_pages: int
-    """Of its own pages, those that were zeros: written nowhere."""
+    """Zero pages among its own pages, which are not written."""
 
 
 class SuspendRequest(TypedDict):
@@ -1369,10 +1393,10 @@ class TouchedRun(TypedDict):
     """A run of pages that a VM has touched."""
 
     count: int
-    """How many."""
+    """The number of pages."""
 
     first: int
-    """The first."""
+    """The first page."""
 
 
 class TouchedAnswer(TypedDict):
@@ -1386,7 +1410,7 @@ class TtlInfo(TypedDict):
     """The time that a VM has to live."""
 
     seconds_left: NotRequired[float | None]
-    """Seconds until it is stopped; null if it is not."""
+    """Seconds until it is stopped; null if it has no time to live."""
 
 
 class TtlRequest(TypedDict):
@@ -1449,9 +1473,7 @@ class WakeAnswer(VmInfo):
     """Whether it was suspended."""
 
     working_set_pages: int
-    """Pages that were read ahead: those that it touched between the wake before and its
-    suspension.
-    """
+    """Pages read ahead: those touched between its previous wake and its suspension."""
 
 
 class WorkingSetAnswer(TypedDict):
