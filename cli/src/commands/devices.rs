@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clade_devices::virtio::limiter::{Limits, Rate};
 use clade_devices::virtio::net::{MAX_PAIRS, Mac};
 use clade_devices::virtio::vsock::{FIRST_GUEST_CID, VsockOptions};
+use rustix::rand::{GetRandomFlags, getrandom};
 use thiserror::Error;
 
 use crate::commands::units::parse_size;
@@ -146,17 +147,25 @@ pub(crate) fn parse_net(text: &str) -> Result<NetSpec, DeviceArgError> {
     Ok(net)
 }
 
+/// Returns a CID for a VM whose user names none. All VMs of the host share the CIDs, whatever their
+/// directory, and children take the numbers behind their parent's. So the numbers are random, and
+/// far from each other.
+pub(crate) fn random_cid() -> u64 {
+    const FIRST: u64 = 0x1000_0000;
+    const COUNT: u64 = 0x6000_0000;
+    let mut bytes = [0; 8];
+    if getrandom(&mut bytes, GetRandomFlags::empty()) != Ok(bytes.len()) {
+        bytes = u64::from(std::process::id()).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_ne_bytes();
+    }
+    FIRST + u64::from_ne_bytes(bytes) % COUNT
+}
+
 /// Parses a socket device.
 pub(crate) fn parse_vsock(text: &str) -> Result<VsockOptions, DeviceArgError> {
-    let choice = parse_vsock_choice(text)?;
-    match (choice.cid, choice.socket) {
-        (Some(cid), Some(socket)) => Ok(VsockOptions { cid, socket }),
-        _ => Err(DeviceArgError::Missing {
-            what: "a socket device",
-            text: text.to_owned(),
-            needs: "cid=N,socket=PATH are both needed",
-        }),
-    }
+    let VsockChoice { cid, socket } = parse_vsock_choice(text)?;
+    let needs = "socket=PATH is needed";
+    let missing = || DeviceArgError::Missing { what: "a socket device", text: text.to_owned(), needs };
+    Ok(VsockOptions { cid: cid.unwrap_or_else(random_cid), socket: socket.ok_or_else(missing)? })
 }
 
 /// Parses the choices for a child's socket device.
@@ -208,6 +217,11 @@ mod tests {
         assert_eq!(parse_net("user,forward=8080:80,forward=2222:22").unwrap().user, Some(UserNet { forward }));
         let vsock = parse_vsock("socket=/run/a.vsock,cid=17").unwrap();
         assert_eq!(vsock, VsockOptions { cid: 17, socket: "/run/a.vsock".into() });
+        let others = [(); 2].map(|()| parse_vsock("socket=/run/a.vsock").unwrap().cid);
+        assert!(
+            others[0].abs_diff(others[1]) > 1
+                && others.iter().all(|cid| (0x1000_0000..u64::from(u32::MAX)).contains(cid))
+        );
         assert_eq!(parse_vsock_choice("cid=17").unwrap(), VsockChoice { cid: Some(17), socket: None });
         assert_eq!(parse_net_choice("tap=y").unwrap(), NetChoice { tap: Some("y".into()), mac: None });
     }
@@ -235,7 +249,6 @@ mod tests {
         ];
         let vsocks = [
             ("cid=3", "socket=PATH"),
-            ("socket=/x", "cid=N"),
             ("cid=2,socket=/x", "\"2\""),
             ("cid=4294967295,socket=/x", "4294967295"),
             ("cid=-1,socket=/x", "-1"),

@@ -17,6 +17,7 @@ use tempfile::NamedTempFile;
 
 use crate::commands::Failure;
 use crate::commands::args::RunArgs;
+use crate::commands::devices::random_cid;
 use crate::commands::image::{PullFlags, open_store, parse, pull};
 use crate::commands::modules::{self, Module};
 use crate::commands::run::name;
@@ -26,8 +27,6 @@ use crate::linux_guest::LinuxGuest;
 pub(super) const ROOT_WORD: &str = "clade.root=/dev/vda";
 /// The agent's path, if not beside this program.
 const AGENT_VARIABLE: &str = "CLADE_AGENT";
-/// CIDs from here on belong to images, by the pid that starts them.
-const FIRST_CID: u64 = 0x1000_0000;
 
 /// The parts of an image's VM.
 #[derive(Debug)]
@@ -126,7 +125,7 @@ impl ImageVm {
         fs::create_dir_all(&dir).with_context(|| dir.display().to_string()).map_err(Failure::Input)?;
         let initrd = initramfs(&dir, &tools.agent, entrypoint, &tools.modules).map_err(Failure::Run)?;
         let socket = dir.join(format!("{}.vsock", name(args)));
-        let vsock = VsockOptions { cid: FIRST_CID + u64::from(std::process::id()), socket };
+        let vsock = VsockOptions { cid: random_cid(), socket };
         let disk = DiskSpec { disk, device: BlockOptions::default() };
         Ok(Self { kernel: tools.kernel.clone(), initrd, disk, vsock })
     }

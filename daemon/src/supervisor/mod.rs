@@ -148,13 +148,17 @@ impl Tie {
 #[derive(Clone, Debug)]
 pub struct Supervisor(Arc<Inner>);
 
-/// Why a VM's process is killed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kill {
-    /// It does not answer.
-    Silent,
-    /// A request wants no answer of it.
-    AtOnce,
+/// A VM whose process was killed.
+#[derive(Debug)]
+struct Killed {
+    about: About,
+    pid: u32,
+    process: Arc<OwnedFd>,
+}
+
+/// The refusal of a request whose VM's process does not answer.
+fn silent(name: &str, text: &str) -> FleetError {
+    FleetError::Refused { kind: ProblemKind::VmSilent, text: format!("the process of {name:?} does not answer{text}") }
 }
 
 /// A VM that has ended while its name was taken.
@@ -383,61 +387,59 @@ impl Supervisor {
         }
     }
 
-    /// Whether a VM loses nothing when its process is killed: it was started here, and none of its disks
-    /// is written.
+    /// Kills a VM's process without asking it, if the VM loses nothing by that: the process was started
+    /// here, and no disk of the VM is written. Returns None otherwise. The signal is sent when this
+    /// returns; [`Self::reap`] waits for the end.
     ///
     /// # Errors
     /// When the record of the VM cannot be read.
-    fn may_kill(&self, name: &str) -> Result<bool, FleetError> {
-        let about = About::read(&self.0.dir, name)?;
-        let is_ours = self.0.processes.of(name).is_some();
-        Ok(is_ours && about.is_some_and(|about| about.shape.written().is_empty()))
+    fn kill_at_once(&self, name: &str) -> Result<Option<Killed>, FleetError> {
+        let about = About::read(&self.0.dir, name)?.filter(|about| about.shape.written().is_empty());
+        let Some((about, (pid, vm))) = about.zip(self.0.processes.of(name)) else { return Ok(None) };
+        self.0.processes.mark_stopped(pid);
+        // A process that has ended needs no signal.
+        let _ = pidfd_send_signal(&vm.process, Signal::KILL);
+        Ok(Some(Killed { about, pid, process: vm.process }))
     }
 
-    /// Sends SIGKILL to a VM's process that was started here.
-    fn send_kill(&self, name: &str) {
-        if let Some((pid, vm)) = self.0.processes.of(name) {
-            self.0.processes.mark_stopped(pid);
-            // One that has ended is not there to be killed.
-            let _ = pidfd_send_signal(&vm.process, Signal::KILL);
-        }
-    }
-
-    /// Ends a VM by killing its process.
+    /// Ends a VM by killing its process, which does not answer.
     ///
     /// # Errors
     /// When the process is unknown, or does not end.
-    fn kill(&self, name: &str, why: Kill) -> Result<StopAnswer, FleetError> {
-        let silent = |text: &str| FleetError::Refused {
-            kind: ProblemKind::VmSilent,
-            text: format!("the process of {name:?} does not answer{text}"),
-        };
-        let about = About::read(&self.0.dir, name)?.ok_or_else(|| silent(", and is not the supervisor's to kill"))?;
+    fn kill(&self, name: &str) -> Result<StopAnswer, FleetError> {
+        let about =
+            About::read(&self.0.dir, name)?.ok_or_else(|| silent(name, ", and is not the supervisor's to kill"))?;
         let own = self.0.processes.of(name).map(|(pid, vm)| (pid, vm.process));
         let found = || Some((about.process?.pid(), Arc::new(about.process?.open()?)));
-        let (pid, process) = own.or_else(found).ok_or_else(|| silent(", and has ended meanwhile"))?;
-        if why == Kill::Silent {
-            tracing::warn!(name, pid, "a VM that is to stop does not answer: its process is killed");
-        }
+        let (pid, process) = own.or_else(found).ok_or_else(|| silent(name, ", and has ended meanwhile"))?;
+        tracing::warn!(name, pid, "a VM that is to stop does not answer: its process is killed");
         self.0.processes.mark_stopped(pid);
+        let config = about.shape.config.clone();
+        self.reap(name, Killed { about, pid, process })?;
+        let exit = Exit { pid, signal: Some(libc::SIGKILL), code: None };
+        Ok(StopAnswer { vm: VmInfo::of_killed(name, exit, &config), shutdown: None, killed: true })
+    }
+
+    /// Waits for the end of a killed process, and frees the name. Returns the VM as stopped by request.
+    ///
+    /// # Errors
+    /// When the process does not end.
+    fn reap(&self, name: &str, killed: Killed) -> Result<StopAnswer, FleetError> {
+        let Killed { about, pid, process } = killed;
         if !kill(&process) {
-            return Err(silent(", and does not end though it was killed"));
+            return Err(silent(name, ", and does not end though it was killed"));
         }
         let _ends = self.0.ends();
         self.0.processes.give_back(pid);
         let exit = Exit { pid, signal: Some(libc::SIGKILL), code: None };
         match NameClaim::new(&self.0.dir, name) {
             Ok(claim) => self.0.clear_up(claim, exit, true, Vec::new()),
-            // Another process has cleared up, and another VM has the name.
+            // Another thread has cleared up, and another VM has the name.
             Err(FleetError::Taken { .. }) => {}
             Err(error) => return Err(error),
         }
-        let config = &about.shape.config;
-        let vm = match why {
-            Kill::Silent => VmInfo::of_killed(name, exit, config),
-            Kill::AtOnce => VmInfo::of_stopped(name, pid, StopReason::Requested, config),
-        };
-        Ok(StopAnswer { vm, shutdown: None, killed: why == Kill::Silent })
+        let vm = VmInfo::of_stopped(name, pid, StopReason::Requested, &about.shape.config);
+        Ok(StopAnswer { vm, shutdown: None, killed: false })
     }
 
     fn snapshots(&self) -> &Snapshots {

@@ -28,7 +28,7 @@ use super::about::About;
 use super::about::vsock_known;
 use super::idempotency::once;
 use super::proxy::{Limits, forward, shown, with_own_socket};
-use super::{Kill, Supervisor, metrics, openapi, page, suspend};
+use super::{Supervisor, metrics, openapi, page, suspend};
 use crate::control;
 use crate::control::session;
 use crate::control::{
@@ -365,10 +365,11 @@ pub(super) async fn stop_vm(supervisor: &Supervisor, name: &str, request: StopRe
     // Not from the process itself.
     let pid = supervisor.pid_of(name);
     let (held, owned) = (supervisor.clone(), name.to_owned());
-    if request.at_once && request.graceful_s.is_none() && supervisor.may_kill(name)? {
-        // At once: threads that wait for the ends of others may all be taken.
-        supervisor.send_kill(name);
-        return Ok(on_a_thread(THREAD_PATIENCE, move || held.kill(&owned, Kill::AtOnce)).await??);
+    if request.at_once && request.graceful_s.is_none() {
+        // The signal comes first: threads that wait for the ends of others may all be taken.
+        if let Some(killed) = supervisor.kill_at_once(name)? {
+            return Ok(on_a_thread(THREAD_PATIENCE, move || held.reap(&owned, killed)).await??);
+        }
     }
     match Client::new(supervisor.dir()).stop_process(name, request).await {
         Ok((answer, left)) => {
@@ -376,9 +377,7 @@ pub(super) async fn stop_vm(supervisor: &Supervisor, name: &str, request: StopRe
             on_a_thread(THREAD_PATIENCE, move || held.stopped(pid, left)).await?;
             Ok(answer)
         }
-        Err(ClientError::Silent { .. }) => {
-            Ok(on_a_thread(THREAD_PATIENCE, move || held.kill(&owned, Kill::Silent)).await??)
-        }
+        Err(ClientError::Silent { .. }) => Ok(on_a_thread(THREAD_PATIENCE, move || held.kill(&owned)).await??),
         Err(error) => Err(error.into()),
     }
 }

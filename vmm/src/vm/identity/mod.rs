@@ -113,7 +113,7 @@ pub struct ChildIdentity {
 #[non_exhaustive]
 pub enum IdentityError {
     /// Another VM of the host has the value.
-    #[error("the {what} {value} is another VM's")]
+    #[error("{what} {value} is in use by another VM of this host")]
     Taken {
         /// The kind of value: `TAP interface`, `MAC address` or `CID`.
         what: &'static str,

@@ -31,7 +31,7 @@ fn nobody_shares_an_address_or_a_socket() {
     let config = config(&socket, cid);
     let parent = Endpoints::boot(&config).unwrap();
     let again = Endpoints::boot(&config).unwrap_err().to_string();
-    assert_eq!(again, format!("the CID {cid} is another VM's"));
+    assert_eq!(again, format!("CID {cid} is in use by another VM of this host"));
 
     let child = |name: &str, choice: &ChildIdentity| Endpoints::child(&config, parent.identity(), name, choice);
     let none = ChildIdentity::default();
