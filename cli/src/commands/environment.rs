@@ -17,7 +17,10 @@ pub(super) const VARIABLES: &[(&str, &str)] = &[
     ("CLADE_REGISTRY", "The registry of image names without one"),
     ("CLADE_TEMPLATE_DIR", "The directory of templates. Default: clade/templates in the user's data directory"),
     ("CLADE_LINUX_GUEST", "The directory of the Linux guest. Default: in the user's cache directory"),
-    ("CLADE_AGENT", "The agent that boots in images. Default: the one that resources/agent/build.sh has built"),
+    (
+        "CLADE_AGENT",
+        "The agent that boots in images. Default: clade-agent beside the program or in ../lib/clade, else built once from the sources",
+    ),
 ];
 
 /// Returns the text of `clade help environment`.

@@ -5,7 +5,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use clade_daemon::fleet::{check_name, runtime_dir};
 use clade_devices::disk::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
@@ -18,6 +18,7 @@ use tempfile::NamedTempFile;
 use crate::commands::Failure;
 use crate::commands::args::RunArgs;
 use crate::commands::devices::random_cid;
+use crate::commands::guest_agent;
 use crate::commands::image::{PullFlags, open_store, parse, pull};
 use crate::commands::modules::{self, Module};
 use crate::commands::run::name;
@@ -25,8 +26,6 @@ use crate::linux_guest::LinuxGuest;
 
 /// The agent's option on the kernel's command line.
 pub(super) const ROOT_WORD: &str = "clade.root=/dev/vda";
-/// The agent's path, if not beside this program.
-const AGENT_VARIABLE: &str = "CLADE_AGENT";
 
 /// The parts of an image's VM.
 #[derive(Debug)]
@@ -81,7 +80,7 @@ impl Tools {
     pub(super) fn find(args: &RunArgs) -> Result<Self, Failure> {
         // The name becomes a part of a path.
         check_name(&name(args)).map_err(Failure::input)?;
-        let agent = find_agent()?;
+        let agent = guest_agent::find_or_build()?;
         let kernel = match &args.kernel {
             Some(kernel) => kernel.clone(),
             None => LinuxGuest::build().map_err(Failure::run)?.kernel,
@@ -129,25 +128,6 @@ impl ImageVm {
         let disk = DiskSpec { disk, device: BlockOptions::default() };
         Ok(Self { kernel: tools.kernel.clone(), initrd, disk, vsock })
     }
-}
-
-/// Returns the agent's program: that of the variable, or `clade-agent` beside this program, or in
-/// `../lib/clade`.
-fn find_agent() -> Result<PathBuf, Failure> {
-    if let Some(path) = std::env::var_os(AGENT_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from) {
-        return match path.is_file() {
-            true => Ok(path),
-            false => Err(Failure::Input(anyhow!("{AGENT_VARIABLE} names {}, which is not a file", path.display()))),
-        };
-    }
-    let own = std::env::current_exe().map_err(Failure::run)?;
-    let dir = own.parent().unwrap_or(Path::new("/"));
-    let places = [dir.join("clade-agent"), dir.join("../lib/clade/clade-agent")];
-    let found = places.iter().find(|path| path.is_file()).cloned();
-    found.ok_or_else(|| {
-        let place = places[0].display();
-        Failure::Input(anyhow!("no agent for the guest: {place} is not there, and {AGENT_VARIABLE} names none"))
-    })
 }
 
 /// An archive of cpio's newc format, which the kernel unpacks.

@@ -92,10 +92,10 @@ fn is_not_ready(error: &ClientError) -> bool {
     ProblemKind::of_urn(&problem.kind) == Some(ProblemKind::NotReady)
 }
 
-/// Forks trial children of the VM until one has been made ready, and stops that one. A hook may
+/// Forks trial children of the VM until one has been made ready, for `limit` at most, and stops that one. A hook may
 /// need the entrypoint, which may start more slowly than the agent: children of an earlier instant
 /// would all fail.
-async fn try_child(client: &Client, vm: &str) -> Result<(), String> {
+pub(super) async fn try_child(client: &Client, vm: &str, limit: Duration) -> Result<(), String> {
     let (begun, mut pause, mut is_reported) = (Instant::now(), FIRST_PAUSE, false);
     let trial = ForkRequest { ready: true, ..ForkRequest::default() };
     loop {
@@ -109,7 +109,7 @@ async fn try_child(client: &Client, vm: &str) -> Result<(), String> {
                 }
                 return Ok(());
             }
-            Err(error) if is_not_ready(&error) && begun.elapsed() < READY_TIMEOUT => {
+            Err(error) if is_not_ready(&error) && begun.elapsed() < limit => {
                 if !is_reported {
                     say!("clade: waiting until children of {vm} can be made ready: {error}");
                     is_reported = true;
@@ -154,7 +154,7 @@ pub(super) fn wait_for_agent(request: &BootRequest, vm: &str, limit: Duration) -
 /// reason why there is no checkpoint.
 async fn keep(client: &Client, checkpoint: &str, request: &BootRequest, vm: &VmInfo) -> Result<(), String> {
     agent_answers(client, request, &vm.name, BOOT_TIMEOUT).await?;
-    try_child(client, &vm.name).await?;
+    try_child(client, &vm.name, READY_TIMEOUT).await?;
     let path = format!("/v1/vms/{}/checkpoint", vm.name);
     let taken = CheckpointRequest { name: Some(checkpoint.to_owned()) };
     match client.supervisor::<CheckpointInfo>(Method::POST, &path, Some(&taken)).await {

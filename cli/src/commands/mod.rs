@@ -12,6 +12,7 @@ mod events;
 mod exec;
 mod generate;
 mod guest;
+mod guest_agent;
 mod image;
 mod image_vm;
 mod image_warm;

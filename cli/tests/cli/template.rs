@@ -216,6 +216,14 @@ fn fails_and_leaves_nothing(bench: &Bench, id: &str) {
     let args = [&name[..], "--name", "base", "--ready-cmd", "cat /nothing", "--ready-timeout", "2s"];
     let failed = bench.build(&args);
     assert!(failed.code == Some(1) && failed.stderr.contains("within 2 s"), "{failed:?}");
+    // A hook that fails in each child: no sandbox of it would ever be ready.
+    let hook = "/etc/clade/fork.d/10-bad";
+    let start =
+        format!("mkdir -p /etc/clade/fork.d; printf '#!/bin/sh\\nexit 3\\n' > {hook}; chmod +x {hook}; sleep 100000");
+    let ready = format!("busybox test -x {hook}");
+    let args = [&name[..], "--name", "base", "--start-cmd", &start, "--ready-cmd", &ready, "--ready-timeout", "20s"];
+    let failed = bench.build(&args);
+    assert!(failed.stderr.contains("cannot be made ready") && failed.stderr.contains("10-bad"), "{failed:?}");
     assert_eq!(bench.left(), before);
     let list = bench.host.runtime.clade(&["template", "ls", "--json"]).json();
     assert_eq!((list.as_array().unwrap().len(), list[0]["id"].as_str()), (1, Some(id)), "{list}");

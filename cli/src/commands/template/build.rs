@@ -25,6 +25,7 @@ use super::{BuildArgs, Shown, drop_checkpoint, failure as store_failure};
 use crate::commands::args::RunArgs;
 use crate::commands::image::open_store;
 use crate::commands::image_vm::{ImageVm, Tools};
+use crate::commands::image_warm::try_child;
 use crate::commands::remote::failure;
 use crate::commands::run::{request, say, with_runtime};
 use crate::commands::serve::ensure;
@@ -215,6 +216,9 @@ impl Build<'_> {
         let (store, name, id) = (self.store.clone(), self.args.name.clone(), self.id.clone());
         let draft: Result<Draft, _> = spawn_blocking(move || store.draft(&name, &id)).await.map_err(Failure::run)?;
         let draft = draft.map_err(store_failure)?;
+        // A hook of the guest may fail in each child: every create would fail, and nothing say why.
+        let tried = try_child(&self.client, &self.boot.name, self.args.ready_timeout).await;
+        tried.map_err(|why| Failure::Run(anyhow!("sandboxes of it cannot be made ready: {why}")))?;
         let vm = guest.pause().await?;
         let path = |action: &str| format!("/v1/vms/{}/{action}", vm.name);
         let request = CheckpointRequest { name: Some(self.id.clone()) };
