@@ -33,7 +33,7 @@ const RETRY: Duration = Duration::from_millis(20);
 /// A command that waits longer prints a line.
 const REPORT_AFTER: Duration = Duration::from_secs(1);
 /// Time limit until the entrypoint lets a trial child be made ready.
-const READY_TIMEOUT: Duration = Duration::from_secs(300);
+pub(super) const READY_TIMEOUT: Duration = Duration::from_secs(300);
 /// Interval of the trials: doubled from the first to the longest. Each stops the VM for a moment.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);

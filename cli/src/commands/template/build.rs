@@ -25,7 +25,7 @@ use super::{BuildArgs, Shown, drop_checkpoint, failure as store_failure};
 use crate::commands::args::RunArgs;
 use crate::commands::image::open_store;
 use crate::commands::image_vm::{ImageVm, Tools};
-use crate::commands::image_warm::try_child;
+use crate::commands::image_warm::{READY_TIMEOUT as TRIAL_TIMEOUT, try_child};
 use crate::commands::remote::failure;
 use crate::commands::run::{request, say, with_runtime};
 use crate::commands::serve::ensure;
@@ -34,6 +34,9 @@ use crate::commands::{Failure, Outcome, print_json};
 
 /// Interval of the runs of the ready command.
 const READY_POLL: std::time::Duration = std::time::Duration::from_millis(500);
+
+/// Default time limit of the ready command.
+const READY_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// Returns the arguments of a run for the VM of a build.
 fn run_args(args: &BuildArgs, name: String) -> RunArgs {
@@ -171,7 +174,7 @@ impl Build<'_> {
     /// Runs the ready command until it succeeds. The started program must not have failed by then.
     async fn await_ready(&self, guest: &Guest, mut started: Option<Started>) -> Result<(), Failure> {
         let Some(ready) = &self.args.ready_cmd else { return Ok(()) };
-        let (argv, begun, limit) = (shell(ready), Instant::now(), self.args.ready_timeout);
+        let (argv, begun, limit) = (shell(ready), Instant::now(), self.args.ready_timeout.unwrap_or(READY_TIMEOUT));
         let mut last = "it has not ended".to_owned();
         loop {
             if let Some(Started { tail, .. }) = &started {
@@ -217,7 +220,8 @@ impl Build<'_> {
         let draft: Result<Draft, _> = spawn_blocking(move || store.draft(&name, &id)).await.map_err(Failure::run)?;
         let draft = draft.map_err(store_failure)?;
         // A hook of the guest may fail in each child: every create would fail, and nothing say why.
-        let tried = try_child(&self.client, &self.boot.name, self.args.ready_timeout).await;
+        let limit = self.args.ready_timeout.unwrap_or(TRIAL_TIMEOUT);
+        let tried = try_child(&self.client, &self.boot.name, limit).await;
         tried.map_err(|why| Failure::Run(anyhow!("sandboxes of it cannot be made ready: {why}")))?;
         let vm = guest.pause().await?;
         let path = |action: &str| format!("/v1/vms/{}/{action}", vm.name);

@@ -54,9 +54,10 @@ pub(crate) struct BuildArgs {
     /// The command that checks that it is ready, by /bin/sh: it is repeated until it exits with 0.
     #[arg(long, value_name = "COMMAND")]
     ready_cmd: Option<String>,
-    /// Time limit of that, such as 90s or 5m.
-    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration, requires = "ready_cmd")]
-    ready_timeout: Duration,
+    /// Time limit of that, such as 90s or 5m, and of the trial child, which must be made ready. Default: 60s
+    /// and 5m.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    ready_timeout: Option<Duration>,
     /// A value for an ARG of the Dockerfile. Repeatable.
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse_pair)]
     build_arg: Vec<(String, String)>,
