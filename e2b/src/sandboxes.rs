@@ -338,7 +338,9 @@ fn request_for(name: String, count: usize, template: &str) -> Answer<ForkRequest
     let refused = |error: LabelError| ApiError::bad(error.to_string());
     let label: Label = format!("e2b-template={template}").parse().map_err(refused)?;
     let labels = Labels::of(&[label]).map_err(refused)?;
-    Ok(ForkRequest { count, name: Some(name), ready: true, labels: Some(labels), ..ForkRequest::default() })
+    // The quotas of owners bound sandboxes. Most may be paused, which the supervisor's bound counts as running.
+    let overcommit = true;
+    Ok(ForkRequest { count, name: Some(name), ready: true, labels: Some(labels), overcommit, ..ForkRequest::default() })
 }
 
 #[cfg(test)]

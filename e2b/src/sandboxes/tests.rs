@@ -124,3 +124,10 @@ async fn the_time_of_a_sandbox_begins_when_its_guest_is_initialised() {
     assert_eq!(logged(&log), ["ttl 603.0", "init", "initialised", "ttl 3.0"]);
     assert!(entry.get().end_at >= after(ready, 3).unwrap());
 }
+
+/// Hundreds of paused sandboxes must not stop a create: the bound for running VMs counts them.
+#[test]
+fn quotas_and_not_processors_bound_sandboxes() {
+    let request = request_for("sandbox".to_owned(), 1, "base").unwrap();
+    assert!(request.overcommit && request.ready);
+}
