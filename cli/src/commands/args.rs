@@ -386,8 +386,8 @@ pub(crate) struct RunArgs {
     /// VMs may use its image.
     #[arg(long, value_name = "PATH,...", value_parser = parse_disk)]
     pub(crate) disk: Vec<DiskSpec>,
-    /// A socket device: socket=PATH, and cid=N for a guest that needs a certain CID. The host connects to PATH and sends CONNECT PORT; the
-    /// guest's connections go to listeners at PATH_PORT.
+    /// A socket device: socket=PATH, and cid=N for a guest that needs a certain CID. The host connects
+    /// to PATH and sends CONNECT PORT; the guest's connections go to listeners at PATH_PORT.
     #[arg(long, value_name = "socket=PATH,cid=N", value_parser = parse_vsock)]
     pub(crate) vsock: Option<VsockOptions>,
     /// Leave the VM to the supervisor, which is started if none runs, and return once the VM runs.

@@ -1,11 +1,11 @@
 //! Options that describe devices as `key=value`: `--net` and `--vsock`.
 
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::PathBuf;
 
 use clade_devices::virtio::limiter::{Limits, Rate};
 use clade_devices::virtio::net::{MAX_PAIRS, Mac};
 use clade_devices::virtio::vsock::{FIRST_GUEST_CID, VsockOptions};
-use rustix::rand::{GetRandomFlags, getrandom};
 use thiserror::Error;
 
 use crate::commands::units::parse_size;
@@ -153,11 +153,8 @@ pub(crate) fn parse_net(text: &str) -> Result<NetSpec, DeviceArgError> {
 pub(crate) fn random_cid() -> u64 {
     const FIRST: u64 = 0x1000_0000;
     const COUNT: u64 = 0x6000_0000;
-    let mut bytes = [0; 8];
-    if getrandom(&mut bytes, GetRandomFlags::empty()) != Ok(bytes.len()) {
-        bytes = u64::from(std::process::id()).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_ne_bytes();
-    }
-    FIRST + u64::from_ne_bytes(bytes) % COUNT
+    // The keys of a hasher are random in each process.
+    FIRST + RandomState::new().build_hasher().finish() % COUNT
 }
 
 /// Parses a socket device.

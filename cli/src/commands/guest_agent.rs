@@ -13,8 +13,10 @@ use crate::commands::run::say;
 
 /// The variable that names the agent's program.
 const VARIABLE: &str = "CLADE_AGENT";
-/// The script that builds the agent, and the path of its result below the target directory.
+/// The script that builds the agent, its target directory without CARGO_TARGET_DIR, and the path of its
+/// result below that.
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../resources/agent/build.sh");
+const TARGET: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target");
 const BUILT: &str = "agent/x86_64-unknown-linux-gnu/agent/clade-agent";
 
 /// Returns the agent's program: that of the variable, or `clade-agent` beside this program or in
@@ -28,7 +30,8 @@ pub(super) fn find_or_build() -> Result<PathBuf, Failure> {
         };
     }
     let own = std::env::current_exe().map_err(Failure::run)?;
-    find_beside(&own).map_or_else(|| build(&own, Path::new(SCRIPT)), Ok)
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| TARGET.into(), PathBuf::from);
+    find_beside(&own).map_or_else(|| build(&own, Path::new(SCRIPT), &target.join(BUILT)), Ok)
 }
 
 fn find_beside(own: &Path) -> Option<PathBuf> {
@@ -37,17 +40,14 @@ fn find_beside(own: &Path) -> Option<PathBuf> {
     places.into_iter().find(|path| path.is_file())
 }
 
-/// Builds the agent by `script`, unless its last result is newer than the program `own`.
-fn build(own: &Path, script: &Path) -> Result<PathBuf, Failure> {
+/// Builds the agent by `script`, unless its last result `built` is newer than the program `own`.
+fn build(own: &Path, script: &Path, built: &Path) -> Result<PathBuf, Failure> {
     let failed = |why: String| Failure::Input(anyhow!("no agent for the guest: {why}, and {VARIABLE} names none"));
     if !script.is_file() {
         return Err(failed(format!("{} has no clade-agent beside it", own.display())));
     }
-    let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
-    let target = target.or_else(|| Some(script.ancestors().nth(3)?.join("target")));
-    let built = target.map(|target| target.join(BUILT)).filter(|built| is_newer(built, own));
-    if let Some(built) = built {
-        return Ok(built);
+    if is_newer(built, own) {
+        return Ok(built.to_owned());
     }
     say!("clade: building the agent of guests, once");
     let output = Command::new(script).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
@@ -74,11 +74,9 @@ mod tests {
 
     use super::*;
 
-    /// A script in `resources/agent` of `dir`, which prints `path`, makes it, and counts its calls.
+    /// A script in `dir`, which prints `path`, makes it, and counts its calls.
     fn script(dir: &Path, path: &Path, code: u8) -> PathBuf {
-        let script = dir.join("resources/agent/build.sh");
-        fs::create_dir_all(script.parent().unwrap()).unwrap();
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let script = dir.join("build.sh");
         let (calls, path) = (dir.join("calls"), path.display());
         write(&script, format!("#!/bin/sh\necho call >> {}\n: >> {path}\necho {path}\nexit {code}\n", calls.display()))
             .unwrap();
@@ -92,22 +90,16 @@ mod tests {
         let own = dir.path().join("bin/clade");
         fs::create_dir_all(own.parent().unwrap()).unwrap();
         write(&own, "").unwrap();
-        // The script's own target directory, where the variable is not set.
-        let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| dir.path().join("target"), PathBuf::from);
-        let built = target.join(BUILT);
-        if built.exists() {
-            println!("skipped: CARGO_TARGET_DIR has an agent");
-            return;
-        }
+        let built = dir.path().join("built");
         let script = script(dir.path(), &built, 0);
         let calls = || fs::read_to_string(dir.path().join("calls")).unwrap_or_default().lines().count();
         for _ in 0..2 {
-            assert_eq!(build(&own, &script).unwrap(), built);
+            assert_eq!(build(&own, &script, &built).unwrap(), built);
             assert_eq!(calls(), 1);
         }
         let later = fs::metadata(&built).unwrap().modified().unwrap() + std::time::Duration::from_secs(1);
         File::options().append(true).open(&own).unwrap().set_modified(later).unwrap();
-        assert_eq!(build(&own, &script).unwrap(), built);
+        assert_eq!(build(&own, &script, &built).unwrap(), built);
         assert_eq!(calls(), 2, "another version of the program");
         // One beside the program comes first.
         assert_eq!(find_beside(&own), None);
@@ -120,10 +112,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let own = dir.path().join("clade");
         write(&own, "").unwrap();
-        let missing = build(&own, &dir.path().join("resources/agent/build.sh")).unwrap_err().to_string();
+        let built = dir.path().join("built");
+        let missing = build(&own, &dir.path().join("build.sh"), &built).unwrap_err().to_string();
         assert!(missing.contains("no clade-agent beside it") && missing.contains(VARIABLE), "{missing}");
-        let script = script(dir.path(), &dir.path().join("result"), 3);
-        let failed = build(&own, &script).unwrap_err().to_string();
+        let script = script(dir.path(), &built, 3);
+        let failed = build(&own, &script, &built).unwrap_err().to_string();
         assert!(failed.contains("build.sh has failed") && failed.contains('3'), "{failed}");
     }
 }

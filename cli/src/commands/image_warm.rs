@@ -33,7 +33,7 @@ const RETRY: Duration = Duration::from_millis(20);
 /// A command that waits longer prints a line.
 const REPORT_AFTER: Duration = Duration::from_secs(1);
 /// Time limit until the entrypoint lets a trial child be made ready.
-pub(super) const READY_TIMEOUT: Duration = Duration::from_secs(300);
+pub(super) const TRIAL_TIMEOUT: Duration = Duration::from_secs(300);
 /// Interval of the trials: doubled from the first to the longest. Each stops the VM for a moment.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
@@ -92,9 +92,9 @@ fn is_not_ready(error: &ClientError) -> bool {
     ProblemKind::of_urn(&problem.kind) == Some(ProblemKind::NotReady)
 }
 
-/// Forks trial children of the VM until one has been made ready, for `limit` at most, and stops that one. A hook may
-/// need the entrypoint, which may start more slowly than the agent: children of an earlier instant
-/// would all fail.
+/// Forks trial children of the VM until one has been made ready, for `limit` at most, and stops that
+/// one. A hook may need the entrypoint, which may start more slowly than the agent: children of an
+/// earlier instant would all fail.
 pub(super) async fn try_child(client: &Client, vm: &str, limit: Duration) -> Result<(), String> {
     let (begun, mut pause, mut is_reported) = (Instant::now(), FIRST_PAUSE, false);
     let trial = ForkRequest { ready: true, ..ForkRequest::default() };
@@ -154,7 +154,7 @@ pub(super) fn wait_for_agent(request: &BootRequest, vm: &str, limit: Duration) -
 /// reason why there is no checkpoint.
 async fn keep(client: &Client, checkpoint: &str, request: &BootRequest, vm: &VmInfo) -> Result<(), String> {
     agent_answers(client, request, &vm.name, BOOT_TIMEOUT).await?;
-    try_child(client, &vm.name, READY_TIMEOUT).await?;
+    try_child(client, &vm.name, TRIAL_TIMEOUT).await?;
     let path = format!("/v1/vms/{}/checkpoint", vm.name);
     let taken = CheckpointRequest { name: Some(checkpoint.to_owned()) };
     match client.supervisor::<CheckpointInfo>(Method::POST, &path, Some(&taken)).await {

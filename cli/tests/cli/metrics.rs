@@ -8,7 +8,7 @@ use clade_test_support::wait_for;
 use rustix::process::Signal;
 
 use crate::supervisor::Supervised;
-use crate::tool::{Runtime, kill, kvm, wait_until};
+use crate::tool::{Runtime, hold, kill, kvm, wait_until};
 
 type Labels = BTreeMap<String, String>;
 
@@ -227,13 +227,6 @@ fn metrics_are_of_the_text_format_and_say_what_was_done() {
     all.end();
 }
 
-/// Returns whether no thread of a process runs: on a busy host that takes a moment after the
-/// signal.
-fn is_stopped(pid: u32) -> bool {
-    let mut threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
-    threads.all(|thread| std::fs::read_to_string(thread.path().join("stat")).is_ok_and(|stat| stat.contains(") T ")))
-}
-
 #[test]
 fn a_vm_that_hangs_is_left_out_and_counted() {
     if !kvm() {
@@ -243,8 +236,7 @@ fn a_vm_that_hangs_is_left_out_and_counted() {
     all.boot("web", &[]);
     all.fork(&["web"]);
     let pid = all.pid_of("web-1");
-    kill(pid, Signal::STOP);
-    wait_until("all its threads to stand still", || is_stopped(pid));
+    hold(pid);
     // On a busy machine the other VM may be silent once, too.
     let layers = |found: &Exposition, vm: &str| found.value("clade_vm_layers", &[("vm", vm)]);
     wait_until("a scrape with the VM that answers", || {

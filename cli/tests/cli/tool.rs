@@ -281,6 +281,17 @@ pub(crate) fn kill(pid: u32, signal: Signal) {
     let _ = kill_process(Pid::from_raw(pid as i32).unwrap(), signal);
 }
 
+/// Stops a process until SIGCONT, and waits until no thread of it runs: on a busy host that takes a
+/// moment after the signal.
+pub(crate) fn hold(pid: u32) {
+    kill(pid, Signal::STOP);
+    wait_until("all its threads to stand still", || {
+        let mut threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+        threads
+            .all(|thread| std::fs::read_to_string(thread.path().join("stat")).is_ok_and(|stat| stat.contains(") T ")))
+    });
+}
+
 pub(crate) fn runs(pid: u32) -> bool {
     // A zombie counts as ended: its parent has died, and its new parent reaps it.
     let state = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();

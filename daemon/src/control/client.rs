@@ -430,7 +430,7 @@ impl Client {
         self.list_within(None).await
     }
 
-    /// All VMs of this user that answer within `limit`, which is for all of them, or within 15 s each.
+    /// Returns all VMs of this user that answer within `limit` together, or within 15 s each.
     ///
     /// # Errors
     /// As for [`Client::list`].

@@ -7,6 +7,8 @@
 use std::fs;
 use std::fs::File;
 use std::io::Read;
+use std::sync::LazyLock;
+use std::thread;
 
 use rustix::process::{Resource, getrlimit};
 use thiserror::Error;
@@ -80,8 +82,9 @@ fn first_line(path: &str) -> Option<String> {
 /// # Errors
 /// [`RoomError`]. A number that the kernel does not report is not checked.
 pub(crate) fn check_share(count: usize, running: Option<usize>) -> Result<(), RoomError> {
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    check_share_of(count as u64, running.map(|running| running as u64), processors as u64, mib_of_memory())
+    // Each count reads files of control groups: too dear for each fork.
+    static PROCESSORS: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, usize::from));
+    check_share_of(count as u64, running.map(|running| running as u64), *PROCESSORS as u64, mib_of_memory())
 }
 
 fn check_share_of(

@@ -85,8 +85,6 @@ use crate::image::give_broker;
 use crate::jail::Confinement;
 use crate::worker::has_ended;
 use crate::zygote::{Exit, Zygote};
-use clade_vmm::vm::StopReason;
-
 use about::About;
 pub(crate) use about::{clear_up, vsock_known};
 pub use about::{in_session, is_in_session, settle_dead, vms_in};
@@ -94,6 +92,7 @@ use broker::Broker;
 use cgroups::Cgroups;
 pub use cgroups::{CgroupError, CgroupPlace};
 use checkpoint::{Checkpoint, Checkpoints};
+use clade_vmm::vm::StopReason;
 use events::Events;
 pub(crate) use fetches::Fetch;
 use fetches::{Fetches, Passing};
@@ -154,6 +153,8 @@ struct Killed {
     about: About,
     pid: u32,
     process: Arc<OwnedFd>,
+    /// Whether the process did not answer. Otherwise the request wanted no answer.
+    is_silent: bool,
 }
 
 /// The refusal of a request whose VM's process does not answer.
@@ -399,7 +400,7 @@ impl Supervisor {
         self.0.processes.mark_stopped(pid);
         // A process that has ended needs no signal.
         let _ = pidfd_send_signal(&vm.process, Signal::KILL);
-        Ok(Some(Killed { about, pid, process: vm.process }))
+        Ok(Some(Killed { about, pid, process: vm.process, is_silent: false }))
     }
 
     /// Ends a VM by killing its process, which does not answer.
@@ -414,18 +415,15 @@ impl Supervisor {
         let (pid, process) = own.or_else(found).ok_or_else(|| silent(name, ", and has ended meanwhile"))?;
         tracing::warn!(name, pid, "a VM that is to stop does not answer: its process is killed");
         self.0.processes.mark_stopped(pid);
-        let config = about.shape.config.clone();
-        self.reap(name, Killed { about, pid, process })?;
-        let exit = Exit { pid, signal: Some(libc::SIGKILL), code: None };
-        Ok(StopAnswer { vm: VmInfo::of_killed(name, exit, &config), shutdown: None, killed: true })
+        self.reap(name, Killed { about, pid, process, is_silent: true })
     }
 
-    /// Waits for the end of a killed process, and frees the name. Returns the VM as stopped by request.
+    /// Waits for the end of a killed process, and frees the name.
     ///
     /// # Errors
     /// When the process does not end.
     fn reap(&self, name: &str, killed: Killed) -> Result<StopAnswer, FleetError> {
-        let Killed { about, pid, process } = killed;
+        let Killed { about, pid, process, is_silent } = killed;
         if !kill(&process) {
             return Err(silent(name, ", and does not end though it was killed"));
         }
@@ -438,8 +436,13 @@ impl Supervisor {
             Err(FleetError::Taken { .. }) => {}
             Err(error) => return Err(error),
         }
-        let vm = VmInfo::of_stopped(name, pid, StopReason::Requested, &about.shape.config);
-        Ok(StopAnswer { vm, shutdown: None, killed: false })
+        let config = &about.shape.config;
+        let vm = if is_silent {
+            VmInfo::of_killed(name, exit, config)
+        } else {
+            VmInfo::of_stopped(name, pid, StopReason::Requested, config)
+        };
+        Ok(StopAnswer { vm, shutdown: None, killed: is_silent })
     }
 
     fn snapshots(&self) -> &Snapshots {

@@ -33,11 +33,11 @@ use crate::control;
 use crate::control::session;
 use crate::control::{
     Acceptor, Answer, ApiError, BootRequest, CancelOnDrop, CheckpointInfo, CheckpointRequest, Client, ClientError,
-    ForkAnswer, ForkRequest, Gate, OpenRequest, Optional, PrepareRequest, Prepared, ProblemKind, ReadyAnswer,
-    RestoreRequest, SnapshotAnswer, SnapshotProgress, SnapshotRequest, StopAnswer, StopRequest, SupervisorInfo,
-    SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest, THREAD_PATIENCE, TcpAcceptor, Token,
-    TouchedAnswer, VmInfo, WorkingSetAnswer, behind_gate, expect_absolute, fallback, grace, not_allowed, on_a_thread,
-    serve_http, with_bodies,
+    ForkAnswer, ForkRequest, Gate, ListedVms, OpenRequest, Optional, PrepareRequest, Prepared, ProblemKind,
+    ReadyAnswer, RestoreRequest, SnapshotAnswer, SnapshotProgress, SnapshotRequest, StopAnswer, StopRequest,
+    SupervisorInfo, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest, THREAD_PATIENCE, TcpAcceptor,
+    Token, TouchedAnswer, VmInfo, WorkingSetAnswer, behind_gate, expect_absolute, fallback, grace, not_allowed,
+    on_a_thread, serve_http, with_bodies,
 };
 use crate::fleet::{Cancel, EndedVm, FleetError, ended_vms};
 
@@ -120,7 +120,10 @@ async fn info(State(supervisor): State<Supervisor>) -> Json<SupervisorInfo> {
 /// Lists the VMs of the directory.
 #[utoipa::path(get, path = "/v1/vms", responses((status = 200, description = "Done.", body = Vec<VmInfo>)))]
 async fn vms(State(supervisor): State<Supervisor>) -> Answer<Vec<VmInfo>> {
-    let mut all = Client::new(supervisor.dir()).list().await?.vms;
+    let ListedVms { vms: mut all, silent, .. } = Client::new(supervisor.dir()).list().await?;
+    for name in silent {
+        tracing::warn!(name, "a VM does not answer, and is not listed");
+    }
     let known = move || {
         for vm in &mut all {
             // As in `shown`.

@@ -25,7 +25,7 @@ use super::{BuildArgs, Shown, drop_checkpoint, failure as store_failure};
 use crate::commands::args::RunArgs;
 use crate::commands::image::open_store;
 use crate::commands::image_vm::{ImageVm, Tools};
-use crate::commands::image_warm::{READY_TIMEOUT as TRIAL_TIMEOUT, try_child};
+use crate::commands::image_warm::{TRIAL_TIMEOUT, try_child};
 use crate::commands::remote::failure;
 use crate::commands::run::{request, say, with_runtime};
 use crate::commands::serve::ensure;
