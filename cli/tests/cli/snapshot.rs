@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::machine::BareVm;
 use crate::supervisor::{GuestMemory, Supervised};
-use crate::tool::{Runtime, expect_problem, kill, kvm, wait_until};
+use crate::tool::{Runtime, expect_problem, hold, kill, kvm, wait_until};
 
 fn text(path: &Path) -> &str {
     path.to_str().unwrap()
@@ -181,17 +181,29 @@ fn a_snapshot_that_was_replaced_is_restored_as_it_is_now() {
             assert_eq!(restore(&format!("{name}{again}")), value, "{name}{again}");
         }
     }
-    // Both have died while waiting.
     let parent = |pid: u32| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
         stat.rsplit(") ").next().unwrap().split(' ').nth(1).unwrap().parse::<u32>().unwrap()
     };
-    let (supervisor, vm, all_pids) = (all.runtime.pid(), all.pid_of("web"), all.runtime.clades());
-    // Children of the zygote, which is the supervisor's.
-    let kept: Vec<_> =
-        all_pids.iter().filter(|pid| ![supervisor, vm].contains(pid) && parent(**pid) != supervisor).collect();
-    assert_eq!(kept.len(), 2, "{kept:?} of {all_pids:?}");
-    kept.into_iter().for_each(|pid| kill(*pid, Signal::KILL));
+    let kept = || {
+        let (supervisor, vm, all_pids) = (all.runtime.pid(), all.pid_of("web"), all.runtime.clades());
+        // Children of the zygote, which is the supervisor's.
+        let is_kept = |pid: &u32| ![supervisor, vm].contains(pid) && parent(*pid) != supervisor;
+        let kept: Vec<u32> = all_pids.iter().copied().filter(is_kept).collect();
+        assert_eq!(kept.len(), 2, "{kept:?} of {all_pids:?}");
+        kept
+    };
+    // Both have died while waiting.
+    kept().into_iter().for_each(|pid| kill(pid, Signal::KILL));
     assert_eq!(restore("after"), 3);
+    // Both die with their orders, which they have not read.
+    let held = kept();
+    held.iter().for_each(|pid| hold(*pid));
+    let ends = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        held.into_iter().for_each(|pid| kill(pid, Signal::KILL));
+    });
+    assert_eq!(restore("late"), 3);
+    ends.join().unwrap();
     all.end();
 }

@@ -29,22 +29,10 @@ fn stem(dir: &Path) -> String {
 /// A worker that opens a snapshot.
 struct Opening {
     worker: Worker,
+    /// Whether the worker was prepared, and may have died before it got the order.
+    was_prepared: bool,
     /// The directories that disks are unpacked in.
     _overlays: InUse,
-}
-
-impl Opening {
-    /// Returns the image of the snapshot `saved`, of VMs that `about` describes. Calls `check`
-    /// while it waits.
-    fn image(
-        self,
-        about: About,
-        saved: &SavedVm,
-        check: impl Fn() -> Result<(), FleetError>,
-    ) -> Result<Checkpoint, FleetError> {
-        let parts = self.worker.opened(check)?;
-        Ok(Checkpoint::of_saved(about, saved, parts))
-    }
 }
 
 /// Returns the record for VMs of `shape` from the snapshot `saved`.
@@ -75,8 +63,14 @@ impl Supervisor {
         Ok((saved, shape))
     }
 
-    /// Has a worker open a snapshot, of a VM of `shape`.
-    fn begin_opening(&self, source: &SavedSource, saved: &SavedVm, shape: &Shape) -> Result<Opening, FleetError> {
+    /// Has a worker open a snapshot, of a VM of `shape`: `prepared`, or another.
+    fn begin_opening(
+        &self,
+        prepared: Option<Worker>,
+        source: &SavedSource,
+        saved: &SavedVm,
+        shape: &Shape,
+    ) -> Result<Opening, FleetError> {
         // Compressed disks are unpacked there.
         let unpacked: Vec<_> = shape.overlays.first().cloned().into_iter().collect();
         let overlays = self.0.overlays.hold(&unpacked)?;
@@ -87,7 +81,8 @@ impl Supervisor {
             sockets: self.dir().to_owned(),
         };
         // A prepared worker may have died meanwhile. For another this is an error.
-        let prepared = self.0.pool.take_opener(shape).filter(|worker| worker.open(order.clone()).is_ok());
+        let prepared = prepared.filter(|worker| worker.open(order.clone()).is_ok());
+        let was_prepared = prepared.is_some();
         let worker = match prepared {
             Some(worker) => worker,
             None => {
@@ -97,7 +92,28 @@ impl Supervisor {
                 worker
             }
         };
-        Ok(Opening { worker, _overlays: overlays })
+        Ok(Opening { worker, was_prepared, _overlays: overlays })
+    }
+
+    /// Returns the image of the snapshot `saved`, of VMs that `about` describes. Calls `check` while it
+    /// waits. A prepared worker may die with its order unread: another opens the snapshot then.
+    fn image(
+        &self,
+        opening: Opening,
+        source: &SavedSource,
+        saved: &SavedVm,
+        about: About,
+        check: impl Fn() -> Result<(), FleetError>,
+    ) -> Result<Checkpoint, FleetError> {
+        let parts = match opening.worker.opened(&check) {
+            Err(FleetError::Worker { source: error }) if opening.was_prepared => {
+                tracing::info!(%error, "a prepared worker has failed, and another opens the snapshot");
+                let again = self.begin_opening(None, source, saved, &about.shape)?;
+                again.worker.opened(&check)?
+            }
+            parts => parts?,
+        };
+        Ok(Checkpoint::of_saved(about, saved, parts))
     }
 
     /// Holds the image of a snapshot as a checkpoint.
@@ -109,8 +125,9 @@ impl Supervisor {
         let stem = stem(&request.saved.dir);
         let name = self.0.checkpoints.reserve(&stem, request.name.as_deref())?;
         let (saved, shape) = self.saved(&request.saved)?;
-        let opening = self.begin_opening(&request.saved, &saved, &shape)?;
-        let checkpoint = opening.image(about(shape, &saved, None), &saved, || self.check(0, 0, cancel))?;
+        let opening = self.begin_opening(self.0.pool.take_opener(&shape), &request.saved, &saved, &shape)?;
+        let about = about(shape, &saved, None);
+        let checkpoint = self.image(opening, &request.saved, &saved, about, || self.check(0, 0, cancel))?;
         // A checkpoint without a client would stay unknown.
         self.check(0, 0, cancel)?;
         let info = checkpoint.info(&name);
@@ -140,15 +157,17 @@ impl Supervisor {
         let read = Instant::now();
         let claims = self.claim(&stem, &vms, &shape, cancel)?;
         let _making = self.0.making(&claims);
+        let prepared = self.0.pool.take_opener(&shape);
         // The snapshot is opened while its VMs' workers get ready.
-        let opening = Cell::new(Some(self.begin_opening(&request.saved, &saved, &shape)?));
+        let opening = Cell::new(Some(self.begin_opening(prepared, &request.saved, &saved, &shape)?));
         let ordered = Instant::now();
         let about = about(shape, &saved, request.session.as_deref());
         let opened = OnceCell::new();
         let image = || match (opened.get(), opening.take()) {
             (Some(opened), _) => Ok(opened),
             (None, Some(opening)) => {
-                let checkpoint = opening.image(about.clone(), &saved, || self.check(0, vms.count, cancel))?;
+                let check = || self.check(0, vms.count, cancel);
+                let checkpoint = self.image(opening, &request.saved, &saved, about.clone(), check)?;
                 tracing::debug!(read = ?read - begun, order = ?ordered - read, open = ?ordered.elapsed(), "restore");
                 Ok(opened.get_or_init(|| checkpoint))
             }
