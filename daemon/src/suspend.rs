@@ -80,7 +80,9 @@ fn suspended(vm: &Arc<Vm>, files: Vec<OwnedFd>) -> Result<(SuspendAnswer, Option
     let file = SuspendFile::of(write, read).map_err(failed)?;
     let begun = Instant::now();
     // Made before the suspension: without descriptors the VM stays awake.
-    let sources = vm.request_sources().map_err(failed)?;
+    // And looked at before it: a request that comes from here on wakes the VM, however late the thread
+    // begins that waits for it.
+    let sources = announcing(vm.request_sources().map_err(failed)?).map_err(failed)?;
     let SuspendReport { was_suspended, memory, halt, write, has_input } = vm.suspend(file)?;
     let woken = vm.woken().map_err(failed).inspect_err(|_| drop(vm.wake()))?;
     let us = |time: Duration| time.as_secs_f64() * 1e6;
@@ -100,6 +102,18 @@ fn suspended(vm: &Arc<Vm>, files: Vec<OwnedFd>) -> Result<(SuspendAnswer, Option
     Ok((answer, watch))
 }
 
+/// Leaves out the sources with a request that no driver takes: it would wake the VM for ever.
+fn announcing(sources: Vec<RequestSource>) -> io::Result<Vec<RequestSource>> {
+    let mut announcing = Vec::with_capacity(sources.len());
+    for source in sources {
+        let mut polled = [PollFd::new(&source.fd, PollFlags::IN)];
+        if source.is_served || poll(&mut polled, Some(&Timespec::default()))? == 0 {
+            announcing.push(source);
+        }
+    }
+    Ok(announcing)
+}
+
 /// Waits for requests to a suspended VM.
 struct Watch {
     vm: Weak<Vm>,
@@ -113,41 +127,41 @@ struct Watch {
 
 impl Watch {
     fn run(self) {
-        if let Err(error) = self.wait() {
+        let is_request = self.wait().unwrap_or_else(|error| {
             tracing::warn!(%error, "a suspended VM is woken: its requests cannot be waited for");
-        }
+            true
+        });
         let Some(vm) = self.vm.upgrade() else { return };
-        match vm.wake() {
-            Ok(report) if report.was_suspended => {
-                flight::note(&format!("woken by a request in {} us", report.total.as_micros()));
+        // Not after another's wake: the VM may be suspended again by now, with a watch of its own.
+        if is_request {
+            match vm.wake() {
+                Ok(report) if report.was_suspended => {
+                    flight::note(&format!("woken by a request in {} us", report.total.as_micros()));
+                }
+                Ok(_) => {}
+                // The VM has stopped.
+                Err(error) => return tracing::debug!(%error, "a suspended VM"),
             }
-            Ok(_) => {}
-            // The VM has stopped.
-            Err(error) => return tracing::debug!(%error, "a suspended VM"),
         }
         drop(vm);
         // The client may have gone.
         let _ = self.socket.map(|socket| seqpacket::send(socket, &[SUSPEND], &[]));
     }
 
-    /// Returns on a request, or when the VM is awake or has gone.
-    fn wait(&self) -> io::Result<()> {
+    /// Returns true on a request, or false when the VM is awake or has gone.
+    fn wait(&self) -> io::Result<bool> {
         if self.has_input {
-            return Ok(());
+            return Ok(true);
         }
         let mut awaited = vec![PollFd::new(&self.woken, PollFlags::IN)];
-        for RequestSource { fd, is_served } in &self.sources {
-            let mut source = [PollFd::new(fd, PollFlags::IN)];
-            // A request from before that no driver takes must not wake the VM: it would do so for
-            // ever.
-            if *is_served || poll(&mut source, Some(&Timespec::default()))? == 0 {
-                awaited.extend(source);
-            }
-        }
+        awaited.extend(self.sources.iter().map(|source| PollFd::new(&source.fd, PollFlags::IN)));
         loop {
             match poll(&mut awaited, None) {
                 Err(rustix::io::Errno::INTR) => {}
-                other => return Ok(other.map(drop)?),
+                other => {
+                    other?;
+                    return Ok(awaited[0].revents().is_empty());
+                }
             }
         }
     }
