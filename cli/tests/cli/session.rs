@@ -187,7 +187,9 @@ fn a_guest_that_ends_at_once_is_shown_with_its_output() {
     let args = ["run", "-d", "--kernel", kernel.to_str().unwrap(), "--mem", "32M", "--name", "hasty"];
     let ran = runtime.clade(&args);
     assert_eq!((ran.code, ran.stdout.trim()), (Some(0), "hasty"), "{ran:?}");
-    wait_until("its end", || runtime.names().is_empty());
+    // The list leaves a VM out as soon as its process has ended; the record follows.
+    let waited = runtime.clade(&["wait", "hasty"]);
+    assert!(waited.code == Some(0) && waited.stdout.contains("powered itself off"), "{waited:?}");
     let ended = runtime.clade(&["ps", "-a", "--json"]).json();
     assert!(ended.to_string().contains("hasty-4") && ended.to_string().contains("\"hasty\""), "{ended}");
 }
