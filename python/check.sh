@@ -26,5 +26,8 @@ cp -r "$here" "$work/source"
 
 cd "$work"
 "$venv/bin/mypy" --config-file "$here/pyproject.toml" --strict -p clade
-if [ -n "${CLADE:-}" ]; then "$venv/bin/python" "$here/generate.py" --check "$CLADE"; fi
+if [ -n "${CLADE:-}" ]; then
+    "$venv/bin/python" "$here/generate.py" --check "$CLADE"
+    "$venv/bin/python" "$here/../docs/generate-api.py" --check "$CLADE"
+fi
 exec env PYTHONDONTWRITEBYTECODE=1 "$venv/bin/python" -m pytest -q -p no:cacheprovider --durations=5 "$here/tests"

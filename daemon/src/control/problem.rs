@@ -193,7 +193,7 @@ mod tests {
 
     #[test]
     fn each_kind_is_in_the_documentation() {
-        let text = include_str!("../../../docs/operations.md");
+        let text = include_str!("../../../docs/api.md");
         for kind in ProblemKind::ALL {
             let row = format!("| {} | `{}` |", kind.status().as_u16(), kind.slug());
             assert!(text.contains(&row), "no row {row:?}");
