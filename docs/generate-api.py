@@ -103,7 +103,7 @@ class Api:
             return f"[{code(name)}](#{name.lower()})" if is_body else code(name)
         for key in ("oneOf", "anyOf", "allOf"):
             if key in schema:
-                return either([self.type(one, is_body) for one in schema[key]])
+                return either(sorted((self.type(one, is_body) for one in schema[key]), key=lambda one: one == "null"))
         kind = schema.get("type", "any")
         if isinstance(kind, list):
             return either([self.type({**schema, "type": one}, is_body) for one in kind])
