@@ -140,6 +140,9 @@ mod tests {
         .await;
         fake.world.release();
         until("all to pause", || fake.world.fleet().vms.values().all(|vm| vm.is_paused)).await;
+        // A record follows its VM.
+        let is_paused = |id: &String| fake.gateway.0.sandboxes.get(id).unwrap().get().paused;
+        until("the records", || slow.iter().all(is_paused)).await;
         keeping.abort();
         let log = fake.world.fleet().log.clone();
         let pauses = log.iter().filter(|what| what.ends_with(" pause")).count();
