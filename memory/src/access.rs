@@ -314,7 +314,10 @@ mod tests {
             assert_eq!(parent.stats().unwrap().private_kib, 0, "the base file has holes still");
             parent.write_bytes(7 * PAGE_SIZE + 100, &[1; 5000]).unwrap();
             let own = parent.stats().unwrap().private_kib;
+            assert_eq!(parent.stats().unwrap().shared_kib, 0);
             let child = child(&parent, &store);
+            let both = [&parent, &child].map(|ram| ram.stats().unwrap());
+            assert_eq!(both.map(|stats| (stats.private_kib, stats.shared_kib)), [(0, own); 2], "its holes take none");
             let layers = || resident(&child);
             let before = layers();
             let seen = all(&child);

@@ -6,6 +6,7 @@ use std::os::fd::BorrowedFd;
 use rustix::fs::{SeekFrom, seek};
 
 use crate::error::RamError;
+use crate::layer::Home;
 use crate::region::GuestRegion;
 use crate::region::mappings::Mapping;
 use crate::units::{PAGE_SHIFT, PAGE_SIZE, PageRange, pages_in, push_run, subtract_runs};
@@ -25,6 +26,8 @@ pub struct RamStats {
     /// Memory freed with this VM: its own copies, and the allocated pages of its base file while
     /// the file is not a layer.
     pub private_kib: u64,
+    /// Allocated memory of the shared pages. A layer on a disk has none.
+    pub shared_kib: u64,
     /// Number of mappings.
     pub mappings: u64,
     /// Bytes of the ownership table.
@@ -38,6 +41,7 @@ impl std::ops::AddAssign for RamStats {
         self.exclusive += other.exclusive;
         self.pinned += other.pinned;
         self.private_kib += other.private_kib;
+        self.shared_kib += other.shared_kib;
         self.mappings += other.mappings;
         self.table_bytes += other.table_bytes;
     }
@@ -53,14 +57,20 @@ impl GuestRegion {
         let base = state.space.mappings().base_runs();
         let private = subtract_runs(&[self.range()], &base);
         let owned = self.owned_private(self.range(), &base)?;
-        let in_layers = |run: &PageRange| {
-            let shared =
-                state.space.map().within(*run).into_iter().filter(|(_, source)| !source.layer.id().is_reference());
-            shared.map(|(piece, _)| piece.len()).sum::<u64>()
-        };
-        let elsewhere: u64 = subtract_runs(&private, &owned).iter().map(in_layers).sum();
+        for run in subtract_runs(&private, &owned) {
+            for (piece, source) in state.space.map().within(run) {
+                if source.layer.id().is_reference() {
+                    continue;
+                }
+                stats.shared += piece.len();
+                if matches!(source.layer.home(), Home::Memory(_) | Home::Foreign) {
+                    let file = PageRange::with_len(source.at, piece.len());
+                    let there = allocated(source.layer.as_fd(), file).map_err(RamError::Harvest)?;
+                    stats.shared_kib += pages_in(&there) * (PAGE_SIZE / 1024);
+                }
+            }
+        }
         stats.exclusive = pages_in(&base) + pages_in(&owned);
-        stats.shared = elsewhere;
         stats.reference = self.pages() - stats.exclusive - stats.shared;
         stats.pinned = self.table.counts(self.range()).pinned;
         stats.mappings = state.space.mappings().len() as u64;
