@@ -24,6 +24,7 @@ mod metrics;
 mod modules;
 mod multipart;
 mod network;
+mod notice;
 mod options;
 mod paths;
 mod process;

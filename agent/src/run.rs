@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{ExitCode, Stdio};
+use std::process::{ExitCode, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use crate::children::describe;
 use crate::forward;
 use crate::listen::{Listener, serve};
 use crate::log::log;
+use crate::notice;
 use crate::options::{Options, UsageError};
 use crate::process::spawn::{Surroundings, command};
 use crate::shutdown::end_guest;
@@ -26,6 +28,16 @@ const FILE_THREADS: usize = 16;
 /// Time for the last answer to leave before the guest ends.
 const LAST_ANSWER: Duration = Duration::from_millis(100);
 const IDLE_THREAD: Duration = Duration::from_secs(5);
+
+/// The exit status of an entrypoint whose end is not known.
+const UNKNOWN: i32 = 1;
+/// The exit status of an entrypoint that cannot be started, as in shells.
+const CANNOT_START: i32 = 127;
+
+/// An exit status as shells have it: 128 and the signal's number after a signal.
+fn shell_code(status: ExitStatus) -> i32 {
+    status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(UNKNOWN)
+}
 
 /// Runs the agent until it ends, or the guest does.
 #[must_use]
@@ -84,6 +96,9 @@ async fn live(options: Options, is_init: bool, entrypoint: Option<Entrypoint>) -
         tokio::spawn(async move { agent.run_entrypoint(entrypoint).await });
     }
     log!("{} listens", env!("CARGO_PKG_VERSION"));
+    if options.vsock.is_some() && !listeners.is_empty() {
+        tokio::spawn(notice::send("READY=1\n"));
+    }
     tokio::spawn(serve(Arc::clone(&agent), listeners));
     match Listener::open_forward(&options) {
         Ok(Some(listener)) => drop(tokio::spawn(forward::serve(Arc::clone(&agent), listener))),
@@ -120,14 +135,16 @@ impl Agent {
         let _ = std::fs::create_dir_all(cwd);
         let mut command = command(program, args, &entrypoint.env, cwd, &around, false);
         command.stdin(Stdio::inherit()).stdout(Stdio::inherit()).stderr(Stdio::inherit());
-        match self.children.spawn(&mut command) {
-            Ok((_, end)) => {
-                let status = end.await.map_or_else(|_| "unknown".to_owned(), describe);
-                log!("{program}: {status}");
-            }
-            Err(error) => log!("{program} cannot be started: {error}"),
-        }
+        let (code, text) = match self.children.spawn(&mut command) {
+            Ok((_, end)) => match end.await {
+                Ok(status) => (shell_code(status), format!("{program}: {}", describe(status))),
+                Err(_) => (UNKNOWN, format!("{program}: unknown")),
+            },
+            Err(error) => (CANNOT_START, format!("{program} cannot be started: {error}")),
+        };
+        log!("{text}");
         if entrypoint.power_off {
+            notice::send(&format!("EXIT_STATUS={code}\nSTATUS={text}\n")).await;
             self.ask_for_end();
         }
     }

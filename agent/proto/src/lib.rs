@@ -20,6 +20,8 @@ pub use json::{Base64, decode, encode};
 
 /// The vsock and TCP port that agents listen on.
 pub const PORT: u32 = 49983;
+/// The vsock port of the host that takes notices of guests.
+pub const NOTICE_PORT: u32 = 49982;
 
 /// The media type of a call with one request and one answer.
 pub const UNARY_TYPE: &str = "application/json";

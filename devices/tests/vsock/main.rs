@@ -14,7 +14,8 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
-use clade_devices::virtio::vsock::{VsockError, VsockOptions, VsockSocket};
+use clade_devices::virtio::plain::SyncDevice;
+use clade_devices::virtio::vsock::{GuestNotice, NOTICE_PORT, Vsock, VsockError, VsockOptions, VsockSocket};
 use driver::{Driver, ram, store};
 use guest::{
     CID, CREDIT_REQUEST, CREDIT_UPDATE, DATA, EVENTS, Guest, HEADER, IN, REQUEST, RESET, RESPONSE, RX, SHUTDOWN,
@@ -241,6 +242,56 @@ fn a_guest_that_is_put_back_is_told_that_its_connections_are_gone_and_so_is_the_
     assert_eq!((asked.op, asked.guest), (REQUEST, 10));
     vm.send(RESPONSE, asked.host, 10, &[], 1 << 16);
     assert_eq!(line(&mut host), format!("OK {}", asked.host));
+}
+
+#[test]
+fn notices_are_the_devices_own_and_a_guest_that_sends_too_much_is_reset() {
+    let dir = tempfile::tempdir().unwrap();
+    // A listener at the port's path gets no connection.
+    let listener = UnixListener::bind(dir.path().join(format!("vm.sock_{NOTICE_PORT}"))).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let options = VsockOptions { cid: CID, socket: dir.path().join("vm.sock") };
+    let vsock = Vsock::new(VsockSocket::bind(&options).unwrap(), false).unwrap();
+    let notices = vsock.notices().clone();
+    let mut guest = Guest::new(Driver::take(Box::new(SyncDevice::new(vsock)), &ram(&store())));
+    let open = |guest: &mut Guest, port: u32| {
+        guest.send(REQUEST, NOTICE_PORT, port, &[], 1 << 16);
+        let answer = guest.packet();
+        assert_eq!((answer.host, answer.guest), (NOTICE_PORT, port));
+        answer.op
+    };
+    let expect_reset = |guest: &mut Guest, port: u32| {
+        let answer = guest.packet();
+        assert_eq!((answer.op, answer.host, answer.guest), (RESET, NOTICE_PORT, port));
+    };
+    assert_eq!(open(&mut guest, 5), RESPONSE);
+    for part in [&b"READY"[..], b"=1\nX=y\n"] {
+        guest.send(DATA, NOTICE_PORT, 5, part, 1 << 16);
+    }
+    assert!(!notices.get().is_ready, "the connection has not ended");
+    guest.send(CREDIT_REQUEST, NOTICE_PORT, 5, &[], 1 << 16);
+    assert_eq!(guest.packet().op, CREDIT_UPDATE);
+    guest.shuts = 2;
+    guest.send(SHUTDOWN, NOTICE_PORT, 5, &[], 1 << 16);
+    expect_reset(&mut guest, 5);
+    assert!(notices.get().is_ready);
+    // Data without a connection, and more than there is room for.
+    guest.send(DATA, NOTICE_PORT, 6, b"READY=1", 1 << 16);
+    expect_reset(&mut guest, 6);
+    assert_eq!(open(&mut guest, 7), RESPONSE);
+    guest.send(DATA, NOTICE_PORT, 7, &[b'x'; 4000], 1 << 16);
+    guest.send(DATA, NOTICE_PORT, 7, &[b'x'; 4000], 1 << 16);
+    expect_reset(&mut guest, 7);
+    // Connections without an end.
+    assert!((10..18).all(|port| open(&mut guest, port) == RESPONSE));
+    guest.send(REQUEST, NOTICE_PORT, 18, &[], 1 << 16);
+    expect_reset(&mut guest, 10);
+    assert_eq!((guest.packet().op, open(&mut guest, 18)), (RESPONSE, RESET), "begun twice");
+    // A guest that is put back is another: its connections and its notices are gone.
+    let moment = guest.driver.moment();
+    guest.driver.rewind(&moment);
+    assert_eq!(notices.get(), GuestNotice::default());
+    assert!(listener.accept().is_err());
 }
 
 #[test]

@@ -256,7 +256,12 @@ impl Vm {
 
     /// Stops the VM for good. A snapshot of it that is being written ends with an error.
     pub fn stop(&self) {
-        self.prepared.control.stop(StopReason::Requested);
+        self.stop_because(StopReason::Requested);
+    }
+
+    /// The same for another reason. An earlier reason stays.
+    pub fn stop_because(&self, reason: StopReason) {
+        self.prepared.control.stop(reason);
         // After the stop: a snapshot that begins now fails, and a running one is cancelled.
         self.cancel_snapshot();
     }

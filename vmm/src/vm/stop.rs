@@ -11,6 +11,9 @@ pub enum StopReason {
     /// Its owner stopped it.
     #[error("stopped")]
     Requested,
+    /// The time that its owner gave it is over.
+    #[error("its time to live is over")]
+    TimeOver,
     /// Its process has ended without reporting a reason: it was killed, or it panicked.
     #[error("its process has ended ({})", how(*.signal, *.code))]
     Process {
@@ -31,6 +34,14 @@ pub enum StopReason {
     /// The guest powered itself off, by ACPI.
     #[error("the guest powered itself off")]
     PowerOff,
+    /// The guest ended itself after its main program had ended, and reported that.
+    #[error("the guest's program has ended: {}", program(*.status, text))]
+    Exited {
+        /// The exit status: 128 and the signal's number after a signal.
+        status: u8,
+        /// The guest's text about it.
+        text: String,
+    },
     /// The guest shut down, or took a triple fault.
     #[error("vCPU {vcpu} shut down (a triple fault, unless the guest meant to)")]
     Shutdown {
@@ -109,9 +120,31 @@ impl StopReason {
     pub(crate) fn is_by_guest(&self) -> bool {
         matches!(
             self,
-            Self::Reset | Self::PowerOff | Self::Shutdown { .. } | Self::Emulation { .. } | Self::Unexpected { .. }
+            Self::Reset
+                | Self::PowerOff
+                | Self::Exited { .. }
+                | Self::Shutdown { .. }
+                | Self::Emulation { .. }
+                | Self::Unexpected { .. }
         )
     }
+
+    /// Whether the guest has ended itself: by a reset or power-off, with whatever exit status.
+    #[must_use]
+    pub fn is_guests_end(&self) -> bool {
+        matches!(self, Self::Reset | Self::PowerOff | Self::Exited { .. })
+    }
+
+    /// Whether the VM ended as its owner or its guest wanted, and without an error of the guest's
+    /// program.
+    #[must_use]
+    pub fn is_in_order(&self) -> bool {
+        matches!(self, Self::Requested | Self::TimeOver | Self::Reset | Self::PowerOff | Self::Exited { status: 0, .. })
+    }
+}
+
+fn program(status: u8, text: &str) -> String {
+    if text.is_empty() { format!("exit status {status}") } else { text.to_owned() }
 }
 
 fn how(signal: Option<i32>, code: Option<i32>) -> String {

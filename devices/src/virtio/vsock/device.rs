@@ -14,6 +14,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::FIRST_GUEST_CID;
 use super::connection::{Connection, Stage};
 use super::host::Pending;
+use super::notices::Notices;
 use super::packet::Header;
 use super::socket::VsockSocket;
 use super::state::VsockState;
@@ -110,6 +111,7 @@ pub struct Vsock {
     /// `delivered` at the last call of [`DeviceOps::has_input`].
     asked_at: Option<u64>,
     pub(super) stats: VsockStats,
+    pub(super) notices: Notices,
 }
 
 /// First port of a clone. Differs from its parent's: its guest may be closing a connection of the
@@ -166,6 +168,7 @@ impl Vsock {
             delivered: 0,
             asked_at: None,
             stats: VsockStats::default(),
+            notices: Notices::default(),
         })
     }
 
@@ -185,6 +188,12 @@ impl Vsock {
     #[must_use]
     pub fn stats(&self) -> VsockStats {
         self.stats
+    }
+
+    /// The guest's notices.
+    #[must_use]
+    pub fn notices(&self) -> &Notices {
+        &self.notices
     }
 
     /// Sends the guest a transport reset, because its connections are gone. Returns whether packets
@@ -257,6 +266,7 @@ impl DeviceOps for Vsock {
         let DeviceState::Vsock(_) = state else { return Err(ActivateError::Kind { found: state.kind() }) };
         // As for a child: all connections known to the driver are gone.
         self.transport = Transport::Reset;
+        self.notices.clear();
         Ok(())
     }
 

@@ -6,9 +6,10 @@
 use super::HOST_CID;
 use super::connection::{Connection, ROOM, Stage};
 use super::device::{BATCH, Key, RX, Vsock};
+use super::notices::{AlreadyOpen, MAX_NOTICE, NOTICE_PORT};
 use super::packet::{HEADER, Header, Op, SHUT_RECEIVE, SHUT_SEND};
 use crate::virtio::plain::{FatalError, QueueCtx};
-use crate::virtio::{Chain, QueueError, YieldRequest, dma};
+use crate::virtio::{Chain, QueueError, Segment, YieldRequest, dma};
 
 /// Maximum bytes of data in a packet to the guest.
 const MAX_DATA: usize = 16 << 10;
@@ -45,6 +46,9 @@ impl Vsock {
                 self.ask_again(key);
             }
             return Ok(());
+        }
+        if key.0 == NOTICE_PORT {
+            return self.notice(io, key, &header, &rest);
         }
         if let Some(connection) = self.connections.get_mut(&key) {
             connection.credit(header.buffer, header.forwarded);
@@ -98,6 +102,41 @@ impl Vsock {
             (Op::Reset, Some(_)) => self.finish(key, false),
             // The packet belongs to no connection, or is out of order.
             _ => self.close(key, true),
+        }
+        Ok(())
+    }
+
+    /// Processes a packet of a connection to the device's own port.
+    fn notice(&mut self, io: &QueueCtx, key: Key, header: &Header, rest: &[Segment]) -> Result<(), FatalError> {
+        let (_, port) = key;
+        let answer = match header.op {
+            Op::Request => match self.notices.open(port) {
+                Ok(displaced) => {
+                    if let Some(other) = displaced {
+                        let reset = self.header((NOTICE_PORT, other), Op::Reset);
+                        self.reply(reset);
+                    }
+                    Some(Op::Response)
+                }
+                Err(AlreadyOpen) => Some(Op::Reset),
+            },
+            Op::Data if header.len as usize <= MAX_NOTICE && self.notices.is_open(port) => {
+                let mut data = vec![0; header.len as usize];
+                dma::copy_in(&io.ram, rest, &mut data)?;
+                (!self.notices.take(port, &data)).then_some(Op::Reset)
+            }
+            Op::CreditRequest if self.notices.is_open(port) => Some(Op::CreditUpdate),
+            Op::CreditUpdate if self.notices.is_open(port) => None,
+            Op::Reset => None,
+            // At the end the guest waits for the reset: it may power itself off then.
+            Op::Shutdown | Op::Response | Op::Data | Op::CreditRequest | Op::CreditUpdate => Some(Op::Reset),
+        };
+        if matches!(header.op, Op::Reset) || answer == Some(Op::Reset) {
+            self.notices.close(port);
+        }
+        if let Some(op) = answer {
+            let header = self.header(key, op);
+            self.reply(header);
         }
         Ok(())
     }

@@ -3,7 +3,8 @@
 //! - The host connects to the device's socket and writes `CONNECT <port>\n`; when the guest
 //!   accepts, the host reads `OK <its port>\n`, and then the stream.
 //! - The guest connects to the host (CID 2) at a port; the device connects to its socket's path
-//!   with `_<port>` appended, where the host listens.
+//!   with `_<port>` appended, where the host listens. One port is the device's own
+//!   ([`NOTICE_PORT`]).
 //!
 //! At a fork only the parent keeps its connections. The child has a CID and a socket of its own,
 //! and its device sends the driver a transport reset, at which the guest closes every connection it
@@ -17,11 +18,13 @@ mod connection;
 mod device;
 mod guest;
 mod host;
+mod notices;
 mod packet;
 mod socket;
 mod state;
 
 pub use device::{Vsock, VsockError, VsockOptions, VsockStats};
+pub use notices::{GuestExit, GuestNotice, NOTICE_PORT, Notices};
 pub use socket::{BrokerSlot, VsockSocket, answer_broker};
 pub use state::VsockState;
 

@@ -2,6 +2,7 @@
 
 use clade_devices::virtio::balloon::{Balloon, BalloonStats};
 use clade_devices::virtio::net::{Egress, EgressError, EgressRule, Link, Net, NetStats};
+use clade_devices::virtio::vsock::GuestNotice;
 use clade_devices::{Console, DOORBELL};
 use clade_memory::PAGE_SHIFT;
 use kvm_bindings::kvm_msi;
@@ -74,6 +75,12 @@ impl Vm {
     pub fn balloon_stats(&self) -> Result<BalloonStats, VmError> {
         let stats = self.devices.with_plain(0, |device| device.with(|balloon: &mut Balloon| balloon.stats()));
         stats.flatten().ok_or(VmError::NoDevice { device: "balloon" })
+    }
+
+    /// What the guest has reported to its socket device. None without one.
+    #[must_use]
+    pub fn guest_notice(&self) -> Option<GuestNotice> {
+        self.devices.guest_notice()
     }
 
     /// Checks the number of a vCPU.

@@ -13,6 +13,7 @@ use clade_devices::disk::DiskError;
 use clade_devices::virtio::block::Block;
 use clade_devices::virtio::net::EgressError;
 use clade_devices::virtio::plain::{DeviceOps, SyncDevice};
+use clade_devices::virtio::vsock::{GuestExit, GuestNotice, Vsock};
 use clade_devices::virtio::{Backend, MMIO_LEN, RestoreError, SaveError, TransportState, VirtioMmio};
 use clade_devices::{
     BusError, Console, I8042, I8042_PORTS, Irq, MmioBus, MmioBusError, POWER_PORTS, PioBus, PowerControl, PowerSwitch,
@@ -205,10 +206,20 @@ impl Devices {
     pub(crate) fn pio_write(&self, port: u16, width: usize, data: &[u8]) -> Option<StopReason> {
         self.bus.write(port, width, data);
         // Relaxed: only this call sets it.
-        if self.reset.load(Ordering::Relaxed) {
-            return Some(StopReason::Reset);
-        }
-        self.power.is_off().then_some(StopReason::PowerOff)
+        let ended = if self.reset.load(Ordering::Relaxed) {
+            StopReason::Reset
+        } else if self.power.is_off() {
+            StopReason::PowerOff
+        } else {
+            return None;
+        };
+        let exit = self.guest_notice().and_then(|notice| notice.exit);
+        Some(exit.map_or(ended, |GuestExit { status, text }| StopReason::Exited { status, text }))
+    }
+
+    /// Returns what the guest has reported to its socket device. None without one.
+    pub(crate) fn guest_notice(&self) -> Option<GuestNotice> {
+        self.with_plain(0, |device| device.with(|vsock: &mut Vsock| vsock.notices().get())).flatten()
     }
 
     /// Presses the power button.
