@@ -9,6 +9,7 @@ mod names;
 mod problem;
 mod release;
 mod room;
+mod settings;
 mod shutdown;
 
 use std::fs::File;
@@ -19,15 +20,15 @@ use std::time::Duration;
 
 use crate::console::Line;
 use crate::secrets::Secrets;
-use clade_vmm::vm::{Context, Leases, Vm, VmError};
+use clade_vmm::vm::{Context, Leases, StopReason, Vm, VmError};
 
 pub use names::Cancel;
 pub(crate) use names::{check_names, claim_names};
 
 pub(crate) use dir::about;
 pub use dir::{
-    LONGEST_NAME, LONGEST_SOCKET_PATH, check_name, console_path, image_path, open_log, runtime_dir, socket_path,
-    supervisor_path, virtio_console_path,
+    LONGEST_NAME, LONGEST_SOCKET_PATH, check_name, console_path, image_path, log_path, open_log, runtime_dir,
+    socket_path, supervisor_path, virtio_console_path,
 };
 pub(crate) use dir::{NameClaim, RuntimeDir, SupervisorClaim, VmFiles, vm_names};
 pub use ended::{EndedVm, ended_vms};
@@ -37,6 +38,7 @@ pub use labels::{Label, LabelError, Labels};
 use release::{InUse, Tail};
 pub use room::RoomError;
 pub(crate) use room::{Needs, check as check_room, check_share};
+pub use settings::KeptSettings;
 pub use shutdown::Shutdown;
 
 /// Time limit of a stopped VM to release its interfaces, sockets and name. Disks wait for the
@@ -63,6 +65,17 @@ pub struct Listed {
     pub labels: Labels,
     /// The secrets that its children may be made without.
     pub(crate) secrets: Secrets,
+    /// Whether its guest reports that it is ready.
+    pub(crate) reports_ready: bool,
+}
+
+/// The parts of a [`Listed`] that its VM does not know.
+#[derive(Debug)]
+pub(crate) struct Description {
+    pub(crate) parent: Option<String>,
+    pub(crate) labels: Labels,
+    pub(crate) secrets: Secrets,
+    pub(crate) reports_ready: bool,
 }
 
 /// The sockets of a VM, bound and not yet served.
@@ -170,7 +183,7 @@ impl Fleet {
         &self,
         claim: NameClaim,
         files: VmFiles,
-        (parent, labels, secrets): (Option<String>, Labels, Secrets),
+        about: Description,
         make: impl FnOnce(&Context) -> Result<Vm, VmError>,
         is_wanted: impl FnOnce(&Vm) -> bool,
     ) -> Result<Option<Arc<Vm>>, FleetError> {
@@ -186,7 +199,8 @@ impl Fleet {
         // Requests wait until the VM is listed.
         let mut member = self.member();
         let serving = self.0.serve.begin(Sockets { control, image, consoles }, &vm, &self.0.leases);
-        let listed = Listed { vm: Arc::clone(&vm), parent, labels, secrets };
+        let Description { parent, labels, secrets, reports_ready } = about;
+        let listed = Listed { vm: Arc::clone(&vm), parent, labels, secrets, reports_ready };
         *member = Some(Member { listed, record, _serving: serving });
         drop(member);
         Ok(Some(vm))
@@ -215,6 +229,20 @@ impl Fleet {
     /// When there is no such VM, or some resource of it stays in use.
     pub fn stop<T>(&self, name: &str, describe: impl FnOnce(&Listed) -> T) -> Result<T, FleetError> {
         self.stop_listed(self.get(name)?, describe)
+    }
+
+    /// Stops the VM for a `reason` that is recorded, and waits until its name is free.
+    ///
+    /// # Errors
+    /// When there is no such VM, or some resource of it stays in use.
+    pub(crate) fn end(&self, name: &str, reason: StopReason) -> Result<(), FleetError> {
+        self.get(name)?.vm.stop_because(reason);
+        // Unless the thread that waits for the VM's end was quicker.
+        self.remove();
+        if self.0.in_use.wait_for_none(RELEASE_TIMEOUT) {
+            return Ok(());
+        }
+        Err(FleetError::Unreleased { name: name.to_owned(), seconds: RELEASE_TIMEOUT.as_secs() })
     }
 
     fn stop_listed<T>(&self, listed: Listed, describe: impl FnOnce(&Listed) -> T) -> Result<T, FleetError> {

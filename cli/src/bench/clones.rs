@@ -127,6 +127,7 @@ impl Bench {
             cmdline: String::new(),
             labels: Labels::default(),
             paused: false,
+            reports_ready: false,
             session: None,
             limits: VmLimits::default(),
             secrets: Vec::new(),

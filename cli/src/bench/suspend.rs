@@ -153,6 +153,7 @@ fn processes(config: &Arc<VmConfig>) -> Result<Vec<Row>, Failure> {
                 cmdline: String::new(),
                 labels: Labels::default(),
                 paused: false,
+                reports_ready: false,
                 session: None,
                 limits: VmLimits::default(),
                 secrets: Vec::new(),

@@ -177,6 +177,10 @@ pub(crate) struct ServeArgs {
     /// end with it.
     #[arg(long, exclusive = true)]
     pub(crate) stop: bool,
+    /// End when there is no VM and no checkpoint any more. clade run without -d starts such a
+    /// supervisor if none runs.
+    #[arg(long)]
+    pub(crate) until_idle: bool,
     /// Serve the API also at this loopback address. Port 0 is a free one.
     #[arg(long, value_name = "ADDR", requires = "token_file")]
     pub(crate) tcp: Option<std::net::SocketAddr>,
@@ -408,7 +412,7 @@ pub(crate) struct RunArgs {
     /// Run in the foreground without reading the terminal; the console is on its socket.
     #[arg(long = "no-terminal", alias = "detached")]
     pub(crate) detached: bool,
-    /// Confine the VM's process, if no supervisor runs: as far as the host can (auto), wholly or
+    /// Confine the VM's process, if the command starts the supervisor: as far as the host can (auto), wholly or
     /// not at all (require), or leave it free (off).
     #[arg(long, value_name = "auto|require|off", default_value_t = Confinement::Auto)]
     pub(crate) confine: Confinement,
@@ -579,7 +583,7 @@ pub(crate) struct RestoreArgs {
     /// VMs never read it.
     #[arg(long = "no-terminal", alias = "detached")]
     pub(crate) detached: bool,
-    /// Confine the VMs' processes, if no supervisor runs: as far as the host can (auto), wholly or
+    /// Confine the VMs' processes, if the command starts the supervisor: as far as the host can (auto), wholly or
     /// not at all (require), or leave them free (off).
     #[arg(long, value_name = "auto|require|off", default_value_t = Confinement::Auto)]
     pub(crate) confine: Confinement,

@@ -1,11 +1,11 @@
 //! `clade checkpoint`, `checkpoints`: the supervisor's images for forks.
 
-use clade_daemon::control::{CheckpointInfo, CheckpointRequest, Client, PrepareRequest, Prepared};
+use clade_daemon::control::{CheckpointInfo, CheckpointRequest, Client, GuestState, PrepareRequest, Prepared, VmInfo};
 use hyper::Method;
 
 use crate::commands::args::{CheckpointArgs, CheckpointsArgs};
 use crate::commands::remote::{ask, supervised};
-use crate::commands::units::show_age;
+use crate::commands::units::{show_age, show_pause};
 use crate::commands::{Failure, Outcome, Table, print_json};
 
 pub(super) fn take(args: &CheckpointArgs) -> Outcome {
@@ -21,8 +21,20 @@ pub(super) fn take(args: &CheckpointArgs) -> Outcome {
         return print_json(&info).map_err(Failure::run);
     }
     println!("{}", info.name);
-    eprintln!("{} was paused for {:.0} us", args.vm, info.pause_us);
+    eprintln!("{} was paused for {}", args.vm, show_pause(info.pause_us));
+    warn_of_boot(&client, &args.vm);
     Ok(())
+}
+
+/// Warns on standard error if a guest has not reported yet that it is ready.
+fn warn_of_boot(client: &Client, name: &str) {
+    // A VM that has ended since has no guest.
+    let info = ask(client.request::<VmInfo>(Method::GET, name, "", None::<&()>)).ok();
+    if info.and_then(|info| info.guest) == Some(GuestState::Booting) {
+        eprintln!(
+            "clade: the guest of {name} was still booting: children of the checkpoint boot on. `clade run -d --wait` returns when the guest is ready"
+        );
+    }
 }
 
 pub(super) fn list(args: &CheckpointsArgs) -> Outcome {

@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 
 use clade_e2b::{ApiKeys, Gateway, KeysError, Options, Quotas, Scope, TemplateStore};
 use serde::Serialize;
@@ -133,18 +134,30 @@ pub(super) fn key(command: &KeyCommand) -> Outcome {
 }
 
 impl E2bArgs {
-    /// Serves the API, if requested, until the runtime ends.
-    pub(super) fn serve(&self, dir: &Path, runtime: &Handle) -> Outcome {
-        let Some(address) = self.e2b else { return Ok(()) };
+    /// Binds the port of the API, if requested.
+    pub(super) fn bind(&self, dir: &Path, runtime: &Handle) -> Result<Option<BoundApi>, Failure> {
+        let Some(address) = self.e2b else { return Ok(None) };
         // Without a directory there are no templates.
         let templates = TemplateStore::of_user().ok();
         let (keys, domain) = (self.keys.path()?, self.e2b_domain.clone());
         let options = Options { dir: dir.to_owned(), keys, domain, templates, quotas: self.e2b_quota };
         let gateway = Gateway::open(&options).map_err(Failure::input)?;
         let _runtime = runtime.enter();
-        let (bound, serving) = gateway.listen(address).map_err(Failure::input)?;
-        runtime.spawn(serving);
-        say!("E2B's API is at http://{bound}");
-        Ok(())
+        let (address, serving) = gateway.listen(address).map_err(Failure::input)?;
+        Ok(Some(BoundApi { address, serving: Box::pin(serving) }))
+    }
+}
+
+/// E2B's API at a port that is bound, and not served yet.
+pub(super) struct BoundApi {
+    address: SocketAddr,
+    serving: Pin<Box<dyn Future<Output = ()> + Send>>,
+}
+
+impl BoundApi {
+    /// Serves the API until the runtime ends.
+    pub(super) fn serve(self, runtime: &Handle) {
+        runtime.spawn(self.serving);
+        say!("E2B's API is at http://{}", self.address);
     }
 }

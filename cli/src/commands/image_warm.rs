@@ -211,6 +211,7 @@ mod tests {
             cmdline: "c".to_owned(),
             labels: Labels::default(),
             paused: false,
+            reports_ready: true,
             session: None,
             limits: VmLimits::default(),
             secrets: Vec::new(),

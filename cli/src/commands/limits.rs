@@ -50,3 +50,13 @@ pub(crate) fn end_at_closed_pipes() {
     // handle the signal.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
 }
+
+/// Has processes that this one starts get no descriptor that this one was started with: a lock or a
+/// pipe of a shell would live as long as they do.
+pub(super) fn keep_descriptors_from_children() {
+    // SAFETY: this sets a flag of descriptors, and closes none.
+    let done = unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as libc::c_int) };
+    if done != 0 {
+        tracing::debug!(error = %std::io::Error::last_os_error(), "descriptors are not kept from the supervisor");
+    }
+}

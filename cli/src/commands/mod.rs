@@ -234,7 +234,9 @@ mod tests {
         let documented: Vec<&str> = rows.skip_while(|cell| *cell != "code").skip(1).collect();
         let error = || anyhow::anyhow!("why");
         let codes = [Failure::Run(error()), Failure::Input(error()), Failure::Timeout(error())].map(|one| one.code());
-        let expected: Vec<String> = std::iter::once(0).chain(codes).map(|code| code.to_string()).collect();
+        let mut expected: Vec<String> = std::iter::once(0).chain(codes).map(|code| code.to_string()).collect();
+        expected.push("a program's".to_owned());
+        assert_eq!(Failure::Exit(7, None).code(), 7);
         let (signals, plain) = documented.split_last().unwrap();
         assert_eq!(plain, expected);
         assert!(signals.starts_with("128 and a signal"), "{signals}");

@@ -96,7 +96,12 @@ impl Drawing<'_> {
                 Some(true) => ", of this VM alone",
                 Some(false) | None => "",
             };
-            let line = format!("{}{shared}", pages(&format!("of layer {}", layer.id), layer.shown_pages));
+            // The rest are holes of its file: zeros that take no memory.
+            let is_sparse = |kib: &u64| kib / 4 < layer.shown_pages;
+            let memory =
+                layer.resident_kib.filter(is_sparse).map(|kib| format!(", in {} of memory", show_size(kib << 10)));
+            let of_layer = pages(&format!("of layer {}", layer.id), layer.shown_pages);
+            let line = format!("{of_layer}{}{shared}", memory.unwrap_or_default());
             lines.push((Shade::Layer(place), line));
         }
         lines.push((Shade::Reference, pages("zeros or a pattern", reference)));

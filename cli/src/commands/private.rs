@@ -14,7 +14,7 @@ use clade_daemon::control::{
 };
 use clade_daemon::fleet::{Labels, console_path, ended_vms, runtime_dir, socket_path};
 use clade_daemon::jail::Confinement;
-use clade_daemon::supervisor::{Supervisor, vms_in};
+use clade_daemon::supervisor::{CgroupPlace, Supervisor, SupervisorOptions, vms_in};
 use clade_harness::{GuestWords, Machine, WordsError, bytes_of};
 use clade_vmm::kvm::Host;
 use clade_vmm::vm::{StopReason, VmConfig};
@@ -27,7 +27,7 @@ use tokio::runtime::{Handle, Runtime};
 use crate::commands::Failure;
 use crate::commands::many::for_each;
 use crate::commands::remote::failure;
-use crate::commands::session::own_supervisor;
+use crate::commands::session::{AHEAD_MIB, POOL};
 use crate::commands::shutdown::ShutdownSignal;
 
 /// The session of all VMs, which end with this process.
@@ -36,6 +36,11 @@ const SESSION: &str = "private";
 const POLL_INTERVAL: Duration = Duration::from_micros(100);
 /// Words of a request for memory.
 const CHUNK_WORDS: usize = 128 << 10;
+
+fn private_supervisor() -> SupervisorOptions {
+    let (pool, ahead_mib, cgroup) = (POOL, AHEAD_MIB, CgroupPlace::Off);
+    SupervisorOptions { pool, ahead_mib, cgroup, confinement: Confinement::default(), net_hook: None, until_idle: true }
+}
 
 /// The VMs of this command.
 pub(crate) struct PrivateVms {
@@ -57,7 +62,7 @@ impl PrivateVms {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(Failure::run)?;
         let shutdown = ShutdownSignal::listen(runtime.handle()).map_err(Failure::run)?;
-        let options = own_supervisor(Confinement::default(), SESSION);
+        let options = private_supervisor();
         let supervisor = Supervisor::start(dir.path(), &options, runtime.handle()).map_err(Failure::run)?;
         let path = dir.path().to_owned();
         runtime.spawn(async move {
@@ -93,6 +98,7 @@ impl PrivateVms {
             cmdline: source.cmdline.to_owned(),
             labels: Labels::default(),
             paused: false,
+            reports_ready: false,
             session: Some(SESSION.to_owned()),
             limits: VmLimits::default(),
             secrets: Vec::new(),

@@ -10,7 +10,7 @@ use crate::commands::args::{ListFormat, PsArgs};
 use crate::commands::remote::{ask, state_name};
 use crate::commands::units::{show_age, show_size};
 use crate::commands::{Failure, Outcome, print_json};
-use clade_daemon::control::{Client, ListedVms, VmInfo};
+use clade_daemon::control::{Client, GuestState, ListedVms, VmInfo, VmState};
 use clade_daemon::fleet::EndedVm;
 
 const NONE: &str = "-";
@@ -60,22 +60,28 @@ pub(super) fn columns(rows: &[Vec<String>]) -> String {
     rows.iter().map(line).collect()
 }
 
-/// A VM's private memory and its total.
+/// A VM's memory: its own, that of the layers that it shows, and the size of its RAM.
 fn memory(vm: &VmInfo) -> String {
     let show = |memory: &clade_daemon::control::MemoryInfo| {
-        format!("{}/{}", show_size(memory.private_kib << 10), show_size(memory.mib << 20))
+        let (own, shared) = (show_size(memory.private_kib << 10), show_size(memory.shared_kib << 10));
+        format!("{own}+{shared}/{}", show_size(memory.mib << 20))
     };
     vm.memory.as_ref().map_or_else(|| "?".into(), show)
 }
 
-/// A VM's state, and the errors of its disks.
+/// A VM's state, or its guest's while it runs, and the errors of its disks.
 fn state(vm: &VmInfo) -> String {
     let trouble = match (vm.disks.iter().any(|disk| disk.lost), vm.disks.iter().any(|disk| disk.no_room > 0)) {
         (true, _) => ", write lost",
         (_, true) => ", disk full",
         _ => "",
     };
-    format!("{}{trouble}", state_name(vm.state))
+    let state = match (vm.state, vm.guest) {
+        (VmState::Running, Some(GuestState::Booting)) => "booting",
+        (VmState::Running, Some(GuestState::Ready)) => "ready",
+        (state, _) => state_name(state),
+    };
+    format!("{state}{trouble}")
 }
 
 fn or_none(text: String) -> String {
@@ -157,7 +163,7 @@ fn table(running: &[VmInfo], silent: &[String], ended: &[EndedVm], all: bool, fo
     let rows = running.iter().map(Row::Running).chain(silent);
     let mut rows: Vec<Row<'_>> = rows.chain(ended.iter().map(Row::Ended)).collect();
     rows.sort_by(|a, b| by_name(a.name(), b.name()));
-    let mut header: Vec<String> = ["NAME", "STATE", "PARENT", "MEMORY", "AGE"].map(String::from).into();
+    let mut header: Vec<String> = ["NAME", "STATE", "PARENT", "OWN+SHARED/RAM", "AGE"].map(String::from).into();
     if format == ListFormat::Wide {
         header.extend(["PID", "GEN", "CPUS", "SHARED", "INTERFACES", "CID", "LABELS"].map(String::from));
     }
@@ -238,14 +244,14 @@ mod tests {
                 "name": name, "pid": 12345, "state": "running", "parent": "web", "generation": 1, "cpus": 2,
                 "age_s": 7261.0,
                 "memory": {"mib": 512, "reference_pages": 1, "shared_pages": 512, "exclusive_pages": 3,
-                           "pinned_pages": 0, "private_kib": 1234},
+                           "pinned_pages": 0, "private_kib": 1234, "shared_kib": 2048},
             }))
             .unwrap()
         };
         let text = table(&[vm("web-10"), vm("web-2")], &[], &[], false, ListFormat::Short);
         let lines: Vec<&str> = text.lines().collect();
-        assert_eq!(lines[0], "NAME    STATE    PARENT  MEMORY     AGE");
-        assert_eq!(lines[1], "web-2   running  web     1.2M/512M  2h1m");
+        assert_eq!(lines[0], "NAME    STATE    PARENT  OWN+SHARED/RAM  AGE");
+        assert_eq!(lines[1], "web-2   running  web     1.2M+2M/512M    2h1m");
         assert!(lines[2].starts_with("web-10  running"));
         let mut full = vm("web");
         full.disks =

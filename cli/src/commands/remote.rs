@@ -11,7 +11,7 @@ use crate::commands::many::{limit, suspend_after};
 use crate::commands::progress::shown;
 use crate::commands::serve::ensure;
 use crate::commands::terminal::{Escape, EscapeFilter, RawMode};
-use crate::commands::units::show_age;
+use crate::commands::units::{show_age, show_pause};
 use crate::commands::{Failure, Outcome, Table, print_json};
 use clade_daemon::control::{
     BalloonInfo, BalloonRequest, Client, ClientError, ErasedInfo, ForkAnswer, ForkRequest, LogsAnswer, VmState,
@@ -99,14 +99,15 @@ pub(crate) fn fork(args: &ForkArgs) -> Outcome {
         println!("{child}");
     }
     eprintln!(
-        "{} in {:.1} ms; {} was paused for {:.0} us",
+        "{} in {:.1} ms; {} was paused for {}",
         children(answer.children.len()),
         answer.total_us / 1000.0,
         args.name,
-        answer.pause_us,
+        show_pause(answer.pause_us),
     );
     if let Some(ErasedInfo { whole, parts }) = answer.erased {
-        eprintln!("secrets were erased in {whole} places of each, and {parts} parts of them at pages' edges");
+        let parts = if parts == 0 { String::new() } else { format!(" and {parts} parts of copies") };
+        eprintln!("the secrets are erased in each child: {whole} copies{parts}");
     }
     limited
 }

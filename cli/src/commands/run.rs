@@ -154,6 +154,7 @@ pub(super) fn request(args: &RunArgs, of_image: Option<&ImageVm>) -> Result<Boot
         cmdline: args.cmdline.clone().unwrap_or_else(default_cmdline),
         labels: Labels::of(&args.label).map_err(Failure::input)?,
         paused: false,
+        reports_ready: of_image.is_some(),
         session: None,
         limits: VmLimits { memory_mib: args.memory_limit.map(|bytes| bytes >> 20), cpus: args.cpu_limit },
         secrets: secrets(args)?,

@@ -1,5 +1,6 @@
 //! `clade serve`: the supervisor of a runtime directory.
 
+use std::ffi::OsString;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -7,9 +8,10 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
-use clade_daemon::control::{Client, SupervisorInfo, Token};
-use clade_daemon::fleet::{FleetError, open_log, runtime_dir, supervisor_path};
-use clade_daemon::supervisor::{Supervisor, SupervisorOptions};
+use clade_daemon::control::{Client, ClientError, MergingVm, SupervisorInfo, Token};
+use clade_daemon::fleet::{FleetError, KeptSettings, log_path, open_log, runtime_dir, supervisor_path};
+use clade_daemon::jail::Confinement;
+use clade_daemon::supervisor::{Supervisor, SupervisorOptions, TcpPort};
 
 use hyper::Method;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -20,7 +22,7 @@ use crate::commands::notify::{READY, STOPPING, notify};
 use crate::commands::remote::ask;
 use crate::commands::run::{say, with_runtime};
 use crate::commands::shutdown::ShutdownSignal;
-use crate::commands::{Failure, Outcome};
+use crate::commands::{Failure, Outcome, limits};
 
 /// Interval of the checks for the end.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
@@ -28,6 +30,12 @@ const POLL_INTERVAL: Duration = Duration::from_millis(100);
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time limit of another supervisor that already has the directory.
 const OTHER_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// With `--until-idle`: the time without a request after which the supervisor ends, if it has no VM
+/// and no checkpoint. A command asks it for its state first, and has as much time for its request.
+const IDLE_TIME: Duration = Duration::from_secs(2);
+/// Time limit of one request for its state.
+const STATE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Time that `clade serve --stop` waits for the end.
 const STOP_TIMEOUT: Duration = Duration::from_secs(60);
@@ -38,10 +46,22 @@ fn running() -> Result<SupervisorInfo, Failure> {
 }
 
 fn status() -> Outcome {
-    let SupervisorInfo { pid, version, dir, vms, checkpoints, prepared } = running()?;
+    let SupervisorInfo { pid, version, dir, vms, checkpoints, prepared, merging, until_idle } = running()?;
     println!("process {pid}, version {version}");
     println!("directory {}", dir.display());
     println!("{vms} VMs, {checkpoints} checkpoints, {prepared} prepared processes");
+    if until_idle {
+        println!("it ends with the last VM and checkpoint");
+    }
+    for MergingVm { name, waits, failed, .. } in merging {
+        match (failed, waits) {
+            (true, _) => println!("{name} has ended; its disk lacks writes since a fork: see clade.log"),
+            (_, true) => {
+                println!("{name} has ended; its disk gets the writes since a fork once no VM or checkpoint uses it");
+            }
+            _ => println!("{name} has ended; its disk gets the writes since a fork"),
+        }
+    }
     Ok(())
 }
 
@@ -81,25 +101,59 @@ pub(super) fn main(args: &ServeArgs) -> Outcome {
         let token = args.token_file.as_deref().map(Token::read_or_create).transpose().map_err(Failure::input)?;
         let (confinement, cgroup, net_hook) = (args.confine, args.cgroup.clone(), args.net_hook.clone());
         let (pool, ahead_mib) = (args.pool, args.ahead);
-        let options = SupervisorOptions { pool, confinement, cgroup, net_hook, ahead_mib, session: None };
+        let until_idle = args.until_idle;
+        let options = SupervisorOptions { pool, confinement, cgroup, net_hook, ahead_mib, until_idle };
+        wait_for_idle_end();
+        // Before the supervisor answers: a command that starts it must not find one that cannot stay.
+        // But not beside a supervisor that runs, whose ports and files these may be. The directory is
+        // checked first.
+        KeptSettings::kept(&dir).map_err(Failure::input)?;
+        let bind =
+            || Ok((args.tcp.map(TcpPort::bind).transpose().map_err(Failure::input)?, args.e2b.bind(&dir, runtime)?));
+        let early = if answers(&dir) { None } else { Some(bind()?) };
         let supervisor = Supervisor::start(&dir, &options, runtime).map_err(|error| match error {
             FleetError::Worker { .. } => Failure::run(error),
             _ => Failure::input(error),
         })?;
-        if let Some((address, token)) = args.tcp.zip(token) {
-            let listening = supervisor.listen(address, token).inspect_err(|_| supervisor.close());
+        let ports = early.map_or_else(bind, Ok);
+        let (tcp, e2b) = ports.inspect_err(|_| supervisor.close())?;
+        if let Some((port, token)) = tcp.zip(token) {
+            let listening = supervisor.listen(port, token).inspect_err(|_| supervisor.close());
             say!("the API is at tcp://{}", listening.map_err(Failure::input)?);
         }
-        args.e2b.serve(&dir, runtime).inspect_err(|_| supervisor.close())?;
+        e2b.into_iter().for_each(|bound| bound.serve(runtime));
+        // The settings of a supervisor that ends by itself are of no use to the next one.
+        if !until_idle {
+            keep_settings(&dir);
+        }
         say!("VMs in {} are supervised", dir.display());
         notify(READY);
-        while shutdown.signal().is_none() {
+        while shutdown.signal().is_none() && !(until_idle && supervisor.is_idle(IDLE_TIME)) {
             std::thread::sleep(POLL_INTERVAL);
         }
         notify(STOPPING);
+        // Before the next supervisor may start.
+        if !until_idle && let Err(error) = KeptSettings::forget(&dir) {
+            tracing::warn!(%error, "the next supervisor has the settings of this one");
+        }
         supervisor.close();
         shutdown.signal().map_or(Ok(()), |number| Err(Failure::Signal(number)))
     })
+}
+
+/// Keeps the settings of this process for the next supervisor, if this one is killed.
+fn keep_settings(dir: &Path) {
+    // Without arguments there are no settings.
+    if std::env::args_os().len() <= 2 {
+        return;
+    }
+    let args = std::env::args_os().skip(1).map(OsString::into_string).collect::<Result<Vec<_>, _>>();
+    let settings = args
+        .map_err(|arg| anyhow!("{arg:?} is not UTF-8"))
+        .and_then(|args| Ok(KeptSettings { args, working_dir: std::env::current_dir()? }));
+    if let Err(error) = settings.and_then(|settings| Ok(settings.keep(dir)?)) {
+        tracing::warn!(%error, "the settings are not kept for the next supervisor");
+    }
 }
 
 /// Returns whether a supervisor answers for the runtime directory `dir`.
@@ -107,33 +161,103 @@ pub(super) fn answers(dir: &Path) -> bool {
     UnixStream::connect(supervisor_path(dir)).is_ok()
 }
 
+/// Whether a supervisor runs.
+enum State {
+    Runs(SupervisorInfo),
+    /// A process has the socket, and does not answer in time.
+    Silent,
+    None,
+}
+
+/// Asks the supervisor for its state: it answers once it has started completely. A POST puts the end
+/// of an idle one off.
+fn state(method: Method) -> State {
+    let client = Client::default();
+    let request = client.supervisor::<SupervisorInfo>(method, "/v1/supervisor", None::<&()>);
+    match ask(async { Ok(tokio::time::timeout(STATE_TIMEOUT, request).await) }) {
+        Ok(Ok(Ok(info))) => State::Runs(info),
+        Ok(Err(_)) => State::Silent,
+        // A supervisor of another version may refuse, and runs.
+        Ok(Ok(Err(ClientError::Refused { status, .. }))) if status != 409 => State::Silent,
+        Ok(Ok(Err(_))) | Err(_) => State::None,
+    }
+}
+
+/// Waits for the end of a supervisor that a command has started, and that has nothing left.
+fn wait_for_idle_end() {
+    let deadline = Instant::now() + STATE_TIMEOUT;
+    let is_idle = |info: &SupervisorInfo| info.until_idle && info.vms + info.checkpoints + info.merging.len() == 0;
+    while let State::Runs(info) = state(Method::GET)
+        && is_idle(&info)
+        && Instant::now() < deadline
+    {
+        std::thread::sleep(POLL_INTERVAL);
+    }
+}
+
 /// Starts a supervisor in the background, unless one runs.
 pub(super) fn ensure() -> Outcome {
+    ensure_with(&[], Confinement::Auto)
+}
+
+/// The same, with these arguments and this confinement for a supervisor that is started.
+pub(super) fn ensure_with(args: &[&str], confinement: Confinement) -> Outcome {
     let dir = runtime_dir();
-    let answers = || answers(&dir);
-    if answers() {
+    if !matches!(state(Method::POST), State::None) {
         return Ok(());
     }
     let log = open_log(&dir).map_err(Failure::input)?;
+    let earlier = log.metadata().map_err(Failure::run)?.len();
+    let kept = KeptSettings::kept(&dir).map_err(Failure::input)?;
+    let with = kept.as_ref().map_or_else(String::new, |kept| {
+        let args = kept.args.join(" ");
+        format!(" with the settings of one that was killed (`clade {args}`; another clade serve replaces them)")
+    });
     let mut command = Command::new("/proc/self/exe");
-    command.arg0("clade").arg("serve").stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    command.arg0("clade").stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    // The directory may be relative to another working directory.
+    command.env("CLADE_RUNTIME_DIR", std::path::absolute(&dir).map_err(Failure::input)?);
+    match &kept {
+        Some(kept) if confinement == Confinement::Require && !requires_confinement(&kept.args) => {
+            return Err(Failure::input(anyhow!("--confine require: the supervisor would start{with}, without it")));
+        }
+        Some(kept) => command.args(&kept.args).current_dir(&kept.working_dir),
+        None => command.args(["serve", "--confine", &confinement.to_string()]).args(args),
+    };
     // Keys of this terminal must not signal it.
     command.process_group(0);
-    let mut started = command.spawn().map_err(Failure::run)?;
-    let (mut deadline, mut has_ended) = (Instant::now() + START_TIMEOUT, false);
-    while !answers() {
+    limits::keep_descriptors_from_children();
+    let mut started = command.spawn().map_err(|error| Failure::run(anyhow!("no supervisor starts{with}: {error}")))?;
+    let (mut deadline, mut ended) = (Instant::now() + START_TIMEOUT, None);
+    while matches!(state(Method::POST), State::None) {
         // Another may have been quicker, and answers in a moment.
-        if !has_ended && started.try_wait().map_err(Failure::run)?.is_some() {
-            (has_ended, deadline) = (true, Instant::now() + OTHER_TIMEOUT);
+        if ended.is_none() {
+            ended = started.try_wait().map_err(Failure::run)?;
+            deadline = ended.map_or(deadline, |_| Instant::now() + OTHER_TIMEOUT);
         }
         if Instant::now() > deadline {
-            let dir = dir.display();
-            return Err(Failure::Run(match has_ended {
-                true => anyhow::anyhow!("the supervisor has exited; see clade.log in {dir}"),
-                false => anyhow::anyhow!("the supervisor does not answer after {START_TIMEOUT:?}"),
-            }));
+            let Some(status) = ended else {
+                return Err(Failure::run(anyhow!("the supervisor does not answer after {START_TIMEOUT:?}")));
+            };
+            let error = anyhow!("{}", last_words(&dir, earlier, &with));
+            return Err(if status.code() == Some(2) { Failure::Input(error) } else { Failure::Run(error) });
         }
         std::thread::sleep(Duration::from_millis(5));
     }
     Ok(())
+}
+
+fn requires_confinement(args: &[String]) -> bool {
+    args.iter().any(|arg| arg == "--confine=require") || args.windows(2).any(|two| two == ["--confine", "require"])
+}
+
+/// Returns the error of a supervisor that could not start, `with` some settings: the last line that
+/// it has logged. `earlier` is the length of the log before.
+fn last_words(dir: &Path, earlier: u64, with: &str) -> String {
+    let log = std::fs::read(log_path(dir)).unwrap_or_default();
+    let text = String::from_utf8_lossy(log.get(earlier as usize..).unwrap_or_default()).into_owned();
+    match text.lines().rev().find_map(|line| line.strip_prefix("clade: ")) {
+        Some(error) => format!("the supervisor could not start{with}: {error}"),
+        None => format!("the supervisor has exited{with}; see {}", log_path(dir).display()),
+    }
 }

@@ -1,7 +1,7 @@
 //! VMs in the foreground: they end with the command that has started them.
 //!
-//! Each VM has a process of its own, which a supervisor starts. If none runs, the command is one
-//! itself, for as long as it runs.
+//! Each VM has a process of its own, which a supervisor in the background starts. The supervisor and
+//! its checkpoints outlive the command.
 
 use std::future::Future;
 use std::io::{self, Read, Write};
@@ -19,16 +19,14 @@ use tokio::runtime::Handle;
 
 use crate::commands::remote::failure;
 use crate::commands::run::say;
-use crate::commands::serve::{answers, ensure};
+use crate::commands::serve::{answers, ensure_with};
 use crate::commands::shutdown::ShutdownSignal;
 use crate::commands::terminal::{Escape, EscapeFilter, RawMode};
 use crate::commands::{Failure, Outcome};
-use clade_daemon::control::{Client, ClientError, StopRequest};
-use clade_daemon::fleet::{EndedVm, FleetError, console_path, ended_vms, runtime_dir};
+use clade_daemon::control::{Client, ClientError, StopRequest, SupervisorInfo};
+use clade_daemon::fleet::{EndedVm, console_path, ended_vms, log_path};
 use clade_daemon::jail::Confinement;
-use clade_daemon::supervisor::{
-    COMMIT_TIMEOUT, CgroupPlace, Supervisor, SupervisorOptions, in_session, is_in_session, settle_dead,
-};
+use clade_daemon::supervisor::{COMMIT_TIMEOUT, in_session, is_in_session, settle_dead};
 use clade_vmm::kvm::Host;
 use clade_vmm::vm::StopReason;
 
@@ -44,32 +42,25 @@ const LAST_WORK: Duration = Duration::from_secs(10);
 const SAY_AFTER: Duration = Duration::from_secs(1);
 /// Stop requests in flight.
 const STOPS: usize = 8;
-/// Most workers prepared by a supervisor of one command.
-const POOL: usize = 16;
+/// Most workers prepared by a supervisor that a session has started.
+pub(super) const POOL: usize = 16;
+/// Attempts of a request whose supervisor ends meanwhile.
+const ATTEMPTS: u32 = 3;
 
 /// Memory that a child of a checkpoint may have copies of ahead, in MiB.
 pub(super) const AHEAD_MIB: u32 = 16;
-
-/// Returns the options for the supervisor of one command: the VMs of its `session` end with this
-/// process.
-pub(super) fn own_supervisor(confinement: Confinement, session: &str) -> SupervisorOptions {
-    let session = Some(session.to_owned());
-    let cgroup = CgroupPlace::Off;
-    SupervisorOptions { pool: POOL, confinement, cgroup, net_hook: None, ahead_mib: AHEAD_MIB, session }
-}
 
 /// The VMs of this command.
 pub(super) struct Session<'a> {
     name: String,
     client: Client,
+    confinement: Confinement,
     runtime: &'a Handle,
     shutdown: &'a ShutdownSignal,
-    /// This process's own supervisor, if no other ran.
-    supervisor: Option<Supervisor>,
 }
 
 impl<'a> Session<'a> {
-    /// Begins a session. Starts a supervisor if none runs.
+    /// Begins a session. Starts a supervisor if none runs, which ends when it has nothing left.
     pub(super) fn begin(
         confinement: Confinement,
         runtime: &'a Handle,
@@ -81,25 +72,20 @@ impl<'a> Session<'a> {
                 "CLADE_API is set, and the console of a VM elsewhere is not to be had: use --detach"
             )));
         }
-        let dir = runtime_dir();
         // The pid may have been another command's, some of whose VMs still run.
         let begun = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros());
         let name = format!("run-{}-{begun:x}", std::process::id());
-        let options = own_supervisor(confinement, &name);
-        let start = || match Supervisor::start(&dir, &options, runtime) {
-            // Another command was quicker.
-            Err(FleetError::Supervised { .. }) => ensure().map(|()| None),
-            other => other.map(Some).map_err(started),
-        };
-        let supervisor = if answers(&dir) {
-            None
-        } else {
-            // Before the start: a missing KVM is one error, without the warnings of a process that
-            // cannot use it either.
+        let session = Self { name, client, confinement, runtime, shutdown };
+        if !answers(session.client.dir()) {
+            // A missing KVM is one error here, and a line in a log there.
             Host::open().map_err(Failure::input)?;
-            start()?
-        };
-        Ok(Self { name, client, runtime, shutdown, supervisor })
+        }
+        session.ensure()?;
+        Ok(session)
+    }
+
+    fn ensure(&self) -> Outcome {
+        ensure_with(&["--until-idle", "--cgroup", "off"], self.confinement)
     }
 
     /// Returns its name.
@@ -113,11 +99,16 @@ impl<'a> Session<'a> {
         path: &str,
         body: Option<&(impl Serialize + Sync)>,
     ) -> Result<T, Failure> {
-        let request = self.client.supervisor(Method::POST, path, body);
-        match self.unless_ended(request) {
-            Some(answer) => answer.map_err(failure),
-            None => Err(Failure::Signal(self.shutdown.signal().unwrap_or_default())),
+        for attempt in 1.. {
+            let request = self.client.supervisor(Method::POST, path, body);
+            match self.unless_ended(request) {
+                // The supervisor has ended: it had nothing left.
+                Some(Err(error)) if attempt < ATTEMPTS && has_no_supervisor(&error) => self.ensure()?,
+                Some(answer) => return answer.map_err(failure),
+                None => break,
+            }
         }
+        Err(Failure::Signal(self.shutdown.signal().unwrap_or_default()))
     }
 
     fn unless_ended<T>(&self, work: impl Future<Output = T>) -> Option<T> {
@@ -145,11 +136,11 @@ impl<'a> Session<'a> {
                 return match self.ended_soon(name)? {
                     Some(ended) => {
                         print_last(&ended);
-                        self.outcome(name, ended.stopped)
+                        self.outcome(name, &ended.stopped)
                     }
                     // Another command has stopped it since it was made.
                     None if !self.there().iter().any(|there| there == name) => {
-                        self.outcome(name, StopReason::Requested)
+                        self.outcome(name, &StopReason::Requested)
                     }
                     None => Err(error),
                 };
@@ -168,15 +159,18 @@ impl<'a> Session<'a> {
             print_last(ended);
         }
         drop(raw);
-        self.outcome(name, ended.map_or(StopReason::Requested, |ended| ended.stopped))
+        self.outcome(name, &ended.map_or(StopReason::Requested, |ended| ended.stopped))
     }
 
     /// Waits for the children of a VM that has ended, and returns the outcome of the command.
-    fn outcome(&self, name: &str, stopped: StopReason) -> Outcome {
+    fn outcome(&self, name: &str, stopped: &StopReason) -> Outcome {
         self.wait_for_all(name);
         self.end_by_signal()?;
         match stopped {
-            StopReason::Requested | StopReason::Reset | StopReason::PowerOff => Ok(()),
+            reason if reason.is_in_order() => Ok(()),
+            StopReason::Exited { status, .. } => {
+                Err(Failure::Exit(*status, Some(anyhow::anyhow!("{name}: {stopped}"))))
+            }
             reason => Err(Failure::Run(anyhow::anyhow!("{name}: {reason}"))),
         }
     }
@@ -323,34 +317,54 @@ impl<'a> Session<'a> {
 }
 
 impl Drop for Session<'_> {
+    /// Waits until its ended VMs' disks have the writes since a fork. A VM or a checkpoint that uses
+    /// a disk is not waited for: the disk gets the writes after that, whatever this process does.
     fn drop(&mut self) {
-        let Some(supervisor) = self.supervisor.take() else { return };
-        supervisor.close();
-        // They end with this process; another signal ends that at once.
-        if !supervisor.wait_for_disks(SAY_AFTER) {
-            say!("\r\nclade: disks are given what was written since the fork\r");
-            // Writes are not merged into a disk that others still use.
-            let limit = if self.there().is_empty() { COMMIT_TIMEOUT } else { LAST_WORK };
-            if !supervisor.wait_for_disks(limit) {
-                let limit = limit.as_secs();
-                say!("\r\nclade: a disk has not been given what was written since the fork within {limit} s\r");
+        let (begun, signal) = (Instant::now(), self.shutdown.signal());
+        let mut said = false;
+        // The next signal ends the wait.
+        while self.shutdown.signal() == signal {
+            let request = self.client.supervisor::<SupervisorInfo>(Method::GET, "/v1/supervisor", None::<&()>);
+            let answer = self.runtime.block_on(async {
+                tokio::select! {
+                    answer = tokio::time::timeout(LAST_WORK, request) => answer.ok(),
+                    () = self.shutdown.wait(), if signal.is_none() => None,
+                }
+            });
+            // Without a supervisor that answers the processes merge the writes as well.
+            let Some(Ok(info)) = answer else { return };
+            let of_this = || info.merging.iter().filter(|vm| vm.session.as_deref() == Some(&*self.name));
+            let (waiting, merging): (Vec<_>, Vec<_>) = of_this().filter(|vm| !vm.failed).partition(|vm| vm.waits);
+            if merging.is_empty() {
+                for failed in of_this().filter(|vm| vm.failed) {
+                    let (name, log) = (&failed.name, log_path(self.client.dir()));
+                    say!("\r\nclade: a disk of {name} lacks writes since a fork: see {}\r", log.display());
+                }
+                if let [first, ..] = waiting.as_slice() {
+                    let name = &first.name;
+                    say!(
+                        "\r\nclade: a VM or checkpoint uses a disk of {name}: the disk is given what was written since the fork after that\r"
+                    );
+                }
+                return;
             }
-        }
-        // VMs of others need a supervisor for their forks.
-        let others = clade_daemon::supervisor::vms_in(self.client.dir());
-        if others.is_ok_and(|others| !others.is_empty())
-            && let Err(error) = ensure()
-        {
-            say!("clade: VMs run on without a supervisor: {error}");
+            if begun.elapsed() > COMMIT_TIMEOUT {
+                let limit = COMMIT_TIMEOUT.as_secs();
+                say!("\r\nclade: a disk has not been given what was written since the fork within {limit} s\r");
+                return;
+            }
+            if !said && begun.elapsed() > SAY_AFTER {
+                say!("\r\nclade: disks are given what was written since the fork\r");
+                said = true;
+            }
+            thread::sleep(POLL_INTERVAL);
         }
     }
 }
 
-fn started(error: FleetError) -> Failure {
-    match error {
-        FleetError::Worker { .. } => Failure::run(error),
-        _ => Failure::input(error),
-    }
+/// Returns whether a request failed because its supervisor has ended, or ends.
+fn has_no_supervisor(error: &ClientError) -> bool {
+    matches!(error, ClientError::NoSupervisor { .. }) || error.is_lost()
 }
 
 /// A console that is copied to standard output.

@@ -11,6 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::commands::args::{ActArgs, SaveArgs, SnapshotArgs, SnapshotCommand, SnapshotDirArgs};
 use crate::commands::remote::{ask, supervised};
+use crate::commands::units::show_pause;
 use crate::commands::{Failure, Outcome, Table, print_json};
 use clade_daemon::control::{SnapshotAnswer, SnapshotProgress, SnapshotRequest, WorkingSetAnswer};
 
@@ -81,14 +82,14 @@ fn save(args: &SaveArgs) -> Outcome {
     let mib = answer.data_pages as f64 / 256.0;
     let seconds = answer.total_us / 1e6;
     println!(
-        "{}: snapshot {} of {}\n{mib:.1} MiB of data and {:.1} MiB of zeros in {seconds:.2} s ({:.0} MiB/s)\n{} was paused for {:.0} us",
+        "{}: snapshot {} of {}\n{mib:.1} MiB of data and {:.1} MiB of zeros in {seconds:.2} s ({:.0} MiB/s)\n{} was paused for {}",
         answer.dir.display(),
         answer.id,
         args.name,
         answer.zero_pages as f64 / 256.0,
         mib / seconds,
         args.name,
-        answer.pause_us,
+        show_pause(answer.pause_us),
     );
     Ok(())
 }

@@ -112,6 +112,15 @@ pub(crate) fn show_age(seconds: f64) -> String {
     }
 }
 
+/// Formats the microseconds of a pause: `0.78 ms`, `12 ms`, `1.3 s`.
+pub(crate) fn show_pause(us: f64) -> String {
+    match us {
+        ..10_000.0 => format!("{:.2} ms", us / 1e3),
+        ..1e6 => format!("{:.0} ms", us / 1e3),
+        _ => format!("{:.1} s", us / 1e6),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -162,6 +171,8 @@ mod tests {
             [(0, "0B"), (999, "999B"), (20 << 10, "20K"), (3 << 19, "1.5M"), (512 << 20, "512M"), (1 << 30, "1G")];
         sizes.iter().for_each(|(bytes, text)| assert_eq!(show_size(*bytes), *text));
         let ages = [(0.4, "0s"), (59.9, "59s"), (192.0, "3m12s"), (18120.0, "5h2m"), (183_600.0, "2d3h")];
+        let pauses = [(0.0, "0.00 ms"), (784.0, "0.78 ms"), (8758.0, "8.76 ms"), (12_345.0, "12 ms"), (1.3e6, "1.3 s")];
+        pauses.iter().for_each(|(us, text)| assert_eq!(show_pause(*us), *text));
         ages.iter().for_each(|(age, text)| assert_eq!(show_age(*age), *text));
     }
 }

@@ -4,7 +4,6 @@ use std::time::{Duration, Instant};
 
 use clade_daemon::control::{Client, ClientError, VmInfo};
 use clade_daemon::fleet::{EndedVm, check_name, socket_path};
-use clade_vmm::vm::StopReason;
 use hyper::Method;
 use serde::Serialize;
 
@@ -49,11 +48,6 @@ struct Ended {
     in_order: bool,
 }
 
-/// Returns whether a guest or its owner has ended the VM.
-fn is_in_order(reason: &StopReason) -> bool {
-    matches!(reason, StopReason::Requested | StopReason::Reset | StopReason::PowerOff)
-}
-
 async fn record(client: &Client, name: &str) -> Result<Option<EndedVm>, Failure> {
     Ok(client.ended().await.map_err(failure)?.into_iter().find(|ended| ended.name == name))
 }
@@ -73,7 +67,7 @@ async fn end_of(
         // Before the record is read: that is written before the socket goes.
         let is_there = client.is_remote() || socket_path(client.dir(), name).exists();
         if let Some(record) = record(client, name).await? {
-            let in_order = is_in_order(&record.stopped);
+            let in_order = record.stopped.is_in_order();
             return Ok(Some(Ended { name: name.to_owned(), reason: record.reason, in_order }));
         }
         // Without a record the VM was stopped, and its files were cleared up.
@@ -97,7 +91,7 @@ async fn one(client: Client, name: String, deadline: Instant) -> Result<Option<E
         let left = deadline.saturating_duration_since(Instant::now());
         match tokio::time::timeout(left, answer).await {
             Ok(Ok(VmInfo { stopped: Some(reason), .. })) => {
-                let in_order = is_in_order(&reason);
+                let in_order = reason.is_in_order();
                 return Ok(Some(Ended { name, reason: reason.to_string(), in_order }));
             }
             Ok(Ok(_)) => {

@@ -9,7 +9,7 @@ use rustix::fs::{Mode, OFlags};
 
 use clade_daemon::fleet::Fleet;
 use clade_daemon::flight;
-use clade_daemon::worker::{self, Program, Served};
+use clade_daemon::worker::{self, Program, Served, UNMERGED};
 use clade_devices::disk::Disk;
 use clade_guests::abi;
 use clade_harness::{BareMailbox, BareVcpu, GuestWords};
@@ -65,23 +65,28 @@ pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
         let (Some(served), Some(shutdown)) = (served, shutdown.into_inner()) else { return Ok(()) };
         drop(socket);
         let fleet = served.fleet.clone();
-        wait_for_end(served, &shutdown);
+        let is_merged = wait_for_end(served, &shutdown);
         fleet.finish();
+        if !is_merged {
+            return Err(Failure::Exit(UNMERGED, None));
+        }
         shutdown.signal().map_or(Ok(()), |number| Err(Failure::Signal(number)))
     })
 }
 
 /// Waits until the VM has ended and none of its resources is in use. A signal ends it.
 ///
-/// The VM is dropped when it has stopped. Its resources are then free, even while children in other
+/// Returns whether the writes since a fork are in the disks. The VM is dropped when it has stopped. Its resources are then free, even while children in other
 /// processes read its disks.
-fn wait_for_end(served: Served, shutdown: &ShutdownSignal) {
-    let Served { fleet, vm, ahead, was_booted } = served;
+fn wait_for_end(served: Served, shutdown: &ShutdownSignal) -> bool {
+    let Served { fleet, vm, ahead, was_booted, tie } = served;
     while vm.wait(TURN).is_none() {
         if shutdown.signal().is_some() {
             vm.stop();
         }
     }
+    // Before the name is free: the command may end as soon as it is.
+    drop(tie);
     flight::note(&vm.stopped().map_or_else(|| "ended".to_owned(), |reason| format!("ended: {reason}")));
     if let Some(ahead) = ahead {
         ahead.end(&vm);
@@ -93,12 +98,12 @@ fn wait_for_end(served: Served, shutdown: &ShutdownSignal) {
     while !fleet.wait_until_unused(TURN) {
         if shutdown.signal().is_some() && until < Instant::now() {
             say!("clade: a request has not ended {} s after the signal, and is cut off", LAST_WORK.as_secs());
-            return;
+            return !disks.iter().any(has_overlays);
         }
     }
     wait_for_children(&fleet, &disks, shutdown);
     // After the end of all readers: no disk may be written that another VM's map refers to.
-    commit_overlays(disks);
+    commit_overlays(disks)
 }
 
 /// Waits until no VM in another process reads files of `disks` that have overlays to be committed.
@@ -123,8 +128,10 @@ fn has_overlays(disk: &Disk) -> bool {
     disk.is_forked() && !disk.config().read_only && !disk.config().ephemeral
 }
 
-/// Writes the overlays of disks back to their files, if possible, and reports the result.
-fn commit_overlays(disks: Vec<Disk>) {
+/// Writes the overlays of disks back to their files, if possible, and reports the result. Returns
+/// whether all are written.
+fn commit_overlays(disks: Vec<Disk>) -> bool {
+    let mut is_merged = true;
     for disk in disks {
         if !has_overlays(&disk) {
             continue;
@@ -136,11 +143,13 @@ fn commit_overlays(disks: Vec<Disk>) {
                 say!("\r\nclade: {path} has been given the {bytes} bytes written since the VM was forked\r");
             }
             Err(failed) => {
+                is_merged = false;
                 let error = clade_vmm::error_chain(&failed.1);
                 say!("\r\nclade: what was written since the VM was forked is not in {path}: {error}\r");
             }
         }
     }
+    is_merged
 }
 
 /// Returns whether `clade bench clones` has started this worker. A child of the bare guest then

@@ -37,7 +37,7 @@ fn kernels_that_are_none() {
     for kernel in kernels {
         runtime.clade(&["run", "--kernel", &kernel, "--mem", "32M"]).expect_refusal(&kernel);
     }
-    assert_eq!(fs::read_dir(runtime.dir()).unwrap().count(), 8, "no socket and no lock is left behind");
+    assert_eq!(runtime.files().len(), 8, "no socket and no lock is left behind");
 }
 
 #[test]
@@ -97,7 +97,7 @@ fn values_that_no_vm_can_have() {
         let all = [&["run", "--kernel", "bare", "--detached"], args].concat();
         runtime.clade(&all).expect_refusal(value);
     }
-    assert_eq!(fs::read_dir(runtime.dir()).unwrap().count(), 1, "no socket and no lock is left behind");
+    assert_eq!(runtime.files().len(), 1, "no socket and no lock is left behind");
 }
 
 #[test]
@@ -157,7 +157,7 @@ fn devices_that_cannot_be() {
         assert_eq!(answer.code, Some(2), "{answer:?}");
         assert!(answer.stderr.contains(named), "{named}: {answer:?}");
     }
-    assert_eq!(fs::read_dir(runtime.dir()).unwrap().count(), 1, "no socket and no lock is left behind");
+    assert_eq!(runtime.files().len(), 1, "no socket and no lock is left behind");
 }
 
 #[test]

@@ -185,7 +185,7 @@ fn a_crashed_process_leaves_its_names_to_others() {
     runtime.start("crash");
     runtime.clade(&["fork", "crash", "--count", "2", "--paused", "--json"]).json();
     // All VMs of its session end with it.
-    runtime.crash();
+    runtime.crash_all();
     wait_until("the end of the workers", || runtime.clades().is_empty());
     assert!(runtime.files().contains("crash.sock"), "that is what a crash leaves");
     assert_eq!(runtime.names(), Vec::<String>::new());
@@ -194,6 +194,27 @@ fn a_crashed_process_leaves_its_names_to_others() {
     assert_eq!(runtime.names(), ["crash"]);
     let forked = runtime.clade(&["fork", "crash", "--paused", "--json"]).json();
     assert_eq!(forked["children"], json!(["crash-1"]));
+}
+
+#[test]
+fn a_guest_that_reports_is_booting_until_it_is_ready() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    runtime.start("plain");
+    let config = json!({"memory": 32 << 20, "cpus": 1, "irqchip": "split", "pit": false, "cpu": "host", "hide": "",
+        "pmu": false, "acpi": false, "report_port": true, "disks": [], "nets": [], "vsock": null, "rng": null,
+        "balloon": false, "virtio_console": false});
+    let body = json!({"name": "slow", "config": config, "kernel": "bare", "reports_ready": true});
+    let (status, booted) = runtime.http("POST", "/v1/vms", &body.to_string());
+    assert_eq!((status, booted["guest"].as_str()), (200, Some("booting")), "{booted}");
+    let guests: Vec<Value> =
+        runtime.clade(&["ps", "--json"]).json().as_array().unwrap().iter().map(|vm| vm["guest"].clone()).collect();
+    assert_eq!(guests, [Value::Null, json!("booting")]);
+    let shown = runtime.clade(&["ps"]).stdout;
+    assert!(shown.lines().any(|line| line.starts_with("slow") && line.contains(" booting ")), "{shown}");
+    runtime.clade(&["stop", "--all"]);
 }
 
 #[test]

@@ -8,12 +8,14 @@ use rustix::process::Signal;
 
 use crate::tool::{Runtime, kill, kvm, runs, wait_until};
 
+/// Returns the files in `dir`, without the log of a supervisor.
 fn entries(dir: &Path) -> Vec<String> {
     let names = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
-    names.collect()
+    names.filter(|name| name != "clade.log").collect()
 }
 
-/// Waits until `dir` has exactly these entries. The last process of a session may end after it.
+/// Waits until `dir` has exactly these entries. The last process of a session, and the supervisor
+/// without one, may end after it.
 fn wait_for_entries(dir: &Path, expected: &[&str]) {
     wait_until(&format!("{expected:?} alone in {}", dir.display()), || entries(dir) == expected);
 }
@@ -62,7 +64,8 @@ fn a_signal_ends_all_vms_and_leaves_nothing_behind() {
         // Neither sockets nor overlays.
         wait_for_entries(dir.path(), &["disk"]);
         // The parent's disk, which it alone uses in the end.
-        assert!(said.contains("disk has been given the 0 bytes written since the VM was forked"), "{said}");
+        let log = runtime.log();
+        assert!(log.contains("disk has been given the 0 bytes written since the VM was forked"), "{log}");
         assert!(said.contains(&format!("clade: ended by signal {}", signal.as_raw())), "{said}");
         assert!(!said.contains("run on"), "{said}");
         assert!(std::fs::read(dir.path().join("disk")).unwrap() == vec![7; 1 << 20]);
@@ -118,10 +121,28 @@ fn a_command_ends_when_its_disks_have_what_was_written_however_late() {
         kill(parent, Signal::CONT);
         let said = runtime.heard();
         assert_eq!(runtime.ended(), Some(signal.map_or(0, |_| 143)), "{said}");
-        assert!(said.contains("disk has been given the 0 bytes written"), "{signal:?}: {said}");
+        assert!(said.contains("disks are given what was written"), "{signal:?}: {said}");
+        assert!(runtime.log().contains("disk has been given the 0 bytes written"), "{signal:?}: {}", runtime.log());
         wait_for_entries(dir.path(), &["disk"]);
         wait_until("the end of all processes", || runtime.clades().is_empty());
     }
+}
+
+#[test]
+fn a_disk_that_cannot_be_given_the_writes_is_named() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut runtime = Runtime::new();
+    let claim = Cid::take();
+    let parent = held_back(&mut runtime, dir.path(), &claim);
+    runtime.signal(Signal::TERM);
+    wait_until("the end of its VMs", || runtime.names().is_empty());
+    kill(parent, Signal::KILL);
+    let said = runtime.heard();
+    assert_eq!(runtime.ended(), Some(143), "{said}");
+    assert!(said.contains("a disk of web lacks writes since a fork"), "{said}");
 }
 
 #[test]
@@ -138,9 +159,11 @@ fn another_signal_ends_the_wait_for_disks() {
     assert!(runtime.runs());
     runtime.signal(Signal::INT);
     assert_eq!(runtime.ended(), Some(130));
-    // It ends with the command as soon as it can.
+    // Its disk gets the writes without the command, and the supervisor ends after that.
+    assert!(runs(parent));
     kill(parent, Signal::CONT);
     wait_until("the end of its processes", || runtime.clades().is_empty());
+    assert!(runtime.log().contains("disk has been given the 0 bytes written"), "{}", runtime.log());
 }
 
 #[test]

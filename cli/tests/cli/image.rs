@@ -241,6 +241,17 @@ fn an_image_is_a_vm_that_can_be_forked() {
         "{booted:?} {:?}",
         images.clade(&["logs", "web"])
     );
+    let state = |vm: &str| {
+        images
+            .clade(&["ps", "--json"])
+            .json()
+            .as_array()
+            .unwrap()
+            .iter()
+            .find_map(|one| (one["name"] == vm).then(|| one["guest"].clone()))
+    };
+    wait_until("the guest to be ready", || state("web") == Some(json!("ready")));
+    assert!(images.clade(&["ps"]).stdout.contains(" ready "), "{:?}", images.clade(&["ps"]));
     let exec = |vm: &str, script: &str| images.clade(&["exec", "--wait", WAIT, vm, "--", "sh", "-c", script]);
     wait_until("what the image runs", || exec("web", "cat /tmp/started").stdout == "started\n");
     let logs = images.clade(&["logs", "web"]).stdout.replace('\r', "");
@@ -273,6 +284,16 @@ fn an_image_is_a_vm_that_can_be_forked() {
     wait_until("what the image runs, in the next VM", || exec("again", "cat /tmp/started").stdout == "started\n");
     let seen = exec("again", "ls /srv && echo nothing");
     assert_eq!(seen.stdout, "nothing\n", "what the first has done since is not in it: {seen:?}");
+    assert_eq!(state("again"), Some(Value::Null), "a child's agent has reported to the parent's host");
+    // A program that dies: its status is the command's, and its end is the VM's reason.
+    let mut dies = images.command(&["run", "--image", &name, "--mem", "256M", "--name", "dies", "--no-terminal"]);
+    dies.arg("--kernel").arg(linux.join("vmlinux")).args(["--", "kill -SEGV $$"]).env("CLADE_AGENT", &agent);
+    let died = Answer::from(dies.output().unwrap());
+    assert_eq!(died.code, Some(139), "{died:?}");
+    assert!(died.stderr.contains("dies: the guest's program has ended: sh: signal: "), "{died:?}");
+    let ended = images.clade(&["ps", "-a", "--json"]).json();
+    let ended = ended["ended"].as_array().unwrap().iter().find(|vm| vm["name"] == "dies").unwrap().clone();
+    assert_eq!((&ended["stopped"]["kind"], &ended["stopped"]["status"]), (&json!("exited"), &json!(139)), "{ended}");
     let checkpoints = images.clade(&["checkpoints", "--json"]).json();
     let kept = checkpoints[0]["name"].as_str().unwrap();
     assert!(kept.starts_with("image-") && checkpoints.as_array().unwrap().len() == 1, "{checkpoints}");

@@ -35,7 +35,7 @@ struct Held {
 
 impl Held {
     fn now(runtime: &Runtime, stem: &str) -> Self {
-        let pid = runtime.pid();
+        let pid = runtime.supervisor();
         let names = |dir: &Path| {
             let all = fs::read_dir(dir).unwrap().filter_map(Result::ok);
             all.map(|e| e.file_name().into_string().unwrap()).collect::<BTreeSet<_>>()
@@ -227,18 +227,18 @@ fn storm(seconds: u64) {
     };
     thread::sleep(Duration::from_secs(12));
     let before = Held::now(&runtime, &stem);
-    let memory = resident(runtime.pid());
-    keep_smaps(runtime.pid(), "before");
+    let memory = resident(runtime.supervisor());
+    keep_smaps(runtime.supervisor(), "before");
     run(Duration::from_secs(seconds), 1);
     settled(&before);
-    let grown = resident(runtime.pid()).saturating_sub(memory);
-    keep_smaps(runtime.pid(), "after");
+    let grown = resident(runtime.supervisor()).saturating_sub(memory);
+    keep_smaps(runtime.supervisor(), "after");
     println!("{tally:?} in {seconds} s; {grown} KiB more resident; {before:?}");
     assert!(grown < 16 << 10, "{grown} KiB more than before");
     assert_eq!(fs::read_dir(snapshots.path()).unwrap().count(), 0, "nothing of a snapshot is left");
     assert_eq!(runtime.clade(&["stop", "web"]).code, Some(0));
     assert_eq!(runtime.ended(), Some(0));
-    assert_eq!(fs::read_dir(runtime.dir()).unwrap().count(), 0);
+    assert_eq!(runtime.files(), BTreeSet::new());
 }
 
 #[test]

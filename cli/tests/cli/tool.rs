@@ -164,6 +164,12 @@ impl Runtime {
         process.wait().unwrap();
     }
 
+    /// The same with the supervisor, which could clear up.
+    pub(crate) fn crash_all(&mut self) {
+        kill(self.supervisor(), Signal::KILL);
+        self.crash();
+    }
+
     /// Waits for the oldest process to end by itself; returns its exit code.
     pub(crate) fn ended(&mut self) -> Option<i32> {
         // The process stays in the list until it has ended, so that it is killed if it does not.
@@ -179,6 +185,16 @@ impl Runtime {
     /// Returns the pid of the oldest process.
     pub(crate) fn pid(&self) -> u32 {
         self.processes[0].id()
+    }
+
+    /// Returns the pid of the supervisor.
+    pub(crate) fn supervisor(&self) -> u32 {
+        self.http("GET", "/v1/supervisor", "").1["pid"].as_u64().unwrap() as u32
+    }
+
+    /// Returns the log of the supervisor in the background, and of its VMs' processes.
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(self.dir().join("clade.log")).unwrap_or_default()
     }
 
     /// Returns the number of a process's descriptors.

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use serde_json::json;
+
 use crate::supervisor::Supervised;
 use crate::tool::{kvm, wait_until};
 
@@ -50,6 +52,9 @@ fn a_vm_is_stopped_when_its_time_is_over_unless_that_is_put_off() {
     std::thread::sleep(Duration::from_millis(300));
     assert_eq!(all.runtime.names(), ["web", "web-2", "web-3"]);
     assert_eq!(left("web-3"), None);
+    let ended = all.runtime.clade(&["ps", "-a", "--json"]).json()["ended"].clone();
+    let [end] = ended.as_array().unwrap().as_slice() else { panic!("{ended}") };
+    assert_eq!((&end["name"], &end["reason"]), (&json!("web-1"), &json!("its time to live is over")));
     // A new VM of the name does not inherit the earlier one's time.
     all.fork(&["web", "--name", "web-1"]);
     assert_eq!(left("web-1"), None);

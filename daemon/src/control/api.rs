@@ -33,6 +33,16 @@ pub enum VmState {
     Stopped,
 }
 
+/// The state of a guest's system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum GuestState {
+    /// The guest has not reported yet that it is ready.
+    Booting,
+    /// The guest has reported that it is ready (`READY=1` of `sd_notify`).
+    Ready,
+}
+
 /// A VM's pages by kind; see `clade_memory::RamStats`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct MemoryInfo {
@@ -48,6 +58,9 @@ pub struct MemoryInfo {
     pub pinned_pages: u64,
     /// Memory that is freed with the VM, in KiB.
     pub private_kib: u64,
+    /// Memory of the shared pages, in KiB: other VMs and checkpoints may use it too.
+    #[serde(default)]
+    pub shared_kib: u64,
 }
 
 /// A network device and its traffic.
@@ -134,6 +147,10 @@ pub struct VmInfo {
     pub pid: u32,
     /// Its state.
     pub state: VmState,
+    /// The state of a guest that reports it: of one that is booted with `reports_ready`, or has
+    /// reported that it is ready.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub guest: Option<GuestState>,
     /// The reason why it stopped, if it has.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     #[schema(value_type = Option<schema::StopReason>)]
@@ -215,6 +232,12 @@ impl From<&Listed> for VmInfo {
             (None, true) => VmState::Paused,
             (None, false) => VmState::Running,
         };
+        let is_ready = vm.guest_notice().is_some_and(|notice| notice.is_ready);
+        let guest = match (is_ready, listed.reports_ready) {
+            (true, _) => Some(GuestState::Ready),
+            (false, true) => Some(GuestState::Booting),
+            (false, false) => None,
+        };
         let memory = vm.memory_stats().ok().map(|stats| MemoryInfo {
             mib: vm.config().layout().bytes() >> 20,
             reference_pages: stats.reference,
@@ -222,11 +245,13 @@ impl From<&Listed> for VmInfo {
             exclusive_pages: stats.exclusive,
             pinned_pages: stats.pinned,
             private_kib: stats.private_kib,
+            shared_kib: stats.shared_kib,
         });
         Self {
             name: vm.name().to_owned(),
             pid: std::process::id(),
             state,
+            guest,
             stopped,
             parent: listed.parent.clone(),
             labels: listed.labels.clone(),
@@ -261,6 +286,7 @@ impl VmInfo {
             name: name.to_owned(),
             pid,
             state: VmState::Stopped,
+            guest: None,
             stopped: Some(stopped),
             parent: None,
             labels: Labels::default(),
@@ -807,8 +833,12 @@ pub struct BootRequest {
     /// Whether it starts paused.
     #[serde(default)]
     pub paused: bool,
-    /// Its session, inherited by all its descendants: the process that began the session stops them
-    /// at its end.
+    /// Whether its guest reports that it is ready, by its agent or otherwise. The guest is
+    /// `booting` until then.
+    #[serde(default)]
+    pub reports_ready: bool,
+    /// Its session, inherited by all its descendants: they end with the process that sends this
+    /// request, however that ends. Refused over TCP.
     #[serde(default)]
     #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}$", min_length = 1, max_length = 48)]
     pub session: Option<String>,
@@ -850,7 +880,7 @@ pub struct RestoreRequest {
     /// The VMs. A single one without a name is called as the snapshot's directory.
     #[serde(default, deserialize_with = "object::object")]
     pub vms: ForkRequest,
-    /// The session that they belong to.
+    /// The session that they belong to, as of a VM that is booted.
     #[serde(default)]
     #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}$", min_length = 1, max_length = 48)]
     pub session: Option<String>,
@@ -992,4 +1022,25 @@ pub struct SupervisorInfo {
     pub checkpoints: usize,
     /// Prepared workers.
     pub prepared: usize,
+    /// Whether the supervisor ends when it has no VM and no checkpoint.
+    #[serde(default)]
+    pub until_idle: bool,
+    /// Ended VMs whose processes have yet to merge the writes since a fork into their disks.
+    #[serde(default)]
+    pub merging: Vec<MergingVm>,
+}
+
+/// An ended VM whose process has yet to merge the writes since a fork into its disks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MergingVm {
+    /// Its name.
+    pub name: String,
+    /// Its session's name, if it had one.
+    pub session: Option<String>,
+    /// Whether the process waits for a VM or a checkpoint that uses a disk.
+    pub waits: bool,
+    /// Whether the process has ended, and the writes are not in the disk. The newest 16 such VMs are
+    /// listed.
+    #[serde(default)]
+    pub failed: bool,
 }

@@ -73,6 +73,15 @@ pub(crate) trait Accept: Send {
 
     /// Returns the address that a connection comes from, if it has one.
     fn peer(stream: &Self::Stream) -> Option<Peer>;
+
+    /// Returns the process that has made a connection, if it is one of this host.
+    fn process(stream: &Self::Stream) -> Option<ClientProcess>;
+}
+
+/// The process that has sent a request, as the kernel names it to this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ClientProcess {
+    pub(crate) pid: u32,
 }
 
 /// Accepts connections to a TCP port.
@@ -104,6 +113,10 @@ impl Accept for TcpAcceptor {
     fn peer(stream: &TcpStream) -> Option<Peer> {
         stream.peer_addr().ok().map(|address| Peer(address.ip()))
     }
+
+    fn process(_: &TcpStream) -> Option<ClientProcess> {
+        None
+    }
 }
 
 impl Accept for Acceptor {
@@ -115,6 +128,12 @@ impl Accept for Acceptor {
 
     fn peer(_: &UnixStream) -> Option<Peer> {
         None
+    }
+
+    fn process(stream: &UnixStream) -> Option<ClientProcess> {
+        // 0 is a process of a namespace that this one does not see.
+        let pid = stream.peer_cred().ok()?.pid()?;
+        Some(ClientProcess { pid: u32::try_from(pid).ok().filter(|pid| *pid > 0)? })
     }
 }
 
@@ -240,15 +259,16 @@ impl Drop for Abort {
 
 /// Serves one connection until its client is done or the process ends. A request that has begun is
 /// answered.
-async fn answer<S>(stream: S, peer: Option<Peer>, router: Router, mut ending: watch::Receiver<bool>)
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
+async fn answer<A: Accept>(stream: A::Stream, router: Router, mut ending: watch::Receiver<bool>) {
+    let (peer, process) = (A::peer(&stream), A::process(&stream));
     let stream = Stalling::new(stream, WRITE_TIMEOUT);
     let service = TowerToHyperService::new(router);
     let service = service_fn(move |mut request: hyper::Request<Incoming>| {
         if let Some(peer) = peer {
             request.extensions_mut().insert(peer);
+        }
+        if let Some(process) = process {
+            request.extensions_mut().insert(process);
         }
         service.call(request)
     });
@@ -280,9 +300,9 @@ async fn accept<A: Accept>(
         let stream = acceptor.next().await;
         // Wait here before accepting another connection. The semaphore is never closed.
         let Ok(permit) = Arc::clone(connections).acquire_owned().await else { return };
-        let (peer, router, ending) = (A::peer(&stream), router(), ending.clone());
+        let (router, ending) = (router(), ending.clone());
         tokio::spawn(async move {
-            answer(stream, peer, router, ending).await;
+            answer::<A>(stream, router, ending).await;
             drop(permit);
         });
     }

@@ -56,15 +56,16 @@ mod ttl;
 
 pub use api::{
     AheadInfo, BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DiskInfo, ErasedInfo,
-    ForkAnswer, ForkRequest, ForkedInfo, GuestMemory, IdentityInfo, LogsAnswer, MemoryInfo, NetInfo, NetworkRequest,
-    OpenRequest, PrepareRequest, Prepared, ReadyAnswer, ResetAnswer, RestoreRequest, SavedSource, ShutdownInfo,
-    SnapshotAnswer, SnapshotProgress, SnapshotRequest, StopAnswer, StopRequest, SupervisorInfo, SuspendAfterInfo,
-    SuspendAfterRequest, SuspendAnswer, SuspendRequest, TouchedAnswer, TouchedRun, VmInfo, VmLimits, VmState,
-    VsockInfo, WakeAnswer, WorkingSetAnswer,
+    ForkAnswer, ForkRequest, ForkedInfo, GuestMemory, GuestState, IdentityInfo, LogsAnswer, MemoryInfo, MergingVm,
+    NetInfo, NetworkRequest, OpenRequest, PrepareRequest, Prepared, ReadyAnswer, ResetAnswer, RestoreRequest,
+    SavedSource, ShutdownInfo, SnapshotAnswer, SnapshotProgress, SnapshotRequest, StopAnswer, StopRequest,
+    SupervisorInfo, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest, TouchedAnswer, TouchedRun,
+    VmInfo, VmLimits, VmState, VsockInfo, WakeAnswer, WorkingSetAnswer,
 };
 pub use client::{Client, ClientError, ListedVms};
 pub use console::ConsoleTyped;
 pub use gather::Gathered;
+pub(crate) use listen::ClientProcess;
 pub(crate) use listen::{ACCEPT_BACKOFF, Acceptor, TcpAcceptor, behind_gate, serve_http, serve_vm, with_bodies};
 pub use memory::{
     CopyStats, HistogramInfo, KindCounts, LayerHome, LayerInfo, MemoryStats, PauseStats, PinStats, ProcessStats,

@@ -17,6 +17,8 @@ pub(crate) use egress::EgressRule;
 pub(crate) enum StopReason {
     /// Its owner stopped it.
     Requested,
+    /// The time that its owner gave it is over.
+    TimeOver,
     /// Its process ended without a report.
     Process { signal: Option<i32>, code: Option<i32> },
     /// Its process exceeded its memory limit, and was killed.
@@ -25,6 +27,8 @@ pub(crate) enum StopReason {
     Reset,
     /// The guest powered itself off.
     PowerOff,
+    /// The guest ended itself after its main program had ended, and reported that.
+    Exited { status: u8, text: String },
     /// The guest shut down, or took a triple fault.
     Shutdown { vcpu: usize },
     /// KVM could not emulate an instruction.

@@ -22,7 +22,7 @@ use utoipa_axum::routes;
 use crate::control::problem::{ApiError, ProblemKind};
 use crate::control::server::{Answer, with_fleet};
 use crate::fleet::WeakFleet;
-use clade_vmm::vm::Vm;
+use clade_vmm::vm::{StopReason, Vm};
 
 /// The longest time, in seconds: a century.
 const MAX_SECONDS: f64 = 100.0 * 365.0 * 86_400.0;
@@ -146,7 +146,7 @@ impl Timers {
                     return Ok(());
                 }
                 tracing::info!(name = of, "its time is over");
-                fleet.stop(&of, |_| ())
+                fleet.end(&of, StopReason::TimeOver)
             });
             match stopped.await {
                 Ok(()) => return,

@@ -99,6 +99,12 @@ pub fn open_log(dir: &Path) -> Result<File, FleetError> {
     opened.map(File::from).map_err(|error| FleetError::Runtime { path: dir.path.join(LOG), source: error.into() })
 }
 
+/// Path of the log of a supervisor in the background.
+#[must_use]
+pub fn log_path(dir: &Path) -> PathBuf {
+    dir.join(LOG)
+}
+
 /// Path of the supervisor's socket. A VM's files end differently.
 #[must_use]
 pub fn supervisor_path(dir: &Path) -> PathBuf {
@@ -176,7 +182,7 @@ impl RuntimeDir {
         Ok(names)
     }
 
-    fn remove(&self, file: &str) -> io::Result<()> {
+    pub(super) fn remove(&self, file: &str) -> io::Result<()> {
         match unlinkat(&self.fd, file, AtFlags::empty()) {
             Err(error) if error != rustix::io::Errno::NOENT => Err(error.into()),
             _ => Ok(()),

@@ -24,6 +24,9 @@ pub enum CancelReason {
     /// The process ends.
     #[error("the process is ending")]
     Ending,
+    /// The command of the VMs' session has ended.
+    #[error("the command of its session has ended")]
+    SessionEnded,
 }
 
 /// Reasons why the fleet refuses or cancels a request.

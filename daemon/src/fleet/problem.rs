@@ -2,7 +2,7 @@
 
 use std::io::ErrorKind;
 
-use super::FleetError;
+use super::{CancelReason, FleetError};
 use crate::control::ProblemKind;
 use clade_memory::{AccessError, RamError};
 use clade_vmm::vm::{DeviceError, SnapshotError, VmError};
@@ -18,6 +18,7 @@ impl FleetError {
             Self::NoSuchCheckpoint { .. } => ProblemKind::NoSuchCheckpoint,
             Self::Taken { .. } | Self::CheckpointTaken { .. } | Self::Supervised { .. } => ProblemKind::NameTaken,
             Self::Ending => ProblemKind::Ending,
+            Self::Cancelled { reason: CancelReason::Ending, .. } => ProblemKind::Ending,
             Self::Cancelled { .. } => ProblemKind::Cancelled,
             Self::Vm(error) => of_vm(error),
             Self::Snapshot(error) => of_snapshot(error),

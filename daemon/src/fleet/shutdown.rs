@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::{Fleet, FleetError, Listed};
-use clade_vmm::vm::{StopReason, Vm};
+use clade_vmm::vm::Vm;
 
 /// Interval of the checks whether the guest has powered off.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
@@ -48,7 +48,7 @@ fn ends_by_itself(vm: &Vm, time: Duration) -> bool {
     loop {
         let left = time.saturating_sub(begun.elapsed());
         if let Some(reason) = vm.wait(left.min(POLL_INTERVAL)) {
-            return matches!(reason, StopReason::PowerOff | StopReason::Reset);
+            return reason.is_guests_end();
         }
         if left.is_zero() {
             return false;

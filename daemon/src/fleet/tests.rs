@@ -25,10 +25,16 @@ pub(crate) fn fleet_of_one(dir: &RuntimeDir, is_wanted: bool) -> (Fleet, Option<
     let files = VmFiles::of(sockets, record).unwrap();
     let make = |context: &Context| Vm::boot_as(context, "one", &config, &source, Endpoints::boot(&config)?, true);
     let labels = Labels::of(&["tier=web".parse().unwrap()]).unwrap();
-    let vm = fleet.launch(claim, files, (Some("zero".to_owned()), labels, Secrets::None), make, |vm| {
-        assert!(vm.is_paused() && fleet.listed().is_none(), "nobody can let it run yet");
-        is_wanted
-    });
+    let vm = fleet.launch(
+        claim,
+        files,
+        Description { parent: Some("zero".to_owned()), labels, secrets: Secrets::None, reports_ready: false },
+        make,
+        |vm| {
+            assert!(vm.is_paused() && fleet.listed().is_none(), "nobody can let it run yet");
+            is_wanted
+        },
+    );
     (fleet, vm.unwrap(), starter)
 }
 

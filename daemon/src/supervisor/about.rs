@@ -15,6 +15,7 @@ use super::cgroups::Bounds;
 use super::net_hook::Interfaces;
 use super::overlays::unnamed_in;
 use super::processes::ProcessId;
+use super::session::{self, Session};
 use crate::control::VsockInfo;
 use crate::fleet::{FleetError, NameClaim, RuntimeDir, about, check_name, settle};
 use crate::flight::FlightEvent;
@@ -58,8 +59,8 @@ pub(crate) struct About {
     /// Device and inode of its device's socket: the path may later be another's.
     pub(super) socket: Option<(u64, u64)>,
     /// The session that it belongs to.
-    #[serde(default)]
-    pub(super) session: Option<String>,
+    #[serde(default, deserialize_with = "session::recorded")]
+    pub(super) session: Option<Session>,
     /// Its process.
     #[serde(default)]
     pub(super) process: Option<ProcessId>,
@@ -126,6 +127,10 @@ impl About {
         claim.write_about(&bytes).map_err(failed)
     }
 
+    fn is_of(&self, session: &str) -> bool {
+        self.session.as_ref().is_some_and(|own| own.name == session)
+    }
+
     /// Its socket device.
     pub(super) fn vsock(&self) -> Option<VsockInfo> {
         self.identity.vsock.as_ref().map(|own| VsockInfo { cid: own.cid, socket: own.socket.clone() })
@@ -152,7 +157,7 @@ impl About {
 /// When the runtime directory cannot be read.
 pub fn in_session(dir: &Path, session: &str) -> Result<Vec<String>, FleetError> {
     let all = About::all(&RuntimeDir::open(dir)?)?;
-    let mine = |about: &About| about.session.as_deref() == Some(session);
+    let mine = |about: &About| about.is_of(session);
     Ok(all.into_iter().filter(|(_, about)| mine(about)).map(|(name, _)| name).collect())
 }
 
@@ -162,7 +167,7 @@ pub fn in_session(dir: &Path, session: &str) -> Result<Vec<String>, FleetError> 
 /// When the record cannot be read.
 pub fn is_in_session(dir: &Path, name: &str, session: &str) -> Result<bool, FleetError> {
     let about = About::read(&RuntimeDir::open(dir)?, name)?;
-    Ok(about.is_some_and(|about| about.session.as_deref() == Some(session)))
+    Ok(about.is_some_and(|about| about.is_of(session)))
 }
 
 /// All VMs of a runtime directory that have not ended.

@@ -12,6 +12,7 @@ use super::cgroups::Cgroups;
 use super::{Inner, Unsettled};
 use crate::fleet::{FleetError, NameClaim, record_end, recorded_reason, vm_names};
 use crate::flight::FlightEvent;
+use crate::worker::UNMERGED;
 use crate::zygote::Exit;
 use clade_vmm::vm::StopReason;
 
@@ -98,12 +99,15 @@ impl Inner {
         vm.group.iter().for_each(|group| group.remove());
         tracing::info!(name, pid = exit.pid, signal = exit.signal, code = exit.code, "a VM's process has ended");
         // By now its name is free, or has another owner.
+        if !vm.has_name() || exit.code == Some(UNMERGED.into()) {
+            self.processes.note_end(&vm, exit);
+        }
         if !vm.has_name() {
             return self.say_ended(&name);
         }
         let flight = vm.flight();
         // By itself, by a signal that it handles, or because it did not stop as requested.
-        let in_order = exit.signal.is_none() && matches!(exit.code, Some(0..=2 | 129 | 130 | 143));
+        let in_order = exit.signal.is_none() && matches!(exit.code, Some(0..=2 | 74 | 129 | 130 | 143));
         let mut was_orderly = in_order || vm.is_stopped;
         if let Some(mib) = exceeded.filter(|_| !was_orderly) {
             tracing::warn!(name, mib, "a VM's process was killed: it took more memory than its limit");

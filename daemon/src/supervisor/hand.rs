@@ -10,6 +10,7 @@ use super::cgroups::{Bounds, Group};
 use super::net_hook::Interfaces;
 use super::overlays::InUse;
 use super::processes::{OwnVm, ProcessId};
+use super::session::Live;
 use crate::fleet::{FleetError, NameClaim, forget_ended};
 use crate::flight;
 use crate::jail::{Confinement, Grants};
@@ -54,14 +55,13 @@ impl Place {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Start<'a> {
     pub(super) shape: &'a Shape,
-    pub(super) session: Option<&'a str>,
+    /// The session whose command it ends with.
+    pub(super) session: Option<&'a Live<'a>>,
     /// The VM that it is forked from.
     pub(super) parent: Option<&'a str>,
     pub(super) bounds: Bounds,
     /// The worker.
     pub(super) pid: u32,
-    /// The process that it ends with.
-    pub(super) tie: Option<&'a OwnedFd>,
 }
 
 /// The descriptors of one VM, on their way to its worker. A drop removes the files made for it
@@ -72,8 +72,6 @@ pub(super) struct Hand {
     /// Whether the VM is booted, and not forked.
     is_booted: bool,
     files: Vec<OwnedFd>,
-    /// Whether the VM ends with this process.
-    is_tied: bool,
     /// The file of its flight record, read at its end.
     flight: Arc<OwnedFd>,
     /// None once the VM is kept.
@@ -95,26 +93,27 @@ impl Hand {
         let failed = |source| FleetError::Worker { source };
         let (identity, paths) = (ends.identity().clone(), overlays.paths.clone());
         let socket = identity.vsock.as_ref().and_then(|vsock| inode(&vsock.socket));
-        let Start { shape, session, parent, bounds, pid, tie } = start;
-        let (process, parent, session) = (ProcessId::of(pid), parent.map(str::to_owned), session.map(str::to_owned));
+        let Start { shape, session: live, parent, bounds, pid } = start;
+        let session = live.map(|live| live.session.clone());
+        let (process, parent) = (ProcessId::of(pid), parent.map(str::to_owned));
         let about = About { shape: shape.clone(), identity, overlays: paths, socket, session, process, parent, bounds };
         let vsock = about.identity.vsock.as_ref();
         let broker = vsock.map(|vsock| broker.connect(vsock.socket.clone())).transpose().map_err(failed)?;
         let flight = Arc::new(flight::make().map_err(failed)?);
         let (ends, devices) = ends.hand_over(broker).map_err(failed)?;
         // From here on this owns the socket's file.
-        let is_tied = tie.is_some();
-        let mut hand = Self { about, is_booted: false, files: Vec::new(), is_tied, flight, overlays: Some(overlays) };
+        let mut hand = Self { about, is_booted: false, files: Vec::new(), flight, overlays: Some(overlays) };
         let (sockets, record) = claim.hand_over(shape.config.virtio_console)?;
         forget_ended(claim.dir(), &claim.name);
         hand.about.write(claim)?;
         let (sockets, listeners): (Vec<_>, Vec<_>) = sockets.into_iter().unzip();
         hand.files.push(record);
         hand.files.push(hand.flight.try_clone().map_err(failed)?);
-        hand.files.extend(tie.map(OwnedFd::try_clone).transpose().map_err(failed)?);
+        let command = live.map(|live| live.as_fd().try_clone_to_owned());
+        hand.files.extend(command.transpose().map_err(failed)?);
         hand.files.extend(listeners);
         hand.files.extend(devices);
-        Ok((hand, Handed { is_tied, sockets, ends }))
+        Ok((hand, Handed { is_tied: live.is_some(), sockets, ends }))
     }
 
     /// Marks the VM as booted: it may write its disks' images.
@@ -131,7 +130,8 @@ impl Hand {
     /// Returns the VM called `name`, with its `process` and its `group`.
     pub(super) fn own_vm(&self, name: &str, process: OwnedFd, group: Option<Group>) -> OwnVm {
         let vm = OwnVm::new(name, process, &self.about.shape.config, self.is_booted);
-        vm.in_group(group).tied(self.is_tied).recorded_in(&self.flight)
+        let session = self.about.session.as_ref().map(|session| session.name.clone());
+        vm.in_group(group).in_session(session).recorded_in(&self.flight)
     }
 
     /// Returns the descriptors, behind the lock of `claim`.

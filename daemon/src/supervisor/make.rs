@@ -11,12 +11,11 @@ use super::checkpoint::Checkpoint;
 use super::hand::{Hand, Start};
 use super::net_hook::Up;
 use super::ready::expect_reachable;
+use super::session::Session;
 use super::{Fetch, Inner, Supervisor};
 use crate::ahead::{AheadOrder, Learning, note};
-use crate::control::{BootRequest, ErasedInfo, ForkAnswer, ForkRequest, ProblemKind, VmLimits};
-use crate::fleet::{
-    Cancel, FleetError, NameClaim, Needs, check_name, check_names, check_room, check_share, claim_names,
-};
+use crate::control::{BootRequest, ClientProcess, ErasedInfo, ForkAnswer, ForkRequest, ProblemKind, VmLimits};
+use crate::fleet::{Cancel, FleetError, NameClaim, Needs, check_names, check_room, check_share, claim_names};
 use crate::image::Asked;
 use crate::jail::is_block_device;
 use crate::secrets::{self, Secrets};
@@ -196,6 +195,12 @@ impl Supervisor {
         let failed = |source| FleetError::Worker { source };
         let budget = Learning::budget(self.ahead_pages(origin, request)?, count);
         let About { shape, identity, session, bounds, .. } = origin.about;
+        let session = match (session, origin.learning) {
+            (Some(session), None) => Some(session.expect_live(count)?),
+            // A checkpoint outlives the session of its VM.
+            (Some(session), Some(_)) => session.live(),
+            (None, _) => None,
+        };
         let choice = request.identity();
         // Held while any is made: a worker's grants must name existing directories.
         let _overlays = self.0.overlays.hold(&shape.written())?;
@@ -203,14 +208,8 @@ impl Supervisor {
         let order = |worker: &Worker, claim: &NameClaim| {
             let ends = Endpoints::child(&shape.config, identity, &claim.name, &choice).map_err(VmError::from)?;
             let overlays = self.0.overlays.hold(&shape.written())?;
-            let start = Start {
-                shape,
-                session: session.as_deref(),
-                parent: origin.vm,
-                bounds: *bounds,
-                pid: worker.pid(),
-                tie: self.tie(session.as_deref()),
-            };
+            let start =
+                Start { shape, session: session.as_ref(), parent: origin.vm, bounds: *bounds, pid: worker.pid() };
             let (mut hand, handed) = Hand::make(claim, start, overlays, ends, &self.0.broker)?;
             let order = ForkOrder {
                 name: claim.name.clone(),
@@ -244,9 +243,11 @@ impl Supervisor {
             workers.0.iter().map(give).collect()
         };
         let ground = Ground { enter: self.0.place.of_child(shape), bounds: *bounds };
-        let check = |made| self.check(made, count, cancel);
+        let its_session = |made| session.as_ref().map_or(Ok(()), |live| live.check(made, count));
+        let check = |made| its_session(made).and_then(|()| self.check(made, count, cancel));
         let making = Making { shape: Some(shape), ground, claims: &claims, order: &order, check: &check };
-        let made = self.make(&making, give)?;
+        // Its workers end with the command.
+        let made = self.make(&making, give).map_err(|error| its_session(0).err().unwrap_or(error))?;
         claims.into_iter().for_each(NameClaim::leave);
         Ok(made)
     }
@@ -255,14 +256,31 @@ impl Supervisor {
     ///
     /// # Errors
     /// When the name is taken, or the VM cannot be made.
-    pub(crate) fn boot(&self, request: BootRequest, cancel: &Cancel) -> Result<Made, FleetError> {
+    pub(crate) fn boot(
+        &self,
+        request: BootRequest,
+        client: Option<ClientProcess>,
+        cancel: &Cancel,
+    ) -> Result<Made, FleetError> {
         let _busy = self.0.busy.read();
-        let BootRequest { name, mut config, kernel, initrd, cmdline, labels, paused, session, limits, secrets } =
-            request;
+        let BootRequest {
+            name,
+            mut config,
+            kernel,
+            initrd,
+            cmdline,
+            labels,
+            paused,
+            reports_ready,
+            session,
+            limits,
+            secrets,
+        } = request;
         let bounds = self.bounds(limits)?;
         secrets::check(&secrets)?;
         let secrets = Secrets::of(secrets);
-        session.as_deref().map_or(Ok(()), check_name)?;
+        let session = session.map(|name| Session::of(&name, client)).transpose()?;
+        let session = session.as_ref().map(|session| session.expect_live(1)).transpose()?;
         let claim = NameClaim::new(&self.0.dir, &name)?;
         check_room(1, Needs::of(&config)).map_err(|source| FleetError::Room { count: 1, source })?;
         config.check_devices().map_err(VmError::from)?;
@@ -286,19 +304,13 @@ impl Supervisor {
         let order = |worker: &Worker, claim: &NameClaim| {
             let ends = Endpoints::boot(&config).map_err(VmError::from)?;
             let overlays = self.0.overlays.hold(&written)?;
-            let start = Start {
-                shape: &shape,
-                session: session.as_deref(),
-                parent: None,
-                bounds,
-                pid: worker.pid(),
-                tie: self.tie(session.as_deref()),
-            };
+            let start = Start { shape: &shape, session: session.as_ref(), parent: None, bounds, pid: worker.pid() };
             let (mut hand, handed) = Hand::make(claim, start, overlays, ends, &self.0.broker)?;
             let (kernel, initrd, cmdline) = (kernel.clone(), initrd.clone(), cmdline.clone());
             let (name, config, labels) = (claim.name.clone(), config.clone(), labels.clone());
             let secrets = secrets.clone();
-            let order = BootOrder { name, handed, config, kernel, initrd, cmdline, labels, secrets, paused };
+            let order =
+                BootOrder { name, handed, config, kernel, initrd, cmdline, labels, secrets, paused, reports_ready };
             worker.order(&Order::Boot(Box::new(order)), &hand.files(claim))?;
             hand.sent();
             Ok(hand.booted())

@@ -31,6 +31,7 @@
 //! | `proxy` | requests forwarded to a VM's process |
 //! | `ready` | identity of guests in new VMs, renewed by their agents |
 //! | `restore` | VMs from snapshots |
+//! | `session` | VMs that end with a command |
 //! | `server` | the HTTP API |
 
 mod about;
@@ -56,13 +57,13 @@ mod ready;
 mod records;
 mod restore;
 mod server;
+mod session;
 mod snapshots;
 mod suspend;
 
-pub use server::{TcpError, described};
+pub use server::{TcpError, TcpPort, described};
 
 use std::collections::BTreeSet;
-use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -71,19 +72,18 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{PidfdFlags, Signal, getpid, pidfd_open, pidfd_send_signal};
+use rustix::process::{Signal, pidfd_send_signal};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 
-use crate::control::{ApiError, CheckpointInfo, ProblemKind, StopAnswer, SupervisorInfo, VmInfo};
+use crate::control::{ApiError, CheckpointInfo, MergingVm, ProblemKind, StopAnswer, SupervisorInfo, VmInfo};
 use crate::fleet::{
     Cancel, CancelReason, FleetError, MAX_CHILDREN, NameClaim, Needs, RuntimeDir, SupervisorClaim, check_room,
 };
 use crate::flight::FlightEvent;
 use crate::image::give_broker;
 use crate::jail::Confinement;
-use crate::worker::has_ended;
 use crate::zygote::{Exit, Zygote};
 use about::About;
 pub(crate) use about::{clear_up, vsock_known};
@@ -125,22 +125,9 @@ pub struct SupervisorOptions {
     /// Default memory, in MiB, that a child of a checkpoint may have copies of before it writes
     /// there. 0 for none.
     pub ahead_mib: u32,
-    /// The session whose VMs end with this process, whatever its end.
-    pub session: Option<String>,
-}
-
-/// The process that the VMs of a session end with.
-#[derive(Debug)]
-struct Tie {
-    session: String,
-    /// A pidfd of this process.
-    process: OwnedFd,
-}
-
-impl Tie {
-    fn new(session: String) -> io::Result<Self> {
-        Ok(Self { session, process: pidfd_open(getpid(), PidfdFlags::empty())? })
-    }
+    /// Whether the supervisor ends when it is idle. Such a one has few VMs: its workers do not run
+    /// from a copy of the program in huge pages, which takes 18 MiB and time at the start.
+    pub until_idle: bool,
 }
 
 /// The supervisor of a runtime directory. Clones are handles to the same one.
@@ -182,9 +169,8 @@ struct Inner {
     net_hook: Option<NetHook>,
     /// See [`SupervisorOptions::ahead_mib`].
     ahead_mib: u32,
+    until_idle: bool,
     zygote: Arc<Zygote>,
-    /// A session, and this process, which its VMs end with.
-    tie: Option<Tie>,
     pool: Pool,
     checkpoints: Checkpoints,
     snapshots: Snapshots,
@@ -207,6 +193,7 @@ struct Inner {
     closing: AtomicBool,
     /// Shared by requests that make VMs, and taken alone at the end.
     busy: RwLock<()>,
+    last_request: Mutex<Instant>,
     ending: watch::Sender<bool>,
     runtime: Handle,
     /// The tasks that serve the socket, and the port if there is one.
@@ -223,7 +210,7 @@ impl Supervisor {
     /// When another process supervises it, or the zygote cannot be started. When control groups are
     /// required, and unavailable.
     pub fn start(dir: &Path, options: &SupervisorOptions, runtime: &Handle) -> Result<Self, FleetError> {
-        let SupervisorOptions { pool, confinement, ref cgroup, ref net_hook, ahead_mib, ref session } = *options;
+        let SupervisorOptions { pool, confinement, ref cgroup, ref net_hook, ahead_mib, until_idle } = *options;
         let dir = RuntimeDir::create(dir)?;
         let (claim, socket) = SupervisorClaim::new(&dir)?;
         // Before any other process is started.
@@ -231,9 +218,7 @@ impl Supervisor {
         let net_hook = net_hook.as_deref().map(NetHook::new).transpose()?;
         let (sender, exits) = mpsc::channel();
         let failed = |source| FleetError::Worker { source };
-        let tie = session.clone().map(Tie::new).transpose().map_err(failed)?;
-        // A supervisor whose VMs end with it has few of them.
-        let zygote = Arc::new(Zygote::start(sender, confinement, session.is_none())?);
+        let zygote = Arc::new(Zygote::start(sender, confinement, !until_idle)?);
         let place = Place { dir: dir.path().to_owned(), confinement };
         let overlays = OverlayDirs::default();
         let broker = Broker::start().map_err(failed)?;
@@ -257,8 +242,8 @@ impl Supervisor {
             cgroups,
             net_hook,
             ahead_mib,
+            until_idle,
             zygote,
-            tie,
             place,
             overlays,
             dir,
@@ -277,6 +262,7 @@ impl Supervisor {
             unsettled: Mutex::default(),
             closing: AtomicBool::new(false),
             busy: RwLock::default(),
+            last_request: Mutex::new(Instant::now()),
             ending: watch::Sender::new(false),
             runtime: runtime.clone(),
             servers: Mutex::default(),
@@ -296,8 +282,7 @@ impl Supervisor {
         Ok(supervisor)
     }
 
-    /// Ends the supervisor: it accepts no more requests, and prepared workers go. VMs run on. Those
-    /// of its own session end with this process: see [`Self::wait_for_disks`].
+    /// Ends the supervisor: it accepts no more requests, and prepared workers go. VMs run on.
     pub fn close(&self) {
         self.0.closing.store(true, Ordering::Relaxed);
         // Open requests are cancelled, and leave nothing.
@@ -316,21 +301,30 @@ impl Supervisor {
         drop(self.0.claim.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
-    /// Waits, for `limit` at most, until all ended VMs of its own session have merged the writes
-    /// since a fork into their disks. Returns whether they have: the others lose the writes that
-    /// their guests have not flushed, as soon as this process ends.
-    ///
-    /// After [`Self::close`]: a checkpoint keeps the disks as they are.
-    pub fn wait_for_disks(&self, limit: Duration) -> bool {
-        let deadline = Instant::now() + limit;
-        let process = |name: &str| About::read(&self.0.dir, name).ok().flatten()?.process;
-        let writers = self.0.processes.writers(|name, pid| process(name).is_some_and(|its| its.pid() == pid));
-        writers.iter().all(|process| has_ended(process, deadline.saturating_duration_since(Instant::now())))
+    /// Notes the begin or the end of a request.
+    pub(crate) fn touch(&self) {
+        *self.0.last_request.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
-    /// Returns the process that a VM of `session` ends with.
-    fn tie(&self, session: Option<&str>) -> Option<&OwnedFd> {
-        self.0.tie.as_ref().filter(|tie| Some(&*tie.session) == session).map(|tie| &tie.process)
+    /// Returns whether the supervisor has no VM, no checkpoint, and no request for either, and had
+    /// no request that changes something within `time`.
+    #[must_use]
+    pub fn is_idle(&self, time: Duration) -> bool {
+        if self.0.last_request.lock().unwrap_or_else(PoisonError::into_inner).elapsed() < time {
+            return false;
+        }
+        let no_vm = self.0.processes.is_empty() && vms_in(self.dir()).is_ok_and(|vms| vms.is_empty());
+        no_vm && self.0.checkpoints.len() == 0 && self.0.busy.try_write().is_ok()
+    }
+
+    /// Returns the ended VMs whose processes have yet to merge the writes since a fork into their
+    /// disks.
+    fn merging(&self) -> Vec<MergingVm> {
+        let process = |name: &str| About::read(&self.0.dir, name).ok().flatten()?.process;
+        let ended = self.0.processes.writers(|name, pid| process(name).is_some_and(|its| its.pid() == pid));
+        let used = if ended.is_empty() { BTreeSet::new() } else { self.0.used_images() };
+        let failed = self.0.processes.unmerged();
+        ended.into_iter().map(|vm| vm.merging(&used)).chain(failed).collect()
     }
 
     fn check(&self, made: usize, count: usize, cancel: &Cancel) -> Result<(), FleetError> {
@@ -469,6 +463,12 @@ impl Supervisor {
         self.0.pool.prepare(shape, count, || self.check(0, count, cancel))
     }
 
+    /// Returns whether [`Self::info`] reads files: a thread for it costs more than the answer
+    /// otherwise.
+    pub(crate) fn reads_for_info(&self) -> bool {
+        self.0.processes.has_writers()
+    }
+
     /// Returns the supervisor's numbers.
     pub(crate) fn info(&self) -> SupervisorInfo {
         SupervisorInfo {
@@ -478,6 +478,8 @@ impl Supervisor {
             vms: self.0.processes.names().len(),
             checkpoints: self.0.checkpoints.len(),
             prepared: self.0.pool.len(),
+            until_idle: self.0.until_idle,
+            merging: self.merging(),
         }
     }
 

@@ -3,7 +3,7 @@
 //! A process is identified by its pidfd: its pid may be reused, and its own statements are not
 //! trusted. A process that has given its name back and does not end is killed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -15,8 +15,10 @@ use serde::{Deserialize, Serialize};
 
 use super::cgroups::Group;
 use crate::ahead::Learning;
+use crate::control::MergingVm;
 use crate::flight::{self, FlightEvent};
-use crate::worker::has_ended;
+use crate::worker::{UNMERGED, has_ended};
+use crate::zygote::Exit;
 use clade_vmm::vm::VmConfig;
 
 /// Time limit for the end of a process that has given its name back.
@@ -24,6 +26,8 @@ const LEAVE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Time limit for a process that merges the writes since a fork into its disks. It begins when no
 /// other VM or checkpoint uses the disks.
 pub const COMMIT_TIMEOUT: Duration = Duration::from_secs(600);
+/// VMs kept on the list of those whose disks lack writes.
+const MAX_UNMERGED: usize = 16;
 /// Time limit for the end of a killed process: it may have much memory.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -70,8 +74,8 @@ pub(super) struct OwnVm {
     pub(super) process: Arc<OwnedFd>,
     /// Images of disks that it may merge writes into at its end.
     images: Vec<PathBuf>,
-    /// Whether it ends with this process.
-    is_tied: bool,
+    /// The name of its session.
+    session: Option<String>,
     /// When it gave its name back.
     given_back: Option<Instant>,
     /// Whether a request has stopped it: its end is then expected.
@@ -92,7 +96,7 @@ impl OwnVm {
             name: name.to_owned(),
             process: Arc::new(process),
             images: given.map(|disk| disk.disk.path.clone()).collect(),
-            is_tied: false,
+            session: None,
             given_back: None,
             is_stopped: false,
             group: None,
@@ -105,8 +109,14 @@ impl OwnVm {
         Self { group: group.map(Arc::new), ..self }
     }
 
-    pub(super) fn tied(self, is_tied: bool) -> Self {
-        Self { is_tied, ..self }
+    pub(super) fn in_session(self, session: Option<String>) -> Self {
+        Self { session, ..self }
+    }
+
+    /// Describes the VM once it has ended. `used` are the images that VMs and checkpoints use.
+    pub(super) fn merging(&self, used: &BTreeSet<PathBuf>) -> MergingVm {
+        let waits = self.images.iter().any(|image| used.contains(image));
+        MergingVm { name: self.name.clone(), session: self.session.clone(), waits, failed: false }
     }
 
     pub(super) fn recorded_in(self, flight: &Arc<OwnedFd>) -> Self {
@@ -142,11 +152,32 @@ impl OwnVm {
 
 /// The processes, by pid.
 #[derive(Debug, Default)]
-pub(super) struct Processes(Mutex<BTreeMap<u32, OwnVm>>);
+pub(super) struct Processes {
+    by_pid: Mutex<BTreeMap<u32, OwnVm>>,
+    unmerged: Mutex<VecDeque<MergingVm>>,
+}
 
 impl Processes {
     fn all(&self) -> MutexGuard<'_, BTreeMap<u32, OwnVm>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.by_pid.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that an ended VM's process has ended by `exit`, if its disks lack the writes since a
+    /// fork: they could not be merged, or the process was killed.
+    pub(super) fn note_end(&self, vm: &OwnVm, exit: Exit) {
+        if vm.images.is_empty() || (exit.signal.is_none() && exit.code != Some(UNMERGED.into())) {
+            return;
+        }
+        let mut unmerged = self.unmerged.lock().unwrap_or_else(PoisonError::into_inner);
+        unmerged.push_back(MergingVm { failed: true, ..vm.merging(&BTreeSet::new()) });
+        if unmerged.len() > MAX_UNMERGED {
+            unmerged.pop_front();
+        }
+    }
+
+    /// Returns the last VMs whose disks lack the writes since a fork.
+    pub(super) fn unmerged(&self) -> Vec<MergingVm> {
+        self.unmerged.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
     }
 
     pub(super) fn add(&self, vms: impl IntoIterator<Item = (u32, OwnVm)>) {
@@ -187,14 +218,24 @@ impl Processes {
         }
     }
 
-    /// Returns the processes of ended VMs that end with this one, and may write to disks.
-    /// `has_name` returns whether a VM still runs as a process.
-    pub(super) fn writers(&self, has_name: impl Fn(&str, u32) -> bool) -> Vec<Arc<OwnedFd>> {
-        let may_write = |vm: &OwnVm| vm.is_tied && !vm.images.is_empty();
+    /// Returns the ended VMs whose processes run, and may write to disks. `has_name` returns whether
+    /// a VM still runs as a process.
+    pub(super) fn writers(&self, has_name: impl Fn(&str, u32) -> bool) -> Vec<OwnVm> {
+        let may_write = |vm: &OwnVm| !vm.images.is_empty() && vm.is_there();
         // Not under the lock: `has_name` reads files.
         let all: Vec<(u32, OwnVm)> = self.all().iter().map(|(pid, vm)| (*pid, vm.clone())).collect();
         let writers = all.into_iter().filter(|(pid, vm)| may_write(vm) && !has_name(&vm.name, *pid));
-        writers.map(|(_, vm)| vm.process).collect()
+        writers.map(|(_, vm)| vm).collect()
+    }
+
+    /// Returns whether a process may write to disks.
+    pub(super) fn has_writers(&self) -> bool {
+        self.all().values().any(|vm| !vm.images.is_empty())
+    }
+
+    /// Returns whether no process is known: each VM's has ended.
+    pub(super) fn is_empty(&self) -> bool {
+        self.all().is_empty()
     }
 
     /// Forgets ended processes, except those of VMs that `is_awaited` accepts: their end is handled

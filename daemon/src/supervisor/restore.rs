@@ -12,8 +12,9 @@ use super::cgroups::Bounds;
 use super::checkpoint::Checkpoint;
 use super::make::Origin;
 use super::overlays::{InUse, unnamed_in};
-use crate::control::{CheckpointInfo, ForkAnswer, OpenRequest, RestoreRequest, SavedSource};
-use crate::fleet::{Cancel, FleetError, LONGEST_NAME, check_name, check_names};
+use super::session::Session;
+use crate::control::{CheckpointInfo, ClientProcess, ForkAnswer, OpenRequest, RestoreRequest, SavedSource};
+use crate::fleet::{Cancel, FleetError, LONGEST_NAME, check_names};
 use crate::worker::{OpenOrder, Shape, Worker};
 use clade_vmm::vm::{SavedVm, SnapshotError};
 
@@ -36,13 +37,13 @@ struct Opening {
 }
 
 /// Returns the record for VMs of `shape` from the snapshot `saved`.
-fn about(shape: Shape, saved: &SavedVm, session: Option<&str>) -> About {
+fn about(shape: Shape, saved: &SavedVm, session: Option<Session>) -> About {
     About {
         shape,
         identity: saved.identity.clone(),
         overlays: Vec::new(),
         socket: None,
-        session: session.map(str::to_owned),
+        session,
         process: None,
         parent: None,
         bounds: Bounds::default(),
@@ -142,10 +143,15 @@ impl Supervisor {
     ///
     /// # Errors
     /// When it cannot be opened, or a VM cannot be made.
-    pub(super) fn restore(&self, request: &RestoreRequest, cancel: &Cancel) -> Result<ForkAnswer, FleetError> {
+    pub(super) fn restore(
+        &self,
+        request: &RestoreRequest,
+        client: Option<ClientProcess>,
+        cancel: &Cancel,
+    ) -> Result<ForkAnswer, FleetError> {
         let begun = Instant::now();
         let _busy = self.0.busy.read();
-        request.session.as_deref().map_or(Ok(()), check_name)?;
+        let session = request.session.as_ref().map(|name| Session::of(name, client)).transpose()?;
         let stem = stem(&request.saved.dir);
         let mut vms = request.vms.clone();
         if vms.count == 1 && vms.name.is_none() {
@@ -161,7 +167,7 @@ impl Supervisor {
         // The snapshot is opened while its VMs' workers get ready.
         let opening = Cell::new(Some(self.begin_opening(prepared, &request.saved, &saved, &shape)?));
         let ordered = Instant::now();
-        let about = about(shape, &saved, request.session.as_deref());
+        let about = about(shape, &saved, session);
         let opened = OnceCell::new();
         let image = || match (opened.get(), opening.take()) {
             (Some(opened), _) => Ok(opened),
@@ -192,6 +198,7 @@ impl Supervisor {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fleet::check_name;
 
     #[test]
     fn a_snapshots_directory_names_its_vms() {

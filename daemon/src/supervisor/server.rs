@@ -13,10 +13,10 @@ use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path as UrlPath, Request, State};
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::http::{HeaderMap, Method, StatusCode};
-use axum::middleware::{from_fn, from_fn_with_state};
+use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, on};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
 use serde_json::Value;
 use thiserror::Error;
 use tokio::net::TcpListener;
@@ -33,11 +33,11 @@ use crate::control;
 use crate::control::session;
 use crate::control::{
     Acceptor, Answer, ApiError, BootRequest, CancelOnDrop, CheckpointInfo, CheckpointRequest, Client, ClientError,
-    ForkAnswer, ForkRequest, Gate, ListedVms, OpenRequest, Optional, PrepareRequest, Prepared, ProblemKind,
-    ReadyAnswer, RestoreRequest, SnapshotAnswer, SnapshotProgress, SnapshotRequest, StopAnswer, StopRequest,
-    SupervisorInfo, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest, THREAD_PATIENCE, TcpAcceptor,
-    Token, TouchedAnswer, VmInfo, WorkingSetAnswer, behind_gate, expect_absolute, fallback, grace, not_allowed,
-    on_a_thread, serve_http, with_bodies,
+    ClientProcess, ForkAnswer, ForkRequest, Gate, ListedVms, OpenRequest, Optional, PrepareRequest, Prepared,
+    ProblemKind, ReadyAnswer, RestoreRequest, SnapshotAnswer, SnapshotProgress, SnapshotRequest, StopAnswer,
+    StopRequest, SupervisorInfo, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest, THREAD_PATIENCE,
+    TcpAcceptor, Token, TouchedAnswer, VmInfo, WorkingSetAnswer, behind_gate, expect_absolute, fallback, grace,
+    not_allowed, on_a_thread, serve_http, with_bodies,
 };
 use crate::fleet::{Cancel, EndedVm, FleetError, ended_vms};
 
@@ -75,21 +75,40 @@ pub enum TcpError {
     },
 }
 
-impl Supervisor {
-    /// Also serves the API and the page at a loopback address, for clients that show `token`.
-    /// Returns the address: port 0 stands for a free one.
+/// A port for the API, bound before there is a supervisor: a port that is taken leaves none.
+#[derive(Debug)]
+pub struct TcpPort {
+    listener: std::net::TcpListener,
+    address: SocketAddr,
+}
+
+impl TcpPort {
+    /// Binds a loopback address. Port 0 stands for a free one.
     ///
     /// # Errors
     /// When the address is not a loopback address, or cannot be bound.
-    pub fn listen(&self, address: SocketAddr, token: Token) -> Result<SocketAddr, TcpError> {
+    pub fn bind(address: SocketAddr) -> Result<Self, TcpError> {
         if !address.ip().is_loopback() {
             return Err(TcpError::NotLoopback { address });
         }
         let failed = |source| TcpError::Bind { address, source };
-        let _runtime = self.0.runtime.enter();
         let listener = std::net::TcpListener::bind(address).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
-        let bound = listener.local_addr().map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
+        Ok(Self { listener, address })
+    }
+}
+
+impl Supervisor {
+    /// Also serves the API and the page at `port`, for clients that show `token`. Returns the
+    /// address.
+    ///
+    /// # Errors
+    /// When the kernel refuses to watch the port.
+    pub fn listen(&self, port: TcpPort, token: Token) -> Result<SocketAddr, TcpError> {
+        let TcpPort { listener, address: bound } = port;
+        let _runtime = self.0.runtime.enter();
+        let failed = |source| TcpError::Bind { address: bound, source };
         let acceptor = TcpAcceptor(TcpListener::from_std(listener).map_err(failed)?);
         let gate = Arc::new(Gate::new(token, bound.port()));
         let api = behind_gate(router(self.clone()), gate);
@@ -113,8 +132,17 @@ async fn work<T: Send + 'static>(
 
 /// Shows the supervisor in numbers.
 #[utoipa::path(get, path = "/v1/supervisor", responses((status = 200, description = "Done.", body = SupervisorInfo)))]
-async fn info(State(supervisor): State<Supervisor>) -> Json<SupervisorInfo> {
-    Json(supervisor.info())
+async fn info(State(supervisor): State<Supervisor>) -> Answer<SupervisorInfo> {
+    if !supervisor.reads_for_info() {
+        return Ok(Json(supervisor.info()));
+    }
+    Ok(Json(on_a_thread(THREAD_PATIENCE, move || supervisor.info()).await?))
+}
+
+/// Shows the supervisor in numbers, and puts its end off for two seconds if it ends when it is idle.
+#[utoipa::path(post, path = "/v1/supervisor", responses((status = 200, description = "Done.", body = SupervisorInfo)))]
+async fn keep(supervisor: State<Supervisor>) -> Answer<SupervisorInfo> {
+    info(supervisor).await
 }
 
 /// Lists the VMs of the directory.
@@ -150,11 +178,16 @@ async fn ended(State(supervisor): State<Supervisor>) -> Answer<Vec<EndedVm>> {
     request_body = BootRequest,
     responses((status = 200, description = "Done.", body = VmInfo))
 )]
-async fn boot(State(supervisor): State<Supervisor>, request: Wanted<BootRequest>) -> Answer<VmInfo> {
+async fn boot(
+    State(supervisor): State<Supervisor>,
+    client: Option<Extension<ClientProcess>>,
+    request: Wanted<BootRequest>,
+) -> Answer<VmInfo> {
     let Json(request) = request?;
     let (dir, config) = (supervisor.dir().to_owned(), request.config.clone());
+    let client = client.map(|Extension(client)| client);
     let Json(name) =
-        work(supervisor.clone(), move |supervisor, cancel| Ok(supervisor.boot(request, cancel)?.name)).await?;
+        work(supervisor.clone(), move |supervisor, cancel| Ok(supervisor.boot(request, client, cancel)?.name)).await?;
     let client = Client::new(&dir);
     match client.request_within(ANSWER_TIMEOUT, hyper::Method::GET, &name, "", None::<&()>).await {
         Ok(info) => Ok(Json(with_own_socket(&dir, name, info).await?)),
@@ -230,11 +263,16 @@ async fn ready(State(supervisor): State<Supervisor>, UrlPath(name): UrlPath<Stri
     request_body = RestoreRequest,
     responses((status = 200, description = "Done.", body = ForkAnswer))
 )]
-async fn restore(State(supervisor): State<Supervisor>, request: Wanted<RestoreRequest>) -> Answer<ForkAnswer> {
+async fn restore(
+    State(supervisor): State<Supervisor>,
+    client: Option<Extension<ClientProcess>>,
+    request: Wanted<RestoreRequest>,
+) -> Answer<ForkAnswer> {
     let Json(request) = request?;
     expect_absolute(&request.saved.dir)?;
     let ready = may_be_ready(&request.vms)?;
-    let restore = move |supervisor: &Supervisor, cancel: &Cancel| supervisor.restore(&request, cancel);
+    let client = client.map(|Extension(client)| client);
+    let restore = move |supervisor: &Supervisor, cancel: &Cancel| supervisor.restore(&request, client, cancel);
     handed_out(&supervisor, ready, work(supervisor.clone(), restore).await?).await
 }
 
@@ -564,7 +602,7 @@ fn routes() -> OpenApiRouter<Supervisor> {
     OpenApiRouter::new()
         .routes(routes!(openapi_document))
         .routes(routes!(session::log_in, session::show_session, session::log_out))
-        .routes(routes!(info))
+        .routes(routes!(info, keep))
         .routes(routes!(events))
         .routes(routes!(metrics::scrape))
         .routes(routes!(vms, boot))
@@ -601,6 +639,19 @@ fn router(supervisor: Supervisor) -> Router {
         .fold(router, |router, (path, handler)| router.route(&path, handler))
         .fallback(fallback)
         .method_not_allowed_fallback(not_allowed)
-        .layer(from_fn_with_state(keys, once));
+        .layer(from_fn_with_state(keys, once))
+        .layer(from_fn_with_state(supervisor.clone(), touched));
     metrics::observed(router).with_state(supervisor)
+}
+
+/// Notes that there are requests that change something: a supervisor that ends when it is idle waits
+/// for the next.
+async fn touched(State(supervisor): State<Supervisor>, request: Request, next: Next) -> Response {
+    if request.method() == Method::GET {
+        return next.run(request).await;
+    }
+    supervisor.touch();
+    let response = next.run(request).await;
+    supervisor.touch();
+    response
 }

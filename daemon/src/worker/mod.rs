@@ -49,6 +49,9 @@ pub(crate) use process::{Process, Worker, Workers, has_ended};
 pub(crate) use save::{SaveOrder, SavedFiles, written_beside};
 pub use serve::{Served, serve};
 
+/// The exit code of a worker whose VM's disks lack the writes since a fork.
+pub const UNMERGED: u8 = 74;
+
 /// Most bytes of an order or an answer.
 const MAX_MESSAGE: usize = 64 << 10;
 
@@ -114,6 +117,7 @@ pub(crate) struct BootOrder {
     pub(crate) labels: Labels,
     pub(crate) secrets: Secrets,
     pub(crate) paused: bool,
+    pub(crate) reports_ready: bool,
 }
 
 /// The parts of its parent that a child gets beside the image.

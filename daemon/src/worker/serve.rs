@@ -12,11 +12,11 @@ use tokio::runtime::Handle;
 
 use super::open::open;
 use super::save::save;
-use super::tie::end_with;
+use super::tie::Tie;
 use super::{Answer, BootOrder, Entered, ForkOrder, Handed, Inherited, Order, Program, failed, receive, send};
 use crate::ahead::ChildAhead;
 use crate::control::{IdentityInfo, ProblemKind, serve_vm};
-use crate::fleet::{Fleet, FleetError, NameClaim, VmFiles};
+use crate::fleet::{Description, Fleet, FleetError, NameClaim, VmFiles};
 use crate::flight;
 use crate::secrets::Secrets;
 use clade_vmm::boot::{BootError, BootSource, Image};
@@ -34,6 +34,9 @@ pub struct Served {
     /// Whether it was booted and not forked: at its end, everything written to its disks since its
     /// forks is merged into their images.
     pub was_booted: bool,
+    /// Ends the process with the command of the VM's session. Dropped when the VM has ended: the
+    /// writes to its disks are merged whatever the command does.
+    pub tie: Option<Tie>,
 }
 
 /// Carries out the orders of the process behind `socket`, until there is a VM, in a fleet of its
@@ -98,14 +101,14 @@ fn is_of_kernel(error: &FleetError) -> bool {
 }
 
 /// Unpacks an order's descriptors: the claim with its lock, the VM's files, and its interfaces.
-/// From here on the process ends with the one that it is tied to.
+/// From here on the process ends with the command of its session, if it has one.
 fn claimed(
     entered: &Entered,
     name: &str,
     handed: Handed,
     files: Vec<OwnedFd>,
     runtime: &Handle,
-) -> Result<(NameClaim, VmFiles, Endpoints), FleetError> {
+) -> Result<(NameClaim, VmFiles, Endpoints, Option<Tie>), FleetError> {
     let count = files.len();
     let few = || failed(io::Error::other(format!("an order with {count} descriptors")));
     let mut files = files.into_iter();
@@ -113,12 +116,11 @@ fn claimed(
     let Handed { is_tied, sockets, ends } = handed;
     let record = files.next().ok_or_else(few)?;
     flight::install(files.next().ok_or_else(few)?);
-    if is_tied {
-        end_with(files.next().ok_or_else(few)?, runtime).map_err(failed)?;
-    }
+    let command = if is_tied { Some(files.next().ok_or_else(few)?) } else { None };
+    let tie = command.map(|command| Tie::to(command, runtime)).transpose().map_err(failed)?;
     let sockets: BTreeMap<String, OwnedFd> = sockets.into_iter().zip(files.by_ref()).collect();
     let ends = Endpoints::handed_in(ends, files.collect()).map_err(VmError::from)?;
-    Ok((claim, VmFiles::of(sockets, record).map_err(failed)?, ends))
+    Ok((claim, VmFiles::of(sockets, record).map_err(failed)?, ends, tie))
 }
 
 /// Makes the worker's VM.
@@ -146,7 +148,7 @@ impl Maker<'_> {
         let ForkOrder { name, shape, handed, parent, paused } = order;
         // Preparations without the image come first: the parent may still be forked.
         let fleet = serve_vm(self.context, self.runtime);
-        let (claim, files, ends) = claimed(self.entered, &name, handed, files, self.runtime)?;
+        let (claim, files, ends, tie) = claimed(self.entered, &name, handed, files, self.runtime)?;
         (self.before_it_runs)().map_err(failed)?;
         let claimed = Instant::now();
         let (Inherited { labels, secrets, withhold, ahead }, files_ahead) = match receive(self.socket) {
@@ -185,7 +187,8 @@ impl Maker<'_> {
             }
             true
         };
-        let made = fleet.launch(claim, files, (parent, labels, secrets), make, run)?;
+        let made =
+            fleet.launch(claim, files, Description { parent, labels, secrets, reports_ready: false }, make, run)?;
         let Some(vm) = made else { return Ok(None) };
         let state = if paused { ", paused" } else { "" };
         flight::note(&format!("started as a child of {of}, generation {}{state}", vm.generation()));
@@ -203,18 +206,19 @@ impl Maker<'_> {
         // The copies run on their own.
         let ahead = ahead.zip(<[OwnedFd; 2]>::try_from(files_ahead).ok());
         let ahead = ahead.map(|(order, [likely, note])| ChildAhead::begin(&vm, order, &likely, note));
-        Ok(Some(Served { fleet, vm, ahead, was_booted: false }))
+        Ok(Some(Served { fleet, vm, ahead, was_booted: false, tie }))
     }
 
     fn boot(&self, order: BootOrder, files: Vec<OwnedFd>) -> Result<Option<Served>, FleetError> {
-        let BootOrder { name, handed, config, kernel, initrd, cmdline, labels, secrets, paused } = order;
+        let BootOrder { name, handed, config, kernel, initrd, cmdline, labels, secrets, paused, reports_ready } = order;
         let fleet = serve_vm(self.context, self.runtime);
-        let (claim, files, ends) = claimed(self.entered, &name, handed, files, self.runtime)?;
+        let (claim, files, ends, tie) = claimed(self.entered, &name, handed, files, self.runtime)?;
         (self.before_it_runs)().map_err(failed)?;
         let source = BootSource { kernel: (self.program.kernel)(&kernel), initrd: initrd.map(Image::File), cmdline };
         let config = Arc::new(config);
         let make = |context: &Context| Vm::boot_as(context, &name, &config, &source, ends, paused);
-        let made = fleet.launch(claim, files, (None, labels, secrets), make, |vm| self.is_wanted(vm))?;
+        let about = Description { parent: None, labels, secrets, reports_ready };
+        let made = fleet.launch(claim, files, about, make, |vm| self.is_wanted(vm))?;
         let Some(vm) = made else { return Ok(None) };
         let state = if paused { ", paused" } else { "" };
         let (mib, cpus) = (vm.config().layout().bytes() >> 20, vm.config().cpus());
@@ -223,6 +227,6 @@ impl Maker<'_> {
             booted(&vm);
         }
         let _ = send(self.socket, &Answer::Running, &[]);
-        Ok(Some(Served { fleet, vm, ahead: None, was_booted: true }))
+        Ok(Some(Served { fleet, vm, ahead: None, was_booted: true, tie }))
     }
 }

@@ -60,6 +60,13 @@ class Calls:
         answer: t.SupervisorInfo = self._transport.json("GET", "/v1/supervisor")
         return answer
 
+    def keep(self) -> t.SupervisorInfo:
+        """Shows the supervisor in numbers, and puts its end off for two seconds if it ends when it
+        is idle.
+        """
+        answer: t.SupervisorInfo = self._transport.json("POST", "/v1/supervisor")
+        return answer
+
     def vms(self) -> list[t.VmInfo]:
         """Lists the VMs of the directory."""
         answer: list[t.VmInfo] = self._transport.json("GET", "/v1/vms")
@@ -289,6 +296,13 @@ class AsyncCalls:
     async def info(self) -> t.SupervisorInfo:
         """Shows the supervisor in numbers."""
         answer: t.SupervisorInfo = await self._transport.json("GET", "/v1/supervisor")
+        return answer
+
+    async def keep(self) -> t.SupervisorInfo:
+        """Shows the supervisor in numbers, and puts its end off for two seconds if it ends when it
+        is idle.
+        """
+        answer: t.SupervisorInfo = await self._transport.json("POST", "/v1/supervisor")
         return answer
 
     async def vms(self) -> list[t.VmInfo]:

@@ -315,14 +315,19 @@ class BootRequest(TypedDict):
     paused: NotRequired[bool]
     """Whether it starts paused."""
 
+    reports_ready: NotRequired[bool]
+    """Whether its guest reports that it is ready, by its agent or otherwise. The guest is
+    `booting` until then.
+    """
+
     secrets: NotRequired[list[Secret]]
     """Secrets that children may be made without: at most 16, of 16 KiB in all. This gives them to
     no guest.
     """
 
     session: NotRequired[str | None]
-    """Its session, inherited by all its descendants: the process that began the session stops them
-    at its end.
+    """Its session, inherited by all its descendants: they end with the process that sends this
+    request, however that ends. Refused over TCP.
     """
 
 
@@ -500,6 +505,12 @@ class StopReasonRequested(TypedDict):
     kind: Literal["requested"]
 
 
+class StopReasonTimeOver(TypedDict):
+    """The time that its owner gave it is over."""
+
+    kind: Literal["time_over"]
+
+
 class StopReasonProcess(TypedDict):
     """Its process ended without a report."""
 
@@ -528,6 +539,16 @@ class StopReasonPowerOff(TypedDict):
     """The guest powered itself off."""
 
     kind: Literal["power_off"]
+
+
+class StopReasonExited(TypedDict):
+    """The guest ended itself after its main program had ended, and reported that."""
+
+    kind: Literal["exited"]
+
+    status: int
+
+    text: str
 
 
 class StopReasonShutdown(TypedDict):
@@ -618,7 +639,7 @@ class StopReasonPanic(TypedDict):
     vcpu: int
 
 
-StopReason = StopReasonRequested | StopReasonProcess | StopReasonOverLimit | StopReasonReset | StopReasonPowerOff | StopReasonShutdown | StopReasonEmulation | StopReasonInternal | StopReasonFailEntry | StopReasonUnexpected | StopReasonRun | StopReasonStart | StopReasonMemoryLost | StopReasonPanic
+StopReason = StopReasonRequested | StopReasonTimeOver | StopReasonProcess | StopReasonOverLimit | StopReasonReset | StopReasonPowerOff | StopReasonExited | StopReasonShutdown | StopReasonEmulation | StopReasonInternal | StopReasonFailEntry | StopReasonUnexpected | StopReasonRun | StopReasonStart | StopReasonMemoryLost | StopReasonPanic
 
 
 class EndedVm(TypedDict):
@@ -828,6 +849,9 @@ class ForkRequest(TypedDict):
     """
 
 
+GuestState = Literal["booting", "ready"]
+
+
 class HistogramInfo(TypedDict):
     """A histogram of durations."""
 
@@ -903,6 +927,9 @@ class MemoryInfo(TypedDict):
     reference_pages: int
     """Pages in no layer, or showing a reference page."""
 
+    shared_kib: NotRequired[int]
+    """Memory of the shared pages, in KiB: other VMs and checkpoints may use it too."""
+
     shared_pages: int
     """Pages provided by a layer."""
 
@@ -943,6 +970,24 @@ class MemoryWritten(TypedDict):
 
     length: int
     """Number of bytes written."""
+
+
+class MergingVm(TypedDict):
+    """An ended VM whose process has yet to merge the writes since a fork into its disks."""
+
+    failed: NotRequired[bool]
+    """Whether the process has ended, and the writes are not in the disk. The newest 16 such VMs
+    are listed.
+    """
+
+    name: str
+    """Its name."""
+
+    session: NotRequired[str | None]
+    """Its session's name, if it had one."""
+
+    waits: bool
+    """Whether the process waits for a VM or a checkpoint that uses a disk."""
 
 
 class NetworkRequest(TypedDict):
@@ -1135,6 +1180,11 @@ class VmInfo(TypedDict):
     generation: int
     """Forks between it and the VM that was booted."""
 
+    guest: NotRequired[GuestState | None]
+    """The state of a guest that reports it: of one that is booted with `reports_ready`, or has
+    reported that it is ready.
+    """
+
     labels: NotRequired[dict[str, str]]
     """Its labels."""
 
@@ -1192,7 +1242,7 @@ class RestoreRequest(TypedDict):
     """The snapshot."""
 
     session: NotRequired[str | None]
-    """The session that they belong to."""
+    """The session that they belong to, as of a VM that is booted."""
 
     vms: NotRequired[ForkRequest]
     """The VMs. A single one without a name is called as the snapshot's directory."""
@@ -1322,11 +1372,17 @@ class SupervisorInfo(TypedDict):
     dir: str
     """The runtime directory."""
 
+    merging: NotRequired[list[MergingVm]]
+    """Ended VMs whose processes have yet to merge the writes since a fork into their disks."""
+
     pid: int
     """Its pid."""
 
     prepared: int
     """Prepared workers."""
+
+    until_idle: NotRequired[bool]
+    """Whether the supervisor ends when it has no VM and no checkpoint."""
 
     version: str
     """Its version."""

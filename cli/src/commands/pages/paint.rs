@@ -60,7 +60,7 @@ mod tests {
         for used in ["+ ", "P its own, pinned for DMA: 1 pages", "a of layer 4: 11", ". zeros", "- not inherited: 4"] {
             assert!(lines.iter().any(|line| line.starts_with(used)), "{used}: {text}");
         }
-        assert!(text.contains("b of layer 9: 4 pages, 16K, of this VM alone"), "{text}");
+        assert!(text.contains("b of layer 9: 4 pages, 16K, in 4K of memory, of this VM alone"), "{text}");
         assert!(!text.contains('\x1b'));
     }
 

@@ -157,7 +157,8 @@ impl ClientError {
     }
 
     /// Returns whether the process ended without an answer, or is about to end.
-    pub(super) fn is_lost(&self) -> bool {
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
         match self {
             Self::Http(_) => true,
             Self::Socket { source, .. } => {
