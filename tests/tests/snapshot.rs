@@ -2,9 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -180,8 +180,22 @@ fn a_disk_is_saved_with_the_vm_at_the_same_instant() {
         &at("small"),
         SnapshotOptions { incremental: false, compression: Compression::Zstd, replace: false },
     );
+    let before = unnamed_in(at("small").parent().unwrap());
     let vm = DiskGuest { guest: restored(&context, &at("small"), &LAZY) };
     vm.expect(run(What::Verify, sectors, 10), "unpacked");
+    // No process opens that file for writing again.
+    let mut unpacked = unnamed_in(at("small").parent().unwrap());
+    unpacked.retain(|inode, _| !before.contains_key(inode));
+    assert!(!unpacked.is_empty() && unpacked.values().all(|mode| *mode == 0o400), "{unpacked:?}");
+}
+
+/// Returns inode and mode of the files without a name in a directory that this process has open.
+fn unnamed_in(dir: &Path) -> HashMap<u64, u32> {
+    let descriptors = fs::read_dir("/proc/self/fd").unwrap().flatten().map(|entry| entry.path());
+    let is_unnamed =
+        |file: PathBuf| file.starts_with(dir) && file.to_str().is_some_and(|file| file.ends_with("(deleted)"));
+    let unnamed = descriptors.filter(|path| fs::read_link(path).is_ok_and(is_unnamed));
+    unnamed.filter_map(|path| fs::metadata(path).ok()).map(|file| (file.ino(), file.mode() & 0o777)).collect()
 }
 
 #[test]

@@ -170,7 +170,9 @@ impl OverlayChain {
         let file = setup.overlays.unnamed(&setup.pool, setup.size, setup.config.cache)?;
         // Without a journal, the file gets no name by which it could be opened for writing. So no
         // process opens it for writing again, not even one that gets it for reading.
-        if !setup.base.as_ref().is_some_and(|base| base.is_writable()) {
+        // A block device has none.
+        let has_journal = setup.base.as_ref().is_some_and(|base| base.is_writable() && !base.is_block_device());
+        if !has_journal {
             file.forbid_writers().map_err(|source| FileError { path: file.path().to_owned(), what: "kept", source })?;
         }
         let active = Arc::clone(self.active.insert(Arc::new(file)));

@@ -1,6 +1,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use super::space::STALE;
@@ -481,4 +482,46 @@ fn overlays_are_written_again_only_where_a_journal_names_them() {
     let mut grandchild = child.fork().open().unwrap();
     write(&mut grandchild, 0, &[3; 4096]);
     assert_eq!(mode(&grandchild), 0o400);
+}
+
+/// A loop device over a file, until it is dropped.
+struct Loop(String);
+
+impl Loop {
+    fn over(file: &Path) -> Option<Self> {
+        let made = Command::new("losetup").args(["--find", "--show"]).arg(file).output();
+        let made = made.map_err(|error| error.to_string()).and_then(|made| match made.status.success() {
+            true => Ok(String::from_utf8_lossy(&made.stdout).trim().to_owned()),
+            false => Err(String::from_utf8_lossy(&made.stderr).into_owned()),
+        });
+        match made {
+            Ok(device) => Some(Self(device)),
+            Err(error) => {
+                assert!(!clade_test_support::required("mount"), "{error}");
+                println!("skipped: no loop device: {error}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+/// The image of a disk without a journal may be writable: a block device's overlays never get a
+/// name either.
+#[test]
+fn overlays_of_a_block_device_are_never_written_again() {
+    let bench = Bench::new();
+    let Some(device) = Loop::over(&bench.path) else { return };
+    let mut disk = Disk::open(&DiskConfig::new(Path::new(&device.0))).unwrap();
+    write(&mut disk, 0, &[1; 4096]);
+    let image = disk.fork();
+    write(&mut disk, 0, &[2; 4096]);
+    let active = disk.chain.active().unwrap();
+    assert_eq!(rustix::fs::fstat(&**active).unwrap().st_mode & 0o7777, 0o400);
+    drop((disk, image));
 }

@@ -11,6 +11,7 @@ use clade_devices::virtio::Backend;
 use clade_io::IoFile;
 use clade_memory::PageRange;
 use clade_snapshot::{DiskReader, Kind, Load, Snapshot};
+use rustix::fs::{Mode, fchmod};
 use serde::{Deserialize, Serialize};
 
 use crate::vm::config::VmConfig;
@@ -171,6 +172,9 @@ fn unpacked(reader: &DiskReader, disk: &clade_devices::disk::DiskConfig) -> Resu
     let failed = |source: io::Error| SnapshotError::Unpack { path: dir.clone(), source };
     let file = tempfile::tempfile_in(&dir).map_err(failed)?;
     reader.copy_to(&file, &dir)?;
+    // A worker that gets the file for reading may open files of its directory: it must not be able
+    // to open this one for writing.
+    fchmod(&file, Mode::RUSR).map_err(|error| failed(error.into()))?;
     let only_read = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(failed)?;
     Ok((only_read, dir))
 }
