@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
-use clade_daemon::control::{Client, ClientError, MergingVm, SupervisorInfo, Token};
+use clade_daemon::control::{Client, ClientError, MergingVm, SupervisorInfo, SupervisorKept, Token};
 use clade_daemon::fleet::{FleetError, KeptSettings, log_path, open_log, runtime_dir, supervisor_path};
 use clade_daemon::jail::Confinement;
 use clade_daemon::supervisor::{Supervisor, SupervisorOptions, TcpPort};
@@ -161,25 +161,16 @@ pub(super) fn answers(dir: &Path) -> bool {
     UnixStream::connect(supervisor_path(dir)).is_ok()
 }
 
-/// Whether a supervisor runs.
-enum State {
-    Runs(SupervisorInfo),
-    /// A process has the socket, and does not answer in time.
-    Silent,
-    None,
-}
-
-/// Asks the supervisor for its state: it answers once it has started completely. A POST puts the end
-/// of an idle one off.
-fn state(method: Method) -> State {
+/// Returns whether a supervisor runs: it answers once it has started completely. Its end is put off.
+fn keep() -> bool {
     let client = Client::default();
-    let request = client.supervisor::<SupervisorInfo>(method, "/v1/supervisor", None::<&()>);
+    let request = client.supervisor::<SupervisorKept>(Method::POST, "/v1/supervisor", None::<&()>);
     match ask(async { Ok(tokio::time::timeout(STATE_TIMEOUT, request).await) }) {
-        Ok(Ok(Ok(info))) => State::Runs(info),
-        Ok(Err(_)) => State::Silent,
-        // A supervisor of another version may refuse, and runs.
-        Ok(Ok(Err(ClientError::Refused { status, .. }))) if status != 409 => State::Silent,
-        Ok(Ok(Err(_))) | Err(_) => State::None,
+        // It runs, and answers the next request when it can.
+        Ok(Ok(Ok(_)) | Err(_)) => true,
+        // So does one of another version, which does not know the request. One that ends has a 409.
+        Ok(Ok(Err(ClientError::Refused { status, .. }))) => status != 409,
+        Ok(Ok(Err(_))) | Err(_) => false,
     }
 }
 
@@ -187,7 +178,8 @@ fn state(method: Method) -> State {
 fn wait_for_idle_end() {
     let deadline = Instant::now() + STATE_TIMEOUT;
     let is_idle = |info: &SupervisorInfo| info.until_idle && info.vms + info.checkpoints + info.merging.len() == 0;
-    while let State::Runs(info) = state(Method::GET)
+    let info = || ask(Client::default().supervisor(Method::GET, "/v1/supervisor", None::<&()>));
+    while let Ok(info) = info()
         && is_idle(&info)
         && Instant::now() < deadline
     {
@@ -203,7 +195,7 @@ pub(super) fn ensure() -> Outcome {
 /// The same, with these arguments and this confinement for a supervisor that is started.
 pub(super) fn ensure_with(args: &[&str], confinement: Confinement) -> Outcome {
     let dir = runtime_dir();
-    if !matches!(state(Method::POST), State::None) {
+    if keep() {
         return Ok(());
     }
     let log = open_log(&dir).map_err(Failure::input)?;
@@ -229,7 +221,7 @@ pub(super) fn ensure_with(args: &[&str], confinement: Confinement) -> Outcome {
     limits::keep_descriptors_from_children();
     let mut started = command.spawn().map_err(|error| Failure::run(anyhow!("no supervisor starts{with}: {error}")))?;
     let (mut deadline, mut ended) = (Instant::now() + START_TIMEOUT, None);
-    while matches!(state(Method::POST), State::None) {
+    while !keep() {
         // Another may have been quicker, and answers in a moment.
         if ended.is_none() {
             ended = started.try_wait().map_err(Failure::run)?;

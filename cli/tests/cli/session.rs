@@ -81,6 +81,9 @@ fn a_session_outlives_its_supervisor_and_not_its_command() {
     runtime.crash();
     wait_until("the end of its VMs", || workers.iter().all(|pid| !runs(*pid)));
     wait_until("its VMs to be cleared up", || runtime.names().is_empty());
+    wait_until("the records of both", || {
+        runtime.clade(&["ps", "-a"]).stdout.matches("the command that it belonged to has ended").count() == 2
+    });
 }
 
 #[test]

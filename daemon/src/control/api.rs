@@ -1030,6 +1030,13 @@ pub struct SupervisorInfo {
     pub merging: Vec<MergingVm>,
 }
 
+/// The supervisor, which does not end within two seconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SupervisorKept {
+    /// Its pid.
+    pub pid: u32,
+}
+
 /// An ended VM whose process has yet to merge the writes since a fork into its disks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct MergingVm {

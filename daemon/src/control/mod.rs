@@ -59,8 +59,8 @@ pub use api::{
     ForkAnswer, ForkRequest, ForkedInfo, GuestMemory, GuestState, IdentityInfo, LogsAnswer, MemoryInfo, MergingVm,
     NetInfo, NetworkRequest, OpenRequest, PrepareRequest, Prepared, ReadyAnswer, ResetAnswer, RestoreRequest,
     SavedSource, ShutdownInfo, SnapshotAnswer, SnapshotProgress, SnapshotRequest, StopAnswer, StopRequest,
-    SupervisorInfo, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest, TouchedAnswer, TouchedRun,
-    VmInfo, VmLimits, VmState, VsockInfo, WakeAnswer, WorkingSetAnswer,
+    SupervisorInfo, SupervisorKept, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest,
+    TouchedAnswer, TouchedRun, VmInfo, VmLimits, VmState, VsockInfo, WakeAnswer, WorkingSetAnswer,
 };
 pub use client::{Client, ClientError, ListedVms};
 pub use console::ConsoleTyped;

@@ -19,6 +19,8 @@ pub(crate) enum StopReason {
     Requested,
     /// The time that its owner gave it is over.
     TimeOver,
+    /// The command of its session has ended.
+    SessionEnded,
     /// Its process ended without a report.
     Process { signal: Option<i32>, code: Option<i32> },
     /// Its process exceeded its memory limit, and was killed.

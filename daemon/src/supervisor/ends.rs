@@ -114,6 +114,10 @@ impl Inner {
             record_end(&self.dir, &name, exit, StopReason::OverLimit { mib }, flight.clone());
             was_orderly = true;
         }
+        if vm.was_tied(exit) && !was_orderly {
+            record_end(&self.dir, &name, exit, StopReason::SessionEnded, flight.clone());
+            was_orderly = true;
+        }
         // Its files are still there. Its lock has gone, unless another process has the name by now,
         // or this one has not left it to the VM yet.
         match NameClaim::new(&self.dir, &name) {
@@ -239,7 +243,13 @@ impl Inner {
             // The pid in the lock is the owner's own claim.
             let pid = worker.unwrap_or(pid);
             tracing::info!(name = claim.name, pid, "VM process exited without notification");
-            self.clear_up(claim, Exit { pid, signal: None, code: None }, false, flight);
+            let exit = Exit { pid, signal: None, code: None };
+            let session = About::read(&self.dir, &claim.name).ok().flatten().and_then(|about| about.session);
+            let is_over = session.is_some_and(|session| session.live().is_none());
+            if is_over {
+                record_end(&self.dir, &claim.name, exit, StopReason::SessionEnded, flight.clone());
+            }
+            self.clear_up(claim, exit, is_over, flight);
             worker.map(|pid| self.processes.remove(pid));
         }
         // VMs that ended properly under a killed zygote.

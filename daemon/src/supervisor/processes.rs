@@ -17,7 +17,7 @@ use super::cgroups::Group;
 use crate::ahead::Learning;
 use crate::control::MergingVm;
 use crate::flight::{self, FlightEvent};
-use crate::worker::{UNMERGED, has_ended};
+use crate::worker::{TIED_EXIT, UNMERGED, has_ended};
 use crate::zygote::Exit;
 use clade_vmm::vm::VmConfig;
 
@@ -139,6 +139,11 @@ impl OwnVm {
     /// Returns the events that its process has noted.
     pub(super) fn flight(&self) -> Vec<FlightEvent> {
         self.flight.as_ref().map(flight::read).unwrap_or_default()
+    }
+
+    /// Whether the process, which has ended by `exit`, has ended with the command of its session.
+    pub(super) fn was_tied(&self, exit: Exit) -> bool {
+        self.session.is_some() && exit.code == Some(TIED_EXIT)
     }
 
     pub(super) fn has_name(&self) -> bool {

@@ -35,9 +35,9 @@ use crate::control::{
     Acceptor, Answer, ApiError, BootRequest, CancelOnDrop, CheckpointInfo, CheckpointRequest, Client, ClientError,
     ClientProcess, ForkAnswer, ForkRequest, Gate, ListedVms, OpenRequest, Optional, PrepareRequest, Prepared,
     ProblemKind, ReadyAnswer, RestoreRequest, SnapshotAnswer, SnapshotProgress, SnapshotRequest, StopAnswer,
-    StopRequest, SupervisorInfo, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest, THREAD_PATIENCE,
-    TcpAcceptor, Token, TouchedAnswer, VmInfo, WorkingSetAnswer, behind_gate, expect_absolute, fallback, grace,
-    not_allowed, on_a_thread, serve_http, with_bodies,
+    StopRequest, SupervisorInfo, SupervisorKept, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest,
+    THREAD_PATIENCE, TcpAcceptor, Token, TouchedAnswer, VmInfo, WorkingSetAnswer, behind_gate, expect_absolute,
+    fallback, grace, not_allowed, on_a_thread, serve_http, with_bodies,
 };
 use crate::fleet::{Cancel, EndedVm, FleetError, ended_vms};
 
@@ -139,10 +139,11 @@ async fn info(State(supervisor): State<Supervisor>) -> Answer<SupervisorInfo> {
     Ok(Json(on_a_thread(THREAD_PATIENCE, move || supervisor.info()).await?))
 }
 
-/// Shows the supervisor in numbers, and puts its end off for two seconds if it ends when it is idle.
-#[utoipa::path(post, path = "/v1/supervisor", responses((status = 200, description = "Done.", body = SupervisorInfo)))]
-async fn keep(supervisor: State<Supervisor>) -> Answer<SupervisorInfo> {
-    info(supervisor).await
+/// Puts the end of a supervisor that ends when it is idle off, for two seconds.
+#[utoipa::path(post, path = "/v1/supervisor", responses((status = 200, description = "Done.", body = SupervisorKept)))]
+async fn keep() -> Json<SupervisorKept> {
+    // Each request that is no GET does so.
+    Json(SupervisorKept { pid: std::process::id() })
 }
 
 /// Lists the VMs of the directory.

@@ -48,6 +48,7 @@ pub(crate) use open::OpenOrder;
 pub(crate) use process::{Process, Worker, Workers, has_ended};
 pub(crate) use save::{SaveOrder, SavedFiles, written_beside};
 pub use serve::{Served, serve};
+pub(crate) use tie::TIED_EXIT;
 
 /// The exit code of a worker whose VM's disks lack the writes since a fork.
 pub const UNMERGED: u8 = 74;

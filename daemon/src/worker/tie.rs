@@ -13,7 +13,7 @@ use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 
 /// The exit code of a process that has ended with another, as if killed by that.
-const EXIT_CODE: i32 = 128 + libc::SIGKILL;
+pub(crate) const TIED_EXIT: i32 = 128 + libc::SIGKILL;
 
 /// Ends this process with another, until this is dropped.
 #[derive(Debug)]
@@ -30,7 +30,7 @@ impl Tie {
             if let Err(error) = process.readable().await {
                 tracing::error!(%error, "the process that this one ends with cannot be watched");
             }
-            std::process::exit(EXIT_CODE);
+            std::process::exit(TIED_EXIT);
         });
         Ok(Self(watch.abort_handle()))
     }

@@ -60,11 +60,9 @@ class Calls:
         answer: t.SupervisorInfo = self._transport.json("GET", "/v1/supervisor")
         return answer
 
-    def keep(self) -> t.SupervisorInfo:
-        """Shows the supervisor in numbers, and puts its end off for two seconds if it ends when it
-        is idle.
-        """
-        answer: t.SupervisorInfo = self._transport.json("POST", "/v1/supervisor")
+    def keep(self) -> t.SupervisorKept:
+        """Puts the end of a supervisor that ends when it is idle off, for two seconds."""
+        answer: t.SupervisorKept = self._transport.json("POST", "/v1/supervisor")
         return answer
 
     def vms(self) -> list[t.VmInfo]:
@@ -298,11 +296,9 @@ class AsyncCalls:
         answer: t.SupervisorInfo = await self._transport.json("GET", "/v1/supervisor")
         return answer
 
-    async def keep(self) -> t.SupervisorInfo:
-        """Shows the supervisor in numbers, and puts its end off for two seconds if it ends when it
-        is idle.
-        """
-        answer: t.SupervisorInfo = await self._transport.json("POST", "/v1/supervisor")
+    async def keep(self) -> t.SupervisorKept:
+        """Puts the end of a supervisor that ends when it is idle off, for two seconds."""
+        answer: t.SupervisorKept = await self._transport.json("POST", "/v1/supervisor")
         return answer
 
     async def vms(self) -> list[t.VmInfo]:

@@ -511,6 +511,12 @@ class StopReasonTimeOver(TypedDict):
     kind: Literal["time_over"]
 
 
+class StopReasonSessionEnded(TypedDict):
+    """The command of its session has ended."""
+
+    kind: Literal["session_ended"]
+
+
 class StopReasonProcess(TypedDict):
     """Its process ended without a report."""
 
@@ -639,7 +645,7 @@ class StopReasonPanic(TypedDict):
     vcpu: int
 
 
-StopReason = StopReasonRequested | StopReasonTimeOver | StopReasonProcess | StopReasonOverLimit | StopReasonReset | StopReasonPowerOff | StopReasonExited | StopReasonShutdown | StopReasonEmulation | StopReasonInternal | StopReasonFailEntry | StopReasonUnexpected | StopReasonRun | StopReasonStart | StopReasonMemoryLost | StopReasonPanic
+StopReason = StopReasonRequested | StopReasonTimeOver | StopReasonSessionEnded | StopReasonProcess | StopReasonOverLimit | StopReasonReset | StopReasonPowerOff | StopReasonExited | StopReasonShutdown | StopReasonEmulation | StopReasonInternal | StopReasonFailEntry | StopReasonUnexpected | StopReasonRun | StopReasonStart | StopReasonMemoryLost | StopReasonPanic
 
 
 class EndedVm(TypedDict):
@@ -1389,6 +1395,13 @@ class SupervisorInfo(TypedDict):
 
     vms: int
     """VMs whose processes it has started."""
+
+
+class SupervisorKept(TypedDict):
+    """The supervisor, which does not end within two seconds."""
+
+    pid: int
+    """Its pid."""
 
 
 class SuspendAfterInfo(TypedDict):

@@ -14,6 +14,9 @@ pub enum StopReason {
     /// The time that its owner gave it is over.
     #[error("its time to live is over")]
     TimeOver,
+    /// The command of its session has ended.
+    #[error("the command that it belonged to has ended")]
+    SessionEnded,
     /// Its process has ended without reporting a reason: it was killed, or it panicked.
     #[error("its process has ended ({})", how(*.signal, *.code))]
     Process {
