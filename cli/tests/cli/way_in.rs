@@ -168,7 +168,7 @@ fn ends_within_a_fork() -> bool {
     let mut answer = String::new();
     // The connection stays open behind the answer.
     let mut bytes = [0; 4096];
-    while !answer.contains("cancelled after") {
+    while !answer.ends_with('}') {
         let got = asked.read(&mut bytes).unwrap();
         assert!(got > 0, "{answer}");
         answer.push_str(&String::from_utf8_lossy(&bytes[..got]));
@@ -176,11 +176,13 @@ fn ends_within_a_fork() -> bool {
             return false;
         }
     }
-    assert!(answer.starts_with("HTTP/1.1 409"), "{answer}");
     drop(asked);
     assert_eq!(runtime.ended(), Some(0), "no child is left to wait for");
-    assert_eq!(runtime.files(), [].into());
-    true
+    wait_until("the children's files to go", || runtime.files().is_empty());
+    // The VM may have ended before its image was taken.
+    let has_gone = ["HTTP/1.1 404", "HTTP/1.1 410"].iter().any(|status| answer.starts_with(status));
+    assert!(has_gone || answer.starts_with("HTTP/1.1 409") && answer.contains("cancelled after"), "{answer}");
+    !has_gone
 }
 
 #[test]
