@@ -11,7 +11,7 @@ use anyhow::anyhow;
 use clade_daemon::control::{Client, ClientError, MergingVm, SupervisorInfo, SupervisorKept, Token};
 use clade_daemon::fleet::{FleetError, KeptSettings, log_path, open_log, runtime_dir, supervisor_path};
 use clade_daemon::jail::Confinement;
-use clade_daemon::supervisor::{Supervisor, SupervisorOptions, TcpPort};
+use clade_daemon::supervisor::{Supervisor, SupervisorOptions, TcpPort, vms_in};
 
 use hyper::Method;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -103,7 +103,7 @@ pub(super) fn main(args: &ServeArgs) -> Outcome {
         let (pool, ahead_mib) = (args.pool, args.ahead);
         let until_idle = args.until_idle;
         let options = SupervisorOptions { pool, confinement, cgroup, net_hook, ahead_mib, until_idle };
-        wait_for_idle_end();
+        wait_for_idle_end(&dir, &shutdown);
         // Before the supervisor answers: a command that starts it must not find one that cannot stay.
         // But not beside a supervisor that runs, whose ports and files these may be. The directory is
         // checked first.
@@ -145,6 +145,9 @@ pub(super) fn main(args: &ServeArgs) -> Outcome {
 fn keep_settings(dir: &Path) {
     // Without arguments there are no settings.
     if std::env::args_os().len() <= 2 {
+        if let Err(error) = KeptSettings::forget(dir) {
+            tracing::warn!(%error, "the settings of an earlier supervisor stay");
+        }
         return;
     }
     let args = std::env::args_os().skip(1).map(OsString::into_string).collect::<Result<Vec<_>, _>>();
@@ -174,13 +177,21 @@ fn keep() -> bool {
     }
 }
 
-/// Waits for the end of a supervisor that a command has started, and that has nothing left.
-fn wait_for_idle_end() {
-    let deadline = Instant::now() + STATE_TIMEOUT;
-    let is_idle = |info: &SupervisorInfo| info.until_idle && info.vms + info.checkpoints + info.merging.len() == 0;
-    let info = || ask(Client::default().supervisor(Method::GET, "/v1/supervisor", None::<&()>));
-    while let Ok(info) = info()
-        && is_idle(&info)
+/// Waits for the end of a supervisor of `dir` that a command has started, and that has nothing left.
+/// A signal ends the wait.
+fn wait_for_idle_end(dir: &Path, shutdown: &ShutdownSignal) {
+    let (client, deadline) = (Client::new(dir), Instant::now() + STATE_TIMEOUT);
+    let info = || {
+        let request = client.supervisor::<SupervisorInfo>(Method::GET, "/v1/supervisor", None::<&()>);
+        ask(async { Ok(tokio::time::timeout(STATE_TIMEOUT, request).await) }).ok()?.ok()?.ok()
+    };
+    let is_idle = |info: &SupervisorInfo| {
+        let is_merging = info.merging.iter().any(|vm| !vm.failed);
+        info.until_idle && info.checkpoints == 0 && !is_merging && vms_in(dir).is_ok_and(|vms| vms.is_empty())
+    };
+    while answers(dir)
+        && info().as_ref().is_some_and(is_idle)
+        && shutdown.signal().is_none()
         && Instant::now() < deadline
     {
         std::thread::sleep(POLL_INTERVAL);
@@ -214,6 +225,8 @@ pub(super) fn ensure_with(args: &[&str], confinement: Confinement) -> Outcome {
             return Err(Failure::input(anyhow!("--confine require: the supervisor would start{with}, without it")));
         }
         Some(kept) => command.args(&kept.args).current_dir(&kept.working_dir),
+        // Defaults are no settings to be kept.
+        None if confinement == Confinement::Auto => command.arg("serve").args(args),
         None => command.args(["serve", "--confine", &confinement.to_string()]).args(args),
     };
     // Keys of this terminal must not signal it.

@@ -12,7 +12,6 @@ use super::cgroups::Cgroups;
 use super::{Inner, Unsettled};
 use crate::fleet::{FleetError, NameClaim, record_end, recorded_reason, vm_names};
 use crate::flight::FlightEvent;
-use crate::worker::UNMERGED;
 use crate::zygote::Exit;
 use clade_vmm::vm::StopReason;
 
@@ -92,6 +91,10 @@ impl Inner {
 
     fn ended(&self, exit: Exit) {
         let _ends = self.ends();
+        // Before the process is forgotten: it is on one of both lists all the time.
+        self.processes.note_end(exit);
+        // The command of its session looks at the lists once more.
+        self.touch();
         let Some(vm) = self.processes.remove(exit.pid) else { return };
         let name = vm.name.clone();
         vm.teach();
@@ -99,9 +102,6 @@ impl Inner {
         vm.group.iter().for_each(|group| group.remove());
         tracing::info!(name, pid = exit.pid, signal = exit.signal, code = exit.code, "a VM's process has ended");
         // By now its name is free, or has another owner.
-        if !vm.has_name() || exit.code == Some(UNMERGED.into()) {
-            self.processes.note_end(&vm, exit);
-        }
         if !vm.has_name() {
             return self.say_ended(&name);
         }

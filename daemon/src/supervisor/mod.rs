@@ -303,7 +303,12 @@ impl Supervisor {
 
     /// Notes the begin or the end of a request.
     pub(crate) fn touch(&self) {
-        *self.0.last_request.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        self.0.touch();
+    }
+
+    /// Whether the supervisor ends.
+    pub(crate) fn is_closing(&self) -> bool {
+        self.0.closing.load(Ordering::Relaxed)
     }
 
     /// Returns whether the supervisor has no VM, no checkpoint, and no request for either, and had
@@ -489,6 +494,10 @@ impl Supervisor {
 }
 
 impl Inner {
+    fn touch(&self) {
+        *self.last_request.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
     fn serve(&self, server: impl Future<Output = ()> + Send + 'static) {
         let server = self.runtime.spawn(server);
         self.servers.lock().unwrap_or_else(PoisonError::into_inner).push(server);

@@ -169,8 +169,13 @@ impl Processes {
 
     /// Notes that an ended VM's process has ended by `exit`, if its disks lack the writes since a
     /// fork: they could not be merged, or the process was killed.
-    pub(super) fn note_end(&self, vm: &OwnVm, exit: Exit) {
-        if vm.images.is_empty() || (exit.signal.is_none() && exit.code != Some(UNMERGED.into())) {
+    ///
+    /// A VM that was to be stopped and did not answer was killed while it ran: its stop says so.
+    pub(super) fn note_end(&self, exit: Exit) {
+        let vm = self.all().get(&exit.pid).cloned();
+        let Some(vm) = vm.filter(|vm| !vm.images.is_empty() && !vm.is_stopped) else { return };
+        let is_killed = exit.signal.is_some() && !vm.has_name();
+        if !is_killed && exit.code != Some(UNMERGED.into()) {
             return;
         }
         let mut unmerged = self.unmerged.lock().unwrap_or_else(PoisonError::into_inner);
@@ -223,10 +228,11 @@ impl Processes {
         }
     }
 
-    /// Returns the ended VMs whose processes run, and may write to disks. `has_name` returns whether
+    /// Returns the ended VMs whose processes may write to disks. `has_name` returns whether
     /// a VM still runs as a process.
     pub(super) fn writers(&self, has_name: impl Fn(&str, u32) -> bool) -> Vec<OwnVm> {
-        let may_write = |vm: &OwnVm| !vm.images.is_empty() && vm.is_there();
+        // Until its end is noted: the process may have ended by now.
+        let may_write = |vm: &OwnVm| !vm.images.is_empty();
         // Not under the lock: `has_name` reads files.
         let all: Vec<(u32, OwnVm)> = self.all().iter().map(|(pid, vm)| (*pid, vm.clone())).collect();
         let writers = all.into_iter().filter(|(pid, vm)| may_write(vm) && !has_name(&vm.name, *pid));

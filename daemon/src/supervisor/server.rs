@@ -141,9 +141,12 @@ async fn info(State(supervisor): State<Supervisor>) -> Answer<SupervisorInfo> {
 
 /// Puts the end of a supervisor that ends when it is idle off, for two seconds.
 #[utoipa::path(post, path = "/v1/supervisor", responses((status = 200, description = "Done.", body = SupervisorKept)))]
-async fn keep() -> Json<SupervisorKept> {
+async fn keep(State(supervisor): State<Supervisor>) -> Answer<SupervisorKept> {
+    if supervisor.is_closing() {
+        return Err(ProblemKind::Ending.into());
+    }
     // Each request that is no GET does so.
-    Json(SupervisorKept { pid: std::process::id() })
+    Ok(Json(SupervisorKept { pid: std::process::id() }))
 }
 
 /// Lists the VMs of the directory.
