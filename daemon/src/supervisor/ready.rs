@@ -32,8 +32,10 @@ const PATIENCE_EACH: Duration = Duration::from_secs(1);
 const MAX_PATIENCE: Duration = Duration::from_secs(300);
 /// Time limit of one attempt. Every abandoned attempt is more work for a slow guest.
 const ATTEMPT: Duration = Duration::from_secs(10);
-/// Time limit from then on until the agent is ready.
+/// Time limit from then on until the agent is ready, and the additional time for each VM made by the
+/// same request: on a busy host ten guests whose kernels are interpreted took more than a minute.
 const ANSWERING: Duration = Duration::from_secs(60);
+const ANSWERING_EACH: Duration = Duration::from_secs(10);
 /// Interval of the attempts.
 const RETRY: Duration = Duration::from_millis(20);
 
@@ -91,7 +93,9 @@ impl Supervisor {
     /// The same for one of `count` new VMs.
     async fn make_ready_among(&self, name: &str, count: usize) -> Result<ReadyAnswer, ApiError> {
         let others = u32::try_from(count.saturating_sub(1)).unwrap_or(u32::MAX);
-        let patience = PATIENCE.saturating_add(PATIENCE_EACH.saturating_mul(others)).min(MAX_PATIENCE);
+        let with_others =
+            |own: Duration, each: Duration| own.saturating_add(each.saturating_mul(others)).min(MAX_PATIENCE);
+        let (patience, answering) = (with_others(PATIENCE, PATIENCE_EACH), with_others(ANSWERING, ANSWERING_EACH));
         let (supervisor, vm) = (self.clone(), name.to_owned());
         let socket = on_a_thread(THREAD_PATIENCE, move || {
             let about = About::expect(&supervisor.0.dir, &vm)?;
@@ -99,7 +103,7 @@ impl Supervisor {
             Ok::<_, FleetError>(about.identity.vsock.map(|vsock| vsock.socket))
         });
         let socket = socket.await??.ok_or_else(|| not_ready(name, "it has no socket"))?;
-        let agent = Agent::new(Endpoint::Vsock { socket, port: PORT }).with_patience(ATTEMPT, ANSWERING);
+        let agent = Agent::new(Endpoint::Vsock { socket, port: PORT }).with_patience(ATTEMPT, answering);
         // Each attempt has its own time of day.
         let agent = agent.with_one_attempt();
         let mut entropy = vec![0; ENTROPY];
