@@ -2,9 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{ExitCode, ExitStatus, Stdio};
+use std::process::{ExitCode, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,12 +11,12 @@ use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::agent::Agent;
-use crate::children::describe;
 use crate::forward;
 use crate::listen::{Listener, serve};
 use crate::log::log;
 use crate::notice;
 use crate::options::{Options, UsageError};
+use crate::process::output::end_event;
 use crate::process::spawn::{Surroundings, command};
 use crate::shutdown::end_guest;
 use crate::system::{Entrypoint, prepare, raise_file_limit};
@@ -29,15 +28,8 @@ const FILE_THREADS: usize = 16;
 const LAST_ANSWER: Duration = Duration::from_millis(100);
 const IDLE_THREAD: Duration = Duration::from_secs(5);
 
-/// The exit status of an entrypoint whose end is not known.
-const UNKNOWN: i32 = 1;
 /// The exit status of an entrypoint that cannot be started, as in shells.
-const CANNOT_START: i32 = 127;
-
-/// An exit status as shells have it: 128 and the signal's number after a signal.
-fn shell_code(status: ExitStatus) -> i32 {
-    status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(UNKNOWN)
-}
+const CANNOT_START: u8 = 127;
 
 /// Runs the agent until it ends, or the guest does.
 #[must_use]
@@ -136,10 +128,10 @@ impl Agent {
         let mut command = command(program, args, &entrypoint.env, cwd, &around, false);
         command.stdin(Stdio::inherit()).stdout(Stdio::inherit()).stderr(Stdio::inherit());
         let (code, text) = match self.children.spawn(&mut command) {
-            Ok((_, end)) => match end.await {
-                Ok(status) => (shell_code(status), format!("{program}: {}", describe(status))),
-                Err(_) => (UNKNOWN, format!("{program}: unknown")),
-            },
+            Ok((_, end)) => {
+                let end = end_event(end.await.ok());
+                (end.shell_code(), format!("{program}: {}", end.status))
+            }
             Err(error) => (CANNOT_START, format!("{program} cannot be started: {error}")),
         };
         log!("{text}");

@@ -1,6 +1,6 @@
 //! The service `process.Process`.
 
-mod output;
+pub(crate) mod output;
 pub(crate) mod spawn;
 mod table;
 

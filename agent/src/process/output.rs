@@ -84,7 +84,7 @@ fn event(source: Source, chunk: &Bytes) -> ProcessEvent {
 }
 
 /// The end of a process, for its followers.
-fn end_event(status: Option<ExitStatus>) -> EndEvent {
+pub(crate) fn end_event(status: Option<ExitStatus>) -> EndEvent {
     let Some(status) = status else {
         let status = "unknown".to_owned();
         return EndEvent { exit_code: -1, exited: false, error: Some(status.clone()), status };

@@ -412,8 +412,8 @@ pub(crate) struct RunArgs {
     /// Run in the foreground without reading the terminal; the console is on its socket.
     #[arg(long = "no-terminal", alias = "detached")]
     pub(crate) detached: bool,
-    /// Confine the VM's process, if the command starts the supervisor: as far as the host can (auto), wholly or
-    /// not at all (require), or leave it free (off).
+    /// Confine the VM's process, if the command starts the supervisor: as far as the host can
+    /// (auto), wholly or not at all (require), or leave it free (off).
     #[arg(long, value_name = "auto|require|off", default_value_t = Confinement::Auto)]
     pub(crate) confine: Confinement,
 }
@@ -583,8 +583,8 @@ pub(crate) struct RestoreArgs {
     /// VMs never read it.
     #[arg(long = "no-terminal", alias = "detached")]
     pub(crate) detached: bool,
-    /// Confine the VMs' processes, if the command starts the supervisor: as far as the host can (auto), wholly or
-    /// not at all (require), or leave them free (off).
+    /// Confine the VMs' processes, if the command starts the supervisor: as far as the host can
+    /// (auto), wholly or not at all (require), or leave them free (off).
     #[arg(long, value_name = "auto|require|off", default_value_t = Confinement::Auto)]
     pub(crate) confine: Confinement,
 }

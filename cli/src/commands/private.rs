@@ -27,7 +27,7 @@ use tokio::runtime::{Handle, Runtime};
 use crate::commands::Failure;
 use crate::commands::many::for_each;
 use crate::commands::remote::failure;
-use crate::commands::session::{AHEAD_MIB, POOL};
+use crate::commands::session::AHEAD_MIB;
 use crate::commands::shutdown::ShutdownSignal;
 
 /// The session of all VMs, which end with this process.
@@ -36,6 +36,9 @@ const SESSION: &str = "private";
 const POLL_INTERVAL: Duration = Duration::from_micros(100);
 /// Words of a request for memory.
 const CHUNK_WORDS: usize = 128 << 10;
+
+/// Most workers prepared.
+const POOL: usize = 16;
 
 fn private_supervisor() -> SupervisorOptions {
     let (pool, ahead_mib, cgroup) = (POOL, AHEAD_MIB, CgroupPlace::Off);

@@ -42,8 +42,6 @@ const LAST_WORK: Duration = Duration::from_secs(10);
 const SAY_AFTER: Duration = Duration::from_secs(1);
 /// Stop requests in flight.
 const STOPS: usize = 8;
-/// Most workers prepared by a supervisor that a session has started.
-pub(super) const POOL: usize = 16;
 /// Attempts of a request whose supervisor ends meanwhile.
 const ATTEMPTS: u32 = 3;
 

@@ -76,8 +76,8 @@ pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
 
 /// Waits until the VM has ended and none of its resources is in use. A signal ends it.
 ///
-/// Returns whether the writes since a fork are in the disks. The VM is dropped when it has stopped. Its resources are then free, even while children in other
-/// processes read its disks.
+/// Returns whether the writes since a fork are in the disks. The VM is dropped when it has stopped.
+/// Its resources are then free, even while children in other processes read its disks.
 fn wait_for_end(served: Served, shutdown: &ShutdownSignal) -> bool {
     let Served { fleet, vm, ahead, was_booted, tie } = served;
     while vm.wait(TURN).is_none() {

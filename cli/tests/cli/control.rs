@@ -214,6 +214,10 @@ fn a_guest_that_reports_is_booting_until_it_is_ready() {
     assert_eq!(guests, [Value::Null, json!("booting")]);
     let shown = runtime.clade(&["ps"]).stdout;
     assert!(shown.lines().any(|line| line.starts_with("slow") && line.contains(" booting ")), "{shown}");
+    for (vm, is_booting) in [("slow", true), ("plain", false)] {
+        let taken = runtime.clade(&["checkpoint", vm]);
+        assert_eq!((taken.code, taken.stderr.contains("still booting")), (Some(0), is_booting), "{taken:?}");
+    }
     runtime.clade(&["stop", "--all"]);
 }
 

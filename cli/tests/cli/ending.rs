@@ -100,6 +100,14 @@ fn held_back(runtime: &mut Runtime, dir: &Path, claim: &Cid) -> u32 {
     parent
 }
 
+/// The same after a signal to the command, which waits for that process alone.
+fn held_at_its_end(runtime: &mut Runtime, dir: &Path, claim: &Cid) -> u32 {
+    let parent = held_back(runtime, dir, claim);
+    runtime.signal(Signal::TERM);
+    wait_until("the end of its VMs", || runtime.names().is_empty());
+    parent
+}
+
 #[test]
 fn a_command_ends_when_its_disks_have_what_was_written_however_late() {
     if !kvm() {
@@ -134,11 +142,8 @@ fn a_disk_that_cannot_be_given_the_writes_is_named() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let mut runtime = Runtime::new();
-    let claim = Cid::take();
-    let parent = held_back(&mut runtime, dir.path(), &claim);
-    runtime.signal(Signal::TERM);
-    wait_until("the end of its VMs", || runtime.names().is_empty());
+    let (mut runtime, claim) = (Runtime::new(), Cid::take());
+    let parent = held_at_its_end(&mut runtime, dir.path(), &claim);
     kill(parent, Signal::KILL);
     let said = runtime.heard();
     assert_eq!(runtime.ended(), Some(143), "{said}");
@@ -151,11 +156,8 @@ fn another_signal_ends_the_wait_for_disks() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let mut runtime = Runtime::new();
-    let claim = Cid::take();
-    let parent = held_back(&mut runtime, dir.path(), &claim);
-    runtime.signal(Signal::TERM);
-    wait_until("the end of its VMs", || runtime.names().is_empty());
+    let (mut runtime, claim) = (Runtime::new(), Cid::take());
+    let parent = held_at_its_end(&mut runtime, dir.path(), &claim);
     assert!(runtime.runs());
     runtime.signal(Signal::INT);
     assert_eq!(runtime.ended(), Some(130));

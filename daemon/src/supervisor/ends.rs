@@ -12,6 +12,7 @@ use super::cgroups::Cgroups;
 use super::{Inner, Unsettled};
 use crate::fleet::{FleetError, NameClaim, record_end, recorded_reason, vm_names};
 use crate::flight::FlightEvent;
+use crate::worker::UNMERGED;
 use crate::zygote::Exit;
 use clade_vmm::vm::StopReason;
 
@@ -107,7 +108,8 @@ impl Inner {
         }
         let flight = vm.flight();
         // By itself, by a signal that it handles, or because it did not stop as requested.
-        let in_order = exit.signal.is_none() && matches!(exit.code, Some(0..=2 | 74 | 129 | 130 | 143));
+        let is_orderly = |code| matches!(code, 0..=2 | 129 | 130 | 143) || code == i32::from(UNMERGED);
+        let in_order = exit.signal.is_none() && exit.code.is_some_and(is_orderly);
         let mut was_orderly = in_order || vm.is_stopped;
         if let Some(mib) = exceeded.filter(|_| !was_orderly) {
             tracing::warn!(name, mib, "a VM's process was killed: it took more memory than its limit");

@@ -125,8 +125,8 @@ pub struct SupervisorOptions {
     /// Default memory, in MiB, that a child of a checkpoint may have copies of before it writes
     /// there. 0 for none.
     pub ahead_mib: u32,
-    /// Whether the supervisor ends when it is idle. Such a one has few VMs: its workers do not run
-    /// from a copy of the program in huge pages, which takes 18 MiB and time at the start.
+    /// Whether the supervisor ends when it is idle, or with its command. Such a one has few VMs: its
+    /// workers do not run from a copy of the program in huge pages, which takes 18 MiB and time at the start.
     pub until_idle: bool,
 }
 
@@ -299,16 +299,6 @@ impl Supervisor {
         self.0.checkpoints.clear();
         // Last: another supervisor may start from here on.
         drop(self.0.claim.lock().unwrap_or_else(PoisonError::into_inner).take());
-    }
-
-    /// Notes the begin or the end of a request.
-    pub(crate) fn touch(&self) {
-        self.0.touch();
-    }
-
-    /// Whether the supervisor ends.
-    pub(crate) fn is_closing(&self) -> bool {
-        self.0.closing.load(Ordering::Relaxed)
     }
 
     /// Returns whether the supervisor has no VM, no checkpoint, and no request for either, and had
@@ -494,6 +484,7 @@ impl Supervisor {
 }
 
 impl Inner {
+    /// Notes that there is work: a request that changes something, or the end of a process.
     fn touch(&self) {
         *self.last_request.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }

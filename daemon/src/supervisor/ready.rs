@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clade_agent_client::proto::api::Generation;
-use clade_agent_client::proto::{Base64, PORT};
+use clade_agent_client::proto::{Base64, NOTICE_PORT, PORT};
 use clade_agent_client::{Client as Agent, ClientError, Endpoint};
 use clade_vmm::vm::VmConfig;
 use tokio::sync::Semaphore;
@@ -18,6 +18,9 @@ use super::about::About;
 use super::server::stop_vm;
 use crate::control::{ApiError, ProblemKind, ReadyAnswer, StopRequest, THREAD_PATIENCE, on_a_thread};
 use crate::fleet::FleetError;
+
+/// Agents report to the port that the device answers.
+const _: () = assert!(NOTICE_PORT == clade_devices::virtio::vsock::NOTICE_PORT);
 
 /// Most agents notified at a time.
 const MAX_TOLD: usize = 16;

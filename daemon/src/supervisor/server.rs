@@ -142,9 +142,7 @@ async fn info(State(supervisor): State<Supervisor>) -> Answer<SupervisorInfo> {
 /// Puts the end of a supervisor that ends when it is idle off, for two seconds.
 #[utoipa::path(post, path = "/v1/supervisor", responses((status = 200, description = "Done.", body = SupervisorKept)))]
 async fn keep(State(supervisor): State<Supervisor>) -> Answer<SupervisorKept> {
-    if supervisor.is_closing() {
-        return Err(ProblemKind::Ending.into());
-    }
+    supervisor.check(0, 0, &Cancel::default())?;
     // Each request that is no GET does so.
     Ok(Json(SupervisorKept { pid: std::process::id() }))
 }
@@ -654,8 +652,8 @@ async fn touched(State(supervisor): State<Supervisor>, request: Request, next: N
     if request.method() == Method::GET {
         return next.run(request).await;
     }
-    supervisor.touch();
+    supervisor.0.touch();
     let response = next.run(request).await;
-    supervisor.touch();
+    supervisor.0.touch();
     response
 }
