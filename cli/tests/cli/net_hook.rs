@@ -4,8 +4,9 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use clade_test_support::TapName;
+use clade_test_support::{TapName, skip};
 
 use crate::supervisor::Supervised;
 use crate::tool::{Runtime, expect_problem, kvm, stem, taps, wait_until};
@@ -76,4 +77,21 @@ fn a_hook_that_is_none_is_refused() {
     for none in ["/nonexistent/hook", "/"] {
         runtime.clade(&["serve", "--net-hook", none]).expect_refusal(none);
     }
+}
+
+/// The addresses of the host's network and of metadata services belong to no guest.
+#[test]
+fn vms_behind_the_shipped_bridge_reach_public_addresses_alone() {
+    if !rustix::process::geteuid().is_root() {
+        return skip("nft", "network namespaces need root");
+    }
+    for tool in ["nft", "dnsmasq", "ip", "bridge", "unshare", "nsenter"] {
+        let found = Command::new("sh").args(["-c", &format!("command -v {tool}")]).output().unwrap();
+        if !found.status.success() {
+            return skip("nft", &format!("{tool} is missing"));
+        }
+    }
+    let check = concat!(env!("CARGO_MANIFEST_DIR"), "/../resources/net/check");
+    let checked = Command::new(check).output().unwrap();
+    assert!(checked.status.success(), "{checked:?}");
 }
