@@ -7,16 +7,19 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::io;
+use std::iter;
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use clade_memory::check_secret;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 use utoipa::ToSchema;
 use zeroize::Zeroizing;
 
-use crate::control::ProblemKind;
+use crate::control::{ProblemKind, random_hex};
 use crate::fleet::FleetError;
 
 /// Most secrets of a VM.
@@ -115,6 +118,65 @@ impl Secrets {
         let text = format!("no child of {of} can be made without secrets: it was made with none that are known");
         Err(FleetError::Refused { kind: ProblemKind::WrongState, text })
     }
+}
+
+/// The recorded state of a VM's secrets, from which no secret can be read.
+///
+/// The VM's process keeps the list itself, and a guest that breaks out of its VM could shorten it:
+/// children made without secrets would then have them. The supervisor compares the list with this.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum SecretsRecord {
+    /// As [`Secrets::None`].
+    #[default]
+    None,
+    /// The salted digest of [`Secrets::Held`].
+    Held { salt: String, digest: String },
+    /// As [`Secrets::Withheld`].
+    Withheld,
+}
+
+impl SecretsRecord {
+    /// Records `secrets`.
+    ///
+    /// # Errors
+    /// When the kernel has no random bytes.
+    pub(crate) fn of(secrets: &Secrets) -> io::Result<Self> {
+        Ok(match secrets {
+            Secrets::None => Self::None,
+            Secrets::Withheld => Self::Withheld,
+            Secrets::Held(list) => {
+                let salt = random_hex()?;
+                let digest = digest(&salt, list);
+                Self::Held { salt, digest }
+            }
+        })
+    }
+
+    /// The record of a child, made without secrets if `withhold`.
+    pub(crate) fn of_child(&self, withhold: bool) -> Self {
+        if withhold { Self::Withheld } else { self.clone() }
+    }
+
+    /// Whether this is the record of `secrets`.
+    pub(crate) fn is_of(&self, secrets: &Secrets) -> bool {
+        match (self, secrets) {
+            (Self::None, Secrets::None) | (Self::Withheld, Secrets::Withheld) => true,
+            (Self::Held { salt, digest: recorded }, Secrets::Held(list)) => *recorded == digest(salt, list),
+            _ => false,
+        }
+    }
+}
+
+/// The SHA-256 of a salt and a list, in hexadecimal.
+fn digest(salt: &str, list: &[Secret]) -> String {
+    let mut hash = Sha256::new();
+    for part in iter::once(salt.as_bytes()).chain(list.iter().flat_map(|one| [one.name.as_bytes(), &one.value])) {
+        // With its length: no two lists have the same bytes.
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Checks the secrets of a new VM.

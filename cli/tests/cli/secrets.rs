@@ -147,3 +147,43 @@ fn a_secret_that_cannot_be_withheld_is_refused_by_its_name() {
     fs::remove_file(file).unwrap();
     all.end();
 }
+
+/// The supervisor compares the list of a VM's process with its record, which has no secret in it.
+#[test]
+fn records_of_vms_have_a_digest_of_their_secrets() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("1");
+    boot_with_secrets(&all);
+    let record = |all: &Supervised, name: &str| {
+        let text = fs::read_to_string(all.runtime.dir().join(format!("{name}.vm"))).unwrap();
+        assert!(!text.contains(str::from_utf8(TOKEN).unwrap()) && !text.contains("horse"), "{text}");
+        serde_json::from_str::<Value>(&text).unwrap()["secrets"].clone()
+    };
+    let own = record(&all, "web");
+    assert_eq!(own["held"]["digest"].as_str().map(str::len), Some(64), "{own}");
+    fork(&all, &["web", "--name", "with"]);
+    fork(&all, &["web", "--name", "without", "--without-secrets"]);
+    fork(&all, &["with", "--name", "with-2"]);
+    fork(&all, &["without", "--name", "without-2"]);
+    fork(&all, &["without", "--name", "without-3", "--without-secrets"]);
+    assert_eq!(all.runtime.clade(&["checkpoint", "web", "warm"]).code, Some(0));
+    fork(&all, &["warm", "--name", "warm-with"]);
+    fork(&all, &["warm", "--name", "warm-without", "--without-secrets"]);
+    all.boot("plain", &[]);
+    fork(&all, &["plain", "--name", "plain-2"]);
+    for (name, wanted) in [
+        ("with", own.clone()),
+        ("with-2", own.clone()),
+        ("warm-with", own),
+        ("without", json!("withheld")),
+        ("without-2", json!("withheld")),
+        ("without-3", json!("withheld")),
+        ("warm-without", json!("withheld")),
+        ("plain", json!("none")),
+        ("plain-2", json!("none")),
+    ] {
+        assert_eq!(record(&all, name), wanted, "{name}");
+    }
+}

@@ -82,6 +82,6 @@ pub(crate) use server::{
 };
 pub(crate) use session::Gate;
 pub use session::{SessionEnded, SessionInfo};
-pub(crate) use token::is_for_this_host;
 pub use token::{Token, TokenError};
+pub(crate) use token::{is_for_this_host, random_hex};
 pub use ttl::{TtlInfo, TtlRequest};

@@ -147,7 +147,7 @@ pub(super) fn is_same(own: &[u8], given: &[u8]) -> bool {
 }
 
 /// Returns random bytes in hexadecimal, too many to guess.
-pub(super) fn random_hex() -> io::Result<String> {
+pub(crate) fn random_hex() -> io::Result<String> {
     let mut bytes = [0; RANDOM_BYTES];
     // The kernel returns so few at once.
     if getrandom(&mut bytes, GetRandomFlags::empty())? != RANDOM_BYTES {

@@ -16,11 +16,12 @@ use super::net_hook::Interfaces;
 use super::overlays::unnamed_in;
 use super::processes::ProcessId;
 use super::session::{self, Session};
-use crate::control::VsockInfo;
+use crate::control::{ProblemKind, VsockInfo};
 use crate::fleet::{FleetError, NameClaim, RuntimeDir, about, check_name, settle};
 use crate::flight::FlightEvent;
 use crate::image::Forked;
 use crate::jail::is_block_device;
+use crate::secrets::SecretsRecord;
 use crate::worker::Shape;
 use crate::zygote::Exit;
 use clade_vmm::vm::{DiskSpec, Identity, VmConfig};
@@ -70,6 +71,9 @@ pub(crate) struct About {
     /// The resource limits of its process, and of its children's.
     #[serde(default)]
     pub(super) bounds: Bounds,
+    /// Its secrets. None in a record of a supervisor that recorded none.
+    #[serde(default)]
+    pub(super) secrets: Option<SecretsRecord>,
 }
 
 fn failed(source: std::io::Error) -> FleetError {
@@ -105,17 +109,22 @@ impl About {
         Ok(names.filter_map(|name| Some((name.to_owned(), Self::read(dir, name).ok()??))).collect())
     }
 
-    /// Checks an image's description by the process of a VM: its configuration must be the recorded
-    /// one.
+    /// Checks an image's description by the process of a VM: its configuration and its secrets must
+    /// be the recorded ones.
     ///
     /// # Errors
-    /// When it is another.
+    /// When they are others.
     pub(super) fn check(&self, name: &str, forked: &Forked) -> Result<(), FleetError> {
-        if self.shape.config == forked.config {
+        let what = if self.shape.config != forked.config {
+            "another configuration"
+        } else if self.secrets.as_ref().is_some_and(|secrets| !secrets.is_of(&forked.secrets)) {
+            "other secrets"
+        } else {
             return Ok(());
-        }
-        let text = format!("the process of {name:?} says that it has another configuration than it was started with");
-        Err(failed(std::io::Error::other(text)))
+        };
+        let text = format!("the process of {name:?} says that it has {what} than it was started with");
+        // No worker has failed, so no other is tried.
+        Err(FleetError::Refused { kind: ProblemKind::Internal, text })
     }
 
     /// Writes the record of the VM of `claim`.
@@ -220,7 +229,10 @@ pub(super) mod tests {
     use clade_devices::disk::DiskConfig;
     use clade_devices::virtio::block::BlockOptions;
 
+    use zeroize::Zeroizing;
+
     use crate::fleet::Labels;
+    use crate::secrets::{Secret, Secrets};
 
     use super::*;
 
@@ -260,6 +272,7 @@ pub(super) mod tests {
             process: None,
             parent: None,
             bounds: Bounds::default(),
+            secrets: None,
         }
     }
 
@@ -280,6 +293,7 @@ pub(super) mod tests {
             process: None,
             parent: None,
             bounds: Bounds::default(),
+            secrets: None,
         };
         let claim = NameClaim::new(&dir, "web").unwrap();
         known.write(&claim).unwrap();
@@ -289,6 +303,27 @@ pub(super) mod tests {
         // The process claims another disk.
         let refused = written.check("web", &forked(&with_disk("/etc/shadow"))).unwrap_err();
         assert!(clade_vmm::error_chain(&refused).contains("another configuration"), "{refused:?}");
+        // The process claims other secrets, so that children have those it leaves out.
+        let secret = |name: &str| Secret { name: name.to_owned(), value: Zeroizing::new(vec![7; 32]) };
+        let held = |names: &[&str]| Secrets::of(names.iter().map(|name| secret(name)).collect());
+        let own = held(&["token", "key"]);
+        let claimed =
+            [held(&["token"]), held(&["key", "token"]), held(&["tokenkey"]), Secrets::None, Secrets::Withheld];
+        let of = |secrets: &Secrets| Forked { secrets: secrets.clone(), ..forked(&config) };
+        let record = SecretsRecord::of(&own).unwrap();
+        for (record, own) in [(record.of_child(false), &own), (record.of_child(true), &Secrets::Withheld)] {
+            let known = About { secrets: Some(record), ..known.clone() };
+            known.check("web", &of(own)).unwrap();
+            for other in &claimed {
+                if !(matches!((own, other), (Secrets::Withheld, Secrets::Withheld))) {
+                    let refused = known.check("web", &of(other)).unwrap_err();
+                    assert!(clade_vmm::error_chain(&refused).contains("other secrets"), "{other:?}: {refused:?}");
+                }
+            }
+        }
+        let text = serde_json::to_string(&record).unwrap();
+        assert!(!text.contains("token") && !text.contains("[7,7"), "{text}");
+        assert_ne!(record, SecretsRecord::of(&own).unwrap(), "the salt is another");
         assert_eq!(About::all(&dir).unwrap(), [("web".to_owned(), known)]);
         drop(claim);
         assert_eq!(About::read(&dir, "web").unwrap(), None);

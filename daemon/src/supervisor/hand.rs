@@ -14,6 +14,7 @@ use super::session::Live;
 use crate::fleet::{FleetError, NameClaim, forget_ended};
 use crate::flight;
 use crate::jail::{Confinement, Grants};
+use crate::secrets::SecretsRecord;
 use crate::worker::{EnterOrder, Handed, Shape};
 use clade_vmm::vm::{Endpoints, VmConfig};
 
@@ -60,6 +61,7 @@ pub(super) struct Start<'a> {
     /// The VM that it is forked from.
     pub(super) parent: Option<&'a str>,
     pub(super) bounds: Bounds,
+    pub(super) secrets: Option<&'a SecretsRecord>,
     /// The worker.
     pub(super) pid: u32,
 }
@@ -93,10 +95,20 @@ impl Hand {
         let failed = |source| FleetError::Worker { source };
         let (identity, paths) = (ends.identity().clone(), overlays.paths.clone());
         let socket = identity.vsock.as_ref().and_then(|vsock| inode(&vsock.socket));
-        let Start { shape, session: live, parent, bounds, pid } = start;
+        let Start { shape, session: live, parent, bounds, secrets, pid } = start;
         let session = live.map(|live| live.session.clone());
         let (process, parent) = (ProcessId::of(pid), parent.map(str::to_owned));
-        let about = About { shape: shape.clone(), identity, overlays: paths, socket, session, process, parent, bounds };
+        let about = About {
+            shape: shape.clone(),
+            identity,
+            overlays: paths,
+            socket,
+            session,
+            process,
+            parent,
+            bounds,
+            secrets: secrets.cloned(),
+        };
         let vsock = about.identity.vsock.as_ref();
         let broker = vsock.map(|vsock| broker.connect(vsock.socket.clone())).transpose().map_err(failed)?;
         let flight = Arc::new(flight::make().map_err(failed)?);

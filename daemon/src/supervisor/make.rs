@@ -18,7 +18,7 @@ use crate::control::{BootRequest, ClientProcess, ErasedInfo, ForkAnswer, ForkReq
 use crate::fleet::{Cancel, FleetError, NameClaim, Needs, check_names, check_room, check_share, claim_names};
 use crate::image::Asked;
 use crate::jail::is_block_device;
-use crate::secrets::{self, Secrets};
+use crate::secrets::{self, Secrets, SecretsRecord};
 use crate::worker::{BootOrder, EnterOrder, ForkOrder, Inherited, Made, Order, Shape, Worker, Workers, has_ended};
 use clade_vmm::vm::{Endpoints, VmError};
 
@@ -194,7 +194,8 @@ impl Supervisor {
         let count = claims.len();
         let failed = |source| FleetError::Worker { source };
         let budget = Learning::budget(self.ahead_pages(origin, request)?, count);
-        let About { shape, identity, session, bounds, .. } = origin.about;
+        let About { shape, identity, session, bounds, secrets, .. } = origin.about;
+        let secrets = secrets.as_ref().map(|secrets| secrets.of_child(request.without_secrets));
         let session = match (session, origin.learning) {
             (Some(session), None) => Some(session.expect_live(count)?),
             // A checkpoint outlives the session of its VM.
@@ -208,8 +209,14 @@ impl Supervisor {
         let order = |worker: &Worker, claim: &NameClaim| {
             let ends = Endpoints::child(&shape.config, identity, &claim.name, &choice).map_err(VmError::from)?;
             let overlays = self.0.overlays.hold(&shape.written())?;
-            let start =
-                Start { shape, session: session.as_ref(), parent: origin.vm, bounds: *bounds, pid: worker.pid() };
+            let start = Start {
+                shape,
+                session: session.as_ref(),
+                parent: origin.vm,
+                bounds: *bounds,
+                secrets: secrets.as_ref(),
+                pid: worker.pid(),
+            };
             let (mut hand, handed) = Hand::make(claim, start, overlays, ends, &self.0.broker)?;
             let order = ForkOrder {
                 name: claim.name.clone(),
@@ -279,6 +286,7 @@ impl Supervisor {
         let bounds = self.bounds(limits)?;
         secrets::check(&secrets)?;
         let secrets = Secrets::of(secrets);
+        let record = SecretsRecord::of(&secrets).map_err(|source| FleetError::Worker { source })?;
         let session = session.map(|name| Session::of(&name, client)).transpose()?;
         let session = session.as_ref().map(|session| session.expect_live(1)).transpose()?;
         let claim = NameClaim::new(&self.0.dir, &name)?;
@@ -304,7 +312,14 @@ impl Supervisor {
         let order = |worker: &Worker, claim: &NameClaim| {
             let ends = Endpoints::boot(&config).map_err(VmError::from)?;
             let overlays = self.0.overlays.hold(&written)?;
-            let start = Start { shape: &shape, session: session.as_ref(), parent: None, bounds, pid: worker.pid() };
+            let start = Start {
+                shape: &shape,
+                session: session.as_ref(),
+                parent: None,
+                bounds,
+                secrets: Some(&record),
+                pid: worker.pid(),
+            };
             let (mut hand, handed) = Hand::make(claim, start, overlays, ends, &self.0.broker)?;
             let (kernel, initrd, cmdline) = (kernel.clone(), initrd.clone(), cmdline.clone());
             let (name, config, labels) = (claim.name.clone(), config.clone(), labels.clone());

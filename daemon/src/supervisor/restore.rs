@@ -17,6 +17,7 @@ use crate::control::{CheckpointInfo, ClientProcess, ForkAnswer, OpenRequest, Res
 use crate::fleet::{Cancel, FleetError, LONGEST_NAME, check_names};
 use crate::worker::{OpenOrder, Shape, Worker};
 use clade_vmm::vm::{SavedVm, SnapshotError};
+use clade_snapshot::ParentDirs;
 
 /// Returns the default name of VMs from the snapshot in `dir`.
 fn stem(dir: &Path) -> String {
@@ -48,6 +49,8 @@ fn about(shape: Shape, saved: &SavedVm, session: Option<Session>) -> About {
         parent: None,
         bounds: Bounds::default(),
     }
+        // A snapshot has no list of the secrets in its memory.
+        secrets: Some(SecretsRecord::None),
 }
 
 impl Supervisor {
