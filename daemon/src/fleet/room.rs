@@ -82,19 +82,18 @@ fn first_line(path: &str) -> Option<String> {
 /// # Errors
 /// [`RoomError`]. A number that the kernel does not report is not checked.
 pub(crate) fn check_share(count: usize, running: Option<usize>) -> Result<(), RoomError> {
-    // Each count reads files of control groups: too dear for each fork.
-    static PROCESSORS: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, usize::from));
-    check_share_of(count as u64, running.map(|running| running as u64), *PROCESSORS as u64, mib_of_memory())
+    check_share_of(count as u64, running.map(|running| running as u64), most_running(), mib_of_memory())
 }
 
-fn check_share_of(
-    count: u64,
-    running: Option<u64>,
-    processors: u64,
-    memory: Option<(u64, u64)>,
-) -> Result<(), RoomError> {
+/// The number of running VMs beyond which a fork needs `overcommit`.
+pub(crate) fn most_running() -> u64 {
+    // Each count reads files of control groups: too dear for each fork.
+    static PROCESSORS: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, usize::from));
+    VMS_OF_A_PROCESSOR.saturating_mul(*PROCESSORS as u64)
+}
+
+fn check_share_of(count: u64, running: Option<u64>, limit: u64, memory: Option<(u64, u64)>) -> Result<(), RoomError> {
     if let Some(running) = running {
-        let limit = VMS_OF_A_PROCESSOR.saturating_mul(processors);
         let left = limit.saturating_sub(running);
         if count > left {
             let (what, setting) = ("running VMs", "500 for each processor, without overcommit");
@@ -121,6 +120,18 @@ fn mib_of_memory() -> Option<(u64, u64)> {
     Some((mib("MemTotal")?, mib("MemAvailable")?))
 }
 
+/// The host's runnable threads.
+pub(crate) fn runnable_threads() -> Option<u64> {
+    threads_of_host().map(|(runnable, _)| runnable)
+}
+
+/// The host's runnable threads, and all of them: the fourth field of `/proc/loadavg`.
+fn threads_of_host() -> Option<(u64, u64)> {
+    let loads = first_line("/proc/loadavg")?;
+    let (runnable, all) = loads.split(' ').nth(3)?.split_once('/')?;
+    Some((runnable.parse().ok()?, all.parse().ok()?))
+}
+
 /// Refuses `count` VMs that each need `needs` if the host has no room for all.
 ///
 /// # Errors
@@ -135,9 +146,7 @@ pub(crate) fn check(count: usize, needs: Needs) -> Result<(), RoomError> {
         let used = open.count() as u64 + SPARE_DESCRIPTORS;
         compare("descriptors", "RLIMIT_NOFILE", limit, used, count.saturating_mul(needs.descriptors))?;
     }
-    // The fourth field of /proc/loadavg is "running/all".
-    let threads = first_line("/proc/loadavg").and_then(|loads| loads.split([' ', '/']).nth(4)?.parse::<u64>().ok());
-    if let Some(threads) = threads {
+    if let Some((_, threads)) = threads_of_host() {
         let used = threads + SPARE_THREADS;
         for (setting, path) in
             [("kernel.threads-max", "/proc/sys/kernel/threads-max"), ("kernel.pid_max", "/proc/sys/kernel/pid_max")]
@@ -157,11 +166,11 @@ mod tests {
     #[test]
     fn a_fork_beyond_the_processors_or_the_memory_is_refused_with_its_numbers() {
         let memory = Some((24_000, 20_000));
-        check_share_of(1000, Some(0), 2, memory).unwrap();
-        let refused = check_share_of(2000, Some(1), 2, memory).unwrap_err();
+        check_share_of(1000, Some(0), 1000, memory).unwrap();
+        let refused = check_share_of(2000, Some(1), 1000, memory).unwrap_err();
         assert_eq!((refused.what, refused.needed, refused.left, refused.limit), ("running VMs", 2000, 999, 1000));
-        check_share_of(2000, None, 2, memory).unwrap();
-        let refused = check_share_of(2000, None, 2, Some((4_000, 2_000))).unwrap_err();
+        check_share_of(2000, None, 1000, memory).unwrap();
+        let refused = check_share_of(2000, None, 1000, Some((4_000, 2_000))).unwrap_err();
         assert_eq!((refused.what, refused.needed, refused.left), ("MiB of memory", 2000, 1744));
         let (total, available) = mib_of_memory().unwrap();
         assert!(0 < available && available <= total);

@@ -21,6 +21,7 @@
 
 mod enter;
 mod open;
+mod pace;
 mod process;
 mod save;
 mod serve;

@@ -10,6 +10,7 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{Shutdown, shutdown};
 use rustix::process::{Signal, pidfd_send_signal};
 
+use super::pace::in_groups;
 use super::{Answer, EnterOrder, Inherited, Made, OpenOrder, Order, SaveOrder, SavedFiles, failed, receive, send};
 use crate::fleet::FleetError;
 use clade_vmm::vm::SealedParts;
@@ -300,7 +301,7 @@ impl Drop for Worker {
 pub(crate) struct Workers(pub(crate) Vec<Worker>);
 
 impl Workers {
-    /// Waits until all have made their VMs, then lets all run, and lets them go. Calls `check` with
+    /// Waits until all have made their VMs, then lets all run, a few at a time, and lets them go. Calls `check` with
     /// the number made so far.
     ///
     /// # Errors
@@ -321,11 +322,16 @@ impl Workers {
                 made.push(child);
             }
             check(made.len())?;
-            self.0.iter().for_each(Worker::run);
         }
         // All VMs are made, so all may run. From here on a failure ends only its own VM.
+        let is_single = made.len() == 1;
         let workers = std::mem::take(&mut self.0);
-        workers.into_iter().zip(&made).for_each(|(worker, child)| worker.running(&child.name));
+        in_groups(workers.into_iter().zip(&made), |group| {
+            if !is_single {
+                group.iter().for_each(|(worker, _)| worker.run());
+            }
+            group.into_iter().for_each(|(worker, child)| worker.running(&child.name));
+        });
         Ok(made)
     }
 }

@@ -1,0 +1,108 @@
+//! Starts the VMs of a fork beyond the host's bound (`--overcommit`) a few at a time.
+//!
+//! All children of a fork have the same instant, so all have the same work to do first: timers that
+//! are due, random numbers, the agent's renewal. Together they would keep the processors from
+//! everything else, and the first to be done would be done last. So a group starts once the guests
+//! of the group before have run, or after a time, so that guests that compute delay no others.
+//!
+//! Forks within the bound start together: if the supervisor ends in between, those of the groups to
+//! come end with it, and the others run.
+
+use std::sync::LazyLock;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::fleet::{most_running, runnable_threads};
+
+/// VMs of a group, for each processor.
+const VMS_OF_A_PROCESSOR: usize = 16;
+/// Runnable threads of the host, for each processor, at which the next group starts.
+const QUIET: u64 = 2;
+/// The longest wait for that.
+const MAX_WAIT: Duration = Duration::from_millis(50);
+/// Interval of the checks for it.
+const INTERVAL: Duration = Duration::from_millis(1);
+
+static PROCESSORS: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, usize::from));
+
+/// Calls `start` with all of `vms`. If these are more than the host should run, `start` gets up to
+/// [`VMS_OF_A_PROCESSOR`] for each processor, and between the calls is a wait until the host has few
+/// runnable threads.
+pub(super) fn in_groups<T>(vms: impl ExactSizeIterator<Item = T>, start: impl FnMut(Vec<T>)) {
+    let most = QUIET * *PROCESSORS as u64;
+    let is_quiet = || runnable_threads().is_none_or(|count| count <= most);
+    let size = group_size(vms.len(), most_running(), *PROCESSORS);
+    in_groups_of(size, vms, start, || wait_until(is_quiet));
+}
+
+/// The size of the groups of `count` VMs on a host that should run `most`.
+fn group_size(count: usize, most: u64, processors: usize) -> usize {
+    if count as u64 > most { processors * VMS_OF_A_PROCESSOR } else { count.max(1) }
+}
+
+fn in_groups_of<T>(
+    size: usize,
+    vms: impl IntoIterator<Item = T>,
+    mut start: impl FnMut(Vec<T>),
+    mut wait: impl FnMut(),
+) {
+    let mut vms = vms.into_iter().peekable();
+    while vms.peek().is_some() {
+        start(vms.by_ref().take(size).collect());
+        if vms.peek().is_some() {
+            wait();
+        }
+    }
+}
+
+fn wait_until(is_quiet: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !is_quiet() && begun.elapsed() < MAX_WAIT {
+        thread::sleep(INTERVAL);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    #[test]
+    fn each_vm_starts_once_and_each_group_waits_for_the_one_before() {
+        for (count, groups) in [(0, vec![]), (1, vec![1]), (4, vec![4]), (5, vec![4, 1]), (12, vec![4, 4, 4])] {
+            let (started, waits) = (RefCell::new(Vec::new()), RefCell::new(Vec::new()));
+            in_groups_of(
+                4,
+                0..count,
+                |group| started.borrow_mut().push(group),
+                || waits.borrow_mut().push(started.borrow().len()),
+            );
+            let started = started.into_inner();
+            assert_eq!(started.iter().map(Vec::len).collect::<Vec<_>>(), groups);
+            assert_eq!(started.concat(), (0..count).collect::<Vec<_>>());
+            // Between groups, and not after the last.
+            assert_eq!(waits.into_inner(), (1..groups.len()).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn only_more_vms_than_the_host_should_run_start_in_groups() {
+        assert_eq!(group_size(1000, 1000, 2), 1000);
+        assert_eq!(group_size(1001, 1000, 2), 2 * VMS_OF_A_PROCESSOR);
+        assert_eq!(group_size(0, 1000, 2), 1);
+    }
+
+    #[test]
+    fn a_busy_host_delays_a_group_for_a_time_only() {
+        let looks = RefCell::new(0);
+        wait_until(|| {
+            *looks.borrow_mut() += 1;
+            *looks.borrow() == 3
+        });
+        assert_eq!(looks.into_inner(), 3);
+        let begun = Instant::now();
+        wait_until(|| false);
+        assert!(begun.elapsed() >= MAX_WAIT);
+    }
+}
