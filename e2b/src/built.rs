@@ -33,7 +33,8 @@ impl Gateway {
         let Some(store) = &self.0.templates else { return Err(ApiError::no_template(&template.name)) };
         // One at a time: the others then find it.
         let _turn = self.0.opening.lock().await;
-        let saved = SavedSource { dir: store.snapshot(&template.id), load: Default::default(), overlays: None };
+        let dir = store.snapshot(&template.id);
+        let saved = SavedSource { dir, load: Default::default(), overlays: None, parents: Vec::new() };
         let request = OpenRequest { saved, name: Some(template.id.clone()) };
         let opened = self.0.client.supervisor::<CheckpointInfo>(Method::POST, "/v1/checkpoints", Some(&request)).await;
         match opened {

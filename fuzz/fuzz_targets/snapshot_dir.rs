@@ -17,6 +17,7 @@ use clade_snapshot::{
 use libfuzzer_sys::{arbitrary, fuzz_target};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use vm_memory::{Bytes, GuestAddress};
+use clade_snapshot::ParentDirs;
 
 const RAM: u64 = 1 << 20;
 const FILES: [&str; 7] =
@@ -235,8 +236,8 @@ fuzz_target!(|input: (bool, Vec<Change>)| {
     for step in changes.into_iter().take(12) {
         let _ = change(&at, step);
     }
-    let _ = clade_snapshot::show(&at);
-    if let Ok(snapshot) = Snapshot::open(&at) {
+    let _ = clade_snapshot::show(&at, &ParentDirs::siblings());
+    if let Ok(snapshot) = Snapshot::open(&at, &ParentDirs::siblings()) {
         let warm = snapshot.working_set().ok().flatten().unwrap_or_default();
         // The snapshot may claim more memory than this host should allocate.
         let small = snapshot.layout().is_ok_and(|layout| layout.bytes() <= 64 << 20);
@@ -246,7 +247,7 @@ fuzz_target!(|input: (bool, Vec<Change>)| {
                 let _ = ram.adopt(&image);
             }
         }
-        let _ = verify(&at);
+        let _ = verify(&at, &ParentDirs::siblings());
     }
     let _ = world.save(&at, Compression::None);
     for name in FILES {

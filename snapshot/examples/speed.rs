@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use clade_memory::{GuestRam, Quiesced, RamLayout, Store};
+use clade_snapshot::ParentDirs;
 use clade_snapshot::{Compression, Load, Save, SaveProgress, Snapshot, verify};
 use rustix::fs::OFlags;
 use vm_memory::{Bytes, GuestAddress};
@@ -61,7 +62,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             rate / disk
         );
         let start = Instant::now();
-        let opened = Snapshot::open(&at)?;
+        let opened = Snapshot::open(&at, &ParentDirs::siblings())?;
         let open = start.elapsed();
         for load in [Load::Lazy, Load::Preload] {
             let start = Instant::now();
@@ -71,7 +72,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             println!("restore {load:?}: {:.2?} after {open:.2?} to open", start.elapsed());
         }
         let start = Instant::now();
-        verify(&at)?;
+        verify(&at, &ParentDirs::siblings())?;
         println!("verify: {:.0} MiB/s", mib as f64 / start.elapsed().as_secs_f64());
     }
     std::fs::remove_dir_all(at)?;

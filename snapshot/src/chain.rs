@@ -12,6 +12,7 @@ use crate::error::Error;
 use crate::files::Files;
 use crate::format::{Damage, Manifest, Sections, SnapshotId, WorkingSet};
 use crate::layer::{LayerFile, sealed_sum};
+use crate::parents::{KnownDir, ParentDirs, identity, real_path};
 use crate::space::Kind;
 use crate::staging::{MANIFEST, STATE, WORKING_SET, layer_name};
 
@@ -104,8 +105,9 @@ pub(crate) fn read_manifest(files: &Files, dir: &Dir) -> Result<Manifest, Error>
 }
 
 /// The manifests of a chain, newest first.
-pub(crate) fn read_chain(files: &Files, dir: &Path) -> Result<Vec<Member>, Error> {
+pub(crate) fn read_chain(files: &Files, dir: &Path, parents: &ParentDirs) -> Result<Vec<Member>, Error> {
     let newest = files.dir(dir)?;
+    parents.check_newest(&newest)?;
     let manifest = read_manifest(files, &newest)?;
     let mut seen = HashSet::from([manifest.id]);
     let mut members = vec![Member { dir: newest, manifest }];
@@ -123,15 +125,18 @@ pub(crate) fn read_chain(files: &Files, dir: &Path) -> Result<Vec<Member>, Error
         }
         // From the child's open directory, even if its path leads elsewhere by now.
         let opened = files.dir_from(child, Path::new(&parent.path)).map_err(inside)?;
+        // Messages use the resolved path: a chain of relative ones is hard to read.
+        let called = real_path(opened.file()).unwrap_or_else(|| at.clone());
+        let opened = opened.called(called);
+        // Of the open directory, so that a link exchanged meanwhile changes nothing.
+        parents.check(&members[0].dir, &opened).map_err(inside)?;
         let found = read_manifest(files, &opened).map_err(inside)?;
         if found.id != parent.id {
             let wrong = Error::WrongId { path: at.clone(), wanted: parent.id, found: found.id };
             return Err(inside(wrong));
         }
         fits(child.path(), manifest, &found)?;
-        // Messages use the resolved path: a chain of relative ones is hard to read.
-        let called = at.canonicalize().unwrap_or(at);
-        members.push(Member { dir: opened.called(called), manifest: found });
+        members.push(Member { dir: opened, manifest: found });
     }
     Ok(members)
 }
@@ -169,16 +174,17 @@ fn read_state(files: &Files, member: &Member) -> Result<Sections, Error> {
 }
 
 impl Snapshot {
-    /// Opens the snapshot in `dir` and those it depends on.
+    /// Opens the snapshot in `dir` and those it depends on, which must be in `parents`.
     ///
     /// # Errors
-    /// When one of them is missing, damaged, of a later format, or not the one expected.
-    pub fn open(dir: &Path) -> Result<Self, Error> {
-        Self::with(&Files::default(), dir)
+    /// When one of them is missing, damaged, of a later format, not the one expected, or in a
+    /// directory that is not allowed.
+    pub fn open(dir: &Path, parents: &ParentDirs) -> Result<Self, Error> {
+        Self::with(&Files::default(), dir, parents)
     }
 
-    pub(crate) fn with(files: &Files, dir: &Path) -> Result<Self, Error> {
-        let members = read_chain(files, dir)?;
+    pub(crate) fn with(files: &Files, dir: &Path, parents: &ParentDirs) -> Result<Self, Error> {
+        let members = read_chain(files, dir, parents)?;
         let newest = &members[0];
         let sections = read_state(files, newest)?;
         // A restore does not need the parents' states. The check exists because a chain must be
@@ -199,6 +205,19 @@ impl Snapshot {
     /// Directories of the snapshot and of those that it depends on, newest first.
     pub fn dirs(&self) -> impl Iterator<Item = &Path> {
         self.0.members.iter().map(|member| member.dir.path())
+    }
+
+    /// The same directories without links. They are the open ones, even if a path has changed since.
+    ///
+    /// # Errors
+    /// When one of them was removed, or replaced by another snapshot.
+    pub fn known_dirs(&self) -> Result<Vec<KnownDir>, Error> {
+        let known = |member: &Member| {
+            let gone = || Error::file("found", member.dir.path(), std::io::ErrorKind::NotFound.into());
+            let path = real_path(member.dir.file()).filter(|path| path.is_dir()).ok_or_else(gone)?;
+            Ok(KnownDir { path, id: Some(identity(member.dir.file())?) })
+        };
+        self.0.members.iter().map(known).collect()
     }
 
     /// The snapshot's identity.

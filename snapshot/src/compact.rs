@@ -14,21 +14,28 @@ use crate::error::Error;
 use crate::files::Files;
 use crate::format::WorkingSet;
 use crate::lock::{How, lock};
+use crate::parents::ParentDirs;
 use crate::save::{Meter, SaveProgress, Saved};
 use crate::space::checked_runs;
 use crate::staging::{MANIFEST, STATE, StagingDir, WORKING_SET, expect_replaceable, layer_name, place};
 use crate::write::write_layer;
 
-/// Merges the snapshot in `dir` with all it depends on. A full snapshot stays as it is.
+/// Merges the snapshot in `dir` with all it depends on, which must be in `parents`. A full snapshot
+/// stays as it is.
 ///
 /// # Errors
 /// When it fails, `dir` is as it was; see [`crate::Save::to`].
-pub fn compact(dir: &Path, watch: &SaveProgress<'_>) -> Result<Saved, Error> {
-    compact_with(&Files::default(), dir, watch)
+pub fn compact(dir: &Path, parents: &ParentDirs, watch: &SaveProgress<'_>) -> Result<Saved, Error> {
+    compact_with(&Files::default(), dir, parents, watch)
 }
 
-pub(crate) fn compact_with(files: &Files, dir: &Path, watch: &SaveProgress<'_>) -> Result<Saved, Error> {
-    let snapshot = Snapshot::with(files, dir)?;
+pub(crate) fn compact_with(
+    files: &Files,
+    dir: &Path,
+    parents: &ParentDirs,
+    watch: &SaveProgress<'_>,
+) -> Result<Saved, Error> {
+    let snapshot = Snapshot::with(files, dir, parents)?;
     let spaces: Vec<_> = std::iter::once(&snapshot.0.memory).chain(&snapshot.0.disks).collect();
     let mut manifest = snapshot.manifest().clone();
     if manifest.parent.is_some() {
@@ -85,6 +92,7 @@ pub(crate) fn compact_with(files: &Files, dir: &Path, watch: &SaveProgress<'_>) 
         data_pages: layers().map(|layer| layer.data_pages).sum(),
         zero_pages: layers().map(|layer| layer.zero_pages).sum(),
         base_untold: false,
+        base_elsewhere: false,
         data_bytes: layers().map(|layer| layer.data_bytes).sum(),
     })
 }

@@ -12,7 +12,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{CWD, Mode, OFlags, fsync, openat, renameat};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, fsync, openat, openat2, renameat};
 use rustix::io::Errno;
 
 use crate::error::Error;
@@ -60,9 +60,17 @@ impl Files {
         self.dir_by(CWD, path, path.to_owned(), OFlags::PATH)
     }
 
-    /// As [`Self::dir`], by its path from `from`.
+    /// As [`Self::dir`], by its path from `from`. Links of procfs are refused: one leads into a mount
+    /// namespace where directories can be mounted on each other, so that `..` leads elsewhere.
     pub(crate) fn dir_from(&self, from: &Dir, relative: &Path) -> Result<Dir, Error> {
-        self.dir_by(from.file(), relative, from.path.join(relative), OFlags::PATH)
+        let path = from.path.join(relative);
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::NO_MAGICLINKS;
+        let open = |_| Ok(openat2(from.file(), relative, flags, Mode::empty(), resolve)?);
+        match self.run(Op::Open, &path, open) {
+            Ok(fd) => Ok(Dir { file: Arc::new(fd.into()), path }),
+            Err(source) => Err(Error::file("opened", path, source)),
+        }
     }
 
     /// Opens a directory that can be listed, locked and synced. The path itself must not be a link.

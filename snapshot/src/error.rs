@@ -84,6 +84,24 @@ pub enum Error {
         #[source]
         source: Box<Error>,
     },
+    /// A parent is in a directory that is not allowed for parents.
+    #[error(
+        "{} is neither in {}, which holds the snapshot, nor beneath an allowed directory of parents: if it is trusted, \
+         allow it with --parents DIR",
+        path.display(), beside.display()
+    )]
+    Elsewhere {
+        /// The parent's directory.
+        path: PathBuf,
+        /// The directory that holds the opened snapshot.
+        beside: PathBuf,
+    },
+    /// A directory that was checked is another by now.
+    #[error("{} is not the directory that was checked: its path has changed since", path.display())]
+    Exchanged {
+        /// The path.
+        path: PathBuf,
+    },
     /// A directory has another snapshot than expected.
     #[error("{} is snapshot {found}, where {wanted} was expected", path.display())]
     WrongId {

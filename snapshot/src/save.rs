@@ -17,6 +17,7 @@ use crate::format::{
 };
 use crate::layer::sealed_sum;
 use crate::lock::{How, lock};
+use crate::parents::ParentDirs;
 use crate::ram::RamSpace;
 use crate::space::{Kind, Space, checked_runs};
 use crate::staging::{MANIFEST, STATE, StagingDir, expect_replaceable, layer_name, place, random};
@@ -136,6 +137,9 @@ pub struct Saved {
     /// Whether the base is read-only, and so has no note of this dependent. A save that can write
     /// there may replace the base without a warning.
     pub base_untold: bool,
+    /// Whether the base or one of its parents is in another directory than the snapshot: opening the
+    /// snapshot has to allow that directory ([`crate::ParentDirs`]).
+    pub base_elsewhere: bool,
 }
 
 impl Save<'_> {
@@ -159,6 +163,7 @@ impl Save<'_> {
         }
         let parent = self.base.map(|base| self.parent(files, &base, &place)).transpose()?;
         let full = self.base.is_none();
+        let (parent, base_elsewhere) = parent.map_or((None, false), |(parent, elsewhere)| (Some(parent), elsewhere));
         let mut spaces = vec![("memory", &memory as &dyn Space)];
         spaces.extend(self.disks.iter().map(|disk| (disk.name, disk.space)));
         let mut total = 0;
@@ -199,7 +204,7 @@ impl Save<'_> {
             let (base, dependent) = (base.dir.display(), target.display());
             tracing::warn!(%base, %dependent, "the base is read-only: it does not record its dependent");
         }
-        Ok(Saved { id, data_pages, zero_pages, data_bytes, base_untold })
+        Ok(Saved { id, data_pages, zero_pages, data_bytes, base_untold, base_elsewhere })
     }
 
     /// Checks the base, writes the note into it, and puts the snapshot in its place, all under
@@ -265,9 +270,11 @@ impl Save<'_> {
         Ok(())
     }
 
-    /// The base for the manifest, after a check of its whole chain.
-    fn parent(&self, files: &Files, base: &Base<'_>, place: &Path) -> Result<Parent, Error> {
-        let chain = Snapshot::with(files, base.dir)?;
+    /// The base for the manifest, after a check of its whole chain, and whether one of the chain is in
+    /// another directory than `place`.
+    fn parent(&self, files: &Files, base: &Base<'_>, place: &Path) -> Result<(Parent, bool), Error> {
+        // No page of the chain is read.
+        let chain = Snapshot::with(files, base.dir, &ParentDirs::unchecked())?;
         if chain.id() != base.id {
             return Err(Error::WrongId { path: base.dir.to_owned(), wanted: base.id, found: chain.id() });
         }
@@ -293,7 +300,8 @@ impl Save<'_> {
         let name = if sibling { dir.file_name().map(|name| Path::new("..").join(name)) } else { None };
         let path = name.unwrap_or(dir);
         let text = path.to_str().ok_or_else(|| Error::Path { path: path.clone() })?;
-        Ok(Parent { id: base.id, path: text.to_owned() })
+        let elsewhere = !sibling || chain.dirs().skip(1).any(|dir| dir.parent() != place.parent());
+        Ok((Parent { id: base.id, path: text.to_owned() }, elsewhere))
     }
 }
 

@@ -10,6 +10,7 @@ use crate::dir::Dir;
 use crate::error::Error;
 use crate::files::Files;
 use crate::format::{Compression, LayerEntry, Manifest, Sections, SnapshotId, Version};
+use crate::parents::ParentDirs;
 use crate::staging::{STATE, WORKING_SET, layer_name};
 
 /// A layer of this snapshot: of memory, or of a disk.
@@ -67,15 +68,15 @@ pub struct Summary {
     pub ignored: Vec<String>,
 }
 
-/// Describes the snapshot in `dir`. A broken chain is reported in the result.
+/// Describes the snapshot in `dir`, whose parents must be in `parents`. A broken chain is reported in the result.
 ///
 /// # Errors
 /// When the snapshot's own manifest cannot be read.
-pub fn show(dir: &Path) -> Result<Summary, Error> {
+pub fn show(dir: &Path, parents: &ParentDirs) -> Result<Summary, Error> {
     let files = Files::default();
     let own = files.dir(dir)?;
     let manifest = read_manifest(&files, &own)?;
-    let (parents, broken) = match read_chain(&files, dir) {
+    let (parents, broken) = match read_chain(&files, dir, parents) {
         Ok(members) => {
             let link =
                 |member: &crate::chain::Member| Link { id: member.manifest.id, path: member.dir.path().to_owned() };

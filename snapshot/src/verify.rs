@@ -12,6 +12,7 @@ use crate::error::Error;
 use crate::files::Files;
 use crate::format::{CHUNK_PAGES, Damage};
 use crate::layer::LayerFile;
+use crate::parents::ParentDirs;
 
 /// Data that was read and found intact.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -24,16 +25,17 @@ pub struct Verified {
     pub bytes: u64,
 }
 
-/// Compares all data of the snapshot in `dir`, and of those it depends on, with checksums.
+/// Compares all data of the snapshot in `dir`, and of those it depends on, with checksums. Its
+/// parents must be in `parents`.
 ///
 /// # Errors
 /// The first damage that is found.
-pub fn verify(dir: &Path) -> Result<Verified, Error> {
-    verify_with(&Files::default(), dir)
+pub fn verify(dir: &Path, parents: &ParentDirs) -> Result<Verified, Error> {
+    verify_with(&Files::default(), dir, parents)
 }
 
-pub(crate) fn verify_with(files: &Files, dir: &Path) -> Result<Verified, Error> {
-    let snapshot = Snapshot::with(files, dir)?;
+pub(crate) fn verify_with(files: &Files, dir: &Path, parents: &ParentDirs) -> Result<Verified, Error> {
+    let snapshot = Snapshot::with(files, dir, parents)?;
     for member in &snapshot.0.members {
         read_working_set(files, member)?;
     }

@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use clade_memory::{GuestRam, PAGE_SIZE, PageRange, RamLayout, Store};
+use clade_snapshot::ParentDirs;
 use clade_snapshot::{Load, Snapshot, SnapshotId, show, verify};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -18,7 +19,7 @@ fn v1(name: &str) -> PathBuf {
 /// The first byte of each of the 20 pages, after making sure that the page holds nothing but it.
 fn pages(name: &str, load: &Load) -> Vec<u8> {
     let store = Store::open_small().unwrap();
-    let image = Snapshot::open(&v1(name)).unwrap().restore_ram(&store, load).unwrap();
+    let image = Snapshot::open(&v1(name), &ParentDirs::siblings()).unwrap().restore_ram(&store, load).unwrap();
     let ram = GuestRam::reserve(image.layout(), &store).unwrap();
     ram.adopt(&image).unwrap();
     let mut out = Vec::new();
@@ -43,7 +44,7 @@ fn version_1_is_read() {
         assert_eq!(pages("full", &load), full);
         assert_eq!(pages("child", &load), child);
     }
-    let opened = Snapshot::open(&v1("child")).unwrap();
+    let opened = Snapshot::open(&v1("child"), &ParentDirs::siblings()).unwrap();
     assert_eq!(opened.id(), SnapshotId::new(0xb1b1));
     assert_eq!(opened.depth(), 2);
     assert_eq!(opened.layout().unwrap(), RamLayout::of_ranges(&[(LOW, 2), (HIGH, 18)]).unwrap());
@@ -58,8 +59,8 @@ fn version_1_is_read() {
     wanted[4999] = 0x55;
     assert_eq!((disk.name(), bytes), ("root", wanted));
     for (name, snapshots) in [("full", 1), ("child", 2)] {
-        assert_eq!(verify(&v1(name)).unwrap().snapshots, snapshots);
-        let shown = show(&v1(name)).unwrap();
+        assert_eq!(verify(&v1(name), &ParentDirs::siblings()).unwrap().snapshots, snapshots);
+        let shown = show(&v1(name), &ParentDirs::siblings()).unwrap();
         assert_eq!((shown.full, shown.broken, shown.ignored), (snapshots == 1, None, Vec::<String>::new()));
     }
 }

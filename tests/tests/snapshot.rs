@@ -13,6 +13,7 @@ use clade_devices::virtio::vsock::VsockOptions;
 use clade_guests::abi::Command;
 use clade_guests::abi::disk::What;
 use clade_memory::Backing;
+use clade_snapshot::ParentDirs;
 use clade_snapshot::{Compression, Error, compact, verify};
 use clade_tests::{DiskFile, DiskGuest, Guest, Holdings, Turn, Writer, can_have_taps, expect_nothing_held};
 use clade_vmm::kvm::{CpuTemplate, HostMismatch};
@@ -28,7 +29,8 @@ const FULL: SnapshotOptions = SnapshotOptions { incremental: false, compression:
 const INCREMENTAL: SnapshotOptions =
     SnapshotOptions { incremental: true, compression: Compression::None, replace: false };
 const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, erase: &[], before_start: None };
-const LAZY: RestoreOptions = RestoreOptions { load: RestoreLoad::Lazy, overlays: None, sockets: None };
+const LAZY: RestoreOptions =
+    RestoreOptions { load: RestoreLoad::Lazy, overlays: None, sockets: None, parents: ParentDirs::siblings() };
 
 fn turn() -> Option<(Turn, Context)> {
     let turn = Turn::take()?;
@@ -37,7 +39,7 @@ fn turn() -> Option<(Turn, Context)> {
 }
 
 fn load(load: RestoreLoad) -> RestoreOptions {
-    RestoreOptions { load, overlays: None, sockets: None }
+    RestoreOptions { load, ..RestoreOptions::default() }
 }
 
 fn restored(context: &Context, dir: &Path, options: &RestoreOptions) -> Guest {
@@ -113,11 +115,11 @@ fn incremental_snapshots_hold_what_changed_and_are_as_good_as_full_ones() {
     };
     check("third", RestoreLoad::Lazy);
     check("third", RestoreLoad::Preload);
-    assert_eq!(verify(&at("third")).unwrap().snapshots, 3);
+    assert_eq!(verify(&at("third"), &ParentDirs::siblings()).unwrap().snapshots, 3);
     // A full snapshot of a lazily loaded VM has all of its memory.
     let whole = save(&restored(&context, &at("third"), &LAZY), &at("whole"), FULL);
     assert!(whole.saved.data_pages >= full.saved.data_pages, "{:?} of {:?}", whole.saved, full.saved);
-    assert_eq!(verify(&at("whole")).unwrap().snapshots, 1);
+    assert_eq!(verify(&at("whole"), &ParentDirs::siblings()).unwrap().snapshots, 1);
     check("whole", RestoreLoad::Lazy);
     // Onto the files that its own memory is mapped from.
     let vm = restored(&context, &at("whole"), &LAZY);
@@ -130,7 +132,7 @@ fn incremental_snapshots_hold_what_changed_and_are_as_good_as_full_ones() {
     assert!(matches!(error, SnapshotError::Files(Error::OwnChain { .. })), "{error}");
     vm.vm().pause().unwrap();
     vm.expect(0, 100, Some(1), "and runs on");
-    compact(&at("third"), &clade_snapshot::SaveProgress::none()).unwrap();
+    compact(&at("third"), &ParentDirs::siblings(), &clade_snapshot::SaveProgress::none()).unwrap();
     fs::remove_dir_all(at("full")).unwrap();
     fs::remove_dir_all(at("second")).unwrap();
     check("third", RestoreLoad::Lazy);
@@ -172,7 +174,7 @@ fn a_disk_is_saved_with_the_vm_at_the_same_instant() {
     let vm = DiskGuest { guest: restored(&context, &at("full"), &LAZY) };
     vm.expect(run(What::Verify, 512, 8), "nobody wrote to the snapshot's files");
     for name in ["full", "more", "midst"] {
-        verify(&at(name)).unwrap();
+        verify(&at(name), &ParentDirs::siblings()).unwrap();
     }
     // Compressed, it is unpacked into a file of its own.
     save(
@@ -214,7 +216,7 @@ fn what_is_touched_first_is_recorded_and_read_ahead() {
     assert!((32..PAGES).contains(&pages), "{pages} pages");
     let second = restored(&context, &at, &load(RestoreLoad::WorkingSet));
     second.expect(0, PAGES, Some(1), "read ahead, and the rest as ever");
-    verify(&at).unwrap();
+    verify(&at, &ParentDirs::siblings()).unwrap();
 }
 
 /// The machine's shape, its CPU template and its generation id are saved with it; the id changes.
@@ -322,7 +324,7 @@ fn damaged_and_foreign_snapshots_are_refused_by_name() {
     drop(data);
     let error = ForkImage::restore(&context, &bad, &load(RestoreLoad::Preload)).unwrap_err();
     assert!(clade_vmm::error_chain(&error).contains("memory.data"), "{}", clade_vmm::error_chain(&error));
-    verify(&bad).unwrap_err();
+    verify(&bad, &ParentDirs::siblings()).unwrap_err();
     let bad = copy("short");
     let data = fs::File::options().write(true).open(bad.join("memory.data")).unwrap();
     data.set_len(4096).unwrap();
@@ -349,7 +351,7 @@ fn a_host_that_lacks_what_the_guest_was_given_is_told_what() {
     let dir = tempfile::tempdir().unwrap();
     let guest = Guest::boot(&context, MIB, 1);
     save(&guest, &dir.path().join("vm"), FULL);
-    let snapshot = clade_snapshot::Snapshot::open(&dir.path().join("vm")).unwrap();
+    let snapshot = clade_snapshot::Snapshot::open(&dir.path().join("vm"), &ParentDirs::siblings()).unwrap();
     let facts = clade_vmm::vm::sections::host_requirements(snapshot.sections().iter()).unwrap();
     facts.check(context.host()).unwrap();
     let mut json = serde_json::to_value(&facts).unwrap();
@@ -373,7 +375,7 @@ fn a_stopped_vm_is_not_saved_and_nothing_is_left() {
         "{}",
         clade_vmm::error_chain(&error)
     );
-    verify(&at).unwrap();
+    verify(&at, &ParentDirs::siblings()).unwrap();
     drop(guest);
     let image: Arc<ForkImage> = ForkImage::restore(&context, &at, &LAZY).unwrap();
     let many: Vec<Vm> = (0..20).map(|_| Guest::child(&context, &image).into_vm()).collect();

@@ -139,7 +139,7 @@ impl Bench {
     /// Samples the time from the directory to the first instruction and, with another VM, to the
     /// first answer.
     fn one(&self, context: &Context, load: RestoreLoad, into: &mut Restored) -> Result<(), Failure> {
-        let options = RestoreOptions { load, overlays: None, sockets: None };
+        let options = RestoreOptions { load, ..RestoreOptions::default() };
         let open = || ForkImage::restore(context, &self.at("vm"), &options).map_err(Failure::run);
         let begun = Instant::now();
         into.first.push_us(announced(context, &open()?, begun)?);
@@ -163,7 +163,7 @@ impl Bench {
     /// own.
     fn by_api(&self, at: &Path) -> Result<Sample, Failure> {
         let supervisor = BenchSupervisor::start(&["--pool", "1"], &[(MEASURE, "1")])?;
-        let saved = SavedSource { dir: at.to_owned(), load: RestoreLoad::Lazy, overlays: None };
+        let saved = SavedSource { dir: at.to_owned(), load: RestoreLoad::Lazy, overlays: None, parents: Vec::new() };
         let request = RestoreRequest { saved, vms: ForkRequest { count: 1, ..ForkRequest::default() }, session: None };
         let mut sample = Sample::default();
         for round in 0..=self.samples {
@@ -206,7 +206,7 @@ impl Bench {
 pub(crate) fn restored(context: &Context, args: &BenchArgs) -> Result<(), Failure> {
     let at = args.snapshot.as_deref().ok_or_else(|| Failure::Input(anyhow::anyhow!("--snapshot is missing")))?;
     let load = if args.preload { RestoreLoad::Preload } else { RestoreLoad::Lazy };
-    let options = RestoreOptions { load, overlays: None, sockets: None };
+    let options = RestoreOptions { load, ..RestoreOptions::default() };
     let image = ForkImage::restore(context, at, &options).map_err(Failure::run)?;
     let (_vm, _) = announced_clone(context, &image)?;
     std::io::stdout().write_all(b"!").and_then(|()| std::io::stdout().flush()).map_err(Failure::run)

@@ -517,9 +517,19 @@ pub(crate) enum SnapshotCommand {
 pub(crate) struct SnapshotDirArgs {
     /// The snapshot's directory.
     pub(crate) dir: PathBuf,
+    #[command(flatten)]
+    pub(crate) parents: ParentsArgs,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ParentsArgs {
+    /// A directory beneath which the snapshot may have parents, besides the one that holds it.
+    /// Repeatable. All snapshots there may be read by the VM.
+    #[arg(long = "parents", value_name = "DIR")]
+    pub(crate) dirs: Vec<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -549,6 +559,8 @@ pub(crate) struct SaveArgs {
 pub(crate) struct RestoreArgs {
     /// The snapshot's directory.
     pub(crate) dir: PathBuf,
+    #[command(flatten)]
+    pub(crate) parents: ParentsArgs,
     /// Number of VMs.
     #[arg(long, default_value_t = 1)]
     pub(crate) count: usize,

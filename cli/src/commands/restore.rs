@@ -24,6 +24,8 @@ fn request(args: &RestoreArgs) -> Result<RestoreRequest, Failure> {
     };
     // Absolute, but with links unresolved: the path stays the user's.
     let dir = std::path::absolute(&args.dir).map_err(Failure::input)?;
+    let parents: Result<_, _> = args.parents.dirs.iter().map(std::path::absolute).collect();
+    let parents = parents.map_err(Failure::input)?;
     let overlays = args.overlays.as_ref().map(std::path::absolute).transpose().map_err(Failure::input)?;
     let vms = ForkRequest {
         count: args.count,
@@ -39,7 +41,7 @@ fn request(args: &RestoreArgs) -> Result<RestoreRequest, Failure> {
         ahead_mib: None,
         overcommit: args.overcommit,
     };
-    Ok(RestoreRequest { saved: SavedSource { dir, load, overlays }, vms, session: None })
+    Ok(RestoreRequest { saved: SavedSource { dir, load, overlays, parents }, vms, session: None })
 }
 
 pub(crate) fn main(args: &RestoreArgs) -> Outcome {

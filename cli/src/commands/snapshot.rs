@@ -5,11 +5,11 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::anyhow;
-use clade_snapshot::{Error, SaveProgress, Summary, compact, show, verify};
+use clade_snapshot::{Error, ParentDirs, SaveProgress, Summary, compact, show, verify};
 use hyper::Method;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::commands::args::{ActArgs, SaveArgs, SnapshotArgs, SnapshotCommand, SnapshotDirArgs};
+use crate::commands::args::{ActArgs, ParentsArgs, SaveArgs, SnapshotArgs, SnapshotCommand, SnapshotDirArgs};
 use crate::commands::remote::{ask, supervised};
 use crate::commands::units::show_pause;
 use crate::commands::{Failure, Outcome, Table, print_json};
@@ -38,6 +38,12 @@ fn bar(json: bool) -> ProgressBar {
     let style =
         ProgressStyle::with_template("{wide_bar:.cyan/blue} {bytes}/{total_bytes} {binary_bytes_per_sec} {eta}");
     ProgressBar::new(0).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+impl ParentsArgs {
+    fn allowed(&self) -> ParentDirs {
+        ParentDirs::beneath(self.dirs.clone())
+    }
 }
 
 /// A bad snapshot is an input error; a cancelled request or a failure of the host is not.
@@ -76,6 +82,12 @@ fn save(args: &SaveArgs) -> Outcome {
     if answer.base_untold {
         eprintln!("warning: the base cannot be written to, and has no note that {} needs it", answer.dir.display());
     }
+    if answer.base_elsewhere {
+        eprintln!(
+            "note: the base is not beside {}: restore it with --parents and the directory of each snapshot that it depends on",
+            answer.dir.display()
+        );
+    }
     if args.json {
         return print_json(&answer).map_err(Failure::run);
     }
@@ -105,7 +117,7 @@ fn working_set(args: &ActArgs) -> Outcome {
 }
 
 fn verify_dir(args: &SnapshotDirArgs) -> Outcome {
-    let verified = verify(&args.dir).map_err(failure)?;
+    let verified = verify(&args.dir, &args.parents.allowed()).map_err(failure)?;
     if args.json {
         return print_json(&verified).map_err(Failure::run);
     }
@@ -118,7 +130,7 @@ fn verify_dir(args: &SnapshotDirArgs) -> Outcome {
 }
 
 fn show_dir(args: &SnapshotDirArgs) -> Outcome {
-    let summary = show(&args.dir).map_err(failure)?;
+    let summary = show(&args.dir, &args.parents.allowed()).map_err(failure)?;
     if args.json {
         return print_json(&summary).map_err(Failure::run);
     }
@@ -168,11 +180,11 @@ fn compact_dir(args: &SnapshotDirArgs) -> Outcome {
         bar.set_length(total);
         bar.set_position(done);
     };
-    let compacted = compact(&args.dir, &SaveProgress { progress: &progress, cancel: &NEVER });
+    let compacted = compact(&args.dir, &args.parents.allowed(), &SaveProgress { progress: &progress, cancel: &NEVER });
     bar.finish_and_clear();
     let compacted = compacted.map_err(failure)?;
     if args.json {
-        return print_json(&show(&args.dir).map_err(failure)?).map_err(Failure::run);
+        return print_json(&show(&args.dir, &args.parents.allowed()).map_err(failure)?).map_err(Failure::run);
     }
     let mib = compacted.data_pages as f64 / 256.0;
     println!("{}: snapshot {} depends on no other, {mib:.1} MiB of data", args.dir.display(), compacted.id);

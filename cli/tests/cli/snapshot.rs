@@ -75,6 +75,59 @@ fn a_vm_is_saved_and_restored_as_several() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "nothing is left beside the snapshots");
 }
 
+/// A forged manifest may name any parent. Only directories that the user allows are read.
+#[test]
+fn a_snapshot_with_its_parent_elsewhere_needs_a_word_of_the_user() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (bases, mine) = (dir.path().join("bases"), dir.path().join("mine"));
+    [&bases, &mine].into_iter().for_each(|dir| fs::create_dir(dir).unwrap());
+    let (full, more) = (bases.join("full"), mine.join("more"));
+    let link = dir.path().join("link");
+    std::os::unix::fs::symlink(&bases, &link).unwrap();
+    let all = Supervised::start("1");
+    all.boot("web", &[]);
+    all.runtime.clade(&["snapshot", "web", text(&full), "--json"]).json();
+    GuestMemory::of(all.pid_of("web")).write(7, 70);
+    let saved = all.runtime.clade(&["snapshot", "web", text(&more), "--incremental"]);
+    assert!(saved.code == Some(0) && saved.stderr.contains("--parents"), "{saved:?}");
+    all.stop("web");
+
+    let elsewhere = text(&full).to_owned();
+    let restore = ["restore", text(&more), "--detach", "--preload", "--paused"];
+    all.runtime.clade(&restore).expect_refusal(&elsewhere);
+    all.runtime.clade(&[&restore, ["--parents", text(&mine)].as_slice()].concat()).expect_refusal(&elsewhere);
+    for command in ["verify", "compact"] {
+        all.runtime.clade(&["snapshot", command, text(&more)]).expect_refusal(&elsewhere);
+    }
+    let shown = all.runtime.clade(&["snapshot", "show", text(&more)]);
+    assert!(shown.code == Some(2) && shown.stderr.contains(&elsewhere), "{shown:?}");
+    for allowed in [&bases, &full, &link] {
+        let parents = ["--parents", text(allowed)];
+        let made = all.runtime.clade(&[&restore, parents.as_slice()].concat());
+        assert_eq!(made.code, Some(0), "{made:?}");
+        assert_eq!(GuestMemory::of(all.pid_of("more")).read(7), 70);
+        all.stop("more");
+        let verified =
+            all.runtime.clade(&[&["snapshot", "verify", text(&more), "--json"], parents.as_slice()].concat());
+        assert_eq!(verified.json()["snapshots"], 2);
+    }
+    let saved = json!({"saved": {"dir": more, "parents": ["bases"]}});
+    let (code, problem) = all.runtime.http("POST", "/v1/restore", &saved.to_string());
+    expect_problem(&problem, 400);
+    assert!(code == 400 && problem["detail"].as_str().unwrap().contains("bases"), "{problem}");
+    let saved = json!({"saved": {"dir": more, "parents": vec![&bases; 17]}});
+    let (code, problem) = all.runtime.http("POST", "/v1/restore", &saved.to_string());
+    expect_problem(&problem, 400);
+    assert!(code == 400 && problem["detail"].as_str().unwrap().contains("17"), "{problem}");
+    let compacted = all.runtime.clade(&["snapshot", "compact", text(&more), "--json", "--parents", text(&bases)]);
+    assert_eq!(compacted.json()["full"], true);
+    assert_eq!(all.runtime.clade(&restore).code, Some(0));
+    all.stop("more");
+}
+
 #[test]
 fn snapshots_that_cannot_be() {
     if !kvm() {

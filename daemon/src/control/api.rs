@@ -726,6 +726,10 @@ pub struct SnapshotAnswer {
     /// Whether the base is read-only, and so has no note of this dependent.
     #[serde(default)]
     pub base_untold: bool,
+    /// Whether the base is in another directory than the snapshot, so that a restore has to allow
+    /// that directory (`parents`).
+    #[serde(default)]
+    pub base_elsewhere: bool,
 }
 
 /// The progress of a VM's snapshot.
@@ -868,6 +872,11 @@ pub struct SavedSource {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub overlays: Option<PathBuf>,
+    /// Directories beneath which the snapshot may have parents. Without any, the parents must be in
+    /// the directory that holds the snapshot.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(value_type = Vec<String>, max_items = 16)]
+    pub parents: Vec<PathBuf>,
 }
 
 /// A request to start VMs from a snapshot.

@@ -97,6 +97,8 @@ fn of_snapshot(error: &SnapshotError) -> ProblemKind {
         SnapshotError::Files(
             Error::NotASnapshot { .. }
             | Error::Parent { .. }
+            | Error::Elsewhere { .. }
+            | Error::Exchanged { .. }
             | Error::WrongId { .. }
             | Error::Cycle { .. }
             | Error::TooDeep { .. }

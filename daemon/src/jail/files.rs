@@ -5,12 +5,15 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
 use clade_devices::disk::{DiskConfig, overlay_dir};
+use clade_snapshot::KnownDir;
 use clade_vmm::vm::VmConfig;
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
     RulesetCreatedAttr, RulesetStatus, Scope,
 };
 use serde::{Deserialize, Serialize};
+
+use super::Role;
 
 /// The Landlock version of the rights asked for. Older kernels grant fewer.
 const WANTED: ABI = ABI::V6;
@@ -24,25 +27,26 @@ const HOST_FACTS: [&str; 4] =
 pub(crate) struct Grants {
     /// Files that are read: kernels, and the images of a child's disks.
     pub(crate) read: Vec<PathBuf>,
-    /// Directories whose files are read: those of snapshots.
+    /// Directories whose files are read: those of snapshots. A directory that has one's path by now is
+    /// not read.
     #[serde(default)]
-    pub(crate) dirs: Vec<PathBuf>,
+    pub(crate) dirs: Vec<KnownDir>,
     /// Images written in place.
     pub(crate) write: Vec<PathBuf>,
     /// Directories for unnamed files.
     pub(crate) overlays: Vec<PathBuf>,
     /// Directories of images that are written: a journal, or a new image, is made beside them.
     pub(crate) beside: Vec<PathBuf>,
-    /// Whether the worker opens and locks images itself. A child's images are locked already.
+    /// What the worker does with files. A child's images are locked already.
     #[serde(default)]
-    pub(crate) locks: bool,
+    pub(crate) role: Role,
 }
 
 impl Grants {
     /// Grants for a child, whose disks write to unnamed files in `overlays`. The disks of a
     /// restored VM are read from the directories in `saved`: the paths in a snapshot are not
     /// trusted.
-    pub(crate) fn of_child(config: &VmConfig, overlays: &[PathBuf], saved: &[PathBuf]) -> Self {
+    pub(crate) fn of_child(config: &VmConfig, overlays: &[PathBuf], saved: &[KnownDir]) -> Self {
         let mut grants = Self { dirs: saved.to_vec(), ..Self::default() };
         for (DiskConfig { path, read_only, .. }, overlays) in config.disks.iter().map(|disk| &disk.disk).zip(overlays) {
             if saved.is_empty() {
@@ -57,7 +61,10 @@ impl Grants {
 
     /// Grants for a VM that is booted.
     pub(crate) fn of_boot(config: &VmConfig, kernel: &Path, initrd: Option<&Path>) -> Self {
-        let mut grants = Self { locks: !config.disks.is_empty(), ..Self::default() };
+        let mut grants = Self::default();
+        if !config.disks.is_empty() {
+            grants.role = Role::Locks;
+        }
         grants.read.extend([Some(kernel), initrd].into_iter().flatten().map(Path::to_owned));
         for disk in config.disks.iter().map(|disk| &disk.disk) {
             let DiskConfig { path, read_only, ephemeral, .. } = disk;
@@ -72,6 +79,7 @@ impl Grants {
             // No file is made beside a block device.
             if !is_block_device(path) {
                 grants.beside.extend(path.parent().map(Path::to_owned));
+                grants.role = Role::Disks;
             }
         }
         grants
@@ -97,22 +105,26 @@ impl Grants {
             let rule = PathBeneath::new(memory, read | write);
             (&mut rules).add_rule(rule).map_err(io::Error::other)?;
         }
-        let mut allow = |path: &Path, rights: BitFlags<AccessFs>| -> io::Result<()> {
+        let mut allow_known = |path: &Path, id: Option<(u64, u64)>, rights: BitFlags<AccessFs>| -> io::Result<()> {
             let Ok(opened) = PathFd::new(path) else {
                 // A missing file stays missing: its user reports that.
                 return Ok(());
             };
+            if id.is_some() && id != identity(opened.as_fd()) {
+                return Ok(());
+            }
             let rights = if is_directory(opened.as_fd()) { rights } else { rights & AccessFs::from_file(WANTED) };
             let rule = PathBeneath::new(opened, rights);
             (&mut rules).add_rule(rule).map_err(io::Error::other).map(drop)
         };
+        self.dirs.iter().try_for_each(|dir| allow_known(&dir.path, dir.id, read | AccessFs::ReadDir))?;
+        let mut allow = |path: &Path, rights| allow_known(path, None, rights);
         // Only the process's own entries: it reads which of its pages are present, and opens its
         // layers again for other processes.
         allow(Path::new("/proc/self"), read | AccessFs::ReadDir)?;
         allow(Path::new("/dev/userfaultfd"), device)?;
         HOST_FACTS.iter().try_for_each(|path| allow(Path::new(path), read))?;
         self.read.iter().try_for_each(|path| allow(path, read))?;
-        self.dirs.iter().try_for_each(|path| allow(path, read | AccessFs::ReadDir))?;
         self.write.iter().try_for_each(|path| allow(path, read | write | AccessFs::IoctlDev))?;
         self.overlays.iter().try_for_each(|path| allow(path, read | write | AccessFs::ReadDir))?;
         self.beside.iter().try_for_each(|path| allow(path, read | write | AccessFs::ReadDir | names))?;
@@ -125,6 +137,11 @@ impl Grants {
             RulesetStatus::NotEnforced => Err(io::ErrorKind::Unsupported.into()),
         }
     }
+}
+
+/// An open file's device and inode number.
+fn identity(file: BorrowedFd<'_>) -> Option<(u64, u64)> {
+    rustix::fs::fstat(file).ok().map(|found| (found.st_dev, found.st_ino))
 }
 
 fn is_directory(file: BorrowedFd<'_>) -> bool {

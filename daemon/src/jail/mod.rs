@@ -32,6 +32,7 @@ use thiserror::Error;
 
 pub(crate) use files::{Grants, is_block_device};
 pub(crate) use namespaces::enter_empty;
+pub(crate) use seccomp::Role;
 
 /// Whether workers are confined.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -136,7 +137,7 @@ pub(crate) fn confine(
     confinement.judge("Landlock", grants.enforce(memory))?;
     confinement.judge("capabilities", drop_capabilities())?;
     // Last: it forbids some of the calls above.
-    confinement.judge("seccomp", seccomp::enter(!grants.beside.is_empty(), grants.locks))
+    confinement.judge("seccomp", seccomp::enter(grants.role))
 }
 
 /// Private memory that a worker may map beside twice its VM's RAM: stacks, heaps, buffers.

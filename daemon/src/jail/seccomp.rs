@@ -18,9 +18,24 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
     TargetArch, apply_filter, compile_from_json,
 };
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 pub(super) const LISTS: &str = include_str!("../../../resources/seccomp/worker.json");
+
+/// What a worker does with files, beside reading and writing them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Role {
+    /// Nothing: all its files were opened by others.
+    #[default]
+    Child,
+    /// Opens and locks disk images.
+    Locks,
+    /// Makes journals, overlays and shadows beside disk images too, with names, modes and attributes.
+    Disks,
+    /// Writes a snapshot: directories, files and their names.
+    Snapshot,
+}
 
 /// Compiled once, before workers are copied from the zygote.
 static PROGRAMS: OnceLock<HashMap<String, BpfProgram>> = OnceLock::new();
@@ -43,9 +58,10 @@ pub(super) fn programs() -> io::Result<Value> {
     let long = entries(&["worker", "zygote"]);
     Ok(json!({
         "long": {"mismatch_action": "kill_process", "match_action": "allow", "filter": long},
-        "names": kill(&["zygote"]),
-        "locks": kill(&["zygote", "no_names"]),
-        "child": kill(&["zygote", "no_names", "no_locks"]),
+        "disks": kill(&["zygote", "no_flags"]),
+        "snapshot": kill(&["zygote", "no_modes", "no_owners"]),
+        "locks": kill(&["zygote", "no_modes", "no_flags", "no_owners", "no_names"]),
+        "child": kill(&["zygote", "no_modes", "no_flags", "no_owners", "no_names", "no_locks"]),
         "guest": lists["guest"],
         "absent": lists["absent"],
         "made_before": lists["made_before"],
@@ -79,19 +95,19 @@ pub(super) fn enter_zygote() -> io::Result<()> {
 }
 
 /// Restricts this process, which has one thread, to the needs of a worker's threads. Threads that
-/// serve the guest are restricted further when they start. Only a worker that `names_files` makes
-/// names, and changes the kind of files; only one that does so or `locks_files` locks them.
-pub(super) fn enter(names_files: bool, locks_files: bool) -> io::Result<()> {
+/// serve the guest are restricted further when they start.
+pub(super) fn enter(role: Role) -> io::Result<()> {
     // Relaxed: there is one thread.
     if !HAS_LONG_LIST.load(Ordering::Relaxed) {
         enter_zygote()?;
     }
     signals_to_itself()?;
     apply("made_before")?;
-    apply(match (names_files, locks_files) {
-        (true, _) => "names",
-        (false, true) => "locks",
-        (false, false) => "child",
+    apply(match role {
+        Role::Disks => "disks",
+        Role::Snapshot => "snapshot",
+        Role::Locks => "locks",
+        Role::Child => "child",
     })?;
     set_guest_hook(restrict_guest_thread);
     Ok(())

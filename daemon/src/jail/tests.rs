@@ -1,6 +1,8 @@
 use std::collections::BTreeSet;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 
+use clade_snapshot::KnownDir;
 use serde_json::json;
 
 use super::*;
@@ -104,7 +106,7 @@ fn no_list_has_a_way_out() {
     // Every worker loses the calls that only the zygote needs.
     let of_zygote = lists["zygote"]["filter"].as_array().unwrap();
     let programs = seccomp::programs().unwrap();
-    for kind in ["names", "locks", "child"] {
+    for kind in ["disks", "snapshot", "locks", "child"] {
         let taken = programs[kind]["filter"].as_array().unwrap();
         assert!(of_zygote.iter().all(|entry| taken.contains(entry)), "{kind}");
         assert_eq!(programs[kind]["match_action"], "kill_process");
@@ -159,6 +161,7 @@ fn attempts() -> Vec<(&'static str, Fate)> {
         ("write-image", Done),
         ("name-beside-image", Done),
         ("unnamed-overlay", Done),
+        ("saved-file", Done),
         ("memory-file", Done),
         ("own-pagemap", Done),
         ("thread", Done),
@@ -175,6 +178,19 @@ fn attempts() -> Vec<(&'static str, Fate)> {
         ("attribute-of-handed", Killed),
         ("unlock-handed", Killed),
         ("cache-of-handed", Killed),
+        ("no-cache-of-handed", Killed),
+        ("disks-no-cache-of-handed", Killed),
+        ("disks-mode-of-its-own", Done),
+        ("locks-no-cache-of-handed", Killed),
+        ("locks-mode-of-handed", Killed),
+        ("locks-owner-of-handed", Killed),
+        ("locks-files", Killed),
+        ("exchanged-directory", denied),
+        ("snapshot-write-handed", denied),
+        ("snapshot-mode-of-handed", Killed),
+        ("snapshot-attribute-of-handed", Killed),
+        ("snapshot-owner-of-handed", Killed),
+        ("snapshot-files", Done),
         ("parents-memory", denied),
         ("list-root", denied),
         ("raw-kvm", denied),
@@ -251,12 +267,26 @@ fn attempt(which: &str, place: &std::path::Path, parent: u32, handed: &std::fs::
     match which {
         "read-granted" => done(std::fs::read(place.join("granted")).map(drop)),
         "write-image" => done(OpenOptions::new().write(true).open(place.join("image/disk")).map(drop)),
-        "name-beside-image" => done(File::create(place.join("image/journal")).map(drop)),
-        "write-handed" => {
+        // What had the path when it was checked was another.
+        "exchanged-directory" => done(File::open(place.join("exchanged/memory")).map(drop)),
+        "saved-file" => done(File::open(place.join("saved/memory")).map(drop)),
+        "locks-files" => done(std::fs::rename(place.join("image/disk"), place.join("image/other"))),
+        "name-beside-image" | "snapshot-files" => done(File::create(place.join("image/journal")).map(drop)),
+        "write-handed" | "snapshot-write-handed" => {
             done(OpenOptions::new().write(true).open(format!("/proc/self/fd/{}", handed.as_raw_fd())).map(drop))
         }
-        "mode-of-handed" => raw!(SYS_fchmod, handed.as_raw_fd(), 0o666),
-        "attribute-of-handed" => raw!(SYS_fsetxattr, handed.as_raw_fd(), c"user.x".as_ptr(), c"x".as_ptr(), 1, 0),
+        "disks-mode-of-its-own" => raw!(SYS_fchmod, handed.as_raw_fd(), 0o600),
+        "snapshot-owner-of-handed" | "locks-owner-of-handed" => raw!(SYS_fchown, handed.as_raw_fd(), 0, 0),
+        "mode-of-handed" | "locks-mode-of-handed" | "snapshot-mode-of-handed" => {
+            raw!(SYS_fchmod, handed.as_raw_fd(), 0o666)
+        }
+        "attribute-of-handed" | "snapshot-attribute-of-handed" => {
+            raw!(SYS_fsetxattr, handed.as_raw_fd(), c"user.x".as_ptr(), c"x".as_ptr(), 1, 0)
+        }
+        // As a file without O_DIRECT has its flags: it clears that of one with it.
+        "no-cache-of-handed" | "disks-no-cache-of-handed" | "locks-no-cache-of-handed" => {
+            raw!(SYS_fcntl, handed.as_raw_fd(), libc::F_SETFL, 0)
+        }
         "unlock-handed" => raw!(SYS_flock, handed.as_raw_fd(), libc::LOCK_UN),
         "cache-of-handed" => raw!(SYS_fcntl, handed.as_raw_fd(), libc::F_SETFL, libc::O_DIRECT),
         "limit-parent" => raw!(SYS_prlimit64, parent, libc::RLIMIT_CPU, 0, 0),
@@ -328,14 +358,24 @@ fn inside() {
     rustix::fs::fchmod(&layer, rustix::fs::Mode::RUSR).unwrap();
     let handed = std::fs::File::open(format!("/proc/self/fd/{}", layer.as_raw_fd())).unwrap();
     // A child's worker makes no names. A booted VM's worker does, beside its image.
-    let is_booted = ["write-image", "name-beside-image"].contains(&which.as_str());
+    let role = match which.split('-').next() {
+        Some("disks") => Role::Disks,
+        Some("snapshot") => Role::Snapshot,
+        Some("locks") => Role::Locks,
+        _ if ["write-image", "name-beside-image"].contains(&which.as_str()) => Role::Disks,
+        _ => Role::Child,
+    };
+    let known = |path: &str, inode_of: &str| {
+        let found = std::fs::metadata(place.join(inode_of)).unwrap();
+        KnownDir { path: place.join(path), id: Some((found.dev(), found.ino())) }
+    };
     let grants = Grants {
         read: vec![place.join("granted")],
-        dirs: vec![place.join("saved")],
+        dirs: vec![known("saved", "saved"), known("exchanged", "saved")],
         write: vec![place.join("image/disk")],
         overlays: vec![place.join("overlays")],
-        beside: if is_booted { vec![place.join("image")] } else { Vec::new() },
-        locks: is_booted,
+        beside: if role == Role::Child { Vec::new() } else { vec![place.join("image")] },
+        role,
     };
     if std::env::var_os(ZYGOTE).is_some() {
         confine_zygote(Confinement::Require).unwrap();
@@ -352,10 +392,10 @@ fn a_worker_that_was_broken_into_reaches_nothing_that_is_not_its_own() {
     use std::process::Command;
 
     let dir = tempfile::tempdir().unwrap();
-    for name in ["image", "overlays"] {
+    for name in ["image", "overlays", "saved", "exchanged"] {
         std::fs::create_dir(dir.path().join(name)).unwrap();
     }
-    for name in ["granted", "secret", "image/disk"] {
+    for name in ["granted", "secret", "image/disk", "saved/memory", "exchanged/memory"] {
         std::fs::write(dir.path().join(name), b"x").unwrap();
     }
     let me = std::env::current_exe().unwrap();

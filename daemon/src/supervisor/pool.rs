@@ -4,6 +4,7 @@
 //! without a recent fork. For VMs from a snapshot one more is kept: it opens the snapshot the next
 //! time.
 
+use clade_snapshot::KnownDir;
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
@@ -45,7 +46,7 @@ type DirId = Option<(u64, u64)>;
 
 /// Returns the directories of the snapshots of VMs of `shape`, as they are now.
 fn saved_now(shape: &Shape) -> Vec<DirId> {
-    let id = |dir| std::fs::metadata(dir).ok().map(|found| (found.dev(), found.ino()));
+    let id = |dir: &KnownDir| std::fs::metadata(&dir.path).ok().map(|found| (found.dev(), found.ino()));
     shape.saved.iter().map(id).collect()
 }
 
@@ -89,7 +90,7 @@ impl State {
     /// workers may only reach a replaced snapshot is removed, and pushed to `old`: its workers take
     /// time to end.
     fn pool(&mut self, shape: &Shape, saved: &[DirId], old: &mut Vec<ShapePool>) -> Option<&mut ShapePool> {
-        old.extend(self.shapes.extract_if(.., |pool| pool.shape == *shape && pool.saved != saved));
+        old.extend(self.shapes.extract_if(.., |pool| pool.saved != saved && pool.shape.is_at_paths_of(shape)));
         self.shapes.iter_mut().find(|pool| pool.shape == *shape)
     }
 

@@ -15,9 +15,10 @@ use super::overlays::{InUse, unnamed_in};
 use super::session::Session;
 use crate::control::{CheckpointInfo, ClientProcess, ForkAnswer, OpenRequest, RestoreRequest, SavedSource};
 use crate::fleet::{Cancel, FleetError, LONGEST_NAME, check_names};
+use crate::secrets::SecretsRecord;
 use crate::worker::{OpenOrder, Shape, Worker};
-use clade_vmm::vm::{SavedVm, SnapshotError};
 use clade_snapshot::ParentDirs;
+use clade_vmm::vm::{SavedVm, SnapshotError};
 
 /// Returns the default name of VMs from the snapshot in `dir`.
 fn stem(dir: &Path) -> String {
@@ -48,16 +49,17 @@ fn about(shape: Shape, saved: &SavedVm, session: Option<Session>) -> About {
         process: None,
         parent: None,
         bounds: Bounds::default(),
-    }
         // A snapshot has no list of the secrets in its memory.
         secrets: Some(SecretsRecord::None),
+    }
 }
 
 impl Supervisor {
     /// Reads a snapshot's description of its VM.
     fn saved(&self, source: &SavedSource) -> Result<(SavedVm, Shape), FleetError> {
         let refused = |error: SnapshotError| FleetError::Snapshot(Box::new(error));
-        let saved = SavedVm::read(&source.dir, Some(self.dir())).map_err(refused)?;
+        let saved = SavedVm::read(&source.dir, &ParentDirs::beneath(source.parents.clone()), Some(self.dir()))
+            .map_err(refused)?;
         let overlays = unnamed_in(&SavedVm::overlays(source.overlays.as_deref(), &saved.place.dir));
         let shape = Shape {
             config: saved.config.clone(),
@@ -81,6 +83,8 @@ impl Supervisor {
         let order = OpenOrder {
             dir: saved.place.dir.clone(),
             load: source.load,
+            // Those that were checked here, whatever has their paths by then.
+            members: saved.dirs.clone(),
             overlays: unnamed_in(&SavedVm::overlays(source.overlays.as_deref(), &saved.place.dir)),
             sockets: self.dir().to_owned(),
         };

@@ -34,10 +34,10 @@ use crate::control::session;
 use crate::control::{
     Acceptor, Answer, ApiError, BootRequest, CancelOnDrop, CheckpointInfo, CheckpointRequest, Client, ClientError,
     ClientProcess, ForkAnswer, ForkRequest, Gate, ListedVms, OpenRequest, Optional, PrepareRequest, Prepared,
-    ProblemKind, ReadyAnswer, RestoreRequest, SnapshotAnswer, SnapshotProgress, SnapshotRequest, StopAnswer,
-    StopRequest, SupervisorInfo, SupervisorKept, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest,
-    THREAD_PATIENCE, TcpAcceptor, Token, TouchedAnswer, VmInfo, WorkingSetAnswer, behind_gate, expect_absolute,
-    fallback, grace, not_allowed, on_a_thread, serve_http, with_bodies,
+    ProblemKind, ReadyAnswer, RestoreRequest, SavedSource, SnapshotAnswer, SnapshotProgress, SnapshotRequest,
+    StopAnswer, StopRequest, SupervisorInfo, SupervisorKept, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer,
+    SuspendRequest, THREAD_PATIENCE, TcpAcceptor, Token, TouchedAnswer, VmInfo, WorkingSetAnswer, behind_gate,
+    expect_absolute, fallback, grace, not_allowed, on_a_thread, serve_http, with_bodies,
 };
 use crate::fleet::{Cancel, EndedVm, FleetError, ended_vms};
 
@@ -45,6 +45,8 @@ use crate::fleet::{Cancel, EndedVm, FleetError, ended_vms};
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 /// Time limit for the record of the end of a VM that does not answer.
 const END_TIMEOUT: Duration = Duration::from_secs(1);
+/// Maximum number of directories allowed for the parents of a snapshot.
+const MAX_PARENT_DIRS: usize = 16;
 /// Interval of the checks for it.
 const END_INTERVAL: Duration = Duration::from_millis(10);
 
@@ -271,11 +273,19 @@ async fn restore(
     request: Wanted<RestoreRequest>,
 ) -> Answer<ForkAnswer> {
     let Json(request) = request?;
-    expect_absolute(&request.saved.dir)?;
+    expect_paths(&request.saved)?;
     let ready = may_be_ready(&request.vms)?;
     let client = client.map(|Extension(client)| client);
     let restore = move |supervisor: &Supervisor, cancel: &Cancel| supervisor.restore(&request, client, cancel);
     handed_out(&supervisor, ready, work(supervisor.clone(), restore).await?).await
+}
+
+fn expect_paths(saved: &SavedSource) -> Result<(), ApiError> {
+    if saved.parents.len() > MAX_PARENT_DIRS {
+        let what = format!("{} directories of parents: at most {MAX_PARENT_DIRS}", saved.parents.len());
+        return Err(ApiError::new(ProblemKind::BadRequest, what));
+    }
+    std::iter::once(&saved.dir).chain(&saved.overlays).chain(&saved.parents).try_for_each(|path| expect_absolute(path))
 }
 
 /// Holds the image of a snapshot as a checkpoint.
@@ -287,7 +297,7 @@ async fn restore(
 )]
 async fn open(State(supervisor): State<Supervisor>, request: Wanted<OpenRequest>) -> Answer<CheckpointInfo> {
     let Json(request) = request?;
-    expect_absolute(&request.saved.dir)?;
+    expect_paths(&request.saved)?;
     work(supervisor, move |supervisor, cancel| supervisor.open_checkpoint(&request, cancel)).await
 }
 

@@ -17,8 +17,8 @@ use super::checkpoint::Checkpoint;
 use super::{Fetch, Supervisor};
 use crate::control::{ProblemKind, SnapshotAnswer, SnapshotProgress, SnapshotRequest, TouchedAnswer, TouchedRun};
 use crate::fleet::{Cancel, FleetError};
-use crate::jail::Grants;
-use crate::worker::{SaveOrder, SavedFiles, Shape, written_beside};
+use crate::jail::{Grants, Role};
+use crate::worker::{SaveOrder, Shape, written_beside};
 use clade_vmm::vm::SavedVm;
 
 /// A VM that was saved.
@@ -112,7 +112,7 @@ impl Snapshots {
     /// Makes the snapshot that VMs were started from the base of their next ones.
     pub(super) fn restored(&self, vms: &[String], image: Checkpoint, saved: &SavedVm) {
         let SavedVm { place, dirs, .. } = saved;
-        let before = dirs.iter().skip(1).rev().cloned().collect();
+        let before = dirs.iter().skip(1).rev().map(|dir| dir.path.clone()).collect();
         let last = Arc::new(LastSave { dir: place.dir.clone(), id: place.id, image: Arc::new(image), before });
         let mut states = self.states();
         for vm in vms {
@@ -179,7 +179,7 @@ impl Supervisor {
         let before: Vec<PathBuf> =
             base.iter().flat_map(|base| base.before.iter().chain([&base.dir])).cloned().collect();
         // The base gets a note of its dependent. Earlier snapshots are only read.
-        let mut grants = Grants { beside: vec![beside], ..Grants::default() };
+        let mut grants = Grants { beside: vec![beside], role: Role::Snapshot, ..Grants::default() };
         grants.beside.extend(before.iter().filter_map(|dir| dir.parent()).map(ToOwned::to_owned));
         let Shape { config, overlays, saved } = &image.about().shape;
         let Grants { read, dirs, .. } = Grants::of_child(config, overlays, saved);
@@ -195,7 +195,7 @@ impl Supervisor {
         };
         worker.save(order, base.as_ref().map(|base| base.image.parts()), image.parts())?;
         // The directory is this supervisor's own: the next snapshot is based on it.
-        let SavedFiles { id, data_pages, zero_pages, data_bytes, base_untold } = worker.saved(|progress| {
+        let saved = worker.saved(|progress| {
             if let Some((done, total)) = progress {
                 saving.done.store(done, Ordering::Relaxed);
                 saving.total.store(total, Ordering::Relaxed);
@@ -203,12 +203,21 @@ impl Supervisor {
             saving.cancel.load(Ordering::Relaxed) || self.check(0, 0, cancel).is_err()
         })?;
         let pause_us = image.pause_us();
-        let last = LastSave { dir: dir.clone(), id, image: Arc::new(image), before };
+        let last = LastSave { dir: dir.clone(), id: saved.id, image: Arc::new(image), before };
         if let Some(state) = self.0.snapshots.states().get_mut(vm).filter(|state| state.is_by(&saving)) {
             state.last = Some(Arc::new(last));
         }
         let total_us = begun.elapsed().as_secs_f64() * 1e6;
-        let id = id.to_string();
-        Ok(SnapshotAnswer { dir, id, pause_us, total_us, data_pages, zero_pages, data_bytes, base_untold })
+        Ok(SnapshotAnswer {
+            dir,
+            id: saved.id.to_string(),
+            pause_us,
+            total_us,
+            data_pages: saved.data_pages,
+            zero_pages: saved.zero_pages,
+            data_bytes: saved.data_bytes,
+            base_untold: saved.base_untold,
+            base_elsewhere: saved.base_elsewhere,
+        })
     }
 }

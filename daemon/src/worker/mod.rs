@@ -40,6 +40,7 @@ use crate::control::{ErasedInfo, IdentityInfo, ProblemKind};
 use crate::fleet::{FleetError, Labels};
 use crate::secrets::Secrets;
 use clade_memory::GuestRam;
+use clade_snapshot::KnownDir;
 use clade_vmm::boot::Image;
 use clade_vmm::vm::{EndpointParts, Vm, VmConfig};
 
@@ -93,7 +94,15 @@ pub(crate) struct Shape {
     pub(crate) overlays: Vec<PathBuf>,
     /// Directories of the snapshots that the disks' files are in, if they were restored.
     #[serde(default)]
-    pub(crate) saved: Vec<PathBuf>,
+    pub(crate) saved: Vec<KnownDir>,
+}
+
+impl Shape {
+    /// Whether the other is equal, but for directories that have replaced others at their paths.
+    pub(crate) fn is_at_paths_of(&self, other: &Self) -> bool {
+        let paths = |shape: &Self| shape.saved.iter().map(|dir| dir.path.clone()).collect::<Vec<_>>();
+        self.config == other.config && self.overlays == other.overlays && paths(self) == paths(other)
+    }
 }
 
 /// A child to be started.

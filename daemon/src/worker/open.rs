@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Answer, failed, send};
 use crate::fleet::FleetError;
+use clade_snapshot::{KnownDir, ParentDirs};
 use clade_vmm::vm::{Context, ForkImage, Leases, RestoreLoad, RestoreOptions};
 
 /// A snapshot to be opened.
@@ -20,6 +21,8 @@ pub(crate) struct OpenOrder {
     /// Its directory.
     pub(crate) dir: PathBuf,
     pub(crate) load: RestoreLoad,
+    /// Its directory and those of the snapshots that it depends on, as the supervisor has checked them.
+    pub(crate) members: Vec<KnownDir>,
     /// The directory of its disks' overlays.
     pub(crate) overlays: PathBuf,
     /// The directory of its VMs' sockets.
@@ -29,8 +32,9 @@ pub(crate) struct OpenOrder {
 /// Opens a snapshot, and sends its image over `socket`.
 pub(super) fn open(context: &Context, socket: &OwnedFd, order: OpenOrder) -> Result<(), FleetError> {
     let begun = Instant::now();
-    let OpenOrder { dir, load, overlays, sockets } = order;
-    let options = RestoreOptions { load, overlays: Some(overlays), sockets: Some(sockets) };
+    let OpenOrder { dir, load, members, overlays, sockets } = order;
+    let parents = ParentDirs::known(&members);
+    let options = RestoreOptions { load, overlays: Some(overlays), sockets: Some(sockets), parents };
     let image = ForkImage::restore(context, &dir, &options)?;
     let opened = Instant::now();
     // Its files are never written or used again: they need no holder.

@@ -52,6 +52,7 @@ pub(crate) struct SavedFiles {
     pub(crate) zero_pages: u64,
     pub(crate) data_bytes: u64,
     pub(crate) base_untold: bool,
+    pub(crate) base_elsewhere: bool,
 }
 
 /// Writes a snapshot of the images received over `socket`.
@@ -96,6 +97,7 @@ pub(super) fn save(context: &Context, socket: &OwnedFd, order: &SaveOrder) -> Re
         zero_pages: saved.zero_pages,
         data_bytes: saved.data_bytes,
         base_untold: saved.base_untold,
+        base_elsewhere: saved.base_elsewhere,
     })
 }
 

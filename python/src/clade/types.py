@@ -1028,6 +1028,11 @@ class SavedSource(TypedDict):
     overlays: NotRequired[str | None]
     """The directory of the disks' overlays; beside the snapshot if not given."""
 
+    parents: NotRequired[list[str]]
+    """Directories beneath which the snapshot may have parents. Without any, the parents must be in
+    the directory that holds the snapshot.
+    """
+
 
 class OpenRequest(TypedDict):
     """A request to hold a snapshot as a checkpoint."""
@@ -1285,6 +1290,11 @@ class ShutdownInfo(TypedDict):
 
 class SnapshotAnswer(TypedDict):
     """The result of a snapshot."""
+
+    base_elsewhere: NotRequired[bool]
+    """Whether the base is in another directory than the snapshot, so that a restore has to allow
+    that directory (`parents`).
+    """
 
     base_untold: NotRequired[bool]
     """Whether the base is read-only, and so has no note of this dependent."""

@@ -8,6 +8,7 @@ use clade_memory::{GuestRam, NoFork, PageRange, RamLayout, Store};
 use vm_memory::Bytes;
 
 use super::support::*;
+use crate::ParentDirs;
 use crate::*;
 
 const LOADS: [Load; 3] = [Load::Lazy, Load::Preload, Load::WorkingSet(Vec::new())];
@@ -32,7 +33,7 @@ fn a_full_snapshot_comes_back_in_every_way() {
         for load in &LOADS {
             assert_eq!(restored(&at, &store, load), contents(&ram), "{compression:?} {load:?}");
         }
-        let snapshot = Snapshot::open(&at).unwrap();
+        let snapshot = Snapshot::open(&at, &ParentDirs::siblings()).unwrap();
         assert_eq!(
             (snapshot.id(), snapshot.section("vcpus"), snapshot.section("vm")),
             (saved.id, Some(&[1, 2, 3][..]), None)
@@ -48,7 +49,7 @@ fn a_full_snapshot_comes_back_in_every_way() {
         let copy = dir.path().join("copy.img");
         disks[0].copy_to(&fs::File::create(&copy).unwrap(), &copy).unwrap();
         assert_eq!(fs::read(&copy).unwrap(), disk.bytes);
-        verify(&at).unwrap();
+        verify(&at, &ParentDirs::siblings()).unwrap();
         assert_eq!(names(dir.path()), ["copy.img", "one"], "nothing is left aside");
     }
 }
@@ -96,12 +97,12 @@ fn a_lazily_restored_vm_is_saved_whole_and_over_its_own_files() {
     Saving::default().save(&freeze(&ram), &at).unwrap();
     drop(ram);
     for _ in 0..3 {
-        let image = Snapshot::open(&at).unwrap().restore_ram(&store, &Load::Lazy).unwrap();
+        let image = Snapshot::open(&at, &ParentDirs::siblings()).unwrap().restore_ram(&store, &Load::Lazy).unwrap();
         // Without touching a page of it.
         let ram = child(&image, &store);
         let saved = Saving::default().save(&freeze(&ram), &at).unwrap();
         assert_eq!(saved.data_pages + saved.zero_pages, 203);
-        verify(&at).unwrap();
+        verify(&at, &ParentDirs::siblings()).unwrap();
         assert_eq!(contents(&ram), wanted, "its memory is the old files'");
         assert_eq!(restored(&at, &store, &Load::Preload), wanted);
     }
@@ -122,7 +123,7 @@ fn what_is_not_inherited_is_neither_saved_nor_forgotten() {
     region.set_no_fork(PageRange::new(40, 44), Some(NoFork::Fresh(pattern))).unwrap();
     let image = freeze(&ram);
     Saving::default().save(&image, &at).unwrap();
-    let restored = Snapshot::open(&at).unwrap().restore_ram(&store, &Load::Lazy).unwrap();
+    let restored = Snapshot::open(&at, &ParentDirs::siblings()).unwrap().restore_ram(&store, &Load::Lazy).unwrap();
     let look = |ram: &GuestRam| {
         [2, 3, 4, 5, 8, 39, 40, 43, 44].map(|page| ram.memory().read_obj::<u8>(gpa(&layout(), 70 + page)).ok())
     };
@@ -160,11 +161,14 @@ fn progress_is_told_and_a_save_can_be_cancelled() {
     let told = told.into_inner();
     assert!(told.len() > 5 && told.windows(2).all(|two| two[0].0 <= two[1].0 && two[0].1 == two[1].1));
     assert!(told.first().is_some_and(|first| first.0 == 0) && told.last().is_some_and(|last| last.0 == last.1));
-    let before = Snapshot::open(&at).unwrap().id();
+    let before = Snapshot::open(&at, &ParentDirs::siblings()).unwrap().id();
     let cancel = AtomicBool::new(false);
     let stop = |done, _| cancel.store(done > 20 << 20, Ordering::Relaxed);
     assert!(matches!(save.to(&at, &SaveProgress { progress: &stop, cancel: &cancel }), Err(Error::Cancelled)));
-    assert_eq!((Snapshot::open(&at).unwrap().id(), names(dir.path())), (before, vec!["it".to_owned()]));
+    assert_eq!(
+        (Snapshot::open(&at, &ParentDirs::siblings()).unwrap().id(), names(dir.path())),
+        (before, vec!["it".to_owned()])
+    );
 }
 
 #[test]
@@ -176,17 +180,17 @@ fn what_a_run_touched_is_read_ahead_in_the_next() {
     let ram = born(&layout, &store);
     (0..4096).for_each(|page| put(&ram, page, 3));
     Saving::default().save(&freeze(&ram), &at).unwrap();
-    let snapshot = Snapshot::open(&at).unwrap();
+    let snapshot = Snapshot::open(&at, &ParentDirs::siblings()).unwrap();
     let run = child(&snapshot.restore_ram(&store, &Load::Lazy).unwrap(), &store);
     put(&run, 1000, 4);
     let touched = linear(&layout, &run.touched().unwrap());
     assert!(touched.iter().any(|run| run.contains(1000)) && !touched.iter().any(|run| run.contains(3000)));
     record_working_set(&at, &touched).unwrap();
-    let warm = Snapshot::open(&at).unwrap().working_set().unwrap().unwrap();
+    let warm = Snapshot::open(&at, &ParentDirs::siblings()).unwrap().working_set().unwrap().unwrap();
     assert_eq!(warm, touched);
     let image = snapshot.restore_ram(&store, &Load::WorkingSet(warm)).unwrap();
     assert!(contents(&child(&image, &store)).iter().all(|byte| *byte == 3));
-    assert!(show(&at).unwrap().working_set);
+    assert!(show(&at, &ParentDirs::siblings()).unwrap().working_set);
 }
 
 #[test]
@@ -219,7 +223,7 @@ fn a_lazily_restored_vm_is_frozen_after_many_writes() {
     let ram = born(&layout, &store);
     (0..8192).for_each(|page| put(&ram, page, 3));
     Saving::default().save(&freeze(&ram), &at).unwrap();
-    let restored = Snapshot::open(&at).unwrap().restore_ram(&store, &Load::Lazy).unwrap();
+    let restored = Snapshot::open(&at, &ParentDirs::siblings()).unwrap().restore_ram(&store, &Load::Lazy).unwrap();
     let ram = child(&restored, &store);
     // More pages than a freeze in mode Auto copies while the VM is paused.
     (0..8192).filter(|page| page % 4 == 0).for_each(|page| put(&ram, page, 4));
@@ -231,5 +235,5 @@ fn a_lazily_restored_vm_is_frozen_after_many_writes() {
         let written = if page % 4 == 0 { 4 } else { 3 };
         assert_eq!((look(&ram), look(&of_image), look(&on_disk)), (written, written, 3), "page {page}");
     }
-    verify(&at).unwrap();
+    verify(&at, &ParentDirs::siblings()).unwrap();
 }

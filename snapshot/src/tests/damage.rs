@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use clade_memory::{PageRange, Store};
 
 use super::support::*;
+use crate::ParentDirs;
 use crate::*;
 
 /// A small snapshot with a disk and a working set, compressed or not.
@@ -21,7 +22,7 @@ fn small(compression: Compression) -> (tempfile::TempDir, PathBuf) {
     let disks = [DiskToSave { name: "root", space: &disk }];
     Saving { disks: &disks, compression, ..Saving::default() }.save(&freeze(&ram), &at).unwrap();
     record_working_set(&at, &[PageRange::new(2, 4)]).unwrap();
-    verify(&at).unwrap();
+    verify(&at, &ParentDirs::siblings()).unwrap();
     (dir, at)
 }
 
@@ -46,13 +47,13 @@ fn every_bit_of_what_describes_is_checked_at_open() {
         for offset in 0..bytes {
             for bits in [1, 0x20, 0x80] {
                 flip(&path, offset, bits);
-                let opened = Snapshot::open(&at).unwrap_err();
+                let opened = Snapshot::open(&at, &ParentDirs::siblings()).unwrap_err();
                 assert!(blames(&opened, name), "{name}, byte {offset} ^ {bits:#x}: {opened:?}");
                 flip(&path, offset, bits);
             }
         }
     }
-    Snapshot::open(&at).unwrap();
+    Snapshot::open(&at, &ParentDirs::siblings()).unwrap();
 }
 
 #[test]
@@ -66,19 +67,20 @@ fn data_is_checked_by_verify_and_by_whoever_copies_it() {
             // Holes too.
             for offset in (0..bytes).step_by(if bytes > 4096 { 211 } else { 1 }) {
                 flip(&path, offset, 4);
-                let found = verify(&at).unwrap_err();
+                let found = verify(&at, &ParentDirs::siblings()).unwrap_err();
                 assert!(blames(&found, name), "{name}, byte {offset}: {found:?}");
                 flip(&path, offset, 4);
             }
         }
         let offset = if compression == Compression::None { 60 * 4096 } else { 5 };
         flip(&at.join("memory.data"), offset, 1);
-        let loaded = Snapshot::open(&at).unwrap().restore_ram(&store, &Load::Preload);
+        let loaded = Snapshot::open(&at, &ParentDirs::siblings()).unwrap().restore_ram(&store, &Load::Preload);
         assert!(matches!(&loaded, Err(error) if blames(error, "memory.data")), "{loaded:?}");
         flip(&at.join("memory.data"), offset, 1);
         flip(&at.join("disk-0.data"), if compression == Compression::None { 9 * 4096 } else { 0 }, 1);
         let copy = at.with_file_name("copy");
-        let copied = Snapshot::open(&at).unwrap().disks()[0].copy_to(&fs::File::create(&copy).unwrap(), &copy);
+        let copied = Snapshot::open(&at, &ParentDirs::siblings()).unwrap().disks()[0]
+            .copy_to(&fs::File::create(&copy).unwrap(), &copy);
         assert!(matches!(&copied, Err(error) if blames(error, "disk-0.data")), "{copied:?}");
     }
 }
@@ -93,40 +95,43 @@ fn files_cut_short_lengthened_or_missing_are_found_at_open() {
             let mut cut = whole.clone();
             cut.resize(len, 0);
             fs::write(&path, &cut).unwrap();
-            let opened = Snapshot::open(&at).unwrap_err();
+            let opened = Snapshot::open(&at, &ParentDirs::siblings()).unwrap_err();
             assert!(blames(&opened, &name), "{name} of {len} bytes: {opened:?}");
         }
         fs::remove_file(&path).unwrap();
-        let opened = Snapshot::open(&at).unwrap_err();
+        let opened = Snapshot::open(&at, &ParentDirs::siblings()).unwrap_err();
         assert!(matches!(&opened, Error::File { path: missing, .. } if *missing == path), "{opened:?}");
         fs::write(&path, &whole).unwrap();
     }
-    verify(&at).unwrap();
+    verify(&at, &ParentDirs::siblings()).unwrap();
 }
 
 #[test]
 fn a_damaged_hint_is_only_a_lost_hint() {
     let (_dir, at) = small(Compression::None);
     let path = at.join("warm");
-    assert_eq!(Snapshot::open(&at).unwrap().working_set().unwrap(), Some(vec![PageRange::new(2, 4)]));
+    assert_eq!(
+        Snapshot::open(&at, &ParentDirs::siblings()).unwrap().working_set().unwrap(),
+        Some(vec![PageRange::new(2, 4)])
+    );
     for offset in 0..fs::metadata(&path).unwrap().len() {
         flip(&path, offset, 0x10);
-        let snapshot = Snapshot::open(&at).unwrap();
+        let snapshot = Snapshot::open(&at, &ParentDirs::siblings()).unwrap();
         assert!(matches!(snapshot.working_set(), Err(error) if blames(&error, "warm")), "byte {offset}");
-        assert!(verify(&at).is_err(), "byte {offset}");
+        assert!(verify(&at, &ParentDirs::siblings()).is_err(), "byte {offset}");
         flip(&path, offset, 0x10);
     }
     // One of another snapshot, as sound as can be.
     let other = format::WorkingSet { id: SnapshotId::new(1), runs: vec![PageRange::new(1, 2)] };
     fs::write(&path, other.encode()).unwrap();
-    assert_eq!(Snapshot::open(&at).unwrap().working_set().unwrap(), None);
+    assert_eq!(Snapshot::open(&at, &ParentDirs::siblings()).unwrap().working_set().unwrap(), None);
 }
 
 #[test]
 fn a_file_cut_short_after_it_was_opened_is_not_mapped_nor_saved_as_zeros() {
     let store = Store::open_small().unwrap();
     let (dir, at) = small(Compression::None);
-    let snapshot = Snapshot::open(&at).unwrap();
+    let snapshot = Snapshot::open(&at, &ParentDirs::siblings()).unwrap();
     let image = snapshot.restore_ram(&store, &Load::Lazy).unwrap();
     let file = OpenOptions::new().write(true).open(at.join("memory.data")).unwrap();
     file.set_len(61 * 4096).unwrap();

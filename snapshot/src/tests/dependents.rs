@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 use super::faults::Plan;
 use super::support::*;
+use crate::ParentDirs;
 use crate::compact::compact_with;
 use crate::files::{Files, Op};
 use crate::staging::NEEDED_BY;
@@ -56,7 +57,7 @@ impl Scene {
     }
 
     fn merge(&self, files: &Files) -> Result<Saved, Error> {
-        compact_with(files, &self.at("two"), &SaveProgress::none())
+        compact_with(files, &self.at("two"), &ParentDirs::siblings(), &SaveProgress::none())
     }
 
     fn notes(&self) -> Vec<String> {
@@ -122,7 +123,7 @@ fn a_base_stays_while_its_dependent_is_put_in_place() {
     assert!(matches!(&refused, Err(Error::Needed { by, .. }) if *by == scene.at("three")), "{refused:?}");
     scene.merge(&Files::default()).unwrap();
     assert_eq!(scene.notes().len(), 1, "merging keeps the note");
-    crate::verify(&scene.at("three")).unwrap();
+    crate::verify(&scene.at("three"), &ParentDirs::siblings()).unwrap();
 }
 
 #[test]
@@ -166,7 +167,7 @@ fn a_note_is_not_lost_to_a_merge() {
     merged.unwrap();
     scene.depend(&Files::default()).unwrap();
     assert!(matches!(scene.replace(&Files::default()), Err(Error::Needed { .. })));
-    crate::verify(&scene.at("three")).unwrap();
+    crate::verify(&scene.at("three"), &ParentDirs::siblings()).unwrap();
 }
 
 #[test]
@@ -255,7 +256,7 @@ fn a_base_that_is_read_only_is_depended_on_untold() {
     for errno in [Errno::ROFS, Errno::ACCESS, Errno::PERM] {
         assert!(scene.depend(&failing(errno)).unwrap().base_untold, "{errno:?}");
         assert_eq!(scene.notes().len(), 0);
-        crate::verify(&scene.at("three")).unwrap();
+        crate::verify(&scene.at("three"), &ParentDirs::siblings()).unwrap();
         fs::remove_dir_all(scene.at("three")).unwrap();
     }
     let full = scene.depend(&failing(Errno::NOSPC));

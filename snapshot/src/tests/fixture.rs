@@ -8,6 +8,7 @@ use clade_memory::{PageRange, RamLayout, Store};
 use vm_memory::GuestAddress;
 
 use super::support::*;
+use crate::ParentDirs;
 use crate::format::Manifest;
 use crate::space::{Kind, Space};
 use crate::*;
@@ -72,5 +73,5 @@ fn make_fixtures() {
     save.to(&child, &SaveProgress::none()).unwrap();
     fix(&child, 0xb1b1, Some(0xa1a1));
     record_working_set(&child, &[PageRange::new(19, 20), PageRange::new(0, 2)]).unwrap();
-    assert_eq!(verify(&child).unwrap().snapshots, 2);
+    assert_eq!(verify(&child, &ParentDirs::siblings()).unwrap().snapshots, 2);
 }

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::support::*;
+use crate::ParentDirs;
 use crate::*;
 
 /// The second range is longer than a window.
@@ -130,7 +131,7 @@ impl World {
             Deed::Incremental(packed) => self.save(true, packed),
             Deed::Restore(which, how) if !self.saved.is_empty() => {
                 let (dir, model, disk) = self.saved[which % self.saved.len()].clone();
-                let snapshot = Snapshot::open(&dir).unwrap();
+                let snapshot = Snapshot::open(&dir, &ParentDirs::siblings()).unwrap();
                 let load = match how {
                     0 => Load::Lazy,
                     1 => Load::Preload,
@@ -145,7 +146,7 @@ impl World {
             }
             Deed::Compact(which) if !self.saved.is_empty() => {
                 let (dir, ..) = &self.saved[which % self.saved.len()];
-                compact(dir, &SaveProgress::none()).unwrap();
+                compact(dir, &ParentDirs::siblings(), &SaveProgress::none()).unwrap();
             }
             Deed::Restore(..) | Deed::Compact(_) => {}
         }
@@ -155,8 +156,8 @@ impl World {
     /// Everything that was ever saved is there as it was.
     fn check(&self) {
         for (dir, model, disk) in &self.saved {
-            verify(dir).unwrap();
-            let snapshot = Snapshot::open(dir).unwrap();
+            verify(dir, &ParentDirs::siblings()).unwrap();
+            let snapshot = Snapshot::open(dir, &ParentDirs::siblings()).unwrap();
             for load in [Load::Lazy, Load::Preload] {
                 let image = snapshot.restore_ram(&self.store, &load).unwrap();
                 // Two at once.
@@ -198,7 +199,7 @@ fn a_scattered_chain_takes_few_mappings() {
         let base = last.as_ref().map(|(dir, id, image)| (dir.as_path(), *id, image));
         let saved = Saving { base, ..Saving::default() }.save(&image, &at).unwrap();
         last = Some((at, saved.id, image));
-        let lazy = Snapshot::open(&dir.path().join(number.to_string())).unwrap();
+        let lazy = Snapshot::open(&dir.path().join(number.to_string()), &ParentDirs::siblings()).unwrap();
         let image = lazy.restore_ram(&store, &Load::Lazy).unwrap();
         assert!(image.mappings() <= 512, "{} mappings", image.mappings());
         assert!(contents(&child(&image, &store)) == contents(&ram), "snapshot {number}");

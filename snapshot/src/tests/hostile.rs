@@ -12,6 +12,7 @@ use clade_memory::{PageRange, Store};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 
 use super::support::*;
+use crate::ParentDirs;
 use crate::format::{Index, Manifest, Run, checksum};
 use crate::space::Kind;
 use crate::*;
@@ -36,7 +37,7 @@ fn small(dir: &Path, name: &str) -> PathBuf {
 fn read(at: &Path) -> Result<(), Error> {
     let (at, (told, heard)) = (at.to_owned(), channel());
     std::thread::spawn(move || {
-        let read = || Snapshot::open(&at)?.working_set().map(drop);
+        let read = || Snapshot::open(&at, &ParentDirs::siblings())?.working_set().map(drop);
         let _ = told.send(read());
     });
     clade_test_support::receive("the end of reading a snapshot", &heard)
@@ -72,7 +73,7 @@ fn what_is_no_file_is_refused_by_name_and_not_waited_for() {
         fs::rename(&elsewhere, &path).unwrap();
     }
     read(&at).unwrap();
-    verify(&at).unwrap();
+    verify(&at, &ParentDirs::siblings()).unwrap();
 }
 
 /// Changes the manifest, and seals it again.
@@ -138,8 +139,11 @@ fn memory_of_any_size_costs_nothing_before_it_is_there() {
     let dir = scratch();
     let store = Store::open_small().unwrap();
     // Data pages without a chunk are refused.
-    assert!(matches!(Snapshot::open(&vast(dir.path(), Kind::Data)), Err(Error::Damaged { .. })));
-    let opened = Snapshot::open(&vast(dir.path(), Kind::Zero));
+    assert!(matches!(
+        Snapshot::open(&vast(dir.path(), Kind::Data), &ParentDirs::siblings()),
+        Err(Error::Damaged { .. })
+    ));
+    let opened = Snapshot::open(&vast(dir.path(), Kind::Zero), &ParentDirs::siblings());
     match opened {
         Err(error) => assert!(matches!(error, Error::Damaged { .. }), "{error:?}"),
         Ok(snapshot) => {
@@ -178,7 +182,7 @@ fn a_sweep_touches_nothing_behind_links_nor_of_others() {
     fs::write(leftover(4), "a file").unwrap();
     small(&stage, "it");
     assert_eq!(names(&victim), all, "a save has removed what a link led to");
-    verify(&victim).unwrap();
+    verify(&victim, &ParentDirs::siblings()).unwrap();
     assert!(leftover(0).symlink_metadata().is_ok() && leftover(4).exists());
     assert!(!leftover(1).exists() && !leftover(3).exists(), "it sweeps");
     if others {
@@ -198,16 +202,16 @@ fn a_sweep_touches_nothing_behind_links_nor_of_others() {
 fn a_record_of_what_is_touched_names_each_page_of_the_memory_once() {
     let dir = scratch();
     let at = small(dir.path(), "it");
-    let id = Snapshot::open(&at).unwrap().id();
+    let id = Snapshot::open(&at, &ParentDirs::siblings()).unwrap().id();
     let pages = pages(&layout());
     let with = |runs: &[PageRange]| {
         fs::write(at.join("warm"), format::WorkingSet { id, runs: runs.to_vec() }.encode()).unwrap();
-        Snapshot::open(&at).unwrap().working_set()
+        Snapshot::open(&at, &ParentDirs::siblings()).unwrap().working_set()
     };
     let damaged = |runs: &[PageRange]| {
         let found = with(runs);
         assert!(matches!(&found, Err(Error::Damaged { path, .. }) if path.ends_with("warm")), "{found:?}");
-        assert!(verify(&at).is_err());
+        assert!(verify(&at, &ParentDirs::siblings()).is_err());
     };
     let whole = PageRange::new(0, pages);
     assert_eq!(with(&[whole]).unwrap(), Some(vec![whole]));
@@ -220,7 +224,7 @@ fn a_record_of_what_is_touched_names_each_page_of_the_memory_once() {
     let files = crate::files::Files { plan: Some(plan.clone()) };
     let many = format::WorkingSet { id, runs: vec![PageRange::new(0, 1); 1 + pages as usize] };
     fs::write(at.join("warm"), many.encode()).unwrap();
-    let snapshot = Snapshot::with(&files, &at).unwrap();
+    let snapshot = Snapshot::with(&files, &at, &ParentDirs::siblings()).unwrap();
     let steps = plan.trace().len();
     assert!(matches!(snapshot.working_set(), Err(Error::Damaged { damage: Damage::Length { .. }, .. })));
     assert!(plan.trace()[steps..].iter().all(|(op, _)| *op != crate::files::Op::Read));
@@ -234,5 +238,5 @@ fn a_record_of_what_is_touched_names_each_page_of_the_memory_once() {
     record_working_set(&at, &[PageRange::new(8, 10), PageRange::new(0, pages + 7), PageRange::new(9, 9)]).unwrap();
     let wanted = [(8, 10), (0, 8), (10, pages)].map(|(start, end)| PageRange::new(start, end));
     assert_eq!(snapshot.working_set().unwrap().as_deref(), Some(&wanted[..]));
-    verify(&at).unwrap();
+    verify(&at, &ParentDirs::siblings()).unwrap();
 }

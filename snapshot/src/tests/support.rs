@@ -7,6 +7,7 @@ use std::path::Path;
 use clade_memory::{GuestRam, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Store};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::ParentDirs;
 use crate::files::Files;
 use crate::space::{Kind, Space};
 use crate::{Base, Compression, DiskToSave, Error, Load, Save, SaveProgress, Saved, Snapshot, SnapshotId};
@@ -131,7 +132,7 @@ impl Saving<'_> {
 
 /// Memory as a VM restored from `dir` sees it.
 pub(crate) fn restored(dir: &Path, store: &Store, load: &Load) -> Vec<u8> {
-    let image = Snapshot::open(dir).unwrap().restore_ram(store, load).unwrap();
+    let image = Snapshot::open(dir, &ParentDirs::siblings()).unwrap().restore_ram(store, load).unwrap();
     contents(&child(&image, store))
 }
 
@@ -201,7 +202,8 @@ impl Cast {
         let one = contents(&ram);
         let first = Saving::default().save(&freeze(&ram), &at("one")).unwrap();
         // From here on it is a VM restored from `one`.
-        let restored = Snapshot::open(&at("one")).unwrap().restore_ram(&store, &Load::Lazy).unwrap();
+        let restored =
+            Snapshot::open(&at("one"), &ParentDirs::siblings()).unwrap().restore_ram(&store, &Load::Lazy).unwrap();
         let ram = child(&restored, &store);
         put(&ram, 6, 60);
         let two = contents(&ram);
@@ -242,7 +244,10 @@ impl Cast {
         let disks = [DiskToSave { name: "root", space: &disk }];
         let mut saving = Saving { files: files.clone(), ..Saving::default() };
         match deed {
-            Deed::Compact => return crate::compact::compact_with(files, &target, &SaveProgress::none()).map(drop),
+            Deed::Compact => {
+                return crate::compact::compact_with(files, &target, &ParentDirs::siblings(), &SaveProgress::none())
+                    .map(drop);
+            }
             Deed::WorkingSet => return crate::working_set::record_with(files, &target, &[PageRange::new(5, 7)]),
             Deed::Fresh | Deed::Over => {}
             Deed::Incremental => saving.base = Some((&one, self.base.0, &self.base.1)),
@@ -262,7 +267,8 @@ impl Cast {
 
     /// The old or the new, complete; and `one` as it was. Returns whether it is the new.
     pub(crate) fn check(&self, deed: Deed, stage: &Path, what: &str) -> bool {
-        crate::verify(&stage.join("one")).unwrap_or_else(|error| panic!("{what}: one: {error:?}"));
+        crate::verify(&stage.join("one"), &ParentDirs::siblings())
+            .unwrap_or_else(|error| panic!("{what}: one: {error:?}"));
         assert!(restored(&stage.join("one"), &self.store, &Load::Lazy) == self.one, "{what}: one has changed");
         let target = stage.join(Self::target(deed));
         let (before, after) = self.before_and_after(deed);
@@ -270,7 +276,7 @@ impl Cast {
             assert!(before.is_none(), "{what}: the old snapshot is gone");
             return false;
         }
-        crate::verify(&target).unwrap_or_else(|error| panic!("{what}: {error:?}"));
+        crate::verify(&target, &ParentDirs::siblings()).unwrap_or_else(|error| panic!("{what}: {error:?}"));
         let found = restored(&target, &self.store, &Load::Preload);
         assert!(found == after || Some(found.as_slice()) == before, "{what}: neither the old nor the new");
         found == after
@@ -288,7 +294,7 @@ impl Cast {
     /// As [`Self::act`], on a stage that another process has set up: there, a VM is restored and
     /// does the same.
     pub(crate) fn act_on_copy(&self, deed: Deed, files: &Files, stage: &Path) -> Result<(), Error> {
-        let one = Snapshot::open(&stage.join("one"))?;
+        let one = Snapshot::open(&stage.join("one"), &ParentDirs::siblings())?;
         let restored = one.restore_ram(&self.store, &Load::Lazy)?;
         let ram = child(&restored, &self.store);
         for (page, byte) in [(6, 60), (90, 0), (100, 100)] {

@@ -9,6 +9,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::faults::Plan;
 use super::support::*;
+use crate::ParentDirs;
 use crate::files::{Files, Op};
 use crate::{DiskToSave, Error, Load, Snapshot};
 
@@ -50,7 +51,9 @@ fn a_directory_exchanged_between_check_and_open_is_not_followed() {
     [&ours, &theirs].into_iter().for_each(|path| std::fs::create_dir(path).unwrap());
     pair(&store, &ours, 10);
     pair(&store, &theirs, 77);
-    let open = |files: &Files| Snapshot::with(files, &ours.join("two")).and_then(|found| all(&found, &store));
+    let open = |files: &Files| {
+        Snapshot::with(files, &ours.join("two"), &ParentDirs::siblings()).and_then(|found| all(&found, &store))
+    };
     let plan = Arc::new(Plan::default());
     let wanted = open(&Files { plan: Some(plan.clone()) }).unwrap();
     let opens = plan.trace().into_iter().filter(|(op, _)| *op == Op::Open).count() as u64;

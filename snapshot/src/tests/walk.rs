@@ -8,6 +8,7 @@ use rustix::io::Errno;
 use super::faults::{Fault, Plan};
 use super::support::*;
 use crate::Error;
+use crate::ParentDirs;
 use crate::files::{Files, Op};
 
 fn with(plan: &Arc<Plan>) -> Files {
@@ -149,7 +150,7 @@ fn a_disk_that_lies_is_found_out_by_verify() {
         let stage = cast.stage();
         let plan = Arc::new(Plan::new(step, Fault::Lie));
         cast.act(Deed::Packed, &with(&plan), stage.path()).unwrap();
-        let verified = crate::verify(&stage.path().join("two"));
+        let verified = crate::verify(&stage.path().join("two"), &ParentDirs::siblings());
         assert!(matches!(verified, Err(Error::Damaged { .. })), "{:?}: {verified:?}", steps[step as usize]);
     }
 }

@@ -8,6 +8,7 @@ use clade_tests::Turn;
 use clade_vmm::vm::{Context, ForkImage, GenerationId, RestoreOptions, SnapshotOptions, Vm};
 
 use crate::{PAUSED, ask, ask_all, booted};
+use clade_snapshot::ParentDirs;
 
 /// Clones of the ordinary suite, and of the long tier.
 const CLONES: usize = 8;
@@ -116,7 +117,7 @@ fn saved_once_and_restored(clones: usize) {
         took[clones / 2],
         took[clones - 1]
     );
-    clade_snapshot::verify(&at).unwrap();
+    clade_snapshot::verify(&at, &ParentDirs::siblings()).unwrap();
 }
 
 fn restored(context: &Context, at: &std::path::Path, name: &str) -> Vm {

@@ -10,7 +10,7 @@ use clade_devices::disk::{DiskImage, DiskLayer, DiskRun};
 use clade_devices::virtio::Backend;
 use clade_io::IoFile;
 use clade_memory::PageRange;
-use clade_snapshot::{DiskReader, Kind, Load, Snapshot};
+use clade_snapshot::{DiskReader, Kind, KnownDir, Load, ParentDirs, Snapshot};
 use rustix::fs::{Mode, fchmod};
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +19,9 @@ use crate::vm::context::Context;
 use crate::vm::fork::ForkImage;
 use crate::vm::identity::Identity;
 use crate::vm::persist::{SavedAt, SnapshotError, sections};
+
+/// Attempts to open a snapshot that is being replaced.
+const ATTEMPTS: usize = 3;
 
 /// How VMs are started from a snapshot.
 #[derive(Clone, Debug, Default)]
@@ -31,6 +34,8 @@ pub struct RestoreOptions {
     /// The directory of the VMs' sockets, each called `NAME.vsock`. Without it, each socket must be
     /// chosen ([`crate::vm::VsockChoice`]).
     pub sockets: Option<PathBuf>,
+    /// The directories in which the snapshot may have parents.
+    pub parents: ParentDirs,
 }
 
 /// How memory is loaded from the disk.
@@ -58,22 +63,37 @@ pub struct SavedVm {
     /// Number of forks between it and the VM that was booted.
     pub generation: u32,
     /// The directories of this snapshot and of those that it depends on, the newest first.
-    pub dirs: Vec<PathBuf>,
+    pub dirs: Vec<KnownDir>,
 }
 
 impl SavedVm {
-    /// Reads the snapshot in the directory `dir`. The VMs that are started from it will have their
-    /// sockets in `sockets`.
+    /// Reads the snapshot in the directory `dir`, with parents in `parents`. The VMs that are started
+    /// from it will have their sockets in `sockets`.
     ///
     /// # Errors
     /// When it is not a snapshot, or is damaged. When a snapshot it depends on is missing.
-    pub fn read(dir: &Path, sockets: Option<&Path>) -> Result<Self, SnapshotError> {
-        let snapshot = Snapshot::open(dir)?;
+    pub fn read(dir: &Path, parents: &ParentDirs, sockets: Option<&Path>) -> Result<Self, SnapshotError> {
+        let (snapshot, dirs) = Self::open(dir, parents)?;
         let config = sections::config(snapshot.sections().iter())?;
         let (mut identity, generation) = sections::identity(snapshot.sections().iter())?;
         identity.forget_host(sockets);
-        let dirs = snapshot.dirs().map(real).collect();
-        Ok(Self { place: SavedAt { dir: real(dir), id: snapshot.id() }, config, identity, generation, dirs })
+        let dir = dirs.first().map_or_else(|| real(dir), |newest| newest.path.clone());
+        Ok(Self { place: SavedAt { dir, id: snapshot.id() }, config, identity, generation, dirs })
+    }
+
+    /// Opens a snapshot. Returns its directories too: another process gets access to these, and to no
+    /// others.
+    fn open(dir: &Path, parents: &ParentDirs) -> Result<(Snapshot, Vec<KnownDir>), SnapshotError> {
+        for _ in 1..ATTEMPTS {
+            let snapshot = Snapshot::open(dir, parents)?;
+            // One that was replaced meanwhile is opened again.
+            if let Ok(dirs) = snapshot.known_dirs() {
+                return Ok((snapshot, dirs));
+            }
+        }
+        let snapshot = Snapshot::open(dir, parents)?;
+        let dirs = snapshot.known_dirs()?;
+        Ok((snapshot, dirs))
     }
 
     /// The directory of its disks' overlays: `chosen`, or beside the snapshot if that is writable,
@@ -101,7 +121,7 @@ impl ForkImage {
     /// When it is not a snapshot, is damaged, or is of another version or machine. When this host
     /// lacks a feature of the snapshot's host, or a snapshot it depends on is missing.
     pub fn restore(context: &Context, dir: &Path, options: &RestoreOptions) -> Result<Arc<Self>, SnapshotError> {
-        let snapshot = Snapshot::open(dir)?;
+        let snapshot = Snapshot::open(dir, &options.parents)?;
         let saved: Vec<(&str, &[u8])> = snapshot.sections().iter().collect();
         // Checked first: KVM's errors do not name features.
         sections::host_requirements(saved.iter().copied())?.check(context.host())?;
