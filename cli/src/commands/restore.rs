@@ -52,7 +52,7 @@ pub(crate) fn main(args: &RestoreArgs) -> Outcome {
             ensure()?;
         }
         let made: ForkAnswer = ask(Client::default().supervisor(Method::POST, "/v1/restore", Some(&request)))?;
-        list(&made, args, begun);
+        list(&made.children, args, begun);
         return Ok(());
     }
     with_runtime(|runtime| {
@@ -60,25 +60,25 @@ pub(crate) fn main(args: &RestoreArgs) -> Outcome {
         let shutdown = ShutdownSignal::listen(runtime).map_err(Failure::run)?;
         let session = Session::begin(args.confine, runtime, &shutdown)?;
         request.session = Some(session.name().to_owned());
-        let made: ForkAnswer = session.ask("/v1/restore", Some(&request))?;
-        if let [name] = made.children.as_slice() {
+        let made = session.make("/v1/restore", &request, |made: ForkAnswer| made.children)?;
+        if let [name] = made.as_slice() {
             let took = begun.elapsed().as_secs_f64() * 1e3;
             say!("{name} restored from {} in {took:.1} ms\r", request.saved.dir.display());
             return session.foreground(name, args.detached);
         }
         list(&made, args, begun);
-        say!("they run until they end by themselves, or until Ctrl-C, which ends all {}", made.children.len());
+        say!("they run until they end by themselves, or until Ctrl-C, which ends all {}", made.len());
         session.wait_for_any();
         session.end_by_signal()
     })
 }
 
-fn list(made: &ForkAnswer, args: &RestoreArgs, begun: Instant) {
-    for name in &made.children {
+fn list(made: &[String], args: &RestoreArgs, begun: Instant) {
+    for name in made {
         drop(writeln!(io::stdout(), "{name}"));
     }
     let took = begun.elapsed().as_secs_f64() * 1e3;
-    let count = made.children.len();
+    let count = made.len();
     let what = if count == 1 { "1 VM".to_owned() } else { format!("{count} VMs") };
     say!("{what} restored from {} in {took:.1} ms", args.dir.display());
 }

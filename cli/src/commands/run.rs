@@ -173,8 +173,8 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
         let shutdown = ShutdownSignal::listen(runtime).map_err(Failure::run)?;
         let session = Session::begin(args.confine, runtime, &shutdown)?;
         request.session = Some(session.name().to_owned());
-        let info: VmInfo = session.ask("/v1/vms", Some(&request))?;
-        session.foreground(&info.name, args.detached)
+        session.make("/v1/vms", &request, |info: VmInfo| vec![info.name])?;
+        session.foreground(&request.name, args.detached)
     })
 }
 

@@ -91,18 +91,27 @@ impl<'a> Session<'a> {
         &self.name
     }
 
-    /// Sends a request to the supervisor. A signal cancels it.
-    pub(super) fn ask<T: DeserializeOwned>(
+    /// Sends a request to make VMs of this session. Returns their names. A signal cancels it.
+    pub(super) fn make<T: DeserializeOwned>(
         &self,
         path: &str,
-        body: Option<&(impl Serialize + Sync)>,
-    ) -> Result<T, Failure> {
+        body: &(impl Serialize + Sync),
+        names: impl Fn(T) -> Vec<String>,
+    ) -> Result<Vec<String>, Failure> {
         for attempt in 1.. {
-            let request = self.client.supervisor(Method::POST, path, body);
+            let request = self.client.supervisor(Method::POST, path, Some(body));
             match self.unless_ended(request) {
-                // The supervisor has ended: it had nothing left.
-                Some(Err(error)) if attempt < ATTEMPTS && has_no_supervisor(&error) => self.ensure()?,
-                Some(answer) => return answer.map_err(failure),
+                // The supervisor has ended: it had nothing left, or it was killed.
+                Some(Err(error)) if attempt < ATTEMPTS && has_no_supervisor(&error) => {
+                    self.ensure()?;
+                    // Killed between its last step and its answer: another request would find the
+                    // names taken.
+                    let made = self.there();
+                    if !made.is_empty() {
+                        return Ok(made);
+                    }
+                }
+                Some(answer) => return answer.map(&names).map_err(failure),
                 None => break,
             }
         }
