@@ -37,7 +37,7 @@ pub use error::{CancelReason, FleetError, MAX_CHILDREN};
 pub use labels::{Label, LabelError, Labels};
 use release::{InUse, Tail};
 pub use room::RoomError;
-pub(crate) use room::{Needs, check as check_room, check_share, most_running, runnable_threads};
+pub(crate) use room::{Needs, check as check_room, check_share, most_running, processors, runnable_threads};
 pub use settings::KeptSettings;
 pub use shutdown::Shutdown;
 

@@ -19,7 +19,7 @@ use sha2::{Digest, Sha256};
 use utoipa::ToSchema;
 use zeroize::Zeroizing;
 
-use crate::control::{ProblemKind, random_hex};
+use crate::control::{ProblemKind, hex, random_hex};
 use crate::fleet::FleetError;
 
 /// Most secrets of a VM.
@@ -176,7 +176,7 @@ fn digest(salt: &str, list: &[Secret]) -> String {
         hash.update((part.len() as u64).to_le_bytes());
         hash.update(part);
     }
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&hash.finalize())
 }
 
 /// Checks the secrets of a new VM.

@@ -12,12 +12,11 @@ use std::time::{Duration, Instant};
 use clade_memory::{GuestRam, PageRange, Quiesced, RamImage, RamLayout, Store};
 use clade_snapshot::format::checksum;
 use clade_snapshot::{
-    Compression, DiskToSave, Kind, Load, Save, SaveProgress, Snapshot, Space, record_working_set, verify,
+    Compression, DiskToSave, Kind, Load, ParentDirs, Save, SaveProgress, Snapshot, Space, record_working_set, verify,
 };
 use libfuzzer_sys::{arbitrary, fuzz_target};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use vm_memory::{Bytes, GuestAddress};
-use clade_snapshot::ParentDirs;
 
 const RAM: u64 = 1 << 20;
 const FILES: [&str; 7] =

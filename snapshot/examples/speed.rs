@@ -7,8 +7,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use clade_memory::{GuestRam, Quiesced, RamLayout, Store};
-use clade_snapshot::ParentDirs;
-use clade_snapshot::{Compression, Load, Save, SaveProgress, Snapshot, verify};
+use clade_snapshot::{Compression, Load, ParentDirs, Save, SaveProgress, Snapshot, verify};
 use rustix::fs::OFlags;
 use vm_memory::{Bytes, GuestAddress};
 

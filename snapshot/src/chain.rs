@@ -12,7 +12,7 @@ use crate::error::Error;
 use crate::files::Files;
 use crate::format::{Damage, Manifest, Sections, SnapshotId, WorkingSet};
 use crate::layer::{LayerFile, sealed_sum};
-use crate::parents::{KnownDir, ParentDirs, identity, real_path};
+use crate::parents::{KnownDir, ParentDirs, id_of, real_path};
 use crate::space::Kind;
 use crate::staging::{MANIFEST, STATE, WORKING_SET, layer_name};
 
@@ -215,7 +215,7 @@ impl Snapshot {
         let known = |member: &Member| {
             let gone = || Error::file("found", member.dir.path(), std::io::ErrorKind::NotFound.into());
             let path = real_path(member.dir.file()).filter(|path| path.is_dir()).ok_or_else(gone)?;
-            Ok(KnownDir { path, id: Some(identity(member.dir.file())?) })
+            Ok(KnownDir { path, id: Some(id_of(member.dir.file())?) })
         };
         self.0.members.iter().map(known).collect()
     }

@@ -44,43 +44,46 @@ impl Dir {
     }
 
     /// The directory's device and inode numbers.
-    pub(crate) fn identity(&self) -> Option<(u64, u64)> {
+    pub(crate) fn identity(&self) -> Option<DirId> {
         self.file.metadata().ok().map(|meta| identity(&meta))
     }
 }
 
 /// A file's device and inode numbers.
-pub(crate) fn identity(meta: &Metadata) -> (u64, u64) {
+pub(crate) type DirId = (u64, u64);
+
+/// Returns a file's device and inode numbers.
+pub(crate) fn identity(meta: &Metadata) -> DirId {
     (meta.dev(), meta.ino())
 }
 
 impl Files {
     /// Opens a directory whose files are to be read. Links are followed.
     pub(crate) fn dir(&self, path: &Path) -> Result<Dir, Error> {
-        self.dir_by(CWD, path, path.to_owned(), OFlags::PATH)
+        self.dir_by(CWD, path, path.to_owned(), (OFlags::PATH, ResolveFlags::empty()))
     }
 
     /// As [`Self::dir`], by its path from `from`. Links of procfs are refused: one leads into a mount
     /// namespace where directories can be mounted on each other, so that `..` leads elsewhere.
     pub(crate) fn dir_from(&self, from: &Dir, relative: &Path) -> Result<Dir, Error> {
-        let path = from.path.join(relative);
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let resolve = ResolveFlags::NO_MAGICLINKS;
-        let open = |_| Ok(openat2(from.file(), relative, flags, Mode::empty(), resolve)?);
-        match self.run(Op::Open, &path, open) {
-            Ok(fd) => Ok(Dir { file: Arc::new(fd.into()), path }),
-            Err(source) => Err(Error::file("opened", path, source)),
-        }
+        let how = (OFlags::PATH, ResolveFlags::NO_MAGICLINKS);
+        self.dir_by(from.file(), relative, from.path.join(relative), how)
     }
 
     /// Opens a directory that can be listed, locked and synced. The path itself must not be a link.
     pub(crate) fn whole_dir(&self, path: &Path) -> Result<Dir, Error> {
-        self.dir_by(CWD, path, path.to_owned(), OFlags::RDONLY | OFlags::NOFOLLOW)
+        self.dir_by(CWD, path, path.to_owned(), (OFlags::RDONLY | OFlags::NOFOLLOW, ResolveFlags::empty()))
     }
 
-    fn dir_by(&self, from: impl AsFd, name: &Path, path: PathBuf, flags: OFlags) -> Result<Dir, Error> {
+    fn dir_by(
+        &self,
+        from: impl AsFd,
+        name: &Path,
+        path: PathBuf,
+        (flags, resolve): (OFlags, ResolveFlags),
+    ) -> Result<Dir, Error> {
         let flags = flags | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let opened = self.run(Op::Open, &path, |_| Ok(openat(from.as_fd(), name, flags, Mode::empty())?));
+        let opened = self.run(Op::Open, &path, |_| Ok(openat2(from.as_fd(), name, flags, Mode::empty(), resolve)?));
         match opened {
             Ok(fd) => Ok(Dir { file: Arc::new(fd.into()), path }),
             Err(source) => Err(Error::file("opened", path, source)),

@@ -4,10 +4,10 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, Mode, OFlags, fstat, openat};
+use rustix::fs::{CWD, Mode, OFlags, openat};
 use serde::{Deserialize, Serialize};
 
-use crate::dir::Dir;
+use crate::dir::{Dir, DirId, identity};
 use crate::error::Error;
 
 /// The maximum depth of a parent's directory below an allowed one.
@@ -30,9 +30,6 @@ enum Allowed {
     Unchecked,
 }
 
-/// Device and inode number of a directory.
-pub(crate) type DirId = (u64, u64);
-
 /// A directory of a snapshot that was opened, for another process that opens it again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "Recorded")]
@@ -40,7 +37,7 @@ pub struct KnownDir {
     /// Its path, without links at that time.
     pub path: PathBuf,
     /// Its device and inode number. None in a record of an earlier version.
-    pub id: Option<(u64, u64)>,
+    pub id: Option<DirId>,
 }
 
 /// A directory as this or an earlier version has recorded it.
@@ -48,7 +45,7 @@ pub struct KnownDir {
 #[serde(untagged)]
 enum Recorded {
     Path(PathBuf),
-    Known { path: PathBuf, id: Option<(u64, u64)> },
+    Known { path: PathBuf, id: Option<DirId> },
 }
 
 impl From<Recorded> for KnownDir {
@@ -94,7 +91,7 @@ impl ParentDirs {
     /// Checks the directory of the opened snapshot.
     pub(crate) fn check_newest(&self, newest: &Dir) -> Result<(), Error> {
         match &self.0 {
-            Allowed::Known(ids) if ids.first() != Some(&identity(newest.file())?) => {
+            Allowed::Known(ids) if ids.first() != Some(&id_of(newest.file())?) => {
                 Err(Error::Exchanged { path: newest.path().to_owned() })
             }
             _ => Ok(()),
@@ -105,13 +102,13 @@ impl ParentDirs {
     pub(crate) fn check(&self, newest: &Dir, parent: &Dir) -> Result<(), Error> {
         let allowed = match &self.0 {
             Allowed::Unchecked => return Ok(()),
-            Allowed::Known(ids) if ids.contains(&identity(parent.file())?) => return Ok(()),
+            Allowed::Known(ids) if ids.contains(&id_of(parent.file())?) => return Ok(()),
             Allowed::Known(_) => return Err(Error::Exchanged { path: parent.path().to_owned() }),
             Allowed::Beneath(allowed) => allowed,
         };
         let beside = above(newest.file(), newest.path())?;
         let holder = above(parent.file(), parent.path())?;
-        if identity(&beside)? == identity(&holder)? {
+        if id_of(&beside)? == id_of(&holder)? {
             return Ok(());
         }
         for dir in allowed {
@@ -126,15 +123,15 @@ impl ParentDirs {
 
 /// Whether `dir` is beneath `top`, or `top` itself.
 fn beneath(dir: &Dir, top: &File) -> Result<bool, Error> {
-    let wanted = identity(top)?;
-    let mut at = identity(dir.file())?;
+    let wanted = id_of(top)?;
+    let mut at = id_of(dir.file())?;
     let mut level = dir.file().try_clone().map_err(|source| Error::file("opened", dir.path(), source))?;
     for _ in 0..MAX_LEVELS {
         if at == wanted {
             return Ok(true);
         }
         level = above(&level, dir.path())?;
-        let next = identity(&level)?;
+        let next = id_of(&level)?;
         // The root directory holds itself.
         if next == at {
             return Ok(false);
@@ -155,9 +152,8 @@ fn open(from: impl std::os::fd::AsFd, name: &Path, path: &Path) -> Result<File, 
     opened.map(File::from).map_err(|errno| Error::file("opened", path, errno.into()))
 }
 
-pub(crate) fn identity(dir: &File) -> Result<DirId, Error> {
-    let found = fstat(dir).map_err(|errno| Error::file("looked at", "a directory", errno.into()))?;
-    Ok((found.st_dev, found.st_ino))
+pub(crate) fn id_of(dir: &File) -> Result<DirId, Error> {
+    dir.metadata().map(|meta| identity(&meta)).map_err(|source| Error::file("looked at", "a directory", source))
 }
 
 /// The path of an open directory without links, as long as that exists.

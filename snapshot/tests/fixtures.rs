@@ -5,8 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use clade_memory::{GuestRam, PAGE_SIZE, PageRange, RamLayout, Store};
-use clade_snapshot::ParentDirs;
-use clade_snapshot::{Load, Snapshot, SnapshotId, show, verify};
+use clade_snapshot::{Load, ParentDirs, Snapshot, SnapshotId, show, verify};
 use vm_memory::{Bytes, GuestAddress};
 
 const LOW: GuestAddress = GuestAddress(0x1000);

@@ -13,8 +13,7 @@ use clade_devices::virtio::vsock::VsockOptions;
 use clade_guests::abi::Command;
 use clade_guests::abi::disk::What;
 use clade_memory::Backing;
-use clade_snapshot::ParentDirs;
-use clade_snapshot::{Compression, Error, compact, verify};
+use clade_snapshot::{Compression, Error, ParentDirs, compact, verify};
 use clade_tests::{DiskFile, DiskGuest, Guest, Holdings, Turn, Writer, can_have_taps, expect_nothing_held};
 use clade_vmm::kvm::{CpuTemplate, HostMismatch};
 use clade_vmm::vm::{

@@ -84,7 +84,7 @@ fn save(args: &SaveArgs) -> Outcome {
     }
     if answer.base_elsewhere {
         eprintln!(
-            "note: the base is not beside {}: restore it with --parents and the directory of each snapshot that it depends on",
+            "note: {} depends on snapshots that are not beside it: restore it with --parents and their directories",
             answer.dir.display()
         );
     }

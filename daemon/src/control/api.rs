@@ -726,8 +726,8 @@ pub struct SnapshotAnswer {
     /// Whether the base is read-only, and so has no note of this dependent.
     #[serde(default)]
     pub base_untold: bool,
-    /// Whether the base is in another directory than the snapshot, so that a restore has to allow
-    /// that directory (`parents`).
+    /// Whether the base or one of its parents is in another directory than the snapshot, so that a
+    /// restore has to allow that directory (`parents`).
     #[serde(default)]
     pub base_elsewhere: bool,
 }

@@ -83,5 +83,5 @@ pub(crate) use server::{
 pub(crate) use session::Gate;
 pub use session::{SessionEnded, SessionInfo};
 pub use token::{Token, TokenError};
-pub(crate) use token::{is_for_this_host, random_hex};
+pub(crate) use token::{hex, is_for_this_host, random_hex};
 pub use ttl::{TtlInfo, TtlRequest};

@@ -153,7 +153,12 @@ pub(crate) fn random_hex() -> io::Result<String> {
     if getrandom(&mut bytes, GetRandomFlags::empty())? != RANDOM_BYTES {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hex(&bytes))
+}
+
+/// Returns bytes in hexadecimal.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Returns whether a Host header names this host by an address or `localhost`. Other names are

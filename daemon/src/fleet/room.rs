@@ -87,9 +87,14 @@ pub(crate) fn check_share(count: usize, running: Option<usize>) -> Result<(), Ro
 
 /// The number of running VMs beyond which a fork needs `overcommit`.
 pub(crate) fn most_running() -> u64 {
+    VMS_OF_A_PROCESSOR.saturating_mul(processors() as u64)
+}
+
+/// The number of processors that this process may use.
+pub(crate) fn processors() -> usize {
     // Each count reads files of control groups: too dear for each fork.
     static PROCESSORS: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, usize::from));
-    VMS_OF_A_PROCESSOR.saturating_mul(*PROCESSORS as u64)
+    *PROCESSORS
 }
 
 fn check_share_of(count: u64, running: Option<u64>, limit: u64, memory: Option<(u64, u64)>) -> Result<(), RoomError> {

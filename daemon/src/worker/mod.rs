@@ -100,8 +100,8 @@ pub(crate) struct Shape {
 impl Shape {
     /// Whether the other is equal, but for directories that have replaced others at their paths.
     pub(crate) fn is_at_paths_of(&self, other: &Self) -> bool {
-        let paths = |shape: &Self| shape.saved.iter().map(|dir| dir.path.clone()).collect::<Vec<_>>();
-        self.config == other.config && self.overlays == other.overlays && paths(self) == paths(other)
+        let same_paths = self.saved.iter().map(|dir| &dir.path).eq(other.saved.iter().map(|dir| &dir.path));
+        same_paths && self.overlays == other.overlays && self.config == other.config
     }
 }
 

@@ -5,14 +5,13 @@
 //! everything else, and the first to be done would be done last. So a group starts once the guests
 //! of the group before have run, or after a time, so that guests that compute delay no others.
 //!
-//! Forks within the bound start together: if the supervisor ends in between, those of the groups to
-//! come end with it, and the others run.
+//! Forks within the bound start together. Beyond it, a supervisor that ends between two groups takes
+//! the VMs of later groups with it, and those of earlier groups run.
 
-use std::sync::LazyLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::fleet::{most_running, runnable_threads};
+use crate::fleet::{most_running, processors, runnable_threads};
 
 /// VMs of a group, for each processor.
 const VMS_OF_A_PROCESSOR: usize = 16;
@@ -23,15 +22,13 @@ const MAX_WAIT: Duration = Duration::from_millis(50);
 /// Interval of the checks for it.
 const INTERVAL: Duration = Duration::from_millis(1);
 
-static PROCESSORS: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, usize::from));
-
 /// Calls `start` with all of `vms`. If these are more than the host should run, `start` gets up to
 /// [`VMS_OF_A_PROCESSOR`] for each processor, and between the calls is a wait until the host has few
 /// runnable threads.
 pub(super) fn in_groups<T>(vms: impl ExactSizeIterator<Item = T>, start: impl FnMut(Vec<T>)) {
-    let most = QUIET * *PROCESSORS as u64;
+    let most = QUIET * processors() as u64;
     let is_quiet = || runnable_threads().is_none_or(|count| count <= most);
-    let size = group_size(vms.len(), most_running(), *PROCESSORS);
+    let size = group_size(vms.len(), most_running(), processors());
     in_groups_of(size, vms, start, || wait_until(is_quiet));
 }
 

@@ -301,8 +301,8 @@ impl Drop for Worker {
 pub(crate) struct Workers(pub(crate) Vec<Worker>);
 
 impl Workers {
-    /// Waits until all have made their VMs, then lets all run, a few at a time, and lets them go. Calls `check` with
-    /// the number made so far.
+    /// Waits until all have made their VMs, then lets all run, beyond the host's bound a few at a time,
+    /// and lets them go. Calls `check` with the number made so far.
     ///
     /// # Errors
     /// That of `check` or of a worker; then none has run.

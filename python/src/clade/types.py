@@ -1292,8 +1292,8 @@ class SnapshotAnswer(TypedDict):
     """The result of a snapshot."""
 
     base_elsewhere: NotRequired[bool]
-    """Whether the base is in another directory than the snapshot, so that a restore has to allow
-    that directory (`parents`).
+    """Whether the base or one of its parents is in another directory than the snapshot, so that a
+    restore has to allow that directory (`parents`).
     """
 
     base_untold: NotRequired[bool]

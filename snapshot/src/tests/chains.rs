@@ -79,13 +79,20 @@ fn parents_that_are_missing_or_others_are_refused_by_name() {
     assert_eq!(links, [made[1].0, made[0].0]);
 }
 
+fn dirs_in<const N: usize>(parent: &Path, names: [&str; N]) -> [PathBuf; N] {
+    names.map(|name| {
+        let dir = parent.join(name);
+        fs::create_dir(&dir).unwrap();
+        dir
+    })
+}
+
 /// A hostile snapshot names another user's as its parent, whose pages its guest would read.
 #[test]
 fn parents_elsewhere_are_refused_unless_their_directory_is_allowed() {
     let store = Store::open_small().unwrap();
     let scratch = scratch();
-    let (victim, hostile) = (scratch.path().join("victims"), scratch.path().join("mine"));
-    [&victim, &hostile].into_iter().for_each(|dir| fs::create_dir(dir).unwrap());
+    let [victim, hostile] = dirs_in(scratch.path(), ["victims", "mine"]);
     let made = chain(&store, &victim);
     let own = hostile.join("b");
     copy_dir(&victim.join("b"), &own);
@@ -161,10 +168,9 @@ fn parents_behind_links_of_procfs_are_refused() {
 fn a_base_or_its_parents_elsewhere_are_reported() {
     let store = Store::open_small().unwrap();
     let dir = scratch();
-    let (bases, mine) = (dir.path().join("bases"), dir.path().join("mine"));
-    [&bases, &mine].into_iter().for_each(|dir| fs::create_dir(dir).unwrap());
+    let [bases, mine] = dirs_in(dir.path(), ["bases", "mine"]);
     let ram = born(&layout(), &store);
-    let mut base: Option<(std::path::PathBuf, crate::SnapshotId, clade_memory::RamImage)> = None;
+    let mut base: Option<(PathBuf, crate::SnapshotId, clade_memory::RamImage)> = None;
     for (page, (at, elsewhere)) in
         [(bases.join("full"), false), (bases.join("next"), false), (mine.join("one"), true), (mine.join("two"), true)]
             .into_iter()
@@ -186,8 +192,7 @@ fn a_base_or_its_parents_elsewhere_are_reported() {
 fn directories_exchanged_after_the_check_are_refused() {
     let store = Store::open_small().unwrap();
     let scratch = scratch();
-    let (victim, mine) = (scratch.path().join("victims"), scratch.path().join("mine"));
-    [&victim, &mine].into_iter().for_each(|dir| fs::create_dir(dir).unwrap());
+    let [victim, mine] = dirs_in(scratch.path(), ["victims", "mine"]);
     let theirs = chain(&store, &victim);
     chain(&store, &mine);
     let (one, two) = (mine.join("a"), mine.join("b"));

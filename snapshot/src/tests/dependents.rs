@@ -10,11 +10,10 @@ use rustix::io::Errno;
 
 use super::faults::Plan;
 use super::support::*;
-use crate::ParentDirs;
 use crate::compact::compact_with;
 use crate::files::{Files, Op};
 use crate::staging::NEEDED_BY;
-use crate::{Error, SaveProgress, Saved};
+use crate::{Error, ParentDirs, SaveProgress, Saved};
 
 /// `one`, `two` on top of it, and the image for `three` on top of that.
 struct Scene {

@@ -7,10 +7,9 @@ use std::path::Path;
 use clade_memory::{GuestRam, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Store};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::ParentDirs;
 use crate::files::Files;
 use crate::space::{Kind, Space};
-use crate::{Base, Compression, DiskToSave, Error, Load, Save, SaveProgress, Saved, Snapshot, SnapshotId};
+use crate::{Base, Compression, DiskToSave, Error, Load, ParentDirs, Save, SaveProgress, Saved, Snapshot, SnapshotId};
 
 /// A disk in memory that tracks the writes since its last save.
 #[derive(Clone, Debug)]

@@ -9,9 +9,8 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::faults::Plan;
 use super::support::*;
-use crate::ParentDirs;
 use crate::files::{Files, Op};
-use crate::{DiskToSave, Error, Load, Snapshot};
+use crate::{DiskToSave, Error, Load, ParentDirs, Snapshot};
 
 /// A full snapshot and one on top of it, all pages of both made of `byte`; returns the newer one's
 /// memory. With equal bytes everything is equal but the identities.

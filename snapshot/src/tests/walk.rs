@@ -7,9 +7,8 @@ use rustix::io::Errno;
 
 use super::faults::{Fault, Plan};
 use super::support::*;
-use crate::Error;
-use crate::ParentDirs;
 use crate::files::{Files, Op};
+use crate::{Error, ParentDirs};
 
 fn with(plan: &Arc<Plan>) -> Files {
     Files { plan: Some(Arc::clone(plan)) }

@@ -84,16 +84,15 @@ impl SavedVm {
     /// Opens a snapshot. Returns its directories too: another process gets access to these, and to no
     /// others.
     fn open(dir: &Path, parents: &ParentDirs) -> Result<(Snapshot, Vec<KnownDir>), SnapshotError> {
-        for _ in 1..ATTEMPTS {
+        let mut attempt = 1;
+        loop {
             let snapshot = Snapshot::open(dir, parents)?;
-            // One that was replaced meanwhile is opened again.
-            if let Ok(dirs) = snapshot.known_dirs() {
-                return Ok((snapshot, dirs));
+            match snapshot.known_dirs() {
+                // One that was replaced meanwhile is opened again.
+                Err(_) if attempt < ATTEMPTS => attempt += 1,
+                dirs => return Ok((snapshot, dirs?)),
             }
         }
-        let snapshot = Snapshot::open(dir, parents)?;
-        let dirs = snapshot.known_dirs()?;
-        Ok((snapshot, dirs))
     }
 
     /// The directory of its disks' overlays: `chosen`, or beside the snapshot if that is writable,
