@@ -41,6 +41,8 @@ pub(crate) struct State {
     pub(crate) moved: bool,
     /// The VM was suspended, so pages mapped now were touched since.
     pub(crate) woken: bool,
+    /// Number of times that a working set was read ahead.
+    pub(crate) wakes: u64,
 }
 
 impl State {
@@ -57,6 +59,7 @@ impl State {
             ahead: Vec::new(),
             moved: false,
             woken: false,
+            wakes: 0,
         }
     }
 }

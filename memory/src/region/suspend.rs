@@ -22,7 +22,8 @@
 //! Finally the page tables are emptied, so the pages mapped at the next suspension were touched
 //! since the wake: they are the working set. Its written pages are copied at the next wake, and the
 //! rest is read ahead ([`crate::ahead`]). Copies that were never written are dropped first, so that
-//! they are neither written to a file nor copied again.
+//! they are neither written to a file nor copied again. Each wake leaves an eighth of the rest
+//! unmapped, so pages that are no longer touched leave the working set within eight wakes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -53,6 +54,10 @@ const SMALL_GAP: u64 = 4;
 const MAX_WORKING_SET: u64 = 16_384;
 /// Maximum number of them that are copied ahead: 8 MiB, some 2 ms.
 const MAX_COPIED: u64 = 2_048;
+/// Of the blocks in a working set, a wake leaves one in this many unmapped.
+const TESTED_SHARE: u64 = 8;
+/// Pages of such a block: the kernel's fault-around maps up to that many at once.
+const TESTED_BLOCK: u64 = 16;
 /// Maximum number of earlier files that stay in use. With more, the smallest are copied too.
 const MAX_FILES: usize = 8;
 
@@ -383,11 +388,13 @@ impl GuestRegion {
         }
     }
 
-    /// Maps `runs` for reading. Best effort: a failure here recurs with a proper error when the
-    /// guest touches the page.
+    /// Maps `runs` for reading, except for the blocks that this wake tests. Best effort: a failure
+    /// here recurs with a proper error when the guest touches the page.
     fn map_ahead(&self, runs: &[PageRange]) {
-        let _state = self.state_for_pin();
-        for run in self.not_absent(runs).iter().filter(|run| !run.is_empty()) {
+        let mut state = self.state_for_pin();
+        state.wakes = state.wakes.wrapping_add(1);
+        let runs = subtract_runs(runs, &tested_blocks(runs, state.wakes));
+        for run in self.not_absent(&runs).iter().filter(|run| !run.is_empty()) {
             if let Err(error) = self.at.populate_read(*run) {
                 tracing::debug!(%error, %run, "not read ahead");
             }
@@ -410,6 +417,24 @@ impl WorkingSet {
             region.map_ahead(runs);
         }
     }
+}
+
+/// The blocks of `runs` that wake number `wake` tests: one in [`TESTED_SHARE`], others at the next
+/// wake.
+///
+/// A page that is mapped ahead is present at the next suspension, whether or not the guest has
+/// touched it. So a page leaves the working set only if it is not mapped and the guest does not touch
+/// it. The guest pays for a test with a page fault that needs no disk.
+fn tested_blocks(runs: &[PageRange], wake: u64) -> Vec<PageRange> {
+    let blocks = runs.iter().filter(|run| !run.is_empty());
+    let blocks = blocks.flat_map(|run| run.start / TESTED_BLOCK..=(run.end - 1) / TESTED_BLOCK);
+    let mut tested: Vec<PageRange> = blocks
+        .filter(|block| block % TESTED_SHARE == wake % TESTED_SHARE)
+        .map(|block| PageRange::with_len(block * TESTED_BLOCK, TESTED_BLOCK))
+        .collect();
+    // Two runs may be in one block.
+    tested.dedup();
+    tested
 }
 
 /// All of `lists`, ascending.

@@ -188,7 +188,8 @@ fn what_was_touched_since_the_wake_is_read_ahead() {
     let mapped = || ram.regions()[0].touched_now().unwrap();
     assert_eq!(mapped(), [], "the tables are empty");
     ram.read_ahead(&touched);
-    assert_eq!(mapped(), runs[0]);
+    let tested = tested_blocks(&runs[0], ram.regions()[0].state_for_pin().wakes);
+    assert_eq!(mapped(), subtract_runs(&runs[0], &tested));
     assert_eq!(ram.stats().unwrap().private_kib, 4, "what was read is read, and what was written is copied");
     assert!(ram.regions()[1].ownership().get(3).0);
     // Bounded by the available room.
@@ -196,6 +197,46 @@ fn what_was_touched_since_the_wake_is_read_ahead() {
     let much = PageSet::found(vec![vec![PageRange::new(0, PAGES)], vec![]]);
     WorkingSet { touched: PageSet::found(vec![vec![], vec![]]), written: much }.read_ahead(ram.regions());
     assert!(ram.stats().unwrap().private_kib <= 4 * MAX_COPIED);
+}
+
+#[test]
+fn what_is_not_touched_any_more_leaves_the_working_set() {
+    let store = Store::open_small().unwrap();
+    let ram = booted(&store, false);
+    suspend(&ram);
+    (0..900).chain(PAGES..PAGES + 100).for_each(|page| {
+        word(&ram, page);
+    });
+    let (_, mut set) = suspend(&ram);
+    let mut sizes = vec![set.pages()];
+    for _ in 0..TESTED_SHARE {
+        ram.read_ahead(&set);
+        (word(&ram, 20), word(&ram, PAGES + 3));
+        set = suspend(&ram).1;
+        sizes.push(set.pages());
+    }
+    // A wake maps most of the set ahead, and tests the rest.
+    let (first, next, last) = (sizes[0], sizes[1], sizes[TESTED_SHARE as usize]);
+    assert!(first >= 800 && next < first && next > first * 3 / 4, "{sizes:?}");
+    assert!(sizes.is_sorted_by(|a, b| a >= b), "{sizes:?}");
+    assert!((2..=2 * TESTED_BLOCK).contains(&last), "{sizes:?}");
+    for (region, page) in [(0, 20), (1, 3)] {
+        assert!(set.touched.runs()[region].iter().any(|run| run.contains(page)), "{set:?}");
+    }
+}
+
+#[test]
+fn each_page_of_a_working_set_is_tested_once_in_a_share_of_wakes() {
+    let runs = [PageRange::new(3, 5), PageRange::new(6, 40), PageRange::new(1000, 1001)];
+    let mut tested = Vec::new();
+    for wake in 100..100 + TESTED_SHARE {
+        let blocks = tested_blocks(&runs, wake);
+        assert!(blocks.is_sorted_by(|a, b| a.end <= b.start), "{blocks:?}");
+        tested.extend(blocks);
+    }
+    tested.sort_unstable();
+    let block = |at: u64| PageRange::with_len(at * TESTED_BLOCK, TESTED_BLOCK);
+    assert_eq!(tested, [0, 1, 2, 62].map(block));
 }
 
 #[test]
