@@ -9,10 +9,11 @@ use std::time::Duration;
 use clade_devices::disk::{Disk, DiskConfig, DiskOp};
 use clade_guests::abi::disk::What;
 use clade_io::{AlignedBuf, Fragment};
+use rustix::process::Signal;
 
 use crate::machine::BareVm;
 use crate::supervisor::Supervised;
-use crate::tool::{Answer, Runtime, kvm, wait_until};
+use crate::tool::{Answer, Runtime, kill, kvm, wait_until};
 
 fn end(disk: &mut Disk) {
     disk.kick().unwrap();
@@ -117,6 +118,52 @@ fn a_confined_vm_may_have_nothing_but_disks_that_it_does_not_write() {
     let forked = runtime.clade(&["fork", "two", "--json"]).json();
     assert_eq!(forked["children"].as_array().unwrap().len(), 1);
     runtime.clade(&["stop", "--all"]);
+}
+
+/// The journal of a VM that crashed holds writes that its guest has flushed. A VM that only reads the
+/// image must show them too, and a journal that cannot be read ends its boot.
+#[test]
+fn a_confined_vm_that_only_reads_an_image_shows_the_journal_beside_it() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk.img");
+    fs::write(&image, vec![0; 1 << 20]).unwrap();
+    let all = Supervised::start("0");
+    all.boot("web", &["--disk", image.to_str().unwrap()]);
+    let web = BareVm::of(&all.runtime, "web");
+    web.open_disk();
+    web.disk(What::Write, 0, 96, 1);
+    // From here on the disk writes to an overlay, and a flush names it in the journal.
+    all.runtime.clade(&["checkpoint", "web", "cp", "--json"]).json();
+    web.disk(What::Write, 32, 64, 2);
+    web.disk(What::Flush, 0, 8, 0);
+    let pid = all.pid_of("web");
+    kill(pid, Signal::KILL);
+    all.runtime.clade(&["rm", "cp", "--json"]).json();
+    let inode = format!(":{} ", fs::metadata(&image).unwrap().ino());
+    wait_until("the end of the image's locks", || !fs::read_to_string("/proc/locks").unwrap().contains(&inode));
+    let journal = dir.path().join("disk.img.clade-journal/journal");
+    assert!(journal.exists());
+
+    for how in ["ro", "ephemeral"] {
+        all.boot(how, &["--disk", &format!("{},{how}", image.display())]);
+        let reader = BareVm::of(&all.runtime, how);
+        reader.open_disk();
+        reader.disk(What::Verify, 0, 32, 1);
+        reader.disk(What::Verify, 32, 64, 2);
+        all.stop(how);
+    }
+    assert!(journal.exists(), "a reader leaves the journal as it is");
+
+    fs::write(&journal, b"no journal").unwrap();
+    for how in ["ro", "ephemeral"] {
+        let disk = format!("{},{how}", image.display());
+        let refused = all.runtime.clade(&["run", "--kernel", "bare", "--mem", "32M", "--detached", "--disk", &disk]);
+        refused.expect_refusal(journal.to_str().unwrap());
+    }
+    all.end();
 }
 
 /// Returns the files of a directory that a process has open, with whether a descriptor of each

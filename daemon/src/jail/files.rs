@@ -2,9 +2,10 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use clade_devices::disk::{DiskConfig, overlay_dir};
+use clade_devices::disk::{DiskConfig, journal_path, overlay_dir};
 use clade_snapshot::KnownDir;
 use clade_vmm::vm::VmConfig;
 use landlock::{
@@ -27,8 +28,8 @@ const HOST_FACTS: [&str; 4] =
 pub(crate) struct Grants {
     /// Files that are read: kernels, and the images of a child's disks.
     pub(crate) read: Vec<PathBuf>,
-    /// Directories whose files are read: those of snapshots. A directory that has one's path by now is
-    /// not read.
+    /// Directories whose files are read: those of snapshots, and the journals of images that are only
+    /// read. A directory that has one's path by now is not read.
     #[serde(default)]
     pub(crate) dirs: Vec<KnownDir>,
     /// Images written in place.
@@ -73,6 +74,9 @@ impl Grants {
             }
             if *read_only || *ephemeral {
                 grants.read.push(path.clone());
+                // Without the journal that was left beside it, the guest would see the disk without
+                // writes that were flushed.
+                grants.dirs.extend(journal_of(path));
                 continue;
             }
             grants.write.push(path.clone());
@@ -137,6 +141,13 @@ impl Grants {
             RulesetStatus::NotEnforced => Err(io::ErrorKind::Unsupported.into()),
         }
     }
+}
+
+/// The directory of the journal beside an image, if there is one.
+fn journal_of(image: &Path) -> Option<KnownDir> {
+    let path = journal_path(image)?;
+    let found = std::fs::symlink_metadata(&path).ok().filter(std::fs::Metadata::is_dir)?;
+    Some(KnownDir { path, id: Some((found.dev(), found.ino())) })
 }
 
 /// An open file's device and inode number.

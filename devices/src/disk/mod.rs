@@ -56,7 +56,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use image::{CommitError, CommitReport, DiskImage, overlay_dir};
-pub use journal::{DiskJournal, JournalError, JournalId, JournalState, Report as JournalReport};
+pub use journal::{DiskJournal, JournalError, JournalId, JournalState, Report as JournalReport, journal_path};
 pub use layers::{DiskLayer, DiskRun};
 pub use live::Disk;
 pub use map::CLUSTER;

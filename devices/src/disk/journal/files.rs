@@ -30,15 +30,34 @@ pub(super) struct Location {
     pub(super) name: String,
 }
 
+/// The directory of the image that `path` leads to, and the name of its journal there.
+fn beside(path: &Path) -> Result<(PathBuf, String), FileError> {
+    let failed = |source| FileError { path: path.to_owned(), what: "found", source };
+    let real = std::fs::canonicalize(path).map_err(failed)?;
+    let named = real.file_name().and_then(OsStr::to_str);
+    let named = named.ok_or_else(|| failed(std::io::ErrorKind::InvalidFilename.into()))?;
+    Ok((real.parent().unwrap_or(Path::new("/")).to_owned(), format!("{named}{SUFFIX}")))
+}
+
+/// The path of the journal of the image at `path`, whether or not there is one. None for an image
+/// that has no name, or is not there.
+#[must_use]
+pub fn journal_path(path: &Path) -> Option<PathBuf> {
+    beside(path).ok().map(|(parent, name)| parent.join(name))
+}
+
 impl Location {
     /// The place beside the image that `path` leads to.
     pub(super) fn of(path: &Path) -> Result<Self, FileError> {
-        let failed = |source| FileError { path: path.to_owned(), what: "found", source };
-        let real = std::fs::canonicalize(path).map_err(failed)?;
-        let named = real.file_name().and_then(OsStr::to_str);
-        let named = named.ok_or_else(|| failed(std::io::ErrorKind::InvalidFilename.into()))?;
-        let beside = Directory::open(real.parent().unwrap_or(Path::new("/")))?;
-        Ok(Self { beside, name: format!("{named}{SUFFIX}") })
+        let (parent, name) = beside(path)?;
+        Ok(Self { beside: Directory::open(&parent)?, name })
+    }
+
+    /// The same, for a process that may not list the image's directory. The directory cannot be
+    /// synced or listed through it.
+    pub(super) fn to_read(path: &Path) -> Result<Self, FileError> {
+        let (parent, name) = beside(path)?;
+        Ok(Self { beside: Directory::reach(&parent)?, name })
     }
 
     pub(super) fn path(&self) -> PathBuf {

@@ -85,8 +85,15 @@ impl RecoveredJournal {
         if base.is_block_device() {
             return Ok(None);
         }
-        // An image without a name has no journal beside it.
-        let Ok(location) = Location::of(base.path()) else { return Ok(None) };
+        let location = if base.is_writable() { Location::of(base.path()) } else { Location::to_read(base.path()) };
+        let location = match location {
+            Ok(location) => location,
+            // An image without a name has no journal beside it. Any other failure may hide one.
+            Err(error) if matches!(error.source.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidFilename) => {
+                return Ok(None);
+            }
+            Err(error) => return Err(error.into()),
+        };
         let mark = tie::read_mark(base)?;
         let (dir, file, bytes) = match look(&location, base.is_writable())? {
             Beside::Nothing => return mark.id().map_or(Ok(None), |id| Err(missing(&location, base, id))),

@@ -54,6 +54,7 @@ use clade_io::{FileError, IoFile};
 use super::directory::Directory;
 use super::map::{CLUSTER, push_run};
 pub use admin::{DiskJournal, JournalState};
+pub use files::journal_path;
 use files::{JOURNAL, Location};
 use flush::Writing;
 use format::{Header, Seen};

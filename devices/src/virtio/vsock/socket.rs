@@ -21,9 +21,10 @@ use std::time::Duration;
 
 use clade_io::seqpacket;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
 
 use super::device::{Key, VsockError, VsockOptions};
 use super::{FIRST_GUEST_CID, HOST_CID};
@@ -31,6 +32,8 @@ use super::{FIRST_GUEST_CID, HOST_CID};
 /// How long the device's thread waits for an answer to the request that it has just sent. After
 /// that it checks for the answer from time to time, and the guest's other connections go on.
 const ANSWER_WAIT: Duration = Duration::from_millis(20);
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
 /// Bytes of a message.
 const NUMBER: usize = 4;
 
@@ -142,6 +145,16 @@ fn check_cid(options: &VsockOptions) -> Result<(), VsockError> {
     }
 }
 
+/// Listens at `path`, for this user alone: whoever connects reaches the guest's services.
+fn listen_at(path: &Path) -> io::Result<UnixListener> {
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    // Before the bind, which gives the file this mode: there is no moment at which others can connect.
+    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    listen(&socket, BACKLOG)?;
+    Ok(socket.into())
+}
+
 impl VsockSocket {
     /// Listens at `options.socket`, and removes it in the end.
     ///
@@ -149,8 +162,8 @@ impl VsockSocket {
     /// When the CID is reserved, or the socket cannot be made. A stale socket is not removed.
     pub fn bind(options: &VsockOptions) -> Result<Self, VsockError> {
         check_cid(options)?;
-        let listener = UnixListener::bind(&options.socket)
-            .map_err(|source| VsockError::Socket { path: options.socket.clone(), source })?;
+        let listener =
+            listen_at(&options.socket).map_err(|source| VsockError::Socket { path: options.socket.clone(), source })?;
         Ok(Self { options: options.clone(), listener, ports: HostPorts::Direct, removes: true })
     }
 
@@ -297,6 +310,26 @@ mod tests {
         let bound = VsockSocket::bind(&options).unwrap();
         let listener = bound.hand_over().unwrap();
         VsockSocket::handed_in(options, listener, broker).unwrap()
+    }
+
+    #[test]
+    fn the_socket_is_its_owners_alone() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        let options = VsockOptions { cid: 7, socket: dir.path().join("v") };
+        let socket = VsockSocket::bind(&options).unwrap();
+        let mode = std::fs::metadata(&options.socket).unwrap().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let client = UnixStream::connect(&options.socket).unwrap();
+        socket.listener.accept().unwrap();
+        // As before, a socket's file is not replaced.
+        let taken = VsockSocket::bind(&options).unwrap_err();
+        assert!(
+            matches!(&taken, VsockError::Socket { source, .. } if source.kind() == io::ErrorKind::AddrInUse),
+            "{taken:?}"
+        );
+        drop((client, socket));
+        assert!(!options.socket.exists());
     }
 
     #[test]
