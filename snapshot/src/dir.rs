@@ -58,30 +58,25 @@ pub(crate) fn identity(meta: &Metadata) -> DirId {
 }
 
 impl Files {
-    /// Opens a directory whose files are to be read. Links are followed.
+    /// Opens a directory whose files are to be read. Links are followed, but not those of procfs.
     pub(crate) fn dir(&self, path: &Path) -> Result<Dir, Error> {
-        self.dir_by(CWD, path, path.to_owned(), (OFlags::PATH, ResolveFlags::empty()))
+        self.dir_by(CWD, path, path.to_owned(), OFlags::PATH)
     }
 
-    /// As [`Self::dir`], by its path from `from`. Links of procfs are refused: one leads into a mount
-    /// namespace where directories can be mounted on each other, so that `..` leads elsewhere.
+    /// As [`Self::dir`], by its path from `from`.
     pub(crate) fn dir_from(&self, from: &Dir, relative: &Path) -> Result<Dir, Error> {
-        let how = (OFlags::PATH, ResolveFlags::NO_MAGICLINKS);
-        self.dir_by(from.file(), relative, from.path.join(relative), how)
+        self.dir_by(from.file(), relative, from.path.join(relative), OFlags::PATH)
     }
 
     /// Opens a directory that can be listed, locked and synced. The path itself must not be a link.
     pub(crate) fn whole_dir(&self, path: &Path) -> Result<Dir, Error> {
-        self.dir_by(CWD, path, path.to_owned(), (OFlags::RDONLY | OFlags::NOFOLLOW, ResolveFlags::empty()))
+        self.dir_by(CWD, path, path.to_owned(), OFlags::RDONLY | OFlags::NOFOLLOW)
     }
 
-    fn dir_by(
-        &self,
-        from: impl AsFd,
-        name: &Path,
-        path: PathBuf,
-        (flags, resolve): (OFlags, ResolveFlags),
-    ) -> Result<Dir, Error> {
+    fn dir_by(&self, from: impl AsFd, name: &Path, path: PathBuf, flags: OFlags) -> Result<Dir, Error> {
+        // A link of procfs may lead into a mount namespace of the link's maker, where directories are
+        // mounted on each other and `..` leads elsewhere.
+        let resolve = ResolveFlags::NO_MAGICLINKS;
         let flags = flags | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let opened = self.run(Op::Open, &path, |_| Ok(openat2(from.as_fd(), name, flags, Mode::empty(), resolve)?));
         match opened {

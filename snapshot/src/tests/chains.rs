@@ -146,7 +146,7 @@ fn parents_elsewhere_are_refused_unless_their_directory_is_allowed() {
 
 /// A link of procfs may lead into a mount namespace in which `..` leads elsewhere.
 #[test]
-fn parents_behind_links_of_procfs_are_refused() {
+fn snapshots_and_parents_behind_links_of_procfs_are_refused() {
     let store = Store::open_small().unwrap();
     let dir = scratch();
     let made = chain(&store, dir.path());
@@ -158,6 +158,18 @@ fn parents_behind_links_of_procfs_are_refused() {
         let refused = Snapshot::open(&at("b"), &ParentDirs::siblings()).unwrap_err();
         let Error::Parent { source, .. } = &refused else { panic!("{refused:?}") };
         assert!(matches!(**source, Error::File { .. }), "{refused:?}");
+        // The opened snapshot itself, by a link that another user may have made.
+        let link = at("link");
+        std::os::unix::fs::symlink(format!("{root}{}", sibling.display()), &link).unwrap();
+        for result in [
+            Snapshot::open(&link, &ParentDirs::siblings()).map(drop),
+            verify(&link, &ParentDirs::siblings()).map(drop),
+            show(&link, &ParentDirs::siblings()).map(drop),
+            compact(&link, &ParentDirs::siblings(), &SaveProgress::none()).map(drop),
+        ] {
+            assert!(matches!(result, Err(Error::File { .. } | Error::NotAFile { .. })), "{root}: {result:?}");
+        }
+        fs::remove_file(&link).unwrap();
     }
     rewrite(&at("b"), |b| b.parent = Some(Parent { id: made[0].0, path: sibling.to_str().unwrap().to_owned() }));
     assert_eq!(Snapshot::open(&at("b"), &ParentDirs::siblings()).unwrap().depth(), 2);
