@@ -156,7 +156,15 @@ fn answer(socket: &OwnedFd, vm: &Weak<Vm>, leases: &Leases, fleet: &WeakFleet) -
     }
 }
 
-fn forked(vm: &Vm, leases: &Leases, fleet: &WeakFleet) -> Result<(Forked, SealedParts), FleetError> {
+/// Forks the VM, and seals the image for another process.
+///
+/// # Errors
+/// When the VM has ended, or cannot be forked.
+pub(crate) fn forked(vm: &Vm, leases: &Leases, fleet: &WeakFleet) -> Result<(Forked, SealedParts), FleetError> {
+    // Before the fork: an image of a VM that ends meanwhile would go out without the list of its
+    // secrets, and the supervisor would refuse it as another VM's.
+    let listed = fleet.upgrade().and_then(|fleet| fleet.listed());
+    let listed = listed.ok_or_else(|| FleetError::NoSuchVm { name: vm.name().to_owned() })?;
     let (image, report) = vm.fork()?;
     let links: Vec<Link> = (0..vm.identity().nets.len()).filter_map(|at| vm.network(at)).collect();
     let network = if links.contains(&Link::Closed) { Some(Link::Closed) } else { links.first().copied() };
@@ -164,12 +172,10 @@ fn forked(vm: &Vm, leases: &Leases, fleet: &WeakFleet) -> Result<(Forked, Sealed
     let (pause, remapped, copied) = (times.pause.as_micros(), freeze.remapped, freeze.copied);
     let pages = format!("{remapped} pages remapped, {copied} copied");
     flight::note(&format!("image taken: paused {pause} us, {pages}, {in_flight} requests in flight"));
-    let listed = fleet.upgrade().and_then(|fleet| fleet.listed());
-    let (labels, secrets) = listed.map(|listed| (listed.labels, listed.secrets)).unwrap_or_default();
     let forked = Forked {
         config: VmConfig::clone(image.config()),
-        labels,
-        secrets,
+        labels: listed.labels,
+        secrets: listed.secrets,
         network,
         generation: image.generation(),
         pause: times.pause,

@@ -82,6 +82,25 @@ fn what_somebody_has_a_handle_to_is_in_use() {
     NameClaim::new(&runtime, "one").unwrap();
 }
 
+/// The supervisor compares the list of secrets with its record: an image without the list would be
+/// refused as another VM's.
+#[test]
+fn a_vm_that_has_ended_gives_no_image_without_its_secrets() {
+    if host().is_none() {
+        return;
+    }
+    let (_dir, runtime) = runtime_dir();
+    let (fleet, vm, starter) = fleet_of_one(&runtime, true);
+    let vm = vm.unwrap();
+    let (forked, _parts) = crate::image::forked(&vm, fleet.leases(), &fleet.downgrade()).unwrap();
+    assert_eq!(forked.labels.text(), "tier=web");
+    // The VM leaves the list before its vCPUs stop.
+    drop(fleet.take());
+    let refused = crate::image::forked(&vm, fleet.leases(), &fleet.downgrade()).map(|(forked, _)| forked.secrets);
+    assert!(matches!(&refused, Err(FleetError::NoSuchVm { name }) if name == "one"), "{refused:?}");
+    starter.leave();
+}
+
 #[test]
 fn stop_waits_for_who_is_just_looking_at_the_vm() {
     if host().is_none() {
