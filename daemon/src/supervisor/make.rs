@@ -19,7 +19,9 @@ use crate::fleet::{Cancel, FleetError, NameClaim, Needs, check_names, check_room
 use crate::image::Asked;
 use crate::jail::is_block_device;
 use crate::secrets::{self, Secrets, SecretsRecord};
-use crate::worker::{BootOrder, EnterOrder, ForkOrder, Inherited, Made, Order, Shape, Worker, Workers, has_ended};
+use crate::worker::{
+    BootOrder, EnterOrder, ForkOrder, Inherited, Made, Order, Pace, Shape, Worker, Workers, has_ended,
+};
 use clade_vmm::vm::{Endpoints, VmError};
 
 /// The file for a child's written pages, and the set that learns from it.
@@ -59,6 +61,7 @@ struct Making<'a> {
     /// Gives a worker the order for the VM of a claim.
     order: &'a dyn Fn(&Worker, &NameClaim) -> Result<Hand, FleetError>,
     check: &'a dyn Fn(usize) -> Result<(), FleetError>,
+    pace: Pace,
 }
 
 /// Workers with their orders, each with its descriptors, in its group.
@@ -252,7 +255,8 @@ impl Supervisor {
         let ground = Ground { enter: self.0.place.of_child(shape), bounds: *bounds };
         let its_session = |made| session.as_ref().map_or(Ok(()), |live| live.check(made, count));
         let check = |made| its_session(made).and_then(|()| self.check(made, count, cancel));
-        let making = Making { shape: Some(shape), ground, claims: &claims, order: &order, check: &check };
+        let pace = if request.paused { Pace::Paused } else { Pace::Running };
+        let making = Making { shape: Some(shape), ground, claims: &claims, order: &order, check: &check, pace };
         // Its workers end with the command.
         let made = self.make(&making, give).map_err(|error| its_session(0).err().unwrap_or(error))?;
         claims.into_iter().for_each(NameClaim::leave);
@@ -331,7 +335,8 @@ impl Supervisor {
             Ok(hand.booted())
         };
         let check = |made| self.check(made, 1, cancel);
-        let making = Making { shape: None, ground, claims: &claims, order: &order, check: &check };
+        let pace = if paused { Pace::Paused } else { Pace::Running };
+        let making = Making { shape: None, ground, claims: &claims, order: &order, check: &check, pace };
         let made = self.make(&making, |workers| Ok(workers.0.iter().map(|_| None).collect()))?;
         claims.into_iter().for_each(NameClaim::leave);
         made.iter().for_each(|vm| self.0.events.booted(&vm.name));
@@ -430,7 +435,7 @@ impl Supervisor {
             let process = worker.pidfd()?.ok_or(FleetError::Ending)?;
             self.0.processes.add([(worker.pid(), hand.own_vm(&claim.name, process, group).noting(note))]);
         }
-        let made = workers.run_together(making.check).inspect_err(|_| {
+        let made = workers.run_together(making.pace, making.check).inspect_err(|_| {
             pids.iter().for_each(|pid| drop(self.0.processes.remove(*pid)));
         })?;
         hands.into_iter().for_each(Hand::keep);

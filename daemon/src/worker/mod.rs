@@ -47,6 +47,7 @@ use clade_vmm::vm::{EndpointParts, Vm, VmConfig};
 pub(crate) use enter::EnterOrder;
 pub use enter::{Entered, enter};
 pub(crate) use open::OpenOrder;
+pub(crate) use pace::Pace;
 pub(crate) use process::{Process, Worker, Workers, has_ended};
 pub(crate) use save::{SaveOrder, SavedFiles, written_beside};
 pub use serve::{Served, serve};

@@ -1,5 +1,6 @@
 //! A worker, on its starter's side.
 
+use std::cell::Cell;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -10,7 +11,7 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{Shutdown, shutdown};
 use rustix::process::{Signal, pidfd_send_signal};
 
-use super::pace::in_groups;
+use super::pace::{Pace, in_groups};
 use super::{Answer, EnterOrder, Inherited, Made, OpenOrder, Order, SaveOrder, SavedFiles, failed, receive, send};
 use crate::fleet::FleetError;
 use clade_vmm::vm::SealedParts;
@@ -58,6 +59,8 @@ pub(crate) fn has_ended(pidfd: &OwnedFd, timeout: Duration) -> bool {
 pub(crate) struct Worker {
     socket: OwnedFd,
     process: Option<Process>,
+    /// Whether its VM runs. It does not read its socket any more then.
+    is_running: Cell<bool>,
 }
 
 impl Worker {
@@ -66,7 +69,7 @@ impl Worker {
     /// # Errors
     /// When the socket cannot be set up. The process ends then.
     pub(crate) fn new(socket: OwnedFd, process: Process) -> Result<Self, FleetError> {
-        let worker = Self { socket, process: Some(process) };
+        let worker = Self { socket, process: Some(process), is_running: Cell::new(false) };
         for (which, timeout) in [(Timeout::Recv, POLL_INTERVAL), (Timeout::Send, PATIENCE)] {
             set_socket_timeout(&worker.socket, which, Some(timeout)).map_err(|errno| failed(errno.into()))?;
         }
@@ -170,12 +173,23 @@ impl Worker {
 
     /// Kills it, without a wait: its work is done.
     fn kill(mut self) {
-        if let Some(process) = self.process.take()
+        self.send_kill();
+        self.let_go();
+    }
+
+    /// Sends it SIGKILL.
+    fn send_kill(&self) {
+        if let Some(process) = &self.process
             && let Err(errno) = pidfd_send_signal(&process.pidfd, Signal::KILL)
         {
             // The process has ended by itself.
             tracing::debug!(%errno, pid = process.pid, "a worker is not killed");
         }
+    }
+
+    /// Lets the worker go: its process no longer ends with this value.
+    fn let_go(&mut self) {
+        self.process = None;
     }
 
     /// Waits until its snapshot is written. Calls `watch` with the bytes done and in all; once that
@@ -271,13 +285,12 @@ impl Worker {
         let _ = seqpacket::send(&self.socket, &[1], &[]);
     }
 
-    /// Waits until its VM runs, and lets the worker go.
-    pub(crate) fn running(mut self, name: &str) {
+    /// Waits until its VM runs.
+    fn wait_running(&self, name: &str) {
         match self.answer(|| Ok(())) {
-            Ok(Answer::Running) => {}
+            Ok(Answer::Running) => self.is_running.set(true),
             other => tracing::warn!(name, ?other, "a VM has ended before it ran"),
         }
-        self.process = None;
     }
 
     /// Has the worker end, without waiting for that.
@@ -301,16 +314,19 @@ impl Drop for Worker {
 pub(crate) struct Workers(pub(crate) Vec<Worker>);
 
 impl Workers {
-    /// Waits until all have made their VMs, then lets all run, beyond the host's bound a few at a time,
-    /// and lets them go. Calls `check` with the number made so far.
+    /// Waits until all have made their VMs, then lets all run at `pace`, and lets them go. Calls
+    /// `check` with the number made so far, and again between the groups of a pace.
     ///
     /// # Errors
-    /// That of `check` or of a worker; then none has run.
+    /// That of `check` or of a worker. The drop of the workers then ends the VMs of earlier groups,
+    /// and the others have not run.
     pub(crate) fn run_together(
         &mut self,
+        pace: Pace,
         check: impl Fn(usize) -> Result<(), FleetError>,
     ) -> Result<Vec<Made>, FleetError> {
         let mut made = Vec::with_capacity(self.0.len());
+        let is_single = self.0.len() == 1;
         if let [worker] = self.0.as_slice() {
             // A single VM waits for no other: every wait of one process for another costs a
             // wake-up.
@@ -324,14 +340,16 @@ impl Workers {
             check(made.len())?;
         }
         // All VMs are made, so all may run. From here on a failure ends only its own VM.
-        let is_single = made.len() == 1;
-        let workers = std::mem::take(&mut self.0);
-        in_groups(workers.into_iter().zip(&made), |group| {
+        let mut started = 0;
+        let start = |group: &[Worker]| {
             if !is_single {
-                group.iter().for_each(|(worker, _)| worker.run());
+                group.iter().for_each(Worker::run);
             }
-            group.into_iter().for_each(|(worker, child)| worker.running(&child.name));
-        });
+            group.iter().zip(&made[started..]).for_each(|(worker, child)| worker.wait_running(&child.name));
+            started += group.len();
+        };
+        in_groups(&self.0, pace, start, || check(made.len()))?;
+        self.0.iter_mut().for_each(Worker::let_go);
         Ok(made)
     }
 }
@@ -339,7 +357,9 @@ impl Workers {
 impl Drop for Workers {
     fn drop(&mut self) {
         // All at once. Then the drops wait for one after the other.
-        self.0.iter().for_each(Worker::dismiss);
+        for worker in &self.0 {
+            if worker.is_running.get() { worker.send_kill() } else { worker.dismiss() }
+        }
     }
 }
 
