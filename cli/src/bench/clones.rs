@@ -169,7 +169,7 @@ impl Bench {
     /// Measures `count` clones of a checkpoint.
     fn many(&self, count: usize) -> Result<Times, Failure> {
         let mut times = Times::default();
-        let request = CheckpointRequest { name: Some("cp".to_owned()) };
+        let request = CheckpointRequest { name: Some("cp".to_owned()), ..CheckpointRequest::default() };
         let _: CheckpointInfo = self.supervisor.ask(Method::POST, "/v1/vms/parent/checkpoint", Some(&request))?;
         for _ in 0..RUNS {
             let free = available_kib();

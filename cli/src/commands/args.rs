@@ -214,6 +214,10 @@ pub(crate) struct CheckpointArgs {
     /// The checkpoint's name. Default: the VM's and a number.
     #[arg(value_name = "NAME")]
     pub(crate) name: Option<String>,
+    /// Keep the checkpoint on disk, so that it outlives the supervisor and the host's restart. The
+    /// command returns once it is durable. The file has the guest's memory, with its secrets.
+    #[arg(long)]
+    pub(crate) keep: bool,
     /// Prepare as many processes for its children.
     #[arg(long, value_name = "N")]
     pub(crate) prepare: Option<usize>,

@@ -10,7 +10,7 @@ use crate::commands::{Failure, Outcome, Table, print_json};
 
 pub(super) fn take(args: &CheckpointArgs) -> Outcome {
     let client = supervised(&args.vm)?;
-    let request = CheckpointRequest { name: args.name.clone() };
+    let request = CheckpointRequest { name: args.name.clone(), keep: args.keep };
     let path = format!("/v1/vms/{}/checkpoint", args.vm);
     let info: CheckpointInfo = ask(client.supervisor(Method::POST, &path, Some(&request)))?;
     if let Some(count) = args.prepare {
@@ -42,7 +42,7 @@ pub(super) fn list(args: &CheckpointsArgs) -> Outcome {
     if args.json {
         return print_json(&all).map_err(Failure::run);
     }
-    let mut table = Table::new(["name", "of", "generation", "vCPUs", "MiB", "age", "descriptors"]);
+    let mut table = Table::new(["name", "of", "generation", "vCPUs", "MiB", "age", "descriptors", "kept"]);
     for one in all {
         table.row([
             one.name,
@@ -52,6 +52,7 @@ pub(super) fn list(args: &CheckpointsArgs) -> Outcome {
             one.mib.to_string(),
             show_age(one.age_s),
             one.descriptors.to_string(),
+            if one.kept { "on disk" } else { "" }.to_owned(),
         ]);
     }
     table.print().map_err(Failure::run)

@@ -15,6 +15,10 @@ pub(super) const VARIABLES: &[(&str, &str)] = &[
     ("CLADE_QUIRKS", "Adaptations to the host's KVM, instead of the detected ones: pvm or none"),
     ("CLADE_IMAGE_DIR", "The cache of OCI images. Default: clade/images in the user's cache directory"),
     ("CLADE_REGISTRY", "The registry of image names without one"),
+    (
+        "CLADE_CHECKPOINT_DIR",
+        "The directory of kept checkpoints, with a subdirectory for each runtime directory. Default: clade/checkpoints in the user's data directory",
+    ),
     ("CLADE_TEMPLATE_DIR", "The directory of templates. Default: clade/templates in the user's data directory"),
     ("CLADE_LINUX_GUEST", "The directory of the Linux guest. Default: in the user's cache directory"),
     (

@@ -17,6 +17,7 @@ mod image;
 mod image_vm;
 mod image_warm;
 mod journal;
+mod kept;
 mod limits;
 mod logging;
 mod machine;

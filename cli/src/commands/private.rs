@@ -13,7 +13,6 @@ use clade_daemon::control::{
     StopRequest, VmInfo, VmLimits, VmStats,
 };
 use clade_daemon::fleet::{Labels, console_path, ended_vms, runtime_dir, socket_path};
-use clade_daemon::jail::Confinement;
 use clade_daemon::supervisor::{CgroupPlace, Supervisor, SupervisorOptions, vms_in};
 use clade_harness::{GuestWords, Machine, WordsError, bytes_of};
 use clade_vmm::kvm::Host;
@@ -42,7 +41,7 @@ const POOL: usize = 16;
 
 fn private_supervisor() -> SupervisorOptions {
     let (pool, ahead_mib, cgroup) = (POOL, AHEAD_MIB, CgroupPlace::Off);
-    SupervisorOptions { pool, ahead_mib, cgroup, confinement: Confinement::default(), net_hook: None, until_idle: true }
+    SupervisorOptions { pool, ahead_mib, cgroup, until_idle: true, ..SupervisorOptions::default() }
 }
 
 /// The VMs of this command.
@@ -126,7 +125,7 @@ impl PrivateVms {
 
     /// Holds a VM's state at this instant.
     pub(crate) fn checkpoint(&self, vm: &str, name: &str) -> Result<CheckpointInfo, Failure> {
-        let request = CheckpointRequest { name: Some(name.to_owned()) };
+        let request = CheckpointRequest { name: Some(name.to_owned()), ..CheckpointRequest::default() };
         self.ask(Method::POST, &format!("/v1/vms/{vm}/checkpoint"), Some(&request))
     }
 

@@ -18,6 +18,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::commands::args::ServeArgs;
+use crate::commands::kept::checkpoint_dir;
 use crate::commands::notify::{READY, STOPPING, notify};
 use crate::commands::remote::ask;
 use crate::commands::run::{say, with_runtime};
@@ -103,7 +104,8 @@ pub(super) fn main(args: &ServeArgs) -> Outcome {
         let (confinement, cgroup, net_hook) = (args.confine, args.cgroup.clone(), args.net_hook.clone());
         let (pool, ahead_mib) = (args.pool, args.ahead);
         let until_idle = args.until_idle;
-        let options = SupervisorOptions { pool, confinement, cgroup, net_hook, ahead_mib, until_idle };
+        let kept = checkpoint_dir(&dir);
+        let options = SupervisorOptions { pool, confinement, cgroup, net_hook, ahead_mib, until_idle, kept };
         wait_for_idle_end(&dir, &shutdown);
         // Before the supervisor answers: a command that starts it must not find one that cannot stay.
         // But not beside a supervisor that runs, whose ports and files these may be. The directory is

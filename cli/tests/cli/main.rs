@@ -20,6 +20,7 @@ mod flight;
 mod graceful;
 mod guest;
 mod image;
+mod kept;
 mod labels;
 mod machine;
 mod many;

@@ -111,6 +111,11 @@ impl Runtime {
         self.dir().join("clade.templates")
     }
 
+    /// Returns the directory of its kept checkpoints.
+    pub(crate) fn kept(&self) -> PathBuf {
+        self.dir().join("clade.checkpoints")
+    }
+
     pub(crate) fn command(&self, args: &[&str]) -> Command {
         // A shell that runs the tests in its background has them, and their children, ignore
         // SIGINT.
@@ -118,6 +123,7 @@ impl Runtime {
         command.args(["--default-signal=HUP,INT,TERM", CLADE]).args(args);
         command.env("CLADE_RUNTIME_DIR", self.dir()).env_remove("CLADE_LOG").env("RUST_BACKTRACE", "1");
         command.env("CLADE_TEMPLATE_DIR", self.templates());
+        command.env("CLADE_CHECKPOINT_DIR", self.kept());
         command.stdin(Stdio::null());
         command
     }

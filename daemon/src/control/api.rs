@@ -931,6 +931,10 @@ pub struct CheckpointRequest {
     #[serde(default)]
     #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}$", min_length = 1, max_length = 48)]
     pub name: Option<String>,
+    /// Whether it is kept on disk, so that later supervisors have it too. The answer comes once it is
+    /// durable.
+    #[serde(default)]
+    pub keep: bool,
 }
 
 /// A checkpoint: a VM at one instant, to fork from.
@@ -967,6 +971,9 @@ pub struct CheckpointInfo {
     /// Pages learned from its children, which the next ones have copies of before they write them.
     #[serde(default)]
     pub ahead: AheadInfo,
+    /// Whether it is kept on disk. `descriptors` is 0 as long as this supervisor has not opened it.
+    #[serde(default)]
+    pub kept: bool,
 }
 
 /// Counts of the pages learned from a checkpoint's ended children.

@@ -182,6 +182,15 @@ pub enum FleetError {
         #[source]
         source: io::Error,
     },
+    /// The files of a kept checkpoint cannot be written or removed.
+    #[error("the checkpoint {name:?} on the disk")]
+    Keep {
+        /// The checkpoint's name.
+        name: String,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
     /// The VM cannot be made, forked or started.
     #[error(transparent)]
     Vm(#[from] VmError),

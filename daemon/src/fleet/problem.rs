@@ -23,12 +23,16 @@ impl FleetError {
             Self::Vm(error) => of_vm(error),
             Self::Snapshot(error) => of_snapshot(error),
             Self::Room { .. } => ProblemKind::NoRoom,
+            Self::Keep { source, .. } if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => {
+                ProblemKind::NoRoom
+            }
             Self::NetHook(_) => ProblemKind::IdentityTaken,
             Self::Refused { kind, .. } => *kind,
             // The process was most likely killed.
             Self::Worker { .. } | Self::Transfer(_) if is_of_the_dead(self) => ProblemKind::VmGone,
             Self::Runtime { .. }
             | Self::Unreleased { .. }
+            | Self::Keep { .. }
             | Self::LinkedDir { .. }
             | Self::ForeignDir { .. }
             | Self::OpenDir { .. }

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::about::About;
+use super::kept::{Found, KeptRecord};
 use crate::ahead::Learning;
 use crate::control::{CheckpointInfo, ForkAnswer, ForkedInfo};
 use crate::fleet::{FleetError, Labels, RuntimeDir, check_name};
@@ -85,6 +86,12 @@ impl Checkpoint {
         Self::new(Origin::Saved(saved.place.clone()), about, parts, forked)
     }
 
+    /// The same with what a snapshot does not have.
+    pub(super) fn with_record(mut self, record: &KeptRecord) -> Self {
+        (self.forked.labels, self.forked.network) = (record.labels.clone(), record.network());
+        self
+    }
+
     fn new(origin: Origin, about: About, parts: SealedParts, forked: Forked) -> Self {
         let learning = Arc::new(Learning::new(about.shape.config.layout()));
         Self { origin, about, parts, forked, made: Instant::now(), learning }
@@ -159,6 +166,7 @@ impl Checkpoint {
                 in_flight: self.forked.in_flight,
             }),
             ahead: self.learning.info(),
+            kept: false,
         }
     }
 
@@ -173,15 +181,52 @@ fn us(time: Duration) -> f64 {
     time.as_secs_f64() * 1e6
 }
 
+/// A name's checkpoint. A name with neither is reserved, by a request or by files that cannot be read.
+#[derive(Clone, Debug, Default)]
+struct Slot {
+    is_unreadable: bool,
+    /// In memory.
+    held: Option<Arc<Checkpoint>>,
+    /// On disk.
+    kept: Option<Arc<KeptRecord>>,
+}
+
+impl Slot {
+    fn info(&self, name: &str) -> Option<CheckpointInfo> {
+        let Some(held) = &self.held else { return Some(self.kept.as_ref()?.info()) };
+        let info = held.info(name);
+        Some(match &self.kept {
+            None => info,
+            // It may have been opened from the disk.
+            Some(record) => CheckpointInfo {
+                vm: record.vm().map(str::to_owned),
+                age_s: record.age().as_secs_f64(),
+                kept: true,
+                ..info
+            },
+        })
+    }
+}
+
 /// Checkpoints by name.
 #[derive(Debug, Default)]
-pub(crate) struct Checkpoints(Mutex<BTreeMap<String, Option<Arc<Checkpoint>>>>);
+pub(crate) struct Checkpoints(Mutex<BTreeMap<String, Slot>>);
 
 /// A reserved name. A drop frees it, unless a checkpoint has it.
 #[derive(Debug)]
 pub(super) struct Reserved<'a> {
     of: &'a Checkpoints,
     name: String,
+    is_used: bool,
+}
+
+impl Reserved<'_> {
+    /// Holds a checkpoint under the name, with its record if it is kept.
+    pub(super) fn hold(mut self, checkpoint: Arc<Checkpoint>, kept: Option<KeptRecord>) {
+        self.is_used = true;
+        let slot = Slot { held: Some(checkpoint), kept: kept.map(Arc::new), is_unreadable: false };
+        self.of.all().insert(self.name.clone(), slot);
+    }
 }
 
 impl std::ops::Deref for Reserved<'_> {
@@ -194,15 +239,22 @@ impl std::ops::Deref for Reserved<'_> {
 
 impl Drop for Reserved<'_> {
     fn drop(&mut self) {
-        let mut all = self.of.all();
-        if all.get(&self.name).is_some_and(Option::is_none) {
-            all.remove(&self.name);
+        if !self.is_used {
+            self.of.all().remove(&self.name);
         }
     }
 }
 
 impl Checkpoints {
-    fn all(&self) -> MutexGuard<'_, BTreeMap<String, Option<Arc<Checkpoint>>>> {
+    /// The kept checkpoints of an earlier supervisor.
+    pub(super) fn of_kept(found: Found) -> Self {
+        let slot = |record| Slot { kept: Some(Arc::new(record)), ..Slot::default() };
+        let kept = found.records.into_iter().map(|(name, record)| (name, slot(record)));
+        let unreadable = Slot { is_unreadable: true, ..Slot::default() };
+        Self(Mutex::new(kept.chain(found.unreadable.into_iter().map(|name| (name, unreadable.clone()))).collect()))
+    }
+
+    fn all(&self) -> MutexGuard<'_, BTreeMap<String, Slot>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -223,46 +275,88 @@ impl Checkpoints {
         if all.contains_key(&name) {
             return Err(FleetError::CheckpointTaken { name });
         }
-        all.insert(name.clone(), None);
-        Ok(Reserved { of: self, name })
+        all.insert(name.clone(), Slot::default());
+        Ok(Reserved { of: self, name, is_used: false })
     }
 
-    pub(super) fn insert(&self, name: &str, checkpoint: Arc<Checkpoint>) {
-        self.all().insert(name.to_owned(), Some(checkpoint));
-    }
-
-    /// Returns the checkpoint called `name`.
+    /// Returns the checkpoint called `name`. One that is only on disk is opened with `open`.
     ///
     /// # Errors
-    /// When no checkpoint has the name.
-    pub(super) fn get(&self, name: &str) -> Result<Arc<Checkpoint>, FleetError> {
+    /// When no checkpoint has the name, also after it was opened; when it cannot be opened.
+    pub(super) fn get(
+        &self,
+        name: &str,
+        open: impl FnOnce(&KeptRecord) -> Result<Checkpoint, FleetError>,
+    ) -> Result<Arc<Checkpoint>, FleetError> {
         let none = || FleetError::NoSuchCheckpoint { name: name.to_owned() };
-        self.all().get(name).cloned().flatten().ok_or_else(none)
+        let record = match self.all().get(name).cloned().unwrap_or_default() {
+            Slot { held: Some(held), .. } => return Ok(held),
+            Slot { kept: Some(record), .. } => record,
+            Slot { held: None, kept: None, .. } => return Err(none()),
+        };
+        let opened = open(&record)?;
+        let mut all = self.all();
+        // Another checkpoint may have the name by now, or none.
+        let slot = all.get_mut(name).filter(|slot| slot.kept.as_ref().is_some_and(|now| Arc::ptr_eq(now, &record)));
+        // Another request may have opened it too.
+        Ok(Arc::clone(slot.ok_or_else(none)?.held.get_or_insert_with(|| Arc::new(opened))))
     }
 
-    /// Removes a checkpoint. Children forked from it run on.
+    /// Returns a description of the checkpoint called `name`.
     ///
     /// # Errors
     /// When no checkpoint has the name.
-    pub(super) fn remove(&self, name: &str) -> Result<CheckpointInfo, FleetError> {
+    pub(super) fn info(&self, name: &str) -> Result<CheckpointInfo, FleetError> {
+        let found = self.all().get(name).and_then(|slot| slot.info(name));
+        found.ok_or_else(|| FleetError::NoSuchCheckpoint { name: name.to_owned() })
+    }
+
+    /// Removes a checkpoint. Children forked from it run on. `remove_kept` removes the files of a kept
+    /// one.
+    ///
+    /// # Errors
+    /// When no checkpoint has the name. That of `remove_kept`: the checkpoint stays.
+    pub(super) fn remove(
+        &self,
+        name: &str,
+        remove_kept: impl FnOnce() -> Result<(), FleetError>,
+    ) -> Result<CheckpointInfo, FleetError> {
+        let none = || FleetError::NoSuchCheckpoint { name: name.to_owned() };
+        // The name stays reserved until its files are removed: a new checkpoint of the name has files
+        // in the same place.
         let mut all = self.all();
-        // A reserved name belongs to another request.
-        let found = if all.get(name).is_some_and(Option::is_some) { all.remove(name).flatten() } else { None };
+        let slot = all.get_mut(name).filter(|slot| slot.info(name).is_some()).ok_or_else(none)?;
+        let taken = std::mem::take(slot);
         drop(all);
-        Ok(found.ok_or_else(|| FleetError::NoSuchCheckpoint { name: name.to_owned() })?.info(name))
+        let info = taken.info(name).ok_or_else(none)?;
+        if taken.kept.is_some()
+            && let Err(error) = remove_kept()
+        {
+            self.all().insert(name.to_owned(), taken);
+            return Err(error);
+        }
+        self.all().remove(name);
+        // Not under the lock: closing descriptors takes time.
+        drop(taken);
+        Ok(info)
     }
 
     pub(super) fn list(&self) -> Vec<CheckpointInfo> {
-        self.all().iter().filter_map(|(name, found)| Some(found.as_ref()?.info(name))).collect()
+        self.all().iter().filter_map(|(name, slot)| slot.info(name)).collect()
     }
 
-    /// Returns the configurations of the checkpoints' VMs.
+    /// Returns the configurations of the VMs of checkpoints in memory.
     pub(super) fn configs(&self) -> Vec<VmConfig> {
-        self.all().values().flatten().map(|checkpoint| checkpoint.config().clone()).collect()
+        self.all().values().filter_map(|slot| Some(slot.held.as_ref()?.config().clone())).collect()
     }
 
     pub(super) fn len(&self) -> usize {
-        self.all().len()
+        self.all().values().filter(|slot| !slot.is_unreadable).count()
+    }
+
+    /// Returns the number of checkpoints that end with this supervisor, and of reserved names.
+    pub(super) fn unkept(&self) -> usize {
+        self.all().values().filter(|slot| slot.kept.is_none() && !slot.is_unreadable).count()
     }
 
     pub(super) fn clear(&self) {
@@ -285,11 +379,51 @@ mod tests {
         assert!(matches!(all.reserve("web", Some("web.1")), Err(FleetError::CheckpointTaken { .. })));
         // A checkpoint is listed once it is there.
         assert_eq!(all.list().len(), 0);
-        assert!(matches!(all.get("web.1"), Err(FleetError::NoSuchCheckpoint { .. })));
-        assert!(all.remove("web.1").is_err());
+        let get = |name: &str| all.get(name, |_| panic!("it is not on disk")).map(drop);
+        assert!(matches!(get("web.1"), Err(FleetError::NoSuchCheckpoint { .. })));
+        assert!(all.remove("web.1", || Ok(())).is_err());
         drop(first);
         assert_eq!(&*all.reserve("web", None).unwrap(), "web.1");
         assert!(matches!(all.reserve("web", Some("a/b")), Err(FleetError::BadName { .. })));
         assert_eq!(all.len(), 0);
+    }
+
+    #[test]
+    fn a_kept_checkpoint_is_there_until_its_files_have_gone() {
+        let record = crate::supervisor::kept::tests::record("base");
+        let records = [("base".to_owned(), record)].into();
+        let all = Checkpoints::of_kept(Found { records, unreadable: ["cut".to_owned()].into() });
+        assert_eq!((all.list().len(), all.len(), all.unkept()), (1, 1, 0));
+        // No other checkpoint gets the name of files that cannot be read.
+        assert!(matches!(all.reserve("web", Some("cut")), Err(FleetError::CheckpointTaken { .. })));
+        assert!(matches!(all.remove("cut", || panic!("removed")), Err(FleetError::NoSuchCheckpoint { .. })));
+        assert!(matches!(all.reserve("web", Some("cut")), Err(FleetError::CheckpointTaken { .. })));
+        assert!(all.info("base").unwrap().kept && all.configs().is_empty());
+        let refused = |what: &str| {
+            let kind = crate::control::ProblemKind::Internal;
+            FleetError::Refused { kind, text: what.to_owned() }
+        };
+        let opened = all.get("base", |_| Err(refused("damaged"))).map(drop).unwrap_err();
+        assert_eq!(opened.to_string(), "damaged");
+        // While its files are removed, the name is neither the checkpoint's nor free.
+        let is_taken = || {
+            assert!(matches!(all.info("base"), Err(FleetError::NoSuchCheckpoint { .. })));
+            assert!(matches!(all.get("base", |_| panic!("opened")), Err(FleetError::NoSuchCheckpoint { .. })));
+            assert!(matches!(all.remove("base", || panic!("removed twice")), Err(FleetError::NoSuchCheckpoint { .. })));
+            assert!(matches!(all.reserve("web", Some("base")), Err(FleetError::CheckpointTaken { .. })));
+        };
+        let failed = all.remove("base", || {
+            is_taken();
+            Err(refused("read-only"))
+        });
+        assert_eq!(failed.unwrap_err().to_string(), "read-only");
+        assert!(all.info("base").unwrap().kept, "files that stay are a checkpoint still");
+        // Removed while it is opened.
+        let gone = all.get("base", |_| {
+            all.remove("base", || Ok(())).unwrap();
+            Err(refused("it has gone"))
+        });
+        assert!(gone.is_err() && all.len() == 0);
+        assert_eq!(&*all.reserve("web", Some("base")).unwrap(), "base");
     }
 }

@@ -137,7 +137,7 @@ impl Supervisor {
         let begun = Instant::now();
         let _busy = self.0.busy.read();
         check_names(request.count, request.name.as_deref())?;
-        let checkpoint = self.0.checkpoints.get(name)?;
+        let checkpoint = self.checkpoint_of(name, cancel)?;
         let claims = self.claim(name, request, &checkpoint.about().shape, cancel)?;
         let _making = self.0.making(&claims);
         let made = self.start_children_of(&checkpoint, claims, request, cancel)?;

@@ -13,6 +13,7 @@
 //! | `about` | the supervisor's own records of VMs |
 //! | `hand` | grants and descriptors of workers |
 //! | `cgroups` | resource limits of VMs' processes |
+//! | `kept` | checkpoints on disk, for later supervisors |
 //! | `net_hook` | the program that connects interfaces to the host's network |
 //! | `records` | flight records of VMs that another supervisor has started |
 //! | `processes` | the processes of its VMs, and the end of those that do not end |
@@ -44,6 +45,7 @@ mod fetches;
 mod hand;
 mod idempotency;
 mod idle;
+mod kept;
 mod make;
 mod metrics;
 mod net_hook;
@@ -77,7 +79,9 @@ use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 
-use crate::control::{ApiError, CheckpointInfo, MergingVm, ProblemKind, StopAnswer, SupervisorInfo, VmInfo};
+use crate::control::{
+    ApiError, CheckpointInfo, CheckpointRequest, MergingVm, ProblemKind, StopAnswer, SupervisorInfo, VmInfo,
+};
 use crate::fleet::{
     Cancel, CancelReason, FleetError, MAX_CHILDREN, NameClaim, Needs, RuntimeDir, SupervisorClaim, check_room,
 };
@@ -99,6 +103,7 @@ use fetches::{Fetches, Passing};
 use hand::Place;
 use idempotency::Keys;
 use idle::Idle;
+use kept::{Found, KeptDir};
 pub use net_hook::HookError;
 use net_hook::NetHook;
 use overlays::OverlayDirs;
@@ -128,6 +133,8 @@ pub struct SupervisorOptions {
     /// Whether the supervisor ends when it is idle, or with its command. Such a one has few VMs: its
     /// workers do not run from a copy of the program in huge pages, which takes 18 MiB and time at the start.
     pub until_idle: bool,
+    /// The directory of kept checkpoints. None if no checkpoint can be kept.
+    pub kept: Option<PathBuf>,
 }
 
 /// The supervisor of a runtime directory. Clones are handles to the same one.
@@ -173,6 +180,8 @@ struct Inner {
     zygote: Arc<Zygote>,
     pool: Pool,
     checkpoints: Checkpoints,
+    /// The directory of kept checkpoints, or why there is none.
+    kept: Result<KeptDir, String>,
     snapshots: Snapshots,
     events: Arc<Events>,
     keys: Arc<Keys>,
@@ -202,6 +211,23 @@ struct Inner {
     claim: Mutex<Option<SupervisorClaim>>,
 }
 
+/// Opens the directory of kept checkpoints. If that fails, none can be kept, and those there stay as
+/// they are.
+fn kept_in(dir: Option<&Path>) -> (Result<KeptDir, String>, Found) {
+    let Some(dir) = dir else {
+        let why = "the supervisor has no directory for them (CLADE_CHECKPOINT_DIR, XDG_DATA_HOME or HOME)";
+        return (Err(why.to_owned()), Found::default());
+    };
+    match KeptDir::open(dir) {
+        Ok((kept, found)) => (Ok(kept), found),
+        Err(error) => {
+            let why = format!("{}: {error}", dir.display());
+            tracing::warn!(why, "kept checkpoints cannot be used");
+            (Err(why), Found::default())
+        }
+    }
+}
+
 impl Supervisor {
     /// Supervises the runtime directory `dir` with `options`, and answers at its socket, on
     /// `runtime`.
@@ -210,7 +236,8 @@ impl Supervisor {
     /// When another process supervises it, or the zygote cannot be started. When control groups are
     /// required, and unavailable.
     pub fn start(dir: &Path, options: &SupervisorOptions, runtime: &Handle) -> Result<Self, FleetError> {
-        let SupervisorOptions { pool, confinement, ref cgroup, ref net_hook, ahead_mib, until_idle } = *options;
+        let SupervisorOptions { pool, confinement, ref cgroup, ref net_hook, ahead_mib, until_idle, ref kept } =
+            *options;
         let dir = RuntimeDir::create(dir)?;
         let (claim, socket) = SupervisorClaim::new(&dir)?;
         // Before any other process is started.
@@ -236,6 +263,7 @@ impl Supervisor {
                 }
             }
         }
+        let (kept, found_kept) = kept_in(kept.as_deref());
         let supervisor = Self(Arc::new(Inner {
             pool: Pool::start(&zygote, place.clone(), overlays.clone(), pool)?,
             broker,
@@ -247,7 +275,8 @@ impl Supervisor {
             place,
             overlays,
             dir,
-            checkpoints: Checkpoints::default(),
+            checkpoints: Checkpoints::of_kept(found_kept),
+            kept,
             snapshots: Snapshots::default(),
             events: Arc::default(),
             keys: Arc::default(),
@@ -301,15 +330,15 @@ impl Supervisor {
         drop(self.0.claim.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
-    /// Returns whether the supervisor has no VM, no checkpoint, and no request for either, and had
-    /// no request that changes something within `time`.
+    /// Returns whether the supervisor has no VM, no checkpoint that ends with it, and no request for
+    /// either, and had no request that changes something within `time`.
     #[must_use]
     pub fn is_idle(&self, time: Duration) -> bool {
         if self.0.last_request.lock().unwrap_or_else(PoisonError::into_inner).elapsed() < time {
             return false;
         }
         let no_vm = self.0.processes.is_empty() && vms_in(self.dir()).is_ok_and(|vms| vms.is_empty());
-        no_vm && self.0.checkpoints.len() == 0 && self.0.busy.try_write().is_ok()
+        no_vm && self.0.checkpoints.unkept() == 0 && self.0.busy.try_write().is_ok()
     }
 
     /// Returns the ended VMs whose processes have yet to merge the writes since a fork into their
@@ -328,29 +357,55 @@ impl Supervisor {
         reason.map_or(Ok(()), |reason| Err(FleetError::Cancelled { made, count, reason }))
     }
 
-    /// Takes a checkpoint of a VM, in whichever process it runs.
+    /// Takes a checkpoint of a VM, in whichever process it runs, and keeps it if that is requested.
     ///
     /// # Errors
-    /// When there is no such VM, it cannot be forked, or the name is taken.
+    /// When there is no such VM, it cannot be forked, the name is taken, or the checkpoint cannot be
+    /// kept. Then there is none.
     pub(crate) fn checkpoint(
         &self,
         vm: &str,
-        name: Option<&str>,
+        request: &CheckpointRequest,
         fetch: Fetch,
         cancel: &Cancel,
     ) -> Result<CheckpointInfo, FleetError> {
         let _busy = self.0.busy.read();
-        let name = self.0.checkpoints.reserve(vm, name)?;
+        let name = self.0.checkpoints.reserve(vm, request.name.as_deref())?;
         let checkpoint = Arc::new(Checkpoint::take(&self.0.dir, vm, &|| self.check(0, 0, cancel))?);
         drop(fetch);
+        let kept = if request.keep { Some(self.keep(&name, &checkpoint, cancel)?) } else { None };
         // A checkpoint without a client would stay unknown.
-        self.check(0, 0, cancel)?;
-        let info = checkpoint.info(&name);
+        if let Err(cancelled) = self.check(0, 0, cancel) {
+            if kept.is_some() {
+                self.remove_kept(&name)?;
+            }
+            return Err(cancelled);
+        }
+        let info = CheckpointInfo { kept: kept.is_some(), ..checkpoint.info(&name) };
         // First: as soon as the checkpoint is there, another request may remove it, and announce
         // that.
         self.0.events.checkpoint_created(&name, vm);
-        self.0.checkpoints.insert(&name, checkpoint);
+        name.hold(checkpoint, kept);
         Ok(info)
+    }
+
+    /// Returns the checkpoint called `name`, opened from the disk if it is only there.
+    ///
+    /// # Errors
+    /// When no checkpoint has the name, or it cannot be opened.
+    pub(super) fn checkpoint_of(&self, name: &str, cancel: &Cancel) -> Result<Arc<Checkpoint>, FleetError> {
+        self.0.checkpoints.get(name, |record| self.open_kept(name, record, cancel))
+    }
+
+    /// Removes a checkpoint, also from the disk.
+    ///
+    /// # Errors
+    /// When no checkpoint has the name, or its files cannot be removed.
+    pub(super) fn remove_checkpoint(&self, name: &str) -> Result<CheckpointInfo, FleetError> {
+        let _busy = self.0.busy.read();
+        let removed = self.0.checkpoints.remove(name, || self.remove_kept(name))?;
+        self.0.events.checkpoint_removed(name);
+        Ok(removed)
     }
 
     /// Waits for permission to request an image of `vm`.
@@ -452,7 +507,7 @@ impl Supervisor {
         if count > MAX_CHILDREN {
             return Err(FleetError::Count { count });
         }
-        let checkpoint = self.0.checkpoints.get(checkpoint)?;
+        let checkpoint = self.checkpoint_of(checkpoint, cancel)?;
         let shape = &checkpoint.about().shape;
         check_room(count, Needs::of(&shape.config)).map_err(|source| FleetError::Room { count, source })?;
         self.0.pool.prepare(shape, count, || self.check(0, count, cancel))

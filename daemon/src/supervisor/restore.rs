@@ -10,15 +10,18 @@ use super::Supervisor;
 use super::about::About;
 use super::cgroups::Bounds;
 use super::checkpoint::Checkpoint;
+use super::kept::KeptRecord;
 use super::make::Origin;
 use super::overlays::{InUse, unnamed_in};
 use super::session::Session;
-use crate::control::{CheckpointInfo, ClientProcess, ForkAnswer, OpenRequest, RestoreRequest, SavedSource};
+use crate::control::{
+    CheckpointInfo, ClientProcess, ForkAnswer, ForkRequest, OpenRequest, ProblemKind, RestoreRequest, SavedSource,
+};
 use crate::fleet::{Cancel, FleetError, LONGEST_NAME, check_names};
 use crate::secrets::SecretsRecord;
 use crate::worker::{OpenOrder, Shape, Worker};
 use clade_snapshot::ParentDirs;
-use clade_vmm::vm::{SavedVm, SnapshotError};
+use clade_vmm::vm::{RestoreLoad, SavedVm, SnapshotError};
 
 /// Returns the default name of VMs from the snapshot in `dir`.
 fn stem(dir: &Path) -> String {
@@ -54,6 +57,30 @@ fn about(shape: Shape, saved: &SavedVm, session: Option<Session>) -> About {
     }
 }
 
+/// Most attempts to open a snapshot that others replace meanwhile.
+const MAX_ATTEMPTS: usize = 3;
+
+/// Calls `open` with what `read` returns. If the snapshot is refused and its directories, as `dirs`
+/// has them, are others by now, both are called again.
+fn unless_exchanged<S, D: PartialEq, T>(
+    read: impl Fn() -> Result<S, FleetError>,
+    dirs: impl Fn(&S) -> D,
+    open: impl Fn(S) -> Result<T, FleetError>,
+) -> Result<T, FleetError> {
+    let mut saved = read()?;
+    for _ in 1..MAX_ATTEMPTS {
+        let before = dirs(&saved);
+        match open(saved) {
+            Err(error) if error.problem() == ProblemKind::SnapshotConflict => match read() {
+                Ok(again) if dirs(&again) != before => saved = again,
+                _ => return Err(error),
+            },
+            opened => return opened,
+        }
+    }
+    open(saved)
+}
+
 impl Supervisor {
     /// Reads a snapshot's description of its VM.
     fn saved(&self, source: &SavedSource) -> Result<(SavedVm, Shape), FleetError> {
@@ -67,6 +94,16 @@ impl Supervisor {
             saved: saved.dirs.clone(),
         };
         Ok((saved, shape))
+    }
+
+    /// Reads a snapshot's description and calls `open` with it. If a save to the same directory has
+    /// replaced the snapshot in between, the new one is read and opened.
+    fn open_saved<T>(
+        &self,
+        source: &SavedSource,
+        open: impl Fn(SavedVm, Shape) -> Result<T, FleetError>,
+    ) -> Result<T, FleetError> {
+        unless_exchanged(|| self.saved(source), |(saved, _)| saved.dirs.clone(), |(saved, shape)| open(saved, shape))
     }
 
     /// Has a worker open a snapshot, of a VM of `shape`: `prepared`, or another.
@@ -132,18 +169,35 @@ impl Supervisor {
         let _busy = self.0.busy.read();
         let stem = stem(&request.saved.dir);
         let name = self.0.checkpoints.reserve(&stem, request.name.as_deref())?;
-        let (saved, shape) = self.saved(&request.saved)?;
-        let opening = self.begin_opening(self.0.pool.take_opener(&shape), &request.saved, &saved, &shape)?;
-        let about = about(shape, &saved, None);
-        let checkpoint = self.image(opening, &request.saved, &saved, about, || self.check(0, 0, cancel))?;
+        let checkpoint = self.open_saved(&request.saved, |saved, shape| {
+            let opening = self.begin_opening(self.0.pool.take_opener(&shape), &request.saved, &saved, &shape)?;
+            let about = about(shape, &saved, None);
+            self.image(opening, &request.saved, &saved, about, || self.check(0, 0, cancel))
+        })?;
         // A checkpoint without a client would stay unknown.
         self.check(0, 0, cancel)?;
         let info = checkpoint.info(&name);
         // First: as soon as the checkpoint is there, another request may remove it, and announce
         // that.
         self.0.events.checkpoint_created(&name, &stem);
-        self.0.checkpoints.insert(&name, Arc::new(checkpoint));
+        name.hold(Arc::new(checkpoint), None);
         Ok(info)
+    }
+
+    /// Opens the snapshot of a kept checkpoint.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub(super) fn open_kept(&self, name: &str, record: &KeptRecord, cancel: &Cancel) -> Result<Checkpoint, FleetError> {
+        let kept = self.kept()?;
+        // Not beside the snapshot: children's overlays outlive the checkpoint.
+        let (dir, overlays) = (kept.snapshot(name), Some(kept.root().to_owned()));
+        let source = SavedSource { dir, load: RestoreLoad::default(), overlays, parents: Vec::new() };
+        let (saved, shape) = self.saved(&source)?;
+        let opening = self.begin_opening(self.0.pool.take_opener(&shape), &source, &saved, &shape)?;
+        let about = About { bounds: record.bounds, ..about(shape, &saved, None) };
+        let checkpoint = self.image(opening, &source, &saved, about, || self.check(0, 0, cancel))?;
+        Ok(checkpoint.with_record(record))
     }
 
     /// Starts VMs from a snapshot: all or none (I13).
@@ -156,7 +210,6 @@ impl Supervisor {
         client: Option<ClientProcess>,
         cancel: &Cancel,
     ) -> Result<ForkAnswer, FleetError> {
-        let begun = Instant::now();
         let _busy = self.0.busy.read();
         let session = request.session.as_ref().map(|name| Session::of(name, client)).transpose()?;
         let stem = stem(&request.saved.dir);
@@ -165,14 +218,27 @@ impl Supervisor {
             vms.name = Some(stem.clone());
         }
         check_names(vms.count, vms.name.as_deref())?;
+        self.open_saved(&request.saved, |saved, shape| {
+            self.restore_saved(&request.saved, (saved, shape), &vms, session.clone(), cancel)
+        })
+    }
+
+    /// Starts `vms` from the snapshot `saved`, which was read from `source`.
+    fn restore_saved(
+        &self,
+        source: &SavedSource,
+        (saved, shape): (SavedVm, Shape),
+        vms: &ForkRequest,
+        session: Option<Session>,
+        cancel: &Cancel,
+    ) -> Result<ForkAnswer, FleetError> {
+        let begun = Instant::now();
         // Before the snapshot is opened, which takes longer: a refused request costs little.
-        let (saved, shape) = self.saved(&request.saved)?;
-        let read = Instant::now();
-        let claims = self.claim(&stem, &vms, &shape, cancel)?;
+        let claims = self.claim(&stem(&source.dir), vms, &shape, cancel)?;
         let _making = self.0.making(&claims);
         let prepared = self.0.pool.take_opener(&shape);
         // The snapshot is opened while its VMs' workers get ready.
-        let opening = Cell::new(Some(self.begin_opening(prepared, &request.saved, &saved, &shape)?));
+        let opening = Cell::new(Some(self.begin_opening(prepared, source, &saved, &shape)?));
         let ordered = Instant::now();
         let about = about(shape, &saved, session);
         let opened = OnceCell::new();
@@ -180,8 +246,8 @@ impl Supervisor {
             (Some(opened), _) => Ok(opened),
             (None, Some(opening)) => {
                 let check = || self.check(0, vms.count, cancel);
-                let checkpoint = self.image(opening, &request.saved, &saved, about.clone(), check)?;
-                tracing::debug!(read = ?read - begun, order = ?ordered - read, open = ?ordered.elapsed(), "restore");
+                let checkpoint = self.image(opening, source, &saved, about.clone(), check)?;
+                tracing::debug!(order = ?ordered - begun, open = ?ordered.elapsed(), "restore");
                 Ok(opened.get_or_init(|| checkpoint))
             }
             // The opening has failed before.
@@ -190,7 +256,7 @@ impl Supervisor {
         let made = self.start_children(
             &Origin { about: &about, vm: None, learning: None, image: &image },
             claims,
-            &vms,
+            vms,
             cancel,
         )?;
         let checkpoint = opened.into_inner().ok_or(FleetError::Ending)?;
@@ -206,6 +272,46 @@ impl Supervisor {
 mod tests {
     use super::*;
     use crate::fleet::check_name;
+
+    /// Opens a snapshot that is at the next of `versions` after each reading, and refuses a version
+    /// that is no longer there. Returns the opened version and the number of attempts.
+    fn opened(versions: &[u32], kind: ProblemKind) -> (Result<u32, ProblemKind>, usize) {
+        let (reads, attempts) = (Cell::new(0), Cell::new(0));
+        let read = || {
+            let version = versions[reads.get().min(versions.len() - 1)];
+            reads.set(reads.get() + 1);
+            Ok(version)
+        };
+        let open = |version| {
+            attempts.set(attempts.get() + 1);
+            let is_there = version == versions[reads.get().min(versions.len() - 1)];
+            if is_there { Ok(version) } else { Err(FleetError::Refused { kind, text: "exchanged".to_owned() }) }
+        };
+        (unless_exchanged(read, |version| *version, open).map_err(|error| error.problem()), attempts.get())
+    }
+
+    #[test]
+    fn a_snapshot_that_a_save_replaces_meanwhile_is_opened_anew() {
+        let conflict = ProblemKind::SnapshotConflict;
+        assert_eq!(opened(&[1], conflict), (Ok(1), 1));
+        assert_eq!(opened(&[1, 2], conflict), (Ok(2), 2));
+        assert_eq!(opened(&[1, 2, 3], conflict), (Ok(3), 3));
+        // Replaced again and again.
+        assert_eq!(opened(&[1, 2, 3, 4], conflict), (Err(conflict), 3));
+        // Any other error is the answer.
+        assert_eq!(opened(&[1, 2], ProblemKind::NoRoom), (Err(ProblemKind::NoRoom), 1));
+        // A refusal of the same snapshot is the answer too.
+        let (read, attempts) = (Cell::new(0), Cell::new(0));
+        let refused = unless_exchanged(
+            || Ok(read.replace(read.get() + 1)),
+            |_| "the same directories",
+            |_| {
+                attempts.set(attempts.get() + 1);
+                Err::<(), _>(FleetError::Refused { kind: conflict, text: "damaged".to_owned() })
+            },
+        );
+        assert_eq!((refused.map_err(|error| error.problem()), attempts.get()), (Err(conflict), 1));
+    }
 
     #[test]
     fn a_snapshots_directory_names_its_vms() {

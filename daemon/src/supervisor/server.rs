@@ -315,7 +315,7 @@ async fn checkpoint(
 ) -> Answer<CheckpointInfo> {
     let Json(request) = request?;
     let fetch = supervisor.fetch(&vm).await?;
-    work(supervisor, move |supervisor, cancel| supervisor.checkpoint(&vm, request.name.as_deref(), fetch, cancel)).await
+    work(supervisor, move |supervisor, cancel| supervisor.checkpoint(&vm, &request, fetch, cancel)).await
 }
 
 /// Lists the checkpoints.
@@ -338,7 +338,7 @@ async fn show_checkpoint(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
 ) -> Answer<CheckpointInfo> {
-    Ok(Json(supervisor.checkpoints().get(&name)?.info(&name)))
+    Ok(Json(supervisor.checkpoints().info(&name)?))
 }
 
 /// Removes a checkpoint. Its children run on.
@@ -352,10 +352,7 @@ async fn remove_checkpoint(
     UrlPath(name): UrlPath<String>,
 ) -> Answer<CheckpointInfo> {
     // Closing descriptors may free memory and disks.
-    let remove = move |supervisor: &Supervisor, _: &Cancel| {
-        supervisor.checkpoints().remove(&name).inspect(|_| supervisor.0.events.checkpoint_removed(&name))
-    };
-    work(supervisor, remove).await
+    work(supervisor, move |supervisor, _| supervisor.remove_checkpoint(&name)).await
 }
 
 /// Forks a checkpoint.

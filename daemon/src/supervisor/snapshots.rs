@@ -14,11 +14,12 @@ use clade_snapshot::{SnapshotId, record_working_set};
 
 use super::about::About;
 use super::checkpoint::Checkpoint;
+use super::kept::{KeptDir, KeptRecord};
 use super::{Fetch, Supervisor};
 use crate::control::{ProblemKind, SnapshotAnswer, SnapshotProgress, SnapshotRequest, TouchedAnswer, TouchedRun};
 use crate::fleet::{Cancel, FleetError};
 use crate::jail::{Grants, Role};
-use crate::worker::{SaveOrder, Shape, written_beside};
+use crate::worker::{SaveOrder, SavedFiles, Shape, written_beside};
 use clade_vmm::vm::SavedVm;
 
 /// A VM that was saved.
@@ -152,6 +153,69 @@ impl Supervisor {
         Ok(runs.iter().map(|run| run.len()).sum())
     }
 
+    /// Has a worker write a snapshot of `image`, which may be based on one of `base`, as `order` has it.
+    /// The worker may write in the directories `beside`. Calls `watch` with the bytes done and in all;
+    /// once that returns true, the worker stops, which is an error.
+    fn write(
+        &self,
+        order: SaveOrder,
+        beside: Vec<PathBuf>,
+        base: Option<&Checkpoint>,
+        image: &Checkpoint,
+        watch: impl Fn(Option<(u64, u64)>) -> bool,
+    ) -> Result<SavedFiles, FleetError> {
+        let Shape { config, overlays, saved } = &image.about().shape;
+        let Grants { read, dirs, .. } = Grants::of_child(config, overlays, saved);
+        let grants = Grants { read, dirs, beside, role: Role::Snapshot, ..Grants::default() };
+        let worker = self.0.zygote.workers(1)?.pop().ok_or(FleetError::Ending)?;
+        worker.enter(self.0.place.order(config, 0, grants))?;
+        worker.save(order, base.map(Checkpoint::parts), image.parts())?;
+        worker.saved(watch)
+    }
+
+    /// The directory of kept checkpoints.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub(super) fn kept(&self) -> Result<&KeptDir, FleetError> {
+        self.0.kept.as_ref().map_err(|why| FleetError::Refused {
+            kind: ProblemKind::WrongState,
+            text: format!("no checkpoint can be kept: {why}"),
+        })
+    }
+
+    /// Writes a checkpoint to the disk, where later supervisors find it under `name`. Returns its record.
+    ///
+    /// # Errors
+    /// When it cannot be written. Then nothing is left on the disk.
+    pub(super) fn keep(&self, name: &str, checkpoint: &Checkpoint, cancel: &Cancel) -> Result<KeptRecord, FleetError> {
+        let kept = self.kept()?;
+        let failed = |source| FleetError::Keep { name: name.to_owned(), source };
+        kept.prepare(name).map_err(failed)?;
+        let write = || -> Result<KeptRecord, FleetError> {
+            let (dir, beside) = (kept.snapshot(name), vec![kept.data(name)]);
+            let config = checkpoint.config().clone();
+            let order = SaveOrder { dir, config, base: None, zstd: false, replace: false };
+            self.write(order, beside, None, checkpoint, |_| self.check(0, 0, cancel).is_err())?;
+            let record = KeptRecord::of(checkpoint.info(name), checkpoint.labels().clone(), checkpoint.about().bounds);
+            kept.commit(name, &record).map_err(failed)?;
+            Ok(record)
+        };
+        write().inspect_err(|_| {
+            if let Err(error) = kept.remove(name) {
+                tracing::warn!(%error, name, "files of a checkpoint stay");
+            }
+        })
+    }
+
+    /// Removes a kept checkpoint from the disk.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub(super) fn remove_kept(&self, name: &str) -> Result<(), FleetError> {
+        self.kept()?.remove(name).map_err(|source| FleetError::Keep { name: name.to_owned(), source })
+    }
+
     /// Saves a VM, which runs on.
     ///
     /// # Errors
@@ -178,30 +242,23 @@ impl Supervisor {
         drop(fetch);
         let before: Vec<PathBuf> =
             base.iter().flat_map(|base| base.before.iter().chain([&base.dir])).cloned().collect();
-        // The base gets a note of its dependent. Earlier snapshots are only read.
-        let mut grants = Grants { beside: vec![beside], role: Role::Snapshot, ..Grants::default() };
-        grants.beside.extend(before.iter().filter_map(|dir| dir.parent()).map(ToOwned::to_owned));
-        let Shape { config, overlays, saved } = &image.about().shape;
-        let Grants { read, dirs, .. } = Grants::of_child(config, overlays, saved);
-        (grants.read, grants.dirs) = (read, dirs);
-        let worker = self.0.zygote.workers(1)?.pop().ok_or(FleetError::Ending)?;
-        worker.enter(self.0.place.order(config, 0, grants))?;
         let order = SaveOrder {
             dir: dir.clone(),
-            config: config.clone(),
+            config: image.config().clone(),
             base: base.as_ref().map(|base| (base.dir.clone(), base.id)),
             zstd: request.zstd,
             replace: request.replace,
         };
-        worker.save(order, base.as_ref().map(|base| base.image.parts()), image.parts())?;
-        // The directory is this supervisor's own: the next snapshot is based on it.
-        let saved = worker.saved(|progress| {
-            if let Some((done, total)) = progress {
-                saving.done.store(done, Ordering::Relaxed);
-                saving.total.store(total, Ordering::Relaxed);
-            }
-            saving.cancel.load(Ordering::Relaxed) || self.check(0, 0, cancel).is_err()
-        })?;
+        // The base gets a note of its dependent. Earlier snapshots are only read.
+        let written = [beside].into_iter().chain(before.iter().filter_map(|dir| dir.parent()).map(ToOwned::to_owned));
+        let saved =
+            self.write(order, written.collect(), base.as_ref().map(|base| &*base.image), &image, |progress| {
+                if let Some((done, total)) = progress {
+                    saving.done.store(done, Ordering::Relaxed);
+                    saving.total.store(total, Ordering::Relaxed);
+                }
+                saving.cancel.load(Ordering::Relaxed) || self.check(0, 0, cancel).is_err()
+            })?;
         let pause_us = image.pause_us();
         let last = LastSave { dir: dir.clone(), id: saved.id, image: Arc::new(image), before };
         if let Some(state) = self.0.snapshots.states().get_mut(vm).filter(|state| state.is_by(&saving)) {

@@ -403,6 +403,9 @@ class CheckpointInfo(TypedDict):
     generation: int
     """Forks between it and the VM that was booted, counting this one."""
 
+    kept: NotRequired[bool]
+    """Whether it is kept on disk. `descriptors` is 0 as long as this supervisor has not opened it."""
+
     mib: int
     """Guest memory in MiB."""
 
@@ -426,6 +429,11 @@ class CheckpointInfo(TypedDict):
 
 class CheckpointRequest(TypedDict):
     """A request for a checkpoint."""
+
+    keep: NotRequired[bool]
+    """Whether it is kept on disk, so that later supervisors have it too. The answer comes once it
+    is durable.
+    """
 
     name: NotRequired[str | None]
     """Its name; the VM's and a number if not given."""
