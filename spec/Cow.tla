@@ -39,7 +39,7 @@ VARIABLES
     img,        \* images, as views or as handles
     dev,        \* devices
     retired,    \* views that were replaced while a section read them
-    merged,     \* a compaction: Merged in compact.rs
+    merged,     \* a compaction: MergedLayer in compact.rs
     sweep,      \* the reclaim thread's sweep
     whose,      \* which VM made a write, and where it was before
     ops         \* operations so far
@@ -92,7 +92,7 @@ Held == {d \in Devices : dev[d].st = "held"}
 Holders(v, p) == {d \in Held : dev[d].v = v /\ dev[d].p = p}
 \* The word's count. (That it is exact is Ownership's.)
 Pinned(v, p) == \E d \in Holders(v, p) : ~dev[d].section
-\* Grace::ranges
+\* Srcu::ranges
 Read(v, p) == \E d \in Holders(v, p) : dev[d].section
 Sections(v) == {d \in Held : dev[d].v = v /\ dev[d].section}
 
@@ -100,7 +100,7 @@ Sections(v) == {d \in Held : dev[d].v = v /\ dev[d].section}
 Views == {vm[v].pub : v \in Live} \cup {r.map : r \in retired}
          \cup {img[i].map : i \in {j \in Images : img[j].form = "view"}}
          \cup IF merged.v = 0 THEN {} ELSE {merged.of}
-\* State::born, and Merged::seen.
+\* State::born, and MergedLayer::seen.
 Registered ==
     {<<m[p], p>> : m \in Views, p \in Pages}
     \cup UNION {{<<vm[v].birth, p>> : p \in vm[v].born} : v \in Live}
@@ -208,7 +208,7 @@ Pin(d, v, p) ==
     \/ "pin" \in Ops /\ \E acc \in {"r", "w"} : PinFast(d, v, p, acc) \/ PinLocked(d, v, p, acc)
     \/ Ops \cap {"pin", "read"} # {} /\ PinSection(d, v, p)
 
-\* DmaPin::drop. The last section that was open when a view was replaced lets it go (Grace::close).
+\* DmaPin::drop. The last section that was open when a view was replaced lets it go (Srcu::close).
 Unpin(d) ==
     /\ d \in Held
     /\ dev' = [dev EXCEPT ![d] = NoDev]
@@ -230,7 +230,7 @@ SpliceEnds(d) ==
 -----------------------------------------------------------------------------
 (* Publishing.                                                             *)
 
-\* Grace::retire: a view that was replaced stays registered while a section that was open then reads it.
+\* Srcu::retire: a view that was replaced stays registered while a section that was open then reads it.
 Retire(v, m) ==
     IF Sections(v) = {} \/ Off("a_section_keeps_what_it_reads") THEN {}
     ELSE {[map |-> m, waits |-> Sections(v)]}
@@ -313,7 +313,7 @@ FreezeCommit(v) ==
             IN vm' = [vm EXCEPT ![v] = IF done = run THEN [r EXCEPT !.op.pc = "register"] ELSE Undo(r, op)]
        /\ UNCHANGED <<file, anon, img, dev, retired, merged, sweep, whose, ops>>
 
-\* withdraw_no_fork, then State::register_born: no-fork pages leave the birth file unless they are pinned; what is the VM's
+\* privatize_dont_fork, then State::register_born: no-fork pages leave the birth file unless they are pinned; what is the VM's
 \* own of the file is registered, and from then on the file may be swept.
 FreezeRegister(v) ==
     LET op == vm[v].op
@@ -503,7 +503,7 @@ EvictWrite(v) ==
        IN vm' = [vm EXCEPT ![v] = r] /\ file' = Unflag(holed, old, r)
     /\ UNCHANGED <<anon, img, dev, retired, merged, sweep, whose, ops>>
 
-\* Merged::make, on the reclaim thread: the short pieces of a registered map, in one new layer. Its own view keeps it.
+\* MergedLayer::make, on the reclaim thread: the short pieces of a registered map, in one new layer. Its own view keeps it.
 CompactMake(v) ==
     /\ Has("compact") /\ v \in Live /\ IsIdle(v) /\ merged.v = 0 /\ FreshFiles # {}
     /\ LET pages == {p \in Pages \ vm[v].nofork : vm[v].map[p] # 0}
@@ -515,7 +515,7 @@ CompactMake(v) ==
     /\ Count
     /\ UNCHANGED <<vm, anon, img, dev, retired, sweep, whose>>
 
-\* GuestRegion::take_over: where the map still says what was copied. The VM's own pages stay; of them only the map changes.
+\* GuestRegion::install_at_most: where the map still says what was copied. The VM's own pages stay; of them only the map changes.
 TakeOver(v) ==
     /\ "compact" \in Ops /\ v \in Live /\ IsIdle(v) /\ merged.v = v /\ merged.left # {}
     /\ \E part \in SUBSET merged.left \ {{}} :

@@ -1,7 +1,7 @@
 ------------------------------- MODULE Grace -------------------------------
 (***************************************************************************)
 (* A short read pin of shared pages as a read-side section, against        *)
-(* changes of the region: grace.rs, at the grain of its atomic steps.      *)
+(* changes of the region: srcu.rs, at the grain of its atomic steps.       *)
 (*                                                                         *)
 (* One region of one page. It shows file `shown`; each change shows the    *)
 (* next. A view that is replaced is retired and its file freed when nobody *)
@@ -29,7 +29,7 @@ variables
     freed = {},
     mine = [r \in Readers |-> None];    \* the frame a device has
 
-\* Grace::advance, under the mutex. Each look at a count is a step.
+\* Srcu::advance, under the mutex. Each look at a count is a step.
 procedure advance()
 begin
 Look:
@@ -57,7 +57,7 @@ begin
 Idle:
     while rounds < Rounds do
         rounds := rounds + 1;
-        \* Grace::open. A side that is stale by the time it is counted is as good.
+        \* Srcu::open. A side that is stale by the time it is counted is as good.
         side := current;
 Count:
         active[side] := active[side] + 1;
@@ -75,7 +75,7 @@ Take:
         if ok then mine[self] := shown; end if;
 NoteLate:
         if Off("a_range_is_noted_first") then slots[self] := ok; end if;
-        \* Grace::close, leave.
+        \* Srcu::close, leave.
 Close:
         mine[self] := None;
         slots[self] := FALSE;
@@ -107,7 +107,7 @@ Odd:
         \* A bit is given up before anybody shares the page.
 GiveUp:
         bit := FALSE;
-        \* Grace::ranges, within the change: no other section opens.
+        \* Srcu::ranges, within the change: no other section opens.
 Ranges:
         if On("ranges_are_looked_at_within_the_change") then read := \E r \in Readers : slots[r]; end if;
 Change:
@@ -124,7 +124,7 @@ Change:
             shown := shown + 1;
             bit := after;
         end if;
-        \* Grace::retire
+        \* Srcu::retire
 Retire:
         await mutex = "";
         mutex := "changer";

@@ -16,7 +16,7 @@ use vm_memory::{GuestAddress, GuestMemoryRegion, VolatileMemoryError, VolatileSl
 
 use crate::error::RamError;
 use crate::freeze::background::FillError;
-use crate::layer::Home;
+use crate::layer::LayerStorage;
 use crate::ram::GuestRam;
 use crate::region::GuestRegion;
 use crate::region::mappings::Mapping;
@@ -73,14 +73,14 @@ pub enum AccessError {
 }
 
 /// A part of a range: in one region, with memory.
-struct Part<'a> {
+struct RegionSlice<'a> {
     region: &'a GuestRegion,
     /// Byte of the region.
     offset: u64,
     length: usize,
 }
 
-impl Part<'_> {
+impl RegionSlice<'_> {
     fn address(&self) -> u64 {
         self.region.base.0 + self.offset
     }
@@ -130,7 +130,7 @@ impl GuestRam {
     }
 
     /// The parts of a range by region, all of which have memory.
-    fn parts(&self, address: u64, length: usize) -> Result<Vec<Part<'_>>, AccessError> {
+    fn parts(&self, address: u64, length: usize) -> Result<Vec<RegionSlice<'_>>, AccessError> {
         let all = length as u64;
         if length == 0 {
             return Err(AccessError::Nothing { address });
@@ -141,7 +141,7 @@ impl GuestRam {
             let Some((region, _)) = self.locate(GuestAddress(at)) else { return Err(not_ram) };
             let offset = at - region.base.0;
             let within = usize::try_from(region.len() - offset).map_or(left, |rest| rest.min(left));
-            let part = Part { region, offset, length: within };
+            let part = RegionSlice { region, offset, length: within };
             if let Some(page) = region.first_absent(part.pages()) {
                 let page = region.base.0 + (page << PAGE_SHIFT);
                 return Err(AccessError::Absent { address, length: all, page });
@@ -158,7 +158,7 @@ impl GuestRam {
 }
 
 impl GuestRegion {
-    fn read_part(&self, part: &Part<'_>, bytes: &mut [u8]) -> Result<(), AccessError> {
+    fn read_part(&self, part: &RegionSlice<'_>, bytes: &mut [u8]) -> Result<(), AccessError> {
         let pages = part.pages();
         let holes = self.unpopulated(pages).map_err(|error| AccessError::Look(Box::new(error)))?;
         let end = part.offset + part.length as u64;
@@ -195,7 +195,9 @@ impl GuestRegion {
                 Mapping::Zero | Mapping::Absent => continue,
             };
             // Pages on a disk are in no memory file that could grow.
-            if !matches!(source.layer.home(), Home::Memory(_) | Home::Foreign) || source.layer.bg_copy().is_some() {
+            if !matches!(source.layer.storage(), LayerStorage::Memory(_) | LayerStorage::Foreign)
+                || source.layer.bg_copy().is_some()
+            {
                 continue;
             }
             let file = PageRange::with_len(source.at, piece.len());
@@ -262,7 +264,7 @@ mod tests {
     use vm_memory::Bytes;
 
     use super::*;
-    use crate::{FreezeMode, GAP_END, GAP_START, NoFork, NoWriters, Quiesced, RamLayout, Store};
+    use crate::{DontFork, FreezeMode, GAP_END, GAP_START, NoWriters, Quiesced, RamLayout, Store};
 
     const PAGES: u64 = 1024;
 
@@ -342,7 +344,7 @@ mod tests {
         assert!(matches!(parent.read_bytes(u64::MAX, &mut [0; 2]), Err(AccessError::NotRam { first: u64::MAX, .. })));
         assert!(matches!(parent.read_bytes(0, &mut []), Err(AccessError::Nothing { address: 0 })));
         let range = PageRange::new(3, 4);
-        parent.regions()[0].set_no_fork(range, Some(NoFork::Absent)).unwrap();
+        parent.regions()[0].set_dont_fork(range, Some(DontFork::Absent)).unwrap();
         let child = child(&parent, &store);
         for refused in [child.read_bytes(0x2ff8, &mut [0; 16]), child.write_bytes(0x2ff8, &[1; 16])] {
             let error = refused.unwrap_err().to_string();

@@ -11,9 +11,9 @@ use crate::error::RamError;
 use crate::freeze::RegionImage;
 use crate::freeze::background::{AttachError, BackgroundError};
 use crate::layer::interval::Piece;
-use crate::layer::{Layer, LayerMap, Source};
+use crate::layer::{Layer, LayerMap, LayerOffset};
+use crate::region::dont_fork::{self, DontForkMap};
 use crate::region::mappings::Mapping;
-use crate::region::nofork::{self, NoForkMap};
 use crate::region::{GuestRegion, State};
 use crate::units::{PAGE_SIZE, PageRange, pages_in};
 
@@ -22,12 +22,12 @@ const MAX_COPIED: u64 = (64 << 20) / PAGE_SIZE;
 
 /// Layout of a child: mappings that cover the region, then copies on top of them.
 #[derive(Debug, Default)]
-struct Layout {
+struct ChildLayout {
     mappings: Vec<(PageRange, Mapping)>,
-    copies: Vec<(PageRange, Source)>,
+    copies: Vec<(PageRange, LayerOffset)>,
 }
 
-impl Layout {
+impl ChildLayout {
     /// Copies runs of up to `short` pages; maps the rest.
     fn plan(map: &LayerMap, all: PageRange, short: u64) -> Self {
         let mut layout = Self::default();
@@ -71,7 +71,7 @@ impl Layout {
         self.mappings.push((range, mapping));
     }
 
-    fn copy(&mut self, range: PageRange, source: &Source) {
+    fn copy(&mut self, range: PageRange, source: &LayerOffset) {
         self.map(range, Mapping::Zero);
         self.copies.push((range, source.clone()));
     }
@@ -108,13 +108,13 @@ impl GuestRegion {
 
     fn lay_out(&self, state: &mut State, image: &RegionImage) -> Result<(), RamError> {
         let map = &image.map;
-        let absent = nofork::absent(&image.no_fork);
+        let absent = dont_fork::absent(&image.dont_fork);
         let share = self.store.budget().fair_share();
         let mut short = 0;
-        let mut layout = Layout::plan(map, self.range(), short);
+        let mut layout = ChildLayout::plan(map, self.range(), short);
         while layout.mappings.len() as u64 > share && layout.copied() < MAX_COPIED && short < self.pages() {
             short = (short * 2).max(1);
-            let coarser = Layout::plan(map, self.range(), short);
+            let coarser = ChildLayout::plan(map, self.range(), short);
             if coarser.copied() > MAX_COPIED {
                 break;
             }
@@ -143,11 +143,11 @@ impl GuestRegion {
         for range in &absent {
             state.space.show(*range, &Mapping::Absent)?;
         }
-        state.no_fork = image.no_fork.clone();
+        state.dont_fork = image.dont_fork.clone();
         Ok(())
     }
 
-    fn watch(&self, waits: &mut Vec<Arc<Layer>>, range: PageRange, source: &Source) -> Result<(), RamError> {
+    fn watch(&self, waits: &mut Vec<Arc<Layer>>, range: PageRange, source: &LayerOffset) -> Result<(), RamError> {
         // Not only for pending copies: the copy may have failed since the check, and only the
         // background copy's lock protects against that.
         let Some(bg_copy) = source.layer.bg_copy() else { return Ok(()) };
@@ -171,7 +171,7 @@ impl GuestRegion {
     fn clear(&self, state: &mut State) {
         let pinned = self.table.lock().share(self.range());
         debug_assert!(pinned.is_empty(), "a region that was never live is pinned");
-        state.no_fork = NoForkMap::new();
+        state.dont_fork = DontForkMap::new();
         for layer in state.waits.drain(..) {
             if let Some(bg_copy) = layer.bg_copy() {
                 bg_copy.detach(&self.at);

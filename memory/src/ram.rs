@@ -12,11 +12,11 @@ use crate::freeze::{FreezeMode, FreezeReport, RegionImage};
 use crate::layer::compact;
 use crate::region::GuestRegion;
 use crate::region::counts::{CowCounts, PinCounts};
-use crate::region::nofork::NoForkMap;
+use crate::region::dont_fork::DontForkMap;
 use crate::region::pages::{self, PageMap};
-use crate::region::reset::{ResetError, ResetReport};
+use crate::region::reset::{RamResetReport, ResetError};
 use crate::region::stats::RamStats;
-use crate::region::suspend::{SuspendFile, Suspended, Suspension, WorkingSet};
+use crate::region::suspend::{RamSuspension, SuspendFile, Suspended, TouchedPages};
 use crate::store::{Backing, Store};
 use crate::units::{PAGE_SHIFT, PAGE_SIZE};
 
@@ -142,9 +142,9 @@ impl RamImage {
     pub fn flatten(&self, store: &Store, grain: Backing) -> Result<Self, RamError> {
         let view = GuestRam::reserve(&self.layout, store)?;
         // Absent ranges are copied as zeros, and are absent again in a VM that adopts the copy.
-        let seen = |region: &RegionImage| RegionImage { map: Arc::clone(&region.map), no_fork: NoForkMap::new() };
+        let seen = |region: &RegionImage| RegionImage { map: Arc::clone(&region.map), dont_fork: DontForkMap::new() };
         view.adopt(&Self { layout: self.layout.clone(), regions: self.regions.iter().map(seen).collect() })?;
-        let copies = view.regions.iter().zip(&self.regions).map(|(region, of)| region.copy_whole(grain, &of.no_fork));
+        let copies = view.regions.iter().zip(&self.regions).map(|(region, of)| region.copy_whole(grain, &of.dont_fork));
         Ok(Self { layout: self.layout.clone(), regions: copies.collect::<Result<_, _>>()? })
     }
 
@@ -347,14 +347,14 @@ impl GuestRam {
         image: &RamImage,
         _quiesced: &Quiesced<'_>,
         patience: Duration,
-    ) -> Result<ResetReport, RamError> {
+    ) -> Result<RamResetReport, RamError> {
         if image.layout != self.layout {
             return Err(RamError::Shape { image: image.layout.bytes(), guest: self.layout.bytes() });
         }
         // The image's missing pages must be filled before it is mapped.
         image.finish_background()?;
         self.wait_unpinned(patience)?;
-        let mut report = ResetReport::default();
+        let mut report = RamResetReport::default();
         match GuestRegion::reset_all(&self.regions, image.regions(), &mut report) {
             Ok(()) => Ok(report),
             Err(ResetError::Refused(error)) => Err(error),
@@ -378,12 +378,12 @@ impl GuestRam {
         file: SuspendFile,
         _quiesced: &Quiesced<'_>,
         patience: Duration,
-    ) -> Result<(Suspended, WorkingSet), RamError> {
+    ) -> Result<(Suspended, TouchedPages), RamError> {
         self.wait_unpinned(patience)?;
         // Before the pages to write are selected: contents do not change, even if a later step
         // fails.
         self.regions.iter().try_for_each(|region| region.drop_unused())?;
-        let mut suspension = Suspension::to(file, &self.regions)?;
+        let mut suspension = RamSuspension::to(file, &self.regions)?;
         let store = self.regions.first().map(|region| region.store.clone()).ok_or(RamError::NoMemory)?;
         GuestRegion::suspend_all(&self.regions, &store, &mut suspension)?;
         Ok((suspension.report, suspension.working_set))
@@ -391,7 +391,7 @@ impl GuestRam {
 
     /// Reads ahead and maps the pages that a suspended VM is likely to touch. Pages that cannot be
     /// read are read on access.
-    pub fn read_ahead(&self, working_set: &WorkingSet) {
+    pub fn read_ahead(&self, working_set: &TouchedPages) {
         working_set.read_ahead(&self.regions);
     }
 

@@ -16,7 +16,7 @@ use crate::config::Config;
 use crate::freeze::background::{self, BackgroundError, CopyThread};
 use crate::layer::pool::{LayerFilePool, MAX_PAGES};
 use crate::layer::registry::Views;
-use crate::layer::{Home, Layer, LayerId};
+use crate::layer::{Layer, LayerId, LayerStorage};
 use crate::reclaim::ReclaimThread;
 use crate::sync::whole;
 use crate::sys::{HugeTmpfs, Pagemap, small_file};
@@ -279,7 +279,7 @@ impl Store {
     /// block upward: a smaller file would clear 2 MiB to hold a few pages.
     pub(crate) fn layer(&self, pages: u64, grain: Backing) -> Result<Layer, StoreError> {
         let file = self.file(pages, grain).map_err(|source| StoreError::File { pages, source })?;
-        Ok(self.adopt_file(file, pages, Home::Memory(self.grain(grain))))
+        Ok(self.adopt_file(file, pages, LayerStorage::Memory(self.grain(grain))))
     }
 
     /// As [`Self::layer`], for a caller that writes all pages before sharing the layer: its memory
@@ -306,7 +306,7 @@ impl Store {
             Some(file) => {
                 // Relaxed: a statistic.
                 self.0.made_ahead.fetch_add(1, Ordering::Relaxed);
-                Ok(self.adopt_file(file, pages, Home::Memory(grain)))
+                Ok(self.adopt_file(file, pages, LayerStorage::Memory(grain)))
             }
             None => self.layer(pages, grain),
         }
@@ -326,19 +326,19 @@ impl Store {
             _ => small_file(pages),
         };
         let file = file.map_err(|source| StoreError::File { pages, source })?;
-        Ok(self.adopt_file(file, pages, Home::Memory(self.grain(grain))))
+        Ok(self.adopt_file(file, pages, LayerStorage::Memory(self.grain(grain))))
     }
 
     /// A layer for a reference page.
     pub(crate) fn reference_layer(&self, pages: u64, grain: Backing) -> Result<Layer, StoreError> {
         let file = self.file(pages, grain).map_err(|source| StoreError::File { pages, source })?;
-        let (id, home) = (LayerId(Self::next_id() | LayerId::REFERENCE), Home::Memory(self.grain(grain)));
-        Ok(Layer::new(id, file, pages, home, Arc::clone(&self.0.live_layers)))
+        let (id, storage) = (LayerId(Self::next_id() | LayerId::REFERENCE), LayerStorage::Memory(self.grain(grain)));
+        Ok(Layer::new(id, file, pages, storage, Arc::clone(&self.0.live_layers)))
     }
 
     /// A layer over a file.
-    pub(crate) fn adopt_file(&self, file: File, pages: u64, home: Home) -> Layer {
-        Layer::new(LayerId(Self::next_id()), file, pages, home, Arc::clone(&self.0.live_layers))
+    pub(crate) fn adopt_file(&self, file: File, pages: u64, storage: LayerStorage) -> Layer {
+        Layer::new(LayerId(Self::next_id()), file, pages, storage, Arc::clone(&self.0.live_layers))
     }
 
     /// The page size available for `wanted`.

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use clade_memory::{
-    BLOCK_PAGES, Backing, ImageMap, LayerBuilder, LayerHandle, LayerSource, NoFork, PAGE_SHIFT, PAGE_SIZE, PageRange,
+    BLOCK_PAGES, Backing, DontFork, ImageMap, LayerBuilder, LayerHandle, LayerSource, PAGE_SHIFT, PAGE_SIZE, PageRange,
     RamError, RamImage, RamLayout, Store,
 };
 use rustix::fs::{Advice, fadvise};
@@ -154,19 +154,19 @@ impl Snapshot {
         }
     }
 
-    fn no_fork(&self, store: &Store) -> Result<Vec<Vec<(PageRange, NoFork)>>, Error> {
+    fn no_fork(&self, store: &Store) -> Result<Vec<Vec<(PageRange, DontFork)>>, Error> {
         let mut first = 0;
         let mut all = Vec::new();
         for region in &self.manifest().memory.regions {
             let mut declared = Vec::new();
             for entry in &region.no_fork {
                 let what = match entry.kind {
-                    NoForkKind::Absent => NoFork::Absent,
-                    NoForkKind::Zeroed => NoFork::Zeroed,
+                    NoForkKind::Absent => DontFork::Absent,
+                    NoForkKind::Zeroed => DontFork::Zeroed,
                     NoForkKind::Fresh => {
                         let mut page = [0; PAGE_SIZE as usize];
                         self.read_page(first + entry.start, &mut page)?;
-                        NoFork::Fresh(store.reference_page(&page).map_err(RamError::from)?)
+                        DontFork::Fresh(store.reference_page(&page).map_err(RamError::from)?)
                     }
                 };
                 declared.push((entry.range(), what));

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use clade_memory::{NoFork, PAGE_SHIFT, RamImage};
+use clade_memory::{DontFork, PAGE_SHIFT, RamImage};
 
 use crate::chain::{MAX_DEPTH, Snapshot, read_manifest};
 use crate::dependents::{self, Noted};
@@ -311,16 +311,16 @@ fn expect_id(files: &Files, base: &Base<'_>, dir: &Dir) -> Result<(), Error> {
 }
 
 fn regions(image: &RamImage) -> Vec<Region> {
-    let entry = |(range, what): (clade_memory::PageRange, NoFork)| NoForkEntry {
+    let entry = |(range, what): (clade_memory::PageRange, DontFork)| NoForkEntry {
         start: range.start(),
         pages: range.len(),
         kind: match what {
-            NoFork::Absent => NoForkKind::Absent,
-            NoFork::Zeroed => NoForkKind::Zeroed,
-            NoFork::Fresh(_) => NoForkKind::Fresh,
+            DontFork::Absent => NoForkKind::Absent,
+            DontFork::Zeroed => NoForkKind::Zeroed,
+            DontFork::Fresh(_) => NoForkKind::Fresh,
         },
     };
-    let ranges = image.layout().ranges().iter().zip(image.no_fork());
+    let ranges = image.layout().ranges().iter().zip(image.dont_fork());
     let region = |((base, pages), declared): (&(vm_memory::GuestAddress, u64), Vec<_>)| Region {
         guest_address: base.0,
         pages: *pages,

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use vm_memory::GuestAddress;
 
 use super::*;
-use crate::{Access, FreezeMode, NoFork, NoWriters, PageRange, PinLifetime, RamLayout, Store};
+use crate::{Access, DontFork, FreezeMode, NoWriters, PageRange, PinLifetime, RamLayout, Store};
 
 /// Pages of the first region: a block and a part of one. The second is behind a gap.
 const LOW: u64 = 512 + 40;
@@ -206,7 +206,7 @@ fn a_search_gives_memory_to_nothing() {
         for page in [3, 200, 300] {
             parent.write_bytes(page * PAGE_SIZE + 100, &secret).unwrap();
         }
-        parent.regions()[0].set_no_fork(PageRange::new(200, 201), Some(NoFork::Absent)).unwrap();
+        parent.regions()[0].set_dont_fork(PageRange::new(200, 201), Some(DontFork::Absent)).unwrap();
         let child = child(&parent, FreezeMode::Eager, &store);
         let resident = || {
             let layers = child.page_map(None).unwrap().layers;

@@ -3,8 +3,8 @@
 
 use std::sync::Arc;
 
-use crate::freeze::background::{Origin, Part};
-use crate::layer::{Layer, LayerMap, Source};
+use crate::freeze::background::{CopySource, DeltaPart};
+use crate::layer::{Layer, LayerMap, LayerOffset};
 use crate::store::Backing;
 use crate::units::{BLOCK_PAGES, PageRange, join_runs, pages_in, subtract_runs};
 
@@ -15,7 +15,7 @@ pub(super) const SMALL_GAP: u64 = if cfg!(shuttle) { 1 } else { 4 };
 const MANY_RUNS: usize = 64;
 
 /// Place of each run of a region in a delta.
-pub(crate) type Placed = Vec<(PageRange, Source)>;
+pub(crate) type DeltaRuns = Vec<(PageRange, LayerOffset)>;
 
 /// Selects the copied runs to remap in the parent: never pinned ones (I3; the copied base pages are
 /// all pinned), and the longest first, until at most `keep` pages are left.
@@ -70,27 +70,27 @@ impl Packed {
         })
     }
 
-    pub(crate) fn placed(&self, layer: &Arc<Layer>) -> Placed {
-        self.iter().map(|(run, at)| (run, Source { layer: Arc::clone(layer), at })).collect()
+    pub(crate) fn placed(&self, layer: &Arc<Layer>) -> DeltaRuns {
+        self.iter().map(|(run, at)| (run, LayerOffset { layer: Arc::clone(layer), at })).collect()
     }
 }
 
 /// The origins of the delta's pages. Owned and pinned pages come from the VM's memory. Closed gaps
 /// come from the layer below, because the VM may write them meanwhile (not all are protected).
-pub(super) fn parts(map: &LayerMap, owned: &[PageRange], pinned: &[PageRange], packed: &Packed) -> Vec<Part> {
+pub(super) fn parts(map: &LayerMap, owned: &[PageRange], pinned: &[PageRange], packed: &Packed) -> Vec<DeltaPart> {
     let mut own = subtract_runs(pinned, owned);
     own.extend_from_slice(owned);
     own.sort_unstable();
     let mut parts = Vec::with_capacity(packed.runs.len());
     for (run, at) in packed.iter() {
-        let mut add = |range: PageRange, origin: Origin| {
-            parts.push(Part { range, at: at + (range.start - run.start), origin });
+        let mut add = |range: PageRange, origin: CopySource| {
+            parts.push(DeltaPart { range, at: at + (range.start - run.start), origin });
         };
         let first = own.partition_point(|own| own.end <= run.start);
         let mut done = run.start;
         for own in own[first..].iter().map(|own| own.intersect(run)).take_while(|own| !own.is_empty()) {
             beneath(map, PageRange::new(done, own.start), &mut add);
-            add(own, Origin::Parent);
+            add(own, CopySource::Parent);
             done = own.end;
         }
         beneath(map, PageRange::new(done, run.end), &mut add);
@@ -98,20 +98,20 @@ pub(super) fn parts(map: &LayerMap, owned: &[PageRange], pinned: &[PageRange], p
     parts
 }
 
-fn beneath(map: &LayerMap, gap: PageRange, add: &mut impl FnMut(PageRange, Origin)) {
+fn beneath(map: &LayerMap, gap: PageRange, add: &mut impl FnMut(PageRange, CopySource)) {
     if gap.is_empty() {
         return;
     }
     let mut done = gap.start;
-    let zero = |from: u64, to: u64, add: &mut dyn FnMut(PageRange, Origin)| {
+    let zero = |from: u64, to: u64, add: &mut dyn FnMut(PageRange, CopySource)| {
         if from < to {
-            add(PageRange::new(from, to), Origin::Zero);
+            add(PageRange::new(from, to), CopySource::Zero);
         }
     };
     for (range, source) in map.within(gap) {
         zero(done, range.start, add);
         done = range.end;
-        add(range, Origin::Layer(source));
+        add(range, CopySource::Layer(source));
     }
     zero(done, gap.end, add);
 }

@@ -40,23 +40,23 @@ use crate::error::RamError;
 use crate::freeze::background::{BackgroundCopy, Delta};
 use crate::freeze::protect::SharedPages;
 use crate::layer::registry::View;
-use crate::layer::{Layer, LayerMap, Source};
+use crate::layer::{Layer, LayerMap, LayerOffset};
 use crate::ownership::TableGuard;
 use crate::reclaim::ReclaimThread;
+use crate::region::dont_fork::{self, DontForkMap};
 use crate::region::mappings::Mapping;
-use crate::region::nofork::{self, NoForkMap};
 use crate::region::{Freezing, GuestRegion, State};
 use crate::store::Backing;
 use crate::testing::failpoint::{Call, failpoint};
 use crate::testing::sabotage::{Break, broken};
 use crate::units::{PageRange, join_runs, pages_in, subtract_runs};
 
-pub(crate) use copies::{Packed, Placed};
+pub(crate) use copies::{DeltaRuns, Packed};
 use copies::{SMALL_GAP, close_gaps, parts, runs_to_remap};
 
 /// Maximum number of no-fork pages that a freeze moves out of the base file: reading them takes a
 /// millisecond.
-const MAX_WITHDRAWN: u64 = 1_024;
+const MAX_PRIVATIZED: u64 = 1_024;
 
 /// Selects when a freeze copies private pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -88,7 +88,7 @@ pub enum PinPolicy {
 pub(crate) struct RegionImage {
     pub(crate) map: Arc<View>,
     /// No-fork declarations, inherited by children.
-    pub(crate) no_fork: NoForkMap,
+    pub(crate) dont_fork: DontForkMap,
 }
 
 /// Result of a freeze. Counts are pages.
@@ -114,7 +114,7 @@ impl std::ops::AddAssign for FreezeReport {
 }
 
 /// The pages to freeze, determined under both locks.
-struct Plan<'t> {
+struct FreezePlan<'t> {
     base: Vec<PageRange>,
     /// Private pages this VM owns.
     owned: Vec<PageRange>,
@@ -150,7 +150,7 @@ impl GuestRegion {
         region.table.trace.freeze_begun();
         let plan = region.plan(&state, &table)?;
         // At this point there are no writers and every page that this VM owns is known.
-        region.take_over_some(&mut state, [&plan.base, &plan.owned]);
+        region.install_compacted(&mut state, [&plan.base, &plan.owned]);
         let prepared = region.prepare_freeze(&mut state, &plan, mode);
         let done = prepared.and_then(|prepared| Self::freeze_all(rest, mode, frozen).map(|()| prepared));
         let done = done.and_then(|prepared| region.commit_freeze(&mut state, &table, &plan, prepared));
@@ -169,16 +169,16 @@ impl GuestRegion {
         region.compact_later(&mut state);
         region.store.sweep_later();
         // The child's map, which differs from the parent's in no-fork ranges (R19).
-        nofork::hide(&state.no_fork, &mut map);
-        region.table.trace.image(&map, &state.no_fork);
+        dont_fork::hide(&state.dont_fork, &mut map);
+        region.table.trace.image(&map, &state.dont_fork);
         let map = Arc::new(View::new(region.store.views(), map));
-        frozen.push_front((RegionImage { map, no_fork: state.no_fork.clone() }, report));
+        frozen.push_front((RegionImage { map, dont_fork: state.dont_fork.clone() }, report));
         Ok(())
     }
 
-    fn plan<'t>(&self, state: &State, table: &'t TableGuard<'_>) -> Result<Plan<'t>, RamError> {
+    fn plan<'t>(&self, state: &State, table: &'t TableGuard<'_>) -> Result<FreezePlan<'t>, RamError> {
         // R19: no-fork pages are skipped. They stay as they are, and their bytes reach no layer.
-        let kept = if broken(Break::InheritAll) { Vec::new() } else { nofork::runs(&state.no_fork) };
+        let kept = if broken(Break::InheritAll) { Vec::new() } else { dont_fork::runs(&state.dont_fork) };
         let mapped_shared = state.space.mappings().base_runs();
         let base = subtract_runs(&mapped_shared, &kept);
         let (mut owned, mut together) = (Vec::new(), Vec::new());
@@ -231,19 +231,24 @@ impl GuestRegion {
         }
         pinned.sort_unstable();
         copy.sort_unstable();
-        Ok(Plan { base, owned, private, pinned, unseen, copy })
+        Ok(FreezePlan { base, owned, private, pinned, unseen, copy })
     }
 
     /// Makes the copies and reserves mappings. On failure, or if the result is dropped, nothing has
     /// changed.
-    fn prepare_freeze(&self, state: &mut State, plan: &Plan<'_>, mode: FreezeMode) -> Result<Prepared, RamError> {
+    fn prepare_freeze(
+        &self,
+        state: &mut State,
+        plan: &FreezePlan<'_>,
+        mode: FreezeMode,
+    ) -> Result<PreparedFreeze, RamError> {
         let kept: &[PageRange] = if broken(Break::RemapPinned) { &[] } else { &plan.pinned };
         let to_remap = subtract_runs(&plan.base, kept);
         // Reserved before any change (D5): each run adds a mapping and splits the one it lies in.
         // Done first, because the background's mappings come on top.
         state.space.reserve_runs(to_remap.len())?;
         let delta = self.delta(state, plan, mode)?;
-        Ok(Prepared { delta, to_remap })
+        Ok(PreparedFreeze { delta, to_remap })
     }
 
     /// Shares the prepared pages.
@@ -251,13 +256,13 @@ impl GuestRegion {
         &self,
         state: &mut State,
         table: &TableGuard<'_>,
-        plan: &Plan<'_>,
-        prepared: Prepared,
+        plan: &FreezePlan<'_>,
+        prepared: PreparedFreeze,
     ) -> Result<(Arc<LayerMap>, FreezeReport), RamError> {
-        let Prepared { mut delta, to_remap } = prepared;
+        let PreparedFreeze { mut delta, to_remap } = prepared;
         let base_file = state.space.base_file().cloned();
         for (run, base_file) in to_remap.iter().zip(base_file.iter().cycle()) {
-            let source = Source { layer: Arc::clone(base_file), at: run.start };
+            let source = LayerOffset { layer: Arc::clone(base_file), at: run.start };
             if broken(Break::WriteLayer) {
                 state.space.supersede(*run, source);
                 continue;
@@ -265,7 +270,7 @@ impl GuestRegion {
             // From here on these pages of the base file belong to a layer (I4).
             state.space.show(*run, &Mapping::Private(source))?;
         }
-        self.withdraw_no_fork(state, table);
+        self.privatize_dont_fork(state, table);
         state.space.register_base();
         let before = View::new(self.store.views(), Arc::clone(state.space.map()));
         for (run, source) in delta.all() {
@@ -314,18 +319,18 @@ impl GuestRegion {
     /// R19: moves no-fork pages out of the VM's base file, which children map from now on. The
     /// pages become private pages with the same bytes, and leave holes in the file. Pinned pages
     /// stay (I3), and so do pages beyond the number that a pause allows.
-    fn withdraw_no_fork(&self, state: &mut State, table: &TableGuard<'_>) {
+    fn privatize_dont_fork(&self, state: &mut State, table: &TableGuard<'_>) {
         if state.space.base_file().is_none() {
             return;
         }
-        let declared = nofork::runs(&state.no_fork);
+        let declared = dont_fork::runs(&state.dont_fork);
         let base: Vec<PageRange> = declared.iter().flat_map(|run| state.space.mappings().base_within(*run)).collect();
-        let (mut moved, mut left) = (Vec::new(), MAX_WITHDRAWN);
+        let (mut moved, mut left) = (Vec::new(), MAX_PRIVATIZED);
         for run in base {
             let pinned = table.share(run);
             for piece in subtract_runs(&[run], &pinned) {
                 if piece.len() <= left {
-                    match state.space.withdraw(piece) {
+                    match state.space.privatize_base(piece) {
                         Ok(()) => {
                             left -= piece.len();
                             moved.push(piece);
@@ -341,20 +346,20 @@ impl GuestRegion {
     }
 
     /// Copies the region's current contents into a layer of its own.
-    pub(crate) fn copy_whole(&self, grain: Backing, no_fork: &NoForkMap) -> Result<RegionImage, RamError> {
+    pub(crate) fn copy_whole(&self, grain: Backing, dont_fork: &DontForkMap) -> Result<RegionImage, RamError> {
         let _state = self.state();
         let layer = self.store.layer(self.pages(), grain)?;
         let copied = self.at.write_out(&[self.range()], layer.as_fd(), 0);
         copied.map_err(|source| RamError::Copy { pages: self.pages(), source })?;
         let mut map = LayerMap::new();
-        map.insert(self.range(), Source { layer: Arc::new(layer), at: 0 });
+        map.insert(self.range(), LayerOffset { layer: Arc::new(layer), at: 0 });
         let map = Arc::new(View::new(self.store.views(), Arc::new(map)));
-        Ok(RegionImage { map, no_fork: no_fork.clone() })
+        Ok(RegionImage { map, dont_fork: dont_fork.clone() })
     }
 
     /// Makes the layers of the plan's copies: complete, or with the background copy that fills
     /// them.
-    fn delta(&self, state: &mut State, plan: &Plan<'_>, mode: FreezeMode) -> Result<Copies, RamError> {
+    fn delta(&self, state: &mut State, plan: &FreezePlan<'_>, mode: FreezeMode) -> Result<Copies, RamError> {
         if plan.copy.is_empty() {
             return Ok(Copies::default());
         }
@@ -382,7 +387,7 @@ impl GuestRegion {
     }
 
     /// Copies `runs` into a layer of their own.
-    fn copied(&self, runs: &[PageRange]) -> Result<Placed, RamError> {
+    fn copied(&self, runs: &[PageRange]) -> Result<DeltaRuns, RamError> {
         if runs.is_empty() {
             return Ok(Vec::new());
         }
@@ -398,7 +403,7 @@ impl GuestRegion {
     fn defer(
         &self,
         state: &mut State,
-        plan: &Plan<'_>,
+        plan: &FreezePlan<'_>,
         packed: &Packed,
     ) -> Result<(Arc<Layer>, Arc<BackgroundCopy>), RamError> {
         let shared = self.store.background()?;
@@ -433,7 +438,7 @@ impl GuestRegion {
 
     /// Remaps copied private pages over their layer, longest runs first. Never an error: a page
     /// left out is just copied again next time.
-    fn share_copies(&self, state: &mut State, shared: &[(PageRange, Source)]) {
+    fn share_copies(&self, state: &mut State, shared: &[(PageRange, LayerOffset)]) {
         // D5: at most the region's share, regardless of the rest of the budget. The base pages and
         // the pieces of the image come on top.
         let share = self.store.budget().fair_share();
@@ -456,7 +461,7 @@ impl GuestRegion {
 }
 
 /// A prepared freeze of one region, which can still be undone.
-struct Prepared {
+struct PreparedFreeze {
     delta: Copies,
     /// Base runs that become a layer's by a private mapping.
     to_remap: Vec<PageRange>,
@@ -466,14 +471,14 @@ struct Prepared {
 #[derive(Default)]
 struct Copies {
     /// Pages that will be shown to the parent from here.
-    shared: Placed,
+    shared: DeltaRuns,
     /// Pages that stay the VM's own and in place, and all pages left to the background.
-    staying: Placed,
+    staying: DeltaRuns,
     bg_copy: Option<Arc<BackgroundCopy>>,
 }
 
 impl Copies {
-    fn all(&self) -> impl Iterator<Item = &(PageRange, Source)> {
+    fn all(&self) -> impl Iterator<Item = &(PageRange, LayerOffset)> {
         self.shared.iter().chain(&self.staying)
     }
 }

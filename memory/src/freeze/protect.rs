@@ -15,7 +15,7 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use crate::ownership::TableGuard;
-use crate::sys::{Reservation, Uffd, Watch};
+use crate::sys::{RegisterMode, Reservation, Uffd};
 use crate::units::{PageRange, subtract_runs};
 
 /// Runs whose exclusive bits were just cleared. Proof as long as the table stays locked: until then
@@ -58,7 +58,7 @@ pub(crate) struct ProtectGate {
 impl ProtectGate {
     /// Prepares the whole region `at`. (A part would split its mappings.)
     pub(crate) fn open(uffd: Arc<Uffd>, at: Arc<Reservation>) -> io::Result<Self> {
-        uffd.register(&at, PageRange::new(0, at.pages()), Watch::Protected)?;
+        uffd.register(&at, PageRange::new(0, at.pages()), RegisterMode::Protected)?;
         Ok(Self { uffd, at })
     }
 

@@ -4,7 +4,9 @@
 use super::*;
 use crate::budget::MappingBudget;
 use crate::units::BLOCK_PAGES;
-use crate::{Access, Config, DmaPin, GuestRam, NoFork, NoWriters, PAGE_SIZE, PinLifetime, Quiesced, RamLayout, Store};
+use crate::{
+    Access, Config, DmaPin, DontFork, GuestRam, NoWriters, PAGE_SIZE, PinLifetime, Quiesced, RamLayout, Store,
+};
 use vm_memory::{Bytes, GuestAddress};
 
 const PAGES: u64 = 600;
@@ -143,7 +145,7 @@ fn what_devices_had_lately_stays_with_the_vm_up_to_a_bound() {
     let ram = named(&store, 3000);
     let region = &ram.regions()[0];
     // Two runs, with a no-fork page between them.
-    region.set_no_fork(PageRange::new(1500, 1501), Some(NoFork::Zeroed)).unwrap();
+    region.set_dont_fork(PageRange::new(1500, 1501), Some(DontFork::Zeroed)).unwrap();
     drop(region.pin(PageRange::new(0, 3000), Access::Write, PinLifetime::Transient).unwrap());
     freeze_in(&ram, FreezeMode::Eager);
     assert_eq!(pages_in(&region.state().space.mappings().base_runs()), RECENTLY_PINNED);
@@ -155,7 +157,7 @@ fn base_left(declared: &[PageRange], pinned: Option<PageRange>) -> Vec<PageRange
     let store = Store::open_small().unwrap();
     let ram = named(&store, 3000);
     let region = &ram.regions()[0];
-    declared.iter().for_each(|run| region.set_no_fork(*run, Some(NoFork::Zeroed)).unwrap());
+    declared.iter().for_each(|run| region.set_dont_fork(*run, Some(DontFork::Zeroed)).unwrap());
     let pin = pinned.map(|range| region.pin(range, Access::Write, PinLifetime::LongTerm).unwrap());
     freeze_in(&ram, FreezeMode::Eager);
     let left = region.state().space.mappings().base_runs();
@@ -174,8 +176,8 @@ fn r19_what_is_not_inherited_leaves_the_base_file_but_for_what_devices_hold() {
     assert_eq!(base_left(&[run(100, 110), run(500, 530)], None), []);
     assert_eq!(base_left(&[run(100, 110), run(500, 530)], Some(run(505, 507))), [run(505, 507)]);
     // At most the number that a pause allows.
-    assert_eq!(base_left(&[run(0, MAX_WITHDRAWN + 1), run(2000, 2010)], None), [run(0, MAX_WITHDRAWN + 1)]);
-    assert_eq!(base_left(&[run(0, MAX_WITHDRAWN), run(2000, 2001)], None), [run(2000, 2001)]);
+    assert_eq!(base_left(&[run(0, MAX_PRIVATIZED + 1), run(2000, 2010)], None), [run(0, MAX_PRIVATIZED + 1)]);
+    assert_eq!(base_left(&[run(0, MAX_PRIVATIZED), run(2000, 2001)], None), [run(2000, 2001)]);
     assert_eq!(base_left(&[run(0, 1000), run(2000, 2024), run(2100, 2101)], None), [run(2100, 2101)]);
 }
 
@@ -185,11 +187,11 @@ fn d5_what_leaves_the_base_file_is_promised_its_mappings() {
     let ram = named(&store, 600);
     let region = &ram.regions()[0];
     (0..10).for_each(|nth| {
-        region.set_no_fork(PageRange::with_len(20 * nth + 5, 2), Some(NoFork::Zeroed)).unwrap();
+        region.set_dont_fork(PageRange::with_len(20 * nth + 5, 2), Some(DontFork::Zeroed)).unwrap();
     });
     let mut state = region.checked(region.range()).unwrap();
     let table = region.table.lock();
-    region.withdraw_no_fork(&mut state, &table);
+    region.privatize_dont_fork(&mut state, &table);
     let (made, promised) = (state.space.mappings().len() as u64, state.space.promised());
     assert_eq!(made, 21);
     assert!(promised >= made, "{made} mappings were made, and {promised} promised");
@@ -238,7 +240,7 @@ fn d5_a_freeze_shares_copies_within_its_share_and_the_budget() {
     assert_eq!(mappings_after(10, 8), 1);
 }
 
-/// The mappings of the withdrawn base pages and of the background are both reserved, not just the
+/// The mappings of the privatized base pages and of the background are both reserved, not just the
 /// larger number.
 #[test]
 fn d5_base_remaps_take_nothing_from_the_background() {

@@ -17,9 +17,9 @@ use crate::error::RamError;
 use crate::freeze::RegionImage;
 use crate::layer::handle::{ImageMap, LayerHandle, image_map, layer_map};
 use crate::layer::registry::View;
-use crate::layer::{Home, Layer, LayerMap};
+use crate::layer::{Layer, LayerMap, LayerStorage};
 use crate::ram::{GuestRam, RamImage, RamLayout};
-use crate::region::nofork::{NoFork, NoForkMap};
+use crate::region::dont_fork::{DontFork, DontForkMap};
 use crate::store::{Backing, Store, StoreError};
 use crate::units::{PAGE_SIZE, PageRange, join_runs, subtract_runs};
 
@@ -58,7 +58,7 @@ impl Store {
     /// If the file is shorter.
     pub fn file_layer(&self, file: File, pages: u64) -> Result<LayerHandle, StoreError> {
         check_length(&file, pages)?;
-        Ok(LayerHandle::new(&Arc::new(self.adopt_file(file, pages, Home::File))))
+        Ok(LayerHandle::new(&Arc::new(self.adopt_file(file, pages, LayerStorage::File))))
     }
 
     /// Makes a layer of the first `pages` pages of a memory file that another process published
@@ -73,7 +73,7 @@ impl Store {
         if mode & OFlags::ACCMODE != OFlags::RDONLY {
             return Err(StoreError::Writable);
         }
-        Ok(LayerHandle::new(&Arc::new(self.adopt_file(file, pages, Home::Foreign).under(lease))))
+        Ok(LayerHandle::new(&Arc::new(self.adopt_file(file, pages, LayerStorage::Foreign).under(lease))))
     }
 
     /// Makes a layer of `pages` zero pages in memory, to be filled.
@@ -105,7 +105,7 @@ impl RamImage {
     pub fn from_parts(
         store: &Store,
         layout: &RamLayout,
-        maps: Vec<(ImageMap, Vec<(PageRange, NoFork)>)>,
+        maps: Vec<(ImageMap, Vec<(PageRange, DontFork)>)>,
     ) -> Result<Self, RamError> {
         let wrong = |what: String| RamError::Parts { what };
         if maps.len() != layout.ranges().len() {
@@ -122,15 +122,15 @@ impl RamImage {
                     return Err(wrong(format!("{range} of the {pages} pages at {:#x} from {source:?}", base.0)));
                 }
             }
-            let mut no_fork = NoForkMap::new();
+            let mut dont_fork = DontForkMap::new();
             for (range, what) in declared {
                 if !all.covers(*range) {
                     return Err(wrong(format!("{range} of the {pages} pages at {:#x} are not inherited", base.0)));
                 }
-                no_fork.insert(*range, what.clone());
+                dont_fork.insert(*range, what.clone());
             }
             let map = Arc::new(View::new(store.views(), Arc::new(layer_map(map))));
-            regions.push(RegionImage { map, no_fork });
+            regions.push(RegionImage { map, dont_fork });
         }
         Ok(Self::of(layout.clone(), regions))
     }
@@ -142,8 +142,8 @@ impl RamImage {
     }
 
     /// The no-fork declarations of each range of the layout.
-    pub fn no_fork(&self) -> impl Iterator<Item = Vec<(PageRange, NoFork)>> {
-        self.regions().iter().map(|region| region.no_fork.iter().map(|(range, what)| (range, what.clone())).collect())
+    pub fn dont_fork(&self) -> impl Iterator<Item = Vec<(PageRange, DontFork)>> {
+        self.regions().iter().map(|region| region.dont_fork.iter().map(|(range, what)| (range, what.clone())).collect())
     }
 
     /// The pages that may differ between this image and an older one of the same shape, by range of

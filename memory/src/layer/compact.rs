@@ -26,10 +26,10 @@ use crate::error::RamError;
 use crate::freeze::{Packed, RegionImage};
 use crate::layer::interval::{IntervalMap, Piece};
 use crate::layer::registry::View;
-use crate::layer::{LayerMap, Source};
+use crate::layer::{LayerMap, LayerOffset};
 use crate::ram::{GuestRam, Quiesced, RamImage};
+use crate::region::dont_fork;
 use crate::region::mappings::{Mapping, Mappings};
-use crate::region::nofork;
 use crate::region::{GuestRegion, State, parts_of, same};
 use crate::store::Store;
 use crate::testing::failpoint::{Call, failpoint};
@@ -127,16 +127,16 @@ fn needs_compaction(map: &LayerMap, last_compacted: (usize, usize), config: &Con
 
 /// A copy of parts of a map in one layer.
 #[derive(Debug)]
-struct Merged {
+struct MergedLayer {
     /// The map it is a copy of.
     of: Arc<LayerMap>,
     /// The copied runs, and where each was copied to.
-    placed: Vec<(PageRange, Source)>,
+    placed: Vec<(PageRange, LayerOffset)>,
     /// Keeps the new layer's pages in view until the views that take them over are published.
     seen: View,
 }
 
-impl Merged {
+impl MergedLayer {
     /// Copies `patches` of `of`. Returns `None` if merging gains nothing.
     fn make(store: &Store, of: &Arc<LayerMap>, patches: &[PageRange]) -> Result<Option<Self>, RamError> {
         if patches.is_empty() {
@@ -216,13 +216,13 @@ impl RamImage {
     pub fn compact(&self, store: &Store) -> Result<(Self, CompactReport), RamError> {
         let mut report = CompactReport::default();
         let merge = |region: &RegionImage| {
-            let merged = Merged::make(store, region.map.map(), &runs_to_merge(&region.map, &[]))?;
+            let merged = MergedLayer::make(store, region.map.map(), &runs_to_merge(&region.map, &[]))?;
             let mut map = Arc::clone(region.map.map());
             if let Some(merged) = &merged {
                 merged.substitute(Arc::make_mut(&mut map));
             }
-            report.note(&region.map, &map, merged.as_ref().map_or(0, Merged::pages));
-            Ok(RegionImage { map: Arc::new(View::new(store.views(), map)), no_fork: region.no_fork.clone() })
+            report.note(&region.map, &map, merged.as_ref().map_or(0, MergedLayer::pages));
+            Ok(RegionImage { map: Arc::new(View::new(store.views(), map)), dont_fork: region.dont_fork.clone() })
         };
         let regions = self.regions().iter().map(merge).collect::<Result<_, RamError>>()?;
         Ok((self.with_regions(regions), report))
@@ -246,26 +246,26 @@ impl GuestRam {
 
 /// A compaction in the background.
 #[derive(Debug, Default)]
-pub(crate) struct Compaction(Mutex<Stage>);
+pub(crate) struct Compaction(Mutex<CompactionState>);
 
 #[derive(Debug, Default)]
-enum Stage {
+enum CompactionState {
     #[default]
     Copying,
     /// The merged parts that are not taken over yet, if the merge succeeded.
-    Copied(Option<Merged>),
+    Copied(Option<MergedLayer>),
 }
 
 impl Compaction {
-    fn set(&self, merged: Option<Merged>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Stage::Copied(merged);
+    fn set(&self, merged: Option<MergedLayer>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = CompactionState::Copied(merged);
     }
 
     /// Takes the result, once.
-    fn take(&self) -> Option<Option<Merged>> {
+    fn take(&self) -> Option<Option<MergedLayer>> {
         match &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner) {
-            Stage::Copying => None,
-            Stage::Copied(merged) => Some(merged.take()),
+            CompactionState::Copying => None,
+            CompactionState::Copied(merged) => Some(merged.take()),
         }
     }
 }
@@ -291,14 +291,14 @@ impl GuestRegion {
         let mut state = self.checked(self.range())?;
         self.finish_background(&mut state)?;
         let of = Arc::clone(state.space.map());
-        let merged = Merged::make(&self.store, &of, &runs_to_merge(&of, &nofork::runs(&state.no_fork)))?;
-        let pages = merged.as_ref().map_or(0, Merged::pages);
+        let merged = MergedLayer::make(&self.store, &of, &runs_to_merge(&of, &dont_fork::runs(&state.dont_fork)))?;
+        let pages = merged.as_ref().map_or(0, MergedLayer::pages);
         if let Some(merged) = merged {
             // Mapping anew is allowed only for pages that the VM does not own, so the bits must not
             // change meanwhile.
             let _table = self.table.lock();
             let own = self.own(&state)?;
-            self.take_over(&mut state, merged, &own, usize::MAX)?;
+            self.install_at_most(&mut state, merged, &own, usize::MAX)?;
         }
         report.note(&of, state.space.map(), pages);
         Ok(())
@@ -314,9 +314,9 @@ impl GuestRegion {
         }
         let compaction = Arc::new(Compaction::default());
         let (store, of) = (self.store.clone(), View::new(self.store.views(), Arc::clone(state.space.map())));
-        let (barred, result) = (nofork::runs(&state.no_fork), Arc::clone(&compaction));
+        let (barred, result) = (dont_fork::runs(&state.dont_fork), Arc::clone(&compaction));
         let work = move || {
-            let merged = Merged::make(&store, of.map(), &runs_to_merge(&of, &barred));
+            let merged = MergedLayer::make(&store, of.map(), &runs_to_merge(&of, &barred));
             result.set(merged.unwrap_or_else(|error| {
                 tracing::warn!(%error, "layers are not merged");
                 None
@@ -327,14 +327,14 @@ impl GuestRegion {
         }
     }
 
-    /// In a freeze, with the table locked: takes over some of the merged parts, if a merge has
+    /// In a freeze, with the table locked: installs some of the merged parts, if a merge has
     /// finished. `own` are the pages that this VM owns, except no-fork ones. There are no other
     /// writers.
-    pub(crate) fn take_over_some(&self, state: &mut State, own: [&[PageRange]; 2]) {
+    pub(crate) fn install_compacted(&self, state: &mut State, own: [&[PageRange]; 2]) {
         let Some(merged) = state.compaction.as_ref().and_then(|compaction| compaction.take()) else { return };
         let mut own = own.concat();
         own.sort_unstable();
-        match merged.map(|merged| self.take_over(state, merged, &own, MAX_REMAPS_AT_FREEZE)) {
+        match merged.map(|merged| self.install_at_most(state, merged, &own, MAX_REMAPS_AT_FREEZE)) {
             Some(Ok(Some(rest))) => {
                 if let Some(compaction) = &state.compaction {
                     compaction.set(Some(rest));
@@ -350,15 +350,15 @@ impl GuestRegion {
 
     /// Puts the copies into the map, and maps them where this VM shows the old layer. Takes at most
     /// `most` patches; returns the rest.
-    fn take_over(
+    fn install_at_most(
         &self,
         state: &mut State,
-        mut merged: Merged,
+        mut merged: MergedLayer,
         own: &[PageRange],
         most: usize,
-    ) -> Result<Option<Merged>, RamError> {
+    ) -> Result<Option<MergedLayer>, RamError> {
         let rest = merged.placed.split_off(most.min(merged.placed.len()));
-        let taken = self.take_over_all(state, &merged, own);
+        let taken = self.install_all(state, &merged, own);
         state.space.trim();
         merged.placed = rest;
         if taken.is_ok() && !merged.placed.is_empty() {
@@ -370,8 +370,8 @@ impl GuestRegion {
         taken.map(|()| None)
     }
 
-    fn take_over_all(&self, state: &mut State, merged: &Merged, own: &[PageRange]) -> Result<(), RamError> {
-        let kept = nofork::runs(&state.no_fork);
+    fn install_all(&self, state: &mut State, merged: &MergedLayer, own: &[PageRange]) -> Result<(), RamError> {
+        let kept = dont_fork::runs(&state.dont_fork);
         for (run, source) in &merged.placed {
             // Skips ranges declared no-fork since the copy: a freeze does not look for the VM's own
             // pages among them, and the mapping of a page that the VM does not own must agree with

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::layer::registry::Views;
-use crate::layer::{Home, Layer, LayerId, LayerMap};
+use crate::layer::{Layer, LayerId, LayerMap, LayerStorage};
 use crate::reclaim::ReclaimThread;
 use crate::store::{Backing, Store};
 use crate::trace;
@@ -149,7 +149,7 @@ fn seen_in(views: &Views) -> HashMap<LayerId, (Arc<Layer>, Vec<PageRange>)> {
 /// reference pages, which live by their handle; layers being filled, where a hole is a page still
 /// to come; and files of snapshots or other processes, which must not be punched in any case.
 fn is_whole(layer: &Layer) -> bool {
-    !matches!(layer.home(), Home::File | Home::Foreign)
+    !matches!(layer.storage(), LayerStorage::File | LayerStorage::Foreign)
         && !layer.id().is_reference()
         && !layer.is_base()
         && layer.pending().is_none()
@@ -161,7 +161,7 @@ fn dead_runs(layer: &Layer, mut seen: Vec<PageRange>, given: &[PageRange]) -> Ve
     seen.sort_unstable();
     let dead = subtract_runs(&[PageRange::new(0, layer.pages())], &join_runs(&seen, 0));
     let dead = subtract_runs(&dead, given);
-    if layer.home() != Home::Memory(Backing::Huge) {
+    if layer.storage() != LayerStorage::Memory(Backing::Huge) {
         return dead;
     }
     let whole = |run: PageRange| {

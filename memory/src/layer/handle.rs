@@ -16,7 +16,7 @@ use rustix::fs::{OFlags, fcntl_getfl};
 use crate::error::RamError;
 use crate::freeze::background::FillError;
 use crate::layer::interval::{IntervalMap, Piece};
-use crate::layer::{Home, Layer, LayerId, LayerMap, Source};
+use crate::layer::{Layer, LayerId, LayerMap, LayerOffset, LayerStorage};
 use crate::region::stats::allocated;
 use crate::units::{PAGE_SIZE, PageRange};
 
@@ -106,11 +106,11 @@ impl LayerHandle {
     /// If the file's extents cannot be read, or pages will never be filled.
     pub fn data_runs(&self, range: PageRange) -> Result<Vec<PageRange>, RamError> {
         self.0.wait_filled(range).map_err(RamError::Lost)?;
-        match self.0.home() {
+        match self.0.storage() {
             // Every page must exist: after a truncation the missing pages would look like a hole.
-            Home::File => return Ok(vec![range]),
-            Home::Foreign => crate::layer::builder::check_length(self.0.file(), self.0.pages())?,
-            Home::Memory(_) | Home::Disk => {}
+            LayerStorage::File => return Ok(vec![range]),
+            LayerStorage::Foreign => crate::layer::builder::check_length(self.0.file(), self.0.pages())?,
+            LayerStorage::Memory(_) | LayerStorage::Disk => {}
         }
         allocated(self.0.as_fd(), range).map_err(RamError::Harvest)
     }
@@ -150,8 +150,8 @@ pub struct LayerSource {
 }
 
 impl LayerSource {
-    pub(crate) fn inner(&self) -> Source {
-        Source { layer: Arc::clone(&self.layer.0), at: self.at }
+    pub(crate) fn inner(&self) -> LayerOffset {
+        LayerOffset { layer: Arc::clone(&self.layer.0), at: self.at }
     }
 }
 

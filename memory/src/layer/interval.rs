@@ -16,13 +16,13 @@ pub trait Piece: Clone {
 const MAX_CHUNK: usize = 64;
 
 #[derive(Clone, Debug)]
-struct Entry<V> {
+struct Interval<V> {
     start: u64,
     end: u64,
     value: V,
 }
 
-type Chunk<V> = Arc<Vec<Entry<V>>>;
+type Chunk<V> = Arc<Vec<Interval<V>>>;
 
 /// A map from disjoint ranges to values. Later insertions overwrite. Neighbours that continue each
 /// other are one entry, so the number of entries is the number of mappings needed.
@@ -68,7 +68,7 @@ impl<V: Piece> IntervalMap<V> {
     }
 
     /// The last entry that starts at or before `page`.
-    fn entry_at(&self, page: u64) -> Option<&Entry<V>> {
+    fn entry_at(&self, page: u64) -> Option<&Interval<V>> {
         let chunk = self.chunks.get(self.chunk_of(page))?;
         let next = chunk.partition_point(|entry| entry.start <= page);
         chunk.get(next.checked_sub(1)?)
@@ -135,8 +135,8 @@ impl<V: Piece> IntervalMap<V> {
     fn cut(&mut self, at: usize, first: usize, behind: usize, range: PageRange) {
         let chunk = Arc::make_mut(&mut self.chunks[at]);
         let (head, tail) = (&chunk[first], &chunk[behind - 1]);
-        let before = (head.start < range.start).then(|| Entry { end: range.start, ..head.clone() });
-        let after = (tail.end > range.end).then(|| Entry {
+        let before = (head.start < range.start).then(|| Interval { end: range.start, ..head.clone() });
+        let after = (tail.end > range.end).then(|| Interval {
             start: range.end,
             end: tail.end,
             value: tail.value.advance(range.end - tail.start),
@@ -161,12 +161,12 @@ impl<V: Piece> IntervalMap<V> {
             return;
         }
         self.remove(range);
-        let mut entry = Entry { start: range.start, end: range.end, value };
+        let mut entry = Interval { start: range.start, end: range.end, value };
         let before = range.start.checked_sub(1).and_then(|page| self.entry_at(page));
         if let Some(before) = before.filter(|before| before.end == entry.start)
             && before.value.continues(entry.start - before.start, &entry.value)
         {
-            entry = Entry { end: entry.end, ..before.clone() };
+            entry = Interval { end: entry.end, ..before.clone() };
         }
         if let Some(next) = self.entry_at(entry.end).filter(|next| next.start == entry.end)
             && entry.value.continues(entry.end - entry.start, &next.value)

@@ -53,7 +53,7 @@ impl fmt::Debug for LayerId {
 
 /// Where a layer's pages are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Home {
+pub(crate) enum LayerStorage {
     /// In memory, in pages of this size.
     Memory(Backing),
     /// In a private file on a disk. The page cache holds its pages as long as there is room.
@@ -74,7 +74,7 @@ pub(crate) struct Layer {
     id: LayerId,
     file: File,
     pages: u64,
-    home: Home,
+    storage: LayerStorage,
     live: Arc<AtomicUsize>,
     /// Whether a VM still owns pages of the file, mapped shared, that no map contains.
     base_file: AtomicBool,
@@ -94,14 +94,14 @@ pub(crate) struct Layer {
 }
 
 impl Layer {
-    pub(crate) fn new(id: LayerId, file: File, pages: u64, home: Home, live: Arc<AtomicUsize>) -> Self {
+    pub(crate) fn new(id: LayerId, file: File, pages: u64, storage: LayerStorage, live: Arc<AtomicUsize>) -> Self {
         // Relaxed: a gauge that orders nothing.
         live.fetch_add(1, Ordering::Relaxed);
         let (base_file, given) = (AtomicBool::new(false), Mutex::default());
         trace!(Layer { layer: id.0, file: crate::trace::file(&file) });
         let (bg_copy, handles_made, handles_gone) = (OnceLock::new(), AtomicU64::new(0), AtomicU64::new(0));
         let (lease, reader) = (None, None);
-        Self { id, file, pages, home, live, base_file, given, bg_copy, handles_made, handles_gone, lease, reader }
+        Self { id, file, pages, storage, live, base_file, given, bg_copy, handles_made, handles_gone, lease, reader }
     }
 
     /// Sets `reader`, an open of the same file, as the descriptor to copy to other processes.
@@ -155,8 +155,8 @@ impl Layer {
     }
 
     /// Where the pages are.
-    pub(crate) fn home(&self) -> Home {
-        self.home
+    pub(crate) fn storage(&self) -> LayerStorage {
+        self.storage
     }
 
     /// Sets whether a VM owns pages of the file that no map contains. Release: pairs with
@@ -255,27 +255,27 @@ impl AsFd for Layer {
 
 /// Where the first page of a range comes from; the following pages follow in the file.
 #[derive(Clone)]
-pub(crate) struct Source {
+pub(crate) struct LayerOffset {
     /// The layer.
     pub(crate) layer: Arc<Layer>,
     /// The page in the layer's file.
     pub(crate) at: u64,
 }
 
-impl Source {
+impl LayerOffset {
     /// Whether both refer to the same page of the same layer.
     pub(crate) fn is(&self, other: &Self) -> bool {
         self.layer.id() == other.layer.id() && self.at == other.at
     }
 }
 
-impl fmt::Debug for Source {
+impl fmt::Debug for LayerOffset {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?} at {:#x}", self.layer.id, self.at)
     }
 }
 
-impl Piece for Source {
+impl Piece for LayerOffset {
     fn advance(&self, pages: u64) -> Self {
         Self { layer: Arc::clone(&self.layer), at: self.at + pages }
     }
@@ -285,4 +285,4 @@ impl Piece for Source {
 }
 
 /// The layer that provides each page that a VM does not own. Pages in no entry are zeros.
-pub(crate) type LayerMap = IntervalMap<Source>;
+pub(crate) type LayerMap = IntervalMap<LayerOffset>;

@@ -37,7 +37,7 @@ const ROUNDED_TO: u64 = 16;
 const MAX_APART: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
-struct Made {
+struct PooledFile {
     grain: Backing,
     pages: u64,
     file: File,
@@ -45,7 +45,7 @@ struct Made {
 
 #[derive(Debug, Default)]
 struct Inner {
-    files: Vec<Made>,
+    files: Vec<PooledFile>,
     /// Time of the last freeze's request.
     asked: Option<Instant>,
     /// Number of files ordered and not made yet.
@@ -58,7 +58,7 @@ pub(crate) struct LayerFilePool(Mutex<Inner>);
 
 /// A file that is to be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Wanted {
+pub(crate) struct FileOrder {
     grain: Backing,
     pages: u64,
 }
@@ -71,7 +71,7 @@ impl LayerFilePool {
     /// Takes the smallest file with pages of `grain` that has room for `pages`.
     pub(crate) fn take(&self, grain: Backing, pages: u64) -> Option<File> {
         let made = self.with(|inner| {
-            let fits = |made: &Made| made.grain == grain && made.pages >= pages;
+            let fits = |made: &PooledFile| made.grain == grain && made.pages >= pages;
             let fitting = inner.files.iter().enumerate().filter(|(_, made)| fits(made));
             let (at, _) = fitting.min_by_key(|(_, made)| made.pages)?;
             Some(inner.files.swap_remove(at))
@@ -86,7 +86,7 @@ impl LayerFilePool {
 
     /// Notes that a freeze requested a file of `pages` at `now`. Returns the file to make for the
     /// next freeze, if one is likely to follow.
-    pub(crate) fn order(&self, grain: Backing, pages: u64, now: Instant) -> Option<Wanted> {
+    pub(crate) fn order(&self, grain: Backing, pages: u64, now: Instant) -> Option<FileOrder> {
         // The next delta is about as large as the last.
         let pages = (pages + pages / 8).next_multiple_of(ROUNDED_TO);
         self.with(|inner| {
@@ -96,7 +96,7 @@ impl LayerFilePool {
                 return None;
             }
             inner.ordered += 1;
-            Some(Wanted { grain, pages })
+            Some(FileOrder { grain, pages })
         })
     }
 
@@ -107,7 +107,7 @@ impl LayerFilePool {
 
     /// Makes an ordered file with `make` and allocates its memory. Runs on a thread that no VM
     /// waits for.
-    pub(crate) fn fill(&self, order: Wanted, make: impl FnOnce(u64, Backing) -> io::Result<File>) {
+    pub(crate) fn fill(&self, order: FileOrder, make: impl FnOnce(u64, Backing) -> io::Result<File>) {
         let made = make(order.pages, order.grain).and_then(|file| {
             fallocate(file.as_fd(), FallocateFlags::empty(), 0, order.pages << PAGE_SHIFT)?;
             Ok(file)
@@ -115,7 +115,7 @@ impl LayerFilePool {
         let gone = self.with(|inner| {
             inner.ordered -= 1;
             let Ok(file) = made else { return None };
-            inner.files.push(Made { grain: order.grain, pages: order.pages, file });
+            inner.files.push(PooledFile { grain: order.grain, pages: order.pages, file });
             let same = inner.files.iter().enumerate().filter(|(_, made)| made.grain == order.grain);
             let (count, smallest) = (same.clone().count(), same.min_by_key(|(_, made)| made.pages).map(|(at, _)| at));
             smallest.filter(|_| count > MAX_FILES).map(|at| inner.files.swap_remove(at))

@@ -9,7 +9,7 @@
 //! VM of one store can be started from an image of another.
 //!
 //! A view that a VM has replaced stays registered while a device may be reading it uncounted
-//! ([`crate::region::grace`]).
+//! ([`crate::region::srcu`]).
 //!
 //! The state lock is held while a VM's view is changed, and the change is published before unlock.
 //! Between the two the registry has the VM's old view. Any page added by the change is in another
@@ -151,7 +151,7 @@ impl View {
     }
 
     /// Registers the current map in place of the published one. Returns the old one, still
-    /// registered, because a device may be reading it ([`crate::region::grace`]).
+    /// registered, because a device may be reading it ([`crate::region::srcu`]).
     #[must_use = "a device may be reading what was shown before"]
     pub(crate) fn publish(&mut self) -> Option<Self> {
         if Arc::ptr_eq(&self.map, &self.published) {

@@ -22,7 +22,7 @@ use crate::units::{BLOCK_PAGES, PageRange, push_run};
 type PageWords = Box<[Word]>;
 
 #[derive(Debug)]
-struct Block {
+struct PageBlock {
     word: Word,
     /// Filled by the first split and kept, because lock-free readers may be using it.
     pages: OnceLock<PageWords>,
@@ -31,7 +31,7 @@ struct Block {
 /// See the module's documentation.
 #[derive(Debug)]
 pub struct OwnershipTable {
-    blocks: Box<[Block]>,
+    blocks: Box<[PageBlock]>,
     pages: u64,
     lock: Mutex<()>,
     pub(crate) trace: trace::Table,
@@ -52,7 +52,7 @@ impl OwnershipTable {
     /// A table of `pages` pages, all without an owner.
     #[must_use]
     pub fn new(pages: u64) -> Self {
-        let block = || Block { word: Word::new(Ownership::new(false, 0)), pages: OnceLock::new() };
+        let block = || PageBlock { word: Word::new(Ownership::new(false, 0)), pages: OnceLock::new() };
         let blocks = (0..pages.div_ceil(BLOCK_PAGES)).map(|_| block()).collect();
         Self { blocks, pages, lock: Mutex::new(()), trace: trace::Table::new(pages) }
     }
@@ -67,7 +67,7 @@ impl OwnershipTable {
     #[must_use]
     pub fn footprint(&self) -> u64 {
         let split = self.blocks.iter().filter(|b| b.pages.get().is_some()).count();
-        (self.blocks.len() * size_of::<Block>() + split * BLOCK_PAGES as usize * size_of::<Word>()) as u64
+        (self.blocks.len() * size_of::<PageBlock>() + split * BLOCK_PAGES as usize * size_of::<Word>()) as u64
     }
 
     /// Takes the right to change bits. Held by freeze, unshare, adopt and reset; never while

@@ -21,7 +21,7 @@ fn i4_no_page_of_a_range_is_exclusive_or_one_is() {
 fn a_table_says_how_large_it_is() {
     let table = OwnershipTable::new(PAGES);
     assert_eq!(table.pages(), PAGES);
-    let whole = 4 * size_of::<Block>() as u64;
+    let whole = 4 * size_of::<PageBlock>() as u64;
     assert_eq!(table.footprint(), whole);
     table.lock().split_partial(PageRange::new(3, 4));
     table.lock().split_partial(PageRange::new(BLOCK_PAGES + 3, BLOCK_PAGES + 4));

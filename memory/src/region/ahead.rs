@@ -6,7 +6,7 @@
 
 use crate::ahead::{AheadUse, PageSet, PageSetError};
 use crate::error::RamError;
-use crate::layer::Source;
+use crate::layer::LayerOffset;
 use crate::layer::interval::Piece;
 use crate::ram::{GuestRam, Quiesced};
 use crate::region::mappings::Mapping;
@@ -169,7 +169,7 @@ impl GuestRegion {
             return Ok(());
         }
         // I7: no uncounted read begins until the lock is released.
-        let read = self.grace.ranges();
+        let read = self.srcu.ranges();
         if let Some(first) = read.first().copied() {
             return Err(RamError::Pinned { pages: pages_in(&read), first });
         }
@@ -191,7 +191,7 @@ impl GuestRegion {
 }
 
 /// The parts of `run` that complete layers provide.
-fn provided(state: &State, run: PageRange) -> Vec<(PageRange, Source)> {
+fn provided(state: &State, run: PageRange) -> Vec<(PageRange, LayerOffset)> {
     let mut provided = Vec::new();
     for (piece, mapping) in state.space.mappings().within(run) {
         let Mapping::Private(mapped) = mapping else { continue };

@@ -3,7 +3,7 @@
 use thiserror::Error;
 
 use crate::error::RamError;
-use crate::layer::Source;
+use crate::layer::LayerOffset;
 use crate::ram::{GuestRam, Quiesced};
 use crate::region::GuestRegion;
 use crate::region::space::Differs;
@@ -59,7 +59,7 @@ impl GuestRam {
     }
 }
 
-fn told(source: Option<&Source>) -> String {
+fn told(source: Option<&LayerOffset>) -> String {
     source.map_or_else(|| "zeros".to_owned(), |source| format!("{source:?}"))
 }
 
@@ -80,7 +80,7 @@ impl GuestRegion {
             if let Some(range) = self.table.pinned_runs(*run).first().copied() {
                 return Err(CheckError::PinnedNotExclusive { range });
             }
-            if let Some(Differs { range, shown, says }) = state.space.out_of_step(*run).first() {
+            if let Some(Differs { range, shown, says }) = state.space.mismatched_ranges(*run).first() {
                 let (shown, says) = (told(shown.as_ref()), told(says.as_ref()));
                 return Err(CheckError::Astray { range: *range, shown, says });
             }

@@ -14,11 +14,11 @@ use std::sync::Arc;
 use rustix::fs::{Advice, Mode, OFlags, fadvise, ftruncate, open};
 
 use crate::error::RamError;
-use crate::layer::{Home, Source};
+use crate::layer::{LayerOffset, LayerStorage};
 use crate::ownership::TableGuard;
 use crate::ram::Quiesced;
+use crate::region::dont_fork;
 use crate::region::mappings::Mapping;
-use crate::region::nofork;
 use crate::region::{GuestRegion, State};
 use crate::testing::failpoint::{Call, failpoint};
 use crate::units::{PAGE_SHIFT, PageRange, join_runs, pages_in, subtract_runs};
@@ -58,7 +58,7 @@ impl GuestRegion {
         let table = self.table.lock();
         // R19: no-fork pages stay in place. In a layer's file a child would be one mapping away
         // from their bytes. I7: pages that a device reads stay too.
-        let mut kept = [nofork::runs(&state.no_fork), self.grace.ranges()].concat();
+        let mut kept = [dont_fork::runs(&state.dont_fork), self.srcu.ranges()].concat();
         kept.sort_unstable();
         let kept = join_runs(&kept, 0);
         let base = subtract_runs(&state.space.mappings().base_within(range), &kept);
@@ -88,7 +88,7 @@ impl GuestRegion {
     fn drop_cached(&self, state: &State, range: PageRange, own: &[PageRange]) -> Result<u64, RamError> {
         let mut dropped = 0;
         for (piece, source) in state.space.map().within(range) {
-            if !matches!(source.layer.home(), Home::Disk | Home::File) {
+            if !matches!(source.layer.storage(), LayerStorage::Disk | LayerStorage::File) {
                 continue;
             }
             for run in subtract_runs(&[piece], own) {
@@ -129,10 +129,10 @@ impl GuestRegion {
         })?;
         state.space.reserve_runs(out.len()).inspect_err(|_| restore(out))?;
 
-        let layer = Arc::new(self.store.adopt_file(file, pages, Home::Disk));
+        let layer = Arc::new(self.store.adopt_file(file, pages, LayerStorage::Disk));
         let mut at = 0;
         for (done, run) in out.iter().enumerate() {
-            let source = Source { layer: Arc::clone(&layer), at };
+            let source = LayerOffset { layer: Arc::clone(&layer), at };
             at += run.len();
             // Contents do not change, so stopping half-way is harmless: pages not remapped are
             // still the VM's own.
@@ -194,7 +194,7 @@ mod tests {
             // The VM's own pages, and a short read of them, which leaves private pages uncounted.
             let pin = region.pin(PageRange::new(10, 12), Access::Read, PinLifetime::Transient).unwrap();
             assert_eq!(region.ownership().get(10).1, u32::from(!frozen));
-            region.set_no_fork(PageRange::new(20, 30), Some(crate::NoFork::Zeroed)).unwrap();
+            region.set_dont_fork(PageRange::new(20, 30), Some(crate::DontFork::Zeroed)).unwrap();
             let evicted =
                 region.evict(PageRange::new(0, 64), Path::new("/var/tmp"), &Quiesced::by(&crate::NoWriters)).unwrap();
             assert_eq!(evicted, Evicted { written: 64 - 2 - 10, dropped: 0 }, "frozen before: {frozen}");
@@ -205,7 +205,7 @@ mod tests {
                     .map()
                     .within(PageRange::with_len(page, 1))
                     .iter()
-                    .any(|(_, source)| source.layer.home() == Home::Disk)
+                    .any(|(_, source)| source.layer.storage() == LayerStorage::Disk)
             };
             assert_eq!(
                 [9, 10, 11, 12, 19, 20, 29, 30].map(on_disk),

@@ -1,6 +1,6 @@
 //! The mappings of a region's reservation.
 
-use crate::layer::Source;
+use crate::layer::LayerOffset;
 use crate::layer::interval::{IntervalMap, Piece};
 use crate::units::{PageRange, pages_in, push_run};
 
@@ -8,9 +8,9 @@ use crate::units::{PageRange, pages_in, push_run};
 #[derive(Clone, Debug)]
 pub(crate) enum Mapping {
     /// Shared and writable over the base file: every page is this VM's own.
-    SharedBase(Source),
+    SharedBase(LayerOffset),
     /// Private over a layer: the kernel copies on write.
-    Private(Source),
+    Private(LayerOffset),
     /// Private zeros.
     Zero,
     /// No memory: not inherited (R19).

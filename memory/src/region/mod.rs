@@ -5,15 +5,15 @@ pub(crate) mod ahead;
 pub(crate) mod backend;
 pub(crate) mod check;
 pub(crate) mod counts;
+pub(crate) mod dont_fork;
 pub(crate) mod evict;
-pub(crate) mod grace;
 pub(crate) mod mappings;
-pub(crate) mod nofork;
 pub(crate) mod pages;
 pub(crate) mod pin;
 pub(crate) mod reference;
 pub(crate) mod reset;
 pub(crate) mod space;
+pub(crate) mod srcu;
 pub(crate) mod state;
 pub(crate) mod stats;
 pub(crate) mod suspend;
@@ -36,19 +36,19 @@ use vm_memory::{
 use crate::error::RamError;
 use crate::freeze::background::{FillError, LostMemory};
 use crate::layer::registry::View;
-use crate::layer::{LayerMap, Source};
+use crate::layer::{LayerMap, LayerOffset};
 use crate::ownership::{OwnershipTable, TableGuard};
 use crate::region::counts::Counters;
-use crate::region::grace::Grace;
 use crate::region::mappings::Mapping;
 use crate::region::pin::PinList;
 use crate::region::space::AddressSpace;
+use crate::region::srcu::Srcu;
 use crate::store::{Backing, Store};
 use crate::sync::whole::{self, Mutex, MutexGuard};
-use crate::sys::{Reservation, Watched};
+use crate::sys::{Reservation, SigbusWatch};
 use crate::units::{PAGE_SHIFT, PageRange, subtract_runs};
 
-pub(crate) fn same(a: Option<&Source>, b: Option<&Source>) -> bool {
+pub(crate) fn same(a: Option<&LayerOffset>, b: Option<&LayerOffset>) -> bool {
     match (a, b) {
         (Some(a), Some(b)) => a.is(b),
         (None, None) => true,
@@ -57,7 +57,7 @@ pub(crate) fn same(a: Option<&Source>, b: Option<&Source>) -> bool {
 }
 
 /// Splits all of `range` by its sources in `map`. `None` stands for zeros.
-pub(crate) fn parts_of(map: &LayerMap, range: PageRange) -> Vec<(PageRange, Option<Source>)> {
+pub(crate) fn parts_of(map: &LayerMap, range: PageRange) -> Vec<(PageRange, Option<LayerOffset>)> {
     let mut parts: Vec<_> = map.within(range).into_iter().map(|(range, source)| (range, Some(source))).collect();
     let covered: Vec<PageRange> = parts.iter().map(|(range, _)| *range).collect();
     parts.extend(subtract_runs(&[range], &covered).into_iter().map(|range| (range, None)));
@@ -70,7 +70,7 @@ pub struct GuestRegion {
     pub(crate) base: GuestAddress,
     pub(crate) store: Store,
     /// Dropped before the reservation, whose addresses may be reused once released.
-    watched: Option<Watched>,
+    watched: Option<SigbusWatch>,
     /// Shared with copies of this memory that are still running.
     pub(crate) at: Arc<Reservation>,
     pub(crate) table: OwnershipTable,
@@ -79,7 +79,7 @@ pub struct GuestRegion {
     pub(crate) pins: PinList,
     pub(crate) counters: Counters,
     /// The uncounted short read pins, and the views they may read.
-    pub(crate) grace: Grace<View>,
+    pub(crate) srcu: Srcu<View>,
     /// Whether adopted memory may still be missing. If so, a pin first has the pages filled, under
     /// the state lock. Set before the region is live.
     unfinished: whole::AtomicBool,
@@ -103,7 +103,7 @@ impl GuestRegion {
         let table = OwnershipTable::new(pages);
         #[cfg(feature = "trace")]
         table.trace.space(at.addr(0) as u64);
-        let watched = Watched::new(at.addr(0) as usize, at.addr(pages) as usize, &failure);
+        let watched = SigbusWatch::new(at.addr(0) as usize, at.addr(pages) as usize, &failure);
         Ok(Self {
             base,
             store: store.clone(),
@@ -113,7 +113,7 @@ impl GuestRegion {
             failure,
             pins: PinList::default(),
             counters: Counters::default(),
-            grace: Grace::default(),
+            srcu: Srcu::default(),
             unfinished: whole::AtomicBool::new(false),
             live: AtomicBool::new(false),
             absent: OnceLock::new(),
@@ -207,7 +207,7 @@ impl GuestRegion {
         // A panic under the lock leaves the state as of the last completed step. Each step leaves a
         // consistent state.
         let state = self.state_for_pin();
-        self.grace.begin_change();
+        self.srcu.begin_change();
         LockedState { region: self, state }
     }
 
@@ -260,7 +260,7 @@ impl GuestRegion {
                 // Later copies of these pages count again.
                 state.counted = subtract_runs(&state.counted, &runs);
                 for (run, at) in shared_back {
-                    state.space.note_shared_back(run, Source { layer: Arc::clone(&layer), at });
+                    state.space.note_shared_back(run, LayerOffset { layer: Arc::clone(&layer), at });
                 }
                 state.space.keep_gaps(&before, &gaps);
                 before
@@ -296,7 +296,7 @@ impl GuestRegion {
 
     /// The reason why adopted memory is lost, whether the callbacks have run or not.
     pub(crate) fn lost(&self) -> Option<Arc<FillError>> {
-        let gone = || self.watched.as_ref().is_some_and(Watched::is_lost).then(|| Arc::new(FillError::Gone));
+        let gone = || self.watched.as_ref().is_some_and(SigbusWatch::is_lost).then(|| Arc::new(FillError::Gone));
         self.failure.get().or_else(gone)
     }
 

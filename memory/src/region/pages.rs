@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use crate::error::RamError;
-use crate::layer::{Home, Layer, LayerId, registry};
+use crate::layer::{Layer, LayerId, LayerStorage, registry};
 use crate::ram::RamImage;
 use crate::region::counts::{CowCounts, PinCounts};
 use crate::region::mappings::Mapping;
@@ -108,20 +108,20 @@ impl PageMap {
 }
 
 /// A layer with its page counts.
-struct Counted<'a> {
+struct LayerCounts<'a> {
     layer: &'a Layer,
     shown: u64,
     mapped: u64,
 }
 
 impl ShownLayer {
-    fn of(counted: &Counted<'_>, elsewhere: Option<&BTreeSet<LayerId>>) -> Self {
-        let Counted { layer, shown, mapped } = *counted;
-        let place = match layer.home() {
-            Home::Memory(_) => LayerPlace::Memory,
-            Home::Disk => LayerPlace::Disk,
-            Home::File => LayerPlace::Snapshot,
-            Home::Foreign => LayerPlace::Foreign,
+    fn of(counted: &LayerCounts<'_>, elsewhere: Option<&BTreeSet<LayerId>>) -> Self {
+        let LayerCounts { layer, shown, mapped } = *counted;
+        let place = match layer.storage() {
+            LayerStorage::Memory(_) => LayerPlace::Memory,
+            LayerStorage::Disk => LayerPlace::Disk,
+            LayerStorage::File => LayerPlace::Snapshot,
+            LayerStorage::Foreign => LayerPlace::Foreign,
         };
         let found = rustix::fs::fstat(layer.as_fd()).map(|found| (found.st_dev, found.st_ino));
         let is_local = matches!(place, LayerPlace::Memory | LayerPlace::Disk);
@@ -163,7 +163,7 @@ impl GuestRegion {
         let reading = {
             // No section opens under this lock.
             let _state = self.state();
-            pages_in(&self.grace.ranges())
+            pages_in(&self.srcu.ranges())
         };
         let (long, long_total, longest) = self.pins.counts();
         let now = self.table.counts(self.range()).pins;
@@ -241,11 +241,11 @@ pub(crate) fn page_map(regions: &[Arc<GuestRegion>], origin: Option<&RamImage>) 
             *shown.entry(id).or_default() += run.count;
         }
     }
-    let mut counted: BTreeMap<LayerId, Counted<'_>> = BTreeMap::new();
+    let mut counted: BTreeMap<LayerId, LayerCounts<'_>> = BTreeMap::new();
     let sources = maps.iter().flat_map(|(_, map)| map.iter());
     for (range, source) in sources.filter(|(_, source)| !source.layer.id().is_reference()) {
         let id = source.layer.id();
-        let new = || Counted { layer: &source.layer, shown: shown.get(&id).copied().unwrap_or(0), mapped: 0 };
+        let new = || LayerCounts { layer: &source.layer, shown: shown.get(&id).copied().unwrap_or(0), mapped: 0 };
         counted.entry(id).or_insert_with(new).mapped += range.len();
     }
     let elsewhere = registry::layers_elsewhere(&own_views, MAX_VIEWS);

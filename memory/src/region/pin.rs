@@ -12,7 +12,7 @@ use vm_memory::VolatileSlice;
 use crate::layer::registry::View;
 use crate::ownership::word::{MAX_PINS, PinMiss};
 use crate::region::GuestRegion;
-use crate::region::grace::Section;
+use crate::region::srcu::ReadGuard;
 use crate::testing::sabotage::{Break, broken};
 use crate::trace;
 use crate::units::{PAGE_SHIFT, PageRange, pages_in, subtract_runs};
@@ -121,10 +121,10 @@ pub struct PinInfo {
 /// The long-term pins of a region. Short pins are only counted: listing them would cost more than
 /// the pin.
 #[derive(Debug, Default)]
-pub(crate) struct PinList(Mutex<Listed>);
+pub(crate) struct PinList(Mutex<PinTable>);
 
 #[derive(Debug, Default)]
-struct Listed {
+struct PinTable {
     next: u64,
     /// The longest time that a released pin was held.
     longest: Duration,
@@ -132,7 +132,7 @@ struct Listed {
 }
 
 impl PinList {
-    fn listed(&self) -> std::sync::MutexGuard<'_, Listed> {
+    fn listed(&self) -> std::sync::MutexGuard<'_, PinTable> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -171,7 +171,7 @@ impl PinList {
 /// Only a short read of pages that the VM does not own is uncounted: a layer's page does not change
 /// (I4), and if the guest writes it meanwhile, the guest's copy is made *away* from the device,
 /// which was asked for the bytes before the write. Such a pin holds the region's views as long as
-/// it lasts, and with them layers, files and frames (`region/grace.rs`). Resets, discards and
+/// it lasts, and with them layers, files and frames (`region/srcu.rs`). Resets, discards and
 /// evictions spare the pages of its range.
 pub struct DmaPin {
     /// Dropped before the region.
@@ -182,13 +182,13 @@ pub struct DmaPin {
     /// The counted pages, if they are not all of `range`.
     part: Option<Vec<PageRange>>,
     /// The section that keeps the views of the uncounted pages, if any.
-    section: Option<Section>,
+    read_guard: Option<ReadGuard>,
     ticket: Option<u64>,
 }
 
 /// Holdings of a pin that covers other than exclusive pages: the counted pages, if not all, and the
 /// section that keeps the others.
-type Held = (Option<Vec<PageRange>>, Option<Section>);
+type MixedPin = (Option<Vec<PageRange>>, Option<ReadGuard>);
 
 impl DmaPin {
     /// The pages pinned.
@@ -260,8 +260,8 @@ impl Drop for DmaPin {
             None => self.region.table.unpin(self.range),
             Some(runs) => runs.iter().for_each(|run| self.region.table.unpin(*run)),
         }
-        if let Some(section) = self.section.take() {
-            self.region.close(section);
+        if let Some(read_guard) = self.read_guard.take() {
+            self.region.close(read_guard);
         }
         if let Some(ticket) = self.ticket {
             self.region.pins.remove(ticket);
@@ -303,7 +303,7 @@ impl GuestRegion {
             return Err(PinError::Empty { base: self.base.0 });
         }
         let trace = trace::Device::pin(&self.table.trace, range, access, term);
-        let (part, section) = match self.table.try_pin(range) {
+        let (part, read_guard) = match self.table.try_pin(range) {
             Ok(()) => (None, None),
             Err(PinMiss::Saturated) => return Err(PinError::Saturated { range }),
             Err(PinMiss::NotExclusive | PinMiss::Split) => {
@@ -313,15 +313,15 @@ impl GuestRegion {
                     return Err(PinError::Absent { range });
                 }
                 match self.try_open(range, access, term) {
-                    Some(section) => (Some(Vec::new()), Some(section)),
+                    Some(read_guard) => (Some(Vec::new()), Some(read_guard)),
                     None => self.pin_locked(range, access, term)?,
                 }
             }
         };
         let listed = || self.pins.add(PinInfo { owner, range, access, held: Duration::ZERO });
         let ticket = (term == PinLifetime::LongTerm).then(listed);
-        trace.held(part.as_deref(), section.is_some());
-        let pin = DmaPin { trace, region: Arc::clone(self), range, access, part, section, ticket };
+        trace.held(part.as_deref(), read_guard.is_some());
+        let pin = DmaPin { trace, region: Arc::clone(self), range, access, part, read_guard, ticket };
         pin.mark_written().map_err(|source| PinError::MarkWritten { range, source })?;
         Ok(pin)
     }
@@ -334,14 +334,14 @@ impl GuestRegion {
 
     /// Opens a short read of pages that all belong to layers. Takes no lock and no count, only a
     /// section that keeps the region's views (I4).
-    fn try_open(&self, range: PageRange, access: Access, term: PinLifetime) -> Option<Section> {
+    fn try_open(&self, range: PageRange, access: Access, term: PinLifetime) -> Option<ReadGuard> {
         // Pages still being copied into the layer take the locked path, which reports the reason if
         // they cannot be filled.
         if access != Access::Read || term != PinLifetime::Transient || self.is_unfinished() {
             return None;
         }
-        match self.grace.try_open(range, || self.table.none_exclusive(range)) {
-            Ok(section) => Some(section),
+        match self.srcu.try_open(range, || self.table.none_exclusive(range)) {
+            Ok(read_guard) => Some(read_guard),
             Err(gone) => {
                 self.dispose(gone);
                 None
@@ -349,8 +349,8 @@ impl GuestRegion {
         }
     }
 
-    fn close(&self, section: Section) {
-        self.dispose(self.grace.close(section));
+    fn close(&self, read_guard: ReadGuard) {
+        self.dispose(self.srcu.close(read_guard));
     }
 
     fn dispose(&self, gone: Vec<View>) {
@@ -361,7 +361,7 @@ impl GuestRegion {
     }
 
     #[cold]
-    fn pin_locked(&self, range: PageRange, access: Access, term: PinLifetime) -> Result<Held, PinError> {
+    fn pin_locked(&self, range: PageRange, access: Access, term: PinLifetime) -> Result<MixedPin, PinError> {
         // The state lock keeps freeze, adopt and reset out; the table lock keeps the bit and the
         // kernel's page tables in step.
         let state = self.state_for_pin();
@@ -382,7 +382,7 @@ impl GuestRegion {
                     return Err(PinError::Saturated { range });
                 }
             }
-            return Ok((Some(own), Some(self.grace.open_locked(range))));
+            return Ok((Some(own), Some(self.srcu.open_locked(range))));
         }
         for run in shared {
             // Break COW before the bit is set: a page is exclusive only once the VM owns the frame

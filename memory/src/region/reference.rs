@@ -12,7 +12,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use crate::error::RamError;
-use crate::layer::{Layer, Source};
+use crate::layer::{Layer, LayerOffset};
 use crate::ownership::TableGuard;
 use crate::region::mappings::Mapping;
 use crate::region::{GuestRegion, State};
@@ -22,14 +22,14 @@ use crate::testing::sabotage::{Break, broken};
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange, join_runs, pages_in, subtract_runs};
 
 /// The bytes of one page.
-pub type Pattern = [u8; PAGE_SIZE as usize];
+pub type PagePattern = [u8; PAGE_SIZE as usize];
 
 /// A handle to a reference page. Clones are the same page.
 #[derive(Clone)]
-pub struct RefPage(Kind);
+pub struct RefPage(RefKind);
 
 #[derive(Clone)]
-enum Kind {
+enum RefKind {
     Zero,
     /// A block of copies of the pattern, so that 2 MiB of guest memory cost one mapping.
     Pattern(Arc<Layer>),
@@ -38,8 +38,8 @@ enum Kind {
 impl fmt::Debug for RefPage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
-            Kind::Zero => f.write_str("RefPage(zero)"),
-            Kind::Pattern(layer) => write!(f, "RefPage({:?})", layer.id()),
+            RefKind::Zero => f.write_str("RefPage(zero)"),
+            RefKind::Pattern(layer) => write!(f, "RefPage({:?})", layer.id()),
         }
     }
 }
@@ -48,19 +48,19 @@ impl RefPage {
     /// Whether both are handles to the same page.
     pub(crate) fn same_as(&self, other: &Self) -> bool {
         match (&self.0, &other.0) {
-            (Kind::Zero, Kind::Zero) => true,
-            (Kind::Pattern(a), Kind::Pattern(b)) => a.id() == b.id(),
+            (RefKind::Zero, RefKind::Zero) => true,
+            (RefKind::Pattern(a), RefKind::Pattern(b)) => a.id() == b.id(),
             _ => false,
         }
     }
 
     /// The sources of `range` when it shows this page: none for zeros, else one piece per block.
-    pub(crate) fn sources(&self, range: PageRange) -> Vec<(PageRange, Source)> {
+    pub(crate) fn sources(&self, range: PageRange) -> Vec<(PageRange, LayerOffset)> {
         match &self.0 {
-            Kind::Zero => Vec::new(),
-            Kind::Pattern(layer) => range
+            RefKind::Zero => Vec::new(),
+            RefKind::Pattern(layer) => range
                 .blocks()
-                .map(|(_, piece)| (piece, Source { layer: Arc::clone(layer), at: piece.start % BLOCK_PAGES }))
+                .map(|(_, piece)| (piece, LayerOffset { layer: Arc::clone(layer), at: piece.start % BLOCK_PAGES }))
                 .collect(),
         }
     }
@@ -68,7 +68,7 @@ impl RefPage {
     /// The page of zeros.
     #[must_use]
     pub fn zero() -> Self {
-        Self(Kind::Zero)
+        Self(RefKind::Zero)
     }
 }
 
@@ -77,7 +77,7 @@ impl Store {
     ///
     /// # Errors
     /// When there is no memory for it.
-    pub fn reference_page(&self, pattern: &Pattern) -> Result<RefPage, StoreError> {
+    pub fn reference_page(&self, pattern: &PagePattern) -> Result<RefPage, StoreError> {
         if pattern.iter().all(|byte| *byte == 0) {
             return Ok(RefPage::zero());
         }
@@ -85,7 +85,7 @@ impl Store {
         let block = pattern.repeat(BLOCK_PAGES as usize);
         let wrote = failpoint(Call::Copy).and_then(|()| layer.file().write_all_at(&block, 0));
         wrote.map_err(|source| StoreError::File { pages: BLOCK_PAGES, source })?;
-        Ok(RefPage(Kind::Pattern(Arc::new(layer))))
+        Ok(RefPage(RefKind::Pattern(Arc::new(layer))))
     }
 }
 
@@ -181,7 +181,7 @@ impl GuestRegion {
     fn give_back_unmapped(&self, state: &State, table: &TableGuard<'_>, range: PageRange) -> Result<u64, RamError> {
         let base = state.space.mappings().base_within(range);
         let private = subtract_runs(&[range], &base);
-        let dropped: Vec<PageRange> = private.iter().flat_map(|run| state.space.in_step(*run)).collect();
+        let dropped: Vec<PageRange> = private.iter().flat_map(|run| state.space.matched_ranges(*run)).collect();
         for run in &dropped {
             self.at.drop_private(*run).map_err(|source| RamError::Map { range: *run, source })?;
         }
@@ -197,8 +197,7 @@ impl GuestRegion {
     /// without a count.
     fn share_unless_pinned(&self, table: &TableGuard<'_>, range: PageRange) -> Vec<PageRange> {
         let mut pinned = table.share(range);
-        pinned
-            .extend(self.grace.ranges().into_iter().map(|read| read.intersect(range)).filter(|read| !read.is_empty()));
+        pinned.extend(self.srcu.ranges().into_iter().map(|read| read.intersect(range)).filter(|read| !read.is_empty()));
         pinned.sort_unstable();
         join_runs(&pinned, 0)
     }
@@ -260,7 +259,7 @@ mod tests {
         ram.memory().read_obj(GuestAddress(page * PAGE_SIZE + 8)).unwrap()
     }
 
-    fn pattern(word: u64) -> Pattern {
+    fn pattern(word: u64) -> PagePattern {
         let mut page = [0; PAGE_SIZE as usize];
         page.chunks_exact_mut(8).for_each(|chunk| chunk.copy_from_slice(&word.to_le_bytes()));
         page

@@ -22,14 +22,14 @@ const MAX_RUNS: usize = 8;
 
 /// Result of a reset. Counts are pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ResetReport {
+pub struct RamResetReport {
     /// The VM's own copies that were dropped.
     pub dropped: u64,
     /// Pages mapped anew.
     pub remapped: u64,
 }
 
-impl std::ops::AddAssign for ResetReport {
+impl std::ops::AddAssign for RamResetReport {
     fn add_assign(&mut self, other: Self) {
         self.dropped += other.dropped;
         self.remapped += other.remapped;
@@ -110,7 +110,7 @@ impl GuestRegion {
     /// The reason why the region cannot be reset now, if any. Callers that can wait do so.
     pub(crate) fn in_use(&self) -> Option<RamError> {
         let mut pinned = self.table.pinned_runs(self.range());
-        pinned.extend(self.grace.ranges());
+        pinned.extend(self.srcu.ranges());
         pinned.sort_unstable();
         let pinned = join_runs(&pinned, 0);
         let first = pinned.first().copied()?;
@@ -132,7 +132,7 @@ impl GuestRegion {
     pub(crate) fn reset_all(
         regions: &[Arc<Self>],
         images: &[RegionImage],
-        report: &mut ResetReport,
+        report: &mut RamResetReport,
     ) -> Result<(), ResetError> {
         let (Some((region, rest)), Some((image, images))) = (regions.split_first(), images.split_first()) else {
             return Ok(());
@@ -145,7 +145,7 @@ impl GuestRegion {
         // Finishes background copies first, because they read pages that the reset drops.
         region.finish_background(&mut state)?;
         // I7: no uncounted read begins until the lock is released.
-        let read = region.grace.ranges();
+        let read = region.srcu.ranges();
         if let Some(first) = read.first().copied() {
             return Err(RamError::Pinned { pages: pages_in(&read), first }.into());
         }
@@ -199,7 +199,7 @@ impl GuestRegion {
         base: &[PageRange],
         owned: &[PageRange],
         todo: &[(PageRange, Mapping)],
-    ) -> Result<ResetReport, RamError> {
+    ) -> Result<RamResetReport, RamError> {
         let anew: Vec<PageRange> = todo.iter().map(|(range, _)| *range).collect();
         let dropped = subtract_runs(owned, &anew);
         // The joined gaps contain no pinned page: a pinned page is the VM's own (I3, I9), and pins
@@ -210,7 +210,7 @@ impl GuestRegion {
         state.space.lay_out(todo, map, |_, _| Ok(()))?;
         state.space.retire_base_if_shared();
         state.space.trim();
-        Ok(ResetReport { dropped: pages_in(base) + pages_in(owned), remapped: pages_in(&anew) })
+        Ok(RamResetReport { dropped: pages_in(base) + pages_in(owned), remapped: pages_in(&anew) })
     }
 }
 
@@ -247,23 +247,23 @@ mod tests {
         let (ram, image) = frozen(&store);
         [3, 4, 700, 2047].iter().for_each(|p| put(&ram, *p, 0));
         let report = ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
-        assert_eq!(report, ResetReport { dropped: 4, remapped: 0 });
+        assert_eq!(report, RamResetReport { dropped: 4, remapped: 0 });
         assert!((0..PAGES).all(|p| word(&ram, p) == p + 1));
         assert_eq!(ram.stats().unwrap().private_kib, 0);
     }
 
     #[test]
     fn what_was_reset_of_two_regions_is_added_up() {
-        let mut report = ResetReport { dropped: 3, remapped: 5 };
-        report += ResetReport { dropped: 4, remapped: 6 };
-        assert_eq!(report, ResetReport { dropped: 7, remapped: 11 });
+        let mut report = RamResetReport { dropped: 3, remapped: 5 };
+        report += RamResetReport { dropped: 4, remapped: 6 };
+        assert_eq!(report, RamResetReport { dropped: 7, remapped: 11 });
     }
 
     #[test]
     fn only_what_shows_something_else_is_mapped_anew() {
         let store = Store::open_small().unwrap();
         let layer = Arc::new(store.layer(100, crate::Backing::Small).unwrap());
-        let private = |at| Mapping::Private(crate::layer::Source { layer: Arc::clone(&layer), at });
+        let private = |at| Mapping::Private(crate::layer::LayerOffset { layer: Arc::clone(&layer), at });
         assert!(shows(&Mapping::Zero, &Mapping::Zero) && shows(&private(7), &private(7)));
         assert!(shows(&Mapping::Absent, &Mapping::Zero) && shows(&Mapping::Absent, &private(7)), "R19");
         assert!(!shows(&Mapping::Zero, &private(7)) && !shows(&private(7), &Mapping::Zero));
@@ -335,7 +335,7 @@ mod tests {
         let refused = ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::from_millis(5));
         assert!(matches!(refused, Err(RamError::Pinned { pages: 1, .. })));
         // A pin after the first check is detected by the region itself.
-        let late = GuestRegion::reset_all(ram.regions(), image.regions(), &mut ResetReport::default());
+        let late = GuestRegion::reset_all(ram.regions(), image.regions(), &mut RamResetReport::default());
         assert!(matches!(late, Err(ResetError::Refused(RamError::Pinned { pages: 1, .. }))));
         assert_eq!((word(&ram, 5), word(&ram, 6)), (55, 66));
         assert!(ram.regions()[0].ownership().get(6).0, "what was the VM's own is so again");
@@ -352,7 +352,7 @@ mod tests {
         let pin = ram.regions()[0].pin(PageRange::with_len(5, 2), Access::Read, PinLifetime::Transient).unwrap();
         assert_eq!(ram.regions()[0].ownership().get(5), (false, 0), "not counted");
         // A read after the first check is detected by the region itself.
-        let late = GuestRegion::reset_all(ram.regions(), image.regions(), &mut ResetReport::default());
+        let late = GuestRegion::reset_all(ram.regions(), image.regions(), &mut RamResetReport::default());
         assert!(matches!(late, Err(ResetError::Refused(RamError::Pinned { pages: 2, .. }))), "{late:?}");
         assert_eq!(word(&ram, 700), 7, "nothing has changed");
         let device = std::thread::spawn(move || {

@@ -14,7 +14,7 @@
 //! | [`AddressSpace::catch_up`] | to the source in the map | yes | |
 //! | [`AddressSpace::supersede`] | | | of the VM's own pages |
 //! | [`AddressSpace::note_shared_back`] | done by a background copy | yes | |
-//! | [`AddressSpace::withdraw`] | a private copy of base pages | yes | |
+//! | [`AddressSpace::privatize_base`] | a private copy of base pages | yes | |
 //! | [`AddressSpace::keep_gaps`] | | | back to the mapping's source |
 //!
 //! Every operation that maps reserves its mappings first (D5). A refused operation changes nothing.
@@ -28,7 +28,7 @@ use crate::budget::{BudgetError, Promise};
 use crate::error::RamError;
 use crate::layer::interval::Piece;
 use crate::layer::registry::View;
-use crate::layer::{Layer, LayerMap, Source};
+use crate::layer::{Layer, LayerMap, LayerOffset};
 use crate::region::mappings::{Mapping, Mappings};
 use crate::region::{parts_of, same};
 use crate::store::Store;
@@ -59,9 +59,9 @@ pub(crate) struct AddressSpace {
 pub(crate) struct Differs {
     pub(crate) range: PageRange,
     /// The mapped source.
-    pub(crate) shown: Option<Source>,
+    pub(crate) shown: Option<LayerOffset>,
     /// The source in the map.
-    pub(crate) says: Option<Source>,
+    pub(crate) says: Option<LayerOffset>,
 }
 
 impl AddressSpace {
@@ -125,7 +125,7 @@ impl AddressSpace {
     pub(super) fn populate(&mut self, file: Arc<Layer>) -> Result<(), RamError> {
         let range = PageRange::new(0, self.at.pages());
         self.at.map_shared(range, file.as_fd(), 0).map_err(|source| RamError::Map { range, source })?;
-        self.mappings.insert(range, Mapping::SharedBase(Source { layer: Arc::clone(&file), at: 0 }));
+        self.mappings.insert(range, Mapping::SharedBase(LayerOffset { layer: Arc::clone(&file), at: 0 }));
         file.set_base(true);
         self.base_file = Some(file);
         Ok(())
@@ -167,7 +167,7 @@ impl AddressSpace {
     }
 
     /// Maps the map's source of `range`, which is `source`, in place of the VM's own copies.
-    pub(crate) fn catch_up(&mut self, range: PageRange, source: &Source) -> Result<(), RamError> {
+    pub(crate) fn catch_up(&mut self, range: PageRange, source: &LayerOffset) -> Result<(), RamError> {
         debug_assert!(
             parts_of(&self.map, range)
                 .iter()
@@ -195,13 +195,13 @@ impl AddressSpace {
 
     /// Makes `source` the source of `range` in the map. The pages are the VM's own and are not
     /// remapped.
-    pub(crate) fn supersede(&mut self, range: PageRange, source: Source) {
+    pub(crate) fn supersede(&mut self, range: PageRange, source: LayerOffset) {
         self.map.insert(range, source);
     }
 
     /// Records that a background copy has mapped `run` over `source`, which the map has shown since
     /// its freeze.
-    pub(super) fn note_shared_back(&mut self, run: PageRange, source: Source) {
+    pub(super) fn note_shared_back(&mut self, run: PageRange, source: LayerOffset) {
         self.mappings.insert(run, Mapping::Private(source));
         debug_assert!(
             self.mappings.len() as u64 <= self.promise.count(),
@@ -217,7 +217,7 @@ impl AddressSpace {
 
     /// Replaces base pages by private copies with the same bytes. The file's pages are to be
     /// punched ([`Self::free_base`]). On failure nothing has changed.
-    pub(crate) fn withdraw(&mut self, piece: PageRange) -> Result<(), RamError> {
+    pub(crate) fn privatize_base(&mut self, piece: PageRange) -> Result<(), RamError> {
         let Some(base_file) = self.base_file.clone() else { return Ok(()) };
         // In addition to the mappings promised to a background copy.
         self.reserve(self.promise.count() + 2)?;
@@ -232,7 +232,7 @@ impl AddressSpace {
     /// The VM has no copies of its own there.
     pub(crate) fn keep_gaps(&mut self, before: &LayerMap, gaps: &[PageRange]) {
         for gap in gaps {
-            for Differs { range, .. } in self.out_of_step(*gap) {
+            for Differs { range, .. } in self.mismatched_ranges(*gap) {
                 self.map.remove(range);
                 before.within(range).into_iter().for_each(|(range, source)| self.map.insert(range, source));
             }
@@ -241,7 +241,7 @@ impl AddressSpace {
 
     /// The pieces of `range` whose mapping and map differ. There I14 holds only because the VM has
     /// its own copies. Absent ranges stay unmapped even if the reset image maps them.
-    pub(crate) fn out_of_step(&self, range: PageRange) -> Vec<Differs> {
+    pub(crate) fn mismatched_ranges(&self, range: PageRange) -> Vec<Differs> {
         let mut differ = Vec::new();
         for (range, mapping) in self.mappings.within(range) {
             let shown = match &mapping {
@@ -261,8 +261,8 @@ impl AddressSpace {
 
     /// The pages of `range` whose copies can be dropped without a new mapping, because the mapping
     /// below agrees with the map.
-    pub(crate) fn in_step(&self, range: PageRange) -> Vec<PageRange> {
-        let mut differ: Vec<PageRange> = self.out_of_step(range).iter().map(|piece| piece.range).collect();
+    pub(crate) fn matched_ranges(&self, range: PageRange) -> Vec<PageRange> {
+        let mut differ: Vec<PageRange> = self.mismatched_ranges(range).iter().map(|piece| piece.range).collect();
         differ.sort_unstable();
         subtract_runs(&[range], &differ)
     }
@@ -288,7 +288,7 @@ impl AddressSpace {
         let Some(base_file) = self.base_file.clone() else { return };
         let mut map = LayerMap::new();
         for run in self.mappings.base_runs() {
-            map.insert(run, Source { layer: Arc::clone(&base_file), at: run.start });
+            map.insert(run, LayerOffset { layer: Arc::clone(&base_file), at: run.start });
         }
         // In this order: pages that became the layer's are in the published view before they leave
         // the base's view.

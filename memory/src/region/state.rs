@@ -7,7 +7,7 @@ use crate::layer::Layer;
 use crate::layer::compact::Compaction;
 use crate::layer::registry::View;
 use crate::region::GuestRegion;
-use crate::region::nofork::NoForkMap;
+use crate::region::dont_fork::DontForkMap;
 use crate::region::space::AddressSpace;
 use crate::sync::whole::MutexGuard;
 use crate::units::PageRange;
@@ -20,7 +20,7 @@ pub(crate) struct State {
     /// The address space (I14).
     pub(crate) space: AddressSpace,
     /// No-fork declarations.
-    pub(crate) no_fork: NoForkMap,
+    pub(crate) dont_fork: DontForkMap,
     /// The last freeze, if it was copied in the background and its outcome is not absorbed yet.
     pub(crate) freezing: Option<Freezing>,
     /// Private pages without their bit that are already counted as copies, ascending: a background
@@ -49,7 +49,7 @@ impl State {
     pub(super) fn new(space: AddressSpace) -> Self {
         Self {
             space,
-            no_fork: NoForkMap::new(),
+            dont_fork: DontForkMap::new(),
             freezing: None,
             counted: Vec::new(),
             waits: Vec::new(),
@@ -76,7 +76,7 @@ pub(crate) struct Freezing {
 }
 
 /// The locked state. Changes to the view are published before unlock. Until then no lock-free pin
-/// treats a page as shared (R11, [`crate::region::grace`]).
+/// treats a page as shared (R11, [`crate::region::srcu`]).
 #[derive(Debug)]
 pub(crate) struct LockedState<'a> {
     pub(super) region: &'a GuestRegion,
@@ -110,8 +110,8 @@ impl Drop for LockedState<'_> {
         let replaced = self.state.space.take_replaced();
         // After the new view is published and its layers are mapped, and before another pin may
         // begin: a device that reads the old view keeps it.
-        let gone: Vec<View> = replaced.into_iter().flat_map(|view| self.region.grace.retire(view)).collect();
-        self.region.grace.end_change();
+        let gone: Vec<View> = replaced.into_iter().flat_map(|view| self.region.srcu.retire(view)).collect();
+        self.region.srcu.end_change();
         if gone.iter().any(View::shows_layers) {
             // These views may hold the last handles of large layers, and the VM may be paused.
             self.region.store.dispose(gone);

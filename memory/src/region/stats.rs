@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use rustix::fs::{SeekFrom, seek};
 
 use crate::error::RamError;
-use crate::layer::Home;
+use crate::layer::LayerStorage;
 use crate::region::GuestRegion;
 use crate::region::mappings::Mapping;
 use crate::units::{PAGE_SHIFT, PAGE_SIZE, PageRange, pages_in, push_run, subtract_runs};
@@ -63,7 +63,7 @@ impl GuestRegion {
                     continue;
                 }
                 stats.shared += piece.len();
-                if matches!(source.layer.home(), Home::Memory(_) | Home::Foreign) {
+                if matches!(source.layer.storage(), LayerStorage::Memory(_) | LayerStorage::Foreign) {
                     let file = PageRange::with_len(source.at, piece.len());
                     let there = allocated(source.layer.as_fd(), file).map_err(RamError::Harvest)?;
                     stats.shared_kib += pages_in(&there) * (PAGE_SIZE / 1024);

@@ -38,10 +38,10 @@ use rustix::fs::{Advice, FallocateFlags, Mode, OFlags, fadvise, fallocate, fcntl
 use crate::ahead::PageSet;
 use crate::error::RamError;
 use crate::layer::handle::LayerHandle;
-use crate::layer::{Home, Layer, LayerId, Source};
+use crate::layer::{Layer, LayerId, LayerOffset, LayerStorage};
 use crate::region::mappings::Mapping;
 use crate::region::stats::allocated;
-use crate::region::{GuestRegion, State, ahead, nofork};
+use crate::region::{GuestRegion, State, ahead, dont_fork};
 use crate::testing::failpoint::{Call, failpoint};
 use crate::units::{PAGE_SHIFT, PageRange, join_runs, pages_in, subtract_runs};
 
@@ -125,13 +125,13 @@ pub struct Suspended {
 
 /// The pages that a VM touched between its last wake and its suspension.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct WorkingSet {
+pub struct TouchedPages {
     touched: PageSet,
     /// The touched pages that were written.
     written: PageSet,
 }
 
-impl WorkingSet {
+impl TouchedPages {
     /// Number of touched pages.
     #[must_use]
     pub fn pages(&self) -> u64 {
@@ -147,7 +147,7 @@ impl WorkingSet {
 
 /// The plan for one region.
 #[derive(Debug, Default)]
-struct Plan {
+struct SuspendPlan {
     /// The VM's own pages that are written out.
     own: Vec<PageRange>,
     /// The own pages that are mapped shared over the base file.
@@ -163,7 +163,7 @@ struct Plan {
 }
 
 /// A suspension of all regions.
-pub(crate) struct Suspension {
+pub(crate) struct RamSuspension {
     file: Option<SuspendFile>,
     /// Earlier files whose pages are copied too.
     merge: BTreeSet<LayerId>,
@@ -174,10 +174,10 @@ pub(crate) struct Suspension {
     /// does not show yet.
     whole: Option<LayerHandle>,
     pub(crate) report: Suspended,
-    pub(crate) working_set: WorkingSet,
+    pub(crate) working_set: TouchedPages,
 }
 
-impl Suspension {
+impl RamSuspension {
     /// A suspension of `regions`.
     pub(crate) fn to(file: SuspendFile, regions: &[Arc<GuestRegion>]) -> Result<Self, RamError> {
         let (merge, (report, working_set)) = (files_to_merge(regions)?, Default::default());
@@ -190,7 +190,7 @@ impl Suspension {
         if self.placed > 0 {
             failpoint(Call::Copy)?;
             write.sync_data()?;
-            let layer = Arc::new(store.adopt_file(write, self.placed, Home::Disk).read_by(read));
+            let layer = Arc::new(store.adopt_file(write, self.placed, LayerStorage::Disk).read_by(read));
             self.whole = Some(LayerHandle::new(&layer));
             self.layer = Some(layer);
         }
@@ -207,7 +207,7 @@ impl GuestRegion {
     pub(crate) fn suspend_all(
         regions: &[Arc<Self>],
         store: &crate::Store,
-        to: &mut Suspension,
+        to: &mut RamSuspension,
     ) -> Result<(), RamError> {
         let Some((region, rest)) = regions.split_first() else {
             let pages = to.placed;
@@ -217,7 +217,7 @@ impl GuestRegion {
         // Finishes background copies first, because they read pages that the suspension drops.
         region.finish_background(&mut state)?;
         // I7: no uncounted read begins until the lock is released.
-        let read = region.grace.ranges();
+        let read = region.srcu.ranges();
         if let Some(first) = read.first().copied() {
             return Err(RamError::Pinned { pages: pages_in(&read), first });
         }
@@ -258,11 +258,11 @@ impl GuestRegion {
         Ok(())
     }
 
-    fn plan_suspension(&self, state: &State, merge: &BTreeSet<LayerId>) -> Result<Plan, RamError> {
+    fn plan_suspension(&self, state: &State, merge: &BTreeSet<LayerId>) -> Result<SuspendPlan, RamError> {
         let mappings = state.space.mappings();
         // R19: no-fork pages stay in place. In a layer's file a child would be one mapping away
         // from their bytes.
-        let kept = nofork::runs(&state.no_fork);
+        let kept = dont_fork::runs(&state.dont_fork);
         let mapped_shared = mappings.base_runs();
         let private = subtract_runs(&self.owned_private(self.range(), &mapped_shared)?, &kept);
         let base = subtract_runs(&mapped_shared, &kept);
@@ -295,11 +295,11 @@ impl GuestRegion {
         }
         let cleared = subtract_runs(&long, &shown);
         debug_assert!(subtract_runs(&own, &merged(&[&shown, &cleared])).is_empty(), "a page of the VM's own is left");
-        Ok(Plan { own, base, kept, zeros, shown, cleared })
+        Ok(SuspendPlan { own, base, kept, zeros, shown, cleared })
     }
 
     /// Appends the shown pages of the plan to the file. Zeros stay holes.
-    fn write_plan(&self, plan: &Plan, to: &mut Suspension) -> Result<(), RamError> {
+    fn write_plan(&self, plan: &SuspendPlan, to: &mut RamSuspension) -> Result<(), RamError> {
         let Some(file) = &to.file else { return Ok(()) };
         let pages = pages_in(&plan.shown);
         let failed = unwritten(pages);
@@ -349,7 +349,7 @@ impl GuestRegion {
     fn show_file(
         &self,
         state: &mut State,
-        plan: &Plan,
+        plan: &SuspendPlan,
         place: u64,
         layer: Option<&Arc<Layer>>,
     ) -> Result<(), RamError> {
@@ -357,7 +357,7 @@ impl GuestRegion {
         for run in &plan.shown {
             // There is a layer if a page was placed.
             let Some(layer) = layer else { break };
-            state.space.show(*run, &Mapping::Private(Source { layer: Arc::clone(layer), at }))?;
+            state.space.show(*run, &Mapping::Private(LayerOffset { layer: Arc::clone(layer), at }))?;
             at += run.len();
         }
         plan.cleared.iter().try_for_each(|run| state.space.show(*run, &Mapping::Zero))
@@ -381,7 +381,7 @@ impl GuestRegion {
         let state = self.state_for_pin();
         let some = self.not_absent(runs);
         for (piece, source) in some.iter().flat_map(|run| state.space.map().within(*run)) {
-            if source.layer.home() == Home::Disk {
+            if source.layer.storage() == LayerStorage::Disk {
                 let len = NonZero::new(piece.len() << PAGE_SHIFT);
                 let _ = fadvise(source.layer.as_fd(), source.at << PAGE_SHIFT, len, Advice::WillNeed);
             }
@@ -402,7 +402,7 @@ impl GuestRegion {
     }
 }
 
-impl WorkingSet {
+impl TouchedPages {
     /// Copies the written pages ahead into `regions`, and reads the rest ahead.
     pub(crate) fn read_ahead(&self, regions: &[Arc<GuestRegion>]) {
         let ahead = self.touched.first(MAX_WORKING_SET);
@@ -452,7 +452,9 @@ fn files_to_merge(regions: &[Arc<GuestRegion>]) -> Result<BTreeSet<LayerId>, Ram
         let state = region.live_state()?;
         let own = region.own(&state)?;
         written += pages_in(&own);
-        for (range, source) in state.space.map().iter().filter(|(_, source)| source.layer.home() == Home::Disk) {
+        for (range, source) in
+            state.space.map().iter().filter(|(_, source)| source.layer.storage() == LayerStorage::Disk)
+        {
             *files.entry(source.layer.id()).or_default() += pages_in(&subtract_runs(&[range], &own));
         }
     }

@@ -8,7 +8,7 @@ mod uffd;
 
 pub(crate) use mapping::Reservation;
 pub(crate) use pagemap::Pagemap;
-pub(crate) use sigbus::Watched;
+pub(crate) use sigbus::SigbusWatch;
 pub use tmpfs::HugeTmpfs;
 pub(crate) use tmpfs::small_file;
-pub(crate) use uffd::{Fault, OpenError, Uffd, Watch};
+pub(crate) use uffd::{Fault, RegisterMode, Uffd, UffdOpenError};

@@ -49,15 +49,15 @@ const BATCH: usize = 512;
 /// The file describes the memory of the process that opened it, even in a child that inherits it,
 /// so a forked process opens it again.
 #[derive(Debug)]
-pub(crate) struct Pagemap(Mutex<Opened>);
+pub(crate) struct Pagemap(Mutex<ProcessPagemap>);
 
 #[derive(Clone, Debug)]
-struct Opened {
+struct ProcessPagemap {
     by: u32,
     file: Arc<File>,
 }
 
-impl Opened {
+impl ProcessPagemap {
     fn now() -> io::Result<Self> {
         Ok(Self { by: process::id(), file: Arc::new(File::open("/proc/self/pagemap")?) })
     }
@@ -66,7 +66,7 @@ impl Opened {
 impl Pagemap {
     /// Opens the file, and checks that this kernel has PAGEMAP_SCAN.
     pub(crate) fn open() -> io::Result<Self> {
-        let map = Self(Mutex::new(Opened::now()?));
+        let map = Self(Mutex::new(ProcessPagemap::now()?));
         let probe = Reservation::new(1)?;
         map.owned_runs(&probe, PageRange::new(0, 1))?;
         Ok(map)
@@ -77,7 +77,7 @@ impl Pagemap {
         // Replaced in one step.
         let mut opened = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if opened.by != process::id() {
-            *opened = Opened::now()?;
+            *opened = ProcessPagemap::now()?;
         }
         Ok(Arc::clone(&opened.file))
     }

@@ -56,9 +56,9 @@ fn owners<T>(with: impl FnOnce(&mut Owners) -> T) -> T {
 
 /// A range that is watched for as long as this lives.
 #[derive(Debug)]
-pub(crate) struct Watched(usize);
+pub(crate) struct SigbusWatch(usize);
 
-impl Watched {
+impl SigbusWatch {
     /// Watches the addresses from `start` to `end`, which are and stay guest memory. Reports the
     /// loss of a page to `failure`. `None` when the table is full.
     pub(crate) fn new(start: usize, end: usize, failure: &Arc<LostMemory>) -> Option<Self> {
@@ -81,14 +81,14 @@ impl Watched {
     }
 }
 
-impl Watched {
+impl SigbusWatch {
     /// Whether a page of the range is lost and its owner has not been notified yet.
     pub(crate) fn is_lost(&self) -> bool {
         TABLE[self.0].lost.load(Ordering::Acquire)
     }
 }
 
-impl Drop for Watched {
+impl Drop for SigbusWatch {
     fn drop(&mut self) {
         // Before the addresses are reused: the region drops this before its reservation.
         TABLE[self.0].end.store(0, Ordering::SeqCst);

@@ -45,7 +45,7 @@ const FEATURES: [(u64, &str); 4] = [
 
 #[repr(C)]
 #[derive(Default)]
-struct Api {
+struct UffdioApi {
     api: u64,
     features: u64,
     ioctls: u64,
@@ -53,12 +53,12 @@ struct Api {
 
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-struct Range {
+struct UffdioRange {
     start: u64,
     len: u64,
 }
 
-impl Range {
+impl UffdioRange {
     fn of(at: &Reservation, range: PageRange) -> Self {
         // `addr` asserts that the range lies within the reservation.
         let (start, end) = (at.addr(range.start) as u64, at.addr(range.end) as u64);
@@ -67,14 +67,14 @@ impl Range {
 }
 
 #[repr(C)]
-struct Register {
-    range: Range,
+struct UffdioRegister {
+    range: UffdioRange,
     mode: u64,
     ioctls: u64,
 }
 
 #[repr(C)]
-struct Copy {
+struct UffdioCopy {
     dst: u64,
     src: u64,
     len: u64,
@@ -83,8 +83,8 @@ struct Copy {
 }
 
 #[repr(C)]
-struct WriteProtect {
-    range: Range,
+struct UffdioWriteProtect {
+    range: UffdioRange,
     mode: u64,
 }
 
@@ -104,7 +104,7 @@ pub(crate) struct Fault {
 
 /// Which faults of a range are reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Watch {
+pub(crate) enum RegisterMode {
     /// Accesses to pages that have no memory behind them.
     Missing,
     /// Writes to pages that were protected.
@@ -118,7 +118,7 @@ pub(crate) struct Uffd(OwnedFd);
 
 /// The reason why userfaultfd is unavailable.
 #[derive(Debug)]
-pub(crate) enum OpenError {
+pub(crate) enum UffdOpenError {
     /// The kernel or its configuration refuses.
     Refused(io::Error),
     /// The kernel is too old.
@@ -126,18 +126,18 @@ pub(crate) enum OpenError {
 }
 
 impl Uffd {
-    pub(crate) fn open() -> Result<Self, OpenError> {
-        let uffd = Self::raw().map_err(OpenError::Refused)?;
+    pub(crate) fn open() -> Result<Self, UffdOpenError> {
+        let uffd = Self::raw().map_err(UffdOpenError::Refused)?;
         let wanted = FEATURES.iter().fold(0, |all, (bit, _)| all | bit);
-        let mut api = Api { api: API, features: wanted, ioctls: 0 };
+        let mut api = UffdioApi { api: API, features: wanted, ioctls: 0 };
         let Err(refused) = uffd.ioctl(UFFDIO_API, &mut api) else { return Ok(uffd) };
         // The handshake works once per descriptor: queries the features on another one, to name the
         // missing one.
-        let probe = Self::raw().map_err(OpenError::Refused)?;
-        let mut api = Api { api: API, ..Api::default() };
-        probe.ioctl(UFFDIO_API, &mut api).map_err(OpenError::Refused)?;
+        let probe = Self::raw().map_err(UffdOpenError::Refused)?;
+        let mut api = UffdioApi { api: API, ..UffdioApi::default() };
+        probe.ioctl(UFFDIO_API, &mut api).map_err(UffdOpenError::Refused)?;
         let lacking = FEATURES.iter().find(|(bit, _)| api.features & bit == 0);
-        Err(lacking.map_or(OpenError::Refused(refused), |(_, name)| OpenError::Lacks(name)))
+        Err(lacking.map_or(UffdOpenError::Refused(refused), |(_, name)| UffdOpenError::Lacks(name)))
     }
 
     fn raw() -> io::Result<Self> {
@@ -168,30 +168,30 @@ impl Uffd {
     }
 
     /// Watches `range`. Doing so again is harmless.
-    pub(crate) fn register(&self, at: &Reservation, range: PageRange, watch: Watch) -> io::Result<()> {
+    pub(crate) fn register(&self, at: &Reservation, range: PageRange, watch: RegisterMode) -> io::Result<()> {
         let mode = match watch {
-            Watch::Missing => REGISTER_MISSING,
-            Watch::Protected => REGISTER_WP,
+            RegisterMode::Missing => REGISTER_MISSING,
+            RegisterMode::Protected => REGISTER_WP,
         };
         failpoint(Call::Watch)?;
-        self.ioctl(UFFDIO_REGISTER, &mut Register { range: Range::of(at, range), mode, ioctls: 0 })
+        self.ioctl(UFFDIO_REGISTER, &mut UffdioRegister { range: UffdioRange::of(at, range), mode, ioctls: 0 })
     }
 
     /// Stops watching `range`, lifts any protection, and wakes the accesses that wait there.
     pub(crate) fn unregister(&self, at: &Reservation, range: PageRange) -> io::Result<()> {
-        self.ioctl(UFFDIO_UNREGISTER, &mut Range::of(at, range))?;
+        self.ioctl(UFFDIO_UNREGISTER, &mut UffdioRange::of(at, range))?;
         // The kernel wakes accesses that wait for a missing page, but not writes that wait.
         self.wake(at, range)
     }
 
     /// Wakes the accesses that wait in `range`.
     pub(crate) fn wake(&self, at: &Reservation, range: PageRange) -> io::Result<()> {
-        self.ioctl(UFFDIO_WAKE, &mut Range::of(at, range))
+        self.ioctl(UFFDIO_WAKE, &mut UffdioRange::of(at, range))
     }
 
     /// Wakes the accesses that wait for the page at `address`. Harmless for any mapping.
     pub(crate) fn wake_page(&self, address: u64) -> io::Result<()> {
-        self.ioctl(UFFDIO_WAKE, &mut Range { start: address, len: PAGE_SIZE })
+        self.ioctl(UFFDIO_WAKE, &mut UffdioRange { start: address, len: PAGE_SIZE })
     }
 
     /// Write-protects the pages of `range`. Only for [`crate::freeze::protect`], which ensures that
@@ -208,7 +208,7 @@ impl Uffd {
 
     fn write_protect(&self, at: &Reservation, range: PageRange, mode: u64) -> io::Result<()> {
         loop {
-            match self.ioctl(UFFDIO_WRITEPROTECT, &mut WriteProtect { range: Range::of(at, range), mode }) {
+            match self.ioctl(UFFDIO_WRITEPROTECT, &mut UffdioWriteProtect { range: UffdioRange::of(at, range), mode }) {
                 // The address space is being changed concurrently.
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => {}
                 other => return other,
@@ -222,12 +222,12 @@ impl Uffd {
     ///
     /// The kernel reads `from`, never Rust; an address that is not mapped is an error.
     pub(crate) fn fill(&self, into: &Reservation, range: PageRange, from: *const u8) -> io::Result<()> {
-        let whole = Range::of(into, range);
+        let whole = UffdioRange::of(into, range);
         let mut done = 0;
         while done < whole.len {
             let (dst, src) = (whole.start + done, from as u64 + done);
             failpoint(Call::Fill)?;
-            let mut copy = Copy { dst, src, len: whole.len - done, mode: 0, copy: 0 };
+            let mut copy = UffdioCopy { dst, src, len: whole.len - done, mode: 0, copy: 0 };
             let result = self.ioctl(UFFDIO_COPY, &mut copy);
             done += u64::try_from(copy.copy).unwrap_or(0);
             done += skip_or(result)?;
@@ -301,7 +301,7 @@ mod tests {
             let into = Reservation::new(1024).unwrap();
             let all = PageRange::new(0, 1024);
             into.map_shared(all, file.as_fd(), 0).unwrap();
-            uffd.register(&into, all, Watch::Missing).unwrap();
+            uffd.register(&into, all, RegisterMode::Missing).unwrap();
             let bytes = vec![7u8; 2 * PAGE_SIZE as usize];
             uffd.fill(&into, PageRange::with_len(5, 2), bytes.as_ptr()).unwrap();
             uffd.fill(&into, PageRange::with_len(6, 2), bytes.as_ptr()).expect("EEXIST is skipped");
@@ -317,7 +317,7 @@ mod tests {
         let into = Reservation::new(4).unwrap();
         let file = small_file(4).unwrap();
         into.map_shared(PageRange::new(0, 4), file.as_fd(), 0).unwrap();
-        uffd.register(&into, PageRange::new(0, 4), Watch::Missing).unwrap();
+        uffd.register(&into, PageRange::new(0, 4), RegisterMode::Missing).unwrap();
         assert!(uffd.fill(&into, PageRange::new(0, 1), std::ptr::null()).is_err());
     }
 }

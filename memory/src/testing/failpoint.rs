@@ -57,7 +57,7 @@ mod armed {
     /// Selects the failing call. One plan for a test's thread and the threads that its stores
     /// start.
     #[derive(Debug)]
-    pub(crate) struct Plan {
+    pub(crate) struct FailurePlan {
         /// Calls until the one that fails.
         left: AtomicU64,
         /// 0 not yet, 1 once, 2 all from there on.
@@ -67,7 +67,7 @@ mod armed {
         only: std::sync::Mutex<Only>,
     }
 
-    impl Default for Plan {
+    impl Default for FailurePlan {
         fn default() -> Self {
             let left = AtomicU64::new(OFF);
             let (last, only) = (std::sync::Mutex::default(), std::sync::Mutex::default());
@@ -75,7 +75,7 @@ mod armed {
         }
     }
 
-    impl Plan {
+    impl FailurePlan {
         /// Makes the call after `nth` others fail, or all from it on.
         pub(crate) fn arm(&self, nth: u64, for_ever: bool) {
             self.fired.store(0, Ordering::SeqCst);
@@ -142,16 +142,16 @@ mod armed {
     }
 
     thread_local! {
-        static PLAN: RefCell<Arc<Plan>> = RefCell::default();
+        static PLAN: RefCell<Arc<FailurePlan>> = RefCell::default();
     }
 
     /// This thread's plan.
-    pub(crate) fn plan() -> Arc<Plan> {
+    pub(crate) fn plan() -> Arc<FailurePlan> {
         PLAN.with(|plan| Arc::clone(&plan.borrow()))
     }
 
     /// Called on a thread that works for the owner of `plan`.
-    pub(crate) fn inherit(plan: Arc<Plan>) {
+    pub(crate) fn inherit(plan: Arc<FailurePlan>) {
         PLAN.with(|mine| *mine.borrow_mut() = plan);
     }
 

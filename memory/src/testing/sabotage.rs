@@ -67,7 +67,7 @@ pub(crate) mod tests {
     use crate::region::pin::{Access, DmaPin, PinLifetime};
     use crate::testing::failpoint::plan;
     use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange};
-    use crate::{FreezeMode, GuestRam, NoFork, Quiesced, RamImage, RamLayout, Store};
+    use crate::{DontFork, FreezeMode, GuestRam, Quiesced, RamImage, RamLayout, Store};
 
     thread_local! {
         static BROKEN: Cell<Option<Break>> = const { Cell::new(None) };
@@ -243,9 +243,9 @@ pub(crate) mod tests {
         assert_eq!((rig.get(41), rig.get(42)), (1, u64::from_ne_bytes([3; 8])));
     }
 
-    fn no_fork() {
+    fn dont_fork() {
         let rig = Rig::base();
-        rig.ram.regions()[0].set_no_fork(PageRange::new(20, 24), Some(NoFork::Zeroed)).unwrap();
+        rig.ram.regions()[0].set_dont_fork(PageRange::new(20, 24), Some(DontFork::Zeroed)).unwrap();
         let first = rig.child(&rig.freeze());
         assert_eq!((word(&first, 19), word(&first, 20), word(&first, 24)), (20, 0, 25));
         assert_eq!(rig.get(20), 21, "the parent keeps it");
@@ -303,7 +303,7 @@ pub(crate) mod tests {
         ("I7", Break::DropPinned, discard_under_a_pin),
         ("I9", Break::ReadInPlace, long_read),
         ("I10", Break::OwnReference, reference_pages),
-        ("I11", Break::InheritAll, no_fork),
+        ("I11", Break::InheritAll, dont_fork),
         ("I12", Break::SplitBare, pins_are_exact),
         ("I13", Break::ForgetUndo, refused_freeze),
         ("I14", Break::LeaveMap, reference_pages),

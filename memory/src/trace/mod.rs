@@ -44,7 +44,7 @@ use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 use crate::layer::{LayerId, LayerMap};
 use crate::ownership::word::{Ownership, Word};
-use crate::region::nofork::{self, NoForkMap};
+use crate::region::dont_fork::{self, DontForkMap};
 use crate::trace::check::Checker;
 use crate::trace::event::{Event, FileId};
 use crate::trace::records::Record;
@@ -237,8 +237,8 @@ impl Table {
         emit(|| Event::Settled { table: self.0, map: pieces(map) });
     }
 
-    pub(crate) fn image(&self, map: &LayerMap, declared: &NoForkMap) {
-        emit(|| Event::Image { table: self.0, map: pieces(map), declared: nofork::runs(declared) });
+    pub(crate) fn image(&self, map: &LayerMap, declared: &DontForkMap) {
+        emit(|| Event::Image { table: self.0, map: pieces(map), declared: dont_fork::runs(declared) });
     }
 }
 

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 use crate::layer::{LayerId, LayerMap};
 use crate::ownership::word::Word;
-use crate::region::nofork::NoForkMap;
+use crate::region::dont_fork::DontForkMap;
 use crate::units::PageRange;
 use crate::{Access, PinLifetime};
 
@@ -40,7 +40,7 @@ impl Table {
     #[inline(always)]
     pub(crate) fn reset_begun(&self) {}
     #[inline(always)]
-    pub(crate) fn image(&self, _map: &LayerMap, _declared: &NoForkMap) {}
+    pub(crate) fn image(&self, _map: &LayerMap, _declared: &DontForkMap) {}
 }
 
 #[derive(Debug)]

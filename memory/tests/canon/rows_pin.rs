@@ -1,6 +1,6 @@
 //! Rows of pins: 3-14, 20, 21, 24.
 
-use clade_memory::{Access, FreezeMode, NoFork, PageRange, PinError, PinLifetime, Quiesced};
+use clade_memory::{Access, DontFork, FreezeMode, PageRange, PinError, PinLifetime, Quiesced};
 
 use crate::case::{Actor, Axis, Case, Order, State};
 use crate::dma::Device;
@@ -282,7 +282,7 @@ fn refused(case: &Case<'_>, vm: &Vm) {
         assert!(matches!(empty.region().pin(ARENA, access, term), Err(PinError::Empty { .. })));
     }
     empty.kill();
-    region.set_no_fork(ARENA, Some(NoFork::Absent)).unwrap();
+    region.set_dont_fork(ARENA, Some(DontFork::Absent)).unwrap();
     let (image, _) = vm.ram.freeze_in(case.axis.mode, &Quiesced::by(&clade_memory::NoWriters)).unwrap();
     let child = Vm::reserve(case.store, "child without an arena");
     child.ram.adopt(&image).unwrap();

@@ -4,7 +4,7 @@
 use std::thread;
 
 use clade_memory::{
-    Access, BLOCK_PAGES, FreezeMode, NoFork, PAGE_SIZE, PageRange, PinLifetime, Quiesced, RamError, RefPage,
+    Access, BLOCK_PAGES, DontFork, FreezeMode, PAGE_SIZE, PageRange, PinLifetime, Quiesced, RamError, RefPage,
 };
 
 use crate::case::{Actor, Axis, Case, Order, State};
@@ -180,11 +180,11 @@ fn sane(case: &Case<'_>) {
         region.discard(beyond).map(|_| ()),
         region.map_reference(beyond, &RefPage::zero()),
         region.evict(beyond, dir, &quiesced).map(|_| ()),
-        region.set_no_fork(beyond, Some(NoFork::Zeroed)),
+        region.set_dont_fork(beyond, Some(DontFork::Zeroed)),
     ] {
         assert!(matches!(refused, Err(RamError::OutOfRange { pages: PAGES, .. })), "{refused:?}");
     }
-    assert!(region.no_fork().is_empty());
+    assert!(region.dont_fork().is_empty());
 
     let mut many = Vm::with_pages(case.store, "VM of many runs", MANY);
     many.ram.populate().unwrap();

@@ -104,7 +104,7 @@ pub(crate) enum Op {
         vm: usize,
         at: At,
     },
-    NoFork {
+    DontFork {
         vm: usize,
         at: At,
         what: Option<Inherits>,
@@ -157,7 +157,7 @@ fn op() -> impl Strategy<Value = Op> {
     // Few pages, as between two that are copied together; and removed everywhere, so that a child
     // has absent pages that are no longer declared.
     let few = (0..4096u64, 1..5u64).prop_map(|(start, len)| At { start, len });
-    let no_fork = prop_oneof![
+    let dont_fork = prop_oneof![
         5 => (prop_oneof![pages(), few], inherits).prop_map(|(at, what)| (at, Some(what))),
         1 => pages().prop_map(|at| (at, None)),
         2 => Just((At { start: 0, len: u64::MAX }, None)),
@@ -180,7 +180,7 @@ fn op() -> impl Strategy<Value = Op> {
             .prop_map(|(vm, at, disk)| Op::Evict { vm, at, disk }),
         2 => (n(), any::<bool>()).prop_map(|(vm, wake)| Op::Suspend { vm, wake }),
         3 => (n(), pages()).prop_map(|(vm, at)| Op::CopyAhead { vm, at }),
-        2 => (n(), no_fork).prop_map(|(vm, (at, what))| Op::NoFork { vm, at, what }),
+        2 => (n(), dont_fork).prop_map(|(vm, (at, what))| Op::DontFork { vm, at, what }),
         1 => n().prop_map(|vm| Op::Settle { vm }),
         1 => n().prop_map(|vm| Op::Compact { vm }),
         1 => n().prop_map(|image| Op::CompactImage { image }),

@@ -22,7 +22,7 @@ struct Page {
     bytes: Arc<[u8; PAGE]>,
     /// No memory: not inherited.
     absent: bool,
-    no_fork: Option<Inherits>,
+    dont_fork: Option<Inherits>,
 }
 
 /// The model of one VM, or of one image.
@@ -32,7 +32,7 @@ pub(crate) struct Pages(Vec<Page>);
 impl Pages {
     /// All pages are zeros.
     pub(crate) fn new(pages: u64) -> Self {
-        let zero = Page { bytes: Arc::new([0; PAGE]), absent: false, no_fork: None };
+        let zero = Page { bytes: Arc::new([0; PAGE]), absent: false, dont_fork: None };
         Self(vec![zero; pages as usize])
     }
 
@@ -94,13 +94,13 @@ impl Pages {
     }
 
     pub(crate) fn declare(&mut self, range: PageRange, what: Option<Inherits>) {
-        self.0[range.start() as usize..range.end() as usize].iter_mut().for_each(|page| page.no_fork = what);
+        self.0[range.start() as usize..range.end() as usize].iter_mut().for_each(|page| page.dont_fork = what);
     }
 
     /// The image for a child. Pages that the child does not inherit are not inherited by its
     /// children either.
     pub(crate) fn image(&self) -> Self {
-        let inherited = |page: &Page| match page.no_fork {
+        let inherited = |page: &Page| match page.dont_fork {
             // A page that is absent here, and no longer declared, is inherited with the bytes
             // below: zeros, or those of the last reset.
             None => Page { absent: false, ..page.clone() },

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use clade_memory::{
-    Access, FreezeMode, GuestRam, NoFork, PAGE_SIZE, PageRange, PageSet, PinLifetime, Quiesced, RamError, RamImage,
+    Access, DontFork, FreezeMode, GuestRam, PAGE_SIZE, PageRange, PageSet, PinLifetime, Quiesced, RamError, RamImage,
     RefPage, Store, SuspendFile,
 };
 use vm_memory::{Bytes, GuestAddress};
@@ -266,15 +266,15 @@ impl<'s> World<'s> {
                 assert!(came.hits + came.waste <= came.copied, "{came:?}");
             }
             Op::Suspend { vm, wake } => self.suspend(vm, wake),
-            Op::NoFork { vm, at, what } => {
+            Op::DontFork { vm, at, what } => {
                 let (vm, range) = (self.pick(vm), at.pages(self.pages));
                 let declared = what.map(|what| match what {
-                    Inherits::Absent => NoFork::Absent,
-                    Inherits::Zeroed => NoFork::Zeroed,
-                    Inherits::Fresh(byte) => NoFork::Fresh(self.reference(byte)),
+                    Inherits::Absent => DontFork::Absent,
+                    Inherits::Zeroed => DontFork::Zeroed,
+                    Inherits::Fresh(byte) => DontFork::Fresh(self.reference(byte)),
                 });
                 for part in parts(&self.vms[vm].ram, range) {
-                    part.region.set_no_fork(part.range, declared.clone()).unwrap();
+                    part.region.set_dont_fork(part.range, declared.clone()).unwrap();
                 }
                 self.vms[vm].model.declare(range, what);
             }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 
 use clade_memory::{
-    Access, GuestRam, ImageMap, LayerSource, NoFork, PAGE_SIZE, PageRange, PinLifetime, Quiesced, RamImage, RefPage,
+    Access, DontFork, GuestRam, ImageMap, LayerSource, PAGE_SIZE, PageRange, PinLifetime, Quiesced, RamImage, RefPage,
     Store,
 };
 use vm_memory::{Bytes, GuestAddress};
@@ -26,7 +26,7 @@ const WAYS: [(Access, PinLifetime); 4] = [
 fn r19_no_pin_of_what_is_absent_is_granted() {
     for store in stores() {
         let parent = born(&store, 1);
-        high(&parent).set_no_fork(PageRange::new(100, 110), Some(NoFork::Absent)).unwrap();
+        high(&parent).set_dont_fork(PageRange::new(100, 110), Some(DontFork::Absent)).unwrap();
         let child = child(&freeze(&parent), &store);
         for (access, term) in WAYS {
             for pages in [PageRange::new(100, 110), PageRange::new(104, 105), PageRange::new(109, 111)] {
@@ -55,7 +55,7 @@ fn a_range_whose_end_wraps_is_refused() {
         }
         assert!(region.discard(range).is_err(), "{range}");
         assert!(region.map_reference(range, &RefPage::zero()).is_err(), "{range}");
-        assert!(region.set_no_fork(range, Some(NoFork::Zeroed)).is_err(), "{range}");
+        assert!(region.set_dont_fork(range, Some(DontFork::Zeroed)).is_err(), "{range}");
         assert!(
             region.evict(range, Path::new("/dev/shm"), &Quiesced::by(&clade_memory::NoWriters)).is_err(),
             "{range}"
@@ -137,7 +137,7 @@ fn r19_what_is_evicted_is_in_no_file_that_a_child_maps() {
         let parent = born(&store, 1);
         let region = high(&parent);
         let secret = PageRange::new(100, 110);
-        region.set_no_fork(secret, Some(NoFork::Zeroed)).unwrap();
+        region.set_dont_fork(secret, Some(DontFork::Zeroed)).unwrap();
         if frozen {
             drop(freeze(&parent));
             fill_all(&parent, 1);

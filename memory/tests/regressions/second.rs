@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use clade_memory::{
-    Access, FreezeMode, GuestRam, NoFork, PAGE_SIZE, PageRange, PinLifetime, Quiesced, RamError, RamLayout, Store,
+    Access, DontFork, FreezeMode, GuestRam, PAGE_SIZE, PageRange, PinLifetime, Quiesced, RamError, RamLayout, Store,
     TableCounts,
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -20,7 +20,7 @@ fn counts(ram: &GuestRam) -> Vec<TableCounts> {
 
 fn declared(ram: &GuestRam) -> Vec<Vec<PageRange>> {
     let of = |region: &std::sync::Arc<clade_memory::GuestRegion>| {
-        region.no_fork().into_iter().map(|(range, _)| range).collect()
+        region.dont_fork().into_iter().map(|(range, _)| range).collect()
     };
     ram.regions().iter().map(of).collect()
 }
@@ -137,7 +137,7 @@ fn freezes() {
         drop(freeze(&ram));
         // Enough pages that a freeze shares them.
         (0..2).for_each(|region| fill(&ram, region, PageRange::new(10, 590), 1));
-        high(&ram).set_no_fork(PageRange::new(595, 599), Some(NoFork::Zeroed)).unwrap();
+        high(&ram).set_dont_fork(PageRange::new(595, 599), Some(DontFork::Zeroed)).unwrap();
         ram.finish_background().unwrap();
         settle(&store);
         let before = books(&ram);
@@ -163,7 +163,7 @@ fn freezes() {
             }
         });
         assert!(done.is_some_and(|files| files > 1), "{mode:?} is done with {done:?} files");
-        high(&ram).set_no_fork(PageRange::new(595, 599), None).unwrap();
+        high(&ram).set_dont_fork(PageRange::new(595, 599), None).unwrap();
         goes_on(&ram, &store, 1);
     }
 }
@@ -204,7 +204,7 @@ fn adoption() {
         // Four pieces in each region: the number that a VM is always allowed.
         region.discard(PageRange::new(100, 200)).unwrap();
         region.discard(PageRange::new(400, 600)).unwrap();
-        region.set_no_fork(PageRange::new(120, 130), Some(NoFork::Zeroed)).unwrap();
+        region.set_dont_fork(PageRange::new(120, 130), Some(DontFork::Zeroed)).unwrap();
     }
     let image = freeze(&parent);
     let fresh = reserve(&store);

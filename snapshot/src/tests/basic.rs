@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use clade_memory::{GuestRam, NoFork, PageRange, RamLayout, Store};
+use clade_memory::{DontFork, GuestRam, PageRange, RamLayout, Store};
 use vm_memory::Bytes;
 
 use super::support::*;
@@ -117,10 +117,10 @@ fn what_is_not_inherited_is_neither_saved_nor_forgotten() {
     let ram = born(&layout(), &store);
     (0..203).for_each(|page| put(&ram, page, 0x55));
     let region = &ram.regions()[1];
-    region.set_no_fork(PageRange::new(3, 5), Some(NoFork::Absent)).unwrap();
-    region.set_no_fork(PageRange::new(8, 9), Some(NoFork::Zeroed)).unwrap();
+    region.set_dont_fork(PageRange::new(3, 5), Some(DontFork::Absent)).unwrap();
+    region.set_dont_fork(PageRange::new(8, 9), Some(DontFork::Zeroed)).unwrap();
     let pattern = store.reference_page(&[7; 4096]).unwrap();
-    region.set_no_fork(PageRange::new(40, 44), Some(NoFork::Fresh(pattern))).unwrap();
+    region.set_dont_fork(PageRange::new(40, 44), Some(DontFork::Fresh(pattern))).unwrap();
     let image = freeze(&ram);
     Saving::default().save(&image, &at).unwrap();
     let restored = Snapshot::open(&at, &ParentDirs::siblings()).unwrap().restore_ram(&store, &Load::Lazy).unwrap();

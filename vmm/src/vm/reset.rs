@@ -56,7 +56,7 @@ thread_local! {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ResetReport {
     /// The pages of the reset.
-    pub memory: clade_memory::ResetReport,
+    pub memory: clade_memory::RamResetReport,
     /// From the request to the vCPUs until none was in the guest and the devices were quiesced.
     pub park: Duration,
     /// From then until no request was in flight.

@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use clade_devices::virtio::net::Net;
 use clade_devices::virtio::plain::DeviceOps;
 use clade_devices::virtio::vsock::Vsock;
-use clade_memory::{AheadUse, PageSet, Quiesced, StopsWriters, SuspendFile, Suspended, WorkingSet};
+use clade_memory::{AheadUse, PageSet, Quiesced, StopsWriters, SuspendFile, Suspended, TouchedPages};
 
 use crate::vm::error::VmError;
 use crate::vm::machine::Vm;
@@ -79,7 +79,7 @@ pub struct WakeReport {
 #[derive(Debug)]
 struct Asleep {
     /// The pages that the wake reads ahead.
-    working_set: WorkingSet,
+    working_set: TouchedPages,
     /// Pipes that are closed when it is woken.
     told: Vec<PipeWriter>,
 }

@@ -8,14 +8,14 @@ use std::time::Duration;
 
 use crate::budget::Promise;
 use crate::freeze::background::work::{
-    FILLED, PROTECTED, Part, Reader, WINDOW, Work, coalesce_if_many, make_inaccessible, runs_without,
+    CopyWork, DeltaPart, FILLED, PROTECTED, ReaderMapping, WINDOW, coalesce_if_many, make_inaccessible, runs_without,
 };
-use crate::freeze::background::{BackgroundError, CopyService, FillError, LostMemory, Target};
+use crate::freeze::background::{BackgroundError, CopyService, FaultTarget, FillError, LostMemory};
 use crate::freeze::protect;
 use crate::layer::registry::View;
 use crate::reclaim::TaskSender;
 use crate::sync::whole::{AtomicBool, Mutex, MutexGuard};
-use crate::sys::{Reservation, Watch};
+use crate::sys::{RegisterMode, Reservation};
 use crate::testing::sabotage::{Break, broken};
 use crate::units::PageRange;
 
@@ -24,8 +24,8 @@ use crate::units::PageRange;
 const HEAD_START: Duration = Duration::from_millis(1);
 
 #[derive(Debug)]
-enum Phase {
-    Pending(Box<Work>),
+enum CopyPhase {
+    Pending(Box<CopyWork>),
     /// The runs of the region that are now mapped over the file.
     Done(Vec<(PageRange, u64)>),
     Failed(Arc<FillError>),
@@ -35,7 +35,7 @@ enum Phase {
 #[derive(Debug)]
 pub(crate) struct BackgroundCopy {
     shared: Arc<CopyService>,
-    phase: Mutex<Phase>,
+    phase: Mutex<CopyPhase>,
     /// Set (Release) after the last page is filled or the first is lost. Pairs with the Acquire of
     /// readers without the lock.
     over: AtomicBool,
@@ -45,7 +45,7 @@ pub(crate) struct BackgroundCopy {
 #[derive(Debug)]
 pub(crate) struct Delta {
     pub(crate) file: File,
-    pub(crate) parts: Vec<Part>,
+    pub(crate) parts: Vec<DeltaPart>,
     /// The view through which gaps between the parts are copied.
     pub(crate) beneath: View,
     /// Reserved for the copy's own mapping.
@@ -65,16 +65,16 @@ impl BackgroundCopy {
         at: &Arc<Reservation>,
         delta: Delta,
     ) -> Result<Arc<Self>, BackgroundError> {
-        let work = Work::new(shared, at, delta)?;
-        let phase = Mutex::new(Phase::Pending(Box::new(work)));
+        let work = CopyWork::new(shared, at, delta)?;
+        let phase = Mutex::new(CopyPhase::Pending(Box::new(work)));
         let bg_copy = Arc::new(Self { shared: Arc::clone(shared), phase, over: AtomicBool::new(false) });
         // Before any page is protected, so that every fault finds its background copy.
         let (start, end) = (at.addr(0) as u64, at.addr(at.pages()) as u64);
-        shared.add_target(start, end, Target::Writer(Arc::clone(&bg_copy)));
+        shared.add_target(start, end, FaultTarget::Writer(Arc::clone(&bg_copy)));
         Ok(bg_copy)
     }
 
-    fn phase(&self) -> MutexGuard<'_, Phase> {
+    fn phase(&self) -> MutexGuard<'_, CopyPhase> {
         // If a holder panics, the background copy is failed.
         self.phase.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -86,7 +86,7 @@ impl BackgroundCopy {
         pinned: &[PageRange],
     ) -> Result<(), BackgroundError> {
         let mut phase = self.phase();
-        let Phase::Pending(work) = &mut *phase else { return Ok(()) };
+        let CopyPhase::Pending(work) = &mut *phase else { return Ok(()) };
         let fill = |range| work.fill_region(range).map_err(|e| BackgroundError::Watch(io::Error::other(e)));
         let pinned: &[PageRange] = if broken(Break::CopyPinnedLater) { &[] } else { pinned };
         pinned.iter().copied().try_for_each(fill)?;
@@ -112,7 +112,7 @@ impl BackgroundCopy {
     /// Number of pages of the layer that are not filled yet.
     pub(crate) fn missing(&self) -> u64 {
         match &*self.phase() {
-            Phase::Pending(work) => work.pages.iter().filter(|flags| **flags & FILLED == 0).count() as u64,
+            CopyPhase::Pending(work) => work.pages.iter().filter(|flags| **flags & FILLED == 0).count() as u64,
             _ => 0,
         }
     }
@@ -120,7 +120,7 @@ impl BackgroundCopy {
     /// Time for which the thread should answer faults only.
     pub(crate) fn head_start(&self) -> Option<Duration> {
         let phase = self.phase();
-        let Phase::Pending(work) = &*phase else { return None };
+        let CopyPhase::Pending(work) = &*phase else { return None };
         HEAD_START.checked_sub(work.since.elapsed()).filter(|left| !left.is_zero())
     }
 
@@ -134,7 +134,7 @@ impl BackgroundCopy {
             return None;
         }
         match &*self.phase() {
-            Phase::Failed(error) => Some(Arc::clone(error)),
+            CopyPhase::Failed(error) => Some(Arc::clone(error)),
             _ => None,
         }
     }
@@ -142,7 +142,7 @@ impl BackgroundCopy {
     /// Does one slice of the work. Returns true when no work is left.
     pub(crate) fn step(&self) -> bool {
         let mut phase = self.phase();
-        let Phase::Pending(work) = &mut *phase else { return true };
+        let CopyPhase::Pending(work) = &mut *phase else { return true };
         match work.step(&self.shared) {
             Ok(false) => false,
             Ok(true) => {
@@ -159,9 +159,9 @@ impl BackgroundCopy {
     /// Handles a failed step. If the delta has all its pages, the failure is harmless: the layer is
     /// complete, and runs mapped over it stay so. Otherwise the layer is lost. In that case no run
     /// has been mapped over it, so the parent is as it was before the freeze.
-    fn give_up(&self, mut phase: MutexGuard<'_, Phase>, error: &Arc<FillError>) {
+    fn give_up(&self, mut phase: MutexGuard<'_, CopyPhase>, error: &Arc<FillError>) {
         match &mut *phase {
-            Phase::Pending(work) if work.is_filled() => {
+            CopyPhase::Pending(work) if work.is_filled() => {
                 tracing::warn!(%error, "pages stay private to the parent");
                 work.release_everything();
                 self.complete(phase);
@@ -175,15 +175,15 @@ impl BackgroundCopy {
     pub(crate) fn finish(&self) -> Result<Vec<(PageRange, u64)>, Arc<FillError>> {
         while !self.step() {}
         match &*self.phase() {
-            Phase::Failed(error) => Err(Arc::clone(error)),
-            Phase::Done(remapped) => Ok(remapped.clone()),
-            Phase::Pending(_) => Ok(Vec::new()),
+            CopyPhase::Failed(error) => Err(Arc::clone(error)),
+            CopyPhase::Done(remapped) => Ok(remapped.clone()),
+            CopyPhase::Pending(_) => Ok(Vec::new()),
         }
     }
 
     /// Completes: everything is copied, and released or mapped over the delta.
-    fn complete(&self, mut phase: MutexGuard<'_, Phase>) {
-        let Phase::Pending(work) = &mut *phase else { return };
+    fn complete(&self, mut phase: MutexGuard<'_, CopyPhase>) {
+        let CopyPhase::Pending(work) = &mut *phase else { return };
         let remapped = std::mem::take(&mut work.remapped);
         self.shared.remove_target(work.gate.at().addr(0) as u64);
         // After the last page is filled: from here on a hole would read as zeros.
@@ -193,11 +193,11 @@ impl BackgroundCopy {
                 tracing::error!(%error, "a child's memory stays watched");
             }
         }
-        let done = std::mem::replace(&mut *phase, Phase::Done(remapped));
+        let done = std::mem::replace(&mut *phase, CopyPhase::Done(remapped));
         self.over.store(true, Ordering::Release);
         drop(phase);
         // Outside the lock, because it may hold the last handles of layers below.
-        if let Phase::Pending(work) = done {
+        if let CopyPhase::Pending(work) = done {
             work.put_together();
         }
     }
@@ -207,8 +207,8 @@ impl BackgroundCopy {
         self.give_up(self.phase(), error);
     }
 
-    fn fail_locked(&self, mut phase: MutexGuard<'_, Phase>, error: &Arc<FillError>) {
-        let Phase::Pending(work) = &mut *phase else { return };
+    fn fail_locked(&self, mut phase: MutexGuard<'_, CopyPhase>, error: &Arc<FillError>) {
+        let CopyPhase::Pending(work) = &mut *phase else { return };
         tracing::warn!(%error, "a background freeze failed");
         // I14: for pages mapped over a delta the map must show the delta, and a failed delta is
         // removed from the map.
@@ -226,7 +226,7 @@ impl BackgroundCopy {
                 make_inaccessible(&self.shared, reader, run);
             }
         }
-        let done = std::mem::replace(&mut *phase, Phase::Failed(Arc::clone(error)));
+        let done = std::mem::replace(&mut *phase, CopyPhase::Failed(Arc::clone(error)));
         drop(phase);
         drop(done);
         // Deferred: the caller may hold a region's lock, and a callback may query that region.
@@ -241,7 +241,7 @@ impl BackgroundCopy {
         }
         let mut phase = self.phase();
         match &mut *phase {
-            Phase::Pending(work) if work.readers.is_empty() => {
+            CopyPhase::Pending(work) if work.readers.is_empty() => {
                 work.release_everything();
                 self.complete(phase);
             }
@@ -252,7 +252,7 @@ impl BackgroundCopy {
     /// Serves a write that waits for a page of the frozen region.
     pub(crate) fn serve_writer(&self, page: u64) {
         let mut phase = self.phase();
-        let Phase::Pending(work) = &mut *phase else { return };
+        let CopyPhase::Pending(work) = &mut *phase else { return };
         let window = PageRange::with_len(page - page % WINDOW, WINDOW);
         // Relies on this background copy's flags only: the fault may predate the copy. Since it was
         // read the page may have been released, or mapped over the delta, which needs no release.
@@ -265,7 +265,7 @@ impl BackgroundCopy {
     /// Serves an access that waits for a page of the file.
     pub(crate) fn serve_reader(&self, page: u64) {
         let mut phase = self.phase();
-        let Phase::Pending(work) = &mut *phase else { return };
+        let CopyPhase::Pending(work) = &mut *phase else { return };
         let window = PageRange::with_len(page - page % WINDOW, WINDOW);
         if let Err(error) = work.fill(&self.shared, window) {
             self.fail_locked(phase, &Arc::new(error));
@@ -277,7 +277,7 @@ impl BackgroundCopy {
     /// are released in any case.
     pub(crate) fn copy_and_unprotect(&self, range: PageRange) {
         let mut phase = self.phase();
-        let Phase::Pending(work) = &mut *phase else { return };
+        let CopyPhase::Pending(work) = &mut *phase else { return };
         if let Err(error) = work.copy_and_unprotect(&self.shared, range) {
             self.give_up(phase, &Arc::new(error));
         }
@@ -289,7 +289,7 @@ impl BackgroundCopy {
             return self.failure().map_or(Ok(()), Err);
         }
         let mut phase = self.phase();
-        if let Phase::Pending(work) = &mut *phase {
+        if let CopyPhase::Pending(work) = &mut *phase {
             let Err(error) = work.fill(&self.shared, range) else { return Ok(()) };
             self.fail_locked(phase, &Arc::new(error));
         } else {
@@ -301,9 +301,9 @@ impl BackgroundCopy {
     /// As [`Self::wait_filled`], for the part of a child's `range` that is mapped over the file.
     pub(crate) fn wait_filled_for(&self, at: &Arc<Reservation>, range: PageRange) -> Result<(), Arc<FillError>> {
         let wanted: Vec<PageRange> = match &*self.phase() {
-            Phase::Done(_) => return Ok(()),
-            Phase::Failed(error) => return Err(Arc::clone(error)),
-            Phase::Pending(work) => {
+            CopyPhase::Done(_) => return Ok(()),
+            CopyPhase::Failed(error) => return Err(Arc::clone(error)),
+            CopyPhase::Pending(work) => {
                 let mine = work.readers.iter().filter(|reader| Arc::ptr_eq(&reader.at, at));
                 mine.filter_map(|reader| reader.file_of(range)).collect()
             }
@@ -322,14 +322,14 @@ impl BackgroundCopy {
     ) -> Result<bool, AttachError> {
         let mut phase = self.phase();
         match &mut *phase {
-            Phase::Done(_) => Ok(false),
-            Phase::Failed(error) => Err(AttachError::Failed(Arc::clone(error))),
-            Phase::Pending(work) => {
-                self.shared.uffd.register(at, range, Watch::Missing).map_err(AttachError::Watch)?;
+            CopyPhase::Done(_) => Ok(false),
+            CopyPhase::Failed(error) => Err(AttachError::Failed(Arc::clone(error))),
+            CopyPhase::Pending(work) => {
+                self.shared.uffd.register(at, range, RegisterMode::Missing).map_err(AttachError::Watch)?;
                 let file = PageRange::with_len(from, range.len());
-                let reader = Reader { at: Arc::clone(at), range, file, failure: Arc::clone(failure) };
+                let reader = ReaderMapping { at: Arc::clone(at), range, file, failure: Arc::clone(failure) };
                 let end = at.addr(range.end) as u64;
-                self.shared.add_target(reader.address(), end, Target::Reader(Arc::clone(self), from));
+                self.shared.add_target(reader.address(), end, FaultTarget::Reader(Arc::clone(self), from));
                 work.readers.push(reader);
                 Ok(true)
             }
@@ -340,8 +340,8 @@ impl BackgroundCopy {
     /// that they never read a hole.
     pub(crate) fn detach(&self, at: &Arc<Reservation>) {
         let mut phase = self.phase();
-        let Phase::Pending(work) = &mut *phase else { return };
-        let gone: Vec<Reader> = work.readers.extract_if(.., |reader| Arc::ptr_eq(&reader.at, at)).collect();
+        let CopyPhase::Pending(work) = &mut *phase else { return };
+        let gone: Vec<ReaderMapping> = work.readers.extract_if(.., |reader| Arc::ptr_eq(&reader.at, at)).collect();
         for reader in &gone {
             self.shared.remove_target(reader.address());
         }

@@ -67,13 +67,13 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use thiserror::Error;
 
 use crate::sync::whole::{Mutex, MutexGuard};
-use crate::sys::{Fault, OpenError, Uffd};
+use crate::sys::{Fault, Uffd, UffdOpenError};
 use crate::units::PAGE_SIZE;
 
 pub(crate) use bg_copy::{AttachError, BackgroundCopy, Delta};
 pub use failure::FillError;
 pub(crate) use failure::LostMemory;
-pub(crate) use work::{Origin, Part};
+pub(crate) use work::{CopySource, DeltaPart};
 
 /// The reason why background freezes are impossible.
 #[derive(Debug, Error)]
@@ -98,18 +98,18 @@ pub enum BackgroundError {
     Watch(#[source] io::Error),
 }
 
-impl From<OpenError> for BackgroundError {
-    fn from(error: OpenError) -> Self {
+impl From<UffdOpenError> for BackgroundError {
+    fn from(error: UffdOpenError) -> Self {
         match error {
-            OpenError::Refused(source) => Self::Refused(source),
-            OpenError::Lacks(feature) => Self::Lacks { feature },
+            UffdOpenError::Refused(source) => Self::Refused(source),
+            UffdOpenError::Lacks(feature) => Self::Lacks { feature },
         }
     }
 }
 
 /// Owner of a faulting address.
 #[derive(Clone)]
-enum Target {
+enum FaultTarget {
     /// The frozen VM, from its first page.
     Writer(Arc<BackgroundCopy>),
     /// A child; the number is the file's page at the start of the range.
@@ -117,9 +117,9 @@ enum Target {
 }
 
 #[derive(Default)]
-struct Index {
+struct FaultIndex {
     /// By first address: the end, and the owner.
-    targets: BTreeMap<u64, (u64, Target)>,
+    targets: BTreeMap<u64, (u64, FaultTarget)>,
     jobs: VecDeque<Arc<BackgroundCopy>>,
     /// VMs whose memory was lost. The thread, which holds no lock, runs their callbacks.
     lost_memory: Vec<Arc<LostMemory>>,
@@ -135,7 +135,7 @@ struct Index {
 pub(crate) struct CopyService {
     uffd: Arc<Uffd>,
     bell: OwnedFd,
-    index: Mutex<Index>,
+    index: Mutex<FaultIndex>,
     #[cfg(test)]
     pub(crate) hooks: tests::Hooks,
 }
@@ -147,7 +147,7 @@ impl fmt::Debug for CopyService {
 }
 
 impl CopyService {
-    fn index(&self) -> MutexGuard<'_, Index> {
+    fn index(&self) -> MutexGuard<'_, FaultIndex> {
         // Each change to the index is one step.
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -163,7 +163,7 @@ impl CopyService {
         let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
     }
 
-    fn add_target(&self, start: u64, end: u64, target: Target) {
+    fn add_target(&self, start: u64, end: u64, target: FaultTarget) {
         let replaced = self.index().targets.insert(start, (end, target));
         debug_assert!(replaced.is_none(), "an address has one background copy at a time");
     }
@@ -217,8 +217,8 @@ impl CopyService {
             near.filter(|(_, (end, _))| fault.address < *end).map(|(start, (_, target))| (*start, target.clone()))
         };
         match found {
-            Some((start, Target::Writer(bg_copy))) => bg_copy.serve_writer((fault.address - start) / PAGE_SIZE),
-            Some((start, Target::Reader(bg_copy, at))) => {
+            Some((start, FaultTarget::Writer(bg_copy))) => bg_copy.serve_writer((fault.address - start) / PAGE_SIZE),
+            Some((start, FaultTarget::Reader(bg_copy, at))) => {
                 bg_copy.serve_reader(at + (fault.address - start) / PAGE_SIZE);
             }
             // The copy has finished since: retry.
@@ -324,7 +324,7 @@ impl CopyService {
         };
         jobs.iter().for_each(|job| job.fail(error));
         for target in targets {
-            let (Target::Writer(bg_copy) | Target::Reader(bg_copy, _)) = target;
+            let (FaultTarget::Writer(bg_copy) | FaultTarget::Reader(bg_copy, _)) = target;
             bg_copy.fail(error);
         }
     }

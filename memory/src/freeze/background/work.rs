@@ -12,10 +12,10 @@ use crate::budget::Promise;
 use crate::freeze::background::bg_copy::Delta;
 use crate::freeze::background::{BackgroundError, CopyService, FillError, LostMemory};
 use crate::freeze::protect::ProtectGate;
-use crate::layer::Source;
+use crate::layer::LayerOffset;
 use crate::layer::registry::View;
 use crate::reclaim::TaskSender;
-use crate::sys::{Reservation, Watch};
+use crate::sys::{RegisterMode, Reservation};
 use crate::testing::failpoint::{Call, failpoint};
 use crate::testing::sabotage::{Break, broken};
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange};
@@ -42,25 +42,25 @@ pub(super) const PROTECTED: u8 = 2;
 
 /// Where the bytes of a part are until they are copied.
 #[derive(Clone, Debug)]
-pub(crate) enum Origin {
+pub(crate) enum CopySource {
     /// In the frozen VM's memory, protected or pinned.
     Parent,
     /// A closed gap: the VM does not own these pages and may write them meanwhile, but the layer
     /// below never changes (I4).
-    Layer(Source),
+    Layer(LayerOffset),
     /// A closed gap without a layer below.
     Zero,
 }
 
 /// Pages of the frozen region that are contiguous in the delta's file from `at` on.
 #[derive(Clone, Debug)]
-pub(crate) struct Part {
+pub(crate) struct DeltaPart {
     pub(crate) range: PageRange,
     pub(crate) at: u64,
-    pub(crate) origin: Origin,
+    pub(crate) origin: CopySource,
 }
 
-impl Part {
+impl DeltaPart {
     pub(super) fn file(&self) -> PageRange {
         PageRange::with_len(self.at, self.range.len())
     }
@@ -74,14 +74,14 @@ impl Part {
 
 /// A child's mapping of the unfinished file.
 #[derive(Debug)]
-pub(super) struct Reader {
+pub(super) struct ReaderMapping {
     pub(super) at: Arc<Reservation>,
     pub(super) range: PageRange,
     pub(super) file: PageRange,
     pub(super) failure: Arc<LostMemory>,
 }
 
-impl Reader {
+impl ReaderMapping {
     pub(super) fn address(&self) -> u64 {
         self.at.addr(self.range.start) as u64
     }
@@ -95,7 +95,7 @@ impl Reader {
 }
 
 #[derive(Debug)]
-enum Stage {
+enum CopyStage {
     /// Copying, from this page of the file on.
     Copy(u64),
     /// Remapping: runs of the region and their places in the file; the last one is next.
@@ -105,7 +105,7 @@ enum Stage {
 }
 
 #[derive(Debug)]
-pub(super) struct Work {
+pub(super) struct CopyWork {
     pub(super) gate: ProtectGate,
     /// Start time.
     pub(super) since: Instant,
@@ -116,19 +116,19 @@ pub(super) struct Work {
     /// Keeps the source pages of the gaps.
     _beneath: View,
     /// Ascending in the file; the parts cover it without gaps.
-    parts: Vec<Part>,
+    parts: Vec<DeltaPart>,
     /// Indices of `parts`, ascending in the region.
     by_page: Vec<usize>,
     /// Flags of each page of the file.
     pub(super) pages: Vec<u8>,
-    stage: Stage,
+    stage: CopyStage,
     /// Mappings that the region may still use.
     allowance: u64,
     /// Number of pages that stay the region's own in any case.
     keep: u64,
     later: Option<TaskSender>,
     pub(super) remapped: Vec<(PageRange, u64)>,
-    pub(super) readers: Vec<Reader>,
+    pub(super) readers: Vec<ReaderMapping>,
     bounce: Vec<u8>,
 }
 
@@ -149,7 +149,7 @@ pub(super) fn coalesce_if_many(runs: Vec<PageRange>) -> Vec<PageRange> {
 /// The pages are unmapped rather than marked by UFFDIO_POISON: KVM answers a poisoned page with a
 /// SIGBUS, which would kill the whole process, and an unmapped one with an error from KVM_RUN,
 /// which stops the VM.
-pub(super) fn make_inaccessible(shared: &CopyService, reader: &Reader, file: PageRange) {
+pub(super) fn make_inaccessible(shared: &CopyService, reader: &ReaderMapping, file: PageRange) {
     let range = PageRange::with_len(reader.range.start + (file.start - reader.file.start), file.len());
     if let Err(error) = reader.at.map_none(range).and_then(|()| shared.uffd.wake(&reader.at, range)) {
         // Never zeros: the range stays watched.
@@ -178,7 +178,7 @@ fn runs_with(pages: &[u8], within: PageRange, flag: u8) -> Vec<PageRange> {
     crate::units::subtract_runs(&[within], &runs_without(pages, within, flag))
 }
 
-impl Work {
+impl CopyWork {
     /// Prepares to fill `delta` from the region `at`. Protects no page yet.
     pub(super) fn new(shared: &CopyService, at: &Arc<Reservation>, delta: Delta) -> Result<Self, BackgroundError> {
         let Delta { file, parts, beneath, mapping, allowance, keep, later } = delta;
@@ -189,7 +189,7 @@ impl Work {
         assert_eq!(blocks, 0, "a layer that is filled later starts as holes");
         let into = Reservation::new(count).map_err(BackgroundError::Watch)?;
         into.map_shared(all, file.as_fd(), 0).map_err(BackgroundError::Watch)?;
-        shared.uffd.register(&into, all, Watch::Missing).map_err(BackgroundError::Watch)?;
+        shared.uffd.register(&into, all, RegisterMode::Missing).map_err(BackgroundError::Watch)?;
         let gate = ProtectGate::open(Arc::clone(&shared.uffd), Arc::clone(at)).map_err(BackgroundError::Watch)?;
         let mut by_page: Vec<usize> = (0..parts.len()).collect();
         by_page.sort_unstable_by_key(|&n| parts[n].range.start);
@@ -203,7 +203,7 @@ impl Work {
             parts,
             by_page,
             pages: vec![0; count as usize],
-            stage: Stage::Copy(0),
+            stage: CopyStage::Copy(0),
             allowance,
             keep,
             later,
@@ -228,7 +228,7 @@ impl Work {
     pub(super) fn for_parts(
         &mut self,
         range: PageRange,
-        mut f: impl FnMut(&mut Self, &Part, PageRange) -> Result<(), FillError>,
+        mut f: impl FnMut(&mut Self, &DeltaPart, PageRange) -> Result<(), FillError>,
     ) -> Result<(), FillError> {
         let mut next = self.by_page.partition_point(|&n| self.parts[n].range.end <= range.start);
         while let Some(&n) = self.by_page.get(next) {
@@ -267,17 +267,17 @@ impl Work {
         Ok(())
     }
 
-    fn copy(&mut self, shared: &CopyService, part: &Part, file: PageRange) -> io::Result<()> {
+    fn copy(&mut self, shared: &CopyService, part: &DeltaPart, file: PageRange) -> io::Result<()> {
         match &part.origin {
-            Origin::Parent => {
+            CopySource::Parent => {
                 let from = self.gate.at().addr(part.to_region(file).start);
                 return shared.uffd.fill(&self.into, file, from);
             }
-            Origin::Zero => {
+            CopySource::Zero => {
                 self.bounce.clear();
                 self.bounce.resize(file.bytes(), 0);
             }
-            Origin::Layer(source) => {
+            CopySource::Layer(source) => {
                 self.bounce.resize(file.bytes(), 0);
                 let at = source.at + (file.start - part.at);
                 failpoint(Call::Copy)?;
@@ -309,7 +309,7 @@ impl Work {
         self.for_parts(range, |work, part, cut| {
             let file = part.to_file(cut);
             // Gaps are copied from the layer below, regardless of writes by the VM.
-            if matches!(part.origin, Origin::Parent) && !broken(Break::ReleaseUncopied) {
+            if matches!(part.origin, CopySource::Parent) && !broken(Break::ReleaseUncopied) {
                 work.fill(shared, file)?;
             }
             work.release(part, file).map_err(FillError::Release)
@@ -317,7 +317,7 @@ impl Work {
     }
 
     /// Releases the protected ones of the `file` pages of `part`.
-    fn release(&mut self, part: &Part, file: PageRange) -> io::Result<()> {
+    fn release(&mut self, part: &DeltaPart, file: PageRange) -> io::Result<()> {
         for run in runs_with(&self.pages, file, PROTECTED) {
             failpoint(Call::Release)?;
             self.gate.release(part.to_region(run))?;
@@ -366,17 +366,17 @@ impl Work {
     /// Does one slice. Returns true when all is done.
     pub(super) fn step(&mut self, shared: &CopyService) -> Result<bool, FillError> {
         match &mut self.stage {
-            Stage::Copy(next) => {
+            CopyStage::Copy(next) => {
                 let slice = PageRange::with_len(*next, SLICE).intersect(PageRange::new(0, self.pages.len() as u64));
                 *next = slice.end;
                 if slice.is_empty() {
-                    self.stage = Stage::Remap(self.to_remap());
+                    self.stage = CopyStage::Remap(self.to_remap());
                 } else {
                     self.fill(shared, slice)?;
                     self.release_short(slice)?;
                 }
             }
-            Stage::Remap(todo) => {
+            CopyStage::Remap(todo) => {
                 let keep = todo.len().saturating_sub(RUNS);
                 let now = todo.split_off(keep);
                 let last = todo.is_empty();
@@ -385,10 +385,10 @@ impl Work {
                     tracing::debug!(%error, "pages stay private to the parent");
                 }
                 if last || ended.is_some() {
-                    self.stage = Stage::Release(0);
+                    self.stage = CopyStage::Release(0);
                 }
             }
-            Stage::Release(next) => {
+            CopyStage::Release(next) => {
                 let (first, end) = (*next, (*next + RUNS).min(self.parts.len()));
                 *next = end;
                 for n in first..end {
@@ -420,7 +420,7 @@ impl Work {
 
     /// Whether no other part adjoins this one, in the region and in the file alike.
     fn is_alone(&self, n: usize) -> bool {
-        let goes_on = |a: &Part, b: &Part| a.range.end == b.range.start && a.file().end == b.at;
+        let goes_on = |a: &DeltaPart, b: &DeltaPart| a.range.end == b.range.start && a.file().end == b.at;
         let part = &self.parts[n];
         !n.checked_sub(1).is_some_and(|before| goes_on(&self.parts[before], part))
             && !self.parts.get(n + 1).is_some_and(|next| goes_on(part, next))

@@ -1,5 +1,5 @@
 use super::*;
-use crate::{FreezeMode, NoFork, RamLayout};
+use crate::{DontFork, FreezeMode, RamLayout};
 use vm_memory::{Bytes, GuestAddress};
 
 /// Pages declared no-fork between the copy and the takeover keep the layer from which they are
@@ -20,10 +20,10 @@ fn a_declaration_that_came_in_between_is_left_alone() {
     let region = &ram.regions()[0];
     let mut state = region.state();
     let of = Arc::clone(state.space.map());
-    let merged = Merged::make(&store, &of, &runs_to_merge(&of, &[])).unwrap().unwrap();
-    state.no_fork.insert(PageRange::new(10, 20), NoFork::Zeroed);
+    let merged = MergedLayer::make(&store, &of, &runs_to_merge(&of, &[])).unwrap().unwrap();
+    state.dont_fork.insert(PageRange::new(10, 20), DontFork::Zeroed);
     let own: Vec<PageRange> = subtract_runs(&region.own(&state).unwrap(), &[PageRange::new(10, 20)]);
-    region.take_over(&mut state, merged, &own, usize::MAX).unwrap();
+    region.install_at_most(&mut state, merged, &own, usize::MAX).unwrap();
     drop(state);
     ram.check(&Quiesced::by(&crate::NoWriters)).unwrap();
     drop((image, of));
@@ -62,15 +62,15 @@ fn a_sweep_between_the_parts_of_a_compaction_costs_no_page() {
     let region = &ram.regions()[0];
     let mut state = region.state();
     let of = Arc::clone(state.space.map());
-    let merged = Merged::make(&store, &of, &runs_to_merge(&of, &[])).unwrap().unwrap();
+    let merged = MergedLayer::make(&store, &of, &runs_to_merge(&of, &[])).unwrap().unwrap();
     assert!(merged.placed.len() > 1, "two parts: {:?}", merged.placed);
     let layer = merged.placed[0].1.layer.id();
-    let rest = region.take_over(&mut state, merged, &[], 1).unwrap().expect("the first part alone");
+    let rest = region.install_at_most(&mut state, merged, &[], 1).unwrap().expect("the first part alone");
     // Published.
     drop(state);
     crate::layer::gc::sweep(store.views());
     let mut state = region.state();
-    assert!(region.take_over(&mut state, rest, &[], usize::MAX).unwrap().is_none());
+    assert!(region.install_at_most(&mut state, rest, &[], usize::MAX).unwrap().is_none());
     crate::layer::gc::sweep(store.views());
     drop(state);
     drop(of);
@@ -94,7 +94,7 @@ fn pieces(store: &Store, pieces: u64, len: u64, gap: u64, layers: u64) -> LayerM
     for nth in 0..pieces {
         let (range, layer) = (PageRange::with_len(nth * (len + gap), len), &layers[nth as usize % layers.len()]);
         // Pieces whose sources never continue each other.
-        map.insert(range, Source { layer: Arc::clone(layer), at: 2 * range.start + nth });
+        map.insert(range, LayerOffset { layer: Arc::clone(layer), at: 2 * range.start + nth });
     }
     map
 }
@@ -136,9 +136,9 @@ fn what_is_merged_is_counted() {
     let expected = CompactReport { copied: 15, pieces_before: 18, pieces: 8, layers_before: 6, layers: 4 };
     assert_eq!(report, expected);
     let runs = [PageRange::new(0, 3), PageRange::new(4, 9)];
-    let merged = Merged::make(&store, &Arc::new(before), &runs).unwrap().unwrap();
+    let merged = MergedLayer::make(&store, &Arc::new(before), &runs).unwrap().unwrap();
     assert_eq!(merged.pages(), 8);
-    assert!(Merged::make(&store, &Arc::new(after), &[]).unwrap().is_none());
+    assert!(MergedLayer::make(&store, &Arc::new(after), &[]).unwrap().is_none());
 }
 
 #[test]

@@ -252,7 +252,7 @@ fn i4_an_image_made_of_handles_during_a_sweep_is_kept() {
 fn of_memory_in_blocks_whole_blocks_are_given_back() {
     let store = Store::open().unwrap();
     let (file, pages) = (crate::sys::small_file(1).unwrap(), 3 * BLOCK_PAGES + 40);
-    let layer = store.adopt_file(file, pages, Home::Memory(Backing::Huge));
+    let layer = store.adopt_file(file, pages, LayerStorage::Memory(Backing::Huge));
     let dead = |seen: &[PageRange], given: &[PageRange]| dead_runs(&layer, seen.to_vec(), given);
     let run = PageRange::new;
     assert_eq!(dead(&[run(1030, 1100), run(0, 10)], &[]), [run(512, 1024), run(1536, pages)]);

@@ -7,7 +7,7 @@ use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::{Access, FreezeMode, Learned, NoFork, NoWriters, PinLifetime, RamImage, RamLayout, Store, SuspendFile};
+use crate::{Access, DontFork, FreezeMode, Learned, NoWriters, PinLifetime, RamImage, RamLayout, Store, SuspendFile};
 
 /// Pages of the first region. The second has a quarter of that.
 const PAGES: u64 = 2048;
@@ -64,7 +64,7 @@ fn own(ram: &GuestRam) -> u64 {
     ram.stats().unwrap().exclusive
 }
 
-fn suspend(ram: &GuestRam) -> (crate::Suspended, crate::WorkingSet) {
+fn suspend(ram: &GuestRam) -> (crate::Suspended, crate::TouchedPages) {
     ram.suspend(SuspendFile::create(Path::new("/dev/shm")).unwrap(), &stopped(), Duration::ZERO).unwrap()
 }
 
@@ -180,7 +180,7 @@ fn children_learn_from_each_other_and_adapt() {
 fn r19_what_is_absent_or_zeros_or_being_filled_is_left_out() {
     let store = Store::open_small().unwrap();
     let parent = child(&store, &image(&store));
-    parent.regions()[0].set_no_fork(run(50, 60), Some(NoFork::Absent)).unwrap();
+    parent.regions()[0].set_dont_fork(run(50, 60), Some(DontFork::Absent)).unwrap();
     parent.regions()[0].discard(run(70, 80)).unwrap();
     (0..10).for_each(|page| put(&parent, page, 9));
     (900..1000).for_each(|page| put(&parent, page, 9));

@@ -5,7 +5,7 @@ use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::{Access, FreezeMode, GuestRam, NoFork, NoWriters, PinLifetime, Quiesced, RamLayout, Store};
+use crate::{Access, DontFork, FreezeMode, GuestRam, NoWriters, PinLifetime, Quiesced, RamLayout, Store};
 
 const PAGES: u64 = 1024;
 
@@ -71,7 +71,7 @@ fn the_map_shows_what_was_written_as_the_kernels_words_do() {
 fn what_is_pinned_absent_and_zero_is_said_to_be() {
     let store = Store::open().unwrap();
     let parent = ram(&store);
-    parent.regions()[0].set_no_fork(PageRange::new(100, 110), Some(NoFork::Absent)).unwrap();
+    parent.regions()[0].set_dont_fork(PageRange::new(100, 110), Some(DontFork::Absent)).unwrap();
     let (child, _image) = child(&parent, &store);
     let region = &child.regions()[0];
     region.discard(PageRange::new(200, 300)).unwrap();

@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::layer::gc::worst::Restless;
 use crate::units::BLOCK_SIZE;
-use crate::{Access, GuestRam, NoFork, NoWriters, PAGE_SIZE, PinLifetime, Quiesced, RamLayout, StopsWriters, Store};
+use crate::{Access, DontFork, GuestRam, NoWriters, PAGE_SIZE, PinLifetime, Quiesced, RamLayout, StopsWriters, Store};
 
 /// Pages of the first region. The second has a quarter of that.
 const PAGES: u64 = 2048;
@@ -68,11 +68,11 @@ fn freeze(ram: &GuestRam) -> crate::RamImage {
     ram.freeze(&Quiesced::by(&NoWriters)).unwrap().0
 }
 
-fn suspend(ram: &GuestRam) -> (Suspended, WorkingSet) {
+fn suspend(ram: &GuestRam) -> (Suspended, TouchedPages) {
     try_suspend(ram, Duration::ZERO).unwrap()
 }
 
-fn try_suspend(ram: &GuestRam, patience: Duration) -> Result<(Suspended, WorkingSet), RamError> {
+fn try_suspend(ram: &GuestRam, patience: Duration) -> Result<(Suspended, TouchedPages), RamError> {
     ram.suspend(SuspendFile::create(Path::new(DIR)).unwrap(), &Quiesced::by(&NoWriters), patience)
 }
 
@@ -195,7 +195,7 @@ fn what_was_touched_since_the_wake_is_read_ahead() {
     // Bounded by the available room.
     suspend(&ram);
     let much = PageSet::found(vec![vec![PageRange::new(0, PAGES)], vec![]]);
-    WorkingSet { touched: PageSet::found(vec![vec![], vec![]]), written: much }.read_ahead(ram.regions());
+    TouchedPages { touched: PageSet::found(vec![vec![], vec![]]), written: much }.read_ahead(ram.regions());
     assert!(ram.stats().unwrap().private_kib <= 4 * MAX_COPIED);
 }
 
@@ -250,7 +250,7 @@ fn i7_a_pin_refuses_it_or_is_waited_for() {
         let refused = try_suspend(&ram, Duration::from_millis(5));
         assert!(matches!(refused, Err(RamError::Pinned { pages: 2, .. })), "{refused:?}");
         // A pin after the first check.
-        let mut late = Suspension::to(SuspendFile::create(Path::new(DIR)).unwrap(), ram.regions()).unwrap();
+        let mut late = RamSuspension::to(SuspendFile::create(Path::new(DIR)).unwrap(), ram.regions()).unwrap();
         let late = GuestRegion::suspend_all(ram.regions(), &store, &mut late);
         assert!(matches!(late, Err(RamError::Pinned { pages: 2, .. })), "{late:?}");
         expect(&ram, &before);
@@ -275,7 +275,7 @@ fn r19_what_children_do_not_inherit_stays_and_reaches_no_file() {
     on_both(|store, frozen| {
         let ram = booted(store, frozen);
         let region = &ram.regions()[0];
-        region.set_no_fork(PageRange::new(120, 125), Some(NoFork::Zeroed)).unwrap();
+        region.set_dont_fork(PageRange::new(120, 125), Some(DontFork::Zeroed)).unwrap();
         let before = contents(&ram);
         let (report, _) = suspend(&ram);
         assert_eq!((report.kept, ram.stats().unwrap().exclusive), (5, 5));
@@ -296,11 +296,11 @@ fn r19_what_children_do_not_inherit_stays_and_reaches_no_file() {
 fn r19_what_is_absent_is_no_gap_between_pages_that_go() {
     let store = Store::open_small().unwrap();
     let ram = booted(&store, false);
-    ram.regions()[0].set_no_fork(PageRange::new(120, 122), Some(NoFork::Absent)).unwrap();
+    ram.regions()[0].set_dont_fork(PageRange::new(120, 122), Some(DontFork::Absent)).unwrap();
     let child = reserved(&store);
     child.adopt(&freeze(&ram)).unwrap();
     // The range is no longer declared, but still absent.
-    child.regions()[0].set_no_fork(PageRange::new(0, PAGES), None).unwrap();
+    child.regions()[0].set_dont_fork(PageRange::new(0, PAGES), None).unwrap();
     [118, 119, 122, 124].iter().for_each(|page| put(&child, *page, 7));
     suspend(&child);
     assert_eq!(child.stats().unwrap().private_kib, 0);

@@ -13,7 +13,7 @@ use crate::region::pin::{Access, DmaPin, PinLifetime};
 use crate::testing::failpoint::{Call, plan};
 use crate::units::{PAGE_SIZE, PageRange};
 use crate::{
-    Backing, FreezeMode, GuestRam, GuestRegion, NoFork, PageSet, Quiesced, RamError, RamImage, RamLayout, Store,
+    Backing, DontFork, FreezeMode, GuestRam, GuestRegion, PageSet, Quiesced, RamError, RamImage, RamLayout, Store,
     SuspendFile,
 };
 
@@ -80,7 +80,7 @@ impl Rig {
         ram.populate().unwrap();
         (0..ALL).for_each(|page| put(&ram, page, page + 1));
         let region = ram.regions()[0].clone();
-        region.set_no_fork(PageRange::new(900, 910), Some(NoFork::Zeroed)).unwrap();
+        region.set_dont_fork(PageRange::new(900, 910), Some(DontFork::Zeroed)).unwrap();
         let mut image = None;
         if frozen {
             let (taken, _) = ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters)).unwrap();
@@ -279,7 +279,7 @@ fn i13_a_child_that_fails_anywhere_leaves_nothing() {
                         (state.space.mappings().len(), state.space.map().len(), state.space.promised()),
                         (0, 0, 1)
                     );
-                    assert_eq!((state.no_fork.len(), region.ownership().counts(region.range()).exclusive), (0, 0));
+                    assert_eq!((state.dont_fork.len(), region.ownership().counts(region.range()).exclusive), (0, 0));
                 }
                 assert!(rig.empty.memory().read_obj::<u64>(GuestAddress(0)).is_err());
                 assert!(rig.empty.memory().read_obj::<u64>(GuestAddress(SECOND)).is_err());

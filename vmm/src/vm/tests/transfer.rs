@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use clade_devices::disk::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
 use clade_guests::BARE_ELF;
-use clade_memory::{NoFork, PageRange, Store};
+use clade_memory::{DontFork, PageRange, Store};
 use clade_snapshot::SaveProgress;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -41,8 +41,8 @@ fn an_image_that_is_imported_starts_the_vm_that_was_exported() {
     (0..6).for_each(|page| memory.write_obj(page + 1, gpa(PAGE + page)).unwrap());
     let page = giver.store().reference_page(&[0x5a; 4096]).unwrap();
     let region = &parent.ram().regions()[0];
-    for (at, what) in [(1, NoFork::Absent), (2, NoFork::Zeroed), (3, NoFork::Fresh(page))] {
-        region.set_no_fork(PageRange::with_len(PAGE + at, 1), Some(what)).unwrap();
+    for (at, what) in [(1, DontFork::Absent), (2, DontFork::Zeroed), (3, DontFork::Fresh(page))] {
+        region.set_dont_fork(PageRange::with_len(PAGE + at, 1), Some(what)).unwrap();
     }
     let (image, _) = parent.fork().unwrap();
     let leases = Leases::default();
@@ -56,7 +56,7 @@ fn an_image_that_is_imported_starts_the_vm_that_was_exported() {
     for vm in [&child, &grandchild] {
         let word = |at: u64| vm.ram().memory().read_obj::<u64>(gpa(PAGE + at)).unwrap();
         assert_eq!([0, 2, 3, 4, 5].map(word), [1, 0, 0x5a5a_5a5a_5a5a_5a5a, 5, 6]);
-        assert_eq!(vm.ram().regions()[0].no_fork().len(), 3);
+        assert_eq!(vm.ram().regions()[0].dont_fork().len(), 3);
         goes_on(vm, &PAIRS).unwrap();
     }
     goes_on(&parent, &PAIRS).unwrap();

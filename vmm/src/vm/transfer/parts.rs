@@ -18,7 +18,7 @@ use clade_devices::disk::{DiskConfig, DiskImage, DiskLayer, DiskRun};
 use clade_devices::virtio::Backend;
 use clade_io::IoFile;
 use clade_memory::{
-    ImageMap, LayerHandle, LayerId, LayerSource, NoFork, PAGE_SIZE, PageRange, RamError, RamImage, RamLayout, Store,
+    DontFork, ImageMap, LayerHandle, LayerId, LayerSource, PAGE_SIZE, PageRange, RamError, RamImage, RamLayout, Store,
 };
 use rustix::fs::{AtFlags, FileType, OFlags, StatxFlags, fcntl_getfl, fstat, statx};
 use serde::{Deserialize, Serialize};
@@ -154,7 +154,7 @@ impl ForkImage {
 
         let mut seen: HashMap<LayerId, usize> = HashMap::new();
         for (((start, pages), map), hidden) in
-            self.ram().layout().ranges().iter().zip(self.ram().maps()).zip(self.ram().no_fork())
+            self.ram().layout().ranges().iter().zip(self.ram().maps()).zip(self.ram().dont_fork())
         {
             let mut region = Region { start: start.0, pages: *pages, map: Vec::new(), no_fork: Vec::new() };
             for (range, source) in map.iter() {
@@ -241,11 +241,11 @@ impl ImageParts {
 }
 
 impl Hidden {
-    fn of(what: &NoFork) -> Self {
+    fn of(what: &DontFork) -> Self {
         match what {
-            NoFork::Absent => Self::Absent,
-            NoFork::Zeroed => Self::Zeroed,
-            NoFork::Fresh(_) => Self::Fresh,
+            DontFork::Absent => Self::Absent,
+            DontFork::Zeroed => Self::Zeroed,
+            DontFork::Fresh(_) => Self::Fresh,
         }
     }
 }
@@ -409,16 +409,16 @@ fn ram(
     Ok(RamImage::from_parts(store, &layout, maps)?)
 }
 
-fn no_fork(store: &Store, map: &ImageMap, page: u64, hidden: &Hidden) -> Result<NoFork, TransferError> {
+fn no_fork(store: &Store, map: &ImageMap, page: u64, hidden: &Hidden) -> Result<DontFork, TransferError> {
     Ok(match hidden {
-        Hidden::Absent => NoFork::Absent,
-        Hidden::Zeroed => NoFork::Zeroed,
+        Hidden::Absent => DontFork::Absent,
+        Hidden::Zeroed => DontFork::Zeroed,
         Hidden::Fresh => {
             let mut pattern = [0; PAGE_SIZE as usize];
             if let Some(source) = map.get(page) {
                 source.layer.read_pages(source.at, &mut pattern)?;
             }
-            NoFork::Fresh(store.reference_page(&pattern).map_err(RamError::from)?)
+            DontFork::Fresh(store.reference_page(&pattern).map_err(RamError::from)?)
         }
     })
 }

@@ -90,7 +90,7 @@ fn who_loses_memory_after_the_thread_has_ended_is_told() {
 fn what_a_reader_shows_of_the_file_follows_its_own_place() {
     let at = Arc::new(crate::sys::Reservation::new(1100).unwrap());
     let (range, file) = (PageRange::new(500, 1000), PageRange::new(197, 697));
-    let reader = crate::freeze::background::work::Reader { at, range, file, failure: Arc::default() };
+    let reader = crate::freeze::background::work::ReaderMapping { at, range, file, failure: Arc::default() };
     assert_eq!(reader.file_of(PageRange::new(0, 1100)), Some(file));
     assert_eq!(reader.file_of(PageRange::new(700, 710)), Some(PageRange::new(397, 407)));
     assert_eq!(reader.file_of(PageRange::new(450, 501)), Some(PageRange::new(197, 198)));

@@ -36,13 +36,13 @@ const LEN_BITS: u32 = 24;
 
 /// An open section: the side that counts it, and the place of its range.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Section {
+pub(crate) struct ReadGuard {
     side: usize,
-    noted: Noted,
+    range_slot: RangeSlot,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Noted {
+enum RangeSlot {
     Slot(usize),
     /// In the list, with the state lock held.
     Listed(PageRange),
@@ -68,7 +68,7 @@ struct Retired<T> {
 
 /// See the module's documentation. `T` is the type of the retired values.
 #[derive(Debug)]
-pub(crate) struct Grace<T> {
+pub(crate) struct Srcu<T> {
     /// Odd while the region's mappings, bits or view are being changed.
     sequence: AtomicUsize,
     /// The side on which sections open.
@@ -84,7 +84,7 @@ pub(crate) struct Grace<T> {
     retired: Mutex<Retired<T>>,
 }
 
-impl<T> Default for Grace<T> {
+impl<T> Default for Srcu<T> {
     fn default() -> Self {
         Self {
             sequence: AtomicUsize::new(0),
@@ -98,7 +98,7 @@ impl<T> Default for Grace<T> {
     }
 }
 
-impl<T> Grace<T> {
+impl<T> Srcu<T> {
     fn retired(&self) -> MutexGuard<'_, Retired<T>> {
         lock(&self.retired)
     }
@@ -129,48 +129,48 @@ impl<T> Grace<T> {
 
     /// Opens a section over `range` without a lock, if there is no change in progress while
     /// `shared` confirms that the pages belong to layers. Otherwise returns `Err` with the result
-    /// of [`Grace::close`].
-    pub(crate) fn try_open(&self, range: PageRange, shared: impl FnOnce() -> bool) -> Result<Section, Vec<T>> {
+    /// of [`Srcu::close`].
+    pub(crate) fn try_open(&self, range: PageRange, shared: impl FnOnce() -> bool) -> Result<ReadGuard, Vec<T>> {
         let side = self.open();
         let Some(slot) = self.note(range) else { return Err(self.leave(side)) };
-        let section = Section { side, noted: Noted::Slot(slot) };
+        let guard = ReadGuard { side, range_slot: RangeSlot::Slot(slot) };
         // Acquire: pairs with `end_change`; pages shared by then are seen as shared.
         let before = self.sequence.load(Ordering::Acquire);
         // `shared` loads with Acquire, so the second load of the sequence comes after it. A bit
         // cleared by a change is seen only together with that change's odd sequence.
         if before.is_multiple_of(2) && shared() && self.sequence.load(Ordering::Acquire) == before {
-            Ok(section)
+            Ok(guard)
         } else {
-            Err(self.close(section))
+            Err(self.close(guard))
         }
     }
 
     /// Opens a section over `range` for the holder of the region's state lock, which excludes
     /// changes.
-    pub(crate) fn open_locked(&self, range: PageRange) -> Section {
+    pub(crate) fn open_locked(&self, range: PageRange) -> ReadGuard {
         let side = self.open();
         let listed = || {
             lock(&self.listed).push(range);
-            Noted::Listed(range)
+            RangeSlot::Listed(range)
         };
-        Section { side, noted: self.note(range).map_or_else(listed, Noted::Slot) }
+        ReadGuard { side, range_slot: self.note(range).map_or_else(listed, RangeSlot::Slot) }
     }
 
     /// Ends a section. Returns values that are no longer read, to be dropped outside all locks.
     #[must_use = "what is returned is dropped outside all locks"]
     #[expect(clippy::needless_pass_by_value, reason = "a section is ended once")]
-    pub(crate) fn close(&self, section: Section) -> Vec<T> {
-        match section.noted {
+    pub(crate) fn close(&self, guard: ReadGuard) -> Vec<T> {
+        match guard.range_slot {
             // Release: the device's reads come before the next use of the slot, or of the pages.
-            Noted::Slot(slot) => self.slots[slot].store(0, Ordering::Release),
-            Noted::Listed(range) => {
+            RangeSlot::Slot(slot) => self.slots[slot].store(0, Ordering::Release),
+            RangeSlot::Listed(range) => {
                 let mut listed = lock(&self.listed);
                 if let Some(at) = listed.iter().position(|listed| *listed == range) {
                     listed.swap_remove(at);
                 }
             }
         }
-        self.leave(section.side)
+        self.leave(guard.side)
     }
 
     fn leave(&self, side: usize) -> Vec<T> {
@@ -251,77 +251,77 @@ mod tests {
 
     const RANGE: PageRange = PageRange::new(3, 5);
 
-    fn opened(grace: &Grace<u32>) -> Section {
-        grace.try_open(RANGE, || true).expect("nothing is being changed")
+    fn opened(srcu: &Srcu<u32>) -> ReadGuard {
+        srcu.try_open(RANGE, || true).expect("nothing is being changed")
     }
 
     #[test]
     fn what_is_being_read_is_known_however_many_read() {
-        let grace = Grace::<u32>::default();
-        assert!(grace.ranges().is_empty());
+        let srcu = Srcu::<u32>::default();
+        assert!(srcu.ranges().is_empty());
         let mut open: Vec<_> =
-            (0..SLOTS as u64).map(|n| grace.try_open(PageRange::with_len(3 * n, 2), || true)).collect();
+            (0..SLOTS as u64).map(|n| srcu.try_open(PageRange::with_len(3 * n, 2), || true)).collect();
         assert!(open.iter().all(Result::is_ok));
-        assert!(grace.try_open(RANGE, || true).is_err(), "no slot is left");
-        let more = [RANGE, PageRange::with_len(1 << 50, 1 << 30)].map(|range| grace.open_locked(range));
-        assert_eq!(grace.ranges().len(), SLOTS + 1, "one lies over two of the others");
+        assert!(srcu.try_open(RANGE, || true).is_err(), "no slot is left");
+        let more = [RANGE, PageRange::with_len(1 << 50, 1 << 30)].map(|range| srcu.open_locked(range));
+        assert_eq!(srcu.ranges().len(), SLOTS + 1, "one lies over two of the others");
         assert!(
-            grace.ranges().contains(&PageRange::new(3, 5))
-                && grace.ranges().contains(&PageRange::with_len(1 << 50, 1 << 30))
+            srcu.ranges().contains(&PageRange::new(3, 5))
+                && srcu.ranges().contains(&PageRange::with_len(1 << 50, 1 << 30))
         );
-        more.into_iter().for_each(|section| drop(grace.close(section)));
-        assert_eq!(grace.ranges().len(), SLOTS);
-        drop(grace.close(open.swap_remove(7).unwrap()));
-        assert!(!grace.ranges().contains(&PageRange::with_len(21, 2)));
-        assert!(grace.try_open(RANGE, || true).is_ok());
+        more.into_iter().for_each(|guard| drop(srcu.close(guard)));
+        assert_eq!(srcu.ranges().len(), SLOTS);
+        drop(srcu.close(open.swap_remove(7).unwrap()));
+        assert!(!srcu.ranges().contains(&PageRange::with_len(21, 2)));
+        assert!(srcu.try_open(RANGE, || true).is_ok());
     }
 
     #[test]
     fn what_is_retired_goes_when_the_sections_that_were_open_have_ended() {
-        let grace = Grace::default();
-        assert_eq!(grace.retire(1), [1], "nobody reads");
-        let first = opened(&grace);
-        assert_eq!(grace.retire(2), [0; 0]);
-        let second = opened(&grace);
-        assert_eq!(grace.retire(3), [0; 0]);
-        assert_eq!(grace.close(first), [2], "the second section opened after 2 had gone from sight");
-        assert_eq!(grace.ranges(), [RANGE]);
-        assert_eq!(grace.close(second), [3]);
-        assert_eq!(grace.retire(4), [4]);
+        let srcu = Srcu::default();
+        assert_eq!(srcu.retire(1), [1], "nobody reads");
+        let first = opened(&srcu);
+        assert_eq!(srcu.retire(2), [0; 0]);
+        let second = opened(&srcu);
+        assert_eq!(srcu.retire(3), [0; 0]);
+        assert_eq!(srcu.close(first), [2], "the second section opened after 2 had gone from sight");
+        assert_eq!(srcu.ranges(), [RANGE]);
+        assert_eq!(srcu.close(second), [3]);
+        assert_eq!(srcu.retire(4), [4]);
     }
 
     #[test]
     fn sections_that_overlap_for_ever_keep_nothing_for_ever() {
-        let grace = Grace::default();
-        let mut open = opened(&grace);
+        let srcu = Srcu::default();
+        let mut open = opened(&srcu);
         let (mut kept, mut freed) = (0, 0);
         for round in 0..100 {
-            freed += grace.retire(round).len();
-            let next = opened(&grace);
-            freed += grace.close(open).len();
+            freed += srcu.retire(round).len();
+            let next = opened(&srcu);
+            freed += srcu.close(open).len();
             open = next;
             kept = kept.max(round as usize + 1 - freed);
         }
         assert!(kept <= 3, "{kept} were kept at a time");
-        freed += grace.close(open).len();
+        freed += srcu.close(open).len();
         assert_eq!(freed, 100, "all is gone with the last section");
     }
 
     #[test]
     fn no_section_opens_within_a_change_or_over_pages_that_are_not_shared() {
-        let grace = Grace::<u32>::default();
-        assert!(grace.try_open(RANGE, || false).is_err());
-        grace.begin_change();
-        assert!(grace.try_open(RANGE, || true).is_err());
-        grace.end_change();
-        let changed = grace.try_open(RANGE, || {
-            grace.begin_change();
-            grace.end_change();
+        let srcu = Srcu::<u32>::default();
+        assert!(srcu.try_open(RANGE, || false).is_err());
+        srcu.begin_change();
+        assert!(srcu.try_open(RANGE, || true).is_err());
+        srcu.end_change();
+        let changed = srcu.try_open(RANGE, || {
+            srcu.begin_change();
+            srcu.end_change();
             true
         });
         assert!(changed.is_err(), "changed between the two looks");
-        assert!(grace.ranges().is_empty());
-        assert!(grace.try_open(RANGE, || true).is_ok());
+        assert!(srcu.ranges().is_empty());
+        assert!(srcu.try_open(RANGE, || true).is_ok());
     }
 }
 
@@ -344,29 +344,29 @@ mod loom_tests {
 
     /// One region whose view is replaced twice, and devices that read the shown file.
     fn readers_against_changes(readers: usize) {
-        let grace = Arc::new(Grace::<File>::default());
+        let srcu = Arc::new(Srcu::<File>::default());
         let files: Vec<_> = (0..3).map(|_| Arc::new(AtomicUsize::new(0))).collect();
         // Which file the region shows.
         let shown = Arc::new(AtomicUsize::new(0));
         let devices: Vec<_> = (0..readers)
             .map(|_| {
-                let (grace, files, shown) = (Arc::clone(&grace), files.clone(), Arc::clone(&shown));
+                let (srcu, files, shown) = (Arc::clone(&srcu), files.clone(), Arc::clone(&shown));
                 thread::spawn(move || {
-                    let Ok(section) = grace.try_open(PageRange::new(0, 1), || true) else { return };
+                    let Ok(guard) = srcu.try_open(PageRange::new(0, 1), || true) else { return };
                     // The file mapped when the device gets to it, which may be later than the pin.
                     let file = &files[shown.load(Ordering::Acquire)];
                     let before = file.fetch_add(1, Ordering::AcqRel);
                     assert!(before < 1_000, "read after it was given back");
                     file.fetch_sub(1, Ordering::AcqRel);
-                    drop(grace.close(section));
+                    drop(srcu.close(guard));
                 })
             })
             .collect();
         for next in 1..3 {
-            grace.begin_change();
+            srcu.begin_change();
             shown.store(next, Ordering::Release);
-            let gone = grace.retire(File(Arc::clone(&files[next - 1])));
-            grace.end_change();
+            let gone = srcu.retire(File(Arc::clone(&files[next - 1])));
+            srcu.end_change();
             drop(gone);
         }
         devices.into_iter().for_each(|device| device.join().unwrap());
@@ -391,16 +391,16 @@ mod loom_tests {
     #[test]
     fn loom_a_bit_that_is_given_up_for_a_moment_is_not_taken_for_shared() {
         loom::model(|| {
-            let (grace, word) = (Arc::new(Grace::<u32>::default()), Arc::new(Word::new(Ownership::new(true, 0))));
+            let (srcu, word) = (Arc::new(Srcu::<u32>::default()), Arc::new(Word::new(Ownership::new(true, 0))));
             let device = {
-                let (grace, word) = (Arc::clone(&grace), Arc::clone(&word));
-                thread::spawn(move || grace.try_open(PageRange::new(0, 1), || !word.load().is_exclusive()).is_ok())
+                let (srcu, word) = (Arc::clone(&srcu), Arc::clone(&word));
+                thread::spawn(move || srcu.try_open(PageRange::new(0, 1), || !word.load().is_exclusive()).is_ok())
             };
-            grace.begin_change();
+            srcu.begin_change();
             let shared = word.try_share();
             assert!(shared.is_ok());
             word.set_exclusive();
-            grace.end_change();
+            srcu.end_change();
             assert!(!device.join().unwrap(), "a page that was never shared");
         });
     }
@@ -410,21 +410,21 @@ mod loom_tests {
     #[test]
     fn loom_what_is_being_read_is_not_taken_away() {
         loom::model(|| {
-            let (grace, there) = (Arc::new(Grace::<u32>::default()), Arc::new(AtomicUsize::new(1)));
+            let (srcu, there) = (Arc::new(Srcu::<u32>::default()), Arc::new(AtomicUsize::new(1)));
             let device = {
-                let (grace, there) = (Arc::clone(&grace), Arc::clone(&there));
+                let (srcu, there) = (Arc::clone(&srcu), Arc::clone(&there));
                 thread::spawn(move || {
-                    let Ok(section) = grace.try_open(PageRange::new(0, 1), || true) else { return };
+                    let Ok(guard) = srcu.try_open(PageRange::new(0, 1), || true) else { return };
                     let before = there.load(Ordering::Acquire);
                     assert_eq!(there.load(Ordering::Acquire), before, "taken away under a device");
-                    drop(grace.close(section));
+                    drop(srcu.close(guard));
                 })
             };
-            grace.begin_change();
-            if grace.ranges().is_empty() {
+            srcu.begin_change();
+            if srcu.ranges().is_empty() {
                 there.store(0, Ordering::Release);
             }
-            grace.end_change();
+            srcu.end_change();
             device.join().unwrap();
         });
     }

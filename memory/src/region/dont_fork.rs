@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use crate::error::RamError;
 use crate::layer::interval::{IntervalMap, Piece};
-use crate::layer::{LayerMap, Source};
+use crate::layer::{LayerMap, LayerOffset};
 use crate::region::GuestRegion;
 use crate::region::reference::RefPage;
 use crate::testing::sabotage::{Break, broken};
@@ -20,7 +20,7 @@ use crate::units::{PageRange, push_run};
 
 /// Contents of a no-fork range in a child.
 #[derive(Clone, Debug)]
-pub enum NoFork {
+pub enum DontFork {
     /// No memory: an access stops the child (with an error from KVM for the guest, or from the VMM
     /// for its own accesses).
     Absent,
@@ -30,7 +30,7 @@ pub enum NoFork {
     Fresh(RefPage),
 }
 
-impl Piece for NoFork {
+impl Piece for DontFork {
     fn advance(&self, _pages: u64) -> Self {
         self.clone()
     }
@@ -44,10 +44,10 @@ impl Piece for NoFork {
 }
 
 /// Declarations by range.
-pub(crate) type NoForkMap = IntervalMap<NoFork>;
+pub(crate) type DontForkMap = IntervalMap<DontFork>;
 
 /// The declared ranges.
-pub(crate) fn runs(declared: &NoForkMap) -> Vec<PageRange> {
+pub(crate) fn runs(declared: &DontForkMap) -> Vec<PageRange> {
     let mut out = Vec::new();
     for (range, _) in declared.iter() {
         push_run(&mut out, range);
@@ -56,22 +56,24 @@ pub(crate) fn runs(declared: &NoForkMap) -> Vec<PageRange> {
 }
 
 /// Replaces declared ranges in the children's map, which must not show the parent's pages.
-pub(crate) fn hide(declared: &NoForkMap, map: &mut Arc<LayerMap>) {
+pub(crate) fn hide(declared: &DontForkMap, map: &mut Arc<LayerMap>) {
     if declared.is_empty() || broken(Break::InheritAll) {
         return;
     }
     let map = Arc::make_mut(map);
     for (range, what) in declared.iter() {
         map.remove(range);
-        if let NoFork::Fresh(page) = what {
-            page.sources(range).into_iter().for_each(|(piece, source): (PageRange, Source)| map.insert(piece, source));
+        if let DontFork::Fresh(page) = what {
+            page.sources(range)
+                .into_iter()
+                .for_each(|(piece, source): (PageRange, LayerOffset)| map.insert(piece, source));
         }
     }
 }
 
 /// The ranges without memory in a child.
-pub(crate) fn absent(declared: &NoForkMap) -> Vec<PageRange> {
-    declared.iter().filter(|(_, what)| matches!(what, NoFork::Absent)).map(|(range, _)| range).collect()
+pub(crate) fn absent(declared: &DontForkMap) -> Vec<PageRange> {
+    declared.iter().filter(|(_, what)| matches!(what, DontFork::Absent)).map(|(range, _)| range).collect()
 }
 
 impl GuestRegion {
@@ -80,26 +82,28 @@ impl GuestRegion {
     ///
     /// # Errors
     /// When the range is outside the region, or the region has no memory yet.
-    pub fn set_no_fork(&self, range: PageRange, what: Option<NoFork>) -> Result<(), RamError> {
+    pub fn set_dont_fork(&self, range: PageRange, what: Option<DontFork>) -> Result<(), RamError> {
         let mut state = self.checked(range)?;
         match what {
-            Some(what) => state.no_fork.insert(range, what),
-            None => state.no_fork.remove(range),
+            Some(what) => state.dont_fork.insert(range, what),
+            None => state.dont_fork.remove(range),
         }
         Ok(())
     }
 
     /// The declared ranges, each with its contents in children.
     #[must_use]
-    pub fn no_fork(&self) -> Vec<(PageRange, NoFork)> {
-        self.state().no_fork.iter().map(|(range, what)| (range, what.clone())).collect()
+    pub fn dont_fork(&self) -> Vec<(PageRange, DontFork)> {
+        self.state().dont_fork.iter().map(|(range, what)| (range, what.clone())).collect()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Access, FreezeMode, GuestRam, PAGE_SIZE, Pattern, PinLifetime, Quiesced, RamImage, RamLayout, Store};
+    use crate::{
+        Access, FreezeMode, GuestRam, PAGE_SIZE, PagePattern, PinLifetime, Quiesced, RamImage, RamLayout, Store,
+    };
     use vm_memory::{Bytes, GuestAddress};
 
     const PAGES: u64 = 4 * 512;
@@ -123,13 +127,13 @@ mod tests {
         let ram = GuestRam::reserve(&RamLayout::new(PAGES * PAGE_SIZE).unwrap(), store).unwrap();
         ram.populate().unwrap();
         (0..PAGES).for_each(|p| put(&ram, p, SECRET));
-        let mut fresh: Pattern = [0; PAGE_SIZE as usize];
+        let mut fresh: PagePattern = [0; PAGE_SIZE as usize];
         fresh[..8].copy_from_slice(&77u64.to_le_bytes());
         let region = &ram.regions()[0];
-        region.set_no_fork(PageRange::new(100, 110), Some(NoFork::Zeroed)).unwrap();
+        region.set_dont_fork(PageRange::new(100, 110), Some(DontFork::Zeroed)).unwrap();
         let page = store.reference_page(&fresh).unwrap();
-        region.set_no_fork(PageRange::new(500, 530), Some(NoFork::Fresh(page))).unwrap();
-        region.set_no_fork(PageRange::new(1000, 1001), Some(NoFork::Absent)).unwrap();
+        region.set_dont_fork(PageRange::new(500, 530), Some(DontFork::Fresh(page))).unwrap();
+        region.set_dont_fork(PageRange::new(1000, 1001), Some(DontFork::Absent)).unwrap();
         ram
     }
 
@@ -214,7 +218,7 @@ mod tests {
             let (image, _) = declared(&store).freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
             for mode in [FreezeMode::Eager, FreezeMode::Background] {
                 let parent = child(&image, &store);
-                parent.regions()[0].set_no_fork(PageRange::new(1000, 1001), None).unwrap();
+                parent.regions()[0].set_dont_fork(PageRange::new(1000, 1001), None).unwrap();
                 // Enough pages to be shared back from the layer.
                 let written = || (700..1300).filter(|page| *page != 1000);
                 written().for_each(|page| put(&parent, page, page));
@@ -249,7 +253,7 @@ mod tests {
         let one = child(&image, &store);
         one.reset(&image, &Quiesced::by(&crate::NoWriters), std::time::Duration::ZERO).unwrap();
         check_child(&one);
-        region.set_no_fork(PageRange::new(100, 110), None).unwrap();
+        region.set_dont_fork(PageRange::new(100, 110), None).unwrap();
         let (image, _) = parent.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
         assert_eq!(word(&child(&image, &store), 100), 5, "inherited again");
     }
