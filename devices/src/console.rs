@@ -11,7 +11,7 @@ const BACKLOG: usize = 256 << 10;
 const REPLAY: usize = 32 << 10;
 
 #[derive(Default)]
-struct Log {
+struct Backlog {
     backlog: VecDeque<u8>,
     /// Total bytes written; the backlog has the last of them.
     total: u64,
@@ -20,7 +20,7 @@ struct Log {
 
 /// The output side of one VM's console. Clones are handles to the same console.
 #[derive(Clone, Default)]
-pub struct Console(Arc<(Mutex<Log>, Condvar)>);
+pub struct Console(Arc<(Mutex<Backlog>, Condvar)>);
 
 impl std::fmt::Debug for Console {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -29,7 +29,7 @@ impl std::fmt::Debug for Console {
 }
 
 impl Console {
-    fn log(&self) -> MutexGuard<'_, Log> {
+    fn log(&self) -> MutexGuard<'_, Backlog> {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -15,9 +15,9 @@ pub const I8042_BASE: u16 = 0x60;
 pub const I8042_PORTS: u16 = 5;
 
 #[derive(Clone, Default)]
-struct Line(Arc<AtomicBool>);
+struct ResetLine(Arc<AtomicBool>);
 
-impl Trigger for Line {
+impl Trigger for ResetLine {
     type E = Infallible;
     fn trigger(&self) -> Result<(), Infallible> {
         // Relaxed: only the vCPU thread that wrote the port reads it.
@@ -28,8 +28,8 @@ impl Trigger for Line {
 
 /// An i8042 that records a reset by the guest.
 pub struct I8042 {
-    device: I8042Device<Line>,
-    line: Line,
+    device: I8042Device<ResetLine>,
+    line: ResetLine,
 }
 
 impl fmt::Debug for I8042 {
@@ -40,7 +40,7 @@ impl fmt::Debug for I8042 {
 
 impl Default for I8042 {
     fn default() -> Self {
-        let line = Line::default();
+        let line = ResetLine::default();
         Self { device: I8042Device::new(line.clone()), line }
     }
 }

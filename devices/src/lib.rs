@@ -26,5 +26,5 @@ pub use i8042::{I8042, I8042_BASE, I8042_PORTS};
 pub use irq::Irq;
 pub use mmio::{MmioBus, MmioBusError, MmioDevice};
 pub use power::{BUTTON, POWER_BASE, POWER_PORTS, PowerControl, PowerSwitch, SLEEP_CONTROL, SLEEP_STATUS, SOFT_OFF};
-pub use report::{DOORBELL, REPORT_PORT, REPORT_PORTS, Report, ReportPort};
+pub use report::{DOORBELL, PortReport, REPORT_PORT, REPORT_PORTS, ReportPort};
 pub use serial::{COM1_BASE, COM1_GSI, SERIAL_PORTS, SerialConsole, SerialState};

@@ -16,7 +16,7 @@ pub const DOORBELL: u8 = 48;
 
 /// One word from the guest, and when it arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Report {
+pub struct PortReport {
     /// The word written.
     pub word: u32,
     /// When the VMM saw it.
@@ -24,7 +24,7 @@ pub struct Report {
 }
 
 /// A port that calls back for every write of 32 bits, without state to save.
-pub struct ReportPort(Box<dyn FnMut(Report) + Send>);
+pub struct ReportPort(Box<dyn FnMut(PortReport) + Send>);
 
 impl fmt::Debug for ReportPort {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -34,7 +34,7 @@ impl fmt::Debug for ReportPort {
 
 impl ReportPort {
     /// A port that calls `told` on the vCPU's thread.
-    pub fn new(told: impl FnMut(Report) + Send + 'static) -> Self {
+    pub fn new(told: impl FnMut(PortReport) + Send + 'static) -> Self {
         Self(Box::new(told))
     }
 }
@@ -46,7 +46,7 @@ impl PioDevice for ReportPort {
 
     fn write(&mut self, offset: u16, data: &[u8]) {
         if let (0, Ok(word)) = (offset, data.try_into().map(u32::from_le_bytes)) {
-            (self.0)(Report { word, at: Instant::now() });
+            (self.0)(PortReport { word, at: Instant::now() });
         }
     }
 }

@@ -12,7 +12,7 @@ mod guest;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
-use clade_devices::virtio::plain::SyncDevice;
+use clade_devices::virtio::sync_device::SyncDevice;
 use clade_devices::virtio::vsock::{Vsock, VsockStats};
 use driver::Driver;
 use guest::{REQUEST, RESET, RESPONSE, connect, guest, line};

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use clade_devices::MmioDevice;
 use clade_devices::virtio::limiter::Limits;
 use clade_devices::virtio::net::{Egress, EgressRule, Mac, Net, NetOptions, NetStats};
-use clade_devices::virtio::plain::SyncDevice;
-use clade_devices::virtio::{VirtioMmio, Wiring, regs};
+use clade_devices::virtio::sync_device::SyncDevice;
+use clade_devices::virtio::{VirtioMmio, EventFds, regs};
 use clade_io::PacketStream;
 use clade_memory::{GuestRam, RamLayout, Store};
 use libfuzzer_sys::{arbitrary, fuzz_target};
@@ -313,8 +313,8 @@ impl Host {
         let options =
             NetOptions { mac: Mac(MAC), link: None, egress: None, receive: Limits::default(), send: Limits::default() };
         let net = Net::new(PacketStream::new(ours.into()), &options, None, false).expect("a device");
-        let wiring = Wiring::new(3).expect("wires");
-        let device = VirtioMmio::new(Box::new(SyncDevice::new(net)), &ram, wiring, false);
+        let event_fds = EventFds::new(3).expect("wires");
+        let device = VirtioMmio::new(Box::new(SyncDevice::new(net)), &ram, event_fds, false);
         let host = Self { _store: store, ram, device, available: 0, program };
         [0, 1, 3].iter().for_each(|status| host.put(regs::STATUS, *status));
         host.put(regs::DRIVER_FEATURES_SEL, 1);

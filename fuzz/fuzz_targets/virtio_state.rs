@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use clade_devices::MmioDevice;
 use clade_devices::virtio::balloon::{Balloon, BalloonState};
-use clade_devices::virtio::plain::SyncDevice;
-use clade_devices::virtio::{Backend, DeviceState, TransportState, VirtioMmio, Wiring, regs};
+use clade_devices::virtio::sync_device::SyncDevice;
+use clade_devices::virtio::{Backend, DeviceState, TransportState, VirtioMmio, EventFds, regs};
 use clade_memory::{GuestRam, RamLayout, Store};
 use libfuzzer_sys::fuzz_target;
 
@@ -29,8 +29,8 @@ fuzz_target!(|bytes: &[u8]| {
         _ => BalloonState::default(),
     };
     let device = Box::new(SyncDevice::new(Balloon::new(&own).expect("a balloon")));
-    let wiring = Wiring::new(4).expect("wires");
-    let Ok(device) = VirtioMmio::restore(device, ram(), wiring, &state) else { return };
+    let event_fds = EventFds::new(4).expect("wires");
+    let Ok(device) = VirtioMmio::restore(device, ram(), event_fds, &state) else { return };
     device.resume();
     device.quiesce();
     let saved = device.save();

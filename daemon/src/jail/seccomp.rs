@@ -31,7 +31,8 @@ pub(crate) enum Role {
     Child,
     /// Opens and locks disk images.
     Locks,
-    /// Makes journals, overlays and shadows beside disk images too, with names, modes and attributes.
+    /// Makes journals, overlays and reflink images beside disk images too, with names, modes and
+    /// attributes.
     Disks,
     /// Writes a snapshot: directories, files and their names.
     Snapshot,

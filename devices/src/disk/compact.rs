@@ -23,9 +23,9 @@ use std::time::{Duration, Instant};
 use clade_io::{AlignedBuf, Fragment, IoFile, Request};
 
 use super::DiskError;
-use super::job::{Job, Stage, Work};
+use super::job::{Job, JobKind, JobStage};
 use super::live::Disk;
-use super::map::{BlockMap, CLUSTER, Source};
+use super::map::{BlockMap, CLUSTER, ClusterSource};
 
 /// Overlays that a map may name before they are merged.
 const MAX_OVERLAYS: usize = 64;
@@ -96,7 +96,7 @@ impl Relocation {
     }
 
     /// Queues the clusters of chosen sources.
-    pub(super) fn queue_sources(&mut self, map: &BlockMap, chosen: impl Fn(&Source) -> bool) {
+    pub(super) fn queue_sources(&mut self, map: &BlockMap, chosen: impl Fn(&ClusterSource) -> bool) {
         for (range, _) in map.extents().filter(|(_, source)| chosen(source)) {
             let starts = (range.start..range.end).step_by(MAX_RUN as usize);
             self.queue(starts.map(|start| start..range.end.min(start + MAX_RUN)));
@@ -180,7 +180,7 @@ impl Disk {
             let (start, end) = (range.start * CLUSTER, (range.end * CLUSTER).min(self.size()));
             // The token belongs to no request. The chain counts the move, and no device sees its
             // end.
-            self.add(Job::new(u64::MAX, start, end - start, Work::Move(None)));
+            self.add(Job::new(u64::MAX, start, end - start, JobKind::Move(None)));
         }
     }
 
@@ -188,11 +188,11 @@ impl Disk {
     /// are queued again.
     pub(super) fn plan_move(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
         // A move that is planned again after a fork may have no clusters left.
-        (job.moves, job.target, job.stage) = (false, None, Stage::Transfer);
+        (job.moves, job.target, job.stage) = (false, None, JobStage::Transfer);
         let (chain, map) = (&self.chain, self.chain.map());
         let mut runs: Vec<Range<u64>> = Vec::new();
         for (range, source) in map.pieces(job.clusters()) {
-            if chain.is_folding() && matches!(source, Source::Zero) {
+            if chain.is_folding() && matches!(source, ClusterSource::Zero) {
                 // A disk that folds is alone, and zeros need no copy.
                 runs.push(range);
             } else if chain.is_movable(source) {
@@ -211,21 +211,21 @@ impl Disk {
         job.offset = run.start * CLUSTER;
         job.len = (run.end * CLUSTER).min(self.size()) - job.offset;
         (job.moves, job.target) = (true, Some(Arc::clone(&active)));
-        if matches!(self.chain.map().at(run.start), Source::Zero) {
+        if matches!(self.chain.map().at(run.start), ClusterSource::Zero) {
             let (offset, len) = (job.offset, job.len);
             return self.give(at, job, Request::Punch { file: active, offset, len });
         }
         let buffer = Arc::new(AlignedBuf::new(job.len as usize));
         let mut reads = Vec::new();
         for (range, source) in self.chain.map().pieces(run) {
-            let Source::File(file) = source else { continue };
+            let ClusterSource::File(file) = source else { continue };
             let (start, end) = (range.start * CLUSTER, (range.end * CLUSTER).min(self.size()));
             let buffers = Fragment::owned(&buffer, (start - job.offset) as usize, (end - start) as usize);
             let buffers = buffers.into_iter().collect();
             reads.push(Request::Read { file: Arc::clone(file), offset: start, buffers });
         }
-        job.work = Work::Move(Some(buffer));
-        job.stage = Stage::RmwEdges;
+        job.work = JobKind::Move(Some(buffer));
+        job.stage = JobStage::RmwEdges;
         reads.into_iter().try_for_each(|request| self.give(at, job, request))
     }
 

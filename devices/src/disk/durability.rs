@@ -7,9 +7,9 @@ use std::sync::Arc;
 use clade_io::{Failure, FileError, IoFile, Request};
 
 use super::DiskError;
-use super::journal::{ImageError, Journal, Log, Standing};
+use super::journal::{FlushState, ImageCheckError, Journal, JournalTail};
 use super::overlay_chain::OverlayChain;
-use super::shadow::Shadow;
+use super::reflink::ReflinkImage;
 
 /// Consecutive flushes that must find the disk alone before overlays are folded into the base. A
 /// guest that is forked repeatedly is then spared the fold.
@@ -29,7 +29,7 @@ const FOLD_AFTER: u32 = 2;
 pub(super) struct Durability {
     journal: Option<Journal>,
     /// The new image, where the file system has reflinks.
-    shadow: Option<Shadow>,
+    reflink: Option<ReflinkImage>,
     /// Slot of the flush in progress. Other flushes wait, because they would promise data that this
     /// one may not have written yet.
     flushing: Option<usize>,
@@ -41,8 +41,8 @@ pub(super) struct Durability {
 
 impl Durability {
     /// For the disk that was opened from the base.
-    pub(super) fn new(journal: Option<Journal>, shadow: Option<Shadow>) -> Self {
-        Self { journal, shadow, ..Self::default() }
+    pub(super) fn new(journal: Option<Journal>, reflink: Option<ReflinkImage>) -> Self {
+        Self { journal, reflink, ..Self::default() }
     }
 
     /// Notes a fork.
@@ -55,8 +55,8 @@ impl Durability {
     pub(super) fn rewound(&mut self, same_base: bool) {
         self.journal = self.journal.take().filter(|_| same_base);
         self.journal.iter_mut().for_each(Journal::replaced);
-        self.shadow = self.shadow.take().filter(|_| same_base);
-        self.shadow.iter_mut().for_each(Shadow::replaced);
+        self.reflink = self.reflink.take().filter(|_| same_base);
+        self.reflink.iter_mut().for_each(ReflinkImage::replaced);
         self.alone = 0;
     }
 
@@ -68,14 +68,14 @@ impl Durability {
     /// Notes that `clusters` have changed, in place or not.
     pub(super) fn changed(&mut self, clusters: Range<u64>) {
         // In place as well: the new image has no overlay's clusters.
-        self.shadow.iter_mut().for_each(|shadow| shadow.moved(clusters.clone()));
+        self.reflink.iter_mut().for_each(|reflink| reflink.moved(clusters.clone()));
     }
 
     /// Whether the system has failed to make something durable.
     pub(super) fn is_lost(&self) -> bool {
         let journal = self.journal.as_ref().is_some_and(Journal::is_broken);
-        let shadow = self.shadow.as_ref().is_some_and(Shadow::is_broken);
-        self.lost || journal || shadow
+        let reflink = self.reflink.as_ref().is_some_and(ReflinkImage::is_broken);
+        self.lost || journal || reflink
     }
 
     /// Whether the system has failed to make the base durable, or an overlay that is being
@@ -93,8 +93,8 @@ impl Durability {
         self.journal.as_ref()
     }
 
-    pub(super) fn shadow(&self) -> Option<&Shadow> {
-        self.shadow.as_ref()
+    pub(super) fn reflink(&self) -> Option<&ReflinkImage> {
+        self.reflink.as_ref()
     }
 
     pub(super) fn is_flushing(&self) -> bool {
@@ -109,16 +109,16 @@ impl Durability {
         chain: &mut OverlayChain,
         dirty: bool,
     ) -> Result<Vec<Request>, DiskError> {
-        let begun = self.begin_shadow(chain, dirty)?;
-        let alone = chain.is_forked() && self.shadow.is_none() && self.journal.is_some() && chain.is_alone();
+        let begun = self.begin_reflink(chain, dirty)?;
+        let alone = chain.is_forked() && self.reflink.is_none() && self.journal.is_some() && chain.is_alone();
         self.alone = if alone { self.alone + 1 } else { 0 };
         let folds = chain.is_folding() || self.alone >= FOLD_AFTER && self.may_fold(chain);
-        let shadowed = begun.is_some();
+        let reflinked = begun.is_some();
         let mut requests = begun.unwrap_or_default();
         // Without a journal, an overlay ends with the process, whether it was synced or not.
-        let begun = match self.journal.as_mut().filter(|_| chain.is_forked() && !shadowed) {
-            _ if shadowed => true,
-            Some(journal) => match journal.begin(chain.map(), Standing { dirty, writing: folds }) {
+        let begun = match self.journal.as_mut().filter(|_| chain.is_forked() && !reflinked) {
+            _ if reflinked => true,
+            Some(journal) => match journal.begin(chain.map(), FlushState { dirty, writing: folds }) {
                 Ok(first) => {
                     requests.extend(first);
                     true
@@ -142,15 +142,15 @@ impl Durability {
 
     /// Begins a flush into a new image, on a file system with reflinks. Returns None if the journal
     /// takes the flush instead.
-    fn begin_shadow(&mut self, chain: &OverlayChain, dirty: bool) -> Result<Option<Vec<Request>>, DiskError> {
-        let Some(shadow) = self.shadow.as_mut().filter(|_| chain.is_forked()) else { return Ok(None) };
-        match shadow.begin(chain.map(), dirty) {
+    fn begin_reflink(&mut self, chain: &OverlayChain, dirty: bool) -> Result<Option<Vec<Request>>, DiskError> {
+        let Some(reflink) = self.reflink.as_mut().filter(|_| chain.is_forked()) else { return Ok(None) };
+        match reflink.begin(chain.map(), dirty) {
             Ok(first) => Ok(Some(first)),
-            Err(error) if shadow.is_image() || shadow.is_broken() => Err(error.into()),
+            Err(error) if reflink.is_image() || reflink.is_broken() => Err(error.into()),
             Err(error) => {
                 let (path, error) = (chain.config().path.display(), &error as &dyn std::error::Error);
                 tracing::warn!(%path, error, "no new image: a flush after a fork needs a journal");
-                self.shadow = None;
+                self.reflink = None;
                 Ok(None)
             }
         }
@@ -173,8 +173,8 @@ impl Durability {
         if self.flushing != Some(at) {
             return Ok(None);
         }
-        if let Some(shadow) = self.shadow.as_mut().filter(|shadow| shadow.is_writing()) {
-            return Ok(shadow.next()?);
+        if let Some(reflink) = self.reflink.as_mut().filter(|reflink| reflink.is_writing()) {
+            return Ok(reflink.next()?);
         }
         let Some(journal) = &mut self.journal else { return Ok(None) };
         Ok(journal.next()?)
@@ -195,7 +195,7 @@ impl Durability {
         // After success there is nothing to give up. A cancelled operation is not a lost write.
         let lost = matches!(error, Some(DiskError::Transfer(failure)) if failure.errno().is_some());
         self.journal.iter_mut().for_each(|journal| journal.give_up(lost));
-        self.shadow.iter_mut().for_each(|shadow| shadow.give_up(lost));
+        self.reflink.iter_mut().for_each(|reflink| reflink.give_up(lost));
         true
     }
 
@@ -206,10 +206,10 @@ impl Durability {
 
     /// Makes the new image the base of `chain`, if there is one and no clone needs the old base.
     pub(super) fn take_over(&mut self, chain: &mut OverlayChain) {
-        let Some(shadow) = self.shadow.as_mut().filter(|_| chain.is_alone()) else { return };
-        let known = shadow.image().map(IoFile::identity);
+        let Some(reflink) = self.reflink.as_mut().filter(|_| chain.is_alone()) else { return };
+        let known = reflink.image().map(IoFile::identity);
         let Some(Ok(identity)) = known else { return };
-        let Some(file) = shadow.take_over() else { return };
+        let Some(file) = reflink.take_over() else { return };
         if chain.replace_base(Arc::clone(&file)) {
             self.journal.iter_mut().for_each(|journal| journal.rebase(&file, identity));
             self.alone = 0;
@@ -222,12 +222,12 @@ impl Durability {
     }
 
     /// Refuses an image that another program has changed since the journal's last record.
-    pub(super) fn check_image(&self) -> Result<(), ImageError> {
+    pub(super) fn check_image(&self) -> Result<(), ImageCheckError> {
         self.journal.as_ref().map_or(Ok(()), Journal::check_image)
     }
 
     /// The end of the journal, where a commit records the clusters it has copied into the image.
-    pub(super) fn log(&self) -> Option<Log> {
+    pub(super) fn log(&self) -> Option<JournalTail> {
         self.journal.as_ref().and_then(Journal::log)
     }
 

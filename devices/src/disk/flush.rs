@@ -17,10 +17,10 @@
 //! matches no instant of the disk.
 
 use super::DiskError;
-use super::job::{Job, Stage};
+use super::job::{Job, JobStage};
 use super::journal::Journal;
 use super::live::Disk;
-use super::shadow::Shadow;
+use super::reflink::ReflinkImage;
 
 impl Disk {
     /// Whether a flush must wait: for another flush in progress; for writes to the image that were
@@ -34,7 +34,7 @@ impl Disk {
     }
 
     pub(super) fn plan_flush(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
-        job.stage = Stage::Transfer;
+        job.stage = JobStage::Transfer;
         if self.durability.is_base_lost() {
             return Err(DiskError::Lost { path: self.config().path.clone() });
         }
@@ -74,7 +74,7 @@ impl Disk {
 
     /// Begins or ends a fold, or has wasteful overlays merged.
     fn after_flush(&mut self) {
-        if self.durability.shadow().is_some_and(Shadow::is_image) {
+        if self.durability.reflink().is_some_and(ReflinkImage::is_image) {
             return self.take_over();
         }
         let Some(journal) = self.durability.journal().filter(|_| self.chain.is_forked()) else { return };

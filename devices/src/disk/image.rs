@@ -10,12 +10,12 @@ use clade_io::{FileError, IoFile};
 use thiserror::Error;
 
 use super::directory::{Directory, sync};
-use super::journal::{ImageError, JournalError, left_in};
+use super::journal::{ImageCheckError, JournalError, left_in};
 use super::live::Disk;
-use super::map::{BlockMap, CLUSTER, Source};
+use super::map::{BlockMap, CLUSTER, ClusterSource};
 use super::op::DiskOp;
 use super::overlay_chain::Setup;
-use super::shadow::Shadow;
+use super::reflink::ReflinkImage;
 use super::{DiskConfig, DiskError};
 
 /// Bytes that commit and export copy at once.
@@ -218,7 +218,7 @@ fn copy_data(
 ) -> Result<u64, FileError> {
     let mut copied = 0;
     for (range, source) in map.pieces(0..size.div_ceil(CLUSTER)) {
-        let Source::File(file) = source else { continue };
+        let ClusterSource::File(file) = source else { continue };
         for_chunks(range.start * CLUSTER, (range.end * CLUSTER).min(size), |at, len| {
             let mut bytes = vec![0; len];
             file.read_now(&mut bytes, at)?;
@@ -286,8 +286,8 @@ impl Disk {
             return Err(CommitError::Lost { path: path() });
         }
         if self.is_forked()
-            && self.durability.shadow().is_some()
-            && let Some(report) = self.commit_to_shadow(&base)?
+            && self.durability.reflink().is_some()
+            && let Some(report) = self.commit_to_reflink(&base)?
         {
             return Ok(report);
         }
@@ -312,8 +312,8 @@ impl Disk {
         if journaled {
             match self.durability.check_image() {
                 Ok(()) => {}
-                Err(ImageError::File(source)) => return Err(partial(kept)(source)),
-                Err(ImageError::Changed(source)) => {
+                Err(ImageCheckError::File(source)) => return Err(partial(kept)(source)),
+                Err(ImageCheckError::Changed(source)) => {
                     return Err(CommitError::Changed { path: path(), kept, source: source.into() });
                 }
             }
@@ -331,18 +331,18 @@ impl Disk {
 
     /// Flushes, after which the new image has everything. Returns None if the flush finds that
     /// there is no new image.
-    fn commit_to_shadow(&mut self, base: &Arc<IoFile>) -> Result<Option<CommitReport>, CommitError> {
+    fn commit_to_reflink(&mut self, base: &Arc<IoFile>) -> Result<Option<CommitReport>, CommitError> {
         let mut report = CommitReport { journaled: true, ..CommitReport::default() };
         for (range, source) in self.chain.map().extents() {
             let bytes = (range.end * CLUSTER).min(self.size()) - range.start * CLUSTER;
             match source {
-                Source::Zero => report.zeroed += bytes,
-                Source::File(file) if Arc::ptr_eq(file, base) => {}
-                Source::File(_) => report.copied += bytes,
+                ClusterSource::Zero => report.zeroed += bytes,
+                ClusterSource::File(file) if Arc::ptr_eq(file, base) => {}
+                ClusterSource::File(_) => report.copied += bytes,
             }
         }
         let flushed = self.flush_now();
-        let current = !self.is_forked() || self.durability.shadow().is_some_and(Shadow::is_image);
+        let current = !self.is_forked() || self.durability.reflink().is_some_and(ReflinkImage::is_image);
         match flushed {
             Ok(()) => Ok(current.then_some(report)),
             Err(source) if current => {

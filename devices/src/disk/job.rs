@@ -10,7 +10,7 @@ use super::map::CLUSTER;
 
 /// The work of a job.
 #[derive(Debug)]
-pub(super) enum Work {
+pub(super) enum JobKind {
     /// Reads into the buffers.
     Read(Vec<Fragment>),
     /// Writes the buffers.
@@ -30,7 +30,7 @@ pub(super) enum Work {
 
 /// The step a job has reached.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Stage {
+pub(super) enum JobStage {
     /// The engine has no operation of the job, or the job is to be planned anew.
     Planned,
     /// Reading the rest of partly written clusters, or the clusters to move.
@@ -45,8 +45,8 @@ pub(super) struct Job {
     pub(super) token: u64,
     pub(super) offset: u64,
     pub(super) len: u64,
-    pub(super) work: Work,
-    pub(super) stage: Stage,
+    pub(super) work: JobKind,
+    pub(super) stage: JobStage,
     /// Operations that the engine has not completed.
     pub(super) left: usize,
     pub(super) error: Option<DiskError>,
@@ -59,13 +59,13 @@ pub(super) struct Job {
 }
 
 impl Job {
-    pub(super) fn new(token: u64, offset: u64, len: u64, work: Work) -> Self {
+    pub(super) fn new(token: u64, offset: u64, len: u64, work: JobKind) -> Self {
         Self {
             token,
             offset,
             len,
             work,
-            stage: Stage::Planned,
+            stage: JobStage::Planned,
             left: 0,
             error: None,
             lock: None,
@@ -102,12 +102,12 @@ impl Job {
 
     /// Whether the job is a relocation, which belongs to no request.
     pub(super) fn is_relocation(&self) -> bool {
-        matches!(self.work, Work::Move(_))
+        matches!(self.work, JobKind::Move(_))
     }
 
     /// Whether the job changes the disk.
     pub(super) fn changes(&self) -> bool {
-        matches!(self.work, Work::Write(_) | Work::Zero { .. } | Work::Move(_))
+        matches!(self.work, JobKind::Write(_) | JobKind::Zero { .. } | JobKind::Move(_))
     }
 }
 
@@ -163,7 +163,7 @@ mod tests {
             Some(DiskError::Transfer(failure)) => failure.errno(),
             _ => None,
         };
-        let mut job = Job::new(1, 0, 0, Work::Flush);
+        let mut job = Job::new(1, 0, 0, JobKind::Flush);
         job.fail(Failure::Cancelled.into());
         assert_eq!(errno(&job), None);
         job.fail(lost(libc::EIO));

@@ -22,7 +22,7 @@ use clade_io::{FileError, IoFile};
 
 use super::directory::Directory;
 use super::image::open_overlays;
-use super::map::{BlockMap, CLUSTER, Source};
+use super::map::{BlockMap, CLUSTER, ClusterSource};
 use super::overlay_chain::Setup;
 use super::{DiskConfig, DiskError, DiskImage, SECTOR};
 
@@ -121,12 +121,17 @@ impl DiskImage {
         Ok(runs)
     }
 
-    fn push_source(&self, runs: &mut Vec<DiskRun>, clusters: Range<u64>, source: &Source) -> Result<(), DiskError> {
+    fn push_source(
+        &self,
+        runs: &mut Vec<DiskRun>,
+        clusters: Range<u64>,
+        source: &ClusterSource,
+    ) -> Result<(), DiskError> {
         match source {
-            Source::Zero => push(runs, clusters, true),
+            ClusterSource::Zero => push(runs, clusters, true),
             // A write in flight may fill a hole.
-            Source::File(file) if file.has_writes() => push(runs, clusters, false),
-            Source::File(file) => push_file(runs, file, clusters)?,
+            ClusterSource::File(file) if file.has_writes() => push(runs, clusters, false),
+            ClusterSource::File(file) => push_file(runs, file, clusters)?,
         }
         Ok(())
     }
@@ -148,8 +153,8 @@ impl DiskImage {
             let (from, to) = ((clusters.start * CLUSTER).max(offset), (clusters.end * CLUSTER).min(end));
             let part = &mut bytes[(from - offset) as usize..(to - offset) as usize];
             match source {
-                Source::Zero => part.fill(0),
-                Source::File(file) => file.read_now(part, from)?,
+                ClusterSource::Zero => part.fill(0),
+                ClusterSource::File(file) => file.read_now(part, from)?,
             }
         }
         Ok(())
@@ -169,7 +174,7 @@ impl DiskImage {
         let kept: Vec<_> = iter::once(Arc::clone(lease)).chain(lock).collect();
         let mut layers: Vec<(&Arc<IoFile>, DiskLayer)> = Vec::new();
         for (clusters, source) in self.map.extents() {
-            let Source::File(file) = source else { continue };
+            let ClusterSource::File(file) = source else { continue };
             let at = match layers.iter().position(|(of, _)| Arc::ptr_eq(of, file)) {
                 Some(at) => at,
                 None => {
@@ -212,12 +217,15 @@ impl DiskImage {
             return Err(DiskError::Size { size });
         }
         let overlays = overlays()?;
-        let mut map = BlockMap::new(size.div_ceil(CLUSTER), Source::Zero);
+        let mut map = BlockMap::new(size.div_ceil(CLUSTER), ClusterSource::Zero);
         for layer in layers {
             layer.check(config, size)?;
             for DiskRun { clusters, zero } in &layer.runs {
                 let source = layer.file.as_ref().filter(|_| !zero);
-                map.insert(clusters.clone(), source.map_or(Source::Zero, |file| Source::File(Arc::clone(file))));
+                map.insert(
+                    clusters.clone(),
+                    source.map_or(ClusterSource::Zero, |file| ClusterSource::File(Arc::clone(file))),
+                );
             }
         }
         let setup = Arc::new(Setup { config: config.clone(), base: None, size, overlays, pool: Arc::default() });

@@ -10,14 +10,14 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::durability::Durability;
 use super::image::{DiskImage, open_overlays};
-use super::job::{Job, Work};
+use super::job::{Job, JobKind};
 use super::journal::{Journal, RecoveredJournal};
 use super::locks::Hold;
-use super::map::{BlockMap, CLUSTER, Source};
+use super::map::{BlockMap, CLUSTER, ClusterSource};
 use super::op::{DiskDone, DiskHealth, DiskOp};
 use super::overlay_chain::{OverlayChain, Setup};
+use super::reflink::{self, ReflinkImage};
 use super::request_table::RequestTable;
-use super::shadow::{self, Shadow};
 use super::{DiskConfig, DiskError, SECTOR};
 
 /// A VM's disk. Not thread-safe by itself: a device's worker owns it.
@@ -53,9 +53,9 @@ impl Disk {
         if base.link_count()? == 0 {
             return Err(DiskError::Replaced { path: config.path.clone() });
         }
-        shadow::sweep(&base);
+        reflink::sweep(&base);
         let overlays = open_overlays(config, base.is_block_device(), size)?;
-        let mut map = BlockMap::new(size.div_ceil(CLUSTER), Source::File(Arc::clone(&base)));
+        let mut map = BlockMap::new(size.div_ceil(CLUSTER), ClusterSource::File(Arc::clone(&base)));
         match RecoveredJournal::find(&base, size)? {
             Some(left) if config.read_only || config.ephemeral => map = left.map,
             Some(left) => {
@@ -69,10 +69,10 @@ impl Disk {
         // so the first flush covers it.
         base.set_unsynced();
         let journal = active.as_ref().and_then(|base| Journal::new(base, size, &overlays));
-        let shadow = journal.as_ref().and_then(|_| Shadow::new(&base, size, &overlays, config.cache));
+        let reflink = journal.as_ref().and_then(|_| ReflinkImage::new(&base, size, &overlays, config.cache));
         let setup = Arc::new(Setup { config: config.clone(), base: Some(base), size, overlays, pool: Arc::default() });
         let chain = OverlayChain::opened(setup, map, active);
-        Ok(Self { requests: RequestTable::new()?, chain, durability: Durability::new(journal, shadow) })
+        Ok(Self { requests: RequestTable::new()?, chain, durability: Durability::new(journal, reflink) })
     }
 
     pub(super) fn from_image(image: &DiskImage) -> Result<Self, DiskError> {
@@ -167,11 +167,11 @@ impl Disk {
     /// When the request is invalid for this disk. Nothing was begun then.
     pub fn submit(&mut self, op: DiskOp, token: u64) -> Result<(), DiskError> {
         let (offset, len, work) = match op {
-            DiskOp::Read { offset, buffers } => (offset, total_len(&buffers) as u64, Work::Read(buffers)),
-            DiskOp::Write { offset, buffers } => (offset, total_len(&buffers) as u64, Work::Write(buffers)),
-            DiskOp::Zero { offset, len, unmap } => (offset, len, Work::Zero { punch: unmap, advisory: false }),
-            DiskOp::Discard { offset, len } => (offset, len, Work::Zero { punch: true, advisory: true }),
-            DiskOp::Flush => (0, 0, Work::Flush),
+            DiskOp::Read { offset, buffers } => (offset, total_len(&buffers) as u64, JobKind::Read(buffers)),
+            DiskOp::Write { offset, buffers } => (offset, total_len(&buffers) as u64, JobKind::Write(buffers)),
+            DiskOp::Zero { offset, len, unmap } => (offset, len, JobKind::Zero { punch: unmap, advisory: false }),
+            DiskOp::Discard { offset, len } => (offset, len, JobKind::Zero { punch: true, advisory: true }),
+            DiskOp::Flush => (0, 0, JobKind::Flush),
         };
         let size = self.size();
         if offset.checked_add(len).is_none_or(|end| end > size) {
@@ -194,7 +194,7 @@ impl Disk {
     /// Begins a job, or leaves it waiting for its clusters. Returns whether it waits.
     fn begin(&mut self, at: usize) -> bool {
         let Some(mut job) = self.requests.take(at) else { return false };
-        let flush_waits = matches!(job.work, Work::Flush) && self.flush_waits();
+        let flush_waits = matches!(job.work, JobKind::Flush) && self.flush_waits();
         if flush_waits || job.changes() && job.lock.is_none() && !self.lock(at, &mut job) {
             self.requests.park(at, job);
             return true;
@@ -208,7 +208,7 @@ impl Disk {
         let chain = &self.chain;
         let in_place = |active: &Arc<IoFile>| {
             // Whether a change in the active file leaves the map unchanged.
-            let stays = matches!(job.work, Work::Write(_)) || chain.is_base(active);
+            let stays = matches!(job.work, JobKind::Write(_)) || chain.is_base(active);
             stays && chain.map().is_all(job.clusters(), active)
         };
         let hold = if chain.active().is_some_and(in_place) { Hold::Shared } else { Hold::Alone };
@@ -284,16 +284,16 @@ impl Disk {
     /// begin.
     pub(super) fn end(&mut self, at: usize, mut job: Job) {
         match (&job.work, &job.error) {
-            (Work::Write(_) | Work::Move(_), None) if job.moves => {
+            (JobKind::Write(_) | JobKind::Move(_), None) if job.moves => {
                 if let Some(target) = job.target.take() {
-                    self.insert(job.clusters(), Source::File(target));
+                    self.insert(job.clusters(), ClusterSource::File(target));
                 }
             }
-            (Work::Zero { .. }, None) if job.moves => {
-                let source = job.target.clone().map_or(Source::Zero, Source::File);
+            (JobKind::Zero { .. }, None) if job.moves => {
+                let source = job.target.clone().map_or(ClusterSource::Zero, ClusterSource::File);
                 self.insert(job.whole_clusters(self.size()), source);
             }
-            (Work::Flush, _) => self.flush_ends(at, &mut job),
+            (JobKind::Flush, _) => self.flush_ends(at, &mut job),
             _ => {}
         }
         if job.changes() {
@@ -324,7 +324,7 @@ impl Disk {
         }
     }
 
-    fn insert(&mut self, clusters: Range<u64>, source: Source) {
+    fn insert(&mut self, clusters: Range<u64>, source: ClusterSource) {
         self.durability.moved(&clusters);
         self.chain.insert(clusters, source);
     }

@@ -12,14 +12,14 @@ pub const CLUSTER: u64 = 4096;
 
 /// The source of a range of clusters. In a file, each cluster stands at its own offset in the disk.
 #[derive(Clone, Debug)]
-pub(crate) enum Source {
+pub(crate) enum ClusterSource {
     /// No file: the range reads as zeros.
     Zero,
     /// A file.
     File(Arc<IoFile>),
 }
 
-impl Source {
+impl ClusterSource {
     pub(crate) fn is(&self, file: &Arc<IoFile>) -> bool {
         matches!(self, Self::File(own) if Arc::ptr_eq(own, file))
     }
@@ -44,7 +44,7 @@ pub(super) fn push_run(runs: &mut Vec<Range<u64>>, run: Range<u64>) {
 #[derive(Clone, Debug)]
 struct Extent {
     end: u64,
-    source: Source,
+    source: ClusterSource,
 }
 
 /// Sources of all clusters, without gaps. Clones share the tree until one of them is changed.
@@ -55,7 +55,7 @@ pub(crate) struct BlockMap {
 
 impl BlockMap {
     /// A map of `clusters` clusters, all with `source`.
-    pub(crate) fn new(clusters: u64, source: Source) -> Self {
+    pub(crate) fn new(clusters: u64, source: ClusterSource) -> Self {
         let mut extents = RedBlackTreeMapSync::new_sync();
         if clusters > 0 {
             extents.insert_mut(0, Extent { end: clusters, source });
@@ -69,12 +69,12 @@ impl BlockMap {
     }
 
     /// All extents, ascending and without gaps.
-    pub(crate) fn extents(&self) -> impl Iterator<Item = (Range<u64>, &Source)> {
+    pub(crate) fn extents(&self) -> impl Iterator<Item = (Range<u64>, &ClusterSource)> {
         self.extents.iter().map(|(start, extent)| (*start..extent.end, &extent.source))
     }
 
     /// The sources of `range`, ascending, without gaps, and cut to the range.
-    pub(crate) fn pieces(&self, range: Range<u64>) -> impl Iterator<Item = (Range<u64>, &Source)> {
+    pub(crate) fn pieces(&self, range: Range<u64>) -> impl Iterator<Item = (Range<u64>, &ClusterSource)> {
         let first = self.extents.range(..=range.start).next_back().map_or(range.start, |(start, _)| *start);
         self.extents.range(first..range.end).filter_map(move |(start, extent)| {
             let piece = (*start).max(range.start)..extent.end.min(range.end);
@@ -88,13 +88,13 @@ impl BlockMap {
     }
 
     /// The source of one cluster.
-    pub(crate) fn at(&self, cluster: u64) -> Source {
+    pub(crate) fn at(&self, cluster: u64) -> ClusterSource {
         let found = self.pieces(cluster..cluster + 1).next().map(|(_, source)| source.clone());
-        found.unwrap_or(Source::Zero)
+        found.unwrap_or(ClusterSource::Zero)
     }
 
     /// Maps `range` to `source`.
-    pub(crate) fn insert(&mut self, range: Range<u64>, source: Source) {
+    pub(crate) fn insert(&mut self, range: Range<u64>, source: ClusterSource) {
         if range.is_empty() {
             return;
         }
@@ -129,7 +129,7 @@ impl BlockMap {
     pub(crate) fn sizes(&self) -> Vec<(Arc<IoFile>, u64)> {
         let (mut files, mut known) = (Vec::new(), HashMap::new());
         for (start, extent) in self.extents.iter() {
-            let Source::File(file) = &extent.source else { continue };
+            let ClusterSource::File(file) = &extent.source else { continue };
             let at = *known.entry(Arc::as_ptr(file)).or_insert_with(|| {
                 files.push((Arc::clone(file), 0));
                 files.len() - 1
@@ -175,7 +175,7 @@ mod tests {
         #[test]
         fn agrees_with_an_array(changes in prop::collection::vec((0..CLUSTERS, 1..=CLUSTERS, 0..4usize, any::<bool>()), 1..40)) {
             let files = files();
-            let mut map = BlockMap::new(CLUSTERS, Source::File(Arc::clone(&files[0])));
+            let mut map = BlockMap::new(CLUSTERS, ClusterSource::File(Arc::clone(&files[0])));
             let mut model = vec![Some(0); CLUSTERS as usize];
             let mut clones = Vec::new();
             for (start, len, which, clone) in changes {
@@ -183,7 +183,7 @@ mod tests {
                 if clone {
                     clones.push((map.clone(), model.clone()));
                 }
-                let source = files.get(which).map_or(Source::Zero, |file| Source::File(Arc::clone(file)));
+                let source = files.get(which).map_or(ClusterSource::Zero, |file| ClusterSource::File(Arc::clone(file)));
                 map.insert(start..end, source);
                 model[start as usize..end as usize].fill(files.get(which).map(|_| which));
                 prop_assert_eq!(&flat(&map, &files), &model);

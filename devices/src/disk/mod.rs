@@ -22,7 +22,7 @@
 //! | the steps of a job | `job.rs`, `steps.rs` |
 //! | forking, commit, export | `image.rs` |
 //! | the durable part of a forked disk | `journal/` |
-//! | the same on a file system with reflinks | `shadow.rs` |
+//! | the same on a file system with reflinks | `reflink.rs` |
 //! | flushes, and folding of overlays into the image | `flush.rs` |
 //! | keeping overlays few | `compact.rs` |
 //! | the runs that a snapshot writes, and a disk made of them | `layers.rs` |
@@ -40,8 +40,8 @@ mod locks;
 mod map;
 mod op;
 mod overlay_chain;
+mod reflink;
 mod request_table;
-mod shadow;
 mod steps;
 mod steps_trace;
 #[cfg(test)]
@@ -56,7 +56,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use image::{CommitError, CommitReport, DiskImage, overlay_dir};
-pub use journal::{DiskJournal, JournalError, JournalId, JournalState, Report as JournalReport, journal_path};
+pub use journal::{DiskJournal, JournalError, JournalId, JournalReport, JournalState, journal_path};
 pub use layers::{DiskLayer, DiskRun};
 pub use live::Disk;
 pub use map::CLUSTER;

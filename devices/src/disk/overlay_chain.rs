@@ -8,8 +8,8 @@ use clade_io::{CachePolicy, FileError, IoFile, OverlayPool};
 use super::compact::{Relocation, movable};
 use super::directory::Directory;
 use super::image::DiskImage;
-use super::journal::{Log, Report, write_back};
-use super::map::{BlockMap, CLUSTER, Source};
+use super::journal::{JournalReport, JournalTail, write_back};
+use super::map::{BlockMap, CLUSTER, ClusterSource};
 use super::{DiskConfig, DiskError};
 
 /// State shared by all disks of one ancestor. Each disk and each image holds it once.
@@ -181,7 +181,7 @@ impl OverlayChain {
     }
 
     /// Maps `clusters` to `source`.
-    pub(super) fn insert(&mut self, clusters: Range<u64>, source: Source) {
+    pub(super) fn insert(&mut self, clusters: Range<u64>, source: ClusterSource) {
         self.rescan |= !self.base().is_some_and(|base| source.is(base));
         self.map.insert(clusters, source);
     }
@@ -207,7 +207,7 @@ impl OverlayChain {
     /// forked. Returns false, with nothing changed, unless the chain is alone.
     pub(super) fn replace_base(&mut self, file: Arc<IoFile>) -> bool {
         let Some(setup) = Arc::get_mut(&mut self.setup) else { return false };
-        self.map = BlockMap::new(setup.size.div_ceil(CLUSTER), Source::File(Arc::clone(&file)));
+        self.map = BlockMap::new(setup.size.div_ceil(CLUSTER), ClusterSource::File(Arc::clone(&file)));
         self.active = Some(Arc::clone(&file));
         setup.base = Some(file);
         self.forked = false;
@@ -216,7 +216,11 @@ impl OverlayChain {
     }
 
     /// Copies the clusters of other files into the base; see [`write_back`].
-    pub(super) fn write_back(&mut self, base: &Arc<IoFile>, log: Option<&mut Log>) -> Result<Report, FileError> {
+    pub(super) fn write_back(
+        &mut self,
+        base: &Arc<IoFile>,
+        log: Option<&mut JournalTail>,
+    ) -> Result<JournalReport, FileError> {
         write_back(&mut self.map, base, self.setup.size, log)
     }
 
@@ -250,12 +254,12 @@ impl OverlayChain {
     }
 
     /// Queues the clusters of chosen sources to be moved.
-    pub(super) fn queue_moves(&mut self, chosen: impl Fn(&Source) -> bool) {
+    pub(super) fn queue_moves(&mut self, chosen: impl Fn(&ClusterSource) -> bool) {
         self.relocation.queue_sources(&self.map, chosen);
     }
 
     /// As [`OverlayChain::queue_moves`], and makes flushes wait for the moves.
-    pub(super) fn queue_urgent_moves(&mut self, chosen: impl Fn(&Source) -> bool) {
+    pub(super) fn queue_urgent_moves(&mut self, chosen: impl Fn(&ClusterSource) -> bool) {
         self.queue_moves(chosen);
         self.relocation.set_urgent();
     }
@@ -307,10 +311,10 @@ impl OverlayChain {
     }
 
     /// Whether a source's clusters may be moved into the active file.
-    pub(super) fn is_movable(&self, source: &Source) -> bool {
+    pub(super) fn is_movable(&self, source: &ClusterSource) -> bool {
         match source {
-            Source::File(file) => movable(file, self.active.as_ref()),
-            Source::Zero => false,
+            ClusterSource::File(file) => movable(file, self.active.as_ref()),
+            ClusterSource::Zero => false,
         }
     }
 

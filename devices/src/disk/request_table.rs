@@ -21,7 +21,7 @@ const ZEROS: usize = 64 << 10;
 
 /// Jobs of one request that have not ended, and the first error among them.
 #[derive(Debug, Default)]
-struct Parts {
+struct RequestProgress {
     left: usize,
     error: Option<DiskError>,
 }
@@ -55,7 +55,7 @@ pub(super) struct RequestTable {
     released: bool,
     locks: RangeLocks,
     /// Requests in flight, by token.
-    parts: HashMap<u64, Parts>,
+    parts: HashMap<u64, RequestProgress>,
     /// Requests that have ended and have not been taken.
     done: Vec<DiskDone>,
     /// Jobs that failed because a file system, or a quota, had no room.

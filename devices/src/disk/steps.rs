@@ -6,9 +6,9 @@ use std::sync::Arc;
 use clade_io::{AlignedBuf, Fragment, Request, window};
 
 use super::DiskError;
-use super::job::{Edge, Job, RmwEdges, Stage, Work};
+use super::job::{Edge, Job, JobKind, JobStage, RmwEdges};
 use super::live::Disk;
-use super::map::{CLUSTER, Source};
+use super::map::{CLUSTER, ClusterSource};
 
 /// Number of extents in a map above which small zeros and discards add no more. The map then takes
 /// some 10 MiB.
@@ -20,11 +20,11 @@ const SMALL_ZEROS: u64 = 256;
 impl Disk {
     pub(super) fn plan(&mut self, at: usize, mut job: Job) {
         let planned = match job.work {
-            Work::Read(_) => self.plan_read(at, &mut job),
-            Work::Write(_) => self.plan_write(at, &mut job),
-            Work::Zero { punch, advisory } => self.plan_zero(at, &mut job, punch, advisory),
-            Work::Flush => self.plan_flush(at, &mut job),
-            Work::Move(_) => self.plan_move(at, &mut job),
+            JobKind::Read(_) => self.plan_read(at, &mut job),
+            JobKind::Write(_) => self.plan_write(at, &mut job),
+            JobKind::Zero { punch, advisory } => self.plan_zero(at, &mut job, punch, advisory),
+            JobKind::Flush => self.plan_flush(at, &mut job),
+            JobKind::Move(_) => self.plan_move(at, &mut job),
         };
         if let Err(error) = planned {
             job.error.get_or_insert(error);
@@ -42,22 +42,22 @@ impl Disk {
     }
 
     fn plan_read(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
-        let Work::Read(buffers) = &job.work else { return Ok(()) };
+        let JobKind::Read(buffers) = &job.work else { return Ok(()) };
         let mut requests = Vec::new();
         for (range, source) in self.chain.map().pieces(job.clusters()) {
             let start = (range.start * CLUSTER).max(job.offset);
             let end = (range.end * CLUSTER).min(job.end());
             let part = window(buffers, (start - job.offset) as usize, (end - start) as usize);
             match source {
-                Source::File(file) => {
+                ClusterSource::File(file) => {
                     requests.push(Request::Read { file: Arc::clone(file), offset: start, buffers: part });
                 }
                 // The processor may write: these pages are pinned for writing, and so this VM's
                 // own.
-                Source::Zero => part.iter().for_each(fill_with_zeros),
+                ClusterSource::Zero => part.iter().for_each(fill_with_zeros),
             }
         }
-        job.stage = Stage::Transfer;
+        job.stage = JobStage::Transfer;
         requests.into_iter().try_for_each(|request| self.give(at, job, request))
     }
 
@@ -76,7 +76,7 @@ impl Disk {
             }
             let len = CLUSTER.min(self.size() - cluster * CLUSTER) as usize;
             let edge = Edge { cluster, bytes: Arc::new(AlignedBuf::new(len)) };
-            if let Source::File(file) = source {
+            if let ClusterSource::File(file) = source {
                 let buffers = Fragment::owned(&edge.bytes, 0, len).into_iter().collect();
                 reads.push(Request::Read { file, offset: cluster * CLUSTER, buffers });
             }
@@ -90,16 +90,16 @@ impl Disk {
         if reads.is_empty() {
             return self.transfer(at, job);
         }
-        job.stage = Stage::RmwEdges;
+        job.stage = JobStage::RmwEdges;
         reads.into_iter().try_for_each(|request| self.give(at, job, request))
     }
 
     fn transfer(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
-        job.stage = Stage::Transfer;
+        job.stage = JobStage::Transfer;
         let Some(file) = job.target.clone() else { return Ok(()) };
         let (offset, buffers) = match &job.work {
-            Work::Write(buffers) => job.edges.around(job.offset, job.end(), buffers),
-            Work::Move(Some(buffer)) => {
+            JobKind::Write(buffers) => job.edges.around(job.offset, job.end(), buffers),
+            JobKind::Move(Some(buffer)) => {
                 (job.offset, Fragment::owned(buffer, 0, job.len as usize).into_iter().collect())
             }
             _ => return Ok(()),
@@ -108,7 +108,7 @@ impl Disk {
     }
 
     fn plan_zero(&mut self, at: usize, job: &mut Job, punch: bool, advisory: bool) -> Result<(), DiskError> {
-        job.stage = Stage::Transfer;
+        job.stage = JobStage::Transfer;
         let (offset, len) = (job.offset, job.len);
         let base = self.chain.active().filter(|active| self.chain.is_base(active)).cloned();
         if let Some(file) = base.clone().filter(|base| self.chain.map().is_all(job.clusters(), base)) {
@@ -165,25 +165,25 @@ impl Disk {
 
     fn write_zeros_later(&mut self, token: u64, start: u64, end: u64) {
         let zeros = self.requests.zeros(end - start);
-        self.requests.insert_later(Job::new(token, start, end - start, Work::Write(zeros)));
+        self.requests.insert_later(Job::new(token, start, end - start, JobKind::Write(zeros)));
     }
 
     /// Continues a job when the engine has completed all its operations.
     pub(super) fn next_step(&mut self, at: usize, job: &mut Job) {
         let next = match (&job.work, &job.stage) {
-            (Work::Write(_) | Work::Move(_), Stage::RmwEdges) if job.error.is_none() => {
+            (JobKind::Write(_) | JobKind::Move(_), JobStage::RmwEdges) if job.error.is_none() => {
                 let current = job.target.as_ref().zip(self.chain.active()).is_some_and(|(a, b)| Arc::ptr_eq(a, b));
                 // The disk was forked meanwhile, and the target file is read-only now. The job
                 // begins again, with the new active file. The bytes already read are still right,
                 // since the clusters are held.
                 match (current, &job.work) {
                     (true, _) => self.transfer(at, job),
-                    (false, Work::Move(_)) => self.plan_move(at, job),
+                    (false, JobKind::Move(_)) => self.plan_move(at, job),
                     (false, _) => self.plan_write(at, job),
                 }
             }
-            (Work::Flush, _) if job.error.is_none() => self.flush_on(at, job),
-            (Work::Zero { advisory, .. }, Stage::Transfer) => {
+            (JobKind::Flush, _) if job.error.is_none() => self.flush_on(at, job),
+            (JobKind::Zero { advisory, .. }, JobStage::Transfer) => {
                 let advisory = *advisory;
                 self.after_zero(job, advisory);
                 Ok(())
@@ -208,7 +208,7 @@ impl Disk {
         job.moves &= job.target.is_none();
         if !job.moves && !advisory {
             let zeros = self.requests.zeros(job.len);
-            self.requests.insert_later(Job::new(job.token, job.offset, job.len, Work::Write(zeros)));
+            self.requests.insert_later(Job::new(job.token, job.offset, job.len, JobKind::Write(zeros)));
         }
     }
 }

@@ -33,7 +33,7 @@ pub struct Limits {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Bucket {
+struct TokenBucket {
     rate: Rate,
     /// Tokens in the bucket. Negative after an operation larger than the bucket, which passes at
     /// once; later operations wait for it.
@@ -43,7 +43,7 @@ struct Bucket {
     at: Instant,
 }
 
-impl Bucket {
+impl TokenBucket {
     fn new(rate: Rate, now: Instant) -> Self {
         Self { rate, level: i128::from(Self::most(&rate)), once: rate.once, at: now }
     }
@@ -88,8 +88,8 @@ fn nanos(nanos: u128) -> Duration {
 /// Keeps a device within its [`Limits`].
 #[derive(Clone, Copy, Debug)]
 pub struct Limiter {
-    bytes: Option<Bucket>,
-    operations: Option<Bucket>,
+    bytes: Option<TokenBucket>,
+    operations: Option<TokenBucket>,
 }
 
 impl Limiter {
@@ -97,7 +97,7 @@ impl Limiter {
     #[must_use]
     pub fn new(limits: &Limits) -> Self {
         let now = Instant::now();
-        let bucket = |rate: Option<Rate>| rate.map(|rate| Bucket::new(rate, now));
+        let bucket = |rate: Option<Rate>| rate.map(|rate| TokenBucket::new(rate, now));
         Self { bytes: bucket(limits.bytes), operations: bucket(limits.operations) }
     }
 

@@ -6,9 +6,9 @@
 //!    by a driver ([`Activation`]), its reset, and how it is paused and saved. A device has a
 //!    folder here, laid out as [`block`]: `device.rs` (that trait), `request.rs` (requests,
 //!    parsed), `service.rs` (the work), `state.rs` (saved state).
-//! 2. Its work is a `Service` on a `Worker`, a thread that sleeps until a queue's eventfd or one of
-//!    the device's own is readable. A turn pops chains from a [`Virtqueue`], and adds them to the
-//!    used ring.
+//! 2. Its work is a `Service` on a `DeviceWorker`, a thread that sleeps until a queue's eventfd or
+//!    one of the device's own is readable. A turn pops chains from a [`Virtqueue`], and adds them
+//!    to the used ring.
 //! 3. Memory that is given to the kernel is pinned by `dma::pin`, and the operation owns the pins.
 //!    Memory that the processor copies needs no pin.
 //! 4. [`VirtioMmio`] is the transport in front of it: registers, status, interrupt, and the state
@@ -20,9 +20,9 @@
 //! lets each worker finish its turn. From then on no chain is popped and none is added to a used
 //! ring. Transfers that the kernel is busy with continue, into pinned pages.
 //!
-//! The state that [`VirtioDevice::save`] returns is a [`Saved`]: a plain [`DeviceState`], and a
-//! [`Backend`], the part that cannot be serialized (files, sockets). A new device adds a variant to
-//! both.
+//! The state that [`VirtioDevice::save`] returns is a [`SavedDevice`]: a plain [`DeviceState`], and
+//! a [`Backend`], the part that cannot be serialized (files, sockets). A new device adds a variant
+//! to both.
 
 pub mod balloon;
 pub mod block;
@@ -32,11 +32,11 @@ mod dma;
 mod interrupt;
 pub mod limiter;
 pub mod net;
-pub mod plain;
 mod queue;
 mod queue_set;
 pub mod regs;
 pub mod rng;
+pub mod sync_device;
 mod transport;
 pub mod vsock;
 mod worker;
@@ -59,7 +59,7 @@ pub use dma::DmaError;
 pub use interrupt::{Interrupt, InterruptState};
 pub use queue::{QueueError, QueueState, Virtqueue};
 pub use transport::{MMIO_LEN, RestoreError, TransportState, VirtioMmio};
-pub(crate) use worker::{Service, Worker};
+pub(crate) use worker::{DeviceWorker, Service};
 pub use worker::{Turn, Wake, YieldRequest};
 
 /// Resources that a device gets when its driver sets DRIVER_OK.
@@ -158,7 +158,7 @@ pub enum Backend {
 
 /// A device at one instant.
 #[derive(Debug)]
-pub struct Saved {
+pub struct SavedDevice {
     /// The part that can be serialized.
     pub state: DeviceState,
     /// The part that cannot be serialized.
@@ -238,7 +238,7 @@ pub trait VirtioDevice: Send + fmt::Debug {
     ///
     /// # Errors
     /// When it has lost its worker.
-    fn save(&mut self) -> Result<Saved, SaveError>;
+    fn save(&mut self) -> Result<SavedDevice, SaveError>;
 
     /// The device itself, for callers that know its type.
     fn as_any(&mut self) -> &mut dyn Any;
@@ -247,14 +247,14 @@ pub trait VirtioDevice: Send + fmt::Debug {
 /// The eventfds between a device and its VM. Made before the device, so that a VM can be prepared
 /// before its devices are known.
 #[derive(Clone, Debug)]
-pub struct Wiring {
+pub struct EventFds {
     /// The interrupt line.
     pub irq: Arc<Irq>,
     /// For each queue, the eventfd signalled by notifications.
     pub notify: Vec<Arc<EventFd>>,
 }
 
-impl Wiring {
+impl EventFds {
     /// Eventfds for a device with `queues` queues, not connected yet.
     ///
     /// # Errors

@@ -26,7 +26,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use super::interrupt::{Interrupt, InterruptState};
 use super::queue::{QueueState, Virtqueue};
 use super::regs;
-use super::{ActivateError, Activation, Backend, DeviceState, SaveError, VirtioDevice, Wiring};
+use super::{ActivateError, Activation, Backend, DeviceState, EventFds, SaveError, VirtioDevice};
 use crate::mmio::MmioDevice;
 
 /// Bytes of the register window.
@@ -88,7 +88,7 @@ pub enum RestoreError {
 }
 
 #[derive(Debug)]
-struct Registers {
+struct TransportRegisters {
     /// The status register, without DEVICE_NEEDS_RESET, which is in [`Interrupt`].
     status: u32,
     device_features_sel: u32,
@@ -104,7 +104,7 @@ struct Registers {
     device: Box<dyn VirtioDevice>,
 }
 
-impl Registers {
+impl TransportRegisters {
     fn load(&mut self, state: &TransportState) {
         self.status = state.status;
         self.device_features_sel = state.device_features_sel;
@@ -119,17 +119,17 @@ impl Registers {
 #[derive(Debug)]
 pub struct VirtioMmio {
     ram: GuestRam,
-    wiring: Wiring,
+    event_fds: EventFds,
     interrupt: Arc<Interrupt>,
-    inner: Mutex<Registers>,
+    inner: Mutex<TransportRegisters>,
 }
 
 impl VirtioMmio {
     /// A new device, for a VM with memory `ram`. With `held`, the VM is paused.
     #[must_use]
-    pub fn new(device: Box<dyn VirtioDevice>, ram: &GuestRam, wiring: Wiring, held: bool) -> Self {
+    pub fn new(device: Box<dyn VirtioDevice>, ram: &GuestRam, event_fds: EventFds, held: bool) -> Self {
         let queues = device.queue_sizes().iter().map(|size| QueueState::new(*size)).collect();
-        let registers = Registers {
+        let registers = TransportRegisters {
             status: 0,
             device_features_sel: 0,
             driver_features_sel: 0,
@@ -140,8 +140,8 @@ impl VirtioMmio {
             resetting: false,
             device,
         };
-        let interrupt = Arc::new(Interrupt::new(&wiring.irq, InterruptState::default()));
-        Self { ram: ram.clone(), wiring, interrupt, inner: Mutex::new(registers) }
+        let interrupt = Arc::new(Interrupt::new(&event_fds.irq, InterruptState::default()));
+        Self { ram: ram.clone(), event_fds, interrupt, inner: Mutex::new(registers) }
     }
 
     /// A device that was made from the same state, in a paused VM.
@@ -151,11 +151,11 @@ impl VirtioMmio {
     pub fn restore(
         device: Box<dyn VirtioDevice>,
         ram: &GuestRam,
-        wiring: Wiring,
+        event_fds: EventFds,
         state: &TransportState,
     ) -> Result<Self, RestoreError> {
-        let mut transport = Self::new(device, ram, wiring, true);
-        transport.interrupt = Arc::new(Interrupt::new(&transport.wiring.irq, state.interrupt));
+        let mut transport = Self::new(device, ram, event_fds, true);
+        transport.interrupt = Arc::new(Interrupt::new(&transport.event_fds.irq, state.interrupt));
         let mut inner = transport.inner();
         if inner.queues.len() != state.queues.len() {
             return Err(RestoreError::Queues { found: state.queues.len(), queues: inner.queues.len() });
@@ -168,7 +168,7 @@ impl VirtioMmio {
         Ok(transport)
     }
 
-    fn inner(&self) -> MutexGuard<'_, Registers> {
+    fn inner(&self) -> MutexGuard<'_, TransportRegisters> {
         // After a panic in a device the registers are still valid, and the driver can reset the
         // device.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
@@ -273,16 +273,16 @@ impl VirtioMmio {
         with(self.inner().device.as_mut())
     }
 
-    fn offered(inner: &Registers) -> u64 {
+    fn offered(inner: &TransportRegisters) -> u64 {
         // The queues handle indirect tables; devices do not see them.
         inner.device.features() | 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC
     }
 
-    fn status(&self, inner: &Registers) -> u32 {
+    fn status(&self, inner: &TransportRegisters) -> u32 {
         inner.status | if self.interrupt.needs_reset() { NEEDS_RESET } else { 0 }
     }
 
-    fn write_status(&self, inner: &mut Registers, value: u32) {
+    fn write_status(&self, inner: &mut TransportRegisters, value: u32) {
         if value == 0 {
             return self.reset(inner);
         }
@@ -318,29 +318,29 @@ impl VirtioMmio {
         }
     }
 
-    fn features_fit(&self, inner: &Registers) -> bool {
+    fn features_fit(&self, inner: &TransportRegisters) -> bool {
         let chosen = inner.driver_features;
         chosen & !Self::offered(inner) == 0 && chosen & (1 << VIRTIO_F_VERSION_1) != 0
     }
 
-    fn activate(&self, inner: &mut Registers) -> Result<(), ActivateError> {
+    fn activate(&self, inner: &mut TransportRegisters) -> Result<(), ActivateError> {
         let with = self.activation_of(inner, inner.driver_features, &inner.queues)?;
         inner.device.activate(with)
     }
 
     /// The resources with which the device continues from `state`.
-    fn activation(&self, inner: &Registers, state: &TransportState) -> Result<Activation, ActivateError> {
+    fn activation(&self, inner: &TransportRegisters, state: &TransportState) -> Result<Activation, ActivateError> {
         self.activation_of(inner, state.driver_features, &state.queues)
     }
 
     fn activation_of(
         &self,
-        inner: &Registers,
+        inner: &TransportRegisters,
         features: u64,
         states: &[QueueState],
     ) -> Result<Activation, ActivateError> {
         let mut queues = Vec::with_capacity(states.len());
-        for ((index, state), event) in (0u16..).zip(states).zip(&self.wiring.notify) {
+        for ((index, state), event) in (0u16..).zip(states).zip(&self.event_fds.notify) {
             let queue = state.ready.then(|| Virtqueue::new(index, state, features, &self.ram, event)).transpose()?;
             queues.push(queue);
         }
@@ -350,7 +350,7 @@ impl VirtioMmio {
 
     /// Resets the device. While transfers cannot be cancelled, the status stays, and the driver
     /// waits for it to become 0.
-    fn reset(&self, inner: &mut Registers) {
+    fn reset(&self, inner: &mut TransportRegisters) {
         inner.resetting = !inner.device.deactivate();
         if inner.resetting {
             self.interrupt.fail();
@@ -393,7 +393,7 @@ impl VirtioMmio {
     fn write_register(&self, offset: u64, value: u32) {
         // For hosts without ioeventfd. Takes no lock, since a worker may hold it for long.
         if offset == regs::QUEUE_NOTIFY {
-            if let Some(event) = self.wiring.notify.get(value as usize) {
+            if let Some(event) = self.event_fds.notify.get(value as usize) {
                 // A full counter is a pending notification.
                 let _ = event.write(1);
             }
@@ -418,13 +418,13 @@ impl VirtioMmio {
     }
 }
 
-fn selected(inner: &Registers) -> Option<&QueueState> {
+fn selected(inner: &TransportRegisters) -> Option<&QueueState> {
     inner.queues.get(inner.queue_sel as usize)
 }
 
 /// Sets up a queue. Allowed only between FEATURES_OK and DRIVER_OK, and only while the queue is not
 /// ready.
-fn write_queue(inner: &mut Registers, offset: u64, value: u32) {
+fn write_queue(inner: &mut TransportRegisters, offset: u64, value: u32) {
     let Some(queue) = inner.queues.get_mut(inner.queue_sel as usize) else { return };
     if offset == regs::QUEUE_READY {
         queue.ready = value == 1;

@@ -74,7 +74,7 @@ impl<'a> YieldRequest<'a> {
 /// The work of a device.
 pub(crate) trait Service: Send + fmt::Debug + 'static {
     /// Does part of the work. Called on the worker's thread, and never while the VM is paused.
-    fn turn(&mut self, wake: Wake, hurry: &YieldRequest<'_>) -> Turn;
+    fn turn(&mut self, wake: Wake, should_yield: &YieldRequest<'_>) -> Turn;
 
     /// The latest time of the next turn.
     fn deadline(&self) -> Option<Instant> {
@@ -85,19 +85,19 @@ pub(crate) trait Service: Send + fmt::Debug + 'static {
     fn broken(&mut self);
 }
 
-struct Shared<S> {
+struct WorkerShared<S> {
     service: Mutex<S>,
     /// Number of times the worker has reached the gate, and has passed it.
     #[cfg(test)]
     gate_steps: std::sync::atomic::AtomicU64,
-    gate: Mutex<Gate>,
+    gate: Mutex<GateState>,
     opened: Condvar,
-    hurry: AtomicBool,
+    should_yield: AtomicBool,
     control: EventFd,
 }
 
 #[derive(Debug, Default)]
-struct Gate {
+struct GateState {
     shut: bool,
     stop: bool,
     /// Whether the next turn must read everything, because the service was rewound.
@@ -105,20 +105,20 @@ struct Gate {
 }
 
 /// The owner of a worker. Dropping it ends the worker and drops the service.
-pub(crate) struct Worker<S: Service> {
-    shared: Arc<Shared<S>>,
+pub(crate) struct DeviceWorker<S: Service> {
+    shared: Arc<WorkerShared<S>>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl<S: Service> fmt::Debug for Worker<S> {
+impl<S: Service> fmt::Debug for DeviceWorker<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Worker({:?})", self.thread.as_ref().and_then(|t| t.thread().name()))
     }
 }
 
-impl<S: Service> Worker<S> {
-    /// Starts a worker for `service`. With `held`, it is paused until [`Worker::resume`]. `sources`
-    /// are descriptors that the service keeps open, with their numbers.
+impl<S: Service> DeviceWorker<S> {
+    /// Starts a worker for `service`. With `held`, it is paused until [`DeviceWorker::resume`].
+    /// `sources` are descriptors that the service keeps open, with their numbers.
     ///
     /// # Errors
     /// When there is no epoll or no thread. The service comes back, if it can.
@@ -132,13 +132,13 @@ impl<S: Service> Worker<S> {
             Ok(both) => both,
             Err(error) => return Err(Box::new((error, Some(service)))),
         };
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(WorkerShared {
             service: Mutex::new(service),
             #[cfg(test)]
             gate_steps: std::sync::atomic::AtomicU64::new(0),
-            gate: Mutex::new(Gate { shut: held, ..Gate::default() }),
+            gate: Mutex::new(GateState { shut: held, ..GateState::default() }),
             opened: Condvar::new(),
-            hurry: AtomicBool::new(false),
+            should_yield: AtomicBool::new(false),
             control,
         });
         let on_thread = Arc::clone(&shared);
@@ -165,23 +165,23 @@ impl<S: Service> Worker<S> {
         Ok((epoll, control))
     }
 
-    fn take_apart(shared: Arc<Shared<S>>) -> Option<S> {
+    fn take_apart(shared: Arc<WorkerShared<S>>) -> Option<S> {
         Arc::into_inner(shared).map(|shared| shared.service.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Pauses the worker. When this returns, no turn runs, and none begins before
-    /// [`Worker::resume`].
+    /// [`DeviceWorker::resume`].
     pub(crate) fn quiesce(&self) {
         self.shared.gate().shut = true;
         // Relaxed: see YieldRequest.
-        self.shared.hurry.store(true, Ordering::Relaxed);
+        self.shared.should_yield.store(true, Ordering::Relaxed);
         // The gate before the lock: a worker checks the gate with the service locked. So a thread
         // that gets the lock after it has shut the gate knows that no turn runs or begins.
         drop(self.shared.service());
-        self.shared.hurry.store(false, Ordering::Relaxed);
+        self.shared.should_yield.store(false, Ordering::Relaxed);
     }
 
-    /// Undoes [`Worker::quiesce`].
+    /// Undoes [`DeviceWorker::quiesce`].
     pub(crate) fn resume(&self) {
         self.shared.gate().shut = false;
         self.shared.opened.notify_all();
@@ -203,9 +203,9 @@ impl<S: Service> Worker<S> {
     /// Runs `with` on the service, between two turns.
     pub(crate) fn with<T>(&self, with: impl FnOnce(&mut S) -> T) -> T {
         // Relaxed: see YieldRequest.
-        self.shared.hurry.store(true, Ordering::Relaxed);
+        self.shared.should_yield.store(true, Ordering::Relaxed);
         let result = with(&mut self.shared.service());
-        self.shared.hurry.store(false, Ordering::Relaxed);
+        self.shared.should_yield.store(false, Ordering::Relaxed);
         result
     }
 
@@ -231,14 +231,14 @@ impl<S: Service> Worker<S> {
     }
 }
 
-impl<S: Service> Drop for Worker<S> {
+impl<S: Service> Drop for DeviceWorker<S> {
     fn drop(&mut self) {
         self.end();
     }
 }
 
-impl<S: Service> Shared<S> {
-    fn gate(&self) -> MutexGuard<'_, Gate> {
+impl<S: Service> WorkerShared<S> {
+    fn gate(&self) -> MutexGuard<'_, GateState> {
         self.gate.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -280,10 +280,10 @@ impl<S: Service> Shared<S> {
                 if self.gate().shut {
                     continue;
                 }
-                let turn = service.turn(wakes[at], &YieldRequest(&self.hurry));
+                let turn = service.turn(wakes[at], &YieldRequest(&self.should_yield));
                 deadline = service.deadline();
                 drop(service);
-                if self.hurry.load(Ordering::Relaxed) {
+                if self.should_yield.load(Ordering::Relaxed) {
                     // Locks are not fair: a thread that waits for this one gets it now.
                     thread::yield_now();
                 }
@@ -345,7 +345,7 @@ mod tests {
     }
 
     impl Service for Counter {
-        fn turn(&mut self, wake: Wake, _hurry: &YieldRequest<'_>) -> Turn {
+        fn turn(&mut self, wake: Wake, _should_yield: &YieldRequest<'_>) -> Turn {
             let _ = self.event.read();
             assert!(!self.panics, "as asked");
             self.deadline = self.due.take().map(|due| Instant::now() + due);
@@ -361,13 +361,13 @@ mod tests {
         }
     }
 
-    fn worker(held: bool) -> (Worker<Counter>, EventFd, Receiver<Wake>) {
+    fn worker(held: bool) -> (DeviceWorker<Counter>, EventFd, Receiver<Wake>) {
         let event = EventFd::new(EFD_NONBLOCK).unwrap();
         let (told, heard) = channel();
         let ours = event.try_clone().unwrap();
         let fd = event.as_raw_fd();
         let service = Counter { event, told, panics: false, broken: false, again: 0, due: None, deadline: None };
-        (Worker::spawn("test", service, &[(fd, 7)], held).unwrap(), ours, heard)
+        (DeviceWorker::spawn("test", service, &[(fd, 7)], held).unwrap(), ours, heard)
     }
 
     const SOON: Duration = Duration::from_secs(10);

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use clade_devices::MmioDevice;
-use clade_devices::virtio::{Backend, TransportState, VirtioDevice, VirtioMmio, Wiring, regs};
+use clade_devices::virtio::{Backend, EventFds, TransportState, VirtioDevice, VirtioMmio, regs};
 use clade_memory::{FreezeMode, GuestRam, Quiesced, RamImage, RamLayout, Store};
 use clade_test_support::{Patience, Watchdog};
 use vm_memory::{Bytes, GuestAddress};
@@ -39,7 +39,7 @@ pub(crate) type Buffer = (u64, u32, bool);
 pub(crate) struct Driver {
     pub(crate) ram: GuestRam,
     pub(crate) device: VirtioMmio,
-    wiring: Wiring,
+    event_fds: EventFds,
     rings: Vec<Ring>,
     /// Ends a test whose host would wait for bytes for ever.
     _watchdog: Watchdog,
@@ -72,11 +72,11 @@ impl Driver {
     /// Sets `device` up, with every feature it offers.
     pub(crate) fn take(device: Box<dyn VirtioDevice>, ram: &GuestRam) -> Self {
         let queues = device.queue_sizes().len();
-        let wiring = Wiring::new(queues).unwrap();
-        let device = VirtioMmio::new(device, ram, wiring.clone(), false);
+        let event_fds = EventFds::new(queues).unwrap();
+        let device = VirtioMmio::new(device, ram, event_fds.clone(), false);
         let ring = |index: u64| Ring { base: RINGS + index * PER_QUEUE, available: 0, seen: 0, next: 0 };
         let rings = (0..queues as u64).map(ring).collect();
-        let mut driver = Self { ram: ram.clone(), device, wiring, rings, _watchdog: watchdog() };
+        let mut driver = Self { ram: ram.clone(), device, event_fds, rings, _watchdog: watchdog() };
         driver.set_up();
         driver
     }
@@ -169,7 +169,7 @@ impl Driver {
         memory.write_obj(head, GuestAddress(slot)).unwrap();
         ring.available = ring.available.wrapping_add(1);
         memory.store(ring.available, GuestAddress(ring.base + 0x1002), std::sync::atomic::Ordering::SeqCst).unwrap();
-        self.wiring.notify[queue].write(1).unwrap();
+        self.event_fds.notify[queue].write(1).unwrap();
         head
     }
 
@@ -229,10 +229,10 @@ impl Driver {
         self.device.resume();
         let ram = GuestRam::reserve(image.layout(), store).unwrap();
         ram.adopt(&image).unwrap();
-        let wiring = Wiring::new(self.rings.len()).unwrap();
-        let device = VirtioMmio::restore(make(&state, &backend), &ram, wiring.clone(), &state).unwrap();
+        let event_fds = EventFds::new(self.rings.len()).unwrap();
+        let device = VirtioMmio::restore(make(&state, &backend), &ram, event_fds.clone(), &state).unwrap();
         device.resume();
-        Self { ram, device, wiring, rings: self.rings.clone(), _watchdog: watchdog() }
+        Self { ram, device, event_fds, rings: self.rings.clone(), _watchdog: watchdog() }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use clade_devices::virtio::DeviceState;
 use clade_devices::virtio::net::{Egress, EgressRule, Net, NetOptions};
-use clade_devices::virtio::plain::SyncDevice;
+use clade_devices::virtio::sync_device::SyncDevice;
 
 use crate::driver::{Driver, ram, store};
 use crate::{HEADER, OUT, TX, Wire, frame, net, options, send, stats, tap};

@@ -7,7 +7,7 @@ use std::time::Duration;
 use clade_devices::MmioDevice;
 use clade_devices::disk::{Disk, DiskConfig, DiskImage};
 use clade_devices::virtio::block::{Block, BlockOptions};
-use clade_devices::virtio::{Backend, DeviceState, TransportState, VirtioMmio, Wiring, regs};
+use clade_devices::virtio::{Backend, DeviceState, EventFds, TransportState, VirtioMmio, regs};
 use clade_io::Gate;
 use clade_memory::{GuestRam, Quiesced, RamLayout, Store};
 use clade_test_support::{Patience, wait_until};
@@ -45,7 +45,7 @@ pub(crate) fn descriptor(address: u64, len: u32, flags: u16, next: u16) -> [u8; 
 pub(crate) struct Machine {
     pub(crate) ram: GuestRam,
     pub(crate) device: VirtioMmio,
-    wiring: Wiring,
+    event_fds: EventFds,
     options: BlockOptions,
     /// Features that the driver declines.
     pub(crate) declined: u64,
@@ -88,10 +88,10 @@ impl Machine {
         let ram = ram();
         ram.populate().unwrap();
         let queues = usize::from(options.queues);
-        let wiring = Wiring::new(queues).unwrap();
+        let event_fds = EventFds::new(queues).unwrap();
         let block = Block::new(Disk::open(config).unwrap(), &options);
-        let device = VirtioMmio::new(Box::new(block), &ram, wiring.clone(), false);
-        Self { ram, device, wiring, options, declined: 0, available: vec![0; queues], used: vec![0; queues] }
+        let device = VirtioMmio::new(Box::new(block), &ram, event_fds.clone(), false);
+        Self { ram, device, event_fds, options, declined: 0, available: vec![0; queues], used: vec![0; queues] }
     }
 
     /// A machine with the driver ready.
@@ -268,7 +268,7 @@ impl Machine {
 
     /// Whether the interrupt was raised since the last call.
     pub(crate) fn interrupted(&self) -> bool {
-        self.wiring.irq.eventfd().read().is_ok()
+        self.event_fds.irq.eventfd().read().is_ok()
     }
 
     pub(crate) fn wait_for_status(&self, bits: u32) {
@@ -320,11 +320,11 @@ impl Image {
     pub(crate) fn child(&self) -> Machine {
         let ram = ram();
         ram.adopt(&self.ram).unwrap();
-        let wiring = Wiring::new(usize::from(self.options.queues)).unwrap();
+        let event_fds = EventFds::new(usize::from(self.options.queues)).unwrap();
         let DeviceState::Block(block) = &self.state.device else { panic!("{:?}", self.state) };
         let device = Box::new(Block::restore(block, self.disk.open().unwrap(), &self.options));
-        let device = VirtioMmio::restore(device, &ram, wiring.clone(), &self.state).unwrap();
+        let device = VirtioMmio::restore(device, &ram, event_fds.clone(), &self.state).unwrap();
         let (available, used) = (self.available.clone(), self.used.clone());
-        Machine { ram, device, wiring, options: self.options, declined: self.declined, available, used }
+        Machine { ram, device, event_fds, options: self.options, declined: self.declined, available, used }
     }
 }

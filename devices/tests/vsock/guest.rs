@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use clade_devices::virtio::VirtioDevice;
-use clade_devices::virtio::plain::SyncDevice;
+use clade_devices::virtio::sync_device::SyncDevice;
 use clade_devices::virtio::vsock::{Vsock, VsockOptions, VsockSocket};
 
 use crate::driver::{Driver, ram, store};

@@ -14,7 +14,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
-use clade_devices::virtio::plain::SyncDevice;
+use clade_devices::virtio::sync_device::SyncDevice;
 use clade_devices::virtio::vsock::{GuestNotice, NOTICE_PORT, Vsock, VsockError, VsockOptions, VsockSocket};
 use driver::{Driver, ram, store};
 use guest::{

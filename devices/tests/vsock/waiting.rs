@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::os::unix::net::UnixListener;
 
-use clade_devices::virtio::plain::{DeviceOps, SyncDevice};
+use clade_devices::virtio::sync_device::{DeviceOps, SyncDevice};
 use clade_devices::virtio::vsock::Vsock;
 use clade_test_support::wait_until;
 

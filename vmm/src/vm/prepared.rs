@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use clade_devices::Irq;
-use clade_devices::virtio::Wiring;
+use clade_devices::virtio::EventFds;
 use clade_devices::virtio::regs::QUEUE_NOTIFY;
 use clade_io::thread::serves_guest;
 use clade_memory::{GuestRam, Store};
@@ -36,7 +36,7 @@ pub(crate) struct PreparedVm {
     pub(crate) fd: Arc<VmFd>,
     pub(crate) ram: GuestRam,
     /// The irqfd and ioeventfds of each virtio device, connected.
-    pub(crate) wiring: Vec<Wiring>,
+    pub(crate) event_fds: Vec<EventFds>,
     /// The interrupt of ACPI events, if the guest has ACPI.
     pub(crate) events: Option<Arc<Irq>>,
 }
@@ -82,7 +82,7 @@ impl PreparedVm {
                 local_apics_alone(&fd).map_err(|e| VmError::kvm("enable local APICs alone", e))?;
             }
         }
-        let wiring = wire(&fd, config)?;
+        let event_fds = connect_event_fds(&fd, config)?;
         let events = config.has_acpi().then(|| wire_events(&fd)).transpose()?;
         let layout = match config.pmu {
             false => Arc::clone(layout),
@@ -96,7 +96,7 @@ impl PreparedVm {
             host.disable_pmu(&fd).map_err(|e| VmError::kvm("take performance counters away", e))?;
         }
         let control = Arc::new(VcpuControl::new(usize::from(config.cpus())));
-        let mut prepared = Self { threads: Vec::new(), control, fd: Arc::new(fd), ram, wiring, events };
+        let mut prepared = Self { threads: Vec::new(), control, fd: Arc::new(fd), ram, event_fds, events };
         for index in 0..config.cpus() {
             let vcpu = prepared.fd.create_vcpu(u64::from(index)).map_err(|e| VmError::kvm("create a vCPU", e))?;
             set_machine_check_banks(&vcpu);
@@ -135,23 +135,23 @@ impl PreparedVm {
 /// Connects the interrupt and the notifications of each virtio device. Done here and not when the
 /// device is made, because it depends on the configuration alone, and each ioeventfd waits for
 /// readers of KVM's bus.
-fn wire(fd: &VmFd, config: &VmConfig) -> Result<Vec<Wiring>, VmError> {
+fn connect_event_fds(fd: &VmFd, config: &VmConfig) -> Result<Vec<EventFds>, VmError> {
     let mut all = Vec::new();
     for (at, queues) in config.virtio_queues().enumerate() {
         let (base, gsi) = virtio_slot(at).ok_or(ConfigError::Devices { devices: config.virtio_queues().count() })?;
-        let wiring = Wiring::new(queues).map_err(DeviceError::Io)?;
+        let event_fds = EventFds::new(queues).map_err(DeviceError::Io)?;
         let notify = IoEventAddress::Mmio(base.0 + QUEUE_NOTIFY);
-        for (queue, event) in (0u32..).zip(&wiring.notify) {
+        for (queue, event) in (0u32..).zip(&event_fds.notify) {
             // Matches the queue's number: one event per queue, at the same register.
             fd.register_ioevent(event, &notify, queue)
                 .map_err(|e| VmError::kvm("connect a device's notifications", e))?;
         }
         // Without an IOAPIC there is no GSI to raise.
         if config.irqchip == Irqchip::Full {
-            fd.register_irqfd(wiring.irq.eventfd(), gsi)
+            fd.register_irqfd(event_fds.irq.eventfd(), gsi)
                 .map_err(|e| VmError::kvm("connect a device's interrupt", e))?;
         }
-        all.push(wiring);
+        all.push(event_fds);
     }
     Ok(all)
 }

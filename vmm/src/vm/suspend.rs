@@ -24,7 +24,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use clade_devices::virtio::net::Net;
-use clade_devices::virtio::plain::DeviceOps;
+use clade_devices::virtio::sync_device::DeviceOps;
 use clade_devices::virtio::vsock::Vsock;
 use clade_memory::{AheadUse, PageSet, Quiesced, StopsWriters, SuspendFile, Suspended, TouchedPages};
 

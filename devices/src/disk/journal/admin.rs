@@ -7,9 +7,9 @@ use clade_io::{CachePolicy, FileError, IoFile};
 
 use super::files::{Location, allocated, retire, unmark};
 use super::format::{JournalError, JournalId};
-use super::left::{Beside, Checks, RecoveredJournal, Report, look};
-use super::tie;
-use crate::disk::map::{CLUSTER, Source};
+use super::image_binding;
+use super::recovery::{Beside, Checks, JournalReport, RecoveredJournal, look};
+use crate::disk::map::{CLUSTER, ClusterSource};
 use crate::disk::{DiskError, SECTOR};
 
 /// The state of an image's journal.
@@ -55,7 +55,7 @@ impl DiskJournal {
     /// When the image cannot be read, or a VM that writes to it is running.
     pub fn show(path: &Path) -> Result<Self, DiskError> {
         let (base, size, location) = open(path, false)?;
-        let id = tie::read_mark(&base)?.id();
+        let id = image_binding::read_mark(&base)?.id();
         let mut shown = Self {
             image: path.to_owned(),
             journal: location.path(),
@@ -101,9 +101,9 @@ impl DiskJournal {
         for (clusters, source) in left.map.pieces(0..u64::MAX) {
             let bytes = (clusters.end - clusters.start) * CLUSTER;
             match source {
-                Source::Zero => self.zeros += bytes,
-                Source::File(file) if Arc::ptr_eq(file, base) => {}
-                Source::File(_) => self.data += bytes,
+                ClusterSource::Zero => self.zeros += bytes,
+                ClusterSource::File(file) if Arc::ptr_eq(file, base) => {}
+                ClusterSource::File(_) => self.data += bytes,
             }
         }
         let overlays = left.map.sizes();
@@ -119,7 +119,7 @@ impl DiskJournal {
     ///
     /// # Errors
     /// When there is no journal, it is damaged, its disk has another size, or a step fails.
-    pub fn apply(path: &Path) -> Result<Report, DiskError> {
+    pub fn apply(path: &Path) -> Result<JournalReport, DiskError> {
         let (base, size, location) = open(path, true)?;
         match look(&location, true)? {
             Beside::Journal(dir, file, bytes) => {
@@ -140,7 +140,7 @@ impl DiskJournal {
     /// When the image or the journal is in use, or a step fails.
     pub fn discard(path: &Path) -> Result<bool, DiskError> {
         let (base, _, location) = open(path, true)?;
-        let marked = tie::read_mark(&base)?.id().is_some();
+        let marked = image_binding::read_mark(&base)?.id().is_some();
         match look(&location, true)? {
             Beside::Nothing => {
                 unmark(&base)?;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use clade_io::{FileError, IoFile};
 
 use super::format::{self, JournalId};
-use super::tie;
+use super::image_binding;
 use crate::disk::directory::{Directory, sync};
 
 pub(super) const JOURNAL: &str = "journal";
@@ -78,7 +78,7 @@ impl Location {
 }
 
 /// The header of the file `name`, if the file is there and has one.
-pub(super) fn header_in(dir: &Directory, name: &str) -> Result<Option<format::Header>, FileError> {
+pub(super) fn header_in(dir: &Directory, name: &str) -> Result<Option<format::JournalHeader>, FileError> {
     let file = match dir.open_file(name, false) {
         Err(error) if error.source.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         opened => opened?,
@@ -112,8 +112,8 @@ pub(super) fn retire(location: &Location, dir: &Directory, image: &IoFile) -> Re
 
 /// Removes the journal's id from the image's attributes.
 pub(super) fn unmark(image: &IoFile) -> Result<(), FileError> {
-    if tie::read_mark(image)?.id().is_some() {
-        tie::clear_mark(image)?;
+    if image_binding::read_mark(image)?.id().is_some() {
+        image_binding::clear_mark(image)?;
         sync(image)?;
     }
     Ok(())
@@ -143,7 +143,7 @@ pub(super) fn forget(dir: &Directory, number: u64) {
 }
 
 /// The header of a journal for this image: its size, id, inode number and birth time.
-pub(super) fn header_of(image: &Arc<IoFile>, size: u64) -> Result<format::Header, FileError> {
+pub(super) fn header_of(image: &Arc<IoFile>, size: u64) -> Result<format::JournalHeader, FileError> {
     let (inode, born) = image.identity()?;
-    Ok(format::Header { size, id: tie::read_mark(image)?.id(), inode, born })
+    Ok(format::JournalHeader { size, id: image_binding::read_mark(image)?.id(), inode, born })
 }

@@ -11,14 +11,14 @@ use std::sync::Arc;
 use clade_io::{AlignedBuf, FileError, Fragment, IoFile, Request};
 
 use super::files::{JOURNAL, NEXT, forget, overlay, remove_files};
-use super::format::{self, Entry, Place, Seen};
-use super::{Journal, Named, Standing, tie};
+use super::format::{self, ImageStatus, JournalEntry, StoredIn};
+use super::{FlushState, Journal, NamedOverlay, image_binding};
 use crate::disk::directory::{Directory, write};
-use crate::disk::map::{BlockMap, Source};
+use crate::disk::map::{BlockMap, ClusterSource};
 
 /// The record of the flush in progress.
 #[derive(Debug)]
-pub(super) struct Writing {
+pub(super) struct JournalWrite {
     /// Ranges to remember again if the flush fails.
     moved: Vec<Range<u64>>,
     whole: bool,
@@ -27,19 +27,19 @@ pub(super) struct Writing {
     synced: Vec<Arc<IoFile>>,
     /// Overlays in the record, if it is a whole one. The names of the others are removed.
     named: BTreeSet<u64>,
-    entries: Vec<Entry>,
+    entries: Vec<JournalEntry>,
     /// Whether the image was written after its stamp was taken.
     restamp: bool,
     /// The image's state for the record, once it is known.
-    seen: Seen,
+    seen: ImageStatus,
     /// Bytes of the record.
     len: u64,
-    step: Step,
+    step: JournalStep,
 }
 
 /// The last request given to the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Step {
+enum JournalStep {
     Data,
     Marked,
     Record,
@@ -55,7 +55,7 @@ impl Journal {
     ///
     /// # Errors
     /// When an overlay cannot be named. The next flush tries again.
-    pub(in crate::disk) fn begin(&mut self, map: &BlockMap, standing: Standing) -> Result<Vec<Request>, FileError> {
+    pub(in crate::disk) fn begin(&mut self, map: &BlockMap, standing: FlushState) -> Result<Vec<Request>, FileError> {
         if self.broken {
             let (path, source) = (self.location.path(), io::Error::from(rustix::io::Errno::IO));
             return Err(FileError { path, what: "added to since a write to an overlay was lost", source });
@@ -80,12 +80,12 @@ impl Journal {
         let dir = self.make_directory()?;
         let mut entries = Vec::with_capacity(pieces.len());
         for (clusters, source) in pieces {
-            let place = match source {
-                Source::Zero => Place::Zeros,
-                Source::File(file) if Arc::ptr_eq(&file, &self.base) => Place::Image,
-                Source::File(file) => Place::Overlay(self.number(&dir, &file)?),
+            let stored_in = match source {
+                ClusterSource::Zero => StoredIn::Zeros,
+                ClusterSource::File(file) if Arc::ptr_eq(&file, &self.base) => StoredIn::Image,
+                ClusterSource::File(file) => StoredIn::Overlay(self.number(&dir, &file)?),
             };
-            entries.push(Entry { clusters, place });
+            entries.push(JournalEntry { clusters, stored_in });
         }
         let directories = [(self.unnamed.0, &self.location.beside), (self.unnamed.1, &dir)];
         let directories = directories.into_iter().filter(|(wanted, _)| *wanted);
@@ -104,16 +104,17 @@ impl Journal {
         let overlays = self.overlays.iter().map(|named| &named.file);
         let synced: Vec<_> = overlays.filter(|file| file.take_unsynced()).cloned().collect();
         requests.extend(synced.iter().map(|file| Request::Sync { file: Arc::clone(file), all: false }));
-        let number = |entry: &Entry| if let Place::Overlay(number) = entry.place { Some(number) } else { None };
+        let number =
+            |entry: &JournalEntry| if let StoredIn::Overlay(number) = entry.stored_in { Some(number) } else { None };
         let named = entries.iter().filter_map(number).collect();
-        let seen = Seen { writing: standing.writing, ..self.seen.unwrap_or_default() };
+        let seen = ImageStatus { writing: standing.writing, ..self.seen.unwrap_or_default() };
         // Times of the image are not recorded while it is being written.
         let was_writing = self.says_writing() && !standing.writing;
         let restamp = standing.dirty || was_writing || self.seen.is_none() || !self.marked;
         let moved = mem::take(&mut self.moved);
         self.whole = false;
-        let (retires, len, step) = (false, 0, Step::Data);
-        self.writing = Some(Writing { moved, whole, retires, synced, named, entries, restamp, seen, len, step });
+        let (retires, len, step) = (false, 0, JournalStep::Data);
+        self.writing = Some(JournalWrite { moved, whole, retires, synced, named, entries, restamp, seen, len, step });
         Ok(requests)
     }
 
@@ -121,7 +122,7 @@ impl Journal {
     fn begin_retiring(&mut self) {
         let (moved, entries, synced) = (mem::take(&mut self.moved), Vec::new(), Vec::new());
         let (named, seen) = (BTreeSet::new(), self.seen.unwrap_or_default());
-        self.writing = Some(Writing {
+        self.writing = Some(JournalWrite {
             moved,
             whole: true,
             retires: true,
@@ -131,7 +132,7 @@ impl Journal {
             restamp: false,
             seen,
             len: 0,
-            step: Step::Data,
+            step: JournalStep::Data,
         });
     }
 
@@ -148,7 +149,7 @@ impl Journal {
                 linked => linked?,
             }
             self.unnamed.1 = true;
-            self.overlays.push(Named { file: Arc::clone(file), number });
+            self.overlays.push(NamedOverlay { file: Arc::clone(file), number });
             return Ok(number);
         }
     }
@@ -177,8 +178,8 @@ impl Journal {
         let sync = |file: &Arc<IoFile>, all| Ok(Some(Request::Sync { file: Arc::clone(file), all }));
         let to = if writing.whole { &self.next } else { &self.file };
         match writing.step {
-            Step::Data if writing.retires => {
-                writing.step = Step::Retired;
+            JournalStep::Data if writing.retires => {
+                writing.step = JournalStep::Retired;
                 // The rename may be done already, when this is the second attempt.
                 if let Err(error) = dir.rename(JOURNAL, NEXT)
                     && error.source.kind() != io::ErrorKind::NotFound
@@ -187,40 +188,40 @@ impl Journal {
                 }
                 sync(dir.file(), true)
             }
-            Step::Data if !self.marked => {
+            JournalStep::Data if !self.marked => {
                 self.unnamed = (false, false);
-                writing.step = Step::Marked;
+                writing.step = JournalStep::Marked;
                 if let Some(id) = self.header.id {
-                    tie::set_mark(&self.base, id)?;
+                    image_binding::set_mark(&self.base, id)?;
                 }
                 sync(&self.base, true)
             }
-            Step::Data | Step::Marked => {
+            JournalStep::Data | JournalStep::Marked => {
                 self.unnamed = (false, false);
                 self.marked = true;
                 self.write_record()
             }
-            Step::Record => {
-                writing.step = Step::Sealed;
+            JournalStep::Record => {
+                writing.step = JournalStep::Sealed;
                 to.as_ref().map_or(Ok(None), |to| sync(to, false))
             }
-            Step::Sealed if writing.whole => {
-                writing.step = Step::Named;
+            JournalStep::Sealed if writing.whole => {
+                writing.step = JournalStep::Named;
                 // Set first: the file may have its name even if the rename failed.
                 self.named = true;
                 dir.rename(NEXT, JOURNAL)?;
                 sync(dir.file(), true)
             }
-            Step::Sealed | Step::Named => {
+            JournalStep::Sealed | JournalStep::Named => {
                 self.written();
                 Ok(None)
             }
-            Step::Retired => {
-                writing.step = Step::Unmarked;
-                tie::clear_mark(&self.base)?;
+            JournalStep::Retired => {
+                writing.step = JournalStep::Unmarked;
+                image_binding::clear_mark(&self.base)?;
                 sync(&self.base, true)
             }
-            Step::Unmarked => {
+            JournalStep::Unmarked => {
                 remove_files(&self.location, dir);
                 self.forget_all();
                 Ok(None)
@@ -233,7 +234,7 @@ impl Journal {
     fn write_record(&mut self) -> Result<Option<Request>, FileError> {
         let Some(writing) = &mut self.writing else { return Ok(None) };
         if writing.restamp {
-            writing.seen.stamp = tie::stamp(&self.base)?;
+            writing.seen.stamp = image_binding::stamp(&self.base)?;
         }
         if !writing.whole && writing.entries.is_empty() && self.seen == Some(writing.seen) {
             self.written();
@@ -243,7 +244,7 @@ impl Journal {
             if writing.whole { (&self.next, format::HEADER as u64, 0) } else { (&self.file, self.end, self.records) };
         let bytes = format::record(number, writing.seen, &writing.entries);
         writing.len = bytes.len() as u64;
-        writing.step = Step::Record;
+        writing.step = JournalStep::Record;
         let buffer = Arc::new(AlignedBuf::new(bytes.len()));
         let fragment = Fragment::owned(&buffer, 0, bytes.len()).ok();
         fragment.iter().for_each(|fragment| fragment.slice().copy_from(&bytes));
@@ -257,7 +258,7 @@ impl Journal {
             (self.file, self.end, self.records) = (self.next.take(), format::HEADER as u64, 0);
             // The removed journal has named these overlays. A file can be named only once, so a
             // file that may be written again keeps its name.
-            let keeps = |named: &Named| writing.named.contains(&named.number) || !named.is_stale();
+            let keeps = |named: &NamedOverlay| writing.named.contains(&named.number) || !named.is_stale();
             let (keep, gone): (Vec<_>, Vec<_>) = mem::take(&mut self.overlays).into_iter().partition(keeps);
             self.overlays = keep;
             gone.iter().for_each(|named| forget(dir, named.number));
@@ -271,9 +272,9 @@ impl Journal {
     /// write was `lost`.
     pub(in crate::disk) fn give_up(&mut self, lost: bool) {
         let Some(mut writing) = self.writing.take() else { return };
-        self.broken |= lost && writing.step == Step::Data;
+        self.broken |= lost && writing.step == JournalStep::Data;
         writing.synced.iter().for_each(|file| file.set_unsynced());
-        if writing.retires && writing.step != Step::Data {
+        if writing.retires && writing.step != JournalStep::Data {
             // Whether the rename and the attribute took effect is unknown: both are done anew.
             self.marked = self.header.id.is_none();
             self.seen = None;

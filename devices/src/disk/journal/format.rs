@@ -33,7 +33,7 @@ const WRITING: u64 = 1;
 
 /// The file that contains clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum StoredIn {
     /// The image again.
     Image,
     /// No file: zeros.
@@ -44,9 +44,9 @@ pub(super) enum Place {
 
 /// Clusters, and the file that contains them.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Entry {
+pub(super) struct JournalEntry {
     pub(super) clusters: Range<u64>,
-    pub(super) place: Place,
+    pub(super) stored_in: StoredIn,
 }
 
 /// An id that an image and its journal share.
@@ -61,7 +61,7 @@ impl fmt::Display for JournalId {
 
 /// The image that a journal belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Header {
+pub(super) struct JournalHeader {
     pub(super) size: u64,
     /// None where the file system has no extended attributes.
     pub(super) id: Option<JournalId>,
@@ -80,7 +80,7 @@ pub(super) struct Stamp {
 
 /// The image's state in a record.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Seen {
+pub(super) struct ImageStatus {
     pub(super) stamp: Stamp,
     /// Whether the VMM is writing into the image: the stamp is then invalid.
     pub(super) writing: bool,
@@ -89,11 +89,11 @@ pub(super) struct Seen {
 /// A journal's contents.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Contents {
-    pub(super) header: Header,
+    pub(super) header: JournalHeader,
     /// Entries of all records, in order: a later one replaces an earlier one.
-    pub(super) entries: Vec<Entry>,
+    pub(super) entries: Vec<JournalEntry>,
     /// The image's state in the last record.
-    pub(super) seen: Seen,
+    pub(super) seen: ImageStatus,
     pub(super) records: u64,
     /// Offset of the next record.
     pub(super) end: u64,
@@ -108,7 +108,7 @@ fn seal(bytes: &mut Vec<u8>) {
     put(bytes, sum);
 }
 
-pub(super) fn header(header: Header) -> Vec<u8> {
+pub(super) fn header(header: JournalHeader) -> Vec<u8> {
     let mut bytes = MAGIC.to_vec();
     put(&mut bytes, header.size);
     bytes.extend_from_slice(&header.id.map_or(0, |id| id.0).to_le_bytes());
@@ -118,7 +118,7 @@ pub(super) fn header(header: Header) -> Vec<u8> {
     bytes
 }
 
-pub(super) fn record(number: u64, seen: Seen, entries: &[Entry]) -> Vec<u8> {
+pub(super) fn record(number: u64, seen: ImageStatus, entries: &[JournalEntry]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(RECORD + entries.len() * ENTRY + 8);
     put(&mut bytes, number);
     put(&mut bytes, if seen.writing { WRITING } else { 0 });
@@ -129,12 +129,12 @@ pub(super) fn record(number: u64, seen: Seen, entries: &[Entry]) -> Vec<u8> {
     for entry in entries {
         put(&mut bytes, entry.clusters.start);
         put(&mut bytes, entry.clusters.end);
-        let place = match entry.place {
-            Place::Image => IMAGE,
-            Place::Zeros => ZEROS,
-            Place::Overlay(number) => number,
+        let stored_in = match entry.stored_in {
+            StoredIn::Image => IMAGE,
+            StoredIn::Zeros => ZEROS,
+            StoredIn::Overlay(number) => number,
         };
-        put(&mut bytes, place);
+        put(&mut bytes, stored_in);
     }
     seal(&mut bytes);
     bytes
@@ -191,9 +191,9 @@ fn id_text(id: Option<JournalId>) -> String {
     id.map_or_else(|| "no id".to_owned(), |id| format!("id {id}"))
 }
 
-struct Reader<'b>(&'b [u8]);
+struct WordReader<'b>(&'b [u8]);
 
-impl Reader<'_> {
+impl WordReader<'_> {
     fn word(&mut self) -> Option<u64> {
         let (word, rest) = self.0.split_first_chunk::<8>()?;
         self.0 = rest;
@@ -202,40 +202,40 @@ impl Reader<'_> {
 }
 
 /// Reads a record. Returns the bytes after it, the image's state, and the entries.
-fn next_record(bytes: &[u8], number: u64) -> Option<(&[u8], Seen, Vec<Entry>)> {
-    let mut reader = Reader(bytes);
+fn next_record(bytes: &[u8], number: u64) -> Option<(&[u8], ImageStatus, Vec<JournalEntry>)> {
+    let mut reader = WordReader(bytes);
     let (found, state) = (reader.word()?, reader.word()?);
     let stamp = Stamp { len: reader.word()?, mtime: reader.word()?, ctime: reader.word()? };
     let count = usize::try_from(reader.word()?).ok()?;
     let sealed = count.checked_mul(ENTRY)?.checked_add(RECORD)?;
     // Checked before the entries are allocated.
-    let (body, mut rest) = bytes.split_at_checked(sealed).map(|(body, rest)| (body, Reader(rest)))?;
+    let (body, mut rest) = bytes.split_at_checked(sealed).map(|(body, rest)| (body, WordReader(rest)))?;
     if found != number || rest.word()? != twox_hash::XxHash3_64::oneshot(body) {
         return None;
     }
     let mut entries = Vec::with_capacity(count);
     for _ in 0..count {
         let clusters = reader.word()?..reader.word()?;
-        let place = match reader.word()? {
-            ZEROS => Place::Zeros,
-            IMAGE => Place::Image,
-            number => Place::Overlay(number),
+        let stored_in = match reader.word()? {
+            ZEROS => StoredIn::Zeros,
+            IMAGE => StoredIn::Image,
+            number => StoredIn::Overlay(number),
         };
-        entries.push(Entry { clusters, place });
+        entries.push(JournalEntry { clusters, stored_in });
     }
-    Some((rest.0, Seen { stamp, writing: state == WRITING }, entries))
+    Some((rest.0, ImageStatus { stamp, writing: state == WRITING }, entries))
 }
 
 /// Reads the header alone.
-pub(super) fn read_header(bytes: &[u8]) -> Result<Header, JournalError> {
+pub(super) fn read_header(bytes: &[u8]) -> Result<JournalHeader, JournalError> {
     let head = bytes.get(..HEADER).ok_or(JournalError::Damaged)?;
-    let mut reader = Reader(&head[MAGIC.len()..]);
+    let mut reader = WordReader(&head[MAGIC.len()..]);
     let [size, low, high, inode, born, sum] = [(); 6].map(|()| reader.word().unwrap_or_default());
     if !head.starts_with(MAGIC) || sum != twox_hash::XxHash3_64::oneshot(&head[..HEADER - 8]) {
         return Err(JournalError::Damaged);
     }
     let id = u128::from(high) << 64 | u128::from(low);
-    Ok(Header { size, id: (id != 0).then_some(JournalId(id)), inode, born })
+    Ok(JournalHeader { size, id: (id != 0).then_some(JournalId(id)), inode, born })
 }
 
 /// Reads a journal. The caller compares the header with the image.
@@ -243,7 +243,7 @@ pub(super) fn read(bytes: &[u8]) -> Result<Contents, JournalError> {
     let header = read_header(bytes)?;
     let clusters = header.size.div_ceil(super::CLUSTER);
     let mut rest = &bytes[HEADER..];
-    let mut contents = Contents { header, entries: Vec::new(), seen: Seen::default(), records: 0, end: 0 };
+    let mut contents = Contents { header, entries: Vec::new(), seen: ImageStatus::default(), records: 0, end: 0 };
     while let Some((after, seen, entries)) = next_record(rest, contents.records) {
         for Range { start, end } in entries.iter().map(|entry| entry.clusters.clone()) {
             if start >= end || end > clusters {
@@ -264,21 +264,23 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const HEAD: Header = Header { size: 100 * 4096, id: Some(JournalId(7)), inode: 7, born: 99 };
+    const HEAD: JournalHeader = JournalHeader { size: 100 * 4096, id: Some(JournalId(7)), inode: 7, born: 99 };
 
-    fn some_entries() -> impl Strategy<Value = Vec<Entry>> {
-        let place = prop_oneof![Just(Place::Image), Just(Place::Zeros), (0..9u64).prop_map(Place::Overlay)];
-        let entry = (0..99u64, 1..40u64, place);
-        let entry = entry.prop_map(|(start, len, place)| Entry { clusters: start..(start + len).min(100), place });
+    fn some_entries() -> impl Strategy<Value = Vec<JournalEntry>> {
+        let stored_in =
+            prop_oneof![Just(StoredIn::Image), Just(StoredIn::Zeros), (0..9u64).prop_map(StoredIn::Overlay)];
+        let entry = (0..99u64, 1..40u64, stored_in);
+        let entry = entry
+            .prop_map(|(start, len, stored_in)| JournalEntry { clusters: start..(start + len).min(100), stored_in });
         proptest::collection::vec(entry, 0..5)
     }
 
-    fn seen(number: usize) -> Seen {
+    fn seen(number: usize) -> ImageStatus {
         let number = number as u64;
-        Seen { stamp: Stamp { len: number, mtime: number + 1, ctime: number + 2 }, writing: number % 2 == 1 }
+        ImageStatus { stamp: Stamp { len: number, mtime: number + 1, ctime: number + 2 }, writing: number % 2 == 1 }
     }
 
-    fn journal(records: &[Vec<Entry>]) -> (Vec<u8>, Vec<usize>) {
+    fn journal(records: &[Vec<JournalEntry>]) -> (Vec<u8>, Vec<usize>) {
         let (mut bytes, mut ends) = (header(HEAD), Vec::new());
         for (number, entries) in records.iter().enumerate() {
             bytes.extend(record(number as u64, seen(number), entries));
@@ -287,7 +289,7 @@ mod tests {
         (bytes, ends)
     }
 
-    fn contents(records: &[Vec<Entry>], end: usize) -> Contents {
+    fn contents(records: &[Vec<JournalEntry>], end: usize) -> Contents {
         let last = records.len() - 1;
         let records = records.len() as u64;
         Contents { header: HEAD, entries: Vec::new(), seen: seen(last), records, end: end as u64 }
@@ -329,14 +331,15 @@ mod tests {
     #[test]
     fn clusters_off_the_disk_are_refused_by_value() {
         for (start, end) in [(0, 101), (5, 5), (6, 5), (u64::MAX, u64::MAX), (0, u64::MAX)] {
-            let (bytes, _) = journal(&[vec![], vec![Entry { clusters: start..end, place: Place::Zeros }]]);
+            let (bytes, _) =
+                journal(&[vec![], vec![JournalEntry { clusters: start..end, stored_in: StoredIn::Zeros }]]);
             assert_eq!(read(&bytes), Err(JournalError::OffDisk { start, end, clusters: 100 }));
         }
     }
 
     #[test]
     fn what_a_longer_record_has_left_is_no_record() {
-        let entry = |overlay| Entry { clusters: 1..2, place: Place::Overlay(overlay) };
+        let entry = |overlay| JournalEntry { clusters: 1..2, stored_in: StoredIn::Overlay(overlay) };
         let (mut bytes, ends) = journal(&[vec![entry(0)], vec![entry(1), entry(2)]]);
         // The second record failed, and the next is shorter. After it lies the rest of the failed
         // one: here even a whole record.

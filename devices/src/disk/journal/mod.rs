@@ -3,8 +3,8 @@
 //! From its first fork on, a disk writes to unnamed overlays, and the image is read-only. A flush
 //! must still make writes durable. So the disk that was opened from the image names its overlays
 //! when it is flushed, in a directory beside the image. A journal there records which clusters are
-//! in which overlay. Opening the image applies the journal (left.rs). A commit works the same way,
-//! and so is one step.
+//! in which overlay. Opening the image applies the journal (recovery.rs). A commit works the same
+//! way, and so is one step.
 //!
 //! ```text
 //! disk.img                    the image; its attribute user.clade.journal is the journal's id
@@ -40,9 +40,9 @@ mod admin;
 mod files;
 mod flush;
 mod format;
-mod left;
+mod image_binding;
+mod recovery;
 mod space;
-mod tie;
 
 use std::io;
 use std::ops::Range;
@@ -56,24 +56,24 @@ use super::map::{CLUSTER, push_run};
 pub use admin::{DiskJournal, JournalState};
 pub use files::journal_path;
 use files::{JOURNAL, Location};
-use flush::Writing;
-use format::{Header, Seen};
+use flush::JournalWrite;
+use format::{ImageStatus, JournalHeader};
 pub use format::{JournalError, JournalId};
-pub use left::Report;
-pub(super) use left::{Log, RecoveredJournal, write_back};
-use tie::Mark;
+use image_binding::Mark;
+pub use recovery::JournalReport;
+pub(super) use recovery::{JournalTail, RecoveredJournal, write_back};
 
 /// Moved ranges that are remembered; with more, the next journal is a whole one.
 const MAX_MOVED: usize = 1 << 16;
 
 /// An overlay with a name.
 #[derive(Debug)]
-struct Named {
+struct NamedOverlay {
     file: Arc<IoFile>,
     number: u64,
 }
 
-impl Named {
+impl NamedOverlay {
     /// Whether the journal has the last reference: no map contains the overlay, and it is not
     /// written.
     fn is_stale(&self) -> bool {
@@ -83,7 +83,7 @@ impl Named {
 
 /// The state of a disk at a flush.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Standing {
+pub(super) struct FlushState {
     /// Whether the image was written since it was last synced.
     pub(super) dirty: bool,
     /// Whether the disk writes into the image, or is going to.
@@ -94,7 +94,7 @@ pub(super) struct Standing {
 #[derive(Debug)]
 pub(super) struct Journal {
     location: Location,
-    header: Header,
+    header: JournalHeader,
     clusters: u64,
     base: Arc<IoFile>,
     /// The journal's directory, once it is made.
@@ -110,8 +110,8 @@ pub(super) struct Journal {
     end: u64,
     records: u64,
     /// The image's state in the last durable record.
-    seen: Option<Seen>,
-    overlays: Vec<Named>,
+    seen: Option<ImageStatus>,
+    overlays: Vec<NamedOverlay>,
     next_overlay: u64,
     /// Ranges that the map has moved since the last record.
     moved: Vec<Range<u64>>,
@@ -123,7 +123,7 @@ pub(super) struct Journal {
     whole: bool,
     /// The file that will replace the journal.
     next: Option<Arc<IoFile>>,
-    writing: Option<Writing>,
+    writing: Option<JournalWrite>,
 }
 
 impl Journal {
@@ -145,7 +145,7 @@ impl Journal {
                 return Err(wrong(io::ErrorKind::CrossesDevices));
             }
             location.beside.check_writable()?;
-            let id = match tie::read_mark(base)? {
+            let id = match image_binding::read_mark(base)? {
                 Mark::Unsupported => {
                     tracing::warn!(
                         path = %base.path().display(),
@@ -154,7 +154,7 @@ impl Journal {
                     None
                 }
                 Mark::None | Mark::Id(_) => {
-                    let id = tie::new_id()
+                    let id = image_binding::new_id()
                         .map_err(|error| FileError { source: error.into(), ..wrong(io::ErrorKind::Other) });
                     Some(id?)
                 }
@@ -162,7 +162,7 @@ impl Journal {
             let (inode, born) = base.identity()?;
             Ok(Self {
                 location,
-                header: Header { size, id, inode, born },
+                header: JournalHeader { size, id, inode, born },
                 clusters: size.div_ceil(CLUSTER),
                 base: Arc::clone(base),
                 dir: None,
@@ -215,9 +215,9 @@ impl Journal {
     }
 
     /// Refuses an image that another program has changed since the last record.
-    pub(super) fn check_image(&self) -> Result<(), ImageError> {
+    pub(super) fn check_image(&self) -> Result<(), ImageCheckError> {
         match self.seen {
-            Some(seen) => Ok(tie::unchanged(seen, tie::stamp(&self.base)?)?),
+            Some(seen) => Ok(image_binding::unchanged(seen, image_binding::stamp(&self.base)?)?),
             None => Ok(()),
         }
     }
@@ -247,9 +247,9 @@ impl Journal {
     }
 
     /// The end of the journal, for a commit that copies overlays into the image piece by piece.
-    pub(super) fn log(&self) -> Option<Log> {
+    pub(super) fn log(&self) -> Option<JournalTail> {
         let (file, seen) = (self.file.clone()?, self.seen?);
-        Some(Log { file, end: self.end, records: self.records, seen })
+        Some(JournalTail { file, end: self.end, records: self.records, seen })
     }
 
     /// Removes the journal, when the image has everything.
@@ -275,7 +275,7 @@ impl Journal {
 
 /// Why an image does not fit its journal, or cannot be compared with it.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ImageError {
+pub(super) enum ImageCheckError {
     #[error(transparent)]
     File(#[from] FileError),
     #[error(transparent)]

@@ -51,7 +51,7 @@ impl Bench {
     /// The journal's id in the image's attribute.
     fn mark(&self) -> Option<String> {
         let mut text = [0; 64];
-        let len = rustix::fs::getxattr(&self.path, tie::XATTR, &mut text).ok()?;
+        let len = rustix::fs::getxattr(&self.path, image_binding::XATTR, &mut text).ok()?;
         Some(String::from_utf8(text[..len].to_vec()).unwrap())
     }
 
@@ -323,7 +323,7 @@ fn a_flush_is_in_order_and_one_step() {
         let run = |disk: &mut Disk, most: usize| {
             let (map, mut done) = (disk.chain.map().clone(), Vec::new());
             let journal = disk.durability.journal_mut().unwrap();
-            let first = journal.begin(&map, Standing::default()).unwrap();
+            let first = journal.begin(&map, FlushState::default()).unwrap();
             done.extend(first.iter().map(carry_out));
             for _ in 0..most {
                 match journal.next().unwrap() {
@@ -377,19 +377,19 @@ fn a_flush_that_failed_is_done_again_from_the_beginning() {
     let map = disk.chain.map().clone();
     let journal = disk.durability.journal_mut().unwrap();
     let told = |requests: Vec<Request>| requests.iter().map(carry_out).collect::<Vec<_>>();
-    let first = told(journal.begin(&map, Standing::default()).unwrap());
+    let first = told(journal.begin(&map, FlushState::default()).unwrap());
     assert_eq!(first.len(), 5);
     journal.give_up(false);
-    assert_eq!(told(journal.begin(&map, Standing::default()).unwrap()), first, "with the names, which are there");
+    assert_eq!(told(journal.begin(&map, FlushState::default()).unwrap()), first, "with the names, which are there");
     while let Some(request) = journal.next().unwrap() {
         carry_out(&request);
     }
-    assert!(told(journal.begin(&map, Standing::default()).unwrap()).is_empty() && journal.next().unwrap().is_none());
+    assert!(told(journal.begin(&map, FlushState::default()).unwrap()).is_empty() && journal.next().unwrap().is_none());
     assert_eq!(bench.names(), ["journal", "overlay.0"]);
     // The system reports a lost write only once.
-    let _ = journal.begin(&map, Standing::default()).unwrap();
+    let _ = journal.begin(&map, FlushState::default()).unwrap();
     journal.give_up(true);
-    let refused = journal.begin(&map, Standing::default()).unwrap_err().to_string();
+    let refused = journal.begin(&map, FlushState::default()).unwrap_err().to_string();
     assert!(refused.contains("a write to an overlay was lost"), "{refused}");
 }
 
@@ -403,7 +403,7 @@ fn an_overlay_that_the_journal_alone_has_stays() {
     let map = disk.chain.map().clone();
     let journal = disk.durability.journal_mut().unwrap();
     journal.replaced();
-    assert!(journal.begin(&map, Standing::default()).unwrap().is_empty());
+    assert!(journal.begin(&map, FlushState::default()).unwrap().is_empty());
     drop((map, disk.fork()));
     write(&mut disk, 0, &[3; 4096]);
     let journal = disk.durability.journal_mut().unwrap();
@@ -426,7 +426,7 @@ fn a_journal_that_may_be_there_is_replaced_even_by_nothing() {
     write(&mut disk, 0, &[2; 4096]);
     let map = disk.chain.map().clone();
     let journal = disk.durability.journal_mut().unwrap();
-    journal.begin(&map, Standing::default()).unwrap().iter().for_each(|request| drop(carry_out(request)));
+    journal.begin(&map, FlushState::default()).unwrap().iter().for_each(|request| drop(carry_out(request)));
     while bench.names().binary_search(&JOURNAL.to_owned()).is_err() {
         journal.next().unwrap().iter().for_each(|request| drop(carry_out(request)));
     }
@@ -459,9 +459,9 @@ fn a_flush_waits_for_the_one_before_it() {
     assert_eq!(order, [1, 2]);
 }
 
+mod binding;
 mod order;
 mod survival;
-mod tied;
 
 /// An overlay that another process gets for reading is never opened for writing again. An overlay
 /// of a disk with a journal gets a name, by which it can be opened and written.

@@ -10,7 +10,7 @@ use vm_memory::{GuestAddress, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::state::BalloonState;
-use crate::virtio::plain::{Config, DeviceOps, FatalError, OWN, QueueCtx};
+use crate::virtio::sync_device::{ConfigSpace, DeviceOps, FatalError, OWN, QueueCtx};
 use crate::virtio::{ActivateError, Backend, Chain, DeviceState, QueueError, Segment, Turn, Wake, YieldRequest, dma};
 
 /// Feature bits that the bindings do not define.
@@ -89,7 +89,7 @@ pub struct BalloonStats {
 /// A memory balloon.
 #[derive(Debug)]
 pub struct Balloon {
-    config: Config,
+    config: ConfigSpace,
     /// The chain with the guest's statistics, held until new ones are requested.
     stats_chain: Option<u16>,
     /// Whether the guest should send statistics.
@@ -104,7 +104,7 @@ impl Balloon {
     /// # Errors
     /// When no eventfd can be made.
     pub fn new(state: &BalloonState) -> std::io::Result<Self> {
-        let config = Config::new(vec![0; CONFIG_LEN]);
+        let config = ConfigSpace::new(vec![0; CONFIG_LEN]);
         config.write(NUM_PAGES, &state.target.to_le_bytes());
         config.write(ACTUAL, &state.actual.to_le_bytes());
         let bell = Arc::new(EventFd::new(EFD_NONBLOCK)?);
@@ -241,7 +241,7 @@ impl DeviceOps for Balloon {
         vec![64; 4]
     }
 
-    fn config(&self) -> &Config {
+    fn config(&self) -> &ConfigSpace {
         &self.config
     }
 
@@ -275,7 +275,7 @@ impl DeviceOps for Balloon {
         Ok(())
     }
 
-    fn turn(&mut self, io: &mut QueueCtx, wake: Wake, hurry: &YieldRequest<'_>) -> Result<Turn, FatalError> {
+    fn turn(&mut self, io: &mut QueueCtx, wake: Wake, should_yield: &YieldRequest<'_>) -> Result<Turn, FatalError> {
         if wake == Wake::Source(OWN) {
             let _ = self.bell.read();
         }
@@ -301,7 +301,7 @@ impl DeviceOps for Balloon {
             if idle {
                 return Ok(Turn::Done);
             }
-            if hurry.is_set() {
+            if should_yield.is_set() {
                 break;
             }
         }

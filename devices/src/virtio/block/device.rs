@@ -19,7 +19,9 @@ use super::service::{BlockService, DISK};
 use super::state::{BlockState, InFlight};
 use crate::disk::{CLUSTER, Disk, SECTOR};
 use crate::virtio::limiter::{Limiter, Limits};
-use crate::virtio::{ActivateError, Activation, Backend, DeviceState, SaveError, Saved, VirtioDevice, Worker};
+use crate::virtio::{
+    ActivateError, Activation, Backend, DeviceState, DeviceWorker, SaveError, SavedDevice, VirtioDevice,
+};
 
 /// Descriptors of each queue.
 const QUEUE_SIZE: u16 = 256;
@@ -47,11 +49,11 @@ impl Default for BlockOptions {
 
 /// The owner of the disk.
 #[derive(Debug)]
-enum Place {
+enum DiskOwner {
     /// The device, while it is not active.
-    Here(Box<Disk>),
+    Inactive(Box<Disk>),
     /// The worker.
-    Working(Worker<BlockService>),
+    Working(DeviceWorker<BlockService>),
     /// No owner: the worker's thread could not be ended, or could not be started. Every reset and
     /// activation reports it.
     Lost,
@@ -63,7 +65,7 @@ pub struct Block {
     queue_sizes: Vec<u16>,
     config: [u8; CONFIG_LEN],
     features: u64,
-    place: Place,
+    owner: DiskOwner,
     /// Chains that were in flight in the saved state, and have not begun again yet.
     replay_queue: VecDeque<InFlight>,
     limiter: Limiter,
@@ -92,7 +94,7 @@ impl Block {
             config: config_space(disk.size(), queues),
             features,
             limiter: Limiter::new(&options.limits),
-            place: Place::Here(Box::new(disk)),
+            owner: DiskOwner::Inactive(Box::new(disk)),
             replay_queue: VecDeque::new(),
         }
     }
@@ -105,28 +107,28 @@ impl Block {
 
     /// Runs `with` on the disk, between two turns of the worker. Returns None if the disk is lost.
     pub fn with_disk<T>(&mut self, with: impl FnOnce(&mut Disk) -> T) -> Option<T> {
-        match &mut self.place {
-            Place::Here(disk) => Some(with(disk)),
-            Place::Working(worker) => Some(worker.with(|service| with(&mut service.disk))),
-            Place::Lost => None,
+        match &mut self.owner {
+            DiskOwner::Inactive(disk) => Some(with(disk)),
+            DiskOwner::Working(worker) => Some(worker.with(|service| with(&mut service.disk))),
+            DiskOwner::Lost => None,
         }
     }
 
     /// Runs `with` on the worker's service, if the device is active.
     #[cfg(test)]
     pub(super) fn with_service<T>(&mut self, with: impl FnOnce(&mut BlockService) -> T) -> Option<T> {
-        match &self.place {
-            Place::Working(worker) => Some(worker.with(with)),
-            Place::Here(_) | Place::Lost => None,
+        match &self.owner {
+            DiskOwner::Working(worker) => Some(worker.with(with)),
+            DiskOwner::Inactive(_) | DiskOwner::Lost => None,
         }
     }
 
     /// Stops the device for good, and returns its disk. Returns None if its requests do not end.
     pub fn take_disk(&mut self) -> Option<Disk> {
         let _over = self.deactivate();
-        match std::mem::replace(&mut self.place, Place::Lost) {
-            Place::Here(disk) => Some(*disk),
-            Place::Working(_) | Place::Lost => None,
+        match std::mem::replace(&mut self.owner, DiskOwner::Lost) {
+            DiskOwner::Inactive(disk) => Some(*disk),
+            DiskOwner::Working(_) | DiskOwner::Lost => None,
         }
     }
 }
@@ -180,7 +182,7 @@ impl VirtioDevice for Block {
         if with.queues.iter().all(Option::is_none) {
             return Err(ActivateError::NoQueue { index: 0 });
         }
-        let Place::Here(disk) = std::mem::replace(&mut self.place, Place::Lost) else {
+        let DiskOwner::Inactive(disk) = std::mem::replace(&mut self.owner, DiskOwner::Lost) else {
             return Err(ActivateError::NotReady);
         };
         let again = std::mem::take(&mut self.replay_queue);
@@ -193,14 +195,14 @@ impl VirtioDevice for Block {
         sources.extend(with.queues.iter().flatten().map(|queue| (queue.event().as_raw_fd(), u32::from(queue.index()))));
         let held = with.held;
         let service = BlockService::new(*disk, with, self.limiter, again);
-        match Worker::spawn("clade-blk", service, &sources, held) {
+        match DeviceWorker::spawn("clade-blk", service, &sources, held) {
             Ok(worker) => {
-                self.place = Place::Working(worker);
+                self.owner = DiskOwner::Working(worker);
                 Ok(())
             }
             Err(failed) => {
                 let (error, service) = *failed;
-                self.place = service.map_or(Place::Lost, |service| Place::Here(Box::new(service.disk)));
+                self.owner = service.map_or(DiskOwner::Lost, |service| DiskOwner::Inactive(Box::new(service.disk)));
                 Err(ActivateError::Worker(error))
             }
         }
@@ -208,7 +210,7 @@ impl VirtioDevice for Block {
 
     fn deactivate(&mut self) -> bool {
         self.replay_queue.clear();
-        let Place::Working(worker) = &self.place else { return true };
+        let DiskOwner::Working(worker) = &self.owner else { return true };
         let deadline = Instant::now() + RESET_PATIENCE;
         let over = worker.with(|service| {
             while !service.abandon() {
@@ -218,21 +220,21 @@ impl VirtioDevice for Block {
             }
             true
         });
-        if over && let Place::Working(worker) = std::mem::replace(&mut self.place, Place::Lost) {
-            self.place = worker.stop().map_or(Place::Lost, |service| Place::Here(Box::new(service.disk)));
+        if over && let DiskOwner::Working(worker) = std::mem::replace(&mut self.owner, DiskOwner::Lost) {
+            self.owner = worker.stop().map_or(DiskOwner::Lost, |service| DiskOwner::Inactive(Box::new(service.disk)));
         }
         over
     }
 
     fn halt(&mut self, patience: Duration) -> bool {
-        match &self.place {
-            Place::Working(worker) => {
+        match &self.owner {
+            DiskOwner::Working(worker) => {
                 let over = worker.with(|service| service.halt(patience));
                 // If the reset fails, the requests to be repeated begin again.
                 worker.start_over();
                 over
             }
-            Place::Here(_) | Place::Lost => true,
+            DiskOwner::Inactive(_) | DiskOwner::Lost => true,
         }
     }
 
@@ -252,7 +254,7 @@ impl VirtioDevice for Block {
         };
         // In place if the worker has waited for the same queues' events: starting a thread costs
         // more than all the rest.
-        if let Place::Working(worker) = &self.place
+        if let DiskOwner::Working(worker) = &self.owner
             && worker.is_alive()
             && worker.with(|service| service.has_queues(&with.queues))
         {
@@ -267,29 +269,29 @@ impl VirtioDevice for Block {
     }
 
     fn quiesce(&mut self) {
-        if let Place::Working(worker) = &self.place {
+        if let DiskOwner::Working(worker) = &self.owner {
             worker.quiesce();
         }
     }
 
     fn resume(&mut self) {
-        if let Place::Working(worker) = &self.place {
+        if let DiskOwner::Working(worker) = &self.owner {
             worker.resume();
         }
     }
 
-    fn save(&mut self) -> Result<Saved, SaveError> {
-        let (in_flight, queues, image) = match &mut self.place {
-            Place::Here(disk) => {
+    fn save(&mut self) -> Result<SavedDevice, SaveError> {
+        let (in_flight, queues, image) = match &mut self.owner {
+            DiskOwner::Inactive(disk) => {
                 (self.replay_queue.iter().copied().collect(), vec![None; self.queue_sizes.len()], disk.fork())
             }
             // The worker is paused, so no request is submitted between the list and the map.
-            Place::Working(worker) => {
+            DiskOwner::Working(worker) => {
                 worker.with(|service| (service.in_flight(), service.queue_states(), service.disk.fork()))
             }
-            Place::Lost => return Err(SaveError { what: "a block device" }),
+            DiskOwner::Lost => return Err(SaveError { what: "a block device" }),
         };
-        Ok(Saved { state: DeviceState::Block(BlockState { in_flight }), backend: Backend::Disk(image), queues })
+        Ok(SavedDevice { state: DeviceState::Block(BlockState { in_flight }), backend: Backend::Disk(image), queues })
     }
 
     fn as_any(&mut self) -> &mut dyn Any {

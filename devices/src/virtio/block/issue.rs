@@ -5,10 +5,10 @@ use clade_memory::Access;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
 use vm_memory::GuestAddress;
 
-use super::request::{Kind, Request};
+use super::request::{BlockRequest, RequestKind};
 use super::service::{BATCH, BlockService};
 use super::state::InFlight;
-use super::transfer::{Piece, Transfer};
+use super::transfer::{Transfer, TransferPiece};
 use crate::disk::{DiskError, DiskOp};
 use crate::virtio::{YieldRequest, dma};
 
@@ -24,7 +24,7 @@ const OWNER: &str = "virtio-blk";
 
 /// A request in flight: popped and not used.
 #[derive(Debug)]
-pub(super) struct Pending {
+pub(super) struct InFlightRequest {
     pub(super) queue: u16,
     pub(super) head: u16,
     pub(super) status: GuestAddress,
@@ -53,39 +53,41 @@ pub(super) struct Running {
 
 impl BlockService {
     /// Begins a request. Returns its token, unless it is already complete.
-    pub(super) fn begin(&mut self, queue: u16, request: Request) -> Option<u64> {
+    pub(super) fn begin(&mut self, queue: u16, request: BlockRequest) -> Option<u64> {
         let token = self.token();
         let len = request.len();
-        let written = if matches!(request.kind, Kind::Read { .. }) { len as u32 } else { 0 };
+        let written = if matches!(request.kind, RequestKind::Read { .. }) { len as u32 } else { 0 };
         let sync = request.changes() && !self.chose(VIRTIO_BLK_F_FLUSH);
-        let Request { head, kind, data, status } = request;
+        let BlockRequest { head, kind, data, status } = request;
         let mut pending =
-            Pending { queue, head, status, written, rest: None, running: 0, failed: false, sync, redo: false };
+            InFlightRequest { queue, head, status, written, rest: None, running: 0, failed: false, sync, redo: false };
         let status = match kind {
-            Kind::Read { offset } | Kind::Write { offset } => {
+            RequestKind::Read { offset } | RequestKind::Write { offset } => {
                 // All or nothing: a request beyond the disk's end transfers no piece.
                 if offset.checked_add(len).is_some_and(|end| end <= self.disk.size()) {
-                    pending.rest = Some(Transfer::new(matches!(kind, Kind::Write { .. }), offset, data));
+                    pending.rest = Some(Transfer::new(matches!(kind, RequestKind::Write { .. }), offset, data));
                     self.pending.insert(token, pending);
                     self.issuing.push_back(token);
                     return Some(token);
                 }
                 VIRTIO_BLK_S_IOERR
             }
-            Kind::Flush => return self.begin_whole(token, pending, DiskOp::Flush),
-            Kind::Discard { offset, len } => return self.begin_whole(token, pending, DiskOp::Discard { offset, len }),
-            Kind::Zero { offset, len, unmap } => {
+            RequestKind::Flush => return self.begin_whole(token, pending, DiskOp::Flush),
+            RequestKind::Discard { offset, len } => {
+                return self.begin_whole(token, pending, DiskOp::Discard { offset, len });
+            }
+            RequestKind::Zero { offset, len, unmap } => {
                 return self.begin_whole(token, pending, DiskOp::Zero { offset, len, unmap });
             }
-            Kind::Id => match dma::copy_out(&self.ram, &data, &self.id) {
+            RequestKind::Id => match dma::copy_out(&self.ram, &data, &self.id) {
                 Ok(copied) => {
                     pending.written = copied as u32;
                     VIRTIO_BLK_S_OK
                 }
                 Err(_) => VIRTIO_BLK_S_IOERR,
             },
-            Kind::Impossible => VIRTIO_BLK_S_IOERR,
-            Kind::Unknown => VIRTIO_BLK_S_UNSUPP,
+            RequestKind::Invalid => VIRTIO_BLK_S_IOERR,
+            RequestKind::Unknown => VIRTIO_BLK_S_UNSUPP,
         };
         if status != VIRTIO_BLK_S_OK {
             pending.written = 0;
@@ -95,7 +97,7 @@ impl BlockService {
     }
 
     /// Begins a request that is one operation without memory.
-    fn begin_whole(&mut self, token: u64, pending: Pending, operation: DiskOp) -> Option<u64> {
+    fn begin_whole(&mut self, token: u64, pending: InFlightRequest, operation: DiskOp) -> Option<u64> {
         self.pending.insert(token, pending);
         self.give_disk(token, operation, 0);
         self.pending.contains_key(&token).then_some(token)
@@ -119,10 +121,10 @@ impl BlockService {
     }
 
     /// Gives the disk pieces of requests, one request after another, up to a batch.
-    pub(super) fn issue(&mut self, hurry: &YieldRequest<'_>) {
+    pub(super) fn issue(&mut self, should_yield: &YieldRequest<'_>) {
         let mut left = BATCH_BYTES;
         for _ in 0..BATCH {
-            if left == 0 || self.broken || !self.may_issue() || hurry.is_set() {
+            if left == 0 || self.broken || !self.may_issue() || should_yield.is_set() {
                 return;
             }
             let Some(request) = self.issuing.pop_front() else { return };
@@ -135,7 +137,7 @@ impl BlockService {
         let Some(pending) = self.pending.get_mut(&request) else { return 0 };
         let Some(rest) = &mut pending.rest else { return 0 };
         let write = rest.is_write();
-        let Piece { offset, data, len } = rest.next(most);
+        let TransferPiece { offset, data, len } = rest.next(most);
         if rest.is_over() {
             pending.rest = None;
         } else {

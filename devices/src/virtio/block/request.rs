@@ -26,7 +26,7 @@ pub(super) const MAX_RANGE_SECTORS: u32 = 1 << 16;
 
 /// The operation of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum RequestKind {
     Read {
         offset: u64,
     },
@@ -44,23 +44,23 @@ pub(super) enum Kind {
         len: u64,
         unmap: bool,
     },
-    /// Known but impossible: the status is IOERR.
-    Impossible,
+    /// Known but invalid: the status is IOERR.
+    Invalid,
     /// Unknown: the status is UNSUPP.
     Unknown,
 }
 
 /// A parsed request. Every byte of the chain is read once.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Request {
+pub(super) struct BlockRequest {
     pub(super) head: u16,
-    pub(super) kind: Kind,
+    pub(super) kind: RequestKind,
     /// The data buffers: readable ones for a write, writable ones for a read.
     pub(super) data: Vec<Segment>,
     pub(super) status: GuestAddress,
 }
 
-impl Request {
+impl BlockRequest {
     /// Length of the data in bytes.
     pub(super) fn len(&self) -> u64 {
         dma::len_of(&self.data)
@@ -70,15 +70,15 @@ impl Request {
     /// as a write.
     pub(super) fn cost(&self) -> u64 {
         match self.kind {
-            Kind::Read { .. } | Kind::Write { .. } => self.len(),
-            Kind::Discard { len, .. } | Kind::Zero { len, .. } => len,
-            Kind::Flush | Kind::Id | Kind::Impossible | Kind::Unknown => 0,
+            RequestKind::Read { .. } | RequestKind::Write { .. } => self.len(),
+            RequestKind::Discard { len, .. } | RequestKind::Zero { len, .. } => len,
+            RequestKind::Flush | RequestKind::Id | RequestKind::Invalid | RequestKind::Unknown => 0,
         }
     }
 
     /// Whether it changes the disk.
     pub(super) fn changes(&self) -> bool {
-        matches!(self.kind, Kind::Write { .. } | Kind::Discard { .. } | Kind::Zero { .. })
+        matches!(self.kind, RequestKind::Write { .. } | RequestKind::Discard { .. } | RequestKind::Zero { .. })
     }
 
     /// Parses the request in `chain`.
@@ -100,14 +100,18 @@ impl Request {
             offset.filter(|_| len > 0 && len.is_multiple_of(SECTOR))
         };
         let (kind, data) = match kind {
-            VIRTIO_BLK_T_IN => (transfer(&room).map_or(Kind::Impossible, |offset| Kind::Read { offset }), room),
-            VIRTIO_BLK_T_OUT => (transfer(&data).map_or(Kind::Impossible, |offset| Kind::Write { offset }), data),
-            VIRTIO_BLK_T_FLUSH => (Kind::Flush, Vec::new()),
-            VIRTIO_BLK_T_GET_ID => (Kind::Id, room),
+            VIRTIO_BLK_T_IN => {
+                (transfer(&room).map_or(RequestKind::Invalid, |offset| RequestKind::Read { offset }), room)
+            }
+            VIRTIO_BLK_T_OUT => {
+                (transfer(&data).map_or(RequestKind::Invalid, |offset| RequestKind::Write { offset }), data)
+            }
+            VIRTIO_BLK_T_FLUSH => (RequestKind::Flush, Vec::new()),
+            VIRTIO_BLK_T_GET_ID => (RequestKind::Id, room),
             VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
                 (range(ram, &data, kind == VIRTIO_BLK_T_DISCARD), Vec::new())
             }
-            _ => (Kind::Unknown, Vec::new()),
+            _ => (RequestKind::Unknown, Vec::new()),
         };
         Ok(Self { head, kind, data, status })
     }
@@ -130,24 +134,24 @@ fn split_status(segments: &[Segment]) -> Option<(GuestAddress, Vec<Segment>)> {
 }
 
 /// Parses the one range of a discard or of a write of zeros.
-fn range(ram: &GuestRam, data: &[Segment], discard: bool) -> Kind {
+fn range(ram: &GuestRam, data: &[Segment], discard: bool) -> RequestKind {
     let mut bytes = [0; RANGE];
     if dma::len_of(data) != RANGE as u64 || dma::copy_in(ram, data, &mut bytes).is_err() {
-        return Kind::Impossible;
+        return RequestKind::Invalid;
     }
     let sector = u64::from(word(&bytes, 0)) | u64::from(word(&bytes, 4)) << 32;
     let (sectors, flags) = (word(&bytes, 8), word(&bytes, 12));
     // By the specification, a device fails unknown flags, and any flag of a discard, as
     // unsupported.
     if flags & !UNMAP != 0 || (discard && flags != 0) {
-        return Kind::Unknown;
+        return RequestKind::Unknown;
     }
     let (Some(offset), len) = (sector.checked_mul(SECTOR), u64::from(sectors) * SECTOR) else {
-        return Kind::Impossible;
+        return RequestKind::Invalid;
     };
     match (sectors, discard) {
-        (1..=MAX_RANGE_SECTORS, true) => Kind::Discard { offset, len },
-        (1..=MAX_RANGE_SECTORS, false) => Kind::Zero { offset, len, unmap: flags & UNMAP != 0 },
-        _ => Kind::Impossible,
+        (1..=MAX_RANGE_SECTORS, true) => RequestKind::Discard { offset, len },
+        (1..=MAX_RANGE_SECTORS, false) => RequestKind::Zero { offset, len, unmap: flags & UNMAP != 0 },
+        _ => RequestKind::Invalid,
     }
 }

@@ -17,13 +17,13 @@ use clade_memory::GuestRam;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_SEG_MAX;
 
 use super::SEG_MAX;
-use super::issue::{Pending, Running};
-use super::request::{Kind, Request};
+use super::issue::{InFlightRequest, Running};
+use super::request::{BlockRequest, RequestKind};
 use super::state::{BlockState, InFlight};
 use crate::disk::{Disk, DiskDone, DiskImage};
 use crate::virtio::limiter::Limiter;
-use crate::virtio::plain::FatalError;
 use crate::virtio::queue_set::QueueSet;
+use crate::virtio::sync_device::FatalError;
 use crate::virtio::{Activation, QueueError, QueueState, Service, Turn, Virtqueue, Wake, YieldRequest, dma};
 
 /// The number of the disk's eventfd among the worker's sources; queues have their own numbers.
@@ -41,7 +41,7 @@ const RETRY: Duration = Duration::from_millis(1);
 #[derive(Debug)]
 struct Delayed {
     queue: u16,
-    request: Request,
+    request: BlockRequest,
     until: Instant,
 }
 
@@ -56,7 +56,7 @@ pub(super) struct BlockService {
     pub(super) id: Vec<u8>,
     pub(super) features: u64,
     /// Requests in flight by token, which is the order in which they were popped.
-    pub(super) pending: BTreeMap<u64, Pending>,
+    pub(super) pending: BTreeMap<u64, InFlightRequest>,
     /// Requests whose last piece is not in the disk yet, in turn.
     pub(super) issuing: VecDeque<u64>,
     /// Pieces in the disk, by token.
@@ -228,9 +228,9 @@ impl BlockService {
             return Err(QueueError::Rings { index: queue });
         };
         let chain = ring.chain(head)?;
-        let mut request = Request::parse(&self.ram, &chain)?;
+        let mut request = BlockRequest::parse(&self.ram, &chain)?;
         if self.chose(VIRTIO_BLK_F_SEG_MAX) && request.data.len() > SEG_MAX as usize {
-            request.kind = Kind::Impossible;
+            request.kind = RequestKind::Invalid;
         }
         if limited && let Err(until) = self.limiter.take(request.cost()) {
             self.delayed = Some(Delayed { queue, request, until });
@@ -241,7 +241,7 @@ impl BlockService {
 
     /// Returns a request to the driver: writes the status before the used ring, whose index is
     /// stored last and with release.
-    pub(super) fn add_used(&mut self, pending: &Pending, status: u32) {
+    pub(super) fn add_used(&mut self, pending: &InFlightRequest, status: u32) {
         if self.broken || self.halting {
             return;
         }
@@ -316,9 +316,9 @@ impl BlockService {
     }
 
     /// Pops and begins requests, one of each queue in turn, up to a batch.
-    fn pop(&mut self, hurry: &YieldRequest<'_>) {
+    fn pop(&mut self, should_yield: &YieldRequest<'_>) {
         for _ in 0..BATCH {
-            if !self.may_pop() || hurry.is_set() {
+            if !self.may_pop() || should_yield.is_set() {
                 return;
             }
             let count = self.queues.len();
@@ -363,7 +363,7 @@ impl BlockService {
 }
 
 impl Service for BlockService {
-    fn turn(&mut self, wake: Wake, hurry: &YieldRequest<'_>) -> Turn {
+    fn turn(&mut self, wake: Wake, should_yield: &YieldRequest<'_>) -> Turn {
         match wake {
             Wake::Start => self.ready.fill(true),
             Wake::Source(DISK) | Wake::Timer | Wake::Again => {}
@@ -377,8 +377,8 @@ impl Service for BlockService {
         if !self.broken {
             self.replay();
             self.release();
-            self.pop(hurry);
-            self.issue(hurry);
+            self.pop(should_yield);
+            self.issue(should_yield);
             self.kick();
         }
         self.queues.notify();

@@ -19,7 +19,7 @@ pub(super) struct Transfer {
 
 /// A part of a transfer: one operation of the disk.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Piece {
+pub(super) struct TransferPiece {
     pub(super) offset: u64,
     pub(super) data: Vec<Segment>,
     pub(super) len: u64,
@@ -40,10 +40,10 @@ impl Transfer {
 
     /// Cuts off the next piece: at most `most` bytes, in whole sectors. The piece ends at a
     /// cluster's end if possible, because a write of part of a cluster may have to read the rest.
-    pub(super) fn next(&mut self, most: u64) -> Piece {
+    pub(super) fn next(&mut self, most: u64) -> TransferPiece {
         let end = (self.offset + most) / CLUSTER * CLUSTER;
         let most = if end > self.offset { end - self.offset } else { most };
-        let mut piece = Piece { offset: self.offset, data: Vec::new(), len: 0 };
+        let mut piece = TransferPiece { offset: self.offset, data: Vec::new(), len: 0 };
         while let Some(first) = self.data.front_mut() {
             let take = (most - piece.len).min(u64::from(first.len)) as u32;
             if take == 0 {

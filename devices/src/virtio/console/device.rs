@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::state::ConsoleState;
 use crate::console::Console;
-use crate::virtio::plain::{Config, DeviceOps, FatalError, OWN, QueueCtx};
+use crate::virtio::sync_device::{ConfigSpace, DeviceOps, FatalError, OWN, QueueCtx};
 use crate::virtio::{ActivateError, Backend, DeviceState, Turn, Wake, YieldRequest, dma};
 
 const RX: usize = 0;
@@ -47,7 +47,7 @@ impl Typist {
 /// A console device.
 #[derive(Debug)]
 pub struct ConsoleDevice {
-    config: Config,
+    config: ConfigSpace,
     output: Console,
     typist: Typist,
 }
@@ -60,7 +60,7 @@ impl ConsoleDevice {
     pub fn new(output: Console) -> io::Result<Self> {
         let typist = Typist(Arc::new((Mutex::default(), EventFd::new(EFD_NONBLOCK)?)));
         // Columns, rows, ports and emergency write are not offered.
-        Ok(Self { config: Config::new(vec![0; 12]), output, typist })
+        Ok(Self { config: ConfigSpace::new(vec![0; 12]), output, typist })
     }
 
     /// The input side of the console.
@@ -94,7 +94,7 @@ impl DeviceOps for ConsoleDevice {
         vec![64; 2]
     }
 
-    fn config(&self) -> &Config {
+    fn config(&self) -> &ConfigSpace {
         &self.config
     }
 
@@ -111,7 +111,7 @@ impl DeviceOps for ConsoleDevice {
         Ok(())
     }
 
-    fn turn(&mut self, io: &mut QueueCtx, wake: Wake, hurry: &YieldRequest<'_>) -> Result<Turn, FatalError> {
+    fn turn(&mut self, io: &mut QueueCtx, wake: Wake, should_yield: &YieldRequest<'_>) -> Result<Turn, FatalError> {
         if wake == Wake::Source(OWN) {
             // Before the input is read.
             let _ = self.typist.0.1.read();
@@ -124,7 +124,7 @@ impl DeviceOps for ConsoleDevice {
             // A console in this process never refuses output.
             let _ = self.output.write_all(&bytes);
             io.add_used(TX, chain.head, 0)?;
-            if hurry.is_set() {
+            if should_yield.is_set() {
                 break;
             }
         }

@@ -1,12 +1,12 @@
 //! Commands of a network device's control queue.
 
 use super::super::dma;
-use crate::virtio::plain::{FatalError, QueueCtx};
+use crate::virtio::sync_device::{FatalError, QueueCtx};
 use crate::virtio::{Chain, QueueError};
 
 /// A command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Command {
+pub(super) enum ControlCommand {
     /// Use this many pairs of queues.
     Pairs(u16),
     /// The driver has announced the guest.
@@ -20,7 +20,7 @@ pub(super) enum Command {
 }
 
 /// Parses the chain's readable part: a class, a command, and its data.
-pub(super) fn parse(io: &QueueCtx, chain: &Chain) -> Result<Command, FatalError> {
+pub(super) fn parse(io: &QueueCtx, chain: &Chain) -> Result<ControlCommand, FatalError> {
     if chain.readable.is_empty() || chain.writable.is_empty() || dma::len_of(&chain.readable) < 2 {
         let (head, what) = (chain.head, "is no command");
         return Err(QueueError::Content { head, what }.into());
@@ -31,13 +31,13 @@ pub(super) fn parse(io: &QueueCtx, chain: &Chain) -> Result<Command, FatalError>
     let address = || {
         let mut address = [0; 6];
         address.copy_from_slice(&bytes[2..8]);
-        Command::Address(address)
+        ControlCommand::Address(address)
     };
     Ok(match (bytes[0], bytes[1], len) {
-        (4, 0, 4..) => Command::Pairs(u16::from_le_bytes([bytes[2], bytes[3]])),
-        (3, 0, _) => Command::Announced,
+        (4, 0, 4..) => ControlCommand::Pairs(u16::from_le_bytes([bytes[2], bytes[3]])),
+        (3, 0, _) => ControlCommand::Announced,
         (1, 1, 8) => address(),
-        (0 | 2, _, _) | (1, 0, _) => Command::Filter,
-        _ => Command::Unknown,
+        (0 | 2, _, _) | (1, 0, _) => ControlCommand::Filter,
+        _ => ControlCommand::Unknown,
     })
 }

@@ -21,14 +21,14 @@ use virtio_bindings::virtio_net::{
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::control::{self, Command};
+use super::control::{self, ControlCommand};
 use super::egress::{Egress, Filter};
 use super::mac::Mac;
 use super::posted::{Posted, write_at};
 use super::state::{Link, NetState};
 use crate::virtio::dma::DmaError;
 use crate::virtio::limiter::{Limiter, Limits};
-use crate::virtio::plain::{Config, DeviceOps, FatalError, OWN, QueueCtx};
+use crate::virtio::sync_device::{ConfigSpace, DeviceOps, FatalError, OWN, QueueCtx};
 use crate::virtio::{ActivateError, Backend, DeviceState, Turn, Wake, YieldRequest, dma};
 
 /// The most pairs of queues.
@@ -102,7 +102,7 @@ pub struct NetStats {
 /// A network device.
 #[derive(Debug)]
 pub struct Net {
-    config: Config,
+    config: ConfigSpace,
     mac: Mac,
     link: Link,
     backend: NetBackend,
@@ -157,7 +157,7 @@ impl Net {
         }
         let pairs = state.map_or(1, |state| state.pairs).clamp(1, most.clamp(1, MAX_PAIRS));
         Ok(Self {
-            config: Config::new(config),
+            config: ConfigSpace::new(config),
             mac: options.mac,
             link,
             epoll,
@@ -216,17 +216,17 @@ impl Net {
         let queue = self.control(io);
         while let Some(chain) = io.pop(queue)? {
             let done = match control::parse(io, &chain)? {
-                Command::Pairs(pairs) => self.use_pairs(pairs),
-                Command::Announced => {
+                ControlCommand::Pairs(pairs) => self.use_pairs(pairs),
+                ControlCommand::Announced => {
                     self.announced();
                     true
                 }
-                Command::Address(address) => {
+                ControlCommand::Address(address) => {
                     self.config.write(0, &address);
                     true
                 }
-                Command::Filter => true,
-                Command::Unknown => false,
+                ControlCommand::Filter => true,
+                ControlCommand::Unknown => false,
             };
             let written = dma::copy_out(&io.ram, &chain.writable, &[u8::from(!done)])?;
             io.add_used(queue, chain.head, written as u32)?;
@@ -234,7 +234,12 @@ impl Net {
         Ok(())
     }
 
-    fn send_some(&mut self, io: &mut QueueCtx, pair: usize, hurry: &YieldRequest<'_>) -> Result<bool, FatalError> {
+    fn send_some(
+        &mut self,
+        io: &mut QueueCtx,
+        pair: usize,
+        should_yield: &YieldRequest<'_>,
+    ) -> Result<bool, FatalError> {
         let queue = 2 * pair + 1;
         for _ in 0..BATCH {
             let Some(chain) = io.pop(queue)? else { return Ok(false) };
@@ -281,7 +286,7 @@ impl Net {
             }
             self.filter.count(&judgement);
             io.add_used(queue, chain.head, 0)?;
-            if hurry.is_set() {
+            if should_yield.is_set() {
                 break;
             }
         }
@@ -322,10 +327,15 @@ impl Net {
         Ok(room(posted) >= MIN_PACKET)
     }
 
-    fn receive_some(&mut self, io: &mut QueueCtx, pair: usize, hurry: &YieldRequest<'_>) -> Result<bool, FatalError> {
+    fn receive_some(
+        &mut self,
+        io: &mut QueueCtx,
+        pair: usize,
+        should_yield: &YieldRequest<'_>,
+    ) -> Result<bool, FatalError> {
         let queue = 2 * pair;
         let mut posted = VecDeque::new();
-        let more = self.receive_into(io, pair, &mut posted, hurry);
+        let more = self.receive_into(io, pair, &mut posted, should_yield);
         // Chains that were popped and not filled stay posted.
         for _ in posted {
             io.undo_pop(queue);
@@ -344,7 +354,7 @@ impl Net {
         io: &mut QueueCtx,
         pair: usize,
         posted: &mut VecDeque<Posted>,
-        hurry: &YieldRequest<'_>,
+        should_yield: &YieldRequest<'_>,
     ) -> Result<bool, FatalError> {
         let queue = 2 * pair;
         for _ in 0..BATCH {
@@ -371,7 +381,7 @@ impl Net {
                     self.nothing_received(io, pair, &error);
                 }
             }
-            if hurry.is_set() {
+            if should_yield.is_set() {
                 break;
             }
         }
@@ -473,7 +483,7 @@ impl DeviceOps for Net {
         sizes
     }
 
-    fn config(&self) -> &Config {
+    fn config(&self) -> &ConfigSpace {
         &self.config
     }
 
@@ -512,7 +522,7 @@ impl DeviceOps for Net {
         Ok(())
     }
 
-    fn turn(&mut self, io: &mut QueueCtx, _wake: Wake, hurry: &YieldRequest<'_>) -> Result<Turn, FatalError> {
+    fn turn(&mut self, io: &mut QueueCtx, _wake: Wake, should_yield: &YieldRequest<'_>) -> Result<Turn, FatalError> {
         self.until = None;
         self.look();
         self.renew(io);
@@ -520,12 +530,12 @@ impl DeviceOps for Net {
         let mut more = false;
         for pair in 0..usize::from(self.pairs) {
             if self.link == Link::Closed {
-                more |= self.refuse_some(io, pair, hurry)?;
+                more |= self.refuse_some(io, pair, should_yield)?;
                 more |= self.readable[pair] && self.discard(pair, BATCH);
                 continue;
             }
-            more |= self.send_some(io, pair, hurry)?;
-            more |= self.receive_some(io, pair, hurry)?;
+            more |= self.send_some(io, pair, should_yield)?;
+            more |= self.receive_some(io, pair, should_yield)?;
         }
         // The rest of a partly accepted packet, even of a device that was closed since.
         if !self.backend.flush().unwrap_or(true) {

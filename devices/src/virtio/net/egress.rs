@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::mac::Mac;
 pub(super) use frame::MAX_HEADERS;
-use frame::{Packet, parse};
+use frame::{ParsedPacket, parse};
 use rule::{Decision, Verdict};
 pub use rule::{EgressError, EgressRule};
 
@@ -136,8 +136,8 @@ impl Filter {
     pub(super) fn judge(&self, headers: &[u8], len: usize, mac: Mac) -> Judgement {
         let mut judgement = Judgement::refused();
         let packet = match parse(headers, len, mac) {
-            Ok(Packet::Neighbours) => return Judgement::open(),
-            Ok(Packet::Ip(packet)) => packet,
+            Ok(ParsedPacket::Neighbours) => return Judgement::open(),
+            Ok(ParsedPacket::Ip(packet)) => packet,
             Err(refused) => {
                 tracing::trace!(%refused, "a packet is dropped");
                 return judgement;

@@ -7,7 +7,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use super::state::RngState;
 use crate::virtio::limiter::{Limiter, Limits};
-use crate::virtio::plain::{Config, DeviceOps, FatalError, QueueCtx};
+use crate::virtio::sync_device::{ConfigSpace, DeviceOps, FatalError, QueueCtx};
 use crate::virtio::{ActivateError, Backend, Chain, DeviceState, Turn, Wake, YieldRequest, dma};
 
 /// Maximum bytes for one request. A driver that asks for more gets fewer, as the specification
@@ -19,7 +19,7 @@ const BATCH: usize = 16;
 /// An entropy device.
 #[derive(Debug)]
 pub struct Rng {
-    config: Config,
+    config: ConfigSpace,
     limiter: Limiter,
     /// The time at which the limiter lets the next request pass, which stays in its queue until
     /// then.
@@ -30,7 +30,7 @@ impl Rng {
     /// A device limited by `limits`.
     #[must_use]
     pub fn new(limits: &Limits) -> Self {
-        let (config, limiter) = (Config::new(Vec::new()), Limiter::new(limits));
+        let (config, limiter) = (ConfigSpace::new(Vec::new()), Limiter::new(limits));
         Self { config, limiter, until: None }
     }
 
@@ -59,7 +59,7 @@ impl DeviceOps for Rng {
         vec![64]
     }
 
-    fn config(&self) -> &Config {
+    fn config(&self) -> &ConfigSpace {
         &self.config
     }
 
@@ -69,7 +69,7 @@ impl DeviceOps for Rng {
         Ok(())
     }
 
-    fn turn(&mut self, io: &mut QueueCtx, _wake: Wake, hurry: &YieldRequest<'_>) -> Result<Turn, FatalError> {
+    fn turn(&mut self, io: &mut QueueCtx, _wake: Wake, should_yield: &YieldRequest<'_>) -> Result<Turn, FatalError> {
         self.until = None;
         let mut bytes = [0; MAX_BYTES];
         for _ in 0..BATCH {
@@ -82,7 +82,7 @@ impl DeviceOps for Rng {
             }
             let written = Self::fill(io, &chain, &mut bytes[..len])?;
             io.add_used(0, chain.head, written)?;
-            if hurry.is_set() {
+            if should_yield.is_set() {
                 break;
             }
         }

@@ -22,7 +22,7 @@ const MAX_DISCARDS: usize = 64;
 
 /// The stage of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Stage {
+pub(super) enum ConnectionState {
     /// The host has connected, and has not sent a port yet.
     Greeting,
     /// The guest has received the request, and has not answered yet.
@@ -44,9 +44,9 @@ pub(super) enum Greeting {
 
 /// A connection, and the credit of both sides.
 #[derive(Debug)]
-pub(super) struct Connection {
+pub(super) struct VsockConnection {
     socket: UnixStream,
-    pub(super) stage: Stage,
+    pub(super) stage: ConnectionState,
     line: Vec<u8>,
     /// Bytes from the guest that the socket has not accepted yet.
     out: VecDeque<u8>,
@@ -74,8 +74,8 @@ pub(super) struct Connection {
     pub(super) asked: u32,
 }
 
-impl Connection {
-    pub(super) fn new(socket: UnixStream, stage: Stage) -> io::Result<Self> {
+impl VsockConnection {
+    pub(super) fn new(socket: UnixStream, stage: ConnectionState) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         Ok(Self {
             socket,
@@ -119,7 +119,7 @@ impl Connection {
 
     /// Notes that the guest has accepted, and sends the port to the host.
     pub(super) fn accepted(&mut self, host_port: u32) {
-        self.stage = Stage::Open;
+        self.stage = ConnectionState::Open;
         self.out.extend(format!("OK {host_port}\n").as_bytes());
         // These bytes are not from the guest, and do not count against its credit.
         self.forwarded = self.forwarded.wrapping_sub(self.out.len() as u32);

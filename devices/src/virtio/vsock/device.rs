@@ -12,13 +12,13 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::FIRST_GUEST_CID;
-use super::connection::{Connection, Stage};
-use super::host::Pending;
+use super::connection::{ConnectionState, VsockConnection};
+use super::host::PendingConnect;
 use super::notices::Notices;
-use super::packet::Header;
+use super::packet::PacketHeader;
 use super::socket::VsockSocket;
 use super::state::VsockState;
-use crate::virtio::plain::{Config, DeviceOps, FatalError, OWN, QueueCtx};
+use crate::virtio::sync_device::{ConfigSpace, DeviceOps, FatalError, OWN, QueueCtx};
 use crate::virtio::{ActivateError, Backend, DeviceState, Turn, Wake, YieldRequest, dma};
 
 pub(super) const RX: usize = 0;
@@ -81,19 +81,19 @@ pub struct VsockStats {
 /// A socket device.
 #[derive(Debug)]
 pub struct Vsock {
-    config: Config,
+    config: ConfigSpace,
     pub(super) cid: u64,
     pub(super) socket: VsockSocket,
     pub(super) epoll: Epoll,
-    pub(super) connections: BTreeMap<Key, Connection>,
+    pub(super) connections: BTreeMap<Key, VsockConnection>,
     /// The key of a connection, by its socket's descriptor.
     pub(super) keys: HashMap<RawFd, Key>,
     /// Hosts that have connected, and have not sent a port yet.
-    pub(super) greeting: HashMap<RawFd, Connection>,
+    pub(super) greeting: HashMap<RawFd, VsockConnection>,
     /// Connections of the guest to hosts whose backlog is full.
-    pub(super) pending: BTreeMap<Key, Pending>,
+    pub(super) pending: BTreeMap<Key, PendingConnect>,
     /// Connections that the guest has closed, with bytes that the host has not read yet.
-    pub(super) draining: HashMap<RawFd, Connection>,
+    pub(super) draining: HashMap<RawFd, VsockConnection>,
     /// Time at which pending connections are tried again.
     pub(super) retry_at: Option<Instant>,
     /// Time at which the listener is watched again, after a failure to accept.
@@ -102,7 +102,7 @@ pub struct Vsock {
     pub(super) warned: Option<Instant>,
     pub(super) next_port: u32,
     /// Packets without data that wait for the guest's buffers.
-    pub(super) replies: VecDeque<Header>,
+    pub(super) replies: VecDeque<PacketHeader>,
     /// Connections with input, in turn.
     pub(super) ready: VecDeque<Key>,
     transport: Transport,
@@ -149,7 +149,7 @@ impl Vsock {
         let event = EpollEvent::new(EventSet::IN, LISTENER);
         epoll.ctl(ControlOperation::Add, socket.listener.as_raw_fd(), event)?;
         Ok(Self {
-            config: Config::new(socket.options.cid.to_le_bytes().to_vec()),
+            config: ConfigSpace::new(socket.options.cid.to_le_bytes().to_vec()),
             cid: socket.options.cid,
             socket,
             epoll,
@@ -240,7 +240,7 @@ impl DeviceOps for Vsock {
         vec![128, 128, 16]
     }
 
-    fn config(&self) -> &Config {
+    fn config(&self) -> &ConfigSpace {
         &self.config
     }
 
@@ -270,7 +270,7 @@ impl DeviceOps for Vsock {
         Ok(())
     }
 
-    fn turn(&mut self, io: &mut QueueCtx, _wake: Wake, hurry: &YieldRequest<'_>) -> Result<Turn, FatalError> {
+    fn turn(&mut self, io: &mut QueueCtx, _wake: Wake, should_yield: &YieldRequest<'_>) -> Result<Turn, FatalError> {
         if let Err(error) = self.look() {
             tracing::warn!(%error, "the sockets of a guest cannot be looked at");
         }
@@ -286,13 +286,13 @@ impl DeviceOps for Vsock {
             self.transmit(io, &chain)?;
             io.add_used(TX, chain.head, 0)?;
             more = n + 1 == BATCH;
-            if hurry.is_set() {
+            if should_yield.is_set() {
                 more = true;
                 break;
             }
         }
         if is_known {
-            more |= self.receive(io, hurry)?;
+            more |= self.receive(io, should_yield)?;
         }
         Ok(if more { Turn::Again } else { Turn::Done })
     }
@@ -303,7 +303,7 @@ impl DeviceOps for Vsock {
     }
 
     fn has_input(&mut self) -> bool {
-        let waits = |connection: &Connection| connection.readable || connection.stage == Stage::Asked;
+        let waits = |connection: &VsockConnection| connection.readable || connection.stage == ConnectionState::Asked;
         // After a failure to accept, the listener is not watched for some time.
         let has_input = !self.replies.is_empty() || self.accept_at.is_some() || self.connections.values().any(waits);
         let has_progress = self.asked_at.replace(self.delivered) != Some(self.delivered);

@@ -4,26 +4,26 @@
 //! credit before memory is allocated for it.
 
 use super::HOST_CID;
-use super::connection::{Connection, ROOM, Stage};
+use super::connection::{ConnectionState, ROOM, VsockConnection};
 use super::device::{BATCH, Key, RX, Vsock};
 use super::notices::{AlreadyOpen, MAX_NOTICE, NOTICE_PORT};
-use super::packet::{HEADER, Header, Op, SHUT_RECEIVE, SHUT_SEND};
-use crate::virtio::plain::{FatalError, QueueCtx};
+use super::packet::{HEADER, PacketHeader, PacketOp, SHUT_RECEIVE, SHUT_SEND};
+use crate::virtio::sync_device::{FatalError, QueueCtx};
 use crate::virtio::{Chain, QueueError, Segment, YieldRequest, dma};
 
 /// Maximum bytes of data in a packet to the guest.
 const MAX_DATA: usize = 16 << 10;
 
 impl Vsock {
-    pub(super) fn header(&self, key: Key, op: Op) -> Header {
+    pub(super) fn header(&self, key: Key, op: PacketOp) -> PacketHeader {
         let (buffer, forwarded) = (ROOM, self.connections.get(&key).map_or(0, |connection| connection.forwarded));
         let (from_port, to_port) = key;
         let (from_cid, to_cid) = (HOST_CID, self.cid);
-        Header { from_cid, to_cid, from_port, to_port, len: 0, op, flags: 0, buffer, forwarded, stream: true }
+        PacketHeader { from_cid, to_cid, from_port, to_port, len: 0, op, flags: 0, buffer, forwarded, stream: true }
     }
 
     /// Queues a packet for the guest. Their number is limited by the turn of [`Vsock`].
-    pub(super) fn reply(&mut self, header: Header) {
+    pub(super) fn reply(&mut self, header: PacketHeader) {
         self.replies.push_back(header);
     }
 
@@ -31,18 +31,18 @@ impl Vsock {
     pub(super) fn transmit(&mut self, io: &QueueCtx, chain: &Chain) -> Result<(), FatalError> {
         let mut bytes = [0; HEADER];
         let rest = dma::copy_in(&io.ram, &chain.readable, &mut bytes)?;
-        let Some(header) = Header::parse(&bytes) else { return Ok(()) };
+        let Some(header) = PacketHeader::parse(&bytes) else { return Ok(()) };
         if u64::from(header.len) > dma::len_of(&rest) {
             let (head, what) = (chain.head, "is shorter than its packet says");
             return Err(QueueError::Content { head, what }.into());
         }
         let key = (header.to_port, header.from_port);
         if header.from_cid != self.cid || header.to_cid != HOST_CID || !header.stream {
-            if header.op != Op::Reset {
-                let reset = Header { from_cid: header.to_cid, ..self.header(key, Op::Reset) };
+            if header.op != PacketOp::Reset {
+                let reset = PacketHeader { from_cid: header.to_cid, ..self.header(key, PacketOp::Reset) };
                 self.reply(reset);
             }
-            if header.op == Op::Response && header.to_cid == HOST_CID && header.stream {
+            if header.op == PacketOp::Response && header.to_cid == HOST_CID && header.stream {
                 self.ask_again(key);
             }
             return Ok(());
@@ -59,22 +59,22 @@ impl Vsock {
         }
         if let Some(pending) = self.pending.get_mut(&key) {
             match header.op {
-                Op::CreditUpdate => (pending.room, pending.forwarded) = (header.buffer, header.forwarded),
+                PacketOp::CreditUpdate => (pending.room, pending.forwarded) = (header.buffer, header.forwarded),
                 // The guest no longer wants the connection, or has sent data before that was
                 // allowed.
-                op => self.close(key, op != Op::Reset),
+                op => self.close(key, op != PacketOp::Reset),
             }
             return Ok(());
         }
         match (header.op, self.connections.get_mut(&key).map(|connection| connection.stage)) {
-            (Op::Request, None) => self.connect(key, &header),
-            (Op::Response, Some(Stage::Asked)) => {
+            (PacketOp::Request, None) => self.connect(key, &header),
+            (PacketOp::Response, Some(ConnectionState::Asked)) => {
                 self.connections.get_mut(&key).into_iter().for_each(|connection| connection.accepted(key.0));
                 self.flush(key);
                 self.listen_to(key);
             }
-            (Op::Data, Some(Stage::Open)) => {
-                let room = |connection: &Connection| connection.has_room_for(header.len);
+            (PacketOp::Data, Some(ConnectionState::Open)) => {
+                let room = |connection: &VsockConnection| connection.has_room_for(header.len);
                 if !self.connections.get(&key).is_some_and(room) {
                     // The guest has exceeded its credit.
                     self.close(key, true);
@@ -85,7 +85,7 @@ impl Vsock {
                 self.connections.get_mut(&key).into_iter().for_each(|connection| connection.take(&data));
                 self.flush(key);
             }
-            (Op::Shutdown, Some(_)) => {
+            (PacketOp::Shutdown, Some(_)) => {
                 let both = self.connections.get_mut(&key).is_some_and(|connection| connection.shut_down(header.flags));
                 if both {
                     self.finish(key, true);
@@ -93,13 +93,13 @@ impl Vsock {
                     self.flush(key);
                 }
             }
-            (Op::CreditRequest, Some(_)) => {
-                let update = self.header(key, Op::CreditUpdate);
+            (PacketOp::CreditRequest, Some(_)) => {
+                let update = self.header(key, PacketOp::CreditUpdate);
                 self.reply(update);
-                self.connections.get_mut(&key).into_iter().for_each(Connection::told);
+                self.connections.get_mut(&key).into_iter().for_each(VsockConnection::told);
             }
-            (Op::CreditUpdate, Some(_)) | (Op::Reset, None) => {}
-            (Op::Reset, Some(_)) => self.finish(key, false),
+            (PacketOp::CreditUpdate, Some(_)) | (PacketOp::Reset, None) => {}
+            (PacketOp::Reset, Some(_)) => self.finish(key, false),
             // The packet belongs to no connection, or is out of order.
             _ => self.close(key, true),
         }
@@ -107,31 +107,35 @@ impl Vsock {
     }
 
     /// Processes a packet of a connection to the device's own port.
-    fn notice(&mut self, io: &QueueCtx, key: Key, header: &Header, rest: &[Segment]) -> Result<(), FatalError> {
+    fn notice(&mut self, io: &QueueCtx, key: Key, header: &PacketHeader, rest: &[Segment]) -> Result<(), FatalError> {
         let (_, port) = key;
         let answer = match header.op {
-            Op::Request => match self.notices.open(port) {
+            PacketOp::Request => match self.notices.open(port) {
                 Ok(displaced) => {
                     if let Some(other) = displaced {
-                        let reset = self.header((NOTICE_PORT, other), Op::Reset);
+                        let reset = self.header((NOTICE_PORT, other), PacketOp::Reset);
                         self.reply(reset);
                     }
-                    Some(Op::Response)
+                    Some(PacketOp::Response)
                 }
-                Err(AlreadyOpen) => Some(Op::Reset),
+                Err(AlreadyOpen) => Some(PacketOp::Reset),
             },
-            Op::Data if header.len as usize <= MAX_NOTICE && self.notices.is_open(port) => {
+            PacketOp::Data if header.len as usize <= MAX_NOTICE && self.notices.is_open(port) => {
                 let mut data = vec![0; header.len as usize];
                 dma::copy_in(&io.ram, rest, &mut data)?;
-                (!self.notices.take(port, &data)).then_some(Op::Reset)
+                (!self.notices.take(port, &data)).then_some(PacketOp::Reset)
             }
-            Op::CreditRequest if self.notices.is_open(port) => Some(Op::CreditUpdate),
-            Op::CreditUpdate if self.notices.is_open(port) => None,
-            Op::Reset => None,
+            PacketOp::CreditRequest if self.notices.is_open(port) => Some(PacketOp::CreditUpdate),
+            PacketOp::CreditUpdate if self.notices.is_open(port) => None,
+            PacketOp::Reset => None,
             // At the end the guest waits for the reset: it may power itself off then.
-            Op::Shutdown | Op::Response | Op::Data | Op::CreditRequest | Op::CreditUpdate => Some(Op::Reset),
+            PacketOp::Shutdown
+            | PacketOp::Response
+            | PacketOp::Data
+            | PacketOp::CreditRequest
+            | PacketOp::CreditUpdate => Some(PacketOp::Reset),
         };
-        if matches!(header.op, Op::Reset) || answer == Some(Op::Reset) {
+        if matches!(header.op, PacketOp::Reset) || answer == Some(PacketOp::Reset) {
             self.notices.close(port);
         }
         if let Some(op) = answer {
@@ -143,7 +147,7 @@ impl Vsock {
 
     /// Fills the guest's buffers: first with replies, then with data of each connection in turn.
     /// Returns whether there may be more to send.
-    pub(super) fn receive(&mut self, io: &mut QueueCtx, hurry: &YieldRequest<'_>) -> Result<bool, FatalError> {
+    pub(super) fn receive(&mut self, io: &mut QueueCtx, should_yield: &YieldRequest<'_>) -> Result<bool, FatalError> {
         for _ in 0..BATCH {
             if self.replies.is_empty() && self.ready.is_empty() {
                 return Ok(false);
@@ -160,14 +164,14 @@ impl Vsock {
                 }
                 None => io.undo_pop(RX),
             }
-            if hurry.is_set() {
+            if should_yield.is_set() {
                 break;
             }
         }
         Ok(!self.replies.is_empty() || !self.ready.is_empty())
     }
 
-    fn put(io: &QueueCtx, chain: &Chain, header: &Header, data: &[u8]) -> Result<Option<u32>, FatalError> {
+    fn put(io: &QueueCtx, chain: &Chain, header: &PacketHeader, data: &[u8]) -> Result<Option<u32>, FatalError> {
         let room = dma::len_of(&chain.writable);
         if room < (HEADER + data.len()) as u64 {
             let (head, what) = (chain.head, "has no room for a packet");
@@ -182,7 +186,7 @@ impl Vsock {
         let Some(key) = self.ready.pop_front() else { return Ok(None) };
         let Some(connection) = self.connections.get_mut(&key) else { return Ok(None) };
         let may = connection.may_send() as usize;
-        if connection.stage != Stage::Open || may == 0 {
+        if connection.stage != ConnectionState::Open || may == 0 {
             // Continued when the guest has room.
             return Ok(None);
         }
@@ -194,15 +198,15 @@ impl Vsock {
                 // A host that has only ended its own stream still receives.
                 connection.told_hung_up = connection.has_hung_up();
                 let flags = SHUT_SEND | if connection.told_hung_up { SHUT_RECEIVE } else { 0 };
-                let header = Header { flags, ..self.header(key, Op::Shutdown) };
+                let header = PacketHeader { flags, ..self.header(key, PacketOp::Shutdown) };
                 let written = Self::put(io, chain, &header, &[])?;
                 self.listen_to(key);
                 Ok(written)
             }
             Ok(Some(len)) => {
                 self.ready.push_back(key);
-                let header = Header { len: len as u32, ..self.header(key, Op::Data) };
-                self.connections.get_mut(&key).into_iter().for_each(Connection::told);
+                let header = PacketHeader { len: len as u32, ..self.header(key, PacketOp::Data) };
+                self.connections.get_mut(&key).into_iter().for_each(VsockConnection::told);
                 Self::put(io, chain, &header, &data[..len])
             }
             Ok(None) => {

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 
-use super::connection::{Connection, Greeting, Stage};
+use super::connection::{ConnectionState, Greeting, VsockConnection};
 use super::device::{FIRST_PORT, Key, LISTENER, Vsock};
-use super::packet::{Header, Op, SHUT_RECEIVE, SHUT_SEND};
+use super::packet::{PacketHeader, PacketOp, SHUT_RECEIVE, SHUT_SEND};
 use super::socket::Attempt;
 
 /// Maximum number of connections in all stages. Further ones are refused.
@@ -35,7 +35,7 @@ const WARN_INTERVAL: Duration = Duration::from_secs(60);
 
 /// A connection of the guest to a host whose backlog is full, or whose broker has not answered.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Pending {
+pub(super) struct PendingConnect {
     retries: u32,
     /// The guest's buffer size.
     pub(super) room: u32,
@@ -53,14 +53,14 @@ impl Vsock {
     }
 
     /// As `arm`, for a socket that is watched already.
-    fn rearm(&self, connection: &Connection, write: bool) -> io::Result<()> {
+    fn rearm(&self, connection: &VsockConnection, write: bool) -> io::Result<()> {
         self.arm(connection.socket(), ControlOperation::Modify, connection.wants_input(), write)
     }
 
     /// Removes a connection. With `tell`, also resets it for the guest.
     pub(super) fn close(&mut self, key: Key, tell: bool) {
         if tell {
-            let header = self.header(key, Op::Reset);
+            let header = self.header(key, PacketOp::Reset);
             self.reply(header);
         }
         if self.pending.remove(&key).is_some() {
@@ -87,7 +87,7 @@ impl Vsock {
 
     /// Writes the data left of a connection that the guest has closed, as far as the host accepts
     /// it.
-    fn drain(&mut self, fd: RawFd, mut connection: Connection) {
+    fn drain(&mut self, fd: RawFd, mut connection: VsockConnection) {
         // Further data from the host is dropped without waiting for it.
         connection.ended = true;
         if connection.flush() && self.rearm(&connection, true).is_ok() {
@@ -125,7 +125,7 @@ impl Vsock {
             }
             let fd = socket.as_raw_fd();
             let armed = self.arm(&socket, ControlOperation::Add, true, false);
-            if let (Ok(()), Ok(connection)) = (armed, Connection::new(socket, Stage::Greeting)) {
+            if let (Ok(()), Ok(connection)) = (armed, VsockConnection::new(socket, ConnectionState::Greeting)) {
                 self.greeting.insert(fd, connection);
             }
         }
@@ -153,7 +153,7 @@ impl Vsock {
                 }
             }
             Greeting::Port(port) => {
-                connection.stage = Stage::Asked;
+                connection.stage = ConnectionState::Asked;
                 self.ask(connection, port);
             }
             // The host reads the end of the stream.
@@ -162,12 +162,12 @@ impl Vsock {
     }
 
     /// Requests a connection to `port` from the guest.
-    fn ask(&mut self, mut connection: Connection, port: u32) {
+    fn ask(&mut self, mut connection: VsockConnection, port: u32) {
         let key = (self.free_port(port), port);
         connection.asked += 1;
         self.keys.insert(connection.socket().as_raw_fd(), key);
         self.connections.insert(key, connection);
-        let header = self.header(key, Op::Request);
+        let header = self.header(key, PacketOp::Request);
         self.reply(header);
     }
 
@@ -175,7 +175,9 @@ impl Vsock {
     /// own: a child that has not read its new address yet. It drops the accepted connection once it
     /// reads it, so the new request uses another host port.
     pub(super) fn ask_again(&mut self, key: Key) {
-        let Some(connection) = self.connections.get(&key).filter(|connection| connection.stage == Stage::Asked) else {
+        let Some(connection) =
+            self.connections.get(&key).filter(|connection| connection.stage == ConnectionState::Asked)
+        else {
             return;
         };
         if connection.asked >= MAX_ASKED {
@@ -229,7 +231,7 @@ impl Vsock {
         if connection.ended {
             if !connection.told_hung_up && connection.has_hung_up() {
                 connection.told_hung_up = true;
-                let header = Header { flags: SHUT_RECEIVE | SHUT_SEND, ..self.header(key, Op::Shutdown) };
+                let header = PacketHeader { flags: SHUT_RECEIVE | SHUT_SEND, ..self.header(key, PacketOp::Shutdown) };
                 self.reply(header);
             }
         } else if !connection.readable {
@@ -248,10 +250,10 @@ impl Vsock {
                 return self.close(key, true);
             }
         }
-        if self.connections.get(&key).is_some_and(Connection::owes_credit) {
-            let header = self.header(key, Op::CreditUpdate);
+        if self.connections.get(&key).is_some_and(VsockConnection::owes_credit) {
+            let header = self.header(key, PacketOp::CreditUpdate);
             self.reply(header);
-            self.connections.get_mut(&key).into_iter().for_each(Connection::told);
+            self.connections.get_mut(&key).into_iter().for_each(VsockConnection::told);
         }
     }
 
@@ -266,8 +268,8 @@ impl Vsock {
     }
 
     /// Connects for the guest, to the socket's path with the port as suffix.
-    pub(super) fn connect(&mut self, key: Key, header: &Header) {
-        let pending = Pending { retries: 0, room: header.buffer, forwarded: header.forwarded };
+    pub(super) fn connect(&mut self, key: Key, header: &PacketHeader) {
+        let pending = PendingConnect { retries: 0, room: header.buffer, forwarded: header.forwarded };
         if self.connections() >= MAX_CONNECTIONS {
             tracing::debug!(port = key.0, "a guest has as many connections as it may have");
             return self.close(key, true);
@@ -275,12 +277,12 @@ impl Vsock {
         self.try_connect(key, pending);
     }
 
-    fn try_connect(&mut self, key: Key, pending: Pending) {
+    fn try_connect(&mut self, key: Key, pending: PendingConnect) {
         let mut retries = pending.retries;
         let opened = self.socket.dial(key).and_then(|attempt| match attempt {
             Attempt::Connected(socket) => {
                 self.arm(&socket, ControlOperation::Add, true, false)?;
-                Connection::new(socket, Stage::Open).map(Some)
+                VsockConnection::new(socket, ConnectionState::Open).map(Some)
             }
             // The wait for a stuck broker lasts as long as the guest waits.
             Attempt::Waiting => Ok(None),
@@ -295,12 +297,12 @@ impl Vsock {
                 connection.credit(pending.room, pending.forwarded);
                 self.keys.insert(connection.socket().as_raw_fd(), key);
                 self.connections.insert(key, connection);
-                let response = self.header(key, Op::Response);
+                let response = self.header(key, PacketOp::Response);
                 self.reply(response);
             }
             Ok(None) => {
                 self.stats.connect_retries += 1;
-                self.pending.insert(key, Pending { retries, ..pending });
+                self.pending.insert(key, PendingConnect { retries, ..pending });
                 self.retry_at.get_or_insert_with(|| Instant::now() + RETRY_INTERVAL);
             }
             Err(error) => {

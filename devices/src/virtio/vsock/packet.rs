@@ -7,7 +7,7 @@ const STREAM: u16 = 1;
 
 /// The operation of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Op {
+pub(super) enum PacketOp {
     Request,
     Response,
     Reset,
@@ -17,8 +17,15 @@ pub(super) enum Op {
     CreditRequest,
 }
 
-const OPS: [Op; 7] =
-    [Op::Request, Op::Response, Op::Reset, Op::Shutdown, Op::Data, Op::CreditUpdate, Op::CreditRequest];
+const OPS: [PacketOp; 7] = [
+    PacketOp::Request,
+    PacketOp::Response,
+    PacketOp::Reset,
+    PacketOp::Shutdown,
+    PacketOp::Data,
+    PacketOp::CreditUpdate,
+    PacketOp::CreditRequest,
+];
 
 /// Flags of a shutdown: the sender receives no more, and sends no more.
 pub(super) const SHUT_RECEIVE: u32 = 1;
@@ -26,13 +33,13 @@ pub(super) const SHUT_SEND: u32 = 2;
 
 /// The header of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Header {
+pub(super) struct PacketHeader {
     pub(super) from_cid: u64,
     pub(super) to_cid: u64,
     pub(super) from_port: u32,
     pub(super) to_port: u32,
     pub(super) len: u32,
-    pub(super) op: Op,
+    pub(super) op: PacketOp,
     pub(super) flags: u32,
     /// The sender's buffer size in bytes.
     pub(super) buffer: u32,
@@ -48,7 +55,7 @@ fn word<const N: usize>(bytes: &[u8; HEADER], at: usize) -> [u8; N] {
     word
 }
 
-impl Header {
+impl PacketHeader {
     /// Parses a header. Returns None for an unknown operation.
     pub(super) fn parse(bytes: &[u8; HEADER]) -> Option<Self> {
         let op = usize::from(u16::from_le_bytes(word(bytes, 30))).checked_sub(1)?;
@@ -92,7 +99,7 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_written_is_parsed(cids: (u64, u64), ports: (u32, u32), op in 0usize..7, words: [u32; 4]) {
-            let header = Header {
+            let header = PacketHeader {
                 from_cid: cids.0,
                 to_cid: cids.1,
                 from_port: ports.0,
@@ -104,7 +111,7 @@ mod tests {
                 forwarded: words[3],
                 stream: true,
             };
-            prop_assert_eq!(Header::parse(&header.bytes()), Some(header));
+            prop_assert_eq!(PacketHeader::parse(&header.bytes()), Some(header));
         }
 
         #[test]
@@ -112,7 +119,7 @@ mod tests {
             let mut all = [0; HEADER];
             all[..32].copy_from_slice(&bytes);
             all[32..].copy_from_slice(&rest);
-            if let Some(header) = Header::parse(&all) {
+            if let Some(header) = PacketHeader::parse(&all) {
                 let mut again = header.bytes();
                 again[28..30].copy_from_slice(&all[28..30]);
                 prop_assert_eq!(again, all);

@@ -49,12 +49,12 @@ enum HostPorts {
 /// The broker of a socket device, which can be replaced. None once its process has ended, or has
 /// sent an invalid answer. A slow broker stays.
 #[derive(Clone, Debug, Default)]
-pub struct BrokerSlot(Arc<Mutex<Option<Broker>>>);
+pub struct BrokerSlot(Arc<Mutex<Option<BrokerClient>>>);
 
 /// A broker, and its request. At most one request is pending, so that each answer belongs to a
 /// known request, even a late answer.
 #[derive(Debug)]
-struct Broker {
+struct BrokerClient {
     socket: OwnedFd,
     /// The pending request: its connection, or None if the guest has given up the connection.
     asked: Option<Option<Key>>,
@@ -63,7 +63,7 @@ struct Broker {
 }
 
 impl BrokerSlot {
-    fn broker(&self) -> MutexGuard<'_, Option<Broker>> {
+    fn broker(&self) -> MutexGuard<'_, Option<BrokerClient>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -75,12 +75,12 @@ impl BrokerSlot {
     pub fn put(&self, broker: OwnedFd) -> io::Result<()> {
         // With one pending request there is always room for the next.
         set_socket_timeout(&broker, Timeout::Send, Some(ANSWER_WAIT))?;
-        *self.broker() = Some(Broker { socket: broker, asked: None, answers: BTreeMap::new() });
+        *self.broker() = Some(BrokerClient { socket: broker, asked: None, answers: BTreeMap::new() });
         Ok(())
     }
 }
 
-impl Broker {
+impl BrokerClient {
     /// The answer for `key`, if it has arrived. Sends the request if necessary. An error of the
     /// broker itself is the outer one.
     fn dial(&mut self, key: Key) -> io::Result<io::Result<Attempt>> {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use clade_devices::disk::DiskError;
 use clade_devices::virtio::block::Block;
 use clade_devices::virtio::net::EgressError;
-use clade_devices::virtio::plain::{DeviceOps, SyncDevice};
+use clade_devices::virtio::sync_device::{DeviceOps, SyncDevice};
 use clade_devices::virtio::vsock::{GuestExit, GuestNotice, Vsock};
 use clade_devices::virtio::{Backend, MMIO_LEN, RestoreError, SaveError, TransportState, VirtioMmio};
 use clade_devices::{

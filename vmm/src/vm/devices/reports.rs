@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use clade_devices::Report;
+use clade_devices::PortReport;
 
 /// Maximum number of unread reports. A guest can write the port for ever, so the oldest are
 /// dropped.
@@ -12,10 +12,10 @@ const MAX_REPORTS: usize = 4_096;
 
 /// Reports of the bare guest that no reader has taken yet.
 #[derive(Clone, Debug, Default)]
-pub struct Reports(Arc<(Mutex<VecDeque<Report>>, Condvar)>);
+pub struct Reports(Arc<(Mutex<VecDeque<PortReport>>, Condvar)>);
 
 impl Reports {
-    pub(super) fn push(&self, report: Report) {
+    pub(super) fn push(&self, report: PortReport) {
         let mut queue = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
         if queue.len() == MAX_REPORTS {
             queue.pop_front();
@@ -30,7 +30,7 @@ impl Reports {
 
     /// The next report, if one comes within `timeout`.
     #[must_use]
-    pub fn next(&self, timeout: Duration) -> Option<Report> {
+    pub fn next(&self, timeout: Duration) -> Option<PortReport> {
         let deadline = Instant::now() + timeout;
         let mut queue = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
         loop {

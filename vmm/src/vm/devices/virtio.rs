@@ -8,8 +8,8 @@ use clade_devices::virtio::balloon::{Balloon, BalloonState};
 use clade_devices::virtio::block::Block;
 use clade_devices::virtio::console::{ConsoleDevice, Typist};
 use clade_devices::virtio::net::{Net, NetOptions};
-use clade_devices::virtio::plain::SyncDevice;
 use clade_devices::virtio::rng::Rng;
+use clade_devices::virtio::sync_device::SyncDevice;
 use clade_devices::virtio::vsock::Vsock;
 use clade_devices::virtio::{Backend, DeviceState as VirtioState, VirtioDevice, VirtioMmio};
 
@@ -48,13 +48,13 @@ pub(crate) fn make(
     // Interfaces are taken from the front, in the order of the devices' places.
     let mut maker = Maker { ends, next_net: 0, hvc: None };
     let mut devices = Vec::with_capacity(wanted);
-    for (at, (place, wiring)) in config.places().zip(&prepared.wiring).enumerate() {
+    for (at, (place, event_fds)) in config.places().zip(&prepared.event_fds).enumerate() {
         let device = match saved {
-            None => VirtioMmio::new(maker.device(place, None)?, &prepared.ram, wiring.clone(), true),
+            None => VirtioMmio::new(maker.device(place, None)?, &prepared.ram, event_fds.clone(), true),
             Some((state, backends)) => {
                 let state = &state.virtio[at];
                 let device = maker.device(place, Some((&state.device, &backends[at])))?;
-                VirtioMmio::restore(device, &prepared.ram, wiring.clone(), state)?
+                VirtioMmio::restore(device, &prepared.ram, event_fds.clone(), state)?
             }
         };
         devices.push(Arc::new(device));

@@ -7,7 +7,7 @@ use virtio_bindings::virtio_net::VIRTIO_NET_F_GUEST_ANNOUNCE;
 use super::{BATCH, DOWN_RETRY, Net};
 use crate::virtio::YieldRequest;
 use crate::virtio::net::Link;
-use crate::virtio::plain::{FatalError, QueueCtx};
+use crate::virtio::sync_device::{FatalError, QueueCtx};
 
 /// Minimum time for which a child's link stays down.
 const DOWN: Duration = Duration::from_millis(250);
@@ -87,14 +87,14 @@ impl Net {
         &mut self,
         io: &mut QueueCtx,
         pair: usize,
-        hurry: &YieldRequest<'_>,
+        should_yield: &YieldRequest<'_>,
     ) -> Result<bool, FatalError> {
         let queue = 2 * pair + 1;
         for _ in 0..BATCH {
             let Some(chain) = io.pop(queue)? else { return Ok(false) };
             self.stats.blocked_sent += 1;
             io.add_used(queue, chain.head, 0)?;
-            if hurry.is_set() {
+            if should_yield.is_set() {
                 break;
             }
         }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::MAX_RULES;
-use super::frame::{IpPacket, Port, Protocol};
+use super::frame::{DestinationPort, IpPacket, Protocol};
 
 /// Why rules are refused.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -69,11 +69,11 @@ impl EgressRule {
         }
         let decides = match (packet.port, &self.ports) {
             (_, None) => true,
-            (Port::One(port), Some(ports)) => ports.contains(&port),
+            (DestinationPort::One(port), Some(ports)) => ports.contains(&port),
             // Its port is in another fragment and may be any: the packet passes only if all ports
             // are allowed.
-            (Port::Any, Some(ports)) => !self.allows() || *ports == (0..=u16::MAX),
-            (Port::None, Some(_)) => false,
+            (DestinationPort::Any, Some(ports)) => !self.allows() || *ports == (0..=u16::MAX),
+            (DestinationPort::None, Some(_)) => false,
         };
         if decides { Decision::Is(self.verdict) } else { Decision::Next }
     }

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use proptest::prelude::*;
 
-use super::frame::{MAX_HEADERS, Packet, Port, Protocol, parse};
+use super::frame::{DestinationPort, MAX_HEADERS, ParsedPacket, Protocol, parse};
 use super::*;
 
 const MAC: Mac = Mac([2, 0, 0, 0, 0, 1]);
@@ -222,8 +222,8 @@ fn later_fragments_pass_where_all_ports_may() {
     let mut payload = vec![44, 0, 1, 4, 0, 0, 0, 0, UDP, 0, 3, 0x20, 0, 0, 0, 1];
     payload.extend([0; 40]);
     let v6 = ip("fd00::1".parse().unwrap(), 60, &payload);
-    let Ok(Packet::Ip(found)) = parse(&v6, v6.len(), MAC) else { panic!("{}", why(&v6)) };
-    assert_eq!((found.port, found.protocol), (Port::Any, Protocol::Udp));
+    let Ok(ParsedPacket::Ip(found)) = parse(&v6, v6.len(), MAC) else { panic!("{}", why(&v6)) };
+    assert_eq!((found.port, found.protocol), (DestinationPort::Any, Protocol::Udp));
 }
 
 #[test]
@@ -349,7 +349,7 @@ proptest! {
             let at = at % packet.len();
             packet[at] = byte;
         }
-        if let Ok(Packet::Ip(found)) = parse(&packet, packet.len(), MAC) {
+        if let Ok(ParsedPacket::Ip(found)) = parse(&packet, packet.len(), MAC) {
             let tag = if packet[24..26] == [0x81, 0] { 4 } else { 0 };
             let at = 26 + tag;
             let there: IpAddr = if packet[at] >> 4 == 4 {

@@ -3,10 +3,10 @@ use clade_devices::virtio::balloon::{Balloon, BalloonState};
 use clade_devices::virtio::block::{Block, BlockOptions, InFlight};
 use clade_devices::virtio::console::ConsoleDevice;
 use clade_devices::virtio::limiter::{Limits, Rate};
-use clade_devices::virtio::plain::SyncDevice;
 use clade_devices::virtio::rng::Rng;
+use clade_devices::virtio::sync_device::SyncDevice;
 use clade_devices::virtio::vsock::VsockOptions;
-use clade_devices::virtio::{VirtioDevice, VirtioMmio, Wiring};
+use clade_devices::virtio::{EventFds, VirtioDevice, VirtioMmio};
 use clade_devices::{Console, Irq, SerialConsole};
 use clade_memory::{GuestRam, Quiesced, Store};
 use kvm_bindings::{CpuId, Msrs, Xsave, kvm_cpuid_entry2, kvm_msr_entry};
@@ -60,8 +60,8 @@ fn image() -> (ForkImage, tempfile::TempDir) {
         Box::new(SyncDevice::new(ConsoleDevice::new(Console::default()).unwrap())),
     ];
     let saved = all.into_iter().map(|device| {
-        let wiring = Wiring::new(device.queue_sizes().len()).unwrap();
-        VirtioMmio::new(device, &ram, wiring, true).save().unwrap()
+        let event_fds = EventFds::new(device.queue_sizes().len()).unwrap();
+        VirtioMmio::new(device, &ram, event_fds, true).save().unwrap()
     });
     let (virtio, backends) = saved.unzip();
     let serial = SerialConsole::new(Irq::new().unwrap(), Console::default()).save();

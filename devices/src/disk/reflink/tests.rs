@@ -9,7 +9,7 @@ const SIZE: u64 = 4 * CLUSTER;
 
 struct Bench {
     dir: tempfile::TempDir,
-    shadow: Shadow,
+    reflink: ReflinkImage,
     overlay: Arc<IoFile>,
 }
 
@@ -31,7 +31,7 @@ impl Bench {
         let (beside, name) = place(&path).unwrap();
         let new = beside.new_image(SIZE, &path, CachePolicy::Host).unwrap();
         new.write_now(&[1; SIZE as usize], 0).unwrap();
-        let shadow = Shadow {
+        let reflink = ReflinkImage {
             beside,
             name,
             base,
@@ -44,14 +44,14 @@ impl Bench {
             broken: false,
             writing: None,
         };
-        Self { dir, shadow, overlay }
+        Self { dir, reflink, overlay }
     }
 
     fn begin(&mut self, moved: Range<u64>) {
-        let mut map = BlockMap::new(SIZE / CLUSTER, Source::File(Arc::clone(&self.shadow.base)));
-        map.insert(1..2, Source::File(Arc::clone(&self.overlay)));
+        let mut map = BlockMap::new(SIZE / CLUSTER, ClusterSource::File(Arc::clone(&self.reflink.base)));
+        map.insert(1..2, ClusterSource::File(Arc::clone(&self.overlay)));
         let (moved, synced) = (vec![moved], vec![Arc::clone(&self.overlay)]);
-        self.shadow.writing = Some(Writing { moved, synced, map, step: Step::Data });
+        self.reflink.writing = Some(ReflinkWrite { moved, synced, map, step: ReflinkStep::Data });
     }
 
     fn inode(&self) -> u64 {
@@ -60,7 +60,7 @@ impl Bench {
 
     /// The next file to sync.
     fn next(&mut self) -> Option<(Arc<IoFile>, bool)> {
-        match self.shadow.next().unwrap() {
+        match self.reflink.next().unwrap() {
             Some(Request::Sync { file, all }) => Some((file, all)),
             None => None,
             other => panic!("{other:?}"),
@@ -75,24 +75,24 @@ impl Bench {
 #[test]
 fn a_new_image_is_on_the_disk_before_it_has_the_name_and_the_name_after() {
     let mut bench = Bench::new();
-    let (old, new) = (bench.inode(), bench.shadow.next.clone().unwrap());
+    let (old, new) = (bench.inode(), bench.reflink.next.clone().unwrap());
     bench.begin(0..SIZE / CLUSTER);
     let (file, all) = bench.next().unwrap();
     assert!(Arc::ptr_eq(&file, &new) && all, "all of the new image, not {file:?}");
     assert_eq!((bench.inode(), bench.second_cluster()), (old, 1), "it has no name before that");
     let (file, all) = bench.next().unwrap();
-    assert!(Arc::ptr_eq(&file, bench.shadow.beside.file()) && all, "then the directory, not {file:?}");
+    assert!(Arc::ptr_eq(&file, bench.reflink.beside.file()) && all, "then the directory, not {file:?}");
     assert!(bench.inode() != old && bench.second_cluster() == 2);
-    assert!(bench.shadow.is_writing(), "it is not over before that is done");
-    assert!(bench.next().is_none() && !bench.shadow.is_writing());
+    assert!(bench.reflink.is_writing(), "it is not over before that is done");
+    assert!(bench.next().is_none() && !bench.reflink.is_writing());
     // Changed clusters are written into the new image, and synced before the flush ends.
     bench.overlay.write_now(&[3; CLUSTER as usize], CLUSTER).unwrap();
     let named = bench.inode();
     bench.begin(1..2);
     let (file, all) = bench.next().unwrap();
     assert!(Arc::ptr_eq(&file, &new) && all);
-    assert!(bench.shadow.is_writing(), "it is not over before that is done");
-    assert!(bench.next().is_none() && !bench.shadow.is_writing());
+    assert!(bench.reflink.is_writing(), "it is not over before that is done");
+    assert!(bench.next().is_none() && !bench.reflink.is_writing());
     assert_eq!((bench.inode(), bench.second_cluster()), (named, 3));
 }
 
@@ -102,9 +102,9 @@ fn a_new_image_that_cannot_be_synced_gets_no_name() {
     let old = bench.inode();
     bench.begin(0..SIZE / CLUSTER);
     assert!(bench.next().is_some());
-    bench.shadow.give_up(true);
+    bench.reflink.give_up(true);
     assert_eq!((bench.inode(), bench.second_cluster()), (old, 1));
-    assert!(bench.shadow.next.is_none() && bench.shadow.whole && bench.shadow.is_broken());
-    let map = BlockMap::new(SIZE / CLUSTER, Source::File(Arc::clone(&bench.overlay)));
-    assert!(bench.shadow.begin(&map, true).is_err(), "the system says it once");
+    assert!(bench.reflink.next.is_none() && bench.reflink.whole && bench.reflink.is_broken());
+    let map = BlockMap::new(SIZE / CLUSTER, ClusterSource::File(Arc::clone(&bench.overlay)));
+    assert!(bench.reflink.begin(&map, true).is_err(), "the system says it once");
 }

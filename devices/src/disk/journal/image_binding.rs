@@ -1,10 +1,10 @@
-//! Ties a journal to its image: an id in an extended attribute, and the image's length and times.
+//! Binds a journal to its image: an id in an extended attribute, and the image's length and times.
 
 use clade_io::{FileError, IoFile};
 use rustix::fs::{StatxFlags, XattrFlags, fgetxattr, fremovexattr, fsetxattr, statx};
 use rustix::io::Errno;
 
-use super::format::{Header, JournalError, JournalId, Seen, Stamp};
+use super::format::{ImageStatus, JournalError, JournalHeader, JournalId, Stamp};
 use crate::disk::directory::failed;
 use crate::disk::steps_trace::step;
 
@@ -84,7 +84,7 @@ pub(super) fn stamp(image: &IoFile) -> Result<Stamp, FileError> {
 }
 
 /// Compares the image's stamp `now` with the record's in `seen`.
-pub(super) fn unchanged(seen: Seen, now: Stamp) -> Result<(), JournalError> {
+pub(super) fn unchanged(seen: ImageStatus, now: Stamp) -> Result<(), JournalError> {
     let was = seen.stamp;
     let pairs = [("length", was.len, now.len), ("mtime", was.mtime, now.mtime), ("ctime", was.ctime, now.ctime)];
     match pairs.into_iter().find(|(_, was, now)| was != now).filter(|_| !seen.writing) {
@@ -94,7 +94,7 @@ pub(super) fn unchanged(seen: Seen, now: Stamp) -> Result<(), JournalError> {
 }
 
 /// Whether the headers of a journal and of an image agree.
-pub(super) fn belongs(header: &Header, image: &Header) -> Result<(), JournalError> {
+pub(super) fn belongs(header: &JournalHeader, image: &JournalHeader) -> Result<(), JournalError> {
     let same_file = (header.inode, header.born) == (image.inode, image.born);
     let same = match header.id {
         Some(id) => image.id == Some(id),

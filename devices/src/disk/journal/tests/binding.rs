@@ -25,8 +25,8 @@ fn copy_all(from: &Path, to: &Path) {
     }
     fs::copy(from, to).unwrap();
     let mut id = [0; 64];
-    if let Ok(len) = rustix::fs::getxattr(from, tie::XATTR, &mut id) {
-        rustix::fs::setxattr(to, tie::XATTR, &id[..len], rustix::fs::XattrFlags::empty()).unwrap();
+    if let Ok(len) = rustix::fs::getxattr(from, image_binding::XATTR, &mut id) {
+        rustix::fs::setxattr(to, image_binding::XATTR, &id[..len], rustix::fs::XattrFlags::empty()).unwrap();
     }
     set_mtime(to, from);
 }

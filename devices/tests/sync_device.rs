@@ -11,8 +11,8 @@ use clade_devices::Console;
 use clade_devices::virtio::balloon::{Balloon, BalloonStat, BalloonState};
 use clade_devices::virtio::console::{ConsoleDevice, Typist};
 use clade_devices::virtio::limiter::{Limits, Rate};
-use clade_devices::virtio::plain::SyncDevice;
 use clade_devices::virtio::rng::Rng;
+use clade_devices::virtio::sync_device::SyncDevice;
 use clade_devices::virtio::{DeviceState, VirtioDevice, regs};
 use clade_memory::{Access, PageRange, PinLifetime};
 

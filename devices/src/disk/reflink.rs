@@ -26,7 +26,7 @@ use clade_io::{CachePolicy, FileError, IoFile, Request};
 use rustix::fs::{XattrFlags, copy_file_range, fgetxattr, flistxattr, fsetxattr, ioctl_ficlone};
 
 use super::directory::{Directory, failed};
-use super::map::{BlockMap, CLUSTER, Source, push_run};
+use super::map::{BlockMap, CLUSTER, ClusterSource, push_run};
 
 /// The suffix of a new image's name until it takes the image's name.
 const SUFFIX: &str = ".clade-new";
@@ -36,23 +36,23 @@ const MAX_MOVED: usize = 1 << 16;
 const XATTR_BYTES: usize = 64 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Step {
+enum ReflinkStep {
     Data,
     Cloned,
     Named,
 }
 
 #[derive(Debug)]
-struct Writing {
+struct ReflinkWrite {
     moved: Vec<Range<u64>>,
     synced: Vec<Arc<IoFile>>,
     map: BlockMap,
-    step: Step,
+    step: ReflinkStep,
 }
 
 /// The new image of a disk, and the clusters it lacks since the last flush.
 #[derive(Debug)]
-pub(super) struct Shadow {
+pub(super) struct ReflinkImage {
     beside: Directory,
     name: String,
     base: Arc<IoFile>,
@@ -66,7 +66,7 @@ pub(super) struct Shadow {
     /// Whether the next flush makes a new image.
     whole: bool,
     broken: bool,
-    writing: Option<Writing>,
+    writing: Option<ReflinkWrite>,
 }
 
 /// The image's directory, and its name there.
@@ -90,7 +90,7 @@ pub(super) fn sweep(base: &IoFile) {
     }
 }
 
-impl Shadow {
+impl ReflinkImage {
     /// For the image `base`. None on a file system without reflinks, for an image with a second
     /// name (which would stay with the old image), or with overlays on another file system.
     pub(super) fn new(base: &Arc<IoFile>, size: u64, overlays: &Directory, policy: CachePolicy) -> Option<Self> {
@@ -178,7 +178,7 @@ impl Shadow {
         let moved = if self.whole { vec![all] } else { mem::take(&mut self.moved) };
         self.moved.clear();
         self.whole = false;
-        self.writing = Some(Writing { moved, synced, map: map.clone(), step: Step::Data });
+        self.writing = Some(ReflinkWrite { moved, synced, map: map.clone(), step: ReflinkStep::Data });
         Ok(requests)
     }
 
@@ -221,12 +221,12 @@ impl Shadow {
     /// durable.
     ///
     /// # Errors
-    /// When a step fails. [`Shadow::give_up`] must be called then.
+    /// When a step fails. [`ReflinkImage::give_up`] must be called then.
     pub(super) fn next(&mut self) -> Result<Option<Request>, FileError> {
         let Some(writing) = &mut self.writing else { return Ok(None) };
         let Some(to) = self.next.as_ref().or(self.file.as_ref()) else { return Ok(None) };
         match writing.step {
-            Step::Data => {
+            ReflinkStep::Data => {
                 for range in &writing.moved {
                     for (clusters, source) in writing.map.pieces(range.clone()) {
                         if self.next.is_some() && source.is(&self.base) {
@@ -236,11 +236,11 @@ impl Shadow {
                         copy(source, to, start, end)?;
                     }
                 }
-                writing.step = Step::Cloned;
+                writing.step = ReflinkStep::Cloned;
                 Ok(Some(Request::Sync { file: Arc::clone(to), all: true }))
             }
-            Step::Cloned if self.next.is_some() => {
-                writing.step = Step::Named;
+            ReflinkStep::Cloned if self.next.is_some() => {
+                writing.step = ReflinkStep::Named;
                 let new = format!("{}{SUFFIX}", self.name);
                 if self.beside.identity_of(&new).is_ok() {
                     self.beside.unlink(&new)?;
@@ -251,7 +251,7 @@ impl Shadow {
                 self.file = self.next.take();
                 Ok(Some(Request::Sync { file: Arc::clone(self.beside.file()), all: true }))
             }
-            Step::Cloned | Step::Named => {
+            ReflinkStep::Cloned | ReflinkStep::Named => {
                 self.writing = None;
                 Ok(None)
             }
@@ -264,7 +264,7 @@ impl Shadow {
         self.broken |= lost;
         writing.synced.iter().for_each(|file| file.set_unsynced());
         // The rename may not be durable: another new image is made.
-        if self.next.take().is_some() || writing.step == Step::Named {
+        if self.next.take().is_some() || writing.step == ReflinkStep::Named {
             self.replaced();
         } else if !self.whole {
             writing.moved.append(&mut self.moved);
@@ -282,9 +282,9 @@ impl Shadow {
 }
 
 /// Copies a range of a source into `to`.
-fn copy(source: &Source, to: &IoFile, start: u64, end: u64) -> Result<(), FileError> {
+fn copy(source: &ClusterSource, to: &IoFile, start: u64, end: u64) -> Result<(), FileError> {
     let wrong = |error: rustix::io::Errno| failed(to.path(), "given what was written")(error.into());
-    let Source::File(from) = source else {
+    let ClusterSource::File(from) = source else {
         use rustix::fs::FallocateFlags as Flags;
         if rustix::fs::fallocate(to, Flags::PUNCH_HOLE | Flags::KEEP_SIZE, start, end - start).is_ok() {
             return Ok(());

@@ -19,8 +19,8 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use super::dma::DmaError;
 use super::queue_set::QueueSet;
 use super::{
-    ActivateError, Activation, Backend, Chain, DeviceState, QueueError, SaveError, Saved, Service, Turn, VirtioDevice,
-    Wake, Worker, YieldRequest,
+    ActivateError, Activation, Backend, Chain, DeviceState, DeviceWorker, QueueError, SaveError, SavedDevice, Service,
+    Turn, VirtioDevice, Wake, YieldRequest,
 };
 
 /// The first number of a handler's own sources; smaller numbers belong to its queues.
@@ -41,39 +41,39 @@ pub enum FatalError {
 /// A device's configuration space, shared by the transport, the handler, and callers on the host
 /// that change it.
 #[derive(Clone, Debug)]
-pub struct Config(Arc<Mutex<Space>>);
+pub struct ConfigSpace(Arc<Mutex<ConfigBytes>>);
 
 #[derive(Debug)]
-struct Space {
+struct ConfigBytes {
     bytes: Vec<u8>,
     /// For each byte, whether the driver has read it since it was last written.
     seen: Vec<bool>,
 }
 
-impl Config {
+impl ConfigSpace {
     /// A configuration space with these bytes.
     #[must_use]
     pub fn new(bytes: Vec<u8>) -> Self {
         let seen = vec![false; bytes.len()];
-        Self(Arc::new(Mutex::new(Space { bytes, seen })))
+        Self(Arc::new(Mutex::new(ConfigBytes { bytes, seen })))
     }
 
-    fn space(&self) -> MutexGuard<'_, Space> {
+    fn space(&self) -> MutexGuard<'_, ConfigBytes> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reads from `offset` on. The space continues in zeros beyond its end.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
-        let Space { bytes, .. } = &*self.space();
+        let ConfigBytes { bytes, .. } = &*self.space();
         let start = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
         let there = &bytes[start..bytes.len().min(start.saturating_add(data.len()))];
         data[..there.len()].copy_from_slice(there);
     }
 
-    /// As [`Config::read`], for the driver.
+    /// As [`ConfigSpace::read`], for the driver.
     fn read_by_driver(&self, offset: u64, data: &mut [u8]) {
         self.read(offset, data);
-        let Space { seen, .. } = &mut *self.space();
+        let ConfigBytes { seen, .. } = &mut *self.space();
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
         seen.iter_mut().skip(start).take(data.len()).for_each(|seen| *seen = true);
     }
@@ -81,13 +81,13 @@ impl Config {
     /// Whether the driver has read the byte at `offset` since it was last written.
     #[must_use]
     pub(crate) fn is_seen(&self, offset: u64) -> bool {
-        let Space { seen, .. } = &*self.space();
+        let ConfigBytes { seen, .. } = &*self.space();
         usize::try_from(offset).is_ok_and(|at| seen.get(at) == Some(&true))
     }
 
     /// Writes at `offset`. Data that does not fit is ignored.
     pub fn write(&self, offset: u64, data: &[u8]) {
-        let Space { bytes, seen } = &mut *self.space();
+        let ConfigBytes { bytes, seen } = &mut *self.space();
         let Ok(start) = usize::try_from(offset) else { return };
         if let Some(there) = start.checked_add(data.len()).and_then(|end| bytes.get_mut(start..end)) {
             there.copy_from_slice(data);
@@ -207,7 +207,7 @@ pub trait DeviceOps: Send + fmt::Debug + 'static {
     fn queue_sizes(&self) -> Vec<u16>;
 
     /// The configuration space.
-    fn config(&self) -> &Config;
+    fn config(&self) -> &ConfigSpace;
 
     /// The bytes of the configuration space that the driver may write.
     fn writable_config(&self) -> std::ops::Range<u64> {
@@ -238,7 +238,7 @@ pub trait DeviceOps: Send + fmt::Debug + 'static {
     ///
     /// # Errors
     /// When the driver has broken the rules: it must reset the device.
-    fn turn(&mut self, io: &mut QueueCtx, wake: Wake, hurry: &YieldRequest<'_>) -> Result<Turn, FatalError>;
+    fn turn(&mut self, io: &mut QueueCtx, wake: Wake, should_yield: &YieldRequest<'_>) -> Result<Turn, FatalError>;
 
     /// The latest time of the next turn.
     fn deadline(&self) -> Option<Instant> {
@@ -258,13 +258,13 @@ pub trait DeviceOps: Send + fmt::Debug + 'static {
 }
 
 #[derive(Debug)]
-struct PlainService<H: DeviceOps> {
+struct SyncService<H: DeviceOps> {
     handler: H,
     io: QueueCtx,
     broken: bool,
 }
 
-impl<H: DeviceOps> PlainService<H> {
+impl<H: DeviceOps> SyncService<H> {
     fn fail(&mut self, error: &dyn fmt::Display) {
         if !self.broken {
             tracing::warn!(%error, device = H::NAME, "a device needs a reset");
@@ -274,7 +274,7 @@ impl<H: DeviceOps> PlainService<H> {
     }
 }
 
-impl<H: DeviceOps> PlainService<H> {
+impl<H: DeviceOps> SyncService<H> {
     fn rewind(&mut self, state: &DeviceState, with: Activation) -> Result<(), ActivateError> {
         self.handler.end();
         self.handler.rewind(state)?;
@@ -285,15 +285,15 @@ impl<H: DeviceOps> PlainService<H> {
     }
 }
 
-impl<H: DeviceOps> Service for PlainService<H> {
-    fn turn(&mut self, wake: Wake, hurry: &YieldRequest<'_>) -> Turn {
+impl<H: DeviceOps> Service for SyncService<H> {
+    fn turn(&mut self, wake: Wake, should_yield: &YieldRequest<'_>) -> Turn {
         if let Wake::Source(index) = wake {
             self.io.queues.acknowledge(index as usize);
         }
         if self.broken {
             return Turn::Done;
         }
-        let turn = self.handler.turn(&mut self.io, wake, hurry).unwrap_or_else(|error| {
+        let turn = self.handler.turn(&mut self.io, wake, should_yield).unwrap_or_else(|error| {
             self.fail(&error);
             Turn::Done
         });
@@ -311,9 +311,9 @@ impl<H: DeviceOps> Service for PlainService<H> {
 }
 
 #[derive(Debug)]
-enum Place<H: DeviceOps> {
-    Here(H),
-    Working(Worker<PlainService<H>>),
+enum HandlerOwner<H: DeviceOps> {
+    Inactive(H),
+    Working(DeviceWorker<SyncService<H>>),
     /// No owner: the thread could not be ended, or could not be started.
     Lost,
 }
@@ -323,9 +323,9 @@ enum Place<H: DeviceOps> {
 pub struct SyncDevice<H: DeviceOps> {
     features: u64,
     queue_sizes: Vec<u16>,
-    config: Config,
+    config: ConfigSpace,
     writable: std::ops::Range<u64>,
-    place: Place<H>,
+    owner: HandlerOwner<H>,
 }
 
 impl<H: DeviceOps> SyncDevice<H> {
@@ -337,28 +337,28 @@ impl<H: DeviceOps> SyncDevice<H> {
             queue_sizes: handler.queue_sizes(),
             config: handler.config().clone(),
             writable: handler.writable_config(),
-            place: Place::Here(handler),
+            owner: HandlerOwner::Inactive(handler),
         }
     }
 
     /// Runs `with` on the handler, between two turns. Returns None if the handler is lost.
     pub fn with<T>(&mut self, with: impl FnOnce(&mut H) -> T) -> Option<T> {
-        match &mut self.place {
-            Place::Here(handler) => Some(with(handler)),
-            Place::Working(worker) => Some(worker.with(|service| with(&mut service.handler))),
-            Place::Lost => None,
+        match &mut self.owner {
+            HandlerOwner::Inactive(handler) => Some(with(handler)),
+            HandlerOwner::Working(worker) => Some(worker.with(|service| with(&mut service.handler))),
+            HandlerOwner::Lost => None,
         }
     }
 
     /// Whether a driver uses the device, so that its sources are watched.
     #[must_use]
     pub fn is_in_use(&self) -> bool {
-        matches!(self.place, Place::Working(_))
+        matches!(self.owner, HandlerOwner::Working(_))
     }
 
     /// Interrupts the driver, if there is one, because the configuration space has changed.
     pub fn config_changed(&mut self) {
-        if let Place::Working(worker) = &self.place {
+        if let HandlerOwner::Working(worker) = &self.owner {
             worker.with(|service| service.io.config_changed());
         }
     }
@@ -368,7 +368,7 @@ impl<H: DeviceOps> SyncDevice<H> {
     /// Gives the handler a turn soon, if a driver uses the device: for changes other than of a
     /// queue or a descriptor.
     pub fn wake(&mut self) {
-        if let Place::Working(worker) = &self.place {
+        if let HandlerOwner::Working(worker) = &self.owner {
             worker.start_over();
         }
     }
@@ -399,7 +399,7 @@ impl<H: DeviceOps> VirtioDevice for SyncDevice<H> {
     }
 
     fn activate(&mut self, with: Activation) -> Result<(), ActivateError> {
-        let Place::Here(mut handler) = std::mem::replace(&mut self.place, Place::Lost) else {
+        let HandlerOwner::Inactive(mut handler) = std::mem::replace(&mut self.owner, HandlerOwner::Lost) else {
             return Err(ActivateError::NotReady);
         };
         let mut sources = handler.sources();
@@ -407,39 +407,41 @@ impl<H: DeviceOps> VirtioDevice for SyncDevice<H> {
         let held = with.held;
         let mut io = QueueCtx::new(with);
         handler.begin(&mut io);
-        let service = PlainService { handler, io, broken: false };
-        match Worker::spawn(H::NAME, service, &sources, held) {
+        let service = SyncService { handler, io, broken: false };
+        match DeviceWorker::spawn(H::NAME, service, &sources, held) {
             Ok(worker) => {
-                self.place = Place::Working(worker);
+                self.owner = HandlerOwner::Working(worker);
                 Ok(())
             }
             Err(failed) => {
                 let (error, service) = *failed;
-                self.place = service.map_or(Place::Lost, |service| Place::Here(service.handler));
+                self.owner = service.map_or(HandlerOwner::Lost, |service| HandlerOwner::Inactive(service.handler));
                 Err(ActivateError::Worker(error))
             }
         }
     }
 
     fn deactivate(&mut self) -> bool {
-        self.place = match std::mem::replace(&mut self.place, Place::Lost) {
-            Place::Working(worker) => worker.stop().map_or(Place::Lost, |service| Place::Here(service.handler)),
+        self.owner = match std::mem::replace(&mut self.owner, HandlerOwner::Lost) {
+            HandlerOwner::Working(worker) => {
+                worker.stop().map_or(HandlerOwner::Lost, |service| HandlerOwner::Inactive(service.handler))
+            }
             other => other,
         };
-        if let Place::Here(handler) = &mut self.place {
+        if let HandlerOwner::Inactive(handler) = &mut self.owner {
             handler.end();
         }
         true
     }
 
     fn quiesce(&mut self) {
-        if let Place::Working(worker) = &self.place {
+        if let HandlerOwner::Working(worker) = &self.owner {
             worker.quiesce();
         }
     }
 
     fn resume(&mut self) {
-        if let Place::Working(worker) = &self.place {
+        if let HandlerOwner::Working(worker) = &self.owner {
             worker.resume();
         }
     }
@@ -453,12 +455,12 @@ impl<H: DeviceOps> VirtioDevice for SyncDevice<H> {
         let Some(with) = with else {
             // A plain device always resets at once.
             let _over = self.deactivate();
-            let Place::Here(handler) = &mut self.place else { return Err(ActivateError::NotReady) };
+            let HandlerOwner::Inactive(handler) = &mut self.owner else { return Err(ActivateError::NotReady) };
             return handler.rewind(state);
         };
         // In place if the worker has waited for the same queues' events: starting a thread costs
         // more than all the rest.
-        if let Place::Working(worker) = &self.place
+        if let HandlerOwner::Working(worker) = &self.owner
             && worker.is_alive()
             && worker.with(|service| service.io.queues.is_same_as(&with.queues))
         {
@@ -470,13 +472,13 @@ impl<H: DeviceOps> VirtioDevice for SyncDevice<H> {
         self.activate(with)
     }
 
-    fn save(&mut self) -> Result<Saved, SaveError> {
-        let ((state, backend), queues) = match &mut self.place {
-            Place::Here(handler) => (handler.save(), vec![None; self.queue_sizes.len()]),
-            Place::Working(worker) => worker.with(|service| (service.handler.save(), service.io.queues.save())),
-            Place::Lost => return Err(SaveError { what: H::NAME }),
+    fn save(&mut self) -> Result<SavedDevice, SaveError> {
+        let ((state, backend), queues) = match &mut self.owner {
+            HandlerOwner::Inactive(handler) => (handler.save(), vec![None; self.queue_sizes.len()]),
+            HandlerOwner::Working(worker) => worker.with(|service| (service.handler.save(), service.io.queues.save())),
+            HandlerOwner::Lost => return Err(SaveError { what: H::NAME }),
         };
-        Ok(Saved { state, backend, queues })
+        Ok(SavedDevice { state, backend, queues })
     }
 
     fn as_any(&mut self) -> &mut dyn Any {

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use clade_io::{FileError, IoFile};
 
 use super::files::{JOURNAL, Location, NEXT, header_in, header_of, overlay, remove_files, retire, unmark};
-use super::format::{self, Contents, Entry, JournalError, Place, Seen};
-use super::tie::{self, Mark};
+use super::format::{self, Contents, ImageStatus, JournalEntry, JournalError, StoredIn};
+use super::image_binding::{self, Mark};
 use crate::disk::DiskError;
 use crate::disk::directory::{Directory, sync, write};
-use crate::disk::map::{BlockMap, CLUSTER, Source, push_run};
+use crate::disk::map::{BlockMap, CLUSTER, ClusterSource, push_run};
 
 /// Checks before a journal is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,7 +94,7 @@ impl RecoveredJournal {
             }
             Err(error) => return Err(error.into()),
         };
-        let mark = tie::read_mark(base)?;
+        let mark = image_binding::read_mark(base)?;
         let (dir, file, bytes) = match look(&location, base.is_writable())? {
             Beside::Nothing => return mark.id().map_or(Ok(None), |id| Err(missing(&location, base, id))),
             Beside::Names(dir) => {
@@ -131,21 +131,21 @@ impl RecoveredJournal {
         let image = header_of(base, size)?;
         match checks {
             Checks::All => {
-                tie::belongs(&contents.header, &image).map_err(refused)?;
-                tie::unchanged(contents.seen, tie::stamp(base)?).map_err(refused)?;
+                image_binding::belongs(&contents.header, &image).map_err(refused)?;
+                image_binding::unchanged(contents.seen, image_binding::stamp(base)?).map_err(refused)?;
             }
             Checks::Size if contents.header.size != size => {
-                tie::belongs(&contents.header, &image).map_err(refused)?;
+                image_binding::belongs(&contents.header, &image).map_err(refused)?;
             }
             Checks::Size => {}
         }
-        let mut map = BlockMap::new(size.div_ceil(CLUSTER), Source::File(Arc::clone(base)));
+        let mut map = BlockMap::new(size.div_ceil(CLUSTER), ClusterSource::File(Arc::clone(base)));
         let mut files: Vec<(u64, Arc<IoFile>)> = Vec::new();
-        for Entry { clusters, place } in &contents.entries {
-            let source = match *place {
-                Place::Image => Source::File(Arc::clone(base)),
-                Place::Zeros => Source::Zero,
-                Place::Overlay(number) => {
+        for JournalEntry { clusters, stored_in } in &contents.entries {
+            let source = match *stored_in {
+                StoredIn::Image => ClusterSource::File(Arc::clone(base)),
+                StoredIn::Zeros => ClusterSource::Zero,
+                StoredIn::Overlay(number) => {
                     let known = files.iter().find(|(known, _)| *known == number).map(|(_, file)| Arc::clone(file));
                     let file = match known {
                         Some(file) => file,
@@ -155,7 +155,7 @@ impl RecoveredJournal {
                             file
                         }
                     };
-                    Source::File(file)
+                    ClusterSource::File(file)
                 }
             };
             map.insert(clusters.clone(), source);
@@ -167,9 +167,13 @@ impl RecoveredJournal {
     ///
     /// # Errors
     /// When a step fails. Opening the image continues from there.
-    pub(in crate::disk) fn write_back(mut self, base: &Arc<IoFile>, size: u64) -> Result<Report, FileError> {
-        let mut log =
-            Log { file: self.file, end: self.contents.end, records: self.contents.records, seen: self.contents.seen };
+    pub(in crate::disk) fn write_back(mut self, base: &Arc<IoFile>, size: u64) -> Result<JournalReport, FileError> {
+        let mut log = JournalTail {
+            file: self.file,
+            end: self.contents.end,
+            records: self.contents.records,
+            seen: self.contents.seen,
+        };
         let report = write_back(&mut self.map, base, size, Some(&mut log))?;
         retire(&self.location, &self.dir, base)?;
         Ok(report)
@@ -178,16 +182,16 @@ impl RecoveredJournal {
 
 /// The end of the journal, where records are added while clusters are copied into the image.
 #[derive(Debug)]
-pub(in crate::disk) struct Log {
+pub(in crate::disk) struct JournalTail {
     pub(super) file: Arc<IoFile>,
     pub(super) end: u64,
     pub(super) records: u64,
-    pub(super) seen: Seen,
+    pub(super) seen: ImageStatus,
 }
 
-impl Log {
+impl JournalTail {
     /// Adds a record, durably.
-    fn add(&mut self, entries: &[Entry]) -> Result<(), FileError> {
+    fn add(&mut self, entries: &[JournalEntry]) -> Result<(), FileError> {
         let bytes = format::record(self.records, self.seen, entries);
         write(&self.file, &bytes, self.end)?;
         sync(&self.file)?;
@@ -199,7 +203,7 @@ impl Log {
 
 /// Bytes written into an image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Report {
+pub struct JournalReport {
     /// Bytes copied from overlays.
     pub copied: u64,
     /// Bytes that were made zeros.
@@ -225,9 +229,9 @@ pub(in crate::disk) fn write_back(
     map: &mut BlockMap,
     base: &Arc<IoFile>,
     size: u64,
-    mut log: Option<&mut Log>,
-) -> Result<Report, FileError> {
-    let (mut report, mut batch) = (Report::default(), Batch::default());
+    mut log: Option<&mut JournalTail>,
+) -> Result<JournalReport, FileError> {
+    let (mut report, mut batch) = (JournalReport::default(), Batch::default());
     let before = map.clone();
     if let Some(log) = &mut log {
         log.seen.writing = true;
@@ -241,13 +245,13 @@ pub(in crate::disk) fn write_back(
             let piece = start..range.end.min(start + CHUNK.min(BATCH) / CLUSTER);
             let (from, to) = (piece.start * CLUSTER, (piece.end * CLUSTER).min(size));
             match source {
-                Source::File(file) => {
+                ClusterSource::File(file) => {
                     let mut bytes = vec![0; (to - from) as usize];
                     file.read_now(&mut bytes, from)?;
                     write(base, &bytes, from)?;
                     report.copied += to - from;
                 }
-                Source::Zero => {
+                ClusterSource::Zero => {
                     zero(base, from, to)?;
                     report.zeroed += to - from;
                 }
@@ -264,7 +268,7 @@ pub(in crate::disk) fn write_back(
         Some(log) => batch.finish(map, base, log)?,
         None => {
             sync(base)?;
-            map.insert(0..size.div_ceil(CLUSTER), Source::File(Arc::clone(base)));
+            map.insert(0..size.div_ceil(CLUSTER), ClusterSource::File(Arc::clone(base)));
         }
     }
     Ok(report)
@@ -279,23 +283,23 @@ struct Batch {
 }
 
 impl Batch {
-    fn add(&mut self, piece: Range<u64>, source: &Source) {
-        if let Source::File(file) = source {
+    fn add(&mut self, piece: Range<u64>, source: &ClusterSource) {
+        if let ClusterSource::File(file) = source {
             self.bytes += (piece.end - piece.start) * CLUSTER;
             self.overlays.push((Arc::clone(file), piece.clone()));
         }
         push_run(&mut self.runs, piece);
     }
 
-    fn finish(&mut self, map: &mut BlockMap, base: &Arc<IoFile>, log: &mut Log) -> Result<(), FileError> {
+    fn finish(&mut self, map: &mut BlockMap, base: &Arc<IoFile>, log: &mut JournalTail) -> Result<(), FileError> {
         sync(base)?;
         let runs = std::mem::take(&mut self.runs);
-        let entry = |clusters: &Range<u64>| Entry { clusters: clusters.clone(), place: Place::Image };
-        let entries: Vec<Entry> = runs.iter().map(entry).collect();
+        let entry = |clusters: &Range<u64>| JournalEntry { clusters: clusters.clone(), stored_in: StoredIn::Image };
+        let entries: Vec<JournalEntry> = runs.iter().map(entry).collect();
         if !entries.is_empty() {
             log.add(&entries)?;
         }
-        runs.into_iter().for_each(|run| map.insert(run, Source::File(Arc::clone(base))));
+        runs.into_iter().for_each(|run| map.insert(run, ClusterSource::File(Arc::clone(base))));
         // Not earlier: until now the journal refers to these clusters.
         for (file, piece) in self.overlays.drain(..).filter(|(file, _)| file.is_writable()) {
             punch(&file, piece.start * CLUSTER, (piece.end - piece.start) * CLUSTER);
