@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use clade_memory::{GuestRam, PageRange, Quiesced, RamImage, RamLayout, Store};
 use clade_snapshot::format::checksum;
 use clade_snapshot::{
-    Compression, DiskToSave, Kind, Load, ParentDirs, Save, SaveProgress, Snapshot, Space, record_working_set, verify,
+    Compression, DiskToSave, PageContent, Load, ParentDirs, Save, SaveProgress, Snapshot, Space, record_working_set, verify,
 };
 use libfuzzer_sys::{arbitrary, fuzz_target};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
@@ -52,8 +52,8 @@ impl Space for Disk {
     fn bytes(&self) -> u64 {
         9 * 4096
     }
-    fn runs(&self) -> std::io::Result<Vec<(PageRange, Kind)>> {
-        Ok(vec![(PageRange::new(0, 3), Kind::Zero), (PageRange::new(3, 9), Kind::Data)])
+    fn runs(&self) -> std::io::Result<Vec<(PageRange, PageContent)>> {
+        Ok(vec![(PageRange::new(0, 3), PageContent::Zero), (PageRange::new(3, 9), PageContent::Data)])
     }
     fn read_pages(&self, page: u64, bytes: &mut [u8]) -> std::io::Result<()> {
         bytes.fill(page as u8);

@@ -9,7 +9,7 @@ use clade_memory::GuestRam;
 use thiserror::Error;
 
 use crate::machine::{GuestWords, Machine, WordsError};
-use clade_vmm::boot::{BootSource, Image};
+use clade_vmm::boot::{BootImage, BootSource};
 use clade_vmm::vm::{Context, StopReason, Vm, VmConfig, VmError};
 
 /// An error of communication with the bare guest.
@@ -189,7 +189,7 @@ impl<'a, M: GuestWords + ?Sized> BareMailbox<'a, M> {
 /// # Errors
 /// When the VM cannot be made, or a vCPU does not become ready.
 pub fn boot_bare(context: &Context, name: &str, config: &Arc<VmConfig>) -> Result<Vm, BareError> {
-    let source = BootSource::new(Image::Bytes(BARE_ELF.into()));
+    let source = BootSource::new(BootImage::Bytes(BARE_ELF.into()));
     let vm = Vm::boot(context, name, config, &source)?;
     (0..u64::from(config.cpus())).try_for_each(|vcpu| BareVcpu::new(&vm, vcpu).await_ready())?;
     Ok(vm)

@@ -24,7 +24,7 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::buffer::Fragment;
-use crate::op::{Failure, Op, Request, Step, Way};
+use crate::op::{Op, OpError, Request, Step, Way};
 
 /// The user data of completions that belong to no operation: of timers and of cancellations.
 const NO_OPERATION: u64 = u64::MAX;
@@ -56,7 +56,7 @@ pub struct Completion<T> {
     /// The token it was submitted with.
     pub token: T,
     /// Its result.
-    pub result: Result<(), Failure>,
+    pub result: Result<(), OpError>,
     /// The memory that it owned.
     pub buffers: Vec<Fragment>,
 }
@@ -324,14 +324,14 @@ impl<T> Engine<T> {
         if self.backlog.is_empty() { Ok(()) } else { self.flush() }
     }
 
-    /// Cancels all operations. Those that can be cancelled end as [`Failure::Cancelled`]. Transfers
+    /// Cancels all operations. Those that can be cancelled end as [`OpError::Cancelled`]. Transfers
     /// that a device is busy with end as they would have. All of them must still be reaped.
     pub fn cancel(&mut self, mut each: impl FnMut(Completion<T>)) {
         for at in mem::take(&mut self.backlog) {
             if let Some(op) = self.ops[at].take() {
                 self.free.push(at);
                 let (token, buffers) = op.into_parts();
-                each(Completion { token, result: Err(Failure::Cancelled), buffers });
+                each(Completion { token, result: Err(OpError::Cancelled), buffers });
             }
         }
         if self.in_kernel == 0 {

@@ -42,7 +42,7 @@ pub use file::{CachePolicy, FileError, IoFile, OpenError};
 #[cfg(feature = "gate")]
 pub use gate::Gate;
 pub use net_backend::NetBackend;
-pub use op::{Failure, Request};
+pub use op::{OpError, Request};
 pub use overlay_pool::OverlayPool;
 pub use packet_stream::PacketStream;
 pub use tap::{Offload, Tap, TapError, VNET_HEADER};

@@ -94,7 +94,7 @@ impl Request {
 /// Why an operation failed.
 #[derive(Debug, Error)]
 #[non_exhaustive]
-pub enum Failure {
+pub enum OpError {
     /// The kernel has reported an error.
     #[error("I/O on {} failed", path.display())]
     Io {
@@ -117,7 +117,7 @@ pub enum Failure {
     Cancelled,
 }
 
-impl Failure {
+impl OpError {
     /// The error number, if the kernel has reported one.
     #[must_use]
     pub fn errno(&self) -> Option<i32> {
@@ -143,7 +143,7 @@ pub(crate) enum Way {
 pub(crate) enum Step {
     /// The kernel gets the operation again, for the rest.
     Again,
-    Over(Result<(), Failure>),
+    Over(Result<(), OpError>),
 }
 
 /// An operation in progress. Boxed while the kernel holds it, because the kernel reads the pieces
@@ -302,7 +302,7 @@ impl<T> Op<T> {
         match self.total - self.done {
             0 => Step::Over(Ok(())),
             missing if count == 0 => {
-                Step::Over(Err(Failure::Short { path: self.request.file().path().to_owned(), missing }))
+                Step::Over(Err(OpError::Short { path: self.request.file().path().to_owned(), missing }))
             }
             _ => Step::Again,
         }
@@ -315,7 +315,7 @@ impl<T> Op<T> {
                 self.retries += 1;
                 Step::Again
             }
-            libc::ECANCELED => Step::Over(Err(Failure::Cancelled)),
+            libc::ECANCELED => Step::Over(Err(OpError::Cancelled)),
             // Blocks larger than pages, or memory that the device cannot reach: the cache takes any
             // transfer.
             libc::EINVAL if self.way != Way::Cached => {
@@ -324,7 +324,7 @@ impl<T> Op<T> {
             }
             _ => {
                 let path = self.request.file().path().to_owned();
-                Step::Over(Err(Failure::Io { path, source: io::Error::from_raw_os_error(errno) }))
+                Step::Over(Err(OpError::Io { path, source: io::Error::from_raw_os_error(errno) }))
             }
         }
     }

@@ -59,13 +59,13 @@ pub(crate) fn is_readable(fd: impl AsFd) -> bool {
 
 /// `struct ifreq`, with the fields that TAP uses.
 #[repr(C)]
-struct Request {
+struct IfRequest {
     name: [u8; libc::IFNAMSIZ],
     flags: libc::c_short,
     rest: [u8; 22],
 }
 
-impl Request {
+impl IfRequest {
     fn new(name: &str, flags: libc::c_int) -> Self {
         let mut request = Self { name: [0; libc::IFNAMSIZ], flags: flags as libc::c_short, rest: [0; 22] };
         request.name[..name.len()].copy_from_slice(name.as_bytes());
@@ -104,7 +104,7 @@ impl Tap {
             let options = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun");
             let file = options.map_err(refused("/dev/net/tun cannot be opened"))?;
             let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | several;
-            let mut request = Request::new(&tap.name, flags);
+            let mut request = IfRequest::new(&tap.name, flags);
             ioctl(&file, libc::TUNSETIFF, &mut request).map_err(refused("it cannot be attached to"))?;
             let mut size = VNET_HEADER as libc::c_int;
             ioctl(&file, libc::TUNSETVNETHDRSZ, &mut size).map_err(refused("no packet headers of virtio's"))?;
@@ -182,7 +182,7 @@ impl Tap {
             let wanted = index < count;
             if *attached != wanted {
                 let flags = if wanted { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
-                ioctl(file, libc::TUNSETQUEUE, &mut Request::new("", flags))?;
+                ioctl(file, libc::TUNSETQUEUE, &mut IfRequest::new("", flags))?;
                 *attached = wanted;
             }
         }

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clade_io::{AlignedBuf, CachePolicy, Completion, Engine, Failure, Fragment, IoFile, Request};
+use clade_io::{AlignedBuf, CachePolicy, Completion, Engine, Fragment, IoFile, OpError, Request};
 use clade_memory::{Access, DmaPin, GuestRam, PageRange, PinLifetime, RamLayout, Store};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -155,7 +155,7 @@ fn holes_are_punched_and_the_end_of_a_file_is_an_error() {
     };
     engine.submit(read(SIZE as u64 - 4096), 0);
     let done = finish(&mut engine, 1);
-    assert!(matches!(done[0].result, Err(Failure::Short { missing: 4096, .. })), "{done:?}");
+    assert!(matches!(done[0].result, Err(OpError::Short { missing: 4096, .. })), "{done:?}");
     let read_only = Arc::new(IoFile::open(Path::new("/proc/self/exe"), false, CachePolicy::Host).unwrap());
     engine.submit(
         Request::Write { file: read_only, offset: 0, buffers: vec![Fragment::pinned(&pages, 0, 1).unwrap()] },
@@ -210,7 +210,7 @@ fn operations_stand_in_the_kernel_until_their_gate_is_opened() {
     engine.submit(read(), 10);
     engine.flush().unwrap();
     engine.cancel(|_| {});
-    assert!(matches!(finish(&mut engine, 1)[0].result, Err(Failure::Cancelled)));
+    assert!(matches!(finish(&mut engine, 1)[0].result, Err(OpError::Cancelled)));
 }
 
 #[test]
@@ -231,7 +231,7 @@ fn what_is_cancelled_comes_back_and_the_engine_goes_on() {
     engine.cancel(|completion| cancelled.push(completion));
     assert_eq!(cancelled.len(), 1, "what the kernel did not have yet");
     cancelled.extend(finish(&mut engine, 3));
-    assert!(cancelled.iter().all(|done| matches!(done.result, Err(Failure::Cancelled))), "{cancelled:?}");
+    assert!(cancelled.iter().all(|done| matches!(done.result, Err(OpError::Cancelled))), "{cancelled:?}");
     assert_eq!(Arc::strong_count(&buffer), 5, "the memory came back with them");
     engine.set_latency(Some(Duration::from_millis(30)));
     let begun = Instant::now();

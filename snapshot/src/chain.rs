@@ -9,11 +9,11 @@ use clade_memory::{IntervalMap, PAGE_SHIFT, PAGE_SIZE, PageRange, Piece, RamLayo
 use crate::dir::Dir;
 use crate::disk::DiskReader;
 use crate::error::Error;
-use crate::files::Files;
+use crate::files::FileOps;
 use crate::format::{Damage, Manifest, Sections, SnapshotId, WorkingSet};
 use crate::layer::{LayerFile, sealed_sum};
 use crate::parents::{KnownDir, ParentDirs, id_of, real_path};
-use crate::space::Kind;
+use crate::space::PageContent;
 use crate::staging::{MANIFEST, STATE, WORKING_SET, layer_name};
 
 /// Maximum number of snapshots in a chain: a full one, and those on top of it. Each adds files to
@@ -28,12 +28,12 @@ const MAX_WORKING_SET: u64 = 256 << 20;
 
 /// The layer of the chain that has a page: 0 is the newest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum PageSource {
     Layer(usize),
     Zero,
 }
 
-impl Piece for Place {
+impl Piece for PageSource {
     fn advance(&self, _pages: u64) -> Self {
         *self
     }
@@ -48,7 +48,7 @@ pub(crate) struct ChainSpace {
     pub(crate) bytes: u64,
     /// Newest first.
     pub(crate) layers: Vec<LayerFile>,
-    pub(crate) map: IntervalMap<Place>,
+    pub(crate) map: IntervalMap<PageSource>,
 }
 
 impl ChainSpace {
@@ -56,7 +56,10 @@ impl ChainSpace {
         let mut map = IntervalMap::new();
         for (at, layer) in layers.iter().enumerate().rev() {
             for run in &layer.index.runs {
-                map.insert(run.range, if run.kind == Kind::Zero { Place::Zero } else { Place::Layer(at) });
+                map.insert(
+                    run.range,
+                    if run.kind == PageContent::Zero { PageSource::Zero } else { PageSource::Layer(at) },
+                );
             }
         }
         // The oldest layer has all of it, so every page has a place.
@@ -81,7 +84,7 @@ pub(crate) struct Member {
 
 #[derive(Debug)]
 pub(crate) struct Opened {
-    pub(crate) files: Files,
+    pub(crate) files: FileOps,
     /// Newest first.
     pub(crate) members: Vec<Member>,
     pub(crate) sections: Sections,
@@ -99,13 +102,13 @@ pub(crate) struct Opened {
 #[derive(Clone, Debug)]
 pub struct Snapshot(pub(crate) Arc<Opened>);
 
-pub(crate) fn read_manifest(files: &Files, dir: &Dir) -> Result<Manifest, Error> {
+pub(crate) fn read_manifest(files: &FileOps, dir: &Dir) -> Result<Manifest, Error> {
     let bytes = files.read_in(dir, MANIFEST, MAX_MANIFEST)?;
     Manifest::decode(&bytes).map_err(|damage| Error::damaged(dir.path().join(MANIFEST), damage))
 }
 
 /// The manifests of a chain, newest first.
-pub(crate) fn read_chain(files: &Files, dir: &Path, parents: &ParentDirs) -> Result<Vec<Member>, Error> {
+pub(crate) fn read_chain(files: &FileOps, dir: &Path, parents: &ParentDirs) -> Result<Vec<Member>, Error> {
     let newest = files.dir(dir)?;
     parents.check_newest(&newest)?;
     let manifest = read_manifest(files, &newest)?;
@@ -155,7 +158,7 @@ fn fits(path: &Path, child: &Manifest, parent: &Manifest) -> Result<(), Error> {
     Ok(())
 }
 
-fn read_state(files: &Files, member: &Member) -> Result<Sections, Error> {
+fn read_state(files: &FileOps, member: &Member) -> Result<Sections, Error> {
     let entry = &member.manifest.state;
     let bytes = files.read_in(&member.dir, STATE, entry.bytes.min(MAX_STATE))?;
     let checked = || {
@@ -180,10 +183,10 @@ impl Snapshot {
     /// When one of them is missing, damaged, of a later format, not the one expected, or in a
     /// directory that is not allowed.
     pub fn open(dir: &Path, parents: &ParentDirs) -> Result<Self, Error> {
-        Self::with(&Files::default(), dir, parents)
+        Self::with(&FileOps::default(), dir, parents)
     }
 
-    pub(crate) fn with(files: &Files, dir: &Path, parents: &ParentDirs) -> Result<Self, Error> {
+    pub(crate) fn with(files: &FileOps, dir: &Path, parents: &ParentDirs) -> Result<Self, Error> {
         let members = read_chain(files, dir, parents)?;
         let newest = &members[0];
         let sections = read_state(files, newest)?;
@@ -279,7 +282,7 @@ impl Snapshot {
     }
 }
 
-pub(crate) fn read_working_set(files: &Files, member: &Member) -> Result<Option<Vec<PageRange>>, Error> {
+pub(crate) fn read_working_set(files: &FileOps, member: &Member) -> Result<Option<Vec<PageRange>>, Error> {
     let pages = member.manifest.memory.layer.bytes >> PAGE_SHIFT;
     let bytes = match files.read_in(&member.dir, WORKING_SET, WorkingSet::most_bytes(pages).min(MAX_WORKING_SET)) {
         Err(Error::File { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => return Ok(None),

@@ -7,11 +7,11 @@ use std::path::Path;
 
 use clade_memory::PAGE_SHIFT;
 
-use crate::chain::{Place, Snapshot, read_manifest, read_working_set};
+use crate::chain::{PageSource, Snapshot, read_manifest, read_working_set};
 use crate::dependents;
-use crate::disk::Merged;
+use crate::disk::MergedSpace;
 use crate::error::Error;
-use crate::files::Files;
+use crate::files::FileOps;
 use crate::format::WorkingSet;
 use crate::lock::{How, lock};
 use crate::parents::ParentDirs;
@@ -26,11 +26,11 @@ use crate::write::write_layer;
 /// # Errors
 /// When it fails, `dir` is as it was; see [`crate::Save::to`].
 pub fn compact(dir: &Path, parents: &ParentDirs, watch: &SaveProgress<'_>) -> Result<Saved, Error> {
-    compact_with(&Files::default(), dir, parents, watch)
+    compact_with(&FileOps::default(), dir, parents, watch)
 }
 
 pub(crate) fn compact_with(
-    files: &Files,
+    files: &FileOps,
     dir: &Path,
     parents: &ParentDirs,
     watch: &SaveProgress<'_>,
@@ -47,7 +47,7 @@ pub(crate) fn compact_with(
         let place = place(dir)?;
         expect_replaceable(files, &place)?;
         let data = |space: &&crate::chain::ChainSpace| {
-            let data = space.map.iter().filter(|(_, place)| **place != Place::Zero);
+            let data = space.map.iter().filter(|(_, place)| **place != PageSource::Zero);
             data.map(|(range, _)| range.len() << PAGE_SHIFT).sum::<u64>()
         };
         let (mut done, total) = (0, spaces.iter().map(data).sum());
@@ -59,7 +59,7 @@ pub(crate) fn compact_with(
         for (at, space) in spaces.into_iter().enumerate() {
             let disk = at.checked_sub(1);
             let entry = disk.map_or(&mut manifest.memory.layer, |at| &mut manifest.disks[at].layer);
-            let merged = Merged { space, files, last: Default::default() };
+            let merged = MergedSpace { space, files, last: Default::default() };
             let name = layer_name(disk);
             let runs = checked_runs(&name, &merged, true)?;
             let how = (runs.as_slice(), entry.compression);

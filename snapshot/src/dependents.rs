@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use crate::chain::read_manifest;
 use crate::dir::Dir;
 use crate::error::Error;
-use crate::files::Files;
+use crate::files::FileOps;
 use crate::format::{SnapshotId, checksum};
 use crate::staging::{MANIFEST, NEEDED_BY, random};
 
@@ -34,7 +34,7 @@ pub(crate) enum Noted {
 }
 
 /// Whether `base` has so many notes that stale ones should be removed first.
-pub(crate) fn is_full(files: &Files, base: &Dir) -> Result<bool, Error> {
+pub(crate) fn is_full(files: &FileOps, base: &Dir) -> Result<bool, Error> {
     Ok(notes(files, base)?.len() >= PRUNE_AT)
 }
 
@@ -42,7 +42,7 @@ pub(crate) fn is_full(files: &Files, base: &Dir) -> Result<bool, Error> {
 ///
 /// # Errors
 /// When the base is writable, and the note cannot be written.
-pub(crate) fn note(files: &Files, base: &Dir, dependent: &Path) -> Result<Noted, Error> {
+pub(crate) fn note(files: &FileOps, base: &Dir, dependent: &Path) -> Result<Noted, Error> {
     let text = dependent.to_str().ok_or_else(|| Error::Path { path: dependent.to_owned() })?;
     match write_note(files, base, text) {
         Ok(()) => Ok(Noted::Yes),
@@ -55,7 +55,7 @@ pub(crate) fn note(files: &Files, base: &Dir, dependent: &Path) -> Result<Noted,
     }
 }
 
-fn write_note(files: &Files, base: &Dir, text: &str) -> Result<(), Error> {
+fn write_note(files: &FileOps, base: &Dir, text: &str) -> Result<(), Error> {
     // One note for each path, found again without listing the directory.
     let mut name = format!("{NEEDED_BY}{:016x}", checksum(text.as_bytes()));
     match files.read_in(base, &name, MAX_PATH) {
@@ -72,13 +72,13 @@ fn write_note(files: &Files, base: &Dir, text: &str) -> Result<(), Error> {
     written
 }
 
-fn notes(files: &Files, dir: &Dir) -> Result<Vec<String>, Error> {
+fn notes(files: &FileOps, dir: &Dir) -> Result<Vec<String>, Error> {
     files.names_like(dir, NEEDED_BY)
 }
 
 /// Copies the valid notes of `dir` to `aside`, which takes its place and its identity. The
 /// directory is locked exclusively.
-pub(crate) fn carry(files: &Files, dir: &Dir, aside: &Path, id: SnapshotId) -> Result<(), Error> {
+pub(crate) fn carry(files: &FileOps, dir: &Dir, aside: &Path, id: SnapshotId) -> Result<(), Error> {
     for name in notes(files, dir)? {
         match standing(files, dir, &name, id) {
             Standing::Gone => {}
@@ -89,7 +89,7 @@ pub(crate) fn carry(files: &Files, dir: &Dir, aside: &Path, id: SnapshotId) -> R
 }
 
 /// Removes the notes in `dir` whose dependents are gone. The directory is locked exclusively.
-pub(crate) fn prune(files: &Files, dir: &Dir) -> Result<(), Error> {
+pub(crate) fn prune(files: &FileOps, dir: &Dir) -> Result<(), Error> {
     let id = read_manifest(files, dir)?.id;
     for name in notes(files, dir)? {
         if standing(files, dir, &name, id) == Standing::Gone {
@@ -112,7 +112,7 @@ pub(crate) fn prune(files: &Files, dir: &Dir) -> Result<(), Error> {
 ///
 /// # Errors
 /// [`Error::Needed`] with one of the dependents.
-pub(crate) fn expect_none(files: &Files, dir: &Dir) -> Result<(), Error> {
+pub(crate) fn expect_none(files: &FileOps, dir: &Dir) -> Result<(), Error> {
     let own = match read_manifest(files, dir) {
         Ok(manifest) => manifest.id,
         // A snapshot that cannot be read cannot have dependents.
@@ -137,7 +137,7 @@ enum Standing {
     Gone,
 }
 
-fn standing(files: &Files, dir: &Dir, name: &str, on: SnapshotId) -> Standing {
+fn standing(files: &FileOps, dir: &Dir, name: &str, on: SnapshotId) -> Standing {
     let path = files.read_in(dir, name, MAX_PATH).ok().and_then(|bytes| String::from_utf8(bytes).ok());
     let Some(path) = path.map(PathBuf::from).filter(|path| path.is_absolute()) else { return Standing::Gone };
     match files.dir(&path).and_then(|dir| read_manifest(files, &dir)) {

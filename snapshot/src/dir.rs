@@ -16,7 +16,7 @@ use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, fsync, openat, openat2, rename
 use rustix::io::Errno;
 
 use crate::error::Error;
-use crate::files::{Files, Op, len, name_of};
+use crate::files::{FileOp, FileOps, len, name_of};
 
 /// Bytes of a file that are read at once.
 const PIECE: usize = 4 << 20;
@@ -57,7 +57,7 @@ pub(crate) fn identity(meta: &Metadata) -> DirId {
     (meta.dev(), meta.ino())
 }
 
-impl Files {
+impl FileOps {
     /// Opens a directory whose files are to be read. Links are followed, but not those of procfs.
     pub(crate) fn dir(&self, path: &Path) -> Result<Dir, Error> {
         self.dir_by(CWD, path, path.to_owned(), OFlags::PATH)
@@ -78,7 +78,7 @@ impl Files {
         // mounted on each other and `..` leads elsewhere.
         let resolve = ResolveFlags::NO_MAGICLINKS;
         let flags = flags | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let opened = self.run(Op::Open, &path, |_| Ok(openat2(from.as_fd(), name, flags, Mode::empty(), resolve)?));
+        let opened = self.run(FileOp::Open, &path, |_| Ok(openat2(from.as_fd(), name, flags, Mode::empty(), resolve)?));
         match opened {
             Ok(fd) => Ok(Dir { file: Arc::new(fd.into()), path }),
             Err(source) => Err(Error::file("opened", path, source)),
@@ -90,7 +90,7 @@ impl Files {
     pub(crate) fn open_in(&self, dir: &Dir, name: &str) -> Result<File, Error> {
         let path = dir.path.join(name);
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = match self.run(Op::Open, &path, |_| Ok(openat(dir.file(), name, flags, Mode::empty())?)) {
+        let file = match self.run(FileOp::Open, &path, |_| Ok(openat(dir.file(), name, flags, Mode::empty())?)) {
             Ok(fd) => File::from(fd),
             Err(error) if error.raw_os_error() == Some(Errno::LOOP.raw_os_error()) => {
                 return Err(Error::NotAFile { path, found: "a symbolic link" });
@@ -126,7 +126,7 @@ impl Files {
     pub(crate) fn write_in(&self, dir: &Dir, name: &str, bytes: &[u8]) -> Result<(), Error> {
         let path = dir.path.join(name);
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let made = self.run(Op::Create, &path, |_| Ok(openat(dir.file(), name, flags, Mode::RUSR | Mode::WUSR)?));
+        let made = self.run(FileOp::Create, &path, |_| Ok(openat(dir.file(), name, flags, Mode::RUSR | Mode::WUSR)?));
         let file = File::from(made.map_err(|source| Error::file("created", &path, source))?);
         self.write_all_at(&file, &path, bytes, 0)?;
         self.sync(&file, &path)
@@ -135,7 +135,7 @@ impl Files {
     /// Renames a file, over the file that has the name.
     pub(crate) fn replace_in(&self, dir: &Dir, from: &str, to: &str) -> Result<(), Error> {
         let path = dir.path.join(to);
-        let renamed = self.run(Op::Rename, &path, |_| Ok(renameat(dir.file(), from, dir.file(), to)?));
+        let renamed = self.run(FileOp::Rename, &path, |_| Ok(renameat(dir.file(), from, dir.file(), to)?));
         renamed.map_err(|source| Error::file("put in place", path, source))
     }
 
@@ -153,7 +153,7 @@ impl Files {
 
     /// Makes the names in a directory ([`Self::whole_dir`]) durable.
     pub(crate) fn sync_open_dir(&self, dir: &Dir) -> Result<(), Error> {
-        let synced = self.run(Op::SyncDir, &dir.path, |_| Ok(fsync(dir.file())?));
+        let synced = self.run(FileOp::SyncDir, &dir.path, |_| Ok(fsync(dir.file())?));
         synced.map_err(|source| Error::file("synced", &dir.path, source))
     }
 }

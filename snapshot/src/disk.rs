@@ -7,11 +7,11 @@ use std::sync::{Mutex, PoisonError};
 
 use clade_memory::{PAGE_SHIFT, PAGE_SIZE, PageRange};
 
-use crate::chain::{ChainSpace, Place, Snapshot};
+use crate::chain::{ChainSpace, PageSource, Snapshot};
 use crate::error::Error;
 use crate::format::{CHUNK_PAGES, Chunk};
 use crate::layer::LayerFile;
-use crate::space::{Kind, Space};
+use crate::space::{PageContent, Space};
 
 /// The chunk that was last decompressed.
 type Last = Option<(usize, u64, Vec<u8>)>;
@@ -68,9 +68,9 @@ impl DiskReader {
             let (from, to) = (range.offset().max(offset), (range.end() << PAGE_SHIFT).min(end));
             let part = &mut bytes[(from - offset) as usize..(to - offset) as usize];
             match place {
-                Place::Zero => part.fill(0),
-                Place::Layer(at) if self.space().layers[at].index.packed => self.unpack(at, from, part)?,
-                Place::Layer(at) => {
+                PageSource::Zero => part.fill(0),
+                PageSource::Layer(at) if self.space().layers[at].index.packed => self.unpack(at, from, part)?,
+                PageSource::Layer(at) => {
                     let layer = &self.space().layers[at];
                     self.of.0.files.read_exact_at(&layer.file, &layer.path, part, from)?;
                 }
@@ -105,8 +105,8 @@ impl DiskReader {
     #[must_use]
     pub fn data_runs(&self) -> Vec<PageRange> {
         let mut runs: Vec<PageRange> = Vec::new();
-        for (range, place) in self.space().map.iter().filter(|(_, place)| **place != Place::Zero) {
-            debug_assert_ne!(*place, Place::Zero);
+        for (range, place) in self.space().map.iter().filter(|(_, place)| **place != PageSource::Zero) {
+            debug_assert_ne!(*place, PageSource::Zero);
             match runs.last_mut() {
                 Some(last) if last.end() == range.start() => *last = PageRange::new(last.start(), range.end()),
                 _ => runs.push(range),
@@ -144,7 +144,7 @@ pub struct DiskLayerFile {
     /// compressed; then only [`DiskReader`] reads it.
     pub file: Option<(File, PathBuf)>,
     /// The runs of the layer, ascending.
-    pub runs: Vec<(PageRange, Kind)>,
+    pub runs: Vec<(PageRange, PageContent)>,
 }
 
 impl DiskReader {
@@ -178,12 +178,12 @@ pub(crate) fn each_chunk(
 }
 
 /// A layer's number, a chunk's number, and the wanted pages in the chunk.
-pub(crate) type Wanted = (usize, u64, Vec<PageRange>);
+pub(crate) type WantedChunk = (usize, u64, Vec<PageRange>);
 
-pub(crate) fn chunks_of(space: &ChainSpace, of: impl Fn(usize) -> bool) -> Vec<Wanted> {
+pub(crate) fn chunks_of(space: &ChainSpace, of: impl Fn(usize) -> bool) -> Vec<WantedChunk> {
     let mut wanted: std::collections::BTreeMap<(usize, u64), Vec<PageRange>> = std::collections::BTreeMap::new();
     for (range, place) in space.map.iter() {
-        let Place::Layer(at) = *place else { continue };
+        let PageSource::Layer(at) = *place else { continue };
         if !of(at) {
             continue;
         }
@@ -197,20 +197,20 @@ pub(crate) fn chunks_of(space: &ChainSpace, of: impl Fn(usize) -> bool) -> Vec<W
 
 /// A chain as a space to be saved as a whole.
 #[derive(Debug)]
-pub(crate) struct Merged<'a> {
+pub(crate) struct MergedSpace<'a> {
     pub(crate) space: &'a ChainSpace,
-    pub(crate) files: &'a crate::files::Files,
+    pub(crate) files: &'a crate::files::FileOps,
     /// Read by one thread, in order.
     pub(crate) last: Mutex<Last>,
 }
 
-impl Space for Merged<'_> {
+impl Space for MergedSpace<'_> {
     fn bytes(&self) -> u64 {
         self.space.bytes
     }
 
-    fn runs(&self) -> io::Result<Vec<(PageRange, Kind)>> {
-        let kind = |place: &Place| if *place == Place::Zero { Kind::Zero } else { Kind::Data };
+    fn runs(&self) -> io::Result<Vec<(PageRange, PageContent)>> {
+        let kind = |place: &PageSource| if *place == PageSource::Zero { PageContent::Zero } else { PageContent::Data };
         Ok(self.space.map.iter().map(|(range, place)| (range, kind(place))).collect())
     }
 
@@ -219,7 +219,7 @@ impl Space for Merged<'_> {
         let all = PageRange::with_len(page, bytes.len() as u64 >> PAGE_SHIFT);
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         for (range, place) in self.space.map.within(all) {
-            let Place::Layer(at) = place else {
+            let PageSource::Layer(at) = place else {
                 bytes[((range.start() - page) << PAGE_SHIFT) as usize..][..range.bytes()].fill(0);
                 continue;
             };

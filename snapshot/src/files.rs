@@ -19,7 +19,7 @@ use crate::error::Error;
 
 /// An operation, for tests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Op {
+pub(crate) enum FileOp {
     MakeDir,
     Create,
     Open,
@@ -36,7 +36,7 @@ pub(crate) enum Op {
 
 /// Executes operations. In tests, a plan can make them fail.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Files {
+pub(crate) struct FileOps {
     #[cfg(test)]
     pub(crate) plan: Option<std::sync::Arc<crate::tests::faults::Plan>>,
 }
@@ -44,7 +44,7 @@ pub(crate) struct Files {
 /// A plan's substitute for an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(not(test), allow(dead_code, reason = "only plans of tests say more than Go"))]
-pub(crate) enum Verdict {
+pub(crate) enum FileVerdict {
     Go,
     /// A partial write or read.
     Short,
@@ -52,17 +52,17 @@ pub(crate) enum Verdict {
     Lie,
 }
 
-impl Files {
+impl FileOps {
     #[cfg(not(test))]
     #[inline(always)]
     #[allow(clippy::unused_self, clippy::unnecessary_wraps, reason = "tests have it look at its plan")]
-    fn point(&self, _op: Op, _path: &Path) -> io::Result<Verdict> {
-        Ok(Verdict::Go)
+    fn point(&self, _op: FileOp, _path: &Path) -> io::Result<FileVerdict> {
+        Ok(FileVerdict::Go)
     }
 
     #[cfg(test)]
-    fn point(&self, op: Op, path: &Path) -> io::Result<Verdict> {
-        self.plan.as_ref().map_or(Ok(Verdict::Go), |plan| plan.decide(op, path))
+    fn point(&self, op: FileOp, path: &Path) -> io::Result<FileVerdict> {
+        self.plan.as_ref().map_or(Ok(FileVerdict::Go), |plan| plan.decide(op, path))
     }
 
     /// Maximum time to wait for a lock of a snapshot's directory.
@@ -79,7 +79,12 @@ impl Files {
     }
 
     /// Repeats `call` while it is interrupted.
-    pub(crate) fn run<T>(&self, op: Op, path: &Path, mut call: impl FnMut(Verdict) -> io::Result<T>) -> io::Result<T> {
+    pub(crate) fn run<T>(
+        &self,
+        op: FileOp,
+        path: &Path,
+        mut call: impl FnMut(FileVerdict) -> io::Result<T>,
+    ) -> io::Result<T> {
         loop {
             match self.point(op, path).and_then(&mut call) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -90,7 +95,7 @@ impl Files {
 
     /// Makes a directory for its owner only, because guest memory is in it.
     pub(crate) fn make_dir(&self, path: &Path) -> Result<(), Error> {
-        let made = self.run(Op::MakeDir, path, |_| fs::DirBuilder::new().mode(0o700).create(path));
+        let made = self.run(FileOp::MakeDir, path, |_| fs::DirBuilder::new().mode(0o700).create(path));
         made.map_err(|source| Error::file("made", path, source))
     }
 
@@ -106,7 +111,7 @@ impl Files {
 
     fn open_as(&self, path: &Path, flags: OFlags) -> Result<File, Error> {
         let open = |_| OpenOptions::new().read(true).custom_flags(flags.bits().cast_signed()).open(path);
-        match self.run(Op::Open, path, open) {
+        match self.run(FileOp::Open, path, open) {
             Err(error) if error.raw_os_error() == Some(Errno::LOOP.raw_os_error()) => {
                 Err(Error::NotAFile { path: path.to_owned(), found: "a symbolic link" })
             }
@@ -116,7 +121,7 @@ impl Files {
 
     /// Locks an open file or directory. Returns false if another descriptor has it locked.
     pub(crate) fn try_lock(&self, file: &File, path: &Path) -> Result<bool, Error> {
-        let locked = self.run(Op::Lock, path, |_| match flock(file, FlockOperation::NonBlockingLockExclusive) {
+        let locked = self.run(FileOp::Lock, path, |_| match flock(file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(true),
             Err(Errno::WOULDBLOCK) => Ok(false),
             Err(error) => Err(error.into()),
@@ -132,7 +137,7 @@ impl Files {
             options.write(true).create_new(true).mode(0o600).custom_flags(flags.bits().cast_signed());
             options.open(path)
         };
-        let file = self.run(Op::Create, path, |_| {
+        let file = self.run(FileOp::Create, path, |_| {
             if direct {
                 match open(OFlags::DIRECT) {
                     // Unsupported by the file system. The file may have been made in spite of the
@@ -152,15 +157,15 @@ impl Files {
     pub(crate) fn write_all_at(&self, file: &File, path: &Path, bytes: &[u8], offset: u64) -> Result<(), Error> {
         let mut done = 0;
         while done < bytes.len() {
-            let written = self.run(Op::Write, path, |verdict| match verdict {
-                Verdict::Go => file.write_at(&bytes[done..], offset + done as u64),
+            let written = self.run(FileOp::Write, path, |verdict| match verdict {
+                FileVerdict::Go => file.write_at(&bytes[done..], offset + done as u64),
                 // Half of it, in whole pages if it consists of pages.
-                Verdict::Short => {
+                FileVerdict::Short => {
                     let half = (bytes.len() - done) / 2;
                     let some = if half > 4096 { half & !4095 } else { bytes.len() - done };
                     file.write_at(&bytes[done..done + some], offset + done as u64)
                 }
-                Verdict::Lie => Ok(bytes.len() - done),
+                FileVerdict::Lie => Ok(bytes.len() - done),
             });
             match written {
                 Ok(0) => return Err(Error::file("written", path, io::ErrorKind::WriteZero.into())),
@@ -175,18 +180,18 @@ impl Files {
 
     /// Sets a file's length.
     pub(crate) fn set_len(&self, file: &File, path: &Path, bytes: u64) -> Result<(), Error> {
-        self.run(Op::SetLen, path, |_| file.set_len(bytes)).map_err(|source| Error::file("extended", path, source))
+        self.run(FileOp::SetLen, path, |_| file.set_len(bytes)).map_err(|source| Error::file("extended", path, source))
     }
 
     /// Makes a file durable. A failure is final: a later success does not cover the same pages.
     pub(crate) fn sync(&self, file: &File, path: &Path) -> Result<(), Error> {
-        self.run(Op::Sync, path, |_| file.sync_all()).map_err(|source| Error::file("synced", path, source))
+        self.run(FileOp::Sync, path, |_| file.sync_all()).map_err(|source| Error::file("synced", path, source))
     }
 
     /// Makes the names in a directory durable.
     pub(crate) fn sync_dir(&self, path: &Path) -> Result<(), Error> {
         let dir = self.open_dir(path)?;
-        let synced = self.run(Op::SyncDir, path, |_| Ok(fsync(dir.as_fd())?));
+        let synced = self.run(FileOp::SyncDir, path, |_| Ok(fsync(dir.as_fd())?));
         synced.map_err(|source| Error::file("synced", path, source))
     }
 
@@ -201,7 +206,7 @@ impl Files {
     }
 
     fn rename(&self, from: &Path, to: &Path, how: RenameFlags) -> Result<bool, Error> {
-        let renamed = self.run(Op::Rename, to, |_| match renameat_with(CWD, from, CWD, to, how) {
+        let renamed = self.run(FileOp::Rename, to, |_| match renameat_with(CWD, from, CWD, to, how) {
             Ok(()) => Ok(true),
             Err(Errno::EXIST) if how == RenameFlags::NOREPLACE => Ok(false),
             Err(Errno::NOENT) if how == RenameFlags::EXCHANGE => Ok(false),
@@ -214,17 +219,17 @@ impl Files {
     /// removed.
     pub(crate) fn remove_in(&self, dir: &File, path: &Path, name: &OsStr) -> Result<(), Error> {
         let path = path.join(name);
-        gone(self.run(Op::Remove, &path, |_| Ok(unlinkat(dir, name, AtFlags::empty())?)), &path)
+        gone(self.run(FileOp::Remove, &path, |_| Ok(unlinkat(dir, name, AtFlags::empty())?)), &path)
     }
 
     /// Removes an empty directory, if it is there.
     pub(crate) fn remove_dir(&self, path: &Path) -> Result<(), Error> {
-        gone(self.run(Op::Remove, path, |_| fs::remove_dir(path)), path)
+        gone(self.run(FileOp::Remove, path, |_| fs::remove_dir(path)), path)
     }
 
     /// The names in the open directory at `path`, sorted.
     pub(crate) fn names_in(&self, dir: &File, path: &Path) -> Result<Vec<OsString>, Error> {
-        let names = self.run(Op::List, path, |_| {
+        let names = self.run(FileOp::List, path, |_| {
             let entries = Dir::read_from(dir)?;
             let name =
                 |entry: rustix::io::Result<DirEntry>| Ok(OsString::from_vec(entry?.file_name().to_bytes().to_vec()));
@@ -238,7 +243,7 @@ impl Files {
 
     /// The names in a directory, sorted.
     pub(crate) fn list(&self, path: &Path) -> Result<Vec<PathBuf>, Error> {
-        let names = self.run(Op::List, path, |_| {
+        let names = self.run(FileOp::List, path, |_| {
             fs::read_dir(path)?.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>()
         });
         let mut names = names.map_err(|source| Error::file("listed", path, source))?;
@@ -250,9 +255,9 @@ impl Files {
     pub(crate) fn read_exact_at(&self, file: &File, path: &Path, bytes: &mut [u8], offset: u64) -> Result<(), Error> {
         let mut done = 0;
         while done < bytes.len() {
-            let read = self.run(Op::Read, path, |verdict| {
+            let read = self.run(FileOp::Read, path, |verdict| {
                 let most =
-                    if verdict == Verdict::Short { (bytes.len() - done).div_ceil(2) } else { bytes.len() - done };
+                    if verdict == FileVerdict::Short { (bytes.len() - done).div_ceil(2) } else { bytes.len() - done };
                 file.read_at(&mut bytes[done..done + most], offset + done as u64)
             });
             match read {

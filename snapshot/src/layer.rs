@@ -7,9 +7,9 @@ use clade_memory::{PAGE_SHIFT, PAGE_SIZE, PageRange};
 
 use crate::dir::Dir;
 use crate::error::Error;
-use crate::files::{Files, len};
+use crate::files::{FileOps, len};
 use crate::format::{CHUNK_PAGES, Chunk, Compression, Damage, Index, LayerEntry, checksum};
-use crate::space::Kind;
+use crate::space::PageContent;
 
 /// Most bytes of an index: enough for some 16 TiB of data in one piece, or 64 million runs.
 const MAX_INDEX: u64 = 1 << 30;
@@ -24,7 +24,7 @@ pub(crate) struct LayerFile {
 
 impl LayerFile {
     /// Opens the layer `name` in a snapshot's directory.
-    pub(crate) fn open(files: &Files, dir: &Dir, name: &str, entry: &LayerEntry) -> Result<Self, Error> {
+    pub(crate) fn open(files: &FileOps, dir: &Dir, name: &str, entry: &LayerEntry) -> Result<Self, Error> {
         let (index, data) = (format!("{name}.index"), format!("{name}.data"));
         let bytes = files.read_in(dir, &index, entry.index_bytes.min(MAX_INDEX))?;
         let index = Self::checked(&bytes, entry).map_err(|damage| Error::damaged(dir.path().join(index), damage))?;
@@ -51,7 +51,7 @@ impl LayerFile {
         }
         length("the space", entry.bytes, index.bytes)?;
         length("the data file", entry.data_bytes, index.data_bytes)?;
-        let pages = (index.count(Kind::Data), index.count(Kind::Zero));
+        let pages = (index.count(PageContent::Data), index.count(PageContent::Zero));
         if pages != (entry.data_pages, entry.zero_pages) {
             let value = format!("{pages:?}, with {:?} in the manifest", (entry.data_pages, entry.zero_pages));
             return Err(Damage::value("the numbers of data and zero pages", &value));
@@ -64,7 +64,7 @@ impl LayerFile {
 
     /// The data pages of a chunk, one behind the other, after its checksum was compared. `into` is
     /// returned, so that it is allocated once.
-    pub(crate) fn read_chunk(&self, files: &Files, chunk: &Chunk, mut into: Vec<u8>) -> Result<Vec<u8>, Error> {
+    pub(crate) fn read_chunk(&self, files: &FileOps, chunk: &Chunk, mut into: Vec<u8>) -> Result<Vec<u8>, Error> {
         into.clear();
         into.resize(chunk.stored as usize, 0);
         if self.index.packed {

@@ -15,7 +15,7 @@ use rustix::io::Errno;
 
 use crate::dir::{Dir, identity};
 use crate::error::Error;
-use crate::files::{Files, Op};
+use crate::files::{FileOp, FileOps};
 
 /// Maximum time to wait for a lock. Its holder writes a note, renames and syncs directories, which
 /// takes long on a stalled disk.
@@ -39,7 +39,7 @@ pub(crate) enum How {
 /// # Errors
 /// [`Error::Locked`] when a lock is not free in time, or the error of `go_on`.
 pub(crate) fn lock(
-    files: &Files,
+    files: &FileOps,
     wanted: &[(&Path, How)],
     go_on: &mut dyn FnMut() -> Result<(), Error>,
 ) -> Result<Vec<Option<Dir>>, Error> {
@@ -59,7 +59,7 @@ pub(crate) fn lock(
 }
 
 /// Takes all locks, or returns the path of one that is not free.
-fn lock_all<'a>(files: &Files, wanted: &[(&'a Path, How)]) -> Result<Result<Vec<Option<Dir>>, &'a Path>, Error> {
+fn lock_all<'a>(files: &FileOps, wanted: &[(&'a Path, How)]) -> Result<Result<Vec<Option<Dir>>, &'a Path>, Error> {
     let mut locked = Vec::with_capacity(wanted.len());
     for (path, how) in wanted {
         match lock_one(files, path, *how)? {
@@ -77,7 +77,7 @@ enum Tried {
     Contended,
 }
 
-fn lock_one(files: &Files, path: &Path, how: How) -> Result<Tried, Error> {
+fn lock_one(files: &FileOps, path: &Path, how: How) -> Result<Tried, Error> {
     let dir = match files.whole_dir(path) {
         Err(Error::File { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => return Ok(Tried::Missing),
         other => other?,
@@ -86,7 +86,7 @@ fn lock_one(files: &Files, path: &Path, how: How) -> Result<Tried, Error> {
         How::Shared => FlockOperation::NonBlockingLockShared,
         How::Exclusive => FlockOperation::NonBlockingLockExclusive,
     };
-    let had = files.run(Op::Lock, path, |_| match flock(dir.file(), operation) {
+    let had = files.run(FileOp::Lock, path, |_| match flock(dir.file(), operation) {
         Ok(()) => Ok(true),
         Err(Errno::WOULDBLOCK) => Ok(false),
         Err(error) => Err(error.into()),

@@ -4,7 +4,7 @@ use std::io;
 
 use clade_memory::{LayerHandle, PAGE_SHIFT, PAGE_SIZE, PageRange, RamError, RamImage};
 
-use crate::space::{Kind, Space, linear};
+use crate::space::{PageContent, Space, linear};
 
 /// An image, or its difference from another.
 #[derive(Debug)]
@@ -53,7 +53,7 @@ impl Space for RamSpace {
         self.bytes
     }
 
-    fn runs(&self) -> io::Result<Vec<(PageRange, Kind)>> {
+    fn runs(&self) -> io::Result<Vec<(PageRange, PageContent)>> {
         let mut runs = Vec::new();
         let mut push = |start, end, kind| {
             if start < end {
@@ -67,12 +67,12 @@ impl Space for RamSpace {
                 for data in data {
                     let here = range.start() + (data.start() - at);
                     // Holes of the layer, and pages in no layer.
-                    push(done, here, Kind::Zero);
+                    push(done, here, PageContent::Zero);
                     done = here + data.len();
-                    push(here, done, Kind::Data);
+                    push(here, done, PageContent::Data);
                 }
             }
-            push(done, wanted.end(), Kind::Zero);
+            push(done, wanted.end(), PageContent::Zero);
         }
         Ok(runs)
     }

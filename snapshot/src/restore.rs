@@ -15,10 +15,10 @@ use clade_memory::{
 };
 use rustix::fs::{Advice, fadvise};
 
-use crate::chain::{ChainSpace, Place, Snapshot};
-use crate::disk::{Wanted, chunks_of};
+use crate::chain::{ChainSpace, PageSource, Snapshot};
+use crate::disk::{WantedChunk, chunks_of};
 use crate::error::Error;
-use crate::files::{Files, len};
+use crate::files::{FileOps, len};
 use crate::format::{Damage, NoForkKind};
 
 /// Mappings of a region before larger gaps are spanned and short pieces copied.
@@ -51,14 +51,14 @@ enum Owner {
 
 type Pieces = Vec<(PageRange, Owner)>;
 
-struct Region {
+struct RegionDraft {
     /// The region's pages, in the space.
     all: PageRange,
     pieces: Pieces,
     draft: Option<LayerBuilder>,
 }
 
-impl Region {
+impl RegionDraft {
     /// The page size of the region's own layer: huge pages, unless most of their memory would be
     /// unused.
     fn grain(&self) -> Backing {
@@ -120,7 +120,7 @@ impl Snapshot {
     }
 
     /// The mapped data files as layers.
-    fn layers(&self, store: &Store, regions: &[Region]) -> Result<Vec<Option<LayerHandle>>, Error> {
+    fn layers(&self, store: &Store, regions: &[RegionDraft]) -> Result<Vec<Option<LayerHandle>>, Error> {
         let space = &self.0.memory;
         let used = |at| regions.iter().flat_map(|region| &region.pieces).any(|(_, owner)| *owner == Owner::File(at));
         let layer = |(at, layer): (usize, &crate::layer::LayerFile)| {
@@ -143,7 +143,7 @@ impl Snapshot {
         let space = &self.0.memory;
         for run in runs {
             for (range, place) in space.map.within(*run) {
-                if let Place::Layer(at) = place
+                if let PageSource::Layer(at) = place
                     && mapped(at)
                 {
                     // Best effort: without it the page is read on access.
@@ -179,14 +179,14 @@ impl Snapshot {
 
     /// Reads a page of memory. Its chunk is compared with its checksum.
     fn read_page(&self, page: u64, into: &mut [u8]) -> Result<(), Error> {
-        let space = crate::disk::Merged { space: &self.0.memory, files: &self.0.files, last: Default::default() };
+        let space = crate::disk::MergedSpace { space: &self.0.memory, files: &self.0.files, last: Default::default() };
         let read = crate::space::Space::read_pages(&space, page, into);
         read.map_err(|source| Error::Space { name: "memory".to_owned(), page, source })
     }
 }
 
 /// The owners of each region's pages.
-fn regions(layout: &RamLayout, space: &ChainSpace, mapped: impl Fn(usize) -> bool) -> Vec<Region> {
+fn regions(layout: &RamLayout, space: &ChainSpace, mapped: impl Fn(usize) -> bool) -> Vec<RegionDraft> {
     let mut first = 0;
     let mut regions = Vec::new();
     for (_, pages) in layout.ranges() {
@@ -202,7 +202,7 @@ fn regions(layout: &RamLayout, space: &ChainSpace, mapped: impl Fn(usize) -> boo
             short = (short * 2).max(1);
             pieces = plan(space, all, gap, short, &mapped);
         }
-        regions.push(Region { all, pieces, draft: None });
+        regions.push(RegionDraft { all, pieces, draft: None });
     }
     regions
 }
@@ -211,9 +211,9 @@ fn regions(layout: &RamLayout, space: &ChainSpace, mapped: impl Fn(usize) -> boo
 /// pages copied.
 fn plan(space: &ChainSpace, all: PageRange, gap: u64, short: u64, mapped: impl Fn(usize) -> bool) -> Pieces {
     let owned = space.map.within(all).into_iter().filter_map(|(range, place)| match place {
-        Place::Layer(at) if mapped(at) => Some((range, Owner::File(at))),
-        Place::Layer(_) => Some((range, Owner::Draft)),
-        Place::Zero => None,
+        PageSource::Layer(at) if mapped(at) => Some((range, Owner::File(at))),
+        PageSource::Layer(_) => Some((range, Owner::Draft)),
+        PageSource::Zero => None,
     });
     let bridged = bridge(space, owned, gap);
     if short == 0 {
@@ -249,11 +249,16 @@ fn bridge(space: &ChainSpace, pieces: impl Iterator<Item = (PageRange, Owner)>, 
 }
 
 /// Reads the data of the regions' own layers.
-fn fill(files: &Files, space: &ChainSpace, regions: &[Region], mapped: impl Fn(usize) -> bool) -> Result<(), Error> {
+fn fill(
+    files: &FileOps,
+    space: &ChainSpace,
+    regions: &[RegionDraft],
+    mapped: impl Fn(usize) -> bool,
+) -> Result<(), Error> {
     let mut todo = chunks_of(space, |at| !mapped(at));
     // Short pieces of mapped layers.
     for (range, place) in space.map.iter() {
-        let Place::Layer(at) = *place else { continue };
+        let PageSource::Layer(at) = *place else { continue };
         if !mapped(at) {
             continue;
         }
@@ -287,7 +292,7 @@ fn fill(files: &Files, space: &ChainSpace, regions: &[Region], mapped: impl Fn(u
 }
 
 /// The parts of `range` that are in a region's own layer.
-fn drafted(region: &Region, range: PageRange) -> impl Iterator<Item = (PageRange, Owner)> {
+fn drafted(region: &RegionDraft, range: PageRange) -> impl Iterator<Item = (PageRange, Owner)> {
     let first = region.pieces.partition_point(|(piece, _)| piece.end() <= range.start());
     let touching = region.pieces[first..].iter().take_while(move |(piece, _)| piece.start() < range.end());
     touching
@@ -296,10 +301,10 @@ fn drafted(region: &Region, range: PageRange) -> impl Iterator<Item = (PageRange
 }
 
 fn copy(
-    files: &Files,
+    files: &FileOps,
     space: &ChainSpace,
-    regions: &[Region],
-    wanted: &Wanted,
+    regions: &[RegionDraft],
+    wanted: &WantedChunk,
     buffer: Vec<u8>,
 ) -> Result<Vec<u8>, Error> {
     let (at, number, ranges) = wanted;

@@ -10,7 +10,7 @@ use crate::chain::{MAX_DEPTH, Snapshot, read_manifest};
 use crate::dependents::{self, Noted};
 use crate::dir::{Dir, identity};
 use crate::error::Error;
-use crate::files::Files;
+use crate::files::FileOps;
 use crate::format::{
     Compression, DiskEntry, Manifest, MemoryEntry, NoForkEntry, NoForkKind, Parent, Region, SnapshotId, StateEntry,
     encode_sections, valid_name,
@@ -19,7 +19,7 @@ use crate::layer::sealed_sum;
 use crate::lock::{How, lock};
 use crate::parents::ParentDirs;
 use crate::ram::RamSpace;
-use crate::space::{Kind, Space, checked_runs};
+use crate::space::{PageContent, Space, checked_runs};
 use crate::staging::{MANIFEST, STATE, StagingDir, expect_replaceable, layer_name, place, random};
 use crate::write::write_layer;
 
@@ -149,10 +149,10 @@ impl Save<'_> {
     /// When it fails, `dir` is as it was. If the last sync has failed, the new snapshot may be
     /// there, whole, but perhaps not durable: it must be saved again.
     pub fn to(&self, dir: &Path, watch: &SaveProgress<'_>) -> Result<Saved, Error> {
-        self.with(&Files::default(), dir, watch)
+        self.with(&FileOps::default(), dir, watch)
     }
 
-    pub(crate) fn with(&self, files: &Files, dir: &Path, watch: &SaveProgress<'_>) -> Result<Saved, Error> {
+    pub(crate) fn with(&self, files: &FileOps, dir: &Path, watch: &SaveProgress<'_>) -> Result<Saved, Error> {
         self.check_names()?;
         let memory = RamSpace::new(self.memory, self.base.map(|base| base.image))?;
         let place = place(dir)?;
@@ -170,7 +170,7 @@ impl Save<'_> {
         let mut runs = Vec::with_capacity(spaces.len());
         for (name, space) in &spaces {
             let these = checked_runs(name, *space, full)?;
-            let data = these.iter().filter(|run| run.kind == Kind::Data).map(|run| run.range.len());
+            let data = these.iter().filter(|run| run.kind == PageContent::Data).map(|run| run.range.len());
             total += data.sum::<u64>() << PAGE_SHIFT;
             runs.push(these);
         }
@@ -211,7 +211,7 @@ impl Save<'_> {
     /// locks on both directories.
     fn publish(
         &self,
-        files: &Files,
+        files: &FileOps,
         aside: &mut StagingDir<'_>,
         target: &Path,
         meter: &mut Meter<'_>,
@@ -272,7 +272,7 @@ impl Save<'_> {
 
     /// The base for the manifest, after a check of its whole chain, and whether one of the chain is in
     /// another directory than `place`.
-    fn parent(&self, files: &Files, base: &Base<'_>, place: &Path) -> Result<(Parent, bool), Error> {
+    fn parent(&self, files: &FileOps, base: &Base<'_>, place: &Path) -> Result<(Parent, bool), Error> {
         // No page of the chain is read.
         let chain = Snapshot::with(files, base.dir, &ParentDirs::unchecked())?;
         if chain.id() != base.id {
@@ -305,7 +305,7 @@ impl Save<'_> {
     }
 }
 
-fn expect_id(files: &Files, base: &Base<'_>, dir: &Dir) -> Result<(), Error> {
+fn expect_id(files: &FileOps, base: &Base<'_>, dir: &Dir) -> Result<(), Error> {
     let found = read_manifest(files, dir)?.id;
     if found == base.id { Ok(()) } else { Err(Error::WrongId { path: base.dir.to_owned(), wanted: base.id, found }) }
 }

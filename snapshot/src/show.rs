@@ -8,8 +8,8 @@ use serde::Serialize;
 use crate::chain::{MAX_STATE, read_chain, read_manifest};
 use crate::dir::Dir;
 use crate::error::Error;
-use crate::files::Files;
-use crate::format::{Compression, LayerEntry, Manifest, Sections, SnapshotId, Version};
+use crate::files::FileOps;
+use crate::format::{Compression, FormatVersion, LayerEntry, Manifest, Sections, SnapshotId};
 use crate::parents::ParentDirs;
 use crate::staging::{STATE, WORKING_SET, layer_name};
 
@@ -32,7 +32,7 @@ pub struct LayerSummary {
 
 /// A parent in a chain.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Link {
+pub struct ChainLink {
     /// The parent's identity.
     pub id: SnapshotId,
     /// The parent's directory.
@@ -45,7 +45,7 @@ pub struct Summary {
     /// The snapshot's identity.
     pub id: SnapshotId,
     /// The version of its format.
-    pub version: Version,
+    pub version: FormatVersion,
     /// Creation time, in seconds since 1970.
     pub created: u64,
     /// The architecture of its host.
@@ -53,7 +53,7 @@ pub struct Summary {
     /// Whether it depends on no other snapshot.
     pub full: bool,
     /// The snapshots it depends on, nearest first.
-    pub parents: Vec<Link>,
+    pub parents: Vec<ChainLink>,
     /// Why the chain cannot be opened, if it cannot.
     pub broken: Option<String>,
     /// Guest-physical address and number of pages of each memory region.
@@ -73,13 +73,15 @@ pub struct Summary {
 /// # Errors
 /// When the snapshot's own manifest cannot be read.
 pub fn show(dir: &Path, parents: &ParentDirs) -> Result<Summary, Error> {
-    let files = Files::default();
+    let files = FileOps::default();
     let own = files.dir(dir)?;
     let manifest = read_manifest(&files, &own)?;
     let (parents, broken) = match read_chain(&files, dir, parents) {
         Ok(members) => {
-            let link =
-                |member: &crate::chain::Member| Link { id: member.manifest.id, path: member.dir.path().to_owned() };
+            let link = |member: &crate::chain::Member| ChainLink {
+                id: member.manifest.id,
+                path: member.dir.path().to_owned(),
+            };
             (members[1..].iter().map(link).collect(), None)
         }
         Err(error) => (Vec::new(), Some(in_full(&error))),
@@ -106,7 +108,7 @@ pub fn show(dir: &Path, parents: &ParentDirs) -> Result<Summary, Error> {
     })
 }
 
-fn layers(files: &Files, dir: &Dir, manifest: &Manifest) -> Vec<LayerSummary> {
+fn layers(files: &FileOps, dir: &Dir, manifest: &Manifest) -> Vec<LayerSummary> {
     let summary = |name: &str, disk: Option<usize>, entry: &LayerEntry| {
         let file = files.open_in(dir, &format!("{}.data", layer_name(disk)));
         LayerSummary {

@@ -9,7 +9,7 @@ use crate::format::Run;
 
 /// Kind of a page, before it is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum PageContent {
     /// The page has to be read, and may turn out to be zeros.
     Data,
     /// The page is zeros.
@@ -27,7 +27,7 @@ pub trait Space: Sync {
     ///
     /// # Errors
     /// When the runs cannot be determined.
-    fn runs(&self) -> io::Result<Vec<(PageRange, Kind)>>;
+    fn runs(&self) -> io::Result<Vec<(PageRange, PageContent)>>;
 
     /// Reads pages from `page` on, as many as `bytes` holds. `bytes` is whole pages; the last page
     /// of the space is padded with zeros.

@@ -14,7 +14,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::Error;
-use crate::files::Files;
+use crate::files::FileOps;
 
 pub(crate) const MANIFEST: &str = "manifest.json";
 pub(crate) const STATE: &str = "state";
@@ -91,7 +91,7 @@ pub(crate) fn place(dir: &Path) -> Result<PathBuf, Error> {
 
 /// Checks that a snapshot may be put at `dir`: nothing is there, or an empty directory, or a
 /// snapshot and no other file.
-pub(crate) fn expect_replaceable(files: &Files, dir: &Path) -> Result<(), Error> {
+pub(crate) fn expect_replaceable(files: &FileOps, dir: &Path) -> Result<(), Error> {
     let refuse = |found: &str| Err(Error::NotASnapshot { path: dir.to_owned(), found: found.to_owned() });
     match dir.symlink_metadata() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -110,7 +110,7 @@ pub(crate) fn expect_replaceable(files: &Files, dir: &Path) -> Result<(), Error>
 }
 
 /// Removes an open directory of snapshot files. Other files stay, and the directory with them.
-fn remove(files: &Files, dir: &File, path: &Path) -> Result<(), Error> {
+fn remove(files: &FileOps, dir: &File, path: &Path) -> Result<(), Error> {
     for name in files.names_in(dir, path)? {
         if name.to_str().is_some_and(is_ours) {
             files.remove_in(dir, path, &name)?;
@@ -120,7 +120,7 @@ fn remove(files: &Files, dir: &File, path: &Path) -> Result<(), Error> {
 }
 
 /// Removes leftovers of crashes in `parent`. Those that cannot be removed stay until the next save.
-fn sweep(files: &Files, parent: &Path) -> Result<(), Error> {
+fn sweep(files: &FileOps, parent: &Path) -> Result<(), Error> {
     let stale: Vec<PathBuf> = files.list(parent)?.into_iter().filter(|path| is_aside(&name_of(path))).collect();
     if stale.is_empty() {
         return Ok(());
@@ -137,7 +137,7 @@ fn sweep(files: &Files, parent: &Path) -> Result<(), Error> {
 
 /// Removes a leftover directory. Another user may have put a link or a directory there: links are
 /// not followed, and directories of other users stay.
-fn sweep_one(files: &Files, path: &Path) -> Result<(), Error> {
+fn sweep_one(files: &FileOps, path: &Path) -> Result<(), Error> {
     let dir = files.open_real_dir(path)?;
     let owner = dir.metadata().map_err(|source| Error::file("looked at", path, source))?.uid();
     if owner == rustix::process::geteuid().as_raw() && files.try_lock(&dir, path)? {
@@ -149,7 +149,7 @@ fn sweep_one(files: &Files, path: &Path) -> Result<(), Error> {
 /// A directory being written. Dropped before it is published, it is removed.
 #[derive(Debug)]
 pub(crate) struct StagingDir<'f> {
-    files: &'f Files,
+    files: &'f FileOps,
     place: PathBuf,
     path: PathBuf,
     /// Held while it is written: a save that gets the lock may remove the directory.
@@ -160,7 +160,7 @@ pub(crate) struct StagingDir<'f> {
 
 impl<'f> StagingDir<'f> {
     /// Makes a directory beside `place` (see [`place`]), after removing leftovers.
-    pub(crate) fn create(files: &'f Files, place: PathBuf) -> Result<Self, Error> {
+    pub(crate) fn create(files: &'f FileOps, place: PathBuf) -> Result<Self, Error> {
         let parent = place.parent().ok_or_else(|| Error::Path { path: place.clone() })?;
         sweep(files, parent)?;
         let name = name_of(&place);
@@ -180,7 +180,7 @@ impl<'f> StagingDir<'f> {
         }
     }
 
-    fn lock(files: &Files, path: &Path) -> Result<Option<File>, Error> {
+    fn lock(files: &FileOps, path: &Path) -> Result<Option<File>, Error> {
         let dir = match files.open_real_dir(path) {
             Err(Error::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => return Ok(None),
             other => other?,

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::chain::{ChainSpace, Snapshot, read_working_set};
 use crate::error::Error;
-use crate::files::Files;
+use crate::files::FileOps;
 use crate::format::{CHUNK_PAGES, Damage};
 use crate::layer::LayerFile;
 use crate::parents::ParentDirs;
@@ -31,10 +31,10 @@ pub struct Verified {
 /// # Errors
 /// The first damage that is found.
 pub fn verify(dir: &Path, parents: &ParentDirs) -> Result<Verified, Error> {
-    verify_with(&Files::default(), dir, parents)
+    verify_with(&FileOps::default(), dir, parents)
 }
 
-pub(crate) fn verify_with(files: &Files, dir: &Path, parents: &ParentDirs) -> Result<Verified, Error> {
+pub(crate) fn verify_with(files: &FileOps, dir: &Path, parents: &ParentDirs) -> Result<Verified, Error> {
     let snapshot = Snapshot::with(files, dir, parents)?;
     for member in &snapshot.0.members {
         read_working_set(files, member)?;
@@ -46,7 +46,7 @@ pub(crate) fn verify_with(files: &Files, dir: &Path, parents: &ParentDirs) -> Re
     Ok(verified)
 }
 
-fn verify_space(files: &Files, space: &ChainSpace, verified: &mut Verified) -> Result<(), Error> {
+fn verify_space(files: &FileOps, space: &ChainSpace, verified: &mut Verified) -> Result<(), Error> {
     for layer in &space.layers {
         let mut buffer = Vec::new();
         for chunk in &layer.index.chunks {
@@ -62,7 +62,7 @@ fn verify_space(files: &Files, space: &ChainSpace, verified: &mut Verified) -> R
 }
 
 /// Checks that the holes of a mapped file read as zeros, because mappings span them.
-fn holes_are_zeros(files: &Files, layer: &LayerFile) -> Result<(), Error> {
+fn holes_are_zeros(files: &FileOps, layer: &LayerFile) -> Result<(), Error> {
     let sought = |errno: Errno| Error::file("searched for holes", &layer.path, errno.into());
     let mut bytes = vec![0; (CHUNK_PAGES << PAGE_SHIFT) as usize];
     let mut at = 0;

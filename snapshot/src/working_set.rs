@@ -6,7 +6,7 @@ use clade_memory::{PAGE_SHIFT, PageRange};
 
 use crate::chain::read_manifest;
 use crate::error::Error;
-use crate::files::Files;
+use crate::files::FileOps;
 use crate::format::WorkingSet;
 use crate::staging::{WORKING_SET, WORKING_SET_ASIDE, place, random};
 
@@ -16,10 +16,10 @@ use crate::staging::{WORKING_SET, WORKING_SET_ASIDE, place, random};
 /// # Errors
 /// When it fails, the earlier record is as it was.
 pub fn record_working_set(dir: &Path, runs: &[PageRange]) -> Result<(), Error> {
-    record_with(&Files::default(), dir, runs)
+    record_with(&FileOps::default(), dir, runs)
 }
 
-pub(crate) fn record_with(files: &Files, dir: &Path, runs: &[PageRange]) -> Result<(), Error> {
+pub(crate) fn record_with(files: &FileOps, dir: &Path, runs: &[PageRange]) -> Result<(), Error> {
     let dir = files.whole_dir(&place(dir)?)?;
     let manifest = read_manifest(files, &dir)?;
     let warm = WorkingSet::of(manifest.id, runs, manifest.memory.layer.bytes >> PAGE_SHIFT);

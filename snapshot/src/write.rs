@@ -12,11 +12,11 @@ use std::thread;
 use clade_memory::{PAGE_SHIFT, PAGE_SIZE, PageRange};
 
 use crate::error::Error;
-use crate::files::Files;
+use crate::files::FileOps;
 use crate::format::{CHUNK_BYTES, CHUNK_PAGES, Chunk, Compression, Index, LayerEntry, Run, checksum, push_run};
 use crate::layer::sealed_sum;
 use crate::save::Meter;
-use crate::space::{Kind, Space};
+use crate::space::{PageContent, Space};
 
 /// Pages in a window, which is read and written as a whole: 4 MiB.
 const WINDOW: u64 = 1024;
@@ -52,7 +52,7 @@ impl Buffer {
 }
 
 /// A job for the writer: pieces of a buffer, and their file offsets.
-struct Job {
+struct WriteJob {
     buffer: Buffer,
     /// Pages of the window, and their file offsets.
     pieces: Vec<(PageRange, u64)>,
@@ -63,18 +63,18 @@ struct Job {
 /// Runs of pages, counted from the window's beginning.
 type Pieces = Vec<Run>;
 
-struct Writing<'a> {
+struct LayerWriter<'a> {
     name: &'a str,
     space: &'a dyn Space,
     index: Index,
-    jobs: SyncSender<Job>,
+    jobs: SyncSender<WriteJob>,
     buffers: Receiver<Buffer>,
     meter: &'a mut Meter<'a>,
 }
 
 /// Writes both files of a layer, for `runs` of a space, into `dir`, and syncs them.
 pub(crate) fn write_layer(
-    files: &Files,
+    files: &FileOps,
     dir: &Path,
     name: &str,
     space: &dyn Space,
@@ -96,8 +96,8 @@ pub(crate) fn write_layer(
     Ok(LayerEntry {
         compression,
         bytes: index.bytes,
-        data_pages: index.count(Kind::Data),
-        zero_pages: index.count(Kind::Zero),
+        data_pages: index.count(PageContent::Data),
+        zero_pages: index.count(PageContent::Zero),
         data_bytes: index.data_bytes,
         index_bytes: bytes.len() as u64,
         index_checksum: sealed_sum(&bytes),
@@ -105,7 +105,7 @@ pub(crate) fn write_layer(
 }
 
 fn fill(
-    files: &Files,
+    files: &FileOps,
     (path, file): (&PathBuf, &File),
     (name, space): (&str, &dyn Space),
     runs: &[Run],
@@ -113,7 +113,7 @@ fn fill(
     meter: &mut Meter<'_>,
 ) -> Result<Index, Error> {
     thread::scope(|scope| {
-        let (jobs, todo) = sync_channel::<Job>(BUFFERS);
+        let (jobs, todo) = sync_channel::<WriteJob>(BUFFERS);
         let (done, buffers) = channel();
         for _ in 0..BUFFERS {
             // Succeeds, because the receiver is in this function.
@@ -133,7 +133,7 @@ fn fill(
             Ok::<(), Error>(())
         });
         let mut meter = meter.part();
-        let mut writing = Writing { name, space, index, jobs, buffers, meter: &mut meter };
+        let mut writing = LayerWriter { name, space, index, jobs, buffers, meter: &mut meter };
         let filled = writing.run(runs);
         let index = std::mem::take(&mut writing.index);
         // Closes the queue, so that the writer ends.
@@ -146,7 +146,7 @@ fn fill(
     })
 }
 
-impl Writing<'_> {
+impl LayerWriter<'_> {
     fn run(&mut self, runs: &[Run]) -> Result<(), Error> {
         let mut window = 0;
         let mut pieces = Pieces::new();
@@ -158,10 +158,10 @@ impl Writing<'_> {
                     window = at / WINDOW;
                 }
                 let mut end = run.range.end().min((window + 1) * WINDOW);
-                if run.kind == Kind::Zero && at.is_multiple_of(WINDOW) && run.range.end() >= at + WINDOW {
+                if run.kind == PageContent::Zero && at.is_multiple_of(WINDOW) && run.range.end() >= at + WINDOW {
                     // Any number of whole windows of zeros at once.
                     end = run.range.end() - run.range.end() % WINDOW;
-                    push_run(&mut self.index.runs, PageRange::new(at, end), Kind::Zero);
+                    push_run(&mut self.index.runs, PageRange::new(at, end), PageContent::Zero);
                 } else {
                     let first = window * WINDOW;
                     pieces.push(Run { range: PageRange::new(at - first, end - first), kind: run.kind });
@@ -179,7 +179,7 @@ impl Writing<'_> {
     /// Reads the pages of the window from `first` on, and sends them to the writer. Empties
     /// `pieces`.
     fn window(&mut self, first: u64, pieces: &mut Pieces) -> Result<(), Error> {
-        if !pieces.iter().any(|piece| piece.kind == Kind::Data) {
+        if !pieces.iter().any(|piece| piece.kind == PageContent::Data) {
             for piece in pieces.drain(..) {
                 push_run(&mut self.index.runs, shifted(piece.range, first), piece.kind);
             }
@@ -188,7 +188,7 @@ impl Writing<'_> {
         // No buffer comes back when the writer has failed; the caller returns the writer's error.
         let Ok(mut buffer) = self.buffers.recv() else { return Err(Error::Cancelled) };
         let mut pages = 0;
-        for piece in pieces.iter().filter(|piece| piece.kind == Kind::Data) {
+        for piece in pieces.iter().filter(|piece| piece.kind == PageContent::Data) {
             let page = first + piece.range.start();
             let read = self.space.read_pages(page, buffer.pages(piece.range));
             read.map_err(|source| Error::Space { name: self.name.to_owned(), page, source })?;
@@ -196,7 +196,8 @@ impl Writing<'_> {
         }
         let known = settle(pieces, &mut buffer);
         pieces.clear();
-        let data: Vec<PageRange> = known.iter().filter(|run| run.kind == Kind::Data).map(|run| run.range).collect();
+        let data: Vec<PageRange> =
+            known.iter().filter(|run| run.kind == PageContent::Data).map(|run| run.range).collect();
         for run in known {
             push_run(&mut self.index.runs, shifted(run.range, first), run.kind);
         }
@@ -208,7 +209,7 @@ impl Writing<'_> {
     }
 
     /// Puts each page at its own offset.
-    fn place(&mut self, first: u64, data: &[PageRange], mut buffer: Buffer) -> Job {
+    fn place(&mut self, first: u64, data: &[PageRange], mut buffer: Buffer) -> WriteJob {
         for number in chunks(data) {
             let mut hasher = twox_hash::XxHash3_64::new();
             let mut stored = 0;
@@ -221,11 +222,11 @@ impl Writing<'_> {
             self.index.chunks.push(Chunk { number, offset: number * CHUNK_BYTES, stored: stored as u32, sum });
         }
         let pieces = data.iter().map(|range| (*range, shifted(*range, first).offset())).collect();
-        Job { buffer, pieces, packed: None }
+        WriteJob { buffer, pieces, packed: None }
     }
 
     /// Puts chunk behind chunk, each compressed if that makes it shorter.
-    fn pack(&mut self, first: u64, data: &[PageRange], mut buffer: Buffer) -> Job {
+    fn pack(&mut self, first: u64, data: &[PageRange], mut buffer: Buffer) -> WriteJob {
         let raw: Vec<(u64, Vec<u8>)> = chunks(data)
             .map(|number| {
                 let mut bytes = Vec::with_capacity(CHUNK_BYTES as usize);
@@ -258,7 +259,7 @@ impl Writing<'_> {
             self.index.chunks.push(Chunk { number, offset, stored: bytes.len() as u32, sum });
             out.extend_from_slice(bytes);
         }
-        Job { buffer, pieces: Vec::new(), packed: Some((out, start)) }
+        WriteJob { buffer, pieces: Vec::new(), packed: Some((out, start)) }
     }
 }
 
@@ -282,17 +283,17 @@ fn settle(pieces: &[Run], buffer: &mut Buffer) -> Vec<Run> {
     for piece in pieces {
         for page in piece.range.start()..piece.range.end() {
             let one = PageRange::with_len(page, 1);
-            let zero = piece.kind == Kind::Zero || *buffer.pages(one) == ZERO;
-            push_run(&mut runs, one, if zero { Kind::Zero } else { Kind::Data });
+            let zero = piece.kind == PageContent::Zero || *buffer.pages(one) == ZERO;
+            push_run(&mut runs, one, if zero { PageContent::Zero } else { PageContent::Data });
         }
     }
     let beside = |a: &Run, b: &Run| a.range.end() == b.range.start() && a.kind != b.kind;
     let mut out = Vec::new();
     for (at, run) in runs.iter().enumerate() {
         let near = (at > 0 && beside(&runs[at - 1], run)) || runs.get(at + 1).is_some_and(|next| beside(run, next));
-        if run.kind == Kind::Zero && run.range.len() < SHORT && near {
+        if run.kind == PageContent::Zero && run.range.len() < SHORT && near {
             buffer.pages(run.range).fill(0);
-            push_run(&mut out, run.range, Kind::Data);
+            push_run(&mut out, run.range, PageContent::Data);
         } else {
             push_run(&mut out, run.range, run.kind);
         }
@@ -328,12 +329,12 @@ mod tests {
         fn bytes(&self) -> u64 {
             PAGES << PAGE_SHIFT
         }
-        fn runs(&self) -> io::Result<Vec<(PageRange, Kind)>> {
+        fn runs(&self) -> io::Result<Vec<(PageRange, PageContent)>> {
             let kind = |page: u64| match byte(page)? {
                 // Detected only by reading.
-                0 if page % 100 == 99 => Some(Kind::Data),
-                0 => Some(Kind::Zero),
-                _ => Some(Kind::Data),
+                0 if page % 100 == 99 => Some(PageContent::Data),
+                0 => Some(PageContent::Zero),
+                _ => Some(PageContent::Data),
             };
             let mut runs = Vec::new();
             for page in 0..PAGES {
@@ -351,7 +352,7 @@ mod tests {
 
     #[test]
     fn each_page_is_stored_as_what_it_is() {
-        let files = Files::default();
+        let files = FileOps::default();
         for compression in [Compression::None, Compression::Zstd] {
             let dir = tempfile::tempdir().unwrap();
             let runs = crate::space::checked_runs("it", &Pattern, false).unwrap();
@@ -360,7 +361,7 @@ mod tests {
             let entry = write_layer(&files, dir.path(), "it", &Pattern, (&runs, compression), &mut meter).unwrap();
             let layer = LayerFile::open(&files, &files.dir(dir.path()).unwrap(), "it", &entry).unwrap();
             let mut found = vec![None; PAGES as usize];
-            for run in layer.index.runs.iter().filter(|run| run.kind == Kind::Zero) {
+            for run in layer.index.runs.iter().filter(|run| run.kind == PageContent::Zero) {
                 run.range.blocks().for_each(|(_, part)| {
                     found[part.start() as usize..part.end() as usize].fill(Some(0));
                 });

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use clade_test_support::Patience;
-use clade_vmm::boot::{BootSource, Image};
+use clade_vmm::boot::{BootImage, BootSource};
 use clade_vmm::kvm::Quirks;
 use clade_vmm::vm::{Context, Vm, VmConfig};
 
@@ -100,8 +100,8 @@ impl Linux {
     pub fn boot_as(&self, context: &Context, kernel: &str, extra: &str, config: VmConfig) -> Vm {
         let config = Arc::new(config);
         let source = BootSource {
-            kernel: Image::File(self.dir.join(kernel)),
-            initrd: Some(Image::File(self.dir.join("initramfs.cpio"))),
+            kernel: BootImage::File(self.dir.join(kernel)),
+            initrd: Some(BootImage::File(self.dir.join("initramfs.cpio"))),
             cmdline: format!("{CMDLINE} {extra}").trim_end().to_owned(),
         };
         Vm::boot(context, "linux", &config, &source).expect("Linux is loaded")

@@ -14,7 +14,7 @@ use clade_harness::{BareMailbox, BareVcpu, Slice, stop_writing};
 use clade_memory::{Access, Backing, GuestRam, PageRange, PinLifetime, RamError, RamLayout};
 use clade_test_support::{wait_for, wait_until};
 use clade_tests::{Guest, Holdings, Turn, Writer, expect_nothing_held, in_a_process_of_its_own, open_files_limit};
-use clade_vmm::boot::{BootSource, Image};
+use clade_vmm::boot::{BootImage, BootSource};
 use clade_vmm::vm::{ChildOptions, Context, ForkImage, StopReason, Vm, VmConfig, VmError};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -661,8 +661,8 @@ fn a_guest_that_does_not_fit_leaves_nothing_behind() {
     // The process keeps a thread and a descriptor of its first VM.
     drop(Guest::boot(&context, MIB, 1));
     let before = Holdings::count(context.store());
-    let kernel = Image::Bytes(BARE_ELF.into());
-    let initrd = Some(Image::Bytes(vec![1; 8 << 20].into()));
+    let kernel = BootImage::Bytes(BARE_ELF.into());
+    let initrd = Some(BootImage::Bytes(vec![1; 8 << 20].into()));
     let source = BootSource { kernel, initrd, cmdline: String::new() };
     let error = Vm::boot(&context, "guest", &config, &source).unwrap_err();
     assert!(error.to_string().contains("8388608 bytes does not fit"), "{error}");

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clade_vmm::boot::{BootSource, Image};
+use clade_vmm::boot::{BootImage, BootSource};
 use clade_vmm::vm::{Context, Vm, VmConfig};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -15,8 +15,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     let seconds = args.next().map_or(Ok(60), |text| text.parse())?;
     let source = BootSource {
-        kernel: Image::File(kernel),
-        initrd: Some(Image::File(initrd)),
+        kernel: BootImage::File(kernel),
+        initrd: Some(BootImage::File(initrd)),
         cmdline: "console=ttyS0 reboot=k panic=-1".to_owned(),
     };
     let context = Context::open()?;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use clade_guests::{BARE_ELF, abi::WORK_BASE};
 use clade_harness::BareVcpu;
-use clade_vmm::boot::{BootSource, Image};
+use clade_vmm::boot::{BootImage, BootSource};
 use clade_vmm::vm::{ChildOptions, Context, Vm, VmConfig};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -13,7 +13,7 @@ const WORD: GuestAddress = GuestAddress(WORK_BASE);
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let context = Context::open()?;
     let config = Arc::new(VmConfig::bare(512 << 20, 1)?);
-    let kernel = BootSource::new(Image::Bytes(BARE_ELF.into()));
+    let kernel = BootSource::new(BootImage::Bytes(BARE_ELF.into()));
     let parent = Vm::boot(&context, "parent", &config, &kernel)?;
     BareVcpu::new(&parent, 0).await_ready()?;
     parent.ram().memory().write_obj(1u64, WORD)?;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use clade_guests::BARE_ELF;
 use clade_harness::BareVcpu;
-use clade_vmm::boot::{BootSource, Image};
+use clade_vmm::boot::{BootImage, BootSource};
 use clade_vmm::vm::{ChildOptions, Context, ForkImage, RestoreOptions, SnapshotOptions, Vm, VmConfig};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -12,7 +12,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let at = dir.path().join("snapshot");
     let context = Context::open()?;
     let config = Arc::new(VmConfig::bare(64 << 20, 1)?);
-    let vm = Vm::boot(&context, "original", &config, &BootSource::new(Image::Bytes(BARE_ELF.into())))?;
+    let vm = Vm::boot(&context, "original", &config, &BootSource::new(BootImage::Bytes(BARE_ELF.into())))?;
     BareVcpu::new(&vm, 0).await_ready()?;
 
     let report = vm.snapshot(&at, SnapshotOptions::default())?;

@@ -2,13 +2,13 @@
 
 use vm_memory::GuestMemoryMmap;
 
-use crate::boot::{self, BootSource, Firmware, RamLayout};
+use crate::boot::{self, BootSource, Firmware, GuestRamRanges};
 
 /// Loads `source` into `memory` for `cpus` vCPUs. Returns the end of the kernel, or `None` if the
 /// source is refused.
 #[must_use]
 pub fn load_guest(memory: &GuestMemoryMmap, source: &BootSource, cpus: u8) -> Option<u64> {
-    let layout = RamLayout::of_memory(memory).ok()?;
+    let layout = GuestRamRanges::of_memory(memory).ok()?;
     let loaded = boot::load(memory, &layout, source, &Firmware { cpus, rsdp: None }).ok()?;
     Some(loaded.kernel.end().0)
 }

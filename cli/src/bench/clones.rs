@@ -15,7 +15,7 @@ use clade_daemon::control::{
 };
 use clade_daemon::fleet::Labels;
 use clade_harness::BareVcpu;
-use clade_vmm::boot::{BootSource, Image};
+use clade_vmm::boot::{BootImage, BootSource};
 use clade_vmm::vm::{Context, ForkImage, Vm, VmConfig};
 use hyper::Method;
 
@@ -111,7 +111,7 @@ impl Bench {
         let config = Arc::new(VmConfig::bare(mem, 1).map_err(Failure::input)?);
         config.check_host_memory().map_err(Failure::input)?;
         let supervisor = BenchSupervisor::start(&["--pool", "1"], &[(MEASURE, after)])?;
-        let source = BootSource::new(Image::Bytes(clade_guests::BARE_ELF.into()));
+        let source = BootSource::new(BootImage::Bytes(clade_guests::BARE_ELF.into()));
         let parent = Vm::boot(context, "parent", &config, &source).map_err(Failure::run)?;
         BareVcpu::new(&parent, 0).await_ready().map_err(Failure::run)?;
         fill(&parent, &config)?;

@@ -14,7 +14,7 @@ use clade_devices::disk::Disk;
 use clade_guests::abi;
 use clade_harness::{BareMailbox, BareVcpu, GuestWords};
 use clade_memory::{GuestRam, HugeTmpfs};
-use clade_vmm::boot::Image;
+use clade_vmm::boot::BootImage;
 use clade_vmm::vm::{Context, Vm};
 
 use crate::commands::run::{say, with_runtime};
@@ -196,8 +196,12 @@ fn pause(vm: &Vm) {
 }
 
 /// Returns the kernel of a VM: a file, or the embedded guest.
-pub(super) fn kernel(path: &Path) -> Image {
-    if path == Path::new(BARE) { Image::Bytes(clade_guests::BARE_ELF.into()) } else { Image::File(path.to_owned()) }
+pub(super) fn kernel(path: &Path) -> BootImage {
+    if path == Path::new(BARE) {
+        BootImage::Bytes(clade_guests::BARE_ELF.into())
+    } else {
+        BootImage::File(path.to_owned())
+    }
 }
 
 /// Takes the socket off standard input, which then reads nothing. Keys on the other process's

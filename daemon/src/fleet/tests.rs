@@ -1,7 +1,7 @@
 use super::*;
 use crate::secrets::Secrets;
 use clade_harness::host;
-use clade_vmm::boot::{BootSource, Image};
+use clade_vmm::boot::{BootImage, BootSource};
 use clade_vmm::vm::{Endpoints, VmConfig};
 
 struct Nobody;
@@ -17,7 +17,7 @@ impl Serve for Nobody {
 pub(crate) fn fleet_of_one(dir: &RuntimeDir, is_wanted: bool) -> (Fleet, Option<Arc<Vm>>, NameClaim) {
     let fleet = Fleet::new(&Context::open().unwrap(), |_| Box::new(Nobody));
     let config = Arc::new(VmConfig::bare(32 << 20, 1).unwrap());
-    let source = BootSource::new(Image::Bytes(clade_guests::BARE_ELF.into()));
+    let source = BootSource::new(BootImage::Bytes(clade_guests::BARE_ELF.into()));
     let starter = NameClaim::new(dir, "one").unwrap();
     let (sockets, record) = starter.hand_over(false).unwrap();
     let lock = starter.lock().unwrap().try_clone_to_owned().unwrap();

@@ -41,7 +41,7 @@ use crate::fleet::{FleetError, Labels};
 use crate::secrets::Secrets;
 use clade_memory::GuestRam;
 use clade_snapshot::KnownDir;
-use clade_vmm::boot::Image;
+use clade_vmm::boot::BootImage;
 use clade_vmm::vm::{EndpointParts, Vm, VmConfig};
 
 pub(crate) use enter::EnterOrder;
@@ -174,7 +174,7 @@ pub(crate) enum Answer {
 pub struct Program {
     /// Returns the kernel at a path. A program may have kernels of its own, under names that are
     /// not files.
-    pub kernel: fn(&Path) -> Image,
+    pub kernel: fn(&Path) -> BootImage,
     /// Called with a child's memory before its first instruction. For measurements.
     pub before_start: Option<fn(&GuestRam)>,
     /// Called when a booted VM runs, before the worker reports that. For measurements.

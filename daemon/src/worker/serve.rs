@@ -19,7 +19,7 @@ use crate::control::{IdentityInfo, ProblemKind, serve_vm};
 use crate::fleet::{Description, Fleet, FleetError, NameClaim, VmFiles};
 use crate::flight;
 use crate::secrets::Secrets;
-use clade_vmm::boot::{BootError, BootSource, Image};
+use clade_vmm::boot::{BootError, BootImage, BootSource};
 use clade_vmm::vm::{ChildOptions, Context, Endpoints, ForkImage, Overlays, SealedParts, Vm, VmError};
 
 /// A worker's VM, which runs.
@@ -214,7 +214,8 @@ impl Maker<'_> {
         let fleet = serve_vm(self.context, self.runtime);
         let (claim, files, ends, tie) = claimed(self.entered, &name, handed, files, self.runtime)?;
         (self.before_it_runs)().map_err(failed)?;
-        let source = BootSource { kernel: (self.program.kernel)(&kernel), initrd: initrd.map(Image::File), cmdline };
+        let source =
+            BootSource { kernel: (self.program.kernel)(&kernel), initrd: initrd.map(BootImage::File), cmdline };
         let config = Arc::new(config);
         let make = |context: &Context| Vm::boot_as(context, &name, &config, &source, ends, paused);
         let about = Description { parent: None, labels, secrets, reports_ready };

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use clade_io::{Failure, FileError, IoFile, Request};
+use clade_io::{FileError, IoFile, OpError, Request};
 
 use super::DiskError;
 use super::journal::{FlushState, ImageCheckError, Journal, JournalTail};
@@ -250,5 +250,5 @@ impl Durability {
 
 /// Whether the error means that the base was not made durable.
 fn is_lost(error: &DiskError, base: &IoFile) -> bool {
-    matches!(error, DiskError::Transfer(Failure::Io { path, .. }) if path == base.path())
+    matches!(error, DiskError::Transfer(OpError::Io { path, .. }) if path == base.path())
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use clade_io::{AlignedBuf, Failure, Fragment, IoFile};
+use clade_io::{AlignedBuf, Fragment, IoFile, OpError};
 
 use super::DiskError;
 use super::map::CLUSTER;
@@ -78,7 +78,7 @@ impl Job {
     /// Notes an error. The first error stays, unless it is a cancellation: the kernel reports a
     /// lost write once, and a cancelled flush must not forget it.
     pub(super) fn fail(&mut self, error: DiskError) {
-        if matches!(self.error, None | Some(DiskError::Transfer(Failure::Cancelled))) {
+        if matches!(self.error, None | Some(DiskError::Transfer(OpError::Cancelled))) {
             self.error = Some(error);
         }
     }
@@ -154,7 +154,7 @@ mod tests {
     use super::*;
 
     fn lost(errno: i32) -> DiskError {
-        Failure::Io { path: "image".into(), source: std::io::Error::from_raw_os_error(errno) }.into()
+        OpError::Io { path: "image".into(), source: std::io::Error::from_raw_os_error(errno) }.into()
     }
 
     #[test]
@@ -164,12 +164,12 @@ mod tests {
             _ => None,
         };
         let mut job = Job::new(1, 0, 0, JobKind::Flush);
-        job.fail(Failure::Cancelled.into());
+        job.fail(OpError::Cancelled.into());
         assert_eq!(errno(&job), None);
         job.fail(lost(libc::EIO));
         assert_eq!(errno(&job), Some(libc::EIO));
         job.fail(lost(libc::ENOSPC));
-        job.fail(Failure::Cancelled.into());
+        job.fail(OpError::Cancelled.into());
         assert_eq!(errno(&job), Some(libc::EIO), "the first that the kernel has reported");
     }
 }

@@ -51,7 +51,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clade_io::{CachePolicy, EngineError, Failure, FileError, OpenError};
+use clade_io::{CachePolicy, EngineError, FileError, OpError, OpenError};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -231,7 +231,7 @@ pub enum DiskError {
     },
     /// A transfer failed.
     #[error(transparent)]
-    Transfer(#[from] Failure),
+    Transfer(#[from] OpError),
     /// The engine cannot be made, or cannot submit.
     #[error(transparent)]
     Engine(#[from] EngineError),

@@ -12,7 +12,7 @@
 use clade_memory::{PAGE_SHIFT, PAGE_SIZE, PageRange};
 
 use super::{Damage, Reader, VERSION, seal, unseal};
-use crate::space::Kind;
+use crate::space::PageContent;
 
 /// Pages in a chunk, the unit of checksums and compression.
 pub(crate) const CHUNK_PAGES: u64 = 64;
@@ -29,7 +29,7 @@ pub struct Run {
     /// The pages, counted from the beginning of the space.
     pub range: PageRange,
     /// Data, which the data file has, or zeros, which it has not.
-    pub kind: Kind,
+    pub kind: PageContent,
 }
 
 /// The stored data of one chunk: the data pages among the 64 from a multiple of 64 on.
@@ -65,7 +65,7 @@ pub struct Index {
 const FIRST_ENTRIES: usize = 1 << 16;
 
 /// Appends a run, joined to the last one where they are adjacent and of one kind.
-pub(crate) fn push_run(runs: &mut Vec<Run>, range: PageRange, kind: Kind) {
+pub(crate) fn push_run(runs: &mut Vec<Run>, range: PageRange, kind: PageContent) {
     if range.is_empty() {
         return;
     }
@@ -106,13 +106,13 @@ impl Index {
 
     /// The number of pages of a kind.
     #[must_use]
-    pub fn count(&self, kind: Kind) -> u64 {
+    pub fn count(&self, kind: PageContent) -> u64 {
         self.runs.iter().filter(|run| run.kind == kind).map(|run| run.range.len()).sum()
     }
 
     /// The runs of data pages within `within`.
     pub(crate) fn data_within(&self, within: PageRange) -> impl Iterator<Item = PageRange> {
-        runs_within(&self.runs, within).filter(|run| run.kind == Kind::Data).map(|run| run.range)
+        runs_within(&self.runs, within).filter(|run| run.kind == PageContent::Data).map(|run| run.range)
     }
 
     /// The data pages of a chunk.
@@ -138,7 +138,7 @@ impl Index {
         }
         for run in &self.runs {
             out.extend_from_slice(&run.range.start().to_le_bytes());
-            out.extend_from_slice(&(run.range.len() << 1 | u64::from(run.kind == Kind::Zero)).to_le_bytes());
+            out.extend_from_slice(&(run.range.len() << 1 | u64::from(run.kind == PageContent::Zero)).to_le_bytes());
         }
         for chunk in &self.chunks {
             out.extend_from_slice(&u64::from(chunk.stored).to_le_bytes());
@@ -182,7 +182,7 @@ impl Index {
         for _ in 0..runs {
             let (start, packed) = (reader.u64()?, reader.u64()?);
             let len = packed >> 1;
-            let kind = if packed & 1 == 1 { Kind::Zero } else { Kind::Data };
+            let kind = if packed & 1 == 1 { PageContent::Zero } else { PageContent::Data };
             let (least, joined) = self
                 .runs
                 .last()
@@ -203,7 +203,7 @@ impl Index {
         for at in 0..chunks {
             // The next chunk that a run reaches into.
             let first = self.runs.partition_point(|run| run.range.end() <= next * CHUNK_PAGES);
-            let Some(run) = self.runs[first..].iter().find(|run| run.kind == Kind::Data) else {
+            let Some(run) = self.runs[first..].iter().find(|run| run.kind == PageContent::Data) else {
                 return Err(Damage::value("the number of chunks", &format!("{chunks}: there is data for {at}")));
             };
             let number = next.max(run.range.start() / CHUNK_PAGES);
@@ -245,11 +245,11 @@ mod tests {
             bytes: 300 * PAGE_SIZE - 5,
             data_bytes: if packed { 6 * PAGE_SIZE } else { 300 * PAGE_SIZE },
             runs: vec![
-                run(0, 3, Kind::Zero),
-                run(3, 5, Kind::Data),
-                run(62, 65, Kind::Data),
-                run(65, 299, Kind::Zero),
-                run(299, 300, Kind::Data),
+                run(0, 3, PageContent::Zero),
+                run(3, 5, PageContent::Data),
+                run(62, 65, PageContent::Data),
+                run(65, 299, PageContent::Zero),
+                run(299, 300, PageContent::Data),
             ],
             chunks: vec![chunk(0, 0, 4 * 4096), chunk(1, 4 * PAGE_SIZE, 4096), chunk(4, 5 * PAGE_SIZE, 4096)],
         }
@@ -261,7 +261,10 @@ mod tests {
         assert_eq!(Index::decode(&sparse.encode()), Ok(sparse.clone()));
         let packed = index(true);
         assert_eq!(Index::decode(&packed.encode()), Ok(packed));
-        assert_eq!((sparse.first_missing(), sparse.count(Kind::Data), sparse.count(Kind::Zero)), (Some(5), 6, 237));
+        assert_eq!(
+            (sparse.first_missing(), sparse.count(PageContent::Data), sparse.count(PageContent::Zero)),
+            (Some(5), 6, 237)
+        );
         assert_eq!(sparse.chunk(1).map(|chunk| chunk.offset), Some(CHUNK_BYTES));
         assert_eq!(sparse.chunk(2), None);
     }
@@ -277,7 +280,7 @@ mod tests {
         wrong(&|i| i.runs.swap(0, 1));
         wrong(&|i| i.runs[4].range = PageRange::new(i.runs[4].range.start(), 301));
         wrong(&|i| i.runs[0].range = PageRange::new(i.runs[0].range.start(), 4));
-        wrong(&|i| i.runs[0].kind = Kind::Data);
+        wrong(&|i| i.runs[0].kind = PageContent::Data);
         wrong(&|i| i.chunks.truncate(2));
         wrong(&|i| i.chunks[0].stored = 4096);
         wrong(&|i| i.chunks.push(Chunk { number: 9, offset: 0, stored: 4096, sum: 0 }));

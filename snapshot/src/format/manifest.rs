@@ -21,14 +21,14 @@ const MAX_DISKS: usize = 256;
 
 /// A format's version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Version {
+pub struct FormatVersion {
     /// A reader refuses another major version.
     pub major: u16,
     /// A later minor version has additions that a reader may ignore.
     pub minor: u16,
 }
 
-impl Version {
+impl FormatVersion {
     pub(crate) fn bits(self) -> u32 {
         u32::from(self.major) << 16 | u32::from(self.minor)
     }
@@ -38,7 +38,7 @@ impl Version {
     }
 }
 
-impl fmt::Display for Version {
+impl fmt::Display for FormatVersion {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{}", self.major, self.minor)
     }
@@ -148,7 +148,7 @@ pub struct Manifest {
     /// `clade-snapshot`.
     pub format: String,
     /// The version of the format.
-    pub version: Version,
+    pub version: FormatVersion,
     /// The snapshot's identity.
     pub id: SnapshotId,
     /// Creation time, in seconds since 1970.
@@ -171,7 +171,7 @@ pub struct Manifest {
 #[derive(Deserialize)]
 struct Head {
     format: String,
-    version: Version,
+    version: FormatVersion,
 }
 
 impl Manifest {
@@ -228,7 +228,7 @@ impl Manifest {
         }
         // Before the checksum, which may be another in a later version.
         if head.version.major != VERSION.major {
-            return Err(Damage::Version { found: head.version, ours: VERSION });
+            return Err(Damage::FormatVersion { found: head.version, ours: VERSION });
         }
         let no_sum = || Damage::Json("it does not end with its checksum".to_owned());
         let rest = text.strip_suffix(TAIL).ok_or_else(no_sum)?;
@@ -349,7 +349,7 @@ pub(crate) mod tests {
         later.version.minor = 7;
         later.unknown.insert("colour".to_owned(), Value::from("blue"));
         assert_eq!(Manifest::decode(&later.encode()), Ok(later.clone()));
-        later.version = Version { major: 3, minor: 1 };
+        later.version = FormatVersion { major: 3, minor: 1 };
         let refused = Manifest::decode(&later.encode()).unwrap_err();
         assert_eq!(refused.to_string(), "it has format version 3.1, and this program reads 1.0");
     }

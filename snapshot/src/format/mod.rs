@@ -17,13 +17,13 @@ pub(crate) use index::{CHUNK_BYTES, CHUNK_PAGES};
 pub use index::{Chunk, Index, Run};
 pub(crate) use manifest::valid_name;
 pub use manifest::{
-    DiskEntry, LayerEntry, Manifest, MemoryEntry, NoForkEntry, NoForkKind, Parent, Region, StateEntry, Version,
+    DiskEntry, FormatVersion, LayerEntry, Manifest, MemoryEntry, NoForkEntry, NoForkKind, Parent, Region, StateEntry,
 };
 pub use state::{Sections, encode_sections};
 pub use working_set::WorkingSet;
 
 /// The version of the format that is written.
-pub const VERSION: Version = Version { major: 1, minor: 0 };
+pub const VERSION: FormatVersion = FormatVersion { major: 1, minor: 0 };
 
 /// Why a file's content is not valid.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -34,11 +34,11 @@ pub enum Damage {
     Magic(&'static str),
     /// The file is of a later format.
     #[error("it has format version {found}, and this program reads {ours}")]
-    Version {
+    FormatVersion {
         /// The file's version.
-        found: Version,
+        found: FormatVersion,
         /// The newest version that can be read.
-        ours: Version,
+        ours: FormatVersion,
     },
     /// A checksum in the file does not match.
     #[error("{what} has checksum {found:016x}, not {wanted:016x}")]
@@ -189,9 +189,9 @@ pub(crate) fn unseal<'a>(bytes: &'a [u8], magic: &[u8; 8], name: &'static str) -
     }
     let mut head = Reader(&bytes[8..]);
     // Before the checksum, which may be another in a later version.
-    let version = Version::from_bits(head.u32()?);
+    let version = FormatVersion::from_bits(head.u32()?);
     if version.major != VERSION.major {
-        return Err(Damage::Version { found: version, ours: VERSION });
+        return Err(Damage::FormatVersion { found: version, ours: VERSION });
     }
     let Some((body, sum)) = bytes.split_last_chunk::<8>() else {
         return Err(Damage::Magic(name));

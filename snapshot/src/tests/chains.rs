@@ -9,7 +9,7 @@ use super::faults::Plan;
 use super::support::*;
 use crate::ParentDirs;
 use crate::chain::MAX_DEPTH;
-use crate::files::{Files, Op};
+use crate::files::{FileOp, FileOps};
 use crate::format::{Damage, Manifest, Parent};
 use crate::*;
 
@@ -289,9 +289,9 @@ fn a_thousand_deep_is_refused_at_once_and_so_is_one_too_many() {
         });
     }
     let plan = std::sync::Arc::new(Plan::default());
-    let refused = Snapshot::with(&Files { plan: Some(plan.clone()) }, &at(999), &ParentDirs::siblings()).unwrap_err();
+    let refused = Snapshot::with(&FileOps { plan: Some(plan.clone()) }, &at(999), &ParentDirs::siblings()).unwrap_err();
     assert!(matches!(&refused, Error::TooDeep { path, most: MAX_DEPTH } if *path == at(999)), "{refused:?}");
-    let is_manifest = |(op, path): &(Op, PathBuf)| *op == Op::Open && path.ends_with("manifest.json");
+    let is_manifest = |(op, path): &(FileOp, PathBuf)| *op == FileOp::Open && path.ends_with("manifest.json");
     let opened = plan.trace().iter().filter(|step| is_manifest(step)).count();
     assert!((MAX_DEPTH..=MAX_DEPTH + 1).contains(&opened), "{opened} manifests of 1000 were opened");
     assert_eq!(Snapshot::open(&at(MAX_DEPTH - 1), &ParentDirs::siblings()).unwrap().depth(), MAX_DEPTH);

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use super::faults::Plan;
 use super::support::*;
 use crate::compact::compact_with;
-use crate::files::{Files, Op};
+use crate::files::{FileOp, FileOps};
 use crate::staging::NEEDED_BY;
 use crate::{Error, ParentDirs, SaveProgress, Saved};
 
@@ -44,18 +44,18 @@ impl Scene {
     }
 
     /// Saves `three` on top of `two`.
-    fn depend(&self, files: &Files) -> Result<Saved, Error> {
+    fn depend(&self, files: &FileOps) -> Result<Saved, Error> {
         let base = self.at("two");
         let (files, base) = (files.clone(), Some((base.as_path(), self.two.0, &self.two.1)));
         Saving { files, base, replace: false, ..Saving::default() }.save(&self.third, &self.at("three"))
     }
 
     /// Saves over `two`, unless something depends on it.
-    fn replace(&self, files: &Files) -> Result<Saved, Error> {
+    fn replace(&self, files: &FileOps) -> Result<Saved, Error> {
         Saving { files: files.clone(), replace: false, ..Saving::default() }.save(&self.third, &self.at("two"))
     }
 
-    fn merge(&self, files: &Files) -> Result<Saved, Error> {
+    fn merge(&self, files: &FileOps) -> Result<Saved, Error> {
         compact_with(files, &self.at("two"), &ParentDirs::siblings(), &SaveProgress::none())
     }
 
@@ -65,22 +65,22 @@ impl Scene {
 }
 
 /// Files whose locks are not waited for.
-fn impatient() -> Files {
-    Files { plan: Some(Arc::new(Plan::impatient())) }
+fn impatient() -> FileOps {
+    FileOps { plan: Some(Arc::new(Plan::impatient())) }
 }
 
 /// Stops before `target` is put in place, reports that, and continues at a signal.
-fn held(target: PathBuf) -> (Files, Receiver<()>, Sender<()>) {
+fn held(target: PathBuf) -> (FileOps, Receiver<()>, Sender<()>) {
     let ((reached, here), (go, told)) = (channel(), channel());
     let told = Mutex::new(told);
     let plan = Plan::hooked(move |op, path| {
-        if op == Op::Rename && path == target {
+        if op == FileOp::Rename && path == target {
             let _ = reached.send(());
             let _ = told.lock().unwrap().recv();
         }
         Ok(())
     });
-    (Files { plan: Some(Arc::new(plan)) }, here, go)
+    (FileOps { plan: Some(Arc::new(plan)) }, here, go)
 }
 
 fn is_locked(outcome: Result<Saved, Error>, wanted: &Path) {
@@ -94,7 +94,7 @@ fn is_locked(outcome: Result<Saved, Error>, wanted: &Path) {
 fn within<T: Send>(
     scene: &Scene,
     target: &str,
-    first: impl FnOnce(&Scene, &Files) -> T + Send,
+    first: impl FnOnce(&Scene, &FileOps) -> T + Send,
     meanwhile: impl FnOnce(),
 ) -> T {
     let (files, here, go) = held(scene.at(target));
@@ -118,9 +118,9 @@ fn a_base_stays_while_its_dependent_is_put_in_place() {
         is_locked(scene.merge(&impatient()), &scene.at("two"));
     });
     saved.unwrap();
-    let refused = scene.replace(&Files::default());
+    let refused = scene.replace(&FileOps::default());
     assert!(matches!(&refused, Err(Error::Needed { by, .. }) if *by == scene.at("three")), "{refused:?}");
-    scene.merge(&Files::default()).unwrap();
+    scene.merge(&FileOps::default()).unwrap();
     assert_eq!(scene.notes().len(), 1, "merging keeps the note");
     crate::verify(&scene.at("three"), &ParentDirs::siblings()).unwrap();
 }
@@ -133,7 +133,7 @@ fn nothing_depends_on_a_base_that_is_being_replaced() {
         is_locked(scene.depend(&impatient()), &scene.at("two"));
     });
     replaced.unwrap();
-    let refused = scene.depend(&Files::default());
+    let refused = scene.depend(&FileOps::default());
     assert!(matches!(refused, Err(Error::WrongId { wanted, .. }) if wanted == scene.two.0), "{refused:?}");
     assert_eq!(names(scene.dir.path()), ["one", "two"]);
 }
@@ -146,12 +146,12 @@ fn a_lock_on_what_was_replaced_meanwhile_counts_for_nothing() {
     let (target, image) = (scene.at("two"), scene.third.clone());
     let once = std::sync::Once::new();
     let plan = Plan::hooked(move |op, path| {
-        if op == Op::Lock && path == target {
+        if op == FileOp::Lock && path == target {
             once.call_once(|| assert!(Saving::default().save(&image, &target).is_ok()));
         }
         Ok(())
     });
-    let refused = scene.depend(&Files { plan: Some(Arc::new(plan)) });
+    let refused = scene.depend(&FileOps { plan: Some(Arc::new(plan)) });
     assert!(matches!(refused, Err(Error::WrongId { wanted, .. }) if wanted == scene.two.0), "{refused:?}");
     assert_eq!(names(scene.dir.path()), ["one", "two"]);
 }
@@ -164,8 +164,8 @@ fn a_note_is_not_lost_to_a_merge() {
         is_locked(scene.depend(&impatient()), &scene.at("two"));
     });
     merged.unwrap();
-    scene.depend(&Files::default()).unwrap();
-    assert!(matches!(scene.replace(&Files::default()), Err(Error::Needed { .. })));
+    scene.depend(&FileOps::default()).unwrap();
+    assert!(matches!(scene.replace(&FileOps::default()), Err(Error::Needed { .. })));
     crate::verify(&scene.at("three"), &ParentDirs::siblings()).unwrap();
 }
 
@@ -179,7 +179,7 @@ fn what_appears_meanwhile_is_not_replaced_unseen() {
     let target = scene.at("three");
     let put = std::sync::Once::new();
     let plan = Plan::hooked(move |op, path| {
-        if op == Op::Rename && path == target {
+        if op == FileOp::Rename && path == target {
             put.call_once(|| {
                 copy_dir(&from, &target);
                 copy_dir(&from, &by);
@@ -193,7 +193,7 @@ fn what_appears_meanwhile_is_not_replaced_unseen() {
         }
         Ok(())
     });
-    let refused = scene.depend(&Files { plan: Some(Arc::new(plan)) });
+    let refused = scene.depend(&FileOps { plan: Some(Arc::new(plan)) });
     assert!(matches!(&refused, Err(Error::Needed { by, .. }) if *by == scene.at("four")), "{refused:?}");
 }
 
@@ -204,41 +204,41 @@ fn notes_of_what_is_gone_make_room() {
         let name = format!("{NEEDED_BY}{number:016x}");
         fs::write(scene.at("two").join(name), text.to_str().unwrap()).unwrap();
     };
-    scene.depend(&Files::default()).unwrap();
+    scene.depend(&FileOps::default()).unwrap();
     fs::rename(scene.at("three"), scene.at("kept")).unwrap();
     note(5000, &scene.at("kept"));
     for number in 0..crate::dependents::PRUNE_AT as u64 {
         note(number, &scene.at(&format!("gone-{number}")));
     }
-    scene.depend(&Files::default()).unwrap();
+    scene.depend(&FileOps::default()).unwrap();
     assert_eq!(scene.notes().len(), 2, "one that holds, and the new one: {:?}", scene.notes());
     fs::remove_dir_all(scene.at("kept")).unwrap();
     // And they block no save, however many they are.
-    let refused = scene.replace(&Files::default());
+    let refused = scene.replace(&FileOps::default());
     assert!(matches!(&refused, Err(Error::Needed { by, .. }) if *by == scene.at("three")), "{refused:?}");
     fs::remove_dir_all(scene.at("three")).unwrap();
     for number in 0..2 * crate::dependents::PRUNE_AT as u64 {
         note(number, &scene.at(&format!("gone-{number}")));
     }
-    scene.merge(&Files::default()).unwrap();
+    scene.merge(&FileOps::default()).unwrap();
     assert_eq!(scene.notes().len(), 0, "a merge leaves them behind");
     for number in 0..2 * crate::dependents::PRUNE_AT as u64 {
         note(number, &scene.at(&format!("gone-{number}")));
     }
-    scene.replace(&Files::default()).unwrap();
+    scene.replace(&FileOps::default()).unwrap();
 }
 
 #[test]
 fn a_dependent_that_cannot_be_looked_at_counts() {
     let scene = Scene::new();
-    scene.depend(&Files::default()).unwrap();
+    scene.depend(&FileOps::default()).unwrap();
     let manifest = scene.at("three").join("manifest.json");
     let plan = Plan::hooked(
         move |op, path| {
-            if op == Op::Open && path == manifest { Err(Errno::ACCESS.into()) } else { Ok(()) }
+            if op == FileOp::Open && path == manifest { Err(Errno::ACCESS.into()) } else { Ok(()) }
         },
     );
-    let refused = scene.replace(&Files { plan: Some(Arc::new(plan)) });
+    let refused = scene.replace(&FileOps { plan: Some(Arc::new(plan)) });
     assert!(matches!(&refused, Err(Error::Needed { by, .. }) if *by == scene.at("three")), "{refused:?}");
 }
 
@@ -248,9 +248,9 @@ fn a_base_that_is_read_only_is_depended_on_untold() {
     let failing = |errno: Errno| {
         let plan = Plan::hooked(move |op, path| {
             let note = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(NEEDED_BY));
-            if op == Op::Create && note { Err(errno.into()) } else { Ok(()) }
+            if op == FileOp::Create && note { Err(errno.into()) } else { Ok(()) }
         });
-        Files { plan: Some(Arc::new(plan)) }
+        FileOps { plan: Some(Arc::new(plan)) }
     };
     for errno in [Errno::ROFS, Errno::ACCESS, Errno::PERM] {
         assert!(scene.depend(&failing(errno)).unwrap().base_untold, "{errno:?}");
@@ -261,7 +261,7 @@ fn a_base_that_is_read_only_is_depended_on_untold() {
     let full = scene.depend(&failing(Errno::NOSPC));
     assert!(matches!(&full, Err(Error::Full { path, .. }) if path.starts_with(scene.at("two"))), "{full:?}");
     assert_eq!(names(scene.dir.path()), ["one", "two"]);
-    assert!(!scene.depend(&Files::default()).unwrap().base_untold);
+    assert!(!scene.depend(&FileOps::default()).unwrap().base_untold);
 }
 
 #[test]
@@ -274,17 +274,17 @@ fn locks_taken_crosswise_do_not_wait_for_each_other() {
     [&one, &two].into_iter().for_each(|path| fs::create_dir(path).unwrap());
     let both = |first: &Path, second: &Path| {
         let wanted = [(first, How::Exclusive), (second, How::Shared)];
-        let locked = lock(&Files::default(), &wanted, &mut || Ok(())).unwrap();
+        let locked = lock(&FileOps::default(), &wanted, &mut || Ok(())).unwrap();
         assert!(locked.iter().all(Option::is_some));
     };
     std::thread::scope(|scope| {
         scope.spawn(|| (0..200).for_each(|_| both(&one, &two)));
         scope.spawn(|| (0..200).for_each(|_| both(&two, &one)));
     });
-    let missing = lock(&Files::default(), &[(&at("none"), How::Shared)], &mut || Ok(())).unwrap();
+    let missing = lock(&FileOps::default(), &[(&at("none"), How::Shared)], &mut || Ok(())).unwrap();
     assert!(missing[0].is_none());
-    let held = lock(&Files::default(), &[(&one, How::Shared)], &mut || Ok(())).unwrap();
-    let cancelled = lock(&Files::default(), &[(&one, How::Exclusive)], &mut || Err(Error::Cancelled));
+    let held = lock(&FileOps::default(), &[(&one, How::Shared)], &mut || Ok(())).unwrap();
+    let cancelled = lock(&FileOps::default(), &[(&one, How::Exclusive)], &mut || Err(Error::Cancelled));
     assert!(matches!(cancelled, Err(Error::Cancelled)), "waiting can be cancelled");
     drop(held);
 }

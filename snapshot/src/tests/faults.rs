@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
-use crate::files::{Op, Verdict};
+use crate::files::{FileOp, FileVerdict};
 
 /// Kind of failure of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +28,7 @@ pub(crate) enum Fault {
 /// Called before an operation; its error is the operation's.
 struct Hook(Box<Before>);
 
-type Before = dyn Fn(Op, &Path) -> io::Result<()> + Send + Sync;
+type Before = dyn Fn(FileOp, &Path) -> io::Result<()> + Send + Sync;
 
 impl std::fmt::Debug for Hook {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -42,7 +42,7 @@ pub(crate) struct Plan {
     hook: Option<Hook>,
     fault: Option<(u64, Fault)>,
     count: AtomicU64,
-    trace: Mutex<Vec<(Op, PathBuf)>>,
+    trace: Mutex<Vec<(FileOp, PathBuf)>>,
     /// Maximum time to wait for a lock.
     pub(crate) lock_timeout: Option<Duration>,
 }
@@ -54,7 +54,7 @@ impl Plan {
     }
 
     /// Before each operation `hook` is called.
-    pub(crate) fn hooked(hook: impl Fn(Op, &Path) -> io::Result<()> + Send + Sync + 'static) -> Self {
+    pub(crate) fn hooked(hook: impl Fn(FileOp, &Path) -> io::Result<()> + Send + Sync + 'static) -> Self {
         Self { hook: Some(Hook(Box::new(hook))), ..Self::default() }
     }
 
@@ -64,12 +64,12 @@ impl Plan {
     }
 
     /// The operations so far, in order.
-    pub(crate) fn trace(&self) -> Vec<(Op, PathBuf)> {
+    pub(crate) fn trace(&self) -> Vec<(FileOp, PathBuf)> {
         self.trace.lock().unwrap().clone()
     }
 
     /// The verdict on the next operation.
-    pub(crate) fn decide(&self, op: Op, path: &Path) -> io::Result<Verdict> {
+    pub(crate) fn decide(&self, op: FileOp, path: &Path) -> io::Result<FileVerdict> {
         let number = self.count.fetch_add(1, Ordering::SeqCst);
         self.trace.lock().unwrap().push((op, path.to_owned()));
         if let Some(Hook(hook)) = &self.hook {
@@ -83,9 +83,9 @@ impl Plan {
                 // The process has ended at this point.
                 Err(Errno::IO.into())
             }
-            Some((at, Fault::Short)) if at == number => Ok(Verdict::Short),
-            Some((at, Fault::Lie)) if at == number && op == Op::Write => Ok(Verdict::Lie),
-            _ => Ok(Verdict::Go),
+            Some((at, Fault::Short)) if at == number => Ok(FileVerdict::Short),
+            Some((at, Fault::Lie)) if at == number && op == FileOp::Write => Ok(FileVerdict::Lie),
+            _ => Ok(FileVerdict::Go),
         }
     }
 }

@@ -10,7 +10,7 @@ use vm_memory::GuestAddress;
 use super::support::*;
 use crate::ParentDirs;
 use crate::format::Manifest;
-use crate::space::{Kind, Space};
+use crate::space::{PageContent, Space};
 use crate::*;
 
 /// 5,000 bytes, of which one in each page is set; or only the second page.
@@ -20,8 +20,8 @@ impl Space for Disk {
     fn bytes(&self) -> u64 {
         5000
     }
-    fn runs(&self) -> io::Result<Vec<(PageRange, Kind)>> {
-        Ok(vec![(self.0, Kind::Data)])
+    fn runs(&self) -> io::Result<Vec<(PageRange, PageContent)>> {
+        Ok(vec![(self.0, PageContent::Data)])
     }
     fn read_pages(&self, page: u64, bytes: &mut [u8]) -> io::Result<()> {
         bytes.fill(0);

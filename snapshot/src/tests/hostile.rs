@@ -14,7 +14,7 @@ use rustix::fs::{CWD, FileType, Mode, mknodat};
 use super::support::*;
 use crate::ParentDirs;
 use crate::format::{Index, Manifest, Run, checksum};
-use crate::space::Kind;
+use crate::space::PageContent;
 use crate::*;
 
 const HUGE: u64 = 8 << 40;
@@ -109,8 +109,8 @@ fn a_length_is_not_believed_though_the_file_has_it() {
 
 /// Memory of 8 TiB, all of it zeros, or all of it data that is a hole. The files are as the format
 /// has them.
-fn vast(dir: &Path, kind: Kind) -> PathBuf {
-    let at = small(dir, if kind == Kind::Zero { "zeros" } else { "data" });
+fn vast(dir: &Path, kind: PageContent) -> PathBuf {
+    let at = small(dir, if kind == PageContent::Zero { "zeros" } else { "data" });
     let pages = HUGE >> 12;
     let index = Index {
         packed: false,
@@ -127,7 +127,7 @@ fn vast(dir: &Path, kind: Kind) -> PathBuf {
         manifest.memory.regions[0].pages = pages;
         let layer = &mut manifest.memory.layer;
         (layer.bytes, layer.data_bytes) = (HUGE, HUGE);
-        (layer.data_pages, layer.zero_pages) = if kind == Kind::Zero { (0, pages) } else { (pages, 0) };
+        (layer.data_pages, layer.zero_pages) = if kind == PageContent::Zero { (0, pages) } else { (pages, 0) };
         layer.index_bytes = bytes.len() as u64;
         layer.index_checksum = checksum(&bytes[..bytes.len() - 8]);
     });
@@ -140,10 +140,10 @@ fn memory_of_any_size_costs_nothing_before_it_is_there() {
     let store = Store::open_small().unwrap();
     // Data pages without a chunk are refused.
     assert!(matches!(
-        Snapshot::open(&vast(dir.path(), Kind::Data), &ParentDirs::siblings()),
+        Snapshot::open(&vast(dir.path(), PageContent::Data), &ParentDirs::siblings()),
         Err(Error::Damaged { .. })
     ));
-    let opened = Snapshot::open(&vast(dir.path(), Kind::Zero), &ParentDirs::siblings());
+    let opened = Snapshot::open(&vast(dir.path(), PageContent::Zero), &ParentDirs::siblings());
     match opened {
         Err(error) => assert!(matches!(error, Error::Damaged { .. }), "{error:?}"),
         Ok(snapshot) => {
@@ -221,13 +221,13 @@ fn a_record_of_what_is_touched_names_each_page_of_the_memory_once() {
     damaged(&vec![whole; 50]);
     // A file with more runs than pages is not even read.
     let plan = std::sync::Arc::new(super::faults::Plan::default());
-    let files = crate::files::Files { plan: Some(plan.clone()) };
+    let files = crate::files::FileOps { plan: Some(plan.clone()) };
     let many = format::WorkingSet { id, runs: vec![PageRange::new(0, 1); 1 + pages as usize] };
     fs::write(at.join("warm"), many.encode()).unwrap();
     let snapshot = Snapshot::with(&files, &at, &ParentDirs::siblings()).unwrap();
     let steps = plan.trace().len();
     assert!(matches!(snapshot.working_set(), Err(Error::Damaged { damage: Damage::Length { .. }, .. })));
-    assert!(plan.trace()[steps..].iter().all(|(op, _)| *op != crate::files::Op::Read));
+    assert!(plan.trace()[steps..].iter().all(|(op, _)| *op != crate::files::FileOp::Read));
     // A wrong count of runs, in a sealed file.
     let mut bytes = format::WorkingSet { id, runs: vec![whole] }.encode();
     bytes.truncate(bytes.len() - 8);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::faults::{Fault, Plan};
 use super::support::*;
-use crate::files::Files;
+use crate::files::FileOps;
 
 const HOW: &str = "CLADE_SNAPSHOT_KILL";
 
@@ -20,7 +20,7 @@ fn victim() {
     let mut next = || how.next().unwrap();
     let (deed, step, stage): (usize, u64, _) = (next().parse().unwrap(), next().parse().unwrap(), next().to_owned());
     let cast = Cast::new();
-    let files = Files { plan: Some(Arc::new(Plan::new(step, Fault::Kill))) };
+    let files = FileOps { plan: Some(Arc::new(Plan::new(step, Fault::Kill))) };
     // Its own `one` is not the stage's, whose identity an incremental save is to be on top of.
     cast.act_on_copy(DEEDS[deed], &files, Path::new(&stage)).unwrap();
 }
@@ -42,7 +42,8 @@ fn killed_at_any_step() {
             assert!(killed || status.success(), "{deed:?} at step {step}: {status:?}");
             let what = format!("{deed:?} killed at step {step}");
             let new = cast.check(deed, stage.path(), &what);
-            cast.act(deed, &Files::default(), stage.path()).unwrap_or_else(|error| panic!("{what}: retry: {error:?}"));
+            cast.act(deed, &FileOps::default(), stage.path())
+                .unwrap_or_else(|error| panic!("{what}: retry: {error:?}"));
             assert!(cast.check(deed, stage.path(), &what), "{what}: retry");
             if !killed {
                 assert!(new && step > 5, "{deed:?} ended after {step} steps");

@@ -7,8 +7,8 @@ use std::path::Path;
 use clade_memory::{GuestRam, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Store};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::files::Files;
-use crate::space::{Kind, Space};
+use crate::files::FileOps;
+use crate::space::{PageContent, Space};
 use crate::{Base, Compression, DiskToSave, Error, Load, ParentDirs, Save, SaveProgress, Saved, Snapshot, SnapshotId};
 
 /// A disk in memory that tracks the writes since its last save.
@@ -34,9 +34,9 @@ impl Space for ModelDisk {
     fn bytes(&self) -> u64 {
         self.bytes.len() as u64
     }
-    fn runs(&self) -> io::Result<Vec<(PageRange, Kind)>> {
+    fn runs(&self) -> io::Result<Vec<(PageRange, PageContent)>> {
         let pages = self.dirty.iter().enumerate().filter(|(_, dirty)| self.all || **dirty);
-        Ok(pages.map(|(page, _)| (PageRange::with_len(page as u64, 1), Kind::Data)).collect())
+        Ok(pages.map(|(page, _)| (PageRange::with_len(page as u64, 1), PageContent::Data)).collect())
     }
     fn read_pages(&self, page: u64, bytes: &mut [u8]) -> io::Result<()> {
         let from = (page * PAGE_SIZE) as usize;
@@ -101,7 +101,7 @@ pub(crate) fn contents(ram: &GuestRam) -> Vec<u8> {
 pub(crate) const SECTIONS: &[(&str, &[u8])] = &[("config", b"{}"), ("vcpus", &[1, 2, 3]), ("devices", b"")];
 
 pub(crate) struct Saving<'a> {
-    pub(crate) files: Files,
+    pub(crate) files: FileOps,
     pub(crate) disks: &'a [DiskToSave<'a>],
     pub(crate) base: Option<(&'a Path, SnapshotId, &'a RamImage)>,
     pub(crate) compression: Compression,
@@ -110,7 +110,7 @@ pub(crate) struct Saving<'a> {
 
 impl Default for Saving<'_> {
     fn default() -> Self {
-        Self { files: Files::default(), disks: &[], base: None, compression: Compression::None, replace: true }
+        Self { files: FileOps::default(), disks: &[], base: None, compression: Compression::None, replace: true }
     }
 }
 
@@ -235,7 +235,7 @@ impl Cast {
         if deed == Deed::Fresh { "three" } else { "two" }
     }
 
-    pub(crate) fn act(&self, deed: Deed, files: &Files, stage: &Path) -> Result<(), Error> {
+    pub(crate) fn act(&self, deed: Deed, files: &FileOps, stage: &Path) -> Result<(), Error> {
         let target = stage.join(Self::target(deed));
         let one = stage.join("one");
         let mut disk = ModelDisk::new(5000);
@@ -292,7 +292,7 @@ pub(crate) fn copy_dir(from: &Path, to: &Path) {
 impl Cast {
     /// As [`Self::act`], on a stage that another process has set up: there, a VM is restored and
     /// does the same.
-    pub(crate) fn act_on_copy(&self, deed: Deed, files: &Files, stage: &Path) -> Result<(), Error> {
+    pub(crate) fn act_on_copy(&self, deed: Deed, files: &FileOps, stage: &Path) -> Result<(), Error> {
         let one = Snapshot::open(&stage.join("one"), &ParentDirs::siblings())?;
         let restored = one.restore_ram(&self.store, &Load::Lazy)?;
         let ram = child(&restored, &self.store);

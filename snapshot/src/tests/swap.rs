@@ -9,7 +9,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::faults::Plan;
 use super::support::*;
-use crate::files::{Files, Op};
+use crate::files::{FileOp, FileOps};
 use crate::{DiskToSave, Error, Load, ParentDirs, Snapshot};
 
 /// A full snapshot and one on top of it, all pages of both made of `byte`; returns the newer one's
@@ -50,12 +50,12 @@ fn a_directory_exchanged_between_check_and_open_is_not_followed() {
     [&ours, &theirs].into_iter().for_each(|path| std::fs::create_dir(path).unwrap());
     pair(&store, &ours, 10);
     pair(&store, &theirs, 77);
-    let open = |files: &Files| {
+    let open = |files: &FileOps| {
         Snapshot::with(files, &ours.join("two"), &ParentDirs::siblings()).and_then(|found| all(&found, &store))
     };
     let plan = Arc::new(Plan::default());
-    let wanted = open(&Files { plan: Some(plan.clone()) }).unwrap();
-    let opens = plan.trace().into_iter().filter(|(op, _)| *op == Op::Open).count() as u64;
+    let wanted = open(&FileOps { plan: Some(plan.clone()) }).unwrap();
+    let opens = plan.trace().into_iter().filter(|(op, _)| *op == FileOp::Open).count() as u64;
     // Two directories, and in each a manifest, a state, and two files of memory and of the disk.
     assert!(opens >= 14, "{opens}");
     for (what, at) in [("both", ""), ("the newer", "two"), ("the older", "one")] {
@@ -64,12 +64,12 @@ fn a_directory_exchanged_between_check_and_open_is_not_followed() {
             let count = AtomicU64::new(0);
             let (a, b) = (ours.join(at), theirs.join(at));
             let plan = Plan::hooked(move |op, _| {
-                if op == Op::Open && count.fetch_add(1, Ordering::SeqCst) == step {
+                if op == FileOp::Open && count.fetch_add(1, Ordering::SeqCst) == step {
                     exchange(&a, &b);
                 }
                 Ok(())
             });
-            let found = open(&Files { plan: Some(Arc::new(plan)) });
+            let found = open(&FileOps { plan: Some(Arc::new(plan)) });
             exchange(&ours.join(at), &theirs.join(at));
             match found {
                 // Before the first file is opened, the other pair is in place.

@@ -9,7 +9,7 @@ use std::{fs, iter};
 use clade_memory::Backing;
 use clade_test_support::wait_for;
 use clade_tests::{Linux, PROMPT, Turn, required, skip};
-use clade_vmm::boot::{BootSource, Image};
+use clade_vmm::boot::{BootImage, BootSource};
 use clade_vmm::kvm::Quirks;
 use clade_vmm::vm::{Context, Vm};
 
@@ -55,8 +55,8 @@ fn initramfs(linux: &Linux, dir: &Path) -> Option<PathBuf> {
 fn booted(context: &Context, dir: &Path) -> Option<Vm> {
     let linux = Linux::find()?;
     let source = BootSource {
-        kernel: Image::File(linux.file("vmlinux")),
-        initrd: Some(Image::File(initramfs(&linux, dir)?)),
+        kernel: BootImage::File(linux.file("vmlinux")),
+        initrd: Some(BootImage::File(initramfs(&linux, dir)?)),
         cmdline: CMDLINE.to_owned(),
     };
     let vm = Vm::boot(context, "selfcheck", &Arc::new(Linux::config(1)), &source).unwrap();

@@ -53,16 +53,16 @@ const CHANGED: u8 = 0x80;
 
 /// Collects the bytes of a table.
 #[derive(Default)]
-struct Sink(Vec<u8>);
+struct AmlBuffer(Vec<u8>);
 
-impl AmlSink for Sink {
+impl AmlSink for AmlBuffer {
     fn byte(&mut self, byte: u8) {
         self.0.push(byte);
     }
 }
 
 fn bytes(aml: &dyn Aml) -> Vec<u8> {
-    let mut sink = Sink::default();
+    let mut sink = AmlBuffer::default();
     aml.to_aml_bytes(&mut sink);
     sink.0
 }

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
-use super::layout::{GuestRange, HIMEM_START, RamLayout};
+use super::layout::{GuestRamRanges, GuestRange, HIMEM_START};
 
 const MAGIC: &[u8; 4] = b"\x7fELF";
 const HEADER_LEN: usize = 64;
@@ -131,7 +131,7 @@ pub enum ElfError {
 }
 
 #[derive(Debug)]
-struct Segment {
+struct ElfSegment {
     file: Range<usize>,
     memory: GuestRange,
 }
@@ -142,7 +142,7 @@ pub(crate) struct KernelElf<'a> {
     bytes: &'a [u8],
     entry: u64,
     pvh_entry: Option<u32>,
-    segments: Vec<Segment>,
+    segments: Vec<ElfSegment>,
 }
 
 /// Whether `bytes` start like an ELF file.
@@ -222,7 +222,7 @@ impl<'a> KernelElf<'a> {
         Ok(elf)
     }
 
-    fn segment(bytes: &[u8], header: &[u8]) -> Result<Option<Segment>, ElfError> {
+    fn segment(bytes: &[u8], header: &[u8]) -> Result<Option<ElfSegment>, ElfError> {
         let (offset, addr) = (u64_at(header, 8), u64_at(header, 24));
         let (file_len, mem_len) = (u64_at(header, 32), u64_at(header, 40));
         if mem_len == 0 && file_len == 0 {
@@ -234,7 +234,7 @@ impl<'a> KernelElf<'a> {
         let file = file_range(bytes, "a loadable segment", offset, file_len)?;
         let memory =
             GuestRange::new(GuestAddress(addr), mem_len).ok_or(ElfError::AddressOverflow { addr, len: mem_len })?;
-        Ok(Some(Segment { file, memory }))
+        Ok(Some(ElfSegment { file, memory }))
     }
 
     /// The 32-bit entry point of the PVH protocol, if the kernel has one.
@@ -267,8 +267,8 @@ impl<'a> KernelElf<'a> {
     ///
     /// The memory of a segment beyond its bytes in the file is not written. Guest RAM is already
     /// zero, and a write would only cost host memory.
-    pub(super) fn load<M: GuestMemoryBackend>(&self, mem: &M, ram: &RamLayout) -> Result<(), ElfError> {
-        for Segment { memory, .. } in &self.segments {
+    pub(super) fn load<M: GuestMemoryBackend>(&self, mem: &M, ram: &GuestRamRanges) -> Result<(), ElfError> {
+        for ElfSegment { memory, .. } in &self.segments {
             if memory.start() < HIMEM_START {
                 return Err(ElfError::BelowHimem { addr: memory.start().0 });
             }
@@ -277,7 +277,7 @@ impl<'a> KernelElf<'a> {
                 return Err(ElfError::OutsideRam { addr, len, ram_end: ram.low_end().0 });
             }
         }
-        for Segment { file, memory } in &self.segments {
+        for ElfSegment { file, memory } in &self.segments {
             let (addr, bytes) = (memory.start(), &self.bytes[file.clone()]);
             mem.write_slice(bytes, addr).map_err(|source| ElfError::Copy { addr: addr.0, len: bytes.len(), source })?;
         }

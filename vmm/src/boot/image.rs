@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 /// A kernel or an initramfs.
 #[derive(Clone)]
-pub enum Image {
+pub enum BootImage {
     /// A file, read when the guest is loaded.
     File(PathBuf),
     /// Bytes in memory, such as a guest built into the program.
@@ -19,7 +19,7 @@ pub enum Image {
 /// Why an image could not be read or copied.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum ImageError {
+pub enum BootImageError {
     /// The file could not be opened or read.
     #[error("cannot read {}", path.display())]
     Read {
@@ -58,37 +58,37 @@ pub enum ImageError {
     },
 }
 
-impl std::fmt::Debug for Image {
+impl std::fmt::Debug for BootImage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.name())
     }
 }
 
-impl From<&Path> for Image {
+impl From<&Path> for BootImage {
     fn from(path: &Path) -> Self {
         Self::File(path.to_owned())
     }
 }
 
-impl From<PathBuf> for Image {
+impl From<PathBuf> for BootImage {
     fn from(path: PathBuf) -> Self {
         Self::File(path)
     }
 }
 
-impl From<&'static [u8]> for Image {
+impl From<&'static [u8]> for BootImage {
     fn from(bytes: &'static [u8]) -> Self {
         Self::Bytes(Cow::Borrowed(bytes))
     }
 }
 
-impl From<Vec<u8>> for Image {
+impl From<Vec<u8>> for BootImage {
     fn from(bytes: Vec<u8>) -> Self {
         Self::Bytes(Cow::Owned(bytes))
     }
 }
 
-impl Image {
+impl BootImage {
     /// The image's name in error messages.
     fn name(&self) -> String {
         match self {
@@ -98,11 +98,11 @@ impl Image {
     }
 
     /// The whole image. More than `limit` bytes are an error.
-    pub(super) fn read(&self, limit: u64) -> Result<Cow<'_, [u8]>, ImageError> {
+    pub(super) fn read(&self, limit: u64) -> Result<Cow<'_, [u8]>, BootImageError> {
         let bytes = match self {
             Self::Bytes(bytes) => Cow::Borrowed(&**bytes),
             Self::File(path) => {
-                let failed = |source| ImageError::Read { path: path.clone(), source };
+                let failed = |source| BootImageError::Read { path: path.clone(), source };
                 let mut bytes = Vec::new();
                 let file = File::open(path).map_err(failed)?;
                 file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(failed)?;
@@ -110,18 +110,18 @@ impl Image {
             }
         };
         match bytes.len() as u64 {
-            0 => Err(ImageError::Empty { image: self.name() }),
-            len if len > limit => Err(ImageError::TooLarge { image: self.name(), limit }),
+            0 => Err(BootImageError::Empty { image: self.name() }),
+            len if len > limit => Err(BootImageError::TooLarge { image: self.name(), limit }),
             _ => Ok(bytes),
         }
     }
 
     /// Opens the image for copying into the guest, without a buffer in this process.
-    pub(super) fn open(&self) -> Result<OpenImage<'_>, ImageError> {
+    pub(super) fn open(&self) -> Result<OpenImage<'_>, BootImageError> {
         let (source, len) = match self {
             Self::Bytes(bytes) => (OpenSource::Bytes(bytes), bytes.len() as u64),
             Self::File(path) => {
-                let failed = |source| ImageError::Read { path: path.clone(), source };
+                let failed = |source| BootImageError::Read { path: path.clone(), source };
                 let file = File::open(path).map_err(failed)?;
                 let meta = file.metadata().map_err(failed)?;
                 if !meta.is_file() {
@@ -131,7 +131,7 @@ impl Image {
             }
         };
         if len == 0 {
-            return Err(ImageError::Empty { image: self.name() });
+            return Err(BootImageError::Empty { image: self.name() });
         }
         Ok(OpenImage { image: self, source, len })
     }
@@ -144,7 +144,7 @@ enum OpenSource<'a> {
 
 /// An open image of known length, ready to be copied.
 pub(super) struct OpenImage<'a> {
-    image: &'a Image,
+    image: &'a BootImage,
     source: OpenSource<'a>,
     len: u64,
 }
@@ -156,14 +156,14 @@ impl OpenImage<'_> {
     }
 
     /// Copies the whole image to `addr`.
-    pub(super) fn copy_to<M: GuestMemoryBackend>(mut self, mem: &M, addr: GuestAddress) -> Result<(), ImageError> {
+    pub(super) fn copy_to<M: GuestMemoryBackend>(mut self, mem: &M, addr: GuestAddress) -> Result<(), BootImageError> {
         let copied = match &mut self.source {
             OpenSource::Bytes(bytes) => mem.write_slice(bytes, addr),
             // The file's length is at most the guest's RAM (checked by the caller), so it fits a
             // usize.
             OpenSource::File(file) => mem.read_exact_volatile_from(addr, file, self.len as usize),
         };
-        copied.map_err(|source| ImageError::Copy { image: self.image.name(), len: self.len, addr: addr.0, source })
+        copied.map_err(|source| BootImageError::Copy { image: self.image.name(), len: self.len, addr: addr.0, source })
     }
 }
 
@@ -173,27 +173,27 @@ mod tests {
 
     #[test]
     fn a_missing_file_is_named() {
-        let error = Image::from(Path::new("/nonexistent/vmlinux")).read(1 << 20).unwrap_err();
+        let error = BootImage::from(Path::new("/nonexistent/vmlinux")).read(1 << 20).unwrap_err();
         assert_eq!(error.to_string(), "cannot read /nonexistent/vmlinux");
     }
 
     #[test]
     fn a_directory_and_an_empty_file_are_refused() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(matches!(Image::from(dir.path()).open(), Err(ImageError::Read { .. })));
+        assert!(matches!(BootImage::from(dir.path()).open(), Err(BootImageError::Read { .. })));
         let empty = dir.path().join("empty");
         File::create(&empty).unwrap();
-        let error = Image::from(empty.as_path()).read(10).unwrap_err();
+        let error = BootImage::from(empty.as_path()).read(10).unwrap_err();
         assert_eq!(error.to_string(), format!("{} is empty", empty.display()));
-        assert!(matches!(Image::from(empty).open(), Err(ImageError::Empty { .. })));
+        assert!(matches!(BootImage::from(empty).open(), Err(BootImageError::Empty { .. })));
     }
 
     #[test]
     fn the_limit_is_exact() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), [7; 10]).unwrap();
-        let image = Image::from(file.path());
+        let image = BootImage::from(file.path());
         assert_eq!(image.read(10).unwrap().len(), 10);
-        assert!(matches!(image.read(9), Err(ImageError::TooLarge { limit: 9, .. })));
+        assert!(matches!(image.read(9), Err(BootImageError::TooLarge { limit: 9, .. })));
     }
 }

@@ -3,7 +3,7 @@
 
 use vm_memory::GuestAddress;
 
-use super::layout::{GuestRange, RamLayout};
+use super::layout::{GuestRamRanges, GuestRange};
 use crate::platform::{MMIO_GAP_START, PAGE_SIZE};
 
 /// Why there is no room for the initramfs.
@@ -28,7 +28,12 @@ pub enum InitrdError {
 
 /// Places `len` bytes on a page boundary above `kernel`. They end at or below the end of low RAM,
 /// the MMIO gap and `addr_max`, the kernel's highest address for an initramfs (inclusive).
-pub(super) fn place(len: u64, ram: &RamLayout, kernel: GuestRange, addr_max: u64) -> Result<GuestRange, InitrdError> {
+pub(super) fn place(
+    len: u64,
+    ram: &GuestRamRanges,
+    kernel: GuestRange,
+    addr_max: u64,
+) -> Result<GuestRange, InitrdError> {
     let top = ram.low_end().0.min(MMIO_GAP_START.0).min(addr_max.saturating_add(1));
     let floor = kernel.end().0.checked_next_multiple_of(PAGE_SIZE).unwrap_or(u64::MAX);
     let start = top.checked_sub(len).map(|start| start - start % PAGE_SIZE).filter(|start| *start >= floor);
@@ -51,14 +56,14 @@ mod tests {
 
     #[test]
     fn goes_to_the_top_page() {
-        let ram = RamLayout::around_gap(16 << 20).unwrap();
+        let ram = GuestRamRanges::around_gap(16 << 20).unwrap();
         let placed = place(5000, &ram, kernel(0x20_0000), u64::MAX).unwrap();
         assert_eq!(placed, GuestRange::new(GuestAddress(0xff_e000), 5000).unwrap());
     }
 
     #[test]
     fn respects_the_gap_and_the_kernels_limit() {
-        let ram = RamLayout::around_gap(8 << 30).unwrap();
+        let ram = GuestRamRanges::around_gap(8 << 30).unwrap();
         let below_gap = place(4096, &ram, kernel(0x20_0000), 0xffff_ffff).unwrap();
         assert_eq!(below_gap.end(), MMIO_GAP_START);
         let below_limit = place(4096, &ram, kernel(0x20_0000), 0x7fff_ffff).unwrap();
@@ -67,7 +72,7 @@ mod tests {
 
     #[test]
     fn no_room_says_how_much_there_is() {
-        let ram = RamLayout::around_gap(4 << 20).unwrap();
+        let ram = GuestRamRanges::around_gap(4 << 20).unwrap();
         let error = place(0x20_0000, &ram, kernel(0x20_0001), u64::MAX).unwrap_err();
         assert_eq!(
             error.to_string(),
@@ -79,7 +84,7 @@ mod tests {
     proptest! {
         #[test]
         fn placed_or_refused(len in 1..u64::MAX, ram_mib in 2..8192_u64, kernel_len in 1..u64::MAX / 2, max in any::<u64>()) {
-            let ram = RamLayout::around_gap(ram_mib << 20).unwrap();
+            let ram = GuestRamRanges::around_gap(ram_mib << 20).unwrap();
             let kernel = GuestRange::new(GuestAddress(0x10_0000), kernel_len).unwrap();
             if let Ok(placed) = place(len, &ram, kernel, max) {
                 prop_assert!(!placed.overlaps(kernel));

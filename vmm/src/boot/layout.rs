@@ -164,9 +164,9 @@ impl std::fmt::Debug for GuestRange {
 
 /// The guest-physical ranges of RAM: sorted, disjoint, starting at 0, none in the MMIO gap.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct RamLayout(Vec<GuestRange>);
+pub(crate) struct GuestRamRanges(Vec<GuestRange>);
 
-impl RamLayout {
+impl GuestRamRanges {
     /// Checks and sorts `ranges` of (start, length).
     pub(crate) fn new(ranges: impl IntoIterator<Item = (GuestAddress, u64)>) -> Result<Self, LayoutError> {
         let mut checked = ranges
@@ -270,9 +270,9 @@ mod tests {
 
     #[test]
     fn ram_is_split_around_the_gap() {
-        let small = RamLayout::around_gap(512 << 20).unwrap();
+        let small = GuestRamRanges::around_gap(512 << 20).unwrap();
         assert_eq!(small.ranges(), [range(0, 512 << 20)]);
-        let large = RamLayout::around_gap(5 << 30).unwrap();
+        let large = GuestRamRanges::around_gap(5 << 30).unwrap();
         assert_eq!(large.ranges(), [range(0, 3 << 30), range(4 << 30, 6 << 30)]);
         assert_eq!(large.total(), 5 << 30);
         assert_eq!(large.low_end(), MMIO_GAP_START);
@@ -280,7 +280,7 @@ mod tests {
 
     #[test]
     fn memory_map_keeps_the_first_megabyte_hole_reserved() {
-        let map = RamLayout::around_gap(4 << 30).unwrap().memory_map();
+        let map = GuestRamRanges::around_gap(4 << 30).unwrap().memory_map();
         assert_eq!(
             map,
             [
@@ -294,7 +294,7 @@ mod tests {
 
     #[test]
     fn bad_layouts_are_refused_by_value() {
-        let new = |ranges: &[(u64, u64)]| RamLayout::new(ranges.iter().map(|&(s, l)| (GuestAddress(s), l)));
+        let new = |ranges: &[(u64, u64)]| GuestRamRanges::new(ranges.iter().map(|&(s, l)| (GuestAddress(s), l)));
         assert_eq!(new(&[]), Err(LayoutError::NoBaseMemory { found: 0 }));
         assert_eq!(new(&[(0, 4096)]), Err(LayoutError::NoBaseMemory { found: 4096 }));
         assert_eq!(new(&[(4096, MIN_RAM)]), Err(LayoutError::NoBaseMemory { found: 0 }));

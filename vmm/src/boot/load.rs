@@ -7,9 +7,11 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use super::bzimage::{BzImage, BzImageError, looks_like_bzimage};
 use super::elf::{ElfError, KernelElf, looks_like_elf};
-use super::image::{Image, ImageError};
+use super::image::{BootImage, BootImageError};
 use super::initrd::{self, InitrdError};
-use super::layout::{BOOT_PML4, CMDLINE, CMDLINE_CAPACITY, GuestRange, MP_TABLE, PVH_START_INFO, RamLayout, ZERO_PAGE};
+use super::layout::{
+    BOOT_PML4, CMDLINE, CMDLINE_CAPACITY, GuestRamRanges, GuestRange, MP_TABLE, PVH_START_INFO, ZERO_PAGE,
+};
 use super::linux64::{self, ZeroPage};
 use super::mptable::{MpTableError, mp_table};
 use super::pvh;
@@ -23,9 +25,9 @@ const MAX_KERNEL: u64 = 512 << 20;
 #[derive(Clone, Debug)]
 pub struct BootSource {
     /// The kernel.
-    pub kernel: Image,
+    pub kernel: BootImage,
     /// The initramfs, if any.
-    pub initrd: Option<Image>,
+    pub initrd: Option<BootImage>,
     /// The kernel's command line.
     pub cmdline: String,
 }
@@ -33,7 +35,7 @@ pub struct BootSource {
 impl BootSource {
     /// A kernel alone, with an empty command line.
     #[must_use]
-    pub fn new(kernel: Image) -> Self {
+    pub fn new(kernel: BootImage) -> Self {
         Self { kernel, initrd: None, cmdline: String::new() }
     }
 }
@@ -49,7 +51,7 @@ pub(crate) struct Firmware {
 
 /// The boot vCPU's start: the boot protocol, and the addresses that it needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Entry {
+pub(crate) enum BootEntry {
     /// The PVH protocol: 32-bit protected mode, flat segments, no paging, `ebx` = `start_info`.
     Pvh {
         /// Address of the first instruction.
@@ -70,9 +72,9 @@ pub(crate) enum Entry {
 
 /// A loaded guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Loaded {
+pub(crate) struct LoadedGuest {
     /// The boot vCPU's start.
-    pub entry: Entry,
+    pub entry: BootEntry,
     /// The kernel, from its lowest to its highest segment.
     pub kernel: GuestRange,
     /// The initramfs, if any.
@@ -85,7 +87,7 @@ pub(crate) struct Loaded {
 pub enum BootError {
     /// The kernel or the initramfs could not be read.
     #[error(transparent)]
-    Image(#[from] ImageError),
+    Image(#[from] BootImageError),
     /// The kernel is neither ELF nor bzImage.
     #[error("not a kernel: {len} bytes that start with {found:02x?} are neither an ELF file nor a bzImage")]
     NotAKernel {
@@ -190,10 +192,10 @@ fn terminated(cmdline: &str, header: Option<&setup_header>) -> Result<Vec<u8>, B
 /// error, discard the memory.
 pub(crate) fn load<M: GuestMemoryBackend>(
     mem: &M,
-    ram: &RamLayout,
+    ram: &GuestRamRanges,
     source: &BootSource,
     firmware: &Firmware,
-) -> Result<Loaded, BootError> {
+) -> Result<LoadedGuest, BootError> {
     let written = |what| move |source| BootError::Write { what, source };
     let limit = ram.total().min(MAX_KERNEL);
     let image = source.kernel.read(MAX_KERNEL)?;
@@ -203,13 +205,13 @@ pub(crate) fn load<M: GuestMemoryBackend>(
     let cmdline = terminated(&source.cmdline, header.as_ref())?;
     let mp_table = mp_table(firmware.cpus)?;
     let entry = match elf.pvh_entry() {
-        Some(rip) => Entry::Pvh { rip: elf.check_entry(rip)?, start_info: PVH_START_INFO },
+        Some(rip) => BootEntry::Pvh { rip: elf.check_entry(rip)?, start_info: PVH_START_INFO },
         None => {
             let rip = elf.check_entry(elf.entry())?;
-            Entry::Linux64 { rip, boot_params: ZERO_PAGE, page_tables: BOOT_PML4 }
+            BootEntry::Linux64 { rip, boot_params: ZERO_PAGE, page_tables: BOOT_PML4 }
         }
     };
-    let initrd_image = source.initrd.as_ref().map(Image::open).transpose()?;
+    let initrd_image = source.initrd.as_ref().map(BootImage::open).transpose()?;
     let addr_max = match header.map_or(0, |header| header.initrd_addr_max) {
         0 => MMIO_GAP_START.0 - 1,
         max => max.into(),
@@ -227,10 +229,10 @@ pub(crate) fn load<M: GuestMemoryBackend>(
     mem.write_slice(&mp_table, MP_TABLE).map_err(written("the MP table"))?;
     let map = ram.memory_map();
     match entry {
-        Entry::Pvh { .. } => {
+        BootEntry::Pvh { .. } => {
             pvh::write(mem, &map, initrd, firmware.rsdp).map_err(written("the PVH start info"))?;
         }
-        Entry::Linux64 { .. } => {
+        BootEntry::Linux64 { .. } => {
             // At most CMDLINE_CAPACITY.
             let cmdline_len = cmdline.len() as u32 - 1;
             let page = ZeroPage { header, map: &map, initrd, cmdline_len, rsdp: firmware.rsdp };
@@ -238,9 +240,9 @@ pub(crate) fn load<M: GuestMemoryBackend>(
             linux64::write_page_tables(mem).map_err(written("the boot page tables"))?;
         }
     }
-    let long_mode = matches!(entry, Entry::Linux64 { .. });
+    let long_mode = matches!(entry, BootEntry::Linux64 { .. });
     linux64::write_descriptors(mem, long_mode).map_err(written("the boot GDT"))?;
-    Ok(Loaded { entry, kernel, initrd })
+    Ok(LoadedGuest { entry, kernel, initrd })
 }
 
 #[cfg(test)]
@@ -265,11 +267,11 @@ mod tests {
         ElfBuilder::new(0x10_0008).segment(0x10_0000, b"0123456789abcdef", 0x1_0000).build()
     }
 
-    const PVH: Entry = Entry::Pvh { rip: GuestAddress(0x10_0004), start_info: PVH_START_INFO };
-    const LINUX64: Entry =
-        Entry::Linux64 { rip: GuestAddress(0x10_0008), boot_params: ZERO_PAGE, page_tables: BOOT_PML4 };
+    const PVH: BootEntry = BootEntry::Pvh { rip: GuestAddress(0x10_0004), start_info: PVH_START_INFO };
+    const LINUX64: BootEntry =
+        BootEntry::Linux64 { rip: GuestAddress(0x10_0008), boot_params: ZERO_PAGE, page_tables: BOOT_PML4 };
 
-    fn try_load(source: &BootSource) -> Result<Loaded, BootError> {
+    fn try_load(source: &BootSource) -> Result<LoadedGuest, BootError> {
         let (mem, ram) = memory(4 << 20);
         load(&mem, &ram, source, &TWO_CPUS)
     }

@@ -3,7 +3,7 @@
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 
 use super::layout::{BOOT_GDT, BOOT_IDT, BOOT_STACK};
-use super::load::Entry;
+use super::load::BootEntry;
 
 /// Null, code, data and TSS descriptors for PVH: 32-bit, base 0, limit 4 GiB.
 pub(super) const GDT_PROTECTED_MODE: [u64; 4] =
@@ -62,7 +62,7 @@ fn segment(gdt: &[u64; 4], index: usize) -> kvm_segment {
     }
 }
 
-impl Entry {
+impl BootEntry {
     /// General registers.
     #[must_use]
     pub(crate) fn regs(&self) -> kvm_regs {
@@ -118,7 +118,7 @@ mod tests {
 
     #[test]
     fn pvh_is_flat_32_bit_without_paging() {
-        let entry = Entry::Pvh { rip: GuestAddress(0x10_0000), start_info: PVH_START_INFO };
+        let entry = BootEntry::Pvh { rip: GuestAddress(0x10_0000), start_info: PVH_START_INFO };
         let (regs, mut sregs) = (entry.regs(), kvm_sregs { apic_base: 0xfee0_0900, ..Default::default() });
         entry.apply_to(&mut sregs);
         assert_eq!((regs.rip, regs.rbx, regs.rflags), (0x10_0000, 0x6000, 2));
@@ -131,7 +131,8 @@ mod tests {
 
     #[test]
     fn linux64_is_in_long_mode() {
-        let entry = Entry::Linux64 { rip: GuestAddress(0x100_0000), boot_params: ZERO_PAGE, page_tables: BOOT_PML4 };
+        let entry =
+            BootEntry::Linux64 { rip: GuestAddress(0x100_0000), boot_params: ZERO_PAGE, page_tables: BOOT_PML4 };
         let (regs, mut sregs) = (entry.regs(), kvm_sregs::default());
         entry.apply_to(&mut sregs);
         assert_eq!((regs.rip, regs.rsi, regs.rsp), (0x100_0000, 0x7000, 0x8ff0));

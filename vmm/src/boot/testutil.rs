@@ -4,13 +4,13 @@ use std::io::Write;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::layout::RamLayout;
+use super::layout::GuestRamRanges;
 use super::unpack::Codec;
 
 /// `bytes` of guest memory from address 0.
-pub(super) fn memory(bytes: u64) -> (GuestMemoryMmap<()>, RamLayout) {
+pub(super) fn memory(bytes: u64) -> (GuestMemoryMmap<()>, GuestRamRanges) {
     let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), usize::try_from(bytes).unwrap())]).unwrap();
-    let ram = RamLayout::of_memory(&mem).unwrap();
+    let ram = GuestRamRanges::of_memory(&mem).unwrap();
     (mem, ram)
 }
 

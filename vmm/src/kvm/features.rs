@@ -27,19 +27,19 @@ pub(super) struct Feature {
 }
 
 /// The features of one CPUID register.
-struct Row {
+struct FeatureBits {
     leaf: u32,
     subleaf: u32,
     reg: Reg,
     bits: &'static [(&'static str, u32)],
 }
 
-const fn row(leaf: u32, subleaf: u32, reg: Reg, bits: &'static [(&'static str, u32)]) -> Row {
-    Row { leaf, subleaf, reg, bits }
+const fn row(leaf: u32, subleaf: u32, reg: Reg, bits: &'static [(&'static str, u32)]) -> FeatureBits {
+    FeatureBits { leaf, subleaf, reg, bits }
 }
 
 #[rustfmt::skip]
-const ROWS: &[Row] = &[
+const ROWS: &[FeatureBits] = &[
     row(1, 0, Reg::Ecx, &[("pni", 0), ("pclmulqdq", 1), ("monitor", 3), ("vmx", 5), ("smx", 6), ("ssse3", 9), ("fma", 12), ("cx16", 13), ("pdcm", 15),
         ("pcid", 17), ("sse4_1", 19), ("sse4_2", 20), ("x2apic", 21), ("movbe", 22), ("popcnt", 23),
         ("tsc_deadline_timer", 24), ("aes", 25), ("xsave", 26), ("osxsave", 27), ("avx", 28), ("f16c", 29),
@@ -101,7 +101,7 @@ fn needs(name: &str) -> &'static [&'static str] {
 
 /// Every feature bit with a name.
 pub(super) fn features() -> impl Iterator<Item = Feature> {
-    ROWS.iter().flat_map(|&Row { leaf, subleaf, reg, bits }| {
+    ROWS.iter().flat_map(|&FeatureBits { leaf, subleaf, reg, bits }| {
         bits.iter().map(move |&(name, bit)| Feature { name, leaf, subleaf, reg, bit })
     })
 }

@@ -115,7 +115,7 @@ const CREATE_TRIES: usize = 100;
 
 /// The choices that a vCPU's CPUID depends on.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct CpuLook<'a> {
+pub(crate) struct CpuConfig<'a> {
     /// Features to hide, in addition to those hidden from every guest.
     pub hide: &'a CpuHide,
     /// The CPU model that the guest sees.
@@ -233,31 +233,31 @@ impl Host {
     /// The CPUID of vCPU `vcpu` of `vcpus`, without the features hidden by `hide` and the host's
     /// quirks.
     pub fn cpuid(&self, vcpu: u8, vcpus: u8, hide: &CpuHide) -> Result<CpuId, HostError> {
-        self.cpuid_of(vcpu, vcpus, &CpuLook { hide, template: CpuTemplate::Host, pmu: false })
+        self.cpuid_of(vcpu, vcpus, &CpuConfig { hide, template: CpuTemplate::Host, pmu: false })
     }
 
-    /// The CPUID of vCPU `vcpu` of `vcpus` with the choices in `look`. Nested virtualization is
-    /// always hidden.
-    pub(crate) fn cpuid_of(&self, vcpu: u8, vcpus: u8, look: &CpuLook<'_>) -> Result<CpuId, HostError> {
-        self.build(vcpu, vcpus, &CpuLook { hide: &look.hide.union(&CpuHide::nested()), ..*look })
+    /// The CPUID of vCPU `vcpu` of `vcpus` with the choices in `cpu_config`. Nested virtualization
+    /// is always hidden.
+    pub(crate) fn cpuid_of(&self, vcpu: u8, vcpus: u8, cpu_config: &CpuConfig<'_>) -> Result<CpuId, HostError> {
+        self.build(vcpu, vcpus, &CpuConfig { hide: &cpu_config.hide.union(&CpuHide::nested()), ..*cpu_config })
     }
 
     /// The CPUID with all features that a vCPU can have here. It includes those hidden by default,
     /// because an older state may have them.
     pub(super) fn cpuid_at_most(&self) -> Result<CpuId, HostError> {
-        self.build(0, 1, &CpuLook { hide: &CpuHide::none(), template: CpuTemplate::Host, pmu: true })
+        self.build(0, 1, &CpuConfig { hide: &CpuHide::none(), template: CpuTemplate::Host, pmu: true })
     }
 
-    fn build(&self, vcpu: u8, vcpus: u8, look: &CpuLook<'_>) -> Result<CpuId, HostError> {
+    fn build(&self, vcpu: u8, vcpus: u8, cpu_config: &CpuConfig<'_>) -> Result<CpuId, HostError> {
         if vcpus > self.max_vcpus {
             return Err(HostError::TooManyVcpus { asked: vcpus, max: self.max_vcpus });
         }
         let spec = CpuidSpec {
             vcpu,
             vcpus,
-            hide: &look.hide.union(&self.hidden),
-            template: look.template,
-            pmu: look.pmu,
+            hide: &cpu_config.hide.union(&self.hidden),
+            template: cpu_config.template,
+            pmu: cpu_config.pmu,
             max_leaf: self.quirks.max_leaf(),
             tsc_deadline: self.kvm.check_extension(Cap::TscDeadlineTimer),
             force_xsaveerptr: self.quirks.forces_xsaveerptr(),
@@ -348,8 +348,8 @@ impl Host {
         }
         let vcpu = vm.create_vcpu(0).map_err(failed("KVM_CREATE_VCPU"))?;
         set_machine_check_banks(&vcpu);
-        let look = CpuLook { hide: &CpuHide::none(), template: CpuTemplate::Host, pmu };
-        vcpu.set_cpuid2(&self.cpuid_of(0, 1, &look)?).map_err(failed("KVM_SET_CPUID2"))?;
+        let cpu_config = CpuConfig { hide: &CpuHide::none(), template: CpuTemplate::Host, pmu };
+        vcpu.set_cpuid2(&self.cpuid_of(0, 1, &cpu_config)?).map_err(failed("KVM_SET_CPUID2"))?;
         Ok((vm, vcpu))
     }
 

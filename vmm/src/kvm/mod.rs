@@ -34,7 +34,7 @@ mod vm_state;
 
 pub use cpuid::CpuidError;
 pub use features::{CpuHide, UnknownFeature};
-pub(crate) use host::{CpuLook, local_apics_alone, set_machine_check_banks};
+pub(crate) use host::{CpuConfig, local_apics_alone, set_machine_check_banks};
 pub use host::{Host, HostError};
 pub use host_time::{BootTime, WallClock};
 pub(crate) use msrs::set_msr_bits;
@@ -47,5 +47,5 @@ pub use requirements::{FeatureWord, HostMismatch, HostRequirements, XsaveCompone
 pub use template::{CpuTemplate, UnknownTemplate};
 pub use vcpu_state::{CpuidState, NewVcpu, StateLayout, VcpuState, VcpuStateError};
 pub(crate) use vcpu_state::{mark_paused, tsc_khz};
-pub(crate) use vm_state::{Chips, VmState};
+pub(crate) use vm_state::{Chips, PlatformState};
 pub use vm_state::{Clock, VmStateError};

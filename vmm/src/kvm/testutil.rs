@@ -7,7 +7,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRe
 use super::features::CpuHide;
 use super::host::Host;
 use super::vcpu_state::{StateLayout, VcpuState};
-use crate::boot::{BootSource, Entry, Firmware, RamLayout, load};
+use crate::boot::{BootEntry, BootSource, Firmware, GuestRamRanges, load};
 
 const RAM: usize = 4 << 20;
 /// Load and entry address of a test's code.
@@ -32,7 +32,7 @@ pub(crate) fn host() -> Option<Host> {
 pub(super) struct TestVm {
     pub(super) vcpus: Vec<VcpuFd>,
     pub(super) vm: VmFd,
-    entry: Entry,
+    entry: BootEntry,
     // Last, so that it is dropped after the VM and its vCPUs, which use it.
     mem: GuestMemoryMmap<()>,
 }
@@ -40,7 +40,7 @@ pub(super) struct TestVm {
 impl TestVm {
     pub(super) fn new(host: &Host, vcpus: u8, code: &[u8]) -> Self {
         let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM)]).unwrap();
-        let ram = RamLayout::of_memory(&mem).unwrap();
+        let ram = GuestRamRanges::of_memory(&mem).unwrap();
         let firmware = Firmware { cpus: vcpus, rsdp: None };
         let entry = load(&mem, &ram, &BootSource::new(elf(code).into()), &firmware).unwrap().entry;
         let mut vm = Self::empty(host, vcpus, mem);
@@ -84,7 +84,7 @@ impl TestVm {
                 vcpu
             })
             .collect();
-        let entry = Entry::Pvh { rip: GuestAddress(0), start_info: GuestAddress(0) };
+        let entry = BootEntry::Pvh { rip: GuestAddress(0), start_info: GuestAddress(0) };
         Self { vcpus, vm, entry, mem }
     }
 

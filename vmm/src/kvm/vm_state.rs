@@ -66,7 +66,7 @@ impl fmt::Debug for Irqchips {
 
 /// A VM's state outside its vCPUs and its memory.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct VmState {
+pub(crate) struct PlatformState {
     irqchips: Option<Irqchips>,
     pit: Option<kvm_pit_state2>,
     clock: kvm_clock_data,
@@ -88,7 +88,7 @@ const PARTS: [(u32, &str); 3] = [
     (KVM_IRQCHIP_IOAPIC, "the IOAPIC"),
 ];
 
-impl VmState {
+impl PlatformState {
     /// Saves the state of `vm`, all of whose vCPUs are paused and **saved**. An interrupt that the
     /// IOAPIC still holds is delivered again by [`Self::restore_chips`]. One that it has delivered
     /// is in a vCPU's local APIC.
@@ -180,7 +180,7 @@ mod tests {
     use super::*;
 
     /// The chips as bytes, for comparison.
-    fn chips(state: &VmState) -> Vec<u8> {
+    fn chips(state: &PlatformState) -> Vec<u8> {
         serde_json::to_vec(&(state.irqchips, state.pit)).unwrap()
     }
 
@@ -203,16 +203,16 @@ mod tests {
         ioapic.chip.ioapic = registers;
         a.set_irqchip(&ioapic).unwrap();
 
-        let saved = VmState::save(&a, Chips::IrqchipAndPit).unwrap();
-        let fresh = VmState::save(&b, Chips::IrqchipAndPit).unwrap();
+        let saved = PlatformState::save(&a, Chips::IrqchipAndPit).unwrap();
+        let fresh = PlatformState::save(&b, Chips::IrqchipAndPit).unwrap();
         assert_ne!(serde_json::to_vec(&saved.irqchips).unwrap(), serde_json::to_vec(&fresh.irqchips).unwrap());
         let json = serde_json::to_string(&saved).unwrap();
-        let sent: VmState = serde_json::from_str(&json).unwrap();
+        let sent: PlatformState = serde_json::from_str(&json).unwrap();
         sent.restore_chips(&b).unwrap();
         sent.restore_clock(&b, Clock::Resume).unwrap();
-        let again = VmState::save(&b, Chips::IrqchipAndPit).unwrap();
+        let again = PlatformState::save(&b, Chips::IrqchipAndPit).unwrap();
         // The PIT's count load time is the host's time of the load, and changes.
-        let without_time = |mut state: VmState| {
+        let without_time = |mut state: PlatformState| {
             if let Some(pit) = &mut state.pit {
                 pit.channels.iter_mut().for_each(|c| c.count_load_time = 0);
             }
@@ -225,7 +225,7 @@ mod tests {
     fn the_clock_resumes_where_it_stood() {
         let Some(host) = host() else { return };
         let a = host.scratch_vm().unwrap();
-        let mut saved = VmState::save(&a, Chips::None).unwrap();
+        let mut saved = PlatformState::save(&a, Chips::None).unwrap();
         saved.clock.clock = 3_600_000_000_000;
         let b = host.scratch_vm().unwrap();
         // The wall clock was stepped meanwhile. Within one boot of the host, the guest must not see
@@ -234,7 +234,7 @@ mod tests {
         saved.taken_in_boot = saved.taken_in_boot.map(|taken| taken.earlier(Duration::from_secs(1800)));
         for (clock, ahead) in [(Clock::Resume, 0), (Clock::CatchUp, 1_800_000_000_000)] {
             saved.restore_clock(&b, clock).unwrap();
-            let now = VmState::save(&b, Chips::None).unwrap().clock_ns();
+            let now = PlatformState::save(&b, Chips::None).unwrap().clock_ns();
             let least = saved.clock_ns() + ahead;
             assert!((least..least + 10_000_000_000).contains(&now), "{clock:?}: {now}");
         }

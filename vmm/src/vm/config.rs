@@ -72,9 +72,9 @@ impl NetSpec {
     }
 }
 
-/// A virtio device in its place, with its part of the configuration.
+/// A virtio device's slot, with its part of the configuration.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Place<'a> {
+pub(crate) enum DeviceSlot<'a> {
     Disk(&'a DiskSpec),
     Net(&'a NetSpec),
     Vsock,
@@ -83,7 +83,7 @@ pub(crate) enum Place<'a> {
     Console,
 }
 
-impl Place<'_> {
+impl DeviceSlot<'_> {
     /// The kind of the device's state, see [`clade_devices::virtio::DeviceState::kind`].
     pub(crate) fn kind(self) -> &'static str {
         match self {
@@ -136,7 +136,7 @@ pub struct VmConfig {
     pub acpi: bool,
     /// A flag of snapshot format 1, for a test device. Written as false, and ignored when read.
     #[serde(rename = "report_port", default)]
-    reserved: Reserved,
+    reserved: ReservedFlag,
     /// Disks, in the order in which the guest finds them.
     pub disks: Vec<DiskSpec>,
     /// Network devices, in the order in which the guest finds them.
@@ -153,15 +153,15 @@ pub struct VmConfig {
 
 /// A flag of snapshot format 1 without meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-struct Reserved;
+struct ReservedFlag;
 
-impl Serialize for Reserved {
+impl Serialize for ReservedFlag {
     fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         to.serialize_bool(false)
     }
 }
 
-impl<'de> Deserialize<'de> for Reserved {
+impl<'de> Deserialize<'de> for ReservedFlag {
     fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         bool::deserialize(from).map(|_| Self)
     }
@@ -253,7 +253,7 @@ impl VmConfig {
             hide,
             pmu: false,
             acpi: true,
-            reserved: Reserved,
+            reserved: ReservedFlag,
             disks: Vec::new(),
             nets: Vec::new(),
             vsock: None,
@@ -306,14 +306,14 @@ impl VmConfig {
 
     /// The virtio devices in the order of their places: disks first, so that adding another device
     /// does not move a disk.
-    pub(crate) fn places(&self) -> impl Iterator<Item = Place<'_>> {
-        let disks = self.disks.iter().map(Place::Disk);
+    pub(crate) fn device_slots(&self) -> impl Iterator<Item = DeviceSlot<'_>> {
+        let disks = self.disks.iter().map(DeviceSlot::Disk);
         disks
-            .chain(self.nets.iter().map(Place::Net))
-            .chain(self.vsock.iter().map(|_| Place::Vsock))
-            .chain(self.rng.iter().map(Place::Rng))
-            .chain(self.balloon.then_some(Place::Balloon))
-            .chain(self.virtio_console.then_some(Place::Console))
+            .chain(self.nets.iter().map(DeviceSlot::Net))
+            .chain(self.vsock.iter().map(|_| DeviceSlot::Vsock))
+            .chain(self.rng.iter().map(DeviceSlot::Rng))
+            .chain(self.balloon.then_some(DeviceSlot::Balloon))
+            .chain(self.virtio_console.then_some(DeviceSlot::Console))
     }
 
     /// Refuses a device without queues, or with more than it can have, and a network device with
@@ -333,7 +333,7 @@ impl VmConfig {
 
     /// The number of queues of each virtio device, in the order of their places.
     pub fn virtio_queues(&self) -> impl Iterator<Item = usize> {
-        self.places().map(Place::queues)
+        self.device_slots().map(DeviceSlot::queues)
     }
 
     /// Refuses more devices than there are places for.

@@ -11,9 +11,9 @@
 //!    activate and reset devices. Requests that the kernel holds continue, into pinned pages.
 //! 2. [`Vm::freeze_memory`], while the vCPU threads save their vCPUs: neither modifies data read by
 //!    the other. No vCPU saves before all have left the guest (`vcpu/control.rs`).
-//! 3. [`Vm::save_rest`]: devices, then vCPU states, then interrupt controllers. After 1, because
-//!    this VM must not raise an interrupt in between. Disks are cloned with the devices, at the
-//!    same instant. A request is done in the rings or in the device's list of those in flight,
+//! 3. [`Vm::save_non_memory`]: devices, then vCPU states, then interrupt controllers. After 1,
+//!    because this VM must not raise an interrupt in between. Disks are cloned with the devices, at
+//!    the same instant. A request is done in the rings or in the device's list of those in flight,
 //!    never both.
 //! 4. [`Vm::unpause`]: the parent runs on. The image has everything for a child.
 //! 5. [`Vm::from_image_as`], in a prepared VM: map the layers, restore the devices, then let each
@@ -37,16 +37,16 @@ use clade_memory::{
 };
 use kvm_ioctls::VmFd;
 
-use crate::kvm::{Clock, VcpuState, VmState};
+use crate::kvm::{Clock, PlatformState, VcpuState};
 use crate::vm::config::VmConfig;
 use crate::vm::context::Context;
-use crate::vm::devices::{DeviceState, Devices};
+use crate::vm::devices::{Devices, DevicesState};
 use crate::vm::error::VmError;
 use crate::vm::identity::{ChildIdentity, Endpoints, Identity, generation};
-use crate::vm::machine::{Parts, Vm};
-use crate::vm::persist::{SavedAt, Saving};
+use crate::vm::machine::{Vm, VmParts};
+use crate::vm::persist::{SaveTracker, SavedAt};
 use crate::vm::timeline::{ChildStep, Timeline};
-use crate::vm::vcpu::Start;
+use crate::vm::vcpu::VcpuStart;
 use crate::vm::vcpu::sched::BoostGuard;
 
 /// How a child starts.
@@ -92,11 +92,11 @@ pub struct ForkReport {
 }
 
 /// The state that step 3 saves.
-struct Rest {
-    devices: DeviceState,
+struct NonMemoryState {
+    devices: DevicesState,
     backends: Vec<Backend>,
     vcpus: Vec<VcpuState>,
-    vm: VmState,
+    vm: PlatformState,
 }
 
 /// Steps 1 to 4: the parent.
@@ -119,7 +119,7 @@ impl Vm {
         let parked = Instant::now();
         let (ram, freeze) = self.freeze_memory(&guard)?;
         let frozen = Instant::now();
-        let Rest { devices, backends, vcpus, vm } = self.save_rest(&guard)?;
+        let NonMemoryState { devices, backends, vcpus, vm } = self.save_non_memory(&guard)?;
         // Step 4, by `unpause`.
         drop(guard);
         tracing::debug!(name = self.name(), park = ?parked - begun, freeze = ?frozen - parked, save = ?frozen.elapsed(), ?freeze, "fork");
@@ -146,13 +146,13 @@ impl Vm {
     }
 
     /// Step 3: saves everything but memory.
-    fn save_rest(&self, _paused: &PauseGuard<'_>) -> Result<Rest, VmError> {
+    fn save_non_memory(&self, _paused: &PauseGuard<'_>) -> Result<NonMemoryState, VmError> {
         let (devices, backends) = self.devices.save()?;
         // The controllers after the vCPUs: an interrupt they have delivered in between is in a
         // local APIC, one they hold is delivered again.
         let vcpus = self.prepared.control.collect()?;
-        let vm = VmState::save(&self.prepared.fd, self.config.chips())?;
-        Ok(Rest { devices, backends, vcpus, vm })
+        let vm = PlatformState::save(&self.prepared.fd, self.config.chips())?;
+        Ok(NonMemoryState { devices, backends, vcpus, vm })
     }
 
     /// Step 4: resumes the devices, then the vCPUs, unless another pause is held.
@@ -203,10 +203,10 @@ impl Vm {
         let devices = Arc::new(Devices::new(saved, &image.config, &prepared, &mut ends, context.has_report_port())?);
         timeline.mark(ChildStep::Devices);
         let (generation, origin) = (image.generation, Some(Arc::clone(&own)));
-        let parts = Parts { prepared, devices, ends, generation, origin, timeline: Some(Arc::clone(&timeline)) };
+        let parts = VmParts { prepared, devices, ends, generation, origin, timeline: Some(Arc::clone(&timeline)) };
         let mut vm = Self::assemble(context, name, &image.config, parts)?;
         // That of the original, because erased pages have changed since it was saved.
-        vm.saving = Saving::of(image);
+        vm.saving = SaveTracker::of(image);
         vm.erased = erased;
         if image.config.has_acpi() {
             generation::renew(vm.ram().memory())?;
@@ -220,7 +220,7 @@ impl Vm {
         // Each vCPU thread restores its vCPU. The last one restores the controllers, and resumes
         // the devices.
         timeline.mark(ChildStep::Assembled);
-        vm.start(&Start::Restore(own))?;
+        vm.start(&VcpuStart::Restore(own))?;
         let steps = ChildStep::ALL.map(|step| (step.name(), timeline.at(step)));
         tracing::debug!(name, ?steps, "child");
         Ok(vm)
@@ -234,8 +234,8 @@ pub struct ForkImage {
     pub(crate) config: Arc<VmConfig>,
     pub(crate) ram: RamImage,
     pub(crate) vcpus: Vec<VcpuState>,
-    pub(crate) vm: VmState,
-    pub(crate) devices: DeviceState,
+    pub(crate) vm: PlatformState,
+    pub(crate) devices: DevicesState,
     pub(crate) backends: Vec<Backend>,
     /// The parent's identity, from which the identities of its children are derived.
     pub(crate) identity: Arc<Identity>,

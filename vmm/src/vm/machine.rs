@@ -23,16 +23,16 @@ use crate::vm::fork::{ForkImage, PauseGuard};
 use crate::vm::identity::generation::{self, GenerationError};
 use crate::vm::identity::{Claims, Endpoints, Identity};
 use crate::vm::pauses::Pauses;
-use crate::vm::persist::Saving;
+use crate::vm::persist::SaveTracker;
 use crate::vm::prepared::PreparedVm;
 use crate::vm::stop::StopReason;
 use crate::vm::suspend::Suspension;
 use crate::vm::timeline::Timeline;
 use crate::vm::vcpu::ticket_lock::TicketLock;
-use crate::vm::vcpu::{Start, StartCommand};
+use crate::vm::vcpu::{StartCommand, VcpuStart};
 
 /// The parts that a VM is assembled from.
-pub(super) struct Parts {
+pub(super) struct VmParts {
     pub(super) prepared: PreparedVm,
     pub(super) devices: Arc<Devices>,
     pub(super) ends: Endpoints,
@@ -68,19 +68,19 @@ pub struct Vm {
     pub(crate) origin: Mutex<Option<Arc<ForkImage>>>,
     /// One fork, reset, pause or resume at a time.
     pub(crate) operations: TicketLock,
-    pub(crate) saving: Saving,
+    pub(crate) saving: SaveTracker,
     pub(crate) erased: Erased,
     pub(crate) pauses: Pauses,
     pub(crate) suspension: Suspension,
     /// Last: see [`Vm::drop_last`].
-    tail: Tail,
+    tail: DropLast,
 }
 
 /// Values that are dropped after everything else of a VM.
 #[derive(Default)]
-struct Tail(Vec<Box<dyn Send + Sync>>);
+struct DropLast(Vec<Box<dyn Send + Sync>>);
 
-impl fmt::Debug for Tail {
+impl fmt::Debug for DropLast {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Tail({})", self.0.len())
     }
@@ -114,7 +114,7 @@ impl Vm {
         config.check_queues()?;
         let prepared = context.take_prepared(config)?;
         prepared.ram.populate()?;
-        let layout = boot::RamLayout::of_memory(prepared.ram.memory())?;
+        let layout = boot::GuestRamRanges::of_memory(prepared.ram.memory())?;
         let quirks = context.host().quirks();
         // A kernel without ACPI or a device tree finds virtio devices by its command line only.
         let cmdline = format!("{}{}", quirks.extend_cmdline(&source.cmdline), config.device_args());
@@ -130,12 +130,12 @@ impl Vm {
         let loaded =
             boot::load(prepared.ram.memory(), &layout, &source, &firmware).map_err(|error| error.without(added))?;
         let devices = Arc::new(Devices::new(None, config, &prepared, &mut ends, context.has_report_port())?);
-        let parts = Parts { prepared, devices, ends, generation: 0, origin: None, timeline: None };
+        let parts = VmParts { prepared, devices, ends, generation: 0, origin: None, timeline: None };
         let vm = Self::assemble(context, name, config, parts)?;
         if paused {
             vm.hold();
         }
-        vm.start(&Start::Boot(loaded.entry))?;
+        vm.start(&VcpuStart::Boot(loaded.entry))?;
         Ok(vm)
     }
 
@@ -150,9 +150,9 @@ impl Vm {
         context: &Context,
         name: &str,
         config: &Arc<VmConfig>,
-        parts: Parts,
+        parts: VmParts,
     ) -> Result<Self, VmError> {
-        let Parts { prepared, devices, ends, generation, origin, timeline } = parts;
+        let VmParts { prepared, devices, ends, generation, origin, timeline } = parts;
         if config.irqchip == Irqchip::Full {
             devices
                 .with_serial_irq(|irq| prepared.fd.register_irqfd(irq.eventfd(), COM1_GSI))
@@ -183,11 +183,11 @@ impl Vm {
             inconsistent: AtomicBool::new(false),
             origin: Mutex::new(origin),
             operations: TicketLock::default(),
-            saving: Saving::default(),
+            saving: SaveTracker::default(),
             erased: Erased::default(),
             pauses: Pauses::default(),
             suspension: Suspension::default(),
-            tail: Tail::default(),
+            tail: DropLast::default(),
         })
     }
 
@@ -198,7 +198,7 @@ impl Vm {
     }
 
     /// Starts the vCPUs. When this returns, all have loaded their state. On an error, none has run.
-    pub(super) fn start(&self, start: &Start) -> Result<(), VmError> {
+    pub(super) fn start(&self, start: &VcpuStart) -> Result<(), VmError> {
         let (devices, timeline) = (Arc::clone(&self.devices), self.timeline.clone());
         let order = StartCommand { start: start.clone(), devices, timeline };
         self.prepared.control.start(std::iter::repeat_n(order, usize::from(self.config.cpus())))

@@ -44,7 +44,7 @@ mod vcpu;
 
 pub use config::{ConfigError, DiskSpec, Irqchip, NetSpec, VmConfig};
 pub use context::{Context, ContextError};
-pub use devices::{DeviceError, DeviceState, Reports};
+pub use devices::{DeviceError, DevicesState, Reports};
 pub use error::VmError;
 pub use fork::{ChildOptions, ForkImage, ForkReport, ForkTimes, PauseGuard};
 pub use identity::{

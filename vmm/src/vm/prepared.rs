@@ -12,7 +12,7 @@ use clade_memory::{GuestRam, Store};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vm_memory::{Address, GuestMemoryRegion};
 
-use crate::kvm::{CpuLook, CpuTemplate, Host, NewVcpu, StateLayout, local_apics_alone, set_machine_check_banks};
+use crate::kvm::{CpuConfig, CpuTemplate, Host, NewVcpu, StateLayout, local_apics_alone, set_machine_check_banks};
 use crate::platform::{EVENT_GSI, KVM_TSS, virtio_slot};
 use crate::vm::config::{ConfigError, Irqchip, VmConfig};
 use crate::vm::devices::DeviceError;
@@ -100,8 +100,8 @@ impl PreparedVm {
         for index in 0..config.cpus() {
             let vcpu = prepared.fd.create_vcpu(u64::from(index)).map_err(|e| VmError::kvm("create a vCPU", e))?;
             set_machine_check_banks(&vcpu);
-            let look = CpuLook { hide: &config.hide, template: config.cpu, pmu: config.pmu };
-            let cpuid = host.cpuid_of(index, config.cpus(), &look)?;
+            let cpu_config = CpuConfig { hide: &config.hide, template: config.cpu, pmu: config.pmu };
+            let cpuid = host.cpuid_of(index, config.cpus(), &cpu_config)?;
             vcpu.set_cpuid2(&cpuid).map_err(|e| VmError::kvm("set a vCPU's CPUID", e))?;
             let new = NewVcpu::read(&vcpu)?;
             let thread = VcpuThread {

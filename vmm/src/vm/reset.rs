@@ -35,7 +35,7 @@ use crate::vm::fork::{ForkImage, PauseGuard};
 use crate::vm::identity::generation;
 use crate::vm::machine::Vm;
 use crate::vm::vcpu::sched::BoostGuard;
-use crate::vm::vcpu::{Start, StartCommand};
+use crate::vm::vcpu::{StartCommand, VcpuStart};
 
 /// Timeout for the kernel to give up the requests it holds. A read or write of a file that has
 /// begun cannot be cancelled, and completes, late on a stalled disk. After the timeout the
@@ -177,7 +177,7 @@ impl Vm {
             generation::renew(self.ram().memory())?;
         }
         let cpus = usize::from(self.config.cpus());
-        let (start, devices) = (Start::Restore(Arc::clone(image)), Arc::clone(&self.devices));
+        let (start, devices) = (VcpuStart::Restore(Arc::clone(image)), Arc::clone(&self.devices));
         let order = StartCommand { start, devices, timeline: None };
         self.prepared.control.load(std::iter::repeat_n(order, cpus));
         // Concurrently with the vCPUs' loads: the two modify different state.

@@ -31,7 +31,7 @@ use clade_memory::{AheadUse, PageSet, Quiesced, StopsWriters, SuspendFile, Suspe
 use crate::vm::error::VmError;
 use crate::vm::machine::Vm;
 use crate::vm::vcpu::sched::BoostGuard;
-use crate::vm::vcpu::ticket_lock::Turn;
+use crate::vm::vcpu::ticket_lock::TicketGuard;
 
 /// Timeout for the kernel to give up the requests it holds.
 const HALT: Duration = super::reset::HALT;
@@ -77,7 +77,7 @@ pub struct WakeReport {
 
 /// A VM that is suspended.
 #[derive(Debug)]
-struct Asleep {
+struct SuspendedState {
     /// The pages that the wake reads ahead.
     working_set: TouchedPages,
     /// Pipes that are closed when it is woken.
@@ -91,7 +91,7 @@ enum State {
     Awake,
     /// A suspension is under way, and holds the operations' lock.
     FallingAsleep,
-    Asleep(Asleep),
+    Asleep(SuspendedState),
 }
 
 /// The state of a VM's suspension.
@@ -119,7 +119,7 @@ impl<'a> FallingAsleep<'a> {
         Self(suspension)
     }
 
-    fn done(self, asleep: Asleep) {
+    fn done(self, asleep: SuspendedState) {
         *self.0.state() = State::Asleep(asleep);
     }
 }
@@ -135,9 +135,9 @@ impl Drop for FallingAsleep<'_> {
 
 /// A VM whose vCPUs have exited. Its devices are quiesced until the drop.
 #[derive(Debug)]
-struct Ended<'a>(&'a Vm);
+struct ExitedVm<'a>(&'a Vm);
 
-impl<'a> Ended<'a> {
+impl<'a> ExitedVm<'a> {
     fn of(vm: &'a Vm) -> Self {
         vm.devices.quiesce();
         Self(vm)
@@ -145,9 +145,9 @@ impl<'a> Ended<'a> {
 }
 
 // vCPUs never run again, and devices are quiesced from its creation until its drop.
-impl StopsWriters for Ended<'_> {}
+impl StopsWriters for ExitedVm<'_> {}
 
-impl Drop for Ended<'_> {
+impl Drop for ExitedVm<'_> {
     fn drop(&mut self) {
         self.0.devices.resume();
     }
@@ -182,7 +182,7 @@ impl Vm {
         let (memory, working_set) = self.ram().suspend(file, &guard.quiesced(), PINS)?;
         // While devices are quiesced: afterwards a source announces new input.
         let has_input = self.has_input();
-        falling.done(Asleep { working_set, told: Vec::new() });
+        falling.done(SuspendedState { working_set, told: Vec::new() });
         // The guard's pause becomes the suspension's.
         std::mem::forget(guard);
         let (halt, write) = (halted - begun, halted.elapsed());
@@ -209,7 +209,7 @@ impl Vm {
             return Err(VmError::Stopped(reason));
         }
         let state = std::mem::take(&mut *self.suspension.state());
-        let State::Asleep(Asleep { working_set, told }) = state else { return Ok(WakeReport::default()) };
+        let State::Asleep(SuspendedState { working_set, told }) = state else { return Ok(WakeReport::default()) };
         self.ram().read_ahead(&working_set);
         self.unpause();
         drop(told);
@@ -223,7 +223,7 @@ impl Vm {
     ///
     /// # Errors
     /// When it has stopped.
-    pub(crate) fn awake(&self) -> Result<Turn<'_>, VmError> {
+    pub(crate) fn awake(&self) -> Result<TicketGuard<'_>, VmError> {
         loop {
             self.wake()?;
             let one = self.operations.take();
@@ -246,7 +246,7 @@ impl Vm {
             None => Ok(()),
         };
         if self.wait(Duration::ZERO).is_some() {
-            let ended = Ended::of(self);
+            let ended = ExitedVm::of(self);
             halt()?;
             return Ok(self.ram().written_set(&Quiesced::by(&ended))?);
         }

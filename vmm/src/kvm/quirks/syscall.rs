@@ -30,14 +30,14 @@ type ReadMemory<'a> = &'a dyn Fn(u64, &mut [u8]) -> bool;
 
 /// The part of a page fault's stack frame that is used here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Frame {
+struct FaultFrame {
     rip: u64,
     cs: u64,
     rflags: u64,
     rsp: u64,
 }
 
-impl Frame {
+impl FaultFrame {
     const BYTES: usize = 40;
 
     /// Parses the stack at the handler's entry: error code, RIP, CS, RFLAGS, RSP.
@@ -140,7 +140,7 @@ impl Quirks {
     pub(crate) fn at_page_fault(vcpu: &VcpuFd, read: ReadMemory<'_>) -> Result<(), EmulateError> {
         let mut regs = vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
         let mut sregs = vcpu.get_sregs().map_err(call("KVM_GET_SREGS"))?;
-        let frame = Frame::read(&read_linear(vcpu, regs.rsp, read)?);
+        let frame = FaultFrame::read(&read_linear(vcpu, regs.rsp, read)?);
         // Ring 3 at a kernel address: only these few faults need KVM_GET_MSRS.
         if frame.rip >> 63 == 1 && frame.cs & 3 == 3 {
             let (entry, star) = system_call_entry(vcpu)?;
@@ -184,16 +184,16 @@ mod tests {
     #[test]
     fn a_fetch_at_the_entry_from_ring_3_is_a_system_call() {
         let entry = 0xffff_ffff_81c0_0080;
-        let frame = Frame { rip: entry, cs: 0x33, rflags: 0x1_0002, rsp: 0x7fff_0000 };
+        let frame = FaultFrame { rip: entry, cs: 0x33, rflags: 0x1_0002, rsp: 0x7fff_0000 };
         assert!(frame.is_syscall(entry, entry));
         assert!(!frame.is_syscall(entry, entry + 1), "elsewhere in the kernel");
         assert!(!frame.is_syscall(0x1000, entry), "a fault at other memory");
-        assert!(!Frame { cs: 0x10, ..frame }.is_syscall(entry, entry), "the kernel's own");
-        let mut bytes = [0; Frame::BYTES];
+        assert!(!FaultFrame { cs: 0x10, ..frame }.is_syscall(entry, entry), "the kernel's own");
+        let mut bytes = [0; FaultFrame::BYTES];
         for (at, word) in [(8, entry), (16, 0x33), (24, 0x1_0002), (32, 0x7fff_0000)] {
             bytes[at..at + 8].copy_from_slice(&u64::to_le_bytes(word));
         }
-        assert_eq!(Frame::read(&bytes), frame);
+        assert_eq!(FaultFrame::read(&bytes), frame);
     }
 
     #[test]

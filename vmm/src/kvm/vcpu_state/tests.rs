@@ -2,7 +2,7 @@ use kvm_bindings::kvm_msr_entry;
 
 use super::*;
 use crate::kvm::testutil::{TWO_OUTS, TestVm, host, save_all};
-use crate::kvm::vm_state::{Chips, VmState};
+use crate::kvm::vm_state::{Chips, PlatformState};
 
 /// MSRs that change while the vCPU is stopped.
 const MOVING: [u32; 1] = [crate::kvm::msrs::MSR_TSC];
@@ -30,7 +30,7 @@ fn a_running_vm_goes_on_in_another() {
     let mut parent = TestVm::new(&host, 2, &TWO_OUTS);
     assert_eq!(parent.run_to_out(&host), b'A');
     let saved = save_all(&parent, &host, &layout);
-    let vm_saved = VmState::save(&parent.vm, Chips::None).unwrap();
+    let vm_saved = PlatformState::save(&parent.vm, Chips::None).unwrap();
     assert_eq!(saved[0].regs.rbx, 0x1234_5678);
     assert_eq!(saved[1].mp_state.mp_state, kvm_bindings::KVM_MP_STATE_UNINITIALIZED);
 

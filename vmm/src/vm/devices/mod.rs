@@ -77,13 +77,13 @@ pub enum DeviceError {
 
 /// Saved state of all devices.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DeviceState {
+pub struct DevicesState {
     pub(crate) serial: SerialState,
     /// The virtio devices, by place.
     pub(crate) virtio: Vec<TransportState>,
 }
 
-impl DeviceState {
+impl DevicesState {
     /// The number of requests in flight: popped, and not completed.
     #[must_use]
     pub fn in_flight(&self) -> usize {
@@ -92,7 +92,7 @@ impl DeviceState {
 }
 
 /// Devices at one instant: their serializable state, and the disks.
-pub(crate) type Saved = (DeviceState, Vec<Backend>);
+pub(crate) type SavedDevices = (DevicesState, Vec<Backend>);
 
 /// A VM's devices.
 #[derive(Debug)]
@@ -119,7 +119,7 @@ impl Devices {
     /// Makes fresh devices, or restores saved ones. Either way they are quiesced until
     /// [`Devices::resume`].
     pub(crate) fn new(
-        saved: Option<(&DeviceState, &[Backend])>,
+        saved: Option<(&DevicesState, &[Backend])>,
         config: &VmConfig,
         prepared: &PreparedVm,
         ends: &mut Endpoints,
@@ -270,7 +270,7 @@ impl Devices {
     }
 
     /// Whether [`Devices::rewind`] to `state` is possible. Changes nothing.
-    pub(crate) fn check(&self, state: &DeviceState) -> Result<(), DeviceError> {
+    pub(crate) fn check(&self, state: &DevicesState) -> Result<(), DeviceError> {
         let (found, wanted) = (state.virtio.len(), self.virtio.len());
         if found != wanted {
             return Err(DeviceError::Mismatch { found, wanted });
@@ -287,7 +287,7 @@ impl Devices {
     }
 
     /// Restores another instant in place. Only while the devices are quiesced and halted.
-    pub(crate) fn rewind(&self, state: &DeviceState, backends: &[Backend]) -> Result<(), DeviceError> {
+    pub(crate) fn rewind(&self, state: &DevicesState, backends: &[Backend]) -> Result<(), DeviceError> {
         self.check(state)?;
         for ((device, state), backend) in self.virtio.iter().zip(&state.virtio).zip(backends) {
             device.rewind(state, backend)?;
@@ -300,10 +300,10 @@ impl Devices {
     }
 
     /// Saves all devices at this instant. Only while they are quiesced.
-    pub(crate) fn save(&self) -> Result<Saved, DeviceError> {
+    pub(crate) fn save(&self) -> Result<SavedDevices, DeviceError> {
         let serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner).save();
         let saved = self.virtio.iter().map(|device| device.save()).collect::<Result<Vec<_>, _>>()?;
         let (virtio, backends) = saved.into_iter().unzip();
-        Ok((DeviceState { serial, virtio }, backends))
+        Ok((DevicesState { serial, virtio }, backends))
     }
 }

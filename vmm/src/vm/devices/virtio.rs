@@ -13,8 +13,8 @@ use clade_devices::virtio::sync_device::SyncDevice;
 use clade_devices::virtio::vsock::Vsock;
 use clade_devices::virtio::{Backend, DeviceState as VirtioState, VirtioDevice, VirtioMmio};
 
-use crate::vm::config::{Place, VmConfig};
-use crate::vm::devices::{DeviceError, DeviceState};
+use crate::vm::config::{DeviceSlot, VmConfig};
+use crate::vm::devices::{DeviceError, DevicesState};
 use crate::vm::identity::Endpoints;
 use crate::vm::prepared::PreparedVm;
 
@@ -26,19 +26,19 @@ pub(crate) struct Hvc {
 }
 
 /// All virtio devices by place, and the console's ends on the host.
-pub(crate) struct Made {
+pub(crate) struct VirtioDevices {
     pub(crate) devices: Vec<Arc<VirtioMmio>>,
     pub(crate) hvc: Option<Hvc>,
 }
 
 /// Makes all devices of `config`. They take their interfaces and sockets from `ends`.
 pub(crate) fn make(
-    saved: Option<(&DeviceState, &[Backend])>,
+    saved: Option<(&DevicesState, &[Backend])>,
     config: &VmConfig,
     prepared: &PreparedVm,
     ends: &mut Endpoints,
-) -> Result<Made, DeviceError> {
-    let wanted = config.places().count();
+) -> Result<VirtioDevices, DeviceError> {
+    let wanted = config.device_slots().count();
     if let Some((state, backends)) = saved {
         let found = state.virtio.len().min(backends.len());
         if found != wanted {
@@ -46,40 +46,40 @@ pub(crate) fn make(
         }
     }
     // Interfaces are taken from the front, in the order of the devices' places.
-    let mut maker = Maker { ends, next_net: 0, hvc: None };
+    let mut builder = VirtioBuilder { ends, next_net: 0, hvc: None };
     let mut devices = Vec::with_capacity(wanted);
-    for (at, (place, event_fds)) in config.places().zip(&prepared.event_fds).enumerate() {
+    for (at, (slot, event_fds)) in config.device_slots().zip(&prepared.event_fds).enumerate() {
         let device = match saved {
-            None => VirtioMmio::new(maker.device(place, None)?, &prepared.ram, event_fds.clone(), true),
+            None => VirtioMmio::new(builder.device(slot, None)?, &prepared.ram, event_fds.clone(), true),
             Some((state, backends)) => {
                 let state = &state.virtio[at];
-                let device = maker.device(place, Some((&state.device, &backends[at])))?;
+                let device = builder.device(slot, Some((&state.device, &backends[at])))?;
                 VirtioMmio::restore(device, &prepared.ram, event_fds.clone(), state)?
             }
         };
         devices.push(Arc::new(device));
     }
-    Ok(Made { devices, hvc: maker.hvc })
+    Ok(VirtioDevices { devices, hvc: builder.hvc })
 }
 
-struct Maker<'a> {
+struct VirtioBuilder<'a> {
     ends: &'a mut Endpoints,
     next_net: usize,
     hvc: Option<Hvc>,
 }
 
-impl Maker<'_> {
+impl VirtioBuilder<'_> {
     fn device(
         &mut self,
-        place: Place<'_>,
+        slot: DeviceSlot<'_>,
         saved: Option<(&VirtioState, &Backend)>,
     ) -> Result<Box<dyn VirtioDevice>, DeviceError> {
-        Ok(match (place, saved) {
-            (Place::Disk(spec), None) => Box::new(Block::new(Disk::open(&spec.disk)?, &spec.device)),
-            (Place::Disk(spec), Some((VirtioState::Block(state), Backend::Disk(image)))) => {
+        Ok(match (slot, saved) {
+            (DeviceSlot::Disk(spec), None) => Box::new(Block::new(Disk::open(&spec.disk)?, &spec.device)),
+            (DeviceSlot::Disk(spec), Some((VirtioState::Block(state), Backend::Disk(image)))) => {
                 Box::new(Block::restore(state, image.open()?, &spec.device))
             }
-            (Place::Net(spec), saved @ (None | Some((VirtioState::Net(_), _)))) => {
+            (DeviceSlot::Net(spec), saved @ (None | Some((VirtioState::Net(_), _)))) => {
                 if self.ends.nets.is_empty() {
                     return Err(DeviceError::NoEnd { device: "network device", number: self.next_net });
                 }
@@ -97,19 +97,21 @@ impl Maker<'_> {
                 let net = Net::new(end.backend, &options, state, state.is_some()).map_err(DeviceError::Io)?;
                 Box::new(SyncDevice::new(net))
             }
-            (Place::Vsock, None | Some((VirtioState::Vsock(_), _))) => {
+            (DeviceSlot::Vsock, None | Some((VirtioState::Vsock(_), _))) => {
                 let end = self.ends.vsock.take();
                 let end = end.ok_or(DeviceError::NoEnd { device: "socket device", number: 0 })?;
                 Box::new(SyncDevice::new(Vsock::new(end.socket, end.reset).map_err(DeviceError::Io)?))
             }
-            (Place::Rng(limits), None | Some((VirtioState::Rng(_), _))) => Box::new(SyncDevice::new(Rng::new(limits))),
-            (Place::Balloon, None) => {
+            (DeviceSlot::Rng(limits), None | Some((VirtioState::Rng(_), _))) => {
+                Box::new(SyncDevice::new(Rng::new(limits)))
+            }
+            (DeviceSlot::Balloon, None) => {
                 Box::new(SyncDevice::new(Balloon::new(&BalloonState::default()).map_err(DeviceError::Io)?))
             }
-            (Place::Balloon, Some((VirtioState::Balloon(state), _))) => {
+            (DeviceSlot::Balloon, Some((VirtioState::Balloon(state), _))) => {
                 Box::new(SyncDevice::new(Balloon::new(state).map_err(DeviceError::Io)?))
             }
-            (Place::Console, None | Some((VirtioState::Console(_), _))) => {
+            (DeviceSlot::Console, None | Some((VirtioState::Console(_), _))) => {
                 let output = Console::default();
                 let device = ConsoleDevice::new(output.clone()).map_err(DeviceError::Io)?;
                 self.hvc = Some(Hvc { output, typist: device.typist() });

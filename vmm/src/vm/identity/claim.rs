@@ -16,7 +16,7 @@ const TRIES: u64 = 1 << 16;
 /// keeps these names per network namespace, like interfaces, and frees them at any end of the
 /// process.
 #[derive(Debug)]
-pub(super) struct Claim {
+pub(super) struct IdentityClaim {
     held: OwnedFd,
 }
 
@@ -28,7 +28,7 @@ fn hold(name: &str) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-impl Claim {
+impl IdentityClaim {
     fn new(what: &'static str, value: &str) -> Result<Self, IdentityError> {
         let held = hold(&format!("clade/{what}/{value}"));
         match held {
@@ -66,8 +66,8 @@ impl Claim {
 pub(super) fn first_free<T>(
     what: &'static str,
     mut candidate: impl FnMut() -> Result<T, IdentityError>,
-    claim: impl Fn(&T) -> Result<Claim, IdentityError>,
-) -> Result<(T, Claim), IdentityError> {
+    claim: impl Fn(&T) -> Result<IdentityClaim, IdentityError>,
+) -> Result<(T, IdentityClaim), IdentityError> {
     for _ in 0..TRIES {
         let value = candidate()?;
         match claim(&value) {
@@ -80,12 +80,12 @@ pub(super) fn first_free<T>(
 
 /// Claims the next free CID after the parent's. Counted for the whole process, so that each of a
 /// thousand children does not try a thousand CIDs.
-pub(super) fn next_cid(parent: u64) -> Result<(u64, Claim), IdentityError> {
+pub(super) fn next_cid(parent: u64) -> Result<(u64, IdentityClaim), IdentityError> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let candidate = || {
         // Relaxed: if two threads get the same number, the second cannot claim it.
         NEXT.fetch_max(parent + 1, Ordering::Relaxed);
         Ok(NEXT.fetch_add(1, Ordering::Relaxed))
     };
-    first_free("CID", candidate, |cid| Claim::cid(*cid))
+    first_free("CID", candidate, |cid| IdentityClaim::cid(*cid))
 }

@@ -14,7 +14,7 @@ use clade_io::{NetBackend, Tap};
 use serde::{Deserialize, Serialize};
 
 use crate::vm::config::{NetSpec, VmConfig};
-use crate::vm::identity::claim::{Claim, first_free, next_cid};
+use crate::vm::identity::claim::{IdentityClaim, first_free, next_cid};
 use crate::vm::identity::{ChildIdentity, Identity, IdentityError, NAME, NetChoice, NetIdentity, UserNet, VsockChoice};
 
 /// Longest generated interface name before its number: a name has 15 bytes, with room for 9,999.
@@ -73,7 +73,7 @@ pub struct EndpointParts {
 
 /// The claims of a VM, held for as long as it lives.
 #[derive(Debug, Default)]
-pub(crate) struct Claims(pub(super) Vec<Claim>);
+pub(crate) struct Claims(pub(super) Vec<IdentityClaim>);
 
 impl Endpoints {
     /// Their names and addresses.
@@ -93,7 +93,7 @@ impl Endpoints {
             ends.add_net(net, &to, net.mac)?;
         }
         if let Some(options) = &config.vsock {
-            let claim = Claim::cid(options.cid)?;
+            let claim = IdentityClaim::cid(options.cid)?;
             ends.add_vsock(options.clone(), claim, false)?;
         }
         Ok(ends)
@@ -129,7 +129,7 @@ impl Endpoints {
                 let none = VsockChoice::default();
                 let choice = choice.as_ref().unwrap_or(&none);
                 let (cid, claim) = match choice.cid {
-                    Some(cid) => (cid, Claim::cid(cid)?),
+                    Some(cid) => (cid, IdentityClaim::cid(cid)?),
                     None => next_cid(own.cid)?,
                 };
                 let socket = match &choice.socket {
@@ -162,7 +162,7 @@ impl Endpoints {
             files.extend(queues);
         }
         parts.claims = claims.0.len();
-        files.extend(claims.0.into_iter().map(Claim::into_descriptor));
+        files.extend(claims.0.into_iter().map(IdentityClaim::into_descriptor));
         if let Some(VsockEnd { socket, reset }) = vsock {
             files.push(socket.hand_over()?);
             parts.reset = reset;
@@ -191,7 +191,7 @@ impl Endpoints {
             let backend = backend.ok_or(IdentityError::Descriptors { found: 0, wanted: 1 })?;
             ends.nets.push(NetEnd { backend, mac: own.mac });
         }
-        ends.claims.0 = files.by_ref().take(claims).map(Claim::of_descriptor).collect();
+        ends.claims.0 = files.by_ref().take(claims).map(IdentityClaim::of_descriptor).collect();
         if let (Some(options), Some(listener)) = (&identity.vsock, files.next()) {
             let socket = VsockSocket::handed_in(options.clone(), listener, files.next())?;
             ends.broker = socket.broker();
@@ -203,8 +203,12 @@ impl Endpoints {
 
     fn add_net(&mut self, net: &NetSpec, to: &To<'_>, mac: Option<Mac>) -> Result<(), IdentityError> {
         let (mac, claim) = match mac {
-            Some(mac) => (mac, Claim::mac(mac)?),
-            None => first_free("MAC address", || Mac::random().map_err(IdentityError::Random), |mac| Claim::mac(*mac))?,
+            Some(mac) => (mac, IdentityClaim::mac(mac)?),
+            None => first_free(
+                "MAC address",
+                || Mac::random().map_err(IdentityError::Random),
+                |mac| IdentityClaim::mac(*mac),
+            )?,
         };
         self.claims.0.push(claim);
         let backend = match to {
@@ -213,11 +217,11 @@ impl Endpoints {
             // multi-queue interface would take part of another VM's packets.
             To::Tap(tap) if tap.contains("%d") => {
                 let tap = Tap::open(tap, usize::from(net.queues))?;
-                self.claims.0.push(Claim::interface(tap.name())?);
+                self.claims.0.push(IdentityClaim::interface(tap.name())?);
                 tap.into()
             }
             To::Tap(tap) => {
-                self.claims.0.push(Claim::interface(tap)?);
+                self.claims.0.push(IdentityClaim::interface(tap)?);
                 NetBackend::from(Tap::open(tap, usize::from(net.queues))?)
             }
         };
@@ -226,7 +230,7 @@ impl Endpoints {
         Ok(())
     }
 
-    fn add_vsock(&mut self, options: VsockOptions, claim: Claim, child: bool) -> Result<(), IdentityError> {
+    fn add_vsock(&mut self, options: VsockOptions, claim: IdentityClaim, child: bool) -> Result<(), IdentityError> {
         self.claims.0.push(claim);
         // Held while a dead socket is found and replaced, so that one of two processes finds the
         // other's live socket.

@@ -24,7 +24,7 @@ use crate::kvm::HostMismatch;
 use crate::vm::error::VmError;
 pub use restore::{RestoreLoad, RestoreOptions, SavedVm};
 use save::SETTLE;
-pub(crate) use save::Saving;
+pub(crate) use save::SaveTracker;
 pub use save::{SnapshotOptions, SnapshotReport};
 pub use sections::SavedError;
 

@@ -10,7 +10,7 @@ use clade_devices::disk::{DiskImage, DiskLayer, DiskRun};
 use clade_devices::virtio::Backend;
 use clade_io::IoFile;
 use clade_memory::PageRange;
-use clade_snapshot::{DiskReader, Kind, KnownDir, Load, ParentDirs, Snapshot};
+use clade_snapshot::{DiskReader, KnownDir, Load, PageContent, ParentDirs, Snapshot};
 use rustix::fs::{Mode, fchmod};
 use serde::{Deserialize, Serialize};
 
@@ -162,20 +162,22 @@ fn backends(config: &VmConfig, snapshot: &Snapshot, options: &RestoreOptions) ->
         backends.push(Backend::Disk(DiskImage::from_layers(&disk, reader.bytes(), &layers)?));
     }
     // Disks have the first places.
-    backends.resize_with(config.places().count(), || Backend::None);
+    backends.resize_with(config.device_slots().count(), || Backend::None);
     Ok(backends)
 }
 
 fn disk_layers(reader: &DiskReader, disk: &clade_devices::disk::DiskConfig) -> Result<Vec<DiskLayer>, SnapshotError> {
-    let run =
-        |(range, kind): &(PageRange, Kind)| DiskRun { clusters: range.start()..range.end(), zero: *kind == Kind::Zero };
+    let run = |(range, kind): &(PageRange, PageContent)| DiskRun {
+        clusters: range.start()..range.end(),
+        zero: *kind == PageContent::Zero,
+    };
     let mut layers = Vec::new();
     for layer in reader.layers()? {
         let Some((file, path)) = layer.file else {
             // Compressed: all of the disk is unpacked, for any form of the other layers.
             let (file, path) = unpacked(reader, disk)?;
             let data = reader.data_runs();
-            let runs = data.iter().map(|range| run(&(*range, Kind::Data))).collect();
+            let runs = data.iter().map(|range| run(&(*range, PageContent::Data))).collect();
             let file = Some(Arc::new(IoFile::read_only(file, &path, disk.cache)));
             return Ok(vec![DiskLayer { file, runs }]);
         };

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use clade_devices::disk::{CLUSTER, DiskImage, DiskRun};
 use clade_memory::{PAGE_SIZE, PageRange};
 use clade_snapshot::{
-    Base, Compression, DiskToSave, Kind, Save, SaveProgress, Saved, Space, linear, record_working_set,
+    Base, Compression, DiskToSave, PageContent, Save, SaveProgress, Saved, Space, linear, record_working_set,
 };
 
 use crate::vm::error::VmError;
@@ -36,7 +36,7 @@ pub(crate) struct LastSave {
 
 /// The progress of a VM's snapshot, which other threads read and cancel.
 #[derive(Debug, Default)]
-pub(crate) struct Saving {
+pub(crate) struct SaveTracker {
     last: Mutex<Option<LastSave>>,
     running: AtomicBool,
     cancel: AtomicBool,
@@ -44,7 +44,7 @@ pub(crate) struct Saving {
     total: AtomicU64,
 }
 
-impl Saving {
+impl SaveTracker {
     /// The initial value for a VM that was started from `image`.
     pub(crate) fn of(image: &Arc<ForkImage>) -> Self {
         let last = image.place.clone().map(|place| LastSave { place, image: Arc::clone(image) });
@@ -93,10 +93,10 @@ impl Space for DiskSpace<'_> {
         self.image.size()
     }
 
-    fn runs(&self) -> io::Result<Vec<(PageRange, Kind)>> {
+    fn runs(&self) -> io::Result<Vec<(PageRange, PageContent)>> {
         const { assert!(CLUSTER == PAGE_SIZE) };
         let run = |run: &DiskRun| {
-            let kind = if run.zero { Kind::Zero } else { Kind::Data };
+            let kind = if run.zero { PageContent::Zero } else { PageContent::Data };
             (PageRange::new(run.clusters.start, run.clusters.end), kind)
         };
         Ok(self.runs.iter().map(run).collect())

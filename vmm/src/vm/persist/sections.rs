@@ -7,7 +7,7 @@
 //! | `config` | [`VmConfig`] |
 //! | `vcpus` | a [`VcpuState`] for each vCPU |
 //! | `vm` | interrupt controllers, PIT, clock |
-//! | `devices` | [`DeviceState`] |
+//! | `devices` | [`DevicesState`] |
 //! | `identity` | names and addresses of the VM it was taken from, and its generation |
 //!
 //! # Allowed changes
@@ -33,9 +33,9 @@ use clade_memory::RamImage;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use thiserror::Error;
 
-use crate::kvm::{HostRequirements, VcpuState, VmState};
-use crate::vm::config::{Place, VmConfig};
-use crate::vm::devices::DeviceState;
+use crate::kvm::{HostRequirements, PlatformState, VcpuState};
+use crate::vm::config::{DeviceSlot, VmConfig};
+use crate::vm::devices::DevicesState;
 use crate::vm::fork::ForkImage;
 use crate::vm::identity::Identity;
 
@@ -207,13 +207,13 @@ impl ForkImage {
         check_config(&config, &ram)?;
         let vcpus: Vec<VcpuState> = read(&sections, VCPUS)?;
         check_vcpus(&config, &vcpus)?;
-        let vm: VmState = read(&sections, VM)?;
+        let vm: PlatformState = read(&sections, VM)?;
         let (found, wanted) = (vm.chips(), config.chips());
         if found != Some(wanted) {
             let found = found.map_or_else(|| "a PIT alone".to_owned(), |chips| format!("{chips:?}"));
             return Err(SavedError::Chips { section: VM, found, wanted: format!("{wanted:?}") });
         }
-        let devices: DeviceState = read(&sections, DEVICES)?;
+        let devices: DevicesState = read(&sections, DEVICES)?;
         check_devices(&config, &devices, &backends)?;
         let SavedIdentity { identity, generation } = read(&sections, IDENTITY)?;
         let count = |what: &str, found: usize, wanted: usize| expect(IDENTITY, what, found as u64, wanted as u64);
@@ -309,22 +309,22 @@ fn check_vcpus(config: &VmConfig, vcpus: &[VcpuState]) -> Result<(), SavedError>
     Ok(())
 }
 
-fn check_devices(config: &VmConfig, devices: &DeviceState, backends: &[Backend]) -> Result<(), SavedError> {
-    let wanted = config.places().count() as u64;
+fn check_devices(config: &VmConfig, devices: &DevicesState, backends: &[Backend]) -> Result<(), SavedError> {
+    let wanted = config.device_slots().count() as u64;
     expect(DEVICES, "virtio devices", devices.virtio.len() as u64, wanted)?;
     expect(DEVICES, "backends given", backends.len() as u64, wanted)?;
-    for (place, ((wanted, state), backend)) in config.places().zip(&devices.virtio).zip(backends).enumerate() {
+    for (place, ((wanted, state), backend)) in config.device_slots().zip(&devices.virtio).zip(backends).enumerate() {
         let kind = |found, wanted| Err(SavedError::Kind { section: DEVICES, place, found, wanted });
         if state.device.kind() != wanted.kind() {
             return kind(state.device.kind(), wanted.kind());
         }
         match (wanted, backend) {
-            (Place::Disk(spec), Backend::Disk(disk)) if disk.config().read_only != spec.disk.read_only => {
+            (DeviceSlot::Disk(spec), Backend::Disk(disk)) if disk.config().read_only != spec.disk.read_only => {
                 let named = |read_only| if read_only { "read-only disk" } else { "writable disk" };
                 return kind(named(disk.config().read_only), named(spec.disk.read_only));
             }
-            (Place::Disk(_), Backend::Disk(_)) => {}
-            (Place::Disk(_), Backend::None) => return kind("without a disk", wanted.kind()),
+            (DeviceSlot::Disk(_), Backend::Disk(_)) => {}
+            (DeviceSlot::Disk(_), Backend::None) => return kind("without a disk", wanted.kind()),
             (_, Backend::Disk(_)) => return kind("with a disk", wanted.kind()),
             (_, Backend::None) => {}
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use clade_memory::Store;
 use clade_test_support::wait_until;
 
-use crate::boot::{BootSource, Image};
+use crate::boot::{BootImage, BootSource};
 use crate::kvm::testutil::{elf, host};
 use crate::vm::{Context, Vm, VmConfig};
 
@@ -28,7 +28,7 @@ fn string_instructions_lose_no_byte_of_the_serial_port() {
     let Some(host) = host() else { return };
     let context = Context::new(Arc::new(host), Store::open_small().unwrap()).unwrap();
     let config = Arc::new(VmConfig::bare(32 << 20, 1).unwrap());
-    let kernel = Image::Bytes(elf(&ECHO).into());
+    let kernel = BootImage::Bytes(elf(&ECHO).into());
     let source = BootSource::new(kernel);
     let vm = Vm::boot(&context, "echo", &config, &source).unwrap();
     // All at once: the whole text is in the FIFO when the guest finds the first byte.

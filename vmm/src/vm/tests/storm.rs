@@ -12,7 +12,7 @@ use std::time::Duration;
 use clade_guests::BARE_ELF;
 use clade_guests::abi::Command;
 
-use crate::boot::{BootSource, Image};
+use crate::boot::{BootImage, BootSource};
 use crate::kvm::testutil::host;
 use crate::vm::{ChildOptions, Context, Vm, VmConfig};
 use clade_harness::BareMailbox;
@@ -56,7 +56,7 @@ struct Found {
 /// A bare guest whose vCPUs wait for commands.
 pub(super) fn boot_idle(context: &Context, cpus: u64) -> Vm {
     let config = Arc::new(VmConfig::bare(32 << 20, cpus).unwrap());
-    let kernel = Image::Bytes(BARE_ELF.into());
+    let kernel = BootImage::Bytes(BARE_ELF.into());
     let source = BootSource::new(kernel);
     let vm = Vm::boot(context, "storm", &config, &source).unwrap();
     for vcpu in 0..cpus {

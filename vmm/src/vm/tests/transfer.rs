@@ -10,7 +10,7 @@ use clade_memory::{DontFork, PageRange, Store};
 use clade_snapshot::SaveProgress;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::boot::{BootSource, Image};
+use crate::boot::{BootImage, BootSource};
 use crate::kvm::testutil::host;
 use crate::vm::tests::storm::{Pair, boot, goes_on};
 use crate::vm::{
@@ -131,7 +131,7 @@ fn a_snapshot_based_on_an_image_with_other_disks_is_refused() {
     std::fs::write(&path, vec![0; 1 << 20]).unwrap();
     let mut config = VmConfig::bare(32 << 20, 1).unwrap();
     let image = |config: &VmConfig| {
-        let source = BootSource::new(Image::Bytes(BARE_ELF.into()));
+        let source = BootSource::new(BootImage::Bytes(BARE_ELF.into()));
         let vm = Vm::boot(&context, "disks", &Arc::new(config.clone()), &source).unwrap();
         vm.fork().unwrap().0
     };

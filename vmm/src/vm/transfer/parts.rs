@@ -48,16 +48,16 @@ pub struct ImageParts {
 
 /// The description at the head of the bytes.
 #[derive(Debug, Default, Serialize, Deserialize)]
-struct Description {
+struct ImageDescription {
     /// Names and lengths of the sections after the description.
     sections: Vec<(String, u64)>,
-    layers: Vec<Layer>,
-    regions: Vec<Region>,
+    layers: Vec<LayerParts>,
+    regions: Vec<RegionParts>,
     disks: Vec<DiskParts>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct Layer {
+struct LayerParts {
     file: usize,
     pages: u64,
     /// The descriptor to be kept open while the layer is in use.
@@ -65,17 +65,17 @@ struct Layer {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct Region {
+struct RegionParts {
     /// Guest physical address.
     start: u64,
     pages: u64,
-    map: Vec<Run>,
+    map: Vec<MapRun>,
     no_fork: Vec<(u64, u64, Hidden)>,
 }
 
 /// Pages `start..end` of a region are those of a layer from `at` on.
 #[derive(Debug, Serialize, Deserialize)]
-struct Run {
+struct MapRun {
     start: u64,
     end: u64,
     layer: usize,
@@ -115,14 +115,14 @@ struct DiskPart {
 
 /// Descriptors, each once.
 #[derive(Default)]
-struct Files {
+struct PassedFiles {
     files: Vec<OwnedFd>,
     /// Descriptors that stay open here too, and their indexes. Held, so that their addresses are
     /// not reused.
     kept: HashMap<*const OwnedFd, (Arc<OwnedFd>, usize)>,
 }
 
-impl Files {
+impl PassedFiles {
     fn add(&mut self, file: OwnedFd) -> usize {
         self.files.push(file);
         self.files.len() - 1
@@ -148,15 +148,15 @@ impl ForkImage {
     /// # Errors
     /// When memory is lost, a file cannot be opened again, or there is no free descriptor.
     pub fn export(self: &Arc<Self>, leases: &Leases) -> Result<ImageParts, TransferError> {
-        let mut files = Files::default();
+        let mut files = PassedFiles::default();
         let lease = Arc::new(leases.lease(self).map_err(TransferError::system("leased"))?);
-        let mut description = Description::default();
+        let mut description = ImageDescription::default();
 
         let mut seen: HashMap<LayerId, usize> = HashMap::new();
         for (((start, pages), map), hidden) in
             self.ram().layout().ranges().iter().zip(self.ram().maps()).zip(self.ram().dont_fork())
         {
-            let mut region = Region { start: start.0, pages: *pages, map: Vec::new(), no_fork: Vec::new() };
+            let mut region = RegionParts { start: start.0, pages: *pages, map: Vec::new(), no_fork: Vec::new() };
             for (range, source) in map.iter() {
                 let layer = match seen.get(&source.layer.id()) {
                     Some(layer) => *layer,
@@ -167,7 +167,7 @@ impl ForkImage {
                         description.layers.len() - 1
                     }
                 };
-                region.map.push(Run { start: range.start(), end: range.end(), layer, at: source.at });
+                region.map.push(MapRun { start: range.start(), end: range.end(), layer, at: source.at });
             }
             region.no_fork =
                 hidden.into_iter().map(|(range, what)| (range.start(), range.end(), Hidden::of(&what))).collect();
@@ -250,14 +250,14 @@ impl Hidden {
     }
 }
 
-fn exported(layer: &LayerHandle, lease: &Arc<OwnedFd>, files: &mut Files) -> Result<Layer, TransferError> {
+fn exported(layer: &LayerHandle, lease: &Arc<OwnedFd>, files: &mut PassedFiles) -> Result<LayerParts, TransferError> {
     let file = files.add(layer.read_only_file()?.into());
     // A layer that came from another process is leased from that process.
     let lease = files.share(layer.lease().unwrap_or(lease))?;
-    Ok(Layer { file, pages: layer.pages(), lease })
+    Ok(LayerParts { file, pages: layer.pages(), lease })
 }
 
-fn exported_disk(layer: &DiskLayer, files: &mut Files) -> Result<DiskPart, TransferError> {
+fn exported_disk(layer: &DiskLayer, files: &mut PassedFiles) -> Result<DiskPart, TransferError> {
     let file = layer.file.as_ref().ok_or_else(|| TransferError::malformed("a disk's layer without a file"))?;
     let mut add = |file: BorrowedFd<'_>| {
         let copy = file.try_clone_to_owned().map_err(TransferError::system("given another descriptor"))?;
@@ -270,15 +270,15 @@ fn exported_disk(layer: &DiskLayer, files: &mut Files) -> Result<DiskPart, Trans
 }
 
 /// Sections by their names.
-type Sections<'a> = Vec<(&'static str, &'a [u8])>;
+type SectionList<'a> = Vec<(&'static str, &'a [u8])>;
 
 /// The description and the sections in `bytes`.
-fn described(bytes: &[u8]) -> Result<(Description, Sections<'_>), TransferError> {
+fn described(bytes: &[u8]) -> Result<(ImageDescription, SectionList<'_>), TransferError> {
     let (head, rest) = bytes.split_first_chunk().ok_or_else(|| TransferError::malformed("it ends in its head"))?;
     let head = usize::try_from(u64::from_le_bytes(*head)).unwrap_or(usize::MAX);
     let (head, mut rest) =
         rest.split_at_checked(head).ok_or_else(|| TransferError::malformed("it ends in its description"))?;
-    let description: Description =
+    let description: ImageDescription =
         ciborium::de::from_reader_with_buffer(head, &mut vec![0; SCRATCH.min(head.len())])
             .map_err(|error| TransferError::malformed(format!("its description cannot be read: {error}")))?;
     let mut saved = Vec::with_capacity(sections::SECTIONS.len());
@@ -363,7 +363,7 @@ fn file_id(file: impl AsFd) -> Result<FileId, TransferError> {
 
 fn ram(
     store: &Store,
-    description: &Description,
+    description: &ImageDescription,
     files: &mut Received,
     shared: &mut SharedFiles,
 ) -> Result<RamImage, TransferError> {
@@ -487,7 +487,7 @@ fn disks(
         backends.push(Backend::Disk(image?));
     }
     // Disks have the first places.
-    backends.resize_with(config.places().count(), || Backend::None);
+    backends.resize_with(config.device_slots().count(), || Backend::None);
     Ok(backends)
 }
 

@@ -96,7 +96,7 @@ pub(crate) struct VcpuControl<O, S> {
 
 /// The number of a request to save or to load. An answer to an older request is dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Request(u64);
+pub(crate) struct StateRequest(u64);
 
 /// The next action of a parked or idle vCPU.
 #[derive(Debug)]
@@ -106,9 +106,9 @@ pub(crate) enum Next<O> {
     /// Enter the guest.
     Run,
     /// Save its state, and park again.
-    Save(Request),
+    Save(StateRequest),
     /// Take another state in place, and park again.
-    Load(Request, O),
+    Load(StateRequest, O),
     /// End its thread.
     Exit,
 }
@@ -260,11 +260,11 @@ impl<O, S> VcpuControl<O, S> {
                     return Next::Run;
                 }
                 State::Pausing | State::Paused if all_parked && vcpu.save_done != save_asked => {
-                    return Next::Save(Request(save_asked));
+                    return Next::Save(StateRequest(save_asked));
                 }
                 State::Pausing | State::Paused if all_parked && vcpu.order.is_some() => {
                     if let Some(order) = vcpu.order.take() {
-                        return Next::Load(Request(load_asked), order);
+                        return Next::Load(StateRequest(load_asked), order);
                     }
                 }
                 State::Pausing | State::Paused => {
@@ -276,9 +276,9 @@ impl<O, S> VcpuControl<O, S> {
 
     /// Submits the state that a vCPU has saved for `request`. Dropped if there is a newer request,
     /// because the vCPU's siblings may have run in between.
-    pub(crate) fn submit_state(&self, index: usize, request: Request, state: Result<S, VmError>) {
+    pub(crate) fn submit_state(&self, index: usize, request: StateRequest, state: Result<S, VmError>) {
         let mut inner = self.inner();
-        if request == Request(inner.save_asked) {
+        if request == StateRequest(inner.save_asked) {
             inner.vcpus[index].save_done = request.0;
             inner.vcpus[index].saved = Some(state);
             self.to_owner.notify_all();
@@ -286,9 +286,9 @@ impl<O, S> VcpuControl<O, S> {
     }
 
     /// Submits the result of loading the state of `request`.
-    pub(crate) fn has_loaded(&self, index: usize, request: Request, result: Result<(), VmError>) {
+    pub(crate) fn has_loaded(&self, index: usize, request: StateRequest, result: Result<(), VmError>) {
         let mut inner = self.inner();
-        if request == Request(inner.load_asked) {
+        if request == StateRequest(inner.load_asked) {
             inner.vcpus[index].loaded = Some(result);
             self.to_owner.notify_all();
         }

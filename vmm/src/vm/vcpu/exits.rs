@@ -25,7 +25,7 @@ const MAX_LINES: usize = 24;
 /// instruction, the instruction's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub(crate) enum Kind {
+pub(crate) enum ExitKind {
     PortIn = 1,
     PortOut,
     MmioRead,
@@ -48,33 +48,33 @@ pub(crate) enum Kind {
     Other,
 }
 
-const KINDS: [(Kind, &str); 12] = [
-    (Kind::PortIn, "in"),
-    (Kind::PortOut, "out"),
-    (Kind::MmioRead, "read"),
-    (Kind::MmioWrite, "write"),
-    (Kind::Kick, "kick"),
-    (Kind::Failure, "not emulated by KVM"),
-    (Kind::Instruction, "emulated at"),
-    (Kind::Breakpoint, "INT3 at"),
-    (Kind::PageFault, "page fault"),
-    (Kind::Saved, "saved"),
-    (Kind::Loaded, "loaded"),
-    (Kind::Other, "other"),
+const KINDS: [(ExitKind, &str); 12] = [
+    (ExitKind::PortIn, "in"),
+    (ExitKind::PortOut, "out"),
+    (ExitKind::MmioRead, "read"),
+    (ExitKind::MmioWrite, "write"),
+    (ExitKind::Kick, "kick"),
+    (ExitKind::Failure, "not emulated by KVM"),
+    (ExitKind::Instruction, "emulated at"),
+    (ExitKind::Breakpoint, "INT3 at"),
+    (ExitKind::PageFault, "page fault"),
+    (ExitKind::Saved, "saved"),
+    (ExitKind::Loaded, "loaded"),
+    (ExitKind::Other, "other"),
 ];
 
-impl From<&Result<VcpuExit<'_>, kvm_ioctls::Error>> for Exit {
+impl From<&Result<VcpuExit<'_>, kvm_ioctls::Error>> for ExitRecord {
     fn from(exit: &Result<VcpuExit<'_>, kvm_ioctls::Error>) -> Self {
         let (kind, address) = match exit {
-            Ok(VcpuExit::IoIn(port, _)) => (Kind::PortIn, (*port).into()),
-            Ok(VcpuExit::IoOut(port, _)) => (Kind::PortOut, (*port).into()),
-            Ok(VcpuExit::MmioRead(address, _)) => (Kind::MmioRead, *address),
-            Ok(VcpuExit::MmioWrite(address, _)) => (Kind::MmioWrite, *address),
-            Ok(VcpuExit::InternalError) => (Kind::Failure, 0),
-            Ok(VcpuExit::Debug(_)) => (Kind::PageFault, 0),
-            Ok(VcpuExit::Intr) => (Kind::Kick, 0),
-            Err(error) if error.errno() == libc::EINTR => (Kind::Kick, 0),
-            _ => (Kind::Other, 0),
+            Ok(VcpuExit::IoIn(port, _)) => (ExitKind::PortIn, (*port).into()),
+            Ok(VcpuExit::IoOut(port, _)) => (ExitKind::PortOut, (*port).into()),
+            Ok(VcpuExit::MmioRead(address, _)) => (ExitKind::MmioRead, *address),
+            Ok(VcpuExit::MmioWrite(address, _)) => (ExitKind::MmioWrite, *address),
+            Ok(VcpuExit::InternalError) => (ExitKind::Failure, 0),
+            Ok(VcpuExit::Debug(_)) => (ExitKind::PageFault, 0),
+            Ok(VcpuExit::Intr) => (ExitKind::Kick, 0),
+            Err(error) if error.errno() == libc::EINTR => (ExitKind::Kick, 0),
+            _ => (ExitKind::Other, 0),
         };
         Self { kind, address }
     }
@@ -82,14 +82,14 @@ impl From<&Result<VcpuExit<'_>, kvm_ioctls::Error>> for Exit {
 
 /// One exit, or one action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Exit {
-    pub(crate) kind: Kind,
+pub(crate) struct ExitRecord {
+    pub(crate) kind: ExitKind,
     pub(crate) address: u64,
 }
 
-impl Exit {
+impl ExitRecord {
     pub(crate) fn emulated(what: Emulated, address: u64) -> Self {
-        let kind = if what == Emulated::Breakpoint { Kind::Breakpoint } else { Kind::Instruction };
+        let kind = if what == Emulated::Breakpoint { ExitKind::Breakpoint } else { ExitKind::Instruction };
         Self { kind, address }
     }
 
@@ -104,7 +104,7 @@ impl Exit {
     }
 }
 
-impl fmt::Display for Exit {
+impl fmt::Display for ExitRecord {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = KINDS.iter().find(|(kind, _)| *kind == self.kind).map_or("", |(_, name)| name);
         match self.address {
@@ -130,7 +130,7 @@ impl Default for Exits {
 
 impl Exits {
     /// Adds an entry. Only the vCPU's own thread does.
-    pub(crate) fn note(&self, entry: Exit) {
+    pub(crate) fn note(&self, entry: ExitRecord) {
         // Relaxed: an entry is one word, and no other memory depends on it.
         let count = self.count.load(Ordering::Relaxed);
         self.entries[count as usize % KEPT].store(entry.pack(), Ordering::Relaxed);
@@ -143,8 +143,8 @@ impl Exits {
         // Relaxed: see `note`.
         let count = self.count.load(Ordering::Relaxed);
         let words = (count.saturating_sub(KEPT as u64)..count)
-            .filter_map(|n| Exit::unpack(self.entries[n as usize % KEPT].load(Ordering::Relaxed)));
-        let mut runs: Vec<(Exit, u32)> = Vec::new();
+            .filter_map(|n| ExitRecord::unpack(self.entries[n as usize % KEPT].load(Ordering::Relaxed)));
+        let mut runs: Vec<(ExitRecord, u32)> = Vec::new();
         for entry in words {
             match runs.last_mut() {
                 Some((last, times)) if *last == entry => *times += 1,
@@ -184,12 +184,12 @@ mod tests {
         let exits = Exits::default();
         assert_eq!(exits.lines(0), ["vCPU 0, 0 exits, the last:"]);
         for n in 0..100 {
-            exits.note(Exit { kind: Kind::PortOut, address: n });
+            exits.note(ExitRecord { kind: ExitKind::PortOut, address: n });
         }
         for _ in 0..KEPT - 3 {
-            exits.note(Exit { kind: Kind::MmioWrite, address: 0xd000_0050 });
+            exits.note(ExitRecord { kind: ExitKind::MmioWrite, address: 0xd000_0050 });
         }
-        exits.note(Exit::emulated(Emulated::Instruction, 0xffff_ffff_8100_0000));
+        exits.note(ExitRecord::emulated(Emulated::Instruction, 0xffff_ffff_8100_0000));
         assert_eq!(
             exits.lines(1),
             ["vCPU 1, 162 exits, the last: out 0x62, out 0x63, write 0xd0000050 x61, \
@@ -201,7 +201,7 @@ mod tests {
     fn each_line_fits_a_slot_of_the_record() {
         let exits = Exits::default();
         for n in 0..2 * KEPT as u64 {
-            exits.note(Exit { kind: Kind::Failure, address: u64::MAX - n });
+            exits.note(ExitRecord { kind: ExitKind::Failure, address: u64::MAX - n });
         }
         let lines = exits.lines(31);
         assert!(lines.iter().all(|line| line.len() <= LINE), "{lines:?}");
@@ -211,9 +211,9 @@ mod tests {
     #[test]
     fn every_kind_has_a_name_and_is_unpacked_as_it_was_packed() {
         for (kind, _) in KINDS {
-            let entry = Exit { kind, address: 7 };
-            assert_eq!(Exit::unpack(entry.pack()), Some(entry));
+            let entry = ExitRecord { kind, address: 7 };
+            assert_eq!(ExitRecord::unpack(entry.pack()), Some(entry));
         }
-        assert_eq!(Exit::unpack(0), None);
+        assert_eq!(ExitRecord::unpack(0), None);
     }
 }

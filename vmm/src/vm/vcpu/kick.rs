@@ -34,18 +34,18 @@ fn install_handler() {
     });
 }
 
-struct Target {
+struct KickTarget {
     thread: libc::pthread_t,
     immediate_exit: *const AtomicU8,
 }
 
 // SAFETY: `immediate_exit` points into a kvm_run page that outlives the target (see
 // `Kicker::enrol`) and is only used atomically.
-unsafe impl Send for Target {}
+unsafe impl Send for KickTarget {}
 
 /// Kicks one vCPU's thread, for as long as that thread is enrolled.
 #[derive(Default)]
-pub(crate) struct Kicker(Mutex<Option<Target>>);
+pub(crate) struct Kicker(Mutex<Option<KickTarget>>);
 
 impl std::fmt::Debug for Kicker {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -71,7 +71,7 @@ impl Kicker {
         let immediate_exit: *const AtomicU8 = (&raw const vcpu.get_kvm_run().immediate_exit).cast();
         // SAFETY: pthread_self has no preconditions.
         let thread = unsafe { libc::pthread_self() };
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Target { thread, immediate_exit });
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(KickTarget { thread, immediate_exit });
         Enrolled(self)
     }
 

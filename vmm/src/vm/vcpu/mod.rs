@@ -28,7 +28,7 @@ use clade_memory::GuestMemory;
 use kvm_bindings::CpuId;
 use kvm_ioctls::{VcpuFd, VmFd};
 
-use crate::boot::Entry;
+use crate::boot::BootEntry;
 use crate::kvm::{Host, NewVcpu, StateLayout, VcpuState};
 use crate::vm::devices::Devices;
 use crate::vm::error::{VmError, catch_panic, panic_message};
@@ -39,9 +39,9 @@ use control::{Next, VcpuControl};
 
 /// The initial state of a vCPU.
 #[derive(Clone)]
-pub(crate) enum Start {
+pub(crate) enum VcpuStart {
     /// The boot vCPU starts at the entry; the others wait for INIT-SIPI.
-    Boot(Entry),
+    Boot(BootEntry),
     /// The vCPU continues where it was at the fork.
     Restore(Arc<ForkImage>),
 }
@@ -49,7 +49,7 @@ pub(crate) enum Start {
 /// A command to a vCPU that has not run yet, or that is parked for a reset.
 #[derive(Clone)]
 pub(crate) struct StartCommand {
-    pub(crate) start: Start,
+    pub(crate) start: VcpuStart,
     pub(crate) devices: Arc<Devices>,
     /// The timeline of a child's start.
     pub(crate) timeline: Option<Arc<Timeline>>,
@@ -136,7 +136,7 @@ impl VcpuThread {
         if !self.control.begin(self.index, own, || self.lead(command)) {
             return false;
         }
-        if let Start::Restore(image) = &command.start
+        if let VcpuStart::Restore(image) = &command.start
             && image.vcpus.get(self.index).is_some_and(VcpuState::has_kvmclock)
         {
             // After its clock was restored. The instant of the fork may be long ago.
@@ -149,8 +149,8 @@ impl VcpuThread {
     fn lead(&self, command: &StartCommand) -> Result<(), VmError> {
         command.mark(ChildStep::Vcpus);
         match &command.start {
-            Start::Boot(_) => command.devices.reraise(),
-            Start::Restore(image) => image.restore_controllers(&self.vm, &command.devices)?,
+            VcpuStart::Boot(_) => command.devices.reraise(),
+            VcpuStart::Restore(image) => image.restore_controllers(&self.vm, &command.devices)?,
         }
         command.mark(ChildStep::Controllers);
         command.devices.resume();

@@ -7,7 +7,7 @@ use crate::kvm::{EmulateError, Emulated, Quirks, pio_width};
 use crate::vm::devices::Devices;
 use crate::vm::stop::StopReason;
 use crate::vm::vcpu::VcpuThread;
-use crate::vm::vcpu::exits::Exit;
+use crate::vm::vcpu::exits::ExitRecord;
 
 impl VcpuThread {
     /// Runs the guest until it must park (`None`) or stops.
@@ -15,7 +15,7 @@ impl VcpuThread {
         let vcpu = self.index;
         loop {
             let exit = self.vcpu.run();
-            self.control.exits(self.index).note(Exit::from(&exit));
+            self.control.exits(self.index).note(ExitRecord::from(&exit));
             match exit {
                 Ok(VcpuExit::IoOut(port, data)) => {
                     let data: *const [u8] = data;
@@ -80,7 +80,7 @@ impl VcpuThread {
 
     fn emulate_insn(&mut self) -> Option<StopReason> {
         let emulated = self.host.quirks().emulate_insn(&mut self.vcpu).and_then(|(emulated, rip)| {
-            self.control.exits(self.index).note(Exit::emulated(emulated, rip));
+            self.control.exits(self.index).note(ExitRecord::emulated(emulated, rip));
             if emulated == Emulated::Breakpoint && self.page_fault_entry.is_none() {
                 let entry = self.host.quirks().find_page_faults(&self.vcpu, &self.read_memory())?;
                 self.watch_page_faults(entry)?;

@@ -3,29 +3,29 @@
 //!
 //! The parts of the state, and their order, are documented at [`VcpuState`].
 
-use crate::boot::{BOOT_MSRS, Entry};
+use crate::boot::{BOOT_MSRS, BootEntry};
 use crate::kvm::{
     Clock, CpuidState, EmulateError, Quirks, VcpuState, forget_pending, mark_paused, set_msr_bits, tsc_khz,
 };
 use crate::vm::error::{VmError, catch_panic};
 use crate::vm::vcpu::control::Next;
-use crate::vm::vcpu::exits::{Exit, Kind};
+use crate::vm::vcpu::exits::{ExitKind, ExitRecord};
 use crate::vm::vcpu::sched::BoostGuard;
-use crate::vm::vcpu::{Start, VcpuThread};
+use crate::vm::vcpu::{VcpuStart, VcpuThread};
 
 impl VcpuThread {
     /// Loads the state that the vCPU starts with.
-    pub(super) fn give_state(&mut self, start: &Start) -> Result<(), VmError> {
+    pub(super) fn give_state(&mut self, start: &VcpuStart) -> Result<(), VmError> {
         let new = self.new.take();
         // The state may set another frequency.
         self.tsc_khz = None;
         match start {
-            Start::Boot(entry) => {
+            VcpuStart::Boot(entry) => {
                 self.set_boot_msrs();
                 // The other vCPUs wait until the first starts them.
                 if self.index == 0 { self.boot(entry) } else { Ok(()) }
             }
-            Start::Restore(image) => {
+            VcpuStart::Restore(image) => {
                 let state = image.vcpus.get(self.index).ok_or(VmError::NotSaved)?;
                 // The CPUID in an image is that of the host it was taken on, and the guest keeps
                 // it. A vCPU that has run has it already.
@@ -59,7 +59,7 @@ impl VcpuThread {
                 Next::Save(request) => {
                     // Caught, because the owner waits for this vCPU.
                     let saved = catch_panic(self.index, || self.save_state());
-                    self.control.exits(self.index).note(Exit { kind: Kind::Saved, address: 0 });
+                    self.control.exits(self.index).note(ExitRecord { kind: ExitKind::Saved, address: 0 });
                     self.control.submit_state(self.index, request, saved);
                     next = self.control.park(self.index, true);
                 }
@@ -70,7 +70,7 @@ impl VcpuThread {
                         forget_pending(&self.vcpu)?;
                         self.give_state(&command.start)
                     });
-                    self.control.exits(self.index).note(Exit { kind: Kind::Loaded, address: 0 });
+                    self.control.exits(self.index).note(ExitRecord { kind: ExitKind::Loaded, address: 0 });
                     self.control.has_loaded(self.index, request, loaded);
                     next = self.control.park(self.index, true);
                 }
@@ -123,7 +123,7 @@ impl VcpuThread {
         }
     }
 
-    fn boot(&self, entry: &Entry) -> Result<(), VmError> {
+    fn boot(&self, entry: &BootEntry) -> Result<(), VmError> {
         let mut sregs = self.vcpu.get_sregs().map_err(|e| VmError::kvm("read a vCPU's special registers", e))?;
         entry.apply_to(&mut sregs);
         self.vcpu.set_sregs(&sregs).map_err(|e| VmError::kvm("set a vCPU's special registers", e))?;

@@ -22,7 +22,7 @@ pub(crate) struct TicketLock {
 
 /// The lock, held until this is dropped.
 #[derive(Debug)]
-pub(crate) struct Turn<'a>(&'a TicketLock);
+pub(crate) struct TicketGuard<'a>(&'a TicketLock);
 
 impl Tickets {
     /// Draws the next ticket.
@@ -38,22 +38,22 @@ impl TicketLock {
     }
 
     /// Waits until every thread that drew a ticket earlier has unlocked.
-    pub(crate) fn take(&self) -> Turn<'_> {
+    pub(crate) fn take(&self) -> TicketGuard<'_> {
         let own = self.tickets().draw();
         self.wait_called(own)
     }
 
     /// Waits until ticket `own` has the lock.
-    fn wait_called(&self, own: u64) -> Turn<'_> {
+    fn wait_called(&self, own: u64) -> TicketGuard<'_> {
         let mut tickets = self.tickets();
         while tickets.now != own {
             tickets = self.called.wait(tickets).unwrap_or_else(PoisonError::into_inner);
         }
-        Turn(self)
+        TicketGuard(self)
     }
 }
 
-impl Drop for Turn<'_> {
+impl Drop for TicketGuard<'_> {
     fn drop(&mut self) {
         self.0.tickets().now += 1;
         // Wakes all waiters: each compares its own ticket.

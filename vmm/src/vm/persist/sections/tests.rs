@@ -71,7 +71,7 @@ fn image() -> (ForkImage, tempfile::TempDir) {
         ram: ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).unwrap().0,
         vcpus: vec![vcpu(0x1000), vcpu(0x2000)],
         vm: serde_json::from_value(clock).unwrap(),
-        devices: DeviceState { serial, virtio },
+        devices: DevicesState { serial, virtio },
         backends,
         identity: Arc::default(),
         generation: 3,
@@ -160,10 +160,10 @@ fn sections_that_do_not_fit_each_other_are_refused_by_name() {
     assert!(text.contains("device 0 is of kind \"writable disk\""), "{text}");
     assert!(config(|c| c.disks = vec![c.disks[0].clone(); 17]).contains("20 virtio devices"));
 
-    let text = refused(&changed::<DeviceState>(&image, DEVICES, |d| d.virtio.swap(1, 3)));
+    let text = refused(&changed::<DevicesState>(&image, DEVICES, |d| d.virtio.swap(1, 3)));
     assert_eq!(text, "section \"devices\": device 1 is of kind \"console\", must be \"entropy\"");
     for (queue, head, times) in [(1, 256, 1), (2, 0, 1), (0, 0, 257)] {
-        let text = refused(&changed::<DeviceState>(&image, DEVICES, |devices| {
+        let text = refused(&changed::<DevicesState>(&image, DEVICES, |devices| {
             let VirtioState::Block(block) = &mut devices.virtio[0].device else { unreachable!() };
             block.in_flight = vec![InFlight { queue, head }; times];
         }));
