@@ -42,7 +42,7 @@ const MAX_OF_REQUEST: u64 = 65_536;
 /// A child's limit of pages to copy. Two descriptors follow it: the set to copy, and the note for
 /// the written pages.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub(crate) struct AheadOrder {
+pub(crate) struct AheadRequest {
     /// Pages to copy at most.
     pub(crate) pages: u64,
 }
@@ -174,8 +174,8 @@ pub struct ChildAhead {
 
 impl ChildAhead {
     /// Begins to copy the pages of the file `likely`, beside the VM.
-    pub(crate) fn begin(vm: &Arc<Vm>, order: AheadOrder, likely: &OwnedFd, note: OwnedFd) -> Self {
-        let AheadOrder { pages } = order;
+    pub(crate) fn begin(vm: &Arc<Vm>, request: AheadRequest, likely: &OwnedFd, note: OwnedFd) -> Self {
+        let AheadRequest { pages } = request;
         let set = read(likely, vm.ram().layout()).map(|(set, _)| set).filter(|set| pages > 0 && !set.is_empty());
         if let Some(set) = set {
             let vm = Arc::downgrade(vm);

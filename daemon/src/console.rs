@@ -57,7 +57,7 @@ struct Waiting {
 }
 
 #[derive(Default)]
-struct Shared {
+struct ConsoleShared {
     waiting: Mutex<Waiting>,
     /// Wakes [`OutputReader::next`].
     changed: Notify,
@@ -65,7 +65,7 @@ struct Shared {
     closed: Notify,
 }
 
-impl Shared {
+impl ConsoleShared {
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -78,7 +78,7 @@ impl Shared {
 }
 
 /// The console's end of an output buffer: a listener that never blocks.
-struct OutputWriter(Arc<Shared>);
+struct OutputWriter(Arc<ConsoleShared>);
 
 impl Write for OutputWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -109,10 +109,10 @@ impl Drop for OutputWriter {
 }
 
 /// The reader's end of an output buffer.
-pub(crate) struct OutputReader(Arc<Shared>);
+pub(crate) struct OutputReader(Arc<ConsoleShared>);
 
 fn output() -> (OutputWriter, OutputReader) {
-    let shared = Arc::<Shared>::default();
+    let shared = Arc::<ConsoleShared>::default();
     (OutputWriter(Arc::clone(&shared)), OutputReader(shared))
 }
 

@@ -24,10 +24,10 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::Semaphore;
 
 use crate::control::{ACCEPT_BACKOFF, ProblemKind};
-use crate::fleet::{FleetError, Labels, WeakFleet, check_name, image_path};
 use crate::flight;
 use crate::secrets::Secrets;
 use crate::suspend::{self, SUSPEND};
+use crate::vm_host::{DaemonError, Labels, WeakVmHost, check_name, image_path};
 use clade_devices::virtio::net::Link;
 use clade_vmm::vm::{ForkReport, Leases, SealedParts, TransferError, Vm, VmConfig};
 
@@ -51,7 +51,7 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Report of a fork for another process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct Forked {
+pub(crate) struct ForkedVm {
     pub(crate) config: VmConfig,
     /// The VM's labels.
     pub(crate) labels: Labels,
@@ -73,8 +73,8 @@ pub(crate) struct Forked {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-enum Answer {
-    Forked(Box<Forked>),
+enum ImageAnswer {
+    Forked(Box<ForkedVm>),
     Refused {
         /// The kind of the error.
         kind: ProblemKind,
@@ -83,7 +83,7 @@ enum Answer {
 }
 
 /// Answers at a VM's socket until it is dropped. The VM is not kept alive.
-pub(crate) async fn serve(listener: OwnedFd, vm: Weak<Vm>, leases: Leases, fleet: WeakFleet) {
+pub(crate) async fn serve(listener: OwnedFd, vm: Weak<Vm>, leases: Leases, vm_host: WeakVmHost) {
     // SAFETY: an owned descriptor stays the same one, and open, until it is dropped.
     let listener = match unsafe { AsyncFd::register(listener) } {
         Ok(listener) => listener,
@@ -113,9 +113,9 @@ pub(crate) async fn serve(listener: OwnedFd, vm: Weak<Vm>, leases: Leases, fleet
         };
         // The semaphore is never closed.
         let Ok(permit) = Arc::clone(&clients).acquire_owned().await else { return };
-        let (vm, leases, fleet) = (vm.clone(), leases.clone(), fleet.clone());
+        let (vm, leases, vm_host) = (vm.clone(), leases.clone(), vm_host.clone());
         tokio::task::spawn_blocking(move || {
-            if let Err(error) = answer(&socket, &vm, &leases, &fleet) {
+            if let Err(error) = answer(&socket, &vm, &leases, &vm_host) {
                 // The client has gone, is another user's, or sent no request.
                 tracing::debug!(%error, "image socket");
             }
@@ -124,7 +124,7 @@ pub(crate) async fn serve(listener: OwnedFd, vm: Weak<Vm>, leases: Leases, fleet
     }
 }
 
-fn answer(socket: &OwnedFd, vm: &Weak<Vm>, leases: &Leases, fleet: &WeakFleet) -> io::Result<()> {
+fn answer(socket: &OwnedFd, vm: &Weak<Vm>, leases: &Leases, vm_host: &WeakVmHost) -> io::Result<()> {
     let (peer, own) = (socket_peercred(socket)?.uid, rustix::process::geteuid());
     if peer != own && !peer.is_root() {
         return Err(io::ErrorKind::PermissionDenied.into());
@@ -143,14 +143,14 @@ fn answer(socket: &OwnedFd, vm: &Weak<Vm>, leases: &Leases, fleet: &WeakFleet) -
         [RECORD] => return seqpacket::send(socket, &[RECORD], &[flight::descriptor()?.as_fd()]),
         _ => return Err(io::ErrorKind::InvalidData.into()),
     }
-    let made = vm.upgrade().ok_or(FleetError::Ending).and_then(|vm| forked(&vm, leases, fleet));
+    let made = vm.upgrade().ok_or(DaemonError::Ending).and_then(|vm| forked(&vm, leases, vm_host));
     match made {
         Ok((forked, parts)) => {
-            seqpacket::send(socket, &serde_json::to_vec(&Answer::Forked(Box::new(forked)))?, &[])?;
+            seqpacket::send(socket, &serde_json::to_vec(&ImageAnswer::Forked(Box::new(forked)))?, &[])?;
             parts.send(socket).map_err(io::Error::other)
         }
         Err(error) => {
-            let refused = Answer::Refused { kind: error.problem(), text: clade_vmm::error_chain(&error) };
+            let refused = ImageAnswer::Refused { kind: error.problem(), text: clade_vmm::error_chain(&error) };
             seqpacket::send(socket, &serde_json::to_vec(&refused)?, &[])
         }
     }
@@ -160,11 +160,11 @@ fn answer(socket: &OwnedFd, vm: &Weak<Vm>, leases: &Leases, fleet: &WeakFleet) -
 ///
 /// # Errors
 /// When the VM has ended, or cannot be forked.
-pub(crate) fn forked(vm: &Vm, leases: &Leases, fleet: &WeakFleet) -> Result<(Forked, SealedParts), FleetError> {
+pub(crate) fn forked(vm: &Vm, leases: &Leases, vm_host: &WeakVmHost) -> Result<(ForkedVm, SealedParts), DaemonError> {
     // Before the fork: an image of a VM that ends meanwhile would go out without the list of its
     // secrets, and the supervisor would refuse it as another VM's.
-    let listed = fleet.upgrade().and_then(|fleet| fleet.listed());
-    let listed = listed.ok_or_else(|| FleetError::NoSuchVm { name: vm.name().to_owned() })?;
+    let entry = vm_host.upgrade().and_then(|vm_host| vm_host.entry());
+    let entry = entry.ok_or_else(|| DaemonError::NoSuchVm { name: vm.name().to_owned() })?;
     let (image, report) = vm.fork()?;
     let links: Vec<Link> = (0..vm.identity().nets.len()).filter_map(|at| vm.network(at)).collect();
     let network = if links.contains(&Link::Closed) { Some(Link::Closed) } else { links.first().copied() };
@@ -172,10 +172,10 @@ pub(crate) fn forked(vm: &Vm, leases: &Leases, fleet: &WeakFleet) -> Result<(For
     let (pause, remapped, copied) = (times.pause.as_micros(), freeze.remapped, freeze.copied);
     let pages = format!("{remapped} pages remapped, {copied} copied");
     flight::note(&format!("image taken: paused {pause} us, {pages}, {in_flight} requests in flight"));
-    let forked = Forked {
+    let forked = ForkedVm {
         config: VmConfig::clone(image.config()),
-        labels: listed.labels,
-        secrets: listed.secrets,
+        labels: entry.labels,
+        secrets: entry.secrets,
         network,
         generation: image.generation(),
         pause: times.pause,
@@ -193,44 +193,48 @@ pub(crate) fn forked(vm: &Vm, leases: &Leases, fleet: &WeakFleet) -> Result<(For
 
 /// A VM that is forked for children in other processes: the request is sent.
 #[derive(Debug)]
-pub(crate) struct Asked {
+pub(crate) struct PendingFork {
     socket: OwnedFd,
     name: String,
     deadline: Instant,
 }
 
-fn failed(source: io::Error) -> FleetError {
-    FleetError::Worker { source }
+fn failed(source: io::Error) -> DaemonError {
+    DaemonError::Worker { source }
 }
 
-impl Asked {
+impl PendingFork {
     /// Requests the image of the VM called `name`, in whichever process it runs.
     ///
     /// # Errors
     /// When there is no such VM, or it takes no request.
-    pub(crate) fn begin(dir: &Path, name: &str) -> Result<Self, FleetError> {
+    pub(crate) fn begin(dir: &Path, name: &str) -> Result<Self, DaemonError> {
         Self::begin_within(dir, name, PATIENCE)
     }
 
-    fn begin_within(dir: &Path, name: &str, limit: Duration) -> Result<Self, FleetError> {
+    fn begin_within(dir: &Path, name: &str, limit: Duration) -> Result<Self, DaemonError> {
         let deadline = Instant::now() + limit;
-        let asked = Self { socket: connected(dir, name, limit)?, name: name.to_owned(), deadline };
-        set_socket_timeout(&asked.socket, Timeout::Recv, Some(CHECK_INTERVAL)).map_err(|errno| failed(errno.into()))?;
-        seqpacket::send(&asked.socket, &[FORK], &[]).map_err(|error| asked.silent(&error))?;
-        Ok(asked)
+        let pending_fork = Self { socket: connected(dir, name, limit)?, name: name.to_owned(), deadline };
+        set_socket_timeout(&pending_fork.socket, Timeout::Recv, Some(CHECK_INTERVAL))
+            .map_err(|errno| failed(errno.into()))?;
+        seqpacket::send(&pending_fork.socket, &[FORK], &[]).map_err(|error| pending_fork.silent(&error))?;
+        Ok(pending_fork)
     }
 
-    fn silent(&self, source: &io::Error) -> FleetError {
+    fn silent(&self, source: &io::Error) -> DaemonError {
         let is_late = source.kind() == io::ErrorKind::WouldBlock;
         let kind = if is_late { ProblemKind::VmSilent } else { ProblemKind::VmGone };
-        FleetError::Refused { kind, text: format!("the process of {:?} does not answer: {source}", self.name) }
+        DaemonError::Refused { kind, text: format!("the process of {:?} does not answer: {source}", self.name) }
     }
 
     /// Waits for the image. `check` is called every [`CHECK_INTERVAL`].
     ///
     /// # Errors
     /// That of `check`. When the VM cannot be forked, or its process does not answer.
-    pub(crate) fn image(self, check: &dyn Fn() -> Result<(), FleetError>) -> Result<(Forked, SealedParts), FleetError> {
+    pub(crate) fn image(
+        self,
+        check: &dyn Fn() -> Result<(), DaemonError>,
+    ) -> Result<(ForkedVm, SealedParts), DaemonError> {
         let go_on = || Instant::now() < self.deadline && check().is_ok();
         let answer = loop {
             match seqpacket::receive(self.socket.as_fd(), MAX_ANSWER) {
@@ -242,7 +246,7 @@ impl Asked {
         check()?;
         let Message { bytes, .. } = answer.map_err(|error| self.silent(&error))?;
         match serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))? {
-            Answer::Forked(forked) => match SealedParts::receive_while(&self.socket, &go_on) {
+            ImageAnswer::Forked(forked) => match SealedParts::receive_while(&self.socket, &go_on) {
                 // The VM's process has ended, or does not answer.
                 Err(TransferError::System { source, .. }) => {
                     check()?;
@@ -250,7 +254,7 @@ impl Asked {
                 }
                 parts => Ok((*forked, parts?)),
             },
-            Answer::Refused { kind, text } => Err(FleetError::Refused { kind, text }),
+            ImageAnswer::Refused { kind, text } => Err(DaemonError::Refused { kind, text }),
         }
     }
 }
@@ -259,7 +263,7 @@ impl Asked {
 ///
 /// # Errors
 /// When there is no such VM.
-pub(crate) fn give_broker(dir: &Path, name: &str, broker: BorrowedFd<'_>) -> Result<(), FleetError> {
+pub(crate) fn give_broker(dir: &Path, name: &str, broker: BorrowedFd<'_>) -> Result<(), DaemonError> {
     let socket = connected(dir, name, PATIENCE)?;
     seqpacket::send(&socket, &[BROKER], &[broker]).map_err(failed)
 }
@@ -273,7 +277,7 @@ impl AskedRecord {
     ///
     /// # Errors
     /// When there is no such VM, or it takes no request.
-    pub(crate) fn begin(dir: &Path, name: &str, limit: Duration) -> Result<Self, FleetError> {
+    pub(crate) fn begin(dir: &Path, name: &str, limit: Duration) -> Result<Self, DaemonError> {
         let socket = connected(dir, name, limit)?;
         seqpacket::send(&socket, &[RECORD], &[]).map_err(failed)?;
         Ok(Self(socket))
@@ -292,7 +296,7 @@ impl AskedRecord {
     }
 }
 
-pub(crate) fn connected(dir: &Path, name: &str, limit: Duration) -> Result<OwnedFd, FleetError> {
+pub(crate) fn connected(dir: &Path, name: &str, limit: Duration) -> Result<OwnedFd, DaemonError> {
     check_name(name)?;
     let path = image_path(dir, name);
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
@@ -303,13 +307,13 @@ pub(crate) fn connected(dir: &Path, name: &str, limit: Duration) -> Result<Owned
     }
     let connected = SocketAddrUnix::new(&path).and_then(|address| connect(&socket, &address));
     match connected {
-        Err(Errno::NOENT | Errno::CONNREFUSED) => return Err(FleetError::NoSuchVm { name: name.to_owned() }),
+        Err(Errno::NOENT | Errno::CONNREFUSED) => return Err(DaemonError::NoSuchVm { name: name.to_owned() }),
         // Others are in the queue, and the process accepts none of them.
         Err(Errno::AGAIN) => {
             let text = format!("the process of {name:?} accepts no request for its image");
-            return Err(FleetError::Refused { kind: ProblemKind::VmSilent, text });
+            return Err(DaemonError::Refused { kind: ProblemKind::VmSilent, text });
         }
-        other => other.map_err(|source| FleetError::Runtime { path, source: source.into() })?,
+        other => other.map_err(|source| DaemonError::Runtime { path, source: source.into() })?,
     }
     Ok(socket)
 }
@@ -331,7 +335,7 @@ mod tests {
             socket
         };
         let limit = Duration::from_millis(300);
-        let image = || Asked::begin_within(dir.path(), "web", limit)?.image(&|| Ok(()));
+        let image = || PendingFork::begin_within(dir.path(), "web", limit)?.image(&|| Ok(()));
         let kind = || image().map(drop).map_err(|error| error.problem());
         // A request waits in its queue, and then the queue is full.
         let _stopped = bound(8);

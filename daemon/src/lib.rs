@@ -2,7 +2,7 @@
 //!
 //! | topic | module |
 //! |---|---|
-//! | the VMs of a process | [`fleet`] |
+//! | the VMs of a process | [`vm_host`] |
 //! | the HTTP API and its client | [`control`] |
 //! | consoles on sockets | [`console`] |
 //! | processes with one VM each | [`worker`] |
@@ -16,7 +16,6 @@
 pub mod ahead;
 pub mod console;
 pub mod control;
-pub mod fleet;
 pub mod flight;
 mod heap;
 mod image;
@@ -26,5 +25,6 @@ mod signals;
 pub mod supervisor;
 mod suspend;
 mod text;
+pub mod vm_host;
 pub mod worker;
 pub mod zygote;

@@ -20,7 +20,7 @@ use utoipa::ToSchema;
 use zeroize::Zeroizing;
 
 use crate::control::{ProblemKind, hex, random_hex};
-use crate::fleet::FleetError;
+use crate::vm_host::DaemonError;
 
 /// Most secrets of a VM.
 pub const MAX_SECRETS: usize = 16;
@@ -110,13 +110,13 @@ impl Secrets {
     ///
     /// # Errors
     /// When the list of secrets is unknown.
-    pub(crate) fn expect_known(&self, vm: Option<&str>) -> Result<(), FleetError> {
+    pub(crate) fn expect_known(&self, vm: Option<&str>) -> Result<(), DaemonError> {
         if !matches!(self, Self::None) {
             return Ok(());
         }
         let of = vm.map_or_else(|| "a snapshot".to_owned(), |vm| format!("{vm:?}"));
         let text = format!("no child of {of} can be made without secrets: it was made with none that are known");
-        Err(FleetError::Refused { kind: ProblemKind::WrongState, text })
+        Err(DaemonError::Refused { kind: ProblemKind::WrongState, text })
     }
 }
 
@@ -184,8 +184,8 @@ fn digest(salt: &str, list: &[Secret]) -> String {
 /// # Errors
 /// When a secret has no name, or another's. When there are too many, or one cannot be found in
 /// memory.
-pub(crate) fn check(secrets: &[Secret]) -> Result<(), FleetError> {
-    let refused = |text: String| Err(FleetError::Refused { kind: ProblemKind::BadConfig, text });
+pub(crate) fn check(secrets: &[Secret]) -> Result<(), DaemonError> {
+    let refused = |text: String| Err(DaemonError::Refused { kind: ProblemKind::BadConfig, text });
     let bytes: usize = secrets.iter().map(|secret| secret.value.len()).sum();
     if secrets.len() > MAX_SECRETS || bytes > MAX_SECRET_BYTES {
         let count = secrets.len();
@@ -235,7 +235,7 @@ mod tests {
     fn what_cannot_be_kept_from_a_child_is_refused_by_its_name() {
         let good = b"correct horse battery staple".as_slice();
         let refused = |secrets: &[Secret]| match check(secrets) {
-            Err(FleetError::Refused { kind: ProblemKind::BadConfig, text }) => text,
+            Err(DaemonError::Refused { kind: ProblemKind::BadConfig, text }) => text,
             other => panic!("{other:?}"),
         };
         check(&[secret("a", good), secret("b", good)]).unwrap();

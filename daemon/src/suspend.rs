@@ -23,9 +23,9 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use serde::{Deserialize, Serialize};
 
 use crate::control::{ProblemKind, SuspendAnswer};
-use crate::fleet::FleetError;
 use crate::flight;
 use crate::image::connected;
+use crate::vm_host::DaemonError;
 use clade_vmm::vm::{RequestSource, SuspendReport, Vm};
 
 /// The byte of the request.
@@ -38,7 +38,7 @@ const PATIENCE: Duration = Duration::from_secs(600);
 const CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
 #[derive(Debug, Serialize, Deserialize)]
-enum Answer {
+enum SuspendReply {
     Suspended(SuspendAnswer),
     Refused {
         /// The kind of the error.
@@ -49,13 +49,13 @@ enum Answer {
 
 /// Suspends the VM of this process, and wakes it on the first request to its devices.
 pub(crate) fn answer(socket: &OwnedFd, vm: &Weak<Vm>, files: Vec<OwnedFd>) -> io::Result<()> {
-    let suspended = vm.upgrade().ok_or(FleetError::Ending).and_then(|vm| suspended(&vm, files));
+    let suspended = vm.upgrade().ok_or(DaemonError::Ending).and_then(|vm| suspended(&vm, files));
     let answer = match &suspended {
-        Ok((answer, _)) => Answer::Suspended(answer.clone()),
+        Ok((answer, _)) => SuspendReply::Suspended(answer.clone()),
         Err(error) => {
             let text = clade_vmm::error_chain(error);
             flight::note(&format!("not suspended: {text}"));
-            Answer::Refused { kind: error.problem(), text }
+            SuspendReply::Refused { kind: error.problem(), text }
         }
     };
     let told = seqpacket::send(socket, &serde_json::to_vec(&answer)?, &[]);
@@ -72,8 +72,8 @@ pub(crate) fn answer(socket: &OwnedFd, vm: &Weak<Vm>, files: Vec<OwnedFd>) -> io
     told
 }
 
-fn suspended(vm: &Arc<Vm>, files: Vec<OwnedFd>) -> Result<(SuspendAnswer, Option<Watch>), FleetError> {
-    let failed = |source| FleetError::Worker { source };
+fn suspended(vm: &Arc<Vm>, files: Vec<OwnedFd>) -> Result<(SuspendAnswer, Option<RequestWatch>), DaemonError> {
+    let failed = |source| DaemonError::Worker { source };
     let count = files.len();
     let [write, read] = <[OwnedFd; 2]>::try_from(files)
         .map_err(|_| failed(io::Error::other(format!("a request to suspend with {count} descriptors"))))?;
@@ -98,7 +98,8 @@ fn suspended(vm: &Arc<Vm>, files: Vec<OwnedFd>) -> Result<(SuspendAnswer, Option
         total_us: us(begun.elapsed()),
     };
     // An earlier suspension has its own watch.
-    let watch = (!was_suspended).then(|| Watch { vm: Arc::downgrade(vm), sources, woken, has_input, socket: None });
+    let watch =
+        (!was_suspended).then(|| RequestWatch { vm: Arc::downgrade(vm), sources, woken, has_input, socket: None });
     Ok((answer, watch))
 }
 
@@ -115,7 +116,7 @@ fn announcing(sources: Vec<RequestSource>) -> io::Result<Vec<RequestSource>> {
 }
 
 /// Waits for requests to a suspended VM.
-struct Watch {
+struct RequestWatch {
     vm: Weak<Vm>,
     sources: Vec<RequestSource>,
     woken: PipeReader,
@@ -125,7 +126,7 @@ struct Watch {
     socket: Option<OwnedFd>,
 }
 
-impl Watch {
+impl RequestWatch {
     fn run(self) {
         let is_request = self.wait().unwrap_or_else(|error| {
             tracing::warn!(%error, "a suspended VM is woken: its requests cannot be waited for");
@@ -169,9 +170,9 @@ impl Watch {
 
 /// A suspended VM, on the client's side.
 #[derive(Debug)]
-pub(crate) struct Asleep(OwnedFd);
+pub(crate) struct SuspendedVm(OwnedFd);
 
-impl Asleep {
+impl SuspendedVm {
     /// Waits until the VM is woken. Returns false if it has gone instead.
     pub(crate) fn wait(&self) -> bool {
         // Its process may be silent for as long as the VM sleeps.
@@ -192,11 +193,11 @@ pub(crate) fn suspend(
     runtime: &Path,
     name: &str,
     dir: &Path,
-    check: &dyn Fn() -> Result<(), FleetError>,
-) -> Result<(SuspendAnswer, Asleep), FleetError> {
-    let failed = |source| FleetError::Worker { source };
+    check: &dyn Fn() -> Result<(), DaemonError>,
+) -> Result<(SuspendAnswer, SuspendedVm), DaemonError> {
+    let failed = |source| DaemonError::Worker { source };
     let socket = connected(runtime, name, CHECK_INTERVAL.max(PATIENCE / 60))?;
-    let file = SuspendFile::create(dir).map_err(|source| FleetError::SuspendDir { path: dir.to_owned(), source })?;
+    let file = SuspendFile::create(dir).map_err(|source| DaemonError::SuspendDir { path: dir.to_owned(), source })?;
     seqpacket::send(&socket, &[SUSPEND], &file.descriptors()).map_err(failed)?;
     // The VM's process has its own descriptor.
     drop(file);
@@ -211,13 +212,13 @@ pub(crate) fn suspend(
     let silent = |error: io::Error| {
         let is_late = error.kind() == io::ErrorKind::WouldBlock;
         let kind = if is_late { ProblemKind::VmSilent } else { ProblemKind::VmGone };
-        FleetError::Refused { kind, text: format!("the process of {name:?} does not answer: {error}") }
+        DaemonError::Refused { kind, text: format!("the process of {name:?} does not answer: {error}") }
     };
     let Message { bytes, .. } = answer.map_err(silent)?;
     match serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))? {
-        Answer::Suspended(answer) => Ok((answer, Asleep(socket))),
-        Answer::Refused { kind, text } => {
-            Err(FleetError::Refused { kind, text: format!("to a file in {}: {text}", dir.display()) })
+        SuspendReply::Suspended(answer) => Ok((answer, SuspendedVm(socket))),
+        SuspendReply::Refused { kind, text } => {
+            Err(DaemonError::Refused { kind, text: format!("to a file in {}: {text}", dir.display()) })
         }
     }
 }

@@ -18,13 +18,13 @@ const HUGE: usize = 2 << 20;
 
 /// A mapping of the program's file, whole huge pages of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Segment {
+struct TextSegment {
     start: usize,
     len: usize,
     is_text: bool,
 }
 
-impl Segment {
+impl TextSegment {
     /// Parses a line of `/proc/PID/maps`. Returns None if the mapping is writable, not of
     /// `program`, or has no whole huge page.
     fn parse(line: &str, program: &str) -> Option<Self> {
@@ -100,7 +100,7 @@ pub(crate) fn use_huge_pages() -> io::Result<()> {
     let program = fs::read_link("/proc/self/exe")?;
     let Some(program) = program.to_str() else { return Ok(()) };
     let maps = fs::read_to_string("/proc/self/maps")?;
-    let segments: Vec<_> = maps.lines().filter_map(|line| Segment::parse(line, program)).collect();
+    let segments: Vec<_> = maps.lines().filter_map(|line| TextSegment::parse(line, program)).collect();
     segments.iter().try_for_each(|segment| segment.replace())?;
     tracing::debug!(?segments, "the program runs in huge pages");
     Ok(())
@@ -112,11 +112,11 @@ mod tests {
 
     #[test]
     fn a_segment_is_whole_huge_pages_of_the_programs_file_that_nobody_writes() {
-        let parse = |line: &str| Segment::parse(line, "/usr/bin/a b");
+        let parse = |line: &str| TextSegment::parse(line, "/usr/bin/a b");
         let line = "5570fff00000-557101500000 r-xp 0055e000 08:01 42                 /usr/bin/a b";
-        let segment = Segment { start: 0x5571_0000_0000, len: 10 * HUGE, is_text: true };
+        let segment = TextSegment { start: 0x5571_0000_0000, len: 10 * HUGE, is_text: true };
         assert_eq!(parse(line), Some(segment));
-        assert_eq!(parse(&line.replace("r-xp", "r--p")), Some(Segment { is_text: false, ..segment }));
+        assert_eq!(parse(&line.replace("r-xp", "r--p")), Some(TextSegment { is_text: false, ..segment }));
         assert_eq!(parse(&line.replace("r-xp", "rw-p")), None, "it is written");
         assert_eq!(parse(&line.replace("r-xp", "r--s")), None, "it is shared");
         assert_eq!(parse(&line.replace("a b", "a")), None, "it is of another");

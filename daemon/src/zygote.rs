@@ -36,11 +36,11 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, WaitOptions, pidfd_open, waitid, waitpid};
 
 use crate::control;
-use crate::fleet::FleetError;
 use crate::heap;
 use crate::jail::{self, Confinement};
 use crate::text;
-use crate::worker::{Process, Worker};
+use crate::vm_host::DaemonError;
+use crate::worker::{Worker, WorkerProcess};
 
 /// The command-line argument that makes the program a zygote.
 pub const ZYGOTE: &str = "zygote";
@@ -53,7 +53,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A process that the zygote has reaped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Exit {
+pub(crate) struct WorkerExit {
     pub(crate) pid: u32,
     /// The signal that ended it.
     pub(crate) signal: Option<i32>,
@@ -63,7 +63,7 @@ pub(crate) struct Exit {
 
 /// The process that [`serve`] returns in.
 #[derive(Debug)]
-pub enum Role {
+pub enum ZygoteRole {
     /// The zygote, at its end.
     Zygote,
     /// A worker, with its socket.
@@ -81,14 +81,14 @@ pub fn mount(socket: &OwnedFd) -> io::Result<Option<HugeTmpfs>> {
 }
 
 /// Forks workers for the process behind `socket` until that closes it. Returns in the zygote then,
-/// and once in each worker, which is not confined yet ([`enter`](crate::worker::enter)). With
-/// `huge_text` all workers run from one copy of the program in huge pages: 18 MiB, and a fifth of
-/// the time of a worker's start.
+/// and once in each worker, which is not confined yet
+/// ([`confine_worker`](crate::worker::confine_worker)). With `huge_text` all workers run from one
+/// copy of the program in huge pages: 18 MiB, and a fifth of the time of a worker's start.
 ///
 /// # Errors
 /// When this process has more than one thread; when the kernel refuses a call.
 #[expect(clippy::needless_pass_by_value, reason = "a worker closes it")]
-pub fn serve(socket: OwnedFd, confinement: Confinement, huge_text: bool) -> io::Result<Role> {
+pub fn serve(socket: OwnedFd, confinement: Confinement, huge_text: bool) -> io::Result<ZygoteRole> {
     let threads = fs::read_dir("/proc/self/task")?.count();
     if threads != 1 {
         return Err(io::Error::other(format!("a process with {threads} threads cannot fork workers")));
@@ -103,7 +103,7 @@ pub fn serve(socket: OwnedFd, confinement: Confinement, huge_text: bool) -> io::
     let (exits, write_exits) = io::pipe()?;
     seqpacket::send(&socket, &[1], &[exits.as_fd()])?;
     drop(exits);
-    let ended = Ended::watch()?;
+    let ended = ChildReaper::watch()?;
     // Last: the calls above are made once.
     jail::confine_zygote(confinement).map_err(io::Error::other)?;
     heap::take_holes();
@@ -139,7 +139,7 @@ pub fn serve(socket: OwnedFd, confinement: Confinement, huge_text: bool) -> io::
         match made {
             Ok(Err(theirs)) => {
                 ended.forget()?;
-                return Ok(Role::Worker(theirs));
+                return Ok(ZygoteRole::Worker(theirs));
             }
             Ok(Ok((pid, pidfd))) => {
                 seqpacket::send(&socket, &(pid.as_raw_nonzero().get() as u64).to_ne_bytes(), &[pidfd.as_fd()])?;
@@ -150,7 +150,7 @@ pub fn serve(socket: OwnedFd, confinement: Confinement, huge_text: bool) -> io::
             }
         }
     }
-    Ok(Role::Zygote)
+    Ok(ZygoteRole::Zygote)
 }
 
 /// Forks. Returns `None` in the new process.
@@ -165,11 +165,11 @@ fn fork() -> Result<Option<Pid>, Errno> {
 }
 
 /// Reports ended workers.
-struct Ended {
+struct ChildReaper {
     fd: OwnedFd,
 }
 
-impl Ended {
+impl ChildReaper {
     fn watch() -> io::Result<Self> {
         let signals = child_signals();
         // SAFETY: `signals` is initialised; the old mask is not asked for.
@@ -223,7 +223,7 @@ fn child_signals() -> libc::sigset_t {
     signals
 }
 
-impl Exit {
+impl WorkerExit {
     fn read(mut from: &PipeReader) -> io::Result<Self> {
         let mut record = [0; 8];
         from.read_exact(&mut record)?;
@@ -237,14 +237,14 @@ impl Exit {
 
 /// The process of a zygote, and its socket. The process ends when that is closed.
 #[derive(Debug)]
-struct Started {
+struct ZygoteProcess {
     socket: OwnedFd,
     process: Child,
     /// Whether it may go on to reap its workers when this is dropped.
     is_wanted: bool,
 }
 
-impl Drop for Started {
+impl Drop for ZygoteProcess {
     fn drop(&mut self) {
         if !self.is_wanted {
             let _ = self.process.kill();
@@ -265,8 +265,8 @@ enum ForkError {
 /// The zygote, on its starter's side. Started again when it has ended.
 #[derive(Debug)]
 pub(crate) struct Zygote {
-    started: Mutex<Option<Started>>,
-    exits: Sender<Exit>,
+    started: Mutex<Option<ZygoteProcess>>,
+    exits: Sender<WorkerExit>,
     confinement: Confinement,
     huge_text: bool,
     /// The mount for workers' memory files of all zygotes, if they use huge pages.
@@ -285,17 +285,21 @@ impl Zygote {
     ///
     /// # Errors
     /// When it cannot be started.
-    pub(crate) fn start(exits: Sender<Exit>, confinement: Confinement, huge_text: bool) -> Result<Self, FleetError> {
+    pub(crate) fn start(
+        exits: Sender<WorkerExit>,
+        confinement: Confinement,
+        huge_text: bool,
+    ) -> Result<Self, DaemonError> {
         let (started, restarts) = (Mutex::new(None), AtomicU64::new(0));
         // A failure is already logged.
         let mount = HugeTmpfs::mount_or_say().ok();
         let zygote = Self { started, exits, confinement, huge_text, mount, restarts };
-        let started = zygote.process().map_err(|source| FleetError::Worker { source })?;
+        let started = zygote.process().map_err(|source| DaemonError::Worker { source })?;
         *zygote.started.lock().unwrap_or_else(PoisonError::into_inner) = Some(started);
         Ok(zygote)
     }
 
-    fn process(&self) -> io::Result<Started> {
+    fn process(&self) -> io::Result<ZygoteProcess> {
         let (socket, theirs) = seqpacket::pair()?;
         let mut command = Command::new(PathBuf::from("/proc/self/exe"));
         // The program's path is of little use in a process list.
@@ -313,7 +317,7 @@ impl Zygote {
             set_socket_timeout(&socket, which, Some(PATIENCE))?;
         }
         // From here on the process is killed if a step fails.
-        let mut started = Started { socket, process: command.spawn()?, is_wanted: false };
+        let mut started = ZygoteProcess { socket, process: command.spawn()?, is_wanted: false };
         // Its end of the socket, so that its death is seen.
         drop(command);
         let mount: Vec<_> = self.mount.iter().map(AsFd::as_fd).collect();
@@ -322,7 +326,7 @@ impl Zygote {
         let ended = PipeReader::from(begun.ok_or(io::ErrorKind::InvalidData)?);
         let exits = self.exits.clone();
         let forward = move || {
-            while let Ok(exit) = Exit::read(&ended) {
+            while let Ok(exit) = WorkerExit::read(&ended) {
                 if exits.send(exit).is_err() {
                     return;
                 }
@@ -337,8 +341,8 @@ impl Zygote {
     ///
     /// # Errors
     /// When one cannot be made. Those that were made end.
-    pub(crate) fn workers(&self, count: usize) -> Result<Vec<Worker>, FleetError> {
-        let failed = |source| FleetError::Worker { source };
+    pub(crate) fn workers(&self, count: usize) -> Result<Vec<Worker>, DaemonError> {
+        let failed = |source| DaemonError::Worker { source };
         let mut started = self.started.lock().unwrap_or_else(PoisonError::into_inner);
         let mut all = Vec::with_capacity(count);
         if let Some(zygote) = &*started {
@@ -364,7 +368,7 @@ impl Zygote {
     }
 }
 
-impl Started {
+impl ZygoteProcess {
     fn fork(&self, count: usize, to: &mut Vec<Worker>) -> Result<(), ForkError> {
         for at in (0..count).step_by(MAX_WAITING) {
             // Everything that this process may lack resources for, before the first request.
@@ -384,7 +388,7 @@ impl Started {
                     refused = Some(io::Error::from_raw_os_error((answer >> 32) as i32));
                     continue;
                 };
-                let process = Process { pid: answer as u32, pidfd };
+                let process = WorkerProcess { pid: answer as u32, pidfd };
                 match Worker::new(socket, process) {
                     Ok(worker) => to.push(worker),
                     Err(error) => refused = Some(io::Error::other(error)),
@@ -415,14 +419,14 @@ mod tests {
         let read = |status: u64| {
             let (from, mut to) = io::pipe().unwrap();
             to.write_all(&(7 | status << 32).to_ne_bytes()).unwrap();
-            Exit::read(&from).unwrap()
+            WorkerExit::read(&from).unwrap()
         };
-        assert_eq!(read(3 << 8), Exit { pid: 7, signal: None, code: Some(3) });
-        assert_eq!(read(9), Exit { pid: 7, signal: Some(9), code: None });
+        assert_eq!(read(3 << 8), WorkerExit { pid: 7, signal: None, code: Some(3) });
+        assert_eq!(read(9), WorkerExit { pid: 7, signal: Some(9), code: None });
         let (from, mut to) = io::pipe().unwrap();
         to.write_all(&[0; 5]).unwrap();
         drop(to);
-        assert!(Exit::read(&from).is_err());
+        assert!(WorkerExit::read(&from).is_err());
     }
 
     #[test]

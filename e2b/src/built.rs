@@ -4,7 +4,7 @@
 use clade_daemon::control::{CheckpointInfo, ClientError, OpenRequest, ProblemKind, SavedSource};
 use hyper::Method;
 
-use crate::error::{Answer, ApiError};
+use crate::error::{Answer, GatewayError};
 use crate::gateway::Gateway;
 use crate::rules::checkpoint_name;
 use crate::templates::{Template, TemplateError};
@@ -25,12 +25,12 @@ impl Gateway {
     /// Returns all built templates.
     pub(crate) fn all_built(&self) -> Answer<Vec<Template>> {
         let all = self.0.templates.as_ref().map_or(Ok(Vec::new()), crate::templates::TemplateStore::list);
-        all.map_err(|error| ApiError::internal(error.to_string()))
+        all.map_err(|error| GatewayError::internal(error.to_string()))
     }
 
     /// Makes the checkpoint of a template again, from its snapshot.
     pub(crate) async fn reopen(&self, template: &Template) -> Answer<()> {
-        let Some(store) = &self.0.templates else { return Err(ApiError::no_template(&template.name)) };
+        let Some(store) = &self.0.templates else { return Err(GatewayError::no_template(&template.name)) };
         // One at a time: the others then find it.
         let _turn = self.0.opening.lock().await;
         let dir = store.snapshot(&template.id);
@@ -46,10 +46,10 @@ impl Gateway {
                 Ok(())
             }
             Err(error) => {
-                let why = ApiError::from(error);
+                let why = GatewayError::from(error);
                 let message =
                     format!("the snapshot of the template {:?} does not open: {}", template.name, why.message);
-                Err(ApiError { message, ..why })
+                Err(GatewayError { message, ..why })
             }
         }
     }

@@ -20,16 +20,17 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::error::{Answer, ApiError};
+use crate::error::{Answer, GatewayError};
 use crate::gateway::Gateway;
 use crate::headers::API_KEY;
 use crate::keys::Scope;
-use crate::records::{Entry, Record, Snapshot};
+use crate::records::{RecordEntry, SandboxRecord, SnapshotRecord};
 use crate::rules::checkpoint_name;
 use crate::seats::{Seat, holding};
 use crate::wire::{
-    AskedNetwork, CLIENT_ID, Connect, Detail, ENVD_VERSION, Fork, Forked, Lifecycle, ListQuery, Listed, Metric,
-    NetworkShown, NewSandbox, OnTimeout, Refresh, Sandbox, Save, SnapshotInfo, State as SandboxState, Texts, Timeout,
+    AskedNetwork, CLIENT_ID, Connect, Detail, ENVD_VERSION, Fork, ForkResult, Lifecycle, ListQuery, ListedSandbox,
+    NetworkShown, NewSandbox, OnTimeout, Refresh, Sandbox, SandboxMetric, SaveOptions, SnapshotInfo,
+    State as SandboxState, Texts, Timeout,
 };
 
 /// Most bytes of a call's body.
@@ -45,21 +46,21 @@ const NEXT_TOKEN: &str = "x-next-token";
 
 /// The owner of the resources that a call makes: the owner of its key.
 #[derive(Clone, Debug)]
-struct Owner(String);
+struct KeyOwner(String);
 
-type Gate = State<Gateway>;
-type Who = Extension<Owner>;
+type GatewayState = State<Gateway>;
+type Who = Extension<KeyOwner>;
 
 /// The sandbox named in a call by its owner.
-struct Own(Arc<Entry<Record>>);
+struct Own(Arc<RecordEntry<SandboxRecord>>);
 
 impl FromRequestParts<Gateway> for Own {
-    type Rejection = ApiError;
+    type Rejection = GatewayError;
 
     async fn from_request_parts(parts: &mut Parts, gateway: &Gateway) -> Answer<Self> {
         let named = Path::<String>::from_request_parts(parts, gateway).await;
-        let Path(id) = named.map_err(|rejection| ApiError::new(rejection.status(), rejection.body_text()))?;
-        let owner = parts.extensions.get::<Owner>().ok_or_else(|| ApiError::no_sandbox(&id))?;
+        let Path(id) = named.map_err(|rejection| GatewayError::new(rejection.status(), rejection.body_text()))?;
+        let owner = parts.extensions.get::<KeyOwner>().ok_or_else(|| GatewayError::no_sandbox(&id))?;
         gateway.owned(&owner.0, &id).map(Self)
     }
 }
@@ -90,10 +91,10 @@ pub(crate) fn router(gateway: &Gateway) -> Router {
         .route("/templates/aliases/{alias}", get(templates::alias))
         .route("/health", get(async || StatusCode::NO_CONTENT))
         .fallback(async |method: Method, uri: axum::http::Uri| {
-            ApiError::new(StatusCode::NOT_FOUND, format!("there is no {method} {}", uri.path()))
+            GatewayError::new(StatusCode::NOT_FOUND, format!("there is no {method} {}", uri.path()))
         })
         .method_not_allowed_fallback(async |method: Method, uri: axum::http::Uri| {
-            ApiError::new(StatusCode::METHOD_NOT_ALLOWED, format!("there is no {method} {}", uri.path()))
+            GatewayError::new(StatusCode::METHOD_NOT_ALLOWED, format!("there is no {method} {}", uri.path()))
         })
         .layer(from_fn_with_state(gateway.clone(), authorize))
         .layer(DefaultBodyLimit::max(MAX_BODY))
@@ -101,16 +102,16 @@ pub(crate) fn router(gateway: &Gateway) -> Router {
 }
 
 /// Lets calls through whose key may make them.
-async fn authorize(State(gateway): Gate, mut request: Request, next: Next) -> Response {
+async fn authorize(State(gateway): GatewayState, mut request: Request, next: Next) -> Response {
     // Monitors of the host request this without a key.
     if request.uri().path() == "/health" {
         return next.run(request).await;
     }
     // A request from any page in a browser of this host.
     if request.headers().contains_key("origin") {
-        return ApiError::new(StatusCode::FORBIDDEN, "calls of a browser's pages are not taken").into_response();
+        return GatewayError::new(StatusCode::FORBIDDEN, "calls of a browser's pages are not taken").into_response();
     }
-    let unauthorized = |why: &str| ApiError::new(StatusCode::UNAUTHORIZED, why).into_response();
+    let unauthorized = |why: &str| GatewayError::new(StatusCode::UNAUTHORIZED, why).into_response();
     let shown = request.headers_mut().remove(API_KEY);
     let Some(shown) = shown.as_ref().and_then(|shown| shown.to_str().ok()) else {
         return unauthorized("X-API-Key is missing");
@@ -124,10 +125,10 @@ async fn authorize(State(gateway): Gate, mut request: Request, next: Next) -> Re
         }
     };
     if !gateway.0.rates.admit(&key.name, Instant::now()) {
-        return ApiError::new(StatusCode::TOO_MANY_REQUESTS, "too many calls with this key").into_response();
+        return GatewayError::new(StatusCode::TOO_MANY_REQUESTS, "too many calls with this key").into_response();
     }
     if key.scope == Scope::Read && request.method() != Method::GET {
-        return ApiError::new(StatusCode::FORBIDDEN, "this key is for calls that change nothing").into_response();
+        return GatewayError::new(StatusCode::FORBIDDEN, "this key is for calls that change nothing").into_response();
     }
     let owner = key.owner().to_owned();
     let call = match gateway.0.calls.take_call(&owner) {
@@ -136,20 +137,20 @@ async fn authorize(State(gateway): Gate, mut request: Request, next: Next) -> Re
     };
     let admitted = request.extensions().get::<Arc<Seat>>().map(Seat::admit);
     request.extensions_mut().insert(key.scope);
-    request.extensions_mut().insert(Owner(owner));
+    request.extensions_mut().insert(KeyOwner(owner));
     next.run(request).await.map(|body| holding(body, (call, admitted)))
 }
 
 async fn body_bytes(request: Request) -> Answer<Bytes> {
-    let late = |_| ApiError::new(StatusCode::REQUEST_TIMEOUT, "the body did not come in time");
+    let late = |_| GatewayError::new(StatusCode::REQUEST_TIMEOUT, "the body did not come in time");
     let read = tokio::time::timeout(BODY_TIME, Bytes::from_request(request, &())).await.map_err(late)?;
-    read.map_err(|rejection| ApiError::new(rejection.status(), rejection.body_text()))
+    read.map_err(|rejection| GatewayError::new(rejection.status(), rejection.body_text()))
 }
 
 /// Parses a body of JSON. Older calls may have none, with all fields at their defaults.
 fn parsed<T: DeserializeOwned>(bytes: &[u8]) -> Answer<T> {
     let text: &[u8] = if bytes.is_empty() { b"{}" } else { bytes };
-    serde_json::from_slice(text).map_err(|error| ApiError::bad(format!("the body: {error}")))
+    serde_json::from_slice(text).map_err(|error| GatewayError::bad(format!("the body: {error}")))
 }
 
 /// Runs a change to its end, even if its client goes meanwhile: a partial change contradicts its
@@ -157,14 +158,18 @@ fn parsed<T: DeserializeOwned>(bytes: &[u8]) -> Answer<T> {
 pub(crate) async fn to_the_end<T: Send + 'static>(
     change: impl Future<Output = Answer<T>> + Send + 'static,
 ) -> Answer<T> {
-    tokio::spawn(change).await.unwrap_or_else(|error| Err(ApiError::internal(error.to_string())))
+    tokio::spawn(change).await.unwrap_or_else(|error| Err(GatewayError::internal(error.to_string())))
 }
 
 async fn body<T: DeserializeOwned>(request: Request) -> Answer<T> {
     parsed(&body_bytes(request).await?)
 }
 
-async fn create(State(gateway): Gate, Extension(owner): Who, request: Request) -> Answer<(StatusCode, Json<Sandbox>)> {
+async fn create(
+    State(gateway): GatewayState,
+    Extension(owner): Who,
+    request: Request,
+) -> Answer<(StatusCode, Json<Sandbox>)> {
     let key = request.headers().get("idempotency-key").and_then(|key| key.to_str().ok()).map(str::to_owned);
     let bytes = body_bytes(request).await?;
     let new: NewSandbox = parsed(&bytes)?;
@@ -176,8 +181,8 @@ async fn create(State(gateway): Gate, Extension(owner): Who, request: Request) -
     Ok((StatusCode::CREATED, Json(sandbox)))
 }
 
-fn listed(record: Record) -> Listed {
-    Listed {
+fn listed(record: SandboxRecord) -> ListedSandbox {
+    ListedSandbox {
         state: record.state(),
         template: record.template,
         id: record.id,
@@ -194,8 +199,8 @@ fn listed(record: Record) -> Listed {
 
 /// Parses the pairs of a query string within a query, which has been decoded once.
 fn pairs(query: &str) -> Answer<Texts> {
-    let url = format!("http://x/?{query}").parse().map_err(|_| ApiError::bad(format!("metadata={query:?}")))?;
-    Query::<Texts>::try_from_uri(&url).map(|pairs| pairs.0).map_err(ApiError::from)
+    let url = format!("http://x/?{query}").parse().map_err(|_| GatewayError::bad(format!("metadata={query:?}")))?;
+    Query::<Texts>::try_from_uri(&url).map(|pairs| pairs.0).map_err(GatewayError::from)
 }
 
 /// Decodes the second encoding of each side.
@@ -214,7 +219,7 @@ impl ListQuery {
         let parse = |state: &str| match state {
             "running" => Ok(SandboxState::Running),
             "paused" => Ok(SandboxState::Paused),
-            other => Err(ApiError::bad(format!("state={other:?}: running or paused"))),
+            other => Err(GatewayError::bad(format!("state={other:?}: running or paused"))),
         };
         states.split(',').map(parse).collect()
     }
@@ -225,20 +230,20 @@ impl ListQuery {
 
     /// Returns one page of a list sorted by `key`. The page begins behind the key that the last
     /// page ended with, even if its entry has gone.
-    fn page<T>(&self, all: Vec<T>, order: Order, key: impl Fn(&T) -> Key) -> Answer<(HeaderMap, Vec<T>)> {
+    fn page<T>(&self, all: Vec<T>, order: SortOrder, key: impl Fn(&T) -> SortKey) -> Answer<(HeaderMap, Vec<T>)> {
         let limit = match self.limit.unwrap_or(PAGE) {
             limit @ 1..=MAX_PAGE => limit,
-            limit => return Err(ApiError::bad(format!("limit={limit}: 1 to {MAX_PAGE}"))),
+            limit => return Err(GatewayError::bad(format!("limit={limit}: 1 to {MAX_PAGE}"))),
         };
         let begin = match self.next_token.as_deref().filter(|token| !token.is_empty()) {
             Some(token) => {
                 let (at, name) = token.split_once('-').unwrap_or_default();
                 let at =
-                    at.parse().map_err(|_| ApiError::bad(format!("nextToken={token:?} is none of this list's")))?;
-                let last: Key = (at, name.to_owned());
+                    at.parse().map_err(|_| GatewayError::bad(format!("nextToken={token:?} is none of this list's")))?;
+                let last: SortKey = (at, name.to_owned());
                 let is_behind = |one: &T| match order {
-                    Order::Ascending => key(one) > last,
-                    Order::Descending => key(one) < last,
+                    SortOrder::Ascending => key(one) > last,
+                    SortOrder::Descending => key(one) < last,
                 };
                 all.iter().position(is_behind).unwrap_or(all.len())
             }
@@ -256,58 +261,70 @@ impl ListQuery {
 }
 
 /// The sort key of lists: a time in nanoseconds, and a name.
-type Key = (i128, String);
+type SortKey = (i128, String);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Order {
+enum SortOrder {
     Ascending,
     Descending,
 }
 
-type Asked = Result<Query<ListQuery>, QueryRejection>;
+type ListQueryResult = Result<Query<ListQuery>, QueryRejection>;
 
-fn filtered(gateway: &Gateway, owner: &Owner, query: &ListQuery) -> Answer<(Vec<Listed>, Order)> {
+fn filtered(gateway: &Gateway, owner: &KeyOwner, query: &ListQuery) -> Answer<(Vec<ListedSandbox>, SortOrder)> {
     let (states, metadata) = (query.states()?, query.metadata()?);
     // Sandboxes record it by its name.
     let name = |template: &str| gateway.source(&owner.0, template).map(|source| source.template);
     let template = query.template.as_deref().map(name).transpose()?;
-    let is_wanted = |record: &Record| {
+    let is_wanted = |record: &SandboxRecord| {
         record.owner == owner.0
             && states.contains(&record.state())
             && metadata.iter().all(|(key, value)| record.metadata.get(key) == Some(value))
             && template.as_deref().is_none_or(|template| template == record.template)
             && query.started_after.is_none_or(|after| record.started_at > after)
     };
-    let mut all: Vec<Listed> = gateway.0.sandboxes.such(is_wanted).into_iter().map(listed).collect();
+    let mut all: Vec<ListedSandbox> = gateway.0.sandboxes.such(is_wanted).into_iter().map(listed).collect();
     all.sort_by_key(listed_key);
     match query.order.as_deref() {
         None | Some("desc") => {
             all.reverse();
-            Ok((all, Order::Descending))
+            Ok((all, SortOrder::Descending))
         }
-        Some("asc") => Ok((all, Order::Ascending)),
-        Some(order) => Err(ApiError::bad(format!("order={order:?}: asc or desc"))),
+        Some("asc") => Ok((all, SortOrder::Ascending)),
+        Some(order) => Err(GatewayError::bad(format!("order={order:?}: asc or desc"))),
     }
 }
 
-fn listed_key(one: &Listed) -> Key {
+fn listed_key(one: &ListedSandbox) -> SortKey {
     (one.started_at.as_nanosecond(), one.id.clone())
 }
 
-async fn list(State(gateway): Gate, Extension(owner): Who, query: Asked) -> Answer<(HeaderMap, Json<Vec<Listed>>)> {
+async fn list(
+    State(gateway): GatewayState,
+    Extension(owner): Who,
+    query: ListQueryResult,
+) -> Answer<(HeaderMap, Json<Vec<ListedSandbox>>)> {
     let Query(query) = query?;
     let (all, order) = filtered(&gateway, &owner, &query)?;
     let (headers, page) = query.page(all, order, listed_key)?;
     Ok((headers, Json(page)))
 }
 
-async fn list_running(State(gateway): Gate, Extension(owner): Who, query: Asked) -> Answer<Json<Vec<Listed>>> {
+async fn list_running(
+    State(gateway): GatewayState,
+    Extension(owner): Who,
+    query: ListQueryResult,
+) -> Answer<Json<Vec<ListedSandbox>>> {
     let Query(query) = query?;
     let query = ListQuery { state: Some("running".to_owned()), ..query };
     Ok(Json(filtered(&gateway, &owner, &query)?.0))
 }
 
-async fn show(State(gateway): Gate, Extension(scope): Extension<Scope>, Own(entry): Own) -> Answer<Json<Detail>> {
+async fn show(
+    State(gateway): GatewayState,
+    Extension(scope): Extension<Scope>,
+    Own(entry): Own,
+) -> Answer<Json<Detail>> {
     let record = entry.get();
     let on_timeout = if record.auto_pause { OnTimeout::Pause } else { OnTimeout::Kill };
     let lifecycle = Lifecycle { auto_resume: record.auto_resume, on_timeout };
@@ -321,24 +338,24 @@ async fn show(State(gateway): Gate, Extension(scope): Extension<Scope>, Own(entr
     Ok(Json(Detail { listed, envd_access_token, domain, allow_internet_access, network, lifecycle }))
 }
 
-async fn kill(State(gateway): Gate, Own(entry): Own) -> Answer<StatusCode> {
+async fn kill(State(gateway): GatewayState, Own(entry): Own) -> Answer<StatusCode> {
     to_the_end(async move { gateway.kill(&entry).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn set_timeout(State(gateway): Gate, Own(entry): Own, request: Request) -> Answer<StatusCode> {
+async fn set_timeout(State(gateway): GatewayState, Own(entry): Own, request: Request) -> Answer<StatusCode> {
     let wanted: Timeout = body(request).await?;
     to_the_end(async move { gateway.set_timeout(&entry, wanted.timeout).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn set_network(State(gateway): Gate, Own(entry): Own, request: Request) -> Answer<StatusCode> {
+async fn set_network(State(gateway): GatewayState, Own(entry): Own, request: Request) -> Answer<StatusCode> {
     let wanted: Value = body(request).await?;
     to_the_end(async move { gateway.set_network(&entry, &wanted).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn refresh(State(gateway): Gate, Own(entry): Own, request: Request) -> Answer<StatusCode> {
+async fn refresh(State(gateway): GatewayState, Own(entry): Own, request: Request) -> Answer<StatusCode> {
     let wanted: Refresh = body(request).await?;
     let running = Some(SandboxState::Running);
     to_the_end(async move { gateway.resume(&entry, wanted.duration, None, running).await }).await?;
@@ -347,18 +364,22 @@ async fn refresh(State(gateway): Gate, Own(entry): Own, request: Request) -> Ans
 
 fn expect_memory(memory: Option<bool>) -> Answer<()> {
     match memory {
-        Some(false) => Err(ApiError::bad("memory=false: a sandbox is held with its memory here")),
+        Some(false) => Err(GatewayError::bad("memory=false: a sandbox is held with its memory here")),
         _ => Ok(()),
     }
 }
 
-async fn pause(State(gateway): Gate, Own(entry): Own, request: Request) -> Answer<StatusCode> {
-    expect_memory(body::<Save>(request).await?.memory)?;
+async fn pause(State(gateway): GatewayState, Own(entry): Own, request: Request) -> Answer<StatusCode> {
+    expect_memory(body::<SaveOptions>(request).await?.memory)?;
     to_the_end(async move { gateway.pause(&entry, |_| true).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn resume(State(gateway): Gate, Own(entry): Own, request: Request) -> Answer<(StatusCode, Json<Sandbox>)> {
+async fn resume(
+    State(gateway): GatewayState,
+    Own(entry): Own,
+    request: Request,
+) -> Answer<(StatusCode, Json<Sandbox>)> {
     let wanted: Connect = body(request).await?;
     expect_memory(wanted.memory)?;
     let paused = Some(SandboxState::Paused);
@@ -367,7 +388,11 @@ async fn resume(State(gateway): Gate, Own(entry): Own, request: Request) -> Answ
     Ok((StatusCode::CREATED, Json(sandbox)))
 }
 
-async fn connect(State(gateway): Gate, Own(entry): Own, request: Request) -> Answer<(StatusCode, Json<Sandbox>)> {
+async fn connect(
+    State(gateway): GatewayState,
+    Own(entry): Own,
+    request: Request,
+) -> Answer<(StatusCode, Json<Sandbox>)> {
     let wanted: Connect = body(request).await?;
     expect_memory(wanted.memory)?;
     let resumed = async move { gateway.resume(&entry, wanted.timeout, None, None).await };
@@ -376,32 +401,32 @@ async fn connect(State(gateway): Gate, Own(entry): Own, request: Request) -> Ans
 }
 
 async fn fork(
-    State(gateway): Gate,
+    State(gateway): GatewayState,
     Extension(owner): Who,
     Path(id): Path<String>,
     request: Request,
-) -> Answer<(StatusCode, Json<Vec<Forked>>)> {
+) -> Answer<(StatusCode, Json<Vec<ForkResult>>)> {
     let wanted: Fork = body(request).await?;
     let forked = to_the_end(async move { gateway.fork(&owner.0, &id, wanted).await }).await?;
     Ok((StatusCode::CREATED, Json(forked)))
 }
 
 async fn snapshot(
-    State(gateway): Gate,
+    State(gateway): GatewayState,
     Extension(owner): Who,
     Path(id): Path<String>,
     request: Request,
 ) -> Answer<(StatusCode, Json<SnapshotInfo>)> {
-    let wanted: Save = body(request).await?;
+    let wanted: SaveOptions = body(request).await?;
     expect_memory(wanted.memory)?;
     let taken = to_the_end(async move { gateway.snapshot(&owner.0, &id, wanted.name).await }).await?;
     Ok((StatusCode::CREATED, Json(taken)))
 }
 
 async fn snapshots(
-    State(gateway): Gate,
+    State(gateway): GatewayState,
     Extension(owner): Who,
-    query: Asked,
+    query: ListQueryResult,
 ) -> Answer<(HeaderMap, Json<Vec<SnapshotInfo>>)> {
     let Query(query) = query?;
     let mut all = gateway.0.snapshots.such(|one| {
@@ -409,22 +434,22 @@ async fn snapshots(
             && query.sandbox.as_ref().is_none_or(|sandbox| *sandbox == one.sandbox)
             && query.name.as_deref().is_none_or(|name| checkpoint_name(name) == one.shown())
     });
-    let key = |one: &Snapshot| (one.taken_at.as_nanosecond(), one.id.clone());
+    let key = |one: &SnapshotRecord| (one.taken_at.as_nanosecond(), one.id.clone());
     all.sort_by_key(key);
     all.reverse();
-    let (headers, page) = query.page(all, Order::Descending, key)?;
+    let (headers, page) = query.page(all, SortOrder::Descending, key)?;
     let shown =
         page.into_iter().map(|one| SnapshotInfo { id: one.shown().to_owned(), names: vec![one.shown().to_owned()] });
     Ok((headers, Json(shown.collect())))
 }
 
-async fn metric(gateway: &Gateway, record: &Record) -> Answer<Metric> {
+async fn metric(gateway: &Gateway, record: &SandboxRecord) -> Answer<SandboxMetric> {
     if record.paused {
-        return Err(ApiError::conflict(format!("the sandbox {:?} is paused", record.id)));
+        return Err(GatewayError::conflict(format!("the sandbox {:?} is paused", record.id)));
     }
     let load = gateway.agent_of(record).metrics().await?;
     let timestamp = Timestamp::now();
-    Ok(Metric {
+    Ok(SandboxMetric {
         timestamp,
         timestamp_unix: timestamp.as_second(),
         cpu_count: load.cpu_count,
@@ -438,7 +463,7 @@ async fn metric(gateway: &Gateway, record: &Record) -> Answer<Metric> {
 }
 
 /// Returns the current load. No history is kept.
-async fn metrics(State(gateway): Gate, Own(entry): Own) -> Answer<Json<Vec<Metric>>> {
+async fn metrics(State(gateway): GatewayState, Own(entry): Own) -> Answer<Json<Vec<SandboxMetric>>> {
     let record = entry.get();
     if record.paused {
         return Ok(Json(Vec::new()));
@@ -452,14 +477,14 @@ struct MetricsQuery {
 }
 
 async fn metrics_of_many(
-    State(gateway): Gate,
+    State(gateway): GatewayState,
     Extension(owner): Who,
     query: Result<Query<MetricsQuery>, QueryRejection>,
 ) -> Answer<Json<Value>> {
     let Query(query) = query?;
     let ids: Vec<&str> = query.sandbox_ids.split(',').filter(|id| !id.is_empty()).collect();
     if ids.len() > MAX_METRICS {
-        return Err(ApiError::bad(format!("{} sandboxes: at most {MAX_METRICS}", ids.len())));
+        return Err(GatewayError::bad(format!("{} sandboxes: at most {MAX_METRICS}", ids.len())));
     }
     let mut asked = tokio::task::JoinSet::new();
     for record in ids.iter().filter_map(|id| gateway.owned(&owner.0, id).ok()).map(|entry| entry.get()) {
@@ -476,7 +501,7 @@ async fn metrics_of_many(
 }
 
 /// Returns the end of the guest's console output. It has no times: each line has that of the call.
-async fn logs(State(gateway): Gate, Own(entry): Own) -> Answer<Json<Value>> {
+async fn logs(State(gateway): GatewayState, Own(entry): Own) -> Answer<Json<Value>> {
     let answer: LogsAnswer = gateway.vm(Method::GET, &entry.get().id, "/logs", None::<&()>).await?;
     let now = Timestamp::now();
     // The older call returns lines, the newer one messages.

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 /// The error answer of a call.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct ApiError {
+pub(crate) struct GatewayError {
     pub(crate) status: StatusCode,
     pub(crate) message: String,
 }
@@ -25,7 +25,7 @@ pub(crate) struct ErrorBody {
     pub(crate) message: String,
 }
 
-impl ApiError {
+impl GatewayError {
     pub(crate) fn new(status: StatusCode, message: impl Into<String>) -> Self {
         Self { status, message: message.into() }
     }
@@ -55,7 +55,7 @@ impl ApiError {
     }
 }
 
-impl IntoResponse for ApiError {
+impl IntoResponse for GatewayError {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.body())).into_response();
         if self.status == StatusCode::TOO_MANY_REQUESTS {
@@ -65,7 +65,7 @@ impl IntoResponse for ApiError {
     }
 }
 
-impl From<ClientError> for ApiError {
+impl From<ClientError> for GatewayError {
     /// A refusal by the supervisor or a VM's process keeps its status. An end during the request
     /// counts as busy.
     fn from(error: ClientError) -> Self {
@@ -87,23 +87,23 @@ impl From<ClientError> for ApiError {
     }
 }
 
-impl From<AgentError> for ApiError {
+impl From<AgentError> for GatewayError {
     fn from(error: AgentError) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, format!("the agent in the sandbox: {error}"))
     }
 }
 
-impl From<JsonRejection> for ApiError {
+impl From<JsonRejection> for GatewayError {
     fn from(rejection: JsonRejection) -> Self {
         Self::bad(rejection.body_text())
     }
 }
 
-impl From<QueryRejection> for ApiError {
+impl From<QueryRejection> for GatewayError {
     fn from(rejection: QueryRejection) -> Self {
         Self::bad(rejection.body_text())
     }
 }
 
 /// The result of a handler.
-pub(crate) type Answer<T> = Result<T, ApiError>;
+pub(crate) type Answer<T> = Result<T, GatewayError>;

@@ -14,13 +14,13 @@ use hyper::Method;
 use thiserror::Error;
 use tokio::sync::Mutex as AsyncMutex;
 
-use crate::error::{Answer, ApiError};
+use crate::connection_limits::ConnectionLimits;
+use crate::error::{Answer, GatewayError};
 use crate::idempotency::Replays;
 use crate::keys::ApiKeys;
-use crate::places::Places;
-use crate::quotas::{Held, Ledger, Quotas, Usage};
+use crate::quotas::{HeldQuota, Ledger, Quotas, Usage};
 use crate::rate::Rates;
-use crate::records::{Entry, Record, Snapshot, Table};
+use crate::records::{RecordEntry, RecordTable, SandboxRecord, SnapshotRecord};
 use crate::secret::TokenKey;
 use crate::templates::TemplateStore;
 use crate::wire::{CLIENT_ID, ENVD_VERSION, Sandbox};
@@ -51,7 +51,7 @@ pub struct Options {
 /// Reason why a gateway cannot be opened.
 #[derive(Debug, Error)]
 #[non_exhaustive]
-pub enum OpenError {
+pub enum GatewayOpenError {
     /// Its files cannot be read or made.
     #[error("{} cannot be used", path.display())]
     State {
@@ -74,15 +74,15 @@ pub(crate) struct Inner {
     pub(crate) client: Client,
     pub(crate) keys: ApiKeys,
     pub(crate) rates: Rates,
-    pub(crate) places: Arc<Places>,
+    pub(crate) connection_limits: Arc<ConnectionLimits>,
     /// Time limit for the beginning of a guest's answer, from the last part of the request's body
     /// on.
     pub(crate) answering: Duration,
     /// Calls in progress.
-    pub(crate) calls: Arc<Places>,
+    pub(crate) calls: Arc<ConnectionLimits>,
     pub(crate) replays: Replays,
-    pub(crate) sandboxes: Table<Record>,
-    pub(crate) snapshots: Table<Snapshot>,
+    pub(crate) sandboxes: RecordTable<SandboxRecord>,
+    pub(crate) snapshots: RecordTable<SnapshotRecord>,
     pub(crate) ledger: Arc<Ledger>,
     /// Names of snapshots being taken, each with its owner.
     pub(crate) naming: Mutex<BTreeSet<(String, String)>>,
@@ -103,27 +103,27 @@ impl Gateway {
     ///
     /// # Errors
     /// When its files cannot be read or made.
-    pub fn open(options: &Options) -> Result<Self, OpenError> {
+    pub fn open(options: &Options) -> Result<Self, GatewayOpenError> {
         let is_fine = |b: u8| b.is_ascii_alphanumeric() || b"-.".contains(&b);
         if let Some(domain) = &options.domain
             && (domain.is_empty() || !domain.bytes().all(is_fine))
         {
-            return Err(OpenError::Domain { domain: domain.clone() });
+            return Err(GatewayOpenError::Domain { domain: domain.clone() });
         }
         let dir = options.dir.join("e2b");
         let failed = |path: &Path| {
             let path = path.to_owned();
-            move |source| OpenError::State { path, source }
+            move |source| GatewayOpenError::State { path, source }
         };
-        let sandboxes = Table::open(dir.join("sandboxes")).map_err(failed(&dir))?;
-        let snapshots = Table::open(dir.join("snapshots")).map_err(failed(&dir))?;
+        let sandboxes = RecordTable::open(dir.join("sandboxes")).map_err(failed(&dir))?;
+        let snapshots = RecordTable::open(dir.join("snapshots")).map_err(failed(&dir))?;
         let path = dir.join("token-key");
         let token_key = TokenKey::read_or_create(&path).map_err(failed(&path))?;
         Ok(Self(Arc::new(Inner {
             client: Client::new(&options.dir).with_retries(),
             keys: ApiKeys::new(&options.keys),
             rates: Rates::default(),
-            places: Arc::default(),
+            connection_limits: Arc::default(),
             answering: PROGRAM_ANSWERING,
             calls: Arc::default(),
             replays: Replays::default(),
@@ -142,7 +142,7 @@ impl Gateway {
     ///
     /// # Errors
     /// 429 when too little is left.
-    pub(crate) fn take(&self, owner: &str, more: Usage) -> Answer<Held> {
+    pub(crate) fn take(&self, owner: &str, more: Usage) -> Answer<HeldQuota> {
         self.0.ledger.take(owner, more, || {
             let mut usage = Usage::default();
             self.0.sandboxes.each(|one| {
@@ -164,7 +164,7 @@ impl Gateway {
     }
 
     /// Returns the token for the ports of a sandbox that is not public.
-    pub(crate) fn traffic_token(&self, record: &Record) -> Option<String> {
+    pub(crate) fn traffic_token(&self, record: &SandboxRecord) -> Option<String> {
         record.is_private.then(|| self.0.token_key.traffic_token(&record.id))
     }
 
@@ -178,7 +178,7 @@ impl Gateway {
     }
 
     /// Describes a sandbox to its maker.
-    pub(crate) fn shown(&self, record: &Record) -> Sandbox {
+    pub(crate) fn shown(&self, record: &SandboxRecord) -> Sandbox {
         Sandbox {
             template: record.template.clone(),
             id: record.id.clone(),
@@ -191,18 +191,18 @@ impl Gateway {
     }
 
     /// Returns the sandbox of that name, if it is this owner's. Others' look missing.
-    pub(crate) fn owned(&self, owner: &str, id: &str) -> Answer<Arc<Entry<Record>>> {
+    pub(crate) fn owned(&self, owner: &str, id: &str) -> Answer<Arc<RecordEntry<SandboxRecord>>> {
         let entry = self.0.sandboxes.get(id).filter(|entry| entry.get().owner == owner);
-        entry.ok_or_else(|| ApiError::no_sandbox(id))
+        entry.ok_or_else(|| GatewayError::no_sandbox(id))
     }
 
-    fn agent(record: &Record, token: &str) -> Agent {
+    fn agent(record: &SandboxRecord, token: &str) -> Agent {
         let endpoint = Endpoint::Vsock { socket: record.socket.clone(), port: PORT };
         Agent::new(endpoint).with_patience(CONNECTING, ANSWERING).with_token(Some(token.to_owned()))
     }
 
     /// Returns the agent in a sandbox.
-    pub(crate) fn agent_of(&self, record: &Record) -> Agent {
+    pub(crate) fn agent_of(&self, record: &SandboxRecord) -> Agent {
         Self::agent(record, &self.token(&record.id))
     }
 
@@ -229,7 +229,7 @@ impl Gateway {
     }
 
     pub(crate) async fn stop(&self, id: &str) {
-        match self.0.client.stop(id, StopRequest::default()).await.map_err(ApiError::from) {
+        match self.0.client.stop(id, StopRequest::default()).await.map_err(GatewayError::from) {
             Err(error) if error.status != StatusCode::NOT_FOUND => {
                 tracing::warn!(%error.message, id, "a sandbox does not stop");
             }
@@ -260,7 +260,7 @@ mod tests {
                 templates: None,
                 quotas: Quotas::default(),
             };
-            assert!(matches!(Gateway::open(&options), Err(OpenError::Domain { .. })));
+            assert!(matches!(Gateway::open(&options), Err(GatewayOpenError::Domain { .. })));
         }
     }
 }

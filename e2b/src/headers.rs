@@ -7,7 +7,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Version};
 use clade_agent_client::proto::TOKEN_HEADER;
 
-use crate::error::{Answer, ApiError};
+use crate::error::{Answer, GatewayError};
 
 pub(crate) const SANDBOX_ID: HeaderName = HeaderName::from_static("e2b-sandbox-id");
 pub(crate) const SANDBOX_PORT: HeaderName = HeaderName::from_static("e2b-sandbox-port");
@@ -72,10 +72,10 @@ pub(crate) fn check_framing(headers: &HeaderMap) -> Answer<()> {
     let mut lengths = headers.get_all(CONTENT_LENGTH).iter();
     let first = lengths.next();
     if lengths.any(|other| Some(other) != first) {
-        return Err(ApiError::bad("two values of Content-Length"));
+        return Err(GatewayError::bad("two values of Content-Length"));
     }
     if first.is_some() && headers.contains_key(TRANSFER_ENCODING) {
-        return Err(ApiError::bad("Content-Length beside Transfer-Encoding"));
+        return Err(GatewayError::bad("Content-Length beside Transfer-Encoding"));
     }
     Ok(())
 }
@@ -87,7 +87,7 @@ pub(crate) fn asks_for_websocket(head: &Parts) -> Answer<bool> {
     if !lists(headers, &CONNECTION, "upgrade") || !lists(headers, &UPGRADE, "websocket") {
         return Ok(false);
     }
-    let bad = |why: &str| Err(ApiError::bad(format!("a WebSocket is asked for {why}")));
+    let bad = |why: &str| Err(GatewayError::bad(format!("a WebSocket is asked for {why}")));
     if head.version != Version::HTTP_11 || head.method != Method::GET {
         return bad("by something else than GET of HTTP/1.1");
     }

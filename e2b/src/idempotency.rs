@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 
 use tokio::sync::Mutex as AsyncMutex;
 
-use crate::error::{Answer, ApiError};
+use crate::error::{Answer, GatewayError};
 use crate::wire::Sandbox;
 
 /// Lifetime of a kept answer.
@@ -51,7 +51,7 @@ impl Replays {
             let has_failed = kept.answer.try_lock().is_ok_and(|answer| answer.is_none());
             if kept.body != body && !has_failed {
                 let why = format!("Idempotency-Key {key:?} was used for another request");
-                return Err(ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, why));
+                return Err(GatewayError::new(StatusCode::UNPROCESSABLE_ENTITY, why));
             }
             kept.body = body;
             return Ok(Arc::clone(&kept.answer));
@@ -75,7 +75,7 @@ impl Replays {
     ) -> Answer<Sandbox> {
         let Some(key) = key else { return work.await };
         if key.is_empty() || key.len() > MAX_KEY {
-            return Err(ApiError::bad(format!("Idempotency-Key has 1 to {MAX_KEY} characters, not {}", key.len())));
+            return Err(GatewayError::bad(format!("Idempotency-Key has 1 to {MAX_KEY} characters, not {}", key.len())));
         }
         let slot = self.slot(owner, key, body)?;
         let mut answer = slot.lock().await;
@@ -122,7 +122,7 @@ mod tests {
         assert_eq!(make("two", Some("k")).await, "1");
         assert_eq!(make("one", Some("l")).await, "2");
         assert_eq!((make("one", None).await, make("one", None).await), ("3".to_owned(), "4".to_owned()));
-        let failed = replays.once("one", Some("f"), b"{}", async { Err(ApiError::internal("no")) }).await;
+        let failed = replays.once("one", Some("f"), b"{}", async { Err(GatewayError::internal("no")) }).await;
         assert_eq!(failed.unwrap_err().message, "no");
         assert_eq!(make("one", Some("f")).await, "5");
         let long = "x".repeat(MAX_KEY + 1);
@@ -142,7 +142,7 @@ mod tests {
         // A call with another body does not wait for one in progress.
         let under_way = replays.once("one", Some("w"), b"a", async {
             assert_eq!(make("one", "w", "b", 4).await, Err(422));
-            Err(ApiError::internal("no"))
+            Err(GatewayError::internal("no"))
         });
         under_way.await.unwrap_err();
         assert_eq!(make("one", "w", "b", 5).await, Ok("5".to_owned()));

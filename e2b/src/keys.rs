@@ -133,7 +133,7 @@ struct KeysFile {
 }
 
 #[derive(Debug, Default)]
-struct Loaded {
+struct LoadedKeys {
     /// The file's last change, its length and its inode.
     version: Option<(SystemTime, u64, u64)>,
     /// The keys by their hashes.
@@ -144,7 +144,7 @@ struct Loaded {
 #[derive(Debug)]
 pub struct ApiKeys {
     path: PathBuf,
-    loaded: Mutex<Loaded>,
+    loaded: Mutex<LoadedKeys>,
 }
 
 fn check_name(name: &str) -> Result<(), KeysError> {
@@ -260,9 +260,9 @@ impl ApiKeys {
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         if version.is_none() || loaded.version != version {
             // On an error no key is valid.
-            *loaded = Loaded::default();
+            *loaded = LoadedKeys::default();
             let keys = self.read()?.keys.into_iter().map(|key| (key.sha256.clone(), key)).collect();
-            *loaded = Loaded { version, keys };
+            *loaded = LoadedKeys { version, keys };
         }
         Ok(loaded.keys.get(&hash(shown)).cloned())
     }

@@ -11,6 +11,7 @@
 #![deny(missing_docs)]
 
 mod built;
+mod connection_limits;
 mod control;
 mod error;
 #[cfg(feature = "fuzzing")]
@@ -23,7 +24,6 @@ mod lifetime;
 mod listen;
 #[cfg(test)]
 mod owners_tests;
-mod places;
 mod ports;
 mod proxy;
 mod quotas;
@@ -41,7 +41,7 @@ mod testing;
 mod tunnel;
 mod wire;
 
-pub use gateway::{Gateway, OpenError, Options};
+pub use gateway::{Gateway, GatewayOpenError, Options};
 pub use keys::{ApiKeys, KeyInfo, KeysError, Scope};
 pub use listen::ListenError;
 pub use quotas::{QuotaError, Quotas};

@@ -9,7 +9,7 @@ use hyper::Method;
 use jiff::Timestamp;
 
 use crate::gateway::Gateway;
-use crate::records::Record;
+use crate::records::SandboxRecord;
 
 /// Interval of the checks for sandboxes whose time is over, and for those that have gone.
 const TICK: Duration = Duration::from_millis(250);
@@ -32,7 +32,7 @@ struct OnePausing {
 impl Pausing {
     /// Takes a place for a sandbox. None if the sandbox is already being paused, or its owner has
     /// no place left.
-    fn begin(self: &Arc<Self>, record: &Record) -> Option<OnePausing> {
+    fn begin(self: &Arc<Self>, record: &SandboxRecord) -> Option<OnePausing> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let ids = all.entry(record.owner.clone()).or_default();
         if ids.len() >= MAX_PAUSING || !ids.insert(record.id.clone()) {
@@ -134,17 +134,17 @@ mod tests {
         let keeping = tokio::spawn(async move { gateway.keep_time().await });
         until("the other owner's to pause", || fake.gateway.0.sandboxes.get(&other).unwrap().get().paused).await;
         until("as many as one owner may have", || {
-            let fleet = fake.world.fleet();
-            fleet.log.iter().filter(|what| what.ends_with(" pause")).count() == MAX_PAUSING + 1
+            let supervisor_state = fake.world.supervisor_state();
+            supervisor_state.log.iter().filter(|what| what.ends_with(" pause")).count() == MAX_PAUSING + 1
         })
         .await;
         fake.world.release();
-        until("all to pause", || fake.world.fleet().vms.values().all(|vm| vm.is_paused)).await;
+        until("all to pause", || fake.world.supervisor_state().vms.values().all(|vm| vm.is_paused)).await;
         // A record follows its VM.
         let is_paused = |id: &String| fake.gateway.0.sandboxes.get(id).unwrap().get().paused;
         until("the records", || slow.iter().all(is_paused)).await;
         keeping.abort();
-        let log = fake.world.fleet().log.clone();
+        let log = fake.world.supervisor_state().log.clone();
         let pauses = log.iter().filter(|what| what.ends_with(" pause")).count();
         assert_eq!(pauses, slow.len() + 1, "each was paused once: {log:?}");
         let key = &one;

@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+use crate::connection_limits::MAX_CALLS;
 use crate::listen::accept_at_most;
-use crate::places::MAX_CALLS;
 use crate::quotas::Quotas;
 use crate::source::SNAPSHOT_PREFIX;
 use crate::testing::{Fake, LIMIT, until};
@@ -38,12 +38,12 @@ async fn a_snapshots_name_is_its_owners_and_takes_none_of_the_hosts() {
             assert!([400, 409].contains(&snapshot(&fake, key, id, wrong).await.0), "{wrong}");
         }
     }
-    let names: Vec<String> = fake.world.fleet().checkpoints.keys().cloned().collect();
+    let names: Vec<String> = fake.world.supervisor_state().checkpoints.keys().cloned().collect();
     assert!(names.iter().all(|name| name == "base" || name.starts_with(SNAPSHOT_PREFIX)), "{names:?}");
     assert_eq!(names.len(), 5);
     // A checkpoint of a snapshot whose record is not there yet, or no longer.
     let bare = format!("{SNAPSHOT_PREFIX}00");
-    fake.world.fleet().checkpoints.insert(bare.clone(), false);
+    fake.world.supervisor_state().checkpoints.insert(bare.clone(), false);
     for key in [&one, &two] {
         let (_, templates) = fake.call(key, "GET", "/templates", Value::Null).await;
         assert_eq!(ids(&templates, "templateID"), ["base", "image-0123456789abcdef", "kept"], "{templates}");
@@ -53,7 +53,7 @@ async fn a_snapshots_name_is_its_owners_and_takes_none_of_the_hosts() {
     }
     // Each makes a sandbox of its own snapshot, and removes only that.
     let made = fake.sandbox(&two, json!({ "templateID": "kept" })).await;
-    let parent = fake.world.fleet().vms[&made].parent.clone();
+    let parent = fake.world.supervisor_state().vms[&made].parent.clone();
     assert_eq!(fake.gateway.0.snapshots.get(&parent).unwrap().get().owner, "two");
     assert_eq!(fake.call(&one, "DELETE", "/templates/kept", Value::Null).await.0, 204);
     assert_eq!(fake.call(&one, "POST", "/sandboxes", json!({ "templateID": "kept" })).await.0, 404);
@@ -65,9 +65,9 @@ async fn a_snapshots_name_is_its_owners_and_takes_none_of_the_hosts() {
 #[tokio::test]
 async fn a_network_that_the_templates_owner_closed_is_never_opened() {
     let fake = Fake::new();
-    fake.world.fleet().checkpoints.insert("shut".to_owned(), true);
+    fake.world.supervisor_state().checkpoints.insert("shut".to_owned(), true);
     let key = fake.key("one");
-    let is_closed = |id: &str| fake.world.fleet().vms[id].is_closed;
+    let is_closed = |id: &str| fake.world.supervisor_state().vms[id].is_closed;
     let put = |id: &str, rules: Value| {
         let (fake, key, id) = (&fake, &key, id.to_owned());
         async move { fake.call(key, "PUT", &format!("/sandboxes/{id}/network"), rules).await.0 }
@@ -114,13 +114,15 @@ async fn an_owner_has_no_more_than_its_quotas_whatever_is_asked_for_at_once() {
         let router = fake.router.clone();
         calls.spawn(async move { tower::ServiceExt::oneshot(router, request).await.unwrap().status().as_u16() });
     }
-    until("four to be made", || fake.world.fleet().log.iter().filter(|what| what.ends_with(" fork")).count() >= 4)
-        .await;
+    until("four to be made", || {
+        fake.world.supervisor_state().log.iter().filter(|what| what.ends_with(" fork")).count() >= 4
+    })
+    .await;
     fake.world.release();
     let mut statuses = calls.join_all().await;
     statuses.sort_unstable();
     assert_eq!(statuses, [201, 201, 201, 201, many, many, many, many, many, many]);
-    assert_eq!(fake.world.fleet().vms.len(), 4);
+    assert_eq!(fake.world.supervisor_state().vms.len(), 4);
     let all = ids(&fake.call(&one, "GET", "/v2/sandboxes", Value::Null).await.1, "sandboxID");
     // Paused sandboxes and forks count, and another owner has separate quotas.
     assert_eq!(fake.call(&one, "POST", &format!("/sandboxes/{}/pause", all[0]), json!({})).await.0, 204);
@@ -216,7 +218,7 @@ async fn an_owner_whose_calls_hang_has_so_many_and_no_more() {
         calls.spawn(tower::ServiceExt::oneshot(fake.router.clone(), request));
     }
     until("all to be under way", || {
-        fake.world.fleet().log.iter().filter(|what| *what == "GET checkpoints").count() == MAX_CALLS
+        fake.world.supervisor_state().log.iter().filter(|what| *what == "GET checkpoints").count() == MAX_CALLS
     })
     .await;
     let (status, refused) = fake.call(&one, "GET", "/v2/sandboxes", Value::Null).await;

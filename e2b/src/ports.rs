@@ -4,7 +4,7 @@ use axum::http::header::HOST;
 use axum::http::{HeaderMap, HeaderName};
 use clade_agent_client::proto::PORT;
 
-use crate::error::{Answer, ApiError};
+use crate::error::{Answer, GatewayError};
 use crate::headers::{API_KEY, SANDBOX_ID, SANDBOX_PORT};
 
 /// The port of a sandbox that a request is for.
@@ -18,7 +18,7 @@ fn one<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Answer<Option<&'a str>>
     let mut all = headers.get_all(name).iter();
     let Some(first) = all.next() else { return Ok(None) };
     let text = first.to_str().ok().filter(|_| all.next().is_none());
-    text.map(Some).ok_or_else(|| ApiError::bad(format!("{name} is there twice, or is no text")))
+    text.map(Some).ok_or_else(|| GatewayError::bad(format!("{name} is there twice, or is no text")))
 }
 
 /// Parses `PORT-ID`, as a label in front of a domain.
@@ -44,7 +44,7 @@ impl Target {
         let host = host.split_once(':').map_or(host.as_str(), |(host, _)| host);
         let by_host = domain
             .and_then(|domain| host.strip_suffix(domain)?.strip_suffix('.'))
-            .map(|label| labelled(label).ok_or_else(|| ApiError::bad(format!("{host:?} names no sandbox's port"))));
+            .map(|label| labelled(label).ok_or_else(|| GatewayError::bad(format!("{host:?} names no sandbox's port"))));
         // The API itself is below the domain, too.
         let is_api = domain.is_some_and(|domain| host.strip_suffix(domain) == Some("api."));
         let by_host = by_host.filter(|_| !is_api).transpose()?;
@@ -52,14 +52,14 @@ impl Target {
             return Ok(by_host);
         }
         let port = match one(headers, &SANDBOX_PORT)? {
-            Some(port) => Some(number(port).ok_or_else(|| ApiError::bad(format!("E2b-Sandbox-Port={port:?}")))?),
+            Some(port) => Some(number(port).ok_or_else(|| GatewayError::bad(format!("E2b-Sandbox-Port={port:?}")))?),
             None => None,
         };
         let Some(id) = one(headers, &SANDBOX_ID)? else {
             return match port {
-                Some(_) if by_host.is_none() => Err(ApiError::bad("E2b-Sandbox-Port without E2b-Sandbox-Id")),
+                Some(_) if by_host.is_none() => Err(GatewayError::bad("E2b-Sandbox-Port without E2b-Sandbox-Id")),
                 Some(port) if by_host.as_ref().is_some_and(|target| target.port != port) => {
-                    Err(ApiError::bad("E2b-Sandbox-Port is not the host's"))
+                    Err(GatewayError::bad("E2b-Sandbox-Port is not the host's"))
                 }
                 _ => Ok(by_host),
             };
@@ -68,7 +68,7 @@ impl Target {
         match by_host {
             // The port is in the host's name unless a header has it.
             Some(other) if other.id != target.id || port.is_some_and(|port| port != other.port) => {
-                Err(ApiError::bad("E2b-Sandbox-Id and E2b-Sandbox-Port are not the host's"))
+                Err(GatewayError::bad("E2b-Sandbox-Id and E2b-Sandbox-Port are not the host's"))
             }
             Some(other) => Ok(Some(other)),
             None => Ok(Some(target)),

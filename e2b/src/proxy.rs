@@ -22,14 +22,14 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
 use crate::control::to_the_end;
-use crate::error::{Answer, ApiError};
+use crate::error::{Answer, GatewayError};
 use crate::gateway::Gateway;
 use crate::headers::{
     AGENT_TOKEN, PASSED_ON, TRAFFIC_TOKEN, asks_for_websocket, check_framing, offer_websocket, strip,
     strip_for_program, takes_websocket,
 };
 use crate::ports::Target;
-use crate::records::{Entry, Record};
+use crate::records::{RecordEntry, SandboxRecord};
 use crate::seats::{Seat, holding};
 use crate::tunnel::{Afterwards, relay};
 
@@ -75,9 +75,9 @@ pub(crate) async fn forward(gateway: &Gateway, target: &Target, request: Request
 async fn running(
     gateway: &Gateway,
     target: &Target,
-    entry: &Arc<Entry<Record>>,
+    entry: &Arc<RecordEntry<SandboxRecord>>,
     may_wake: bool,
-) -> Result<(Record, watch::Receiver<()>), Response> {
+) -> Result<(SandboxRecord, watch::Receiver<()>), Response> {
     // Before the record is read: a pause is noted in the record first, and then sent.
     let mut cut = entry.cut.subscribe();
     let mut record = entry.get();
@@ -87,7 +87,7 @@ async fn running(
         }
         let (waking, woken) = (gateway.clone(), Arc::clone(entry));
         let resumed = async move { waking.resume(&woken, None, None, None).await };
-        to_the_end(resumed).await.map_err(ApiError::into_response)?;
+        to_the_end(resumed).await.map_err(GatewayError::into_response)?;
         cut = entry.cut.subscribe();
         record = entry.get();
         if record.paused {
@@ -107,10 +107,10 @@ fn to_origin(request: &mut Request) {
 async fn to_agent(
     gateway: &Gateway,
     target: &Target,
-    entry: &Arc<Entry<Record>>,
+    entry: &Arc<RecordEntry<SandboxRecord>>,
     mut request: Request,
 ) -> Result<Response, Response> {
-    let refused = |status, why: String| Err(ApiError::new(status, why).into_response());
+    let refused = |status, why: String| Err(GatewayError::new(status, why).into_response());
     if is_the_hosts(request.uri().path()) {
         return refused(StatusCode::FORBIDDEN, format!("{} is for the host", request.uri().path()));
     }
@@ -124,7 +124,7 @@ async fn to_agent(
         _ => false,
     };
     let owner = entry.get().owner;
-    let place = gateway.0.places.take(&target.id, &owner).map_err(ApiError::into_response)?;
+    let place = gateway.0.connection_limits.take(&target.id, &owner).map_err(GatewayError::into_response)?;
     let (record, _) = running(gateway, target, entry, may_wake).await?;
     strip(request.headers_mut());
     request.headers_mut().insert(HOST, HeaderValue::from_static("localhost"));
@@ -183,7 +183,7 @@ async fn send(
             // The body may have moved meanwhile.
             Err(_) if *last.lock().unwrap_or_else(PoisonError::into_inner) + answering <= Instant::now() => {
                 let why = format!("the sandbox has not answered within {} s", answering.as_secs_f64());
-                return Err(ApiError::new(StatusCode::GATEWAY_TIMEOUT, why).into_response());
+                return Err(GatewayError::new(StatusCode::GATEWAY_TIMEOUT, why).into_response());
             }
             Err(_) => {}
         }
@@ -191,12 +191,12 @@ async fn send(
 }
 
 /// Refuses requests without the token of a sandbox whose ports are not public.
-fn check_traffic(gateway: &Gateway, record: &Record, request: &Request) -> Answer<()> {
+fn check_traffic(gateway: &Gateway, record: &SandboxRecord, request: &Request) -> Answer<()> {
     if !record.is_private {
         return Ok(());
     }
     let mut shown = request.headers().get_all(TRAFFIC_TOKEN).iter();
-    let refused = |what: &str| Err(ApiError::new(StatusCode::FORBIDDEN, format!("{TRAFFIC_TOKEN}: {what}")));
+    let refused = |what: &str| Err(GatewayError::new(StatusCode::FORBIDDEN, format!("{TRAFFIC_TOKEN}: {what}")));
     match (shown.next(), shown.next()) {
         (None, _) => refused("the sandbox's ports are not public"),
         (Some(token), None) if gateway.is_traffic_token(&record.id, token.as_bytes()) => Ok(()),
@@ -216,15 +216,15 @@ fn not_open(target: &Target, error: &ClientError) -> Response {
 async fn to_program(
     gateway: &Gateway,
     target: &Target,
-    entry: &Arc<Entry<Record>>,
+    entry: &Arc<RecordEntry<SandboxRecord>>,
     request: Request,
 ) -> Result<Response, Response> {
-    let refused = ApiError::into_response;
+    let refused = GatewayError::into_response;
     check_framing(request.headers()).map_err(refused)?;
     // Both checks come before the wake.
     let record = entry.get();
     check_traffic(gateway, &record, &request).map_err(refused)?;
-    let place = Arc::new(gateway.0.places.take(&record.id, &record.owner).map_err(refused)?);
+    let place = Arc::new(gateway.0.connection_limits.take(&record.id, &record.owner).map_err(refused)?);
     let afterwards = request.extensions().get::<Afterwards>().cloned();
     // A WebSocket is an admitted request until it ends.
     let seat = request.extensions().get::<Arc<Seat>>().map(Seat::admit);

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use axum::http::StatusCode;
 use thiserror::Error;
 
-use crate::error::{Answer, ApiError};
+use crate::error::{Answer, GatewayError};
 use crate::wire::Texts;
 
 /// Most pairs of a sandbox's metadata or variables, and most bytes of them.
@@ -104,7 +104,7 @@ pub(crate) struct Ledger {
 
 /// A part of an owner's quotas, held by a request in progress.
 #[derive(Debug)]
-pub(crate) struct Held {
+pub(crate) struct HeldQuota {
     of: Arc<Ledger>,
     owner: String,
     usage: Usage,
@@ -124,7 +124,12 @@ impl Ledger {
     ///
     /// # Errors
     /// 429 when it exceeds a quota.
-    pub(crate) fn take(self: &Arc<Self>, owner: &str, more: Usage, recorded: impl FnOnce() -> Usage) -> Answer<Held> {
+    pub(crate) fn take(
+        self: &Arc<Self>,
+        owner: &str,
+        more: Usage,
+        recorded: impl FnOnce() -> Usage,
+    ) -> Answer<HeldQuota> {
         let mut pending = self.pending();
         let before = pending.get(owner).copied().unwrap_or_default();
         let after = before.and(recorded()).and(more);
@@ -137,14 +142,14 @@ impl Ledger {
         // An owner above one quota, after that was reduced, may still use the others.
         if let Some((what, after, most, _)) = all.into_iter().find(|(_, after, most, more)| *more > 0 && after > most) {
             let why = format!("{after} {what} would be more than the {most} that the key's owner may have");
-            return Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, why));
+            return Err(GatewayError::new(StatusCode::TOO_MANY_REQUESTS, why));
         }
         pending.insert(owner.to_owned(), before.and(more));
-        Ok(Held { of: Arc::clone(self), owner: owner.to_owned(), usage: more })
+        Ok(HeldQuota { of: Arc::clone(self), owner: owner.to_owned(), usage: more })
     }
 }
 
-impl Drop for Held {
+impl Drop for HeldQuota {
     fn drop(&mut self) {
         let mut pending = self.of.pending();
         let Some(usage) = pending.get_mut(&self.owner) else { return };
@@ -162,7 +167,7 @@ fn check(what: &str, texts: Option<&Texts>, most: usize) -> Answer<()> {
     let bytes: usize = texts.iter().map(|(key, value)| key.len() + value.len()).sum();
     if texts.len() > MAX_PAIRS || bytes > most {
         let why = format!("{what}: {} pairs of {bytes} bytes; at most {MAX_PAIRS} of {most}", texts.len());
-        return Err(ApiError::bad(why));
+        return Err(GatewayError::bad(why));
     }
     Ok(())
 }

@@ -10,21 +10,21 @@ const PER_SECOND: f64 = 100.0;
 const BURST: f64 = 400.0;
 
 #[derive(Debug)]
-struct Bucket {
+struct CallBucket {
     calls: f64,
     at: Instant,
 }
 
 /// The calls that each key has left.
 #[derive(Debug, Default)]
-pub(crate) struct Rates(Mutex<BTreeMap<String, Bucket>>);
+pub(crate) struct Rates(Mutex<BTreeMap<String, CallBucket>>);
 
 impl Rates {
     /// Returns whether `key` may make one more call at `now`. Names are those of keys, so there are
     /// few.
     pub(crate) fn admit(&self, key: &str, now: Instant) -> bool {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let bucket = all.entry(key.to_owned()).or_insert(Bucket { calls: BURST, at: now });
+        let bucket = all.entry(key.to_owned()).or_insert(CallBucket { calls: BURST, at: now });
         let earned = now.saturating_duration_since(bucket.at).as_secs_f64() * PER_SECOND;
         bucket.calls = (bucket.calls + earned).min(BURST);
         bucket.at = now;

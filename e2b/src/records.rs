@@ -12,12 +12,12 @@ use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
 use tokio::sync::{Mutex as AsyncMutex, watch};
 
-use crate::error::{Answer, ApiError};
+use crate::error::{Answer, GatewayError};
 use crate::wire::{AskedNetwork, State, Texts};
 
 /// The gateway's own record of a sandbox, beyond its VM's process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Record {
+pub(crate) struct SandboxRecord {
     /// Its name, and that of its VM.
     pub(crate) id: String,
     pub(crate) template: String,
@@ -54,7 +54,7 @@ pub(crate) struct Record {
     pub(crate) template_layers: Option<usize>,
 }
 
-impl Record {
+impl SandboxRecord {
     pub(crate) fn state(&self) -> State {
         if self.paused { State::Paused } else { State::Running }
     }
@@ -64,8 +64,8 @@ impl Record {
     pub(crate) fn expect(&self, state: State) -> Answer<()> {
         match self.state() {
             is if is == state => Ok(()),
-            State::Paused => Err(ApiError::conflict(format!("the sandbox {:?} is paused", self.id))),
-            State::Running => Err(ApiError::conflict(format!("the sandbox {:?} runs", self.id))),
+            State::Paused => Err(GatewayError::conflict(format!("the sandbox {:?} is paused", self.id))),
+            State::Running => Err(GatewayError::conflict(format!("the sandbox {:?} runs", self.id))),
         }
     }
 
@@ -77,7 +77,7 @@ impl Record {
 
 /// A snapshot: a checkpoint that a sandbox's owner has taken.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Snapshot {
+pub(crate) struct SnapshotRecord {
     /// The checkpoint's name, which no owner can choose.
     pub(crate) id: String,
     /// The name that its owner has chosen, if any: unique among the owner's.
@@ -86,7 +86,7 @@ pub(crate) struct Snapshot {
     /// MiB of guest memory.
     #[serde(default)]
     pub(crate) mib: u64,
-    /// As its sandbox's [`Record::is_template_closed`].
+    /// As its sandbox's [`SandboxRecord::is_template_closed`].
     #[serde(default)]
     pub(crate) is_closed: Option<bool>,
     pub(crate) owner: String,
@@ -94,25 +94,25 @@ pub(crate) struct Snapshot {
     pub(crate) taken_at: Timestamp,
 }
 
-impl Snapshot {
+impl SnapshotRecord {
     /// Returns the name that its owner uses.
     pub(crate) fn shown(&self) -> &str {
         self.name.as_deref().unwrap_or(&self.id)
     }
 }
 
-/// The name of a file of a [`Table`].
+/// The name of a file of a [`RecordTable`].
 pub(crate) trait Named {
     fn name(&self) -> &str;
 }
 
-impl Named for Record {
+impl Named for SandboxRecord {
     fn name(&self) -> &str {
         &self.id
     }
 }
 
-impl Named for Snapshot {
+impl Named for SnapshotRecord {
     fn name(&self) -> &str {
         &self.id
     }
@@ -120,7 +120,7 @@ impl Named for Snapshot {
 
 /// A value with a file of its own.
 #[derive(Debug)]
-pub(crate) struct Entry<T> {
+pub(crate) struct RecordEntry<T> {
     value: Mutex<T>,
     /// Held while its VM is changed.
     pub(crate) turn: AsyncMutex<()>,
@@ -128,7 +128,7 @@ pub(crate) struct Entry<T> {
     pub(crate) cut: watch::Sender<()>,
 }
 
-impl<T: Clone> Entry<T> {
+impl<T: Clone> RecordEntry<T> {
     pub(crate) fn get(&self) -> T {
         self.value.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -137,12 +137,12 @@ impl<T: Clone> Entry<T> {
 /// Files of one kind, by name. Names are those of VMs and checkpoints: none leads out of the
 /// directory.
 #[derive(Debug)]
-pub(crate) struct Table<T> {
+pub(crate) struct RecordTable<T> {
     dir: PathBuf,
-    entries: Mutex<BTreeMap<String, Arc<Entry<T>>>>,
+    entries: Mutex<BTreeMap<String, Arc<RecordEntry<T>>>>,
 }
 
-impl<T: Named + Clone + Serialize + DeserializeOwned> Table<T> {
+impl<T: Named + Clone + Serialize + DeserializeOwned> RecordTable<T> {
     /// Reads the files of a directory, which is made if it is missing. Invalid files are skipped.
     ///
     /// # Errors
@@ -154,14 +154,14 @@ impl<T: Named + Clone + Serialize + DeserializeOwned> Table<T> {
             let path = file?.path();
             let read = std::fs::read(&path).and_then(|bytes| Ok(serde_json::from_slice::<T>(&bytes)?));
             match read {
-                Ok(value) => drop(entries.insert(value.name().to_owned(), Arc::new(Entry::new(value)))),
+                Ok(value) => drop(entries.insert(value.name().to_owned(), Arc::new(RecordEntry::new(value)))),
                 Err(error) => tracing::warn!(%error, path = %path.display(), "is left out"),
             }
         }
         Ok(Self { dir, entries: Mutex::new(entries) })
     }
 
-    fn all(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Entry<T>>>> {
+    fn all(&self) -> MutexGuard<'_, BTreeMap<String, Arc<RecordEntry<T>>>> {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -169,7 +169,7 @@ impl<T: Named + Clone + Serialize + DeserializeOwned> Table<T> {
         self.dir.join(format!("{name}.json"))
     }
 
-    pub(crate) fn get(&self, name: &str) -> Option<Arc<Entry<T>>> {
+    pub(crate) fn get(&self, name: &str) -> Option<Arc<RecordEntry<T>>> {
         self.all().get(name).cloned()
     }
 
@@ -193,7 +193,7 @@ impl<T: Named + Clone + Serialize + DeserializeOwned> Table<T> {
     }
 
     /// Returns the entries that `is_such` accepts now, in the order of their names.
-    pub(crate) fn select(&self, is_such: impl Fn(&T) -> bool) -> Vec<Arc<Entry<T>>> {
+    pub(crate) fn select(&self, is_such: impl Fn(&T) -> bool) -> Vec<Arc<RecordEntry<T>>> {
         // As above.
         let mut entries: Vec<_> = self.all().values().map(Arc::clone).collect();
         entries.retain(|entry| is_such(&entry.value.lock().unwrap_or_else(PoisonError::into_inner)));
@@ -206,12 +206,12 @@ impl<T: Named + Clone + Serialize + DeserializeOwned> Table<T> {
     /// When its file cannot be written: then the value is not added.
     pub(crate) fn insert(&self, value: T) -> io::Result<()> {
         write(&self.dir, &self.path(value.name()), &value)?;
-        self.all().insert(value.name().to_owned(), Arc::new(Entry::new(value)));
+        self.all().insert(value.name().to_owned(), Arc::new(RecordEntry::new(value)));
         Ok(())
     }
 
     /// Changes a value. Its file may be behind: it is only read at a start.
-    pub(crate) fn change(&self, entry: &Entry<T>, change: impl FnOnce(&mut T)) -> T {
+    pub(crate) fn change(&self, entry: &RecordEntry<T>, change: impl FnOnce(&mut T)) -> T {
         let mut value = entry.value.lock().unwrap_or_else(PoisonError::into_inner);
         change(&mut value);
         // A value removed meanwhile stays removed.
@@ -231,7 +231,7 @@ impl<T: Named + Clone + Serialize + DeserializeOwned> Table<T> {
     }
 }
 
-impl<T> Entry<T> {
+impl<T> RecordEntry<T> {
     fn new(value: T) -> Self {
         Self { value: Mutex::new(value), turn: AsyncMutex::new(()), cut: watch::Sender::new(()) }
     }
@@ -248,16 +248,16 @@ fn write(dir: &Path, path: &Path, value: &impl Serialize) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    fn snapshot(id: &str, sandbox: &str) -> Snapshot {
+    fn snapshot(id: &str, sandbox: &str) -> SnapshotRecord {
         let (id, owner, sandbox) = (id.to_owned(), "one".to_owned(), sandbox.to_owned());
-        Snapshot { id, name: None, mib: 64, is_closed: None, owner, sandbox, taken_at: Timestamp::UNIX_EPOCH }
+        SnapshotRecord { id, name: None, mib: 64, is_closed: None, owner, sandbox, taken_at: Timestamp::UNIX_EPOCH }
     }
 
     #[test]
     fn records_outlive_their_process() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("snapshots");
-        let table = Table::open(path.clone()).unwrap();
+        let table = RecordTable::open(path.clone()).unwrap();
         for id in ["a", "b", "c"] {
             table.insert(snapshot(id, "box")).unwrap();
         }
@@ -265,14 +265,14 @@ mod tests {
         table.change(&entry, |one| one.sandbox = "other".to_owned());
         assert!(table.remove("c") && !table.remove("c"));
         std::fs::write(path.join("bad.json"), "{").unwrap();
-        let again = Table::<Snapshot>::open(path.clone()).unwrap();
+        let again = RecordTable::<SnapshotRecord>::open(path.clone()).unwrap();
         assert_eq!(again.list(), [snapshot("a", "box"), snapshot("b", "other")]);
     }
 
     #[test]
     fn what_was_removed_does_not_come_back_by_a_change() {
         let dir = tempfile::tempdir().unwrap();
-        let table = Table::open(dir.path().join("s")).unwrap();
+        let table = RecordTable::open(dir.path().join("s")).unwrap();
         table.insert(snapshot("a", "box")).unwrap();
         let entry = table.get("a").unwrap();
         table.remove("a");
@@ -280,12 +280,12 @@ mod tests {
         // Nor by the entry of another that has its name now.
         table.insert(snapshot("a", "new")).unwrap();
         table.change(&entry, |one| one.sandbox = "later".to_owned());
-        assert_eq!(Table::<Snapshot>::open(dir.path().join("s")).unwrap().list(), [snapshot("a", "new")]);
+        assert_eq!(RecordTable::<SnapshotRecord>::open(dir.path().join("s")).unwrap().list(), [snapshot("a", "new")]);
     }
 
     #[test]
     fn one_whose_time_is_over_pauses_unless_it_was_given_more_or_is_paused() {
-        let record = |id: &str, end_at: i64, auto_pause: bool, paused: bool| Record {
+        let record = |id: &str, end_at: i64, auto_pause: bool, paused: bool| SandboxRecord {
             id: id.to_owned(),
             template: "base".to_owned(),
             owner: "one".to_owned(),
@@ -306,7 +306,7 @@ mod tests {
             template_layers: None,
         };
         let dir = tempfile::tempdir().unwrap();
-        let table = Table::open(dir.path().join("s")).unwrap();
+        let table = RecordTable::open(dir.path().join("s")).unwrap();
         let all =
             [("late", 30, true, false), ("over", 10, true, false), ("killed", 10, false, false), ("p", 10, true, true)];
         for (id, end_at, auto_pause, paused) in all {

@@ -2,12 +2,12 @@
 
 use std::net::IpAddr;
 
-use clade_daemon::fleet::check_name;
+use clade_daemon::vm_host::check_name;
 use clade_devices::virtio::net::{EgressError, EgressRule, Link};
 use jiff::{SignedDuration, Timestamp};
 use serde_json::Value;
 
-use crate::error::{Answer, ApiError};
+use crate::error::{Answer, GatewayError};
 use crate::wire::{AskedNetwork, NewSandbox};
 
 /// The longest time, in seconds: a day.
@@ -17,14 +17,14 @@ const ALL: &str = "0.0.0.0/0";
 
 /// Returns the time `seconds` after `start`.
 pub(crate) fn after(start: Timestamp, seconds: i64) -> Answer<Timestamp> {
-    start.checked_add(SignedDuration::from_secs(seconds)).map_err(|error| ApiError::bad(error.to_string()))
+    start.checked_add(SignedDuration::from_secs(seconds)).map_err(|error| GatewayError::bad(error.to_string()))
 }
 
 /// Returns a time to live: the given one, or `otherwise`.
 pub(crate) fn seconds(given: Option<i64>, otherwise: i64) -> Answer<i64> {
     match given.unwrap_or(otherwise) {
         seconds @ 1..=MAX_TIMEOUT => Ok(seconds),
-        seconds => Err(ApiError::bad(format!("timeout={seconds}: 1 to {MAX_TIMEOUT} seconds"))),
+        seconds => Err(GatewayError::bad(format!("timeout={seconds}: 1 to {MAX_TIMEOUT} seconds"))),
     }
 }
 
@@ -53,9 +53,9 @@ impl NewSandbox {
             ("autoPauseMemory=false", self.auto_pause_memory == Some(false)),
         ];
         match refused.iter().find(|(_, is_given)| *is_given) {
-            Some((field, _)) => Err(ApiError::bad(format!("{field} is not there on this host"))),
+            Some((field, _)) => Err(GatewayError::bad(format!("{field} is not there on this host"))),
             // The name becomes part of a path to the supervisor.
-            None => check_name(checkpoint_name(&self.template)).map_err(|_| ApiError::no_template(&self.template)),
+            None => check_name(checkpoint_name(&self.template)).map_err(|_| GatewayError::no_template(&self.template)),
         }
     }
 }
@@ -79,15 +79,15 @@ fn entries(field: &str, value: &Value) -> Answer<Vec<String>> {
     texts.map(Option::unwrap_or_default).map_err(|_| not_there(field, value))
 }
 
-fn not_there(field: &str, value: &Value) -> ApiError {
-    ApiError::bad(format!("network: {field}={value} is not there on this host"))
+fn not_there(field: &str, value: &Value) -> GatewayError {
+    GatewayError::bad(format!("network: {field}={value} is not there on this host"))
 }
 
 /// Parses one entry as a rule: an address or a CIDR block, without the other parts of a rule.
 fn rule(verdict: &str, entry: &str) -> Answer<EgressRule> {
     let (address, prefix) = entry.split_once('/').unwrap_or((entry, ""));
     let is_block = address.parse::<IpAddr>().is_ok() && prefix.bytes().all(|b| b.is_ascii_digit());
-    let refused = |why: &str| ApiError::bad(format!("network: {entry:?}: {why}"));
+    let refused = |why: &str| GatewayError::bad(format!("network: {entry:?}: {why}"));
     if !is_block {
         return Err(refused("an address or a CIDR block is wanted; names are not known here"));
     }
@@ -114,7 +114,7 @@ fn egress(allowed: &[String], denied: &[String]) -> Answer<Vec<EgressRule>> {
 fn masked_host(mask: &str) -> Answer<String> {
     let plain = mask.replacen("${PORT}", "1", 1);
     let is_host = !plain.is_empty() && plain.bytes().all(|b| b.is_ascii_alphanumeric() || b".-:".contains(&b));
-    let refused = || ApiError::bad(format!("network: maskRequestHost={mask:?} is no host"));
+    let refused = || GatewayError::bad(format!("network: maskRequestHost={mask:?} is no host"));
     (is_host && mask.len() <= 255).then(|| mask.to_owned()).ok_or_else(refused)
 }
 
@@ -140,7 +140,7 @@ pub(crate) fn network(allowed: Option<bool>, rules: Option<&Value>) -> Answer<Ne
     }
     if !allow.is_empty() && deny.is_empty() {
         let why = "network: allowOut without denyOut denies nothing: name in denyOut what is not to pass";
-        return Err(ApiError::bad(why));
+        return Err(GatewayError::bad(why));
     }
     network.link = match allowed {
         _ if allow.is_empty() && deny.iter().any(|entry| entry == ALL) => Some(Link::Closed),
@@ -157,7 +157,7 @@ pub(crate) fn network(allowed: Option<bool>, rules: Option<&Value>) -> Answer<Ne
 pub(crate) fn new_network(rules: &Value) -> Answer<Network> {
     let asked = network(None, Some(rules))?;
     if asked.is_private || asked.masked_host.is_some() {
-        return Err(ApiError::bad(format!("network: {rules}: of a sandbox that runs, rules alone can be changed")));
+        return Err(GatewayError::bad(format!("network: {rules}: of a sandbox that runs, rules alone can be changed")));
     }
     Ok(Network { link: asked.link.or(Some(Link::Open)), ..asked })
 }

@@ -8,7 +8,7 @@ use clade_agent_client::proto::api::Init;
 use clade_daemon::control::{
     ForkAnswer, ForkRequest, NetworkRequest, StopRequest, SuspendAnswer, SuspendRequest, VmInfo,
 };
-use clade_daemon::fleet::{Label, LabelError, Labels};
+use clade_daemon::vm_host::{Label, LabelError, Labels};
 use clade_devices::virtio::net::Link;
 use hyper::Method;
 use jiff::Timestamp;
@@ -16,13 +16,13 @@ use serde_json::Value;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
-use crate::error::{Answer, ApiError};
+use crate::error::{Answer, GatewayError};
 use crate::gateway::Gateway;
 use crate::quotas::{Usage, check_metadata, check_variables};
-use crate::records::{Entry, Record};
+use crate::records::{RecordEntry, SandboxRecord};
 use crate::rules::{after, network, new_network, seconds};
 use crate::secret::random_hex;
-use crate::wire::{Fork, Forked, NewSandbox, Sandbox, State};
+use crate::wire::{Fork, ForkResult, NewSandbox, Sandbox, State};
 
 /// Default time of a sandbox and of a fork, in seconds.
 const DEFAULT_TIMEOUT: i64 = 300;
@@ -49,20 +49,20 @@ impl Gateway {
         let _held = self.take(owner, Usage::of_sandboxes(1, checkpoint.mib))?;
         let is_template_closed = source.is_closed(&checkpoint);
         let link = network.link.filter(|link| *link == Link::Closed || is_template_closed == Some(false));
-        let id = random_hex::<9>().map_err(|error| ApiError::internal(error.to_string()))?;
+        let id = random_hex::<9>().map_err(|error| GatewayError::internal(error.to_string()))?;
         let id = format!("i{id}");
         let egress = network.egress;
         let request = ForkRequest { network: link, egress, ..request_for(id.clone(), 1, &source.template)? };
         let unrecorded = Unrecorded::new(self, id);
         if let Err(error) = self.fork_checkpoint(&source.checkpoint, &request).await {
             let is_gone = error.status == StatusCode::NOT_FOUND;
-            return Err(if is_gone { ApiError::no_template(&source.template) } else { error });
+            return Err(if is_gone { GatewayError::no_template(&source.template) } else { error });
         }
         let template = source.template;
         let mut envs = source.built.map(|one| one.spec.env).unwrap_or_default();
         envs.extend(new.env_vars.unwrap_or_default());
         let started_at = Timestamp::now();
-        let record = Record {
+        let record = SandboxRecord {
             id: unrecorded.id.clone(),
             template,
             owner: owner.to_owned(),
@@ -82,7 +82,7 @@ impl Gateway {
             is_template_closed,
             template_layers: None,
         };
-        self.hand_out(unrecorded, record, timeout).await
+        self.activate_or_stop(unrecorded, record, timeout).await
     }
 
     async fn fork_checkpoint(&self, checkpoint: &str, request: &ForkRequest) -> Answer<ForkAnswer> {
@@ -90,16 +90,21 @@ impl Gateway {
     }
 
     /// Makes a sandbox of a new fork. A fork that fails is stopped.
-    async fn hand_out(&self, mut unrecorded: Unrecorded, record: Record, timeout: i64) -> Answer<Sandbox> {
-        let handed = self.hand_out_or_fail(record, timeout).await;
-        if handed.is_err() {
+    async fn activate_or_stop(
+        &self,
+        mut unrecorded: Unrecorded,
+        record: SandboxRecord,
+        timeout: i64,
+    ) -> Answer<Sandbox> {
+        let activated = self.activate(record, timeout).await;
+        if activated.is_err() {
             self.stop(&unrecorded.id).await;
         }
         unrecorded.is_settled = true;
-        handed
+        activated
     }
 
-    async fn hand_out_or_fail(&self, mut record: Record, timeout: i64) -> Answer<Sandbox> {
+    async fn activate(&self, mut record: SandboxRecord, timeout: i64) -> Answer<Sandbox> {
         self.end_in(&record.id, timeout + INIT_TIME).await?;
         let vm: VmInfo = self.vm(Method::GET, &record.id, "", None::<&()>).await?;
         record.cpus = vm.cpus;
@@ -111,7 +116,7 @@ impl Gateway {
         // A fork of a sandbox inherits that sandbox's number.
         let of_template = vm.nets.iter().map(|net| net.egress_inherited).max().unwrap_or(0);
         record.template_layers = record.template_layers.or(Some(of_template));
-        let vsock = vm.vsock.ok_or_else(|| ApiError::bad("the template has no vsock device for its agent"))?;
+        let vsock = vm.vsock.ok_or_else(|| GatewayError::bad("the template has no vsock device for its agent"))?;
         record.socket = vsock.socket;
         self.init(&record).await?;
         // Its time begins here: a slow start of its guest does not count.
@@ -122,12 +127,12 @@ impl Gateway {
             false => self.end_in(&record.id, timeout).await?,
         }
         let shown = self.shown(&record);
-        self.0.sandboxes.insert(record).map_err(|error| ApiError::internal(error.to_string()))?;
+        self.0.sandboxes.insert(record).map_err(|error| GatewayError::internal(error.to_string()))?;
         Ok(shown)
     }
 
     /// Gives the agent its token, variables and time.
-    async fn init(&self, record: &Record) -> Answer<()> {
+    async fn init(&self, record: &SandboxRecord) -> Answer<()> {
         let init = Init {
             env_vars: Some(record.envs.clone()),
             access_token: Some(self.token(&record.id)),
@@ -138,20 +143,20 @@ impl Gateway {
     }
 
     /// Forks a running sandbox. All forks are of one instant.
-    pub(crate) async fn fork(&self, owner: &str, id: &str, fork: Fork) -> Answer<Vec<Forked>> {
+    pub(crate) async fn fork(&self, owner: &str, id: &str, fork: Fork) -> Answer<Vec<ForkResult>> {
         let entry = self.owned(owner, id)?;
         let timeout = seconds(fork.timeout, DEFAULT_FORK_TIMEOUT)?;
         let count = match fork.count.unwrap_or(1) {
             count @ 1..=MAX_FORKS => count as usize,
-            count => return Err(ApiError::bad(format!("count={count}: 1 to {MAX_FORKS}"))),
+            count => return Err(GatewayError::bad(format!("count={count}: 1 to {MAX_FORKS}"))),
         };
         let _turn = entry.turn.lock().await;
         let parent = entry.get();
         if parent.paused {
-            return Err(ApiError::conflict(format!("the sandbox {id:?} is paused")));
+            return Err(GatewayError::conflict(format!("the sandbox {id:?} is paused")));
         }
         let _held = self.take(owner, Usage::of_sandboxes(count, parent.mib))?;
-        let name = random_hex::<9>().map_err(|error| ApiError::internal(error.to_string()))?;
+        let name = random_hex::<9>().map_err(|error| GatewayError::internal(error.to_string()))?;
         let request = request_for(format!("i{name}x{{n}}"), count, &parent.template)?;
         let mut children: Vec<_> = (1..=count).map(|n| Unrecorded::new(self, format!("i{name}x{n}"))).collect();
         let answer: ForkAnswer = self.vm(Method::POST, id, "/fork", Some(&request)).await?;
@@ -159,26 +164,30 @@ impl Gateway {
         let started_at = Timestamp::now();
         let end_at = after(started_at, timeout)?;
         let turns = Arc::new(Semaphore::new(MAX_HANDED));
-        let mut handed = Vec::new();
+        let mut activated = Vec::new();
         for child in children {
-            let record = Record { id: child.id.clone(), started_at, end_at, ..parent.clone() };
+            let record = SandboxRecord { id: child.id.clone(), started_at, end_at, ..parent.clone() };
             let (gateway, turns) = (self.clone(), Arc::clone(&turns));
-            handed.push(tokio::spawn(async move {
+            activated.push(tokio::spawn(async move {
                 // The semaphore is never closed.
                 let _turn = turns.acquire_owned().await;
-                gateway.hand_out(child, record, timeout).await
+                gateway.activate_or_stop(child, record, timeout).await
             }));
         }
         let mut forked = Vec::new();
-        for one in handed {
-            let one = one.await.unwrap_or_else(|error| Err(ApiError::internal(error.to_string())));
-            forked.push(one.map_or_else(|error| Forked::Error(error.body()), Forked::Sandbox));
+        for one in activated {
+            let one = one.await.unwrap_or_else(|error| Err(GatewayError::internal(error.to_string())));
+            forked.push(one.map_or_else(|error| ForkResult::Error(error.body()), ForkResult::Sandbox));
         }
         Ok(forked)
     }
 
     /// Pauses a sandbox that `is_such` accepts. Its time stands still.
-    pub(crate) async fn pause(&self, entry: &Entry<Record>, is_such: impl Fn(&Record) -> bool) -> Answer<()> {
+    pub(crate) async fn pause(
+        &self,
+        entry: &RecordEntry<SandboxRecord>,
+        is_such: impl Fn(&SandboxRecord) -> bool,
+    ) -> Answer<()> {
         let _turn = entry.turn.lock().await;
         let record = entry.get();
         record.expect(State::Running)?;
@@ -211,7 +220,7 @@ impl Gateway {
     /// whether it was paused.
     pub(crate) async fn resume(
         &self,
-        entry: &Entry<Record>,
+        entry: &RecordEntry<SandboxRecord>,
         timeout: Option<i64>,
         auto_pause: Option<bool>,
         state: Option<State>,
@@ -245,7 +254,13 @@ impl Gateway {
         Ok((self.shown(&record), true))
     }
 
-    async fn prolong(&self, entry: &Entry<Record>, record: &Record, end_at: Timestamp, seconds: i64) -> Answer<()> {
+    async fn prolong(
+        &self,
+        entry: &RecordEntry<SandboxRecord>,
+        record: &SandboxRecord,
+        end_at: Timestamp,
+        seconds: i64,
+    ) -> Answer<()> {
         if !record.auto_pause {
             self.end_in(&record.id, seconds).await?;
         }
@@ -255,7 +270,7 @@ impl Gateway {
 
     /// Sets a sandbox's time to so many seconds from now on. A paused one has them when it is
     /// resumed.
-    pub(crate) async fn set_timeout(&self, entry: &Entry<Record>, timeout: i64) -> Answer<()> {
+    pub(crate) async fn set_timeout(&self, entry: &RecordEntry<SandboxRecord>, timeout: i64) -> Answer<()> {
         let timeout = seconds(Some(timeout), timeout)?;
         let _turn = entry.turn.lock().await;
         let record = entry.get();
@@ -268,7 +283,7 @@ impl Gateway {
     }
 
     /// Opens or closes a sandbox's network, and replaces its own rules. Its template's stay.
-    pub(crate) async fn set_network(&self, entry: &Entry<Record>, rules: &Value) -> Answer<()> {
+    pub(crate) async fn set_network(&self, entry: &RecordEntry<SandboxRecord>, rules: &Value) -> Answer<()> {
         let network = new_network(rules)?;
         let _turn = entry.turn.lock().await;
         let record = entry.get();
@@ -281,7 +296,9 @@ impl Gateway {
         let request = match record.template_layers {
             Some(keep) => NetworkRequest { network: link, egress: Some(network.egress), keep },
             None if network.egress.is_empty() => NetworkRequest { network: link, ..NetworkRequest::default() },
-            None => return Err(ApiError::conflict("rules of a sandbox that an older clade made cannot be replaced")),
+            None => {
+                return Err(GatewayError::conflict("rules of a sandbox that an older clade made cannot be replaced"));
+            }
         };
         if request.network.is_some() || request.egress.is_some() {
             let _: VmInfo = self.vm(Method::POST, &record.id, "/network", Some(&request)).await?;
@@ -291,17 +308,17 @@ impl Gateway {
     }
 
     /// Ends a sandbox for good.
-    pub(crate) async fn kill(&self, entry: &Entry<Record>) -> Answer<()> {
+    pub(crate) async fn kill(&self, entry: &RecordEntry<SandboxRecord>) -> Answer<()> {
         let _turn = entry.turn.lock().await;
         let id = entry.get().id;
-        let stopped = self.0.client.stop(&id, StopRequest::default()).await.map_err(ApiError::from);
+        let stopped = self.0.client.stop(&id, StopRequest::default()).await.map_err(GatewayError::from);
         if stopped.as_ref().is_err_and(|error| error.status.as_u16() != 404) {
             return stopped.map(drop);
         }
         self.0.sandboxes.remove(&id);
         entry.cut.send_replace(());
         // Another call may have ended it.
-        stopped.map(drop).map_err(|_| ApiError::no_sandbox(&id))
+        stopped.map(drop).map_err(|_| GatewayError::no_sandbox(&id))
     }
 }
 
@@ -335,7 +352,7 @@ impl Drop for Unrecorded {
 
 /// Returns a request for children without their parent's connections and tokens.
 fn request_for(name: String, count: usize, template: &str) -> Answer<ForkRequest> {
-    let refused = |error: LabelError| ApiError::bad(error.to_string());
+    let refused = |error: LabelError| GatewayError::bad(error.to_string());
     let label: Label = format!("e2b-template={template}").parse().map_err(refused)?;
     let labels = Labels::of(&[label]).map_err(refused)?;
     // The quotas of owners bound sandboxes. Most may be paused, which the supervisor's bound counts as running.

@@ -13,7 +13,7 @@ use hyper::body::{Frame, SizeHint};
 use tokio::sync::Notify;
 
 #[derive(Debug)]
-struct Connection {
+struct SeatedConnection {
     /// Admitted requests in progress.
     busy: usize,
     /// Ordinal of its last change: the lowest has been idle for longest.
@@ -25,7 +25,7 @@ struct Connection {
 #[derive(Debug)]
 pub(crate) struct Seats {
     most: usize,
-    all: Mutex<BTreeMap<u64, Connection>>,
+    all: Mutex<BTreeMap<u64, SeatedConnection>>,
     count: AtomicU64,
     freed: Notify,
 }
@@ -40,14 +40,14 @@ pub(crate) struct Seat {
 
 /// An admitted request in progress, until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Admitted(Arc<Seat>);
+pub(crate) struct AdmittedRequest(Arc<Seat>);
 
 impl Seats {
     pub(crate) fn new(most: usize) -> Arc<Self> {
         Arc::new(Self { most, all: Mutex::default(), count: AtomicU64::new(0), freed: Notify::new() })
     }
 
-    fn all(&self) -> MutexGuard<'_, BTreeMap<u64, Connection>> {
+    fn all(&self) -> MutexGuard<'_, BTreeMap<u64, SeatedConnection>> {
         self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -66,7 +66,7 @@ impl Seats {
             all.remove(&number).into_iter().for_each(|one| one.cut.notify_one());
         }
         let (number, cut) = (self.next(), Arc::new(Notify::new()));
-        all.insert(number, Connection { busy: 0, idle_since: number, cut: Arc::clone(&cut) });
+        all.insert(number, SeatedConnection { busy: 0, idle_since: number, cut: Arc::clone(&cut) });
         Some(Seat { of: Arc::clone(self), number, cut })
     }
 
@@ -91,11 +91,11 @@ impl Seat {
     }
 
     /// Notes that a request is admitted. The connection is not cut until it is done.
-    pub(crate) fn admit(self: &Arc<Self>) -> Admitted {
+    pub(crate) fn admit(self: &Arc<Self>) -> AdmittedRequest {
         if let Some(own) = self.of.all().get_mut(&self.number) {
             own.busy += 1;
         }
-        Admitted(Arc::clone(self))
+        AdmittedRequest(Arc::clone(self))
     }
 }
 
@@ -106,7 +106,7 @@ impl Drop for Seat {
     }
 }
 
-impl Drop for Admitted {
+impl Drop for AdmittedRequest {
     fn drop(&mut self) {
         let (seats, now) = (&self.0.of, self.0.of.next());
         if let Some(own) = seats.all().get_mut(&self.0.number) {

@@ -4,15 +4,15 @@
 use std::sync::PoisonError;
 
 use clade_daemon::control::{CheckpointInfo, CheckpointRequest};
-use clade_daemon::fleet::check_name;
+use clade_daemon::vm_host::check_name;
 use hyper::Method;
 use jiff::Timestamp;
 use serde_json::Value;
 
-use crate::error::{Answer, ApiError};
+use crate::error::{Answer, GatewayError};
 use crate::gateway::Gateway;
 use crate::quotas::Usage;
-use crate::records::Snapshot;
+use crate::records::SnapshotRecord;
 use crate::rules::checkpoint_name;
 use crate::secret::random_hex;
 use crate::source::SNAPSHOT_PREFIX;
@@ -30,10 +30,10 @@ impl Gateway {
             None => None,
         };
         let _held = self.take(owner, Usage::of_snapshot(record.mib))?;
-        let random = random_hex::<9>().map_err(|error| ApiError::internal(error.to_string()))?;
+        let random = random_hex::<9>().map_err(|error| GatewayError::internal(error.to_string()))?;
         let request = CheckpointRequest { name: Some(format!("{SNAPSHOT_PREFIX}{random}")), keep: false };
         let taken: CheckpointInfo = self.vm(Method::POST, id, "/checkpoint", Some(&request)).await?;
-        let snapshot = Snapshot {
+        let snapshot = SnapshotRecord {
             id: taken.name.clone(),
             name: name.clone(),
             mib: record.mib,
@@ -46,7 +46,7 @@ impl Gateway {
         if let Err(error) = self.0.snapshots.insert(snapshot) {
             // Without a record no owner could use or remove it.
             self.remove_checkpoint(&taken.name).await?;
-            return Err(ApiError::internal(error.to_string()));
+            return Err(GatewayError::internal(error.to_string()));
         }
         Ok(shown)
     }
@@ -54,8 +54,8 @@ impl Gateway {
     /// Reserves a name for an owner's snapshot, until the result is dropped or a record has the
     /// name.
     async fn name_snapshot(&self, owner: &str, name: &str) -> Answer<Naming> {
-        check_name(name).map_err(|error| ApiError::bad(error.to_string()))?;
-        let taken = |whose: &str| Err(ApiError::conflict(format!("{name:?} is the name of {whose}")));
+        check_name(name).map_err(|error| GatewayError::bad(error.to_string()))?;
+        let taken = |whose: &str| Err(GatewayError::conflict(format!("{name:?} is the name of {whose}")));
         // A template's checkpoint is reopened under its id: a snapshot of that name would hide it.
         if self.built(name).is_some() || name.starts_with(SNAPSHOT_PREFIX) || self.has_checkpoint(name).await? {
             return taken("a template");
@@ -76,7 +76,7 @@ impl Gateway {
     /// Removes an owner's snapshot. Templates are the host's, and stay.
     pub(crate) async fn remove_snapshot(&self, owner: &str, id: &str) -> Answer<()> {
         let id = checkpoint_name(id);
-        let snapshot = self.snapshot_of(owner, id).ok_or_else(|| ApiError::no_template(id))?;
+        let snapshot = self.snapshot_of(owner, id).ok_or_else(|| GatewayError::no_template(id))?;
         let removed = self.remove_checkpoint(&snapshot.id).await;
         if removed.as_ref().is_err_and(|error| error.status.as_u16() != 404) {
             return removed;

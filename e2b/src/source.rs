@@ -4,9 +4,9 @@ use clade_daemon::control::CheckpointInfo;
 use clade_devices::virtio::net::Link;
 use hyper::Method;
 
-use crate::error::{Answer, ApiError};
+use crate::error::{Answer, GatewayError};
 use crate::gateway::Gateway;
-use crate::records::Snapshot;
+use crate::records::SnapshotRecord;
 use crate::rules::checkpoint_name;
 use crate::templates::Template;
 
@@ -16,15 +16,15 @@ pub(crate) const SNAPSHOT_PREFIX: &str = "e2b-snapshot-";
 
 /// The origin of a sandbox.
 #[derive(Clone, Debug)]
-pub(crate) struct Source {
+pub(crate) struct SandboxSource {
     /// Its name to the owner.
     pub(crate) template: String,
     pub(crate) checkpoint: String,
     pub(crate) built: Option<Template>,
-    snapshot: Option<Snapshot>,
+    snapshot: Option<SnapshotRecord>,
 }
 
-impl Source {
+impl SandboxSource {
     /// Returns whether the owner of the template has closed its network. None if unknown.
     pub(crate) fn is_closed(&self, info: &CheckpointInfo) -> Option<bool> {
         match &self.snapshot {
@@ -37,27 +37,27 @@ impl Source {
 
 impl Gateway {
     /// Returns the snapshot of that name or id, if it is the owner's.
-    pub(crate) fn snapshot_of(&self, owner: &str, name: &str) -> Option<Snapshot> {
-        let is_it = |one: &Snapshot| one.owner == owner && (one.id == name || one.name.as_deref() == Some(name));
+    pub(crate) fn snapshot_of(&self, owner: &str, name: &str) -> Option<SnapshotRecord> {
+        let is_it = |one: &SnapshotRecord| one.owner == owner && (one.id == name || one.name.as_deref() == Some(name));
         self.0.snapshots.such(is_it).into_iter().next()
     }
 
     /// Resolves a name for this owner. A checkpoint of the host may be missing.
-    pub(crate) fn source(&self, owner: &str, name: &str) -> Answer<Source> {
+    pub(crate) fn source(&self, owner: &str, name: &str) -> Answer<SandboxSource> {
         let name = checkpoint_name(name);
         if let Some(built) = self.built(name) {
             let (template, checkpoint) = (built.name.clone(), built.id.clone());
-            return Ok(Source { template, checkpoint, built: Some(built), snapshot: None });
+            return Ok(SandboxSource { template, checkpoint, built: Some(built), snapshot: None });
         }
         if let Some(snapshot) = self.snapshot_of(owner, name) {
             let (template, checkpoint) = (snapshot.shown().to_owned(), snapshot.id.clone());
-            return Ok(Source { template, checkpoint, built: None, snapshot: Some(snapshot) });
+            return Ok(SandboxSource { template, checkpoint, built: None, snapshot: Some(snapshot) });
         }
         // Even one whose record is not there yet, or no longer.
         if name.starts_with(SNAPSHOT_PREFIX) {
-            return Err(ApiError::no_template(name));
+            return Err(GatewayError::no_template(name));
         }
-        Ok(Source { template: name.to_owned(), checkpoint: name.to_owned(), built: None, snapshot: None })
+        Ok(SandboxSource { template: name.to_owned(), checkpoint: name.to_owned(), built: None, snapshot: None })
     }
 
     /// Returns whether the host has a checkpoint of that name.
@@ -75,9 +75,9 @@ impl Gateway {
 
     /// Returns the checkpoint of a sandbox's origin. A built template's is reopened after a
     /// restart.
-    pub(crate) async fn opened(&self, source: &Source) -> Answer<CheckpointInfo> {
-        let gone = |error: ApiError| match error.status.as_u16() {
-            404 => ApiError::no_template(&source.template),
+    pub(crate) async fn opened(&self, source: &SandboxSource) -> Answer<CheckpointInfo> {
+        let gone = |error: GatewayError| match error.status.as_u16() {
+            404 => GatewayError::no_template(&source.template),
             _ => error,
         };
         match (self.checkpoint(&source.checkpoint).await, &source.built) {

@@ -44,7 +44,7 @@ pub(crate) struct Vm {
 
 /// The supervisor's state.
 #[derive(Debug, Default)]
-pub(crate) struct Fleet {
+pub(crate) struct SupervisorState {
     pub(crate) vms: BTreeMap<String, Vm>,
     /// Checkpoints, with whether their network is closed.
     pub(crate) checkpoints: BTreeMap<String, bool>,
@@ -64,7 +64,7 @@ pub(crate) struct Fleet {
 #[derive(Debug)]
 pub(crate) struct World {
     dir: PathBuf,
-    fleet: Mutex<Fleet>,
+    supervisor_state: Mutex<SupervisorState>,
     is_held: Notify,
     changed: Notify,
 }
@@ -72,28 +72,28 @@ pub(crate) struct World {
 type Answered = Result<Value, StatusCode>;
 
 impl World {
-    pub(crate) fn fleet(&self) -> MutexGuard<'_, Fleet> {
-        self.fleet.lock().unwrap()
+    pub(crate) fn supervisor_state(&self) -> MutexGuard<'_, SupervisorState> {
+        self.supervisor_state.lock().unwrap()
     }
 
     /// Logs a request, and waits as long as such requests are held.
     async fn step(&self, what: String) {
         let number = {
-            let mut fleet = self.fleet();
-            fleet.log.push(what.clone());
-            fleet.log.len()
+            let mut supervisor_state = self.supervisor_state();
+            supervisor_state.log.push(what.clone());
+            supervisor_state.log.len()
         };
         loop {
             let changed = self.changed.notified();
             let mut changed = std::pin::pin!(changed);
             changed.as_mut().enable();
             {
-                let mut fleet = self.fleet();
-                let is_late = fleet.hold_after.is_some_and(|after| number > after);
-                if !is_late && !fleet.held.iter().any(|held| what.contains(held.as_str())) {
+                let mut supervisor_state = self.supervisor_state();
+                let is_late = supervisor_state.hold_after.is_some_and(|after| number > after);
+                if !is_late && !supervisor_state.held.iter().any(|held| what.contains(held.as_str())) {
                     return;
                 }
-                fleet.held_now += 1;
+                supervisor_state.held_now += 1;
             }
             self.is_held.notify_waiters();
             changed.await;
@@ -106,7 +106,7 @@ impl World {
             let held = self.is_held.notified();
             let mut held = std::pin::pin!(held);
             held.as_mut().enable();
-            if self.fleet().held_now > 0 {
+            if self.supervisor_state().held_now > 0 {
                 return;
             }
             held.await;
@@ -115,14 +115,14 @@ impl World {
 
     /// Holds requests with this text.
     pub(crate) fn hold(&self, what: &str) {
-        self.fleet().held.push(what.to_owned());
+        self.supervisor_state().held.push(what.to_owned());
     }
 
     /// Lets all requests go on.
     pub(crate) fn release(&self) {
-        let mut fleet = self.fleet();
-        (fleet.hold_after, fleet.held, fleet.held_now) = (None, Vec::new(), 0);
-        drop(fleet);
+        let mut supervisor_state = self.supervisor_state();
+        (supervisor_state.hold_after, supervisor_state.held, supervisor_state.held_now) = (None, Vec::new(), 0);
+        drop(supervisor_state);
         self.changed.notify_waiters();
     }
 
@@ -131,7 +131,7 @@ impl World {
     }
 
     fn info(&self, name: &str) -> Answered {
-        let vm = self.fleet().vms.get(name).cloned().ok_or(StatusCode::NOT_FOUND)?;
+        let vm = self.supervisor_state().vms.get(name).cloned().ok_or(StatusCode::NOT_FOUND)?;
         let state = if vm.is_paused { "paused" } else { "running" };
         let network = if vm.is_closed { "closed" } else { "open" };
         Ok(json!({
@@ -158,7 +158,7 @@ impl World {
         };
         for name in &names {
             let vm = Vm { parent: parent.to_owned(), is_closed, ..Vm::default() };
-            self.fleet().vms.insert(name.clone(), vm);
+            self.supervisor_state().vms.insert(name.clone(), vm);
             std::fs::write(self.dir.join(format!("{name}.sock")), "").unwrap();
             let listener = UnixListener::bind(self.socket(name)).unwrap();
             tokio::spawn(Arc::clone(self).answer_for_agent(listener, name.clone()));
@@ -180,7 +180,7 @@ impl World {
 
     fn stop(&self, name: &str) -> Answered {
         let info = self.info(name)?;
-        self.fleet().vms.remove(name);
+        self.supervisor_state().vms.remove(name);
         for file in [self.dir.join(format!("{name}.sock")), self.socket(name)] {
             std::fs::remove_file(file).unwrap();
         }
@@ -188,11 +188,11 @@ impl World {
     }
 
     fn of_checkpoint(self: &Arc<Self>, method: &Method, name: &str, action: &str, body: &Value) -> Answered {
-        let is_closed = self.fleet().checkpoints.get(name).copied().ok_or(StatusCode::NOT_FOUND)?;
+        let is_closed = self.supervisor_state().checkpoints.get(name).copied().ok_or(StatusCode::NOT_FOUND)?;
         match (method.as_str(), action) {
             ("GET", "") => Ok(self.checkpoint(name, is_closed)),
             ("DELETE", "") => {
-                self.fleet().checkpoints.remove(name);
+                self.supervisor_state().checkpoints.remove(name);
                 Ok(self.checkpoint(name, is_closed))
             }
             ("POST", "fork") => self.fork(name, is_closed, body),
@@ -201,9 +201,9 @@ impl World {
     }
 
     fn of_vm(self: &Arc<Self>, method: &Method, name: &str, action: &str, body: &Value) -> Answered {
-        let is_closed = self.fleet().vms.get(name).ok_or(StatusCode::NOT_FOUND)?.is_closed;
+        let is_closed = self.supervisor_state().vms.get(name).ok_or(StatusCode::NOT_FOUND)?.is_closed;
         let change = |change: &dyn Fn(&mut Vm)| {
-            self.fleet().vms.get_mut(name).into_iter().for_each(change);
+            self.supervisor_state().vms.get_mut(name).into_iter().for_each(change);
             self.info(name)
         };
         match (method.as_str(), action) {
@@ -229,11 +229,11 @@ impl World {
             ("POST", "fork") => self.fork(name, is_closed, body),
             ("POST", "checkpoint") => {
                 let wanted = body["name"].as_str().unwrap_or(name);
-                let mut fleet = self.fleet();
-                if fleet.checkpoints.contains_key(wanted) {
+                let mut supervisor_state = self.supervisor_state();
+                if supervisor_state.checkpoints.contains_key(wanted) {
                     return Err(StatusCode::CONFLICT);
                 }
-                fleet.checkpoints.insert(wanted.to_owned(), is_closed);
+                supervisor_state.checkpoints.insert(wanted.to_owned(), is_closed);
                 Ok(self.checkpoint(wanted, is_closed))
             }
             ("POST", "stop") => self.stop(name),
@@ -246,7 +246,7 @@ impl World {
         let method = request.method().clone();
         let what = format!("{method} {of} {name} {action}");
         world.step(what.clone()).await;
-        let is_lost = world.fleet().lost.as_ref().is_some_and(|lost| what.contains(lost));
+        let is_lost = world.supervisor_state().lost.as_ref().is_some_and(|lost| what.contains(lost));
         let bytes = axum::body::to_bytes(request.into_body(), 1 << 22).await.unwrap();
         let body = serde_json::from_slice(&bytes).unwrap_or_default();
         let done = tokio::spawn(async move {
@@ -280,7 +280,7 @@ impl World {
         };
         let all = async |State(world): Of| {
             world.step("GET checkpoints".to_owned()).await;
-            let all = world.fleet().checkpoints.clone();
+            let all = world.supervisor_state().checkpoints.clone();
             axum::Json(all.iter().map(|(name, is_closed)| world.checkpoint(name, *is_closed)).collect::<Vec<_>>())
         };
         let ((one, action), (checkpoint, of_checkpoint)) = (vm("vm"), vm("checkpoint"));
@@ -297,7 +297,7 @@ impl World {
     async fn answer_for_agent(self: Arc<Self>, listener: UnixListener, vm: String) {
         while let Ok((stream, _)) = listener.accept().await {
             let (world, vm) = (Arc::clone(&self), vm.clone());
-            if !world.fleet().vms.contains_key(&vm) {
+            if !world.supervisor_state().vms.contains_key(&vm) {
                 return;
             }
             tokio::spawn(async move { drop(world.answer_one(stream, vm).await) });
@@ -324,8 +324,8 @@ impl World {
         let (world, name) = (Arc::clone(self), vm.to_owned());
         let init = post(async move |axum::Json(init): axum::Json<Value>| {
             world.step(format!("init {name}")).await;
-            let mut fleet = world.fleet();
-            let Some(vm) = fleet.vms.get_mut(&name) else { return StatusCode::GONE };
+            let mut supervisor_state = world.supervisor_state();
+            let Some(vm) = supervisor_state.vms.get_mut(&name) else { return StatusCode::GONE };
             vm.token = init["accessToken"].as_str().map(str::to_owned);
             StatusCode::NO_CONTENT
         });
@@ -333,7 +333,7 @@ impl World {
         let other = async move |headers: HeaderMap| {
             world.step(format!("agent {name}")).await;
             assert_eq!(headers.get_all("x-clade-passed-on").iter().count(), 1, "a client's request is marked");
-            let token = world.fleet().vms.get(&name).and_then(|vm| vm.token.clone());
+            let token = world.supervisor_state().vms.get(&name).and_then(|vm| vm.token.clone());
             let shown = headers.get("x-access-token").and_then(|shown| shown.to_str().ok());
             match token.is_some() && token.as_deref() == shown {
                 true => (StatusCode::OK, name),
@@ -372,14 +372,15 @@ impl Fake {
         let run = dir.path().join("run");
         std::fs::create_dir(&run).unwrap();
         let gateway = Gateway::open(&Self::options(dir.path(), quotas)).unwrap();
-        let fleet = Fleet { checkpoints: [("base".to_owned(), false)].into(), ..Fleet::default() };
+        let supervisor_state =
+            SupervisorState { checkpoints: [("base".to_owned(), false)].into(), ..SupervisorState::default() };
         let world = Arc::new(World {
             dir: run.clone(),
-            fleet: Mutex::new(fleet),
+            supervisor_state: Mutex::new(supervisor_state),
             is_held: Notify::new(),
             changed: Notify::new(),
         });
-        world.supervise(UnixListener::bind(clade_daemon::fleet::supervisor_path(&run)).unwrap());
+        world.supervise(UnixListener::bind(clade_daemon::vm_host::supervisor_path(&run)).unwrap());
         let router = router(&gateway);
         Self { gateway, world, router, _dir: dir }
     }
@@ -427,8 +428,8 @@ impl Fake {
     /// Begins a call whose client goes after `steps` requests to the supervisor. Returns whether it
     /// had as many.
     pub(crate) async fn drop_after(&self, steps: usize, request: Request) -> bool {
-        let so_far = self.world.fleet().log.len();
-        self.world.fleet().hold_after = Some(so_far + steps);
+        let so_far = self.world.supervisor_state().log.len();
+        self.world.supervisor_state().hold_after = Some(so_far + steps);
         let mut begun = tokio::spawn(self.router.clone().oneshot(request));
         let is_held = tokio::select! {
             () = self.world.until_held() => true,

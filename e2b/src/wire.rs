@@ -73,7 +73,7 @@ pub(crate) enum State {
 /// A sandbox in a list.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub(crate) struct Listed {
+pub(crate) struct ListedSandbox {
     #[serde(rename = "templateID")]
     pub(crate) template: String,
     #[serde(rename = "sandboxID")]
@@ -123,7 +123,7 @@ pub(crate) struct NetworkShown {
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Detail {
     #[serde(flatten)]
-    pub(crate) listed: Listed,
+    pub(crate) listed: ListedSandbox,
     /// Hidden from keys of scope `read`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) envd_access_token: Option<String>,
@@ -173,7 +173,7 @@ pub(crate) struct Connect {
 
 /// `POST .../pause` and `.../snapshots`.
 #[derive(Clone, Debug, Default, Deserialize)]
-pub(crate) struct Save {
+pub(crate) struct SaveOptions {
     pub(crate) memory: Option<bool>,
     pub(crate) name: Option<String>,
 }
@@ -188,7 +188,7 @@ pub(crate) struct Fork {
 /// The result of one fork.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub(crate) enum Forked {
+pub(crate) enum ForkResult {
     Sandbox(Sandbox),
     Error(ErrorBody),
 }
@@ -223,7 +223,7 @@ pub(crate) struct ListQuery {
 /// A sandbox's load at one instant.
 #[derive(Clone, Copy, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub(crate) struct Metric {
+pub(crate) struct SandboxMetric {
     pub(crate) timestamp: Timestamp,
     pub(crate) timestamp_unix: i64,
     pub(crate) cpu_count: u32,
@@ -238,7 +238,7 @@ pub(crate) struct Metric {
 /// A template.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub(crate) struct Template {
+pub(crate) struct ListedTemplate {
     #[serde(rename = "templateID")]
     pub(crate) id: String,
     #[serde(rename = "buildID")]

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use clade_daemon::control::{
     BootRequest, CheckpointInfo, CheckpointRequest, ForkAnswer, ForkRequest, PrepareRequest, Prepared, VmInfo, VmLimits,
 };
-use clade_daemon::fleet::Labels;
+use clade_daemon::vm_host::Labels;
 use clade_harness::BareVcpu;
 use clade_vmm::boot::{BootImage, BootSource};
 use clade_vmm::vm::{Context, ForkImage, Vm, VmConfig};

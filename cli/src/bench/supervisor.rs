@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use clade_daemon::control::{Client, ClientError, StopRequest, SupervisorInfo, VmInfo};
-use clade_daemon::fleet::supervisor_path;
+use clade_daemon::vm_host::supervisor_path;
 use hyper::Method;
 use serde::Serialize;
 use serde::de::DeserializeOwned;

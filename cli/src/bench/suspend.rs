@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clade_daemon::control::{BootRequest, SuspendAnswer, SuspendRequest, VmInfo, VmLimits, WakeAnswer};
-use clade_daemon::fleet::Labels;
+use clade_daemon::vm_host::Labels;
 use clade_guests::abi::{Command, Event, WORK_BASE};
 use clade_harness::{BareMailbox, BareVcpu};
 use clade_memory::SuspendFile;

@@ -28,9 +28,9 @@ use crate::commands::template::TemplateCommand;
 use crate::commands::tree::TreeArgs;
 use crate::commands::units::{parse_duration, parse_mib, parse_size};
 use crate::commands::wait::WaitArgs;
-use clade_daemon::fleet::{Label, LabelError};
 use clade_daemon::jail::Confinement;
 use clade_daemon::supervisor::CgroupPlace;
+use clade_daemon::vm_host::{Label, LabelError};
 use clade_daemon::zygote::ZYGOTE;
 use clade_vmm::vm::{DiskSpec, NetChoice, VsockChoice};
 

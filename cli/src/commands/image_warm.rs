@@ -17,7 +17,7 @@ use clade_daemon::control::{
     BootRequest, CheckpointInfo, CheckpointRequest, Client, ClientError, ForkAnswer, ForkRequest, ProblemKind,
     StopRequest, VmInfo,
 };
-use clade_daemon::fleet::Labels;
+use clade_daemon::vm_host::Labels;
 use clade_vmm::vm::{NetSpec, UserNet, VsockChoice};
 use hyper::Method;
 

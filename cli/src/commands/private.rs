@@ -12,8 +12,8 @@ use clade_daemon::control::{
     BootRequest, CheckpointInfo, CheckpointRequest, Client, ForkAnswer, ForkRequest, MAX_MEMORY, ResetAnswer,
     StopRequest, VmInfo, VmLimits, VmStats,
 };
-use clade_daemon::fleet::{Labels, console_path, ended_vms, runtime_dir, socket_path};
 use clade_daemon::supervisor::{CgroupPlace, Supervisor, SupervisorOptions, vms_in};
+use clade_daemon::vm_host::{Labels, console_path, ended_vms, runtime_dir, socket_path};
 use clade_harness::{GuestWords, Machine, WordsError, bytes_of};
 use clade_vmm::kvm::Host;
 use clade_vmm::vm::{StopReason, VmConfig};

@@ -11,7 +11,7 @@ use crate::commands::remote::{ask, state_name};
 use crate::commands::units::{show_age, show_size};
 use crate::commands::{Failure, Outcome, print_json};
 use clade_daemon::control::{Client, GuestState, ListedVms, VmInfo, VmState};
-use clade_daemon::fleet::EndedVm;
+use clade_daemon::vm_host::EndedVm;
 
 const NONE: &str = "-";
 /// How long all VMs together may take to answer for a table.

@@ -25,8 +25,8 @@ use crate::commands::shutdown::ShutdownSignal;
 use crate::commands::worker::BARE;
 use crate::commands::{Failure, Outcome};
 use clade_daemon::control::{BootRequest, Client, VmInfo, VmLimits};
-use clade_daemon::fleet::Labels;
 use clade_daemon::secrets::{MAX_SECRET_BYTES, Secret};
+use clade_daemon::vm_host::Labels;
 use clade_vmm::error_chain;
 use clade_vmm::vm::{ConfigError, Irqchip, VmConfig, user_net};
 

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
 use clade_daemon::control::{Client, ClientError, MergingVm, SupervisorInfo, SupervisorKept, Token};
-use clade_daemon::fleet::{FleetError, KeptSettings, log_path, open_log, runtime_dir, supervisor_path};
 use clade_daemon::jail::Confinement;
 use clade_daemon::supervisor::{Supervisor, SupervisorOptions, TcpPort, vms_in};
+use clade_daemon::vm_host::{DaemonError, KeptSettings, log_path, open_log, runtime_dir, supervisor_path};
 
 use hyper::Method;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -115,7 +115,7 @@ pub(super) fn main(args: &ServeArgs) -> Outcome {
             || Ok((args.tcp.map(TcpPort::bind).transpose().map_err(Failure::input)?, args.e2b.bind(&dir, runtime)?));
         let early = if answers(&dir) { None } else { Some(bind()?) };
         let supervisor = Supervisor::start(&dir, &options, runtime).map_err(|error| match error {
-            FleetError::Worker { .. } => Failure::run(error),
+            DaemonError::Worker { .. } => Failure::run(error),
             _ => Failure::input(error),
         })?;
         let ports = early.map_or_else(bind, Ok);
@@ -247,7 +247,7 @@ pub(super) fn ensure_with(args: &[&str], confinement: Confinement) -> Outcome {
             let Some(status) = ended else {
                 return Err(Failure::run(anyhow!("the supervisor does not answer after {START_TIMEOUT:?}")));
             };
-            let error = anyhow!("{}", last_words(&dir, earlier, &with));
+            let error = anyhow!("{}", read_error(&dir, earlier, &with));
             return Err(if status.code() == Some(2) { Failure::Input(error) } else { Failure::Run(error) });
         }
         std::thread::sleep(Duration::from_millis(5));
@@ -261,7 +261,7 @@ fn requires_confinement(args: &[String]) -> bool {
 
 /// Returns the error of a supervisor that could not start, `with` some settings: the last line that
 /// it has logged. `earlier` is the length of the log before.
-fn last_words(dir: &Path, earlier: u64, with: &str) -> String {
+fn read_error(dir: &Path, earlier: u64, with: &str) -> String {
     let log = std::fs::read(log_path(dir)).unwrap_or_default();
     let text = String::from_utf8_lossy(log.get(earlier as usize..).unwrap_or_default()).into_owned();
     match text.lines().rev().find_map(|line| line.strip_prefix("clade: ")) {

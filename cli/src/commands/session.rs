@@ -24,9 +24,9 @@ use crate::commands::shutdown::ShutdownSignal;
 use crate::commands::terminal::{Escape, EscapeFilter, RawMode};
 use crate::commands::{Failure, Outcome};
 use clade_daemon::control::{Client, ClientError, StopRequest, SupervisorInfo};
-use clade_daemon::fleet::{EndedVm, console_path, ended_vms, log_path};
 use clade_daemon::jail::Confinement;
 use clade_daemon::supervisor::{COMMIT_TIMEOUT, in_session, is_in_session, settle_dead};
+use clade_daemon::vm_host::{EndedVm, console_path, ended_vms, log_path};
 use clade_vmm::kvm::Host;
 use clade_vmm::vm::StopReason;
 

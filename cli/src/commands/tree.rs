@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 
 use clade_daemon::control::{CheckpointInfo, Client, ClientError, LayerInfo, VmState, VmStats, pages_kib};
-use clade_daemon::fleet::EndedVm;
+use clade_daemon::vm_host::EndedVm;
 use hyper::Method;
 use serde::Serialize;
 

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 
-use clade_daemon::fleet::Fleet;
 use clade_daemon::flight;
+use clade_daemon::vm_host::VmHost;
 use clade_daemon::worker::{self, Program, Served, UNMERGED};
 use clade_devices::disk::Disk;
 use clade_guests::abi;
@@ -46,7 +46,7 @@ pub(super) fn context(mount: Option<HugeTmpfs>) -> Result<Context, Failure> {
 /// Runs the VM ordered by the process behind `socket`.
 pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
     // Before a second thread, which would not be confined.
-    let Some(entered) = worker::enter(context, &socket).map_err(Failure::run)? else { return Ok(()) };
+    let Some(confined) = worker::confine_worker(context, &socket).map_err(Failure::run)? else { return Ok(()) };
     with_runtime(|runtime| {
         let mut program = Program { kernel, before_start: None, booted: None, started: None, said: None };
         if measures() {
@@ -59,14 +59,14 @@ pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
         // Until then a signal ends the process at once, and its starter clears up.
         let shutdown = OnceCell::new();
         let listen = || ShutdownSignal::listen(runtime).map(|signal| drop(shutdown.set(signal)));
-        let served = worker::serve(context, &entered, &socket, runtime, &program, &listen);
+        let served = worker::serve(context, &confined, &socket, runtime, &program, &listen);
         // The starter got the error.
         let served = served.inspect_err(|error| tracing::debug!(%error, "no VM")).ok().flatten();
         let (Some(served), Some(shutdown)) = (served, shutdown.into_inner()) else { return Ok(()) };
         drop(socket);
-        let fleet = served.fleet.clone();
+        let vm_host = served.vm_host.clone();
         let is_merged = wait_for_end(served, &shutdown);
-        fleet.finish();
+        vm_host.finish();
         if !is_merged {
             return Err(Failure::Exit(UNMERGED, None));
         }
@@ -79,42 +79,42 @@ pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
 /// Returns whether the writes since a fork are in the disks. The VM is dropped when it has stopped.
 /// Its resources are then free, even while children in other processes read its disks.
 fn wait_for_end(served: Served, shutdown: &ShutdownSignal) -> bool {
-    let Served { fleet, vm, ahead, was_booted, tie } = served;
+    let Served { vm_host, vm, ahead, was_booted, parent_death } = served;
     while vm.wait(TURN).is_none() {
         if shutdown.signal().is_some() {
             vm.stop();
         }
     }
     // Before the name is free: the command may end as soon as it is.
-    drop(tie);
+    drop(parent_death);
     flight::note(&vm.stopped().map_or_else(|| "ended".to_owned(), |reason| format!("ended: {reason}")));
     if let Some(ahead) = ahead {
         ahead.end(&vm);
     }
     let disks = if was_booted { vm.take_disks() } else { Vec::new() };
-    fleet.remove();
+    vm_host.remove();
     drop(vm);
     let until = Instant::now() + LAST_WORK;
-    while !fleet.wait_until_unused(TURN) {
+    while !vm_host.wait_until_unused(TURN) {
         if shutdown.signal().is_some() && until < Instant::now() {
             say!("clade: a request has not ended {} s after the signal, and is cut off", LAST_WORK.as_secs());
             return !disks.iter().any(has_overlays);
         }
     }
-    wait_for_children(&fleet, &disks, shutdown);
+    wait_for_children(&vm_host, &disks, shutdown);
     // After the end of all readers: no disk may be written that another VM's map refers to.
     commit_overlays(disks)
 }
 
 /// Waits until no VM in another process reads files of `disks` that have overlays to be committed.
 /// A signal ends the wait, and the overlays are kept as far as they can be.
-fn wait_for_children(fleet: &Fleet, disks: &[Disk], shutdown: &ShutdownSignal) {
+fn wait_for_children(vm_host: &VmHost, disks: &[Disk], shutdown: &ShutdownSignal) {
     if !disks.iter().any(has_overlays) {
         return;
     }
     let begun = Instant::now();
     let mut said = false;
-    while fleet.leases().count() > 0 && shutdown.signal().is_none() {
+    while vm_host.leases().count() > 0 && shutdown.signal().is_none() {
         if !said && begun.elapsed() > SAY_AFTER {
             say!("\r\nclade: disks are given what was written since the fork when the children have ended\r");
             said = true;

@@ -1,6 +1,6 @@
 //! `clade zygote`: forks workers, for the process that started this one.
 
-use clade_daemon::zygote::{Role, mount, serve};
+use clade_daemon::zygote::{ZygoteRole, mount, serve};
 
 use crate::commands::args::ZygoteArgs;
 use crate::commands::limits::one_arena;
@@ -14,7 +14,7 @@ pub(super) fn main(args: &ZygoteArgs) -> Outcome {
     let context = context(mount(&socket).map_err(Failure::run)?)?;
     context.warm_up().map_err(Failure::input)?;
     match serve(socket, args.confine, args.huge_text).map_err(Failure::run)? {
-        Role::Zygote => Ok(()),
-        Role::Worker(socket) => work(&context, socket),
+        ZygoteRole::Zygote => Ok(()),
+        ZygoteRole::Worker(socket) => work(&context, socket),
     }
 }

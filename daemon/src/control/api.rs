@@ -12,11 +12,11 @@ use clade_io::CachePolicy;
 use clade_memory::Erased;
 
 use crate::control::{object, schema};
-use crate::fleet::{EndedVm, Labels, Listed, Shutdown};
 use crate::flight::FlightEvent;
 use crate::secrets::{self, Secret};
-use crate::worker::Made;
-use crate::zygote::Exit;
+use crate::vm_host::{EndedVm, Labels, Shutdown, VmEntry};
+use crate::worker::LaunchedVm;
+use crate::zygote::WorkerExit;
 use clade_vmm::vm::{ChildIdentity, Identity, NetChoice, RestoreLoad, StopReason, Vm, VmConfig, VsockChoice};
 
 /// The state of a VM.
@@ -222,9 +222,9 @@ fn vsock(identity: &Identity) -> Option<VsockInfo> {
     identity.vsock.as_ref().map(|own| VsockInfo { cid: own.cid, socket: own.socket.clone() })
 }
 
-impl From<&Listed> for VmInfo {
-    fn from(listed: &Listed) -> Self {
-        let vm = &listed.vm;
+impl From<&VmEntry> for VmInfo {
+    fn from(entry: &VmEntry) -> Self {
+        let vm = &entry.vm;
         let stopped = vm.stopped();
         let state = match (&stopped, vm.is_paused()) {
             (Some(_), _) => VmState::Stopped,
@@ -233,7 +233,7 @@ impl From<&Listed> for VmInfo {
             (None, false) => VmState::Running,
         };
         let is_ready = vm.guest_notice().is_some_and(|notice| notice.is_ready);
-        let guest = match (is_ready, listed.reports_ready) {
+        let guest = match (is_ready, entry.reports_ready) {
             (true, _) => Some(GuestState::Ready),
             (false, true) => Some(GuestState::Booting),
             (false, false) => None,
@@ -253,9 +253,9 @@ impl From<&Listed> for VmInfo {
             state,
             guest,
             stopped,
-            parent: listed.parent.clone(),
-            labels: listed.labels.clone(),
-            secrets: listed.secrets.names(),
+            parent: entry.parent.clone(),
+            labels: entry.labels.clone(),
+            secrets: entry.secrets.names(),
             generation: vm.generation(),
             cpus: vm.config().cpus(),
             age_s: vm.age().as_secs_f64(),
@@ -269,7 +269,7 @@ impl From<&Listed> for VmInfo {
 
 impl VmInfo {
     /// Describes a VM whose process was killed, without asking it.
-    pub(crate) fn of_killed(name: &str, exit: Exit, config: &VmConfig) -> Self {
+    pub(crate) fn of_killed(name: &str, exit: WorkerExit, config: &VmConfig) -> Self {
         let stopped = StopReason::Process { signal: exit.signal, code: exit.code };
         Self::of_stopped(name, exit.pid, stopped, config)
     }
@@ -662,7 +662,7 @@ impl ForkAnswer {
     /// Returns the answer to a fork whose parent was paused for `pause`, of which `freeze` went
     /// into freezing memory. `pages` were remapped and copied.
     pub(crate) fn new(
-        made: Vec<Made>,
+        made: Vec<LaunchedVm>,
         (pause, freeze, total): (Duration, Duration, Duration),
         (remapped_pages, copied_pages): (u64, u64),
     ) -> Self {

@@ -21,11 +21,11 @@ use crate::control::api::{StopAnswer, StopRequest, VmInfo};
 use crate::control::problem::Problem;
 use crate::control::server::{THREAD_PATIENCE, on_a_thread};
 use crate::control::token::Token;
-use crate::fleet::{
-    EndedVm, FleetError, NameClaim, RuntimeDir, check_name, ended_vms, runtime_dir, socket_path, supervisor_path,
-};
 use crate::supervisor::{clear_up, vsock_known};
-use crate::zygote::Exit;
+use crate::vm_host::{
+    DaemonError, EndedVm, NameClaim, RuntimeDir, check_name, ended_vms, runtime_dir, socket_path, supervisor_path,
+};
+use crate::zygote::WorkerExit;
 
 mod error;
 mod memory;
@@ -268,7 +268,7 @@ impl Client {
         &self,
         name: &str,
         request: StopRequest,
-    ) -> Result<(StopAnswer, Option<(NameClaim, Exit)>), ClientError> {
+    ) -> Result<(StopAnswer, Option<(NameClaim, WorkerExit)>), ClientError> {
         let gone = |error| match error {
             // Another client has stopped it, and its process has ended before the answer.
             ClientError::Http(_) => ClientError::NoSuchVm { name: name.to_owned(), path: socket_path(&self.dir, name) },
@@ -281,13 +281,13 @@ impl Client {
         let answer: StopAnswer = answer.map_err(gone)?;
         let dir = RuntimeDir::open(&self.dir)?;
         let deadline = Instant::now() + RELEASE_TIMEOUT;
-        let exit = Exit { pid: answer.vm.pid, signal: None, code: Some(0) };
+        let exit = WorkerExit { pid: answer.vm.pid, signal: None, code: Some(0) };
         loop {
             match NameClaim::of_a_dead(&dir, name, answer.vm.pid) {
                 Ok(claim) => return Ok((answer, claim.map(|claim| (claim, exit)))),
-                Err(FleetError::Taken { .. }) if Instant::now() < deadline => sleep(RELEASE_POLL).await,
-                Err(FleetError::Taken { name }) => {
-                    return Err(FleetError::Unreleased { name, seconds: RELEASE_TIMEOUT.as_secs() }.into());
+                Err(DaemonError::Taken { .. }) if Instant::now() < deadline => sleep(RELEASE_POLL).await,
+                Err(DaemonError::Taken { name }) => {
+                    return Err(DaemonError::Unreleased { name, seconds: RELEASE_TIMEOUT.as_secs() }.into());
                 }
                 Err(error) => return Err(error.into()),
             }

@@ -24,8 +24,8 @@ use crate::console::{Line, MAX_CONNECTIONS, follow, type_in};
 use crate::control::frames::Frames;
 use crate::control::problem::{ApiError, ProblemKind};
 use crate::control::ram::MEDIA_TYPE;
-use crate::control::server::{Answer, with_fleet};
-use crate::fleet::WeakFleet;
+use crate::control::server::{Answer, with_vm_host};
+use crate::vm_host::WeakVmHost;
 
 /// Clients that follow consoles of the process.
 static FOLLOWERS: Semaphore = Semaphore::const_new(MAX_CONNECTIONS);
@@ -73,7 +73,7 @@ fn no_such_line(name: &str) -> ApiError {
     responses((status = 200, description = "Output, without end.", body = String, content_type = "application/octet-stream"))
 )]
 pub(super) async fn show(
-    State(fleet): State<WeakFleet>,
+    State(vm_host): State<WeakVmHost>,
     UrlPath(name): UrlPath<String>,
     RawQuery(query): RawQuery,
 ) -> Result<Response, ApiError> {
@@ -84,7 +84,7 @@ pub(super) async fn show(
     };
     let permit = FOLLOWERS.try_acquire().map_err(too_many)?;
     let named = name.clone();
-    let reader = with_fleet(fleet, move |fleet| Ok(follow(&fleet.get(&named)?.vm, line))).await?;
+    let reader = with_vm_host(vm_host, move |vm_host| Ok(follow(&vm_host.get(&named)?.vm, line))).await?;
     let reader = reader.ok_or_else(|| no_such_line(&name))?;
     let (to, frames) = mpsc::channel(1);
     tokio::spawn(async move {
@@ -120,7 +120,7 @@ pub struct ConsoleTyped {
     responses((status = 200, description = "Done.", body = ConsoleTyped))
 )]
 pub(super) async fn write(
-    State(fleet): State<WeakFleet>,
+    State(vm_host): State<WeakVmHost>,
     UrlPath(name): UrlPath<String>,
     RawQuery(query): RawQuery,
     headers: HeaderMap,
@@ -131,7 +131,7 @@ pub(super) async fn write(
         return Err(ApiError::new(ProblemKind::MediaType, format!("what is typed is sent as {MEDIA_TYPE}")));
     }
     let named = name.clone();
-    let vm: Weak<_> = with_fleet(fleet, move |fleet| Ok(Arc::downgrade(&fleet.get(&named)?.vm))).await?;
+    let vm: Weak<_> = with_vm_host(vm_host, move |vm_host| Ok(Arc::downgrade(&vm_host.get(&named)?.vm))).await?;
     match type_in(&vm, line, &bytes).await {
         Some(taken) => Ok(Json(ConsoleTyped { taken: taken.ok_or_else(|| no_such_line(&name))? })),
         None => Err(ProblemKind::VmGone.into()),

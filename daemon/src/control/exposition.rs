@@ -9,7 +9,7 @@ pub(crate) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8"
 
 /// The kind of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum MetricKind {
     /// A count that only grows.
     Counter,
     /// A value that goes up and down.
@@ -19,7 +19,7 @@ pub(crate) enum Kind {
 }
 
 /// Labels of a sample.
-pub(crate) type Labels<'a> = &'a [(&'a str, &'a str)];
+pub(crate) type MetricLabels<'a> = &'a [(&'a str, &'a str)];
 
 /// Metrics as text. All samples of a family follow its head.
 #[derive(Debug, Default)]
@@ -43,11 +43,11 @@ fn escaped(text: &str, quotes: bool) -> String {
 
 impl Exposition {
     /// Begins a family of metrics.
-    pub(crate) fn family(&mut self, name: &'static str, kind: Kind, help: &str) {
+    pub(crate) fn family(&mut self, name: &'static str, kind: MetricKind, help: &str) {
         let kind = match kind {
-            Kind::Counter => "counter",
-            Kind::Gauge => "gauge",
-            Kind::Histogram => "histogram",
+            MetricKind::Counter => "counter",
+            MetricKind::Gauge => "gauge",
+            MetricKind::Histogram => "histogram",
         };
         let help = escaped(help, false);
         // Writing to a String cannot fail.
@@ -55,7 +55,7 @@ impl Exposition {
         self.family = name;
     }
 
-    fn line(&mut self, suffix: &str, labels: Labels<'_>, bound: Option<&str>, value: f64) {
+    fn line(&mut self, suffix: &str, labels: MetricLabels<'_>, bound: Option<&str>, value: f64) {
         self.text.push_str(self.family);
         self.text.push_str(suffix);
         let bound = bound.map(|bound| ("le", bound));
@@ -71,19 +71,19 @@ impl Exposition {
     }
 
     /// Adds a sample of the family.
-    pub(crate) fn sample(&mut self, labels: Labels<'_>, value: f64) {
+    pub(crate) fn sample(&mut self, labels: MetricLabels<'_>, value: f64) {
         self.line("", labels, None, value);
     }
 
     /// Adds a sample of a count.
     #[expect(clippy::cast_precision_loss, reason = "the format's numbers are floats")]
-    pub(crate) fn count(&mut self, labels: Labels<'_>, value: u64) {
+    pub(crate) fn count(&mut self, labels: MetricLabels<'_>, value: u64) {
         self.sample(labels, value as f64);
     }
 
     /// Adds the samples of a histogram, in seconds.
     #[expect(clippy::cast_precision_loss, reason = "the format's numbers are floats")]
-    pub(crate) fn histogram(&mut self, labels: Labels<'_>, histogram: &HistogramInfo) {
+    pub(crate) fn histogram(&mut self, labels: MetricLabels<'_>, histogram: &HistogramInfo) {
         let mut up_to = 0;
         for (bound_us, count) in &histogram.buckets {
             up_to += count;
@@ -108,7 +108,7 @@ mod tests {
     #[test]
     fn labels_and_help_are_escaped() {
         let mut out = Exposition::default();
-        out.family("clade_test", Kind::Gauge, "a\\b\nc \"d\"");
+        out.family("clade_test", MetricKind::Gauge, "a\\b\nc \"d\"");
         out.count(&[("vm", "a\\b\"c\nd"), ("clade", "x")], 3);
         out.sample(&[], 0.5);
         assert_eq!(
@@ -121,7 +121,7 @@ mod tests {
     #[test]
     fn buckets_of_a_histogram_add_up() {
         let mut out = Exposition::default();
-        out.family("clade_pause_seconds", Kind::Histogram, "Pauses.");
+        out.family("clade_pause_seconds", MetricKind::Histogram, "Pauses.");
         let histogram = HistogramInfo { count: 6, sum_us: 2_500_000, buckets: vec![(16, 2), (32, 0), (64, 3)] };
         out.histogram(&[("vm", "web")], &histogram);
         let text = out.finish();

@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::control::client::{Client, ClientError};
 use crate::control::memory::VmStats;
-use crate::fleet::check_name;
+use crate::vm_host::check_name;
 
 /// VMs asked at a time.
 const MAX_ASKED: usize = 32;

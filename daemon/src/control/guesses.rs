@@ -26,11 +26,11 @@ const MAX_ADDRESSES: usize = 1024;
 pub(crate) struct Peer(pub(crate) IpAddr);
 
 /// Addresses that one client can have. None: all addresses without places of their own.
-type Source = Option<IpAddr>;
+type PeerAddress = Option<IpAddr>;
 
 /// Returns the source of an address. All loopback addresses are one, and so are those of an IPv6
 /// network.
-fn source(Peer(address): Peer) -> Source {
+fn source(Peer(address): Peer) -> PeerAddress {
     let address = address.to_canonical();
     if address.is_loopback() {
         return Some(IpAddr::from([127, 0, 0, 1]));
@@ -43,7 +43,7 @@ fn source(Peer(address): Peer) -> Source {
 
 /// The places of all addresses.
 #[derive(Debug, Default)]
-pub(super) struct Guesses(Mutex<BTreeMap<Source, Arc<Semaphore>>>);
+pub(super) struct Guesses(Mutex<BTreeMap<PeerAddress, Arc<Semaphore>>>);
 
 /// A place for the check of a token.
 #[derive(Debug)]

@@ -30,9 +30,9 @@ use crate::control::object::begins_object;
 use crate::control::problem::{ApiError, ProblemKind};
 use crate::control::ram::MAX_MEMORY;
 use crate::control::server::router as router_of;
-use crate::control::session::{Gate, authorize};
+use crate::control::session::{SessionGate, authorize};
 use crate::control::stall::Stalling;
-use crate::fleet::{Fleet, Serve, Serving, Sockets, WeakFleet};
+use crate::vm_host::{Serve, Serving, Sockets, VmHost, WeakVmHost};
 use crate::{console, image};
 use clade_vmm::vm::{Context, Leases, Vm};
 
@@ -237,10 +237,10 @@ async fn read_body(request: Request, next: Next) -> Response {
     }
 }
 
-/// Serves the sockets of a fleet on a runtime.
+/// Serves the sockets of a VM host on a runtime.
 struct Listener {
     runtime: Handle,
-    fleet: WeakFleet,
+    vm_host: WeakVmHost,
     /// Made at the first connection. Most VMs are never asked, and start sooner.
     router: Arc<OnceLock<Router>>,
     connections: Arc<Semaphore>,
@@ -315,7 +315,7 @@ pub(crate) fn with_bodies(router: Router) -> Router {
 
 /// Restricts the routes to clients that show the token of `gate`. No body is read before that: slow
 /// ones without a token would take the places of others.
-pub(crate) fn behind_gate(router: Router, gate: Arc<Gate>) -> Router {
+pub(crate) fn behind_gate(router: Router, gate: Arc<SessionGate>) -> Router {
     with_bodies(router).layer(from_fn_with_state(gate, authorize))
 }
 
@@ -336,16 +336,16 @@ impl Serve for Listener {
     fn begin(&self, sockets: Sockets, vm: &Arc<Vm>, leases: &Leases) -> Serving {
         let mut tasks = Vec::new();
         let images =
-            self.runtime.spawn(image::serve(sockets.image, Arc::downgrade(vm), leases.clone(), self.fleet.clone()));
+            self.runtime.spawn(image::serve(sockets.image, Arc::downgrade(vm), leases.clone(), self.vm_host.clone()));
         tasks.push(Abort(images.abort_handle()));
         for (line, socket) in sockets.consoles {
             let served =
                 self.runtime.spawn(console::serve(socket, Arc::downgrade(vm), line, Arc::clone(&self.consoles)));
             tasks.push(Abort(served.abort_handle()));
         }
-        let (router, fleet) = (Arc::clone(&self.router), self.fleet.clone());
+        let (router, vm_host) = (Arc::clone(&self.router), self.vm_host.clone());
         let (connections, ending) = (Arc::clone(&self.connections), self.ending.clone());
-        let made = move || router.get_or_init(|| with_bodies(router_of(fleet.clone()))).clone();
+        let made = move || router.get_or_init(|| with_bodies(router_of(vm_host.clone()))).clone();
         let control = self.runtime.spawn(async move {
             let Some(acceptor) = Acceptor::new(sockets.control, "control socket") else { return };
             accept(acceptor, made, &connections, ending.subscribe()).await;
@@ -367,12 +367,12 @@ impl Serve for Listener {
     }
 }
 
-/// Returns the fleet of this process, and serves its VM's sockets on `runtime`.
-pub(crate) fn serve_vm(context: &Context, runtime: &Handle) -> Fleet {
-    Fleet::new(context, |fleet| {
+/// Returns the VM host of this process, and serves its VM's sockets on `runtime`.
+pub(crate) fn serve_vm(context: &Context, runtime: &Handle) -> VmHost {
+    VmHost::new(context, |vm_host| {
         Box::new(Listener {
             runtime: runtime.clone(),
-            fleet: fleet.clone(),
+            vm_host: vm_host.clone(),
             router: Arc::default(),
             connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
             consoles: Arc::new(Semaphore::new(console::MAX_CONNECTIONS)),
@@ -454,7 +454,7 @@ mod tests {
     fn no_body_is_read_before_the_token() {
         within(async {
             let server = Server::start_with(|router| {
-                behind_gate(router, Arc::new(Gate::new(Token::of_test("0123456789abcdef"), 7777)))
+                behind_gate(router, Arc::new(SessionGate::new(Token::of_test("0123456789abcdef"), 7777)))
             })
             .await;
             let head = "PUT /v1/vms/web/memory HTTP/1.1\r\nhost: localhost:7777\r\ncontent-length: 1000000\r\n";

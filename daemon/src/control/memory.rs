@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::control::api::{DiskInfo, NetInfo, VmInfo, VmState};
-use crate::control::server::{Answer, with_fleet};
-use crate::fleet::{FleetError, Listed, WeakFleet};
+use crate::control::server::{Answer, with_vm_host};
+use crate::vm_host::{DaemonError, VmEntry, WeakVmHost};
 use clade_memory::{LayerPlace, PAGE_SIZE, PageMap, ShownLayer};
 use clade_vmm::vm::{HistogramCounts, Vm};
 
@@ -250,7 +250,7 @@ pub(super) fn layers(map: &PageMap) -> Vec<LayerInfo> {
     map.layers.iter().map(LayerInfo::from).collect()
 }
 
-fn memory(vm: &Vm) -> Result<MemoryStats, FleetError> {
+fn memory(vm: &Vm) -> Result<MemoryStats, DaemonError> {
     let stats = vm.memory_stats()?;
     let map = vm.page_map()?;
     let layers = layers(&map);
@@ -287,9 +287,9 @@ fn process() -> Option<ProcessStats> {
     })
 }
 
-fn stats(listed: &Listed) -> Result<VmStats, FleetError> {
-    let vm = &listed.vm;
-    let info = VmInfo::from(listed);
+fn stats(entry: &VmEntry) -> Result<VmStats, DaemonError> {
+    let vm = &entry.vm;
+    let info = VmInfo::from(entry);
     let cow = vm.cow_counts()?;
     let pins = vm.ram().pin_counts();
     let pauses = vm.pauses();
@@ -331,8 +331,8 @@ fn stats(listed: &Listed) -> Result<VmStats, FleetError> {
 
 /// Shows a VM's memory, copies, pins and pauses in numbers.
 #[utoipa::path(get, path = "/v1/vms/{name}/stats", responses((status = 200, description = "Done.", body = VmStats)))]
-pub(super) async fn show_stats(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<VmStats> {
-    Ok(Json(with_fleet(fleet, move |fleet| stats(&fleet.get(&name)?)).await?))
+pub(super) async fn show_stats(State(vm_host): State<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<VmStats> {
+    Ok(Json(with_vm_host(vm_host, move |vm_host| stats(&vm_host.get(&name)?)).await?))
 }
 
 /// Returns pages as KiB.

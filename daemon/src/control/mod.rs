@@ -80,7 +80,7 @@ pub(crate) use server::{
     Answer, CancelOnDrop, THREAD_PATIENCE, described, expect_absolute, fallback, grace, not_allowed, on_a_thread,
     warm_up,
 };
-pub(crate) use session::Gate;
+pub(crate) use session::SessionGate;
 pub use session::{SessionEnded, SessionInfo};
 pub use token::{Token, TokenError};
 pub(crate) use token::{hex, is_for_this_host, random_hex};

@@ -34,8 +34,8 @@ use thiserror::Error;
 use crate::control::pages::{MAPS, MAX_FROM};
 use crate::control::problem::{ApiError, ProblemKind};
 use crate::control::ram::MEDIA_TYPE;
-use crate::control::server::with_fleet;
-use crate::fleet::WeakFleet;
+use crate::control::server::with_vm_host;
+use crate::vm_host::WeakVmHost;
 use clade_memory::{PageKind, PageMap};
 
 /// Most runs of an answer.
@@ -144,7 +144,7 @@ fn encode(map: &PageMap, from: u64, most: usize) -> Vec<u8> {
     responses((status = 200, description = "The runs.", body = String, content_type = "application/octet-stream"))
 )]
 pub(super) async fn page_map(
-    State(fleet): State<WeakFleet>,
+    State(vm_host): State<WeakVmHost>,
     UrlPath(name): UrlPath<String>,
     RawQuery(query): RawQuery,
     headers: HeaderMap,
@@ -152,7 +152,8 @@ pub(super) async fn page_map(
     let (from, most) = parse(query.as_deref().unwrap_or_default())?;
     // The semaphore is never closed.
     let _turn = MAPS.acquire().await;
-    let bytes = with_fleet(fleet, move |fleet| Ok(encode(&fleet.get(&name)?.vm.page_map()?, from, most))).await?;
+    let bytes =
+        with_vm_host(vm_host, move |vm_host| Ok(encode(&vm_host.get(&name)?.vm.page_map()?, from, most))).await?;
     let mut hasher = DefaultHasher::new();
     hasher.write(&bytes);
     let tag = format!("\"{:016x}\"", hasher.finish());

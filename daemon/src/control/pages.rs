@@ -16,8 +16,8 @@ use utoipa::ToSchema;
 
 use crate::control::memory::{KindCounts, LayerInfo, layers};
 use crate::control::problem::{ApiError, ProblemKind};
-use crate::control::server::{Answer, with_fleet};
-use crate::fleet::WeakFleet;
+use crate::control::server::{Answer, with_vm_host};
+use crate::vm_host::WeakVmHost;
 use clade_memory::{PageKind, PageMap, PageRun};
 
 /// Most runs of an answer.
@@ -222,15 +222,15 @@ fn cells(map: &PageMap, count: u64) -> Vec<CellInfo> {
     responses((status = 200, description = "Done.", body = PagesAnswer))
 )]
 pub(super) async fn show_pages(
-    State(fleet): State<WeakFleet>,
+    State(vm_host): State<WeakVmHost>,
     UrlPath(name): UrlPath<String>,
     RawQuery(query): RawQuery,
 ) -> Answer<PagesAnswer> {
     let query = Query::parse(query.as_deref().unwrap_or_default())?;
     // The semaphore is never closed.
     let _turn = MAPS.acquire().await;
-    let answer = with_fleet(fleet, move |fleet| {
-        let map = fleet.get(&name)?.vm.page_map()?;
+    let answer = with_vm_host(vm_host, move |vm_host| {
+        let map = vm_host.get(&name)?.vm.page_map()?;
         let mut answer = PagesAnswer {
             totals: map.totals().into(),
             layers: layers(&map),
@@ -293,7 +293,7 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let ask = |query: &str| {
             let asked =
-                show_pages(State(WeakFleet::gone()), UrlPath("web".to_owned()), RawQuery(Some(query.to_owned())));
+                show_pages(State(WeakVmHost::gone()), UrlPath("web".to_owned()), RawQuery(Some(query.to_owned())));
             async { asked.await.map(drop).map_err(|error| error.kind) }
         };
         runtime.block_on(async {

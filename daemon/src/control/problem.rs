@@ -7,7 +7,7 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::fleet::FleetError;
+use crate::vm_host::DaemonError;
 
 /// The media type of an error answer.
 pub(crate) const PROBLEM_TYPE: &str = "application/problem+json";
@@ -157,8 +157,8 @@ impl IntoResponse for ApiError {
     }
 }
 
-impl From<FleetError> for ApiError {
-    fn from(error: FleetError) -> Self {
+impl From<DaemonError> for ApiError {
+    fn from(error: DaemonError) -> Self {
         Self { kind: error.problem(), text: clade_vmm::error_chain(&error) }
     }
 }

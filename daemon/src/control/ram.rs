@@ -24,8 +24,8 @@ use tokio::time::timeout;
 use utoipa::ToSchema;
 
 use crate::control::problem::{ApiError, ProblemKind};
-use crate::control::server::{Answer, with_fleet};
-use crate::fleet::WeakFleet;
+use crate::control::server::{Answer, with_vm_host};
+use crate::vm_host::WeakVmHost;
 
 /// Most bytes of a request or an answer.
 pub const MAX_MEMORY: usize = 4 << 20;
@@ -119,7 +119,7 @@ impl HttpBody for Turned {
     responses((status = 200, description = "The bytes.", body = String, content_type = "application/octet-stream"))
 )]
 pub(super) async fn read(
-    State(fleet): State<WeakFleet>,
+    State(vm_host): State<WeakVmHost>,
     UrlPath(name): UrlPath<String>,
     RawQuery(query): RawQuery,
 ) -> Result<Response, ApiError> {
@@ -132,9 +132,9 @@ pub(super) async fn read(
         return Err(QueryError::Size { value }.into());
     }
     let turn = timeout(TURN_TIMEOUT, READS.acquire()).await.ok().and_then(Result::ok).ok_or(ProblemKind::TooMany)?;
-    let bytes = with_fleet(fleet, move |fleet| {
+    let bytes = with_vm_host(vm_host, move |vm_host| {
         let mut bytes = vec![0; value as usize];
-        fleet.get(&name)?.vm.read_memory(address, &mut bytes)?;
+        vm_host.get(&name)?.vm.read_memory(address, &mut bytes)?;
         Ok(bytes)
     });
     let body = Turned { bytes: bytes.await?.into(), _turn: turn };
@@ -166,7 +166,7 @@ pub struct MemoryWritten {
     responses((status = 200, description = "Done.", body = MemoryWritten))
 )]
 pub(super) async fn write(
-    State(fleet): State<WeakFleet>,
+    State(vm_host): State<WeakVmHost>,
     UrlPath(name): UrlPath<String>,
     RawQuery(query): RawQuery,
     headers: HeaderMap,
@@ -183,8 +183,8 @@ pub(super) async fn write(
     // The body is already there, and bounded by its reader.
     let unread = |error| ApiError::new(ProblemKind::BadRequest, format!("the body cannot be read: {error}"));
     let body = to_bytes(body, MAX_MEMORY).await.map_err(unread)?;
-    let written = with_fleet(fleet, move |fleet| {
-        let vm = &fleet.get(&name)?.vm;
+    let written = with_vm_host(vm_host, move |vm_host| {
+        let vm = &vm_host.get(&name)?.vm;
         // Before the write: a refused request has changed nothing.
         doorbell.map_or(Ok(()), |vcpu| vm.expect_vcpu(vcpu).map(drop))?;
         vm.write_memory(address, &body)?;

@@ -23,8 +23,8 @@ use crate::control::api::{
 use crate::control::optional::Optional;
 use crate::control::problem::{ApiError, ProblemKind};
 use crate::control::{console, memory, page_map, pages, ram, ttl};
-use crate::fleet::{Cancel, Fleet, FleetError, WeakFleet, last_output};
 use crate::flight;
+use crate::vm_host::{Cancel, DaemonError, VmHost, WeakVmHost, last_output};
 use clade_vmm::vm::{Vm, VmError};
 
 /// Time limit of a guest for its memory statistics. A guest that is paused, or whose kernel is
@@ -37,13 +37,14 @@ pub(crate) const THREAD_PATIENCE: Duration = Duration::from_secs(5);
 
 pub(crate) type Answer<T> = Result<Json<T>, ApiError>;
 
-/// Runs blocking work of the fleet off the async threads: a fork waits for vCPUs and system calls.
-pub(super) async fn with_fleet<T: Send + 'static>(
-    fleet: WeakFleet,
-    work: impl FnOnce(&Fleet) -> Result<T, FleetError> + Send + 'static,
+/// Runs blocking work of the VM host off the async threads: a fork waits for vCPUs and system
+/// calls.
+pub(super) async fn with_vm_host<T: Send + 'static>(
+    vm_host: WeakVmHost,
+    work: impl FnOnce(&VmHost) -> Result<T, DaemonError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let fleet = fleet.upgrade().ok_or(ProblemKind::Ending)?;
-    Ok(on_a_thread(THREAD_PATIENCE, move || work(&fleet)).await??)
+    let vm_host = vm_host.upgrade().ok_or(ProblemKind::Ending)?;
+    Ok(on_a_thread(THREAD_PATIENCE, move || work(&vm_host)).await??)
 }
 
 /// Runs blocking work on a thread if one is free within `limit`, otherwise not at all.
@@ -77,39 +78,39 @@ pub(crate) async fn on_a_thread<T: Send + 'static>(
 
 /// Lists the VMs of the process.
 #[utoipa::path(get, path = "/v1/vms", responses((status = 200, description = "Done.", body = Vec<VmInfo>)))]
-async fn list(State(fleet): State<WeakFleet>) -> Answer<Vec<VmInfo>> {
-    Ok(Json(with_fleet(fleet, |fleet| Ok(fleet.listed().iter().map(VmInfo::from).collect())).await?))
+async fn list(State(vm_host): State<WeakVmHost>) -> Answer<Vec<VmInfo>> {
+    Ok(Json(with_vm_host(vm_host, |vm_host| Ok(vm_host.entry().iter().map(VmInfo::from).collect())).await?))
 }
 
 /// Shows a VM.
 #[utoipa::path(get, path = "/v1/vms/{name}", responses((status = 200, description = "Done.", body = VmInfo)))]
-async fn show(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
-    Ok(Json(with_fleet(fleet, move |fleet| Ok(VmInfo::from(&fleet.get(&name)?))).await?))
+async fn show(State(vm_host): State<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
+    Ok(Json(with_vm_host(vm_host, move |vm_host| Ok(VmInfo::from(&vm_host.get(&name)?))).await?))
 }
 
 /// Pauses a VM.
 #[utoipa::path(post, path = "/v1/vms/{name}/pause", responses((status = 200, description = "The VM.", body = VmInfo)))]
-async fn pause(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
-    act(fleet, name, Vm::pause, "paused").await
+async fn pause(State(vm_host): State<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
+    act(vm_host, name, Vm::pause, "paused").await
 }
 
 /// Lets a paused VM run on.
 #[utoipa::path(post, path = "/v1/vms/{name}/resume", responses((status = 200, description = "The VM.", body = VmInfo)))]
-async fn resume(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
-    act(fleet, name, Vm::resume, "resumed").await
+async fn resume(State(vm_host): State<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
+    act(vm_host, name, Vm::resume, "resumed").await
 }
 
 /// Wakes a VM, if it is suspended.
 #[utoipa::path(post, path = "/v1/vms/{name}/wake", responses((status = 200, description = "Done.", body = WakeAnswer)))]
-async fn wake(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<WakeAnswer> {
-    let woken = with_fleet(fleet, move |fleet| {
-        let listed = fleet.get(&name)?;
-        let report = note_failure("woken", listed.vm.wake())?;
+async fn wake(State(vm_host): State<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<WakeAnswer> {
+    let woken = with_vm_host(vm_host, move |vm_host| {
+        let entry = vm_host.get(&name)?;
+        let report = note_failure("woken", entry.vm.wake())?;
         if report.was_suspended {
             flight::note(&format!("woken in {} us", report.total.as_micros()));
         }
         Ok(WakeAnswer {
-            vm: VmInfo::from(&listed),
+            vm: VmInfo::from(&entry),
             was_suspended: report.was_suspended,
             working_set_pages: report.working_set,
             total_us: report.total.as_secs_f64() * 1e6,
@@ -119,16 +120,16 @@ async fn wake(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) ->
 }
 
 async fn act(
-    fleet: WeakFleet,
+    vm_host: WeakVmHost,
     name: String,
     act: fn(&Vm) -> Result<(), VmError>,
     done: &'static str,
 ) -> Answer<VmInfo> {
-    let info = with_fleet(fleet, move |fleet| {
-        let listed = fleet.get(&name)?;
-        note_failure(done, act(&listed.vm))?;
+    let info = with_vm_host(vm_host, move |vm_host| {
+        let entry = vm_host.get(&name)?;
+        note_failure(done, act(&entry.vm))?;
         flight::note(done);
-        Ok(VmInfo::from(&listed))
+        Ok(VmInfo::from(&entry))
     });
     Ok(Json(info.await?))
 }
@@ -160,16 +161,16 @@ pub(crate) fn grace(request: StopRequest) -> Result<Option<Duration>, ApiError> 
     responses((status = 200, description = "Done.", body = StopAnswer))
 )]
 async fn stop(
-    State(fleet): State<WeakFleet>,
+    State(vm_host): State<WeakVmHost>,
     UrlPath(name): UrlPath<String>,
     Optional(request): Optional<StopRequest>,
 ) -> Answer<StopAnswer> {
     let grace = grace(request.unwrap_or_default())?;
     flight::note(if grace.is_some() { "to be stopped by its power button" } else { "to be stopped" });
-    let stopped = with_fleet(fleet, move |fleet| match grace {
-        None => fleet.stop(&name, |listed| StopAnswer { vm: VmInfo::from(listed), shutdown: None, killed: false }),
-        Some(time) => fleet.shut_down(&name, time, |listed, shutdown| StopAnswer {
-            vm: VmInfo::from(listed),
+    let stopped = with_vm_host(vm_host, move |vm_host| match grace {
+        None => vm_host.stop(&name, |entry| StopAnswer { vm: VmInfo::from(entry), shutdown: None, killed: false }),
+        Some(time) => vm_host.shut_down(&name, time, |entry, shutdown| StopAnswer {
+            vm: VmInfo::from(entry),
             shutdown: Some(shutdown.into()),
             killed: false,
         }),
@@ -179,10 +180,10 @@ async fn stop(
 
 /// Shows the last output on a VM's console.
 #[utoipa::path(get, path = "/v1/vms/{name}/logs", responses((status = 200, description = "Done.", body = LogsAnswer)))]
-async fn logs(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<LogsAnswer> {
+async fn logs(State(vm_host): State<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<LogsAnswer> {
     Ok(Json(
-        with_fleet(fleet, move |fleet| {
-            let vm = &fleet.get(&name)?.vm;
+        with_vm_host(vm_host, move |vm_host| {
+            let vm = &vm_host.get(&name)?.vm;
             let exits = vm.last_exits().into_iter().map(flight::now);
             Ok(LogsAnswer { console: last_output(vm), flight: flight::noted().into_iter().chain(exits).collect() })
         })
@@ -213,16 +214,16 @@ pub(crate) fn expect_absolute(dir: &Path) -> Result<(), ApiError> {
     path = "/v1/vms/{name}/reset",
     responses((status = 200, description = "Done.", body = ResetAnswer))
 )]
-async fn reset(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<ResetAnswer> {
-    let made = with_fleet(fleet, move |fleet| {
-        let listed = fleet.get(&name)?;
-        let report = note_failure("reset", listed.vm.reset_to_origin())?;
+async fn reset(State(vm_host): State<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<ResetAnswer> {
+    let made = with_vm_host(vm_host, move |vm_host| {
+        let entry = vm_host.get(&name)?;
+        let report = note_failure("reset", entry.vm.reset_to_origin())?;
         let us = |d: Duration| d.as_secs_f64() * 1e6;
         let (dropped, remapped) = (report.memory.dropped, report.memory.remapped);
         let took = report.total.as_micros();
         flight::note(&format!("reset in {took} us: {dropped} pages dropped, {remapped} remapped"));
         Ok(ResetAnswer {
-            vm: VmInfo::from(&listed),
+            vm: VmInfo::from(&entry),
             dropped_pages: report.memory.dropped,
             remapped_pages: report.memory.remapped,
             memory_us: us(report.drop),
@@ -238,17 +239,17 @@ async fn reset(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -
     path = "/v1/vms/{name}/touched",
     responses((status = 200, description = "Done.", body = TouchedAnswer))
 )]
-async fn touched(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<TouchedAnswer> {
-    let listed = with_fleet(fleet, move |fleet| {
-        let runs = fleet.get(&name)?.vm.touched_runs()?;
+async fn touched(State(vm_host): State<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<TouchedAnswer> {
+    let entry = with_vm_host(vm_host, move |vm_host| {
+        let runs = vm_host.get(&name)?.vm.touched_runs()?;
         let run = |run: &PageRange| TouchedRun { first: run.start(), count: run.len() };
         Ok(TouchedAnswer { runs: runs.iter().map(run).collect() })
     });
-    Ok(Json(listed.await?))
+    Ok(Json(entry.await?))
 }
 
 /// Requests statistics from the guest. Returns earlier ones if it does not answer in time.
-fn ask_balloon(vm: &Vm) -> Result<BalloonInfo, FleetError> {
+fn ask_balloon(vm: &Vm) -> Result<BalloonInfo, DaemonError> {
     // The driver in its guest answers.
     vm.wake()?;
     let before = vm.balloon_stats()?.answers;
@@ -270,8 +271,8 @@ fn ask_balloon(vm: &Vm) -> Result<BalloonInfo, FleetError> {
     path = "/v1/vms/{name}/balloon",
     responses((status = 200, description = "Done.", body = BalloonInfo))
 )]
-async fn balloon(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>) -> Answer<BalloonInfo> {
-    Ok(Json(with_fleet(fleet, move |fleet| ask_balloon(&fleet.get(&name)?.vm)).await?))
+async fn balloon(State(vm_host): State<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<BalloonInfo> {
+    Ok(Json(with_vm_host(vm_host, move |vm_host| ask_balloon(&vm_host.get(&name)?.vm)).await?))
 }
 
 /// Sets the target of a VM's balloon.
@@ -282,13 +283,13 @@ async fn balloon(State(fleet): State<WeakFleet>, UrlPath(name): UrlPath<String>)
     responses((status = 200, description = "Done.", body = BalloonInfo))
 )]
 async fn set_balloon(
-    State(fleet): State<WeakFleet>,
+    State(vm_host): State<WeakVmHost>,
     UrlPath(name): UrlPath<String>,
     request: Result<Json<BalloonRequest>, JsonRejection>,
 ) -> Answer<BalloonInfo> {
     let Json(request) = request?;
-    let set = with_fleet(fleet, move |fleet| {
-        let vm = fleet.get(&name)?.vm;
+    let set = with_vm_host(vm_host, move |vm_host| {
+        let vm = vm_host.get(&name)?.vm;
         vm.wake()?;
         vm.set_balloon(request.target_mib)?;
         ask_balloon(&vm)
@@ -304,22 +305,22 @@ async fn set_balloon(
     responses((status = 200, description = "Done.", body = VmInfo))
 )]
 async fn set_network(
-    State(fleet): State<WeakFleet>,
+    State(vm_host): State<WeakVmHost>,
     UrlPath(name): UrlPath<String>,
     request: Result<Json<NetworkRequest>, JsonRejection>,
 ) -> Answer<VmInfo> {
     let Json(request) = request?;
     request.check().map_err(|text| ApiError::new(ProblemKind::BadRequest, text))?;
-    let set = with_fleet(fleet, move |fleet| {
-        let listed = fleet.get(&name)?;
+    let set = with_vm_host(vm_host, move |vm_host| {
+        let entry = vm_host.get(&name)?;
         // First: a network is opened only with its rules in place.
         if let Some(rules) = &request.egress {
-            listed.vm.replace_egress(request.keep, rules)?;
+            entry.vm.replace_egress(request.keep, rules)?;
         }
         if let Some(network) = request.network {
-            listed.vm.set_network(network)?;
+            entry.vm.set_network(network)?;
         }
-        Ok(VmInfo::from(&listed))
+        Ok(VmInfo::from(&entry))
     });
     Ok(Json(set.await?))
 }
@@ -334,7 +335,7 @@ pub(crate) async fn not_allowed() -> ApiError {
     ProblemKind::MethodNotAllowed.into()
 }
 
-fn routes() -> OpenApiRouter<WeakFleet> {
+fn routes() -> OpenApiRouter<WeakVmHost> {
     OpenApiRouter::new()
         .routes(routes!(list))
         .routes(routes!(show))
@@ -360,12 +361,12 @@ pub(crate) fn described() -> OpenApi {
 }
 
 /// The routes without their descriptions, which take longer to make than a VM.
-static ROUTER: LazyLock<Router<WeakFleet>> = LazyLock::new(|| {
+static ROUTER: LazyLock<Router<WeakVmHost>> = LazyLock::new(|| {
     let (router, _) = routes().split_for_parts();
     router.fallback(fallback).method_not_allowed_fallback(not_allowed)
 });
-/// The routes of times to live, whose timers belong to one fleet.
-static TTL_ROUTER: LazyLock<Router<WeakFleet>> = LazyLock::new(|| ttl::routes().split_for_parts().0);
+/// The routes of times to live, whose timers belong to one VM host.
+static TTL_ROUTER: LazyLock<Router<WeakVmHost>> = LazyLock::new(|| ttl::routes().split_for_parts().0);
 
 /// Makes now the parts that each worker would make: for a process that is forked afterwards.
 pub(crate) fn warm_up() {
@@ -373,8 +374,8 @@ pub(crate) fn warm_up() {
     LazyLock::force(&TTL_ROUTER);
 }
 
-pub(super) fn router(fleet: WeakFleet) -> Router {
-    ROUTER.clone().merge(ttl::with_timers(TTL_ROUTER.clone())).with_state(fleet)
+pub(super) fn router(vm_host: WeakVmHost) -> Router {
+    ROUTER.clone().merge(ttl::with_timers(TTL_ROUTER.clone())).with_state(vm_host)
 }
 
 #[cfg(test)]

@@ -41,7 +41,7 @@ const PATH: &str = "/v1/session";
 
 /// A session: its halves, and its end.
 #[derive(Debug)]
-struct Session {
+struct PageSession {
     cookie: String,
     key: String,
     expires: Instant,
@@ -59,15 +59,15 @@ pub(crate) struct OfSession {
 
 /// The token and the sessions of a port.
 #[derive(Debug)]
-pub(crate) struct Gate {
+pub(crate) struct SessionGate {
     token: Token,
     /// The cookie's name, with the port: a browser keeps one cookie of a name for all ports.
     name: String,
-    sessions: Mutex<Vec<Session>>,
+    sessions: Mutex<Vec<PageSession>>,
     guesses: Guesses,
 }
 
-impl Gate {
+impl SessionGate {
     /// Returns the gate of the port that clients of this host connect to.
     pub(crate) fn new(token: Token, port: u16) -> Self {
         let name = format!("clade-{port}");
@@ -88,7 +88,7 @@ impl Gate {
     }
 
     /// Returns the sessions that have not ended.
-    fn sessions(&self) -> MutexGuard<'_, Vec<Session>> {
+    fn sessions(&self) -> MutexGuard<'_, Vec<PageSession>> {
         let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         sessions.retain(|session| session.expires > now);
@@ -109,7 +109,7 @@ impl Gate {
             return None;
         }
         let sessions = self.sessions();
-        let is_it = |session: &&Session| {
+        let is_it = |session: &&PageSession| {
             is_same(session.cookie.as_bytes(), cookie.as_bytes()) & is_same(session.key.as_bytes(), key)
         };
         let session = sessions.iter().find(is_it)?;
@@ -124,7 +124,7 @@ impl Gate {
             sessions.remove(0);
         }
         let expires = Instant::now() + LIFETIME;
-        sessions.push(Session { cookie: cookie.clone(), key: key.clone(), expires, ended: watch::Sender::new(()) });
+        sessions.push(PageSession { cookie: cookie.clone(), key: key.clone(), expires, ended: watch::Sender::new(()) });
         Ok((cookie, key))
     }
 
@@ -150,7 +150,7 @@ fn one<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a Heade
 
 /// The source of a request, by its own headers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Source {
+enum RequestOrigin {
     /// The page of this server, by plain HTTP or by TLS that ends before it.
     Page { by_tls: bool },
     /// The headers name no source.
@@ -158,7 +158,7 @@ enum Source {
 }
 
 /// Returns the source of a request. An error if that is another origin.
-fn origin(headers: &HeaderMap) -> Result<Source, ApiError> {
+fn origin(headers: &HeaderMap) -> Result<RequestOrigin, ApiError> {
     let foreign = |what: &str| ApiError::new(ProblemKind::ForeignOrigin, format!("the request comes from {what}"));
     let site = one(headers, &SITE)?.map(HeaderValue::as_bytes);
     if let Some(site) = site.filter(|site| *site != b"same-origin") {
@@ -166,27 +166,28 @@ fn origin(headers: &HeaderMap) -> Result<Source, ApiError> {
     }
     let host = one(headers, &HOST)?.and_then(|host| host.to_str().ok()).unwrap_or_default();
     let Some(origin) = one(headers, &ORIGIN)? else {
-        return Ok(if site.is_some() { Source::Page { by_tls: false } } else { Source::Unknown });
+        return Ok(if site.is_some() { RequestOrigin::Page { by_tls: false } } else { RequestOrigin::Unknown });
     };
     let text = origin.to_str().unwrap_or_default();
     let own = [("http://", false), ("https://", true)].into_iter();
     let mut own = own.filter_map(|(scheme, by_tls)| Some((text.strip_prefix(scheme)?, by_tls)));
     let own = own.find(|(authority, _)| authority.eq_ignore_ascii_case(host));
-    own.map(|(_, by_tls)| Source::Page { by_tls }).ok_or_else(|| foreign(&format!("{text:?}, and not from {host:?}")))
+    own.map(|(_, by_tls)| RequestOrigin::Page { by_tls })
+        .ok_or_else(|| foreign(&format!("{text:?}, and not from {host:?}")))
 }
 
 /// Checks that a request for a change names the page as its source. Returns whether it came by TLS.
 fn expect_page(headers: &HeaderMap) -> Result<bool, ApiError> {
     match origin(headers)? {
-        Source::Page { by_tls } => Ok(by_tls),
-        Source::Unknown => {
+        RequestOrigin::Page { by_tls } => Ok(by_tls),
+        RequestOrigin::Unknown => {
             Err(ApiError::new(ProblemKind::ForeignOrigin, "the request does not say where it comes from"))
         }
     }
 }
 
 /// Refuses a request that shows neither the token nor a session, or is for another host.
-pub(crate) async fn authorize(State(gate): State<Arc<Gate>>, mut request: Request, next: Next) -> Response {
+pub(crate) async fn authorize(State(gate): State<Arc<SessionGate>>, mut request: Request, next: Next) -> Response {
     let peer = request.extensions().get::<Peer>().copied();
     let admitted = match admit(&gate, &request) {
         // The holder of the token is let through, even during guesses by others: they may have the
@@ -220,7 +221,7 @@ enum Admitted {
     ToLogIn,
 }
 
-fn admit(gate: &Gate, request: &Request) -> Result<Admitted, ApiError> {
+fn admit(gate: &SessionGate, request: &Request) -> Result<Admitted, ApiError> {
     if !is_for_this_host(request) {
         return Err(ProblemKind::BadHost.into());
     }
@@ -312,7 +313,7 @@ pub struct SessionEnded {
     pub ended: bool,
 }
 
-type Gated = Option<Extension<Arc<Gate>>>;
+type Gated = Option<Extension<Arc<SessionGate>>>;
 
 fn none_here() -> ApiError {
     ApiError::new(ProblemKind::BadRequest, "there are no sessions here: this client needs none")

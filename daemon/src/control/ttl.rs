@@ -20,8 +20,8 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::control::problem::{ApiError, ProblemKind};
-use crate::control::server::{Answer, with_fleet};
-use crate::fleet::WeakFleet;
+use crate::control::server::{Answer, with_vm_host};
+use crate::vm_host::WeakVmHost;
 use clade_vmm::vm::{StopReason, Vm};
 
 /// The longest time, in seconds: a century.
@@ -106,7 +106,7 @@ impl Timers {
     }
 
     /// Has `vm` stopped after `time`, which replaces an earlier time. Fails if that is over.
-    fn begin(self: &Arc<Self>, fleet: WeakFleet, name: &str, vm: Weak<Vm>, time: Duration) -> Result<(), ApiError> {
+    fn begin(self: &Arc<Self>, vm_host: WeakVmHost, name: &str, vm: Weak<Vm>, time: Duration) -> Result<(), ApiError> {
         let mut all = self.all();
         if all.get(name).is_some_and(|timer| timer.is_over) {
             return Err(over(name));
@@ -115,7 +115,7 @@ impl Timers {
         let number = self.number.fetch_add(1, Ordering::Relaxed);
         let at = Instant::now() + time;
         let (timers, of) = (Arc::clone(self), Weak::clone(&vm));
-        let task = tokio::spawn(timers.stop_at(at, number, fleet, name.to_owned(), of)).abort_handle();
+        let task = tokio::spawn(timers.stop_at(at, number, vm_host, name.to_owned(), of)).abort_handle();
         let timer = Timer { vm, at, task, number, is_over: false };
         all.insert(name.to_owned(), timer).into_iter().for_each(|timer| timer.task.abort());
         Ok(())
@@ -132,21 +132,21 @@ impl Timers {
         })
     }
 
-    async fn stop_at(self: Arc<Self>, at: Instant, number: u64, fleet: WeakFleet, name: String, vm: Weak<Vm>) {
+    async fn stop_at(self: Arc<Self>, at: Instant, number: u64, vm_host: WeakVmHost, name: String, vm: Weak<Vm>) {
         sleep_until(at).await;
         if !self.is_over(&name, number) {
             return;
         }
         loop {
             let (of, vm) = (name.clone(), Weak::clone(&vm));
-            let stopped = with_fleet(fleet.clone(), move |fleet| {
+            let stopped = with_vm_host(vm_host.clone(), move |vm_host| {
                 // Another VM may have the name by now.
-                let is_it = fleet.get(&of).is_ok_and(|listed| Weak::ptr_eq(&Arc::downgrade(&listed.vm), &vm));
+                let is_it = vm_host.get(&of).is_ok_and(|entry| Weak::ptr_eq(&Arc::downgrade(&entry.vm), &vm));
                 if !is_it {
                     return Ok(());
                 }
                 tracing::info!(name = of, "its time is over");
-                fleet.end(&of, StopReason::TimeOver)
+                vm_host.end(&of, StopReason::TimeOver)
             });
             match stopped.await {
                 Ok(()) => return,
@@ -165,11 +165,11 @@ fn over(name: &str) -> ApiError {
 /// Shows the time that a VM has to live.
 #[utoipa::path(get, path = "/v1/vms/{name}/ttl", responses((status = 200, description = "Done.", body = TtlInfo)))]
 async fn show_ttl(
-    State(fleet): State<WeakFleet>,
+    State(vm_host): State<WeakVmHost>,
     Extension(timers): Extension<Arc<Timers>>,
     UrlPath(name): UrlPath<String>,
 ) -> Answer<TtlInfo> {
-    Ok(Json(with_fleet(fleet, move |fleet| fleet.get(&name).map(|_| timers.left(&name))).await?))
+    Ok(Json(with_vm_host(vm_host, move |vm_host| vm_host.get(&name).map(|_| timers.left(&name))).await?))
 }
 
 /// Has a VM stopped after a time.
@@ -180,7 +180,7 @@ async fn show_ttl(
     responses((status = 200, description = "Done.", body = TtlInfo))
 )]
 async fn set_ttl(
-    State(fleet): State<WeakFleet>,
+    State(vm_host): State<WeakVmHost>,
     Extension(timers): Extension<Arc<Timers>>,
     UrlPath(name): UrlPath<String>,
     request: Result<Json<TtlRequest>, JsonRejection>,
@@ -191,31 +191,31 @@ async fn set_ttl(
         return Err(TtlError { seconds }.into());
     }
     let of = name.clone();
-    let vm = with_fleet(fleet.clone(), move |fleet| Ok(Arc::downgrade(&fleet.get(&of)?.vm))).await?;
-    timers.begin(fleet, &name, vm, Duration::from_secs_f64(seconds))?;
+    let vm = with_vm_host(vm_host.clone(), move |vm_host| Ok(Arc::downgrade(&vm_host.get(&of)?.vm))).await?;
+    timers.begin(vm_host, &name, vm, Duration::from_secs_f64(seconds))?;
     Ok(Json(timers.left(&name)))
 }
 
 /// Lets a VM live on.
 #[utoipa::path(delete, path = "/v1/vms/{name}/ttl", responses((status = 200, description = "Done.", body = TtlInfo)))]
 async fn remove_ttl(
-    State(fleet): State<WeakFleet>,
+    State(vm_host): State<WeakVmHost>,
     Extension(timers): Extension<Arc<Timers>>,
     UrlPath(name): UrlPath<String>,
 ) -> Answer<TtlInfo> {
     let of = name.clone();
-    with_fleet(fleet, move |fleet| fleet.get(&of).map(drop)).await?;
+    with_vm_host(vm_host, move |vm_host| vm_host.get(&of).map(drop)).await?;
     timers.end(&name)?;
     Ok(Json(timers.left(&name)))
 }
 
 /// The paths.
-pub(super) fn routes() -> OpenApiRouter<WeakFleet> {
+pub(super) fn routes() -> OpenApiRouter<WeakVmHost> {
     OpenApiRouter::new().routes(routes!(show_ttl, set_ttl, remove_ttl))
 }
 
-/// Gives the handlers the timers of one fleet.
-pub(super) fn with_timers(router: Router<WeakFleet>) -> Router<WeakFleet> {
+/// Gives the handlers the timers of one VM host.
+pub(super) fn with_timers(router: Router<WeakVmHost>) -> Router<WeakVmHost> {
     router.layer(Extension(Arc::<Timers>::default()))
 }
 
@@ -224,8 +224,8 @@ mod tests {
     use clade_harness::host;
 
     use super::*;
-    use crate::fleet::RuntimeDir;
-    use crate::fleet::tests::fleet_of_one;
+    use crate::vm_host::RuntimeDir;
+    use crate::vm_host::tests::vm_host_of_one;
 
     /// A request to renew a time either succeeds, and the old time does not stop the VM; or it
     /// fails because the time is over.
@@ -235,9 +235,9 @@ mod tests {
             return;
         }
         let dir = tempfile::tempdir().unwrap();
-        let (fleet, vm, starter) = fleet_of_one(&RuntimeDir::create(dir.path()).unwrap(), true);
+        let (vm_host, vm, starter) = vm_host_of_one(&RuntimeDir::create(dir.path()).unwrap(), true);
         starter.leave();
-        let (weak, vm) = (fleet.downgrade(), vm.unwrap());
+        let (weak, vm) = (vm_host.downgrade(), vm.unwrap());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let timers = Arc::<Timers>::default();
@@ -263,7 +263,7 @@ mod tests {
             }
             drop(held);
             stops.await.unwrap();
-            assert!(fleet.get("one").is_err());
+            assert!(vm_host.get("one").is_err());
         });
     }
 }

@@ -19,25 +19,25 @@ const END: u64 = u64::MAX;
 
 /// A guest whose connections are made here.
 #[derive(Debug)]
-struct Guest {
+struct BrokeredGuest {
     device: OwnedFd,
     /// The socket of its device, beside which the host's listeners are.
     socket: PathBuf,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct BrokerShared {
     epoll: Epoll,
     end: EventFd,
-    guests: Mutex<HashMap<RawFd, Guest>>,
+    guests: Mutex<HashMap<RawFd, BrokeredGuest>>,
 }
 
 /// One thread that connects all guests. It ends when this is dropped.
 #[derive(Debug)]
-pub(super) struct Broker(Arc<Shared>);
+pub(super) struct Broker(Arc<BrokerShared>);
 
-impl Shared {
-    fn guests(&self) -> MutexGuard<'_, HashMap<RawFd, Guest>> {
+impl BrokerShared {
+    fn guests(&self) -> MutexGuard<'_, HashMap<RawFd, BrokeredGuest>> {
         self.guests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -83,7 +83,7 @@ impl Broker {
     pub(super) fn start() -> io::Result<Self> {
         let (epoll, end) = (Epoll::new()?, EventFd::new(EFD_NONBLOCK)?);
         epoll.ctl(ControlOperation::Add, end.as_raw_fd(), EpollEvent::new(EventSet::IN, END))?;
-        let shared = Arc::new(Shared { epoll, end, guests: Mutex::default() });
+        let shared = Arc::new(BrokerShared { epoll, end, guests: Mutex::default() });
         let serving = Arc::clone(&shared);
         thread::Builder::new().name("clade-broker".to_owned()).spawn(move || serving.serve())?;
         Ok(Self(shared))
@@ -97,7 +97,7 @@ impl Broker {
         let (device, theirs) = seqpacket::pair()?;
         rustix::io::ioctl_fionbio(&device, true)?;
         let fd = device.as_raw_fd();
-        self.0.guests().insert(fd, Guest { device, socket });
+        self.0.guests().insert(fd, BrokeredGuest { device, socket });
         let watched = self.0.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, fd as u64));
         if let Err(error) = watched {
             self.0.guests().remove(&fd);

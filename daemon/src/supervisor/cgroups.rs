@@ -106,10 +106,10 @@ fn failed(path: &Path) -> impl FnOnce(io::Error) -> CgroupError + '_ {
 
 /// The groups of a supervisor's VMs. Clones are handles to the same groups.
 #[derive(Clone, Debug)]
-pub(super) struct Cgroups(Arc<Shared>);
+pub(super) struct Cgroups(Arc<CgroupsShared>);
 
 #[derive(Debug)]
-struct Shared {
+struct CgroupsShared {
     dir: PathBuf,
     /// Whether the place has a memory controller.
     has_memory: bool,
@@ -117,7 +117,7 @@ struct Shared {
     used: Mutex<Vec<PathBuf>>,
 }
 
-impl Shared {
+impl CgroupsShared {
     fn used(&self) -> MutexGuard<'_, Vec<PathBuf>> {
         self.used.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -178,7 +178,7 @@ impl Cgroups {
             fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}")).map_err(failed(dir))?;
         }
         let has_memory = there.split_whitespace().any(|found| found == "memory");
-        let shared = Shared { dir: dir.to_owned(), has_memory, used: Mutex::default() };
+        let shared = CgroupsShared { dir: dir.to_owned(), has_memory, used: Mutex::default() };
         let groups = Self(Arc::new(shared));
         groups.tidy();
         Ok(groups)
@@ -244,7 +244,7 @@ fn make(path: &Path) -> io::Result<()> {
 /// The group of one VM. A drop removes it only if it is empty: VMs outlive their supervisor.
 #[derive(Debug)]
 pub(super) struct Group {
-    of: Arc<Shared>,
+    of: Arc<CgroupsShared>,
     path: PathBuf,
     memory: u64,
 }

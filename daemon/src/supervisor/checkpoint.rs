@@ -4,24 +4,24 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::about::About;
 use super::kept::{Found, KeptRecord};
+use super::vm_record::VmRecord;
 use crate::ahead::Learning;
 use crate::control::{CheckpointInfo, ForkAnswer, ForkedInfo};
-use crate::fleet::{FleetError, Labels, RuntimeDir, check_name};
-use crate::image::{Asked, Forked};
+use crate::image::{ForkedVm, PendingFork};
 use crate::secrets::Secrets;
-use crate::worker::Made;
+use crate::vm_host::{DaemonError, Labels, RuntimeDir, check_name};
+use crate::worker::LaunchedVm;
 use clade_vmm::vm::{SavedAt, SavedVm, SealedParts, VmConfig};
 
 /// An image of a VM, as the descriptors of its layers and its state. It outlives the VM.
 #[derive(Debug)]
 pub(crate) struct Checkpoint {
     /// The VM, or the snapshot that it was opened from.
-    origin: Origin,
-    about: About,
+    origin: CheckpointOrigin,
+    vm_record: VmRecord,
     parts: SealedParts,
-    forked: Forked,
+    forked: ForkedVm,
     made: Instant,
     /// Learns the pages that its children write.
     learning: Arc<Learning>,
@@ -29,7 +29,7 @@ pub(crate) struct Checkpoint {
 
 /// The source of an image.
 #[derive(Clone, Debug)]
-pub(super) enum Origin {
+pub(super) enum CheckpointOrigin {
     /// A VM of this name.
     Vm(String),
     /// A snapshot.
@@ -44,32 +44,32 @@ impl Checkpoint {
     pub(super) fn take(
         dir: &RuntimeDir,
         vm: &str,
-        check: &dyn Fn() -> Result<(), FleetError>,
-    ) -> Result<Self, FleetError> {
+        check: &dyn Fn() -> Result<(), DaemonError>,
+    ) -> Result<Self, DaemonError> {
         // Before: when the image is there, the VM's files may be another's.
-        let about = About::expect(dir, vm)?;
-        Self::of_asked(vm, about, Asked::begin(dir.path(), vm)?, check)
+        let vm_record = VmRecord::expect(dir, vm)?;
+        Self::of_pending(vm, vm_record, PendingFork::begin(dir.path(), vm)?, check)
     }
 
-    /// Returns the image of the VM called `vm`, which `about` describes. The request for it is
+    /// Returns the image of the VM called `vm`, which `vm_record` describes. The request for it is
     /// already sent.
     ///
     /// # Errors
     /// When it cannot be forked.
-    pub(super) fn of_asked(
+    pub(super) fn of_pending(
         vm: &str,
-        about: About,
-        asked: Asked,
-        check: &dyn Fn() -> Result<(), FleetError>,
-    ) -> Result<Self, FleetError> {
-        let (forked, parts) = asked.image(check)?;
-        about.check(vm, &forked)?;
-        Ok(Self::new(Origin::Vm(vm.to_owned()), about, parts, forked))
+        vm_record: VmRecord,
+        pending_fork: PendingFork,
+        check: &dyn Fn() -> Result<(), DaemonError>,
+    ) -> Result<Self, DaemonError> {
+        let (forked, parts) = pending_fork.image(check)?;
+        vm_record.check(vm, &forked)?;
+        Ok(Self::new(CheckpointOrigin::Vm(vm.to_owned()), vm_record, parts, forked))
     }
 
-    /// Returns the image of a snapshot, of a VM that `about` describes.
-    pub(super) fn of_saved(about: About, saved: &SavedVm, parts: SealedParts) -> Self {
-        let forked = Forked {
+    /// Returns the image of a snapshot, of a VM that `vm_record` describes.
+    pub(super) fn of_saved(vm_record: VmRecord, saved: &SavedVm, parts: SealedParts) -> Self {
+        let forked = ForkedVm {
             config: saved.config.clone(),
             labels: Labels::default(),
             // A snapshot has no list of the secrets in its memory.
@@ -83,7 +83,7 @@ impl Checkpoint {
             remapped: 0,
             copied: 0,
         };
-        Self::new(Origin::Saved(saved.place.clone()), about, parts, forked)
+        Self::new(CheckpointOrigin::Saved(saved.place.clone()), vm_record, parts, forked)
     }
 
     /// The same with what a snapshot does not have.
@@ -92,9 +92,9 @@ impl Checkpoint {
         self
     }
 
-    fn new(origin: Origin, about: About, parts: SealedParts, forked: Forked) -> Self {
-        let learning = Arc::new(Learning::new(about.shape.config.layout()));
-        Self { origin, about, parts, forked, made: Instant::now(), learning }
+    fn new(origin: CheckpointOrigin, vm_record: VmRecord, parts: SealedParts, forked: ForkedVm) -> Self {
+        let learning = Arc::new(Learning::new(vm_record.template.config.layout()));
+        Self { origin, vm_record, parts, forked, made: Instant::now(), learning }
     }
 
     /// Returns the learned set of the pages that its children write.
@@ -103,23 +103,23 @@ impl Checkpoint {
     }
 
     /// Returns the supervisor's record of the VM.
-    pub(super) fn about(&self) -> &About {
-        &self.about
+    pub(super) fn vm_record(&self) -> &VmRecord {
+        &self.vm_record
     }
 
     /// Returns the name of the VM that it was taken of.
     pub(super) fn vm(&self) -> Option<&str> {
         match &self.origin {
-            Origin::Vm(name) => Some(name),
-            Origin::Saved(_) => None,
+            CheckpointOrigin::Vm(name) => Some(name),
+            CheckpointOrigin::Saved(_) => None,
         }
     }
 
     /// Returns the snapshot that it was opened from.
     pub(super) fn saved_at(&self) -> Option<&SavedAt> {
         match &self.origin {
-            Origin::Vm(_) => None,
-            Origin::Saved(place) => Some(place),
+            CheckpointOrigin::Vm(_) => None,
+            CheckpointOrigin::Saved(place) => Some(place),
         }
     }
 
@@ -134,7 +134,7 @@ impl Checkpoint {
     }
 
     pub(super) fn config(&self) -> &VmConfig {
-        &self.about.shape.config
+        &self.vm_record.template.config
     }
 
     pub(super) fn parts(&self) -> &SealedParts {
@@ -171,8 +171,8 @@ impl Checkpoint {
     }
 
     /// Returns the answer to a fork that has made `made` in `total`.
-    pub(super) fn answer(&self, made: Vec<Made>, total: Duration) -> ForkAnswer {
-        let Forked { pause, freeze, remapped, copied, .. } = self.forked;
+    pub(super) fn answer(&self, made: Vec<LaunchedVm>, total: Duration) -> ForkAnswer {
+        let ForkedVm { pause, freeze, remapped, copied, .. } = self.forked;
         ForkAnswer::new(made, (pause, freeze, total), (remapped, copied))
     }
 }
@@ -214,13 +214,13 @@ pub(crate) struct Checkpoints(Mutex<BTreeMap<String, Slot>>);
 
 /// A reserved name. A drop frees it, unless a checkpoint has it.
 #[derive(Debug)]
-pub(super) struct Reserved<'a> {
+pub(super) struct ReservedName<'a> {
     of: &'a Checkpoints,
     name: String,
     is_used: bool,
 }
 
-impl Reserved<'_> {
+impl ReservedName<'_> {
     /// Holds a checkpoint under the name, with its record if it is kept.
     pub(super) fn hold(mut self, checkpoint: Arc<Checkpoint>, kept: Option<KeptRecord>) {
         self.is_used = true;
@@ -229,7 +229,7 @@ impl Reserved<'_> {
     }
 }
 
-impl std::ops::Deref for Reserved<'_> {
+impl std::ops::Deref for ReservedName<'_> {
     type Target = str;
 
     fn deref(&self) -> &str {
@@ -237,7 +237,7 @@ impl std::ops::Deref for Reserved<'_> {
     }
 }
 
-impl Drop for Reserved<'_> {
+impl Drop for ReservedName<'_> {
     fn drop(&mut self) {
         if !self.is_used {
             self.of.all().remove(&self.name);
@@ -262,7 +262,7 @@ impl Checkpoints {
     ///
     /// # Errors
     /// When the name is invalid, or taken.
-    pub(super) fn reserve(&self, vm: &str, name: Option<&str>) -> Result<Reserved<'_>, FleetError> {
+    pub(super) fn reserve(&self, vm: &str, name: Option<&str>) -> Result<ReservedName<'_>, DaemonError> {
         let mut all = self.all();
         let name = match name {
             Some(name) => name.to_owned(),
@@ -273,10 +273,10 @@ impl Checkpoints {
         };
         check_name(&name)?;
         if all.contains_key(&name) {
-            return Err(FleetError::CheckpointTaken { name });
+            return Err(DaemonError::CheckpointTaken { name });
         }
         all.insert(name.clone(), Slot::default());
-        Ok(Reserved { of: self, name, is_used: false })
+        Ok(ReservedName { of: self, name, is_used: false })
     }
 
     /// Returns the checkpoint called `name`. One that is only on disk is opened with `open`.
@@ -286,9 +286,9 @@ impl Checkpoints {
     pub(super) fn get(
         &self,
         name: &str,
-        open: impl FnOnce(&KeptRecord) -> Result<Checkpoint, FleetError>,
-    ) -> Result<Arc<Checkpoint>, FleetError> {
-        let none = || FleetError::NoSuchCheckpoint { name: name.to_owned() };
+        open: impl FnOnce(&KeptRecord) -> Result<Checkpoint, DaemonError>,
+    ) -> Result<Arc<Checkpoint>, DaemonError> {
+        let none = || DaemonError::NoSuchCheckpoint { name: name.to_owned() };
         let record = match self.all().get(name).cloned().unwrap_or_default() {
             Slot { held: Some(held), .. } => return Ok(held),
             Slot { kept: Some(record), .. } => record,
@@ -306,9 +306,9 @@ impl Checkpoints {
     ///
     /// # Errors
     /// When no checkpoint has the name.
-    pub(super) fn info(&self, name: &str) -> Result<CheckpointInfo, FleetError> {
+    pub(super) fn info(&self, name: &str) -> Result<CheckpointInfo, DaemonError> {
         let found = self.all().get(name).and_then(|slot| slot.info(name));
-        found.ok_or_else(|| FleetError::NoSuchCheckpoint { name: name.to_owned() })
+        found.ok_or_else(|| DaemonError::NoSuchCheckpoint { name: name.to_owned() })
     }
 
     /// Removes a checkpoint. Children forked from it run on. `remove_kept` removes the files of a kept
@@ -319,9 +319,9 @@ impl Checkpoints {
     pub(super) fn remove(
         &self,
         name: &str,
-        remove_kept: impl FnOnce() -> Result<(), FleetError>,
-    ) -> Result<CheckpointInfo, FleetError> {
-        let none = || FleetError::NoSuchCheckpoint { name: name.to_owned() };
+        remove_kept: impl FnOnce() -> Result<(), DaemonError>,
+    ) -> Result<CheckpointInfo, DaemonError> {
+        let none = || DaemonError::NoSuchCheckpoint { name: name.to_owned() };
         // The name stays reserved until its files are removed: a new checkpoint of the name has files
         // in the same place.
         let mut all = self.all();
@@ -376,15 +376,15 @@ mod tests {
         let first = all.reserve("web", None).unwrap();
         assert_eq!(&*first, "web.1");
         assert_eq!(&*all.reserve("web", None).unwrap(), "web.2");
-        assert!(matches!(all.reserve("web", Some("web.1")), Err(FleetError::CheckpointTaken { .. })));
+        assert!(matches!(all.reserve("web", Some("web.1")), Err(DaemonError::CheckpointTaken { .. })));
         // A checkpoint is listed once it is there.
         assert_eq!(all.list().len(), 0);
         let get = |name: &str| all.get(name, |_| panic!("it is not on disk")).map(drop);
-        assert!(matches!(get("web.1"), Err(FleetError::NoSuchCheckpoint { .. })));
+        assert!(matches!(get("web.1"), Err(DaemonError::NoSuchCheckpoint { .. })));
         assert!(all.remove("web.1", || Ok(())).is_err());
         drop(first);
         assert_eq!(&*all.reserve("web", None).unwrap(), "web.1");
-        assert!(matches!(all.reserve("web", Some("a/b")), Err(FleetError::BadName { .. })));
+        assert!(matches!(all.reserve("web", Some("a/b")), Err(DaemonError::BadName { .. })));
         assert_eq!(all.len(), 0);
     }
 
@@ -395,22 +395,25 @@ mod tests {
         let all = Checkpoints::of_kept(Found { records, unreadable: ["cut".to_owned()].into() });
         assert_eq!((all.list().len(), all.len(), all.unkept()), (1, 1, 0));
         // No other checkpoint gets the name of files that cannot be read.
-        assert!(matches!(all.reserve("web", Some("cut")), Err(FleetError::CheckpointTaken { .. })));
-        assert!(matches!(all.remove("cut", || panic!("removed")), Err(FleetError::NoSuchCheckpoint { .. })));
-        assert!(matches!(all.reserve("web", Some("cut")), Err(FleetError::CheckpointTaken { .. })));
+        assert!(matches!(all.reserve("web", Some("cut")), Err(DaemonError::CheckpointTaken { .. })));
+        assert!(matches!(all.remove("cut", || panic!("removed")), Err(DaemonError::NoSuchCheckpoint { .. })));
+        assert!(matches!(all.reserve("web", Some("cut")), Err(DaemonError::CheckpointTaken { .. })));
         assert!(all.info("base").unwrap().kept && all.configs().is_empty());
         let refused = |what: &str| {
             let kind = crate::control::ProblemKind::Internal;
-            FleetError::Refused { kind, text: what.to_owned() }
+            DaemonError::Refused { kind, text: what.to_owned() }
         };
         let opened = all.get("base", |_| Err(refused("damaged"))).map(drop).unwrap_err();
         assert_eq!(opened.to_string(), "damaged");
         // While its files are removed, the name is neither the checkpoint's nor free.
         let is_taken = || {
-            assert!(matches!(all.info("base"), Err(FleetError::NoSuchCheckpoint { .. })));
-            assert!(matches!(all.get("base", |_| panic!("opened")), Err(FleetError::NoSuchCheckpoint { .. })));
-            assert!(matches!(all.remove("base", || panic!("removed twice")), Err(FleetError::NoSuchCheckpoint { .. })));
-            assert!(matches!(all.reserve("web", Some("base")), Err(FleetError::CheckpointTaken { .. })));
+            assert!(matches!(all.info("base"), Err(DaemonError::NoSuchCheckpoint { .. })));
+            assert!(matches!(all.get("base", |_| panic!("opened")), Err(DaemonError::NoSuchCheckpoint { .. })));
+            assert!(matches!(
+                all.remove("base", || panic!("removed twice")),
+                Err(DaemonError::NoSuchCheckpoint { .. })
+            ));
+            assert!(matches!(all.reserve("web", Some("base")), Err(DaemonError::CheckpointTaken { .. })));
         };
         let failed = all.remove("base", || {
             is_taken();

@@ -7,13 +7,13 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use super::about::{About, clear_up};
 use super::cgroups::Cgroups;
+use super::vm_record::{VmRecord, clear_up};
 use super::{Inner, Unsettled};
-use crate::fleet::{FleetError, NameClaim, record_end, recorded_reason, vm_names};
 use crate::flight::FlightEvent;
+use crate::vm_host::{DaemonError, NameClaim, record_end, recorded_reason, vm_names};
 use crate::worker::UNMERGED;
-use crate::zygote::Exit;
+use crate::zygote::WorkerExit;
 use clade_vmm::vm::StopReason;
 
 /// Interval of the sweeps for the files of dead processes.
@@ -24,20 +24,20 @@ const MAX_SUSPECTED: u32 = 4;
 
 /// VMs that are being made, until this is dropped.
 #[derive(Debug)]
-pub(super) struct Making<'a> {
+pub(super) struct LaunchGuard<'a> {
     of: &'a Inner,
     names: Vec<String>,
 }
 
-impl Drop for Making<'_> {
+impl Drop for LaunchGuard<'_> {
     fn drop(&mut self) {
-        let mut making = self.of.making.lock().unwrap_or_else(PoisonError::into_inner);
-        making.retain(|name| !self.names.contains(name));
+        let mut launching = self.of.launching.lock().unwrap_or_else(PoisonError::into_inner);
+        launching.retain(|name| !self.names.contains(name));
     }
 }
 
 /// Clears up after workers that have ended.
-pub(super) fn watch(exits: &Receiver<Exit>, supervisor: &Weak<Inner>) {
+pub(super) fn watch(exits: &Receiver<WorkerExit>, supervisor: &Weak<Inner>) {
     let mut due = Instant::now() + SWEEP_INTERVAL;
     // Workers that the last sweeps found dead, without a report.
     let mut suspects = BTreeMap::new();
@@ -77,20 +77,20 @@ impl Inner {
     }
 
     /// Marks VMs as being made, until the result is dropped.
-    pub(super) fn making(&self, claims: &[NameClaim]) -> Making<'_> {
+    pub(super) fn launching(&self, claims: &[NameClaim]) -> LaunchGuard<'_> {
         let names: Vec<String> = claims.iter().map(|claim| claim.name.clone()).collect();
-        self.making.lock().unwrap_or_else(PoisonError::into_inner).extend(names.iter().cloned());
-        Making { of: self, names }
+        self.launching.lock().unwrap_or_else(PoisonError::into_inner).extend(names.iter().cloned());
+        LaunchGuard { of: self, names }
     }
 
     /// Returns the names of VMs that this supervisor announces.
     pub(super) fn own_names(&self) -> BTreeSet<String> {
-        let mut names = self.making.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut names = self.launching.lock().unwrap_or_else(PoisonError::into_inner).clone();
         names.extend(self.processes.names());
         names
     }
 
-    fn ended(&self, exit: Exit) {
+    fn ended(&self, exit: WorkerExit) {
         let _ends = self.ends();
         // Before the process is forgotten: it is on one of both lists all the time.
         self.processes.note_end(exit);
@@ -116,7 +116,7 @@ impl Inner {
             record_end(&self.dir, &name, exit, StopReason::OverLimit { mib }, flight.clone());
             was_orderly = true;
         }
-        if vm.was_tied(exit) && !was_orderly {
+        if vm.died_with_parent(exit) && !was_orderly {
             record_end(&self.dir, &name, exit, StopReason::SessionEnded, flight.clone());
             was_orderly = true;
         }
@@ -124,7 +124,7 @@ impl Inner {
         // or this one has not left it to the VM yet.
         match NameClaim::new(&self.dir, &name) {
             Ok(claim) => self.clear_up(claim, exit, was_orderly, flight),
-            Err(FleetError::Taken { .. }) => {
+            Err(DaemonError::Taken { .. }) => {
                 self.unsettled().push(Unsettled { name: name.clone(), exit, was_orderly, flight });
             }
             Err(error) => tracing::warn!(%error, name, "cannot remove the files of an ended VM"),
@@ -134,8 +134,9 @@ impl Inner {
 
     /// Returns the images of disks that VMs or checkpoints of this directory use.
     pub(super) fn used_images(&self) -> BTreeSet<PathBuf> {
-        let of_vms = About::all(&self.dir).unwrap_or_default();
-        let configs = of_vms.into_iter().map(|(_, about)| about.shape.config).chain(self.checkpoints.configs());
+        let of_vms = VmRecord::all(&self.dir).unwrap_or_default();
+        let configs =
+            of_vms.into_iter().map(|(_, vm_record)| vm_record.template.config).chain(self.checkpoints.configs());
         configs.flat_map(|config| config.disks).map(|disk| disk.disk.path).collect()
     }
 
@@ -148,7 +149,7 @@ impl Inner {
         let ended = std::mem::take(&mut *self.unsettled());
         for Unsettled { name, exit, was_orderly, flight } in ended {
             // Another VM has the name, or another process has cleared up.
-            let is_gone = !matches!(About::read(&self.dir, &name), Ok(Some(_)));
+            let is_gone = !matches!(VmRecord::read(&self.dir, &name), Ok(Some(_)));
             if is_gone || self.processes.of(&name).is_some() {
                 continue;
             }
@@ -159,31 +160,31 @@ impl Inner {
     }
 
     /// Records the end of a VM, and removes its files.
-    pub(super) fn clear_up(&self, claim: NameClaim, exit: Exit, was_orderly: bool, flight: Vec<FlightEvent>) {
+    pub(super) fn clear_up(&self, claim: NameClaim, exit: WorkerExit, was_orderly: bool, flight: Vec<FlightEvent>) {
         self.snapshots.forget(&claim.name);
         let name = claim.name.clone();
-        let process = About::read(&self.dir, &name).ok().flatten().and_then(|about| about.process);
+        let process = VmRecord::read(&self.dir, &name).ok().flatten().and_then(|vm_record| vm_record.process);
         // The record of a VM that another supervisor has started.
         let found = self.records.take(&name, process);
         let flight = if flight.is_empty() { found } else { flight };
-        if let Some(about) = clear_up(claim, exit, was_orderly, flight) {
-            self.left(&name, &about);
+        if let Some(vm_record) = clear_up(claim, exit, was_orderly, flight) {
+            self.left(&name, &vm_record);
         }
     }
 
     /// Clears up after an earlier VM of a claimed name, which died without that.
     pub(super) fn forget_earlier(&self, name: &str) {
         self.snapshots.forget(name);
-        if let Ok(Some(about)) = About::read(&self.dir, name) {
-            about.remove_sockets();
-            self.left(name, &about);
+        if let Ok(Some(vm_record)) = VmRecord::read(&self.dir, name) {
+            vm_record.remove_sockets();
+            self.left(name, &vm_record);
         }
     }
 
     /// Removes the resources of an ended VM outside of the runtime directory.
-    fn left(&self, name: &str, about: &About) {
-        self.overlays.release(&about.overlays);
-        self.net_hook.iter().for_each(|hook| hook.down(about.interfaces(name)));
+    fn left(&self, name: &str, vm_record: &VmRecord) {
+        self.overlays.release(&vm_record.overlays);
+        self.net_hook.iter().for_each(|hook| hook.down(vm_record.interfaces(name)));
     }
 
     /// Announces the end of a VM, unless another has its name by now.
@@ -233,7 +234,7 @@ impl Inner {
                 // Its process waits until it may merge the writes since a fork into its disks. Or
                 // it is compromised and does not end.
                 self.processes.give_back(pid);
-                self.clear_up(claim, Exit { pid, signal: None, code: None }, true, flight);
+                self.clear_up(claim, WorkerExit { pid, signal: None, code: None }, true, flight);
                 continue;
             }
             let times = suspects.get(&claim.name).copied().unwrap_or_default() + 1;
@@ -245,8 +246,8 @@ impl Inner {
             // The pid in the lock is the owner's own claim.
             let pid = worker.unwrap_or(pid);
             tracing::info!(name = claim.name, pid, "VM process exited without notification");
-            let exit = Exit { pid, signal: None, code: None };
-            let session = About::read(&self.dir, &claim.name).ok().flatten().and_then(|about| about.session);
+            let exit = WorkerExit { pid, signal: None, code: None };
+            let session = VmRecord::read(&self.dir, &claim.name).ok().flatten().and_then(|vm_record| vm_record.session);
             let is_over = session.is_some_and(|session| session.live().is_none());
             if is_over {
                 record_end(&self.dir, &claim.name, exit, StopReason::SessionEnded, flight.clone());

@@ -30,7 +30,7 @@ const REMEMBERED: Duration = Duration::from_secs(600);
 
 /// An answer that can be given again.
 #[derive(Clone, Debug)]
-struct Answer {
+struct RememberedAnswer {
     status: StatusCode,
     media_type: Option<HeaderValue>,
     body: Bytes,
@@ -38,7 +38,7 @@ struct Answer {
     at: Instant,
 }
 
-impl Answer {
+impl RememberedAnswer {
     async fn of(response: Response) -> Result<Self, axum::Error> {
         let (head, body) = response.into_parts();
         let media_type = head.headers.get(header::CONTENT_TYPE).cloned();
@@ -60,14 +60,14 @@ impl Answer {
 }
 
 #[derive(Debug)]
-struct Entry {
+struct RememberedRequest {
     /// Hash of the method, the path and the body.
     fingerprint: u64,
     /// Holds the answer once it is ready.
-    answer: watch::Receiver<Option<Answer>>,
+    answer: watch::Receiver<Option<RememberedAnswer>>,
 }
 
-impl Entry {
+impl RememberedRequest {
     /// The age of its answer, if there is one.
     fn age(&self) -> Option<Duration> {
         self.answer.borrow().as_ref().map(|answer| answer.at.elapsed())
@@ -82,16 +82,16 @@ impl Entry {
 /// The remembered requests, by their keys.
 #[derive(Debug, Default)]
 pub(super) struct Keys {
-    all: Mutex<BTreeMap<String, Entry>>,
+    all: Mutex<BTreeMap<String, RememberedRequest>>,
     hasher: RandomState,
 }
 
 /// A request with a key.
-enum Turn {
+enum KeyedRequest {
     /// The first: its answer goes to the sender.
-    First(watch::Sender<Option<Answer>>, watch::Receiver<Option<Answer>>),
+    First(watch::Sender<Option<RememberedAnswer>>, watch::Receiver<Option<RememberedAnswer>>),
     /// A repeated one.
-    Again(watch::Receiver<Option<Answer>>),
+    Again(watch::Receiver<Option<RememberedAnswer>>),
 }
 
 /// Forgets a key when dropped, unless its answer is kept.
@@ -110,12 +110,12 @@ impl Drop for Forget<'_> {
 }
 
 impl Keys {
-    fn all(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
+    fn all(&self) -> MutexGuard<'_, BTreeMap<String, RememberedRequest>> {
         self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes a turn for a request.
-    fn turn(&self, key: &str, fingerprint: u64) -> Result<Turn, ApiError> {
+    fn turn(&self, key: &str, fingerprint: u64) -> Result<KeyedRequest, ApiError> {
         let mut all = self.all();
         all.retain(|_, entry| entry.age().is_none_or(|age| age < REMEMBERED));
         if let Some(entry) = all.get(key) {
@@ -123,9 +123,9 @@ impl Keys {
                 let text = format!("the idempotency key {key:?} was another request's, or had another body");
                 return Err(ApiError::new(ProblemKind::KeyReused, text));
             }
-            return Ok(Turn::Again(entry.answer.clone()));
+            return Ok(KeyedRequest::Again(entry.answer.clone()));
         }
-        while all.len() >= MAX_KEYS || all.values().filter_map(Entry::bytes).sum::<usize>() > MAX_BYTES {
+        while all.len() >= MAX_KEYS || all.values().filter_map(RememberedRequest::bytes).sum::<usize>() > MAX_BYTES {
             let done = all.iter().filter(|(_, entry)| entry.bytes().is_some());
             let oldest = done.max_by_key(|(_, entry)| entry.age()).map(|(key, _)| key.clone());
             let Some(oldest) = oldest else {
@@ -135,8 +135,8 @@ impl Keys {
             all.remove(&oldest);
         }
         let (sender, answer) = watch::channel(None);
-        all.insert(key.to_owned(), Entry { fingerprint, answer: answer.clone() });
-        Ok(Turn::First(sender, answer))
+        all.insert(key.to_owned(), RememberedRequest { fingerprint, answer: answer.clone() });
+        Ok(KeyedRequest::First(sender, answer))
     }
 }
 
@@ -176,12 +176,12 @@ async fn answer(keys: &Arc<Keys>, request: Request, next: Next) -> Result<Respon
     let body = body.collect().await.map_err(unreadable)?.to_bytes();
     let fingerprint = keys.hasher.hash_one((head.method.as_str(), head.uri.path(), &body[..]));
     let (mut answered, is_replayed) = match keys.turn(&key, fingerprint)? {
-        Turn::Again(answered) => (answered, true),
-        Turn::First(sender, answered) => {
+        KeyedRequest::Again(answered) => (answered, true),
+        KeyedRequest::First(sender, answered) => {
             let keys = Arc::clone(keys);
             tokio::spawn(async move {
                 let mut forget = Forget { keys: &keys, key: &key, is_remembered: false };
-                let answer = Answer::of(next.run(Request::from_parts(head, Body::from(body))).await).await;
+                let answer = RememberedAnswer::of(next.run(Request::from_parts(head, Body::from(body))).await).await;
                 let Ok(answer) = answer else { return };
                 forget.is_remembered = !answer.status.is_server_error();
                 // Before the waiting requests get the answer: they may try again at once.
@@ -311,9 +311,14 @@ mod tests {
             }
             let under_way: Vec<_> = (0..MAX_KEYS).map(|n| keys.turn(&n.to_string(), 0).unwrap()).collect();
             assert_eq!(ask(&all, "/v1/vms", Some("k"), "x").await.0, 503);
-            let Turn::First(sender, _) = &under_way[7] else { panic!("it is the first") };
+            let KeyedRequest::First(sender, _) = &under_way[7] else { panic!("it is the first") };
             let at = Instant::now();
-            sender.send_replace(Some(Answer { status: StatusCode::OK, media_type: None, body: Bytes::new(), at }));
+            sender.send_replace(Some(RememberedAnswer {
+                status: StatusCode::OK,
+                media_type: None,
+                body: Bytes::new(),
+                at,
+            }));
             assert_eq!(ask(&all, "/v1/vms", Some("k"), "x").await.0, 200);
             assert!(!keys.all().contains_key("7") && keys.all().contains_key("k"));
         });
@@ -323,12 +328,12 @@ mod tests {
     fn an_answer_is_remembered_from_when_it_is_there() {
         let keys = Keys::default();
         let age = |seconds| Instant::now().checked_sub(REMEMBERED + Duration::from_secs(seconds));
-        let (Some(long_ago), Ok(Turn::First(sender, _first))) = (age(1), keys.turn("k", 0)) else { return };
-        let answered = |at| Some(Answer { status: StatusCode::OK, media_type: None, body: Bytes::new(), at });
+        let (Some(long_ago), Ok(KeyedRequest::First(sender, _first))) = (age(1), keys.turn("k", 0)) else { return };
+        let answered = |at| Some(RememberedAnswer { status: StatusCode::OK, media_type: None, body: Bytes::new(), at });
         // However long the request took.
         sender.send_replace(answered(Instant::now()));
-        assert!(matches!(keys.turn("k", 0), Ok(Turn::Again(_))));
+        assert!(matches!(keys.turn("k", 0), Ok(KeyedRequest::Again(_))));
         sender.send_replace(answered(long_ago));
-        assert!(matches!(keys.turn("k", 0), Ok(Turn::First(..))));
+        assert!(matches!(keys.turn("k", 0), Ok(KeyedRequest::First(..))));
     }
 }

@@ -15,11 +15,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use super::about::About;
 use super::processes::ProcessId;
+use super::vm_record::VmRecord;
 use super::{Inner, Supervisor};
 use crate::control::{ProblemKind, SuspendAfterInfo, SuspendAfterRequest};
-use crate::fleet::{Cancel, FleetError};
+use crate::vm_host::{Cancel, DaemonError};
 
 /// Interval of the checks.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -169,16 +169,16 @@ impl Supervisor {
     ///
     /// # Errors
     /// When there is no such VM, or the time is out of range.
-    pub(super) fn suspend_after(&self, name: &str, request: &SuspendAfterRequest) -> Result<(), FleetError> {
+    pub(super) fn suspend_after(&self, name: &str, request: &SuspendAfterRequest) -> Result<(), DaemonError> {
         let SuspendAfterRequest { seconds, ref dir } = *request;
         // NaN is in no range.
         if !(seconds > 0.0 && seconds <= MAX_SECONDS) {
             let text = format!("seconds={seconds}: more than 0, and at most {MAX_SECONDS}");
-            return Err(FleetError::Refused { kind: ProblemKind::BadRequest, text });
+            return Err(DaemonError::Refused { kind: ProblemKind::BadRequest, text });
         }
-        let about = About::expect(&self.0.dir, name)?;
-        let gone = || FleetError::NoSuchVm { name: name.to_owned() };
-        let pid = about.process.map(ProcessId::pid).or_else(|| self.pid_of(name)).ok_or_else(gone)?;
+        let vm_record = VmRecord::expect(&self.0.dir, name)?;
+        let gone = || DaemonError::NoSuchVm { name: name.to_owned() };
+        let pid = vm_record.process.map(ProcessId::pid).or_else(|| self.pid_of(name)).ok_or_else(gone)?;
         let (used, now) = (used(pid, None).ok_or_else(gone)?, Instant::now());
         let dir = dir.clone().unwrap_or_else(|| Path::new(super::suspend::DIR).to_owned());
         let after = Duration::from_secs_f64(seconds);
@@ -192,15 +192,15 @@ impl Supervisor {
     }
 
     /// Returns the time after which a VM is suspended.
-    pub(super) fn suspended_after(&self, name: &str) -> Result<SuspendAfterInfo, FleetError> {
-        About::expect(&self.0.dir, name)?;
+    pub(super) fn suspended_after(&self, name: &str) -> Result<SuspendAfterInfo, DaemonError> {
+        VmRecord::expect(&self.0.dir, name)?;
         let policies = self.0.idle.policies();
         Ok(SuspendAfterInfo { seconds: policies.by_name.get(name).map(|policy| policy.after.as_secs_f64()) })
     }
 
     /// Stops suspending a VM.
-    pub(super) fn suspend_never(&self, name: &str) -> Result<(), FleetError> {
-        About::expect(&self.0.dir, name)?;
+    pub(super) fn suspend_never(&self, name: &str) -> Result<(), DaemonError> {
+        VmRecord::expect(&self.0.dir, name)?;
         self.0.idle.policies().by_name.remove(name);
         Ok(())
     }

@@ -25,7 +25,7 @@ use tempfile::NamedTempFile;
 
 use super::cgroups::Bounds;
 use crate::control::CheckpointInfo;
-use crate::fleet::{Labels, check_name};
+use crate::vm_host::{Labels, check_name};
 
 const RECORD: &str = "record.json";
 const GONE: &str = ".gone-";

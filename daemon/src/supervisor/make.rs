@@ -5,22 +5,25 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use super::about::About;
 use super::cgroups::{Bounds, Group};
 use super::checkpoint::Checkpoint;
-use super::hand::{Hand, Start};
 use super::net_hook::Up;
-use super::ready::expect_reachable;
+use super::reidentify::expect_reachable;
 use super::session::Session;
-use super::{Fetch, Inner, Supervisor};
-use crate::ahead::{AheadOrder, Learning, note};
+use super::vm_record::VmRecord;
+use super::worker_resources::{Start, WorkerResources};
+use super::{ImagePermit, Inner, Supervisor};
+use crate::ahead::{AheadRequest, Learning, note};
 use crate::control::{BootRequest, ClientProcess, ErasedInfo, ForkAnswer, ForkRequest, ProblemKind, VmLimits};
-use crate::fleet::{Cancel, FleetError, NameClaim, Needs, check_names, check_room, check_share, claim_names};
-use crate::image::Asked;
+use crate::image::PendingFork;
 use crate::jail::is_block_device;
 use crate::secrets::{self, Secrets, SecretsRecord};
+use crate::vm_host::{
+    Cancel, DaemonError, NameClaim, ResourceDemand, check_host_limits, check_names, check_share, claim_names,
+};
 use crate::worker::{
-    BootOrder, EnterOrder, ForkOrder, Inherited, Made, Order, Pace, Shape, Worker, Workers, has_ended,
+    ConfineRequest, Inherited, LaunchedVm, Pace, StartBootRequest, StartChildRequest, VmTemplate, Worker,
+    WorkerRequest, Workers, has_ended,
 };
 use clade_vmm::vm::{Endpoints, VmError};
 
@@ -36,43 +39,43 @@ const MIN_CPUS: f64 = 0.01;
 const MAX_CPUS: f64 = 1024.0;
 
 /// A worker's control group and limits.
-pub(super) struct Ground {
-    pub(super) enter: EnterOrder,
+pub(super) struct WorkerEnv {
+    pub(super) confine: ConfineRequest,
     pub(super) bounds: Bounds,
 }
 
 /// The source of children.
-pub(super) struct Origin<'a> {
-    pub(super) about: &'a About,
+pub(super) struct ChildSource<'a> {
+    pub(super) vm_record: &'a VmRecord,
     /// The VM, if it is not the image of a snapshot.
     pub(super) vm: Option<&'a str>,
     /// Learns the pages that its children write, if that is wanted.
     pub(super) learning: Option<&'a Arc<Learning>>,
-    /// Returns the image once it is there: it is requested after the workers have their orders.
-    pub(super) image: &'a dyn Fn() -> Result<&'a Checkpoint, FleetError>,
+    /// Returns the image once it is there: it is requested after the workers have their requests.
+    pub(super) image: &'a dyn Fn() -> Result<&'a Checkpoint, DaemonError>,
 }
 
 /// VMs to be made.
-struct Making<'a> {
-    /// The shape of prepared workers. None if none fit.
-    shape: Option<&'a Shape>,
-    ground: Ground,
+struct LaunchPlan<'a> {
+    /// The template of prepared workers. None if none fit.
+    template: Option<&'a VmTemplate>,
+    worker_env: WorkerEnv,
     claims: &'a [NameClaim],
-    /// Gives a worker the order for the VM of a claim.
-    order: &'a dyn Fn(&Worker, &NameClaim) -> Result<Hand, FleetError>,
-    check: &'a dyn Fn(usize) -> Result<(), FleetError>,
+    /// Gives a worker the request for the VM of a claim.
+    assign: &'a dyn Fn(&Worker, &NameClaim) -> Result<WorkerResources, DaemonError>,
+    check: &'a dyn Fn(usize) -> Result<(), DaemonError>,
     pace: Pace,
 }
 
-/// Workers with their orders, each with its descriptors, in its group.
-struct Ordered {
+/// Workers with their requests, each with its descriptors, in its group.
+struct AssignedWorkers {
     workers: Workers,
-    hands: Vec<Hand>,
+    all_resources: Vec<WorkerResources>,
     groups: Vec<Option<Group>>,
 }
 
 /// Returns the count of secrets erased in each of the children made without secrets.
-fn erased(made: &[Made], request: &ForkRequest) -> Option<ErasedInfo> {
+fn erased(made: &[LaunchedVm], request: &ForkRequest) -> Option<ErasedInfo> {
     made.first().filter(|_| request.without_secrets).map(|child| child.erased)
 }
 
@@ -86,34 +89,34 @@ impl Supervisor {
         &self,
         vm: &str,
         request: &ForkRequest,
-        fetch: Fetch,
+        permit: ImagePermit,
         cancel: &Cancel,
-    ) -> Result<ForkAnswer, FleetError> {
+    ) -> Result<ForkAnswer, DaemonError> {
         let begun = Instant::now();
         let _busy = self.0.busy.read();
         check_names(request.count, request.name.as_deref())?;
         // Before the request for its image: when that is there, the VM's files may be another's.
-        let about = About::expect(&self.0.dir, vm)?;
+        let vm_record = VmRecord::expect(&self.0.dir, vm)?;
         // Before the parent is paused: a refused request costs it nothing.
-        let claims = self.claim(vm, request, &about.shape, cancel)?;
-        let _making = self.0.making(&claims);
+        let claims = self.claim(vm, request, &vm_record.template, cancel)?;
+        let _launching = self.0.launching(&claims);
         let claimed = Instant::now();
         // Its fork and the starts of the children's workers run side by side.
-        let asked = Cell::new(Some((Asked::begin(self.dir(), vm)?, fetch)));
+        let pending_fork = Cell::new(Some((PendingFork::begin(self.dir(), vm)?, permit)));
         let taken = OnceCell::new();
-        let image = || match (taken.get(), asked.take()) {
+        let image = || match (taken.get(), pending_fork.take()) {
             (Some(taken), _) => Ok(taken),
-            (None, Some((asked, _fetch))) => {
+            (None, Some((pending_fork, _permit))) => {
                 let check = || self.check(0, request.count, cancel);
-                let checkpoint = Checkpoint::of_asked(vm, about.clone(), asked, &check)?;
+                let checkpoint = Checkpoint::of_pending(vm, vm_record.clone(), pending_fork, &check)?;
                 tracing::debug!(vm, claim = ?claimed - begun, image = ?claimed.elapsed(), "fork");
                 Ok(taken.get_or_init(|| checkpoint))
             }
             // The request for it has failed.
-            (None, None) => Err(FleetError::Ending),
+            (None, None) => Err(DaemonError::Ending),
         };
         let made = self.start_children(
-            &Origin { about: &about, vm: Some(vm), learning: None, image: &image },
+            &ChildSource { vm_record: &vm_record, vm: Some(vm), learning: None, image: &image },
             claims,
             request,
             cancel,
@@ -133,13 +136,13 @@ impl Supervisor {
         name: &str,
         request: &ForkRequest,
         cancel: &Cancel,
-    ) -> Result<ForkAnswer, FleetError> {
+    ) -> Result<ForkAnswer, DaemonError> {
         let begun = Instant::now();
         let _busy = self.0.busy.read();
         check_names(request.count, request.name.as_deref())?;
         let checkpoint = self.checkpoint_of(name, cancel)?;
-        let claims = self.claim(name, request, &checkpoint.about().shape, cancel)?;
-        let _making = self.0.making(&claims);
+        let claims = self.claim(name, request, &checkpoint.vm_record().template, cancel)?;
+        let _launching = self.0.launching(&claims);
         let made = self.start_children_of(&checkpoint, claims, request, cancel)?;
         let erased = erased(&made, request);
         let answer = checkpoint.answer(made, begun.elapsed()).with_erased(erased);
@@ -147,24 +150,25 @@ impl Supervisor {
         Ok(answer)
     }
 
-    /// Claims the names of children of `shape`, after a check that the host has room.
+    /// Claims the names of children of `template`, after a check that the host has room.
     /// [`check_names`] comes first.
     pub(super) fn claim(
         &self,
         stem: &str,
         request: &ForkRequest,
-        shape: &Shape,
+        template: &VmTemplate,
         cancel: &Cancel,
-    ) -> Result<Vec<NameClaim>, FleetError> {
+    ) -> Result<Vec<NameClaim>, DaemonError> {
         let count = request.count;
         if request.ready {
-            expect_reachable(stem, &shape.config)?;
+            expect_reachable(stem, &template.config)?;
         }
-        check_room(count, Needs::of(&shape.config)).map_err(|source| FleetError::Room { count, source })?;
+        check_host_limits(count, ResourceDemand::of(&template.config))
+            .map_err(|source| DaemonError::HostLimit { count, source })?;
         let listed = self.0.processes.names();
         if !request.overcommit {
             let running = if request.paused { None } else { Some(listed.len()) };
-            check_share(count, running).map_err(|source| FleetError::Room { count, source })?;
+            check_share(count, running).map_err(|source| DaemonError::HostLimit { count, source })?;
         }
         let check = || self.check(0, count, cancel);
         claim_names(&self.0.dir, stem, count, request.name.as_deref(), |name| listed.contains(name), check)
@@ -177,9 +181,10 @@ impl Supervisor {
         claims: Vec<NameClaim>,
         request: &ForkRequest,
         cancel: &Cancel,
-    ) -> Result<Vec<Made>, FleetError> {
+    ) -> Result<Vec<LaunchedVm>, DaemonError> {
         let learning = Some(checkpoint.learning());
-        let origin = Origin { about: checkpoint.about(), vm: checkpoint.vm(), learning, image: &|| Ok(checkpoint) };
+        let origin =
+            ChildSource { vm_record: checkpoint.vm_record(), vm: checkpoint.vm(), learning, image: &|| Ok(checkpoint) };
         self.start_children(&origin, claims, request, cancel)
     }
 
@@ -189,15 +194,15 @@ impl Supervisor {
     /// When one cannot be made.
     pub(super) fn start_children(
         &self,
-        origin: &Origin<'_>,
+        origin: &ChildSource<'_>,
         claims: Vec<NameClaim>,
         request: &ForkRequest,
         cancel: &Cancel,
-    ) -> Result<Vec<Made>, FleetError> {
+    ) -> Result<Vec<LaunchedVm>, DaemonError> {
         let count = claims.len();
-        let failed = |source| FleetError::Worker { source };
+        let failed = |source| DaemonError::Worker { source };
         let budget = Learning::budget(self.ahead_pages(origin, request)?, count);
-        let About { shape, identity, session, bounds, secrets, .. } = origin.about;
+        let VmRecord { template, identity, session, bounds, secrets, .. } = origin.vm_record;
         let secrets = secrets.as_ref().map(|secrets| secrets.of_child(request.without_secrets));
         let session = match (session, origin.learning) {
             (Some(session), None) => Some(session.expect_live(count)?),
@@ -207,32 +212,32 @@ impl Supervisor {
         };
         let choice = request.identity();
         // Held while any is made: a worker's grants must name existing directories.
-        let _overlays = self.0.overlays.hold(&shape.written())?;
+        let _overlays = self.0.overlays.hold(&template.written())?;
         claims.iter().for_each(|claim| self.0.forget_earlier(&claim.name));
-        let order = |worker: &Worker, claim: &NameClaim| {
-            let ends = Endpoints::child(&shape.config, identity, &claim.name, &choice).map_err(VmError::from)?;
-            let overlays = self.0.overlays.hold(&shape.written())?;
+        let assign = |worker: &Worker, claim: &NameClaim| {
+            let ends = Endpoints::child(&template.config, identity, &claim.name, &choice).map_err(VmError::from)?;
+            let overlays = self.0.overlays.hold(&template.written())?;
             let start = Start {
-                shape,
+                template,
                 session: session.as_ref(),
                 parent: origin.vm,
                 bounds: *bounds,
                 secrets: secrets.as_ref(),
                 pid: worker.pid(),
             };
-            let (mut hand, handed) = Hand::make(claim, start, overlays, ends, &self.0.broker)?;
-            let order = ForkOrder {
+            let (mut resources, passed_fds) = WorkerResources::make(claim, start, overlays, ends, &self.0.broker)?;
+            let launch = StartChildRequest {
                 name: claim.name.clone(),
-                shape: shape.clone(),
-                handed,
+                template: template.clone(),
+                passed_fds,
                 parent: origin.vm.map(str::to_owned),
                 paused: request.paused,
             };
-            worker.order(&Order::Fork(Box::new(order)), &hand.files(claim))?;
-            hand.sent();
-            Ok(hand)
+            worker.request(&WorkerRequest::Fork(Box::new(launch)), &resources.files(claim))?;
+            resources.sent();
+            Ok(resources)
         };
-        let give = |workers: &Workers| -> Result<Vec<Note>, FleetError> {
+        let give = |workers: &Workers| -> Result<Vec<Note>, DaemonError> {
             let checkpoint = (origin.image)()?;
             let labels = request.labels.as_ref().unwrap_or_else(|| checkpoint.labels()).clone();
             let (secrets, withhold) = (checkpoint.secrets().clone(), request.without_secrets);
@@ -241,8 +246,8 @@ impl Supervisor {
             }
             let learns = origin.learning.filter(|_| budget > 0);
             let likely = learns.map(|learning| learning.likely(budget)).transpose().map_err(failed)?;
-            let order = learns.map(|_| AheadOrder { pages: budget });
-            let inherited = Inherited { labels, secrets, withhold, ahead: order };
+            let ahead = learns.map(|_| AheadRequest { pages: budget });
+            let inherited = Inherited { labels, secrets, withhold, ahead };
             let give = |worker: &Worker| {
                 let note =
                     learns.map(|learning| Ok((note()?, Arc::downgrade(learning)))).transpose().map_err(failed)?;
@@ -252,13 +257,14 @@ impl Supervisor {
             };
             workers.0.iter().map(give).collect()
         };
-        let ground = Ground { enter: self.0.place.of_child(shape), bounds: *bounds };
+        let worker_env = WorkerEnv { confine: self.0.sandbox.of_child(template), bounds: *bounds };
         let its_session = |made| session.as_ref().map_or(Ok(()), |live| live.check(made, count));
         let check = |made| its_session(made).and_then(|()| self.check(made, count, cancel));
         let pace = if request.paused { Pace::Paused } else { Pace::Running };
-        let making = Making { shape: Some(shape), ground, claims: &claims, order: &order, check: &check, pace };
+        let plan =
+            LaunchPlan { template: Some(template), worker_env, claims: &claims, assign: &assign, check: &check, pace };
         // Its workers end with the command.
-        let made = self.make(&making, give).map_err(|error| its_session(0).err().unwrap_or(error))?;
+        let made = self.make(&plan, give).map_err(|error| its_session(0).err().unwrap_or(error))?;
         claims.into_iter().for_each(NameClaim::leave);
         Ok(made)
     }
@@ -272,7 +278,7 @@ impl Supervisor {
         request: BootRequest,
         client: Option<ClientProcess>,
         cancel: &Cancel,
-    ) -> Result<Made, FleetError> {
+    ) -> Result<LaunchedVm, DaemonError> {
         let _busy = self.0.busy.read();
         let BootRequest {
             name,
@@ -290,162 +296,175 @@ impl Supervisor {
         let bounds = self.bounds(limits)?;
         secrets::check(&secrets)?;
         let secrets = Secrets::of(secrets);
-        let record = SecretsRecord::of(&secrets).map_err(|source| FleetError::Worker { source })?;
+        let record = SecretsRecord::of(&secrets).map_err(|source| DaemonError::Worker { source })?;
         let session = session.map(|name| Session::of(&name, client)).transpose()?;
         let session = session.as_ref().map(|session| session.expect_live(1)).transpose()?;
         let claim = NameClaim::new(&self.0.dir, &name)?;
-        check_room(1, Needs::of(&config)).map_err(|source| FleetError::Room { count: 1, source })?;
+        check_host_limits(1, ResourceDemand::of(&config))
+            .map_err(|source| DaemonError::HostLimit { count: 1, source })?;
         config.check_devices().map_err(VmError::from)?;
         config.check_queues().map_err(VmError::from)?;
-        let shape = Shape::of_boot(&config);
+        let template = VmTemplate::of_boot(&config);
         // The writes of a disk without a journal. Journals are made beside the image.
         let mut written = Vec::new();
-        for (disk, overlays) in config.disks.iter_mut().zip(&shape.overlays) {
+        for (disk, overlays) in config.disks.iter_mut().zip(&template.overlays) {
             let has_journal = !disk.disk.ephemeral && !is_block_device(&disk.disk.path);
             if !disk.disk.read_only && !has_journal {
                 disk.disk.overlays = Some(overlays.clone());
                 written.push(overlays.clone());
             }
         }
-        let shape = Shape { config: config.clone(), ..shape };
+        let template = VmTemplate { config: config.clone(), ..template };
         let _overlays = self.0.overlays.hold(&written)?;
-        let ground = Ground { enter: self.0.place.of_boot(&config, &kernel, initrd.as_deref()), bounds };
+        let worker_env = WorkerEnv { confine: self.0.sandbox.of_boot(&config, &kernel, initrd.as_deref()), bounds };
         let claims = [claim];
-        let _making = self.0.making(&claims);
+        let _launching = self.0.launching(&claims);
         self.0.forget_earlier(&claims[0].name);
-        let order = |worker: &Worker, claim: &NameClaim| {
+        let assign = |worker: &Worker, claim: &NameClaim| {
             let ends = Endpoints::boot(&config).map_err(VmError::from)?;
             let overlays = self.0.overlays.hold(&written)?;
             let start = Start {
-                shape: &shape,
+                template: &template,
                 session: session.as_ref(),
                 parent: None,
                 bounds,
                 secrets: Some(&record),
                 pid: worker.pid(),
             };
-            let (mut hand, handed) = Hand::make(claim, start, overlays, ends, &self.0.broker)?;
+            let (mut resources, passed_fds) = WorkerResources::make(claim, start, overlays, ends, &self.0.broker)?;
             let (kernel, initrd, cmdline) = (kernel.clone(), initrd.clone(), cmdline.clone());
             let (name, config, labels) = (claim.name.clone(), config.clone(), labels.clone());
             let secrets = secrets.clone();
-            let order =
-                BootOrder { name, handed, config, kernel, initrd, cmdline, labels, secrets, paused, reports_ready };
-            worker.order(&Order::Boot(Box::new(order)), &hand.files(claim))?;
-            hand.sent();
-            Ok(hand.booted())
+            let launch = StartBootRequest {
+                name,
+                passed_fds,
+                config,
+                kernel,
+                initrd,
+                cmdline,
+                labels,
+                secrets,
+                paused,
+                reports_ready,
+            };
+            worker.request(&WorkerRequest::Boot(Box::new(launch)), &resources.files(claim))?;
+            resources.sent();
+            Ok(resources.booted())
         };
         let check = |made| self.check(made, 1, cancel);
         let pace = if paused { Pace::Paused } else { Pace::Running };
-        let making = Making { shape: None, ground, claims: &claims, order: &order, check: &check, pace };
-        let made = self.make(&making, |workers| Ok(workers.0.iter().map(|_| None).collect()))?;
+        let plan = LaunchPlan { template: None, worker_env, claims: &claims, assign: &assign, check: &check, pace };
+        let made = self.make(&plan, |workers| Ok(workers.0.iter().map(|_| None).collect()))?;
         claims.into_iter().for_each(NameClaim::leave);
         made.iter().for_each(|vm| self.0.events.booted(&vm.name));
-        made.into_iter().next().ok_or(FleetError::Ending)
+        made.into_iter().next().ok_or(DaemonError::Ending)
     }
 
     /// Has a worker for each claim make its VM, and then lets all run. `give` sends the parts that
-    /// follow the orders, and returns the files for the written pages. On failure the claims must
+    /// follow the requests, and returns the files for the written pages. On failure the claims must
     /// outlive this call: a name is free only once nothing uses it.
     fn make(
         &self,
-        making: &Making<'_>,
-        give: impl Fn(&Workers) -> Result<Vec<Note>, FleetError>,
-    ) -> Result<Vec<Made>, FleetError> {
+        plan: &LaunchPlan<'_>,
+        give: impl Fn(&Workers) -> Result<Vec<Note>, DaemonError>,
+    ) -> Result<Vec<LaunchedVm>, DaemonError> {
         // Further workers are prepared afterwards: that takes processor time.
-        let (prepared, _busy) = match making.shape {
-            Some(shape) => {
-                let (prepared, busy) = self.0.pool.take(shape, making.claims.len());
+        let (prepared, _busy) = match plan.template {
+            Some(template) => {
+                let (prepared, busy) = self.0.pool.take(template, plan.claims.len());
                 (prepared, Some(busy))
             }
             None => (Vec::new(), None),
         };
         let were_prepared = !prepared.is_empty();
         let begun = Instant::now();
-        let ordered = self.order(prepared, making)?;
-        let have_orders = Instant::now();
-        let made = match self.run(ordered, making, &give) {
+        let assigned = self.assign(prepared, plan)?;
+        let have_requests = Instant::now();
+        let made = match self.run(assigned, plan, &give) {
             // A prepared worker may have died meanwhile. For others this is an error.
-            Err(FleetError::Worker { source }) if were_prepared => {
+            Err(DaemonError::Worker { source }) if were_prepared => {
                 tracing::info!(error = %source, "a prepared worker has failed, and others are taken");
-                self.run(self.order(Vec::new(), making)?, making, &give)
+                self.run(self.assign(Vec::new(), plan)?, plan, &give)
             }
             made => made,
         };
         tracing::debug!(
-            count = making.claims.len(),
-            orders = ?have_orders - begun,
-            run = ?have_orders.elapsed(),
+            count = plan.claims.len(),
+            requests = ?have_requests - begun,
+            run = ?have_requests.elapsed(),
             "made"
         );
         made
     }
 
-    /// Gives orders to the `prepared` workers, and to as many new ones as needed.
-    fn order(&self, prepared: Vec<Worker>, making: &Making<'_>) -> Result<Ordered, FleetError> {
-        let Making { ground, claims, order, check, .. } = making;
+    /// Gives requests to the `prepared` workers, and to as many new ones as needed.
+    fn assign(&self, prepared: Vec<Worker>, plan: &LaunchPlan<'_>) -> Result<AssignedWorkers, DaemonError> {
+        let LaunchPlan { worker_env, claims, assign, check, .. } = plan;
         let count = prepared.len();
         let mut workers = Workers(self.0.zygote.workers(claims.len() - count)?);
         // The prepared ones first: they are the first to be done.
         workers.0.splice(..0, prepared);
-        // In its group before its first order, if that is possible.
+        // In its group before its first request, if that is possible.
         let settle = |worker: &Worker, claim: &NameClaim, is_prepared: bool| {
-            let group = self.0.group_for(worker, &claim.name, ground)?;
+            let group = self.0.group_for(worker, &claim.name, worker_env)?;
             if !is_prepared {
-                worker.enter(ground.enter.clone())?;
+                worker.confine(worker_env.confine.clone())?;
             }
-            Ok::<_, FleetError>(group)
+            Ok::<_, DaemonError>(group)
         };
         let ours = workers.0.iter().zip(*claims).enumerate();
         let groups = ours.map(|(at, (worker, claim))| settle(worker, claim, at < count));
         let mut groups: Vec<Option<Group>> = groups.collect::<Result<_, _>>()?;
-        let mut hands = Vec::with_capacity(claims.len());
+        let mut all_resources = Vec::with_capacity(claims.len());
         for (at, claim) in claims.iter().enumerate() {
             check(0)?;
-            let hand = match order(&workers.0[at], claim) {
+            let resources = match assign(&workers.0[at], claim) {
                 // A prepared worker may have died meanwhile. For another this is an error.
-                Err(FleetError::Worker { .. }) => {
-                    workers.0[at] = self.0.zygote.workers(1)?.pop().ok_or(FleetError::Ending)?;
+                Err(DaemonError::Worker { .. }) => {
+                    workers.0[at] = self.0.zygote.workers(1)?.pop().ok_or(DaemonError::Ending)?;
                     groups[at] = settle(&workers.0[at], claim, false)?;
-                    order(&workers.0[at], claim)
+                    assign(&workers.0[at], claim)
                 }
                 other => other,
             };
-            hands.push(hand?);
+            all_resources.push(resources?);
         }
-        Ok(Ordered { workers, hands, groups })
+        Ok(AssignedWorkers { workers, all_resources, groups })
     }
 
-    /// Sends workers the parts that follow their orders, and lets their VMs run once all are made.
+    /// Sends workers the parts that follow their requests, and lets their VMs run once all are
+    /// made.
     fn run(
         &self,
-        ordered: Ordered,
-        making: &Making<'_>,
-        give: impl Fn(&Workers) -> Result<Vec<Note>, FleetError>,
-    ) -> Result<Vec<Made>, FleetError> {
-        let Ordered { mut workers, hands, groups } = ordered;
-        let claims = making.claims;
+        assigned: AssignedWorkers,
+        plan: &LaunchPlan<'_>,
+        give: impl Fn(&Workers) -> Result<Vec<Note>, DaemonError>,
+    ) -> Result<Vec<LaunchedVm>, DaemonError> {
+        let AssignedWorkers { mut workers, all_resources, groups } = assigned;
+        let claims = plan.claims;
         let notes = give(&workers)?;
         // All of them, or no VM runs.
-        let interfaces = || claims.iter().zip(&hands).map(|(claim, hand)| hand.interfaces(&claim.name)).collect();
+        let interfaces =
+            || claims.iter().zip(&all_resources).map(|(claim, resources)| resources.interfaces(&claim.name)).collect();
         let up = self.0.net_hook.as_ref().map(|hook| hook.up(interfaces())).transpose()?;
         // Before they run: a VM may end at once.
         let pids: Vec<u32> = workers.0.iter().map(Worker::pid).collect();
-        let vms = workers.0.iter().zip(claims).zip(&hands).zip(groups).zip(notes);
-        for ((((worker, claim), hand), group), note) in vms {
-            let process = worker.pidfd()?.ok_or(FleetError::Ending)?;
-            self.0.processes.add([(worker.pid(), hand.own_vm(&claim.name, process, group).noting(note))]);
+        let vms = workers.0.iter().zip(claims).zip(&all_resources).zip(groups).zip(notes);
+        for ((((worker, claim), resources), group), note) in vms {
+            let process = worker.pidfd()?.ok_or(DaemonError::Ending)?;
+            self.0.processes.add([(worker.pid(), resources.own_vm(&claim.name, process, group).noting(note))]);
         }
-        let made = workers.run_together(making.pace, making.check).inspect_err(|_| {
+        let made = workers.run_together(plan.pace, plan.check).inspect_err(|_| {
             pids.iter().for_each(|pid| drop(self.0.processes.remove(*pid)));
         })?;
-        hands.into_iter().for_each(Hand::keep);
+        all_resources.into_iter().for_each(WorkerResources::keep);
         up.into_iter().for_each(Up::keep);
         Ok(made)
     }
 
     /// Returns the number of pages that a child of `origin` may copy ahead.
-    fn ahead_pages(&self, origin: &Origin<'_>, request: &ForkRequest) -> Result<u64, FleetError> {
-        let refused = |text: String| Err(FleetError::Refused { kind: ProblemKind::BadConfig, text });
+    fn ahead_pages(&self, origin: &ChildSource<'_>, request: &ForkRequest) -> Result<u64, DaemonError> {
+        let refused = |text: String| Err(DaemonError::Refused { kind: ProblemKind::BadConfig, text });
         let mib = match (request.ahead_mib, origin.learning) {
             (Some(mib @ 1..), None) => {
                 return refused(format!("ahead_mib: {mib}: nothing is learned of a VM's forks: fork a checkpoint"));
@@ -460,8 +479,8 @@ impl Supervisor {
     }
 
     /// Returns the resource limits of a VM, if they are requested and can be enforced.
-    fn bounds(&self, limits: VmLimits) -> Result<Bounds, FleetError> {
-        let refused = |text: &str| Err(FleetError::Refused { kind: ProblemKind::BadConfig, text: text.to_owned() });
+    fn bounds(&self, limits: VmLimits) -> Result<Bounds, DaemonError> {
+        let refused = |text: &str| Err(DaemonError::Refused { kind: ProblemKind::BadConfig, text: text.to_owned() });
         let VmLimits { memory_mib, cpus } = limits;
         let bounds = Bounds { memory_mib, cpus };
         if memory_mib.is_some_and(|mib| mib < MIN_LIMIT_MIB) {
@@ -479,13 +498,13 @@ impl Supervisor {
 
 impl Inner {
     /// Makes the group of a new VM, with its worker in it.
-    fn group_for(&self, worker: &Worker, name: &str, ground: &Ground) -> Result<Option<Group>, FleetError> {
+    fn group_for(&self, worker: &Worker, name: &str, worker_env: &WorkerEnv) -> Result<Option<Group>, DaemonError> {
         let Some(groups) = &self.cgroups else { return Ok(None) };
-        let group = groups.make(name, ground.bounds, ground.enter.ram)?;
+        let group = groups.make(name, worker_env.bounds, worker_env.confine.ram)?;
         // The pid is the worker's as long as its pidfd reports no end.
         let pidfd = worker.pidfd()?.filter(|pidfd| !has_ended(pidfd, Duration::ZERO));
         let Some(_pidfd) = pidfd else {
-            return Err(FleetError::Worker { source: std::io::ErrorKind::BrokenPipe.into() });
+            return Err(DaemonError::Worker { source: std::io::ErrorKind::BrokenPipe.into() });
         };
         group.enter(worker.pid())?;
         Ok(Some(group))

@@ -14,7 +14,7 @@ use axum::{Extension, Router};
 
 use super::Supervisor;
 use super::idempotency::REPLAYED;
-use crate::control::exposition::{CONTENT_TYPE, Exposition, Kind, Labels};
+use crate::control::exposition::{CONTENT_TYPE, Exposition, MetricKind, MetricLabels};
 use crate::control::{ApiError, Client, Gathered, HistogramInfo, ProblemKind, VmState, VmStats, pages_kib};
 use clade_vmm::vm::Histogram;
 
@@ -78,15 +78,15 @@ pub(super) async fn scrape(
 /// Writes the supervisor's own metrics.
 fn own(out: &mut Exposition, supervisor: &Supervisor, requests: &Requests, gathered: &Gathered) {
     let info = supervisor.info();
-    out.family("clade_build_info", Kind::Gauge, "The supervisor's version.");
+    out.family("clade_build_info", MetricKind::Gauge, "The supervisor's version.");
     out.count(&[("version", &info.version)], 1);
-    out.family("clade_supervised_vms", Kind::Gauge, "VMs whose processes the supervisor has started.");
+    out.family("clade_supervised_vms", MetricKind::Gauge, "VMs whose processes the supervisor has started.");
     out.count(&[], info.vms as u64);
-    out.family("clade_checkpoints", Kind::Gauge, "Checkpoints that are held.");
+    out.family("clade_checkpoints", MetricKind::Gauge, "Checkpoints that are held.");
     out.count(&[], info.checkpoints as u64);
-    out.family("clade_prepared_workers", Kind::Gauge, "Processes that are prepared for forks.");
+    out.family("clade_prepared_workers", MetricKind::Gauge, "Processes that are prepared for forks.");
     out.count(&[], info.prepared as u64);
-    out.family("clade_vms", Kind::Gauge, "VMs of the directory that have answered, by state.");
+    out.family("clade_vms", MetricKind::Gauge, "VMs of the directory that have answered, by state.");
     let states = [
         ("running", VmState::Running),
         ("paused", VmState::Paused),
@@ -96,15 +96,19 @@ fn own(out: &mut Exposition, supervisor: &Supervisor, requests: &Requests, gathe
     for (name, state) in states {
         out.count(&[("state", name)], gathered.vms.iter().filter(|vm| vm.state == state).count() as u64);
     }
-    out.family("clade_vms_silent", Kind::Gauge, "VMs that have not answered in time and are left out.");
+    out.family("clade_vms_silent", MetricKind::Gauge, "VMs that have not answered in time and are left out.");
     out.count(&[], gathered.silent.len() as u64);
-    out.family("clade_requests_total", Kind::Counter, "Requests to the supervisor that were answered, by status.");
+    out.family(
+        "clade_requests_total",
+        MetricKind::Counter,
+        "Requests to the supervisor that were answered, by status.",
+    );
     for (status, count) in requests.by_status().iter() {
         out.count(&[("status", &status.to_string())], *count);
     }
-    out.family("clade_fork_seconds", Kind::Histogram, "Fork requests, until the last child runs.");
+    out.family("clade_fork_seconds", MetricKind::Histogram, "Fork requests, until the last child runs.");
     out.histogram(&[], &HistogramInfo::from(requests.forks.counts()));
-    out.family("clade_boot_seconds", Kind::Histogram, "Boot requests, until the VM runs.");
+    out.family("clade_boot_seconds", MetricKind::Histogram, "Boot requests, until the VM runs.");
     out.histogram(&[], &HistogramInfo::from(requests.boots.counts()));
 }
 
@@ -129,13 +133,13 @@ fn clades(vms: &[VmStats]) -> BTreeMap<&str, &str> {
 type Of = for<'a> fn(&'a VmStats) -> Vec<(&'static str, u64)>;
 
 /// A metric of VMs: name, kind, help, the label that distinguishes its samples, its samples.
-type Metric = (&'static str, Kind, &'static str, &'static str, Of);
+type Metric = (&'static str, MetricKind, &'static str, &'static str, Of);
 
 const KIB: u64 = 1024;
 
 /// The metrics of VMs that are numbers.
 const METRICS: &[Metric] = &[
-    ("clade_vm_pages", Kind::Gauge, "Guest pages by what they are.", "kind", |vm| {
+    ("clade_vm_pages", MetricKind::Gauge, "Guest pages by what they are.", "kind", |vm| {
         let pages = &vm.memory.pages;
         vec![
             ("absent", pages.absent),
@@ -145,24 +149,30 @@ const METRICS: &[Metric] = &[
             ("pinned", pages.pinned),
         ]
     }),
-    ("clade_vm_memory_bytes", Kind::Gauge, "Memory of the VM by who has it.", "kind", |vm| {
+    ("clade_vm_memory_bytes", MetricKind::Gauge, "Memory of the VM by who has it.", "kind", |vm| {
         let alone = pages_kib(vm.memory.alone_pages);
         vec![("private", vm.memory.private_kib * KIB), ("shared_alone", alone * KIB)]
     }),
-    ("clade_vm_layers", Kind::Gauge, "Layers that the VM is shown.", "", |vm| {
+    ("clade_vm_layers", MetricKind::Gauge, "Layers that the VM is shown.", "", |vm| {
         vec![("", vm.memory.layers.len() as u64)]
     }),
-    ("clade_vm_mappings", Kind::Gauge, "Memory mappings that the VM takes.", "", |vm| vec![("", vm.memory.mappings)]),
-    ("clade_vm_copied_pages_total", Kind::Counter, "Pages copied on write, for pins or by forks.", "cause", |vm| {
-        vm.copies.by_cause().into()
+    ("clade_vm_mappings", MetricKind::Gauge, "Memory mappings that the VM takes.", "", |vm| {
+        vec![("", vm.memory.mappings)]
     }),
-    ("clade_vm_pins", Kind::Gauge, "Pins of pages for DMA.", "kind", |vm| {
+    (
+        "clade_vm_copied_pages_total",
+        MetricKind::Counter,
+        "Pages copied on write, for pins or by forks.",
+        "cause",
+        |vm| vm.copies.by_cause().into(),
+    ),
+    ("clade_vm_pins", MetricKind::Gauge, "Pins of pages for DMA.", "kind", |vm| {
         vec![("counted", vm.pins.now), ("long", vm.pins.long), ("reading", vm.pins.reading)]
     }),
-    ("clade_vm_pins_total", Kind::Counter, "Pins that took a lock, and long-term pins.", "kind", |vm| {
+    ("clade_vm_pins_total", MetricKind::Counter, "Pins that took a lock, and long-term pins.", "kind", |vm| {
         vec![("locked", vm.pins.locked), ("long", vm.pins.long_total)]
     }),
-    ("clade_vm_process_bytes", Kind::Gauge, "What the kernel says of the VM's process.", "kind", |vm| {
+    ("clade_vm_process_bytes", MetricKind::Gauge, "What the kernel says of the VM's process.", "kind", |vm| {
         let of = |process: &crate::control::ProcessStats| {
             vec![
                 ("page_tables", process.page_tables_kib * KIB),
@@ -188,11 +198,11 @@ fn of_vms(out: &mut Exposition, vms: &[VmStats]) {
             }
         }
     }
-    out.family("clade_vm_longest_pin_seconds", Kind::Gauge, "The longest that a long-term pin was held so far.");
+    out.family("clade_vm_longest_pin_seconds", MetricKind::Gauge, "The longest that a long-term pin was held so far.");
     for vm in vms {
         out.sample(&[("vm", &vm.name), ("clade", &clade(vm))], vm.pins.longest_s);
     }
-    out.family("clade_vm_pause_seconds", Kind::Histogram, "Pauses of the VM, by cause.");
+    out.family("clade_vm_pause_seconds", MetricKind::Histogram, "Pauses of the VM, by cause.");
     for vm in vms {
         let clade = clade(vm);
         for (cause, pauses) in
@@ -209,12 +219,16 @@ fn of_vms(out: &mut Exposition, vms: &[VmStats]) {
 }
 
 fn of_devices(out: &mut Exposition, vms: &[VmStats], clade: &dyn Fn(&VmStats) -> String) {
-    let each = |out: &mut Exposition, add: &dyn Fn(&mut Exposition, &VmStats, Labels<'_>, &str)| {
+    let each = |out: &mut Exposition, add: &dyn Fn(&mut Exposition, &VmStats, MetricLabels<'_>, &str)| {
         for vm in vms {
             add(out, vm, &[("vm", &vm.name), ("clade", &clade(vm))], &clade(vm));
         }
     };
-    out.family("clade_vm_network_bytes_total", Kind::Counter, "Bytes of network devices, as the guest sees them.");
+    out.family(
+        "clade_vm_network_bytes_total",
+        MetricKind::Counter,
+        "Bytes of network devices, as the guest sees them.",
+    );
     each(out, &|out, vm, _, clade| {
         for net in &vm.nets {
             for (direction, bytes) in [("received", net.received_bytes), ("sent", net.sent_bytes)] {
@@ -225,7 +239,7 @@ fn of_devices(out: &mut Exposition, vms: &[VmStats], clade: &dyn Fn(&VmStats) ->
     });
     out.family(
         "clade_vm_network_dropped_total",
-        Kind::Counter,
+        MetricKind::Counter,
         "Packets that an interface or a driver did not accept.",
     );
     each(out, &|out, vm, _, clade| {
@@ -234,7 +248,7 @@ fn of_devices(out: &mut Exposition, vms: &[VmStats], clade: &dyn Fn(&VmStats) ->
         }
     });
     let help = "Packets that were dropped because a VM's network is closed.";
-    out.family("clade_vm_network_blocked_total", Kind::Counter, help);
+    out.family("clade_vm_network_blocked_total", MetricKind::Counter, help);
     each(out, &|out, vm, _, clade| {
         for net in &vm.nets {
             for (direction, count) in [("received", net.blocked_received), ("sent", net.blocked_sent)] {
@@ -244,19 +258,19 @@ fn of_devices(out: &mut Exposition, vms: &[VmStats], clade: &dyn Fn(&VmStats) ->
         }
     });
     let help = "Packets that egress rules have dropped.";
-    out.family("clade_vm_network_egress_dropped_total", Kind::Counter, help);
+    out.family("clade_vm_network_egress_dropped_total", MetricKind::Counter, help);
     each(out, &|out, vm, _, clade| {
         for net in &vm.nets {
             out.count(&[("vm", &vm.name), ("clade", clade), ("interface", &net.tap)], net.egress_dropped);
         }
     });
-    out.family("clade_vm_disk_no_room_total", Kind::Counter, "Writes for which the host had no room.");
+    out.family("clade_vm_disk_no_room_total", MetricKind::Counter, "Writes for which the host had no room.");
     each(out, &|out, vm, _, clade| {
         for (at, disk) in vm.disks.iter().enumerate() {
             out.count(&[("vm", &vm.name), ("clade", clade), ("disk", &at.to_string())], disk.no_room);
         }
     });
-    out.family("clade_vm_disk_lost", Kind::Gauge, "1 if a write of the disk was lost.");
+    out.family("clade_vm_disk_lost", MetricKind::Gauge, "1 if a write of the disk was lost.");
     each(out, &|out, vm, _, clade| {
         for (at, disk) in vm.disks.iter().enumerate() {
             out.count(&[("vm", &vm.name), ("clade", clade), ("disk", &at.to_string())], u64::from(disk.lost));

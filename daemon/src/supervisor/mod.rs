@@ -10,14 +10,14 @@
 //! | `make` | children and booted VMs, all of a request or none |
 //! | `ends` | detection of ended processes, and their cleanup |
 //! | `checkpoint` | images held for forks |
-//! | `about` | the supervisor's own records of VMs |
-//! | `hand` | grants and descriptors of workers |
+//! | `vm_record` | the supervisor's own records of VMs |
+//! | `worker_resources` | grants and descriptors of workers |
 //! | `cgroups` | resource limits of VMs' processes |
 //! | `kept` | checkpoints on disk, for later supervisors |
 //! | `net_hook` | the program that connects interfaces to the host's network |
 //! | `records` | flight records of VMs that another supervisor has started |
 //! | `processes` | the processes of its VMs, and the end of those that do not end |
-//! | `fetches` | limits on the supervisor's resources for each VM |
+//! | `request_limiter` | limits on the supervisor's resources for each VM |
 //! | `overlays` | directories for the writes of confined VMs' disks |
 //! | `broker` | guests' connections to the host |
 //! | `suspend` | suspension of VMs, until they are needed |
@@ -30,19 +30,16 @@
 //! | `page` | the browser's page: its files, and the headers of all answers over TCP |
 //! | `pool` | workers prepared ahead of requests |
 //! | `proxy` | requests forwarded to a VM's process |
-//! | `ready` | identity of guests in new VMs, renewed by their agents |
+//! | `reidentify` | identity of guests in new VMs, renewed by their agents |
 //! | `restore` | VMs from snapshots |
 //! | `session` | VMs that end with a command |
 //! | `server` | the HTTP API |
 
-mod about;
 mod broker;
 mod cgroups;
 mod checkpoint;
 mod ends;
 mod events;
-mod fetches;
-mod hand;
 mod idempotency;
 mod idle;
 mod kept;
@@ -55,13 +52,16 @@ mod page;
 mod pool;
 mod processes;
 mod proxy;
-mod ready;
 mod records;
+mod reidentify;
+mod request_limiter;
 mod restore;
 mod server;
 mod session;
 mod snapshots;
 mod suspend;
+mod vm_record;
+mod worker_resources;
 
 pub use server::{TcpError, TcpPort, described};
 
@@ -82,25 +82,20 @@ use tokio::task::JoinHandle;
 use crate::control::{
     ApiError, CheckpointInfo, CheckpointRequest, MergingVm, ProblemKind, StopAnswer, SupervisorInfo, VmInfo,
 };
-use crate::fleet::{
-    Cancel, CancelReason, FleetError, MAX_CHILDREN, NameClaim, Needs, RuntimeDir, SupervisorClaim, check_room,
-};
 use crate::flight::FlightEvent;
 use crate::image::give_broker;
 use crate::jail::Confinement;
-use crate::zygote::{Exit, Zygote};
-use about::About;
-pub(crate) use about::{clear_up, vsock_known};
-pub use about::{in_session, is_in_session, settle_dead, vms_in};
+use crate::vm_host::{
+    Cancel, CancelReason, DaemonError, MAX_CHILDREN, NameClaim, ResourceDemand, RuntimeDir, SupervisorClaim,
+    check_host_limits,
+};
+use crate::zygote::{WorkerExit, Zygote};
 use broker::Broker;
 use cgroups::Cgroups;
 pub use cgroups::{CgroupError, CgroupPlace};
 use checkpoint::{Checkpoint, Checkpoints};
 use clade_vmm::vm::StopReason;
 use events::Events;
-pub(crate) use fetches::Fetch;
-use fetches::{Fetches, Passing};
-use hand::Place;
 use idempotency::Keys;
 use idle::Idle;
 use kept::{Found, KeptDir};
@@ -111,7 +106,13 @@ use pool::Pool;
 pub use processes::COMMIT_TIMEOUT;
 use processes::{Processes, kill};
 use records::Records;
+pub(crate) use request_limiter::ImagePermit;
+use request_limiter::{ForwardLimiter, ImageRequestLimiter};
 use snapshots::Snapshots;
+use vm_record::VmRecord;
+pub(crate) use vm_record::{clear_up, vsock_known};
+pub use vm_record::{in_session, is_in_session, settle_dead, vms_in};
+use worker_resources::SandboxProfile;
 
 /// Metrics clients at a time.
 const MAX_SCRAPES: usize = 4;
@@ -144,7 +145,7 @@ pub struct Supervisor(Arc<Inner>);
 /// A VM whose process was killed.
 #[derive(Debug)]
 struct Killed {
-    about: About,
+    vm_record: VmRecord,
     pid: u32,
     process: Arc<OwnedFd>,
     /// Whether the process did not answer. Otherwise the request wanted no answer.
@@ -152,15 +153,15 @@ struct Killed {
 }
 
 /// The refusal of a request whose VM's process does not answer.
-fn silent(name: &str, text: &str) -> FleetError {
-    FleetError::Refused { kind: ProblemKind::VmSilent, text: format!("the process of {name:?} does not answer{text}") }
+fn silent(name: &str, text: &str) -> DaemonError {
+    DaemonError::Refused { kind: ProblemKind::VmSilent, text: format!("the process of {name:?} does not answer{text}") }
 }
 
 /// A VM that has ended while its name was taken.
 #[derive(Debug)]
 struct Unsettled {
     name: String,
-    exit: Exit,
+    exit: WorkerExit,
     was_orderly: bool,
     flight: Vec<FlightEvent>,
 }
@@ -168,7 +169,7 @@ struct Unsettled {
 #[derive(Debug)]
 struct Inner {
     dir: RuntimeDir,
-    place: Place,
+    sandbox: SandboxProfile,
     overlays: OverlayDirs,
     broker: Broker,
     /// None if VMs have no control groups.
@@ -190,11 +191,11 @@ struct Inner {
     processes: Processes,
     records: Arc<Records>,
     /// Names of VMs being made: they have files, and are not announced yet.
-    making: Mutex<BTreeSet<String>>,
+    launching: Mutex<BTreeSet<String>>,
     /// Held while a VM's end is settled: a name that was reported free is free.
     ends: Mutex<()>,
-    fetches: Fetches,
-    passing: Passing,
+    image_requests: ImageRequestLimiter,
+    forwarded_requests: ForwardLimiter,
     /// Metrics clients at a time: each takes memory for all VMs' answers.
     scrapes: Semaphore,
     /// VMs that have ended while their names were taken.
@@ -235,7 +236,7 @@ impl Supervisor {
     /// # Errors
     /// When another process supervises it, or the zygote cannot be started. When control groups are
     /// required, and unavailable.
-    pub fn start(dir: &Path, options: &SupervisorOptions, runtime: &Handle) -> Result<Self, FleetError> {
+    pub fn start(dir: &Path, options: &SupervisorOptions, runtime: &Handle) -> Result<Self, DaemonError> {
         let SupervisorOptions { pool, confinement, ref cgroup, ref net_hook, ahead_mib, until_idle, ref kept } =
             *options;
         let dir = RuntimeDir::create(dir)?;
@@ -244,17 +245,17 @@ impl Supervisor {
         let cgroups = Cgroups::open(cgroup)?;
         let net_hook = net_hook.as_deref().map(NetHook::new).transpose()?;
         let (sender, exits) = mpsc::channel();
-        let failed = |source| FleetError::Worker { source };
+        let failed = |source| DaemonError::Worker { source };
         let zygote = Arc::new(Zygote::start(sender, confinement, !until_idle)?);
-        let place = Place { dir: dir.path().to_owned(), confinement };
+        let sandbox = SandboxProfile { dir: dir.path().to_owned(), confinement };
         let overlays = OverlayDirs::default();
         let broker = Broker::start().map_err(failed)?;
         // VMs of an earlier supervisor.
         let mut found = Vec::new();
-        for (name, about) in About::all(&dir)? {
-            overlays.found(&about.overlays);
-            found.extend(about.process.map(|process| (name.clone(), process)));
-            if let Some(vsock) = &about.identity.vsock {
+        for (name, vm_record) in VmRecord::all(&dir)? {
+            overlays.found(&vm_record.overlays);
+            found.extend(vm_record.process.map(|process| (name.clone(), process)));
+            if let Some(vsock) = &vm_record.identity.vsock {
                 let given = broker.connect(vsock.socket.clone()).map_err(failed);
                 let given = given.and_then(|device| give_broker(dir.path(), &name, device.as_fd()));
                 if let Err(error) = given {
@@ -265,14 +266,14 @@ impl Supervisor {
         }
         let (kept, found_kept) = kept_in(kept.as_deref());
         let supervisor = Self(Arc::new(Inner {
-            pool: Pool::start(&zygote, place.clone(), overlays.clone(), pool)?,
+            pool: Pool::start(&zygote, sandbox.clone(), overlays.clone(), pool)?,
             broker,
             cgroups,
             net_hook,
             ahead_mib,
             until_idle,
             zygote,
-            place,
+            sandbox,
             overlays,
             dir,
             checkpoints: Checkpoints::of_kept(found_kept),
@@ -283,10 +284,10 @@ impl Supervisor {
             idle: Idle::default(),
             processes: Processes::default(),
             records: Arc::default(),
-            making: Mutex::default(),
+            launching: Mutex::default(),
             ends: Mutex::default(),
-            fetches: Fetches::default(),
-            passing: Passing::default(),
+            image_requests: ImageRequestLimiter::default(),
+            forwarded_requests: ForwardLimiter::default(),
             scrapes: Semaphore::new(MAX_SCRAPES),
             unsettled: Mutex::default(),
             closing: AtomicBool::new(false),
@@ -344,17 +345,17 @@ impl Supervisor {
     /// Returns the ended VMs whose processes have yet to merge the writes since a fork into their
     /// disks.
     fn merging(&self) -> Vec<MergingVm> {
-        let process = |name: &str| About::read(&self.0.dir, name).ok().flatten()?.process;
+        let process = |name: &str| VmRecord::read(&self.0.dir, name).ok().flatten()?.process;
         let ended = self.0.processes.writers(|name, pid| process(name).is_some_and(|its| its.pid() == pid));
         let used = if ended.is_empty() { BTreeSet::new() } else { self.0.used_images() };
         let failed = self.0.processes.unmerged();
         ended.into_iter().map(|vm| vm.merging(&used)).chain(failed).collect()
     }
 
-    fn check(&self, made: usize, count: usize, cancel: &Cancel) -> Result<(), FleetError> {
+    fn check(&self, made: usize, count: usize, cancel: &Cancel) -> Result<(), DaemonError> {
         let ending = self.0.closing.load(Ordering::Relaxed).then_some(CancelReason::Ending);
         let reason = cancel.reason().or(ending);
-        reason.map_or(Ok(()), |reason| Err(FleetError::Cancelled { made, count, reason }))
+        reason.map_or(Ok(()), |reason| Err(DaemonError::Cancelled { made, count, reason }))
     }
 
     /// Takes a checkpoint of a VM, in whichever process it runs, and keeps it if that is requested.
@@ -366,13 +367,13 @@ impl Supervisor {
         &self,
         vm: &str,
         request: &CheckpointRequest,
-        fetch: Fetch,
+        permit: ImagePermit,
         cancel: &Cancel,
-    ) -> Result<CheckpointInfo, FleetError> {
+    ) -> Result<CheckpointInfo, DaemonError> {
         let _busy = self.0.busy.read();
         let name = self.0.checkpoints.reserve(vm, request.name.as_deref())?;
         let checkpoint = Arc::new(Checkpoint::take(&self.0.dir, vm, &|| self.check(0, 0, cancel))?);
-        drop(fetch);
+        drop(permit);
         let kept = if request.keep { Some(self.keep(&name, &checkpoint, cancel)?) } else { None };
         // A checkpoint without a client would stay unknown.
         if let Err(cancelled) = self.check(0, 0, cancel) {
@@ -393,7 +394,7 @@ impl Supervisor {
     ///
     /// # Errors
     /// When no checkpoint has the name, or it cannot be opened.
-    pub(super) fn checkpoint_of(&self, name: &str, cancel: &Cancel) -> Result<Arc<Checkpoint>, FleetError> {
+    pub(super) fn checkpoint_of(&self, name: &str, cancel: &Cancel) -> Result<Arc<Checkpoint>, DaemonError> {
         self.0.checkpoints.get(name, |record| self.open_kept(name, record, cancel))
     }
 
@@ -401,7 +402,7 @@ impl Supervisor {
     ///
     /// # Errors
     /// When no checkpoint has the name, or its files cannot be removed.
-    pub(super) fn remove_checkpoint(&self, name: &str) -> Result<CheckpointInfo, FleetError> {
+    pub(super) fn remove_checkpoint(&self, name: &str) -> Result<CheckpointInfo, DaemonError> {
         let _busy = self.0.busy.read();
         let removed = self.0.checkpoints.remove(name, || self.remove_kept(name))?;
         self.0.events.checkpoint_removed(name);
@@ -412,8 +413,8 @@ impl Supervisor {
     ///
     /// # Errors
     /// When the VM's process does not answer the current holders.
-    pub(crate) async fn fetch(&self, vm: &str) -> Result<Fetch, ApiError> {
-        self.0.fetches.begin(vm).await
+    pub(crate) async fn permit(&self, vm: &str) -> Result<ImagePermit, ApiError> {
+        self.0.image_requests.begin(vm).await
     }
 
     /// Returns the pid of a VM's process, if it was started here.
@@ -423,12 +424,12 @@ impl Supervisor {
 
     /// Removes the files of a stopped VM, whose process has given the name back: `pid`, if it was
     /// started here.
-    fn stopped(&self, pid: Option<u32>, left: Option<(NameClaim, Exit)>) {
+    fn stopped(&self, pid: Option<u32>, left: Option<(NameClaim, WorkerExit)>) {
         let _ends = self.0.ends();
         pid.into_iter().for_each(|pid| self.0.processes.give_back(pid));
         if let Some((claim, exit)) = left {
             let pid = pid.unwrap_or(exit.pid);
-            self.0.clear_up(claim, Exit { pid, ..exit }, true, Vec::new());
+            self.0.clear_up(claim, WorkerExit { pid, ..exit }, true, Vec::new());
         }
     }
 
@@ -438,49 +439,49 @@ impl Supervisor {
     ///
     /// # Errors
     /// When the record of the VM cannot be read.
-    fn kill_at_once(&self, name: &str) -> Result<Option<Killed>, FleetError> {
-        let about = About::read(&self.0.dir, name)?.filter(|about| about.shape.written().is_empty());
-        let Some((about, (pid, vm))) = about.zip(self.0.processes.of(name)) else { return Ok(None) };
+    fn kill_at_once(&self, name: &str) -> Result<Option<Killed>, DaemonError> {
+        let vm_record = VmRecord::read(&self.0.dir, name)?.filter(|vm_record| vm_record.template.written().is_empty());
+        let Some((vm_record, (pid, vm))) = vm_record.zip(self.0.processes.of(name)) else { return Ok(None) };
         self.0.processes.mark_stopped(pid);
         // A process that has ended needs no signal.
         let _ = pidfd_send_signal(&vm.process, Signal::KILL);
-        Ok(Some(Killed { about, pid, process: vm.process, is_silent: false }))
+        Ok(Some(Killed { vm_record, pid, process: vm.process, is_silent: false }))
     }
 
     /// Ends a VM by killing its process, which does not answer.
     ///
     /// # Errors
     /// When the process is unknown, or does not end.
-    fn kill(&self, name: &str) -> Result<StopAnswer, FleetError> {
-        let about =
-            About::read(&self.0.dir, name)?.ok_or_else(|| silent(name, ", and is not the supervisor's to kill"))?;
+    fn kill(&self, name: &str) -> Result<StopAnswer, DaemonError> {
+        let vm_record =
+            VmRecord::read(&self.0.dir, name)?.ok_or_else(|| silent(name, ", and is not the supervisor's to kill"))?;
         let own = self.0.processes.of(name).map(|(pid, vm)| (pid, vm.process));
-        let found = || Some((about.process?.pid(), Arc::new(about.process?.open()?)));
+        let found = || Some((vm_record.process?.pid(), Arc::new(vm_record.process?.open()?)));
         let (pid, process) = own.or_else(found).ok_or_else(|| silent(name, ", and has ended meanwhile"))?;
         tracing::warn!(name, pid, "a VM that is to stop does not answer: its process is killed");
         self.0.processes.mark_stopped(pid);
-        self.reap(name, Killed { about, pid, process, is_silent: true })
+        self.reap(name, Killed { vm_record, pid, process, is_silent: true })
     }
 
     /// Waits for the end of a killed process, and frees the name.
     ///
     /// # Errors
     /// When the process does not end.
-    fn reap(&self, name: &str, killed: Killed) -> Result<StopAnswer, FleetError> {
-        let Killed { about, pid, process, is_silent } = killed;
+    fn reap(&self, name: &str, killed: Killed) -> Result<StopAnswer, DaemonError> {
+        let Killed { vm_record, pid, process, is_silent } = killed;
         if !kill(&process) {
             return Err(silent(name, ", and does not end though it was killed"));
         }
         let _ends = self.0.ends();
         self.0.processes.give_back(pid);
-        let exit = Exit { pid, signal: Some(libc::SIGKILL), code: None };
+        let exit = WorkerExit { pid, signal: Some(libc::SIGKILL), code: None };
         match NameClaim::new(&self.0.dir, name) {
             Ok(claim) => self.0.clear_up(claim, exit, true, Vec::new()),
             // Another thread has cleared up, and another VM has the name.
-            Err(FleetError::Taken { .. }) => {}
+            Err(DaemonError::Taken { .. }) => {}
             Err(error) => return Err(error),
         }
-        let config = &about.shape.config;
+        let config = &vm_record.template.config;
         let vm = if is_silent {
             VmInfo::of_killed(name, exit, config)
         } else {
@@ -501,16 +502,17 @@ impl Supervisor {
     ///
     /// # Errors
     /// When there is no such checkpoint, or no room.
-    pub(crate) fn prepare(&self, checkpoint: &str, count: usize, cancel: &Cancel) -> Result<usize, FleetError> {
+    pub(crate) fn prepare(&self, checkpoint: &str, count: usize, cancel: &Cancel) -> Result<usize, DaemonError> {
         let _busy = self.0.busy.read();
         // More would be of no use.
         if count > MAX_CHILDREN {
-            return Err(FleetError::Count { count });
+            return Err(DaemonError::Count { count });
         }
         let checkpoint = self.checkpoint_of(checkpoint, cancel)?;
-        let shape = &checkpoint.about().shape;
-        check_room(count, Needs::of(&shape.config)).map_err(|source| FleetError::Room { count, source })?;
-        self.0.pool.prepare(shape, count, || self.check(0, count, cancel))
+        let template = &checkpoint.vm_record().template;
+        check_host_limits(count, ResourceDemand::of(&template.config))
+            .map_err(|source| DaemonError::HostLimit { count, source })?;
+        self.0.pool.prepare(template, count, || self.check(0, count, cancel))
     }
 
     /// Returns whether [`Self::info`] reads files: a thread for it costs more than the answer

@@ -85,7 +85,7 @@ impl Interfaces {
 }
 
 #[derive(Debug)]
-struct Shared {
+struct HookShared {
     program: PathBuf,
     limit: Duration,
     /// Interfaces still to be taken down.
@@ -96,7 +96,7 @@ struct Shared {
 /// The program, and its pending `down`s. Clones are handles to the same one.
 #[derive(Clone, Debug)]
 pub(super) struct NetHook {
-    shared: Arc<Shared>,
+    shared: Arc<HookShared>,
     downs: Sender<Interfaces>,
 }
 
@@ -114,8 +114,12 @@ impl NetHook {
             return Err(failed(io::Error::other("it is no file")));
         }
         let (downs, waiting) = mpsc::channel::<Interfaces>();
-        let shared =
-            Arc::new(Shared { program: program.to_owned(), limit, downs: Mutex::default(), none_left: Condvar::new() });
+        let shared = Arc::new(HookShared {
+            program: program.to_owned(),
+            limit,
+            downs: Mutex::default(),
+            none_left: Condvar::new(),
+        });
         let of_thread = Arc::clone(&shared);
         let take_down = move || {
             while let Ok(interfaces) = waiting.recv() {
@@ -182,7 +186,7 @@ impl Drop for Up {
     }
 }
 
-impl Shared {
+impl HookShared {
     fn downs(&self) -> MutexGuard<'_, usize> {
         self.downs.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -11,7 +11,7 @@ use utoipa::openapi::OpenApi;
 
 use super::idempotency::{MAX_KEY, is_idempotent};
 use crate::control::{PROBLEM_TYPE, Problem, ProblemKind};
-use crate::fleet::LONGEST_NAME;
+use crate::vm_host::LONGEST_NAME;
 
 /// The document's name for the token.
 const TOKEN: &str = "token";
@@ -273,10 +273,10 @@ mod tests {
         let count = &document["components"]["schemas"]["ForkRequest"]["properties"]["count"];
         assert_eq!(
             (count["minimum"].as_u64(), count["maximum"].as_u64()),
-            (Some(1), Some(crate::fleet::MAX_CHILDREN as u64))
+            (Some(1), Some(crate::vm_host::MAX_CHILDREN as u64))
         );
         let count = &document["components"]["schemas"]["PrepareRequest"]["properties"]["count"];
-        assert_eq!(count["maximum"].as_u64(), Some(crate::fleet::MAX_CHILDREN as u64));
+        assert_eq!(count["maximum"].as_u64(), Some(crate::vm_host::MAX_CHILDREN as u64));
         let boot = &document["components"]["schemas"]["BootRequest"]["properties"]["name"];
         for field in ["pattern", "minLength", "maxLength"] {
             assert_eq!(boot[field], name_schema()[field], "{field}");

@@ -11,7 +11,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::fleet::FleetError;
+use crate::vm_host::DaemonError;
 
 /// The directory's name.
 const UNNAMED: &str = ".clade-overlays";
@@ -27,7 +27,7 @@ pub(super) struct OverlayDirs(Arc<Mutex<BTreeMap<PathBuf, usize>>>);
 
 /// Directories that exist until this is dropped.
 #[derive(Debug)]
-pub(super) struct InUse {
+pub(super) struct OverlayUse {
     of: OverlayDirs,
     pub(super) paths: Vec<PathBuf>,
 }
@@ -41,11 +41,11 @@ impl OverlayDirs {
     ///
     /// # Errors
     /// When a directory cannot be made, or is not this user's alone. Then none is held.
-    pub(super) fn hold(&self, paths: &[PathBuf]) -> Result<InUse, FleetError> {
-        let mut held = InUse { of: self.clone(), paths: Vec::with_capacity(paths.len()) };
+    pub(super) fn hold(&self, paths: &[PathBuf]) -> Result<OverlayUse, DaemonError> {
+        let mut held = OverlayUse { of: self.clone(), paths: Vec::with_capacity(paths.len()) };
         for path in paths {
             let mut counts = self.counts();
-            make(path).map_err(|source| FleetError::Overlays { path: path.clone(), source })?;
+            make(path).map_err(|source| DaemonError::Overlays { path: path.clone(), source })?;
             *counts.entry(path.clone()).or_default() += 1;
             drop(counts);
             held.paths.push(path.clone());
@@ -78,14 +78,14 @@ impl OverlayDirs {
     }
 }
 
-impl InUse {
+impl OverlayUse {
     /// Leaves the directories to a VM, whose record names them.
     pub(super) fn keep(mut self) {
         self.paths.clear();
     }
 }
 
-impl Drop for InUse {
+impl Drop for OverlayUse {
     fn drop(&mut self) {
         self.of.release(&self.paths);
     }
@@ -137,9 +137,9 @@ mod tests {
         fs::create_dir(&path).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o777)).unwrap();
         let dirs = OverlayDirs::default();
-        assert!(matches!(dirs.hold(std::slice::from_ref(&path)), Err(FleetError::Overlays { .. })));
+        assert!(matches!(dirs.hold(std::slice::from_ref(&path)), Err(DaemonError::Overlays { .. })));
         let nowhere = dir.path().join("no/where");
-        assert!(matches!(dirs.hold(&[nowhere]), Err(FleetError::Overlays { .. })));
+        assert!(matches!(dirs.hold(&[nowhere]), Err(DaemonError::Overlays { .. })));
         assert!(dirs.counts().is_empty());
     }
 }

@@ -28,12 +28,12 @@ const TEXT: &str = "text/plain; charset=utf-8";
 const SVG: &str = "image/svg+xml";
 
 /// A file of the page: its path, its type, its content.
-type File = (&'static str, &'static str, &'static [u8]);
+type PageFile = (&'static str, &'static str, &'static [u8]);
 
 macro_rules! files {
     ($($path:literal $media:ident $file:literal,)+) => {
         /// The files of the page.
-        const FILES: &[File] = &[$(($path, $media, include_bytes!(concat!("../../page/", $file))),)+];
+        const FILES: &[PageFile] = &[$(($path, $media, include_bytes!(concat!("../../page/", $file))),)+];
     };
 }
 
@@ -62,7 +62,7 @@ pub(super) fn routes() -> Router {
     })
 }
 
-fn answer((_, media, content): File, headers: &HeaderMap) -> Response {
+fn answer((_, media, content): PageFile, headers: &HeaderMap) -> Response {
     let mut hasher = DefaultHasher::new();
     hasher.write(content);
     let tag = format!("\"{:016x}\"", hasher.finish());

@@ -10,10 +10,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::hand::Place;
-use super::overlays::{InUse, OverlayDirs};
-use crate::fleet::FleetError;
-use crate::worker::{Order, Shape, Worker, Workers};
+use super::overlays::{OverlayDirs, OverlayUse};
+use super::worker_resources::SandboxProfile;
+use crate::vm_host::DaemonError;
+use crate::worker::{VmTemplate, Worker, WorkerRequest, Workers};
 use crate::zygote::Zygote;
 
 /// After this time without a fork, no worker is kept for a configuration.
@@ -26,13 +26,13 @@ const MAX_BUSY: Duration = Duration::from_millis(50);
 const REST: Duration = Duration::from_millis(1);
 
 #[derive(Debug)]
-struct ShapePool {
-    shape: Shape,
+struct TemplatePool {
+    template: VmTemplate,
     /// The directories of its snapshots at its start. Its workers may reach these alone, even if
     /// the paths change.
-    saved: Vec<DirId>,
+    saved: Vec<SnapshotDirId>,
     /// The overlay directories in its workers' grants.
-    _overlays: InUse,
+    _overlays: OverlayUse,
     ready: Vec<Worker>,
     wanted: usize,
     /// Opens the snapshot the next time.
@@ -42,12 +42,12 @@ struct ShapePool {
 }
 
 /// A directory's device and inode. None if it is missing.
-type DirId = Option<(u64, u64)>;
+type SnapshotDirId = Option<(u64, u64)>;
 
-/// Returns the directories of the snapshots of VMs of `shape`, as they are now.
-fn saved_now(shape: &Shape) -> Vec<DirId> {
+/// Returns the directories of the snapshots of VMs of `template`, as they are now.
+fn saved_now(template: &VmTemplate) -> Vec<SnapshotDirId> {
     let id = |dir: &KnownDir| std::fs::metadata(&dir.path).ok().map(|found| (found.dev(), found.ino()));
-    shape.saved.iter().map(id).collect()
+    template.saved.iter().map(id).collect()
 }
 
 /// A worker that a pool lacks.
@@ -57,7 +57,7 @@ enum Lack {
     Workers(usize),
 }
 
-impl ShapePool {
+impl TemplatePool {
     fn workers(self) -> impl Iterator<Item = Worker> {
         self.ready.into_iter().chain(self.opener)
     }
@@ -76,7 +76,7 @@ impl ShapePool {
 
 #[derive(Debug, Default)]
 struct State {
-    shapes: Vec<ShapePool>,
+    templates: Vec<TemplatePool>,
     /// Requests that make VMs, and the start of the first.
     busy: usize,
     busy_since: Option<Instant>,
@@ -86,12 +86,17 @@ struct State {
 }
 
 impl State {
-    /// Returns the pool for `shape`, whose snapshots are in the directories `saved`. A pool whose
-    /// workers may only reach a replaced snapshot is removed, and pushed to `old`: its workers take
-    /// time to end.
-    fn pool(&mut self, shape: &Shape, saved: &[DirId], old: &mut Vec<ShapePool>) -> Option<&mut ShapePool> {
-        old.extend(self.shapes.extract_if(.., |pool| pool.saved != saved && pool.shape.is_at_paths_of(shape)));
-        self.shapes.iter_mut().find(|pool| pool.shape == *shape)
+    /// Returns the pool for `template`, whose snapshots are in the directories `saved`. A pool
+    /// whose workers may only reach a replaced snapshot is removed, and pushed to `old`: its
+    /// workers take time to end.
+    fn pool(
+        &mut self,
+        template: &VmTemplate,
+        saved: &[SnapshotDirId],
+        old: &mut Vec<TemplatePool>,
+    ) -> Option<&mut TemplatePool> {
+        old.extend(self.templates.extract_if(.., |pool| pool.saved != saved && pool.template.is_at_paths_of(template)));
+        self.templates.iter_mut().find(|pool| pool.template == *template)
     }
 
     /// Returns how long preparation has to pause.
@@ -105,9 +110,9 @@ impl State {
 
 /// A request that makes VMs. Meanwhile no worker is prepared for the next.
 #[derive(Debug)]
-pub(super) struct Busy(Arc<Shared>);
+pub(super) struct LaunchInProgress(Arc<PoolShared>);
 
-impl Drop for Busy {
+impl Drop for LaunchInProgress {
     fn drop(&mut self) {
         let mut state = self.0.state();
         state.busy -= 1;
@@ -121,49 +126,50 @@ impl Drop for Busy {
 }
 
 #[derive(Debug)]
-struct Shared {
+struct PoolShared {
     state: Mutex<State>,
     changed: Condvar,
     zygote: Arc<Zygote>,
-    place: Place,
+    sandbox: SandboxProfile,
     overlays: OverlayDirs,
     most: usize,
 }
 
 /// The pool.
 #[derive(Debug)]
-pub(super) struct Pool(Arc<Shared>);
+pub(super) struct Pool(Arc<PoolShared>);
 
-impl Shared {
+impl PoolShared {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes workers for VMs of `shape`.
-    fn make(&self, shape: &Shape, count: usize) -> Result<Vec<Worker>, FleetError> {
+    /// Makes workers for VMs of `template`.
+    fn make(&self, template: &VmTemplate, count: usize) -> Result<Vec<Worker>, DaemonError> {
         let workers = self.zygote.workers(count)?;
-        let (enter, order) = (self.place.of_child(shape), Order::Prepare(Box::new(shape.config.clone())));
+        let (confine, request) =
+            (self.sandbox.of_child(template), WorkerRequest::Prepare(Box::new(template.config.clone())));
         for worker in &workers {
-            worker.enter(enter.clone())?;
-            worker.order(&order, &[])?;
+            worker.confine(confine.clone())?;
+            worker.request(&request, &[])?;
         }
         workers.iter().try_for_each(Worker::ready)?;
         Ok(workers)
     }
 
-    /// Makes a worker that opens the snapshot of VMs of `shape`.
-    fn make_opener(&self, shape: &Shape) -> Result<Worker, FleetError> {
-        let worker = self.zygote.workers(1)?.pop().ok_or(FleetError::Ending)?;
-        worker.enter(self.place.of_opener(shape))?;
+    /// Makes a worker that opens the snapshot of VMs of `template`.
+    fn make_opener(&self, template: &VmTemplate) -> Result<Worker, DaemonError> {
+        let worker = self.zygote.workers(1)?.pop().ok_or(DaemonError::Ending)?;
+        worker.confine(self.sandbox.of_opener(template))?;
         Ok(worker)
     }
 
     /// Makes a pool without workers. None if there is no place for their disks' writes.
-    fn shape_pool(&self, shape: &Shape, saved: Vec<DirId>, wanted: usize) -> Option<ShapePool> {
-        let held = self.overlays.hold(&shape.written());
+    fn template_pool(&self, template: &VmTemplate, saved: Vec<SnapshotDirId>, wanted: usize) -> Option<TemplatePool> {
+        let held = self.overlays.hold(&template.written());
         let held = held.inspect_err(|error| tracing::warn!(%error, "no workers are prepared")).ok()?;
-        Some(ShapePool {
-            shape: shape.clone(),
+        Some(TemplatePool {
+            template: template.clone(),
             saved,
             _overlays: held,
             ready: Vec::new(),
@@ -176,23 +182,23 @@ impl Shared {
 
     /// Waits until a worker is lacking, and makes a few. Returns whether to go on.
     fn refill(&self) -> bool {
-        let (shape, saved, lack) = {
+        let (template, saved, lack) = {
             let mut state = self.state();
             loop {
                 if state.is_closed {
                     return false;
                 }
-                let idle = state.shapes.extract_if(.., |pool| pool.used.elapsed() > IDLE).collect::<Vec<_>>();
+                let idle = state.templates.extract_if(.., |pool| pool.used.elapsed() > IDLE).collect::<Vec<_>>();
                 if !idle.is_empty() {
                     // Not under the lock: workers take time to end.
                     drop(state);
-                    drop(Workers(idle.into_iter().flat_map(ShapePool::workers).collect()));
+                    drop(Workers(idle.into_iter().flat_map(TemplatePool::workers).collect()));
                     return true;
                 }
-                let short = state.shapes.iter().find_map(|pool| Some((pool, pool.lacks()?)));
+                let short = state.templates.iter().find_map(|pool| Some((pool, pool.lacks()?)));
                 let rest = match short {
                     Some((pool, lack)) if state.rest().is_zero() => {
-                        break (pool.shape.clone(), pool.saved.clone(), lack);
+                        break (pool.template.clone(), pool.saved.clone(), lack);
                     }
                     Some(_) => state.rest(),
                     None => IDLE / 4,
@@ -202,40 +208,41 @@ impl Shared {
             }
         };
         let made = match lack {
-            Lack::Workers(count) => self.make(&shape, count).map(|workers| self.put(&shape, &saved, workers)),
-            Lack::Opener => self.make_opener(&shape).map(|worker| self.put_opener(&shape, &saved, worker)),
+            Lack::Workers(count) => self.make(&template, count).map(|workers| self.put(&template, &saved, workers)),
+            Lack::Opener => self.make_opener(&template).map(|worker| self.put_opener(&template, &saved, worker)),
         };
         if let Err(error) = made {
             tracing::warn!(%error, "no workers are prepared");
             // The next request has it tried again.
-            if let Some(pool) = self.state().shapes.iter_mut().find(|pool| pool.shape == shape) {
+            if let Some(pool) = self.state().templates.iter_mut().find(|pool| pool.template == template) {
                 (pool.wanted, pool.wants_opener) = (0, false);
             }
         }
         true
     }
 
-    fn put(&self, shape: &Shape, saved: &[DirId], workers: Vec<Worker>) {
+    fn put(&self, template: &VmTemplate, saved: &[SnapshotDirId], workers: Vec<Worker>) {
         let mut state = self.state();
         if state.is_closed {
             drop(state);
             drop(workers);
             return;
         }
-        let is_theirs = |pool: &&mut ShapePool| pool.shape == *shape && pool.saved == saved;
-        match state.shapes.iter_mut().find(is_theirs) {
+        let is_theirs = |pool: &&mut TemplatePool| pool.template == *template && pool.saved == saved;
+        match state.templates.iter_mut().find(is_theirs) {
             Some(pool) => pool.ready.extend(workers),
             None => {
-                let pool = self.shape_pool(shape, saved.to_vec(), workers.len());
-                state.shapes.extend(pool.map(|pool| ShapePool { ready: workers, ..pool }));
+                let pool = self.template_pool(template, saved.to_vec(), workers.len());
+                state.templates.extend(pool.map(|pool| TemplatePool { ready: workers, ..pool }));
             }
         }
     }
 
-    fn put_opener(&self, shape: &Shape, saved: &[DirId], worker: Worker) {
+    fn put_opener(&self, template: &VmTemplate, saved: &[SnapshotDirId], worker: Worker) {
         let mut state = self.state();
-        let wants = |pool: &&mut ShapePool| pool.shape == *shape && pool.saved == saved && pool.opener.is_none();
-        match state.shapes.iter_mut().find(wants) {
+        let wants =
+            |pool: &&mut TemplatePool| pool.template == *template && pool.saved == saved && pool.opener.is_none();
+        match state.templates.iter_mut().find(wants) {
             Some(pool) => pool.opener = Some(worker),
             None => {
                 // Not under the lock: the worker takes time to end.
@@ -254,13 +261,13 @@ impl Pool {
     /// When the thread that fills it cannot be started.
     pub(super) fn start(
         zygote: &Arc<Zygote>,
-        place: Place,
+        sandbox: SandboxProfile,
         overlays: OverlayDirs,
         most: usize,
-    ) -> Result<Self, FleetError> {
+    ) -> Result<Self, DaemonError> {
         let (state, changed, zygote) = (Mutex::default(), Condvar::new(), Arc::clone(zygote));
-        let shared = Arc::new(Shared { state, changed, zygote, place, overlays, most });
-        let weak: Weak<Shared> = Arc::downgrade(&shared);
+        let shared = Arc::new(PoolShared { state, changed, zygote, sandbox, overlays, most });
+        let weak: Weak<PoolShared> = Arc::downgrade(&shared);
         let fill = move || {
             while let Some(shared) = weak.upgrade() {
                 if !shared.refill() {
@@ -271,20 +278,20 @@ impl Pool {
         thread::Builder::new()
             .name("clade-pool".to_owned())
             .spawn(fill)
-            .map_err(|source| FleetError::Worker { source })?;
+            .map_err(|source| DaemonError::Worker { source })?;
         Ok(Self(shared))
     }
 
-    /// Takes up to `count` workers for `shape`, and has as many made for the next time, once the
+    /// Takes up to `count` workers for `template`, and has as many made for the next time, once the
     /// request is over.
-    pub(super) fn take(&self, shape: &Shape, count: usize) -> (Vec<Worker>, Busy) {
+    pub(super) fn take(&self, template: &VmTemplate, count: usize) -> (Vec<Worker>, LaunchInProgress) {
         // Not under the lock: the directories may be on any file system.
-        let (saved, mut old) = (saved_now(shape), Vec::new());
+        let (saved, mut old) = (saved_now(template), Vec::new());
         let mut state = self.0.state();
         state.busy += 1;
         state.busy_since.get_or_insert_with(Instant::now);
         let wanted = count.min(self.0.most);
-        let taken = match state.pool(shape, &saved, &mut old) {
+        let taken = match state.pool(template, &saved, &mut old) {
             Some(pool) => {
                 // The number falls by a quarter at a time, so that one small fork in between costs
                 // little.
@@ -294,37 +301,37 @@ impl Pool {
                 pool.ready.split_off(left)
             }
             None => {
-                let pool = self.0.shape_pool(shape, saved, wanted);
-                state.shapes.extend(pool);
+                let pool = self.0.template_pool(template, saved, wanted);
+                state.templates.extend(pool);
                 Vec::new()
             }
         };
         drop(state);
-        drop(Workers(old.into_iter().flat_map(ShapePool::workers).collect()));
-        (taken, Busy(Arc::clone(&self.0)))
+        drop(Workers(old.into_iter().flat_map(TemplatePool::workers).collect()));
+        (taken, LaunchInProgress(Arc::clone(&self.0)))
     }
 
-    /// Takes the worker that opens the snapshot of VMs of `shape`, if there is one, and has another
-    /// made for the next time.
-    pub(super) fn take_opener(&self, shape: &Shape) -> Option<Worker> {
+    /// Takes the worker that opens the snapshot of VMs of `template`, if there is one, and has
+    /// another made for the next time.
+    pub(super) fn take_opener(&self, template: &VmTemplate) -> Option<Worker> {
         if self.0.most == 0 {
             return None;
         }
-        let (saved, mut old) = (saved_now(shape), Vec::new());
+        let (saved, mut old) = (saved_now(template), Vec::new());
         let mut state = self.0.state();
-        let taken = match state.pool(shape, &saved, &mut old) {
+        let taken = match state.pool(template, &saved, &mut old) {
             Some(pool) => {
                 (pool.wants_opener, pool.used) = (true, Instant::now());
                 pool.opener.take()
             }
             None => {
-                let pool = self.0.shape_pool(shape, saved, 0);
-                state.shapes.extend(pool.map(|pool| ShapePool { wants_opener: true, ..pool }));
+                let pool = self.0.template_pool(template, saved, 0);
+                state.templates.extend(pool.map(|pool| TemplatePool { wants_opener: true, ..pool }));
                 None
             }
         };
         drop(state);
-        drop(Workers(old.into_iter().flat_map(ShapePool::workers).collect()));
+        drop(Workers(old.into_iter().flat_map(TemplatePool::workers).collect()));
         taken
     }
 
@@ -334,50 +341,50 @@ impl Pool {
     /// When one cannot be made, or that of `check`. Workers made before are kept.
     pub(super) fn prepare(
         &self,
-        shape: &Shape,
+        template: &VmTemplate,
         count: usize,
-        check: impl Fn() -> Result<(), FleetError>,
-    ) -> Result<usize, FleetError> {
-        // Held until there is a pool of that shape.
-        let _overlays = self.0.overlays.hold(&shape.written())?;
+        check: impl Fn() -> Result<(), DaemonError>,
+    ) -> Result<usize, DaemonError> {
+        // Held until there is a pool of that template.
+        let _overlays = self.0.overlays.hold(&template.written())?;
         // Other requests may take workers meanwhile: this makes so many, and no more.
         let mut made = 0;
         loop {
             check()?;
-            let (saved, mut old) = (saved_now(shape), Vec::new());
+            let (saved, mut old) = (saved_now(template), Vec::new());
             let ready = {
                 let mut state = self.0.state();
                 if state.is_closed {
-                    return Err(FleetError::Ending);
+                    return Err(DaemonError::Ending);
                 }
-                state.pool(shape, &saved, &mut old).map_or(0, |pool| {
+                state.pool(template, &saved, &mut old).map_or(0, |pool| {
                     pool.used = Instant::now();
                     pool.ready.len()
                 })
             };
-            drop(Workers(old.into_iter().flat_map(ShapePool::workers).collect()));
+            drop(Workers(old.into_iter().flat_map(TemplatePool::workers).collect()));
             if ready >= count || made >= count {
                 return Ok(ready);
             }
             let step = (count - ready).min(STEP);
-            self.0.put(shape, &saved, self.0.make(shape, step)?);
+            self.0.put(template, &saved, self.0.make(template, step)?);
             made += step;
         }
     }
 
     /// Returns the number of workers prepared for VMs.
     pub(super) fn len(&self) -> usize {
-        self.0.state().shapes.iter().map(|pool| pool.ready.len()).sum()
+        self.0.state().templates.iter().map(|pool| pool.ready.len()).sum()
     }
 
     /// Ends all workers. No more are made.
     pub(super) fn close(&self) {
         let mut state = self.0.state();
         state.is_closed = true;
-        let shapes = std::mem::take(&mut state.shapes);
+        let templates = std::mem::take(&mut state.templates);
         drop(state);
         self.0.changed.notify_all();
-        drop(Workers(shapes.into_iter().flat_map(ShapePool::workers).collect()));
+        drop(Workers(templates.into_iter().flat_map(TemplatePool::workers).collect()));
     }
 }
 

@@ -17,8 +17,8 @@ use super::cgroups::Group;
 use crate::ahead::Learning;
 use crate::control::MergingVm;
 use crate::flight::{self, FlightEvent};
-use crate::worker::{TIED_EXIT, UNMERGED, has_ended};
-use crate::zygote::Exit;
+use crate::worker::{PARENT_DEATH_EXIT, UNMERGED, has_ended};
+use crate::zygote::WorkerExit;
 use clade_vmm::vm::VmConfig;
 
 /// Time limit for the end of a process that has given its name back.
@@ -142,8 +142,8 @@ impl OwnVm {
     }
 
     /// Whether the process, which has ended by `exit`, has ended with the command of its session.
-    pub(super) fn was_tied(&self, exit: Exit) -> bool {
-        self.session.is_some() && exit.code == Some(TIED_EXIT)
+    pub(super) fn died_with_parent(&self, exit: WorkerExit) -> bool {
+        self.session.is_some() && exit.code == Some(PARENT_DEATH_EXIT)
     }
 
     pub(super) fn has_name(&self) -> bool {
@@ -171,7 +171,7 @@ impl Processes {
     /// fork: they could not be merged, or the process was killed.
     ///
     /// A VM that was to be stopped and did not answer was killed while it ran: its stop says so.
-    pub(super) fn note_end(&self, exit: Exit) {
+    pub(super) fn note_end(&self, exit: WorkerExit) {
         let vm = self.all().get(&exit.pid).cloned();
         let Some(vm) = vm.filter(|vm| !vm.images.is_empty() && !vm.is_stopped) else { return };
         let is_killed = exit.signal.is_some() && !vm.has_name();

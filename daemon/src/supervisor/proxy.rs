@@ -15,23 +15,23 @@ use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tokio::time::{sleep, timeout};
 
-use super::about::vsock_known;
+use super::vm_record::vsock_known;
 use crate::control::{ApiError, Client, ClientError, ProblemKind, THREAD_PATIENCE, VmInfo, on_a_thread};
-use crate::fleet::{check_name, socket_path};
+use crate::vm_host::{check_name, socket_path};
 
 /// Most bytes of a VM's description by its process.
 const MAX_INFO: usize = 1 << 20;
 
 /// Time limits of a VM's process.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Limits {
+pub(super) struct ProxyLimits {
     /// Time to the first byte of its answer. After that a probe checks whether it answers at all.
     pub(super) answer: Duration,
     /// Time for an answer to the probe.
     pub(super) probe: Duration,
 }
 
-impl Default for Limits {
+impl Default for ProxyLimits {
     fn default() -> Self {
         Self { answer: Duration::from_secs(70), probe: Duration::from_secs(15) }
     }
@@ -43,7 +43,7 @@ pub(super) async fn forward(
     dir: &Path,
     name: &str,
     mut request: Request,
-    limits: Limits,
+    limits: ProxyLimits,
 ) -> Result<Response, ApiError> {
     check_name(name)?;
     // Headers that identify the client, or have a meaning only here, are not for a VM's process.
@@ -107,10 +107,10 @@ mod tests {
     use http_body_util::BodyExt;
 
     use super::*;
-    use crate::fleet::{NameClaim, RuntimeDir};
-    use crate::supervisor::about::tests::about_with;
+    use crate::supervisor::vm_record::tests::record_with;
+    use crate::vm_host::{NameClaim, RuntimeDir};
 
-    const LIMITS: Limits = Limits { answer: Duration::from_millis(100), probe: Duration::from_millis(200) };
+    const LIMITS: ProxyLimits = ProxyLimits { answer: Duration::from_millis(100), probe: Duration::from_millis(200) };
 
     fn ask(dir: &Path) -> Result<Vec<u8>, ApiError> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -201,7 +201,7 @@ mod tests {
         let held = tempfile::tempdir().unwrap();
         let dir = RuntimeDir::create(held.path()).unwrap();
         let claim = NameClaim::new(&dir, "web").unwrap();
-        about_with(Some("/run/web.vsock")).write(&claim).unwrap();
+        record_with(Some("/run/web.vsock")).write(&claim).unwrap();
         for name in ["web", "alone"] {
             let listener = tokio::net::UnixListener::bind(socket_path(held.path(), name)).unwrap();
             tokio::spawn(lie(listener));
@@ -210,13 +210,13 @@ mod tests {
         let own = Some("/run/web.vsock".into());
         assert_eq!(client.agent_socket("web").await.unwrap(), own);
         let request = || Request::get("/v1/vms/web").body(axum::body::Body::empty()).unwrap();
-        let answer = forward(held.path(), "web", request(), Limits::default()).await.unwrap();
+        let answer = forward(held.path(), "web", request(), ProxyLimits::default()).await.unwrap();
         let answer = shown(held.path(), "web".to_owned(), answer).await.unwrap();
         let bytes = to_bytes(answer.into_body(), MAX_INFO).await.unwrap();
         let info: VmInfo = serde_json::from_slice(&bytes).unwrap();
         assert_eq!(info.vsock.map(|vsock| vsock.socket), own);
         // A VM without the device has no socket.
-        about_with(None).write(&claim).unwrap();
+        record_with(None).write(&claim).unwrap();
         assert_eq!(client.agent_socket("web").await.unwrap(), None);
         // The process of a VM without a supervisor answers itself.
         assert_eq!(client.agent_socket("alone").await.unwrap(), Some("/run/docker.sock".into()));

@@ -23,7 +23,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The record of a VM, from its process.
 #[derive(Debug)]
-struct Record {
+struct ProcessRecord {
     /// The VM's process: a later VM may have the name.
     process: ProcessId,
     file: OwnedFd,
@@ -31,10 +31,10 @@ struct Record {
 
 /// The records, by the VMs' names.
 #[derive(Debug, Default)]
-pub(super) struct Records(Mutex<BTreeMap<String, Record>>);
+pub(super) struct Records(Mutex<BTreeMap<String, ProcessRecord>>);
 
 impl Records {
-    fn all(&self) -> MutexGuard<'_, BTreeMap<String, Record>> {
+    fn all(&self) -> MutexGuard<'_, BTreeMap<String, ProcessRecord>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -50,7 +50,7 @@ impl Records {
             for ((name, process), asked) in batch.iter().zip(asked) {
                 let given = asked.map_err(|error| clade_vmm::error_chain(&error));
                 match given.and_then(|asked| asked.file(deadline).map_err(|error| error.to_string())) {
-                    Ok(file) => _ = self.all().insert(name.clone(), Record { process: *process, file }),
+                    Ok(file) => _ = self.all().insert(name.clone(), ProcessRecord { process: *process, file }),
                     // The process has most likely ended.
                     Err(error) => tracing::debug!(error, name, "a VM's flight record is not to be had"),
                 }
@@ -79,7 +79,7 @@ mod tests {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with};
 
     use super::*;
-    use crate::fleet::image_path;
+    use crate::vm_host::image_path;
 
     /// Binds a socket like that of a VM called `name`.
     fn listener(dir: &Path, name: &str, backlog: i32) -> OwnedFd {
@@ -150,7 +150,7 @@ mod tests {
         let noted = || {
             let file = std::fs::File::from(flight::make().unwrap());
             std::os::unix::fs::FileExt::write_all_at(&file, &[1; 1], 0).unwrap();
-            records.all().insert("web".to_owned(), Record { process: this, file: file.into() });
+            records.all().insert("web".to_owned(), ProcessRecord { process: this, file: file.into() });
         };
         noted();
         assert_eq!(records.take("web", Some(this)).len(), 1);

@@ -7,19 +7,19 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::Supervisor;
-use super::about::About;
 use super::cgroups::Bounds;
 use super::checkpoint::Checkpoint;
 use super::kept::KeptRecord;
-use super::make::Origin;
-use super::overlays::{InUse, unnamed_in};
+use super::make::ChildSource;
+use super::overlays::{OverlayUse, unnamed_in};
 use super::session::Session;
+use super::vm_record::VmRecord;
 use crate::control::{
     CheckpointInfo, ClientProcess, ForkAnswer, ForkRequest, OpenRequest, ProblemKind, RestoreRequest, SavedSource,
 };
-use crate::fleet::{Cancel, FleetError, LONGEST_NAME, check_names};
 use crate::secrets::SecretsRecord;
-use crate::worker::{OpenOrder, Shape, Worker};
+use crate::vm_host::{Cancel, DaemonError, LONGEST_NAME, check_names};
+use crate::worker::{ReadSnapshotRequest, VmTemplate, Worker};
 use clade_snapshot::ParentDirs;
 use clade_vmm::vm::{RestoreLoad, SavedVm, SnapshotError};
 
@@ -35,16 +35,16 @@ fn stem(dir: &Path) -> String {
 /// A worker that opens a snapshot.
 struct Opening {
     worker: Worker,
-    /// Whether the worker was prepared, and may have died before it got the order.
+    /// Whether the worker was prepared, and may have died before it got the request.
     was_prepared: bool,
     /// The directories that disks are unpacked in.
-    _overlays: InUse,
+    _overlays: OverlayUse,
 }
 
-/// Returns the record for VMs of `shape` from the snapshot `saved`.
-fn about(shape: Shape, saved: &SavedVm, session: Option<Session>) -> About {
-    About {
-        shape,
+/// Returns the record for VMs of `template` from the snapshot `saved`.
+fn vm_record(template: VmTemplate, saved: &SavedVm, session: Option<Session>) -> VmRecord {
+    VmRecord {
+        template,
         identity: saved.identity.clone(),
         overlays: Vec::new(),
         socket: None,
@@ -63,10 +63,10 @@ const MAX_ATTEMPTS: usize = 3;
 /// Calls `open` with what `read` returns. If the snapshot is refused and its directories, as `dirs`
 /// has them, are others by now, both are called again.
 fn unless_exchanged<S, D: PartialEq, T>(
-    read: impl Fn() -> Result<S, FleetError>,
+    read: impl Fn() -> Result<S, DaemonError>,
     dirs: impl Fn(&S) -> D,
-    open: impl Fn(S) -> Result<T, FleetError>,
-) -> Result<T, FleetError> {
+    open: impl Fn(S) -> Result<T, DaemonError>,
+) -> Result<T, DaemonError> {
     let mut saved = read()?;
     for _ in 1..MAX_ATTEMPTS {
         let before = dirs(&saved);
@@ -83,17 +83,17 @@ fn unless_exchanged<S, D: PartialEq, T>(
 
 impl Supervisor {
     /// Reads a snapshot's description of its VM.
-    fn saved(&self, source: &SavedSource) -> Result<(SavedVm, Shape), FleetError> {
-        let refused = |error: SnapshotError| FleetError::Snapshot(Box::new(error));
+    fn saved(&self, source: &SavedSource) -> Result<(SavedVm, VmTemplate), DaemonError> {
+        let refused = |error: SnapshotError| DaemonError::Snapshot(Box::new(error));
         let saved = SavedVm::read(&source.dir, &ParentDirs::beneath(source.parents.clone()), Some(self.dir()))
             .map_err(refused)?;
         let overlays = unnamed_in(&SavedVm::overlays(source.overlays.as_deref(), &saved.place.dir));
-        let shape = Shape {
+        let template = VmTemplate {
             config: saved.config.clone(),
             overlays: saved.config.disks.iter().map(|_| overlays.clone()).collect(),
             saved: saved.dirs.clone(),
         };
-        Ok((saved, shape))
+        Ok((saved, template))
     }
 
     /// Reads a snapshot's description and calls `open` with it. If a save to the same directory has
@@ -101,23 +101,27 @@ impl Supervisor {
     fn open_saved<T>(
         &self,
         source: &SavedSource,
-        open: impl Fn(SavedVm, Shape) -> Result<T, FleetError>,
-    ) -> Result<T, FleetError> {
-        unless_exchanged(|| self.saved(source), |(saved, _)| saved.dirs.clone(), |(saved, shape)| open(saved, shape))
+        open: impl Fn(SavedVm, VmTemplate) -> Result<T, DaemonError>,
+    ) -> Result<T, DaemonError> {
+        unless_exchanged(
+            || self.saved(source),
+            |(saved, _)| saved.dirs.clone(),
+            |(saved, template)| open(saved, template),
+        )
     }
 
-    /// Has a worker open a snapshot, of a VM of `shape`: `prepared`, or another.
+    /// Has a worker open a snapshot, of a VM of `template`: `prepared`, or another.
     fn begin_opening(
         &self,
         prepared: Option<Worker>,
         source: &SavedSource,
         saved: &SavedVm,
-        shape: &Shape,
-    ) -> Result<Opening, FleetError> {
+        template: &VmTemplate,
+    ) -> Result<Opening, DaemonError> {
         // Compressed disks are unpacked there.
-        let unpacked: Vec<_> = shape.overlays.first().cloned().into_iter().collect();
+        let unpacked: Vec<_> = template.overlays.first().cloned().into_iter().collect();
         let overlays = self.0.overlays.hold(&unpacked)?;
-        let order = OpenOrder {
+        let open_request = ReadSnapshotRequest {
             dir: saved.place.dir.clone(),
             load: source.load,
             // Those that were checked here, whatever has their paths by then.
@@ -126,53 +130,58 @@ impl Supervisor {
             sockets: self.dir().to_owned(),
         };
         // A prepared worker may have died meanwhile. For another this is an error.
-        let prepared = prepared.filter(|worker| worker.open(order.clone()).is_ok());
+        let prepared = prepared.filter(|worker| worker.open(open_request.clone()).is_ok());
         let was_prepared = prepared.is_some();
         let worker = match prepared {
             Some(worker) => worker,
             None => {
-                let worker = self.0.zygote.workers(1)?.pop().ok_or(FleetError::Ending)?;
-                worker.enter(self.0.place.of_opener(shape))?;
-                worker.open(order)?;
+                let worker = self.0.zygote.workers(1)?.pop().ok_or(DaemonError::Ending)?;
+                worker.confine(self.0.sandbox.of_opener(template))?;
+                worker.open(open_request)?;
                 worker
             }
         };
         Ok(Opening { worker, was_prepared, _overlays: overlays })
     }
 
-    /// Returns the image of the snapshot `saved`, of VMs that `about` describes. Calls `check` while it
-    /// waits. A prepared worker may die with its order unread: another opens the snapshot then.
+    /// Returns the image of the snapshot `saved`, of VMs that `vm_record` describes. Calls `check`
+    /// while it waits. A prepared worker may die with its request unread: another opens the
+    /// snapshot then.
     fn image(
         &self,
         opening: Opening,
         source: &SavedSource,
         saved: &SavedVm,
-        about: About,
-        check: impl Fn() -> Result<(), FleetError>,
-    ) -> Result<Checkpoint, FleetError> {
+        vm_record: VmRecord,
+        check: impl Fn() -> Result<(), DaemonError>,
+    ) -> Result<Checkpoint, DaemonError> {
         let parts = match opening.worker.opened(&check) {
-            Err(FleetError::Worker { source: error }) if opening.was_prepared => {
+            Err(DaemonError::Worker { source: error }) if opening.was_prepared => {
                 tracing::info!(%error, "a prepared worker has failed, and another opens the snapshot");
-                let again = self.begin_opening(None, source, saved, &about.shape)?;
+                let again = self.begin_opening(None, source, saved, &vm_record.template)?;
                 again.worker.opened(&check)?
             }
             parts => parts?,
         };
-        Ok(Checkpoint::of_saved(about, saved, parts))
+        Ok(Checkpoint::of_saved(vm_record, saved, parts))
     }
 
     /// Holds the image of a snapshot as a checkpoint.
     ///
     /// # Errors
     /// When it cannot be opened, or the name is taken.
-    pub(super) fn open_checkpoint(&self, request: &OpenRequest, cancel: &Cancel) -> Result<CheckpointInfo, FleetError> {
+    pub(super) fn open_checkpoint(
+        &self,
+        request: &OpenRequest,
+        cancel: &Cancel,
+    ) -> Result<CheckpointInfo, DaemonError> {
         let _busy = self.0.busy.read();
         let stem = stem(&request.saved.dir);
         let name = self.0.checkpoints.reserve(&stem, request.name.as_deref())?;
-        let checkpoint = self.open_saved(&request.saved, |saved, shape| {
-            let opening = self.begin_opening(self.0.pool.take_opener(&shape), &request.saved, &saved, &shape)?;
-            let about = about(shape, &saved, None);
-            self.image(opening, &request.saved, &saved, about, || self.check(0, 0, cancel))
+        let checkpoint = self.open_saved(&request.saved, |saved, template| {
+            let opening = self.begin_opening(self.0.pool.take_opener(&template), &request.saved, &saved, &template)?;
+            let vm_record = vm_record(template, &saved, None);
+            self.image(opening, &request.saved, &saved, vm_record, || self.check(0, 0, cancel))
         })?;
         // A checkpoint without a client would stay unknown.
         self.check(0, 0, cancel)?;
@@ -188,15 +197,20 @@ impl Supervisor {
     ///
     /// # Errors
     /// When it cannot be opened.
-    pub(super) fn open_kept(&self, name: &str, record: &KeptRecord, cancel: &Cancel) -> Result<Checkpoint, FleetError> {
+    pub(super) fn open_kept(
+        &self,
+        name: &str,
+        record: &KeptRecord,
+        cancel: &Cancel,
+    ) -> Result<Checkpoint, DaemonError> {
         let kept = self.kept()?;
         // Not beside the snapshot: children's overlays outlive the checkpoint.
         let (dir, overlays) = (kept.snapshot(name), Some(kept.root().to_owned()));
         let source = SavedSource { dir, load: RestoreLoad::default(), overlays, parents: Vec::new() };
-        let (saved, shape) = self.saved(&source)?;
-        let opening = self.begin_opening(self.0.pool.take_opener(&shape), &source, &saved, &shape)?;
-        let about = About { bounds: record.bounds, ..about(shape, &saved, None) };
-        let checkpoint = self.image(opening, &source, &saved, about, || self.check(0, 0, cancel))?;
+        let (saved, template) = self.saved(&source)?;
+        let opening = self.begin_opening(self.0.pool.take_opener(&template), &source, &saved, &template)?;
+        let vm_record = VmRecord { bounds: record.bounds, ..vm_record(template, &saved, None) };
+        let checkpoint = self.image(opening, &source, &saved, vm_record, || self.check(0, 0, cancel))?;
         Ok(checkpoint.with_record(record))
     }
 
@@ -209,7 +223,7 @@ impl Supervisor {
         request: &RestoreRequest,
         client: Option<ClientProcess>,
         cancel: &Cancel,
-    ) -> Result<ForkAnswer, FleetError> {
+    ) -> Result<ForkAnswer, DaemonError> {
         let _busy = self.0.busy.read();
         let session = request.session.as_ref().map(|name| Session::of(name, client)).transpose()?;
         let stem = stem(&request.saved.dir);
@@ -218,8 +232,8 @@ impl Supervisor {
             vms.name = Some(stem.clone());
         }
         check_names(vms.count, vms.name.as_deref())?;
-        self.open_saved(&request.saved, |saved, shape| {
-            self.restore_saved(&request.saved, (saved, shape), &vms, session.clone(), cancel)
+        self.open_saved(&request.saved, |saved, template| {
+            self.restore_saved(&request.saved, (saved, template), &vms, session.clone(), cancel)
         })
     }
 
@@ -227,39 +241,39 @@ impl Supervisor {
     fn restore_saved(
         &self,
         source: &SavedSource,
-        (saved, shape): (SavedVm, Shape),
+        (saved, template): (SavedVm, VmTemplate),
         vms: &ForkRequest,
         session: Option<Session>,
         cancel: &Cancel,
-    ) -> Result<ForkAnswer, FleetError> {
+    ) -> Result<ForkAnswer, DaemonError> {
         let begun = Instant::now();
         // Before the snapshot is opened, which takes longer: a refused request costs little.
-        let claims = self.claim(&stem(&source.dir), vms, &shape, cancel)?;
-        let _making = self.0.making(&claims);
-        let prepared = self.0.pool.take_opener(&shape);
+        let claims = self.claim(&stem(&source.dir), vms, &template, cancel)?;
+        let _launching = self.0.launching(&claims);
+        let prepared = self.0.pool.take_opener(&template);
         // The snapshot is opened while its VMs' workers get ready.
-        let opening = Cell::new(Some(self.begin_opening(prepared, source, &saved, &shape)?));
+        let opening = Cell::new(Some(self.begin_opening(prepared, source, &saved, &template)?));
         let ordered = Instant::now();
-        let about = about(shape, &saved, session);
+        let vm_record = vm_record(template, &saved, session);
         let opened = OnceCell::new();
         let image = || match (opened.get(), opening.take()) {
             (Some(opened), _) => Ok(opened),
             (None, Some(opening)) => {
                 let check = || self.check(0, vms.count, cancel);
-                let checkpoint = self.image(opening, source, &saved, about.clone(), check)?;
-                tracing::debug!(order = ?ordered - begun, open = ?ordered.elapsed(), "restore");
+                let checkpoint = self.image(opening, source, &saved, vm_record.clone(), check)?;
+                tracing::debug!(open_request = ?ordered - begun, open = ?ordered.elapsed(), "restore");
                 Ok(opened.get_or_init(|| checkpoint))
             }
             // The opening has failed before.
-            (None, None) => Err(FleetError::Ending),
+            (None, None) => Err(DaemonError::Ending),
         };
         let made = self.start_children(
-            &Origin { about: &about, vm: None, learning: None, image: &image },
+            &ChildSource { vm_record: &vm_record, vm: None, learning: None, image: &image },
             claims,
             vms,
             cancel,
         )?;
-        let checkpoint = opened.into_inner().ok_or(FleetError::Ending)?;
+        let checkpoint = opened.into_inner().ok_or(DaemonError::Ending)?;
         let answer = checkpoint.answer(made, begun.elapsed());
         answer.children.iter().for_each(|name| self.0.events.booted(name));
         // Later snapshots may be incremental to it.
@@ -271,7 +285,7 @@ impl Supervisor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fleet::check_name;
+    use crate::vm_host::check_name;
 
     /// Opens a snapshot that is at the next of `versions` after each reading, and refuses a version
     /// that is no longer there. Returns the opened version and the number of attempts.
@@ -285,7 +299,7 @@ mod tests {
         let open = |version| {
             attempts.set(attempts.get() + 1);
             let is_there = version == versions[reads.get().min(versions.len() - 1)];
-            if is_there { Ok(version) } else { Err(FleetError::Refused { kind, text: "exchanged".to_owned() }) }
+            if is_there { Ok(version) } else { Err(DaemonError::Refused { kind, text: "exchanged".to_owned() }) }
         };
         (unless_exchanged(read, |version| *version, open).map_err(|error| error.problem()), attempts.get())
     }
@@ -307,7 +321,7 @@ mod tests {
             |_| "the same directories",
             |_| {
                 attempts.set(attempts.get() + 1);
-                Err::<(), _>(FleetError::Refused { kind: conflict, text: "damaged".to_owned() })
+                Err::<(), _>(DaemonError::Refused { kind: conflict, text: "damaged".to_owned() })
             },
         );
         assert_eq!((refused.map_err(|error| error.problem()), attempts.get()), (Err(conflict), 1));

@@ -24,22 +24,22 @@ use tokio::sync::watch;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::about::About;
-use super::about::vsock_known;
 use super::idempotency::once;
-use super::proxy::{Limits, forward, shown, with_own_socket};
+use super::proxy::{ProxyLimits, forward, shown, with_own_socket};
+use super::vm_record::VmRecord;
+use super::vm_record::vsock_known;
 use super::{Supervisor, metrics, openapi, page, suspend};
 use crate::control;
 use crate::control::session;
 use crate::control::{
     Acceptor, Answer, ApiError, BootRequest, CancelOnDrop, CheckpointInfo, CheckpointRequest, Client, ClientError,
-    ClientProcess, ForkAnswer, ForkRequest, Gate, ListedVms, OpenRequest, Optional, PrepareRequest, Prepared,
-    ProblemKind, ReadyAnswer, RestoreRequest, SavedSource, SnapshotAnswer, SnapshotProgress, SnapshotRequest,
+    ClientProcess, ForkAnswer, ForkRequest, ListedVms, OpenRequest, Optional, PrepareRequest, Prepared, ProblemKind,
+    ReadyAnswer, RestoreRequest, SavedSource, SessionGate, SnapshotAnswer, SnapshotProgress, SnapshotRequest,
     StopAnswer, StopRequest, SupervisorInfo, SupervisorKept, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer,
     SuspendRequest, THREAD_PATIENCE, TcpAcceptor, Token, TouchedAnswer, VmInfo, WorkingSetAnswer, behind_gate,
     expect_absolute, fallback, grace, not_allowed, on_a_thread, serve_http, with_bodies,
 };
-use crate::fleet::{Cancel, EndedVm, FleetError, ended_vms};
+use crate::vm_host::{Cancel, DaemonError, EndedVm, ended_vms};
 
 /// Time limit of a VM's process for requests that it answers at once.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
@@ -112,7 +112,7 @@ impl Supervisor {
         let _runtime = self.0.runtime.enter();
         let failed = |source| TcpError::Bind { address: bound, source };
         let acceptor = TcpAcceptor(TcpListener::from_std(listener).map_err(failed)?);
-        let gate = Arc::new(Gate::new(token, bound.port()));
+        let gate = Arc::new(SessionGate::new(token, bound.port()));
         let api = behind_gate(router(self.clone()), gate);
         let router = page::routes().merge(api).layer(from_fn(page::harden));
         self.0.serve(serve_http(acceptor, router, self.0.ending.subscribe()));
@@ -125,7 +125,7 @@ type Wanted<T> = Result<Json<T>, JsonRejection>;
 /// Runs blocking work off the async threads, until its client has gone.
 async fn work<T: Send + 'static>(
     supervisor: Supervisor,
-    work: impl FnOnce(&Supervisor, &Cancel) -> Result<T, FleetError> + Send + 'static,
+    work: impl FnOnce(&Supervisor, &Cancel) -> Result<T, DaemonError> + Send + 'static,
 ) -> Answer<T> {
     let cancel = Cancel::default();
     let _cancel_on_drop = CancelOnDrop(cancel.clone());
@@ -227,10 +227,10 @@ async fn fork_vm(
     request: Wanted<ForkRequest>,
 ) -> Answer<ForkAnswer> {
     let Json(request) = request?;
-    let fetch = supervisor.fetch(&name).await?;
+    let permit = supervisor.permit(&name).await?;
     let ready = may_be_ready(&request)?;
-    let fork = move |supervisor: &Supervisor, cancel: &Cancel| supervisor.fork_vm(&name, &request, fetch, cancel);
-    handed_out(&supervisor, ready, work(supervisor.clone(), fork).await?).await
+    let fork = move |supervisor: &Supervisor, cancel: &Cancel| supervisor.fork_vm(&name, &request, permit, cancel);
+    activate(&supervisor, ready, work(supervisor.clone(), fork).await?).await
 }
 
 /// Returns whether to make the VMs of a request ready. Those that start paused cannot be.
@@ -241,10 +241,10 @@ fn may_be_ready(request: &ForkRequest) -> Result<bool, ApiError> {
     Ok(request.ready)
 }
 
-/// Hands out new VMs: if `ready`, once they are.
-async fn handed_out(supervisor: &Supervisor, ready: bool, Json(answer): Json<ForkAnswer>) -> Answer<ForkAnswer> {
+/// Activates new VMs: if `ready`, once they are.
+async fn activate(supervisor: &Supervisor, ready: bool, Json(answer): Json<ForkAnswer>) -> Answer<ForkAnswer> {
     if ready {
-        supervisor.hand_out(&answer.children).await?;
+        supervisor.reidentify_all(&answer.children).await?;
     }
     Ok(Json(answer))
 }
@@ -257,7 +257,7 @@ async fn handed_out(supervisor: &Supervisor, ready: bool, Json(answer): Json<For
     responses((status = 200, description = "Done.", body = ReadyAnswer))
 )]
 async fn ready(State(supervisor): State<Supervisor>, UrlPath(name): UrlPath<String>) -> Answer<ReadyAnswer> {
-    Ok(Json(supervisor.make_ready(&name).await?))
+    Ok(Json(supervisor.reidentify(&name).await?))
 }
 
 /// Starts VMs from a snapshot: all of them or none.
@@ -277,7 +277,7 @@ async fn restore(
     let ready = may_be_ready(&request.vms)?;
     let client = client.map(|Extension(client)| client);
     let restore = move |supervisor: &Supervisor, cancel: &Cancel| supervisor.restore(&request, client, cancel);
-    handed_out(&supervisor, ready, work(supervisor.clone(), restore).await?).await
+    activate(&supervisor, ready, work(supervisor.clone(), restore).await?).await
 }
 
 fn expect_paths(saved: &SavedSource) -> Result<(), ApiError> {
@@ -314,8 +314,8 @@ async fn checkpoint(
     request: Wanted<CheckpointRequest>,
 ) -> Answer<CheckpointInfo> {
     let Json(request) = request?;
-    let fetch = supervisor.fetch(&vm).await?;
-    work(supervisor, move |supervisor, cancel| supervisor.checkpoint(&vm, &request, fetch, cancel)).await
+    let permit = supervisor.permit(&vm).await?;
+    work(supervisor, move |supervisor, cancel| supervisor.checkpoint(&vm, &request, permit, cancel)).await
 }
 
 /// Lists the checkpoints.
@@ -370,7 +370,7 @@ async fn fork_checkpoint(
     let Json(request) = request?;
     let ready = may_be_ready(&request)?;
     let fork = move |supervisor: &Supervisor, cancel: &Cancel| supervisor.fork_checkpoint(&name, &request, cancel);
-    handed_out(&supervisor, ready, work(supervisor.clone(), fork).await?).await
+    activate(&supervisor, ready, work(supervisor.clone(), fork).await?).await
 }
 
 /// Prepares processes for children of a checkpoint.
@@ -509,8 +509,8 @@ async fn snapshot(
 ) -> Answer<SnapshotAnswer> {
     let Json(request) = request?;
     expect_absolute(&request.dir)?;
-    let fetch = supervisor.fetch(&name).await?;
-    work(supervisor, move |supervisor, cancel| supervisor.snapshot(&name, &request, fetch, cancel)).await
+    let permit = supervisor.permit(&name).await?;
+    work(supervisor, move |supervisor, cancel| supervisor.snapshot(&name, &request, permit, cancel)).await
 }
 
 /// Shows the progress of a VM's snapshot.
@@ -523,7 +523,7 @@ async fn snapshot_progress(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
 ) -> Answer<SnapshotProgress> {
-    About::expect(&supervisor.0.dir, &name)?;
+    VmRecord::expect(&supervisor.0.dir, &name)?;
     Ok(Json(supervisor.snapshots().progress(&name)))
 }
 
@@ -537,7 +537,7 @@ async fn cancel_snapshot(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
 ) -> Answer<SnapshotProgress> {
-    About::expect(&supervisor.0.dir, &name)?;
+    VmRecord::expect(&supervisor.0.dir, &name)?;
     supervisor.snapshots().cancel(&name);
     Ok(Json(supervisor.snapshots().progress(&name)))
 }
@@ -569,8 +569,8 @@ async fn pass_on(State(supervisor): State<Supervisor>, request: Request) -> Resp
     let name = name_in(&request);
     let is_shown = request.method() == Method::GET && request.uri().path().strip_prefix("/v1/vms/") == Some(&name);
     let passed = async {
-        let _turn = supervisor.0.passing.begin(&name)?;
-        let answer = forward(supervisor.dir(), &name, request, Limits::default()).await?;
+        let _turn = supervisor.0.forwarded_requests.begin(&name)?;
+        let answer = forward(supervisor.dir(), &name, request, ProxyLimits::default()).await?;
         if is_shown && answer.status() == StatusCode::OK {
             shown(supervisor.dir(), name, answer).await
         } else {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::processes::ProcessId;
 use crate::control::{ClientProcess, ProblemKind};
-use crate::fleet::{CancelReason, FleetError, check_name};
+use crate::vm_host::{CancelReason, DaemonError, check_name};
 use crate::worker::has_ended;
 
 /// A session, and the process of its command.
@@ -30,12 +30,12 @@ impl Session {
     ///
     /// # Errors
     /// When the name is invalid, or the client is not a process of this host.
-    pub(super) fn of(name: &str, client: Option<ClientProcess>) -> Result<Self, FleetError> {
+    pub(super) fn of(name: &str, client: Option<ClientProcess>) -> Result<Self, DaemonError> {
         check_name(name)?;
         let process = client.and_then(|client| ProcessId::of(client.pid));
         let refused = || {
             let text = "session: VMs end with a process of this host, which sends its request to the Unix socket";
-            FleetError::Refused { kind: ProblemKind::BadConfig, text: text.to_owned() }
+            DaemonError::Refused { kind: ProblemKind::BadConfig, text: text.to_owned() }
         };
         Ok(Self { name: name.to_owned(), process: process.ok_or_else(refused)? })
     }
@@ -50,19 +50,19 @@ impl Session {
     ///
     /// # Errors
     /// When the command has ended.
-    pub(super) fn expect_live(&self, count: usize) -> Result<Live<'_>, FleetError> {
+    pub(super) fn expect_live(&self, count: usize) -> Result<Live<'_>, DaemonError> {
         let reason = CancelReason::SessionEnded;
-        self.live().ok_or(FleetError::Cancelled { made: 0, count, reason })
+        self.live().ok_or(DaemonError::Cancelled { made: 0, count, reason })
     }
 }
 
 impl Live<'_> {
     /// Returns an error if the command has ended, for a request of which `made` VMs of `count` are
     /// made.
-    pub(super) fn check(&self, made: usize, count: usize) -> Result<(), FleetError> {
+    pub(super) fn check(&self, made: usize, count: usize) -> Result<(), DaemonError> {
         let reason = CancelReason::SessionEnded;
         if has_ended(&self.process, Duration::ZERO) {
-            return Err(FleetError::Cancelled { made, count, reason });
+            return Err(DaemonError::Cancelled { made, count, reason });
         }
         Ok(())
     }
@@ -98,8 +98,8 @@ mod tests {
         command.kill().unwrap();
         command.wait().unwrap();
         assert!(session.live().is_none());
-        assert!(matches!(live.check(1, 2), Err(FleetError::Cancelled { made: 1, count: 2, .. })));
-        assert!(matches!(session.expect_live(3), Err(FleetError::Cancelled { made: 0, count: 3, .. })));
+        assert!(matches!(live.check(1, 2), Err(DaemonError::Cancelled { made: 1, count: 2, .. })));
+        assert!(matches!(session.expect_live(3), Err(DaemonError::Cancelled { made: 0, count: 3, .. })));
         for client in [client(command.id()), client(0), client(u32::MAX), None] {
             let text = Session::of("run-1", client).unwrap_err().to_string();
             assert!(text.starts_with("session: "), "{text}");

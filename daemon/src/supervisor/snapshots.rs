@@ -12,19 +12,19 @@ use std::time::Instant;
 use clade_memory::PageRange;
 use clade_snapshot::{SnapshotId, record_working_set};
 
-use super::about::About;
 use super::checkpoint::Checkpoint;
 use super::kept::{KeptDir, KeptRecord};
-use super::{Fetch, Supervisor};
+use super::vm_record::VmRecord;
+use super::{ImagePermit, Supervisor};
 use crate::control::{ProblemKind, SnapshotAnswer, SnapshotProgress, SnapshotRequest, TouchedAnswer, TouchedRun};
-use crate::fleet::{Cancel, FleetError};
 use crate::jail::{Grants, Role};
-use crate::worker::{SaveOrder, SavedFiles, Shape, written_beside};
+use crate::vm_host::{Cancel, DaemonError};
+use crate::worker::{SavedFiles, VmTemplate, WriteSnapshotRequest, written_beside};
 use clade_vmm::vm::SavedVm;
 
 /// A VM that was saved.
 #[derive(Debug)]
-struct LastSave {
+struct LastSnapshot {
     dir: PathBuf,
     id: SnapshotId,
     image: Arc<Checkpoint>,
@@ -34,7 +34,7 @@ struct LastSave {
 
 /// A snapshot that is being written.
 #[derive(Debug, Default)]
-struct Saving {
+struct SaveInProgress {
     done: AtomicU64,
     total: AtomicU64,
     cancel: AtomicBool,
@@ -42,12 +42,12 @@ struct Saving {
 
 #[derive(Debug, Default)]
 struct State {
-    last: Option<Arc<LastSave>>,
-    saving: Option<Arc<Saving>>,
+    last: Option<Arc<LastSnapshot>>,
+    saving: Option<Arc<SaveInProgress>>,
 }
 
 impl State {
-    fn is_by(&self, saving: &Arc<Saving>) -> bool {
+    fn is_by(&self, saving: &Arc<SaveInProgress>) -> bool {
         self.saving.as_ref().is_some_and(|running| Arc::ptr_eq(running, saving))
     }
 }
@@ -57,7 +57,7 @@ impl State {
 pub(super) struct Snapshots(Mutex<BTreeMap<String, State>>);
 
 /// Releases the claim on a VM's snapshots.
-struct Ours<'a>(&'a Snapshots, &'a str, Arc<Saving>);
+struct Ours<'a>(&'a Snapshots, &'a str, Arc<SaveInProgress>);
 
 impl Drop for Ours<'_> {
     fn drop(&mut self) {
@@ -74,8 +74,12 @@ impl Snapshots {
     }
 
     /// Begins a snapshot. Returns its possible base.
-    fn begin(&self, vm: &str, incremental: bool) -> Result<(Arc<Saving>, Option<Arc<LastSave>>), FleetError> {
-        let refused = |text| Err(FleetError::Refused { kind: ProblemKind::SnapshotConflict, text });
+    fn begin(
+        &self,
+        vm: &str,
+        incremental: bool,
+    ) -> Result<(Arc<SaveInProgress>, Option<Arc<LastSnapshot>>), DaemonError> {
+        let refused = |text| Err(DaemonError::Refused { kind: ProblemKind::SnapshotConflict, text });
         let mut states = self.states();
         let state = states.entry(vm.to_owned()).or_default();
         if state.saving.is_some() {
@@ -86,7 +90,7 @@ impl Snapshots {
                 "{vm} was not saved before under this supervisor, so nothing can be incremental to it: save it in full first"
             ));
         }
-        let saving = Arc::<Saving>::default();
+        let saving = Arc::<SaveInProgress>::default();
         state.saving = Some(Arc::clone(&saving));
         Ok((saving, state.last.clone().filter(|_| incremental)))
     }
@@ -114,7 +118,7 @@ impl Snapshots {
     pub(super) fn restored(&self, vms: &[String], image: Checkpoint, saved: &SavedVm) {
         let SavedVm { place, dirs, .. } = saved;
         let before = dirs.iter().skip(1).rev().map(|dir| dir.path.clone()).collect();
-        let last = Arc::new(LastSave { dir: place.dir.clone(), id: place.id, image: Arc::new(image), before });
+        let last = Arc::new(LastSnapshot { dir: place.dir.clone(), id: place.id, image: Arc::new(image), before });
         let mut states = self.states();
         for vm in vms {
             states.entry(vm.clone()).or_default().last = Some(Arc::clone(&last));
@@ -135,8 +139,8 @@ impl Supervisor {
     ///
     /// # Errors
     /// When the VM was not saved here, or the record cannot be written.
-    pub(super) fn record_working_set(&self, vm: &str, touched: &TouchedAnswer) -> Result<u64, FleetError> {
-        let refused = |text| FleetError::Refused { kind: ProblemKind::SnapshotConflict, text };
+    pub(super) fn record_working_set(&self, vm: &str, touched: &TouchedAnswer) -> Result<u64, DaemonError> {
+        let refused = |text| DaemonError::Refused { kind: ProblemKind::SnapshotConflict, text };
         let dir = self.0.snapshots.last_dir(vm);
         let dir = dir.ok_or_else(|| refused(format!("{vm} was not saved before under this supervisor")))?;
         let (mut runs, mut end) = (Vec::with_capacity(touched.runs.len()), 0);
@@ -144,32 +148,32 @@ impl Supervisor {
             let behind = first.checked_add(count).filter(|_| first >= end && count > 0);
             let Some(behind) = behind else {
                 let text = format!("the process of {vm:?} says that it has touched {count} pages from {first} on");
-                return Err(FleetError::Worker { source: std::io::Error::other(text) });
+                return Err(DaemonError::Worker { source: std::io::Error::other(text) });
             };
             runs.push(PageRange::new(first, behind));
             end = behind;
         }
-        record_working_set(&dir, &runs).map_err(|error| FleetError::Snapshot(Box::new(error.into())))?;
+        record_working_set(&dir, &runs).map_err(|error| DaemonError::Snapshot(Box::new(error.into())))?;
         Ok(runs.iter().map(|run| run.len()).sum())
     }
 
-    /// Has a worker write a snapshot of `image`, which may be based on one of `base`, as `order` has it.
-    /// The worker may write in the directories `beside`. Calls `watch` with the bytes done and in all;
-    /// once that returns true, the worker stops, which is an error.
+    /// Has a worker write a snapshot of `image`, which may be based on one of `base`, as
+    /// `save_request` has it. The worker may write in the directories `beside`. Calls `watch` with
+    /// the bytes done and in all; once that returns true, the worker stops, which is an error.
     fn write(
         &self,
-        order: SaveOrder,
+        save_request: WriteSnapshotRequest,
         beside: Vec<PathBuf>,
         base: Option<&Checkpoint>,
         image: &Checkpoint,
         watch: impl Fn(Option<(u64, u64)>) -> bool,
-    ) -> Result<SavedFiles, FleetError> {
-        let Shape { config, overlays, saved } = &image.about().shape;
+    ) -> Result<SavedFiles, DaemonError> {
+        let VmTemplate { config, overlays, saved } = &image.vm_record().template;
         let Grants { read, dirs, .. } = Grants::of_child(config, overlays, saved);
         let grants = Grants { read, dirs, beside, role: Role::Snapshot, ..Grants::default() };
-        let worker = self.0.zygote.workers(1)?.pop().ok_or(FleetError::Ending)?;
-        worker.enter(self.0.place.order(config, 0, grants))?;
-        worker.save(order, base.map(Checkpoint::parts), image.parts())?;
+        let worker = self.0.zygote.workers(1)?.pop().ok_or(DaemonError::Ending)?;
+        worker.confine(self.0.sandbox.confine_request(config, 0, grants))?;
+        worker.save(save_request, base.map(Checkpoint::parts), image.parts())?;
         worker.saved(watch)
     }
 
@@ -177,8 +181,8 @@ impl Supervisor {
     ///
     /// # Errors
     /// When there is none.
-    pub(super) fn kept(&self) -> Result<&KeptDir, FleetError> {
-        self.0.kept.as_ref().map_err(|why| FleetError::Refused {
+    pub(super) fn kept(&self) -> Result<&KeptDir, DaemonError> {
+        self.0.kept.as_ref().map_err(|why| DaemonError::Refused {
             kind: ProblemKind::WrongState,
             text: format!("no checkpoint can be kept: {why}"),
         })
@@ -188,16 +192,17 @@ impl Supervisor {
     ///
     /// # Errors
     /// When it cannot be written. Then nothing is left on the disk.
-    pub(super) fn keep(&self, name: &str, checkpoint: &Checkpoint, cancel: &Cancel) -> Result<KeptRecord, FleetError> {
+    pub(super) fn keep(&self, name: &str, checkpoint: &Checkpoint, cancel: &Cancel) -> Result<KeptRecord, DaemonError> {
         let kept = self.kept()?;
-        let failed = |source| FleetError::Keep { name: name.to_owned(), source };
+        let failed = |source| DaemonError::Keep { name: name.to_owned(), source };
         kept.prepare(name).map_err(failed)?;
-        let write = || -> Result<KeptRecord, FleetError> {
+        let write = || -> Result<KeptRecord, DaemonError> {
             let (dir, beside) = (kept.snapshot(name), vec![kept.data(name)]);
             let config = checkpoint.config().clone();
-            let order = SaveOrder { dir, config, base: None, zstd: false, replace: false };
-            self.write(order, beside, None, checkpoint, |_| self.check(0, 0, cancel).is_err())?;
-            let record = KeptRecord::of(checkpoint.info(name), checkpoint.labels().clone(), checkpoint.about().bounds);
+            let save_request = WriteSnapshotRequest { dir, config, base: None, zstd: false, replace: false };
+            self.write(save_request, beside, None, checkpoint, |_| self.check(0, 0, cancel).is_err())?;
+            let record =
+                KeptRecord::of(checkpoint.info(name), checkpoint.labels().clone(), checkpoint.vm_record().bounds);
             kept.commit(name, &record).map_err(failed)?;
             Ok(record)
         };
@@ -212,8 +217,8 @@ impl Supervisor {
     ///
     /// # Errors
     /// When it cannot be removed.
-    pub(super) fn remove_kept(&self, name: &str) -> Result<(), FleetError> {
-        self.kept()?.remove(name).map_err(|source| FleetError::Keep { name: name.to_owned(), source })
+    pub(super) fn remove_kept(&self, name: &str) -> Result<(), DaemonError> {
+        self.kept()?.remove(name).map_err(|source| DaemonError::Keep { name: name.to_owned(), source })
     }
 
     /// Saves a VM, which runs on.
@@ -225,24 +230,24 @@ impl Supervisor {
         &self,
         vm: &str,
         request: &SnapshotRequest,
-        fetch: Fetch,
+        permit: ImagePermit,
         cancel: &Cancel,
-    ) -> Result<SnapshotAnswer, FleetError> {
+    ) -> Result<SnapshotAnswer, DaemonError> {
         let begun = Instant::now();
         let _busy = self.0.busy.read();
-        About::expect(&self.0.dir, vm)?;
+        VmRecord::expect(&self.0.dir, vm)?;
         let (saving, base) = self.0.snapshots.begin(vm, request.incremental)?;
         let _ours = Ours(&self.0.snapshots, vm, Arc::clone(&saving));
-        let beside = written_beside(&request.dir).map_err(|error| FleetError::Refused {
+        let beside = written_beside(&request.dir).map_err(|error| DaemonError::Refused {
             kind: ProblemKind::BadPath,
             text: format!("{} cannot be made: {error}", request.dir.display()),
         })?;
         let dir = beside.join(request.dir.file_name().unwrap_or_default());
         let image = Checkpoint::take(&self.0.dir, vm, &|| self.check(0, 0, cancel))?;
-        drop(fetch);
+        drop(permit);
         let before: Vec<PathBuf> =
             base.iter().flat_map(|base| base.before.iter().chain([&base.dir])).cloned().collect();
-        let order = SaveOrder {
+        let save_request = WriteSnapshotRequest {
             dir: dir.clone(),
             config: image.config().clone(),
             base: base.as_ref().map(|base| (base.dir.clone(), base.id)),
@@ -252,7 +257,7 @@ impl Supervisor {
         // The base gets a note of its dependent. Earlier snapshots are only read.
         let written = [beside].into_iter().chain(before.iter().filter_map(|dir| dir.parent()).map(ToOwned::to_owned));
         let saved =
-            self.write(order, written.collect(), base.as_ref().map(|base| &*base.image), &image, |progress| {
+            self.write(save_request, written.collect(), base.as_ref().map(|base| &*base.image), &image, |progress| {
                 if let Some((done, total)) = progress {
                     saving.done.store(done, Ordering::Relaxed);
                     saving.total.store(total, Ordering::Relaxed);
@@ -260,7 +265,7 @@ impl Supervisor {
                 saving.cancel.load(Ordering::Relaxed) || self.check(0, 0, cancel).is_err()
             })?;
         let pause_us = image.pause_us();
-        let last = LastSave { dir: dir.clone(), id: saved.id, image: Arc::new(image), before };
+        let last = LastSnapshot { dir: dir.clone(), id: saved.id, image: Arc::new(image), before };
         if let Some(state) = self.0.snapshots.states().get_mut(vm).filter(|state| state.is_by(&saving)) {
             state.last = Some(Arc::new(last));
         }

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::thread;
 
 use super::Supervisor;
-use super::about::About;
+use super::vm_record::VmRecord;
 use crate::control::SuspendAnswer;
-use crate::fleet::{Cancel, FleetError};
 use crate::suspend;
+use crate::vm_host::{Cancel, DaemonError};
 
 /// Default directory of the files.
 pub(super) const DIR: &str = "/var/tmp";
@@ -18,9 +18,9 @@ impl Supervisor {
     ///
     /// # Errors
     /// When there is no such VM, no file can be made, or it cannot be suspended: it then runs on.
-    pub(super) fn suspend(&self, name: &str, dir: &Path, cancel: &Cancel) -> Result<SuspendAnswer, FleetError> {
+    pub(super) fn suspend(&self, name: &str, dir: &Path, cancel: &Cancel) -> Result<SuspendAnswer, DaemonError> {
         let _busy = self.0.busy.read();
-        About::expect(&self.0.dir, name)?;
+        VmRecord::expect(&self.0.dir, name)?;
         let (answer, asleep) = suspend::suspend(self.0.dir.path(), name, dir, &|| self.check(0, 0, cancel))?;
         if answer.was_suspended {
             return Ok(answer);

@@ -1,16 +1,16 @@
 //! Workers: processes with one VM each.
 //!
-//! A worker gets its orders over a socket (`SOCK_SEQPACKET`). It makes its VM with a fleet and
+//! A worker gets its requests over a socket (`SOCK_SEQPACKET`). It makes its VM with a VM host and
 //! sockets of its own in the runtime directory. From then on it depends on no other process, unless
-//! it is tied to one.
+//! it ends with one.
 //!
 //! | message | from | content |
 //! |---|---|---|
 //! | 1 | starter | the worker's grants: it is confined to them while it has one thread |
-//! | 2.. | starter | an order as JSON. With a VM's name come its lock, its sockets, its interfaces |
+//! | 2.. | starter | a request as JSON. With a VM's name come its lock, sockets and interfaces |
 //! | next | starter | only with a fork: the child's labels and its parent's secrets as JSON; files of the copies [ahead](crate::ahead) |
 //! | next | starter | only with a fork: the image ([`SealedParts`](clade_vmm::vm::SealedParts)) |
-//! | next | worker | ready for the next order, or made and paused, or the error |
+//! | next | worker | ready for the next request, or made and paused, or the error |
 //! | next | starter | one byte, once all children are made: they may run. For a single one at once |
 //! | last | worker | the VM runs |
 //!
@@ -19,13 +19,13 @@
 //!
 //! The supervisor's [`zygote`](crate::zygote) forks workers: processes with everything loaded.
 
-mod enter;
+mod confine;
 mod open;
 mod pace;
+mod parent_death;
 mod process;
 mod save;
 mod serve;
-mod tie;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -35,53 +35,55 @@ use clade_io::seqpacket::{self, Message};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::ahead::AheadOrder;
+use crate::ahead::AheadRequest;
 use crate::control::{ErasedInfo, IdentityInfo, ProblemKind};
-use crate::fleet::{FleetError, Labels};
 use crate::secrets::Secrets;
+use crate::vm_host::{DaemonError, Labels};
 use clade_memory::GuestRam;
 use clade_snapshot::KnownDir;
 use clade_vmm::boot::BootImage;
 use clade_vmm::vm::{EndpointParts, Vm, VmConfig};
 
-pub(crate) use enter::EnterOrder;
-pub use enter::{Entered, enter};
-pub(crate) use open::OpenOrder;
+pub(crate) use confine::ConfineRequest;
+pub use confine::{ConfinedWorker, confine_worker};
+pub(crate) use open::ReadSnapshotRequest;
 pub(crate) use pace::Pace;
-pub(crate) use process::{Process, Worker, Workers, has_ended};
-pub(crate) use save::{SaveOrder, SavedFiles, written_beside};
+pub(crate) use parent_death::PARENT_DEATH_EXIT;
+pub(crate) use process::{Worker, WorkerProcess, Workers, has_ended};
+pub(crate) use save::{SavedFiles, WriteSnapshotRequest, written_beside};
 pub use serve::{Served, serve};
-pub(crate) use tie::TIED_EXIT;
 
 /// The exit code of a worker whose VM's disks lack the writes since a fork.
 pub const UNMERGED: u8 = 74;
 
-/// Most bytes of an order or an answer.
+/// Most bytes of a request or an answer.
 const MAX_MESSAGE: usize = 64 << 10;
 
-/// An order to a worker.
+/// A request to a worker.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) enum Order {
-    /// The first order: confine yourself to these grants.
-    Enter(Box<EnterOrder>),
+pub(crate) enum WorkerRequest {
+    /// The first request: confine yourself to these grants.
+    #[serde(rename = "Enter")]
+    Confine(Box<ConfineRequest>),
     /// Be ready for a VM of this configuration.
     Prepare(Box<VmConfig>),
     /// Start a child. Its labels and its image follow.
-    Fork(Box<ForkOrder>),
+    Fork(Box<StartChildRequest>),
     /// Boot a VM.
-    Boot(Box<BootOrder>),
+    Boot(Box<StartBootRequest>),
     /// Write a snapshot of the images that follow.
-    Save(Box<SaveOrder>),
+    Save(Box<WriteSnapshotRequest>),
     /// Open a snapshot, and give its image.
-    Open(Box<OpenOrder>),
+    Open(Box<ReadSnapshotRequest>),
 }
 
-/// Descriptors that come with an order, in this order: the name's lock, the file for the VM's end,
+/// Descriptors that come with a request, in this order: the name's lock, the file for the VM's end,
 /// the one for its flight record, the process that it ends with, the sockets, and the interfaces.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Handed {
+pub(crate) struct PassedFds {
     /// Whether the worker ends with another process.
-    pub(crate) is_tied: bool,
+    #[serde(rename = "is_tied")]
+    pub(crate) ends_with_parent: bool,
     /// Endings of the sockets.
     pub(crate) sockets: Vec<String>,
     pub(crate) ends: EndpointParts,
@@ -89,7 +91,7 @@ pub(crate) struct Handed {
 
 /// The common configuration of a family's workers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Shape {
+pub(crate) struct VmTemplate {
     pub(crate) config: VmConfig,
     /// The directory of each disk's overlays.
     pub(crate) overlays: Vec<PathBuf>,
@@ -98,7 +100,7 @@ pub(crate) struct Shape {
     pub(crate) saved: Vec<KnownDir>,
 }
 
-impl Shape {
+impl VmTemplate {
     /// Whether the other is equal, but for directories that have replaced others at their paths.
     pub(crate) fn is_at_paths_of(&self, other: &Self) -> bool {
         let same_paths = self.saved.iter().map(|dir| &dir.path).eq(other.saved.iter().map(|dir| &dir.path));
@@ -108,20 +110,23 @@ impl Shape {
 
 /// A child to be started.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct ForkOrder {
+pub(crate) struct StartChildRequest {
     pub(crate) name: String,
-    /// The shape that the image must have.
-    pub(crate) shape: Shape,
-    pub(crate) handed: Handed,
+    /// The template that the image must have.
+    #[serde(rename = "shape")]
+    pub(crate) template: VmTemplate,
+    #[serde(rename = "handed")]
+    pub(crate) passed_fds: PassedFds,
     pub(crate) parent: Option<String>,
     pub(crate) paused: bool,
 }
 
 /// A VM to be booted.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct BootOrder {
+pub(crate) struct StartBootRequest {
     pub(crate) name: String,
-    pub(crate) handed: Handed,
+    #[serde(rename = "handed")]
+    pub(crate) passed_fds: PassedFds,
     pub(crate) config: VmConfig,
     pub(crate) kernel: PathBuf,
     pub(crate) initrd: Option<PathBuf>,
@@ -139,14 +144,14 @@ pub(crate) struct Inherited {
     pub(crate) secrets: Secrets,
     /// Whether the secrets are erased in the child's memory before its first instruction.
     pub(crate) withhold: bool,
-    /// The order to copy pages ahead.
-    pub(crate) ahead: Option<AheadOrder>,
+    /// The request to copy pages ahead.
+    pub(crate) ahead: Option<AheadRequest>,
 }
 
 /// An answer of a worker.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) enum Answer {
-    /// The worker is ready for the next order.
+pub(crate) enum WorkerAnswer {
+    /// The worker is ready for the next request.
     Ready,
     Made {
         name: String,
@@ -187,7 +192,7 @@ pub struct Program {
 
 /// A VM in a process of its own.
 #[derive(Clone, Debug)]
-pub(crate) struct Made {
+pub(crate) struct LaunchedVm {
     pub(crate) name: String,
     /// Its own interfaces, addresses and sockets; `None` if it has no such devices.
     pub(crate) identity: Option<IdentityInfo>,
@@ -195,8 +200,8 @@ pub(crate) struct Made {
     pub(crate) erased: ErasedInfo,
 }
 
-fn failed(source: io::Error) -> FleetError {
-    FleetError::Worker { source }
+fn failed(source: io::Error) -> DaemonError {
+    DaemonError::Worker { source }
 }
 
 fn receive<T: DeserializeOwned>(socket: impl AsFd) -> io::Result<(T, Vec<OwnedFd>)> {

@@ -10,14 +10,14 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Answer, failed, send};
-use crate::fleet::FleetError;
+use super::{WorkerAnswer, failed, send};
+use crate::vm_host::DaemonError;
 use clade_snapshot::{KnownDir, ParentDirs};
 use clade_vmm::vm::{Context, ForkImage, Leases, RestoreLoad, RestoreOptions};
 
 /// A snapshot to be opened.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct OpenOrder {
+pub(crate) struct ReadSnapshotRequest {
     /// Its directory.
     pub(crate) dir: PathBuf,
     pub(crate) load: RestoreLoad,
@@ -30,16 +30,16 @@ pub(crate) struct OpenOrder {
 }
 
 /// Opens a snapshot, and sends its image over `socket`.
-pub(super) fn open(context: &Context, socket: &OwnedFd, order: OpenOrder) -> Result<(), FleetError> {
+pub(super) fn open(context: &Context, socket: &OwnedFd, request: ReadSnapshotRequest) -> Result<(), DaemonError> {
     let begun = Instant::now();
-    let OpenOrder { dir, load, members, overlays, sockets } = order;
+    let ReadSnapshotRequest { dir, load, members, overlays, sockets } = request;
     let parents = ParentDirs::known(&members);
     let options = RestoreOptions { load, overlays: Some(overlays), sockets: Some(sockets), parents };
     let image = ForkImage::restore(context, &dir, &options)?;
     let opened = Instant::now();
     // Its files are never written or used again: they need no holder.
     let parts = image.export(&Leases::default())?.seal()?;
-    send(socket, &Answer::Opened, &[]).map_err(failed)?;
+    send(socket, &WorkerAnswer::Opened, &[]).map_err(failed)?;
     parts.send(socket)?;
     tracing::debug!(open_took = ?opened - begun, send_took = ?opened.elapsed(), "opened");
     Ok(())

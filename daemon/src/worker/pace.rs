@@ -12,7 +12,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::fleet::{most_running, processors, runnable_threads};
+use crate::vm_host::{most_running, processors, runnable_threads};
 
 /// VMs of a group, for each processor.
 const VMS_OF_A_PROCESSOR: usize = 16;

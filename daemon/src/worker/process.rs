@@ -12,8 +12,11 @@ use rustix::net::{Shutdown, shutdown};
 use rustix::process::{Signal, pidfd_send_signal};
 
 use super::pace::{Pace, in_groups};
-use super::{Answer, EnterOrder, Inherited, Made, OpenOrder, Order, SaveOrder, SavedFiles, failed, receive, send};
-use crate::fleet::FleetError;
+use super::{
+    ConfineRequest, Inherited, LaunchedVm, ReadSnapshotRequest, SavedFiles, WorkerAnswer, WorkerRequest,
+    WriteSnapshotRequest, failed, receive, send,
+};
+use crate::vm_host::DaemonError;
 use clade_vmm::vm::SealedParts;
 
 /// Time limit of a worker to make its VM.
@@ -25,13 +28,13 @@ const END_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A worker's process, a child of the zygote, which reaps it.
 #[derive(Debug)]
-pub(crate) struct Process {
+pub(crate) struct WorkerProcess {
     /// Its pid, for display.
     pub(crate) pid: u32,
     pub(crate) pidfd: OwnedFd,
 }
 
-impl Process {
+impl WorkerProcess {
     /// Waits until the process has ended, and kills it if it does not.
     fn end(self) {
         if !has_ended(&self.pidfd, END_TIMEOUT) {
@@ -58,7 +61,7 @@ pub(crate) fn has_ended(pidfd: &OwnedFd, timeout: Duration) -> bool {
 #[derive(Debug)]
 pub(crate) struct Worker {
     socket: OwnedFd,
-    process: Option<Process>,
+    process: Option<WorkerProcess>,
     /// Whether its VM runs. It does not read its socket any more then.
     is_running: Cell<bool>,
 }
@@ -68,7 +71,7 @@ impl Worker {
     ///
     /// # Errors
     /// When the socket cannot be set up. The process ends then.
-    pub(crate) fn new(socket: OwnedFd, process: Process) -> Result<Self, FleetError> {
+    pub(crate) fn new(socket: OwnedFd, process: WorkerProcess) -> Result<Self, DaemonError> {
         let worker = Self { socket, process: Some(process), is_running: Cell::new(false) };
         for (which, timeout) in [(Timeout::Recv, POLL_INTERVAL), (Timeout::Send, PATIENCE)] {
             set_socket_timeout(&worker.socket, which, Some(timeout)).map_err(|errno| failed(errno.into()))?;
@@ -85,28 +88,28 @@ impl Worker {
     ///
     /// # Errors
     /// When no descriptor is left.
-    pub(crate) fn pidfd(&self) -> Result<Option<OwnedFd>, FleetError> {
+    pub(crate) fn pidfd(&self) -> Result<Option<OwnedFd>, DaemonError> {
         self.process.as_ref().map(|process| process.pidfd.try_clone()).transpose().map_err(failed)
     }
 
-    /// Sends it an order.
+    /// Sends it a request.
     ///
     /// # Errors
     /// When it has ended.
-    pub(crate) fn order(&self, order: &Order, files: &[BorrowedFd<'_>]) -> Result<(), FleetError> {
-        send(&self.socket, order, files).map_err(failed)
+    pub(crate) fn request(&self, request: &WorkerRequest, files: &[BorrowedFd<'_>]) -> Result<(), DaemonError> {
+        send(&self.socket, request, files).map_err(failed)
     }
 
-    /// Sends the first order, with its grants.
+    /// Sends the first request, with its grants.
     ///
     /// # Errors
     /// When it has ended.
-    pub(crate) fn enter(&self, order: EnterOrder) -> Result<(), FleetError> {
-        self.order(&Order::Enter(Box::new(order)), &[])
+    pub(crate) fn confine(&self, request: ConfineRequest) -> Result<(), DaemonError> {
+        self.request(&WorkerRequest::Confine(Box::new(request)), &[])
     }
 
-    /// Sends the parts that it starts a child from, after [`Order::Fork`], with the files of the
-    /// copies `ahead`.
+    /// Sends the parts that it starts a child from, after [`WorkerRequest::Fork`], with the files
+    /// of the copies `ahead`.
     ///
     /// # Errors
     /// When it has ended.
@@ -115,18 +118,18 @@ impl Worker {
         inherited: &Inherited,
         ahead: &[BorrowedFd<'_>],
         parts: &SealedParts,
-    ) -> Result<(), FleetError> {
+    ) -> Result<(), DaemonError> {
         let given = send(&self.socket, inherited, ahead);
         let given = given.and_then(|()| parts.send(&self.socket).map_err(io::Error::other));
         // A worker that has gone left its reason.
-        given.map_err(|error| match self.last_words() {
-            Some(Answer::Failed { kind, text }) => FleetError::Refused { kind, text },
+        given.map_err(|error| match self.read_error() {
+            Some(WorkerAnswer::Failed { kind, text }) => DaemonError::Refused { kind, text },
             _ => failed(error),
         })
     }
 
     /// Returns its last answers that no code has received.
-    fn last_words(&self) -> Option<Answer> {
+    fn read_error(&self) -> Option<WorkerAnswer> {
         // A process that has closed its end with something unread resets the connection first.
         let heard = (0..2).find_map(|_| receive(&self.socket).ok());
         heard.map(|(answer, _)| answer)
@@ -138,11 +141,11 @@ impl Worker {
     /// When it has ended.
     pub(crate) fn save(
         &self,
-        order: SaveOrder,
+        request: WriteSnapshotRequest,
         base: Option<&SealedParts>,
         parts: &SealedParts,
-    ) -> Result<(), FleetError> {
-        self.order(&Order::Save(Box::new(order)), &[])?;
+    ) -> Result<(), DaemonError> {
+        self.request(&WorkerRequest::Save(Box::new(request)), &[])?;
         base.map_or(Ok(()), |base| base.send(&self.socket))?;
         Ok(parts.send(&self.socket)?)
     }
@@ -151,8 +154,8 @@ impl Worker {
     ///
     /// # Errors
     /// When it has ended.
-    pub(crate) fn open(&self, order: OpenOrder) -> Result<(), FleetError> {
-        self.order(&Order::Open(Box::new(order)), &[])
+    pub(crate) fn open(&self, request: ReadSnapshotRequest) -> Result<(), DaemonError> {
+        self.request(&WorkerRequest::Open(Box::new(request)), &[])
     }
 
     /// Waits for the image of the snapshot that it opens. `check` is called every
@@ -160,10 +163,10 @@ impl Worker {
     ///
     /// # Errors
     /// That of `check`. When the worker refuses, or has ended.
-    pub(crate) fn opened(self, check: impl Fn() -> Result<(), FleetError>) -> Result<SealedParts, FleetError> {
+    pub(crate) fn opened(self, check: impl Fn() -> Result<(), DaemonError>) -> Result<SealedParts, DaemonError> {
         // All of memory may be read.
         match self.answer_within(Duration::MAX, &check)? {
-            Answer::Opened => {}
+            WorkerAnswer::Opened => {}
             other => return Err(failed(unexpected(&other))),
         }
         let parts = SealedParts::receive_while(&self.socket, &|| check().is_ok())?;
@@ -197,16 +200,16 @@ impl Worker {
     ///
     /// # Errors
     /// When the worker refuses, or has ended.
-    pub(crate) fn saved(&self, watch: impl Fn(Option<(u64, u64)>) -> bool) -> Result<SavedFiles, FleetError> {
+    pub(crate) fn saved(&self, watch: impl Fn(Option<(u64, u64)>) -> bool) -> Result<SavedFiles, DaemonError> {
         let mut stopped: Option<Instant> = None;
         loop {
             if stopped.is_some_and(|at| at.elapsed() > END_TIMEOUT) {
                 return Err(failed(io::ErrorKind::TimedOut.into()));
             }
             let progress = match receive(&self.socket) {
-                Ok((Answer::Saved(saved), _)) => return Ok(*saved),
-                Ok((Answer::Failed { kind, text }, _)) => return Err(FleetError::Refused { kind, text }),
-                Ok((Answer::Saving { done, total }, _)) => Some((done, total)),
+                Ok((WorkerAnswer::Saved(saved), _)) => return Ok(*saved),
+                Ok((WorkerAnswer::Failed { kind, text }, _)) => return Err(DaemonError::Refused { kind, text }),
+                Ok((WorkerAnswer::Saving { done, total }, _)) => Some((done, total)),
                 Ok((other, _)) => return Err(failed(unexpected(&other))),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
                 Err(error) => return Err(failed(error)),
@@ -222,15 +225,15 @@ impl Worker {
     ///
     /// # Errors
     /// That of `check`. When the worker refuses, has ended, or does not answer in time.
-    pub(crate) fn answer(&self, check: impl Fn() -> Result<(), FleetError>) -> Result<Answer, FleetError> {
+    pub(crate) fn answer(&self, check: impl Fn() -> Result<(), DaemonError>) -> Result<WorkerAnswer, DaemonError> {
         self.answer_within(PATIENCE, check)
     }
 
     fn answer_within(
         &self,
         patience: Duration,
-        check: impl Fn() -> Result<(), FleetError>,
-    ) -> Result<Answer, FleetError> {
+        check: impl Fn() -> Result<(), DaemonError>,
+    ) -> Result<WorkerAnswer, DaemonError> {
         let begun = Instant::now();
         loop {
             match receive(&self.socket) {
@@ -242,19 +245,19 @@ impl Worker {
                 }
                 // The worker ended without reading its permission. Its earlier answer comes next.
                 Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionReset) => {}
-                Ok((Answer::Failed { kind, text }, _)) => return Err(FleetError::Refused { kind, text }),
+                Ok((WorkerAnswer::Failed { kind, text }, _)) => return Err(DaemonError::Refused { kind, text }),
                 answer => return answer.map(|(answer, _)| answer).map_err(failed),
             }
         }
     }
 
-    /// Waits until the worker is ready for the next order.
+    /// Waits until the worker is ready for the next request.
     ///
     /// # Errors
     /// As [`Self::answer`].
-    pub(crate) fn ready(&self) -> Result<(), FleetError> {
+    pub(crate) fn ready(&self) -> Result<(), DaemonError> {
         match self.answer(|| Ok(()))? {
-            Answer::Ready => Ok(()),
+            WorkerAnswer::Ready => Ok(()),
             other => Err(failed(unexpected(&other))),
         }
     }
@@ -263,16 +266,16 @@ impl Worker {
     ///
     /// # Errors
     /// As [`Self::answer`].
-    pub(crate) fn made(&self, check: impl Fn() -> Result<(), FleetError>) -> Result<Made, FleetError> {
+    pub(crate) fn made(&self, check: impl Fn() -> Result<(), DaemonError>) -> Result<LaunchedVm, DaemonError> {
         match self.answer(check)? {
-            Answer::Made { name, identity, erased } => Ok(Made { name, identity, erased }),
+            WorkerAnswer::Made { name, identity, erased } => Ok(LaunchedVm { name, identity, erased }),
             other => Err(failed(unexpected(&other))),
         }
     }
 
     /// The same for a worker that may run at once. When `check` fails, its socket is closed. Then
     /// the worker has either already reported its VM as made, or never will, and ends.
-    fn made_or_never(&self, check: impl Fn() -> Result<(), FleetError>) -> Result<Made, FleetError> {
+    fn wait_or_abort(&self, check: impl Fn() -> Result<(), DaemonError>) -> Result<LaunchedVm, DaemonError> {
         self.made(check).or_else(|error| {
             self.dismiss();
             self.made(|| Ok(())).map_err(|_| error)
@@ -288,7 +291,7 @@ impl Worker {
     /// Waits until its VM runs.
     fn wait_running(&self, name: &str) {
         match self.answer(|| Ok(())) {
-            Ok(Answer::Running) => self.is_running.set(true),
+            Ok(WorkerAnswer::Running) => self.is_running.set(true),
             other => tracing::warn!(name, ?other, "a VM has ended before it ran"),
         }
     }
@@ -323,15 +326,15 @@ impl Workers {
     pub(crate) fn run_together(
         &mut self,
         pace: Pace,
-        check: impl Fn(usize) -> Result<(), FleetError>,
-    ) -> Result<Vec<Made>, FleetError> {
+        check: impl Fn(usize) -> Result<(), DaemonError>,
+    ) -> Result<Vec<LaunchedVm>, DaemonError> {
         let mut made = Vec::with_capacity(self.0.len());
         let is_single = self.0.len() == 1;
         if let [worker] = self.0.as_slice() {
             // A single VM waits for no other: every wait of one process for another costs a
             // wake-up.
             worker.run();
-            made.push(worker.made_or_never(|| check(0))?);
+            made.push(worker.wait_or_abort(|| check(0))?);
         } else {
             for worker in &self.0 {
                 let child = worker.made(|| check(made.len()))?;
@@ -363,6 +366,6 @@ impl Drop for Workers {
     }
 }
 
-fn unexpected(answer: &Answer) -> io::Error {
+fn unexpected(answer: &WorkerAnswer) -> io::Error {
     io::Error::other(format!("it answered {answer:?}"))
 }

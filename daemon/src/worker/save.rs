@@ -4,7 +4,7 @@
 //!
 //! | message | from | content |
 //! |---|---|---|
-//! | 1 | starter | [`SaveOrder`] |
+//! | 1 | starter | [`WriteSnapshotRequest`] |
 //! | 2.. | starter | the image of the base snapshot, if there is one |
 //! | .. | starter | the image |
 //! | next | worker | progress, every [`TELL_INTERVAL`] at most |
@@ -22,8 +22,8 @@ use clade_snapshot::{Compression, SaveProgress, SnapshotId};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 
-use super::{Answer, send};
-use crate::fleet::FleetError;
+use super::{WorkerAnswer, send};
+use crate::vm_host::DaemonError;
 use clade_vmm::vm::{Context, ForkImage, Overlays, SavedAt, SealedParts, SharedFiles, SnapshotOptions, VmConfig};
 
 /// Interval of the progress reports.
@@ -31,7 +31,7 @@ const TELL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// A snapshot to be written.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct SaveOrder {
+pub(crate) struct WriteSnapshotRequest {
     /// Its directory.
     pub(crate) dir: PathBuf,
     /// Directory and id of its base snapshot.
@@ -56,20 +56,24 @@ pub(crate) struct SavedFiles {
 }
 
 /// Writes a snapshot of the images received over `socket`.
-pub(super) fn save(context: &Context, socket: &OwnedFd, order: &SaveOrder) -> Result<SavedFiles, FleetError> {
-    let failed = |source| FleetError::Worker { source };
+pub(super) fn save(
+    context: &Context,
+    socket: &OwnedFd,
+    request: &WriteSnapshotRequest,
+) -> Result<SavedFiles, DaemonError> {
+    let failed = |source| DaemonError::Worker { source };
     // A layer in both images must be one here, or all of it would count as changed.
     let mut shared = SharedFiles::default();
-    let mut import = || -> Result<_, FleetError> {
+    let mut import = || -> Result<_, DaemonError> {
         let parts = SealedParts::receive(socket)?.open()?;
         let image = ForkImage::import_beside(context, parts, Overlays::Nowhere, &mut shared)?;
-        if **image.config() == order.config {
+        if **image.config() == request.config {
             Ok(image)
         } else {
             Err(failed(io::Error::other("an image is of a VM with another configuration")))
         }
     };
-    let base = match &order.base {
+    let base = match &request.base {
         Some((dir, id)) => Some((SavedAt { dir: dir.clone(), id: *id }, import()?)),
         None => None,
     };
@@ -82,15 +86,15 @@ pub(super) fn save(context: &Context, socket: &OwnedFd, order: &SaveOrder) -> Re
         }
         told.set(Instant::now());
         // The starter has gone, or asks to stop.
-        if send(socket, &Answer::Saving { done, total }, &[]).is_err() || has_word(socket) {
+        if send(socket, &WorkerAnswer::Saving { done, total }, &[]).is_err() || has_word(socket) {
             cancel.store(true, Ordering::Relaxed);
         }
     };
-    let compression = if order.zstd { Compression::Zstd } else { Compression::None };
-    let options = SnapshotOptions { incremental: base.is_some(), compression, replace: order.replace };
+    let compression = if request.zstd { Compression::Zstd } else { Compression::None };
+    let options = SnapshotOptions { incremental: base.is_some(), compression, replace: request.replace };
     let watch = SaveProgress { progress: &tell, cancel: &cancel };
     let of = base.as_ref().map(|(place, image)| (place, &**image));
-    let (place, saved) = image.save(&order.dir, of, options, &watch)?;
+    let (place, saved) = image.save(&request.dir, of, options, &watch)?;
     Ok(SavedFiles {
         id: place.id,
         data_pages: saved.data_pages,

@@ -11,22 +11,25 @@ use clade_memory::GuestRam;
 use tokio::runtime::Handle;
 
 use super::open::open;
+use super::parent_death::ParentDeath;
 use super::save::save;
-use super::tie::Tie;
-use super::{Answer, BootOrder, Entered, ForkOrder, Handed, Inherited, Order, Program, failed, receive, send};
+use super::{
+    ConfinedWorker, Inherited, PassedFds, Program, StartBootRequest, StartChildRequest, WorkerAnswer, WorkerRequest,
+    failed, receive, send,
+};
 use crate::ahead::ChildAhead;
 use crate::control::{IdentityInfo, ProblemKind, serve_vm};
-use crate::fleet::{Description, Fleet, FleetError, NameClaim, VmFiles};
 use crate::flight;
 use crate::secrets::Secrets;
+use crate::vm_host::{DaemonError, NameClaim, VmDescription, VmFiles, VmHost};
 use clade_vmm::boot::{BootError, BootImage, BootSource};
 use clade_vmm::vm::{ChildOptions, Context, Endpoints, ForkImage, Overlays, SealedParts, Vm, VmError};
 
 /// A worker's VM, which runs.
 #[derive(Debug)]
 pub struct Served {
-    /// Its fleet: its name, its sockets, its end.
-    pub fleet: Fleet,
+    /// Its VM host: its name, its sockets, its end.
+    pub vm_host: VmHost,
     /// The VM.
     pub vm: Arc<Vm>,
     /// The pages it copies ahead, and the note at its end.
@@ -36,51 +39,51 @@ pub struct Served {
     pub was_booted: bool,
     /// Ends the process with the command of the VM's session. Dropped when the VM has ended: the
     /// writes to its disks are merged whatever the command does.
-    pub tie: Option<Tie>,
+    pub parent_death: Option<ParentDeath>,
 }
 
-/// Carries out the orders of the process behind `socket`, until there is a VM, in a fleet of its
-/// own that `runtime` serves. Returns once the VM runs, or with `None` if the starter no longer
+/// Carries out the requests of the process behind `socket`, until there is a VM, in a VM host of
+/// its own that `runtime` serves. Returns once the VM runs, or with `None` if the starter no longer
 /// wants one. Calls `before_it_runs` when its VM has a name, before it is made.
 ///
 /// # Errors
 /// When the VM cannot be made. The other process gets the error too.
 pub fn serve(
     context: &Context,
-    entered: &Entered,
+    confined: &ConfinedWorker,
     socket: &OwnedFd,
     runtime: &Handle,
     program: &Program,
     before_it_runs: &dyn Fn() -> io::Result<()>,
-) -> Result<Option<Served>, FleetError> {
-    let maker = Maker { context, entered, socket, runtime, program, before_it_runs };
+) -> Result<Option<Served>, DaemonError> {
+    let launcher = VmLauncher { context, confined, socket, runtime, program, before_it_runs };
     loop {
-        let (order, files) = match receive(socket) {
+        let (request, files) = match receive(socket) {
             // The worker waited in a pool, and its starter has gone.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
             other => other.map_err(failed)?,
         };
-        let kernel = if let Order::Boot(order) = &order { Some(order.kernel.clone()) } else { None };
-        let done = match order {
-            Order::Enter(_) => Err(failed(io::Error::other("it is where it was told to stay"))),
-            Order::Prepare(config) => match context.prepare_vms(&Arc::from(config), 1) {
+        let kernel = if let WorkerRequest::Boot(request) = &request { Some(request.kernel.clone()) } else { None };
+        let done = match request {
+            WorkerRequest::Confine(_) => Err(failed(io::Error::other("it is where it was told to stay"))),
+            WorkerRequest::Prepare(config) => match context.prepare_vms(&Arc::from(config), 1) {
                 Ok(()) => {
-                    send(socket, &Answer::Ready, &[]).map_err(failed)?;
+                    send(socket, &WorkerAnswer::Ready, &[]).map_err(failed)?;
                     continue;
                 }
                 Err(error) => Err(error.into()),
             },
-            Order::Save(order) => save(context, socket, &order).and_then(|saved| {
-                send(socket, &Answer::Saved(Box::new(saved)), &[]).map_err(failed)?;
+            WorkerRequest::Save(request) => save(context, socket, &request).and_then(|saved| {
+                send(socket, &WorkerAnswer::Saved(Box::new(saved)), &[]).map_err(failed)?;
                 Ok(None)
             }),
-            Order::Open(order) => open(context, socket, *order).map(|()| None),
-            Order::Fork(order) => maker.fork(*order, files),
-            Order::Boot(order) => maker.boot(*order, files),
+            WorkerRequest::Open(request) => open(context, socket, *request).map(|()| None),
+            WorkerRequest::Fork(request) => launcher.fork(*request, files),
+            WorkerRequest::Boot(request) => launcher.boot(*request, files),
         };
         return done.inspect_err(|error| {
             // A missing file, or one that is not a disk: the request named it.
-            let is_input = kernel.is_some() && matches!(error, FleetError::Vm(VmError::Devices(_)));
+            let is_input = kernel.is_some() && matches!(error, DaemonError::Vm(VmError::Devices(_)));
             let kind = if is_input { ProblemKind::BadConfig } else { error.problem() };
             let text = clade_vmm::error_chain(error);
             // The error is about the file's contents, and does not name it.
@@ -88,67 +91,67 @@ pub fn serve(
                 Some(kernel) if is_of_kernel(error) => format!("{}: {text}", kernel.display()),
                 _ => text,
             };
-            let answer = Answer::Failed { kind, text };
+            let answer = WorkerAnswer::Failed { kind, text };
             // The starter may have gone.
             let _ = send(socket, &answer, &[]);
         });
     }
 }
 
-fn is_of_kernel(error: &FleetError) -> bool {
+fn is_of_kernel(error: &DaemonError) -> bool {
     use BootError::{BzImage, Elf, NotAKernel, Unpack};
-    matches!(error, FleetError::Vm(VmError::Boot(NotAKernel { .. } | BzImage(_) | Unpack(_) | Elf(_))))
+    matches!(error, DaemonError::Vm(VmError::Boot(NotAKernel { .. } | BzImage(_) | Unpack(_) | Elf(_))))
 }
 
-/// Unpacks an order's descriptors: the claim with its lock, the VM's files, and its interfaces.
+/// Unpacks a request's descriptors: the claim with its lock, the VM's files, and its interfaces.
 /// From here on the process ends with the command of its session, if it has one.
 fn claimed(
-    entered: &Entered,
+    confined: &ConfinedWorker,
     name: &str,
-    handed: Handed,
+    passed_fds: PassedFds,
     files: Vec<OwnedFd>,
     runtime: &Handle,
-) -> Result<(NameClaim, VmFiles, Endpoints, Option<Tie>), FleetError> {
+) -> Result<(NameClaim, VmFiles, Endpoints, Option<ParentDeath>), DaemonError> {
     let count = files.len();
-    let few = || failed(io::Error::other(format!("an order with {count} descriptors")));
+    let few = || failed(io::Error::other(format!("a request with {count} descriptors")));
     let mut files = files.into_iter();
-    let claim = NameClaim::adopt(&entered.dir, name, files.next().ok_or_else(few)?)?;
-    let Handed { is_tied, sockets, ends } = handed;
+    let claim = NameClaim::adopt(&confined.dir, name, files.next().ok_or_else(few)?)?;
+    let PassedFds { ends_with_parent, sockets, ends } = passed_fds;
     let record = files.next().ok_or_else(few)?;
     flight::install(files.next().ok_or_else(few)?);
-    let command = if is_tied { Some(files.next().ok_or_else(few)?) } else { None };
-    let tie = command.map(|command| Tie::to(command, runtime)).transpose().map_err(failed)?;
+    let command = if ends_with_parent { Some(files.next().ok_or_else(few)?) } else { None };
+    let parent_death = command.map(|command| ParentDeath::to(command, runtime)).transpose().map_err(failed)?;
     let sockets: BTreeMap<String, OwnedFd> = sockets.into_iter().zip(files.by_ref()).collect();
     let ends = Endpoints::handed_in(ends, files.collect()).map_err(VmError::from)?;
-    Ok((claim, VmFiles::of(sockets, record).map_err(failed)?, ends, tie))
+    Ok((claim, VmFiles::of(sockets, record).map_err(failed)?, ends, parent_death))
 }
 
 /// Makes the worker's VM.
-struct Maker<'a> {
+struct VmLauncher<'a> {
     context: &'a Context,
-    entered: &'a Entered,
+    confined: &'a ConfinedWorker,
     socket: &'a OwnedFd,
     runtime: &'a Handle,
     program: &'a Program,
     before_it_runs: &'a dyn Fn() -> io::Result<()>,
 }
 
-impl Maker<'_> {
+impl VmLauncher<'_> {
     /// Reports that the VM is made. Returns whether it is wanted, once that is known: when all
     /// others of the request are made.
     fn is_wanted(&self, vm: &Vm) -> bool {
         let (name, erased) = (vm.name().to_owned(), vm.erased().into());
-        let answer = Answer::Made { name, identity: IdentityInfo::of(vm), erased };
+        let answer = WorkerAnswer::Made { name, identity: IdentityInfo::of(vm), erased };
         let told = send(self.socket, &answer, &[]).and_then(|()| seqpacket::receive(self.socket, 1));
         told.is_ok()
     }
 
-    fn fork(&self, order: ForkOrder, files: Vec<OwnedFd>) -> Result<Option<Served>, FleetError> {
+    fn fork(&self, request: StartChildRequest, files: Vec<OwnedFd>) -> Result<Option<Served>, DaemonError> {
         let begun = Instant::now();
-        let ForkOrder { name, shape, handed, parent, paused } = order;
+        let StartChildRequest { name, template, passed_fds, parent, paused } = request;
         // Preparations without the image come first: the parent may still be forked.
-        let fleet = serve_vm(self.context, self.runtime);
-        let (claim, files, ends, tie) = claimed(self.entered, &name, handed, files, self.runtime)?;
+        let vm_host = serve_vm(self.context, self.runtime);
+        let (claim, files, ends, parent_death) = claimed(self.confined, &name, passed_fds, files, self.runtime)?;
         (self.before_it_runs)().map_err(failed)?;
         let claimed = Instant::now();
         let (Inherited { labels, secrets, withhold, ahead }, files_ahead) = match receive(self.socket) {
@@ -160,8 +163,8 @@ impl Maker<'_> {
         let waited = Instant::now();
         let parts = SealedParts::receive(self.socket)?.open()?;
         let received = Instant::now();
-        let image = ForkImage::import(self.context, parts, Overlays::In(&shape.overlays))?;
-        if shape.config != **image.config() {
+        let image = ForkImage::import(self.context, parts, Overlays::In(&template.overlays))?;
+        if template.config != **image.config() {
             return Err(failed(io::Error::other("the image is of a VM with another configuration")));
         }
         let (claim_took, receive_took) = (claimed - begun, received - waited);
@@ -188,7 +191,7 @@ impl Maker<'_> {
             true
         };
         let made =
-            fleet.launch(claim, files, Description { parent, labels, secrets, reports_ready: false }, make, run)?;
+            vm_host.launch(claim, files, VmDescription { parent, labels, secrets, reports_ready: false }, make, run)?;
         let Some(vm) = made else { return Ok(None) };
         let state = if paused { ", paused" } else { "" };
         flight::note(&format!("started as a child of {of}, generation {}{state}", vm.generation()));
@@ -199,27 +202,38 @@ impl Maker<'_> {
         if let Some(started) = self.program.started.filter(|_| !paused) {
             started(&vm);
         }
-        let _ = send(self.socket, &Answer::Running, &[]);
+        let _ = send(self.socket, &WorkerAnswer::Running, &[]);
         if let Some(said) = self.program.said.filter(|_| !paused) {
             said(&vm);
         }
         // The copies run on their own.
         let ahead = ahead.zip(<[OwnedFd; 2]>::try_from(files_ahead).ok());
-        let ahead = ahead.map(|(order, [likely, note])| ChildAhead::begin(&vm, order, &likely, note));
-        Ok(Some(Served { fleet, vm, ahead, was_booted: false, tie }))
+        let ahead = ahead.map(|(request, [likely, note])| ChildAhead::begin(&vm, request, &likely, note));
+        Ok(Some(Served { vm_host, vm, ahead, was_booted: false, parent_death }))
     }
 
-    fn boot(&self, order: BootOrder, files: Vec<OwnedFd>) -> Result<Option<Served>, FleetError> {
-        let BootOrder { name, handed, config, kernel, initrd, cmdline, labels, secrets, paused, reports_ready } = order;
-        let fleet = serve_vm(self.context, self.runtime);
-        let (claim, files, ends, tie) = claimed(self.entered, &name, handed, files, self.runtime)?;
+    fn boot(&self, request: StartBootRequest, files: Vec<OwnedFd>) -> Result<Option<Served>, DaemonError> {
+        let StartBootRequest {
+            name,
+            passed_fds,
+            config,
+            kernel,
+            initrd,
+            cmdline,
+            labels,
+            secrets,
+            paused,
+            reports_ready,
+        } = request;
+        let vm_host = serve_vm(self.context, self.runtime);
+        let (claim, files, ends, parent_death) = claimed(self.confined, &name, passed_fds, files, self.runtime)?;
         (self.before_it_runs)().map_err(failed)?;
         let source =
             BootSource { kernel: (self.program.kernel)(&kernel), initrd: initrd.map(BootImage::File), cmdline };
         let config = Arc::new(config);
         let make = |context: &Context| Vm::boot_as(context, &name, &config, &source, ends, paused);
-        let about = Description { parent: None, labels, secrets, reports_ready };
-        let made = fleet.launch(claim, files, about, make, |vm| self.is_wanted(vm))?;
+        let description = VmDescription { parent: None, labels, secrets, reports_ready };
+        let made = vm_host.launch(claim, files, description, make, |vm| self.is_wanted(vm))?;
         let Some(vm) = made else { return Ok(None) };
         let state = if paused { ", paused" } else { "" };
         let (mib, cpus) = (vm.config().layout().bytes() >> 20, vm.config().cpus());
@@ -227,7 +241,7 @@ impl Maker<'_> {
         if let Some(booted) = self.program.booted {
             booted(&vm);
         }
-        let _ = send(self.socket, &Answer::Running, &[]);
-        Ok(Some(Served { fleet, vm, ahead: None, was_booted: true, tie }))
+        let _ = send(self.socket, &WorkerAnswer::Running, &[]);
+        Ok(Some(Served { vm_host, vm, ahead: None, was_booted: true, parent_death }))
     }
 }

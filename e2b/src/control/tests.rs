@@ -26,11 +26,13 @@ async fn a_client_that_goes_leaves_no_vm_without_a_record_or_an_end() {
     }
     assert!(forks >= 4, "{forks}");
     until("all VMs have a record and an end", || {
-        let fleet = fake.world.fleet();
+        let supervisor_state = fake.world.supervisor_state();
         let records = fake.gateway.0.sandboxes.list();
-        let is_so =
-            fleet.vms.iter().all(|(name, vm)| vm.ttl == Some(300.0) && records.iter().any(|one| one.id == *name));
-        is_so && fleet.vms.len() == records.len() && records.len() >= steps + forks * 3
+        let is_so = supervisor_state
+            .vms
+            .iter()
+            .all(|(name, vm)| vm.ttl == Some(300.0) && records.iter().any(|one| one.id == *name));
+        is_so && supervisor_state.vms.len() == records.len() && records.len() >= steps + forks * 3
     })
     .await;
 }
@@ -41,7 +43,8 @@ async fn a_client_that_goes_leaves_no_record_that_contradicts_its_vm() {
     let key = fake.key("one");
     let id = fake.sandbox(&key, Value::Null).await;
     let is_one = |is_paused: bool| {
-        let (vm, record) = (fake.world.fleet().vms[&id].clone(), fake.gateway.0.sandboxes.get(&id).unwrap().get());
+        let (vm, record) =
+            (fake.world.supervisor_state().vms[&id].clone(), fake.gateway.0.sandboxes.get(&id).unwrap().get());
         record.paused == is_paused && vm.is_paused == is_paused && vm.ttl.is_none() == is_paused
     };
     let empty = json!({});
@@ -63,7 +66,10 @@ async fn a_client_that_goes_leaves_no_record_that_contradicts_its_vm() {
     }
     // And its end.
     while fake.drop_after(0, Fake::ask(&key, "DELETE", &format!("/sandboxes/{id}"), &Value::Null)).await {
-        until("its end", || fake.world.fleet().vms.is_empty() && fake.gateway.0.sandboxes.get(&id).is_none()).await;
+        until("its end", || {
+            fake.world.supervisor_state().vms.is_empty() && fake.gateway.0.sandboxes.get(&id).is_none()
+        })
+        .await;
     }
 }
 
@@ -77,12 +83,12 @@ async fn a_vm_whose_making_fails_anywhere_is_stopped() {
             ("/sandboxes".to_owned(), json!({ "templateID": "base" })),
             (format!("/sandboxes/{parent}/fork"), json!({ "count": 2 })),
         ] {
-            fake.world.fleet().lost = Some(lost.to_owned());
+            fake.world.supervisor_state().lost = Some(lost.to_owned());
             let (status, answer) = fake.call(&key, "POST", &path, body).await;
             let is_refused = status == 500 || answer[0]["error"]["code"] == 500 && answer[1]["error"]["code"] == 500;
             assert!(is_refused, "{lost}: {status} {answer}");
-            fake.world.fleet().lost = None;
-            until("all others have gone", || fake.world.fleet().vms.keys().eq([&parent])).await;
+            fake.world.supervisor_state().lost = None;
+            until("all others have gone", || fake.world.supervisor_state().vms.keys().eq([&parent])).await;
             assert_eq!(fake.gateway.0.sandboxes.list().len(), 1, "{lost}");
         }
     }
@@ -140,7 +146,7 @@ async fn only_the_token_of_a_paused_sandbox_wakes_it_by_its_agent() {
         }
     }
     assert_eq!(record(), before);
-    assert!(fake.world.fleet().vms[&id].is_paused);
+    assert!(fake.world.supervisor_state().vms[&id].is_paused);
     assert_eq!(ask(&[&tokens[0]], "/envs").await, (200, Value::String(id.clone())));
     assert!(!record().paused);
     // And then the agent requires it.
@@ -155,8 +161,8 @@ async fn no_spelling_of_another_owners_snapshot_makes_a_sandbox_of_it() {
     let (status, taken) =
         fake.call(&one, "POST", &format!("/sandboxes/{id}/snapshots"), json!({ "name": "kept" })).await;
     assert_eq!((status, &taken["snapshotID"]), (201, &json!("kept")), "{taken}");
-    let checkpoints: Vec<String> = fake.world.fleet().checkpoints.keys().cloned().collect();
-    let vms = fake.world.fleet().vms.len();
+    let checkpoints: Vec<String> = fake.world.supervisor_state().checkpoints.keys().cloned().collect();
+    let vms = fake.world.supervisor_state().vms.len();
     for name in ["kept", "kept:default"]
         .into_iter()
         .chain(checkpoints.iter().map(String::as_str))
@@ -183,6 +189,6 @@ async fn no_spelling_of_another_owners_snapshot_makes_a_sandbox_of_it() {
             assert!([404, 405].contains(&status), "{spelling:?}: {answer}");
         }
     }
-    assert_eq!(fake.world.fleet().vms.len(), vms);
+    assert_eq!(fake.world.supervisor_state().vms.len(), vms);
     assert_eq!(fake.call(&one, "POST", "/sandboxes", json!({ "templateID": "kept" })).await.0, 201);
 }

@@ -8,9 +8,9 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
 use super::*;
+use crate::connection_limits::PER_SANDBOX;
 use crate::gateway::Options;
 use crate::listen::{accept, router};
-use crate::places::PER_SANDBOX;
 use crate::wire::{AskedNetwork, Texts};
 
 const LIMIT: Duration = Duration::from_secs(300);
@@ -32,7 +32,7 @@ struct Host {
 type Guest = BufReader<UnixStream>;
 
 impl Host {
-    async fn new(change: impl FnOnce(&mut Record)) -> Self {
+    async fn new(change: impl FnOnce(&mut SandboxRecord)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
         let domain = Some("box.test".to_owned());
@@ -92,8 +92,8 @@ impl Host {
     }
 }
 
-fn record(socket: &Path) -> Record {
-    Record {
+fn record(socket: &Path) -> SandboxRecord {
+    SandboxRecord {
         id: "ibox".to_owned(),
         template: "base".to_owned(),
         owner: "one".to_owned(),
@@ -380,7 +380,8 @@ fn ports_that_are_not_public_need_their_token_before_anything_is_done() {
 fn connections_have_places_which_a_websocket_keeps_until_it_ends() {
     run(async {
         let host = Host::new(|_| {}).await;
-        let taken: Vec<_> = (1..PER_SANDBOX).map(|_| host.gateway.0.places.take("ibox", "one").unwrap()).collect();
+        let taken: Vec<_> =
+            (1..PER_SANDBOX).map(|_| host.gateway.0.connection_limits.take("ibox", "one").unwrap()).collect();
         let mut socket = host.client(&(ASK.to_owned() + "\r\n")).await;
         let mut guest = host.accept().await;
         head(&mut guest).await;
@@ -436,13 +437,13 @@ fn a_guest_that_never_answers_is_not_waited_for_without_end() {
         let mut guest = host.accept().await;
         head(&mut guest).await;
         read(&mut guest, "body").await;
-        assert_eq!(host.gateway.0.places.taken("ibox"), 1);
+        assert_eq!(host.gateway.0.connection_limits.taken("ibox"), 1);
         let answer = head(&mut client).await;
         assert!(answer.starts_with("http/1.1 504 "), "{answer}");
         // Its place is free when the connection to the guest has ended.
         let mut rest = Vec::new();
         guest.read_to_end(&mut rest).await.unwrap();
-        while host.gateway.0.places.taken("ibox") > 0 {
+        while host.gateway.0.connection_limits.taken("ibox") > 0 {
             tokio::task::yield_now().await;
         }
     });

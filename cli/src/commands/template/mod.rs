@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use clade_daemon::control::{CheckpointInfo, Client, ClientError};
-use clade_daemon::fleet::runtime_dir;
+use clade_daemon::vm_host::runtime_dir;
 use clade_e2b::{Template, TemplateError, TemplateStore};
 use hyper::Method;
 use serde::Serialize;

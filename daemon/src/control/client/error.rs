@@ -47,7 +47,7 @@ pub enum ClientError {
     },
     /// The name has characters that a name cannot have, or is too long.
     #[error(transparent)]
-    Name(#[from] crate::fleet::FleetError),
+    Name(#[from] crate::vm_host::DaemonError),
     /// The socket failed.
     #[error("the control socket of {name:?} failed")]
     Socket {

@@ -6,7 +6,7 @@ use hyper::body::{Bytes, Incoming};
 
 use super::{Client, ClientError, Payload, send, whole};
 use crate::control::ram::{MEDIA_TYPE, MemoryWritten};
-use crate::fleet::check_name;
+use crate::vm_host::check_name;
 
 impl Client {
     /// Reads the memory of a guest: [`MAX_MEMORY`](crate::control::MAX_MEMORY) bytes at most.

@@ -140,7 +140,7 @@ fn a_path_to_the_supervisor_consists_of_names() {
     // A request that is sent fails with another error: nothing listens.
     let client = Client::new(dir.path());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let is_bad = |error: ClientError| matches!(error, ClientError::Name(FleetError::BadName { .. }));
+    let is_bad = |error: ClientError| matches!(error, ClientError::Name(DaemonError::BadName { .. }));
     for name in ["%6bept", "k%65pt", "kept?", "kept?x", "kept#", "kept ", "..", ".", "", "a/../b", "a\r\nb", "\u{e9}"] {
         let path = format!("/v1/checkpoints/{name}/fork");
         let error = runtime.block_on(client.supervisor::<VmInfo>(Method::POST, &path, None::<&()>)).unwrap_err();

@@ -18,7 +18,7 @@ const OWN: (&str, &str) = ("origin", "http://localhost:7777");
 /// A port with one path that echoes its request's headers, and a stream that the test feeds.
 struct Port {
     router: Router,
-    gate: Arc<Gate>,
+    gate: Arc<SessionGate>,
     feed: mpsc::Sender<Bytes>,
 }
 
@@ -30,7 +30,7 @@ struct Halves {
 
 impl Port {
     fn new() -> Self {
-        let gate = Arc::new(Gate::new(Token::of_test(TOKEN), 7777));
+        let gate = Arc::new(SessionGate::new(Token::of_test(TOKEN), 7777));
         let (feed, frames) = mpsc::channel(4);
         let frames = Arc::new(Mutex::new(Some(frames)));
         let secrets = async |headers: HeaderMap| {

@@ -14,59 +14,60 @@ use tokio::time::timeout;
 use crate::control::{ApiError, ProblemKind};
 
 /// The limit of a VM's process for requests at a time.
-const MAX_FETCHES: usize = 4;
+const MAX_IMAGE_REQUESTS: usize = 4;
 /// Requests forwarded to one VM at a time.
-const MAX_PASSED: usize = 64;
+const MAX_FORWARDED: usize = 64;
 /// Time limit of a request's wait for its turn.
 const TURN_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Permission to ask for an image, until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Fetch(#[expect(dead_code, reason = "it is held")] OwnedSemaphorePermit);
+pub(crate) struct ImagePermit(#[expect(dead_code, reason = "it is held")] OwnedSemaphorePermit);
 
 /// Users of images, by VM.
 #[derive(Debug, Default)]
-pub(super) struct Fetches(Mutex<BTreeMap<String, Arc<Semaphore>>>);
+pub(super) struct ImageRequestLimiter(Mutex<BTreeMap<String, Arc<Semaphore>>>);
 
-impl Fetches {
+impl ImageRequestLimiter {
     /// Waits for permission to request an image of `vm`. The wait takes no thread.
     ///
     /// # Errors
     /// When the current holders make no progress.
-    pub(super) async fn begin(&self, vm: &str) -> Result<Fetch, ApiError> {
+    pub(super) async fn begin(&self, vm: &str) -> Result<ImagePermit, ApiError> {
         self.begin_within(vm, TURN_TIMEOUT).await
     }
 
-    async fn begin_within(&self, vm: &str, limit: Duration) -> Result<Fetch, ApiError> {
+    async fn begin_within(&self, vm: &str, limit: Duration) -> Result<ImagePermit, ApiError> {
         let of_vm = {
             let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             // Semaphores that a request holds or waits for.
             all.retain(|_, turns| Arc::strong_count(turns) > 1);
-            let new = || Arc::new(Semaphore::new(MAX_FETCHES));
+            let new = || Arc::new(Semaphore::new(MAX_IMAGE_REQUESTS));
             Arc::clone(all.entry(vm.to_owned()).or_insert_with(new))
         };
         let silent = || {
-            let text = format!("{MAX_FETCHES} requests wait for an image of {vm:?}, whose process does not answer");
+            let text =
+                format!("{MAX_IMAGE_REQUESTS} requests wait for an image of {vm:?}, whose process does not answer");
             ApiError::new(ProblemKind::VmSilent, text)
         };
         // The semaphore is never closed.
         let permit = timeout(limit, of_vm.acquire_owned()).await.ok().and_then(Result::ok);
-        permit.map(Fetch).ok_or_else(silent)
+        permit.map(ImagePermit).ok_or_else(silent)
     }
 }
 
 /// Forwarded requests, by VM.
 #[derive(Debug, Default)]
-pub(super) struct Passing(Mutex<BTreeMap<String, usize>>);
+pub(super) struct ForwardLimiter(Mutex<BTreeMap<String, usize>>);
 
 /// A forwarded request, until this is dropped.
 #[derive(Debug)]
-pub(super) struct Passed<'a> {
-    of: &'a Passing,
+pub(super) struct ForwardPermit<'a> {
+    of: &'a ForwardLimiter,
     vm: String,
 }
 
-impl Passing {
+impl ForwardLimiter {
     fn counts(&self) -> MutexGuard<'_, BTreeMap<String, usize>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -75,19 +76,19 @@ impl Passing {
     ///
     /// # Errors
     /// When there are too many.
-    pub(super) fn begin(&self, vm: &str) -> Result<Passed<'_>, ApiError> {
+    pub(super) fn begin(&self, vm: &str) -> Result<ForwardPermit<'_>, ApiError> {
         let mut counts = self.counts();
         let count = counts.entry(vm.to_owned()).or_default();
-        if *count >= MAX_PASSED {
-            let text = format!("{MAX_PASSED} requests to {vm:?} are under way");
+        if *count >= MAX_FORWARDED {
+            let text = format!("{MAX_FORWARDED} requests to {vm:?} are under way");
             return Err(ApiError::new(ProblemKind::TooMany, text));
         }
         *count += 1;
-        Ok(Passed { of: self, vm: vm.to_owned() })
+        Ok(ForwardPermit { of: self, vm: vm.to_owned() })
     }
 }
 
-impl Drop for Passed<'_> {
+impl Drop for ForwardPermit<'_> {
     fn drop(&mut self) {
         let mut counts = self.of.counts();
         if let Some(count) = counts.get_mut(&self.vm) {
@@ -107,32 +108,32 @@ mod tests {
     fn a_vm_that_does_not_answer_takes_four_threads_and_no_more() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
         runtime.block_on(async {
-            let fetches = Fetches::default();
+            let limiter = ImageRequestLimiter::default();
             let soon = Duration::from_millis(20);
             let mut held = Vec::new();
-            for _ in 0..MAX_FETCHES {
-                held.push(fetches.begin_within("web", soon).await.unwrap());
+            for _ in 0..MAX_IMAGE_REQUESTS {
+                held.push(limiter.begin_within("web", soon).await.unwrap());
             }
-            let refused = fetches.begin_within("web", soon).await.map(drop);
+            let refused = limiter.begin_within("web", soon).await.map(drop);
             assert_eq!(refused.map_err(|error| error.kind), Err(ProblemKind::VmSilent));
             // Other VMs are not delayed, and neither is this one once a holder has its image.
-            fetches.begin_within("other", soon).await.map(drop).unwrap();
+            limiter.begin_within("other", soon).await.map(drop).unwrap();
             held.pop();
-            fetches.begin_within("web", soon).await.map(drop).unwrap();
+            limiter.begin_within("web", soon).await.map(drop).unwrap();
             drop(held);
-            fetches.begin_within("last", soon).await.map(drop).unwrap();
-            assert_eq!(fetches.0.lock().unwrap().len(), 1, "nobody waits for the others");
+            limiter.begin_within("last", soon).await.map(drop).unwrap();
+            assert_eq!(limiter.0.lock().unwrap().len(), 1, "nobody waits for the others");
         });
     }
 
     #[test]
     fn requests_to_one_vm_are_bounded_and_counted_down() {
-        let passing = Passing::default();
-        let held: Vec<_> = (0..MAX_PASSED).map(|_| passing.begin("web").unwrap()).collect();
-        assert_eq!(passing.begin("web").map(drop).map_err(|error| error.kind), Err(ProblemKind::TooMany));
-        drop(passing.begin("other").unwrap());
+        let limiter = ForwardLimiter::default();
+        let held: Vec<_> = (0..MAX_FORWARDED).map(|_| limiter.begin("web").unwrap()).collect();
+        assert_eq!(limiter.begin("web").map(drop).map_err(|error| error.kind), Err(ProblemKind::TooMany));
+        drop(limiter.begin("other").unwrap());
         drop(held);
-        drop(passing.begin("web").unwrap());
-        assert!(passing.counts().is_empty());
+        drop(limiter.begin("web").unwrap());
+        assert!(limiter.counts().is_empty());
     }
 }

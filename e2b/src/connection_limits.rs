@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use axum::http::StatusCode;
 
-use crate::error::{Answer, ApiError};
+use crate::error::{Answer, GatewayError};
 
 /// Most connections to one sandbox: fewer than its agent takes.
 pub(crate) const PER_SANDBOX: usize = 256;
@@ -21,14 +21,14 @@ struct Counts {
     by_key: BTreeMap<String, usize>,
 }
 
-/// The places in use.
+/// The connections and calls in progress.
 #[derive(Debug, Default)]
-pub(crate) struct Places(Mutex<Counts>);
+pub(crate) struct ConnectionLimits(Mutex<Counts>);
 
-/// A place, until it is dropped.
+/// A connection's or a call's slot, until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Place {
-    places: Arc<Places>,
+pub(crate) struct ConnectionSlot {
+    connection_limits: Arc<ConnectionLimits>,
     sandbox: String,
     key: String,
 }
@@ -44,7 +44,7 @@ fn leave(counts: &mut BTreeMap<String, usize>, name: &str) {
     }
 }
 
-impl Places {
+impl ConnectionLimits {
     fn counts(&self) -> MutexGuard<'_, Counts> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -58,24 +58,24 @@ impl Places {
     ///
     /// # Errors
     /// 429 when no place is left.
-    pub(crate) fn take_call(self: &Arc<Self>, owner: &str) -> Answer<Place> {
+    pub(crate) fn take_call(self: &Arc<Self>, owner: &str) -> Answer<ConnectionSlot> {
         let mut counts = self.counts();
         if count(&counts.by_key, owner) >= MAX_CALLS {
             let why = format!("{MAX_CALLS} calls with keys of this owner are under way");
-            return Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, why));
+            return Err(GatewayError::new(StatusCode::TOO_MANY_REQUESTS, why));
         }
         *counts.by_key.entry(owner.to_owned()).or_default() += 1;
-        Ok(Place { places: Arc::clone(self), sandbox: String::new(), key: owner.to_owned() })
+        Ok(ConnectionSlot { connection_limits: Arc::clone(self), sandbox: String::new(), key: owner.to_owned() })
     }
 
     /// Takes a place for a connection to `sandbox`, which was made with `key`.
     ///
     /// # Errors
     /// 429 when no place is left.
-    pub(crate) fn take(self: &Arc<Self>, sandbox: &str, key: &str) -> Answer<Place> {
+    pub(crate) fn take(self: &Arc<Self>, sandbox: &str, key: &str) -> Answer<ConnectionSlot> {
         let full = |whose: String, most: usize| {
             let why = format!("{most} connections to {whose} are open");
-            Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, why))
+            Err(GatewayError::new(StatusCode::TOO_MANY_REQUESTS, why))
         };
         let mut counts = self.counts();
         if count(&counts.by_sandbox, sandbox) >= PER_SANDBOX {
@@ -87,13 +87,13 @@ impl Places {
         }
         *counts.by_sandbox.entry(sandbox.to_owned()).or_default() += 1;
         *counts.by_key.entry(key.to_owned()).or_default() += 1;
-        Ok(Place { places: Arc::clone(self), sandbox: sandbox.to_owned(), key: key.to_owned() })
+        Ok(ConnectionSlot { connection_limits: Arc::clone(self), sandbox: sandbox.to_owned(), key: key.to_owned() })
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionSlot {
     fn drop(&mut self) {
-        let mut counts = self.places.counts();
+        let mut counts = self.connection_limits.counts();
         leave(&mut counts.by_sandbox, &self.sandbox);
         leave(&mut counts.by_key, &self.key);
     }
@@ -105,13 +105,14 @@ mod tests {
 
     #[test]
     fn a_sandbox_and_a_key_have_their_bounds_and_nothing_is_left_of_them() {
-        let places = Arc::new(Places::default());
-        let take = |sandbox: &str, key: &str| places.take(sandbox, key);
-        let mut first: Vec<Place> = (0..PER_SANDBOX).map(|_| take("a", "one").unwrap()).collect();
+        let connection_limits = Arc::new(ConnectionLimits::default());
+        let take = |sandbox: &str, key: &str| connection_limits.take(sandbox, key);
+        let mut first: Vec<ConnectionSlot> = (0..PER_SANDBOX).map(|_| take("a", "one").unwrap()).collect();
         let full = take("a", "one").unwrap_err();
         assert_eq!(full.status, StatusCode::TOO_MANY_REQUESTS);
         assert!(full.message.contains("\"a\"") && full.message.contains("256"), "{full:?}");
-        let rest: Vec<Place> = (PER_SANDBOX..PER_KEY).map(|n| take(&format!("b{}", n % 8), "one").unwrap()).collect();
+        let rest: Vec<ConnectionSlot> =
+            (PER_SANDBOX..PER_KEY).map(|n| take(&format!("b{}", n % 8), "one").unwrap()).collect();
         let full = take("c", "one").unwrap_err();
         assert!(full.message.contains("1024") && !full.message.contains("one"), "{full:?}");
         // A refusal takes no place, and another key has its own.
@@ -120,7 +121,7 @@ mod tests {
         let again = take("a", "one").unwrap();
         take("a", "one").unwrap_err();
         drop((first, rest, other, again));
-        let counts = places.counts();
+        let counts = connection_limits.counts();
         assert!(counts.by_sandbox.is_empty() && counts.by_key.is_empty(), "{counts:?}");
     }
 }

@@ -11,11 +11,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::FleetError;
+use super::DaemonError;
 use super::dir::{END, RuntimeDir, check_name};
 use crate::control;
 use crate::flight::FlightEvent;
-use crate::zygote::Exit;
+use crate::zygote::WorkerExit;
 use clade_vmm::vm::{StopReason, Vm};
 
 /// Records kept.
@@ -89,7 +89,7 @@ pub(super) fn record(mut file: File, vm: &Vm, parent: Option<&str>) {
 
 /// Records the end of a VM whose process may not write into the directory: as reported by the
 /// process itself, otherwise from its `exit`. Records nothing if it was stopped on request.
-pub(crate) fn settle(dir: &RuntimeDir, name: &str, exit: Exit, was_orderly: bool, flight: Vec<FlightEvent>) {
+pub(crate) fn settle(dir: &RuntimeDir, name: &str, exit: WorkerExit, was_orderly: bool, flight: Vec<FlightEvent>) {
     let said = dir.read(&format!("{name}.{END}")).ok().flatten();
     let said = said.and_then(|bytes| serde_json::from_slice::<EndedVm>(&bytes).ok());
     match said.filter(|said| said.name == name) {
@@ -107,7 +107,7 @@ pub(crate) fn settle(dir: &RuntimeDir, name: &str, exit: Exit, was_orderly: bool
 }
 
 /// Records the end of a VM whose process has ended without a report.
-fn record_lost(dir: &RuntimeDir, name: &str, exit: Exit, flight: Vec<FlightEvent>) {
+fn record_lost(dir: &RuntimeDir, name: &str, exit: WorkerExit, flight: Vec<FlightEvent>) {
     // The process may have reported the reason itself, and waited for others afterwards.
     let said = dir.read(&format!("{name}{ENDING}")).ok().flatten();
     if said.and_then(|bytes| serde_json::from_slice::<EndedVm>(&bytes).ok()).is_some_and(|said| said.pid == exit.pid) {
@@ -117,7 +117,13 @@ fn record_lost(dir: &RuntimeDir, name: &str, exit: Exit, flight: Vec<FlightEvent
 }
 
 /// Records the end of a VM for a known reason, without a report of its process.
-pub(crate) fn record_end(dir: &RuntimeDir, name: &str, exit: Exit, stopped: StopReason, flight: Vec<FlightEvent>) {
+pub(crate) fn record_end(
+    dir: &RuntimeDir,
+    name: &str,
+    exit: WorkerExit,
+    stopped: StopReason,
+    flight: Vec<FlightEvent>,
+) {
     let ended = EndedVm {
         name: name.to_owned(),
         reason: stopped.to_string(),
@@ -176,12 +182,12 @@ pub(crate) fn forget(dir: &RuntimeDir, name: &str) {
 ///
 /// # Errors
 /// When the directory cannot be read. A record that cannot be read is left out, with a warning.
-pub fn ended_vms(path: &Path) -> Result<Vec<EndedVm>, FleetError> {
+pub fn ended_vms(path: &Path) -> Result<Vec<EndedVm>, DaemonError> {
     if !path.exists() {
         return Ok(Vec::new());
     }
     let dir = RuntimeDir::open(path)?;
-    let failed = |source| FleetError::Runtime { path: path.to_owned(), source };
+    let failed = |source| DaemonError::Runtime { path: path.to_owned(), source };
     let read = |file: String| {
         let bytes = dir.read(&file).and_then(|bytes| match bytes {
             Some(bytes) => Ok(Some(serde_json::from_slice(&bytes)?)),
@@ -253,14 +259,14 @@ mod tests {
         };
         dir.write(&format!("web.{END}"), &serde_json::to_vec(&said).unwrap()).unwrap();
         let seen = vec![FlightEvent { at: 2.0, event: "paused".into() }];
-        settle(&dir, "web", Exit { pid: 77, signal: None, code: Some(0) }, true, seen.clone());
+        settle(&dir, "web", WorkerExit { pid: 77, signal: None, code: Some(0) }, true, seen.clone());
         let record = ended_vms(path.path()).unwrap().remove(0);
         assert_eq!((record.reason.len(), record.console.len(), record.pid), (MAX_REASON - 1, MAX_OUTPUT as usize, 77));
         assert!(said.reason.starts_with(&record.reason));
         assert_eq!(record.flight, seen, "not what the process wrote into its record");
         // A record that names another VM is ignored.
         dir.write(&format!("other.{END}"), &serde_json::to_vec(&said).unwrap()).unwrap();
-        settle(&dir, "other", Exit { pid: 78, signal: Some(9), code: None }, false, seen);
+        settle(&dir, "other", WorkerExit { pid: 78, signal: Some(9), code: None }, false, seen);
         assert!(recorded_reason(&dir, "other").unwrap().contains("signal 9"));
     }
 }

@@ -23,7 +23,7 @@ fn a_name_is_taken_once_and_free_again_after() {
     let (path, dir) = temporary();
     let claim = NameClaim::new(&dir, "a").unwrap();
     claim.bind("sock", SocketType::STREAM).unwrap();
-    assert!(matches!(NameClaim::new(&dir, "a"), Err(FleetError::Taken { .. })));
+    assert!(matches!(NameClaim::new(&dir, "a"), Err(DaemonError::Taken { .. })));
     drop(claim);
     assert_eq!(fs::read_dir(path.path()).unwrap().count(), 0, "nothing is left behind");
     NameClaim::new(&dir, "a").unwrap();
@@ -48,7 +48,7 @@ fn a_claim_goes_to_another_process_with_its_lock() {
     let theirs = NameClaim::adopt(&dir, "a", passed).unwrap();
     claim.leave();
     assert!(path.path().join("a.lock").exists(), "it is the other's");
-    assert!(matches!(NameClaim::new(&dir, "a"), Err(FleetError::Taken { .. })));
+    assert!(matches!(NameClaim::new(&dir, "a"), Err(DaemonError::Taken { .. })));
     drop(theirs);
     // Its starter removes its files.
     drop(NameClaim::new(&dir, "a").unwrap());
@@ -88,7 +88,7 @@ fn a_directory_has_one_supervisor() {
     let (path, dir) = temporary();
     let (claim, _socket) = SupervisorClaim::new(&dir).unwrap();
     let pid = Some(std::process::id() as i32);
-    assert!(matches!(SupervisorClaim::new(&dir), Err(FleetError::Supervised { pid: found, .. }) if found == pid));
+    assert!(matches!(SupervisorClaim::new(&dir), Err(DaemonError::Supervised { pid: found, .. }) if found == pid));
     drop(claim);
     assert_eq!(fs::read_dir(path.path()).unwrap().count(), 0);
     SupervisorClaim::new(&dir).unwrap();
@@ -132,11 +132,11 @@ fn a_directory_that_is_a_link_or_open_to_others_is_refused() {
     fs::create_dir(&real).unwrap();
     symlink(&real, &link).unwrap();
     let refused = RuntimeDir::create(&link).unwrap_err();
-    assert!(matches!(&refused, FleetError::LinkedDir { path } if *path == link), "{refused:?}");
+    assert!(matches!(&refused, DaemonError::LinkedDir { path } if *path == link), "{refused:?}");
     for mode in [0o777, 0o770, 0o702] {
         fs::set_permissions(&real, fs::Permissions::from_mode(mode)).unwrap();
         let refused = RuntimeDir::create(&real).unwrap_err();
-        assert!(matches!(refused, FleetError::OpenDir { mode: found, .. } if found == mode), "{refused:?}");
+        assert!(matches!(refused, DaemonError::OpenDir { mode: found, .. } if found == mode), "{refused:?}");
     }
     fs::set_permissions(&real, fs::Permissions::from_mode(0o755)).unwrap();
     RuntimeDir::create(&real).unwrap();
@@ -150,7 +150,7 @@ fn links_and_fifos_in_the_directory_are_not_followed_or_waited_for() {
     let outside = tempfile::tempdir().unwrap();
     let victim = outside.path().join("victim");
     symlink(&victim, path.path().join("a.lock")).unwrap();
-    assert!(matches!(NameClaim::new(&dir, "a"), Err(FleetError::Runtime { .. })));
+    assert!(matches!(NameClaim::new(&dir, "a"), Err(DaemonError::Runtime { .. })));
     assert!(!victim.exists(), "nothing is made where the link points");
     fs::write(&victim, "kept").unwrap();
     for file in ["b.sock", "b.ended"] {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::dir::{NameClaim, RuntimeDir, check_name};
-use super::error::{CancelReason, FleetError, MAX_CHILDREN};
+use super::error::{CancelReason, DaemonError, MAX_CHILDREN};
 
 /// Cancels a request. A clone cancels the same request.
 #[derive(Clone, Debug, Default)]
@@ -23,15 +23,15 @@ impl Cancel {
 }
 
 /// Refuses an impossible number of children, or one that `pattern` has too few names for.
-pub(crate) fn check_names(count: usize, pattern: Option<&str>) -> Result<(), FleetError> {
+pub(crate) fn check_names(count: usize, pattern: Option<&str>) -> Result<(), DaemonError> {
     if !(1..=MAX_CHILDREN).contains(&count) {
-        return Err(FleetError::Count { count });
+        return Err(DaemonError::Count { count });
     }
     // With the shortest number: a longer one cannot make an invalid name valid.
     pattern.map_or(Ok(()), |pattern| check_name(&pattern.replace("{n}", "1")))?;
     match pattern {
         Some(pattern) if count > 1 && !pattern.contains("{n}") => {
-            Err(FleetError::Pattern { pattern: pattern.to_owned() })
+            Err(DaemonError::Pattern { pattern: pattern.to_owned() })
         }
         _ => Ok(()),
     }
@@ -46,8 +46,8 @@ pub(crate) fn claim_names(
     count: usize,
     pattern: Option<&str>,
     is_listed: impl Fn(&str) -> bool,
-    check: impl Fn() -> Result<(), FleetError>,
-) -> Result<Vec<NameClaim>, FleetError> {
+    check: impl Fn() -> Result<(), DaemonError>,
+) -> Result<Vec<NameClaim>, DaemonError> {
     let default = format!("{stem}-{{n}}");
     let pattern = pattern.unwrap_or(&default);
     if !pattern.contains("{n}") {
@@ -58,7 +58,7 @@ pub(crate) fn claim_names(
     for name in (1u64..).map(|n| pattern.replace("{n}", &n.to_string())).filter(|name| !is_listed(name)) {
         match NameClaim::new(dir, &name) {
             // The name of another request's VM, or of another process's.
-            Err(FleetError::Taken { .. }) => continue,
+            Err(DaemonError::Taken { .. }) => continue,
             claim => all.push(claim?),
         }
         check()?;

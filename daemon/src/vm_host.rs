@@ -4,11 +4,11 @@
 mod dir;
 mod ended;
 mod error;
+mod host_limits;
 mod labels;
 mod names;
 mod problem;
 mod release;
-mod room;
 mod settings;
 mod shutdown;
 
@@ -25,7 +25,7 @@ use clade_vmm::vm::{Context, Leases, StopReason, Vm, VmError};
 pub use names::Cancel;
 pub(crate) use names::{check_names, claim_names};
 
-pub(crate) use dir::about;
+pub(crate) use dir::vm_record_name;
 pub use dir::{
     LONGEST_NAME, LONGEST_SOCKET_PATH, check_name, console_path, image_path, log_path, open_log, runtime_dir,
     socket_path, supervisor_path, virtio_console_path,
@@ -33,11 +33,13 @@ pub use dir::{
 pub(crate) use dir::{NameClaim, RuntimeDir, SupervisorClaim, VmFiles, vm_names};
 pub use ended::{EndedVm, ended_vms};
 pub(crate) use ended::{forget as forget_ended, last_output, record_end, recorded_reason, settle};
-pub use error::{CancelReason, FleetError, MAX_CHILDREN};
+pub use error::{CancelReason, DaemonError, MAX_CHILDREN};
+pub use host_limits::HostLimitError;
+pub(crate) use host_limits::{
+    ResourceDemand, check as check_host_limits, check_share, most_running, processors, runnable_threads,
+};
 pub use labels::{Label, LabelError, Labels};
-use release::{InUse, Tail};
-pub use room::RoomError;
-pub(crate) use room::{Needs, check as check_room, check_share, most_running, processors, runnable_threads};
+use release::{ReleaseOnDrop, ResourceUse};
 pub use settings::KeptSettings;
 pub use shutdown::Shutdown;
 
@@ -46,8 +48,8 @@ pub use shutdown::Shutdown;
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
-struct Member {
-    listed: Listed,
+struct VmSlot {
+    entry: VmEntry,
     /// The record of its end.
     record: File,
     /// Its sockets are served until this is dropped.
@@ -56,7 +58,7 @@ struct Member {
 
 /// A VM, and its description.
 #[derive(Clone, Debug)]
-pub struct Listed {
+pub struct VmEntry {
     /// The VM.
     pub vm: Arc<Vm>,
     /// The name of its parent, if it has one.
@@ -69,9 +71,9 @@ pub struct Listed {
     pub(crate) reports_ready: bool,
 }
 
-/// The parts of a [`Listed`] that its VM does not know.
+/// The parts of a [`VmEntry`] that its VM does not know.
 #[derive(Debug)]
-pub(crate) struct Description {
+pub(crate) struct VmDescription {
     pub(crate) parent: Option<String>,
     pub(crate) labels: Labels,
     pub(crate) secrets: Secrets,
@@ -113,59 +115,59 @@ pub(crate) trait Serve: Send + Sync {
 
 /// The VM of this process, once it is made. Clones are handles to the same VM.
 #[derive(Clone)]
-pub struct Fleet(Arc<Inner>);
+pub struct VmHost(Arc<Inner>);
 
 struct Inner {
     context: Context,
-    member: Mutex<Option<Member>>,
+    slot: Mutex<Option<VmSlot>>,
     /// Whether the VM has devices, disks and a name.
-    in_use: Arc<InUse>,
+    in_use: Arc<ResourceUse>,
     /// Images that VMs in other processes use.
     leases: Leases,
     serve: Box<dyn Serve>,
 }
 
-impl std::fmt::Debug for Fleet {
+impl std::fmt::Debug for VmHost {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Fleet({:?})", self.member().as_ref().map(|member| member.listed.vm.name()))
+        write!(f, "VmHost({:?})", self.slot().as_ref().map(|slot| slot.entry.vm.name()))
     }
 }
 
 /// A handle that does not keep the VM alive: its server holds one.
 #[derive(Clone)]
-pub(crate) struct WeakFleet(Weak<Inner>);
+pub(crate) struct WeakVmHost(Weak<Inner>);
 
-impl WeakFleet {
-    pub(crate) fn upgrade(&self) -> Option<Fleet> {
-        self.0.upgrade().map(Fleet)
+impl WeakVmHost {
+    pub(crate) fn upgrade(&self) -> Option<VmHost> {
+        self.0.upgrade().map(VmHost)
     }
 
-    /// Returns a handle to a fleet that has gone.
+    /// Returns a handle to a VM host that has gone.
     #[cfg(test)]
     pub(crate) fn gone() -> Self {
         Self(Weak::new())
     }
 }
 
-impl Fleet {
-    /// Creates the fleet of a VM that the result of `serve` serves.
-    pub(crate) fn new(context: &Context, serve: impl FnOnce(WeakFleet) -> Box<dyn Serve>) -> Self {
+impl VmHost {
+    /// Creates the VM host of a VM that the result of `serve` serves.
+    pub(crate) fn new(context: &Context, serve: impl FnOnce(WeakVmHost) -> Box<dyn Serve>) -> Self {
         Self(Arc::new_cyclic(|weak| Inner {
             context: context.clone(),
-            member: Mutex::default(),
+            slot: Mutex::default(),
             in_use: Arc::default(),
             leases: Leases::default(),
-            serve: serve(WeakFleet(weak.clone())),
+            serve: serve(WeakVmHost(weak.clone())),
         }))
     }
 
     #[cfg(test)]
-    pub(crate) fn downgrade(&self) -> WeakFleet {
-        WeakFleet(Arc::downgrade(&self.0))
+    pub(crate) fn downgrade(&self) -> WeakVmHost {
+        WeakVmHost(Arc::downgrade(&self.0))
     }
 
-    fn member(&self) -> MutexGuard<'_, Option<Member>> {
-        self.0.member.lock().unwrap_or_else(PoisonError::into_inner)
+    fn slot(&self) -> MutexGuard<'_, Option<VmSlot>> {
+        self.0.slot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Answers open requests before the process ends: a client that stops the VM waits for its
@@ -183,26 +185,26 @@ impl Fleet {
         &self,
         claim: NameClaim,
         files: VmFiles,
-        about: Description,
+        description: VmDescription,
         make: impl FnOnce(&Context) -> Result<Vm, VmError>,
         is_wanted: impl FnOnce(&Vm) -> bool,
-    ) -> Result<Option<Arc<Vm>>, FleetError> {
+    ) -> Result<Option<Arc<Vm>>, DaemonError> {
         let mut vm = make(&self.0.context)?;
         let VmFiles { control, image, console, hvc, record } = files;
         let consoles = [(Line::Serial, console)].into_iter().chain(hvc.map(|hvc| (Line::Virtio, hvc))).collect();
         // Dropped after its devices: a name is free only once nothing of its VM is in use.
-        vm.drop_last(Tail::new(claim, &self.0.in_use));
+        vm.drop_last(ReleaseOnDrop::new(claim, &self.0.in_use));
         let vm = Arc::new(vm);
         if !is_wanted(&vm) {
             return Ok(None);
         }
         // Requests wait until the VM is listed.
-        let mut member = self.member();
+        let mut slot = self.slot();
         let serving = self.0.serve.begin(Sockets { control, image, consoles }, &vm, &self.0.leases);
-        let Description { parent, labels, secrets, reports_ready } = about;
-        let listed = Listed { vm: Arc::clone(&vm), parent, labels, secrets, reports_ready };
-        *member = Some(Member { listed, record, _serving: serving });
-        drop(member);
+        let VmDescription { parent, labels, secrets, reports_ready } = description;
+        let entry = VmEntry { vm: Arc::clone(&vm), parent, labels, secrets, reports_ready };
+        *slot = Some(VmSlot { entry, record, _serving: serving });
+        drop(slot);
         Ok(Some(vm))
     }
 
@@ -210,16 +212,16 @@ impl Fleet {
     ///
     /// # Errors
     /// When it has another name, or has ended.
-    pub fn get(&self, name: &str) -> Result<Listed, FleetError> {
-        let member = self.member();
-        let found = member.as_ref().map(|member| &member.listed).filter(|listed| listed.vm.name() == name);
-        found.cloned().ok_or_else(|| FleetError::NoSuchVm { name: name.to_owned() })
+    pub fn get(&self, name: &str) -> Result<VmEntry, DaemonError> {
+        let slot = self.slot();
+        let found = slot.as_ref().map(|slot| &slot.entry).filter(|entry| entry.vm.name() == name);
+        found.cloned().ok_or_else(|| DaemonError::NoSuchVm { name: name.to_owned() })
     }
 
     /// Returns the VM, unless it has ended.
     #[must_use]
-    pub fn listed(&self) -> Option<Listed> {
-        self.member().as_ref().map(|member| member.listed.clone())
+    pub fn entry(&self) -> Option<VmEntry> {
+        self.slot().as_ref().map(|slot| slot.entry.clone())
     }
 
     /// Stops the VM, and waits until its name, interfaces, addresses and sockets are free. Returns
@@ -227,49 +229,49 @@ impl Fleet {
     ///
     /// # Errors
     /// When there is no such VM, or some resource of it stays in use.
-    pub fn stop<T>(&self, name: &str, describe: impl FnOnce(&Listed) -> T) -> Result<T, FleetError> {
-        self.stop_listed(self.get(name)?, describe)
+    pub fn stop<T>(&self, name: &str, describe: impl FnOnce(&VmEntry) -> T) -> Result<T, DaemonError> {
+        self.stop_entry(self.get(name)?, describe)
     }
 
     /// Stops the VM for a `reason` that is recorded, and waits until its name is free.
     ///
     /// # Errors
     /// When there is no such VM, or some resource of it stays in use.
-    pub(crate) fn end(&self, name: &str, reason: StopReason) -> Result<(), FleetError> {
+    pub(crate) fn end(&self, name: &str, reason: StopReason) -> Result<(), DaemonError> {
         self.get(name)?.vm.stop_because(reason);
         // Unless the thread that waits for the VM's end was quicker.
         self.remove();
         if self.0.in_use.wait_for_none(RELEASE_TIMEOUT) {
             return Ok(());
         }
-        Err(FleetError::Unreleased { name: name.to_owned(), seconds: RELEASE_TIMEOUT.as_secs() })
+        Err(DaemonError::Unreleased { name: name.to_owned(), seconds: RELEASE_TIMEOUT.as_secs() })
     }
 
-    fn stop_listed<T>(&self, listed: Listed, describe: impl FnOnce(&Listed) -> T) -> Result<T, FleetError> {
-        let name = listed.vm.name().to_owned();
-        listed.vm.stop();
-        let described = describe(&listed);
+    fn stop_entry<T>(&self, entry: VmEntry, describe: impl FnOnce(&VmEntry) -> T) -> Result<T, DaemonError> {
+        let name = entry.vm.name().to_owned();
+        entry.vm.stop();
+        let described = describe(&entry);
         // Another thread may hold the last handle.
-        drop(listed);
+        drop(entry);
         // Its threads are joined here, unless another thread has removed it or still holds a
         // handle.
         drop(self.take());
         if !self.0.in_use.wait_for_none(RELEASE_TIMEOUT) {
-            return Err(FleetError::Unreleased { name, seconds: RELEASE_TIMEOUT.as_secs() });
+            return Err(DaemonError::Unreleased { name, seconds: RELEASE_TIMEOUT.as_secs() });
         }
         Ok(described)
     }
 
-    fn take(&self) -> Option<Member> {
-        self.member().take()
+    fn take(&self) -> Option<VmSlot> {
+        self.slot().take()
     }
 
     /// Removes the VM. It ends with its last handle. If it stopped by itself, the reason is
     /// recorded ([`EndedVm`]).
     pub fn remove(&self) {
-        if let Some(Member { listed, record, .. }) = self.take() {
-            ended::record(record, &listed.vm, listed.parent.as_deref());
-            listed.vm.stop();
+        if let Some(VmSlot { entry, record, .. }) = self.take() {
+            ended::record(record, &entry.vm, entry.parent.as_deref());
+            entry.vm.stop();
         }
     }
 

@@ -4,58 +4,62 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::about::{About, inode};
 use super::broker::Broker;
 use super::cgroups::{Bounds, Group};
 use super::net_hook::Interfaces;
-use super::overlays::InUse;
+use super::overlays::OverlayUse;
 use super::processes::{OwnVm, ProcessId};
 use super::session::Live;
-use crate::fleet::{FleetError, NameClaim, forget_ended};
+use super::vm_record::{VmRecord, inode};
 use crate::flight;
 use crate::jail::{Confinement, Grants};
 use crate::secrets::SecretsRecord;
-use crate::worker::{EnterOrder, Handed, Shape};
+use crate::vm_host::{DaemonError, NameClaim, forget_ended};
+use crate::worker::{ConfineRequest, PassedFds, VmTemplate};
 use clade_vmm::vm::{Endpoints, VmConfig};
 
 /// The grants of workers in a runtime directory.
 #[derive(Clone, Debug)]
-pub(super) struct Place {
+pub(super) struct SandboxProfile {
     pub(super) dir: PathBuf,
     pub(super) confinement: Confinement,
 }
 
-impl Place {
-    /// Returns the order for a worker that works with the memory of a VM of `config`, and opens
+impl SandboxProfile {
+    /// Returns the request for a worker that works with the memory of a VM of `config`, and opens
     /// `disks` disks.
-    pub(super) fn order(&self, config: &VmConfig, disks: usize, grants: Grants) -> EnterOrder {
+    pub(super) fn confine_request(&self, config: &VmConfig, disks: usize, grants: Grants) -> ConfineRequest {
         let (dir, confinement, ram) = (self.dir.clone(), self.confinement, config.layout().bytes());
-        EnterOrder { dir, confinement, grants, disks, ram }
+        ConfineRequest { dir, confinement, grants, disks, ram }
     }
 
-    /// Returns the order for a child.
-    pub(super) fn of_child(&self, shape: &Shape) -> EnterOrder {
-        let grants = Grants::of_child(&shape.config, &shape.overlays, &shape.saved);
-        self.order(&shape.config, shape.config.disks.len(), grants)
+    /// Returns the request for a child.
+    pub(super) fn of_child(&self, template: &VmTemplate) -> ConfineRequest {
+        let grants = Grants::of_child(&template.config, &template.overlays, &template.saved);
+        self.confine_request(&template.config, template.config.disks.len(), grants)
     }
 
-    /// Returns the order for a worker that opens the snapshot of VMs of `shape`. Compressed disks
-    /// are unpacked in the directory of overlays.
-    pub(super) fn of_opener(&self, shape: &Shape) -> EnterOrder {
-        let overlays = shape.overlays.first().cloned().into_iter().collect();
-        self.order(&shape.config, 0, Grants { dirs: shape.saved.clone(), overlays, ..Grants::default() })
+    /// Returns the request for a worker that opens the snapshot of VMs of `template`. Compressed
+    /// disks are unpacked in the directory of overlays.
+    pub(super) fn of_opener(&self, template: &VmTemplate) -> ConfineRequest {
+        let overlays = template.overlays.first().cloned().into_iter().collect();
+        self.confine_request(
+            &template.config,
+            0,
+            Grants { dirs: template.saved.clone(), overlays, ..Grants::default() },
+        )
     }
 
-    /// Returns the order for a VM that is booted.
-    pub(super) fn of_boot(&self, config: &VmConfig, kernel: &Path, initrd: Option<&Path>) -> EnterOrder {
-        self.order(config, config.disks.len(), Grants::of_boot(config, kernel, initrd))
+    /// Returns the request for a VM that is booted.
+    pub(super) fn of_boot(&self, config: &VmConfig, kernel: &Path, initrd: Option<&Path>) -> ConfineRequest {
+        self.confine_request(config, config.disks.len(), Grants::of_boot(config, kernel, initrd))
     }
 }
 
 /// A VM to be started.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Start<'a> {
-    pub(super) shape: &'a Shape,
+    pub(super) template: &'a VmTemplate,
     /// The session whose command it ends with.
     pub(super) session: Option<&'a Live<'a>>,
     /// The VM that it is forked from.
@@ -69,18 +73,18 @@ pub(super) struct Start<'a> {
 /// The descriptors of one VM, on their way to its worker. A drop removes the files made for it
 /// outside of the runtime directory, unless the VM is kept.
 #[derive(Debug)]
-pub(super) struct Hand {
-    about: About,
+pub(super) struct WorkerResources {
+    vm_record: VmRecord,
     /// Whether the VM is booted, and not forked.
     is_booted: bool,
     files: Vec<OwnedFd>,
     /// The file of its flight record, read at its end.
     flight: Arc<OwnedFd>,
     /// None once the VM is kept.
-    overlays: Option<InUse>,
+    overlays: Option<OverlayUse>,
 }
 
-impl Hand {
+impl WorkerResources {
     /// Makes the files of a VM that uses `overlays`, and records the VM.
     ///
     /// # Errors
@@ -88,18 +92,18 @@ impl Hand {
     pub(super) fn make(
         claim: &NameClaim,
         start: Start<'_>,
-        overlays: InUse,
+        overlays: OverlayUse,
         ends: Endpoints,
         broker: &Broker,
-    ) -> Result<(Self, Handed), FleetError> {
-        let failed = |source| FleetError::Worker { source };
+    ) -> Result<(Self, PassedFds), DaemonError> {
+        let failed = |source| DaemonError::Worker { source };
         let (identity, paths) = (ends.identity().clone(), overlays.paths.clone());
         let socket = identity.vsock.as_ref().and_then(|vsock| inode(&vsock.socket));
-        let Start { shape, session: live, parent, bounds, secrets, pid } = start;
+        let Start { template, session: live, parent, bounds, secrets, pid } = start;
         let session = live.map(|live| live.session.clone());
         let (process, parent) = (ProcessId::of(pid), parent.map(str::to_owned));
-        let about = About {
-            shape: shape.clone(),
+        let vm_record = VmRecord {
+            template: template.clone(),
             identity,
             overlays: paths,
             socket,
@@ -109,23 +113,23 @@ impl Hand {
             bounds,
             secrets: secrets.cloned(),
         };
-        let vsock = about.identity.vsock.as_ref();
+        let vsock = vm_record.identity.vsock.as_ref();
         let broker = vsock.map(|vsock| broker.connect(vsock.socket.clone())).transpose().map_err(failed)?;
         let flight = Arc::new(flight::make().map_err(failed)?);
         let (ends, devices) = ends.hand_over(broker).map_err(failed)?;
         // From here on this owns the socket's file.
-        let mut hand = Self { about, is_booted: false, files: Vec::new(), flight, overlays: Some(overlays) };
-        let (sockets, record) = claim.hand_over(shape.config.virtio_console)?;
+        let mut resources = Self { vm_record, is_booted: false, files: Vec::new(), flight, overlays: Some(overlays) };
+        let (sockets, record) = claim.hand_over(template.config.virtio_console)?;
         forget_ended(claim.dir(), &claim.name);
-        hand.about.write(claim)?;
+        resources.vm_record.write(claim)?;
         let (sockets, listeners): (Vec<_>, Vec<_>) = sockets.into_iter().unzip();
-        hand.files.push(record);
-        hand.files.push(hand.flight.try_clone().map_err(failed)?);
+        resources.files.push(record);
+        resources.files.push(resources.flight.try_clone().map_err(failed)?);
         let command = live.map(|live| live.as_fd().try_clone_to_owned());
-        hand.files.extend(command.transpose().map_err(failed)?);
-        hand.files.extend(listeners);
-        hand.files.extend(devices);
-        Ok((hand, Handed { is_tied: live.is_some(), sockets, ends }))
+        resources.files.extend(command.transpose().map_err(failed)?);
+        resources.files.extend(listeners);
+        resources.files.extend(devices);
+        Ok((resources, PassedFds { ends_with_parent: live.is_some(), sockets, ends }))
     }
 
     /// Marks the VM as booted: it may write its disks' images.
@@ -136,13 +140,13 @@ impl Hand {
 
     /// Returns the interfaces of the VM called `name`.
     pub(super) fn interfaces(&self, name: &str) -> Interfaces {
-        self.about.interfaces(name)
+        self.vm_record.interfaces(name)
     }
 
     /// Returns the VM called `name`, with its `process` and its `group`.
     pub(super) fn own_vm(&self, name: &str, process: OwnedFd, group: Option<Group>) -> OwnVm {
-        let vm = OwnVm::new(name, process, &self.about.shape.config, self.is_booted);
-        let session = self.about.session.as_ref().map(|session| session.name.clone());
+        let vm = OwnVm::new(name, process, &self.vm_record.template.config, self.is_booted);
+        let session = self.vm_record.session.as_ref().map(|session| session.name.clone());
         vm.in_group(group).in_session(session).recorded_in(&self.flight)
     }
 
@@ -158,14 +162,14 @@ impl Hand {
 
     /// Leaves the files to the VM, which runs.
     pub(super) fn keep(mut self) {
-        self.overlays.take().into_iter().for_each(InUse::keep);
+        self.overlays.take().into_iter().for_each(OverlayUse::keep);
     }
 }
 
-impl Drop for Hand {
+impl Drop for WorkerResources {
     fn drop(&mut self) {
         if self.overlays.is_some() {
-            self.about.remove_sockets();
+            self.vm_record.remove_sockets();
         }
     }
 }

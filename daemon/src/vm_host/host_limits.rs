@@ -20,8 +20,8 @@ const SPARE_DESCRIPTORS: u64 = 256;
 /// Threads left for the rest of the host.
 const SPARE_THREADS: u64 = 512;
 
-/// Running VMs for each processor. Idle guests take next to nothing, but as many that compute get 2 ms
-/// of each second.
+/// Running VMs for each processor. Idle guests take next to nothing, but as many that compute get 2
+/// ms of each second.
 const VMS_OF_A_PROCESSOR: u64 = 500;
 /// What a child takes of the host before it writes: page tables, KVM's structures, its process.
 const MIB_OF_A_CHILD: u64 = 1;
@@ -34,7 +34,7 @@ const WORKER_THREADS: u64 = 8;
 /// The host has too little of a resource.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("they need about {needed} {what}, and {left} of {limit} are left ({setting})")]
-pub struct RoomError {
+pub struct HostLimitError {
     /// The resource.
     pub what: &'static str,
     /// The number that is needed.
@@ -49,12 +49,12 @@ pub struct RoomError {
 
 /// Resources that a VM takes from its starter's process and from the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Needs {
+pub(crate) struct ResourceDemand {
     pub(crate) descriptors: u64,
     pub(crate) threads: u64,
 }
 
-impl Needs {
+impl ResourceDemand {
     /// The needs of a VM with this configuration.
     pub(crate) fn of(config: &VmConfig) -> Self {
         let devices = config.virtio_queues().count() as u64;
@@ -76,12 +76,12 @@ fn first_line(path: &str) -> Option<String> {
     Some(str::from_utf8(&bytes[..read]).ok()?.lines().next()?.to_owned())
 }
 
-/// Refuses `count` more VMs if they exceed the host's available memory or, with `running` VMs there,
-/// its processors. `running` is None for VMs that start paused.
+/// Refuses `count` more VMs if they exceed the host's available memory or, with `running` VMs
+/// there, its processors. `running` is None for VMs that start paused.
 ///
 /// # Errors
-/// [`RoomError`]. A number that the kernel does not report is not checked.
-pub(crate) fn check_share(count: usize, running: Option<usize>) -> Result<(), RoomError> {
+/// [`HostLimitError`]. A number that the kernel does not report is not checked.
+pub(crate) fn check_share(count: usize, running: Option<usize>) -> Result<(), HostLimitError> {
     check_share_of(count as u64, running.map(|running| running as u64), most_running(), mib_of_memory())
 }
 
@@ -97,19 +97,24 @@ pub(crate) fn processors() -> usize {
     *PROCESSORS
 }
 
-fn check_share_of(count: u64, running: Option<u64>, limit: u64, memory: Option<(u64, u64)>) -> Result<(), RoomError> {
+fn check_share_of(
+    count: u64,
+    running: Option<u64>,
+    limit: u64,
+    memory: Option<(u64, u64)>,
+) -> Result<(), HostLimitError> {
     if let Some(running) = running {
         let left = limit.saturating_sub(running);
         if count > left {
             let (what, setting) = ("running VMs", "500 for each processor, without overcommit");
-            return Err(RoomError { what, needed: count, left, limit, setting });
+            return Err(HostLimitError { what, needed: count, left, limit, setting });
         }
     }
     if let Some((total, available)) = memory {
         let (needed, left) = (count.saturating_mul(MIB_OF_A_CHILD), available.saturating_sub(SPARE_MIB));
         if needed > left {
             let (what, setting) = ("MiB of memory", "MemAvailable, without overcommit");
-            return Err(RoomError { what, needed, left, limit: total, setting });
+            return Err(HostLimitError { what, needed, left, limit: total, setting });
         }
     }
     Ok(())
@@ -137,19 +142,19 @@ fn threads_of_host() -> Option<(u64, u64)> {
     Some((runnable.parse().ok()?, all.parse().ok()?))
 }
 
-/// Refuses `count` VMs that each need `needs` if the host has no room for all.
+/// Refuses `count` VMs that each need `demand` if the host has no room for all.
 ///
 /// # Errors
-/// [`RoomError`]. A limit that the kernel does not report is not checked.
-pub(crate) fn check(count: usize, needs: Needs) -> Result<(), RoomError> {
+/// [`HostLimitError`]. A limit that the kernel does not report is not checked.
+pub(crate) fn check(count: usize, demand: ResourceDemand) -> Result<(), HostLimitError> {
     let count = count as u64;
     let compare = |what, setting, limit: u64, used: u64, needed: u64| {
         let left = limit.saturating_sub(used);
-        if needed > left { Err(RoomError { what, needed, left, limit, setting }) } else { Ok(()) }
+        if needed > left { Err(HostLimitError { what, needed, left, limit, setting }) } else { Ok(()) }
     };
     if let (Some(limit), Ok(open)) = (getrlimit(Resource::Nofile).current, fs::read_dir("/proc/self/fd")) {
         let used = open.count() as u64 + SPARE_DESCRIPTORS;
-        compare("descriptors", "RLIMIT_NOFILE", limit, used, count.saturating_mul(needs.descriptors))?;
+        compare("descriptors", "RLIMIT_NOFILE", limit, used, count.saturating_mul(demand.descriptors))?;
     }
     if let Some((_, threads)) = threads_of_host() {
         let used = threads + SPARE_THREADS;
@@ -157,7 +162,7 @@ pub(crate) fn check(count: usize, needs: Needs) -> Result<(), RoomError> {
             [("kernel.threads-max", "/proc/sys/kernel/threads-max"), ("kernel.pid_max", "/proc/sys/kernel/pid_max")]
         {
             if let Some(limit) = number(path) {
-                compare("threads", setting, limit, used, count.saturating_mul(needs.threads))?;
+                compare("threads", setting, limit, used, count.saturating_mul(demand.threads))?;
             }
         }
     }
@@ -183,12 +188,12 @@ mod tests {
 
     #[test]
     fn what_there_is_too_little_of_is_named_with_its_numbers() {
-        let needs = Needs { descriptors: 10, threads: 1 };
-        check(1, needs).unwrap();
+        let demand = ResourceDemand { descriptors: 10, threads: 1 };
+        check(1, demand).unwrap();
         let limit = getrlimit(Resource::Nofile).current.unwrap();
-        let refused = check(1, Needs { descriptors: limit, ..needs }).unwrap_err();
+        let refused = check(1, ResourceDemand { descriptors: limit, ..demand }).unwrap_err();
         assert_eq!((refused.what, refused.limit, refused.needed), ("descriptors", limit, limit));
-        let refused = check(1 << 23, Needs { descriptors: 0, ..needs }).unwrap_err();
+        let refused = check(1 << 23, ResourceDemand { descriptors: 0, ..demand }).unwrap_err();
         assert_eq!((refused.what, refused.needed), ("threads", 1 << 23), "{refused}");
     }
 }

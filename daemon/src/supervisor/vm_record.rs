@@ -17,17 +17,17 @@ use super::overlays::unnamed_in;
 use super::processes::ProcessId;
 use super::session::{self, Session};
 use crate::control::{ProblemKind, VsockInfo};
-use crate::fleet::{FleetError, NameClaim, RuntimeDir, about, check_name, settle};
 use crate::flight::FlightEvent;
-use crate::image::Forked;
+use crate::image::ForkedVm;
 use crate::jail::is_block_device;
 use crate::secrets::SecretsRecord;
-use crate::worker::Shape;
-use crate::zygote::Exit;
+use crate::vm_host::{DaemonError, NameClaim, RuntimeDir, check_name, settle, vm_record_name};
+use crate::worker::VmTemplate;
+use crate::zygote::WorkerExit;
 use clade_vmm::vm::{DiskSpec, Identity, VmConfig};
 
-impl Shape {
-    /// Returns the shape of a VM with this configuration, whose disks' overlays would be made in
+impl VmTemplate {
+    /// Returns the template of a VM with this configuration, whose disks' overlays would be made in
     /// `dir` without confinement.
     pub(super) fn new(config: &VmConfig, dir: impl Fn(usize) -> PathBuf) -> Self {
         let of_disk = |(at, disk): (usize, &DiskSpec)| if disk.disk.read_only { dir(at) } else { unnamed_in(&dir(at)) };
@@ -35,7 +35,7 @@ impl Shape {
         Self { config: config.clone(), overlays, saved: Vec::new() }
     }
 
-    /// Returns the shape of the children of a VM that is booted with this configuration.
+    /// Returns the template of the children of a VM that is booted with this configuration.
     pub(super) fn of_boot(config: &VmConfig) -> Self {
         Self::new(config, |at| {
             let disk = &config.disks[at].disk;
@@ -52,8 +52,9 @@ impl Shape {
 
 /// A VM as it was started.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct About {
-    pub(super) shape: Shape,
+pub(crate) struct VmRecord {
+    #[serde(rename = "shape")]
+    pub(super) template: VmTemplate,
     pub(super) identity: Identity,
     /// Directories of overlays that it uses.
     pub(super) overlays: Vec<PathBuf>,
@@ -76,18 +77,18 @@ pub(crate) struct About {
     pub(super) secrets: Option<SecretsRecord>,
 }
 
-fn failed(source: std::io::Error) -> FleetError {
-    FleetError::Worker { source }
+fn failed(source: std::io::Error) -> DaemonError {
+    DaemonError::Worker { source }
 }
 
-impl About {
+impl VmRecord {
     /// Reads the record of the VM called `name`.
     ///
     /// # Errors
     /// When it cannot be read.
-    pub(super) fn read(dir: &RuntimeDir, name: &str) -> Result<Option<Self>, FleetError> {
+    pub(super) fn read(dir: &RuntimeDir, name: &str) -> Result<Option<Self>, DaemonError> {
         check_name(name)?;
-        let bytes = dir.read(&about(name)).map_err(failed)?;
+        let bytes = dir.read(&vm_record_name(name)).map_err(failed)?;
         bytes.map(|bytes| serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))).transpose()
     }
 
@@ -95,15 +96,15 @@ impl About {
     ///
     /// # Errors
     /// When it has none, or it cannot be read.
-    pub(super) fn expect(dir: &RuntimeDir, name: &str) -> Result<Self, FleetError> {
-        Self::read(dir, name)?.ok_or_else(|| FleetError::NoSuchVm { name: name.to_owned() })
+    pub(super) fn expect(dir: &RuntimeDir, name: &str) -> Result<Self, DaemonError> {
+        Self::read(dir, name)?.ok_or_else(|| DaemonError::NoSuchVm { name: name.to_owned() })
     }
 
     /// Reads the records of all VMs.
     ///
     /// # Errors
     /// When the directory cannot be read.
-    pub(super) fn all(dir: &RuntimeDir) -> Result<Vec<(String, Self)>, FleetError> {
+    pub(super) fn all(dir: &RuntimeDir) -> Result<Vec<(String, Self)>, DaemonError> {
         let names = dir.entries().map_err(failed)?;
         let names = names.iter().filter_map(|file| file.to_str()?.strip_suffix(".vm"));
         Ok(names.filter_map(|name| Some((name.to_owned(), Self::read(dir, name).ok()??))).collect())
@@ -114,8 +115,8 @@ impl About {
     ///
     /// # Errors
     /// When they are others.
-    pub(super) fn check(&self, name: &str, forked: &Forked) -> Result<(), FleetError> {
-        let what = if self.shape.config != forked.config {
+    pub(super) fn check(&self, name: &str, forked: &ForkedVm) -> Result<(), DaemonError> {
+        let what = if self.template.config != forked.config {
             "another configuration"
         } else if self.secrets.as_ref().is_some_and(|secrets| !secrets.is_of(&forked.secrets)) {
             "other secrets"
@@ -124,16 +125,16 @@ impl About {
         };
         let text = format!("the process of {name:?} says that it has {what} than it was started with");
         // No worker has failed, so no other is tried.
-        Err(FleetError::Refused { kind: ProblemKind::Internal, text })
+        Err(DaemonError::Refused { kind: ProblemKind::Internal, text })
     }
 
     /// Writes the record of the VM of `claim`.
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub(super) fn write(&self, claim: &NameClaim) -> Result<(), FleetError> {
+    pub(super) fn write(&self, claim: &NameClaim) -> Result<(), DaemonError> {
         let bytes = serde_json::to_vec(self).map_err(|error| failed(error.into()))?;
-        claim.write_about(&bytes).map_err(failed)
+        claim.write_vm_record(&bytes).map_err(failed)
     }
 
     fn is_of(&self, session: &str) -> bool {
@@ -164,27 +165,27 @@ impl About {
 ///
 /// # Errors
 /// When the runtime directory cannot be read.
-pub fn in_session(dir: &Path, session: &str) -> Result<Vec<String>, FleetError> {
-    let all = About::all(&RuntimeDir::open(dir)?)?;
-    let mine = |about: &About| about.is_of(session);
-    Ok(all.into_iter().filter(|(_, about)| mine(about)).map(|(name, _)| name).collect())
+pub fn in_session(dir: &Path, session: &str) -> Result<Vec<String>, DaemonError> {
+    let all = VmRecord::all(&RuntimeDir::open(dir)?)?;
+    let mine = |vm_record: &VmRecord| vm_record.is_of(session);
+    Ok(all.into_iter().filter(|(_, vm_record)| mine(vm_record)).map(|(name, _)| name).collect())
 }
 
 /// Returns whether the VM called `name` has not ended, and is of a session.
 ///
 /// # Errors
 /// When the record cannot be read.
-pub fn is_in_session(dir: &Path, name: &str, session: &str) -> Result<bool, FleetError> {
-    let about = About::read(&RuntimeDir::open(dir)?, name)?;
-    Ok(about.is_some_and(|about| about.is_of(session)))
+pub fn is_in_session(dir: &Path, name: &str, session: &str) -> Result<bool, DaemonError> {
+    let vm_record = VmRecord::read(&RuntimeDir::open(dir)?, name)?;
+    Ok(vm_record.is_some_and(|vm_record| vm_record.is_of(session)))
 }
 
 /// All VMs of a runtime directory that have not ended.
 ///
 /// # Errors
 /// When the directory cannot be read.
-pub fn vms_in(dir: &Path) -> Result<Vec<String>, FleetError> {
-    Ok(About::all(&RuntimeDir::open(dir)?)?.into_iter().map(|(name, _)| name).collect())
+pub fn vms_in(dir: &Path) -> Result<Vec<String>, DaemonError> {
+    Ok(VmRecord::all(&RuntimeDir::open(dir)?)?.into_iter().map(|(name, _)| name).collect())
 }
 
 /// Returns the socket device of a VM as its supervisor made it, independent of the VM's process.
@@ -192,15 +193,15 @@ pub fn vms_in(dir: &Path) -> Result<Vec<String>, FleetError> {
 ///
 /// # Errors
 /// When the record cannot be read.
-pub(crate) fn vsock_known(dir: &Path, name: &str) -> Result<Option<Option<VsockInfo>>, FleetError> {
-    Ok(About::read(&RuntimeDir::open(dir)?, name)?.map(|about| about.vsock()))
+pub(crate) fn vsock_known(dir: &Path, name: &str) -> Result<Option<Option<VsockInfo>>, DaemonError> {
+    Ok(VmRecord::read(&RuntimeDir::open(dir)?, name)?.map(|vm_record| vm_record.vsock()))
 }
 
 /// Removes the files of a VM whose process has ended, where no supervisor is left to do so.
 pub fn settle_dead(dir: &Path, name: &str) {
     // A taken name: its process still holds it, or another process clears up.
     if let Ok(claim) = RuntimeDir::open(dir).and_then(|dir| NameClaim::new(&dir, name)) {
-        clear_up(claim, Exit { pid: 0, signal: None, code: None }, true, Vec::new());
+        clear_up(claim, WorkerExit { pid: 0, signal: None, code: None }, true, Vec::new());
     }
 }
 
@@ -211,15 +212,20 @@ pub(super) fn inode(socket: &Path) -> Option<(u64, u64)> {
 }
 
 /// Records the end of a VM whose process has ended, and removes its files. Returns its record.
-pub(crate) fn clear_up(claim: NameClaim, exit: Exit, was_orderly: bool, flight: Vec<FlightEvent>) -> Option<About> {
+pub(crate) fn clear_up(
+    claim: NameClaim,
+    exit: WorkerExit,
+    was_orderly: bool,
+    flight: Vec<FlightEvent>,
+) -> Option<VmRecord> {
     settle(claim.dir(), &claim.name, exit, was_orderly, flight);
-    let about = About::read(claim.dir(), &claim.name).unwrap_or_else(|error| {
+    let vm_record = VmRecord::read(claim.dir(), &claim.name).unwrap_or_else(|error| {
         tracing::warn!(%error, name = claim.name, "not all of a VM's files are known");
         None
     });
-    about.iter().for_each(About::remove_sockets);
+    vm_record.iter().for_each(VmRecord::remove_sockets);
     drop(claim);
-    about
+    vm_record
 }
 
 #[cfg(test)]
@@ -231,14 +237,14 @@ pub(super) mod tests {
 
     use zeroize::Zeroizing;
 
-    use crate::fleet::Labels;
     use crate::secrets::{Secret, Secrets};
+    use crate::vm_host::Labels;
 
     use super::*;
 
-    fn forked(config: &VmConfig) -> Forked {
+    fn forked(config: &VmConfig) -> ForkedVm {
         let (none, config, labels) = (Duration::ZERO, config.clone(), Labels::default());
-        Forked {
+        ForkedVm {
             config,
             labels,
             secrets: crate::secrets::Secrets::None,
@@ -261,10 +267,10 @@ pub(super) mod tests {
     }
 
     /// A VM without disks whose agent is behind this socket.
-    pub(crate) fn about_with(socket: Option<&str>) -> About {
+    pub(crate) fn record_with(socket: Option<&str>) -> VmRecord {
         let vsock = socket.map(|socket| clade_devices::virtio::vsock::VsockOptions { cid: 3, socket: socket.into() });
-        About {
-            shape: Shape::of_boot(&VmConfig::bare(32 << 20, 1).unwrap()),
+        VmRecord {
+            template: VmTemplate::of_boot(&VmConfig::bare(32 << 20, 1).unwrap()),
             identity: Identity { vsock, ..Identity::default() },
             overlays: Vec::new(),
             socket: None,
@@ -281,11 +287,11 @@ pub(super) mod tests {
         let dir = tempfile::tempdir().unwrap();
         let dir = RuntimeDir::create(dir.path()).unwrap();
         let config = with_disk("/srv/disk");
-        let shape = Shape::of_boot(&config);
-        assert_eq!(shape.overlays, [Path::new("/srv/.clade-overlays")]);
+        let template = VmTemplate::of_boot(&config);
+        assert_eq!(template.overlays, [Path::new("/srv/.clade-overlays")]);
         let identity = Identity::default();
-        let known = About {
-            shape,
+        let known = VmRecord {
+            template,
             identity,
             overlays: Vec::new(),
             socket: None,
@@ -297,7 +303,7 @@ pub(super) mod tests {
         };
         let claim = NameClaim::new(&dir, "web").unwrap();
         known.write(&claim).unwrap();
-        let written = About::read(&dir, "web").unwrap().unwrap();
+        let written = VmRecord::read(&dir, "web").unwrap().unwrap();
         assert_eq!(written, known);
         written.check("web", &forked(&config)).unwrap();
         // The process claims another disk.
@@ -309,10 +315,10 @@ pub(super) mod tests {
         let own = held(&["token", "key"]);
         let claimed =
             [held(&["token"]), held(&["key", "token"]), held(&["tokenkey"]), Secrets::None, Secrets::Withheld];
-        let of = |secrets: &Secrets| Forked { secrets: secrets.clone(), ..forked(&config) };
+        let of = |secrets: &Secrets| ForkedVm { secrets: secrets.clone(), ..forked(&config) };
         let record = SecretsRecord::of(&own).unwrap();
         for (record, own) in [(record.of_child(false), &own), (record.of_child(true), &Secrets::Withheld)] {
-            let known = About { secrets: Some(record), ..known.clone() };
+            let known = VmRecord { secrets: Some(record), ..known.clone() };
             known.check("web", &of(own)).unwrap();
             for other in &claimed {
                 if !(matches!((own, other), (Secrets::Withheld, Secrets::Withheld))) {
@@ -324,8 +330,8 @@ pub(super) mod tests {
         let text = serde_json::to_string(&record).unwrap();
         assert!(!text.contains("token") && !text.contains("[7,7"), "{text}");
         assert_ne!(record, SecretsRecord::of(&own).unwrap(), "the salt is another");
-        assert_eq!(About::all(&dir).unwrap(), [("web".to_owned(), known)]);
+        assert_eq!(VmRecord::all(&dir).unwrap(), [("web".to_owned(), known)]);
         drop(claim);
-        assert_eq!(About::read(&dir, "web").unwrap(), None);
+        assert_eq!(VmRecord::read(&dir, "web").unwrap(), None);
     }
 }

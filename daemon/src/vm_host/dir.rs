@@ -19,7 +19,7 @@ use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, fchmod, openat, statat, u
 use rustix::net::sockopt::socket_peercred;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 
-use super::FleetError;
+use super::DaemonError;
 
 /// Longest name of a VM.
 pub const LONGEST_NAME: usize = 48;
@@ -49,14 +49,14 @@ pub fn runtime_dir() -> PathBuf {
 /// Checks a name.
 ///
 /// # Errors
-/// [`FleetError::BadName`].
-pub fn check_name(name: &str) -> Result<(), FleetError> {
+/// [`DaemonError::BadName`].
+pub fn check_name(name: &str) -> Result<(), DaemonError> {
     let first = name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
     let rest = name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
     if first && rest && name.len() <= LONGEST_NAME {
         Ok(())
     } else {
-        Err(FleetError::BadName { name: name.to_owned() })
+        Err(DaemonError::BadName { name: name.to_owned() })
     }
 }
 
@@ -91,12 +91,12 @@ pub fn image_path(dir: &Path, name: &str) -> PathBuf {
 ///
 /// # Errors
 /// When the runtime directory cannot be made or used, or the log is a link.
-pub fn open_log(dir: &Path) -> Result<File, FleetError> {
+pub fn open_log(dir: &Path) -> Result<File, DaemonError> {
     let dir = RuntimeDir::create(dir)?;
     let flags =
         OFlags::WRONLY | OFlags::CREATE | OFlags::APPEND | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let opened = openat(&dir.fd, LOG, flags, Mode::RUSR | Mode::WUSR);
-    opened.map(File::from).map_err(|error| FleetError::Runtime { path: dir.path.join(LOG), source: error.into() })
+    opened.map(File::from).map_err(|error| DaemonError::Runtime { path: dir.path.join(LOG), source: error.into() })
 }
 
 /// Path of the log of a supervisor in the background.
@@ -129,23 +129,23 @@ impl RuntimeDir {
     ///
     /// # Errors
     /// When it is a link, another user's, or may be written by others.
-    pub(crate) fn create(path: &Path) -> Result<Self, FleetError> {
-        let failed = |source| FleetError::Runtime { path: path.to_owned(), source };
+    pub(crate) fn create(path: &Path) -> Result<Self, DaemonError> {
+        let failed = |source| DaemonError::Runtime { path: path.to_owned(), source };
         fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)?;
         let dir = Self::open(path)?;
         let found = rustix::fs::fstat(&dir.fd).map_err(|error| failed(error.into()))?;
         if found.st_uid != rustix::process::geteuid().as_raw() {
-            return Err(FleetError::ForeignDir { path: path.to_owned(), owner: found.st_uid });
+            return Err(DaemonError::ForeignDir { path: path.to_owned(), owner: found.st_uid });
         }
         let mode = found.st_mode & 0o7777;
         if mode & 0o022 != 0 {
-            return Err(FleetError::OpenDir { path: path.to_owned(), mode });
+            return Err(DaemonError::OpenDir { path: path.to_owned(), mode });
         }
         Ok(dir)
     }
 
     /// Opens an existing directory.
-    pub(crate) fn open(path: &Path) -> Result<Self, FleetError> {
+    pub(crate) fn open(path: &Path) -> Result<Self, DaemonError> {
         Self::open_as(path, OFlags::RDONLY)
     }
 
@@ -153,17 +153,17 @@ impl RuntimeDir {
     ///
     /// # Errors
     /// As [`Self::open`].
-    pub(crate) fn reach(path: &Path) -> Result<Self, FleetError> {
+    pub(crate) fn reach(path: &Path) -> Result<Self, DaemonError> {
         Self::open_as(path, OFlags::PATH)
     }
 
-    fn open_as(path: &Path, how: OFlags) -> Result<Self, FleetError> {
-        let failed = |source| FleetError::Runtime { path: path.to_owned(), source };
+    fn open_as(path: &Path, how: OFlags) -> Result<Self, DaemonError> {
+        let failed = |source| DaemonError::Runtime { path: path.to_owned(), source };
         let flags = how | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| {
             // The error for a link depends on which flag the kernel checks first.
             let link = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_symlink());
-            if link { FleetError::LinkedDir { path: path.to_owned() } } else { failed(error.into()) }
+            if link { DaemonError::LinkedDir { path: path.to_owned() } } else { failed(error.into()) }
         })?;
         Ok(Self { path: path.to_owned(), fd: Arc::new(fd) })
     }
@@ -238,8 +238,8 @@ impl RuntimeDir {
     }
 
     /// Locks a file, which is made if it is missing. `None` if another process has it locked.
-    fn lock(&self, file: &str) -> Result<Option<File>, FleetError> {
-        let failed = |source| FleetError::Runtime { path: self.path.join(file), source };
+    fn lock(&self, file: &str) -> Result<Option<File>, DaemonError> {
+        let failed = |source| DaemonError::Runtime { path: self.path.join(file), source };
         let lock = loop {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
             let lock = openat(&self.fd, file, flags, Mode::RUSR | Mode::WUSR).map_err(|e| failed(e.into()))?;
@@ -265,7 +265,7 @@ impl RuntimeDir {
 
     /// Binds a socket of the directory, for this user alone (mode 0600). The caller's lock proves
     /// that an existing one is a dead owner's.
-    fn bind(&self, file: &str, kind: SocketType) -> Result<OwnedFd, FleetError> {
+    fn bind(&self, file: &str, kind: SocketType) -> Result<OwnedFd, DaemonError> {
         let bound = || -> io::Result<OwnedFd> {
             self.remove(file)?;
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -278,14 +278,14 @@ impl RuntimeDir {
             listen(&socket, BACKLOG)?;
             Ok(socket)
         };
-        bound().map_err(|source| FleetError::Runtime { path: self.path.join(file), source })
+        bound().map_err(|source| DaemonError::Runtime { path: self.path.join(file), source })
     }
 }
 
 /// Refuses a path that no client could connect to.
-fn expect_short(path: PathBuf) -> Result<(), FleetError> {
+fn expect_short(path: PathBuf) -> Result<(), DaemonError> {
     match path.as_os_str().len() {
-        length if length > LONGEST_SOCKET_PATH => Err(FleetError::LongPath { path, length }),
+        length if length > LONGEST_SOCKET_PATH => Err(DaemonError::LongPath { path, length }),
         _ => Ok(()),
     }
 }
@@ -314,7 +314,7 @@ impl SupervisorClaim {
     ///
     /// # Errors
     /// When another process has it.
-    pub(crate) fn new(dir: &RuntimeDir) -> Result<(Self, UnixListener), FleetError> {
+    pub(crate) fn new(dir: &RuntimeDir) -> Result<(Self, UnixListener), DaemonError> {
         let path = supervisor_path(&dir.path);
         expect_short(path.clone())?;
         let mut attempts = 0;
@@ -327,7 +327,7 @@ impl SupervisorClaim {
             if attempts > LOCK_ATTEMPTS || listening.is_some() {
                 let peer = listening.and_then(|stream| socket_peercred(&stream).ok());
                 let pid = peer.map(|peer| peer.pid.as_raw_nonzero().get());
-                return Err(FleetError::Supervised { path: dir.path.clone(), pid });
+                return Err(DaemonError::Supervised { path: dir.path.clone(), pid });
             }
             thread::sleep(LOCK_INTERVAL);
         };
@@ -345,7 +345,7 @@ impl Drop for SupervisorClaim {
 }
 
 /// Name of the file with the supervisor's records of the VM called `name`.
-pub(crate) fn about(name: &str) -> String {
+pub(crate) fn vm_record_name(name: &str) -> String {
     format!("{name}.{VM}")
 }
 
@@ -375,12 +375,12 @@ const IMAGE: &str = "image";
 const ENDINGS: [&str; 7] = [CONTROL, CONSOLE, HVC, IMAGE, VM, END, "lock"];
 
 impl NameClaim {
-    pub(crate) fn new(dir: &RuntimeDir, name: &str) -> Result<Self, FleetError> {
+    pub(crate) fn new(dir: &RuntimeDir, name: &str) -> Result<Self, DaemonError> {
         check_name(name)?;
         // The longest path of its sockets.
         expect_short(console_path(&dir.path, name))?;
         let lock = dir.lock(&format!("{name}.lock"))?;
-        let lock = lock.ok_or_else(|| FleetError::Taken { name: name.to_owned() })?;
+        let lock = lock.ok_or_else(|| DaemonError::Taken { name: name.to_owned() })?;
         Ok(Self::of(dir, name, lock))
     }
 
@@ -393,11 +393,11 @@ impl NameClaim {
     ///
     /// # Errors
     /// When the file is not the lock of that name.
-    pub(crate) fn adopt(dir: &RuntimeDir, name: &str, lock: OwnedFd) -> Result<Self, FleetError> {
+    pub(crate) fn adopt(dir: &RuntimeDir, name: &str, lock: OwnedFd) -> Result<Self, DaemonError> {
         check_name(name)?;
         let lock = File::from(lock);
         if !dir.has(&format!("{name}.lock"), &lock) {
-            return Err(FleetError::Taken { name: name.to_owned() });
+            return Err(DaemonError::Taken { name: name.to_owned() });
         }
         write_pid(&lock);
         Ok(Self { dir: dir.clone(), name: name.to_owned(), lock: Some(lock), removes: false })
@@ -407,25 +407,25 @@ impl NameClaim {
     ///
     /// # Errors
     /// When one cannot be made.
-    pub(crate) fn hand_over(&self, has_hvc: bool) -> Result<(BTreeMap<String, OwnedFd>, OwnedFd), FleetError> {
+    pub(crate) fn hand_over(&self, has_hvc: bool) -> Result<(BTreeMap<String, OwnedFd>, OwnedFd), DaemonError> {
         let bind = |ending: &str, kind| Ok((ending.to_owned(), self.bind(ending, kind)?));
         let mut sockets: BTreeMap<_, _> = [CONTROL, CONSOLE]
             .iter()
             .chain(has_hvc.then_some(&HVC))
             .map(|ending| bind(ending, SocketType::STREAM))
-            .collect::<Result<_, FleetError>>()?;
+            .collect::<Result<_, DaemonError>>()?;
         sockets.extend([bind(IMAGE, SocketType::SEQPACKET)?]);
         let file = format!("{}.{END}", self.name);
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let record = openat(&self.dir.fd, &*file, flags, Mode::RUSR | Mode::WUSR);
         let record =
-            record.map_err(|error| FleetError::Runtime { path: self.dir.path.join(file), source: error.into() })?;
+            record.map_err(|error| DaemonError::Runtime { path: self.dir.path.join(file), source: error.into() })?;
         Ok((sockets, record))
     }
 
     /// Writes the supervisor's records of the VM.
-    pub(crate) fn write_about(&self, bytes: &[u8]) -> io::Result<()> {
-        self.dir.write(&about(&self.name), bytes)
+    pub(crate) fn write_vm_record(&self, bytes: &[u8]) -> io::Result<()> {
+        self.dir.write(&vm_record_name(&self.name), bytes)
     }
 
     /// The runtime directory.
@@ -469,14 +469,14 @@ impl NameClaim {
     ///
     /// # Errors
     /// When the process still has it.
-    pub(crate) fn of_a_dead(dir: &RuntimeDir, name: &str, pid: u32) -> Result<Option<Self>, FleetError> {
-        let failed = |source| FleetError::Runtime { path: dir.path.join(name), source };
+    pub(crate) fn of_a_dead(dir: &RuntimeDir, name: &str, pid: u32) -> Result<Option<Self>, DaemonError> {
+        let failed = |source| DaemonError::Runtime { path: dir.path.join(name), source };
         let owner = dir.read(&format!("{name}.lock")).map_err(failed)?;
         let owner: Option<u32> = owner.and_then(|text| String::from_utf8(text).ok()?.trim().parse().ok());
         match owner {
             Some(owner) if owner == pid => {}
             // This process already clears up after it.
-            Some(owner) if owner == std::process::id() => return Err(FleetError::Taken { name: name.to_owned() }),
+            Some(owner) if owner == std::process::id() => return Err(DaemonError::Taken { name: name.to_owned() }),
             _ => return Ok(None),
         }
         // If the lock file has gone meanwhile, this makes a new one, and removes it.
@@ -490,7 +490,7 @@ impl NameClaim {
 
     /// Binds the socket `NAME.ending`, for this user alone (mode 0600). We hold the lock, so an
     /// existing one is a dead owner's.
-    fn bind(&self, ending: &str, kind: SocketType) -> Result<OwnedFd, FleetError> {
+    fn bind(&self, ending: &str, kind: SocketType) -> Result<OwnedFd, DaemonError> {
         self.dir.bind(&format!("{}.{ending}", self.name), kind)
     }
 }

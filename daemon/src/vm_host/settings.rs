@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{FleetError, RuntimeDir};
+use super::{DaemonError, RuntimeDir};
 
 const FILE: &str = "clade.serve";
 
@@ -18,8 +18,8 @@ pub struct KeptSettings {
     pub working_dir: PathBuf,
 }
 
-fn failed(dir: &RuntimeDir, source: std::io::Error) -> FleetError {
-    FleetError::Runtime { path: dir.path().join(FILE), source }
+fn failed(dir: &RuntimeDir, source: std::io::Error) -> DaemonError {
+    DaemonError::Runtime { path: dir.path().join(FILE), source }
 }
 
 impl KeptSettings {
@@ -27,7 +27,7 @@ impl KeptSettings {
     ///
     /// # Errors
     /// When the directory cannot be written.
-    pub fn keep(&self, dir: &Path) -> Result<(), FleetError> {
+    pub fn keep(&self, dir: &Path) -> Result<(), DaemonError> {
         let dir = RuntimeDir::create(dir)?;
         let bytes = serde_json::to_vec(self).map_err(|error| failed(&dir, error.into()))?;
         dir.write(FILE, &bytes).map_err(|error| failed(&dir, error))
@@ -37,7 +37,7 @@ impl KeptSettings {
     ///
     /// # Errors
     /// When the file cannot be read.
-    pub fn kept(dir: &Path) -> Result<Option<Self>, FleetError> {
+    pub fn kept(dir: &Path) -> Result<Option<Self>, DaemonError> {
         let dir = RuntimeDir::create(dir)?;
         let bytes = dir.read(FILE).map_err(|error| failed(&dir, error))?;
         bytes.map(|bytes| serde_json::from_slice(&bytes).map_err(|error| failed(&dir, error.into()))).transpose()
@@ -47,7 +47,7 @@ impl KeptSettings {
     ///
     /// # Errors
     /// When the directory cannot be written.
-    pub fn forget(dir: &Path) -> Result<(), FleetError> {
+    pub fn forget(dir: &Path) -> Result<(), DaemonError> {
         let dir = RuntimeDir::create(dir)?;
         dir.remove(FILE).map_err(|error| failed(&dir, error))
     }

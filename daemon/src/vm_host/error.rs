@@ -1,4 +1,4 @@
-//! Reasons why the fleet refuses or cancels a request.
+//! Reasons why the VM host refuses or cancels a request.
 
 use std::io;
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::dir::{LONGEST_NAME, LONGEST_SOCKET_PATH};
-use super::room::RoomError;
+use super::host_limits::HostLimitError;
 use crate::control::ProblemKind;
 use crate::supervisor::{CgroupError, HookError};
 use clade_vmm::vm::{SnapshotError, TransferError, VmError};
@@ -29,10 +29,10 @@ pub enum CancelReason {
     SessionEnded,
 }
 
-/// Reasons why the fleet refuses or cancels a request.
+/// Reasons why the VM host refuses or cancels a request.
 #[derive(Debug, Error)]
 #[non_exhaustive]
-pub enum FleetError {
+pub enum DaemonError {
     /// The name has characters that a name cannot have, or is too long.
     #[error(
         "{name:?} is not a name: 1 to {LONGEST_NAME} letters, digits, '-', '_' or '.', starting with a letter or digit"
@@ -67,12 +67,12 @@ pub enum FleetError {
     },
     /// The host has no room for all of them.
     #[error("{count} children do not fit")]
-    Room {
+    HostLimit {
         /// The number of children in the request.
         count: usize,
         /// The resource that is too scarce.
         #[source]
-        source: RoomError,
+        source: HostLimitError,
     },
     /// The request was cancelled; none of its children is left.
     #[error("cancelled after {made} of {count} children: {reason}")]
@@ -217,13 +217,13 @@ pub enum FleetError {
     },
 }
 
-impl From<SnapshotError> for FleetError {
+impl From<SnapshotError> for DaemonError {
     fn from(error: SnapshotError) -> Self {
         Self::Snapshot(Box::new(error))
     }
 }
 
-impl From<TransferError> for FleetError {
+impl From<TransferError> for DaemonError {
     fn from(error: TransferError) -> Self {
         Self::Transfer(Box::new(error))
     }

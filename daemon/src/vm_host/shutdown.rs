@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Fleet, FleetError, Listed};
+use super::{DaemonError, VmEntry, VmHost};
 use clade_vmm::vm::Vm;
 
 /// Interval of the checks whether the guest has powered off.
@@ -17,28 +17,28 @@ pub struct Shutdown {
     pub noticed: bool,
 }
 
-impl Fleet {
+impl VmHost {
     /// Presses a VM's power button, waits up to `time` until its guest has powered itself off, and
-    /// then stops it as [`Fleet::stop`] does.
+    /// then stops it as [`VmHost::stop`] does.
     ///
     /// # Errors
     /// When there is no such VM, it has no power button, or it is paused: then it is not stopped.
-    /// As [`Fleet::stop`] afterwards.
+    /// As [`VmHost::stop`] afterwards.
     pub fn shut_down<T>(
         &self,
         name: &str,
         time: Duration,
-        describe: impl FnOnce(&Listed, Shutdown) -> T,
-    ) -> Result<T, FleetError> {
-        let listed = self.get(name)?;
-        listed.vm.press_power_button()?;
-        let by_itself = ends_by_itself(&listed.vm, time);
-        let shutdown = Shutdown { by_itself, noticed: listed.vm.power_button_noticed() };
+        describe: impl FnOnce(&VmEntry, Shutdown) -> T,
+    ) -> Result<T, DaemonError> {
+        let entry = self.get(name)?;
+        entry.vm.press_power_button()?;
+        let by_itself = ends_by_itself(&entry.vm, time);
+        let shutdown = Shutdown { by_itself, noticed: entry.vm.power_button_noticed() };
         if by_itself {
             // Recorded like any VM that ends by itself.
             self.remove();
         }
-        self.stop_listed(listed, |listed| describe(listed, shutdown))
+        self.stop_entry(entry, |entry| describe(entry, shutdown))
     }
 }
 

@@ -13,9 +13,9 @@ impl Serve for Nobody {
     fn finish(&self) {}
 }
 
-/// A fleet with a bare guest `one` if it `is_wanted`, and the starter's claim of its name.
-pub(crate) fn fleet_of_one(dir: &RuntimeDir, is_wanted: bool) -> (Fleet, Option<Arc<Vm>>, NameClaim) {
-    let fleet = Fleet::new(&Context::open().unwrap(), |_| Box::new(Nobody));
+/// A VM host with a bare guest `one` if it `is_wanted`, and the starter's claim of its name.
+pub(crate) fn vm_host_of_one(dir: &RuntimeDir, is_wanted: bool) -> (VmHost, Option<Arc<Vm>>, NameClaim) {
+    let vm_host = VmHost::new(&Context::open().unwrap(), |_| Box::new(Nobody));
     let config = Arc::new(VmConfig::bare(32 << 20, 1).unwrap());
     let source = BootSource::new(BootImage::Bytes(clade_guests::BARE_ELF.into()));
     let starter = NameClaim::new(dir, "one").unwrap();
@@ -25,17 +25,17 @@ pub(crate) fn fleet_of_one(dir: &RuntimeDir, is_wanted: bool) -> (Fleet, Option<
     let files = VmFiles::of(sockets, record).unwrap();
     let make = |context: &Context| Vm::boot_as(context, "one", &config, &source, Endpoints::boot(&config)?, true);
     let labels = Labels::of(&["tier=web".parse().unwrap()]).unwrap();
-    let vm = fleet.launch(
+    let vm = vm_host.launch(
         claim,
         files,
-        Description { parent: Some("zero".to_owned()), labels, secrets: Secrets::None, reports_ready: false },
+        VmDescription { parent: Some("zero".to_owned()), labels, secrets: Secrets::None, reports_ready: false },
         make,
         |vm| {
-            assert!(vm.is_paused() && fleet.listed().is_none(), "nobody can let it run yet");
+            assert!(vm.is_paused() && vm_host.entry().is_none(), "nobody can let it run yet");
             is_wanted
         },
     );
-    (fleet, vm.unwrap(), starter)
+    (vm_host, vm.unwrap(), starter)
 }
 
 fn runtime_dir() -> (tempfile::TempDir, RuntimeDir) {
@@ -50,17 +50,17 @@ fn it_is_listed_by_its_name_once_it_is_wanted() {
         return;
     }
     let (_dir, runtime) = runtime_dir();
-    let (fleet, vm, starter) = fleet_of_one(&runtime, true);
-    let listed = fleet.get("one").unwrap();
-    assert!(Arc::ptr_eq(&listed.vm, &vm.unwrap()));
-    assert_eq!((listed.parent.as_deref(), listed.labels.text().as_str()), (Some("zero"), "tier=web"));
-    assert!(matches!(fleet.get("two"), Err(FleetError::NoSuchVm { .. })));
-    drop((fleet, starter));
+    let (vm_host, vm, starter) = vm_host_of_one(&runtime, true);
+    let entry = vm_host.get("one").unwrap();
+    assert!(Arc::ptr_eq(&entry.vm, &vm.unwrap()));
+    assert_eq!((entry.parent.as_deref(), entry.labels.text().as_str()), (Some("zero"), "tier=web"));
+    assert!(matches!(vm_host.get("two"), Err(DaemonError::NoSuchVm { .. })));
+    drop((vm_host, starter));
 
     let (_dir, runtime) = runtime_dir();
-    let (fleet, vm, starter) = fleet_of_one(&runtime, false);
-    assert!(vm.is_none() && fleet.listed().is_none());
-    assert!(fleet.wait_until_unused(Duration::ZERO), "it is gone already");
+    let (vm_host, vm, starter) = vm_host_of_one(&runtime, false);
+    assert!(vm.is_none() && vm_host.entry().is_none());
+    assert!(vm_host.wait_until_unused(Duration::ZERO), "it is gone already");
     drop(starter);
     NameClaim::new(&runtime, "one").unwrap();
 }
@@ -71,14 +71,14 @@ fn what_somebody_has_a_handle_to_is_in_use() {
         return;
     }
     let (_dir, runtime) = runtime_dir();
-    let (fleet, vm, starter) = fleet_of_one(&runtime, true);
+    let (vm_host, vm, starter) = vm_host_of_one(&runtime, true);
     starter.leave();
-    fleet.remove();
-    assert!(fleet.listed().is_none());
-    assert!(!fleet.wait_until_unused(Duration::ZERO), "somebody has it still");
-    assert!(matches!(NameClaim::new(&runtime, "one"), Err(FleetError::Taken { .. })));
+    vm_host.remove();
+    assert!(vm_host.entry().is_none());
+    assert!(!vm_host.wait_until_unused(Duration::ZERO), "somebody has it still");
+    assert!(matches!(NameClaim::new(&runtime, "one"), Err(DaemonError::Taken { .. })));
     drop(vm);
-    assert!(fleet.wait_until_unused(Duration::ZERO));
+    assert!(vm_host.wait_until_unused(Duration::ZERO));
     NameClaim::new(&runtime, "one").unwrap();
 }
 
@@ -90,14 +90,14 @@ fn a_vm_that_has_ended_gives_no_image_without_its_secrets() {
         return;
     }
     let (_dir, runtime) = runtime_dir();
-    let (fleet, vm, starter) = fleet_of_one(&runtime, true);
+    let (vm_host, vm, starter) = vm_host_of_one(&runtime, true);
     let vm = vm.unwrap();
-    let (forked, _parts) = crate::image::forked(&vm, fleet.leases(), &fleet.downgrade()).unwrap();
+    let (forked, _parts) = crate::image::forked(&vm, vm_host.leases(), &vm_host.downgrade()).unwrap();
     assert_eq!(forked.labels.text(), "tier=web");
     // The VM leaves the list before its vCPUs stop.
-    drop(fleet.take());
-    let refused = crate::image::forked(&vm, fleet.leases(), &fleet.downgrade()).map(|(forked, _)| forked.secrets);
-    assert!(matches!(&refused, Err(FleetError::NoSuchVm { name }) if name == "one"), "{refused:?}");
+    drop(vm_host.take());
+    let refused = crate::image::forked(&vm, vm_host.leases(), &vm_host.downgrade()).map(|(forked, _)| forked.secrets);
+    assert!(matches!(&refused, Err(DaemonError::NoSuchVm { name }) if name == "one"), "{refused:?}");
     starter.leave();
 }
 
@@ -107,15 +107,15 @@ fn stop_waits_for_who_is_just_looking_at_the_vm() {
         return;
     }
     let (_dir, runtime) = runtime_dir();
-    let (fleet, vm, starter) = fleet_of_one(&runtime, true);
+    let (vm_host, vm, starter) = vm_host_of_one(&runtime, true);
     starter.leave();
     drop(vm);
-    let held = fleet.get("one").unwrap();
+    let held = vm_host.get("one").unwrap();
     let (begin, begun) = std::sync::mpsc::channel();
     std::thread::scope(|scope| {
         let stops = scope.spawn(|| {
             begin.send(()).unwrap();
-            fleet.stop("one", |listed| Arc::downgrade(&listed.vm))
+            vm_host.stop("one", |entry| Arc::downgrade(&entry.vm))
         });
         begun.recv().unwrap();
         held.vm.wait(RELEASE_TIMEOUT).unwrap();

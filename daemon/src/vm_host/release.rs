@@ -7,9 +7,9 @@ use super::dir::NameClaim;
 
 /// Whether a VM has resources: from when it is made until the last value that it drops.
 #[derive(Debug, Default)]
-pub(super) struct InUse(Mutex<bool>, Condvar);
+pub(super) struct ResourceUse(Mutex<bool>, Condvar);
 
-impl InUse {
+impl ResourceUse {
     fn in_use(&self) -> MutexGuard<'_, bool> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -23,20 +23,20 @@ impl InUse {
 
 /// Dropped by a VM after everything else, in this order: its name, then the mark that it is in use.
 #[derive(Debug)]
-pub(super) struct Tail {
+pub(super) struct ReleaseOnDrop {
     _claim: NameClaim,
     _in_use: UntilDropped,
 }
 
-impl Tail {
-    pub(super) fn new(claim: NameClaim, in_use: &Arc<InUse>) -> Self {
+impl ReleaseOnDrop {
+    pub(super) fn new(claim: NameClaim, in_use: &Arc<ResourceUse>) -> Self {
         *in_use.in_use() = true;
         Self { _claim: claim, _in_use: UntilDropped(Arc::clone(in_use)) }
     }
 }
 
 #[derive(Debug)]
-struct UntilDropped(Arc<InUse>);
+struct UntilDropped(Arc<ResourceUse>);
 
 impl Drop for UntilDropped {
     fn drop(&mut self) {

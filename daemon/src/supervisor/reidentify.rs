@@ -1,7 +1,7 @@
 //! Identity of guests that are in a new VM: children of a fork, restored VMs, reset VMs. The agent
 //! in each drops its parent's state, and reports when it is ready.
 //!
-//! Children requested as *ready* are handed out once all are ready, or none is (I13).
+//! Children requested as *ready* are activated once all are ready, or none is (I13).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -14,10 +14,10 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use super::Supervisor;
-use super::about::About;
 use super::server::stop_vm;
+use super::vm_record::VmRecord;
 use crate::control::{ApiError, ProblemKind, ReadyAnswer, StopRequest, THREAD_PATIENCE, on_a_thread};
-use crate::fleet::FleetError;
+use crate::vm_host::DaemonError;
 
 /// Agents report to the port that the device answers.
 const _: () = assert!(NOTICE_PORT == clade_devices::virtio::vsock::NOTICE_PORT);
@@ -35,8 +35,9 @@ const PATIENCE_EACH: Duration = Duration::from_secs(1);
 const MAX_PATIENCE: Duration = Duration::from_secs(300);
 /// Time limit of one attempt. Every abandoned attempt is more work for a slow guest.
 const ATTEMPT: Duration = Duration::from_secs(10);
-/// Time limit from then on until the agent is ready, and the additional time for each VM made by the
-/// same request: on a busy host ten guests whose kernels are interpreted took more than a minute.
+/// Time limit from then on until the agent is ready, and the additional time for each VM made by
+/// the same request: on a busy host ten guests whose kernels are interpreted took more than a
+/// minute.
 const ANSWERING: Duration = Duration::from_secs(60);
 const ANSWERING_EACH: Duration = Duration::from_secs(10);
 /// Interval of the attempts.
@@ -53,21 +54,21 @@ fn not_ready(name: &str, why: &str) -> ApiError {
 }
 
 /// Checks that the guests of VMs of `config` have an agent that can be reached.
-pub(super) fn expect_reachable(name: &str, config: &VmConfig) -> Result<(), FleetError> {
+pub(super) fn expect_reachable(name: &str, config: &VmConfig) -> Result<(), DaemonError> {
     if config.vsock.is_some() {
         return Ok(());
     }
     let text = format!("{name} has no vsock device to reach its agent by");
-    Err(FleetError::Refused { kind: ProblemKind::NoDevice, text })
+    Err(DaemonError::Refused { kind: ProblemKind::NoDevice, text })
 }
 
-/// VMs that are made and not yet handed out. Ended when dropped.
-struct Unhanded {
+/// New VMs that no answer has named yet. Ended when dropped.
+struct PendingVms {
     supervisor: Supervisor,
     names: Vec<String>,
 }
 
-impl Drop for Unhanded {
+impl Drop for PendingVms {
     fn drop(&mut self) {
         let (supervisor, names) = (self.supervisor.clone(), std::mem::take(&mut self.names));
         if !names.is_empty() {
@@ -89,21 +90,21 @@ impl Supervisor {
     ///
     /// # Errors
     /// When there is no such VM, no agent answers in it, or it could not do all of it.
-    pub(super) async fn make_ready(&self, name: &str) -> Result<ReadyAnswer, ApiError> {
-        self.make_ready_among(name, 1).await
+    pub(super) async fn reidentify(&self, name: &str) -> Result<ReadyAnswer, ApiError> {
+        self.reidentify_among(name, 1).await
     }
 
     /// The same for one of `count` new VMs.
-    async fn make_ready_among(&self, name: &str, count: usize) -> Result<ReadyAnswer, ApiError> {
+    async fn reidentify_among(&self, name: &str, count: usize) -> Result<ReadyAnswer, ApiError> {
         let others = u32::try_from(count.saturating_sub(1)).unwrap_or(u32::MAX);
         let with_others =
             |own: Duration, each: Duration| own.saturating_add(each.saturating_mul(others)).min(MAX_PATIENCE);
         let (patience, answering) = (with_others(PATIENCE, PATIENCE_EACH), with_others(ANSWERING, ANSWERING_EACH));
         let (supervisor, vm) = (self.clone(), name.to_owned());
         let socket = on_a_thread(THREAD_PATIENCE, move || {
-            let about = About::expect(&supervisor.0.dir, &vm)?;
-            expect_reachable(&vm, &about.shape.config)?;
-            Ok::<_, FleetError>(about.identity.vsock.map(|vsock| vsock.socket))
+            let vm_record = VmRecord::expect(&supervisor.0.dir, &vm)?;
+            expect_reachable(&vm, &vm_record.template.config)?;
+            Ok::<_, DaemonError>(vm_record.identity.vsock.map(|vsock| vsock.socket))
         });
         let socket = socket.await??.ok_or_else(|| not_ready(name, "it has no socket"))?;
         let agent = Agent::new(Endpoint::Vsock { socket, port: PORT }).with_patience(ATTEMPT, answering);
@@ -145,8 +146,8 @@ impl Supervisor {
     ///
     /// # Errors
     /// That of the first VM that is not ready.
-    pub(super) async fn hand_out(&self, names: &[String]) -> Result<(), ApiError> {
-        let mut unhanded = Unhanded { supervisor: self.clone(), names: names.to_vec() };
+    pub(super) async fn reidentify_all(&self, names: &[String]) -> Result<(), ApiError> {
+        let mut pending = PendingVms { supervisor: self.clone(), names: names.to_vec() };
         let turns = Arc::new(Semaphore::new(told_at_a_time()));
         let (mut told, count) = (JoinSet::new(), names.len());
         for name in names {
@@ -154,7 +155,7 @@ impl Supervisor {
             told.spawn(async move {
                 // The semaphore is never closed.
                 let _turn = turns.acquire().await;
-                supervisor.make_ready_among(&name, count).await
+                supervisor.reidentify_among(&name, count).await
             });
         }
         let mut failed = None;
@@ -162,7 +163,7 @@ impl Supervisor {
             failed = ready.unwrap_or_else(|error| Err(not_ready("a VM", &error.to_string()))).err();
         }
         drop(told);
-        let names = std::mem::take(&mut unhanded.names);
+        let names = std::mem::take(&mut pending.names);
         match failed {
             None => Ok(()),
             Some(error) => {

@@ -2,12 +2,12 @@
 
 use std::io::ErrorKind;
 
-use super::{CancelReason, FleetError};
+use super::{CancelReason, DaemonError};
 use crate::control::ProblemKind;
 use clade_memory::{AccessError, RamError};
 use clade_vmm::vm::{DeviceError, SnapshotError, VmError};
 
-impl FleetError {
+impl DaemonError {
     /// Returns the kind of problem that this error is to a client.
     pub(crate) fn problem(&self) -> ProblemKind {
         match self {
@@ -22,7 +22,7 @@ impl FleetError {
             Self::Cancelled { .. } => ProblemKind::Cancelled,
             Self::Vm(error) => of_vm(error),
             Self::Snapshot(error) => of_snapshot(error),
-            Self::Room { .. } => ProblemKind::NoRoom,
+            Self::HostLimit { .. } => ProblemKind::NoRoom,
             Self::Keep { source, .. } if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => {
                 ProblemKind::NoRoom
             }
@@ -44,7 +44,7 @@ impl FleetError {
 }
 
 /// Whether a process at the other end of a socket has ended.
-fn is_of_the_dead(error: &FleetError) -> bool {
+fn is_of_the_dead(error: &DaemonError) -> bool {
     let mut causes = std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
     causes.any(|cause| {
         let kind = cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
