@@ -21,7 +21,7 @@ use crate::agent::Agent;
 use crate::children::describe;
 use crate::clock;
 use crate::log::log;
-use crate::process::spawn::{Surroundings, command};
+use crate::process::spawn::{SpawnEnv, command};
 use crate::settings::Settings;
 use crate::users;
 
@@ -119,9 +119,9 @@ impl Agent {
             ("CLADE_VM".to_owned(), vm.replace('\0', "")),
             ("CLADE_GENERATION".to_owned(), generation.to_string()),
         ]);
-        let around = Surroundings { user: &user, envs: &envs, workdir: None };
+        let spawn_env = SpawnEnv { user: &user, envs: &envs, workdir: None };
         let program = path.to_string_lossy();
-        let mut command = command(&program, &[], &BTreeMap::new(), Path::new("/"), &around, false);
+        let mut command = command(&program, &[], &BTreeMap::new(), Path::new("/"), &spawn_env, false);
         // The hook's output goes to the agent's log.
         command.stdin(Stdio::null()).stdout(Stdio::inherit()).stderr(Stdio::inherit());
         let (pid, end) = match self.children.spawn(&mut command) {

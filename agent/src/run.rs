@@ -17,7 +17,7 @@ use crate::log::log;
 use crate::notice;
 use crate::options::{Options, UsageError};
 use crate::process::output::end_event;
-use crate::process::spawn::{Surroundings, command};
+use crate::process::spawn::{SpawnEnv, command};
 use crate::shutdown::end_guest;
 use crate::system::{Entrypoint, prepare, raise_file_limit};
 use crate::users;
@@ -121,11 +121,11 @@ impl Agent {
         };
         let Some((program, args)) = entrypoint.args.split_first() else { return };
         let none = BTreeMap::new();
-        let around = Surroundings { user: &user, envs: &none, workdir: None };
+        let spawn_env = SpawnEnv { user: &user, envs: &none, workdir: None };
         let cwd = Path::new(entrypoint.cwd.as_deref().unwrap_or("/"));
         // Images may refer to directories that do not exist yet. The start reports any error.
         let _ = std::fs::create_dir_all(cwd);
-        let mut command = command(program, args, &entrypoint.env, cwd, &around, false);
+        let mut command = command(program, args, &entrypoint.env, cwd, &spawn_env, false);
         command.stdin(Stdio::inherit()).stdout(Stdio::inherit()).stderr(Stdio::inherit());
         let (code, text) = match self.children.spawn(&mut command) {
             Ok((_, end)) => {

@@ -12,7 +12,7 @@ use clade_vmm::kvm::Host;
 /// The outcome of a check.
 #[derive(Clone, Debug, Serialize, PartialEq, Eq)]
 #[serde(tag = "outcome", rename_all = "snake_case")]
-enum Outcome {
+enum CheckOutcome {
     Passed {
         /// The observations of the check.
         seen: String,
@@ -33,11 +33,11 @@ struct Check {
     /// Host properties that the check depends on, as (name, value).
     facts: Vec<(&'static str, String)>,
     #[serde(flatten)]
-    outcome: Outcome,
+    outcome: CheckOutcome,
 }
 
 #[derive(Debug, Serialize)]
-struct Report {
+struct CheckReport {
     kernel: String,
     /// The vendor's KVM module, which provides /dev/kvm.
     module: &'static str,
@@ -49,25 +49,25 @@ pub(crate) fn main(args: &CheckArgs) -> Result<(), Failure> {
     let host = Host::open().map_err(Failure::input)?;
     let checks = facts::checks(&host)?;
     let checks = checks.into_iter().chain(forks::checks(args.forks)?).collect();
-    let report = Report { kernel: facts::kernel(), module: facts::module(), checks };
+    let report = CheckReport { kernel: facts::kernel(), module: facts::module(), checks };
     if args.json {
         print_json(&report).map_err(Failure::run)?;
     } else {
         print(&report)?;
     }
     let failed: Vec<_> =
-        report.checks.iter().filter(|c| matches!(c.outcome, Outcome::Failed { .. })).map(|c| c.name).collect();
+        report.checks.iter().filter(|c| matches!(c.outcome, CheckOutcome::Failed { .. })).map(|c| c.name).collect();
     if failed.is_empty() { Ok(()) } else { Err(Failure::Run(anyhow::anyhow!("{} failed", failed.join(", ")))) }
 }
 
-fn print(report: &Report) -> Result<(), Failure> {
+fn print(report: &CheckReport) -> Result<(), Failure> {
     println!("kernel {}, {}", report.kernel, report.module);
     let mut table = Table::new(["check", "outcome"]);
     for check in &report.checks {
         let outcome = match &check.outcome {
-            Outcome::Passed { seen } => format!("passed: {seen}"),
-            Outcome::Failed { why } => format!("FAILED: {why}"),
-            Outcome::Skipped { why } => format!("skipped: {why}"),
+            CheckOutcome::Passed { seen } => format!("passed: {seen}"),
+            CheckOutcome::Failed { why } => format!("FAILED: {why}"),
+            CheckOutcome::Skipped { why } => format!("skipped: {why}"),
         };
         table.row([check.name.to_owned(), outcome]);
         for (name, value) in &check.facts {

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 
-use crate::limits::{Bounded, Budget, Counted, Limits};
+use crate::limits::{Bounded, Budget, CountedReader, ImageLimits};
 use crate::manifest::{Document, ImageConfig, choose, document};
 use crate::tree::{Layer, LayerError, Spool, Tree};
 
@@ -14,10 +14,10 @@ use crate::tree::{Layer, LayerError, Spool, Tree};
 /// # Panics
 /// When a tree that was accepted cannot be written.
 pub fn unpack(archives: &[&[u8]], spool: File, disk: &File) -> Result<u64, LayerError> {
-    let limits = Limits { layers: 8, entries: 2000, bytes: 8 << 20, ratio: 256 };
+    let limits = ImageLimits { layers: 8, entries: 2000, bytes: 8 << 20, ratio: 256 };
     let (mut budget, mut spool, mut tree) = (Budget::new(&limits), Spool::new(spool), Tree::new());
     for (number, archive) in archives.iter().enumerate() {
-        let (archive, count) = Counted::new(*archive);
+        let (archive, count) = CountedReader::new(*archive);
         let (layer, _) = Layer::read(Bounded::new(archive, count, &mut budget), &mut spool)?;
         tree.apply(layer, number)?;
     }
@@ -32,7 +32,7 @@ pub fn manifest(bytes: &[u8]) {
             let (_, again) = manifest.to_bytes();
             let Ok(Document::Manifest(same)) = document("", &again) else { panic!("it is written as something else") };
             assert_eq!(*same, *manifest);
-            let _ = manifest.check(&Limits::default());
+            let _ = manifest.check(&ImageLimits::default());
         }
         Ok(Document::Index(manifests)) => drop(choose(manifests)),
         Err(_) => drop(ImageConfig::parse(bytes)),

@@ -7,7 +7,7 @@
 //!
 //! | topic | file |
 //! |---|---|
-//! | from a reference to a disk | [`Store::pull`] in `pull.rs` |
+//! | from a reference to a disk | [`ImageStore::pull`] in `pull.rs` |
 //! | stored files, and how they become visible | `store.rs` |
 //! | sources of content | `source/` |
 //! | archives, and refusals of their content | `tar.rs`, `limits.rs` |
@@ -38,15 +38,15 @@ mod tree;
 pub use credentials::{Credentials, CredentialsError, DOCKER_CONFIG_VARIABLE};
 pub use digest::{Digest, DigestError};
 pub use dockerfile::{
-    Action, Dockerfile, DockerfileError, Files, Ignore, IgnoreError, MAX_DOCKERFILE, Pattern, Plan, Step,
+    Action, BuildPlan, BuildStep, CopyFiles, Dockerfile, DockerfileError, Ignore, IgnoreError, MAX_DOCKERFILE, Pattern,
 };
-pub use ext4::DiskError;
-pub use limits::{LimitError, Limits};
-pub use manifest::{Descriptor, Manifest, ManifestError, Platform, RunConfig};
+pub use ext4::Ext4Error;
+pub use limits::{ImageLimits, LimitError};
+pub use manifest::{Descriptor, ImageManifest, ManifestError, Platform, RunConfig};
 pub use pull::{Progress, PullError, PullOptions};
 pub use reference::{REGISTRY_VARIABLE, Reference, ReferenceError, Version};
 pub use remove::{ImageError, Removed};
 pub use source::SourceError;
-pub use store::{DIRECTORY_VARIABLE, Image, Store, StoreError, StoreLock};
+pub use store::{DIRECTORY_VARIABLE, Image, ImageStore, ImageStoreError, StoreLock};
 pub use tar::TarError;
 pub use tree::LayerError;

@@ -25,7 +25,7 @@ const RATIO_FROM: u64 = 64 << 20;
 
 /// The limits of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Limits {
+pub struct ImageLimits {
     /// Layers.
     pub layers: usize,
     /// Entries of all layers together.
@@ -36,7 +36,7 @@ pub struct Limits {
     pub ratio: u64,
 }
 
-impl Default for Limits {
+impl Default for ImageLimits {
     fn default() -> Self {
         Self { layers: 128, entries: 1_000_000, bytes: 64 << 30, ratio: 256 }
     }
@@ -77,14 +77,14 @@ pub enum LimitError {
 /// The rest of an image's limits.
 #[derive(Debug)]
 pub(crate) struct Budget {
-    limits: Limits,
+    limits: ImageLimits,
     entries: u64,
     names: u64,
     bytes: u64,
 }
 
 impl Budget {
-    pub(crate) fn new(limits: &Limits) -> Self {
+    pub(crate) fn new(limits: &ImageLimits) -> Self {
         Self { limits: limits.clone(), entries: limits.entries, names: MAX_NAMES, bytes: limits.bytes }
     }
 
@@ -108,19 +108,19 @@ impl Budget {
 
 /// Counts the bytes read.
 #[derive(Debug)]
-pub(crate) struct Counted<R> {
+pub(crate) struct CountedReader<R> {
     inner: R,
     count: Rc<Cell<u64>>,
 }
 
-impl<R> Counted<R> {
+impl<R> CountedReader<R> {
     pub(crate) fn new(inner: R) -> (Self, Rc<Cell<u64>>) {
         let count = Rc::new(Cell::new(0));
         (Self { inner, count: Rc::clone(&count) }, count)
     }
 }
 
-impl<R: Read> Read for Counted<R> {
+impl<R: Read> Read for CountedReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.inner.read(buffer)?;
         self.count.set(self.count.get() + read as u64);

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::digest::Digest;
-use crate::limits::{LimitError, Limits, MAX_DOCUMENT};
+use crate::limits::{ImageLimits, LimitError, MAX_DOCUMENT};
 
 /// Maximum depth of nested indexes.
 pub(crate) const MAX_NESTING: usize = 4;
@@ -124,14 +124,14 @@ impl Platform {
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Index {
+struct ImageIndex {
     manifests: Vec<Descriptor>,
 }
 
 /// An image: a configuration and layers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Manifest {
+pub struct ImageManifest {
     schema_version: u32,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     media_type: Option<String>,
@@ -171,7 +171,7 @@ pub(crate) fn packing(layer: &Descriptor) -> Result<Packing, ManifestError> {
 #[derive(Debug)]
 pub(crate) enum Document {
     Index(Vec<Descriptor>),
-    Manifest(Box<Manifest>),
+    Manifest(Box<ImageManifest>),
 }
 
 fn parse<'a, T: Deserialize<'a>>(what: impl FnOnce() -> String, bytes: &'a [u8]) -> Result<T, ManifestError> {
@@ -205,7 +205,7 @@ pub(crate) fn document(told: &str, bytes: &[u8]) -> Result<Document, ManifestErr
     };
     let fits = |kinds: [&str; 2]| kind.is_empty() || kinds.contains(&kind);
     match is_index {
-        true if fits(INDEXES) => Ok(Document::Index(parse::<Index>(|| "the index".to_owned(), bytes)?.manifests)),
+        true if fits(INDEXES) => Ok(Document::Index(parse::<ImageIndex>(|| "the index".to_owned(), bytes)?.manifests)),
         false if fits(MANIFESTS) => Ok(Document::Manifest(Box::new(parse(what, bytes)?))),
         _ => Err(other()),
     }
@@ -286,7 +286,7 @@ impl ImageConfig {
     }
 }
 
-impl Manifest {
+impl ImageManifest {
     /// A manifest for layers with an available configuration, as in an archive of Docker's.
     pub(crate) fn of(config: &[u8], layers: Vec<Descriptor>) -> Self {
         let config = Descriptor::of(CONFIGS[0], config);
@@ -306,7 +306,7 @@ impl Manifest {
     }
 
     /// Checks the manifest before any of its content is fetched.
-    pub(crate) fn check(&self, limits: &Limits) -> Result<(), ManifestError> {
+    pub(crate) fn check(&self, limits: &ImageLimits) -> Result<(), ManifestError> {
         if self.layers.len() > limits.layers {
             return Err(LimitError::Layers { found: self.layers.len(), limit: limits.layers }.into());
         }

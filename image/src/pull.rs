@@ -9,14 +9,14 @@ use thiserror::Error;
 
 use crate::credentials::Credentials;
 use crate::digest::{Digest, DigestError, DigestReader};
-use crate::ext4::{self, DiskError};
-use crate::limits::{Bounded, Budget, Counted, Limits, MAX_DOCUMENT};
+use crate::ext4::{self, Ext4Error};
+use crate::limits::{Bounded, Budget, CountedReader, ImageLimits, MAX_DOCUMENT};
 use crate::manifest::{
-    Descriptor, Document, ImageConfig, MAX_NESTING, Manifest, ManifestError, Packing, choose, document, packing,
+    Descriptor, Document, ImageConfig, ImageManifest, MAX_NESTING, ManifestError, Packing, choose, document, packing,
 };
 use crate::reference::Reference;
-use crate::source::{self, Source, SourceError};
-use crate::store::{Image, Store, StoreError, StoreLock};
+use crate::source::{self, ImageSource, SourceError};
+use crate::store::{Image, ImageStore, ImageStoreError, StoreLock};
 use crate::tree::{Layer, LayerError, Spool, Tree};
 
 /// Why an image could not be turned into a disk.
@@ -24,7 +24,7 @@ use crate::tree::{Layer, LayerError, Spool, Tree};
 pub enum PullError {
     /// The store fails.
     #[error(transparent)]
-    Store(#[from] StoreError),
+    ImageStore(#[from] ImageStoreError),
     /// The source fails.
     #[error(transparent)]
     Source(#[from] SourceError),
@@ -60,7 +60,7 @@ pub enum PullError {
     },
     /// The disk cannot be made.
     #[error(transparent)]
-    Disk(#[from] DiskError),
+    Disk(#[from] Ext4Error),
 }
 
 /// Receiver of a pull's progress.
@@ -88,7 +88,7 @@ pub struct PullOptions {
     /// Requires TLS.
     pub ca: Option<PathBuf>,
     /// The limits of the image.
-    pub limits: Limits,
+    pub limits: ImageLimits,
     /// Maximum silence of a registry within a body. Default: 60 s.
     pub stall: Option<Duration>,
 }
@@ -107,7 +107,7 @@ impl<R: Read> Read for Told<'_, R> {
     }
 }
 
-impl Store {
+impl ImageStore {
     /// Pulls an image, makes its disk, and gives it the reference's name. Present content is not
     /// fetched again.
     ///
@@ -137,7 +137,7 @@ impl Store {
 }
 
 struct Pull<'a> {
-    store: &'a Store,
+    store: &'a ImageStore,
     lock: &'a StoreLock,
     options: &'a PullOptions,
     progress: &'a dyn Progress,
@@ -147,10 +147,10 @@ impl Pull<'_> {
     /// Follows indexes to a manifest, and stores the manifest.
     fn resolve(
         &self,
-        source: &mut dyn Source,
+        source: &mut dyn ImageSource,
         mut name: Descriptor,
         mut bytes: Vec<u8>,
-    ) -> Result<(Descriptor, Manifest), PullError> {
+    ) -> Result<(Descriptor, ImageManifest), PullError> {
         for _ in 0..=MAX_NESTING {
             match document(&name.media_type, &bytes)? {
                 Document::Manifest(manifest) => {
@@ -175,7 +175,7 @@ impl Pull<'_> {
         Err(ManifestError::Nesting(name.digest).into())
     }
 
-    fn fetch(&self, source: &mut dyn Source, wanted: &Descriptor) -> Result<(), PullError> {
+    fn fetch(&self, source: &mut dyn ImageSource, wanted: &Descriptor) -> Result<(), PullError> {
         if self.store.has_blob(wanted) {
             return Ok(());
         }
@@ -184,7 +184,12 @@ impl Pull<'_> {
         Ok(self.store.put_blob(self.lock, wanted, content)?)
     }
 
-    fn make(&self, source: &mut dyn Source, name: &Descriptor, manifest: &Manifest) -> Result<Image, PullError> {
+    fn make(
+        &self,
+        source: &mut dyn ImageSource,
+        name: &Descriptor,
+        manifest: &ImageManifest,
+    ) -> Result<Image, PullError> {
         self.fetch(source, &manifest.config)?;
         let config = ImageConfig::parse(&self.store.read_blob(&manifest.config)?)?;
         if config.diff_ids.len() != manifest.layers.len() {
@@ -194,7 +199,7 @@ impl Pull<'_> {
         manifest.layers.iter().try_for_each(|layer| self.fetch(source, layer))?;
         let partial = self.store.partial();
         let spool = tempfile::tempfile_in(&partial);
-        let spool = spool.map_err(|source| StoreError::File { path: partial, what: "written", source })?;
+        let spool = spool.map_err(|source| ImageStoreError::File { path: partial, what: "written", source })?;
         let (mut spool, mut tree, mut skipped) = (Spool::new(spool), Tree::new(), 0);
         let mut budget = Budget::new(&self.options.limits);
         for (index, (layer, diff_id)) in manifest.layers.iter().zip(&config.diff_ids).enumerate() {
@@ -209,7 +214,7 @@ impl Pull<'_> {
         let blobs = [name, &manifest.config].into_iter().chain(&manifest.layers).cloned().collect();
         self.store.put_disk(self.lock, &name.digest, |disk| {
             let bytes = ext4::write(&tree, spool.file(), &name.digest.seed(), ext4::FREE, disk)?;
-            Ok(Store::new_image(name.digest.clone(), blobs, config.run, bytes, skipped))
+            Ok(ImageStore::new_image(name.digest.clone(), blobs, config.run, bytes, skipped))
         })
     }
 }
@@ -221,7 +226,7 @@ fn unpack(
     spool: &mut Spool,
     budget: &mut Budget,
 ) -> Result<Layer, PullError> {
-    let (file, compressed) = Counted::new(BufReader::with_capacity(128 << 10, file));
+    let (file, compressed) = CountedReader::new(BufReader::with_capacity(128 << 10, file));
     let failed = |source| PullError::Unpack { layer: layer.digest.clone(), source };
     let unpacked: Box<dyn Read> = match packing(layer)? {
         Packing::None => Box::new(file),

@@ -9,7 +9,7 @@ use thiserror::Error;
 
 use crate::digest::Digest;
 use crate::reference::Reference;
-use crate::store::{Image, Store, StoreError};
+use crate::store::{Image, ImageStore, ImageStoreError};
 
 /// Minimum number of digits of an abbreviated digest.
 const MIN_DIGITS: usize = 6;
@@ -19,7 +19,7 @@ const MIN_DIGITS: usize = 6;
 pub enum ImageError {
     /// The store fails.
     #[error(transparent)]
-    Store(#[from] StoreError),
+    ImageStore(#[from] ImageStoreError),
     /// No image has that name.
     #[error("there is no image {0:?}")]
     NotFound(String),
@@ -50,7 +50,7 @@ pub struct Removed {
     pub bytes: u64,
 }
 
-impl Store {
+impl ImageStore {
     /// The image of a text: a reference, a digest, or its first digits.
     ///
     /// # Errors

@@ -28,7 +28,7 @@ const FORMAT: u32 = 1;
 
 /// An error of the store.
 #[derive(Debug, Error)]
-pub enum StoreError {
+pub enum ImageStoreError {
     /// There is no directory for the store.
     #[error("no directory for images: set {DIRECTORY_VARIABLE}, XDG_CACHE_HOME or HOME")]
     NoDirectory,
@@ -66,9 +66,9 @@ pub enum StoreError {
     },
 }
 
-fn failed(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> StoreError {
+fn failed(path: &Path, what: &'static str) -> impl FnOnce(io::Error) -> ImageStoreError {
     let path = path.to_owned();
-    move |source| StoreError::File { path, what, source }
+    move |source| ImageStoreError::File { path, what, source }
 }
 
 /// An image that has been pulled.
@@ -94,7 +94,7 @@ pub(crate) struct References(pub(crate) BTreeMap<String, Digest>);
 
 /// A directory of images.
 #[derive(Clone, Debug)]
-pub struct Store {
+pub struct ImageStore {
     root: PathBuf,
 }
 
@@ -104,24 +104,24 @@ pub struct StoreLock {
     _file: File,
 }
 
-impl Store {
+impl ImageStore {
     /// The directory of `CLADE_IMAGE_DIR`, otherwise `clade/images` in the cache. Made if it does
     /// not exist.
     ///
     /// # Errors
     /// When there is no such directory, or it cannot be made.
-    pub fn open_default() -> Result<Self, StoreError> {
+    pub fn open_default() -> Result<Self, ImageStoreError> {
         let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let cache = || set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")));
         let root = set(DIRECTORY_VARIABLE).or_else(|| cache().map(|cache| cache.join("clade/images")));
-        Self::open(&root.ok_or(StoreError::NoDirectory)?)
+        Self::open(&root.ok_or(ImageStoreError::NoDirectory)?)
     }
 
     /// Opens a directory. Made if it does not exist.
     ///
     /// # Errors
     /// When it cannot be made.
-    pub fn open(root: &Path) -> Result<Self, StoreError> {
+    pub fn open(root: &Path) -> Result<Self, ImageStoreError> {
         let root = std::path::absolute(root).map_err(failed(root, "found"))?;
         for dir in ["blobs/sha256", "blobs/sha512", "disks", "partial"] {
             let dir = root.join(dir);
@@ -140,7 +140,7 @@ impl Store {
     ///
     /// # Errors
     /// When the lock cannot be taken.
-    pub fn lock(&self) -> Result<StoreLock, StoreError> {
+    pub fn lock(&self) -> Result<StoreLock, ImageStoreError> {
         let path = self.root.join("lock");
         let file = File::create(&path).map_err(failed(&path, "opened"))?;
         file.lock().map_err(failed(&path, "locked"))?;
@@ -180,7 +180,12 @@ impl Store {
     }
 
     /// Stores content, after checking it.
-    pub(crate) fn put_blob(&self, _: &StoreLock, wanted: &Descriptor, content: impl Read) -> Result<(), StoreError> {
+    pub(crate) fn put_blob(
+        &self,
+        _: &StoreLock,
+        wanted: &Descriptor,
+        content: impl Read,
+    ) -> Result<(), ImageStoreError> {
         let partial = self.partial();
         let mut file = NamedTempFile::new_in(&partial).map_err(failed(&partial, "written"))?;
         // One more byte shows that the content is too long.
@@ -191,7 +196,7 @@ impl Store {
                 Ok(0) => break,
                 Ok(read) => read,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(source) => return Err(StoreError::Content { digest: wanted.digest.clone(), source }),
+                Err(source) => return Err(ImageStoreError::Content { digest: wanted.digest.clone(), source }),
             };
             file.write_all(&chunk[..read]).map_err(failed(file.path(), "written"))?;
         }
@@ -200,7 +205,7 @@ impl Store {
     }
 
     /// Gives a file its name, when it is durable.
-    fn settle(&self, file: NamedTempFile, path: &Path) -> Result<(), StoreError> {
+    fn settle(&self, file: NamedTempFile, path: &Path) -> Result<(), ImageStoreError> {
         file.as_file().sync_all().map_err(failed(path, "written"))?;
         file.persist(path).map_err(|error| failed(path, "written")(error.error))?;
         sync_directory(path.parent().unwrap_or(&self.root))
@@ -208,18 +213,18 @@ impl Store {
 
     /// Opens stored content. Its digest was checked when it was stored; a layer's unpacked digest
     /// is checked when it is read.
-    pub(crate) fn open_blob(&self, wanted: &Descriptor) -> Result<File, StoreError> {
+    pub(crate) fn open_blob(&self, wanted: &Descriptor) -> Result<File, ImageStoreError> {
         let path = self.blob_path(&wanted.digest);
         File::open(&path).map_err(failed(&path, "opened"))
     }
 
     /// A short document.
-    pub(crate) fn read_blob(&self, wanted: &Descriptor) -> Result<Vec<u8>, StoreError> {
+    pub(crate) fn read_blob(&self, wanted: &Descriptor) -> Result<Vec<u8>, ImageStoreError> {
         let file = self.open_blob(wanted)?;
         let mut bytes = Vec::new();
         let mut reader = DigestReader::new(file.take(wanted.size.saturating_add(1)), &wanted.digest);
         let read = reader.read_to_end(&mut bytes);
-        read.map_err(|source| StoreError::Content { digest: wanted.digest.clone(), source })?;
+        read.map_err(|source| ImageStoreError::Content { digest: wanted.digest.clone(), source })?;
         reader.finish(Some(wanted.size))?;
         Ok(bytes)
     }
@@ -228,14 +233,14 @@ impl Store {
     ///
     /// # Errors
     /// When its record is invalid.
-    pub fn image(&self, digest: &Digest) -> Result<Option<Image>, StoreError> {
+    pub fn image(&self, digest: &Digest) -> Result<Option<Image>, ImageStoreError> {
         let path = self.disk_dir(digest).join("image.json");
         match fs::read(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(StoreError::File { path, what: "read", source }),
+            Err(source) => Err(ImageStoreError::File { path, what: "read", source }),
             Ok(bytes) => {
                 let image: Image =
-                    serde_json::from_slice(&bytes).map_err(|source| StoreError::Record { path, source })?;
+                    serde_json::from_slice(&bytes).map_err(|source| ImageStoreError::Record { path, source })?;
                 Ok(Some(image).filter(|image| image.format == FORMAT && image.digest == *digest))
             }
         }
@@ -245,7 +250,7 @@ impl Store {
     ///
     /// # Errors
     /// When they cannot be listed.
-    pub fn images(&self) -> Result<Vec<Image>, StoreError> {
+    pub fn images(&self) -> Result<Vec<Image>, ImageStoreError> {
         let dir = self.root.join("disks");
         let mut images = Vec::new();
         for entry in fs::read_dir(&dir).map_err(failed(&dir, "listed"))? {
@@ -272,7 +277,7 @@ impl Store {
     }
 
     /// Stores a disk. `write` writes it into the given file.
-    pub(crate) fn put_disk<E: From<StoreError>>(
+    pub(crate) fn put_disk<E: From<ImageStoreError>>(
         &self,
         _: &StoreLock,
         digest: &Digest,
@@ -309,20 +314,20 @@ impl Store {
     ///
     /// # Errors
     /// When they cannot be read.
-    pub fn references(&self) -> Result<BTreeMap<String, Digest>, StoreError> {
+    pub fn references(&self) -> Result<BTreeMap<String, Digest>, ImageStoreError> {
         let path = self.root.join("references.json");
         match fs::read(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeMap::new()),
-            Err(source) => Err(StoreError::File { path, what: "read", source }),
+            Err(source) => Err(ImageStoreError::File { path, what: "read", source }),
             Ok(bytes) => {
                 let References(names) =
-                    serde_json::from_slice(&bytes).map_err(|source| StoreError::Record { path, source })?;
+                    serde_json::from_slice(&bytes).map_err(|source| ImageStoreError::Record { path, source })?;
                 Ok(names)
             }
         }
     }
 
-    pub(crate) fn set_references(&self, _: &StoreLock, names: BTreeMap<String, Digest>) -> Result<(), StoreError> {
+    pub(crate) fn set_references(&self, _: &StoreLock, names: BTreeMap<String, Digest>) -> Result<(), ImageStoreError> {
         let partial = self.partial();
         let mut file = NamedTempFile::new_in(&partial).map_err(failed(&partial, "written"))?;
         let bytes = serde_json::to_vec_pretty(&References(names)).unwrap_or_default();
@@ -331,7 +336,7 @@ impl Store {
     }
 
     /// Removes a disk. Its record goes first, so that a half-removed disk is not an image.
-    pub(crate) fn remove_disk(&self, _: &StoreLock, digest: &Digest) -> Result<(), StoreError> {
+    pub(crate) fn remove_disk(&self, _: &StoreLock, digest: &Digest) -> Result<(), ImageStoreError> {
         let place = self.disk_dir(digest);
         let record = place.join("image.json");
         match fs::remove_file(&record) {
@@ -342,7 +347,7 @@ impl Store {
     }
 
     /// Removes content of no image. Returns the number of bytes freed.
-    pub(crate) fn sweep_blobs(&self, _: &StoreLock) -> Result<u64, StoreError> {
+    pub(crate) fn sweep_blobs(&self, _: &StoreLock) -> Result<u64, ImageStoreError> {
         let images = self.images()?;
         let kept: std::collections::HashSet<PathBuf> =
             images.iter().flat_map(|image| &image.blobs).map(|blob| self.blob_path(&blob.digest)).collect();
@@ -360,7 +365,7 @@ impl Store {
     }
 }
 
-fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), ImageStoreError> {
     let write = || {
         let mut file = File::create_new(path)?;
         file.write_all(bytes)?;
@@ -369,6 +374,6 @@ fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
     write().map_err(failed(path, "written"))
 }
 
-fn sync_directory(path: &Path) -> Result<(), StoreError> {
+fn sync_directory(path: &Path) -> Result<(), ImageStoreError> {
     File::open(path).and_then(|dir| dir.sync_all()).map_err(failed(path, "written"))
 }

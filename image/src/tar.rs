@@ -81,7 +81,7 @@ pub(crate) fn shown(name: &[u8]) -> String {
 
 /// The kind of an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum TarKind {
     File,
     Dir,
     Symlink,
@@ -96,10 +96,10 @@ pub(crate) type Xattr = (Box<[u8]>, Box<[u8]>);
 
 /// The header of one entry, with the extended headers before it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Header {
+pub(crate) struct TarHeader {
     pub(crate) path: Vec<u8>,
     pub(crate) link: Vec<u8>,
-    pub(crate) kind: Kind,
+    pub(crate) kind: TarKind,
     pub(crate) mode: u16,
     pub(crate) uid: u32,
     pub(crate) gid: u32,
@@ -148,7 +148,7 @@ impl<R: Read> TarReader<R> {
     }
 
     /// The next entry, after skipping the rest of the one before. None at the end.
-    pub(crate) fn next_entry(&mut self) -> Result<Option<Header>, TarError> {
+    pub(crate) fn next_entry(&mut self) -> Result<Option<TarHeader>, TarError> {
         let mut extended = Extended::default();
         let mut headers = 0;
         loop {
@@ -312,7 +312,7 @@ impl<R: Read> TarReader<R> {
         Ok(())
     }
 
-    fn entry(&mut self, block: &[u8; 512], kind: u8, size: u64, extended: Extended) -> Result<Header, TarError> {
+    fn entry(&mut self, block: &[u8; 512], kind: u8, size: u64, extended: Extended) -> Result<TarHeader, TarError> {
         let path = extended.path.unwrap_or_else(|| ustar_path(block));
         self.last = shown(&path);
         let path_shown = &self.last;
@@ -338,19 +338,19 @@ impl<R: Read> TarReader<R> {
         };
         let kind = match kind {
             // As in the oldest archives.
-            0 if is_dir_name => Kind::Dir,
-            b'0' | 0 | b'7' => Kind::File,
-            b'1' => Kind::HardLink,
-            b'2' => Kind::Symlink,
-            b'3' => device().map(|(major, minor)| Kind::Char(major, minor))?,
-            b'4' => device().map(|(major, minor)| Kind::Block(major, minor))?,
-            b'5' => Kind::Dir,
-            b'6' => Kind::Fifo,
+            0 if is_dir_name => TarKind::Dir,
+            b'0' | 0 | b'7' => TarKind::File,
+            b'1' => TarKind::HardLink,
+            b'2' => TarKind::Symlink,
+            b'3' => device().map(|(major, minor)| TarKind::Char(major, minor))?,
+            b'4' => device().map(|(major, minor)| TarKind::Block(major, minor))?,
+            b'5' => TarKind::Dir,
+            b'6' => TarKind::Fifo,
             other => return Err(TarError::Kind { path: path_shown.clone(), kind: char::from(other) }),
         };
         // Readers differ on the size of a directory or a link. Go's reader, used by most tools for
         // images, treats it as 0.
-        let size = if kind == Kind::File { extended.size.unwrap_or(size) } else { 0 };
+        let size = if kind == TarKind::File { extended.size.unwrap_or(size) } else { 0 };
         // The last block is padded, which overflows for a size near the maximum.
         let padded = size.checked_next_multiple_of(BLOCK as u64).ok_or_else(|| TarError::Number {
             path: path_shown.clone(),
@@ -366,7 +366,7 @@ impl<R: Read> TarReader<R> {
         let gid = small(extended.gid.map_or_else(|| of(116, 124, "group"), Ok)?, "group")?;
         let link = extended.link.unwrap_or_else(|| until_nul(&block[157..257]).to_vec());
         (self.left, self.padding) = (size, padded - size);
-        Ok(Header { path, link, kind, mode, uid, gid, mtime, size, xattrs: extended.xattrs })
+        Ok(TarHeader { path, link, kind, mode, uid, gid, mtime, size, xattrs: extended.xattrs })
     }
 }
 

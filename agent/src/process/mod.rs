@@ -21,8 +21,8 @@ use tokio::sync::mpsc;
 use crate::agent::Agent;
 use crate::connect::{Caller, Messages, Sink};
 use crate::stream::Stream;
-use output::Source;
-use spawn::{Streams, Surroundings};
+use output::OutputSource;
+use spawn::{SpawnEnv, Streams};
 use table::{Found, Input, MAX_PROCESSES};
 pub(crate) use table::{Process, Table};
 
@@ -72,15 +72,15 @@ impl Agent {
             let settings = self.settings();
             (Arc::clone(&settings.envs), settings.workdir.clone())
         };
-        let around = Surroundings { user: &user, envs: &envs, workdir: workdir.as_deref() };
-        let child = spawn::start(&self.children, &request, &around)?;
+        let spawn_env = SpawnEnv { user: &user, envs: &envs, workdir: workdir.as_deref() };
+        let child = spawn::start(&self.children, &request, &spawn_env)?;
         let (input, outputs) = match child.streams {
             Streams::Pty(master) => {
                 let master = Arc::new(master);
-                (Input::Pty(Arc::clone(&master)), vec![(master, Source::Pty)])
+                (Input::Pty(Arc::clone(&master)), vec![(master, OutputSource::Pty)])
             }
             Streams::Pipes { stdin, stdout, stderr } => {
-                let outputs = vec![(Arc::new(stdout), Source::Stdout), (Arc::new(stderr), Source::Stderr)];
+                let outputs = vec![(Arc::new(stdout), OutputSource::Stdout), (Arc::new(stderr), OutputSource::Stderr)];
                 (Input::Pipe(tokio::sync::Mutex::new(stdin)), outputs)
             }
         };

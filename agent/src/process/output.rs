@@ -29,7 +29,7 @@ thread_local! {
 
 /// The stream that output was read from.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Source {
+pub(crate) enum OutputSource {
     Stdout,
     Stderr,
     Pty,
@@ -39,7 +39,7 @@ pub(crate) enum Source {
 #[derive(Debug)]
 struct Output {
     stream: Option<Arc<Stream>>,
-    source: Source,
+    source: OutputSource,
 }
 
 impl Output {
@@ -73,12 +73,12 @@ fn read_now(fd: &std::os::fd::OwnedFd) -> io::Result<Bytes> {
     })
 }
 
-fn event(source: Source, chunk: &Bytes) -> ProcessEvent {
+fn event(source: OutputSource, chunk: &Bytes) -> ProcessEvent {
     let bytes = Some(Base64(chunk.to_vec()));
     let data = match source {
-        Source::Stdout => DataEvent { stdout: bytes, ..DataEvent::default() },
-        Source::Stderr => DataEvent { stderr: bytes, ..DataEvent::default() },
-        Source::Pty => DataEvent { pty: bytes, ..DataEvent::default() },
+        OutputSource::Stdout => DataEvent { stdout: bytes, ..DataEvent::default() },
+        OutputSource::Stderr => DataEvent { stderr: bytes, ..DataEvent::default() },
+        OutputSource::Pty => DataEvent { pty: bytes, ..DataEvent::default() },
     };
     ProcessEvent { data: Some(data), ..ProcessEvent::default() }
 }
@@ -102,11 +102,11 @@ pub(crate) fn end_event(status: Option<ExitStatus>) -> EndEvent {
 /// signal was sent to it, output that other processes hold open is not waited for.
 pub(crate) async fn pump(
     process: Arc<Process>,
-    streams: Vec<(Arc<Stream>, Source)>,
+    streams: Vec<(Arc<Stream>, OutputSource)>,
     mut end: oneshot::Receiver<ExitStatus>,
 ) -> EndEvent {
     let mut outputs = streams.into_iter().map(|(stream, source)| Output { stream: Some(stream), source });
-    let none = || Output { stream: None, source: Source::Stderr };
+    let none = || Output { stream: None, source: OutputSource::Stderr };
     let (mut first, mut second) = (outputs.next().unwrap_or_else(none), outputs.next().unwrap_or_else(none));
     let mut status = None;
     let mut is_reaped = false;

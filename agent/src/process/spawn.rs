@@ -42,7 +42,7 @@ const LAST_SIGNAL: i32 = 64;
 
 /// The initial environment of a process.
 #[derive(Debug)]
-pub(crate) struct Surroundings<'a> {
+pub(crate) struct SpawnEnv<'a> {
     pub(crate) user: &'a User,
     pub(crate) envs: &'a BTreeMap<String, String>,
     pub(crate) workdir: Option<&'a str>,
@@ -82,7 +82,7 @@ pub(crate) fn command(
     args: &[String],
     envs: &BTreeMap<String, String>,
     cwd: &Path,
-    around: &Surroundings<'_>,
+    spawn_env: &SpawnEnv<'_>,
     has_terminal: bool,
 ) -> Command {
     let mut command = Command::new(program);
@@ -90,9 +90,9 @@ pub(crate) fn command(
     command.args(args).env_clear().env("PATH", path.unwrap_or_else(|| DEFAULT_PATH.into()));
     // The host may have disabled processor features for the C library.
     command.envs(std::env::var_os(TUNABLES).map(|tunables| (TUNABLES, tunables)));
-    command.env("HOME", &around.user.home).env("USER", &around.user.name).env("LOGNAME", &around.user.name);
-    command.envs(around.envs).envs(envs);
-    enter(&mut command, around.user, cwd, has_terminal);
+    command.env("HOME", &spawn_env.user.home).env("USER", &spawn_env.user.name).env("LOGNAME", &spawn_env.user.name);
+    command.envs(spawn_env.envs).envs(envs);
+    enter(&mut command, spawn_env.user, cwd, has_terminal);
     command
 }
 
@@ -181,13 +181,14 @@ fn not_started(program: &str, error: &io::Error) -> RpcError {
     RpcError::new(code, format_args!("'{program}' cannot be started: {error}"))
 }
 
-fn directory(asked: Option<&str>, around: &Surroundings<'_>) -> Result<PathBuf, RpcError> {
-    let cwd = paths::resolve(asked.unwrap_or_default(), around.user, around.workdir).map_err(RpcError::invalid)?;
+fn directory(asked: Option<&str>, spawn_env: &SpawnEnv<'_>) -> Result<PathBuf, RpcError> {
+    let cwd =
+        paths::resolve(asked.unwrap_or_default(), spawn_env.user, spawn_env.workdir).map_err(RpcError::invalid)?;
     match fs::metadata(&cwd) {
         Ok(found) if found.is_dir() => Ok(cwd),
         Ok(_) => Err(RpcError::invalid(format_args!("cwd '{}' is no directory", cwd.display()))),
         // A user's home may not exist.
-        Err(_) if asked.is_none_or(str::is_empty) && around.workdir.is_none() => Ok("/".into()),
+        Err(_) if asked.is_none_or(str::is_empty) && spawn_env.workdir.is_none() => Ok("/".into()),
         Err(_) => Err(RpcError::invalid(format_args!("cwd '{}' does not exist", cwd.display()))),
     }
 }
@@ -211,7 +212,7 @@ fn program(named: &str) -> &str {
 pub(crate) fn start(
     children: &Children,
     request: &StartRequest,
-    around: &Surroundings<'_>,
+    spawn_env: &SpawnEnv<'_>,
 ) -> Result<Started, RpcError> {
     let config = &request.process;
     if config.cmd.is_empty() {
@@ -220,8 +221,8 @@ pub(crate) fn start(
     if config.envs.keys().any(|name| name.is_empty() || name.contains('=')) {
         return Err(RpcError::invalid("a variable has an empty name, or one with '='"));
     }
-    let cwd = directory(config.cwd.as_deref(), around)?;
-    let mut command = command(program(&config.cmd), &config.args, &config.envs, &cwd, around, request.pty.is_some());
+    let cwd = directory(config.cwd.as_deref(), spawn_env)?;
+    let mut command = command(program(&config.cmd), &config.args, &config.envs, &cwd, spawn_env, request.pty.is_some());
     let run = |command: &mut Command| children.spawn(command).map_err(|error| not_started(&config.cmd, &error));
     if let Some(wanted) = request.pty {
         let (master, slave) = pty(wanted.size).map_err(failed("no terminal can be made"))?;

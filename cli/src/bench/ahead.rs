@@ -14,7 +14,7 @@ use clade_harness::{BareMailbox, BareVcpu};
 use clade_memory::{AheadUse, GuestRam, Learned, NoWriters, Quiesced};
 use clade_vmm::vm::{ChildOptions, Context, ForkImage, Vm, VmConfig};
 
-use crate::bench::{Row, Sample, low_pages, written};
+use crate::bench::{BenchRow, Sample, low_pages, written};
 use crate::commands::{BenchArgs, Failure};
 
 /// Pages that a child writes.
@@ -57,7 +57,7 @@ struct Bench<'a> {
 }
 
 /// Runs `clade bench ahead`.
-pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
+pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     let mem = args.mem[0];
     let config = Arc::new(VmConfig::bare(mem, 1).map_err(Failure::input)?);
     config.check_host_memory().map_err(Failure::input)?;
@@ -88,16 +88,16 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failu
         first_beside.push_us(times.first);
     }
     let mut rows = vec![
-        Row::new(format!("write_siblings_{pages}"), "us", &prepared)
+        BenchRow::new(format!("write_siblings_{pages}"), "us", &prepared)
             .against(WITHOUT, &never)
             .target("ratio <= 0.33", |row| row.ratio() <= 0.33),
-        Row::new(format!("write_siblings_{pages}_at_fork"), "us", &at_fork).against(WITHOUT, &never),
-        Row::new(format!("write_siblings_{pages}_beside"), "us", &beside).against(WITHOUT, &never),
-        Row::new(format!("copy_ahead_{pages}"), "us", &copy),
-        Row::new("first_instruction_at_fork", "us", &first_at_fork).against(WITHOUT, &first),
-        Row::new("first_instruction_beside", "us", &first_beside).against(WITHOUT, &first),
-        Row::new("ahead_hits", "%", &hits),
-        Row::new("ahead_waste", "%", &waste),
+        BenchRow::new(format!("write_siblings_{pages}_at_fork"), "us", &at_fork).against(WITHOUT, &never),
+        BenchRow::new(format!("write_siblings_{pages}_beside"), "us", &beside).against(WITHOUT, &never),
+        BenchRow::new(format!("copy_ahead_{pages}"), "us", &copy),
+        BenchRow::new("first_instruction_at_fork", "us", &first_at_fork).against(WITHOUT, &first),
+        BenchRow::new("first_instruction_beside", "us", &first_beside).against(WITHOUT, &first),
+        BenchRow::new("ahead_hits", "%", &hits),
+        BenchRow::new("ahead_waste", "%", &waste),
     ];
     // From here on the children write other pages.
     let (mut last_hits, mut changed) = (Sample::default(), Sample::default());
@@ -108,8 +108,8 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failu
             push_use(&mut last_hits, &mut Sample::default(), times.came);
         }
     }
-    rows.push(Row::new(format!("write_changed_first_{CHANGED}"), "us", &changed).against(WITHOUT, &never));
-    rows.push(Row::new(format!("ahead_hits_child_{CHANGED}_after_a_change"), "%", &last_hits));
+    rows.push(BenchRow::new(format!("write_changed_first_{CHANGED}"), "us", &changed).against(WITHOUT, &never));
+    rows.push(BenchRow::new(format!("ahead_hits_child_{CHANGED}_after_a_change"), "%", &last_hits));
     Ok(rows)
 }
 

@@ -1,7 +1,7 @@
 //! `clade bench all`: the figures for comparisons with other VMMs, each from the bench that
 //! measures it, under a stable name.
 
-use crate::bench::{Row, ahead, clones, disk, fork, freeze, pin, reset, restore, suspend};
+use crate::bench::{BenchRow, ahead, clones, disk, fork, freeze, pin, reset, restore, suspend};
 use crate::commands::{BenchArgs, Failure};
 use clade_vmm::vm::Context;
 
@@ -41,7 +41,7 @@ const RESET: &Picks = &[("reset_100", "reset_100"), ("reset_10000_scattered", "r
 const DISK: &Picks = &[("disk_under_forks", "disk_under_forks")];
 const SUSPEND: &Picks = &[("suspend_private_kib", "suspend_private_kib"), ("wake_first_answer", "wake_first_answer")];
 
-pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
+pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     let few = args.samples.min(FEW);
     let with = |mem: &[u64], samples: usize| BenchArgs { mem: mem.to_vec(), samples, ..args.clone() };
     let small = |samples| with(&[512 << 20], samples);
@@ -60,7 +60,7 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failu
 
 /// Returns the requested rows of `rows`, under their names here. With fewer clones some do not
 /// exist.
-fn picked(rows: Vec<Row>, picks: &Picks) -> impl Iterator<Item = Row> {
+fn picked(rows: Vec<BenchRow>, picks: &Picks) -> impl Iterator<Item = BenchRow> {
     picks.iter().filter_map(move |(there, here)| {
         let row = rows.iter().find(|row| row.name == *there)?;
         Some(row.clone().called(here))
@@ -77,7 +77,7 @@ mod tests {
         let all = [FORK, FREEZE, RESTORE, CLONES, AHEAD, PIN, RESET, DISK, SUSPEND].concat();
         let names: std::collections::BTreeSet<_> = all.iter().map(|(_, here)| here).collect();
         assert_eq!(names.len(), all.len());
-        let rows = ["pause_4G", "other", "pause_512M"].map(|name| Row::new(name, "us", &Sample::default()));
+        let rows = ["pause_4G", "other", "pause_512M"].map(|name| BenchRow::new(name, "us", &Sample::default()));
         let found: Vec<_> = picked(rows.to_vec(), FORK).map(|row| row.name).collect();
         assert_eq!(found, ["pause_512M", "pause_4G"]);
     }

@@ -23,7 +23,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use crate::bench::supervisor::BenchSupervisor;
-use crate::bench::{Row, Sample};
+use crate::bench::{BenchRow, Sample};
 use crate::commands::{BenchArgs, Failure};
 
 /// Children at once, up to the requested number.
@@ -46,7 +46,7 @@ const OTHER: &str = "python3 -c in the parent";
 const BOOT: &str = "run --image --fresh";
 
 /// Runs `clade bench answer`.
-pub(crate) fn run(args: &BenchArgs) -> Result<Vec<Row>, Failure> {
+pub(crate) fn run(args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     let image = args.image.as_deref().ok_or_else(|| Failure::input(anyhow!("answer needs --image IMAGE")))?;
     let most = args.count.unwrap_or(AT_ONCE[AT_ONCE.len() - 1]);
     if most == 0 {
@@ -63,13 +63,13 @@ pub(crate) fn run(args: &BenchArgs) -> Result<Vec<Row>, Failure> {
             others = count.min(BASELINES);
             other = bench.other(others, 1)?;
         }
-        rows.push(Row::new(format!("answer_{count}"), "ms", &times.answers).against(OTHER, &other));
-        rows.push(Row::new(format!("ready_{count}"), "ms", &times.ready));
+        rows.push(BenchRow::new(format!("answer_{count}"), "ms", &times.answers).against(OTHER, &other));
+        rows.push(BenchRow::new(format!("ready_{count}"), "ms", &times.ready));
         if count == 1 {
             first = times.answers;
         }
     }
-    rows.push(Row::new("answer_1_boot", "ms", &first).against(BOOT, &boot));
+    rows.push(BenchRow::new("answer_1_boot", "ms", &first).against(BOOT, &boot));
     Ok(rows)
 }
 

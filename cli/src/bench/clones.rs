@@ -20,7 +20,7 @@ use clade_vmm::vm::{Context, ForkImage, Vm, VmConfig};
 use hyper::Method;
 
 use crate::bench::supervisor::BenchSupervisor;
-use crate::bench::{Row, Sample, announced, announced_clone, fill, label};
+use crate::bench::{BenchRow, Sample, announced, announced_clone, fill, label};
 use crate::commands::{BARE, BenchArgs, Failure, MEASURE, SPINNING};
 
 /// Runs of the larger figures.
@@ -56,7 +56,7 @@ struct Times {
 }
 
 /// Runs `clade bench clones`.
-pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
+pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     let (mem, most) = (args.mem[0], args.count.unwrap_or(COUNT));
     let bench = Bench::new(context, mem, "idle")?;
     let mut rows = vec![bench.one(args.samples)?];
@@ -73,7 +73,7 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failu
             sample
         };
         rows.push(
-            Row::new("clones_growth", "x", &growth(|times| &times.cold))
+            BenchRow::new("clones_growth", "x", &growth(|times| &times.cold))
                 .against(ONE_PROCESS, &growth(|times| &times.one_process))
                 .target("<= 1.2", |row| row.p50() <= 1.2),
         );
@@ -82,10 +82,10 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failu
         // Each running clone takes a processor from those that are still being made.
         let spinning = Bench::new(context, mem, SPINNING)?.many(FEW)?;
         let name = format!("clones_{FEW}_total_spinning");
-        rows.push(Row::new(name, "ms", &spinning.cold).against(IDLE, &few.cold));
+        rows.push(BenchRow::new(name, "ms", &spinning.cold).against(IDLE, &few.cold));
     }
-    rows.push(Row::new("clone_private_kib", "KiB", &last.private).target("<= 300", |row| row.p50() <= 300.0));
-    rows.push(Row::new("clone_kernel_kib", "KiB", &last.kernel));
+    rows.push(BenchRow::new("clone_private_kib", "KiB", &last.private).target("<= 300", |row| row.p50() <= 300.0));
+    rows.push(BenchRow::new("clone_kernel_kib", "KiB", &last.kernel));
     for row in &mut rows {
         if args.mem.len() > 1 {
             row.name = format!("{}_{}", row.name, label(mem));
@@ -94,9 +94,9 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failu
     Ok(rows)
 }
 
-fn totals(count: usize, times: &Times) -> [Row; 2] {
+fn totals(count: usize, times: &Times) -> [BenchRow; 2] {
     let total = |name: String, ours, most: f64| {
-        let row = Row::new(name, "ms", ours).against(ONE_PROCESS, &times.one_process);
+        let row = BenchRow::new(name, "ms", ours).against(ONE_PROCESS, &times.one_process);
         if count == 1_000 { row.target(format!("<= {most}"), |row| row.p50() <= most) } else { row }
     };
     [
@@ -145,7 +145,7 @@ impl Bench {
     }
 
     /// Measures one child of a VM, from a prepared worker.
-    fn one(&self, samples: usize) -> Result<Row, Failure> {
+    fn one(&self, samples: usize) -> Result<BenchRow, Failure> {
         let (mut ours, mut library) = (Sample::default(), Sample::default());
         // No worker is prepared for the first.
         let (first, _) = self.fork("vms/parent", 1)?;
@@ -161,7 +161,7 @@ impl Bench {
             library.push_us(announced(&self.context, &image, begun)?);
         }
         self.context.drain();
-        Ok(Row::new("fork_api_first_instruction", "us", &ours)
+        Ok(BenchRow::new("fork_api_first_instruction", "us", &ours)
             .against("the library, in one process", &library)
             .target("p50 <= 1500", |row| row.p50() <= 1_500.0))
     }

@@ -18,7 +18,7 @@ use clade_io::{CachePolicy, Engine, Fragment, IoFile, Request};
 
 use clade_memory::{Access, GuestRam, PinLifetime, RamLayout, Store};
 
-use crate::bench::{Row, Sample};
+use crate::bench::{BenchRow, Sample};
 use crate::commands::{BenchArgs, Failure};
 use clade_harness::{BareVcpu, boot_bare};
 use clade_vmm::vm::{Context, DiskSpec, Vm, VmConfig};
@@ -34,7 +34,7 @@ const BUFFER: u64 = WORK_BASE + AREA_PAGES * PAGE_SIZE;
 const SAMPLES_A_ROUND: usize = 5;
 
 /// One row: an operation, its order, its block size in sectors and how often it runs.
-struct Kind {
+struct DiskWorkload {
     name: &'static str,
     what: What,
     order: Order,
@@ -42,18 +42,19 @@ struct Kind {
     count: u64,
 }
 
-const KINDS: [Kind; 4] = [
-    Kind { name: "rand_read_4k", what: What::Read, order: Order::Random, block: 8, count: 8192 },
-    Kind { name: "rand_write_4k", what: What::WriteRaw, order: Order::Random, block: 8, count: 8192 },
-    Kind { name: "seq_read_1m", what: What::Read, order: Order::Sequential, block: 2048, count: 128 },
-    Kind { name: "seq_write_1m", what: What::WriteRaw, order: Order::Sequential, block: 2048, count: 128 },
+const KINDS: [DiskWorkload; 4] = [
+    DiskWorkload { name: "rand_read_4k", what: What::Read, order: Order::Random, block: 8, count: 8192 },
+    DiskWorkload { name: "rand_write_4k", what: What::WriteRaw, order: Order::Random, block: 8, count: 8192 },
+    DiskWorkload { name: "seq_read_1m", what: What::Read, order: Order::Sequential, block: 2048, count: 128 },
+    DiskWorkload { name: "seq_write_1m", what: What::WriteRaw, order: Order::Sequential, block: 2048, count: 128 },
 ];
 
 /// The operation measured while the VM is forked 100 times a second.
-const READ: Kind = Kind { name: "disk_under_forks", what: What::Read, order: Order::Random, block: 128, count: 16_384 };
+const READ: DiskWorkload =
+    DiskWorkload { name: "disk_under_forks", what: What::Read, order: Order::Random, block: 128, count: 16_384 };
 const FORK_PACE: Duration = Duration::from_millis(10);
 
-impl Kind {
+impl DiskWorkload {
     fn run(&self, seed: u64) -> DiskRun {
         DiskRun {
             area: WORK_BASE,
@@ -75,7 +76,7 @@ impl Kind {
     }
 }
 
-pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
+pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     let files = tempfile::tempdir().map_err(Failure::run)?;
     let path = files.path().join("disk");
     let mut bytes = vec![0; FILE as usize];
@@ -94,8 +95,8 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failu
             ours.push(guest.run(kind.run(round), kind)?);
         }
     }
-    let row = |(kind, (ours, baseline)): (&Kind, &(Sample, Sample))| {
-        Row::new(kind.name, "MiB/s", ours)
+    let row = |(kind, (ours, baseline)): (&DiskWorkload, &(Sample, Sample))| {
+        BenchRow::new(kind.name, "MiB/s", ours)
             .against("io_uring on the host", baseline)
             .target("at least 80 % of the host's", |row| row.ratio() >= 0.8)
     };
@@ -106,7 +107,7 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failu
 
 /// Compares a guest that reads its disk while it is forked with the same guest without forks. The
 /// children do not run: the figure is the cost of the forks to the guest and its device.
-fn under_forks(context: &Context, path: &Path, samples: usize) -> Result<Row, Failure> {
+fn under_forks(context: &Context, path: &Path, samples: usize) -> Result<BenchRow, Failure> {
     let guest = Guest::boot(context, path)?;
     let (mut ours, mut baseline) = (Sample::default(), Sample::default());
     for round in 0..samples.div_ceil(SAMPLES_A_ROUND) as u64 {
@@ -132,7 +133,7 @@ fn under_forks(context: &Context, path: &Path, samples: usize) -> Result<Row, Fa
         });
         ours.push(rate?);
     }
-    Ok(Row::new("disk_under_forks", "MiB/s", &ours)
+    Ok(BenchRow::new("disk_under_forks", "MiB/s", &ours)
         .against("not forked", &baseline)
         .target("at least 95 % of it", |row| row.ratio() >= 0.95))
 }
@@ -177,7 +178,7 @@ impl Host {
     }
 
     /// Returns the throughput in MiB/s.
-    fn run(&mut self, run: &DiskRun, kind: &Kind) -> Result<f64, Failure> {
+    fn run(&mut self, run: &DiskRun, kind: &DiskWorkload) -> Result<f64, Failure> {
         let begun = Instant::now();
         let mut next = 0;
         for slot in 0..DEPTH as usize {
@@ -222,7 +223,7 @@ impl Guest {
     }
 
     /// Returns the throughput in MiB/s.
-    fn run(&self, run: DiskRun, kind: &Kind) -> Result<f64, Failure> {
+    fn run(&self, run: DiskRun, kind: &DiskWorkload) -> Result<f64, Failure> {
         let begun = Instant::now();
         let [done, errors, ..] = BareVcpu::new(&self.0, 0).run(Command::DiskRun(run)).map_err(Failure::run)?;
         let time = begun.elapsed();

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
 use clade_memory::{Backing, Store};
 
-use crate::bench::{MOST_FILLED, Row, Sample, announced, announced_clone, label, low_pages, written};
+use crate::bench::{BenchRow, MOST_FILLED, Sample, announced, announced_clone, label, low_pages, written};
 use crate::commands::{BenchArgs, Failure};
 use clade_harness::BareVcpu;
 use clade_vmm::vm::{ChildOptions, ChildStep, Context, ForkImage, ForkTimes, Vm, VmConfig};
@@ -24,7 +24,7 @@ const READ_BYTES: u64 = 256 << 20;
 /// Delay between forks, so that the parent writes its hot set again.
 const PACE: Duration = Duration::from_millis(2);
 
-pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
+pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     // The baseline's VMs share nothing with ours but the host.
     let plain = Context::new(Arc::clone(context.host()), Store::open_small().map_err(Failure::run)?)
         .map_err(Failure::run)?
@@ -97,7 +97,7 @@ impl StepSamples {
 }
 
 impl OneSize<'_> {
-    fn measure(&self, smallest: &mut Option<(u64, f64)>) -> Result<Vec<Row>, Failure> {
+    fn measure(&self, smallest: &mut Option<(u64, f64)>) -> Result<Vec<BenchRow>, Failure> {
         let mut s = Samples::default();
         // A first freeze happens once in a VM's life: a few parents are enough to see it.
         for _ in 0..self.samples.clamp(1, 5) {
@@ -139,11 +139,11 @@ impl OneSize<'_> {
         Ok(self.rows(&s, smallest))
     }
 
-    fn rows(&self, s: &Samples, smallest: &mut Option<(u64, f64)>) -> Vec<Row> {
+    fn rows(&self, s: &Samples, smallest: &mut Option<(u64, f64)>) -> Vec<BenchRow> {
         let label = label(self.mem);
         let copy = "copy all RAM";
         let restore = "cold VM, 4 KiB private file";
-        let pause = Row::new(format!("pause_{label}"), "us", &s.pause).against(copy, &s.full_copy);
+        let pause = BenchRow::new(format!("pause_{label}"), "us", &s.pause).against(copy, &s.full_copy);
         let (base_mem, base) = *smallest.get_or_insert((self.mem, pause.p50()));
         let pause = if base_mem == self.mem {
             pause.target("p50 <= 500, p99 <= 2000", |r| r.p50() <= 500.0 && r.p99() <= 2_000.0)
@@ -152,19 +152,19 @@ impl OneSize<'_> {
         };
         let mut rows = vec![
             pause,
-            Row::new(format!("first_fork_pause_{label}"), "us", &s.first_pause).against(copy, &s.full_copy),
-            Row::new(format!("first_instruction_{label}"), "us", &s.first_instruction)
+            BenchRow::new(format!("first_fork_pause_{label}"), "us", &s.first_pause).against(copy, &s.full_copy),
+            BenchRow::new(format!("first_instruction_{label}"), "us", &s.first_instruction)
                 .against(restore, &s.plain_first_instruction)
                 .target("p50 <= 500", |r| r.p50() <= 500.0),
-            Row::new(format!("first_instruction_cold_{label}"), "us", &s.cold_first_instruction)
+            BenchRow::new(format!("first_instruction_cold_{label}"), "us", &s.cold_first_instruction)
                 .against(restore, &s.plain_first_instruction),
-            Row::new(format!("read_shared_{}_of_{label}", super::label(self.read_bytes())), "us", &s.read)
+            BenchRow::new(format!("read_shared_{}_of_{label}", super::label(self.read_bytes())), "us", &s.read)
                 .against(restore, &s.plain_read)
                 .target("ratio <= 0.05", |r| r.ratio() <= 0.05),
         ];
         if self.timeline {
             rows.extend(
-                s.timeline.0.iter().map(|(name, sample)| Row::new(format!("step_{name}_{label}"), "us", sample)),
+                s.timeline.0.iter().map(|(name, sample)| BenchRow::new(format!("step_{name}_{label}"), "us", sample)),
             );
         }
         rows

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use clade_memory::{FreezeMode, GAP_START, GuestRam, PAGE_SIZE, Quiesced, RamLayout, Store};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::bench::{Row, Sample};
+use crate::bench::{BenchRow, Sample};
 use crate::commands::{BenchArgs, Failure};
 
 /// Pages written between two freezes, after the suffix of the row's name.
@@ -26,7 +26,7 @@ const POLL_INTERVAL: Duration = Duration::from_micros(20);
 /// Longer than any copy. A background copy that takes longer is a failure, not a figure.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-pub(crate) fn run(store: &Store, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
+pub(crate) fn run(store: &Store, args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     store.start_background().map_err(Failure::input)?;
     let mut rows = Vec::new();
     for &mem in &args.mem {
@@ -52,16 +52,16 @@ struct Samples {
 }
 
 impl Samples {
-    fn rows(&self, name: &str, pages: u64) -> Vec<Row> {
+    fn rows(&self, name: &str, pages: u64) -> Vec<BenchRow> {
         let pause =
-            Row::new(format!("pause_dirty_{name}"), "us", &self.background).against("copied at once", &self.eager);
+            BenchRow::new(format!("pause_dirty_{name}"), "us", &self.background).against("copied at once", &self.eager);
         // The design limits the pause at 64 MiB.
         let pause =
             if pages * PAGE_SIZE == 64 << 20 { pause.target("p99 <= 5000", |r| r.p99() <= 5_000.0) } else { pause };
         let mut rows = vec![pause];
         // Without written pages the background has nothing to copy.
         if pages > 0 {
-            let complete = Row::new(format!("complete_dirty_{name}"), "us", &self.complete);
+            let complete = BenchRow::new(format!("complete_dirty_{name}"), "us", &self.complete);
             rows.push(complete.against("copied at once", &self.eager));
         }
         rows

@@ -36,7 +36,7 @@ const INTERPRETED: &str = "kvm-pvm interprets guest kernels: every system call a
 
 /// A measured figure beside its baseline.
 #[derive(Clone, Debug, Serialize)]
-pub(crate) struct Row {
+pub(crate) struct BenchRow {
     name: String,
     unit: &'static str,
     ours: Spread,
@@ -54,7 +54,7 @@ pub(crate) struct Baseline {
     spread: Spread,
 }
 
-impl Row {
+impl BenchRow {
     pub(crate) fn new(name: impl Into<String>, unit: &'static str, ours: &Sample) -> Self {
         Self { name: name.into(), unit, ours: ours.spread(), baseline: None, ratio: None, target: None, met: None }
     }
@@ -127,12 +127,12 @@ impl HostInfo {
 }
 
 #[derive(Debug, Serialize)]
-struct Report {
+struct BenchReport {
     host: HostInfo,
     /// The limits of the figures on this host.
     #[serde(skip_serializing_if = "Option::is_none")]
     note: Option<&'static str>,
-    rows: Vec<Row>,
+    rows: Vec<BenchRow>,
 }
 
 pub(crate) fn main(args: &BenchArgs) -> Result<(), Failure> {
@@ -158,7 +158,7 @@ pub(crate) fn main(args: &BenchArgs) -> Result<(), Failure> {
     };
     let is_interpreted = context.host().quirks() == Quirks::Pvm;
     let note = (matches!(args.name, BenchName::Answer | BenchName::Tti) && is_interpreted).then_some(INTERPRETED);
-    let report = Report { host: HostInfo::of(&context), note, rows };
+    let report = BenchReport { host: HostInfo::of(&context), note, rows };
     if args.json { print_json(&report).map_err(Failure::run) } else { print(&report) }
 }
 
@@ -216,7 +216,7 @@ fn announced_clone(context: &Context, image: &Arc<ForkImage>) -> Result<(Vm, Ins
     Ok((child, at))
 }
 
-fn print(report: &Report) -> Result<(), Failure> {
+fn print(report: &BenchReport) -> Result<(), Failure> {
     let h = &report.host;
     println!(
         "{} x {}, {} MiB, Linux {}, {}, layers in {} pages",

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use clade_memory::{Access, BLOCK_PAGES, GuestRam, GuestRegion, PageRange, PinLifetime, Quiesced, RamLayout, Store};
 
-use crate::bench::{Row, Sample};
+use crate::bench::{BenchRow, Sample};
 use crate::commands::{BenchArgs, Failure};
 
 const BYTES: u64 = 64 << 20;
@@ -19,7 +19,7 @@ const BYTES: u64 = 64 << 20;
 const BATCH: u32 = 2_000;
 const FREEZE_PACE: Duration = Duration::from_millis(10);
 
-pub(crate) fn run(store: &Store, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
+pub(crate) fn run(store: &Store, args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     let ram = GuestRam::reserve(&RamLayout::new(BYTES).map_err(Failure::run)?, store).map_err(Failure::run)?;
     ram.populate().map_err(Failure::run)?;
     let region = &ram.regions()[0];
@@ -34,20 +34,21 @@ pub(crate) fn run(store: &Store, args: &BenchArgs) -> Result<Vec<Row>, Failure> 
             let table = Locked::new(region.pages());
             let baseline = on_threads(threads, args.samples, |n| Ok(locked(&table, own_range(n, pages))))?;
             let suffix = if threads == 1 { String::new() } else { format!("_{threads}_threads") };
-            let row = Row::new(format!("pin_unpin_{name}{suffix}"), "ns", &ours).against("mutex and counts", &baseline);
+            let row =
+                BenchRow::new(format!("pin_unpin_{name}{suffix}"), "ns", &ours).against("mutex and counts", &baseline);
             let judged = pages == 1 && threads == 1;
             rows.push(if judged { row.target("p50 <= 50", |r| r.p50() <= 50.0) } else { row });
         }
     }
     rows.extend(read_pins(store, &ram, args.samples)?);
     let beside = with_freezes(&ram, args.samples)?;
-    rows.push(Row::new("pin_unpin_page_100_freezes_per_s", "ns", &beside));
+    rows.push(BenchRow::new("pin_unpin_page_100_freezes_per_s", "ns", &beside));
     Ok(rows)
 }
 
 /// Short read pins of pages that a child shares with its parent. Each disk write from such a page
 /// takes one.
-fn read_pins(store: &Store, ram: &GuestRam, samples: usize) -> Result<Vec<Row>, Failure> {
+fn read_pins(store: &Store, ram: &GuestRam, samples: usize) -> Result<Vec<BenchRow>, Failure> {
     let (image, _) = ram.freeze(&Quiesced::by(&clade_memory::NoWriters)).map_err(Failure::run)?;
     let child = GuestRam::reserve(ram.layout(), store).map_err(Failure::run)?;
     child.adopt(&image).map_err(Failure::run)?;
@@ -58,7 +59,8 @@ fn read_pins(store: &Store, ram: &GuestRam, samples: usize) -> Result<Vec<Row>, 
         let ours = on_threads(threads, samples, |n| pins(region, own_range(n, 1), Access::Read))?;
         let baseline = on_threads(threads, samples, |n| Ok(locked(&table, own_range(n, 1))))?;
         let suffix = if threads == 1 { "" } else { "_2_threads" };
-        let row = Row::new(format!("read_pin_shared_page{suffix}"), "ns", &ours).against("mutex and counts", &baseline);
+        let row =
+            BenchRow::new(format!("read_pin_shared_page{suffix}"), "ns", &ours).against("mutex and counts", &baseline);
         rows.push(if threads == 1 { row.target("p50 <= 150", |r| r.p50() <= 150.0) } else { row });
     }
     Ok(rows)

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use clade_guests::abi::{Command, Event, PAGE_SIZE, PAGE_WORDS, WORK_BASE};
 use clade_memory::GAP_START;
 
-use crate::bench::{Row, Sample, written};
+use crate::bench::{BenchRow, Sample, written};
 use crate::commands::{BenchArgs, Failure};
 use clade_harness::{BareMailbox, BareVcpu};
 use clade_vmm::vm::{ChildOptions, Context, ForkImage, ResetReport, Vm, VmConfig};
@@ -27,7 +27,7 @@ const MAX_STEP: u64 = 64;
 /// A guest that makes no progress for this long is a failure, not a figure.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
+pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     let mut rows = Vec::new();
     for &mem in &args.mem {
         let least = WORK_BASE + 2 * DIRTY[DIRTY.len() - 1] * PAGE_SIZE;
@@ -61,19 +61,19 @@ struct Samples {
 }
 
 impl Samples {
-    fn rows(&self, name: &str, pages: u64) -> Vec<Row> {
+    fn rows(&self, name: &str, pages: u64) -> Vec<BenchRow> {
         let (warm, cold) = ("ended, started in a warm shell", "ended, started in none");
-        let reset = Row::new(format!("reset_{name}"), "us", &self.reset).against(warm, &self.warm);
+        let reset = BenchRow::new(format!("reset_{name}"), "us", &self.reset).against(warm, &self.warm);
         let (target, limit) = TARGET;
         let reset = if pages == target { reset.target(format!("p50 <= {limit}"), |r| r.p50() <= limit) } else { reset };
         vec![
             reset,
-            Row::new(format!("reset_{name}_cold"), "us", &self.reset).against(cold, &self.cold),
-            Row::new(format!("reset_{name}_scattered"), "us", &self.scattered).against(warm, &self.warm),
+            BenchRow::new(format!("reset_{name}_cold"), "us", &self.reset).against(cold, &self.cold),
+            BenchRow::new(format!("reset_{name}_scattered"), "us", &self.scattered).against(warm, &self.warm),
             // Parts of the time. The rest of the total is the way back into the guest.
-            Row::new(format!("park_{name}"), "us", &self.park),
-            Row::new(format!("memory_{name}"), "us", &self.memory),
-            Row::new(format!("state_{name}"), "us", &self.load),
+            BenchRow::new(format!("park_{name}"), "us", &self.park),
+            BenchRow::new(format!("memory_{name}"), "us", &self.memory),
+            BenchRow::new(format!("state_{name}"), "us", &self.load),
         ]
     }
 

@@ -29,7 +29,7 @@ use hyper::Method;
 use rustix::fs::{Advice, fadvise};
 
 use crate::bench::supervisor::BenchSupervisor;
-use crate::bench::{Row, Sample, announced, announced_clone, label, written};
+use crate::bench::{BenchRow, Sample, announced, announced_clone, label, written};
 use crate::commands::{BenchArgs, Failure, MEASURE};
 use clade_harness::BareVcpu;
 use clade_vmm::vm::{
@@ -82,7 +82,7 @@ impl Bench {
 }
 
 /// Runs `clade bench restore`.
-pub(crate) fn restore(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
+pub(crate) fn restore(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     let mut rows = Vec::new();
     for &mem in &args.mem {
         let bench = Bench::new(context, mem, args)?;
@@ -101,7 +101,7 @@ struct Restored {
 }
 
 impl Bench {
-    fn restore_rows(&self, context: &Context) -> Result<Vec<Row>, Failure> {
+    fn restore_rows(&self, context: &Context) -> Result<Vec<BenchRow>, Failure> {
         let at = self.at("vm");
         let (mut lazy, mut preload, mut cold, mut clone) =
             (Restored::default(), Restored::default(), Restored::default(), Sample::default());
@@ -121,16 +121,18 @@ impl Bench {
         let read = READ_ALL;
         let l = &self.label;
         Ok(vec![
-            Row::new(format!("restore_first_instruction{l}"), "us", &lazy.first).against(read, &preload.first),
-            Row::new(format!("restore_first_answer{l}"), "us", &lazy.answer).against(read, &preload.answer),
-            Row::new(format!("restore_private_after_answer{l}"), "KiB", &lazy.private).against(read, &preload.private),
-            Row::new(format!("restore_first_answer_cold{l}"), "us", &cold.answer)
+            BenchRow::new(format!("restore_first_instruction{l}"), "us", &lazy.first).against(read, &preload.first),
+            BenchRow::new(format!("restore_first_answer{l}"), "us", &lazy.answer).against(read, &preload.answer),
+            BenchRow::new(format!("restore_private_after_answer{l}"), "KiB", &lazy.private)
+                .against(read, &preload.private),
+            BenchRow::new(format!("restore_first_answer_cold{l}"), "us", &cold.answer)
                 .against("in the page cache", &lazy.answer),
-            Row::new(format!("restore_next_first_instruction{l}"), "us", &clone).against("from opening", &lazy.first),
-            Row::new(format!("restore_api_first_byte{l}"), "us", &by_api)
+            BenchRow::new(format!("restore_next_first_instruction{l}"), "us", &clone)
+                .against("from opening", &lazy.first),
+            BenchRow::new(format!("restore_api_first_byte{l}"), "us", &by_api)
                 .against("the library, in one process", &lazy.first)
                 .target("p50 <= 2000", |row| row.p50() <= 2_000.0),
-            Row::new(format!("restore_process_first_byte{l}"), "us", &of_process)
+            BenchRow::new(format!("restore_process_first_byte{l}"), "us", &of_process)
                 .against(read, &of_process_whole)
                 .target("p50 <= 4000", |row| row.p50() <= 4_000.0),
         ])
@@ -222,7 +224,7 @@ fn forget(dir: &Path) -> Result<(), Failure> {
 }
 
 /// Runs `clade bench save`.
-pub(crate) fn save(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
+pub(crate) fn save(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     let mut rows = Vec::new();
     for &mem in &args.mem {
         rows.extend(Bench::new(context, mem, args)?.save_rows()?);
@@ -231,7 +233,7 @@ pub(crate) fn save(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Fail
 }
 
 impl Bench {
-    fn save_rows(&self) -> Result<Vec<Row>, Failure> {
+    fn save_rows(&self) -> Result<Vec<BenchRow>, Failure> {
         let (mut full, mut plain, mut rate, mut plain_rate) =
             (Sample::default(), Sample::default(), Sample::default(), Sample::default());
         let (mut more, mut save_pause, mut fork_pause) = (Sample::default(), Sample::default(), Sample::default());
@@ -260,10 +262,10 @@ impl Bench {
         let direct = "write past the page cache";
         Ok(vec![
             // Higher is better here.
-            Row::new(format!("save_full{l}"), "MiB/s", &rate).against(direct, &plain_rate),
-            Row::new(format!("save_full_time{l}"), "us", &full).against(direct, &plain),
-            Row::new(format!("save_incremental{l}"), "us", &more).against("save_full", &full),
-            Row::new(format!("save_pause{l}"), "us", &save_pause)
+            BenchRow::new(format!("save_full{l}"), "MiB/s", &rate).against(direct, &plain_rate),
+            BenchRow::new(format!("save_full_time{l}"), "us", &full).against(direct, &plain),
+            BenchRow::new(format!("save_incremental{l}"), "us", &more).against("save_full", &full),
+            BenchRow::new(format!("save_pause{l}"), "us", &save_pause)
                 .against("a fork's", &fork_pause)
                 .target("ratio <= 1.25", |r| r.ratio() <= 1.25),
         ])

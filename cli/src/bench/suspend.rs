@@ -22,7 +22,7 @@ use hyper::Method;
 
 use crate::bench::clones::available_kib;
 use crate::bench::supervisor::BenchSupervisor;
-use crate::bench::{Row, Sample, low_pages, written};
+use crate::bench::{BenchRow, Sample, low_pages, written};
 use crate::commands::{BARE, BenchArgs, Failure, MEASURE};
 
 /// Directory of the files.
@@ -40,7 +40,7 @@ const AWAKE: &str = "the same of a VM that is awake";
 const READ_ALL: &str = "reading all of it from the page cache";
 
 /// Runs `clade bench suspend`.
-pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failure> {
+pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     let config = Arc::new(VmConfig::bare(args.mem[0], 1).map_err(Failure::input)?);
     config.check_host_memory().map_err(Failure::input)?;
     let mut rows = library(context, &config, args.samples)?;
@@ -49,7 +49,7 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<Row>, Failu
 }
 
 /// Measures one VM in this process.
-fn library(context: &Context, config: &Arc<VmConfig>, samples: usize) -> Result<Vec<Row>, Failure> {
+fn library(context: &Context, config: &Arc<VmConfig>, samples: usize) -> Result<Vec<BenchRow>, Failure> {
     let vm = written(context, config)?;
     let (mut write, mut again, mut private) = (Sample::default(), Sample::default(), Sample::default());
     let (mut answer, mut whole) = (Sample::default(), Sample::default());
@@ -82,13 +82,13 @@ fn library(context: &Context, config: &Arc<VmConfig>, samples: usize) -> Result<
         whole.push_us(read_all(config.layout().bytes())?);
     }
     Ok(vec![
-        Row::new("suspend_private_kib", "KiB", &private).target("<= 64", |row| row.p99() <= 64.0),
-        Row::new("suspend_first", "us", &write),
-        Row::new(format!("suspend_{PAGES}_pages"), "us", &again),
-        Row::new("wake_first_answer", "us", &answer)
+        BenchRow::new("suspend_private_kib", "KiB", &private).target("<= 64", |row| row.p99() <= 64.0),
+        BenchRow::new("suspend_first", "us", &write),
+        BenchRow::new(format!("suspend_{PAGES}_pages"), "us", &again),
+        BenchRow::new("wake_first_answer", "us", &answer)
             .against(READ_ALL, &whole)
             .target("p99 <= 5000", |row| row.p99() <= 5_000.0),
-        Row::new(format!("wake_answer_of_{PAGES}_pages"), "us", &pages).against(AWAKE, &awake),
+        BenchRow::new(format!("wake_answer_of_{PAGES}_pages"), "us", &pages).against(AWAKE, &awake),
     ])
 }
 
@@ -137,7 +137,7 @@ fn read_all(bytes: u64) -> Result<Duration, Failure> {
 }
 
 /// Measures ten VMs in processes of their own, and the host's memory.
-fn processes(config: &Arc<VmConfig>) -> Result<Vec<Row>, Failure> {
+fn processes(config: &Arc<VmConfig>) -> Result<Vec<BenchRow>, Failure> {
     // Workers pause their VMs once all memory is written.
     let supervisor = BenchSupervisor::start(&["--pool", "0"], &[(MEASURE, "1")])?;
     let (mut all, mut one, mut wake) = (Sample::default(), Sample::default(), Sample::default());
@@ -176,8 +176,8 @@ fn processes(config: &Arc<VmConfig>) -> Result<Vec<Row>, Failure> {
         supervisor.stop(&names, 0)?;
     }
     Ok(vec![
-        Row::new("wake_api", "us", &wake),
-        Row::new("ten_vms_nine_suspended", "MiB", &one)
+        BenchRow::new("wake_api", "us", &wake),
+        BenchRow::new("ten_vms_nine_suspended", "MiB", &one)
             .against("all ten in memory", &all)
             .target("ratio <= 0.2", |row| row.ratio() <= 0.2),
     ])

@@ -30,7 +30,7 @@ use self::http::{Api, Sandbox};
 use crate::bench::answer::exec;
 use crate::bench::clones::available_kib;
 use crate::bench::supervisor::BenchSupervisor;
-use crate::bench::{Row, Sample};
+use crate::bench::{BenchRow, Sample};
 use crate::commands::{BenchArgs, Failure};
 
 /// Default number of sandboxes at once.
@@ -50,7 +50,7 @@ const RUNNING: &str = "the command in a VM that runs";
 const NATIVE: &str = "native";
 
 /// Runs `clade bench tti`.
-pub(crate) fn run(args: &BenchArgs) -> Result<Vec<Row>, Failure> {
+pub(crate) fn run(args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     let image = args.image.as_deref().ok_or_else(|| Failure::input(anyhow!("tti needs --image IMAGE")))?;
     let wanted = args.at_once.unwrap_or(AT_ONCE);
     if wanted == 0 {
@@ -130,12 +130,12 @@ impl Times {
         }
     }
 
-    fn rows(&self, mode: Mode, way: Way, (name, baseline): (&'static str, &Sample)) -> [Row; 2] {
+    fn rows(&self, mode: Mode, way: Way, (name, baseline): (&'static str, &Sample)) -> [BenchRow; 2] {
         let mut failed = Sample::default();
         failed.push(self.failed as f64);
         [
-            Row::new(mode.name(way), "ms", &self.answers).against(name, baseline),
-            Row::new(format!("{}_failed", mode.name(way)), "of them", &failed),
+            BenchRow::new(mode.name(way), "ms", &self.answers).against(name, baseline),
+            BenchRow::new(format!("{}_failed", mode.name(way)), "of them", &failed),
         ]
     }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use super::{Check, Outcome};
+use super::{Check, CheckOutcome};
 use crate::commands::Failure;
 use clade_vmm::kvm::{Clock, CpuHide, CpuidState, Host, MAX_MSRS, StateLayout, VcpuState};
 
@@ -25,15 +25,15 @@ fn parameter(name: &str) -> String {
     fs::read_to_string(path).map_or_else(|_| "not there".to_owned(), |text| text.trim().to_owned())
 }
 
-fn skipped(why: &str) -> Outcome {
-    Outcome::Skipped { why: why.to_owned() }
+fn skipped(why: &str) -> CheckOutcome {
+    CheckOutcome::Skipped { why: why.to_owned() }
 }
 
 /// Returns a pass with the observations, or a failure with the error.
-fn tried(result: Result<String, Box<dyn std::error::Error>>) -> Outcome {
+fn tried(result: Result<String, Box<dyn std::error::Error>>) -> CheckOutcome {
     match result {
-        Ok(seen) => Outcome::Passed { seen },
-        Err(error) => Outcome::Failed { why: clade_vmm::error_chain(error.as_ref()) },
+        Ok(seen) => CheckOutcome::Passed { seen },
+        Err(error) => CheckOutcome::Failed { why: clade_vmm::error_chain(error.as_ref()) },
     }
 }
 
@@ -65,7 +65,7 @@ pub(super) fn checks(host: &Host) -> Result<Vec<Check>, Failure> {
                 ("AMX tiles for guests", bit(amx)),
             ],
             outcome: match (host.has_xsave2(), amx) {
-                (true, false) => Outcome::Passed { seen: format!("{} bytes", host.xsave_size()) },
+                (true, false) => CheckOutcome::Passed { seen: format!("{} bytes", host.xsave_size()) },
                 (true, true) => skipped("tiles need a guest that uses them: see the checklist"),
                 (false, _) => skipped("this KVM has no area beyond 4096 bytes"),
             },
@@ -97,8 +97,8 @@ pub(super) fn checks(host: &Host) -> Result<Vec<Check>, Failure> {
             name: "nested virtualization",
             facts: vec![("nested", parameter("nested"))],
             outcome: match cpuid_is_bare(host) {
-                true => Outcome::Passed { seen: "no guest is given it".to_owned() },
-                false => Outcome::Failed { why: "guests would be given vmx or svm".to_owned() },
+                true => CheckOutcome::Passed { seen: "no guest is given it".to_owned() },
+                false => CheckOutcome::Failed { why: "guests would be given vmx or svm".to_owned() },
             },
         },
         Check {
@@ -134,7 +134,7 @@ fn there_and_back(host: &Host, layout: &StateLayout) -> Fallible<()> {
 }
 
 /// Checks that a TSC set ahead stays ahead.
-fn tsc_counts_on(host: &Host, layout: &StateLayout) -> Outcome {
+fn tsc_counts_on(host: &Host, layout: &StateLayout) -> CheckOutcome {
     const AHEAD: u64 = 1 << 50;
     let tsc = |state: &VcpuState| state.msrs.as_slice().iter().find(|e| e.index == 0x10).map(|e| e.data);
     let set = |state: &mut VcpuState| {
@@ -143,11 +143,11 @@ fn tsc_counts_on(host: &Host, layout: &StateLayout) -> Outcome {
     };
     match pass_on(host, layout, Clock::Resume, set) {
         Ok((before, after)) => match (tsc(&before), tsc(&after)) {
-            (Some(was), Some(is)) if is >= was => Outcome::Passed { seen: format!("{} cycles on", is - was) },
+            (Some(was), Some(is)) if is >= was => CheckOutcome::Passed { seen: format!("{} cycles on", is - was) },
             (Some(_), Some(_)) => skipped("guests read the host's TSC here, whatever is written"),
-            _ => Outcome::Failed { why: "KVM does not read the TSC".to_owned() },
+            _ => CheckOutcome::Failed { why: "KVM does not read the TSC".to_owned() },
         },
-        Err(error) => Outcome::Failed { why: clade_vmm::error_chain(error.as_ref()) },
+        Err(error) => CheckOutcome::Failed { why: clade_vmm::error_chain(error.as_ref()) },
     }
 }
 

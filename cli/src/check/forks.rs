@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use clade_guests::abi::Command;
 
-use super::{Check, Outcome};
+use super::{Check, CheckOutcome};
 use crate::commands::Failure;
 use clade_harness::{BareMailbox, boot_bare};
 use clade_vmm::vm::{ChildOptions, Context, Vm, VmConfig};
@@ -21,8 +21,8 @@ pub(super) fn checks(forks: u32) -> Result<Vec<Check>, Failure> {
     let storm = |name, cpus: u64, begin: &dyn Fn(&Vm) -> Result<Vec<u64>, anyhow::Error>| {
         let facts = vec![("vCPUs", cpus.to_string()), ("forks", forks.to_string())];
         let outcome = match run(&context, cpus, forks, begin) {
-            Ok(()) => Outcome::Passed { seen: format!("{forks} children, each reset once, none stuck") },
-            Err(error) => Outcome::Failed { why: format!("{error:#}") },
+            Ok(()) => CheckOutcome::Passed { seen: format!("{forks} children, each reset once, none stuck") },
+            Err(error) => CheckOutcome::Failed { why: format!("{error:#}") },
         };
         Check { name, facts, outcome }
     };

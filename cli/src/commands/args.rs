@@ -16,9 +16,9 @@ use crate::commands::disk::parse_disk;
 use crate::commands::e2b::{E2bArgs, KeyCommand};
 use crate::commands::exec::{ExecArgs, ShellArgs};
 use crate::commands::generate::{CompletionsArgs, ManArgs};
-use crate::commands::image::{ImageCommand, ListArgs, PullFlags};
+use crate::commands::image::{ImageCommand, ImageListArgs, PullFlags};
+use crate::commands::lifecycle::{LifecycleArgs, StopArgs, SuspendArgs};
 use crate::commands::machine::MachineArgs;
-use crate::commands::many::{ManyArgs, StopArgs, SuspendArgs};
 use crate::commands::memory::MemoryCommand;
 use crate::commands::network::{NetworkArgs, NetworkState};
 use crate::commands::pages::PagesArgs;
@@ -79,10 +79,11 @@ pub(crate) enum Command {
     /// Fork a running VM.
     Fork(ForkArgs),
     /// Reset forked VMs in place to the instant of their fork.
-    Reset(ManyArgs),
+    Reset(LifecycleArgs),
     /// Have the agents in VMs renew their identity: clock, random numbers, tokens, hooks. For use
     /// after a restore or a reset; `clade fork --ready` does it for children.
-    Ready(ManyArgs),
+    #[command(alias = "ready")]
+    Reidentify(LifecycleArgs),
     /// Show a VM's balloon, or ask its guest to give up memory.
     Balloon(BalloonArgs),
     /// Open or close a VM's network, or set its egress rules.
@@ -96,13 +97,13 @@ pub(crate) enum Command {
     /// Copy files and directories from and to a VM's guest, through its agent.
     Cp(CpArgs),
     /// Pause VMs.
-    Pause(ManyArgs),
+    Pause(LifecycleArgs),
     /// Let paused VMs run.
-    Resume(ManyArgs),
+    Resume(LifecycleArgs),
     /// Give VMs' memory back until their guests are needed: it goes to a disk.
     Suspend(SuspendArgs),
     /// Wake VMs that are suspended.
-    Wake(ManyArgs),
+    Wake(LifecycleArgs),
     /// Stop VMs for good: by a power cut, or after their guests had time to power off.
     #[command(visible_alias = "kill")]
     Stop(StopArgs),
@@ -120,7 +121,7 @@ pub(crate) enum Command {
     Image(ImageCommand),
     /// List the images: clade image ls.
     #[command(hide = true)]
-    Images(ListArgs),
+    Images(ImageListArgs),
     /// Templates: images that are set up, with their programs running. Sandboxes are forks of them.
     #[command(subcommand)]
     Template(TemplateCommand),
@@ -136,7 +137,7 @@ pub(crate) enum Command {
     /// Print the events of VMs and checkpoints as they happen.
     Events(EventsArgs),
     /// Remove checkpoints. Children that were forked from them run on.
-    Rm(ManyArgs),
+    Rm(LifecycleArgs),
     /// Print a shell's completions of commands and options.
     Completions(CompletionsArgs),
     /// Write a man page for each command.

@@ -25,19 +25,19 @@ pub(crate) struct E2bArgs {
     #[arg(long, value_name = "sandboxes=N,memory=MIB,snapshots=N", default_value_t, requires = "e2b")]
     e2b_quota: Quotas,
     #[command(flatten)]
-    keys: KeysFile,
+    keys: KeysPath,
 }
 
 /// The place of keys.
 #[derive(Clone, Debug, clap::Args)]
-pub(crate) struct KeysFile {
+pub(crate) struct KeysPath {
     /// The file of keys of E2B's API. Default: `clade/keys.json` in `XDG_CONFIG_HOME` or
     /// `~/.config`.
     #[arg(long = "keys", value_name = "FILE")]
     path: Option<PathBuf>,
 }
 
-impl KeysFile {
+impl KeysPath {
     fn path(&self) -> Result<PathBuf, Failure> {
         if let Some(path) = &self.path {
             return Ok(path.clone());
@@ -55,9 +55,9 @@ pub(crate) enum KeyCommand {
     /// Make a key and print it, this once. Its owner owns its sandboxes and snapshots.
     Add(AddArgs),
     /// List the keys' names.
-    Ls(ListArgs),
+    Ls(KeyListArgs),
     /// Revoke a key. Its sandboxes run on.
-    Rm(RemoveArgs),
+    Rm(KeyRemoveArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -72,24 +72,24 @@ pub(crate) struct AddArgs {
     #[arg(long, value_name = "all|read", default_value = "all")]
     scope: Scope,
     #[command(flatten)]
-    keys: KeysFile,
+    keys: KeysPath,
 }
 
 #[derive(Debug, clap::Args)]
-pub(crate) struct ListArgs {
+pub(crate) struct KeyListArgs {
     #[command(flatten)]
-    keys: KeysFile,
+    keys: KeysPath,
     /// Print JSON: an array of the keys, without the secret parts.
     #[arg(long)]
     json: bool,
 }
 
 #[derive(Debug, clap::Args)]
-pub(crate) struct RemoveArgs {
+pub(crate) struct KeyRemoveArgs {
     /// Its name.
     name: String,
     #[command(flatten)]
-    keys: KeysFile,
+    keys: KeysPath,
 }
 
 fn failure(error: KeysError) -> Failure {
@@ -100,14 +100,14 @@ fn failure(error: KeysError) -> Failure {
 }
 
 #[derive(Serialize)]
-struct Row {
+struct KeyRow {
     name: String,
     owner: String,
     scope: Scope,
 }
 
 pub(super) fn key(command: &KeyCommand) -> Outcome {
-    let keys = |file: &KeysFile| file.path().map(|path| ApiKeys::new(&path));
+    let keys = |file: &KeysPath| file.path().map(|path| ApiKeys::new(&path));
     match command {
         KeyCommand::Add(args) => {
             let key = keys(&args.keys)?.add(&args.name, args.owner.as_deref(), args.scope).map_err(failure)?;
@@ -116,9 +116,9 @@ pub(super) fn key(command: &KeyCommand) -> Outcome {
         KeyCommand::Rm(args) => keys(&args.keys)?.remove(&args.name).map_err(failure)?,
         KeyCommand::Ls(args) => {
             let all = keys(&args.keys)?.list().map_err(failure)?;
-            let rows: Vec<Row> = all
+            let rows: Vec<KeyRow> = all
                 .into_iter()
-                .map(|key| Row { owner: key.owner().to_owned(), name: key.name, scope: key.scope })
+                .map(|key| KeyRow { owner: key.owner().to_owned(), name: key.name, scope: key.scope })
                 .collect();
             if args.json {
                 return print_json(&rows).map_err(Failure::run);

@@ -80,7 +80,7 @@ fn parse_env(text: &str) -> Result<(String, String), String> {
 
 /// The output of `--json`.
 #[derive(Debug, Default, Serialize)]
-struct Printed {
+struct ProgramResult {
     exit_code: i32,
     status: String,
     stdout: String,
@@ -188,8 +188,8 @@ impl Passed {
 
 /// The destination of output.
 enum Output {
-    Here,
-    Kept(Box<Printed>),
+    Terminal,
+    Kept(Box<ProgramResult>),
 }
 
 impl Output {
@@ -197,7 +197,7 @@ impl Output {
         let bytes = |bytes: Option<Base64>| bytes.map(|bytes| bytes.0).unwrap_or_default();
         let (stderr, stdout) = (bytes(data.stderr), [bytes(data.stdout), bytes(data.pty)].concat());
         match self {
-            Self::Here => {
+            Self::Terminal => {
                 let written = io::stdout().write_all(&stdout).and_then(|()| io::stdout().flush());
                 written.and_then(|()| io::stderr().write_all(&stderr)).map_err(Failure::run)
             }
@@ -268,7 +268,7 @@ async fn exec(args: ExecArgs) -> Outcome {
     } else {
         None
     };
-    let mut output = if args.json { Output::Kept(Box::default()) } else { Output::Here };
+    let mut output = if args.json { Output::Kept(Box::default()) } else { Output::Terminal };
     let end = match args.timeout {
         // The agent kills the program. The wait does not depend on it.
         Some(time) => {
@@ -284,7 +284,8 @@ async fn exec(args: ExecArgs) -> Outcome {
     }
     let end = end?;
     if let Output::Kept(kept) = output {
-        print_json(&Printed { exit_code: end.exit_code, status: end.status.clone(), ..*kept }).map_err(Failure::run)?;
+        print_json(&ProgramResult { exit_code: end.exit_code, status: end.status.clone(), ..*kept })
+            .map_err(Failure::run)?;
     }
     match end.shell_code() {
         0 => Ok(()),

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use clade_image::{
-    Credentials, Descriptor, Digest, Image, ImageError, Limits, Progress, PullError, PullOptions, Reference,
-    ReferenceError, RunConfig, SourceError, Store, StoreError,
+    Credentials, Descriptor, Digest, Image, ImageError, ImageLimits, ImageStore, ImageStoreError, Progress, PullError,
+    PullOptions, Reference, ReferenceError, RunConfig, SourceError,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -26,11 +26,11 @@ pub(crate) enum ImageCommand {
     /// Fetch images, check them, and make a disk of each.
     Pull(PullArgs),
     /// List the images that have disks.
-    Ls(ListArgs),
+    Ls(ImageListArgs),
     /// Show an image's program, and the path of its disk.
-    Inspect(InspectArgs),
+    Inspect(ImageInspectArgs),
     /// Remove names of images, and images without a name. Images in use stay.
-    Rm(RemoveArgs),
+    Rm(ImageRemoveArgs),
 }
 
 /// Options of a pull.
@@ -55,7 +55,7 @@ impl PullFlags {
             (None, Reference::Registry { host, .. }) => Credentials::of_docker(host).map_err(Failure::input)?,
             (None, _) => None,
         };
-        let limits = Limits { bytes: self.max_image, ..Limits::default() };
+        let limits = ImageLimits { bytes: self.max_image, ..ImageLimits::default() };
         Ok(PullOptions { is_insecure: self.insecure, credentials, ca: self.ca.clone(), limits, stall: None })
     }
 }
@@ -84,14 +84,14 @@ pub(crate) struct PullArgs {
 }
 
 #[derive(Debug, clap::Args)]
-pub(crate) struct ListArgs {
+pub(crate) struct ImageListArgs {
     /// Print JSON.
     #[arg(long)]
     json: bool,
 }
 
 #[derive(Debug, clap::Args)]
-pub(crate) struct InspectArgs {
+pub(crate) struct ImageInspectArgs {
     /// Its name, its digest, or the digest's first six digits or more.
     #[arg(value_name = "IMAGE")]
     image: String,
@@ -101,7 +101,7 @@ pub(crate) struct InspectArgs {
 }
 
 #[derive(Debug, clap::Args)]
-pub(crate) struct RemoveArgs {
+pub(crate) struct ImageRemoveArgs {
     /// Their names, or digests as for inspect.
     #[arg(value_name = "IMAGE", required_unless_present = "all", conflicts_with = "all")]
     images: Vec<String>,
@@ -118,7 +118,7 @@ pub(crate) struct RemoveArgs {
 
 /// An image in the form of `--json`.
 #[derive(Debug, Serialize)]
-struct Shown {
+struct ImageInfo {
     digest: Digest,
     names: Vec<String>,
     disk: PathBuf,
@@ -149,17 +149,17 @@ pub(super) fn main(command: &ImageCommand) -> Outcome {
     }
 }
 
-pub(super) fn open_store() -> Result<Store, Failure> {
-    Store::open_default().map_err(Failure::input)
+pub(super) fn open_store() -> Result<ImageStore, Failure> {
+    ImageStore::open_default().map_err(Failure::input)
 }
 
-fn store_failure(error: StoreError) -> Failure {
+fn store_failure(error: ImageStoreError) -> Failure {
     Failure::run(error)
 }
 
 fn image_failure(error: ImageError) -> Failure {
     match error {
-        ImageError::Store(error) => store_failure(error),
+        ImageError::ImageStore(error) => store_failure(error),
         other => Failure::input(other),
     }
 }
@@ -167,7 +167,7 @@ fn image_failure(error: ImageError) -> Failure {
 /// A bad image cannot be used; a failed network may work later.
 fn pull_failure(error: PullError) -> Failure {
     match error {
-        PullError::Store(StoreError::File { .. } | StoreError::Content { .. })
+        PullError::ImageStore(ImageStoreError::File { .. } | ImageStoreError::Content { .. })
         | PullError::Disk(_)
         | PullError::Source(SourceError::Http { .. } | SourceError::Answer { .. } | SourceError::NoToken(_)) => {
             Failure::run(error)
@@ -215,7 +215,7 @@ impl Progress for Bars {
 
 /// Pulls one image. An image named by a digest in the cache needs no registry.
 pub(super) fn pull(
-    store: &Store,
+    store: &ImageStore,
     reference: &Reference,
     (flags, credentials): (&PullFlags, Option<&Credentials>),
     is_quiet: bool,
@@ -228,11 +228,11 @@ pub(super) fn pull(
     image.map_err(|error| pull_failure(error).named(&reference.to_string()))
 }
 
-fn shown(store: &Store, image: Image, names: &BTreeMap<String, Digest>) -> Shown {
+fn shown(store: &ImageStore, image: Image, names: &BTreeMap<String, Digest>) -> ImageInfo {
     use std::os::unix::fs::MetadataExt;
     let disk = store.disk(&image.digest);
     let host_bytes = std::fs::metadata(&disk).map_or(0, |file| file.blocks() * 512);
-    Shown {
+    ImageInfo {
         names: names.iter().filter(|(_, digest)| **digest == image.digest).map(|(name, _)| name.clone()).collect(),
         disk,
         disk_bytes: image.disk_bytes,
@@ -283,7 +283,7 @@ fn credentials(args: &PullArgs) -> Result<Option<Credentials>, Failure> {
     Credentials::new(username, password).map(Some).map_err(Failure::input)
 }
 
-fn pull_all(store: &Store, args: &PullArgs) -> Outcome {
+fn pull_all(store: &ImageStore, args: &PullArgs) -> Outcome {
     let given = credentials(args)?;
     let (images, outcome) = each(&args.images, |name| {
         let image = pull(store, &parse(name)?, (&args.flags, given.as_ref()), args.json)?;
@@ -297,16 +297,16 @@ fn pull_all(store: &Store, args: &PullArgs) -> Outcome {
     });
     if args.json {
         let names = store.references().map_err(store_failure)?;
-        let images: Vec<Shown> = images.into_iter().map(|image| shown(store, image, &names)).collect();
+        let images: Vec<ImageInfo> = images.into_iter().map(|image| shown(store, image, &names)).collect();
         print_json(&images).map_err(Failure::run)?;
     }
     outcome
 }
 
-fn list(store: &Store, args: &ListArgs) -> Outcome {
+fn list(store: &ImageStore, args: &ImageListArgs) -> Outcome {
     let names = store.references().map_err(store_failure)?;
     let images = store.images().map_err(store_failure)?;
-    let images: Vec<Shown> = images.into_iter().map(|image| shown(store, image, &names)).collect();
+    let images: Vec<ImageInfo> = images.into_iter().map(|image| shown(store, image, &names)).collect();
     if args.json {
         return print_json(&images).map_err(Failure::run);
     }
@@ -320,7 +320,7 @@ fn list(store: &Store, args: &ListArgs) -> Outcome {
     table.print().map_err(Failure::run)
 }
 
-fn inspect(store: &Store, args: &InspectArgs) -> Outcome {
+fn inspect(store: &ImageStore, args: &ImageInspectArgs) -> Outcome {
     let image = store.find(&args.image).map_err(image_failure)?;
     let image = shown(store, image, &store.references().map_err(store_failure)?);
     if args.json {
@@ -340,7 +340,7 @@ fn inspect(store: &Store, args: &InspectArgs) -> Outcome {
     table.print().map_err(Failure::run)
 }
 
-fn remove(store: &Store, args: &RemoveArgs) -> Outcome {
+fn remove(store: &ImageStore, args: &ImageRemoveArgs) -> Outcome {
     let everyone: Vec<String> = if args.all {
         let images = store.images().map_err(store_failure)?;
         images.iter().map(|image| image.digest.to_string()).collect()

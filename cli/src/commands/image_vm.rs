@@ -10,7 +10,7 @@ use clade_daemon::vm_host::{check_name, runtime_dir};
 use clade_devices::disk::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
 use clade_devices::virtio::vsock::VsockOptions;
-use clade_image::{Image, RunConfig, Store};
+use clade_image::{Image, ImageStore, RunConfig};
 use clade_vmm::vm::DiskSpec;
 use serde::Serialize;
 use tempfile::NamedTempFile;
@@ -91,7 +91,7 @@ impl Tools {
 }
 
 /// Returns the image of that name. A missing image is pulled.
-pub(super) fn fetch(store: &Store, image: &str, flags: &PullFlags) -> Result<Image, Failure> {
+pub(super) fn fetch(store: &ImageStore, image: &str, flags: &PullFlags) -> Result<Image, Failure> {
     match store.find(image) {
         Ok(image) => Ok(image),
         Err(clade_image::ImageError::NotFound(_)) => pull(store, &parse(image)?, (flags, None), false),
@@ -111,7 +111,7 @@ impl ImageVm {
     }
 
     /// The same for a VM whose agent starts no program.
-    pub(super) fn idle(args: &RunArgs, tools: &Tools, (store, image): (&Store, &Image)) -> Result<Self, Failure> {
+    pub(super) fn idle(args: &RunArgs, tools: &Tools, (store, image): (&ImageStore, &Image)) -> Result<Self, Failure> {
         let entrypoint = Entrypoint { args: Vec::new(), power_off: false, ..Entrypoint::new(&image.config, &[]) };
         Self::of(args, tools, &store.disk(&image.digest), &entrypoint)
     }

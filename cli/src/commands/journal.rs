@@ -10,7 +10,7 @@ use crate::commands::{Failure, Outcome, print_json};
 
 /// The output of `clade disk show --json`.
 #[derive(Debug, Serialize)]
-struct Shown {
+struct JournalInfo {
     image: String,
     journal: String,
     id: Option<String>,
@@ -24,7 +24,7 @@ struct Shown {
 
 /// The output of `clade disk apply --json` and `clade disk discard --json`.
 #[derive(Debug, Serialize)]
-struct Done {
+struct JournalOutcome {
     image: String,
     copied_bytes: u64,
     zeroed_bytes: u64,
@@ -60,7 +60,7 @@ fn state_text(state: &JournalState) -> (&'static str, Option<String>) {
 fn show(args: &DiskImageArgs) -> Outcome {
     let found = DiskJournal::show(&args.image).map_err(failure)?;
     let (state, reason) = state_text(&found.state);
-    let shown = Shown {
+    let shown = JournalInfo {
         image: found.image.display().to_string(),
         journal: found.journal.display().to_string(),
         id: found.id.map(|id| id.to_string()),
@@ -74,7 +74,7 @@ fn show(args: &DiskImageArgs) -> Outcome {
     if args.json {
         return print_json(&shown).map_err(Failure::run);
     }
-    let Shown { image, journal, data_bytes, zero_bytes, overlays, overlay_bytes_on_disk, .. } = &shown;
+    let JournalInfo { image, journal, data_bytes, zero_bytes, overlays, overlay_bytes_on_disk, .. } = &shown;
     let holds = format!(
         "{data_bytes} bytes in {overlays} overlays that take {overlay_bytes_on_disk} bytes, {zero_bytes} bytes of zeros"
     );
@@ -102,7 +102,7 @@ fn show(args: &DiskImageArgs) -> Outcome {
 fn told(image: &Path, json: bool, text: &str, (copied_bytes, zeroed_bytes, discarded): (u64, u64, bool)) -> Outcome {
     if json {
         let image = image.display().to_string();
-        return print_json(&Done { image, copied_bytes, zeroed_bytes, discarded }).map_err(Failure::run);
+        return print_json(&JournalOutcome { image, copied_bytes, zeroed_bytes, discarded }).map_err(Failure::run);
     }
     println!("{}: {text}", image.display());
     Ok(())

@@ -4,6 +4,7 @@ mod agent;
 mod args;
 mod checkpoint;
 mod cp;
+mod dev_supervisor;
 mod devices;
 mod disk;
 mod e2b;
@@ -15,20 +16,19 @@ mod guest;
 mod guest_agent;
 mod image;
 mod image_vm;
-mod image_warm;
 mod journal;
 mod kept;
+mod lifecycle;
 mod limits;
 mod logging;
 mod machine;
-mod many;
 mod memory;
 mod modules;
 mod network;
 mod notify;
+mod oci_template;
 mod output;
 mod pages;
-mod private;
 mod progress;
 mod ps;
 mod remote;
@@ -55,8 +55,8 @@ use clap::Parser;
 
 use args::{Cli, Command};
 use image::ImageCommand;
-use many::Verb;
-pub(crate) use many::for_each;
+use lifecycle::Verb;
+pub(crate) use lifecycle::for_each;
 pub(crate) use output::{Table, print_json};
 
 /// Reason why a command failed.
@@ -182,19 +182,19 @@ fn run(command: Command) -> Outcome {
         Command::Memory(command) => memory::main(&command),
         Command::Tree(args) => tree::main(&args),
         Command::Fork(args) => remote::fork(&args),
-        Command::Reset(args) => many::main(&args, &Verb::Reset),
-        Command::Ready(args) => many::main(&args, &Verb::Ready),
+        Command::Reset(args) => lifecycle::main(&args, &Verb::Reset),
+        Command::Reidentify(args) => lifecycle::main(&args, &Verb::Reidentify),
         Command::Balloon(args) => remote::balloon(&args),
         Command::Network(args) => network::main(&args),
         Command::Console(args) => remote::console(&args),
         Command::Exec(args) => exec::main(args),
         Command::Shell(args) => exec::shell(args),
         Command::Cp(args) => cp::main(&args),
-        Command::Pause(args) => many::main(&args, &Verb::Pause),
-        Command::Resume(args) => many::main(&args, &Verb::Resume),
-        Command::Suspend(args) => many::suspend(&args),
-        Command::Wake(args) => many::main(&args, &Verb::Wake),
-        Command::Stop(args) => many::stop(&args),
+        Command::Pause(args) => lifecycle::main(&args, &Verb::Pause),
+        Command::Resume(args) => lifecycle::main(&args, &Verb::Resume),
+        Command::Suspend(args) => lifecycle::suspend(&args),
+        Command::Wake(args) => lifecycle::main(&args, &Verb::Wake),
+        Command::Stop(args) => lifecycle::stop(&args),
         Command::Wait(args) => wait::main(&args),
         Command::Logs(args) => remote::logs(&args),
         Command::Snapshot(args) => snapshot::main(args),
@@ -208,7 +208,7 @@ fn run(command: Command) -> Outcome {
         Command::Checkpoint(args) => checkpoint::take(&args),
         Command::Checkpoints(args) => checkpoint::list(&args),
         Command::Events(args) => events::main(&args),
-        Command::Rm(args) => many::main(&args, &Verb::Remove),
+        Command::Rm(args) => lifecycle::main(&args, &Verb::Remove),
         Command::Completions(args) => generate::completions(&args),
         Command::Man(args) => generate::man(&args),
         Command::Openapi => generate::openapi(),
@@ -217,7 +217,7 @@ fn run(command: Command) -> Outcome {
 }
 
 pub(crate) use args::{BenchArgs, BenchName, CheckArgs, CheckName, DEFAULT_CMDLINE, DemoArgs, StressArgs, StressName};
-pub(crate) use private::{PrivateVms, RemoteVm, Source};
+pub(crate) use dev_supervisor::{DevSupervisor, KernelSource, RemoteVm};
 pub(crate) use worker::{BARE, MEASURE, SPINNING};
 
 #[cfg(test)]

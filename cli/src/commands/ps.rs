@@ -89,14 +89,14 @@ fn or_none(text: String) -> String {
 }
 
 /// A line of the list.
-enum Row<'a> {
+enum VmRow<'a> {
     Running(&'a VmInfo),
     /// Its process has not answered in time.
     Silent(&'a str),
     Ended(&'a EndedVm),
 }
 
-impl Row<'_> {
+impl VmRow<'_> {
     fn name(&self) -> &str {
         match self {
             Self::Running(vm) => &vm.name,
@@ -159,9 +159,9 @@ impl Row<'_> {
 
 /// Formats the list for standard output.
 fn table(running: &[VmInfo], silent: &[String], ended: &[EndedVm], all: bool, format: ListFormat) -> String {
-    let silent = silent.iter().map(|name| Row::Silent(name));
-    let rows = running.iter().map(Row::Running).chain(silent);
-    let mut rows: Vec<Row<'_>> = rows.chain(ended.iter().map(Row::Ended)).collect();
+    let silent = silent.iter().map(|name| VmRow::Silent(name));
+    let rows = running.iter().map(VmRow::Running).chain(silent);
+    let mut rows: Vec<VmRow<'_>> = rows.chain(ended.iter().map(VmRow::Ended)).collect();
     rows.sort_by(|a, b| by_name(a.name(), b.name()));
     let mut header: Vec<String> = ["NAME", "STATE", "PARENT", "OWN+SHARED/RAM", "AGE"].map(String::from).into();
     if format == ListFormat::Wide {
@@ -169,13 +169,13 @@ fn table(running: &[VmInfo], silent: &[String], ended: &[EndedVm], all: bool, fo
     }
     // Last, because its length has no limit.
     header.extend(all.then(|| "REASON".to_owned()));
-    let cells = |row: &Row<'_>| {
+    let cells = |row: &VmRow<'_>| {
         let mut cells = if format == ListFormat::Wide { row.wide() } else { row.short() };
         if all {
             cells.push(match row {
-                Row::Running(vm) => vm.stopped.as_ref().map_or_else(|| NONE.into(), ToString::to_string),
-                Row::Silent(_) => NONE.into(),
-                Row::Ended(vm) => vm.reason.clone(),
+                VmRow::Running(vm) => vm.stopped.as_ref().map_or_else(|| NONE.into(), ToString::to_string),
+                VmRow::Silent(_) => NONE.into(),
+                VmRow::Ended(vm) => vm.reason.clone(),
             });
         }
         cells

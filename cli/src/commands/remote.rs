@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use hyper::Method;
 
 use crate::commands::args::{BalloonArgs, ConsoleArgs, ForkArgs, LogsArgs};
-use crate::commands::many::{limit, suspend_after};
+use crate::commands::lifecycle::{limit, suspend_after};
 use crate::commands::progress::shown;
 use crate::commands::serve::ensure;
 use crate::commands::terminal::{Escape, EscapeFilter, RawMode};

@@ -11,7 +11,7 @@ use crate::commands::args::RestoreArgs;
 use crate::commands::remote::ask;
 use crate::commands::run::{say, with_runtime};
 use crate::commands::serve::ensure;
-use crate::commands::session::Session;
+use crate::commands::session::CommandSession;
 use crate::commands::shutdown::ShutdownSignal;
 use crate::commands::{Failure, Outcome};
 
@@ -58,7 +58,7 @@ pub(crate) fn main(args: &RestoreArgs) -> Outcome {
     with_runtime(|runtime| {
         // Before there is anything to clean up.
         let shutdown = ShutdownSignal::listen(runtime).map_err(Failure::run)?;
-        let session = Session::begin(args.confine, runtime, &shutdown)?;
+        let session = CommandSession::begin(args.confine, runtime, &shutdown)?;
         request.session = Some(session.name().to_owned());
         let made = session.make("/v1/restore", &request, |made: ForkAnswer| made.children)?;
         if let [name] = made.as_slice() {

@@ -16,11 +16,11 @@ use zeroize::Zeroizing;
 
 use crate::commands::args::{DEFAULT_CMDLINE, RunArgs};
 use crate::commands::image_vm::{ImageVm, ROOT_WORD};
-use crate::commands::image_warm::{self, BOOT_TIMEOUT};
-use crate::commands::many::{limit, suspend_after};
+use crate::commands::lifecycle::{limit, suspend_after};
+use crate::commands::oci_template::{self, BOOT_TIMEOUT};
 use crate::commands::remote::ask;
 use crate::commands::serve::ensure;
-use crate::commands::session::Session;
+use crate::commands::session::CommandSession;
 use crate::commands::shutdown::ShutdownSignal;
 use crate::commands::worker::BARE;
 use crate::commands::{Failure, Outcome};
@@ -171,7 +171,7 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
     with_runtime(|runtime| {
         // Before there is anything to clean up.
         let shutdown = ShutdownSignal::listen(runtime).map_err(Failure::run)?;
-        let session = Session::begin(args.confine, runtime, &shutdown)?;
+        let session = CommandSession::begin(args.confine, runtime, &shutdown)?;
         request.session = Some(session.name().to_owned());
         session.make("/v1/vms", &request, |info: VmInfo| vec![info.name])?;
         session.foreground(&request.name, args.detached)
@@ -183,11 +183,11 @@ fn background(args: &RunArgs, request: &BootRequest) -> Outcome {
     if !Client::default().is_remote() {
         ensure()?;
     }
-    let name = if image_warm::is_wanted(args) {
-        image_warm::start(request)?
+    let name = if oci_template::is_wanted(args) {
+        oci_template::start(request)?
     } else {
         let info: VmInfo = ask(Client::default().supervisor(Method::POST, "/v1/vms", Some(request)))?;
-        let waited = |limit| image_warm::wait_for_agent(request, &info.name, limit);
+        let waited = |limit| oci_template::wait_for_agent(request, &info.name, limit);
         match args.wait {
             Some(limit) => waited(limit).map_err(|why| Failure::run(anyhow!("{why}")))?,
             // The VM runs, or has done its work.

@@ -49,7 +49,7 @@ const ATTEMPTS: u32 = 3;
 pub(super) const AHEAD_MIB: u32 = 16;
 
 /// The VMs of this command.
-pub(super) struct Session<'a> {
+pub(super) struct CommandSession<'a> {
     name: String,
     client: Client,
     confinement: Confinement,
@@ -57,7 +57,7 @@ pub(super) struct Session<'a> {
     shutdown: &'a ShutdownSignal,
 }
 
-impl<'a> Session<'a> {
+impl<'a> CommandSession<'a> {
     /// Begins a session. Starts a supervisor if none runs, which ends when it has nothing left.
     pub(super) fn begin(
         confinement: Confinement,
@@ -211,7 +211,7 @@ impl<'a> Session<'a> {
     }
 
     /// Waits until a VM has ended. A signal ends it.
-    fn wait_for(&self, name: &str, shown: &Shown) {
+    fn wait_for(&self, name: &str, shown: &ConsoleCopy) {
         let is_there = || is_in_session(self.client.dir(), name, &self.name).unwrap_or(true);
         let (mut is_over, mut asked) = (false, Instant::now());
         while is_there() {
@@ -323,7 +323,7 @@ impl<'a> Session<'a> {
     }
 }
 
-impl Drop for Session<'_> {
+impl Drop for CommandSession<'_> {
     /// Waits until its ended VMs' disks have the writes since a fork. A VM or a checkpoint that uses
     /// a disk is not waited for: the disk gets the writes after that, whatever this process does.
     fn drop(&mut self) {
@@ -375,7 +375,7 @@ fn has_no_supervisor(error: &ClientError) -> bool {
 }
 
 /// A console that is copied to standard output.
-struct Shown {
+struct ConsoleCopy {
     /// Receives a message at its end.
     done: Receiver<()>,
     /// Whether there was any output.
@@ -383,7 +383,7 @@ struct Shown {
 }
 
 /// Copies a console to standard output.
-fn show(mut console: UnixStream) -> io::Result<Shown> {
+fn show(mut console: UnixStream) -> io::Result<ConsoleCopy> {
     let (ended, done) = channel();
     let is_any = Arc::new(AtomicBool::new(false));
     let shows = Arc::clone(&is_any);
@@ -401,7 +401,7 @@ fn show(mut console: UnixStream) -> io::Result<Shown> {
         let _ = ended.send(());
     };
     thread::Builder::new().name("clade-output".into()).spawn(show)?;
-    Ok(Shown { done, is_any })
+    Ok(ConsoleCopy { done, is_any })
 }
 
 /// Writes to standard output, and flushes it: a prompt has no line end.

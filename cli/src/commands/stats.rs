@@ -31,7 +31,7 @@ pub(crate) struct StatsArgs {
 
 /// The output of `--json`.
 #[derive(Serialize)]
-struct Printed<'a> {
+struct StatsList<'a> {
     vms: &'a [VmStats],
     /// Names of VMs that have not answered within a second.
     silent: &'a [String],
@@ -121,7 +121,7 @@ fn gather(names: &[String]) -> Result<Gathered, Failure> {
 
 fn print(gathered: &Gathered, args: &StatsArgs) -> io::Result<()> {
     let Gathered { vms, silent } = gathered;
-    let printed = Printed { vms, silent };
+    let printed = StatsList { vms, silent };
     match (args.json, args.watch) {
         (true, true) => writeln!(io::stdout(), "{}", serde_json::to_string(&printed)?),
         (true, false) => print_json(&printed),

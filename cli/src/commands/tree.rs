@@ -26,7 +26,7 @@ const ASKED_WITHIN_S: f64 = 6.0;
 /// The kind of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-enum Kind {
+enum NodeKind {
     Running,
     Paused,
     Suspended,
@@ -36,7 +36,7 @@ enum Kind {
     Checkpoint,
 }
 
-impl Kind {
+impl NodeKind {
     fn name(self) -> &'static str {
         match self {
             Self::Running => state_name(VmState::Running),
@@ -60,9 +60,9 @@ impl Kind {
 
 /// A VM or a checkpoint with its descendants.
 #[derive(Debug, PartialEq, Serialize)]
-struct Node {
+struct TreeNode {
     name: String,
-    kind: Kind,
+    kind: NodeKind,
     /// Memory that is freed with it, in KiB; None if it has no memory of its own.
     #[serde(skip_serializing_if = "Option::is_none")]
     private_kib: Option<u64>,
@@ -70,13 +70,13 @@ struct Node {
     shared_kib: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     age_s: Option<f64>,
-    children: Vec<Node>,
+    children: Vec<TreeNode>,
 }
 
 /// All descendants of one VM.
 #[derive(Debug, PartialEq, Serialize)]
 struct Clade {
-    root: Node,
+    root: TreeNode,
     /// Running VMs.
     vms: usize,
     checkpoints: usize,
@@ -96,7 +96,7 @@ struct Known<'a> {
 
 /// A place in the tree: a running VM by name, or an ended one.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Place {
+enum TreeParent {
     Vm(String),
     Ended(String),
 }
@@ -108,36 +108,40 @@ impl Known<'_> {
 
     /// Returns the parent's place for a node `generation` forks deep and `age_s` old. A VM of
     /// another depth, or a younger one, has only inherited the name, and is not the parent.
-    fn parent(&self, parent: &str, generation: u32, age_s: f64) -> Place {
+    fn parent(&self, parent: &str, generation: u32, age_s: f64) -> TreeParent {
         let is_it = |vm: &VmStats| vm.generation + 1 == generation && vm.age_s + ASKED_WITHIN_S >= age_s;
-        if self.vm(parent).is_some_and(is_it) { Place::Vm(parent.to_owned()) } else { Place::Ended(parent.to_owned()) }
+        if self.vm(parent).is_some_and(is_it) {
+            TreeParent::Vm(parent.to_owned())
+        } else {
+            TreeParent::Ended(parent.to_owned())
+        }
     }
 
-    fn parent_of(&self, checkpoint: &CheckpointInfo) -> Place {
+    fn parent_of(&self, checkpoint: &CheckpointInfo) -> TreeParent {
         let saved = || checkpoint.snapshot.as_ref().map(|dir| dir.display().to_string());
         match &checkpoint.vm {
             Some(vm) => self.parent(vm, checkpoint.generation, checkpoint.age_s),
-            None => Place::Ended(saved().unwrap_or_default()),
+            None => TreeParent::Ended(saved().unwrap_or_default()),
         }
     }
 
     /// Returns the children of each place, and the roots.
-    fn descent(&self) -> (BTreeMap<Place, Vec<Place>>, Vec<Place>) {
-        let mut children: BTreeMap<Place, Vec<Place>> = BTreeMap::new();
+    fn descent(&self) -> (BTreeMap<TreeParent, Vec<TreeParent>>, Vec<TreeParent>) {
+        let mut children: BTreeMap<TreeParent, Vec<TreeParent>> = BTreeMap::new();
         let mut roots = Vec::new();
         let mut ended: BTreeSet<String> = BTreeSet::new();
-        let mut todo: Vec<(Place, Option<Place>)> = self
+        let mut todo: Vec<(TreeParent, Option<TreeParent>)> = self
             .vms
             .iter()
             .map(|vm| {
                 let parent = vm.parent.as_deref().map(|parent| self.parent(parent, vm.generation, vm.age_s));
-                (Place::Vm(vm.name.clone()), parent)
+                (TreeParent::Vm(vm.name.clone()), parent)
             })
             .collect();
-        let needed: Vec<Place> = self.checkpoints.iter().map(|checkpoint| self.parent_of(checkpoint)).collect();
+        let needed: Vec<TreeParent> = self.checkpoints.iter().map(|checkpoint| self.parent_of(checkpoint)).collect();
         let mut ghosts: Vec<String> = Vec::new();
-        let note = |place: &Place, ghosts: &mut Vec<String>| {
-            if let Place::Ended(name) = place {
+        let note = |place: &TreeParent, ghosts: &mut Vec<String>| {
+            if let TreeParent::Ended(name) = place {
                 ghosts.push(name.clone());
             }
         };
@@ -149,9 +153,9 @@ impl Known<'_> {
             // The record of the ended VM has its parent.
             let record = self.ended.iter().find(|record| record.name == name);
             let parent = record.and_then(|record| Some(self.parent(record.parent.as_deref()?, record.generation, 0.0)));
-            let parent = parent.filter(|place| !matches!(place, Place::Ended(name) if ended.contains(name)));
+            let parent = parent.filter(|place| !matches!(place, TreeParent::Ended(name) if ended.contains(name)));
             parent.iter().for_each(|place| note(place, &mut ghosts));
-            todo.push((Place::Ended(name), parent));
+            todo.push((TreeParent::Ended(name), parent));
         }
         for (place, parent) in todo {
             match parent {
@@ -162,12 +166,12 @@ impl Known<'_> {
         (children, roots)
     }
 
-    fn node(&self, place: &Place, children: &BTreeMap<Place, Vec<Place>>) -> Node {
+    fn node(&self, place: &TreeParent, children: &BTreeMap<TreeParent, Vec<TreeParent>>) -> TreeNode {
         let checkpoints = self.checkpoints.iter().filter(|checkpoint| self.parent_of(checkpoint) == *place);
-        let mut below: Vec<Node> = checkpoints
-            .map(|checkpoint| Node {
+        let mut below: Vec<TreeNode> = checkpoints
+            .map(|checkpoint| TreeNode {
                 name: checkpoint.name.clone(),
-                kind: Kind::Checkpoint,
+                kind: NodeKind::Checkpoint,
                 private_kib: None,
                 shared_kib: None,
                 age_s: Some(checkpoint.age_s),
@@ -177,20 +181,20 @@ impl Known<'_> {
         below.extend(children.get(place).into_iter().flatten().map(|child| self.node(child, children)));
         below.sort_by(|one, other| by_name(&one.name, &other.name));
         match place {
-            Place::Vm(name) => {
+            TreeParent::Vm(name) => {
                 let vm = self.vm(name);
-                Node {
+                TreeNode {
                     name: name.clone(),
-                    kind: vm.map_or(Kind::Ended, |vm| Kind::of(vm.state)),
+                    kind: vm.map_or(NodeKind::Ended, |vm| NodeKind::of(vm.state)),
                     private_kib: vm.map(|vm| vm.memory.private_kib),
                     shared_kib: vm.map(|vm| pages_kib(vm.memory.pages.shared)),
                     age_s: vm.map(|vm| vm.age_s),
                     children: below,
                 }
             }
-            Place::Ended(name) => Node {
+            TreeParent::Ended(name) => TreeNode {
                 name: name.clone(),
-                kind: Kind::Ended,
+                kind: NodeKind::Ended,
                 private_kib: None,
                 shared_kib: None,
                 age_s: None,
@@ -206,14 +210,16 @@ impl Known<'_> {
         clades
     }
 
-    fn clade(&self, root: Node) -> Clade {
+    fn clade(&self, root: TreeNode) -> Clade {
         let (mut vms, mut checkpoints) = (Vec::new(), 0);
         let mut todo = vec![&root];
         while let Some(node) = todo.pop() {
             match node.kind {
-                Kind::Checkpoint => checkpoints += 1,
-                Kind::Ended => {}
-                Kind::Running | Kind::Paused | Kind::Suspended | Kind::Stopped => vms.extend(self.vm(&node.name)),
+                NodeKind::Checkpoint => checkpoints += 1,
+                NodeKind::Ended => {}
+                NodeKind::Running | NodeKind::Paused | NodeKind::Suspended | NodeKind::Stopped => {
+                    vms.extend(self.vm(&node.name))
+                }
             }
             todo.extend(&node.children);
         }
@@ -228,7 +234,7 @@ impl Known<'_> {
 
 /// Returns the rows of a node and of its descendants. `before` is drawn left of it, `beside` left
 /// of the descendants.
-fn rows(node: &Node, before: &str, beside: &str, out: &mut Vec<Vec<String>>) {
+fn rows(node: &TreeNode, before: &str, beside: &str, out: &mut Vec<Vec<String>>) {
     let size = |kib: Option<u64>| kib.map_or_else(|| "-".to_owned(), |kib| show_size(kib << 10));
     let age = node.age_s.map_or_else(|| "-".to_owned(), show_age);
     let name = format!("{before}{}", node.name);

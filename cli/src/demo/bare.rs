@@ -10,7 +10,7 @@ use clade_guests::abi::{Command, PAGE_SIZE, POLL_OPS, WORK_BASE};
 use clade_memory::GAP_START;
 
 use crate::bench::Sample;
-use crate::commands::{BARE, DemoArgs, Failure, PrivateVms, RemoteVm, Source};
+use crate::commands::{BARE, DemoArgs, DevSupervisor, Failure, KernelSource, RemoteVm};
 use crate::demo::progress;
 use clade_harness::{BareMailbox, BareVcpu, Slice, stop_writing};
 use clade_vmm::vm::VmConfig;
@@ -51,7 +51,7 @@ struct Child {
     progress: Vec<u64>,
 }
 
-pub(crate) fn run(vms: &PrivateVms, args: &DemoArgs) -> Result<BareReport, Failure> {
+pub(crate) fn run(vms: &DevSupervisor, args: &DemoArgs) -> Result<BareReport, Failure> {
     let config = VmConfig::bare(args.mem, args.cpus).map_err(Failure::input)?;
     config.check_host_memory().map_err(Failure::input)?;
     let share = args.mem.min(GAP_START).saturating_sub(WORK_BASE) / PAGE_SIZE / args.cpus;
@@ -86,7 +86,7 @@ pub(crate) fn run(vms: &PrivateVms, args: &DemoArgs) -> Result<BareReport, Failu
 }
 
 struct Demo<'a> {
-    vms: &'a PrivateVms,
+    vms: &'a DevSupervisor,
     args: &'a DemoArgs,
     slices: Vec<Slice>,
     report: BareReport,
@@ -110,7 +110,7 @@ impl Demo<'_> {
 
     fn boot(&self, config: &VmConfig) -> Result<RemoteVm, Failure> {
         let spin = progress::spinner(self.args, "booting, filling memory");
-        let vm = self.vms.boot("demo", config, Source { kernel: Path::new(BARE), initrd: None, cmdline: "" })?;
+        let vm = self.vms.boot("demo", config, KernelSource { kernel: Path::new(BARE), initrd: None, cmdline: "" })?;
         (0..self.args.cpus).try_for_each(|vcpu| BareVcpu::new(&vm, vcpu).await_ready()).map_err(Failure::run)?;
         let vcpus = || self.slices.iter().map(|slice| (slice, BareVcpu::new(&vm, slice.vcpu())));
         let mut filling = Vec::new();

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::commands::{DEFAULT_CMDLINE, DemoArgs, Failure, PrivateVms, Source, Table};
+use crate::commands::{DEFAULT_CMDLINE, DemoArgs, DevSupervisor, Failure, KernelSource, Table};
 use crate::demo::progress;
 use crate::linux_guest::LinuxGuest;
 use clade_vmm::vm::VmConfig;
@@ -81,10 +81,10 @@ fn guest(args: &DemoArgs) -> Result<Option<LinuxGuest>, Failure> {
     }
 }
 
-pub(crate) fn run(vms: &PrivateVms, args: &DemoArgs) -> Result<Option<LinuxReport>, Failure> {
+pub(crate) fn run(vms: &DevSupervisor, args: &DemoArgs) -> Result<Option<LinuxReport>, Failure> {
     let Some(guest) = guest(args)? else { return Ok(None) };
     let config = VmConfig::new(MEMORY, 1).map_err(Failure::run)?;
-    let source = Source { kernel: &guest.kernel, initrd: Some(&guest.initrd), cmdline: DEFAULT_CMDLINE };
+    let source = KernelSource { kernel: &guest.kernel, initrd: Some(&guest.initrd), cmdline: DEFAULT_CMDLINE };
     let spin = progress::spinner(args, "booting Linux");
     let begun = Instant::now();
     let parent = vms.boot("linux", &config, source)?;

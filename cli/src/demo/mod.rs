@@ -10,11 +10,11 @@ use std::io::{self, Write};
 use serde::Serialize;
 
 use crate::bench::Spread;
-use crate::commands::{DemoArgs, Failure, PrivateVms, Table, print_json};
+use crate::commands::{DemoArgs, DevSupervisor, Failure, Table, print_json};
 
 /// The demo's results.
 #[derive(Debug, Serialize)]
-struct Report {
+struct DemoReport {
     forks: usize,
     generations: usize,
     wrong_bytes: u64,
@@ -30,11 +30,11 @@ struct Report {
 }
 
 pub(crate) fn main(args: &DemoArgs) -> Result<(), Failure> {
-    let vms = PrivateVms::begin("demo")?;
+    let vms = DevSupervisor::begin("demo")?;
     let bare = bare::run(&vms, args)?;
     let linux = linux::run(&vms, args)?;
     drop(vms);
-    let report = Report {
+    let report = DemoReport {
         forks: bare.forks,
         generations: bare.generations,
         wrong_bytes: bare.wrong_bytes + linux.as_ref().map_or(0, |l| l.wrong_answers),
@@ -58,7 +58,7 @@ pub(crate) fn main(args: &DemoArgs) -> Result<(), Failure> {
     }
 }
 
-fn print(args: &DemoArgs, report: &Report) -> Result<(), Failure> {
+fn print(args: &DemoArgs, report: &DemoReport) -> Result<(), Failure> {
     let mut stdout = io::stdout();
     writeln!(stdout).map_err(Failure::run)?;
     let mut table = Table::new(["a running microVM, forked", ""]);

@@ -9,7 +9,7 @@ use super::Tally;
 use super::rig::{
     Expectation, Random, all, compare_counts, compare_memory, pairs_go_on, reads, reset_and_read, stop_and_compare,
 };
-use super::world::{ForkCosts, Image, StressVm, World};
+use super::world::{ForkCosts, StressImage, StressVm, World};
 use crate::commands::Failure;
 
 /// The longest time that a child runs before the next action.
@@ -20,7 +20,7 @@ const WHOLE: u64 = 8;
 
 /// A fork of the parent, and its expected state.
 pub(super) struct Forked {
-    pub(super) image: Image,
+    pub(super) image: StressImage,
     pub(super) expect: Expectation,
     pub(super) costs: ForkCosts,
 }
@@ -47,7 +47,7 @@ impl Checker {
         self.child(image, &expect, 0)
     }
 
-    fn child(&mut self, image: Image, expect: &Expectation, depth: u64) -> Result<(), Failure> {
+    fn child(&mut self, image: StressImage, expect: &Expectation, depth: u64) -> Result<(), Failure> {
         let world = Arc::clone(&self.world);
         let vm = world.child(&image)?;
         world.forget(image)?;

@@ -43,7 +43,7 @@ use crate::commands::{Failure, StressArgs, StressName, Table, print_json};
 
 use checker::{Checker, Forked};
 use rig::{Random, Rig};
-use world::{ForkCosts, Image, World};
+use world::{ForkCosts, StressImage, World};
 
 /// The longest queue of forks to be checked. While it is full, a fork is made but not checked.
 const WAITING: usize = 4;
@@ -159,7 +159,7 @@ impl CostSamples {
 }
 
 #[derive(Debug, Serialize)]
-struct Report {
+struct StressReport {
     seconds: f64,
     seed: u64,
     unshare: bool,
@@ -235,7 +235,7 @@ pub(crate) fn main(args: &StressArgs) -> Result<(), Failure> {
 }
 
 impl Stress<'_> {
-    fn run(&mut self, seed: u64) -> Result<Report, Failure> {
+    fn run(&mut self, seed: u64) -> Result<StressReport, Failure> {
         let whole = Duration::from_secs(self.args.seconds);
         let [least, most] = MEASURED;
         let measured = (whole / 8).clamp(least, most);
@@ -306,11 +306,11 @@ impl Stress<'_> {
             ratio_with_children: children.mib_s() / quiet.mib_s(),
         };
         let seconds = begun.elapsed().as_secs_f64();
-        Ok(Report {
+        Ok(StressReport {
             seconds,
             seed,
             unshare: !self.args.without_unshare,
-            in_process: matches!(*self.world, World::Here { .. }),
+            in_process: matches!(*self.world, World::InProcess { .. }),
             cpus: self.args.cpus,
             disk: match self.rig.policy() {
                 CachePolicy::Direct => "direct",
@@ -344,7 +344,7 @@ impl Stress<'_> {
         &mut self,
         time: Duration,
         costs: &mut CostSamples,
-        mut then: impl FnMut(&World, &Rig, Image, ForkCosts) -> Result<bool, Failure>,
+        mut then: impl FnMut(&World, &Rig, StressImage, ForkCosts) -> Result<bool, Failure>,
     ) -> Result<Stretch, Failure> {
         let beat = Duration::from_secs(1) / self.args.forks_per_second;
         let (begun, from) = (Instant::now(), self.rig.read_bytes()?);
@@ -388,7 +388,7 @@ impl Stretch {
     }
 }
 
-fn print(report: &Report) -> Result<(), Failure> {
+fn print(report: &StressReport) -> Result<(), Failure> {
     let mut table = Table::new(["DMA under forks", ""]);
     let mut row = |name: &str, value: String| table.row([name.into(), value]);
     let (t, tally) = (&report.throughput_mib_s, &report.tally);

@@ -11,7 +11,7 @@ use clade_memory::PageRange;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Tally;
-use super::world::{ForkCosts, Image, StressVm, World};
+use super::world::{ForkCosts, StressImage, StressVm, World};
 use crate::commands::{Failure, StressArgs};
 use clade_harness::{BareMailbox, BareVcpu, GuestWords, Machine};
 use clade_vmm::vm::{DiskSpec, VmConfig};
@@ -236,7 +236,7 @@ impl Rig {
         self.expect.clone()
     }
 
-    pub(super) fn fork(&self, world: &World) -> Result<(Image, ForkCosts), Failure> {
+    pub(super) fn fork(&self, world: &World) -> Result<(StressImage, ForkCosts), Failure> {
         world.fork(&self.vm)
     }
 

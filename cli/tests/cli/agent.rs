@@ -128,7 +128,7 @@ fn forks(runtime: &Runtime) {
     // A reset VM is notified as well.
     exec(runtime, &["web-2", "--", "rm", "/tmp/hook"]);
     runtime.clade(&["reset", "web-2", "--json"]).json();
-    let ready = runtime.clade(&["ready", "web-2", "--json"]).json();
+    let ready = runtime.clade(&["reidentify", "web-2", "--json"]).json();
     assert_eq!((ready["name"].as_str(), ready["hooks"][0].as_str()), (Some("web-2"), Some("10-name")), "{ready}");
     assert!(exec(runtime, &["web-2", "--", "cat", "/tmp/hook"]).stdout.starts_with("web-2 "));
     // If one is not ready, no child stays.
@@ -285,5 +285,5 @@ fn a_guest_that_talks_nonsense_is_said_to() {
     }
     fs::remove_file(&socket).unwrap();
     say_to_all(UnixListener::bind(&socket).unwrap(), b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nnonsense!");
-    runtime.clade(&["ready", "odd"]).expect_refusal("cannot be read");
+    runtime.clade(&["reidentify", "odd"]).expect_refusal("cannot be read");
 }

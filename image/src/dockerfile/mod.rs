@@ -24,7 +24,7 @@ mod tests;
 use thiserror::Error;
 
 pub use glob::{Ignore, IgnoreError, Pattern};
-pub use plan::{Action, Files, Plan, Step};
+pub use plan::{Action, BuildPlan, BuildStep, CopyFiles};
 
 /// Maximum length of a Dockerfile, and of a `.dockerignore`.
 pub const MAX_DOCKERFILE: usize = 1 << 20;

@@ -10,7 +10,7 @@ type Texts = BTreeMap<String, String>;
 
 /// Files to copy.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Files {
+pub struct CopyFiles {
     /// Paths and patterns below the build's directory.
     pub sources: Vec<String>,
     /// The absolute path in the guest. A trailing slash means a directory.
@@ -27,14 +27,14 @@ pub enum Action {
     /// A program and its arguments.
     Run(Vec<String>),
     /// Copies files.
-    Copy(Files),
+    Copy(CopyFiles),
     /// Makes a directory, which may exist already.
     MakeDir(String),
 }
 
 /// One step of a build.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Step {
+pub struct BuildStep {
     /// The line of the instruction.
     pub line: usize,
     /// Its name.
@@ -53,9 +53,9 @@ pub struct Step {
 
 /// The plan of a Dockerfile.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Plan {
+pub struct BuildPlan {
     /// The steps, in order.
-    pub steps: Vec<Step>,
+    pub steps: Vec<BuildStep>,
     /// The result's program, user, directory and variables.
     pub config: RunConfig,
 }
@@ -92,7 +92,7 @@ struct Builder<'a> {
     user: String,
     /// Whether `CMD` was set by this Dockerfile.
     has_cmd: bool,
-    steps: Vec<Step>,
+    steps: Vec<BuildStep>,
 }
 
 impl Dockerfile {
@@ -128,7 +128,7 @@ impl Dockerfile {
     ///
     /// # Errors
     /// When a variable is invalid, or a value of `given` belongs to no `ARG`.
-    pub fn plan(&self, base: &RunConfig, given: &Texts) -> Result<Plan, DockerfileError> {
+    pub fn plan(&self, base: &RunConfig, given: &Texts) -> Result<BuildPlan, DockerfileError> {
         let global = self.global(given)?;
         let known = |wanted: &String| {
             let own = self.rest.iter().filter_map(|placed| match &placed.instruction {
@@ -159,7 +159,7 @@ impl Dockerfile {
         let Builder { env, mut config, workdir, user, steps, .. } = builder;
         config.env = env.into_iter().map(|(name, value)| format!("{name}={value}")).collect();
         (config.working_dir, config.user) = (workdir, user);
-        Ok(Plan { steps, config })
+        Ok(BuildPlan { steps, config })
     }
 }
 
@@ -172,7 +172,7 @@ impl Builder<'_> {
         // ENV takes precedence over ARG.
         let mut env = self.args.clone();
         env.extend(self.env.clone());
-        self.steps.push(Step {
+        self.steps.push(BuildStep {
             line: placed.line,
             instruction: placed.name,
             text: placed.text.clone(),
@@ -239,7 +239,7 @@ impl Builder<'_> {
         Ok(())
     }
 
-    fn files(&self, copy: &Copy) -> Result<Files, String> {
+    fn files(&self, copy: &Copy) -> Result<CopyFiles, String> {
         let sources = copy.sources.iter().map(|source| self.expand(source)).collect::<Result<Vec<_>, _>>()?;
         let to = self.expand(&copy.to)?;
         // A trailing `.` means the directory itself, even without a slash.
@@ -258,6 +258,6 @@ impl Builder<'_> {
             digits.ok_or_else(|| format!("--chmod={mode}: octal digits up to 777 are wanted"))
         };
         let mode = copy.mode.as_ref().map(octal).transpose()?;
-        Ok(Files { sources, to, owner, mode })
+        Ok(CopyFiles { sources, to, owner, mode })
     }
 }

@@ -23,13 +23,13 @@ fn base() -> RunConfig {
     }
 }
 
-fn plan(text: &str) -> Plan {
+fn plan(text: &str) -> BuildPlan {
     Dockerfile::parse(text).unwrap().plan(&base(), &BTreeMap::new()).unwrap()
 }
 
 /// The programs of the `RUN` steps.
 fn programs(text: &str) -> Vec<Vec<String>> {
-    let of = |step: Step| if let Action::Run(words) = step.action { Some(words) } else { None };
+    let of = |step: BuildStep| if let Action::Run(words) = step.action { Some(words) } else { None };
     plan(text).steps.into_iter().filter_map(of).collect()
 }
 

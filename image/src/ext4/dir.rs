@@ -13,13 +13,13 @@ const DIRECTORY: u8 = 2;
 
 /// One name.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Name<'a> {
+pub(super) struct DirName<'a> {
     inode: u32,
     name: &'a [u8],
     kind: u8,
 }
 
-impl<'a> Name<'a> {
+impl<'a> DirName<'a> {
     pub(super) fn new(inode: u32, name: &'a [u8], content: &Content) -> Self {
         let kind = match content {
             Content::File { .. } => 1,
@@ -64,7 +64,7 @@ pub(super) fn blocks_of_directory<'a>(names: impl Iterator<Item = &'a [u8]>) -> 
 
 /// Writes the blocks of a directory.
 pub(super) fn write_directory(
-    names: &[Name<'_>],
+    names: &[DirName<'_>],
     mut write: impl FnMut(u32, &[u8]) -> io::Result<()>,
 ) -> io::Result<()> {
     let mut block = [0; BLOCK];

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use super::{BLOCK, DiskError, FIRST_INODE};
+use super::{BLOCK, Ext4Error, FIRST_INODE};
 
 /// Bytes of an inode.
 pub(super) const INODE_SIZE: usize = 256;
@@ -29,7 +29,7 @@ pub(super) struct Geometry {
 
 /// The blocks and inodes in use.
 #[derive(Debug)]
-pub(super) struct Used {
+pub(super) struct UsedBlocks {
     /// Number of used blocks, from the first on.
     pub(super) blocks: u64,
     /// Number of used inodes, from the first on.
@@ -38,7 +38,7 @@ pub(super) struct Used {
 }
 
 impl Geometry {
-    pub(super) fn new(content: u64, free: u64, inodes: u64, free_inodes: u64) -> Result<Self, DiskError> {
+    pub(super) fn new(content: u64, free: u64, inodes: u64, free_inodes: u64) -> Result<Self, Ext4Error> {
         let inodes = inodes + free_inodes;
         let mut groups = inodes.div_ceil(PER_GROUP).max(1);
         loop {
@@ -46,7 +46,7 @@ impl Geometry {
             let mut geometry = Self { blocks: 0, groups, inodes_per_group };
             geometry.blocks = geometry.content() + content + free;
             if geometry.blocks > MAX_BLOCKS {
-                return Err(DiskError::TooLarge { what: "blocks", found: geometry.blocks, limit: MAX_BLOCKS });
+                return Err(Ext4Error::TooLarge { what: "blocks", found: geometry.blocks, limit: MAX_BLOCKS });
             }
             let needed = geometry.blocks.div_ceil(PER_GROUP);
             if needed <= groups {
@@ -88,7 +88,7 @@ impl Geometry {
         self.inode_table(0) * BLOCK as u64 + u64::from(number - 1) * INODE_SIZE as u64
     }
 
-    pub(super) fn write(&self, used: &Used, dirs: &[u32], seed: &[u8; 32], disk: &File) -> io::Result<()> {
+    pub(super) fn write(&self, used: &UsedBlocks, dirs: &[u32], seed: &[u8; 32], disk: &File) -> io::Result<()> {
         debug_assert_eq!(dirs.len(), used.directories as usize);
         let mut dirs_of = vec![0u16; self.groups as usize];
         for inode in dirs {
@@ -117,7 +117,7 @@ impl Geometry {
         disk.write_all_at(&self.superblock(used, seed), 1024)
     }
 
-    fn superblock(&self, used: &Used, seed: &[u8; 32]) -> [u8; 1024] {
+    fn superblock(&self, used: &UsedBlocks, seed: &[u8; 32]) -> [u8; 1024] {
         let mut block = [0; 1024];
         let inodes = self.groups * self.inodes_per_group;
         put32(&mut block, 0, inodes);

@@ -25,9 +25,9 @@ use std::os::unix::fs::FileExt;
 use thiserror::Error;
 
 use crate::tree::{Content, NodeId, ROOT, Tree};
-use dir::{Name, blocks_of_directory, write_directory};
+use dir::{DirName, blocks_of_directory, write_directory};
 use inode::{Inode, MAX_EXTENTS, extent_leaves, write_leaves};
-use layout::{Geometry, Used};
+use layout::{Geometry, UsedBlocks};
 pub(crate) use xattr::{XATTR_ROOM, xattr_index, xattr_room};
 
 /// Bytes of a block.
@@ -46,7 +46,7 @@ const CHUNK: usize = 1 << 20;
 
 /// Why a tree cannot be written as a file system.
 #[derive(Debug, Error)]
-pub enum DiskError {
+pub enum Ext4Error {
     /// The disk cannot be written.
     #[error("the disk cannot be written")]
     Write(#[source] io::Error),
@@ -64,7 +64,7 @@ pub enum DiskError {
 
 /// Blocks of one node, in order: of its attributes, its content, its extents.
 #[derive(Clone, Copy, Debug, Default)]
-struct Place {
+struct NodeBlocks {
     xattr: u32,
     content: u32,
     blocks: u32,
@@ -76,12 +76,12 @@ struct Planned {
     node: NodeId,
     inode: u32,
     parent: u32,
-    place: Place,
+    place: NodeBlocks,
 }
 
 /// All nodes in a fixed order, and the positions of their blocks, counted from the first block of
 /// content.
-struct Plan {
+struct Ext4Plan {
     nodes: Vec<Planned>,
     inodes: HashMap<NodeId, u32>,
     /// Number of content blocks.
@@ -90,15 +90,15 @@ struct Plan {
     lost_found: Option<u32>,
 }
 
-fn needed(bytes: u64) -> Result<u32, DiskError> {
+fn needed(bytes: u64) -> Result<u32, Ext4Error> {
     let blocks = bytes.div_ceil(BLOCK as u64);
     let limit = u64::from(u32::MAX) >> 1;
-    let too_large = DiskError::TooLarge { what: "blocks", found: blocks, limit };
+    let too_large = Ext4Error::TooLarge { what: "blocks", found: blocks, limit };
     u32::try_from(blocks).ok().filter(|_| blocks <= limit).ok_or(too_large)
 }
 
-impl Plan {
-    fn new(tree: &Tree) -> Result<Self, DiskError> {
+impl Ext4Plan {
+    fn new(tree: &Tree) -> Result<Self, Ext4Error> {
         let own = tree.names(ROOT).is_none_or(|names| !names.contains_key(LOST_FOUND));
         let mut plan = Self {
             nodes: Vec::new(),
@@ -128,13 +128,13 @@ impl Plan {
         Ok(plan)
     }
 
-    fn take(&mut self, blocks: u32) -> Result<u32, DiskError> {
+    fn take(&mut self, blocks: u32) -> Result<u32, Ext4Error> {
         let first = self.blocks;
         self.blocks = needed((u64::from(first) + u64::from(blocks)) * BLOCK as u64)?;
         Ok(first)
     }
 
-    fn place(&mut self, tree: &Tree, id: NodeId) -> Result<Place, DiskError> {
+    fn place(&mut self, tree: &Tree, id: NodeId) -> Result<NodeBlocks, Ext4Error> {
         let node = tree.node(id);
         let xattr = if node.meta.xattrs.is_empty() { 0 } else { self.take(1)? };
         let blocks = match &node.content {
@@ -150,44 +150,44 @@ impl Plan {
         let leaves = extent_leaves(blocks);
         if leaves > MAX_EXTENTS {
             let limit = u64::from(MAX_EXTENTS) * inode::LEAF_BLOCKS;
-            return Err(DiskError::TooLarge { what: "a file with blocks", found: u64::from(blocks), limit });
+            return Err(Ext4Error::TooLarge { what: "a file with blocks", found: u64::from(blocks), limit });
         }
         let content = self.take(blocks)?;
         let leaves_at = self.take(leaves)?;
         debug_assert_eq!(leaves_at, content + blocks);
-        Ok(Place { xattr, content, blocks, leaves })
+        Ok(NodeBlocks { xattr, content, blocks, leaves })
     }
 }
 
 /// Writes the file system. `spool` has the content of files. Returns the length of the disk.
-pub(crate) fn write(tree: &Tree, spool: &File, seed: &[u8; 32], free: u64, disk: &File) -> Result<u64, DiskError> {
-    let plan = Plan::new(tree)?;
+pub(crate) fn write(tree: &Tree, spool: &File, seed: &[u8; 32], free: u64, disk: &File) -> Result<u64, Ext4Error> {
+    let plan = Ext4Plan::new(tree)?;
     let inodes = plan.inodes.len() as u64 + u64::from(FIRST_INODE);
     let geometry = Geometry::new(u64::from(plan.blocks), free / BLOCK as u64, inodes, free / BYTES_PER_INODE)?;
     let bytes = geometry.blocks() * BLOCK as u64;
-    let writer = Writer { tree, plan: &plan, geometry: &geometry, spool, disk };
-    disk.set_len(bytes).map_err(DiskError::Write)?;
-    writer.nodes().map_err(DiskError::Write)?;
-    let used = Used {
+    let writer = Ext4Writer { tree, plan: &plan, geometry: &geometry, spool, disk };
+    disk.set_len(bytes).map_err(Ext4Error::Write)?;
+    writer.nodes().map_err(Ext4Error::Write)?;
+    let used = UsedBlocks {
         blocks: geometry.content() + u64::from(plan.blocks),
         inodes: FIRST_INODE - 1 + u32::from(plan.lost_found.is_some()) + plan.inodes.len() as u32 - 1,
         directories: plan.directories,
     };
     // Directories may be anywhere; the per-group counts attribute each to the group of its inode.
     let dirs = writer.directories();
-    geometry.write(&used, &dirs, seed, disk).map_err(DiskError::Write)?;
+    geometry.write(&used, &dirs, seed, disk).map_err(Ext4Error::Write)?;
     Ok(bytes)
 }
 
-struct Writer<'a> {
+struct Ext4Writer<'a> {
     tree: &'a Tree,
-    plan: &'a Plan,
+    plan: &'a Ext4Plan,
     geometry: &'a Geometry,
     spool: &'a File,
     disk: &'a File,
 }
 
-impl Writer<'_> {
+impl Ext4Writer<'_> {
     fn at(&self, block: u32) -> u32 {
         // The geometry has room for all of the plan's blocks.
         (self.geometry.content() + u64::from(block)) as u32
@@ -205,7 +205,7 @@ impl Writer<'_> {
     fn nodes(&self) -> io::Result<()> {
         if let Some(number) = self.plan.lost_found {
             let block = self.at(0);
-            let names = [Name::dot(number), Name::dot_dot(ROOT_INODE)];
+            let names = [DirName::dot(number), DirName::dot_dot(ROOT_INODE)];
             write_directory(&names, |index, bytes| self.write_block(block + index, bytes))?;
             self.write_inode(number, &Inode::directory(0o700, 2, block, 1))?;
         }
@@ -219,16 +219,16 @@ impl Writer<'_> {
         let mut inode = Inode::new(&node.meta);
         match &node.content {
             Content::Dir(names) => {
-                let mut list = vec![Name::dot(planned.inode), Name::dot_dot(planned.parent)];
+                let mut list = vec![DirName::dot(planned.inode), DirName::dot_dot(planned.parent)];
                 let mut subdirectories = 0;
                 for (name, entry) in names {
                     let content = &self.tree.node(entry.node).content;
                     subdirectories += u32::from(matches!(content, Content::Dir(_)));
-                    list.push(Name::new(self.plan.inodes[&entry.node], name, content));
+                    list.push(DirName::new(self.plan.inodes[&entry.node], name, content));
                 }
                 if let Some(number) = self.plan.lost_found.filter(|_| planned.node == ROOT) {
                     subdirectories += 1;
-                    list.push(Name::new_directory(number, LOST_FOUND));
+                    list.push(DirName::new_directory(number, LOST_FOUND));
                 }
                 write_directory(&list, |index, bytes| self.write_block(first + index, bytes))?;
                 inode.set_directory(subdirectories + 2);

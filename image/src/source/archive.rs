@@ -9,11 +9,11 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::{Source, SourceError, missing};
+use super::{ImageSource, SourceError, missing};
 use crate::digest::Digest;
 use crate::limits::MAX_DOCUMENT;
-use crate::manifest::{Descriptor, ImageConfig, Manifest, ManifestError};
-use crate::tar::{Kind, TarReader, shown};
+use crate::manifest::{Descriptor, ImageConfig, ImageManifest, ManifestError};
+use crate::tar::{TarKind, TarReader, shown};
 
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 /// Maximum number of files in an archive.
@@ -23,14 +23,14 @@ const MAX_LINKS: usize = 8;
 
 /// Position of content in the archive.
 #[derive(Clone, Copy, Debug)]
-struct Range {
+struct ArchiveRange {
     offset: u64,
     size: u64,
 }
 
 #[derive(Debug)]
-enum Member {
-    File(Range),
+enum ArchiveMember {
+    File(ArchiveRange),
     Link(Vec<u8>),
 }
 
@@ -40,12 +40,12 @@ pub(super) struct Archive {
     path: PathBuf,
     file: File,
     manifest: (Descriptor, Vec<u8>),
-    blobs: HashMap<Digest, Range>,
+    blobs: HashMap<Digest, ArchiveRange>,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Saved {
+struct DockerManifest {
     config: String,
     layers: Vec<String>,
 }
@@ -66,7 +66,7 @@ fn normal(path: &[u8]) -> Option<Vec<u8>> {
 /// A range of a file.
 struct RangeReader<'a> {
     file: &'a File,
-    range: Range,
+    range: ArchiveRange,
 }
 
 impl Read for RangeReader<'_> {
@@ -92,7 +92,7 @@ impl Archive {
             let range = find(&members, name.as_bytes());
             range.ok_or_else(|| SourceError::Missing(path.to_owned(), shown(name.as_bytes())))
         };
-        let document = |range: Range, what: &str| -> Result<Vec<u8>, SourceError> {
+        let document = |range: ArchiveRange, what: &str| -> Result<Vec<u8>, SourceError> {
             if range.size > MAX_DOCUMENT {
                 return Err(ManifestError::TooLong { what: what.to_owned(), found: range.size }.into());
             }
@@ -101,7 +101,7 @@ impl Archive {
             Ok(bytes)
         };
         let bytes = document(find("manifest.json")?, "manifest.json")?;
-        let saved: Result<Vec<Saved>, _> = serde_json::from_slice(&bytes);
+        let saved: Result<Vec<DockerManifest>, _> = serde_json::from_slice(&bytes);
         let saved = saved.map_err(|source| ManifestError::Json { what: "manifest.json".to_owned(), source })?;
         let [saved] = &saved[..] else {
             let (place, found) = (path.display().to_string(), format!("{} images", saved.len()));
@@ -121,12 +121,12 @@ impl Archive {
             blobs.insert(digest.clone(), range);
             layers.push(Descriptor { digest, size: range.size, ..Descriptor::of(LAYER, b"") });
         }
-        let manifest = Manifest::of(&config, layers).to_bytes();
+        let manifest = ImageManifest::of(&config, layers).to_bytes();
         Ok(Self { path: path.to_owned(), file, manifest, blobs })
     }
 }
 
-fn members(path: &Path, file: &File) -> Result<HashMap<Vec<u8>, Member>, SourceError> {
+fn members(path: &Path, file: &File) -> Result<HashMap<Vec<u8>, ArchiveMember>, SourceError> {
     let refused = |source| SourceError::Archive(path.to_owned(), source);
     let failed = |source| SourceError::File { path: path.to_owned(), source };
     let length = file.metadata().map_err(failed)?.len();
@@ -136,20 +136,20 @@ fn members(path: &Path, file: &File) -> Result<HashMap<Vec<u8>, Member>, SourceE
         let mut at = file;
         let offset = at.stream_position().map_err(failed)?;
         let member = match header.kind {
-            Kind::File if offset.checked_add(header.size).is_none_or(|end| end > length) => {
+            TarKind::File if offset.checked_add(header.size).is_none_or(|end| end > length) => {
                 return Err(refused(crate::tar::TarError::Truncated(shown(&header.path))));
             }
-            Kind::File => {
+            TarKind::File => {
                 // Skips the content of layers.
                 at.seek_relative(i64::try_from(header.size).unwrap_or_default()).map_err(failed)?;
                 archive.content_was_skipped();
-                Member::File(Range { offset, size: header.size })
+                ArchiveMember::File(ArchiveRange { offset, size: header.size })
             }
-            Kind::Symlink => {
+            TarKind::Symlink => {
                 let parent = header.path.iter().rposition(|byte| *byte == b'/').map_or(0, |at| at + 1);
-                Member::Link([&header.path[..parent], &header.link].concat())
+                ArchiveMember::Link([&header.path[..parent], &header.link].concat())
             }
-            Kind::HardLink => Member::Link(header.link),
+            TarKind::HardLink => ArchiveMember::Link(header.link),
             _ => continue,
         };
         if let Some(name) = normal(&header.path) {
@@ -163,18 +163,18 @@ fn members(path: &Path, file: &File) -> Result<HashMap<Vec<u8>, Member>, SourceE
     Ok(members)
 }
 
-fn find(members: &HashMap<Vec<u8>, Member>, name: &[u8]) -> Option<Range> {
+fn find(members: &HashMap<Vec<u8>, ArchiveMember>, name: &[u8]) -> Option<ArchiveRange> {
     let mut name = normal(name)?;
     for _ in 0..MAX_LINKS {
         match members.get(&name)? {
-            Member::File(range) => return Some(*range),
-            Member::Link(next) => name = normal(next)?,
+            ArchiveMember::File(range) => return Some(*range),
+            ArchiveMember::Link(next) => name = normal(next)?,
         }
     }
     None
 }
 
-impl Source for Archive {
+impl ImageSource for Archive {
     fn root(&mut self) -> Result<(Descriptor, Vec<u8>), SourceError> {
         Ok(self.manifest.clone())
     }

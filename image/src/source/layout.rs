@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 
-use super::{Source, SourceError, listed};
+use super::{ImageSource, SourceError, listed};
 use crate::limits::MAX_DOCUMENT;
 use crate::manifest::{Descriptor, Document, ManifestError, document};
 
@@ -15,14 +15,14 @@ const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
 /// A layout's directory.
 #[derive(Debug)]
-pub(super) struct Layout {
+pub(super) struct OciLayout {
     dir: PathBuf,
     /// The directory, out of which paths cannot lead.
     handle: File,
     tag: Option<String>,
 }
 
-impl Layout {
+impl OciLayout {
     pub(super) fn open(dir: &Path, tag: Option<&str>) -> Result<Self, SourceError> {
         let handle = File::open(dir).map_err(|source| SourceError::File { path: dir.to_owned(), source })?;
         let layout = Self { dir: dir.to_owned(), handle, tag: tag.map(str::to_owned) };
@@ -60,7 +60,7 @@ impl Layout {
     }
 }
 
-impl Source for Layout {
+impl ImageSource for OciLayout {
     fn root(&mut self) -> Result<(Descriptor, Vec<u8>), SourceError> {
         let bytes = self.read("index.json")?;
         let Document::Index(manifests) = document(INDEX, &bytes)? else {

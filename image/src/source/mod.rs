@@ -127,7 +127,7 @@ pub enum SourceError {
 }
 
 /// A source of content.
-pub(crate) trait Source {
+pub(crate) trait ImageSource {
     /// The document of the reference: an index or a manifest. The descriptor is that of the
     /// received bytes.
     fn root(&mut self) -> Result<(Descriptor, Vec<u8>), SourceError>;
@@ -138,9 +138,9 @@ pub(crate) trait Source {
 }
 
 /// Opens the source of a reference.
-pub(crate) fn open(reference: &Reference, options: &PullOptions) -> Result<Box<dyn Source>, SourceError> {
+pub(crate) fn open(reference: &Reference, options: &PullOptions) -> Result<Box<dyn ImageSource>, SourceError> {
     Ok(match reference {
-        Reference::Layout { dir, tag } => Box::new(layout::Layout::open(dir, tag.as_deref())?),
+        Reference::Layout { dir, tag } => Box::new(layout::OciLayout::open(dir, tag.as_deref())?),
         Reference::Archive { file } => Box::new(archive::Archive::open(file)?),
         Reference::Registry { host, name, version } => {
             let is_loopback = reference.is_loopback();

@@ -17,7 +17,7 @@ use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::{Agent, Body, ResponseExt};
 
 use super::stall::Stalling;
-use super::{Source, SourceError};
+use super::{ImageSource, SourceError};
 use crate::credentials::Credentials;
 use crate::digest::{Digest, DigestError};
 use crate::limits::MAX_DOCUMENT;
@@ -278,7 +278,7 @@ impl Challenge {
     }
 }
 
-impl Source for Registry {
+impl ImageSource for Registry {
     fn root(&mut self) -> Result<(Descriptor, Vec<u8>), SourceError> {
         let path = format!("manifests/{}", self.version);
         let answer = self.get(&path, &accepted())?;

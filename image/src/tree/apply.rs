@@ -10,7 +10,7 @@ use super::walk::parts;
 use super::{Content, Dirent, LayerError, Meta, Node, NodeId, ROOT, Tree};
 use crate::ext4::{XATTR_ROOM, xattr_index, xattr_room};
 use crate::limits::{Bounded, MAX_LINKS, MAX_PATH};
-use crate::tar::{Header, Kind, TarReader, shown};
+use crate::tar::{TarHeader, TarKind, TarReader, shown};
 
 const WHITEOUT: &[u8] = b".wh.";
 /// Hides all entries of the lower layers in its directory.
@@ -35,7 +35,7 @@ impl Spool {
         &self.file
     }
 
-    fn take<R: Read>(&mut self, header: &Header, archive: &mut TarReader<R>) -> Result<Content, LayerError> {
+    fn take<R: Read>(&mut self, header: &TarHeader, archive: &mut TarReader<R>) -> Result<Content, LayerError> {
         let offset = self.end;
         let failed = |source| LayerError::Spool { path: shown(&header.path), source };
         self.file.seek(std::io::SeekFrom::Start(offset)).map_err(failed)?;
@@ -59,7 +59,7 @@ pub(crate) struct Layer {
     whiteouts: Vec<Vec<u8>>,
     /// Paths of directories whose lower entries are all hidden.
     opaque: Vec<Vec<u8>>,
-    entries: Vec<(Header, Option<Content>)>,
+    entries: Vec<(TarHeader, Option<Content>)>,
     /// Number of attributes left out, and of files of AUFS.
     pub(crate) skipped: u64,
 }
@@ -85,7 +85,7 @@ impl Layer {
     /// A layer of headers with empty files.
     #[cfg(test)]
     pub(super) fn of<R: Read>(
-        headers: impl Iterator<Item = Header>,
+        headers: impl Iterator<Item = TarHeader>,
         spool: &mut Spool,
         archive: &mut TarReader<R>,
     ) -> Result<Self, LayerError> {
@@ -98,7 +98,7 @@ impl Layer {
 
     fn take<R: Read>(
         &mut self,
-        mut header: Header,
+        mut header: TarHeader,
         spool: &mut Spool,
         archive: &mut TarReader<R>,
     ) -> Result<(), LayerError> {
@@ -125,22 +125,22 @@ impl Layer {
         self.check_link(&header)?;
         self.skipped += sort_xattrs(&mut header)?;
         let content = match header.kind {
-            Kind::File => Some(spool.take(&header, archive)?),
+            TarKind::File => Some(spool.take(&header, archive)?),
             _ => None,
         };
         self.entries.push((header, content));
         Ok(())
     }
 
-    fn check_link(&self, header: &Header) -> Result<(), LayerError> {
+    fn check_link(&self, header: &TarHeader) -> Result<(), LayerError> {
         match header.kind {
-            Kind::Symlink if header.link.is_empty() || header.link.contains(&0) => {
+            TarKind::Symlink if header.link.is_empty() || header.link.contains(&0) => {
                 Err(LayerError::Name(shown(&header.link)))
             }
-            Kind::Symlink if header.link.len() >= MAX_PATH => {
+            TarKind::Symlink if header.link.len() >= MAX_PATH => {
                 Err(LayerError::TooLong { path: shown(&header.path), what: "target", limit: MAX_PATH - 1 })
             }
-            Kind::HardLink => parts(&header.link).map(drop),
+            TarKind::HardLink => parts(&header.link).map(drop),
             _ => Ok(()),
         }
     }
@@ -152,7 +152,7 @@ fn join(parts: &[&[u8]]) -> Vec<u8> {
 
 /// Keeps the image's own attributes: those of users, and the capabilities of programs. The others
 /// belong to the system on which the layer was made. Returns the number of these.
-fn sort_xattrs(header: &mut Header) -> Result<u64, LayerError> {
+fn sort_xattrs(header: &mut TarHeader) -> Result<u64, LayerError> {
     let before = header.xattrs.len();
     header.xattrs.retain(|(name, _)| xattr_index(name).is_some());
     header.xattrs.sort();
@@ -184,13 +184,13 @@ impl Tree {
         layer.entries.into_iter().try_for_each(|(header, content)| self.put(header, content, number))
     }
 
-    fn put(&mut self, header: Header, content: Option<Content>, layer: usize) -> Result<(), LayerError> {
+    fn put(&mut self, header: TarHeader, content: Option<Content>, layer: usize) -> Result<(), LayerError> {
         let path = header.path.clone();
         let named = parts(&path)?;
         let meta = |xattrs| Meta { mode: header.mode, uid: header.uid, gid: header.gid, mtime: header.mtime, xattrs };
         let Some((name, above)) = named.split_last() else {
             // An entry for the root itself.
-            if header.kind != Kind::Dir {
+            if header.kind != TarKind::Dir {
                 return Err(LayerError::NotADirectory { path: shown(&path), part: shown(b"/") });
             }
             self.node_mut(ROOT).meta = meta(header.xattrs);
@@ -202,7 +202,7 @@ impl Tree {
         let there = self.names(dir).and_then(|names| names.get(*name)).copied();
         let there_is_dir = there.is_some_and(|there| self.names(there.node).is_some());
         if let Some(there) = there {
-            if there_is_dir && header.kind == Kind::Dir {
+            if there_is_dir && header.kind == TarKind::Dir {
                 self.node_mut(there.node).meta = meta(header.xattrs);
                 self.enter(dir, name, Dirent { layer, ..there });
                 return Ok(());
@@ -212,7 +212,7 @@ impl Tree {
             }
         }
         let node = match header.kind {
-            Kind::HardLink => {
+            TarKind::HardLink => {
                 let target = self.link_target(&header)?;
                 // Before the replaced node is removed, which may be the target or contain it.
                 self.node_mut(target).links += 1;
@@ -237,7 +237,7 @@ impl Tree {
     }
 
     /// The file that a hard link refers to. A symbolic link as the last component is not followed.
-    fn link_target(&mut self, header: &Header) -> Result<NodeId, LayerError> {
+    fn link_target(&mut self, header: &TarHeader) -> Result<NodeId, LayerError> {
         let missing = || LayerError::HardLink { path: shown(&header.path), target: shown(&header.link) };
         let named = parts(&header.link)?;
         let (name, above) = named.split_last().ok_or_else(missing)?;
@@ -256,13 +256,13 @@ fn split(path: &[u8]) -> Vec<&[u8]> {
     path.split(|byte| *byte == b'/').filter(|part| !part.is_empty()).collect()
 }
 
-fn other_content(header: &Header) -> Content {
+fn other_content(header: &TarHeader) -> Content {
     match header.kind {
-        Kind::Dir => Content::Dir(BTreeMap::new()),
-        Kind::Symlink => Content::Symlink(header.link.as_slice().into()),
-        Kind::Char(major, minor) => Content::Char(major, minor),
-        Kind::Block(major, minor) => Content::Block(major, minor),
-        Kind::Fifo => Content::Fifo,
-        Kind::File | Kind::HardLink => Content::File { offset: 0, size: 0 },
+        TarKind::Dir => Content::Dir(BTreeMap::new()),
+        TarKind::Symlink => Content::Symlink(header.link.as_slice().into()),
+        TarKind::Char(major, minor) => Content::Char(major, minor),
+        TarKind::Block(major, minor) => Content::Block(major, minor),
+        TarKind::Fifo => Content::Fifo,
+        TarKind::File | TarKind::HardLink => Content::File { offset: 0, size: 0 },
     }
 }

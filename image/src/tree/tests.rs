@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::tar::{Header, Kind, TarReader};
+use crate::tar::{TarHeader, TarKind, TarReader};
 
 /// The kind of a model's entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -189,8 +189,8 @@ enum Op {
 }
 
 impl Op {
-    fn header(&self) -> Header {
-        let entry = |path: &str, kind, link: &str, uid| Header {
+    fn header(&self) -> TarHeader {
+        let entry = |path: &str, kind, link: &str, uid| TarHeader {
             path: path.into(),
             link: link.into(),
             kind,
@@ -202,15 +202,15 @@ impl Op {
             xattrs: Vec::new(),
         };
         match self {
-            Self::Dir(path, uid) => entry(path, Kind::Dir, "", *uid),
-            Self::File(path, uid) => entry(path, Kind::File, "", *uid),
-            Self::Link(path, target, uid) => entry(path, Kind::Symlink, target, *uid),
-            Self::Hard(path, target) => entry(path, Kind::HardLink, target, 0),
+            Self::Dir(path, uid) => entry(path, TarKind::Dir, "", *uid),
+            Self::File(path, uid) => entry(path, TarKind::File, "", *uid),
+            Self::Link(path, target, uid) => entry(path, TarKind::Symlink, target, *uid),
+            Self::Hard(path, target) => entry(path, TarKind::HardLink, target, 0),
             Self::Whiteout(path) => {
                 let (above, name) = path.rsplit_once('/').unwrap_or((".", path));
-                entry(&format!("{above}/.wh.{name}"), Kind::File, "", 0)
+                entry(&format!("{above}/.wh.{name}"), TarKind::File, "", 0)
             }
-            Self::Opaque(path) => entry(&format!("{path}/.wh..wh..opq"), Kind::File, "", 0),
+            Self::Opaque(path) => entry(&format!("{path}/.wh..wh..opq"), TarKind::File, "", 0),
         }
     }
 }

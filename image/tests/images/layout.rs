@@ -6,7 +6,7 @@ use std::io::Write;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 
-use clade_image::{Digest, Image, PullError, PullOptions, Reference, Store};
+use clade_image::{Digest, Image, ImageStore, PullError, PullOptions, Reference};
 use serde_json::{Value, json};
 
 pub(crate) const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
@@ -135,7 +135,7 @@ pub(crate) fn plain(bytes: Vec<u8>) -> Packed {
 #[derive(Debug)]
 pub(crate) struct Rig {
     dir: tempfile::TempDir,
-    store: Store,
+    store: ImageStore,
 }
 
 impl Rig {
@@ -147,7 +147,7 @@ impl Rig {
         fs::create_dir_all(at("canary/etc")).unwrap();
         fs::write(at("canary/etc/passwd"), "canary").unwrap();
         symlink("etc", at("canary/link")).unwrap();
-        let store = Store::open(&at("store")).unwrap();
+        let store = ImageStore::open(&at("store")).unwrap();
         Self { dir, store }
     }
 
@@ -155,7 +155,7 @@ impl Rig {
         self.dir.path().join(name)
     }
 
-    pub(crate) fn store(&self) -> &Store {
+    pub(crate) fn store(&self) -> &ImageStore {
         &self.store
     }
 

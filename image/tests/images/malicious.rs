@@ -4,7 +4,7 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 
-use clade_image::{Digest, Limits, PullOptions};
+use clade_image::{Digest, ImageLimits, PullOptions};
 use serde_json::{Value, json};
 
 use crate::layout::{Head, INDEX, LAYER, MANIFEST, Packed, Rig, Tar, chain, gzip, head, plain};
@@ -203,7 +203,8 @@ fn bombs_are_refused_before_they_are_unpacked() {
     let zeros = vec![0; 80 << 20];
     let tar = Tar::default().file("zeros", &zeros).end();
     let zstd = zstd::encode_all(&tar[..], 1).unwrap();
-    let small = PullOptions { limits: Limits { bytes: 1 << 20, ..Limits::default() }, ..PullOptions::default() };
+    let small =
+        PullOptions { limits: ImageLimits { bytes: 1 << 20, ..ImageLimits::default() }, ..PullOptions::default() };
     for layer in [packed(gzip(&tar), "+gzip", &tar), packed(zstd, "+zstd", &tar)] {
         let rig = Rig::new();
         rig.image(std::slice::from_ref(&layer));
@@ -219,7 +220,7 @@ fn bombs_are_refused_before_they_are_unpacked() {
     let many = zstd::encode_all(std::io::Cursor::new(entry.repeat(300_000)), 1).unwrap();
     let rig = Rig::new();
     rig.image(&[packed(many.repeat(4), "+zstd", b"is not read to its end")]);
-    let limits = Limits { ratio: u64::MAX, ..Limits::default() };
+    let limits = ImageLimits { ratio: u64::MAX, ..ImageLimits::default() };
     let text = chain(&rig.pull_alone(&PullOptions { limits, ..PullOptions::default() }).unwrap_err());
     assert!(text.contains("more than 1000000 entries"), "{text}");
 }

@@ -162,7 +162,7 @@ fn a_file_may_have_more_extents_than_an_inode_has_room_for() {
         diff_id: Digest::of(&tar),
     }]);
     drop(tar);
-    let limits = clade_image::Limits { ratio: u64::MAX, ..Default::default() };
+    let limits = clade_image::ImageLimits { ratio: u64::MAX, ..Default::default() };
     let image = rig.pull(&clade_image::PullOptions { limits, ..Default::default() }).unwrap();
     let disk = rig.store().disk(&image.digest);
     check(&disk);

@@ -14,18 +14,18 @@ use clade_daemon::control::{
 };
 use clade_daemon::jail::Confinement;
 use clade_e2b::{Draft, Template, TemplateSpec, TemplateStore, check_template_name};
-use clade_image::{Action, Step};
+use clade_image::{Action, BuildStep};
 use hyper::Method;
 use tokio::task::spawn_blocking;
 
 use super::copy::copy;
-use super::guest::{Guest, Program, Started, described};
+use super::guest::{BuildGuest, GuestProgram, StartedProgram, described};
 use super::recipe::{Recipe, of_step, shell};
-use super::{BuildArgs, Shown, drop_checkpoint, failure as store_failure};
+use super::{BuildArgs, TemplateInfo, drop_checkpoint, failure as store_failure};
 use crate::commands::args::RunArgs;
 use crate::commands::image::open_store;
 use crate::commands::image_vm::{ImageVm, Tools};
-use crate::commands::image_warm::{TRIAL_TIMEOUT, try_child};
+use crate::commands::oci_template::{TRIAL_TIMEOUT, try_child};
 use crate::commands::remote::failure;
 use crate::commands::run::{request, say, with_runtime};
 use crate::commands::serve::ensure;
@@ -103,7 +103,7 @@ pub(super) fn main(args: &BuildArgs, store: &TemplateStore) -> Outcome {
     let Some(template) = done else { return Ok(()) };
     if args.json {
         let id = template.id.clone();
-        return print_json(&Shown::new(store, template, &[id])).map_err(Failure::run);
+        return print_json(&TemplateInfo::new(store, template, &[id])).map_err(Failure::run);
     }
     writeln!(io::stdout(), "{}", template.id).map_err(Failure::run)
 }
@@ -121,7 +121,7 @@ impl Build<'_> {
     async fn run(&self) -> Result<Template, Failure> {
         let begun = Instant::now();
         let vm: VmInfo = self.client.supervisor(Method::POST, "/v1/vms", Some(self.boot)).await.map_err(failure)?;
-        let guest = Guest::of(&self.client, &vm).await?;
+        let guest = BuildGuest::of(&self.client, &vm).await?;
         say!("{} is booted after {:.1} s", self.recipe.image.digest, begun.elapsed().as_secs_f64());
         // Working directories of images are made on demand.
         for dir in [self.recipe.image.config.working_dir.as_str()].iter().filter(|dir| !dir.is_empty()) {
@@ -145,11 +145,11 @@ impl Build<'_> {
         Ok(template)
     }
 
-    async fn step(&self, guest: &Guest, step: &Step) -> Result<(), Failure> {
+    async fn step(&self, guest: &BuildGuest, step: &BuildStep) -> Result<(), Failure> {
         match (&step.action, &self.recipe.context) {
             (Action::Run(argv), _) => {
                 let (env, workdir, user) = (&step.env, Some(step.workdir.as_str()), step.user.as_str());
-                guest.run(Program { argv, env, workdir, user }).await
+                guest.run(GuestProgram { argv, env, workdir, user }).await
             }
             (Action::MakeDir(dir), _) => guest.make_dir(dir).await.map(drop),
             (Action::Copy(files), Some(context)) => copy(guest, context, files).await,
@@ -158,11 +158,11 @@ impl Build<'_> {
         }
     }
 
-    fn program<'a>(&'a self, argv: &'a [String]) -> Program<'a> {
-        Program { argv, env: &self.recipe.env, workdir: self.recipe.workdir(), user: self.recipe.user() }
+    fn program<'a>(&'a self, argv: &'a [String]) -> GuestProgram<'a> {
+        GuestProgram { argv, env: &self.recipe.env, workdir: self.recipe.workdir(), user: self.recipe.user() }
     }
 
-    async fn start(&self, guest: &Guest) -> Result<Option<Started>, Failure> {
+    async fn start(&self, guest: &BuildGuest) -> Result<Option<StartedProgram>, Failure> {
         let start = &self.recipe.start;
         if start.is_empty() {
             return Ok(None);
@@ -172,12 +172,12 @@ impl Build<'_> {
     }
 
     /// Runs the ready command until it succeeds. The started program must not have failed by then.
-    async fn await_ready(&self, guest: &Guest, mut started: Option<Started>) -> Result<(), Failure> {
+    async fn await_ready(&self, guest: &BuildGuest, mut started: Option<StartedProgram>) -> Result<(), Failure> {
         let Some(ready) = &self.args.ready_cmd else { return Ok(()) };
         let (argv, begun, limit) = (shell(ready), Instant::now(), self.args.ready_timeout.unwrap_or(READY_TIMEOUT));
         let mut last = "it has not ended".to_owned();
         loop {
-            if let Some(Started { tail, .. }) = &started {
+            if let Some(StartedProgram { tail, .. }) = &started {
                 let tail = tail.clone();
                 let end = match &mut started {
                     Some(started) => started.end().await,
@@ -215,7 +215,7 @@ impl Build<'_> {
 
     /// Takes the checkpoint and the snapshot, both of one instant, and publishes them as the
     /// template.
-    async fn keep(&self, guest: &Guest) -> Result<Template, Failure> {
+    async fn keep(&self, guest: &BuildGuest) -> Result<Template, Failure> {
         let (store, name, id) = (self.store.clone(), self.args.name.clone(), self.id.clone());
         let draft: Result<Draft, _> = spawn_blocking(move || store.draft(&name, &id)).await.map_err(Failure::run)?;
         let draft = draft.map_err(store_failure)?;

@@ -17,7 +17,7 @@ const MAX_DEPTH: usize = 128;
 
 /// The kind of an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum ContextKind {
     File,
     Dir,
     /// A link, and its target.
@@ -26,22 +26,22 @@ pub(super) enum Kind {
 
 /// An entry of a source.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Entry {
+pub(super) struct ContextEntry {
     /// Its path.
     pub(super) path: PathBuf,
     /// Its path below the source; empty for the source itself.
     pub(super) below: String,
-    pub(super) kind: Kind,
+    pub(super) kind: ContextKind,
 }
 
 /// A source named by a word of `COPY`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Source {
+pub(super) struct ContextSource {
     /// Its last name; empty for the directory itself.
     pub(super) name: String,
     pub(super) is_dir: bool,
     /// Its entries, each directory before its contents.
-    pub(super) entries: Vec<Entry>,
+    pub(super) entries: Vec<ContextEntry>,
 }
 
 /// The directory of a build.
@@ -76,7 +76,7 @@ impl BuildContext {
     }
 
     /// Returns the sources of a word of `COPY`: one path, or the matches of a pattern.
-    pub(super) fn sources(&self, word: &str) -> Result<Vec<Source>, Failure> {
+    pub(super) fn sources(&self, word: &str) -> Result<Vec<ContextSource>, Failure> {
         let pattern = Pattern::parse(word).map_err(Failure::input)?;
         let found = match pattern.path() {
             Some(path) => vec![path],
@@ -129,7 +129,7 @@ impl BuildContext {
         Ok(())
     }
 
-    fn source(&self, path: &str) -> Result<Source, Failure> {
+    fn source(&self, path: &str) -> Result<ContextSource, Failure> {
         let given = self.root.join(path);
         // The target of a link on the way has to be in the directory, too.
         let real = given.canonicalize().map_err(named(&given))?;
@@ -141,11 +141,11 @@ impl BuildContext {
         if entries.is_empty() {
             return Err(Failure::input(anyhow!("{path:?} is left out by {IGNORE_FILE}")));
         }
-        Ok(Source { name: path.rsplit('/').next().unwrap_or_default().to_owned(), is_dir, entries })
+        Ok(ContextSource { name: path.rsplit('/').next().unwrap_or_default().to_owned(), is_dir, entries })
     }
 
     /// Adds an entry with its contents. `root` is the source.
-    fn walk(&self, root: &str, (path, depth): (&str, usize), all: &mut Vec<Entry>) -> Result<(), Failure> {
+    fn walk(&self, root: &str, (path, depth): (&str, usize), all: &mut Vec<ContextEntry>) -> Result<(), Failure> {
         let is_left_out = !path.is_empty() && self.ignore.leaves_out(path);
         if is_left_out && !self.ignore.has_exceptions() {
             return Ok(());
@@ -156,20 +156,22 @@ impl BuildContext {
         let place = self.root.join(path);
         let found = place.symlink_metadata().map_err(named(&place))?.file_type();
         let kind = if found.is_dir() {
-            Kind::Dir
+            ContextKind::Dir
         } else if found.is_file() {
-            Kind::File
+            ContextKind::File
         } else if found.is_symlink() {
             let target = fs::read_link(&place).map_err(named(&place))?;
             let target = target.into_os_string().into_string();
-            Kind::Link(target.map_err(|_| Failure::input(anyhow!("the target of the link {path} is not UTF-8")))?)
+            ContextKind::Link(
+                target.map_err(|_| Failure::input(anyhow!("the target of the link {path} is not UTF-8")))?,
+            )
         } else {
             return Err(Failure::input(anyhow!("{path} is neither a file, a directory nor a link")));
         };
-        let is_dir = kind == Kind::Dir;
+        let is_dir = kind == ContextKind::Dir;
         if !is_left_out {
             let below = path.strip_prefix(root).unwrap_or_default().trim_start_matches('/').to_owned();
-            all.push(Entry { path: place, below, kind });
+            all.push(ContextEntry { path: place, below, kind });
         }
         if is_dir {
             for (name, _) in self.names(path)? {
@@ -203,7 +205,7 @@ mod tests {
     }
 
     fn below(context: &BuildContext, word: &str) -> Vec<String> {
-        let of = |source: Source| {
+        let of = |source: ContextSource| {
             let prefix = source.name;
             source.entries.into_iter().map(move |entry| format!("{prefix}:{}", entry.below))
         };
@@ -219,17 +221,17 @@ mod tests {
         assert_eq!(below(&context, "src/"), src);
         // Links are copied as links; their targets are not read.
         let out = context.sources("src").unwrap()[0].entries.pop_out();
-        assert_eq!(out, Kind::Link("../../outside".to_owned()));
+        assert_eq!(out, ContextKind::Link("../../outside".to_owned()));
         assert_eq!(below(&context, "same"), src.map(|path| path.replace("src:", "same:")));
         assert!(below(&context, ".").contains(&":src/main".to_owned()));
     }
 
     trait PopOut {
-        fn pop_out(&self) -> Kind;
+        fn pop_out(&self) -> ContextKind;
     }
 
-    impl PopOut for Vec<Entry> {
-        fn pop_out(&self) -> Kind {
+    impl PopOut for Vec<ContextEntry> {
+        fn pop_out(&self) -> ContextKind {
             self.iter().find(|entry| entry.below == "out").unwrap().kind.clone()
         }
     }

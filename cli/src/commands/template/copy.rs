@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use anyhow::anyhow;
 use clade_agent_client::proto::filesystem::FileType;
-use clade_image::Files;
+use clade_image::CopyFiles;
 
-use super::context::{BuildContext, Kind, Source};
-use super::guest::{Guest, Program};
+use super::context::{BuildContext, ContextKind, ContextSource};
+use super::guest::{BuildGuest, GuestProgram};
 use crate::commands::Failure;
 use crate::commands::cp::{found, join, send_file};
 
@@ -15,7 +15,7 @@ use crate::commands::cp::{found, join, send_file};
 const MAX_PATHS: usize = 200;
 
 /// Carries out a `COPY` instruction.
-pub(super) async fn copy(guest: &Guest, context: &BuildContext, files: &Files) -> Result<(), Failure> {
+pub(super) async fn copy(guest: &BuildGuest, context: &BuildContext, files: &CopyFiles) -> Result<(), Failure> {
     let mut sources = Vec::new();
     for word in &files.sources {
         sources.extend(context.sources(word)?);
@@ -41,8 +41,8 @@ pub(super) async fn copy(guest: &Guest, context: &BuildContext, files: &Files) -
 /// Copies one source. The content of a directory goes to `to`, a file to its name in it, if that is
 /// a directory.
 async fn one(
-    guest: &Guest,
-    source: &Source,
+    guest: &BuildGuest,
+    source: &ContextSource,
     (to, is_dir): (&str, bool),
     mode: Option<u32>,
     made: &mut Vec<String>,
@@ -51,17 +51,17 @@ async fn one(
     for entry in &source.entries {
         let to = if entry.below.is_empty() { to.clone() } else { join(&to, &entry.below) };
         match &entry.kind {
-            Kind::Dir => {
+            ContextKind::Dir => {
                 // An existing directory keeps its owner.
                 if guest.make_dir(&to).await? {
                     made.push(to);
                 }
             }
-            Kind::File => {
+            ContextKind::File => {
                 send_file(guest.agent(), &entry.path, &to, mode).await?;
                 made.push(to);
             }
-            Kind::Link(target) => {
+            ContextKind::Link(target) => {
                 command(guest, &["ln", "-sfn", "--", target, &to]).await?;
                 made.push(to);
             }
@@ -70,7 +70,7 @@ async fn one(
     Ok(())
 }
 
-async fn give(guest: &Guest, owner: &str, made: &[String]) -> Result<(), Failure> {
+async fn give(guest: &BuildGuest, owner: &str, made: &[String]) -> Result<(), Failure> {
     for paths in made.chunks(MAX_PATHS) {
         let words: Vec<&str> =
             ["chown", "-h", "--", owner].into_iter().chain(paths.iter().map(String::as_str)).collect();
@@ -80,8 +80,8 @@ async fn give(guest: &Guest, owner: &str, made: &[String]) -> Result<(), Failure
 }
 
 /// Runs a program of the guest as root.
-async fn command(guest: &Guest, words: &[&str]) -> Result<(), Failure> {
+async fn command(guest: &BuildGuest, words: &[&str]) -> Result<(), Failure> {
     let argv: Vec<String> = words.iter().map(|&word| word.to_owned()).collect();
     let env = BTreeMap::new();
-    guest.run(Program { argv: &argv, env: &env, workdir: None, user: "root" }).await
+    guest.run(GuestProgram { argv: &argv, env: &env, workdir: None, user: "root" }).await
 }

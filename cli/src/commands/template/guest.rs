@@ -34,7 +34,7 @@ const MAX_TAIL: usize = 4 << 10;
 
 /// A program, and its environment.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Program<'a> {
+pub(super) struct GuestProgram<'a> {
     pub(super) argv: &'a [String],
     pub(super) env: &'a BTreeMap<String, String>,
     pub(super) workdir: Option<&'a str>,
@@ -43,9 +43,9 @@ pub(super) struct Program<'a> {
 
 /// The last output of a program.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Tail(Arc<Mutex<Vec<u8>>>);
+pub(super) struct OutputTail(Arc<Mutex<Vec<u8>>>);
 
-impl Tail {
+impl OutputTail {
     fn add(&self, bytes: &[u8]) {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         kept.extend(bytes);
@@ -64,19 +64,19 @@ impl Tail {
 }
 
 /// Describes the end of a program, with its last output.
-pub(super) fn described(end: &EndEvent, tail: &Tail) -> String {
+pub(super) fn described(end: &EndEvent, tail: &OutputTail) -> String {
     let said = tail.line().map(|line| format!(": {line}")).unwrap_or_default();
     format!("{}{said}", if end.status.is_empty() { "exit status 0" } else { &end.status })
 }
 
 /// A program that was started and runs on.
 #[derive(Debug)]
-pub(super) struct Started {
-    pub(super) tail: Tail,
+pub(super) struct StartedProgram {
+    pub(super) tail: OutputTail,
     followed: JoinHandle<Result<EndEvent, ClientError>>,
 }
 
-impl Started {
+impl StartedProgram {
     /// Returns the program's end, once it has ended.
     pub(super) async fn end(&mut self) -> Option<Result<EndEvent, ClientError>> {
         if !self.followed.is_finished() {
@@ -87,7 +87,7 @@ impl Started {
     }
 }
 
-impl Drop for Started {
+impl Drop for StartedProgram {
     fn drop(&mut self) {
         // The program runs on, and its output is dropped.
         self.followed.abort();
@@ -96,21 +96,21 @@ impl Drop for Started {
 
 /// The VM of a build, with its agent.
 #[derive(Debug)]
-pub(super) struct Guest {
+pub(super) struct BuildGuest {
     client: Client,
     name: String,
     agent: Agent,
     lease: JoinHandle<()>,
 }
 
-impl Drop for Guest {
+impl Drop for BuildGuest {
     fn drop(&mut self) {
         self.lease.abort();
     }
 }
 
 /// Follows a program to its end.
-async fn follow(mut process: Process, tail: Tail, is_shown: bool) -> Result<EndEvent, ClientError> {
+async fn follow(mut process: Process, tail: OutputTail, is_shown: bool) -> Result<EndEvent, ClientError> {
     let mut end = None;
     while let Some(event) = process.next().await? {
         let DataEvent { stdout, stderr, pty } = event.data.unwrap_or_default();
@@ -126,7 +126,7 @@ async fn follow(mut process: Process, tail: Tail, is_shown: bool) -> Result<EndE
     end.ok_or(ClientError::Truncated)
 }
 
-impl Guest {
+impl BuildGuest {
     /// Returns the booted VM, once its agent answers. The VM ends soon after this process does.
     pub(super) async fn of(client: &Client, vm: &VmInfo) -> Result<Self, Failure> {
         let vsock = vm.vsock.as_ref().ok_or_else(|| Failure::run(anyhow!("the VM of the build has ended already")))?;
@@ -163,7 +163,7 @@ impl Guest {
         Ok(())
     }
 
-    async fn begin(&self, program: Program<'_>, time: Option<Duration>) -> Result<Process, Failure> {
+    async fn begin(&self, program: GuestProgram<'_>, time: Option<Duration>) -> Result<Process, Failure> {
         let (cmd, args) = program.argv.split_first().ok_or_else(|| Failure::run(anyhow!("no program is named")))?;
         let request = StartRequest {
             process: ProcessConfig {
@@ -181,14 +181,14 @@ impl Guest {
     }
 
     /// Starts a program that runs on.
-    pub(super) async fn start(&self, program: Program<'_>) -> Result<Started, Failure> {
-        let (process, tail) = (self.begin(program, None).await?, Tail::default());
-        Ok(Started { tail: tail.clone(), followed: tokio::spawn(follow(process, tail, true)) })
+    pub(super) async fn start(&self, program: GuestProgram<'_>) -> Result<StartedProgram, Failure> {
+        let (process, tail) = (self.begin(program, None).await?, OutputTail::default());
+        Ok(StartedProgram { tail: tail.clone(), followed: tokio::spawn(follow(process, tail, true)) })
     }
 
     /// Runs a program to its end. It fails if the program does.
-    pub(super) async fn run(&self, program: Program<'_>) -> Result<(), Failure> {
-        let (process, tail) = (self.begin(program, None).await?, Tail::default());
+    pub(super) async fn run(&self, program: GuestProgram<'_>) -> Result<(), Failure> {
+        let (process, tail) = (self.begin(program, None).await?, OutputTail::default());
         let end = follow(process, tail.clone(), true).await.map_err(agent_failure)?;
         match end.shell_code() {
             0 => Ok(()),
@@ -197,8 +197,8 @@ impl Guest {
     }
 
     /// Runs a program that may fail, for a time. Returns why it has failed, if it has.
-    pub(super) async fn try_run(&self, program: Program<'_>, time: Duration) -> Result<Option<String>, Failure> {
-        let tail = Tail::default();
+    pub(super) async fn try_run(&self, program: GuestProgram<'_>, time: Duration) -> Result<Option<String>, Failure> {
+        let tail = OutputTail::default();
         let ran = async {
             let process = self.begin(program, Some(time)).await?;
             Ok(follow(process, tail.clone(), false).await)
@@ -237,7 +237,7 @@ mod tests {
 
     #[test]
     fn the_last_line_of_an_output_is_kept() {
-        let tail = Tail::default();
+        let tail = OutputTail::default();
         assert_eq!(tail.line(), None);
         tail.add(&[b'x'; 2 * MAX_TAIL]);
         tail.add(b"\nerror: \x1b[31mno\x07\n \n");
@@ -245,6 +245,6 @@ mod tests {
         assert_eq!(tail.0.lock().unwrap().len(), MAX_TAIL);
         let end = EndEvent { exit_code: 7, exited: true, status: "exit status 7".to_owned(), error: None };
         assert_eq!(described(&end, &tail), "exit status 7: error: [31mno");
-        assert_eq!(described(&end, &Tail::default()), "exit status 7");
+        assert_eq!(described(&end, &OutputTail::default()), "exit status 7");
     }
 }

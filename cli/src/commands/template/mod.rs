@@ -30,11 +30,11 @@ pub(crate) enum TemplateCommand {
     /// Boot an image, set it up, start its program, and keep it when that is ready.
     Build(Box<BuildArgs>),
     /// List the templates.
-    Ls(ListArgs),
+    Ls(TemplateListArgs),
     /// Show a template.
-    Inspect(InspectArgs),
+    Inspect(TemplateInspectArgs),
     /// Remove templates: checkpoint and snapshot. Sandboxes of them run on.
-    Rm(RemoveArgs),
+    Rm(TemplateRemoveArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -87,14 +87,14 @@ pub(crate) struct BuildArgs {
 }
 
 #[derive(Debug, clap::Args)]
-pub(crate) struct ListArgs {
+pub(crate) struct TemplateListArgs {
     /// Print JSON: an array of the templates.
     #[arg(long)]
     json: bool,
 }
 
 #[derive(Debug, clap::Args)]
-pub(crate) struct InspectArgs {
+pub(crate) struct TemplateInspectArgs {
     /// Its name or its id.
     #[arg(value_name = "TEMPLATE")]
     template: String,
@@ -104,7 +104,7 @@ pub(crate) struct InspectArgs {
 }
 
 #[derive(Debug, clap::Args)]
-pub(crate) struct RemoveArgs {
+pub(crate) struct TemplateRemoveArgs {
     /// Their names or ids.
     #[arg(value_name = "TEMPLATE", required = true)]
     templates: Vec<String>,
@@ -122,7 +122,7 @@ fn parse_pair(text: &str) -> Result<(String, String), String> {
 
 /// A template in the form of `--json`.
 #[derive(Debug, Serialize)]
-struct Shown {
+struct TemplateInfo {
     #[serde(flatten)]
     template: Template,
     snapshot: PathBuf,
@@ -132,7 +132,7 @@ struct Shown {
     is_in_memory: bool,
 }
 
-impl Shown {
+impl TemplateInfo {
     fn new(store: &TemplateStore, template: Template, held: &[String]) -> Self {
         let snapshot = store.snapshot(&template.id);
         let is_in_memory = held.contains(&template.id);
@@ -194,14 +194,14 @@ fn age(template: &Template) -> f64 {
     now.as_secs_f64() - template.created_at.as_second() as f64
 }
 
-fn list(args: &ListArgs, store: &TemplateStore) -> Outcome {
+fn list(args: &TemplateListArgs, store: &TemplateStore) -> Outcome {
     let (all, held) = (store.list().map_err(failure)?, held());
-    let all: Vec<Shown> = all.into_iter().map(|template| Shown::new(store, template, &held)).collect();
+    let all: Vec<TemplateInfo> = all.into_iter().map(|template| TemplateInfo::new(store, template, &held)).collect();
     if args.json {
         return print_json(&all).map_err(Failure::run);
     }
     let mut table = Table::new(["name", "id", "vCPUs", "MiB", "on disk", "age", "in memory", "source"]);
-    for Shown { template, host_bytes, is_in_memory, .. } in all {
+    for TemplateInfo { template, host_bytes, is_in_memory, .. } in all {
         table.row([
             template.name.clone(),
             template.id.clone(),
@@ -216,8 +216,8 @@ fn list(args: &ListArgs, store: &TemplateStore) -> Outcome {
     table.print().map_err(Failure::run)
 }
 
-fn inspect(args: &InspectArgs, store: &TemplateStore) -> Outcome {
-    let shown = Shown::new(store, store.find(&args.template).map_err(failure)?, &held());
+fn inspect(args: &TemplateInspectArgs, store: &TemplateStore) -> Outcome {
+    let shown = TemplateInfo::new(store, store.find(&args.template).map_err(failure)?, &held());
     if args.json {
         return print_json(&shown).map_err(Failure::run);
     }
@@ -243,7 +243,7 @@ fn inspect(args: &InspectArgs, store: &TemplateStore) -> Outcome {
 }
 
 /// Removes each template, prints each failure with its name, and returns the first.
-fn remove(args: &RemoveArgs, store: &TemplateStore) -> Outcome {
+fn remove(args: &TemplateRemoveArgs, store: &TemplateStore) -> Outcome {
     let (mut gone, mut first) = (Vec::new(), None);
     for name in &args.templates {
         let removed = store.remove(name).map_err(failure).and_then(|template| {

@@ -6,7 +6,7 @@ use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, anyhow};
-use clade_image::{Action, Dockerfile, Image, MAX_DOCKERFILE, Plan, RunConfig, Step, Store};
+use clade_image::{Action, BuildPlan, BuildStep, Dockerfile, Image, ImageStore, MAX_DOCKERFILE, RunConfig};
 
 use super::BuildArgs;
 use super::context::BuildContext;
@@ -20,7 +20,7 @@ pub(super) struct Recipe {
     /// The user's name for it; a directory is absolute.
     pub(super) source: String,
     pub(super) image: Image,
-    pub(super) plan: Plan,
+    pub(super) plan: BuildPlan,
     /// The directory that files are copied from.
     pub(super) context: Option<BuildContext>,
     /// The program to start, if any.
@@ -43,7 +43,7 @@ pub(super) fn read_text(path: &Path) -> Result<String, Failure> {
 
 impl Recipe {
     /// Reads the source, and fetches its image.
-    pub(super) fn read(args: &BuildArgs, store: &Store) -> Result<Self, Failure> {
+    pub(super) fn read(args: &BuildArgs, store: &ImageStore) -> Result<Self, Failure> {
         let dir = Path::new(&args.source);
         let given: BTreeMap<String, String> = args.build_arg.iter().cloned().collect();
         let (source, image, plan, context) = if dir.is_dir() {
@@ -65,7 +65,7 @@ impl Recipe {
                 return Err(Failure::Input(anyhow!("--build-arg {name}: an image has no ARG")));
             }
             let image = fetch(store, &args.source, &args.pull)?;
-            let plan = Plan { steps: Vec::new(), config: image.config.clone() };
+            let plan = BuildPlan { steps: Vec::new(), config: image.config.clone() };
             (args.source.clone(), image, plan, None)
         };
         let RunConfig { entrypoint, cmd, env, .. } = &plan.config;
@@ -91,7 +91,7 @@ impl Recipe {
 }
 
 /// Refuses missing files, before there is a VM that waits for them.
-fn check_files(plan: &Plan, context: &BuildContext) -> Result<(), Failure> {
+fn check_files(plan: &BuildPlan, context: &BuildContext) -> Result<(), Failure> {
     for step in &plan.steps {
         if let Action::Copy(files) = &step.action {
             let found = files.sources.iter().try_for_each(|word| context.sources(word).map(drop));
@@ -102,7 +102,7 @@ fn check_files(plan: &Plan, context: &BuildContext) -> Result<(), Failure> {
 }
 
 /// Returns the same failure, with its instruction.
-pub(super) fn of_step(step: &Step, failure: Failure) -> Failure {
+pub(super) fn of_step(step: &BuildStep, failure: Failure) -> Failure {
     failure.named(&format!("line {}: {}", step.line, step.instruction))
 }
 

@@ -35,7 +35,7 @@ fn checkpoint(name: &str, vm: &str, generation: u32) -> CheckpointInfo {
     .unwrap()
 }
 
-fn names(node: &Node) -> Vec<String> {
+fn names(node: &TreeNode) -> Vec<String> {
     let mut all = vec![node.name.clone()];
     node.children.iter().for_each(|child| all.extend(names(child)));
     all
@@ -69,9 +69,10 @@ fn descent_goes_through_those_that_have_ended() {
 fn a_vm_that_has_an_ancestors_name_by_now_is_not_it() {
     let vms = [vm("web", None, 0, 5.0), vm("old", Some("web"), 1, 50.0), vm("young", Some("web"), 1, 1.0)];
     let clades = Known { vms: &vms, ended: &[], checkpoints: &[] }.clades();
-    let kinds: Vec<(Kind, Vec<String>)> = clades.iter().map(|clade| (clade.root.kind, names(&clade.root))).collect();
+    let kinds: Vec<(NodeKind, Vec<String>)> =
+        clades.iter().map(|clade| (clade.root.kind, names(&clade.root))).collect();
     let named = |names: [&str; 2]| names.map(String::from).to_vec();
-    assert_eq!(kinds, [(Kind::Running, named(["web", "young"])), (Kind::Ended, named(["web", "old"]))]);
+    assert_eq!(kinds, [(NodeKind::Running, named(["web", "young"])), (NodeKind::Ended, named(["web", "old"]))]);
 }
 
 #[test]

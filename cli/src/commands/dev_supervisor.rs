@@ -24,7 +24,7 @@ use tempfile::TempDir;
 use tokio::runtime::{Handle, Runtime};
 
 use crate::commands::Failure;
-use crate::commands::many::for_each;
+use crate::commands::lifecycle::for_each;
 use crate::commands::remote::failure;
 use crate::commands::session::AHEAD_MIB;
 use crate::commands::shutdown::ShutdownSignal;
@@ -39,13 +39,13 @@ const CHUNK_WORDS: usize = 128 << 10;
 /// Most workers prepared.
 const POOL: usize = 16;
 
-fn private_supervisor() -> SupervisorOptions {
+fn dev_options() -> SupervisorOptions {
     let (pool, ahead_mib, cgroup) = (POOL, AHEAD_MIB, CgroupPlace::Off);
     SupervisorOptions { pool, ahead_mib, cgroup, until_idle: true, ..SupervisorOptions::default() }
 }
 
 /// The VMs of this command.
-pub(crate) struct PrivateVms {
+pub(crate) struct DevSupervisor {
     client: Client,
     supervisor: Supervisor,
     /// Dropped before the directory.
@@ -53,7 +53,7 @@ pub(crate) struct PrivateVms {
     _dir: TempDir,
 }
 
-impl PrivateVms {
+impl DevSupervisor {
     /// Starts a supervisor for `command`.
     pub(crate) fn begin(command: &str) -> Result<Self, Failure> {
         // A missing requirement is reported better here than by another process.
@@ -64,7 +64,7 @@ impl PrivateVms {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(Failure::run)?;
         let shutdown = ShutdownSignal::listen(runtime.handle()).map_err(Failure::run)?;
-        let options = private_supervisor();
+        let options = dev_options();
         let supervisor = Supervisor::start(dir.path(), &options, runtime.handle()).map_err(Failure::run)?;
         let path = dir.path().to_owned();
         runtime.spawn(async move {
@@ -91,7 +91,7 @@ impl PrivateVms {
     }
 
     /// Boots a VM. `kernel` is a file, or the name of one of the program's guests.
-    pub(crate) fn boot(&self, name: &str, config: &VmConfig, source: Source<'_>) -> Result<RemoteVm, Failure> {
+    pub(crate) fn boot(&self, name: &str, config: &VmConfig, source: KernelSource<'_>) -> Result<RemoteVm, Failure> {
         let request = BootRequest {
             name: name.to_owned(),
             config: config.clone(),
@@ -149,7 +149,7 @@ impl PrivateVms {
     }
 }
 
-impl Drop for PrivateVms {
+impl Drop for DevSupervisor {
     fn drop(&mut self) {
         self.stop_all();
         self.supervisor.close();
@@ -158,7 +158,7 @@ impl Drop for PrivateVms {
 
 /// The kernel of a VM.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Source<'a> {
+pub(crate) struct KernelSource<'a> {
     pub(crate) kernel: &'a std::path::Path,
     pub(crate) initrd: Option<&'a std::path::Path>,
     pub(crate) cmdline: &'a str,

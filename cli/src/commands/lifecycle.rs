@@ -1,5 +1,5 @@
 //! Commands that take several names: `pause`, `resume`, `suspend`, `wake`, `stop`, `reset`,
-//! `ready`, `rm`.
+//! `reidentify`, `rm`.
 //!
 //! A failure does not stop the others. Each failure is printed with its name, and the exit code is
 //! that of the first.
@@ -30,7 +30,7 @@ const MAX_ASKED: usize = 16;
 const MAX_KILLED: usize = 256;
 
 #[derive(Debug, clap::Args)]
-pub(crate) struct ManyArgs {
+pub(crate) struct LifecycleArgs {
     /// The names.
     #[arg(value_name = "NAME", required_unless_present = "all", conflicts_with = "all")]
     names: Vec<String>,
@@ -45,7 +45,7 @@ pub(crate) struct ManyArgs {
 #[derive(Debug, clap::Args)]
 pub(crate) struct StopArgs {
     #[command(flatten)]
-    many: ManyArgs,
+    names: LifecycleArgs,
     /// Press the power button first, and give the guest this time to power itself off. After that
     /// its power is cut.
     #[arg(long, value_name = "TIME", value_parser = parse_duration, num_args = 0..=1, default_missing_value = "30s")]
@@ -54,13 +54,13 @@ pub(crate) struct StopArgs {
 
 pub(super) fn stop(args: &StopArgs) -> Outcome {
     let graceful_s = args.graceful.map(|time| time.as_secs_f64());
-    main(&args.many, &Verb::Stop(StopRequest { graceful_s, at_once: args.many.all }))
+    main(&args.names, &Verb::Stop(StopRequest { graceful_s, at_once: args.names.all }))
 }
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct SuspendArgs {
     #[command(flatten)]
-    many: ManyArgs,
+    names: LifecycleArgs,
     /// The directory on a disk for their memory, in unnamed files. Default: /var/tmp.
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -72,7 +72,7 @@ pub(super) fn suspend(args: &SuspendArgs) -> Outcome {
         std::path::absolute(dir).map_err(named)
     };
     let dir = args.dir.as_ref().map(absolute).transpose()?;
-    main(&args.many, &Verb::Suspend(SuspendRequest { dir }))
+    main(&args.names, &Verb::Suspend(SuspendRequest { dir }))
 }
 
 /// The action on each.
@@ -84,7 +84,7 @@ pub(super) enum Verb {
     Wake,
     Stop(StopRequest),
     Reset,
-    Ready,
+    Reidentify,
     Remove,
 }
 
@@ -97,7 +97,7 @@ impl Verb {
             Self::Wake => "wake",
             Self::Stop(_) => "stop",
             Self::Reset => "reset",
-            Self::Ready => "ready",
+            Self::Reidentify => "reidentify",
             Self::Remove => "rm",
         }
     }
@@ -183,7 +183,7 @@ async fn one(client: Client, verb: Verb, name: String) -> Result<Done, ClientErr
         }
         Verb::Stop(request) => client.stop(&name, request).await.map(|answer| Done::Stopped(Box::new(answer))),
         Verb::Reset => client.request(Method::POST, &name, "/reset", None::<&()>).await.map(Done::Reset),
-        Verb::Ready => {
+        Verb::Reidentify => {
             let path = format!("/v1/vms/{name}/ready");
             let ready = client.supervisor(Method::POST, &path, None::<&()>).await?;
             Ok(Done::Ready(NamedReady { name, ready }))
@@ -198,7 +198,7 @@ async fn one(client: Client, verb: Verb, name: String) -> Result<Done, ClientErr
 /// Returns the names of all that `verb` applies to.
 async fn everyone(client: &Client, verb: &Verb) -> Result<Vec<String>, ClientError> {
     match verb {
-        Verb::Pause | Verb::Resume | Verb::Suspend(_) | Verb::Wake | Verb::Stop(_) | Verb::Reset | Verb::Ready => {
+        Verb::Pause | Verb::Resume | Verb::Suspend(_) | Verb::Wake | Verb::Stop(_) | Verb::Reset | Verb::Reidentify => {
             client.all_names().await
         }
         Verb::Remove => {
@@ -293,7 +293,7 @@ pub(super) fn suspend_after(names: &[String], time: Option<Duration>) -> Outcome
     first_failure(failures.collect(), names.len() == 1)
 }
 
-pub(super) fn main(args: &ManyArgs, verb: &Verb) -> Outcome {
+pub(super) fn main(args: &LifecycleArgs, verb: &Verb) -> Outcome {
     let client = Client::default();
     let (names, results) = ask(async {
         let names = if args.all { everyone(&client, verb).await? } else { args.names.clone() };
@@ -308,7 +308,8 @@ pub(super) fn main(args: &ManyArgs, verb: &Verb) -> Outcome {
             }
         };
         let message = || format!("{}: {} of {}", verb.name(), done.load(Ordering::Relaxed), names.len());
-        // Processes that compute leave no processor to those that end: the sooner all are killed the better.
+        // Processes that compute leave no processor to those that end: the sooner all are killed
+        // the better.
         let at_a_time =
             if matches!(verb, Verb::Stop(StopRequest { at_once: true, .. })) { MAX_KILLED } else { MAX_ASKED };
         let all = for_each_of(&names, at_a_time, each);

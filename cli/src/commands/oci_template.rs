@@ -92,9 +92,9 @@ fn is_not_ready(error: &ClientError) -> bool {
     ProblemKind::of_urn(&problem.kind) == Some(ProblemKind::NotReady)
 }
 
-/// Forks trial children of the VM until one has been made ready, for `limit` at most, and stops that
-/// one. A hook may need the entrypoint, which may start more slowly than the agent: children of an
-/// earlier instant would all fail.
+/// Forks trial children of the VM until one has been made ready, for `limit` at most, and stops
+/// that one. A hook may need the entrypoint, which may start more slowly than the agent: children
+/// of an earlier instant would all fail.
 pub(super) async fn try_child(client: &Client, vm: &str, limit: Duration) -> Result<(), String> {
     let (begun, mut pause, mut is_reported) = (Instant::now(), FIRST_PAUSE, false);
     let trial = ForkRequest { ready: true, ..ForkRequest::default() };
