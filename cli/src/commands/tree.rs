@@ -218,7 +218,7 @@ impl Known<'_> {
                 NodeKind::Checkpoint => checkpoints += 1,
                 NodeKind::Ended => {}
                 NodeKind::Running | NodeKind::Paused | NodeKind::Suspended | NodeKind::Stopped => {
-                    vms.extend(self.vm(&node.name))
+                    vms.extend(self.vm(&node.name));
                 }
             }
             todo.extend(&node.children);

@@ -211,7 +211,8 @@ fn what_is_not_touched_any_more_leaves_the_working_set() {
     let mut sizes = vec![set.pages()];
     for _ in 0..TESTED_SHARE {
         ram.read_ahead(&set);
-        (word(&ram, 20), word(&ram, PAGES + 3));
+        word(&ram, 20);
+        word(&ram, PAGES + 3);
         set = suspend(&ram).1;
         sizes.push(set.pages());
     }
