@@ -29,8 +29,8 @@ VARIABLES
     prot,       \* PROTECTED in work.rs, and with userfaultfd
     ex,         \* exclusive bits
     phase,      \* of the freeze, then of the filling
-    stage,      \* Stage in work.rs
-    remapped,   \* Work::remapped: pages mapped over the delta
+    stage,      \* CopyStage in work.rs
+    remapped,   \* CopyWork::remapped: pages mapped over the delta
     map, pub,   \* the parent's map, and as it is registered
     before,     \* Freezing::before is registered
     lock,       \* the parent's state lock: "", or what holds it
@@ -132,7 +132,7 @@ Start ==
 -----------------------------------------------------------------------------
 (* What the filling does, under its lock.                                  *)
 
-\* Work::copy: UFFDIO_COPY puts one finished page into the file.
+\* CopyWork::copy: UFFDIO_COPY puts one finished page into the file.
 Filled(d, p) ==
     LET from == IF kind[p] = "own" THEN IF frame[p].in = "none" THEN 0 ELSE bytes[p] ELSE beneath[p]
     IN IF On("a_page_appears_whole_and_alone") THEN [d EXCEPT ![p] = from]
@@ -160,7 +160,7 @@ Done ==
 GiveUp ==
     IF AllFilled(filled) /\ On("what_is_remapped_stays_so") THEN Done ELSE Lost
 
-\* Work::step, Stage::Copy. A short run is released as soon as it is copied.
+\* CopyWork::step, CopyStage::Copy. A short run is released as soon as it is copied.
 StepCopy(p) ==
     /\ phase = "pending" /\ stage = "copy" /\ ~filled[p] /\ \A q \in Pages : q < p => filled[q]
     /\ delta' = Filled(delta, p)
@@ -192,7 +192,7 @@ StepRemapped ==
     /\ phase = "pending" /\ stage = "remap" /\ stage' = "release"
     /\ UNCHANGED <<parent, delta, filled, prot, phase, remapped, cpu, faults, kid, image, dev>>
 
-\* Stage::Release
+\* CopyStage::Release
 StepRelease(p) ==
     /\ phase = "pending" /\ stage = "release" /\ prot[p]
     /\ prot' = [prot EXCEPT ![p] = FALSE]

@@ -1,7 +1,7 @@
 //! The flight record of a VM: the last events of the VM, kept even if its process is killed.
 //!
 //! The supervisor makes a file in memory of fixed size, and hands it to the VM's process with the
-//! order. The process notes events in it, each in a slot, the oldest replaced first. When the
+//! request. The process notes events in it, each in a slot, the oldest replaced first. When the
 //! process has ended, the supervisor reads the file, which may hold anything: it takes two numbers
 //! and a text of bounded length from a slot. A supervisor that has not started the VM asks the
 //! process for the file, and checks it first (`checked`).

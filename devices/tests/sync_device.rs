@@ -1,4 +1,4 @@
-//! The plain devices, driven through registers and rings: their operation, their refusals, and
+//! The synchronous devices, driven through registers and rings: their operation, their refusals, and
 //! forks that lose and repeat no request.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]

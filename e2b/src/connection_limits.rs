@@ -54,10 +54,10 @@ impl ConnectionLimits {
         count(&self.counts().by_sandbox, sandbox)
     }
 
-    /// Takes a place for a call of an owner's. Calls have an instance of their own.
+    /// Takes a slot for a call of an owner's. Calls have an instance of their own.
     ///
     /// # Errors
-    /// 429 when no place is left.
+    /// 429 when no slot is left.
     pub(crate) fn take_call(self: &Arc<Self>, owner: &str) -> Answer<ConnectionSlot> {
         let mut counts = self.counts();
         if count(&counts.by_key, owner) >= MAX_CALLS {
@@ -68,10 +68,10 @@ impl ConnectionLimits {
         Ok(ConnectionSlot { connection_limits: Arc::clone(self), sandbox: String::new(), key: owner.to_owned() })
     }
 
-    /// Takes a place for a connection to `sandbox`, which was made with `key`.
+    /// Takes a slot for a connection to `sandbox`, which was made with `key`.
     ///
     /// # Errors
-    /// 429 when no place is left.
+    /// 429 when no slot is left.
     pub(crate) fn take(self: &Arc<Self>, sandbox: &str, key: &str) -> Answer<ConnectionSlot> {
         let full = |whose: String, most: usize| {
             let why = format!("{most} connections to {whose} are open");
@@ -115,7 +115,7 @@ mod tests {
             (PER_SANDBOX..PER_KEY).map(|n| take(&format!("b{}", n % 8), "one").unwrap()).collect();
         let full = take("c", "one").unwrap_err();
         assert!(full.message.contains("1024") && !full.message.contains("one"), "{full:?}");
-        // A refusal takes no place, and another key has its own.
+        // A refusal takes no slot, and another key has its own.
         let other = take("d", "two").unwrap();
         first.pop();
         let again = take("a", "one").unwrap();

@@ -32,8 +32,8 @@ const DEFAULT_FORK_TIMEOUT: i64 = 15;
 const INIT_TIME: i64 = 600;
 /// Most forks of one call.
 const MAX_FORKS: i64 = 100;
-/// Forks initialised at a time.
-const MAX_HANDED: usize = 16;
+/// Forks activated at a time.
+const MAX_ACTIVATED: usize = 16;
 
 impl Gateway {
     /// Makes a sandbox of a template.
@@ -163,7 +163,7 @@ impl Gateway {
         children.retain(|child| answer.children.contains(&child.id));
         let started_at = Timestamp::now();
         let end_at = after(started_at, timeout)?;
-        let turns = Arc::new(Semaphore::new(MAX_HANDED));
+        let turns = Arc::new(Semaphore::new(MAX_ACTIVATED));
         let mut activated = Vec::new();
         for child in children {
             let record = SandboxRecord { id: child.id.clone(), started_at, end_at, ..parent.clone() };

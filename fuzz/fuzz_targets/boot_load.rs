@@ -1,7 +1,7 @@
 //! Any bytes as a kernel: refused or loaded, never a panic, and nothing outside RAM.
 #![no_main]
 
-use clade_vmm::boot::{BootSource, BootImage};
+use clade_vmm::boot::{BootImage, BootSource};
 use clade_vmm::fuzzing::load_guest;
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{GuestAddress, GuestMemoryMmap};

@@ -14,7 +14,7 @@ use clade_devices::MmioDevice;
 use clade_devices::virtio::limiter::Limits;
 use clade_devices::virtio::net::{Egress, EgressRule, Mac, Net, NetOptions, NetStats};
 use clade_devices::virtio::sync_device::SyncDevice;
-use clade_devices::virtio::{VirtioMmio, EventFds, regs};
+use clade_devices::virtio::{EventFds, VirtioMmio, regs};
 use clade_io::PacketStream;
 use clade_memory::{GuestRam, RamLayout, Store};
 use libfuzzer_sys::{arbitrary, fuzz_target};
@@ -313,7 +313,7 @@ impl Host {
         let options =
             NetOptions { mac: Mac(MAC), link: None, egress: None, receive: Limits::default(), send: Limits::default() };
         let net = Net::new(PacketStream::new(ours.into()), &options, None, false).expect("a device");
-        let event_fds = EventFds::new(3).expect("wires");
+        let event_fds = EventFds::new(3).expect("eventfds");
         let device = VirtioMmio::new(Box::new(SyncDevice::new(net)), &ram, event_fds, false);
         let host = Self { _store: store, ram, device, available: 0, program };
         [0, 1, 3].iter().for_each(|status| host.put(regs::STATUS, *status));

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use clade_memory::{GuestRam, PageRange, Quiesced, RamImage, RamLayout, Store};
 use clade_snapshot::format::checksum;
 use clade_snapshot::{
-    Compression, DiskToSave, PageContent, Load, ParentDirs, Save, SaveProgress, Snapshot, Space, record_working_set, verify,
+    Compression, DiskToSave, Load, PageContent, ParentDirs, Save, SaveProgress, Snapshot, Space, record_working_set,
+    verify,
 };
 use libfuzzer_sys::{arbitrary, fuzz_target};
 use rustix::fs::{CWD, FileType, Mode, mknodat};

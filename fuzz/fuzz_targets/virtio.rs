@@ -11,10 +11,10 @@ use clade_devices::virtio::balloon::{Balloon, BalloonState};
 use clade_devices::virtio::block::{Block, BlockOptions};
 use clade_devices::virtio::console::ConsoleDevice;
 use clade_devices::virtio::limiter::Limits;
-use clade_devices::virtio::sync_device::SyncDevice;
 use clade_devices::virtio::rng::Rng;
+use clade_devices::virtio::sync_device::SyncDevice;
 use clade_devices::virtio::vsock::{Vsock, VsockOptions, VsockSocket};
-use clade_devices::virtio::{Backend, DeviceState, TransportState, VirtioDevice, VirtioMmio, EventFds, regs};
+use clade_devices::virtio::{Backend, DeviceState, EventFds, TransportState, VirtioDevice, VirtioMmio, regs};
 use clade_devices::{Console, MmioDevice};
 use clade_memory::{GuestRam, Quiesced, RamImage, RamLayout, Store};
 use libfuzzer_sys::{arbitrary, fuzz_target};
@@ -125,7 +125,7 @@ impl Vm {
         let ram = GuestRam::reserve(image.layout(), &world().store).expect("memory");
         ram.adopt(image).expect("memory");
         let device = device(kind, name, saved);
-        let event_fds = EventFds::new(device.queue_sizes().len()).expect("wires");
+        let event_fds = EventFds::new(device.queue_sizes().len()).expect("eventfds");
         let device = match saved {
             None => VirtioMmio::new(device, &ram, event_fds, false),
             Some((state, _)) => {

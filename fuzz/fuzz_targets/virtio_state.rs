@@ -8,7 +8,7 @@ use std::time::Duration;
 use clade_devices::MmioDevice;
 use clade_devices::virtio::balloon::{Balloon, BalloonState};
 use clade_devices::virtio::sync_device::SyncDevice;
-use clade_devices::virtio::{Backend, DeviceState, TransportState, VirtioMmio, EventFds, regs};
+use clade_devices::virtio::{Backend, DeviceState, EventFds, TransportState, VirtioMmio, regs};
 use clade_memory::{GuestRam, RamLayout, Store};
 use libfuzzer_sys::fuzz_target;
 
@@ -29,7 +29,7 @@ fuzz_target!(|bytes: &[u8]| {
         _ => BalloonState::default(),
     };
     let device = Box::new(SyncDevice::new(Balloon::new(&own).expect("a balloon")));
-    let event_fds = EventFds::new(4).expect("wires");
+    let event_fds = EventFds::new(4).expect("eventfds");
     let Ok(device) = VirtioMmio::restore(device, ram(), event_fds, &state) else { return };
     device.resume();
     device.quiesce();

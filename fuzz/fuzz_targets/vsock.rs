@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use clade_devices::MmioDevice;
 use clade_devices::virtio::sync_device::SyncDevice;
 use clade_devices::virtio::vsock::{Vsock, VsockOptions, VsockSocket};
-use clade_devices::virtio::{VirtioMmio, EventFds, regs};
+use clade_devices::virtio::{EventFds, VirtioMmio, regs};
 use clade_memory::{GuestRam, Quiesced, RamImage, RamLayout, Store};
 use libfuzzer_sys::{arbitrary, fuzz_target};
 use vm_memory::{Bytes, GuestAddress};
@@ -132,7 +132,7 @@ impl Vm {
         let options = VsockOptions { cid: CID, socket: dir.path().join("vm.sock") };
         let device =
             SyncDevice::new(Vsock::new(VsockSocket::bind(&options).expect("a socket"), false).expect("a device"));
-        let device = VirtioMmio::new(Box::new(device), &ram, EventFds::new(3).expect("wires"), false);
+        let device = VirtioMmio::new(Box::new(device), &ram, EventFds::new(3).expect("eventfds"), false);
         let mut vm = Self { ram, device, available: [0; 3], hosts: Vec::new() };
         vm.set_up();
         vm

@@ -24,7 +24,7 @@ use crate::tree::{Layer, LayerError, Spool, Tree};
 pub enum PullError {
     /// The store fails.
     #[error(transparent)]
-    ImageStore(#[from] ImageStoreError),
+    Store(#[from] ImageStoreError),
     /// The source fails.
     #[error(transparent)]
     Source(#[from] SourceError),

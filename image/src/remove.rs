@@ -19,7 +19,7 @@ const MIN_DIGITS: usize = 6;
 pub enum ImageError {
     /// The store fails.
     #[error(transparent)]
-    ImageStore(#[from] ImageStoreError),
+    Store(#[from] ImageStoreError),
     /// No image has that name.
     #[error("there is no image {0:?}")]
     NotFound(String),

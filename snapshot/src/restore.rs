@@ -101,7 +101,7 @@ impl Snapshot {
             self.read_ahead(runs, mapped);
         }
         let mut maps = Vec::with_capacity(regions.len());
-        for (region, declared) in regions.into_iter().zip(self.no_fork(store)?) {
+        for (region, declared) in regions.into_iter().zip(self.dont_fork(store)?) {
             let draft = region.draft.map(LayerBuilder::publish);
             let mut map = ImageMap::new();
             for (range, owner) in region.pieces {
@@ -154,7 +154,7 @@ impl Snapshot {
         }
     }
 
-    fn no_fork(&self, store: &Store) -> Result<Vec<Vec<(PageRange, DontFork)>>, Error> {
+    fn dont_fork(&self, store: &Store) -> Result<Vec<Vec<(PageRange, DontFork)>>, Error> {
         let mut first = 0;
         let mut all = Vec::new();
         for region in &self.manifest().memory.regions {

@@ -23,7 +23,7 @@
 //! |---|---|
 //! | 4 | COM1 |
 //! | 12 | ACPI events: a new generation, the power button |
-//! | 16-23, then 5, 6, 7, 9, 10, 11, 14, 15 | virtio devices, by place |
+//! | 16-23, then 5, 6, 7, 9, 10, 11, 14, 15 | virtio devices, by slot |
 
 pub(crate) use clade_devices::{COM1_BASE, COM1_GSI, I8042_BASE, POWER_BASE};
 use vm_memory::GuestAddress;

@@ -78,7 +78,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
 struct Times {
     /// Until each child's answer.
     answers: Sample,
-    /// Until all children of a request were handed out.
+    /// Until all children of a request were activated.
     ready: Sample,
 }
 

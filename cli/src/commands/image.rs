@@ -159,7 +159,7 @@ fn store_failure(error: ImageStoreError) -> Failure {
 
 fn image_failure(error: ImageError) -> Failure {
     match error {
-        ImageError::ImageStore(error) => store_failure(error),
+        ImageError::Store(error) => store_failure(error),
         other => Failure::input(other),
     }
 }
@@ -167,7 +167,7 @@ fn image_failure(error: ImageError) -> Failure {
 /// A bad image cannot be used; a failed network may work later.
 fn pull_failure(error: PullError) -> Failure {
     match error {
-        PullError::ImageStore(ImageStoreError::File { .. } | ImageStoreError::Content { .. })
+        PullError::Store(ImageStoreError::File { .. } | ImageStoreError::Content { .. })
         | PullError::Disk(_)
         | PullError::Source(SourceError::Http { .. } | SourceError::Answer { .. } | SourceError::NoToken(_)) => {
             Failure::run(error)

@@ -45,7 +45,7 @@ pub(crate) struct LifecycleArgs {
 #[derive(Debug, clap::Args)]
 pub(crate) struct StopArgs {
     #[command(flatten)]
-    names: LifecycleArgs,
+    vms: LifecycleArgs,
     /// Press the power button first, and give the guest this time to power itself off. After that
     /// its power is cut.
     #[arg(long, value_name = "TIME", value_parser = parse_duration, num_args = 0..=1, default_missing_value = "30s")]
@@ -54,13 +54,13 @@ pub(crate) struct StopArgs {
 
 pub(super) fn stop(args: &StopArgs) -> Outcome {
     let graceful_s = args.graceful.map(|time| time.as_secs_f64());
-    main(&args.names, &Verb::Stop(StopRequest { graceful_s, at_once: args.names.all }))
+    main(&args.vms, &Verb::Stop(StopRequest { graceful_s, at_once: args.vms.all }))
 }
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct SuspendArgs {
     #[command(flatten)]
-    names: LifecycleArgs,
+    vms: LifecycleArgs,
     /// The directory on a disk for their memory, in unnamed files. Default: /var/tmp.
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -72,7 +72,7 @@ pub(super) fn suspend(args: &SuspendArgs) -> Outcome {
         std::path::absolute(dir).map_err(named)
     };
     let dir = args.dir.as_ref().map(absolute).transpose()?;
-    main(&args.names, &Verb::Suspend(SuspendRequest { dir }))
+    main(&args.vms, &Verb::Suspend(SuspendRequest { dir }))
 }
 
 /// The action on each.

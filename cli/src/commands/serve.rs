@@ -48,12 +48,12 @@ fn running() -> Result<SupervisorInfo, Failure> {
 }
 
 fn status() -> Outcome {
-    let SupervisorInfo { pid, version, dir, vms, checkpoints, prepared, merging, until_idle } = running()?;
+    let SupervisorInfo { pid, version, dir, vms, checkpoints, kept, prepared, merging, until_idle } = running()?;
     println!("process {pid}, version {version}");
     println!("directory {}", dir.display());
-    println!("{vms} VMs, {checkpoints} checkpoints, {prepared} prepared processes");
+    println!("{vms} VMs, {checkpoints} checkpoints ({kept} on disk), {prepared} prepared processes");
     if until_idle {
-        println!("it ends with the last VM and checkpoint");
+        println!("it ends with the last VM, and the last checkpoint that is not on disk");
     }
     for MergingVm { name, waits, failed, .. } in merging {
         match (failed, waits) {
@@ -190,7 +190,7 @@ fn wait_for_idle_end(dir: &Path, shutdown: &ShutdownSignal) {
     };
     let is_idle = |info: &SupervisorInfo| {
         let is_merging = info.merging.iter().any(|vm| !vm.failed);
-        info.until_idle && info.checkpoints == 0 && !is_merging && vms_in(dir).is_ok_and(|vms| vms.is_empty())
+        info.until_idle && info.checkpoints == info.kept && !is_merging && vms_in(dir).is_ok_and(|vms| vms.is_empty())
     };
     while answers(dir)
         && info().as_ref().is_some_and(is_idle)

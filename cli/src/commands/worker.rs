@@ -43,7 +43,7 @@ pub(super) fn context(mount: Option<HugeTmpfs>) -> Result<Context, Failure> {
     Ok(if measures() { context.with_report_port() } else { context })
 }
 
-/// Runs the VM ordered by the process behind `socket`.
+/// Runs the VM requested by the process behind `socket`.
 pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
     // Before a second thread, which would not be confined.
     let Some(confined) = worker::confine_worker(context, &socket).map_err(Failure::run)? else { return Ok(()) };

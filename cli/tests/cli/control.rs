@@ -1,4 +1,4 @@
-//! A fleet through its sockets: listed, forked, paused, resumed and stopped.
+//! VMs through their sockets: listed, forked, paused, resumed and stopped.
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -50,7 +50,7 @@ fn a_vm_is_saved_and_restored_as_several() {
     let paused = ["--paused", "--detached"];
     runtime.spawn(&[&["restore", text(&more), "--count", "2", "--name", "w-{n}"], paused.as_slice()].concat());
     wait_until("two VMs", || runtime.socket("w-1").exists() && runtime.socket("w-2").exists());
-    wait_until("both in the fleet", || runtime.names() == ["w-1", "w-2"]);
+    wait_until("both are listed", || runtime.names() == ["w-1", "w-2"]);
     let one = runtime.http("GET", "/v1/vms/w-1", "").1;
     assert_eq!((&one["state"], &one["parent"], &one["memory"]["mib"]), (&json!("paused"), &json!(null), &json!(32)));
     // The pages that its guest touches are recorded.
@@ -249,7 +249,7 @@ fn a_snapshot_that_was_replaced_is_restored_as_it_is_now() {
     // Both have died while waiting.
     kept().into_iter().for_each(|pid| kill(pid, Signal::KILL));
     assert_eq!(restore("after"), 3);
-    // Both die with their orders, which they have not read.
+    // Both die with their requests, which they have not read.
     let held = kept();
     held.iter().for_each(|pid| hold(*pid));
     let ends = std::thread::spawn(move || {

@@ -144,7 +144,7 @@ impl Runtime {
         command.args(args);
         self.processes.push(command.stdout(Stdio::null()).spawn().unwrap());
         wait_until("the VM's socket", || UnixStream::connect(self.socket(name)).is_ok());
-        // Once it answers, it is in the fleet.
+        // Once it answers, it is listed.
         self.clade(&["pause", name, "--json"]).json();
     }
 

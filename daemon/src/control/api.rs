@@ -933,7 +933,8 @@ pub struct CheckpointRequest {
     pub name: Option<String>,
     /// Whether it is kept on disk, so that later supervisors have it too. The answer comes once it is
     /// durable.
-    #[serde(default)]
+    // Left out if false: a supervisor of the version before refuses the field.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub keep: bool,
 }
 
@@ -1036,6 +1037,9 @@ pub struct SupervisorInfo {
     pub vms: usize,
     /// Checkpoints.
     pub checkpoints: usize,
+    /// Those of them that are kept on disk.
+    #[serde(default)]
+    pub kept: usize,
     /// Prepared workers.
     pub prepared: usize,
     /// Whether the supervisor ends when it has no VM and no checkpoint.

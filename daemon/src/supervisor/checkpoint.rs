@@ -354,6 +354,11 @@ impl Checkpoints {
         self.all().values().filter(|slot| !slot.is_unreadable).count()
     }
 
+    /// Returns the number of kept checkpoints.
+    pub(super) fn kept(&self) -> usize {
+        self.all().values().filter(|slot| slot.kept.is_some()).count()
+    }
+
     /// Returns the number of checkpoints that end with this supervisor, and of reserved names.
     pub(super) fn unkept(&self) -> usize {
         self.all().values().filter(|slot| slot.kept.is_none() && !slot.is_unreadable).count()

@@ -116,7 +116,7 @@ impl Inner {
             record_end(&self.dir, &name, exit, StopReason::OverLimit { mib }, flight.clone());
             was_orderly = true;
         }
-        if vm.died_with_parent(exit) && !was_orderly {
+        if vm.died_with_command(exit) && !was_orderly {
             record_end(&self.dir, &name, exit, StopReason::SessionEnded, flight.clone());
             was_orderly = true;
         }

@@ -13,12 +13,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
-use std::time::{Duration, SystemTime};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
 
 use clade_devices::virtio::net::Link;
+use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, openat, unlinkat};
+use rustix::io::Errno;
 use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
@@ -31,6 +35,11 @@ const RECORD: &str = "record.json";
 const GONE: &str = ".gone-";
 /// Most bytes of a record.
 const MAX_RECORD: u64 = 1 << 20;
+/// Most levels of directories that are removed with a checkpoint.
+const MAX_DEPTH: usize = 8;
+/// Time that a new supervisor waits for the lock.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
+const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The record of a kept checkpoint: what a snapshot does not have.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -85,7 +94,7 @@ pub(super) struct Found {
 pub(super) struct KeptDir {
     root: PathBuf,
     /// The open directory, locked, once it is there.
-    lock: OnceLock<File>,
+    lock: Mutex<Option<File>>,
 }
 
 impl KeptDir {
@@ -96,12 +105,19 @@ impl KeptDir {
     /// When it cannot be read, is not this user's alone, or is another supervisor's. Then none of its
     /// checkpoints may be named anew.
     pub(super) fn open(root: &Path) -> io::Result<(Self, Found)> {
-        let dir = Self { root: root.to_owned(), lock: OnceLock::new() };
+        let dir = Self { root: root.to_owned(), lock: Mutex::default() };
         let mut found = Found::default();
         if !root.try_exists()? {
             return Ok((dir, found));
         }
-        dir.lock()?;
+        let begun = Instant::now();
+        // A supervisor that has just ended may have the lock still.
+        while let Err(error) = dir.lock() {
+            if error.kind() != ErrorKind::WouldBlock || begun.elapsed() > LOCK_TIMEOUT {
+                return Err(error);
+            }
+            thread::sleep(LOCK_INTERVAL);
+        }
         for entry in fs::read_dir(root)? {
             let entry = entry?;
             let Some(name) = entry.file_name().to_str().map(str::to_owned) else { continue };
@@ -116,9 +132,12 @@ impl KeptDir {
                     found.records.insert(name, record);
                 }
                 // The supervisor ended before the checkpoint was complete.
-                Err(error) if error.kind() == ErrorKind::NotFound => {
+                Err(error) if error.kind() == ErrorKind::NotFound && is_incomplete(&entry.path())? => {
                     tracing::info!(name, "removes an incomplete checkpoint");
-                    dir.remove(&name)?;
+                    if let Err(error) = dir.remove(&name) {
+                        tracing::warn!(%error, path = %entry.path().display(), "an incomplete checkpoint stays");
+                        found.unreadable.insert(name);
+                    }
                 }
                 unreadable => {
                     let error = unreadable.err();
@@ -149,9 +168,15 @@ impl KeptDir {
         self.data(name).join("snapshot")
     }
 
+    fn locked(&self) -> MutexGuard<'_, Option<File>> {
+        self.lock.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Locks the directory, and checks that it is this user's alone.
     fn lock(&self) -> io::Result<()> {
-        if self.lock.get().is_some() {
+        // Held meanwhile: two open files of one process exclude each other.
+        let mut lock = self.locked();
+        if lock.is_some() {
             return Ok(());
         }
         let file = File::open(&self.root)?;
@@ -161,9 +186,22 @@ impl KeptDir {
             return Err(io::Error::new(ErrorKind::PermissionDenied, what));
         }
         file.try_lock().map_err(io::Error::from)?;
-        // Another thread may have opened and locked it: its lock is as good.
-        let _ = self.lock.set(file);
+        *lock = Some(file);
         Ok(())
+    }
+
+    /// Leaves the directory to the next supervisor.
+    pub(super) fn release(&self) {
+        drop(self.locked().take());
+    }
+
+    /// Makes the names of checkpoints durable.
+    fn sync(&self) -> io::Result<()> {
+        // By the open file: this must not fail for lack of a descriptor.
+        match &*self.locked() {
+            Some(root) => root.sync_all(),
+            None => sync(&self.root),
+        }
     }
 
     /// Prepares the directory of a new checkpoint.
@@ -210,7 +248,11 @@ impl KeptDir {
                 Err(error) => return Err(error),
             }
         };
-        sync(&self.root)?;
+        if let Err(error) = self.sync() {
+            // After a crash it would be there again, or not.
+            fs::rename(&gone, self.of(name))?;
+            return Err(error);
+        }
         remove_tree(&gone);
         Ok(())
     }
@@ -240,10 +282,42 @@ fn sync(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
+/// Whether a directory without a record was made by [`KeptDir::prepare`], and holds nothing else.
+fn is_incomplete(dir: &Path) -> io::Result<bool> {
+    for entry in fs::read_dir(dir)? {
+        let name = entry?.file_name();
+        let name = name.as_encoded_bytes();
+        // The record is a hidden file before it has its name.
+        if name != b"data" && !name.starts_with(b".") {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 fn remove_tree(dir: &Path) {
-    if let Err(error) = fs::remove_dir_all(dir) {
+    if let Err(error) = remove_beneath(CWD, dir, MAX_DEPTH) {
         tracing::warn!(%error, dir = %dir.display(), "files of a removed checkpoint stay");
     }
+}
+
+/// Removes a directory in `parent`. A worker has made the files in it, and may have nested directories
+/// without end: each level takes a frame and a descriptor.
+fn remove_beneath(parent: impl AsFd, name: impl rustix::path::Arg + Copy, depth: usize) -> io::Result<()> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let dir = openat(parent.as_fd(), name, flags, Mode::empty())?;
+    for entry in Dir::read_from(&dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if matches!(name.to_bytes(), b"." | b"..") {
+            continue;
+        }
+        match unlinkat(&dir, name, AtFlags::empty()) {
+            Err(Errno::ISDIR) if depth > 0 => remove_beneath(&dir, name, depth - 1)?,
+            other => other?,
+        }
+    }
+    Ok(unlinkat(parent, name, AtFlags::REMOVEDIR)?)
 }
 
 #[cfg(test)]
@@ -333,8 +407,14 @@ pub(super) mod tests {
         fs::create_dir(record("dir")).unwrap();
         fs::create_dir(scratch.path().join(format!("{GONE}old-0"))).unwrap();
         fs::create_dir(scratch.path().join(".clade-overlays")).unwrap();
+        // A checkpoint that somebody has moved is no incomplete one.
+        fs::create_dir_all(scratch.path().join("moved/good")).unwrap();
         let (dir, names, unreadable) = reopened(dir);
-        assert_eq!((names, unreadable), (vec!["good".to_owned()], ["cut", "dir", "other"].map(str::to_owned).to_vec()));
+        assert_eq!(
+            (names, unreadable),
+            (vec!["good".to_owned()], ["cut", "dir", "moved", "other"].map(str::to_owned).to_vec())
+        );
+        assert!(scratch.path().join("moved/good").exists());
         for name in ["cut", "dir", "other"] {
             assert!(dir.prepare(name).is_err() && dir.snapshot(name).exists(), "{name}: its files stay");
         }
@@ -358,5 +438,47 @@ pub(super) mod tests {
         drop(dir);
         fs::set_permissions(&root, PermissionsExt::from_mode(0o777)).unwrap();
         assert_eq!(KeptDir::open(&root).unwrap_err().kind(), ErrorKind::PermissionDenied);
+    }
+
+    /// The worker that writes a snapshot may make directories.
+    #[test]
+    fn nested_directories_end_no_supervisor() {
+        let scratch = tempfile::tempdir().unwrap();
+        let root = scratch.path().join("checkpoints");
+        let dir = KeptDir::open(&root).unwrap().0;
+        dir.prepare("shallow").unwrap();
+        fs::create_dir_all(dir.data("shallow").join("a/b/c")).unwrap();
+        fs::write(dir.data("shallow").join("a/b/c/file"), "x").unwrap();
+        std::os::unix::fs::symlink(scratch.path(), dir.data("shallow").join("link")).unwrap();
+        dir.remove("shallow").unwrap();
+        assert_eq!(fs::read_dir(&root).unwrap().count(), 0);
+        dir.prepare("deep").unwrap();
+        let mut at = File::open(dir.data("deep")).unwrap();
+        for _ in 0..20_000 {
+            rustix::fs::mkdirat(&at, "d", Mode::RWXU).unwrap();
+            at = openat(&at, "d", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).unwrap().into();
+        }
+        dir.remove("deep").unwrap();
+        let (dir, names, unreadable) = reopened(dir);
+        assert!(names.is_empty() && unreadable.is_empty());
+        // Its name is free all the same.
+        kept(&dir, "deep");
+        // As a shell would, for the test's own directory.
+        let gone = fs::read_dir(&root).unwrap().flatten().find(|entry| entry.file_name() != "deep").unwrap();
+        let removed = std::process::Command::new("rm").arg("-rf").arg(gone.path()).status().unwrap();
+        assert!(removed.success());
+    }
+
+    #[test]
+    fn two_first_checkpoints_at_once_are_both_kept() {
+        let scratch = tempfile::tempdir().unwrap();
+        let dir = KeptDir::open(&scratch.path().join("checkpoints")).unwrap().0;
+        thread::scope(|threads| {
+            for name in ["one", "two", "three", "four"] {
+                let dir = &dir;
+                threads.spawn(move || kept(dir, name));
+            }
+        });
+        assert_eq!(reopened(dir).1, ["four", "one", "three", "two"]);
     }
 }

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use super::cgroups::{Bounds, Group};
+use super::cgroups::{Bounds, Cgroups, Group};
 use super::checkpoint::Checkpoint;
 use super::net_hook::Up;
 use super::reidentify::expect_reachable;
@@ -38,7 +38,7 @@ const MIN_LIMIT_MIB: u64 = 32;
 const MIN_CPUS: f64 = 0.01;
 const MAX_CPUS: f64 = 1024.0;
 
-/// A worker's control group and limits.
+/// A worker's confinement and limits.
 pub(super) struct WorkerEnv {
     pub(super) confine: ConfineRequest,
     pub(super) bounds: Bounds,
@@ -489,10 +489,17 @@ impl Supervisor {
         if cpus.is_some_and(|cpus| !(MIN_CPUS..=MAX_CPUS).contains(&cpus)) {
             return refused(&format!("limits.cpus: {MIN_CPUS} to {MAX_CPUS} processors"));
         }
-        if !bounds.is_none() && self.0.cgroups.as_ref().is_none_or(|groups| !groups.limits_memory()) {
-            return refused("limits need control groups (v2), which this supervisor has not got: see --cgroup");
-        }
+        self.expect_enforced(bounds)?;
         Ok(bounds)
+    }
+
+    /// Refuses resource limits that cannot be enforced.
+    pub(super) fn expect_enforced(&self, bounds: Bounds) -> Result<(), DaemonError> {
+        if bounds.is_none() || self.0.cgroups.as_ref().is_some_and(Cgroups::limits_memory) {
+            return Ok(());
+        }
+        let text = "limits need control groups (v2), which this supervisor has not got: see --cgroup".to_owned();
+        Err(DaemonError::Refused { kind: ProblemKind::BadConfig, text })
     }
 }
 

@@ -327,6 +327,7 @@ impl Supervisor {
         }
         self.0.pool.close();
         self.0.checkpoints.clear();
+        self.0.kept.iter().for_each(KeptDir::release);
         // Last: another supervisor may start from here on.
         drop(self.0.claim.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
@@ -377,8 +378,12 @@ impl Supervisor {
         let kept = if request.keep { Some(self.keep(&name, &checkpoint, cancel)?) } else { None };
         // A checkpoint without a client would stay unknown.
         if let Err(cancelled) = self.check(0, 0, cancel) {
-            if kept.is_some() {
-                self.remove_kept(&name)?;
+            if kept.is_some()
+                && let Err(error) = self.remove_kept(&name)
+            {
+                // It is on the disk still, so this supervisor has it too.
+                name.hold(checkpoint, kept);
+                return Err(error);
             }
             return Err(cancelled);
         }
@@ -529,6 +534,7 @@ impl Supervisor {
             dir: self.0.dir.path().to_owned(),
             vms: self.0.processes.names().len(),
             checkpoints: self.0.checkpoints.len(),
+            kept: self.0.checkpoints.kept(),
             prepared: self.0.pool.len(),
             until_idle: self.0.until_idle,
             merging: self.merging(),

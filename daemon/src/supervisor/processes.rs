@@ -142,7 +142,7 @@ impl OwnVm {
     }
 
     /// Whether the process, which has ended by `exit`, has ended with the command of its session.
-    pub(super) fn died_with_parent(&self, exit: WorkerExit) -> bool {
+    pub(super) fn died_with_command(&self, exit: WorkerExit) -> bool {
         self.session.is_some() && exit.code == Some(PARENT_DEATH_EXIT)
     }
 

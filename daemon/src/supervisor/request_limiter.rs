@@ -24,7 +24,7 @@ const TURN_TIMEOUT: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(crate) struct ImagePermit(#[expect(dead_code, reason = "it is held")] OwnedSemaphorePermit);
 
-/// Users of images, by VM.
+/// Requests for images, by VM.
 #[derive(Debug, Default)]
 pub(super) struct ImageRequestLimiter(Mutex<BTreeMap<String, Arc<Semaphore>>>);
 

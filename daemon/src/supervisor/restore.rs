@@ -204,6 +204,8 @@ impl Supervisor {
         cancel: &Cancel,
     ) -> Result<Checkpoint, DaemonError> {
         let kept = self.kept()?;
+        // An earlier supervisor may have had what this one lacks.
+        self.expect_enforced(record.bounds)?;
         // Not beside the snapshot: children's overlays outlive the checkpoint.
         let (dir, overlays) = (kept.snapshot(name), Some(kept.root().to_owned()));
         let source = SavedSource { dir, load: RestoreLoad::default(), overlays, parents: Vec::new() };

@@ -129,7 +129,7 @@ impl WorkerResources {
         resources.files.extend(command.transpose().map_err(failed)?);
         resources.files.extend(listeners);
         resources.files.extend(devices);
-        Ok((resources, PassedFds { ends_with_parent: live.is_some(), sockets, ends }))
+        Ok((resources, PassedFds { ends_with_command: live.is_some(), sockets, ends }))
     }
 
     /// Marks the VM as booted: it may write its disks' images.

@@ -1,4 +1,4 @@
-//! Reasons why the VM host refuses or cancels a request.
+//! Reasons why the daemon refuses or cancels a request.
 
 use std::io;
 use std::path::PathBuf;
@@ -29,7 +29,7 @@ pub enum CancelReason {
     SessionEnded,
 }
 
-/// Reasons why the VM host refuses or cancels a request.
+/// Reasons why the daemon refuses or cancels a request.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum DaemonError {

@@ -81,9 +81,9 @@ pub(crate) enum WorkerRequest {
 /// the one for its flight record, the process that it ends with, the sockets, and the interfaces.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct PassedFds {
-    /// Whether the worker ends with another process.
+    /// Whether the worker ends with the command of its VM's session.
     #[serde(rename = "is_tied")]
-    pub(crate) ends_with_parent: bool,
+    pub(crate) ends_with_command: bool,
     /// Endings of the sockets.
     pub(crate) sockets: Vec<String>,
     pub(crate) ends: EndpointParts,

@@ -21,7 +21,7 @@ pub struct ParentDeath(AbortHandle);
 
 impl ParentDeath {
     /// Ends this process as soon as `process` has ended, whatever code runs.
-    pub(super) fn to(process: OwnedFd, runtime: &Handle) -> io::Result<Self> {
+    pub(super) fn watch(process: OwnedFd, runtime: &Handle) -> io::Result<Self> {
         let _within = runtime.enter();
         // SAFETY: an owned descriptor stays the same one, and open, until it is dropped.
         let process = unsafe { AsyncFd::register(process) }?;

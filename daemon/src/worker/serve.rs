@@ -116,11 +116,11 @@ fn claimed(
     let few = || failed(io::Error::other(format!("a request with {count} descriptors")));
     let mut files = files.into_iter();
     let claim = NameClaim::adopt(&confined.dir, name, files.next().ok_or_else(few)?)?;
-    let PassedFds { ends_with_parent, sockets, ends } = passed_fds;
+    let PassedFds { ends_with_command, sockets, ends } = passed_fds;
     let record = files.next().ok_or_else(few)?;
     flight::install(files.next().ok_or_else(few)?);
-    let command = if ends_with_parent { Some(files.next().ok_or_else(few)?) } else { None };
-    let parent_death = command.map(|command| ParentDeath::to(command, runtime)).transpose().map_err(failed)?;
+    let command = if ends_with_command { Some(files.next().ok_or_else(few)?) } else { None };
+    let parent_death = command.map(|command| ParentDeath::watch(command, runtime)).transpose().map_err(failed)?;
     let sockets: BTreeMap<String, OwnedFd> = sockets.into_iter().zip(files.by_ref()).collect();
     let ends = Endpoints::handed_in(ends, files.collect()).map_err(VmError::from)?;
     Ok((claim, VmFiles::of(sockets, record).map_err(failed)?, ends, parent_death))

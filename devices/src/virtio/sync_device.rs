@@ -1,4 +1,4 @@
-//! The frame of a plain device: one that finishes each request in the turn in which the request
+//! The frame of a synchronous device: one that finishes each request in the turn in which the request
 //! begins, so that none is ever in flight.
 //!
 //! Such a device is a [`DeviceOps`], the handler. While a driver uses the device, a worker owns the
@@ -191,7 +191,7 @@ impl QueueCtx {
     }
 }
 
-/// The handler of a plain device; see the module's documentation.
+/// The handler of a synchronous device; see the module's documentation.
 pub trait DeviceOps: Send + fmt::Debug + 'static {
     /// The name of the device's thread, also used in messages.
     const NAME: &'static str;
@@ -318,7 +318,7 @@ enum HandlerOwner<H: DeviceOps> {
     Lost,
 }
 
-/// A plain device behind a transport.
+/// A synchronous device behind a transport.
 #[derive(Debug)]
 pub struct SyncDevice<H: DeviceOps> {
     features: u64,
@@ -453,7 +453,7 @@ impl<H: DeviceOps> VirtioDevice for SyncDevice<H> {
         with: Option<Activation>,
     ) -> Result<(), ActivateError> {
         let Some(with) = with else {
-            // A plain device always resets at once.
+            // A synchronous device always resets at once.
             let _over = self.deactivate();
             let HandlerOwner::Inactive(handler) = &mut self.owner else { return Err(ActivateError::NotReady) };
             return handler.rewind(state);

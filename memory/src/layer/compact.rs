@@ -4,7 +4,7 @@
 //! of forks, would consist of a thousand layers in as many pieces, each of them a mapping in every
 //! VM started from it. Layers do not change (I4), so short pieces can be copied together into one
 //! new layer at any time, while all VMs run. The reclaim thread does that, from the map that a
-//! freeze has left. The VM takes over the result at a later freeze, while there are no writers:
+//! freeze has left. The VM installs the result at a later freeze, while there are no writers:
 //!
 //! * where its map still has the copied source, the map is changed, and
 //! * where, in addition, the VM does not own the page and its mapping agrees with the map, the new
@@ -252,7 +252,7 @@ pub(crate) struct Compaction(Mutex<CompactionState>);
 enum CompactionState {
     #[default]
     Copying,
-    /// The merged parts that are not taken over yet, if the merge succeeded.
+    /// The merged parts that are not installed yet, if the merge succeeded.
     Copied(Option<MergedLayer>),
 }
 
@@ -364,8 +364,8 @@ impl GuestRegion {
         if taken.is_ok() && !merged.placed.is_empty() {
             return Ok(Some(merged));
         }
-        // Parts taken over earlier are in the published view, so a sweep considers the new layer;
-        // the parts just taken over are not in it yet.
+        // Parts installed earlier are in the published view, so a sweep considers the new layer;
+        // the parts just installed are not in it yet.
         state.space.keep_until_published(merged.seen);
         taken.map(|()| None)
     }

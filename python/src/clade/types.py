@@ -1396,6 +1396,9 @@ class SupervisorInfo(TypedDict):
     dir: str
     """The runtime directory."""
 
+    kept: NotRequired[int]
+    """Those of them that are kept on disk."""
+
     merging: NotRequired[list[MergingVm]]
     """Ended VMs whose processes have yet to merge the writes since a fork into their disks."""
 

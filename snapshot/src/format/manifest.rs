@@ -228,7 +228,7 @@ impl Manifest {
         }
         // Before the checksum, which may be another in a later version.
         if head.version.major != VERSION.major {
-            return Err(Damage::FormatVersion { found: head.version, ours: VERSION });
+            return Err(Damage::Version { found: head.version, ours: VERSION });
         }
         let no_sum = || Damage::Json("it does not end with its checksum".to_owned());
         let rest = text.strip_suffix(TAIL).ok_or_else(no_sum)?;

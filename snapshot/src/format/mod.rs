@@ -34,7 +34,7 @@ pub enum Damage {
     Magic(&'static str),
     /// The file is of a later format.
     #[error("it has format version {found}, and this program reads {ours}")]
-    FormatVersion {
+    Version {
         /// The file's version.
         found: FormatVersion,
         /// The newest version that can be read.
@@ -191,7 +191,7 @@ pub(crate) fn unseal<'a>(bytes: &'a [u8], magic: &[u8; 8], name: &'static str) -
     // Before the checksum, which may be another in a later version.
     let version = FormatVersion::from_bits(head.u32()?);
     if version.major != VERSION.major {
-        return Err(Damage::FormatVersion { found: version, ours: VERSION });
+        return Err(Damage::Version { found: version, ours: VERSION });
     }
     let Some((body, sum)) = bytes.split_last_chunk::<8>() else {
         return Err(Damage::Magic(name));

@@ -202,7 +202,7 @@ pub enum ConfigError {
         /// The number of vCPUs.
         cpus: u64,
     },
-    /// There are more devices than places.
+    /// There are more devices than slots.
     #[error("{devices} virtio devices: there are places for {}", VIRTIO_GSIS.len())]
     Devices {
         /// The number of virtio devices.
@@ -304,7 +304,7 @@ impl VmConfig {
         }
     }
 
-    /// The virtio devices in the order of their places: disks first, so that adding another device
+    /// The virtio devices in the order of their slots: disks first, so that adding another device
     /// does not move a disk.
     pub(crate) fn device_slots(&self) -> impl Iterator<Item = DeviceSlot<'_>> {
         let disks = self.disks.iter().map(DeviceSlot::Disk);
@@ -331,12 +331,12 @@ impl VmConfig {
         two.map_or(Ok(()), |net| Err(ConfigError::Backends { tap: net.tap.clone() }))
     }
 
-    /// The number of queues of each virtio device, in the order of their places.
+    /// The number of queues of each virtio device, in the order of their slots.
     pub fn virtio_queues(&self) -> impl Iterator<Item = usize> {
         self.device_slots().map(DeviceSlot::queues)
     }
 
-    /// Refuses more devices than there are places for.
+    /// Refuses more devices than there are slots for.
     ///
     /// # Errors
     /// [`ConfigError::Devices`].

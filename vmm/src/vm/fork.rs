@@ -296,7 +296,7 @@ impl ForkImage {
         Ok(Arc::new(Self { ram, ..self.clone() }))
     }
 
-    /// The disks, by place, at the instant of the fork.
+    /// The disks, by slot, at the instant of the fork.
     pub fn disks(&self) -> impl Iterator<Item = &DiskImage> {
         self.backends.iter().filter_map(|backend| match backend {
             Backend::Disk(image) => Some(image),

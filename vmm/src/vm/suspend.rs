@@ -298,7 +298,7 @@ impl Vm {
     }
 
     fn device_has_input<H: DeviceOps>(&self, number: usize) -> bool {
-        let asked = self.devices.with_plain(number, |device| {
+        let asked = self.devices.with_sync_device(number, |device| {
             device.is_in_use() && device.with(|handler: &mut H| handler.has_input()) == Some(true)
         });
         asked == Some(true)
@@ -310,7 +310,7 @@ impl Vm {
             let fd = unsafe { BorrowedFd::borrow_raw(fd) };
             fd.try_clone_to_owned()
         };
-        self.devices.with_plain(number, |device| {
+        self.devices.with_sync_device(number, |device| {
             let is_served = device.is_in_use();
             let source = |(fd, _)| Ok(RequestSource { fd: copied(fd)?, is_served });
             device.with(|handler: &mut H| handler.sources().into_iter().map(source).collect())

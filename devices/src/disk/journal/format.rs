@@ -25,7 +25,7 @@ pub(super) const HEADER: usize = 56;
 pub(super) const ENTRY: usize = 24;
 /// Bytes of a record before its entries.
 const RECORD: usize = 48;
-/// Values of an entry's place that are not overlay numbers.
+/// Values of an entry's `stored_in` that are not overlay numbers.
 const ZEROS: u64 = u64::MAX;
 const IMAGE: u64 = u64::MAX - 1;
 /// A record's state while the VMM writes into the image.

@@ -2,7 +2,7 @@ use super::*;
 use crate::{DontFork, FreezeMode, RamLayout};
 use vm_memory::{Bytes, GuestAddress};
 
-/// Pages declared no-fork between the copy and the takeover keep the layer from which they are
+/// Pages declared no-fork between the copy and the installation keep the layer from which they are
 /// shown.
 #[test]
 fn a_declaration_that_came_in_between_is_left_alone() {
@@ -38,7 +38,7 @@ fn a_declaration_that_came_in_between_is_left_alone() {
     }
 }
 
-/// When the last part is taken over, the published view shows only the first part of the new layer.
+/// When the last part is installed, the published view shows only the first part of the new layer.
 /// A sweep leaves the rest until that is published too.
 #[test]
 fn a_sweep_between_the_parts_of_a_compaction_costs_no_page() {
@@ -81,7 +81,7 @@ fn a_sweep_between_the_parts_of_a_compaction_costs_no_page() {
     }
     let state = region.state();
     let shown = state.space.map().iter().filter(|(_, source)| source.layer.id() == layer).count();
-    assert!(shown > 1, "both parts were taken over");
+    assert!(shown > 1, "both parts were installed");
     drop(state);
     ram.check(&Quiesced::by(&crate::NoWriters)).unwrap();
 }

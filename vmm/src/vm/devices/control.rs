@@ -50,7 +50,7 @@ impl Vm {
         let there = self.config().layout().bytes() >> MIB_SHIFT;
         let pages = u32::try_from(mib << (MIB_SHIFT - PAGE_SHIFT)).ok().filter(|_| mib < there);
         let pages = pages.ok_or(VmError::Balloon { asked: mib, there })?;
-        let set = self.devices.with_plain(0, |device| {
+        let set = self.devices.with_sync_device(0, |device| {
             let set = device.with(|balloon: &mut Balloon| balloon.set_target(pages));
             device.config_changed();
             set
@@ -64,7 +64,7 @@ impl Vm {
     /// # Errors
     /// When there is no balloon.
     pub fn ask_balloon(&self) -> Result<(), VmError> {
-        let asked = self.devices.with_plain(0, |device| device.with(Balloon::ask));
+        let asked = self.devices.with_sync_device(0, |device| device.with(Balloon::ask));
         asked.flatten().ok_or(VmError::NoDevice { device: "balloon" })
     }
 
@@ -73,7 +73,7 @@ impl Vm {
     /// # Errors
     /// When there is no balloon.
     pub fn balloon_stats(&self) -> Result<BalloonStats, VmError> {
-        let stats = self.devices.with_plain(0, |device| device.with(|balloon: &mut Balloon| balloon.stats()));
+        let stats = self.devices.with_sync_device(0, |device| device.with(|balloon: &mut Balloon| balloon.stats()));
         stats.flatten().ok_or(VmError::NoDevice { device: "balloon" })
     }
 
@@ -141,13 +141,13 @@ impl Vm {
     /// Packets and bytes of network device number `index`. None without such a device.
     #[must_use]
     pub fn net_stats(&self, index: usize) -> Option<NetStats> {
-        self.devices.with_plain(index, |device| device.with(|net: &mut Net| net.stats())).flatten()
+        self.devices.with_sync_device(index, |device| device.with(|net: &mut Net| net.stats())).flatten()
     }
 
     /// Whether network device number `index` lets packets pass. None without such a device.
     #[must_use]
     pub fn network(&self, index: usize) -> Option<Link> {
-        self.devices.with_plain(index, |device| device.with(|net: &mut Net| net.link())).flatten()
+        self.devices.with_sync_device(index, |device| device.with(|net: &mut Net| net.link())).flatten()
     }
 
     /// Opens or closes all network devices. When this returns with [`Link::Closed`], no packet
@@ -165,7 +165,7 @@ impl Vm {
             return Err(VmError::NoDevice { device: "network device" });
         }
         for at in 0..self.config().nets.len() {
-            let _there = self.devices.with_plain(at, |device| {
+            let _there = self.devices.with_sync_device(at, |device| {
                 if device.with(|net: &mut Net| net.set_link(link)) == Some(true) {
                     device.config_changed();
                     device.wake();
@@ -179,14 +179,14 @@ impl Vm {
     /// layers. None without such a device.
     #[must_use]
     pub fn egress_packets(&self, index: usize) -> Option<Vec<Vec<(EgressRule, u64)>>> {
-        self.devices.with_plain(index, |device| device.with(|net: &mut Net| net.egress_packets())).flatten()
+        self.devices.with_sync_device(index, |device| device.with(|net: &mut Net| net.egress_packets())).flatten()
     }
 
     /// The number of layers in the policy of network device number `index` that came from its
     /// parent. None without such a device.
     #[must_use]
     pub fn inherited_egress(&self, index: usize) -> Option<usize> {
-        self.devices.with_plain(index, |device| device.with(|net: &mut Net| net.inherited_egress())).flatten()
+        self.devices.with_sync_device(index, |device| device.with(|net: &mut Net| net.inherited_egress())).flatten()
     }
 
     /// Replaces the egress rules of all network devices. When this returns, packets that the rules
@@ -219,12 +219,12 @@ impl Vm {
         }
         let mut changed = Vec::new();
         for at in 0..self.config().nets.len() {
-            let policy = self.devices.with_plain(at, |device| device.with(|net: &mut Net| net.egress().clone()));
+            let policy = self.devices.with_sync_device(at, |device| device.with(|net: &mut Net| net.egress().clone()));
             // Without a policy, as after a driver's error, there are no packets to judge.
             changed.push(change(&policy.flatten().unwrap_or_default()).map_err(DeviceError::from)?);
         }
         for (at, policy) in changed.into_iter().enumerate() {
-            let _there = self.devices.with_plain(at, |device| {
+            let _there = self.devices.with_sync_device(at, |device| {
                 device.with(|net: &mut Net| net.set_egress(policy));
             });
         }

@@ -79,7 +79,7 @@ pub enum DeviceError {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DevicesState {
     pub(crate) serial: SerialState,
-    /// The virtio devices, by place.
+    /// The virtio devices, by slot.
     pub(crate) virtio: Vec<TransportState>,
 }
 
@@ -99,7 +99,7 @@ pub(crate) type SavedDevices = (DevicesState, Vec<Backend>);
 pub(crate) struct Devices {
     bus: PioBus,
     mmio: MmioBus,
-    /// The virtio devices, by place.
+    /// The virtio devices, by slot.
     virtio: Vec<Arc<VirtioMmio>>,
     serial: Arc<Mutex<SerialConsole>>,
     pub(crate) console: Console,
@@ -182,13 +182,13 @@ impl Devices {
 
     /// Runs `with` on the block device number `index`. Returns None without such a device.
     pub(crate) fn with_block<T>(&self, index: usize, with: impl FnOnce(&mut Block) -> T) -> Option<T> {
-        // Disks have the first places.
+        // Disks have the first slots.
         self.virtio.get(index)?.with_device(|device| device.as_any().downcast_mut().map(with))
     }
 
     /// Runs `with` on device number `number` among those handled by `H`. Returns None without such
     /// a device.
-    pub(crate) fn with_plain<H: DeviceOps, T>(
+    pub(crate) fn with_sync_device<H: DeviceOps, T>(
         &self,
         number: usize,
         with: impl FnOnce(&mut SyncDevice<H>) -> T,
@@ -219,7 +219,7 @@ impl Devices {
 
     /// Returns what the guest has reported to its socket device. None without one.
     pub(crate) fn guest_notice(&self) -> Option<GuestNotice> {
-        self.with_plain(0, |device| device.with(|vsock: &mut Vsock| vsock.notices().get())).flatten()
+        self.with_sync_device(0, |device| device.with(|vsock: &mut Vsock| vsock.notices().get())).flatten()
     }
 
     /// Presses the power button.

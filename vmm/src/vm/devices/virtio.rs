@@ -25,7 +25,7 @@ pub(crate) struct Hvc {
     pub(crate) typist: Typist,
 }
 
-/// All virtio devices by place, and the console's ends on the host.
+/// All virtio devices by slot, and the console's ends on the host.
 pub(crate) struct VirtioDevices {
     pub(crate) devices: Vec<Arc<VirtioMmio>>,
     pub(crate) hvc: Option<Hvc>,
@@ -45,7 +45,7 @@ pub(crate) fn make(
             return Err(DeviceError::Mismatch { found, wanted });
         }
     }
-    // Interfaces are taken from the front, in the order of the devices' places.
+    // Interfaces are taken from the front, in the order of the devices' slots.
     let mut builder = VirtioBuilder { ends, next_net: 0, hvc: None };
     let mut devices = Vec::with_capacity(wanted);
     for (at, (slot, event_fds)) in config.device_slots().zip(&prepared.event_fds).enumerate() {

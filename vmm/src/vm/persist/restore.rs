@@ -147,7 +147,7 @@ impl ForkImage {
     }
 }
 
-/// The backends of all devices by place: disks, and none for other devices.
+/// The backends of all devices by slot: disks, and none for other devices.
 fn backends(config: &VmConfig, snapshot: &Snapshot, options: &RestoreOptions) -> Result<Vec<Backend>, SnapshotError> {
     let readers = snapshot.disks();
     let (found, wanted) = (readers.len(), config.disks.len());
@@ -161,7 +161,7 @@ fn backends(config: &VmConfig, snapshot: &Snapshot, options: &RestoreOptions) ->
         let layers = disk_layers(reader, &disk)?;
         backends.push(Backend::Disk(DiskImage::from_layers(&disk, reader.bytes(), &layers)?));
     }
-    // Disks have the first places.
+    // Disks have the first slots.
     backends.resize_with(config.device_slots().count(), || Backend::None);
     Ok(backends)
 }

@@ -191,7 +191,7 @@ impl ForkImage {
     }
 
     /// Builds an image from the result of [`ForkImage::sections`], with the memory and the disks of
-    /// the same instant. `backends` are by place, [`Backend::None`] for other devices. Check first
+    /// the same instant. `backends` are by slot, [`Backend::None`] for other devices. Check first
     /// with [`host_requirements`] whether this host is suitable.
     ///
     /// # Errors

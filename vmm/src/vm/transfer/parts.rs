@@ -402,14 +402,14 @@ fn ram(
             if start >= end || *end > region.pages {
                 return Err(TransferError::malformed(format!("pages {start} to {end} are not inherited")));
             }
-            declared.push((PageRange::new(*start, *end), no_fork(store, &map, *start, hidden)?));
+            declared.push((PageRange::new(*start, *end), dont_fork(store, &map, *start, hidden)?));
         }
         maps.push((map, declared));
     }
     Ok(RamImage::from_parts(store, &layout, maps)?)
 }
 
-fn no_fork(store: &Store, map: &ImageMap, page: u64, hidden: &Hidden) -> Result<DontFork, TransferError> {
+fn dont_fork(store: &Store, map: &ImageMap, page: u64, hidden: &Hidden) -> Result<DontFork, TransferError> {
     Ok(match hidden {
         Hidden::Absent => DontFork::Absent,
         Hidden::Zeroed => DontFork::Zeroed,
@@ -444,7 +444,7 @@ fn past_the_cache(file: OwnedFd, id: FileId) -> Result<File, TransferError> {
     Ok(file)
 }
 
-/// The backends of all devices by place: disks, and none for other devices.
+/// The backends of all devices by slot: disks, and none for other devices.
 fn disks(
     config: &VmConfig,
     disks: &[DiskParts],
@@ -486,7 +486,7 @@ fn disks(
         };
         backends.push(Backend::Disk(image?));
     }
-    // Disks have the first places.
+    // Disks have the first slots.
     backends.resize_with(config.device_slots().count(), || Backend::None);
     Ok(backends)
 }

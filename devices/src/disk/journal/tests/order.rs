@@ -28,8 +28,8 @@ fn what_is_put_in_is_durable_before_the_journal_says_so_and_that_before_its_room
     drop(disk);
     let steps: Vec<&str> = steps.iter().map(String::as_str).collect();
     let syncs = ["sync disk.img", "write journal", "sync journal"];
-    let stored_in = |wanted: &str| steps.iter().position(|step| step.starts_with(wanted)).unwrap();
-    assert_eq!(stored_in("write journal"), 0, "that the image is being written is said first: {steps:?}");
+    let position = |wanted: &str| steps.iter().position(|step| step.starts_with(wanted)).unwrap();
+    assert_eq!(position("write journal"), 0, "that the image is being written is said first: {steps:?}");
     assert_eq!(steps[1], "sync journal");
     // Each batch is synced, then recorded durably; the last one before the journal is removed.
     let batches = steps.iter().filter(|step| **step == "sync disk.img").count();
@@ -38,7 +38,7 @@ fn what_is_put_in_is_durable_before_the_journal_says_so_and_that_before_its_room
         assert_eq!(steps[at - 1], "sync disk.img", "{steps:?}");
         assert_eq!(steps[at + 1], "sync journal", "{steps:?}");
     }
-    let gone = stored_in("rename journal journal.next");
+    let gone = position("rename journal journal.next");
     let after: Vec<&str> = steps[gone - syncs.len()..].to_vec();
     let written = format!("write journal {}", after[1].rsplit_once(' ').unwrap().1);
     let want = [
