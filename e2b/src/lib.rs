@@ -46,5 +46,5 @@ pub use keys::{ApiKeys, KeyInfo, KeysError, Scope};
 pub use listen::ListenError;
 pub use quotas::{QuotaError, Quotas};
 pub use templates::{
-    Draft, TEMPLATES_VARIABLE, Template, TemplateError, TemplateSpec, TemplateStore, check_template_name,
+    Draft, TEMPLATES_VARIABLE, Template, TemplateError, TemplateSpec, TemplateStore, check_template_name, user_data_dir,
 };

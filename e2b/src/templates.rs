@@ -99,6 +99,15 @@ pub struct Template {
     pub spec: TemplateSpec,
 }
 
+/// Returns the directory in the environment `variable`, else `name` in the user's data directory. None if
+/// neither is known.
+#[must_use]
+pub fn user_data_dir(variable: &str, name: &str) -> Option<PathBuf> {
+    let of = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let data = || of("XDG_DATA_HOME").or_else(|| of("HOME").map(|home| home.join(".local/share")));
+    of(variable).or_else(|| data().map(|dir| dir.join(name)))
+}
+
 /// The templates of a directory.
 #[derive(Clone, Debug)]
 pub struct TemplateStore(PathBuf);
@@ -120,10 +129,7 @@ impl TemplateStore {
     /// # Errors
     /// When neither is set.
     pub fn of_user() -> Result<Self, TemplateError> {
-        let of = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-        let data = || of("XDG_DATA_HOME").or_else(|| of("HOME").map(|home| home.join(".local/share")));
-        let dir = of(TEMPLATES_VARIABLE).or_else(|| data().map(|dir| dir.join("clade/templates")));
-        let dir = dir.ok_or(TemplateError::NoDirectory)?;
+        let dir = user_data_dir(TEMPLATES_VARIABLE, "clade/templates").ok_or(TemplateError::NoDirectory)?;
         Ok(Self::at(&std::path::absolute(&dir).map_err(failed(&dir, "found"))?))
     }
 

@@ -28,6 +28,7 @@ mod engine;
 mod file;
 #[cfg(feature = "gate")]
 mod gate;
+mod listener;
 mod net_backend;
 mod op;
 mod overlay_pool;
@@ -41,6 +42,7 @@ pub use engine::{Completion, Engine, EngineError, Stats};
 pub use file::{CachePolicy, FileError, IoFile, OpenError};
 #[cfg(feature = "gate")]
 pub use gate::Gate;
+pub use listener::private_listener;
 pub use net_backend::NetBackend;
 pub use op::{OpError, Request};
 pub use overlay_pool::OverlayPool;

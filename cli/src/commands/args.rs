@@ -178,8 +178,8 @@ pub(crate) struct ServeArgs {
     /// end with it.
     #[arg(long, exclusive = true)]
     pub(crate) stop: bool,
-    /// End when there is no VM and no checkpoint any more. clade run without -d starts such a
-    /// supervisor if none runs.
+    /// End when there is no VM, and no checkpoint that is not kept on disk. clade run without -d
+    /// starts such a supervisor if none runs.
     #[arg(long)]
     pub(crate) until_idle: bool,
     /// Serve the API also at this loopback address. Port 0 is a free one.

@@ -2,13 +2,13 @@
 
 use std::path::{Component, Path, PathBuf};
 
+use clade_e2b::user_data_dir;
+
 /// Returns the directory for the checkpoints of the runtime directory `runtime`: in
 /// `CLADE_CHECKPOINT_DIR`, else in `clade/checkpoints` of the user's data directory. None if neither
 /// is known.
 pub(super) fn checkpoint_dir(runtime: &Path) -> Option<PathBuf> {
-    let of = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let data = || of("XDG_DATA_HOME").or_else(|| of("HOME").map(|home| home.join(".local/share")));
-    let dir = of("CLADE_CHECKPOINT_DIR").or_else(|| data().map(|dir| dir.join("clade/checkpoints")))?;
+    let dir = user_data_dir("CLADE_CHECKPOINT_DIR", "clade/checkpoints")?;
     Some(std::path::absolute(dir).ok()?.join(escaped(&std::path::absolute(runtime).ok()?)))
 }
 

@@ -33,8 +33,8 @@ const START_TIMEOUT: Duration = Duration::from_secs(10);
 const OTHER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// With `--until-idle`: the time without a request that changes something after which the supervisor
-/// ends, if it has no VM and no checkpoint. A command asks it to stay first, and has as much time for
-/// its request.
+/// ends, if it has no VM, and no checkpoint that is not on disk. A command asks it to stay first, and
+/// has as much time for its request.
 const IDLE_TIME: Duration = Duration::from_secs(2);
 /// Time limit of one request for its state.
 const STATE_TIMEOUT: Duration = Duration::from_secs(10);

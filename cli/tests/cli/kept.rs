@@ -178,7 +178,7 @@ fn kept_checkpoints_keep_no_supervisor_running() {
 
 /// Children's overlays stay where they are when the checkpoint is removed.
 #[test]
-fn disks_and_limits_of_a_kept_checkpoint_are_its_childrens() {
+fn disks_of_a_kept_checkpoint_are_its_childrens() {
     if !kvm() {
         return;
     }

@@ -1042,7 +1042,7 @@ pub struct SupervisorInfo {
     pub kept: usize,
     /// Prepared workers.
     pub prepared: usize,
-    /// Whether the supervisor ends when it has no VM and no checkpoint.
+    /// Whether the supervisor ends when it has no VM, and no checkpoint that is not kept.
     #[serde(default)]
     pub until_idle: bool,
     /// Ended VMs whose processes have yet to merge the writes since a fork into their disks.

@@ -132,7 +132,7 @@ impl KeptDir {
                     found.records.insert(name, record);
                 }
                 // The supervisor ended before the checkpoint was complete.
-                Err(error) if error.kind() == ErrorKind::NotFound && is_incomplete(&entry.path())? => {
+                Err(error) if error.kind() == ErrorKind::NotFound && is_incomplete(&entry.path()).unwrap_or(false) => {
                     tracing::info!(name, "removes an incomplete checkpoint");
                     if let Err(error) = dir.remove(&name) {
                         tracing::warn!(%error, path = %entry.path().display(), "an incomplete checkpoint stays");
@@ -249,7 +249,7 @@ impl KeptDir {
             }
         };
         if let Err(error) = self.sync() {
-            // After a crash it would be there again, or not.
+            // Undone: with an error the checkpoint is there.
             fs::rename(&gone, self.of(name))?;
             return Err(error);
         }

@@ -166,6 +166,19 @@ impl Supervisor {
         Ok(Checkpoint::of_saved(vm_record, saved, parts))
     }
 
+    /// Opens the snapshot `saved`, of VMs that `vm_record` describes.
+    fn checkpoint_from(
+        &self,
+        source: &SavedSource,
+        saved: &SavedVm,
+        vm_record: VmRecord,
+        cancel: &Cancel,
+    ) -> Result<Checkpoint, DaemonError> {
+        let prepared = self.0.pool.take_opener(&vm_record.template);
+        let opening = self.begin_opening(prepared, source, saved, &vm_record.template)?;
+        self.image(opening, source, saved, vm_record, || self.check(0, 0, cancel))
+    }
+
     /// Holds the image of a snapshot as a checkpoint.
     ///
     /// # Errors
@@ -179,9 +192,7 @@ impl Supervisor {
         let stem = stem(&request.saved.dir);
         let name = self.0.checkpoints.reserve(&stem, request.name.as_deref())?;
         let checkpoint = self.open_saved(&request.saved, |saved, template| {
-            let opening = self.begin_opening(self.0.pool.take_opener(&template), &request.saved, &saved, &template)?;
-            let vm_record = vm_record(template, &saved, None);
-            self.image(opening, &request.saved, &saved, vm_record, || self.check(0, 0, cancel))
+            self.checkpoint_from(&request.saved, &saved, vm_record(template, &saved, None), cancel)
         })?;
         // A checkpoint without a client would stay unknown.
         self.check(0, 0, cancel)?;
@@ -210,9 +221,8 @@ impl Supervisor {
         let (dir, overlays) = (kept.snapshot(name), Some(kept.root().to_owned()));
         let source = SavedSource { dir, load: RestoreLoad::default(), overlays, parents: Vec::new() };
         let (saved, template) = self.saved(&source)?;
-        let opening = self.begin_opening(self.0.pool.take_opener(&template), &source, &saved, &template)?;
         let vm_record = VmRecord { bounds: record.bounds, ..vm_record(template, &saved, None) };
-        let checkpoint = self.image(opening, &source, &saved, vm_record, || self.check(0, 0, cancel))?;
+        let checkpoint = self.checkpoint_from(&source, &saved, vm_record, cancel)?;
         Ok(checkpoint.with_record(record))
     }
 

@@ -15,9 +15,10 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, fchmod, openat, statat, unlinkat};
+use clade_io::private_listener;
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, openat, statat, unlinkat};
 use rustix::net::sockopt::socket_peercred;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
+use rustix::net::{SocketFlags, SocketType};
 
 use super::DaemonError;
 
@@ -25,8 +26,6 @@ use super::DaemonError;
 pub const LONGEST_NAME: usize = 48;
 /// Longest path of a socket: `sun_path` of `struct sockaddr_un` less its terminating NUL.
 pub const LONGEST_SOCKET_PATH: usize = 107;
-/// Backlog of connections.
-const BACKLOG: i32 = 128;
 /// The supervisor's socket, and the file that a directory's one supervisor holds locked.
 const SUPERVISOR: &str = "clade.api";
 const LOG: &str = "clade.log";
@@ -268,15 +267,8 @@ impl RuntimeDir {
     fn bind(&self, file: &str, kind: SocketType) -> Result<OwnedFd, DaemonError> {
         let bound = || -> io::Result<OwnedFd> {
             self.remove(file)?;
-            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            let socket = socket_with(AddressFamily::UNIX, kind, flags, None)?;
-            // The file gets the mode of the socket that is bound to it. So at no moment can others
-            // connect.
-            fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
             let path = format!("/proc/self/fd/{}/{file}", self.fd.as_raw_fd());
-            bind(&socket, &SocketAddrUnix::new(path)?)?;
-            listen(&socket, BACKLOG)?;
-            Ok(socket)
+            private_listener(Path::new(&path), kind, SocketFlags::NONBLOCK)
         };
         bound().map_err(|source| DaemonError::Runtime { path: self.path.join(file), source })
     }

@@ -1409,7 +1409,7 @@ class SupervisorInfo(TypedDict):
     """Prepared workers."""
 
     until_idle: NotRequired[bool]
-    """Whether the supervisor ends when it has no VM and no checkpoint."""
+    """Whether the supervisor ends when it has no VM, and no checkpoint that is not kept."""
 
     version: str
     """Its version."""

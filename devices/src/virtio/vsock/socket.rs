@@ -19,12 +19,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use clade_io::seqpacket;
+use clade_io::{private_listener, seqpacket};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use super::device::{Key, VsockError, VsockOptions};
 use super::{FIRST_GUEST_CID, HOST_CID};
@@ -32,8 +31,6 @@ use super::{FIRST_GUEST_CID, HOST_CID};
 /// How long the device's thread waits for an answer to the request that it has just sent. After
 /// that it checks for the answer from time to time, and the guest's other connections go on.
 const ANSWER_WAIT: Duration = Duration::from_millis(20);
-/// Connections that wait to be accepted.
-const BACKLOG: i32 = 128;
 /// Bytes of a message.
 const NUMBER: usize = 4;
 
@@ -145,16 +142,6 @@ fn check_cid(options: &VsockOptions) -> Result<(), VsockError> {
     }
 }
 
-/// Listens at `path`, for this user alone: whoever connects reaches the guest's services.
-fn listen_at(path: &Path) -> io::Result<UnixListener> {
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    // Before the bind, which gives the file this mode: there is no moment at which others can connect.
-    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-    bind(&socket, &SocketAddrUnix::new(path)?)?;
-    listen(&socket, BACKLOG)?;
-    Ok(socket.into())
-}
-
 impl VsockSocket {
     /// Listens at `options.socket`, and removes it in the end.
     ///
@@ -162,9 +149,10 @@ impl VsockSocket {
     /// When the CID is reserved, or the socket cannot be made. A stale socket is not removed.
     pub fn bind(options: &VsockOptions) -> Result<Self, VsockError> {
         check_cid(options)?;
-        let listener =
-            listen_at(&options.socket).map_err(|source| VsockError::Socket { path: options.socket.clone(), source })?;
-        Ok(Self { options: options.clone(), listener, ports: HostPorts::Direct, removes: true })
+        // Whoever connects reaches the guest's services.
+        let listener = private_listener(&options.socket, SocketType::STREAM, SocketFlags::empty())
+            .map_err(|source| VsockError::Socket { path: options.socket.clone(), source })?;
+        Ok(Self { options: options.clone(), listener: listener.into(), ports: HostPorts::Direct, removes: true })
     }
 
     /// A socket that another process has bound, and will remove. `broker` makes the guest's
