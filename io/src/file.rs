@@ -443,7 +443,7 @@ impl IoFile {
         self.handles.cached.as_raw_fd()
     }
 
-    fn failed(&self, what: &'static str, source: io::Error) -> FileError {
+    pub(crate) fn failed(&self, what: &'static str, source: io::Error) -> FileError {
         FileError { path: self.path.clone(), what, source }
     }
 }

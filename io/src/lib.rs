@@ -37,6 +37,7 @@ pub mod seqpacket;
 mod tap;
 pub mod thread;
 
+pub use at::UnnamedCopy;
 pub use buffer::{AlignedBuf, BufferError, Fragment, total_len, window};
 pub use engine::{Completion, Engine, EngineError, Stats};
 pub use file::{CachePolicy, FileError, IoFile, OpenError};

@@ -141,6 +141,14 @@ pub enum RamError {
     /// See [`BudgetError`].
     #[error("too many memory mappings")]
     Budget(#[from] BudgetError),
+    /// The copies of an image's layers need more memory than is available.
+    #[error("copying the image takes {pages} pages of memory, and {room} are available")]
+    DetachRoom {
+        /// Pages of the copies.
+        pages: u64,
+        /// Pages available.
+        room: u64,
+    },
     /// See [`StoreError`].
     #[error("no memory for a layer")]
     Store(#[from] StoreError),

@@ -80,6 +80,7 @@ pub use freeze::{FreezeMode, FreezeReport};
 pub use layer::LayerId;
 pub use layer::builder::LayerBuilder;
 pub use layer::compact::CompactReport;
+pub use layer::detach::{CopiedRuns, DetachedRam, LayerTreatment, MadeCopy};
 pub use layer::gc::Swept;
 pub use layer::handle::{ImageMap, LayerHandle, LayerSource};
 pub use layer::interval::{IntervalMap, Piece};

@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use clade_io::{CachePolicy, FileError, IoFile, OverlayPool};
+use clade_io::{CachePolicy, FileError, IoFile, OverlayPool, UnnamedCopy};
 use rustix::fs::{AtFlags, Mode, OFlags, mkdirat, openat, renameat, unlinkat};
 use rustix::process::geteuid;
 
@@ -138,6 +138,11 @@ impl Directory {
         let opened = File::from(opened.map_err(self.failed("", "given an unnamed file"))?);
         opened.set_len(len).map_err(failed(self.path(), "given a file of a size"))?;
         Ok(IoFile::read_write(opened, path, policy))
+    }
+
+    /// Makes an unnamed file of `len` bytes to copy others' clusters to.
+    pub(super) fn copy(&self, len: u64) -> Result<UnnamedCopy, FileError> {
+        UnnamedCopy::new_in(self.at(), self.path(), len)
     }
 
     /// The inode and device numbers of `name`.

@@ -26,8 +26,10 @@
 //! | flushes, and folding of overlays into the image | `flush.rs` |
 //! | keeping overlays few | `compact.rs` |
 //! | the runs that a snapshot writes, and a disk made of them | `layers.rs` |
+//! | copies of files that another process can write | `detach.rs` |
 
 mod compact;
+mod detach;
 mod directory;
 mod durability;
 mod flush;
@@ -55,6 +57,7 @@ use clade_io::{CachePolicy, EngineError, FileError, OpError, OpenError};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+pub use detach::DetachedDisk;
 pub use image::{CommitError, CommitReport, DiskImage, overlay_dir};
 pub use journal::{DiskJournal, JournalError, JournalId, JournalReport, JournalState, journal_path};
 pub use layers::{DiskLayer, DiskRun};

@@ -3,6 +3,7 @@
 
 pub(crate) mod builder;
 pub(crate) mod compact;
+pub(crate) mod detach;
 pub(crate) mod gc;
 pub(crate) mod handle;
 pub(crate) mod interval;
