@@ -36,7 +36,8 @@ pub(crate) use ended::{forget as forget_ended, last_output, record_end, recorded
 pub use error::{CancelReason, DaemonError, MAX_CHILDREN};
 pub use host_limits::HostLimitError;
 pub(crate) use host_limits::{
-    ResourceDemand, check as check_host_limits, check_share, most_running, processors, runnable_threads,
+    ResourceDemand, check as check_host_limits, check_share, most_running, pages_available, processors,
+    runnable_threads,
 };
 pub use labels::{Label, LabelError, Labels};
 use release::{ReleaseOnDrop, ResourceUse};

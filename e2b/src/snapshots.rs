@@ -31,7 +31,7 @@ impl Gateway {
         };
         let _held = self.take(owner, Usage::of_snapshot(record.mib))?;
         let random = random_hex::<9>().map_err(|error| GatewayError::internal(error.to_string()))?;
-        let request = CheckpointRequest { name: Some(format!("{SNAPSHOT_PREFIX}{random}")), keep: false };
+        let request = CheckpointRequest { name: Some(format!("{SNAPSHOT_PREFIX}{random}")), keep: false, detach: true };
         let taken: CheckpointInfo = self.vm(Method::POST, id, "/checkpoint", Some(&request)).await?;
         let snapshot = SnapshotRecord {
             id: taken.name.clone(),

@@ -219,6 +219,10 @@ pub(crate) struct CheckpointArgs {
     /// command returns once it is durable. The file has the guest's memory, with its secrets.
     #[arg(long)]
     pub(crate) keep: bool,
+    /// Copy the checkpoint's memory and disks, so that no process of a VM can write what its children
+    /// start from, not even one that a guest has broken into. The VM runs on meanwhile.
+    #[arg(long)]
+    pub(crate) detach: bool,
     /// Prepare as many processes for its children.
     #[arg(long, value_name = "N")]
     pub(crate) prepare: Option<usize>,

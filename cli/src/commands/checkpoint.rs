@@ -10,7 +10,7 @@ use crate::commands::{Failure, Outcome, Table, print_json};
 
 pub(super) fn take(args: &CheckpointArgs) -> Outcome {
     let client = supervised(&args.vm)?;
-    let request = CheckpointRequest { name: args.name.clone(), keep: args.keep };
+    let request = CheckpointRequest { name: args.name.clone(), keep: args.keep, detach: args.detach };
     let path = format!("/v1/vms/{}/checkpoint", args.vm);
     let info: CheckpointInfo = ask(client.supervisor(Method::POST, &path, Some(&request)))?;
     if let Some(count) = args.prepare {
@@ -22,6 +22,10 @@ pub(super) fn take(args: &CheckpointArgs) -> Outcome {
     }
     println!("{}", info.name);
     eprintln!("{} was paused for {}", args.vm, show_pause(info.pause_us));
+    if let Some(done) = info.detached {
+        let (mib, disks) = (done.copied_pages as f64 / 256.0, done.disk_bytes as f64 / f64::from(1 << 20));
+        eprintln!("{mib:.1} MiB of memory and {disks:.1} MiB of disks were copied in {}", show_pause(done.total_us));
+    }
     warn_of_boot(&client, &args.vm);
     Ok(())
 }
@@ -42,7 +46,7 @@ pub(super) fn list(args: &CheckpointsArgs) -> Outcome {
     if args.json {
         return print_json(&all).map_err(Failure::run);
     }
-    let mut table = Table::new(["name", "of", "generation", "vCPUs", "MiB", "age", "descriptors", "kept"]);
+    let mut table = Table::new(["name", "of", "generation", "vCPUs", "MiB", "age", "descriptors", "detached", "kept"]);
     for one in all {
         table.row([
             one.name,
@@ -52,6 +56,7 @@ pub(super) fn list(args: &CheckpointsArgs) -> Outcome {
             one.mib.to_string(),
             show_age(one.age_s),
             one.descriptors.to_string(),
+            if one.detached.is_some() { "yes" } else { "" }.to_owned(),
             if one.kept { "on disk" } else { "" }.to_owned(),
         ]);
     }

@@ -156,7 +156,8 @@ async fn keep(client: &Client, checkpoint: &str, request: &BootRequest, vm: &VmI
     agent_answers(client, request, &vm.name, BOOT_TIMEOUT).await?;
     try_child(client, &vm.name, TRIAL_TIMEOUT).await?;
     let path = format!("/v1/vms/{}/checkpoint", vm.name);
-    let taken = CheckpointRequest { name: Some(checkpoint.to_owned()), ..CheckpointRequest::default() };
+    // Later VMs of the image must not depend on the first one's process.
+    let taken = CheckpointRequest { name: Some(checkpoint.to_owned()), detach: true, ..CheckpointRequest::default() };
     match client.supervisor::<CheckpointInfo>(Method::POST, &path, Some(&taken)).await {
         // Another command was quicker.
         Err(ClientError::Refused { status: 409, .. }) | Ok(_) => Ok(()),

@@ -11,6 +11,7 @@ mod cached;
 mod cgroup;
 mod check;
 mod control;
+mod detach;
 mod disk;
 mod e2b;
 mod e2b_ports;

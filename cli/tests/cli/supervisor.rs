@@ -78,7 +78,7 @@ impl Supervised {
         self.runtime.clades()
     }
 
-    fn zygotes(&self) -> Vec<u32> {
+    pub(crate) fn zygotes(&self) -> Vec<u32> {
         let workers: BTreeSet<u32> = self.vms().iter().map(|vm| vm["pid"].as_u64().unwrap() as u32).collect();
         let supervisor = self.info("pid") as u32;
         self.processes().into_iter().filter(|pid| *pid != supervisor && !workers.contains(pid)).collect()

@@ -936,6 +936,11 @@ pub struct CheckpointRequest {
     // Left out if false: a supervisor of the version before refuses the field.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub keep: bool,
+    /// Whether its memory and disks are copied, so that no process of a VM can write what children
+    /// start from. The answer comes once the copies are made.
+    // Left out if false, as above.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub detach: bool,
 }
 
 /// A checkpoint: a VM at one instant, to fork from.
@@ -975,6 +980,28 @@ pub struct CheckpointInfo {
     /// Whether it is kept on disk. `descriptors` is 0 as long as this supervisor has not opened it.
     #[serde(default)]
     pub kept: bool,
+    /// The cost of its copies, if it is detached: no process of a VM can write its files. Null if it is
+    /// not.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub detached: Option<DetachedInfo>,
+}
+
+/// The cost of a detached checkpoint's copies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct DetachedInfo {
+    /// Layers of memory that were copied.
+    pub copied_layers: u64,
+    /// Layers of memory that no process of a VM can write anyway: a snapshot's files, and copies for
+    /// earlier checkpoints.
+    pub shared_layers: u64,
+    /// Pages of memory that were copied.
+    pub copied_pages: u64,
+    /// Files of disks that were copied.
+    pub disk_files: u64,
+    /// Bytes of disks that were copied.
+    pub disk_bytes: u64,
+    /// Time for the copies, in microseconds. The VM ran meanwhile.
+    pub total_us: f64,
 }
 
 /// Counts of the pages learned from a checkpoint's ended children.

@@ -55,11 +55,11 @@ mod token;
 mod ttl;
 
 pub use api::{
-    AheadInfo, BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DiskInfo, ErasedInfo,
-    ForkAnswer, ForkRequest, ForkedInfo, GuestMemory, GuestState, IdentityInfo, LogsAnswer, MemoryInfo, MergingVm,
-    NetInfo, NetworkRequest, OpenRequest, PrepareRequest, Prepared, ReadyAnswer, ResetAnswer, RestoreRequest,
-    SavedSource, ShutdownInfo, SnapshotAnswer, SnapshotProgress, SnapshotRequest, StopAnswer, StopRequest,
-    SupervisorInfo, SupervisorKept, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest,
+    AheadInfo, BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DetachedInfo, DiskInfo,
+    ErasedInfo, ForkAnswer, ForkRequest, ForkedInfo, GuestMemory, GuestState, IdentityInfo, LogsAnswer, MemoryInfo,
+    MergingVm, NetInfo, NetworkRequest, OpenRequest, PrepareRequest, Prepared, ReadyAnswer, ResetAnswer,
+    RestoreRequest, SavedSource, ShutdownInfo, SnapshotAnswer, SnapshotProgress, SnapshotRequest, StopAnswer,
+    StopRequest, SupervisorInfo, SupervisorKept, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest,
     TouchedAnswer, TouchedRun, VmInfo, VmLimits, VmState, VsockInfo, WakeAnswer, WorkingSetAnswer,
 };
 pub use client::{Client, ClientError, ListedVms};

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::detach::Copies;
 use super::kept::{Found, KeptRecord};
 use super::vm_record::VmRecord;
 use crate::ahead::Learning;
-use crate::control::{CheckpointInfo, ForkAnswer, ForkedInfo};
+use crate::control::{CheckpointInfo, DetachedInfo, ForkAnswer, ForkedInfo};
 use crate::image::{ForkedVm, PendingFork};
 use crate::secrets::Secrets;
 use crate::vm_host::{DaemonError, Labels, RuntimeDir, check_name};
@@ -25,6 +26,8 @@ pub(crate) struct Checkpoint {
     made: Instant,
     /// Learns the pages that its children write.
     learning: Arc<Learning>,
+    /// The cost of its copies, if no VM's process can write its files.
+    detached: Option<(DetachedInfo, Copies)>,
 }
 
 /// The source of an image.
@@ -94,7 +97,12 @@ impl Checkpoint {
 
     fn new(origin: CheckpointOrigin, vm_record: VmRecord, parts: SealedParts, forked: ForkedVm) -> Self {
         let learning = Arc::new(Learning::new(vm_record.template.config.layout()));
-        Self { origin, vm_record, parts, forked, made: Instant::now(), learning }
+        Self { origin, vm_record, parts, forked, made: Instant::now(), learning, detached: None }
+    }
+
+    /// The same image made of copies, which are detached.
+    pub(super) fn with_parts(self, parts: SealedParts, info: DetachedInfo, copies: Copies) -> Self {
+        Self { parts, detached: Some((info, copies)), ..self }
     }
 
     /// Returns the learned set of the pages that its children write.
@@ -167,6 +175,7 @@ impl Checkpoint {
             }),
             ahead: self.learning.info(),
             kept: false,
+            detached: self.detached.as_ref().map(|(info, _)| *info),
         }
     }
 

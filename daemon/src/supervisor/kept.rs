@@ -341,6 +341,7 @@ pub(super) mod tests {
             forked: None,
             ahead: crate::control::AheadInfo::default(),
             kept: false,
+            detached: None,
         };
         let bounds = Bounds { memory_mib: Some(512), cpus: Some(0.5) };
         KeptRecord::of(info, Labels::of(&["tier=web".parse().unwrap()]).unwrap(), bounds)

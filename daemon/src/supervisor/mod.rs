@@ -10,6 +10,7 @@
 //! | `make` | children and booted VMs, all of a request or none |
 //! | `ends` | detection of ended processes, and their cleanup |
 //! | `checkpoint` | images held for forks |
+//! | `detach` | copies of images that no VM's process can write |
 //! | `vm_record` | the supervisor's own records of VMs |
 //! | `worker_resources` | grants and descriptors of workers |
 //! | `cgroups` | resource limits of VMs' processes |
@@ -38,6 +39,7 @@
 mod broker;
 mod cgroups;
 mod checkpoint;
+mod detach;
 mod ends;
 mod events;
 mod idempotency;
@@ -95,6 +97,7 @@ use cgroups::Cgroups;
 pub use cgroups::{CgroupError, CgroupPlace};
 use checkpoint::{Checkpoint, Checkpoints};
 use clade_vmm::vm::StopReason;
+use detach::{CopiedFiles, expect_detachable};
 use events::Events;
 use idempotency::Keys;
 use idle::Idle;
@@ -181,6 +184,8 @@ struct Inner {
     zygote: Arc<Zygote>,
     pool: Pool,
     checkpoints: Checkpoints,
+    /// The files of detached checkpoints.
+    copied_files: CopiedFiles,
     /// The directory of kept checkpoints, or why there is none.
     kept: Result<KeptDir, String>,
     snapshots: Snapshots,
@@ -277,6 +282,7 @@ impl Supervisor {
             overlays,
             dir,
             checkpoints: Checkpoints::of_kept(found_kept),
+            copied_files: CopiedFiles::default(),
             kept,
             snapshots: Snapshots::default(),
             events: Arc::default(),
@@ -373,8 +379,12 @@ impl Supervisor {
     ) -> Result<CheckpointInfo, DaemonError> {
         let _busy = self.0.busy.read();
         let name = self.0.checkpoints.reserve(vm, request.name.as_deref())?;
-        let checkpoint = Arc::new(Checkpoint::take(&self.0.dir, vm, &|| self.check(0, 0, cancel))?);
+        if request.detach {
+            expect_detachable(&VmRecord::expect(&self.0.dir, vm)?.template)?;
+        }
+        let checkpoint = Checkpoint::take(&self.0.dir, vm, &|| self.check(0, 0, cancel))?;
         drop(permit);
+        let checkpoint = Arc::new(if request.detach { self.detach(checkpoint, cancel)? } else { checkpoint });
         let kept = if request.keep { Some(self.keep(&name, &checkpoint, cancel)?) } else { None };
         // A checkpoint without a client would stay unknown.
         if let Err(cancelled) = self.check(0, 0, cancel) {

@@ -130,6 +130,12 @@ fn mib_of_memory() -> Option<(u64, u64)> {
     Some((mib("MemTotal")?, mib("MemAvailable")?))
 }
 
+/// Pages of memory that copies may take, less a reserve for the rest of the host. Not limited if the
+/// kernel does not report it.
+pub(crate) fn pages_available() -> u64 {
+    mib_of_memory().map_or(u64::MAX, |(_, available)| available.saturating_sub(SPARE_MIB) << 8)
+}
+
 /// The host's runnable threads.
 pub(crate) fn runnable_threads() -> Option<u64> {
     threads_of_host().map(|(runnable, _)| runnable)

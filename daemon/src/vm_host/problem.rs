@@ -28,6 +28,7 @@ impl DaemonError {
             }
             Self::NetHook(_) => ProblemKind::IdentityTaken,
             Self::Refused { kind, .. } => *kind,
+            Self::Transfer(error) if error.is_no_room() => ProblemKind::NoRoom,
             // The process was most likely killed.
             Self::Worker { .. } | Self::Transfer(_) if is_of_the_dead(self) => ProblemKind::VmGone,
             Self::Runtime { .. }

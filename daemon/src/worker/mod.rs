@@ -20,6 +20,7 @@
 //! The supervisor's [`zygote`](crate::zygote) forks workers: processes with everything loaded.
 
 mod confine;
+mod detach;
 mod open;
 mod pace;
 mod parent_death;
@@ -46,10 +47,11 @@ use clade_vmm::vm::{EndpointParts, Vm, VmConfig};
 
 pub(crate) use confine::ConfineRequest;
 pub use confine::{ConfinedWorker, confine_worker};
+pub(crate) use detach::{DetachCounts, DetachRequest, KnownFiles, KnownPart, MadeFile, packed};
 pub(crate) use open::ReadSnapshotRequest;
 pub(crate) use pace::Pace;
 pub(crate) use parent_death::PARENT_DEATH_EXIT;
-pub(crate) use process::{Worker, WorkerProcess, Workers, has_ended};
+pub(crate) use process::{DetachedParts, Worker, WorkerProcess, Workers, has_ended};
 pub(crate) use save::{SavedFiles, WriteSnapshotRequest, written_beside};
 pub use serve::{Served, serve};
 
@@ -75,6 +77,8 @@ pub(crate) enum WorkerRequest {
     Save(Box<WriteSnapshotRequest>),
     /// Open a snapshot, and give its image.
     Open(Box<ReadSnapshotRequest>),
+    /// Copy what a VM's process can write of the image that follows, and give it back.
+    Detach(Box<DetachRequest>),
 }
 
 /// Descriptors that come with a request, in this order: the name's lock, the file for the VM's end,
@@ -167,6 +171,8 @@ pub(crate) enum WorkerAnswer {
     Saved(Box<SavedFiles>),
     /// The image of a snapshot follows.
     Opened,
+    /// The image with its copies follows.
+    Detached(DetachCounts),
     Failed {
         /// The kind of the error.
         kind: ProblemKind,

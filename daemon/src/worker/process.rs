@@ -11,10 +11,11 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{Shutdown, shutdown};
 use rustix::process::{Signal, pidfd_send_signal};
 
+use super::detach::unpacked;
 use super::pace::{Pace, in_groups};
 use super::{
-    ConfineRequest, Inherited, LaunchedVm, ReadSnapshotRequest, SavedFiles, WorkerAnswer, WorkerRequest,
-    WriteSnapshotRequest, failed, receive, send,
+    ConfineRequest, DetachCounts, DetachRequest, Inherited, LaunchedVm, MadeFile, ReadSnapshotRequest, SavedFiles,
+    WorkerAnswer, WorkerRequest, WriteSnapshotRequest, failed, receive, send,
 };
 use crate::vm_host::DaemonError;
 use clade_vmm::vm::SealedParts;
@@ -55,6 +56,14 @@ pub(crate) fn has_ended(pidfd: &OwnedFd, timeout: Duration) -> bool {
             Err(_) => return false,
         }
     }
+}
+
+/// An image with copies of the files that a VM's process can write.
+#[derive(Debug)]
+pub(crate) struct DetachedParts {
+    pub(crate) counts: DetachCounts,
+    pub(crate) image: SealedParts,
+    pub(crate) made: Vec<MadeFile>,
 }
 
 /// A worker whose VM does not run yet. Ended when dropped.
@@ -172,6 +181,48 @@ impl Worker {
         let parts = SealedParts::receive_while(&self.socket, &|| check().is_ok())?;
         self.kill();
         Ok(parts)
+    }
+
+    /// Has it copy the files of `parts` that a VM's process can write, except for `known` ones
+    /// ([`KnownFiles`](super::KnownFiles)). Waits for the copies and for the
+    /// end of the process, which could write them. `check` is called every [`POLL_INTERVAL`].
+    ///
+    /// # Errors
+    /// That of `check`. When the worker refuses, or does not end.
+    pub(crate) fn detach(
+        mut self,
+        request: DetachRequest,
+        known: &SealedParts,
+        parts: &SealedParts,
+        check: impl Fn() -> Result<(), DaemonError>,
+    ) -> Result<DetachedParts, DaemonError> {
+        let copied = self.copied(request, known, parts, check);
+        // Also after a failure: it may be in the middle of a long copy.
+        self.send_kill();
+        let copied = copied?;
+        let ended = self.process.take().is_some_and(|process| has_ended(&process.pidfd, END_TIMEOUT));
+        if ended { Ok(copied) } else { Err(failed(io::ErrorKind::TimedOut.into())) }
+    }
+
+    fn copied(
+        &self,
+        request: DetachRequest,
+        known: &SealedParts,
+        parts: &SealedParts,
+        check: impl Fn() -> Result<(), DaemonError>,
+    ) -> Result<DetachedParts, DaemonError> {
+        self.request(&WorkerRequest::Detach(Box::new(request)), &[])?;
+        known.send(&self.socket)?;
+        parts.send(&self.socket)?;
+        // All of memory may be copied.
+        let counts = match self.answer_within(Duration::MAX, &check)? {
+            WorkerAnswer::Detached(counts) => counts,
+            other => return Err(failed(unexpected(&other))),
+        };
+        let receive = || SealedParts::receive_while(&self.socket, &|| check().is_ok());
+        let image = receive()?;
+        let (made, _) = unpacked(receive()?)?;
+        Ok(DetachedParts { counts, image, made })
     }
 
     /// Kills it, without a wait: its work is done.
@@ -368,4 +419,97 @@ impl Drop for Workers {
 
 fn unexpected(answer: &WorkerAnswer) -> io::Error {
     io::Error::other(format!("it answered {answer:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::process::{Child, Command};
+
+    use clade_vmm::vm::VmConfig;
+    use rustix::fs::{MemfdFlags, memfd_create};
+    use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+    use super::super::{KnownFiles, packed};
+    use super::*;
+
+    /// A process that does not end by itself, and the other end of its starter's socket.
+    fn worker() -> (Worker, OwnedFd, Child) {
+        let (ours, theirs) = seqpacket::pair().unwrap();
+        let child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = child.id();
+        let pidfd = pidfd_open(Pid::from_raw(pid as i32).unwrap(), PidfdFlags::empty()).unwrap();
+        (Worker::new(ours, WorkerProcess { pid, pidfd }).unwrap(), theirs, child)
+    }
+
+    /// Sends an image without layers: nothing reads it here.
+    fn send_parts(socket: &OwnedFd) {
+        let hello = [b"CLADEIMG".as_slice(), &1u32.to_le_bytes(), &0u32.to_le_bytes()].concat();
+        let bytes = memfd_create("image", MemfdFlags::CLOEXEC).unwrap();
+        seqpacket::send(socket, &hello, &[bytes.as_fd()]).unwrap();
+    }
+
+    fn parts() -> SealedParts {
+        let (ours, theirs) = seqpacket::pair().unwrap();
+        send_parts(&theirs);
+        SealedParts::receive(&ours).unwrap()
+    }
+
+    fn request() -> DetachRequest {
+        let config = VmConfig::new(32 << 20, 1).unwrap();
+        DetachRequest { config, overlays: Vec::new() }
+    }
+
+    #[test]
+    fn a_checkpoint_waits_for_the_end_of_the_worker_that_copies_it() {
+        let (one, theirs, mut child) = worker();
+        let pidfd = one.pidfd().unwrap().unwrap();
+        let counts = DetachCounts { copied_pages: 5, ..DetachCounts::default() };
+        send(&theirs, &WorkerAnswer::Detached(counts), &[]).unwrap();
+        send_parts(&theirs);
+        let made = vec![MadeFile { of: (0, 1, 2, 3, 4), runs: vec![(5, 6)], copy: (0, 1, 7, 8, 9) }];
+        packed(&made, Vec::new()).unwrap().send(&theirs).unwrap();
+        let known = packed(&KnownFiles::default(), Vec::new()).unwrap();
+        let found = one.detach(request(), &known, &parts(), || Ok(())).unwrap();
+        assert_eq!((found.counts, found.image.descriptors(), found.made), (counts, 1, made));
+        assert!(has_ended(&pidfd, Duration::ZERO), "the copier had the copies open for writing");
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_copier_that_lies_or_ends_is_an_error_and_ends() {
+        let cancelled = || DaemonError::Refused { kind: crate::control::ProblemKind::NoRoom, text: "full".to_owned() };
+        for wrong in 0..6 {
+            let (one, theirs, mut child) = worker();
+            let refused = WorkerAnswer::Failed { kind: crate::control::ProblemKind::NoRoom, text: "full".to_owned() };
+            match wrong {
+                0 => send(&theirs, &refused, &[]).unwrap(),
+                1 => send(&theirs, &WorkerAnswer::Running, &[]).unwrap(),
+                // Below.
+                2 => {}
+                // An answer, and other bytes than an image's.
+                3 => {
+                    send(&theirs, &WorkerAnswer::Detached(DetachCounts::default()), &[]).unwrap();
+                    seqpacket::send(&theirs, b"not an image", &[]).unwrap();
+                }
+                // No list of copies.
+                5 => {
+                    send(&theirs, &WorkerAnswer::Detached(DetachCounts::default()), &[]).unwrap();
+                    (0..2).for_each(|_| send_parts(&theirs));
+                }
+                // An answer, and no image: the request is cancelled.
+                _ => send(&theirs, &WorkerAnswer::Detached(DetachCounts::default()), &[]).unwrap(),
+            }
+            let theirs = if wrong == 2 {
+                drop(theirs);
+                None
+            } else {
+                Some(theirs)
+            };
+            let check = || if wrong == 4 { Err(cancelled()) } else { Ok(()) };
+            one.detach(request(), &parts(), &parts(), check).map(drop).unwrap_err();
+            assert!(child.try_wait().unwrap().is_some(), "case {wrong}");
+            drop(theirs);
+        }
+    }
 }

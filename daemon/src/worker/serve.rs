@@ -10,6 +10,7 @@ use clade_io::seqpacket;
 use clade_memory::GuestRam;
 use tokio::runtime::Handle;
 
+use super::detach::detach;
 use super::open::open;
 use super::parent_death::ParentDeath;
 use super::save::save;
@@ -78,6 +79,7 @@ pub fn serve(
                 Ok(None)
             }),
             WorkerRequest::Open(request) => open(context, socket, *request).map(|()| None),
+            WorkerRequest::Detach(request) => detach(context, socket, *request).map(|()| None),
             WorkerRequest::Fork(request) => launcher.fork(*request, files),
             WorkerRequest::Boot(request) => launcher.boot(*request, files),
         };

@@ -62,4 +62,7 @@ pub use suspend::{RequestSource, SuspendReport, WakeReport};
 pub use timeline::{ChildStep, Timeline};
 #[cfg(feature = "fuzzing")]
 pub(crate) use transfer::is_memory;
-pub use transfer::{ImageParts, Leases, Overlays, SealedParts, SharedFiles, TransferError};
+pub use transfer::{
+    CopiedFile, DetachOptions, DetachReport, FileId, ImageFile, ImageParts, KnownCopy, Leases, Overlays, SealedParts,
+    SharedFiles, TransferError, file_id_at,
+};

@@ -225,7 +225,7 @@ impl Build<'_> {
         tried.map_err(|why| Failure::Run(anyhow!("sandboxes of it cannot be made ready: {why}")))?;
         let vm = guest.pause().await?;
         let path = |action: &str| format!("/v1/vms/{}/{action}", vm.name);
-        let request = CheckpointRequest { name: Some(self.id.clone()), ..CheckpointRequest::default() };
+        let request = CheckpointRequest { name: Some(self.id.clone()), detach: true, ..CheckpointRequest::default() };
         let taken = self.client.supervisor(Method::POST, &path("checkpoint"), Some(&request)).await;
         let _: CheckpointInfo = taken.map_err(failure)?;
         let request = SnapshotRequest { dir: draft.dir(), incremental: false, zstd: false, replace: false };

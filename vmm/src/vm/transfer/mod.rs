@@ -2,6 +2,7 @@
 //!
 //! | file | contents |
 //! |---|---|
+//! | `detach` | copies of the files that the giver can write |
 //! | `parts` | an image as bytes and descriptors, and back |
 //! | `lease` | tracks whether an image given away is still in use |
 //! | `socket` | bytes and descriptors over a Unix socket |
@@ -13,6 +14,7 @@
 //! the image until the last receiver has released it. The receiver may pass it on, and it outlives
 //! the giver: files live by their descriptors.
 
+mod detach;
 mod lease;
 mod parts;
 mod socket;
@@ -25,10 +27,11 @@ use clade_io::FileError;
 use clade_memory::{RamError, StoreError};
 use thiserror::Error;
 
+pub use detach::{CopiedFile, DetachOptions, DetachReport, ImageFile, KnownCopy};
 pub use lease::Leases;
 #[cfg(feature = "fuzzing")]
 pub(crate) use parts::is_memory;
-pub use parts::{ImageParts, Overlays, SharedFiles};
+pub use parts::{FileId, ImageParts, Overlays, SharedFiles, file_id_at};
 pub use socket::SealedParts;
 
 use crate::kvm::HostMismatch;
@@ -98,6 +101,17 @@ pub enum TransferError {
 }
 
 impl TransferError {
+    /// Whether the error means that the host lacks memory, or a disk has no room.
+    #[must_use]
+    pub fn is_no_room(&self) -> bool {
+        let mut causes = std::iter::successors(Some(self as &dyn std::error::Error), |error| error.source());
+        matches!(self, Self::Ram(RamError::DetachRoom { .. }))
+            || causes.any(|cause| {
+                let kind = cause.downcast_ref::<io::Error>().map(io::Error::kind);
+                matches!(kind, Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+            })
+    }
+
     fn system(what: &'static str) -> impl Fn(io::Error) -> Self {
         move |source| Self::System { what, source }
     }

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ use clade_io::IoFile;
 use clade_memory::{
     DontFork, ImageMap, LayerHandle, LayerId, LayerSource, PAGE_SIZE, PageRange, RamError, RamImage, RamLayout, Store,
 };
-use rustix::fs::{AtFlags, FileType, OFlags, StatxFlags, fcntl_getfl, fstat, statx};
+use rustix::fs::{AtFlags, CWD, FileType, OFlags, Statx, StatxFlags, fcntl_getfl, fstat, statx};
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddress;
 
@@ -352,13 +352,26 @@ pub struct SharedFiles {
 }
 
 /// Device, inode, and the inode's birth time, because inode numbers are reused.
-type FileId = (u32, u32, u64, i64, u32);
+pub type FileId = (u32, u32, u64, i64, u32);
 
-fn file_id(file: impl AsFd) -> Result<FileId, TransferError> {
+/// The identity of the file at `path`, which may not be a symbolic link.
+///
+/// # Errors
+/// When there is none.
+pub fn file_id_at(path: &Path) -> std::io::Result<FileId> {
+    let stat = statx(CWD, path, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::INO | StatxFlags::BTIME)?;
+    Ok(id_of(&stat))
+}
+
+fn id_of(stat: &Statx) -> FileId {
+    let born = stat.stx_btime;
+    (stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino, born.tv_sec, born.tv_nsec)
+}
+
+pub(super) fn file_id(file: impl AsFd) -> Result<FileId, TransferError> {
     let stat = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::INO | StatxFlags::BTIME)
         .map_err(|errno| TransferError::system("looked at")(errno.into()))?;
-    let born = stat.stx_btime;
-    Ok((stat.stx_dev_major, stat.stx_dev_minor, stat.stx_ino, born.tv_sec, born.tv_nsec))
+    Ok(id_of(&stat))
 }
 
 fn ram(

@@ -100,6 +100,10 @@ impl SealedParts {
         self.files.len() + 1
     }
 
+    pub(super) fn files(&self) -> &[OwnedFd] {
+        &self.files
+    }
+
     /// Reads the bytes.
     ///
     /// # Errors
@@ -110,6 +114,18 @@ impl SealedParts {
 }
 
 impl ImageParts {
+    /// Any bytes and descriptors, to be sent as an image is.
+    #[must_use]
+    pub fn from_raw(bytes: Vec<u8>, files: Vec<OwnedFd>) -> Self {
+        Self { bytes, files }
+    }
+
+    /// The bytes and the descriptors.
+    #[must_use]
+    pub fn into_raw(self) -> (Vec<u8>, Vec<OwnedFd>) {
+        (self.bytes, self.files)
+    }
+
     /// The same in sealed form, for sending.
     ///
     /// # Errors
