@@ -360,6 +360,30 @@ class CellInfo(KindCounts):
     """The number of the layer that provides most of its shared pages."""
 
 
+class DetachedInfo(TypedDict):
+    """The cost of a detached checkpoint's copies."""
+
+    copied_layers: int
+    """Layers of memory that were copied."""
+
+    copied_pages: int
+    """Pages of memory that were copied."""
+
+    disk_bytes: int
+    """Bytes of disks that were copied."""
+
+    disk_files: int
+    """Files of disks that were copied."""
+
+    shared_layers: int
+    """Layers of memory that no process of a VM can write anyway: a snapshot's files, and copies
+    for earlier checkpoints.
+    """
+
+    total_us: float
+    """Time for the copies, in microseconds. The VM ran meanwhile."""
+
+
 class ForkedInfo(TypedDict):
     """The cost of a checkpoint for its VM."""
 
@@ -397,6 +421,11 @@ class CheckpointInfo(TypedDict):
     descriptors: int
     """Descriptors held: layers of memory and of disks, and its state."""
 
+    detached: NotRequired[DetachedInfo | None]
+    """The cost of its copies, if it is detached: no process of a VM can write its files. Null if
+    it is not.
+    """
+
     forked: NotRequired[ForkedInfo | None]
     """Further costs for the VM; null if it was opened from a snapshot."""
 
@@ -429,6 +458,11 @@ class CheckpointInfo(TypedDict):
 
 class CheckpointRequest(TypedDict):
     """A request for a checkpoint."""
+
+    detach: NotRequired[bool]
+    """Whether its memory and disks are copied, so that no process of a VM can write what children
+    start from. The answer comes once the copies are made.
+    """
 
     keep: NotRequired[bool]
     """Whether it is kept on disk, so that later supervisors have it too. The answer comes once it
