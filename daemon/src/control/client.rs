@@ -207,14 +207,8 @@ impl Client {
     /// Connects to the process of `name`.
     async fn connect(&self, name: &str) -> Result<Socket, ClientError> {
         let path = socket_path(&self.dir, name);
-        loop {
-            match UnixStream::connect(&path).await {
-                // Its backlog is full. A blocking connect would wait too.
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(CONNECT_POLL).await,
-                Ok(stream) => return Ok(stream.into()),
-                Err(source) => return Err(ClientError::unreachable(name, path, source)),
-            }
-        }
+        let connected = connected_to(&path).await;
+        connected.map(Into::into).map_err(|source| ClientError::unreachable(name, path, source))
     }
 
     /// Stops a VM according to `request`. Returns when its name is free. A confined process leaves
@@ -391,7 +385,7 @@ impl Client {
 
     async fn connect_supervisor(&self) -> Result<Socket, ClientError> {
         let path = supervisor_path(&self.dir);
-        match UnixStream::connect(&path).await {
+        match connected_to(&path).await {
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
                 Err(ClientError::NoSupervisor { path })
             }
@@ -544,6 +538,16 @@ async fn send(
         return Err(ClientError::Refused { status: status.as_u16(), problem: Box::new(problem) });
     }
     Ok(response.into_body())
+}
+
+/// Connects to a socket. While its backlog is full, it waits, as a blocking connect would.
+async fn connected_to(path: &Path) -> io::Result<UnixStream> {
+    loop {
+        match UnixStream::connect(path).await {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(CONNECT_POLL).await,
+            connected => return connected,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -156,3 +156,21 @@ fn a_path_to_the_supervisor_consists_of_names() {
     let sent = runtime.block_on(client.supervisor::<VmInfo>(Method::POST, path, None::<&()>));
     assert!(matches!(sent, Err(ClientError::NoSupervisor { .. })), "{sent:?}");
 }
+
+/// Hundreds of clients at once fill the backlog of a supervisor that is busy.
+#[tokio::test]
+async fn a_client_waits_while_the_backlog_of_a_socket_is_full() {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept, bind, listen, socket_with};
+    let dir = tempfile::tempdir().unwrap();
+    let path = supervisor_path(dir.path());
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+    bind(&socket, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+    listen(&socket, 0).unwrap();
+    let _first = std::os::unix::net::UnixStream::connect(&path).unwrap();
+    let client = Client::new(dir.path());
+    let mut waits = std::pin::pin!(client.connect_supervisor());
+    let answer = tokio::time::timeout(5 * CONNECT_POLL, waits.as_mut()).await;
+    assert!(answer.is_err(), "the backlog is full: {answer:?}");
+    let _accepted = accept(&socket).unwrap();
+    waits.await.unwrap();
+}
