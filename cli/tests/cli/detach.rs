@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use clade_guests::abi::disk::What;
 use clade_harness::GuestWords;
 use serde_json::Value;
+use tempfile::TempDir;
 
 use crate::machine::BareVm;
 use crate::supervisor::{GuestMemory, Supervised};
@@ -21,16 +22,15 @@ const fn mark(page: u64) -> u64 {
 }
 const OVERWRITTEN: u64 = 0x0bad_0bad_0bad_0bad;
 
-fn put(all: &Supervised, vm: &str, page: u64, word: u64) {
-    BareVm::of(&all.runtime, vm).write(GuestMemory::AT + page * PAGE, &word.to_le_bytes()).unwrap();
+fn words(all: &Supervised, vm: &str) -> [u64; 3] {
+    [0, 1, 2].map(|page| all.word(vm, page))
 }
 
-fn words(all: &Supervised, vm: &str) -> [u64; 3] {
-    [0, 1, 2].map(|page| {
-        let mut bytes = [0; 8];
-        BareVm::of(&all.runtime, vm).read(GuestMemory::AT + page * PAGE, &mut bytes).unwrap();
-        u64::from_le_bytes(bytes)
-    })
+/// An image of 1 MiB of zeros, and its path.
+fn image(dir: &TempDir, name: &str) -> String {
+    let path = dir.path().join(name);
+    fs::write(&path, vec![0; 1 << 20]).unwrap();
+    path.to_str().unwrap().to_owned()
 }
 
 /// The files without a name that a process has open for writing: what a guest that has broken into it
@@ -82,15 +82,15 @@ fn a_detached_checkpoint_is_as_it_was_whatever_its_vms_process_writes() {
     let many: Vec<u8> = (0..MANY).flat_map(|page| [mark(MANY + page).to_le_bytes(), [0; 8]].concat()).collect();
     let spread: Vec<u8> = many.chunks(16).flat_map(|word| [word, &[0; PAGE as usize - 16]].concat()).collect();
     BareVm::of(&all.runtime, "web").write(GuestMemory::AT + 8 * PAGE, &spread).unwrap();
-    put(&all, "web", 0, mark(0));
+    all.put("web", 0, mark(0));
     checkpoint(&all, "web", "first", &[]);
-    put(&all, "web", 1, mark(1));
+    all.put("web", 1, mark(1));
     assert_eq!(checkpoint(&all, "web", "shared", &[])["detached"], Value::Null);
     let safe = checkpoint(&all, "web", "safe", &["--detach"]);
     let (copied, pages) = (safe["detached"]["copied_layers"].as_u64(), safe["detached"]["copied_pages"].as_u64());
     assert!(copied >= Some(2) && pages >= Some(MANY), "{safe}");
     // What was copied for this checkpoint is not copied for the next one of the VM.
-    put(&all, "web", 2, mark(3));
+    all.put("web", 2, mark(3));
     let next = checkpoint(&all, "web", "next", &["--detach"]);
     assert!(next["detached"]["copied_pages"].as_u64() < Some(MANY / 10), "{next}");
     assert!(next["detached"]["shared_layers"].as_u64() >= Some(1), "{next}");
@@ -122,7 +122,7 @@ fn a_detached_checkpoint_is_as_it_was_whatever_its_vms_process_writes() {
 
     // A child has its parent's copies for reading, and its own pages for writing. What is copied already
     // is not copied again.
-    put(&all, "safe-1", 2, mark(2));
+    all.put("safe-1", 2, mark(2));
     let again = checkpoint(&all, "safe-1", "again", &["--detach"]);
     let again = &again["detached"];
     assert_eq!((again["copied_layers"].as_u64(), again["shared_layers"].as_u64()), (Some(1), copied), "{again}");
@@ -149,12 +149,8 @@ fn disks_of_a_detached_checkpoint_are_as_they_were() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let image = |name: &str| {
-        let path = dir.path().join(name);
-        fs::write(&path, vec![0; 1 << 20]).unwrap();
-        path.to_str().unwrap().to_owned()
-    };
-    let (written, read, kept_apart) = (image("written.img"), image("read.img"), image("ephemeral.img"));
+    let (written, read, kept_apart) =
+        (image(&dir, "written.img"), image(&dir, "read.img"), image(&dir, "ephemeral.img"));
     let (read, kept_apart) = (format!("{read},ro"), format!("{kept_apart},ephemeral"));
     let all = Supervised::start("0");
     all.boot("web", &["--disk", &written, "--disk", &read, "--disk", &kept_apart]);
@@ -200,10 +196,8 @@ fn an_overlay_that_its_process_has_named_is_copied() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let image = dir.path().join("disk.img");
-    fs::write(&image, vec![0; 1 << 20]).unwrap();
     let all = Supervised::start("0");
-    all.boot("web", &["--disk", &format!("{},ephemeral", image.display())]);
+    all.boot("web", &["--disk", &format!("{},ephemeral", image(&dir, "disk.img"))]);
     let vm = |name: &str| BareVm::of(&all.runtime, name);
     vm("web").open_disk();
     vm("web").disk(What::Write, 0, 96, 1);
@@ -233,12 +227,7 @@ fn a_detached_checkpoint_holds_no_disk_of_its_vm() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let image = |name: &str| {
-        let path = dir.path().join(name);
-        fs::write(&path, vec![0; 1 << 20]).unwrap();
-        path.to_str().unwrap().to_owned()
-    };
-    let (written, shared) = (image("written.img"), format!("{},ephemeral", image("shared.img")));
+    let (written, shared) = (image(&dir, "written.img"), format!("{},ephemeral", image(&dir, "shared.img")));
     let all = Supervised::start("0");
     all.boot("web", &["--disk", &written, "--disk", &shared]);
     let vm = |name: &str| BareVm::of(&all.runtime, name);
@@ -264,14 +253,12 @@ fn a_checkpoint_that_cannot_be_detached_leaves_nothing() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let image = dir.path().join("disk.img");
-    fs::write(&image, vec![0; 1 << 20]).unwrap();
     let all = Supervised::start("0");
     let (status, refused) = all.http("POST", "/v1/vms/none/checkpoint", "{\"detach\":true}");
     assert_eq!(status, 404);
     expect_problem(&refused, 404);
-    all.boot("web", &["--disk", image.to_str().unwrap()]);
-    put(&all, "web", 0, mark(0));
+    all.boot("web", &["--disk", &image(&dir, "disk.img")]);
+    all.put("web", 0, mark(0));
     // No copy of the disk can be made: a file is in the directory's place.
     let overlays = dir.path().join(".clade-overlays");
     let _ = fs::remove_dir(&overlays);

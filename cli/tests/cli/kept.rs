@@ -3,24 +3,11 @@
 use std::fs;
 
 use clade_guests::abi::disk::What;
-use clade_harness::GuestWords;
 use serde_json::Value;
 
 use crate::machine::BareVm;
-use crate::supervisor::{GuestMemory, Supervised};
+use crate::supervisor::Supervised;
 use crate::tool::kvm;
-
-const PAGE: u64 = 4096;
-
-fn put(all: &Supervised, vm: &str, page: u64, word: u64) {
-    BareVm::of(&all.runtime, vm).write(GuestMemory::AT + page * PAGE, &word.to_le_bytes()).unwrap();
-}
-
-fn word(all: &Supervised, vm: &str, page: u64) -> u64 {
-    let mut bytes = [0; 8];
-    BareVm::of(&all.runtime, vm).read(GuestMemory::AT + page * PAGE, &mut bytes).unwrap();
-    u64::from_le_bytes(bytes)
-}
 
 /// The checkpoints, as `name kept descriptors`.
 fn listed(all: &Supervised) -> Vec<String> {
@@ -52,16 +39,16 @@ fn a_kept_checkpoint_is_there_for_later_supervisors() {
     }
     let mut all = Supervised::start("0");
     all.boot("web", &["--label", "tier=front"]);
-    (0..3).for_each(|page| put(&all, "web", page, 10 + page));
+    (0..3).for_each(|page| all.put("web", page, 10 + page));
     let taken = all.runtime.clade(&["checkpoint", "web", "base", "--keep", "--json"]).json();
     assert_eq!((&taken["kept"], &taken["vm"]), (&true.into(), &"web".into()), "{taken}");
     all.runtime.clade(&["checkpoint", "web", "lost", "--json"]).json();
     // Written after both.
-    put(&all, "web", 1, 99);
+    all.put("web", 1, 99);
     assert_eq!(listed(&all), ["base kept opened", "lost held opened"]);
     // From memory, as any other.
     assert_eq!(all.fork(&["base", "--name", "first"]), ["first"]);
-    assert_eq!(word(&all, "first", 1), 11);
+    assert_eq!(all.word("first", 1), 11);
 
     // Killed, then ended in order. The VMs run on.
     all.runtime.crash();
@@ -77,9 +64,9 @@ fn a_kept_checkpoint_is_there_for_later_supervisors() {
 
     assert_eq!(all.fork(&["base", "--count", "2"]), ["base-1", "base-2"]);
     assert_eq!(listed(&all), ["base kept opened"]);
-    put(&all, "base-1", 0, 50);
+    all.put("base-1", 0, 50);
     for (vm, words) in [("base-1", [50, 11, 12]), ("base-2", [10, 11, 12]), ("web", [10, 99, 12])] {
-        assert_eq!([0, 1, 2].map(|page| word(&all, vm, page)), words, "{vm}");
+        assert_eq!([0, 1, 2].map(|page| all.word(vm, page)), words, "{vm}");
     }
     let found = all.runtime.clade(&["ps", "--filter", "label=tier=front", "--json"]).json();
     assert_eq!(found.as_array().unwrap().len(), 4, "children have the labels of the checkpoint: {found}");
@@ -90,9 +77,9 @@ fn a_kept_checkpoint_is_there_for_later_supervisors() {
     all.runtime.clade(&["fork", "base"]).expect_refusal("base");
     restart(&mut all);
     assert_eq!(listed(&all), [""; 0]);
-    assert_eq!([0, 1, 2].map(|page| word(&all, "base-2", page)), [10, 11, 12]);
+    assert_eq!([0, 1, 2].map(|page| all.word("base-2", page)), [10, 11, 12]);
     assert_eq!(all.fork(&["base-2"]), ["base-2-1"]);
-    assert_eq!(word(&all, "base-2-1", 2), 12);
+    assert_eq!(all.word("base-2-1", 2), 12);
     // The name is free again.
     all.runtime.clade(&["checkpoint", "base-2", "base", "--keep", "--json"]).json();
     end(all);
@@ -106,7 +93,7 @@ fn a_kept_checkpoint_is_opened_once() {
     }
     let mut all = Supervised::start("0");
     all.boot("web", &[]);
-    put(&all, "web", 0, 7);
+    all.put("web", 0, 7);
     all.runtime.clade(&["checkpoint", "web", "base", "--keep", "--json"]).json();
     restart(&mut all);
     std::thread::scope(|threads| {
@@ -117,7 +104,7 @@ fn a_kept_checkpoint_is_opened_once() {
         let forks = ["one", "two", "three"].map(fork);
         forks.into_iter().for_each(|fork| fork.join().unwrap());
     });
-    ["one", "two", "three"].iter().for_each(|vm| assert_eq!(word(&all, vm, 0), 7));
+    ["one", "two", "three"].iter().for_each(|vm| assert_eq!(all.word(vm, 0), 7));
     assert_eq!(listed(&all), ["base kept opened"]);
     // Prepared processes are for a checkpoint on disk too.
     restart(&mut all);
@@ -166,13 +153,13 @@ fn kept_checkpoints_keep_no_supervisor_running() {
     }
     let mut all = Supervised::start_with("0", &["--until-idle"]);
     all.boot("web", &[]);
-    put(&all, "web", 0, 3);
+    all.put("web", 0, 3);
     all.runtime.clade(&["checkpoint", "web", "base", "--keep", "--json"]).json();
     all.stop("web");
     assert_eq!(all.runtime.ended(), Some(0));
     all.serve("0");
     assert_eq!(all.fork(&["base"]), ["base-1"]);
-    assert_eq!(word(&all, "base-1", 0), 3);
+    assert_eq!(all.word("base-1", 0), 3);
     end(all);
 }
 

@@ -6,12 +6,14 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
+use clade_harness::GuestWords;
 use clade_io::seqpacket;
 use clade_test_support::{Cid, TapName};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::Signal;
 use serde_json::Value;
 
+use crate::machine::BareVm;
 use crate::tool::{Runtime, expect_problem, kill, kvm, runs, stem, taps, wait_until};
 
 mod storm;
@@ -88,6 +90,18 @@ impl Supervised {
     fn files(&self) -> Vec<String> {
         let all = fs::read_dir(self.runtime.dir()).unwrap().flatten();
         all.map(|entry| entry.file_name().into_string().unwrap()).filter(|name| name != "clade.log").collect()
+    }
+
+    /// Writes a word at the beginning of a page of a VM's memory that the guest does not use.
+    pub(crate) fn put(&self, vm: &str, page: u64, word: u64) {
+        BareVm::of(&self.runtime, vm).write(GuestMemory::AT + page * 4096, &word.to_le_bytes()).unwrap();
+    }
+
+    /// The word at the beginning of such a page.
+    pub(crate) fn word(&self, vm: &str, page: u64) -> u64 {
+        let mut bytes = [0; 8];
+        BareVm::of(&self.runtime, vm).read(GuestMemory::AT + page * 4096, &mut bytes).unwrap();
+        u64::from_le_bytes(bytes)
     }
 
     pub(crate) fn stop(&self, name: &str) {

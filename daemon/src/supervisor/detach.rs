@@ -6,6 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
@@ -19,8 +20,8 @@ use super::processes::ProcessId;
 use crate::control::{DetachedInfo, ProblemKind};
 use crate::jail::{Grants, is_block_device};
 use crate::vm_host::{Cancel, DaemonError};
-use crate::worker::{DetachCounts, DetachRequest, DetachedParts, KnownFiles, KnownPart, MadeFile, VmTemplate, packed};
-use clade_vmm::vm::{FileId, ImageFile, SealedParts, file_id_at};
+use crate::worker::{DetachRequest, DetachedParts, KnownFiles, KnownPart, VmTemplate, packed};
+use clade_vmm::vm::{CopiedFile, FileId, ImageFile, SealedParts, file_id_at};
 
 /// The copies that checkpoints hold.
 #[derive(Debug, Default)]
@@ -41,7 +42,7 @@ struct CopiedPart {
     /// What another VM's process says of a file is not believed.
     vm: Option<ProcessId>,
     of: FileId,
-    runs: Vec<(u64, u64)>,
+    runs: Vec<Range<u64>>,
     id: FileId,
     copy: OwnedFd,
 }
@@ -56,8 +57,8 @@ pub(super) struct Copies {
 }
 
 /// Whether runs are ascending and not empty.
-fn are_ascending(runs: &[(u64, u64)]) -> bool {
-    runs.iter().all(|(start, end)| start < end) && runs.windows(2).all(|pair| pair[0].1 <= pair[1].0)
+fn are_ascending(runs: &[Range<u64>]) -> bool {
+    runs.iter().all(|run| !run.is_empty()) && runs.windows(2).all(|pair| pair[0].end <= pair[1].start)
 }
 
 impl CopiedFiles {
@@ -86,12 +87,12 @@ impl CopiedFiles {
         &self,
         vm: Option<ProcessId>,
         files: &[ImageFile<'_>],
-        made: Vec<MadeFile>,
+        made: Vec<CopiedFile>,
         known: Vec<Arc<CopiedPart>>,
     ) -> io::Result<Copies> {
         let file_of = |id: FileId| files.iter().find(|file| file.id == id);
         let mut parts: Vec<_> = known.into_iter().filter(|part| file_of(part.id).is_some()).collect();
-        for MadeFile { of, runs, copy: id } in made.into_iter().filter(|made| are_ascending(&made.runs)) {
+        for CopiedFile { of, runs, copy: id } in made.into_iter().filter(|made| are_ascending(&made.runs)) {
             let Some(copy) = file_of(id).filter(|file| file.is_sealed) else { continue };
             parts.push(Arc::new(CopiedPart { vm, of, runs, id, copy: copy.file.try_clone_to_owned()? }));
         }
@@ -146,10 +147,15 @@ fn is_in_place(template: &VmTemplate, disk: &DiskConfig) -> bool {
 /// images that are only read.
 fn safe_files(template: &VmTemplate) -> Vec<FileId> {
     let images = template.config.disks.iter().map(|disk| &disk.disk).filter(|_| template.saved.is_empty());
-    let images = images.filter(|disk| !is_in_place(template, disk)).filter_map(|disk| disk.path.canonicalize().ok());
+    let images = images.filter(|disk| !is_in_place(template, disk)).filter_map(image_id);
     let of_snapshots = template.saved.iter().filter_map(|dir| std::fs::read_dir(&dir.path).ok());
     let of_snapshots = of_snapshots.flat_map(|entries| entries.flatten().map(|entry| entry.path()));
-    images.chain(of_snapshots).filter_map(|path| file_id_at(&path).ok()).collect()
+    images.chain(of_snapshots.filter_map(|path| file_id_at(&path).ok())).collect()
+}
+
+/// The file at a disk's path, which may be a symbolic link.
+fn image_id(disk: &DiskConfig) -> Option<FileId> {
+    file_id_at(&disk.path.canonicalize().ok()?).ok()
 }
 
 /// Refuses a VM whose checkpoints cannot be detached.
@@ -187,7 +193,7 @@ impl Supervisor {
         let before = checkpoint.parts().image_files()?;
         let (mut safe, known) = self.0.copied_files.among(vm, &before);
         safe.extend(safe_files(template));
-        expect_images(template, &before, &safe)?;
+        expect_images(template, &before)?;
         let request = DetachRequest { config: config.clone(), overlays: overlays.clone() };
         let message = known_message(safe.clone(), &known)?;
         let start = now();
@@ -198,19 +204,16 @@ impl Supervisor {
         expect_copied(&before, &safe, start, &after)?;
         let failed = |source| DaemonError::Worker { source };
         let copies = self.0.copied_files.add(vm, &after, made, known).map_err(failed)?;
-        let info = info(counts, begun);
+        let info = DetachedInfo { total_us: begun.elapsed().as_secs_f64() * 1e6, ..counts };
         drop((before, after));
         Ok(checkpoint.with_parts(image, info, copies))
     }
 }
 
 /// Refuses a VM whose read-only disk is another file by now: there is no directory for a copy.
-fn expect_images(template: &VmTemplate, files: &[ImageFile<'_>], safe: &[FileId]) -> Result<(), DaemonError> {
+fn expect_images(template: &VmTemplate, files: &[ImageFile<'_>]) -> Result<(), DaemonError> {
     let mut disks = template.config.disks.iter().map(|disk| &disk.disk).filter(|_| template.saved.is_empty());
-    let is_there = |disk: &DiskConfig| {
-        let id = disk.path.canonicalize().and_then(|path| file_id_at(&path)).ok();
-        id.is_some_and(|id| safe.contains(&id) && files.iter().any(|file| file.id == id))
-    };
+    let is_there = |disk: &DiskConfig| image_id(disk).is_some_and(|id| files.iter().any(|file| file.id == id));
     disks.find(|disk| disk.read_only && !is_there(disk)).map_or(Ok(()), |disk| {
         let path = disk.path.display();
         let text = format!("a checkpoint of this VM cannot be detached: {path} was replaced since the VM was booted");
@@ -226,12 +229,6 @@ fn known_message(safe: Vec<FileId>, known: &[Arc<CopiedPart>]) -> Result<SealedP
         parts.push(KnownPart { of: part.of, runs: part.runs.clone(), descriptor });
     }
     packed(&KnownFiles { safe, parts }, files)
-}
-
-fn info(counts: DetachCounts, begun: Instant) -> DetachedInfo {
-    let DetachCounts { copied_layers, shared_layers, copied_pages, disk_files, disk_bytes } = counts;
-    let total_us = begun.elapsed().as_secs_f64() * 1e6;
-    DetachedInfo { copied_layers, shared_layers, copied_pages, disk_files, disk_bytes, total_us }
 }
 
 #[cfg(test)]
@@ -277,9 +274,9 @@ mod tests {
         let only = template(&[read]);
         let file = std::fs::File::open("/dev/null").unwrap();
         let files = [ImageFile { id: id("read"), file: file.as_fd(), is_sealed: false }];
-        expect_images(&only, &files, &safe_files(&only)).unwrap();
+        expect_images(&only, &files).unwrap();
         std::fs::rename(dir.path().join("written"), dir.path().join("read")).unwrap();
-        let refused = expect_images(&only, &files, &safe_files(&only)).unwrap_err();
+        let refused = expect_images(&only, &files).unwrap_err();
         assert!(
             refused.problem() == ProblemKind::WrongState && refused.to_string().contains("was replaced"),
             "{refused}"
@@ -337,13 +334,16 @@ mod tests {
         assert!(one.is_some() && one != other);
         let files = CopiedFiles::default();
         let after = list(&[id(7), id(8)], &file);
-        let made = |copy, runs: &[(u64, u64)]| MadeFile { of: id(1), runs: runs.to_vec(), copy: id(copy) };
+        let made = |copy, runs: &[(u64, u64)]| {
+            let runs = runs.iter().map(|(start, end)| *start..*end).collect();
+            CopiedFile { of: id(1), runs, copy: id(copy) }
+        };
         let wrong = [made(9, &[(0, 1)]), made(8, &[(3, 3)]), made(8, &[(4, 6), (5, 7)]), made(8, &[(6, 5)])];
         let all = [vec![made(7, &[(0, 2), (2, 5)])], wrong.to_vec()].concat();
         let first = files.add(one, &after, all, Vec::new()).unwrap();
         let shown = list(&[id(1)], &file);
         let known = |vm: Option<ProcessId>| files.among(vm, &shown).1;
-        assert_eq!(known(one).iter().map(|part| part.runs.clone()).collect::<Vec<_>>(), [[(0, 2), (2, 5)]]);
+        assert_eq!(known(one).iter().map(|part| part.runs.clone()).collect::<Vec<_>>(), [[0..2, 2..5]]);
         assert!(known(other).is_empty() && known(None).is_empty());
         assert!(files.among(one, &after).1.is_empty(), "the image does not show the file");
         // A second checkpoint has it too, and keeps it.

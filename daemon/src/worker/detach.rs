@@ -7,13 +7,14 @@
 //! | .. | starter | the image |
 //! | next | worker | the counts, or the error |
 //! | .. | worker | the image with its copies |
-//! | last | worker | the copies it has made: [`MadeFile`]s, as bytes |
+//! | last | worker | the copies it has made: [`CopiedFile`](clade_vmm::vm::CopiedFile)s, as bytes |
 //!
 //! The process runs no guest. Its descriptors for writing the copies go with it, so the starter waits
 //! for its end.
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -22,6 +23,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::{WorkerAnswer, failed, send};
+use crate::control::DetachedInfo;
 use crate::vm_host::{DaemonError, pages_available};
 use clade_vmm::vm::{
     Context, DetachOptions, FileId, ForkImage, ImageParts, KnownCopy, Leases, Overlays, SealedParts, VmConfig,
@@ -50,27 +52,8 @@ pub(crate) struct KnownFiles {
 pub(crate) struct KnownPart {
     pub(crate) of: FileId,
     /// Pages.
-    pub(crate) runs: Vec<(u64, u64)>,
+    pub(crate) runs: Vec<Range<u64>>,
     pub(crate) descriptor: usize,
-}
-
-/// A copy of a part of a layer's file that was made.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct MadeFile {
-    pub(crate) of: FileId,
-    /// Pages, ascending.
-    pub(crate) runs: Vec<(u64, u64)>,
-    pub(crate) copy: FileId,
-}
-
-/// Counts of a detachment.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct DetachCounts {
-    pub(crate) copied_layers: u64,
-    pub(crate) shared_layers: u64,
-    pub(crate) copied_pages: u64,
-    pub(crate) disk_files: u64,
-    pub(crate) disk_bytes: u64,
 }
 
 /// Makes a message of any length of a value and descriptors.
@@ -95,7 +78,6 @@ pub(crate) fn unpacked<T: DeserializeOwned>(parts: SealedParts) -> Result<(T, Ve
 fn known_copies(parts: Vec<KnownPart>, files: &[OwnedFd]) -> io::Result<Vec<KnownCopy>> {
     let copy = |KnownPart { of, runs, descriptor }| {
         let copy = files.get(descriptor).ok_or(io::ErrorKind::InvalidData)?.try_clone()?;
-        let runs = runs.into_iter().map(|(start, end)| start..end).collect();
         Ok(KnownCopy { of, runs, copy: File::from(copy) })
     };
     parts.into_iter().map(copy).collect()
@@ -119,18 +101,16 @@ pub(super) fn detach(context: &Context, socket: &OwnedFd, request: DetachRequest
     let copied = begun.elapsed() - imported;
     let image = image.export(&Leases::default())?.seal()?;
     tracing::debug!(?imported, ?copied, all = ?begun.elapsed(), "detached");
-    let counts = DetachCounts {
+    let counts = DetachedInfo {
         copied_layers: report.ram.copied_layers,
         shared_layers: report.ram.shared_layers,
         copied_pages: report.ram.copied_pages,
         disk_files: report.disks.copied_files,
         disk_bytes: report.disks.copied_bytes,
+        // Of all: the starter measures it.
+        total_us: 0.0,
     };
-    let made = report.made.into_iter().map(|made| {
-        let runs = made.runs.into_iter().map(|run| (run.start, run.end)).collect();
-        MadeFile { of: made.of, runs, copy: made.copy }
-    });
-    let made = packed(&made.collect::<Vec<_>>(), Vec::new())?;
+    let made = packed(&report.made, Vec::new())?;
     send(socket, &WorkerAnswer::Detached(counts), &[]).map_err(failed)?;
     image.send(socket)?;
     Ok(made.send(socket)?)

@@ -37,7 +37,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::ahead::AheadRequest;
-use crate::control::{ErasedInfo, IdentityInfo, ProblemKind};
+use crate::control::{DetachedInfo, ErasedInfo, IdentityInfo, ProblemKind};
 use crate::secrets::Secrets;
 use crate::vm_host::{DaemonError, Labels};
 use clade_memory::GuestRam;
@@ -47,7 +47,7 @@ use clade_vmm::vm::{EndpointParts, Vm, VmConfig};
 
 pub(crate) use confine::ConfineRequest;
 pub use confine::{ConfinedWorker, confine_worker};
-pub(crate) use detach::{DetachCounts, DetachRequest, KnownFiles, KnownPart, MadeFile, packed};
+pub(crate) use detach::{DetachRequest, KnownFiles, KnownPart, packed};
 pub(crate) use open::ReadSnapshotRequest;
 pub(crate) use pace::Pace;
 pub(crate) use parent_death::PARENT_DEATH_EXIT;
@@ -172,7 +172,7 @@ pub(crate) enum WorkerAnswer {
     /// The image of a snapshot follows.
     Opened,
     /// The image with its copies follows.
-    Detached(DetachCounts),
+    Detached(DetachedInfo),
     Failed {
         /// The kind of the error.
         kind: ProblemKind,

@@ -14,11 +14,12 @@ use rustix::process::{Signal, pidfd_send_signal};
 use super::detach::unpacked;
 use super::pace::{Pace, in_groups};
 use super::{
-    ConfineRequest, DetachCounts, DetachRequest, Inherited, LaunchedVm, MadeFile, ReadSnapshotRequest, SavedFiles,
-    WorkerAnswer, WorkerRequest, WriteSnapshotRequest, failed, receive, send,
+    ConfineRequest, DetachRequest, Inherited, LaunchedVm, ReadSnapshotRequest, SavedFiles, WorkerAnswer, WorkerRequest,
+    WriteSnapshotRequest, failed, receive, send,
 };
+use crate::control::DetachedInfo;
 use crate::vm_host::DaemonError;
-use clade_vmm::vm::SealedParts;
+use clade_vmm::vm::{CopiedFile, SealedParts};
 
 /// Time limit of a worker to make its VM.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -61,9 +62,9 @@ pub(crate) fn has_ended(pidfd: &OwnedFd, timeout: Duration) -> bool {
 /// An image with copies of the files that a VM's process can write.
 #[derive(Debug)]
 pub(crate) struct DetachedParts {
-    pub(crate) counts: DetachCounts,
+    pub(crate) counts: DetachedInfo,
     pub(crate) image: SealedParts,
-    pub(crate) made: Vec<MadeFile>,
+    pub(crate) made: Vec<CopiedFile>,
 }
 
 /// A worker whose VM does not run yet. Ended when dropped.
@@ -464,10 +465,11 @@ mod tests {
     fn a_checkpoint_waits_for_the_end_of_the_worker_that_copies_it() {
         let (one, theirs, mut child) = worker();
         let pidfd = one.pidfd().unwrap().unwrap();
-        let counts = DetachCounts { copied_pages: 5, ..DetachCounts::default() };
+        let counts = DetachedInfo { copied_pages: 5, ..DetachedInfo::default() };
         send(&theirs, &WorkerAnswer::Detached(counts), &[]).unwrap();
         send_parts(&theirs);
-        let made = vec![MadeFile { of: (0, 1, 2, 3, 4), runs: vec![(5, 6)], copy: (0, 1, 7, 8, 9) }];
+        let made =
+            vec![CopiedFile { of: (0, 1, 2, 3, 4), runs: std::iter::once(5..6).collect(), copy: (0, 1, 7, 8, 9) }];
         packed(&made, Vec::new()).unwrap().send(&theirs).unwrap();
         let known = packed(&KnownFiles::default(), Vec::new()).unwrap();
         let found = one.detach(request(), &known, &parts(), || Ok(())).unwrap();
@@ -489,16 +491,16 @@ mod tests {
                 2 => {}
                 // An answer, and other bytes than an image's.
                 3 => {
-                    send(&theirs, &WorkerAnswer::Detached(DetachCounts::default()), &[]).unwrap();
+                    send(&theirs, &WorkerAnswer::Detached(DetachedInfo::default()), &[]).unwrap();
                     seqpacket::send(&theirs, b"not an image", &[]).unwrap();
                 }
                 // No list of copies.
                 5 => {
-                    send(&theirs, &WorkerAnswer::Detached(DetachCounts::default()), &[]).unwrap();
+                    send(&theirs, &WorkerAnswer::Detached(DetachedInfo::default()), &[]).unwrap();
                     (0..2).for_each(|_| send_parts(&theirs));
                 }
                 // An answer, and no image: the request is cancelled.
-                _ => send(&theirs, &WorkerAnswer::Detached(DetachCounts::default()), &[]).unwrap(),
+                _ => send(&theirs, &WorkerAnswer::Detached(DetachedInfo::default()), &[]).unwrap(),
             }
             let theirs = if wrong == 2 {
                 drop(theirs);

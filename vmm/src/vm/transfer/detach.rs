@@ -8,7 +8,7 @@
 //! earlier copy. Names prove nothing: a process may give one to its own file.
 
 use std::cell::RefCell;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -18,9 +18,10 @@ use clade_devices::disk::{DetachedDisk, DiskError};
 use clade_devices::virtio::Backend;
 use clade_io::{FileError, IoFile};
 use clade_memory::{CopiedRuns, DetachedRam, LayerHandle, LayerId, LayerTreatment, PAGE_SIZE, PageRange, RamError};
-use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat, fstatfs};
+use rustix::fs::{FileType, fstat, fstatfs};
+use serde::{Deserialize, Serialize};
 
-use super::parts::{FileId, file_id};
+use super::parts::{FileId, file_id, is_read_only};
 use super::{SealedParts, TransferError};
 use crate::vm::context::Context;
 use crate::vm::fork::ForkImage;
@@ -48,7 +49,7 @@ pub struct KnownCopy {
 }
 
 /// A copy of a part of a layer's file that was made.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CopiedFile {
     /// The file.
     pub of: FileId,
@@ -65,7 +66,7 @@ pub struct DetachReport {
     pub ram: DetachedRam,
     /// Counts of its disks.
     pub disks: DetachedDisk,
-    /// The copies of layers.
+    /// The copies of layers in memory.
     pub made: Vec<CopiedFile>,
 }
 
@@ -84,8 +85,7 @@ impl ForkImage {
         options: &DetachOptions,
     ) -> Result<(Arc<Self>, DetachReport), TransferError> {
         let mut report = DetachReport::default();
-        let ids: RefCell<HashMap<LayerId, FileId>> = RefCell::default();
-        let on_disk: RefCell<HashSet<LayerId>> = RefCell::default();
+        let in_memory: RefCell<HashMap<LayerId, FileId>> = RefCell::default();
         // No process watches the use of copies: they are never written or used again.
         let (_, lease) = std::io::pipe().map_err(TransferError::system("leased"))?;
         let lease = Arc::new(OwnedFd::from(lease));
@@ -95,14 +95,13 @@ impl ForkImage {
             if options.safe.contains(&of) {
                 return Ok(LayerTreatment::Keep);
             }
-            ids.borrow_mut().insert(layer.id(), of);
             let mut known = Vec::new();
             // Layers in memory never change (I4). A file on a disk has other users.
-            let in_memory = fstatfs(&file).is_ok_and(|found| found.f_type == TMPFS);
-            if !in_memory {
-                on_disk.borrow_mut().insert(layer.id());
+            if !fstatfs(&file).is_ok_and(|found| found.f_type == TMPFS) {
+                return Ok(LayerTreatment::Copy(known));
             }
-            for KnownCopy { runs, copy, .. } in options.known.iter().filter(|known| in_memory && known.of == of) {
+            in_memory.borrow_mut().insert(layer.id(), of);
+            for KnownCopy { runs, copy, .. } in options.known.iter().filter(|known| known.of == of) {
                 let copy = copy.try_clone().map_err(RamError::Reopen)?;
                 let pages = copy.metadata().map_err(RamError::Reopen)?.len() / PAGE_SIZE;
                 let copy = context.store().foreign_layer(copy, pages, Arc::clone(&lease))?;
@@ -114,11 +113,7 @@ impl ForkImage {
         let (ram, counts, made) = self.ram().detached(context.store(), options.room, &treatment)?;
         report.ram = counts;
         for made in made {
-            let Some(of) = ids.borrow().get(&made.of).copied() else { continue };
-            let on_disk = on_disk.borrow().contains(&made.of);
-            if on_disk {
-                continue;
-            }
+            let Some(of) = in_memory.borrow().get(&made.of).copied() else { continue };
             let runs = made.made.runs.iter().map(|run| run.start()..run.end()).collect();
             report.made.push(CopiedFile { of, runs, copy: file_id(made.made.copy.read_only_file()?)? });
         }
@@ -174,7 +169,7 @@ impl SealedParts {
             if !(kind.is_file() || kind.is_block_device()) {
                 return Err(TransferError::malformed(format!("a descriptor of a {kind:?}")));
             }
-            if fcntl_getfl(file).map_err(failed)? & OFlags::ACCMODE != OFlags::RDONLY {
+            if !is_read_only(file)? {
                 return Err(TransferError::malformed("a file that can be written"));
             }
             let is_sealed = kind.is_file() && stat.st_nlink == 0 && stat.st_mode & 0o222 == 0;

@@ -323,8 +323,7 @@ impl Received {
         let kept = self.take(at)?;
         // A lease is the writing end of a pipe. A lock is on a file.
         let stat = fstat(&kept).map_err(|errno| TransferError::system("looked at")(errno.into()))?;
-        let mode = fcntl_getfl(&kept).map_err(|errno| TransferError::system("looked at")(errno.into()))?;
-        if !FileType::from_raw_mode(stat.st_mode).is_fifo() && mode & OFlags::ACCMODE != OFlags::RDONLY {
+        if !FileType::from_raw_mode(stat.st_mode).is_fifo() && !is_read_only(&kept)? {
             return Err(TransferError::malformed("a descriptor to be kept can be written"));
         }
         let kept = Arc::new(kept);
@@ -436,12 +435,17 @@ fn dont_fork(store: &Store, map: &ImageMap, page: u64, hidden: &Hidden) -> Resul
     })
 }
 
+/// Whether a descriptor is open for reading only.
+pub(super) fn is_read_only(file: impl AsFd) -> Result<bool, TransferError> {
+    let flags = fcntl_getfl(file).map_err(|errno| TransferError::system("looked at")(errno.into()))?;
+    Ok(flags & OFlags::ACCMODE == OFlags::RDONLY)
+}
+
 /// A file or a block device that is open for reading only.
 fn readable(file: OwnedFd) -> Result<File, TransferError> {
     let file = File::from(file);
     let kind = file.metadata().map_err(TransferError::system("looked at"))?.file_type();
-    let mode = fcntl_getfl(&file).map_err(|errno| TransferError::system("looked at")(errno.into()))?;
-    if !(kind.is_file() || kind.is_block_device()) || mode & OFlags::ACCMODE != OFlags::RDONLY {
+    if !(kind.is_file() || kind.is_block_device()) || !is_read_only(&file)? {
         return Err(TransferError::malformed("a disk's file is none, or can be written"));
     }
     Ok(file)
