@@ -166,8 +166,7 @@ pub(crate) fn forked(vm: &Vm, leases: &Leases, vm_host: &WeakVmHost) -> Result<(
     let entry = vm_host.upgrade().and_then(|vm_host| vm_host.entry());
     let entry = entry.ok_or_else(|| DaemonError::NoSuchVm { name: vm.name().to_owned() })?;
     let (image, report) = vm.fork()?;
-    let links: Vec<Link> = (0..vm.identity().nets.len()).filter_map(|at| vm.network(at)).collect();
-    let network = if links.contains(&Link::Closed) { Some(Link::Closed) } else { links.first().copied() };
+    let network = network_of(vm);
     let ForkReport { times, freeze, in_flight } = report;
     let (pause, remapped, copied) = (times.pause.as_micros(), freeze.remapped, freeze.copied);
     let pages = format!("{remapped} pages remapped, {copied} copied");
@@ -189,6 +188,13 @@ pub(crate) fn forked(vm: &Vm, leases: &Leases, vm_host: &WeakVmHost) -> Result<(
     let parts = image.export(leases)?.seal()?;
     tracing::debug!(name = vm.name(), export = ?begun.elapsed(), "image");
     Ok((forked, parts))
+}
+
+/// Returns whether a VM's packets pass: not if one of its devices is closed. None without a network
+/// device.
+pub(crate) fn network_of(vm: &Vm) -> Option<Link> {
+    let links: Vec<Link> = (0..vm.identity().nets.len()).filter_map(|at| vm.network(at)).collect();
+    if links.contains(&Link::Closed) { Some(Link::Closed) } else { links.first().copied() }
 }
 
 /// A VM that is forked for children in other processes: the request is sent.

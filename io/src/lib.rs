@@ -15,6 +15,7 @@
 //! | reused files | `overlay_pool.rs` |
 //! | submitting, continuing, reaping | `engine.rs` |
 //! | backends of network devices | `net_backend.rs`, `tap.rs`, `packet_stream.rs` |
+//! | taking interfaces up and down | [`link`] |
 //! | messages with descriptors to other processes | [`seqpacket`] |
 //! | a hook on threads that serve a guest, for sandboxing | [`thread`] |
 //!
@@ -28,6 +29,7 @@ mod engine;
 mod file;
 #[cfg(feature = "gate")]
 mod gate;
+pub mod link;
 mod listener;
 mod net_backend;
 mod op;

@@ -134,6 +134,8 @@ pub(crate) enum Command {
     Checkpoint(CheckpointArgs),
     /// List the checkpoints.
     Checkpoints(CheckpointsArgs),
+    /// Keep a checkpoint on disk, so that it outlives the supervisor. Returns once it is durable.
+    Keep(KeepArgs),
     /// Print the events of VMs and checkpoints as they happen.
     Events(EventsArgs),
     /// Remove checkpoints. Children that were forked from them run on.
@@ -227,6 +229,15 @@ pub(crate) struct CheckpointArgs {
     #[arg(long, value_name = "N")]
     pub(crate) prepare: Option<usize>,
     /// Print JSON instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct KeepArgs {
+    /// The checkpoint's name.
+    pub(crate) name: String,
+    /// Print JSON instead of nothing.
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -484,6 +495,10 @@ pub(crate) struct ForkArgs {
     /// instruction.
     #[arg(long)]
     pub(crate) without_secrets: bool,
+    /// Start the children from copies of what the VM's process can write of its memory and disks, so
+    /// that a guest which breaks into that process later cannot change them. Of a VM only.
+    #[arg(long)]
+    pub(crate) detach: bool,
     /// MiB of memory that each child of a checkpoint may have copies of before it writes there. 0
     /// for none. Default: the supervisor's setting.
     #[arg(long, value_name = "MIB")]

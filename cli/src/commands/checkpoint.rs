@@ -1,9 +1,10 @@
 //! `clade checkpoint`, `checkpoints`: the supervisor's images for forks.
 
 use clade_daemon::control::{CheckpointInfo, CheckpointRequest, Client, GuestState, PrepareRequest, Prepared, VmInfo};
+use clade_daemon::vm_host::check_name;
 use hyper::Method;
 
-use crate::commands::args::{CheckpointArgs, CheckpointsArgs};
+use crate::commands::args::{CheckpointArgs, CheckpointsArgs, KeepArgs};
 use crate::commands::remote::{ask, supervised};
 use crate::commands::units::{show_age, show_pause};
 use crate::commands::{Failure, Outcome, Table, print_json};
@@ -39,6 +40,13 @@ fn warn_of_boot(client: &Client, name: &str) {
             "clade: the guest of {name} was still booting: children of the checkpoint boot on. `clade run -d --wait` returns when the guest is ready"
         );
     }
+}
+
+pub(super) fn keep(args: &KeepArgs) -> Outcome {
+    check_name(&args.name).map_err(Failure::input)?;
+    let client = Client::default();
+    let info: CheckpointInfo = ask(client.of_checkpoint(Method::POST, &args.name, "/keep", None::<&()>))?;
+    if args.json { print_json(&info).map_err(Failure::run) } else { Ok(()) }
 }
 
 pub(super) fn list(args: &CheckpointsArgs) -> Outcome {

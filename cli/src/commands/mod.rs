@@ -207,6 +207,7 @@ fn run(command: Command) -> Outcome {
         Command::Serve(args) => serve::main(&args),
         Command::Checkpoint(args) => checkpoint::take(&args),
         Command::Checkpoints(args) => checkpoint::list(&args),
+        Command::Keep(args) => checkpoint::keep(&args),
         Command::Events(args) => events::main(&args),
         Command::Rm(args) => lifecycle::main(&args, &Verb::Remove),
         Command::Completions(args) => generate::completions(&args),

@@ -1,11 +1,11 @@
 //! `clade network`: the state of a VM's network, and its egress rules.
 
-use clade_daemon::control::{Client, NetworkRequest, VmInfo};
+use clade_daemon::control::{NetworkRequest, VmInfo};
 use clade_devices::virtio::net::{EgressRule, Link};
 use clap::{Args, ValueEnum};
 use hyper::Method;
 
-use crate::commands::remote::ask;
+use crate::commands::remote::{ask, supervised};
 use crate::commands::{Failure, Outcome, print_json};
 
 /// Whether packets pass.
@@ -52,6 +52,8 @@ pub(crate) struct NetworkArgs {
 pub(crate) fn main(args: &NetworkArgs) -> Outcome {
     let egress = (args.no_egress || !args.egress.is_empty()).then(|| args.egress.clone());
     let request = NetworkRequest { network: args.state.map(Into::into), egress, keep: args.keep };
-    let info: VmInfo = ask(Client::default().request(Method::POST, &args.name, "/network", Some(&request)))?;
+    // The supervisor's part of it: interfaces of the host.
+    let client = supervised(&args.name)?;
+    let info: VmInfo = ask(client.of_vm(Method::POST, &args.name, "/network", Some(&request)))?;
     if args.json { print_json(&info).map_err(Failure::run) } else { Ok(()) }
 }

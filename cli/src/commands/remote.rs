@@ -78,6 +78,7 @@ pub(crate) fn fork(args: &ForkArgs) -> Outcome {
         vsock: args.child.vsock.clone(),
         ahead_mib: args.ahead,
         overcommit: args.overcommit,
+        detach: args.detach,
     };
     let client = supervised(&args.name)?;
     let forked = async {

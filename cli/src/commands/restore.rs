@@ -40,6 +40,7 @@ fn request(args: &RestoreArgs) -> Result<RestoreRequest, Failure> {
         vsock: args.child.vsock.clone(),
         ahead_mib: None,
         overcommit: args.overcommit,
+        detach: false,
     };
     Ok(RestoreRequest { saved: SavedSource { dir, load, overlays, parents }, vms, session: None })
 }

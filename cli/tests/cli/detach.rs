@@ -277,3 +277,56 @@ fn a_checkpoint_that_cannot_be_detached_leaves_nothing() {
     all.end();
     assert!(!overlays.exists());
 }
+
+#[test]
+fn children_of_a_detached_fork_are_as_they_were_whatever_their_parents_process_writes() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("2");
+    all.boot("web", &[]);
+    (0..2).for_each(|page| all.put("web", page, mark(page)));
+    all.fork(&["web", "--name", "trusts"]);
+    all.put("web", 2, mark(2));
+    assert_eq!(all.fork(&["web", "--detach", "--count", "2", "--name", "apart-{n}"]), ["apart-1", "apart-2"]);
+    all.fork(&["web", "--detach", "--name", "alone"]);
+    let files = writable(all.pid_of("web"));
+    assert!(overwrite(&files, &[mark(0), mark(1), mark(2)]) >= 3, "the attempt reaches the VM's own layers");
+    drop(files);
+    assert_eq!(words(&all, "trusts"), [OVERWRITTEN, OVERWRITTEN, 0], "a plain fork trusts its parent's process");
+    for vm in ["apart-1", "apart-2", "alone"] {
+        assert_eq!(words(&all, vm), [mark(0), mark(1), mark(2)], "{vm}");
+    }
+    // Only the fork of a VM is detached.
+    checkpoint(&all, "web", "held", &[]);
+    all.runtime.clade(&["fork", "held", "--detach"]).expect_refusal("detach");
+    let saved = all.runtime.dir().join("saved");
+    let body = format!(r#"{{"saved": {{"dir": "{}"}}, "vms": {{"detach": true}}}}"#, saved.display());
+    let (status, refused) = all.http("POST", "/v1/restore", &body);
+    expect_problem(&refused, status);
+    assert_eq!((status, refused["type"].as_str()), (400, Some("urn:clade:bad-config")), "{refused}");
+    all.end();
+}
+
+#[test]
+fn the_file_of_a_suspended_vm_is_copied_too() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    all.boot("web", &[]);
+    (0..2).for_each(|page| all.put("web", page, mark(page)));
+    let suspended = all.runtime.clade(&["suspend", "web", "--json"]).json();
+    assert!(suspended["written_pages"].as_u64() >= Some(2), "{suspended}");
+    checkpoint(&all, "web", "shared", &[]);
+    checkpoint(&all, "web", "safe", &["--detach"]);
+    let files = writable(all.pid_of("web"));
+    assert!(overwrite(&files, &[mark(0), mark(1)]) >= 2, "the attempt reaches the file");
+    drop(files);
+    all.fork(&["shared", "--name", "trusts"]);
+    assert_eq!(words(&all, "trusts"), [OVERWRITTEN, OVERWRITTEN, 0]);
+    all.fork(&["safe", "--name", "safe-1"]);
+    assert_eq!(words(&all, "safe-1"), [mark(0), mark(1), 0]);
+    ["shared", "safe"].iter().for_each(|name| drop(all.runtime.clade(&["rm", name, "--json"]).json()));
+    all.end();
+}

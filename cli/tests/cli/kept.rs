@@ -43,9 +43,15 @@ fn a_kept_checkpoint_is_there_for_later_supervisors() {
     let taken = all.runtime.clade(&["checkpoint", "web", "base", "--keep", "--json"]).json();
     assert_eq!((&taken["kept"], &taken["vm"]), (&true.into(), &"web".into()), "{taken}");
     all.runtime.clade(&["checkpoint", "web", "lost", "--json"]).json();
+    // One may be kept later, too, and more than once.
+    all.runtime.clade(&["checkpoint", "web", "later", "--json"]).json();
+    for _ in 0..2 {
+        assert_eq!(all.runtime.clade(&["keep", "later", "--json"]).json()["kept"], true);
+    }
+    all.runtime.clade(&["keep", "none"]).expect_refusal("none");
     // Written after both.
     all.put("web", 1, 99);
-    assert_eq!(listed(&all), ["base kept opened", "lost held opened"]);
+    assert_eq!(listed(&all), ["base kept opened", "later kept opened", "lost held opened"]);
     // From memory, as any other.
     assert_eq!(all.fork(&["base", "--name", "first"]), ["first"]);
     assert_eq!(all.word("first", 1), 11);
@@ -53,7 +59,11 @@ fn a_kept_checkpoint_is_there_for_later_supervisors() {
     // Killed, then ended in order. The VMs run on.
     all.runtime.crash();
     all.serve("1");
-    assert_eq!(listed(&all), ["base kept closed"]);
+    assert_eq!(listed(&all), ["base kept closed", "later kept closed"]);
+    assert_eq!(all.fork(&["later", "--name", "of-later"]), ["of-later"]);
+    assert_eq!(all.word("of-later", 1), 11);
+    all.stop("of-later");
+    assert_eq!(all.runtime.clade(&["rm", "later"]).code, Some(0));
     restart(&mut all);
     assert_eq!(listed(&all), ["base kept closed"]);
     assert_eq!(all.runtime.names(), ["first", "web"]);

@@ -40,6 +40,12 @@ fn passts() -> BTreeSet<u32> {
     all.filter(is_one).collect()
 }
 
+/// Returns the state of a process: `T` if it is stopped.
+fn state(pid: u32) -> char {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next()).unwrap_or('X')
+}
+
 /// Serves connections until it is dropped with the test: answers each client's word with a
 /// greeting.
 fn greeter(address: IpAddr) -> u16 {
@@ -140,7 +146,11 @@ fn a_guest_and_its_forks_reach_the_host_without_an_interface() {
     for vm in ["narrow", "closed"] {
         is_refused(&images, vm, host, port);
     }
+    // The passt of a closed child is stopped, whatever the child's process writes to it.
+    let stopped = || others().into_iter().filter(|pid| state(*pid) == 'T').count();
+    assert_eq!(stopped(), 1);
     assert_eq!(images.clade(&["network", "closed", "open"]).code, Some(0));
+    wait_until("it to go on", || stopped() == 0);
     greets(&images, "closed", host, port);
     // Only the parent has its connection.
     client.write_all(b" again").unwrap();
@@ -156,6 +166,10 @@ fn a_guest_and_its_forks_reach_the_host_without_an_interface() {
     let restored = images.clade(&["restore", "-d", &saved, "--name", "restored"]);
     assert_eq!(restored.code, Some(0), "{restored:?}");
     greets(&images, "restored", host, port);
+
+    // A stopped passt ends with its VM, too.
+    assert_eq!(images.clade(&["network", "closed", "closed"]).code, Some(0));
+    wait_until("it to stop", || stopped() == 1);
 
     // A killed network takes no VM with it, and no other's network.
     images.clade(&["stop", "narrow", "closed"]);

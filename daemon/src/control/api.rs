@@ -358,6 +358,11 @@ pub struct ForkRequest {
     /// VMs to more than 500 for each processor (children that start paused do not count).
     #[serde(default)]
     pub overcommit: bool,
+    /// Whether the children start from copies of what the VM's process can write, so that a guest which
+    /// breaks into that process later cannot change their memory or disks. The VM runs on meanwhile.
+    /// Refused for the fork of a checkpoint, which may be detached itself, and for a restore.
+    #[serde(default)]
+    pub detach: bool,
 }
 
 impl Default for ForkRequest {
@@ -376,6 +381,7 @@ impl Default for ForkRequest {
             vsock: None,
             ahead_mib: None,
             overcommit: false,
+            detach: false,
         }
     }
 }

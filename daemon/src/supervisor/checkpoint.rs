@@ -5,14 +5,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::detach::Copies;
+use super::host_link::stricter;
 use super::kept::{Found, KeptRecord};
 use super::vm_record::VmRecord;
 use crate::ahead::Learning;
-use crate::control::{CheckpointInfo, DetachedInfo, ForkAnswer, ForkedInfo};
+use crate::control::{CheckpointInfo, DetachedInfo, ForkAnswer, ForkedInfo, ProblemKind};
 use crate::image::{ForkedVm, PendingFork};
 use crate::secrets::Secrets;
 use crate::vm_host::{DaemonError, Labels, RuntimeDir, check_name};
 use crate::worker::LaunchedVm;
+use clade_devices::virtio::net::Link;
 use clade_vmm::vm::{SavedAt, SavedVm, SealedParts, VmConfig};
 
 /// An image of a VM, as the descriptors of its layers and its state. It outlives the VM.
@@ -105,6 +107,11 @@ impl Checkpoint {
         Self { parts, detached: Some((info, copies)), ..self }
     }
 
+    /// Returns whether the network of its children is open unless they are made with another state.
+    pub(super) fn network(&self) -> Option<Link> {
+        stricter(self.vm_record.network, self.forked.network)
+    }
+
     /// Returns the learned set of the pages that its children write.
     pub(super) fn learning(&self) -> &Arc<Learning> {
         &self.learning
@@ -162,7 +169,7 @@ impl Checkpoint {
             generation: self.forked.generation,
             cpus: self.config().cpus(),
             mib: self.config().layout().bytes() >> 20,
-            network: self.forked.network,
+            network: self.network(),
             age_s: self.made.elapsed().as_secs_f64(),
             descriptors: self.parts.descriptors(),
             pause_us: self.pause_us(),
@@ -194,6 +201,8 @@ fn us(time: Duration) -> f64 {
 #[derive(Clone, Debug, Default)]
 struct Slot {
     is_unreadable: bool,
+    /// Whether a request writes it to the disk.
+    is_being_kept: bool,
     /// In memory.
     held: Option<Arc<Checkpoint>>,
     /// On disk.
@@ -201,6 +210,16 @@ struct Slot {
 }
 
 impl Slot {
+    /// # Errors
+    /// When a request writes the checkpoint to the disk.
+    fn expect_settled(&self, name: &str) -> Result<(), DaemonError> {
+        if !self.is_being_kept {
+            return Ok(());
+        }
+        let text = format!("the checkpoint {name:?} is being written to the disk");
+        Err(DaemonError::Refused { kind: ProblemKind::WrongState, text })
+    }
+
     fn info(&self, name: &str) -> Option<CheckpointInfo> {
         let Some(held) = &self.held else { return Some(self.kept.as_ref()?.info()) };
         let info = held.info(name);
@@ -233,8 +252,33 @@ impl ReservedName<'_> {
     /// Holds a checkpoint under the name, with its record if it is kept.
     pub(super) fn hold(mut self, checkpoint: Arc<Checkpoint>, kept: Option<KeptRecord>) {
         self.is_used = true;
-        let slot = Slot { held: Some(checkpoint), kept: kept.map(Arc::new), is_unreadable: false };
+        let slot = Slot { held: Some(checkpoint), kept: kept.map(Arc::new), ..Slot::default() };
         self.of.all().insert(self.name.clone(), slot);
+    }
+}
+
+/// A checkpoint that is written to the disk. It is not removed until this is dropped.
+#[derive(Debug)]
+pub(super) struct Keeping<'a> {
+    of: &'a Checkpoints,
+    name: String,
+    pub(super) checkpoint: Arc<Checkpoint>,
+}
+
+impl Keeping<'_> {
+    /// Notes that the checkpoint is on the disk, with this record.
+    pub(super) fn done(self, record: KeptRecord) {
+        if let Some(slot) = self.of.all().get_mut(&self.name) {
+            slot.kept = Some(Arc::new(record));
+        }
+    }
+}
+
+impl Drop for Keeping<'_> {
+    fn drop(&mut self) {
+        if let Some(slot) = self.of.all().get_mut(&self.name) {
+            slot.is_being_kept = false;
+        }
     }
 }
 
@@ -311,6 +355,23 @@ impl Checkpoints {
         Ok(Arc::clone(slot.ok_or_else(none)?.held.get_or_insert_with(|| Arc::new(opened))))
     }
 
+    /// Begins to write the checkpoint called `name` to the disk. None if it is there already.
+    ///
+    /// # Errors
+    /// When no checkpoint has the name, or another request writes it.
+    pub(super) fn begin_keeping(&self, name: &str) -> Result<Option<Keeping<'_>>, DaemonError> {
+        let mut all = self.all();
+        let none = || DaemonError::NoSuchCheckpoint { name: name.to_owned() };
+        let slot = all.get_mut(name).ok_or_else(none)?;
+        slot.expect_settled(name)?;
+        if slot.kept.is_some() {
+            return Ok(None);
+        }
+        let checkpoint = slot.held.clone().ok_or_else(none)?;
+        slot.is_being_kept = true;
+        Ok(Some(Keeping { of: self, name: name.to_owned(), checkpoint }))
+    }
+
     /// Returns a description of the checkpoint called `name`.
     ///
     /// # Errors
@@ -324,7 +385,8 @@ impl Checkpoints {
     /// one.
     ///
     /// # Errors
-    /// When no checkpoint has the name. That of `remove_kept`: the checkpoint stays.
+    /// When no checkpoint has the name, or a request writes it to the disk. That of `remove_kept`: the
+    /// checkpoint stays.
     pub(super) fn remove(
         &self,
         name: &str,
@@ -335,6 +397,7 @@ impl Checkpoints {
         // in the same place.
         let mut all = self.all();
         let slot = all.get_mut(name).filter(|slot| slot.info(name).is_some()).ok_or_else(none)?;
+        slot.expect_settled(name)?;
         let taken = std::mem::take(slot);
         drop(all);
         let info = taken.info(name).ok_or_else(none)?;

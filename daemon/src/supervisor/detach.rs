@@ -14,9 +14,10 @@ use std::time::Instant;
 use clade_devices::disk::DiskConfig;
 use rustix::time::{ClockId, clock_gettime};
 
-use super::Supervisor;
 use super::checkpoint::Checkpoint;
 use super::processes::ProcessId;
+use super::vm_record::VmRecord;
+use super::{ImagePermit, Supervisor};
 use crate::control::{DetachedInfo, ProblemKind};
 use crate::jail::{Grants, is_block_device};
 use crate::vm_host::{Cancel, DaemonError};
@@ -162,7 +163,7 @@ fn image_id(disk: &DiskConfig) -> Option<FileId> {
 ///
 /// # Errors
 /// When a VM writes a block device.
-pub(super) fn expect_detachable(template: &VmTemplate) -> Result<(), DaemonError> {
+fn expect_detachable(template: &VmTemplate) -> Result<(), DaemonError> {
     let mut disks = template.config.disks.iter().map(|disk| &disk.disk);
     let device = disks.find(|disk| is_in_place(template, disk) && is_block_device(&disk.path));
     device.map_or(Ok(()), |disk| {
@@ -176,11 +177,28 @@ pub(super) fn expect_detachable(template: &VmTemplate) -> Result<(), DaemonError
 }
 
 impl Supervisor {
+    /// Forks the VM called `vm`, which runs on, and returns the image with copies of the files that its
+    /// process can write.
+    ///
+    /// # Errors
+    /// When there is no such VM, it cannot be forked or detached, or the host lacks room for copies.
+    pub(super) fn detached_image(
+        &self,
+        vm: &str,
+        permit: ImagePermit,
+        cancel: &Cancel,
+    ) -> Result<Checkpoint, DaemonError> {
+        expect_detachable(&VmRecord::expect(&self.0.dir, vm)?.template)?;
+        let taken = Checkpoint::take(&self.0.dir, vm, &|| self.check(0, 0, cancel))?;
+        drop(permit);
+        self.detach(taken, cancel)
+    }
+
     /// Returns the checkpoint with copies of the files that a VM's process can write.
     ///
     /// # Errors
     /// When the host lacks memory or room for copies; when the request is cancelled.
-    pub(super) fn detach(&self, checkpoint: Checkpoint, cancel: &Cancel) -> Result<Checkpoint, DaemonError> {
+    fn detach(&self, checkpoint: Checkpoint, cancel: &Cancel) -> Result<Checkpoint, DaemonError> {
         let begun = Instant::now();
         let template = &checkpoint.vm_record().template;
         let VmTemplate { config, overlays, .. } = template;

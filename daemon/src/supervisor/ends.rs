@@ -8,6 +8,7 @@ use std::sync::{MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use super::cgroups::Cgroups;
+use super::host_link::release_links;
 use super::vm_record::{VmRecord, clear_up};
 use super::{Inner, Unsettled};
 use crate::flight::FlightEvent;
@@ -184,6 +185,7 @@ impl Inner {
     /// Removes the resources of an ended VM outside of the runtime directory.
     fn left(&self, name: &str, vm_record: &VmRecord) {
         self.overlays.release(&vm_record.overlays);
+        release_links(&self.dir, name, vm_record);
         self.net_hook.iter().for_each(|hook| hook.down(vm_record.interfaces(name)));
     }
 

@@ -22,9 +22,10 @@ use crate::vm_host::{
     Cancel, DaemonError, NameClaim, ResourceDemand, check_host_limits, check_names, check_share, claim_names,
 };
 use crate::worker::{
-    ConfineRequest, Inherited, LaunchedVm, Pace, StartBootRequest, StartChildRequest, VmTemplate, Worker,
-    WorkerRequest, Workers, has_ended,
+    BeforeTheyRun, ConfineRequest, Inherited, LaunchedVm, Pace, StartBootRequest, StartChildRequest, VmTemplate,
+    Worker, WorkerRequest, Workers, has_ended,
 };
+use clade_devices::virtio::net::Link;
 use clade_vmm::vm::{Endpoints, VmError};
 
 /// The file for a child's written pages, and the set that learns from it.
@@ -49,6 +50,9 @@ pub(super) struct ChildSource<'a> {
     pub(super) vm_record: &'a VmRecord,
     /// The VM, if it is not the image of a snapshot.
     pub(super) vm: Option<&'a str>,
+    /// Whether the network of its children is open unless they are made with another state. None
+    /// until a worker has read the state of its devices.
+    pub(super) network: Option<Link>,
     /// Learns the pages that its children write, if that is wanted.
     pub(super) learning: Option<&'a Arc<Learning>>,
     /// Returns the image once it is there: it is requested after the workers have their requests.
@@ -74,6 +78,18 @@ struct AssignedWorkers {
     groups: Vec<Option<Group>>,
 }
 
+/// Refuses to detach children of an image that is no running VM's.
+///
+/// # Errors
+/// When that is requested.
+pub(super) fn expect_no_detach(request: &ForkRequest) -> Result<(), DaemonError> {
+    if !request.detach {
+        return Ok(());
+    }
+    let text = "detach: only the fork of a VM is detached. Take a detached checkpoint, and fork that".to_owned();
+    Err(DaemonError::Refused { kind: ProblemKind::BadConfig, text })
+}
+
 /// Returns the count of secrets erased in each of the children made without secrets.
 fn erased(made: &[LaunchedVm], request: &ForkRequest) -> Option<ErasedInfo> {
     made.first().filter(|_| request.without_secrets).map(|child| child.erased)
@@ -95,6 +111,9 @@ impl Supervisor {
         let begun = Instant::now();
         let _busy = self.0.busy.read();
         check_names(request.count, request.name.as_deref())?;
+        if request.detach {
+            return self.fork_detached(vm, request, permit, cancel);
+        }
         // Before the request for its image: when that is there, the VM's files may be another's.
         let vm_record = VmRecord::expect(&self.0.dir, vm)?;
         // Before the parent is paused: a refused request costs it nothing.
@@ -116,13 +135,40 @@ impl Supervisor {
             (None, None) => Err(DaemonError::Ending),
         };
         let made = self.start_children(
-            &ChildSource { vm_record: &vm_record, vm: Some(vm), learning: None, image: &image },
+            &ChildSource {
+                vm_record: &vm_record,
+                vm: Some(vm),
+                network: vm_record.network,
+                learning: None,
+                image: &image,
+            },
             claims,
             request,
             cancel,
         )?;
         let erased = erased(&made, request);
         let answer = image()?.answer(made, begun.elapsed()).with_erased(erased);
+        self.0.events.forked(vm, &answer.children, answer.pause_us);
+        Ok(answer)
+    }
+
+    /// Forks a VM into children that start from copies of what its process can write.
+    fn fork_detached(
+        &self,
+        vm: &str,
+        request: &ForkRequest,
+        permit: ImagePermit,
+        cancel: &Cancel,
+    ) -> Result<ForkAnswer, DaemonError> {
+        let begun = Instant::now();
+        let claims = self.claim(vm, request, &VmRecord::expect(&self.0.dir, vm)?.template, cancel)?;
+        let _launching = self.0.launching(&claims);
+        let image = self.detached_image(vm, permit, cancel)?;
+        let (vm_record, network) = (image.vm_record(), image.network());
+        let origin = ChildSource { vm_record, vm: Some(vm), network, learning: None, image: &|| Ok(&image) };
+        let made = self.start_children(&origin, claims, request, cancel)?;
+        let erased = erased(&made, request);
+        let answer = image.answer(made, begun.elapsed()).with_erased(erased);
         self.0.events.forked(vm, &answer.children, answer.pause_us);
         Ok(answer)
     }
@@ -140,6 +186,7 @@ impl Supervisor {
         let begun = Instant::now();
         let _busy = self.0.busy.read();
         check_names(request.count, request.name.as_deref())?;
+        expect_no_detach(request)?;
         let checkpoint = self.checkpoint_of(name, cancel)?;
         let claims = self.claim(name, request, &checkpoint.vm_record().template, cancel)?;
         let _launching = self.0.launching(&claims);
@@ -183,8 +230,13 @@ impl Supervisor {
         cancel: &Cancel,
     ) -> Result<Vec<LaunchedVm>, DaemonError> {
         let learning = Some(checkpoint.learning());
-        let origin =
-            ChildSource { vm_record: checkpoint.vm_record(), vm: checkpoint.vm(), learning, image: &|| Ok(checkpoint) };
+        let origin = ChildSource {
+            vm_record: checkpoint.vm_record(),
+            vm: checkpoint.vm(),
+            network: checkpoint.network(),
+            learning,
+            image: &|| Ok(checkpoint),
+        };
         self.start_children(&origin, claims, request, cancel)
     }
 
@@ -210,7 +262,10 @@ impl Supervisor {
             (Some(session), Some(_)) => session.live(),
             (None, _) => None,
         };
-        let choice = request.identity();
+        let mut choice = request.identity();
+        let network = choice.network.or(origin.network);
+        // Whatever the image says: it comes from the parent's process.
+        choice.network = choice.network.or(origin.network.filter(|network| *network == Link::Closed));
         // Held while any is made: a worker's grants must name existing directories.
         let _overlays = self.0.overlays.hold(&template.written())?;
         claims.iter().for_each(|claim| self.0.forget_earlier(&claim.name));
@@ -224,6 +279,7 @@ impl Supervisor {
                 bounds: *bounds,
                 secrets: secrets.as_ref(),
                 pid: worker.pid(),
+                network,
             };
             let (mut resources, passed_fds) = WorkerResources::make(claim, start, overlays, ends, &self.0.broker)?;
             let launch = StartChildRequest {
@@ -330,6 +386,7 @@ impl Supervisor {
                 bounds,
                 secrets: Some(&record),
                 pid: worker.pid(),
+                network: Some(Link::Open),
             };
             let (mut resources, passed_fds) = WorkerResources::make(claim, start, overlays, ends, &self.0.broker)?;
             let (kernel, initrd, cmdline) = (kernel.clone(), initrd.clone(), cmdline.clone());
@@ -441,20 +498,28 @@ impl Supervisor {
         give: impl Fn(&Workers) -> Result<Vec<Note>, DaemonError>,
     ) -> Result<Vec<LaunchedVm>, DaemonError> {
         let AssignedWorkers { mut workers, all_resources, groups } = assigned;
-        let claims = plan.claims;
-        let notes = give(&workers)?;
+        let confinement = self.0.sandbox.confinement;
         // All of them, or no VM runs.
-        let interfaces =
-            || claims.iter().zip(&all_resources).map(|(claim, resources)| resources.interfaces(&claim.name)).collect();
+        let interfaces = || all_resources.iter().map(WorkerResources::interfaces).collect();
         let up = self.0.net_hook.as_ref().map(|hook| hook.up(interfaces())).transpose()?;
+        // Behind the hook, which takes interfaces up, and before the workers read what another
+        // process has written.
+        all_resources.iter().try_for_each(|resources| resources.close_links(confinement))?;
+        let notes = give(&workers)?;
         // Before they run: a VM may end at once.
         let pids: Vec<u32> = workers.0.iter().map(Worker::pid).collect();
-        let vms = workers.0.iter().zip(claims).zip(&all_resources).zip(groups).zip(notes);
-        for ((((worker, claim), resources), group), note) in vms {
+        let vms = workers.0.iter().zip(&all_resources).zip(groups).zip(notes);
+        for (((worker, resources), group), note) in vms {
             let process = worker.pidfd()?.ok_or(DaemonError::Ending)?;
-            self.0.processes.add([(worker.pid(), resources.own_vm(&claim.name, process, group).noting(note))]);
+            self.0.processes.add([(worker.pid(), resources.own_vm(process, group).noting(note))]);
         }
-        let made = workers.run_together(plan.pace, plan.check).inspect_err(|_| {
+        let settle = |made: &[LaunchedVm]| {
+            let mut vms = all_resources.iter().zip(made);
+            vms.try_for_each(|(resources, vm)| resources.settle_network(vm.network, confinement))
+        };
+        let is_unknown = all_resources.iter().any(WorkerResources::has_unknown_network);
+        let settle: Option<&BeforeTheyRun<'_>> = if is_unknown { Some(&settle) } else { None };
+        let made = workers.run_together(plan.pace, plan.check, settle).inspect_err(|_| {
             pids.iter().for_each(|pid| drop(self.0.processes.remove(*pid)));
         })?;
         all_resources.into_iter().for_each(WorkerResources::keep);

@@ -15,6 +15,7 @@
 //! | `worker_resources` | grants and descriptors of workers |
 //! | `cgroups` | resource limits of VMs' processes |
 //! | `kept` | checkpoints on disk, for later supervisors |
+//! | `host_link` | closed networks, enforced outside of VMs' processes |
 //! | `net_hook` | the program that connects interfaces to the host's network |
 //! | `records` | flight records of VMs that another supervisor has started |
 //! | `processes` | the processes of its VMs, and the end of those that do not end |
@@ -42,6 +43,7 @@ mod checkpoint;
 mod detach;
 mod ends;
 mod events;
+mod host_link;
 mod idempotency;
 mod idle;
 mod kept;
@@ -97,7 +99,7 @@ use cgroups::Cgroups;
 pub use cgroups::{CgroupError, CgroupPlace};
 use checkpoint::{Checkpoint, Checkpoints};
 use clade_vmm::vm::StopReason;
-use detach::{CopiedFiles, expect_detachable};
+use detach::CopiedFiles;
 use events::Events;
 use idempotency::Keys;
 use idle::Idle;
@@ -110,7 +112,7 @@ pub use processes::COMMIT_TIMEOUT;
 use processes::{Processes, kill};
 use records::Records;
 pub(crate) use request_limiter::ImagePermit;
-use request_limiter::{ForwardLimiter, ImageRequestLimiter};
+use request_limiter::{ForwardLimiter, ImageRequestLimiter, NetworkChanges};
 use snapshots::Snapshots;
 use vm_record::VmRecord;
 pub(crate) use vm_record::{clear_up, vsock_known};
@@ -201,6 +203,7 @@ struct Inner {
     ends: Mutex<()>,
     image_requests: ImageRequestLimiter,
     forwarded_requests: ForwardLimiter,
+    network_changes: NetworkChanges,
     /// Metrics clients at a time: each takes memory for all VMs' answers.
     scrapes: Semaphore,
     /// VMs that have ended while their names were taken.
@@ -257,12 +260,13 @@ impl Supervisor {
         let broker = Broker::start().map_err(failed)?;
         // VMs of an earlier supervisor.
         let mut found = Vec::new();
-        for (name, vm_record) in VmRecord::all(&dir)? {
+        let earlier = VmRecord::all(&dir)?;
+        for (name, vm_record) in &earlier {
             overlays.found(&vm_record.overlays);
             found.extend(vm_record.process.map(|process| (name.clone(), process)));
             if let Some(vsock) = &vm_record.identity.vsock {
                 let given = broker.connect(vsock.socket.clone()).map_err(failed);
-                let given = given.and_then(|device| give_broker(dir.path(), &name, device.as_fd()));
+                let given = given.and_then(|device| give_broker(dir.path(), name, device.as_fd()));
                 if let Err(error) = given {
                     // The VM has most likely died.
                     tracing::debug!(%error, name, "its guest is not connected to the host");
@@ -294,6 +298,7 @@ impl Supervisor {
             ends: Mutex::default(),
             image_requests: ImageRequestLimiter::default(),
             forwarded_requests: ForwardLimiter::default(),
+            network_changes: NetworkChanges::default(),
             scrapes: Semaphore::new(MAX_SCRAPES),
             unsettled: Mutex::default(),
             closing: AtomicBool::new(false),
@@ -304,6 +309,7 @@ impl Supervisor {
             servers: Mutex::default(),
             claim: Mutex::new(Some(claim)),
         }));
+        earlier.iter().for_each(|(name, vm_record)| supervisor.0.close_recorded(name, vm_record));
         let weak = Arc::downgrade(&supervisor.0);
         thread::Builder::new()
             .name("clade-ends".to_owned())
@@ -379,12 +385,14 @@ impl Supervisor {
     ) -> Result<CheckpointInfo, DaemonError> {
         let _busy = self.0.busy.read();
         let name = self.0.checkpoints.reserve(vm, request.name.as_deref())?;
-        if request.detach {
-            expect_detachable(&VmRecord::expect(&self.0.dir, vm)?.template)?;
-        }
-        let checkpoint = Checkpoint::take(&self.0.dir, vm, &|| self.check(0, 0, cancel))?;
-        drop(permit);
-        let checkpoint = Arc::new(if request.detach { self.detach(checkpoint, cancel)? } else { checkpoint });
+        let checkpoint = if request.detach {
+            self.detached_image(vm, permit, cancel)?
+        } else {
+            let taken = Checkpoint::take(&self.0.dir, vm, &|| self.check(0, 0, cancel))?;
+            drop(permit);
+            taken
+        };
+        let checkpoint = Arc::new(checkpoint);
         let kept = if request.keep { Some(self.keep(&name, &checkpoint, cancel)?) } else { None };
         // A checkpoint without a client would stay unknown.
         if let Err(cancelled) = self.check(0, 0, cancel) {
@@ -403,6 +411,21 @@ impl Supervisor {
         self.0.events.checkpoint_created(&name, vm);
         name.hold(checkpoint, kept);
         Ok(info)
+    }
+
+    /// Writes a checkpoint to the disk, where later supervisors find it. One that is there already is
+    /// left as it is.
+    ///
+    /// # Errors
+    /// When no checkpoint has the name, another request writes or removes it, or it cannot be written.
+    /// It is then held as before.
+    pub(crate) fn keep_checkpoint(&self, name: &str, cancel: &Cancel) -> Result<CheckpointInfo, DaemonError> {
+        let _busy = self.0.busy.read();
+        if let Some(keeping) = self.0.checkpoints.begin_keeping(name)? {
+            let record = self.keep(name, &keeping.checkpoint, cancel)?;
+            keeping.done(record);
+        }
+        self.0.checkpoints.info(name)
     }
 
     /// Returns the checkpoint called `name`, opened from the disk if it is only there.

@@ -2,13 +2,13 @@
 //! requests to it wait.
 //!
 //! A request for an image takes a thread until it is answered. A forwarded request takes a
-//! connection.
+//! connection. A change of a VM's network has several steps, and no other change between them.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
 use crate::control::{ApiError, ProblemKind};
@@ -53,6 +53,23 @@ impl ImageRequestLimiter {
         // The semaphore is never closed.
         let permit = timeout(limit, of_vm.acquire_owned()).await.ok().and_then(Result::ok);
         permit.map(ImagePermit).ok_or_else(silent)
+    }
+}
+
+/// Changes of VMs' networks: one at a time for each VM.
+#[derive(Debug, Default)]
+pub(super) struct NetworkChanges(Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>);
+
+impl NetworkChanges {
+    /// Waits until no other change of the network of `vm` is under way.
+    pub(super) async fn begin(&self, vm: &str) -> OwnedMutexGuard<()> {
+        let of_vm = {
+            let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            // Those that a request holds or waits for.
+            all.retain(|_, turn| Arc::strong_count(turn) > 1);
+            Arc::clone(all.entry(vm.to_owned()).or_default())
+        };
+        of_vm.lock_owned().await
     }
 }
 

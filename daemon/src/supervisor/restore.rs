@@ -10,7 +10,7 @@ use super::Supervisor;
 use super::cgroups::Bounds;
 use super::checkpoint::Checkpoint;
 use super::kept::KeptRecord;
-use super::make::ChildSource;
+use super::make::{ChildSource, expect_no_detach};
 use super::overlays::{OverlayUse, unnamed_in};
 use super::session::Session;
 use super::vm_record::VmRecord;
@@ -54,6 +54,9 @@ fn vm_record(template: VmTemplate, saved: &SavedVm, session: Option<Session>) ->
         bounds: Bounds::default(),
         // A snapshot has no list of the secrets in its memory.
         secrets: Some(SecretsRecord::None),
+        links: Vec::new(),
+        // Known once a worker has read the state of its devices.
+        network: None,
     }
 }
 
@@ -221,7 +224,8 @@ impl Supervisor {
         let (dir, overlays) = (kept.snapshot(name), Some(kept.root().to_owned()));
         let source = SavedSource { dir, load: RestoreLoad::default(), overlays, parents: Vec::new() };
         let (saved, template) = self.saved(&source)?;
-        let vm_record = VmRecord { bounds: record.bounds, ..vm_record(template, &saved, None) };
+        let vm_record =
+            VmRecord { bounds: record.bounds, network: record.network(), ..vm_record(template, &saved, None) };
         let checkpoint = self.checkpoint_from(&source, &saved, vm_record, cancel)?;
         Ok(checkpoint.with_record(record))
     }
@@ -244,6 +248,7 @@ impl Supervisor {
             vms.name = Some(stem.clone());
         }
         check_names(vms.count, vms.name.as_deref())?;
+        expect_no_detach(&vms)?;
         self.open_saved(&request.saved, |saved, template| {
             self.restore_saved(&request.saved, (saved, template), &vms, session.clone(), cancel)
         })
@@ -280,7 +285,7 @@ impl Supervisor {
             (None, None) => Err(DaemonError::Ending),
         };
         let made = self.start_children(
-            &ChildSource { vm_record: &vm_record, vm: None, learning: None, image: &image },
+            &ChildSource { vm_record: &vm_record, vm: None, network: None, learning: None, image: &image },
             claims,
             vms,
             cancel,

@@ -17,6 +17,7 @@ use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, on};
 use axum::{Extension, Json, Router};
+use clade_devices::virtio::net::Link;
 use serde_json::Value;
 use thiserror::Error;
 use tokio::net::TcpListener;
@@ -33,16 +34,18 @@ use crate::control;
 use crate::control::session;
 use crate::control::{
     Acceptor, Answer, ApiError, BootRequest, CancelOnDrop, CheckpointInfo, CheckpointRequest, Client, ClientError,
-    ClientProcess, ForkAnswer, ForkRequest, ListedVms, OpenRequest, Optional, PrepareRequest, Prepared, ProblemKind,
-    ReadyAnswer, RestoreRequest, SavedSource, SessionGate, SnapshotAnswer, SnapshotProgress, SnapshotRequest,
-    StopAnswer, StopRequest, SupervisorInfo, SupervisorKept, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer,
-    SuspendRequest, THREAD_PATIENCE, TcpAcceptor, Token, TouchedAnswer, VmInfo, WorkingSetAnswer, behind_gate,
-    expect_absolute, fallback, grace, not_allowed, on_a_thread, serve_http, with_bodies,
+    ClientProcess, ForkAnswer, ForkRequest, ListedVms, NetworkRequest, OpenRequest, Optional, PrepareRequest, Prepared,
+    ProblemKind, ReadyAnswer, RestoreRequest, SavedSource, SessionGate, SnapshotAnswer, SnapshotProgress,
+    SnapshotRequest, StopAnswer, StopRequest, SupervisorInfo, SupervisorKept, SuspendAfterInfo, SuspendAfterRequest,
+    SuspendAnswer, SuspendRequest, THREAD_PATIENCE, TcpAcceptor, Token, TouchedAnswer, VmInfo, WorkingSetAnswer,
+    behind_gate, expect_absolute, fallback, grace, not_allowed, on_a_thread, serve_http, with_bodies,
 };
 use crate::vm_host::{Cancel, DaemonError, EndedVm, ended_vms};
 
 /// Time limit of a VM's process for requests that it answers at once.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
+/// Time limit of a VM's process for a change of its network, which waits for a fork.
+const NETWORK_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time limit for the record of the end of a VM that does not answer.
 const END_TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum number of directories allowed for the parents of a snapshot.
@@ -260,6 +263,48 @@ async fn ready(State(supervisor): State<Supervisor>, UrlPath(name): UrlPath<Stri
     Ok(Json(supervisor.reidentify(&name).await?))
 }
 
+/// Opens or closes a VM's network devices for packets, or sets their egress rules. The host closes
+/// a network outside of the VM's process too: it takes the VM's TAP interfaces down, and stops its
+/// passt.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/network",
+    request_body = NetworkRequest,
+    responses((status = 200, description = "Done.", body = VmInfo))
+)]
+async fn set_network(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+    request: Wanted<NetworkRequest>,
+) -> Answer<VmInfo> {
+    let Json(request) = request?;
+    request.check().map_err(|text| ApiError::new(ProblemKind::BadRequest, text))?;
+    // To its end, also without its client: an open device behind a closed interface would stay.
+    let changed = tokio::spawn(change_network(supervisor, name, request)).await;
+    let stopped = |error| ApiError::new(ProblemKind::Internal, format!("the request has ended early: {error}"));
+    Ok(Json(changed.map_err(stopped)??))
+}
+
+async fn change_network(supervisor: Supervisor, name: String, request: NetworkRequest) -> Result<VmInfo, ApiError> {
+    let _turn = supervisor.0.network_changes.begin(&name).await;
+    let set = |link| {
+        let (supervisor, name) = (supervisor.clone(), name.clone());
+        on_a_thread(THREAD_PATIENCE, move || supervisor.set_link(&name, link))
+    };
+    let (dir, post) = (supervisor.dir().to_owned(), Method::POST);
+    if request.network == Some(Link::Closed) {
+        // A VM without a network device refuses the request, with the reason.
+        set(Link::Closed).await??;
+    }
+    let client = Client::new(&dir);
+    let info = client.request_within(NETWORK_TIMEOUT, post, &name, "/network", Some(&request)).await?;
+    if request.network == Some(Link::Open) {
+        // Last: the rules of the request hold by now.
+        set(Link::Open).await??;
+    }
+    with_own_socket(&dir, name, info).await
+}
+
 /// Starts VMs from a snapshot: all of them or none.
 #[utoipa::path(
     post,
@@ -339,6 +384,19 @@ async fn show_checkpoint(
     UrlPath(name): UrlPath<String>,
 ) -> Answer<CheckpointInfo> {
     Ok(Json(supervisor.checkpoints().info(&name)?))
+}
+
+/// Writes a checkpoint to the disk, where later supervisors find it. Answers when it is there.
+#[utoipa::path(
+    post,
+    path = "/v1/checkpoints/{name}/keep",
+    responses((status = 200, description = "Done.", body = CheckpointInfo))
+)]
+async fn keep_checkpoint(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+) -> Answer<CheckpointInfo> {
+    work(supervisor, move |supervisor, cancel| supervisor.keep_checkpoint(&name, cancel)).await
 }
 
 /// Removes a checkpoint. Its children run on.
@@ -619,6 +677,7 @@ fn routes() -> OpenApiRouter<Supervisor> {
         .routes(routes!(checkpoint))
         .routes(routes!(stop))
         .routes(routes!(ready))
+        .routes(routes!(set_network))
         .routes(routes!(suspend_vm))
         .routes(routes!(show_suspend_after, set_suspend_after, remove_suspend_after))
         .routes(routes!(ended))
@@ -628,6 +687,7 @@ fn routes() -> OpenApiRouter<Supervisor> {
         .routes(routes!(restore))
         .routes(routes!(show_checkpoint, remove_checkpoint))
         .routes(routes!(fork_checkpoint))
+        .routes(routes!(keep_checkpoint))
         .routes(routes!(prepare))
 }
 

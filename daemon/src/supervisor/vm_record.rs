@@ -7,11 +7,14 @@
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use clade_devices::disk::overlay_dir;
+use clade_devices::virtio::net::Link;
 use serde::{Deserialize, Serialize};
 
 use super::cgroups::Bounds;
+use super::host_link::RecordedLink;
 use super::net_hook::Interfaces;
 use super::overlays::unnamed_in;
 use super::processes::ProcessId;
@@ -75,6 +78,13 @@ pub(crate) struct VmRecord {
     /// Its secrets. None in a record of a supervisor that recorded none.
     #[serde(default)]
     pub(super) secrets: Option<SecretsRecord>,
+    /// The host's side of its network devices. Empty in a record of an earlier version.
+    #[serde(default)]
+    pub(super) links: Vec<RecordedLink>,
+    /// Whether its network is open. None while that is not known: the state of a snapshot's devices
+    /// is known once a worker has read it.
+    #[serde(default)]
+    pub(super) network: Option<Link>,
 }
 
 fn failed(source: std::io::Error) -> DaemonError {
@@ -128,13 +138,29 @@ impl VmRecord {
         Err(DaemonError::Refused { kind: ProblemKind::Internal, text })
     }
 
+    /// Keeps records as they are until the guard is dropped.
+    pub(super) fn lock() -> MutexGuard<'static, ()> {
+        static WRITES: Mutex<()> = Mutex::new(());
+        WRITES.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Writes the record of the VM of `claim`.
     ///
     /// # Errors
     /// When the file cannot be written.
     pub(super) fn write(&self, claim: &NameClaim) -> Result<(), DaemonError> {
+        let _records = Self::lock();
+        self.replace(claim.dir(), &claim.name)
+    }
+
+    /// Writes the record of the VM called `name`. The caller has the lock and has checked that the
+    /// VM still has the name.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub(super) fn replace(&self, dir: &RuntimeDir, name: &str) -> Result<(), DaemonError> {
         let bytes = serde_json::to_vec(self).map_err(|error| failed(error.into()))?;
-        claim.write_vm_record(&bytes).map_err(failed)
+        dir.write(&vm_record_name(name), &bytes).map_err(failed)
     }
 
     fn is_of(&self, session: &str) -> bool {
@@ -279,6 +305,8 @@ pub(super) mod tests {
             parent: None,
             bounds: Bounds::default(),
             secrets: None,
+            links: Vec::new(),
+            network: None,
         }
     }
 
@@ -300,6 +328,8 @@ pub(super) mod tests {
             parent: None,
             bounds: Bounds::default(),
             secrets: None,
+            links: Vec::new(),
+            network: None,
         };
         let claim = NameClaim::new(&dir, "web").unwrap();
         known.write(&claim).unwrap();

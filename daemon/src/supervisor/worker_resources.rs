@@ -4,8 +4,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use clade_devices::virtio::net::Link;
+
 use super::broker::Broker;
 use super::cgroups::{Bounds, Group};
+use super::host_link::{RecordedLink, release_links};
 use super::net_hook::Interfaces;
 use super::overlays::OverlayUse;
 use super::processes::{OwnVm, ProcessId};
@@ -14,7 +17,7 @@ use super::vm_record::{VmRecord, inode};
 use crate::flight;
 use crate::jail::{Confinement, Grants};
 use crate::secrets::SecretsRecord;
-use crate::vm_host::{DaemonError, NameClaim, forget_ended};
+use crate::vm_host::{DaemonError, NameClaim, RuntimeDir, forget_ended};
 use crate::worker::{ConfineRequest, PassedFds, VmTemplate};
 use clade_vmm::vm::{Endpoints, VmConfig};
 
@@ -68,12 +71,16 @@ pub(super) struct Start<'a> {
     pub(super) secrets: Option<&'a SecretsRecord>,
     /// The worker.
     pub(super) pid: u32,
+    /// Whether its network is open. None until a worker has read the state of its devices.
+    pub(super) network: Option<Link>,
 }
 
 /// The descriptors of one VM, on their way to its worker. A drop removes the files made for it
 /// outside of the runtime directory, unless the VM is kept.
 #[derive(Debug)]
 pub(super) struct WorkerResources {
+    dir: RuntimeDir,
+    name: String,
     vm_record: VmRecord,
     /// Whether the VM is booted, and not forked.
     is_booted: bool,
@@ -99,7 +106,7 @@ impl WorkerResources {
         let failed = |source| DaemonError::Worker { source };
         let (identity, paths) = (ends.identity().clone(), overlays.paths.clone());
         let socket = identity.vsock.as_ref().and_then(|vsock| inode(&vsock.socket));
-        let Start { template, session: live, parent, bounds, secrets, pid } = start;
+        let Start { template, session: live, parent, bounds, secrets, pid, network } = start;
         let session = live.map(|live| live.session.clone());
         let (process, parent) = (ProcessId::of(pid), parent.map(str::to_owned));
         let vm_record = VmRecord {
@@ -112,13 +119,16 @@ impl WorkerResources {
             parent,
             bounds,
             secrets: secrets.cloned(),
+            links: ends.links().iter().filter_map(RecordedLink::of).collect(),
+            network,
         };
         let vsock = vm_record.identity.vsock.as_ref();
         let broker = vsock.map(|vsock| broker.connect(vsock.socket.clone())).transpose().map_err(failed)?;
         let flight = Arc::new(flight::make().map_err(failed)?);
         let (ends, devices) = ends.hand_over(broker).map_err(failed)?;
         // From here on this owns the socket's file.
-        let mut resources = Self { vm_record, is_booted: false, files: Vec::new(), flight, overlays: Some(overlays) };
+        let (dir, name, overlays) = (claim.dir().clone(), claim.name.clone(), Some(overlays));
+        let mut resources = Self { dir, name, vm_record, is_booted: false, files: Vec::new(), flight, overlays };
         let (sockets, record) = claim.hand_over(template.config.virtio_console)?;
         forget_ended(claim.dir(), &claim.name);
         resources.vm_record.write(claim)?;
@@ -138,14 +148,49 @@ impl WorkerResources {
         self
     }
 
-    /// Returns the interfaces of the VM called `name`.
-    pub(super) fn interfaces(&self, name: &str) -> Interfaces {
-        self.vm_record.interfaces(name)
+    /// Returns the VM's interfaces.
+    pub(super) fn interfaces(&self) -> Interfaces {
+        self.vm_record.interfaces(&self.name)
     }
 
-    /// Returns the VM called `name`, with its `process` and its `group`.
-    pub(super) fn own_vm(&self, name: &str, process: OwnedFd, group: Option<Group>) -> OwnVm {
-        let vm = OwnVm::new(name, process, &self.vm_record.template.config, self.is_booted);
+    /// Closes the host's side of its network, unless the network is known to be open. That comes
+    /// before the worker reads its parent's memory, which may be made to break into it.
+    ///
+    /// # Errors
+    /// When the host refuses it.
+    pub(super) fn close_links(&self, confinement: Confinement) -> Result<(), DaemonError> {
+        match self.vm_record.network {
+            Some(Link::Open) => Ok(()),
+            Some(Link::Closed) | None => self.vm_record.set_links(&self.name, Link::Closed, confinement),
+        }
+    }
+
+    /// Returns whether the network waits for the worker's word on its devices.
+    pub(super) fn has_unknown_network(&self) -> bool {
+        self.vm_record.network.is_none() && !self.vm_record.links.is_empty()
+    }
+
+    /// Opens the host's side of a network of unknown state if the worker has found it `network`, and
+    /// records the state. The VM has not run yet.
+    ///
+    /// # Errors
+    /// When the host refuses it, or the record cannot be written.
+    pub(super) fn settle_network(&self, network: Option<Link>, confinement: Confinement) -> Result<(), DaemonError> {
+        if !self.has_unknown_network() {
+            return Ok(());
+        }
+        let network = network.unwrap_or(Link::Closed);
+        if network == Link::Open {
+            self.vm_record.set_links(&self.name, network, confinement)?;
+        }
+        let settled = VmRecord { network: Some(network), ..self.vm_record.clone() };
+        let _records = VmRecord::lock();
+        settled.replace(&self.dir, &self.name)
+    }
+
+    /// Returns the VM, with its `process` and its `group`.
+    pub(super) fn own_vm(&self, process: OwnedFd, group: Option<Group>) -> OwnVm {
+        let vm = OwnVm::new(&self.name, process, &self.vm_record.template.config, self.is_booted);
         let session = self.vm_record.session.as_ref().map(|session| session.name.clone());
         vm.in_group(group).in_session(session).recorded_in(&self.flight)
     }
@@ -170,6 +215,7 @@ impl Drop for WorkerResources {
     fn drop(&mut self) {
         if self.overlays.is_some() {
             self.vm_record.remove_sockets();
+            release_links(&self.dir, &self.name, &self.vm_record);
         }
     }
 }

@@ -415,11 +415,6 @@ impl NameClaim {
         Ok((sockets, record))
     }
 
-    /// Writes the supervisor's records of the VM.
-    pub(crate) fn write_vm_record(&self, bytes: &[u8]) -> io::Result<()> {
-        self.dir.write(&vm_record_name(&self.name), bytes)
-    }
-
     /// The runtime directory.
     pub(crate) fn dir(&self) -> &RuntimeDir {
         &self.dir

@@ -116,6 +116,15 @@ pub enum DaemonError {
     /// There is no control group for a VM.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// A VM's network cannot be opened or closed.
+    #[error("the network of {name} cannot be opened or closed")]
+    Link {
+        /// The VM's name.
+        name: String,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
     /// An interface could not be connected to the host's network.
     #[error(transparent)]
     NetHook(#[from] Box<HookError>),

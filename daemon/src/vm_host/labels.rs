@@ -111,6 +111,12 @@ impl Labels {
         self.0.get(&label.key) == Some(&label.value)
     }
 
+    /// Whether a label of this key is among them.
+    #[must_use]
+    pub fn has_key(&self, key: &str) -> bool {
+        self.0.contains_key(key)
+    }
+
     /// Formats the labels as `key=value`, with commas between.
     #[must_use]
     pub fn text(&self) -> String {

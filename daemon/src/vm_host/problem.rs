@@ -34,6 +34,7 @@ impl DaemonError {
             Self::Runtime { .. }
             | Self::Unreleased { .. }
             | Self::Keep { .. }
+            | Self::Link { .. }
             | Self::LinkedDir { .. }
             | Self::ForeignDir { .. }
             | Self::OpenDir { .. }

@@ -32,6 +32,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use clade_devices::virtio::net::Link;
 use clade_io::seqpacket::{self, Message};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -51,7 +52,7 @@ pub(crate) use detach::{DetachRequest, KnownFiles, KnownPart, packed};
 pub(crate) use open::ReadSnapshotRequest;
 pub(crate) use pace::Pace;
 pub(crate) use parent_death::PARENT_DEATH_EXIT;
-pub(crate) use process::{DetachedParts, Worker, WorkerProcess, Workers, has_ended};
+pub(crate) use process::{BeforeTheyRun, DetachedParts, Worker, WorkerProcess, Workers, has_ended};
 pub(crate) use save::{SavedFiles, WriteSnapshotRequest, written_beside};
 pub use serve::{Served, serve};
 
@@ -161,6 +162,8 @@ pub(crate) enum WorkerAnswer {
         name: String,
         identity: Option<IdentityInfo>,
         erased: ErasedInfo,
+        /// Whether packets pass. None without a network device.
+        network: Option<Link>,
     },
     Running,
     /// Bytes of a snapshot already written, and bytes in all.
@@ -204,6 +207,8 @@ pub(crate) struct LaunchedVm {
     pub(crate) identity: Option<IdentityInfo>,
     /// The count of secrets erased in its memory.
     pub(crate) erased: ErasedInfo,
+    /// Whether packets pass. None without a network device.
+    pub(crate) network: Option<Link>,
 }
 
 fn failed(source: io::Error) -> DaemonError {

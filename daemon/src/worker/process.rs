@@ -320,7 +320,9 @@ impl Worker {
     /// As [`Self::answer`].
     pub(crate) fn made(&self, check: impl Fn() -> Result<(), DaemonError>) -> Result<LaunchedVm, DaemonError> {
         match self.answer(check)? {
-            WorkerAnswer::Made { name, identity, erased } => Ok(LaunchedVm { name, identity, erased }),
+            WorkerAnswer::Made { name, identity, erased, network } => {
+                Ok(LaunchedVm { name, identity, erased, network })
+            }
             other => Err(failed(unexpected(&other))),
         }
     }
@@ -364,13 +366,17 @@ impl Drop for Worker {
     }
 }
 
+/// Called with VMs that are made and have not run.
+pub(crate) type BeforeTheyRun<'a> = dyn Fn(&[LaunchedVm]) -> Result<(), DaemonError> + 'a;
+
 /// The workers of a request that has not succeeded yet. Ended when dropped.
 #[derive(Debug)]
 pub(crate) struct Workers(pub(crate) Vec<Worker>);
 
 impl Workers {
     /// Waits until all have made their VMs, then lets all run at `pace`, and lets them go. Calls
-    /// `check` with the number made so far, and again between the groups of a pace.
+    /// `check` with the number made so far, and again between the groups of a pace. Calls
+    /// `before_they_run`, if there is one, when all are made and none has run.
     ///
     /// # Errors
     /// That of `check` or of a worker. The drop of the workers then ends the VMs of earlier groups,
@@ -379,10 +385,13 @@ impl Workers {
         &mut self,
         pace: Pace,
         check: impl Fn(usize) -> Result<(), DaemonError>,
+        before_they_run: Option<&BeforeTheyRun<'_>>,
     ) -> Result<Vec<LaunchedVm>, DaemonError> {
         let mut made = Vec::with_capacity(self.0.len());
-        let is_single = self.0.len() == 1;
-        if let [worker] = self.0.as_slice() {
+        let is_single = self.0.len() == 1 && before_they_run.is_none();
+        if let [worker] = self.0.as_slice()
+            && is_single
+        {
             // A single VM waits for no other: every wait of one process for another costs a
             // wake-up.
             worker.run();
@@ -393,6 +402,7 @@ impl Workers {
                 made.push(child);
             }
             check(made.len())?;
+            before_they_run.map_or(Ok(()), |before| before(&made))?;
         }
         // All VMs are made, so all may run. From here on a failure ends only its own VM.
         let mut started = 0;

@@ -21,6 +21,7 @@ use super::{
 use crate::ahead::ChildAhead;
 use crate::control::{IdentityInfo, ProblemKind, serve_vm};
 use crate::flight;
+use crate::image::network_of;
 use crate::secrets::Secrets;
 use crate::vm_host::{DaemonError, NameClaim, VmDescription, VmFiles, VmHost};
 use clade_vmm::boot::{BootError, BootImage, BootSource};
@@ -143,7 +144,7 @@ impl VmLauncher<'_> {
     /// others of the request are made.
     fn is_wanted(&self, vm: &Vm) -> bool {
         let (name, erased) = (vm.name().to_owned(), vm.erased().into());
-        let answer = WorkerAnswer::Made { name, identity: IdentityInfo::of(vm), erased };
+        let answer = WorkerAnswer::Made { name, identity: IdentityInfo::of(vm), erased, network: network_of(vm) };
         let told = send(self.socket, &answer, &[]).and_then(|()| seqpacket::receive(self.socket, 1));
         told.is_ok()
     }

@@ -48,8 +48,8 @@ pub use devices::{DeviceError, DevicesState, Reports};
 pub use error::VmError;
 pub use fork::{ChildOptions, ForkImage, ForkReport, ForkTimes, PauseGuard};
 pub use identity::{
-    ChildIdentity, EndpointParts, Endpoints, GenerationError, GenerationId, Identity, IdentityError, NetChoice,
-    NetIdentity, PortForward, UserNet, UserNetError, VsockChoice, user_net,
+    ChildIdentity, EndpointParts, Endpoints, GenerationError, GenerationId, HostLink, Identity, IdentityError,
+    NetChoice, NetIdentity, PortForward, UserNet, UserNetError, VsockChoice, user_net,
 };
 pub use machine::Vm;
 pub use pauses::{Histogram, HistogramCounts, Pauses};

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use clade_devices::virtio::net::{EgressRule, Link, Mac};
 use clade_devices::virtio::vsock::{BrokerSlot, VsockOptions, VsockSocket};
-use clade_io::{NetBackend, Tap};
+use clade_io::{NetBackend, Tap, TapError, link};
 use serde::{Deserialize, Serialize};
 
 use crate::vm::config::{NetSpec, VmConfig};
@@ -19,6 +19,8 @@ use crate::vm::identity::{ChildIdentity, Identity, IdentityError, NAME, NetChoic
 
 /// Longest generated interface name before its number: a name has 15 bytes, with room for 9,999.
 const MAX_STEM: usize = 11;
+/// Most names of interfaces tried that VMs which are about to end still claim.
+const MAX_REFUSED: usize = 64;
 /// Timeout for the lock on a directory of sockets that another process holds.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -43,6 +45,22 @@ pub(crate) struct VsockEnd {
     pub(crate) reset: bool,
 }
 
+/// The host's side of a network device. Whoever has it can close the network without the VM's
+/// process, which has the queues alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HostLink {
+    /// A TAP interface. While it is down, the kernel takes no packet from its queues.
+    Interface {
+        /// Its index.
+        index: u32,
+    },
+    /// A passt. While it is stopped, it takes no packet from its socket.
+    User {
+        /// Its process.
+        pid: u32,
+    },
+}
+
 /// Interfaces, addresses and sockets taken for a VM that is not made yet. The drop frees them.
 #[derive(Debug, Default)]
 pub struct Endpoints {
@@ -55,6 +73,7 @@ pub struct Endpoints {
     pub(crate) broker: Option<BrokerSlot>,
     pub(crate) identity: Identity,
     pub(crate) claims: Claims,
+    links: Vec<HostLink>,
 }
 
 /// [`Endpoints`] whose descriptors go to another process.
@@ -80,6 +99,12 @@ impl Endpoints {
     #[must_use]
     pub fn identity(&self) -> &Identity {
         &self.identity
+    }
+
+    /// The host's side of each network device, if they were taken by this process.
+    #[must_use]
+    pub fn links(&self) -> &[HostLink] {
+        &self.links
     }
 
     /// Takes the endpoints in the configuration of a VM to be booted.
@@ -211,22 +236,26 @@ impl Endpoints {
             )?,
         };
         self.claims.0.push(claim);
-        let backend = match to {
-            To::User(user) => user.start()?.into(),
+        let (backend, link) = match to {
+            To::User(user) => {
+                let (stream, pid) = user.start()?;
+                (stream.into(), HostLink::User { pid })
+            }
             // A known name is claimed before the interface is opened: opening one more queue of a
             // multi-queue interface would take part of another VM's packets.
-            To::Tap(tap) if tap.contains("%d") => {
-                let tap = Tap::open(tap, usize::from(net.queues))?;
-                self.claims.0.push(IdentityClaim::interface(tap.name())?);
-                tap.into()
+            To::Tap(pattern) if pattern.contains("%d") => {
+                let (tap, claim) = next_interface(pattern, usize::from(net.queues))?;
+                self.claims.0.push(claim);
+                with_link(tap)?
             }
             To::Tap(tap) => {
                 self.claims.0.push(IdentityClaim::interface(tap)?);
-                NetBackend::from(Tap::open(tap, usize::from(net.queues))?)
+                with_link(Tap::open(tap, usize::from(net.queues))?)?
             }
         };
         self.identity.nets.push(NetIdentity { tap: backend.name().to_owned(), mac });
         self.nets.push(NetEnd { backend, mac });
+        self.links.push(link);
         Ok(())
     }
 
@@ -240,6 +269,28 @@ impl Endpoints {
         self.identity.vsock = Some(options);
         Ok(())
     }
+}
+
+/// Opens an interface whose name the kernel chooses, and claims the name. An ending VM gives its
+/// interface up before its claim: the kernel chooses that name again, and the claim fails.
+fn next_interface(pattern: &str, queues: usize) -> Result<(Tap, IdentityClaim), IdentityError> {
+    // Held meanwhile, so that the kernel chooses another name each time.
+    let mut refused = Vec::new();
+    loop {
+        let tap = Tap::open(pattern, queues)?;
+        match IdentityClaim::interface(tap.name()) {
+            Err(IdentityError::Taken { .. }) if refused.len() < MAX_REFUSED => refused.push(tap),
+            claim => return claim.map(|claim| (tap, claim)),
+        }
+    }
+}
+
+/// Returns an interface that is open, and its link.
+fn with_link(tap: Tap) -> Result<(NetBackend, HostLink), TapError> {
+    let what = "its index is not known";
+    let index =
+        link::index_of(tap.name()).map_err(|source| TapError::Refused { name: tap.name().to_owned(), what, source })?;
+    Ok((tap.into(), HostLink::Interface { index }))
 }
 
 /// The pattern of a child's interface: its parent's, or the parent's name with another number. A

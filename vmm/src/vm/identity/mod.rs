@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub(crate) use endpoints::Claims;
-pub use endpoints::{EndpointParts, Endpoints};
+pub use endpoints::{EndpointParts, Endpoints, HostLink};
 pub use generation::{GenerationError, GenerationId};
 pub use user_net::{PortForward, UserNet, UserNetError};
 

@@ -12,13 +12,17 @@
 //!
 //! A child has a passt of its own, which does not know the parent's connections.
 
+use std::fs::{self, File, Permissions};
 use std::io;
 use std::net::Ipv4Addr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use clade_io::PacketStream;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use serde::{Deserialize, Serialize};
+use tempfile::TempDir;
 use thiserror::Error;
 
 /// The guest's address, assigned by DHCP.
@@ -82,6 +86,15 @@ pub enum UserNetError {
         /// The end of its output.
         said: String,
     },
+    /// The program's process is not known.
+    #[error("passt has not written its process id to {}", path.display())]
+    Unknown {
+        /// The file that it is to write to.
+        path: PathBuf,
+        /// Why the file cannot be used. None if the program left it as it was.
+        #[source]
+        source: Option<io::Error>,
+    },
     /// A port is 0 or repeated, or there are too many.
     #[error("port {host}:{guest}: ports are 1 to 65535, each of the host's once, {MAX_FORWARDS} at most")]
     Forward {
@@ -113,13 +126,14 @@ impl UserNet {
         Self::default()
     }
 
-    /// Starts the program. Returns when it accepts packets. The program ends when the result is
-    /// dropped, in any process.
+    /// Starts the program. Returns when it accepts packets, with its process id. The program ends
+    /// when the result is dropped, in any process.
     ///
     /// # Errors
     /// When the program is missing, or refuses to start: a port may be in use.
-    pub(crate) fn start(&self) -> Result<PacketStream, UserNetError> {
+    pub(crate) fn start(&self) -> Result<(PacketStream, u32), UserNetError> {
         self.check()?;
+        let pid = PidFile::new()?;
         let pair = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
         let (ours, theirs) = pair.map_err(|errno| UserNetError::Start(errno.into()))?;
         let mut command = Command::new("sh");
@@ -128,13 +142,15 @@ impl UserNet {
         command
             .args(["-c", AS_FD_3, PASST])
             .args(self.args())
+            .arg("--pid")
+            .arg(&pid.path)
             .stdin(theirs)
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
         // The program continues in the background once it has started.
         let output = command.output().map_err(UserNetError::Start)?;
         match output.status.code() {
-            Some(0) => return Ok(PacketStream::new(ours)),
+            Some(0) => return Ok((PacketStream::new(ours), pid.read()?)),
             Some(NOT_FOUND) => return Err(UserNetError::Missing),
             _ => {}
         }
@@ -166,6 +182,34 @@ impl UserNet {
         // The gateway would lead to listeners on the host's loopback address.
         args.push("--no-map-gw".to_owned());
         args
+    }
+}
+
+/// A file for the program's process id. The program writes it as another user than the one that
+/// starts it, so the file is writable for all, in a directory that only its owner can list.
+struct PidFile {
+    path: PathBuf,
+    _dir: TempDir,
+}
+
+impl PidFile {
+    fn new() -> Result<Self, UserNetError> {
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |source| UserNetError::Unknown { path, source: Some(source) }
+        };
+        let dir = tempfile::Builder::new().prefix("clade-passt-").tempdir().map_err(failed(&std::env::temp_dir()))?;
+        let path = dir.path().join("pid");
+        let mode = |path: &Path, mode| fs::set_permissions(path, Permissions::from_mode(mode));
+        let made = File::create_new(&path).and_then(|_| mode(&path, 0o666)).and_then(|()| mode(dir.path(), 0o711));
+        made.map_err(failed(&path))?;
+        Ok(Self { path, _dir: dir })
+    }
+
+    fn read(&self) -> Result<u32, UserNetError> {
+        let failed = |source| UserNetError::Unknown { path: self.path.clone(), source };
+        let text = fs::read_to_string(&self.path).map_err(|source| failed(Some(source)))?;
+        text.trim().parse().map_err(|_| failed(None))
     }
 }
 

@@ -1,0 +1,204 @@
+//! Closed networks, enforced outside of the VM's process.
+//!
+//! A VM's process has the queues of its TAP interfaces and the sockets of its passts, and a closed
+//! device of an honest process lets no packet pass. A compromised process is bound by the host: the
+//! supervisor takes the interfaces down, and stops the passts.
+//!
+//! | state | interface | passt | the device of the VM |
+//! |---|---|---|---|
+//! | open | up, by the network hook or the operator | runs | passes packets |
+//! | closed | down: the kernel takes no packet from its queues | stopped by SIGSTOP | drops packets |
+//!
+//! The order is part of that: a child is closed before it is given its parent's memory, and a VM is
+//! closed here first and opened here last.
+
+use std::io;
+use std::time::Duration;
+
+use clade_devices::virtio::net::Link;
+use clade_io::link;
+use clade_vmm::vm::HostLink;
+use rustix::io::Errno;
+use rustix::process::{Signal, pidfd_send_signal};
+use serde::{Deserialize, Serialize};
+
+use super::processes::ProcessId;
+use super::vm_record::VmRecord;
+use super::{Inner, Supervisor};
+use crate::jail::Confinement;
+use crate::vm_host::{DaemonError, RuntimeDir};
+use crate::worker::has_ended;
+
+/// The host's side of a network device, as a VM's record has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum RecordedLink {
+    /// The index of a TAP interface.
+    Interface(u32),
+    /// A passt.
+    User(ProcessId),
+}
+
+impl RecordedLink {
+    /// Records a link. None for a passt that has already ended.
+    pub(super) fn of(link: &HostLink) -> Option<Self> {
+        match *link {
+            HostLink::Interface { index } => Some(Self::Interface(index)),
+            HostLink::User { pid } => ProcessId::of(pid).map(Self::User),
+        }
+    }
+
+    /// Opens or closes it. A link that has gone is closed.
+    fn set(self, wanted: Link) -> io::Result<()> {
+        let is_open = wanted == Link::Open;
+        let (done, gone) = match self {
+            Self::Interface(index) => (link::set_up(index, is_open), Errno::NODEV),
+            Self::User(process) => {
+                let Some(pidfd) = process.open() else { return Ok(()) };
+                let signal = if is_open { Signal::CONT } else { Signal::STOP };
+                (pidfd_send_signal(&pidfd, signal).map_err(io::Error::from), Errno::SRCH)
+            }
+        };
+        done.or_else(|error| if error.raw_os_error() == Some(gone.raw_os_error()) { Ok(()) } else { Err(error) })
+    }
+}
+
+/// Returns the state of a VM whose state two sources have: closed if either says so.
+pub(super) fn stricter(one: Option<Link>, other: Option<Link>) -> Option<Link> {
+    if [one, other].contains(&Some(Link::Closed)) { Some(Link::Closed) } else { one.or(other) }
+}
+
+impl VmRecord {
+    /// Opens or closes the host's side of the VM's network devices.
+    ///
+    /// # Errors
+    /// When the host refuses it. Without the right to configure interfaces, a closed network is left
+    /// to the VM's process, unless confinement is required.
+    pub(super) fn set_links(&self, name: &str, link: Link, confinement: Confinement) -> Result<(), DaemonError> {
+        for own in &self.links {
+            match own.set(link) {
+                Err(error)
+                    if error.kind() == io::ErrorKind::PermissionDenied && confinement != Confinement::Require =>
+                {
+                    tracing::warn!(%error, name, ?link, "only the VM's process closes its network");
+                }
+                done => done.map_err(|source| DaemonError::Link { name: name.to_owned(), source })?,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Inner {
+    /// Closes what an earlier supervisor was about to close.
+    pub(super) fn close_recorded(&self, name: &str, vm_record: &VmRecord) {
+        if vm_record.network == Some(Link::Closed)
+            && let Err(error) = vm_record.set_links(name, Link::Closed, self.sandbox.confinement)
+        {
+            tracing::error!(error = clade_vmm::error_chain(&error), name, "a closed network is not closed");
+        }
+    }
+}
+
+/// Opens the links of an ended VM that was closed. An interface may outlive the VM, and a stopped
+/// passt does not notice that its socket is closed.
+pub(super) fn release_links(dir: &RuntimeDir, name: &str, ended: &VmRecord) {
+    if ended.network == Some(Link::Open) || ended.links.is_empty() {
+        return;
+    }
+    // No VM is recorded meanwhile: one that has the same interface closes it after it is recorded.
+    let _records = VmRecord::lock();
+    let others = match VmRecord::all(dir) {
+        Ok(others) => others,
+        Err(error) => {
+            tracing::warn!(%error, name, "the interfaces of a closed VM stay down");
+            return;
+        }
+    };
+    for link in &ended.links {
+        let is_taken = others.iter().any(|(_, other)| other.process != ended.process && other.links.contains(link));
+        if !is_taken && let Err(error) = link.set(Link::Open) {
+            tracing::warn!(%error, name, ?link, "the interface of a closed VM stays down");
+        }
+    }
+}
+
+impl Supervisor {
+    /// Opens or closes the host's side of the network of the VM called `name`, and records that.
+    ///
+    /// # Errors
+    /// When there is no such VM, or the host refuses it. A network that is to be closed is then
+    /// recorded as closed.
+    pub(super) fn set_link(&self, name: &str, link: Link) -> Result<(), DaemonError> {
+        let gone = || DaemonError::NoSuchVm { name: name.to_owned() };
+        let _records = VmRecord::lock();
+        let mut vm_record = VmRecord::expect(&self.0.dir, name)?;
+        if vm_record.links.is_empty() {
+            // A VM without a network device, or of an earlier version.
+            return Ok(());
+        }
+        // The interfaces of a VM that has ended may be another's.
+        let pidfd = vm_record.process.and_then(ProcessId::open).ok_or_else(gone)?;
+        if has_ended(&pidfd, Duration::ZERO) {
+            return Err(gone());
+        }
+        let confinement = self.0.sandbox.confinement;
+        match (link, vm_record.network) {
+            // An operator's interface that is down was not taken down here.
+            (Link::Open, Some(Link::Open) | None) => Ok(()),
+            (Link::Open, Some(Link::Closed)) => {
+                vm_record.set_links(name, link, confinement)?;
+                vm_record.network = Some(link);
+                vm_record.replace(&self.0.dir, name)
+            }
+            (Link::Closed, _) => {
+                // First: whoever finds the record later closes the network again.
+                vm_record.network = Some(link);
+                vm_record.replace(&self.0.dir, name)?;
+                vm_record.set_links(name, link, confinement)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use clade_test_support::wait_eq;
+
+    use super::*;
+
+    /// The state letter of a process.
+    fn state(pid: u32) -> String {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        stat.rsplit_once(") ").unwrap().1[..1].to_owned()
+    }
+
+    #[test]
+    fn a_passt_is_stopped_and_goes_on_and_one_that_has_ended_is_closed() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let link = RecordedLink::of(&HostLink::User { pid: child.id() }).unwrap();
+        link.set(Link::Closed).unwrap();
+        wait_eq("it to stop", &"T".to_owned(), || state(child.id()));
+        link.set(Link::Open).unwrap();
+        wait_eq("it to go on", &"S".to_owned(), || state(child.id()));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        link.set(Link::Closed).unwrap();
+        link.set(Link::Open).unwrap();
+        // An interface that has gone, too.
+        RecordedLink::Interface(i32::MAX as u32).set(Link::Closed).unwrap();
+    }
+
+    #[test]
+    fn either_source_closes_a_network() {
+        let (open, closed) = (Some(Link::Open), Some(Link::Closed));
+        for (one, other, both) in
+            [(None, None, None), (open, None, open), (None, open, open), (open, open, open), (closed, open, closed)]
+        {
+            assert_eq!((stricter(one, other), stricter(other, one)), (both, both));
+        }
+        assert_eq!(stricter(None, closed), closed);
+    }
+}
