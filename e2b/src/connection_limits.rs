@@ -10,6 +10,9 @@ use crate::error::{Answer, GatewayError};
 
 /// Most connections to one sandbox: fewer than its agent takes.
 pub(crate) const PER_SANDBOX: usize = 256;
+/// Most connections to the agent of one sandbox whose clients have not shown its token, and which the
+/// agent itself judges. They leave room for those of the owner.
+pub(crate) const PER_STRANGER: usize = 16;
 /// Most calls of one owner in progress.
 pub(crate) const MAX_CALLS: usize = 256;
 /// Most connections to all sandboxes of an owner: half of the address's limit.
@@ -19,6 +22,8 @@ pub(crate) const PER_KEY: usize = 1024;
 struct Counts {
     by_sandbox: BTreeMap<String, usize>,
     by_key: BTreeMap<String, usize>,
+    /// Those without a token, by sandbox. They do not count for the sandbox or its owner.
+    strangers: BTreeMap<String, usize>,
 }
 
 /// The connections and calls in progress.
@@ -30,7 +35,8 @@ pub(crate) struct ConnectionLimits(Mutex<Counts>);
 pub(crate) struct ConnectionSlot {
     connection_limits: Arc<ConnectionLimits>,
     sandbox: String,
-    key: String,
+    /// None for a connection without a token.
+    key: Option<String>,
 }
 
 fn count(counts: &BTreeMap<String, usize>, name: &str) -> usize {
@@ -65,7 +71,20 @@ impl ConnectionLimits {
             return Err(GatewayError::new(StatusCode::TOO_MANY_REQUESTS, why));
         }
         *counts.by_key.entry(owner.to_owned()).or_default() += 1;
-        Ok(ConnectionSlot { connection_limits: Arc::clone(self), sandbox: String::new(), key: owner.to_owned() })
+        Ok(ConnectionSlot { connection_limits: Arc::clone(self), sandbox: String::new(), key: Some(owner.to_owned()) })
+    }
+
+    /// Takes a slot for a connection to the agent of `sandbox` whose client has not shown its token.
+    ///
+    /// # Errors
+    /// 429 when no slot is left.
+    pub(crate) fn take_stranger(self: &Arc<Self>, sandbox: &str) -> Answer<ConnectionSlot> {
+        let mut counts = self.counts();
+        if count(&counts.strangers, sandbox) >= PER_STRANGER {
+            return full(&format!("the sandbox {sandbox:?} without its token"), PER_STRANGER);
+        }
+        *counts.strangers.entry(sandbox.to_owned()).or_default() += 1;
+        Ok(ConnectionSlot { connection_limits: Arc::clone(self), sandbox: sandbox.to_owned(), key: None })
     }
 
     /// Takes a slot for a connection to `sandbox`, which was made with `key`.
@@ -73,29 +92,35 @@ impl ConnectionLimits {
     /// # Errors
     /// 429 when no slot is left.
     pub(crate) fn take(self: &Arc<Self>, sandbox: &str, key: &str) -> Answer<ConnectionSlot> {
-        let full = |whose: String, most: usize| {
-            let why = format!("{most} connections to {whose} are open");
-            Err(GatewayError::new(StatusCode::TOO_MANY_REQUESTS, why))
-        };
         let mut counts = self.counts();
         if count(&counts.by_sandbox, sandbox) >= PER_SANDBOX {
-            return full(format!("the sandbox {sandbox:?}"), PER_SANDBOX);
+            return full(&format!("the sandbox {sandbox:?}"), PER_SANDBOX);
         }
         if count(&counts.by_key, key) >= PER_KEY {
             // Without the key's name: any client may see this.
-            return full("its owner's sandboxes".to_owned(), PER_KEY);
+            return full("its owner's sandboxes", PER_KEY);
         }
         *counts.by_sandbox.entry(sandbox.to_owned()).or_default() += 1;
         *counts.by_key.entry(key.to_owned()).or_default() += 1;
-        Ok(ConnectionSlot { connection_limits: Arc::clone(self), sandbox: sandbox.to_owned(), key: key.to_owned() })
+        Ok(ConnectionSlot {
+            connection_limits: Arc::clone(self),
+            sandbox: sandbox.to_owned(),
+            key: Some(key.to_owned()),
+        })
     }
+}
+
+fn full<T>(whose: &str, most: usize) -> Answer<T> {
+    let why = format!("{most} connections to {whose} are open");
+    Err(GatewayError::new(StatusCode::TOO_MANY_REQUESTS, why))
 }
 
 impl Drop for ConnectionSlot {
     fn drop(&mut self) {
         let mut counts = self.connection_limits.counts();
+        let Some(key) = &self.key else { return leave(&mut counts.strangers, &self.sandbox) };
         leave(&mut counts.by_sandbox, &self.sandbox);
-        leave(&mut counts.by_key, &self.key);
+        leave(&mut counts.by_key, key);
     }
 }
 
@@ -120,8 +145,14 @@ mod tests {
         first.pop();
         let again = take("a", "one").unwrap();
         take("a", "one").unwrap_err();
-        drop((first, rest, other, again));
+        // Clients without a token take no slot of the owner's.
+        let strangers: Vec<_> = (0..PER_STRANGER).map(|_| connection_limits.take_stranger("b").unwrap()).collect();
+        let full = connection_limits.take_stranger("b").unwrap_err();
+        assert!(full.message.contains("16") && full.message.contains("\"b\""), "{full:?}");
+        connection_limits.take_stranger("a").unwrap();
+        assert_eq!(connection_limits.taken("b"), 0);
+        drop((first, rest, other, again, strangers));
         let counts = connection_limits.counts();
-        assert!(counts.by_sandbox.is_empty() && counts.by_key.is_empty(), "{counts:?}");
+        assert!(counts.by_sandbox.is_empty() && counts.by_key.is_empty() && counts.strangers.is_empty(), "{counts:?}");
     }
 }

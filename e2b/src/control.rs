@@ -29,7 +29,7 @@ use crate::rules::checkpoint_name;
 use crate::seats::{Seat, holding};
 use crate::wire::{
     AskedNetwork, CLIENT_ID, Connect, Detail, ENVD_VERSION, Fork, ForkResult, Lifecycle, ListQuery, ListedSandbox,
-    NetworkShown, NewSandbox, OnTimeout, Refresh, Sandbox, SandboxMetric, SaveOptions, SnapshotInfo,
+    NetworkShown, NewSandbox, OnTimeout, Refresh, Sandbox, SandboxMetric, SaveOptions, SnapshotFork, SnapshotInfo,
     State as SandboxState, Texts, Timeout,
 };
 
@@ -51,6 +51,19 @@ struct KeyOwner(String);
 type GatewayState = State<Gateway>;
 type Who = Extension<KeyOwner>;
 
+/// A name in the path of a call.
+struct InPath(String);
+
+impl FromRequestParts<Gateway> for InPath {
+    type Rejection = GatewayError;
+
+    async fn from_request_parts(parts: &mut Parts, gateway: &Gateway) -> Answer<Self> {
+        let named = Path::<String>::from_request_parts(parts, gateway).await;
+        let Path(name) = named.map_err(|rejection| GatewayError::new(rejection.status(), rejection.body_text()))?;
+        Ok(Self(name))
+    }
+}
+
 /// The sandbox named in a call by its owner.
 struct Own(Arc<RecordEntry<SandboxRecord>>);
 
@@ -58,8 +71,7 @@ impl FromRequestParts<Gateway> for Own {
     type Rejection = GatewayError;
 
     async fn from_request_parts(parts: &mut Parts, gateway: &Gateway) -> Answer<Self> {
-        let named = Path::<String>::from_request_parts(parts, gateway).await;
-        let Path(id) = named.map_err(|rejection| GatewayError::new(rejection.status(), rejection.body_text()))?;
+        let InPath(id) = InPath::from_request_parts(parts, gateway).await?;
         let owner = parts.extensions.get::<KeyOwner>().ok_or_else(|| GatewayError::no_sandbox(&id))?;
         gateway.owned(&owner.0, &id).map(Self)
     }
@@ -85,6 +97,7 @@ pub(crate) fn router(gateway: &Gateway) -> Router {
         .route("/sandboxes/{id}/logs", get(logs))
         .route("/v2/sandboxes/{id}/logs", get(logs))
         .route("/snapshots", get(snapshots))
+        .route("/snapshots/{id}/fork", post(fork_snapshot))
         .route("/templates", get(templates::list))
         .route("/v2/templates", get(templates::list))
         .route("/templates/{id}", delete(templates::remove))
@@ -403,7 +416,7 @@ async fn connect(
 async fn fork(
     State(gateway): GatewayState,
     Extension(owner): Who,
-    Path(id): Path<String>,
+    InPath(id): InPath,
     request: Request,
 ) -> Answer<(StatusCode, Json<Vec<ForkResult>>)> {
     let wanted: Fork = body(request).await?;
@@ -411,10 +424,21 @@ async fn fork(
     Ok((StatusCode::CREATED, Json(forked)))
 }
 
+async fn fork_snapshot(
+    State(gateway): GatewayState,
+    Extension(owner): Who,
+    InPath(id): InPath,
+    request: Request,
+) -> Answer<(StatusCode, Json<Vec<ForkResult>>)> {
+    let wanted: SnapshotFork = body(request).await?;
+    let forked = to_the_end(async move { gateway.fork_snapshot(&owner.0, &id, wanted).await }).await?;
+    Ok((StatusCode::CREATED, Json(forked)))
+}
+
 async fn snapshot(
     State(gateway): GatewayState,
     Extension(owner): Who,
-    Path(id): Path<String>,
+    InPath(id): InPath,
     request: Request,
 ) -> Answer<(StatusCode, Json<SnapshotInfo>)> {
     let wanted: SaveOptions = body(request).await?;

@@ -22,6 +22,7 @@ pub fn gateway(dir: &Path, socket: &Path) -> Gateway {
         keys: dir.join("keys.json"),
         domain: Some("box.test".to_owned()),
         templates: None,
+        snapshots: None,
         quotas: crate::Quotas::default(),
     };
     let gateway = Gateway::open(&options).unwrap_or_else(|error| panic!("a gateway: {error}"));

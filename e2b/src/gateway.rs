@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -44,6 +45,9 @@ pub struct Options {
     pub domain: Option<String>,
     /// The store of built templates. Without it checkpoints are the only templates.
     pub templates: Option<TemplateStore>,
+    /// The directory of the records of snapshots, which outlive a restart of the host as their
+    /// checkpoints do. Without it they are in the runtime directory.
+    pub snapshots: Option<PathBuf>,
     /// Quotas of each owner's sandboxes and snapshots.
     pub quotas: Quotas,
 }
@@ -115,8 +119,10 @@ impl Gateway {
             let path = path.to_owned();
             move |source| GatewayOpenError::State { path, source }
         };
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(failed(&dir))?;
         let sandboxes = RecordTable::open(dir.join("sandboxes")).map_err(failed(&dir))?;
-        let snapshots = RecordTable::open(dir.join("snapshots")).map_err(failed(&dir))?;
+        let of_snapshots = options.snapshots.clone().unwrap_or_else(|| dir.join("snapshots"));
+        let snapshots = RecordTable::open_durable(of_snapshots.clone()).map_err(failed(&of_snapshots))?;
         let path = dir.join("token-key");
         let token_key = TokenKey::read_or_create(&path).map_err(failed(&path))?;
         Ok(Self(Arc::new(Inner {
@@ -258,6 +264,7 @@ mod tests {
                 keys: PathBuf::new(),
                 domain,
                 templates: None,
+                snapshots: None,
                 quotas: Quotas::default(),
             };
             assert!(matches!(Gateway::open(&options), Err(GatewayOpenError::Domain { .. })));

@@ -28,6 +28,7 @@ mod ports;
 mod proxy;
 mod quotas;
 mod rate;
+mod reconcile;
 mod records;
 mod rules;
 mod sandboxes;

@@ -56,7 +56,7 @@ impl Drop for OnePausing {
 
 impl Gateway {
     /// Forgets sandboxes and snapshots whose VMs or checkpoints have gone.
-    async fn sweep(&self) -> Result<(), ClientError> {
+    pub(crate) async fn sweep(&self) -> Result<(), ClientError> {
         // Before the VMs are listed: a sandbox that is made meanwhile stays.
         let (sandboxes, snapshots) = (self.0.sandboxes.list(), self.0.snapshots.list());
         if !sandboxes.is_empty() {

@@ -147,6 +147,8 @@ impl Gateway {
         let listener = TcpListener::from_std(listener).map_err(failed)?;
         let (router, gateway) = (router(self), self.clone());
         let serving = async move {
+            // First: what a call makes afterwards is no earlier supervisor's.
+            gateway.reconcile().await;
             tokio::join!(accept(listener, router), gateway.keep_time(), gateway.keep_swept());
         };
         Ok((bound, serving))

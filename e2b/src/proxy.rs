@@ -123,8 +123,10 @@ async fn to_agent(
         (Some(token), None) => gateway.is_token(&target.id, token.as_bytes()),
         _ => false,
     };
-    let owner = entry.get().owner;
-    let place = gateway.0.connection_limits.take(&target.id, &owner).map_err(GatewayError::into_response)?;
+    let limits = &gateway.0.connection_limits;
+    // The agent judges a request without the token, which may have a signature.
+    let place = if may_wake { limits.take(&target.id, &entry.get().owner) } else { limits.take_stranger(&target.id) };
+    let place = place.map_err(GatewayError::into_response)?;
     let (record, _) = running(gateway, target, entry, may_wake).await?;
     strip(request.headers_mut());
     request.headers_mut().insert(HOST, HeaderValue::from_static("localhost"));

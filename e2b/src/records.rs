@@ -1,9 +1,10 @@
 //! Records of sandboxes and snapshots: a file for each, and a copy in memory.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use jiff::Timestamp;
@@ -139,18 +140,24 @@ impl<T: Clone> RecordEntry<T> {
 #[derive(Debug)]
 pub(crate) struct RecordTable<T> {
     dir: PathBuf,
+    /// Whether its files outlive a crash of the host.
+    is_durable: bool,
     entries: Mutex<BTreeMap<String, Arc<RecordEntry<T>>>>,
 }
 
 impl<T: Named + Clone + Serialize + DeserializeOwned> RecordTable<T> {
-    /// Reads the files of a directory, which is made if it is missing. Invalid files are skipped.
+    /// Reads the files of a directory, which may be missing until there is a file. Invalid files are
+    /// skipped.
     ///
     /// # Errors
-    /// When the directory cannot be made or read.
+    /// When the directory cannot be read.
     pub(crate) fn open(dir: PathBuf) -> io::Result<Self> {
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
         let mut entries = BTreeMap::new();
-        for file in std::fs::read_dir(&dir)? {
+        let files = match std::fs::read_dir(&dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            files => Some(files?),
+        };
+        for file in files.into_iter().flatten() {
             let path = file?.path();
             let read = std::fs::read(&path).and_then(|bytes| Ok(serde_json::from_slice::<T>(&bytes)?));
             match read {
@@ -158,7 +165,20 @@ impl<T: Named + Clone + Serialize + DeserializeOwned> RecordTable<T> {
                 Err(error) => tracing::warn!(%error, path = %path.display(), "is left out"),
             }
         }
-        Ok(Self { dir, entries: Mutex::new(entries) })
+        Ok(Self { dir, is_durable: false, entries: Mutex::new(entries) })
+    }
+
+    /// The same, of files that outlive a crash of the host.
+    ///
+    /// # Errors
+    /// As for [`Self::open`].
+    pub(crate) fn open_durable(dir: PathBuf) -> io::Result<Self> {
+        Ok(Self { is_durable: true, ..Self::open(dir)? })
+    }
+
+    /// Returns whether there is a file for this name, even an invalid one.
+    pub(crate) fn has_file(&self, name: &str) -> bool {
+        self.path(name).symlink_metadata().is_ok()
     }
 
     fn all(&self) -> MutexGuard<'_, BTreeMap<String, Arc<RecordEntry<T>>>> {
@@ -205,7 +225,7 @@ impl<T: Named + Clone + Serialize + DeserializeOwned> RecordTable<T> {
     /// # Errors
     /// When its file cannot be written: then the value is not added.
     pub(crate) fn insert(&self, value: T) -> io::Result<()> {
-        write(&self.dir, &self.path(value.name()), &value)?;
+        self.write(&value)?;
         self.all().insert(value.name().to_owned(), Arc::new(RecordEntry::new(value)));
         Ok(())
     }
@@ -216,7 +236,7 @@ impl<T: Named + Clone + Serialize + DeserializeOwned> RecordTable<T> {
         change(&mut value);
         // A value removed meanwhile stays removed.
         let is_there = self.all().get(value.name()).is_some_and(|own| std::ptr::eq(Arc::as_ptr(own), entry));
-        if is_there && let Err(error) = write(&self.dir, &self.path(value.name()), &*value) {
+        if is_there && let Err(error) = self.write(&value) {
             tracing::warn!(%error, name = value.name(), "a record is not written");
         }
         value.clone()
@@ -229,19 +249,24 @@ impl<T: Named + Clone + Serialize + DeserializeOwned> RecordTable<T> {
         }
         removed
     }
+
+    /// Writes a file as a whole or not at all.
+    fn write(&self, value: &T) -> io::Result<()> {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.dir)?;
+        let mut file = NamedTempFile::with_prefix_in(".", &self.dir)?;
+        file.write_all(&serde_json::to_vec(value)?)?;
+        if self.is_durable {
+            file.as_file().sync_all()?;
+        }
+        file.persist(self.path(value.name())).map_err(|error| error.error)?;
+        if self.is_durable { File::open(&self.dir)?.sync_all() } else { Ok(()) }
+    }
 }
 
 impl<T> RecordEntry<T> {
     fn new(value: T) -> Self {
         Self { value: Mutex::new(value), turn: AsyncMutex::new(()), cut: watch::Sender::new(()) }
     }
-}
-
-/// Writes a file as a whole or not at all.
-fn write(dir: &Path, path: &Path, value: &impl Serialize) -> io::Result<()> {
-    let mut file = NamedTempFile::with_prefix_in(".", dir)?;
-    file.write_all(&serde_json::to_vec(value)?)?;
-    file.persist(path).map_err(|error| error.error).map(drop)
 }
 
 #[cfg(test)]

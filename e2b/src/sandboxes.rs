@@ -18,11 +18,11 @@ use tokio::sync::Semaphore;
 
 use crate::error::{Answer, GatewayError};
 use crate::gateway::Gateway;
-use crate::quotas::{Usage, check_metadata, check_variables};
+use crate::quotas::{HeldQuota, Usage, check_metadata, check_variables};
 use crate::records::{RecordEntry, SandboxRecord};
-use crate::rules::{after, network, new_network, seconds};
+use crate::rules::{after, checkpoint_name, network, new_network, seconds};
 use crate::secret::random_hex;
-use crate::wire::{Fork, ForkResult, NewSandbox, Sandbox, State};
+use crate::wire::{Fork, ForkResult, NewSandbox, Sandbox, SnapshotFork, State};
 
 /// Default time of a sandbox and of a fork, in seconds.
 const DEFAULT_TIMEOUT: i64 = 300;
@@ -35,25 +35,66 @@ const MAX_FORKS: i64 = 100;
 /// Forks activated at a time.
 const MAX_ACTIVATED: usize = 16;
 
+/// The label of sandboxes' VMs that has the name of their template.
+pub(crate) const TEMPLATE_LABEL: &str = "e2b-template";
+
+/// Whether a VM's name is of the form of [`Names`].
+pub(crate) fn is_sandbox_name(name: &str) -> bool {
+    let (random, number) = name.strip_prefix('i').and_then(|rest| rest.split_at_checked(18)).unwrap_or_default();
+    let is_number = |number: &str| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+    !random.is_empty()
+        && random.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+        && (number.is_empty() || number.strip_prefix('x').is_some_and(is_number))
+}
+
 impl Gateway {
     /// Makes a sandbox of a template.
     pub(crate) async fn create(&self, owner: &str, new: NewSandbox) -> Answer<Sandbox> {
         new.check()?;
         let timeout = seconds(new.timeout, DEFAULT_TIMEOUT)?;
+        let (_held, mut record, made) = self.made_of(owner, new, Names::one()?).await?;
+        let only = made.into_iter().next().ok_or_else(|| GatewayError::internal("no sandbox was made"))?;
+        record.id.clone_from(&only.id);
+        self.activate_or_stop(only, record, timeout).await
+    }
+
+    /// Makes sandboxes of a snapshot, each with its own result.
+    pub(crate) async fn fork_snapshot(&self, owner: &str, id: &str, fork: SnapshotFork) -> Answer<Vec<ForkResult>> {
+        let (count, timeout) = Self::count_and_timeout(fork.fork)?;
+        let snapshot = self.snapshot_of(owner, checkpoint_name(id)).ok_or_else(|| GatewayError::no_template(id))?;
+        let new = NewSandbox {
+            template: snapshot.id,
+            metadata: fork.metadata,
+            env_vars: fork.env_vars,
+            allow_internet_access: fork.allow_internet_access,
+            network: fork.network,
+            ..NewSandbox::default()
+        };
+        let (_held, record, made) = self.made_of(owner, new, Names::of(count)?).await?;
+        Ok(self.activate_all(made, &record, timeout).await)
+    }
+
+    /// Makes VMs of a template. Returns the use of the owner's quota until they have records, a record
+    /// for all but their names and times, and the VMs.
+    async fn made_of(
+        &self,
+        owner: &str,
+        new: NewSandbox,
+        names: Names,
+    ) -> Answer<(HeldQuota, SandboxRecord, Vec<Unrecorded>)> {
+        let Names { pattern, names } = names;
         check_metadata(new.metadata.as_ref())?;
         check_variables(new.env_vars.as_ref())?;
         let network = network(new.allow_internet_access, new.network.as_ref())?;
         let source = self.source(owner, &new.template)?;
         let checkpoint = self.opened(&source).await?;
         // Until it has a record, or has failed.
-        let _held = self.take(owner, Usage::of_sandboxes(1, checkpoint.mib))?;
+        let held = self.take(owner, Usage::of_sandboxes(names.len(), checkpoint.mib))?;
         let is_template_closed = source.is_closed(&checkpoint);
         let link = network.link.filter(|link| *link == Link::Closed || is_template_closed == Some(false));
-        let id = random_hex::<9>().map_err(|error| GatewayError::internal(error.to_string()))?;
-        let id = format!("i{id}");
         let egress = network.egress;
-        let request = ForkRequest { network: link, egress, ..request_for(id.clone(), 1, &source.template)? };
-        let unrecorded = Unrecorded::new(self, id);
+        let request = ForkRequest { network: link, egress, ..request_for(pattern, names.len(), &source.template)? };
+        let unrecorded = names.into_iter().map(|name| Unrecorded::new(self, name)).collect();
         if let Err(error) = self.fork_checkpoint(&source.checkpoint, &request).await {
             let is_gone = error.status == StatusCode::NOT_FOUND;
             return Err(if is_gone { GatewayError::no_template(&source.template) } else { error });
@@ -63,13 +104,13 @@ impl Gateway {
         envs.extend(new.env_vars.unwrap_or_default());
         let started_at = Timestamp::now();
         let record = SandboxRecord {
-            id: unrecorded.id.clone(),
+            id: String::new(),
             template,
             owner: owner.to_owned(),
             metadata: new.metadata.unwrap_or_default(),
             envs,
             started_at,
-            end_at: after(started_at, timeout)?,
+            end_at: started_at,
             paused: false,
             auto_pause: new.auto_pause.unwrap_or(false),
             auto_resume: new.auto_resume.is_some_and(|auto| auto.enabled),
@@ -82,7 +123,7 @@ impl Gateway {
             is_template_closed,
             template_layers: None,
         };
-        self.activate_or_stop(unrecorded, record, timeout).await
+        Ok((held, record, unrecorded))
     }
 
     async fn fork_checkpoint(&self, checkpoint: &str, request: &ForkRequest) -> Answer<ForkAnswer> {
@@ -142,31 +183,35 @@ impl Gateway {
         Ok(self.agent_of(record).init(&init).await?)
     }
 
-    /// Forks a running sandbox. All forks are of one instant.
+    fn count_and_timeout(fork: Fork) -> Answer<(usize, i64)> {
+        let timeout = seconds(fork.timeout, DEFAULT_FORK_TIMEOUT)?;
+        match fork.count.unwrap_or(1) {
+            count @ 1..=MAX_FORKS => Ok((count as usize, timeout)),
+            count => Err(GatewayError::bad(format!("count={count}: 1 to {MAX_FORKS}"))),
+        }
+    }
+
+    /// Forks a sandbox. All forks are of one instant, and run: a paused sandbox stays paused.
     pub(crate) async fn fork(&self, owner: &str, id: &str, fork: Fork) -> Answer<Vec<ForkResult>> {
         let entry = self.owned(owner, id)?;
-        let timeout = seconds(fork.timeout, DEFAULT_FORK_TIMEOUT)?;
-        let count = match fork.count.unwrap_or(1) {
-            count @ 1..=MAX_FORKS => count as usize,
-            count => return Err(GatewayError::bad(format!("count={count}: 1 to {MAX_FORKS}"))),
-        };
+        let (count, timeout) = Self::count_and_timeout(fork)?;
         let _turn = entry.turn.lock().await;
-        let parent = entry.get();
-        if parent.paused {
-            return Err(GatewayError::conflict(format!("the sandbox {id:?} is paused")));
-        }
+        let parent = SandboxRecord { paused: false, ..entry.get() };
         let _held = self.take(owner, Usage::of_sandboxes(count, parent.mib))?;
-        let name = random_hex::<9>().map_err(|error| GatewayError::internal(error.to_string()))?;
-        let request = request_for(format!("i{name}x{{n}}"), count, &parent.template)?;
-        let mut children: Vec<_> = (1..=count).map(|n| Unrecorded::new(self, format!("i{name}x{n}"))).collect();
+        let Names { pattern, names } = Names::of(count)?;
+        let mut children: Vec<_> = names.into_iter().map(|name| Unrecorded::new(self, name)).collect();
+        let request = request_for(pattern, count, &parent.template)?;
         let answer: ForkAnswer = self.vm(Method::POST, id, "/fork", Some(&request)).await?;
         children.retain(|child| answer.children.contains(&child.id));
-        let started_at = Timestamp::now();
-        let end_at = after(started_at, timeout)?;
+        Ok(self.activate_all(children, &parent, timeout).await)
+    }
+
+    /// Makes sandboxes of new forks, whose records are as `record` but for their names and times.
+    async fn activate_all(&self, children: Vec<Unrecorded>, record: &SandboxRecord, timeout: i64) -> Vec<ForkResult> {
         let turns = Arc::new(Semaphore::new(MAX_ACTIVATED));
         let mut activated = Vec::new();
         for child in children {
-            let record = SandboxRecord { id: child.id.clone(), started_at, end_at, ..parent.clone() };
+            let record = SandboxRecord { id: child.id.clone(), ..record.clone() };
             let (gateway, turns) = (self.clone(), Arc::clone(&turns));
             activated.push(tokio::spawn(async move {
                 // The semaphore is never closed.
@@ -179,7 +224,7 @@ impl Gateway {
             let one = one.await.unwrap_or_else(|error| Err(GatewayError::internal(error.to_string())));
             forked.push(one.map_or_else(|error| ForkResult::Error(error.body()), ForkResult::Sandbox));
         }
-        Ok(forked)
+        forked
     }
 
     /// Pauses a sandbox that `is_such` accepts. Its time stands still.
@@ -322,6 +367,31 @@ impl Gateway {
     }
 }
 
+/// Names for VMs to be made.
+struct Names {
+    /// As a request for all of them has them.
+    pattern: String,
+    names: Vec<String>,
+}
+
+impl Names {
+    fn random() -> Answer<String> {
+        random_hex::<9>().map(|name| format!("i{name}")).map_err(|error| GatewayError::internal(error.to_string()))
+    }
+
+    /// The name of one VM.
+    fn one() -> Answer<Self> {
+        let name = Self::random()?;
+        Ok(Self { pattern: name.clone(), names: vec![name] })
+    }
+
+    /// Names of forks.
+    fn of(count: usize) -> Answer<Self> {
+        let name = Self::random()?;
+        Ok(Self { pattern: format!("{name}x{{n}}"), names: (1..=count).map(|n| format!("{name}x{n}")).collect() })
+    }
+}
+
 /// A VM without a record, or about to be made. A drop stops it, even if its fork was done and the
 /// answer was lost.
 #[derive(Debug)]
@@ -353,7 +423,7 @@ impl Drop for Unrecorded {
 /// Returns a request for children without their parent's connections and tokens.
 fn request_for(name: String, count: usize, template: &str) -> Answer<ForkRequest> {
     let refused = |error: LabelError| GatewayError::bad(error.to_string());
-    let label: Label = format!("e2b-template={template}").parse().map_err(refused)?;
+    let label: Label = format!("{TEMPLATE_LABEL}={template}").parse().map_err(refused)?;
     let labels = Labels::of(&[label]).map_err(refused)?;
     // The quotas of owners bound sandboxes. Most may be paused, which the supervisor's bound counts as running.
     let overcommit = true;

@@ -3,6 +3,7 @@
 
 use std::sync::PoisonError;
 
+use axum::http::StatusCode;
 use clade_daemon::control::{CheckpointInfo, CheckpointRequest};
 use clade_daemon::vm_host::check_name;
 use hyper::Method;
@@ -19,10 +20,10 @@ use crate::source::SNAPSHOT_PREFIX;
 use crate::wire::SnapshotInfo;
 
 impl Gateway {
-    /// Holds the state of a sandbox at one instant, for further sandboxes.
+    /// Holds the state of a sandbox at one instant, for further sandboxes. Returns once it is on the
+    /// disk.
     pub(crate) async fn snapshot(&self, owner: &str, id: &str, name: Option<String>) -> Answer<SnapshotInfo> {
         let entry = self.owned(owner, id)?;
-        let _turn = entry.turn.lock().await;
         let record = entry.get();
         let name = name.map(|name| checkpoint_name(&name).to_owned());
         let _named = match &name {
@@ -32,7 +33,15 @@ impl Gateway {
         let _held = self.take(owner, Usage::of_snapshot(record.mib))?;
         let random = random_hex::<9>().map_err(|error| GatewayError::internal(error.to_string()))?;
         let request = CheckpointRequest { name: Some(format!("{SNAPSHOT_PREFIX}{random}")), keep: false, detach: true };
-        let taken: CheckpointInfo = self.vm(Method::POST, id, "/checkpoint", Some(&request)).await?;
+        let taken: CheckpointInfo = {
+            let _turn = entry.turn.lock().await;
+            self.vm(Method::POST, id, "/checkpoint", Some(&request)).await?
+        };
+        // Not in the sandbox's turn: it is used while its memory is written to the disk.
+        if let Err(error) = self.keep_checkpoint(&taken.name).await {
+            self.remove_checkpoint(&taken.name).await?;
+            return Err(error);
+        }
         let snapshot = SnapshotRecord {
             id: taken.name.clone(),
             name: name.clone(),
@@ -68,7 +77,21 @@ impl Gateway {
         Ok(Naming { gateway: self.clone(), pair })
     }
 
-    async fn remove_checkpoint(&self, name: &str) -> Answer<()> {
+    /// Writes a checkpoint to the disk, for later supervisors. Without a directory for them it ends with
+    /// this one.
+    async fn keep_checkpoint(&self, name: &str) -> Answer<()> {
+        let kept: Result<CheckpointInfo, _> =
+            self.0.client.of_checkpoint(Method::POST, name, "/keep", None::<&()>).await;
+        match kept.map_err(GatewayError::from) {
+            Err(error) if error.status == StatusCode::CONFLICT => {
+                tracing::warn!(%error.message, name, "a snapshot ends with this supervisor");
+                Ok(())
+            }
+            kept => kept.map(drop),
+        }
+    }
+
+    pub(crate) async fn remove_checkpoint(&self, name: &str) -> Answer<()> {
         let _: Value = self.0.client.of_checkpoint(Method::DELETE, name, "", None::<&()>).await?;
         Ok(())
     }

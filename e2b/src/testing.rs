@@ -38,6 +38,8 @@ pub(crate) struct Vm {
     /// Seconds until its end; None without one.
     pub(crate) ttl: Option<f64>,
     pub(crate) is_closed: bool,
+    /// Its labels, as its request had them.
+    pub(crate) labels: Value,
     /// The token of its agent.
     pub(crate) token: Option<String>,
 }
@@ -126,7 +128,7 @@ impl World {
         self.changed.notify_waiters();
     }
 
-    fn socket(&self, vm: &str) -> PathBuf {
+    pub(crate) fn socket(&self, vm: &str) -> PathBuf {
         self.dir.join(format!("{vm}.vsock"))
     }
 
@@ -134,8 +136,9 @@ impl World {
         let vm = self.supervisor_state().vms.get(name).cloned().ok_or(StatusCode::NOT_FOUND)?;
         let state = if vm.is_paused { "paused" } else { "running" };
         let network = if vm.is_closed { "closed" } else { "open" };
+        let labels = if vm.labels.is_null() { json!({}) } else { vm.labels };
         Ok(json!({
-            "name": name, "pid": 1, "state": state, "parent": vm.parent, "generation": 1, "cpus": 1, "age_s": 0.0,
+            "labels": labels, "name": name, "pid": 1, "state": state, "parent": vm.parent, "generation": 1, "cpus": 1, "age_s": 0.0,
             "memory": {
                 "mib": 64, "reference_pages": 0, "shared_pages": 0, "exclusive_pages": 0, "pinned_pages": 0,
                 "private_kib": 0,
@@ -157,7 +160,8 @@ impl World {
             None => is_closed,
         };
         for name in &names {
-            let vm = Vm { parent: parent.to_owned(), is_closed, ..Vm::default() };
+            let labels = request["labels"].clone();
+            let vm = Vm { parent: parent.to_owned(), is_closed, labels, ..Vm::default() };
             self.supervisor_state().vms.insert(name.clone(), vm);
             std::fs::write(self.dir.join(format!("{name}.sock")), "").unwrap();
             let listener = UnixListener::bind(self.socket(name)).unwrap();
@@ -196,6 +200,7 @@ impl World {
                 Ok(self.checkpoint(name, is_closed))
             }
             ("POST", "fork") => self.fork(name, is_closed, body),
+            ("POST", "keep") => Ok(self.checkpoint(name, is_closed)),
             _ => Err(StatusCode::METHOD_NOT_ALLOWED),
         }
     }
@@ -359,7 +364,7 @@ pub(crate) struct Fake {
     pub(crate) gateway: Gateway,
     pub(crate) world: Arc<World>,
     pub(crate) router: Router,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 impl Fake {
@@ -382,12 +387,18 @@ impl Fake {
         });
         world.supervise(UnixListener::bind(clade_daemon::vm_host::supervisor_path(&run)).unwrap());
         let router = router(&gateway);
-        Self { gateway, world, router, _dir: dir }
+        Self { gateway, world, router, dir }
     }
 
     fn options(dir: &Path, quotas: Quotas) -> Options {
         let domain = Some("box.test".to_owned());
-        Options { dir: dir.join("run"), keys: dir.join("keys.json"), domain, templates: None, quotas }
+        let snapshots = Some(dir.join("kept/.snapshots"));
+        Options { dir: dir.join("run"), keys: dir.join("keys.json"), domain, templates: None, snapshots, quotas }
+    }
+
+    /// The gateway of the next supervisor.
+    pub(crate) fn next(&self) -> Gateway {
+        Gateway::open(&Self::options(self.dir.path(), Quotas::default())).unwrap()
     }
 
     pub(crate) fn key(&self, name: &str) -> String {

@@ -17,7 +17,7 @@ pub(crate) const CLIENT_ID: &str = "clade";
 pub(crate) type Texts = BTreeMap<String, String>;
 
 /// `POST /v2/sandboxes`, and the older `POST /sandboxes`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct NewSandbox {
     #[serde(rename = "templateID")]
@@ -183,6 +183,19 @@ pub(crate) struct SaveOptions {
 pub(crate) struct Fork {
     pub(crate) timeout: Option<i64>,
     pub(crate) count: Option<i64>,
+}
+
+/// `POST /snapshots/{id}/fork`: forks of a snapshot, with what their sandboxes may differ in.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct SnapshotFork {
+    #[serde(flatten)]
+    pub(crate) fork: Fork,
+    pub(crate) metadata: Option<Texts>,
+    pub(crate) env_vars: Option<Texts>,
+    #[serde(rename = "allow_internet_access")]
+    pub(crate) allow_internet_access: Option<bool>,
+    pub(crate) network: Option<Value>,
 }
 
 /// The result of one fork.

@@ -9,6 +9,7 @@ use clade_e2b::{ApiKeys, Gateway, KeysError, Options, Quotas, Scope, TemplateSto
 use serde::Serialize;
 use tokio::runtime::Handle;
 
+use crate::commands::kept::checkpoint_dir;
 use crate::commands::run::say;
 use crate::commands::{Failure, Outcome, Table, print_json};
 
@@ -140,7 +141,9 @@ impl E2bArgs {
         // Without a directory there are no templates.
         let templates = TemplateStore::of_user().ok();
         let (keys, domain) = (self.keys.path()?, self.e2b_domain.clone());
-        let options = Options { dir: dir.to_owned(), keys, domain, templates, quotas: self.e2b_quota };
+        // Beside the checkpoints, which have names of another form.
+        let snapshots = checkpoint_dir(dir).map(|dir| dir.join(".e2b-snapshots"));
+        let options = Options { dir: dir.to_owned(), keys, domain, templates, snapshots, quotas: self.e2b_quota };
         let gateway = Gateway::open(&options).map_err(Failure::input)?;
         let _runtime = runtime.enter();
         let (address, serving) = gateway.listen(address).map_err(Failure::input)?;

@@ -130,23 +130,50 @@ fn the_python_sdk_makes_forks_and_ends_sandboxes() {
     outlives_its_supervisor(&mut host, &me);
 }
 
-/// The next supervisor has the sandboxes, their tokens and their owner's metadata.
+/// The next supervisor has the sandboxes, their tokens and their owner's metadata, and their snapshots.
 fn outlives_its_supervisor(host: &mut Host, key: &str) {
     let body = r#"{"templateID": "base", "timeout": 300, "metadata": {"a": "b"}}"#;
     let (status, made) = host.call(key, "POST", "/v2/sandboxes", body);
     assert_eq!(status, 201, "{made}");
     let (id, token) = (made["sandboxID"].as_str().unwrap(), made["envdAccessToken"].as_str().unwrap());
+    let (status, taken) = host.call(key, "POST", &format!("/sandboxes/{id}/snapshots"), r#"{"name": "lasts"}"#);
+    assert_eq!(status, 201, "{taken}");
     let supervisor = host.runtime.pid();
     kill(supervisor, Signal::KILL);
     wait_until("its end", || TcpStream::connect(&host.address).is_err());
     host.serve();
+    let (status, all) = host.call(key, "GET", "/snapshots", "");
+    assert_eq!((status, &all[0]["names"][0]), (200, &"lasts".into()), "{all}");
+    let body = r#"{"count": 2, "timeout": 300, "metadata": {"a": "fork"}}"#;
+    let (status, forks) = host.call(key, "POST", "/snapshots/lasts/fork", body);
+    assert_eq!(status, 201, "{forks}");
+    for fork in forks.as_array().unwrap() {
+        let fork = fork["sandbox"]["sandboxID"].as_str().unwrap_or_else(|| panic!("{forks}"));
+        let (status, info) = host.call(key, "GET", &format!("/sandboxes/{fork}"), "");
+        assert_eq!((status, &info["metadata"]["a"], &info["templateID"]), (200, &"fork".into(), &"lasts".into()));
+        assert_eq!(host.call(key, "DELETE", &format!("/sandboxes/{fork}"), "").0, 204);
+    }
+    assert_eq!(host.call(key, "POST", "/snapshots/none/fork", "{}").0, 404);
+    assert_eq!(host.call(key, "DELETE", "/templates/lasts", "").0, 204);
+    assert_eq!(host.call(key, "POST", "/snapshots/lasts/fork", "{}").0, 404);
     let (status, info) = host.call(key, "GET", &format!("/sandboxes/{id}"), "");
     assert_eq!((status, &info["metadata"]["a"], &info["envdAccessToken"]), (200, &"b".into(), &token.into()), "{info}");
     let ask = format!("GET /envs HTTP/1.1\r\nhost: x\r\ne2b-sandbox-id: {id}\r\nx-access-token: {token}");
     assert_eq!(host.says(&format!("{ask}\r\nconnection: close\r\n\r\n")).0, 200);
     // A paused sandbox gives its memory back.
     assert_eq!(host.call(key, "POST", &format!("/sandboxes/{id}/pause"), "{}").0, 204);
-    assert_eq!(host.runtime.http("GET", &format!("/v1/vms/{id}"), "").1["state"], "suspended");
+    let state = |id: &str| host.runtime.http("GET", &format!("/v1/vms/{id}"), "").1["state"].clone();
+    assert_eq!(state(id), "suspended");
+    // Its forks run, and have its state; it stays as it is.
+    let (status, forks) = host.call(key, "POST", &format!("/sandboxes/{id}/fork"), r#"{"timeout": 300}"#);
+    assert_eq!(status, 201, "{forks}");
+    let fork = &forks[0]["sandbox"];
+    let (fork, token) = (fork["sandboxID"].as_str().unwrap(), fork["envdAccessToken"].as_str().unwrap());
+    let ask = format!("GET /envs HTTP/1.1\r\nhost: x\r\ne2b-sandbox-id: {fork}\r\nx-access-token: {token}");
+    assert_eq!(host.says(&format!("{ask}\r\nconnection: close\r\n\r\n")).0, 200);
+    assert_eq!(state(id), "suspended");
+    assert_eq!(host.call(key, "GET", &format!("/sandboxes/{id}"), "").1["state"], "paused");
+    assert_eq!(host.call(key, "DELETE", &format!("/sandboxes/{fork}"), "").0, 204);
     assert_eq!(host.call(key, "POST", &format!("/sandboxes/{id}/connect"), r#"{"timeout": 300}"#).0, 201);
     // A sandbox ended by another command is forgotten.
     assert_eq!(host.runtime.clade(&["stop", id]).code, Some(0));

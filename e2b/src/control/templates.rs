@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::{Extension, Json};
 use clade_daemon::control::CheckpointInfo;
@@ -10,7 +10,7 @@ use hyper::Method;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
-use super::{GatewayState, KeyOwner, ListQueryResult, SortOrder, Who};
+use super::{GatewayState, InPath, KeyOwner, ListQueryResult, SortOrder, Who};
 use crate::error::{Answer, GatewayError};
 use crate::gateway::Gateway;
 use crate::records::SnapshotRecord;
@@ -90,7 +90,7 @@ pub(super) async fn list(
 pub(super) async fn alias(
     State(gateway): GatewayState,
     Extension(owner): Who,
-    Path(alias): Path<String>,
+    InPath(alias): InPath,
 ) -> Answer<Json<Value>> {
     let all = visible(&gateway, &owner).await?;
     let wanted = checkpoint_name(&alias);
@@ -102,7 +102,7 @@ pub(super) async fn alias(
 pub(super) async fn remove(
     State(gateway): GatewayState,
     Extension(owner): Who,
-    Path(id): Path<String>,
+    InPath(id): InPath,
 ) -> Answer<StatusCode> {
     super::to_the_end(async move { gateway.remove_snapshot(&owner.0, &id).await }).await?;
     Ok(StatusCode::NO_CONTENT)

@@ -41,6 +41,7 @@ impl Host {
             keys: path("keys.json"),
             domain,
             templates: None,
+            snapshots: None,
             quotas: crate::Quotas::default(),
         };
         std::fs::create_dir(path("run")).unwrap();

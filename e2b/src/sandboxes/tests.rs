@@ -92,6 +92,7 @@ async fn the_time_of_a_sandbox_begins_when_its_guest_is_initialised() {
         keys: dir.path().join("keys.json"),
         domain: None,
         templates: None,
+        snapshots: None,
         quotas: crate::Quotas::default(),
     };
     let gateway = Gateway::open(&options).unwrap();
