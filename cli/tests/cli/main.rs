@@ -42,6 +42,7 @@ mod stress;
 mod supervisor;
 mod suspend;
 mod template;
+mod tenants;
 mod tool;
 mod ttl;
 mod user_net;
