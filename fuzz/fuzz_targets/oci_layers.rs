@@ -125,7 +125,7 @@ fuzz_target!(|archives: Vec<Vec<Piece<'_>>>| {
         archives.iter().take(4).map(|pieces| pieces.iter().flat_map(Piece::bytes).collect()).collect();
     let archives: Vec<&[u8]> = archives.iter().map(Vec::as_slice).collect();
     let disk = file();
-    if let Ok(bytes) = clade_image::fuzzing::unpack(&archives, file(), &disk) {
+    if let Ok(bytes) = clade_oci::fuzzing::unpack(&archives, file(), &disk) {
         assert_eq!(disk.metadata().expect("its length").len(), bytes);
     }
 });

@@ -3,4 +3,4 @@
 
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|bytes: &[u8]| clade_image::fuzzing::manifest(bytes));
+fuzz_target!(|bytes: &[u8]| clade_oci::fuzzing::manifest(bytes));

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use clade_image::{
+use clade_oci::{
     Credentials, Descriptor, Digest, Image, ImageError, ImageLimits, ImageStore, ImageStoreError, Progress, PullError,
     PullOptions, Reference, ReferenceError, RunConfig, SourceError,
 };

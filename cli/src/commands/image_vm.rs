@@ -10,7 +10,7 @@ use clade_daemon::vm_host::{check_name, runtime_dir};
 use clade_devices::disk::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
 use clade_devices::virtio::vsock::VsockOptions;
-use clade_image::{Image, ImageStore, RunConfig};
+use clade_oci::{Image, ImageStore, RunConfig};
 use clade_vmm::vm::DiskSpec;
 use serde::Serialize;
 use tempfile::NamedTempFile;
@@ -94,7 +94,7 @@ impl Tools {
 pub(super) fn fetch(store: &ImageStore, image: &str, flags: &PullFlags) -> Result<Image, Failure> {
     match store.find(image) {
         Ok(image) => Ok(image),
-        Err(clade_image::ImageError::NotFound(_)) => pull(store, &parse(image)?, (flags, None), false),
+        Err(clade_oci::ImageError::NotFound(_)) => pull(store, &parse(image)?, (flags, None), false),
         Err(error) => Err(Failure::input(error)),
     }
 }

@@ -14,7 +14,7 @@ use clade_daemon::control::{
 };
 use clade_daemon::jail::Confinement;
 use clade_e2b::{Draft, Template, TemplateSpec, TemplateStore, check_template_name};
-use clade_image::{Action, BuildStep};
+use clade_oci::{Action, BuildStep};
 use hyper::Method;
 use tokio::task::spawn_blocking;
 

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::anyhow;
-use clade_image::{Ignore, Pattern};
+use clade_oci::{Ignore, Pattern};
 
 use super::recipe::read_text;
 use crate::commands::Failure;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::anyhow;
 use clade_agent_client::proto::filesystem::FileType;
-use clade_image::CopyFiles;
+use clade_oci::CopyFiles;
 
 use super::context::{BuildContext, ContextKind, ContextSource};
 use super::guest::{BuildGuest, GuestProgram};

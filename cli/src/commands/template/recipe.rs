@@ -6,7 +6,7 @@ use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, anyhow};
-use clade_image::{Action, BuildPlan, BuildStep, Dockerfile, Image, ImageStore, MAX_DOCKERFILE, RunConfig};
+use clade_oci::{Action, BuildPlan, BuildStep, Dockerfile, Image, ImageStore, MAX_DOCKERFILE, RunConfig};
 
 use super::BuildArgs;
 use super::context::BuildContext;

@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::thread;
 
-use clade_image::{Digest, ImageError, PullOptions, Reference, Version};
+use clade_oci::{Digest, ImageError, PullOptions, Reference, Version};
 use serde_json::json;
 
 use crate::layout::{Rig, Tar, chain};

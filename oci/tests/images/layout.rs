@@ -6,7 +6,7 @@ use std::io::Write;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 
-use clade_image::{Digest, Image, ImageStore, PullError, PullOptions, Reference};
+use clade_oci::{Digest, Image, ImageStore, PullError, PullOptions, Reference};
 use serde_json::{Value, json};
 
 pub(crate) const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::layout::{Head, Packed, Rig, Tar, gzip, head, plain};
-use clade_image::Digest;
+use clade_oci::Digest;
 
 /// The output of a tool. None if it is not installed.
 fn tool(name: &str, args: &[&str]) -> Option<(String, Option<i32>)> {
@@ -162,8 +162,8 @@ fn a_file_may_have_more_extents_than_an_inode_has_room_for() {
         diff_id: Digest::of(&tar),
     }]);
     drop(tar);
-    let limits = clade_image::ImageLimits { ratio: u64::MAX, ..Default::default() };
-    let image = rig.pull(&clade_image::PullOptions { limits, ..Default::default() }).unwrap();
+    let limits = clade_oci::ImageLimits { ratio: u64::MAX, ..Default::default() };
+    let image = rig.pull(&clade_oci::PullOptions { limits, ..Default::default() }).unwrap();
     let disk = rig.store().disk(&image.digest);
     check(&disk);
     assert!(fs::metadata(&disk).unwrap().blocks() * 512 < 4 << 20, "zeros stay holes");

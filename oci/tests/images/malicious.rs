@@ -4,7 +4,7 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 
-use clade_image::{Digest, ImageLimits, PullOptions};
+use clade_oci::{Digest, ImageLimits, PullOptions};
 use serde_json::{Value, json};
 
 use crate::layout::{Head, INDEX, LAYER, MANIFEST, Packed, Rig, Tar, chain, gzip, head, plain};

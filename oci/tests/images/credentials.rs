@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use clade_image::{Credentials, Image, PullError, PullOptions, SourceError};
+use clade_oci::{Credentials, Image, PullError, PullOptions, SourceError};
 use serde_json::json;
 
 use crate::layout::{Rig, Tar, chain, plain};
