@@ -16,7 +16,7 @@ use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clade_io::seqpacket::{self, Message};
+use clade_host_io::seqpacket::{self, Message};
 use clade_memory::SuspendFile;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};

@@ -28,7 +28,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use clade_io::seqpacket::{self, Message};
+use clade_host_io::seqpacket::{self, Message};
 use clade_memory::HugeTmpfs;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;

@@ -17,7 +17,7 @@ use clade_devices::virtio::limiter::Limits;
 use clade_devices::virtio::net::{Link, Mac, Net, NetOptions, NetStats};
 use clade_devices::virtio::regs;
 use clade_devices::virtio::sync_device::SyncDevice;
-use clade_io::Tap;
+use clade_host_io::Tap;
 use clade_memory::{Access, PageRange, PinLifetime};
 use driver::{Driver, ram, store};
 use vm_memory::GuestAddress;

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clade_devices::disk::{CommitError, Disk, DiskConfig, DiskOp};
-use clade_io::{AlignedBuf, Fragment};
+use clade_host_io::{AlignedBuf, Fragment};
 
 const CLUSTER: u64 = 4096;
 /// The last cluster is short.

@@ -15,7 +15,7 @@ use clade_devices::virtio::limiter::Limits;
 use clade_devices::virtio::net::{Egress, EgressRule, Mac, Net, NetOptions, NetStats};
 use clade_devices::virtio::sync_device::SyncDevice;
 use clade_devices::virtio::{EventFds, VirtioMmio, regs};
-use clade_io::PacketStream;
+use clade_host_io::PacketStream;
 use clade_memory::{GuestRam, RamLayout, Store};
 use libfuzzer_sys::{arbitrary, fuzz_target};
 use vm_memory::{Bytes, GuestAddress};

@@ -8,7 +8,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use clade_io::{AlignedBuf, Fragment, PacketStream, VNET_HEADER};
+use clade_host_io::{AlignedBuf, Fragment, PacketStream, VNET_HEADER};
 use libfuzzer_sys::{arbitrary, fuzz_target};
 use vm_memory::Bytes;
 

@@ -4,7 +4,7 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
 
-use clade_io::{Tap, TapError};
+use clade_host_io::{Tap, TapError};
 use clade_vmm::vm::IdentityError;
 
 use crate::skip;

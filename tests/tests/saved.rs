@@ -10,7 +10,7 @@ use std::time::Duration;
 use clade_devices::disk::{CLUSTER, DiskImage, DiskLayer};
 use clade_devices::virtio::Backend;
 use clade_guests::abi::disk::What;
-use clade_io::{CachePolicy, IoFile};
+use clade_host_io::{CachePolicy, IoFile};
 use clade_memory::Backing;
 use clade_test_support::wait_until;
 use clade_tests::{DiskFile, DiskGuest, Guest, Turn, Writer, saved_vcpus, until_in_flight, with_vcpus};

@@ -14,7 +14,7 @@ use clade_devices::disk::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
 use clade_guests::abi::disk::{self, AREA_PAGES, DiskRun, Order, What};
 use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
-use clade_io::{CachePolicy, Engine, Fragment, IoFile, Request};
+use clade_host_io::{CachePolicy, Engine, Fragment, IoFile, Request};
 
 use clade_memory::{Access, GuestRam, PinLifetime, RamLayout, Store};
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clade_devices::disk::DiskConfig;
 use clade_devices::virtio::block::{BlockOptions, MAX_QUEUES};
 use clade_devices::virtio::limiter::Rate;
-use clade_io::CachePolicy;
+use clade_host_io::CachePolicy;
 use thiserror::Error;
 
 use crate::commands::units::parse_size;

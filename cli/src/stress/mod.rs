@@ -35,7 +35,7 @@ use std::sync::mpsc::{TrySendError, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clade_io::CachePolicy;
+use clade_host_io::CachePolicy;
 use serde::Serialize;
 
 use crate::bench::{Sample, Spread};

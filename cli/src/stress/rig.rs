@@ -6,7 +6,7 @@ use clade_devices::disk::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
 use clade_guests::abi::disk::{self, DiskRun, Order, VIOLATION, What};
 use clade_guests::abi::{Command, PAGE_SIZE, PAGE_WORDS, WORK_BASE, fill_word};
-use clade_io::CachePolicy;
+use clade_host_io::CachePolicy;
 use clade_memory::PageRange;
 use vm_memory::{Bytes, GuestAddress};
 

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use clade_harness::{BareVcpu, GuestWords, Machine, WordsError, boot_bare};
-use clade_io::CachePolicy;
+use clade_host_io::CachePolicy;
 use clade_memory::{GuestRam, PinPolicy};
 use clade_vmm::vm::{ChildOptions, Context, ForkImage, StopReason, Vm, VmConfig};
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use clade_devices::disk::{Disk, DiskConfig, DiskOp};
 use clade_guests::abi::disk::What;
-use clade_io::{AlignedBuf, Fragment};
+use clade_host_io::{AlignedBuf, Fragment};
 use rustix::process::Signal;
 
 use crate::machine::BareVm;

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use clade_harness::GuestWords;
-use clade_io::seqpacket;
+use clade_host_io::seqpacket;
 use clade_test_support::{Cid, TapName};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::Signal;

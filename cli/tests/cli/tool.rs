@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
-use clade_io::Tap;
+use clade_host_io::Tap;
 use clade_test_support::{PatientStream, TapName};
 pub(crate) use clade_test_support::{required, wait_until};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};

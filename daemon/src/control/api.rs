@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use clade_devices::virtio::balloon::{BalloonStat, BalloonStats};
 use clade_devices::virtio::net::{EgressRule, Link, Mac};
-use clade_io::CachePolicy;
+use clade_host_io::CachePolicy;
 use clade_memory::Erased;
 
 use crate::control::{object, schema};

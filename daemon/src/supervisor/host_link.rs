@@ -16,7 +16,7 @@ use std::io;
 use std::time::Duration;
 
 use clade_devices::virtio::net::Link;
-use clade_io::link;
+use clade_host_io::link;
 use clade_vmm::vm::HostLink;
 use rustix::io::Errno;
 use rustix::process::{Signal, pidfd_send_signal};

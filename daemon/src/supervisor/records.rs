@@ -75,7 +75,7 @@ mod tests {
     use std::os::fd::AsFd;
     use std::thread;
 
-    use clade_io::seqpacket;
+    use clade_host_io::seqpacket;
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with};
 
     use super::*;

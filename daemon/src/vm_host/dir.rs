@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use clade_io::private_listener;
+use clade_host_io::private_listener;
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, openat, statat, unlinkat};
 use rustix::net::sockopt::socket_peercred;
 use rustix::net::{SocketFlags, SocketType};

@@ -33,7 +33,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use clade_devices::virtio::net::Link;
-use clade_io::seqpacket::{self, Message};
+use clade_host_io::seqpacket::{self, Message};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 

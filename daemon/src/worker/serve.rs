@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use clade_io::seqpacket;
+use clade_host_io::seqpacket;
 use clade_memory::GuestRam;
 use tokio::runtime::Handle;
 

@@ -20,7 +20,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clade_io::{AlignedBuf, Fragment, IoFile, Request};
+use clade_host_io::{AlignedBuf, Fragment, IoFile, Request};
 
 use super::DiskError;
 use super::job::{Job, JobKind, JobStage};

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use clade_io::{FileError, IoFile, UnnamedCopy};
+use clade_host_io::{FileError, IoFile, UnnamedCopy};
 
 use super::image::open_overlays;
 use super::map::{CLUSTER, ClusterSource};

@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use clade_io::{CachePolicy, FileError, IoFile, OverlayPool, UnnamedCopy};
+use clade_host_io::{CachePolicy, FileError, IoFile, OverlayPool, UnnamedCopy};
 use rustix::fs::{AtFlags, Mode, OFlags, mkdirat, openat, renameat, unlinkat};
 use rustix::process::geteuid;
 

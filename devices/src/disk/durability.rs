@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use clade_io::{FileError, IoFile, OpError, Request};
+use clade_host_io::{FileError, IoFile, OpError, Request};
 
 use super::DiskError;
 use super::journal::{FlushState, ImageCheckError, Journal, JournalTail};

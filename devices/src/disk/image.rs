@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use clade_io::{FileError, IoFile};
+use clade_host_io::{FileError, IoFile};
 use thiserror::Error;
 
 use super::directory::{Directory, sync};

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use clade_io::{AlignedBuf, Fragment, IoFile, OpError};
+use clade_host_io::{AlignedBuf, Fragment, IoFile, OpError};
 
 use super::DiskError;
 use super::map::CLUSTER;

@@ -18,7 +18,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
-use clade_io::{FileError, IoFile};
+use clade_host_io::{FileError, IoFile};
 
 use super::directory::Directory;
 use super::image::open_overlays;

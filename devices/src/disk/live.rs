@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clade_io::{CachePolicy, Completion, IoFile, Request, Stats, total_len};
+use clade_host_io::{CachePolicy, Completion, IoFile, Request, Stats, total_len};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::durability::Durability;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use clade_io::IoFile;
+use clade_host_io::IoFile;
 use rpds::RedBlackTreeMapSync;
 
 /// Bytes of a cluster, the unit in which the map names files.
@@ -143,7 +143,7 @@ impl BlockMap {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clade_io::CachePolicy;
+    use clade_host_io::CachePolicy;
     use proptest::prelude::*;
 
     #[test]

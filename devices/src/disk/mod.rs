@@ -53,7 +53,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clade_io::{CachePolicy, EngineError, FileError, OpError, OpenError};
+use clade_host_io::{CachePolicy, EngineError, FileError, OpError, OpenError};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 

@@ -1,6 +1,6 @@
 //! Requests to a disk, and their results.
 
-use clade_io::Fragment;
+use clade_host_io::Fragment;
 
 use super::DiskError;
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use clade_io::{CachePolicy, FileError, IoFile, OverlayPool};
+use clade_host_io::{CachePolicy, FileError, IoFile, OverlayPool};
 
 use super::compact::{Relocation, movable};
 use super::directory::Directory;

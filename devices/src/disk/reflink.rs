@@ -22,7 +22,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::path::Path;
 use std::sync::Arc;
 
-use clade_io::{CachePolicy, FileError, IoFile, Request};
+use clade_host_io::{CachePolicy, FileError, IoFile, Request};
 use rustix::fs::{XattrFlags, copy_file_range, fgetxattr, flistxattr, fsetxattr, ioctl_ficlone};
 
 use super::directory::{Directory, failed};

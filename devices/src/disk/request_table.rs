@@ -6,7 +6,7 @@ use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clade_io::{AlignedBuf, Completion, Engine, EngineError, Fragment, IoFile, Request, Stats};
+use clade_host_io::{AlignedBuf, Completion, Engine, EngineError, Fragment, IoFile, Request, Stats};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::job::Job;

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use clade_io::{AlignedBuf, Fragment, Request, window};
+use clade_host_io::{AlignedBuf, Fragment, Request, window};
 
 use super::DiskError;
 use super::job::{Edge, Job, JobKind, JobStage, RmwEdges};

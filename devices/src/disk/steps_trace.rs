@@ -13,7 +13,7 @@ mod real {
     }
 
     /// Called with each request to the engine.
-    pub(in crate::disk) fn request(request: clade_io::Request) -> clade_io::Request {
+    pub(in crate::disk) fn request(request: clade_host_io::Request) -> clade_host_io::Request {
         request
     }
 }
@@ -25,7 +25,7 @@ pub(super) mod testing {
     use std::io;
     use std::sync::Arc;
 
-    use clade_io::{CachePolicy, IoFile, Request};
+    use clade_host_io::{CachePolicy, IoFile, Request};
 
     #[derive(Default)]
     struct Trace {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use clade_io::{AlignedBuf, Fragment};
+use clade_host_io::{AlignedBuf, Fragment};
 use proptest::prelude::*;
 
 use super::{Disk, DiskImage, DiskOp};

@@ -9,7 +9,7 @@
 use std::io;
 use std::sync::Arc;
 
-use clade_io::Fragment;
+use clade_host_io::Fragment;
 use clade_memory::{Access, GuestRam, PageRange, PinError, PinLifetime};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryRegion};

@@ -8,7 +8,7 @@ use std::time::Duration;
 use clade_devices::virtio::DeviceState;
 use clade_devices::virtio::net::{Link, Net};
 use clade_devices::virtio::sync_device::{DeviceOps, SyncDevice};
-use clade_io::PacketStream;
+use clade_host_io::PacketStream;
 use clade_test_support::wait_until;
 
 use crate::driver::{Driver, ram, store};

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use clade_devices::virtio::block::BlockOptions;
 use clade_devices::virtio::limiter::{Limits, Rate};
 use clade_devices::virtio::regs;
-use clade_io::Gate;
+use clade_host_io::Gate;
 
 use crate::driver::{File, Machine, NEEDS_RESET, OK, SOON, wait_in_flight};
 

@@ -8,7 +8,7 @@ use clade_devices::MmioDevice;
 use clade_devices::disk::{Disk, DiskConfig, DiskImage};
 use clade_devices::virtio::block::{Block, BlockOptions};
 use clade_devices::virtio::{Backend, DeviceState, EventFds, TransportState, VirtioMmio, regs};
-use clade_io::Gate;
+use clade_host_io::Gate;
 use clade_memory::{GuestRam, Quiesced, RamLayout, Store};
 use clade_test_support::{Patience, wait_until};
 use vm_memory::{Bytes, GuestAddress};

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use clade_devices::virtio::{QueueError, QueueState, Virtqueue, regs};
-use clade_io::Gate;
+use clade_host_io::Gate;
 use clade_memory::{GuestRam, RamLayout, Store};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;

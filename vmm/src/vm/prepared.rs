@@ -7,7 +7,7 @@ use std::thread::{self, JoinHandle};
 use clade_devices::Irq;
 use clade_devices::virtio::EventFds;
 use clade_devices::virtio::regs::QUEUE_NOTIFY;
-use clade_io::thread::serves_guest;
+use clade_host_io::thread::serves_guest;
 use clade_memory::{GuestRam, Store};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vm_memory::{Address, GuestMemoryRegion};

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use clade_io::{CachePolicy, FileError, IoFile};
+use clade_host_io::{CachePolicy, FileError, IoFile};
 
 use super::files::{Location, allocated, retire, unmark};
 use super::format::{JournalError, JournalId};

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use clade_io::{FileError, IoFile};
+use clade_host_io::{FileError, IoFile};
 
 use super::format::{self, JournalId};
 use super::image_binding;

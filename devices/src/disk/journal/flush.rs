@@ -8,7 +8,7 @@ use std::mem;
 use std::ops::Range;
 use std::sync::Arc;
 
-use clade_io::{AlignedBuf, FileError, Fragment, IoFile, Request};
+use clade_host_io::{AlignedBuf, FileError, Fragment, IoFile, Request};
 
 use super::files::{JOURNAL, NEXT, forget, overlay, remove_files};
 use super::format::{self, ImageStatus, JournalEntry, StoredIn};

@@ -1,6 +1,6 @@
 //! Binds a journal to its image: an id in an extended attribute, and the image's length and times.
 
-use clade_io::{FileError, IoFile};
+use clade_host_io::{FileError, IoFile};
 use rustix::fs::{StatxFlags, XattrFlags, fgetxattr, fremovexattr, fsetxattr, statx};
 use rustix::io::Errno;
 

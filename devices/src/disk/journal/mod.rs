@@ -49,7 +49,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use clade_io::{FileError, IoFile};
+use clade_host_io::{FileError, IoFile};
 
 use super::directory::Directory;
 use super::map::{CLUSTER, push_run};

@@ -4,7 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use clade_io::{FileError, IoFile};
+use clade_host_io::{FileError, IoFile};
 
 use super::files::{JOURNAL, Location, NEXT, header_in, header_of, overlay, remove_files, retire, unmark};
 use super::format::{self, Contents, ImageStatus, JournalEntry, JournalError, StoredIn};

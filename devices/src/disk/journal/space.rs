@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use clade_io::IoFile;
+use clade_host_io::IoFile;
 
 use super::files::allocated;
 use super::{Journal, format};

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use super::space::STALE;
-use clade_io::Request;
+use clade_host_io::Request;
 
 use super::*;
 use crate::disk::compact::Relocation;

@@ -3,7 +3,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clade_io::CachePolicy;
+use clade_host_io::CachePolicy;
 use proptest::prelude::*;
 
 use super::*;

@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clade_io::{AlignedBuf, Fragment, NetBackend, Offload, VNET_HEADER, total_len};
+use clade_host_io::{AlignedBuf, Fragment, NetBackend, Offload, VNET_HEADER, total_len};
 use clade_memory::Access;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{

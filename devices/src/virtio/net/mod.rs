@@ -6,7 +6,7 @@
 //! the interface, as far as they were negotiated.
 //!
 //! The backend may be a program that takes packets over a socket instead
-//! ([`clade_io::PacketStream`]). Packets are then copied once more, and the guest computes their
+//! ([`clade_host_io::PacketStream`]). Packets are then copied once more, and the guest computes their
 //! checksums.
 //!
 //! At a fork no packet is in flight. A packet that was sent was sent by the parent, and receive

@@ -1,6 +1,6 @@
 //! Buffers that a driver has posted for receiving.
 
-use clade_io::Fragment;
+use clade_host_io::Fragment;
 use vm_memory::Bytes;
 
 /// A chain posted for receiving, and its memory.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use clade_devices::virtio::net::{EgressRule, Link, Mac};
 use clade_devices::virtio::vsock::{BrokerSlot, VsockOptions, VsockSocket};
-use clade_io::{NetBackend, Tap, TapError, link};
+use clade_host_io::{NetBackend, Tap, TapError, link};
 use serde::{Deserialize, Serialize};
 
 use crate::vm::config::{NetSpec, VmConfig};

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 
 use clade_devices::virtio::net::{EgressRule, Link, Mac};
 use clade_devices::virtio::vsock::{HOST_CID, VsockError, VsockOptions};
-use clade_io::TapError;
+use clade_host_io::TapError;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use clade_devices::disk::{DiskImage, DiskLayer, DiskRun};
 use clade_devices::virtio::Backend;
-use clade_io::IoFile;
+use clade_host_io::IoFile;
 use clade_memory::PageRange;
 use clade_snapshot::{DiskReader, KnownDir, Load, PageContent, ParentDirs, Snapshot};
 use rustix::fs::{Mode, fchmod};

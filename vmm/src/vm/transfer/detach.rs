@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use clade_devices::disk::{DetachedDisk, DiskError};
 use clade_devices::virtio::Backend;
-use clade_io::{FileError, IoFile};
+use clade_host_io::{FileError, IoFile};
 use clade_memory::{CopiedRuns, DetachedRam, LayerHandle, LayerId, LayerTreatment, PAGE_SIZE, PageRange, RamError};
 use rustix::fs::{FileType, fstat, fstatfs};
 use serde::{Deserialize, Serialize};

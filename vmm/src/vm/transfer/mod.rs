@@ -23,7 +23,7 @@ use std::io;
 use std::path::PathBuf;
 
 use clade_devices::disk::DiskError;
-use clade_io::FileError;
+use clade_host_io::FileError;
 use clade_memory::{RamError, StoreError};
 use thiserror::Error;
 

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use clade_devices::disk::{DiskConfig, DiskImage, DiskLayer, DiskRun};
 use clade_devices::virtio::Backend;
-use clade_io::IoFile;
+use clade_host_io::IoFile;
 use clade_memory::{
     DontFork, ImageMap, LayerHandle, LayerId, LayerSource, PAGE_SIZE, PageRange, RamError, RamImage, RamLayout, Store,
 };

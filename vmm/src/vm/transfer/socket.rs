@@ -13,7 +13,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
-use clade_io::seqpacket::{self, MAX_DESCRIPTORS as BATCH, Message};
+use clade_host_io::seqpacket::{self, MAX_DESCRIPTORS as BATCH, Message};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, memfd_create};
 
 use super::parts::{MAX_BYTES, MAX_FILES};

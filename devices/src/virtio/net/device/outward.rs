@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use clade_io::{AlignedBuf, Fragment};
+use clade_host_io::{AlignedBuf, Fragment};
 use vm_memory::Bytes;
 
 use super::{MAX_PACKET, Net};

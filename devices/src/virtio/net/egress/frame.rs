@@ -7,7 +7,7 @@
 
 use std::net::IpAddr;
 
-use clade_io::VNET_HEADER;
+use clade_host_io::VNET_HEADER;
 use etherparse::{
     EtherType, Ethernet2HeaderSlice, IpNumber, Ipv4HeaderSlice, Ipv6FragmentHeaderSlice, Ipv6HeaderSlice,
     Ipv6RawExtHeaderSlice, SingleVlanHeaderSlice, TcpHeaderSlice, UdpHeaderSlice,

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clade_io::{AlignedBuf, CachePolicy, Completion, Engine, Fragment, IoFile, OpError, Request};
+use clade_host_io::{AlignedBuf, CachePolicy, Completion, Engine, Fragment, IoFile, OpError, Request};
 use clade_memory::{Access, DmaPin, GuestRam, PageRange, PinLifetime, RamLayout, Store};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -195,7 +195,7 @@ fn operations_stand_in_the_kernel_until_their_gate_is_opened() {
         offset: 4096,
         buffers: vec![Fragment::owned(&buffer, 0, 4096).unwrap()],
     };
-    let gate = clade_io::Gate::close(dir.path()).unwrap();
+    let gate = clade_host_io::Gate::close(dir.path()).unwrap();
     (0..3).for_each(|n| engine.submit(read(), n));
     engine.flush().unwrap();
     engine.wait(Duration::from_millis(50)).unwrap();
@@ -206,7 +206,7 @@ fn operations_stand_in_the_kernel_until_their_gate_is_opened() {
     engine.submit(read(), 9);
     assert!(finish(&mut engine, 1)[0].result.is_ok(), "an open gate holds nothing");
     // Held operations are cancelled like all others.
-    let _gate = clade_io::Gate::close(dir.path()).unwrap();
+    let _gate = clade_host_io::Gate::close(dir.path()).unwrap();
     engine.submit(read(), 10);
     engine.flush().unwrap();
     engine.cancel(|_| {});
