@@ -55,27 +55,27 @@ demo:
     cargo run --release -- demo
 
 bench-all:
-    cargo run --release -- bench all
+    cargo run --release -p clade-lab -- bench all
 
 # Clade beside other VMMs: `just peers --firecracker FILE`.
 peers *ARGS:
     benches/peers/compare.py --clade target/release/clade {{ARGS}}
 
 bench:
-    cargo run --release -- bench fork --mem 512M,2G,4G
-    cargo run --release -- bench freeze
-    cargo run --release -- bench reset
-    cargo run --release -- bench restore
-    cargo run --release -- bench save
-    cargo run --release -- bench pin
-    cargo run --release -- bench disk
-    cargo run --release -- bench clones
+    cargo run --release -p clade-lab -- bench fork --mem 512M,2G,4G
+    cargo run --release -p clade-lab -- bench freeze
+    cargo run --release -p clade-lab -- bench reset
+    cargo run --release -p clade-lab -- bench restore
+    cargo run --release -p clade-lab -- bench save
+    cargo run --release -p clade-lab -- bench pin
+    cargo run --release -p clade-lab -- bench disk
+    cargo run --release -p clade-lab -- bench clones
 
 # Ten minutes of DMA under forks with two vCPUs and with four, and the control run, which must find wrong bytes
 stress:
-    cargo run --release -- stress dma --seconds 600
-    cargo run --release -- stress dma --seconds 600 --cpus 4
-    cargo run --release -- stress dma --seconds 5 --without-unshare
+    cargo run --release -p clade-lab -- stress dma --seconds 600
+    cargo run --release -p clade-lab -- stress dma --seconds 600 --cpus 4
+    cargo run --release -p clade-lab -- stress dma --seconds 5 --without-unshare
 
 # The Linux guest, from Debian's packages; cached
 linux-guest:

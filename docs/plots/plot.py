@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Plots of the benches, as SVG: docs/plots/plot.py BENCH.json... writes beside itself what the files have rows for.
 
-    clade bench fork --mem 512M,1G,2G,4G --json >fork.json
-    clade bench freeze --json >freeze.json
-    clade bench reset --json >reset.json
-    clade bench clones --count 1000 --json >clones.json
+    clade-lab bench fork --mem 512M,1G,2G,4G --json >fork.json
+    clade-lab bench freeze --json >freeze.json
+    clade-lab bench reset --json >reset.json
+    clade-lab bench clones --count 1000 --json >clones.json
     docs/plots/plot.py fork.json freeze.json reset.json clones.json
 
 Each plot has ours and the baseline of the same run, p50 as a line and p99 as a whisker, on two logarithmic axes.

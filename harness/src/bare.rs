@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clade_guests::BARE_ELF;
-use clade_guests::abi::{self, Command, mailbox_gpa};
+use clade_guests::abi::{self, Command, PAGE_SIZE, WORK_BASE, mailbox_gpa};
 use clade_memory::GuestRam;
 use thiserror::Error;
 
@@ -310,4 +310,26 @@ impl BareVcpu<'_> {
             self.check_fault()?;
         }
     }
+}
+
+/// Larger guests are sparse: a copy of all their written pages, which is a baseline, must fit on
+/// the host beside them.
+pub const MOST_FILLED: u64 = 4 << 30;
+
+/// Has the guest fill all its RAM above its own image, as far as [`MOST_FILLED`].
+///
+/// # Errors
+/// As [`BareVcpu::run`].
+pub fn fill(vm: &Vm, config: &VmConfig) -> Result<(), BareError> {
+    let vcpu = BareVcpu::new(vm, 0);
+    let mut left = MOST_FILLED / PAGE_SIZE;
+    for (base, pages) in config.layout().ranges() {
+        let start = base.0.max(WORK_BASE);
+        let pages = (pages - (start - base.0) / PAGE_SIZE).min(left);
+        left -= pages;
+        if pages > 0 {
+            vcpu.run(Command::Fill { start, pages, seed: 1 })?;
+        }
+    }
+    Ok(())
 }

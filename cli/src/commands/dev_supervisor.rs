@@ -45,7 +45,8 @@ fn dev_options() -> SupervisorOptions {
 }
 
 /// The VMs of this command.
-pub(crate) struct DevSupervisor {
+#[derive(Debug)]
+pub struct DevSupervisor {
     client: Client,
     supervisor: Supervisor,
     /// Dropped before the directory.
@@ -55,7 +56,7 @@ pub(crate) struct DevSupervisor {
 
 impl DevSupervisor {
     /// Starts a supervisor for `command`.
-    pub(crate) fn begin(command: &str) -> Result<Self, Failure> {
+    pub fn begin(command: &str) -> Result<Self, Failure> {
         // A missing requirement is reported better here than by another process.
         Host::open().map_err(Failure::input)?;
         let above = Some(runtime_dir()).filter(|dir| dir.is_dir()).unwrap_or_else(std::env::temp_dir);
@@ -91,7 +92,7 @@ impl DevSupervisor {
     }
 
     /// Boots a VM. `kernel` is a file, or the name of one of the program's guests.
-    pub(crate) fn boot(&self, name: &str, config: &VmConfig, source: KernelSource<'_>) -> Result<RemoteVm, Failure> {
+    pub fn boot(&self, name: &str, config: &VmConfig, source: KernelSource<'_>) -> Result<RemoteVm, Failure> {
         let request = BootRequest {
             name: name.to_owned(),
             config: config.clone(),
@@ -110,27 +111,27 @@ impl DevSupervisor {
     }
 
     /// Forks `of`, as `vms/NAME` or `checkpoints/NAME`, into paused children.
-    pub(crate) fn fork(&self, of: &str, name: &str, count: usize) -> Result<(Vec<RemoteVm>, ForkAnswer), Failure> {
+    pub fn fork(&self, of: &str, name: &str, count: usize) -> Result<(Vec<RemoteVm>, ForkAnswer), Failure> {
         let request = ForkRequest { count, name: Some(name.to_owned()), paused: true, ..ForkRequest::default() };
         let answer: ForkAnswer = self.ask(Method::POST, &format!("/v1/{of}/fork"), Some(&request))?;
         Ok((answer.children.iter().map(|name| self.vm(name.clone())).collect(), answer))
     }
 
     /// Forks `of` into one paused child.
-    pub(crate) fn fork_one(&self, of: &str, name: &str) -> Result<(RemoteVm, ForkAnswer), Failure> {
+    pub fn fork_one(&self, of: &str, name: &str) -> Result<(RemoteVm, ForkAnswer), Failure> {
         let (children, answer) = self.fork(of, name, 1)?;
         let none = || Failure::Run(anyhow::anyhow!("a fork of {of} has no child"));
         Ok((children.into_iter().next().ok_or_else(none)?, answer))
     }
 
     /// Holds a VM's state at this instant.
-    pub(crate) fn checkpoint(&self, vm: &str, name: &str) -> Result<CheckpointInfo, Failure> {
+    pub fn checkpoint(&self, vm: &str, name: &str) -> Result<CheckpointInfo, Failure> {
         let request = CheckpointRequest { name: Some(name.to_owned()), ..CheckpointRequest::default() };
         self.ask(Method::POST, &format!("/v1/vms/{vm}/checkpoint"), Some(&request))
     }
 
     /// Removes a checkpoint.
-    pub(crate) fn remove(&self, checkpoint: &str) -> Result<(), Failure> {
+    pub fn remove(&self, checkpoint: &str) -> Result<(), Failure> {
         let removed: CheckpointInfo =
             self.ask(Method::DELETE, &format!("/v1/checkpoints/{checkpoint}"), None::<&()>)?;
         drop(removed);
@@ -158,15 +159,15 @@ impl Drop for DevSupervisor {
 
 /// The kernel of a VM.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct KernelSource<'a> {
-    pub(crate) kernel: &'a std::path::Path,
-    pub(crate) initrd: Option<&'a std::path::Path>,
-    pub(crate) cmdline: &'a str,
+pub struct KernelSource<'a> {
+    pub kernel: &'a std::path::Path,
+    pub initrd: Option<&'a std::path::Path>,
+    pub cmdline: &'a str,
 }
 
 /// A VM in a process of its own.
 #[derive(Clone, Debug)]
-pub(crate) struct RemoteVm {
+pub struct RemoteVm {
     name: String,
     client: Client,
     runtime: Handle,
@@ -178,33 +179,33 @@ impl RemoteVm {
         self.runtime.block_on(self.client.request(method, &self.name, action, None::<&()>)).map_err(failure)
     }
 
-    pub(crate) fn name(&self) -> &str {
+    pub fn name(&self) -> &str {
         &self.name
     }
 
-    pub(crate) fn info(&self) -> Result<VmInfo, Failure> {
+    pub fn info(&self) -> Result<VmInfo, Failure> {
         self.ask(Method::GET, "")
     }
 
-    pub(crate) fn pause(&self) -> Result<(), Failure> {
+    pub fn pause(&self) -> Result<(), Failure> {
         self.ask::<VmInfo>(Method::POST, "/pause").map(drop)
     }
 
-    pub(crate) fn resume(&self) -> Result<(), Failure> {
+    pub fn resume(&self) -> Result<(), Failure> {
         self.ask::<VmInfo>(Method::POST, "/resume").map(drop)
     }
 
     /// Resets it to the instant of its fork.
-    pub(crate) fn reset(&self) -> Result<ResetAnswer, Failure> {
+    pub fn reset(&self) -> Result<ResetAnswer, Failure> {
         self.ask(Method::POST, "/reset")
     }
 
-    pub(crate) fn stats(&self) -> Result<VmStats, Failure> {
+    pub fn stats(&self) -> Result<VmStats, Failure> {
         self.ask(Method::GET, "/stats")
     }
 
     /// Ends the VM. Its name is then free.
-    pub(crate) fn stop(&self) -> Result<(), Failure> {
+    pub fn stop(&self) -> Result<(), Failure> {
         self.runtime.block_on(self.client.stop(&self.name, StopRequest::default())).map(drop).map_err(failure)
     }
 

@@ -209,7 +209,7 @@ async fn everyone(client: &Client, verb: &Verb) -> Result<Vec<String>, ClientErr
 }
 
 /// Calls `each` for all names, a few at a time. Returns the results in the names' order.
-pub(crate) async fn for_each<T, W>(names: &[String], each: impl Fn(String) -> W) -> Vec<Result<T, ClientError>>
+pub async fn for_each<T, W>(names: &[String], each: impl Fn(String) -> W) -> Vec<Result<T, ClientError>>
 where
     T: Send + 'static,
     W: Future<Output = Result<T, ClientError>> + Send + 'static,

@@ -56,12 +56,13 @@ use clap::Parser;
 use args::{Cli, Command};
 use image::ImageCommand;
 use lifecycle::Verb;
-pub(crate) use lifecycle::for_each;
-pub(crate) use output::{Table, print_json};
+pub use lifecycle::for_each;
+pub use output::{Table, print_json};
+pub use units::parse_size;
 
 /// Reason why a command failed.
 #[derive(Debug)]
-pub(crate) enum Failure {
+pub enum Failure {
     /// The input is invalid or cannot be used: exit code 2.
     Input(anyhow::Error),
     /// The command failed: exit code 1.
@@ -76,10 +77,12 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
-    pub(crate) fn input(error: impl Into<anyhow::Error>) -> Self {
+    /// Returns a failure of an input.
+    pub fn input(error: impl Into<anyhow::Error>) -> Self {
         Self::Input(error.into())
     }
-    pub(crate) fn run(error: impl Into<anyhow::Error>) -> Self {
+    /// Returns a failure of a command.
+    pub fn run(error: impl Into<anyhow::Error>) -> Self {
         Self::Run(error.into())
     }
 
@@ -121,9 +124,9 @@ impl fmt::Display for Failure {
 
 type Outcome = Result<(), Failure>;
 
-/// Parses the arguments, runs the command, and returns the exit code.
+/// Parses the arguments of `clade`, runs the command, and returns the exit code.
 #[must_use]
-pub(crate) fn main() -> ExitCode {
+pub fn main() -> ExitCode {
     let words: Vec<_> = std::env::args_os().skip(1).take(3).collect();
     if words == ["help", "environment"] {
         limits::end_at_closed_pipes();
@@ -135,14 +138,11 @@ pub(crate) fn main() -> ExitCode {
         // Help and version are not failures; clap distinguishes them.
         Err(error) => error.exit(),
     };
-    limits::give_back_large_buffers();
-    limits::raise();
     // These run VMs or programs in them, or must restore the terminal from raw mode.
     let runs_vms = matches!(
         cli.command,
         Command::Run(_)
             | Command::Demo(_)
-            | Command::Stress(_)
             | Command::Restore(_)
             | Command::Console(_)
             | Command::Exec(_)
@@ -152,17 +152,25 @@ pub(crate) fn main() -> ExitCode {
             | Command::Serve(_)
             | Command::Zygote(_)
     );
+    program("clade", runs_vms, || run(cli.command))
+}
+
+/// Sets limits of this process and its log, runs a command of the program `name`, and returns the
+/// exit code.
+pub fn program(name: &str, runs_vms: bool, command: impl FnOnce() -> Outcome) -> ExitCode {
+    limits::give_back_large_buffers();
+    limits::raise();
     if !runs_vms {
         limits::end_at_closed_pipes();
     }
-    let outcome = logging::init().and_then(|()| run(cli.command));
+    let outcome = logging::init().and_then(|()| command());
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         // The program has printed the reason.
         Err(Failure::Exit(code, None)) => ExitCode::from(code),
         Err(failure) => {
             // Standard error may be closed.
-            let _ = writeln!(std::io::stderr(), "clade: {failure}");
+            let _ = writeln!(std::io::stderr(), "{name}: {failure}");
             ExitCode::from(failure.code())
         }
     }
@@ -172,9 +180,6 @@ fn run(command: Command) -> Outcome {
     match command {
         Command::Demo(args) => crate::demo::main(&args),
         Command::Run(args) => run::main(&args),
-        Command::Bench(args) => crate::bench::main(&args),
-        Command::Stress(args) => crate::stress::main(&args),
-        Command::Check(args) => crate::check::main(&args),
         Command::Guest(args) => guest::main(&args),
         Command::Ps(args) => ps::main(&args),
         Command::Pages(args) => pages::main(&args),
@@ -217,9 +222,9 @@ fn run(command: Command) -> Outcome {
     }
 }
 
-pub(crate) use args::{BenchArgs, BenchName, CheckArgs, CheckName, DEFAULT_CMDLINE, DemoArgs, StressArgs, StressName};
-pub(crate) use dev_supervisor::{DevSupervisor, KernelSource, RemoteVm};
-pub(crate) use worker::{BARE, MEASURE, SPINNING};
+pub(crate) use args::{DEFAULT_CMDLINE, DemoArgs};
+pub use dev_supervisor::{DevSupervisor, KernelSource, RemoteVm};
+pub use worker::{BARE, MEASURE, SPINNING};
 
 #[cfg(test)]
 mod tests {

@@ -7,10 +7,11 @@ use comfy_table::{Cell, CellAlignment, ContentArrangement};
 use serde::Serialize;
 
 /// A table; the first column is text, the others are figures.
-pub(crate) struct Table(comfy_table::Table);
+#[derive(Debug)]
+pub struct Table(comfy_table::Table);
 
 impl Table {
-    pub(crate) fn new<'a>(header: impl IntoIterator<Item = &'a str>) -> Self {
+    pub fn new<'a>(header: impl IntoIterator<Item = &'a str>) -> Self {
         let mut table = comfy_table::Table::new();
         table.load_style(UTF8_BORDERS_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
         table.set_header(header);
@@ -18,7 +19,7 @@ impl Table {
     }
 
     /// Adds a row: a label, then figures.
-    pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
+    pub fn row(&mut self, cells: impl IntoIterator<Item = String>) {
         let align = |(column, text): (usize, String)| {
             Cell::new(text).set_alignment(if column == 0 { CellAlignment::Left } else { CellAlignment::Right })
         };
@@ -26,17 +27,17 @@ impl Table {
     }
 
     /// Adds a row of words.
-    pub(crate) fn words(&mut self, cells: impl IntoIterator<Item = String>) {
+    pub fn words(&mut self, cells: impl IntoIterator<Item = String>) {
         self.0.add_row(cells.into_iter().map(Cell::new));
     }
 
-    pub(crate) fn print(&self) -> io::Result<()> {
+    pub fn print(&self) -> io::Result<()> {
         writeln!(io::stdout(), "{}", self.0)
     }
 }
 
 /// Prints one JSON value on standard output.
-pub(crate) fn print_json(value: &impl Serialize) -> io::Result<()> {
+pub fn print_json(value: &impl Serialize) -> io::Result<()> {
     let text = serde_json::to_string_pretty(value)?;
     writeln!(io::stdout(), "{text}")
 }

@@ -12,7 +12,7 @@ const MAX_DURATION: Duration = Duration::from_secs(100 * 365 * 86_400);
 ///
 /// # Errors
 /// A single line that contains the text.
-pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
+pub fn parse_size(text: &str) -> Result<u64, String> {
     let no_size = || format!("{text:?} is not a size such as 512M, 512MiB or 0.5G");
     let upper = text.trim().to_ascii_uppercase();
     let digits = upper.trim_end_matches(|c: char| c.is_ascii_alphabetic());

@@ -32,10 +32,10 @@ const LAST_WORK: Duration = Duration::from_secs(10);
 
 /// Set for measured workers: to [`SPINNING`] for children that then spin, otherwise children are
 /// idle.
-pub(crate) const MEASURE: &str = "CLADE_BENCH_WORKER";
-pub(crate) const SPINNING: &str = "spinning";
+pub const MEASURE: &str = "CLADE_BENCH_WORKER";
+pub const SPINNING: &str = "spinning";
 /// The name of the embedded guest, in place of a kernel's file.
-pub(crate) const BARE: &str = "bare";
+pub const BARE: &str = "bare";
 
 /// Returns the context of all VMs of a worker, with memory files in `mount`.
 pub(super) fn context(mount: Option<HugeTmpfs>) -> Result<Context, Failure> {
@@ -152,15 +152,17 @@ fn commit_overlays(disks: Vec<Disk>) -> bool {
     is_merged
 }
 
-/// Returns whether `clade bench clones` has started this worker. A child of the bare guest then
+/// Returns whether `clade-lab bench clones` has started this worker. A child of the bare guest then
 /// reports that it runs before the worker does.
 fn measures() -> bool {
     std::env::var_os(MEASURE).is_some()
 }
 
 fn fill(vm: &Vm) {
-    let filled =
-        BareVcpu::new(vm, 0).await_ready().map_err(Failure::run).and_then(|_| crate::bench::fill(vm, vm.config()));
+    let filled = BareVcpu::new(vm, 0)
+        .await_ready()
+        .map_err(Failure::run)
+        .and_then(|_| clade_harness::fill(vm, vm.config()).map_err(Failure::run));
     if let Err(error) = filled {
         tracing::error!(%error, "the guest does not write its memory");
     }

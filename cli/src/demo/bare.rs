@@ -9,10 +9,9 @@ use std::time::{Duration, Instant};
 use clade_guests::abi::{Command, PAGE_SIZE, POLL_OPS, WORK_BASE};
 use clade_memory::GAP_START;
 
-use crate::bench::Sample;
 use crate::commands::{BARE, DemoArgs, DevSupervisor, Failure, KernelSource, RemoteVm};
 use crate::demo::progress;
-use clade_harness::{BareMailbox, BareVcpu, Slice, stop_writing};
+use clade_harness::{BareMailbox, BareVcpu, Sample, Slice, stop_writing};
 use clade_vmm::vm::VmConfig;
 
 /// Pages that a vCPU keeps writing; it writes the rest of its share once. At native speed it writes

@@ -9,8 +9,8 @@ use std::io::{self, Write};
 
 use serde::Serialize;
 
-use crate::bench::Spread;
 use crate::commands::{DemoArgs, DevSupervisor, Failure, Table, print_json};
+use clade_harness::Spread;
 
 /// The demo's results.
 #[derive(Debug, Serialize)]

@@ -177,7 +177,7 @@ fn vms_and_guests_that_are_not_there() {
 #[test]
 fn arguments_that_cannot_be_parsed() {
     let runtime = Runtime::new();
-    let rows: [(&[&str], &str); 10] = [
+    let rows: [(&[&str], &str); 9] = [
         (&["run", "--kernel", "bare", "--cpu-hide", "nonsense"], "nonsense"),
         (&["run", "--kernel", "bare", "--mem", "12Q"], "12Q"),
         (&["run", "--kernel", "bare", "--mem", "99999999999T"], "99999999999T"),
@@ -185,7 +185,6 @@ fn arguments_that_cannot_be_parsed() {
         (&["run"], "--kernel"),
         (&["fork", "a", "--count", "-1"], "-1"),
         (&["fork", "a", "--count", "99999999999999999999999"], "99999999999999999999999"),
-        (&["bench", "nothing"], "nothing"),
         (&["dance"], "dance"),
         (&["ps", "--yaml"], "--yaml"),
     ];
@@ -203,26 +202,16 @@ fn arguments_that_cannot_be_parsed() {
 }
 
 #[test]
-fn demos_and_benches_that_cannot_be() {
+fn demos_that_cannot_be() {
     if !kvm() {
         return;
     }
     let runtime = Runtime::new();
-    let rows: [(&[&str], &str); 14] = [
+    let rows: [(&[&str], &str); 4] = [
         (&["demo", "--mem", "4097"], "4097"),
         (&["demo", "--mem", "16M"], "16777216"),
         (&["demo", "--cpus", "33"], "33"),
         (&["demo", "--mem", "1T"], "1048576 MiB"),
-        (&["bench", "fork", "--samples", "0"], "0 samples"),
-        (&["stress", "dma", "--seconds", "0"], "0 seconds"),
-        (&["stress", "dma", "--cpus", "3"], "3 vCPUs"),
-        (&["stress", "dma", "--dir", "/nonexistent-dir"], "/nonexistent-dir"),
-        (&["bench", "fork", "--mem", "1M"], "1048576"),
-        (&["bench", "freeze", "--mem", "256M"], "268435456"),
-        (&["bench", "freeze", "--samples", "0"], "0 samples"),
-        (&["bench", "reset", "--mem", "64M"], "67108864"),
-        (&["bench", "answer"], "--image"),
-        (&["bench", "answer", "--image", "x", "--count", "0"], "0 children"),
     ];
     for (args, value) in rows {
         runtime.clade(args).expect_refusal(value);
@@ -240,7 +229,7 @@ fn hosts_without_kvm() {
         ("mount --bind /dev/null /dev/kvm", "/dev/kvm speaks KVM API version -1"),
     ];
     for (mount, value) in rows {
-        for command in ["demo", "run --kernel bare", "bench fork"] {
+        for command in ["demo", "run --kernel bare"] {
             let script = format!("{mount} && exec {CLADE} {command}");
             let possible = Command::new("unshare").args(["-m", "sh", "-c", mount]).stderr(Stdio::null()).status();
             if !possible.is_ok_and(|status| status.success()) {

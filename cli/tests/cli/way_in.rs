@@ -413,22 +413,10 @@ fn output_that_nobody_reads_is_no_complaint() {
 }
 
 #[test]
-fn the_log_is_for_files_too() {
-    if !kvm() {
-        return;
-    }
+fn a_filter_of_the_log_that_is_not_valid_is_refused() {
     let runtime = Runtime::new();
-    let with_log = |value: &str, args: &[&str]| -> crate::tool::Answer {
-        runtime.command(args).env("CLADE_LOG", value).output().unwrap().into()
-    };
-    with_log("nonsense", &["ps"]).expect_refusal("nonsense");
-    let answer = with_log("debug", &["check", "host", "--forks", "1"]);
-    let lines: Vec<&str> = answer.stderr.lines().filter(|line| line.contains("DEBUG")).collect();
-    assert!(!lines.is_empty(), "{answer:?}");
-    for line in lines {
-        assert!(line.starts_with("20") && line.contains('T') && line.contains("Z "), "no time: {line}");
-        assert!(!line.contains('\u{1b}'), "colours: {line}");
-    }
+    let answer: crate::tool::Answer = runtime.command(&["ps"]).env("CLADE_LOG", "nonsense").output().unwrap().into();
+    answer.expect_refusal("nonsense");
 }
 
 #[test]

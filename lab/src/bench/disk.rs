@@ -1,4 +1,4 @@
-//! `clade bench disk`: a guest's disk I/O against the host's own I/O on the same file.
+//! `clade-lab bench disk`: a guest's disk I/O against the host's own I/O on the same file.
 //!
 //! The guest runs the bare guest's driver with 32 requests in flight. The baseline is this process,
 //! which submits the same operations to an io_uring. Both bypass the page cache and alternate in
@@ -18,8 +18,9 @@ use clade_host_io::{CachePolicy, Engine, Fragment, IoFile, Request};
 
 use clade_memory::{Access, GuestRam, PinLifetime, RamLayout, Store};
 
+use crate::args::BenchArgs;
 use crate::bench::{BenchRow, Sample};
-use crate::commands::{BenchArgs, Failure};
+use clade::Failure;
 use clade_harness::{BareVcpu, boot_bare};
 use clade_vmm::vm::{Context, DiskSpec, Vm, VmConfig};
 

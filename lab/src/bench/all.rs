@@ -1,8 +1,9 @@
-//! `clade bench all`: the figures for comparisons with other VMMs, each from the bench that
+//! `clade-lab bench all`: the figures for comparisons with other VMMs, each from the bench that
 //! measures it, under a stable name.
 
+use crate::args::BenchArgs;
 use crate::bench::{BenchRow, ahead, clones, disk, fork, freeze, pin, reset, restore, suspend};
-use crate::commands::{BenchArgs, Failure};
+use clade::Failure;
 use clade_vmm::vm::Context;
 
 /// Samples of a figure that takes a second or more.

@@ -1,4 +1,4 @@
-//! `clade bench reset`: the time from a reset request to the VM's first instruction after it, by
+//! `clade-lab bench reset`: the time from a reset request to the VM's first instruction after it, by
 //! the number of pages written since the image.
 //!
 //! A bare guest counts in that many pages, one after another, and is reset while it does. In the
@@ -12,8 +12,9 @@ use std::time::{Duration, Instant};
 use clade_guests::abi::{Command, Event, PAGE_SIZE, PAGE_WORDS, WORK_BASE};
 use clade_memory::GAP_START;
 
+use crate::args::BenchArgs;
 use crate::bench::{BenchRow, Sample, written};
-use crate::commands::{BenchArgs, Failure};
+use clade::Failure;
 use clade_harness::{BareMailbox, BareVcpu};
 use clade_vmm::vm::{ChildOptions, Context, ForkImage, ResetReport, Vm, VmConfig};
 

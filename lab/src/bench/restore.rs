@@ -1,4 +1,4 @@
-//! `clade bench restore` and `clade bench save`: snapshots on disk.
+//! `clade-lab bench restore` and `clade-lab bench save`: snapshots on disk.
 //!
 //! The guest's RAM is all written, so no page is left out as zeros. A restore is measured from
 //! opening the directory to the first instruction, and to the answer to a first command, which
@@ -28,9 +28,10 @@ use clade_snapshot::Compression;
 use hyper::Method;
 use rustix::fs::{Advice, fadvise};
 
+use crate::args::BenchArgs;
 use crate::bench::supervisor::BenchSupervisor;
 use crate::bench::{BenchRow, Sample, announced, announced_clone, label, written};
-use crate::commands::{BenchArgs, Failure, MEASURE};
+use clade::{Failure, MEASURE};
 use clade_harness::BareVcpu;
 use clade_vmm::vm::{
     ChildOptions, Context, ForkImage, RestoreLoad, RestoreOptions, SnapshotOptions, SnapshotReport, Vm, VmConfig,
@@ -81,7 +82,7 @@ impl Bench {
     }
 }
 
-/// Runs `clade bench restore`.
+/// Runs `clade-lab bench restore`.
 pub(crate) fn restore(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     let mut rows = Vec::new();
     for &mem in &args.mem {
@@ -203,7 +204,7 @@ impl Bench {
     }
 }
 
-/// Runs `clade bench restored`: the process that `Bench::process` starts. Prints a line when its
+/// Runs `clade-lab bench restored`: the process that `Bench::process` starts. Prints a line when its
 /// guest runs.
 pub(crate) fn restored(context: &Context, args: &BenchArgs) -> Result<(), Failure> {
     let at = args.snapshot.as_deref().ok_or_else(|| Failure::Input(anyhow::anyhow!("--snapshot is missing")))?;
@@ -223,7 +224,7 @@ fn forget(dir: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Runs `clade bench save`.
+/// Runs `clade-lab bench save`.
 pub(crate) fn save(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     let mut rows = Vec::new();
     for &mem in &args.mem {

@@ -1,4 +1,4 @@
-//! `clade bench fork`.
+//! `clade-lab bench fork`.
 //!
 //! For each size, a bare guest writes all its RAM, or 4 GiB of it. The guest then keeps writing a
 //! hot set of 64 pages and is forked repeatedly. The first baseline copies all RAM: the cost of a
@@ -12,8 +12,9 @@ use std::time::{Duration, Instant};
 use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
 use clade_memory::{Backing, Store};
 
+use crate::args::BenchArgs;
 use crate::bench::{BenchRow, MOST_FILLED, Sample, announced, announced_clone, label, low_pages, written};
-use crate::commands::{BenchArgs, Failure};
+use clade::Failure;
 use clade_harness::BareVcpu;
 use clade_vmm::vm::{ChildOptions, ChildStep, Context, ForkImage, ForkTimes, Vm, VmConfig};
 

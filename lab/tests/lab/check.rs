@@ -1,15 +1,15 @@
-//! `clade check host`: every line has an outcome, and the checklist a heading for each.
+//! `clade-lab check host`: every line has an outcome, and the checklist a heading for each.
 
 use std::process::Command;
 
-use crate::tool::{Answer, CLADE, kvm};
+use crate::{Answer, LAB, kvm};
 
 #[test]
 fn the_host_is_checked_and_each_line_is_in_the_checklist() {
     if !kvm() {
         return;
     }
-    let answer = Answer::from(Command::new(CLADE).args(["check", "host", "--forks", "3", "--json"]).output().unwrap());
+    let answer = Answer::from(Command::new(LAB).args(["check", "host", "--forks", "3", "--json"]).output().unwrap());
     let report = answer.json();
     let list = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/vtx-checklist.md")).unwrap();
     let checks = report["checks"].as_array().unwrap();
@@ -33,7 +33,7 @@ fn a_table_for_people() {
     if !kvm() {
         return;
     }
-    let answer = Answer::from(Command::new(CLADE).args(["check", "host", "--forks", "1"]).output().unwrap());
+    let answer = Answer::from(Command::new(LAB).args(["check", "host", "--forks", "1"]).output().unwrap());
     assert_eq!(answer.code, Some(0), "{answer:?}");
     assert!(answer.stdout.contains("IPI storms") && answer.stdout.contains("passed"), "{answer:?}");
 }

@@ -1,4 +1,4 @@
-//! `clade bench ahead`: children that write the same pages as their siblings, with copies made
+//! `clade-lab bench ahead`: children that write the same pages as their siblings, with copies made
 //! ahead and without, in turn.
 //!
 //! The parent is a bare guest that has written all its RAM. The written pages of each child are
@@ -14,8 +14,9 @@ use clade_harness::{BareMailbox, BareVcpu};
 use clade_memory::{AheadUse, GuestRam, Learned, NoWriters, Quiesced};
 use clade_vmm::vm::{ChildOptions, Context, ForkImage, Vm, VmConfig};
 
+use crate::args::BenchArgs;
 use crate::bench::{BenchRow, Sample, low_pages, written};
-use crate::commands::{BenchArgs, Failure};
+use clade::Failure;
 
 /// Pages that a child writes.
 const PAGES: u64 = 1_000;
@@ -56,7 +57,7 @@ struct Bench<'a> {
     learned: Learned,
 }
 
-/// Runs `clade bench ahead`.
+/// Runs `clade-lab bench ahead`.
 pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     let mem = args.mem[0];
     let config = Arc::new(VmConfig::bare(mem, 1).map_err(Failure::input)?);

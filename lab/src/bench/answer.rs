@@ -1,4 +1,4 @@
-//! `clade bench answer`: forks of a VM with a warm interpreter, to their first answers.
+//! `clade-lab bench answer`: forks of a VM with a warm interpreter, to their first answers.
 //!
 //! A supervisor is started as by a user, and boots one VM of the image. The image has a running
 //! interpreter, and a program `answer` that sends it an expression (`resources/python-image`). A
@@ -22,9 +22,10 @@ use hyper::Method;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
+use crate::args::BenchArgs;
 use crate::bench::supervisor::BenchSupervisor;
 use crate::bench::{BenchRow, Sample};
-use crate::commands::{BenchArgs, Failure};
+use clade::Failure;
 
 /// Children at once, up to the requested number.
 const AT_ONCE: [usize; 3] = [1, 10, 100];
@@ -45,7 +46,7 @@ const VALUE: &str = "42\n";
 const OTHER: &str = "python3 -c in the parent";
 const BOOT: &str = "run --image --fresh";
 
-/// Runs `clade bench answer`.
+/// Runs `clade-lab bench answer`.
 pub(crate) fn run(args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     let image = args.image.as_deref().ok_or_else(|| Failure::input(anyhow!("answer needs --image IMAGE")))?;
     let most = args.count.unwrap_or(AT_ONCE[AT_ONCE.len() - 1]);

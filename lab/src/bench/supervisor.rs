@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::runtime::Runtime;
 
-use crate::commands::{Failure, for_each};
+use clade::{Failure, for_each};
 
 /// Time limit of the supervisor's start, and of a bench's waits for it.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(20);

@@ -1,4 +1,4 @@
-//! `clade bench freeze`: how long a freeze stops a VM's memory, by the pages written since the last
+//! `clade-lab bench freeze`: how long a freeze stops a VM's memory, by the pages written since the last
 //! one.
 //!
 //! Ours leaves the copying to the background; the baseline copies before it returns. Both alternate
@@ -12,8 +12,9 @@ use std::time::{Duration, Instant};
 use clade_memory::{FreezeMode, GAP_START, GuestRam, PAGE_SIZE, Quiesced, RamLayout, Store};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::args::BenchArgs;
 use crate::bench::{BenchRow, Sample};
-use crate::commands::{BenchArgs, Failure};
+use clade::Failure;
 
 /// Pages written between two freezes, after the suffix of the row's name.
 const DIRTY: [(&str, u64); 4] = [("0", 0), ("1k", 1 << 10), ("16k", 16 << 10), ("64k", 64 << 10)];

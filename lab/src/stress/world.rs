@@ -10,7 +10,7 @@ use clade_host_io::CachePolicy;
 use clade_memory::{GuestRam, PinPolicy};
 use clade_vmm::vm::{ChildOptions, Context, ForkImage, StopReason, Vm, VmConfig};
 
-use crate::commands::{BARE, DevSupervisor, Failure, KernelSource, RemoteVm};
+use clade::{BARE, DevSupervisor, Failure, KernelSource, RemoteVm};
 
 /// The place of new VMs.
 pub(super) enum World {

@@ -10,7 +10,7 @@ use super::rig::{
     Expectation, Random, all, compare_counts, compare_memory, pairs_go_on, reads, reset_and_read, stop_and_compare,
 };
 use super::world::{ForkCosts, StressImage, StressVm, World};
-use crate::commands::Failure;
+use clade::Failure;
 
 /// The longest time that a child runs before the next action.
 const RUNS: Duration = Duration::from_millis(8);

@@ -1,4 +1,4 @@
-//! `clade stress dma`: a guest is forked repeatedly while its devices do DMA and its CPUs write to
+//! `clade-lab stress dma`: a guest is forked repeatedly while its devices do DMA and its CPUs write to
 //! the same pages. Every byte of every VM and disk is compared with its predicted value.
 //!
 //! ```text
@@ -38,8 +38,9 @@ use std::time::{Duration, Instant};
 use clade_host_io::CachePolicy;
 use serde::Serialize;
 
-use crate::bench::{Sample, Spread};
-use crate::commands::{Failure, StressArgs, StressName, Table, print_json};
+use crate::args::{StressArgs, StressName};
+use clade::{Failure, Table, print_json};
+use clade_harness::{Sample, Spread};
 
 use checker::{Checker, Forked};
 use rig::{Random, Rig};

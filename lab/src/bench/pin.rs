@@ -1,4 +1,4 @@
-//! `clade bench pin`: the cost of pinning memory for a device.
+//! `clade-lab bench pin`: the cost of pinning memory for a device.
 //!
 //! Exclusive memory is pinned and unpinned by one thread, by two, and beside 100 freezes a second.
 //! The baseline is the obvious way: a count per page in a table behind a mutex.
@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 
 use clade_memory::{Access, BLOCK_PAGES, GuestRam, GuestRegion, PageRange, PinLifetime, Quiesced, RamLayout, Store};
 
+use crate::args::BenchArgs;
 use crate::bench::{BenchRow, Sample};
-use crate::commands::{BenchArgs, Failure};
+use clade::Failure;
 
 const BYTES: u64 = 64 << 20;
 /// Pins in one measurement; their mean is one sample.

@@ -1,4 +1,4 @@
-//! `clade check host`: properties of this host that affect vCPU state, and short checks that need
+//! `clade-lab check host`: properties of this host that affect vCPU state, and short checks that need
 //! no guest kernel. docs/vtx-checklist.md has the further steps for each line.
 
 mod facts;
@@ -6,7 +6,8 @@ mod forks;
 
 use serde::Serialize;
 
-use crate::commands::{CheckArgs, CheckName, Failure, Table, print_json};
+use crate::args::{CheckArgs, CheckName};
+use clade::{Failure, Table, print_json};
 use clade_vmm::kvm::Host;
 
 /// The outcome of a check.

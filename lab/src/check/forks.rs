@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use clade_guests::abi::Command;
 
 use super::{Check, CheckOutcome};
-use crate::commands::Failure;
+use clade::Failure;
 use clade_harness::{BareMailbox, boot_bare};
 use clade_vmm::vm::{ChildOptions, Context, Vm, VmConfig};
 

@@ -6,30 +6,37 @@ use serde::Serialize;
 
 /// Two percentiles of a sample.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub(crate) struct Spread {
-    pub(crate) p50: f64,
-    pub(crate) p99: f64,
+pub struct Spread {
+    /// The median.
+    pub p50: f64,
+    /// The value that 1 of 100 exceeds.
+    pub p99: f64,
 }
 
 /// Measurements of one thing.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Sample(Vec<f64>);
+pub struct Sample(Vec<f64>);
 
 impl Sample {
-    pub(crate) fn push(&mut self, value: f64) {
+    /// Adds a measurement.
+    pub fn push(&mut self, value: f64) {
         self.0.push(value);
     }
 
-    pub(crate) fn push_us(&mut self, time: Duration) {
+    /// Adds a time, in microseconds.
+    pub fn push_us(&mut self, time: Duration) {
         self.push(time.as_secs_f64() * 1e6);
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
+    /// Whether there is no measurement.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
     /// Percentiles by nearest rank: measured values, never interpolated. NaN without samples.
-    pub(crate) fn spread(&self) -> Spread {
+    #[must_use]
+    pub fn spread(&self) -> Spread {
         let mut sorted = self.0.clone();
         sorted.sort_by(f64::total_cmp);
         let at = |p: f64| {

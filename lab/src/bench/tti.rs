@@ -1,4 +1,4 @@
-//! `clade bench tti`: the time to interactive, from a request for a sandbox to a command's first
+//! `clade-lab bench tti`: the time to interactive, from a request for a sandbox to a command's first
 //! answer.
 //!
 //! A supervisor with E2B's API is started as by a user, and a template is built from the image. A
@@ -27,11 +27,12 @@ use serde_json::Value;
 use tokio::task::JoinSet;
 
 use self::http::{Api, Sandbox};
+use crate::args::BenchArgs;
 use crate::bench::answer::exec;
 use crate::bench::clones::available_kib;
 use crate::bench::supervisor::BenchSupervisor;
 use crate::bench::{BenchRow, Sample};
-use crate::commands::{BenchArgs, Failure};
+use clade::Failure;
 
 /// Default number of sandboxes at once.
 const AT_ONCE: usize = 100;
@@ -49,7 +50,7 @@ const SAID: &str = "42\n";
 const RUNNING: &str = "the command in a VM that runs";
 const NATIVE: &str = "native";
 
-/// Runs `clade bench tti`.
+/// Runs `clade-lab bench tti`.
 pub(crate) fn run(args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     let image = args.image.as_deref().ok_or_else(|| Failure::input(anyhow!("tti needs --image IMAGE")))?;
     let wanted = args.at_once.unwrap_or(AT_ONCE);

@@ -1,4 +1,4 @@
-//! `clade bench clones`: VMs in processes of their own, by the supervisor's API.
+//! `clade-lab bench clones`: VMs in processes of their own, by the supervisor's API.
 //!
 //! A supervisor is started as by a user. The parent is a bare guest that has written all its RAM,
 //! and is paused. Each child reports that it runs before the answer comes, and is then paused: so a
@@ -19,9 +19,10 @@ use clade_vmm::boot::{BootImage, BootSource};
 use clade_vmm::vm::{Context, ForkImage, Vm, VmConfig};
 use hyper::Method;
 
+use crate::args::BenchArgs;
 use crate::bench::supervisor::BenchSupervisor;
 use crate::bench::{BenchRow, Sample, announced, announced_clone, fill, label};
-use crate::commands::{BARE, BenchArgs, Failure, MEASURE, SPINNING};
+use clade::{BARE, Failure, MEASURE, SPINNING};
 
 /// Runs of the larger figures.
 const RUNS: usize = 3;
@@ -55,7 +56,7 @@ struct Times {
     kernel: Sample,
 }
 
-/// Runs `clade bench clones`.
+/// Runs `clade-lab bench clones`.
 pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     let (mem, most) = (args.mem[0], args.count.unwrap_or(COUNT));
     let bench = Bench::new(context, mem, "idle")?;
@@ -114,7 +115,7 @@ impl Bench {
         let source = BootSource::new(BootImage::Bytes(clade_guests::BARE_ELF.into()));
         let parent = Vm::boot(context, "parent", &config, &source).map_err(Failure::run)?;
         BareVcpu::new(&parent, 0).await_ready().map_err(Failure::run)?;
-        fill(&parent, &config)?;
+        fill(&parent, &config).map_err(Failure::run)?;
         parent.pause().map_err(Failure::run)?;
         let image = parent.fork().map_err(Failure::run)?.0;
         let bench = Self { supervisor, context: context.clone(), parent, image, config };

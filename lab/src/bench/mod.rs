@@ -1,4 +1,4 @@
-//! `clade bench`: ours, the baseline and the ratio from one run.
+//! `clade-lab bench`: ours, the baseline and the ratio from one run.
 
 mod ahead;
 mod all;
@@ -10,7 +10,6 @@ mod freeze;
 mod pin;
 mod reset;
 mod restore;
-mod sample;
 mod supervisor;
 mod suspend;
 mod tti;
@@ -22,12 +21,11 @@ use clade_guests::abi::{Command, Event, PAGE_SIZE, WORK_BASE};
 use clade_memory::{GAP_START, GuestRam};
 use serde::Serialize;
 
-use crate::commands::{BenchArgs, BenchName, Failure, Table, print_json};
-use clade_harness::{BareMailbox, BareVcpu, boot_bare};
+use crate::args::{BenchArgs, BenchName};
+use clade::{Failure, Table, print_json};
+use clade_harness::{BareMailbox, BareVcpu, MOST_FILLED, Sample, Spread, boot_bare, fill};
 use clade_vmm::kvm::Quirks;
 use clade_vmm::vm::{ChildOptions, Context, ForkImage, Vm, VmConfig};
-
-pub(crate) use sample::{Sample, Spread};
 
 /// The note on figures that include work of a guest's Linux, where KVM has no hardware
 /// virtualization under it.
@@ -172,30 +170,11 @@ fn low_pages(mem: u64) -> u64 {
     (mem.min(GAP_START) - WORK_BASE) / PAGE_SIZE
 }
 
-/// Larger guests are sparse: a copy of all their written pages, which is a baseline, must fit on
-/// the host beside them.
-const MOST_FILLED: u64 = 4 << 30;
-
 /// Boots a bare guest with one vCPU and fills its RAM above its own image.
 fn written(context: &Context, config: &Arc<VmConfig>) -> Result<Vm, Failure> {
     let vm = boot_bare(context, "bench", config).map_err(Failure::run)?;
-    fill(&vm, config)?;
+    fill(&vm, config).map_err(Failure::run)?;
     Ok(vm)
-}
-
-/// Has the guest fill all its RAM above its own image, as far as [`MOST_FILLED`].
-pub(crate) fn fill(vm: &Vm, config: &VmConfig) -> Result<(), Failure> {
-    let vcpu = BareVcpu::new(vm, 0);
-    let mut left = MOST_FILLED / PAGE_SIZE;
-    for (base, pages) in config.layout().ranges() {
-        let start = base.0.max(WORK_BASE);
-        let pages = (pages - (start - base.0) / PAGE_SIZE).min(left);
-        left -= pages;
-        if pages > 0 {
-            vcpu.run(Command::Fill { start, pages, seed: 1 }).map_err(Failure::run)?;
-        }
-    }
-    Ok(())
 }
 
 /// Starts a child. Returns the time from `begun` to its report, one of its first instructions.

@@ -5,11 +5,11 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use crate::tool::{Answer, CLADE, kvm};
+use crate::{Answer, LAB, kvm};
 
 fn stress(args: &[&str]) -> (Answer, Value) {
     let all = [&["stress", "dma", "--json", "--seconds", "4"], args].concat();
-    let answer = Answer::from(Command::new(CLADE).args(all).output().unwrap());
+    let answer = Answer::from(Command::new(LAB).args(all).output().unwrap());
     let report = serde_json::from_str(&answer.stdout).unwrap_or_else(|error| panic!("{error}: {answer:?}"));
     (answer, report)
 }

@@ -12,7 +12,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::Tally;
 use super::world::{ForkCosts, StressImage, StressVm, World};
-use crate::commands::{Failure, StressArgs};
+use crate::args::StressArgs;
+use clade::Failure;
 use clade_harness::{BareMailbox, BareVcpu, GuestWords, Machine};
 use clade_vmm::vm::{DiskSpec, VmConfig};
 

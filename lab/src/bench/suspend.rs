@@ -1,4 +1,4 @@
-//! `clade bench suspend`: VMs that give their memory back, and the first answer after a wake.
+//! `clade-lab bench suspend`: VMs that give their memory back, and the first answer after a wake.
 //!
 //! The guest is bare, and has written all its RAM (`--mem`, 64M unless given). Its file is in
 //! `/var/tmp`, and in the page cache at the wake. The first part is by the library, in this
@@ -20,10 +20,11 @@ use clade_memory::SuspendFile;
 use clade_vmm::vm::{Context, Vm, VmConfig};
 use hyper::Method;
 
+use crate::args::BenchArgs;
 use crate::bench::clones::available_kib;
 use crate::bench::supervisor::BenchSupervisor;
 use crate::bench::{BenchRow, Sample, low_pages, written};
-use crate::commands::{BARE, BenchArgs, Failure, MEASURE};
+use clade::{BARE, Failure, MEASURE};
 
 /// Directory of the files.
 const DIR: &str = "/var/tmp";
@@ -39,7 +40,7 @@ const BUFFER: usize = 1 << 20;
 const AWAKE: &str = "the same of a VM that is awake";
 const READ_ALL: &str = "reading all of it from the page cache";
 
-/// Runs `clade bench suspend`.
+/// Runs `clade-lab bench suspend`.
 pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     let config = Arc::new(VmConfig::bare(args.mem[0], 1).map_err(Failure::input)?);
     config.check_host_memory().map_err(Failure::input)?;

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use super::{Check, CheckOutcome};
-use crate::commands::Failure;
+use clade::Failure;
 use clade_vmm::kvm::{Clock, CpuHide, CpuidState, Host, MAX_MSRS, StateLayout, VcpuState};
 
 const MODULES: [&str; 3] = ["kvm_intel", "kvm_amd", "kvm_pvm"];

@@ -1,0 +1,11 @@
+//! The command line of `clade`. `clade-lab` measures and stresses the supervisor and the workers of
+//! this library.
+
+mod commands;
+mod demo;
+mod linux_guest;
+
+pub use commands::{
+    BARE, DevSupervisor, Failure, KernelSource, MEASURE, RemoteVm, SPINNING, Table, for_each, main, parse_size,
+    print_json, program,
+};
