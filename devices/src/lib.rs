@@ -2,15 +2,14 @@
 //!
 //! Devices here do not know KVM. They get the guest's accesses from a [`PioBus`] or an [`MmioBus`],
 //! raise interrupts through an [`Irq`], and save themselves as plain values. The devices in
-//! [`virtio`] do DMA, through pins, and have a thread each while a driver uses them. [`disk`] is
-//! the storage of the block device.
+//! [`virtio`] do DMA, through pins, and have a thread each while a driver uses them. The
+//! storage of the block device is in `clade_block`.
 
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
 mod bus;
 mod console;
-pub mod disk;
 mod i8042;
 mod irq;
 mod mmio;

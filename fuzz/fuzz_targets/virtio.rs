@@ -6,7 +6,7 @@
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use clade_devices::disk::{Disk, DiskConfig};
+use clade_block::{Disk, DiskConfig};
 use clade_devices::virtio::balloon::{Balloon, BalloonState};
 use clade_devices::virtio::block::{Block, BlockOptions};
 use clade_devices::virtio::console::ConsoleDevice;

@@ -9,7 +9,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use clade_devices::disk::DiskConfig;
+use clade_block::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
 use clade_devices::virtio::limiter::Limits;
 use clade_devices::virtio::vsock::VsockOptions;

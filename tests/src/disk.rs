@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use clade_devices::disk::DiskConfig;
+use clade_block::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
 use clade_guests::abi::disk::{DiskRun, Order, What, pattern};
 use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};

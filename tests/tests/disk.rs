@@ -5,7 +5,7 @@
 use std::thread;
 use std::time::Duration;
 
-use clade_devices::disk::CommitError;
+use clade_block::CommitError;
 use clade_guests::abi::Command;
 use clade_guests::abi::disk::{DiskRun, Order, What};
 use clade_harness::BareVcpu;

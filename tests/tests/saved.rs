@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clade_devices::disk::{CLUSTER, DiskImage, DiskLayer};
+use clade_block::{CLUSTER, DiskImage, DiskLayer};
 use clade_devices::virtio::Backend;
 use clade_guests::abi::disk::What;
 use clade_host_io::{CachePolicy, IoFile};

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
-use clade_devices::disk::{CommitError, Disk};
+use clade_block::{CommitError, Disk};
 use clade_guests::abi::disk::{DiskRun, What};
 use clade_guests::abi::{PAGE_SIZE, WORK_BASE};
 use clade_memory::{Backing, PageRange};

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clade_devices::disk::DiskConfig;
+use clade_block::DiskConfig;
 use clade_devices::virtio::block::{BlockOptions, MAX_QUEUES};
 use clade_devices::virtio::limiter::Rate;
 use clade_host_io::CachePolicy;

@@ -6,8 +6,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use clade_block::DiskConfig;
 use clade_daemon::vm_host::{check_name, runtime_dir};
-use clade_devices::disk::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
 use clade_devices::virtio::vsock::VsockOptions;
 use clade_oci::{Image, ImageStore, RunConfig};

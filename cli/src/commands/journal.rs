@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use clade_devices::disk::{DiskError, DiskJournal, JournalState};
+use clade_block::{DiskError, DiskJournal, JournalState};
 use serde::Serialize;
 
 use crate::commands::args::{DiskCommand, DiskImageArgs};

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 
+use clade_block::Disk;
 use clade_daemon::flight;
 use clade_daemon::vm_host::VmHost;
 use clade_daemon::worker::{self, Program, Served, UNMERGED};
-use clade_devices::disk::Disk;
 use clade_guests::abi;
 use clade_harness::{BareMailbox, BareVcpu, GuestWords};
 use clade_memory::{GuestRam, HugeTmpfs};

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
-use clade_devices::disk::{Disk, DiskConfig, DiskOp};
+use clade_block::{Disk, DiskConfig, DiskOp};
 use clade_guests::abi::disk::What;
 use clade_host_io::{AlignedBuf, Fragment};
 use rustix::process::Signal;

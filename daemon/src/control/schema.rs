@@ -320,7 +320,7 @@ pub(crate) struct VmConfig {
 mod tests {
     use std::path::Path;
 
-    use clade_devices::disk::DiskConfig as Disk;
+    use clade_block::DiskConfig as Disk;
     use clade_devices::virtio::limiter::{Limits as VmLimits, Rate as VmRate};
     use clade_devices::virtio::vsock::VsockOptions as Vsock;
     use clade_vmm::vm::{self, VmConfig as Config};

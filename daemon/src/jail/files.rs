@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use clade_devices::disk::{DiskConfig, journal_path, overlay_dir};
+use clade_block::{DiskConfig, journal_path, overlay_dir};
 use clade_snapshot::KnownDir;
 use clade_vmm::vm::VmConfig;
 use landlock::{

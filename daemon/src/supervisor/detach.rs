@@ -11,7 +11,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
-use clade_devices::disk::DiskConfig;
+use clade_block::DiskConfig;
 use rustix::time::{ClockId, clock_gettime};
 
 use super::checkpoint::Checkpoint;
@@ -255,7 +255,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use clade_devices::disk::DiskConfig;
+    use clade_block::DiskConfig;
     use clade_devices::virtio::block::BlockOptions;
     use clade_snapshot::KnownDir;
     use clade_vmm::vm::{DiskSpec, VmConfig};

@@ -284,7 +284,7 @@ fn is_overdue(vm: &OwnVm) -> bool {
 mod tests {
     use std::process::{Child, Command};
 
-    use clade_devices::disk::DiskConfig;
+    use clade_block::DiskConfig;
     use clade_devices::virtio::block::BlockOptions;
     use clade_vmm::vm::DiskSpec;
 

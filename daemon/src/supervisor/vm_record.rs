@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use clade_devices::disk::overlay_dir;
+use clade_block::overlay_dir;
 use clade_devices::virtio::net::Link;
 use serde::{Deserialize, Serialize};
 
@@ -258,7 +258,7 @@ pub(crate) fn clear_up(
 pub(super) mod tests {
     use std::time::Duration;
 
-    use clade_devices::disk::DiskConfig;
+    use clade_block::DiskConfig;
     use clade_devices::virtio::block::BlockOptions;
 
     use zeroize::Zeroizing;

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use clade_devices::disk::prepare_engines;
+use clade_block::prepare_engines;
 use serde::{Deserialize, Serialize};
 
 use super::{WorkerRequest, receive};

@@ -151,7 +151,7 @@ impl DeviceState {
 #[derive(Clone, Debug)]
 pub enum Backend {
     /// A disk at the same instant.
-    Disk(crate::disk::DiskImage),
+    Disk(clade_block::DiskImage),
     /// The device has no such part.
     None,
 }

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
+use clade_block::{Disk, DiskConfig, DiskImage};
 use clade_devices::MmioDevice;
-use clade_devices::disk::{Disk, DiskConfig, DiskImage};
 use clade_devices::virtio::block::{Block, BlockOptions};
 use clade_devices::virtio::{Backend, DeviceState, EventFds, TransportState, VirtioMmio, regs};
 use clade_host_io::Gate;

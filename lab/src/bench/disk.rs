@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use clade_devices::disk::DiskConfig;
+use clade_block::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
 use clade_guests::abi::disk::{self, AREA_PAGES, DiskRun, Order, What};
 use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use clade_devices::disk::DiskConfig;
+use clade_block::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
 use clade_guests::abi::disk::{self, DiskRun, Order, VIOLATION, What};
 use clade_guests::abi::{Command, PAGE_SIZE, PAGE_WORDS, WORK_BASE, fill_word};

@@ -4,7 +4,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clade_devices::disk::{Disk, DiskConfig};
+use clade_block::{Disk, DiskConfig};
 use clade_devices::virtio::block::BlockOptions;
 use clade_memory::Backing;
 use clade_test_support::wait_for;

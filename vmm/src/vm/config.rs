@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use clade_devices::disk::DiskConfig;
+use clade_block::DiskConfig;
 use clade_devices::virtio::block::{BlockOptions, MAX_QUEUES};
 use clade_devices::virtio::limiter::Limits;
 use clade_devices::virtio::net::{Egress, MAX_PAIRS, Mac};

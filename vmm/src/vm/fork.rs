@@ -30,7 +30,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clade_devices::disk::DiskImage;
+use clade_block::DiskImage;
 use clade_devices::virtio::Backend;
 use clade_memory::{
     Backing, Erased, FreezeReport, GuestRam, NoWriters, Quiesced, RamError, RamImage, StopsWriters, Store,

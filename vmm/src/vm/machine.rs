@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use clade_block::Disk;
 use clade_devices::Console;
-use clade_devices::disk::Disk;
 use clade_devices::virtio::block::Block;
 use clade_devices::virtio::vsock::BrokerSlot;
 use clade_memory::{CowCounts, Erased, GuestRam, PageMap, RamStats};

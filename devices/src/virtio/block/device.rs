@@ -17,11 +17,11 @@ use super::SEG_MAX;
 use super::request::MAX_RANGE_SECTORS;
 use super::service::{BlockService, DISK};
 use super::state::{BlockState, InFlight};
-use crate::disk::{CLUSTER, Disk, SECTOR};
 use crate::virtio::limiter::{Limiter, Limits};
 use crate::virtio::{
     ActivateError, Activation, Backend, DeviceState, DeviceWorker, SaveError, SavedDevice, VirtioDevice,
 };
+use clade_block::{CLUSTER, Disk, SECTOR};
 
 /// Descriptors of each queue.
 const QUEUE_SIZE: u16 = 256;

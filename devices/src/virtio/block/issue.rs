@@ -9,8 +9,8 @@ use super::request::{BlockRequest, RequestKind};
 use super::service::{BATCH, BlockService};
 use super::state::InFlight;
 use super::transfer::{Transfer, TransferPiece};
-use crate::disk::{DiskError, DiskOp};
 use crate::virtio::{YieldRequest, dma};
+use clade_block::{DiskError, DiskOp};
 
 /// Maximum bytes in the pieces of one turn: their pages are pinned, and data in the page cache is
 /// copied at once by the kernel.

@@ -1,4 +1,4 @@
-//! The block device: a [`Disk`](crate::disk::Disk) behind virtio.
+//! The block device: a [`Disk`](clade_block::Disk) behind virtio.
 //!
 //! | topic | file |
 //! |---|---|

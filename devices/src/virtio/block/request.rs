@@ -10,10 +10,10 @@ use virtio_bindings::virtio_blk::{
 };
 use vm_memory::GuestAddress;
 
-use crate::disk::SECTOR;
 use crate::virtio::chain::{Chain, Segment};
 use crate::virtio::dma;
 use crate::virtio::queue::QueueError;
+use clade_block::SECTOR;
 
 /// Bytes of the header.
 const HEADER: usize = 16;

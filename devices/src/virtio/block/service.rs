@@ -20,11 +20,11 @@ use super::SEG_MAX;
 use super::issue::{InFlightRequest, Running};
 use super::request::{BlockRequest, RequestKind};
 use super::state::{BlockState, InFlight};
-use crate::disk::{Disk, DiskDone, DiskImage};
 use crate::virtio::limiter::Limiter;
 use crate::virtio::queue_set::QueueSet;
 use crate::virtio::sync_device::FatalError;
 use crate::virtio::{Activation, QueueError, QueueState, Service, Turn, Virtqueue, Wake, YieldRequest, dma};
+use clade_block::{Disk, DiskDone, DiskImage};
 
 /// The number of the disk's eventfd among the worker's sources; queues have their own numbers.
 pub(super) const DISK: u32 = 1 << 16;

@@ -17,11 +17,11 @@ use vmm_sys_util::eventfd::EventFd;
 use super::issue::{BATCH_BYTES, MAX_BYTES};
 use super::service::{BATCH, BlockService};
 use super::{Block, BlockOptions, BlockState, InFlight, SEG_MAX};
-use crate::disk::{Disk, DiskConfig, DiskImage};
 use crate::irq::Irq;
 use crate::virtio::interrupt::InterruptState;
 use crate::virtio::limiter::{Limiter, Limits, Rate};
 use crate::virtio::{Activation, Interrupt, QueueState, Service, Turn, VirtioDevice, Virtqueue, Wake, YieldRequest};
+use clade_block::{Disk, DiskConfig, DiskImage};
 
 const RAM: u64 = 32 << 20;
 const QUEUE: u16 = 256;

@@ -4,8 +4,8 @@ use std::collections::VecDeque;
 
 use vm_memory::GuestAddress;
 
-use crate::disk::CLUSTER;
 use crate::virtio::chain::Segment;
+use clade_block::CLUSTER;
 
 /// The rest of a read or a write.
 #[derive(Debug)]
@@ -67,7 +67,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::disk::SECTOR;
+    use clade_block::SECTOR;
 
     proptest! {
         /// For buffers split at any place: the pieces are all of the memory, once and in order, and

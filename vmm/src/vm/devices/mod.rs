@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use clade_devices::disk::DiskError;
+use clade_block::DiskError;
 use clade_devices::virtio::block::Block;
 use clade_devices::virtio::net::EgressError;
 use clade_devices::virtio::sync_device::{DeviceOps, SyncDevice};

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
+use clade_block::Disk;
 use clade_devices::Console;
-use clade_devices::disk::Disk;
 use clade_devices::virtio::balloon::{Balloon, BalloonState};
 use clade_devices::virtio::block::Block;
 use clade_devices::virtio::console::{ConsoleDevice, Typist};

@@ -15,7 +15,7 @@ pub mod sections;
 use std::io;
 use std::path::PathBuf;
 
-use clade_devices::disk::DiskError;
+use clade_block::DiskError;
 use clade_memory::RamError;
 use clade_snapshot::SnapshotId;
 use thiserror::Error;

@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use clade_devices::disk::{DiskImage, DiskLayer, DiskRun};
+use clade_block::{DiskImage, DiskLayer, DiskRun};
 use clade_devices::virtio::Backend;
 use clade_host_io::IoFile;
 use clade_memory::PageRange;
@@ -166,7 +166,7 @@ fn backends(config: &VmConfig, snapshot: &Snapshot, options: &RestoreOptions) ->
     Ok(backends)
 }
 
-fn disk_layers(reader: &DiskReader, disk: &clade_devices::disk::DiskConfig) -> Result<Vec<DiskLayer>, SnapshotError> {
+fn disk_layers(reader: &DiskReader, disk: &clade_block::DiskConfig) -> Result<Vec<DiskLayer>, SnapshotError> {
     let run = |(range, kind): &(PageRange, PageContent)| DiskRun {
         clusters: range.start()..range.end(),
         zero: *kind == PageContent::Zero,
@@ -188,7 +188,7 @@ fn disk_layers(reader: &DiskReader, disk: &clade_devices::disk::DiskConfig) -> R
 }
 
 /// Unpacks a disk to an unnamed file, opened read-only.
-fn unpacked(reader: &DiskReader, disk: &clade_devices::disk::DiskConfig) -> Result<(File, PathBuf), SnapshotError> {
+fn unpacked(reader: &DiskReader, disk: &clade_block::DiskConfig) -> Result<(File, PathBuf), SnapshotError> {
     let dir = disk.overlays.clone().unwrap_or_else(std::env::temp_dir);
     let failed = |source: io::Error| SnapshotError::Unpack { path: dir.clone(), source };
     let file = tempfile::tempfile_in(&dir).map_err(failed)?;

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, TryLockError};
 use std::time::{Duration, Instant};
 
-use clade_devices::disk::{CLUSTER, DiskImage, DiskRun};
+use clade_block::{CLUSTER, DiskImage, DiskRun};
 use clade_memory::{PAGE_SIZE, PageRange};
 use clade_snapshot::{
     Base, Compression, DiskToSave, PageContent, Save, SaveProgress, Saved, Space, linear, record_working_set,

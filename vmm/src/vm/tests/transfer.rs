@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use clade_devices::disk::DiskConfig;
+use clade_block::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
 use clade_guests::BARE_ELF;
 use clade_memory::{DontFork, PageRange, Store};

@@ -14,7 +14,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use clade_devices::disk::{DetachedDisk, DiskError};
+use clade_block::{DetachedDisk, DiskError};
 use clade_devices::virtio::Backend;
 use clade_host_io::{FileError, IoFile};
 use clade_memory::{CopiedRuns, DetachedRam, LayerHandle, LayerId, LayerTreatment, PAGE_SIZE, PageRange, RamError};

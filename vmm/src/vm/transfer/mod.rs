@@ -22,7 +22,7 @@ mod socket;
 use std::io;
 use std::path::PathBuf;
 
-use clade_devices::disk::DiskError;
+use clade_block::DiskError;
 use clade_host_io::FileError;
 use clade_memory::{RamError, StoreError};
 use thiserror::Error;

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use clade_devices::disk::{DiskConfig, DiskImage, DiskLayer, DiskRun};
+use clade_block::{DiskConfig, DiskImage, DiskLayer, DiskRun};
 use clade_devices::virtio::Backend;
 use clade_host_io::IoFile;
 use clade_memory::{

@@ -1,4 +1,4 @@
-use clade_devices::disk::{Disk, DiskConfig};
+use clade_block::{Disk, DiskConfig};
 use clade_devices::virtio::balloon::{Balloon, BalloonState};
 use clade_devices::virtio::block::{Block, BlockOptions, InFlight};
 use clade_devices::virtio::console::ConsoleDevice;

@@ -28,6 +28,9 @@
 //! | the runs that a snapshot writes, and a disk made of them | `layers.rs` |
 //! | copies of files that another process can write | `detach.rs` |
 
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
 mod compact;
 mod detach;
 mod directory;

@@ -13,8 +13,8 @@ use clade_host_io::{AlignedBuf, FileError, Fragment, IoFile, Request};
 use super::files::{JOURNAL, NEXT, forget, overlay, remove_files};
 use super::format::{self, ImageStatus, JournalEntry, StoredIn};
 use super::{FlushState, Journal, NamedOverlay, image_binding};
-use crate::disk::directory::{Directory, write};
-use crate::disk::map::{BlockMap, ClusterSource};
+use crate::directory::{Directory, write};
+use crate::map::{BlockMap, ClusterSource};
 
 /// The record of the flush in progress.
 #[derive(Debug)]
@@ -55,7 +55,7 @@ impl Journal {
     ///
     /// # Errors
     /// When an overlay cannot be named. The next flush tries again.
-    pub(in crate::disk) fn begin(&mut self, map: &BlockMap, standing: FlushState) -> Result<Vec<Request>, FileError> {
+    pub(crate) fn begin(&mut self, map: &BlockMap, standing: FlushState) -> Result<Vec<Request>, FileError> {
         if self.broken {
             let (path, source) = (self.location.path(), io::Error::from(rustix::io::Errno::IO));
             return Err(FileError { path, what: "added to since a write to an overlay was lost", source });
@@ -173,7 +173,7 @@ impl Journal {
     ///
     /// # Errors
     /// When a step fails. [`Journal::give_up`] must be called then.
-    pub(in crate::disk) fn next(&mut self) -> Result<Option<Request>, FileError> {
+    pub(crate) fn next(&mut self) -> Result<Option<Request>, FileError> {
         let (Some(writing), Some(dir)) = (&mut self.writing, &self.dir) else { return Ok(None) };
         let sync = |file: &Arc<IoFile>, all| Ok(Some(Request::Sync { file: Arc::clone(file), all }));
         let to = if writing.whole { &self.next } else { &self.file };
@@ -270,7 +270,7 @@ impl Journal {
 
     /// Ends a failed flush and discards its progress. The next flush does it all again, unless a
     /// write was `lost`.
-    pub(in crate::disk) fn give_up(&mut self, lost: bool) {
+    pub(crate) fn give_up(&mut self, lost: bool) {
         let Some(mut writing) = self.writing.take() else { return };
         self.broken |= lost && writing.step == JournalStep::Data;
         writing.synced.iter().for_each(|file| file.set_unsynced());

@@ -8,7 +8,7 @@ use clade_host_io::{FileError, IoFile};
 
 use super::format::{self, JournalId};
 use super::image_binding;
-use crate::disk::directory::{Directory, sync};
+use crate::directory::{Directory, sync};
 
 pub(super) const JOURNAL: &str = "journal";
 /// The name of a journal that is not valid: not yet, or no longer.

@@ -243,7 +243,7 @@ impl Durability {
     }
 
     #[cfg(test)]
-    pub(in crate::disk) fn journal_mut(&mut self) -> Option<&mut Journal> {
+    pub(crate) fn journal_mut(&mut self) -> Option<&mut Journal> {
         self.journal.as_mut()
     }
 }

@@ -13,7 +13,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clade_devices::disk::{CommitError, Disk, DiskConfig, DiskOp};
+use clade_block::{CommitError, Disk, DiskConfig, DiskOp};
 use clade_host_io::{AlignedBuf, Fragment};
 
 const CLUSTER: u64 = 4096;

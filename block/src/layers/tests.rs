@@ -7,8 +7,8 @@ use clade_host_io::CachePolicy;
 use proptest::prelude::*;
 
 use super::*;
-use crate::disk::testutil::{SOON, buffer, finish, read, run, whole, write};
-use crate::disk::{CommitError, Disk, DiskOp};
+use crate::testutil::{SOON, buffer, finish, read, run, whole, write};
+use crate::{CommitError, Disk, DiskOp};
 
 /// The last cluster is short.
 const SIZE: u64 = 40 * CLUSTER + 3 * SECTOR;

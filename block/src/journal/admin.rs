@@ -9,8 +9,8 @@ use super::files::{Location, allocated, retire, unmark};
 use super::format::{JournalError, JournalId};
 use super::image_binding;
 use super::recovery::{Beside, Checks, JournalReport, RecoveredJournal, look};
-use crate::disk::map::{CLUSTER, ClusterSource};
-use crate::disk::{DiskError, SECTOR};
+use crate::map::{CLUSTER, ClusterSource};
+use crate::{DiskError, SECTOR};
 
 /// The state of an image's journal.
 #[derive(Debug)]

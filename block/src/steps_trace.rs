@@ -8,12 +8,12 @@ pub(super) use testing::{request, step};
 #[cfg(not(test))]
 mod real {
     /// Called before each change of a file or a directory that bypasses the engine.
-    pub(in crate::disk) fn step(_what: impl FnOnce() -> String) -> std::io::Result<()> {
+    pub(crate) fn step(_what: impl FnOnce() -> String) -> std::io::Result<()> {
         Ok(())
     }
 
     /// Called with each request to the engine.
-    pub(in crate::disk) fn request(request: clade_host_io::Request) -> clade_host_io::Request {
+    pub(crate) fn request(request: clade_host_io::Request) -> clade_host_io::Request {
         request
     }
 }
@@ -41,7 +41,7 @@ pub(super) mod testing {
         static TRACE: RefCell<Trace> = RefCell::default();
     }
 
-    pub(in crate::disk) fn step(what: impl FnOnce() -> String) -> io::Result<()> {
+    pub(crate) fn step(what: impl FnOnce() -> String) -> io::Result<()> {
         TRACE.with_borrow_mut(|trace| {
             match &mut trace.left {
                 Some(0) => return Err(io::Error::from_raw_os_error(libc::EIO)),
@@ -54,19 +54,19 @@ pub(super) mod testing {
     }
 
     /// Runs `work`, with only the first `steps` steps succeeding. Returns the steps done as well.
-    pub(in crate::disk) fn traced<T>(steps: Option<usize>, work: impl FnOnce() -> T) -> (T, Vec<String>) {
+    pub(crate) fn traced<T>(steps: Option<usize>, work: impl FnOnce() -> T) -> (T, Vec<String>) {
         TRACE.with_borrow_mut(|trace| (trace.done, trace.left) = (Vec::new(), steps));
         let result = work();
         (result, TRACE.with_borrow_mut(|trace| (std::mem::take(&mut trace.done), trace.left = None).0))
     }
 
     /// Makes syncs of files with this name fail from now on.
-    pub(in crate::disk) fn fail_syncs_of(name: Option<&str>) {
+    pub(crate) fn fail_syncs_of(name: Option<&str>) {
         TRACE.with_borrow_mut(|trace| trace.unsyncable = name.map(str::to_owned));
     }
 
     /// Records a sync, or makes it fail.
-    pub(in crate::disk) fn request(request: Request) -> Request {
+    pub(crate) fn request(request: Request) -> Request {
         let Request::Sync { file, all } = request else { return request };
         let name = file.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
         TRACE.with_borrow_mut(|trace| {

@@ -322,7 +322,7 @@ impl RequestTable {
     }
 
     #[cfg(test)]
-    pub(in crate::disk) fn engine_mut(&mut self) -> Option<&mut Engine<usize>> {
+    pub(crate) fn engine_mut(&mut self) -> Option<&mut Engine<usize>> {
         self.engine.as_mut()
     }
 }

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use proptest::prelude::*;
 
 use super::*;
-use crate::disk::testutil::{SOON, begin_write, finish, read, run, whole};
-use crate::disk::{DiskConfig, DiskImage, DiskOp, SECTOR};
+use crate::testutil::{SOON, begin_write, finish, read, run, whole};
+use crate::{DiskConfig, DiskImage, DiskOp, SECTOR};
 
 const CLUSTERS: u64 = 300;
 /// Not whole clusters.

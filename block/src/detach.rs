@@ -89,9 +89,9 @@ mod tests {
     use std::fs::File;
     use std::os::unix::fs::{FileExt, MetadataExt};
 
-    use super::super::testutil::{read, whole, write};
-    use super::super::{Disk, DiskConfig, DiskLayer, SECTOR};
     use super::*;
+    use crate::testutil::{read, whole, write};
+    use crate::{Disk, DiskConfig, DiskLayer, SECTOR};
 
     const BYTES: u64 = 64 * CLUSTER + SECTOR;
 

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::*;
-use crate::disk::steps_trace::testing::{fail_syncs_of, traced};
-use crate::disk::testutil::{SOON, begin_write, finish, read, write};
-use crate::disk::{CLUSTER, CommitError, DiskConfig, DiskHealth, DiskOp};
+use crate::steps_trace::testing::{fail_syncs_of, traced};
+use crate::testutil::{SOON, begin_write, finish, read, write};
+use crate::{CLUSTER, CommitError, DiskConfig, DiskHealth, DiskOp};
 
 const SIZE: u64 = 8 << 20;
 
@@ -320,7 +320,7 @@ fn a_guest_that_discards_here_and_there_costs_the_host_a_bounded_map() {
     fs::File::create(&path).unwrap().set_len(16 << 30).unwrap();
     let mut disk = Disk::open(&DiskConfig::new(&path)).unwrap();
     drop(disk.fork());
-    let all = crate::disk::steps::MAX_EXTENTS as u64;
+    let all = crate::steps::MAX_EXTENTS as u64;
     for cluster in 0..3 * all {
         disk.submit(DiskOp::Discard { offset: 2 * cluster * CLUSTER, len: CLUSTER }, cluster).unwrap();
         assert!(disk.take_done().pop().unwrap().result.is_ok());

@@ -162,7 +162,7 @@ impl Relocation {
     }
 
     #[cfg(test)]
-    pub(in crate::disk) fn at_most(most: usize, look: u32) -> Self {
+    pub(crate) fn at_most(most: usize, look: u32) -> Self {
         Self { most, look, ..Self::default() }
     }
 }

@@ -9,9 +9,9 @@ use clade_host_io::{FileError, IoFile};
 use super::files::{JOURNAL, Location, NEXT, header_in, header_of, overlay, remove_files, retire, unmark};
 use super::format::{self, Contents, ImageStatus, JournalEntry, JournalError, StoredIn};
 use super::image_binding::{self, Mark};
-use crate::disk::DiskError;
-use crate::disk::directory::{Directory, sync, write};
-use crate::disk::map::{BlockMap, CLUSTER, ClusterSource, push_run};
+use crate::DiskError;
+use crate::directory::{Directory, sync, write};
+use crate::map::{BlockMap, CLUSTER, ClusterSource, push_run};
 
 /// Checks before a journal is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,13 +25,13 @@ pub(super) enum Checks {
 /// A disk whose journal was left behind: its process crashed, or other VMs still used the image at
 /// its end.
 #[derive(Debug)]
-pub(in crate::disk) struct RecoveredJournal {
+pub(crate) struct RecoveredJournal {
     location: Location,
     /// The journal's directory, locked.
     dir: Directory,
     pub(super) contents: Contents,
     /// The disk with the journal applied.
-    pub(in crate::disk) map: BlockMap,
+    pub(crate) map: BlockMap,
     file: Arc<IoFile>,
 }
 
@@ -81,7 +81,7 @@ impl RecoveredJournal {
     /// # Errors
     /// When the journal cannot be read, belongs to another image, or lacks a file; when the image
     /// has changed since; or when the image's attribute names an absent journal.
-    pub(in crate::disk) fn find(base: &Arc<IoFile>, size: u64) -> Result<Option<Self>, DiskError> {
+    pub(crate) fn find(base: &Arc<IoFile>, size: u64) -> Result<Option<Self>, DiskError> {
         if base.is_block_device() {
             return Ok(None);
         }
@@ -167,7 +167,7 @@ impl RecoveredJournal {
     ///
     /// # Errors
     /// When a step fails. Opening the image continues from there.
-    pub(in crate::disk) fn write_back(mut self, base: &Arc<IoFile>, size: u64) -> Result<JournalReport, FileError> {
+    pub(crate) fn write_back(mut self, base: &Arc<IoFile>, size: u64) -> Result<JournalReport, FileError> {
         let mut log = JournalTail {
             file: self.file,
             end: self.contents.end,
@@ -182,7 +182,7 @@ impl RecoveredJournal {
 
 /// The end of the journal, where records are added while clusters are copied into the image.
 #[derive(Debug)]
-pub(in crate::disk) struct JournalTail {
+pub(crate) struct JournalTail {
     pub(super) file: Arc<IoFile>,
     pub(super) end: u64,
     pub(super) records: u64,
@@ -225,7 +225,7 @@ const BATCH: u64 = 16 << 10;
 ///
 /// # Errors
 /// When a step fails. `map` then shows which clusters are in the image.
-pub(in crate::disk) fn write_back(
+pub(crate) fn write_back(
     map: &mut BlockMap,
     base: &Arc<IoFile>,
     size: u64,

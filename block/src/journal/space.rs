@@ -6,7 +6,7 @@ use clade_host_io::IoFile;
 
 use super::files::allocated;
 use super::{Journal, format};
-use crate::disk::map::{BlockMap, CLUSTER};
+use crate::map::{BlockMap, CLUSTER};
 
 /// A journal is replaced if it is longer than this many bytes, and this many times longer than the
 /// entries of a whole one.
@@ -36,7 +36,7 @@ impl Journal {
 
     /// Overlays to move clusters out of: those with the least used share of allocated bytes, while
     /// the total garbage is above the limit. `own` is still being written.
-    pub(in crate::disk) fn wasteful(&self, map: &BlockMap, own: Option<&Arc<IoFile>>) -> Vec<Arc<IoFile>> {
+    pub(crate) fn wasteful(&self, map: &BlockMap, own: Option<&Arc<IoFile>>) -> Vec<Arc<IoFile>> {
         let is_own = |file: &Arc<IoFile>| own.is_some_and(|own| Arc::ptr_eq(own, file));
         if self.overlays.len() < 2 {
             return Vec::new();

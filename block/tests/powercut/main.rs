@@ -21,7 +21,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clade_devices::disk::{Disk, DiskConfig, DiskImage, DiskOp, SECTOR};
+use clade_block::{Disk, DiskConfig, DiskImage, DiskOp, SECTOR};
 use clade_host_io::{AlignedBuf, Fragment};
 
 use device::{BTRFS, EXT4, Event, Kind, Mounted, Recorder, XFS, cut};

@@ -8,10 +8,10 @@ use super::space::STALE;
 use clade_host_io::Request;
 
 use super::*;
-use crate::disk::compact::Relocation;
-use crate::disk::steps_trace::testing::traced;
-use crate::disk::testutil::{SOON, begin_write, finish, read, run, whole, write};
-use crate::disk::{CommitError, CommitReport, Disk, DiskConfig, DiskError, DiskOp, SECTOR};
+use crate::compact::Relocation;
+use crate::steps_trace::testing::traced;
+use crate::testutil::{SOON, begin_write, finish, read, run, whole, write};
+use crate::{CommitError, CommitReport, Disk, DiskConfig, DiskError, DiskOp, SECTOR};
 
 const CLUSTERS: u64 = 40;
 /// The last cluster is short.
@@ -476,7 +476,7 @@ fn overlays_are_written_again_only_where_a_journal_names_them() {
     drop(image);
     // In another process a disk has layers, and no writable image.
     let config = DiskConfig::new(&bench.path);
-    let mut child = crate::disk::DiskImage::from_layers(&config, SIZE, &[]).unwrap().open().unwrap();
+    let mut child = crate::DiskImage::from_layers(&config, SIZE, &[]).unwrap().open().unwrap();
     write(&mut child, 0, &[2; 4096]);
     assert_eq!(mode(&child), 0o400);
     let mut grandchild = child.fork().open().unwrap();

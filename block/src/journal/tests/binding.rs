@@ -1,7 +1,7 @@
 //! A journal beside the wrong image, in each way in which a user can cause it.
 
 use super::*;
-use crate::disk::{DiskJournal, JournalState};
+use crate::{DiskJournal, JournalState};
 
 /// A bench with one cluster in the journal.
 fn left() -> Bench {

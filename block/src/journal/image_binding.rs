@@ -5,8 +5,8 @@ use rustix::fs::{StatxFlags, XattrFlags, fgetxattr, fremovexattr, fsetxattr, sta
 use rustix::io::Errno;
 
 use super::format::{ImageStatus, JournalError, JournalHeader, JournalId, Stamp};
-use crate::disk::directory::failed;
-use crate::disk::steps_trace::step;
+use crate::directory::failed;
+use crate::steps_trace::step;
 
 /// The image's extended attribute: the id of its journal, in hexadecimal.
 pub(super) const XATTR: &str = "user.clade.journal";

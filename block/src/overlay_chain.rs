@@ -319,7 +319,7 @@ impl OverlayChain {
     }
 
     #[cfg(test)]
-    pub(in crate::disk) fn relocation_mut(&mut self) -> &mut Relocation {
+    pub(crate) fn relocation_mut(&mut self) -> &mut Relocation {
         &mut self.relocation
     }
 }
