@@ -22,7 +22,7 @@ pub(crate) const PER_KEY: usize = 1024;
 struct Counts {
     by_sandbox: BTreeMap<String, usize>,
     by_key: BTreeMap<String, usize>,
-    /// Those without a token, by sandbox. They do not count for the sandbox or its owner.
+    /// Connections without a token, by sandbox. These do not count for the sandbox or its owner.
     strangers: BTreeMap<String, usize>,
 }
 

@@ -147,7 +147,7 @@ impl Gateway {
         let listener = TcpListener::from_std(listener).map_err(failed)?;
         let (router, gateway) = (router(self), self.clone());
         let serving = async move {
-            // First: what a call makes afterwards is no earlier supervisor's.
+            // First: VMs that calls make afterwards are of this supervisor.
             gateway.reconcile().await;
             tokio::join!(accept(listener, router), gateway.keep_time(), gateway.keep_swept());
         };

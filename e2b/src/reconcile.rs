@@ -1,4 +1,4 @@
-//! What an earlier supervisor has left in the middle of a call.
+//! Repairs after a supervisor that was killed in the middle of a call.
 //!
 //! A call changes a VM and a record, one after the other. A supervisor that is killed in between leaves
 //! them apart. The next one makes them agree before it takes calls:
@@ -56,7 +56,7 @@ impl Gateway {
         let record = entry.get();
         let vm: VmInfo = match self.vm(Method::GET, &record.id, "", None::<&()>).await.map_err(GatewayError::from) {
             Ok(vm) => vm,
-            // It has ended, and will be forgotten.
+            // The sweep forgets the sandbox of a VM that has ended.
             Err(error) if matches!(error.status.as_u16(), 404 | 410) => return Ok(()),
             Err(error) => return Err(error),
         };

@@ -89,7 +89,7 @@ fn a_detached_checkpoint_is_as_it_was_whatever_its_vms_process_writes() {
     let safe = checkpoint(&all, "web", "safe", &["--detach"]);
     let (copied, pages) = (safe["detached"]["copied_layers"].as_u64(), safe["detached"]["copied_pages"].as_u64());
     assert!(copied >= Some(2) && pages >= Some(MANY), "{safe}");
-    // What was copied for this checkpoint is not copied for the next one of the VM.
+    // The next checkpoint of the VM shares the copies of this one.
     all.put("web", 2, mark(3));
     let next = checkpoint(&all, "web", "next", &["--detach"]);
     assert!(next["detached"]["copied_pages"].as_u64() < Some(MANY / 10), "{next}");
@@ -120,8 +120,8 @@ fn a_detached_checkpoint_is_as_it_was_whatever_its_vms_process_writes() {
     drop(files);
     ["web", "broken", "next-1"].iter().for_each(|vm| all.stop(vm));
 
-    // A child has its parent's copies for reading, and its own pages for writing. What is copied already
-    // is not copied again.
+    // A child has its parent's copies for reading, and its own pages for writing. Its checkpoint shares
+    // the copies.
     all.put("safe-1", 2, mark(2));
     let again = checkpoint(&all, "safe-1", "again", &["--detach"]);
     let again = &again["detached"];

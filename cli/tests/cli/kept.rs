@@ -43,7 +43,7 @@ fn a_kept_checkpoint_is_there_for_later_supervisors() {
     let taken = all.runtime.clade(&["checkpoint", "web", "base", "--keep", "--json"]).json();
     assert_eq!((&taken["kept"], &taken["vm"]), (&true.into(), &"web".into()), "{taken}");
     all.runtime.clade(&["checkpoint", "web", "lost", "--json"]).json();
-    // One may be kept later, too, and more than once.
+    // A checkpoint may be kept later, too, and more than once.
     all.runtime.clade(&["checkpoint", "web", "later", "--json"]).json();
     for _ in 0..2 {
         assert_eq!(all.runtime.clade(&["keep", "later", "--json"]).json()["kept"], true);

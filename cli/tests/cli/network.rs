@@ -215,7 +215,7 @@ fn a_closed_network_is_closed_for_whoever_has_its_queues() {
     assert_eq!(all.runtime.clade(&["network", "again", "closed"]).code, Some(0));
     assert_eq!(pass(&all, "again"), [false; 2]);
 
-    // A supervisor that died before it had closed what it had recorded.
+    // A supervisor that was killed between its record and the interfaces.
     let process = all.pid_of("child");
     all.runtime.crash();
     let (_, vm) = all.runtime.http_at(&all.runtime.socket("child"), "GET", "/v1/vms/child", "");
@@ -271,7 +271,7 @@ struct Interface<'a>(&'a str);
 
 impl Drop for Interface<'_> {
     fn drop(&mut self) {
-        // It is there still, unless the test has failed before.
+        // A test that has failed early has not made the interface.
         let _ = Command::new("ip").args(["link", "del", self.0]).status();
     }
 }

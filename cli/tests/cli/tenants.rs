@@ -234,7 +234,7 @@ fn tenants(calls: u64) {
         a.run(most, || is_measured.load(Ordering::Relaxed) || measured.is_finished());
         measured.join().unwrap()
     });
-    // Both at once: each compares what it lists with its own model.
+    // Both at once: each compares its lists with its own model.
     let begun = Instant::now();
     thread::scope(|scope| {
         scope.spawn(|| a.run(calls, || true));

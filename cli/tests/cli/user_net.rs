@@ -146,7 +146,7 @@ fn a_guest_and_its_forks_reach_the_host_without_an_interface() {
     for vm in ["narrow", "closed"] {
         is_refused(&images, vm, host, port);
     }
-    // The passt of a closed child is stopped, whatever the child's process writes to it.
+    // The passt of a closed child is stopped, and takes nothing from the child's process.
     let stopped = || others().into_iter().filter(|pid| state(*pid) == 'T').count();
     assert_eq!(stopped(), 1);
     assert_eq!(images.clade(&["network", "closed", "open"]).code, Some(0));

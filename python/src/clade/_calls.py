@@ -40,6 +40,13 @@ class Calls:
         answer: t.ForkAnswer = self._transport.json("POST", f"/v1/checkpoints/{quote(name, safe='')}/fork", body=body, headers={"Idempotency-Key": idempotency_key})
         return answer
 
+    def keep_checkpoint(self, name: str) -> t.CheckpointInfo:
+        """Writes a checkpoint to the disk, where later supervisors find it. Answers when it is
+        there.
+        """
+        answer: t.CheckpointInfo = self._transport.json("POST", f"/v1/checkpoints/{quote(name, safe='')}/keep")
+        return answer
+
     def prepare(self, name: str, body: t.PrepareRequest) -> t.Prepared:
         """Prepares processes for children of a checkpoint."""
         answer: t.Prepared = self._transport.json("POST", f"/v1/checkpoints/{quote(name, safe='')}/prepare", body=body)
@@ -127,7 +134,10 @@ class Calls:
         return answer
 
     def set_network(self, name: str, body: t.NetworkRequest) -> t.VmInfo:
-        """Opens or closes a VM's network devices for packets, or sets their egress rules."""
+        """Opens or closes a VM's network devices for packets, or sets their egress rules. The host
+        closes a network outside of the VM's process too: it takes the VM's TAP interfaces down,
+        and stops its passt.
+        """
         answer: t.VmInfo = self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/network", body=body)
         return answer
 
@@ -276,6 +286,13 @@ class AsyncCalls:
         answer: t.ForkAnswer = await self._transport.json("POST", f"/v1/checkpoints/{quote(name, safe='')}/fork", body=body, headers={"Idempotency-Key": idempotency_key})
         return answer
 
+    async def keep_checkpoint(self, name: str) -> t.CheckpointInfo:
+        """Writes a checkpoint to the disk, where later supervisors find it. Answers when it is
+        there.
+        """
+        answer: t.CheckpointInfo = await self._transport.json("POST", f"/v1/checkpoints/{quote(name, safe='')}/keep")
+        return answer
+
     async def prepare(self, name: str, body: t.PrepareRequest) -> t.Prepared:
         """Prepares processes for children of a checkpoint."""
         answer: t.Prepared = await self._transport.json("POST", f"/v1/checkpoints/{quote(name, safe='')}/prepare", body=body)
@@ -363,7 +380,10 @@ class AsyncCalls:
         return answer
 
     async def set_network(self, name: str, body: t.NetworkRequest) -> t.VmInfo:
-        """Opens or closes a VM's network devices for packets, or sets their egress rules."""
+        """Opens or closes a VM's network devices for packets, or sets their egress rules. The host
+        closes a network outside of the VM's process too: it takes the VM's TAP interfaces down,
+        and stops its passt.
+        """
         answer: t.VmInfo = await self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/network", body=body)
         return answer
 

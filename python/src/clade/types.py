@@ -856,6 +856,13 @@ class ForkRequest(TypedDict):
     count: NotRequired[int]
     """The number of children; 1 if not given."""
 
+    detach: NotRequired[bool]
+    """Whether the children start from copies of what the VM's process can write, so that a guest
+    which breaks into that process later cannot change their memory or disks. The VM runs on
+    meanwhile. Refused for the fork of a checkpoint, which may be detached itself, and for a
+    restore.
+    """
+
     egress: NotRequired[list[EgressRule]]
     """Egress rules of the children: a layer in addition to their parent's rules, which also apply."""
 
