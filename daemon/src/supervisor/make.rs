@@ -1,4 +1,21 @@
 //! Children and booted VMs: starts the workers that make them, all of a request or none (I13).
+//!
+//! The steps of a request, in their order. A failure undoes the earlier steps, by the drop of what they
+//! have made:
+//!
+//! | step | where | undone by |
+//! |---|---|---|
+//! | the parent's record is read, the host's limits are checked, names are claimed | `claim` | `NameClaim` |
+//! | the request for the parent's image is sent: it is taken while workers start | `PendingFork::begin` | its drop: the parent runs on |
+//! | workers are taken from the pool, or started; each is in its group and confined | `assign` | `Workers`, `Group` |
+//! | interfaces, addresses, sockets, files and the record of each VM are made, and sent | `WorkerResources::make` | `WorkerResources` |
+//! | the network hook connects the interfaces | `NetHook::up` | `Up` |
+//! | closed networks are closed | `close_links` | `WorkerResources` |
+//! | workers get the image: from here on they read what another process has written | `give_image` | `Workers` |
+//! | the processes are recorded: a VM may end at once | `Processes::add` | `Processes::remove` |
+//! | all VMs are made; networks of unknown state are settled | `run_together` | `Workers` |
+//! | the VMs run. A failure of one ends only that one | `run_together` | nothing |
+//! | files, interfaces and names are left to the VMs | `keep`, `leave` | nothing |
 
 use std::cell::{Cell, OnceCell};
 use std::os::fd::{AsFd, OwnedFd};

@@ -9,7 +9,8 @@
 //! |---|---|
 //! | `make` | children and booted VMs, all of a request or none |
 //! | `ends` | detection of ended processes, and their cleanup |
-//! | `checkpoint` | images held for forks |
+//! | `checkpoint` | the image of a VM, held for forks |
+//! | `checkpoints` | checkpoints by name, in memory and on disk |
 //! | `detach` | copies of images that no VM's process can write |
 //! | `vm_record` | the supervisor's own records of VMs |
 //! | `worker_resources` | grants and descriptors of workers |
@@ -40,6 +41,7 @@
 mod broker;
 mod cgroups;
 mod checkpoint;
+mod checkpoints;
 mod detach;
 mod ends;
 mod events;
@@ -83,9 +85,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 
-use crate::control::{
-    ApiError, CheckpointInfo, CheckpointRequest, MergingVm, ProblemKind, StopAnswer, SupervisorInfo, VmInfo,
-};
+use crate::control::{ApiError, MergingVm, ProblemKind, StopAnswer, SupervisorInfo, VmInfo};
 use crate::flight::FlightEvent;
 use crate::image::give_broker;
 use crate::jail::Confinement;
@@ -97,7 +97,7 @@ use crate::zygote::{WorkerExit, Zygote};
 use broker::Broker;
 use cgroups::Cgroups;
 pub use cgroups::{CgroupError, CgroupPlace};
-use checkpoint::{Checkpoint, Checkpoints};
+use checkpoints::Checkpoints;
 use clade_vmm::vm::StopReason;
 use detach::CopiedFiles;
 use events::Events;
@@ -369,82 +369,6 @@ impl Supervisor {
         let ending = self.0.closing.load(Ordering::Relaxed).then_some(CancelReason::Ending);
         let reason = cancel.reason().or(ending);
         reason.map_or(Ok(()), |reason| Err(DaemonError::Cancelled { made, count, reason }))
-    }
-
-    /// Takes a checkpoint of a VM, in whichever process it runs, and keeps it if that is requested.
-    ///
-    /// # Errors
-    /// When there is no such VM, it cannot be forked, the name is taken, or the checkpoint cannot be
-    /// kept. Then there is none.
-    pub(crate) fn checkpoint(
-        &self,
-        vm: &str,
-        request: &CheckpointRequest,
-        permit: ImagePermit,
-        cancel: &Cancel,
-    ) -> Result<CheckpointInfo, DaemonError> {
-        let _busy = self.0.busy.read();
-        let name = self.0.checkpoints.reserve(vm, request.name.as_deref())?;
-        let checkpoint = if request.detach {
-            self.detached_image(vm, permit, cancel)?
-        } else {
-            let taken = Checkpoint::take(&self.0.dir, vm, &|| self.check(0, 0, cancel))?;
-            drop(permit);
-            taken
-        };
-        let checkpoint = Arc::new(checkpoint);
-        let kept = if request.keep { Some(self.keep(&name, &checkpoint, cancel)?) } else { None };
-        // A checkpoint without a client would stay unknown.
-        if let Err(cancelled) = self.check(0, 0, cancel) {
-            if kept.is_some()
-                && let Err(error) = self.remove_kept(&name)
-            {
-                // It is on the disk still, so this supervisor has it too.
-                name.hold(checkpoint, kept);
-                return Err(error);
-            }
-            return Err(cancelled);
-        }
-        let info = CheckpointInfo { kept: kept.is_some(), ..checkpoint.info(&name) };
-        // First: as soon as the checkpoint is there, another request may remove it, and announce
-        // that.
-        self.0.events.checkpoint_created(&name, vm);
-        name.hold(checkpoint, kept);
-        Ok(info)
-    }
-
-    /// Writes a checkpoint to the disk, where later supervisors find it. One that is there already is
-    /// left as it is.
-    ///
-    /// # Errors
-    /// When no checkpoint has the name, another request writes or removes it, or it cannot be written.
-    /// It is then held as before.
-    pub(crate) fn keep_checkpoint(&self, name: &str, cancel: &Cancel) -> Result<CheckpointInfo, DaemonError> {
-        let _busy = self.0.busy.read();
-        if let Some(keeping) = self.0.checkpoints.begin_keeping(name)? {
-            let record = self.keep(name, &keeping.checkpoint, cancel)?;
-            keeping.done(record);
-        }
-        self.0.checkpoints.info(name)
-    }
-
-    /// Returns the checkpoint called `name`, opened from the disk if it is only there.
-    ///
-    /// # Errors
-    /// When no checkpoint has the name, or it cannot be opened.
-    pub(super) fn checkpoint_of(&self, name: &str, cancel: &Cancel) -> Result<Arc<Checkpoint>, DaemonError> {
-        self.0.checkpoints.get(name, |record| self.open_kept(name, record, cancel))
-    }
-
-    /// Removes a checkpoint, also from the disk.
-    ///
-    /// # Errors
-    /// When no checkpoint has the name, or its files cannot be removed.
-    pub(super) fn remove_checkpoint(&self, name: &str) -> Result<CheckpointInfo, DaemonError> {
-        let _busy = self.0.busy.read();
-        let removed = self.0.checkpoints.remove(name, || self.remove_kept(name))?;
-        self.0.events.checkpoint_removed(name);
-        Ok(removed)
     }
 
     /// Waits for permission to request an image of `vm`.

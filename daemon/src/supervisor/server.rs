@@ -1,4 +1,9 @@
-//! The handlers of the supervisor's socket.
+//! The handlers of the supervisor's socket. Those of checkpoints, networks and saved VMs have files of
+//! their own.
+
+mod checkpoints;
+mod network;
+mod saving;
 
 use std::io;
 use std::net::SocketAddr;
@@ -17,7 +22,6 @@ use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, on};
 use axum::{Extension, Json, Router};
-use clade_devices::virtio::net::Link;
 use serde_json::Value;
 use thiserror::Error;
 use tokio::net::TcpListener;
@@ -27,25 +31,20 @@ use utoipa_axum::routes;
 
 use super::idempotency::once;
 use super::proxy::{ProxyLimits, forward, shown, with_own_socket};
-use super::vm_record::VmRecord;
 use super::vm_record::vsock_known;
-use super::{Supervisor, metrics, openapi, page, suspend};
+use super::{Supervisor, metrics, openapi, page};
 use crate::control;
 use crate::control::session;
 use crate::control::{
-    Acceptor, Answer, ApiError, BootRequest, CancelOnDrop, CheckpointInfo, CheckpointRequest, Client, ClientError,
-    ClientProcess, ForkAnswer, ForkRequest, ListedVms, NetworkRequest, OpenRequest, Optional, PrepareRequest, Prepared,
-    ProblemKind, ReadyAnswer, RestoreRequest, SavedSource, SessionGate, SnapshotAnswer, SnapshotProgress,
-    SnapshotRequest, StopAnswer, StopRequest, SupervisorInfo, SupervisorKept, SuspendAfterInfo, SuspendAfterRequest,
-    SuspendAnswer, SuspendRequest, THREAD_PATIENCE, TcpAcceptor, Token, TouchedAnswer, VmInfo, WorkingSetAnswer,
-    behind_gate, expect_absolute, fallback, grace, not_allowed, on_a_thread, serve_http, with_bodies,
+    Acceptor, Answer, ApiError, BootRequest, CancelOnDrop, Client, ClientError, ClientProcess, ForkAnswer, ForkRequest,
+    ListedVms, Optional, ProblemKind, ReadyAnswer, RestoreRequest, SavedSource, SessionGate, StopAnswer, StopRequest,
+    SupervisorInfo, SupervisorKept, THREAD_PATIENCE, TcpAcceptor, Token, VmInfo, behind_gate, expect_absolute,
+    fallback, grace, not_allowed, on_a_thread, serve_http, with_bodies,
 };
 use crate::vm_host::{Cancel, DaemonError, EndedVm, ended_vms};
 
 /// Time limit of a VM's process for requests that it answers at once.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
-/// Time limit of a VM's process for a change of its network, which waits for a fork.
-const NETWORK_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time limit for the record of the end of a VM that does not answer.
 const END_TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum number of directories allowed for the parents of a snapshot.
@@ -263,48 +262,6 @@ async fn ready(State(supervisor): State<Supervisor>, UrlPath(name): UrlPath<Stri
     Ok(Json(supervisor.reidentify(&name).await?))
 }
 
-/// Opens or closes a VM's network devices for packets, or sets their egress rules. The host closes
-/// a network outside of the VM's process too: it takes the VM's TAP interfaces down, and stops its
-/// passt.
-#[utoipa::path(
-    post,
-    path = "/v1/vms/{name}/network",
-    request_body = NetworkRequest,
-    responses((status = 200, description = "Done.", body = VmInfo))
-)]
-async fn set_network(
-    State(supervisor): State<Supervisor>,
-    UrlPath(name): UrlPath<String>,
-    request: Wanted<NetworkRequest>,
-) -> Answer<VmInfo> {
-    let Json(request) = request?;
-    request.check().map_err(|text| ApiError::new(ProblemKind::BadRequest, text))?;
-    // To its end, also without its client: an open device behind a closed interface would stay.
-    let changed = tokio::spawn(change_network(supervisor, name, request)).await;
-    let stopped = |error| ApiError::new(ProblemKind::Internal, format!("the request has ended early: {error}"));
-    Ok(Json(changed.map_err(stopped)??))
-}
-
-async fn change_network(supervisor: Supervisor, name: String, request: NetworkRequest) -> Result<VmInfo, ApiError> {
-    let _turn = supervisor.0.network_changes.begin(&name).await;
-    let set = |link| {
-        let (supervisor, name) = (supervisor.clone(), name.clone());
-        on_a_thread(THREAD_PATIENCE, move || supervisor.set_link(&name, link))
-    };
-    let (dir, post) = (supervisor.dir().to_owned(), Method::POST);
-    if request.network == Some(Link::Closed) {
-        // A VM without a network device refuses the request, with the reason.
-        set(Link::Closed).await??;
-    }
-    let client = Client::new(&dir);
-    let info = client.request_within(NETWORK_TIMEOUT, post, &name, "/network", Some(&request)).await?;
-    if request.network == Some(Link::Open) {
-        // Last: the rules of the request hold by now.
-        set(Link::Open).await??;
-    }
-    with_own_socket(&dir, name, info).await
-}
-
 /// Starts VMs from a snapshot: all of them or none.
 #[utoipa::path(
     post,
@@ -331,123 +288,6 @@ fn expect_paths(saved: &SavedSource) -> Result<(), ApiError> {
         return Err(ApiError::new(ProblemKind::BadRequest, what));
     }
     std::iter::once(&saved.dir).chain(&saved.overlays).chain(&saved.parents).try_for_each(|path| expect_absolute(path))
-}
-
-/// Holds the image of a snapshot as a checkpoint.
-#[utoipa::path(
-    post,
-    path = "/v1/checkpoints",
-    request_body = OpenRequest,
-    responses((status = 200, description = "Done.", body = CheckpointInfo))
-)]
-async fn open(State(supervisor): State<Supervisor>, request: Wanted<OpenRequest>) -> Answer<CheckpointInfo> {
-    let Json(request) = request?;
-    expect_paths(&request.saved)?;
-    work(supervisor, move |supervisor, cancel| supervisor.open_checkpoint(&request, cancel)).await
-}
-
-/// Takes a checkpoint of a VM.
-#[utoipa::path(
-    post,
-    path = "/v1/vms/{name}/checkpoint",
-    request_body = CheckpointRequest,
-    responses((status = 200, description = "Done.", body = CheckpointInfo))
-)]
-async fn checkpoint(
-    State(supervisor): State<Supervisor>,
-    UrlPath(vm): UrlPath<String>,
-    request: Wanted<CheckpointRequest>,
-) -> Answer<CheckpointInfo> {
-    let Json(request) = request?;
-    let permit = supervisor.permit(&vm).await?;
-    work(supervisor, move |supervisor, cancel| supervisor.checkpoint(&vm, &request, permit, cancel)).await
-}
-
-/// Lists the checkpoints.
-#[utoipa::path(
-    get,
-    path = "/v1/checkpoints",
-    responses((status = 200, description = "Done.", body = Vec<CheckpointInfo>))
-)]
-async fn checkpoints(State(supervisor): State<Supervisor>) -> Json<Vec<CheckpointInfo>> {
-    Json(supervisor.checkpoints().list())
-}
-
-/// Shows a checkpoint.
-#[utoipa::path(
-    get,
-    path = "/v1/checkpoints/{name}",
-    responses((status = 200, description = "Done.", body = CheckpointInfo))
-)]
-async fn show_checkpoint(
-    State(supervisor): State<Supervisor>,
-    UrlPath(name): UrlPath<String>,
-) -> Answer<CheckpointInfo> {
-    Ok(Json(supervisor.checkpoints().info(&name)?))
-}
-
-/// Writes a checkpoint to the disk, where later supervisors find it. Answers when it is there.
-#[utoipa::path(
-    post,
-    path = "/v1/checkpoints/{name}/keep",
-    responses((status = 200, description = "Done.", body = CheckpointInfo))
-)]
-async fn keep_checkpoint(
-    State(supervisor): State<Supervisor>,
-    UrlPath(name): UrlPath<String>,
-) -> Answer<CheckpointInfo> {
-    work(supervisor, move |supervisor, cancel| supervisor.keep_checkpoint(&name, cancel)).await
-}
-
-/// Removes a checkpoint. Its children run on.
-#[utoipa::path(
-    delete,
-    path = "/v1/checkpoints/{name}",
-    responses((status = 200, description = "Done.", body = CheckpointInfo))
-)]
-async fn remove_checkpoint(
-    State(supervisor): State<Supervisor>,
-    UrlPath(name): UrlPath<String>,
-) -> Answer<CheckpointInfo> {
-    // Closing descriptors may free memory and disks.
-    work(supervisor, move |supervisor, _| supervisor.remove_checkpoint(&name)).await
-}
-
-/// Forks a checkpoint.
-#[utoipa::path(
-    post,
-    path = "/v1/checkpoints/{name}/fork",
-    request_body = ForkRequest,
-    responses((status = 200, description = "Done.", body = ForkAnswer))
-)]
-async fn fork_checkpoint(
-    State(supervisor): State<Supervisor>,
-    UrlPath(name): UrlPath<String>,
-    request: Wanted<ForkRequest>,
-) -> Answer<ForkAnswer> {
-    let Json(request) = request?;
-    let ready = may_be_ready(&request)?;
-    let fork = move |supervisor: &Supervisor, cancel: &Cancel| supervisor.fork_checkpoint(&name, &request, cancel);
-    activate(&supervisor, ready, work(supervisor.clone(), fork).await?).await
-}
-
-/// Prepares processes for children of a checkpoint.
-#[utoipa::path(
-    post,
-    path = "/v1/checkpoints/{name}/prepare",
-    request_body = PrepareRequest,
-    responses((status = 200, description = "Done.", body = Prepared))
-)]
-async fn prepare(
-    State(supervisor): State<Supervisor>,
-    UrlPath(name): UrlPath<String>,
-    request: Wanted<PrepareRequest>,
-) -> Answer<Prepared> {
-    let Json(request) = request?;
-    let prepare = move |supervisor: &Supervisor, cancel: &Cancel| {
-        Ok(Prepared { prepared: supervisor.prepare(&name, request.count, cancel)? })
-    };
-    work(supervisor, prepare).await
 }
 
 /// Stops a VM for good. On request its guest first has time to power itself off. Answers when its
@@ -488,132 +328,6 @@ pub(super) async fn stop_vm(supervisor: &Supervisor, name: &str, request: StopRe
         Err(ClientError::Silent { .. }) => Ok(on_a_thread(THREAD_PATIENCE, move || held.kill(&owned)).await??),
         Err(error) => Err(error.into()),
     }
-}
-
-/// Suspends a VM: writes its memory to a file, and stops it until its guest is needed. Answers when
-/// its memory is given back.
-#[utoipa::path(
-    post,
-    path = "/v1/vms/{name}/suspend",
-    request_body = Option<SuspendRequest>,
-    responses((status = 200, description = "Done.", body = SuspendAnswer))
-)]
-async fn suspend_vm(
-    State(supervisor): State<Supervisor>,
-    UrlPath(name): UrlPath<String>,
-    Optional(request): Optional<SuspendRequest>,
-) -> Answer<SuspendAnswer> {
-    let dir = request.unwrap_or_default().dir.unwrap_or_else(|| Path::new(suspend::DIR).to_owned());
-    expect_absolute(&dir)?;
-    work(supervisor, move |supervisor, cancel| supervisor.suspend(&name, &dir, cancel)).await
-}
-
-/// Shows the idle time after which a VM is suspended.
-#[utoipa::path(
-    get,
-    path = "/v1/vms/{name}/suspend-after",
-    responses((status = 200, description = "Done.", body = SuspendAfterInfo))
-)]
-async fn show_suspend_after(
-    State(supervisor): State<Supervisor>,
-    UrlPath(name): UrlPath<String>,
-) -> Answer<SuspendAfterInfo> {
-    Ok(Json(supervisor.suspended_after(&name)?))
-}
-
-/// Has a VM suspended whenever it has been idle for a time.
-#[utoipa::path(
-    put,
-    path = "/v1/vms/{name}/suspend-after",
-    request_body = SuspendAfterRequest,
-    responses((status = 200, description = "Done.", body = SuspendAfterInfo))
-)]
-async fn set_suspend_after(
-    State(supervisor): State<Supervisor>,
-    UrlPath(name): UrlPath<String>,
-    request: Wanted<SuspendAfterRequest>,
-) -> Answer<SuspendAfterInfo> {
-    let Json(request) = request?;
-    request.dir.as_deref().map_or(Ok(()), expect_absolute)?;
-    supervisor.suspend_after(&name, &request)?;
-    Ok(Json(supervisor.suspended_after(&name)?))
-}
-
-/// Has an idle VM run on.
-#[utoipa::path(
-    delete,
-    path = "/v1/vms/{name}/suspend-after",
-    responses((status = 200, description = "Done.", body = SuspendAfterInfo))
-)]
-async fn remove_suspend_after(
-    State(supervisor): State<Supervisor>,
-    UrlPath(name): UrlPath<String>,
-) -> Answer<SuspendAfterInfo> {
-    supervisor.suspend_never(&name)?;
-    Ok(Json(supervisor.suspended_after(&name)?))
-}
-
-/// Saves a VM. Answers when everything is on the disk.
-#[utoipa::path(
-    post,
-    path = "/v1/vms/{name}/snapshot",
-    request_body = SnapshotRequest,
-    responses((status = 200, description = "Done.", body = SnapshotAnswer))
-)]
-async fn snapshot(
-    State(supervisor): State<Supervisor>,
-    UrlPath(name): UrlPath<String>,
-    request: Wanted<SnapshotRequest>,
-) -> Answer<SnapshotAnswer> {
-    let Json(request) = request?;
-    expect_absolute(&request.dir)?;
-    let permit = supervisor.permit(&name).await?;
-    work(supervisor, move |supervisor, cancel| supervisor.snapshot(&name, &request, permit, cancel)).await
-}
-
-/// Shows the progress of a VM's snapshot.
-#[utoipa::path(
-    get,
-    path = "/v1/vms/{name}/snapshot",
-    responses((status = 200, description = "Done.", body = SnapshotProgress))
-)]
-async fn snapshot_progress(
-    State(supervisor): State<Supervisor>,
-    UrlPath(name): UrlPath<String>,
-) -> Answer<SnapshotProgress> {
-    VmRecord::expect(&supervisor.0.dir, &name)?;
-    Ok(Json(supervisor.snapshots().progress(&name)))
-}
-
-/// Cancels a VM's snapshot.
-#[utoipa::path(
-    delete,
-    path = "/v1/vms/{name}/snapshot",
-    responses((status = 200, description = "Done.", body = SnapshotProgress))
-)]
-async fn cancel_snapshot(
-    State(supervisor): State<Supervisor>,
-    UrlPath(name): UrlPath<String>,
-) -> Answer<SnapshotProgress> {
-    VmRecord::expect(&supervisor.0.dir, &name)?;
-    supervisor.snapshots().cancel(&name);
-    Ok(Json(supervisor.snapshots().progress(&name)))
-}
-
-/// Records a VM's working set in its snapshot.
-#[utoipa::path(
-    post,
-    path = "/v1/vms/{name}/working-set",
-    responses((status = 200, description = "Done.", body = WorkingSetAnswer))
-)]
-async fn working_set(State(supervisor): State<Supervisor>, UrlPath(name): UrlPath<String>) -> Answer<WorkingSetAnswer> {
-    let client = Client::new(supervisor.dir());
-    let touched = client.request_within(ANSWER_TIMEOUT, hyper::Method::GET, &name, "/touched", None::<&()>);
-    let touched: TouchedAnswer = touched.await?;
-    let record = move |supervisor: &Supervisor, _: &Cancel| {
-        Ok(WorkingSetAnswer { pages: supervisor.record_working_set(&name, &touched)? })
-    };
-    work(supervisor, record).await
 }
 
 /// The VM's name in the path of a request.
@@ -674,21 +388,21 @@ fn routes() -> OpenApiRouter<Supervisor> {
         .routes(routes!(metrics::scrape))
         .routes(routes!(vms, boot))
         .routes(routes!(fork_vm))
-        .routes(routes!(checkpoint))
+        .routes(routes!(checkpoints::checkpoint))
         .routes(routes!(stop))
         .routes(routes!(ready))
-        .routes(routes!(set_network))
-        .routes(routes!(suspend_vm))
-        .routes(routes!(show_suspend_after, set_suspend_after, remove_suspend_after))
+        .routes(routes!(network::set_network))
+        .routes(routes!(saving::suspend_vm))
+        .routes(routes!(saving::show_suspend_after, saving::set_suspend_after, saving::remove_suspend_after))
         .routes(routes!(ended))
-        .routes(routes!(snapshot, snapshot_progress, cancel_snapshot))
-        .routes(routes!(working_set))
-        .routes(routes!(checkpoints, open))
+        .routes(routes!(saving::snapshot, saving::snapshot_progress, saving::cancel_snapshot))
+        .routes(routes!(saving::working_set))
+        .routes(routes!(checkpoints::checkpoints, checkpoints::open))
         .routes(routes!(restore))
-        .routes(routes!(show_checkpoint, remove_checkpoint))
-        .routes(routes!(fork_checkpoint))
-        .routes(routes!(keep_checkpoint))
-        .routes(routes!(prepare))
+        .routes(routes!(checkpoints::show_checkpoint, checkpoints::remove_checkpoint))
+        .routes(routes!(checkpoints::fork_checkpoint))
+        .routes(routes!(checkpoints::keep_checkpoint))
+        .routes(routes!(checkpoints::prepare))
 }
 
 /// Returns the API of a runtime directory as an OpenAPI document, as `GET /openapi.json` does.

@@ -1,0 +1,128 @@
+//! Handlers for checkpoints.
+
+use axum::Json;
+use axum::extract::{Path as UrlPath, State};
+
+use super::{Wanted, activate, expect_paths, may_be_ready, work};
+use crate::control::{
+    Answer, CheckpointInfo, CheckpointRequest, ForkAnswer, ForkRequest, OpenRequest, PrepareRequest, Prepared,
+};
+use crate::supervisor::Supervisor;
+use crate::vm_host::Cancel;
+
+/// Holds the image of a snapshot as a checkpoint.
+#[utoipa::path(
+    post,
+    path = "/v1/checkpoints",
+    request_body = OpenRequest,
+    responses((status = 200, description = "Done.", body = CheckpointInfo))
+)]
+pub(super) async fn open(State(supervisor): State<Supervisor>, request: Wanted<OpenRequest>) -> Answer<CheckpointInfo> {
+    let Json(request) = request?;
+    expect_paths(&request.saved)?;
+    work(supervisor, move |supervisor, cancel| supervisor.open_checkpoint(&request, cancel)).await
+}
+
+/// Takes a checkpoint of a VM.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/checkpoint",
+    request_body = CheckpointRequest,
+    responses((status = 200, description = "Done.", body = CheckpointInfo))
+)]
+pub(super) async fn checkpoint(
+    State(supervisor): State<Supervisor>,
+    UrlPath(vm): UrlPath<String>,
+    request: Wanted<CheckpointRequest>,
+) -> Answer<CheckpointInfo> {
+    let Json(request) = request?;
+    let permit = supervisor.permit(&vm).await?;
+    work(supervisor, move |supervisor, cancel| supervisor.checkpoint(&vm, &request, permit, cancel)).await
+}
+
+/// Lists the checkpoints.
+#[utoipa::path(
+    get,
+    path = "/v1/checkpoints",
+    responses((status = 200, description = "Done.", body = Vec<CheckpointInfo>))
+)]
+pub(super) async fn checkpoints(State(supervisor): State<Supervisor>) -> Json<Vec<CheckpointInfo>> {
+    Json(supervisor.checkpoints().list())
+}
+
+/// Shows a checkpoint.
+#[utoipa::path(
+    get,
+    path = "/v1/checkpoints/{name}",
+    responses((status = 200, description = "Done.", body = CheckpointInfo))
+)]
+pub(super) async fn show_checkpoint(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+) -> Answer<CheckpointInfo> {
+    Ok(Json(supervisor.checkpoints().info(&name)?))
+}
+
+/// Writes a checkpoint to the disk, where later supervisors find it. Answers when it is there.
+#[utoipa::path(
+    post,
+    path = "/v1/checkpoints/{name}/keep",
+    responses((status = 200, description = "Done.", body = CheckpointInfo))
+)]
+pub(super) async fn keep_checkpoint(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+) -> Answer<CheckpointInfo> {
+    work(supervisor, move |supervisor, cancel| supervisor.keep_checkpoint(&name, cancel)).await
+}
+
+/// Removes a checkpoint. Its children run on.
+#[utoipa::path(
+    delete,
+    path = "/v1/checkpoints/{name}",
+    responses((status = 200, description = "Done.", body = CheckpointInfo))
+)]
+pub(super) async fn remove_checkpoint(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+) -> Answer<CheckpointInfo> {
+    // Closing descriptors may free memory and disks.
+    work(supervisor, move |supervisor, _| supervisor.remove_checkpoint(&name)).await
+}
+
+/// Forks a checkpoint.
+#[utoipa::path(
+    post,
+    path = "/v1/checkpoints/{name}/fork",
+    request_body = ForkRequest,
+    responses((status = 200, description = "Done.", body = ForkAnswer))
+)]
+pub(super) async fn fork_checkpoint(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+    request: Wanted<ForkRequest>,
+) -> Answer<ForkAnswer> {
+    let Json(request) = request?;
+    let ready = may_be_ready(&request)?;
+    let fork = move |supervisor: &Supervisor, cancel: &Cancel| supervisor.fork_checkpoint(&name, &request, cancel);
+    activate(&supervisor, ready, work(supervisor.clone(), fork).await?).await
+}
+
+/// Prepares processes for children of a checkpoint.
+#[utoipa::path(
+    post,
+    path = "/v1/checkpoints/{name}/prepare",
+    request_body = PrepareRequest,
+    responses((status = 200, description = "Done.", body = Prepared))
+)]
+pub(super) async fn prepare(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+    request: Wanted<PrepareRequest>,
+) -> Answer<Prepared> {
+    let Json(request) = request?;
+    let prepare = move |supervisor: &Supervisor, cancel: &Cancel| {
+        Ok(Prepared { prepared: supervisor.prepare(&name, request.count, cancel)? })
+    };
+    work(supervisor, prepare).await
+}

@@ -1,0 +1,58 @@
+//! Handlers for the networks of VMs.
+
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::{Path as UrlPath, State};
+use axum::http::Method;
+use clade_devices::virtio::net::Link;
+
+use super::Wanted;
+use crate::control::{Answer, ApiError, Client, NetworkRequest, ProblemKind, THREAD_PATIENCE, VmInfo, on_a_thread};
+use crate::supervisor::Supervisor;
+use crate::supervisor::proxy::with_own_socket;
+
+/// Time limit of a VM's process for a change of its network, which waits for a fork.
+const NETWORK_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Opens or closes a VM's network devices for packets, or sets their egress rules. The host closes
+/// a network outside of the VM's process too: it takes the VM's TAP interfaces down, and stops its
+/// passt.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/network",
+    request_body = NetworkRequest,
+    responses((status = 200, description = "Done.", body = VmInfo))
+)]
+pub(super) async fn set_network(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+    request: Wanted<NetworkRequest>,
+) -> Answer<VmInfo> {
+    let Json(request) = request?;
+    request.check().map_err(|text| ApiError::new(ProblemKind::BadRequest, text))?;
+    // To its end, also without its client: an open device behind a closed interface would stay.
+    let changed = tokio::spawn(change_network(supervisor, name, request)).await;
+    let stopped = |error| ApiError::new(ProblemKind::Internal, format!("the request has ended early: {error}"));
+    Ok(Json(changed.map_err(stopped)??))
+}
+
+async fn change_network(supervisor: Supervisor, name: String, request: NetworkRequest) -> Result<VmInfo, ApiError> {
+    let _turn = supervisor.0.network_changes.begin(&name).await;
+    let set = |link| {
+        let (supervisor, name) = (supervisor.clone(), name.clone());
+        on_a_thread(THREAD_PATIENCE, move || supervisor.set_link(&name, link))
+    };
+    let (dir, post) = (supervisor.dir().to_owned(), Method::POST);
+    if request.network == Some(Link::Closed) {
+        // A VM without a network device refuses the request, with the reason.
+        set(Link::Closed).await??;
+    }
+    let client = Client::new(&dir);
+    let info = client.request_within(NETWORK_TIMEOUT, post, &name, "/network", Some(&request)).await?;
+    if request.network == Some(Link::Open) {
+        // Last: the rules of the request hold by now.
+        set(Link::Open).await??;
+    }
+    with_own_socket(&dir, name, info).await
+}
