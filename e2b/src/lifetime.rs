@@ -68,7 +68,8 @@ impl Gateway {
         if !snapshots.is_empty() {
             let all: Vec<CheckpointInfo> =
                 self.0.client.supervisor(Method::GET, "/v1/checkpoints", None::<&()>).await?;
-            for snapshot in snapshots.iter().filter(|one| !all.iter().any(|there| there.name == one.id)) {
+            for snapshot in snapshots.iter().filter(|one| !one.is_kept && !all.iter().any(|there| there.name == one.id))
+            {
                 self.0.snapshots.remove(&snapshot.id);
             }
         }

@@ -13,11 +13,13 @@
 //! | a record without a VM or a checkpoint | forgotten, as at any time |
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use clade_daemon::control::{CheckpointInfo, VmInfo, VmState};
 use hyper::Method;
 use jiff::Timestamp;
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
 
 use crate::error::{Answer, GatewayError};
 use crate::gateway::Gateway;
@@ -27,6 +29,8 @@ use crate::source::SNAPSHOT_PREFIX;
 
 /// Sandboxes that are looked at at a time.
 const MAX_AT_ONCE: usize = 16;
+/// Time limit for one of them.
+const TIME_LIMIT: Duration = Duration::from_secs(15);
 
 impl Gateway {
     /// Makes VMs, checkpoints and records agree. No call is answered meanwhile.
@@ -38,15 +42,28 @@ impl Gateway {
             tasks.spawn(async move {
                 // The semaphore is never closed.
                 let _turn = turns.acquire_owned().await;
-                if let Err(error) = gateway.reconcile_sandbox(&entry).await {
-                    tracing::warn!(%error.message, id = entry.get().id, "a sandbox is left as it is");
+                // A process of a VM may answer late or never.
+                match timeout(TIME_LIMIT, gateway.reconcile_sandbox(&entry)).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => tracing::warn!(%error.message, id = entry.get().id, "a sandbox is left as it is"),
+                    Err(_) => tracing::warn!(id = entry.get().id, "a sandbox does not answer, and is left as it is"),
+                }
+            });
+        }
+        let names = self.0.client.all_names().await.unwrap_or_else(|error| {
+            tracing::warn!(%error, "VMs without records are left as they are");
+            Vec::new()
+        });
+        for name in names.into_iter().filter(|name| is_sandbox_name(name) && !self.0.sandboxes.has_file(name)) {
+            let (gateway, turns) = (self.clone(), Arc::clone(&turns));
+            tasks.spawn(async move {
+                let _turn = turns.acquire_owned().await;
+                if timeout(TIME_LIMIT, gateway.stop_unrecorded(&name)).await.is_err() {
+                    tracing::warn!(name, "a VM without a record does not answer, and is left as it is");
                 }
             });
         }
         while tasks.join_next().await.is_some() {}
-        if let Err(error) = self.stop_unrecorded().await {
-            tracing::warn!(%error.message, "VMs without records are left as they are");
-        }
         if let Err(error) = self.remove_unrecorded_checkpoints().await {
             tracing::warn!(%error.message, "checkpoints without records are left as they are");
         }
@@ -80,18 +97,14 @@ impl Gateway {
         }
     }
 
-    /// Stops VMs that were made for sandboxes and have no record.
-    async fn stop_unrecorded(&self) -> Answer<()> {
-        let names = self.0.client.all_names().await?;
-        for name in names.iter().filter(|name| is_sandbox_name(name) && !self.0.sandboxes.has_file(name)) {
-            // A VM of the host's own may have such a name.
-            let vm: Result<VmInfo, _> = self.vm(Method::GET, name, "", None::<&()>).await;
-            if vm.is_ok_and(|vm| vm.labels.has_key(TEMPLATE_LABEL)) {
-                tracing::info!(name, "stops a VM that was being made for a sandbox");
-                self.stop(name).await;
-            }
+    /// Stops a VM that has the name of a sandbox and no record, if it was made for a sandbox.
+    async fn stop_unrecorded(&self, name: &str) {
+        // A VM of the host's own may have such a name.
+        let vm: Result<VmInfo, _> = self.vm(Method::GET, name, "", None::<&()>).await;
+        if vm.is_ok_and(|vm| vm.labels.has_key(TEMPLATE_LABEL)) {
+            tracing::info!(name, "stops a VM that was being made for a sandbox");
+            self.stop(name).await;
         }
-        Ok(())
     }
 
     /// Removes checkpoints that were taken for snapshots and have no record.

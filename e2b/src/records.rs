@@ -93,6 +93,10 @@ pub(crate) struct SnapshotRecord {
     pub(crate) owner: String,
     pub(crate) sandbox: String,
     pub(crate) taken_at: Timestamp,
+    /// Whether its checkpoint is on the disk. Then it is forgotten only on request, and not when its
+    /// checkpoint is not found: a supervisor may be without the directory for a time.
+    #[serde(default)]
+    pub(crate) is_kept: bool,
 }
 
 impl SnapshotRecord {
@@ -160,7 +164,13 @@ impl<T: Named + Clone + Serialize + DeserializeOwned> RecordTable<T> {
         for file in files.into_iter().flatten() {
             let path = file?.path();
             let read = std::fs::read(&path).and_then(|bytes| Ok(serde_json::from_slice::<T>(&bytes)?));
+            let is_hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
             match read {
+                // A killed process has left it, and it may be older than the record itself.
+                _ if is_hidden => drop(std::fs::remove_file(&path)),
+                Ok(value) if path.file_stem().is_none_or(|stem| stem != value.name()) => {
+                    tracing::warn!(path = %path.display(), "a record of another name is left out");
+                }
                 Ok(value) => drop(entries.insert(value.name().to_owned(), Arc::new(RecordEntry::new(value)))),
                 Err(error) => tracing::warn!(%error, path = %path.display(), "is left out"),
             }
@@ -252,7 +262,14 @@ impl<T: Named + Clone + Serialize + DeserializeOwned> RecordTable<T> {
 
     /// Writes a file as a whole or not at all.
     fn write(&self, value: &T) -> io::Result<()> {
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.dir)?;
+        if !self.dir.exists() {
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.dir)?;
+            if self.is_durable
+                && let Some(parent) = self.dir.parent()
+            {
+                File::open(parent)?.sync_all()?;
+            }
+        }
         let mut file = NamedTempFile::with_prefix_in(".", &self.dir)?;
         file.write_all(&serde_json::to_vec(value)?)?;
         if self.is_durable {
@@ -275,7 +292,16 @@ mod tests {
 
     fn snapshot(id: &str, sandbox: &str) -> SnapshotRecord {
         let (id, owner, sandbox) = (id.to_owned(), "one".to_owned(), sandbox.to_owned());
-        SnapshotRecord { id, name: None, mib: 64, is_closed: None, owner, sandbox, taken_at: Timestamp::UNIX_EPOCH }
+        SnapshotRecord {
+            id,
+            name: None,
+            mib: 64,
+            is_closed: None,
+            owner,
+            sandbox,
+            taken_at: Timestamp::UNIX_EPOCH,
+            is_kept: false,
+        }
     }
 
     #[test]
@@ -292,6 +318,12 @@ mod tests {
         std::fs::write(path.join("bad.json"), "{").unwrap();
         let again = RecordTable::<SnapshotRecord>::open(path.clone()).unwrap();
         assert_eq!(again.list(), [snapshot("a", "box"), snapshot("b", "other")]);
+        // Older copies: of a killed write, and by another name.
+        let older = serde_json::to_vec(&snapshot("b", "older")).unwrap();
+        [".tmp", "copy.json"].iter().for_each(|name| std::fs::write(path.join(name), &older).unwrap());
+        let again = RecordTable::<SnapshotRecord>::open(path.clone()).unwrap();
+        assert_eq!(again.list(), [snapshot("a", "box"), snapshot("b", "other")]);
+        assert!(!path.join(".tmp").exists() && path.join("copy.json").exists());
     }
 
     #[test]

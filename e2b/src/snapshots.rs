@@ -38,10 +38,13 @@ impl Gateway {
             self.vm(Method::POST, id, "/checkpoint", Some(&request)).await?
         };
         // Not in the sandbox's turn: it is used while its memory is written to the disk.
-        if let Err(error) = self.keep_checkpoint(&taken.name).await {
-            self.remove_checkpoint(&taken.name).await?;
-            return Err(error);
-        }
+        let is_kept = match self.keep_checkpoint(&taken.name).await {
+            Ok(is_kept) => is_kept,
+            Err(error) => {
+                self.remove_checkpoint(&taken.name).await?;
+                return Err(error);
+            }
+        };
         let snapshot = SnapshotRecord {
             id: taken.name.clone(),
             name: name.clone(),
@@ -50,6 +53,7 @@ impl Gateway {
             owner: owner.to_owned(),
             sandbox: id.to_owned(),
             taken_at: Timestamp::now(),
+            is_kept,
         };
         let shown = SnapshotInfo { id: snapshot.shown().to_owned(), names: name.into_iter().collect() };
         if let Err(error) = self.0.snapshots.insert(snapshot) {
@@ -77,17 +81,17 @@ impl Gateway {
         Ok(Naming { gateway: self.clone(), pair })
     }
 
-    /// Writes a checkpoint to the disk, for later supervisors. Without a directory for them it ends with
-    /// this one.
-    async fn keep_checkpoint(&self, name: &str) -> Answer<()> {
+    /// Writes a checkpoint to the disk, for later supervisors. Returns false without a directory for
+    /// them: it ends with this one.
+    async fn keep_checkpoint(&self, name: &str) -> Answer<bool> {
         let kept: Result<CheckpointInfo, _> =
             self.0.client.of_checkpoint(Method::POST, name, "/keep", None::<&()>).await;
         match kept.map_err(GatewayError::from) {
             Err(error) if error.status == StatusCode::CONFLICT => {
                 tracing::warn!(%error.message, name, "a snapshot ends with this supervisor");
-                Ok(())
+                Ok(false)
             }
-            kept => kept.map(drop),
+            kept => kept.map(|_| true),
         }
     }
 

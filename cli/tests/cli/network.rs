@@ -207,6 +207,12 @@ fn a_closed_network_is_closed_for_whoever_has_its_queues() {
     assert_eq!((pass(&all, "great"), networks(&all, "great").concat()), (vec![false; 2], "closedclosed".to_owned()));
     let info = all.runtime.clade(&["checkpoint", "grand", "lied", "--json"]).json();
     assert_eq!(info["network"], "closed", "{info}");
+    all.runtime.clade(&["snapshot", "grand", &format!("{saved}-lied"), "--json"]).json();
+    let restored = all.runtime.clade(&["restore", "-d", &format!("{saved}-lied"), "--name", "lied"]);
+    assert_eq!(
+        (restored.code, pass(&all, "lied"), networks(&all, "lied").concat()),
+        (Some(0), vec![false; 2], "closedclosed".to_owned())
+    );
 
     // A snapshot of an open network is restored open.
     all.runtime.clade(&["snapshot", "web", &format!("{saved}-open"), "--json"]).json();
@@ -232,7 +238,7 @@ fn a_closed_network_is_closed_for_whoever_has_its_queues() {
         // Those that were not kept ended with their supervisor.
         all.runtime.clade(&["rm", checkpoint]);
     }
-    for dir in ["saved", "saved-open", "clade.checkpoints"] {
+    for dir in ["saved", "saved-lied", "saved-open", "clade.checkpoints"] {
         std::fs::remove_dir_all(all.runtime.dir().join(dir)).unwrap();
     }
     std::fs::remove_file(&hook).unwrap();

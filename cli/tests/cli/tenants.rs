@@ -13,6 +13,7 @@ mod spelling;
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -130,11 +131,17 @@ impl Bench {
         }
     }
 
+    /// Returns the directory of kept checkpoints: the only one of the runtime directory's.
+    fn kept(&self) -> PathBuf {
+        let all = fs::read_dir(self.host.runtime.kept()).into_iter().flatten().flatten();
+        all.map(|entry| entry.path()).next().unwrap_or_default()
+    }
+
     /// Notes the names that only the host has: of processes, and of snapshots' checkpoints.
     fn publish(&self, tenant: &Tenant) {
         let pids = tenant.known().sandboxes.iter().map(|(id, _)| self.host.runtime.worker(id).to_string()).collect();
         tenant.known().pids = pids;
-        for file in fs::read_dir(self.host.runtime.dir().join("e2b/snapshots")).unwrap().flatten() {
+        for file in fs::read_dir(self.kept().join(".e2b-snapshots")).unwrap().flatten() {
             let record: Value = serde_json::from_slice(&fs::read(file.path()).unwrap()).unwrap_or_default();
             let Some(name) = record["id"].as_str().filter(|_| record["owner"] == tenant.owner) else { continue };
             tenant.secrets.add(name);
@@ -161,13 +168,16 @@ impl Bench {
             all.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect::<BTreeSet<_>>()
         };
         let (runtime, supervisor) = (&self.host.runtime, self.host.runtime.pid());
-        let records = ["e2b/sandboxes", "e2b/snapshots"].map(|dir| names(&runtime.dir().join(dir)));
+        let kept = self.kept();
+        let records = [runtime.dir().join("e2b/sandboxes"), kept.join(".e2b-snapshots"), kept];
+        let records = records.map(|dir| names(&dir)).into_iter().flatten().filter(|name| !name.starts_with('.'));
         let files = names(runtime.dir()).into_iter().filter(|name| !name.ends_with(".ended"));
+        let files = files.filter(|name| runtime.dir().join(name) != runtime.kept());
         Held {
             descriptors: runtime.open_files(supervisor),
             mounts: fs::read_to_string(format!("/proc/{supervisor}/mountinfo")).unwrap().lines().count(),
             processes: runtime.clades().len(),
-            files: files.chain(records.into_iter().flatten()).collect(),
+            files: files.chain(records).collect(),
             interfaces: names(std::path::Path::new("/sys/class/net"))
                 .into_iter()
                 .filter(|name| name.starts_with(&self.stem))

@@ -52,7 +52,7 @@ impl Checkpoint {
     ) -> Result<Self, DaemonError> {
         // Before: when the image is there, the VM's files may be another's.
         let vm_record = VmRecord::expect(dir, vm)?;
-        Self::of_pending(vm, vm_record, PendingFork::begin(dir.path(), vm)?, check)
+        Self::of_pending(dir, vm, vm_record, PendingFork::begin(dir.path(), vm)?, check)
     }
 
     /// Returns the image of the VM called `vm`, which `vm_record` describes. The request for it is
@@ -61,13 +61,17 @@ impl Checkpoint {
     /// # Errors
     /// When it cannot be forked.
     pub(super) fn of_pending(
+        dir: &RuntimeDir,
         vm: &str,
-        vm_record: VmRecord,
+        mut vm_record: VmRecord,
         pending_fork: PendingFork,
         check: &dyn Fn() -> Result<(), DaemonError>,
     ) -> Result<Self, DaemonError> {
         let (forked, parts) = pending_fork.image(check)?;
         vm_record.check(vm, &forked)?;
+        // The VM's process chose the instant of its image: the network may have been closed before that.
+        let now = VmRecord::read(dir, vm)?.filter(|now| now.process == vm_record.process);
+        vm_record.network = stricter(vm_record.network, now.and_then(|now| now.network));
         Ok(Self::new(CheckpointOrigin::Vm(vm.to_owned()), vm_record, parts, forked))
     }
 

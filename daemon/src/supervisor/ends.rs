@@ -8,7 +8,7 @@ use std::sync::{MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use super::cgroups::Cgroups;
-use super::host_link::release_links;
+use super::processes::OwnVm;
 use super::vm_record::{VmRecord, clear_up};
 use super::{Inner, Unsettled};
 use crate::flight::FlightEvent;
@@ -133,6 +133,12 @@ impl Inner {
         self.say_ended(&name);
     }
 
+    /// Returns the ended VMs whose processes may write to disks.
+    pub(super) fn ended_writers(&self) -> Vec<OwnVm> {
+        let process = |name: &str| VmRecord::read(&self.dir, name).ok().flatten()?.process;
+        self.processes.writers(|name, pid| process(name).is_some_and(|its| its.pid() == pid))
+    }
+
     /// Returns the images of disks that VMs or checkpoints of this directory use.
     pub(super) fn used_images(&self) -> BTreeSet<PathBuf> {
         let of_vms = VmRecord::all(&self.dir).unwrap_or_default();
@@ -185,7 +191,7 @@ impl Inner {
     /// Removes the resources of an ended VM outside of the runtime directory.
     fn left(&self, name: &str, vm_record: &VmRecord) {
         self.overlays.release(&vm_record.overlays);
-        release_links(&self.dir, name, vm_record);
+        self.release(name, vm_record);
         self.net_hook.iter().for_each(|hook| hook.down(vm_record.interfaces(name)));
     }
 
@@ -218,6 +224,7 @@ impl Inner {
     fn sweep(&self, suspects: &BTreeMap<String, u32>) -> BTreeMap<String, u32> {
         let _ends = self.ends();
         self.settle();
+        self.release_closed();
         let mut found = BTreeMap::new();
         let dead = match NameClaim::of_the_dead(&self.dir) {
             Ok(dead) => dead,

@@ -13,6 +13,7 @@
 //! closed here first and opened here last.
 
 use std::io;
+use std::sync::{MutexGuard, PoisonError};
 use std::time::Duration;
 
 use clade_devices::virtio::net::Link;
@@ -48,18 +49,24 @@ impl RecordedLink {
         }
     }
 
-    /// Opens or closes it. A link that has gone is closed.
+    /// Opens or closes it. A passt that has ended is closed.
+    ///
+    /// # Errors
+    /// When the host refuses it. An interface that has gone, or is in another network namespace, cannot
+    /// be closed (ENODEV).
     fn set(self, wanted: Link) -> io::Result<()> {
         let is_open = wanted == Link::Open;
-        let (done, gone) = match self {
-            Self::Interface(index) => (link::set_up(index, is_open), Errno::NODEV),
+        match self {
+            Self::Interface(index) => link::set_up(index, is_open),
             Self::User(process) => {
                 let Some(pidfd) = process.open() else { return Ok(()) };
                 let signal = if is_open { Signal::CONT } else { Signal::STOP };
-                (pidfd_send_signal(&pidfd, signal).map_err(io::Error::from), Errno::SRCH)
+                match pidfd_send_signal(&pidfd, signal) {
+                    Err(Errno::SRCH) => Ok(()),
+                    sent => Ok(sent?),
+                }
             }
-        };
-        done.or_else(|error| if error.raw_os_error() == Some(gone.raw_os_error()) { Ok(()) } else { Err(error) })
+        }
     }
 }
 
@@ -72,9 +79,10 @@ impl VmRecord {
     /// Opens or closes the host's side of the VM's network devices.
     ///
     /// # Errors
-    /// When the host refuses it. Without the right to configure interfaces, a closed network is left
-    /// to the VM's process, unless confinement is required.
+    /// When the host refuses it for one of them: the others are set. Without the right to configure
+    /// interfaces, a closed network is left to the VM's process, unless confinement is required.
     pub(super) fn set_links(&self, name: &str, link: Link, confinement: Confinement) -> Result<(), DaemonError> {
+        let mut failed = Ok(());
         for own in &self.links {
             match own.set(link) {
                 Err(error)
@@ -82,17 +90,45 @@ impl VmRecord {
                 {
                     tracing::warn!(%error, name, ?link, "only the VM's process closes its network");
                 }
-                done => done.map_err(|source| DaemonError::Link { name: name.to_owned(), source })?,
+                Err(source) if failed.is_ok() => failed = Err(DaemonError::Link { name: name.to_owned(), source }),
+                _ => {}
             }
         }
-        Ok(())
+        failed
+    }
+
+    /// Returns whether the VM's process lives. One that is not known has ended.
+    fn is_alive(&self) -> bool {
+        self.process.and_then(ProcessId::open).is_some_and(|pidfd| !has_ended(&pidfd, Duration::ZERO))
     }
 }
 
 impl Inner {
+    /// Opens the links of ended VMs whose processes lived on, once they do not.
+    pub(super) fn release_closed(&self) {
+        let waiting = std::mem::take(&mut *self.closed());
+        let live: Vec<_> = waiting.into_iter().filter(|(name, ended)| !release_links(&self.dir, name, ended)).collect();
+        self.closed().extend(live);
+    }
+
+    /// Opens the links of an ended VM, as soon as its process has ended: a compromised one may only
+    /// claim the end.
+    pub(super) fn release(&self, name: &str, ended: &VmRecord) {
+        if !release_links(&self.dir, name, ended) {
+            self.closed().push((name.to_owned(), ended.clone()));
+        }
+    }
+
+    fn closed(&self) -> MutexGuard<'_, Vec<(String, VmRecord)>> {
+        self.closed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Closes what an earlier supervisor was about to close.
     pub(super) fn close_recorded(&self, name: &str, vm_record: &VmRecord) {
+        // The index of an interface of a process that has ended may be another interface's after a
+        // restart of the host.
         if vm_record.network == Some(Link::Closed)
+            && vm_record.is_alive()
             && let Err(error) = vm_record.set_links(name, Link::Closed, self.sandbox.confinement)
         {
             tracing::error!(error = clade_vmm::error_chain(&error), name, "a closed network is not closed");
@@ -101,10 +137,14 @@ impl Inner {
 }
 
 /// Opens the links of an ended VM that was closed. An interface may outlive the VM, and a stopped
-/// passt does not notice that its socket is closed.
-pub(super) fn release_links(dir: &RuntimeDir, name: &str, ended: &VmRecord) {
+/// passt does not notice that its socket is closed. Returns false while the VM's process lives, which
+/// has the queues.
+pub(super) fn release_links(dir: &RuntimeDir, name: &str, ended: &VmRecord) -> bool {
     if ended.network == Some(Link::Open) || ended.links.is_empty() {
-        return;
+        return true;
+    }
+    if ended.is_alive() {
+        return false;
     }
     // No VM is recorded meanwhile: one that has the same interface closes it after it is recorded.
     let _records = VmRecord::lock();
@@ -112,44 +152,62 @@ pub(super) fn release_links(dir: &RuntimeDir, name: &str, ended: &VmRecord) {
         Ok(others) => others,
         Err(error) => {
             tracing::warn!(%error, name, "the interfaces of a closed VM stay down");
-            return;
+            return true;
         }
     };
     for link in &ended.links {
-        let is_taken = others.iter().any(|(_, other)| other.process != ended.process && other.links.contains(link));
-        if !is_taken && let Err(error) = link.set(Link::Open) {
-            tracing::warn!(%error, name, ?link, "the interface of a closed VM stays down");
+        let is_others = |other: &VmRecord| other.process != ended.process && other.links.contains(link);
+        let is_taken = others.iter().any(|(_, other)| is_others(other) && other.network != Some(Link::Open));
+        if is_taken {
+            continue;
+        }
+        match link.set(Link::Open) {
+            // An interface that has gone with the VM.
+            Err(error) if error.raw_os_error() == Some(Errno::NODEV.raw_os_error()) => {}
+            Err(error) => tracing::warn!(%error, name, ?link, "the interface of a closed VM stays down"),
+            Ok(()) => {}
         }
     }
+    true
 }
 
 impl Supervisor {
-    /// Opens or closes the host's side of the network of the VM called `name`, and records that.
+    /// Returns the process of the VM called `name`.
+    ///
+    /// # Errors
+    /// When there is no such VM.
+    pub(super) fn recorded_process(&self, name: &str) -> Result<Option<ProcessId>, DaemonError> {
+        Ok(VmRecord::expect(&self.0.dir, name)?.process)
+    }
+
+    /// Opens or closes the host's side of the network of the VM called `name`, whose process is
+    /// `process`, and records that.
     ///
     /// # Errors
     /// When there is no such VM, or the host refuses it. A network that is to be closed is then
     /// recorded as closed.
-    pub(super) fn set_link(&self, name: &str, link: Link) -> Result<(), DaemonError> {
+    pub(super) fn set_link(&self, name: &str, process: Option<ProcessId>, link: Link) -> Result<(), DaemonError> {
         let gone = || DaemonError::NoSuchVm { name: name.to_owned() };
         let _records = VmRecord::lock();
         let mut vm_record = VmRecord::expect(&self.0.dir, name)?;
-        if vm_record.links.is_empty() {
-            // A VM without a network device, or of an earlier version.
-            return Ok(());
-        }
-        // The interfaces of a VM that has ended may be another's.
-        let pidfd = vm_record.process.and_then(ProcessId::open).ok_or_else(gone)?;
-        if has_ended(&pidfd, Duration::ZERO) {
+        // Another VM may have the name by now, and the interfaces of one that has ended.
+        if vm_record.process != process || !vm_record.is_alive() {
             return Err(gone());
+        }
+        if vm_record.template.config.nets.is_empty() {
+            return Ok(());
         }
         let confinement = self.0.sandbox.confinement;
         match (link, vm_record.network) {
             // An operator's interface that is down was not taken down here.
             (Link::Open, Some(Link::Open) | None) => Ok(()),
             (Link::Open, Some(Link::Closed)) => {
-                vm_record.set_links(name, link, confinement)?;
-                vm_record.network = Some(link);
-                vm_record.replace(&self.0.dir, name)
+                let opened = vm_record.set_links(name, link, confinement).and_then(|()| {
+                    let open = VmRecord { network: Some(link), ..vm_record.clone() };
+                    open.replace(&self.0.dir, name)
+                });
+                // As it is recorded.
+                opened.inspect_err(|_| drop(vm_record.set_links(name, Link::Closed, confinement)))
             }
             (Link::Closed, _) => {
                 // First: whoever finds the record later closes the network again.
@@ -168,6 +226,7 @@ mod tests {
     use clade_test_support::wait_eq;
 
     use super::*;
+    use crate::supervisor::vm_record::tests::record_with;
 
     /// The state letter of a process.
     fn state(pid: u32) -> String {
@@ -187,8 +246,38 @@ mod tests {
         child.wait().unwrap();
         link.set(Link::Closed).unwrap();
         link.set(Link::Open).unwrap();
-        // An interface that has gone, too.
-        RecordedLink::Interface(i32::MAX as u32).set(Link::Closed).unwrap();
+        // An interface that is not there is not known to be closed.
+        let refused = RecordedLink::Interface(i32::MAX as u32).set(Link::Closed).unwrap_err().raw_os_error();
+        assert!(matches!(refused, Some(libc::ENODEV | libc::EPERM)), "{refused:?}");
+    }
+
+    #[test]
+    fn links_stay_closed_while_a_process_lives_that_claims_its_end() {
+        let scratch = tempfile::tempdir().unwrap();
+        let dir = RuntimeDir::create(scratch.path()).unwrap();
+        let [mut vm, mut passt] = [(); 2].map(|()| Command::new("sleep").arg("1000").spawn().unwrap());
+        let link = RecordedLink::of(&HostLink::User { pid: passt.id() }).unwrap();
+        link.set(Link::Closed).unwrap();
+        wait_eq("it to stop", &"T".to_owned(), || state(passt.id()));
+        let record = |pid: u32, network| VmRecord {
+            process: ProcessId::of(pid),
+            links: vec![link],
+            network: Some(network),
+            ..record_with(None)
+        };
+        let ended = record(vm.id(), Link::Closed);
+        assert!(!release_links(&dir, "web", &ended));
+        vm.kill().unwrap();
+        vm.wait().unwrap();
+        // Another closed VM has the link by now.
+        record(std::process::id(), Link::Closed).replace(&dir, "other").unwrap();
+        assert!(release_links(&dir, "web", &ended));
+        assert_eq!(state(passt.id()), "T");
+        record(std::process::id(), Link::Open).replace(&dir, "other").unwrap();
+        assert!(release_links(&dir, "web", &ended));
+        wait_eq("it to go on", &"S".to_owned(), || state(passt.id()));
+        passt.kill().unwrap();
+        passt.wait().unwrap();
     }
 
     #[test]

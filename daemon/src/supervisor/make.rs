@@ -144,7 +144,7 @@ impl Supervisor {
             (Some(taken), _) => Ok(taken),
             (None, Some((pending_fork, _permit))) => {
                 let check = || self.check(0, request.count, cancel);
-                let checkpoint = Checkpoint::of_pending(vm, vm_record.clone(), pending_fork, &check)?;
+                let checkpoint = Checkpoint::of_pending(&self.0.dir, vm, vm_record.clone(), pending_fork, &check)?;
                 tracing::debug!(vm, claim = ?claimed - begun, image = ?claimed.elapsed(), "fork");
                 Ok(taken.get_or_init(|| checkpoint))
             }
@@ -280,7 +280,7 @@ impl Supervisor {
             (None, _) => None,
         };
         let mut choice = request.identity();
-        let network = choice.network.or(origin.network);
+        let (network, is_chosen) = (choice.network.or(origin.network), choice.network.is_some());
         // Whatever the image says: it comes from the parent's process.
         choice.network = choice.network.or(origin.network.filter(|network| *network == Link::Closed));
         // Held while any is made: a worker's grants must name existing directories.
@@ -312,6 +312,10 @@ impl Supervisor {
         };
         let give = |workers: &Workers| -> Result<Vec<Note>, DaemonError> {
             let checkpoint = (origin.image)()?;
+            if network == Some(Link::Open) && !is_chosen && checkpoint.network() == Some(Link::Closed) {
+                let text = "the network of the VM was closed while the VM was forked".to_owned();
+                return Err(DaemonError::Refused { kind: ProblemKind::WrongState, text });
+            }
             let labels = request.labels.as_ref().unwrap_or_else(|| checkpoint.labels()).clone();
             let (secrets, withhold) = (checkpoint.secrets().clone(), request.without_secrets);
             if withhold {
@@ -377,6 +381,7 @@ impl Supervisor {
             .map_err(|source| DaemonError::HostLimit { count: 1, source })?;
         config.check_devices().map_err(VmError::from)?;
         config.check_queues().map_err(VmError::from)?;
+        self.wait_for_writers(&config, cancel)?;
         let template = VmTemplate::of_boot(&config);
         // The writes of a disk without a journal. Journals are made beside the image.
         let mut written = Vec::new();
@@ -514,7 +519,8 @@ impl Supervisor {
         plan: &LaunchPlan<'_>,
         give: impl Fn(&Workers) -> Result<Vec<Note>, DaemonError>,
     ) -> Result<Vec<LaunchedVm>, DaemonError> {
-        let AssignedWorkers { mut workers, all_resources, groups } = assigned;
+        // In this order: after a failure the workers end first, and then closed networks are opened.
+        let AssignedWorkers { all_resources, groups, mut workers } = assigned;
         let confinement = self.0.sandbox.confinement;
         // All of them, or no VM runs.
         let interfaces = || all_resources.iter().map(WorkerResources::interfaces).collect();

@@ -98,7 +98,7 @@ use broker::Broker;
 use cgroups::Cgroups;
 pub use cgroups::{CgroupError, CgroupPlace};
 use checkpoints::Checkpoints;
-use clade_vmm::vm::StopReason;
+use clade_vmm::vm::{StopReason, VmConfig};
 use detach::CopiedFiles;
 use events::Events;
 use idempotency::Keys;
@@ -121,6 +121,8 @@ use worker_resources::SandboxProfile;
 
 /// Metrics clients at a time.
 const MAX_SCRAPES: usize = 4;
+/// Interval of the checks for the end of an ended VM's writes to a disk.
+const WRITER_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Options of a supervisor.
 #[derive(Clone, Debug, Default)]
@@ -204,6 +206,8 @@ struct Inner {
     image_requests: ImageRequestLimiter,
     forwarded_requests: ForwardLimiter,
     network_changes: NetworkChanges,
+    /// Closed VMs that have ended while their processes have not.
+    closed: Mutex<Vec<(String, VmRecord)>>,
     /// Metrics clients at a time: each takes memory for all VMs' answers.
     scrapes: Semaphore,
     /// VMs that have ended while their names were taken.
@@ -299,6 +303,7 @@ impl Supervisor {
             image_requests: ImageRequestLimiter::default(),
             forwarded_requests: ForwardLimiter::default(),
             network_changes: NetworkChanges::default(),
+            closed: Mutex::default(),
             scrapes: Semaphore::new(MAX_SCRAPES),
             unsettled: Mutex::default(),
             closing: AtomicBool::new(false),
@@ -355,11 +360,25 @@ impl Supervisor {
         no_vm && self.0.checkpoints.unkept() == 0 && self.0.busy.try_write().is_ok()
     }
 
+    /// Waits while an ended VM merges its writes into a disk of `config`: its process has the image
+    /// locked. A VM that waits for others in turn is not waited for.
+    ///
+    /// # Errors
+    /// When the request is cancelled.
+    fn wait_for_writers(&self, config: &VmConfig, cancel: &Cancel) -> Result<(), DaemonError> {
+        let images: BTreeSet<_> = config.disks.iter().map(|disk| disk.disk.path.clone()).collect();
+        while self.0.ended_writers().iter().any(|vm| vm.writes_to(&images)) && self.0.used_images().is_disjoint(&images)
+        {
+            self.check(0, 1, cancel)?;
+            thread::sleep(WRITER_INTERVAL);
+        }
+        Ok(())
+    }
+
     /// Returns the ended VMs whose processes have yet to merge the writes since a fork into their
     /// disks.
     fn merging(&self) -> Vec<MergingVm> {
-        let process = |name: &str| VmRecord::read(&self.0.dir, name).ok().flatten()?.process;
-        let ended = self.0.processes.writers(|name, pid| process(name).is_some_and(|its| its.pid() == pid));
+        let ended = self.0.ended_writers();
         let used = if ended.is_empty() { BTreeSet::new() } else { self.0.used_images() };
         let failed = self.0.processes.unmerged();
         ended.into_iter().map(|vm| vm.merging(&used)).chain(failed).collect()

@@ -170,7 +170,9 @@ fn errors(operation: &Value, method: &str, path: &str, passed_on: bool) -> Vec<P
     }
     if is_idempotent(&method.to_uppercase(), path) {
         all.extend([Kind::NoRoom, Kind::KeyReused, Kind::VmGone]);
-    } else if method == "post" && ["/prepare", "/snapshot", "/working-set"].iter().any(|end| path.ends_with(end)) {
+    } else if method == "post"
+        && ["/prepare", "/snapshot", "/working-set", "/keep"].iter().any(|end| path.ends_with(end))
+    {
         all.push(Kind::NoRoom);
     }
     all
@@ -240,7 +242,10 @@ mod tests {
                     .iter()
                     .any(|name| method == "post" && answer.is_some_and(|answer| answer.ends_with(&format!("/{name}"))));
                 // These answer with the changed state.
-                if !makes || ["/pause", "/resume", "/labels", "/ttl", "/network"].iter().any(|end| path.ends_with(end))
+                if !makes
+                    || ["/pause", "/resume", "/labels", "/ttl", "/network", "/keep"]
+                        .iter()
+                        .any(|end| path.ends_with(end))
                 {
                     continue;
                 }

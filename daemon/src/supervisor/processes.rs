@@ -113,6 +113,11 @@ impl OwnVm {
         Self { session, ..self }
     }
 
+    /// Returns whether it may merge writes into one of these images.
+    pub(super) fn writes_to(&self, images: &BTreeSet<PathBuf>) -> bool {
+        self.images.iter().any(|image| images.contains(image))
+    }
+
     /// Describes the VM once it has ended. `used` are the images that VMs and checkpoints use.
     pub(super) fn merging(&self, used: &BTreeSet<PathBuf>) -> MergingVm {
         let waits = self.images.iter().any(|image| used.contains(image));

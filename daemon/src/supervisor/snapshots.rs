@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use clade_devices::virtio::net::Link;
 use clade_memory::PageRange;
 use clade_snapshot::{SnapshotId, record_working_set};
 
@@ -199,7 +200,14 @@ impl Supervisor {
         let write = || -> Result<KeptRecord, DaemonError> {
             let (dir, beside) = (kept.snapshot(name), vec![kept.data(name)]);
             let config = checkpoint.config().clone();
-            let save_request = WriteSnapshotRequest { dir, config, base: None, zstd: false, replace: false };
+            let save_request = WriteSnapshotRequest {
+                dir,
+                config,
+                base: None,
+                zstd: false,
+                replace: false,
+                is_closed: checkpoint.network() == Some(Link::Closed),
+            };
             self.write(save_request, beside, None, checkpoint, |_| self.check(0, 0, cancel).is_err())?;
             let record =
                 KeptRecord::of(checkpoint.info(name), checkpoint.labels().clone(), checkpoint.vm_record().bounds);
@@ -253,6 +261,7 @@ impl Supervisor {
             base: base.as_ref().map(|base| (base.dir.clone(), base.id)),
             zstd: request.zstd,
             replace: request.replace,
+            is_closed: image.network() == Some(Link::Closed),
         };
         // The base gets a note of its dependent. Earlier snapshots are only read.
         let written = [beside].into_iter().chain(before.iter().filter_map(|dir| dir.parent()).map(ToOwned::to_owned));

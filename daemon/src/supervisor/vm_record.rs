@@ -14,7 +14,7 @@ use clade_devices::virtio::net::Link;
 use serde::{Deserialize, Serialize};
 
 use super::cgroups::Bounds;
-use super::host_link::RecordedLink;
+use super::host_link::{RecordedLink, release_links};
 use super::net_hook::Interfaces;
 use super::overlays::unnamed_in;
 use super::processes::ProcessId;
@@ -249,7 +249,11 @@ pub(crate) fn clear_up(
         tracing::warn!(%error, name = claim.name, "not all of a VM's files are known");
         None
     });
-    vm_record.iter().for_each(VmRecord::remove_sockets);
+    if let Some(vm_record) = &vm_record {
+        vm_record.remove_sockets();
+        // Without a supervisor no other code does so.
+        release_links(claim.dir(), &claim.name, vm_record);
+    }
     drop(claim);
     vm_record
 }

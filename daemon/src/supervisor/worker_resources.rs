@@ -215,7 +215,12 @@ impl Drop for WorkerResources {
     fn drop(&mut self) {
         if self.overlays.is_some() {
             self.vm_record.remove_sockets();
-            release_links(&self.dir, &self.name, &self.vm_record);
+            if !release_links(&self.dir, &self.name, &self.vm_record) {
+                tracing::warn!(
+                    name = self.name,
+                    "the process of a VM that was not made lives on: its network stays closed"
+                );
+            }
         }
     }
 }

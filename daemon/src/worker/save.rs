@@ -15,6 +15,7 @@ use std::cell::Cell;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -42,6 +43,8 @@ pub(crate) struct WriteSnapshotRequest {
     pub(crate) zstd: bool,
     /// Whether it replaces a snapshot that others depend on.
     pub(crate) replace: bool,
+    /// Whether the network of its VMs is closed, whatever the image has.
+    pub(crate) is_closed: bool,
 }
 
 /// A snapshot that was written.
@@ -77,7 +80,11 @@ pub(super) fn save(
         Some((dir, id)) => Some((SavedAt { dir: dir.clone(), id: *id }, import()?)),
         None => None,
     };
-    let image = import()?;
+    let mut image = import()?;
+    if request.is_closed {
+        // No other thread has the image.
+        Arc::get_mut(&mut image).ok_or_else(|| failed(io::ErrorKind::ResourceBusy.into()))?.close_network();
+    }
     let cancel = AtomicBool::new(false);
     let told = Cell::new(Instant::now());
     let tell = |done, total| {

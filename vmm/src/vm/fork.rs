@@ -26,6 +26,8 @@
 //! readable and writable to it (I13). A child is returned once all its vCPUs have loaded their
 //! state. If one cannot, there is no child.
 
+use clade_devices::virtio::DeviceState;
+use clade_devices::virtio::net::Link;
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -245,6 +247,15 @@ pub struct ForkImage {
 }
 
 impl ForkImage {
+    /// Closes the network devices of its children, whatever their state in the parent.
+    pub fn close_network(&mut self) {
+        for state in &mut self.devices.virtio {
+            if let DeviceState::Net(net) = &mut state.device {
+                net.link = Link::Closed;
+            }
+        }
+    }
+
     /// Ends step 5 and a reset: restores interrupt controllers, clock and pending interrupts. After
     /// every vCPU has its own state, and before any runs.
     pub(crate) fn restore_controllers(&self, vm: &VmFd, devices: &Devices) -> Result<(), VmError> {

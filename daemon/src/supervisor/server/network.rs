@@ -39,17 +39,21 @@ pub(super) async fn set_network(
 
 async fn change_network(supervisor: Supervisor, name: String, request: NetworkRequest) -> Result<VmInfo, ApiError> {
     let _turn = supervisor.0.network_changes.begin(&name).await;
+    let (dir, post) = (supervisor.dir().to_owned(), Method::POST);
+    let of = (supervisor.clone(), name.clone());
+    // The VM of now: another may have the name when its process has answered.
+    let process = on_a_thread(THREAD_PATIENCE, move || of.0.recorded_process(&of.1)).await??;
     let set = |link| {
         let (supervisor, name) = (supervisor.clone(), name.clone());
-        on_a_thread(THREAD_PATIENCE, move || supervisor.set_link(&name, link))
+        on_a_thread(THREAD_PATIENCE, move || supervisor.set_link(&name, process, link))
     };
-    let (dir, post) = (supervisor.dir().to_owned(), Method::POST);
-    if request.network == Some(Link::Closed) {
-        // A VM without a network device refuses the request, with the reason.
-        set(Link::Closed).await??;
-    }
+    // A VM without a network device refuses the request, with the reason.
+    let closed = if request.network == Some(Link::Closed) { set(Link::Closed).await? } else { Ok(()) };
     let client = Client::new(&dir);
-    let info = client.request_within(NETWORK_TIMEOUT, post, &name, "/network", Some(&request)).await?;
+    let asked = client.request_within(NETWORK_TIMEOUT, post, &name, "/network", Some(&request)).await;
+    // After that: the process is asked, too, if the host has refused.
+    closed?;
+    let info = asked?;
     if request.network == Some(Link::Open) {
         // Last: the rules of the request hold by now.
         set(Link::Open).await??;
