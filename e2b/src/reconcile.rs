@@ -186,7 +186,8 @@ mod tests {
                 false
             }
         };
-        process.shutdown_background();
+        // Its tasks have gone afterwards; none of them needs this thread.
+        std::thread::spawn(move || process.shutdown_timeout(Duration::from_secs(60))).join().unwrap();
         fake.world.release();
         // The request that was held is carried out.
         for _ in 0..1000 {

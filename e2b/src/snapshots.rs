@@ -104,8 +104,15 @@ impl Gateway {
     pub(crate) async fn remove_snapshot(&self, owner: &str, id: &str) -> Answer<()> {
         let id = checkpoint_name(id);
         let snapshot = self.snapshot_of(owner, id).ok_or_else(|| GatewayError::no_template(id))?;
+        let note_kept = |is_kept| {
+            let entry = self.0.snapshots.get(&snapshot.id);
+            entry.iter().for_each(|entry| drop(self.0.snapshots.change(entry, |one| one.is_kept = is_kept)));
+        };
+        // First: the record of a removal that is cut short is forgotten with its checkpoint.
+        note_kept(false);
         let removed = self.remove_checkpoint(&snapshot.id).await;
         if removed.as_ref().is_err_and(|error| error.status.as_u16() != 404) {
+            note_kept(snapshot.is_kept);
             return removed;
         }
         self.0.snapshots.remove(&snapshot.id);
