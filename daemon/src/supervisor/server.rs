@@ -46,7 +46,7 @@ use crate::vm_host::{Cancel, DaemonError, EndedVm, ended_vms};
 /// Time limit of a VM's process for requests that it answers at once.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 /// Time limit for the record of the end of a VM that does not answer.
-const END_TIMEOUT: Duration = Duration::from_secs(1);
+const END_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum number of directories allowed for the parents of a snapshot.
 const MAX_PARENT_DIRS: usize = 16;
 /// Interval of the checks for it.
