@@ -163,11 +163,13 @@ impl<T: Named + Clone + Serialize + DeserializeOwned> RecordTable<T> {
         };
         for file in files.into_iter().flatten() {
             let path = file?.path();
-            let read = std::fs::read(&path).and_then(|bytes| Ok(serde_json::from_slice::<T>(&bytes)?));
-            let is_hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
-            match read {
+            if path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".")) {
                 // A killed process has left it, and it may be older than the record itself.
-                _ if is_hidden => drop(std::fs::remove_file(&path)),
+                let _ = std::fs::remove_file(&path);
+                continue;
+            }
+            let read = std::fs::read(&path).and_then(|bytes| Ok(serde_json::from_slice::<T>(&bytes)?));
+            match read {
                 Ok(value) if path.file_stem().is_none_or(|stem| stem != value.name()) => {
                     tracing::warn!(path = %path.display(), "a record of another name is left out");
                 }

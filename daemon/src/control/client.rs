@@ -21,7 +21,7 @@ use crate::control::api::{StopAnswer, StopRequest, VmInfo};
 use crate::control::problem::Problem;
 use crate::control::server::{THREAD_PATIENCE, on_a_thread};
 use crate::control::token::Token;
-use crate::supervisor::{clear_up, vsock_known};
+use crate::supervisor::{clear_up_alone, vsock_known};
 use crate::vm_host::{
     DaemonError, EndedVm, NameClaim, RuntimeDir, check_name, ended_vms, runtime_dir, socket_path, supervisor_path,
 };
@@ -232,7 +232,7 @@ impl Client {
         }
         let (answer, left) = self.stop_process(name, request).await?;
         if let Some((claim, exit)) = left {
-            clear_up(claim, exit, true, Vec::new());
+            clear_up_alone(claim, exit);
         }
         Ok(answer)
     }

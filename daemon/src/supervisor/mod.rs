@@ -115,7 +115,7 @@ pub(crate) use request_limiter::ImagePermit;
 use request_limiter::{ForwardLimiter, ImageRequestLimiter, NetworkChanges};
 use snapshots::Snapshots;
 use vm_record::VmRecord;
-pub(crate) use vm_record::{clear_up, vsock_known};
+pub(crate) use vm_record::{clear_up_alone, vsock_known};
 pub use vm_record::{in_session, is_in_session, settle_dead, vms_in};
 use worker_resources::SandboxProfile;
 

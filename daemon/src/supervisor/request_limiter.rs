@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
 use crate::control::{ApiError, ProblemKind};
@@ -24,9 +24,28 @@ const TURN_TIMEOUT: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(crate) struct ImagePermit(#[expect(dead_code, reason = "it is held")] OwnedSemaphorePermit);
 
+/// A value for each VM that a request uses.
+#[derive(Debug)]
+struct ByVm<T>(Mutex<BTreeMap<String, Arc<T>>>);
+
+impl<T> Default for ByVm<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T> ByVm<T> {
+    /// Returns the value of `vm`. Values that no request holds or waits for are dropped.
+    fn of(&self, vm: &str, new: impl FnOnce() -> T) -> Arc<T> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|_, value| Arc::strong_count(value) > 1);
+        Arc::clone(all.entry(vm.to_owned()).or_insert_with(|| Arc::new(new())))
+    }
+}
+
 /// Requests for images, by VM.
 #[derive(Debug, Default)]
-pub(super) struct ImageRequestLimiter(Mutex<BTreeMap<String, Arc<Semaphore>>>);
+pub(super) struct ImageRequestLimiter(ByVm<Semaphore>);
 
 impl ImageRequestLimiter {
     /// Waits for permission to request an image of `vm`. The wait takes no thread.
@@ -38,13 +57,7 @@ impl ImageRequestLimiter {
     }
 
     async fn begin_within(&self, vm: &str, limit: Duration) -> Result<ImagePermit, ApiError> {
-        let of_vm = {
-            let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            // Semaphores that a request holds or waits for.
-            all.retain(|_, turns| Arc::strong_count(turns) > 1);
-            let new = || Arc::new(Semaphore::new(MAX_IMAGE_REQUESTS));
-            Arc::clone(all.entry(vm.to_owned()).or_insert_with(new))
-        };
+        let of_vm = self.0.of(vm, || Semaphore::new(MAX_IMAGE_REQUESTS));
         let silent = || {
             let text =
                 format!("{MAX_IMAGE_REQUESTS} requests wait for an image of {vm:?}, whose process does not answer");
@@ -58,18 +71,12 @@ impl ImageRequestLimiter {
 
 /// Changes of VMs' networks: one at a time for each VM.
 #[derive(Debug, Default)]
-pub(super) struct NetworkChanges(Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>);
+pub(super) struct NetworkChanges(ByVm<AsyncMutex<()>>);
 
 impl NetworkChanges {
     /// Waits until no other change of the network of `vm` is under way.
     pub(super) async fn begin(&self, vm: &str) -> OwnedMutexGuard<()> {
-        let of_vm = {
-            let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            // Those that a request holds or waits for.
-            all.retain(|_, turn| Arc::strong_count(turn) > 1);
-            Arc::clone(all.entry(vm.to_owned()).or_default())
-        };
-        of_vm.lock_owned().await
+        self.0.of(vm, AsyncMutex::default).lock_owned().await
     }
 }
 
@@ -139,7 +146,7 @@ mod tests {
             limiter.begin_within("web", soon).await.map(drop).unwrap();
             drop(held);
             limiter.begin_within("last", soon).await.map(drop).unwrap();
-            assert_eq!(limiter.0.lock().unwrap().len(), 1, "nobody waits for the others");
+            assert_eq!(limiter.0.0.lock().unwrap().len(), 1, "nobody waits for the others");
         });
     }
 

@@ -227,7 +227,15 @@ pub(crate) fn vsock_known(dir: &Path, name: &str) -> Result<Option<Option<VsockI
 pub fn settle_dead(dir: &Path, name: &str) {
     // A taken name: its process still holds it, or another process clears up.
     if let Ok(claim) = RuntimeDir::open(dir).and_then(|dir| NameClaim::new(&dir, name)) {
-        clear_up(claim, WorkerExit { pid: 0, signal: None, code: None }, true, Vec::new());
+        clear_up_alone(claim, WorkerExit { pid: 0, signal: None, code: None });
+    }
+}
+
+/// Clears up after a VM that has ended, where no supervisor releases the rest of its resources.
+pub(crate) fn clear_up_alone(claim: NameClaim, exit: WorkerExit) {
+    let (dir, name) = (claim.dir().clone(), claim.name.clone());
+    if let Some(ended) = clear_up(claim, exit, true, Vec::new()) {
+        release_links(&dir, &name, &ended);
     }
 }
 
@@ -238,7 +246,7 @@ pub(super) fn inode(socket: &Path) -> Option<(u64, u64)> {
 }
 
 /// Records the end of a VM whose process has ended, and removes its files. Returns its record.
-pub(crate) fn clear_up(
+pub(super) fn clear_up(
     claim: NameClaim,
     exit: WorkerExit,
     was_orderly: bool,
@@ -249,11 +257,7 @@ pub(crate) fn clear_up(
         tracing::warn!(%error, name = claim.name, "not all of a VM's files are known");
         None
     });
-    if let Some(vm_record) = &vm_record {
-        vm_record.remove_sockets();
-        // Without a supervisor no other code does so.
-        release_links(claim.dir(), &claim.name, vm_record);
-    }
+    vm_record.iter().for_each(VmRecord::remove_sockets);
     drop(claim);
     vm_record
 }
