@@ -280,6 +280,10 @@ impl Client {
             match NameClaim::of_a_dead(&dir, name, answer.vm.pid) {
                 Ok(claim) => return Ok((answer, claim.map(|claim| (claim, exit)))),
                 Err(DaemonError::Taken { .. }) if Instant::now() < deadline => sleep(RELEASE_POLL).await,
+                // The VM's process has left the name, which another VM gets: its start takes this long.
+                Err(DaemonError::Taken { name }) if NameClaim::owner(&dir, &name)? != Some(answer.vm.pid) => {
+                    return Ok((answer, None));
+                }
                 Err(DaemonError::Taken { name }) => {
                     return Err(DaemonError::Unreleased { name, seconds: RELEASE_TIMEOUT.as_secs() }.into());
                 }

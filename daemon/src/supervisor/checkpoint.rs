@@ -106,7 +106,8 @@ impl Checkpoint {
     }
 
     /// The same image made of copies, which are detached.
-    pub(super) fn with_parts(self, parts: SealedParts, info: DetachedInfo, copies: Copies) -> Self {
+    pub(super) fn with_parts(mut self, parts: SealedParts, info: DetachedInfo, copies: Copies) -> Self {
+        self.vm_record.template.detached = true;
         Self { parts, detached: Some((info, copies)), ..self }
     }
 

@@ -1,6 +1,7 @@
 //! Checkpoints by name: in memory, on disk, or both.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::checkpoint::Checkpoint;
@@ -8,7 +9,6 @@ use super::kept::{Found, KeptRecord};
 use super::{ImagePermit, Supervisor};
 use crate::control::{CheckpointInfo, CheckpointRequest, ProblemKind};
 use crate::vm_host::{Cancel, DaemonError, check_name};
-use clade_vmm::vm::VmConfig;
 
 /// A name's checkpoint. A name with neither is reserved, by a request or by files that cannot be read.
 #[derive(Clone, Debug, Default)]
@@ -230,9 +230,11 @@ impl Checkpoints {
         self.all().iter().filter_map(|(name, slot)| slot.info(name)).collect()
     }
 
-    /// Returns the configurations of the VMs of checkpoints in memory.
-    pub(super) fn configs(&self) -> Vec<VmConfig> {
-        self.all().values().filter_map(|slot| Some(slot.held.as_ref()?.config().clone())).collect()
+    /// Returns the images of disks that checkpoints in memory have open.
+    pub(super) fn images(&self) -> Vec<PathBuf> {
+        let all = self.all();
+        let held = all.values().filter_map(|slot| slot.held.as_ref());
+        held.flat_map(|held| held.vm_record().template.images()).map(Path::to_owned).collect()
     }
 
     pub(super) fn len(&self) -> usize {
@@ -366,7 +368,7 @@ mod tests {
         assert!(matches!(all.reserve("web", Some("cut")), Err(DaemonError::CheckpointTaken { .. })));
         assert!(matches!(all.remove("cut", || panic!("removed")), Err(DaemonError::NoSuchCheckpoint { .. })));
         assert!(matches!(all.reserve("web", Some("cut")), Err(DaemonError::CheckpointTaken { .. })));
-        assert!(all.info("base").unwrap().kept && all.configs().is_empty());
+        assert!(all.info("base").unwrap().kept && all.images().is_empty());
         let refused = |what: &str| {
             let kind = crate::control::ProblemKind::Internal;
             DaemonError::Refused { kind, text: what.to_owned() }

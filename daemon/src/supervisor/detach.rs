@@ -140,7 +140,7 @@ fn now() -> (i64, u32) {
 }
 
 /// Whether a VM that was booted with the disk writes its image, and not one that was restored.
-fn is_in_place(template: &VmTemplate, disk: &DiskConfig) -> bool {
+pub(super) fn is_in_place(template: &VmTemplate, disk: &DiskConfig) -> bool {
     template.saved.is_empty() && !disk.read_only && !disk.ephemeral
 }
 
@@ -282,11 +282,19 @@ mod tests {
         let id = |name: &str| file_id_at(&dir.path().join(name)).unwrap();
         assert_eq!(safe_files(&booted), [id("read"), id("ephemeral"), id("read")]);
         expect_detachable(&booted).unwrap();
+        // A boot with one of these images waits only for VMs and checkpoints that have it open.
+        let images = |template: &VmTemplate| -> Vec<_> {
+            template.images().map(|image| image.file_name().unwrap().to_owned()).collect()
+        };
+        assert_eq!(images(&booted), ["written", "read", "ephemeral", "link"]);
+        let detached = VmTemplate { detached: true, ..booted.clone() };
+        assert_eq!(images(&detached), ["read", "ephemeral", "link"]);
         // A restored VM: the paths of its disks are the snapshot's, and not believed.
         let saved = tempfile::tempdir().unwrap();
         std::fs::write(saved.path().join("memory.data"), "x").unwrap();
         let known = KnownDir { path: saved.path().to_owned(), id: None };
         let restored = VmTemplate { saved: vec![known], ..booted.clone() };
+        assert!(images(&restored).is_empty());
         assert_eq!(safe_files(&restored), [file_id_at(&saved.path().join("memory.data")).unwrap()]);
         // An image that is only read, and was replaced.
         let only = template(&[read]);

@@ -2,7 +2,7 @@
 
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -141,10 +141,9 @@ impl Inner {
 
     /// Returns the images of disks that VMs or checkpoints of this directory use.
     pub(super) fn used_images(&self) -> BTreeSet<PathBuf> {
-        let of_vms = VmRecord::all(&self.dir).unwrap_or_default();
-        let configs =
-            of_vms.into_iter().map(|(_, vm_record)| vm_record.template.config).chain(self.checkpoints.configs());
-        configs.flat_map(|config| config.disks).map(|disk| disk.disk.path).collect()
+        let of_vms = VmRecord::all(&self.dir).unwrap_or_default().into_iter().map(|(_, vm_record)| vm_record.template);
+        let used = of_vms.flat_map(|template| template.images().map(Path::to_owned).collect::<Vec<_>>());
+        used.chain(self.checkpoints.images()).collect()
     }
 
     fn unsettled(&self) -> MutexGuard<'_, Vec<Unsettled>> {

@@ -95,6 +95,7 @@ impl Supervisor {
             config: saved.config.clone(),
             overlays: saved.config.disks.iter().map(|_| overlays.clone()).collect(),
             saved: saved.dirs.clone(),
+            detached: false,
         };
         Ok((saved, template))
     }

@@ -169,7 +169,7 @@ impl Supervisor {
         image: &Checkpoint,
         watch: impl Fn(Option<(u64, u64)>) -> bool,
     ) -> Result<SavedFiles, DaemonError> {
-        let VmTemplate { config, overlays, saved } = &image.vm_record().template;
+        let VmTemplate { config, overlays, saved, .. } = &image.vm_record().template;
         let Grants { read, dirs, .. } = Grants::of_child(config, overlays, saved);
         let grants = Grants { read, dirs, beside, role: Role::Snapshot, ..Grants::default() };
         let worker = self.0.zygote.workers(1)?.pop().ok_or(DaemonError::Ending)?;

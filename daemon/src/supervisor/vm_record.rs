@@ -9,11 +9,12 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use clade_block::overlay_dir;
+use clade_block::{DiskConfig, overlay_dir};
 use clade_devices::virtio::net::Link;
 use serde::{Deserialize, Serialize};
 
 use super::cgroups::Bounds;
+use super::detach::is_in_place;
 use super::host_link::{RecordedLink, release_links};
 use super::net_hook::Interfaces;
 use super::overlays::unnamed_in;
@@ -35,7 +36,7 @@ impl VmTemplate {
     pub(super) fn new(config: &VmConfig, dir: impl Fn(usize) -> PathBuf) -> Self {
         let of_disk = |(at, disk): (usize, &DiskSpec)| if disk.disk.read_only { dir(at) } else { unnamed_in(&dir(at)) };
         let overlays = config.disks.iter().enumerate().map(of_disk).collect();
-        Self { config: config.clone(), overlays, saved: Vec::new() }
+        Self { config: config.clone(), overlays, saved: Vec::new(), detached: false }
     }
 
     /// Returns the template of the children of a VM that is booted with this configuration.
@@ -44,6 +45,14 @@ impl VmTemplate {
             let disk = &config.disks[at].disk;
             overlay_dir(disk, is_block_device(&disk.path))
         })
+    }
+
+    /// The images that the VM's process and those of its children have open. The files of a restored VM's
+    /// disks are in its snapshot.
+    pub(super) fn images(&self) -> impl Iterator<Item = &Path> {
+        let disks = self.config.disks.iter().map(|disk| &disk.disk).filter(|_| self.saved.is_empty());
+        let is_copied = |disk: &DiskConfig| self.detached && is_in_place(self, disk);
+        disks.filter(move |disk| !is_copied(disk)).map(|disk| disk.path.as_path())
     }
 
     /// The directories that a child's disks write to.

@@ -457,10 +457,7 @@ impl NameClaim {
     /// # Errors
     /// When the process still has it.
     pub(crate) fn of_a_dead(dir: &RuntimeDir, name: &str, pid: u32) -> Result<Option<Self>, DaemonError> {
-        let failed = |source| DaemonError::Runtime { path: dir.path.join(name), source };
-        let owner = dir.read(&format!("{name}.lock")).map_err(failed)?;
-        let owner: Option<u32> = owner.and_then(|text| String::from_utf8(text).ok()?.trim().parse().ok());
-        match owner {
+        match Self::owner(dir, name)? {
             Some(owner) if owner == pid => {}
             // This process already clears up after it.
             Some(owner) if owner == std::process::id() => return Err(DaemonError::Taken { name: name.to_owned() }),
@@ -468,6 +465,16 @@ impl NameClaim {
         }
         // If the lock file has gone meanwhile, this makes a new one, and removes it.
         Self::new(dir, name).map(Some)
+    }
+
+    /// The pid of the process that has claimed the name, by the process's own account.
+    ///
+    /// # Errors
+    /// When the lock file cannot be read.
+    pub(crate) fn owner(dir: &RuntimeDir, name: &str) -> Result<Option<u32>, DaemonError> {
+        let failed = |source| DaemonError::Runtime { path: dir.path.join(name), source };
+        let owner = dir.read(&format!("{name}.lock")).map_err(failed)?;
+        Ok(owner.and_then(|text| String::from_utf8(text).ok()?.trim().parse().ok()))
     }
 
     /// Leaves the name to the process that has the lock too.

@@ -103,6 +103,9 @@ pub(crate) struct VmTemplate {
     /// Directories of the snapshots that the disks' files are in, if they were restored.
     #[serde(default)]
     pub(crate) saved: Vec<KnownDir>,
+    /// Whether the disks that the booted VM writes in place are copies.
+    #[serde(default)]
+    pub(crate) detached: bool,
 }
 
 impl VmTemplate {

@@ -153,10 +153,11 @@ impl Supervised {
                 is_back
             });
         };
-        // Whether or not the last zygote was killed, a zygote runs now.
+        // Whether or not the last zygote was killed, a zygote runs afterwards: it starts one of the
+        // children at least, and the prepared workers the others.
         let probe = || {
-            self.fork(&["web", "--name", "probe"]);
-            self.stop("probe");
+            let count = self.info("prepared") + 1;
+            self.fork(&["web", "--count", &count.to_string()]).iter().for_each(|child| self.stop(child));
         };
         probe();
         std::thread::sleep(std::time::Duration::from_secs(12));
@@ -177,5 +178,17 @@ fn forks_checkpoints_and_kills_at_random_leave_nothing() {
     let all = Supervised::start("0");
     all.boot("web", &[]);
     all.storm(4, 4);
+    all.end();
+}
+
+#[test]
+#[ignore = "takes minutes"]
+fn forks_checkpoints_and_kills_at_random_leave_nothing_for_long() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("2");
+    all.boot("web", &[]);
+    all.storm(8, 120);
     all.end();
 }

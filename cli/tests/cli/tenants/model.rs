@@ -307,9 +307,9 @@ impl Actor {
         if self.own.len() >= MAX_SANDBOXES {
             return self.end();
         }
-        let status = if self.own[&id].is_paused { 409 } else { 201 };
+        // A paused sandbox stays paused, and its fork runs.
         let (route, body) = ("own POST /sandboxes/{id}/fork", format!(r#"{{"timeout":{timeout}}}"#));
-        let Some((answer, before, after)) = self.change(route, &id, "/fork", &body, &[status]) else { return };
+        let Some((answer, before, after)) = self.change(route, &id, "/fork", &body, &[201]) else { return };
         let end = (before + timeout * SECOND, after + timeout * SECOND);
         for forked in answer.json().as_array().into_iter().flatten() {
             if let Some(code) = forked["error"]["code"].as_u64() {

@@ -30,6 +30,27 @@ fn a_name_is_taken_once_and_free_again_after() {
 }
 
 #[test]
+fn the_name_of_an_ended_vm_is_its_own_its_clearers_or_anothers() {
+    let (path, dir) = temporary();
+    let dead = std::process::id() + 1;
+    let of_a_dead = || NameClaim::of_a_dead(&dir, "a", dead);
+    assert!(matches!(of_a_dead(), Ok(None)) && matches!(NameClaim::owner(&dir, "a"), Ok(None)));
+    fs::write(path.path().join("a.lock"), format!("{dead}\n")).unwrap();
+    assert!(matches!(NameClaim::owner(&dir, "a"), Ok(Some(pid)) if pid == dead));
+    let claim = of_a_dead().unwrap().unwrap();
+    // This process has it now: for the dead VM's files, or for another VM.
+    assert!(matches!(of_a_dead(), Err(DaemonError::Taken { .. })));
+    assert!(matches!(NameClaim::owner(&dir, "a"), Ok(Some(pid)) if pid == std::process::id()));
+    drop(claim);
+    assert!(matches!(of_a_dead(), Ok(None)));
+    // The process still has its lock.
+    let claim = NameClaim::new(&dir, "a").unwrap();
+    fs::write(path.path().join("a.lock"), format!("{dead}\n")).unwrap();
+    assert!(matches!(of_a_dead(), Err(DaemonError::Taken { .. })));
+    drop(claim);
+}
+
+#[test]
 fn a_dead_owners_sockets_are_replaced() {
     let (path, dir) = temporary();
     drop(UnixListener::bind(socket_path(path.path(), "a")).unwrap());
