@@ -22,7 +22,7 @@ GROUPS = (
     ("The supervisor", r"/v1/(supervisor|ended|events)|/metrics|/openapi\.json"),
     ("VMs of the directory", r"/v1/(vms|restore)"),
     ("State of a VM", r"/v1/vms/\{name\}(/(stats|logs|touched|pages|page-map))?"),
-    ("Run, reset, suspend, stop", r"/v1/vms/\{name\}/(pause|resume|reset|suspend|suspend-after|wake|ttl|stop)"),
+    ("Run, reset, suspend, stop", r"/v1/vms/\{name\}/(pause|resume|reset|rollback|suspend|suspend-after|wake|ttl|stop)"),
     ("Forks and snapshots of a VM", r"/v1/vms/\{name\}/(fork|ready|checkpoint|snapshot|working-set)"),
     ("Memory and devices of a VM", r"/v1/vms/\{name\}/(memory|console|network|balloon)"),
     ("Checkpoints", r"/v1/checkpoints(/.*)?"),

@@ -2,7 +2,7 @@
 //!
 //! | message | from | content |
 //! |---|---|---|
-//! | 1 | client | one byte: the request. With [`BROKER`] comes a socket, and there is no answer. With [`SUSPEND`] come files ([`crate::suspend`]). To [`RECORD`] the answer is the same byte and a descriptor |
+//! | 1 | client | one byte: the request. With [`BROKER`] comes a socket, and there is no answer. With [`SUSPEND`] come files ([`crate::suspend`]). A rollback has its own messages ([`crate::rollback`]). To [`RECORD`] the answer is the same byte and a descriptor |
 //! | 2 | VM's process | the report of the fork, as JSON; or the error |
 //! | 3.. | VM's process | the image ([`SealedParts`]) |
 //!
@@ -25,6 +25,7 @@ use tokio::sync::Semaphore;
 
 use crate::control::{ACCEPT_BACKOFF, ProblemKind};
 use crate::flight;
+use crate::rollback;
 use crate::secrets::Secrets;
 use crate::suspend::{self, SUSPEND};
 use crate::vm_host::{DaemonError, Labels, WeakVmHost, check_name, image_path};
@@ -140,6 +141,8 @@ fn answer(socket: &OwnedFd, vm: &Weak<Vm>, leases: &Leases, vm_host: &WeakVmHost
             return vm.connect_broker(broker);
         }
         [SUSPEND] => return suspend::answer(socket, vm, files),
+        [rollback::OWN] => return rollback::answer(socket, vm, Some(leases), vm_host),
+        [rollback::FOREIGN] => return rollback::answer(socket, vm, None, vm_host),
         [RECORD] => return seqpacket::send(socket, &[RECORD], &[flight::descriptor()?.as_fd()]),
         _ => return Err(io::ErrorKind::InvalidData.into()),
     }
@@ -228,9 +231,7 @@ impl PendingFork {
     }
 
     fn silent(&self, source: &io::Error) -> DaemonError {
-        let is_late = source.kind() == io::ErrorKind::WouldBlock;
-        let kind = if is_late { ProblemKind::VmSilent } else { ProblemKind::VmGone };
-        DaemonError::Refused { kind, text: format!("the process of {:?} does not answer: {source}", self.name) }
+        silent(&self.name, source)
     }
 
     /// Waits for the image. `check` is called every [`CHECK_INTERVAL`].
@@ -263,6 +264,33 @@ impl PendingFork {
             ImageAnswer::Refused { kind, text } => Err(DaemonError::Refused { kind, text }),
         }
     }
+}
+
+/// Waits for the last message of a request to the process of the VM called `name`. `check` is called
+/// every [`CHECK_INTERVAL`].
+///
+/// # Errors
+/// That of `check`. When the process does not answer until `deadline`.
+pub(crate) fn read_answer(
+    socket: &OwnedFd,
+    name: &str,
+    deadline: Instant,
+    check: &dyn Fn() -> Result<(), DaemonError>,
+) -> Result<Vec<u8>, DaemonError> {
+    set_socket_timeout(socket, Timeout::Recv, Some(CHECK_INTERVAL)).map_err(|errno| failed(errno.into()))?;
+    let answer = loop {
+        match seqpacket::receive(socket.as_fd(), MAX_ANSWER) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline => check()?,
+            answer => break answer,
+        }
+    };
+    answer.map(|Message { bytes, .. }| bytes).map_err(|error| silent(name, &error))
+}
+
+fn silent(name: &str, source: &io::Error) -> DaemonError {
+    let is_late = source.kind() == io::ErrorKind::WouldBlock;
+    let kind = if is_late { ProblemKind::VmSilent } else { ProblemKind::VmGone };
+    DaemonError::Refused { kind, text: format!("the process of {name:?} does not answer: {source}") }
 }
 
 /// Has the process of the VM called `name` use another broker for its guest's connections.

@@ -20,6 +20,7 @@ pub mod flight;
 mod heap;
 mod image;
 pub mod jail;
+mod rollback;
 pub mod secrets;
 mod signals;
 pub mod supervisor;

@@ -10,7 +10,7 @@
 //! | 3 | VM's process | one byte, when the VM is woken. End of file instead: the VM has gone |
 
 use std::io::{self, PipeReader};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::thread;
@@ -24,14 +24,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::control::{ProblemKind, SuspendAnswer};
 use crate::flight;
-use crate::image::connected;
+use crate::image::{connected, read_answer};
 use crate::vm_host::DaemonError;
 use clade_vmm::vm::{RequestSource, SuspendReport, Vm};
 
 /// The byte of the request.
 pub(crate) const SUSPEND: u8 = 4;
-/// Most bytes of an answer.
-const MAX_ANSWER: usize = 64 << 10;
 /// Time limit of a VM's process: it writes as much as the VM owns.
 const PATIENCE: Duration = Duration::from_secs(600);
 /// Interval of the checks whether the client still wants it.
@@ -183,8 +181,8 @@ impl SuspendedVm {
     }
 }
 
-/// Suspends the VM called `name` to a file in `dir`. Calls `check` every [`CHECK_INTERVAL`]; the VM
-/// may be suspended even if that fails.
+/// Suspends the VM called `name` to a file in `dir`. Calls `check` while it waits; the VM may be
+/// suspended even if that fails.
 ///
 /// # Errors
 /// When there is no such VM, no file can be made in `dir`, or the VM cannot be suspended: it then
@@ -201,20 +199,7 @@ pub(crate) fn suspend(
     seqpacket::send(&socket, &[SUSPEND], &file.descriptors()).map_err(failed)?;
     // The VM's process has its own descriptor.
     drop(file);
-    set_socket_timeout(&socket, Timeout::Recv, Some(CHECK_INTERVAL)).map_err(|errno| failed(errno.into()))?;
-    let deadline = Instant::now() + PATIENCE;
-    let answer = loop {
-        match seqpacket::receive(socket.as_fd(), MAX_ANSWER) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline => check()?,
-            answer => break answer,
-        }
-    };
-    let silent = |error: io::Error| {
-        let is_late = error.kind() == io::ErrorKind::WouldBlock;
-        let kind = if is_late { ProblemKind::VmSilent } else { ProblemKind::VmGone };
-        DaemonError::Refused { kind, text: format!("the process of {name:?} does not answer: {error}") }
-    };
-    let Message { bytes, .. } = answer.map_err(silent)?;
+    let bytes = read_answer(&socket, name, Instant::now() + PATIENCE, check)?;
     match serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))? {
         SuspendReply::Suspended(answer) => Ok((answer, SuspendedVm(socket))),
         SuspendReply::Refused { kind, text } => {

@@ -17,7 +17,7 @@ use crate::commands::e2b::{E2bArgs, KeyCommand};
 use crate::commands::exec::{ExecArgs, ShellArgs};
 use crate::commands::generate::{CompletionsArgs, ManArgs};
 use crate::commands::image::{ImageCommand, ImageListArgs, PullFlags};
-use crate::commands::lifecycle::{LifecycleArgs, StopArgs, SuspendArgs};
+use crate::commands::lifecycle::{LifecycleArgs, RollbackArgs, StopArgs, SuspendArgs};
 use crate::commands::machine::MachineArgs;
 use crate::commands::memory::MemoryCommand;
 use crate::commands::network::{NetworkArgs, NetworkState};
@@ -74,6 +74,8 @@ pub(crate) enum Command {
     Fork(ForkArgs),
     /// Reset forked VMs in place to the instant of their fork.
     Reset(LifecycleArgs),
+    /// Roll a VM back in place to a checkpoint of its own, or of a VM that it was forked from.
+    Rollback(RollbackArgs),
     /// Have the agents in VMs renew their identity: clock, random numbers, tokens, hooks. For use
     /// after a restore or a reset; `clade fork --ready` does it for children.
     #[command(alias = "ready")]

@@ -11,9 +11,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use clade_daemon::control::{
-    CheckpointInfo, Client, ClientError, ReadyAnswer, ResetAnswer, ShutdownInfo, StopAnswer, StopRequest,
-    SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest, TtlInfo, TtlRequest, VmInfo, VmState,
-    WakeAnswer,
+    CheckpointInfo, Client, ClientError, ReadyAnswer, ResetAnswer, RollbackRequest, ShutdownInfo, StopAnswer,
+    StopRequest, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest, TtlInfo, TtlRequest, VmInfo,
+    VmState, WakeAnswer,
 };
 use hyper::Method;
 use serde::Serialize;
@@ -58,6 +58,24 @@ pub(super) fn stop(args: &StopArgs) -> Outcome {
 }
 
 #[derive(Debug, clap::Args)]
+pub(crate) struct RollbackArgs {
+    /// The VM.
+    #[arg(value_name = "VM")]
+    vm: String,
+    /// The checkpoint.
+    #[arg(value_name = "CHECKPOINT")]
+    checkpoint: String,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn rollback(args: &RollbackArgs) -> Outcome {
+    let vms = LifecycleArgs { names: vec![args.vm.clone()], all: false, json: args.json };
+    main(&vms, &Verb::Rollback(RollbackRequest { checkpoint: args.checkpoint.clone() }))
+}
+
+#[derive(Debug, clap::Args)]
 pub(crate) struct SuspendArgs {
     #[command(flatten)]
     vms: LifecycleArgs,
@@ -84,6 +102,7 @@ pub(super) enum Verb {
     Wake,
     Stop(StopRequest),
     Reset,
+    Rollback(RollbackRequest),
     Reidentify,
     Remove,
 }
@@ -97,6 +116,7 @@ impl Verb {
             Self::Wake => "wake",
             Self::Stop(_) => "stop",
             Self::Reset => "reset",
+            Self::Rollback(_) => "rollback",
             Self::Reidentify => "reidentify",
             Self::Remove => "rm",
         }
@@ -118,6 +138,7 @@ enum Done {
     Vm(Box<VmInfo>),
     Stopped(Box<StopAnswer>),
     Reset(Box<ResetAnswer>),
+    RolledBack(Box<ResetAnswer>),
     Ready(NamedReady),
     Suspended(SuspendAnswer),
     Woken(Box<WakeAnswer>),
@@ -157,10 +178,11 @@ impl Done {
                 }
             }
             Self::Removed(checkpoint) => println!("{} is removed", checkpoint.name),
-            Self::Reset(answer) => {
+            Self::Reset(answer) | Self::RolledBack(answer) => {
                 println!("{} is {}", answer.vm.name, state_name(answer.vm.state));
+                let done = if matches!(self, Self::Reset(_)) { "reset" } else { "rolled back" };
                 eprintln!(
-                    "reset in {:.0} us (memory {:.0} us): {} pages dropped, {} mapped anew",
+                    "{done} in {:.0} us (memory {:.0} us): {} pages dropped, {} mapped anew",
                     answer.total_us, answer.memory_us, answer.dropped_pages, answer.remapped_pages,
                 );
             }
@@ -183,6 +205,10 @@ async fn one(client: Client, verb: Verb, name: String) -> Result<Done, ClientErr
         }
         Verb::Stop(request) => client.stop(&name, request).await.map(|answer| Done::Stopped(Box::new(answer))),
         Verb::Reset => client.request(Method::POST, &name, "/reset", None::<&()>).await.map(Done::Reset),
+        Verb::Rollback(request) => {
+            let path = format!("/v1/vms/{name}/rollback");
+            client.supervisor(Method::POST, &path, Some(&request)).await.map(Done::RolledBack)
+        }
         Verb::Reidentify => {
             let path = format!("/v1/vms/{name}/ready");
             let ready = client.supervisor(Method::POST, &path, None::<&()>).await?;
@@ -198,9 +224,14 @@ async fn one(client: Client, verb: Verb, name: String) -> Result<Done, ClientErr
 /// Returns the names of all that `verb` applies to.
 async fn everyone(client: &Client, verb: &Verb) -> Result<Vec<String>, ClientError> {
     match verb {
-        Verb::Pause | Verb::Resume | Verb::Suspend(_) | Verb::Wake | Verb::Stop(_) | Verb::Reset | Verb::Reidentify => {
-            client.all_names().await
-        }
+        Verb::Pause
+        | Verb::Resume
+        | Verb::Suspend(_)
+        | Verb::Wake
+        | Verb::Stop(_)
+        | Verb::Reset
+        | Verb::Rollback(_)
+        | Verb::Reidentify => client.all_names().await,
         Verb::Remove => {
             let all: Vec<CheckpointInfo> = client.supervisor(Method::GET, "/v1/checkpoints", None::<&()>).await?;
             Ok(all.into_iter().map(|checkpoint| checkpoint.name).collect())

@@ -188,6 +188,7 @@ fn run(command: Command) -> Outcome {
         Command::Tree(args) => tree::main(&args),
         Command::Fork(args) => remote::fork(&args),
         Command::Reset(args) => lifecycle::main(&args, &Verb::Reset),
+        Command::Rollback(args) => lifecycle::rollback(&args),
         Command::Reidentify(args) => lifecycle::main(&args, &Verb::Reidentify),
         Command::Balloon(args) => remote::balloon(&args),
         Command::Network(args) => network::main(&args),

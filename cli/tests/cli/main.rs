@@ -33,6 +33,7 @@ mod page;
 mod pages;
 mod python;
 mod registry;
+mod rollback;
 mod secrets;
 mod session;
 mod snapshot;

@@ -173,10 +173,12 @@ impl Bench {
         let records = records.map(|dir| names(&dir)).into_iter().flatten().filter(|name| !name.starts_with('.'));
         let files = names(runtime.dir()).into_iter().filter(|name| !name.ends_with(".ended"));
         let files = files.filter(|name| runtime.dir().join(name) != runtime.kept());
+        // A prepared worker is a socket and a process.
+        let prepared = runtime.http("GET", "/v1/supervisor", "").1["prepared"].as_u64().unwrap() as usize;
         Held {
-            descriptors: runtime.open_files(supervisor),
+            descriptors: runtime.open_files(supervisor).saturating_sub(2 * prepared),
             mounts: fs::read_to_string(format!("/proc/{supervisor}/mountinfo")).unwrap().lines().count(),
-            processes: runtime.clades().len(),
+            processes: runtime.clades().len().saturating_sub(prepared),
             files: files.chain(records).collect(),
             interfaces: names(std::path::Path::new("/sys/class/net"))
                 .into_iter()

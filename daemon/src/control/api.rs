@@ -12,12 +12,14 @@ use clade_host_io::CachePolicy;
 use clade_memory::Erased;
 
 use crate::control::{object, schema};
-use crate::flight::FlightEvent;
+use crate::flight::{self, FlightEvent};
 use crate::secrets::{self, Secret};
 use crate::vm_host::{EndedVm, Labels, Shutdown, VmEntry};
 use crate::worker::LaunchedVm;
 use crate::zygote::WorkerExit;
-use clade_vmm::vm::{ChildIdentity, Identity, NetChoice, RestoreLoad, StopReason, Vm, VmConfig, VsockChoice};
+use clade_vmm::vm::{
+    ChildIdentity, Identity, NetChoice, ResetReport, RestoreLoad, StopReason, Vm, VmConfig, VsockChoice,
+};
 
 /// The state of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -804,6 +806,26 @@ pub struct ResetAnswer {
     pub memory_us: f64,
     /// From the request to the vCPUs until their release, in microseconds.
     pub total_us: f64,
+}
+
+impl ResetAnswer {
+    /// Reports what was done, and notes it in the VM's flight record.
+    pub(crate) fn new(entry: &VmEntry, report: &ResetReport, what: &str) -> Self {
+        let us = |time: Duration| time.as_secs_f64() * 1e6;
+        let (dropped_pages, remapped_pages) = (report.memory.dropped, report.memory.remapped);
+        let took = report.total.as_micros();
+        flight::note(&format!("{what} in {took} us: {dropped_pages} pages dropped, {remapped_pages} remapped"));
+        let (memory_us, total_us) = (us(report.drop), us(report.total));
+        Self { vm: VmInfo::from(entry), dropped_pages, remapped_pages, memory_us, total_us }
+    }
+}
+
+/// A request to roll a VM back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RollbackRequest {
+    /// The name of a checkpoint in memory, of the VM itself or of one of its ancestors.
+    pub checkpoint: String,
 }
 
 /// The last output on a VM's console.

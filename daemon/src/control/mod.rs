@@ -17,6 +17,7 @@
 //! | `PUT /v1/vms/{name}/ttl` | `TtlRequest` | `TtlInfo` |
 //! | `POST /v1/vms/{name}/fork` | `ForkRequest` | `ForkAnswer` |
 //! | `POST /v1/vms/{name}/reset` | | `ResetAnswer` |
+//! | `POST /v1/vms/{name}/rollback` | `RollbackRequest` | `ResetAnswer` |
 //! | `GET /v1/vms/{name}/balloon` | | `BalloonInfo` |
 //! | `POST /v1/vms/{name}/balloon` | `BalloonRequest` | `BalloonInfo` |
 //! | `POST /v1/vms/{name}/network` | `NetworkRequest` | `VmInfo` |
@@ -58,9 +59,9 @@ pub use api::{
     AheadInfo, BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DetachedInfo, DiskInfo,
     ErasedInfo, ForkAnswer, ForkRequest, ForkedInfo, GuestMemory, GuestState, IdentityInfo, LogsAnswer, MemoryInfo,
     MergingVm, NetInfo, NetworkRequest, OpenRequest, PrepareRequest, Prepared, ReadyAnswer, ResetAnswer,
-    RestoreRequest, SavedSource, ShutdownInfo, SnapshotAnswer, SnapshotProgress, SnapshotRequest, StopAnswer,
-    StopRequest, SupervisorInfo, SupervisorKept, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest,
-    TouchedAnswer, TouchedRun, VmInfo, VmLimits, VmState, VsockInfo, WakeAnswer, WorkingSetAnswer,
+    RestoreRequest, RollbackRequest, SavedSource, ShutdownInfo, SnapshotAnswer, SnapshotProgress, SnapshotRequest,
+    StopAnswer, StopRequest, SupervisorInfo, SupervisorKept, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer,
+    SuspendRequest, TouchedAnswer, TouchedRun, VmInfo, VmLimits, VmState, VsockInfo, WakeAnswer, WorkingSetAnswer,
 };
 pub use client::{Client, ClientError, ListedVms};
 pub use console::ConsoleTyped;

@@ -218,17 +218,7 @@ async fn reset(State(vm_host): State<WeakVmHost>, UrlPath(name): UrlPath<String>
     let made = with_vm_host(vm_host, move |vm_host| {
         let entry = vm_host.get(&name)?;
         let report = note_failure("reset", entry.vm.reset_to_origin())?;
-        let us = |d: Duration| d.as_secs_f64() * 1e6;
-        let (dropped, remapped) = (report.memory.dropped, report.memory.remapped);
-        let took = report.total.as_micros();
-        flight::note(&format!("reset in {took} us: {dropped} pages dropped, {remapped} remapped"));
-        Ok(ResetAnswer {
-            vm: VmInfo::from(&entry),
-            dropped_pages: report.memory.dropped,
-            remapped_pages: report.memory.remapped,
-            memory_us: us(report.drop),
-            total_us: us(report.total),
-        })
+        Ok(ResetAnswer::new(&entry, &report, "reset"))
     });
     Ok(Json(made.await?))
 }

@@ -111,6 +111,11 @@ impl Checkpoint {
         Self { parts, detached: Some((info, copies)), ..self }
     }
 
+    /// Returns whether it is made of copies.
+    pub(super) fn is_detached(&self) -> bool {
+        self.detached.is_some()
+    }
+
     /// Returns whether the network of its children is open unless they are made with another state.
     pub(super) fn network(&self) -> Option<Link> {
         stricter(self.vm_record.network, self.forked.network)

@@ -273,6 +273,7 @@ impl Supervisor {
         let budget = Learning::budget(self.ahead_pages(origin, request)?, count);
         let VmRecord { template, identity, session, bounds, secrets, .. } = origin.vm_record;
         let secrets = secrets.as_ref().map(|secrets| secrets.of_child(request.without_secrets));
+        let ancestors = origin.vm_record.ancestors_of_child();
         let session = match (session, origin.learning) {
             (Some(session), None) => Some(session.expect_live(count)?),
             // A checkpoint outlives the session of its VM.
@@ -293,6 +294,7 @@ impl Supervisor {
                 template,
                 session: session.as_ref(),
                 parent: origin.vm,
+                ancestors: &ancestors,
                 bounds: *bounds,
                 secrets: secrets.as_ref(),
                 pid: worker.pid(),
@@ -405,6 +407,7 @@ impl Supervisor {
                 template: &template,
                 session: session.as_ref(),
                 parent: None,
+                ancestors: &[],
                 bounds,
                 secrets: Some(&record),
                 pid: worker.pid(),

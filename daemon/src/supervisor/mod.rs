@@ -62,6 +62,7 @@ mod records;
 mod reidentify;
 mod request_limiter;
 mod restore;
+mod rollback;
 mod server;
 mod session;
 mod snapshots;

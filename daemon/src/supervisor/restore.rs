@@ -51,6 +51,7 @@ fn vm_record(template: VmTemplate, saved: &SavedVm, session: Option<Session>) ->
         session,
         process: None,
         parent: None,
+        ancestors: Vec::new(),
         bounds: Bounds::default(),
         // A snapshot has no list of the secrets in its memory.
         secrets: Some(SecretsRecord::None),

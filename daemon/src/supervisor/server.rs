@@ -389,6 +389,7 @@ fn routes() -> OpenApiRouter<Supervisor> {
         .routes(routes!(vms, boot))
         .routes(routes!(fork_vm))
         .routes(routes!(checkpoints::checkpoint))
+        .routes(routes!(checkpoints::roll_back))
         .routes(routes!(stop))
         .routes(routes!(ready))
         .routes(routes!(network::set_network))

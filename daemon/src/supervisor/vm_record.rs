@@ -30,6 +30,9 @@ use crate::worker::VmTemplate;
 use crate::zygote::WorkerExit;
 use clade_vmm::vm::{DiskSpec, Identity, VmConfig};
 
+/// Most ancestors that a record has: the nearest ones.
+const MAX_ANCESTORS: usize = 64;
+
 impl VmTemplate {
     /// Returns the template of a VM with this configuration, whose disks' overlays would be made in
     /// `dir` without confinement.
@@ -81,6 +84,10 @@ pub(crate) struct VmRecord {
     /// The VM that it was forked from, itself or by a checkpoint.
     #[serde(default)]
     pub(super) parent: Option<String>,
+    /// The processes of the VMs that it was forked from, the nearest last. Empty in a record of an earlier
+    /// version.
+    #[serde(default)]
+    pub(super) ancestors: Vec<ProcessId>,
     /// The resource limits of its process, and of its children's.
     #[serde(default)]
     pub(super) bounds: Bounds,
@@ -101,6 +108,15 @@ fn failed(source: std::io::Error) -> DaemonError {
 }
 
 impl VmRecord {
+    /// Returns the ancestors of a child.
+    pub(super) fn ancestors_of_child(&self) -> Vec<ProcessId> {
+        let mut ancestors = self.ancestors.clone();
+        ancestors.extend(self.process);
+        let surplus = ancestors.len().saturating_sub(MAX_ANCESTORS);
+        ancestors.drain(..surplus);
+        ancestors
+    }
+
     /// Reads the record of the VM called `name`.
     ///
     /// # Errors
@@ -320,6 +336,7 @@ pub(super) mod tests {
             session: None,
             process: None,
             parent: None,
+            ancestors: Vec::new(),
             bounds: Bounds::default(),
             secrets: None,
             links: Vec::new(),
@@ -343,6 +360,7 @@ pub(super) mod tests {
             session: None,
             process: None,
             parent: None,
+            ancestors: Vec::new(),
             bounds: Bounds::default(),
             secrets: None,
             links: Vec::new(),

@@ -67,6 +67,7 @@ pub(super) struct Start<'a> {
     pub(super) session: Option<&'a Live<'a>>,
     /// The VM that it is forked from.
     pub(super) parent: Option<&'a str>,
+    pub(super) ancestors: &'a [ProcessId],
     pub(super) bounds: Bounds,
     pub(super) secrets: Option<&'a SecretsRecord>,
     /// The worker.
@@ -106,7 +107,7 @@ impl WorkerResources {
         let failed = |source| DaemonError::Worker { source };
         let (identity, paths) = (ends.identity().clone(), overlays.paths.clone());
         let socket = identity.vsock.as_ref().and_then(|vsock| inode(&vsock.socket));
-        let Start { template, session: live, parent, bounds, secrets, pid, network } = start;
+        let Start { template, session: live, parent, ancestors, bounds, secrets, pid, network } = start;
         let session = live.map(|live| live.session.clone());
         let (process, parent) = (ProcessId::of(pid), parent.map(str::to_owned));
         let vm_record = VmRecord {
@@ -117,6 +118,7 @@ impl WorkerResources {
             session,
             process,
             parent,
+            ancestors: ancestors.to_vec(),
             bounds,
             secrets: secrets.cloned(),
             links: ends.links().iter().filter_map(RecordedLink::of).collect(),

@@ -174,6 +174,11 @@ class Calls:
         answer: t.VmInfo = self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/resume")
         return answer
 
+    def roll_back(self, name: str, body: t.RollbackRequest) -> t.ResetAnswer:
+        """Rolls a VM back to a checkpoint of its line, in place."""
+        answer: t.ResetAnswer = self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/rollback", body=body)
+        return answer
+
     def cancel_snapshot(self, name: str) -> t.SnapshotProgress:
         """Cancels a VM's snapshot."""
         answer: t.SnapshotProgress = self._transport.json("DELETE", f"/v1/vms/{quote(name, safe='')}/snapshot")
@@ -418,6 +423,11 @@ class AsyncCalls:
     async def resume(self, name: str) -> t.VmInfo:
         """Lets a paused VM run on."""
         answer: t.VmInfo = await self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/resume")
+        return answer
+
+    async def roll_back(self, name: str, body: t.RollbackRequest) -> t.ResetAnswer:
+        """Rolls a VM back to a checkpoint of its line, in place."""
+        answer: t.ResetAnswer = await self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/rollback", body=body)
         return answer
 
     async def cancel_snapshot(self, name: str) -> t.SnapshotProgress:

@@ -1308,6 +1308,13 @@ class RestoreRequest(TypedDict):
     """The VMs. A single one without a name is called as the snapshot's directory."""
 
 
+class RollbackRequest(TypedDict):
+    """A request to roll a VM back."""
+
+    checkpoint: str
+    """The name of a checkpoint in memory, of the VM itself or of one of its ancestors."""
+
+
 class SessionEnded(TypedDict):
     """The end of a session."""
 

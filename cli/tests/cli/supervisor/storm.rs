@@ -69,7 +69,7 @@ fn storm(all: &Supervised, seed: u64, until: std::time::Instant) -> std::collect
         let name = vm.map_or("web", |(name, _)| name.as_str());
         let checkpoint = checkpoints.get(below(checkpoints.len().max(1) as u64) as usize).copied().unwrap_or("none");
         let fork = format!(r#"{{"count":{},"paused":{}}}"#, 1 + below(3), below(4) > 0);
-        let act = if vms.len() > 12 { 4 } else { below(12) };
+        let act = if vms.len() > 12 { 4 } else { below(13) };
         let (method, path, body) = match act {
             0 => ("POST", format!("/v1/vms/{name}/fork"), fork),
             1 => ("POST", "/v1/vms/web/fork".to_owned(), fork),
@@ -89,6 +89,10 @@ fn storm(all: &Supervised, seed: u64, until: std::time::Instant) -> std::collect
             10 if below(8) == 0 => {
                 all.zygotes_killed();
                 continue;
+            }
+            11 => {
+                // Of its line or not.
+                ("POST", format!("/v1/vms/{name}/rollback"), format!(r#"{{"checkpoint":"{checkpoint}"}}"#))
             }
             _ => ("GET", format!("/v1/vms/{name}"), String::new()),
         };

@@ -6,6 +6,7 @@ use axum::extract::{Path as UrlPath, State};
 use super::{Wanted, activate, expect_paths, may_be_ready, work};
 use crate::control::{
     Answer, CheckpointInfo, CheckpointRequest, ForkAnswer, ForkRequest, OpenRequest, PrepareRequest, Prepared,
+    ResetAnswer, RollbackRequest,
 };
 use crate::supervisor::Supervisor;
 use crate::vm_host::Cancel;
@@ -38,6 +39,23 @@ pub(super) async fn checkpoint(
     let Json(request) = request?;
     let permit = supervisor.permit(&vm).await?;
     work(supervisor, move |supervisor, cancel| supervisor.checkpoint(&vm, &request, permit, cancel)).await
+}
+
+/// Rolls a VM back to a checkpoint of its line, in place.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/rollback",
+    request_body = RollbackRequest,
+    responses((status = 200, description = "Done.", body = ResetAnswer))
+)]
+pub(super) async fn roll_back(
+    State(supervisor): State<Supervisor>,
+    UrlPath(vm): UrlPath<String>,
+    request: Wanted<RollbackRequest>,
+) -> Answer<ResetAnswer> {
+    let Json(RollbackRequest { checkpoint }) = request?;
+    let permit = supervisor.permit(&vm).await?;
+    work(supervisor, move |supervisor, cancel| supervisor.roll_back(&vm, &checkpoint, permit, cancel)).await
 }
 
 /// Lists the checkpoints.

@@ -26,6 +26,8 @@ pub struct Leases(Arc<Mutex<State>>);
 #[derive(Debug, Default)]
 struct State {
     given: Vec<Given>,
+    /// Number of images that were ever given away.
+    made: u64,
     /// Number of images that are no longer in use, and are being dropped.
     dropping: usize,
     /// Wakes the watching thread, which runs as long as an image is given away.
@@ -36,8 +38,8 @@ struct State {
 struct Given {
     /// Hung up when the last writing end has gone.
     end: Arc<PipeReader>,
-    #[expect(dead_code, reason = "held, not read")]
     image: Arc<ForkImage>,
+    number: u64,
 }
 
 impl Leases {
@@ -53,11 +55,21 @@ impl Leases {
         state.given.len() + state.dropping
     }
 
+    /// Returns the image that this process has given away under `number`, if another process still uses
+    /// it.
+    #[must_use]
+    pub fn image(&self, number: u64) -> Option<Arc<ForkImage>> {
+        self.state().given.iter().find(|given| given.number == number).map(|given| Arc::clone(&given.image))
+    }
+
     /// Holds `image` until the result, and every copy of that descriptor in any process, is closed.
-    pub(super) fn lease(&self, image: &Arc<ForkImage>) -> io::Result<OwnedFd> {
+    /// Returns the image's number too, which is never 0.
+    pub(super) fn lease(&self, image: &Arc<ForkImage>) -> io::Result<(OwnedFd, u64)> {
         let (end, lease) = io::pipe()?;
         let mut state = self.state();
-        let given = Given { end: Arc::new(end), image: Arc::clone(image) };
+        state.made += 1;
+        let number = state.made;
+        let given = Given { end: Arc::new(end), image: Arc::clone(image), number };
         if let Some(wake) = &state.wake {
             // The thread polls the new one too. The counter is far from full.
             rustix::io::write(wake, &1u64.to_ne_bytes())?;
@@ -70,7 +82,7 @@ impl Leases {
             state.wake = Some(wake);
             state.given.push(given);
         }
-        Ok(lease.into())
+        Ok((lease.into(), number))
     }
 
     /// Drops unused images. Returns after [`IDLE`] without any image.

@@ -6,7 +6,7 @@
 //! The files behind the descriptors are checked at their use: layers are mapped for reading only,
 //! and a file that is too short is refused.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
@@ -54,6 +54,9 @@ struct ImageDescription {
     layers: Vec<LayerParts>,
     regions: Vec<RegionParts>,
     disks: Vec<DiskParts>,
+    /// Its number among the images that its process has given away. 0 for an image of another version.
+    #[serde(default)]
+    number: u64,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -149,8 +152,9 @@ impl ForkImage {
     /// When memory is lost, a file cannot be opened again, or there is no free descriptor.
     pub fn export(self: &Arc<Self>, leases: &Leases) -> Result<ImageParts, TransferError> {
         let mut files = PassedFiles::default();
-        let lease = Arc::new(leases.lease(self).map_err(TransferError::system("leased"))?);
-        let mut description = ImageDescription::default();
+        let (lease, number) = leases.lease(self).map_err(TransferError::system("leased"))?;
+        let lease = Arc::new(lease);
+        let mut description = ImageDescription { number, ..ImageDescription::default() };
 
         let mut seen: HashMap<LayerId, usize> = HashMap::new();
         for (((start, pages), map), hidden) in
@@ -230,6 +234,14 @@ impl ForkImage {
 }
 
 impl ImageParts {
+    /// Its number among the images that its process has given away ([`Leases::image`]).
+    ///
+    /// # Errors
+    /// When the parts are not an image.
+    pub fn number(&self) -> Result<u64, TransferError> {
+        Ok(described(&self.bytes)?.0.number)
+    }
+
     fn check(&self) -> Result<(), TransferError> {
         let most = |what, found: usize, most: usize| {
             let error = TransferError::TooLarge { what, found: found as u64, most: most as u64 };
@@ -348,6 +360,22 @@ pub enum Overlays<'a> {
 pub struct SharedFiles {
     layers: HashMap<FileId, LayerHandle>,
     files: HashMap<FileId, Arc<IoFile>>,
+}
+
+impl SharedFiles {
+    /// The layers of the memory of `image`.
+    ///
+    /// # Errors
+    /// When a layer is lost, or its file cannot be opened again.
+    pub fn of_memory(image: &ForkImage) -> Result<Self, TransferError> {
+        let (mut shared, mut seen) = (Self::default(), HashSet::new());
+        for map in image.ram().maps() {
+            for (_, source) in map.iter().filter(|(_, source)| seen.insert(source.layer.id())) {
+                shared.layers.insert(file_id(source.layer.read_only_file()?)?, source.layer.clone());
+            }
+        }
+        Ok(shared)
+    }
 }
 
 /// Device, inode, and the inode's birth time, because inode numbers are reused.

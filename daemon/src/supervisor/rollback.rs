@@ -1,0 +1,104 @@
+//! Rolling a VM back to a checkpoint of its line: its own, or one of an ancestor.
+
+use super::checkpoint::Checkpoint;
+use super::vm_record::VmRecord;
+use super::{ImagePermit, Supervisor};
+use crate::control::{ProblemKind, ResetAnswer};
+use crate::rollback;
+use crate::vm_host::{Cancel, DaemonError};
+
+fn refused(text: String) -> DaemonError {
+    DaemonError::Refused { kind: ProblemKind::WrongState, text }
+}
+
+/// Refuses a checkpoint that is not of the line of the VM called `vm`, or shows what the VM may not have.
+/// Returns whether it is one of the VM itself.
+///
+/// # Errors
+/// When the VM cannot be rolled back to it.
+fn expect_of_line(
+    (vm, vm_record): (&str, &VmRecord),
+    (name, of): (&str, &VmRecord),
+    secrets_are_same: bool,
+) -> Result<bool, DaemonError> {
+    let is_own = of.process.is_some() && of.process == vm_record.process;
+    let is_of_ancestor = of.process.is_some_and(|process| vm_record.ancestors.contains(&process));
+    if !is_own && !is_of_ancestor {
+        return Err(refused(format!(
+            "the checkpoint {name:?} is neither of {vm:?} nor of a VM that {vm:?} was forked from; `clade fork {name}` \
+             starts another VM from it"
+        )));
+    }
+    if !secrets_are_same {
+        return Err(refused(format!("the checkpoint {name:?} has other secrets than {vm:?}")));
+    }
+    if vm_record.template.images().ne(of.template.images()) {
+        return Err(refused(format!(
+            "{vm:?} has other files for its disks than the checkpoint {name:?}: the disks of one are copies"
+        )));
+    }
+    Ok(is_own)
+}
+
+impl Supervisor {
+    /// Rolls the VM called `vm` back to the checkpoint called `name`.
+    ///
+    /// # Errors
+    /// When there is no such VM or checkpoint, or the VM cannot be rolled back to it: it then runs on.
+    pub(super) fn roll_back(
+        &self,
+        vm: &str,
+        name: &str,
+        permit: ImagePermit,
+        cancel: &Cancel,
+    ) -> Result<ResetAnswer, DaemonError> {
+        let _busy = self.0.busy.read();
+        let vm_record = VmRecord::expect(&self.0.dir, vm)?;
+        let on_disk = || refused(format!("the checkpoint {name:?} is only on the disk: it is of no VM that runs"));
+        let checkpoint = self.checkpoints().get(name, |_| Err(on_disk()))?;
+        let secrets = checkpoint.secrets();
+        let secrets_are_same = vm_record.secrets.as_ref().is_none_or(|recorded| recorded.is_of(secrets));
+        let is_own = expect_of_line((vm, &vm_record), (name, checkpoint.vm_record()), secrets_are_same)?;
+        let image = (is_own && !checkpoint.is_detached(), Checkpoint::parts(&checkpoint));
+        let answer = rollback::roll_back(self.dir(), vm, image, &|| self.check(0, 0, cancel))?;
+        drop(permit);
+        tracing::info!(vm, checkpoint = name, us = answer.total_us, "rolled back");
+        Ok(answer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::processes::ProcessId;
+    use super::super::vm_record::tests::record_with;
+    use super::*;
+
+    #[test]
+    fn a_vm_goes_back_to_checkpoints_of_its_line_alone() {
+        let own = ProcessId::of(std::process::id());
+        let parent = ProcessId::of(std::os::unix::process::parent_id());
+        let record = |process, ancestors: Option<ProcessId>| VmRecord {
+            process,
+            ancestors: ancestors.into_iter().collect(),
+            ..record_with(None)
+        };
+        let vm = record(own, parent);
+        let check = |of: &VmRecord, same| {
+            let checked = expect_of_line(("web", &vm), ("base", of), same);
+            checked.map_err(|error| (error.problem(), error.to_string()))
+        };
+        assert_eq!(check(&record(own, None), true), Ok(true));
+        assert_eq!(check(&record(parent, None), true), Ok(false));
+        for (of, same, what) in [
+            (record(ProcessId::of(1), parent), true, "neither of"),
+            // An image of a snapshot is of no process.
+            (record(None, None), true, "neither of"),
+            (record(parent, None), false, "other secrets"),
+        ] {
+            let (kind, text) = check(&of, same).unwrap_err();
+            assert!(kind == ProblemKind::WrongState && text.contains(what), "{text}");
+        }
+        let nobody = record(None, None);
+        assert!(expect_of_line(("web", &nobody), ("base", &record(None, None)), true).is_err());
+    }
+}
