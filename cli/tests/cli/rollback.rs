@@ -2,14 +2,17 @@
 //! forked from.
 
 use std::fs;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 
 use clade_guests::abi::disk::What;
 use clade_harness::GuestWords;
+use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::machine::BareVm;
 use crate::supervisor::{GuestMemory, Supervised};
-use crate::tool::{Random, expect_problem, kvm};
+use crate::tool::{Random, expect_problem, hold, kill, kvm, wait_until};
 
 const PAGE: u64 = 4096;
 /// Pages whose first words the tests follow.
@@ -39,8 +42,8 @@ fn state_of(all: &Supervised, vm: &str) -> Value {
     all.http("GET", &format!("/v1/vms/{vm}"), "").1["state"].clone()
 }
 
-/// A tree of checkpoints, between which a VM goes to and fro in any order. Each has the words that a
-/// model has for it, on every page.
+/// A tree of checkpoints, between which a VM goes to and fro in any order. A model has the
+/// words of every page for each of them.
 #[test]
 fn a_vm_goes_to_and_fro_between_its_checkpoints() {
     if !kvm() {
@@ -77,7 +80,7 @@ fn a_vm_goes_to_and_fro_between_its_checkpoints() {
         let answer = roll_back(&all, "web", name);
         assert_eq!(answer["vm"]["name"], "web");
         assert!(words(&all, "web", PAGES) == *then, "{name}: {answer}");
-        // What it writes there stays its own.
+        // A later write stays the VM's own.
         let page = random.below(PAGES);
         all.put("web", page, 7);
         let mut wanted = then.clone();
@@ -89,13 +92,13 @@ fn a_vm_goes_to_and_fro_between_its_checkpoints() {
     roll_back(&all, "web", name);
     let again = roll_back(&all, "web", name);
     assert_eq!((&again["remapped_pages"], &again["dropped_pages"]), (&Value::from(0), &Value::from(0)), "{again}");
-    // A checkpoint is what it was, whatever happened to its VM since.
+    // No rollback has changed a checkpoint.
     for (at, (name, then)) in kept.iter().enumerate() {
         let child = format!("child-{at}");
         all.fork(&[name.as_str(), "--name", &child]);
         assert!(words(&all, &child, PAGES) == *then, "{name}");
     }
-    // A checkpoint that has gone is none, and the layers of the others stay.
+    // A removed checkpoint cannot be used, and the layers of the others stay.
     all.runtime.clade(&["rm", "at-3", "--json"]).json();
     all.runtime.clade(&["rollback", "web", "at-3"]).expect_refusal("at-3");
     for (name, then) in kept.iter().filter(|(name, _)| name != "at-3") {
@@ -140,7 +143,7 @@ fn disks_go_back_with_memory_and_later_writes_reach_the_image() {
         vm("web").disk(What::Verify, 64, 32, 1);
         all.fork(&["one", "--name", "child"]);
         vm("child").disk(What::Verify, 0, 96, 1);
-        // What it writes after that is on its disk when it has ended.
+        // Writes after the rollback are on the disk when the VM has ended.
         roll_back(&all, "web", "one");
         vm("web").disk(What::Write, 64, 32, 5);
         for name in ["one", "two"] {
@@ -194,7 +197,7 @@ fn a_child_goes_back_to_checkpoints_of_its_ancestors_and_to_no_others() {
             assert_eq!((both(vm), all.word(vm, 7)), ((2, 1), 1), "{vm}");
         }
     }
-    // It holds what it shows: its ancestors' processes and their checkpoints may go.
+    // The VM keeps the layers that it shows: its ancestors' processes and their checkpoints may go.
     roll_back(&all, "grandchild", "old");
     ["old", "base", "late"].iter().for_each(|name| drop(all.runtime.clade(&["rm", name, "--json"]).json()));
     all.stop("web");
@@ -221,6 +224,128 @@ fn a_child_goes_back_to_checkpoints_of_its_ancestors_and_to_no_others() {
     all.end();
 }
 
+/// The giver of an image punches pages that no image of it shows. A child that was rolled back shows
+/// some that the image it was started from does not show.
+#[test]
+fn a_child_keeps_the_pages_of_an_ancestors_checkpoint_that_has_gone() {
+    /// As many pages as one request writes.
+    const PART: u64 = 512;
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    all.boot("web", &[]);
+    checkpoint(&all, "web", "zero", &[]);
+    // More than a block of huge pages each: memory is given back by blocks.
+    let fill = |count: u64, word: u64| {
+        let bytes: Vec<u8> =
+            (0..PART).flat_map(|_| [&word.to_le_bytes()[..], &[0; PAGE as usize - 8]].concat()).collect();
+        for first in (0..count).step_by(PART as usize) {
+            BareVm::of(&all.runtime, "web").write(GuestMemory::AT + first * PAGE, &bytes).unwrap();
+        }
+    };
+    fill(4 * PART, 1);
+    checkpoint(&all, "web", "old", &[]);
+    fill(3 * PART, 2);
+    checkpoint(&all, "web", "base", &[]);
+    all.fork(&["base", "--name", "child"]);
+    all.fork(&["child", "--name", "grandchild"]);
+    for vm in ["child", "grandchild"] {
+        let answer = roll_back(&all, vm, "old");
+        assert_eq!(answer["remapped_pages"], 3 * PART, "the other pages are the origin's: {answer}");
+    }
+    for name in ["zero", "old", "base"] {
+        all.runtime.clade(&["rm", name, "--json"]).json();
+    }
+    // Each freeze may give memory back that nothing shows, a second after the last time.
+    for number in 0..3 {
+        fill(4 * PART, 3 + number);
+        checkpoint(&all, "web", "next", &[]);
+        all.runtime.clade(&["rm", "next", "--json"]).json();
+        std::thread::sleep(std::time::Duration::from_millis(1200));
+    }
+    all.fork(&["grandchild", "--name", "last"]);
+    for vm in ["child", "grandchild", "last"] {
+        let far: Vec<u64> = (0..4 * PART).step_by(100).map(|page| all.word(vm, page)).collect();
+        assert_eq!(far, vec![1; far.len()], "{vm}");
+    }
+    all.end();
+}
+
+/// A child's disks are its own over an ancestor's files.
+#[test]
+fn a_childs_disks_go_back_to_an_ancestors_checkpoint() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = |name: &str| {
+        let path = dir.path().join(name);
+        fs::write(&path, vec![0; 1 << 20]).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let (written, shared) = (image("written.img"), image("shared.img"));
+    for more in [written, format!("{shared},ephemeral")] {
+        let all = Supervised::start("0");
+        all.boot("web", &["--disk", &more]);
+        let vm = |name: &str| BareVm::of(&all.runtime, name);
+        vm("web").open_disk();
+        vm("web").disk(What::Write, 0, 96, 1);
+        checkpoint(&all, "web", "old", &[]);
+        vm("web").disk(What::Write, 32, 32, 2);
+        all.fork(&["web", "--name", "child"]);
+        vm("child").disk(What::Write, 64, 32, 3);
+        checkpoint(&all, "child", "own", &[]);
+        vm("child").disk(What::Write, 0, 96, 4);
+        for _ in 0..2 {
+            roll_back(&all, "child", "old");
+            vm("child").disk(What::Verify, 0, 96, 1);
+            vm("child").disk(What::Write, 16, 32, 5);
+            vm("child").disk(What::Verify, 16, 32, 5);
+            vm("child").disk(What::Verify, 48, 48, 1);
+            roll_back(&all, "child", "own");
+            vm("child").disk(What::Verify, 0, 32, 1);
+            vm("child").disk(What::Verify, 32, 32, 2);
+            vm("child").disk(What::Verify, 64, 32, 3);
+        }
+        vm("web").disk(What::Verify, 32, 32, 2);
+        all.end();
+    }
+}
+
+/// A client that was told of a failure goes on with its VM.
+#[test]
+fn a_request_whose_client_has_gone_rolls_nothing_back() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    all.boot("web", &[]);
+    all.put("web", 3, 1);
+    checkpoint(&all, "web", "base", &[]);
+    all.put("web", 3, 2);
+    let (pid, supervisor) = (all.pid_of("web"), all.runtime.supervisor());
+    wait_until("the last connection to end", || {
+        let open = all.runtime.open_files(supervisor);
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        open == all.runtime.open_files(supervisor)
+    });
+    let before = all.runtime.open_files(supervisor);
+    hold(pid);
+    let body = r#"{"checkpoint":"base"}"#;
+    let mut client = UnixStream::connect(all.runtime.dir().join("clade.api")).unwrap();
+    let head = "POST /v1/vms/web/rollback HTTP/1.1\r\nhost: clade\r\ncontent-type: application/json";
+    write!(client, "{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len()).unwrap();
+    // The client's connection, and the one to the VM's process.
+    wait_until("the request to be sent on", || all.runtime.open_files(supervisor) >= before + 2);
+    drop(client);
+    wait_until("the request to be given up", || all.runtime.open_files(supervisor) <= before);
+    kill(pid, Signal::CONT);
+    checkpoint(&all, "web", "after", &[]);
+    assert_eq!(all.word("web", 3), 2);
+    all.end();
+}
+
 /// Copies are mapped in the place of the VM's own layers. A VM that writes its disk in place does not
 /// get another disk for that.
 #[test]
@@ -233,6 +358,9 @@ fn a_rollback_to_a_detached_checkpoint_shows_its_copies() {
     fs::write(&disk, vec![0; 1 << 20]).unwrap();
     let all = Supervised::start("0");
     all.boot("web", &[]);
+    // The first image of its process, as the copy is of the copier's.
+    put(&all, "web", &[9; 600]);
+    checkpoint(&all, "web", "plain", &[]);
     put(&all, "web", &[1; 600]);
     checkpoint(&all, "web", "safe", &["--detach"]);
     put(&all, "web", &[2; 600]);

@@ -230,7 +230,7 @@ impl Client {
                 answer => return answer,
             }
         }
-        let (answer, left) = self.stop_process(name, request).await?;
+        let (answer, left) = self.stop_process(name, request, None).await?;
         if let Some((claim, exit)) = left {
             clear_up_alone(claim, exit);
         }
@@ -253,8 +253,8 @@ impl Client {
         answer.unwrap_or_else(|_| Err(ClientError::Silent { name: name.to_owned(), seconds: limit.as_secs() }))
     }
 
-    /// Stops a VM by its process. Returns the claim to files that the process may not remove, if it
-    /// has left any.
+    /// Stops a VM by its process, which is `pid` if that is known: what the process says is its own
+    /// word. Returns the claim to files that the process may not remove, if it has left any.
     ///
     /// # Errors
     /// As for [`Self::stop`].
@@ -262,6 +262,7 @@ impl Client {
         &self,
         name: &str,
         request: StopRequest,
+        pid: Option<u32>,
     ) -> Result<(StopAnswer, Option<(NameClaim, WorkerExit)>), ClientError> {
         let gone = |error| match error {
             // Another client has stopped it, and its process has ended before the answer.
@@ -275,13 +276,14 @@ impl Client {
         let answer: StopAnswer = answer.map_err(gone)?;
         let dir = RuntimeDir::open(&self.dir)?;
         let deadline = Instant::now() + RELEASE_TIMEOUT;
-        let exit = WorkerExit { pid: answer.vm.pid, signal: None, code: Some(0) };
+        let pid = pid.unwrap_or(answer.vm.pid);
+        let exit = WorkerExit { pid, signal: None, code: Some(0) };
         loop {
-            match NameClaim::of_a_dead(&dir, name, answer.vm.pid) {
+            match NameClaim::of_a_dead(&dir, name, pid) {
                 Ok(claim) => return Ok((answer, claim.map(|claim| (claim, exit)))),
                 Err(DaemonError::Taken { .. }) if Instant::now() < deadline => sleep(RELEASE_POLL).await,
                 // The VM's process has left the name, which another VM gets: its start takes this long.
-                Err(DaemonError::Taken { name }) if NameClaim::owner(&dir, &name)? != Some(answer.vm.pid) => {
+                Err(DaemonError::Taken { name }) if NameClaim::owner(&dir, &name)? != Some(pid) => {
                     return Ok((answer, None));
                 }
                 Err(DaemonError::Taken { name }) => {

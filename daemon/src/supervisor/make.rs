@@ -272,7 +272,10 @@ impl Supervisor {
         let failed = |source| DaemonError::Worker { source };
         let budget = Learning::budget(self.ahead_pages(origin, request)?, count);
         let VmRecord { template, identity, session, bounds, secrets, .. } = origin.vm_record;
-        let secrets = secrets.as_ref().map(|secrets| secrets.of_child(request.without_secrets));
+        let secrets = match secrets {
+            None => request.without_secrets.then_some(SecretsRecord::Withheld),
+            Some(secrets) => Some(secrets.of_child(request.without_secrets)),
+        };
         let ancestors = origin.vm_record.ancestors_of_child();
         let session = match (session, origin.learning) {
             (Some(session), None) => Some(session.expect_live(count)?),

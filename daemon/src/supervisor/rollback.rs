@@ -1,25 +1,30 @@
 //! Rolling a VM back to a checkpoint of its line: its own, or one of an ancestor.
 
+use std::time::Duration;
+
 use super::checkpoint::Checkpoint;
+use super::processes::ProcessId;
 use super::vm_record::VmRecord;
 use super::{ImagePermit, Supervisor};
 use crate::control::{ProblemKind, ResetAnswer};
-use crate::rollback;
+use crate::rollback::RollbackClient;
 use crate::vm_host::{Cancel, DaemonError};
+use crate::worker::has_ended;
 
 fn refused(text: String) -> DaemonError {
     DaemonError::Refused { kind: ProblemKind::WrongState, text }
 }
 
 /// Refuses a checkpoint that is not of the line of the VM called `vm`, or shows what the VM may not have.
-/// Returns whether it is one of the VM itself.
+/// Returns whether it is one of the VM itself. Of secrets that were not recorded, only the VM's own image
+/// has the same.
 ///
 /// # Errors
 /// When the VM cannot be rolled back to it.
 fn expect_of_line(
     (vm, vm_record): (&str, &VmRecord),
     (name, of): (&str, &VmRecord),
-    secrets_are_same: bool,
+    secrets_are_same: Option<bool>,
 ) -> Result<bool, DaemonError> {
     let is_own = of.process.is_some() && of.process == vm_record.process;
     let is_of_ancestor = of.process.is_some_and(|process| vm_record.ancestors.contains(&process));
@@ -29,7 +34,7 @@ fn expect_of_line(
              starts another VM from it"
         )));
     }
-    if !secrets_are_same {
+    if !secrets_are_same.unwrap_or(is_own) {
         return Err(refused(format!("the checkpoint {name:?} has other secrets than {vm:?}")));
     }
     if vm_record.template.images().ne(of.template.images()) {
@@ -57,10 +62,18 @@ impl Supervisor {
         let on_disk = || refused(format!("the checkpoint {name:?} is only on the disk: it is of no VM that runs"));
         let checkpoint = self.checkpoints().get(name, |_| Err(on_disk()))?;
         let secrets = checkpoint.secrets();
-        let secrets_are_same = vm_record.secrets.as_ref().is_none_or(|recorded| recorded.is_of(secrets));
+        let secrets_are_same = vm_record.secrets.as_ref().map(|recorded| recorded.is_of(secrets));
         let is_own = expect_of_line((vm, &vm_record), (name, checkpoint.vm_record()), secrets_are_same)?;
         let image = (is_own && !checkpoint.is_detached(), Checkpoint::parts(&checkpoint));
-        let answer = rollback::roll_back(self.dir(), vm, image, &|| self.check(0, 0, cancel))?;
+        let client = RollbackClient::connect(self.dir(), vm)?;
+        // After the connection: while its process lives, the name and the socket are that process's.
+        let pidfd = vm_record.process.and_then(ProcessId::open);
+        let lives = pidfd.is_some_and(|pidfd| !has_ended(&pidfd, Duration::ZERO));
+        let has_name = VmRecord::read(&self.0.dir, vm)?.is_some_and(|now| now.process == vm_record.process);
+        if !lives || !has_name {
+            return Err(DaemonError::NoSuchVm { name: vm.to_owned() });
+        }
+        let answer = client.roll_back(image, &|| self.check(0, 0, cancel))?;
         drop(permit);
         tracing::info!(vm, checkpoint = name, us = answer.total_us, "rolled back");
         Ok(answer)
@@ -69,7 +82,6 @@ impl Supervisor {
 
 #[cfg(test)]
 mod tests {
-    use super::super::processes::ProcessId;
     use super::super::vm_record::tests::record_with;
     use super::*;
 
@@ -87,18 +99,21 @@ mod tests {
             let checked = expect_of_line(("web", &vm), ("base", of), same);
             checked.map_err(|error| (error.problem(), error.to_string()))
         };
-        assert_eq!(check(&record(own, None), true), Ok(true));
-        assert_eq!(check(&record(parent, None), true), Ok(false));
+        assert_eq!(check(&record(own, None), Some(true)), Ok(true));
+        assert_eq!(check(&record(own, None), None), Ok(true));
+        assert_eq!(check(&record(parent, None), Some(true)), Ok(false));
         for (of, same, what) in [
-            (record(ProcessId::of(1), parent), true, "neither of"),
+            (record(ProcessId::of(1), parent), Some(true), "neither of"),
             // An image of a snapshot is of no process.
-            (record(None, None), true, "neither of"),
-            (record(parent, None), false, "other secrets"),
+            (record(None, None), Some(true), "neither of"),
+            (record(parent, None), Some(false), "other secrets"),
+            (record(own, None), Some(false), "other secrets"),
+            (record(parent, None), None, "other secrets"),
         ] {
             let (kind, text) = check(&of, same).unwrap_err();
             assert!(kind == ProblemKind::WrongState && text.contains(what), "{text}");
         }
         let nobody = record(None, None);
-        assert!(expect_of_line(("web", &nobody), ("base", &record(None, None)), true).is_err());
+        assert!(expect_of_line(("web", &nobody), ("base", &record(None, None)), Some(true)).is_err());
     }
 }

@@ -319,7 +319,7 @@ pub(super) async fn stop_vm(supervisor: &Supervisor, name: &str, request: StopRe
             return Ok(on_a_thread(THREAD_PATIENCE, move || held.reap(&owned, killed)).await??);
         }
     }
-    match Client::new(supervisor.dir()).stop_process(name, request).await {
+    match Client::new(supervisor.dir()).stop_process(name, request, pid).await {
         Ok((answer, left)) => {
             // Closing descriptors may free memory and disks.
             on_a_thread(THREAD_PATIENCE, move || held.stopped(pid, left)).await?;

@@ -345,6 +345,20 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn a_child_knows_its_nearest_ancestors() {
+        let own = ProcessId::of(std::process::id());
+        let first = ProcessId::of(std::os::unix::process::parent_id()).unwrap();
+        let mut record = VmRecord { process: own, ancestors: vec![first], ..record_with(None) };
+        assert_eq!(record.ancestors_of_child(), [first, own.unwrap()]);
+        for _ in 1..MAX_ANCESTORS {
+            record.ancestors = record.ancestors_of_child();
+        }
+        assert_eq!((record.ancestors.len(), record.ancestors[0]), (MAX_ANCESTORS, first));
+        record.ancestors = record.ancestors_of_child();
+        assert_eq!((record.ancestors.len(), record.ancestors[0]), (MAX_ANCESTORS, own.unwrap()));
+    }
+
+    #[test]
     fn what_a_worker_says_of_its_vm_is_not_believed() {
         let dir = tempfile::tempdir().unwrap();
         let dir = RuntimeDir::create(dir.path()).unwrap();

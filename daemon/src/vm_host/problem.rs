@@ -56,6 +56,7 @@ fn is_of_the_dead(error: &DaemonError) -> bool {
 
 fn of_vm(error: &VmError) -> ProblemKind {
     match error {
+        VmError::Unwanted => ProblemKind::Cancelled,
         VmError::Balloon { .. } => ProblemKind::BadRequest,
         VmError::Boot(_) | VmError::Config(_) | VmError::Layout(_) => ProblemKind::BadConfig,
         VmError::Stopped(_) | VmError::NoOrigin | VmError::Inconsistent | VmError::Paused => ProblemKind::WrongState,

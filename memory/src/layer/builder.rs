@@ -68,12 +68,32 @@ impl Store {
     /// # Errors
     /// If the file is shorter, or open for writing.
     pub fn foreign_layer(&self, file: File, pages: u64, lease: Arc<OwnedFd>) -> Result<LayerHandle, StoreError> {
+        Ok(LayerHandle::new(&Arc::new(self.adopt_foreign(file, pages, lease)?)))
+    }
+
+    /// The same of a file that is the one of `known`, which has been published again: the layers have
+    /// the same identity, and each keeps its own lease. Pages that only the later image shows are kept by
+    /// the later lease alone.
+    ///
+    /// # Errors
+    /// As for [`Self::foreign_layer`].
+    pub fn foreign_layer_again(
+        &self,
+        known: &LayerHandle,
+        file: File,
+        lease: Arc<OwnedFd>,
+    ) -> Result<LayerHandle, StoreError> {
+        let layer = self.adopt_foreign(file, known.pages(), lease)?.identified_as(known.id());
+        Ok(LayerHandle::new(&Arc::new(layer)))
+    }
+
+    fn adopt_foreign(&self, file: File, pages: u64, lease: Arc<OwnedFd>) -> Result<Layer, StoreError> {
         check_length(&file, pages)?;
         let mode = rustix::fs::fcntl_getfl(&file).map_err(|errno| StoreError::File { pages, source: errno.into() })?;
         if mode & OFlags::ACCMODE != OFlags::RDONLY {
             return Err(StoreError::Writable);
         }
-        Ok(LayerHandle::new(&Arc::new(self.adopt_file(file, pages, LayerStorage::Foreign).under(lease))))
+        Ok(self.adopt_file(file, pages, LayerStorage::Foreign).under(lease))
     }
 
     /// Makes a layer of `pages` zero pages in memory, to be filled.

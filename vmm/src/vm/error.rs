@@ -94,6 +94,9 @@ pub enum VmError {
     /// The VM has stopped.
     #[error("the VM has stopped: {0}")]
     Stopped(StopReason),
+    /// The client of the operation has gone before its begin, and nothing was done.
+    #[error("the request was abandoned before it was begun")]
+    Unwanted,
     /// The VM is paused, and the operation needs its guest to run.
     #[error("the VM is paused: resume it first")]
     Paused,

@@ -96,13 +96,22 @@ impl Vm {
     /// Resets it in place to the instant of `image`: the image it was started from, or one of
     /// itself or of an ancestor. Memory, vCPUs, devices and disks are restored; later writes are
     /// lost. The VM runs on from there, or stays paused if it was. Its name, addresses, interfaces
-    /// and sockets stay. Network and socket devices notify their drivers as in a child.
+    /// and sockets stay, and so do its declarations of memory that children do not inherit. Network and socket devices notify their drivers as in a child.
     ///
     /// # Errors
     /// When the VM has stopped, the image is of another shape, or pages stay pinned: the VM then
     /// runs on unchanged. After a failure half-way the VM is paused, other calls fail with
     /// [`VmError::Inconsistent`], and another reset repairs it.
     pub fn reset(&self, image: &Arc<ForkImage>) -> Result<ResetReport, VmError> {
+        self.reset_if(image, &|| true)
+    }
+
+    /// The same, if `is_wanted` still holds when earlier operations of the VM have ended: a suspension
+    /// may take minutes.
+    ///
+    /// # Errors
+    /// As for [`Vm::reset`]. [`VmError::Unwanted`] if it does not hold.
+    pub fn reset_if(&self, image: &Arc<ForkImage>, is_wanted: &dyn Fn() -> bool) -> Result<ResetReport, VmError> {
         let _one = self.operations.take();
         let _boost = BoostGuard::new();
         let begun = Instant::now();
@@ -111,6 +120,9 @@ impl Vm {
         }
         let guard = self.pause_inner(false)?;
         let parked = Instant::now();
+        if !is_wanted() {
+            return Err(VmError::Unwanted);
+        }
         self.devices.check(&image.devices)?;
         if let Some(place) = self.devices.halt(HALT) {
             return Err(VmError::InFlight { place, seconds: HALT.as_secs() });

@@ -210,8 +210,8 @@ impl ForkImage {
         Self::import_beside(context, parts, overlays, &mut SharedFiles::default())
     }
 
-    /// The same, beside other images of the VM: a file in several images becomes one layer here, so
-    /// that the images can be compared.
+    /// The same, beside other images of the VM: layers of one file have one identity here, so that the
+    /// images can be compared.
     ///
     /// # Errors
     /// As for [`Self::import`].
@@ -411,9 +411,10 @@ fn ram(
     for layer in &description.layers {
         let file = File::from(files.take(layer.file)?);
         let (id, lease) = (file_id(&file)?, files.keep(layer.lease)?);
-        let known = shared.layers.get(&id).filter(|known| known.pages() == layer.pages).cloned();
+        let known = shared.layers.get(&id).filter(|known| known.pages() == layer.pages);
+        // Never the known layer itself: its lease does not keep the pages that only this image shows.
         let layer = match known {
-            Some(known) => known,
+            Some(known) => store.foreign_layer_again(known, file, lease)?,
             None => store.foreign_layer(file, layer.pages, lease)?,
         };
         shared.layers.insert(id, layer.clone());
