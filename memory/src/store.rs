@@ -338,7 +338,12 @@ impl Store {
 
     /// A layer over a file.
     pub(crate) fn adopt_file(&self, file: File, pages: u64, storage: LayerStorage) -> Layer {
-        Layer::new(LayerId(Self::next_id()), file, pages, storage, Arc::clone(&self.0.live_layers))
+        self.adopt_file_as(LayerId(Self::next_id()), file, pages, storage)
+    }
+
+    /// The same with the identity of another layer of the file.
+    pub(crate) fn adopt_file_as(&self, id: LayerId, file: File, pages: u64, storage: LayerStorage) -> Layer {
+        Layer::new(id, file, pages, storage, Arc::clone(&self.0.live_layers))
     }
 
     /// The page size available for `wanted`.

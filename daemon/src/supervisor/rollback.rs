@@ -42,6 +42,11 @@ fn expect_of_line(
             "{vm:?} has other files for its disks than the checkpoint {name:?}: the disks of one are copies"
         )));
     }
+    if !is_own && vm_record.template.detached && !of.template.detached {
+        return Err(refused(format!(
+            "{vm:?} was started from copies, and the process of an ancestor may write the checkpoint {name:?}"
+        )));
+    }
     Ok(is_own)
 }
 
@@ -113,6 +118,14 @@ mod tests {
             let (kind, text) = check(&of, same).unwrap_err();
             assert!(kind == ProblemKind::WrongState && text.contains(what), "{text}");
         }
+        // A child of copies shares no files with its ancestors' processes.
+        let mut detached = vm.clone();
+        detached.template.detached = true;
+        let plain = record(parent, None);
+        let copied = VmRecord { template: detached.template.clone(), ..plain.clone() };
+        let check = |of: &VmRecord| expect_of_line(("web", &detached), ("base", of), Some(true));
+        assert!(check(&plain).is_err_and(|error| error.to_string().contains("copies")));
+        assert!(matches!(check(&copied), Ok(false)) && matches!(check(&record(own, None)), Ok(true)));
         let nobody = record(None, None);
         assert!(expect_of_line(("web", &nobody), ("base", &record(None, None)), Some(true)).is_err());
     }

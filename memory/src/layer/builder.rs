@@ -68,7 +68,8 @@ impl Store {
     /// # Errors
     /// If the file is shorter, or open for writing.
     pub fn foreign_layer(&self, file: File, pages: u64, lease: Arc<OwnedFd>) -> Result<LayerHandle, StoreError> {
-        Ok(LayerHandle::new(&Arc::new(self.adopt_foreign(file, pages, lease)?)))
+        check_foreign(&file, pages)?;
+        Ok(LayerHandle::new(&Arc::new(self.adopt_file(file, pages, LayerStorage::Foreign).under(lease))))
     }
 
     /// The same of a file that is the one of `known`, which has been published again: the layers have
@@ -83,17 +84,10 @@ impl Store {
         file: File,
         lease: Arc<OwnedFd>,
     ) -> Result<LayerHandle, StoreError> {
-        let layer = self.adopt_foreign(file, known.pages(), lease)?.identified_as(known.id());
-        Ok(LayerHandle::new(&Arc::new(layer)))
-    }
-
-    fn adopt_foreign(&self, file: File, pages: u64, lease: Arc<OwnedFd>) -> Result<Layer, StoreError> {
-        check_length(&file, pages)?;
-        let mode = rustix::fs::fcntl_getfl(&file).map_err(|errno| StoreError::File { pages, source: errno.into() })?;
-        if mode & OFlags::ACCMODE != OFlags::RDONLY {
-            return Err(StoreError::Writable);
-        }
-        Ok(self.adopt_file(file, pages, LayerStorage::Foreign).under(lease))
+        let (id, pages) = (known.id(), known.pages());
+        check_foreign(&file, pages)?;
+        let layer = self.adopt_file_as(id, file, pages, LayerStorage::Foreign);
+        Ok(LayerHandle::new(&Arc::new(layer.under(lease))))
     }
 
     /// Makes a layer of `pages` zero pages in memory, to be filled.
@@ -103,6 +97,13 @@ impl Store {
     pub fn draft(&self, pages: u64, grain: Backing) -> Result<LayerBuilder, StoreError> {
         self.layer(pages, grain).map(LayerBuilder)
     }
+}
+
+/// Checks a file that another process has published.
+fn check_foreign(file: &File, pages: u64) -> Result<(), StoreError> {
+    check_length(file, pages)?;
+    let mode = rustix::fs::fcntl_getfl(file).map_err(|errno| StoreError::File { pages, source: errno.into() })?;
+    if mode & OFlags::ACCMODE != OFlags::RDONLY { Err(StoreError::Writable) } else { Ok(()) }
 }
 
 /// Checks the length: accesses to a mapping beyond the end of its file fail.

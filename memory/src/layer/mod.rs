@@ -122,12 +122,6 @@ impl Layer {
         self
     }
 
-    /// Gives it the identity of another layer of the same file.
-    pub(crate) fn identified_as(mut self, id: LayerId) -> Self {
-        self.id = id;
-        self
-    }
-
     /// The lease by which the publisher sees that the layer is in use.
     pub(crate) fn lease(&self) -> Option<&Arc<OwnedFd>> {
         self.lease.as_ref()

@@ -207,7 +207,11 @@ impl GuestRegion {
         for run in &joined(&dropped) {
             self.at.drop_private(*run).map_err(|source| RamError::Map { range: *run, source })?;
         }
+        let is_other = !Arc::ptr_eq(state.space.map(), map);
         state.space.lay_out(todo, map, |_, _| Ok(()))?;
+        if is_other {
+            state.space.hold_leases_of_map();
+        }
         state.space.retire_base_if_shared();
         state.space.trim();
         Ok(RamResetReport { dropped: pages_in(base) + pages_in(owned), remapped: pages_in(&anew) })
@@ -250,6 +254,51 @@ mod tests {
         assert_eq!(report, RamResetReport { dropped: 4, remapped: 0 });
         assert!((0..PAGES).all(|p| word(&ram, p) == p + 1));
         assert_eq!(ram.stats().unwrap().private_kib, 0);
+    }
+
+    /// Whether nothing holds the lease any more.
+    fn is_over(end: &std::io::PipeReader) -> bool {
+        let mut polled = [rustix::event::PollFd::new(end, rustix::event::PollFlags::empty())];
+        rustix::event::poll(&mut polled, Some(&rustix::event::Timespec::default())).unwrap();
+        polled[0].revents().contains(rustix::event::PollFlags::HUP)
+    }
+
+    /// An image of another process, published twice. The VM holds the lease of the image that it was
+    /// reset to last, and the other one's no longer, though no page was mapped anew.
+    #[test]
+    fn a_reset_to_the_same_pages_takes_the_later_lease() {
+        let (giver, store) = (Store::open().unwrap(), Store::open().unwrap());
+        let (_ram, given) = frozen(&giver);
+        let source = given.maps().next().unwrap().get(0).unwrap().layer;
+        let layout = RamLayout::new(PAGES * PAGE_SIZE).unwrap();
+        let image_of = |layer: crate::LayerHandle| {
+            let mut map = crate::ImageMap::new();
+            map.insert(PageRange::new(0, PAGES), crate::LayerSource { layer, at: 0 });
+            crate::RamImage::from_parts(&store, &layout, vec![(map, Vec::new())]).unwrap()
+        };
+        let lease = || std::io::pipe().map(|(end, lease)| (end, Arc::new(lease.into()))).unwrap();
+        let ((first_end, first_lease), (later_end, later_lease)) = (lease(), lease());
+        let first = store.foreign_layer(source.read_only_file().unwrap(), source.pages(), first_lease).unwrap();
+        let later = store.foreign_layer_again(&first, source.read_only_file().unwrap(), later_lease).unwrap();
+        assert_eq!(first.id(), later.id());
+        let first = image_of(first);
+        let ram = GuestRam::reserve(first.layout(), &store).unwrap();
+        ram.adopt(&first).unwrap();
+        put(&ram, 3, 0);
+        let later = image_of(later);
+        let reset = |image: &crate::RamImage| ram.reset(image, &Quiesced::by(&crate::NoWriters), Duration::ZERO);
+        assert_eq!(reset(&later).unwrap(), RamResetReport { dropped: 1, remapped: 0 });
+        assert!(!is_over(&first_end), "its image is there");
+        drop((first, later));
+        store.wait_reclaimed();
+        assert!(is_over(&first_end) && !is_over(&later_end));
+        assert!((0..PAGES).all(|p| word(&ram, p) == p + 1));
+        drop(ram);
+        store.wait_reclaimed();
+        assert!(is_over(&later_end));
+        let file = std::fs::File::from(std::os::fd::AsFd::as_fd(&source).try_clone_to_owned().unwrap());
+        let known = store.foreign_layer(source.read_only_file().unwrap(), source.pages(), lease().1).unwrap();
+        store.foreign_layer_again(&known, file, lease().1).unwrap_err();
     }
 
     #[test]

@@ -166,6 +166,20 @@ impl AddressSpace {
         Ok(())
     }
 
+    /// Has the records of private mappings hold the layers of the map where those show the same pages of
+    /// another process: a record of an earlier image would hold that image's lease for as long as nothing
+    /// else is mapped there.
+    pub(crate) fn hold_leases_of_map(&mut self) {
+        let renewed = |(range, mapping): (PageRange, &Mapping)| {
+            let Mapping::Private(have) = mapping else { return None };
+            have.layer.lease()?;
+            let now = self.map.map().get(range.start)?;
+            (have.is(&now) && !Arc::ptr_eq(&have.layer, &now.layer)).then_some((range, Mapping::Private(now)))
+        };
+        let renewed: Vec<_> = self.mappings.iter().filter_map(renewed).collect();
+        renewed.into_iter().for_each(|(range, mapping)| self.mappings.insert(range, mapping));
+    }
+
     /// Maps the map's source of `range`, which is `source`, in place of the VM's own copies.
     pub(crate) fn catch_up(&mut self, range: PageRange, source: &LayerOffset) -> Result<(), RamError> {
         debug_assert!(

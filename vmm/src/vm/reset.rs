@@ -106,8 +106,8 @@ impl Vm {
         self.reset_if(image, &|| true)
     }
 
-    /// The same, if `is_wanted` still holds when earlier operations of the VM have ended: a suspension
-    /// may take minutes.
+    /// The same, if `is_wanted` still holds when earlier operations of the VM have ended and its devices
+    /// are halted: a suspension may take minutes.
     ///
     /// # Errors
     /// As for [`Vm::reset`]. [`VmError::Unwanted`] if it does not hold.
@@ -120,14 +120,14 @@ impl Vm {
         }
         let guard = self.pause_inner(false)?;
         let parked = Instant::now();
-        if !is_wanted() {
-            return Err(VmError::Unwanted);
-        }
         self.devices.check(&image.devices)?;
         if let Some(place) = self.devices.halt(HALT) {
             return Err(VmError::InFlight { place, seconds: HALT.as_secs() });
         }
         let halted = Instant::now();
+        if !is_wanted() {
+            return Err(VmError::Unwanted);
+        }
         // From here on, an error or a panic leaves parts of two instants. The caller may survive a
         // panic.
         let put_back = || {
