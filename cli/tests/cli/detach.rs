@@ -27,7 +27,7 @@ fn words(all: &Supervised, vm: &str) -> [u64; 3] {
 }
 
 /// An image of 1 MiB of zeros, and its path.
-fn image(dir: &TempDir, name: &str) -> String {
+pub(crate) fn image(dir: &TempDir, name: &str) -> String {
     let path = dir.path().join(name);
     fs::write(&path, vec![0; 1 << 20]).unwrap();
     path.to_str().unwrap().to_owned()
@@ -67,7 +67,7 @@ fn overwrite(files: &[File], old: &[u64]) -> usize {
     found
 }
 
-fn checkpoint(all: &Supervised, vm: &str, name: &str, more: &[&str]) -> Value {
+pub(crate) fn checkpoint(all: &Supervised, vm: &str, name: &str, more: &[&str]) -> Value {
     all.runtime.clade(&[&["checkpoint", vm, name, "--json"], more].concat()).json()
 }
 

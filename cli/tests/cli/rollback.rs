@@ -10,6 +10,7 @@ use clade_harness::GuestWords;
 use rustix::process::Signal;
 use serde_json::Value;
 
+use crate::detach::{checkpoint, image};
 use crate::machine::BareVm;
 use crate::supervisor::{GuestMemory, Supervised};
 use crate::tool::{Random, expect_problem, hold, kill, kvm, wait_until};
@@ -17,10 +18,6 @@ use crate::tool::{Random, expect_problem, hold, kill, kvm, wait_until};
 const PAGE: u64 = 4096;
 /// Pages whose first words the tests follow.
 const PAGES: u64 = 900;
-
-fn checkpoint(all: &Supervised, vm: &str, name: &str, more: &[&str]) -> Value {
-    all.runtime.clade(&[&["checkpoint", vm, name, "--json"], more].concat()).json()
-}
 
 fn roll_back(all: &Supervised, vm: &str, name: &str) -> Value {
     all.runtime.clade(&["rollback", vm, name, "--json"]).json()
@@ -116,11 +113,7 @@ fn disks_go_back_with_memory_and_later_writes_reach_the_image() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let image = |name: &str| {
-        let path = dir.path().join(name);
-        fs::write(&path, vec![0; 1 << 20]).unwrap();
-        path.to_str().unwrap().to_owned()
-    };
+    let image = |name: &str| image(&dir, name);
     let written = image("written.img");
     for more in [written.clone(), format!("{},ephemeral", image("shared.img"))] {
         let all = Supervised::start("0");
@@ -279,11 +272,7 @@ fn a_childs_disks_go_back_to_an_ancestors_checkpoint() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let image = |name: &str| {
-        let path = dir.path().join(name);
-        fs::write(&path, vec![0; 1 << 20]).unwrap();
-        path.to_str().unwrap().to_owned()
-    };
+    let image = |name: &str| image(&dir, name);
     let (written, shared) = (image("written.img"), image("shared.img"));
     for more in [written, format!("{shared},ephemeral")] {
         let all = Supervised::start("0");
