@@ -224,8 +224,6 @@ impl PendingFork {
     fn begin_within(dir: &Path, name: &str, limit: Duration) -> Result<Self, DaemonError> {
         let deadline = Instant::now() + limit;
         let pending_fork = Self { socket: connected(dir, name, limit)?, name: name.to_owned(), deadline };
-        set_socket_timeout(&pending_fork.socket, Timeout::Recv, Some(CHECK_INTERVAL))
-            .map_err(|errno| failed(errno.into()))?;
         seqpacket::send(&pending_fork.socket, &[FORK], &[]).map_err(|error| pending_fork.silent(&error))?;
         Ok(pending_fork)
     }
@@ -243,16 +241,10 @@ impl PendingFork {
         check: &dyn Fn() -> Result<(), DaemonError>,
     ) -> Result<(ForkedVm, SealedParts), DaemonError> {
         let go_on = || Instant::now() < self.deadline && check().is_ok();
-        let answer = loop {
-            match seqpacket::receive(self.socket.as_fd(), MAX_ANSWER) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock && go_on() => {}
-                answer => break answer,
-            }
-        };
+        let answer = read_answer(&self.socket, &self.name, self.deadline, check);
         // The client may have gone.
         check()?;
-        let Message { bytes, .. } = answer.map_err(|error| self.silent(&error))?;
-        match serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))? {
+        match serde_json::from_slice(&answer?).map_err(|error| failed(error.into()))? {
             ImageAnswer::Forked(forked) => match SealedParts::receive_while(&self.socket, &go_on) {
                 // The VM's process has ended, or does not answer.
                 Err(TransferError::System { source, .. }) => {
@@ -266,7 +258,7 @@ impl PendingFork {
     }
 }
 
-/// Waits for the last message of a request to the process of the VM called `name`. `check` is called
+/// Waits for the answer to a request to the process of the VM called `name`. `check` is called
 /// every [`CHECK_INTERVAL`].
 ///
 /// # Errors

@@ -12,8 +12,8 @@
 //! writes in place go on with it. A foreign image is imported. Its layers of memory that the VM shows
 //! already are the same there, so a rollback maps the other pages alone.
 //!
-//! A client that closes its socket before the VM's earlier operations have ended gets no rollback: it was
-//! told that there is none, and may go on with the VM.
+//! A client that closes its socket before the VM's earlier operations have ended, and its devices are halted,
+//! gets no rollback: it was told of a failure, and may go on with the VM.
 
 use std::io;
 use std::os::fd::OwnedFd;

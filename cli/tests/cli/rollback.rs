@@ -23,10 +23,15 @@ fn roll_back(all: &Supervised, vm: &str, name: &str) -> Value {
     all.runtime.clade(&["rollback", vm, name, "--json"]).json()
 }
 
-fn put(all: &Supervised, vm: &str, words: &[u64]) {
+/// Writes words at the beginning of pages, from `first` on.
+fn put_at(all: &Supervised, vm: &str, first: u64, words: &[u64]) {
     let bytes: Vec<u8> =
         words.iter().flat_map(|word| [&word.to_le_bytes()[..], &[0; PAGE as usize - 8]].concat()).collect();
-    BareVm::of(&all.runtime, vm).write(GuestMemory::AT, &bytes).unwrap();
+    BareVm::of(&all.runtime, vm).write(GuestMemory::AT + first * PAGE, &bytes).unwrap();
+}
+
+fn put(all: &Supervised, vm: &str, words: &[u64]) {
+    put_at(all, vm, 0, words);
 }
 
 fn words(all: &Supervised, vm: &str, count: u64) -> Vec<u64> {
@@ -231,11 +236,7 @@ fn a_child_keeps_the_pages_of_an_ancestors_checkpoint_that_has_gone() {
     checkpoint(&all, "web", "zero", &[]);
     // More than a block of huge pages each: memory is given back by blocks.
     let fill = |count: u64, word: u64| {
-        let bytes: Vec<u8> =
-            (0..PART).flat_map(|_| [&word.to_le_bytes()[..], &[0; PAGE as usize - 8]].concat()).collect();
-        for first in (0..count).step_by(PART as usize) {
-            BareVm::of(&all.runtime, "web").write(GuestMemory::AT + first * PAGE, &bytes).unwrap();
-        }
+        (0..count).step_by(PART as usize).for_each(|first| put_at(&all, "web", first, &[word; PART as usize]));
     };
     fill(4 * PART, 1);
     checkpoint(&all, "web", "old", &[]);
@@ -343,8 +344,6 @@ fn a_rollback_to_a_detached_checkpoint_shows_its_copies() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let disk = dir.path().join("disk.img");
-    fs::write(&disk, vec![0; 1 << 20]).unwrap();
     let all = Supervised::start("0");
     all.boot("web", &[]);
     // The first image of its process, as the copy is of the copier's.
@@ -359,7 +358,18 @@ fn a_rollback_to_a_detached_checkpoint_shows_its_copies() {
     put(&all, "child", &[3; 600]);
     roll_back(&all, "child", "safe");
     assert_eq!(words(&all, "child", 600), [1; 600]);
-    all.boot("disk", &["--disk", disk.to_str().unwrap()]);
+    // Children of copies get no files that their ancestors' processes may write, even of an ancestor
+    // that is a child of copies too.
+    all.fork(&["safe", "--name", "safe-1"]);
+    checkpoint(&all, "safe-1", "again", &[]);
+    all.fork(&["safe-1", "--detach", "--name", "apart"]);
+    for plain in ["plain", "again"] {
+        all.runtime.clade(&["rollback", "apart", plain]).expect_refusal("may write");
+    }
+    put(&all, "apart", &[4; 600]);
+    roll_back(&all, "apart", "safe");
+    assert_eq!(words(&all, "apart", 600), [1; 600]);
+    all.boot("disk", &["--disk", &image(&dir, "disk.img")]);
     all.put("disk", 0, 5);
     checkpoint(&all, "disk", "apart", &["--detach"]);
     all.runtime.clade(&["rollback", "disk", "apart"]).expect_refusal("copies");

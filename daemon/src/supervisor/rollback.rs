@@ -23,7 +23,7 @@ fn refused(text: String) -> DaemonError {
 /// When the VM cannot be rolled back to it.
 fn expect_of_line(
     (vm, vm_record): (&str, &VmRecord),
-    (name, of): (&str, &VmRecord),
+    (name, of, is_detached): (&str, &VmRecord, bool),
     secrets_are_same: Option<bool>,
 ) -> Result<bool, DaemonError> {
     let is_own = of.process.is_some() && of.process == vm_record.process;
@@ -42,9 +42,10 @@ fn expect_of_line(
             "{vm:?} has other files for its disks than the checkpoint {name:?}: the disks of one are copies"
         )));
     }
-    if !is_own && vm_record.template.detached && !of.template.detached {
+    // Not by the template of the checkpoint's VM, which may descend from copies itself.
+    if !is_own && vm_record.template.detached && !is_detached {
         return Err(refused(format!(
-            "{vm:?} was started from copies, and the process of an ancestor may write the checkpoint {name:?}"
+            "{vm:?} descends from copies, and the process of an ancestor may write the checkpoint {name:?}"
         )));
     }
     Ok(is_own)
@@ -68,8 +69,10 @@ impl Supervisor {
         let checkpoint = self.checkpoints().get(name, |_| Err(on_disk()))?;
         let secrets = checkpoint.secrets();
         let secrets_are_same = vm_record.secrets.as_ref().map(|recorded| recorded.is_of(secrets));
-        let is_own = expect_of_line((vm, &vm_record), (name, checkpoint.vm_record()), secrets_are_same)?;
-        let image = (is_own && !checkpoint.is_detached(), Checkpoint::parts(&checkpoint));
+        let is_detached = checkpoint.is_detached();
+        let of = (name, checkpoint.vm_record(), is_detached);
+        let is_own = expect_of_line((vm, &vm_record), of, secrets_are_same)?;
+        let image = (is_own && !is_detached, Checkpoint::parts(&checkpoint));
         let client = RollbackClient::connect(self.dir(), vm)?;
         // After the connection: while its process lives, the name and the socket are that process's.
         let pidfd = vm_record.process.and_then(ProcessId::open);
@@ -101,7 +104,7 @@ mod tests {
         };
         let vm = record(own, parent);
         let check = |of: &VmRecord, same| {
-            let checked = expect_of_line(("web", &vm), ("base", of), same);
+            let checked = expect_of_line(("web", &vm), ("base", of, false), same);
             checked.map_err(|error| (error.problem(), error.to_string()))
         };
         assert_eq!(check(&record(own, None), Some(true)), Ok(true));
@@ -123,10 +126,13 @@ mod tests {
         detached.template.detached = true;
         let plain = record(parent, None);
         let copied = VmRecord { template: detached.template.clone(), ..plain.clone() };
-        let check = |of: &VmRecord| expect_of_line(("web", &detached), ("base", of), Some(true));
-        assert!(check(&plain).is_err_and(|error| error.to_string().contains("copies")));
-        assert!(matches!(check(&copied), Ok(false)) && matches!(check(&record(own, None)), Ok(true)));
+        let check = |of: &VmRecord, copy| expect_of_line(("web", &detached), ("base", of, copy), Some(true));
+        // An ancestor may descend from copies too, whatever its later checkpoints are.
+        for of in [&plain, &copied] {
+            assert!(check(of, false).is_err_and(|error| error.to_string().contains("copies")));
+        }
+        assert!(matches!(check(&copied, true), Ok(false)) && matches!(check(&record(own, None), false), Ok(true)));
         let nobody = record(None, None);
-        assert!(expect_of_line(("web", &nobody), ("base", &record(None, None)), Some(true)).is_err());
+        assert!(expect_of_line(("web", &nobody), ("base", &record(None, None), false), Some(true)).is_err());
     }
 }

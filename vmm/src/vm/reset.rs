@@ -96,7 +96,8 @@ impl Vm {
     /// Resets it in place to the instant of `image`: the image it was started from, or one of
     /// itself or of an ancestor. Memory, vCPUs, devices and disks are restored; later writes are
     /// lost. The VM runs on from there, or stays paused if it was. Its name, addresses, interfaces
-    /// and sockets stay, and so do its declarations of memory that children do not inherit. Network and socket devices notify their drivers as in a child.
+    /// and sockets stay, and so do its declarations of memory that children do not inherit. Network
+    /// and socket devices notify their drivers as in a child.
     ///
     /// # Errors
     /// When the VM has stopped, the image is of another shape, or pages stay pinned: the VM then

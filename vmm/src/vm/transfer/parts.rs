@@ -366,12 +366,12 @@ impl SharedFiles {
     /// The layers of the memory of `image`.
     ///
     /// # Errors
-    /// When a layer is lost, or its file cannot be opened again.
+    /// When the identity of a layer's file cannot be read.
     pub fn of_memory(image: &ForkImage) -> Result<Self, TransferError> {
         let (mut shared, mut seen) = (Self::default(), HashSet::new());
         for map in image.ram().maps() {
             for (_, source) in map.iter().filter(|(_, source)| seen.insert(source.layer.id())) {
-                shared.layers.insert(file_id(source.layer.read_only_file()?)?, source.layer.clone());
+                shared.layers.insert(file_id(&source.layer)?, source.layer.clone());
             }
         }
         Ok(shared)
