@@ -1,7 +1,7 @@
 //! Saving: a snapshot is written aside, and put in its place as a whole or not at all.
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use clade_memory::{DontFork, PAGE_SHIFT, RamImage};
@@ -102,6 +102,9 @@ pub struct Base<'a> {
     pub id: SnapshotId,
     /// The memory that was saved there, or restored from there.
     pub image: &'a RamImage,
+    /// Whether the snapshot has the path from its own directory to the base's, wherever that is: both
+    /// move together. A base in another directory else has its absolute path.
+    pub is_relative: bool,
 }
 
 /// A VM at one instant, to be saved. The VM may run meanwhile: an image never changes.
@@ -200,10 +203,6 @@ impl Save<'_> {
         files.write(&aside.path().join(MANIFEST), &manifest.encode())?;
         meter.check()?;
         let base_untold = self.publish(files, &mut aside, &target, &mut meter)? == Some(Noted::ReadOnly);
-        if base_untold && let Some(base) = &self.base {
-            let (base, dependent) = (base.dir.display(), target.display());
-            tracing::warn!(%base, %dependent, "the base is read-only: it does not record its dependent");
-        }
         Ok(Saved { id, data_pages, zero_pages, data_bytes, base_untold, base_elsewhere })
     }
 
@@ -297,12 +296,18 @@ impl Save<'_> {
         }
         let dir = crate::staging::place(base.dir)?;
         let sibling = dir.parent() == place.parent();
-        let name = if sibling { dir.file_name().map(|name| Path::new("..").join(name)) } else { None };
-        let path = name.unwrap_or(dir);
+        let path = if sibling || base.is_relative { relative(place, &dir) } else { dir.clone() };
         let text = path.to_str().ok_or_else(|| Error::Path { path: path.clone() })?;
         let elsewhere = !sibling || chain.dirs().skip(1).any(|dir| dir.parent() != place.parent());
         Ok((Parent { id: base.id, path: text.to_owned() }, elsewhere))
     }
+}
+
+/// The path from the directory `from` to `to`, both absolute and without links.
+fn relative(from: &Path, to: &Path) -> PathBuf {
+    let shared = from.components().zip(to.components()).take_while(|(from, to)| from == to).count();
+    let up = from.components().skip(shared).map(|_| Component::ParentDir);
+    up.chain(to.components().skip(shared)).collect()
 }
 
 fn expect_id(files: &FileOps, base: &Base<'_>, dir: &Dir) -> Result<(), Error> {

@@ -1,8 +1,11 @@
 //! Checkpoints that are kept on disk outlive their supervisor.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 
 use clade_guests::abi::disk::What;
+use clade_snapshot::format::Manifest;
 use serde_json::Value;
 
 use crate::machine::BareVm;
@@ -24,6 +27,41 @@ fn restart(all: &mut Supervised) {
     all.runtime.clade(&["serve", "--stop"]);
     assert_eq!(all.runtime.ended(), Some(143));
     all.serve("1");
+}
+
+/// The directory of the runtime directory's checkpoints.
+fn kept_dir(all: &Supervised) -> PathBuf {
+    let dirs: Vec<_> = fs::read_dir(all.runtime.kept()).unwrap().flatten().collect();
+    let [dir] = dirs.as_slice() else { panic!("{dirs:?}") };
+    dir.path()
+}
+
+/// The directories of the data that a kept checkpoint consists of, its own first.
+fn data_of(all: &Supervised, name: &str) -> Vec<PathBuf> {
+    let dir = kept_dir(all);
+    let record: Value = serde_json::from_slice(&fs::read(dir.join(name).join("record.json")).unwrap()).unwrap();
+    let chain = record["chain"].as_array().unwrap();
+    chain.iter().map(|id| dir.join(".data").join(id.as_str().unwrap())).collect()
+}
+
+/// The number of directories of data.
+fn data_count(all: &Supervised) -> usize {
+    fs::read_dir(kept_dir(all).join(".data")).unwrap().count()
+}
+
+/// Bytes on the disk of a checkpoint's own data.
+fn own_bytes(all: &Supervised, name: &str) -> u64 {
+    let files = fs::read_dir(data_of(all, name)[0].join("snapshot")).unwrap().flatten();
+    files.map(|file| file.metadata().unwrap().blocks() * 512).sum()
+}
+
+fn keep(all: &Supervised, vm: &str, name: &str) {
+    let taken = all.runtime.clade(&["checkpoint", vm, name, "--keep", "--json"]).json();
+    assert_eq!(taken["kept"], true, "{taken}");
+}
+
+fn remove(all: &Supervised, name: &str) {
+    assert_eq!(all.runtime.clade(&["rm", name]).code, Some(0));
 }
 
 /// Ends all, with the directory of kept checkpoints.
@@ -141,9 +179,7 @@ fn a_checkpoint_that_cannot_be_kept_leaves_nothing() {
     // A damaged snapshot refuses its own forks, and is removed like any other.
     all.runtime.clade(&["checkpoint", "web", "base", "--keep", "--json"]).json();
     restart(&mut all);
-    let dirs: Vec<_> = fs::read_dir(all.runtime.kept()).unwrap().flatten().collect();
-    let [dir] = dirs.as_slice() else { panic!("{dirs:?}") };
-    let manifest = dir.path().join("base/data/snapshot/manifest.json");
+    let manifest = data_of(&all, "base")[0].join("snapshot/manifest.json");
     let whole = fs::read(&manifest).unwrap();
     fs::write(&manifest, &whole[..whole.len() / 2]).unwrap();
     all.runtime.clade(&["fork", "base"]).expect_refusal("manifest");
@@ -151,7 +187,7 @@ fn a_checkpoint_that_cannot_be_kept_leaves_nothing() {
     fs::write(&manifest, &whole).unwrap();
     assert_eq!(all.fork(&["base"]), ["base-1"]);
     all.runtime.clade(&["rm", "base", "--json"]).json();
-    assert!(!dir.path().join("base").exists());
+    assert!(!manifest.exists() && !kept_dir(&all).join("base").exists());
     end(all);
 }
 
@@ -199,5 +235,252 @@ fn disks_of_a_kept_checkpoint_are_its_childrens() {
     vm("base-1-1").disk(What::Verify, 0, 32, 1);
     vm("base-1-1").disk(What::Verify, 32, 32, 3);
     vm("web").disk(What::Verify, 0, 96, 2);
+    end(all);
+}
+
+/// A later checkpoint has the pages that changed since the nearest kept one of its line.
+#[test]
+fn later_checkpoints_of_a_line_have_only_what_changed() {
+    if !kvm() {
+        return;
+    }
+    let mut all = Supervised::start("0");
+    all.boot("web", &[]);
+    (0..1_000).step_by(100).for_each(|page| all.put("web", page, 1 + page));
+    keep(&all, "web", "first");
+    all.put("web", 100, 7);
+    keep(&all, "web", "second");
+    // A child of a kept checkpoint, and a child of the VM.
+    all.fork(&["first", "--name", "of-first"]);
+    all.put("of-first", 200, 8);
+    keep(&all, "of-first", "third");
+    all.fork(&["web", "--name", "of-web"]);
+    all.put("of-web", 300, 9);
+    keep(&all, "of-web", "fourth");
+    let chain = |all: &Supervised, name: &str| data_of(all, name).len();
+    assert_eq!(["first", "second", "third", "fourth"].map(|name| chain(&all, name)), [1, 2, 2, 3]);
+    let [first, second, third, fourth] = ["first", "second", "third", "fourth"].map(|name| own_bytes(&all, name));
+    for later in [second, third, fourth] {
+        assert!(later + (8 << 12) < first, "{first} bytes in full, {later} on another");
+    }
+    // Copies build on copies.
+    let detached = |name: &str, page: u64| {
+        all.put("of-web", page, 9);
+        all.runtime.clade(&["checkpoint", "of-web", name, "--keep", "--detach", "--json"]).json();
+        own_bytes(&all, name)
+    };
+    let copies = [detached("copy", 500), detached("next-copy", 600)];
+    assert_eq!([chain(&all, "copy"), chain(&all, "next-copy")], [1, 2]);
+    assert!(copies[1] + (8 << 12) < copies[0], "{copies:?}");
+    remove(&all, "copy");
+    all.fork(&["next-copy", "--name", "of-copy"]);
+    all.put("of-copy", 0, 12);
+    keep(&all, "of-copy", "after-copy");
+    remove(&all, "next-copy");
+    assert_eq!(chain(&all, "after-copy"), 3);
+    // One that was taken before, and is kept later.
+    all.runtime.clade(&["checkpoint", "web", "late", "--json"]).json();
+    all.put("web", 400, 10);
+    keep(&all, "web", "fifth");
+    all.runtime.clade(&["keep", "late", "--json"]).json();
+    assert_eq!([chain(&all, "fifth"), chain(&all, "late")], [3, 4]);
+
+    // Removed from the middle: data stays as long as another needs it.
+    remove(&all, "first");
+    remove(&all, "second");
+    assert_eq!(data_count(&all), 6 + 3);
+    restart(&mut all);
+    all.fork(&["after-copy", "--name", "of-copies"]);
+    assert_eq!([0, 100, 300, 500, 600].map(|page| all.word("of-copies", page)), [12, 7, 9, 9, 9]);
+    remove(&all, "after-copy");
+    remove(&all, "fifth");
+    remove(&all, "late");
+    assert_eq!(data_count(&all), 4, "of the first, second, third and fourth");
+    // The directory may be at another place by then.
+    all.runtime.clade(&["serve", "--stop"]);
+    let (here, there) = (all.runtime.kept(), all.runtime.kept().with_extension("moved"));
+    fs::rename(&here, &there).unwrap();
+    std::os::unix::fs::symlink(&there, &here).unwrap();
+    assert_eq!(all.runtime.ended(), Some(143));
+    all.serve("0");
+    all.fork(&["fourth", "--name", "again"]);
+    all.fork(&["third", "--name", "other"]);
+    for (vm, words) in [("again", [1, 7, 201, 9]), ("other", [1, 101, 8, 301])] {
+        assert_eq!([0, 100, 200, 300].map(|page| all.word(vm, page)), words, "{vm}");
+    }
+    // On the opened one.
+    all.put("again", 0, 11);
+    keep(&all, "again", "sixth");
+    assert_eq!(chain(&all, "sixth"), 4);
+    remove(&all, "third");
+    remove(&all, "fourth");
+    assert_eq!(data_count(&all), 4, "the first, second, fourth and sixth");
+    restart(&mut all);
+    all.fork(&["sixth", "--name", "last"]);
+    assert_eq!([0, 100, 200, 300].map(|page| all.word("last", page)), [11, 7, 201, 9]);
+    remove(&all, "sixth");
+    assert_eq!(data_count(&all), 0);
+    assert_eq!(all.word("last", 100), 7);
+    fs::remove_file(&here).unwrap();
+    fs::rename(&there, &here).unwrap();
+    end(all);
+}
+
+#[test]
+fn chains_are_bounded_and_a_damaged_base_costs_only_space() {
+    if !kvm() {
+        return;
+    }
+    let mut all = Supervised::start("0");
+    all.boot("web", &[]);
+    for at in 0..18 {
+        all.put("web", at, 1 + at);
+        keep(&all, "web", &format!("c{at}"));
+    }
+    let depths: Vec<usize> = (0..18).map(|at| data_of(&all, &format!("c{at}")).len()).collect();
+    assert_eq!(depths, (1..=16).chain(1..=2).collect::<Vec<_>>());
+    // The base's data is damaged: the next one is written in full.
+    let data = data_of(&all, "c17")[0].join("snapshot");
+    fs::rename(data.join("memory.index"), data.join("away")).unwrap();
+    all.put("web", 20, 99);
+    keep(&all, "web", "full");
+    assert_eq!(data_of(&all, "full").len(), 1);
+    restart(&mut all);
+    all.runtime.clade(&["fork", "c17"]).expect_refusal("memory.index");
+    all.fork(&["full", "--name", "full"]);
+    all.fork(&["c15", "--name", "deep"]);
+    for (vm, last) in [("full", 18), ("deep", 16)] {
+        (0..last).for_each(|at| assert_eq!(all.word(vm, at), 1 + at, "{vm}"));
+    }
+    end(all);
+}
+
+/// The processes of children read all files of a checkpoint: none has what was withheld from the VM.
+#[test]
+fn a_checkpoint_without_secrets_builds_on_none_with_them() {
+    if !kvm() {
+        return;
+    }
+    let mut all = Supervised::start("0");
+    let file = all.runtime.dir().with_extension("secret");
+    fs::write(&file, "a secret of sixteen bytes and more").unwrap();
+    all.boot("web", &["--secret", file.to_str().unwrap()]);
+    fs::remove_file(&file).unwrap();
+    keep(&all, "web", "base");
+    all.put("web", 1, 1);
+    keep(&all, "web", "next");
+    all.fork(&["base", "--name", "bare", "--without-secrets"]);
+    all.put("bare", 1, 2);
+    keep(&all, "bare", "bare");
+    all.put("bare", 2, 3);
+    keep(&all, "bare", "bare-next");
+    let chains = ["base", "next", "bare", "bare-next"].map(|name| data_of(&all, name).len());
+    assert_eq!(chains, [1, 2, 1, 2]);
+    // A forged parent: another checkpoint's data is not read, wherever the manifest leads.
+    let manifest = |name: &str| data_of(&all, name)[0].join("snapshot/manifest.json");
+    let (file, other) = (manifest("bare-next"), manifest("base"));
+    let whole = fs::read(&file).unwrap();
+    let mut forged = Manifest::decode(&whole).unwrap();
+    let parent = forged.parent.as_mut().unwrap();
+    assert!(parent.path.starts_with("../../"), "{parent:?}");
+    parent.id = Manifest::decode(&fs::read(&other).unwrap()).unwrap().id;
+    parent.path = other.parent().unwrap().to_str().unwrap().to_owned();
+    restart(&mut all);
+    fs::write(&file, forged.encode()).unwrap();
+    all.runtime.clade(&["fork", "bare-next"]).expect_refusal("--parents");
+    fs::write(&file, whole).unwrap();
+    all.fork(&["bare-next", "--name", "again"]);
+    assert_eq!([1, 2].map(|page| all.word("again", page)), [2, 3]);
+    end(all);
+}
+
+/// A random history of VMs and kept checkpoints against a model of words.
+#[test]
+fn kept_checkpoints_have_their_words_in_any_history() {
+    if !kvm() {
+        return;
+    }
+    const PAGES: usize = 8;
+    const FAR: u64 = 97;
+    let seed = std::env::var("CLADE_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(7);
+    let mut random = seed;
+    let mut below = move |most: usize| {
+        random = u64::wrapping_add(u64::wrapping_mul(random, 6_364_136_223_846_793_005), 1_442_695_040_888_963_407);
+        (random >> 33) as usize % most
+    };
+    let mut all = Supervised::start("0");
+    all.boot("v0", &[]);
+    let mut vms = vec![("v0".to_owned(), [0_u64; PAGES])];
+    let mut kept: Vec<(String, [u64; PAGES])> = Vec::new();
+    let read = |all: &Supervised, vm: &str| std::array::from_fn(|page| all.word(vm, page as u64 * FAR));
+    for step in 1..=60 {
+        let at = below(vms.len());
+        let name = format!("n{step}");
+        match below(10) {
+            0..=3 => {
+                let page = below(PAGES);
+                all.put(&vms[at].0, page as u64 * FAR, step);
+                vms[at].1[page] = step;
+            }
+            4..=6 => {
+                keep(&all, &vms[at].0, &name);
+                kept.push((name, vms[at].1));
+            }
+            7 if !kept.is_empty() => {
+                let at = below(kept.len());
+                remove(&all, &kept.swap_remove(at).0);
+            }
+            8 if !kept.is_empty() => {
+                let at = below(kept.len());
+                all.fork(&[&kept[at].0, "--name", &name]);
+                assert_eq!(read(&all, &name), kept[at].1, "step {step}, seed {seed}");
+                vms.push((name, kept[at].1));
+            }
+            _ if step % 4 == 0 => restart(&mut all),
+            _ => {
+                all.fork(&[&vms[at].0, "--name", &name]);
+                vms.push((name, vms[at].1));
+            }
+        }
+    }
+    restart(&mut all);
+    for (name, words) in &kept {
+        let child = format!("last-{name}");
+        all.fork(&[name, "--name", &child]);
+        assert_eq!(read(&all, &child), *words, "{name}, seed {seed}");
+    }
+    let depths: Vec<usize> = kept.iter().map(|(name, _)| data_of(&all, name).len()).collect();
+    assert!(depths.iter().any(|depth| *depth > 1), "{depths:?}");
+    kept.iter().for_each(|(name, _)| remove(&all, name));
+    assert_eq!(data_count(&all), 0);
+    end(all);
+}
+
+/// Disks of a chain: each checkpoint has the clusters at its instant.
+#[test]
+fn disks_of_later_checkpoints_build_on_earlier_ones() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk.img");
+    fs::write(&image, vec![0; 1 << 20]).unwrap();
+    let mut all = Supervised::start("0");
+    all.boot("web", &["--disk", image.to_str().unwrap()]);
+    BareVm::of(&all.runtime, "web").open_disk();
+    BareVm::of(&all.runtime, "web").disk(What::Write, 0, 512, 1);
+    keep(&all, "web", "base");
+    BareVm::of(&all.runtime, "web").disk(What::Write, 64, 16, 2);
+    keep(&all, "web", "next");
+    assert_eq!(data_of(&all, "next").len(), 2);
+    assert!(own_bytes(&all, "next") + (128 << 10) < own_bytes(&all, "base"));
+    remove(&all, "base");
+    restart(&mut all);
+    all.fork(&["next", "--name", "again"]);
+    let vm = BareVm::of(&all.runtime, "again");
+    vm.disk(What::Verify, 0, 64, 1);
+    vm.disk(What::Verify, 64, 16, 2);
+    vm.disk(What::Verify, 80, 432, 1);
+    drop(vm);
     end(all);
 }

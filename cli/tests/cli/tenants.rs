@@ -169,8 +169,9 @@ impl Bench {
         };
         let (runtime, supervisor) = (&self.host.runtime, self.host.runtime.pid());
         let kept = self.kept();
-        let records = [runtime.dir().join("e2b/sandboxes"), kept.join(".e2b-snapshots"), kept];
-        let records = records.map(|dir| names(&dir)).into_iter().flatten().filter(|name| !name.starts_with('.'));
+        let dirs = [".e2b-snapshots", ".data", ""].map(|dir| kept.join(dir));
+        let records = [runtime.dir().join("e2b/sandboxes")].into_iter().chain(dirs);
+        let records = records.flat_map(|dir| names(&dir)).filter(|name| !name.starts_with('.'));
         let files = names(runtime.dir()).into_iter().filter(|name| !name.ends_with(".ended"));
         let files = files.filter(|name| runtime.dir().join(name) != runtime.kept());
         // A prepared worker is a socket and a process.

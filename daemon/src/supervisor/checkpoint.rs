@@ -1,10 +1,11 @@
 //! Checkpoints: images of VMs at one instant, held for forks.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use super::detach::Copies;
 use super::host_link::stricter;
+use super::keep::KeptData;
 use super::kept::KeptRecord;
 use super::vm_record::VmRecord;
 use crate::ahead::Learning;
@@ -29,6 +30,8 @@ pub(crate) struct Checkpoint {
     learning: Arc<Learning>,
     /// The cost of its copies, if no VM's process can write its files.
     detached: Option<(DetachedInfo, Copies)>,
+    /// Its files, if it is kept.
+    kept: OnceLock<KeptData>,
 }
 
 /// The source of an image.
@@ -97,12 +100,29 @@ impl Checkpoint {
     /// The same with what a snapshot does not have.
     pub(super) fn with_record(mut self, record: &KeptRecord) -> Self {
         (self.forked.labels, self.forked.network) = (record.labels.clone(), record.network());
+        if let CheckpointOrigin::Saved(place) = &self.origin {
+            self.set_kept(KeptData { chain: record.chain().to_vec(), id: place.id });
+        }
         self
+    }
+
+    /// Notes its files.
+    pub(super) fn set_kept(&self, data: KeptData) {
+        // Data of an earlier version goes with its name: nothing builds on it.
+        if !data.chain.is_empty() {
+            // Fails if it was kept before, with the same files.
+            let _ = self.kept.set(data);
+        }
+    }
+
+    /// Returns its files, if it is kept.
+    pub(super) fn kept(&self) -> Option<&KeptData> {
+        self.kept.get()
     }
 
     fn new(origin: CheckpointOrigin, vm_record: VmRecord, parts: SealedParts, forked: ForkedVm) -> Self {
         let learning = Arc::new(Learning::new(vm_record.template.config.layout()));
-        Self { origin, vm_record, parts, forked, made: Instant::now(), learning, detached: None }
+        Self { origin, vm_record, parts, forked, made: Instant::now(), learning, detached: None, kept: OnceLock::new() }
     }
 
     /// The same image made of copies, which are detached.

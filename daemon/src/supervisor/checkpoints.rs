@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::checkpoint::Checkpoint;
-use super::kept::{Found, KeptRecord};
+use super::kept::{DataId, Found, KeptRecord};
 use super::{ImagePermit, Supervisor};
 use crate::control::{CheckpointInfo, CheckpointRequest, ProblemKind};
 use crate::vm_host::{Cancel, DaemonError, check_name};
@@ -166,6 +166,14 @@ impl Checkpoints {
         let slot = all.get_mut(name).filter(|slot| slot.kept.as_ref().is_some_and(|now| Arc::ptr_eq(now, &record)));
         // Another request may have opened it too.
         Ok(Arc::clone(slot.ok_or_else(none)?.held.get_or_insert_with(|| Arc::new(opened))))
+    }
+
+    /// Returns the kept checkpoint with this data of its own, if it is in memory.
+    pub(super) fn held_as(&self, data: &DataId) -> Option<Arc<Checkpoint>> {
+        let all = self.all();
+        let kept =
+            all.values().filter(|slot| slot.kept.as_ref().is_some_and(|record| record.chain().first() == Some(data)));
+        kept.filter_map(|slot| slot.held.clone()).next()
     }
 
     /// Begins to write the checkpoint called `name` to the disk. None if it is there already.

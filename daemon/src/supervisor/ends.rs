@@ -168,6 +168,7 @@ impl Inner {
     /// Records the end of a VM, and removes its files.
     pub(super) fn clear_up(&self, claim: NameClaim, exit: WorkerExit, was_orderly: bool, flight: Vec<FlightEvent>) {
         self.snapshots.forget(&claim.name);
+        self.kept_lines.forget(&claim.name);
         let name = claim.name.clone();
         let process = VmRecord::read(&self.dir, &name).ok().flatten().and_then(|vm_record| vm_record.process);
         // The record of a VM that another supervisor has started.
@@ -181,6 +182,7 @@ impl Inner {
     /// Clears up after an earlier VM of a claimed name, which died without that.
     pub(super) fn forget_earlier(&self, name: &str) {
         self.snapshots.forget(name);
+        self.kept_lines.forget(name);
         if let Ok(Some(vm_record)) = VmRecord::read(&self.dir, name) {
             vm_record.remove_sockets();
             self.left(name, &vm_record);

@@ -17,7 +17,7 @@
 //! | the VMs run. A failure of one ends only that one | `run_together` | nothing |
 //! | files, interfaces and names are left to the VMs | `keep`, `leave` | nothing |
 
-use std::cell::{Cell, OnceCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -290,6 +290,7 @@ impl Supervisor {
         // Held while any is made: a worker's grants must name existing directories.
         let _overlays = self.0.overlays.hold(&template.written())?;
         claims.iter().for_each(|claim| self.0.forget_earlier(&claim.name));
+        let processes = RefCell::new(Vec::with_capacity(count));
         let assign = |worker: &Worker, claim: &NameClaim| {
             let ends = Endpoints::child(&template.config, identity, &claim.name, &choice).map_err(VmError::from)?;
             let overlays = self.0.overlays.hold(&template.written())?;
@@ -313,6 +314,7 @@ impl Supervisor {
             };
             worker.request(&WorkerRequest::Fork(Box::new(launch)), &resources.files(claim))?;
             resources.sent();
+            processes.borrow_mut().extend(resources.process().map(|process| (claim.name.clone(), process)));
             Ok(resources)
         };
         let give = |workers: &Workers| -> Result<Vec<Note>, DaemonError> {
@@ -347,6 +349,9 @@ impl Supervisor {
             LaunchPlan { template: Some(template), worker_env, claims: &claims, assign: &assign, check: &check, pace };
         // Its workers end with the command.
         let made = self.make(&plan, give).map_err(|error| its_session(0).err().unwrap_or(error))?;
+        // Of a worker that was replaced, the later process counts.
+        let children = processes.borrow();
+        self.note_line((origin.image)()?, children.iter().map(|(name, process)| (name.as_str(), *process)));
         claims.into_iter().for_each(NameClaim::leave);
         Ok(made)
     }

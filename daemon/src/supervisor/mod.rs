@@ -15,7 +15,8 @@
 //! | `vm_record` | the supervisor's own records of VMs |
 //! | `worker_resources` | grants and descriptors of workers |
 //! | `cgroups` | resource limits of VMs' processes |
-//! | `kept` | checkpoints on disk, for later supervisors |
+//! | `kept` | the directory of checkpoints on disk, for later supervisors |
+//! | `keep` | writing them there, with the changes since an earlier one |
 //! | `host_link` | closed networks, enforced outside of VMs' processes |
 //! | `net_hook` | the program that connects interfaces to the host's network |
 //! | `records` | flight records of VMs that another supervisor has started |
@@ -48,6 +49,7 @@ mod events;
 mod host_link;
 mod idempotency;
 mod idle;
+mod keep;
 mod kept;
 mod make;
 mod metrics;
@@ -104,7 +106,7 @@ use detach::CopiedFiles;
 use events::Events;
 use idempotency::Keys;
 use idle::Idle;
-use kept::{Found, KeptDir};
+use kept::{Found, KeptDir, KeptLines};
 pub use net_hook::HookError;
 use net_hook::NetHook;
 use overlays::OverlayDirs;
@@ -193,6 +195,7 @@ struct Inner {
     copied_files: CopiedFiles,
     /// The directory of kept checkpoints, or why there is none.
     kept: Result<KeptDir, String>,
+    kept_lines: KeptLines,
     snapshots: Snapshots,
     events: Arc<Events>,
     keys: Arc<Keys>,
@@ -293,6 +296,7 @@ impl Supervisor {
             checkpoints: Checkpoints::of_kept(found_kept),
             copied_files: CopiedFiles::default(),
             kept,
+            kept_lines: KeptLines::default(),
             snapshots: Snapshots::default(),
             events: Arc::default(),
             keys: Arc::default(),

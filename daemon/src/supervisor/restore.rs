@@ -223,8 +223,8 @@ impl Supervisor {
         // An earlier supervisor may have had what this one lacks.
         self.expect_enforced(record.bounds)?;
         // Not beside the snapshot: children's overlays outlive the checkpoint.
-        let (dir, overlays) = (kept.snapshot(name), Some(kept.root().to_owned()));
-        let source = SavedSource { dir, load: RestoreLoad::default(), overlays, parents: Vec::new() };
+        let (dir, overlays) = (kept.snapshot(name, record.chain()), Some(kept.root().to_owned()));
+        let source = SavedSource { dir, load: RestoreLoad::default(), overlays, parents: kept.parents(record.chain()) };
         let (saved, template) = self.saved(&source)?;
         let vm_record =
             VmRecord { bounds: record.bounds, network: record.network(), ..vm_record(template, &saved, None) };

@@ -83,6 +83,7 @@ impl Supervisor {
         }
         let answer = client.roll_back(image, &|| self.check(0, 0, cancel))?;
         drop(permit);
+        vm_record.process.into_iter().for_each(|process| self.note_line(&checkpoint, [(vm, process)]));
         tracing::info!(vm, checkpoint = name, us = answer.total_us, "rolled back");
         Ok(answer)
     }

@@ -11,10 +11,9 @@ use std::time::Instant;
 
 use clade_devices::virtio::net::Link;
 use clade_memory::PageRange;
-use clade_snapshot::{SnapshotId, record_working_set};
+use clade_snapshot::{KnownDir, SnapshotId, record_working_set};
 
 use super::checkpoint::Checkpoint;
-use super::kept::{KeptDir, KeptRecord};
 use super::vm_record::VmRecord;
 use super::{ImagePermit, Supervisor};
 use crate::control::{ProblemKind, SnapshotAnswer, SnapshotProgress, SnapshotRequest, TouchedAnswer, TouchedRun};
@@ -159,74 +158,26 @@ impl Supervisor {
     }
 
     /// Has a worker write a snapshot of `image`, which may be based on one of `base`, as
-    /// `save_request` has it. The worker may write in the directories `beside`. Calls `watch` with
-    /// the bytes done and in all; once that returns true, the worker stops, which is an error.
-    fn write(
+    /// `save_request` has it. The worker may write in the directories `beside`, and read in those of
+    /// `read`. Calls `watch` with the bytes done and in all; once that returns true, the worker stops,
+    /// which is an error.
+    pub(super) fn write(
         &self,
         save_request: WriteSnapshotRequest,
-        beside: Vec<PathBuf>,
+        (beside, read): (Vec<PathBuf>, Vec<KnownDir>),
         base: Option<&Checkpoint>,
         image: &Checkpoint,
         watch: impl Fn(Option<(u64, u64)>) -> bool,
     ) -> Result<SavedFiles, DaemonError> {
         let VmTemplate { config, overlays, saved, .. } = &image.vm_record().template;
-        let Grants { read, dirs, .. } = Grants::of_child(config, overlays, saved);
+        let mut grants = Grants::of_child(config, overlays, saved);
+        grants.dirs.extend(read);
+        let Grants { read, dirs, .. } = grants;
         let grants = Grants { read, dirs, beside, role: Role::Snapshot, ..Grants::default() };
         let worker = self.0.zygote.workers(1)?.pop().ok_or(DaemonError::Ending)?;
         worker.confine(self.0.sandbox.confine_request(config, 0, grants))?;
         worker.save(save_request, base.map(Checkpoint::parts), image.parts())?;
         worker.saved(watch)
-    }
-
-    /// The directory of kept checkpoints.
-    ///
-    /// # Errors
-    /// When there is none.
-    pub(super) fn kept(&self) -> Result<&KeptDir, DaemonError> {
-        self.0.kept.as_ref().map_err(|why| DaemonError::Refused {
-            kind: ProblemKind::WrongState,
-            text: format!("no checkpoint can be kept: {why}"),
-        })
-    }
-
-    /// Writes a checkpoint to the disk, where later supervisors find it under `name`. Returns its record.
-    ///
-    /// # Errors
-    /// When it cannot be written. Then nothing is left on the disk.
-    pub(super) fn keep(&self, name: &str, checkpoint: &Checkpoint, cancel: &Cancel) -> Result<KeptRecord, DaemonError> {
-        let kept = self.kept()?;
-        let failed = |source| DaemonError::Keep { name: name.to_owned(), source };
-        kept.prepare(name).map_err(failed)?;
-        let write = || -> Result<KeptRecord, DaemonError> {
-            let (dir, beside) = (kept.snapshot(name), vec![kept.data(name)]);
-            let config = checkpoint.config().clone();
-            let save_request = WriteSnapshotRequest {
-                dir,
-                config,
-                base: None,
-                zstd: false,
-                replace: false,
-                is_closed: checkpoint.network() == Some(Link::Closed),
-            };
-            self.write(save_request, beside, None, checkpoint, |_| self.check(0, 0, cancel).is_err())?;
-            let record =
-                KeptRecord::of(checkpoint.info(name), checkpoint.labels().clone(), checkpoint.vm_record().bounds);
-            kept.commit(name, &record).map_err(failed)?;
-            Ok(record)
-        };
-        write().inspect_err(|_| {
-            if let Err(error) = kept.remove(name) {
-                tracing::warn!(%error, name, "files of a checkpoint stay");
-            }
-        })
-    }
-
-    /// Removes a kept checkpoint from the disk.
-    ///
-    /// # Errors
-    /// When it cannot be removed.
-    pub(super) fn remove_kept(&self, name: &str) -> Result<(), DaemonError> {
-        self.kept()?.remove(name).map_err(|source| DaemonError::Keep { name: name.to_owned(), source })
     }
 
     /// Saves a VM, which runs on.
@@ -261,18 +212,24 @@ impl Supervisor {
             base: base.as_ref().map(|base| (base.dir.clone(), base.id)),
             zstd: request.zstd,
             replace: request.replace,
+            is_relative: false,
             is_closed: image.network() == Some(Link::Closed),
         };
         // The base gets a note of its dependent. Earlier snapshots are only read.
         let written = [beside].into_iter().chain(before.iter().filter_map(|dir| dir.parent()).map(ToOwned::to_owned));
-        let saved =
-            self.write(save_request, written.collect(), base.as_ref().map(|base| &*base.image), &image, |progress| {
+        let saved = self.write(
+            save_request,
+            (written.collect(), Vec::new()),
+            base.as_ref().map(|base| &*base.image),
+            &image,
+            |progress| {
                 if let Some((done, total)) = progress {
                     saving.done.store(done, Ordering::Relaxed);
                     saving.total.store(total, Ordering::Relaxed);
                 }
                 saving.cancel.load(Ordering::Relaxed) || self.check(0, 0, cancel).is_err()
-            })?;
+            },
+        )?;
         let pause_us = image.pause_us();
         let last = LastSnapshot { dir: dir.clone(), id: saved.id, image: Arc::new(image), before };
         if let Some(state) = self.0.snapshots.states().get_mut(vm).filter(|state| state.is_by(&saving)) {

@@ -150,6 +150,11 @@ impl WorkerResources {
         self
     }
 
+    /// Returns the VM's process.
+    pub(super) fn process(&self) -> Option<ProcessId> {
+        self.vm_record.process
+    }
+
     /// Returns the VM's interfaces.
     pub(super) fn interfaces(&self) -> Interfaces {
         self.vm_record.interfaces(&self.name)

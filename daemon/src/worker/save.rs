@@ -43,6 +43,8 @@ pub(crate) struct WriteSnapshotRequest {
     pub(crate) zstd: bool,
     /// Whether it replaces a snapshot that others depend on.
     pub(crate) replace: bool,
+    /// Whether it has the path from its directory to its base's.
+    pub(crate) is_relative: bool,
     /// Whether the network of its VMs is closed, whatever the image has.
     pub(crate) is_closed: bool,
 }
@@ -98,7 +100,12 @@ pub(super) fn save(
         }
     };
     let compression = if request.zstd { Compression::Zstd } else { Compression::None };
-    let options = SnapshotOptions { incremental: base.is_some(), compression, replace: request.replace };
+    let options = SnapshotOptions {
+        incremental: base.is_some(),
+        compression,
+        replace: request.replace,
+        is_relative: request.is_relative,
+    };
     let watch = SaveProgress { progress: &tell, cancel: &cancel };
     let of = base.as_ref().map(|(place, image)| (place, &**image));
     let (place, saved) = image.save(&request.dir, of, options, &watch)?;

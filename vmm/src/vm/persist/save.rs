@@ -67,6 +67,9 @@ pub struct SnapshotOptions {
     pub compression: Compression,
     /// Whether to replace a snapshot in the directory although others depend on it.
     pub replace: bool,
+    /// Whether an incremental snapshot has the path from its own directory to its base's, wherever that
+    /// is ([`clade_snapshot::Base`]).
+    pub is_relative: bool,
 }
 
 /// A snapshot that was made.
@@ -252,7 +255,12 @@ impl ForkImage {
             names.iter().zip(&spaces).map(|(name, space)| DiskToSave { name, space: space as &dyn Space }).collect();
         let sections = self.sections()?;
         let sections: Vec<(&str, &[u8])> = sections.iter().map(|(name, bytes)| (*name, bytes.as_slice())).collect();
-        let base = base.map(|(place, image)| Base { dir: &place.dir, id: place.id, image: image.ram() });
+        let base = base.map(|(place, image)| Base {
+            dir: &place.dir,
+            id: place.id,
+            image: image.ram(),
+            is_relative: options.is_relative,
+        });
         let SnapshotOptions { compression, replace, .. } = options;
         let save = Save { memory: self.ram(), disks: &disks, sections: &sections, base, compression, replace };
         let saved = save.to(dir, watch)?;

@@ -1,14 +1,21 @@
 //! Checkpoints kept on disk: later supervisors of the directory have them too.
 //!
 //! ```text
-//! ROOT/NAME/data/snapshot/   the checkpoint as a snapshot; its writer reaches `data` alone
-//! ROOT/NAME/record.json      written last: without it there is no checkpoint
-//! ROOT/.gone-NAME-N/         a checkpoint that is being removed
+//! ROOT/NAME/record.json      the record, written last: without it there is no checkpoint
+//! ROOT/.data/ID/snapshot/    its data, a snapshot; the writer of it may write in `.data/ID` alone
+//! ROOT/.gone-X-N/            what is being removed
+//! ROOT/NAME/data/snapshot/   the data of a checkpoint of an earlier version
 //! ```
+//!
+//! The snapshot may be incremental to that of another kept checkpoint, which a record lists. Data is
+//! removed once no record lists it.
 //!
 //! A supervisor reads the records when it starts. It opens a snapshot at the first fork of its
 //! checkpoint, so the start costs no memory and no time for checkpoints that are not used. It holds a
 //! lock on the directory: no other supervisor takes a checkpoint that is being written for a leftover.
+
+mod data;
+mod lines;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder, File};
@@ -30,9 +37,13 @@ use tempfile::NamedTempFile;
 use super::cgroups::Bounds;
 use crate::control::CheckpointInfo;
 use crate::vm_host::{Labels, check_name};
+pub(super) use data::DataId;
+use data::Needs;
+pub(super) use lines::KeptLines;
 
 const RECORD: &str = "record.json";
 const GONE: &str = ".gone-";
+const DATA: &str = ".data";
 /// Most bytes of a record.
 const MAX_RECORD: u64 = 1 << 20;
 /// Most levels of directories that are removed with a checkpoint.
@@ -50,14 +61,18 @@ pub(super) struct KeptRecord {
     /// Resource limits, which its children inherit.
     pub(super) bounds: Bounds,
     taken: SystemTime,
+    /// Its own data, and then the data that it builds on, the nearest first. Empty in a record of an
+    /// earlier version, whose data is beside it.
+    #[serde(default)]
+    chain: Vec<DataId>,
 }
 
 impl KeptRecord {
     /// Returns the record of a checkpoint that was taken just now.
-    pub(super) fn of(info: CheckpointInfo, labels: Labels, bounds: Bounds) -> Self {
+    pub(super) fn of(info: CheckpointInfo, labels: Labels, bounds: Bounds, chain: Vec<DataId>) -> Self {
         let age = Duration::try_from_secs_f64(info.age_s).unwrap_or_default();
         let taken = SystemTime::now().checked_sub(age).unwrap_or(SystemTime::UNIX_EPOCH);
-        Self { info: CheckpointInfo { kept: true, ..info }, labels, bounds, taken }
+        Self { info: CheckpointInfo { kept: true, ..info }, labels, bounds, taken, chain }
     }
 
     /// Returns the checkpoint as it is shown while this supervisor has not opened it.
@@ -68,6 +83,11 @@ impl KeptRecord {
     /// Returns the VM that it was taken of.
     pub(super) fn vm(&self) -> Option<&str> {
         self.info.vm.as_deref()
+    }
+
+    /// Returns its own data, and then the data that it builds on.
+    pub(super) fn chain(&self) -> &[DataId] {
+        &self.chain
     }
 
     /// Returns whether packets passed when it was taken.
@@ -95,6 +115,7 @@ pub(super) struct KeptDir {
     root: PathBuf,
     /// The open directory, locked, once it is there.
     lock: Mutex<Option<File>>,
+    needs: Mutex<Needs>,
 }
 
 impl KeptDir {
@@ -105,7 +126,7 @@ impl KeptDir {
     /// When it cannot be read, is not this user's alone, or is another supervisor's. Then none of its
     /// checkpoints may be named anew.
     pub(super) fn open(root: &Path) -> io::Result<(Self, Found)> {
-        let dir = Self { root: root.to_owned(), lock: Mutex::default() };
+        let dir = Self { root: root.to_owned(), lock: Mutex::default(), needs: Mutex::default() };
         let mut found = Found::default();
         if !root.try_exists()? {
             return Ok((dir, found));
@@ -146,6 +167,11 @@ impl KeptDir {
                 }
             }
         }
+        let mut needs = dir.needs();
+        needs.are_incomplete = !found.unreadable.is_empty();
+        found.records.iter().for_each(|(name, record)| needs.insert(name, record.chain()));
+        drop(needs);
+        dir.remove_unneeded();
         Ok((dir, found))
     }
 
@@ -158,14 +184,24 @@ impl KeptDir {
         self.root.join(name)
     }
 
-    /// Returns the directory that the writer of a checkpoint's snapshot may write in.
-    pub(super) fn data(&self, name: &str) -> PathBuf {
-        self.of(name).join("data")
+    /// Returns the directory that the writer of a snapshot may write in.
+    pub(super) fn data(&self, id: &DataId) -> PathBuf {
+        self.root.join(DATA).join(id.as_str())
     }
 
-    /// Returns the directory of a checkpoint's snapshot.
-    pub(super) fn snapshot(&self, name: &str) -> PathBuf {
-        self.data(name).join("snapshot")
+    /// Returns the directory of the snapshot of a checkpoint with this chain.
+    pub(super) fn snapshot(&self, name: &str, chain: &[DataId]) -> PathBuf {
+        let data = chain.first().map_or_else(|| self.of(name).join("data"), |own| self.data(own));
+        data.join("snapshot")
+    }
+
+    /// Returns the directories of the snapshots that a checkpoint with this chain builds on.
+    pub(super) fn parents(&self, chain: &[DataId]) -> Vec<PathBuf> {
+        chain.iter().skip(1).map(|id| self.data(id)).collect()
+    }
+
+    fn needs(&self) -> MutexGuard<'_, Needs> {
+        self.needs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn locked(&self) -> MutexGuard<'_, Option<File>> {
@@ -204,18 +240,23 @@ impl KeptDir {
         }
     }
 
-    /// Prepares the directory of a new checkpoint.
+    /// Prepares the directories of a new checkpoint, which may build on the data `base`, the nearest
+    /// first. Returns its chain: without `base` if that is removed.
     ///
     /// # Errors
-    /// When it cannot be made, or a checkpoint of the name is there.
-    pub(super) fn prepare(&self, name: &str) -> io::Result<()> {
+    /// When they cannot be made, or a checkpoint of the name is there.
+    pub(super) fn prepare(&self, name: &str, base: &[DataId]) -> io::Result<Vec<DataId>> {
         make_durably(&self.root)?;
         self.lock()?;
         if self.of(name).join(RECORD).symlink_metadata().is_ok() {
             return Err(io::Error::new(ErrorKind::AlreadyExists, "a checkpoint of this name is there"));
         }
         self.remove(name)?;
-        make_durably(&self.data(name))
+        // Before the directory is made: data that no checkpoint needs is removed.
+        let chain = self.needs().add(name, DataId::random()?, base);
+        let made = make_durably(&self.of(name)).and_then(|()| make_durably(&self.data(&chain[0])));
+        made.inspect_err(|_| drop(self.remove(name)))?;
+        Ok(chain)
     }
 
     /// Writes the record of a checkpoint whose snapshot is complete: the checkpoint is kept.
@@ -231,30 +272,61 @@ impl KeptDir {
         sync(&dir)
     }
 
-    /// Removes a checkpoint, complete or not. Children of it run on.
+    /// Removes a checkpoint, complete or not. Children of it run on, and data that other
+    /// checkpoints build on stays.
     ///
     /// # Errors
     /// When it is there still, whole. Once it is not, its files are removed, at the latest by the next
     /// supervisor.
     pub(super) fn remove(&self, name: &str) -> io::Result<()> {
-        let mut number = 0;
         // In one step: a half removed checkpoint would be a damaged one.
-        let gone = loop {
+        if let Some(gone) = self.put_away(&self.of(name), name)? {
+            if let Err(error) = self.sync() {
+                // Undone: with an error the checkpoint is there.
+                fs::rename(&gone, self.of(name))?;
+                return Err(error);
+            }
+            remove_tree(&gone);
+        }
+        // Behind the sync: a record that a crash brings back has its data.
+        self.needs().remove(name);
+        self.remove_unneeded();
+        Ok(())
+    }
+
+    /// Renames a directory, to be removed. Returns its new path, or None if it does not exist.
+    fn put_away(&self, dir: &Path, name: &str) -> io::Result<Option<PathBuf>> {
+        let mut number = 0;
+        loop {
             let gone = self.root.join(format!("{GONE}{name}-{number}"));
-            match fs::rename(self.of(name), &gone) {
-                Ok(()) => break gone,
-                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            match fs::rename(dir, &gone) {
+                Ok(()) => return Ok(Some(gone)),
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
                 Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty && number < 1000 => number += 1,
                 Err(error) => return Err(error),
             }
-        };
-        if let Err(error) = self.sync() {
-            // Undone: with an error the checkpoint is there.
-            fs::rename(&gone, self.of(name))?;
-            return Err(error);
         }
-        remove_tree(&gone);
-        Ok(())
+    }
+
+    /// Removes the data that no checkpoint needs.
+    fn remove_unneeded(&self) {
+        let put_away = || -> io::Result<Vec<PathBuf>> {
+            // Held: data that is needed from now on has no directory yet.
+            let needs = self.needs();
+            let mut there = Vec::new();
+            for entry in fs::read_dir(self.root.join(DATA))? {
+                there.extend(entry?.file_name().into_string().ok().and_then(|name| DataId::try_from(name).ok()));
+            }
+            let unneeded = needs.unneeded(there.into_iter());
+            let gone = unneeded.iter().map(|id| self.put_away(&self.data(id), id.as_str()));
+            Ok(gone.collect::<io::Result<Vec<_>>>()?.into_iter().flatten().collect())
+        };
+        match put_away() {
+            Ok(gone) => gone.iter().for_each(|dir| remove_tree(dir)),
+            // Before the first checkpoint.
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => tracing::warn!(%error, "data of removed checkpoints stays"),
+        }
     }
 }
 
@@ -321,165 +393,4 @@ fn remove_beneath(parent: impl AsFd, name: impl rustix::path::Arg + Copy, depth:
 }
 
 #[cfg(test)]
-pub(super) mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
-    use super::*;
-
-    pub(in crate::supervisor) fn record(name: &str) -> KeptRecord {
-        let info = CheckpointInfo {
-            name: name.to_owned(),
-            vm: Some("web".to_owned()),
-            snapshot: None,
-            generation: 1,
-            cpus: 1,
-            mib: 64,
-            network: Some(Link::Closed),
-            age_s: 5.0,
-            descriptors: 7,
-            pause_us: 300.0,
-            forked: None,
-            ahead: crate::control::AheadInfo::default(),
-            kept: false,
-            detached: None,
-        };
-        let bounds = Bounds { memory_mib: Some(512), cpus: Some(0.5) };
-        KeptRecord::of(info, Labels::of(&["tier=web".parse().unwrap()]).unwrap(), bounds)
-    }
-
-    fn kept(dir: &KeptDir, name: &str) {
-        dir.prepare(name).unwrap();
-        fs::create_dir(dir.snapshot(name)).unwrap();
-        dir.commit(name, &record(name)).unwrap();
-    }
-
-    /// Opens the directory as the next supervisor does. Returns names with and without records.
-    fn reopened(dir: KeptDir) -> (KeptDir, Vec<String>, Vec<String>) {
-        let root = dir.root.clone();
-        drop(dir);
-        let (dir, Found { records, unreadable }) = KeptDir::open(&root).unwrap();
-        (dir, records.into_keys().collect(), unreadable.into_iter().collect())
-    }
-
-    #[test]
-    fn a_checkpoint_is_kept_from_its_record_on_until_it_is_removed() {
-        let scratch = tempfile::tempdir().unwrap();
-        let root = scratch.path().join("deep/checkpoints");
-        let (dir, found) = KeptDir::open(&root).unwrap();
-        assert!(found == Found::default() && !root.exists(), "a missing directory has none, and is not made");
-        dir.prepare("base").unwrap();
-        fs::create_dir(dir.snapshot("base")).unwrap();
-        let (dir, names, _) = reopened(dir);
-        assert!(names.is_empty() && !dir.of("base").exists(), "an incomplete checkpoint is none");
-        kept(&dir, "base");
-        kept(&dir, "record.json");
-        let again = dir.prepare("base").unwrap_err();
-        assert_eq!(again.kind(), ErrorKind::AlreadyExists);
-        drop(dir);
-        let (dir, found) = KeptDir::open(&root).unwrap();
-        assert_eq!(found.records.keys().collect::<Vec<_>>(), ["base", "record.json"]);
-        let read = &found.records["base"];
-        assert_eq!(
-            (read.labels.text().as_str(), read.vm(), read.network()),
-            ("tier=web", Some("web"), Some(Link::Closed))
-        );
-        assert_eq!(read.bounds, Bounds { memory_mib: Some(512), cpus: Some(0.5) });
-        let shown = read.info();
-        assert!(shown.kept && shown.age_s >= 5.0 && shown.age_s < 3600.0, "{shown:?}");
-        assert_eq!((shown.name.as_str(), shown.mib, shown.descriptors), ("base", 64, 0));
-        dir.remove("base").unwrap();
-        dir.remove("base").unwrap();
-        let (dir, names, _) = reopened(dir);
-        assert_eq!(names, ["record.json"]);
-        assert_eq!(fs::read_dir(dir.root()).unwrap().count(), 1, "no files of the other are left");
-    }
-
-    #[test]
-    fn unreadable_records_take_their_names_and_cost_no_other_checkpoint() {
-        let scratch = tempfile::tempdir().unwrap();
-        let dir = KeptDir::open(scratch.path()).unwrap().0;
-        ["good", "cut", "other", "dir"].iter().for_each(|name| kept(&dir, name));
-        let record = |name: &str| scratch.path().join(name).join(RECORD);
-        let whole = fs::read(record("cut")).unwrap();
-        fs::write(record("cut"), &whole[..whole.len() / 2]).unwrap();
-        // Of another name: a copied directory would hide the checkpoint of that name.
-        fs::copy(record("good"), record("other")).unwrap();
-        fs::remove_file(record("dir")).unwrap();
-        fs::create_dir(record("dir")).unwrap();
-        fs::create_dir(scratch.path().join(format!("{GONE}old-0"))).unwrap();
-        fs::create_dir(scratch.path().join(".clade-overlays")).unwrap();
-        // A checkpoint that somebody has moved is no incomplete one.
-        fs::create_dir_all(scratch.path().join("moved/good")).unwrap();
-        let (dir, names, unreadable) = reopened(dir);
-        assert_eq!(
-            (names, unreadable),
-            (vec!["good".to_owned()], ["cut", "dir", "moved", "other"].map(str::to_owned).to_vec())
-        );
-        assert!(scratch.path().join("moved/good").exists());
-        for name in ["cut", "dir", "other"] {
-            assert!(dir.prepare(name).is_err() && dir.snapshot(name).exists(), "{name}: its files stay");
-        }
-        assert!(!scratch.path().join(format!("{GONE}old-0")).exists());
-        assert!(scratch.path().join(".clade-overlays").exists(), "children's overlays are there");
-    }
-
-    #[test]
-    fn the_directory_is_its_owners_alone_and_one_supervisors() {
-        let scratch = tempfile::tempdir().unwrap();
-        let root = scratch.path().join("checkpoints");
-        let dir = KeptDir::open(&root).unwrap().0;
-        kept(&dir, "base");
-        for path in [root.clone(), root.join("base")] {
-            assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700, "{}", path.display());
-        }
-        dir.prepare("half").unwrap();
-        let second = KeptDir::open(&root).unwrap_err();
-        assert_eq!(second.kind(), ErrorKind::WouldBlock, "{second}");
-        assert!(dir.data("half").exists(), "another's checkpoint is no leftover");
-        drop(dir);
-        fs::set_permissions(&root, PermissionsExt::from_mode(0o777)).unwrap();
-        assert_eq!(KeptDir::open(&root).unwrap_err().kind(), ErrorKind::PermissionDenied);
-    }
-
-    /// The worker that writes a snapshot may make directories.
-    #[test]
-    fn nested_directories_end_no_supervisor() {
-        let scratch = tempfile::tempdir().unwrap();
-        let root = scratch.path().join("checkpoints");
-        let dir = KeptDir::open(&root).unwrap().0;
-        dir.prepare("shallow").unwrap();
-        fs::create_dir_all(dir.data("shallow").join("a/b/c")).unwrap();
-        fs::write(dir.data("shallow").join("a/b/c/file"), "x").unwrap();
-        std::os::unix::fs::symlink(scratch.path(), dir.data("shallow").join("link")).unwrap();
-        dir.remove("shallow").unwrap();
-        assert_eq!(fs::read_dir(&root).unwrap().count(), 0);
-        dir.prepare("deep").unwrap();
-        let mut at = File::open(dir.data("deep")).unwrap();
-        for _ in 0..20_000 {
-            rustix::fs::mkdirat(&at, "d", Mode::RWXU).unwrap();
-            at = openat(&at, "d", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).unwrap().into();
-        }
-        dir.remove("deep").unwrap();
-        let (dir, names, unreadable) = reopened(dir);
-        assert!(names.is_empty() && unreadable.is_empty());
-        // Its name is free all the same.
-        kept(&dir, "deep");
-        // As a shell would, for the test's own directory.
-        let gone = fs::read_dir(&root).unwrap().flatten().find(|entry| entry.file_name() != "deep").unwrap();
-        let removed = std::process::Command::new("rm").arg("-rf").arg(gone.path()).status().unwrap();
-        assert!(removed.success());
-    }
-
-    #[test]
-    fn two_first_checkpoints_at_once_are_both_kept() {
-        let scratch = tempfile::tempdir().unwrap();
-        let dir = KeptDir::open(&scratch.path().join("checkpoints")).unwrap().0;
-        thread::scope(|threads| {
-            for name in ["one", "two", "three", "four"] {
-                let dir = &dir;
-                threads.spawn(move || kept(dir, name));
-            }
-        });
-        assert_eq!(reopened(dir).1, ["four", "one", "three", "two"]);
-    }
-}
+pub(super) mod tests;
