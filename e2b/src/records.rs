@@ -11,7 +11,9 @@ use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
+use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::{Mutex as AsyncMutex, watch};
+use tokio::task::block_in_place;
 
 use crate::error::{Answer, GatewayError};
 use crate::wire::{AskedNetwork, State, Texts};
@@ -264,6 +266,15 @@ impl<T: Named + Clone + Serialize + DeserializeOwned> RecordTable<T> {
 
     /// Writes a file as a whole or not at all.
     fn write(&self, value: &T) -> io::Result<()> {
+        let has_workers = || Handle::try_current().is_ok_and(|now| now.runtime_flavor() == RuntimeFlavor::MultiThread);
+        // A sync takes milliseconds, in which this thread would answer no other client.
+        if self.is_durable && has_workers() {
+            return block_in_place(|| self.write_file(value));
+        }
+        self.write_file(value)
+    }
+
+    fn write_file(&self, value: &T) -> io::Result<()> {
         if !self.dir.exists() {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.dir)?;
             if self.is_durable

@@ -18,6 +18,7 @@
 //! | taking interfaces up and down | [`link`] |
 //! | messages with descriptors to other processes | [`seqpacket`] |
 //! | a hook on threads that serve a guest, for sandboxing | [`thread`] |
+//! | threads that run soon after they wake | [`sched`] |
 //!
 //! Limits: the crate does not know guests, disks or their formats, and it starts no threads.
 
@@ -35,6 +36,7 @@ mod net_backend;
 mod op;
 mod overlay_pool;
 mod packet_stream;
+pub mod sched;
 pub mod seqpacket;
 mod tap;
 pub mod thread;

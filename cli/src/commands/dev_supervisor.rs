@@ -15,6 +15,7 @@ use clade_daemon::control::{
 use clade_daemon::supervisor::{CgroupPlace, Supervisor, SupervisorOptions, vms_in};
 use clade_daemon::vm_host::{Labels, console_path, ended_vms, runtime_dir, socket_path};
 use clade_harness::{GuestWords, Machine, WordsError, bytes_of};
+use clade_host_io::sched::serve_requests;
 use clade_vmm::kvm::Host;
 use clade_vmm::vm::{StopReason, VmConfig};
 use hyper::Method;
@@ -62,8 +63,9 @@ impl DevSupervisor {
         let above = Some(runtime_dir()).filter(|dir| dir.is_dir()).unwrap_or_else(std::env::temp_dir);
         let dir = tempfile::Builder::new().prefix(&format!("clade-{command}-")).tempdir_in(above);
         let dir = dir.map_err(Failure::input)?;
-        let runtime =
-            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(Failure::run)?;
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        builder.worker_threads(2).on_thread_start(serve_requests).enable_all();
+        let runtime = builder.build().map_err(Failure::run)?;
         let shutdown = ShutdownSignal::listen(runtime.handle()).map_err(Failure::run)?;
         let options = dev_options();
         let supervisor = Supervisor::start(dir.path(), &options, runtime.handle()).map_err(Failure::run)?;

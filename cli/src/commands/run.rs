@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::Ipv4Addr;
+use std::num::NonZero;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
@@ -11,7 +12,7 @@ use clade_devices::virtio::limiter::Limits;
 use clade_devices::virtio::net::Egress;
 
 use hyper::Method;
-use tokio::runtime::Handle;
+use tokio::runtime::{Builder, Handle};
 use zeroize::Zeroizing;
 
 use crate::commands::args::{DEFAULT_CMDLINE, RunArgs};
@@ -27,6 +28,7 @@ use crate::commands::{Failure, Outcome};
 use clade_daemon::control::{BootRequest, Client, VmInfo, VmLimits};
 use clade_daemon::secrets::{MAX_SECRET_BYTES, Secret};
 use clade_daemon::vm_host::Labels;
+use clade_host_io::sched::serve_requests;
 use clade_vmm::error_chain;
 use clade_vmm::vm::{ConfigError, Irqchip, VmConfig, user_net};
 
@@ -39,10 +41,23 @@ macro_rules! say {
 }
 pub(super) use say;
 
-/// Runs `work` with a runtime for sockets.
+/// Runs `work` with a runtime for the sockets of a command or a VM.
 pub(super) fn with_runtime(work: impl FnOnce(&Handle) -> Outcome) -> Outcome {
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(Failure::run)?;
+    with(Builder::new_multi_thread().worker_threads(1), work)
+}
+
+/// Most threads that answer the supervisor's clients.
+const MAX_SERVERS: usize = 4;
+
+/// Runs `work` with a runtime for the clients of a supervisor. Its threads run soon after they wake: the
+/// guests of one client delay the answers to others little.
+pub(super) fn with_server_runtime(work: impl FnOnce(&Handle) -> Outcome) -> Outcome {
+    let servers = std::thread::available_parallelism().map_or(1, NonZero::get).clamp(2, MAX_SERVERS);
+    with(Builder::new_multi_thread().worker_threads(servers).on_thread_start(serve_requests), work)
+}
+
+fn with(builder: &mut Builder, work: impl FnOnce(&Handle) -> Outcome) -> Outcome {
+    let runtime = builder.enable_all().build().map_err(Failure::run)?;
     let outcome = work(runtime.handle());
     // Does not wait for requests: the important ones have ended.
     runtime.shutdown_background();

@@ -21,7 +21,7 @@ use crate::commands::args::ServeArgs;
 use crate::commands::kept::checkpoint_dir;
 use crate::commands::notify::{READY, STOPPING, notify};
 use crate::commands::remote::ask;
-use crate::commands::run::{say, with_runtime};
+use crate::commands::run::{say, with_server_runtime};
 use crate::commands::shutdown::ShutdownSignal;
 use crate::commands::{Failure, Outcome, limits};
 
@@ -96,7 +96,7 @@ pub(super) fn main(args: &ServeArgs) -> Outcome {
     if args.stop {
         return stop();
     }
-    with_runtime(|runtime| {
+    with_server_runtime(|runtime| {
         // Before there is anything to clean up.
         let shutdown = ShutdownSignal::listen(runtime).map_err(Failure::run)?;
         let dir = runtime_dir();

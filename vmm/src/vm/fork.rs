@@ -28,6 +28,7 @@
 
 use clade_devices::virtio::DeviceState;
 use clade_devices::virtio::net::Link;
+use clade_host_io::sched::BoostGuard;
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -49,7 +50,6 @@ use crate::vm::machine::{Vm, VmParts};
 use crate::vm::persist::{SaveTracker, SavedAt};
 use crate::vm::timeline::{ChildStep, Timeline};
 use crate::vm::vcpu::VcpuStart;
-use crate::vm::vcpu::sched::BoostGuard;
 
 /// How a child starts.
 #[derive(Clone, Copy, Default)]

@@ -34,8 +34,8 @@ use crate::vm::error::VmError;
 use crate::vm::fork::{ForkImage, PauseGuard};
 use crate::vm::identity::generation;
 use crate::vm::machine::Vm;
-use crate::vm::vcpu::sched::BoostGuard;
 use crate::vm::vcpu::{StartCommand, VcpuStart};
+use clade_host_io::sched::BoostGuard;
 
 /// Timeout for the kernel to give up the requests it holds. A read or write of a file that has
 /// begun cannot be cancelled, and completes, late on a stalled disk. After the timeout the

@@ -26,11 +26,11 @@ use std::time::{Duration, Instant};
 use clade_devices::virtio::net::Net;
 use clade_devices::virtio::sync_device::DeviceOps;
 use clade_devices::virtio::vsock::Vsock;
+use clade_host_io::sched::BoostGuard;
 use clade_memory::{AheadUse, PageSet, Quiesced, StopsWriters, SuspendFile, Suspended, TouchedPages};
 
 use crate::vm::error::VmError;
 use crate::vm::machine::Vm;
-use crate::vm::vcpu::sched::BoostGuard;
 use crate::vm::vcpu::ticket_lock::TicketGuard;
 
 /// Timeout for the kernel to give up the requests it holds.

@@ -8,7 +8,6 @@
 //! | `control` | synchronizes these threads with the owner of the VM |
 //! | `exits` | the last exits of each vCPU, for the flight record |
 //! | `kick` | getting a thread out of `KVM_RUN` |
-//! | `sched` | makes a waking thread run soon |
 //! | `schedule` | delays that tests put before kicks |
 //! | `ticket_lock` | one operation on a VM at a time, in order |
 
@@ -16,7 +15,6 @@ pub(crate) mod control;
 pub(crate) mod exits;
 mod kick;
 mod run;
-pub(crate) mod sched;
 mod schedule;
 mod state;
 pub(crate) mod ticket_lock;
@@ -24,6 +22,7 @@ pub(crate) mod ticket_lock;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use clade_host_io::sched;
 use clade_memory::GuestMemory;
 use kvm_bindings::CpuId;
 use kvm_ioctls::{VcpuFd, VmFd};

@@ -10,8 +10,8 @@ use crate::kvm::{
 use crate::vm::error::{VmError, catch_panic};
 use crate::vm::vcpu::control::Next;
 use crate::vm::vcpu::exits::{ExitKind, ExitRecord};
-use crate::vm::vcpu::sched::BoostGuard;
 use crate::vm::vcpu::{VcpuStart, VcpuThread};
+use clade_host_io::sched::BoostGuard;
 
 impl VcpuThread {
     /// Loads the state that the vCPU starts with.

@@ -7,6 +7,9 @@
 //!
 //! A heavier weight keeps it from waiting behind threads that have had less time; that needs
 //! CAP_SYS_NICE. Both are best effort: kernels before 6.12 ignore slices.
+//!
+//! The supervisor's threads get the shortest slice too, and a somewhat heavier weight: they answer all
+//! clients, and the vCPUs of one client's guests may occupy every processor.
 
 use std::cell::OnceCell;
 use std::io;
@@ -17,6 +20,9 @@ const BOOST_SLICE_NS: u64 = 100_000;
 /// The nice value of the heaviest weight.
 const BOOST_NICE: i32 = -20;
 
+/// The nice value of a thread that answers requests.
+const SERVER_NICE: i32 = -5;
+
 /// Threads that the thread creates have the default slice, and no nice value below 0.
 const RESET_ON_FORK: u64 = libc::SCHED_FLAG_RESET_ON_FORK as u64;
 
@@ -26,17 +32,26 @@ thread_local! {
 }
 
 /// Makes the calling thread run soon after it wakes.
-pub(crate) fn boost() {
+pub fn boost() {
+    put_in_front(BOOST_NICE);
+}
+
+/// Makes the calling thread, which answers requests, run soon after it wakes, until it ends.
+pub fn serve_requests() {
+    put_in_front(SERVER_NICE);
+}
+
+fn put_in_front(nice: i32) {
     let given = given();
     // Without CAP_SYS_NICE: the shorter slice alone.
     // A boosted thread creates a child's vCPU threads, which must not be boosted themselves.
-    set(BOOST_SLICE_NS, BOOST_NICE.min(given), RESET_ON_FORK)
+    set(BOOST_SLICE_NS, nice.min(given), RESET_ON_FORK)
         .or_else(|_| set(BOOST_SLICE_NS, given, RESET_ON_FORK))
         .unwrap_or_else(|error| tracing::debug!(%error, "the scheduler takes no slice"));
 }
 
 /// Schedules the calling thread like any other again.
-pub(crate) fn unboost() {
+pub fn unboost() {
     // Without CAP_SYS_NICE the flag stays once it is set. It changes nothing for a thread that is
     // like any other.
     set(0, given(), 0)
@@ -46,10 +61,14 @@ pub(crate) fn unboost() {
 
 /// Boosts the calling thread until this is dropped: for the few hundred microseconds in which a VM
 /// is paused, or a child starts.
-pub(crate) struct BoostGuard(());
+#[derive(Debug)]
+pub struct BoostGuard(());
 
 impl BoostGuard {
-    pub(crate) fn new() -> Self {
+    /// Boosts the calling thread.
+    #[must_use]
+    #[allow(clippy::new_without_default, reason = "it acts on the calling thread")]
+    pub fn new() -> Self {
         boost();
         Self(())
     }
@@ -114,6 +133,21 @@ mod tests {
                 println!("skipped: without CAP_SYS_NICE no weight changes");
             }
             assert!(inside == BOOST_NICE || inside == before);
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
+    fn threads_that_serve_requests_are_in_front_and_their_processes_are_not() {
+        std::thread::spawn(|| {
+            let before = nice();
+            serve_requests();
+            let inside = nice();
+            assert!(inside == SERVER_NICE.min(before) || inside == before, "{inside}");
+            let status = std::process::Command::new("sh").args(["-c", "exit $(( $(nice) + 20 ))"]).status().unwrap();
+            let reset = if inside < 0 { 0 } else { before };
+            assert_eq!(status.code(), Some(reset + 20));
         })
         .join()
         .unwrap();
