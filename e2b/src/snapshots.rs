@@ -32,7 +32,11 @@ impl Gateway {
         };
         let _held = self.take(owner, Usage::of_snapshot(record.mib))?;
         let random = random_hex::<9>().map_err(|error| GatewayError::internal(error.to_string()))?;
-        let request = CheckpointRequest { name: Some(format!("{SNAPSHOT_PREFIX}{random}")), keep: false, detach: true };
+        let request = CheckpointRequest {
+            name: Some(format!("{SNAPSHOT_PREFIX}{random}")),
+            detach: true,
+            ..CheckpointRequest::default()
+        };
         let taken: CheckpointInfo = {
             let _turn = entry.turn.lock().await;
             self.vm(Method::POST, id, "/checkpoint", Some(&request)).await?

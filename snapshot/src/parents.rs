@@ -48,6 +48,20 @@ enum Recorded {
     Known { path: PathBuf, id: Option<DirId> },
 }
 
+impl KnownDir {
+    /// The directory at `path`, of which nothing is read. A link at its end is refused.
+    ///
+    /// # Errors
+    /// When `path` is not a directory.
+    pub fn at(path: &Path) -> Result<Self, Error> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let opened = openat(CWD, path, flags, Mode::empty());
+        let dir = opened.map(File::from).map_err(|errno| Error::file("opened", path, errno.into()))?;
+        let real = real_path(&dir).unwrap_or_else(|| path.to_owned());
+        Ok(Self { path: real, id: Some(id_of(&dir)?) })
+    }
+}
+
 impl From<Recorded> for KnownDir {
     fn from(recorded: Recorded) -> Self {
         match recorded {

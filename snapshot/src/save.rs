@@ -102,9 +102,10 @@ pub struct Base<'a> {
     pub id: SnapshotId,
     /// The memory that was saved there, or restored from there.
     pub image: &'a RamImage,
-    /// Whether the snapshot has the path from its own directory to the base's, wherever that is: both
-    /// move together. A base in another directory else has its absolute path.
-    pub is_relative: bool,
+    /// Whether nothing replaces the base, and it moves together with the snapshot. The manifest then has
+    /// the path from one to the other, wherever the base is, and the base gets neither a lock nor a note
+    /// of its dependent. A base in another directory else has its absolute path.
+    pub is_fixed: bool,
 }
 
 /// A VM at one instant, to be saved. The VM may run meanwhile: an image never changes.
@@ -219,7 +220,8 @@ impl Save<'_> {
         let mut how = How::Shared;
         loop {
             let mut wanted = vec![(target, How::Exclusive)];
-            wanted.extend(base.as_ref().map(|(_, place)| (place.as_path(), how)));
+            let lockable = base.as_ref().filter(|(base, _)| !base.is_fixed);
+            wanted.extend(lockable.map(|(_, place)| (place.as_path(), how)));
             let mut locked = lock(files, &wanted, &mut || meter.check())?.into_iter();
             let there = locked.next().flatten();
             if !self.replace
@@ -228,7 +230,7 @@ impl Save<'_> {
                 dependents::expect_none(files, there)?;
             }
             let (mut noted, mut base_lock) = (None, None);
-            if let Some((base, path)) = &base {
+            if let Some((base, path)) = &lockable {
                 let gone = || Error::file("found", path, std::io::ErrorKind::NotFound.into());
                 let dir = locked.next().flatten().ok_or_else(gone)?;
                 // Another save may have replaced the base meanwhile.
@@ -296,7 +298,7 @@ impl Save<'_> {
         }
         let dir = crate::staging::place(base.dir)?;
         let sibling = dir.parent() == place.parent();
-        let path = if sibling || base.is_relative { relative(place, &dir) } else { dir.clone() };
+        let path = if sibling || base.is_fixed { relative(place, &dir) } else { dir.clone() };
         let text = path.to_str().ok_or_else(|| Error::Path { path: path.clone() })?;
         let elsewhere = !sibling || chain.dirs().skip(1).any(|dir| dir.parent() != place.parent());
         Ok((Parent { id: base.id, path: text.to_owned() }, elsewhere))

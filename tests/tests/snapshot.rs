@@ -25,9 +25,9 @@ use vm_memory::{Bytes, GuestAddress};
 const MIB: u64 = 48;
 const PAGES: u64 = 4096;
 const FULL: SnapshotOptions =
-    SnapshotOptions { incremental: false, compression: Compression::None, replace: false, is_relative: false };
+    SnapshotOptions { incremental: false, compression: Compression::None, replace: false, is_fixed: false };
 const INCREMENTAL: SnapshotOptions =
-    SnapshotOptions { incremental: true, compression: Compression::None, replace: false, is_relative: false };
+    SnapshotOptions { incremental: true, compression: Compression::None, replace: false, is_fixed: false };
 const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, erase: &[], before_start: None };
 const LAZY: RestoreOptions =
     RestoreOptions { load: RestoreLoad::Lazy, overlays: None, sockets: None, parents: ParentDirs::siblings() };
@@ -68,7 +68,7 @@ fn a_vm_goes_on_from_the_instant_it_was_saved_at() {
     for (name, compression, way) in ways {
         let at = dir.path().join(name);
         let report =
-            save(&guest, &at, SnapshotOptions { incremental: false, compression, replace: false, is_relative: false });
+            save(&guest, &at, SnapshotOptions { incremental: false, compression, replace: false, is_fixed: false });
         assert!(report.saved.data_pages >= 600, "{report:?}");
         // Later writes are in no snapshot's past.
         guest.fill(Writer::Guest, 10, 20, 2);
@@ -181,7 +181,7 @@ fn a_disk_is_saved_with_the_vm_at_the_same_instant() {
     save(
         &parent.guest,
         &at("small"),
-        SnapshotOptions { incremental: false, compression: Compression::Zstd, replace: false, is_relative: false },
+        SnapshotOptions { incremental: false, compression: Compression::Zstd, replace: false, is_fixed: false },
     );
     let before = unnamed_in(at("small").parent().unwrap());
     let vm = DiskGuest { guest: restored(&context, &at("small"), &LAZY) };
@@ -407,8 +407,7 @@ fn stopping_a_vm_ends_its_snapshot() {
         }
     };
     let options = ChildOptions { paused: true, erase: &[], before_start: Some(&fill) };
-    let zstd =
-        SnapshotOptions { incremental: false, compression: Compression::Zstd, replace: false, is_relative: false };
+    let zstd = SnapshotOptions { incremental: false, compression: Compression::Zstd, replace: false, is_fixed: false };
     // On a busy machine a snapshot may be done before its VM is stopped: then the test is repeated.
     let cancelled = (0..20).any(|n| {
         let vm = Vm::from_image(&context, &format!("noise-{n}"), &image, options).unwrap();

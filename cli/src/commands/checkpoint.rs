@@ -1,6 +1,8 @@
 //! `clade checkpoint`, `checkpoints`: the supervisor's images for forks.
 
-use clade_daemon::control::{CheckpointInfo, CheckpointRequest, Client, GuestState, PrepareRequest, Prepared, VmInfo};
+use clade_daemon::control::{
+    CheckpointInfo, CheckpointRequest, Client, GuestState, KeepRequest, PrepareRequest, Prepared, VmInfo,
+};
 use clade_daemon::vm_host::check_name;
 use hyper::Method;
 
@@ -11,7 +13,7 @@ use crate::commands::{Failure, Outcome, Table, print_json};
 
 pub(super) fn take(args: &CheckpointArgs) -> Outcome {
     let client = supervised(&args.vm)?;
-    let request = CheckpointRequest { name: args.name.clone(), keep: args.keep, detach: args.detach };
+    let request = CheckpointRequest { name: args.name.clone(), keep: args.keep, detach: args.detach, full: args.full };
     let path = format!("/v1/vms/{}/checkpoint", args.vm);
     let info: CheckpointInfo = ask(client.supervisor(Method::POST, &path, Some(&request)))?;
     if let Some(count) = args.prepare {
@@ -45,7 +47,9 @@ fn warn_of_boot(client: &Client, name: &str) {
 pub(super) fn keep(args: &KeepArgs) -> Outcome {
     check_name(&args.name).map_err(Failure::input)?;
     let client = Client::default();
-    let info: CheckpointInfo = ask(client.of_checkpoint(Method::POST, &args.name, "/keep", None::<&()>))?;
+    // Without a body if it can be: a supervisor of the version before reads none.
+    let request = args.full.then_some(KeepRequest { full: true });
+    let info: CheckpointInfo = ask(client.of_checkpoint(Method::POST, &args.name, "/keep", request.as_ref()))?;
     if args.json { print_json(&info).map_err(Failure::run) } else { Ok(()) }
 }
 

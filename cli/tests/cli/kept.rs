@@ -283,7 +283,19 @@ fn later_checkpoints_of_a_line_have_only_what_changed() {
     all.put("web", 400, 10);
     keep(&all, "web", "fifth");
     all.runtime.clade(&["keep", "late", "--json"]).json();
-    assert_eq!([chain(&all, "fifth"), chain(&all, "late")], [3, 4]);
+    assert_eq!([chain(&all, "fifth"), chain(&all, "late")], [3, 3], "both on the second");
+    let full = all.runtime.clade(&["checkpoint", "web", "whole", "--keep", "--full", "--json"]).json();
+    assert_eq!((full["kept"].as_bool(), chain(&all, "whole")), (Some(true), 1));
+    remove(&all, "whole");
+    all.runtime.clade(&["checkpoint", "web", "whole", "--json"]).json();
+    assert_eq!(all.runtime.clade(&["keep", "whole", "--full", "--json"]).json()["kept"], true);
+    assert_eq!(chain(&all, "whole"), 1);
+    remove(&all, "whole");
+    let wrong = [("/v1/vms/web/checkpoint", r#"{"full":true}"#), ("/v1/checkpoints/first/keep", r#"{"full":1}"#)];
+    for (path, body) in wrong {
+        let refused = all.http("POST", path, body);
+        assert_eq!(refused.0, 400, "{refused:?}");
+    }
 
     // Removed from the middle: data stays as long as another needs it.
     remove(&all, "first");

@@ -11,8 +11,8 @@ pub use boot::{
     BootRequest, OpenRequest, RestoreRequest, SavedSource, SnapshotAnswer, SnapshotProgress, SnapshotRequest, VmLimits,
 };
 pub use checkpoint::{
-    AheadInfo, CheckpointInfo, CheckpointRequest, DetachedInfo, ForkedInfo, PrepareRequest, Prepared, SupervisorInfo,
-    SupervisorKept,
+    AheadInfo, CheckpointInfo, CheckpointRequest, DetachedInfo, ForkedInfo, KeepRequest, PrepareRequest, Prepared,
+    SupervisorInfo, SupervisorKept,
 };
 pub use fork::{ErasedInfo, ForkAnswer, ForkRequest, IdentityInfo, ReadyAnswer};
 pub use guest_memory::{BalloonInfo, BalloonRequest, GuestMemory, TouchedAnswer, TouchedRun, WorkingSetAnswer};

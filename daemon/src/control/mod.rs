@@ -57,8 +57,8 @@ mod ttl;
 
 pub use api::{
     AheadInfo, BalloonInfo, BalloonRequest, BootRequest, CheckpointInfo, CheckpointRequest, DetachedInfo, DiskInfo,
-    ErasedInfo, ForkAnswer, ForkRequest, ForkedInfo, GuestMemory, GuestState, IdentityInfo, LogsAnswer, MemoryInfo,
-    MergingVm, NetInfo, NetworkRequest, OpenRequest, PrepareRequest, Prepared, ReadyAnswer, ResetAnswer,
+    ErasedInfo, ForkAnswer, ForkRequest, ForkedInfo, GuestMemory, GuestState, IdentityInfo, KeepRequest, LogsAnswer,
+    MemoryInfo, MergingVm, NetInfo, NetworkRequest, OpenRequest, PrepareRequest, Prepared, ReadyAnswer, ResetAnswer,
     RestoreRequest, RollbackRequest, SavedSource, ShutdownInfo, SnapshotAnswer, SnapshotProgress, SnapshotRequest,
     StopAnswer, StopRequest, SupervisorInfo, SupervisorKept, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer,
     SuspendRequest, TouchedAnswer, TouchedRun, VmInfo, VmLimits, VmState, VsockInfo, WakeAnswer, WorkingSetAnswer,

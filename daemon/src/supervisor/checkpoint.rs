@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::detach::Copies;
 use super::host_link::stricter;
 use super::keep::KeptData;
-use super::kept::KeptRecord;
+use super::kept::{DataId, KeptLines, KeptRecord};
 use super::vm_record::VmRecord;
 use crate::ahead::Learning;
 use crate::control::{CheckpointInfo, DetachedInfo, ForkAnswer, ForkedInfo};
@@ -32,6 +32,8 @@ pub(crate) struct Checkpoint {
     detached: Option<(DetachedInfo, Copies)>,
     /// Its files, if it is kept.
     kept: OnceLock<KeptData>,
+    /// The data of the kept checkpoints that the VM descended from at that instant, the nearest first.
+    line: Vec<DataId>,
 }
 
 /// The source of an image.
@@ -50,23 +52,25 @@ impl Checkpoint {
     /// When there is no such VM, or it cannot be forked.
     pub(super) fn take(
         dir: &RuntimeDir,
+        lines: &KeptLines,
         vm: &str,
         check: &dyn Fn() -> Result<(), DaemonError>,
     ) -> Result<Self, DaemonError> {
         // Before: when the image is there, the VM's files may be another's.
         let vm_record = VmRecord::expect(dir, vm)?;
-        Self::of_pending(dir, vm, vm_record, PendingFork::begin(dir.path(), vm)?, check)
+        let line = lines.of(vm, vm_record.process);
+        Self::of_pending(dir, vm, (vm_record, line), PendingFork::begin(dir.path(), vm)?, check)
     }
 
-    /// Returns the image of the VM called `vm`, which `vm_record` describes. The request for it is
-    /// already sent.
+    /// Returns the image of the VM called `vm`, which `vm_record` describes and whose line was `line`
+    /// before the request for it was sent.
     ///
     /// # Errors
     /// When it cannot be forked.
     pub(super) fn of_pending(
         dir: &RuntimeDir,
         vm: &str,
-        mut vm_record: VmRecord,
+        (mut vm_record, line): (VmRecord, Vec<DataId>),
         pending_fork: PendingFork,
         check: &dyn Fn() -> Result<(), DaemonError>,
     ) -> Result<Self, DaemonError> {
@@ -75,7 +79,7 @@ impl Checkpoint {
         // The VM's process chose the instant of its image: the network may have been closed before that.
         let now = VmRecord::read(dir, vm)?.filter(|now| now.process == vm_record.process);
         vm_record.network = stricter(vm_record.network, now.and_then(|now| now.network));
-        Ok(Self::new(CheckpointOrigin::Vm(vm.to_owned()), vm_record, parts, forked))
+        Ok(Self { line, ..Self::new(CheckpointOrigin::Vm(vm.to_owned()), vm_record, parts, forked) })
     }
 
     /// Returns the image of a snapshot, of a VM that `vm_record` describes.
@@ -101,7 +105,7 @@ impl Checkpoint {
     pub(super) fn with_record(mut self, record: &KeptRecord) -> Self {
         (self.forked.labels, self.forked.network) = (record.labels.clone(), record.network());
         if let CheckpointOrigin::Saved(place) = &self.origin {
-            self.set_kept(KeptData { chain: record.chain().to_vec(), id: place.id });
+            self.set_kept(KeptData { chain: record.chain().to_vec(), bytes: record.bytes(), id: place.id });
         }
         self
     }
@@ -110,9 +114,16 @@ impl Checkpoint {
     pub(super) fn set_kept(&self, data: KeptData) {
         // Data of an earlier version goes with its name: nothing builds on it.
         if !data.chain.is_empty() {
-            // Fails if it was kept before, with the same files.
-            let _ = self.kept.set(data);
+            let is_first = self.kept.set(data).is_ok();
+            debug_assert!(is_first, "a checkpoint is kept once");
         }
+    }
+
+    /// Returns the data of the kept checkpoints that its children descend from, the nearest first.
+    pub(super) fn line(&self) -> Vec<DataId> {
+        let mut line = self.kept().map(|data| data.chain.clone()).unwrap_or_default();
+        line.extend(self.line.iter().filter(|data| !line.contains(data)).cloned().collect::<Vec<_>>());
+        line
     }
 
     /// Returns its files, if it is kept.
@@ -122,7 +133,17 @@ impl Checkpoint {
 
     fn new(origin: CheckpointOrigin, vm_record: VmRecord, parts: SealedParts, forked: ForkedVm) -> Self {
         let learning = Arc::new(Learning::new(vm_record.template.config.layout()));
-        Self { origin, vm_record, parts, forked, made: Instant::now(), learning, detached: None, kept: OnceLock::new() }
+        Self {
+            origin,
+            vm_record,
+            parts,
+            forked,
+            made: Instant::now(),
+            learning,
+            detached: None,
+            kept: OnceLock::new(),
+            line: Vec::new(),
+        }
     }
 
     /// The same image made of copies, which are detached.

@@ -279,17 +279,21 @@ impl Supervisor {
         permit: ImagePermit,
         cancel: &Cancel,
     ) -> Result<CheckpointInfo, DaemonError> {
+        if request.full && !request.keep {
+            let text = "full: a checkpoint that is not kept is not written".to_owned();
+            return Err(DaemonError::Refused { kind: ProblemKind::BadRequest, text });
+        }
         let _busy = self.0.busy.read();
         let name = self.0.checkpoints.reserve(vm, request.name.as_deref())?;
         let checkpoint = if request.detach {
             self.detached_image(vm, permit, cancel)?
         } else {
-            let taken = Checkpoint::take(&self.0.dir, vm, &|| self.check(0, 0, cancel))?;
+            let taken = Checkpoint::take(&self.0.dir, &self.0.kept_lines, vm, &|| self.check(0, 0, cancel))?;
             drop(permit);
             taken
         };
         let checkpoint = Arc::new(checkpoint);
-        let kept = if request.keep { Some(self.keep(&name, &checkpoint, cancel)?) } else { None };
+        let kept = if request.keep { Some(self.keep(&name, &checkpoint, request.full, cancel)?) } else { None };
         // A checkpoint without a client would stay unknown.
         if let Err(cancelled) = self.check(0, 0, cancel) {
             if kept.is_some()
@@ -315,10 +319,15 @@ impl Supervisor {
     /// # Errors
     /// When no checkpoint has the name, another request writes or removes it, or it cannot be written.
     /// It is then held as before.
-    pub(crate) fn keep_checkpoint(&self, name: &str, cancel: &Cancel) -> Result<CheckpointInfo, DaemonError> {
+    pub(crate) fn keep_checkpoint(
+        &self,
+        name: &str,
+        full: bool,
+        cancel: &Cancel,
+    ) -> Result<CheckpointInfo, DaemonError> {
         let _busy = self.0.busy.read();
         if let Some(keeping) = self.0.checkpoints.begin_keeping(name)? {
-            let record = self.keep(name, &keeping.checkpoint, cancel)?;
+            let record = self.keep(name, &keeping.checkpoint, full, cancel)?;
             keeping.done(record);
         }
         self.0.checkpoints.info(name)

@@ -7,11 +7,12 @@
 use std::sync::Arc;
 
 use clade_devices::virtio::net::Link;
-use clade_snapshot::{KnownDir, ParentDirs, Snapshot, SnapshotId};
+use clade_memory::PAGE_SIZE;
+use clade_snapshot::SnapshotId;
 
 use super::Supervisor;
 use super::checkpoint::Checkpoint;
-use super::kept::{DataId, KeptDir, KeptRecord};
+use super::kept::{ChainBytes, DataId, KeptDir, KeptRecord};
 use super::processes::ProcessId;
 use super::vm_record::VmRecord;
 use crate::control::ProblemKind;
@@ -26,22 +27,21 @@ const MAX_CHAIN: usize = 16;
 pub(super) struct KeptData {
     /// Its own data, and then the data that it builds on, the nearest first.
     pub(super) chain: Vec<DataId>,
+    pub(super) bytes: ChainBytes,
     pub(super) id: SnapshotId,
 }
 
-/// A snapshot that another is incremental to.
-struct KeptBase<'a> {
-    checkpoint: &'a Checkpoint,
-    data: &'a KeptData,
-    /// Its directories, the newest first.
-    dirs: Vec<KnownDir>,
+/// A kept checkpoint that another builds on.
+struct KeptBase {
+    checkpoint: Arc<Checkpoint>,
+    data: KeptData,
 }
 
 impl Supervisor {
     /// The directory of kept checkpoints.
     ///
     /// # Errors
-    /// When there is none.
+    /// When the supervisor has no such directory.
     pub(super) fn kept(&self) -> Result<&KeptDir, DaemonError> {
         self.0.kept.as_ref().map_err(|why| DaemonError::Refused {
             kind: ProblemKind::WrongState,
@@ -49,12 +49,19 @@ impl Supervisor {
         })
     }
 
-    /// Writes a checkpoint to the disk, where later supervisors find it under `name`. Returns its record.
+    /// Writes a checkpoint to the disk, where later supervisors find it under `name`: with what changed
+    /// since an earlier one, unless `full`. Returns its record.
     ///
     /// # Errors
     /// When it cannot be written. Then nothing is left on the disk.
-    pub(super) fn keep(&self, name: &str, checkpoint: &Checkpoint, cancel: &Cancel) -> Result<KeptRecord, DaemonError> {
-        if let Some(base) = self.base_of(checkpoint) {
+    pub(super) fn keep(
+        &self,
+        name: &str,
+        checkpoint: &Checkpoint,
+        full: bool,
+        cancel: &Cancel,
+    ) -> Result<KeptRecord, DaemonError> {
+        if let Some(base) = self.base_of(checkpoint).filter(|_| !full) {
             match self.keep_on(name, checkpoint, Some(&base), cancel) {
                 // The files of the base may be damaged.
                 Err(error) if error.problem() != ProblemKind::NoRoom && self.check(0, 0, cancel).is_ok() => {
@@ -71,34 +78,43 @@ impl Supervisor {
         &self,
         name: &str,
         checkpoint: &Checkpoint,
-        base: Option<&Arc<Checkpoint>>,
+        base: Option<&KeptBase>,
         cancel: &Cancel,
     ) -> Result<KeptRecord, DaemonError> {
         let kept = self.kept()?;
         let failed = |source| DaemonError::Keep { name: name.to_owned(), source };
-        let wanted = base.and_then(|base| base.kept()).map(|data| data.chain.as_slice()).unwrap_or_default();
+        let wanted = base.map(|base| base.data.chain.as_slice()).unwrap_or_default();
         let chain = kept.prepare(name, wanted).map_err(failed)?;
         let write = || -> Result<KeptRecord, DaemonError> {
-            // Without it, the base was removed meanwhile.
-            let base = base.filter(|_| chain.len() > 1).map(|base| self.kept_base(kept, base)).transpose()?.flatten();
+            // Without its chain, the base was removed meanwhile.
+            let base = base.filter(|_| chain.len() > 1);
+            let unusable = |error: clade_snapshot::Error| DaemonError::Snapshot(Box::new(error.into()));
+            // Not opened here: a process that a guest has broken into may have written them.
+            let read = kept.snapshots(&chain[1..]).map_err(unusable)?;
             let save_request = WriteSnapshotRequest {
                 dir: kept.snapshot(name, &chain),
                 config: checkpoint.config().clone(),
-                base: base.as_ref().map(|base| (kept.snapshot(name, &base.data.chain), base.data.id)),
+                base: base.map(|base| (kept.snapshot(name, &base.data.chain), base.data.id)),
                 zstd: false,
                 replace: false,
-                // The directory may be mounted elsewhere by a later supervisor.
-                is_relative: true,
+                // Another process may write a checkpoint on the same base, and the directory of all may
+                // be mounted elsewhere by a later supervisor.
+                is_fixed: true,
                 is_closed: checkpoint.network() == Some(Link::Closed),
             };
-            let dirs = (vec![kept.data(&chain[0])], base.as_ref().map(|base| base.dirs.clone()).unwrap_or_default());
-            let image = base.as_ref().map(|base| base.checkpoint);
+            let dirs = (vec![kept.data(&chain[0])], read);
+            let image = base.map(|base| &*base.checkpoint);
             let saved = self.write(save_request, dirs, image, checkpoint, |_| self.check(0, 0, cancel).is_err())?;
-            let info = checkpoint.info(name);
-            let record =
-                KeptRecord::of(info, checkpoint.labels().clone(), checkpoint.vm_record().bounds, chain.clone());
+            // Not `data_bytes`, which has holes.
+            let written = saved.data_pages.saturating_mul(PAGE_SIZE);
+            let bytes = match base {
+                Some(base) => base.data.bytes.with(written),
+                None => ChainBytes { full: written, all: written },
+            };
+            let (labels, bounds) = (checkpoint.labels().clone(), checkpoint.vm_record().bounds);
+            let record = KeptRecord::of(checkpoint.info(name), labels, bounds, (chain.clone(), bytes));
             kept.commit(name, &record).map_err(failed)?;
-            checkpoint.set_kept(KeptData { chain: chain.clone(), id: saved.id });
+            checkpoint.set_kept(KeptData { chain: chain.clone(), bytes, id: saved.id });
             self.note_kept(checkpoint);
             Ok(record)
         };
@@ -109,30 +125,19 @@ impl Supervisor {
         })
     }
 
-    /// Returns the snapshot of a kept checkpoint, to be the base of another. None if it is not kept.
-    fn kept_base<'a>(&self, kept: &KeptDir, base: &'a Checkpoint) -> Result<Option<KeptBase<'a>>, DaemonError> {
-        let Some(data) = base.kept() else { return Ok(None) };
-        let parents = ParentDirs::beneath(kept.parents(&data.chain));
-        let unusable = |error: clade_snapshot::Error| DaemonError::Snapshot(Box::new(error.into()));
-        let own = kept.data(&data.chain[0]).join("snapshot");
-        let dirs = Snapshot::open(&own, &parents).and_then(|snapshot| snapshot.known_dirs()).map_err(unusable)?;
-        Ok(Some(KeptBase { checkpoint: base, data, dirs }))
-    }
-
-    /// Returns the kept checkpoint that `checkpoint` is written on: the nearest of its line.
-    fn base_of(&self, checkpoint: &Checkpoint) -> Option<Arc<Checkpoint>> {
-        let line = self.line_of(checkpoint);
-        let held = line.iter().find_map(|data| self.0.checkpoints.held_as(data))?;
-        is_base(&held, checkpoint).then_some(held)
-    }
-
-    /// Returns the data of the kept checkpoints that an image descends from, the nearest first.
-    fn line_of(&self, checkpoint: &Checkpoint) -> Vec<DataId> {
-        match (checkpoint.kept(), checkpoint.vm()) {
-            (Some(data), _) => data.chain.clone(),
-            (None, Some(vm)) => self.0.kept_lines.of(vm, checkpoint.vm_record().process),
-            (None, None) => Vec::new(),
-        }
+    /// Returns the kept checkpoint that `checkpoint` is written on: the nearest usable one of its line. None if
+    /// it is written in full.
+    fn base_of(&self, checkpoint: &Checkpoint) -> Option<KeptBase> {
+        let line = checkpoint.line();
+        let mut held = line.iter().filter_map(|data| {
+            let checkpoint = self.0.checkpoints.held_as(data)?;
+            let data = checkpoint.kept()?.clone();
+            Some(KeptBase { checkpoint, data })
+        });
+        let nearest = held.find(|base| is_base(base, checkpoint))?;
+        // Not a farther one: what changed since would be more and more.
+        let may_grow = nearest.data.chain.len() < MAX_CHAIN && nearest.data.bytes.may_grow();
+        may_grow.then_some(nearest)
     }
 
     /// Notes that the VM of a kept checkpoint descends from it, if it has not ended.
@@ -143,9 +148,9 @@ impl Supervisor {
         }
     }
 
-    /// Notes that VMs, each with its process, have the memory of `checkpoint`.
+    /// Notes that VMs, each with its process, start from the image of `checkpoint`.
     pub(super) fn note_line<'a>(&self, checkpoint: &Checkpoint, vms: impl IntoIterator<Item = (&'a str, ProcessId)>) {
-        let line = self.line_of(checkpoint);
+        let line = checkpoint.line();
         vms.into_iter().for_each(|(vm, process)| self.0.kept_lines.note(vm, process, &line));
     }
 
@@ -159,12 +164,17 @@ impl Supervisor {
 }
 
 /// Whether `checkpoint` may be written on `base`: the processes of its children will read the files of both.
-fn is_base(base: &Checkpoint, checkpoint: &Checkpoint) -> bool {
-    // Copies have files in common with other copies, and with the files of an earlier supervisor's.
-    let shares_files = !checkpoint.is_detached() || base.is_detached() || base.saved_at().is_some();
+fn is_base(base: &KeptBase, checkpoint: &Checkpoint) -> bool {
+    let (of, vm_record) = (&base.checkpoint, checkpoint.vm_record());
+    // Copies have files in common with other copies, and with the files of an earlier supervisor's. A VM
+    // has files in common with copies if it descends from copies.
+    let shares_files = match (checkpoint.is_detached(), of.is_detached()) {
+        (true, false) => of.saved_at().is_some(),
+        (false, true) => vm_record.template.detached,
+        (true, true) | (false, false) => true,
+    };
     shares_files
-        && base.kept().is_some_and(|data| data.chain.len() < MAX_CHAIN)
-        && base.config() == checkpoint.config()
+        && of.config() == checkpoint.config()
         // Secrets that were erased are in the base's files.
-        && base.vm_record().secrets == checkpoint.vm_record().secrets
+        && of.vm_record().secrets == vm_record.secrets
 }

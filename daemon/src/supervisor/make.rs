@@ -133,6 +133,7 @@ impl Supervisor {
         }
         // Before the request for its image: when that is there, the VM's files may be another's.
         let vm_record = VmRecord::expect(&self.0.dir, vm)?;
+        let line = self.0.kept_lines.of(vm, vm_record.process);
         // Before the parent is paused: a refused request costs it nothing.
         let claims = self.claim(vm, request, &vm_record.template, cancel)?;
         let _launching = self.0.launching(&claims);
@@ -144,7 +145,8 @@ impl Supervisor {
             (Some(taken), _) => Ok(taken),
             (None, Some((pending_fork, _permit))) => {
                 let check = || self.check(0, request.count, cancel);
-                let checkpoint = Checkpoint::of_pending(&self.0.dir, vm, vm_record.clone(), pending_fork, &check)?;
+                let before = (vm_record.clone(), line.clone());
+                let checkpoint = Checkpoint::of_pending(&self.0.dir, vm, before, pending_fork, &check)?;
                 tracing::debug!(vm, claim = ?claimed - begun, image = ?claimed.elapsed(), "fork");
                 Ok(taken.get_or_init(|| checkpoint))
             }

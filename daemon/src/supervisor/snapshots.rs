@@ -202,7 +202,7 @@ impl Supervisor {
             text: format!("{} cannot be made: {error}", request.dir.display()),
         })?;
         let dir = beside.join(request.dir.file_name().unwrap_or_default());
-        let image = Checkpoint::take(&self.0.dir, vm, &|| self.check(0, 0, cancel))?;
+        let image = Checkpoint::take(&self.0.dir, &self.0.kept_lines, vm, &|| self.check(0, 0, cancel))?;
         drop(permit);
         let before: Vec<PathBuf> =
             base.iter().flat_map(|base| base.before.iter().chain([&base.dir])).cloned().collect();
@@ -212,7 +212,7 @@ impl Supervisor {
             base: base.as_ref().map(|base| (base.dir.clone(), base.id)),
             zstd: request.zstd,
             replace: request.replace,
-            is_relative: false,
+            is_fixed: false,
             is_closed: image.network() == Some(Link::Closed),
         };
         // The base gets a note of its dependent. Earlier snapshots are only read.

@@ -43,8 +43,8 @@ pub(crate) struct WriteSnapshotRequest {
     pub(crate) zstd: bool,
     /// Whether it replaces a snapshot that others depend on.
     pub(crate) replace: bool,
-    /// Whether it has the path from its directory to its base's.
-    pub(crate) is_relative: bool,
+    /// Whether nothing replaces the base, and both move together.
+    pub(crate) is_fixed: bool,
     /// Whether the network of its VMs is closed, whatever the image has.
     pub(crate) is_closed: bool,
 }
@@ -104,7 +104,7 @@ pub(super) fn save(
         incremental: base.is_some(),
         compression,
         replace: request.replace,
-        is_relative: request.is_relative,
+        is_fixed: request.is_fixed,
     };
     let watch = SaveProgress { progress: &tell, cancel: &cancel };
     let of = base.as_ref().map(|(place, image)| (place, &**image));

@@ -46,7 +46,7 @@ const BLOCK: usize = 1 << 20;
 const ALIGN: usize = 4096;
 const READ_ALL: &str = "read all of it first";
 const FULL: SnapshotOptions =
-    SnapshotOptions { incremental: false, compression: Compression::None, replace: true, is_relative: false };
+    SnapshotOptions { incremental: false, compression: Compression::None, replace: true, is_fixed: false };
 
 /// A guest that has written all its RAM, and a directory on the disk.
 struct Bench {

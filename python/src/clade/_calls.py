@@ -40,11 +40,11 @@ class Calls:
         answer: t.ForkAnswer = self._transport.json("POST", f"/v1/checkpoints/{quote(name, safe='')}/fork", body=body, headers={"Idempotency-Key": idempotency_key})
         return answer
 
-    def keep_checkpoint(self, name: str) -> t.CheckpointInfo:
+    def keep_checkpoint(self, name: str, body: t.KeepRequest | None = None) -> t.CheckpointInfo:
         """Writes a checkpoint to the disk, where later supervisors find it. Answers when it is
         there.
         """
-        answer: t.CheckpointInfo = self._transport.json("POST", f"/v1/checkpoints/{quote(name, safe='')}/keep")
+        answer: t.CheckpointInfo = self._transport.json("POST", f"/v1/checkpoints/{quote(name, safe='')}/keep", body=body)
         return answer
 
     def prepare(self, name: str, body: t.PrepareRequest) -> t.Prepared:
@@ -291,11 +291,11 @@ class AsyncCalls:
         answer: t.ForkAnswer = await self._transport.json("POST", f"/v1/checkpoints/{quote(name, safe='')}/fork", body=body, headers={"Idempotency-Key": idempotency_key})
         return answer
 
-    async def keep_checkpoint(self, name: str) -> t.CheckpointInfo:
+    async def keep_checkpoint(self, name: str, body: t.KeepRequest | None = None) -> t.CheckpointInfo:
         """Writes a checkpoint to the disk, where later supervisors find it. Answers when it is
         there.
         """
-        answer: t.CheckpointInfo = await self._transport.json("POST", f"/v1/checkpoints/{quote(name, safe='')}/keep")
+        answer: t.CheckpointInfo = await self._transport.json("POST", f"/v1/checkpoints/{quote(name, safe='')}/keep", body=body)
         return answer
 
     async def prepare(self, name: str, body: t.PrepareRequest) -> t.Prepared:

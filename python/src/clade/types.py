@@ -464,6 +464,11 @@ class CheckpointRequest(TypedDict):
     start from. The answer comes once the copies are made.
     """
 
+    full: NotRequired[bool]
+    """Whether it is written in full with `keep`: the processes of its children then read no file
+    of an earlier checkpoint, in which the guest's earlier memory is.
+    """
+
     keep: NotRequired[bool]
     """Whether it is kept on disk, so that later supervisors have it too. The answer comes once it
     is durable.
@@ -920,6 +925,13 @@ class HistogramInfo(TypedDict):
 
     sum_us: int
     """Their sum, in microseconds."""
+
+
+class KeepRequest(TypedDict):
+    """A request to keep a checkpoint."""
+
+    full: NotRequired[bool]
+    """Whether it is written in full, as with `full` of a request for a checkpoint."""
 
 
 LayerHome = Literal["memory", "disk", "snapshot", "foreign"]

@@ -400,7 +400,7 @@ fn a_base_that_is_replaced_meanwhile_is_noticed() {
         }
     };
     let over_c = replace("c");
-    let base = Some(Base { dir: &at("c"), id: made[2].0, image: &made[0].1, is_relative: false });
+    let base = Some(Base { dir: &at("c"), id: made[2].0, image: &made[0].1, is_fixed: false });
     let save =
         Save { memory: &made[2].1, disks: &[], sections: &[], base, compression: Compression::None, replace: true };
     let refused = save.to(&at("d"), &SaveProgress { progress: &over_c, cancel: &never }).unwrap_err();

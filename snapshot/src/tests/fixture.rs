@@ -67,7 +67,7 @@ fn make_fixtures() {
     put(&ram, 19, 0);
     let disk = Disk(PageRange::new(1, 2));
     let disks = [DiskToSave { name: "root", space: &disk }];
-    let base = Some(Base { dir: &full, id: SnapshotId::new(0xa1a1), image: &first, is_relative: false });
+    let base = Some(Base { dir: &full, id: SnapshotId::new(0xa1a1), image: &first, is_fixed: false });
     let second = freeze(&ram);
     let save = Save { memory: &second, disks: &disks, sections, base, compression: Compression::Zstd, replace: true };
     save.to(&child, &SaveProgress::none()).unwrap();

@@ -116,7 +116,7 @@ impl Default for Saving<'_> {
 
 impl Saving<'_> {
     pub(crate) fn save(&self, image: &RamImage, dir: &Path) -> Result<Saved, Error> {
-        let base = self.base.map(|(dir, id, image)| Base { dir, id, image, is_relative: false });
+        let base = self.base.map(|(dir, id, image)| Base { dir, id, image, is_fixed: false });
         let save = Save {
             memory: image,
             disks: self.disks,

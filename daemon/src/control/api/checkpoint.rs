@@ -28,6 +28,20 @@ pub struct CheckpointRequest {
     // Left out if false, as above.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub detach: bool,
+    /// Whether it is written in full with `keep`: the processes of its children then read no file of an
+    /// earlier checkpoint, in which the guest's earlier memory is.
+    // Left out if false, as above.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub full: bool,
+}
+
+/// A request to keep a checkpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct KeepRequest {
+    /// Whether it is written in full, as with `full` of a request for a checkpoint.
+    #[serde(default)]
+    pub full: bool,
 }
 
 /// A checkpoint: a VM at one instant, to fork from.

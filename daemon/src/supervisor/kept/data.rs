@@ -54,19 +54,28 @@ impl From<DataId> for String {
 pub(super) struct Needs {
     /// By a checkpoint's name: its own data, and then the data that it builds on, the nearest first.
     chains: BTreeMap<String, Vec<DataId>>,
-    /// Whether some records cannot be read: what they need is not known.
-    pub(super) are_incomplete: bool,
+    /// Data made since the start: an unreadable record is older than that.
+    own: BTreeSet<DataId>,
+    /// Whether all records were read. Until then, any data from before the start may be needed.
+    are_complete: bool,
 }
 
 impl Needs {
-    pub(super) fn insert(&mut self, name: &str, chain: &[DataId]) {
+    fn insert(&mut self, name: &str, chain: &[DataId]) {
         self.chains.insert(name.to_owned(), chain.to_vec());
+    }
+
+    /// Notes the checkpoints that are there at the start. `are_all`: no record was unreadable.
+    pub(super) fn found<'a>(&mut self, records: impl IntoIterator<Item = (&'a str, &'a [DataId])>, are_all: bool) {
+        records.into_iter().for_each(|(name, chain)| self.insert(name, chain));
+        self.are_complete = are_all;
     }
 
     /// Adds a checkpoint with data of its own that builds on `base`, the nearest first. Without the data
     /// of `base`, it builds on nothing. Returns its chain.
     pub(super) fn add(&mut self, name: &str, own: DataId, base: &[DataId]) -> Vec<DataId> {
         let is_there = base.first().is_some_and(|nearest| self.chains.values().any(|chain| chain.contains(nearest)));
+        self.own.insert(own.clone());
         let chain: Vec<DataId> = [own].into_iter().chain(base.iter().filter(|_| is_there).cloned()).collect();
         self.insert(name, &chain);
         chain
@@ -76,13 +85,15 @@ impl Needs {
         self.chains.remove(name);
     }
 
-    /// Returns the data among `there` that no checkpoint needs. While that is not known, it is none.
+    /// Returns the data among `there` that no checkpoint needs.
     pub(super) fn unneeded(&self, there: impl Iterator<Item = DataId>) -> Vec<DataId> {
-        if self.are_incomplete {
-            return Vec::new();
-        }
         let needed: BTreeSet<&DataId> = self.chains.values().flatten().collect();
-        there.filter(|id| !needed.contains(id)).collect()
+        let (may_go, stays): (Vec<_>, Vec<_>) =
+            there.filter(|id| !needed.contains(id)).partition(|id| self.are_complete || self.own.contains(id));
+        if !stays.is_empty() {
+            tracing::warn!(count = stays.len(), "data of checkpoints stays, because an unreadable record may need it");
+        }
+        may_go
     }
 }
 
@@ -107,6 +118,7 @@ mod tests {
     fn data_is_needed_until_the_last_checkpoint_on_it_goes() {
         let ids: Vec<DataId> = (0..4).map(|_| DataId::random().unwrap()).collect();
         let mut needs = Needs::default();
+        needs.found([], true);
         let unneeded = |needs: &Needs| {
             let unneeded = needs.unneeded(ids.iter().cloned());
             ids.iter().enumerate().filter(|(_, id)| unneeded.contains(id)).map(|(at, _)| at).collect::<Vec<_>>()
@@ -127,8 +139,16 @@ mod tests {
         assert_eq!(needs.add("e", ids[2].clone(), &[DataId::random().unwrap()]).len(), 1, "the base has gone");
         needs.remove("d");
         assert_eq!(unneeded(&needs), [0, 1, 3]);
-        needs.are_incomplete = true;
-        assert!(unneeded(&needs).is_empty(), "an unreadable record may need any");
         assert_eq!(c.len(), 3);
+        // Before the records are read, and beside an unreadable one, data of the time before stays.
+        let mut needs = Needs::default();
+        assert!(unneeded(&needs).is_empty());
+        needs.add("new", ids[0].clone(), &[]);
+        needs.remove("new");
+        assert_eq!(unneeded(&needs), [0]);
+        needs.found([("old", &ids[1..2])], false);
+        assert_eq!(unneeded(&needs), [0]);
+        needs.found([], true);
+        assert_eq!(unneeded(&needs), [0, 2, 3]);
     }
 }

@@ -6,8 +6,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::data::DataId;
 use crate::supervisor::processes::ProcessId;
 
-/// The data of the kept checkpoints that VMs descend from, the nearest first, by the VMs' names. It is of
-/// this supervisor: the image of a later one's checkpoint has no pages in common with a VM's.
+/// Most kept checkpoints of a line.
+const MAX_LINE: usize = 32;
+
+/// The data of the kept checkpoints that VMs descend from, the nearest first, by the VMs' names. A
+/// later supervisor starts with an empty list: its opened checkpoints share no layer with running VMs.
 #[derive(Debug, Default)]
 pub(in crate::supervisor) struct KeptLines(Mutex<BTreeMap<String, (ProcessId, Vec<DataId>)>>);
 
@@ -16,12 +19,12 @@ impl KeptLines {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes the line of the VM called `vm`.
+    /// Notes the line of the VM called `vm`: of its nearest [`MAX_LINE`] kept checkpoints.
     pub(in crate::supervisor) fn note(&self, vm: &str, process: ProcessId, line: &[DataId]) {
         if line.is_empty() {
             self.forget(vm);
         } else {
-            self.all().insert(vm.to_owned(), (process, line.to_vec()));
+            self.all().insert(vm.to_owned(), (process, line.iter().take(MAX_LINE).cloned().collect()));
         }
     }
 

@@ -28,6 +28,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use clade_devices::virtio::net::Link;
+use clade_snapshot::KnownDir;
 use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, openat, unlinkat};
 use rustix::io::Errno;
 use rustix::process::geteuid;
@@ -44,6 +45,10 @@ pub(super) use lines::KeptLines;
 const RECORD: &str = "record.json";
 const GONE: &str = ".gone-";
 const DATA: &str = ".data";
+/// The bytes of a chain, in bytes of its full snapshot, from which on the next one is full.
+const MAX_GROWTH: u64 = 2;
+/// Bytes beyond that of any chain.
+const SMALL_CHAIN: u64 = 16 << 20;
 /// Most bytes of a record.
 const MAX_RECORD: u64 = 1 << 20;
 /// Most levels of directories that are removed with a checkpoint.
@@ -65,14 +70,44 @@ pub(super) struct KeptRecord {
     /// earlier version, whose data is beside it.
     #[serde(default)]
     chain: Vec<DataId>,
+    /// Bytes of that data. 0 in a record of an earlier version.
+    #[serde(default)]
+    bytes: ChainBytes,
+}
+
+/// Bytes of the data of a checkpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct ChainBytes {
+    /// Of the one that builds on no other.
+    pub(super) full: u64,
+    /// Of all.
+    pub(super) all: u64,
+}
+
+impl ChainBytes {
+    /// Whether another checkpoint may build on it. Removed checkpoints leave their data to later ones: this
+    /// bounds its size.
+    pub(super) fn may_grow(self) -> bool {
+        self.full > 0 && self.all < MAX_GROWTH * self.full + SMALL_CHAIN
+    }
+
+    /// The same with data of so many bytes on it.
+    pub(super) fn with(self, bytes: u64) -> Self {
+        Self { all: self.all.saturating_add(bytes), ..self }
+    }
 }
 
 impl KeptRecord {
     /// Returns the record of a checkpoint that was taken just now.
-    pub(super) fn of(info: CheckpointInfo, labels: Labels, bounds: Bounds, chain: Vec<DataId>) -> Self {
+    pub(super) fn of(
+        info: CheckpointInfo,
+        labels: Labels,
+        bounds: Bounds,
+        (chain, bytes): (Vec<DataId>, ChainBytes),
+    ) -> Self {
         let age = Duration::try_from_secs_f64(info.age_s).unwrap_or_default();
         let taken = SystemTime::now().checked_sub(age).unwrap_or(SystemTime::UNIX_EPOCH);
-        Self { info: CheckpointInfo { kept: true, ..info }, labels, bounds, taken, chain }
+        Self { info: CheckpointInfo { kept: true, ..info }, labels, bounds, taken, chain, bytes }
     }
 
     /// Returns the checkpoint as it is shown while this supervisor has not opened it.
@@ -90,6 +125,11 @@ impl KeptRecord {
         &self.chain
     }
 
+    /// Returns the bytes of that data.
+    pub(super) fn bytes(&self) -> ChainBytes {
+        self.bytes
+    }
+
     /// Returns whether packets passed when it was taken.
     pub(super) fn network(&self) -> Option<Link> {
         self.info.network
@@ -105,7 +145,8 @@ impl KeptRecord {
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Found {
     pub(super) records: BTreeMap<String, KeptRecord>,
-    /// Names whose records cannot be read, by this version or at all. Their files stay.
+    /// Names whose records cannot be read, by this version or at all, and names of incomplete checkpoints
+    /// that cannot be removed. Their files stay.
     pub(super) unreadable: BTreeSet<String>,
 }
 
@@ -139,6 +180,7 @@ impl KeptDir {
             }
             thread::sleep(LOCK_INTERVAL);
         }
+        let mut incomplete = Vec::new();
         for entry in fs::read_dir(root)? {
             let entry = entry?;
             let Some(name) = entry.file_name().to_str().map(str::to_owned) else { continue };
@@ -154,11 +196,7 @@ impl KeptDir {
                 }
                 // The supervisor ended before the checkpoint was complete.
                 Err(error) if error.kind() == ErrorKind::NotFound && is_incomplete(&entry.path()).unwrap_or(false) => {
-                    tracing::info!(name, "removes an incomplete checkpoint");
-                    if let Err(error) = dir.remove(&name) {
-                        tracing::warn!(%error, path = %entry.path().display(), "an incomplete checkpoint stays");
-                        found.unreadable.insert(name);
-                    }
+                    incomplete.push(name);
                 }
                 unreadable => {
                     let error = unreadable.err();
@@ -167,10 +205,16 @@ impl KeptDir {
                 }
             }
         }
-        let mut needs = dir.needs();
-        needs.are_incomplete = !found.unreadable.is_empty();
-        found.records.iter().for_each(|(name, record)| needs.insert(name, record.chain()));
-        drop(needs);
+        // Before anything is removed: data goes when no record needs it.
+        let records = found.records.iter().map(|(name, record)| (name.as_str(), record.chain()));
+        dir.needs().found(records, found.unreadable.is_empty());
+        for name in incomplete {
+            tracing::info!(name, "removes an incomplete checkpoint");
+            if let Err(error) = dir.remove(&name) {
+                tracing::warn!(%error, name, "an incomplete checkpoint stays");
+                found.unreadable.insert(name);
+            }
+        }
         dir.remove_unneeded();
         Ok((dir, found))
     }
@@ -198,6 +242,14 @@ impl KeptDir {
     /// Returns the directories of the snapshots that a checkpoint with this chain builds on.
     pub(super) fn parents(&self, chain: &[DataId]) -> Vec<PathBuf> {
         chain.iter().skip(1).map(|id| self.data(id)).collect()
+    }
+
+    /// Returns the directories of all snapshots of a chain, the newest first.
+    ///
+    /// # Errors
+    /// When one is not there.
+    pub(super) fn snapshots(&self, chain: &[DataId]) -> Result<Vec<KnownDir>, clade_snapshot::Error> {
+        chain.iter().map(|id| KnownDir::at(&self.data(id).join("snapshot"))).collect()
     }
 
     fn needs(&self) -> MutexGuard<'_, Needs> {
@@ -288,7 +340,6 @@ impl KeptDir {
             }
             remove_tree(&gone);
         }
-        // Behind the sync: a record that a crash brings back has its data.
         self.needs().remove(name);
         self.remove_unneeded();
         Ok(())
@@ -318,6 +369,10 @@ impl KeptDir {
                 there.extend(entry?.file_name().into_string().ok().and_then(|name| DataId::try_from(name).ok()));
             }
             let unneeded = needs.unneeded(there.into_iter());
+            if !unneeded.is_empty() {
+                // A record whose removal is not durable has its data after a power cut.
+                self.sync()?;
+            }
             let gone = unneeded.iter().map(|id| self.put_away(&self.data(id), id.as_str()));
             Ok(gone.collect::<io::Result<Vec<_>>>()?.into_iter().flatten().collect())
         };

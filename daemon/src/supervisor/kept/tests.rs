@@ -24,7 +24,12 @@ fn record_of(name: &str, chain: &[DataId]) -> KeptRecord {
         detached: None,
     };
     let bounds = Bounds { memory_mib: Some(512), cpus: Some(0.5) };
-    KeptRecord::of(info, Labels::of(&["tier=web".parse().unwrap()]).unwrap(), bounds, chain.to_vec())
+    KeptRecord::of(
+        info,
+        Labels::of(&["tier=web".parse().unwrap()]).unwrap(),
+        bounds,
+        (chain.to_vec(), ChainBytes::default()),
+    )
 }
 
 fn kept(dir: &KeptDir, name: &str) -> Vec<DataId> {
@@ -109,7 +114,7 @@ fn unreadable_records_take_their_names_and_cost_no_other_checkpoint() {
     for name in ["cut", "dir", "other"] {
         assert!(dir.prepare(name, &[]).is_err() && dir.of(name).exists(), "{name}: its files stay");
     }
-    // What the unreadable ones need is not known.
+    // The unreadable records may need any data.
     dir.remove("good").unwrap();
     assert_eq!(data(&dir).len(), 4);
     assert!(!scratch.path().join(format!("{GONE}old-0")).exists());
@@ -197,7 +202,7 @@ fn data_stays_until_no_checkpoint_builds_on_it() {
     dir.commit("fourth", &record_of("fourth", &fourth)).unwrap();
     let (dir, names, _) = reopened(dir);
     assert_eq!((names, data(&dir).len()), (vec!["fourth".to_owned()], 3));
-    // A base whose data has gone is none.
+    // Removed data is not a base.
     assert_eq!(dir.prepare("fifth", &third).unwrap().len(), 1);
     // A record of data somewhere else is refused.
     let record = root.join("fourth").join(RECORD);
@@ -209,6 +214,68 @@ fn data_stays_until_no_checkpoint_builds_on_it() {
     let (dir, ..) = reopened(dir);
     dir.remove("fourth").unwrap();
     assert!(data(&dir).is_empty());
+}
+
+/// A supervisor that was killed while it wrote a checkpoint, beside others.
+#[test]
+fn incomplete_checkpoints_cost_no_other_its_data() {
+    let scratch = tempfile::tempdir().unwrap();
+    let root = scratch.path().join("checkpoints");
+    let dir = KeptDir::open(&root).unwrap().0;
+    let base = kept(&dir, "base");
+    kept_on(&dir, "next", &base);
+    dir.remove("base").unwrap();
+    let half = dir.prepare("half", &base).unwrap();
+    fs::create_dir(root.join("empty")).unwrap();
+    let (dir, names, unreadable) = reopened(dir);
+    assert_eq!((names, unreadable.len()), (vec!["next".to_owned()], 0));
+    assert_eq!(data(&dir).len(), 2, "the base's and the next one's");
+    assert!(!data(&dir).contains(half[0].as_str()) && !root.join("empty").exists());
+    // Beside a record that cannot be read: whatever that needs stays, and new data does not.
+    kept(&dir, "later");
+    fs::write(dir.of("later").join(RECORD), "cut").unwrap();
+    let half = dir.prepare("half", &base).unwrap();
+    let (dir, names, unreadable) = reopened(dir);
+    assert_eq!((names, unreadable), (vec!["next".to_owned()], vec!["later".to_owned()]));
+    assert_eq!(data(&dir).len(), 4, "nothing is known of {half:?}");
+    let failed = dir.prepare("failed", &base).unwrap();
+    dir.remove("failed").unwrap();
+    assert!(failed.len() == 2 && data(&dir).len() == 4);
+    dir.remove("next").unwrap();
+    assert_eq!(data(&dir).len(), 4);
+}
+
+/// The file system with the directory is mounted after the supervisor's start.
+#[test]
+fn data_that_appears_later_is_not_removed() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (root, away) = (scratch.path().join("checkpoints"), scratch.path().join("away"));
+    kept(&KeptDir::open(&root).unwrap().0, "base");
+    fs::rename(&root, &away).unwrap();
+    let (dir, found) = KeptDir::open(&root).unwrap();
+    assert_eq!(found, Found::default());
+    fs::rename(&away, &root).unwrap();
+    assert_eq!(dir.prepare("base", &[]).unwrap_err().kind(), ErrorKind::AlreadyExists);
+    kept(&dir, "new");
+    assert_eq!(data(&dir).len(), 2);
+    dir.remove("new").unwrap();
+    assert_eq!(reopened(dir).1, ["base"]);
+}
+
+#[test]
+fn chains_grow_to_three_times_a_full_one_at_most() {
+    let full = ChainBytes { full: 1 << 30, all: 1 << 30 };
+    assert!(full.may_grow());
+    let (mut chain, mut most) = (full, 0);
+    while chain.may_grow() {
+        // All memory has changed.
+        chain = chain.with(full.full);
+        most = chain.all;
+    }
+    assert_eq!(most, 3 << 30);
+    assert!(ChainBytes { full: 4096, all: 15 << 20 }.may_grow(), "small ones may");
+    assert!(!ChainBytes { full: 4096, all: 17 << 20 }.may_grow());
+    assert!(!ChainBytes::default().may_grow(), "of an earlier version");
 }
 
 /// The data of an earlier version is beside its record.

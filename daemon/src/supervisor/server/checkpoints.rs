@@ -1,12 +1,13 @@
 //! Handlers for checkpoints.
 
 use axum::Json;
+use axum::body::Bytes;
 use axum::extract::{Path as UrlPath, State};
 
 use super::{Wanted, activate, expect_paths, may_be_ready, work};
 use crate::control::{
-    Answer, CheckpointInfo, CheckpointRequest, ForkAnswer, ForkRequest, OpenRequest, PrepareRequest, Prepared,
-    ResetAnswer, RollbackRequest,
+    Answer, ApiError, CheckpointInfo, CheckpointRequest, ForkAnswer, ForkRequest, KeepRequest, OpenRequest,
+    PrepareRequest, Prepared, ResetAnswer, RollbackRequest,
 };
 use crate::supervisor::Supervisor;
 use crate::vm_host::Cancel;
@@ -85,13 +86,25 @@ pub(super) async fn show_checkpoint(
 #[utoipa::path(
     post,
     path = "/v1/checkpoints/{name}/keep",
+    request_body = Option<KeepRequest>,
     responses((status = 200, description = "Done.", body = CheckpointInfo))
 )]
 pub(super) async fn keep_checkpoint(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
+    body: Bytes,
 ) -> Answer<CheckpointInfo> {
-    work(supervisor, move |supervisor, cancel| supervisor.keep_checkpoint(&name, cancel)).await
+    let KeepRequest { full } = parse_keep(&body)?;
+    work(supervisor, move |supervisor, cancel| supervisor.keep_checkpoint(&name, full, cancel)).await
+}
+
+/// Parses the body of a request to keep a checkpoint, which clients of the version before leave empty.
+fn parse_keep(body: &[u8]) -> Result<KeepRequest, ApiError> {
+    if body.is_empty() {
+        return Ok(KeepRequest::default());
+    }
+    let Json(request) = Json::from_bytes(body)?;
+    Ok(request)
 }
 
 /// Removes a checkpoint. Its children run on.

@@ -67,9 +67,9 @@ pub struct SnapshotOptions {
     pub compression: Compression,
     /// Whether to replace a snapshot in the directory although others depend on it.
     pub replace: bool,
-    /// Whether an incremental snapshot has the path from its own directory to its base's, wherever that
-    /// is ([`clade_snapshot::Base`]).
-    pub is_relative: bool,
+    /// Whether nothing replaces the base, and it moves together with the snapshot
+    /// ([`clade_snapshot::Base::is_fixed`]).
+    pub is_fixed: bool,
 }
 
 /// A snapshot that was made.
@@ -259,7 +259,7 @@ impl ForkImage {
             dir: &place.dir,
             id: place.id,
             image: image.ram(),
-            is_relative: options.is_relative,
+            is_fixed: options.is_fixed,
         });
         let SnapshotOptions { compression, replace, .. } = options;
         let save = Save { memory: self.ram(), disks: &disks, sections: &sections, base, compression, replace };

@@ -2,25 +2,27 @@
 
 #![allow(rustdoc::broken_intra_doc_links, reason = "doc comments are help texts, in which brackets mean options")]
 
+mod launch;
+mod snapshot;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use clade_devices::virtio::net::EgressRule;
-use clade_devices::virtio::vsock::VsockOptions;
+use clade_daemon::jail::Confinement;
+use clade_daemon::supervisor::CgroupPlace;
+use clade_daemon::vm_host::{Label, LabelError};
+use clade_daemon::zygote::ZYGOTE;
 
 use crate::commands::cp::CpArgs;
-use crate::commands::devices::{parse_net_choice, parse_vsock, parse_vsock_choice};
-use crate::commands::disk::parse_disk;
 use crate::commands::e2b::{E2bArgs, KeyCommand};
 use crate::commands::exec::{ExecArgs, ShellArgs};
 use crate::commands::generate::{CompletionsArgs, ManArgs};
-use crate::commands::image::{ImageCommand, ImageListArgs, PullFlags};
+use crate::commands::image::{ImageCommand, ImageListArgs};
 use crate::commands::lifecycle::{LifecycleArgs, RollbackArgs, StopArgs, SuspendArgs};
-use crate::commands::machine::MachineArgs;
 use crate::commands::memory::MemoryCommand;
-use crate::commands::network::{NetworkArgs, NetworkState};
+use crate::commands::network::NetworkArgs;
 use crate::commands::pages::PagesArgs;
 use crate::commands::session::AHEAD_MIB;
 use crate::commands::stats::StatsArgs;
@@ -28,11 +30,9 @@ use crate::commands::template::TemplateCommand;
 use crate::commands::tree::TreeArgs;
 use crate::commands::units::{parse_duration, parse_mib, parse_size};
 use crate::commands::wait::WaitArgs;
-use clade_daemon::jail::Confinement;
-use clade_daemon::supervisor::CgroupPlace;
-use clade_daemon::vm_host::{Label, LabelError};
-use clade_daemon::zygote::ZYGOTE;
-use clade_vmm::vm::{DiskSpec, NetChoice, VsockChoice};
+
+pub(crate) use launch::{DEFAULT_CMDLINE, ForkArgs, RunArgs};
+pub(crate) use snapshot::{ParentsArgs, RestoreArgs, SaveArgs, SnapshotArgs, SnapshotCommand, SnapshotDirArgs};
 
 /// A small KVM virtual machine monitor that forks running microVMs.
 #[derive(Debug, Parser)]
@@ -221,6 +221,10 @@ pub(crate) struct CheckpointArgs {
     /// start from, not even one that a guest has broken into. The VM runs on meanwhile.
     #[arg(long)]
     pub(crate) detach: bool,
+    /// With --keep: write all of the checkpoint, and not what changed since an earlier kept one. The
+    /// processes of its children then read no file with the guest's earlier memory.
+    #[arg(long, requires = "keep")]
+    pub(crate) full: bool,
     /// Prepare as many processes for its children.
     #[arg(long, value_name = "N")]
     pub(crate) prepare: Option<usize>,
@@ -233,6 +237,9 @@ pub(crate) struct CheckpointArgs {
 pub(crate) struct KeepArgs {
     /// The checkpoint's name.
     pub(crate) name: String,
+    /// Write all of the checkpoint, and not what changed since an earlier kept one.
+    #[arg(long)]
+    pub(crate) full: bool,
     /// Print JSON instead of nothing.
     #[arg(long)]
     pub(crate) json: bool,
@@ -335,290 +342,6 @@ pub(crate) struct LogsArgs {
     /// Print JSON: both.
     #[arg(long)]
     pub(crate) json: bool,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct RunArgs {
-    /// The kernel: an ELF vmlinux, or a distribution's vmlinuz. `bare` is the embedded bare guest.
-    /// Default with --image: that of clade guest linux.
-    #[arg(long, value_name = "FILE", required_unless_present = "image")]
-    pub(crate) kernel: Option<PathBuf>,
-    /// An OCI image to run, by its name for clade image pull. A missing image is pulled. Its disk
-    /// is the root, the agent is PID 1, and the image's program is started.
-    #[arg(long, value_name = "IMAGE", conflicts_with_all = ["initrd", "cmdline"])]
-    pub(crate) image: Option<String>,
-    /// With --image: the modules of --kernel, its directory below /lib/modules. Those that the
-    /// guest needs for its disk and its agent are loaded first.
-    #[arg(long, value_name = "DIR", requires = "image", requires = "kernel")]
-    pub(crate) modules: Option<PathBuf>,
-    #[command(flatten)]
-    pub(crate) pull: PullFlags,
-    /// With --image and -d: boot the image, even if there is a checkpoint of a VM with the same
-    /// arguments.
-    #[arg(long, requires = "image", requires = "background")]
-    pub(crate) fresh: bool,
-    /// The command to run, instead of the image's cmd.
-    #[arg(value_name = "COMMAND", last = true, requires = "image")]
-    pub(crate) command: Vec<String>,
-    /// The initramfs.
-    #[arg(long, value_name = "FILE")]
-    pub(crate) initrd: Option<PathBuf>,
-    /// The kernel's command line; the addresses of its devices are added. Default: console=ttyS0
-    /// reboot=k panic=-1 tsc=reliable, and the needs of this host's KVM.
-    #[arg(long, value_name = "TEXT")]
-    pub(crate) cmdline: Option<String>,
-    /// Text to append to the default command line of the kernel. Repeatable.
-    #[arg(long, value_name = "TEXT", conflicts_with = "cmdline")]
-    pub(crate) append: Vec<String>,
-    #[command(flatten)]
-    pub(crate) machine: MachineArgs,
-    /// The VM's name. Default: clade-PID.
-    #[arg(long)]
-    pub(crate) name: Option<String>,
-    /// A label to tell VMs apart by: key=value. Repeatable. Children inherit it.
-    #[arg(long, value_name = "KEY=VALUE")]
-    pub(crate) label: Vec<Label>,
-    /// Stop the VM after a time, such as 90s, 10m or 1h30m. The time also runs while the VM is
-    /// paused.
-    #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "background")]
-    pub(crate) ttl: Option<Duration>,
-    /// Suspend the VM whenever it has been idle for a time, such as 90s or 10m: its memory goes to
-    /// a disk until its guest is needed.
-    #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "background")]
-    pub(crate) suspend_after: Option<Duration>,
-    /// Most memory of the VM's process, and of each of its children's: bytes, or with K, M, G, T.
-    /// Needs a supervisor with control groups.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, requires = "background")]
-    pub(crate) memory_limit: Option<u64>,
-    /// Most processors for the VM's process, and for each of its children's, such as 0.5.
-    #[arg(long, value_name = "N", requires = "background")]
-    pub(crate) cpu_limit: Option<f64>,
-    /// A file with a secret that children may be made without (clade fork --without-secrets): 16 to
-    /// 4,096 bytes, without line ends behind them. This does not give it to the guest. Repeatable.
-    #[arg(long, value_name = "FILE")]
-    pub(crate) secret: Vec<PathBuf>,
-    /// The same with a variable of this command's environment. Repeatable.
-    #[arg(long, value_name = "NAME")]
-    pub(crate) secret_env: Vec<String>,
-    /// A disk: PATH, then options with commas between: ro or ephemeral, id=TEXT, cache=host|direct,
-    /// overlays=DIR, queues=N, bytes=RATE, bytes-burst=N, ops=RATE, ops-burst=N. Repeatable; the
-    /// guest finds disks in this order. Writes to an ephemeral disk are lost with the VM; several
-    /// VMs may use its image.
-    #[arg(long, value_name = "PATH,...", value_parser = parse_disk)]
-    pub(crate) disk: Vec<DiskSpec>,
-    /// A socket device: socket=PATH, and cid=N for a guest that needs a certain CID. The host connects
-    /// to PATH and sends CONNECT PORT; the guest's connections go to listeners at PATH_PORT.
-    #[arg(long, value_name = "socket=PATH,cid=N", value_parser = parse_vsock)]
-    pub(crate) vsock: Option<VsockOptions>,
-    /// Leave the VM to the supervisor, which is started if none runs, and return once the VM runs.
-    #[arg(long = "detach", alias = "background", short = 'd', conflicts_with = "detached")]
-    pub(crate) background: bool,
-    /// With -d: return when the guest's agent answers, within a time (5m). The default with
-    /// --image.
-    #[arg(
-        long,
-        value_name = "TIME",
-        value_parser = parse_duration,
-        num_args = 0..=1,
-        require_equals = true,
-        default_missing_value = "5m",
-        requires = "background"
-    )]
-    pub(crate) wait: Option<Duration>,
-    /// Run in the foreground without reading the terminal; the console is on its socket.
-    #[arg(long = "no-terminal", alias = "detached")]
-    pub(crate) detached: bool,
-    /// Confine the VM's process, if the command starts the supervisor: as far as the host can
-    /// (auto), wholly or not at all (require), or leave it free (off).
-    #[arg(long, value_name = "auto|require|off", default_value_t = Confinement::Auto)]
-    pub(crate) confine: Confinement,
-}
-
-/// The minimal command line of a Linux guest on a serial console.
-pub(crate) const DEFAULT_CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 tsc=reliable";
-
-/// The devices and the start of a forked or restored VM.
-#[derive(Debug, Args)]
-pub(crate) struct CloneArgs {
-    /// For its network devices, in order: [tap=NAME][,mac=ADDRESS]. Default: the original's name
-    /// with another number, and a random address.
-    #[arg(long, value_name = "tap=NAME,...", value_parser = parse_net_choice)]
-    pub(crate) net: Vec<NetChoice>,
-    /// Whether packets pass between its network devices and the host. Default: as with the
-    /// original.
-    #[arg(long, value_enum)]
-    pub(crate) network: Option<NetworkState>,
-    /// An egress rule, in the form of clade run. Adds to the original's rules, and permits nothing
-    /// that those drop. Repeatable.
-    #[arg(long, value_name = "RULE")]
-    pub(crate) egress: Vec<EgressRule>,
-    /// For its socket device: [cid=N][,socket=PATH]; {name} in the path is the VM's name. Default:
-    /// the next free CID, and NAME.vsock beside the original's socket.
-    #[arg(long, value_name = "cid=N,socket=PATH", value_parser = parse_vsock_choice)]
-    pub(crate) vsock: Option<VsockChoice>,
-    /// Start it paused.
-    #[arg(long)]
-    pub(crate) paused: bool,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct ForkArgs {
-    /// The name of a VM, or of a checkpoint.
-    pub(crate) name: String,
-    /// Number of children.
-    #[arg(long, default_value_t = 1)]
-    pub(crate) count: usize,
-    // clap takes {n} in a help text for a line break, unless there is something inside it.
-    #[arg(
-        long = "name",
-        value_name = "PATTERN",
-        help = "The children's names; {\u{1b}[0mn} stands for a number. NAME-{\u{1b}[0mn} if not given"
-    )]
-    pub(crate) pattern: Option<String>,
-    /// Stop each child after a time, such as 90s, 10m or 1h30m. Children do not inherit their
-    /// parent's.
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    pub(crate) ttl: Option<Duration>,
-    /// Suspend each child whenever it has been idle for a time, such as 90s or 10m: its memory goes
-    /// to a disk until its guest is needed.
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    pub(crate) suspend_after: Option<Duration>,
-    /// Have the agent in each child renew its identity: its clock, random numbers, tokens and
-    /// hooks. Returns when all are ready; if one fails, no child stays.
-    #[arg(long, conflicts_with = "paused")]
-    pub(crate) ready: bool,
-    /// Erase the secrets that the VM was made with in each child's memory, before its first
-    /// instruction.
-    #[arg(long)]
-    pub(crate) without_secrets: bool,
-    /// Start the children from copies of what the VM's process can write of its memory and disks, so
-    /// that a guest which breaks into that process later cannot change them. Of a VM only.
-    #[arg(long)]
-    pub(crate) detach: bool,
-    /// MiB of memory that each child of a checkpoint may have copies of before it writes there. 0
-    /// for none. Default: the supervisor's setting.
-    #[arg(long, value_name = "MIB")]
-    pub(crate) ahead: Option<u32>,
-    /// Make the children though the host has too little memory, or more than 500 VMs for each processor.
-    #[arg(long)]
-    pub(crate) overcommit: bool,
-    /// A label of the children: key=value. Repeatable. Default: the labels of their parent.
-    #[arg(long, value_name = "KEY=VALUE")]
-    pub(crate) label: Vec<Label>,
-    #[command(flatten)]
-    pub(crate) child: CloneArgs,
-    /// Print JSON instead of a table.
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-#[derive(Debug, Args)]
-#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
-pub(crate) struct SnapshotArgs {
-    #[command(subcommand)]
-    pub(crate) command: Option<SnapshotCommand>,
-    #[command(flatten)]
-    pub(crate) save: Option<SaveArgs>,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum SnapshotCommand {
-    /// Verify all checksums of a snapshot and of those it depends on.
-    Verify(SnapshotDirArgs),
-    /// Describe a snapshot.
-    Show(SnapshotDirArgs),
-    /// Merge a snapshot with those it depends on, so that it needs no other.
-    Compact(SnapshotDirArgs),
-    /// Record which pages a restored VM has touched, for `restore --working-set`.
-    WorkingSet(ActArgs),
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct SnapshotDirArgs {
-    /// The snapshot's directory.
-    pub(crate) dir: PathBuf,
-    #[command(flatten)]
-    pub(crate) parents: ParentsArgs,
-    /// Print JSON.
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct ParentsArgs {
-    /// A directory beneath which the snapshot may have parents, besides the one that holds it.
-    /// Repeatable. All snapshots there may be read by the VM.
-    #[arg(long = "parents", value_name = "DIR")]
-    pub(crate) dirs: Vec<PathBuf>,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct SaveArgs {
-    /// The VM's name.
-    #[arg(value_name = "VM")]
-    pub(crate) name: String,
-    /// The snapshot's directory. An existing snapshot is replaced when the new one is complete,
-    /// unless others depend on it.
-    pub(crate) dir: PathBuf,
-    /// Save only the changes since the VM was last saved, or restored. The new snapshot depends on
-    /// that one.
-    #[arg(long)]
-    pub(crate) incremental: bool,
-    /// Compress (zstd). A restore decompresses the data first instead of mapping it.
-    #[arg(long)]
-    pub(crate) zstd: bool,
-    /// Replace a snapshot although others depend on it. They cannot be restored then.
-    #[arg(long)]
-    pub(crate) replace: bool,
-    /// Print JSON instead of a line.
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct RestoreArgs {
-    /// The snapshot's directory.
-    pub(crate) dir: PathBuf,
-    #[command(flatten)]
-    pub(crate) parents: ParentsArgs,
-    /// Number of VMs.
-    #[arg(long, default_value_t = 1)]
-    pub(crate) count: usize,
-    #[arg(
-        long = "name",
-        value_name = "PATTERN",
-        help = "Their names; {\u{1b}[0mn} stands for a number. The directory's name, and a number if there are several, if not given"
-    )]
-    pub(crate) pattern: Option<String>,
-    /// Read all of the memory now, into huge pages, and verify its checksums.
-    #[arg(long, conflicts_with = "working_set")]
-    pub(crate) preload: bool,
-    /// Read ahead the recorded working set (clade snapshot working-set).
-    #[arg(long)]
-    pub(crate) working_set: bool,
-    /// Directory of the disks' overlays. Default: beside the snapshot.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) overlays: Option<PathBuf>,
-    /// Have the agent in each guest renew its identity. Returns when all are ready; if one fails,
-    /// no VM stays.
-    #[arg(long, conflicts_with = "paused")]
-    pub(crate) ready: bool,
-    /// Make the VMs though the host has too little memory, or more than 500 VMs for each processor.
-    #[arg(long)]
-    pub(crate) overcommit: bool,
-    #[command(flatten)]
-    pub(crate) child: CloneArgs,
-    /// Leave the VMs to the supervisor, which is started if none runs, and return once they run.
-    #[arg(long = "detach", alias = "background", short = 'd', conflicts_with = "detached")]
-    pub(crate) background: bool,
-    /// Run in the foreground without reading the terminal; consoles are on their sockets. Several
-    /// VMs never read it.
-    #[arg(long = "no-terminal", alias = "detached")]
-    pub(crate) detached: bool,
-    /// Confine the VMs' processes, if the command starts the supervisor: as far as the host can
-    /// (auto), wholly or not at all (require), or leave them free (off).
-    #[arg(long, value_name = "auto|require|off", default_value_t = Confinement::Auto)]
-    pub(crate) confine: Confinement,
 }
 
 #[derive(Debug, Args)]
