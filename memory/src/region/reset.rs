@@ -20,6 +20,12 @@ const MAX_GAP: u64 = 16;
 /// Runs of one block that are dropped one by one. With more, the gaps between them are dropped too.
 const MAX_RUNS: usize = 8;
 
+/// Mappings of a region, beyond [`PIECES_OF_A_MAPPING`] for each one that an image needs, at which a reset
+/// joins them. Freezes and resets in turn split mappings that show one layer in order, and the host limits
+/// their number.
+const MAX_PIECES: usize = 1024;
+const PIECES_OF_A_MAPPING: usize = 4;
+
 /// Result of a reset. Counts are pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RamResetReport {
@@ -75,12 +81,17 @@ fn wanted(map: &LayerMap, all: PageRange) -> Vec<(PageRange, Mapping)> {
     out
 }
 
-/// The runs of `range` whose mapping is not `want`, each with its required mapping.
-fn differing(mappings: &Mappings, range: PageRange, want: &Mapping) -> Vec<(PageRange, Mapping)> {
+/// The runs of `range` whose mapping is not `want`, each with its required mapping. With `join`, all of the
+/// range if several mappings show it.
+fn differing(mappings: &Mappings, range: PageRange, want: &Mapping, join: bool) -> Vec<(PageRange, Mapping)> {
     use crate::layer::interval::Piece;
+    let pieces = mappings.within(range);
+    let join = join && pieces.len() > 1;
     let mut runs = Vec::new();
-    for (piece, have) in mappings.within(range) {
-        if !shows(&have, &want.advance(piece.start - range.start)) {
+    for (piece, have) in pieces {
+        // R19.
+        let is_joined = join && !matches!(have, Mapping::Absent);
+        if is_joined || !shows(&have, &want.advance(piece.start - range.start)) {
             push_run(&mut runs, piece);
         }
     }
@@ -184,10 +195,10 @@ impl GuestRegion {
 
     /// The ranges to map anew for `map`, with their mappings reserved (D5).
     fn prepare(&self, state: &mut State, map: &LayerMap) -> Result<Vec<(PageRange, Mapping)>, RamError> {
-        let mut todo: Vec<(PageRange, Mapping)> = Vec::new();
-        for (range, want) in wanted(map, self.range()) {
-            todo.extend(differing(state.space.mappings(), range, &want));
-        }
+        let (wanted, mappings) = (wanted(map, self.range()), state.space.mappings());
+        let join = mappings.len() > PIECES_OF_A_MAPPING * wanted.len() + MAX_PIECES;
+        let each = wanted.iter().flat_map(|(range, want)| differing(mappings, *range, want, join));
+        let todo: Vec<(PageRange, Mapping)> = each.collect();
         state.space.reserve_runs(todo.len())?;
         Ok(todo)
     }
@@ -322,13 +333,44 @@ mod tests {
         mappings.insert(PageRange::new(30, 40), private(80));
         mappings.insert(PageRange::new(20, 30), Mapping::Zero);
         let differ = |range, want: &Mapping| -> Vec<PageRange> {
-            differing(&mappings, range, want).into_iter().map(|(run, _)| run).collect()
+            differing(&mappings, range, want, false).into_iter().map(|(run, _)| run).collect()
         };
         assert_eq!(differ(PageRange::new(10, 40), &private(60)), [PageRange::new(20, 30)]);
         assert_eq!(differ(PageRange::new(10, 30), &Mapping::Zero), [PageRange::new(10, 20)]);
-        let anew = differing(&mappings, PageRange::new(10, 40), &private(61));
+        let anew = differing(&mappings, PageRange::new(10, 40), &private(61), false);
         assert_eq!(anew.len(), 1, "runs are joined");
         assert!(anew[0].0 == PageRange::new(10, 40) && shows(&anew[0].1, &private(61)));
+        // Joined, but for a range that stays absent.
+        mappings.insert(PageRange::new(40, 50), private(90));
+        mappings.insert(PageRange::new(45, 46), Mapping::Absent);
+        let joined = |range, want: &Mapping| -> Vec<PageRange> {
+            differing(&mappings, range, want, true).into_iter().map(|(run, _)| run).collect()
+        };
+        assert_eq!(joined(PageRange::new(30, 50), &private(80)), [PageRange::new(30, 45), PageRange::new(46, 50)]);
+        assert_eq!(joined(PageRange::new(30, 40), &private(80)), [], "one mapping already");
+    }
+
+    /// Writes far apart, a freeze and a reset in turn, each at other pages: the mappings stay few.
+    #[test]
+    fn cycles_of_freezes_and_resets_leave_no_mappings_in_pieces() {
+        let store = Store::open_small().unwrap();
+        let (ram, image) = frozen(&store);
+        let mut most = 0;
+        for cycle in 0..24 {
+            // A freeze maps runs of many pages, and copies few.
+            let written = |p: &u64| (p / 24) % 7 == cycle % 7 && *p % 3 != cycle % 3;
+            (0..PAGES).filter(written).for_each(|p| put(&ram, p, 0));
+            let (second, _) = ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
+            ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
+            assert!((0..PAGES).all(|p| word(&ram, p) == p + 1), "cycle {cycle}");
+            ram.reset(&second, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
+            assert!((0..PAGES).all(|p| word(&ram, p) == if written(&p) { 0 } else { p + 1 }), "cycle {cycle}");
+            ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
+            most = most.max(ram.regions()[0].live_state().unwrap().space.mappings().len());
+            ram.check(&Quiesced::by(&crate::NoWriters)).unwrap();
+        }
+        println!("most mappings: {most}");
+        assert!(most > 100 && most <= PIECES_OF_A_MAPPING + MAX_PIECES, "{most}");
     }
 
     #[test]
