@@ -18,6 +18,25 @@ pub(crate) const MAX_CALLS: usize = 256;
 /// Most connections to all sandboxes of an owner: half of the address's limit.
 pub(crate) const PER_KEY: usize = 1024;
 
+/// The client of a connection to a sandbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SandboxClient {
+    /// The client has shown a token of the sandbox.
+    WithToken,
+    /// Any client: the port is public. A quarter of the slots stays for clients with a token.
+    Public,
+}
+
+impl SandboxClient {
+    /// Its share of `most` slots.
+    const fn share(self, most: usize) -> usize {
+        match self {
+            Self::WithToken => most,
+            Self::Public => most / 4 * 3,
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Counts {
     by_sandbox: BTreeMap<String, usize>,
@@ -87,18 +106,19 @@ impl ConnectionLimits {
         Ok(ConnectionSlot { connection_limits: Arc::clone(self), sandbox: sandbox.to_owned(), key: None })
     }
 
-    /// Takes a slot for a connection to `sandbox`, which was made with `key`.
+    /// Takes a slot for a connection of `client` to `sandbox`, which was made with `key`.
     ///
     /// # Errors
     /// 429 when no slot is left.
-    pub(crate) fn take(self: &Arc<Self>, sandbox: &str, key: &str) -> Answer<ConnectionSlot> {
+    pub(crate) fn take(self: &Arc<Self>, sandbox: &str, key: &str, client: SandboxClient) -> Answer<ConnectionSlot> {
         let mut counts = self.counts();
-        if count(&counts.by_sandbox, sandbox) >= PER_SANDBOX {
-            return full(&format!("the sandbox {sandbox:?}"), PER_SANDBOX);
+        let (of_sandbox, of_key) = (client.share(PER_SANDBOX), client.share(PER_KEY));
+        if count(&counts.by_sandbox, sandbox) >= of_sandbox {
+            return full(&format!("the sandbox {sandbox:?}"), of_sandbox);
         }
-        if count(&counts.by_key, key) >= PER_KEY {
+        if count(&counts.by_key, key) >= of_key {
             // Without the key's name: any client may see this.
-            return full("its owner's sandboxes", PER_KEY);
+            return full("its owner's sandboxes", of_key);
         }
         *counts.by_sandbox.entry(sandbox.to_owned()).or_default() += 1;
         *counts.by_key.entry(key.to_owned()).or_default() += 1;
@@ -129,9 +149,26 @@ mod tests {
     use super::*;
 
     #[test]
+    fn clients_of_public_ports_leave_a_quarter_to_those_with_a_token() {
+        let connection_limits = Arc::new(ConnectionLimits::default());
+        let take = |sandbox: &str, client| connection_limits.take(sandbox, "one", client);
+        let public: Vec<_> = (0..192).map(|_| take("a", SandboxClient::Public).unwrap()).collect();
+        assert!(take("a", SandboxClient::Public).unwrap_err().message.contains("192"));
+        let own: Vec<_> = (0..64).map(|_| take("a", SandboxClient::WithToken).unwrap()).collect();
+        assert!(take("a", SandboxClient::WithToken).unwrap_err().message.contains("256"));
+        let others: Vec<_> = (256..768).map(|n| take(&format!("b{}", n % 8), SandboxClient::Public).unwrap()).collect();
+        assert!(take("b", SandboxClient::Public).unwrap_err().message.contains("768"));
+        let rest: Vec<_> =
+            (768..PER_KEY).map(|n| take(&format!("c{}", n % 8), SandboxClient::WithToken).unwrap()).collect();
+        assert!(take("d", SandboxClient::WithToken).unwrap_err().message.contains("1024"));
+        drop((public, own, others, rest));
+        assert!(connection_limits.counts().by_key.is_empty());
+    }
+
+    #[test]
     fn a_sandbox_and_a_key_have_their_bounds_and_nothing_is_left_of_them() {
         let connection_limits = Arc::new(ConnectionLimits::default());
-        let take = |sandbox: &str, key: &str| connection_limits.take(sandbox, key);
+        let take = |sandbox: &str, key: &str| connection_limits.take(sandbox, key, SandboxClient::WithToken);
         let mut first: Vec<ConnectionSlot> = (0..PER_SANDBOX).map(|_| take("a", "one").unwrap()).collect();
         let full = take("a", "one").unwrap_err();
         assert_eq!(full.status, StatusCode::TOO_MANY_REQUESTS);
