@@ -65,6 +65,7 @@ bench:
     cargo run --release -p clade-lab -- bench fork --mem 512M,2G,4G
     cargo run --release -p clade-lab -- bench freeze
     cargo run --release -p clade-lab -- bench reset
+    cargo run --release -p clade-lab -- bench rollback
     cargo run --release -p clade-lab -- bench restore
     cargo run --release -p clade-lab -- bench save
     cargo run --release -p clade-lab -- bench pin

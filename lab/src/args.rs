@@ -61,6 +61,9 @@ pub(crate) enum BenchName {
     /// Resetting a running VM in place, by the pages written since, against starting another from
     /// the same image.
     Reset,
+    /// Rolling a VM back to a checkpoint by the API, by the pages written since, against another VM forked
+    /// from the checkpoint.
+    Rollback,
     /// Suspending VMs: their remaining memory, the first answer after a wake, and ten VMs with nine
     /// of them suspended.
     Suspend,

@@ -2,7 +2,7 @@
 //! measures it, under a stable name.
 
 use crate::args::BenchArgs;
-use crate::bench::{BenchRow, ahead, clones, disk, fork, freeze, pin, reset, restore, suspend};
+use crate::bench::{BenchRow, ahead, clones, disk, fork, freeze, pin, reset, restore, rollback, suspend};
 use clade::Failure;
 use clade_vmm::vm::Context;
 
@@ -39,6 +39,11 @@ const CLONES: &Picks = &[
 const AHEAD: &Picks = &[("write_siblings_1000", "write_siblings")];
 const PIN: &Picks = &[("pin_unpin_page", "pin_unpin_page")];
 const RESET: &Picks = &[("reset_100", "reset_100"), ("reset_10000_scattered", "reset_10000_scattered")];
+const ROLLBACK: &Picks = &[
+    ("rollback_1000", "rollback_1000"),
+    ("rollback_1000_process", "rollback_1000_process"),
+    ("rollback_1000_other", "rollback_1000_other"),
+];
 const DISK: &Picks = &[("disk_under_forks", "disk_under_forks")];
 const SUSPEND: &Picks = &[("suspend_private_kib", "suspend_private_kib"), ("wake_first_answer", "wake_first_answer")];
 
@@ -52,6 +57,7 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, 
     rows.extend(picked(ahead::run(context, &with(&[64 << 20], few))?, AHEAD));
     rows.extend(picked(pin::run(context.store(), &small(args.samples))?, PIN));
     rows.extend(picked(reset::run(context, &small(args.samples))?, RESET));
+    rows.extend(picked(rollback::run(&small(args.samples))?, ROLLBACK));
     rows.extend(picked(restore::restore(context, &small(few))?, RESTORE));
     rows.extend(picked(clones::run(context, &small(args.samples))?, CLONES));
     rows.extend(picked(disk::run(context, &small(args.samples))?, DISK));
@@ -75,7 +81,7 @@ mod tests {
 
     #[test]
     fn figures_keep_their_names_and_none_is_there_twice() {
-        let all = [FORK, FREEZE, RESTORE, CLONES, AHEAD, PIN, RESET, DISK, SUSPEND].concat();
+        let all = [FORK, FREEZE, RESTORE, CLONES, AHEAD, PIN, RESET, ROLLBACK, DISK, SUSPEND].concat();
         let names: std::collections::BTreeSet<_> = all.iter().map(|(_, here)| here).collect();
         assert_eq!(names.len(), all.len());
         let rows = ["pause_4G", "other", "pause_512M"].map(|name| BenchRow::new(name, "us", &Sample::default()));

@@ -120,19 +120,7 @@ impl Bench {
         let image = parent.fork().map_err(Failure::run)?.0;
         let bench = Self { supervisor, context: context.clone(), parent, image, config };
         // Its worker has it write all its memory, and pauses it.
-        let boot = BootRequest {
-            name: "parent".to_owned(),
-            config: VmConfig::clone(&bench.config),
-            kernel: BARE.into(),
-            initrd: None,
-            cmdline: String::new(),
-            labels: Labels::default(),
-            paused: false,
-            reports_ready: false,
-            session: None,
-            limits: VmLimits::default(),
-            secrets: Vec::new(),
-        };
+        let boot = boot_request("parent", &bench.config);
         let _: VmInfo = bench.supervisor.ask(Method::POST, "/v1/vms", Some(&boot))?;
         Ok(bench)
     }
@@ -216,6 +204,23 @@ impl Bench {
     /// Stops clones: the parent stays.
     fn stop(&self, names: &[String]) -> Result<(), Failure> {
         self.supervisor.stop(names, 1)
+    }
+}
+
+/// Returns a request for a bare guest.
+pub(super) fn boot_request(name: &str, config: &VmConfig) -> BootRequest {
+    BootRequest {
+        name: name.to_owned(),
+        config: config.clone(),
+        kernel: BARE.into(),
+        initrd: None,
+        cmdline: String::new(),
+        labels: Labels::default(),
+        paused: false,
+        reports_ready: false,
+        session: None,
+        limits: VmLimits::default(),
+        secrets: Vec::new(),
     }
 }
 

@@ -10,6 +10,7 @@ mod freeze;
 mod pin;
 mod reset;
 mod restore;
+mod rollback;
 mod supervisor;
 mod suspend;
 mod tti;
@@ -147,6 +148,7 @@ pub(crate) fn main(args: &BenchArgs) -> Result<(), Failure> {
         BenchName::Fork => fork::run(&context, args)?,
         BenchName::Freeze => freeze::run(context.store(), args)?,
         BenchName::Reset => reset::run(&context, args)?,
+        BenchName::Rollback => rollback::run(args)?,
         BenchName::Pin => pin::run(context.store(), args)?,
         BenchName::Restore => restore::restore(&context, args)?,
         BenchName::Restored => return restore::restored(&context, args),

@@ -1,0 +1,139 @@
+//! `clade-lab bench rollback`: a VM back at a checkpoint, by the supervisor's API, by the pages written
+//! since.
+//!
+//! A supervisor is started as by a user. The VM is a bare guest that has written all its RAM, and has two
+//! checkpoints that differ in 1,000 pages. The host writes pages, and the VM is rolled back to the
+//! checkpoint that it has left (`same`), or to the other one. The baseline is another VM forked from the
+//! checkpoint, in a prepared process: what a user without rollbacks would do. Both alternate.
+//! `process` is the time in the VM's process.
+
+use std::time::{Duration, Instant};
+
+use clade_daemon::control::{
+    CheckpointInfo, CheckpointRequest, ForkAnswer, ForkRequest, PrepareRequest, Prepared, ResetAnswer, RollbackRequest,
+};
+use clade_guests::abi::{PAGE_SIZE, WORK_BASE};
+use clade_vmm::vm::VmConfig;
+use hyper::Method;
+use hyper::body::Bytes;
+
+use crate::args::BenchArgs;
+use crate::bench::clones::boot_request;
+use crate::bench::supervisor::BenchSupervisor;
+use crate::bench::{BenchRow, Sample};
+use clade::{Failure, MEASURE};
+
+/// Pages written before a rollback.
+const DIRTY: [u64; 4] = [0, 100, 1_000, 10_000];
+/// Pages in which the two checkpoints differ.
+const DIFFERENCE: u64 = 1_000;
+/// The pages for which the design sets a limit, and the limit in microseconds.
+const TARGET: (u64, f64) = (1_000, 1_000.0);
+/// Most pages of one write of the host's: a request's body has a bound.
+const MOST_WRITTEN: u64 = 512;
+const VM: &str = "vm";
+const ANOTHER: &str = "forked from it, prepared";
+
+#[derive(Default)]
+struct Samples {
+    same: Sample,
+    same_process: Sample,
+    other: Sample,
+    other_process: Sample,
+    another: Sample,
+}
+
+/// Runs `clade-lab bench rollback`.
+pub(crate) fn run(args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
+    let mem = args.mem[0];
+    let least = WORK_BASE + DIRTY[DIRTY.len() - 1] * PAGE_SIZE;
+    if mem < least {
+        return Err(Failure::Input(anyhow::anyhow!("{mem} bytes are no size for this benchmark: {least} at least")));
+    }
+    let config = VmConfig::bare(mem, 1).map_err(Failure::input)?;
+    config.check_host_memory().map_err(Failure::input)?;
+    let bench = Bench(BenchSupervisor::start(&["--pool", "0"], &[(MEASURE, "idle")])?);
+    bench.0.ask::<clade_daemon::control::VmInfo>(Method::POST, "/v1/vms", Some(&boot_request(VM, &config)))?;
+    bench.checkpoint("one")?;
+    bench.write(DIFFERENCE, 1)?;
+    bench.checkpoint("two")?;
+    let mut rows = Vec::new();
+    for pages in DIRTY {
+        rows.extend(rows_of(pages, &bench.measure(pages, args.samples)?));
+    }
+    Ok(rows)
+}
+
+fn rows_of(pages: u64, samples: &Samples) -> [BenchRow; 4] {
+    let (of, limit) = TARGET;
+    let within = |row: BenchRow| {
+        if pages == of { row.target(format!("p50 <= {limit}"), |row| row.p50() <= limit) } else { row }
+    };
+    [
+        within(BenchRow::new(format!("rollback_{pages}"), "us", &samples.same).against(ANOTHER, &samples.another)),
+        within(BenchRow::new(format!("rollback_{pages}_process"), "us", &samples.same_process)),
+        BenchRow::new(format!("rollback_{pages}_other"), "us", &samples.other).against(ANOTHER, &samples.another),
+        within(BenchRow::new(format!("rollback_{pages}_other_process"), "us", &samples.other_process)),
+    ]
+}
+
+struct Bench(BenchSupervisor);
+
+impl Bench {
+    fn checkpoint(&self, name: &str) -> Result<(), Failure> {
+        let request = CheckpointRequest { name: Some(name.to_owned()), ..CheckpointRequest::default() };
+        let path = format!("/v1/vms/{VM}/checkpoint");
+        self.0.ask::<CheckpointInfo>(Method::POST, &path, Some(&request)).map(drop)
+    }
+
+    /// Writes `pages` pages of the guest's, each with `word` at its start.
+    fn write(&self, pages: u64, word: u64) -> Result<(), Failure> {
+        let mut page = vec![0; PAGE_SIZE as usize];
+        page[..8].copy_from_slice(&word.to_le_bytes());
+        for first in (0..pages).step_by(MOST_WRITTEN as usize) {
+            let bytes = Bytes::from(page.repeat(MOST_WRITTEN.min(pages - first) as usize));
+            let write = self.0.client.write_memory(VM, WORK_BASE + first * PAGE_SIZE, bytes);
+            self.0.runtime.block_on(write).map_err(Failure::run)?;
+        }
+        Ok(())
+    }
+
+    /// Rolls the VM back. Returns the time of the request, and that in the VM's process.
+    fn roll_back(&self, to: &str) -> Result<(Duration, f64), Failure> {
+        let request = RollbackRequest { checkpoint: to.to_owned() };
+        let begun = Instant::now();
+        let answer: ResetAnswer = self.0.ask(Method::POST, &format!("/v1/vms/{VM}/rollback"), Some(&request))?;
+        Ok((begun.elapsed(), answer.total_us))
+    }
+
+    /// Forks another VM from a checkpoint, in a prepared process, and stops it.
+    fn another(&self, of: &str) -> Result<Duration, Failure> {
+        let path = format!("/v1/checkpoints/{of}");
+        let prepare = format!("{path}/prepare");
+        let _: Prepared = self.0.ask(Method::POST, &prepare, Some(&PrepareRequest { count: 1 }))?;
+        self.0.await_prepared(1)?;
+        let begun = Instant::now();
+        let answer: ForkAnswer = self.0.ask(Method::POST, &format!("{path}/fork"), Some(&ForkRequest::default()))?;
+        let took = begun.elapsed();
+        self.0.stop(&answer.children, 1)?;
+        Ok(took)
+    }
+
+    fn measure(&self, pages: u64, samples: usize) -> Result<Samples, Failure> {
+        let mut all = Samples::default();
+        for at in 0..samples as u64 {
+            // The VM is at the first one each time.
+            self.roll_back("one")?;
+            self.write(pages, 2 + at)?;
+            let (took, in_process) = self.roll_back("one")?;
+            all.same.push_us(took);
+            all.same_process.push(in_process);
+            self.write(pages, 2 + at)?;
+            let (took, in_process) = self.roll_back("two")?;
+            all.other.push_us(took);
+            all.other_process.push(in_process);
+            all.another.push_us(self.another("one")?);
+        }
+        Ok(all)
+    }
+}
