@@ -18,21 +18,21 @@ pub(crate) const MAX_CALLS: usize = 256;
 /// Most connections to all sandboxes of an owner: half of the address's limit.
 pub(crate) const PER_KEY: usize = 1024;
 
-/// The client of a connection to a sandbox.
+/// The end of a connection in a sandbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum SandboxClient {
-    /// The client has shown a token of the sandbox.
-    WithToken,
-    /// Any client: the port is public. A quarter of the slots stays for clients with a token.
-    Public,
+pub(crate) enum GuestEnd {
+    /// The agent. The client has shown its token.
+    Agent,
+    /// A program's port, which may have any clients. A quarter of the slots stays for those of the agent.
+    Port,
 }
 
-impl SandboxClient {
+impl GuestEnd {
     /// Its share of `most` slots.
     const fn share(self, most: usize) -> usize {
         match self {
-            Self::WithToken => most,
-            Self::Public => most / 4 * 3,
+            Self::Agent => most,
+            Self::Port => most / 4 * 3,
         }
     }
 }
@@ -106,13 +106,13 @@ impl ConnectionLimits {
         Ok(ConnectionSlot { connection_limits: Arc::clone(self), sandbox: sandbox.to_owned(), key: None })
     }
 
-    /// Takes a slot for a connection of `client` to `sandbox`, which was made with `key`.
+    /// Takes a slot for a connection to `sandbox`, which was made with `key`.
     ///
     /// # Errors
     /// 429 when no slot is left.
-    pub(crate) fn take(self: &Arc<Self>, sandbox: &str, key: &str, client: SandboxClient) -> Answer<ConnectionSlot> {
+    pub(crate) fn take(self: &Arc<Self>, sandbox: &str, key: &str, end: GuestEnd) -> Answer<ConnectionSlot> {
         let mut counts = self.counts();
-        let (of_sandbox, of_key) = (client.share(PER_SANDBOX), client.share(PER_KEY));
+        let (of_sandbox, of_key) = (end.share(PER_SANDBOX), end.share(PER_KEY));
         if count(&counts.by_sandbox, sandbox) >= of_sandbox {
             return full(&format!("the sandbox {sandbox:?}"), of_sandbox);
         }
@@ -149,26 +149,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn clients_of_public_ports_leave_a_quarter_to_those_with_a_token() {
+    fn clients_of_ports_leave_a_quarter_to_those_of_the_agent() {
         let connection_limits = Arc::new(ConnectionLimits::default());
-        let take = |sandbox: &str, client| connection_limits.take(sandbox, "one", client);
-        let public: Vec<_> = (0..192).map(|_| take("a", SandboxClient::Public).unwrap()).collect();
-        assert!(take("a", SandboxClient::Public).unwrap_err().message.contains("192"));
-        let own: Vec<_> = (0..64).map(|_| take("a", SandboxClient::WithToken).unwrap()).collect();
-        assert!(take("a", SandboxClient::WithToken).unwrap_err().message.contains("256"));
-        let others: Vec<_> = (256..768).map(|n| take(&format!("b{}", n % 8), SandboxClient::Public).unwrap()).collect();
-        assert!(take("b", SandboxClient::Public).unwrap_err().message.contains("768"));
-        let rest: Vec<_> =
-            (768..PER_KEY).map(|n| take(&format!("c{}", n % 8), SandboxClient::WithToken).unwrap()).collect();
-        assert!(take("d", SandboxClient::WithToken).unwrap_err().message.contains("1024"));
-        drop((public, own, others, rest));
+        let take = |sandbox: &str, end| connection_limits.take(sandbox, "one", end);
+        let of_port: Vec<_> = (0..192).map(|_| take("a", GuestEnd::Port).unwrap()).collect();
+        assert!(take("a", GuestEnd::Port).unwrap_err().message.contains("192"));
+        let own: Vec<_> = (0..64).map(|_| take("a", GuestEnd::Agent).unwrap()).collect();
+        assert!(take("a", GuestEnd::Agent).unwrap_err().message.contains("256"));
+        let others: Vec<_> = (256..768).map(|n| take(&format!("b{}", n % 8), GuestEnd::Port).unwrap()).collect();
+        assert!(take("b", GuestEnd::Port).unwrap_err().message.contains("768"));
+        let rest: Vec<_> = (768..PER_KEY).map(|n| take(&format!("c{}", n % 8), GuestEnd::Agent).unwrap()).collect();
+        assert!(take("d", GuestEnd::Agent).unwrap_err().message.contains("1024"));
+        drop((of_port, own, others, rest));
         assert!(connection_limits.counts().by_key.is_empty());
     }
 
     #[test]
     fn a_sandbox_and_a_key_have_their_bounds_and_nothing_is_left_of_them() {
         let connection_limits = Arc::new(ConnectionLimits::default());
-        let take = |sandbox: &str, key: &str| connection_limits.take(sandbox, key, SandboxClient::WithToken);
+        let take = |sandbox: &str, key: &str| connection_limits.take(sandbox, key, GuestEnd::Agent);
         let mut first: Vec<ConnectionSlot> = (0..PER_SANDBOX).map(|_| take("a", "one").unwrap()).collect();
         let full = take("a", "one").unwrap_err();
         assert_eq!(full.status, StatusCode::TOO_MANY_REQUESTS);

@@ -178,11 +178,6 @@ impl Gateway {
         is_same(&self.0.token_key.traffic_token(id), given)
     }
 
-    #[cfg(test)]
-    pub(crate) fn traffic_token_of(&self, id: &str) -> String {
-        self.0.token_key.traffic_token(id)
-    }
-
     /// Returns whether this is the token of a sandbox's agent.
     pub(crate) fn is_token(&self, id: &str, given: &[u8]) -> bool {
         is_same(&self.token(id), given)

@@ -21,7 +21,7 @@ use serde_json::json;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
-use crate::connection_limits::SandboxClient;
+use crate::connection_limits::GuestEnd;
 use crate::control::to_the_end;
 use crate::error::{Answer, GatewayError};
 use crate::gateway::Gateway;
@@ -127,7 +127,7 @@ async fn to_agent(
     let limits = &gateway.0.connection_limits;
     // The agent judges a request without the token, which may have a signature.
     let place = if may_wake {
-        limits.take(&target.id, &entry.get().owner, SandboxClient::WithToken)
+        limits.take(&target.id, &entry.get().owner, GuestEnd::Agent)
     } else {
         limits.take_stranger(&target.id)
     };
@@ -197,15 +197,16 @@ async fn send(
     }
 }
 
-/// Refuses requests without the token of a sandbox whose ports are not public. Returns whether the client
-/// has shown the token.
-fn check_traffic(gateway: &Gateway, record: &SandboxRecord, request: &Request) -> Answer<SandboxClient> {
+/// Refuses requests without the token of a sandbox whose ports are not public.
+fn check_traffic(gateway: &Gateway, record: &SandboxRecord, request: &Request) -> Answer<()> {
+    if !record.is_private {
+        return Ok(());
+    }
     let mut shown = request.headers().get_all(TRAFFIC_TOKEN).iter();
     let refused = |what: &str| Err(GatewayError::new(StatusCode::FORBIDDEN, format!("{TRAFFIC_TOKEN}: {what}")));
     match (shown.next(), shown.next()) {
-        (Some(token), None) if gateway.is_traffic_token(&record.id, token.as_bytes()) => Ok(SandboxClient::WithToken),
-        _ if !record.is_private => Ok(SandboxClient::Public),
         (None, _) => refused("the sandbox's ports are not public"),
+        (Some(token), None) if gateway.is_traffic_token(&record.id, token.as_bytes()) => Ok(()),
         _ => refused("is not the sandbox's"),
     }
 }
@@ -229,8 +230,9 @@ async fn to_program(
     check_framing(request.headers()).map_err(refused)?;
     // Both checks come before the wake.
     let record = entry.get();
-    let shown = check_traffic(gateway, &record, &request).map_err(refused)?;
-    let place = Arc::new(gateway.0.connection_limits.take(&record.id, &record.owner, shown).map_err(refused)?);
+    check_traffic(gateway, &record, &request).map_err(refused)?;
+    let slot = gateway.0.connection_limits.take(&record.id, &record.owner, GuestEnd::Port);
+    let place = Arc::new(slot.map_err(refused)?);
     let afterwards = request.extensions().get::<Afterwards>().cloned();
     // A WebSocket is an admitted request until it ends.
     let seat = request.extensions().get::<Arc<Seat>>().map(Seat::admit);

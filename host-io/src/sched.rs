@@ -36,9 +36,14 @@ pub fn boost() {
     put_in_front(BOOST_NICE);
 }
 
-/// Makes the calling thread, which answers requests, run soon after it wakes, until it ends.
+/// Makes the calling thread, which answers requests, run soon after it wakes, until it ends. Whoever
+/// started the process with another niceness or policy has chosen for it.
 pub fn serve_requests() {
-    put_in_front(SERVER_NICE);
+    // SAFETY: sched_getscheduler of the calling thread has no preconditions.
+    let policy = unsafe { libc::sched_getscheduler(0) };
+    if policy == libc::SCHED_OTHER && given() == 0 {
+        put_in_front(SERVER_NICE);
+    }
 }
 
 fn put_in_front(nice: i32) {

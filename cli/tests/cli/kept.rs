@@ -496,3 +496,40 @@ fn disks_of_later_checkpoints_build_on_earlier_ones() {
     drop(vm);
     end(all);
 }
+
+/// A checkpoint that was written in full ends the line: later ones of its children build on none before it.
+#[test]
+fn nothing_builds_on_what_a_full_checkpoint_leaves_behind() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    all.boot("web", &[]);
+    all.put("web", 0, 1);
+    keep(&all, "web", "before");
+    all.put("web", 0, 2);
+    all.runtime.clade(&["checkpoint", "web", "full", "--keep", "--full", "--json"]).json();
+    all.fork(&["full", "--name", "child"]);
+    remove(&all, "full");
+    all.put("child", 1, 3);
+    keep(&all, "child", "of-child");
+    assert_eq!(data_of(&all, "of-child").len(), 1);
+    // The VM itself too.
+    all.put("web", 1, 4);
+    keep(&all, "web", "after");
+    assert_eq!(data_of(&all, "after").len(), 1);
+    keep(&all, "web", "next");
+    all.runtime.clade(&["keep", "next", "--full"]).expect_refusal("builds on others");
+    // A rolled back VM does not descend from what it has left.
+    all.runtime.clade(&["checkpoint", "web", "clean", "--json"]).json();
+    all.put("web", 1, 5);
+    all.runtime.clade(&["checkpoint", "web", "left", "--json"]).json();
+    all.runtime.clade(&["rollback", "web", "clean", "--json"]).json();
+    all.runtime.clade(&["keep", "left", "--json"]).json();
+    keep(&all, "web", "back");
+    assert_eq!(
+        [data_of(&all, "left"), data_of(&all, "back")].map(|chain| chain[1..].to_vec()),
+        [(); 2].map(|()| data_of(&all, "next"))
+    );
+    end(all);
+}

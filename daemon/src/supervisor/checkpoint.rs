@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::detach::Copies;
 use super::host_link::stricter;
 use super::keep::KeptData;
-use super::kept::{DataId, KeptLines, KeptRecord};
+use super::kept::{DataId, KeptLine, KeptLines, KeptRecord};
 use super::vm_record::VmRecord;
 use crate::ahead::Learning;
 use crate::control::{CheckpointInfo, DetachedInfo, ForkAnswer, ForkedInfo};
@@ -32,8 +32,10 @@ pub(crate) struct Checkpoint {
     detached: Option<(DetachedInfo, Copies)>,
     /// Its files, if it is kept.
     kept: OnceLock<KeptData>,
-    /// The data of the kept checkpoints that the VM descended from at that instant, the nearest first.
-    line: Vec<DataId>,
+    /// The kept checkpoints that the VM descended from at that instant.
+    line: KeptLine,
+    /// Whether the VM of a copy has files of an earlier copy.
+    descends_from_copies: bool,
 }
 
 /// The source of an image.
@@ -58,7 +60,7 @@ impl Checkpoint {
     ) -> Result<Self, DaemonError> {
         // Before: when the image is there, the VM's files may be another's.
         let vm_record = VmRecord::expect(dir, vm)?;
-        let line = lines.of(vm, vm_record.process);
+        let line = lines.now(vm, vm_record.process);
         Self::of_pending(dir, vm, (vm_record, line), PendingFork::begin(dir.path(), vm)?, check)
     }
 
@@ -70,7 +72,7 @@ impl Checkpoint {
     pub(super) fn of_pending(
         dir: &RuntimeDir,
         vm: &str,
-        (mut vm_record, line): (VmRecord, Vec<DataId>),
+        (mut vm_record, line): (VmRecord, KeptLine),
         pending_fork: PendingFork,
         check: &dyn Fn() -> Result<(), DaemonError>,
     ) -> Result<Self, DaemonError> {
@@ -105,7 +107,12 @@ impl Checkpoint {
     pub(super) fn with_record(mut self, record: &KeptRecord) -> Self {
         (self.forked.labels, self.forked.network) = (record.labels.clone(), record.network());
         if let CheckpointOrigin::Saved(place) = &self.origin {
-            self.set_kept(KeptData { chain: record.chain().to_vec(), bytes: record.bytes(), id: place.id });
+            self.set_kept(KeptData {
+                chain: record.chain().to_vec(),
+                bytes: record.bytes(),
+                id: place.id,
+                is_alone: true,
+            });
         }
         self
     }
@@ -121,9 +128,19 @@ impl Checkpoint {
 
     /// Returns the data of the kept checkpoints that its children descend from, the nearest first.
     pub(super) fn line(&self) -> Vec<DataId> {
-        let mut line = self.kept().map(|data| data.chain.clone()).unwrap_or_default();
-        line.extend(self.line.iter().filter(|data| !line.contains(data)).cloned().collect::<Vec<_>>());
-        line
+        let Some(data) = self.kept() else { return self.line.data.clone() };
+        let earlier = self.line.data.iter().filter(|id| !data.is_alone && !data.chain.contains(id));
+        data.chain.iter().chain(earlier).cloned().collect()
+    }
+
+    /// Returns the ordinal of its instant ([`KeptLine::at`]).
+    pub(super) fn instant(&self) -> u64 {
+        self.line.at
+    }
+
+    /// Returns whether the VM of a copy has files of an earlier copy.
+    pub(super) fn descends_from_copies(&self) -> bool {
+        self.descends_from_copies
     }
 
     /// Returns its files, if it is kept.
@@ -142,12 +159,14 @@ impl Checkpoint {
             learning,
             detached: None,
             kept: OnceLock::new(),
-            line: Vec::new(),
+            line: KeptLine::default(),
+            descends_from_copies: false,
         }
     }
 
     /// The same image made of copies, which are detached.
     pub(super) fn with_parts(mut self, parts: SealedParts, info: DetachedInfo, copies: Copies) -> Self {
+        self.descends_from_copies = self.vm_record.template.detached;
         self.vm_record.template.detached = true;
         Self { parts, detached: Some((info, copies)), ..self }
     }

@@ -176,6 +176,12 @@ impl Checkpoints {
         kept.filter_map(|slot| slot.held.clone()).next()
     }
 
+    /// Returns whether the kept checkpoint called `name` builds on others.
+    fn builds_on_others(&self, name: &str) -> bool {
+        let all = self.all();
+        all.get(name).and_then(|slot| slot.kept.as_ref()).is_some_and(|record| record.chain().len() > 1)
+    }
+
     /// Begins to write the checkpoint called `name` to the disk. None if it is there already.
     ///
     /// # Errors
@@ -329,6 +335,9 @@ impl Supervisor {
         if let Some(keeping) = self.0.checkpoints.begin_keeping(name)? {
             let record = self.keep(name, &keeping.checkpoint, full, cancel)?;
             keeping.done(record);
+        } else if full && self.0.checkpoints.builds_on_others(name) {
+            let text = format!("the checkpoint {name:?} is kept already, and builds on others: take another one");
+            return Err(DaemonError::Refused { kind: ProblemKind::WrongState, text });
         }
         self.0.checkpoints.info(name)
     }

@@ -29,6 +29,8 @@ pub(super) struct KeptData {
     pub(super) chain: Vec<DataId>,
     pub(super) bytes: ChainBytes,
     pub(super) id: SnapshotId,
+    /// Whether later checkpoints build on none before it: it was to be written in full, or is opened.
+    pub(super) is_alone: bool,
 }
 
 /// A kept checkpoint that another builds on.
@@ -62,7 +64,8 @@ impl Supervisor {
         cancel: &Cancel,
     ) -> Result<KeptRecord, DaemonError> {
         if let Some(base) = self.base_of(checkpoint).filter(|_| !full) {
-            match self.keep_on(name, checkpoint, Some(&base), cancel) {
+            match self.keep_on(name, checkpoint, Some(&base), false, cancel) {
+                kept @ (Ok(_) | Err(DaemonError::Keep { .. })) => return kept,
                 // The files of the base may be damaged.
                 Err(error) if error.problem() != ProblemKind::NoRoom && self.check(0, 0, cancel).is_ok() => {
                     tracing::warn!(%error, name, "writes a checkpoint in full, because its base cannot be used");
@@ -70,15 +73,17 @@ impl Supervisor {
                 kept => return kept,
             }
         }
-        self.keep_on(name, checkpoint, None, cancel)
+        self.keep_on(name, checkpoint, None, full, cancel)
     }
 
-    /// Writes a checkpoint, with the changes since `base` if there is one.
+    /// Writes a checkpoint, with the changes since `base` if there is one. `is_alone`: no later one builds on
+    /// those before it.
     fn keep_on(
         &self,
         name: &str,
         checkpoint: &Checkpoint,
         base: Option<&KeptBase>,
+        is_alone: bool,
         cancel: &Cancel,
     ) -> Result<KeptRecord, DaemonError> {
         let kept = self.kept()?;
@@ -114,7 +119,7 @@ impl Supervisor {
             let (labels, bounds) = (checkpoint.labels().clone(), checkpoint.vm_record().bounds);
             let record = KeptRecord::of(checkpoint.info(name), labels, bounds, (chain.clone(), bytes));
             kept.commit(name, &record).map_err(failed)?;
-            checkpoint.set_kept(KeptData { chain: chain.clone(), bytes, id: saved.id });
+            checkpoint.set_kept(KeptData { chain: chain.clone(), bytes, id: saved.id, is_alone });
             self.note_kept(checkpoint);
             Ok(record)
         };
@@ -144,14 +149,14 @@ impl Supervisor {
     fn note_kept(&self, checkpoint: &Checkpoint) {
         let Some((vm, process)) = checkpoint.vm().zip(checkpoint.vm_record().process) else { return };
         if VmRecord::read(&self.0.dir, vm).is_ok_and(|now| now.is_some_and(|now| now.process == Some(process))) {
-            self.note_line(checkpoint, [(vm, process)]);
+            self.0.kept_lines.extend(vm, process, &checkpoint.line(), checkpoint.instant());
         }
     }
 
-    /// Notes that VMs, each with its process, start from the image of `checkpoint`.
+    /// Notes that VMs, each with its process, start from the image of `checkpoint`, or are back at it.
     pub(super) fn note_line<'a>(&self, checkpoint: &Checkpoint, vms: impl IntoIterator<Item = (&'a str, ProcessId)>) {
         let line = checkpoint.line();
-        vms.into_iter().for_each(|(vm, process)| self.0.kept_lines.note(vm, process, &line));
+        vms.into_iter().for_each(|(vm, process)| self.0.kept_lines.begin(vm, process, &line));
     }
 
     /// Removes a kept checkpoint from the disk.
@@ -171,7 +176,8 @@ fn is_base(base: &KeptBase, checkpoint: &Checkpoint) -> bool {
     let shares_files = match (checkpoint.is_detached(), of.is_detached()) {
         (true, false) => of.saved_at().is_some(),
         (false, true) => vm_record.template.detached,
-        (true, true) | (false, false) => true,
+        (true, true) => of.vm_record().process == vm_record.process || checkpoint.descends_from_copies(),
+        (false, false) => true,
     };
     shares_files
         && of.config() == checkpoint.config()

@@ -133,7 +133,7 @@ impl Supervisor {
         }
         // Before the request for its image: when that is there, the VM's files may be another's.
         let vm_record = VmRecord::expect(&self.0.dir, vm)?;
-        let line = self.0.kept_lines.of(vm, vm_record.process);
+        let line = self.0.kept_lines.now(vm, vm_record.process);
         // Before the parent is paused: a refused request costs it nothing.
         let claims = self.claim(vm, request, &vm_record.template, cancel)?;
         let _launching = self.0.launching(&claims);

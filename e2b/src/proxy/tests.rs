@@ -8,7 +8,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
 use super::*;
-use crate::connection_limits::{PER_SANDBOX, SandboxClient};
+use crate::connection_limits::{GuestEnd, PER_SANDBOX};
 use crate::gateway::Options;
 use crate::listen::{accept, router};
 use crate::wire::{AskedNetwork, Texts};
@@ -381,7 +381,7 @@ fn ports_that_are_not_public_need_their_token_before_anything_is_done() {
 fn connections_have_places_which_a_websocket_keeps_until_it_ends() {
     run(async {
         let host = Host::new(|_| {}).await;
-        let take = || host.gateway.0.connection_limits.take("ibox", "one", SandboxClient::Public).unwrap();
+        let take = || host.gateway.0.connection_limits.take("ibox", "one", GuestEnd::Port).unwrap();
         let taken: Vec<_> = (1..PER_SANDBOX / 4 * 3).map(|_| take()).collect();
         let mut socket = host.client(&(ASK.to_owned() + "\r\n")).await;
         let mut guest = host.accept().await;
@@ -394,12 +394,8 @@ fn connections_have_places_which_a_websocket_keeps_until_it_ends() {
             assert!(status == 429 && answer.contains("retry-after: 1\r\n"), "{answer}");
             assert!(answer.contains(r#"{"code":429,"message":"192 connections"#), "{answer}");
         }
-        // Clients with a token of the sandbox have the last quarter: here, of a port.
-        let token = host.gateway.traffic_token_of("ibox");
-        let with_token =
-            format!("GET / HTTP/1.1\r\nhost: 80-ibox.box.test\r\ne2b-traffic-access-token: {token}\r\n\r\n");
-        let owner = host.client(&with_token).await;
-        drop((host.accept().await, owner));
+        // The last quarter is for the agent's clients.
+        drop(host.gateway.0.connection_limits.take("ibox", "one", GuestEnd::Agent).unwrap());
         // The agent is reached all the same, and refuses this path.
         let agents = "GET /init HTTP/1.1\r\nhost: 49983-ibox.box.test\r\nconnection: close\r\n\r\n";
         assert_eq!(host.refuses(agents).await.0, 403);

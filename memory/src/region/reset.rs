@@ -195,10 +195,19 @@ impl GuestRegion {
 
     /// The ranges to map anew for `map`, with their mappings reserved (D5).
     fn prepare(&self, state: &mut State, map: &LayerMap) -> Result<Vec<(PageRange, Mapping)>, RamError> {
-        let (wanted, mappings) = (wanted(map, self.range()), state.space.mappings());
-        let join = mappings.len() > PIECES_OF_A_MAPPING * wanted.len() + MAX_PIECES;
-        let each = wanted.iter().flat_map(|(range, want)| differing(mappings, *range, want, join));
-        let todo: Vec<(PageRange, Mapping)> = each.collect();
+        let wanted = wanted(map, self.range());
+        let todo = |state: &State, join: bool| -> Vec<(PageRange, Mapping)> {
+            let mappings = state.space.mappings();
+            wanted.iter().flat_map(|(range, want)| differing(mappings, *range, want, join)).collect()
+        };
+        if state.space.mappings().len() > PIECES_OF_A_MAPPING * wanted.len() + MAX_PIECES {
+            let joined = todo(state, true);
+            if state.space.reserve_runs(joined.len()).is_ok() {
+                return Ok(joined);
+            }
+            // Near the host's limit. What differs may be less.
+        }
+        let todo = todo(state, false);
         state.space.reserve_runs(todo.len())?;
         Ok(todo)
     }

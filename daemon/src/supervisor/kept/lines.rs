@@ -9,36 +9,67 @@ use crate::supervisor::processes::ProcessId;
 /// Most kept checkpoints of a line.
 const MAX_LINE: usize = 32;
 
-/// The data of the kept checkpoints that VMs descend from, the nearest first, by the VMs' names. A
-/// later supervisor starts with an empty list: its opened checkpoints share no layer with running VMs.
+/// The kept checkpoints that a VM descended from at an instant.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(in crate::supervisor) struct KeptLine {
+    /// Their data, the nearest first.
+    pub(in crate::supervisor) data: Vec<DataId>,
+    /// The ordinal of the instant, among those of all VMs.
+    pub(in crate::supervisor) at: u64,
+}
+
 #[derive(Debug, Default)]
-pub(in crate::supervisor) struct KeptLines(Mutex<BTreeMap<String, (ProcessId, Vec<DataId>)>>);
+struct Lines {
+    /// By the VMs' names, with the ordinal of the instant that the line is of.
+    all: BTreeMap<String, (ProcessId, KeptLine)>,
+    last: u64,
+}
+
+/// The lines of VMs. A later supervisor starts with an empty list: its opened checkpoints share no layer
+/// with running VMs.
+#[derive(Debug, Default)]
+pub(in crate::supervisor) struct KeptLines(Mutex<Lines>);
 
 impl KeptLines {
-    fn all(&self) -> MutexGuard<'_, BTreeMap<String, (ProcessId, Vec<DataId>)>> {
+    fn lines(&self) -> MutexGuard<'_, Lines> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes the line of the VM called `vm`: of its nearest [`MAX_LINE`] kept checkpoints.
-    pub(in crate::supervisor) fn note(&self, vm: &str, process: ProcessId, line: &[DataId]) {
-        if line.is_empty() {
-            self.forget(vm);
-        } else {
-            self.all().insert(vm.to_owned(), (process, line.iter().take(MAX_LINE).cloned().collect()));
-        }
+    /// Returns the line of the VM called `vm` now, if it has this process: another VM may have the name by
+    /// now.
+    pub(in crate::supervisor) fn now(&self, vm: &str, process: Option<ProcessId>) -> KeptLine {
+        let mut lines = self.lines();
+        lines.last += 1;
+        let line = lines.all.get(vm).filter(|(of, _)| Some(*of) == process);
+        KeptLine { data: line.map(|(_, line)| line.data.clone()).unwrap_or_default(), at: lines.last }
     }
 
-    /// Returns the line of the VM called `vm`, if it has this process: another VM may have the name by now.
-    pub(in crate::supervisor) fn of(&self, vm: &str, process: Option<ProcessId>) -> Vec<DataId> {
-        let all = self.all();
-        let line = all.get(vm).filter(|(of, _)| Some(*of) == process);
-        line.map(|(_, line)| line.clone()).unwrap_or_default()
+    /// Notes the line of the VM called `vm`, which starts from an image or is back at one.
+    pub(in crate::supervisor) fn begin(&self, vm: &str, process: ProcessId, data: &[DataId]) {
+        let mut lines = self.lines();
+        lines.last += 1;
+        let line = KeptLine { data: nearest(data), at: lines.last };
+        lines.all.insert(vm.to_owned(), (process, line));
+    }
+
+    /// Notes that the VM called `vm` has descended from a kept checkpoint since the instant `at`. A VM that
+    /// was rolled back since, or has a later kept checkpoint, keeps its line.
+    pub(in crate::supervisor) fn extend(&self, vm: &str, process: ProcessId, data: &[DataId], at: u64) {
+        let mut lines = self.lines();
+        let is_later = lines.all.get(vm).is_some_and(|(of, line)| *of == process && line.at > at);
+        if !is_later {
+            lines.all.insert(vm.to_owned(), (process, KeptLine { data: nearest(data), at }));
+        }
     }
 
     /// Forgets a VM that has ended.
     pub(in crate::supervisor) fn forget(&self, vm: &str) {
-        self.all().remove(vm);
+        self.lines().all.remove(vm);
     }
+}
+
+fn nearest(data: &[DataId]) -> Vec<DataId> {
+    data.iter().take(MAX_LINE).cloned().collect()
 }
 
 #[cfg(test)]
@@ -50,16 +81,32 @@ mod tests {
         let (lines, line) = (KeptLines::default(), [DataId::random().unwrap()]);
         let ours = ProcessId::of(std::process::id()).unwrap();
         let other = ProcessId::of(std::os::unix::process::parent_id());
-        lines.note("web", ours, &line);
-        assert_eq!(lines.of("web", Some(ours)), line);
+        lines.begin("web", ours, &line);
+        assert_eq!(lines.now("web", Some(ours)).data, line);
         for (vm, process) in [("web", other), ("web", None), ("db", Some(ours))] {
-            assert!(lines.of(vm, process).is_empty(), "{vm} {process:?}");
+            assert!(lines.now(vm, process).data.is_empty(), "{vm} {process:?}");
         }
-        // Rolled back to a checkpoint that no kept one is before.
-        lines.note("web", ours, &[]);
-        assert!(lines.of("web", Some(ours)).is_empty());
-        lines.note("web", ours, &line);
         lines.forget("web");
-        assert!(lines.of("web", Some(ours)).is_empty());
+        assert!(lines.now("web", Some(ours)).data.is_empty());
+    }
+
+    #[test]
+    fn a_vm_keeps_the_line_of_its_latest_instant() {
+        let lines = KeptLines::default();
+        let [first, second, abandoned] = [0; 3].map(|_| [DataId::random().unwrap()]);
+        let ours = ProcessId::of(std::process::id()).unwrap();
+        let now = || lines.now("web", Some(ours));
+        let (earlier, later) = (now().at, now().at);
+        // The later one is kept first.
+        lines.extend("web", ours, &second, later);
+        lines.extend("web", ours, &first, earlier);
+        assert_eq!(now().data, second);
+        // Rolled back to a checkpoint that descends from no kept one. An image from before is kept.
+        let before = now().at;
+        lines.begin("web", ours, &[]);
+        lines.extend("web", ours, &abandoned, before);
+        assert!(now().data.is_empty());
+        lines.extend("web", ours, &first, now().at);
+        assert_eq!(now().data, first);
     }
 }

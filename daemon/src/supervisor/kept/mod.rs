@@ -40,7 +40,7 @@ use crate::control::CheckpointInfo;
 use crate::vm_host::{Labels, check_name};
 pub(super) use data::DataId;
 use data::Needs;
-pub(super) use lines::KeptLines;
+pub(super) use lines::{KeptLine, KeptLines};
 
 const RECORD: &str = "record.json";
 const GONE: &str = ".gone-";
@@ -88,7 +88,7 @@ impl ChainBytes {
     /// Whether another checkpoint may build on it. Removed checkpoints leave their data to later ones: this
     /// bounds its size.
     pub(super) fn may_grow(self) -> bool {
-        self.full > 0 && self.all < MAX_GROWTH * self.full + SMALL_CHAIN
+        self.full > 0 && self.all < self.full.saturating_mul(MAX_GROWTH).saturating_add(SMALL_CHAIN)
     }
 
     /// The same with data of so many bytes on it.
