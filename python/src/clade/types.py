@@ -1304,7 +1304,7 @@ class ResetAnswer(TypedDict):
     """From the request to the vCPUs until their release, in microseconds."""
 
     vm: VmInfo
-    """The VM after the reset."""
+    """The VM after the reset. `memory` is null: counting pages takes longer than the reset."""
 
 
 class RestoreRequest(TypedDict):

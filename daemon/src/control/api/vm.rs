@@ -219,8 +219,27 @@ pub(super) fn vsock(identity: &Identity) -> Option<VsockInfo> {
     identity.vsock.as_ref().map(|own| VsockInfo { cid: own.cid, socket: own.socket.clone() })
 }
 
+fn memory(vm: &Vm) -> Option<MemoryInfo> {
+    vm.memory_stats().ok().map(|stats| MemoryInfo {
+        mib: vm.config().layout().bytes() >> 20,
+        reference_pages: stats.reference,
+        shared_pages: stats.shared,
+        exclusive_pages: stats.exclusive,
+        pinned_pages: stats.pinned,
+        private_kib: stats.private_kib,
+        shared_kib: stats.shared_kib,
+    })
+}
+
 impl From<&VmEntry> for VmInfo {
     fn from(entry: &VmEntry) -> Self {
+        Self { memory: memory(&entry.vm), ..Self::without_memory(entry) }
+    }
+}
+
+impl VmInfo {
+    /// Describes a VM without its memory: counting its pages takes longer than a fork or a reset.
+    pub(crate) fn without_memory(entry: &VmEntry) -> Self {
         let vm = &entry.vm;
         let stopped = vm.stopped();
         let state = match (&stopped, vm.is_paused()) {
@@ -235,15 +254,6 @@ impl From<&VmEntry> for VmInfo {
             (false, true) => Some(GuestState::Booting),
             (false, false) => None,
         };
-        let memory = vm.memory_stats().ok().map(|stats| MemoryInfo {
-            mib: vm.config().layout().bytes() >> 20,
-            reference_pages: stats.reference,
-            shared_pages: stats.shared,
-            exclusive_pages: stats.exclusive,
-            pinned_pages: stats.pinned,
-            private_kib: stats.private_kib,
-            shared_kib: stats.shared_kib,
-        });
         Self {
             name: vm.name().to_owned(),
             pid: std::process::id(),
@@ -256,15 +266,13 @@ impl From<&VmEntry> for VmInfo {
             generation: vm.generation(),
             cpus: vm.config().cpus(),
             age_s: vm.age().as_secs_f64(),
-            memory,
+            memory: None,
             nets: nets(vm),
             disks: disks(vm),
             vsock: vsock(vm.identity()),
         }
     }
-}
 
-impl VmInfo {
     /// Describes a VM whose process was killed, without asking it.
     pub(crate) fn of_killed(name: &str, exit: WorkerExit, config: &VmConfig) -> Self {
         let stopped = StopReason::Process { signal: exit.signal, code: exit.code };
