@@ -41,7 +41,7 @@ fn a_fleet_from_its_first_vm_to_its_last() {
     // Reset to the fork: paused or running as then. The first VM was never forked.
     let reset = runtime.clade(&["reset", "w-1", "--json"]).json();
     assert_eq!((&reset["vm"]["name"], &reset["vm"]["state"]), (&json!("w-1"), &json!("paused")));
-    assert!(reset["total_us"].as_f64().unwrap() > 0.0, "{reset}");
+    assert!(reset["total_us"].as_f64().unwrap() > 0.0 && reset["vm"]["memory"].is_null(), "{reset}");
     runtime.clade(&["resume", "w-2"]);
     let line = runtime.clade(&["reset", "w-2"]);
     assert_eq!((line.code, line.stdout.as_str()), (Some(0), "w-2 is running\n"), "{line:?}");

@@ -359,27 +359,52 @@ mod tests {
         assert_eq!(joined(PageRange::new(30, 40), &private(80)), [], "one mapping already");
     }
 
-    /// Writes far apart, a freeze and a reset in turn, each at other pages: the mappings stay few.
+    /// Maps every second page anew to what it shows already: each becomes a mapping of its own.
+    fn split(region: &GuestRegion, map: &Arc<LayerMap>) {
+        let mut state = region.live_state().unwrap();
+        let page = |n| PageRange::with_len(2 * n, 1);
+        let source = |n| Mapping::Private(map.get(2 * n).unwrap());
+        let todo: Vec<_> = (0..PAGES / 2).map(|n| (page(n), source(n))).collect();
+        state.space.reserve_runs(todo.len()).unwrap();
+        region.put_back(&mut state, map, &[], &[], &todo).unwrap();
+        assert_eq!(state.space.mappings().len() as u64, PAGES);
+    }
+
     #[test]
-    fn cycles_of_freezes_and_resets_leave_no_mappings_in_pieces() {
+    fn a_reset_joins_mappings_in_pieces() {
         let store = Store::open_small().unwrap();
         let (ram, image) = frozen(&store);
-        let mut most = 0;
-        for cycle in 0..24 {
-            // A freeze maps runs of many pages, and copies few.
-            let written = |p: &u64| (p / 24) % 7 == cycle % 7 && *p % 3 != cycle % 3;
-            (0..PAGES).filter(written).for_each(|p| put(&ram, p, 0));
-            let (second, _) = ram.freeze(&Quiesced::by(&crate::NoWriters)).unwrap();
-            ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
-            assert!((0..PAGES).all(|p| word(&ram, p) == p + 1), "cycle {cycle}");
-            ram.reset(&second, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
-            assert!((0..PAGES).all(|p| word(&ram, p) == if written(&p) { 0 } else { p + 1 }), "cycle {cycle}");
-            ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
-            most = most.max(ram.regions()[0].live_state().unwrap().space.mappings().len());
-            ram.check(&Quiesced::by(&crate::NoWriters)).unwrap();
-        }
-        println!("most mappings: {most}");
-        assert!(most > 100 && most <= PIECES_OF_A_MAPPING + MAX_PIECES, "{most}");
+        let region = &ram.regions()[0];
+        let mappings = || region.live_state().unwrap().space.mappings().len();
+        split(region, image.regions()[0].map.map());
+        put(&ram, 9, 0);
+        let report = ram.reset(&image, &Quiesced::by(&crate::NoWriters), Duration::ZERO).unwrap();
+        assert_eq!((report, mappings()), (RamResetReport { dropped: 1, remapped: PAGES }, 1));
+        assert!((0..PAGES).all(|p| word(&ram, p) == p + 1));
+        ram.check(&Quiesced::by(&crate::NoWriters)).unwrap();
+    }
+
+    /// Near the host's limit, a reset maps what differs alone.
+    #[test]
+    fn d5_a_reset_that_may_not_join_is_not_refused() {
+        let store = Store::open_with_budget(crate::MappingBudget::with_limit(2 * PAGES));
+        let (ram, image) = frozen(&store);
+        let region = &ram.regions()[0];
+        split(region, image.regions()[0].map.map());
+        let mut map = LayerMap::clone(image.regions()[0].map.map());
+        (0..100).for_each(|n| map.remove(PageRange::with_len(20 * n, 1)));
+        let prepared = |left: u64| {
+            let mut state = region.live_state().unwrap();
+            state.space.trim();
+            let other = store.budget().promise(store.budget().left() - left).unwrap();
+            let todo = region.prepare(&mut state, &map).map(|todo| todo.len());
+            drop(other);
+            todo
+        };
+        // One mapping more for each run, and one for what it splits.
+        assert_eq!(prepared(2 * 201).unwrap(), 200);
+        assert_eq!(prepared(2 * 201 - 3).unwrap(), 100);
+        assert!(prepared(2 * 100 - 1).is_err());
     }
 
     #[test]

@@ -464,3 +464,34 @@ fn a_snapshot_that_others_depend_on_is_not_replaced_without_being_told_to() {
     std::os::unix::fs::symlink("/etc/passwd", at("base").join(".needed-by-1123456789abcdef")).unwrap();
     keeping().save(&second, &at("base")).unwrap();
 }
+
+#[test]
+fn a_fixed_base_gets_no_note_and_moves_together_with_the_snapshot() {
+    let store = Store::open_small().unwrap();
+    let dir = scratch();
+    let made = chain(&store, dir.path());
+    let tree = dir.path().join("tree");
+    let [below, above] = ["below", "above"].map(|name| tree.join(name).join("s"));
+    [&below, &above].iter().for_each(|dir| fs::create_dir_all(dir.parent().unwrap()).unwrap());
+    let id = Saving::default().save(&made[0].1, &below).unwrap().id;
+    let base = Some(Base { dir: &below, id, image: &made[0].1, is_fixed: true });
+    let save = Save {
+        memory: &made[1].1,
+        disks: &[],
+        sections: SECTIONS,
+        base,
+        compression: Compression::None,
+        replace: false,
+    };
+    let before = names(&below);
+    let saved = save.to(&above, &SaveProgress::none()).unwrap();
+    assert!(saved.base_elsewhere && !saved.base_untold);
+    assert_eq!(names(&below), before);
+    let parent = Manifest::decode(&fs::read(above.join("manifest.json")).unwrap()).unwrap().parent.unwrap();
+    assert_eq!(parent.path, "../../below/s");
+    let moved = dir.path().join("moved");
+    fs::rename(&tree, &moved).unwrap();
+    let parents = ParentDirs::beneath(vec![moved.join("below")]);
+    let image = Snapshot::open(&moved.join("above/s"), &parents).unwrap().restore_ram(&store, &Load::Lazy).unwrap();
+    assert_eq!(contents(&child(&image, &store)), contents(&child(&made[1].1, &store)));
+}
