@@ -11,18 +11,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clade_daemon::control::{
-    BootRequest, CheckpointInfo, CheckpointRequest, ForkAnswer, ForkRequest, PrepareRequest, Prepared, VmInfo, VmLimits,
+    CheckpointInfo, CheckpointRequest, ForkAnswer, ForkRequest, PrepareRequest, Prepared, VmInfo,
 };
-use clade_daemon::vm_host::Labels;
 use clade_harness::BareVcpu;
 use clade_vmm::boot::{BootImage, BootSource};
 use clade_vmm::vm::{Context, ForkImage, Vm, VmConfig};
 use hyper::Method;
 
 use crate::args::BenchArgs;
-use crate::bench::supervisor::BenchSupervisor;
+use crate::bench::supervisor::{BenchSupervisor, boot_request};
 use crate::bench::{BenchRow, Sample, announced, announced_clone, fill, label};
-use clade::{BARE, Failure, MEASURE, SPINNING};
+use clade::{Failure, MEASURE, SPINNING};
 
 /// Runs of the larger figures.
 const RUNS: usize = 3;
@@ -204,23 +203,6 @@ impl Bench {
     /// Stops clones: the parent stays.
     fn stop(&self, names: &[String]) -> Result<(), Failure> {
         self.supervisor.stop(names, 1)
-    }
-}
-
-/// Returns a request for a bare guest.
-pub(super) fn boot_request(name: &str, config: &VmConfig) -> BootRequest {
-    BootRequest {
-        name: name.to_owned(),
-        config: config.clone(),
-        kernel: BARE.into(),
-        initrd: None,
-        cmdline: String::new(),
-        labels: Labels::default(),
-        paused: false,
-        reports_ready: false,
-        session: None,
-        limits: VmLimits::default(),
-        secrets: Vec::new(),
     }
 }
 

@@ -18,8 +18,7 @@ use hyper::Method;
 use hyper::body::Bytes;
 
 use crate::args::BenchArgs;
-use crate::bench::clones::boot_request;
-use crate::bench::supervisor::BenchSupervisor;
+use crate::bench::supervisor::{BenchSupervisor, boot_request};
 use crate::bench::{BenchRow, Sample};
 use clade::{Failure, MEASURE};
 

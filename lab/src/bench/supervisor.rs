@@ -4,14 +4,15 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use clade_daemon::control::{Client, ClientError, StopRequest, SupervisorInfo, VmInfo};
-use clade_daemon::vm_host::supervisor_path;
+use clade_daemon::control::{BootRequest, Client, ClientError, StopRequest, SupervisorInfo, VmInfo, VmLimits};
+use clade_daemon::vm_host::{Labels, supervisor_path};
+use clade_vmm::vm::VmConfig;
 use hyper::Method;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::runtime::Runtime;
 
-use clade::{Failure, for_each};
+use clade::{BARE, Failure, for_each};
 
 /// Time limit of the supervisor's start, and of a bench's waits for it.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(20);
@@ -108,6 +109,23 @@ impl BenchSupervisor {
             std::thread::sleep(Duration::from_millis(1));
         }
         Ok(())
+    }
+}
+
+/// Returns a request for a bare guest.
+pub(super) fn boot_request(name: &str, config: &VmConfig) -> BootRequest {
+    BootRequest {
+        name: name.to_owned(),
+        config: config.clone(),
+        kernel: BARE.into(),
+        initrd: None,
+        cmdline: String::new(),
+        labels: Labels::default(),
+        paused: false,
+        reports_ready: false,
+        session: None,
+        limits: VmLimits::default(),
+        secrets: Vec::new(),
     }
 }
 

@@ -12,8 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clade_daemon::control::{BootRequest, SuspendAnswer, SuspendRequest, VmInfo, VmLimits, WakeAnswer};
-use clade_daemon::vm_host::Labels;
+use clade_daemon::control::{SuspendAnswer, SuspendRequest, VmInfo, WakeAnswer};
 use clade_guests::abi::{Command, Event, WORK_BASE};
 use clade_harness::{BareMailbox, BareVcpu};
 use clade_memory::SuspendFile;
@@ -22,9 +21,9 @@ use hyper::Method;
 
 use crate::args::BenchArgs;
 use crate::bench::clones::available_kib;
-use crate::bench::supervisor::BenchSupervisor;
+use crate::bench::supervisor::{BenchSupervisor, boot_request};
 use crate::bench::{BenchRow, Sample, low_pages, written};
-use clade::{BARE, Failure, MEASURE};
+use clade::{Failure, MEASURE};
 
 /// Directory of the files.
 const DIR: &str = "/var/tmp";
@@ -146,19 +145,7 @@ fn processes(config: &Arc<VmConfig>) -> Result<Vec<BenchRow>, Failure> {
         let before = settled_kib();
         let names: Vec<String> = (0..VMS).map(|number| format!("vm-{number}")).collect();
         for name in &names {
-            let boot = BootRequest {
-                name: name.clone(),
-                config: VmConfig::clone(config),
-                kernel: BARE.into(),
-                initrd: None,
-                cmdline: String::new(),
-                labels: Labels::default(),
-                paused: false,
-                reports_ready: false,
-                session: None,
-                limits: VmLimits::default(),
-                secrets: Vec::new(),
-            };
+            let boot = boot_request(name, config);
             let _: VmInfo = supervisor.ask(Method::POST, "/v1/vms", Some(&boot))?;
         }
         all.push(before.saturating_sub(settled_kib()) as f64 / 1024.0);
