@@ -99,7 +99,7 @@ impl Supervisor {
             let save_request = WriteSnapshotRequest {
                 dir: kept.snapshot(name, &chain),
                 config: checkpoint.config().clone(),
-                base: base.map(|base| (kept.snapshot(name, &base.data.chain), base.data.id)),
+                base: read.first().zip(base).map(|(dir, base)| (dir.path.clone(), base.data.id)),
                 zstd: false,
                 replace: false,
                 // Another process may write a checkpoint on the same base, and the directory of all may
@@ -153,10 +153,13 @@ impl Supervisor {
         }
     }
 
-    /// Notes that VMs, each with its process, start from the image of `checkpoint`, or are back at it.
-    pub(super) fn note_line<'a>(&self, checkpoint: &Checkpoint, vms: impl IntoIterator<Item = (&'a str, ProcessId)>) {
+    /// Notes that new VMs, each with its process, start from the image of `checkpoint`.
+    pub(super) fn note_children(&self, checkpoint: &Checkpoint, children: &[(String, ProcessId)]) {
         let line = checkpoint.line();
-        vms.into_iter().for_each(|(vm, process)| self.0.kept_lines.begin(vm, process, &line));
+        // A new VM has no line yet.
+        if !line.is_empty() {
+            children.iter().for_each(|(vm, process)| self.0.kept_lines.begin(vm, *process, &line));
+        }
     }
 
     /// Removes a kept checkpoint from the disk.

@@ -352,8 +352,7 @@ impl Supervisor {
         // Its workers end with the command.
         let made = self.make(&plan, give).map_err(|error| its_session(0).err().unwrap_or(error))?;
         // Of a worker that was replaced, the later process counts.
-        let children = processes.borrow();
-        self.note_line((origin.image)()?, children.iter().map(|(name, process)| (name.as_str(), *process)));
+        self.note_children((origin.image)()?, &processes.borrow());
         claims.into_iter().for_each(NameClaim::leave);
         Ok(made)
     }

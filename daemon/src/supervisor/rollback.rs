@@ -83,7 +83,7 @@ impl Supervisor {
         }
         let answer = client.roll_back(image, &|| self.check(0, 0, cancel))?;
         drop(permit);
-        vm_record.process.into_iter().for_each(|process| self.note_line(&checkpoint, [(vm, process)]));
+        vm_record.process.into_iter().for_each(|process| self.0.kept_lines.begin(vm, process, &checkpoint.line()));
         tracing::info!(vm, checkpoint = name, us = answer.total_us, "rolled back");
         Ok(answer)
     }

@@ -170,10 +170,9 @@ impl Supervisor {
         watch: impl Fn(Option<(u64, u64)>) -> bool,
     ) -> Result<SavedFiles, DaemonError> {
         let VmTemplate { config, overlays, saved, .. } = &image.vm_record().template;
-        let mut grants = Grants::of_child(config, overlays, saved);
-        grants.dirs.extend(read);
-        let Grants { read, dirs, .. } = grants;
-        let grants = Grants { read, dirs, beside, role: Role::Snapshot, ..Grants::default() };
+        let Grants { read: images, mut dirs, .. } = Grants::of_child(config, overlays, saved);
+        dirs.extend(read);
+        let grants = Grants { read: images, dirs, beside, role: Role::Snapshot, ..Grants::default() };
         let worker = self.0.zygote.workers(1)?.pop().ok_or(DaemonError::Ending)?;
         worker.confine(self.0.sandbox.confine_request(config, 0, grants))?;
         worker.save(save_request, base.map(Checkpoint::parts), image.parts())?;

@@ -85,6 +85,11 @@ impl Needs {
         self.chains.remove(name);
     }
 
+    /// Forgets data that is removed.
+    pub(super) fn forget(&mut self, gone: &[DataId]) {
+        self.own.retain(|id| !gone.contains(id));
+    }
+
     /// Returns the data among `there` that no checkpoint needs.
     pub(super) fn unneeded(&self, there: impl Iterator<Item = DataId>) -> Vec<DataId> {
         let needed: BTreeSet<&DataId> = self.chains.values().flatten().collect();
@@ -150,5 +155,7 @@ mod tests {
         assert_eq!(unneeded(&needs), [0]);
         needs.found([], true);
         assert_eq!(unneeded(&needs), [0, 2, 3]);
+        needs.forget(&ids[..1]);
+        assert!(needs.own.is_empty());
     }
 }

@@ -363,7 +363,7 @@ impl KeptDir {
     fn remove_unneeded(&self) {
         let put_away = || -> io::Result<Vec<PathBuf>> {
             // Held: data that is needed from now on has no directory yet.
-            let needs = self.needs();
+            let mut needs = self.needs();
             let mut there = Vec::new();
             for entry in fs::read_dir(self.root.join(DATA))? {
                 there.extend(entry?.file_name().into_string().ok().and_then(|name| DataId::try_from(name).ok()));
@@ -374,7 +374,9 @@ impl KeptDir {
                 self.sync()?;
             }
             let gone = unneeded.iter().map(|id| self.put_away(&self.data(id), id.as_str()));
-            Ok(gone.collect::<io::Result<Vec<_>>>()?.into_iter().flatten().collect())
+            let gone = gone.collect::<io::Result<Vec<_>>>()?;
+            needs.forget(&unneeded);
+            Ok(gone.into_iter().flatten().collect())
         };
         match put_away() {
             Ok(gone) => gone.iter().for_each(|dir| remove_tree(dir)),
