@@ -1,7 +1,7 @@
 //! Built templates: looked up by name, and reopened as checkpoints after a restart of the
 //! supervisor.
 
-use clade_daemon::control::{CheckpointInfo, ClientError, OpenRequest, ProblemKind, SavedSource};
+use clade_api::{CheckpointInfo, ClientError, OpenRequest, ProblemKind, SavedSource};
 use hyper::Method;
 
 use crate::error::{Answer, GatewayError};

@@ -14,7 +14,7 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post, put};
 use axum::{Extension, Json, Router};
-use clade_daemon::control::LogsAnswer;
+use clade_api::LogsAnswer;
 use jiff::Timestamp;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;

@@ -6,7 +6,7 @@ use axum::http::StatusCode;
 use axum::http::header::RETRY_AFTER;
 use axum::response::{IntoResponse, Response};
 use clade_agent_client::ClientError as AgentError;
-use clade_daemon::control::{ClientError, ProblemKind};
+use clade_api::{ClientError, ProblemKind};
 use serde::Serialize;
 
 /// The error answer of a call.

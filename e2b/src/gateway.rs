@@ -10,7 +10,7 @@ use std::time::Duration;
 use axum::http::StatusCode;
 use clade_agent_client::proto::PORT;
 use clade_agent_client::{Client as Agent, Endpoint};
-use clade_daemon::control::{Client, ClientError, StopRequest, TtlInfo, TtlRequest};
+use clade_api::{Client, ClientError, StopRequest, TtlInfo, TtlRequest};
 use hyper::Method;
 use thiserror::Error;
 use tokio::sync::Mutex as AsyncMutex;

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use clade_daemon::control::{CheckpointInfo, ClientError};
+use clade_api::{CheckpointInfo, ClientError};
 use hyper::Method;
 use jiff::Timestamp;
 

@@ -15,7 +15,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use clade_daemon::control::{CheckpointInfo, VmInfo, VmState};
+use clade_api::{CheckpointInfo, VmInfo, VmState};
 use hyper::Method;
 use jiff::Timestamp;
 use tokio::sync::Semaphore;

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use clade_daemon::vm_host::check_name;
+use clade_api::check_name;
 use clade_devices::virtio::net::{EgressError, EgressRule, Link};
 use jiff::{SignedDuration, Timestamp};
 use serde_json::Value;

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use axum::http::StatusCode;
 use clade_agent_client::proto::api::Init;
-use clade_daemon::control::{
-    ForkAnswer, ForkRequest, NetworkRequest, StopRequest, SuspendAnswer, SuspendRequest, VmInfo,
+use clade_api::{
+    ForkAnswer, ForkRequest, Label, LabelError, Labels, NetworkRequest, StopRequest, SuspendAnswer, SuspendRequest,
+    VmInfo,
 };
-use clade_daemon::vm_host::{Label, LabelError, Labels};
 use clade_devices::virtio::net::Link;
 use hyper::Method;
 use jiff::Timestamp;

@@ -4,8 +4,7 @@
 use std::sync::PoisonError;
 
 use axum::http::StatusCode;
-use clade_daemon::control::{CheckpointInfo, CheckpointRequest};
-use clade_daemon::vm_host::check_name;
+use clade_api::{CheckpointInfo, CheckpointRequest, check_name};
 use hyper::Method;
 use jiff::Timestamp;
 use serde_json::Value;

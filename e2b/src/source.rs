@@ -1,6 +1,6 @@
 //! The origins of sandboxes: built templates, snapshots of an owner, and checkpoints of the host.
 
-use clade_daemon::control::CheckpointInfo;
+use clade_api::CheckpointInfo;
 use clade_devices::virtio::net::Link;
 use hyper::Method;
 

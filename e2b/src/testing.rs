@@ -385,7 +385,7 @@ impl Fake {
             is_held: Notify::new(),
             changed: Notify::new(),
         });
-        world.supervise(UnixListener::bind(clade_daemon::vm_host::supervisor_path(&run)).unwrap());
+        world.supervise(UnixListener::bind(clade_api::supervisor_path(&run)).unwrap());
         let router = router(&gateway);
         Self { gateway, world, router, dir }
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::anyhow;
 use clade_agent_client::proto::PORT;
 use clade_agent_client::{Client, ClientError, Endpoint};
-use clade_daemon::control::{Client as Control, VmInfo, VmState, WakeAnswer};
+use clade_api::{Client as Control, VmInfo, VmState, WakeAnswer};
 use hyper::Method;
 
 use crate::commands::Failure;
@@ -39,7 +39,7 @@ impl AgentArgs {
         if !matches!(info.state, VmState::Running | VmState::Suspended) {
             return Err(Failure::input(anyhow!("{vm} does not run, so nothing in it answers")));
         }
-        let socket = control.agent_socket(vm).await.map_err(failure)?.ok_or_else(|| {
+        let socket = clade_supervisor::agent_socket(&control, vm).await.map_err(failure)?.ok_or_else(|| {
             Failure::input(anyhow!("{vm} has no vsock device to reach its agent by: give it one with --vsock"))
         })?;
         let read = |path: &PathBuf| {

@@ -1,9 +1,8 @@
 //! `clade checkpoint`, `checkpoints`: the supervisor's images for forks.
 
-use clade_daemon::control::{
-    CheckpointInfo, CheckpointRequest, Client, GuestState, KeepRequest, PrepareRequest, Prepared, VmInfo,
+use clade_api::{
+    CheckpointInfo, CheckpointRequest, Client, GuestState, KeepRequest, PrepareRequest, Prepared, VmInfo, check_name,
 };
-use clade_daemon::vm_host::check_name;
 use hyper::Method;
 
 use crate::commands::args::{CheckpointArgs, CheckpointsArgs, KeepArgs};

@@ -8,14 +8,14 @@ use std::process;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use clade_daemon::control::{
+use clade_api::{
     BootRequest, CheckpointInfo, CheckpointRequest, Client, ForkAnswer, ForkRequest, MAX_MEMORY, ResetAnswer,
     StopRequest, VmInfo, VmLimits, VmStats,
 };
-use clade_daemon::supervisor::{CgroupPlace, Supervisor, SupervisorOptions, vms_in};
-use clade_daemon::vm_host::{Labels, console_path, ended_vms, runtime_dir, socket_path};
+use clade_api::{Labels, console_path, ended_vms, runtime_dir, socket_path};
 use clade_harness::{GuestWords, Machine, WordsError, bytes_of};
 use clade_host_io::sched::serve_requests;
+use clade_supervisor::{CgroupPlace, Supervisor, SupervisorOptions, vms_in};
 use clade_vmm::kvm::Host;
 use clade_vmm::vm::{StopReason, VmConfig};
 use hyper::Method;
@@ -145,7 +145,7 @@ impl DevSupervisor {
         let names: Vec<String> = vms_in(self.client.dir()).unwrap_or_default().into_iter().collect();
         let stop = |name: String| {
             let client = self.client.clone();
-            async move { client.stop(&name, StopRequest::default()).await }
+            async move { clade_supervisor::stop(&client, &name, StopRequest::default()).await }
         };
         // A VM that does not end is ended with this process.
         drop(self.runtime.block_on(for_each(&names, stop)));
@@ -208,7 +208,10 @@ impl RemoteVm {
 
     /// Ends the VM. Its name is then free.
     pub fn stop(&self) -> Result<(), Failure> {
-        self.runtime.block_on(self.client.stop(&self.name, StopRequest::default())).map(drop).map_err(failure)
+        self.runtime
+            .block_on(clade_supervisor::stop(&self.client, &self.name, StopRequest::default()))
+            .map(drop)
+            .map_err(failure)
     }
 
     /// Connects to its console, which first sends its last output.

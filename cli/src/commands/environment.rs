@@ -63,7 +63,7 @@ mod tests {
     fn each_variable_that_a_command_reads_is_described() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
         let mut found = BTreeSet::new();
-        for dir in ["cli/src/commands", "daemon/src", "oci/src", "vmm/src", "e2b/src"] {
+        for dir in ["cli/src/commands", "api/src", "worker/src", "supervisor/src", "oci/src", "vmm/src", "e2b/src"] {
             read_in(&root.join(dir), &mut found);
         }
         let of_tests_and_hooks = |name: &String| {

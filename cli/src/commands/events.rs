@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use crate::commands::args::EventsArgs;
 use crate::commands::remote::ask;
 use crate::commands::{Failure, Outcome};
-use clade_daemon::control::Client;
+use clade_api::Client;
 
 pub(super) fn main(args: &EventsArgs) -> Outcome {
     let mut written = Ok(());

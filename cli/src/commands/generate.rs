@@ -50,7 +50,7 @@ pub(super) fn man(args: &ManArgs) -> Outcome {
 }
 
 pub(super) fn openapi() -> Outcome {
-    print_json(&clade_daemon::supervisor::described()).map_err(Failure::run)
+    print_json(&clade_supervisor::described()).map_err(Failure::run)
 }
 
 #[cfg(test)]

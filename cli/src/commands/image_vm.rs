@@ -6,8 +6,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use clade_api::{check_name, runtime_dir};
 use clade_block::DiskConfig;
-use clade_daemon::vm_host::{check_name, runtime_dir};
 use clade_devices::virtio::block::BlockOptions;
 use clade_devices::virtio::vsock::VsockOptions;
 use clade_oci::{Image, ImageStore, RunConfig};
@@ -15,13 +15,12 @@ use clade_vmm::vm::DiskSpec;
 use serde::Serialize;
 use tempfile::NamedTempFile;
 
-use crate::commands::Failure;
 use crate::commands::args::RunArgs;
 use crate::commands::devices::random_cid;
-use crate::commands::guest_agent;
 use crate::commands::image::{PullFlags, open_store, parse, pull};
 use crate::commands::modules::{self, Module};
 use crate::commands::run::name;
+use crate::commands::{Failure, guest_agent};
 use crate::linux_guest::LinuxGuest;
 
 /// The agent's option on the kernel's command line.

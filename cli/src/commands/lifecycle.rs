@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use clade_daemon::control::{
+use clade_api::{
     CheckpointInfo, Client, ClientError, ReadyAnswer, ResetAnswer, RollbackRequest, ShutdownInfo, StopAnswer,
     StopRequest, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest, TtlInfo, TtlRequest, VmInfo,
     VmState, WakeAnswer,
@@ -203,7 +203,9 @@ async fn one(client: Client, verb: Verb, name: String) -> Result<Done, ClientErr
             let woken = client.request(Method::POST, &name, "/wake", None::<&()>).await?;
             Ok(Done::Woken(Box::new(woken)))
         }
-        Verb::Stop(request) => client.stop(&name, request).await.map(|answer| Done::Stopped(Box::new(answer))),
+        Verb::Stop(request) => {
+            clade_supervisor::stop(&client, &name, request).await.map(|answer| Done::Stopped(Box::new(answer)))
+        }
         Verb::Reset => client.request(Method::POST, &name, "/reset", None::<&()>).await.map(Done::Reset),
         Verb::Rollback(request) => {
             let path = format!("/v1/vms/{name}/rollback");

@@ -3,7 +3,7 @@
 use std::fmt::{self, Write};
 use std::io::{self, IsTerminal};
 
-use clade_daemon::flight;
+use clade_api::flight;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::filter::filter_fn;

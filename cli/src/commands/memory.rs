@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 
-use clade_daemon::control::{Client, MAX_MEMORY};
+use clade_api::{Client, MAX_MEMORY};
 use clap::{Args, Subcommand};
 
 use crate::commands::remote::ask;

@@ -1,6 +1,6 @@
 //! `clade network`: the state of a VM's network, and its egress rules.
 
-use clade_daemon::control::{NetworkRequest, VmInfo};
+use clade_api::{NetworkRequest, VmInfo};
 use clade_devices::virtio::net::{EgressRule, Link};
 use clap::{Args, ValueEnum};
 use hyper::Method;

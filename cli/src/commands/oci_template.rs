@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 use clade_agent_client::Client as Agent;
 use clade_agent_client::Endpoint;
 use clade_agent_client::proto::PORT;
-use clade_daemon::control::{
+use clade_api::Labels;
+use clade_api::{
     BootRequest, CheckpointInfo, CheckpointRequest, Client, ClientError, ForkAnswer, ForkRequest, ProblemKind,
     StopRequest, VmInfo,
 };
-use clade_daemon::vm_host::Labels;
 use clade_vmm::vm::{NetSpec, UserNet, VsockChoice};
 use hyper::Method;
 
@@ -104,7 +104,7 @@ pub(super) async fn try_child(client: &Client, vm: &str, limit: Duration) -> Res
         match forked {
             Ok(answer) => {
                 for child in answer.children {
-                    let stopped = client.stop(&child, StopRequest::default()).await;
+                    let stopped = clade_supervisor::stop(&client, &child, StopRequest::default()).await;
                     stopped.map_err(|error| clade_vmm::error_chain(&error))?;
                 }
                 return Ok(());
@@ -191,7 +191,7 @@ fn hash_file(path: &Path, hash: &mut DefaultHasher) -> Outcome {
 mod tests {
     use std::fs;
 
-    use clade_daemon::control::VmLimits;
+    use clade_api::VmLimits;
     use clade_devices::virtio::vsock::VsockOptions;
     use clade_vmm::vm::VmConfig;
 

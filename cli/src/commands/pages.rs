@@ -6,7 +6,7 @@ mod svg;
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 
-use clade_daemon::control::{CellInfo, Client, KindCounts, LayerInfo, MAX_CELLS, PagesAnswer};
+use clade_api::{CellInfo, Client, KindCounts, LayerInfo, MAX_CELLS, PagesAnswer};
 use hyper::Method;
 
 use crate::commands::remote::ask;
@@ -172,7 +172,7 @@ pub(super) mod tests {
         let layer = |id: u64, shown_pages| LayerInfo {
             id,
             file: format!("1:{id}"),
-            home: clade_daemon::control::LayerHome::Memory,
+            home: clade_api::LayerHome::Memory,
             shown_pages,
             resident_kib: Some(4),
             alone: Some(id == 9),

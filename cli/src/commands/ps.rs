@@ -10,8 +10,7 @@ use crate::commands::args::{ListFormat, PsArgs};
 use crate::commands::remote::{ask, state_name};
 use crate::commands::units::{show_age, show_size};
 use crate::commands::{Failure, Outcome, print_json};
-use clade_daemon::control::{Client, GuestState, ListedVms, VmInfo, VmState};
-use clade_daemon::vm_host::EndedVm;
+use clade_api::{Client, EndedVm, GuestState, ListedVms, VmInfo, VmState};
 
 const NONE: &str = "-";
 /// How long all VMs together may take to answer for a table.
@@ -62,7 +61,7 @@ pub(super) fn columns(rows: &[Vec<String>]) -> String {
 
 /// A VM's memory: its own, that of the layers that it shows, and the size of its RAM.
 fn memory(vm: &VmInfo) -> String {
-    let show = |memory: &clade_daemon::control::MemoryInfo| {
+    let show = |memory: &clade_api::MemoryInfo| {
         let (own, shared) = (show_size(memory.private_kib << 10), show_size(memory.shared_kib << 10));
         format!("{own}+{shared}/{}", show_size(memory.mib << 20))
     };

@@ -13,11 +13,11 @@ use crate::commands::serve::ensure;
 use crate::commands::terminal::{Escape, EscapeFilter, RawMode};
 use crate::commands::units::{show_age, show_pause};
 use crate::commands::{Failure, Outcome, Table, print_json};
-use clade_daemon::control::{
+use clade_api::flight::FlightEvent;
+use clade_api::{
     BalloonInfo, BalloonRequest, Client, ClientError, ErasedInfo, ForkAnswer, ForkRequest, LogsAnswer, VmState,
 };
-use clade_daemon::flight::FlightEvent;
-use clade_daemon::vm_host::{Labels, check_name, console_path, runtime_dir, virtio_console_path};
+use clade_api::{Labels, check_name, console_path, runtime_dir, virtio_console_path};
 
 pub(super) fn ask<T>(question: impl Future<Output = Result<T, ClientError>>) -> Result<T, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::run)?;

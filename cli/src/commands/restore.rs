@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::time::Instant;
 
-use clade_daemon::control::{Client, ForkAnswer, ForkRequest, RestoreRequest, SavedSource};
+use clade_api::{Client, ForkAnswer, ForkRequest, RestoreRequest, SavedSource};
 use clade_vmm::vm::RestoreLoad;
 use hyper::Method;
 

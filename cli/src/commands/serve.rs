@@ -8,10 +8,12 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
-use clade_daemon::control::{Client, ClientError, MergingVm, SupervisorInfo, SupervisorKept, Token};
-use clade_daemon::jail::Confinement;
-use clade_daemon::supervisor::{Supervisor, SupervisorOptions, TcpPort, vms_in};
-use clade_daemon::vm_host::{DaemonError, KeptSettings, log_path, open_log, runtime_dir, supervisor_path};
+use clade_api::{
+    Client, ClientError, DaemonError, KeptSettings, MergingVm, SupervisorInfo, SupervisorKept, Token, log_path,
+    open_log, runtime_dir, supervisor_path,
+};
+use clade_supervisor::{Supervisor, SupervisorOptions, TcpPort, vms_in};
+use clade_worker::jail::Confinement;
 
 use hyper::Method;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};

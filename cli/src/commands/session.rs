@@ -23,12 +23,11 @@ use crate::commands::serve::{answers, ensure_with};
 use crate::commands::shutdown::ShutdownSignal;
 use crate::commands::terminal::{Escape, EscapeFilter, RawMode};
 use crate::commands::{Failure, Outcome};
-use clade_daemon::control::{Client, ClientError, StopRequest, SupervisorInfo};
-use clade_daemon::jail::Confinement;
-use clade_daemon::supervisor::{COMMIT_TIMEOUT, in_session, is_in_session, settle_dead};
-use clade_daemon::vm_host::{EndedVm, console_path, ended_vms, log_path};
+use clade_api::{Client, ClientError, EndedVm, StopRequest, SupervisorInfo, console_path, ended_vms, log_path};
+use clade_supervisor::{COMMIT_TIMEOUT, in_session, is_in_session, settle_dead};
 use clade_vmm::kvm::Host;
 use clade_vmm::vm::StopReason;
+use clade_worker::jail::Confinement;
 
 /// Interval of the checks for the end of VMs.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
@@ -279,7 +278,9 @@ impl<'a> CommandSession<'a> {
                 self.runtime.block_on(async {
                     let stops = some.iter().map(|name| {
                         let (client, name) = (self.client.clone(), name.clone());
-                        tokio::spawn(async move { client.stop(&name, StopRequest::default()).await.map(drop) })
+                        tokio::spawn(async move {
+                            clade_supervisor::stop(&client, &name, StopRequest::default()).await.map(drop)
+                        })
                     });
                     for stop in stops.collect::<Vec<_>>() {
                         let left = deadline.saturating_duration_since(Instant::now());
@@ -310,7 +311,8 @@ impl<'a> CommandSession<'a> {
                     return;
                 }
                 if escape == Some(Escape::Leave) {
-                    if let Err(error) = runtime.block_on(client.stop(&name, StopRequest::default())) {
+                    if let Err(error) = runtime.block_on(clade_supervisor::stop(&client, &name, StopRequest::default()))
+                    {
                         say!("\r\nclade: {}\r", clade_vmm::error_chain(&error));
                     }
                     return;

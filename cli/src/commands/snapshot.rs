@@ -13,7 +13,7 @@ use crate::commands::args::{ActArgs, ParentsArgs, SaveArgs, SnapshotArgs, Snapsh
 use crate::commands::remote::{ask, supervised};
 use crate::commands::units::show_pause;
 use crate::commands::{Failure, Outcome, Table, print_json};
-use clade_daemon::control::{SnapshotAnswer, SnapshotProgress, SnapshotRequest, WorkingSetAnswer};
+use clade_api::{SnapshotAnswer, SnapshotProgress, SnapshotRequest, WorkingSetAnswer};
 
 /// The interval at which a snapshot's progress is polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);

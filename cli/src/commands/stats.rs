@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::time::Duration;
 
-use clade_daemon::control::{Client, ClientError, Gathered, HistogramInfo, VmStats, pages_kib};
+use clade_api::{Client, ClientError, Gathered, HistogramInfo, VmStats, pages_kib};
 use serde::Serialize;
 
 use crate::commands::ps::{by_name, columns};
@@ -105,7 +105,7 @@ fn gather(names: &[String]) -> Result<Gathered, Failure> {
     let client = Client::default();
     let mut gathered = ask(async {
         for name in names {
-            clade_daemon::vm_host::check_name(name)?;
+            clade_api::check_name(name)?;
         }
         let all = if names.is_empty() { client.all_names().await? } else { names.to_vec() };
         Ok::<_, ClientError>(client.gather(all).await)
@@ -113,7 +113,7 @@ fn gather(names: &[String]) -> Result<Gathered, Failure> {
     gathered.vms.sort_by(|one, other| by_name(&one.name, &other.name));
     let is_there = |name: &&String| gathered.vms.iter().all(|vm| vm.name != **name) && !gathered.silent.contains(*name);
     if let Some(missing) = names.iter().find(is_there) {
-        let path = clade_daemon::vm_host::socket_path(client.dir(), missing);
+        let path = clade_api::socket_path(client.dir(), missing);
         return Err(Failure::input(ClientError::NoSuchVm { name: missing.clone(), path }));
     }
     Ok(gathered)

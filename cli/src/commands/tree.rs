@@ -3,8 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 
-use clade_daemon::control::{CheckpointInfo, Client, ClientError, LayerInfo, VmState, VmStats, pages_kib};
-use clade_daemon::vm_host::EndedVm;
+use clade_api::{CheckpointInfo, Client, ClientError, EndedVm, LayerInfo, VmState, VmStats, pages_kib};
 use hyper::Method;
 use serde::Serialize;
 

@@ -2,8 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use clade_daemon::control::{Client, ClientError, VmInfo};
-use clade_daemon::vm_host::{EndedVm, check_name, socket_path};
+use clade_api::{Client, ClientError, EndedVm, VmInfo, check_name, socket_path};
 use hyper::Method;
 use serde::Serialize;
 

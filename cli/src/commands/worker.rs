@@ -7,19 +7,18 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 
+use crate::commands::run::{say, with_runtime};
+use crate::commands::shutdown::ShutdownSignal;
+use crate::commands::{Failure, Outcome};
+use clade_api::flight;
 use clade_block::Disk;
-use clade_daemon::flight;
-use clade_daemon::vm_host::VmHost;
-use clade_daemon::worker::{self, Program, Served, UNMERGED};
 use clade_guests::abi;
 use clade_harness::{BareMailbox, BareVcpu, GuestWords};
 use clade_memory::{GuestRam, HugeTmpfs};
 use clade_vmm::boot::BootImage;
 use clade_vmm::vm::{Context, Vm};
-
-use crate::commands::run::{say, with_runtime};
-use crate::commands::shutdown::ShutdownSignal;
-use crate::commands::{Failure, Outcome};
+use clade_worker::vm_host::VmHost;
+use clade_worker::{Program, Served, UNMERGED};
 
 /// The interval at which the end of the VM is polled.
 const TURN: Duration = Duration::from_millis(200);
@@ -46,7 +45,7 @@ pub(super) fn context(mount: Option<HugeTmpfs>) -> Result<Context, Failure> {
 /// Runs the VM requested by the process behind `socket`.
 pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
     // Before a second thread, which would not be confined.
-    let Some(confined) = worker::confine_worker(context, &socket).map_err(Failure::run)? else { return Ok(()) };
+    let Some(confined) = clade_worker::confine_worker(context, &socket).map_err(Failure::run)? else { return Ok(()) };
     with_runtime(|runtime| {
         let mut program = Program { kernel, before_start: None, booted: None, started: None, said: None };
         if measures() {
@@ -59,7 +58,7 @@ pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
         // Until then a signal ends the process at once, and its starter clears up.
         let shutdown = OnceCell::new();
         let listen = || ShutdownSignal::listen(runtime).map(|signal| drop(shutdown.set(signal)));
-        let served = worker::serve(context, &confined, &socket, runtime, &program, &listen);
+        let served = clade_worker::serve(context, &confined, &socket, runtime, &program, &listen);
         // The starter got the error.
         let served = served.inspect_err(|error| tracing::debug!(%error, "no VM")).ok().flatten();
         let (Some(served), Some(shutdown)) = (served, shutdown.into_inner()) else { return Ok(()) };

@@ -1,11 +1,10 @@
 //! `clade zygote`: forks workers, for the process that started this one.
 
-use clade_daemon::zygote::{ZygoteRole, mount, serve};
-
 use crate::commands::args::ZygoteArgs;
 use crate::commands::limits::one_arena;
 use crate::commands::worker::{context, standard_input, work};
 use crate::commands::{Failure, Outcome};
+use clade_worker::zygote::{ZygoteRole, mount, serve};
 
 pub(super) fn main(args: &ZygoteArgs) -> Outcome {
     one_arena();

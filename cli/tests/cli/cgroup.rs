@@ -6,8 +6,7 @@ use std::path::{Path, PathBuf};
 use rustix::process::Signal;
 
 use crate::supervisor::Supervised;
-use crate::tool::kill;
-use crate::tool::{Runtime, kvm, wait_until};
+use crate::tool::{Runtime, kill, kvm, wait_until};
 
 /// A control group (v2) of this test, removed with all groups below it. Its controllers are the
 /// host's.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use clade_daemon::control::Client;
+use clade_api::Client;
 use clade_guests::abi::disk::{DiskRun, Order, What};
 use clade_guests::abi::{Command, PAGE_SIZE, WORK_BASE};
 use clade_harness::{BareVcpu, GuestWords, Machine, WordsError, bytes_of};

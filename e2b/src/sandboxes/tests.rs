@@ -97,7 +97,7 @@ async fn the_time_of_a_sandbox_begins_when_its_guest_is_initialised() {
     };
     let gateway = Gateway::open(&options).unwrap();
     let (log, permits) = (Log::default(), Arc::new(Semaphore::new(0)));
-    let supervisor = clade_daemon::vm_host::supervisor_path(&run);
+    let supervisor = clade_api::supervisor_path(&run);
     supervise(UnixListener::bind(supervisor).unwrap(), &socket, &log);
     answer_for_agent(UnixListener::bind(&socket).unwrap(), &log, Arc::clone(&permits));
 

@@ -17,7 +17,7 @@ use anyhow::{Context, anyhow};
 use clade_agent_client::proto::PORT;
 use clade_agent_client::proto::process::{ProcessConfig, StartRequest};
 use clade_agent_client::{Client as Agent, Endpoint};
-use clade_daemon::control::{Client, ForkAnswer, ForkRequest, LogsAnswer, VmInfo};
+use clade_api::{Client, ForkAnswer, ForkRequest, LogsAnswer, VmInfo};
 use hyper::Method;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;

@@ -10,9 +10,7 @@ use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clade_daemon::control::{
-    CheckpointInfo, CheckpointRequest, ForkAnswer, ForkRequest, PrepareRequest, Prepared, VmInfo,
-};
+use clade_api::{CheckpointInfo, CheckpointRequest, ForkAnswer, ForkRequest, PrepareRequest, Prepared, VmInfo};
 use clade_harness::BareVcpu;
 use clade_vmm::boot::{BootImage, BootSource};
 use clade_vmm::vm::{Context, ForkImage, Vm, VmConfig};

@@ -22,7 +22,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clade_daemon::control::{ForkAnswer, ForkRequest, RestoreRequest, SavedSource};
+use clade_api::{ForkAnswer, ForkRequest, RestoreRequest, SavedSource};
 use clade_guests::abi::{Command as GuestCommand, PAGE_SIZE, WORK_BASE};
 use clade_snapshot::Compression;
 use hyper::Method;

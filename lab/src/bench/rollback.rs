@@ -9,7 +9,7 @@
 
 use std::time::{Duration, Instant};
 
-use clade_daemon::control::{
+use clade_api::{
     CheckpointInfo, CheckpointRequest, ForkAnswer, ForkRequest, PrepareRequest, Prepared, ResetAnswer, RollbackRequest,
 };
 use clade_guests::abi::{PAGE_SIZE, WORK_BASE};
@@ -52,7 +52,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     let config = VmConfig::bare(mem, 1).map_err(Failure::input)?;
     config.check_host_memory().map_err(Failure::input)?;
     let bench = Bench(BenchSupervisor::start(&["--pool", "0"], &[(MEASURE, "idle")])?);
-    bench.0.ask::<clade_daemon::control::VmInfo>(Method::POST, "/v1/vms", Some(&boot_request(VM, &config)))?;
+    bench.0.ask::<clade_api::VmInfo>(Method::POST, "/v1/vms", Some(&boot_request(VM, &config)))?;
     bench.checkpoint("one")?;
     bench.write(DIFFERENCE, 1)?;
     bench.checkpoint("two")?;

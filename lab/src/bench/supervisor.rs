@@ -4,8 +4,9 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use clade_daemon::control::{BootRequest, Client, ClientError, StopRequest, SupervisorInfo, VmInfo, VmLimits};
-use clade_daemon::vm_host::{Labels, supervisor_path};
+use clade_api::{
+    BootRequest, Client, ClientError, Labels, StopRequest, SupervisorInfo, VmInfo, VmLimits, supervisor_path,
+};
 use clade_vmm::vm::VmConfig;
 use hyper::Method;
 use serde::Serialize;
@@ -93,7 +94,7 @@ impl BenchSupervisor {
         let stop = |name: String| {
             let client = self.client.clone();
             async move {
-                let stopped = client.stop(&name, StopRequest::default()).await;
+                let stopped = clade_supervisor::stop(&client, &name, StopRequest::default()).await;
                 if let Err(error @ ClientError::Refused { .. }) = &stopped {
                     tracing::warn!(%error, name, "a clone is not stopped");
                 }

@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clade_daemon::control::{SuspendAnswer, SuspendRequest, VmInfo, WakeAnswer};
+use clade_api::{SuspendAnswer, SuspendRequest, VmInfo, WakeAnswer};
 use clade_guests::abi::{Command, Event, WORK_BASE};
 use clade_harness::{BareMailbox, BareVcpu};
 use clade_memory::SuspendFile;

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use clade_daemon::control::{Client, ForkAnswer, ForkRequest};
+use clade_api::{Client, ForkAnswer, ForkRequest};
 use clade_e2b::{ApiKeys, Scope};
 use hyper::Method;
 use serde_json::Value;
@@ -232,7 +232,7 @@ impl Bench {
         };
         let times = self.supervisor.runtime.block_on(measured).map_err(Failure::Run)?;
         // Failed sandboxes may still exist.
-        let all: Vec<clade_daemon::control::VmInfo> = self.supervisor.ask(Method::GET, "/v1/vms", None::<&()>)?;
+        let all: Vec<clade_api::VmInfo> = self.supervisor.ask(Method::GET, "/v1/vms", None::<&()>)?;
         let names: Vec<String> = all.into_iter().map(|vm| vm.name).collect();
         self.supervisor.stop(&names, 0)?;
         Ok(times)
@@ -304,7 +304,7 @@ async fn one_native(client: &Client, checkpoint: &str, number: usize) -> anyhow:
     native(client, checkpoint, &name, 1).await?;
     check(&exec(client, &name, &SCRIPT).await?)?;
     let took = begun.elapsed();
-    client.stop(&name, clade_daemon::control::StopRequest::default()).await?;
+    clade_supervisor::stop(&client, &name, clade_api::StopRequest::default()).await?;
     Ok(took)
 }
 

@@ -7,18 +7,17 @@ use std::time::Duration;
 
 use clap::Args;
 
-use clade_daemon::jail::Confinement;
-use clade_daemon::vm_host::Label;
-use clade_devices::virtio::net::EgressRule;
-use clade_devices::virtio::vsock::VsockOptions;
-use clade_vmm::vm::{DiskSpec, NetChoice, VsockChoice};
-
 use crate::commands::devices::{parse_net_choice, parse_vsock, parse_vsock_choice};
 use crate::commands::disk::parse_disk;
 use crate::commands::image::PullFlags;
 use crate::commands::machine::MachineArgs;
 use crate::commands::network::NetworkState;
 use crate::commands::units::{parse_duration, parse_size};
+use clade_api::Label;
+use clade_devices::virtio::net::EgressRule;
+use clade_devices::virtio::vsock::VsockOptions;
+use clade_vmm::vm::{DiskSpec, NetChoice, VsockChoice};
+use clade_worker::jail::Confinement;
 
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {

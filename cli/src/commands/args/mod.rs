@@ -10,11 +10,6 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use clade_daemon::jail::Confinement;
-use clade_daemon::supervisor::CgroupPlace;
-use clade_daemon::vm_host::{Label, LabelError};
-use clade_daemon::zygote::ZYGOTE;
-
 use crate::commands::cp::CpArgs;
 use crate::commands::e2b::{E2bArgs, KeyCommand};
 use crate::commands::exec::{ExecArgs, ShellArgs};
@@ -30,6 +25,10 @@ use crate::commands::template::TemplateCommand;
 use crate::commands::tree::TreeArgs;
 use crate::commands::units::{parse_duration, parse_mib, parse_size};
 use crate::commands::wait::WaitArgs;
+use clade_api::{Label, LabelError};
+use clade_supervisor::CgroupPlace;
+use clade_worker::jail::Confinement;
+use clade_worker::zygote::ZYGOTE;
 
 pub(crate) use launch::{DEFAULT_CMDLINE, ForkArgs, RunArgs};
 pub(crate) use snapshot::{ParentsArgs, RestoreArgs, SaveArgs, SnapshotArgs, SnapshotCommand, SnapshotDirArgs};

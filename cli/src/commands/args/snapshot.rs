@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use clade_daemon::jail::Confinement;
+use clade_worker::jail::Confinement;
 
 use super::ActArgs;
 use super::launch::CloneArgs;

@@ -98,7 +98,7 @@ pub(super) fn draw(drawing: &Drawing<'_>) -> String {
 }
 
 /// Formats a cell's counts of pages.
-struct Counted<'a>(&'a clade_daemon::control::CellInfo);
+struct Counted<'a>(&'a clade_api::CellInfo);
 
 impl std::fmt::Debug for Counted<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

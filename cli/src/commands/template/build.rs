@@ -9,12 +9,12 @@ use std::time::Instant;
 
 use anyhow::anyhow;
 use clade_agent_client::proto::api::Init;
-use clade_daemon::control::{
+use clade_api::{
     BootRequest, CheckpointInfo, CheckpointRequest, Client, SnapshotAnswer, SnapshotRequest, StopRequest, VmInfo,
 };
-use clade_daemon::jail::Confinement;
 use clade_e2b::{Draft, Template, TemplateSpec, TemplateStore, check_template_name};
 use clade_oci::{Action, BuildStep};
+use clade_worker::jail::Confinement;
 use hyper::Method;
 use tokio::task::spawn_blocking;
 
@@ -257,7 +257,7 @@ impl Build<'_> {
 
     /// Stops the VM, and removes the checkpoint of an unfinished template.
     async fn clear_up(&self, is_built: bool) {
-        let stopped = self.client.stop(&self.boot.name, StopRequest::default()).await;
+        let stopped = clade_supervisor::stop(&self.client, &self.boot.name, StopRequest::default()).await;
         if let Err(error) = stopped.map_err(failure)
             && is_built
         {

@@ -9,7 +9,7 @@ use anyhow::{Context, anyhow};
 use clade_agent_client::proto::process::{DataEvent, EndEvent, ProcessConfig, StartRequest};
 use clade_agent_client::proto::{Code, PORT, RpcError};
 use clade_agent_client::{Client as Agent, ClientError, Endpoint, Process};
-use clade_daemon::control::{Client, TtlInfo, TtlRequest, VmInfo};
+use clade_api::{Client, TtlInfo, TtlRequest, VmInfo};
 use hyper::Method;
 use tokio::task::JoinHandle;
 

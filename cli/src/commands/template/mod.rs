@@ -11,8 +11,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use clade_daemon::control::{CheckpointInfo, Client, ClientError};
-use clade_daemon::vm_host::runtime_dir;
+use clade_api::{CheckpointInfo, Client, ClientError, runtime_dir};
 use clade_e2b::{Template, TemplateError, TemplateStore};
 use hyper::Method;
 use serde::Serialize;

@@ -1,0 +1,529 @@
+//! A client of VMs' control sockets.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use clade_agent_client::Socket;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::{Bytes, Incoming};
+use hyper::{Method, Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::net::{TcpStream, UnixStream};
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::error::Elapsed;
+use tokio::time::{sleep, timeout, timeout_at};
+
+use crate::{
+    DaemonError, EndedVm, NameClaim, Problem, RuntimeDir, StopAnswer, StopRequest, Token, VmInfo, WorkerExit,
+    check_name, ended_vms, runtime_dir, socket_path, supervisor_path,
+};
+
+mod error;
+mod memory;
+
+pub use error::ClientError;
+
+/// VMs asked at a time for a list of all.
+const MAX_ASKED: usize = 32;
+/// Time limit of each answer. A VM stopped by a debugger delays the list no longer. A process whose
+/// connections are all idle takes 10 s to cut one.
+const LIST_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Most bytes of an answer. A map of pages has up to four million.
+const MAX_ANSWER: usize = 16 << 20;
+/// Time that the process of a stopped VM may keep its name, and the interval of the checks.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
+const RELEASE_POLL: Duration = Duration::from_millis(2);
+/// Interval of the attempts to connect to a process that accepts no connection.
+const CONNECT_POLL: Duration = Duration::from_millis(50);
+/// Time limit for the end of a supervisor that no longer answers.
+const TAKEOVER_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time limit for a VM's process to stop it, beside its guest's grace time: longer than the process
+/// itself waits for the VM's resources.
+const STOP_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Most attempts of a request whose refusal may be temporary.
+const MAX_ATTEMPTS: u32 = 6;
+/// The pause after the first refusal. Each further pause is twice as long: three seconds in all.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+
+/// The VMs that answer.
+#[derive(Clone, Debug, Default)]
+pub struct ListedVms {
+    /// Those of this user.
+    pub vms: Vec<VmInfo>,
+    /// Number of sockets of other users.
+    pub forbidden: usize,
+    /// The names of VMs whose processes have not answered in time.
+    pub silent: Vec<String>,
+}
+
+type Answered = (Result<Result<VmInfo, ClientError>, Elapsed>, String);
+
+impl ListedVms {
+    fn extend(&mut self, answer: Option<Result<Answered, JoinError>>) {
+        match answer {
+            // By the requested name, not by the answer's.
+            Some(Ok((Ok(Ok(info)), name))) => self.vms.push(VmInfo { name, ..info }),
+            Some(Ok((Ok(Err(ClientError::Forbidden { .. })), _))) => self.forbidden += 1,
+            // The VM has ended meanwhile, or a dead process has left its socket.
+            Some(Ok((Ok(Err(error)), name))) => tracing::debug!(%error, name, "does not answer"),
+            Some(Ok((Err(_), name))) => self.silent.push(name),
+            Some(Err(error)) => tracing::warn!(%error, "a VM is left out"),
+            None => {}
+        }
+    }
+}
+
+/// A supervisor behind a TCP port.
+#[derive(Clone, Debug)]
+struct Remote {
+    api: String,
+    token_file: Option<PathBuf>,
+}
+
+/// Sends requests to VMs by name.
+#[derive(Clone, Debug)]
+pub struct Client {
+    dir: PathBuf,
+    remote: Option<Remote>,
+    /// Most attempts of a request.
+    attempts: u32,
+}
+
+impl Default for Client {
+    /// A client for the supervisor at `$CLADE_API` if that is set, else for the VMs of this user's
+    /// runtime directory.
+    fn default() -> Self {
+        let of = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+        let remote = of("CLADE_API").map(|api| Remote {
+            api: api.to_string_lossy().into_owned(),
+            token_file: of("CLADE_TOKEN_FILE").map(PathBuf::from),
+        });
+        Self { dir: runtime_dir(), remote, attempts: MAX_ATTEMPTS }
+    }
+}
+
+impl Remote {
+    async fn connect(&self) -> Result<(Socket, Token), ClientError> {
+        let address = self.api.strip_prefix("tcp://").and_then(|address| address.parse().ok());
+        let address: SocketAddr = address.ok_or_else(|| ClientError::Address { value: self.api.clone() })?;
+        let token = Token::read(self.token_file.as_deref().ok_or(ClientError::NoToken)?)?;
+        let stream = TcpStream::connect(address).await;
+        Ok((stream.map_err(|source| ClientError::NoAnswer { address, source })?.into(), token))
+    }
+}
+
+impl Client {
+    /// A client for the VMs with their sockets in `dir`.
+    #[must_use]
+    pub fn new(dir: &Path) -> Self {
+        Self { dir: dir.to_owned(), remote: None, attempts: 1 }
+    }
+
+    /// Has requests repeated whose refusal may be temporary: if nothing was done, or if the request
+    /// changes nothing.
+    #[must_use]
+    pub fn with_retries(self) -> Self {
+        Self { attempts: MAX_ATTEMPTS, ..self }
+    }
+
+    /// Returns whether it asks a supervisor behind a TCP port.
+    #[must_use]
+    pub fn is_remote(&self) -> bool {
+        self.remote.is_some()
+    }
+
+    /// Returns the directory of the sockets.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Sends a request to the process of `name`.
+    ///
+    /// # Errors
+    /// When it cannot be reached, or refuses.
+    pub async fn request<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        name: &str,
+        action: &str,
+        body: Option<&(impl Serialize + Sync)>,
+    ) -> Result<T, ClientError> {
+        let mut attempt = 1;
+        loop {
+            let answer = self.request_once(method.clone(), name, action, body).await;
+            match answer {
+                Err(error) if attempt < self.attempts && error.may_pass(&method) => pause_after(attempt).await,
+                answer => return answer,
+            }
+            attempt += 1;
+        }
+    }
+
+    async fn request_once<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        name: &str,
+        action: &str,
+        body: Option<&(impl Serialize + Sync)>,
+    ) -> Result<T, ClientError> {
+        check_name(name)?;
+        if self.is_remote() {
+            return self.supervisor_once(method, &format!("/v1/vms/{name}{action}"), body).await;
+        }
+        exchange(self.connect(name).await?, None, method, &format!("/v1/vms/{name}{action}"), body).await
+    }
+
+    /// Connects to the process of `name`.
+    async fn connect(&self, name: &str) -> Result<Socket, ClientError> {
+        let path = socket_path(&self.dir, name);
+        let connected = connected_to(&path).await;
+        connected.map(Into::into).map_err(|source| ClientError::unreachable(name, path, source))
+    }
+
+    /// Has the supervisor stop a VM. Returns when its name is free.
+    ///
+    /// # Errors
+    /// As for [`Self::supervisor`].
+    pub async fn stop(&self, name: &str, request: StopRequest) -> Result<StopAnswer, ClientError> {
+        check_name(name)?;
+        let deadline = Instant::now() + TAKEOVER_TIMEOUT;
+        loop {
+            match self.supervisor(Method::POST, &format!("/v1/vms/{name}/stop"), Some(&request)).await {
+                // The process ended without an answer. The next may answer; stopping a VM twice is
+                // harmless.
+                Err(error) if !self.is_remote() && error.is_lost() && Instant::now() < deadline => {
+                    sleep(CONNECT_POLL).await;
+                }
+                answer => return answer,
+            }
+        }
+    }
+
+    /// Sends a request to the process of `name`, which has `limit` to answer.
+    ///
+    /// # Errors
+    /// As for any request. [`ClientError::Silent`] when the time is over.
+    pub async fn request_within<T: DeserializeOwned>(
+        &self,
+        limit: Duration,
+        method: Method,
+        name: &str,
+        action: &str,
+        body: Option<&(impl Serialize + Sync)>,
+    ) -> Result<T, ClientError> {
+        let answer = timeout(limit, self.request(method, name, action, body)).await;
+        answer.unwrap_or_else(|_| Err(ClientError::Silent { name: name.to_owned(), seconds: limit.as_secs() }))
+    }
+
+    /// Stops a VM by its process, which is `pid` if that is known: what the process says is its own
+    /// word. Returns the claim to files that the process may not remove, if it has left any.
+    ///
+    /// # Errors
+    /// As for [`Self::stop`].
+    pub async fn stop_process(
+        &self,
+        name: &str,
+        request: StopRequest,
+        pid: Option<u32>,
+    ) -> Result<(StopAnswer, Option<(NameClaim, WorkerExit)>), ClientError> {
+        let gone = |error| match error {
+            // Another client has stopped it, and its process has ended before the answer.
+            ClientError::Http(_) => ClientError::NoSuchVm { name: name.to_owned(), path: socket_path(&self.dir, name) },
+            other => other,
+        };
+        // The process refuses invalid times.
+        let grace = Duration::try_from_secs_f64(request.graceful_s.unwrap_or(0.0)).unwrap_or_default();
+        let limit = grace.saturating_add(STOP_TIMEOUT);
+        let answer = self.request_within(limit, Method::POST, name, "/stop", Some(&request)).await;
+        let answer: StopAnswer = answer.map_err(gone)?;
+        let dir = RuntimeDir::open(&self.dir)?;
+        let deadline = Instant::now() + RELEASE_TIMEOUT;
+        let pid = pid.unwrap_or(answer.vm.pid);
+        let exit = WorkerExit { pid, signal: None, code: Some(0) };
+        loop {
+            match NameClaim::of_a_dead(&dir, name, pid) {
+                Ok(claim) => return Ok((answer, claim.map(|claim| (claim, exit)))),
+                Err(DaemonError::Taken { .. }) if Instant::now() < deadline => sleep(RELEASE_POLL).await,
+                // The VM's process has left the name, which another VM gets: its start takes this long.
+                Err(DaemonError::Taken { name }) if NameClaim::owner(&dir, &name)? != Some(pid) => {
+                    return Ok((answer, None));
+                }
+                Err(DaemonError::Taken { name }) => {
+                    return Err(DaemonError::Unreleased { name, seconds: RELEASE_TIMEOUT.as_secs() }.into());
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Sends a request for one VM to the supervisor. `action` is empty, or a path below the VM's.
+    ///
+    /// # Errors
+    /// As for [`Self::supervisor`].
+    pub async fn of_vm<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        name: &str,
+        action: &str,
+        body: Option<&(impl Serialize + Sync)>,
+    ) -> Result<T, ClientError> {
+        check_name(name)?;
+        self.supervisor(method, &format!("/v1/vms/{name}{action}"), body).await
+    }
+
+    /// The same for one checkpoint.
+    ///
+    /// # Errors
+    /// As for [`Self::supervisor`].
+    pub async fn of_checkpoint<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        name: &str,
+        action: &str,
+        body: Option<&(impl Serialize + Sync)>,
+    ) -> Result<T, ClientError> {
+        check_name(name)?;
+        self.supervisor(method, &format!("/v1/checkpoints/{name}{action}"), body).await
+    }
+
+    /// Sends a request to the supervisor. The path consists of names alone: the server would decode
+    /// an escape and cut off a query, so that another request than the caller's would arrive.
+    ///
+    /// # Errors
+    /// When there is no supervisor, or it refuses. When the path has anything but names in it.
+    pub async fn supervisor<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        uri: &str,
+        body: Option<&(impl Serialize + Sync)>,
+    ) -> Result<T, ClientError> {
+        check_path(uri)?;
+        let mut attempt = 1;
+        loop {
+            let answer = self.supervisor_once(method.clone(), uri, body).await;
+            match answer {
+                Err(error) if attempt < self.attempts && error.may_pass(&method) => pause_after(attempt).await,
+                answer => return answer,
+            }
+            attempt += 1;
+        }
+    }
+
+    async fn supervisor_once<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        uri: &str,
+        body: Option<&(impl Serialize + Sync)>,
+    ) -> Result<T, ClientError> {
+        if let Some(remote) = &self.remote {
+            let (stream, token) = remote.connect().await?;
+            return exchange(stream, Some(&token), method, uri, body).await;
+        }
+        exchange(self.connect_supervisor().await?, None, method, uri, body).await
+    }
+
+    /// Follows the supervisor's events, until it ends or `each` returns false. Passes the data of
+    /// each event to `each`: JSON in one line.
+    ///
+    /// # Errors
+    /// When there is no supervisor, or it refuses.
+    pub async fn follow(&self, mut each: impl FnMut(&str) -> bool) -> Result<(), ClientError> {
+        let uri = "/v1/events";
+        let mut body = match &self.remote {
+            Some(remote) => {
+                let (stream, token) = remote.connect().await?;
+                send(stream, Some(&token), Method::GET, uri, Payload::json(None::<&()>)?).await?
+            }
+            None => send(self.connect_supervisor().await?, None, Method::GET, uri, Payload::json(None::<&()>)?).await?,
+        };
+        tracing::debug!("events are followed");
+        let mut bytes = Vec::new();
+        while let Some(frame) = body.frame().await {
+            bytes.extend_from_slice(&frame?.into_data().unwrap_or_default());
+            while let Some(end) = bytes.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = bytes.drain(..=end).collect();
+                let data = std::str::from_utf8(&line).ok().and_then(|line| line.strip_prefix("data: "));
+                if data.is_some_and(|data| !each(data.trim_end())) {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn connect_supervisor(&self) -> Result<Socket, ClientError> {
+        let path = supervisor_path(&self.dir);
+        match connected_to(&path).await {
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+                Err(ClientError::NoSupervisor { path })
+            }
+            Ok(stream) => Ok(stream.into()),
+            Err(source) => Err(ClientError::Socket { name: "the supervisor".to_owned(), source }),
+        }
+    }
+
+    /// Returns the names of all VMs. Without a supervisor behind a port, some may have died.
+    ///
+    /// # Errors
+    /// When the directory cannot be read, or the supervisor refuses.
+    pub async fn all_names(&self) -> Result<Vec<String>, ClientError> {
+        if !self.is_remote() {
+            return self.names();
+        }
+        Ok(self.list().await?.vms.into_iter().map(|vm| vm.name).collect())
+    }
+
+    /// Returns the recorded VMs that ended by themselves.
+    ///
+    /// # Errors
+    /// When the directory cannot be read, or the supervisor refuses.
+    pub async fn ended(&self) -> Result<Vec<EndedVm>, ClientError> {
+        if self.is_remote() {
+            return self.supervisor(Method::GET, "/v1/ended", None::<&()>).await;
+        }
+        Ok(ended_vms(&self.dir)?)
+    }
+
+    /// Returns all VMs of this user that answer within 15 s each.
+    ///
+    /// # Errors
+    /// When the directory of sockets cannot be read.
+    pub async fn list(&self) -> Result<ListedVms, ClientError> {
+        self.list_within(None).await
+    }
+
+    /// Returns all VMs of this user that answer within `limit` together, or within 15 s each.
+    ///
+    /// # Errors
+    /// As for [`Client::list`].
+    pub async fn list_within(&self, limit: Option<Duration>) -> Result<ListedVms, ClientError> {
+        if self.is_remote() {
+            let vms = self.supervisor(Method::GET, "/v1/vms", None::<&()>).await?;
+            return Ok(ListedVms { vms, ..ListedVms::default() });
+        }
+        let mut all = ListedVms::default();
+        let mut asked = JoinSet::new();
+        let mut names = self.names()?.into_iter();
+        let deadline = limit.map(|limit| Instant::now() + limit);
+        let due = || deadline.unwrap_or_else(|| Instant::now() + LIST_TIMEOUT);
+        loop {
+            while asked.len() < MAX_ASKED && Instant::now() < due() {
+                let Some(name) = names.next() else { break };
+                let (client, due) = (self.clone(), due());
+                asked.spawn(async move {
+                    let answer = client.request::<VmInfo>(Method::GET, &name, "", None::<&()>);
+                    (timeout_at(due.into(), answer).await, name)
+                });
+            }
+            let Some(answer) = asked.join_next().await else { break };
+            all.extend(Some(answer));
+        }
+        all.silent.extend(names);
+        for name in &all.silent {
+            tracing::debug!(name, "does not answer in time");
+        }
+        all.vms.sort_unstable_by(|one, other| one.name.cmp(&other.name));
+        all.silent.sort_unstable();
+        Ok(all)
+    }
+}
+
+/// Checks that a path consists of names. The error has the part that is not a name.
+fn check_path(path: &str) -> Result<(), ClientError> {
+    let names = path.strip_prefix('/').unwrap_or(path);
+    names.split('/').try_for_each(|name| Ok(check_name(name)?))
+}
+
+/// Waits for the reason of a refusal to pass.
+async fn pause_after(attempt: u32) {
+    sleep(FIRST_PAUSE * 2_u32.pow(attempt - 1)).await;
+}
+
+/// A body, and its media type.
+struct Payload {
+    bytes: Bytes,
+    media: &'static str,
+}
+
+impl Payload {
+    fn json(body: Option<&(impl Serialize + Sync)>) -> Result<Self, ClientError> {
+        let bytes = body.map(serde_json::to_vec).transpose()?.unwrap_or_default();
+        Ok(Self { bytes: bytes.into(), media: "application/json" })
+    }
+}
+
+/// Sends one request over a connection, and returns its answer.
+async fn exchange<T: DeserializeOwned>(
+    stream: Socket,
+    token: Option<&Token>,
+    method: Method,
+    uri: &str,
+    body: Option<&(impl Serialize + Sync)>,
+) -> Result<T, ClientError> {
+    let bytes = whole(send(stream, token, method, uri, Payload::json(body)?).await?).await?;
+    Ok(serde_json::from_slice(&bytes)?)
+}
+
+/// Reads a body. Its sender may be compromised, so its length is bounded.
+async fn whole(body: Incoming) -> Result<Bytes, ClientError> {
+    match Limited::new(body, MAX_ANSWER).collect().await {
+        Ok(collected) => Ok(collected.to_bytes()),
+        Err(error) => match error.downcast::<hyper::Error>() {
+            Ok(error) => Err(ClientError::Http(*error)),
+            Err(_) => Err(ClientError::LongAnswer),
+        },
+    }
+}
+
+/// Sends one request over a connection, and returns the body of its answer.
+async fn send(
+    stream: Socket,
+    token: Option<&Token>,
+    method: Method,
+    uri: &str,
+    payload: Payload,
+) -> Result<Incoming, ClientError> {
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    // The connection ends when the answer has been read, or is dropped.
+    tokio::spawn(connection);
+    let request =
+        Request::builder().method(method).uri(uri).header("host", "localhost").header("content-type", payload.media);
+    let request = token.iter().fold(request, |request, token| request.header("authorization", token.header()));
+    let request = request
+        .body(Full::new(payload.bytes))
+        .map_err(|e| ClientError::Socket { name: uri.to_owned(), source: io::Error::other(e) })?;
+    let response = sender.send_request(request).await?;
+    let status = response.status();
+    if status != StatusCode::OK {
+        let bytes = whole(response.into_body()).await?;
+        // An answer of HTTP itself, as to a head that is too large, has no problem document.
+        let problem = serde_json::from_slice(&bytes).unwrap_or_else(|_| Problem {
+            kind: "about:blank".to_owned(),
+            title: status.to_string(),
+            status: status.as_u16(),
+            detail: status.to_string(),
+        });
+        return Err(ClientError::Refused { status: status.as_u16(), problem: Box::new(problem) });
+    }
+    Ok(response.into_body())
+}
+
+/// Connects to a socket. While its backlog is full, it waits, as a blocking connect would.
+async fn connected_to(path: &Path) -> io::Result<UnixStream> {
+    loop {
+        match UnixStream::connect(path).await {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(CONNECT_POLL).await,
+            connected => return connected,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,37 @@
+//! What clients and servers of Clade share: the requests and answers of the HTTP API, its errors,
+//! a client, and the runtime directory with the names, sockets and records of VMs.
+//!
+//! | topic | module |
+//! |---|---|
+//! | requests and answers | `types`, `schema` |
+//! | errors | `problem`, `error` |
+//! | clients | `client`, `gather` |
+//! | HTTP on sockets and ports | [`http`] |
+//! | names, locks, sockets and records of VMs | `runtime_dir` |
+//! | events of a VM, kept if its process is killed | [`flight`] |
+//! | secrets that children are made without | [`secrets`] |
+
+#![deny(missing_docs)]
+
+mod client;
+mod error;
+pub mod flight;
+mod gather;
+pub mod http;
+mod labels;
+mod object;
+mod problem;
+mod runtime_dir;
+mod schema;
+pub mod secrets;
+mod token;
+mod types;
+
+pub use client::{Client, ClientError, ListedVms};
+pub use error::{CancelReason, CgroupError, DaemonError, HookError, HostLimitError, MAX_CHILDREN};
+pub use gather::Gathered;
+pub use labels::{Label, LabelError, Labels};
+pub use problem::{Problem, ProblemKind};
+pub use runtime_dir::*;
+pub use token::{Token, TokenError, hex, is_for_this_host, random_hex};
+pub use types::*;

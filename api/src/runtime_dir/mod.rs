@@ -1,0 +1,555 @@
+//! The runtime directory: names of VMs, their locks, their sockets, and records of ended VMs.
+//!
+//! Everything below it goes through one descriptor, opened without following a link and checked
+//! once. A directory that is swapped under a running process changes nothing.
+
+mod ended;
+mod names;
+mod settings;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
+use std::fs::{self, File, TryLockError};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use clade_host_io::private_listener;
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, openat, statat, unlinkat};
+use rustix::net::sockopt::socket_peercred;
+use rustix::net::{SocketFlags, SocketType};
+
+use crate::DaemonError;
+
+pub use ended::{
+    EndedVm, MAX_OUTPUT, WorkerExit, ended_vms, forget as forget_ended, record_end, recorded_reason, settle,
+    unix_seconds,
+};
+pub use names::{check_names, claim_names};
+pub use settings::KeptSettings;
+
+/// Longest name of a VM.
+pub const LONGEST_NAME: usize = 48;
+/// Longest path of a socket: `sun_path` of `struct sockaddr_un` less its terminating NUL.
+pub(crate) const LONGEST_SOCKET_PATH: usize = 107;
+/// The supervisor's socket, and the file that a directory's one supervisor holds locked.
+const SUPERVISOR: &str = "clade.api";
+const LOG: &str = "clade.log";
+const SUPERVISOR_LOCK: &str = "clade.supervisor";
+/// The largest file that is read, in bytes.
+const MAX_FILE: u64 = 1 << 20;
+
+/// Returns the directory of sockets: `$CLADE_RUNTIME_DIR`, else `$XDG_RUNTIME_DIR/clade`, else
+/// `/run/clade` for root and `/tmp/clade-UID` for others.
+#[must_use]
+pub fn runtime_dir() -> PathBuf {
+    let of = |name| std::env::var_os(name).filter(|dir| !dir.is_empty()).map(PathBuf::from);
+    let default = || match rustix::process::getuid() {
+        uid if uid.is_root() => PathBuf::from("/run/clade"),
+        uid => PathBuf::from(format!("/tmp/clade-{}", uid.as_raw())),
+    };
+    of("CLADE_RUNTIME_DIR").or_else(|| Some(of("XDG_RUNTIME_DIR")?.join("clade"))).unwrap_or_else(default)
+}
+
+/// Checks a name.
+///
+/// # Errors
+/// [`DaemonError::BadName`].
+pub fn check_name(name: &str) -> Result<(), DaemonError> {
+    let first = name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
+    let rest = name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+    if first && rest && name.len() <= LONGEST_NAME {
+        Ok(())
+    } else {
+        Err(DaemonError::BadName { name: name.to_owned() })
+    }
+}
+
+/// Path of a VM's control socket.
+#[must_use]
+pub fn socket_path(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("{name}.sock"))
+}
+
+/// Names of the VMs that have sockets in the directory.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn vm_names(dir: &RuntimeDir) -> io::Result<BTreeSet<String>> {
+    let name = |file: OsString| Some(file.to_str()?.strip_suffix(".sock")?.to_owned());
+    Ok(dir.entries()?.into_iter().filter_map(name).filter(|name| check_name(name).is_ok()).collect())
+}
+
+/// Path of a VM's console socket.
+#[must_use]
+pub fn console_path(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("{name}.console"))
+}
+
+/// Path of the socket on which another process requests a VM's image.
+#[must_use]
+pub fn image_path(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("{name}.image"))
+}
+
+/// Opens the log of a supervisor in the background, for this user alone (mode 0600).
+///
+/// # Errors
+/// When the runtime directory cannot be made or used, or the log is a link.
+pub fn open_log(dir: &Path) -> Result<File, DaemonError> {
+    let dir = RuntimeDir::create(dir)?;
+    let flags =
+        OFlags::WRONLY | OFlags::CREATE | OFlags::APPEND | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let opened = openat(&dir.fd, LOG, flags, Mode::RUSR | Mode::WUSR);
+    opened.map(File::from).map_err(|error| DaemonError::Runtime { path: dir.path.join(LOG), source: error.into() })
+}
+
+/// Path of the log of a supervisor in the background.
+#[must_use]
+pub fn log_path(dir: &Path) -> PathBuf {
+    dir.join(LOG)
+}
+
+/// Path of the supervisor's socket. A VM's files end differently.
+#[must_use]
+pub fn supervisor_path(dir: &Path) -> PathBuf {
+    dir.join(SUPERVISOR)
+}
+
+/// Path of a VM's virtio console socket, if it has one.
+#[must_use]
+pub fn virtio_console_path(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("{name}.hvc"))
+}
+
+/// The directory, open. Clones share the descriptor.
+#[derive(Clone, Debug)]
+pub struct RuntimeDir {
+    path: PathBuf,
+    fd: Arc<OwnedFd>,
+}
+
+impl RuntimeDir {
+    /// Opens the directory, and creates it (mode 0700) if it is missing.
+    ///
+    /// # Errors
+    /// When it is a link, another user's, or may be written by others.
+    pub fn create(path: &Path) -> Result<Self, DaemonError> {
+        let failed = |source| DaemonError::Runtime { path: path.to_owned(), source };
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)?;
+        let dir = Self::open(path)?;
+        let found = rustix::fs::fstat(&dir.fd).map_err(|error| failed(error.into()))?;
+        if found.st_uid != rustix::process::geteuid().as_raw() {
+            return Err(DaemonError::ForeignDir { path: path.to_owned(), owner: found.st_uid });
+        }
+        let mode = found.st_mode & 0o7777;
+        if mode & 0o022 != 0 {
+            return Err(DaemonError::OpenDir { path: path.to_owned(), mode });
+        }
+        Ok(dir)
+    }
+
+    /// Opens an existing directory.
+    pub fn open(path: &Path) -> Result<Self, DaemonError> {
+        Self::open_as(path, OFlags::RDONLY)
+    }
+
+    /// Returns the directory at `path`, which cannot be listed.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn reach(path: &Path) -> Result<Self, DaemonError> {
+        Self::open_as(path, OFlags::PATH)
+    }
+
+    fn open_as(path: &Path, how: OFlags) -> Result<Self, DaemonError> {
+        let failed = |source| DaemonError::Runtime { path: path.to_owned(), source };
+        let flags = how | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| {
+            // The error for a link depends on which flag the kernel checks first.
+            let link = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_symlink());
+            if link { DaemonError::LinkedDir { path: path.to_owned() } } else { failed(error.into()) }
+        })?;
+        Ok(Self { path: path.to_owned(), fd: Arc::new(fd) })
+    }
+
+    /// Returns the directory's path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Names of the files in it.
+    pub fn entries(&self) -> io::Result<Vec<OsString>> {
+        use std::os::unix::ffi::OsStringExt;
+        let mut names = Vec::new();
+        for entry in Dir::read_from(&self.fd)? {
+            names.push(OsString::from_vec(entry?.file_name().to_bytes().to_vec()));
+        }
+        Ok(names)
+    }
+
+    pub(super) fn remove(&self, file: &str) -> io::Result<()> {
+        match unlinkat(&self.fd, file, AtFlags::empty()) {
+            Err(error) if error != rustix::io::Errno::NOENT => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads a regular file of at most 1 MiB. None if it is missing.
+    pub fn read(&self, file: &str) -> io::Result<Option<Vec<u8>>> {
+        // Without NONBLOCK, the open of a FIFO would block.
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let opened = match openat(&self.fd, file, flags, Mode::empty()) {
+            Err(rustix::io::Errno::NOENT) => return Ok(None),
+            other => File::from(other?),
+        };
+        let found = opened.metadata()?;
+        if !found.is_file() || found.len() > MAX_FILE {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "it is no small file"));
+        }
+        let mut bytes = Vec::new();
+        opened.take(MAX_FILE).read_to_end(&mut bytes)?;
+        Ok(Some(bytes))
+    }
+
+    /// Writes a file for this user alone (mode 0600), whole or not at all.
+    pub fn write(&self, file: &str, bytes: &[u8]) -> io::Result<()> {
+        let aside = format!(".{file}.new");
+        self.remove(&aside)?;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mut opened = File::from(openat(&self.fd, &*aside, flags, Mode::RUSR | Mode::WUSR)?);
+        let written = opened.write_all(bytes);
+        let renamed = written.and_then(|()| Ok(rustix::fs::renameat(&self.fd, &*aside, &self.fd, file)?));
+        renamed.inspect_err(|_| drop(self.remove(&aside)))
+    }
+
+    /// Returns the modification time of a regular file, in seconds since 1970, or None if it is
+    /// missing.
+    pub(crate) fn written_at(&self, file: &str) -> Option<i64> {
+        let found = statat(&self.fd, file, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+        (FileType::from_raw_mode(found.st_mode) == FileType::RegularFile).then_some(found.st_mtime)
+    }
+
+    /// Removes a file. Logs a failure.
+    pub fn forget(&self, file: &str) {
+        if let Err(error) = self.remove(file) {
+            tracing::debug!(%error, file, "a file of the runtime directory stays");
+        }
+    }
+
+    /// Whether `file` is still the one that is open.
+    fn has(&self, file: &str, open: &File) -> bool {
+        let named = statat(&self.fd, file, AtFlags::SYMLINK_NOFOLLOW);
+        open.metadata()
+            .is_ok_and(|open| named.is_ok_and(|named| (named.st_dev, named.st_ino) == (open.dev(), open.ino())))
+    }
+
+    /// Locks a file, which is made if it is missing. `None` if another process has it locked.
+    fn lock(&self, file: &str) -> Result<Option<File>, DaemonError> {
+        let failed = |source| DaemonError::Runtime { path: self.path.join(file), source };
+        let lock = loop {
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+            let lock = openat(&self.fd, file, flags, Mode::RUSR | Mode::WUSR).map_err(|e| failed(e.into()))?;
+            let lock = File::from(lock);
+            match lock.try_lock() {
+                Ok(()) => {}
+                // The lock file has the owner's pid.
+                Err(TryLockError::WouldBlock) => return Ok(None),
+                Err(TryLockError::Error(source)) => return Err(failed(source)),
+            }
+            // An owner that ended after the open has removed the file. The lock is then on a file
+            // that no longer has the name.
+            let locked = lock.metadata().map_err(failed)?;
+            match statat(&self.fd, file, AtFlags::SYMLINK_NOFOLLOW) {
+                Ok(named) if (named.st_dev, named.st_ino) == (locked.dev(), locked.ino()) => break lock,
+                Err(error) if error != rustix::io::Errno::NOENT => return Err(failed(error.into())),
+                _ => {}
+            }
+        };
+        write_pid(&lock);
+        Ok(Some(lock))
+    }
+
+    /// Binds a socket of the directory, for this user alone (mode 0600). The caller's lock proves
+    /// that an existing one is a dead owner's.
+    fn bind(&self, file: &str, kind: SocketType) -> Result<OwnedFd, DaemonError> {
+        let bound = || -> io::Result<OwnedFd> {
+            self.remove(file)?;
+            let path = format!("/proc/self/fd/{}/{file}", self.fd.as_raw_fd());
+            private_listener(Path::new(&path), kind, SocketFlags::NONBLOCK)
+        };
+        bound().map_err(|source| DaemonError::Runtime { path: self.path.join(file), source })
+    }
+}
+
+/// Refuses a path that no client could connect to.
+fn expect_short(path: PathBuf) -> Result<(), DaemonError> {
+    match path.as_os_str().len() {
+        length if length > LONGEST_SOCKET_PATH => Err(DaemonError::LongPath { path, length }),
+        _ => Ok(()),
+    }
+}
+
+/// Writes the owner's pid, for a reader of the file. The lock holds even if it cannot be written.
+fn write_pid(lock: &File) {
+    let _ = lock.set_len(0).and_then(|()| lock.write_all_at(format!("{}\n", std::process::id()).as_bytes(), 0));
+}
+
+/// Attempts to lock a directory whose supervisor takes no connections.
+const LOCK_ATTEMPTS: u32 = 1_000;
+/// The time between two attempts.
+const LOCK_INTERVAL: Duration = Duration::from_millis(10);
+
+/// A directory's supervisor: its lock and its socket.
+#[derive(Debug)]
+pub struct SupervisorClaim {
+    dir: RuntimeDir,
+    _lock: File,
+}
+
+impl SupervisorClaim {
+    /// Claims the directory and binds the socket. The kernel closes the descriptors of a supervisor
+    /// that was killed one by one: its lock may outlive its sockets. So a lock without a socket
+    /// that takes connections is waited for.
+    ///
+    /// # Errors
+    /// When another process has it.
+    pub fn new(dir: &RuntimeDir) -> Result<(Self, UnixListener), DaemonError> {
+        let path = supervisor_path(&dir.path);
+        expect_short(path.clone())?;
+        let mut attempts = 0;
+        let lock = loop {
+            if let Some(lock) = dir.lock(SUPERVISOR_LOCK)? {
+                break lock;
+            }
+            attempts += 1;
+            let listening = UnixStream::connect(&path).ok();
+            if attempts > LOCK_ATTEMPTS || listening.is_some() {
+                let peer = listening.and_then(|stream| socket_peercred(&stream).ok());
+                let pid = peer.map(|peer| peer.pid.as_raw_nonzero().get());
+                return Err(DaemonError::Supervised { path: dir.path.clone(), pid });
+            }
+            thread::sleep(LOCK_INTERVAL);
+        };
+        let socket = dir.bind(SUPERVISOR, SocketType::STREAM)?;
+        Ok((Self { dir: dir.clone(), _lock: lock }, UnixListener::from(socket)))
+    }
+}
+
+impl Drop for SupervisorClaim {
+    fn drop(&mut self) {
+        // The lock file last.
+        self.dir.forget(SUPERVISOR);
+        self.dir.forget(SUPERVISOR_LOCK);
+    }
+}
+
+/// Name of the file with the supervisor's records of the VM called `name`.
+pub fn vm_record_name(name: &str) -> String {
+    format!("{name}.{VM}")
+}
+
+/// A name held on this host. The lock ends with the process, so a crashed owner's name is free
+/// again.
+#[derive(Debug)]
+pub struct NameClaim {
+    dir: RuntimeDir,
+    /// The name.
+    pub name: String,
+    /// None if it is left to another process.
+    lock: Option<File>,
+    /// Whether the files go with the claim. Otherwise another process removes them.
+    removes: bool,
+}
+
+/// The ending of the file in which a confined worker records the end of its VM.
+pub(super) const END: &str = "end";
+/// The ending of the file with the supervisor's records of a VM.
+const VM: &str = "vm";
+/// The endings of a VM's sockets.
+const CONTROL: &str = "sock";
+const CONSOLE: &str = "console";
+const HVC: &str = "hvc";
+const IMAGE: &str = "image";
+/// The endings of a VM's files. The lock file last: while it is locked no other process makes
+/// these.
+const ENDINGS: [&str; 7] = [CONTROL, CONSOLE, HVC, IMAGE, VM, END, "lock"];
+
+impl NameClaim {
+    /// Claims a name for a VM.
+    ///
+    /// # Errors
+    /// [`DaemonError::Taken`] if another VM has it. When its files cannot be made.
+    pub fn new(dir: &RuntimeDir, name: &str) -> Result<Self, DaemonError> {
+        check_name(name)?;
+        // The longest path of its sockets.
+        expect_short(console_path(&dir.path, name))?;
+        let lock = dir.lock(&format!("{name}.lock"))?;
+        let lock = lock.ok_or_else(|| DaemonError::Taken { name: name.to_owned() })?;
+        Ok(Self::of(dir, name, lock))
+    }
+
+    fn of(dir: &RuntimeDir, name: &str, lock: File) -> Self {
+        Self { dir: dir.clone(), name: name.to_owned(), lock: Some(lock), removes: true }
+    }
+
+    /// Returns the claim of another process that has passed on its lock. That process removes the
+    /// files.
+    ///
+    /// # Errors
+    /// When the file is not the lock of that name.
+    pub fn adopt(dir: &RuntimeDir, name: &str, lock: OwnedFd) -> Result<Self, DaemonError> {
+        check_name(name)?;
+        let lock = File::from(lock);
+        if !dir.has(&format!("{name}.lock"), &lock) {
+            return Err(DaemonError::Taken { name: name.to_owned() });
+        }
+        write_pid(&lock);
+        Ok(Self { dir: dir.clone(), name: name.to_owned(), lock: Some(lock), removes: false })
+    }
+
+    /// Makes the files that a confined VM cannot make: its sockets, and the file for its end.
+    ///
+    /// # Errors
+    /// When one cannot be made.
+    pub fn hand_over(&self, has_hvc: bool) -> Result<(BTreeMap<String, OwnedFd>, OwnedFd), DaemonError> {
+        let bind = |ending: &str, kind| Ok((ending.to_owned(), self.bind(ending, kind)?));
+        let mut sockets: BTreeMap<_, _> = [CONTROL, CONSOLE]
+            .iter()
+            .chain(has_hvc.then_some(&HVC))
+            .map(|ending| bind(ending, SocketType::STREAM))
+            .collect::<Result<_, DaemonError>>()?;
+        sockets.extend([bind(IMAGE, SocketType::SEQPACKET)?]);
+        let file = format!("{}.{END}", self.name);
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let record = openat(&self.dir.fd, &*file, flags, Mode::RUSR | Mode::WUSR);
+        let record =
+            record.map_err(|error| DaemonError::Runtime { path: self.dir.path.join(file), source: error.into() })?;
+        Ok((sockets, record))
+    }
+
+    /// The runtime directory.
+    pub fn dir(&self) -> &RuntimeDir {
+        &self.dir
+    }
+
+    /// The lock, to be passed on. The name stays locked as long as one process has it open.
+    pub fn lock(&self) -> Option<BorrowedFd<'_>> {
+        self.lock.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Claims the names of dead owners, each with the owner's pid: their control sockets exist, and
+    /// their locks are free. Dropping the claims removes their files.
+    pub fn of_the_dead(dir: &RuntimeDir) -> io::Result<Vec<(Self, u32)>> {
+        let mut dead = Vec::new();
+        for file in dir.entries()? {
+            // An owner may die after either file was removed, or before it was made.
+            let ending = |file: &'_ str| {
+                [CONTROL, VM].iter().find_map(|ending| Some(file.strip_suffix(ending)?.strip_suffix('.')?.to_owned()))
+            };
+            let Some(name) = file.to_str().and_then(ending) else { continue };
+            let name = name.as_str();
+            if dead.iter().any(|(claim, _): &(Self, u32)| claim.name == name) {
+                continue;
+            }
+            let pid = dir.read(&format!("{name}.lock")).ok().flatten();
+            let pid = pid.and_then(|text| String::from_utf8(text).ok()?.trim().parse().ok()).unwrap_or(0);
+            // Refused for live owners, and for invalid names.
+            let Ok(claim) = Self::new(dir, name) else { continue };
+            // An owner that has ended properly meanwhile removed it first.
+            if statat(&dir.fd, &*file, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
+                dead.push((claim, pid));
+            }
+        }
+        Ok(dead)
+    }
+
+    /// Claims the name of a VM whose process, `pid`, has ended without removing its files. None if
+    /// they are gone, or the name is another's by now.
+    ///
+    /// # Errors
+    /// When the process still has it.
+    pub(crate) fn of_a_dead(dir: &RuntimeDir, name: &str, pid: u32) -> Result<Option<Self>, DaemonError> {
+        match Self::owner(dir, name)? {
+            Some(owner) if owner == pid => {}
+            // This process already clears up after it.
+            Some(owner) if owner == std::process::id() => return Err(DaemonError::Taken { name: name.to_owned() }),
+            _ => return Ok(None),
+        }
+        // If the lock file has gone meanwhile, this makes a new one, and removes it.
+        Self::new(dir, name).map(Some)
+    }
+
+    /// The pid of the process that has claimed the name, by the process's own account.
+    ///
+    /// # Errors
+    /// When the lock file cannot be read.
+    pub fn owner(dir: &RuntimeDir, name: &str) -> Result<Option<u32>, DaemonError> {
+        let failed = |source| DaemonError::Runtime { path: dir.path.join(name), source };
+        let owner = dir.read(&format!("{name}.lock")).map_err(failed)?;
+        Ok(owner.and_then(|text| String::from_utf8(text).ok()?.trim().parse().ok()))
+    }
+
+    /// Leaves the name to the process that has the lock too.
+    pub fn leave(mut self) {
+        self.lock = None;
+    }
+
+    /// Binds the socket `NAME.ending`, for this user alone (mode 0600). We hold the lock, so an
+    /// existing one is a dead owner's.
+    fn bind(&self, ending: &str, kind: SocketType) -> Result<OwnedFd, DaemonError> {
+        self.dir.bind(&format!("{}.{ending}", self.name), kind)
+    }
+}
+
+/// The files passed to a VM's process, which may make none.
+#[derive(Debug)]
+pub struct VmFiles {
+    /// The control socket.
+    pub control: UnixListener,
+    /// Socket for requests of other processes for its image.
+    pub image: OwnedFd,
+    /// The socket of the serial console.
+    pub console: UnixListener,
+    /// The virtio console's.
+    pub hvc: Option<UnixListener>,
+    /// File for the record of its end.
+    pub record: File,
+}
+
+impl VmFiles {
+    /// Builds it from the sockets by their endings, and the file for the end.
+    ///
+    /// # Errors
+    /// When a socket is missing.
+    pub fn of(mut sockets: BTreeMap<String, OwnedFd>, record: OwnedFd) -> io::Result<Self> {
+        let missing =
+            |ending: &str| io::Error::new(io::ErrorKind::InvalidData, format!("there is no socket .{ending}"));
+        let mut take = |ending: &str| sockets.remove(ending).ok_or_else(|| missing(ending));
+        let (control, image, console) = (take(CONTROL)?.into(), take(IMAGE)?, take(CONSOLE)?.into());
+        Ok(Self { control, image, console, hvc: take(HVC).ok().map(UnixListener::from), record: record.into() })
+    }
+}
+
+impl Drop for NameClaim {
+    fn drop(&mut self) {
+        // Another process that also has the lock may have removed the files before. Then the name
+        // may have another owner.
+        let is_ours = |lock: &File| self.removes && self.dir.has(&format!("{}.lock", self.name), lock);
+        if !self.lock.as_ref().is_some_and(is_ours) {
+            return;
+        }
+        for ending in ENDINGS {
+            self.dir.forget(&format!("{}.{ending}", self.name));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

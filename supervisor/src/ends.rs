@@ -1,0 +1,274 @@
+//! Ends of VMs: reaps their processes, frees their names, removes their files.
+
+use std::cell::OnceCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use super::cgroups::Cgroups;
+use super::processes::OwnVm;
+use super::vm_record::{VmRecord, clear_up};
+use super::{Inner, Unsettled};
+use clade_api::flight::FlightEvent;
+use clade_api::{DaemonError, NameClaim, WorkerExit, record_end, recorded_reason, vm_names};
+use clade_vmm::vm::StopReason;
+use clade_worker::UNMERGED;
+
+/// Interval of the sweeps for the files of dead processes.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(2);
+/// Sweeps that must find a worker dead before its end counts as unreported. A busy zygote may
+/// report late.
+const MAX_SUSPECTED: u32 = 4;
+
+/// VMs that are being made, until this is dropped.
+#[derive(Debug)]
+pub(super) struct LaunchGuard<'a> {
+    of: &'a Inner,
+    names: Vec<String>,
+}
+
+impl Drop for LaunchGuard<'_> {
+    fn drop(&mut self) {
+        let mut launching = self.of.launching.lock().unwrap_or_else(PoisonError::into_inner);
+        launching.retain(|name| !self.names.contains(name));
+    }
+}
+
+/// Clears up after workers that have ended.
+pub(super) fn watch(exits: &Receiver<WorkerExit>, supervisor: &Weak<Inner>) {
+    let mut due = Instant::now() + SWEEP_INTERVAL;
+    // Workers that the last sweeps found dead, without a report.
+    let mut suspects = BTreeMap::new();
+    // VMs and dead processes from before this supervisor.
+    if let Some(inner) = supervisor.upgrade() {
+        inner.observe();
+    }
+    loop {
+        let exit = match exits.recv_timeout(due.saturating_duration_since(Instant::now())) {
+            Ok(exit) => Some(exit),
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => return,
+        };
+        let Some(inner) = supervisor.upgrade() else { return };
+        if let Some(exit) = exit {
+            inner.ended(exit);
+        }
+        // A sweep is due even in a flood of reports. Reports already received come first: otherwise
+        // a VM that ended properly would be recorded as lost.
+        if Instant::now() >= due {
+            let until = Instant::now() + SWEEP_INTERVAL;
+            while Instant::now() < until
+                && let Ok(exit) = exits.try_recv()
+            {
+                inner.ended(exit);
+            }
+            suspects = inner.sweep(&suspects);
+            inner.observe();
+            due = Instant::now() + SWEEP_INTERVAL;
+        }
+    }
+}
+
+impl Inner {
+    pub(super) fn ends(&self) -> MutexGuard<'_, ()> {
+        self.ends.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Marks VMs as being made, until the result is dropped.
+    pub(super) fn launching(&self, claims: &[NameClaim]) -> LaunchGuard<'_> {
+        let names: Vec<String> = claims.iter().map(|claim| claim.name.clone()).collect();
+        self.launching.lock().unwrap_or_else(PoisonError::into_inner).extend(names.iter().cloned());
+        LaunchGuard { of: self, names }
+    }
+
+    /// Returns the names of VMs that this supervisor announces.
+    pub(super) fn own_names(&self) -> BTreeSet<String> {
+        let mut names = self.launching.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        names.extend(self.processes.names());
+        names
+    }
+
+    fn ended(&self, exit: WorkerExit) {
+        let _ends = self.ends();
+        // Before the process is forgotten: it is on one of both lists all the time.
+        self.processes.note_end(exit);
+        // The command of its session looks at the lists once more.
+        self.touch();
+        let Some(vm) = self.processes.remove(exit.pid) else { return };
+        let name = vm.name.clone();
+        vm.teach();
+        let exceeded = vm.group.as_ref().and_then(|group| group.exceeded());
+        vm.group.iter().for_each(|group| group.remove());
+        tracing::info!(name, pid = exit.pid, signal = exit.signal, code = exit.code, "a VM's process has ended");
+        // By now its name is free, or has another owner.
+        if !vm.has_name() {
+            return self.say_ended(&name);
+        }
+        let flight = vm.flight();
+        // By itself, by a signal that it handles, or because it did not stop as requested.
+        let is_orderly = |code| matches!(code, 0..=2 | 129 | 130 | 143) || code == i32::from(UNMERGED);
+        let in_order = exit.signal.is_none() && exit.code.is_some_and(is_orderly);
+        let mut was_orderly = in_order || vm.is_stopped;
+        if let Some(mib) = exceeded.filter(|_| !was_orderly) {
+            tracing::warn!(name, mib, "a VM's process was killed: it took more memory than its limit");
+            record_end(&self.dir, &name, exit, StopReason::OverLimit { mib }, flight.clone());
+            was_orderly = true;
+        }
+        if vm.died_with_command(exit) && !was_orderly {
+            record_end(&self.dir, &name, exit, StopReason::SessionEnded, flight.clone());
+            was_orderly = true;
+        }
+        // Its files are still there. Its lock has gone, unless another process has the name by now,
+        // or this one has not left it to the VM yet.
+        match NameClaim::new(&self.dir, &name) {
+            Ok(claim) => self.clear_up(claim, exit, was_orderly, flight),
+            Err(DaemonError::Taken { .. }) => {
+                self.unsettled().push(Unsettled { name: name.clone(), exit, was_orderly, flight });
+            }
+            Err(error) => tracing::warn!(%error, name, "cannot remove the files of an ended VM"),
+        }
+        self.say_ended(&name);
+    }
+
+    /// Returns the ended VMs whose processes may write to disks.
+    pub(super) fn ended_writers(&self) -> Vec<OwnVm> {
+        let process = |name: &str| VmRecord::read(&self.dir, name).ok().flatten()?.process;
+        self.processes.writers(|name, pid| process(name).is_some_and(|its| its.pid() == pid))
+    }
+
+    /// Returns the images of disks that VMs or checkpoints of this directory use.
+    pub(super) fn used_images(&self) -> BTreeSet<PathBuf> {
+        let of_vms = VmRecord::all(&self.dir).unwrap_or_default().into_iter().map(|(_, vm_record)| vm_record.template);
+        let used = of_vms.flat_map(|template| template.images().map(Path::to_owned).collect::<Vec<_>>());
+        used.chain(self.checkpoints.images()).collect()
+    }
+
+    fn unsettled(&self) -> MutexGuard<'_, Vec<Unsettled>> {
+        self.unsettled.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Clears up after VMs whose names were taken when they ended.
+    fn settle(&self) {
+        let ended = std::mem::take(&mut *self.unsettled());
+        for Unsettled { name, exit, was_orderly, flight } in ended {
+            // Another VM has the name, or another process has cleared up.
+            let is_gone = !matches!(VmRecord::read(&self.dir, &name), Ok(Some(_)));
+            if is_gone || self.processes.of(&name).is_some() {
+                continue;
+            }
+            if let Ok(claim) = NameClaim::new(&self.dir, &name) {
+                self.clear_up(claim, exit, was_orderly, flight);
+            }
+        }
+    }
+
+    /// Records the end of a VM, and removes its files.
+    pub(super) fn clear_up(&self, claim: NameClaim, exit: WorkerExit, was_orderly: bool, flight: Vec<FlightEvent>) {
+        self.snapshots.forget(&claim.name);
+        self.kept_lines.forget(&claim.name);
+        let name = claim.name.clone();
+        let process = VmRecord::read(&self.dir, &name).ok().flatten().and_then(|vm_record| vm_record.process);
+        // The record of a VM that another supervisor has started.
+        let found = self.records.take(&name, process);
+        let flight = if flight.is_empty() { found } else { flight };
+        if let Some(vm_record) = clear_up(claim, exit, was_orderly, flight) {
+            self.left(&name, &vm_record);
+        }
+    }
+
+    /// Clears up after an earlier VM of a claimed name, which died without that.
+    pub(super) fn forget_earlier(&self, name: &str) {
+        self.snapshots.forget(name);
+        self.kept_lines.forget(name);
+        if let Ok(Some(vm_record)) = VmRecord::read(&self.dir, name) {
+            vm_record.remove_sockets();
+            self.left(name, &vm_record);
+        }
+    }
+
+    /// Removes the resources of an ended VM outside of the runtime directory.
+    fn left(&self, name: &str, vm_record: &VmRecord) {
+        self.overlays.release(&vm_record.overlays);
+        self.release(name, vm_record);
+        self.net_hook.iter().for_each(|hook| hook.down(vm_record.interfaces(name)));
+    }
+
+    /// Announces the end of a VM, unless another has its name by now.
+    pub(super) fn say_ended(&self, name: &str) {
+        if self.processes.of(name).is_none() {
+            self.events.ended(name, recorded_reason(&self.dir, name).as_deref());
+        }
+    }
+
+    /// Announces new VMs of other processes, and VMs that ended without a report.
+    fn observe(&self) {
+        self.events.zygote_restarts(self.zygote.restarts());
+        // Before and after: a VM may be made, or fail, while the directory is read.
+        let mut ours = self.own_names();
+        match vm_names(&self.dir) {
+            Ok(there) => {
+                ours.extend(self.own_names());
+                self.records.retain(&there);
+                self.events.observe(&there, |name| ours.contains(name), |name| recorded_reason(&self.dir, name));
+            }
+            Err(error) => tracing::warn!(%error, "the directory cannot be read"),
+        }
+    }
+
+    /// Clears up after processes whose end was never reported: a killed zygote reaps no workers,
+    /// and VMs of other processes of the directory are not workers. Returns the workers whose end
+    /// may still be reported, with the number of sweeps that have found them: after
+    /// [`MAX_SUSPECTED`] they are cleared up.
+    fn sweep(&self, suspects: &BTreeMap<String, u32>) -> BTreeMap<String, u32> {
+        let _ends = self.ends();
+        self.settle();
+        self.release_closed();
+        let mut found = BTreeMap::new();
+        let dead = match NameClaim::of_the_dead(&self.dir) {
+            Ok(dead) => dead,
+            Err(error) => {
+                tracing::warn!(%error, "what dead processes have left stays");
+                return found;
+            }
+        };
+        for (claim, pid) in dead {
+            // Not under the lock: clearing up takes time.
+            let (worker, flight) = match self.processes.of(&claim.name) {
+                Some((pid, vm)) => (Some(pid), vm.flight()),
+                None => (None, Vec::new()),
+            };
+            if let Some(pid) = worker.filter(|pid| self.processes.is_there(*pid)) {
+                // Its process waits until it may merge the writes since a fork into its disks. Or
+                // it is compromised and does not end.
+                self.processes.give_back(pid);
+                self.clear_up(claim, WorkerExit { pid, signal: None, code: None }, true, flight);
+                continue;
+            }
+            let times = suspects.get(&claim.name).copied().unwrap_or_default() + 1;
+            if worker.is_some() && times < MAX_SUSPECTED {
+                found.insert(claim.name.clone(), times);
+                claim.leave();
+                continue;
+            }
+            // The pid in the lock is the owner's own claim.
+            let pid = worker.unwrap_or(pid);
+            tracing::info!(name = claim.name, pid, "VM process exited without notification");
+            let exit = WorkerExit { pid, signal: None, code: None };
+            let session = VmRecord::read(&self.dir, &claim.name).ok().flatten().and_then(|vm_record| vm_record.session);
+            let is_over = session.is_some_and(|session| session.live().is_none());
+            if is_over {
+                record_end(&self.dir, &claim.name, exit, StopReason::SessionEnded, flight.clone());
+            }
+            self.clear_up(claim, exit, is_over, flight);
+            worker.map(|pid| self.processes.remove(pid));
+        }
+        // VMs that ended properly under a killed zygote.
+        self.processes.forget_ended(|name| found.contains_key(name));
+        self.cgroups.iter().for_each(Cgroups::tidy);
+        let used = OnceCell::new();
+        self.processes.kill_overdue(|image| used.get_or_init(|| self.used_images()).contains(image));
+        found
+    }
+}

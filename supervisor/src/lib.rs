@@ -1,0 +1,545 @@
+//! The supervisor: names, checkpoints and forks of the VMs of a runtime directory, each VM in a
+//! worker of its own.
+//!
+//! The supervisor never maps guest memory. It asks the processes of VMs for their state, through
+//! the runtime directory. So a new supervisor finds all VMs, and the end of one ends no VM: only
+//! its checkpoints go.
+//!
+//! | file | content |
+//! |---|---|
+//! | `make` | children and booted VMs, all of a request or none |
+//! | `ends` | detection of ended processes, and their cleanup |
+//! | `checkpoint` | the image of a VM, held for forks |
+//! | `checkpoints` | checkpoints by name, in memory and on disk |
+//! | `detach` | copies of images that no VM's process can write |
+//! | `vm_record` | the supervisor's own records of VMs |
+//! | `worker_resources` | grants and descriptors of workers |
+//! | `cgroups` | resource limits of VMs' processes |
+//! | `kept` | the directory of checkpoints on disk, for later supervisors |
+//! | `keep` | writing them there, with the changes since an earlier one |
+//! | `host_link` | closed networks, enforced outside of VMs' processes |
+//! | `net_hook` | the program that connects interfaces to the host's network |
+//! | `records` | flight records of VMs that another supervisor has started |
+//! | `processes` | the processes of its VMs, and the end of those that do not end |
+//! | `request_limiter` | limits on the supervisor's resources for each VM |
+//! | `overlays` | directories for the writes of confined VMs' disks |
+//! | `broker` | guests' connections to the host |
+//! | `suspend` | suspension of VMs, until they are needed |
+//! | `snapshots` | snapshots of VMs whose processes may not write files |
+//! | `events` | the event stream |
+//! | `idle` | suspension of idle VMs |
+//! | `idempotency` | repeated requests |
+//! | `openapi` | the description of the HTTP API |
+//! | `metrics` | numbers for Prometheus |
+//! | `page` | the browser's page: its files, and the headers of all answers over TCP |
+//! | `pool` | workers prepared ahead of requests |
+//! | `proxy` | requests forwarded to a VM's process |
+//! | `reidentify` | identity of guests in new VMs, renewed by their agents |
+//! | `restore` | VMs from snapshots |
+//! | `session` | VMs that end with a command |
+//! | `server` | the HTTP API |
+
+#![deny(missing_docs)]
+
+mod broker;
+mod cgroups;
+mod checkpoint;
+mod checkpoints;
+mod detach;
+mod ends;
+mod events;
+mod exposition;
+mod host_link;
+mod idempotency;
+mod idle;
+mod keep;
+mod kept;
+mod make;
+mod metrics;
+mod net_hook;
+mod openapi;
+mod overlays;
+mod page;
+mod pool;
+mod processes;
+mod proxy;
+mod records;
+mod reidentify;
+mod request_limiter;
+mod restore;
+mod rollback;
+mod server;
+mod session;
+mod signals;
+mod snapshots;
+mod stop;
+mod suspend;
+mod vm_record;
+mod worker_resources;
+
+pub use server::{TcpError, TcpPort, described};
+
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Signal, pidfd_send_signal};
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinHandle;
+
+use broker::Broker;
+pub use cgroups::CgroupPlace;
+use cgroups::Cgroups;
+use checkpoints::Checkpoints;
+use clade_api::flight::FlightEvent;
+use clade_api::http::{ApiError, Cancel};
+use clade_api::{
+    CancelReason, DaemonError, MAX_CHILDREN, MergingVm, NameClaim, ProblemKind, RuntimeDir, StopAnswer,
+    SupervisorClaim, SupervisorInfo, VmInfo, WorkerExit,
+};
+use clade_vmm::vm::{StopReason, VmConfig};
+use clade_worker::host_limits::{ResourceDemand, check_host_limits};
+use clade_worker::image::give_broker;
+use clade_worker::jail::Confinement;
+use clade_worker::zygote::Zygote;
+use detach::CopiedFiles;
+use events::Events;
+use idempotency::Keys;
+use idle::Idle;
+use kept::{Found, KeptDir, KeptLines};
+use net_hook::NetHook;
+use overlays::OverlayDirs;
+use pool::Pool;
+pub use processes::COMMIT_TIMEOUT;
+use processes::{Processes, kill};
+use records::Records;
+pub(crate) use request_limiter::ImagePermit;
+use request_limiter::{ForwardLimiter, ImageRequestLimiter, NetworkChanges};
+use snapshots::Snapshots;
+pub use stop::{agent_socket, stop};
+use vm_record::VmRecord;
+pub use vm_record::{in_session, is_in_session, settle_dead, vms_in};
+use worker_resources::SandboxProfile;
+
+/// Metrics clients at a time.
+const MAX_SCRAPES: usize = 4;
+/// Interval of the checks for the end of an ended VM's writes to a disk.
+const WRITER_INTERVAL: Duration = Duration::from_millis(5);
+
+/// Options of a supervisor.
+#[derive(Clone, Debug, Default)]
+pub struct SupervisorOptions {
+    /// Most workers kept prepared for one configuration.
+    pub pool: usize,
+    /// Whether the processes of VMs are confined.
+    pub confinement: Confinement,
+    /// Place of the VMs' control groups.
+    pub cgroup: CgroupPlace,
+    /// The program that connects their interfaces to the host's network.
+    pub net_hook: Option<PathBuf>,
+    /// Default memory, in MiB, that a child of a checkpoint may have copies of before it writes
+    /// there. 0 for none.
+    pub ahead_mib: u32,
+    /// Whether the supervisor ends when it is idle, or with its command. Such a one has few VMs: its
+    /// workers do not run from a copy of the program in huge pages, which takes 18 MiB and time at the start.
+    pub until_idle: bool,
+    /// The directory of kept checkpoints. None if no checkpoint can be kept.
+    pub kept: Option<PathBuf>,
+}
+
+/// The supervisor of a runtime directory. Clones are handles to the same one.
+#[derive(Clone, Debug)]
+pub struct Supervisor(Arc<Inner>);
+
+/// A VM whose process was killed.
+#[derive(Debug)]
+struct Killed {
+    vm_record: VmRecord,
+    pid: u32,
+    process: Arc<OwnedFd>,
+    /// Whether the process did not answer. Otherwise the request wanted no answer.
+    is_silent: bool,
+}
+
+/// The refusal of a request whose VM's process does not answer.
+fn silent(name: &str, text: &str) -> DaemonError {
+    DaemonError::Refused { kind: ProblemKind::VmSilent, text: format!("the process of {name:?} does not answer{text}") }
+}
+
+/// A VM that has ended while its name was taken.
+#[derive(Debug)]
+struct Unsettled {
+    name: String,
+    exit: WorkerExit,
+    was_orderly: bool,
+    flight: Vec<FlightEvent>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    dir: RuntimeDir,
+    sandbox: SandboxProfile,
+    overlays: OverlayDirs,
+    broker: Broker,
+    /// None if VMs have no control groups.
+    cgroups: Option<Cgroups>,
+    net_hook: Option<NetHook>,
+    /// See [`SupervisorOptions::ahead_mib`].
+    ahead_mib: u32,
+    until_idle: bool,
+    zygote: Arc<Zygote>,
+    pool: Pool,
+    checkpoints: Checkpoints,
+    /// The files of detached checkpoints.
+    copied_files: CopiedFiles,
+    /// The directory of kept checkpoints, or the reason why it cannot be used.
+    kept: Result<KeptDir, String>,
+    kept_lines: KeptLines,
+    snapshots: Snapshots,
+    events: Arc<Events>,
+    keys: Arc<Keys>,
+    idle: Idle,
+    /// VMs whose workers were started here.
+    processes: Processes,
+    records: Arc<Records>,
+    /// Names of VMs being made: they have files, and are not announced yet.
+    launching: Mutex<BTreeSet<String>>,
+    /// Held while a VM's end is settled: a name that was reported free is free.
+    ends: Mutex<()>,
+    image_requests: ImageRequestLimiter,
+    forwarded_requests: ForwardLimiter,
+    network_changes: NetworkChanges,
+    /// Closed VMs that have ended while their processes have not.
+    closed: Mutex<Vec<(String, VmRecord)>>,
+    /// Metrics clients at a time: each takes memory for all VMs' answers.
+    scrapes: Semaphore,
+    /// VMs that have ended while their names were taken.
+    unsettled: Mutex<Vec<Unsettled>>,
+    closing: AtomicBool,
+    /// Shared by requests that make VMs, and taken alone at the end.
+    busy: RwLock<()>,
+    last_request: Mutex<Instant>,
+    ending: watch::Sender<bool>,
+    runtime: Handle,
+    /// The tasks that serve the socket, and the port if there is one.
+    servers: Mutex<Vec<JoinHandle<()>>>,
+    /// None after the end.
+    claim: Mutex<Option<SupervisorClaim>>,
+}
+
+/// Opens the directory of kept checkpoints. If that fails, none can be kept, and those there stay as
+/// they are.
+fn kept_in(dir: Option<&Path>) -> (Result<KeptDir, String>, Found) {
+    let Some(dir) = dir else {
+        let why = "the supervisor has no directory for them (CLADE_CHECKPOINT_DIR, XDG_DATA_HOME or HOME)";
+        return (Err(why.to_owned()), Found::default());
+    };
+    match KeptDir::open(dir) {
+        Ok((kept, found)) => (Ok(kept), found),
+        Err(error) => {
+            let why = format!("{}: {error}", dir.display());
+            tracing::warn!(why, "kept checkpoints cannot be used");
+            (Err(why), Found::default())
+        }
+    }
+}
+
+impl Supervisor {
+    /// Supervises the runtime directory `dir` with `options`, and answers at its socket, on
+    /// `runtime`.
+    ///
+    /// # Errors
+    /// When another process supervises it, or the zygote cannot be started. When control groups are
+    /// required, and unavailable.
+    pub fn start(dir: &Path, options: &SupervisorOptions, runtime: &Handle) -> Result<Self, DaemonError> {
+        let SupervisorOptions { pool, confinement, ref cgroup, ref net_hook, ahead_mib, until_idle, ref kept } =
+            *options;
+        let dir = RuntimeDir::create(dir)?;
+        let (claim, socket) = SupervisorClaim::new(&dir)?;
+        // Before any other process is started.
+        let cgroups = Cgroups::open(cgroup)?;
+        let net_hook = net_hook.as_deref().map(NetHook::new).transpose()?;
+        let (sender, exits) = mpsc::channel();
+        let failed = |source| DaemonError::Worker { source };
+        let zygote = Arc::new(Zygote::start(sender, confinement, !until_idle)?);
+        let sandbox = SandboxProfile { dir: dir.path().to_owned(), confinement };
+        let overlays = OverlayDirs::default();
+        let broker = Broker::start().map_err(failed)?;
+        // VMs of an earlier supervisor.
+        let mut found = Vec::new();
+        let earlier = VmRecord::all(&dir)?;
+        for (name, vm_record) in &earlier {
+            overlays.found(&vm_record.overlays);
+            found.extend(vm_record.process.map(|process| (name.clone(), process)));
+            if let Some(vsock) = &vm_record.identity.vsock {
+                let given = broker.connect(vsock.socket.clone()).map_err(failed);
+                let given = given.and_then(|device| give_broker(dir.path(), name, device.as_fd()));
+                if let Err(error) = given {
+                    // The VM has most likely died.
+                    tracing::debug!(%error, name, "its guest is not connected to the host");
+                }
+            }
+        }
+        let (kept, found_kept) = kept_in(kept.as_deref());
+        let supervisor = Self(Arc::new(Inner {
+            pool: Pool::start(&zygote, sandbox.clone(), overlays.clone(), pool)?,
+            broker,
+            cgroups,
+            net_hook,
+            ahead_mib,
+            until_idle,
+            zygote,
+            sandbox,
+            overlays,
+            dir,
+            checkpoints: Checkpoints::of_kept(found_kept),
+            copied_files: CopiedFiles::default(),
+            kept,
+            kept_lines: KeptLines::default(),
+            snapshots: Snapshots::default(),
+            events: Arc::default(),
+            keys: Arc::default(),
+            idle: Idle::default(),
+            processes: Processes::default(),
+            records: Arc::default(),
+            launching: Mutex::default(),
+            ends: Mutex::default(),
+            image_requests: ImageRequestLimiter::default(),
+            forwarded_requests: ForwardLimiter::default(),
+            network_changes: NetworkChanges::default(),
+            closed: Mutex::default(),
+            scrapes: Semaphore::new(MAX_SCRAPES),
+            unsettled: Mutex::default(),
+            closing: AtomicBool::new(false),
+            busy: RwLock::default(),
+            last_request: Mutex::new(Instant::now()),
+            ending: watch::Sender::new(false),
+            runtime: runtime.clone(),
+            servers: Mutex::default(),
+            claim: Mutex::new(Some(claim)),
+        }));
+        earlier.iter().for_each(|(name, vm_record)| supervisor.0.close_recorded(name, vm_record));
+        let weak = Arc::downgrade(&supervisor.0);
+        thread::Builder::new()
+            .name("clade-ends".to_owned())
+            .spawn(move || ends::watch(&exits, &weak))
+            .map_err(failed)?;
+        if !found.is_empty() {
+            let (records, dir) = (Arc::clone(&supervisor.0.records), supervisor.0.dir.path().to_owned());
+            let fetch = move || records.fetch(&dir, &found);
+            thread::Builder::new().name("clade-records".to_owned()).spawn(fetch).map_err(failed)?;
+        }
+        supervisor.0.serve(server::serve(socket, supervisor.clone(), supervisor.0.ending.subscribe()));
+        Ok(supervisor)
+    }
+
+    /// Ends the supervisor: it accepts no more requests, and prepared workers go. VMs run on.
+    pub fn close(&self) {
+        self.0.closing.store(true, Ordering::Relaxed);
+        // Open requests are cancelled, and leave nothing.
+        drop(self.0.busy.write());
+        // Then their answers are sent. Without a receiver no server is left.
+        let _ = self.0.ending.send(true);
+        let servers = std::mem::take(&mut *self.0.servers.lock().unwrap_or_else(PoisonError::into_inner));
+        for server in servers {
+            // The server ends when all requests are answered, within 10 s; the runtime logs its
+            // panics.
+            let _ = self.0.runtime.block_on(server);
+        }
+        self.0.pool.close();
+        self.0.checkpoints.clear();
+        self.0.kept.iter().for_each(KeptDir::release);
+        // Last: another supervisor may start from here on.
+        drop(self.0.claim.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+
+    /// Returns whether the supervisor has no VM, no checkpoint that ends with it, and no request for
+    /// either, and had no request that changes something within `time`.
+    #[must_use]
+    pub fn is_idle(&self, time: Duration) -> bool {
+        if self.0.last_request.lock().unwrap_or_else(PoisonError::into_inner).elapsed() < time {
+            return false;
+        }
+        let no_vm = self.0.processes.is_empty() && vms_in(self.dir()).is_ok_and(|vms| vms.is_empty());
+        no_vm && self.0.checkpoints.unkept() == 0 && self.0.busy.try_write().is_ok()
+    }
+
+    /// Waits while an ended VM merges its writes into a disk of `config`: its process has the image
+    /// locked. A VM that waits for others in turn is not waited for.
+    ///
+    /// # Errors
+    /// When the request is cancelled.
+    fn wait_for_writers(&self, config: &VmConfig, cancel: &Cancel) -> Result<(), DaemonError> {
+        let images: BTreeSet<_> = config.disks.iter().map(|disk| disk.disk.path.clone()).collect();
+        while self.0.ended_writers().iter().any(|vm| vm.writes_to(&images)) && self.0.used_images().is_disjoint(&images)
+        {
+            self.check(0, 1, cancel)?;
+            thread::sleep(WRITER_INTERVAL);
+        }
+        Ok(())
+    }
+
+    /// Returns the ended VMs whose processes have yet to merge the writes since a fork into their
+    /// disks.
+    fn merging(&self) -> Vec<MergingVm> {
+        let ended = self.0.ended_writers();
+        let used = if ended.is_empty() { BTreeSet::new() } else { self.0.used_images() };
+        let failed = self.0.processes.unmerged();
+        ended.into_iter().map(|vm| vm.merging(&used)).chain(failed).collect()
+    }
+
+    fn check(&self, made: usize, count: usize, cancel: &Cancel) -> Result<(), DaemonError> {
+        let ending = self.0.closing.load(Ordering::Relaxed).then_some(CancelReason::Ending);
+        let reason = cancel.reason().or(ending);
+        reason.map_or(Ok(()), |reason| Err(DaemonError::Cancelled { made, count, reason }))
+    }
+
+    /// Waits for permission to request an image of `vm`.
+    ///
+    /// # Errors
+    /// When the VM's process does not answer the current holders.
+    pub(crate) async fn permit(&self, vm: &str) -> Result<ImagePermit, ApiError> {
+        self.0.image_requests.begin(vm).await
+    }
+
+    /// Returns the pid of a VM's process, if it was started here.
+    fn pid_of(&self, name: &str) -> Option<u32> {
+        self.0.processes.of(name).map(|(pid, _)| pid)
+    }
+
+    /// Removes the files of a stopped VM, whose process has given the name back: `pid`, if it was
+    /// started here.
+    fn stopped(&self, pid: Option<u32>, left: Option<(NameClaim, WorkerExit)>) {
+        let _ends = self.0.ends();
+        pid.into_iter().for_each(|pid| self.0.processes.give_back(pid));
+        if let Some((claim, exit)) = left {
+            let pid = pid.unwrap_or(exit.pid);
+            self.0.clear_up(claim, WorkerExit { pid, ..exit }, true, Vec::new());
+        }
+    }
+
+    /// Kills a VM's process without asking it, if the VM loses nothing by that: the process was started
+    /// here, and no disk of the VM is written. Returns None otherwise. The signal is sent when this
+    /// returns; [`Self::reap`] waits for the end.
+    ///
+    /// # Errors
+    /// When the record of the VM cannot be read.
+    fn kill_at_once(&self, name: &str) -> Result<Option<Killed>, DaemonError> {
+        let vm_record = VmRecord::read(&self.0.dir, name)?.filter(|vm_record| vm_record.template.written().is_empty());
+        let Some((vm_record, (pid, vm))) = vm_record.zip(self.0.processes.of(name)) else { return Ok(None) };
+        self.0.processes.mark_stopped(pid);
+        // A process that has ended needs no signal.
+        let _ = pidfd_send_signal(&vm.process, Signal::KILL);
+        Ok(Some(Killed { vm_record, pid, process: vm.process, is_silent: false }))
+    }
+
+    /// Ends a VM by killing its process, which does not answer.
+    ///
+    /// # Errors
+    /// When the process is unknown, or does not end.
+    fn kill(&self, name: &str) -> Result<StopAnswer, DaemonError> {
+        let vm_record =
+            VmRecord::read(&self.0.dir, name)?.ok_or_else(|| silent(name, ", and is not the supervisor's to kill"))?;
+        let own = self.0.processes.of(name).map(|(pid, vm)| (pid, vm.process));
+        let found = || Some((vm_record.process?.pid(), Arc::new(vm_record.process?.open()?)));
+        let (pid, process) = own.or_else(found).ok_or_else(|| silent(name, ", and has ended meanwhile"))?;
+        tracing::warn!(name, pid, "a VM that is to stop does not answer: its process is killed");
+        self.0.processes.mark_stopped(pid);
+        self.reap(name, Killed { vm_record, pid, process, is_silent: true })
+    }
+
+    /// Waits for the end of a killed process, and frees the name.
+    ///
+    /// # Errors
+    /// When the process does not end.
+    fn reap(&self, name: &str, killed: Killed) -> Result<StopAnswer, DaemonError> {
+        let Killed { vm_record, pid, process, is_silent } = killed;
+        if !kill(&process) {
+            return Err(silent(name, ", and does not end though it was killed"));
+        }
+        let _ends = self.0.ends();
+        self.0.processes.give_back(pid);
+        let exit = WorkerExit { pid, signal: Some(libc::SIGKILL), code: None };
+        match NameClaim::new(&self.0.dir, name) {
+            Ok(claim) => self.0.clear_up(claim, exit, true, Vec::new()),
+            // Another thread has cleared up, and another VM has the name.
+            Err(DaemonError::Taken { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        let config = &vm_record.template.config;
+        let vm = if is_silent {
+            VmInfo::of_killed(name, exit, config)
+        } else {
+            VmInfo::of_stopped(name, pid, StopReason::Requested, config)
+        };
+        Ok(StopAnswer { vm, shutdown: None, killed: is_silent })
+    }
+
+    fn snapshots(&self) -> &Snapshots {
+        &self.0.snapshots
+    }
+
+    pub(crate) fn checkpoints(&self) -> &Checkpoints {
+        &self.0.checkpoints
+    }
+
+    /// Prepares workers for children of a checkpoint, until there are `count`.
+    ///
+    /// # Errors
+    /// When there is no such checkpoint, or no room.
+    pub(crate) fn prepare(&self, checkpoint: &str, count: usize, cancel: &Cancel) -> Result<usize, DaemonError> {
+        let _busy = self.0.busy.read();
+        // More would be of no use.
+        if count > MAX_CHILDREN {
+            return Err(DaemonError::Count { count });
+        }
+        let checkpoint = self.checkpoint_of(checkpoint, cancel)?;
+        let template = &checkpoint.vm_record().template;
+        check_host_limits(count, ResourceDemand::of(&template.config))
+            .map_err(|source| DaemonError::HostLimit { count, source })?;
+        self.0.pool.prepare(template, count, || self.check(0, count, cancel))
+    }
+
+    /// Returns whether [`Self::info`] reads files: a thread for it costs more than the answer
+    /// otherwise.
+    pub(crate) fn reads_for_info(&self) -> bool {
+        self.0.processes.has_writers()
+    }
+
+    /// Returns the supervisor's numbers.
+    pub(crate) fn info(&self) -> SupervisorInfo {
+        SupervisorInfo {
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            dir: self.0.dir.path().to_owned(),
+            vms: self.0.processes.names().len(),
+            checkpoints: self.0.checkpoints.len(),
+            kept: self.0.checkpoints.kept(),
+            prepared: self.0.pool.len(),
+            until_idle: self.0.until_idle,
+            merging: self.merging(),
+        }
+    }
+
+    pub(crate) fn dir(&self) -> &Path {
+        self.0.dir.path()
+    }
+}
+
+impl Inner {
+    /// Notes that there is work: a request that changes something, or the end of a process.
+    fn touch(&self) {
+        *self.last_request.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    fn serve(&self, server: impl Future<Output = ()> + Send + 'static) {
+        let server = self.runtime.spawn(server);
+        self.servers.lock().unwrap_or_else(PoisonError::into_inner).push(server);
+    }
+}

@@ -1,0 +1,379 @@
+//! The processes of VMs that the supervisor has started.
+//!
+//! A process is identified by its pidfd: its pid may be reused, and its own statements are not
+//! trusted. A process that has given its name back and does not end is killed.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde::{Deserialize, Serialize};
+
+use super::cgroups::Group;
+use clade_api::flight::FlightEvent;
+use clade_api::{MergingVm, WorkerExit, flight};
+use clade_vmm::vm::VmConfig;
+use clade_worker::ahead::Learning;
+use clade_worker::{PARENT_DEATH_EXIT, UNMERGED, has_ended};
+
+/// Time limit for the end of a process that has given its name back.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Time limit for a process that merges the writes since a fork into its disks. It begins when no
+/// other VM or checkpoint uses the disks.
+pub const COMMIT_TIMEOUT: Duration = Duration::from_secs(600);
+/// VMs kept on the list of those whose disks lack writes.
+const MAX_UNMERGED: usize = 16;
+/// Time limit for the end of a killed process: it may have much memory.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The identity of a process at its start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct ProcessId {
+    pid: u32,
+    /// In clock ticks since the host's start: a reused pid has another value.
+    started: u64,
+}
+
+impl ProcessId {
+    /// Identifies the process that has the pid now, or returns None.
+    pub(super) fn of(pid: u32) -> Option<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // Field 22; the second is the name, which may have spaces and parentheses.
+        let started = stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()?;
+        Some(Self { pid, started })
+    }
+
+    pub(super) fn pid(self) -> u32 {
+        self.pid
+    }
+
+    /// Opens a pidfd of the process. None if it has ended.
+    pub(super) fn open(self) -> Option<OwnedFd> {
+        let pidfd = pidfd_open(Pid::from_raw(self.pid as i32)?, PidfdFlags::empty()).ok()?;
+        // After the open: from here on the pidfd is of that process.
+        (Self::of(self.pid) == Some(self)).then_some(pidfd)
+    }
+}
+
+/// Kills a process, and waits for its end. Returns whether it has ended.
+pub(super) fn kill(pidfd: &OwnedFd) -> bool {
+    // Fails for a process that has already ended.
+    let _ = pidfd_send_signal(pidfd, Signal::KILL);
+    has_ended(pidfd, KILL_TIMEOUT)
+}
+
+/// A VM's process.
+#[derive(Clone, Debug)]
+pub(super) struct OwnVm {
+    pub(super) name: String,
+    pub(super) process: Arc<OwnedFd>,
+    /// Images of disks that it may merge writes into at its end.
+    images: Vec<PathBuf>,
+    /// The name of its session.
+    session: Option<String>,
+    /// When it gave its name back.
+    given_back: Option<Instant>,
+    /// Whether a request has stopped it: its end is then expected.
+    pub(super) is_stopped: bool,
+    /// Its control group, removed with it.
+    pub(super) group: Option<Arc<Group>>,
+    /// The file of its flight record.
+    flight: Option<Arc<OwnedFd>>,
+    /// The file for its written pages, for the checkpoint that it was forked from.
+    ahead: Option<(Arc<OwnedFd>, Weak<Learning>)>,
+}
+
+impl OwnVm {
+    /// Makes the record of the process of a VM that was booted or forked.
+    pub(super) fn new(name: &str, process: OwnedFd, config: &VmConfig, is_booted: bool) -> Self {
+        let given = config.disks.iter().filter(|disk| is_booted && !disk.disk.read_only && !disk.disk.ephemeral);
+        Self {
+            name: name.to_owned(),
+            process: Arc::new(process),
+            images: given.map(|disk| disk.disk.path.clone()).collect(),
+            session: None,
+            given_back: None,
+            is_stopped: false,
+            group: None,
+            flight: None,
+            ahead: None,
+        }
+    }
+
+    pub(super) fn in_group(self, group: Option<Group>) -> Self {
+        Self { group: group.map(Arc::new), ..self }
+    }
+
+    pub(super) fn in_session(self, session: Option<String>) -> Self {
+        Self { session, ..self }
+    }
+
+    /// Returns whether it may merge writes into one of these images.
+    pub(super) fn writes_to(&self, images: &BTreeSet<PathBuf>) -> bool {
+        self.images.iter().any(|image| images.contains(image))
+    }
+
+    /// Describes the VM once it has ended. `used` are the images that VMs and checkpoints use.
+    pub(super) fn merging(&self, used: &BTreeSet<PathBuf>) -> MergingVm {
+        let waits = self.images.iter().any(|image| used.contains(image));
+        MergingVm { name: self.name.clone(), session: self.session.clone(), waits, failed: false }
+    }
+
+    pub(super) fn recorded_in(self, flight: &Arc<OwnedFd>) -> Self {
+        Self { flight: Some(Arc::clone(flight)), ..self }
+    }
+
+    pub(super) fn noting(self, ahead: Option<(OwnedFd, Weak<Learning>)>) -> Self {
+        Self { ahead: ahead.map(|(note, learning)| (Arc::new(note), learning)), ..self }
+    }
+
+    /// Has its checkpoint, if that still exists, learn its written pages. Call it after the end.
+    pub(super) fn teach(&self) {
+        if let Some((note, learning)) = &self.ahead
+            && let Some(learning) = learning.upgrade()
+        {
+            learning.learn(note);
+        }
+    }
+
+    /// Returns the events that its process has noted.
+    pub(super) fn flight(&self) -> Vec<FlightEvent> {
+        self.flight.as_ref().map(flight::read).unwrap_or_default()
+    }
+
+    /// Whether the process, which has ended by `exit`, has ended with the command of its session.
+    pub(super) fn died_with_command(&self, exit: WorkerExit) -> bool {
+        self.session.is_some() && exit.code == Some(PARENT_DEATH_EXIT)
+    }
+
+    pub(super) fn has_name(&self) -> bool {
+        self.given_back.is_none()
+    }
+
+    fn is_there(&self) -> bool {
+        !has_ended(&self.process, Duration::ZERO)
+    }
+}
+
+/// The processes, by pid.
+#[derive(Debug, Default)]
+pub(super) struct Processes {
+    by_pid: Mutex<BTreeMap<u32, OwnVm>>,
+    unmerged: Mutex<VecDeque<MergingVm>>,
+}
+
+impl Processes {
+    fn all(&self) -> MutexGuard<'_, BTreeMap<u32, OwnVm>> {
+        self.by_pid.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that an ended VM's process has ended by `exit`, if its disks lack the writes since a
+    /// fork: they could not be merged, or the process was killed.
+    ///
+    /// A VM that was to be stopped and did not answer was killed while it ran: the answer to its stop reports that.
+    pub(super) fn note_end(&self, exit: WorkerExit) {
+        let vm = self.all().get(&exit.pid).cloned();
+        let Some(vm) = vm.filter(|vm| !vm.images.is_empty() && !vm.is_stopped) else { return };
+        let is_killed = exit.signal.is_some() && !vm.has_name();
+        if !is_killed && exit.code != Some(UNMERGED.into()) {
+            return;
+        }
+        let mut unmerged = self.unmerged.lock().unwrap_or_else(PoisonError::into_inner);
+        unmerged.push_back(MergingVm { failed: true, ..vm.merging(&BTreeSet::new()) });
+        if unmerged.len() > MAX_UNMERGED {
+            unmerged.pop_front();
+        }
+    }
+
+    /// Returns the last VMs whose disks lack the writes since a fork.
+    pub(super) fn unmerged(&self) -> Vec<MergingVm> {
+        self.unmerged.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+    }
+
+    pub(super) fn add(&self, vms: impl IntoIterator<Item = (u32, OwnVm)>) {
+        self.all().extend(vms);
+    }
+
+    pub(super) fn remove(&self, pid: u32) -> Option<OwnVm> {
+        self.all().remove(&pid)
+    }
+
+    /// Returns the names of VMs that still have them.
+    pub(super) fn names(&self) -> BTreeSet<String> {
+        self.all().values().filter(|vm| vm.has_name()).map(|vm| vm.name.clone()).collect()
+    }
+
+    /// Returns the process of a VM that has its name, and its pid.
+    pub(super) fn of(&self, name: &str) -> Option<(u32, OwnVm)> {
+        let all = self.all();
+        let found = all.iter().find(|(_, vm)| vm.has_name() && vm.name == name);
+        found.map(|(pid, vm)| (*pid, vm.clone()))
+    }
+
+    pub(super) fn is_there(&self, pid: u32) -> bool {
+        self.all().get(&pid).is_some_and(OwnVm::is_there)
+    }
+
+    /// Marks a VM that a request has stopped, or is about to kill.
+    pub(super) fn mark_stopped(&self, pid: u32) {
+        if let Some(vm) = self.all().get_mut(&pid) {
+            vm.is_stopped = true;
+        }
+    }
+
+    /// Notes that the process has given its name back. The process may take some time to end.
+    pub(super) fn give_back(&self, pid: u32) {
+        if let Some(vm) = self.all().get_mut(&pid) {
+            vm.given_back.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// Returns the ended VMs whose processes may write to disks. `has_name` returns whether
+    /// a VM still runs as a process.
+    pub(super) fn writers(&self, has_name: impl Fn(&str, u32) -> bool) -> Vec<OwnVm> {
+        // Until its end is noted: the process may have ended by now.
+        let may_write = |vm: &OwnVm| !vm.images.is_empty();
+        // Not under the lock: `has_name` reads files.
+        let all: Vec<(u32, OwnVm)> = self.all().iter().map(|(pid, vm)| (*pid, vm.clone())).collect();
+        let writers = all.into_iter().filter(|(pid, vm)| may_write(vm) && !has_name(&vm.name, *pid));
+        writers.map(|(_, vm)| vm).collect()
+    }
+
+    /// Returns whether a process may write to disks.
+    pub(super) fn has_writers(&self) -> bool {
+        self.all().values().any(|vm| !vm.images.is_empty())
+    }
+
+    /// Returns whether no process is known: each VM's has ended.
+    pub(super) fn is_empty(&self) -> bool {
+        self.all().is_empty()
+    }
+
+    /// Forgets ended processes, except those of VMs that `is_awaited` accepts: their end is handled
+    /// later.
+    pub(super) fn forget_ended(&self, is_awaited: impl Fn(&str) -> bool) {
+        self.all().retain(|_, vm| vm.is_there() || (vm.has_name() && is_awaited(&vm.name)));
+    }
+
+    /// Kills processes that run on for too long after they have given their names back. `is_used`
+    /// returns whether another VM or a checkpoint uses an image: until then the process may wait.
+    pub(super) fn kill_overdue(&self, is_used: impl Fn(&PathBuf) -> bool) {
+        let overdue: Vec<(u32, OwnVm)> = {
+            let mut all = self.all();
+            for vm in all.values_mut().filter(|vm| vm.given_back.is_some()) {
+                if vm.images.iter().any(&is_used) {
+                    vm.given_back = Some(Instant::now());
+                }
+            }
+            let found = all.iter().filter(|(_, vm)| is_overdue(vm));
+            found.map(|(pid, vm)| (*pid, vm.clone())).collect()
+        };
+        for (pid, vm) in overdue {
+            tracing::warn!(name = vm.name, pid, "a process has given its VM's name back and runs on: it is killed");
+            let _ = pidfd_send_signal(&vm.process, Signal::KILL);
+        }
+    }
+}
+
+fn is_overdue(vm: &OwnVm) -> bool {
+    let limit = if vm.images.is_empty() { LEAVE_TIMEOUT } else { COMMIT_TIMEOUT };
+    vm.given_back.is_some_and(|since| since.elapsed() > limit)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+
+    use clade_block::DiskConfig;
+    use clade_devices::virtio::block::BlockOptions;
+    use clade_vmm::vm::DiskSpec;
+
+    use super::*;
+
+    struct Sleeper(Child);
+
+    impl Sleeper {
+        fn start() -> Self {
+            Self(Command::new("sleep").arg("60").spawn().unwrap())
+        }
+
+        fn id(&self) -> ProcessId {
+            ProcessId::of(self.0.id()).unwrap()
+        }
+    }
+
+    impl Drop for Sleeper {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    fn config() -> VmConfig {
+        VmConfig::bare(32 << 20, 1).unwrap()
+    }
+
+    fn long_ago() -> Option<Instant> {
+        Instant::now().checked_sub(COMMIT_TIMEOUT + Duration::from_secs(1))
+    }
+
+    #[test]
+    fn a_number_is_another_process_when_it_has_another_start() {
+        let sleeper = Sleeper::start();
+        let id = sleeper.id();
+        assert!(id.open().is_some());
+        let other = ProcessId { started: id.started + 1, ..id };
+        assert!(other.open().is_none(), "the number was another's");
+        let pidfd = id.open().unwrap();
+        drop(sleeper);
+        assert!(has_ended(&pidfd, Duration::ZERO) && id.open().is_none());
+    }
+
+    #[test]
+    fn a_process_that_gives_its_name_back_and_lives_on_is_killed() {
+        let (here, gone) = (Sleeper::start(), Sleeper::start());
+        let processes = Processes::default();
+        for (name, sleeper) in [("here", &here), ("gone", &gone)] {
+            let vm = OwnVm::new(name, sleeper.id().open().unwrap(), &config(), true);
+            processes.add([(sleeper.id().pid(), vm)]);
+        }
+        let pid = gone.id().pid();
+        processes.give_back(pid);
+        assert_eq!(processes.names(), BTreeSet::from(["here".to_owned()]));
+        assert!(processes.of("gone").is_none() && processes.of("here").is_some());
+        processes.kill_overdue(|_| false);
+        assert!(processes.is_there(pid), "it has time");
+        let Some(since) = long_ago() else { return };
+        processes.all().get_mut(&pid).unwrap().given_back = Some(since);
+        processes.kill_overdue(|_| false);
+        let ended = &processes.all()[&pid].process.clone();
+        assert!(has_ended(ended, KILL_TIMEOUT));
+        processes.forget_ended(|_| true);
+        assert!(!processes.is_there(pid) && processes.is_there(here.id().pid()));
+        assert_eq!(processes.all().len(), 1);
+    }
+
+    #[test]
+    fn a_process_waits_while_its_images_are_used_and_only_if_it_was_booted_with_them() {
+        let sleeper = Sleeper::start();
+        let (mut with_disk, pid) = (config(), sleeper.id().pid());
+        let (disk, device) = (DiskConfig::new("/srv/disk".as_ref()), BlockOptions::default());
+        with_disk.disks.push(DiskSpec { disk, device });
+        let child = OwnVm::new("child", sleeper.id().open().unwrap(), &with_disk, false);
+        assert!(child.images.is_empty());
+        let Some(since) = long_ago() else { return };
+        let mut vm = OwnVm::new("web", sleeper.id().open().unwrap(), &with_disk, true);
+        vm.given_back = Some(since);
+        let processes = Processes::default();
+        processes.add([(pid, vm)]);
+        processes.kill_overdue(|image| image.ends_with("disk"));
+        assert!(processes.is_there(pid));
+        // From then on it has time to write.
+        processes.kill_overdue(|_| false);
+        assert!(processes.is_there(pid));
+    }
+}

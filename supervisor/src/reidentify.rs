@@ -1,0 +1,177 @@
+//! Identity of guests that are in a new VM: children of a fork, restored VMs, reset VMs. The agent
+//! in each drops its parent's state, and reports when it is ready.
+//!
+//! Children requested as *ready* are activated once all are ready, or none is (I13).
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use clade_agent_client::proto::api::Generation;
+use clade_agent_client::proto::{Base64, NOTICE_PORT, PORT};
+use clade_agent_client::{Client as Agent, ClientError, Endpoint};
+use clade_vmm::vm::VmConfig;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+use super::Supervisor;
+use super::server::stop_vm;
+use super::vm_record::VmRecord;
+use clade_api::http::{ApiError, THREAD_PATIENCE, on_a_thread};
+use clade_api::{DaemonError, ProblemKind, ReadyAnswer, StopRequest};
+
+/// Agents report to the port that the device answers.
+const _: () = assert!(NOTICE_PORT == clade_devices::virtio::vsock::NOTICE_PORT);
+
+/// Most agents notified at a time.
+const MAX_TOLD: usize = 16;
+/// Bytes of entropy for each guest's random number generator.
+const ENTROPY: usize = 64;
+/// Time limit until an agent accepts a connection. It first has to notice that its parent's
+/// connections were reset.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Additional time for each VM made by the same request, and its maximum: all begin at once, and
+/// each has work to do then.
+const PATIENCE_EACH: Duration = Duration::from_secs(1);
+const MAX_PATIENCE: Duration = Duration::from_secs(300);
+/// Time limit of one attempt. Every abandoned attempt is more work for a slow guest.
+const ATTEMPT: Duration = Duration::from_secs(10);
+/// Time limit from then on until the agent is ready, and the additional time for each VM made by
+/// the same request: on a busy host ten guests whose kernels are interpreted took more than a
+/// minute.
+const ANSWERING: Duration = Duration::from_secs(60);
+const ANSWERING_EACH: Duration = Duration::from_secs(10);
+/// Interval of the attempts.
+const RETRY: Duration = Duration::from_millis(20);
+
+/// Returns how many agents are notified at a time: their guests work then. More of them than
+/// processors would all be late on hosts where their kernels are interpreted.
+fn told_at_a_time() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).saturating_mul(2).min(MAX_TOLD)
+}
+
+fn not_ready(name: &str, why: &str) -> ApiError {
+    ApiError::new(ProblemKind::NotReady, format!("{name}: {why}"))
+}
+
+/// Checks that the guests of VMs of `config` have an agent that can be reached.
+pub(super) fn expect_reachable(name: &str, config: &VmConfig) -> Result<(), DaemonError> {
+    if config.vsock.is_some() {
+        return Ok(());
+    }
+    let text = format!("{name} has no vsock device to reach its agent by");
+    Err(DaemonError::Refused { kind: ProblemKind::NoDevice, text })
+}
+
+/// New VMs that no answer has named yet. Ended when dropped.
+struct PendingVms {
+    supervisor: Supervisor,
+    names: Vec<String>,
+}
+
+impl Drop for PendingVms {
+    fn drop(&mut self) {
+        let (supervisor, names) = (self.supervisor.clone(), std::mem::take(&mut self.names));
+        if !names.is_empty() {
+            self.supervisor.0.runtime.spawn(async move { stop_all(&supervisor, names).await });
+        }
+    }
+}
+
+async fn stop_all(supervisor: &Supervisor, names: Vec<String>) {
+    for name in names {
+        if let Err(error) = stop_vm(supervisor, &name, StopRequest::default()).await {
+            tracing::warn!(?error, name, "a VM that is not ready does not stop");
+        }
+    }
+}
+
+impl Supervisor {
+    /// Has the agent in a VM renew its identity.
+    ///
+    /// # Errors
+    /// When there is no such VM, no agent answers in it, or it could not do all of it.
+    pub(super) async fn reidentify(&self, name: &str) -> Result<ReadyAnswer, ApiError> {
+        self.reidentify_among(name, 1).await
+    }
+
+    /// The same for one of `count` new VMs.
+    async fn reidentify_among(&self, name: &str, count: usize) -> Result<ReadyAnswer, ApiError> {
+        let others = u32::try_from(count.saturating_sub(1)).unwrap_or(u32::MAX);
+        let with_others =
+            |own: Duration, each: Duration| own.saturating_add(each.saturating_mul(others)).min(MAX_PATIENCE);
+        let (patience, answering) = (with_others(PATIENCE, PATIENCE_EACH), with_others(ANSWERING, ANSWERING_EACH));
+        let (supervisor, vm) = (self.clone(), name.to_owned());
+        let socket = on_a_thread(THREAD_PATIENCE, move || {
+            let vm_record = VmRecord::expect(&supervisor.0.dir, &vm)?;
+            expect_reachable(&vm, &vm_record.template.config)?;
+            Ok::<_, DaemonError>(vm_record.identity.vsock.map(|vsock| vsock.socket))
+        });
+        let socket = socket.await??.ok_or_else(|| not_ready(name, "it has no socket"))?;
+        let agent = Agent::new(Endpoint::Vsock { socket, port: PORT }).with_patience(ATTEMPT, answering);
+        // Each attempt has its own time of day.
+        let agent = agent.with_one_attempt();
+        let mut entropy = vec![0; ENTROPY];
+        rustix::rand::getrandom(&mut entropy[..], rustix::rand::GetRandomFlags::empty())
+            .map_err(|error| not_ready(name, &format!("there is no entropy: {error}")))?;
+        let mut request = Generation { name: name.to_owned(), now_ns: None, entropy: Some(Base64(entropy)) };
+        let deadline = Instant::now() + patience;
+        let ready = loop {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            request.now_ns = Some(now.as_nanos().to_string());
+            match agent.change_generation(&request).await {
+                // A child resets its parent's connections, perhaps this one: the notification is
+                // repeated.
+                Err(ClientError::NoAgent { .. } | ClientError::Http(_) | ClientError::Lost(_))
+                    if Instant::now() < deadline =>
+                {
+                    tokio::time::sleep(RETRY).await;
+                }
+                Err(error) => return Err(not_ready(name, &clade_vmm::error_chain(&error))),
+                Ok(ready) => break ready,
+            }
+        };
+        let failed = ready.hooks.iter().filter(|hook| hook.status != "exit status 0");
+        let failed = failed.map(|hook| format!("the hook {}: {}", hook.name, hook.status));
+        match ready.failed.iter().cloned().chain(failed).next() {
+            Some(first) => Err(not_ready(name, &first)),
+            None => {
+                let hooks = ready.hooks.into_iter().map(|hook| hook.name).collect();
+                Ok(ReadyAnswer { generation: ready.generation, hooks })
+            }
+        }
+    }
+
+    /// The same for new VMs: all are ready when this returns, or all have ended. They also end when
+    /// the future is dropped.
+    ///
+    /// # Errors
+    /// That of the first VM that is not ready.
+    pub(super) async fn reidentify_all(&self, names: &[String]) -> Result<(), ApiError> {
+        let mut pending = PendingVms { supervisor: self.clone(), names: names.to_vec() };
+        let turns = Arc::new(Semaphore::new(told_at_a_time()));
+        let (mut told, count) = (JoinSet::new(), names.len());
+        for name in names {
+            let (supervisor, turns, name) = (self.clone(), Arc::clone(&turns), name.clone());
+            told.spawn(async move {
+                // The semaphore is never closed.
+                let _turn = turns.acquire().await;
+                supervisor.reidentify_among(&name, count).await
+            });
+        }
+        let mut failed = None;
+        while let (None, Some(ready)) = (&failed, told.join_next().await) {
+            failed = ready.unwrap_or_else(|error| Err(not_ready("a VM", &error.to_string()))).err();
+        }
+        drop(told);
+        let names = std::mem::take(&mut pending.names);
+        match failed {
+            None => Ok(()),
+            Some(error) => {
+                // Runs to its end, even if the client goes.
+                let supervisor = self.clone();
+                let _ = self.0.runtime.spawn(async move { stop_all(&supervisor, names).await }).await;
+                Err(error)
+            }
+        }
+    }
+}

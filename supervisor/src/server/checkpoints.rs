@@ -1,0 +1,159 @@
+//! Handlers for checkpoints.
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::{Path as UrlPath, State};
+
+use super::{Wanted, activate, expect_paths, may_be_ready, work};
+use crate::Supervisor;
+use clade_api::http::{Answer, ApiError, Cancel};
+use clade_api::{
+    CheckpointInfo, CheckpointRequest, ForkAnswer, ForkRequest, KeepRequest, OpenRequest, PrepareRequest, Prepared,
+    ResetAnswer, RollbackRequest,
+};
+
+/// Holds the image of a snapshot as a checkpoint.
+#[utoipa::path(
+    post,
+    path = "/v1/checkpoints",
+    request_body = OpenRequest,
+    responses((status = 200, description = "Done.", body = CheckpointInfo))
+)]
+pub(super) async fn open(State(supervisor): State<Supervisor>, request: Wanted<OpenRequest>) -> Answer<CheckpointInfo> {
+    let Json(request) = request?;
+    expect_paths(&request.saved)?;
+    work(supervisor, move |supervisor, cancel| supervisor.open_checkpoint(&request, cancel)).await
+}
+
+/// Takes a checkpoint of a VM.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/checkpoint",
+    request_body = CheckpointRequest,
+    responses((status = 200, description = "Done.", body = CheckpointInfo))
+)]
+pub(super) async fn checkpoint(
+    State(supervisor): State<Supervisor>,
+    UrlPath(vm): UrlPath<String>,
+    request: Wanted<CheckpointRequest>,
+) -> Answer<CheckpointInfo> {
+    let Json(request) = request?;
+    let permit = supervisor.permit(&vm).await?;
+    work(supervisor, move |supervisor, cancel| supervisor.checkpoint(&vm, &request, permit, cancel)).await
+}
+
+/// Rolls a VM back to a checkpoint of its line, in place.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/rollback",
+    request_body = RollbackRequest,
+    responses((status = 200, description = "Done.", body = ResetAnswer))
+)]
+pub(super) async fn roll_back(
+    State(supervisor): State<Supervisor>,
+    UrlPath(vm): UrlPath<String>,
+    request: Wanted<RollbackRequest>,
+) -> Answer<ResetAnswer> {
+    let Json(RollbackRequest { checkpoint }) = request?;
+    let permit = supervisor.permit(&vm).await?;
+    work(supervisor, move |supervisor, cancel| supervisor.roll_back(&vm, &checkpoint, permit, cancel)).await
+}
+
+/// Lists the checkpoints.
+#[utoipa::path(
+    get,
+    path = "/v1/checkpoints",
+    responses((status = 200, description = "Done.", body = Vec<CheckpointInfo>))
+)]
+pub(super) async fn checkpoints(State(supervisor): State<Supervisor>) -> Json<Vec<CheckpointInfo>> {
+    Json(supervisor.checkpoints().list())
+}
+
+/// Shows a checkpoint.
+#[utoipa::path(
+    get,
+    path = "/v1/checkpoints/{name}",
+    responses((status = 200, description = "Done.", body = CheckpointInfo))
+)]
+pub(super) async fn show_checkpoint(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+) -> Answer<CheckpointInfo> {
+    Ok(Json(supervisor.checkpoints().info(&name)?))
+}
+
+/// Writes a checkpoint to the disk, where later supervisors find it. Answers when it is there.
+#[utoipa::path(
+    post,
+    path = "/v1/checkpoints/{name}/keep",
+    request_body = Option<KeepRequest>,
+    responses((status = 200, description = "Done.", body = CheckpointInfo))
+)]
+pub(super) async fn keep_checkpoint(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+    body: Bytes,
+) -> Answer<CheckpointInfo> {
+    let KeepRequest { full } = parse_keep(&body)?;
+    work(supervisor, move |supervisor, cancel| supervisor.keep_checkpoint(&name, full, cancel)).await
+}
+
+/// Parses the body of a request to keep a checkpoint, which clients of the version before leave empty.
+fn parse_keep(body: &[u8]) -> Result<KeepRequest, ApiError> {
+    if body.is_empty() {
+        return Ok(KeepRequest::default());
+    }
+    let Json(request) = Json::from_bytes(body)?;
+    Ok(request)
+}
+
+/// Removes a checkpoint. Its children run on.
+#[utoipa::path(
+    delete,
+    path = "/v1/checkpoints/{name}",
+    responses((status = 200, description = "Done.", body = CheckpointInfo))
+)]
+pub(super) async fn remove_checkpoint(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+) -> Answer<CheckpointInfo> {
+    // Closing descriptors may free memory and disks.
+    work(supervisor, move |supervisor, _| supervisor.remove_checkpoint(&name)).await
+}
+
+/// Forks a checkpoint.
+#[utoipa::path(
+    post,
+    path = "/v1/checkpoints/{name}/fork",
+    request_body = ForkRequest,
+    responses((status = 200, description = "Done.", body = ForkAnswer))
+)]
+pub(super) async fn fork_checkpoint(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+    request: Wanted<ForkRequest>,
+) -> Answer<ForkAnswer> {
+    let Json(request) = request?;
+    let ready = may_be_ready(&request)?;
+    let fork = move |supervisor: &Supervisor, cancel: &Cancel| supervisor.fork_checkpoint(&name, &request, cancel);
+    activate(&supervisor, ready, work(supervisor.clone(), fork).await?).await
+}
+
+/// Prepares processes for children of a checkpoint.
+#[utoipa::path(
+    post,
+    path = "/v1/checkpoints/{name}/prepare",
+    request_body = PrepareRequest,
+    responses((status = 200, description = "Done.", body = Prepared))
+)]
+pub(super) async fn prepare(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+    request: Wanted<PrepareRequest>,
+) -> Answer<Prepared> {
+    let Json(request) = request?;
+    let prepare = move |supervisor: &Supervisor, cancel: &Cancel| {
+        Ok(Prepared { prepared: supervisor.prepare(&name, request.count, cancel)? })
+    };
+    work(supervisor, prepare).await
+}

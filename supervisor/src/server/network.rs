@@ -1,0 +1,63 @@
+//! Handlers for the networks of VMs.
+
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::{Path as UrlPath, State};
+use axum::http::Method;
+use clade_devices::virtio::net::Link;
+
+use super::Wanted;
+use crate::Supervisor;
+use crate::proxy::with_own_socket;
+use clade_api::http::{Answer, ApiError, THREAD_PATIENCE, on_a_thread};
+use clade_api::{Client, NetworkRequest, ProblemKind, VmInfo};
+
+/// Time limit of a VM's process for a change of its network, which waits for a fork.
+const NETWORK_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Opens or closes a VM's network devices for packets, or sets their egress rules. The host closes
+/// a network outside of the VM's process too: it takes the VM's TAP interfaces down, and stops its
+/// passt.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/network",
+    request_body = NetworkRequest,
+    responses((status = 200, description = "Done.", body = VmInfo))
+)]
+pub(super) async fn set_network(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+    request: Wanted<NetworkRequest>,
+) -> Answer<VmInfo> {
+    let Json(request) = request?;
+    request.check().map_err(|text| ApiError::new(ProblemKind::BadRequest, text))?;
+    // To its end, also without its client: an open device behind a closed interface would stay.
+    let changed = tokio::spawn(change_network(supervisor, name, request)).await;
+    let stopped = |error| ApiError::new(ProblemKind::Internal, format!("the request has ended early: {error}"));
+    Ok(Json(changed.map_err(stopped)??))
+}
+
+async fn change_network(supervisor: Supervisor, name: String, request: NetworkRequest) -> Result<VmInfo, ApiError> {
+    let _turn = supervisor.0.network_changes.begin(&name).await;
+    let (dir, post) = (supervisor.dir().to_owned(), Method::POST);
+    let of = (supervisor.clone(), name.clone());
+    // The VM of now: another may have the name when its process has answered.
+    let process = on_a_thread(THREAD_PATIENCE, move || of.0.recorded_process(&of.1)).await??;
+    let set = |link| {
+        let (supervisor, name) = (supervisor.clone(), name.clone());
+        on_a_thread(THREAD_PATIENCE, move || supervisor.set_link(&name, process, link))
+    };
+    // A VM without a network device refuses the request, with the reason.
+    let closed = if request.network == Some(Link::Closed) { set(Link::Closed).await? } else { Ok(()) };
+    let client = Client::new(&dir);
+    let asked = client.request_within(NETWORK_TIMEOUT, post, &name, "/network", Some(&request)).await;
+    // After that: the process is asked, too, if the host has refused.
+    closed?;
+    let info = asked?;
+    if request.network == Some(Link::Open) {
+        // Last: the rules of the request hold by now.
+        set(Link::Open).await??;
+    }
+    with_own_socket(&dir, name, info).await
+}

@@ -1,0 +1,232 @@
+//! A worker's grants and descriptors.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clade_devices::virtio::net::Link;
+
+use super::broker::Broker;
+use super::cgroups::{Bounds, Group};
+use super::host_link::{RecordedLink, release_links};
+use super::net_hook::Interfaces;
+use super::overlays::OverlayUse;
+use super::processes::{OwnVm, ProcessId};
+use super::session::Live;
+use super::vm_record::{VmRecord, inode};
+use clade_api::secrets::SecretsRecord;
+use clade_api::{DaemonError, NameClaim, RuntimeDir, flight, forget_ended};
+use clade_vmm::vm::{Endpoints, VmConfig};
+use clade_worker::jail::{Confinement, Grants};
+use clade_worker::{ConfineRequest, PassedFds, VmTemplate};
+
+/// The grants of workers in a runtime directory.
+#[derive(Clone, Debug)]
+pub(super) struct SandboxProfile {
+    pub(super) dir: PathBuf,
+    pub(super) confinement: Confinement,
+}
+
+impl SandboxProfile {
+    /// Returns the request for a worker that works with the memory of a VM of `config`, and opens
+    /// `disks` disks.
+    pub(super) fn confine_request(&self, config: &VmConfig, disks: usize, grants: Grants) -> ConfineRequest {
+        let (dir, confinement, ram) = (self.dir.clone(), self.confinement, config.layout().bytes());
+        ConfineRequest { dir, confinement, grants, disks, ram }
+    }
+
+    /// Returns the request for a child.
+    pub(super) fn of_child(&self, template: &VmTemplate) -> ConfineRequest {
+        let grants = Grants::of_child(&template.config, &template.overlays, &template.saved);
+        self.confine_request(&template.config, template.config.disks.len(), grants)
+    }
+
+    /// Returns the request for a worker that opens the snapshot of VMs of `template`. Compressed
+    /// disks are unpacked in the directory of overlays.
+    pub(super) fn of_opener(&self, template: &VmTemplate) -> ConfineRequest {
+        let overlays = template.overlays.first().cloned().into_iter().collect();
+        self.confine_request(
+            &template.config,
+            0,
+            Grants { dirs: template.saved.clone(), overlays, ..Grants::default() },
+        )
+    }
+
+    /// Returns the request for a VM that is booted.
+    pub(super) fn of_boot(&self, config: &VmConfig, kernel: &Path, initrd: Option<&Path>) -> ConfineRequest {
+        self.confine_request(config, config.disks.len(), Grants::of_boot(config, kernel, initrd))
+    }
+}
+
+/// A VM to be started.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Start<'a> {
+    pub(super) template: &'a VmTemplate,
+    /// The session whose command it ends with.
+    pub(super) session: Option<&'a Live<'a>>,
+    /// The VM that it is forked from.
+    pub(super) parent: Option<&'a str>,
+    pub(super) ancestors: &'a [ProcessId],
+    pub(super) bounds: Bounds,
+    pub(super) secrets: Option<&'a SecretsRecord>,
+    /// The worker.
+    pub(super) pid: u32,
+    /// Whether its network is open. None until a worker has read the state of its devices.
+    pub(super) network: Option<Link>,
+}
+
+/// The descriptors of one VM, on their way to its worker. A drop removes the files made for it
+/// outside of the runtime directory, unless the VM is kept.
+#[derive(Debug)]
+pub(super) struct WorkerResources {
+    dir: RuntimeDir,
+    name: String,
+    vm_record: VmRecord,
+    /// Whether the VM is booted, and not forked.
+    is_booted: bool,
+    files: Vec<OwnedFd>,
+    /// The file of its flight record, read at its end.
+    flight: Arc<OwnedFd>,
+    /// None once the VM is kept.
+    overlays: Option<OverlayUse>,
+}
+
+impl WorkerResources {
+    /// Makes the files of a VM that uses `overlays`, and records the VM.
+    ///
+    /// # Errors
+    /// When a file cannot be made. Then none stays.
+    pub(super) fn make(
+        claim: &NameClaim,
+        start: Start<'_>,
+        overlays: OverlayUse,
+        ends: Endpoints,
+        broker: &Broker,
+    ) -> Result<(Self, PassedFds), DaemonError> {
+        let failed = |source| DaemonError::Worker { source };
+        let (identity, paths) = (ends.identity().clone(), overlays.paths.clone());
+        let socket = identity.vsock.as_ref().and_then(|vsock| inode(&vsock.socket));
+        let Start { template, session: live, parent, ancestors, bounds, secrets, pid, network } = start;
+        let session = live.map(|live| live.session.clone());
+        let (process, parent) = (ProcessId::of(pid), parent.map(str::to_owned));
+        let vm_record = VmRecord {
+            template: template.clone(),
+            identity,
+            overlays: paths,
+            socket,
+            session,
+            process,
+            parent,
+            ancestors: ancestors.to_vec(),
+            bounds,
+            secrets: secrets.cloned(),
+            links: ends.links().iter().filter_map(RecordedLink::of).collect(),
+            network,
+        };
+        let vsock = vm_record.identity.vsock.as_ref();
+        let broker = vsock.map(|vsock| broker.connect(vsock.socket.clone())).transpose().map_err(failed)?;
+        let flight = Arc::new(flight::make().map_err(failed)?);
+        let (ends, devices) = ends.hand_over(broker).map_err(failed)?;
+        // From here on this owns the socket's file.
+        let (dir, name, overlays) = (claim.dir().clone(), claim.name.clone(), Some(overlays));
+        let mut resources = Self { dir, name, vm_record, is_booted: false, files: Vec::new(), flight, overlays };
+        let (sockets, record) = claim.hand_over(template.config.virtio_console)?;
+        forget_ended(claim.dir(), &claim.name);
+        resources.vm_record.write(claim)?;
+        let (sockets, listeners): (Vec<_>, Vec<_>) = sockets.into_iter().unzip();
+        resources.files.push(record);
+        resources.files.push(resources.flight.try_clone().map_err(failed)?);
+        let command = live.map(|live| live.as_fd().try_clone_to_owned());
+        resources.files.extend(command.transpose().map_err(failed)?);
+        resources.files.extend(listeners);
+        resources.files.extend(devices);
+        Ok((resources, PassedFds { ends_with_command: live.is_some(), sockets, ends }))
+    }
+
+    /// Marks the VM as booted: it may write its disks' images.
+    pub(super) fn booted(mut self) -> Self {
+        self.is_booted = true;
+        self
+    }
+
+    /// Returns the VM's process.
+    pub(super) fn process(&self) -> Option<ProcessId> {
+        self.vm_record.process
+    }
+
+    /// Returns the VM's interfaces.
+    pub(super) fn interfaces(&self) -> Interfaces {
+        self.vm_record.interfaces(&self.name)
+    }
+
+    /// Closes the host's side of its network, unless the network is known to be open. That comes
+    /// before the worker reads its parent's memory, which may be made to break into it.
+    ///
+    /// # Errors
+    /// When the host refuses it.
+    pub(super) fn close_links(&self, confinement: Confinement) -> Result<(), DaemonError> {
+        match self.vm_record.network {
+            Some(Link::Open) => Ok(()),
+            Some(Link::Closed) | None => self.vm_record.set_links(&self.name, Link::Closed, confinement),
+        }
+    }
+
+    /// Returns whether the network waits for the worker's word on its devices.
+    pub(super) fn has_unknown_network(&self) -> bool {
+        self.vm_record.network.is_none() && !self.vm_record.links.is_empty()
+    }
+
+    /// Opens the host's side of a network of unknown state if the worker has found it `network`, and
+    /// records the state. The VM has not run yet.
+    ///
+    /// # Errors
+    /// When the host refuses it, or the record cannot be written.
+    pub(super) fn settle_network(&self, network: Option<Link>, confinement: Confinement) -> Result<(), DaemonError> {
+        if !self.has_unknown_network() {
+            return Ok(());
+        }
+        let network = network.unwrap_or(Link::Closed);
+        if network == Link::Open {
+            self.vm_record.set_links(&self.name, network, confinement)?;
+        }
+        let settled = VmRecord { network: Some(network), ..self.vm_record.clone() };
+        let _records = VmRecord::lock();
+        settled.replace(&self.dir, &self.name)
+    }
+
+    /// Returns the VM, with its `process` and its `group`.
+    pub(super) fn own_vm(&self, process: OwnedFd, group: Option<Group>) -> OwnVm {
+        let vm = OwnVm::new(&self.name, process, &self.vm_record.template.config, self.is_booted);
+        let session = self.vm_record.session.as_ref().map(|session| session.name.clone());
+        vm.in_group(group).in_session(session).recorded_in(&self.flight)
+    }
+
+    /// Returns the descriptors, behind the lock of `claim`.
+    pub(super) fn files<'a>(&'a self, claim: &'a NameClaim) -> Vec<BorrowedFd<'a>> {
+        claim.lock().into_iter().chain(self.files.iter().map(AsFd::as_fd)).collect()
+    }
+
+    /// Closes the descriptors: the worker has its own.
+    pub(super) fn sent(&mut self) {
+        self.files.clear();
+    }
+
+    /// Leaves the files to the VM, which runs.
+    pub(super) fn keep(mut self) {
+        self.overlays.take().into_iter().for_each(OverlayUse::keep);
+    }
+}
+
+impl Drop for WorkerResources {
+    fn drop(&mut self) {
+        if self.overlays.is_some() {
+            self.vm_record.remove_sockets();
+            if !release_links(&self.dir, &self.name, &self.vm_record) {
+                tracing::warn!(
+                    name = self.name,
+                    "the process of a VM that was not made lives on: its network stays closed"
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,129 @@
+use super::*;
+use clade_api::RuntimeDir;
+use clade_api::secrets::Secrets;
+use clade_harness::host;
+use clade_vmm::boot::{BootImage, BootSource};
+use clade_vmm::vm::{Endpoints, VmConfig};
+
+struct Nobody;
+
+impl Serve for Nobody {
+    fn begin(&self, sockets: Sockets, _vm: &Arc<Vm>, _leases: &Leases) -> Serving {
+        Serving::new((sockets.control, sockets.consoles))
+    }
+    fn finish(&self) {}
+}
+
+/// A VM host with a bare guest `one` if it `is_wanted`, and the starter's claim of its name.
+pub(crate) fn vm_host_of_one(dir: &RuntimeDir, is_wanted: bool) -> (VmHost, Option<Arc<Vm>>, NameClaim) {
+    let vm_host = VmHost::new(&Context::open().unwrap(), |_| Box::new(Nobody));
+    let config = Arc::new(VmConfig::bare(32 << 20, 1).unwrap());
+    let source = BootSource::new(BootImage::Bytes(clade_guests::BARE_ELF.into()));
+    let starter = NameClaim::new(dir, "one").unwrap();
+    let (sockets, record) = starter.hand_over(false).unwrap();
+    let lock = starter.lock().unwrap().try_clone_to_owned().unwrap();
+    let claim = NameClaim::adopt(dir, "one", lock).unwrap();
+    let files = VmFiles::of(sockets, record).unwrap();
+    let make = |context: &Context| Vm::boot_as(context, "one", &config, &source, Endpoints::boot(&config)?, true);
+    let labels = Labels::of(&["tier=web".parse().unwrap()]).unwrap();
+    let vm = vm_host.launch(
+        claim,
+        files,
+        VmDescription { parent: Some("zero".to_owned()), labels, secrets: Secrets::None, reports_ready: false },
+        make,
+        |vm| {
+            assert!(vm.is_paused() && vm_host.entry().is_none(), "nobody can let it run yet");
+            is_wanted
+        },
+    );
+    (vm_host, vm.unwrap(), starter)
+}
+
+fn runtime_dir() -> (tempfile::TempDir, RuntimeDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let runtime = RuntimeDir::create(dir.path()).unwrap();
+    (dir, runtime)
+}
+
+#[test]
+fn it_is_listed_by_its_name_once_it_is_wanted() {
+    if host().is_none() {
+        return;
+    }
+    let (_dir, runtime) = runtime_dir();
+    let (vm_host, vm, starter) = vm_host_of_one(&runtime, true);
+    let entry = vm_host.get("one").unwrap();
+    assert!(Arc::ptr_eq(&entry.vm, &vm.unwrap()));
+    assert_eq!((entry.parent.as_deref(), entry.labels.text().as_str()), (Some("zero"), "tier=web"));
+    assert!(matches!(vm_host.get("two"), Err(DaemonError::NoSuchVm { .. })));
+    drop((vm_host, starter));
+
+    let (_dir, runtime) = runtime_dir();
+    let (vm_host, vm, starter) = vm_host_of_one(&runtime, false);
+    assert!(vm.is_none() && vm_host.entry().is_none());
+    assert!(vm_host.wait_until_unused(Duration::ZERO), "it is gone already");
+    drop(starter);
+    NameClaim::new(&runtime, "one").unwrap();
+}
+
+#[test]
+fn what_somebody_has_a_handle_to_is_in_use() {
+    if host().is_none() {
+        return;
+    }
+    let (_dir, runtime) = runtime_dir();
+    let (vm_host, vm, starter) = vm_host_of_one(&runtime, true);
+    starter.leave();
+    vm_host.remove();
+    assert!(vm_host.entry().is_none());
+    assert!(!vm_host.wait_until_unused(Duration::ZERO), "somebody has it still");
+    assert!(matches!(NameClaim::new(&runtime, "one"), Err(DaemonError::Taken { .. })));
+    drop(vm);
+    assert!(vm_host.wait_until_unused(Duration::ZERO));
+    NameClaim::new(&runtime, "one").unwrap();
+}
+
+/// The supervisor compares the list of secrets with its record: an image without the list would be
+/// refused as another VM's.
+#[test]
+fn a_vm_that_has_ended_gives_no_image_without_its_secrets() {
+    if host().is_none() {
+        return;
+    }
+    let (_dir, runtime) = runtime_dir();
+    let (vm_host, vm, starter) = vm_host_of_one(&runtime, true);
+    let vm = vm.unwrap();
+    let (forked, _parts) = crate::image::forked(&vm, vm_host.leases(), &vm_host.downgrade()).unwrap();
+    assert_eq!(forked.labels.text(), "tier=web");
+    // The VM leaves the list before its vCPUs stop.
+    drop(vm_host.take());
+    let refused = crate::image::forked(&vm, vm_host.leases(), &vm_host.downgrade()).map(|(forked, _)| forked.secrets);
+    assert!(matches!(&refused, Err(DaemonError::NoSuchVm { name }) if name == "one"), "{refused:?}");
+    starter.leave();
+}
+
+#[test]
+fn stop_waits_for_who_is_just_looking_at_the_vm() {
+    if host().is_none() {
+        return;
+    }
+    let (_dir, runtime) = runtime_dir();
+    let (vm_host, vm, starter) = vm_host_of_one(&runtime, true);
+    starter.leave();
+    drop(vm);
+    let held = vm_host.get("one").unwrap();
+    let (begin, begun) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let stops = scope.spawn(|| {
+            begin.send(()).unwrap();
+            vm_host.stop("one", |entry| Arc::downgrade(&entry.vm))
+        });
+        begun.recv().unwrap();
+        held.vm.wait(RELEASE_TIMEOUT).unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(!stops.is_finished(), "its name is not free");
+        drop(held);
+        assert!(stops.join().unwrap().unwrap().upgrade().is_none());
+    });
+    NameClaim::new(&runtime, "one").unwrap();
+}
