@@ -44,3 +44,29 @@ pub async fn agent_socket(client: &Client, name: &str) -> Result<Option<PathBuf>
     let info: VmInfo = client.request(Method::GET, name, "", None::<&()>).await?;
     Ok(info.vsock.map(|vsock| vsock.socket))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::{fs, thread};
+
+    use clade_api::supervisor_path;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_stop_without_a_supervisor_goes_to_the_process_of_the_vm() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = supervisor_path(dir.path());
+        let listener = UnixListener::bind(&path).unwrap();
+        let ending = thread::spawn(move || {
+            // The request is accepted by a supervisor that ends before it reads it.
+            drop(listener.accept().unwrap());
+            fs::remove_file(&path).unwrap();
+        });
+        let refused = stop(&Client::new(dir.path()), "web", StopRequest::default()).await.unwrap_err();
+        // That process does not exist.
+        assert!(matches!(&refused, ClientError::NoSuchVm { name, .. } if name == "web"), "{refused:?}");
+        ending.join().unwrap();
+    }
+}

@@ -2,7 +2,7 @@
 //!
 //! | message | from | content |
 //! |---|---|---|
-//! | 1 | client | one byte: the request. With [`BROKER`] comes a socket, and there is no answer. With [`SUSPEND`] come files ([`crate::suspend`]). A rollback has its own messages ([`crate::rollback`]). To [`RECORD`] the answer is the same byte and a descriptor |
+//! | 1 | client | one byte: the request. With `BROKER` comes a socket, and there is no answer. With [`SUSPEND`] come files ([`crate::suspend`]). A rollback has its own messages ([`crate::rollback`]). To `RECORD` the answer is the same byte and a descriptor |
 //! | 2 | VM's process | the report of the fork, as JSON; or the error |
 //! | 3.. | VM's process | the image ([`SealedParts`]) |
 //!
@@ -237,7 +237,7 @@ impl PendingFork {
         silent(&self.name, source)
     }
 
-    /// Waits for the image. `check` is called every [`CHECK_INTERVAL`].
+    /// Waits for the image. `check` is called every `CHECK_INTERVAL`.
     ///
     /// # Errors
     /// That of `check`. When the VM cannot be forked, or its process does not answer.

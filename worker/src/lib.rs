@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | 1 | starter | the worker's grants: it is confined to them while it has one thread |
 //! | 2.. | starter | a request as JSON. With a VM's name come its lock, sockets and interfaces |
-//! | next | starter | only with a fork: the child's labels and its parent's secrets as JSON; files of the copies [ahead](crate::ahead) |
+//! | next | starter | only with a fork: the child's labels and its parent's secrets as JSON; files of the copies [`ahead`] |
 //! | next | starter | only with a fork: the image ([`SealedParts`](clade_vmm::vm::SealedParts)) |
 //! | next | worker | ready for the next request, or made and paused, or the error |
 //! | next | starter | one byte, once all children are made: they may run. For a single one at once |
@@ -17,7 +17,7 @@
 //! A worker ends if its socket is closed before its VM runs. So a request makes all of its children
 //! or none (I13), and no child runs before all are made.
 //!
-//! The supervisor's [`zygote`](crate::zygote) forks workers: processes with everything loaded.
+//! The supervisor's [`zygote`] forks workers: processes with everything loaded.
 
 #![deny(missing_docs)]
 

@@ -172,7 +172,7 @@ impl Worker {
     }
 
     /// Waits for the image of the snapshot that it opens. `check` is called every
-    /// [`POLL_INTERVAL`].
+    /// `POLL_INTERVAL`.
     ///
     /// # Errors
     /// That of `check`. When the worker refuses, or has ended.
@@ -189,7 +189,7 @@ impl Worker {
 
     /// Has it copy the files of `parts` that a VM's process can write, except for `known` ones
     /// ([`KnownFiles`](super::KnownFiles)). Waits for the copies and for the
-    /// end of the process, which could write them. `check` is called every [`POLL_INTERVAL`].
+    /// end of the process, which could write them. `check` is called every `POLL_INTERVAL`.
     ///
     /// # Errors
     /// That of `check`. When the worker refuses, or does not end.
@@ -309,7 +309,7 @@ impl Worker {
     /// Waits until the worker is ready for the next request.
     ///
     /// # Errors
-    /// As [`Self::answer`].
+    /// When the worker has ended, or could not make its VM.
     pub fn ready(&self) -> Result<(), DaemonError> {
         match self.answer(|| Ok(()))? {
             WorkerAnswer::Ready => Ok(()),
@@ -320,7 +320,7 @@ impl Worker {
     /// Waits until its VM is made.
     ///
     /// # Errors
-    /// As [`Self::answer`].
+    /// When the worker has ended, or could not make its VM.
     pub fn made(&self, check: impl Fn() -> Result<(), DaemonError>) -> Result<LaunchedVm, DaemonError> {
         match self.answer(check)? {
             WorkerAnswer::Made { name, identity, erased, network } => {

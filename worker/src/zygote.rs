@@ -9,7 +9,7 @@
 //! |---|---|---|
 //! | 1 | starter | one byte, and the mount of all workers' memory files, if there is one |
 //! | 2 | zygote | one byte, and the reading end of a pipe with the ends of workers, 8 bytes each: pid and wait status |
-//! | request | starter | one byte, and the socket of the worker ([`worker`](crate::worker)) |
+//! | request | starter | one byte, and the socket of the worker ([`crate`]) |
 //! | answer | zygote | pid and pidfd of the worker; or 0 and the number of the error |
 //!
 //! The zygote answers requests in order. When its socket is closed, its workers run on; the zygote

@@ -294,7 +294,7 @@ pub fn behind_gate(router: Router, gate: Arc<SessionGate>) -> Router {
 }
 
 /// Serves connections until `ending`, with a limit separate from that of other sockets, and then
-/// answers the requests that have begun, for [`LAST_ANSWERS_OF_ALL`].
+/// answers the requests that have begun, for `LAST_ANSWERS_OF_ALL`.
 pub async fn serve_http(acceptor: impl Accept, router: Router, mut ending: watch::Receiver<bool>) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let receiver = ending.clone();

@@ -104,7 +104,7 @@ pub(super) async fn try_child(client: &Client, vm: &str, limit: Duration) -> Res
         match forked {
             Ok(answer) => {
                 for child in answer.children {
-                    let stopped = clade_supervisor::stop(&client, &child, StopRequest::default()).await;
+                    let stopped = clade_supervisor::stop(client, &child, StopRequest::default()).await;
                     stopped.map_err(|error| clade_vmm::error_chain(&error))?;
                 }
                 return Ok(());

@@ -304,7 +304,7 @@ async fn one_native(client: &Client, checkpoint: &str, number: usize) -> anyhow:
     native(client, checkpoint, &name, 1).await?;
     check(&exec(client, &name, &SCRIPT).await?)?;
     let took = begun.elapsed();
-    clade_supervisor::stop(&client, &name, clade_api::StopRequest::default()).await?;
+    clade_supervisor::stop(client, &name, clade_api::StopRequest::default()).await?;
     Ok(took)
 }
 

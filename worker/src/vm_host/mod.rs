@@ -243,7 +243,7 @@ impl VmHost {
     }
 
     /// Removes the VM. It ends with its last handle. If it stopped by itself, the reason is
-    /// recorded ([`EndedVm`]).
+    /// recorded ([`clade_api::EndedVm`]).
     pub fn remove(&self) {
         if let Some(VmSlot { entry, record, .. }) = self.take() {
             ended::record(record, &entry.vm, entry.parent.as_deref());
