@@ -1,4 +1,6 @@
 //! Connects guests to listeners on the host, for workers that may open no sockets.
+//!
+//! One thread runs an [`EventManager`] whose subscriber owns all guests' sockets.
 
 use std::collections::HashMap;
 use std::io;
@@ -9,13 +11,11 @@ use std::thread;
 
 use clade_devices::virtio::vsock::answer_broker;
 use clade_host_io::seqpacket;
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Requests handled together.
 const BATCH: usize = 64;
-/// The event that ends the thread.
-const END: u64 = u64::MAX;
 
 /// A guest whose connections are made here.
 #[derive(Debug)]
@@ -25,91 +25,134 @@ struct BrokeredGuest {
     socket: PathBuf,
 }
 
-#[derive(Debug)]
-struct BrokerShared {
-    epoll: Epoll,
-    end: EventFd,
-    guests: Mutex<HashMap<RawFd, BrokeredGuest>>,
+/// Orders for the broker's thread.
+#[derive(Debug, Default)]
+struct Orders {
+    guests: Vec<BrokeredGuest>,
+    end: bool,
 }
 
-/// One thread that connects all guests. It ends when this is dropped.
 #[derive(Debug)]
-pub(super) struct Broker(Arc<BrokerShared>);
+struct BrokerShared {
+    orders: Mutex<Orders>,
+    /// Readable if there are orders.
+    ordered: EventFd,
+}
 
 impl BrokerShared {
-    fn guests(&self) -> MutexGuard<'_, HashMap<RawFd, BrokeredGuest>> {
-        self.guests.lock().unwrap_or_else(PoisonError::into_inner)
+    fn orders(&self) -> MutexGuard<'_, Orders> {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    fn serve(&self) {
-        let mut events = vec![EpollEvent::default(); BATCH];
-        loop {
-            let count = match self.epoll.wait(-1, &mut events) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => {
-                    tracing::error!(%error, "guests are not connected to the host any more");
-                    return;
-                }
-                Ok(count) => count,
-            };
-            for event in &events[..count] {
-                if event.data() == END {
-                    return;
-                }
-                self.answer(event.data() as RawFd);
+/// The guests, by their devices' sockets.
+#[derive(Debug)]
+struct BrokeredGuests {
+    shared: Arc<BrokerShared>,
+    by_fd: HashMap<RawFd, BrokeredGuest>,
+    has_ended: bool,
+}
+
+impl BrokeredGuests {
+    /// Watches the sockets of new guests.
+    fn take_orders(&mut self, ops: &mut EventOps<'_>) {
+        // Fails only if there is nothing to read. Read first: a later order is noticed again.
+        let _ = self.shared.ordered.read();
+        let Orders { guests, end } = std::mem::take(&mut *self.shared.orders());
+        self.has_ended |= end;
+        for guest in guests {
+            let fd = guest.device.as_raw_fd();
+            match ops.add(Events::new_raw(fd, EventSet::IN)) {
+                Ok(()) => drop(self.by_fd.insert(fd, guest)),
+                // Its socket is closed, so the guest's connections fail.
+                Err(error) => tracing::warn!(%error, socket = %guest.socket.display(), "a guest is not connected"),
             }
         }
     }
 
     /// Answers one request. Connecting does not block: if a listener's backlog is full, the device
     /// asks again.
-    fn answer(&self, fd: RawFd) {
-        let mut guests = self.guests();
-        let Some(guest) = guests.get(&fd) else { return };
+    fn answer(&mut self, fd: RawFd, ops: &mut EventOps<'_>) {
+        let Some(guest) = self.by_fd.get(&fd) else { return };
         if let Err(error) = answer_broker(&guest.device, &guest.socket)
             && error.kind() != io::ErrorKind::WouldBlock
         {
             // The guest has ended, or sent another request.
             tracing::debug!(%error, socket = %guest.socket.display(), "a guest is not connected any more");
-            // Closing its socket removes it from epoll.
-            guests.remove(&fd);
+            // Before the socket is closed: a new guest's may get its number.
+            if let Err(error) = ops.remove(Events::empty_raw(fd)) {
+                tracing::warn!(%error, "a socket is still watched");
+            }
+            self.by_fd.remove(&fd);
         }
     }
 }
+
+impl MutEventSubscriber for BrokeredGuests {
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        if events.fd() == self.shared.ordered.as_raw_fd() {
+            self.take_orders(ops);
+        } else {
+            self.answer(events.fd(), ops);
+        }
+    }
+
+    /// [`Broker::start`] registers the first descriptor, and reports the error.
+    fn init(&mut self, _: &mut EventOps<'_>) {}
+}
+
+/// Serves guests until the end is ordered.
+fn serve(events: &mut EventManager<BrokeredGuests>, guests: SubscriberId) {
+    // The subscriber is never removed.
+    while events.subscriber_mut(guests).is_ok_and(|guests| !guests.has_ended) {
+        if let Err(error) = events.run() {
+            tracing::error!(%error, "guests are not connected to the host any more");
+            return;
+        }
+    }
+}
+
+/// One thread that connects all guests. It ends when this is dropped.
+#[derive(Debug)]
+pub(super) struct Broker(Arc<BrokerShared>);
 
 impl Broker {
     /// # Errors
     /// When no thread or descriptor is left.
     pub(super) fn start() -> io::Result<Self> {
-        let (epoll, end) = (Epoll::new()?, EventFd::new(EFD_NONBLOCK)?);
-        epoll.ctl(ControlOperation::Add, end.as_raw_fd(), EpollEvent::new(EventSet::IN, END))?;
-        let shared = Arc::new(BrokerShared { epoll, end, guests: Mutex::default() });
-        let serving = Arc::clone(&shared);
-        thread::Builder::new().name("clade-broker".to_owned()).spawn(move || serving.serve())?;
+        let ordered = EventFd::new(EFD_NONBLOCK)?;
+        let shared = Arc::new(BrokerShared { orders: Mutex::default(), ordered });
+        let mut events = EventManager::new_with_capacity(BATCH).map_err(io::Error::other)?;
+        let guests = BrokeredGuests { shared: Arc::clone(&shared), by_fd: HashMap::new(), has_ended: false };
+        let guests = events.add_subscriber(guests);
+        let watched = events.event_ops(guests).and_then(|mut ops| ops.add(Events::new(&shared.ordered, EventSet::IN)));
+        watched.map_err(io::Error::other)?;
+        thread::Builder::new().name("clade-broker".to_owned()).spawn(move || serve(&mut events, guests))?;
         Ok(Self(shared))
     }
 
-    /// Returns the device's end of a socket, for a device whose own is at `socket`.
+    /// Returns the device's end of a socket, for a device whose own is at `socket`. The broker's
+    /// thread watches the other end soon after. If it cannot, the guest's connections are refused.
     ///
     /// # Errors
     /// When no descriptor is left.
     pub(super) fn connect(&self, socket: PathBuf) -> io::Result<OwnedFd> {
         let (device, theirs) = seqpacket::pair()?;
         rustix::io::ioctl_fionbio(&device, true)?;
-        let fd = device.as_raw_fd();
-        self.0.guests().insert(fd, BrokeredGuest { device, socket });
-        let watched = self.0.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, fd as u64));
-        if let Err(error) = watched {
-            self.0.guests().remove(&fd);
-            return Err(error);
-        }
+        self.0.orders().guests.push(BrokeredGuest { device, socket });
+        self.notify();
         Ok(theirs)
+    }
+
+    fn notify(&self) {
+        // Its counter has room.
+        let _ = self.0.ordered.write(1);
     }
 }
 
 impl Drop for Broker {
     fn drop(&mut self) {
-        // Its counter has room.
-        let _ = self.0.end.write(1);
+        self.0.orders().end = true;
+        self.notify();
     }
 }

@@ -1,11 +1,12 @@
 //! The thread that does a device's work.
 //!
-//! A worker sleeps until one of its sources is readable or its timer is due. Then it gives its
-//! [`Service`] a *turn*. A turn is short, because pausing the VM waits for its end. Between two
-//! turns the worker checks whether it is paused.
+//! The thread runs an [`EventManager`] with one subscriber, which owns the device's sources. For a
+//! readable source, and when its timer is due, the subscriber gives its [`Service`] a *turn*. A turn
+//! is short, because pausing the VM waits for its end. Between two turns the subscriber checks
+//! whether it is paused.
 //!
 //! ```text
-//!   epoll ──► paused? ──► turn (service locked) ──► again? ──► epoll
+//!   event ──► paused? ──► turn (service locked) ──► again? ──► next event
 //!                ▲   quiesce: no turn begins, and the one that runs is waited for
 //! ```
 
@@ -19,15 +20,13 @@ use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 use clade_host_io::thread::serves_guest;
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Bytes of a worker's stack; workers need little.
 const STACK: usize = 256 << 10;
-/// Events taken from epoll at once.
+/// Events taken from the kernel at once.
 const EVENTS: usize = 16;
-/// The number of the worker's own eventfd.
-const CONTROL: u64 = u64::MAX;
 
 /// Why a device is given a turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,15 +120,15 @@ impl<S: Service> DeviceWorker<S> {
     /// `sources` are descriptors that the service keeps open, with their numbers.
     ///
     /// # Errors
-    /// When there is no epoll or no thread. The service comes back, if it can.
+    /// When there is no descriptor or no thread. The service comes back, if it can.
     pub(crate) fn spawn(
         name: &str,
         service: S,
         sources: &[(RawFd, u32)],
         held: bool,
     ) -> Result<Self, Box<(io::Error, Option<S>)>> {
-        let (epoll, control) = match Self::watch(sources) {
-            Ok(both) => both,
+        let control = match EventFd::new(EFD_NONBLOCK) {
+            Ok(control) => control,
             Err(error) => return Err(Box::new((error, Some(service)))),
         };
         let shared = Arc::new(WorkerShared {
@@ -141,10 +140,14 @@ impl<S: Service> DeviceWorker<S> {
             should_yield: AtomicBool::new(false),
             control,
         });
+        let (mut events, subscriber) = match Self::watch(&shared, sources) {
+            Ok(both) => both,
+            Err(error) => return Err(Box::new((error, Self::take_apart(shared)))),
+        };
         let on_thread = Arc::clone(&shared);
         let life = move || {
             serves_guest();
-            let lived = catch_unwind(AssertUnwindSafe(|| on_thread.run(&epoll)));
+            let lived = catch_unwind(AssertUnwindSafe(|| run(&mut events, subscriber)));
             if lived.is_err() {
                 // The service gets no further turn, and the driver is interrupted.
                 on_thread.service().broken();
@@ -157,12 +160,17 @@ impl<S: Service> DeviceWorker<S> {
         }
     }
 
-    fn watch(sources: &[(RawFd, u32)]) -> io::Result<(Epoll, EventFd)> {
-        let (epoll, control) = (Epoll::new()?, EventFd::new(EFD_NONBLOCK)?);
-        let watch = |fd, data| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, data));
-        watch(control.as_raw_fd(), CONTROL)?;
-        sources.iter().try_for_each(|(fd, number)| watch(*fd, u64::from(*number)))?;
-        Ok((epoll, control))
+    /// Returns the events of a worker, and their subscriber.
+    fn watch(shared: &Arc<WorkerShared<S>>, sources: &[(RawFd, u32)]) -> io::Result<(WorkerEvents<S>, SubscriberId)> {
+        let mut events = EventManager::new_with_capacity(EVENTS).map_err(errno)?;
+        let subscriber =
+            events.add_subscriber(Subscriber { shared: Arc::clone(shared), deadline: None, has_ended: false });
+        let mut ops = events.event_ops(subscriber).map_err(errno)?;
+        ops.add(Events::new(&shared.control, EventSet::IN)).map_err(errno)?;
+        for (fd, number) in sources {
+            ops.add(Events::with_data_raw(*fd, *number, EventSet::IN)).map_err(errno)?;
+        }
+        Ok((events, subscriber))
     }
 
     fn take_apart(shared: Arc<WorkerShared<S>>) -> Option<S> {
@@ -257,65 +265,116 @@ impl<S: Service> WorkerShared<S> {
         }
         (!gate.stop).then_some(stood)
     }
+}
 
-    fn run(&self, epoll: &Epoll) {
-        let mut wakes = vec![Wake::Start];
-        let mut events = [EpollEvent::default(); EVENTS];
-        // Kept across interrupted waits, which are not followed by a turn that sets it again.
-        let mut deadline = None;
-        loop {
-            let mut at = 0;
-            while at < wakes.len() {
-                #[cfg(test)]
-                self.gate_steps.fetch_add(1, Ordering::SeqCst);
-                match self.pass() {
-                    None => return,
-                    Some(true) => wakes[at] = Wake::Start,
-                    Some(false) => {}
-                }
-                #[cfg(test)]
-                self.gate_steps.fetch_add(1, Ordering::SeqCst);
-                let mut service = self.service();
-                // With the service locked: see Worker::quiesce.
-                if self.gate().shut {
-                    continue;
-                }
-                let turn = service.turn(wakes[at], &YieldRequest(&self.should_yield));
-                deadline = service.deadline();
-                drop(service);
-                if self.should_yield.load(Ordering::Relaxed) {
-                    // Locks are not fair: a thread that waits for this one gets it now.
-                    thread::yield_now();
-                }
-                match turn {
-                    Turn::Done => at += 1,
-                    Turn::Again => wakes[at] = Wake::Again,
-                }
-            }
-            wakes.clear();
-            match epoll.wait(timeout(deadline), &mut events) {
-                Ok(0) => wakes.push(Wake::Timer),
-                Ok(count) => {
-                    let sources = events[..count].iter().map(EpollEvent::data).filter(|data| *data != CONTROL);
-                    wakes.extend(sources.map(|data| Wake::Source(data as u32)));
-                    // EAGAIN is fine. Read before the gate is checked; otherwise a call that comes
-                    // in between is lost.
-                    let _ = self.control.read();
-                    let mut gate = self.gate();
-                    if gate.stop {
-                        return;
-                    }
-                    if std::mem::take(&mut gate.start) {
-                        wakes.push(Wake::Start);
-                    }
-                }
-                Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
-                Err(error) => {
-                    tracing::error!(%error, "a device's worker cannot wait for events, and ends");
+/// The subscriber of a worker's sources.
+struct Subscriber<S> {
+    shared: Arc<WorkerShared<S>>,
+    /// The latest time of the next turn. Kept across interrupted waits, which are not followed by a
+    /// turn that sets it again.
+    deadline: Option<Instant>,
+    /// Whether the worker should end, or has.
+    has_ended: bool,
+}
+
+type WorkerEvents<S> = EventManager<Subscriber<S>>;
+
+impl<S: Service> Subscriber<S> {
+    /// Gives the service turns for `wake`, until there is no more work.
+    fn give_turns(&mut self, mut wake: Wake) {
+        let shared = &self.shared;
+        while !self.has_ended {
+            #[cfg(test)]
+            shared.gate_steps.fetch_add(1, Ordering::SeqCst);
+            match shared.pass() {
+                None => {
+                    self.has_ended = true;
                     return;
                 }
+                Some(true) => wake = Wake::Start,
+                Some(false) => {}
+            }
+            #[cfg(test)]
+            shared.gate_steps.fetch_add(1, Ordering::SeqCst);
+            let mut service = shared.service();
+            // With the service locked: see DeviceWorker::quiesce.
+            if shared.gate().shut {
+                continue;
+            }
+            let turn = service.turn(wake, &YieldRequest(&shared.should_yield));
+            self.deadline = service.deadline();
+            drop(service);
+            if shared.should_yield.load(Ordering::Relaxed) {
+                // Locks are not fair: a thread that waits for this one gets it now.
+                thread::yield_now();
+            }
+            match turn {
+                Turn::Done => return,
+                Turn::Again => wake = Wake::Again,
             }
         }
+    }
+
+    /// Takes notice of a call of the owner.
+    fn control(&mut self) {
+        // EAGAIN is fine. Read before the gate is checked; otherwise a call that comes in between is
+        // lost.
+        let _ = self.shared.control.read();
+        let mut gate = self.shared.gate();
+        let (stop, start) = (gate.stop, std::mem::take(&mut gate.start));
+        drop(gate);
+        self.has_ended |= stop;
+        if start {
+            self.give_turns(Wake::Start);
+        }
+    }
+
+    /// Gives the service a turn if its deadline is past. A wait that was interrupted ends early.
+    fn timer(&mut self) {
+        if self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+            self.give_turns(Wake::Timer);
+        }
+    }
+}
+
+impl<S: Service> MutEventSubscriber for Subscriber<S> {
+    fn process(&mut self, events: Events, _: &mut EventOps<'_>) {
+        if events.fd() == self.shared.control.as_raw_fd() {
+            self.control();
+        } else {
+            self.give_turns(Wake::Source(events.data()));
+        }
+    }
+
+    /// Its sources are registered by [`DeviceWorker::watch`], which reports errors.
+    fn init(&mut self, _: &mut EventOps<'_>) {}
+}
+
+/// Runs the events of a worker until its owner ends it.
+fn run<S: Service>(events: &mut WorkerEvents<S>, subscriber: SubscriberId) {
+    let mut wake = Some(Wake::Start);
+    // The subscriber is never removed.
+    while let Ok(own) = events.subscriber_mut(subscriber) {
+        match wake.take() {
+            Some(wake) => own.give_turns(wake),
+            None => own.timer(),
+        }
+        if own.has_ended {
+            return;
+        }
+        let timeout = timeout(own.deadline);
+        if let Err(error) = events.run_with_timeout(timeout) {
+            tracing::error!(%error, "a device's worker cannot wait for events, and ends");
+            return;
+        }
+    }
+}
+
+/// Returns the system call's error.
+fn errno(error: event_manager::Error) -> io::Error {
+    match error {
+        event_manager::Error::Epoll(errno) => io::Error::from_raw_os_error(errno.errno()),
+        other => io::Error::other(other),
     }
 }
 
