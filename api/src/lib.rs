@@ -28,7 +28,7 @@ mod token;
 mod types;
 
 pub use client::{Client, ClientError, ListedVms};
-pub use error::{CancelReason, CgroupError, DaemonError, HookError, HostLimitError, MAX_CHILDREN};
+pub use error::{CancelReason, CgroupError, DaemonError, HookError, HostLimitError, LONGEST_NAME, MAX_CHILDREN};
 pub use gather::Gathered;
 pub use labels::{Label, LabelError, Labels};
 pub use problem::{Problem, ProblemKind};

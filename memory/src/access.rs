@@ -15,12 +15,12 @@ use thiserror::Error;
 use vm_memory::{GuestAddress, GuestMemoryRegion, VolatileMemoryError, VolatileSlice};
 
 use crate::error::RamError;
-use crate::freeze::background::FillError;
 use crate::layer::LayerStorage;
+use crate::lost::FillError;
 use crate::ram::GuestRam;
 use crate::region::GuestRegion;
 use crate::region::mappings::Mapping;
-use crate::region::stats::allocated;
+use crate::sys::allocated;
 use crate::units::{PAGE_SHIFT, PAGE_SIZE, PageRange, subtract_runs};
 
 const WORD: usize = size_of::<u64>();

@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 
 use thiserror::Error;
 
-use crate::ram::RamLayout;
+use crate::layout::RamLayout;
 use crate::units::{PageRange, pages_in, push_run, subtract_runs};
 
 /// Maximum number of runs of a set, over all regions.

@@ -1,6 +1,6 @@
 //! Options of a store. The defaults are measured (docs/performance.md).
 
-use crate::store::Backing;
+use crate::backing::Backing;
 
 /// Options for a store's memory and the time of its copies.
 ///

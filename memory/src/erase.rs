@@ -21,7 +21,8 @@ use thiserror::Error;
 
 use crate::access::AccessError;
 use crate::error::RamError;
-use crate::ram::{GuestRam, Quiesced};
+use crate::quiesce::Quiesced;
+use crate::ram::GuestRam;
 use crate::region::pages::PageKind;
 use crate::units::PAGE_SIZE;
 

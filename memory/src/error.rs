@@ -6,7 +6,8 @@ use std::sync::Arc;
 use thiserror::Error;
 
 use crate::budget::BudgetError;
-use crate::freeze::background::{BackgroundError, FillError};
+use crate::freeze::background::BackgroundError;
+use crate::lost::FillError;
 use crate::store::StoreError;
 use crate::units::PageRange;
 

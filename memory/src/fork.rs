@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use crate::error::RamError;
 use crate::freeze::RegionImage;
-use crate::freeze::background::{AttachError, BackgroundError};
+use crate::freeze::background::BackgroundError;
+use crate::layer::fill::AttachError;
 use crate::layer::interval::Piece;
 use crate::layer::{Layer, LayerMap, LayerOffset};
 use crate::region::dont_fork::{self, DontForkMap};
@@ -151,10 +152,11 @@ impl GuestRegion {
         // Not only for pending copies: the copy may have failed since the check, and only the
         // background copy's lock protects against that.
         let Some(bg_copy) = source.layer.bg_copy() else { return Ok(()) };
-        let missing = bg_copy.attach(&self.at, range, source.at, &self.failure).map_err(|error| match error {
-            AttachError::Failed(error) => RamError::Lost(error),
-            AttachError::Watch(source) => BackgroundError::Watch(source).into(),
-        })?;
+        let missing =
+            Arc::clone(bg_copy).attach(&self.at, range, source.at, &self.failure).map_err(|error| match error {
+                AttachError::Failed(error) => RamError::Lost(error),
+                AttachError::Watch(source) => BackgroundError::Watch(source).into(),
+            })?;
         if missing && !waits.iter().any(|layer| Arc::ptr_eq(layer, &source.layer)) {
             waits.push(Arc::clone(&source.layer));
         }

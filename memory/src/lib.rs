@@ -8,15 +8,16 @@
 //!
 //! | topic | place |
 //! |---|---|
-//! | the memory of one VM, all regions | [`GuestRam`] in `ram.rs` |
+//! | the memory of one VM, all regions | [`GuestRam`] in `ram/` |
 //! | the exclusive bit and the pin count | `ownership/`, [`OwnershipTable`] |
 //! | one region and its mappings | `region/`, [`GuestRegion`] |
 //! | breaking COW for a pin | `region/pin.rs`, [`DmaPin`] |
 //! | sharing memory | `freeze/`; write protection: `freeze/protect.rs` |
 //! | copies after the pause | `freeze/background/` |
 //! | mapping a child's inherited memory | `fork.rs` |
-//! | merging and sweeping layers | `layer/`: `compact.rs`, `gc.rs`, `registry.rs` |
-//! | layers for snapshots on disk | `layer/builder.rs`, `layer/handle.rs` |
+//! | sweeping layers | `layer/`: `gc.rs`, `registry.rs` |
+//! | merging layers | `region/compact.rs` |
+//! | layers for snapshots on disk, copies of images | `image/`, `handle.rs` |
 //! | access from outside the guest | `access.rs` |
 //! | copies ahead of writes | `ahead.rs`, `region/ahead.rs` |
 //! | erasing secrets for a child | `erase.rs` |
@@ -42,6 +43,7 @@ macro_rules! trace {
 
 mod access;
 mod ahead;
+mod backing;
 mod budget;
 mod config;
 #[cfg(test)]
@@ -51,8 +53,13 @@ mod erase;
 mod error;
 mod fork;
 mod freeze;
+mod handle;
+mod image;
 mod layer;
+mod layout;
+mod lost;
 mod ownership;
+mod quiesce;
 mod ram;
 mod reclaim;
 mod region;
@@ -69,27 +76,32 @@ mod units;
 
 pub use access::AccessError;
 pub use ahead::{AheadUse, Learned, PageSet, PageSetError};
+pub use backing::Backing;
 pub use budget::{BudgetError, MappingBudget};
 pub use config::Config;
 pub use erase::{EraseError, Erased, MAX_SECRET, MIN_EDGE, MIN_SECRET, check_secret};
 pub use error::RamError;
 #[cfg(any(test, feature = "hazard"))]
 pub use freeze::PinPolicy;
-pub use freeze::background::{BackgroundError, FillError};
+pub use freeze::background::BackgroundError;
 pub use freeze::{FreezeMode, FreezeReport};
+pub use handle::{ImageMap, LayerHandle, LayerSource};
+pub use image::builder::LayerBuilder;
+pub use image::detach::{CopiedRuns, DetachedRam, LayerTreatment, MadeCopy};
 pub use layer::LayerId;
-pub use layer::builder::LayerBuilder;
-pub use layer::compact::CompactReport;
-pub use layer::detach::{CopiedRuns, DetachedRam, LayerTreatment, MadeCopy};
 pub use layer::gc::Swept;
-pub use layer::handle::{ImageMap, LayerHandle, LayerSource};
 pub use layer::interval::{IntervalMap, Piece};
+pub use layout::{GAP_END, GAP_START, RamLayout};
+pub use lost::FillError;
 pub use ownership::word::MAX_PINS;
 pub use ownership::{OwnershipTable, TableCounts, TableGuard};
-pub use ram::{GAP_END, GAP_START, GuestMemory, GuestRam, NoWriters, Quiesced, RamImage, RamLayout, StopsWriters};
+pub use quiesce::{NoWriters, Quiesced, StopsWriters};
+pub use ram::tracked::TrackedRegion;
+pub use ram::{GuestMemory, GuestRam, RamImage};
 pub use region::GuestRegion;
 pub use region::backend::SharedFile;
 pub use region::check::CheckError;
+pub use region::compact::CompactReport;
 pub use region::counts::{CowCounts, PinCounts};
 pub use region::dont_fork::DontFork;
 pub use region::evict::Evicted;
@@ -99,8 +111,7 @@ pub use region::reference::{Discarded, PagePattern, RefPage};
 pub use region::reset::RamResetReport;
 pub use region::stats::RamStats;
 pub use region::suspend::{SuspendFile, Suspended, TouchedPages};
-pub use region::tracked::TrackedRegion;
-pub use store::{Backing, Store, StoreError};
+pub use store::{Store, StoreError};
 pub use sys::HugeTmpfs;
 pub use units::{BLOCK_PAGES, BLOCK_SIZE, PAGE_SHIFT, PAGE_SIZE, PageRange};
 

@@ -144,25 +144,6 @@ impl ReclaimThread {
     }
 }
 
-/// Keeps a store's reclaim thread from its work until dropped. Tasks queued before have been done.
-#[cfg(test)]
-pub(crate) struct Busy(#[allow(dead_code, reason = "its end is what counts")] std::sync::mpsc::Sender<()>);
-
-#[cfg(test)]
-impl Busy {
-    pub(crate) fn begin(store: &crate::Store) -> Self {
-        let (busy, is_busy) = std::sync::mpsc::channel();
-        let (free, is_free) = std::sync::mpsc::channel::<()>();
-        let task = store.reclaim(ReclaimThread::sender).unwrap().spawn(move || {
-            busy.send(()).unwrap();
-            let _ = is_free.recv();
-        });
-        assert!(task.is_ok());
-        is_busy.recv().unwrap();
-        Self(free)
-    }
-}
-
 /// Waits for work: tasks, if any, and whether a sweep is due. `None` when the queue is closed and
 /// empty.
 fn wait(inner: &Inner, swept: Option<Instant>) -> Option<(VecDeque<Task>, bool)> {

@@ -11,9 +11,11 @@ use std::time::Instant;
 
 use thiserror::Error;
 
+use crate::backing::Backing;
 use crate::budget::MappingBudget;
 use crate::config::Config;
 use crate::freeze::background::{self, BackgroundError, CopyThread};
+use crate::layer::gc::{self, Swept};
 use crate::layer::pool::{LayerFilePool, MAX_PAGES};
 use crate::layer::registry::Views;
 use crate::layer::{Layer, LayerId, LayerStorage};
@@ -24,26 +26,6 @@ use crate::units::{BLOCK_PAGES, BLOCK_SIZE, PAGE_SHIFT};
 
 /// Pages of a spare file: enough for a typical guest's writes between two forks.
 const SPARE_PAGES: u64 = 4 * BLOCK_PAGES;
-
-/// The size of the pages layers live in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Backing {
-    /// A tmpfs mounted `huge=always`: shared memory is read 2 MiB at a time.
-    Huge,
-    /// memfd in 4 KiB pages.
-    Small,
-}
-
-impl Backing {
-    /// `huge` or `4k`.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Huge => "huge",
-            Self::Small => "4k",
-        }
-    }
-}
 
 /// Failures of the store.
 #[derive(Debug, Error)]
@@ -413,6 +395,29 @@ impl Store {
             // Another freeze took the last spare.
             (None, Some(fs)) => fs.file(pages),
             (None, None) => small_file(pages),
+        }
+    }
+}
+
+impl Store {
+    /// Punches all layer pages that no VM and no image can see. Also runs in the background now and
+    /// then.
+    pub fn sweep(&self) -> Swept {
+        // Dropped views may still be queued.
+        self.wait_reclaimed();
+        gc::sweep(self.views())
+    }
+
+    /// Pages that sweeps have punched so far, of layers that were still in use.
+    #[must_use]
+    pub fn given_back(&self) -> u64 {
+        self.views().given_back()
+    }
+
+    /// Starts a background sweep, if views have changed since the last one.
+    pub(crate) fn sweep_later(&self) {
+        if self.views().take_changed() {
+            self.reclaim(ReclaimThread::sweep);
         }
     }
 }

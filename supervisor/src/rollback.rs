@@ -9,7 +9,7 @@ use super::{ImagePermit, Supervisor};
 use clade_api::http::Cancel;
 use clade_api::{DaemonError, ProblemKind, ResetAnswer};
 use clade_worker::has_ended;
-use clade_worker::rollback::RollbackClient;
+use clade_worker::image::rollback::RollbackClient;
 
 fn refused(text: String) -> DaemonError {
     DaemonError::Refused { kind: ProblemKind::WrongState, text }

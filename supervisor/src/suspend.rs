@@ -8,7 +8,7 @@ use super::Supervisor;
 use super::vm_record::VmRecord;
 use clade_api::http::Cancel;
 use clade_api::{DaemonError, SuspendAnswer};
-use clade_worker::suspend;
+use clade_worker::image::suspend;
 
 /// Default directory of the files.
 pub(super) const DIR: &str = "/var/tmp";

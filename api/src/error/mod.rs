@@ -9,11 +9,14 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use crate::ProblemKind;
-use crate::runtime_dir::{LONGEST_NAME, LONGEST_SOCKET_PATH};
 use clade_vmm::vm::{SnapshotError, TransferError, VmError};
 
 pub use host::{CgroupError, HookError, HostLimitError};
 
+/// Longest name of a VM.
+pub const LONGEST_NAME: usize = 48;
+/// Longest path of a socket: `sun_path` of `struct sockaddr_un` less its terminating NUL.
+pub(crate) const LONGEST_SOCKET_PATH: usize = 107;
 /// The most children of one request.
 pub const MAX_CHILDREN: usize = 10_000;
 

@@ -24,7 +24,7 @@ use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, openat, statat, unlinkat}
 use rustix::net::sockopt::socket_peercred;
 use rustix::net::{SocketFlags, SocketType};
 
-use crate::DaemonError;
+use crate::error::{DaemonError, LONGEST_NAME, LONGEST_SOCKET_PATH};
 
 pub use ended::{
     EndedVm, MAX_OUTPUT, WorkerExit, ended_vms, forget as forget_ended, record_end, recorded_reason, settle,
@@ -33,10 +33,6 @@ pub use ended::{
 pub use names::{check_names, claim_names};
 pub use settings::KeptSettings;
 
-/// Longest name of a VM.
-pub const LONGEST_NAME: usize = 48;
-/// Longest path of a socket: `sun_path` of `struct sockaddr_un` less its terminating NUL.
-pub(crate) const LONGEST_SOCKET_PATH: usize = 107;
 /// The supervisor's socket, and the file that a directory's one supervisor holds locked.
 const SUPERVISOR: &str = "clade.api";
 const LOG: &str = "clade.log";

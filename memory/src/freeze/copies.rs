@@ -3,9 +3,9 @@
 
 use std::sync::Arc;
 
+use crate::backing::Backing;
 use crate::freeze::background::{CopySource, DeltaPart};
 use crate::layer::{Layer, LayerMap, LayerOffset};
-use crate::store::Backing;
 use crate::units::{BLOCK_PAGES, PageRange, join_runs, pages_in, subtract_runs};
 
 /// Runs are joined over gaps up to this length (in pages) even when there are few: copying four

@@ -36,9 +36,11 @@ use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use crate::backing::Backing;
 use crate::error::RamError;
 use crate::freeze::background::{BackgroundCopy, Delta};
 use crate::freeze::protect::SharedPages;
+use crate::layer::fill::LayerFill;
 use crate::layer::registry::View;
 use crate::layer::{Layer, LayerMap, LayerOffset};
 use crate::ownership::TableGuard;
@@ -46,7 +48,6 @@ use crate::reclaim::ReclaimThread;
 use crate::region::dont_fork::{self, DontForkMap};
 use crate::region::mappings::Mapping;
 use crate::region::{Freezing, GuestRegion, State};
-use crate::store::Backing;
 use crate::testing::failpoint::{Call, failpoint};
 use crate::testing::sabotage::{Break, broken};
 use crate::units::{PageRange, join_runs, pages_in, subtract_runs};
@@ -431,7 +432,8 @@ impl GuestRegion {
             later,
         };
         let bg_copy = BackgroundCopy::new(&shared, &self.at, delta)?;
-        layer.fill_with(Arc::clone(&bg_copy));
+        let fill: Arc<dyn LayerFill> = Arc::<BackgroundCopy>::clone(&bg_copy);
+        layer.fill_with(fill);
         bg_copy.protect(&plan.private, &plan.pinned)?;
         Ok((layer, bg_copy))
     }

@@ -205,7 +205,7 @@ fn what_a_freeze_replaces_is_freed_by_the_reclaim_thread() {
     freeze_in(&ram, FreezeMode::Eager);
     let layer = Arc::downgrade(&ram.regions()[0].state().space.map().get(5).unwrap().layer);
     write(&ram, PageRange::new(0, 600));
-    let busy = crate::reclaim::Busy::begin(&store);
+    let busy = crate::testing::busy::Busy::begin(&store);
     freeze_in(&ram, FreezeMode::Eager);
     let kept = layer.strong_count();
     drop(busy);

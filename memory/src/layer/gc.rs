@@ -22,10 +22,9 @@ use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, fallocate};
 
+use crate::backing::Backing;
 use crate::layer::registry::Views;
 use crate::layer::{Layer, LayerId, LayerMap, LayerStorage};
-use crate::reclaim::ReclaimThread;
-use crate::store::{Backing, Store};
 use crate::trace;
 use crate::units::{BLOCK_PAGES, PAGE_SHIFT, PageRange, join_runs, pages_in, subtract_runs};
 
@@ -36,29 +35,6 @@ pub struct Swept {
     pub pages: u64,
     /// Layers they were in.
     pub layers: u64,
-}
-
-impl Store {
-    /// Punches all layer pages that no VM and no image can see. Also runs in the background now and
-    /// then.
-    pub fn sweep(&self) -> Swept {
-        // Dropped views may still be queued.
-        self.wait_reclaimed();
-        sweep(self.views())
-    }
-
-    /// Pages that sweeps have punched so far, of layers that were still in use.
-    #[must_use]
-    pub fn given_back(&self) -> u64 {
-        self.views().given_back()
-    }
-
-    /// Starts a background sweep, if views have changed since the last one.
-    pub(crate) fn sweep_later(&self) {
-        if self.views().take_changed() {
-            self.reclaim(ReclaimThread::sweep);
-        }
-    }
 }
 
 /// See [`Store::sweep`]. Layers of other stores are skipped; their own sweeps handle them.

@@ -1,11 +1,8 @@
 //! Layers: immutable sets of pages in files, shared by any number of VMs; and the map from pages to
 //! layers.
 
-pub(crate) mod builder;
-pub(crate) mod compact;
-pub(crate) mod detach;
+pub(crate) mod fill;
 pub(crate) mod gc;
-pub(crate) mod handle;
 pub(crate) mod interval;
 pub(crate) mod pool;
 pub(crate) mod registry;
@@ -18,9 +15,10 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use crate::freeze::background::{BackgroundCopy, FillError};
+use crate::backing::Backing;
+use crate::layer::fill::LayerFill;
 use crate::layer::interval::{IntervalMap, Piece};
-use crate::store::Backing;
+use crate::lost::FillError;
 use crate::testing::failpoint::{Call, failpoint};
 use crate::units::PageRange;
 
@@ -82,8 +80,8 @@ pub(crate) struct Layer {
     /// Punched ranges of the file, ascending (see [`crate::layer::gc`]).
     given: Mutex<Vec<PageRange>>,
     /// The background copy that fills or filled the layer, if it was published incomplete.
-    bg_copy: OnceLock<Arc<BackgroundCopy>>,
-    /// External handles created (see [`crate::layer::handle`]), and external handles dropped. Both
+    bg_copy: OnceLock<Arc<dyn LayerFill>>,
+    /// External handles created (see [`crate::handle`]), and external handles dropped. Both
     /// counts only grow.
     handles_made: AtomicU64,
     handles_gone: AtomicU64,
@@ -187,19 +185,19 @@ impl Layer {
     }
 
     /// Sets the background copy that fills the layer: once, before the layer is shared.
-    pub(crate) fn fill_with(&self, bg_copy: Arc<BackgroundCopy>) {
+    pub(crate) fn fill_with(&self, bg_copy: Arc<dyn LayerFill>) {
         let first = self.bg_copy.set(bg_copy).is_ok();
         debug_assert!(first, "a layer is filled once");
         trace!(Hollow { layer: self.id.0 });
     }
 
     /// The background copy that fills or filled the layer, if any.
-    pub(crate) fn bg_copy(&self) -> Option<&Arc<BackgroundCopy>> {
+    pub(crate) fn bg_copy(&self) -> Option<&Arc<dyn LayerFill>> {
         self.bg_copy.get()
     }
 
     /// The background copy that fills the layer, as long as pages may be missing.
-    pub(crate) fn pending(&self) -> Option<&Arc<BackgroundCopy>> {
+    pub(crate) fn pending(&self) -> Option<&Arc<dyn LayerFill>> {
         self.bg_copy().filter(|bg_copy| !bg_copy.is_over())
     }
 

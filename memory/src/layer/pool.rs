@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{FallocateFlags, fallocate, ftruncate};
 
-use crate::store::Backing;
+use crate::backing::Backing;
 use crate::units::PAGE_SHIFT;
 
 /// Maximum number of files of each kind: one can be taken while the next is made.

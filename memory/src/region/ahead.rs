@@ -4,11 +4,10 @@
 //! pages (R19), zeros, and pages still being filled in the background. After a failure the pages
 //! stay shared, as before; the log has the only report of it.
 
-use crate::ahead::{AheadUse, PageSet, PageSetError};
+use crate::ahead::{AheadUse, PageSet};
 use crate::error::RamError;
 use crate::layer::LayerOffset;
 use crate::layer::interval::Piece;
-use crate::ram::{GuestRam, Quiesced};
 use crate::region::mappings::Mapping;
 use crate::region::{GuestRegion, State};
 use crate::units::{PAGE_SIZE, PageRange, join_runs, pages_in, push_run, subtract_runs};
@@ -16,44 +15,8 @@ use crate::units::{PAGE_SIZE, PageRange, join_runs, pages_in, push_run, subtract
 /// Pages copied per lock hold, which delays waiters by some 100 us.
 const BATCH: u64 = 64;
 
-impl GuestRam {
-    /// Gives this VM its own copies of up to `most` pages of `set`, ahead of their first write.
-    /// Returns the number of copied pages. vCPUs and devices may run meanwhile. Contents do not
-    /// change, and pages that cannot be copied stay shared.
-    ///
-    /// # Errors
-    /// When the set belongs to a guest of another shape. Then nothing is copied.
-    pub fn copy_ahead(&self, set: &PageSet, most: u64) -> Result<u64, PageSetError> {
-        set.expect_fits(self.layout())?;
-        Ok(copy_all_ahead(self.regions(), set, most))
-    }
-
-    /// The pages that this VM has written since it was last made, reset, frozen or woken, and the
-    /// use of the pages copied ahead since. Unchanged copies do not count as written, so a set
-    /// learned from the result forgets pages that are no longer written.
-    ///
-    /// # Errors
-    /// When there is no memory yet, some is lost, or the page map cannot be read.
-    pub fn written_set(&self, _quiesced: &Quiesced<'_>) -> Result<(PageSet, AheadUse), RamError> {
-        let (mut runs, mut all) = (Vec::with_capacity(self.regions().len()), AheadUse::default());
-        for region in self.regions() {
-            let (written, one) = region.written()?;
-            runs.push(written);
-            all += one;
-        }
-        Ok((PageSet::found(runs), all))
-    }
-
-    /// Whether [`GuestRam::written_set`] covers all writes of this VM since it was made or reset:
-    /// it was neither frozen nor suspended since.
-    #[must_use]
-    pub fn is_written_set_whole(&self) -> bool {
-        self.regions().iter().all(|region| !region.state().moved)
-    }
-}
-
 /// Copies at most `most` pages of `set`.
-pub(super) fn copy_all_ahead(regions: &[std::sync::Arc<GuestRegion>], set: &PageSet, most: u64) -> u64 {
+pub(crate) fn copy_all_ahead(regions: &[std::sync::Arc<GuestRegion>], set: &PageSet, most: u64) -> u64 {
     let mut left = most;
     for (region, runs) in regions.iter().zip(set.runs()) {
         region.copy_ahead(runs, &mut left);
@@ -125,7 +88,7 @@ impl GuestRegion {
         Ok(())
     }
 
-    fn written(&self) -> Result<(Vec<PageRange>, AheadUse), RamError> {
+    pub(crate) fn written(&self) -> Result<(Vec<PageRange>, AheadUse), RamError> {
         let state = self.checked(self.range())?;
         let owned = self.owned_private(self.range(), &state.space.mappings().base_runs())?;
         let ahead = within(&owned, &state.ahead);

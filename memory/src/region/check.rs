@@ -4,7 +4,6 @@ use thiserror::Error;
 
 use crate::error::RamError;
 use crate::layer::LayerOffset;
-use crate::ram::{GuestRam, Quiesced};
 use crate::region::GuestRegion;
 use crate::region::space::Differs;
 use crate::units::PageRange;
@@ -48,23 +47,12 @@ pub enum CheckError {
     Ram(#[from] RamError),
 }
 
-impl GuestRam {
-    /// Checks that the ownership table, the kernel, the map and the mappings agree (I1, I3, D5).
-    /// Takes time in proportion to the pages the VM owns.
-    ///
-    /// # Errors
-    /// The first disagreement.
-    pub fn check(&self, _quiesced: &Quiesced<'_>) -> Result<(), CheckError> {
-        self.regions().iter().try_for_each(|region| region.check())
-    }
-}
-
 fn told(source: Option<&LayerOffset>) -> String {
     source.map_or_else(|| "zeros".to_owned(), |source| format!("{source:?}"))
 }
 
 impl GuestRegion {
-    fn check(&self) -> Result<(), CheckError> {
+    pub(crate) fn check(&self) -> Result<(), CheckError> {
         let mut state = self.checked(self.range())?;
         // Until the background freeze is absorbed, only the view before it has pages that are still
         // mapped.

@@ -16,10 +16,9 @@ use rustix::fs::{Advice, Mode, OFlags, fadvise, ftruncate, open};
 use crate::error::RamError;
 use crate::layer::{LayerOffset, LayerStorage};
 use crate::ownership::TableGuard;
-use crate::ram::Quiesced;
-use crate::region::dont_fork;
+use crate::quiesce::Quiesced;
 use crate::region::mappings::Mapping;
-use crate::region::{GuestRegion, State};
+use crate::region::{GuestRegion, State, dont_fork};
 use crate::testing::failpoint::{Call, failpoint};
 use crate::units::{PAGE_SHIFT, PageRange, join_runs, pages_in, subtract_runs};
 

@@ -4,6 +4,7 @@
 pub(crate) mod ahead;
 pub(crate) mod backend;
 pub(crate) mod check;
+pub(crate) mod compact;
 pub(crate) mod counts;
 pub(crate) mod dont_fork;
 pub(crate) mod evict;
@@ -17,7 +18,6 @@ pub(crate) mod srcu;
 pub(crate) mod state;
 pub(crate) mod stats;
 pub(crate) mod suspend;
-pub(crate) mod tracked;
 
 #[cfg(test)]
 mod tests;
@@ -33,17 +33,18 @@ use vm_memory::{
     VolatileSlice,
 };
 
+use crate::backing::Backing;
 use crate::error::RamError;
-use crate::freeze::background::{FillError, LostMemory};
 use crate::layer::registry::View;
 use crate::layer::{LayerMap, LayerOffset};
+use crate::lost::{FillError, LostMemory};
 use crate::ownership::{OwnershipTable, TableGuard};
 use crate::region::counts::Counters;
 use crate::region::mappings::Mapping;
 use crate::region::pin::PinList;
 use crate::region::space::AddressSpace;
 use crate::region::srcu::Srcu;
-use crate::store::{Backing, Store};
+use crate::store::Store;
 use crate::sync::whole::{self, Mutex, MutexGuard};
 use crate::sys::{Reservation, SigbusWatch};
 use crate::units::{PAGE_SHIFT, PageRange, subtract_runs};

@@ -9,7 +9,6 @@ use std::sync::Arc;
 
 use crate::error::RamError;
 use crate::layer::{Layer, LayerId, LayerStorage, registry};
-use crate::ram::RamImage;
 use crate::region::counts::{CowCounts, PinCounts};
 use crate::region::mappings::Mapping;
 use crate::region::{GuestRegion, State};
@@ -217,11 +216,10 @@ fn push(runs: &mut Vec<PageRun>, run: PageRun) {
     }
 }
 
-/// The page map of `regions`. Views of `origin` are the VM's own.
-pub(crate) fn page_map(regions: &[Arc<GuestRegion>], origin: Option<&RamImage>) -> Result<PageMap, RamError> {
+/// The page map of `regions`, with `own_views` as further views of the VM.
+pub(crate) fn page_map(regions: &[Arc<GuestRegion>], mut own_views: BTreeSet<u64>) -> Result<PageMap, RamError> {
     let mut runs = Vec::new();
     let mut maps = Vec::new();
-    let mut own_views: BTreeSet<u64> = origin.into_iter().flat_map(RamImage::regions).map(|r| r.map.id()).collect();
     for region in regions {
         // A read-only look, so short reads can be pinned meanwhile.
         let state = region.state_for_pin();

@@ -410,7 +410,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
-    use crate::reclaim::Busy;
+    use crate::testing::busy::Busy;
     use crate::{GuestRam, NoWriters, PAGE_SIZE, Quiesced, RamLayout, Store};
 
     #[test]

@@ -11,12 +11,13 @@ use std::fmt;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use crate::backing::Backing;
 use crate::error::RamError;
 use crate::layer::{Layer, LayerOffset};
 use crate::ownership::TableGuard;
 use crate::region::mappings::Mapping;
 use crate::region::{GuestRegion, State};
-use crate::store::{Backing, Store, StoreError};
+use crate::store::{Store, StoreError};
 use crate::testing::failpoint::{Call, failpoint};
 use crate::testing::sabotage::{Break, broken};
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange, join_runs, pages_in, subtract_runs};

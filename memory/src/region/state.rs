@@ -4,9 +4,9 @@ use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
 use crate::layer::Layer;
-use crate::layer::compact::Compaction;
 use crate::layer::registry::View;
 use crate::region::GuestRegion;
+use crate::region::compact::Compaction;
 use crate::region::dont_fork::DontForkMap;
 use crate::region::space::AddressSpace;
 use crate::sync::whole::MutexGuard;

@@ -1,15 +1,13 @@
 //! Exact counts of a VM's pages by kind.
 
 use std::os::fd::AsFd;
-use std::os::fd::BorrowedFd;
-
-use rustix::fs::{SeekFrom, seek};
 
 use crate::error::RamError;
 use crate::layer::LayerStorage;
 use crate::region::GuestRegion;
 use crate::region::mappings::Mapping;
-use crate::units::{PAGE_SHIFT, PAGE_SIZE, PageRange, pages_in, push_run, subtract_runs};
+use crate::sys::allocated;
+use crate::units::{PAGE_SIZE, PageRange, pages_in, subtract_runs};
 
 /// Every page of a guest is exactly one of reference, shared and exclusive. Counts are pages unless
 /// named KiB.
@@ -84,21 +82,4 @@ impl GuestRegion {
         stats.private_kib = own_pages * (PAGE_SIZE / 1024);
         Ok(stats)
     }
-}
-
-/// The pages of a file within `range` for which memory is allocated.
-pub(crate) fn allocated(file: BorrowedFd<'_>, range: PageRange) -> std::io::Result<Vec<PageRange>> {
-    let mut runs = Vec::new();
-    let mut at = range.start;
-    while at < range.end {
-        let data = match seek(file, SeekFrom::Data(at << PAGE_SHIFT)) {
-            Ok(offset) => offset >> PAGE_SHIFT,
-            Err(rustix::io::Errno::NXIO) => break,
-            Err(e) => return Err(e.into()),
-        };
-        let hole = seek(file, SeekFrom::Hole(data << PAGE_SHIFT))?.div_ceil(PAGE_SIZE);
-        push_run(&mut runs, PageRange::new(data, hole).intersect(range));
-        at = hole.max(at + 1);
-    }
-    Ok(runs)
 }

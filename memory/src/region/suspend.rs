@@ -37,11 +37,11 @@ use rustix::fs::{Advice, FallocateFlags, Mode, OFlags, fadvise, fallocate, fcntl
 
 use crate::ahead::PageSet;
 use crate::error::RamError;
-use crate::layer::handle::LayerHandle;
+use crate::handle::LayerHandle;
 use crate::layer::{Layer, LayerId, LayerOffset, LayerStorage};
 use crate::region::mappings::Mapping;
-use crate::region::stats::allocated;
 use crate::region::{GuestRegion, State, ahead, dont_fork};
+use crate::sys::allocated;
 use crate::testing::failpoint::{Call, failpoint};
 use crate::units::{PAGE_SHIFT, PageRange, join_runs, pages_in, subtract_runs};
 

@@ -1,11 +1,13 @@
 //! System calls. All of the crate's unsafe code is in here and in [`crate::region`]'s accessor.
 
+mod extents;
 mod mapping;
 mod pagemap;
 mod sigbus;
 mod tmpfs;
 mod uffd;
 
+pub(crate) use extents::allocated;
 pub(crate) use mapping::Reservation;
 pub(crate) use pagemap::Pagemap;
 pub(crate) use sigbus::SigbusWatch;

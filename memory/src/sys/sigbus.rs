@@ -19,7 +19,7 @@ use std::thread;
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::freeze::background::{FillError, LostMemory};
+use crate::lost::{FillError, LostMemory};
 use crate::units::PAGE_SIZE;
 
 /// Maximum number of watched regions. For other regions the signal keeps its default effect.

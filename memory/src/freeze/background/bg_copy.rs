@@ -10,9 +10,11 @@ use crate::budget::Promise;
 use crate::freeze::background::work::{
     CopyWork, DeltaPart, FILLED, PROTECTED, ReaderMapping, WINDOW, coalesce_if_many, make_inaccessible, runs_without,
 };
-use crate::freeze::background::{BackgroundError, CopyService, FaultTarget, FillError, LostMemory};
+use crate::freeze::background::{BackgroundError, CopyService, FaultTarget};
 use crate::freeze::protect;
+use crate::layer::fill::{AttachError, LayerFill};
 use crate::layer::registry::View;
+use crate::lost::{FillError, LostMemory};
 use crate::reclaim::TaskSender;
 use crate::sync::whole::{AtomicBool, Mutex, MutexGuard};
 use crate::sys::{RegisterMode, Reservation};
@@ -124,21 +126,6 @@ impl BackgroundCopy {
         HEAD_START.checked_sub(work.since.elapsed()).filter(|left| !left.is_zero())
     }
 
-    /// Whether the copy has completed or failed.
-    pub(crate) fn is_over(&self) -> bool {
-        self.over.load(Ordering::Acquire)
-    }
-
-    pub(crate) fn failure(&self) -> Option<Arc<FillError>> {
-        if !self.is_over() {
-            return None;
-        }
-        match &*self.phase() {
-            CopyPhase::Failed(error) => Some(Arc::clone(error)),
-            _ => None,
-        }
-    }
-
     /// Does one slice of the work. Returns true when no work is left.
     pub(crate) fn step(&self) -> bool {
         let mut phase = self.phase();
@@ -167,17 +154,6 @@ impl BackgroundCopy {
                 self.complete(phase);
             }
             _ => self.fail_locked(phase, error),
-        }
-    }
-
-    /// Finishes on the caller's thread, concurrently with the background thread. Returns the runs
-    /// mapped over the delta meanwhile. Bounded: copies the missing pages without waiting.
-    pub(crate) fn finish(&self) -> Result<Vec<(PageRange, u64)>, Arc<FillError>> {
-        while !self.step() {}
-        match &*self.phase() {
-            CopyPhase::Failed(error) => Err(Arc::clone(error)),
-            CopyPhase::Done(remapped) => Ok(remapped.clone()),
-            CopyPhase::Pending(_) => Ok(Vec::new()),
         }
     }
 
@@ -233,22 +209,6 @@ impl BackgroundCopy {
         self.shared.tell_later(readers.into_iter().map(|reader| reader.failure));
     }
 
-    /// The layer has lost its last user: releases the frozen VM's pages. A layer with readers is
-    /// finished instead.
-    pub(crate) fn abandon(&self) {
-        if self.is_over() {
-            return;
-        }
-        let mut phase = self.phase();
-        match &mut *phase {
-            CopyPhase::Pending(work) if work.readers.is_empty() => {
-                work.release_everything();
-                self.complete(phase);
-            }
-            _ => {}
-        }
-    }
-
     /// Serves a write that waits for a page of the frozen region.
     pub(crate) fn serve_writer(&self, page: u64) {
         let mut phase = self.phase();
@@ -271,11 +231,55 @@ impl BackgroundCopy {
             self.fail_locked(phase, &Arc::new(error));
         }
     }
+}
+
+impl LayerFill for BackgroundCopy {
+    /// Whether the copy has completed or failed.
+    fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
+    }
+
+    fn failure(&self) -> Option<Arc<FillError>> {
+        if !self.is_over() {
+            return None;
+        }
+        match &*self.phase() {
+            CopyPhase::Failed(error) => Some(Arc::clone(error)),
+            _ => None,
+        }
+    }
+
+    /// Finishes on the caller's thread, concurrently with the background thread. Returns the runs
+    /// mapped over the delta meanwhile. Bounded: copies the missing pages without waiting.
+    fn finish(&self) -> Result<Vec<(PageRange, u64)>, Arc<FillError>> {
+        while !self.step() {}
+        match &*self.phase() {
+            CopyPhase::Failed(error) => Err(Arc::clone(error)),
+            CopyPhase::Done(remapped) => Ok(remapped.clone()),
+            CopyPhase::Pending(_) => Ok(Vec::new()),
+        }
+    }
+
+    /// The layer has lost its last user: releases the frozen VM's pages. A layer with readers is
+    /// finished instead.
+    fn abandon(&self) {
+        if self.is_over() {
+            return;
+        }
+        let mut phase = self.phase();
+        match &mut *phase {
+            CopyPhase::Pending(work) if work.readers.is_empty() => {
+                work.release_everything();
+                self.complete(phase);
+            }
+            _ => {}
+        }
+    }
 
     /// Copies and releases the pages of the frozen region within `range`, for a device that will
     /// write them regardless of protection. An error affects the layer, not the region: its pages
     /// are released in any case.
-    pub(crate) fn copy_and_unprotect(&self, range: PageRange) {
+    fn copy_and_unprotect(&self, range: PageRange) {
         let mut phase = self.phase();
         let CopyPhase::Pending(work) = &mut *phase else { return };
         if let Err(error) = work.copy_and_unprotect(&self.shared, range) {
@@ -284,7 +288,7 @@ impl BackgroundCopy {
     }
 
     /// Waits until the pages of the file within `range` are filled.
-    pub(crate) fn wait_filled(&self, range: PageRange) -> Result<(), Arc<FillError>> {
+    fn wait_filled(&self, range: PageRange) -> Result<(), Arc<FillError>> {
         if self.is_over() {
             return self.failure().map_or(Ok(()), Err);
         }
@@ -299,7 +303,7 @@ impl BackgroundCopy {
     }
 
     /// As [`Self::wait_filled`], for the part of a child's `range` that is mapped over the file.
-    pub(crate) fn wait_filled_for(&self, at: &Arc<Reservation>, range: PageRange) -> Result<(), Arc<FillError>> {
+    fn wait_filled_for(&self, at: &Arc<Reservation>, range: PageRange) -> Result<(), Arc<FillError>> {
         let wanted: Vec<PageRange> = match &*self.phase() {
             CopyPhase::Done(_) => return Ok(()),
             CopyPhase::Failed(error) => return Err(Arc::clone(error)),
@@ -313,8 +317,8 @@ impl BackgroundCopy {
 
     /// Watches a child's mapping of the file: `range` of the reservation `at`, from the file's page
     /// `from`. The mapping must not be live yet. Returns false if no page is missing any more.
-    pub(crate) fn attach(
-        self: &Arc<Self>,
+    fn attach(
+        self: Arc<Self>,
         at: &Arc<Reservation>,
         range: PageRange,
         from: u64,
@@ -329,7 +333,7 @@ impl BackgroundCopy {
                 let file = PageRange::with_len(from, range.len());
                 let reader = ReaderMapping { at: Arc::clone(at), range, file, failure: Arc::clone(failure) };
                 let end = at.addr(range.end) as u64;
-                self.shared.add_target(reader.address(), end, FaultTarget::Reader(Arc::clone(self), from));
+                self.shared.add_target(reader.address(), end, FaultTarget::Reader(Arc::clone(&self), from));
                 work.readers.push(reader);
                 Ok(true)
             }
@@ -338,7 +342,7 @@ impl BackgroundCopy {
 
     /// Removes a child that is being dropped. Its mappings stay watched until they are unmapped, so
     /// that they never read a hole.
-    pub(crate) fn detach(&self, at: &Arc<Reservation>) {
+    fn detach(&self, at: &Arc<Reservation>) {
         let mut phase = self.phase();
         let CopyPhase::Pending(work) = &mut *phase else { return };
         let gone: Vec<ReaderMapping> = work.readers.extract_if(.., |reader| Arc::ptr_eq(&reader.at, at)).collect();
@@ -346,11 +350,4 @@ impl BackgroundCopy {
             self.shared.remove_target(reader.address());
         }
     }
-}
-
-/// The reason why a child's mapping could not be watched.
-#[derive(Debug)]
-pub(crate) enum AttachError {
-    Failed(Arc<FillError>),
-    Watch(io::Error),
 }

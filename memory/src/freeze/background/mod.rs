@@ -49,7 +49,6 @@
 //! copy.
 
 mod bg_copy;
-mod failure;
 #[cfg(test)]
 mod tests;
 mod work;
@@ -66,13 +65,12 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use thiserror::Error;
 
+use crate::lost::{FillError, LostMemory};
 use crate::sync::whole::{Mutex, MutexGuard};
 use crate::sys::{Fault, Uffd, UffdOpenError};
 use crate::units::PAGE_SIZE;
 
-pub(crate) use bg_copy::{AttachError, BackgroundCopy, Delta};
-pub use failure::FillError;
-pub(crate) use failure::LostMemory;
+pub(crate) use bg_copy::{BackgroundCopy, Delta};
 pub(crate) use work::{CopySource, DeltaPart};
 
 /// The reason why background freezes are impossible.

@@ -4,6 +4,7 @@ mod failure;
 mod over;
 mod short;
 
+use std::any::Any;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
@@ -13,7 +14,9 @@ use std::time::Duration;
 use clade_test_support::{receive, wait_until};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::freeze::background::{CopyService, FillError};
+use crate::freeze::background::{BackgroundCopy, CopyService};
+use crate::layer::fill::LayerFill;
+use crate::lost::FillError;
 use crate::region::pin::{Access, PinLifetime};
 use crate::sys::small_file;
 use crate::testing::failpoint::Call;
@@ -175,6 +178,12 @@ fn expect_image(rig: &Rig, image: &RamImage, dirty: &[PageRange]) {
 
 const MANY: [PageRange; 3] = [PageRange::new(3, 200), PageRange::new(500, 1100), PageRange::new(1200, 1260)];
 
+/// The background copy that fills a layer.
+fn background(fill: &Arc<dyn LayerFill>) -> &BackgroundCopy {
+    let fill: &dyn Any = &**fill;
+    fill.downcast_ref().unwrap()
+}
+
 #[test]
 fn a_childs_read_waits_for_its_page_and_brings_no_zeros_with_it() {
     for store in stores() {
@@ -209,7 +218,7 @@ fn a_parents_write_waits_until_its_page_is_copied() {
         let before = report.pending;
         write(&rig.parent, 600, 0x66);
         assert_eq!(read(&rig.parent, 600), 0x66);
-        let bg_copy = image.bg_copies().next().unwrap();
+        let bg_copy = background(image.bg_copies().next().unwrap());
         assert!(bg_copy.missing() < before && bg_copy.missing() > 0, "copied around the fault, and no more");
         expect_image(&rig, &image, &MANY);
         for page in 0..PAGES {
@@ -319,7 +328,7 @@ fn a_write_between_any_two_steps_is_the_parents_alone() {
         for steps in 0.. {
             let rig = Rig::new(store.clone(), &MANY);
             let (image, _) = rig.freeze_held();
-            let bg_copy = Arc::clone(image.bg_copies().next().unwrap());
+            let bg_copy = background(image.bg_copies().next().unwrap());
             let is_over = (0..steps).any(|_| bg_copy.step());
             write(&rig.parent, 600, 0x66);
             rig.let_run();

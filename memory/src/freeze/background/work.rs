@@ -10,10 +10,11 @@ use std::time::{Duration, Instant};
 
 use crate::budget::Promise;
 use crate::freeze::background::bg_copy::Delta;
-use crate::freeze::background::{BackgroundError, CopyService, FillError, LostMemory};
+use crate::freeze::background::{BackgroundError, CopyService};
 use crate::freeze::protect::ProtectGate;
 use crate::layer::LayerOffset;
 use crate::layer::registry::View;
+use crate::lost::{FillError, LostMemory};
 use crate::reclaim::TaskSender;
 use crate::sys::{RegisterMode, Reservation};
 use crate::testing::failpoint::{Call, failpoint};

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::layer::gc::worst::Restless;
+use crate::store::Store;
 use crate::{Access, FreezeMode, GuestRam, PAGE_SIZE, PinLifetime, Quiesced, RamImage, RamLayout};
 use clade_test_support::{receive, wait_eq};
 use vm_memory::{Bytes, GuestAddress};

@@ -7,7 +7,10 @@ use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::{Access, DontFork, FreezeMode, Learned, NoWriters, PinLifetime, RamImage, RamLayout, Store, SuspendFile};
+use crate::{
+    Access, DontFork, FreezeMode, GuestRam, Learned, NoWriters, PageSetError, PinLifetime, Quiesced, RamImage,
+    RamLayout, Store, SuspendFile,
+};
 
 /// Pages of the first region. The second has a quarter of that.
 const PAGES: u64 = 2048;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::{Access, DontFork, FreezeMode, GuestRam, NoWriters, PinLifetime, Quiesced, RamLayout, Store};
+use crate::{Access, DontFork, FreezeMode, GuestRam, NoWriters, PinLifetime, Quiesced, RamImage, RamLayout, Store};
 
 const PAGES: u64 = 1024;
 

@@ -126,7 +126,7 @@ fn a_fault_that_is_answered_late_costs_the_parent_nothing() {
             }
             {
                 let state = rig.parent.regions()[0].state();
-                let bg_copy = state.freezing.as_ref().unwrap().layer.bg_copy().unwrap();
+                let bg_copy = background(state.freezing.as_ref().unwrap().layer.bg_copy().unwrap());
                 (0..steps).take_while(|_| !bg_copy.step()).for_each(drop);
             }
             hooks.hold_answers.store(false, Ordering::Release);

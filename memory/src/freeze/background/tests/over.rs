@@ -1,7 +1,7 @@
 //! Leftovers of a completed copy: no memory stays watched, and no layer can be adopted by mistake.
 
 use super::*;
-use crate::freeze::background::AttachError;
+use crate::layer::fill::AttachError;
 
 /// Mappings of `ram` that the userfaultfd watches for missing pages, as the kernel has them.
 fn watched(ram: &GuestRam) -> Vec<String> {

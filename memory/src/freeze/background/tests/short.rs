@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::PinError;
-use crate::freeze::background::BackgroundCopy;
 use crate::freeze::background::work::coalesce_if_many;
 use crate::units::pages_in;
 
@@ -21,7 +20,7 @@ fn owned(ram: &GuestRam, range: PageRange) -> u64 {
 fn a_short_run_can_be_written_as_soon_as_it_is_copied() {
     let rig = Rig::new(Store::open_small().unwrap(), &short_runs());
     let (image, _) = rig.freeze_held();
-    let bg_copy: Arc<BackgroundCopy> = Arc::clone(image.bg_copies().next().unwrap());
+    let bg_copy = background(image.bg_copies().next().unwrap());
     // The first 64 pages: nine runs of seven, and one page of the tenth.
     assert!(!bg_copy.step());
     let faults = rig.engine.hooks.faults_read.load(Ordering::Acquire);

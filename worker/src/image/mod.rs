@@ -2,12 +2,15 @@
 //!
 //! | message | from | content |
 //! |---|---|---|
-//! | 1 | client | one byte: the request. With `BROKER` comes a socket, and there is no answer. With [`SUSPEND`] come files ([`crate::suspend`]). A rollback has its own messages ([`crate::rollback`]). To `RECORD` the answer is the same byte and a descriptor |
+//! | 1 | client | one byte: the request. With `BROKER` comes a socket, and there is no answer. With [`SUSPEND`] come files ([`suspend`]). A rollback has its own messages ([`rollback`]). To `RECORD` the answer is the same byte and a descriptor |
 //! | 2 | VM's process | the report of the fork, as JSON; or the error |
 //! | 3.. | VM's process | the image ([`SealedParts`]) |
 //!
 //! The VM is forked at the client's request and runs on. Its process holds the image's layers until
 //! the last process that uses them has gone.
+
+pub mod rollback;
+pub mod suspend;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -23,9 +26,9 @@ use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Semaphore;
 
-use crate::suspend::SUSPEND;
+use suspend::SUSPEND;
+
 use crate::vm_host::WeakVmHost;
-use crate::{rollback, suspend};
 use clade_api::http::ACCEPT_BACKOFF;
 use clade_api::secrets::Secrets;
 use clade_api::{DaemonError, Labels, ProblemKind, check_name, flight, image_path};

@@ -23,14 +23,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::config::Config;
 use crate::error::RamError;
-use crate::freeze::{Packed, RegionImage};
+use crate::freeze::Packed;
 use crate::layer::interval::{IntervalMap, Piece};
 use crate::layer::registry::View;
 use crate::layer::{LayerMap, LayerOffset};
-use crate::ram::{GuestRam, Quiesced, RamImage};
-use crate::region::dont_fork;
 use crate::region::mappings::{Mapping, Mappings};
-use crate::region::{GuestRegion, State, parts_of, same};
+use crate::region::{GuestRegion, State, dont_fork, parts_of, same};
 use crate::store::Store;
 use crate::testing::failpoint::{Call, failpoint};
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange, join_runs, pages_in, subtract_runs};
@@ -66,7 +64,7 @@ pub struct CompactReport {
 }
 
 impl CompactReport {
-    fn note(&mut self, before: &LayerMap, after: &LayerMap, copied: u64) {
+    pub(crate) fn note(&mut self, before: &LayerMap, after: &LayerMap, copied: u64) {
         self.copied += copied;
         self.pieces_before += before.len() as u64;
         self.pieces += after.len() as u64;
@@ -86,7 +84,7 @@ pub(crate) fn layers<'a>(maps: impl IntoIterator<Item = &'a LayerMap>) -> usize 
 
 /// The runs to copy together, ascending: every short piece, and the gaps between them where that is
 /// cheap. `barred` is left out.
-fn runs_to_merge(map: &LayerMap, barred: &[PageRange]) -> Vec<PageRange> {
+pub(crate) fn runs_to_merge(map: &LayerMap, barred: &[PageRange]) -> Vec<PageRange> {
     let (mut short, mut barred) = (Vec::new(), barred.to_vec());
     for (range, source) in map.iter() {
         if source.layer.id().is_reference() {
@@ -127,7 +125,7 @@ fn needs_compaction(map: &LayerMap, last_compacted: (usize, usize), config: &Con
 
 /// A copy of parts of a map in one layer.
 #[derive(Debug)]
-struct MergedLayer {
+pub(crate) struct MergedLayer {
     /// The map it is a copy of.
     of: Arc<LayerMap>,
     /// The copied runs, and where each was copied to.
@@ -138,7 +136,7 @@ struct MergedLayer {
 
 impl MergedLayer {
     /// Copies `patches` of `of`. Returns `None` if merging gains nothing.
-    fn make(store: &Store, of: &Arc<LayerMap>, patches: &[PageRange]) -> Result<Option<Self>, RamError> {
+    pub(crate) fn make(store: &Store, of: &Arc<LayerMap>, patches: &[PageRange]) -> Result<Option<Self>, RamError> {
         if patches.is_empty() {
             return Ok(None);
         }
@@ -166,7 +164,7 @@ impl MergedLayer {
         Ok(Some(Self { of: Arc::clone(of), placed, seen: View::new(store.views(), Arc::new(map)) }))
     }
 
-    fn pages(&self) -> u64 {
+    pub(crate) fn pages(&self) -> u64 {
         self.placed.iter().map(|(run, _)| run.len()).sum()
     }
 
@@ -186,7 +184,7 @@ impl MergedLayer {
     }
 
     /// Replaces sources in `map` by their copies, wherever the copied source is unchanged.
-    fn substitute(&self, map: &mut LayerMap) {
+    pub(crate) fn substitute(&self, map: &mut LayerMap) {
         for (run, source) in &self.placed {
             for same in self.unchanged(map, *run) {
                 map.insert(same, source.advance(same.start - run.start));
@@ -205,43 +203,6 @@ fn copy(from: &File, at: u64, into: &File, to: u64, pages: u64, buffer: &mut [u8
         done += part.len() as u64;
     }
     Ok(())
-}
-
-impl RamImage {
-    /// Returns the same memory in fewer pieces, for a template that is forked hundreds of times.
-    /// Copies short pieces only.
-    ///
-    /// # Errors
-    /// When there is no memory for the copies; the image stays as it was in any case.
-    pub fn compact(&self, store: &Store) -> Result<(Self, CompactReport), RamError> {
-        let mut report = CompactReport::default();
-        let merge = |region: &RegionImage| {
-            let merged = MergedLayer::make(store, region.map.map(), &runs_to_merge(&region.map, &[]))?;
-            let mut map = Arc::clone(region.map.map());
-            if let Some(merged) = &merged {
-                merged.substitute(Arc::make_mut(&mut map));
-            }
-            report.note(&region.map, &map, merged.as_ref().map_or(0, MergedLayer::pages));
-            Ok(RegionImage { map: Arc::new(View::new(store.views(), map)), dont_fork: region.dont_fork.clone() })
-        };
-        let regions = self.regions().iter().map(merge).collect::<Result<_, RamError>>()?;
-        Ok((self.with_regions(regions), report))
-    }
-}
-
-impl GuestRam {
-    /// Merges the short pieces of this VM's own view, now. Freezes have it done in the background.
-    ///
-    /// # Errors
-    /// When there is no memory for the copies, or a mapping fails: then some pieces are merged and
-    /// others are not, with the same contents.
-    pub fn compact(&self, _quiesced: &Quiesced<'_>) -> Result<CompactReport, RamError> {
-        let mut report = CompactReport::default();
-        for region in self.regions() {
-            region.compact(&mut report)?;
-        }
-        Ok(report)
-    }
 }
 
 /// A compaction in the background.
@@ -287,7 +248,7 @@ fn is_gain(mappings: &Mappings, pieces: &[PageRange]) -> bool {
 }
 
 impl GuestRegion {
-    fn compact(&self, report: &mut CompactReport) -> Result<(), RamError> {
+    pub(crate) fn compact(&self, report: &mut CompactReport) -> Result<(), RamError> {
         let mut state = self.checked(self.range())?;
         self.finish_background(&mut state)?;
         let of = Arc::clone(state.space.map());

@@ -1,4 +1,4 @@
-//! Reporting of failed background copies.
+//! Reasons why pages of guest memory will never be there, and who learns of them.
 
 use std::fmt;
 use std::io;

@@ -5,11 +5,12 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use crate::backing::Backing;
 use crate::error::RamError;
+use crate::handle::{ImageMap, LayerHandle, LayerSource};
 use crate::layer::LayerId;
-use crate::layer::handle::{ImageMap, LayerHandle, LayerSource};
 use crate::ram::RamImage;
-use crate::store::{Backing, Store};
+use crate::store::Store;
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange, join_runs, pages_in, subtract_runs};
 
 /// Pages that are copied at once: few, because the buffer's first use costs as much as a page of the copy.

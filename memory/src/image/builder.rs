@@ -6,21 +6,22 @@
 //! is complete, I4), and assembles an image of them ([`RamImage::from_parts`]).
 
 use std::fs::File;
-use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use rustix::fs::OFlags;
 
+use crate::backing::Backing;
 use crate::error::RamError;
 use crate::freeze::RegionImage;
-use crate::layer::handle::{ImageMap, LayerHandle, image_map, layer_map};
+use crate::handle::{ImageMap, LayerHandle, check_length, image_map, layer_map};
 use crate::layer::registry::View;
 use crate::layer::{Layer, LayerMap, LayerStorage};
-use crate::ram::{GuestRam, RamImage, RamLayout};
+use crate::layout::RamLayout;
+use crate::ram::{GuestRam, RamImage};
 use crate::region::dont_fork::{DontFork, DontForkMap};
-use crate::store::{Backing, Store, StoreError};
+use crate::store::{Store, StoreError};
 use crate::units::{PAGE_SIZE, PageRange, join_runs, subtract_runs};
 
 /// A layer that is being filled by its maker.
@@ -104,16 +105,6 @@ fn check_foreign(file: &File, pages: u64) -> Result<(), StoreError> {
     check_length(file, pages)?;
     let mode = rustix::fs::fcntl_getfl(file).map_err(|errno| StoreError::File { pages, source: errno.into() })?;
     if mode & OFlags::ACCMODE != OFlags::RDONLY { Err(StoreError::Writable) } else { Ok(()) }
-}
-
-/// Checks the length: accesses to a mapping beyond the end of its file fail.
-pub(crate) fn check_length(file: &File, pages: u64) -> Result<(), StoreError> {
-    let short = |source| StoreError::File { pages, source };
-    let bytes = file.metadata().map_err(short)?.len();
-    if pages.checked_mul(PAGE_SIZE).is_none_or(|wanted| bytes < wanted) {
-        return Err(short(io::Error::new(io::ErrorKind::UnexpectedEof, format!("the file has {bytes} bytes"))));
-    }
-    Ok(())
 }
 
 impl RamImage {
@@ -223,7 +214,7 @@ impl GuestRam {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layer::handle::LayerSource;
+    use crate::handle::LayerSource;
     use crate::{PageRange, Quiesced, Swept};
     use vm_memory::{Bytes, GuestAddress};
 

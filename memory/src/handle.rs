@@ -14,10 +14,11 @@ use std::sync::Arc;
 use rustix::fs::{OFlags, fcntl_getfl};
 
 use crate::error::RamError;
-use crate::freeze::background::FillError;
 use crate::layer::interval::{IntervalMap, Piece};
 use crate::layer::{Layer, LayerId, LayerMap, LayerOffset, LayerStorage};
-use crate::region::stats::allocated;
+use crate::lost::FillError;
+use crate::store::StoreError;
+use crate::sys::allocated;
 use crate::units::{PAGE_SIZE, PageRange};
 
 /// A layer: immutable pages in a file. As long as a handle exists, the whole layer stays as it was
@@ -31,6 +32,16 @@ fn reopened_for_reading(file: BorrowedFd<'_>) -> io::Result<File> {
         return Ok(file.try_clone_to_owned()?.into());
     }
     File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+/// Checks the length: accesses to a mapping beyond the end of its file fail.
+pub(crate) fn check_length(file: &File, pages: u64) -> Result<(), StoreError> {
+    let short = |source| StoreError::File { pages, source };
+    let bytes = file.metadata().map_err(short)?.len();
+    if pages.checked_mul(PAGE_SIZE).is_none_or(|wanted| bytes < wanted) {
+        return Err(short(io::Error::new(io::ErrorKind::UnexpectedEof, format!("the file has {bytes} bytes"))));
+    }
+    Ok(())
 }
 
 impl LayerHandle {
@@ -109,7 +120,7 @@ impl LayerHandle {
         match self.0.storage() {
             // Every page must exist: after a truncation the missing pages would look like a hole.
             LayerStorage::File => return Ok(vec![range]),
-            LayerStorage::Foreign => crate::layer::builder::check_length(self.0.file(), self.0.pages())?,
+            LayerStorage::Foreign => check_length(self.0.file(), self.0.pages())?,
             LayerStorage::Memory(_) | LayerStorage::Disk => {}
         }
         allocated(self.0.as_fd(), range).map_err(RamError::Harvest)

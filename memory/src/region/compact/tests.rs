@@ -1,5 +1,5 @@
 use super::*;
-use crate::{DontFork, FreezeMode, RamLayout};
+use crate::{DontFork, FreezeMode, GuestRam, Quiesced, RamImage, RamLayout};
 use vm_memory::{Bytes, GuestAddress};
 
 /// Pages declared no-fork between the copy and the installation keep the layer from which they are

@@ -1,104 +1,35 @@
 //! A VM's guest memory: its regions, and operations on all of them at once.
 
+mod ahead;
+mod check;
+mod compact;
+pub(crate) mod tracked;
+
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use vm_memory::{GuestAddress, GuestMemoryRegion, GuestRegionCollection};
 
+use crate::backing::Backing;
 use crate::error::RamError;
-use crate::freeze::background::FillError;
 use crate::freeze::{FreezeMode, FreezeReport, RegionImage};
-use crate::layer::compact;
+use crate::layout::RamLayout;
+use crate::lost::FillError;
+use crate::quiesce::Quiesced;
 use crate::region::GuestRegion;
+use crate::region::compact::layers;
 use crate::region::counts::{CowCounts, PinCounts};
 use crate::region::dont_fork::DontForkMap;
 use crate::region::pages::{self, PageMap};
 use crate::region::reset::{RamResetReport, ResetError};
 use crate::region::stats::RamStats;
 use crate::region::suspend::{RamSuspension, SuspendFile, Suspended, TouchedPages};
-use crate::store::{Backing, Store};
-use crate::units::{PAGE_SHIFT, PAGE_SIZE};
-
-/// Start of the gap for memory-mapped devices: 3 GiB.
-pub const GAP_START: u64 = 0xc000_0000;
-/// Where memory continues above the gap: 4 GiB.
-pub const GAP_END: u64 = 0x1_0000_0000;
-/// Maximum memory of a guest, which must fit below 2^46 (a host with 4-level page tables has 2^47
-/// addresses for itself).
-const MAX_BYTES: u64 = 1 << 45;
+use crate::store::Store;
+use crate::units::PAGE_SHIFT;
 
 /// Interval at which a reset or a suspension that waits for devices checks again.
 const PIN_POLL: Duration = Duration::from_micros(200);
-
-/// The shape of a guest's memory: which guest-physical ranges are RAM.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RamLayout {
-    ranges: Vec<(GuestAddress, u64)>,
-}
-
-impl RamLayout {
-    /// `bytes` of RAM from 0, with the gap below 4 GiB.
-    ///
-    /// # Errors
-    /// When `bytes` is 0, not a multiple of the page size or too large.
-    pub fn new(bytes: u64) -> Result<Self, RamError> {
-        if bytes == 0 {
-            return Err(RamError::NoMemory);
-        }
-        if !bytes.is_multiple_of(PAGE_SIZE) {
-            return Err(RamError::NotPageSized { bytes });
-        }
-        if bytes > MAX_BYTES {
-            return Err(RamError::TooLarge { bytes, most: MAX_BYTES });
-        }
-        let low = bytes.min(GAP_START);
-        let mut ranges = vec![(GuestAddress(0), low >> PAGE_SHIFT)];
-        if bytes > low {
-            ranges.push((GuestAddress(GAP_END), (bytes - low) >> PAGE_SHIFT));
-        }
-        Ok(Self { ranges })
-    }
-
-    /// RAM in the given ranges: start and length in pages of each.
-    ///
-    /// # Errors When the list is empty, a range is empty or not page-aligned, or the ranges are not
-    /// ascending and disjoint.
-    pub fn of_ranges(ranges: &[(GuestAddress, u64)]) -> Result<Self, RamError> {
-        let mut free = 0;
-        let mut total = 0u64;
-        for (start, pages) in ranges {
-            let wrong = RamError::Range { start: start.0, pages: *pages };
-            let Some(end) = pages.checked_mul(PAGE_SIZE).and_then(|bytes| start.0.checked_add(bytes)) else {
-                return Err(wrong);
-            };
-            if *pages == 0 || start.0 < free || !start.0.is_multiple_of(PAGE_SIZE) {
-                return Err(wrong);
-            }
-            free = end;
-            total = total.saturating_add(pages << PAGE_SHIFT);
-        }
-        if total == 0 {
-            return Err(RamError::NoMemory);
-        }
-        if free > 2 * MAX_BYTES || total > MAX_BYTES {
-            return Err(RamError::TooLarge { bytes: total, most: MAX_BYTES });
-        }
-        Ok(Self { ranges: ranges.to_vec() })
-    }
-
-    /// Start and length in pages of each range, ascending.
-    #[must_use]
-    pub fn ranges(&self) -> &[(GuestAddress, u64)] {
-        &self.ranges
-    }
-
-    /// Total size.
-    #[must_use]
-    pub fn bytes(&self) -> u64 {
-        self.ranges.iter().map(|(_, pages)| pages << PAGE_SHIFT).sum()
-    }
-}
 
 /// The memory of a VM at one instant, as layers: cheap to clone, keeps the layers alive, and can
 /// start any number of VMs.
@@ -148,7 +79,7 @@ impl RamImage {
         Ok(Self { layout: self.layout.clone(), regions: copies.collect::<Result<_, _>>()? })
     }
 
-    pub(crate) fn bg_copies(&self) -> impl Iterator<Item = &Arc<crate::freeze::background::BackgroundCopy>> {
+    pub(crate) fn bg_copies(&self) -> impl Iterator<Item = &Arc<dyn crate::layer::fill::LayerFill>> {
         self.regions.iter().flat_map(|region| region.map.iter()).filter_map(|(_, source)| source.layer.bg_copy())
     }
 
@@ -180,32 +111,7 @@ impl RamImage {
     /// Number of layers in the image.
     #[must_use]
     pub fn layers(&self) -> usize {
-        compact::layers(self.regions.iter().map(|region| &**region.map))
-    }
-}
-
-/// A guard: while it lives, the only writers to a VM's memory are devices through pins. vCPUs are
-/// out of KVM_RUN, and devices are paused.
-///
-/// Implemented for the value that resumes them when dropped.
-pub trait StopsWriters {}
-
-/// There are no writers to stop: only the caller has the memory, as in tests and benchmarks.
-#[derive(Clone, Copy, Debug)]
-pub struct NoWriters;
-
-impl StopsWriters for NoWriters {}
-
-/// Proof that a guard stops all writers. A write in spite of it is not undefined behaviour, but may
-/// or may not be in the image.
-#[derive(Debug)]
-pub struct Quiesced<'a>(std::marker::PhantomData<&'a ()>);
-
-impl<'a> Quiesced<'a> {
-    /// Writers are stopped as long as `guard` is held, which this value borrows.
-    #[must_use]
-    pub fn by(_guard: &'a impl StopsWriters) -> Self {
-        Self(std::marker::PhantomData)
+        layers(self.regions.iter().map(|region| &**region.map))
     }
 }
 
@@ -247,7 +153,7 @@ impl GuestRam {
     /// When address space or the mapping budget is exhausted.
     pub fn reserve(layout: &RamLayout, store: &Store) -> Result<Self, RamError> {
         let reserve = |(base, pages): &(GuestAddress, u64)| GuestRegion::reserve(*base, *pages, store).map(Arc::new);
-        let regions = layout.ranges.iter().map(reserve).collect::<Result<Vec<_>, _>>()?;
+        let regions = layout.ranges().iter().map(reserve).collect::<Result<Vec<_>, _>>()?;
         // A layout has at least one range, and its ranges are ascending and disjoint.
         let memory = GuestRegionCollection::from_arc_regions(regions.clone()).map_err(|_| RamError::NoMemory)?;
         Ok(Self { layout: layout.clone(), regions, memory })
@@ -490,7 +396,8 @@ impl GuestRam {
     /// When there is no memory yet, or the page map cannot be read.
     pub fn page_map(&self, origin: Option<&RamImage>) -> Result<PageMap, RamError> {
         self.regions.iter().for_each(|region| region.reap_background(&mut region.state(), false));
-        pages::page_map(&self.regions, origin)
+        let own_views = origin.into_iter().flat_map(RamImage::regions).map(|region| region.map.id()).collect();
+        pages::page_map(&self.regions, own_views)
     }
 
     /// The memory, for rust-vmm crates.
