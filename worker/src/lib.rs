@@ -40,6 +40,7 @@ mod serve;
 mod template;
 mod text;
 pub mod vm_host;
+mod workers;
 pub mod zygote;
 
 use std::io;
@@ -65,10 +66,11 @@ pub use open::ReadSnapshotRequest;
 pub use pace::Pace;
 pub use parent_death::PARENT_DEATH_EXIT;
 pub(crate) use process::WorkerProcess;
-pub use process::{BeforeTheyRun, DetachedParts, Worker, Workers, has_ended};
+pub use process::{BeforeTheyRun, DetachedParts, Worker, has_ended};
 pub use save::{SavedFiles, WriteSnapshotRequest, written_beside};
 pub use serve::{Served, serve};
 pub use template::VmTemplate;
+pub use workers::Workers;
 
 /// The exit code of a worker whose VM's disks lack the writes since a fork.
 pub const UNMERGED: u8 = 74;

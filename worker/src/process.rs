@@ -12,7 +12,6 @@ use rustix::net::{Shutdown, shutdown};
 use rustix::process::{Signal, pidfd_send_signal};
 
 use super::detach::unpacked;
-use super::pace::{Pace, in_groups};
 use super::{
     ConfineRequest, DetachRequest, Inherited, LaunchedVm, ReadSnapshotRequest, SavedFiles, WorkerAnswer, WorkerRequest,
     WriteSnapshotRequest, failed, receive, send,
@@ -76,7 +75,7 @@ pub struct Worker {
     socket: OwnedFd,
     process: Option<WorkerProcess>,
     /// Whether its VM runs. It does not read its socket any more then.
-    is_running: Cell<bool>,
+    pub(crate) is_running: Cell<bool>,
 }
 
 impl Worker {
@@ -236,7 +235,7 @@ impl Worker {
     }
 
     /// Sends it SIGKILL.
-    fn send_kill(&self) {
+    pub(crate) fn send_kill(&self) {
         if let Some(process) = &self.process
             && let Err(errno) = pidfd_send_signal(&process.pidfd, Signal::KILL)
         {
@@ -246,7 +245,7 @@ impl Worker {
     }
 
     /// Lets the worker go: its process no longer ends with this value.
-    fn let_go(&mut self) {
+    pub(crate) fn let_go(&mut self) {
         self.process = None;
     }
 
@@ -332,7 +331,7 @@ impl Worker {
 
     /// The same for a worker that may run at once. When `check` fails, its socket is closed. Then
     /// the worker has either already reported its VM as made, or never will, and ends.
-    fn wait_or_abort(&self, check: impl Fn() -> Result<(), DaemonError>) -> Result<LaunchedVm, DaemonError> {
+    pub(crate) fn wait_or_abort(&self, check: impl Fn() -> Result<(), DaemonError>) -> Result<LaunchedVm, DaemonError> {
         self.made(check).or_else(|error| {
             self.dismiss();
             self.made(|| Ok(())).map_err(|_| error)
@@ -346,7 +345,7 @@ impl Worker {
     }
 
     /// Waits until its VM runs.
-    fn wait_running(&self, name: &str) {
+    pub(crate) fn wait_running(&self, name: &str) {
         match self.answer(|| Ok(())) {
             Ok(WorkerAnswer::Running) => self.is_running.set(true),
             other => tracing::warn!(name, ?other, "a VM has ended before it ran"),
@@ -354,7 +353,7 @@ impl Worker {
     }
 
     /// Has the worker end, without waiting for that.
-    fn dismiss(&self) {
+    pub(crate) fn dismiss(&self) {
         // The worker then ends by itself, and leaves no sockets behind.
         let _ = shutdown(&self.socket, Shutdown::Both);
     }
@@ -371,65 +370,6 @@ impl Drop for Worker {
 
 /// Called with VMs that are made and have not run.
 pub type BeforeTheyRun<'a> = dyn Fn(&[LaunchedVm]) -> Result<(), DaemonError> + 'a;
-
-/// The workers of a request that has not succeeded yet. Ended when dropped.
-#[derive(Debug)]
-pub struct Workers(pub Vec<Worker>);
-
-impl Workers {
-    /// Waits until all have made their VMs, then lets all run at `pace`, and lets them go. Calls
-    /// `check` with the number made so far, and again between the groups of a pace. Calls
-    /// `before_they_run`, if there is one, when all are made and none has run.
-    ///
-    /// # Errors
-    /// That of `check` or of a worker. The drop of the workers then ends the VMs of earlier groups,
-    /// and the others have not run.
-    pub fn run_together(
-        &mut self,
-        pace: Pace,
-        check: impl Fn(usize) -> Result<(), DaemonError>,
-        before_they_run: Option<&BeforeTheyRun<'_>>,
-    ) -> Result<Vec<LaunchedVm>, DaemonError> {
-        let mut made = Vec::with_capacity(self.0.len());
-        let is_single = self.0.len() == 1 && before_they_run.is_none();
-        if let [worker] = self.0.as_slice()
-            && is_single
-        {
-            // A single VM waits for no other: every wait of one process for another costs a
-            // wake-up.
-            worker.run();
-            made.push(worker.wait_or_abort(|| check(0))?);
-        } else {
-            for worker in &self.0 {
-                let child = worker.made(|| check(made.len()))?;
-                made.push(child);
-            }
-            check(made.len())?;
-            before_they_run.map_or(Ok(()), |before| before(&made))?;
-        }
-        // All VMs are made, so all may run. From here on a failure ends only its own VM.
-        let mut started = 0;
-        let start = |group: &[Worker]| {
-            if !is_single {
-                group.iter().for_each(Worker::run);
-            }
-            group.iter().zip(&made[started..]).for_each(|(worker, child)| worker.wait_running(&child.name));
-            started += group.len();
-        };
-        in_groups(&self.0, pace, start, || check(made.len()))?;
-        self.0.iter_mut().for_each(Worker::let_go);
-        Ok(made)
-    }
-}
-
-impl Drop for Workers {
-    fn drop(&mut self) {
-        // All at once. Then the drops wait for one after the other.
-        for worker in &self.0 {
-            if worker.is_running.get() { worker.send_kill() } else { worker.dismiss() }
-        }
-    }
-}
 
 fn unexpected(answer: &WorkerAnswer) -> io::Error {
     io::Error::other(format!("it answered {answer:?}"))

@@ -3,7 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clade_agent_client::Socket;
 use http_body_util::{BodyExt, Full, Limited};
@@ -13,71 +13,26 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::{TcpStream, UnixStream};
-use tokio::task::{JoinError, JoinSet};
-use tokio::time::error::Elapsed;
-use tokio::time::{sleep, timeout, timeout_at};
+use tokio::time::{sleep, timeout};
 
-use crate::{
-    DaemonError, EndedVm, NameClaim, Problem, RuntimeDir, StopAnswer, StopRequest, Token, VmInfo, WorkerExit,
-    check_name, ended_vms, runtime_dir, socket_path, supervisor_path,
-};
+use crate::{Problem, Token, check_name, runtime_dir, socket_path, supervisor_path};
 
 mod error;
+mod list;
 mod memory;
+mod stop;
 
 pub use error::ClientError;
-
-/// VMs asked at a time for a list of all.
-const MAX_ASKED: usize = 32;
-/// Time limit of each answer. A VM stopped by a debugger delays the list no longer. A process whose
-/// connections are all idle takes 10 s to cut one.
-const LIST_TIMEOUT: Duration = Duration::from_secs(15);
+pub use list::ListedVms;
 
 /// Most bytes of an answer. A map of pages has up to four million.
 const MAX_ANSWER: usize = 16 << 20;
-/// Time that the process of a stopped VM may keep its name, and the interval of the checks.
-const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
-const RELEASE_POLL: Duration = Duration::from_millis(2);
 /// Interval of the attempts to connect to a process that accepts no connection.
 const CONNECT_POLL: Duration = Duration::from_millis(50);
-/// Time limit for the end of a supervisor that no longer answers.
-const TAKEOVER_TIMEOUT: Duration = Duration::from_secs(5);
-/// Time limit for a VM's process to stop it, beside its guest's grace time: longer than the process
-/// itself waits for the VM's resources.
-const STOP_TIMEOUT: Duration = Duration::from_secs(15);
-
 /// Most attempts of a request whose refusal may be temporary.
 const MAX_ATTEMPTS: u32 = 6;
 /// The pause after the first refusal. Each further pause is twice as long: three seconds in all.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
-
-/// The VMs that answer.
-#[derive(Clone, Debug, Default)]
-pub struct ListedVms {
-    /// Those of this user.
-    pub vms: Vec<VmInfo>,
-    /// Number of sockets of other users.
-    pub forbidden: usize,
-    /// The names of VMs whose processes have not answered in time.
-    pub silent: Vec<String>,
-}
-
-type Answered = (Result<Result<VmInfo, ClientError>, Elapsed>, String);
-
-impl ListedVms {
-    fn extend(&mut self, answer: Option<Result<Answered, JoinError>>) {
-        match answer {
-            // By the requested name, not by the answer's.
-            Some(Ok((Ok(Ok(info)), name))) => self.vms.push(VmInfo { name, ..info }),
-            Some(Ok((Ok(Err(ClientError::Forbidden { .. })), _))) => self.forbidden += 1,
-            // The VM has ended meanwhile, or a dead process has left its socket.
-            Some(Ok((Ok(Err(error)), name))) => tracing::debug!(%error, name, "does not answer"),
-            Some(Ok((Err(_), name))) => self.silent.push(name),
-            Some(Err(error)) => tracing::warn!(%error, "a VM is left out"),
-            None => {}
-        }
-    }
-}
 
 /// A supervisor behind a TCP port.
 #[derive(Clone, Debug)]
@@ -187,25 +142,6 @@ impl Client {
         connected.map(Into::into).map_err(|source| ClientError::unreachable(name, path, source))
     }
 
-    /// Has the supervisor stop a VM. Returns when its name is free.
-    ///
-    /// # Errors
-    /// As for [`Self::supervisor`].
-    pub async fn stop(&self, name: &str, request: StopRequest) -> Result<StopAnswer, ClientError> {
-        check_name(name)?;
-        let deadline = Instant::now() + TAKEOVER_TIMEOUT;
-        loop {
-            match self.supervisor(Method::POST, &format!("/v1/vms/{name}/stop"), Some(&request)).await {
-                // The process ended without an answer. The next may answer; stopping a VM twice is
-                // harmless.
-                Err(error) if !self.is_remote() && error.is_lost() && Instant::now() < deadline => {
-                    sleep(CONNECT_POLL).await;
-                }
-                answer => return answer,
-            }
-        }
-    }
-
     /// Sends a request to the process of `name`, which has `limit` to answer.
     ///
     /// # Errors
@@ -220,47 +156,6 @@ impl Client {
     ) -> Result<T, ClientError> {
         let answer = timeout(limit, self.request(method, name, action, body)).await;
         answer.unwrap_or_else(|_| Err(ClientError::Silent { name: name.to_owned(), seconds: limit.as_secs() }))
-    }
-
-    /// Stops a VM by its process, which is `pid` if that is known: what the process says is its own
-    /// word. Returns the claim to files that the process may not remove, if it has left any.
-    ///
-    /// # Errors
-    /// As for [`Self::stop`].
-    pub async fn stop_process(
-        &self,
-        name: &str,
-        request: StopRequest,
-        pid: Option<u32>,
-    ) -> Result<(StopAnswer, Option<(NameClaim, WorkerExit)>), ClientError> {
-        let gone = |error| match error {
-            // Another client has stopped it, and its process has ended before the answer.
-            ClientError::Http(_) => ClientError::NoSuchVm { name: name.to_owned(), path: socket_path(&self.dir, name) },
-            other => other,
-        };
-        // The process refuses invalid times.
-        let grace = Duration::try_from_secs_f64(request.graceful_s.unwrap_or(0.0)).unwrap_or_default();
-        let limit = grace.saturating_add(STOP_TIMEOUT);
-        let answer = self.request_within(limit, Method::POST, name, "/stop", Some(&request)).await;
-        let answer: StopAnswer = answer.map_err(gone)?;
-        let dir = RuntimeDir::open(&self.dir)?;
-        let deadline = Instant::now() + RELEASE_TIMEOUT;
-        let pid = pid.unwrap_or(answer.vm.pid);
-        let exit = WorkerExit { pid, signal: None, code: Some(0) };
-        loop {
-            match NameClaim::of_a_dead(&dir, name, pid) {
-                Ok(claim) => return Ok((answer, claim.map(|claim| (claim, exit)))),
-                Err(DaemonError::Taken { .. }) if Instant::now() < deadline => sleep(RELEASE_POLL).await,
-                // The VM's process has left the name, which another VM gets: its start takes this long.
-                Err(DaemonError::Taken { name }) if NameClaim::owner(&dir, &name)? != Some(pid) => {
-                    return Ok((answer, None));
-                }
-                Err(DaemonError::Taken { name }) => {
-                    return Err(DaemonError::Unreleased { name, seconds: RELEASE_TIMEOUT.as_secs() }.into());
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
     }
 
     /// Sends a request for one VM to the supervisor. `action` is empty, or a path below the VM's.
@@ -367,71 +262,6 @@ impl Client {
             Ok(stream) => Ok(stream.into()),
             Err(source) => Err(ClientError::Socket { name: "the supervisor".to_owned(), source }),
         }
-    }
-
-    /// Returns the names of all VMs. Without a supervisor behind a port, some may have died.
-    ///
-    /// # Errors
-    /// When the directory cannot be read, or the supervisor refuses.
-    pub async fn all_names(&self) -> Result<Vec<String>, ClientError> {
-        if !self.is_remote() {
-            return self.names();
-        }
-        Ok(self.list().await?.vms.into_iter().map(|vm| vm.name).collect())
-    }
-
-    /// Returns the recorded VMs that ended by themselves.
-    ///
-    /// # Errors
-    /// When the directory cannot be read, or the supervisor refuses.
-    pub async fn ended(&self) -> Result<Vec<EndedVm>, ClientError> {
-        if self.is_remote() {
-            return self.supervisor(Method::GET, "/v1/ended", None::<&()>).await;
-        }
-        Ok(ended_vms(&self.dir)?)
-    }
-
-    /// Returns all VMs of this user that answer within 15 s each.
-    ///
-    /// # Errors
-    /// When the directory of sockets cannot be read.
-    pub async fn list(&self) -> Result<ListedVms, ClientError> {
-        self.list_within(None).await
-    }
-
-    /// Returns all VMs of this user that answer within `limit` together, or within 15 s each.
-    ///
-    /// # Errors
-    /// As for [`Client::list`].
-    pub async fn list_within(&self, limit: Option<Duration>) -> Result<ListedVms, ClientError> {
-        if self.is_remote() {
-            let vms = self.supervisor(Method::GET, "/v1/vms", None::<&()>).await?;
-            return Ok(ListedVms { vms, ..ListedVms::default() });
-        }
-        let mut all = ListedVms::default();
-        let mut asked = JoinSet::new();
-        let mut names = self.names()?.into_iter();
-        let deadline = limit.map(|limit| Instant::now() + limit);
-        let due = || deadline.unwrap_or_else(|| Instant::now() + LIST_TIMEOUT);
-        loop {
-            while asked.len() < MAX_ASKED && Instant::now() < due() {
-                let Some(name) = names.next() else { break };
-                let (client, due) = (self.clone(), due());
-                asked.spawn(async move {
-                    let answer = client.request::<VmInfo>(Method::GET, &name, "", None::<&()>);
-                    (timeout_at(due.into(), answer).await, name)
-                });
-            }
-            let Some(answer) = asked.join_next().await else { break };
-            all.extend(Some(answer));
-        }
-        all.silent.extend(names);
-        for name in &all.silent {
-            tracing::debug!(name, "does not answer in time");
-        }
-        all.vms.sort_unstable_by(|one, other| one.name.cmp(&other.name));
-        all.silent.sort_unstable();
-        Ok(all)
     }
 }
 

@@ -12,6 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use crate::ProblemKind;
 
 use super::*;
+use crate::{DaemonError, StopRequest, VmInfo};
 
 /// More bytes than are ever read.
 const MANY: usize = 4 * MAX_ANSWER;

@@ -3,29 +3,27 @@
 //! Everything below it goes through one descriptor, opened without following a link and checked
 //! once. A directory that is swapped under a running process changes nothing.
 
+mod claim;
 mod ended;
 mod names;
 mod settings;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread;
-use std::time::Duration;
 
 use clade_host_io::private_listener;
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, openat, statat, unlinkat};
-use rustix::net::sockopt::socket_peercred;
 use rustix::net::{SocketFlags, SocketType};
 
 use crate::error::{DaemonError, LONGEST_NAME, LONGEST_SOCKET_PATH};
 
+pub use claim::{NameClaim, SupervisorClaim, VmFiles};
 pub use ended::{
     EndedVm, MAX_OUTPUT, WorkerExit, ended_vms, forget as forget_ended, record_end, recorded_reason, settle,
     unix_seconds,
@@ -292,259 +290,19 @@ fn expect_short(path: PathBuf) -> Result<(), DaemonError> {
     }
 }
 
-/// Writes the owner's pid, for a reader of the file. The lock holds even if it cannot be written.
-fn write_pid(lock: &File) {
-    let _ = lock.set_len(0).and_then(|()| lock.write_all_at(format!("{}\n", std::process::id()).as_bytes(), 0));
-}
-
-/// Attempts to lock a directory whose supervisor takes no connections.
-const LOCK_ATTEMPTS: u32 = 1_000;
-/// The time between two attempts.
-const LOCK_INTERVAL: Duration = Duration::from_millis(10);
-
-/// A directory's supervisor: its lock and its socket.
-#[derive(Debug)]
-pub struct SupervisorClaim {
-    dir: RuntimeDir,
-    _lock: File,
-}
-
-impl SupervisorClaim {
-    /// Claims the directory and binds the socket. The kernel closes the descriptors of a supervisor
-    /// that was killed one by one: its lock may outlive its sockets. So a lock without a socket
-    /// that takes connections is waited for.
-    ///
-    /// # Errors
-    /// When another process has it.
-    pub fn new(dir: &RuntimeDir) -> Result<(Self, UnixListener), DaemonError> {
-        let path = supervisor_path(&dir.path);
-        expect_short(path.clone())?;
-        let mut attempts = 0;
-        let lock = loop {
-            if let Some(lock) = dir.lock(SUPERVISOR_LOCK)? {
-                break lock;
-            }
-            attempts += 1;
-            let listening = UnixStream::connect(&path).ok();
-            if attempts > LOCK_ATTEMPTS || listening.is_some() {
-                let peer = listening.and_then(|stream| socket_peercred(&stream).ok());
-                let pid = peer.map(|peer| peer.pid.as_raw_nonzero().get());
-                return Err(DaemonError::Supervised { path: dir.path.clone(), pid });
-            }
-            thread::sleep(LOCK_INTERVAL);
-        };
-        let socket = dir.bind(SUPERVISOR, SocketType::STREAM)?;
-        Ok((Self { dir: dir.clone(), _lock: lock }, UnixListener::from(socket)))
-    }
-}
-
-impl Drop for SupervisorClaim {
-    fn drop(&mut self) {
-        // The lock file last.
-        self.dir.forget(SUPERVISOR);
-        self.dir.forget(SUPERVISOR_LOCK);
-    }
-}
-
 /// Name of the file with the supervisor's records of the VM called `name`.
 pub fn vm_record_name(name: &str) -> String {
     format!("{name}.{VM}")
-}
-
-/// A name held on this host. The lock ends with the process, so a crashed owner's name is free
-/// again.
-#[derive(Debug)]
-pub struct NameClaim {
-    dir: RuntimeDir,
-    /// The name.
-    pub name: String,
-    /// None if it is left to another process.
-    lock: Option<File>,
-    /// Whether the files go with the claim. Otherwise another process removes them.
-    removes: bool,
 }
 
 /// The ending of the file in which a confined worker records the end of its VM.
 pub(super) const END: &str = "end";
 /// The ending of the file with the supervisor's records of a VM.
 const VM: &str = "vm";
-/// The endings of a VM's sockets.
-const CONTROL: &str = "sock";
-const CONSOLE: &str = "console";
-const HVC: &str = "hvc";
-const IMAGE: &str = "image";
-/// The endings of a VM's files. The lock file last: while it is locked no other process makes
-/// these.
-const ENDINGS: [&str; 7] = [CONTROL, CONSOLE, HVC, IMAGE, VM, END, "lock"];
 
-impl NameClaim {
-    /// Claims a name for a VM.
-    ///
-    /// # Errors
-    /// [`DaemonError::Taken`] if another VM has it. When its files cannot be made.
-    pub fn new(dir: &RuntimeDir, name: &str) -> Result<Self, DaemonError> {
-        check_name(name)?;
-        // The longest path of its sockets.
-        expect_short(console_path(&dir.path, name))?;
-        let lock = dir.lock(&format!("{name}.lock"))?;
-        let lock = lock.ok_or_else(|| DaemonError::Taken { name: name.to_owned() })?;
-        Ok(Self::of(dir, name, lock))
-    }
-
-    fn of(dir: &RuntimeDir, name: &str, lock: File) -> Self {
-        Self { dir: dir.clone(), name: name.to_owned(), lock: Some(lock), removes: true }
-    }
-
-    /// Returns the claim of another process that has passed on its lock. That process removes the
-    /// files.
-    ///
-    /// # Errors
-    /// When the file is not the lock of that name.
-    pub fn adopt(dir: &RuntimeDir, name: &str, lock: OwnedFd) -> Result<Self, DaemonError> {
-        check_name(name)?;
-        let lock = File::from(lock);
-        if !dir.has(&format!("{name}.lock"), &lock) {
-            return Err(DaemonError::Taken { name: name.to_owned() });
-        }
-        write_pid(&lock);
-        Ok(Self { dir: dir.clone(), name: name.to_owned(), lock: Some(lock), removes: false })
-    }
-
-    /// Makes the files that a confined VM cannot make: its sockets, and the file for its end.
-    ///
-    /// # Errors
-    /// When one cannot be made.
-    pub fn hand_over(&self, has_hvc: bool) -> Result<(BTreeMap<String, OwnedFd>, OwnedFd), DaemonError> {
-        let bind = |ending: &str, kind| Ok((ending.to_owned(), self.bind(ending, kind)?));
-        let mut sockets: BTreeMap<_, _> = [CONTROL, CONSOLE]
-            .iter()
-            .chain(has_hvc.then_some(&HVC))
-            .map(|ending| bind(ending, SocketType::STREAM))
-            .collect::<Result<_, DaemonError>>()?;
-        sockets.extend([bind(IMAGE, SocketType::SEQPACKET)?]);
-        let file = format!("{}.{END}", self.name);
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let record = openat(&self.dir.fd, &*file, flags, Mode::RUSR | Mode::WUSR);
-        let record =
-            record.map_err(|error| DaemonError::Runtime { path: self.dir.path.join(file), source: error.into() })?;
-        Ok((sockets, record))
-    }
-
-    /// The runtime directory.
-    pub fn dir(&self) -> &RuntimeDir {
-        &self.dir
-    }
-
-    /// The lock, to be passed on. The name stays locked as long as one process has it open.
-    pub fn lock(&self) -> Option<BorrowedFd<'_>> {
-        self.lock.as_ref().map(AsFd::as_fd)
-    }
-
-    /// Claims the names of dead owners, each with the owner's pid: their control sockets exist, and
-    /// their locks are free. Dropping the claims removes their files.
-    pub fn of_the_dead(dir: &RuntimeDir) -> io::Result<Vec<(Self, u32)>> {
-        let mut dead = Vec::new();
-        for file in dir.entries()? {
-            // An owner may die after either file was removed, or before it was made.
-            let ending = |file: &'_ str| {
-                [CONTROL, VM].iter().find_map(|ending| Some(file.strip_suffix(ending)?.strip_suffix('.')?.to_owned()))
-            };
-            let Some(name) = file.to_str().and_then(ending) else { continue };
-            let name = name.as_str();
-            if dead.iter().any(|(claim, _): &(Self, u32)| claim.name == name) {
-                continue;
-            }
-            let pid = dir.read(&format!("{name}.lock")).ok().flatten();
-            let pid = pid.and_then(|text| String::from_utf8(text).ok()?.trim().parse().ok()).unwrap_or(0);
-            // Refused for live owners, and for invalid names.
-            let Ok(claim) = Self::new(dir, name) else { continue };
-            // An owner that has ended properly meanwhile removed it first.
-            if statat(&dir.fd, &*file, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
-                dead.push((claim, pid));
-            }
-        }
-        Ok(dead)
-    }
-
-    /// Claims the name of a VM whose process, `pid`, has ended without removing its files. None if
-    /// they are gone, or the name is another's by now.
-    ///
-    /// # Errors
-    /// When the process still has it.
-    pub(crate) fn of_a_dead(dir: &RuntimeDir, name: &str, pid: u32) -> Result<Option<Self>, DaemonError> {
-        match Self::owner(dir, name)? {
-            Some(owner) if owner == pid => {}
-            // This process already clears up after it.
-            Some(owner) if owner == std::process::id() => return Err(DaemonError::Taken { name: name.to_owned() }),
-            _ => return Ok(None),
-        }
-        // If the lock file has gone meanwhile, this makes a new one, and removes it.
-        Self::new(dir, name).map(Some)
-    }
-
-    /// The pid of the process that has claimed the name, by the process's own account.
-    ///
-    /// # Errors
-    /// When the lock file cannot be read.
-    pub fn owner(dir: &RuntimeDir, name: &str) -> Result<Option<u32>, DaemonError> {
-        let failed = |source| DaemonError::Runtime { path: dir.path.join(name), source };
-        let owner = dir.read(&format!("{name}.lock")).map_err(failed)?;
-        Ok(owner.and_then(|text| String::from_utf8(text).ok()?.trim().parse().ok()))
-    }
-
-    /// Leaves the name to the process that has the lock too.
-    pub fn leave(mut self) {
-        self.lock = None;
-    }
-
-    /// Binds the socket `NAME.ending`, for this user alone (mode 0600). We hold the lock, so an
-    /// existing one is a dead owner's.
-    fn bind(&self, ending: &str, kind: SocketType) -> Result<OwnedFd, DaemonError> {
-        self.dir.bind(&format!("{}.{ending}", self.name), kind)
-    }
-}
-
-/// The files passed to a VM's process, which may make none.
-#[derive(Debug)]
-pub struct VmFiles {
-    /// The control socket.
-    pub control: UnixListener,
-    /// Socket for requests of other processes for its image.
-    pub image: OwnedFd,
-    /// The socket of the serial console.
-    pub console: UnixListener,
-    /// The virtio console's.
-    pub hvc: Option<UnixListener>,
-    /// File for the record of its end.
-    pub record: File,
-}
-
-impl VmFiles {
-    /// Builds it from the sockets by their endings, and the file for the end.
-    ///
-    /// # Errors
-    /// When a socket is missing.
-    pub fn of(mut sockets: BTreeMap<String, OwnedFd>, record: OwnedFd) -> io::Result<Self> {
-        let missing =
-            |ending: &str| io::Error::new(io::ErrorKind::InvalidData, format!("there is no socket .{ending}"));
-        let mut take = |ending: &str| sockets.remove(ending).ok_or_else(|| missing(ending));
-        let (control, image, console) = (take(CONTROL)?.into(), take(IMAGE)?, take(CONSOLE)?.into());
-        Ok(Self { control, image, console, hvc: take(HVC).ok().map(UnixListener::from), record: record.into() })
-    }
-}
-
-impl Drop for NameClaim {
-    fn drop(&mut self) {
-        // Another process that also has the lock may have removed the files before. Then the name
-        // may have another owner.
-        let is_ours = |lock: &File| self.removes && self.dir.has(&format!("{}.lock", self.name), lock);
-        if !self.lock.as_ref().is_some_and(is_ours) {
-            return;
-        }
-        for ending in ENDINGS {
-            self.dir.forget(&format!("{}.{ending}", self.name));
-        }
-    }
+/// Writes the owner's pid, for a reader of the file. The lock holds even if it cannot be written.
+fn write_pid(lock: &File) {
+    let _ = lock.set_len(0).and_then(|()| lock.write_all_at(format!("{}\n", std::process::id()).as_bytes(), 0));
 }
 
 #[cfg(test)]

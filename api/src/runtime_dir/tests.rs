@@ -1,5 +1,8 @@
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::net::UnixListener;
+use std::thread;
 
+use super::claim::LOCK_INTERVAL;
 use super::*;
 
 fn temporary() -> (tempfile::TempDir, RuntimeDir) {

@@ -1,0 +1,159 @@
+//! The start of a supervisor.
+
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, RwLock, mpsc};
+use std::thread;
+use std::time::Instant;
+
+use clade_api::{DaemonError, RuntimeDir, SupervisorClaim};
+use clade_worker::image::give_broker;
+use clade_worker::jail::Confinement;
+use clade_worker::zygote::Zygote;
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, watch};
+
+use crate::broker::Broker;
+use crate::cgroups::{CgroupPlace, Cgroups};
+use crate::checkpoints::Checkpoints;
+use crate::detach::CopiedFiles;
+use crate::idle::Idle;
+use crate::kept::{Found, KeptDir, KeptLines};
+use crate::net_hook::NetHook;
+use crate::overlays::OverlayDirs;
+use crate::pool::Pool;
+use crate::processes::Processes;
+use crate::request_limiter::{ForwardLimiter, ImageRequestLimiter, NetworkChanges};
+use crate::snapshots::Snapshots;
+use crate::vm_record::VmRecord;
+use crate::worker_resources::SandboxProfile;
+use crate::{Inner, MAX_SCRAPES, Supervisor, ends, server};
+
+/// Options of a supervisor.
+#[derive(Clone, Debug, Default)]
+pub struct SupervisorOptions {
+    /// Most workers kept prepared for one configuration.
+    pub pool: usize,
+    /// Whether the processes of VMs are confined.
+    pub confinement: Confinement,
+    /// Place of the VMs' control groups.
+    pub cgroup: CgroupPlace,
+    /// The program that connects their interfaces to the host's network.
+    pub net_hook: Option<PathBuf>,
+    /// Default memory, in MiB, that a child of a checkpoint may have copies of before it writes
+    /// there. 0 for none.
+    pub ahead_mib: u32,
+    /// Whether the supervisor ends when it is idle, or with its command. Such a one has few VMs: its
+    /// workers do not run from a copy of the program in huge pages, which takes 18 MiB and time at the start.
+    pub until_idle: bool,
+    /// The directory of kept checkpoints. None if no checkpoint can be kept.
+    pub kept: Option<PathBuf>,
+}
+
+/// Opens the directory of kept checkpoints. If that fails, none can be kept, and those there stay as
+/// they are.
+fn kept_in(dir: Option<&Path>) -> (Result<KeptDir, String>, Found) {
+    let Some(dir) = dir else {
+        let why = "the supervisor has no directory for them (CLADE_CHECKPOINT_DIR, XDG_DATA_HOME or HOME)";
+        return (Err(why.to_owned()), Found::default());
+    };
+    match KeptDir::open(dir) {
+        Ok((kept, found)) => (Ok(kept), found),
+        Err(error) => {
+            let why = format!("{}: {error}", dir.display());
+            tracing::warn!(why, "kept checkpoints cannot be used");
+            (Err(why), Found::default())
+        }
+    }
+}
+
+impl Supervisor {
+    /// Supervises the runtime directory `dir` with `options`, and answers at its socket, on
+    /// `runtime`.
+    ///
+    /// # Errors
+    /// When another process supervises it, or the zygote cannot be started. When control groups are
+    /// required, and unavailable.
+    pub fn start(dir: &Path, options: &SupervisorOptions, runtime: &Handle) -> Result<Self, DaemonError> {
+        let SupervisorOptions { pool, confinement, ref cgroup, ref net_hook, ahead_mib, until_idle, ref kept } =
+            *options;
+        let dir = RuntimeDir::create(dir)?;
+        let (claim, socket) = SupervisorClaim::new(&dir)?;
+        // Before any other process is started.
+        let cgroups = Cgroups::open(cgroup)?;
+        let net_hook = net_hook.as_deref().map(NetHook::new).transpose()?;
+        let (sender, exits) = mpsc::channel();
+        let failed = |source| DaemonError::Worker { source };
+        let zygote = Arc::new(Zygote::start(sender, confinement, !until_idle)?);
+        let sandbox = SandboxProfile { dir: dir.path().to_owned(), confinement };
+        let overlays = OverlayDirs::default();
+        let broker = Broker::start().map_err(failed)?;
+        // VMs of an earlier supervisor.
+        let mut found = Vec::new();
+        let earlier = VmRecord::all(&dir)?;
+        for (name, vm_record) in &earlier {
+            overlays.found(&vm_record.overlays);
+            found.extend(vm_record.process.map(|process| (name.clone(), process)));
+            if let Some(vsock) = &vm_record.identity.vsock {
+                let given = broker.connect(vsock.socket.clone()).map_err(failed);
+                let given = given.and_then(|device| give_broker(dir.path(), name, device.as_fd()));
+                if let Err(error) = given {
+                    // The VM has most likely died.
+                    tracing::debug!(%error, name, "its guest is not connected to the host");
+                }
+            }
+        }
+        let (kept, found_kept) = kept_in(kept.as_deref());
+        let supervisor = Self(Arc::new(Inner {
+            pool: Pool::start(&zygote, sandbox.clone(), overlays.clone(), pool)?,
+            broker,
+            cgroups,
+            net_hook,
+            ahead_mib,
+            until_idle,
+            zygote,
+            sandbox,
+            overlays,
+            dir,
+            checkpoints: Checkpoints::of_kept(found_kept),
+            copied_files: CopiedFiles::default(),
+            kept,
+            kept_lines: KeptLines::default(),
+            snapshots: Snapshots::default(),
+            events: Arc::default(),
+            keys: Arc::default(),
+            idle: Idle::default(),
+            processes: Processes::default(),
+            records: Arc::default(),
+            launching: Mutex::default(),
+            ends: Mutex::default(),
+            image_requests: ImageRequestLimiter::default(),
+            forwarded_requests: ForwardLimiter::default(),
+            network_changes: NetworkChanges::default(),
+            closed: Mutex::default(),
+            scrapes: Semaphore::new(MAX_SCRAPES),
+            unsettled: Mutex::default(),
+            closing: AtomicBool::new(false),
+            busy: RwLock::default(),
+            last_request: Mutex::new(Instant::now()),
+            ending: watch::Sender::new(false),
+            runtime: runtime.clone(),
+            servers: Mutex::default(),
+            claim: Mutex::new(Some(claim)),
+        }));
+        earlier.iter().for_each(|(name, vm_record)| supervisor.0.close_recorded(name, vm_record));
+        let weak = Arc::downgrade(&supervisor.0);
+        thread::Builder::new()
+            .name("clade-ends".to_owned())
+            .spawn(move || ends::watch(&exits, &weak))
+            .map_err(failed)?;
+        if !found.is_empty() {
+            let (records, dir) = (Arc::clone(&supervisor.0.records), supervisor.0.dir.path().to_owned());
+            let fetch = move || records.fetch(&dir, &found);
+            thread::Builder::new().name("clade-records".to_owned()).spawn(fetch).map_err(failed)?;
+        }
+        supervisor.0.serve(server::serve(socket, supervisor.clone(), supervisor.0.ending.subscribe()));
+        Ok(supervisor)
+    }
+}
