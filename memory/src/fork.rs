@@ -8,12 +8,12 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use crate::error::RamError;
-use crate::freeze::RegionImage;
 use crate::freeze::background::BackgroundError;
 use crate::layer::fill::AttachError;
 use crate::layer::interval::Piece;
 use crate::layer::{Layer, LayerMap, LayerOffset};
 use crate::region::dont_fork::{self, DontForkMap};
+use crate::region::freeze::RegionImage;
 use crate::region::mappings::Mapping;
 use crate::region::{GuestRegion, State};
 use crate::units::{PAGE_SIZE, PageRange, pages_in};

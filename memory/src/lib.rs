@@ -12,7 +12,7 @@
 //! | the exclusive bit and the pin count | `ownership/`, [`OwnershipTable`] |
 //! | one region and its mappings | `region/`, [`GuestRegion`] |
 //! | breaking COW for a pin | `region/pin.rs`, [`DmaPin`] |
-//! | sharing memory | `freeze/`; write protection: `freeze/protect.rs` |
+//! | sharing memory | `region/freeze.rs`; write protection: `freeze/protect.rs` |
 //! | copies after the pause | `freeze/background/` |
 //! | mapping a child's inherited memory | `fork.rs` |
 //! | sweeping layers | `layer/`: `gc.rs`, `registry.rs` |

@@ -10,7 +10,7 @@ use crate::units::{BLOCK_PAGES, PageRange, join_runs, pages_in, subtract_runs};
 
 /// Runs are joined over gaps up to this length (in pages) even when there are few: copying four
 /// shared pages costs less than another mapping in the parent and in every child.
-pub(super) const SMALL_GAP: u64 = if cfg!(shuttle) { 1 } else { 4 };
+pub(crate) const SMALL_GAP: u64 = if cfg!(shuttle) { 1 } else { 4 };
 /// Above this many runs, longer gaps are closed too.
 const MANY_RUNS: usize = 64;
 
@@ -19,7 +19,7 @@ pub(crate) type DeltaRuns = Vec<(PageRange, LayerOffset)>;
 
 /// Selects the copied runs to remap in the parent: never pinned ones (I3; the copied base pages are
 /// all pinned), and the longest first, until at most `keep` pages are left.
-pub(super) fn runs_to_remap(copy: &[PageRange], pinned: &[PageRange], keep: u64) -> Vec<PageRange> {
+pub(crate) fn runs_to_remap(copy: &[PageRange], pinned: &[PageRange], keep: u64) -> Vec<PageRange> {
     let mut runs = subtract_runs(copy, pinned);
     let mut left = pages_in(&runs);
     runs.sort_unstable_by_key(|run| std::cmp::Reverse(run.len()));
@@ -77,7 +77,7 @@ impl Packed {
 
 /// The origins of the delta's pages. Owned and pinned pages come from the VM's memory. Closed gaps
 /// come from the layer below, because the VM may write them meanwhile (not all are protected).
-pub(super) fn parts(map: &LayerMap, owned: &[PageRange], pinned: &[PageRange], packed: &Packed) -> Vec<DeltaPart> {
+pub(crate) fn parts(map: &LayerMap, owned: &[PageRange], pinned: &[PageRange], packed: &Packed) -> Vec<DeltaPart> {
     let mut own = subtract_runs(pinned, owned);
     own.extend_from_slice(owned);
     own.sort_unstable();
@@ -118,7 +118,7 @@ fn beneath(map: &LayerMap, gap: PageRange, add: &mut impl FnMut(PageRange, CopyS
 
 /// Joins runs over small gaps, and over longer ones when there are many runs. Copying extra shared
 /// pages is always safe (I5).
-pub(super) fn close_gaps(runs: &[PageRange]) -> Vec<PageRange> {
+pub(crate) fn close_gaps(runs: &[PageRange]) -> Vec<PageRange> {
     let mut joined = join_runs(runs, SMALL_GAP);
     let mut gap = SMALL_GAP * 4;
     while joined.len() > MANY_RUNS && gap <= BLOCK_PAGES / 8 {

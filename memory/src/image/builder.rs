@@ -14,13 +14,13 @@ use rustix::fs::OFlags;
 
 use crate::backing::Backing;
 use crate::error::RamError;
-use crate::freeze::RegionImage;
 use crate::handle::{ImageMap, LayerHandle, check_length, image_map, layer_map};
 use crate::layer::registry::View;
 use crate::layer::{Layer, LayerMap, LayerStorage};
 use crate::layout::RamLayout;
 use crate::ram::{GuestRam, RamImage};
 use crate::region::dont_fork::{DontFork, DontForkMap};
+use crate::region::freeze::RegionImage;
 use crate::store::{Store, StoreError};
 use crate::units::{PAGE_SIZE, PageRange, join_runs, subtract_runs};
 

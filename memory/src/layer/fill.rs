@@ -18,18 +18,19 @@ pub(crate) trait LayerFill: Any + fmt::Debug + Send + Sync {
     /// The reason why pages will never be there.
     fn failure(&self) -> Option<Arc<FillError>>;
 
-    /// Waits until the file's pages within `range` are filled.
+    /// Waits until the pages of the file within `range` are filled.
     fn wait_filled(&self, range: PageRange) -> Result<(), Arc<FillError>>;
 
-    /// As [`LayerFill::wait_filled`], for the pages of `range` of the region at `at`, over which the
-    /// layer is mapped.
+    /// As [`LayerFill::wait_filled`], for the part of a child's `range` that is mapped over the file.
     fn wait_filled_for(&self, at: &Arc<Reservation>, range: PageRange) -> Result<(), Arc<FillError>>;
 
-    /// Fills all pages, on this thread. Returns the runs of the frozen region that are now mapped over
-    /// the file.
+    /// Finishes on the caller's thread, concurrently with the background thread. Returns the runs
+    /// mapped over the layer meanwhile. Bounded: copies the missing pages without waiting.
     fn finish(&self) -> Result<Vec<(PageRange, u64)>, Arc<FillError>>;
 
-    /// Copies pages of the frozen region, and makes them writable.
+    /// Copies and releases the pages of the frozen region within `range`, for a device that will
+    /// write them regardless of protection. An error affects the layer, not the region: its pages
+    /// are released in any case.
     fn copy_and_unprotect(&self, range: PageRange);
 
     /// Watches a child's mapping of the layer's file: `range` of the reservation `at`, from the file's
@@ -42,10 +43,12 @@ pub(crate) trait LayerFill: Any + fmt::Debug + Send + Sync {
         failure: &Arc<LostMemory>,
     ) -> Result<bool, AttachError>;
 
-    /// Undoes [`LayerFill::attach`].
+    /// Removes a child that is being dropped. Its mappings stay watched until they are unmapped, so
+    /// that they never read a hole.
     fn detach(&self, at: &Arc<Reservation>);
 
-    /// Takes notice that the layer is freed: its pages are of no use any more.
+    /// The layer has lost its last user: releases the frozen VM's pages. A layer with readers is
+    /// finished instead.
     fn abandon(&self);
 }
 

@@ -37,7 +37,7 @@ pub struct Swept {
     pub layers: u64,
 }
 
-/// See [`Store::sweep`]. Layers of other stores are skipped; their own sweeps handle them.
+/// See [`crate::Store::sweep`]. Layers of other stores are skipped; their own sweeps handle them.
 pub(crate) fn sweep(views: &Views) -> Swept {
     sweep_in_steps(views, || {})
 }

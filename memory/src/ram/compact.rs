@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use crate::error::RamError;
-use crate::freeze::RegionImage;
 use crate::layer::registry::View;
 use crate::quiesce::Quiesced;
 use crate::ram::{GuestRam, RamImage};
 use crate::region::compact::{CompactReport, MergedLayer, runs_to_merge};
+use crate::region::freeze::RegionImage;
 use crate::store::Store;
 
 impl RamImage {

@@ -13,7 +13,7 @@ use vm_memory::{GuestAddress, GuestMemoryRegion, GuestRegionCollection};
 
 use crate::backing::Backing;
 use crate::error::RamError;
-use crate::freeze::{FreezeMode, FreezeReport, RegionImage};
+use crate::freeze::{FreezeMode, FreezeReport};
 use crate::layout::RamLayout;
 use crate::lost::FillError;
 use crate::quiesce::Quiesced;
@@ -21,6 +21,7 @@ use crate::region::GuestRegion;
 use crate::region::compact::layers;
 use crate::region::counts::{CowCounts, PinCounts};
 use crate::region::dont_fork::DontForkMap;
+use crate::region::freeze::RegionImage;
 use crate::region::pages::{self, PageMap};
 use crate::region::reset::{RamResetReport, ResetError};
 use crate::region::stats::RamStats;

@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::config::Config;
 use crate::error::RamError;
-use crate::freeze::Packed;
+use crate::freeze::copies::Packed;
 use crate::layer::interval::{IntervalMap, Piece};
 use crate::layer::registry::View;
 use crate::layer::{LayerMap, LayerOffset};

@@ -8,6 +8,7 @@ pub(crate) mod compact;
 pub(crate) mod counts;
 pub(crate) mod dont_fork;
 pub(crate) mod evict;
+pub(crate) mod freeze;
 pub(crate) mod mappings;
 pub(crate) mod pages;
 pub(crate) mod pin;

@@ -7,8 +7,8 @@
 use std::sync::Arc;
 
 use crate::error::RamError;
-use crate::freeze::RegionImage;
 use crate::layer::LayerMap;
+use crate::region::freeze::RegionImage;
 use crate::region::mappings::{Mapping, Mappings};
 use crate::region::{GuestRegion, State};
 use crate::units::{BLOCK_PAGES, PageRange, join_runs, pages_in, push_run, subtract_runs};

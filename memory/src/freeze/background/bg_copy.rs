@@ -234,7 +234,6 @@ impl BackgroundCopy {
 }
 
 impl LayerFill for BackgroundCopy {
-    /// Whether the copy has completed or failed.
     fn is_over(&self) -> bool {
         self.over.load(Ordering::Acquire)
     }
@@ -249,8 +248,6 @@ impl LayerFill for BackgroundCopy {
         }
     }
 
-    /// Finishes on the caller's thread, concurrently with the background thread. Returns the runs
-    /// mapped over the delta meanwhile. Bounded: copies the missing pages without waiting.
     fn finish(&self) -> Result<Vec<(PageRange, u64)>, Arc<FillError>> {
         while !self.step() {}
         match &*self.phase() {
@@ -260,8 +257,6 @@ impl LayerFill for BackgroundCopy {
         }
     }
 
-    /// The layer has lost its last user: releases the frozen VM's pages. A layer with readers is
-    /// finished instead.
     fn abandon(&self) {
         if self.is_over() {
             return;
@@ -276,9 +271,6 @@ impl LayerFill for BackgroundCopy {
         }
     }
 
-    /// Copies and releases the pages of the frozen region within `range`, for a device that will
-    /// write them regardless of protection. An error affects the layer, not the region: its pages
-    /// are released in any case.
     fn copy_and_unprotect(&self, range: PageRange) {
         let mut phase = self.phase();
         let CopyPhase::Pending(work) = &mut *phase else { return };
@@ -287,7 +279,6 @@ impl LayerFill for BackgroundCopy {
         }
     }
 
-    /// Waits until the pages of the file within `range` are filled.
     fn wait_filled(&self, range: PageRange) -> Result<(), Arc<FillError>> {
         if self.is_over() {
             return self.failure().map_or(Ok(()), Err);
@@ -302,7 +293,6 @@ impl LayerFill for BackgroundCopy {
         self.failure().map_or(Ok(()), Err)
     }
 
-    /// As [`Self::wait_filled`], for the part of a child's `range` that is mapped over the file.
     fn wait_filled_for(&self, at: &Arc<Reservation>, range: PageRange) -> Result<(), Arc<FillError>> {
         let wanted: Vec<PageRange> = match &*self.phase() {
             CopyPhase::Done(_) => return Ok(()),
@@ -315,8 +305,6 @@ impl LayerFill for BackgroundCopy {
         wanted.into_iter().try_for_each(|file| self.wait_filled(file))
     }
 
-    /// Watches a child's mapping of the file: `range` of the reservation `at`, from the file's page
-    /// `from`. The mapping must not be live yet. Returns false if no page is missing any more.
     fn attach(
         self: Arc<Self>,
         at: &Arc<Reservation>,
@@ -340,8 +328,6 @@ impl LayerFill for BackgroundCopy {
         }
     }
 
-    /// Removes a child that is being dropped. Its mappings stay watched until they are unmapped, so
-    /// that they never read a hole.
     fn detach(&self, at: &Arc<Reservation>) {
         let mut phase = self.phase();
         let CopyPhase::Pending(work) = &mut *phase else { return };
