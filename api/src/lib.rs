@@ -10,6 +10,7 @@
 //! | names, locks, sockets and records of VMs | `runtime_dir` |
 //! | events of a VM, kept if its process is killed | [`flight`] |
 //! | secrets that children are made without | [`secrets`] |
+//! | labels of VMs; the token of the API over TCP | `labels`, `token` |
 
 #![deny(missing_docs)]
 
@@ -33,5 +34,5 @@ pub use gather::Gathered;
 pub use labels::{Label, LabelError, Labels};
 pub use problem::{Problem, ProblemKind};
 pub use runtime_dir::*;
-pub use token::{Token, TokenError, hex, is_for_this_host, random_hex};
+pub use token::{Token, TokenError, is_for_this_host, random_hex};
 pub use types::*;

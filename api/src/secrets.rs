@@ -19,7 +19,8 @@ use sha2::{Digest, Sha256};
 use utoipa::ToSchema;
 use zeroize::Zeroizing;
 
-use crate::{DaemonError, ProblemKind, hex, random_hex};
+use crate::token::hex;
+use crate::{DaemonError, ProblemKind, random_hex};
 
 /// Most secrets of a VM.
 pub(crate) const MAX_SECRETS: usize = 16;

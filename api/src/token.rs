@@ -157,7 +157,7 @@ pub fn random_hex() -> io::Result<String> {
 }
 
 /// Returns bytes in hexadecimal.
-pub fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

@@ -1,16 +1,18 @@
 //! The common state of all calls: the supervisor, the records, and the agents in sandboxes.
 
 use std::collections::BTreeSet;
+use std::future::Future;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::http::StatusCode;
 use clade_agent_client::proto::PORT;
 use clade_agent_client::{Client as Agent, Endpoint};
-use clade_api::{Client, ClientError, StopRequest, TtlInfo, TtlRequest};
+use clade_api::{Client, ClientError, StopAnswer, StopRequest, TtlInfo, TtlRequest};
 use hyper::Method;
 use thiserror::Error;
 use tokio::sync::Mutex as AsyncMutex;
@@ -33,6 +35,12 @@ const ANSWERING: Duration = Duration::from_secs(60);
 /// The same for requests of clients to agents and programs.
 const PROGRAM_ANSWERING: Duration = Duration::from_secs(600);
 
+/// Stops a VM by its name, also while its supervisor ends.
+pub type StopVm = for<'a> fn(&'a Client, &'a str, StopRequest) -> Stopping<'a>;
+
+/// The end of a VM, in progress.
+pub type Stopping<'a> = Pin<Box<dyn Future<Output = Result<StopAnswer, ClientError>> + Send + 'a>>;
+
 /// Options of a gateway.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -50,6 +58,8 @@ pub struct Options {
     pub snapshots: Option<PathBuf>,
     /// Quotas of each owner's sandboxes and snapshots.
     pub quotas: Quotas,
+    /// Stops sandboxes.
+    pub stop: StopVm,
 }
 
 /// Reason why a gateway cannot be opened.
@@ -88,6 +98,7 @@ pub(crate) struct Inner {
     pub(crate) sandboxes: RecordTable<SandboxRecord>,
     pub(crate) snapshots: RecordTable<SnapshotRecord>,
     pub(crate) ledger: Arc<Ledger>,
+    stop: StopVm,
     /// Names of snapshots being taken, each with its owner.
     pub(crate) naming: Mutex<BTreeSet<(String, String)>>,
     pub(crate) domain: Option<String>,
@@ -136,6 +147,7 @@ impl Gateway {
             sandboxes,
             snapshots,
             ledger: Arc::new(Ledger::new(options.quotas)),
+            stop: options.stop,
             naming: Mutex::default(),
             domain: options.domain.as_ref().map(|domain| domain.to_ascii_lowercase()),
             templates: options.templates.clone(),
@@ -234,8 +246,14 @@ impl Gateway {
         Ok(())
     }
 
+    /// Stops the VM of a sandbox.
+    pub(crate) async fn stop_vm(&self, id: &str) -> Answer<StopAnswer> {
+        (self.0.stop)(&self.0.client, id, StopRequest::default()).await.map_err(GatewayError::from)
+    }
+
+    /// Stops the VM of a sandbox that no client waits for.
     pub(crate) async fn stop(&self, id: &str) {
-        match self.0.client.stop(id, StopRequest::default()).await.map_err(GatewayError::from) {
+        match self.stop_vm(id).await {
             Err(error) if error.status != StatusCode::NOT_FOUND => {
                 tracing::warn!(%error.message, id, "a sandbox does not stop");
             }
@@ -266,6 +284,7 @@ mod tests {
                 templates: None,
                 snapshots: None,
                 quotas: Quotas::default(),
+                stop: |client, name, request| Box::pin(client.stop(name, request)),
             };
             assert!(matches!(Gateway::open(&options), Err(GatewayOpenError::Domain { .. })));
         }

@@ -42,7 +42,7 @@ mod testing;
 mod tunnel;
 mod wire;
 
-pub use gateway::{Gateway, GatewayOpenError, Options};
+pub use gateway::{Gateway, GatewayOpenError, Options, StopVm, Stopping};
 pub use keys::{ApiKeys, KeyInfo, KeysError, Scope};
 pub use listen::ListenError;
 pub use quotas::{QuotaError, Quotas};

@@ -6,8 +6,7 @@ use std::sync::Arc;
 use axum::http::StatusCode;
 use clade_agent_client::proto::api::Init;
 use clade_api::{
-    ForkAnswer, ForkRequest, Label, LabelError, Labels, NetworkRequest, StopRequest, SuspendAnswer, SuspendRequest,
-    VmInfo,
+    ForkAnswer, ForkRequest, Label, LabelError, Labels, NetworkRequest, SuspendAnswer, SuspendRequest, VmInfo,
 };
 use clade_devices::virtio::net::Link;
 use hyper::Method;
@@ -356,7 +355,7 @@ impl Gateway {
     pub(crate) async fn kill(&self, entry: &RecordEntry<SandboxRecord>) -> Answer<()> {
         let _turn = entry.turn.lock().await;
         let id = entry.get().id;
-        let stopped = self.0.client.stop(&id, StopRequest::default()).await.map_err(GatewayError::from);
+        let stopped = self.stop_vm(&id).await;
         if stopped.as_ref().is_err_and(|error| error.status.as_u16() != 404) {
             return stopped.map(drop);
         }

@@ -393,7 +393,15 @@ impl Fake {
     fn options(dir: &Path, quotas: Quotas) -> Options {
         let domain = Some("box.test".to_owned());
         let snapshots = Some(dir.join("kept/.snapshots"));
-        Options { dir: dir.join("run"), keys: dir.join("keys.json"), domain, templates: None, snapshots, quotas }
+        Options {
+            dir: dir.join("run"),
+            keys: dir.join("keys.json"),
+            domain,
+            templates: None,
+            snapshots,
+            quotas,
+            stop: |client, name, request| Box::pin(client.stop(name, request)),
+        }
     }
 
     /// The gateway of the next supervisor.

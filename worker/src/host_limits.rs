@@ -77,7 +77,7 @@ pub(crate) fn most_running() -> u64 {
 }
 
 /// The number of processors that this process may use.
-pub fn processors() -> usize {
+pub(crate) fn processors() -> usize {
     // Each count reads files of control groups: too dear for each fork.
     static PROCESSORS: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, usize::from));
     *PROCESSORS

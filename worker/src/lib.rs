@@ -18,6 +18,15 @@
 //! or none (I13), and no child runs before all are made.
 //!
 //! The supervisor's [`zygote`] forks workers: processes with everything loaded.
+//!
+//! | topic | module |
+//! |---|---|
+//! | requests to workers, and the processes as the supervisor sees them | `process`, `workers` |
+//! | confinement | `confine`, [`jail`] |
+//! | the VM of the process, its name and its end | [`vm_host`] |
+//! | its control socket (HTTP) and console sockets | [`rpc`], `console` |
+//! | its image for other processes; suspension and rollback | [`image`] |
+//! | checks that the host has room | [`host_limits`] |
 
 #![deny(missing_docs)]
 

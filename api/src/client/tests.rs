@@ -67,7 +67,7 @@ fn an_answer_without_end_is_refused_and_one_of_another_length_too() {
 }
 
 #[tokio::test]
-async fn a_stop_outlives_a_supervisor_that_ends() {
+async fn a_stop_is_asked_for_again_until_there_is_no_supervisor() {
     let dir = tempfile::tempdir().unwrap();
     let path = supervisor_path(dir.path());
     let listener = UnixListener::bind(&path).unwrap();

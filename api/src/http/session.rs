@@ -188,7 +188,7 @@ fn expect_page(headers: &HeaderMap) -> Result<bool, ApiError> {
 }
 
 /// Refuses a request that shows neither the token nor a session, or is for another host.
-pub async fn authorize(State(gate): State<Arc<SessionGate>>, mut request: Request, next: Next) -> Response {
+pub(crate) async fn authorize(State(gate): State<Arc<SessionGate>>, mut request: Request, next: Next) -> Response {
     let peer = request.extensions().get::<Peer>().copied();
     let admitted = match admit(&gate, &request) {
         // The holder of the token is let through, even during guesses by others: they may have the

@@ -143,7 +143,16 @@ impl E2bArgs {
         let (keys, domain) = (self.keys.path()?, self.e2b_domain.clone());
         // Beside the checkpoints, which have names of another form.
         let snapshots = checkpoint_dir(dir).map(|dir| dir.join(".e2b-snapshots"));
-        let options = Options { dir: dir.to_owned(), keys, domain, templates, snapshots, quotas: self.e2b_quota };
+        let options = Options {
+            dir: dir.to_owned(),
+            keys,
+            domain,
+            templates,
+            snapshots,
+            quotas: self.e2b_quota,
+            // Also by the VM's process: a sandbox of a call that is cut off by the supervisor's end would stay.
+            stop: |client, name, request| Box::pin(clade_supervisor::stop(client, name, request)),
+        };
         let gateway = Gateway::open(&options).map_err(Failure::input)?;
         let _runtime = runtime.enter();
         let (address, serving) = gateway.listen(address).map_err(Failure::input)?;

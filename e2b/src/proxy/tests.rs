@@ -43,6 +43,7 @@ impl Host {
             templates: None,
             snapshots: None,
             quotas: crate::Quotas::default(),
+            stop: |client, name, request| Box::pin(client.stop(name, request)),
         };
         std::fs::create_dir(path("run")).unwrap();
         let gateway = Gateway::open(&options).unwrap();

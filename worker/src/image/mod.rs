@@ -44,7 +44,7 @@ const FORK: u8 = 1;
 /// Have the guest's connections made by another broker
 /// ([`answer_broker`](clade_devices::virtio::vsock::answer_broker)).
 const BROKER: u8 = 2;
-/// Give the file of the VM's [flight record](crate::flight).
+/// Give the file of the VM's [flight record](clade_api::flight).
 const RECORD: u8 = 3;
 /// Most bytes of an answer.
 const MAX_ANSWER: usize = 64 << 10;

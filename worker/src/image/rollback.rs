@@ -34,7 +34,7 @@ use clade_api::{DaemonError, ProblemKind, ResetAnswer, flight};
 use clade_vmm::vm::{ForkImage, ImageParts, Leases, Overlays, SealedParts, SharedFiles, Vm};
 
 /// The byte of a request with an image that the VM's process has given away.
-pub const OWN: u8 = 5;
+pub(crate) const OWN: u8 = 5;
 /// The byte of a request with an image of another process.
 pub(crate) const FOREIGN: u8 = 6;
 /// Time limit for the connection, and for each message to the VM's process.

@@ -27,7 +27,7 @@ use clade_api::{DaemonError, ProblemKind, SuspendAnswer, flight};
 use clade_vmm::vm::{RequestSource, SuspendReport, Vm};
 
 /// The byte of the request.
-pub const SUSPEND: u8 = 4;
+pub(crate) const SUSPEND: u8 = 4;
 /// Time limit of a VM's process: it writes as much as the VM owns.
 const PATIENCE: Duration = Duration::from_secs(600);
 /// Interval of the checks whether the client still wants it.
@@ -44,7 +44,7 @@ enum SuspendReply {
 }
 
 /// Suspends the VM of this process, and wakes it on the first request to its devices.
-pub fn answer(socket: &OwnedFd, vm: &Weak<Vm>, files: Vec<OwnedFd>) -> io::Result<()> {
+pub(crate) fn answer(socket: &OwnedFd, vm: &Weak<Vm>, files: Vec<OwnedFd>) -> io::Result<()> {
     let suspended = vm.upgrade().ok_or(DaemonError::Ending).and_then(|vm| suspended(&vm, files));
     let answer = match &suspended {
         Ok((answer, _)) => SuspendReply::Suspended(answer.clone()),
