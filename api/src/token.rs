@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::fs::File;
-use std::hint::black_box;
 use std::io::{self, Read, Write};
 use std::net::IpAddr;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -12,6 +11,7 @@ use axum::extract::Request;
 use axum::http::header::HOST;
 use axum::http::uri::Authority;
 use rustix::rand::{GetRandomFlags, getrandom};
+use subtle::ConstantTimeEq;
 use thiserror::Error;
 
 /// Bytes of randomness in a token that is made here.
@@ -135,15 +135,8 @@ impl Token {
 
     /// Returns whether `given` is the token.
     pub(super) fn is(&self, given: &[u8]) -> bool {
-        is_same(self.0.as_bytes(), given)
+        self.0.as_bytes().ct_eq(given).into()
     }
-}
-
-/// Compares a secret and a given text. The time taken does not depend on the position of a
-/// difference.
-pub(super) fn is_same(own: &[u8], given: &[u8]) -> bool {
-    let differ = own.iter().zip(given).fold(0, |differ, (own, given)| black_box(differ | (own ^ given)));
-    own.len() == given.len() && black_box(differ) == 0
 }
 
 /// Returns random bytes in hexadecimal, too many to guess.

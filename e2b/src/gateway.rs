@@ -14,6 +14,7 @@ use clade_agent_client::proto::PORT;
 use clade_agent_client::{Client as Agent, Endpoint};
 use clade_api::{Client, ClientError, StopAnswer, StopRequest, TtlInfo, TtlRequest};
 use hyper::Method;
+use subtle::ConstantTimeEq;
 use thiserror::Error;
 use tokio::sync::Mutex as AsyncMutex;
 
@@ -264,8 +265,7 @@ impl Gateway {
 
 /// Compares in a time that depends only on the length.
 fn is_same(own: &str, given: &[u8]) -> bool {
-    let (own, length) = (own.as_bytes(), own.len());
-    length > 0 && given.len() == length && own.iter().zip(given).fold(0, |odd, (a, b)| odd | (a ^ b)) == 0
+    !own.is_empty() && bool::from(own.as_bytes().ct_eq(given))
 }
 
 #[cfg(test)]

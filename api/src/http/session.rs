@@ -20,13 +20,13 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use hyper::body::Frame;
 use serde::{Deserialize, Serialize};
+use subtle::ConstantTimeEq;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 use utoipa::ToSchema;
 
 use super::ApiError;
 use super::guesses::{Guesses, Peer};
-use crate::token::is_same;
 use crate::{ProblemKind, Token, is_for_this_host, random_hex};
 
 /// Lifetime of a session.
@@ -111,7 +111,9 @@ impl SessionGate {
         }
         let sessions = self.sessions();
         let is_it = |session: &&PageSession| {
-            is_same(session.cookie.as_bytes(), cookie.as_bytes()) & is_same(session.key.as_bytes(), key)
+            // Both in full, so that the time shows nothing of either.
+            let is_cookie = session.cookie.as_bytes().ct_eq(cookie.as_bytes());
+            bool::from(is_cookie & session.key.as_bytes().ct_eq(key))
         };
         let session = sessions.iter().find(is_it)?;
         Some(OfSession { cookie: session.cookie.clone(), expires: session.expires, ended: session.ended.subscribe() })

@@ -2,7 +2,7 @@
 //!
 //! | message | from | content |
 //! |---|---|---|
-//! | 1 | client | one byte: the request. With `BROKER` comes a socket, and there is no answer. With [`SUSPEND`] come files ([`suspend`]). A rollback has its own messages ([`rollback`]). To `RECORD` the answer is the same byte and a descriptor |
+//! | 1 | client | one byte: the request. With `BROKER` comes a socket, and there is no answer. With `SUSPEND` come files ([`suspend`]). A rollback has its own messages ([`rollback`]). To `RECORD` the answer is the same byte and a descriptor |
 //! | 2 | VM's process | the report of the fork, as JSON; or the error |
 //! | 3.. | VM's process | the image ([`SealedParts`]) |
 //!

@@ -4,7 +4,7 @@
 //!
 //! | message | from | content |
 //! |---|---|---|
-//! | 1 | client | the byte of the request: [`OWN`] if the image is one of the VM itself, or `FOREIGN` |
+//! | 1 | client | the byte of the request: `OWN` if the image is one of the VM itself, or `FOREIGN` |
 //! | 2.. | client | the image ([`SealedParts`]) |
 //! | last | VM's process | the report, as JSON; or the error |
 //!
