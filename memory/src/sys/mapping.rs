@@ -271,7 +271,8 @@ impl Reservation {
 
     /// Excludes `range` from forked processes (R19's VM_DONTCOPY): a fork would turn guest memory
     /// into the kernel's COW pages, under its devices, and give the guest's memory to a child
-    /// process. Best effort: this fails only for an unmapped range.
+    /// process. Best effort: this fails only for an unmapped range. A process that another thread forks
+    /// between the mapping and this call inherits the range; workers fork none.
     fn do_not_fork(&self, range: PageRange) {
         let at = self.addr(range.start).cast();
         // SAFETY: this changes the copies made by a fork, not the memory.
