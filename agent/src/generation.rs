@@ -29,8 +29,10 @@ use crate::users;
 const HOOKS: &str = "/etc/clade/fork.d";
 /// Maximum number of hooks.
 const MAX_HOOKS: usize = 64;
-/// Timeout of each hook.
-const HOOK_TIMEOUT: Duration = Duration::from_secs(30);
+/// Timeout of each hook: less than the host waits for a single VM's answer, so that the answer names
+/// the hook. On a busy host a script of one line took more than 30 s in a guest whose kernel is
+/// interpreted.
+const HOOK_TIMEOUT: Duration = Duration::from_secs(55);
 /// Clock difference that is not corrected.
 const SMALL_STEP_NS: i128 = 1_000_000;
 /// RNDRESEEDCRNG: makes the kernel's generator use the entropy written to it.
