@@ -1,8 +1,9 @@
 //! Checks docs/invariants.md and docs/identity.md: every quoted line exists in the named file, and
-//! every named test exists.
+//! every named place and test exists.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -75,4 +76,46 @@ fn every_line_and_every_test_named_is_there() {
     }
     assert_eq!(rules, 30, "a row for each rule");
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// The words of a text: letters, digits and underscores.
+fn words(text: &str) -> impl Iterator<Item = &str> {
+    text.split(|letter: char| !letter.is_alphanumeric() && letter != '_')
+}
+
+/// The words that the code defines, by any keyword.
+fn defined(code: &str) -> BTreeSet<&str> {
+    let keywords = ["fn", "struct", "enum", "trait", "mod", "type", "const", "static"];
+    words(code).zip(words(code).skip(1)).filter(|(word, _)| keywords.contains(word)).map(|(_, name)| name).collect()
+}
+
+/// Rows of three cells have a rule, the places that enforce it, and its tests. For a place `A::b`, some
+/// file has the word `A` and defines `b`.
+#[test]
+fn every_place_and_test_of_the_rules_without_a_quoted_line_is_there() {
+    let text = fs::read_to_string(root().join("docs/invariants.md")).unwrap();
+    let mut files = Vec::new();
+    sources(root(), &mut files);
+    let codes: Vec<String> = files.iter().map(|file| fs::read_to_string(file).unwrap()).collect();
+    let known: Vec<(BTreeSet<&str>, BTreeSet<&str>)> =
+        codes.iter().map(|code| (words(code).collect(), defined(code))).collect();
+    let is_there = |name: &str| {
+        if name.contains('/') || name.ends_with(".rs") {
+            return files.iter().any(|file| file.display().to_string().contains(&format!("/{name}")));
+        }
+        let named: Vec<&str> = words(name).filter(|word| !word.is_empty()).collect();
+        let Some((last, before)) = named.split_last() else { return false };
+        known.iter().any(|(has, defines)| defines.contains(last) && before.iter().all(|word| has.contains(word)))
+    };
+    let (mut rules, mut places, mut wrong) = (0, 0, Vec::new());
+    for (at, row) in text.lines().enumerate().filter(|(_, line)| line.starts_with("| ")) {
+        let cells: Vec<&str> = row.trim_matches('|').split(" | ").collect();
+        let [_, enforced, tests] = cells[..] else { continue };
+        let named = quoted(enforced).into_iter().chain(quoted(tests));
+        wrong.extend(named.filter(|name| !is_there(name)).map(|name| format!("line {}: {name}", at + 1)));
+        places += quoted(enforced).len();
+        rules += 1;
+    }
+    assert!(rules > 50 && places > 50, "{rules} rules, {places} places");
+    assert!(wrong.is_empty(), "not there: {}", wrong.join("\n"));
 }
