@@ -24,7 +24,7 @@ pub fn gateway(dir: &Path, socket: &Path) -> Gateway {
         templates: None,
         snapshots: None,
         quotas: crate::Quotas::default(),
-        stop: |client, name, request| Box::pin(client.stop(name, request)),
+        stop: crate::gateway::BY_SUPERVISOR,
     };
     let gateway = Gateway::open(&options).unwrap_or_else(|error| panic!("a gateway: {error}"));
     let record = json!({

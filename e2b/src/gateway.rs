@@ -39,6 +39,10 @@ const PROGRAM_ANSWERING: Duration = Duration::from_secs(600);
 /// Stops a VM by its name, also while its supervisor ends.
 pub type StopVm = for<'a> fn(&'a Client, &'a str, StopRequest) -> Stopping<'a>;
 
+/// Stops a VM by its supervisor alone.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) const BY_SUPERVISOR: StopVm = |client, name, request| Box::pin(client.stop(name, request));
+
 /// The end of a VM, in progress.
 pub type Stopping<'a> = Pin<Box<dyn Future<Output = Result<StopAnswer, ClientError>> + Send + 'a>>;
 
@@ -284,7 +288,7 @@ mod tests {
                 templates: None,
                 snapshots: None,
                 quotas: Quotas::default(),
-                stop: |client, name, request| Box::pin(client.stop(name, request)),
+                stop: BY_SUPERVISOR,
             };
             assert!(matches!(Gateway::open(&options), Err(GatewayOpenError::Domain { .. })));
         }

@@ -400,7 +400,7 @@ impl Fake {
             templates: None,
             snapshots,
             quotas,
-            stop: |client, name, request| Box::pin(client.stop(name, request)),
+            stop: crate::gateway::BY_SUPERVISOR,
         }
     }
 

@@ -177,7 +177,7 @@ impl VmRecord {
 
     /// Its socket device.
     pub(super) fn vsock(&self) -> Option<VsockInfo> {
-        self.identity.vsock.as_ref().map(|own| VsockInfo { cid: own.cid, socket: own.socket.clone() })
+        VsockInfo::of(&self.identity)
     }
 
     /// The interfaces of the VM, which is called `name`.

@@ -10,7 +10,7 @@ use clade_devices::virtio::net::EgressRule;
 use clade_host_io::CachePolicy;
 
 use crate::vm_host::{Shutdown, VmEntry};
-use clade_vmm::vm::{Identity, ResetReport, Vm};
+use clade_vmm::vm::{ResetReport, Vm};
 
 fn egress(vm: &Vm, at: usize) -> Vec<Vec<EgressInfo>> {
     let info = |(rule, packets): (EgressRule, u64)| EgressInfo { rule: rule.to_string(), packets };
@@ -51,10 +51,6 @@ fn nets(vm: &Vm) -> Vec<NetInfo> {
         }
     };
     vm.identity().nets.iter().enumerate().map(info).collect()
-}
-
-fn vsock(identity: &Identity) -> Option<VsockInfo> {
-    identity.vsock.as_ref().map(|own| VsockInfo { cid: own.cid, socket: own.socket.clone() })
 }
 
 fn memory(vm: &Vm) -> Option<MemoryInfo> {
@@ -106,7 +102,7 @@ pub(crate) fn without_memory(entry: &VmEntry) -> VmInfo {
         memory: None,
         nets: nets(vm),
         disks: disks(vm),
-        vsock: vsock(vm.identity()),
+        vsock: VsockInfo::of(vm.identity()),
     }
 }
 
@@ -128,6 +124,6 @@ pub(crate) fn reset_answer(entry: &VmEntry, report: &ResetReport, what: &str) ->
 
 /// Returns the identity of `vm`, or None if it has no network or socket device.
 pub(crate) fn identity(vm: &Vm) -> Option<IdentityInfo> {
-    let (nets, vsock) = (nets(vm), vsock(vm.identity()));
+    let (nets, vsock) = (nets(vm), VsockInfo::of(vm.identity()));
     (!nets.is_empty() || vsock.is_some()).then_some(IdentityInfo { nets, vsock })
 }

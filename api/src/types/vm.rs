@@ -9,7 +9,7 @@ use clade_devices::virtio::net::{Link, Mac};
 
 use crate::flight::FlightEvent;
 use crate::{EndedVm, Labels, WorkerExit, schema};
-use clade_vmm::vm::{StopReason, VmConfig};
+use clade_vmm::vm::{Identity, StopReason, VmConfig};
 
 /// The state of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -107,6 +107,14 @@ pub struct VsockInfo {
     /// The socket that programs on the host connect to.
     #[schema(value_type = String)]
     pub socket: PathBuf,
+}
+
+impl VsockInfo {
+    /// Describes the socket device of a VM with this identity, if it has one.
+    #[must_use]
+    pub fn of(identity: &Identity) -> Option<Self> {
+        identity.vsock.as_ref().map(|own| Self { cid: own.cid, socket: own.socket.clone() })
+    }
 }
 
 /// A disk and its errors on the host.

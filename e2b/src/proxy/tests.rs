@@ -43,7 +43,7 @@ impl Host {
             templates: None,
             snapshots: None,
             quotas: crate::Quotas::default(),
-            stop: |client, name, request| Box::pin(client.stop(name, request)),
+            stop: crate::gateway::BY_SUPERVISOR,
         };
         std::fs::create_dir(path("run")).unwrap();
         let gateway = Gateway::open(&options).unwrap();

@@ -94,7 +94,7 @@ async fn the_time_of_a_sandbox_begins_when_its_guest_is_initialised() {
         templates: None,
         snapshots: None,
         quotas: crate::Quotas::default(),
-        stop: |client, name, request| Box::pin(client.stop(name, request)),
+        stop: crate::gateway::BY_SUPERVISOR,
     };
     let gateway = Gateway::open(&options).unwrap();
     let (log, permits) = (Log::default(), Arc::new(Semaphore::new(0)));
