@@ -2,8 +2,12 @@
 
 use std::time::Duration;
 
+use humantime::DurationError;
+
 /// The longest accepted duration: a century. Clocks can count it.
 const MAX_DURATION: Duration = Duration::from_secs(100 * 365 * 86_400);
+/// Maximum number of digits in a duration: a century in milliseconds has 13.
+const MAX_DIGITS: usize = 15;
 
 /// Parses a size: a number and an optional unit, K, M, G or T, also as KiB or KB. The units are
 /// powers of 1024. Returns bytes.
@@ -53,35 +57,27 @@ pub(crate) fn parse_mib(text: &str) -> Result<u64, String> {
     Ok(bytes >> 20)
 }
 
-/// Parses a duration: numbers with a unit each, ms, s, m, h or d, as in `90s` or `1h30m`.
+/// Parses a duration: whole numbers with a unit each, such as ms, s, m, h, d or w, as in `90s` or
+/// `1h30m`. The units are those of [`humantime`], without `M` for a month.
 ///
 /// # Errors
 /// A single line that contains the text.
 pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     let no_duration = || format!("{text:?} is not a time such as 90s, 5m or 1h30m");
     let too_long = || format!("{text:?} is more than can be counted");
-    let mut rest = text;
-    let mut all = Duration::ZERO;
-    while !rest.is_empty() {
-        let (digits, behind) = rest.split_at(rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(no_duration)?);
-        let (unit, behind) = behind.split_at(behind.find(|c: char| c.is_ascii_digit()).unwrap_or(behind.len()));
-        let ms = match unit {
-            "ms" => 1,
-            "s" => 1_000,
-            "m" => 60_000,
-            "h" => 3_600_000,
-            "d" => 86_400_000,
-            _ => return Err(no_duration()),
-        };
-        if digits.is_empty() {
-            return Err(no_duration());
-        }
-        let count: u64 = digits.parse().map_err(|_| too_long())?;
-        let part = count.checked_mul(ms).map(Duration::from_millis).ok_or_else(too_long)?;
-        all = all.checked_add(part).filter(|all| *all <= MAX_DURATION).ok_or_else(too_long)?;
-        rest = behind;
+    if !text.bytes().all(|byte| byte.is_ascii_digit() || byte.is_ascii_lowercase()) {
+        return Err(no_duration());
     }
-    if all.is_zero() { Err(no_duration()) } else { Ok(all) }
+    // humantime 2.4 panics when its last carry exceeds 64 bits of seconds, which takes more digits.
+    if text.bytes().filter(u8::is_ascii_digit).count() > MAX_DIGITS {
+        return Err(too_long());
+    }
+    match humantime::parse_duration(text) {
+        Ok(time) if time.is_zero() => Err(no_duration()),
+        Ok(time) if time <= MAX_DURATION => Ok(time),
+        Ok(_) | Err(DurationError::NumberOverflow) => Err(too_long()),
+        Err(_) => Err(no_duration()),
+    }
 }
 
 /// Formats bytes with up to three digits: `512M`, `1.5G`, `20K`.
@@ -155,12 +151,21 @@ mod tests {
 
     #[test]
     fn durations() {
-        let good = [("300ms", 300), ("90s", 90_000), ("5m", 300_000), ("1h30m", 5_400_000), ("1d", 86_400_000)];
+        let good = [
+            ("300ms", 300),
+            ("90s", 90_000),
+            ("5m", 300_000),
+            ("1h30m", 5_400_000),
+            ("1d", 86_400_000),
+            ("2w", 1_209_600_000),
+            ("1hour30min", 5_400_000),
+            ("2000us", 2),
+        ];
         good.iter().for_each(|(text, ms)| assert_eq!(parse_duration(text), Ok(Duration::from_millis(*ms)), "{text}"));
-        for bad in ["", "5", "m", "0s", "-1s", "1.5h", "1 h", "5x", "s5"] {
+        for bad in ["", "5", "m", "0s", "-1s", "1.5h", "1 h", "5x", "s5", "1M", "1\u{b5}s", "0", "0ns"] {
             assert!(parse_duration(bad).unwrap_err().contains(&format!("{bad:?}")), "{bad}");
         }
-        for long in ["99999999999999999999s", "18446744073709551615d", "40000d"] {
+        for long in ["99999999999999999999s", "18446744073709551615d", "40000d", "18446744073709551615s1000ms"] {
             assert!(parse_duration(long).unwrap_err().contains("counted"), "{long}");
         }
     }

@@ -60,7 +60,7 @@ pub(crate) struct RunArgs {
     /// A label to tell VMs apart by: key=value. Repeatable. Children inherit it.
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) label: Vec<Label>,
-    /// Stop the VM after a time, such as 90s, 10m or 1h30m. The time also runs while the VM is
+    /// Stop the VM after a time, such as 90s, 1h30m or 2w. The time also runs while the VM is
     /// paused.
     #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "background")]
     pub(crate) ttl: Option<Duration>,
@@ -157,7 +157,7 @@ pub(crate) struct ForkArgs {
         help = "The children's names; {\u{1b}[0mn} stands for a number. NAME-{\u{1b}[0mn} if not given"
     )]
     pub(crate) pattern: Option<String>,
-    /// Stop each child after a time, such as 90s, 10m or 1h30m. Children do not inherit their
+    /// Stop each child after a time, such as 90s, 1h30m or 2w. Children do not inherit their
     /// parent's.
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub(crate) ttl: Option<Duration>,
