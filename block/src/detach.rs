@@ -7,7 +7,7 @@ use clade_host_io::{FileError, IoFile, UnnamedCopy};
 
 use super::image::open_overlays;
 use super::map::{CLUSTER, ClusterSource};
-use super::overlay_chain::Setup;
+use super::setup::Setup;
 use super::{DiskError, DiskImage};
 
 /// Counts of a detachment.

@@ -46,6 +46,8 @@ pub(super) struct Job {
     pub(super) offset: u64,
     pub(super) len: u64,
     pub(super) work: JobKind,
+    /// Whether the job is a piece of a transfer. Its length then stays the same.
+    pub(super) is_piece: bool,
     pub(super) stage: JobStage,
     /// Operations that the engine has not completed.
     pub(super) left: usize,
@@ -65,6 +67,7 @@ impl Job {
             offset,
             len,
             work,
+            is_piece: false,
             stage: JobStage::Planned,
             left: 0,
             error: None,

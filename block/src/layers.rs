@@ -23,7 +23,7 @@ use clade_host_io::{FileError, IoFile};
 use super::directory::Directory;
 use super::image::open_overlays;
 use super::map::{BlockMap, CLUSTER, ClusterSource};
-use super::overlay_chain::Setup;
+use super::setup::Setup;
 use super::{DiskConfig, DiskError, DiskImage, SECTOR};
 
 /// A run of adjacent clusters.

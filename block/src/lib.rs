@@ -17,26 +17,30 @@
 //! | the map | `map.rs` |
 //! | `Disk`, which keeps its three parts in step | `live.rs` |
 //! | the jobs of requests, the clusters they hold, the engine | `request_table.rs`, `locks.rs` |
-//! | base, overlays and map | `overlay_chain.rs` |
+//! | reads and writes of any length, in pieces | `transfers.rs`, `issue.rs` |
+//! | base, overlays and map | `overlay_chain.rs`, `setup.rs` |
 //! | journal, new image, and the flush in progress | `durability.rs` |
 //! | the steps of a job | `job.rs`, `steps.rs` |
-//! | forking, commit, export | `image.rs` |
+//! | a disk at one instant, and its export | `image.rs` |
+//! | commit | `commit.rs` |
 //! | the durable part of a forked disk | `journal/` |
 //! | the same on a file system with reflinks | `reflink.rs` |
 //! | flushes, and folding of overlays into the image | `flush.rs` |
-//! | keeping overlays few | `compact.rs` |
+//! | keeping overlays few | `compact.rs`, `relocation.rs` |
 //! | the runs that a snapshot writes, and a disk made of them | `layers.rs` |
 //! | copies of files that another process can write | `detach.rs` |
 
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
+mod commit;
 mod compact;
 mod detach;
 mod directory;
 mod durability;
 mod flush;
 mod image;
+mod issue;
 mod job;
 mod journal;
 mod layers;
@@ -46,11 +50,14 @@ mod map;
 mod op;
 mod overlay_chain;
 mod reflink;
+mod relocation;
 mod request_table;
+mod setup;
 mod steps;
 mod steps_trace;
 #[cfg(test)]
 mod testutil;
+mod transfers;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -60,14 +67,17 @@ use clade_host_io::{CachePolicy, EngineError, FileError, OpError, OpenError};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+pub use commit::{CommitError, CommitReport};
 pub use detach::DetachedDisk;
-pub use image::{CommitError, CommitReport, DiskImage, overlay_dir};
+pub use image::{DiskImage, overlay_dir};
+pub use issue::ISSUE_BYTES;
 pub use journal::{DiskJournal, JournalError, JournalId, JournalReport, JournalState, journal_path};
 pub use layers::{DiskLayer, DiskRun};
 pub use live::Disk;
 pub use map::CLUSTER;
 pub use op::{DiskDone, DiskHealth, DiskOp};
 pub use request_table::prepare_engines;
+pub use transfers::{MAX_TRANSFER_BYTES, Transfer};
 
 /// Bytes in a sector, the unit of virtio-blk.
 pub const SECTOR: u64 = 512;
@@ -238,6 +248,9 @@ pub enum DiskError {
     /// A transfer failed.
     #[error(transparent)]
     Transfer(#[from] OpError),
+    /// The caller of [`Disk::issue`] has no memory for a piece.
+    #[error("no memory for a piece of a transfer")]
+    Memory(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The engine cannot be made, or cannot submit.
     #[error(transparent)]
     Engine(#[from] EngineError),

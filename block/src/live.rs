@@ -15,9 +15,10 @@ use super::journal::{Journal, RecoveredJournal};
 use super::locks::Hold;
 use super::map::{BlockMap, CLUSTER, ClusterSource};
 use super::op::{DiskDone, DiskHealth, DiskOp};
-use super::overlay_chain::{OverlayChain, Setup};
+use super::overlay_chain::OverlayChain;
 use super::reflink::{self, ReflinkImage};
 use super::request_table::RequestTable;
+use super::setup::Setup;
 use super::{DiskConfig, DiskError, SECTOR};
 
 /// A VM's disk. Not thread-safe by itself: a device's worker owns it.
@@ -35,6 +36,17 @@ pub struct Disk {
     pub(super) requests: RequestTable,
     pub(super) chain: OverlayChain,
     pub(super) durability: Durability,
+}
+
+impl DiskImage {
+    /// Makes a disk that continues from here.
+    ///
+    /// # Errors
+    /// When no eventfd can be made.
+    pub fn open(&self) -> Result<Disk, DiskError> {
+        let (requests, chain) = (RequestTable::new()?, OverlayChain::from_image(self));
+        Ok(Disk { requests, chain, durability: Durability::default() })
+    }
 }
 
 impl Disk {
@@ -73,11 +85,6 @@ impl Disk {
         let setup = Arc::new(Setup { config: config.clone(), base: Some(base), size, overlays, pool: Arc::default() });
         let chain = OverlayChain::opened(setup, map, active);
         Ok(Self { requests: RequestTable::new()?, chain, durability: Durability::new(journal, reflink) })
-    }
-
-    pub(super) fn from_image(image: &DiskImage) -> Result<Self, DiskError> {
-        let (requests, chain) = (RequestTable::new()?, OverlayChain::from_image(image));
-        Ok(Self { requests, chain, durability: Durability::default() })
     }
 
     /// The disk at this instant, in constant time. Data written so far becomes read-only, for this
@@ -160,8 +167,8 @@ impl Disk {
         (self.chain.map().len(), self.chain.map().sizes().len())
     }
 
-    /// Accepts a request. It begins at the next [`Disk::kick`]. `token` comes back in a
-    /// [`DiskDone`]; no other request in flight may have it.
+    /// Accepts a request, whose memory is all there. It begins at the next [`Disk::kick`]. `token`
+    /// comes back in a [`DiskDone`]; no other request in flight may have it.
     ///
     /// # Errors
     /// When the request is invalid for this disk. Nothing was begun then.
@@ -173,15 +180,21 @@ impl Disk {
             DiskOp::Discard { offset, len } => (offset, len, JobKind::Zero { punch: true, advisory: true }),
             DiskOp::Flush => (0, 0, JobKind::Flush),
         };
+        let job = Job::new(token, offset, len, work);
+        self.check(offset, len, job.changes())?;
+        self.add(job);
+        Ok(())
+    }
+
+    /// Refuses a request that exceeds the disk, or changes a disk that is read-only.
+    pub(super) fn check(&self, offset: u64, len: u64, changes: bool) -> Result<(), DiskError> {
         let size = self.size();
         if offset.checked_add(len).is_none_or(|end| end > size) {
             return Err(DiskError::OutOfRange { offset, len, size });
         }
-        let job = Job::new(token, offset, len, work);
-        if job.changes() && self.config().read_only {
+        if changes && self.config().read_only {
             return Err(DiskError::ReadOnly { path: self.config().path.clone() });
         }
-        self.add(job);
         Ok(())
     }
 
@@ -251,7 +264,8 @@ impl Disk {
         Ok(self.requests.take_done())
     }
 
-    /// Cancels the operations that the kernel can cancel. Every request must still be reaped.
+    /// Cancels the operations that the kernel can cancel, and the rests of transfers. Every request
+    /// must still be reaped.
     pub fn cancel(&mut self) {
         self.chain.forget_moves();
         let mut reaped = self.requests.cancel();

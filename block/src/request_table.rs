@@ -6,12 +6,13 @@ use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clade_host_io::{AlignedBuf, Completion, Engine, EngineError, Fragment, IoFile, Request, Stats};
+use clade_host_io::{AlignedBuf, Completion, Engine, EngineError, Fragment, IoFile, OpError, Request, Stats};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::job::Job;
 use super::locks::{Hold, RangeLocks, overlap};
 use super::op::DiskDone;
+use super::transfers::{Transfer, TransferQueue};
 use super::{DiskError, steps_trace};
 
 /// Operations in the kernel at a time.
@@ -19,23 +20,26 @@ const DEPTH: u32 = 128;
 /// Bytes of the buffer of zeros, which is written where a file takes no holes.
 const ZEROS: usize = 64 << 10;
 
-/// Jobs of one request that have not ended, and the first error among them.
+/// The unfinished parts of one request, and the first error among them.
 #[derive(Debug, Default)]
 struct RequestProgress {
+    /// Jobs that have not ended, and one for the rest of a transfer.
     left: usize,
     error: Option<DiskError>,
 }
 
 /// The jobs of a disk, each in a slot whose index is its token in the engine.
 ///
-/// A request consists of one job or several. A relocation is a job without a request.
+/// A request consists of one job or several, and of a rest while some bytes of a transfer are in no
+/// job. A relocation is a job without a request.
 ///
 /// Invariants:
 ///
 /// - A slot is free, holds a job, or lends its job to a method of `Disk`. That method puts the job
 ///   back ([`RequestTable::put`], [`RequestTable::park`]) or ends it ([`RequestTable::finish`]).
-/// - `parts` has every request with an unfinished job. When its last job ends, the request leaves
-///   `parts` and enters `done`, once.
+/// - `parts` has every request with an unfinished job or with a rest. When its last part ends, the
+///   request leaves `parts` and enters `done`, once.
+/// - A transfer whose job has failed has no rest.
 /// - `waiting` names a slot at most once, and keeps the order in which the jobs came.
 /// - A job that ends releases its clusters. `released` is then set until waiting jobs are tried
 ///   again.
@@ -56,6 +60,7 @@ pub(super) struct RequestTable {
     locks: RangeLocks,
     /// Requests in flight, by token.
     parts: HashMap<u64, RequestProgress>,
+    transfers: TransferQueue,
     /// Requests that have ended and have not been taken.
     done: Vec<DiskDone>,
     /// Jobs that failed because a file system, or a quota, had no room.
@@ -86,6 +91,7 @@ impl RequestTable {
             released: false,
             locks: RangeLocks::default(),
             parts: HashMap::new(),
+            transfers: TransferQueue::default(),
             done: Vec::new(),
             no_room: 0,
             reaped: Vec::new(),
@@ -93,7 +99,7 @@ impl RequestTable {
         })
     }
 
-    /// Requests that have not ended.
+    /// Requests that have not ended, including transfers without a piece.
     pub(super) fn in_flight(&self) -> usize {
         self.parts.len()
     }
@@ -121,6 +127,42 @@ impl RequestTable {
         if !job.is_relocation() {
             self.parts.entry(job.token).or_default().left += 1;
         }
+    }
+
+    /// Ends a part of a request, and the request if that was the last one.
+    fn end_part(&mut self, token: u64, error: Option<DiskError>) {
+        let Some(parts) = self.parts.get_mut(&token) else { return };
+        parts.left -= 1;
+        if let Some(error) = error {
+            parts.error.get_or_insert(error);
+        }
+        if parts.left == 0 {
+            let error = self.parts.remove(&token).and_then(|parts| parts.error);
+            self.done.push(DiskDone { token, result: error.map_or(Ok(()), Err) });
+        }
+    }
+
+    pub(super) fn transfers(&self) -> &TransferQueue {
+        &self.transfers
+    }
+
+    pub(super) fn transfers_mut(&mut self) -> &mut TransferQueue {
+        &mut self.transfers
+    }
+
+    /// Adds a transfer, all of which is its rest.
+    pub(super) fn begin_transfer(&mut self, transfer: Transfer) {
+        self.parts.entry(transfer.token).or_default().left += 1;
+        if transfer.len == 0 {
+            return self.end_part(transfer.token, None);
+        }
+        self.transfers.push(transfer);
+    }
+
+    /// Ends the rest of a transfer, all of which is in pieces now, or which has failed.
+    pub(super) fn end_rest(&mut self, token: u64, error: Option<DiskError>) {
+        self.transfers.drop_rest(token);
+        self.end_part(token, error);
     }
 
     /// Gives a job a slot, to be begun next.
@@ -193,21 +235,20 @@ impl RequestTable {
         self.waiting.retain(|other| *other != at);
     }
 
-    /// Ends the job of slot `at`: completes its request if it was the last job, and releases its
+    /// Ends the job of slot `at`: completes its request if it was the last part, and releases its
     /// clusters.
     pub(super) fn finish(&mut self, at: usize, mut job: Job) {
         self.free.push(at);
-        if !job.is_relocation()
-            && let Some(parts) = self.parts.get_mut(&job.token)
-        {
-            parts.left -= 1;
-            if let Some(error) = job.error.take() {
-                parts.error.get_or_insert(error);
+        if job.is_piece {
+            self.transfers.piece_ended(job.len);
+        }
+        if !job.is_relocation() {
+            let error = job.error.take();
+            // Of a transfer that has failed, no other piece begins.
+            if error.is_some() && self.transfers.drop_rest(job.token) {
+                self.end_part(job.token, None);
             }
-            if parts.left == 0 {
-                let error = self.parts.remove(&job.token).and_then(|parts| parts.error);
-                self.done.push(DiskDone { token: job.token, result: error.map_or(Ok(()), Err) });
-            }
+            self.end_part(job.token, error);
         }
         if let Some(lock) = job.lock.take() {
             self.locks.release(lock);
@@ -279,8 +320,12 @@ impl RequestTable {
         (reaped, result)
     }
 
-    /// Cancels the operations that the kernel can cancel, and takes their completions.
+    /// Cancels the rests of transfers, and the operations that the kernel can cancel. Takes the
+    /// completions of the latter.
     pub(super) fn cancel(&mut self) -> Vec<Completion<usize>> {
+        for token in self.transfers.drop_rests() {
+            self.end_part(token, Some(DiskError::Transfer(OpError::Cancelled)));
+        }
         let mut reaped = mem::take(&mut self.reaped);
         if let Some(engine) = &mut self.engine {
             engine.cancel(|completion| reaped.push(completion));

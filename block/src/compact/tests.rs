@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use proptest::prelude::*;
 
 use super::*;
+use crate::relocation::{CHECK_INTERVAL, MAX_OVERLAYS, MAX_RUNNING, Relocation};
 use crate::testutil::{SOON, begin_write, finish, read, run, whole};
 use crate::{DiskConfig, DiskImage, DiskOp, SECTOR};
 

@@ -8,7 +8,7 @@ use super::space::STALE;
 use clade_host_io::Request;
 
 use super::*;
-use crate::compact::Relocation;
+use crate::relocation::Relocation;
 use crate::steps_trace::testing::traced;
 use crate::testutil::{SOON, begin_write, finish, read, run, whole, write};
 use crate::{CommitError, CommitReport, Disk, DiskConfig, DiskError, DiskOp, SECTOR};

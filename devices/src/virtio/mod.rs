@@ -6,7 +6,7 @@
 //!    by a driver ([`Activation`]), its reset, and how it is paused and saved. A device has a
 //!    folder here, laid out as [`block`]: `device.rs` (that trait), `request.rs` (requests,
 //!    parsed), `service.rs` (the work), `state.rs` (saved state).
-//! 2. Its work is a `Service` on a `DeviceWorker`, a thread that sleeps until a queue's eventfd or
+//! 2. Its work is a `Service` on a `DeviceThread`, a thread that sleeps until a queue's eventfd or
 //!    one of the device's own is readable. A turn pops chains from a [`Virtqueue`], and adds them
 //!    to the used ring.
 //! 3. Memory that is given to the kernel is pinned by `dma::pin`, and the operation owns the pins.
@@ -28,6 +28,7 @@ pub mod balloon;
 pub mod block;
 mod chain;
 pub mod console;
+mod device_thread;
 mod dma;
 mod interrupt;
 pub mod limiter;
@@ -39,7 +40,6 @@ pub mod rng;
 pub mod sync_device;
 mod transport;
 pub mod vsock;
-mod worker;
 
 use std::any::Any;
 use std::fmt;
@@ -55,12 +55,12 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::irq::Irq;
 
 pub use chain::{Chain, Segment};
+pub(crate) use device_thread::{DeviceThread, Service};
+pub use device_thread::{Turn, Wake, YieldRequest};
 pub use dma::DmaError;
 pub use interrupt::{Interrupt, InterruptState};
 pub use queue::{QueueError, QueueState, Virtqueue};
 pub use transport::{MMIO_LEN, RestoreError, TransportState, VirtioMmio};
-pub(crate) use worker::{DeviceWorker, Service};
-pub use worker::{Turn, Wake, YieldRequest};
 
 /// Resources that a device gets when its driver sets DRIVER_OK.
 #[derive(Debug)]

@@ -19,7 +19,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use super::dma::DmaError;
 use super::queue_set::QueueSet;
 use super::{
-    ActivateError, Activation, Backend, Chain, DeviceState, DeviceWorker, QueueError, SaveError, SavedDevice, Service,
+    ActivateError, Activation, Backend, Chain, DeviceState, DeviceThread, QueueError, SaveError, SavedDevice, Service,
     Turn, VirtioDevice, Wake, YieldRequest,
 };
 
@@ -313,7 +313,7 @@ impl<H: DeviceOps> Service for SyncService<H> {
 #[derive(Debug)]
 enum HandlerOwner<H: DeviceOps> {
     Inactive(H),
-    Working(DeviceWorker<SyncService<H>>),
+    Working(DeviceThread<SyncService<H>>),
     /// No owner: the thread could not be ended, or could not be started.
     Lost,
 }
@@ -408,7 +408,7 @@ impl<H: DeviceOps> VirtioDevice for SyncDevice<H> {
         let mut io = QueueCtx::new(with);
         handler.begin(&mut io);
         let service = SyncService { handler, io, broken: false };
-        match DeviceWorker::spawn(H::NAME, service, &sources, held) {
+        match DeviceThread::spawn(H::NAME, service, &sources, held) {
             Ok(worker) => {
                 self.owner = HandlerOwner::Working(worker);
                 Ok(())

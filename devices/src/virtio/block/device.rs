@@ -19,7 +19,7 @@ use super::service::{BlockService, DISK};
 use super::state::{BlockState, InFlight};
 use crate::virtio::limiter::{Limiter, Limits};
 use crate::virtio::{
-    ActivateError, Activation, Backend, DeviceState, DeviceWorker, SaveError, SavedDevice, VirtioDevice,
+    ActivateError, Activation, Backend, DeviceState, DeviceThread, SaveError, SavedDevice, VirtioDevice,
 };
 use clade_block::{CLUSTER, Disk, SECTOR};
 
@@ -53,7 +53,7 @@ enum DiskOwner {
     /// The device, while it is not active.
     Inactive(Box<Disk>),
     /// The worker.
-    Working(DeviceWorker<BlockService>),
+    Working(DeviceThread<BlockService>),
     /// No owner: the worker's thread could not be ended, or could not be started. Every reset and
     /// activation reports it.
     Lost,
@@ -195,7 +195,7 @@ impl VirtioDevice for Block {
         sources.extend(with.queues.iter().flatten().map(|queue| (queue.event().as_raw_fd(), u32::from(queue.index()))));
         let held = with.held;
         let service = BlockService::new(*disk, with, self.limiter, again);
-        match DeviceWorker::spawn("clade-blk", service, &sources, held) {
+        match DeviceThread::spawn("clade-blk", service, &sources, held) {
             Ok(worker) => {
                 self.owner = DiskOwner::Working(worker);
                 Ok(())

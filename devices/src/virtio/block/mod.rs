@@ -5,7 +5,7 @@
 //! | features, configuration space, activation, reset | `device.rs` |
 //! | the driver's requests | `request.rs` |
 //! | executing requests, and repeating them after a fork | `service.rs` |
-//! | giving them to the disk, in pieces | `issue.rs`, `transfer.rs` |
+//! | giving them and their memory to the disk | `issue.rs` |
 //! | saved state | `state.rs` |
 
 mod device;
@@ -15,7 +15,6 @@ mod service;
 mod state;
 #[cfg(test)]
 mod tests;
-mod transfer;
 
 pub use device::{Block, BlockOptions, MAX_QUEUES};
 pub use state::{BlockState, InFlight};

@@ -1,23 +1,22 @@
 //! The work of the block device.
 //!
 //! ```text
-//!   ring ──pop──► limiter ──► pieces ──► disk (pins, kernel) ──reap──► status byte ──► used ring
-//! ──► interrupt
+//!   ring ──pop──► limiter ──► disk (pieces, pins, kernel) ──reap──► status byte ──► used ring ──► interrupt
 //!           └───────────── in flight: saved at a fork ─────────────┘
 //! ```
 //!
-//! The disk gets a request in pieces, so that a turn is short even for a long request. The request
-//! is used when its last piece has ended. A fork between two pieces passes on the whole request.
-//! The child repeats all of it, including the pieces that its disk has already.
+//! The disk transfers a request in pieces, so that a turn is short even for a long request. The
+//! request is used when the disk says that all of it has ended. A fork between two pieces passes on
+//! the whole request. The child repeats all of it, including the pieces that its disk has already.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use clade_memory::GuestRam;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_SEG_MAX;
 
 use super::SEG_MAX;
-use super::issue::{InFlightRequest, Running};
+use super::issue::InFlightRequest;
 use super::request::{BlockRequest, RequestKind};
 use super::state::{BlockState, InFlight};
 use crate::virtio::limiter::Limiter;
@@ -28,8 +27,7 @@ use clade_block::{Disk, DiskDone, DiskImage};
 
 /// The number of the disk's eventfd among the worker's sources; queues have their own numbers.
 pub(super) const DISK: u32 = 1 << 16;
-/// Requests popped, and pieces given to the kernel, in one turn. Pausing the VM waits for the end
-/// of a turn.
+/// Requests popped in one turn. Pausing the VM waits for the end of a turn.
 pub(super) const BATCH: usize = 8;
 /// Bytes of a disk's id.
 const ID_LEN: usize = 20;
@@ -57,14 +55,8 @@ pub(super) struct BlockService {
     pub(super) features: u64,
     /// Requests in flight by token, which is the order in which they were popped.
     pub(super) pending: BTreeMap<u64, InFlightRequest>,
-    /// Requests whose last piece is not in the disk yet, in turn.
-    pub(super) issuing: VecDeque<u64>,
-    /// Pieces in the disk, by token.
-    pub(super) running: HashMap<u64, Running>,
-    /// Bytes of the pieces in the disk.
-    pub(super) running_bytes: u64,
-    /// The last token of a request or a piece.
-    next_token: u64,
+    /// The last token of a request.
+    last_token: u64,
     /// Chains to repeat, because they were in flight when the state was saved.
     pub(super) replay_queue: VecDeque<InFlight>,
     /// Requests of repeated chains that have begun. No new chain is popped before they are done:
@@ -101,10 +93,7 @@ impl BlockService {
             id,
             features,
             pending: BTreeMap::new(),
-            issuing: VecDeque::new(),
-            running: HashMap::new(),
-            running_bytes: 0,
-            next_token: 0,
+            last_token: 0,
             replay_queue: again,
             replaying: HashSet::new(),
             delayed: None,
@@ -139,11 +128,15 @@ impl BlockService {
     pub(super) fn abandon(&mut self) -> bool {
         self.broken = true;
         self.replay_queue.clear();
-        self.issuing.clear();
         self.delayed = None;
         self.disk.cancel();
         self.reap();
-        self.disk.in_flight() == 0
+        let is_over = self.disk.in_flight() == 0;
+        if is_over {
+            // The next driver's tokens begin anew.
+            drop(self.disk.take_done());
+        }
+        is_over
     }
 
     /// Cancels the requests in flight, or waits for them. They stay in flight for the driver, and
@@ -164,9 +157,7 @@ impl BlockService {
         self.halting = false;
         // Requests still in the disk continue. Parts of them may have been cancelled, so they are
         // repeated when they end.
-        for pending in self.pending.values_mut().filter(|pending| pending.running > 0) {
-            (pending.redo, pending.rest) = (true, None);
-        }
+        self.pending.values_mut().for_each(|pending| pending.redo = true);
         let stays = |chain: &InFlight| self.pending.values().any(|p| (p.queue, p.head) == (chain.queue, chain.head));
         list.retain(|chain| !stays(chain));
         self.replay_queue = list.into();
@@ -194,9 +185,6 @@ impl BlockService {
             }
         }
         self.pending.clear();
-        self.issuing.clear();
-        self.running.clear();
-        self.running_bytes = 0;
         self.replaying.clear();
         (self.delayed, self.retry) = (None, None);
         self.ready.fill(true);
@@ -216,9 +204,11 @@ impl BlockService {
         self.features & (1 << feature) != 0
     }
 
-    pub(super) fn token(&mut self) -> u64 {
-        self.next_token += 1;
-        self.next_token
+    /// Adds a request in flight. Returns its token.
+    pub(super) fn insert(&mut self, pending: InFlightRequest) -> u64 {
+        self.last_token += 1;
+        self.pending.insert(self.last_token, pending);
+        self.last_token
     }
 
     /// Begins chain `head` of `queue`. Returns the request's token, unless it is already complete
@@ -255,7 +245,7 @@ impl BlockService {
         }
     }
 
-    /// Handles the pieces that have ended in the disk.
+    /// Handles the requests that have ended in the disk.
     fn reap(&mut self) {
         match self.disk.reap() {
             Ok(done) => self.finish_all(done),
@@ -279,7 +269,7 @@ impl BlockService {
             if done.is_empty() {
                 break;
             }
-            // The end of a request may have begun another operation: see `ended`.
+            // The end of a request may have begun a flush: see `finish`.
             self.finish_all(done);
         }
         self.retry = self.disk.is_stalled().then(|| Instant::now() + RETRY);
@@ -287,7 +277,7 @@ impl BlockService {
 
     /// Whether another request may begin. The disk gets the pieces of begun requests first.
     fn has_room(&self) -> bool {
-        !self.broken && self.issuing.len() < BATCH
+        !self.broken && self.disk.unissued() < BATCH
     }
 
     /// Whether a chain can be repeated now.
@@ -385,7 +375,7 @@ impl Service for BlockService {
         // Chains behind the repeated ones are popped when the last of these is done: at the disk's
         // event, or now if it has just ended. The same holds for pieces that wait for others in the
         // disk.
-        let more = self.may_issue() || self.may_redo() || (self.may_pop() && self.ready.contains(&true));
+        let more = self.disk.may_issue() || self.may_redo() || (self.may_pop() && self.ready.contains(&true));
         if more && !self.broken { Turn::Again } else { Turn::Done }
     }
 

@@ -14,14 +14,13 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SEG_MAX};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::issue::{BATCH_BYTES, MAX_BYTES};
 use super::service::{BATCH, BlockService};
 use super::{Block, BlockOptions, BlockState, InFlight, SEG_MAX};
 use crate::irq::Irq;
 use crate::virtio::interrupt::InterruptState;
 use crate::virtio::limiter::{Limiter, Limits, Rate};
 use crate::virtio::{Activation, Interrupt, QueueState, Service, Turn, VirtioDevice, Virtqueue, Wake, YieldRequest};
-use clade_block::{Disk, DiskConfig, DiskImage};
+use clade_block::{Disk, DiskConfig, DiskImage, ISSUE_BYTES, MAX_TRANSFER_BYTES};
 
 const RAM: u64 = 32 << 20;
 const QUEUE: u16 = 256;
@@ -249,15 +248,15 @@ fn a_turn_is_bounded_in_bytes_whatever_a_request_asks_for() {
         let turn = rig.turn(Wake::Start);
         turns += 1;
         let done = rig.pinned() - before;
-        assert!(done <= BATCH_BYTES, "{done} bytes in one turn");
+        assert!(done <= ISSUE_BYTES, "{done} bytes in one turn");
         if turn == Turn::Done {
             break;
         }
-        assert_eq!(done, BATCH_BYTES, "a turn does what it may");
+        assert_eq!(done, ISSUE_BYTES, "a turn does what it may");
     }
     // The kernel has the maximum, and the rest waits.
-    assert_eq!(rig.pinned(), MAX_BYTES);
-    assert_eq!(turns, MAX_BYTES / BATCH_BYTES);
+    assert_eq!(rig.pinned(), MAX_TRANSFER_BYTES);
+    assert_eq!(turns, MAX_TRANSFER_BYTES / ISSUE_BYTES);
     assert_eq!(rig.service.in_flight().len(), 1);
     assert!(rig.service.abandon(), "and all of it can be given up");
     assert_eq!(rig.pinned(), 0);
@@ -511,6 +510,54 @@ fn what_was_given_up_in_pieces_is_done_again_whole() {
     assert_eq!(rig.used(0), None, "none twice");
     for n in 0..3usize {
         assert!(rig.bytes(DATA + n as u64 * (2 << 20), 2 << 20) == pattern(n * (2 << 20), 2 << 20));
+    }
+}
+
+/// A chain that breaks the rules, in the same turn as a valid request before it.
+#[test]
+fn nothing_begins_once_the_driver_has_broken_the_rules() {
+    let (_dir, path) = file();
+    let mut rig = Rig::new(&path, &Options { latency: Some(FOR_EVER), ..Options::default() });
+    rig.fill(DATA, &[0x77; 8192]);
+    rig.offer(0, OUT, 0, &[(DATA, 8192)]);
+    // Its only descriptor is out of memory.
+    let head = rig.offer(0, OUT, 0, &[]);
+    rig.ram.memory().write_obj(RAM, GuestAddress(rings(0) + u64::from(head) * 16)).unwrap();
+    assert_eq!(rig.turn(Wake::Start), Turn::Done);
+    assert!(rig.interrupt.needs_reset());
+    assert_eq!(rig.pinned(), 0);
+    assert!(rig.service.abandon());
+}
+
+/// A halt that does not wait: the second write waits for the clusters of the first one, and begins
+/// when that is cancelled. Both are repeated, and used once.
+#[test]
+fn requests_that_go_on_after_a_halt_are_repeated() {
+    for features in [MODERN, 1 << VIRTIO_BLK_F_SEG_MAX] {
+        let (dir, path) = file();
+        let mut rig = Rig::new(&path, &Options { features, ..Options::default() });
+        let _moment = rig.fork();
+        let gate = Gate::close(dir.path()).unwrap();
+        let heads: Vec<u16> = (0..2u64)
+            .map(|n| {
+                rig.fill(DATA + n * PAGE, &[n as u8 + 1; 512]);
+                rig.offer(0, OUT, n, &[(DATA + n * PAGE, 512)])
+            })
+            .collect();
+        rig.turn(Wake::Start);
+        assert!(!rig.service.halt(Duration::ZERO), "the second one has begun");
+        let mut left: Vec<u16> = rig.service.in_flight().iter().map(|chain| chain.head).collect();
+        left.sort_unstable();
+        assert_eq!(left, heads, "each once");
+        gate.open();
+        let mut done = vec![rig.wait(), rig.wait()];
+        done.sort_unstable();
+        assert_eq!(done, [(heads[0], 0), (heads[1], 0)]);
+        rig.settle();
+        assert_eq!((rig.used(0), rig.service.in_flight()), (None, Vec::new()), "none twice");
+        rig.offer(0, IN, 0, &[(DATA + 2 * PAGE, 1024)]);
+        assert_eq!(rig.wait().1, 0);
+        assert_eq!(rig.bytes(DATA + 2 * PAGE, 1024), [[1; 512], [2; 512]].concat());
     }
 }
 

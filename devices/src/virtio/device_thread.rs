@@ -104,19 +104,19 @@ struct GateState {
 }
 
 /// The owner of a worker. Dropping it ends the worker and drops the service.
-pub(crate) struct DeviceWorker<S: Service> {
+pub(crate) struct DeviceThread<S: Service> {
     shared: Arc<WorkerShared<S>>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl<S: Service> fmt::Debug for DeviceWorker<S> {
+impl<S: Service> fmt::Debug for DeviceThread<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Worker({:?})", self.thread.as_ref().and_then(|t| t.thread().name()))
     }
 }
 
-impl<S: Service> DeviceWorker<S> {
-    /// Starts a worker for `service`. With `held`, it is paused until [`DeviceWorker::resume`].
+impl<S: Service> DeviceThread<S> {
+    /// Starts a worker for `service`. With `held`, it is paused until [`DeviceThread::resume`].
     /// `sources` are descriptors that the service keeps open, with their numbers.
     ///
     /// # Errors
@@ -178,7 +178,7 @@ impl<S: Service> DeviceWorker<S> {
     }
 
     /// Pauses the worker. When this returns, no turn runs, and none begins before
-    /// [`DeviceWorker::resume`].
+    /// [`DeviceThread::resume`].
     pub(crate) fn quiesce(&self) {
         self.shared.gate().shut = true;
         // Relaxed: see YieldRequest.
@@ -189,7 +189,7 @@ impl<S: Service> DeviceWorker<S> {
         self.shared.should_yield.store(false, Ordering::Relaxed);
     }
 
-    /// Undoes [`DeviceWorker::quiesce`].
+    /// Undoes [`DeviceThread::quiesce`].
     pub(crate) fn resume(&self) {
         self.shared.gate().shut = false;
         self.shared.opened.notify_all();
@@ -239,7 +239,7 @@ impl<S: Service> DeviceWorker<S> {
     }
 }
 
-impl<S: Service> Drop for DeviceWorker<S> {
+impl<S: Service> Drop for DeviceThread<S> {
     fn drop(&mut self) {
         self.end();
     }
@@ -297,7 +297,7 @@ impl<S: Service> Subscriber<S> {
             #[cfg(test)]
             shared.gate_steps.fetch_add(1, Ordering::SeqCst);
             let mut service = shared.service();
-            // With the service locked: see DeviceWorker::quiesce.
+            // With the service locked: see DeviceThread::quiesce.
             if shared.gate().shut {
                 continue;
             }
@@ -346,7 +346,7 @@ impl<S: Service> MutEventSubscriber for Subscriber<S> {
         }
     }
 
-    /// Its sources are registered by [`DeviceWorker::watch`], which reports errors.
+    /// Its sources are registered by [`DeviceThread::watch`], which reports errors.
     fn init(&mut self, _: &mut EventOps<'_>) {}
 }
 
@@ -420,13 +420,13 @@ mod tests {
         }
     }
 
-    fn worker(held: bool) -> (DeviceWorker<Counter>, EventFd, Receiver<Wake>) {
+    fn worker(held: bool) -> (DeviceThread<Counter>, EventFd, Receiver<Wake>) {
         let event = EventFd::new(EFD_NONBLOCK).unwrap();
         let (told, heard) = channel();
         let ours = event.try_clone().unwrap();
         let fd = event.as_raw_fd();
         let service = Counter { event, told, panics: false, broken: false, again: 0, due: None, deadline: None };
-        (DeviceWorker::spawn("test", service, &[(fd, 7)], held).unwrap(), ours, heard)
+        (DeviceThread::spawn("test", service, &[(fd, 7)], held).unwrap(), ours, heard)
     }
 
     const SOON: Duration = Duration::from_secs(10);
