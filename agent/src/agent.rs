@@ -1,12 +1,13 @@
 //! State shared by all connections.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::{Semaphore, watch};
 
 use crate::children::Children;
 use crate::filesystem::Watchers;
+use crate::lock::lock;
 use crate::metrics::CpuTimes;
 use crate::process::Table;
 use crate::settings::Settings;
@@ -28,11 +29,6 @@ pub struct Agent {
     pub(crate) end: watch::Sender<bool>,
     /// Held during a change of the generation, or `/init`: one at a time.
     pub(crate) turn: tokio::sync::Mutex<()>,
-}
-
-/// Locks `mutex`, even after a panic: no change of the data can panic half-way.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Agent {

@@ -15,7 +15,7 @@ use rustix::process::{WaitOptions, wait};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
-use crate::agent::lock;
+use crate::lock::lock;
 
 type Waiting = Arc<Mutex<HashMap<u32, oneshot::Sender<ExitStatus>>>>;
 

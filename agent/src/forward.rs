@@ -16,7 +16,8 @@ use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 
 use crate::agent::Agent;
-use crate::listen::{Listener, Peer, RETRY, Stream};
+use crate::connection::Peer;
+use crate::listen::{Listener, RETRY, Stream};
 use crate::log::log;
 
 /// Maximum number of connections: half of those of the VM's device, so that the agent itself can

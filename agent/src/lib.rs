@@ -8,17 +8,21 @@
 
 mod agent;
 mod auth;
+mod calls;
 mod children;
 mod clock;
 mod connect;
+mod connection;
 mod files;
 mod filesystem;
+mod fork_hooks;
 mod forward;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod generation;
 mod http;
 mod listen;
+mod lock;
 mod log;
 mod metrics;
 mod modules;

@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use hyper::server::conn::http1;
@@ -17,6 +17,7 @@ use tokio::sync::Semaphore;
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 
 use crate::agent::Agent;
+use crate::connection::{Connection, Peer};
 use crate::log::log;
 use crate::options::Options;
 use crate::route::route;
@@ -30,22 +31,6 @@ const MAX_HEADERS: usize = 64;
 const MAX_BUFFER: usize = 64 << 10;
 /// Delay before the next attempt when there are no descriptors.
 pub(crate) const RETRY: Duration = Duration::from_millis(200);
-
-/// The peer of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Peer {
-    /// The host, or the agent's own user, with full rights in the guest.
-    Trusted,
-    Other,
-}
-
-/// The properties of a connection.
-#[derive(Clone, Debug)]
-pub(crate) struct Connection {
-    pub(crate) peer: Peer,
-    /// Whether the connection survives the change of the generation that it requests.
-    pub(crate) is_kept: Arc<AtomicBool>,
-}
 
 /// A listening socket.
 #[derive(Debug)]

@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::io;
+use std::sync::Mutex;
 
 use clade_agent_proto::api::Metrics;
 
-use crate::agent::{Agent, lock};
 use crate::clock;
+use crate::lock::lock;
 
 /// The processors' times at the last call.
 #[derive(Clone, Copy, Debug, Default)]
@@ -41,30 +42,29 @@ fn memory(info: &str, name: &str) -> u64 {
     kib.unwrap_or(0) << 10
 }
 
-impl Agent {
-    pub(crate) fn metrics(&self) -> io::Result<Metrics> {
-        let (stat, info) = (fs::read_to_string("/proc/stat")?, fs::read_to_string("/proc/meminfo")?);
-        let (now, cpu_count) = cpu_times(&stat);
-        let before = std::mem::replace(&mut *lock(&self.cpu), now);
-        let (busy, all) = (now.busy.saturating_sub(before.busy), now.all.saturating_sub(before.all));
-        let percent = if all == 0 { 0.0 } else { busy as f64 * 100.0 / all as f64 };
-        let mem_total = memory(&info, "MemTotal");
-        let mem_used = mem_total.saturating_sub(memory(&info, "MemAvailable"));
-        let disk = rustix::fs::statvfs("/")?;
-        let disk_total = disk.f_blocks.saturating_mul(disk.f_frsize);
-        Ok(Metrics {
-            ts: i64::try_from(clock::now_ns() / clock::SECOND_NS).unwrap_or(0),
-            cpu_count,
-            cpu_used_pct: ((percent * 100.0).round() / 100.0) as f32,
-            mem_total_mib: mem_total >> 20,
-            mem_used_mib: mem_used >> 20,
-            mem_total,
-            mem_used,
-            mem_cache: memory(&info, "Cached"),
-            disk_used: disk_total.saturating_sub(disk.f_bavail.saturating_mul(disk.f_frsize)),
-            disk_total,
-        })
-    }
+/// Reads the metrics. `last` has the times at the last call.
+pub(crate) fn read_metrics(last: &Mutex<CpuTimes>) -> io::Result<Metrics> {
+    let (stat, info) = (fs::read_to_string("/proc/stat")?, fs::read_to_string("/proc/meminfo")?);
+    let (now, cpu_count) = cpu_times(&stat);
+    let before = std::mem::replace(&mut *lock(last), now);
+    let (busy, all) = (now.busy.saturating_sub(before.busy), now.all.saturating_sub(before.all));
+    let percent = if all == 0 { 0.0 } else { busy as f64 * 100.0 / all as f64 };
+    let mem_total = memory(&info, "MemTotal");
+    let mem_used = mem_total.saturating_sub(memory(&info, "MemAvailable"));
+    let disk = rustix::fs::statvfs("/")?;
+    let disk_total = disk.f_blocks.saturating_mul(disk.f_frsize);
+    Ok(Metrics {
+        ts: i64::try_from(clock::now_ns() / clock::SECOND_NS).unwrap_or(0),
+        cpu_count,
+        cpu_used_pct: ((percent * 100.0).round() / 100.0) as f32,
+        mem_total_mib: mem_total >> 20,
+        mem_used_mib: mem_used >> 20,
+        mem_total,
+        mem_used,
+        mem_cache: memory(&info, "Cached"),
+        disk_used: disk_total.saturating_sub(disk.f_bavail.saturating_mul(disk.f_frsize)),
+        disk_total,
+    })
 }
 
 #[cfg(test)]

@@ -12,10 +12,11 @@ use crate::agent::Agent;
 use crate::auth::has_token;
 use crate::clock;
 use crate::connect::{client_stream, error, server_stream, unary};
+use crate::connection::{Connection, Peer};
 use crate::files;
 use crate::http::{Reply, Shared, http_error, json, no_content, whole};
-use crate::listen::{Connection, Peer};
 use crate::log::log;
+use crate::metrics::read_metrics;
 use crate::settings::Token;
 
 /// Marks requests that a program of the host passes on for others, and which are not the host's
@@ -62,7 +63,7 @@ async fn plain(agent: Shared, method: &Method, path: &str, request: Request<Inco
     let (head, mut body) = request.into_parts();
     match (method, path) {
         (&Method::GET, "/health") => no_content(),
-        (&Method::GET, "/metrics") => match agent.metrics() {
+        (&Method::GET, "/metrics") => match read_metrics(&agent.cpu) {
             Ok(metrics) => json(&metrics),
             Err(error) => http_error(StatusCode::INTERNAL_SERVER_ERROR, error),
         },

@@ -40,8 +40,34 @@ const ATTEMPT: Duration = Duration::from_secs(10);
 /// minute.
 const ANSWERING: Duration = Duration::from_secs(60);
 const ANSWERING_EACH: Duration = Duration::from_secs(10);
+/// Part of that time in which no hook runs, so that the agent's answer arrives and names the hook that
+/// was slow.
+const ANSWER_MARGIN: Duration = Duration::from_secs(5);
 /// Interval of the attempts.
 const RETRY: Duration = Duration::from_millis(20);
+
+/// The time limits of one agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct TimeLimits {
+    /// For a connection.
+    connecting: Duration,
+    /// From then on, until the answer.
+    answering: Duration,
+    /// For all hooks, within that.
+    hooks: Duration,
+}
+
+impl TimeLimits {
+    /// The limits if `count` VMs are made by one request.
+    fn of(count: usize) -> Self {
+        let others = u32::try_from(count.saturating_sub(1)).unwrap_or(u32::MAX);
+        let with_others =
+            |own: Duration, each: Duration| own.saturating_add(each.saturating_mul(others)).min(MAX_PATIENCE);
+        let answering = with_others(ANSWERING, ANSWERING_EACH);
+        let hooks = answering.saturating_sub(ANSWER_MARGIN);
+        Self { connecting: with_others(PATIENCE, PATIENCE_EACH), answering, hooks }
+    }
+}
 
 /// Returns how many agents are notified at a time: their guests work then. More of them than
 /// processors would all be late on hosts where their kernels are interpreted.
@@ -96,10 +122,7 @@ impl Supervisor {
 
     /// The same for one of `count` new VMs.
     async fn reidentify_among(&self, name: &str, count: usize) -> Result<ReadyAnswer, ApiError> {
-        let others = u32::try_from(count.saturating_sub(1)).unwrap_or(u32::MAX);
-        let with_others =
-            |own: Duration, each: Duration| own.saturating_add(each.saturating_mul(others)).min(MAX_PATIENCE);
-        let (patience, answering) = (with_others(PATIENCE, PATIENCE_EACH), with_others(ANSWERING, ANSWERING_EACH));
+        let limits = TimeLimits::of(count);
         let (supervisor, vm) = (self.clone(), name.to_owned());
         let socket = on_a_thread(THREAD_PATIENCE, move || {
             let vm_record = VmRecord::expect(&supervisor.0.dir, &vm)?;
@@ -107,14 +130,19 @@ impl Supervisor {
             Ok::<_, DaemonError>(vm_record.identity.vsock.map(|vsock| vsock.socket))
         });
         let socket = socket.await??.ok_or_else(|| not_ready(name, "it has no socket"))?;
-        let agent = Agent::new(Endpoint::Vsock { socket, port: PORT }).with_patience(ATTEMPT, answering);
+        let agent = Agent::new(Endpoint::Vsock { socket, port: PORT }).with_patience(ATTEMPT, limits.answering);
         // Each attempt has its own time of day.
         let agent = agent.with_one_attempt();
         let mut entropy = vec![0; ENTROPY];
         rustix::rand::getrandom(&mut entropy[..], rustix::rand::GetRandomFlags::empty())
             .map_err(|error| not_ready(name, &format!("there is no entropy: {error}")))?;
-        let mut request = Generation { name: name.to_owned(), now_ns: None, entropy: Some(Base64(entropy)) };
-        let deadline = Instant::now() + patience;
+        let mut request = Generation {
+            name: name.to_owned(),
+            now_ns: None,
+            entropy: Some(Base64(entropy)),
+            hooks_ms: u64::try_from(limits.hooks.as_millis()).ok(),
+        };
+        let deadline = Instant::now() + limits.connecting;
         let ready = loop {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             request.now_ns = Some(now.as_nanos().to_string());
@@ -172,6 +200,21 @@ impl Supervisor {
                 let _ = self.0.runtime.spawn(async move { stop_all(&supervisor, names).await }).await;
                 Err(error)
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn siblings_have_more_time_and_hooks_less_than_the_answer() {
+        for (count, connecting, answering, hooks) in
+            [(0, 30, 60, 55), (1, 30, 60, 55), (2, 31, 70, 65), (25, 54, 300, 295), (usize::MAX, 300, 300, 295)]
+        {
+            let [connecting, answering, hooks] = [connecting, answering, hooks].map(Duration::from_secs);
+            assert_eq!(TimeLimits::of(count), TimeLimits { connecting, answering, hooks }, "{count}");
         }
     }
 }

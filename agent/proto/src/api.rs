@@ -90,6 +90,10 @@ pub struct Generation {
     /// Bytes for the kernel's random number generator, as base64.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub entropy: Option<crate::Base64>,
+    /// Time for all hooks together in milliseconds, which is less than the host waits for the
+    /// answer. Left out, the agent decides.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hooks_ms: Option<u64>,
 }
 
 /// The result of a hook in `/etc/clade/fork.d`.

@@ -53,7 +53,7 @@ fn letters(of: &Metadata) -> String {
 }
 
 /// The information about an entry, without following a link.
-pub(super) fn entry(path: &Path, names: &Names) -> io::Result<EntryInfo> {
+pub(crate) fn entry(path: &Path, names: &Names) -> io::Result<EntryInfo> {
     let own = fs::symlink_metadata(path)?;
     let mut info = EntryInfo {
         name: path.file_name().map_or_else(|| "/".into(), |name| name.to_string_lossy().into_owned()),
@@ -83,7 +83,7 @@ pub(super) fn entry(path: &Path, names: &Names) -> io::Result<EntryInfo> {
 }
 
 /// The error of an access to `path`.
-pub(super) fn failed(path: &Path, error: &io::Error) -> RpcError {
+pub(crate) fn failed(path: &Path, error: &io::Error) -> RpcError {
     let shown = path.display();
     match error.kind() {
         io::ErrorKind::NotFound => RpcError::not_found(format_args!("path not found: {shown}: {error}")),

@@ -21,11 +21,11 @@ const MAX_DIRS: usize = 8192;
 const BUFFER: usize = 16 << 10;
 
 /// One event: the type, and the path below the watched directory.
-pub(super) type Event = (EventType, PathBuf);
+pub(crate) type Event = (EventType, PathBuf);
 
 /// A watch of a directory.
 #[derive(Debug)]
-pub(super) struct Inotify {
+pub(crate) struct Inotify {
     fd: Stream,
     root: PathBuf,
     is_recursive: bool,
@@ -47,7 +47,7 @@ fn flags() -> WatchFlags {
 
 impl Inotify {
     /// Watches `root`. Must be called on the runtime's thread.
-    pub(super) fn new(root: &Path, is_recursive: bool) -> io::Result<Self> {
+    pub(crate) fn new(root: &Path, is_recursive: bool) -> io::Result<Self> {
         let fd = init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
         let fd = register(fd, Interest::READABLE)?;
         let mut watch = Self { fd, root: root.to_owned(), is_recursive, dirs: HashMap::new() };
@@ -81,7 +81,7 @@ impl Inotify {
     }
 
     /// The next events.
-    pub(super) async fn next(&mut self) -> io::Result<Vec<Event>> {
+    pub(crate) async fn next(&mut self) -> io::Result<Vec<Event>> {
         loop {
             let mut buffer = vec![MaybeUninit::uninit(); BUFFER];
             let read = self.fd.async_io(Interest::READABLE, |fd| read(fd, &mut buffer)).await?;

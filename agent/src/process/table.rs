@@ -12,7 +12,7 @@ use clade_agent_proto::{Code, RpcError};
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::sync::{Notify, mpsc};
 
-use crate::agent::lock;
+use crate::lock::lock;
 use crate::stream::Stream;
 
 /// How long the end of a process is remembered, for late followers.

@@ -1,8 +1,7 @@
 //! Watches: as a stream, and as watchers that are polled.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use clade_agent_proto::filesystem::{
@@ -10,37 +9,18 @@ use clade_agent_proto::filesystem::{
 };
 use clade_agent_proto::process::Empty;
 use clade_agent_proto::{Code, RpcError};
-use tokio::task::JoinHandle;
 
-use super::entry::{entry, failed};
-use super::inotify::{Event, Inotify};
-use super::{elsewhere, place};
-use crate::agent::{Agent, lock};
+use super::filesystem::{elsewhere, place};
+use crate::agent::Agent;
 use crate::connect::{Caller, Sink};
+use crate::filesystem::entry::{entry, failed};
+use crate::filesystem::inotify::{Event, Inotify};
+use crate::filesystem::watchers::{MAX_EVENTS, MAX_WATCHERS, Watched};
+use crate::lock::lock;
 use crate::users::Names;
 
-/// Maximum number of watchers: as many as the kernel allows a user.
-const MAX_WATCHERS: usize = 128;
-/// Maximum number of events in a watcher between two polls.
-const MAX_EVENTS: usize = 1 << 14;
 /// File systems of other machines and of programs: NFS, CIFS, SMB, SMB2, FUSE.
 const REMOTE: [i64; 5] = [0x6969, 0xFF53_4D42, 0x517B, 0xFE53_4D42, 0x6573_5546];
-
-/// The events of a watcher since the last poll, or the reason for its end.
-#[derive(Debug)]
-struct Watched {
-    events: Mutex<Result<Vec<FilesystemEvent>, RpcError>>,
-}
-
-/// A watcher, and the task that receives its events.
-type Open = (Arc<Watched>, JoinHandle<()>);
-
-/// The watchers that clients have made.
-#[derive(Debug, Default)]
-pub(crate) struct Watchers {
-    made: AtomicU64,
-    open: Mutex<HashMap<String, Open>>,
-}
 
 /// A started watch.
 struct Watch {

@@ -1,0 +1,5 @@
+//! The calls of the services `process.Process` and `filesystem.Filesystem`.
+
+mod filesystem;
+mod process;
+mod watch;
