@@ -2,7 +2,6 @@
 //! this library.
 
 mod commands;
-mod demo;
 mod linux_guest;
 
 pub use commands::{

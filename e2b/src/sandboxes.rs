@@ -51,7 +51,7 @@ impl Gateway {
     pub(crate) async fn create(&self, owner: &str, new: NewSandbox) -> Answer<Sandbox> {
         new.check()?;
         let timeout = seconds(new.timeout, DEFAULT_TIMEOUT)?;
-        let (_held, mut record, made) = self.made_of(owner, new, Names::one()?).await?;
+        let (_held, mut record, made) = self.fork_template(owner, new, Names::one()?).await?;
         let only = made.into_iter().next().ok_or_else(|| GatewayError::internal("no sandbox was made"))?;
         record.id.clone_from(&only.id);
         self.activate_or_stop(only, record, timeout).await
@@ -69,13 +69,13 @@ impl Gateway {
             network: fork.network,
             ..NewSandbox::default()
         };
-        let (_held, record, made) = self.made_of(owner, new, Names::of(count)?).await?;
+        let (_held, record, made) = self.fork_template(owner, new, Names::of(count)?).await?;
         Ok(self.activate_all(made, &record, timeout).await)
     }
 
     /// Makes VMs of a template. Returns the use of the owner's quota until they have records, a record
     /// for all but their names and times, and the VMs.
-    async fn made_of(
+    async fn fork_template(
         &self,
         owner: &str,
         new: NewSandbox,

@@ -1,14 +1,16 @@
 //! Any state file: it is refused, or its sections make the same file again.
 #![no_main]
 
-use clade_snapshot::format::{Sections, encode_sections, seal};
+use clade_snapshot::format::{Sections, encode_sections, with_checksum};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
     assert!(Sections::decode(bytes).is_err() || bytes.len() >= 24);
     // With the right checksum of the whole file.
     let head = [&b"CLADESTA"[..], &(1u32 << 16).to_le_bytes()].concat();
-    for sections in [seal(bytes.to_vec()), seal([&head, bytes].concat())].iter().flat_map(|file| Sections::decode(file))
+    for sections in [with_checksum(bytes.to_vec()), with_checksum([&head, bytes].concat())]
+        .iter()
+        .flat_map(|file| Sections::decode(file))
     {
         let list: Vec<(&str, &[u8])> = sections.iter().collect();
         assert_eq!(Sections::decode(&encode_sections(&list)).as_ref(), Ok(&sections));

@@ -11,7 +11,8 @@ use std::sync::atomic::Ordering;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, copy_file_range, fchmod, linkat, openat};
 use rustix::io::Errno;
 
-use crate::file::{CachePolicy, FileError, Handles, IoFile, read_only_again};
+use crate::file::{FileError, IoFile, read_only_again};
+use crate::handles::{CachePolicy, Handles};
 use crate::overlay_pool::OverlayPool;
 
 impl IoFile {

@@ -10,47 +10,10 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, SeekFrom, StatxFlags, seek, statx};
-use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::buffer::ALIGN;
+use crate::handles::{CachePolicy, Handles};
 use crate::overlay_pool::OverlayPool;
-
-/// Whether transfers go through the host's page cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum CachePolicy {
-    /// Yes: the host's memory has data that many VMs read once.
-    #[default]
-    Host,
-    /// No (O_DIRECT), where the file system supports it, and offset and length are multiples of its
-    /// block size (most often 512 bytes).
-    Direct,
-}
-
-/// The alignment that the file system asks for in transfers past its cache (Linux 6.1), or else
-/// [`ALIGN`].
-fn alignment(file: &File) -> usize {
-    let said = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok();
-    let said = said.filter(|stat| stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
-    let wanted = said.map(|stat| stat.stx_dio_mem_align.max(stat.stx_dio_offset_align) as usize);
-    wanted.filter(|align| align.is_power_of_two()).map_or(ALIGN, |align| align.clamp(512, ALIGN))
-}
-
-/// A second handle past the page cache, if it is wanted and available.
-fn direct_handle(cached: &File, write: bool, policy: CachePolicy, path: &Path) -> Option<File> {
-    if policy == CachePolicy::Host {
-        return None;
-    }
-    // By its descriptor, so that it is the same file, even if the name leads elsewhere.
-    let same = format!("/proc/self/fd/{}", cached.as_raw_fd());
-    let opened = OpenOptions::new().read(true).write(write).custom_flags(libc::O_DIRECT | libc::O_CLOEXEC).open(same);
-    opened
-        .inspect_err(|error| {
-            tracing::warn!(path = %path.display(), %error, "no O_DIRECT here: the page cache is used");
-        })
-        .ok()
-}
 
 /// A system call on a file has failed.
 #[derive(Debug, Error)]
@@ -86,28 +49,6 @@ pub enum OpenError {
         /// Whether it was to be opened for writing.
         writing: bool,
     },
-}
-
-/// The handles of an open file.
-#[derive(Debug)]
-pub(crate) struct Handles {
-    pub(crate) cached: File,
-    direct: Option<File>,
-    /// The alignment of offsets, lengths and addresses in transfers past the page cache.
-    align: usize,
-}
-
-impl Handles {
-    /// `path` is the file's path in warnings.
-    pub(crate) fn new(cached: File, write: bool, policy: CachePolicy, path: &Path) -> Self {
-        let direct = direct_handle(&cached, write, policy, path);
-        Self::of(cached, direct)
-    }
-
-    fn of(cached: File, direct: Option<File>) -> Self {
-        let align = direct.as_ref().map_or(ALIGN, alignment);
-        Self { cached, direct, align }
-    }
 }
 
 /// An open file. Operations in flight keep it open.

@@ -10,7 +10,7 @@
 //! | topic | place |
 //! |---|---|
 //! | memory of an operation | `buffer.rs` |
-//! | files, with and without the page cache | `file.rs` |
+//! | files, with and without the page cache | `file.rs`, `handles.rs` |
 //! | files by their directory's descriptor | `at.rs` |
 //! | reused files | `overlay_pool.rs` |
 //! | submitting, continuing, reaping | `engine.rs` |
@@ -30,6 +30,7 @@ mod engine;
 mod file;
 #[cfg(feature = "gate")]
 mod gate;
+mod handles;
 pub mod link;
 mod listener;
 mod net_backend;
@@ -44,9 +45,10 @@ pub mod thread;
 pub use at::UnnamedCopy;
 pub use buffer::{AlignedBuf, BufferError, Fragment, total_len, window};
 pub use engine::{Completion, Engine, EngineError, Stats};
-pub use file::{CachePolicy, FileError, IoFile, OpenError};
+pub use file::{FileError, IoFile, OpenError};
 #[cfg(feature = "gate")]
 pub use gate::Gate;
+pub use handles::CachePolicy;
 pub use listener::private_listener;
 pub use net_backend::NetBackend;
 pub use op::{OpError, Request};

@@ -8,7 +8,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::file::Handles;
+use crate::handles::Handles;
 
 /// Most files that are kept.
 const MAX_FILES: usize = 4;

@@ -10,7 +10,7 @@
 //! | from a reference to a disk | [`ImageStore::pull`] in `pull.rs` |
 //! | stored files, and how they become visible | `store.rs` |
 //! | sources of content | `source/` |
-//! | archives, and refusals of their content | `tar.rs`, `limits.rs` |
+//! | archives, and refusals of their content | `tar.rs`, `limits.rs`, `xattr_rules.rs` |
 //! | applying layers | `tree/` |
 //! | the file system | `ext4/` |
 //! | Dockerfiles, and their steps | `dockerfile/` |
@@ -27,6 +27,7 @@ mod ext4;
 pub mod fuzzing;
 mod limits;
 mod manifest;
+mod options;
 mod pull;
 mod reference;
 mod remove;
@@ -34,6 +35,7 @@ mod source;
 mod store;
 mod tar;
 mod tree;
+mod xattr_rules;
 
 pub use credentials::{Credentials, CredentialsError, DOCKER_CONFIG_VARIABLE};
 pub use digest::{Digest, DigestError};
@@ -43,7 +45,8 @@ pub use dockerfile::{
 pub use ext4::Ext4Error;
 pub use limits::{ImageLimits, LimitError};
 pub use manifest::{Descriptor, ImageManifest, ManifestError, Platform, RunConfig};
-pub use pull::{Progress, PullError, PullOptions};
+pub use options::PullOptions;
+pub use pull::{Progress, PullError};
 pub use reference::{REGISTRY_VARIABLE, Reference, ReferenceError, Version};
 pub use remove::{ImageError, Removed};
 pub use source::SourceError;

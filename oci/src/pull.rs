@@ -2,18 +2,16 @@
 
 use std::fs::File;
 use std::io::{BufReader, Read};
-use std::path::PathBuf;
-use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::credentials::Credentials;
 use crate::digest::{Digest, DigestError, DigestReader};
 use crate::ext4::{self, Ext4Error};
-use crate::limits::{Bounded, Budget, CountedReader, ImageLimits, MAX_DOCUMENT};
+use crate::limits::{Bounded, Budget, CountedReader, MAX_DOCUMENT};
 use crate::manifest::{
     Descriptor, Document, ImageConfig, ImageManifest, MAX_NESTING, ManifestError, Packing, choose, document, packing,
 };
+use crate::options::PullOptions;
 use crate::reference::Reference;
 use crate::source::{self, ImageSource, SourceError};
 use crate::store::{Image, ImageStore, ImageStoreError, StoreLock};
@@ -76,22 +74,6 @@ pub trait Progress {
 }
 
 impl Progress for () {}
-
-/// Options of a pull.
-#[derive(Clone, Debug, Default)]
-pub struct PullOptions {
-    /// Whether to use a registry without TLS although it is on another machine.
-    pub is_insecure: bool,
-    /// The credentials for a registry that requires them.
-    pub credentials: Option<Credentials>,
-    /// A file of certificates (PEM): a registry's must be one of them, or be signed by one.
-    /// Requires TLS.
-    pub ca: Option<PathBuf>,
-    /// The limits of the image.
-    pub limits: ImageLimits,
-    /// Maximum silence of a registry within a body. Default: 60 s.
-    pub stall: Option<Duration>,
-}
 
 /// Reports the bytes read.
 struct Told<'a, R> {

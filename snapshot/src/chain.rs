@@ -6,14 +6,13 @@ use std::sync::Arc;
 
 use clade_memory::{IntervalMap, PAGE_SHIFT, PAGE_SIZE, PageRange, Piece, RamLayout};
 
+use crate::content::PageContent;
 use crate::dir::Dir;
-use crate::disk::DiskReader;
 use crate::error::Error;
 use crate::files::FileOps;
 use crate::format::{Damage, Manifest, Sections, SnapshotId, WorkingSet};
 use crate::layer::{LayerFile, sealed_sum};
 use crate::parents::{KnownDir, ParentDirs, id_of, real_path};
-use crate::space::PageContent;
 use crate::staging::{MANIFEST, STATE, WORKING_SET, layer_name};
 
 /// Maximum number of snapshots in a chain: a full one, and those on top of it. Each adds files to
@@ -265,12 +264,6 @@ impl Snapshot {
     /// Never, for a snapshot that could be opened.
     pub fn layout(&self) -> Result<RamLayout, Error> {
         self.manifest().layout().map_err(|damage| Error::damaged(self.dir().join(MANIFEST), damage))
-    }
-
-    /// The disks, in the VM's order.
-    #[must_use]
-    pub fn disks(&self) -> Vec<DiskReader> {
-        (0..self.0.disks.len()).map(|at| DiskReader::new(self.clone(), at)).collect()
     }
 
     /// The pages that a run touched first, if that was recorded, for [`crate::Load::WorkingSet`].

@@ -8,10 +8,11 @@ use std::sync::{Mutex, PoisonError};
 use clade_memory::{PAGE_SHIFT, PAGE_SIZE, PageRange};
 
 use crate::chain::{ChainSpace, PageSource, Snapshot};
+use crate::content::PageContent;
 use crate::error::Error;
 use crate::format::{CHUNK_PAGES, Chunk};
 use crate::layer::LayerFile;
-use crate::space::{PageContent, Space};
+use crate::space::Space;
 
 /// The chunk that was last decompressed.
 type Last = Option<(usize, u64, Vec<u8>)>;
@@ -30,8 +31,16 @@ impl Clone for DiskReader {
     }
 }
 
+impl Snapshot {
+    /// The disks, in the VM's order.
+    #[must_use]
+    pub fn disks(&self) -> Vec<DiskReader> {
+        (0..self.0.disks.len()).map(|at| DiskReader::new(self.clone(), at)).collect()
+    }
+}
+
 impl DiskReader {
-    pub(crate) fn new(of: Snapshot, at: usize) -> Self {
+    fn new(of: Snapshot, at: usize) -> Self {
         Self { of, at, last: Mutex::default() }
     }
 

@@ -17,6 +17,10 @@ use rustix::io::Errno;
 
 use crate::error::Error;
 
+/// Maximum time to wait for a lock. Its holder writes a note, renames and syncs directories, which
+/// takes long on a stalled disk.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// An operation, for tests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FileOp {
@@ -69,13 +73,13 @@ impl FileOps {
     #[cfg(not(test))]
     #[allow(clippy::unused_self, reason = "a test's plan decides")]
     pub(crate) fn lock_timeout(&self) -> Duration {
-        crate::lock::TIMEOUT
+        LOCK_TIMEOUT
     }
 
     /// Maximum time to wait for a lock: from the plan, or longer than any test.
     #[cfg(test)]
     pub(crate) fn lock_timeout(&self) -> Duration {
-        self.plan.as_ref().and_then(|plan| plan.lock_timeout).unwrap_or(crate::lock::TIMEOUT * 60)
+        self.plan.as_ref().and_then(|plan| plan.lock_timeout).unwrap_or(LOCK_TIMEOUT * 60)
     }
 
     /// Repeats `call` while it is interrupted.

@@ -5,11 +5,11 @@ use std::path::PathBuf;
 
 use clade_memory::{PAGE_SHIFT, PAGE_SIZE, PageRange};
 
+use crate::content::PageContent;
 use crate::dir::Dir;
 use crate::error::Error;
 use crate::files::{FileOps, len};
 use crate::format::{CHUNK_PAGES, Chunk, Compression, Damage, Index, LayerEntry, checksum};
-use crate::space::PageContent;
 
 /// Most bytes of an index: enough for some 16 TiB of data in one piece, or 64 million runs.
 const MAX_INDEX: u64 = 1 << 30;

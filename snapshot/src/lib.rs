@@ -19,6 +19,7 @@
 
 mod chain;
 mod compact;
+mod content;
 mod dependents;
 mod dir;
 mod disk;
@@ -28,6 +29,7 @@ pub mod format;
 mod layer;
 mod lock;
 mod parents;
+mod progress;
 mod ram;
 mod restore;
 mod save;
@@ -43,13 +45,15 @@ mod tests;
 
 pub use chain::Snapshot;
 pub use compact::compact;
+pub use content::PageContent;
 pub use disk::{DiskLayerFile, DiskReader};
 pub use error::Error;
 pub use format::{Compression, Damage, SnapshotId};
 pub use parents::{KnownDir, ParentDirs};
+pub use progress::SaveProgress;
 pub use restore::Load;
-pub use save::{Base, DiskToSave, Save, SaveProgress, Saved};
+pub use save::{Base, DiskToSave, Save, Saved};
 pub use show::{ChainLink, LayerSummary, Summary, show};
-pub use space::{PageContent, Space, linear};
+pub use space::{Space, linear};
 pub use verify::{Verified, verify};
 pub use working_set::record_working_set;

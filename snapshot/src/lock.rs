@@ -17,9 +17,6 @@ use crate::dir::{Dir, identity};
 use crate::error::Error;
 use crate::files::{FileOp, FileOps};
 
-/// Maximum time to wait for a lock. Its holder writes a note, renames and syncs directories, which
-/// takes long on a stalled disk.
-pub(crate) const TIMEOUT: Duration = Duration::from_secs(60);
 /// Time between attempts.
 const AGAIN: Duration = Duration::from_millis(5);
 

@@ -4,7 +4,8 @@ use std::io;
 
 use clade_memory::{LayerHandle, PAGE_SHIFT, PAGE_SIZE, PageRange, RamError, RamImage};
 
-use crate::space::{PageContent, Space, linear};
+use crate::content::PageContent;
+use crate::space::{Space, linear};
 
 /// An image, or its difference from another.
 #[derive(Debug)]

@@ -2,11 +2,11 @@
 
 use std::collections::HashSet;
 use std::path::{Component, Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use clade_memory::{DontFork, PAGE_SHIFT, RamImage};
 
 use crate::chain::{MAX_DEPTH, Snapshot, read_manifest};
+use crate::content::PageContent;
 use crate::dependents::{self, Noted};
 use crate::dir::{Dir, identity};
 use crate::error::Error;
@@ -18,65 +18,11 @@ use crate::format::{
 use crate::layer::sealed_sum;
 use crate::lock::{How, lock};
 use crate::parents::ParentDirs;
+use crate::progress::{Meter, SaveProgress};
 use crate::ram::RamSpace;
-use crate::space::{PageContent, Space, checked_runs};
+use crate::space::{Space, checked_runs};
 use crate::staging::{MANIFEST, STATE, StagingDir, expect_replaceable, layer_name, place, random};
 use crate::write::write_layer;
-
-/// Progress of a save, and its cancellation.
-#[derive(Clone, Copy)]
-pub struct SaveProgress<'a> {
-    /// Called on the saving thread with the bytes done and the most bytes to do. Bytes that turn
-    /// out to be zeros count as done.
-    pub progress: &'a dyn Fn(u64, u64),
-    /// Any thread may set it to cancel the save.
-    pub cancel: &'a AtomicBool,
-}
-
-impl std::fmt::Debug for SaveProgress<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SaveProgress").field("cancel", &self.cancel).finish_non_exhaustive()
-    }
-}
-
-impl SaveProgress<'static> {
-    /// Without progress and cancellation.
-    #[must_use]
-    pub fn none() -> Self {
-        static NEVER: AtomicBool = AtomicBool::new(false);
-        Self { progress: &|_, _| {}, cancel: &NEVER }
-    }
-}
-
-/// Counts bytes for a [`SaveProgress`].
-pub(crate) struct Meter<'a> {
-    watch: &'a SaveProgress<'a>,
-    done: &'a mut u64,
-    total: u64,
-}
-
-impl<'a> Meter<'a> {
-    pub(crate) fn new(watch: &'a SaveProgress<'a>, done: &'a mut u64, total: u64) -> Self {
-        Self { watch, done, total }
-    }
-
-    /// The same meter, borrowed.
-    pub(crate) fn part(&mut self) -> Meter<'_> {
-        Meter { watch: self.watch, done: self.done, total: self.total }
-    }
-
-    /// Adds bytes done. Returns an error if the save was cancelled.
-    pub(crate) fn add(&mut self, bytes: u64) -> Result<(), Error> {
-        *self.done += bytes;
-        (self.watch.progress)(*self.done, self.total);
-        self.check()
-    }
-
-    pub(crate) fn check(&self) -> Result<(), Error> {
-        // Relaxed: the flag guards no other data.
-        if self.watch.cancel.load(Ordering::Relaxed) { Err(Error::Cancelled) } else { Ok(()) }
-    }
-}
 
 /// A disk to be saved.
 #[derive(Clone, Copy)]

@@ -4,17 +4,9 @@ use std::io;
 
 use clade_memory::{PageRange, RamLayout};
 
+use crate::content::PageContent;
 use crate::error::Error;
 use crate::format::Run;
-
-/// Kind of a page, before it is read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PageContent {
-    /// The page has to be read, and may turn out to be zeros.
-    Data,
-    /// The page is zeros.
-    Zero,
-}
 
 /// Memory, or a disk, at one instant, to be saved.
 pub trait Space: Sync {

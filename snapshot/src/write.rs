@@ -11,12 +11,13 @@ use std::thread;
 
 use clade_memory::{PAGE_SHIFT, PAGE_SIZE, PageRange};
 
+use crate::content::PageContent;
 use crate::error::Error;
 use crate::files::FileOps;
 use crate::format::{CHUNK_BYTES, CHUNK_PAGES, Chunk, Compression, Index, LayerEntry, Run, checksum, push_run};
 use crate::layer::sealed_sum;
-use crate::save::Meter;
-use crate::space::{PageContent, Space};
+use crate::progress::Meter;
+use crate::space::Space;
 
 /// Pages in a window, which is read and written as a whole: 4 MiB.
 const WINDOW: u64 = 1024;
@@ -306,7 +307,7 @@ mod tests {
     use super::*;
     use crate::format::Index;
     use crate::layer::LayerFile;
-    use crate::save::SaveProgress;
+    use crate::progress::SaveProgress;
     use std::io;
 
     /// Many windows in which short zeros that are known, long ones, and pages that turn out to be

@@ -3,9 +3,9 @@
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use super::detach::Copies;
+use super::copied_files::Copies;
 use super::host_link::stricter;
-use super::keep::KeptData;
+use super::kept::KeptData;
 use super::kept::{DataId, KeptLine, KeptLines, KeptRecord};
 use super::vm_record::VmRecord;
 use clade_api::secrets::Secrets;

@@ -4,111 +4,23 @@
 //! a guest breaks out would change with them afterwards. So a worker without a guest copies them
 //! ([`clade_worker::DetachRequest`]), and ends.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::io;
-use std::ops::Range;
-use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::Arc;
 use std::time::Instant;
 
 use clade_block::DiskConfig;
 use rustix::time::{ClockId, clock_gettime};
 
 use super::checkpoint::Checkpoint;
-use super::processes::ProcessId;
+use super::copied_files::CopiedPart;
 use super::vm_record::VmRecord;
 use super::{ImagePermit, Supervisor};
 use clade_api::http::Cancel;
 use clade_api::{DaemonError, DetachedInfo, ProblemKind};
-use clade_vmm::vm::{CopiedFile, FileId, ImageFile, SealedParts, file_id_at};
+use clade_vmm::vm::{FileId, ImageFile, SealedParts, file_id_at};
 use clade_worker::jail::{Grants, is_block_device};
 use clade_worker::{DetachRequest, DetachedParts, KnownFiles, KnownPart, VmTemplate, packed};
-
-/// The copies that checkpoints hold.
-#[derive(Debug, Default)]
-pub(super) struct CopiedFiles(Mutex<Known>);
-
-#[derive(Debug, Default)]
-struct Known {
-    /// Files without a name that no VM's process can write, as long as a checkpoint holds them: so their
-    /// inode numbers are not reused.
-    files: HashMap<FileId, Vec<Weak<()>>>,
-    /// Parts of VMs' layers that later checkpoints of the same VM show too.
-    parts: Vec<Weak<CopiedPart>>,
-}
-
-/// A copy of a part of a layer's file.
-#[derive(Debug)]
-struct CopiedPart {
-    /// The VM whose process has named the file: it may lie about files of other VMs.
-    vm: Option<ProcessId>,
-    of: FileId,
-    runs: Vec<Range<u64>>,
-    id: FileId,
-    copy: OwnedFd,
-}
-
-/// Keeps the copies of a detached checkpoint known.
-#[derive(Debug)]
-pub(super) struct Copies {
-    #[expect(dead_code, reason = "held, not read")]
-    holder: Arc<()>,
-    #[expect(dead_code, reason = "held, not read")]
-    parts: Vec<Arc<CopiedPart>>,
-}
-
-/// Whether runs are ascending and not empty.
-fn are_ascending(runs: &[Range<u64>]) -> bool {
-    runs.iter().all(|run| !run.is_empty()) && runs.windows(2).all(|pair| pair[0].end <= pair[1].start)
-}
-
-impl CopiedFiles {
-    fn all(&self) -> MutexGuard<'_, Known> {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.files.retain(|_, holders| {
-            holders.retain(|holder| holder.strong_count() > 0);
-            !holders.is_empty()
-        });
-        all.parts.retain(|part| part.strong_count() > 0);
-        all
-    }
-
-    /// Returns the copies among the files of an image of `vm`, and the copied parts of others.
-    fn among(&self, vm: Option<ProcessId>, files: &[ImageFile<'_>]) -> (Vec<FileId>, Vec<Arc<CopiedPart>>) {
-        let all = self.all();
-        let copies = files.iter().map(|file| file.id).filter(|id| all.files.contains_key(id)).collect();
-        let is_here = |part: &Arc<CopiedPart>| files.iter().any(|file| file.id == part.of);
-        let of_vm = |part: &Arc<CopiedPart>| vm.is_some() && part.vm == vm && is_here(part);
-        (copies, all.parts.iter().filter_map(Weak::upgrade).filter(of_vm).collect())
-    }
-
-    /// Adds the copies of a detached image of `vm`, which the result's owner holds. The image has the files
-    /// `files`; `made` were made for it, and those of `known` that it has were not made again.
-    fn add(
-        &self,
-        vm: Option<ProcessId>,
-        files: &[ImageFile<'_>],
-        made: Vec<CopiedFile>,
-        known: Vec<Arc<CopiedPart>>,
-    ) -> io::Result<Copies> {
-        let file_of = |id: FileId| files.iter().find(|file| file.id == id);
-        let mut parts: Vec<_> = known.into_iter().filter(|part| file_of(part.id).is_some()).collect();
-        for CopiedFile { of, runs, copy: id } in made.into_iter().filter(|made| are_ascending(&made.runs)) {
-            let Some(copy) = file_of(id).filter(|file| file.is_sealed) else { continue };
-            parts.push(Arc::new(CopiedPart { vm, of, runs, id, copy: copy.file.try_clone_to_owned()? }));
-        }
-        let holder = Arc::new(());
-        let mut all = self.all();
-        for file in files.iter().filter(|file| file.is_sealed) {
-            all.files.entry(file.id).or_default().push(Arc::downgrade(&holder));
-        }
-        let is_ours = |part: &Weak<CopiedPart>| parts.iter().any(|ours| part.ptr_eq(&Arc::downgrade(ours)));
-        all.parts.retain(|part| !is_ours(part));
-        all.parts.extend(parts.iter().map(Arc::downgrade));
-        drop(all);
-        Ok(Copies { holder, parts })
-    }
-}
 
 /// Refuses the image of a worker that was broken into by the image that it got. Each file is one of
 /// `allowed`, or was made by the worker: born since `start`, and in no image before.
@@ -124,7 +36,7 @@ fn expect_copied(
         // Some file systems have no birth times, and some have seconds alone.
         let least = if nanoseconds == 0 { (start.0, 0) } else { start };
         let born = (seconds, nanoseconds) == (0, 0) || (seconds, nanoseconds) >= least;
-        file.is_sealed && born && !before.contains(&file.id)
+        file.has_no_writer && born && !before.contains(&file.id)
     };
     if after.iter().all(|file| allowed.contains(&file.id) || is_new(file)) {
         return Ok(());
@@ -250,11 +162,13 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::copied_files::CopiedFiles;
+    use crate::processes::ProcessId;
     use crate::vm_record::template_of_boot;
     use clade_block::DiskConfig;
     use clade_devices::virtio::block::BlockOptions;
     use clade_snapshot::KnownDir;
-    use clade_vmm::vm::{DiskSpec, VmConfig};
+    use clade_vmm::vm::{CopiedFile, DiskSpec, VmConfig};
 
     fn template(disks: &[DiskConfig]) -> VmTemplate {
         let mut config = VmConfig::new(32 << 20, 1).unwrap();
@@ -295,7 +209,7 @@ mod tests {
         // An image that is only read, and was replaced.
         let only = template(&[read]);
         let file = std::fs::File::open("/dev/null").unwrap();
-        let files = [ImageFile { id: id("read"), file: file.as_fd(), is_sealed: false }];
+        let files = [ImageFile { id: id("read"), file: file.as_fd(), has_no_writer: false }];
         expect_images(&only, &files).unwrap();
         std::fs::rename(dir.path().join("written"), dir.path().join("read")).unwrap();
         let refused = expect_images(&only, &files).unwrap_err();
@@ -319,7 +233,7 @@ mod tests {
     }
 
     fn list<'a>(ids: &[FileId], file: &'a std::fs::File) -> Vec<ImageFile<'a>> {
-        ids.iter().map(|id| ImageFile { id: *id, file: file.as_fd(), is_sealed: true }).collect()
+        ids.iter().map(|id| ImageFile { id: *id, file: file.as_fd(), has_no_writer: true }).collect()
     }
 
     const fn id(inode: u64) -> FileId {
@@ -342,9 +256,9 @@ mod tests {
         // The same inode number, born later.
         assert!(files.among(None, &list(&[(0, 1, 2, 500, 7)], &file)).0.is_empty());
         drop(second);
-        assert!(among(&[2, 3]).is_empty() && files.all().files.is_empty());
+        assert!(among(&[2, 3]).is_empty() && files.is_empty());
         // Copies have no names.
-        let named = [ImageFile { is_sealed: false, ..ids(&[5])[0] }];
+        let named = [ImageFile { has_no_writer: false, ..ids(&[5])[0] }];
         let _held = files.add(None, &named, Vec::new(), Vec::new()).unwrap();
         assert!(among(&[5]).is_empty());
     }
@@ -394,7 +308,7 @@ mod tests {
         let uncopied = list(&[id(4), id(2)], &file);
         let older = list(&[(0, 1, 8, 500, 5)], &file);
         let older_by_a_second = list(&[(0, 1, 8, 499, 0)], &file);
-        let named = vec![ImageFile { is_sealed: false, ..list(&[id(9)], &file)[0] }];
+        let named = vec![ImageFile { has_no_writer: false, ..list(&[id(9)], &file)[0] }];
         for wrong in [uncopied, older, older_by_a_second, named] {
             let refused = expect(&wrong).unwrap_err();
             assert!(clade_vmm::error_chain(&refused).contains("may write"), "{refused:?}");

@@ -8,11 +8,12 @@ use std::sync::{MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use super::cgroups::Cgroups;
+use super::host_link::release_links;
 use super::processes::OwnVm;
 use super::vm_record::{VmRecord, clear_up};
 use super::{Inner, Unsettled};
 use clade_api::flight::FlightEvent;
-use clade_api::{DaemonError, NameClaim, WorkerExit, record_end, recorded_reason, vm_names};
+use clade_api::{DaemonError, NameClaim, RuntimeDir, WorkerExit, record_end, recorded_reason, vm_names};
 use clade_vmm::vm::StopReason;
 use clade_worker::UNMERGED;
 
@@ -270,5 +271,21 @@ impl Inner {
         let used = OnceCell::new();
         self.processes.kill_overdue(|image| used.get_or_init(|| self.used_images()).contains(image));
         found
+    }
+}
+
+/// Removes the files of a VM whose process has ended, where no supervisor is left to do so.
+pub fn settle_dead(dir: &Path, name: &str) {
+    // A taken name: its process still holds it, or another process clears up.
+    if let Ok(claim) = RuntimeDir::open(dir).and_then(|dir| NameClaim::new(&dir, name)) {
+        clear_up_alone(claim, WorkerExit { pid: 0, signal: None, code: None });
+    }
+}
+
+/// Clears up after a VM that has ended, where no supervisor releases the rest of its resources.
+pub(crate) fn clear_up_alone(claim: NameClaim, exit: WorkerExit) {
+    let (dir, name) = (claim.dir().clone(), claim.name.clone());
+    if let Some(ended) = clear_up(claim, exit, true, Vec::new()) {
+        release_links(&dir, &name, &ended);
     }
 }

@@ -8,11 +8,10 @@ use std::sync::Arc;
 
 use clade_devices::virtio::net::Link;
 use clade_memory::PAGE_SIZE;
-use clade_snapshot::SnapshotId;
 
 use super::Supervisor;
 use super::checkpoint::Checkpoint;
-use super::kept::{ChainBytes, DataId, KeptDir, KeptRecord};
+use super::kept::{ChainBytes, KeptData, KeptDir, KeptRecord};
 use super::processes::ProcessId;
 use super::vm_record::VmRecord;
 use clade_api::http::Cancel;
@@ -21,17 +20,6 @@ use clade_worker::WriteSnapshotRequest;
 
 /// Most snapshots that a kept checkpoint consists of. Each adds files to hold open, and pieces to map.
 const MAX_CHAIN: usize = 16;
-
-/// A checkpoint as it is on the disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct KeptData {
-    /// Its own data, and then the data that it builds on, the nearest first.
-    pub(super) chain: Vec<DataId>,
-    pub(super) bytes: ChainBytes,
-    pub(super) id: SnapshotId,
-    /// Whether later checkpoints build on none before it: it was to be written in full, or is opened.
-    pub(super) is_alone: bool,
-}
 
 /// A kept checkpoint that another builds on.
 struct KeptBase {

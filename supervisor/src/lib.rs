@@ -7,19 +7,19 @@
 //!
 //! | file | content |
 //! |---|---|
-//! | `make` | children and booted VMs, all of a request or none |
+//! | `launch` | forks, restored and booted VMs, all of a request or none |
 //! | `ends` | detection of ended processes, and their cleanup |
 //! | `checkpoint` | the image of a VM, held for forks |
 //! | `checkpoints` | checkpoints by name, in memory and on disk |
-//! | `detach` | copies of images that no VM's process can write |
+//! | `detach`, `copied_files` | copies of images that no VM's process can write |
 //! | `vm_record` | the supervisor's own records of VMs |
 //! | `worker_resources` | grants and descriptors of workers |
 //! | `cgroups` | resource limits of VMs' processes |
 //! | `kept` | the directory of checkpoints on disk, for later supervisors |
 //! | `keep` | writing them there, with the changes since an earlier one |
-//! | `host_link` | closed networks, enforced outside of VMs' processes |
+//! | `host_link`, `recorded_link` | closed networks, enforced outside of VMs' processes |
 //! | `net_hook` | the program that connects interfaces to the host's network |
-//! | `records` | flight records of VMs that another supervisor has started |
+//! | `flight_records` | flight records of VMs that another supervisor has started |
 //! | `processes` | the processes of its VMs, and the end of those that do not end |
 //! | `request_limiter` | limits on the supervisor's resources for each VM |
 //! | `overlays` | directories for the writes of confined VMs' disks |
@@ -31,7 +31,7 @@
 //! | `idempotency` | repeated requests |
 //! | `openapi` | the description of the HTTP API |
 //! | `metrics` | numbers for Prometheus |
-//! | `page` | the browser's page: its files, and the headers of all answers over TCP |
+//! | `browser_page` | the browser's page: its files, and the headers of all answers over TCP |
 //! | `pool` | workers prepared ahead of requests |
 //! | `proxy` | requests forwarded to a VM's process |
 //! | `reidentify` | identity of guests in new VMs, renewed by their agents |
@@ -44,28 +44,30 @@
 #![deny(missing_docs)]
 
 mod broker;
+mod browser_page;
 mod cgroups;
 mod checkpoint;
 mod checkpoints;
+mod copied_files;
 mod detach;
 mod ends;
 mod events;
 mod exposition;
+mod flight_records;
 mod host_link;
 mod idempotency;
 mod idle;
 mod keep;
 mod kept;
-mod make;
+mod launch;
 mod metrics;
 mod net_hook;
 mod openapi;
 mod overlays;
-mod page;
 mod pool;
 mod processes;
 mod proxy;
-mod records;
+mod recorded_link;
 mod reidentify;
 mod request_limiter;
 mod restore;
@@ -108,8 +110,10 @@ use clade_api::{
 use clade_vmm::vm::{StopReason, VmConfig};
 use clade_worker::host_limits::{ResourceDemand, check_host_limits};
 use clade_worker::zygote::Zygote;
-use detach::CopiedFiles;
+use copied_files::CopiedFiles;
+pub use ends::settle_dead;
 use events::Events;
+use flight_records::Records;
 use idempotency::Keys;
 use idle::Idle;
 use kept::{KeptDir, KeptLines};
@@ -118,14 +122,13 @@ use overlays::OverlayDirs;
 use pool::Pool;
 pub use processes::COMMIT_TIMEOUT;
 use processes::{Processes, kill};
-use records::Records;
 pub(crate) use request_limiter::ImagePermit;
 use request_limiter::{ForwardLimiter, ImageRequestLimiter, NetworkChanges};
 use snapshots::Snapshots;
 pub use start::SupervisorOptions;
 pub use stop::{agent_socket, stop};
 use vm_record::VmRecord;
-pub use vm_record::{in_session, is_in_session, settle_dead, vms_in};
+pub use vm_record::{in_session, is_in_session, vms_in};
 use worker_resources::SandboxProfile;
 
 /// Metrics clients at a time.

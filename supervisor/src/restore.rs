@@ -10,7 +10,7 @@ use super::Supervisor;
 use super::cgroups::Bounds;
 use super::checkpoint::Checkpoint;
 use super::kept::KeptRecord;
-use super::make::{ChildSource, expect_no_detach};
+use super::launch::{ChildSource, expect_no_detach};
 use super::overlays::{OverlayUse, unnamed_in};
 use super::session::Session;
 use super::vm_record::VmRecord;

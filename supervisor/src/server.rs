@@ -32,7 +32,7 @@ use utoipa_axum::routes;
 use super::idempotency::once;
 use super::proxy::{ProxyLimits, forward, shown, with_own_socket};
 use super::vm_record::vsock_known;
-use super::{Supervisor, metrics, openapi, page};
+use super::{Supervisor, browser_page, metrics, openapi};
 use clade_api::http::{
     Acceptor, Answer, ApiError, Cancel, CancelOnDrop, ClientProcess, Optional, SessionGate, THREAD_PATIENCE,
     TcpAcceptor, behind_gate, expect_absolute, fallback, grace, not_allowed, on_a_thread, serve_http, session,
@@ -117,7 +117,7 @@ impl Supervisor {
         let acceptor = TcpAcceptor(TcpListener::from_std(listener).map_err(failed)?);
         let gate = Arc::new(SessionGate::new(token, bound.port()));
         let api = behind_gate(router(self.clone()), gate);
-        let router = page::routes().merge(api).layer(from_fn(page::harden));
+        let router = browser_page::routes().merge(api).layer(from_fn(browser_page::harden));
         self.0.serve(serve_http(acceptor, router, self.0.ending.subscribe()));
         Ok(bound)
     }

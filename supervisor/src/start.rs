@@ -17,7 +17,7 @@ use tokio::sync::{Semaphore, watch};
 use crate::broker::Broker;
 use crate::cgroups::{CgroupPlace, Cgroups};
 use crate::checkpoints::Checkpoints;
-use crate::detach::CopiedFiles;
+use crate::copied_files::CopiedFiles;
 use crate::idle::Idle;
 use crate::kept::{Found, KeptDir, KeptLines};
 use crate::net_hook::NetHook;

@@ -7,7 +7,8 @@ use clade_api::http::{THREAD_PATIENCE, on_a_thread};
 use clade_api::{Client, ClientError, StopAnswer, StopRequest, VmInfo, check_name};
 use hyper::Method;
 
-use crate::vm_record::{clear_up_alone, vsock_known};
+use crate::ends::clear_up_alone;
+use crate::vm_record::vsock_known;
 
 /// Stops a VM according to `request`. Returns when its name is free. A confined process leaves
 /// its files to the supervisor; without one, they are removed here.

@@ -14,10 +14,10 @@ use clade_devices::virtio::net::Link;
 use serde::{Deserialize, Serialize};
 
 use super::cgroups::Bounds;
-use super::host_link::{RecordedLink, release_links};
 use super::net_hook::Interfaces;
 use super::overlays::unnamed_in;
 use super::processes::ProcessId;
+use super::recorded_link::RecordedLink;
 use super::session::{self, Session};
 use clade_api::flight::FlightEvent;
 use clade_api::secrets::SecretsRecord;
@@ -229,22 +229,6 @@ pub fn vms_in(dir: &Path) -> Result<Vec<String>, DaemonError> {
 /// When the record cannot be read.
 pub(crate) fn vsock_known(dir: &Path, name: &str) -> Result<Option<Option<VsockInfo>>, DaemonError> {
     Ok(VmRecord::read(&RuntimeDir::open(dir)?, name)?.map(|vm_record| vm_record.vsock()))
-}
-
-/// Removes the files of a VM whose process has ended, where no supervisor is left to do so.
-pub fn settle_dead(dir: &Path, name: &str) {
-    // A taken name: its process still holds it, or another process clears up.
-    if let Ok(claim) = RuntimeDir::open(dir).and_then(|dir| NameClaim::new(&dir, name)) {
-        clear_up_alone(claim, WorkerExit { pid: 0, signal: None, code: None });
-    }
-}
-
-/// Clears up after a VM that has ended, where no supervisor releases the rest of its resources.
-pub(crate) fn clear_up_alone(claim: NameClaim, exit: WorkerExit) {
-    let (dir, name) = (claim.dir().clone(), claim.name.clone());
-    if let Some(ended) = clear_up(claim, exit, true, Vec::new()) {
-        release_links(&dir, &name, &ended);
-    }
 }
 
 /// Device and inode of a socket.

@@ -8,10 +8,11 @@ use clade_devices::virtio::net::Link;
 
 use super::broker::Broker;
 use super::cgroups::{Bounds, Group};
-use super::host_link::{RecordedLink, release_links};
+use super::host_link::release_links;
 use super::net_hook::Interfaces;
 use super::overlays::OverlayUse;
 use super::processes::{OwnVm, ProcessId};
+use super::recorded_link::RecordedLink;
 use super::session::Live;
 use super::vm_record::{VmRecord, inode};
 use clade_api::secrets::SecretsRecord;

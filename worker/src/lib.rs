@@ -22,7 +22,7 @@
 //! | topic | module |
 //! |---|---|
 //! | requests to workers, and the processes as the supervisor sees them | `process`, `workers` |
-//! | confinement | `confine`, [`jail`] |
+//! | confinement | `confine_request`, [`jail`] |
 //! | the VM of the process, its name and its end | [`vm_host`] |
 //! | its control socket (HTTP) and console sockets | [`rpc`], `console` |
 //! | its image for other processes; suspension and rollback | [`image`] |
@@ -31,7 +31,7 @@
 #![deny(missing_docs)]
 
 pub mod ahead;
-mod confine;
+mod confine_request;
 mod console;
 mod describe;
 mod detach;
@@ -68,8 +68,8 @@ use clade_memory::GuestRam;
 use clade_vmm::boot::BootImage;
 use clade_vmm::vm::{EndpointParts, Vm, VmConfig};
 
-pub use confine::ConfineRequest;
-pub use confine::{ConfinedWorker, confine_worker};
+pub use confine_request::ConfineRequest;
+pub use confine_request::{ConfinedWorker, confine_worker};
 pub use detach::{DetachRequest, KnownFiles, KnownPart, packed};
 pub use open::ReadSnapshotRequest;
 pub use pace::Pace;

@@ -4,6 +4,7 @@ mod agent;
 mod args;
 mod checkpoint;
 mod cp;
+mod demo;
 mod dev_supervisor;
 mod devices;
 mod disk;
@@ -178,7 +179,7 @@ pub fn program(name: &str, runs_vms: bool, command: impl FnOnce() -> Outcome) ->
 
 fn run(command: Command) -> Outcome {
     match command {
-        Command::Demo(args) => crate::demo::main(&args),
+        Command::Demo(args) => demo::main(&args),
         Command::Run(args) => run::main(&args),
         Command::Guest(args) => guest::main(&args),
         Command::Ps(args) => ps::main(&args),

@@ -25,13 +25,13 @@ use std::os::unix::fs::FileExt;
 use thiserror::Error;
 
 use crate::tree::{Content, NodeId, ROOT, Tree};
+use crate::xattr_rules::XATTR_BLOCK;
 use dir::{DirName, blocks_of_directory, write_directory};
 use inode::{Inode, MAX_EXTENTS, extent_leaves, write_leaves};
 use layout::{Geometry, UsedBlocks};
-pub(crate) use xattr::{XATTR_ROOM, xattr_index, xattr_room};
 
 /// Bytes of a block.
-const BLOCK: usize = 4096;
+const BLOCK: usize = XATTR_BLOCK;
 const ROOT_INODE: u32 = 2;
 /// The first inode that is not reserved: `lost+found`.
 const FIRST_INODE: u32 = 11;

@@ -3,28 +3,7 @@
 use super::BLOCK;
 use super::layout::{put16, put32};
 use crate::tar::Xattr;
-
-const HEAD: usize = 32;
-const ENTRY: usize = 16;
-/// Room for all attributes of a node: a block without its head and the end of its list.
-pub(crate) const XATTR_ROOM: usize = BLOCK - HEAD - 4;
-
-const USER: (u8, &[u8]) = (1, b"user.");
-const SECURITY: (u8, &[u8]) = (6, b"security.");
-/// The only attribute of the kernel's own that an image may set.
-const CAPABILITY: &[u8] = b"security.capability";
-
-/// The number of a name's prefix, and the rest. None if an image may not set it.
-pub(crate) fn xattr_index(name: &[u8]) -> Option<(u8, &[u8])> {
-    let (index, prefix) = if name == CAPABILITY { SECURITY } else { USER };
-    name.strip_prefix(prefix).filter(|rest| !rest.is_empty()).map(|rest| (index, rest))
-}
-
-/// Bytes of an attribute.
-pub(crate) fn xattr_room(name: &[u8], value: &[u8]) -> usize {
-    let rest = xattr_index(name).map_or(0, |(_, rest)| rest.len());
-    ENTRY + rest.next_multiple_of(4) + value.len().next_multiple_of(4)
-}
+use crate::xattr_rules::{ENTRY, HEAD, xattr_index};
 
 fn hash(name: &[u8], value: &[u8]) -> u32 {
     let of_name = name.iter().fold(0u32, |hash, byte| hash.rotate_left(5) ^ u32::from(*byte));

@@ -12,7 +12,7 @@ use thiserror::Error;
 
 use crate::digest::{Digest, DigestError};
 use crate::manifest::{Descriptor, ManifestError};
-use crate::pull::PullOptions;
+use crate::options::PullOptions;
 use crate::reference::Reference;
 use crate::tar::TarError;
 

@@ -22,7 +22,7 @@ use crate::credentials::Credentials;
 use crate::digest::{Digest, DigestError};
 use crate::limits::MAX_DOCUMENT;
 use crate::manifest::{Descriptor, accepted};
-use crate::pull::PullOptions;
+use crate::options::PullOptions;
 use crate::reference::Version;
 
 /// Maximum length of a token server's answer.

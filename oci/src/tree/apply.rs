@@ -8,9 +8,9 @@ use std::io::{Read, Seek, Write};
 
 use super::walk::parts;
 use super::{Content, Dirent, LayerError, Meta, Node, NodeId, ROOT, Tree};
-use crate::ext4::{XATTR_ROOM, xattr_index, xattr_room};
 use crate::limits::{Bounded, MAX_LINKS, MAX_PATH};
 use crate::tar::{TarHeader, TarKind, TarReader, shown};
+use crate::xattr_rules::{XATTR_ROOM, xattr_index, xattr_room};
 
 const WHITEOUT: &[u8] = b".wh.";
 /// Hides all entries of the lower layers in its directory.

@@ -11,8 +11,8 @@
 
 use clade_memory::{PAGE_SHIFT, PAGE_SIZE, PageRange};
 
-use super::{Damage, Reader, VERSION, seal, unseal};
-use crate::space::PageContent;
+use super::{Damage, Reader, VERSION, with_checksum, without_checksum};
+use crate::content::PageContent;
 
 /// Pages in a chunk, the unit of checksums and compression.
 pub(crate) const CHUNK_PAGES: u64 = 64;
@@ -144,7 +144,7 @@ impl Index {
             out.extend_from_slice(&u64::from(chunk.stored).to_le_bytes());
             out.extend_from_slice(&chunk.sum.to_le_bytes());
         }
-        seal(out)
+        with_checksum(out)
     }
 
     /// Decodes an index. The result is consistent: runs ascend within the space, and the chunks are
@@ -153,7 +153,7 @@ impl Index {
     /// # Errors
     /// When the bytes are not an index.
     pub fn decode(bytes: &[u8]) -> Result<Self, Damage> {
-        let mut reader = unseal(bytes, MAGIC, "index")?;
+        let mut reader = without_checksum(bytes, MAGIC, "index")?;
         let flags = reader.u32()?;
         if flags & !PACKED != 0 {
             return Err(Damage::value("flags", &format!("{flags:#x}")));

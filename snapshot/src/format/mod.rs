@@ -176,14 +176,14 @@ pub fn checksum(bytes: &[u8]) -> u64 {
 
 /// Bytes followed by their checksum, as the binary files end.
 #[must_use]
-pub fn seal(mut body: Vec<u8>) -> Vec<u8> {
+pub fn with_checksum(mut body: Vec<u8>) -> Vec<u8> {
     let sum = checksum(&body);
     body.extend_from_slice(&sum.to_le_bytes());
     body
 }
 
-/// Checks a sealed file that begins with `magic`, and returns its body.
-pub(crate) fn unseal<'a>(bytes: &'a [u8], magic: &[u8; 8], name: &'static str) -> Result<Reader<'a>, Damage> {
+/// Checks a file that begins with `magic` and ends with its checksum. Returns its body.
+pub(crate) fn without_checksum<'a>(bytes: &'a [u8], magic: &[u8; 8], name: &'static str) -> Result<Reader<'a>, Damage> {
     if bytes.get(..8) != Some(magic) {
         return Err(Damage::Magic(name));
     }

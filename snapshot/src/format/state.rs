@@ -9,7 +9,7 @@
 
 use std::collections::HashSet;
 
-use super::{Damage, VERSION, seal, unseal};
+use super::{Damage, VERSION, with_checksum, without_checksum};
 
 const MAGIC: &[u8; 8] = b"CLADESTA";
 /// Most bytes in the name of a section, or of a disk.
@@ -32,7 +32,7 @@ pub fn encode_sections(sections: &[(&str, &[u8])]) -> Vec<u8> {
         out.extend_from_slice(name.as_bytes());
         out.extend_from_slice(bytes);
     }
-    seal(out)
+    with_checksum(out)
 }
 
 fn sum_of(name: &[u8], bytes: &[u8]) -> u64 {
@@ -50,7 +50,7 @@ impl Sections {
     /// When the bytes are not a state file.
     pub fn decode(bytes: &[u8]) -> Result<Self, Damage> {
         // The checksum of the file is compared last: a section's own checksum names the section.
-        let whole = match unseal(bytes, MAGIC, "state") {
+        let whole = match without_checksum(bytes, MAGIC, "state") {
             Err(Damage::Checksum { wanted, found, .. }) => Err((wanted, found)),
             other => Ok(other?),
         };

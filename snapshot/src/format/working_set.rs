@@ -8,7 +8,7 @@
 
 use clade_memory::{IntervalMap, PageRange, Piece};
 
-use super::{Damage, SnapshotId, VERSION, seal, unseal};
+use super::{Damage, SnapshotId, VERSION, with_checksum, without_checksum};
 
 const MAGIC: &[u8; 8] = b"CLADEWRM";
 /// Most pages of a memory, so that no sum overflows.
@@ -96,7 +96,7 @@ impl WorkingSet {
             out.extend_from_slice(&run.start().to_le_bytes());
             out.extend_from_slice(&run.len().to_le_bytes());
         }
-        seal(out)
+        with_checksum(out)
     }
 
     /// Decodes a working set.
@@ -104,7 +104,7 @@ impl WorkingSet {
     /// # Errors
     /// When the bytes are not a working-set file.
     pub fn decode(bytes: &[u8]) -> Result<Self, Damage> {
-        let mut reader = unseal(bytes, MAGIC, "warm")?;
+        let mut reader = without_checksum(bytes, MAGIC, "warm")?;
         let _reserved = reader.u32()?;
         let (id, count) = (SnapshotId::new(reader.u128()?), reader.u64()?);
         if count.checked_mul(16) != Some(reader.0.len() as u64) {

@@ -9,8 +9,9 @@ use vm_memory::GuestAddress;
 
 use super::support::*;
 use crate::ParentDirs;
+use crate::content::PageContent;
 use crate::format::Manifest;
-use crate::space::{PageContent, Space};
+use crate::space::Space;
 use crate::*;
 
 /// 5,000 bytes, of which one in each page is set; or only the second page.

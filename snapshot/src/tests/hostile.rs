@@ -13,8 +13,8 @@ use rustix::fs::{CWD, FileType, Mode, mknodat};
 
 use super::support::*;
 use crate::ParentDirs;
+use crate::content::PageContent;
 use crate::format::{Index, Manifest, Run, checksum};
-use crate::space::PageContent;
 use crate::*;
 
 const HUGE: u64 = 8 << 40;
@@ -232,7 +232,7 @@ fn a_record_of_what_is_touched_names_each_page_of_the_memory_once() {
     let mut bytes = format::WorkingSet { id, runs: vec![whole] }.encode();
     bytes.truncate(bytes.len() - 8);
     bytes[32..40].copy_from_slice(&u64::MAX.to_le_bytes());
-    fs::write(at.join("warm"), format::seal(bytes)).unwrap();
+    fs::write(at.join("warm"), format::with_checksum(bytes)).unwrap();
     assert!(matches!(snapshot.working_set(), Err(Error::Damaged { damage: Damage::Length { .. }, .. })));
     // Recorded runs are normalized.
     record_working_set(&at, &[PageRange::new(8, 10), PageRange::new(0, pages + 7), PageRange::new(9, 9)]).unwrap();

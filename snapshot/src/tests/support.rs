@@ -7,8 +7,9 @@ use std::path::Path;
 use clade_memory::{GuestRam, PAGE_SIZE, PageRange, Quiesced, RamImage, RamLayout, Store};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::content::PageContent;
 use crate::files::FileOps;
-use crate::space::{PageContent, Space};
+use crate::space::Space;
 use crate::{Base, Compression, DiskToSave, Error, Load, ParentDirs, Save, SaveProgress, Saved, Snapshot, SnapshotId};
 
 /// A disk in memory that tracks the writes since its last save.

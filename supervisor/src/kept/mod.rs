@@ -28,7 +28,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use clade_devices::virtio::net::Link;
-use clade_snapshot::KnownDir;
+use clade_snapshot::{KnownDir, SnapshotId};
 use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, openat, unlinkat};
 use rustix::io::Errno;
 use rustix::process::geteuid;
@@ -55,6 +55,17 @@ const MAX_DEPTH: usize = 8;
 /// Time that a new supervisor waits for the lock.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 const LOCK_INTERVAL: Duration = Duration::from_millis(20);
+
+/// A checkpoint as it is on the disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct KeptData {
+    /// Its own data, and then the data that it builds on, the nearest first.
+    pub(super) chain: Vec<DataId>,
+    pub(super) bytes: ChainBytes,
+    pub(super) id: SnapshotId,
+    /// Whether later checkpoints build on none before it: it was to be written in full, or is opened.
+    pub(super) is_alone: bool,
+}
 
 /// The record of a kept checkpoint: the parts that a snapshot does not have.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

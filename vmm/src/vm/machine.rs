@@ -22,7 +22,7 @@ use crate::vm::error::VmError;
 use crate::vm::fork::{ForkImage, PauseGuard};
 use crate::vm::identity::generation::{self, GenerationError};
 use crate::vm::identity::{Claims, Endpoints, Identity};
-use crate::vm::pauses::Pauses;
+use crate::vm::pause_times::Pauses;
 use crate::vm::persist::SaveTracker;
 use crate::vm::prepared::PreparedVm;
 use crate::vm::stop::StopReason;

@@ -16,7 +16,7 @@
 //! | pausing and synchronizing vCPUs | `vcpu/control.rs` |
 //! | kicking a vCPU out of the guest | `vcpu/kick.rs` |
 //! | reading and writing memory from outside | `memory.rs` |
-//! | durations of pauses | `pauses.rs` |
+//! | durations of pauses | `pause_times.rs` |
 //! | durations of the steps of a child's start | `timeline.rs` |
 //! | the devices on their buses | `devices/` |
 //! | state that a VM does not share with its clones | `identity/` |
@@ -29,7 +29,7 @@ mod fork;
 mod identity;
 mod machine;
 mod memory;
-mod pauses;
+mod pause_times;
 mod persist;
 mod pool;
 mod prepared;
@@ -52,7 +52,7 @@ pub use identity::{
     NetChoice, NetIdentity, PortForward, UserNet, UserNetError, VsockChoice, user_net,
 };
 pub use machine::Vm;
-pub use pauses::{Histogram, HistogramCounts, Pauses};
+pub use pause_times::{Histogram, HistogramCounts, Pauses};
 pub use persist::{
     RestoreLoad, RestoreOptions, SavedAt, SavedError, SavedVm, SnapshotError, SnapshotOptions, SnapshotReport, sections,
 };

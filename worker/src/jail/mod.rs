@@ -3,7 +3,7 @@
 //! A guest that breaks out of its VM runs code in the worker. The jail stands between that code and
 //! the host.
 //!
-//! | layer | when | restricts |
+//! | mechanism | when | restricts |
 //! |---|---|---|
 //! | namespaces | once, by the zygote | the host's network, its System V objects, its host name |
 //! | seccomp | likewise, and in each worker; threads that serve the guest have a list of their own | system calls |
@@ -14,9 +14,9 @@
 //! Everything is applied while the worker has one thread; later threads inherit it. It cannot be
 //! undone. So the worker opens everything that it will need before, or gets it from the supervisor.
 //!
-//! The kernel enforces all layers. [`Confinement`] decides what happens without one of them.
+//! The kernel enforces all mechanisms. [`Confinement`] decides what happens without one of them.
 
-mod files;
+mod landlock;
 mod namespaces;
 mod seccomp;
 
@@ -30,7 +30,7 @@ use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-pub use files::{Grants, is_block_device};
+pub use landlock::{Grants, is_block_device};
 pub(crate) use namespaces::enter_empty;
 pub use seccomp::Role;
 
@@ -38,10 +38,10 @@ pub use seccomp::Role;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Confinement {
-    /// As far as the host supports it. A missing layer is logged.
+    /// As far as the host supports it. A missing mechanism is logged.
     #[default]
     Auto,
-    /// With every layer, or no worker starts.
+    /// With every mechanism, or no worker starts.
     Require,
     /// Not at all: for finding out whether the jail causes a problem.
     Off,
@@ -51,11 +51,11 @@ pub enum Confinement {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum JailError {
-    /// The kernel refuses a layer of the jail.
-    #[error("a worker cannot be confined: {layer}")]
-    Layer {
-        /// The layer.
-        layer: &'static str,
+    /// The kernel refuses a mechanism of the jail.
+    #[error("a worker cannot be confined: {mechanism}")]
+    Mechanism {
+        /// The mechanism.
+        mechanism: &'static str,
         /// The kernel's error.
         #[source]
         source: io::Error,
@@ -92,12 +92,12 @@ impl fmt::Display for Confinement {
 }
 
 impl Confinement {
-    /// Decides whether a layer's failure is an error.
-    pub fn judge(self, layer: &'static str, done: io::Result<()>) -> Result<(), JailError> {
+    /// Decides whether a mechanism's failure is an error.
+    pub fn judge(self, mechanism: &'static str, done: io::Result<()>) -> Result<(), JailError> {
         match done {
-            Err(source) if self == Self::Require => Err(JailError::Layer { layer, source }),
+            Err(source) if self == Self::Require => Err(JailError::Mechanism { mechanism, source }),
             Err(error) => {
-                tracing::warn!(%error, layer, "workers are confined without this layer");
+                tracing::warn!(%error, mechanism, "workers are confined without this mechanism");
                 Ok(())
             }
             Ok(()) => Ok(()),
@@ -109,7 +109,7 @@ impl Confinement {
 /// it.
 ///
 /// # Errors
-/// When a layer is required, and refused.
+/// When a mechanism is required, and refused.
 pub(crate) fn confine_zygote(confinement: Confinement) -> Result<(), JailError> {
     if confinement == Confinement::Off {
         return Ok(());
@@ -122,7 +122,7 @@ pub(crate) fn confine_zygote(confinement: Confinement) -> Result<(), JailError> 
 /// bytes of RAM. `memory` is the directory for its memory files, if they have one.
 ///
 /// # Errors
-/// When a layer is required, and refused.
+/// When a mechanism is required, and refused.
 pub fn confine(
     confinement: Confinement,
     grants: &Grants,

@@ -148,7 +148,7 @@ pub struct ImageFile<'a> {
     /// Its descriptor.
     pub file: BorrowedFd<'a>,
     /// Whether it has no name, and no process may open it for writing.
-    pub is_sealed: bool,
+    pub has_no_writer: bool,
 }
 
 impl SealedParts {
@@ -172,8 +172,8 @@ impl SealedParts {
             if !is_read_only(file)? {
                 return Err(TransferError::malformed("a file that can be written"));
             }
-            let is_sealed = kind.is_file() && stat.st_nlink == 0 && stat.st_mode & 0o222 == 0;
-            found.push(ImageFile { id: file_id(file)?, file: file.as_fd(), is_sealed });
+            let has_no_writer = kind.is_file() && stat.st_nlink == 0 && stat.st_mode & 0o222 == 0;
+            found.push(ImageFile { id: file_id(file)?, file: file.as_fd(), has_no_writer });
         }
         Ok(found)
     }
@@ -193,7 +193,7 @@ mod tests {
         File::options().write(true).create(true).truncate(true).mode(0o400).open(&path).unwrap();
         let kinds = |file: OwnedFd| {
             let parts = ImageParts::from_raw(Vec::new(), vec![file]).seal().unwrap();
-            parts.image_files().map(|files| files.iter().map(|file| file.is_sealed).collect::<Vec<_>>())
+            parts.image_files().map(|files| files.iter().map(|file| file.has_no_writer).collect::<Vec<_>>())
         };
         let (reader, writer) = std::io::pipe().unwrap();
         assert_eq!(kinds(reader.into()).unwrap(), [false; 0]);

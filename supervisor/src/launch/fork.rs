@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Weak};
 
 use super::ChildSource;
-use super::launch::{Launch, Note, WorkerEnv};
+use super::steps::{Launch, Note, WorkerEnv};
 use crate::Supervisor;
 use crate::checkpoint::Checkpoint;
 use crate::processes::ProcessId;

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::progress;
 use crate::commands::{DEFAULT_CMDLINE, DemoArgs, DevSupervisor, Failure, KernelSource, Table};
-use crate::demo::progress;
 use crate::linux_guest::LinuxGuest;
 use clade_vmm::vm::VmConfig;
 

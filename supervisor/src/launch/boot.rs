@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::launch::{Launch, Note, WorkerEnv};
+use super::steps::{Launch, Note, WorkerEnv};
 use crate::Supervisor;
 use crate::cgroups::Bounds;
 use crate::session::{Live, Session};

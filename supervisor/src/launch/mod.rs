@@ -1,7 +1,7 @@
 //! Children and booted VMs: starts the workers that make them, all of a request or none (I13).
 //!
-//! The steps of a request, in their order: from `assign` on in `launch.rs`, for anything that is a
-//! [`launch::Launch`]. A failure undoes the earlier steps, by the drop of their results:
+//! The steps of a request, in their order: from `assign` on in `steps.rs`, for anything that is a
+//! [`steps::Launch`]. A failure undoes the earlier steps, by the drop of their results:
 //!
 //! | step | where | undone by |
 //! |---|---|---|
@@ -18,9 +18,9 @@
 //! | files, interfaces and names are left to the VMs | `keep`, `leave` | nothing |
 
 mod boot;
-mod children;
-mod launch;
+mod fork;
 mod limits;
+mod steps;
 
 use std::cell::{Cell, OnceCell};
 use std::sync::Arc;
@@ -30,7 +30,6 @@ use super::checkpoint::Checkpoint;
 use super::reidentify::expect_reachable;
 use super::vm_record::VmRecord;
 use super::{ImagePermit, Supervisor};
-use children::Children;
 use clade_api::http::Cancel;
 use clade_api::{DaemonError, ErasedInfo, ForkAnswer, ForkRequest, NameClaim, ProblemKind, check_names, claim_names};
 use clade_devices::virtio::net::Link;
@@ -38,6 +37,7 @@ use clade_worker::ahead::Learning;
 use clade_worker::host_limits::{ResourceDemand, check_host_limits, check_share};
 use clade_worker::image::PendingFork;
 use clade_worker::{LaunchedVm, VmTemplate};
+use fork::Children;
 
 /// The source of children.
 pub(super) struct ChildSource<'a> {

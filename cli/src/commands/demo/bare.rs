@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use clade_guests::abi::{Command, PAGE_SIZE, POLL_OPS, WORK_BASE};
 use clade_memory::GAP_START;
 
+use super::progress;
 use crate::commands::{BARE, DemoArgs, DevSupervisor, Failure, KernelSource, RemoteVm};
-use crate::demo::progress;
 use clade_harness::{BareMailbox, BareVcpu, Sample, Slice, stop_writing};
 use clade_vmm::vm::VmConfig;
 
