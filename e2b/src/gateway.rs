@@ -22,6 +22,7 @@ use crate::connection_limits::ConnectionLimits;
 use crate::error::{Answer, GatewayError};
 use crate::idempotency::Replays;
 use crate::keys::ApiKeys;
+use crate::ports::number;
 use crate::quotas::{HeldQuota, Ledger, Quotas, Usage};
 use crate::rate::Rates;
 use crate::records::{RecordEntry, RecordTable, SandboxRecord, SnapshotRecord};
@@ -53,8 +54,8 @@ pub struct Options {
     pub dir: PathBuf,
     /// The file of API keys.
     pub keys: PathBuf,
-    /// The domain whose subdomains `PORT-ID` are sandboxes' ports. Without one, only headers name
-    /// ports.
+    /// The domain whose subdomains `PORT-ID` are sandboxes' ports, with the port of clients' addresses
+    /// unless that is their default. Without a domain, only headers name ports.
     pub domain: Option<String>,
     /// The store of built templates. Without it checkpoints are the only templates.
     pub templates: Option<TemplateStore>,
@@ -81,7 +82,7 @@ pub enum GatewayOpenError {
         source: io::Error,
     },
     /// The domain is invalid.
-    #[error("invalid domain {domain:?}: letters, digits, '-' and '.' are allowed")]
+    #[error("invalid domain {domain:?}: letters, digits, '-' and '.' are allowed, and a port after ':'")]
     Domain {
         /// The domain given.
         domain: String,
@@ -124,10 +125,7 @@ impl Gateway {
     /// # Errors
     /// When its files cannot be read or made.
     pub fn open(options: &Options) -> Result<Self, GatewayOpenError> {
-        let is_fine = |b: u8| b.is_ascii_alphanumeric() || b"-.".contains(&b);
-        if let Some(domain) = &options.domain
-            && (domain.is_empty() || !domain.bytes().all(is_fine))
-        {
+        if let Some(domain) = options.domain.as_ref().filter(|domain| !is_domain(domain)) {
             return Err(GatewayOpenError::Domain { domain: domain.clone() });
         }
         let dir = options.dir.join("e2b");
@@ -267,6 +265,13 @@ impl Gateway {
     }
 }
 
+/// Whether the text is a domain, with a port or without.
+fn is_domain(text: &str) -> bool {
+    let (name, port) = text.split_once(':').map_or((text, None), |(name, port)| (name, Some(port)));
+    let is_fine = |b: u8| b.is_ascii_alphanumeric() || b"-.".contains(&b);
+    !name.is_empty() && name.bytes().all(is_fine) && port.is_none_or(|port| number(port).is_some())
+}
+
 /// Compares in a time that depends only on the length.
 fn is_same(own: &str, given: &[u8]) -> bool {
     !own.is_empty() && bool::from(own.as_bytes().ct_eq(given))
@@ -279,7 +284,10 @@ mod tests {
     #[test]
     fn a_domain_is_one() {
         let dir = tempfile::tempdir().unwrap();
-        for domain in ["", "a b", "a/b", "a:80"] {
+        for domain in ["box.test", "box.test:8443"] {
+            assert!(is_domain(domain), "{domain}");
+        }
+        for domain in ["", "a b", "a/b", ":80", "a:", "a:x", "a:0", "a:99999", "a:1:2"] {
             let domain = Some(domain.to_owned());
             let options = Options {
                 dir: dir.path().to_owned(),

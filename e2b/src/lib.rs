@@ -39,6 +39,7 @@ mod source;
 mod templates;
 #[cfg(test)]
 mod testing;
+mod tls;
 mod tunnel;
 mod wire;
 
@@ -49,3 +50,4 @@ pub use quotas::{QuotaError, Quotas};
 pub use templates::{
     Draft, TEMPLATES_VARIABLE, Template, TemplateError, TemplateSpec, TemplateStore, check_template_name, user_data_dir,
 };
+pub use tls::{Tls, TlsError, TlsFiles};

@@ -14,9 +14,10 @@ use hyper::body::Incoming;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use rustix::net::sockopt;
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
 use crate::control;
@@ -24,6 +25,7 @@ use crate::gateway::Gateway;
 use crate::ports::Target;
 use crate::proxy::forward;
 use crate::seats::{Seat, Seats};
+use crate::tls::Tls;
 use crate::tunnel::Afterwards;
 
 /// Most connections. A further one takes the seat of an idle one; if all are busy, it waits in the
@@ -34,6 +36,11 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(330);
 /// The largest head of a request, in bytes, and the most headers.
 const MAX_HEAD: usize = 64 << 10;
 const MAX_HEADERS: usize = 64;
+/// The idle time before a peer is probed, the interval of probes, and the number of unanswered ones
+/// that end a connection.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+const KEEPALIVE_COUNT: u32 = 4;
 /// The delay after a connection could not be accepted. Retrying sooner frees no descriptors.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(200);
 
@@ -41,8 +48,8 @@ const ACCEPT_BACKOFF: Duration = Duration::from_millis(200);
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ListenError {
-    /// Others than this host's users could connect.
-    #[error("{address} is not a loopback address: the API has no encryption; put a proxy with TLS before it")]
+    /// Others than this host's users could read the connections.
+    #[error("{address} is not a loopback address: there the API needs a certificate, or a proxy with TLS before it")]
     NotLoopback {
         /// The address.
         address: SocketAddr,
@@ -100,11 +107,32 @@ pub(crate) async fn answer(
     }
 }
 
-pub(crate) async fn accept(listener: TcpListener, router: Router) {
-    accept_at_most(MAX_CONNECTIONS, listener, router).await;
+/// The same for a connection that begins with a handshake.
+async fn answer_tls(tls: Arc<Tls>, stream: TcpStream, router: Router, seat: Arc<Seat>) {
+    let stream = tokio::select! {
+        stream = tls.accept(stream) => stream,
+        () = seat.until_cut() => None,
+    };
+    if let Some(stream) = stream {
+        answer(stream, router, seat).await;
+    }
 }
 
-pub(crate) async fn accept_at_most(most: usize, listener: TcpListener, router: Router) {
+/// Has the kernel end a connection whose peer has vanished: it would hold its seat for ever.
+fn notice_vanished(stream: &TcpStream) -> rustix::io::Result<()> {
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;
+    sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL)?;
+    sockopt::set_tcp_keepcnt(stream, KEEPALIVE_COUNT)?;
+    let unacknowledged = KEEPALIVE_IDLE + KEEPALIVE_INTERVAL * KEEPALIVE_COUNT;
+    sockopt::set_tcp_user_timeout(stream, unacknowledged.as_millis() as u32)
+}
+
+pub(crate) async fn accept(listener: TcpListener, router: Router, tls: Option<Arc<Tls>>) {
+    accept_at_most(MAX_CONNECTIONS, listener, router, tls).await;
+}
+
+pub(crate) async fn accept_at_most(most: usize, listener: TcpListener, router: Router, tls: Option<Arc<Tls>>) {
     let seats = Seats::new(most);
     // Dropping this cuts the connections.
     let mut answering = JoinSet::new();
@@ -116,8 +144,14 @@ pub(crate) async fn accept_at_most(most: usize, listener: TcpListener, router: R
                 let seat = seats.take().await;
                 // An event is sent when it happens.
                 let _ = stream.set_nodelay(true);
-                let router = router.clone();
-                answering.spawn(answer(stream, router, Arc::new(seat)));
+                if let Err(error) = notice_vanished(&stream) {
+                    tracing::debug!(%error, "a connection to E2B's API without keepalive");
+                }
+                let (router, seat) = (router.clone(), Arc::new(seat));
+                match &tls {
+                    Some(tls) => answering.spawn(answer_tls(Arc::clone(tls), stream, router, seat)),
+                    None => answering.spawn(answer(stream, router, seat)),
+                };
             }
             Err(error) => {
                 tracing::warn!(%error, "connections to E2B's API cannot be accepted");
@@ -128,16 +162,17 @@ pub(crate) async fn accept_at_most(most: usize, listener: TcpListener, router: R
 }
 
 impl Gateway {
-    /// Listens at a loopback address; port 0 stands for a free one. Returns the address, and a
-    /// future that serves it while polled. Call it within a runtime.
+    /// Listens at an address: without `tls`, at one of the host's own. Port 0 stands for a free one.
+    /// Returns the address, and a future that serves it while polled. Call it within a runtime.
     ///
     /// # Errors
-    /// When the address is not a loopback address, or cannot be bound.
+    /// When the address cannot be bound, or needs TLS.
     pub fn listen(
         &self,
         address: SocketAddr,
+        tls: Option<Tls>,
     ) -> Result<(SocketAddr, impl Future<Output = ()> + Send + use<>), ListenError> {
-        if !address.ip().is_loopback() {
+        if tls.is_none() && !address.ip().is_loopback() {
             return Err(ListenError::NotLoopback { address });
         }
         let failed = |source| ListenError::Bind { address, source };
@@ -145,11 +180,11 @@ impl Gateway {
         listener.set_nonblocking(true).map_err(failed)?;
         let bound = listener.local_addr().map_err(failed)?;
         let listener = TcpListener::from_std(listener).map_err(failed)?;
-        let (router, gateway) = (router(self), self.clone());
+        let (router, gateway, tls) = (router(self), self.clone(), tls.map(Arc::new));
         let serving = async move {
             // First: VMs that calls make afterwards are of this supervisor.
             gateway.reconcile().await;
-            tokio::join!(accept(listener, router), gateway.keep_time(), gateway.keep_swept());
+            tokio::join!(accept(listener, router, tls), gateway.keep_time(), gateway.keep_swept());
         };
         Ok((bound, serving))
     }

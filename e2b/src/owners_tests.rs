@@ -176,7 +176,7 @@ async fn idle_connections_without_a_key_keep_nobody_out() {
     let key = fake.key("one");
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    tokio::spawn(accept_at_most(MOST, listener, fake.router.clone()));
+    tokio::spawn(accept_at_most(MOST, listener, fake.router.clone(), None));
     let ask = async |head: &str| {
         let mut stream = TcpStream::connect(address).await.unwrap();
         stream.write_all(head.as_bytes()).await.unwrap();

@@ -29,8 +29,12 @@ fn labelled(label: &str) -> Option<Target> {
     Some(Target { id: id.to_owned(), port: number(port)? })
 }
 
+fn without_port(name: &str) -> &str {
+    name.split_once(':').map_or(name, |(name, _)| name).trim_end_matches('.')
+}
+
 /// Parses a port in its one canonical form.
-fn number(text: &str) -> Option<u16> {
+pub(crate) fn number(text: &str) -> Option<u16> {
     let is_number = text.bytes().all(|b| b.is_ascii_digit()) && !text.starts_with('0');
     is_number.then(|| text.parse().ok()).flatten()
 }
@@ -41,7 +45,9 @@ impl Target {
     /// sandbox.
     pub(crate) fn of(headers: &HeaderMap, domain: Option<&str>) -> Answer<Option<Self>> {
         let host = one(headers, &HOST)?.unwrap_or_default().to_ascii_lowercase();
-        let host = host.split_once(':').map_or(host.as_str(), |(host, _)| host);
+        // Also the domain may have a port: that of clients' addresses, which a proxy may have changed.
+        let [host, domain] = [Some(host.as_str()), domain].map(|name| name.map(without_port));
+        let host = host.unwrap_or_default();
         let by_host = domain
             .and_then(|domain| host.strip_suffix(domain)?.strip_suffix('.'))
             .map(|label| labelled(label).ok_or_else(|| GatewayError::bad(format!("{host:?} names no sandbox's port"))));
@@ -92,6 +98,19 @@ mod tests {
 
     fn is(id: &str, port: u16) -> Answer<Option<Target>> {
         Ok(Some(Target { id: id.to_owned(), port }))
+    }
+
+    #[test]
+    fn a_domain_with_a_port_is_that_domain() {
+        for (host, wanted) in [
+            ("80-iab.box.test:8443", is("iab", 80)),
+            ("80-iab.Box.test", is("iab", 80)),
+            ("80-iab.box.test.:443", is("iab", 80)),
+            ("api.box.test:8443", Ok(None)),
+        ] {
+            let map = HeaderMap::from_iter([(HOST, HeaderValue::from_static(host))]);
+            assert_eq!(Target::of(&map, Some("box.test:8443")), wanted, "{host}");
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 
-use clade_e2b::{ApiKeys, Gateway, KeysError, Options, Quotas, Scope, TemplateStore};
+use clade_e2b::{ApiKeys, Gateway, KeysError, Options, Quotas, Scope, TemplateStore, Tls, TlsFiles};
 use serde::Serialize;
 use tokio::runtime::Handle;
 
@@ -16,11 +16,16 @@ use crate::commands::{Failure, Outcome, Table, print_json};
 /// The address, as given to `clade serve`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct E2bArgs {
-    /// Serve E2B's API too, at this loopback address, for clients with a key. Port 0 is a free one.
+    /// Serve E2B's API too, at this address, for clients with a key: a loopback address, or one with
+    /// `--e2b-tls`. Port 0 is a free one.
     #[arg(long, value_name = "ADDR")]
     e2b: Option<SocketAddr>,
-    /// The domain whose subdomains PORT-ID are sandboxes' ports.
-    #[arg(long, value_name = "DOMAIN", requires = "e2b")]
+    /// The files of a certificate and of its private key, in PEM form. They are read again when they
+    /// change.
+    #[arg(long, value_name = "CERT,KEY", value_parser = tls_files, requires = "e2b")]
+    e2b_tls: Option<TlsFiles>,
+    /// The domain whose subdomains PORT-ID are sandboxes' ports, with a port that differs from 443.
+    #[arg(long, value_name = "DOMAIN[:PORT]", requires = "e2b")]
     e2b_domain: Option<String>,
     /// Limits of the sandboxes and snapshots of each owner of keys, memory in MiB.
     #[arg(long, value_name = "sandboxes=N,memory=MIB,snapshots=N", default_value_t, requires = "e2b")]
@@ -93,6 +98,16 @@ pub(crate) struct KeyRemoveArgs {
     keys: KeysPath,
 }
 
+/// Parses `CERT,KEY`.
+fn tls_files(text: &str) -> Result<TlsFiles, String> {
+    match text.split_once(',') {
+        Some((certificate, key)) if !certificate.is_empty() && !key.is_empty() => {
+            Ok(TlsFiles { certificate: certificate.into(), key: key.into() })
+        }
+        _ => Err(format!("{text:?} is not two files, as in cert.pem,key.pem")),
+    }
+}
+
 fn failure(error: KeysError) -> Failure {
     match error {
         KeysError::File { .. } => Failure::run(error),
@@ -154,14 +169,17 @@ impl E2bArgs {
             stop: |client, name, request| Box::pin(clade_supervisor::stop(client, name, request)),
         };
         let gateway = Gateway::open(&options).map_err(Failure::input)?;
+        let tls = self.e2b_tls.clone().map(Tls::open).transpose().map_err(Failure::input)?;
+        let scheme = if tls.is_some() { "https" } else { "http" };
         let _runtime = runtime.enter();
-        let (address, serving) = gateway.listen(address).map_err(Failure::input)?;
-        Ok(Some(BoundApi { address, serving: Box::pin(serving) }))
+        let (address, serving) = gateway.listen(address, tls).map_err(Failure::input)?;
+        Ok(Some(BoundApi { scheme, address, serving: Box::pin(serving) }))
     }
 }
 
 /// E2B's API at a port that is bound, and not served yet.
 pub(super) struct BoundApi {
+    scheme: &'static str,
     address: SocketAddr,
     serving: Pin<Box<dyn Future<Output = ()> + Send>>,
 }
@@ -170,6 +188,6 @@ impl BoundApi {
     /// Serves the API until the runtime ends.
     pub(super) fn serve(self, runtime: &Handle) {
         runtime.spawn(self.serving);
-        say!("E2B's API is at http://{}", self.address);
+        say!("E2B's API is at {}://{}", self.scheme, self.address);
     }
 }

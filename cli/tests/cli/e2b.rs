@@ -17,7 +17,7 @@ use crate::tool::{Runtime, kill, kvm, taps, wait_until};
 const SCRIPT: &str = include_str!("e2b_sdk.py");
 const NODE_SCRIPT: &str = include_str!("e2b_sdk.mjs");
 
-fn python() -> Option<String> {
+pub(crate) fn python() -> Option<String> {
     let python = std::env::var("CLADE_E2B_PYTHON").unwrap_or_else(|_| "python3".to_owned());
     let has_sdk = Command::new(&python).args(["-c", "import e2b"]).output().is_ok_and(|found| found.status.success());
     if !has_sdk {

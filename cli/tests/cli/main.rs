@@ -14,6 +14,7 @@ mod detach;
 mod disk;
 mod e2b;
 mod e2b_ports;
+mod e2b_tls;
 mod egress;
 mod ending;
 mod flight;

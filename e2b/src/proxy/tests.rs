@@ -61,7 +61,7 @@ impl Host {
     async fn serve(&mut self, gateway: Gateway) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         self.address = listener.local_addr().unwrap();
-        tokio::spawn(accept(listener, router(&gateway)));
+        tokio::spawn(accept(listener, router(&gateway), None));
         self.gateway = gateway;
     }
 
