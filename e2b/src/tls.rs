@@ -103,7 +103,8 @@ struct Loaded {
     stamps: Stamps,
     /// The files of which a warning was logged.
     warned: Option<Stamps>,
-    looked_at: Instant,
+    /// The time of the last look at the files. None while a thread looks.
+    looked_at: Option<Instant>,
 }
 
 /// A listener's TLS.
@@ -182,7 +183,7 @@ impl Tls {
     pub fn open(files: TlsFiles) -> Result<Self, TlsError> {
         // Before they are read: a change in between is noticed.
         let stamps = files.stamps();
-        let loaded = Loaded { config: files.load()?, stamps, warned: None, looked_at: Instant::now() };
+        let loaded = Loaded { config: files.load()?, stamps, warned: None, looked_at: Some(Instant::now()) };
         Ok(Self { files, loaded: Mutex::new(loaded) })
     }
 
@@ -190,14 +191,16 @@ impl Tls {
         self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The certificate. Now and then, has another thread look at the files: a file system may not
+    /// The certificate. Now and then, has one other thread look at the files: a file system may not
     /// answer.
     fn config(self: &Arc<Self>) -> Arc<ServerConfig> {
         let mut loaded = self.loaded();
-        if loaded.looked_at.elapsed() >= LOOK_INTERVAL {
-            loaded.looked_at = Instant::now();
+        if loaded.looked_at.take_if(|at| at.elapsed() >= LOOK_INTERVAL).is_some() {
             let tls = Arc::clone(self);
-            tokio::task::spawn_blocking(move || tls.look());
+            tokio::task::spawn_blocking(move || {
+                tls.look();
+                tls.loaded().looked_at = Some(Instant::now());
+            });
         }
         Arc::clone(&loaded.config)
     }

@@ -1,9 +1,10 @@
-//! Helpers for the tests of all crates: patience, cached guests, numbers of the host that one test may
+//! Helpers for the tests of all crates: patience, cached guests, certificates, numbers of the host that one test may
 //! use at a time, and tiers that must not be skipped. It depends on no other crate, so every crate can use it.
 
 #![deny(missing_docs)]
 
 mod cache;
+mod certificate;
 mod patience;
 mod patient;
 mod require;
@@ -11,6 +12,7 @@ mod tier;
 mod unique;
 
 pub use cache::CacheKey;
+pub use certificate::certificate;
 pub use patience::{
     Patience, Watchdog, host_factor, receive, report_bare_boot, wait_eq, wait_for, wait_for_within, wait_until,
     wait_until_within,

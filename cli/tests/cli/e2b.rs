@@ -30,14 +30,21 @@ pub(crate) fn python() -> Option<String> {
 pub(crate) struct Host {
     pub(crate) runtime: Runtime,
     pub(crate) address: String,
+    /// Its options beside the address and the keys.
+    options: Vec<String>,
     _port: Port,
 }
 
 impl Host {
     pub(crate) fn new() -> Self {
+        Self::start(Runtime::new(), "127.0.0.1", |_| vec!["--e2b-domain".to_owned(), "box.test".to_owned()])
+    }
+
+    /// Serves the API at a port of an address, with the options for that port.
+    pub(crate) fn start(runtime: Runtime, address: &str, options: impl FnOnce(u16) -> Vec<String>) -> Self {
         let port = Port::take();
-        let address = format!("127.0.0.1:{}", port.number());
-        let mut host = Self { runtime: Runtime::new(), address, _port: port };
+        let (address, options) = (format!("{address}:{}", port.number()), options(port.number()));
+        let mut host = Self { runtime, address, options, _port: port };
         host.serve();
         host
     }
@@ -46,8 +53,8 @@ impl Host {
         let keys = self.runtime.dir().join("keys.json");
         let keys = keys.to_str().unwrap();
         let log = self.runtime.dir().join("serve.log");
-        let mut command =
-            self.runtime.command(&["serve", "--e2b", &self.address, "--e2b-domain", "box.test", "--keys", keys]);
+        let mut command = self.runtime.command(&["serve", "--e2b", &self.address, "--keys", keys]);
+        command.args(&self.options);
         let mut process = command.stderr(std::fs::File::create(&log).unwrap()).spawn().unwrap();
         wait_until("the port", || {
             let ended = process.try_wait().unwrap();

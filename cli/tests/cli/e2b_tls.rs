@@ -1,14 +1,14 @@
 //! E2B's API by TLS: with curl, and with the SDK by a domain, as it is used with E2B.
 
-use std::fs::{self, File};
+use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use clade_test_support::{Cid, Port, TapName};
+use clade_test_support::{Cid, Port, TapName, certificate};
 
 use crate::cached;
-use crate::e2b::python;
+use crate::e2b::{Host, python};
 use crate::tool::{Runtime, kvm, required, wait_until};
 
 /// Creates a sandbox, and names its agent in /etc/hosts, which the SDK reads when it starts.
@@ -30,63 +30,36 @@ print(sandbox.files.read("/tmp/f"))
 print(sandbox.kill())
 "#;
 
-/// Makes a certificate of this host and of a domain, and its key.
-fn certificate(dir: &Path) -> Option<(PathBuf, PathBuf)> {
-    let (certificate, key) = (dir.join("cert.pem"), dir.join("key.pem"));
-    let made = Command::new("openssl")
-        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"])
-        .args(["-subj", "/CN=clade test", "-addext", "subjectAltName=IP:127.0.0.1,DNS:*.box.test"])
-        .args(["-addext", "basicConstraints=critical,CA:FALSE", "-keyout"])
-        .arg(&key)
-        .arg("-out")
-        .arg(&certificate)
-        .output();
-    let Ok(made) = made else {
-        assert!(!required("e2b"), "e2b is required, and openssl is not installed");
-        println!("skipped: openssl is not installed");
-        return None;
-    };
-    assert!(made.status.success(), "{made:?}");
-    Some((certificate, key))
-}
-
 struct TlsHost {
-    runtime: Runtime,
-    port: Port,
+    host: Host,
+    port: u16,
     certificate: PathBuf,
-    keys: PathBuf,
 }
 
 impl TlsHost {
+    /// At all addresses, as with TLS alone.
     fn start() -> Option<Self> {
-        let mut runtime = Runtime::new();
-        let (certificate, key) = certificate(runtime.dir())?;
-        let (port, keys) = (Port::take(), runtime.dir().join("keys.json"));
-        let domain = format!("box.test:{}", port.number());
-        let log = runtime.dir().join("serve.log");
-        // At all addresses, as with TLS alone.
-        let mut command = runtime.command(&["serve", "--e2b", &format!("0.0.0.0:{}", port.number())]);
-        command.args(["--e2b-domain", &domain, "--keys"]).arg(&keys);
-        command.arg("--e2b-tls").arg(format!("{},{}", certificate.display(), key.display()));
-        let mut process = command.stderr(File::create(&log).unwrap()).spawn().unwrap();
-        wait_until("the API", || {
-            let text = fs::read_to_string(&log).unwrap();
-            assert!(process.try_wait().unwrap().is_none(), "serve has ended: {text}");
-            text.contains(&format!("E2B's API is at https://0.0.0.0:{}", port.number()))
+        let runtime = Runtime::new();
+        let Some((certificate, key)) = certificate(runtime.dir(), &["DNS:*.box.test"]) else {
+            assert!(!required("e2b"), "e2b is required, and openssl is not installed");
+            return None;
+        };
+        let files = format!("{},{}", certificate.display(), key.display());
+        let mut bound = 0;
+        let host = Host::start(runtime, "0.0.0.0", |port| {
+            bound = port;
+            ["--e2b-domain", &format!("box.test:{port}"), "--e2b-tls", &files].map(str::to_owned).into()
         });
-        runtime.adopt(process);
-        Some(Self { runtime, port, certificate, keys })
-    }
-
-    fn key(&self) -> String {
-        let made = self.runtime.clade(&["key", "add", "me", "--keys", self.keys.to_str().unwrap()]);
-        assert_eq!(made.code, Some(0), "{made:?}");
-        made.stdout.trim().to_owned()
+        wait_until("the API", || {
+            let text = fs::read_to_string(host.runtime.dir().join("serve.log")).unwrap();
+            text.contains(&format!("E2B's API is at https://0.0.0.0:{bound}"))
+        });
+        Some(Self { host, port: bound, certificate })
     }
 
     /// Returns curl's exit code and the answer to a list of sandboxes.
     fn list(&self, scheme: &str, key: &str, trusts: bool) -> (Option<i32>, String) {
-        let url = format!("{scheme}://127.0.0.1:{}/v2/sandboxes", self.port.number());
+        let url = format!("{scheme}://127.0.0.1:{}/v2/sandboxes", self.port);
         let mut command = Command::new("curl");
         command.args(["--silent", "--max-time", "600", "--header", &format!("X-API-Key: {key}"), &url]);
         if trusts {
@@ -104,7 +77,7 @@ fn the_api_is_served_by_tls_at_any_address_and_not_without() {
         return;
     }
     let Some(host) = TlsHost::start() else { return };
-    let key = host.key();
+    let key = host.host.key("me", "all");
     assert_eq!(host.list("https", &key, true), (Some(0), "[]".to_owned()));
     assert!(host.list("https", "e2b_no_such_key", true).1.contains("401"));
     // An unknown certificate is the client's to refuse (60); without TLS no answer comes.
@@ -141,14 +114,14 @@ fn the_sdk_reaches_sandboxes_by_a_domain() {
     }
     let Some(mut host) = TlsHost::start() else { return };
     let (claim, tap) = (Cid::take(), TapName::take());
-    if !cached::agent(&mut host.runtime, &claim, &tap) {
+    if !cached::agent(&mut host.host.runtime, &claim, &tap) {
         return;
     }
-    host.runtime.clade(&["checkpoint", "web", "base", "--json"]).json();
-    let hosts = host.runtime.dir().join("hosts");
+    host.host.runtime.clade(&["checkpoint", "web", "base", "--json"]).json();
+    let hosts = host.host.runtime.dir().join("hosts");
     fs::write(&hosts, "127.0.0.1 localhost api.box.test\n").unwrap();
-    let domain = format!("box.test:{}", host.port.number());
-    let key = host.key();
+    let domain = format!("box.test:{}", host.port);
+    let key = host.host.key("me", "all");
     let run = |script: &str, args: &[&str]| {
         let mut command = Command::new("unshare");
         command.args(["--mount", "--propagation", "private", "sh", "-c"]);

@@ -6,7 +6,7 @@ use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use clade_test_support::Port;
+use clade_test_support::{Port, certificate};
 use serde_json::json;
 
 use crate::image::{Images, write_layout};
@@ -37,20 +37,6 @@ fn is_there(tool: &str, flag: &str) -> bool {
     there
 }
 
-/// Makes a self-signed certificate for this machine, and its key.
-fn certificate(dir: &Path) {
-    let made = Command::new("openssl")
-        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"])
-        .args(["-subj", "/CN=clade test", "-addext", "subjectAltName=IP:127.0.0.1"])
-        .args(["-addext", "basicConstraints=critical,CA:FALSE", "-keyout"])
-        .arg(dir.join("key.pem"))
-        .arg("-out")
-        .arg(dir.join("ca.crt"))
-        .output()
-        .unwrap();
-    assert!(made.status.success(), "{made:?}");
-}
-
 fn start(dir: &Path, port: u16) -> Registry {
     fs::write(dir.join("htpasswd"), LINE).unwrap();
     let config = json!({
@@ -59,7 +45,7 @@ fn start(dir: &Path, port: u16) -> Registry {
         "storage": {"filesystem": {"rootdirectory": dir.join("storage")}},
         "auth": {"htpasswd": {"realm": "clade", "path": dir.join("htpasswd")}},
         "http": {"addr": format!("127.0.0.1:{port}"),
-            "tls": {"certificate": dir.join("ca.crt"), "key": dir.join("key.pem")}},
+            "tls": {"certificate": dir.join("cert.crt"), "key": dir.join("key.pem")}},
     });
     fs::write(dir.join("config.yml"), config.to_string()).unwrap();
     let log = File::create(dir.join("registry.log")).unwrap();
@@ -82,14 +68,13 @@ fn pull_as(images: &Images, args: &[&str], password: &str) -> Answer {
 
 #[test]
 fn an_image_of_a_private_registry_is_pulled_with_a_password() {
-    if !(is_there("docker-registry", "--version") && is_there("skopeo", "--version") && is_there("openssl", "version"))
-    {
+    if !(is_there("docker-registry", "--version") && is_there("skopeo", "--version")) {
         return;
     }
     let images = Images::new();
     let dir = images.path("private");
     fs::create_dir(&dir).unwrap();
-    certificate(&dir);
+    let Some((ca, _)) = certificate(&dir, &[]) else { return };
     let claim = Port::take();
     let port = claim.number();
     let _registry = start(&dir, port);
@@ -112,7 +97,6 @@ fn an_image_of_a_private_registry_is_pulled_with_a_password() {
     let keep = |auth: &str| {
         fs::write(docker.join("config.json"), json!({"auths": {&host: {"auth": auth}}}).to_string()).unwrap();
     };
-    let ca = dir.join("ca.crt");
     let ca = ca.to_str().unwrap();
     let pull = |config: &Path, more: &[&str]| -> Answer {
         let args = [&["image", "pull", name.as_str()], more].concat();
@@ -128,8 +112,8 @@ fn an_image_of_a_private_registry_is_pulled_with_a_password() {
     assert!(wrong.stderr.contains("refuses") && !wrong.stderr.contains("another-password"), "{wrong:?}");
     let other = images.path("other");
     fs::create_dir(&other).unwrap();
-    certificate(&other);
-    let untrusted = pull_as(&images, &["--ca", other.join("ca.crt").to_str().unwrap(), &name], PASSWORD);
+    let (others, _) = certificate(&other, &[]).unwrap();
+    let untrusted = pull_as(&images, &["--ca", others.to_str().unwrap(), &name], PASSWORD);
     assert!(untrusted.code == Some(1) && untrusted.stderr.contains(&host), "{untrusted:?}");
     // The same by docker's configuration.
     keep("cmVhZGVyOndyb25n");

@@ -16,23 +16,9 @@ use tokio_rustls::TlsConnector;
 use super::*;
 use crate::listen::{accept, accept_at_most};
 
-/// Makes a self-signed certificate of this host and its key in `dir`. Returns the files.
+/// Makes a certificate of this host and its key in `dir`.
 fn certificate(dir: &Path) -> Option<TlsFiles> {
-    let files = TlsFiles { certificate: dir.join("cert.pem"), key: dir.join("key.pem") };
-    let made = Command::new("openssl")
-        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"])
-        .args(["-subj", "/CN=clade test", "-addext", "subjectAltName=IP:127.0.0.1"])
-        .args(["-addext", "basicConstraints=critical,CA:FALSE", "-keyout"])
-        .arg(&files.key)
-        .arg("-out")
-        .arg(&files.certificate)
-        .output();
-    let Ok(made) = made else {
-        println!("skipped: openssl is not installed");
-        return None;
-    };
-    assert!(made.status.success(), "{made:?}");
-    Some(files)
+    clade_test_support::certificate(dir, &[]).map(|(certificate, key)| TlsFiles { certificate, key })
 }
 
 /// A client that trusts the certificate in this file.
@@ -128,7 +114,7 @@ async fn a_certificate_that_changes_is_used_if_it_is_valid() {
     ask(address, &first).await.unwrap();
     // The key comes too: connections have it noticed.
     fs::copy(&other.key, &files.key).unwrap();
-    tls.loaded().looked_at -= LOOK_INTERVAL;
+    tls.loaded().looked_at = Instant::now().checked_sub(LOOK_INTERVAL);
     let second = client(&other.certificate);
     while ask(address, &second).await.is_err() {
         tokio::time::sleep(Duration::from_millis(10)).await;

@@ -123,10 +123,7 @@ impl Supervisor {
             request,
             cancel,
         )?;
-        let erased = erased(&made, request);
-        let answer = image()?.answer(made, begun.elapsed(), erased);
-        self.0.events.forked(vm, &answer.children, answer.pause_us);
-        Ok(answer)
+        Ok(self.forked(vm, request, made, image()?, begun))
     }
 
     /// Forks a VM into children that start from copies of what its process can write.
@@ -144,10 +141,7 @@ impl Supervisor {
         let (vm_record, network) = (image.vm_record(), image.network());
         let origin = ChildSource { vm_record, vm: Some(vm), network, learning: None, image: &|| Ok(&image) };
         let made = self.start_children(&origin, claims, request, cancel)?;
-        let erased = erased(&made, request);
-        let answer = image.answer(made, begun.elapsed(), erased);
-        self.0.events.forked(vm, &answer.children, answer.pause_us);
-        Ok(answer)
+        Ok(self.forked(vm, request, made, &image, begun))
     }
 
     /// Starts children from a checkpoint.
@@ -168,10 +162,23 @@ impl Supervisor {
         let claims = self.claim(name, request, &checkpoint.vm_record().template, cancel)?;
         let _launching = self.0.launching(&claims);
         let made = self.start_children_of(&checkpoint, claims, request, cancel)?;
+        Ok(self.forked(name, request, made, &checkpoint, begun))
+    }
+
+    /// Reports children of `stem`, which `request` has made of `image` since `begun`. Returns the
+    /// answer.
+    fn forked(
+        &self,
+        stem: &str,
+        request: &ForkRequest,
+        made: Vec<LaunchedVm>,
+        image: &Checkpoint,
+        begun: Instant,
+    ) -> ForkAnswer {
         let erased = erased(&made, request);
-        let answer = checkpoint.answer(made, begun.elapsed(), erased);
-        self.0.events.forked(name, &answer.children, answer.pause_us);
-        Ok(answer)
+        let answer = image.answer(made, begun.elapsed(), erased);
+        self.0.events.forked(stem, &answer.children, answer.pause_us);
+        answer
     }
 
     /// Claims the names of children of `template`, after a check that the host has room.

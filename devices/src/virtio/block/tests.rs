@@ -529,8 +529,9 @@ fn nothing_begins_once_the_driver_has_broken_the_rules() {
     assert!(rig.service.abandon());
 }
 
-/// A halt that does not wait: the second write waits for the clusters of the first one, and begins
-/// when that is cancelled. Both are repeated, and used once.
+/// A halt that does not wait: the second write, of many pieces, waits for the clusters of the first
+/// one. Its first piece begins when that is cancelled, its others are cancelled. Both are repeated,
+/// and used once.
 #[test]
 fn requests_that_go_on_after_a_halt_are_repeated() {
     for features in [MODERN, 1 << VIRTIO_BLK_F_SEG_MAX] {
@@ -538,12 +539,13 @@ fn requests_that_go_on_after_a_halt_are_repeated() {
         let mut rig = Rig::new(&path, &Options { features, ..Options::default() });
         let _moment = rig.fork();
         let gate = Gate::close(dir.path()).unwrap();
-        let heads: Vec<u16> = (0..2u64)
-            .map(|n| {
-                rig.fill(DATA + n * PAGE, &[n as u8 + 1; 512]);
-                rig.offer(0, OUT, n, &[(DATA + n * PAGE, 512)])
+        let long = 1 << 20;
+        let heads: Vec<u16> = [(0, 1, 512), (1, 2, long)]
+            .map(|(n, byte, len)| {
+                rig.fill(DATA + n * PAGE, &vec![byte; len]);
+                rig.offer(0, OUT, n, &[(DATA + n * PAGE, len as u32)])
             })
-            .collect();
+            .into();
         rig.turn(Wake::Start);
         assert!(!rig.service.halt(Duration::ZERO), "the second one has begun");
         let mut left: Vec<u16> = rig.service.in_flight().iter().map(|chain| chain.head).collect();
@@ -555,9 +557,10 @@ fn requests_that_go_on_after_a_halt_are_repeated() {
         assert_eq!(done, [(heads[0], 0), (heads[1], 0)]);
         rig.settle();
         assert_eq!((rig.used(0), rig.service.in_flight()), (None, Vec::new()), "none twice");
-        rig.offer(0, IN, 0, &[(DATA + 2 * PAGE, 1024)]);
+        let all = DATA + 2 * long as u64;
+        rig.offer(0, IN, 0, &[(all, (512 + long) as u32)]);
         assert_eq!(rig.wait().1, 0);
-        assert_eq!(rig.bytes(DATA + 2 * PAGE, 1024), [[1; 512], [2; 512]].concat());
+        assert!(rig.bytes(all, 512 + long) == [vec![1; 512], vec![2; long]].concat(), "what was written");
     }
 }
 
