@@ -1,17 +1,19 @@
 //! A reservation of host address space that never moves, and the mappings in it.
 
+mod contents;
+
 use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap, mmap_anonymous, mremap_fixed, munmap};
 
 use crate::testing::failpoint::{Call, failpoint};
-use crate::units::{BLOCK_SIZE, PAGE_SHIFT, PAGE_SIZE, PageRange, push_run, subtract_runs};
+use crate::units::{BLOCK_SIZE, PAGE_SHIFT, PageRange, subtract_runs};
 
 /// Address space for a region: inaccessible until it is mapped, aligned to 2 MiB so that huge pages
 /// fit.
@@ -64,9 +66,6 @@ unsafe impl Send for Reservation {}
 // SAFETY: as above; remapping is serialized by the region's lock, or by its background copy's for
 // pages that are protected.
 unsafe impl Sync for Reservation {}
-
-/// Words of a page.
-const WORDS: usize = PAGE_SIZE as usize / size_of::<u64>();
 
 const RAM_PROT: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
 
@@ -314,98 +313,6 @@ impl Reservation {
         Ok(())
     }
 
-    /// Makes every page of `range` present and writable: breaks the kernel's COW ahead of the first
-    /// write.
-    pub(crate) fn populate_write(&self, range: PageRange) -> io::Result<()> {
-        self.mark_written(range)?;
-        trace!(Owned { at: self.at(), range });
-        Ok(())
-    }
-
-    /// Marks the pages of `range`, which are this VM's own, as written. The kernel drops a clean
-    /// page of a memory file under memory pressure, and the page is zeros afterwards.
-    pub(crate) fn mark_written(&self, range: PageRange) -> io::Result<()> {
-        self.check(range)?;
-        failpoint(Call::Advise)?;
-        let at = self.addr(range.start).cast();
-        loop {
-            // SAFETY: populating faults pages in and marks them; contents do not change.
-            match unsafe { madvise(at, range.bytes(), Advice::LinuxPopulateWrite) } {
-                Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
-                other => return Ok(other?),
-            }
-        }
-    }
-
-    /// Maps the pages of `range` for reading: shared ones as they are, without copies.
-    pub(crate) fn populate_read(&self, range: PageRange) -> io::Result<()> {
-        self.check(range)?;
-        failpoint(Call::Advise)?;
-        let at = self.addr(range.start).cast();
-        loop {
-            // SAFETY: populating faults pages in; contents do not change.
-            match unsafe { madvise(at, range.bytes(), Advice::LinuxPopulateRead) } {
-                Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
-                other => return Ok(other?),
-            }
-        }
-    }
-
-    /// The all-zero pages of `runs`. Reads them through the mapping.
-    pub(crate) fn zero_runs(&self, runs: &[PageRange]) -> Vec<PageRange> {
-        let mut zeros = Vec::new();
-        for page in runs.iter().flat_map(|run| run.start..run.end) {
-            let words = self.addr(page).cast::<u64>();
-            let is_zero = (0..WORDS).all(|word| {
-                // SAFETY: the word is within the page, which `addr` has checked.
-                let word = unsafe { words.add(word) };
-                // SAFETY: the caller's runs are mapped and readable; no reference is made.
-                (unsafe { word.read_volatile() }) == 0
-            });
-            if is_zero {
-                push_run(&mut zeros, PageRange::with_len(page, 1));
-            }
-        }
-        zeros
-    }
-
-    /// Whether `page`, which is mapped and readable, holds `bytes`.
-    pub(crate) fn has_bytes(&self, page: u64, bytes: &[u8]) -> bool {
-        let words = self.addr(page).cast::<u64>();
-        let (want, _) = bytes.as_chunks::<{ size_of::<u64>() }>();
-        debug_assert!(page < self.pages && want.len() == WORDS, "a page is compared with a page");
-        want.iter().take(WORDS).enumerate().all(|(at, want)| {
-            // SAFETY: the word is within the page, which `addr` has checked.
-            let word = unsafe { words.add(at) };
-            // SAFETY: the caller's page is mapped and readable; no reference is made.
-            (unsafe { word.read_volatile() }) == u64::from_ne_bytes(*want)
-        })
-    }
-
-    /// Collapses the small pages behind each whole block of `range`, mapped shared over a file,
-    /// into one of 2 MiB (Linux 6.1). Other mappings of the file still read the same bytes. Refused
-    /// if a device uses one of the pages.
-    pub(crate) fn collapse(&self, range: PageRange) -> io::Result<()> {
-        self.check(range)?;
-        let at = self.addr(range.start).cast();
-        // SAFETY: the file's contents do not change, only the pages they are in.
-        if unsafe { libc::madvise(at, range.bytes(), libc::MADV_COLLAPSE) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(())
-    }
-
-    /// Drops this VM's own copies in a private mapping: the next access sees the file again.
-    pub(crate) fn drop_private(&self, range: PageRange) -> io::Result<()> {
-        self.check(range)?;
-        failpoint(Call::Advise)?;
-        let at = self.addr(range.start).cast();
-        // SAFETY: only the contents of guest memory change, which Rust never holds a reference to.
-        unsafe { madvise(at, range.bytes(), Advice::LinuxDontNeed) }?;
-        trace!(Dropped { at: self.at(), range });
-        Ok(())
-    }
-
     /// Removes all access and all memory. A vacant reservation becomes vacant again.
     pub(crate) fn protect_none(&self) -> io::Result<()> {
         if let Some(mapped) = &mut *self.mapped() {
@@ -432,81 +339,6 @@ impl Reservation {
         Ok(())
     }
 
-    /// Appends the bytes of `runs`, one after another, to `file` at `file_page`. The kernel reads
-    /// guest memory itself, so a concurrent write by a vCPU or device makes a torn copy, never
-    /// undefined behaviour.
-    pub(crate) fn write_out(&self, runs: &[PageRange], file: impl AsFd, file_page: u64) -> io::Result<()> {
-        const MAX_IOVECS: usize = 1024;
-        let fd = file.as_fd().as_raw_fd();
-        let mut at = file_page << PAGE_SHIFT;
-        for batch in runs.chunks(MAX_IOVECS) {
-            let mut todo = Vec::with_capacity(batch.len());
-            for run in batch {
-                self.check(*run)?;
-                todo.push(libc::iovec { iov_base: self.addr(run.start).cast(), iov_len: run.bytes() });
-            }
-            let mut todo = todo.as_mut_slice();
-            while !todo.is_empty() {
-                failpoint(Call::Copy)?;
-                // SAFETY: every iovec lies within this reservation (checked above, and only ever
-                // shortened below); the kernel reads it, Rust never does.
-                let wrote = unsafe { libc::pwritev(fd, todo.as_ptr(), todo.len() as libc::c_int, at as i64) };
-                let mut wrote = match wrote {
-                    0 => return Err(io::ErrorKind::WriteZero.into()),
-                    n if n > 0 => n as usize,
-                    _ => match io::Error::last_os_error() {
-                        e if e.kind() == io::ErrorKind::Interrupted => continue,
-                        e => return Err(e),
-                    },
-                };
-                at += wrote as u64;
-                // A short write (a full file system, a signal): continues from the place where it
-                // stopped.
-                let whole = todo.iter().take_while(|v| {
-                    let fits = v.iov_len <= wrote;
-                    wrote -= if fits { v.iov_len } else { 0 };
-                    fits
-                });
-                let whole = whole.count();
-                todo = &mut todo[whole..];
-                if let Some(first) = todo.first_mut() {
-                    first.iov_base = first.iov_base.wrapping_byte_add(wrote);
-                    first.iov_len -= wrote;
-                }
-            }
-        }
-        trace!(Written { at: self.at(), runs: runs.to_vec(), file: crate::trace::file(&file), page: file_page });
-        Ok(())
-    }
-
-    /// Reads `range` from `file` at `file_page` into this VM's own pages.
-    pub(crate) fn read_in(&self, range: PageRange, file: impl AsFd, file_page: u64) -> io::Result<()> {
-        self.check(range)?;
-        failpoint(Call::Copy)?;
-        let fd = file.as_fd().as_raw_fd();
-        let mut done = 0usize;
-        while done < range.bytes() {
-            // SAFETY: the bytes lie within the reservation (checked); `done` is less than the
-            // range's length.
-            let at = unsafe { self.addr(range.start).add(done) };
-            let offset = (file_page << PAGE_SHIFT) + done as u64;
-            let left = range.bytes() - done;
-            // SAFETY: the buffer is `left` bytes of this reservation; only the kernel writes
-            // through it.
-            let got = unsafe { libc::pread(fd, at.cast(), left, offset as i64) };
-            match got {
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                n if n > 0 => done += n as usize,
-                _ => match io::Error::last_os_error() {
-                    e if e.kind() == io::ErrorKind::Interrupted => {}
-                    e => return Err(e),
-                },
-            }
-        }
-        trace!(Owned { at: self.at(), range });
-        Ok(())
-    }
-
     /// Identity in a trace.
     #[cfg(feature = "trace")]
     fn at(&self) -> u64 {
@@ -528,129 +360,4 @@ impl Drop for Reservation {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs::{File, read_to_string};
-
-    use super::*;
-
-    const PAGES: u64 = 1024;
-    const WHOLE: PageRange = PageRange { start: 0, end: PAGES };
-
-    fn file() -> File {
-        let file = tempfile::tempfile().unwrap();
-        let bytes: Vec<u8> = (0..PAGES).flat_map(|page| [page as u8; 1 << PAGE_SHIFT]).collect();
-        std::io::Write::write_all(&mut &file, &bytes).unwrap();
-        file
-    }
-
-    /// Pages of the reservation that are mapped according to /proc/self/maps.
-    fn there(at: &Reservation) -> u64 {
-        let (first, last) = (at.addr(0) as usize, at.addr(PAGES) as usize);
-        let maps = read_to_string("/proc/self/maps").unwrap();
-        let ranges = maps.lines().map(|line| line.split(' ').next().unwrap().split_once('-').unwrap());
-        let ranges = ranges.map(|(start, end)| [start, end].map(|at| usize::from_str_radix(at, 16).unwrap()));
-        let bytes = ranges.map(|[start, end]| end.min(last).saturating_sub(start.max(first)));
-        (bytes.sum::<usize>() >> PAGE_SHIFT) as u64
-    }
-
-    fn first_byte(at: &Reservation, page: u64) -> u8 {
-        // SAFETY: the caller has mapped the page for reading.
-        unsafe { at.addr(page).read_volatile() }
-    }
-
-    fn vacant() -> Reservation {
-        let at = Reservation::new(PAGES).unwrap();
-        assert!(at.is_apart && APART.contains(&(at.addr(0) as usize)));
-        assert_eq!(there(&at), PAGES);
-        at.vacate();
-        assert_eq!(there(&at), 0);
-        at
-    }
-
-    #[test]
-    fn what_is_vacant_is_mapped_piece_by_piece_and_then_no_more_than_reserved() {
-        let (at, file) = (vacant(), file());
-        let pieces = [PageRange::new(512, 1024), PageRange::new(0, 100), PageRange::new(100, 512)];
-        for (piece, all) in pieces.into_iter().zip([512, 612, 1024]) {
-            at.map_private(piece, file.as_fd(), piece.start).unwrap();
-            assert_eq!(there(&at), all);
-        }
-        assert!(at.mapped().is_none());
-        assert_eq!([0, 99, 100, 700].map(|page| first_byte(&at, page)), [0, 99, 100, 700u64 as u8]);
-        // Over existing mappings.
-        at.map_zero(PageRange::new(90, 110)).unwrap();
-        assert_eq!([89, 90, 109, 110].map(|page| first_byte(&at, page)), [89, 0, 0, 110]);
-        at.protect_none().unwrap();
-        assert_eq!(there(&at), PAGES);
-    }
-
-    #[test]
-    fn pieces_that_overlap_are_ours_and_what_was_vacant_is_so_again_when_it_is_emptied() {
-        let (at, file) = (vacant(), file());
-        at.map_private(PageRange::new(100, 200), file.as_fd(), 100).unwrap();
-        at.map_none(PageRange::new(150, 160)).unwrap();
-        at.map_zero(PageRange::new(190, 300)).unwrap();
-        assert_eq!(there(&at), 200);
-        assert_eq!([149, 160, 190, 299].map(|page| first_byte(&at, page)), [149, 160, 0, 0]);
-        at.protect_none().unwrap();
-        assert_eq!(there(&at), 0);
-        at.map_shared(WHOLE, file.as_fd(), 0).unwrap();
-        assert_eq!((there(&at), at.mapped().is_none()), (PAGES, true));
-    }
-
-    #[test]
-    fn what_another_has_put_where_nothing_was_is_neither_replaced_nor_unmapped() {
-        let (at, file) = (vacant(), file());
-        let others = PageRange::new(600, 610);
-        let how = MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE;
-        // SAFETY: with this flag existing mappings are not replaced.
-        let raw = unsafe { mmap_anonymous(at.addr(600).cast(), others.bytes(), RAM_PROT, how) }.unwrap();
-        // SAFETY: it was just mapped, for writing.
-        unsafe { raw.cast::<u8>().write_volatile(0xaa) };
-        for range in [WHOLE, PageRange::new(605, 700)] {
-            let refused = at.map_private(range, file.as_fd(), 0).unwrap_err();
-            assert_eq!(refused.raw_os_error(), Some(libc::EEXIST), "{refused}");
-        }
-        at.map_private(PageRange::new(0, 600), file.as_fd(), 0).unwrap();
-        // Partly over existing mappings.
-        assert!(at.map_zero(PageRange::new(500, 700)).is_err());
-        assert_eq!([599, 600].map(|page| first_byte(&at, page)), [599u64 as u8, 0xaa]);
-        at.protect_none().unwrap();
-        assert_eq!(there(&at), others.len());
-        drop(at);
-        // SAFETY: the mapping still exists, or this faults.
-        assert_eq!(unsafe { raw.cast::<u8>().read_volatile() }, 0xaa);
-        // SAFETY: this test has mapped it.
-        unsafe { munmap(raw, others.bytes()) }.unwrap();
-    }
-
-    #[test]
-    fn what_is_vacant_is_no_other_reservations() {
-        let at = vacant();
-        let (start, len) = (at.addr(0) as usize, WHOLE.bytes());
-        let others = [(start, len), (start - len / 2, len), (start + len - 4096, 4096), (start - 4096, 2 * len)];
-        for (place, len) in others {
-            assert_eq!(Reservation::apart_at(place, len), None, "{place:#x}, {len:#x}");
-        }
-        let beside = [start - len, start + len].map(|place| Reservation::apart_at(place, len).unwrap());
-        for base in beside {
-            drop(Reservation { base, pages: PAGES, is_apart: true, mapped: Mutex::default() });
-        }
-        drop(at);
-        let base = Reservation::apart_at(start, len).unwrap();
-        drop(Reservation { base, pages: PAGES, is_apart: true, mapped: Mutex::default() });
-    }
-
-    #[test]
-    fn a_failed_step_leaves_what_it_has_mapped_noted() {
-        let at = vacant();
-        let not_a_file = std::io::pipe().unwrap().0;
-        assert!(at.map_private(PageRange::new(0, 10), not_a_file.as_fd(), 0).is_err());
-        assert_eq!(there(&at), 0);
-        at.map_zero(PageRange::new(4, 6)).unwrap();
-        // The parts are reserved first, then the mapping fails.
-        assert!(at.map_private(PageRange::new(0, 10), not_a_file.as_fd(), 0).is_err());
-        assert_eq!(there(&at), 10);
-        drop(at);
-    }
-}
+mod tests;

@@ -21,7 +21,7 @@ use clade_memory::{CopiedRuns, DetachedRam, LayerHandle, LayerId, LayerTreatment
 use rustix::fs::{FileType, fstat, fstatfs};
 use serde::{Deserialize, Serialize};
 
-use super::parts::{FileId, file_id, is_read_only};
+use super::received::{FileId, file_id, is_read_only};
 use super::{SealedParts, TransferError};
 use crate::vm::context::Context;
 use crate::vm::fork::ForkImage;

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `detach` | copies of the files that the giver can write |
 //! | `parts` | an image as bytes and descriptors, and back |
+//! | `received` | received descriptors, and checks of them |
 //! | `lease` | tracks whether an image given away is still in use |
 //! | `socket` | bytes and descriptors over a Unix socket |
 //!
@@ -17,6 +18,7 @@
 mod detach;
 mod lease;
 mod parts;
+mod received;
 mod socket;
 
 use std::io;
@@ -31,7 +33,8 @@ pub use detach::{CopiedFile, DetachOptions, DetachReport, ImageFile, KnownCopy};
 pub use lease::Leases;
 #[cfg(feature = "fuzzing")]
 pub(crate) use parts::is_memory;
-pub use parts::{FileId, ImageParts, Overlays, SharedFiles, file_id_at};
+pub use parts::{ImageParts, Overlays, SharedFiles};
+pub use received::{FileId, file_id_at};
 pub use socket::SealedParts;
 
 use crate::kvm::HostMismatch;
