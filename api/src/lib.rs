@@ -3,7 +3,7 @@
 //!
 //! | topic | module |
 //! |---|---|
-//! | requests and answers | `types`, `schema` |
+//! | requests and answers | `types` |
 //! | errors | `problem`, `error` |
 //! | clients | `client`, `gather` |
 //! | HTTP on sockets and ports | [`http`] |
@@ -23,7 +23,6 @@ mod labels;
 mod object;
 mod problem;
 mod runtime_dir;
-mod schema;
 pub mod secrets;
 mod token;
 mod types;

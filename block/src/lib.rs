@@ -52,6 +52,8 @@ mod overlay_chain;
 mod reflink;
 mod relocation;
 mod request_table;
+#[cfg(feature = "schema")]
+mod schema;
 mod setup;
 mod steps;
 mod steps_trace;
@@ -82,10 +84,12 @@ pub use transfers::{MAX_TRANSFER_BYTES, Transfer};
 /// Bytes in a sector, the unit of virtio-blk.
 pub const SECTOR: u64 = 512;
 
-/// How a disk is opened.
+/// A disk's file and how it is used.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct DiskConfig {
     /// A raw image or a block device.
+    #[cfg_attr(feature = "schema", schema(value_type = String))]
     pub path: PathBuf,
     /// Whether the guest may only read the disk.
     pub read_only: bool,
@@ -99,8 +103,10 @@ pub struct DiskConfig {
     pub cache: CachePolicy,
     /// The directory of overlays. Default: the image's directory, or the temporary directory for a
     /// block device.
+    #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
     pub overlays: Option<PathBuf>,
     /// A delay added to every transfer, for tests.
+    #[cfg_attr(feature = "schema", schema(value_type = Option<schema::Time>))]
     pub latency: Option<Duration>,
 }
 

@@ -12,12 +12,13 @@ use crate::buffer::ALIGN;
 
 /// Whether transfers go through the host's page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum CachePolicy {
-    /// Yes: the host's memory has data that many VMs read once.
+    /// Through the page cache: the host's memory has data that many VMs read once.
     #[default]
     Host,
-    /// No (O_DIRECT), where the file system supports it, and offset and length are multiples of its
+    /// Around the page cache (O_DIRECT), where the file system supports it, and offset and length are multiples of its
     /// block size (most often 512 bytes).
     Direct,
 }

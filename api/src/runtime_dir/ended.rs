@@ -45,7 +45,6 @@ pub struct EndedVm {
     /// Its name.
     pub name: String,
     /// The reason why it ended.
-    #[schema(value_type = crate::schema::StopReason)]
     pub stopped: StopReason,
     /// The reason in words.
     pub reason: String,

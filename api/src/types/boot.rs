@@ -6,7 +6,7 @@ use utoipa::ToSchema;
 use std::path::PathBuf;
 
 use crate::secrets::Secret;
-use crate::{Labels, object, schema, secrets};
+use crate::{Labels, object, secrets};
 
 use super::ForkRequest;
 use clade_vmm::vm::{RestoreLoad, VmConfig};
@@ -76,7 +76,6 @@ pub struct BootRequest {
     #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}$", min_length = 1, max_length = 48)]
     pub name: String,
     /// Its configuration.
-    #[schema(value_type = schema::VmConfig)]
     pub config: VmConfig,
     /// The kernel's file, or the name of one of the program's own kernels.
     #[schema(value_type = String)]
@@ -124,7 +123,6 @@ pub struct SavedSource {
     pub dir: PathBuf,
     /// The way to load memory.
     #[serde(default)]
-    #[schema(value_type = schema::RestoreLoad)]
     pub load: RestoreLoad,
     /// The directory of the disks' overlays; beside the snapshot if not given.
     #[serde(default)]

@@ -8,7 +8,6 @@ use std::path::PathBuf;
 use clade_devices::virtio::net::Link;
 
 use super::MergingVm;
-use crate::schema;
 
 /// A request for a checkpoint.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
@@ -64,7 +63,6 @@ pub struct CheckpointInfo {
     /// Whether packets passed at that instant, and so pass for its children. Null without a
     /// network, or for a checkpoint of a snapshot.
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    #[schema(value_type = Option<schema::Link>)]
     pub network: Option<Link>,
     /// Seconds since it was taken.
     pub age_s: f64,

@@ -7,7 +7,7 @@ use clade_devices::virtio::net::{EgressRule, Link};
 
 use clade_memory::Erased;
 
-use crate::{Labels, object, schema};
+use crate::{Labels, object};
 
 use super::{NetInfo, VsockInfo};
 use clade_vmm::vm::{ChildIdentity, NetChoice, VsockChoice};
@@ -41,20 +41,16 @@ pub struct ForkRequest {
     pub labels: Option<Labels>,
     /// The choices for their network devices, in order.
     #[serde(default, deserialize_with = "object::list")]
-    #[schema(value_type = Vec<schema::NetChoice>)]
     pub nets: Vec<NetChoice>,
     /// Whether packets pass between their network devices and the host; as the parent's if not
     /// given. When closed, no packet passes in either direction, from the first instruction on.
     #[serde(default)]
-    #[schema(value_type = Option<schema::Link>)]
     pub network: Option<Link>,
     /// Egress rules of the children: a layer in addition to their parent's rules, which also apply.
     #[serde(default)]
-    #[schema(value_type = Vec<schema::EgressRule>)]
     pub egress: Vec<EgressRule>,
     /// The choices for their socket device.
     #[serde(default, deserialize_with = "object::optional")]
-    #[schema(value_type = Option<schema::VsockChoice>)]
     pub vsock: Option<VsockChoice>,
     /// MiB of memory that each child may have copies of before it writes there: the pages that most
     /// ended children of the checkpoint have written. 0 for none; the supervisor's setting if not

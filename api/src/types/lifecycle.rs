@@ -7,8 +7,6 @@ use std::path::PathBuf;
 
 use clade_devices::virtio::net::{EgressRule, Link};
 
-use crate::schema;
-
 use super::VmInfo;
 
 /// A request to suspend a VM.
@@ -125,11 +123,9 @@ pub struct ShutdownInfo {
 pub struct NetworkRequest {
     /// Whether packets pass.
     #[serde(default)]
-    #[schema(value_type = Option<schema::Link>)]
     pub network: Option<Link>,
     /// Egress rules, which replace all existing ones; an empty list removes them.
     #[serde(default)]
-    #[schema(value_type = Option<Vec<schema::EgressRule>>)]
     pub egress: Option<Vec<EgressRule>>,
     /// Number of layers of rules that stay, from the first on. `egress` replaces the layers behind
     /// them.

@@ -6,6 +6,8 @@ mod fork;
 mod guest_memory;
 mod lifecycle;
 mod pages;
+#[cfg(test)]
+mod schema_tests;
 mod stats;
 mod vm;
 

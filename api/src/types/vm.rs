@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use clade_devices::virtio::net::{Link, Mac};
 
 use crate::flight::FlightEvent;
-use crate::{EndedVm, Labels, WorkerExit, schema};
+use crate::{EndedVm, Labels, WorkerExit};
 use clade_vmm::vm::{Identity, StopReason, VmConfig};
 
 /// The state of a VM.
@@ -71,7 +71,6 @@ pub struct NetInfo {
     pub dropped: u64,
     /// Whether packets pass.
     #[serde(default)]
-    #[schema(value_type = schema::Link)]
     pub network: Link,
     /// Packets to the guest that were dropped because its network is closed.
     #[serde(default)]
@@ -147,7 +146,6 @@ pub struct VmInfo {
     pub guest: Option<GuestState>,
     /// The reason why it stopped, if it has.
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    #[schema(value_type = Option<schema::StopReason>)]
     pub stopped: Option<StopReason>,
     /// The name of its parent, if it has one.
     pub parent: Option<String>,

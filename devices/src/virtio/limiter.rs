@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 /// A token bucket's parameters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Rate {
     /// Tokens added per second.
     pub per_second: u64,
@@ -23,8 +24,9 @@ impl Rate {
     }
 }
 
-/// The limits of a device. None means unlimited.
+/// The limits of a device. An absent limit means unlimited.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Limits {
     /// Limit in bytes.
     pub bytes: Option<Rate>,

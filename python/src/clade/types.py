@@ -76,20 +76,20 @@ class BalloonRequest(TypedDict):
 
 
 class Rate(TypedDict):
-    """A token bucket."""
+    """A token bucket's parameters."""
 
     burst: NotRequired[int | None]
-    """The bucket's size in tokens. Default: what one second adds."""
+    """The bucket's size in tokens. Default: the tokens of one second."""
 
     once: int
-    """Tokens on top of that at the beginning."""
+    """Additional tokens at the beginning, which are not refilled."""
 
     per_second: int
     """Tokens added per second."""
 
 
 class Limits(TypedDict):
-    """The limits of a device. An absent limit means unlimited."""
+    """The limits of a device. None means unlimited."""
 
     bytes: NotRequired[Rate | None]
     """Limit in bytes."""
@@ -99,7 +99,7 @@ class Limits(TypedDict):
 
 
 class BlockOptions(TypedDict):
-    """A block device."""
+    """The configuration of a block device."""
 
     limits: Limits
     """Limits of its throughput."""
@@ -123,36 +123,42 @@ class Time(TypedDict):
 
 
 class DiskConfig(TypedDict):
-    """A disk's file and how it is used."""
+    """How a disk is opened."""
 
     cache: CachePolicy
     """Whether transfers go through the host's page cache."""
 
     ephemeral: NotRequired[bool]
-    """Whether its writes are dropped with the VM."""
+    """Whether writes end with the VM. The image is opened read-only, and several VMs may use it."""
 
     id: NotRequired[str | None]
-    """The id that the guest reads. Default: the last component of `path`."""
+    """The id that the guest reads (VIRTIO_BLK_T_GET_ID), cut to 20 bytes. Default: the last
+    component of `path`.
+    """
 
     latency: NotRequired[Time | None]
     """A delay added to every transfer, for tests."""
 
     overlays: NotRequired[str | None]
-    """The directory of overlays. Default: the image's."""
+    """The directory of overlays. Default: the image's directory, or the temporary directory for a
+    block device.
+    """
 
     path: str
     """A raw image or a block device."""
 
     read_only: bool
-    """Whether the guest may only read it."""
+    """Whether the guest may only read the disk."""
 
 
 class DiskSpec(TypedDict):
     """A disk and its virtio block device."""
 
     device: BlockOptions
+    """The block device: its queues and limits."""
 
     disk: DiskConfig
+    """The disk: its file and its settings."""
 
 
 Irqchip = Literal["full", "split"]
@@ -162,7 +168,7 @@ EgressRule = str
 
 
 class PortForward(TypedDict):
-    """A TCP port of the host's loopback address that leads to one of the guest's."""
+    """A port of the host's loopback address that is forwarded to a TCP port of the guest."""
 
     guest: int
     """The guest's port."""
@@ -172,21 +178,19 @@ class PortForward(TypedDict):
 
 
 class UserNet(TypedDict):
-    """A network by passt, which needs no privileges: the guest is 10.0.2.15/24, its gateway
-    10.0.2.2, its name server 10.0.2.3.
-    """
+    """A network device on a network of its own, by passt."""
 
-    forward: list[PortForward]
-    """TCP ports of the host's loopback address that lead to the guest. Children do not inherit
-    them.
+    forward: NotRequired[list[PortForward]]
+    """TCP ports forwarded to the guest. Not inherited by children, because a port belongs to one
+    VM.
     """
 
 
 class NetSpec(TypedDict):
     """A network device."""
 
-    egress: list[list[EgressRule]]
-    """Egress rules: layers of rules, each of which a packet has to pass."""
+    egress: NotRequired[list[list[EgressRule]]]
+    """The addresses that the guest may send to when it boots. Later the device keeps them."""
 
     mac: NotRequired[str | None]
     """The MAC address; a random one if not given."""
@@ -201,27 +205,31 @@ class NetSpec(TypedDict):
     """Limits on sent traffic."""
 
     tap: str
-    """The TAP interface to open or create; `%d` stands for a free number. Empty for `user`."""
+    """The name of the TAP interface to open or create; `%d` stands for a free number. Empty for
+    `user`.
+    """
 
     user: NotRequired[UserNet | None]
     """A network by passt instead of an interface."""
 
 
 class VsockOptions(TypedDict):
-    """A socket device."""
+    """The configuration of a socket device."""
 
     cid: int
     """The guest's CID."""
 
     socket: str
-    """The Unix socket to which programs on the host connect."""
+    """The Unix socket to which hosts connect. Removed with the device."""
 
 
 class VmConfig(TypedDict):
-    """The configuration of a VM."""
+    """The configuration of a VM. Its children have an equal one, and an identity of their own."""
 
     acpi: bool
-    """Whether the guest gets ACPI tables."""
+    """Whether the guest gets ACPI tables, with its generation id in them. Without them, or without
+    an IOAPIC, it has the command line and the MP table.
+    """
 
     balloon: bool
     """Whether there is a balloon."""
@@ -230,7 +238,7 @@ class VmConfig(TypedDict):
     """The CPU model that the guest sees."""
 
     cpus: int
-    """vCPUs."""
+    """Number of vCPUs."""
 
     disks: list[DiskSpec]
     """Disks, in the order in which the guest finds them."""
@@ -248,19 +256,21 @@ class VmConfig(TypedDict):
     """Network devices, in the order in which the guest finds them."""
 
     pit: bool
-    """Whether there is a PIT."""
+    """Whether there is a PIT. Kernels that calibrate by the TSC or kvm-clock do not need one."""
 
     pmu: NotRequired[bool]
-    """Whether the guest has performance counters."""
+    """Whether the guest has performance counters. Snapshots without this field are of guests that
+    had the host's.
+    """
 
     report_port: NotRequired[bool]
-    """Ignored."""
+    """A flag of snapshot format 1, for a test device. Written as false, and ignored when read."""
 
     rng: NotRequired[Limits | None]
     """The limits of the entropy device, if there is one."""
 
     virtio_console: bool
-    """Whether there is a virtio console beside the serial one."""
+    """Whether there is a virtio console (`hvc0`) beside the serial one."""
 
     vsock: NotRequired[VsockOptions | None]
     """The socket device, if there is one."""
@@ -565,31 +575,34 @@ class StopReasonSessionEnded(TypedDict):
 
 
 class StopReasonProcess(TypedDict):
-    """Its process ended without a report."""
+    """Its process has ended without reporting a reason: it was killed, or it panicked."""
 
     code: NotRequired[int | None]
+    """Its exit code, if there was no signal."""
 
     kind: Literal["process"]
 
     signal: NotRequired[int | None]
+    """The signal that ended it."""
 
 
 class StopReasonOverLimit(TypedDict):
-    """Its process exceeded its memory limit, and was killed."""
+    """Its process took more memory than its limit, and was killed."""
 
     kind: Literal["over_limit"]
 
     mib: int
+    """The limit in MiB."""
 
 
 class StopReasonReset(TypedDict):
-    """The guest reset itself."""
+    """The guest reset itself through the keyboard controller."""
 
     kind: Literal["reset"]
 
 
 class StopReasonPowerOff(TypedDict):
-    """The guest powered itself off."""
+    """The guest powered itself off, by ACPI."""
 
     kind: Literal["power_off"]
 
@@ -600,8 +613,10 @@ class StopReasonExited(TypedDict):
     kind: Literal["exited"]
 
     status: int
+    """The exit status: 128 and the signal's number after a signal."""
 
     text: str
+    """The guest's text about it."""
 
 
 class StopReasonShutdown(TypedDict):
@@ -610,28 +625,34 @@ class StopReasonShutdown(TypedDict):
     kind: Literal["shutdown"]
 
     vcpu: int
+    """The vCPU's index."""
 
 
 class StopReasonEmulation(TypedDict):
     """KVM could not emulate an instruction."""
 
     bytes: str
+    """The instruction's bytes in hexadecimal, as far as KVM fetched them."""
 
     kind: Literal["emulation"]
 
     rip: int
+    """The instruction's guest-virtual address."""
 
     vcpu: int
+    """The vCPU's index."""
 
 
 class StopReasonInternal(TypedDict):
     """KVM reported an internal error of another kind."""
 
     error: str
+    """The error in words."""
 
     kind: Literal["internal"]
 
     vcpu: int
+    """The vCPU's index."""
 
 
 class StopReasonFailEntry(TypedDict):
@@ -640,44 +661,53 @@ class StopReasonFailEntry(TypedDict):
     kind: Literal["fail_entry"]
 
     reason: int
+    """The hardware's reason, as KVM reports it."""
 
     vcpu: int
+    """The vCPU's index."""
 
 
 class StopReasonUnexpected(TypedDict):
-    """KVM_RUN returned an unhandled exit."""
+    """KVM_RUN returned an exit that Clade does not handle."""
 
     exit: str
+    """The exit, as `kvm-ioctls` shows it."""
 
     kind: Literal["unexpected"]
 
     vcpu: int
+    """The vCPU's index."""
 
 
 class StopReasonRun(TypedDict):
     """KVM_RUN itself failed."""
 
     error: str
+    """The ioctl's error."""
 
     kind: Literal["run"]
 
     vcpu: int
+    """The vCPU's index."""
 
 
 class StopReasonStart(TypedDict):
     """The vCPU could not load its state."""
 
     error: str
+    """The error in words."""
 
     kind: Literal["start"]
 
     vcpu: int
+    """The vCPU's index."""
 
 
 class StopReasonMemoryLost(TypedDict):
-    """Memory it shares with its parent was lost while it was still being copied."""
+    """Memory shared with its parent was lost while it was still being copied."""
 
     error: str
+    """The error in words."""
 
     kind: Literal["memory_lost"]
 
@@ -687,9 +717,11 @@ class StopReasonPanic(TypedDict):
 
     kind: Literal["panic"]
 
-    message: str
+    message: NotRequired[str]
+    """The panic's message. Empty in records written before this field existed."""
 
     vcpu: int
+    """The vCPU's index."""
 
 
 StopReason = StopReasonRequested | StopReasonTimeOver | StopReasonSessionEnded | StopReasonProcess | StopReasonOverLimit | StopReasonReset | StopReasonPowerOff | StopReasonExited | StopReasonShutdown | StopReasonEmulation | StopReasonInternal | StopReasonFailEntry | StopReasonUnexpected | StopReasonRun | StopReasonStart | StopReasonMemoryLost | StopReasonPanic
@@ -829,17 +861,21 @@ class ForkAnswer(TypedDict):
 
 
 class NetChoice(TypedDict):
-    """Chosen values for a child's network device."""
+    """Chosen values for a child's network device. Defaults: another interface of the parent's
+    pattern, and a random address.
+    """
 
     mac: NotRequired[str | None]
-    """The MAC address: unicast."""
+    """The MAC address."""
 
     tap: NotRequired[str | None]
     """The TAP interface's name; `%d` stands for a free number."""
 
 
 class VsockChoice(TypedDict):
-    """Chosen values for a child's socket device."""
+    """Chosen values for a child's socket device. Defaults: the next free CID, and `NAME.vsock`
+    beside the parent's socket.
+    """
 
     cid: NotRequired[int | None]
     """The CID."""

@@ -22,6 +22,7 @@ use super::features::{Feature, Reg, features};
 
 /// The CPU model that a guest sees.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub enum CpuTemplate {
     /// The host's model, as far as KVM supports it for guests. A snapshot needs a host with all of
     /// its features.

@@ -5,6 +5,8 @@ use std::fmt::Write as _;
 use clade_block::DiskConfig;
 use clade_devices::virtio::block::{BlockOptions, MAX_QUEUES};
 use clade_devices::virtio::limiter::Limits;
+#[cfg(feature = "schema")]
+use clade_devices::virtio::net::EgressRule;
 use clade_devices::virtio::net::{Egress, MAX_PAIRS, Mac};
 use clade_devices::virtio::vsock::VsockOptions;
 use clade_memory::{RamError, RamLayout};
@@ -17,6 +19,7 @@ use crate::vm::identity::UserNet;
 
 /// The interrupt controllers that KVM emulates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Irqchip {
     /// Local APICs, IOAPIC and PICs: a kernel with a serial console needs them.
@@ -28,6 +31,7 @@ pub enum Irqchip {
 
 /// A disk and its virtio block device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct DiskSpec {
     /// The disk: its file and its settings.
     pub disk: DiskConfig,
@@ -37,23 +41,28 @@ pub struct DiskSpec {
 
 /// A network device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct NetSpec {
     /// The name of the TAP interface to open or create; `%d` stands for a free number. Empty for
-    /// [`NetSpec::user`].
+    /// `user`.
     pub tap: String,
     /// A network by passt instead of an interface.
     #[serde(default)]
     pub user: Option<UserNet>,
     /// The MAC address; a random one if not given.
+    #[cfg_attr(feature = "schema", schema(value_type = Option<String>, pattern = "^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$"))]
     pub mac: Option<Mac>,
     /// Pairs of queues.
+    #[cfg_attr(feature = "schema", schema(minimum = 1, maximum = 8))]
     pub queues: u16,
     /// Limits on received traffic.
     pub receive: Limits,
     /// Limits on sent traffic.
     pub send: Limits,
-    /// The addresses that the guest may send to when it boots. Later the device keeps them.
+    /// Egress rules when the guest boots: layers of rules, each of which a packet has to pass. Later the
+    /// device keeps them.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schema(value_type = Vec<Vec<EgressRule>>))]
     pub egress: Egress,
 }
 
@@ -109,15 +118,18 @@ impl DeviceSlot<'_> {
     }
 }
 
-/// The configuration of a VM. Its children have an equal one, and an
-/// [`Identity`](crate::vm::Identity) of their own.
-///
-/// Snapshots contain it: see [`crate::vm::sections`] for the changes that are allowed here.
+/// The configuration of a VM. Its children have an equal one, and an identity of their own.
+// Snapshots contain it: see `crate::vm::sections` for the changes that are allowed here.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct VmConfig {
+    /// Guest memory in bytes: whole 4 KiB pages.
     #[serde(rename = "memory", with = "saved_layout")]
+    #[cfg_attr(feature = "schema", schema(value_type = u64, minimum = 4096, multiple_of = 4096))]
     layout: RamLayout,
+    /// Number of vCPUs.
     #[serde(deserialize_with = "saved_cpus")]
+    #[cfg_attr(feature = "schema", schema(minimum = 1, maximum = 32))]
     cpus: u8,
     /// Interrupt controllers.
     pub irqchip: Irqchip,
@@ -125,17 +137,20 @@ pub struct VmConfig {
     pub pit: bool,
     /// The CPU model that the guest sees.
     pub cpu: CpuTemplate,
-    /// CPU features to hide from the guest.
+    /// CPU features to hide from the guest: Linux names, with commas between.
+    #[cfg_attr(feature = "schema", schema(value_type = String))]
     pub hide: CpuHide,
     /// Whether the guest has performance counters. Snapshots without this field are of guests that
     /// had the host's.
     #[serde(default = "had_pmu")]
+    #[cfg_attr(feature = "schema", schema(default = true))]
     pub pmu: bool,
     /// Whether the guest gets ACPI tables, with its generation id in them. Without them, or without
     /// an IOAPIC, it has the command line and the MP table.
     pub acpi: bool,
     /// A flag of snapshot format 1, for a test device. Written as false, and ignored when read.
     #[serde(rename = "report_port", default)]
+    #[cfg_attr(feature = "schema", schema(value_type = bool, deprecated))]
     reserved: ReservedFlag,
     /// Disks, in the order in which the guest finds them.
     pub disks: Vec<DiskSpec>,

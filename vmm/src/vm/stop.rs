@@ -5,6 +5,7 @@ use thiserror::Error;
 
 /// Why a VM stopped, as seen by its vCPUs or its owner.
 #[derive(Clone, Debug, Error, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(tag = "kind", rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum StopReason {

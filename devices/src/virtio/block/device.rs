@@ -34,8 +34,10 @@ const RESET_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The configuration of a block device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct BlockOptions {
-    /// Number of queues: 1 to [`MAX_QUEUES`].
+    /// Number of queues.
+    #[cfg_attr(feature = "schema", schema(minimum = 1, maximum = 16))]
     pub queues: u16,
     /// Limits of its throughput.
     pub limits: Limits,

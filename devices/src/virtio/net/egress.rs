@@ -9,6 +9,8 @@
 
 mod frame;
 mod rule;
+#[cfg(feature = "schema")]
+mod schema;
 #[cfg(test)]
 mod tests;
 

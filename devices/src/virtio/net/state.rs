@@ -19,6 +19,7 @@ pub struct NetState {
 
 /// Whether the host lets packets pass between a guest and its interface.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Link {
     /// Packets pass.

@@ -59,10 +59,12 @@ pub enum VsockError {
 
 /// The configuration of a socket device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct VsockOptions {
     /// The guest's CID.
     pub cid: u64,
-    /// The Unix socket to which hosts connect. Removed with the device.
+    /// The Unix socket to which programs on the host connect. Removed with the device.
+    #[cfg_attr(feature = "schema", schema(value_type = String))]
     pub socket: PathBuf,
 }
 

@@ -67,19 +67,22 @@ impl Identity {
 /// Chosen values for a child's network device. Defaults: another interface of the parent's pattern,
 /// and a random address.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct NetChoice {
     /// The TAP interface's name; `%d` stands for a free number.
     #[serde(default)]
     pub tap: Option<String>,
-    /// The MAC address.
+    /// The MAC address: unicast.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schema(value_type = Option<String>, pattern = "^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$"))]
     pub mac: Option<Mac>,
 }
 
 /// Chosen values for a child's socket device. Defaults: the next free CID, and `NAME.vsock` beside
 /// the parent's socket.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct VsockChoice {
     /// The CID.
@@ -87,6 +90,7 @@ pub struct VsockChoice {
     pub cid: Option<u64>,
     /// The socket's path; `{name}` stands for the child's name.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schema(value_type = Option<String>))]
     pub socket: Option<PathBuf>,
 }
 

@@ -48,23 +48,29 @@ pub const MAX_FORWARDS: usize = 64;
 /// Bytes of the program's output that are examined.
 const MAX_SAID: usize = 300;
 
-/// A network device on a network of its own, by passt.
+/// A network by passt, which needs no privileges: the guest is 10.0.2.15/24, its gateway 10.0.2.2, its
+/// name server 10.0.2.3.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct UserNet {
     /// TCP ports forwarded to the guest. Not inherited by children, because a port belongs to one
     /// VM.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schema(max_items = 64))]
     pub forward: Vec<PortForward>,
 }
 
 /// A port of the host's loopback address that is forwarded to a TCP port of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct PortForward {
     /// The host's port.
+    #[cfg_attr(feature = "schema", schema(minimum = 1))]
     pub host: u16,
     /// The guest's port.
+    #[cfg_attr(feature = "schema", schema(minimum = 1))]
     pub guest: u16,
 }
 

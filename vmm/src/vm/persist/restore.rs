@@ -40,6 +40,7 @@ pub struct RestoreOptions {
 
 /// How memory is loaded from the disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum RestoreLoad {
     /// At each page's first access, shared through the page cache.

@@ -6,9 +6,7 @@ use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::{ObjectBuilder, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
 
-/// An egress rule.
-#[cfg_attr(test, derive(serde::Deserialize))]
-pub(crate) struct EgressRule(String);
+use super::EgressRule;
 
 const DESCRIPTION: &str = "An egress rule. No bit of the address is set behind its prefix, and the first port of a \
                            range is no larger than the last.";
@@ -55,7 +53,6 @@ mod tests {
     use std::net::{Ipv4Addr, Ipv6Addr};
     use std::sync::LazyLock;
 
-    use clade_devices::virtio::net::EgressRule as Rule;
     use proptest::prelude::*;
     use proptest::string::string_regex;
     use regex::Regex;
@@ -67,7 +64,7 @@ mod tests {
     /// Returns whether the parser accepts it, and otherwise whether only for a condition beyond a
     /// pattern.
     fn parsed(text: &str) -> (bool, bool) {
-        let Err(error) = text.parse::<Rule>() else { return (true, false) };
+        let Err(error) = text.parse::<EgressRule>() else { return (true, false) };
         let error = error.to_string();
         (false, error.contains("no bit of the address") || error.contains("the first and the last of a range"))
     }
