@@ -7,6 +7,7 @@ mod cache;
 mod certificate;
 mod patience;
 mod patient;
+mod random;
 mod require;
 mod tier;
 mod unique;
@@ -18,6 +19,7 @@ pub use patience::{
     wait_until_within,
 };
 pub use patient::PatientStream;
+pub use random::Random;
 pub use require::{required, skip};
 pub use tier::stride;
 pub use unique::{Cid, Claim, Port, Subnet, TapName};

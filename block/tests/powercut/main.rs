@@ -23,24 +23,13 @@ use std::time::Duration;
 
 use clade_block::{Disk, DiskConfig, DiskImage, DiskOp, SECTOR};
 use clade_host_io::{AlignedBuf, Fragment};
+use clade_test_support::Random;
 
 use device::{BTRFS, EXT4, Event, Kind, Mounted, Recorder, XFS, cut};
 
 const CLUSTER: u64 = 4096;
 const SIZE: u64 = 128 * CLUSTER;
 const SECTORS: u64 = SIZE / SECTOR;
-
-/// Reproducible choices.
-pub(crate) struct Random(u64);
-
-impl Random {
-    pub(crate) fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) % end
-    }
-}
 
 /// The time from a flush on: the durable content of each sector, and its contents since.
 struct Epoch {
@@ -248,7 +237,7 @@ fn what_was_flushed_survives_power_cuts() {
 fn cut_and_compare(kind: Kind, recorder: &Recorder, empty: &[u8], (schedules, cuts_each): (u64, usize)) {
     let (mut cuts, mut again, mut before_forks, mut at_flushes) = (0, 0, 0, 0);
     for schedule in 0..schedules {
-        let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ (schedule + 1) << 32);
+        let mut random = Random::new(0x9e37_79b9_7f4a_7c15 ^ (schedule + 1) << 32);
         let mounted = recorder.mount(empty.to_vec()).unwrap();
         let mut machine = Machine::new(recorder, mounted.path());
         for step in 0..60 {

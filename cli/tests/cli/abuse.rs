@@ -13,11 +13,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clade_test_support::{PatientStream, Port};
+use clade_test_support::{PatientStream, Port, Random};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::tool::{Random, Runtime, kill, kvm, wait_until};
+use crate::tool::{Runtime, kill, kvm, wait_until};
 
 const THREADS: u64 = 8;
 /// Children at a time.
@@ -261,7 +261,7 @@ impl Abused {
     }
 
     fn client(&self, seed: u64) {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let (mut vms, mut checkpoints) = (Vec::new(), Vec::new());
         while self.goes_on() {
             if random.below(8) == 0 {

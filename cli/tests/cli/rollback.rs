@@ -7,13 +7,14 @@ use std::os::unix::net::UnixStream;
 
 use clade_guests::abi::disk::What;
 use clade_harness::GuestWords;
+use clade_test_support::Random;
 use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::detach::{checkpoint, image};
 use crate::machine::BareVm;
 use crate::supervisor::{GuestMemory, Supervised};
-use crate::tool::{Random, expect_problem, hold, kill, kvm, wait_until};
+use crate::tool::{expect_problem, hold, kill, kvm, wait_until};
 
 const PAGE: u64 = 4096;
 /// Pages whose first words the tests follow.
@@ -53,7 +54,7 @@ fn a_vm_goes_to_and_fro_between_its_checkpoints() {
     }
     let all = Supervised::start("0");
     all.boot("web", &[]);
-    let mut random = Random(0x5eed_1dea);
+    let mut random = Random::new(0x5eed_1dea);
     let mut now: Vec<u64> = (0..PAGES).map(|page| 1 + page).collect();
     put(&all, "web", &now);
     let mut kept = vec![];

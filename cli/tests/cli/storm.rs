@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clade_test_support::{Cid, Patience, TapName};
+use clade_test_support::{Cid, Patience, Random, TapName};
 use serde_json::Value;
 
-use crate::tool::{Random, Runtime, kvm, stem, taps, wait_until};
+use crate::tool::{Runtime, kvm, stem, taps, wait_until};
 
 const THREADS: u64 = 8;
 /// Running time of a storm on the reference host.
@@ -196,7 +196,7 @@ fn storm(seconds: u64) {
             for thread in 0..THREADS {
                 let storm = Storm { runtime: &runtime, snapshots: snapshots.path(), tally: &tally };
                 scope.spawn(move || {
-                    let mut random = Random(0x9e37_79b9 + thread + round * 1000);
+                    let mut random = Random::new(0x9e37_79b9 + thread + round * 1000);
                     // At least as long as requested, and until enough requests were made.
                     let mut patience = Patience::new(MOST);
                     while Instant::now() < end || !is_enough() {

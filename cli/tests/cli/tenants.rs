@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use clade_test_support::{Cid, TapName};
+use clade_test_support::{Cid, Random, TapName};
 use serde_json::{Value, json};
 
 use self::caller::{Caller, Tenant};
@@ -27,7 +27,7 @@ use self::foreign::Stranger;
 use self::model::Actor;
 use crate::cached;
 use crate::e2b::Host;
-use crate::tool::{Random, kvm, stem, wait_until};
+use crate::tool::{kvm, stem, wait_until};
 
 /// Clients of a tenant that make foreign calls alone, beside the one that has its sandboxes.
 const STRANGERS: u64 = 2;
@@ -217,7 +217,7 @@ fn tenants(calls: u64) {
     }
     host.runtime.clade(&["checkpoint", "web", "base", "--detach", "--json"]).json();
     let bench = Bench { host, stem: stem(&tap) };
-    let mut random = Random(seed.wrapping_mul(0x2545_f491_4f6c_dd1d) | 1);
+    let mut random = Random::new(seed.wrapping_mul(0x2545_f491_4f6c_dd1d) | 1);
     let [alpha, beta] = ["alpha", "beta"].map(|name| bench.tenant(name, &mut random));
     let (mut a, mut b) = (Side::new(&alpha, &beta, seed), Side::new(&beta, &alpha, seed ^ 0xbeef));
     // Allocations that are made once stay.

@@ -320,19 +320,3 @@ pub(crate) fn runs(pid: u32) -> bool {
     let state = state.rsplit(") ").next().and_then(|rest| rest.chars().next());
     test_kill_process(Pid::from_raw(pid as i32).unwrap()).is_ok() && !matches!(state, None | Some('Z'))
 }
-
-/// xorshift64*: a seed repeats a storm, as far as threads allow.
-pub(crate) struct Random(pub(crate) u64);
-
-impl Random {
-    pub(crate) fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % bound
-    }
-
-    pub(crate) fn one_of<'a, T: ?Sized>(&mut self, all: &[&'a T]) -> &'a T {
-        all[self.below(all.len() as u64) as usize]
-    }
-}

@@ -72,14 +72,8 @@ fn naive(bytes: &[u8], secrets: &[Vec<u8>]) -> (Vec<u8>, u64) {
 
 /// A secret of this length, whose prefixes and suffixes are all distinct.
 fn secret(seed: u64, length: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let byte = |_| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state as u8
-    };
-    (0..length).map(byte).collect()
+    let mut random = clade_test_support::Random::new(seed);
+    (0..length).map(|_| random.word() as u8).collect()
 }
 
 /// A planted part: its place, and its bytes of a secret.

@@ -4,12 +4,12 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use clade_memory::{Access, PAGE_SIZE, PageRange, PinLifetime};
+use clade_test_support::Random;
 use vm_memory::Bytes;
 
 use crate::dma;
 use crate::dma::splice::Splice;
 use crate::fleet::{Fleet, Tally};
-use crate::rng::Rng;
 use crate::stamp::{LANE, LANES, Lane, Model};
 use crate::vm::{Chunks, Vm, address, pages_of};
 
@@ -21,13 +21,13 @@ const MAX_PAGES: u64 = 24;
 /// Maximum lifetime of a request, long enough for many freezes.
 const MAX_LIFE_MICROS: u64 = 600_000;
 
-fn term(rng: &mut Rng) -> PinLifetime {
-    if rng.one_in(3) { PinLifetime::LongTerm } else { PinLifetime::Transient }
+fn term(random: &mut Random) -> PinLifetime {
+    if random.one_in(3) { PinLifetime::LongTerm } else { PinLifetime::Transient }
 }
 
-fn life(rng: &mut Rng) -> Duration {
-    let most = MAX_LIFE_MICROS >> rng.below(8);
-    Duration::from_micros(rng.below(most))
+fn life(random: &mut Random) -> Duration {
+    let most = MAX_LIFE_MICROS >> random.below(8);
+    Duration::from_micros(random.below(most))
 }
 
 /// A reading request, by page references like a splice.
@@ -56,10 +56,10 @@ impl Read {
         self.until <= now || self.chunks.is_quiet() && !self.stubborn
     }
 
-    fn begin(fleet: &Fleet, rng: &mut Rng) -> Option<Self> {
-        let vm = fleet.pick(rng).filter(|vm| !vm.chunks.is_quiet())?;
-        let pages = fleet.run_of_pages(rng, MAX_PAGES);
-        let term = if fleet.has("short") { term(rng) } else { PinLifetime::LongTerm };
+    fn begin(fleet: &Fleet, random: &mut Random) -> Option<Self> {
+        let vm = fleet.pick(random).filter(|vm| !vm.chunks.is_quiet())?;
+        let pages = fleet.run_of_pages(random, MAX_PAGES);
+        let term = if fleet.has("short") { term(random) } else { PinLifetime::LongTerm };
         let _devices = vm.devices_run();
         let model = vm.model();
         let freezes = fleet.tally.freezes();
@@ -76,8 +76,8 @@ impl Read {
             pin,
             first: pages.start(),
             term,
-            until: Instant::now() + life(rng),
-            stubborn: term == PinLifetime::Transient && rng.one_in(8),
+            until: Instant::now() + life(random),
+            stubborn: term == PinLifetime::Transient && random.one_in(8),
             freezes,
             lows,
             model,
@@ -120,7 +120,7 @@ impl Read {
 }
 
 /// Reading requests, many at a time.
-pub(crate) fn reader(fleet: &Fleet, mut rng: Rng) -> Result<(), String> {
+pub(crate) fn reader(fleet: &Fleet, mut random: Random) -> Result<(), String> {
     let mut reads: Vec<Read> = Vec::new();
     while fleet.goes_on() {
         let now = Instant::now();
@@ -128,9 +128,9 @@ pub(crate) fn reader(fleet: &Fleet, mut rng: Rng) -> Result<(), String> {
             reads.swap_remove(at).finish(&fleet.tally)?;
         }
         if reads.len() < MAX_READS {
-            reads.extend(Read::begin(fleet, &mut rng));
+            reads.extend(Read::begin(fleet, &mut random));
         }
-        std::thread::sleep(Duration::from_micros(rng.below(3_000)));
+        std::thread::sleep(Duration::from_micros(random.below(3_000)));
     }
     reads.into_iter().try_for_each(|read| read.finish(&fleet.tally))
 }
@@ -150,16 +150,16 @@ impl Write {
         pages_of(self.device.pin(), self.first)
     }
 
-    fn begin(fleet: &Fleet, rng: &mut Rng) -> Option<Self> {
-        let vm = fleet.pick(rng).filter(|vm| !vm.chunks.is_quiet())?;
-        let pages = fleet.run_of_pages(rng, MAX_PAGES);
+    fn begin(fleet: &Fleet, random: &mut Random) -> Option<Self> {
+        let vm = fleet.pick(random).filter(|vm| !vm.chunks.is_quiet())?;
+        let pages = fleet.run_of_pages(random, MAX_PAGES);
         let _devices = vm.devices_run();
         let model = vm.model();
         let (region, range) = vm.region(pages);
-        let pin = region.pin(range, Access::Write, term(rng)).unwrap();
+        let pin = region.pin(range, Access::Write, term(random)).unwrap();
         vm.chunks.hold(pages);
         let (chunks, of) = (Arc::clone(&vm.chunks), Arc::downgrade(&vm));
-        let until = Instant::now() + life(rng);
+        let until = Instant::now() + life(random);
         Some(Self { device: dma::Device::attach(pin), first: pages.start(), until, model, chunks, vm: of })
     }
 
@@ -209,29 +209,29 @@ impl Write {
 }
 
 /// Writing devices. One thread writes the device lanes of all VMs.
-pub(crate) fn writer(fleet: &Fleet, mut rng: Rng) -> Result<(), String> {
+pub(crate) fn writer(fleet: &Fleet, mut random: Random) -> Result<(), String> {
     let mut writes: Vec<Write> = Vec::new();
     while fleet.goes_on() {
         let now = Instant::now();
         while let Some(at) = writes.iter().position(|write| write.is_over(now)) {
             writes.swap_remove(at).finish();
         }
-        if writes.len() < MAX_WRITES && rng.one_in(3) {
-            writes.extend(Write::begin(fleet, &mut rng));
+        if writes.len() < MAX_WRITES && random.one_in(3) {
+            writes.extend(Write::begin(fleet, &mut random));
         }
         for _ in 0..writes.len().min(4) {
-            let at = rng.below(writes.len() as u64) as usize;
+            let at = random.below(writes.len() as u64) as usize;
             let write = &mut writes[at];
             let pages = write.pages();
-            let page = pages.start() + rng.below(pages.len());
-            if rng.one_in(4) {
+            let page = pages.start() + random.below(pages.len());
+            if random.one_in(4) {
                 write.look(page)?;
             } else {
                 write.put(page)?;
             }
             fleet.tally.dma();
         }
-        std::thread::sleep(Duration::from_micros(rng.below(1_500)));
+        std::thread::sleep(Duration::from_micros(random.below(1_500)));
     }
     writes.into_iter().for_each(Write::finish);
     Ok(())

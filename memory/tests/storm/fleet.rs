@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use clade_memory::{PageRange, PinLifetime, Store};
+use clade_test_support::Random;
 
-use crate::rng::Rng;
 use crate::stamp::Clock;
 use crate::vm::{CHUNK, CHUNKS, Image, Vm, chunk};
 
@@ -141,9 +141,9 @@ impl Fleet {
     }
 
     /// Any VM.
-    pub(crate) fn pick(&self, rng: &mut Rng) -> Option<Arc<Vm>> {
+    pub(crate) fn pick(&self, random: &mut Random) -> Option<Arc<Vm>> {
         let vms = lock(&self.vms);
-        vms.get(rng.below(vms.len() as u64) as usize).cloned()
+        vms.get(random.below(vms.len() as u64) as usize).cloned()
     }
 
     pub(crate) fn vms(&self) -> Vec<Arc<Vm>> {
@@ -151,38 +151,38 @@ impl Fleet {
     }
 
     /// Adds a running VM. Drops another one if there are too many.
-    pub(crate) fn add(&self, vm: Vm, rng: &mut Rng) {
+    pub(crate) fn add(&self, vm: Vm, random: &mut Random) {
         let mut vms = lock(&self.vms);
         vms.push(Arc::new(vm));
         let gone =
-            (vms.len() > MAX_VMS).then(|| vms.len() as u64 - 1).map(|old| vms.swap_remove(rng.below(old) as usize));
+            (vms.len() > MAX_VMS).then(|| vms.len() as u64 - 1).map(|old| vms.swap_remove(random.below(old) as usize));
         drop(vms);
         // Its devices may continue.
         drop(gone);
     }
 
     /// Drops a VM, if another is left.
-    pub(crate) fn drop_one(&self, rng: &mut Rng) {
+    pub(crate) fn drop_one(&self, random: &mut Random) {
         let mut vms = lock(&self.vms);
-        let gone = (vms.len() > 2).then(|| vms.len() as u64).map(|all| vms.swap_remove(rng.below(all) as usize));
+        let gone = (vms.len() > 2).then(|| vms.len() as u64).map(|all| vms.swap_remove(random.below(all) as usize));
         drop(vms);
         drop(gone);
     }
 
     /// Any image.
-    pub(crate) fn image(&self, rng: &mut Rng) -> Option<Image> {
+    pub(crate) fn image(&self, random: &mut Random) -> Option<Image> {
         let images = lock(&self.images);
-        images.get(rng.below(images.len() as u64) as usize).cloned()
+        images.get(random.below(images.len() as u64) as usize).cloned()
     }
 
     pub(crate) fn images(&self) -> Vec<Image> {
         lock(&self.images).clone()
     }
 
-    pub(crate) fn keep(&self, image: Image, rng: &mut Rng) {
+    pub(crate) fn keep(&self, image: Image, random: &mut Random) {
         let mut images = lock(&self.images);
         images.push(image);
-        let gone = (images.len() > MAX_IMAGES).then(|| images.swap_remove(rng.below(MAX_IMAGES as u64) as usize));
+        let gone = (images.len() > MAX_IMAGES).then(|| images.swap_remove(random.below(MAX_IMAGES as u64) as usize));
         drop(images);
         drop(gone);
     }
@@ -194,10 +194,10 @@ impl Fleet {
         drop(old);
     }
 
-    pub(crate) fn drop_image(&self, rng: &mut Rng) {
+    pub(crate) fn drop_image(&self, random: &mut Random) {
         let mut images = lock(&self.images);
         let gone =
-            (!images.is_empty()).then(|| images.len() as u64).map(|all| images.swap_remove(rng.below(all) as usize));
+            (!images.is_empty()).then(|| images.len() as u64).map(|all| images.swap_remove(random.below(all) as usize));
         drop(images);
         drop(gone);
     }
@@ -208,10 +208,10 @@ impl Fleet {
     }
 
     /// Some pages of one region.
-    pub(crate) fn run_of_pages(&self, rng: &mut Rng, most: u64) -> PageRange {
+    pub(crate) fn run_of_pages(&self, random: &mut Random, most: u64) -> PageRange {
         // Chunks do not cross regions.
-        let of = chunk(rng.below(CHUNKS));
-        let len = 1 + rng.below(most.min(CHUNK));
-        PageRange::with_len(of.start() + rng.below(CHUNK - len + 1), len)
+        let of = chunk(random.below(CHUNKS));
+        let len = 1 + random.below(most.min(CHUNK));
+        PageRange::with_len(of.start() + random.below(CHUNK - len + 1), len)
     }
 }

@@ -24,7 +24,6 @@ mod device;
 #[path = "../dma/mod.rs"]
 mod dma;
 mod fleet;
-mod rng;
 mod stamp;
 mod vm;
 mod work;
@@ -36,10 +35,9 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clade_memory::{Backing, Store};
-use clade_test_support::{Watchdog, skip, wait_eq};
+use clade_test_support::{Random, Watchdog, skip, wait_eq};
 
 use fleet::Fleet;
-use rng::Rng;
 use vm::Vm;
 
 const SHORT_SECONDS: u64 = 10;
@@ -58,7 +56,7 @@ fn told(panic: &(dyn Any + Send)) -> String {
     text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
 }
 
-type Job<'f> = Box<dyn FnOnce(&'f Fleet, Rng) -> Result<(), String> + Send>;
+type Job<'f> = Box<dyn FnOnce(&'f Fleet, Random) -> Result<(), String> + Send>;
 
 /// Runs the threads until the time is over or one of them finds a failure, which is returned.
 fn blow(fleet: &Fleet, seed: u64) -> Option<String> {
@@ -73,14 +71,14 @@ fn blow(fleet: &Fleet, seed: u64) -> Option<String> {
         ("upkeep", Box::new(work::upkeep)),
     ];
     for n in 0..work::VCPUS {
-        jobs.push(("vCPU", Box::new(move |fleet, rng| work::vcpu(fleet, rng, n))));
+        jobs.push(("vCPU", Box::new(move |fleet, random| work::vcpu(fleet, random, n))));
     }
     thread::scope(|scope| {
         for (stream, (name, job)) in (0..).zip(jobs) {
             let found = &found;
             scope.spawn(move || {
-                let rng = Rng::new(seed, stream);
-                let result = catch_unwind(AssertUnwindSafe(|| job(fleet, rng)));
+                let random = Random::of_stream(seed, stream);
+                let result = catch_unwind(AssertUnwindSafe(|| job(fleet, random)));
                 let result = result.unwrap_or_else(|panic| Err(told(&*panic)));
                 if let Err(error) = result {
                     // The first failure is the cause of the others.

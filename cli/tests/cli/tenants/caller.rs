@@ -6,9 +6,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use clade_test_support::Random;
+
 use super::http::{Answer, Client, Request};
 use super::oracle::{STEM, Secrets};
-use crate::tool::Random;
 
 /// Statuses of a call for which the host has no room or time.
 pub(super) const OVERLOAD: [u16; 3] = [503, 504, 507];
@@ -162,7 +163,7 @@ pub(super) struct Caller {
 impl Caller {
     pub(super) fn new(me: &Arc<Tenant>, other: &Arc<Tenant>, seed: u64) -> Self {
         let client = Client::new(&me.address);
-        Self { me: Arc::clone(me), other: Arc::clone(other), client, random: Random(seed | 1) }
+        Self { me: Arc::clone(me), other: Arc::clone(other), client, random: Random::new(seed | 1) }
     }
 
     /// Sends a request and judges its answer. None if the request was broken and got no answer.

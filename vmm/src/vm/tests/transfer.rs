@@ -94,15 +94,12 @@ fn parts_that_are_cut_changed_or_mixed_up_are_refused_or_are_an_image() {
     }
     // A changed byte may cause an error or another image, and no more.
     let head = u64::from_le_bytes(*parts.bytes.first_chunk().unwrap()) as usize;
-    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut random = clade_test_support::Random::new(0);
     let mut images = 0;
     for _ in 0..1500 {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
         let mut changed = parts.copy();
-        let at = state as usize % (head + 8);
-        changed.bytes[at] ^= 1 << (state >> 60 & 7);
+        let at = random.below(head as u64 + 8) as usize;
+        changed.bytes[at] ^= 1 << random.below(8);
         images += usize::from(import(changed).is_ok());
     }
     assert!(images < 1500, "some are refused");
