@@ -5,7 +5,7 @@
 //! |---|---|
 //! | requests and answers | `types` |
 //! | errors | `problem`, `error` |
-//! | clients | `client`, `gather` |
+//! | clients | `client`, `gather`, `supervisor_api` |
 //! | HTTP on sockets and ports | [`http`] |
 //! | names, locks, sockets and records of VMs | `runtime_dir` |
 //! | events of a VM, kept if its process is killed | [`flight`] |
@@ -24,14 +24,16 @@ mod object;
 mod problem;
 mod runtime_dir;
 pub mod secrets;
+mod supervisor_api;
 mod token;
 mod types;
 
-pub use client::{Client, ClientError, ListedVms};
+pub use client::{Client, ClientError, ListedVms, MAX_ATTEMPTS, retried};
 pub use error::{CancelReason, CgroupError, DaemonError, HookError, HostLimitError, LONGEST_NAME, MAX_CHILDREN};
 pub use gather::Gathered;
 pub use labels::{Label, LabelError, Labels};
 pub use problem::{Problem, ProblemKind};
 pub use runtime_dir::*;
+pub use supervisor_api::{Pending, SupervisorApi};
 pub use token::{Token, TokenError, is_for_this_host, random_hex};
 pub use types::*;

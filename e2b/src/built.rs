@@ -1,8 +1,7 @@
 //! Built templates: looked up by name, and reopened as checkpoints after a restart of the
 //! supervisor.
 
-use clade_api::{CheckpointInfo, ClientError, OpenRequest, ProblemKind, SavedSource};
-use hyper::Method;
+use clade_api::{ClientError, OpenRequest, ProblemKind, SavedSource};
 
 use crate::error::{Answer, GatewayError};
 use crate::gateway::Gateway;
@@ -36,8 +35,7 @@ impl Gateway {
         let dir = store.snapshot(&template.id);
         let saved = SavedSource { dir, load: Default::default(), overlays: None, parents: Vec::new() };
         let request = OpenRequest { saved, name: Some(template.id.clone()) };
-        let opened = self.0.client.supervisor::<CheckpointInfo>(Method::POST, "/v1/checkpoints", Some(&request)).await;
-        match opened {
+        match self.0.supervisor.open_checkpoint(request).await {
             Ok(_) => Ok(()),
             // Another process was quicker.
             Err(ClientError::Refused { problem, .. })

@@ -14,7 +14,6 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post, put};
 use axum::{Extension, Json, Router};
-use clade_api::LogsAnswer;
 use jiff::Timestamp;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -526,7 +525,7 @@ async fn metrics_of_many(
 
 /// Returns the end of the guest's console output. It has no times: each line has that of the call.
 async fn logs(State(gateway): GatewayState, Own(entry): Own) -> Answer<Json<Value>> {
-    let answer: LogsAnswer = gateway.vm(Method::GET, &entry.get().id, "/logs", None::<&()>).await?;
+    let answer = gateway.0.supervisor.logs(&entry.get().id).await?;
     let now = Timestamp::now();
     // The older call returns lines, the newer one messages.
     let entry = |line: &str| json!({"timestamp": now, "message": line, "line": line, "level": "info", "fields": {}});

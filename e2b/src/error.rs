@@ -72,7 +72,7 @@ impl From<ClientError> for GatewayError {
         let status = match &error {
             ClientError::NoSuchVm { .. } | ClientError::Dead { .. } => StatusCode::NOT_FOUND,
             ClientError::Refused { status, problem } => match ProblemKind::of_urn(&problem.kind) {
-                Some(ProblemKind::NotReady | ProblemKind::VmSilent | ProblemKind::VmGone) => {
+                Some(ProblemKind::NotReady | ProblemKind::VmSilent | ProblemKind::VmGone | ProblemKind::Ending) => {
                     StatusCode::SERVICE_UNAVAILABLE
                 }
                 _ => StatusCode::from_u16(*status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR),

@@ -24,9 +24,8 @@ pub fn gateway(dir: &Path, socket: &Path) -> Gateway {
         templates: None,
         snapshots: None,
         quotas: crate::Quotas::default(),
-        stop: crate::gateway::BY_SUPERVISOR,
     };
-    let gateway = Gateway::open(&options).unwrap_or_else(|error| panic!("a gateway: {error}"));
+    let gateway = Gateway::of_socket(options).unwrap_or_else(|error| panic!("a gateway: {error}"));
     let record = json!({
         "id": "ibox", "template": "base", "owner": "one", "metadata": {}, "envs": {},
         "started_at": "1970-01-01T00:00:00Z", "end_at": "2100-01-01T00:00:00Z", "paused": false,

@@ -1,19 +1,16 @@
 //! The common state of all calls: the supervisor, the records, and the agents in sandboxes.
 
 use std::collections::BTreeSet;
-use std::future::Future;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::http::StatusCode;
 use clade_agent_client::proto::PORT;
 use clade_agent_client::{Client as Agent, Endpoint};
-use clade_api::{Client, ClientError, StopAnswer, StopRequest, TtlInfo, TtlRequest};
-use hyper::Method;
+use clade_api::{StopAnswer, StopRequest, SupervisorApi, TtlRequest};
 use subtle::ConstantTimeEq;
 use thiserror::Error;
 use tokio::sync::Mutex as AsyncMutex;
@@ -37,16 +34,6 @@ const ANSWERING: Duration = Duration::from_secs(60);
 /// The same for requests of clients to agents and programs.
 const PROGRAM_ANSWERING: Duration = Duration::from_secs(600);
 
-/// Stops a VM by its name, also while its supervisor ends.
-pub type StopVm = for<'a> fn(&'a Client, &'a str, StopRequest) -> Stopping<'a>;
-
-/// Stops a VM by its supervisor alone.
-#[cfg(any(test, feature = "fuzzing"))]
-pub(crate) const BY_SUPERVISOR: StopVm = |client, name, request| Box::pin(client.stop(name, request));
-
-/// The end of a VM, in progress.
-pub type Stopping<'a> = Pin<Box<dyn Future<Output = Result<StopAnswer, ClientError>> + Send + 'a>>;
-
 /// Options of a gateway.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -64,8 +51,6 @@ pub struct Options {
     pub snapshots: Option<PathBuf>,
     /// Quotas of each owner's sandboxes and snapshots.
     pub quotas: Quotas,
-    /// Stops sandboxes.
-    pub stop: StopVm,
 }
 
 /// Reason why a gateway cannot be opened.
@@ -89,9 +74,18 @@ pub enum GatewayOpenError {
     },
 }
 
+/// The files of a gateway, read before its supervisor runs.
+#[derive(Debug)]
+pub struct GatewayFiles {
+    options: Options,
+    sandboxes: RecordTable<SandboxRecord>,
+    snapshots: RecordTable<SnapshotRecord>,
+    token_key: TokenKey,
+}
+
 #[derive(Debug)]
 pub(crate) struct Inner {
-    pub(crate) client: Client,
+    pub(crate) supervisor: Arc<dyn SupervisorApi>,
     pub(crate) keys: ApiKeys,
     pub(crate) rates: Rates,
     pub(crate) connection_limits: Arc<ConnectionLimits>,
@@ -104,7 +98,6 @@ pub(crate) struct Inner {
     pub(crate) sandboxes: RecordTable<SandboxRecord>,
     pub(crate) snapshots: RecordTable<SnapshotRecord>,
     pub(crate) ledger: Arc<Ledger>,
-    stop: StopVm,
     /// Names of snapshots being taken, each with its owner.
     pub(crate) naming: Mutex<BTreeSet<(String, String)>>,
     pub(crate) domain: Option<String>,
@@ -118,13 +111,13 @@ pub(crate) struct Inner {
 #[derive(Clone, Debug)]
 pub struct Gateway(pub(crate) Arc<Inner>);
 
-impl Gateway {
-    /// Opens a gateway over the VMs of a runtime directory, with the sandboxes that were made
-    /// before.
+impl GatewayFiles {
+    /// Opens the files of a gateway over the VMs of a runtime directory, with the sandboxes that were
+    /// made before.
     ///
     /// # Errors
-    /// When its files cannot be read or made.
-    pub fn open(options: &Options) -> Result<Self, GatewayOpenError> {
+    /// When the files cannot be read or made, or the domain is invalid.
+    pub fn open(options: Options) -> Result<Self, GatewayOpenError> {
         if let Some(domain) = options.domain.as_ref().filter(|domain| !is_domain(domain)) {
             return Err(GatewayOpenError::Domain { domain: domain.clone() });
         }
@@ -139,8 +132,15 @@ impl Gateway {
         let snapshots = RecordTable::open_durable(of_snapshots.clone()).map_err(failed(&of_snapshots))?;
         let path = dir.join("token-key");
         let token_key = TokenKey::read_or_create(&path).map_err(failed(&path))?;
-        Ok(Self(Arc::new(Inner {
-            client: Client::new(&options.dir).with_retries(),
+        Ok(Self { options, sandboxes, snapshots, token_key })
+    }
+
+    /// Returns the gateway to the VMs of `supervisor`.
+    #[must_use]
+    pub fn gateway(self, supervisor: Arc<dyn SupervisorApi>) -> Gateway {
+        let Self { options, sandboxes, snapshots, token_key } = self;
+        Gateway(Arc::new(Inner {
+            supervisor,
             keys: ApiKeys::new(&options.keys),
             rates: Rates::default(),
             connection_limits: Arc::default(),
@@ -150,13 +150,21 @@ impl Gateway {
             sandboxes,
             snapshots,
             ledger: Arc::new(Ledger::new(options.quotas)),
-            stop: options.stop,
             naming: Mutex::default(),
-            domain: options.domain.as_ref().map(|domain| domain.to_ascii_lowercase()),
-            templates: options.templates.clone(),
+            domain: options.domain.map(|domain| domain.to_ascii_lowercase()),
+            templates: options.templates,
             opening: AsyncMutex::default(),
             token_key,
-        })))
+        }))
+    }
+}
+
+impl Gateway {
+    /// Opens the gateway of a fake supervisor, which answers at the socket of the runtime directory.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn of_socket(options: Options) -> Result<Self, GatewayOpenError> {
+        let client = clade_api::Client::new(&options.dir).with_retries();
+        Ok(GatewayFiles::open(options)?.gateway(Arc::new(client)))
     }
 
     /// Takes a part of an owner's quotas.
@@ -227,31 +235,20 @@ impl Gateway {
         Self::agent(record, &self.token(&record.id))
     }
 
-    pub(crate) async fn vm<T: serde::de::DeserializeOwned>(
-        &self,
-        method: Method,
-        id: &str,
-        action: &str,
-        body: Option<&(impl serde::Serialize + Sync)>,
-    ) -> Result<T, ClientError> {
-        self.0.client.of_vm(method, id, action, body).await
-    }
-
     /// Has the VM's process end it at the time set, even without a supervisor.
     pub(crate) async fn end_in(&self, id: &str, seconds: i64) -> Answer<()> {
-        let request = TtlRequest { seconds: seconds as f64 };
-        let _: TtlInfo = self.vm(Method::PUT, id, "/ttl", Some(&request)).await?;
+        self.0.supervisor.set_ttl(id, TtlRequest { seconds: seconds as f64 }).await?;
         Ok(())
     }
 
     pub(crate) async fn end_never(&self, id: &str) -> Answer<()> {
-        let _: TtlInfo = self.vm(Method::DELETE, id, "/ttl", None::<&()>).await?;
+        self.0.supervisor.remove_ttl(id).await?;
         Ok(())
     }
 
     /// Stops the VM of a sandbox.
     pub(crate) async fn stop_vm(&self, id: &str) -> Answer<StopAnswer> {
-        (self.0.stop)(&self.0.client, id, StopRequest::default()).await.map_err(GatewayError::from)
+        Ok(self.0.supervisor.stop(id, StopRequest::default()).await?)
     }
 
     /// Stops the VM of a sandbox that no client waits for.
@@ -296,9 +293,8 @@ mod tests {
                 templates: None,
                 snapshots: None,
                 quotas: Quotas::default(),
-                stop: BY_SUPERVISOR,
             };
-            assert!(matches!(Gateway::open(&options), Err(GatewayOpenError::Domain { .. })));
+            assert!(matches!(GatewayFiles::open(options), Err(GatewayOpenError::Domain { .. })));
         }
     }
 }

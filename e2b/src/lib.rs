@@ -2,8 +2,9 @@
 //!
 //! A *template* is a checkpoint, made by hand or built; a built one is a snapshot on the disk, too.
 //! A *sandbox* is a VM that was forked from one, and a *snapshot* is a checkpoint of a sandbox.
-//! This crate is a client of the supervisor, which holds the state beyond E2B's terms. It keeps one
-//! file for each sandbox beside the VMs' sockets, with its owner's metadata and its end.
+//! A gateway asks the supervisor through [`clade_api::SupervisorApi`], in the same process without HTTP.
+//! The supervisor holds the state beyond E2B's terms. The gateway keeps one file for each sandbox beside
+//! the VMs' sockets, with its owner's metadata and its end.
 //!
 //! One address takes both: calls of the API, and requests for a sandbox's port. The latter name the
 //! sandbox in `E2b-Sandbox-Id` or in `Host`, and go to the agent in the guest or to a TCP port
@@ -43,9 +44,9 @@ mod tls;
 mod tunnel;
 mod wire;
 
-pub use gateway::{Gateway, GatewayOpenError, Options, StopVm, Stopping};
+pub use gateway::{Gateway, GatewayFiles, GatewayOpenError, Options};
 pub use keys::{ApiKeys, KeyInfo, KeysError, Scope};
-pub use listen::ListenError;
+pub use listen::{BoundPort, ListenError};
 pub use quotas::{QuotaError, Quotas};
 pub use templates::{
     Draft, TEMPLATES_VARIABLE, Template, TemplateError, TemplateSpec, TemplateStore, check_template_name, user_data_dir,

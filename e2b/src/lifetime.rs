@@ -4,8 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use clade_api::{CheckpointInfo, ClientError};
-use hyper::Method;
+use clade_api::ClientError;
 use jiff::Timestamp;
 
 use crate::gateway::Gateway;
@@ -60,14 +59,13 @@ impl Gateway {
         // Before the VMs are listed: a sandbox that is made meanwhile stays.
         let (sandboxes, snapshots) = (self.0.sandboxes.list(), self.0.snapshots.list());
         if !sandboxes.is_empty() {
-            let there = self.0.client.all_names().await?;
+            let there = self.0.supervisor.vm_names().await?;
             for record in sandboxes.iter().filter(|record| !there.contains(&record.id)) {
                 self.0.sandboxes.remove(&record.id);
             }
         }
         if !snapshots.is_empty() {
-            let all: Vec<CheckpointInfo> =
-                self.0.client.supervisor(Method::GET, "/v1/checkpoints", None::<&()>).await?;
+            let all = self.0.supervisor.checkpoints().await?;
             for snapshot in snapshots.iter().filter(|one| !one.is_kept && !all.iter().any(|there| there.name == one.id))
             {
                 self.0.snapshots.remove(&snapshot.id);

@@ -1,6 +1,5 @@
 //! The listener of the API.
 
-use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -161,17 +160,21 @@ pub(crate) async fn accept_at_most(most: usize, listener: TcpListener, router: R
     }
 }
 
-impl Gateway {
-    /// Listens at an address: without `tls`, at one of the host's own. Port 0 stands for a free one.
-    /// Returns the address, and a future that serves it while polled. Call it within a runtime.
+/// A port for the API, bound before there is a supervisor.
+#[derive(Debug)]
+pub struct BoundPort {
+    listener: TcpListener,
+    address: SocketAddr,
+    tls: Option<Arc<Tls>>,
+}
+
+impl BoundPort {
+    /// Binds an address: without `tls`, one of the host's own. Port 0 stands for a free one. Call it
+    /// within a runtime.
     ///
     /// # Errors
     /// When the address cannot be bound, or needs TLS.
-    pub fn listen(
-        &self,
-        address: SocketAddr,
-        tls: Option<Tls>,
-    ) -> Result<(SocketAddr, impl Future<Output = ()> + Send + use<>), ListenError> {
+    pub fn bind(address: SocketAddr, tls: Option<Tls>) -> Result<Self, ListenError> {
         if tls.is_none() && !address.ip().is_loopback() {
             return Err(ListenError::NotLoopback { address });
         }
@@ -180,12 +183,26 @@ impl Gateway {
         listener.set_nonblocking(true).map_err(failed)?;
         let bound = listener.local_addr().map_err(failed)?;
         let listener = TcpListener::from_std(listener).map_err(failed)?;
-        let (router, gateway, tls) = (router(self), self.clone(), tls.map(Arc::new));
-        let serving = async move {
-            // First: VMs that calls make afterwards are of this supervisor.
-            gateway.reconcile().await;
-            tokio::join!(accept(listener, router, tls), gateway.keep_time(), gateway.keep_swept());
-        };
-        Ok((bound, serving))
+        Ok(Self { listener, address: bound, tls: tls.map(Arc::new) })
+    }
+
+    /// Returns the URL of the port.
+    #[must_use]
+    pub fn url(&self) -> String {
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", self.address)
+    }
+
+    /// Serves a gateway while polled.
+    pub async fn serve(self, gateway: Gateway) {
+        let router = router(&gateway);
+        // First: VMs that calls make afterwards are of this supervisor.
+        gateway.reconcile().await;
+        // Tasks of their own: a panic in one ends no other. Dropping the set ends them.
+        let mut keeping = JoinSet::new();
+        let of = gateway.clone();
+        keeping.spawn(async move { of.keep_time().await });
+        keeping.spawn(async move { gateway.keep_swept().await });
+        accept(self.listener, router, self.tls).await;
     }
 }

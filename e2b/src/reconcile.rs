@@ -15,8 +15,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use clade_api::{CheckpointInfo, VmInfo, VmState};
-use hyper::Method;
+use clade_api::VmState;
 use jiff::Timestamp;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -50,7 +49,7 @@ impl Gateway {
                 }
             });
         }
-        let names = self.0.client.all_names().await.unwrap_or_else(|error| {
+        let names = self.0.supervisor.vm_names().await.unwrap_or_else(|error| {
             tracing::warn!(%error, "VMs without records are left as they are");
             Vec::new()
         });
@@ -71,7 +70,7 @@ impl Gateway {
 
     async fn reconcile_sandbox(&self, entry: &RecordEntry<SandboxRecord>) -> Answer<()> {
         let record = entry.get();
-        let vm: VmInfo = match self.vm(Method::GET, &record.id, "", None::<&()>).await.map_err(GatewayError::from) {
+        let vm = match self.0.supervisor.vm(&record.id).await.map_err(GatewayError::from) {
             Ok(vm) => vm,
             // The sweep forgets the sandbox of a VM that has ended.
             Err(error) if matches!(error.status.as_u16(), 404 | 410) => return Ok(()),
@@ -100,7 +99,7 @@ impl Gateway {
     /// Stops a VM that has the name of a sandbox and no record, if it was made for a sandbox.
     async fn stop_unrecorded(&self, name: &str) {
         // A VM of the host's own may have such a name.
-        let vm: Result<VmInfo, _> = self.vm(Method::GET, name, "", None::<&()>).await;
+        let vm = self.0.supervisor.vm(name).await;
         if vm.is_ok_and(|vm| vm.labels.has_key(TEMPLATE_LABEL)) {
             tracing::info!(name, "stops a VM that was being made for a sandbox");
             self.stop(name).await;
@@ -109,7 +108,7 @@ impl Gateway {
 
     /// Removes checkpoints that were taken for snapshots and have no record.
     async fn remove_unrecorded_checkpoints(&self) -> Answer<()> {
-        let all: Vec<CheckpointInfo> = self.0.client.supervisor(Method::GET, "/v1/checkpoints", None::<&()>).await?;
+        let all = self.0.supervisor.checkpoints().await?;
         let ours = all.iter().filter(|one| one.name.starts_with(SNAPSHOT_PREFIX));
         for one in ours.filter(|one| !self.0.snapshots.has_file(&one.name)) {
             tracing::info!(one.name, "removes the checkpoint of a snapshot that was being taken");

@@ -5,11 +5,8 @@ use std::sync::Arc;
 
 use axum::http::StatusCode;
 use clade_agent_client::proto::api::Init;
-use clade_api::{
-    ForkAnswer, ForkRequest, Label, LabelError, Labels, NetworkRequest, SuspendAnswer, SuspendRequest, VmInfo,
-};
+use clade_api::{ForkRequest, Label, LabelError, Labels, NetworkRequest, SuspendRequest};
 use clade_devices::virtio::net::Link;
-use hyper::Method;
 use jiff::Timestamp;
 use serde_json::Value;
 use tokio::runtime::Handle;
@@ -94,7 +91,9 @@ impl Gateway {
         let egress = network.egress;
         let request = ForkRequest { network: link, egress, ..request_for(pattern, names.len(), &source.template)? };
         let unrecorded = names.into_iter().map(|name| Unrecorded::new(self, name)).collect();
-        if let Err(error) = self.fork_checkpoint(&source.checkpoint, &request).await {
+        if let Err(error) =
+            self.0.supervisor.fork_checkpoint(&source.checkpoint, request).await.map_err(GatewayError::from)
+        {
             let is_gone = error.status == StatusCode::NOT_FOUND;
             return Err(if is_gone { GatewayError::no_template(&source.template) } else { error });
         }
@@ -125,10 +124,6 @@ impl Gateway {
         Ok((held, record, unrecorded))
     }
 
-    async fn fork_checkpoint(&self, checkpoint: &str, request: &ForkRequest) -> Answer<ForkAnswer> {
-        Ok(self.0.client.of_checkpoint(Method::POST, checkpoint, "/fork", Some(request)).await?)
-    }
-
     /// Makes a sandbox of a new fork. A fork that fails is stopped.
     async fn activate_or_stop(
         &self,
@@ -146,7 +141,7 @@ impl Gateway {
 
     async fn activate(&self, mut record: SandboxRecord, timeout: i64) -> Answer<Sandbox> {
         self.end_in(&record.id, timeout + INIT_TIME).await?;
-        let vm: VmInfo = self.vm(Method::GET, &record.id, "", None::<&()>).await?;
+        let vm = self.0.supervisor.vm(&record.id).await?;
         record.cpus = vm.cpus;
         record.mib = vm.memory.map_or(0, |memory| memory.mib);
         // An open network is open by its template: a request never opens one of unknown state.
@@ -200,7 +195,7 @@ impl Gateway {
         let Names { pattern, names } = Names::of(count)?;
         let mut children: Vec<_> = names.into_iter().map(|name| Unrecorded::new(self, name)).collect();
         let request = request_for(pattern, count, &parent.template)?;
-        let answer: ForkAnswer = self.vm(Method::POST, id, "/fork", Some(&request)).await?;
+        let answer = self.0.supervisor.fork_vm(id, request).await?;
         children.retain(|child| answer.children.contains(&child.id));
         Ok(self.activate_all(children, &parent, timeout).await)
     }
@@ -240,8 +235,7 @@ impl Gateway {
         }
         // First: it must not end while it is paused.
         self.end_never(&record.id).await?;
-        let paused: Result<VmInfo, _> = self.vm(Method::POST, &record.id, "/pause", None::<&()>).await;
-        if let Err(error) = paused {
+        if let Err(error) = self.0.supervisor.pause(&record.id).await {
             let left = Timestamp::now().duration_until(record.end_at).as_secs().max(1);
             if !record.auto_pause {
                 self.end_in(&record.id, left).await?;
@@ -252,9 +246,7 @@ impl Gateway {
         entry.cut.send_replace(());
         // Its memory goes to a file until it is resumed. Without room on a disk, it stays in
         // memory.
-        let request = SuspendRequest { dir: None };
-        let suspended: Result<SuspendAnswer, _> = self.vm(Method::POST, &record.id, "/suspend", Some(&request)).await;
-        if let Err(error) = suspended {
+        if let Err(error) = self.0.supervisor.suspend(&record.id, SuspendRequest { dir: None }).await {
             tracing::warn!(%error, id = record.id, "the memory of a paused sandbox stays");
         }
         Ok(())
@@ -280,7 +272,7 @@ impl Gateway {
             }
             return Ok((self.shown(&record), false));
         }
-        let _: VmInfo = self.vm(Method::POST, &record.id, "/resume", None::<&()>).await?;
+        self.0.supervisor.resume(&record.id).await?;
         let record = self.0.sandboxes.change(entry, |record| {
             record.paused = false;
             record.auto_pause = auto_pause.unwrap_or(record.auto_pause);
@@ -345,7 +337,7 @@ impl Gateway {
             }
         };
         if request.network.is_some() || request.egress.is_some() {
-            let _: VmInfo = self.vm(Method::POST, &record.id, "/network", Some(&request)).await?;
+            self.0.supervisor.set_network(&record.id, request).await?;
         }
         self.0.sandboxes.change(entry, |record| record.network = network.asked);
         Ok(())

@@ -4,10 +4,8 @@
 use std::sync::PoisonError;
 
 use axum::http::StatusCode;
-use clade_api::{CheckpointInfo, CheckpointRequest, check_name};
-use hyper::Method;
+use clade_api::{CheckpointRequest, check_name};
 use jiff::Timestamp;
-use serde_json::Value;
 
 use crate::error::{Answer, GatewayError};
 use crate::gateway::Gateway;
@@ -36,9 +34,9 @@ impl Gateway {
             detach: true,
             ..CheckpointRequest::default()
         };
-        let taken: CheckpointInfo = {
+        let taken = {
             let _turn = entry.turn.lock().await;
-            self.vm(Method::POST, id, "/checkpoint", Some(&request)).await?
+            self.0.supervisor.take_checkpoint(id, request).await?
         };
         // Not in the sandbox's turn: it is used while its memory is written to the disk.
         let is_kept = match self.keep_checkpoint(&taken.name).await {
@@ -87,9 +85,7 @@ impl Gateway {
     /// Writes a checkpoint to the disk, for later supervisors. Returns false without a directory for
     /// them: it ends with this one.
     async fn keep_checkpoint(&self, name: &str) -> Answer<bool> {
-        let kept: Result<CheckpointInfo, _> =
-            self.0.client.of_checkpoint(Method::POST, name, "/keep", None::<&()>).await;
-        match kept.map_err(GatewayError::from) {
+        match self.0.supervisor.keep_checkpoint(name).await.map_err(GatewayError::from) {
             Err(error) if error.status == StatusCode::CONFLICT => {
                 tracing::warn!(%error.message, name, "a snapshot ends with this supervisor");
                 Ok(false)
@@ -99,7 +95,7 @@ impl Gateway {
     }
 
     pub(crate) async fn remove_checkpoint(&self, name: &str) -> Answer<()> {
-        let _: Value = self.0.client.of_checkpoint(Method::DELETE, name, "", None::<&()>).await?;
+        self.0.supervisor.remove_checkpoint(name).await?;
         Ok(())
     }
 

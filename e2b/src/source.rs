@@ -2,7 +2,6 @@
 
 use clade_api::CheckpointInfo;
 use clade_devices::virtio::net::Link;
-use hyper::Method;
 
 use crate::error::{Answer, GatewayError};
 use crate::gateway::Gateway;
@@ -70,7 +69,7 @@ impl Gateway {
     }
 
     pub(crate) async fn checkpoint(&self, name: &str) -> Answer<CheckpointInfo> {
-        Ok(self.0.client.of_checkpoint(Method::GET, name, "", None::<&()>).await?)
+        Ok(self.0.supervisor.checkpoint(name).await?)
     }
 
     /// Returns the checkpoint of a sandbox's origin. A built template's is reopened after a

@@ -376,7 +376,7 @@ impl Fake {
         let dir = tempfile::tempdir().unwrap();
         let run = dir.path().join("run");
         std::fs::create_dir(&run).unwrap();
-        let gateway = Gateway::open(&Self::options(dir.path(), quotas)).unwrap();
+        let gateway = Gateway::of_socket(Self::options(dir.path(), quotas)).unwrap();
         let supervisor_state =
             SupervisorState { checkpoints: [("base".to_owned(), false)].into(), ..SupervisorState::default() };
         let world = Arc::new(World {
@@ -393,20 +393,12 @@ impl Fake {
     fn options(dir: &Path, quotas: Quotas) -> Options {
         let domain = Some("box.test".to_owned());
         let snapshots = Some(dir.join("kept/.snapshots"));
-        Options {
-            dir: dir.join("run"),
-            keys: dir.join("keys.json"),
-            domain,
-            templates: None,
-            snapshots,
-            quotas,
-            stop: crate::gateway::BY_SUPERVISOR,
-        }
+        Options { dir: dir.join("run"), keys: dir.join("keys.json"), domain, templates: None, snapshots, quotas }
     }
 
     /// The gateway of the next supervisor.
     pub(crate) fn next(&self) -> Gateway {
-        Gateway::open(&Self::options(self.dir.path(), Quotas::default())).unwrap()
+        Gateway::of_socket(Self::options(self.dir.path(), Quotas::default())).unwrap()
     }
 
     pub(crate) fn key(&self, name: &str) -> String {

@@ -124,6 +124,7 @@ pub use processes::COMMIT_TIMEOUT;
 use processes::{Processes, kill};
 pub(crate) use request_limiter::ImagePermit;
 use request_limiter::{ForwardLimiter, ImageRequestLimiter, NetworkChanges};
+use server::InProcessRequests;
 use snapshots::Snapshots;
 pub use start::SupervisorOptions;
 pub use stop::{agent_socket, stop};
@@ -208,6 +209,8 @@ struct Inner {
     /// Shared by requests that make VMs, and taken alone at the end.
     busy: RwLock<()>,
     last_request: Mutex<Instant>,
+    requests: Arc<metrics::Requests>,
+    in_process: InProcessRequests,
     ending: watch::Sender<bool>,
     runtime: Handle,
     /// The tasks that serve the socket, and the port if there is one.
@@ -225,11 +228,15 @@ impl Supervisor {
         // Then their answers are sent. Without a receiver no server is left.
         let _ = self.0.ending.send(true);
         let servers = std::mem::take(&mut *self.0.servers.lock().unwrap_or_else(PoisonError::into_inner));
-        for server in servers {
-            // The server ends when all requests are answered, within 10 s; the runtime logs its
-            // panics.
-            let _ = self.0.runtime.block_on(server);
-        }
+        // All requests are answered within 10 s; the runtime logs panics of servers.
+        let ended = async {
+            for server in servers {
+                let _ = server.await;
+            }
+        };
+        self.0.runtime.block_on(async { tokio::join!(ended, self.0.in_process.close()) });
+        // Work whose request was dropped meanwhile.
+        drop(self.0.busy.write());
         self.0.pool.close();
         self.0.checkpoints.clear();
         self.0.kept.iter().for_each(KeptDir::release);

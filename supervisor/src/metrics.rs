@@ -6,11 +6,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use axum::Router;
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::header;
+use axum::http::{StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::{Extension, Router};
 
 use super::Supervisor;
 use super::idempotency::REPLAYED;
@@ -23,20 +23,24 @@ use clade_vmm::vm::Histogram;
 #[derive(Debug, Default)]
 pub(super) struct Requests {
     by_status: Mutex<BTreeMap<u16, u64>>,
-    forks: Histogram,
+    pub(super) forks: Histogram,
     boots: Histogram,
 }
 
 impl Requests {
+    /// Counts an answer.
+    pub(super) fn count(&self, status: StatusCode) {
+        *self.by_status().entry(status.as_u16()).or_default() += 1;
+    }
+
     fn by_status(&self) -> MutexGuard<'_, BTreeMap<u16, u64>> {
         self.by_status.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Adds the metrics to the supervisor's paths, and counts the requests to all of them.
-pub(super) fn observed(router: Router<Supervisor>) -> Router<Supervisor> {
-    let requests = Arc::<Requests>::default();
-    router.layer(Extension(Arc::clone(&requests))).layer(from_fn_with_state(requests, count))
+/// Counts the requests to all paths of a router.
+pub(super) fn observed(router: Router<Supervisor>, requests: &Arc<Requests>) -> Router<Supervisor> {
+    router.layer(from_fn_with_state(Arc::clone(requests), count))
 }
 
 async fn count(State(requests): State<Arc<Requests>>, request: Request, next: Next) -> Response {
@@ -44,7 +48,7 @@ async fn count(State(requests): State<Arc<Requests>>, request: Request, next: Ne
     let path = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned()).unwrap_or_default();
     let is_post = request.method() == hyper::Method::POST;
     let response = next.run(request).await;
-    *requests.by_status().entry(response.status().as_u16()).or_default() += 1;
+    requests.count(response.status());
     // A repeated answer does not show the time of the request.
     if is_post && response.status().is_success() && !response.headers().contains_key(REPLAYED) {
         match path.as_str() {
@@ -62,22 +66,20 @@ async fn count(State(requests): State<Arc<Requests>>, request: Request, next: Ne
     path = "/metrics",
     responses((status = 200, description = "The exposition.", body = String, content_type = "text/plain"))
 )]
-pub(super) async fn scrape(
-    State(supervisor): State<Supervisor>,
-    Extension(requests): Extension<Arc<Requests>>,
-) -> Result<Response, ApiError> {
+pub(super) async fn scrape(State(supervisor): State<Supervisor>) -> Result<Response, ApiError> {
     let too_many = |_| ApiError::new(ProblemKind::TooMany, "metrics are being gathered for as many clients as may be");
     let _turn = supervisor.0.scrapes.try_acquire().map_err(too_many)?;
     let client = Client::new(supervisor.dir());
     let gathered = client.gather(client.names()?).await;
     let mut out = Exposition::default();
-    own(&mut out, &supervisor, &requests, &gathered);
+    own(&mut out, &supervisor, &gathered);
     of_vms(&mut out, &gathered.vms);
     Ok(([(header::CONTENT_TYPE, CONTENT_TYPE)], out.finish()).into_response())
 }
 
 /// Writes the supervisor's own metrics.
-fn own(out: &mut Exposition, supervisor: &Supervisor, requests: &Requests, gathered: &Gathered) {
+fn own(out: &mut Exposition, supervisor: &Supervisor, gathered: &Gathered) {
+    let requests = &supervisor.0.requests;
     let info = supervisor.info();
     out.family("clade_build_info", MetricKind::Gauge, "The supervisor's version.");
     out.count(&[("version", &info.version)], 1);

@@ -20,7 +20,7 @@ use clade_api::http::{ApiError, THREAD_PATIENCE, on_a_thread};
 use clade_api::{Client, ClientError, ProblemKind, VmInfo, check_name, socket_path};
 
 /// Most bytes of a VM's description by its process.
-const MAX_INFO: usize = 1 << 20;
+pub(super) const MAX_INFO: usize = 1 << 20;
 
 /// Time limits of a VM's process.
 #[derive(Clone, Copy, Debug)]

@@ -14,7 +14,6 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use super::Supervisor;
-use super::server::stop_vm;
 use super::vm_record::VmRecord;
 use clade_api::http::{ApiError, THREAD_PATIENCE, on_a_thread};
 use clade_api::{DaemonError, ProblemKind, ReadyAnswer, StopRequest};
@@ -106,7 +105,7 @@ impl Drop for PendingVms {
 
 async fn stop_all(supervisor: &Supervisor, names: Vec<String>) {
     for name in names {
-        if let Err(error) = stop_vm(supervisor, &name, StopRequest::default()).await {
+        if let Err(error) = supervisor.answer_stop(&name, StopRequest::default()).await {
             tracing::warn!(?error, name, "a VM that is not ready does not stop");
         }
     }

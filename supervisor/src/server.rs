@@ -1,9 +1,13 @@
 //! The handlers of the supervisor's socket. Those of checkpoints, networks and saved VMs have files of
-//! their own.
+//! their own. `answers` has what they share with `in_process`, for servers in this process.
 
+mod answers;
 mod checkpoints;
+mod in_process;
 mod network;
 mod saving;
+
+pub(crate) use in_process::InProcessRequests;
 
 use std::io;
 use std::net::SocketAddr;
@@ -33,23 +37,20 @@ use super::idempotency::once;
 use super::proxy::{ProxyLimits, forward, shown, with_own_socket};
 use super::vm_record::vsock_known;
 use super::{Supervisor, browser_page, metrics, openapi};
+use answers::{expect_paths, may_be_ready};
 use clade_api::http::{
-    Acceptor, Answer, ApiError, Cancel, CancelOnDrop, ClientProcess, Optional, SessionGate, THREAD_PATIENCE,
-    TcpAcceptor, behind_gate, expect_absolute, fallback, grace, not_allowed, on_a_thread, serve_http, session,
-    with_bodies,
+    Acceptor, Answer, ApiError, Cancel, ClientProcess, Optional, SessionGate, THREAD_PATIENCE, TcpAcceptor,
+    behind_gate, fallback, not_allowed, on_a_thread, serve_http, session, with_bodies,
 };
 use clade_api::{
-    BootRequest, Client, ClientError, DaemonError, EndedVm, ForkAnswer, ForkRequest, ListedVms, ProblemKind,
-    ReadyAnswer, RestoreRequest, SavedSource, StopAnswer, StopRequest, SupervisorInfo, SupervisorKept, Token, VmInfo,
-    ended_vms,
+    BootRequest, Client, EndedVm, ForkAnswer, ForkRequest, ListedVms, ReadyAnswer, RestoreRequest, StopAnswer,
+    StopRequest, SupervisorInfo, SupervisorKept, Token, VmInfo, ended_vms,
 };
 
 /// Time limit of a VM's process for requests that it answers at once.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 /// Time limit for the record of the end of a VM that does not answer.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
-/// Maximum number of directories allowed for the parents of a snapshot.
-const MAX_PARENT_DIRS: usize = 16;
 /// Interval of the checks for it.
 const END_INTERVAL: Duration = Duration::from_millis(10);
 
@@ -125,16 +126,6 @@ impl Supervisor {
 
 type Wanted<T> = Result<Json<T>, JsonRejection>;
 
-/// Runs blocking work off the async threads, until its client has gone.
-async fn work<T: Send + 'static>(
-    supervisor: Supervisor,
-    work: impl FnOnce(&Supervisor, &Cancel) -> Result<T, DaemonError> + Send + 'static,
-) -> Answer<T> {
-    let cancel = Cancel::default();
-    let _cancel_on_drop = CancelOnDrop(cancel.clone());
-    Ok(Json(on_a_thread(THREAD_PATIENCE, move || work(&supervisor, &cancel)).await??))
-}
-
 /// Shows the supervisor in numbers.
 #[utoipa::path(get, path = "/v1/supervisor", responses((status = 200, description = "Done.", body = SupervisorInfo)))]
 async fn info(State(supervisor): State<Supervisor>) -> Answer<SupervisorInfo> {
@@ -193,8 +184,7 @@ async fn boot(
     let Json(request) = request?;
     let (dir, config) = (supervisor.dir().to_owned(), request.config.clone());
     let client = client.map(|Extension(client)| client);
-    let Json(name) =
-        work(supervisor.clone(), move |supervisor, cancel| Ok(supervisor.boot(request, client, cancel)?.name)).await?;
+    let name = supervisor.work(move |supervisor, cancel| Ok(supervisor.boot(request, client, cancel)?.name)).await?;
     let client = Client::new(&dir);
     match client.request_within(ANSWER_TIMEOUT, hyper::Method::GET, &name, "", None::<&()>).await {
         Ok(info) => Ok(Json(with_own_socket(&dir, name, info).await?)),
@@ -230,26 +220,7 @@ async fn fork_vm(
     request: Wanted<ForkRequest>,
 ) -> Answer<ForkAnswer> {
     let Json(request) = request?;
-    let permit = supervisor.permit(&name).await?;
-    let ready = may_be_ready(&request)?;
-    let fork = move |supervisor: &Supervisor, cancel: &Cancel| supervisor.fork_vm(&name, &request, permit, cancel);
-    activate(&supervisor, ready, work(supervisor.clone(), fork).await?).await
-}
-
-/// Returns whether to make the VMs of a request ready. Those that start paused cannot be.
-fn may_be_ready(request: &ForkRequest) -> Result<bool, ApiError> {
-    if request.ready && request.paused {
-        return Err(ApiError::new(ProblemKind::BadRequest, "a VM that starts paused is not ready: nothing in it runs"));
-    }
-    Ok(request.ready)
-}
-
-/// Activates new VMs: if `ready`, once they are.
-async fn activate(supervisor: &Supervisor, ready: bool, Json(answer): Json<ForkAnswer>) -> Answer<ForkAnswer> {
-    if ready {
-        supervisor.reidentify_all(&answer.children).await?;
-    }
-    Ok(Json(answer))
+    Ok(Json(supervisor.answer_fork(name, request).await?))
 }
 
 /// Has the agent in a VM's guest renew its identity: its clock, its random numbers, its tokens, its
@@ -280,15 +251,7 @@ async fn restore(
     let ready = may_be_ready(&request.vms)?;
     let client = client.map(|Extension(client)| client);
     let restore = move |supervisor: &Supervisor, cancel: &Cancel| supervisor.restore(&request, client, cancel);
-    activate(&supervisor, ready, work(supervisor.clone(), restore).await?).await
-}
-
-fn expect_paths(saved: &SavedSource) -> Result<(), ApiError> {
-    if saved.parents.len() > MAX_PARENT_DIRS {
-        let what = format!("{} directories of parents: at most {MAX_PARENT_DIRS}", saved.parents.len());
-        return Err(ApiError::new(ProblemKind::BadRequest, what));
-    }
-    std::iter::once(&saved.dir).chain(&saved.overlays).chain(&saved.parents).try_for_each(|path| expect_absolute(path))
+    Ok(Json(supervisor.activated(ready, supervisor.work(restore).await?).await?))
 }
 
 /// Stops a VM for good. On request its guest first has time to power itself off. Answers when its
@@ -304,31 +267,7 @@ async fn stop(
     UrlPath(name): UrlPath<String>,
     Optional(request): Optional<StopRequest>,
 ) -> Answer<StopAnswer> {
-    Ok(Json(stop_vm(&supervisor, &name, request.unwrap_or_default()).await?))
-}
-
-/// Stops the VM called `name`.
-pub(super) async fn stop_vm(supervisor: &Supervisor, name: &str, request: StopRequest) -> Result<StopAnswer, ApiError> {
-    // Before the request to its process, which has as much time.
-    grace(request)?;
-    // Not from the process itself.
-    let pid = supervisor.pid_of(name);
-    let (held, owned) = (supervisor.clone(), name.to_owned());
-    if request.at_once && request.graceful_s.is_none() {
-        // The signal comes first: threads that wait for the ends of others may all be taken.
-        if let Some(killed) = supervisor.kill_at_once(name)? {
-            return Ok(on_a_thread(THREAD_PATIENCE, move || held.reap(&owned, killed)).await??);
-        }
-    }
-    match Client::new(supervisor.dir()).stop_process(name, request, pid).await {
-        Ok((answer, left)) => {
-            // Closing descriptors may free memory and disks.
-            on_a_thread(THREAD_PATIENCE, move || held.stopped(pid, left)).await?;
-            Ok(answer)
-        }
-        Err(ClientError::Silent { .. }) => Ok(on_a_thread(THREAD_PATIENCE, move || held.kill(&owned)).await??),
-        Err(error) => Err(error.into()),
-    }
+    Ok(Json(supervisor.answer_stop(&name, request.unwrap_or_default()).await?))
 }
 
 /// The VM's name in the path of a request.
@@ -421,7 +360,7 @@ fn router(supervisor: Supervisor) -> Router {
         .method_not_allowed_fallback(not_allowed)
         .layer(from_fn_with_state(keys, once))
         .layer(from_fn_with_state(supervisor.clone(), touched));
-    metrics::observed(router).with_state(supervisor)
+    metrics::observed(router, &supervisor.0.requests).with_state(supervisor)
 }
 
 /// Notes that there are requests that change something: a supervisor that ends when it is idle waits

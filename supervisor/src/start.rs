@@ -25,6 +25,7 @@ use crate::overlays::OverlayDirs;
 use crate::pool::Pool;
 use crate::processes::Processes;
 use crate::request_limiter::{ForwardLimiter, ImageRequestLimiter, NetworkChanges};
+use crate::server::InProcessRequests;
 use crate::snapshots::Snapshots;
 use crate::vm_record::VmRecord;
 use crate::worker_resources::SandboxProfile;
@@ -137,6 +138,8 @@ impl Supervisor {
             closing: AtomicBool::new(false),
             busy: RwLock::default(),
             last_request: Mutex::new(Instant::now()),
+            requests: Arc::default(),
+            in_process: InProcessRequests::default(),
             ending: watch::Sender::new(false),
             runtime: runtime.clone(),
             servers: Mutex::default(),

@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use hyper::Method;
+use hyper::{Method, StatusCode};
 use thiserror::Error;
 
 use super::MAX_ANSWER;
@@ -124,6 +124,19 @@ pub enum ClientError {
 }
 
 impl ClientError {
+    /// Returns the error of an answer with an error status. An answer of HTTP itself, as to a head
+    /// that is too large, has no problem document.
+    #[must_use]
+    pub fn refused(status: StatusCode, body: &[u8]) -> Self {
+        let problem = serde_json::from_slice(body).unwrap_or_else(|_| Problem {
+            kind: "about:blank".to_owned(),
+            title: status.to_string(),
+            status: status.as_u16(),
+            detail: status.to_string(),
+        });
+        Self::Refused { status: status.as_u16(), problem: Box::new(problem) }
+    }
+
     /// Returns the kind of problem that this error is to a client of the supervisor.
     pub fn problem(&self) -> ProblemKind {
         match self {

@@ -15,24 +15,22 @@ use serde::de::DeserializeOwned;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{sleep, timeout};
 
-use crate::{Problem, Token, check_name, runtime_dir, socket_path, supervisor_path};
+use crate::{Token, check_name, runtime_dir, socket_path, supervisor_path};
 
 mod error;
 mod list;
 mod memory;
+mod retry;
 mod stop;
 
 pub use error::ClientError;
 pub use list::ListedVms;
+pub use retry::{MAX_ATTEMPTS, retried};
 
 /// Most bytes of an answer. A map of pages has up to four million.
 const MAX_ANSWER: usize = 16 << 20;
 /// Interval of the attempts to connect to a process that accepts no connection.
 const CONNECT_POLL: Duration = Duration::from_millis(50);
-/// Most attempts of a request whose refusal may be temporary.
-const MAX_ATTEMPTS: u32 = 6;
-/// The pause after the first refusal. Each further pause is twice as long: three seconds in all.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
 
 /// A supervisor behind a TCP port.
 #[derive(Clone, Debug)]
@@ -110,15 +108,7 @@ impl Client {
         action: &str,
         body: Option<&(impl Serialize + Sync)>,
     ) -> Result<T, ClientError> {
-        let mut attempt = 1;
-        loop {
-            let answer = self.request_once(method.clone(), name, action, body).await;
-            match answer {
-                Err(error) if attempt < self.attempts && error.may_pass(&method) => pause_after(attempt).await,
-                answer => return answer,
-            }
-            attempt += 1;
-        }
+        retried(self.attempts, &method, || self.request_once(method.clone(), name, action, body)).await
     }
 
     async fn request_once<T: DeserializeOwned>(
@@ -200,15 +190,7 @@ impl Client {
         body: Option<&(impl Serialize + Sync)>,
     ) -> Result<T, ClientError> {
         check_path(uri)?;
-        let mut attempt = 1;
-        loop {
-            let answer = self.supervisor_once(method.clone(), uri, body).await;
-            match answer {
-                Err(error) if attempt < self.attempts && error.may_pass(&method) => pause_after(attempt).await,
-                answer => return answer,
-            }
-            attempt += 1;
-        }
+        retried(self.attempts, &method, || self.supervisor_once(method.clone(), uri, body)).await
     }
 
     async fn supervisor_once<T: DeserializeOwned>(
@@ -271,11 +253,6 @@ fn check_path(path: &str) -> Result<(), ClientError> {
     names.split('/').try_for_each(|name| Ok(check_name(name)?))
 }
 
-/// Waits for the reason of a refusal to pass.
-async fn pause_after(attempt: u32) {
-    sleep(FIRST_PAUSE * 2_u32.pow(attempt - 1)).await;
-}
-
 /// A body, and its media type.
 struct Payload {
     bytes: Bytes,
@@ -333,14 +310,7 @@ async fn send(
     let status = response.status();
     if status != StatusCode::OK {
         let bytes = whole(response.into_body()).await?;
-        // An answer of HTTP itself, as to a head that is too large, has no problem document.
-        let problem = serde_json::from_slice(&bytes).unwrap_or_else(|_| Problem {
-            kind: "about:blank".to_owned(),
-            title: status.to_string(),
-            status: status.as_u16(),
-            detail: status.to_string(),
-        });
-        return Err(ClientError::Refused { status: status.as_u16(), problem: Box::new(problem) });
+        return Err(ClientError::refused(status, &bytes));
     }
     Ok(response.into_body())
 }

@@ -35,12 +35,26 @@ impl From<ProblemKind> for ApiError {
     }
 }
 
+impl ApiError {
+    fn into_problem(self) -> Problem {
+        let Self { kind, text } = self;
+        Problem { kind: kind.urn(), title: kind.title().to_owned(), status: kind.status().as_u16(), detail: text }
+    }
+}
+
+impl From<ApiError> for ClientError {
+    /// Returns the error as a client gets it.
+    fn from(error: ApiError) -> Self {
+        let status = error.kind.status().as_u16();
+        Self::Refused { status, problem: Box::new(error.into_problem()) }
+    }
+}
+
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let Self { kind, text } = self;
+        let kind = self.kind;
         let status = kind.status();
-        let problem =
-            Problem { kind: kind.urn(), title: kind.title().to_owned(), status: status.as_u16(), detail: text };
+        let problem = self.into_problem();
         // Texts and a number: serialization cannot fail.
         let body = serde_json::to_vec(&problem).unwrap_or_default();
         let mut response = (status, Body::from(body)).into_response();
@@ -75,5 +89,30 @@ impl From<JsonRejection> for ApiError {
 impl From<ClientError> for ApiError {
     fn from(error: ClientError) -> Self {
         Self { kind: error.problem(), text: clade_vmm::error_chain(&error) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::to_bytes;
+
+    use super::*;
+
+    /// A server in the supervisor's process gets the errors that a client of the socket gets.
+    #[tokio::test]
+    async fn an_error_is_the_same_with_and_without_http() {
+        for kind in ProblemKind::ALL.iter().copied() {
+            let error = ApiError::new(kind, "text");
+            let response = error.clone().into_response();
+            let status = response.status();
+            let bytes = to_bytes(response.into_body(), 1 << 16).await.unwrap();
+            let (by_http, direct) = (ClientError::refused(status, &bytes), ClientError::from(error.clone()));
+            let parts = |error: &ClientError| match error {
+                ClientError::Refused { status, problem } => (*status, problem.clone()),
+                other => panic!("{other:?}"),
+            };
+            assert_eq!(parts(&by_http), parts(&direct));
+            assert_eq!(ApiError::from(direct), error);
+        }
     }
 }

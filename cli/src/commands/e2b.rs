@@ -3,9 +3,10 @@
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
+use std::sync::Arc;
 
-use clade_e2b::{ApiKeys, Gateway, KeysError, Options, Quotas, Scope, TemplateStore, Tls, TlsFiles};
+use clade_e2b::{ApiKeys, BoundPort, GatewayFiles, KeysError, Options, Quotas, Scope, TemplateStore, Tls, TlsFiles};
+use clade_supervisor::Supervisor;
 use serde::Serialize;
 use tokio::runtime::Handle;
 
@@ -158,36 +159,26 @@ impl E2bArgs {
         let (keys, domain) = (self.keys.path()?, self.e2b_domain.clone());
         // Beside the checkpoints, which have names of another form.
         let snapshots = checkpoint_dir(dir).map(|dir| dir.join(".e2b-snapshots"));
-        let options = Options {
-            dir: dir.to_owned(),
-            keys,
-            domain,
-            templates,
-            snapshots,
-            quotas: self.e2b_quota,
-            // Also by the VM's process: a sandbox of a call that is cut off by the supervisor's end would stay.
-            stop: |client, name, request| Box::pin(clade_supervisor::stop(client, name, request)),
-        };
-        let gateway = Gateway::open(&options).map_err(Failure::input)?;
+        let options = Options { dir: dir.to_owned(), keys, domain, templates, snapshots, quotas: self.e2b_quota };
+        let files = GatewayFiles::open(options).map_err(Failure::input)?;
         let tls = self.e2b_tls.clone().map(Tls::open).transpose().map_err(Failure::input)?;
-        let scheme = if tls.is_some() { "https" } else { "http" };
         let _runtime = runtime.enter();
-        let (address, serving) = gateway.listen(address, tls).map_err(Failure::input)?;
-        Ok(Some(BoundApi { scheme, address, serving: Box::pin(serving) }))
+        let port = BoundPort::bind(address, tls).map_err(Failure::input)?;
+        Ok(Some(BoundApi { port, files }))
     }
 }
 
 /// E2B's API at a port that is bound, and not served yet.
 pub(super) struct BoundApi {
-    scheme: &'static str,
-    address: SocketAddr,
-    serving: Pin<Box<dyn Future<Output = ()> + Send>>,
+    port: BoundPort,
+    files: GatewayFiles,
 }
 
 impl BoundApi {
-    /// Serves the API until the runtime ends.
-    pub(super) fn serve(self, runtime: &Handle) {
-        runtime.spawn(self.serving);
-        say!("E2B's API is at {}://{}", self.scheme, self.address);
+    /// Serves the API over the VMs of `supervisor` until the runtime ends.
+    pub(super) fn serve(self, supervisor: &Supervisor, runtime: &Handle) {
+        let url = self.port.url();
+        runtime.spawn(self.port.serve(self.files.gateway(Arc::new(supervisor.clone()))));
+        say!("E2B's API is at {url}");
     }
 }

@@ -25,6 +25,7 @@ use crate::commands::session::CommandSession;
 use crate::commands::shutdown::ShutdownSignal;
 use crate::commands::worker::BARE;
 use crate::commands::{Failure, Outcome};
+use clade_api::http::MAX_CONNECTIONS;
 use clade_api::secrets::{MAX_SECRET_BYTES, Secret};
 use clade_api::{BootRequest, Client, Labels, VmInfo, VmLimits};
 use clade_host_io::sched::serve_requests;
@@ -47,12 +48,21 @@ pub(super) fn with_runtime(work: impl FnOnce(&Handle) -> Outcome) -> Outcome {
 
 /// Most threads that answer the supervisor's clients.
 const MAX_SERVERS: usize = 4;
+/// Threads for their work: one for each connection of the socket and of the port, and for each request of
+/// E2B's API.
+const MAX_WORK: usize = 3 * MAX_CONNECTIONS;
 
 /// Runs `work` with a runtime for the clients of a supervisor. Its threads run soon after they wake: the
 /// guests of one client delay the answers to others little.
 pub(super) fn with_server_runtime(work: impl FnOnce(&Handle) -> Outcome) -> Outcome {
     let servers = std::thread::available_parallelism().map_or(1, NonZero::get).clamp(2, MAX_SERVERS);
-    with(Builder::new_multi_thread().worker_threads(servers).on_thread_start(serve_requests), work)
+    with(
+        Builder::new_multi_thread()
+            .worker_threads(servers)
+            .max_blocking_threads(MAX_WORK)
+            .on_thread_start(serve_requests),
+        work,
+    )
 }
 
 fn with(builder: &mut Builder, work: impl FnOnce(&Handle) -> Outcome) -> Outcome {

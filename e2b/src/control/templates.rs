@@ -6,7 +6,6 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::{Extension, Json};
 use clade_api::CheckpointInfo;
-use hyper::Method;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
@@ -57,7 +56,7 @@ fn of_built(built: Built) -> ListedTemplate {
 /// Returns all templates that this owner may use, by name. A built template hides a checkpoint of
 /// its name.
 async fn visible(gateway: &Gateway, owner: &KeyOwner) -> Answer<Vec<ListedTemplate>> {
-    let mut all: Vec<CheckpointInfo> = gateway.0.client.supervisor(Method::GET, "/v1/checkpoints", None::<&()>).await?;
+    let mut all = gateway.0.supervisor.checkpoints().await?;
     let built = gateway.all_built()?;
     let hidden: BTreeSet<&str> = built.iter().flat_map(|one| [one.name.as_str(), one.id.as_str()]).collect();
     let own = gateway.0.snapshots.such(|one| one.owner == owner.0);

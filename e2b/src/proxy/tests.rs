@@ -43,10 +43,9 @@ impl Host {
             templates: None,
             snapshots: None,
             quotas: crate::Quotas::default(),
-            stop: crate::gateway::BY_SUPERVISOR,
         };
         std::fs::create_dir(path("run")).unwrap();
-        let gateway = Gateway::open(&options).unwrap();
+        let gateway = Gateway::of_socket(options.clone()).unwrap();
         let mut record = record(&path("vsock"));
         change(&mut record);
         gateway.0.sandboxes.insert(record).unwrap();
@@ -433,7 +432,7 @@ async fn answered(host: &Host, ask: &str) -> TcpStream {
 fn a_guest_that_never_answers_is_not_waited_for_without_end() {
     run(async {
         let mut host = Host::new(|_| {}).await;
-        let mut gateway = Gateway::open(&host.options).unwrap();
+        let mut gateway = Gateway::of_socket(host.options.clone()).unwrap();
         Arc::get_mut(&mut gateway.0).unwrap().answering = Duration::from_millis(100);
         host.serve(gateway).await;
         let request = "POST / HTTP/1.1\r\nhost: 80-ibox.box.test\r\ncontent-length: 4\r\n\r\nbody";

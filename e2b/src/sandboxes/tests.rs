@@ -94,9 +94,8 @@ async fn the_time_of_a_sandbox_begins_when_its_guest_is_initialised() {
         templates: None,
         snapshots: None,
         quotas: crate::Quotas::default(),
-        stop: crate::gateway::BY_SUPERVISOR,
     };
-    let gateway = Gateway::open(&options).unwrap();
+    let gateway = Gateway::of_socket(options).unwrap();
     let (log, permits) = (Log::default(), Arc::new(Semaphore::new(0)));
     let supervisor = clade_api::supervisor_path(&run);
     supervise(UnixListener::bind(supervisor).unwrap(), &socket, &log);

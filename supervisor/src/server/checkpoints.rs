@@ -4,7 +4,7 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::{Path as UrlPath, State};
 
-use super::{Wanted, activate, expect_paths, may_be_ready, work};
+use super::Wanted;
 use crate::Supervisor;
 use clade_api::http::{Answer, ApiError, Cancel};
 use clade_api::{
@@ -21,8 +21,7 @@ use clade_api::{
 )]
 pub(super) async fn open(State(supervisor): State<Supervisor>, request: Wanted<OpenRequest>) -> Answer<CheckpointInfo> {
     let Json(request) = request?;
-    expect_paths(&request.saved)?;
-    work(supervisor, move |supervisor, cancel| supervisor.open_checkpoint(&request, cancel)).await
+    Ok(Json(supervisor.answer_open(request).await?))
 }
 
 /// Takes a checkpoint of a VM.
@@ -38,8 +37,7 @@ pub(super) async fn checkpoint(
     request: Wanted<CheckpointRequest>,
 ) -> Answer<CheckpointInfo> {
     let Json(request) = request?;
-    let permit = supervisor.permit(&vm).await?;
-    work(supervisor, move |supervisor, cancel| supervisor.checkpoint(&vm, &request, permit, cancel)).await
+    Ok(Json(supervisor.answer_checkpoint(vm, request).await?))
 }
 
 /// Rolls a VM back to a checkpoint of its line, in place.
@@ -56,7 +54,9 @@ pub(super) async fn roll_back(
 ) -> Answer<ResetAnswer> {
     let Json(RollbackRequest { checkpoint }) = request?;
     let permit = supervisor.permit(&vm).await?;
-    work(supervisor, move |supervisor, cancel| supervisor.roll_back(&vm, &checkpoint, permit, cancel)).await
+    let roll_back =
+        move |supervisor: &Supervisor, cancel: &Cancel| supervisor.roll_back(&vm, &checkpoint, permit, cancel);
+    Ok(Json(supervisor.work(roll_back).await?))
 }
 
 /// Lists the checkpoints.
@@ -94,8 +94,7 @@ pub(super) async fn keep_checkpoint(
     UrlPath(name): UrlPath<String>,
     body: Bytes,
 ) -> Answer<CheckpointInfo> {
-    let KeepRequest { full } = parse_keep(&body)?;
-    work(supervisor, move |supervisor, cancel| supervisor.keep_checkpoint(&name, full, cancel)).await
+    Ok(Json(supervisor.answer_keep(name, parse_keep(&body)?).await?))
 }
 
 /// Parses the body of a request to keep a checkpoint, which clients of the version before leave empty.
@@ -117,8 +116,7 @@ pub(super) async fn remove_checkpoint(
     State(supervisor): State<Supervisor>,
     UrlPath(name): UrlPath<String>,
 ) -> Answer<CheckpointInfo> {
-    // Closing descriptors may free memory and disks.
-    work(supervisor, move |supervisor, _| supervisor.remove_checkpoint(&name)).await
+    Ok(Json(supervisor.answer_remove(name).await?))
 }
 
 /// Forks a checkpoint.
@@ -134,9 +132,7 @@ pub(super) async fn fork_checkpoint(
     request: Wanted<ForkRequest>,
 ) -> Answer<ForkAnswer> {
     let Json(request) = request?;
-    let ready = may_be_ready(&request)?;
-    let fork = move |supervisor: &Supervisor, cancel: &Cancel| supervisor.fork_checkpoint(&name, &request, cancel);
-    activate(&supervisor, ready, work(supervisor.clone(), fork).await?).await
+    Ok(Json(supervisor.answer_fork_of_checkpoint(name, request).await?))
 }
 
 /// Prepares processes for children of a checkpoint.
@@ -155,5 +151,5 @@ pub(super) async fn prepare(
     let prepare = move |supervisor: &Supervisor, cancel: &Cancel| {
         Ok(Prepared { prepared: supervisor.prepare(&name, request.count, cancel)? })
     };
-    work(supervisor, prepare).await
+    Ok(Json(supervisor.work(prepare).await?))
 }

@@ -31,11 +31,21 @@ pub(super) async fn set_network(
     request: Wanted<NetworkRequest>,
 ) -> Answer<VmInfo> {
     let Json(request) = request?;
-    request.check().map_err(|text| ApiError::new(ProblemKind::BadRequest, text))?;
-    // To its end, also without its client: an open device behind a closed interface would stay.
-    let changed = tokio::spawn(change_network(supervisor, name, request)).await;
-    let stopped = |error| ApiError::new(ProblemKind::Internal, format!("the request has ended early: {error}"));
-    Ok(Json(changed.map_err(stopped)??))
+    Ok(Json(supervisor.answer_network(name, request).await?))
+}
+
+impl Supervisor {
+    /// Changes a VM's network.
+    ///
+    /// # Errors
+    /// When the request is invalid, or the VM's process refuses it.
+    pub(crate) async fn answer_network(&self, name: String, request: NetworkRequest) -> Result<VmInfo, ApiError> {
+        request.check().map_err(|text| ApiError::new(ProblemKind::BadRequest, text))?;
+        // To its end, also without its client: an open device behind a closed interface would stay.
+        let changed = tokio::spawn(change_network(self.clone(), name, request)).await;
+        let stopped = |error| ApiError::new(ProblemKind::Internal, format!("the request has ended early: {error}"));
+        changed.map_err(stopped)?
+    }
 }
 
 async fn change_network(supervisor: Supervisor, name: String, request: NetworkRequest) -> Result<VmInfo, ApiError> {

@@ -1,13 +1,11 @@
 //! Handlers for suspensions and snapshots of VMs.
 
-use std::path::Path;
-
 use axum::Json;
 use axum::extract::{Path as UrlPath, State};
 
-use super::{ANSWER_TIMEOUT, Wanted, work};
+use super::{ANSWER_TIMEOUT, Wanted};
+use crate::Supervisor;
 use crate::vm_record::VmRecord;
-use crate::{Supervisor, suspend};
 use clade_api::http::{Answer, Cancel, Optional, expect_absolute};
 use clade_api::{
     Client, SnapshotAnswer, SnapshotProgress, SnapshotRequest, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer,
@@ -27,9 +25,7 @@ pub(super) async fn suspend_vm(
     UrlPath(name): UrlPath<String>,
     Optional(request): Optional<SuspendRequest>,
 ) -> Answer<SuspendAnswer> {
-    let dir = request.unwrap_or_default().dir.unwrap_or_else(|| Path::new(suspend::DIR).to_owned());
-    expect_absolute(&dir)?;
-    work(supervisor, move |supervisor, cancel| supervisor.suspend(&name, &dir, cancel)).await
+    Ok(Json(supervisor.answer_suspend(name, request.unwrap_or_default()).await?))
 }
 
 /// Shows the idle time after which a VM is suspended.
@@ -92,7 +88,8 @@ pub(super) async fn snapshot(
     let Json(request) = request?;
     expect_absolute(&request.dir)?;
     let permit = supervisor.permit(&name).await?;
-    work(supervisor, move |supervisor, cancel| supervisor.snapshot(&name, &request, permit, cancel)).await
+    let save = move |supervisor: &Supervisor, cancel: &Cancel| supervisor.snapshot(&name, &request, permit, cancel);
+    Ok(Json(supervisor.work(save).await?))
 }
 
 /// Shows the progress of a VM's snapshot.
@@ -140,5 +137,5 @@ pub(super) async fn working_set(
     let record = move |supervisor: &Supervisor, _: &Cancel| {
         Ok(WorkingSetAnswer { pages: supervisor.record_working_set(&name, &touched)? })
     };
-    work(supervisor, record).await
+    Ok(Json(supervisor.work(record).await?))
 }
