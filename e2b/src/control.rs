@@ -165,14 +165,6 @@ fn parsed<T: DeserializeOwned>(bytes: &[u8]) -> Answer<T> {
     serde_json::from_slice(text).map_err(|error| GatewayError::bad(format!("the body: {error}")))
 }
 
-/// Runs a change to its end, even if its client goes meanwhile: a partial change contradicts its
-/// record, or has none.
-pub(crate) async fn to_the_end<T: Send + 'static>(
-    change: impl Future<Output = Answer<T>> + Send + 'static,
-) -> Answer<T> {
-    tokio::spawn(change).await.unwrap_or_else(|error| Err(GatewayError::internal(error.to_string())))
-}
-
 async fn body<T: DeserializeOwned>(request: Request) -> Answer<T> {
     parsed(&body_bytes(request).await?)
 }
@@ -185,11 +177,11 @@ async fn create(
     let key = request.headers().get("idempotency-key").and_then(|key| key.to_str().ok()).map(str::to_owned);
     let bytes = body_bytes(request).await?;
     let new: NewSandbox = parsed(&bytes)?;
-    let made = async move {
+    let made = |gateway: Gateway| async move {
         let made = gateway.create(&owner.0, new);
         gateway.0.replays.once(&owner.0, key.as_deref(), &bytes, made).await
     };
-    let sandbox = to_the_end(made).await?;
+    let sandbox = gateway.to_the_end(made).await?;
     Ok((StatusCode::CREATED, Json(sandbox)))
 }
 
@@ -351,26 +343,26 @@ async fn show(
 }
 
 async fn kill(State(gateway): GatewayState, Own(entry): Own) -> Answer<StatusCode> {
-    to_the_end(async move { gateway.kill(&entry).await }).await?;
+    gateway.to_the_end(|gateway| async move { gateway.kill(&entry).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 async fn set_timeout(State(gateway): GatewayState, Own(entry): Own, request: Request) -> Answer<StatusCode> {
     let wanted: Timeout = body(request).await?;
-    to_the_end(async move { gateway.set_timeout(&entry, wanted.timeout).await }).await?;
+    gateway.to_the_end(|gateway| async move { gateway.set_timeout(&entry, wanted.timeout).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 async fn set_network(State(gateway): GatewayState, Own(entry): Own, request: Request) -> Answer<StatusCode> {
     let wanted: Value = body(request).await?;
-    to_the_end(async move { gateway.set_network(&entry, &wanted).await }).await?;
+    gateway.to_the_end(|gateway| async move { gateway.set_network(&entry, &wanted).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 async fn refresh(State(gateway): GatewayState, Own(entry): Own, request: Request) -> Answer<StatusCode> {
     let wanted: Refresh = body(request).await?;
     let running = Some(SandboxState::Running);
-    to_the_end(async move { gateway.resume(&entry, wanted.duration, None, running).await }).await?;
+    gateway.to_the_end(|gateway| async move { gateway.resume(&entry, wanted.duration, None, running).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -383,7 +375,7 @@ fn expect_memory(memory: Option<bool>) -> Answer<()> {
 
 async fn pause(State(gateway): GatewayState, Own(entry): Own, request: Request) -> Answer<StatusCode> {
     expect_memory(body::<SaveOptions>(request).await?.memory)?;
-    to_the_end(async move { gateway.pause(&entry, |_| true).await }).await?;
+    gateway.to_the_end(|gateway| async move { gateway.pause(&entry, |_| true).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -395,8 +387,9 @@ async fn resume(
     let wanted: Connect = body(request).await?;
     expect_memory(wanted.memory)?;
     let paused = Some(SandboxState::Paused);
-    let resumed = async move { gateway.resume(&entry, wanted.timeout, wanted.auto_pause, paused).await };
-    let (sandbox, _) = to_the_end(resumed).await?;
+    let resumed =
+        |gateway: Gateway| async move { gateway.resume(&entry, wanted.timeout, wanted.auto_pause, paused).await };
+    let (sandbox, _) = gateway.to_the_end(resumed).await?;
     Ok((StatusCode::CREATED, Json(sandbox)))
 }
 
@@ -407,8 +400,8 @@ async fn connect(
 ) -> Answer<(StatusCode, Json<Sandbox>)> {
     let wanted: Connect = body(request).await?;
     expect_memory(wanted.memory)?;
-    let resumed = async move { gateway.resume(&entry, wanted.timeout, None, None).await };
-    let (sandbox, was_paused) = to_the_end(resumed).await?;
+    let resumed = |gateway: Gateway| async move { gateway.resume(&entry, wanted.timeout, None, None).await };
+    let (sandbox, was_paused) = gateway.to_the_end(resumed).await?;
     Ok((if was_paused { StatusCode::CREATED } else { StatusCode::OK }, Json(sandbox)))
 }
 
@@ -419,7 +412,7 @@ async fn fork(
     request: Request,
 ) -> Answer<(StatusCode, Json<Vec<ForkResult>>)> {
     let wanted: Fork = body(request).await?;
-    let forked = to_the_end(async move { gateway.fork(&owner.0, &id, wanted).await }).await?;
+    let forked = gateway.to_the_end(|gateway| async move { gateway.fork(&owner.0, &id, wanted).await }).await?;
     Ok((StatusCode::CREATED, Json(forked)))
 }
 
@@ -430,7 +423,8 @@ async fn fork_snapshot(
     request: Request,
 ) -> Answer<(StatusCode, Json<Vec<ForkResult>>)> {
     let wanted: SnapshotFork = body(request).await?;
-    let forked = to_the_end(async move { gateway.fork_snapshot(&owner.0, &id, wanted).await }).await?;
+    let forked =
+        gateway.to_the_end(|gateway| async move { gateway.fork_snapshot(&owner.0, &id, wanted).await }).await?;
     Ok((StatusCode::CREATED, Json(forked)))
 }
 
@@ -442,7 +436,7 @@ async fn snapshot(
 ) -> Answer<(StatusCode, Json<SnapshotInfo>)> {
     let wanted: SaveOptions = body(request).await?;
     expect_memory(wanted.memory)?;
-    let taken = to_the_end(async move { gateway.snapshot(&owner.0, &id, wanted.name).await }).await?;
+    let taken = gateway.to_the_end(|gateway| async move { gateway.snapshot(&owner.0, &id, wanted.name).await }).await?;
     Ok((StatusCode::CREATED, Json(taken)))
 }
 

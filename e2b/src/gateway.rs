@@ -15,6 +15,7 @@ use subtle::ConstantTimeEq;
 use thiserror::Error;
 use tokio::sync::Mutex as AsyncMutex;
 
+use crate::changes::Changes;
 use crate::connection_limits::ConnectionLimits;
 use crate::error::{Answer, GatewayError};
 use crate::idempotency::Replays;
@@ -94,6 +95,7 @@ pub(crate) struct Inner {
     pub(crate) answering: Duration,
     /// Calls in progress.
     pub(crate) calls: Arc<ConnectionLimits>,
+    pub(crate) changes: Arc<Changes>,
     pub(crate) replays: Replays,
     pub(crate) sandboxes: RecordTable<SandboxRecord>,
     pub(crate) snapshots: RecordTable<SnapshotRecord>,
@@ -146,6 +148,7 @@ impl GatewayFiles {
             connection_limits: Arc::default(),
             answering: PROGRAM_ANSWERING,
             calls: Arc::default(),
+            changes: Arc::default(),
             replays: Replays::default(),
             sandboxes,
             snapshots,

@@ -12,6 +12,7 @@
 #![deny(missing_docs)]
 
 mod built;
+mod changes;
 mod connection_limits;
 mod control;
 mod error;
@@ -41,6 +42,7 @@ mod templates;
 #[cfg(test)]
 mod testing;
 mod tls;
+mod to_the_end;
 mod tunnel;
 mod wire;
 

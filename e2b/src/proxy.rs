@@ -22,7 +22,6 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
 use crate::connection_limits::GuestEnd;
-use crate::control::to_the_end;
 use crate::error::{Answer, GatewayError};
 use crate::gateway::Gateway;
 use crate::headers::{
@@ -86,9 +85,9 @@ async fn running(
         if !record.auto_resume || !may_wake {
             return Err(bad_gateway(target, "The sandbox is paused"));
         }
-        let (waking, woken) = (gateway.clone(), Arc::clone(entry));
-        let resumed = async move { waking.resume(&woken, None, None, None).await };
-        to_the_end(resumed).await.map_err(GatewayError::into_response)?;
+        let woken = Arc::clone(entry);
+        let resumed = |gateway: Gateway| async move { gateway.resume(&woken, None, None, None).await };
+        gateway.to_the_end(resumed).await.map_err(GatewayError::into_response)?;
         cut = entry.cut.subscribe();
         record = entry.get();
         if record.paused {

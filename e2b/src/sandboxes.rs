@@ -406,7 +406,11 @@ impl Drop for Unrecorded {
         let (gateway, id) = (self.gateway.clone(), std::mem::take(&mut self.id));
         // Without a runtime the process ends.
         if let Ok(runtime) = Handle::try_current() {
-            runtime.spawn(async move { gateway.stop(&id).await });
+            let in_progress = gateway.0.changes.begin();
+            runtime.spawn(async move {
+                gateway.stop(&id).await;
+                drop(in_progress);
+            });
         }
     }
 }

@@ -4,15 +4,22 @@ use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use clade_e2b::{ApiKeys, BoundPort, GatewayFiles, KeysError, Options, Quotas, Scope, TemplateStore, Tls, TlsFiles};
+use clade_e2b::{
+    ApiKeys, BoundPort, Gateway, GatewayFiles, KeysError, Options, Quotas, Scope, TemplateStore, Tls, TlsFiles,
+};
 use clade_supervisor::Supervisor;
 use serde::Serialize;
 use tokio::runtime::Handle;
+use tokio::time::timeout;
 
 use crate::commands::kept::checkpoint_dir;
 use crate::commands::run::say;
 use crate::commands::{Failure, Outcome, Table, print_json};
+
+/// Time limit of calls in progress after the end of the supervisor.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The address, as given to `clade serve`.
 #[derive(Debug, clap::Args)]
@@ -176,9 +183,23 @@ pub(super) struct BoundApi {
 
 impl BoundApi {
     /// Serves the API over the VMs of `supervisor` until the runtime ends.
-    pub(super) fn serve(self, supervisor: &Supervisor, runtime: &Handle) {
-        let url = self.port.url();
-        runtime.spawn(self.port.serve(self.files.gateway(Arc::new(supervisor.clone()))));
+    pub(super) fn serve(self, supervisor: &Supervisor, runtime: &Handle) -> ServedApi {
+        let (url, gateway) = (self.port.url(), self.files.gateway(Arc::new(supervisor.clone())));
+        runtime.spawn(self.port.serve(gateway.clone()));
         say!("E2B's API is at {url}");
+        ServedApi(gateway)
+    }
+}
+
+/// E2B's API, which is served.
+pub(super) struct ServedApi(Gateway);
+
+impl ServedApi {
+    /// Waits for changes in progress. The supervisor has been closed: they end, and stop the VMs that they
+    /// have made.
+    pub(super) fn finish(&self, runtime: &Handle) {
+        if runtime.block_on(async { timeout(FINISH_TIMEOUT, self.0.changes_ended()).await.is_err() }) {
+            tracing::warn!("calls of E2B's API have not ended in time: the next supervisor stops what they leave");
+        }
     }
 }

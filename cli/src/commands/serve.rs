@@ -126,7 +126,7 @@ pub(super) fn main(args: &ServeArgs) -> Outcome {
             let listening = supervisor.listen(port, token).inspect_err(|_| supervisor.close());
             say!("the API is at tcp://{}", listening.map_err(Failure::input)?);
         }
-        e2b.into_iter().for_each(|bound| bound.serve(&supervisor, runtime));
+        let e2b = e2b.map(|bound| bound.serve(&supervisor, runtime));
         // The settings of a supervisor that ends by itself are of no use to the next one.
         if !until_idle {
             keep_settings(&dir);
@@ -142,6 +142,7 @@ pub(super) fn main(args: &ServeArgs) -> Outcome {
             tracing::warn!(%error, "the next supervisor has the settings of this one");
         }
         supervisor.close();
+        e2b.iter().for_each(|served| served.finish(runtime));
         shutdown.signal().map_or(Ok(()), |number| Err(Failure::Signal(number)))
     })
 }

@@ -103,6 +103,6 @@ pub(super) async fn remove(
     Extension(owner): Who,
     InPath(id): InPath,
 ) -> Answer<StatusCode> {
-    super::to_the_end(async move { gateway.remove_snapshot(&owner.0, &id).await }).await?;
+    gateway.to_the_end(|gateway| async move { gateway.remove_snapshot(&owner.0, &id).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -1,6 +1,7 @@
 //! Calls beside a supervisor that is a task of the test.
 
 use serde_json::json;
+use tower::ServiceExt;
 
 use super::*;
 use crate::testing::{Fake, until};
@@ -35,6 +36,36 @@ async fn a_client_that_goes_leaves_no_vm_without_a_record_or_an_end() {
         is_so && supervisor_state.vms.len() == records.len() && records.len() >= steps + forks * 3
     })
     .await;
+}
+
+#[tokio::test]
+async fn the_end_waits_for_vms_without_a_record() {
+    let fake = Fake::new();
+    let key = fake.key("one");
+    fake.gateway.changes_ended().await;
+    // Whether the call succeeds or fails after its fork, and is held before or after it.
+    for (steps, lost) in [(0, None), (2, None), (1, Some(" fork")), (2, Some(" ttl")), (3, Some("GET vm"))] {
+        fake.world.supervisor_state().lost = lost.map(str::to_owned);
+        let so_far = fake.world.supervisor_state().log.len();
+        fake.world.supervisor_state().hold_after = Some(so_far + steps);
+        let body = json!({ "templateID": "base", "timeout": 300 });
+        let call = tokio::spawn(fake.router.clone().oneshot(Fake::ask(&key, "POST", "/sandboxes", &body)));
+        fake.world.until_held().await;
+        let gateway = fake.gateway.clone();
+        let end = tokio::spawn(async move { gateway.changes_ended().await });
+        // Its client goes; the change does not.
+        call.abort();
+        let _ = call.await;
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert!(!end.is_finished(), "after {steps} steps");
+        fake.world.release();
+        end.await.unwrap();
+        let records = fake.gateway.0.sandboxes.list();
+        let vms: Vec<String> = fake.world.supervisor_state().vms.keys().cloned().collect();
+        assert!(vms.iter().all(|vm| records.iter().any(|one| one.id == *vm)), "{vms:?} after {steps} steps");
+    }
 }
 
 #[tokio::test]

@@ -1,0 +1,29 @@
+//! Changes that go on without their clients, up to their ends.
+
+use std::future::Future;
+
+use crate::error::{Answer, GatewayError};
+use crate::gateway::Gateway;
+
+impl Gateway {
+    /// Runs a change to its end, even if its client goes meanwhile: a partial change contradicts its
+    /// record, or has none.
+    pub(crate) async fn to_the_end<T: Send + 'static, F: Future<Output = Answer<T>> + Send + 'static>(
+        &self,
+        change: impl FnOnce(Self) -> F,
+    ) -> Answer<T> {
+        let (in_progress, change) = (self.0.changes.begin(), change(self.clone()));
+        let change = async move {
+            let changed = change.await;
+            drop(in_progress);
+            changed
+        };
+        tokio::spawn(change).await.unwrap_or_else(|error| Err(GatewayError::internal(error.to_string())))
+    }
+
+    /// Waits until no change is in progress. When the supervisor refuses requests, changes end soon, and
+    /// stop the VMs that they have made: a VM without a record would have no end.
+    pub async fn changes_ended(&self) {
+        self.0.changes.ended().await;
+    }
+}
