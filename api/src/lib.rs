@@ -28,7 +28,7 @@ mod supervisor_api;
 mod token;
 mod types;
 
-pub use client::{Client, ClientError, ListedVms, MAX_ATTEMPTS, retried};
+pub use client::{Client, ClientError, ListedVms, MAX_ANSWER, MAX_ATTEMPTS, retried};
 pub use error::{CancelReason, CgroupError, DaemonError, HookError, HostLimitError, LONGEST_NAME, MAX_CHILDREN};
 pub use gather::Gathered;
 pub use labels::{Label, LabelError, Labels};

@@ -408,8 +408,8 @@ impl Drop for Unrecorded {
         if let Ok(runtime) = Handle::try_current() {
             let in_progress = gateway.0.changes.begin();
             runtime.spawn(async move {
+                let _in_progress = in_progress;
                 gateway.stop(&id).await;
-                drop(in_progress);
             });
         }
     }

@@ -14,9 +14,8 @@ impl Gateway {
     ) -> Answer<T> {
         let (in_progress, change) = (self.0.changes.begin(), change(self.clone()));
         let change = async move {
-            let changed = change.await;
-            drop(in_progress);
-            changed
+            let _in_progress = in_progress;
+            change.await
         };
         tokio::spawn(change).await.unwrap_or_else(|error| Err(GatewayError::internal(error.to_string())))
     }

@@ -7,7 +7,6 @@ use std::path::PathBuf;
 use hyper::{Method, StatusCode};
 use thiserror::Error;
 
-use super::MAX_ANSWER;
 use crate::{Problem, ProblemKind, TokenError};
 
 /// Reason why a request to a VM failed.
@@ -68,8 +67,11 @@ pub enum ClientError {
     #[error("the VM's process did not answer")]
     Http(#[from] hyper::Error),
     /// The answer is too long.
-    #[error("the VM's answer is longer than {MAX_ANSWER} bytes")]
-    LongAnswer,
+    #[error("the VM's answer is longer than {most} bytes")]
+    LongAnswer {
+        /// The limit in bytes.
+        most: usize,
+    },
     /// The answer has more or less memory than was asked for.
     #[error("the process of {name:?} has answered {got} bytes for {length}")]
     ShortMemory {
@@ -148,7 +150,7 @@ impl ClientError {
             // The process ended during the connection.
             Self::Socket { .. } if self.is_lost() => ProblemKind::VmGone,
             // The process ended without an answer.
-            Self::Http(_) | Self::Answer(_) | Self::LongAnswer | Self::ShortMemory { .. } => ProblemKind::VmGone,
+            Self::Http(_) | Self::Answer(_) | Self::LongAnswer { .. } | Self::ShortMemory { .. } => ProblemKind::VmGone,
             // A supervisor's own client has no such address.
             Self::Address { .. } | Self::NoToken | Self::Token(_) | Self::NoAnswer { .. } => ProblemKind::Internal,
             Self::NoSupervisor { .. } | Self::Socket { .. } | Self::Directory { .. } => ProblemKind::Internal,

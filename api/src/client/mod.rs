@@ -28,7 +28,7 @@ pub use list::ListedVms;
 pub use retry::{MAX_ATTEMPTS, retried};
 
 /// Most bytes of an answer. A map of pages has up to four million.
-const MAX_ANSWER: usize = 16 << 20;
+pub const MAX_ANSWER: usize = 16 << 20;
 /// Interval of the attempts to connect to a process that accepts no connection.
 const CONNECT_POLL: Duration = Duration::from_millis(50);
 
@@ -284,7 +284,7 @@ async fn whole(body: Incoming) -> Result<Bytes, ClientError> {
         Ok(collected) => Ok(collected.to_bytes()),
         Err(error) => match error.downcast::<hyper::Error>() {
             Ok(error) => Err(ClientError::Http(*error)),
-            Err(_) => Err(ClientError::LongAnswer),
+            Err(_) => Err(ClientError::LongAnswer { most: MAX_ANSWER }),
         },
     }
 }

@@ -53,7 +53,7 @@ const MAX_DISCARDED: usize = 16 << 20;
 pub const ACCEPT_BACKOFF: Duration = Duration::from_millis(200);
 /// Time limit of clients to read the answers to open requests when the supervisor ends. All requests
 /// to it are done by then, and a cut answer would look like a failure.
-const LAST_ANSWERS_OF_ALL: Duration = Duration::from_secs(10);
+pub const LAST_ANSWERS_OF_ALL: Duration = Duration::from_secs(10);
 
 /// A source of connections.
 pub trait Accept: Send {

@@ -38,8 +38,8 @@ pub use cancel::{Cancel, CancelOnDrop};
 pub use error::{ApiError, PROBLEM_TYPE};
 pub use frames::Frames;
 pub use listen::{
-    ACCEPT_BACKOFF, Accept, Acceptor, ClientProcess, MAX_CONNECTIONS, TcpAcceptor, accept, behind_gate, serve_http,
-    with_bodies,
+    ACCEPT_BACKOFF, Accept, Acceptor, ClientProcess, LAST_ANSWERS_OF_ALL, MAX_CONNECTIONS, TcpAcceptor, accept,
+    behind_gate, serve_http, with_bodies,
 };
 pub use optional::Optional;
 pub use session::SessionGate;

@@ -89,7 +89,7 @@ class Rate(TypedDict):
 
 
 class Limits(TypedDict):
-    """The limits of a device. None means unlimited."""
+    """The limits of a device. An absent limit means unlimited."""
 
     bytes: NotRequired[Rate | None]
     """Limit in bytes."""
@@ -123,7 +123,7 @@ class Time(TypedDict):
 
 
 class DiskConfig(TypedDict):
-    """How a disk is opened."""
+    """A disk's file and how it is used."""
 
     cache: CachePolicy
     """Whether transfers go through the host's page cache."""
@@ -178,7 +178,9 @@ class PortForward(TypedDict):
 
 
 class UserNet(TypedDict):
-    """A network device on a network of its own, by passt."""
+    """A network by passt, which needs no privileges: the guest is 10.0.2.15/24, its gateway
+    10.0.2.2, its name server 10.0.2.3.
+    """
 
     forward: NotRequired[list[PortForward]]
     """TCP ports forwarded to the guest. Not inherited by children, because a port belongs to one
@@ -190,7 +192,9 @@ class NetSpec(TypedDict):
     """A network device."""
 
     egress: NotRequired[list[list[EgressRule]]]
-    """The addresses that the guest may send to when it boots. Later the device keeps them."""
+    """Egress rules when the guest boots: layers of rules, each of which a packet has to pass.
+    Later the device keeps them.
+    """
 
     mac: NotRequired[str | None]
     """The MAC address; a random one if not given."""
@@ -220,7 +224,7 @@ class VsockOptions(TypedDict):
     """The guest's CID."""
 
     socket: str
-    """The Unix socket to which hosts connect. Removed with the device."""
+    """The Unix socket to which programs on the host connect. Removed with the device."""
 
 
 class VmConfig(TypedDict):
@@ -866,7 +870,7 @@ class NetChoice(TypedDict):
     """
 
     mac: NotRequired[str | None]
-    """The MAC address."""
+    """The MAC address: unicast."""
 
     tap: NotRequired[str | None]
     """The TAP interface's name; `%d` stands for a free number."""

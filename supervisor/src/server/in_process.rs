@@ -3,17 +3,17 @@
 
 use std::future::Future;
 use std::pin::pin;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use axum::body::{Body, to_bytes};
 use axum::http::StatusCode;
 use axum::http::header::{CONTENT_TYPE, HOST};
 use axum::response::Response;
-use clade_api::http::{ApiError, MAX_CONNECTIONS};
+use clade_api::http::{ApiError, LAST_ANSWERS_OF_ALL, MAX_CONNECTIONS};
 use clade_api::{
     CheckpointInfo, CheckpointRequest, Client, ClientError, ForkAnswer, ForkRequest, KeepRequest, LogsAnswer,
-    MAX_ATTEMPTS, NetworkRequest, OpenRequest, Pending, ProblemKind, StopAnswer, StopRequest, SupervisorApi,
-    SuspendAnswer, SuspendRequest, TtlInfo, TtlRequest, VmInfo, check_name, retried,
+    MAX_ANSWER, MAX_ATTEMPTS, NetworkRequest, OpenRequest, Pending, ProblemKind, StopAnswer, StopRequest,
+    SupervisorApi, SuspendAnswer, SuspendRequest, TtlInfo, TtlRequest, VmInfo, check_name, retried,
 };
 use hyper::{Method, Request};
 use serde::Serialize;
@@ -24,12 +24,8 @@ use tokio::time::timeout;
 use crate::Supervisor;
 use crate::proxy::{MAX_INFO, ProxyLimits, forward, with_own_socket};
 
-/// Most bytes of the end of a console's output, as JSON.
-const MAX_LOGS: usize = 16 << 20;
 /// Requests at a time: as many as the socket has connections. Others wait.
 const MAX_REQUESTS: u32 = MAX_CONNECTIONS as u32;
-/// Time limit of requests in progress when the supervisor ends: that of the socket's.
-const END_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Requests in progress. The end of the supervisor waits for them, and refuses further ones.
 #[derive(Debug)]
@@ -51,7 +47,7 @@ impl InProcessRequests {
     pub(crate) async fn close(&self) {
         // A request that comes now waits behind this, and is refused.
         let mut all = pin!(self.0.acquire_many(MAX_REQUESTS));
-        let held = timeout(END_TIMEOUT, all.as_mut()).await;
+        let held = timeout(LAST_ANSWERS_OF_ALL, all.as_mut()).await;
         if held.is_err() {
             tracing::warn!("requests from within this process have not ended in time");
         }
@@ -63,7 +59,7 @@ impl InProcessRequests {
 /// Parses the answer of a VM's process, which has up to `most` bytes.
 async fn parsed<T: DeserializeOwned>(answer: Response, most: usize) -> Result<T, ClientError> {
     let status = answer.status();
-    let bytes = to_bytes(answer.into_body(), most).await.map_err(|_| ClientError::LongAnswer)?;
+    let bytes = to_bytes(answer.into_body(), most).await.map_err(|_| ClientError::LongAnswer { most })?;
     if status != StatusCode::OK {
         return Err(ClientError::refused(status, &bytes));
     }
@@ -76,7 +72,7 @@ impl Supervisor {
         &'a self,
         method: Method,
         name: &'a str,
-        mut request: impl FnMut() -> F + Send + 'a,
+        request: impl FnMut() -> F + Send + 'a,
     ) -> Pending<'a, T>
     where
         T: Send + 'a,
@@ -85,8 +81,16 @@ impl Supervisor {
     {
         Box::pin(async move {
             check_name(name)?;
-            retried(MAX_ATTEMPTS, &method, || self.counted(&method, request())).await
+            self.repeated(method, request).await
         })
+    }
+
+    async fn repeated<T, E: Into<ClientError>, F: Future<Output = Result<T, E>>>(
+        &self,
+        method: Method,
+        mut request: impl FnMut() -> F,
+    ) -> Result<T, ClientError> {
+        retried(MAX_ATTEMPTS, &method, || self.counted(&method, request())).await
     }
 
     /// Answers a request once, as the layers around the socket's handlers do.
@@ -170,7 +174,7 @@ impl SupervisorApi for Supervisor {
             let info = self.passed_on(Method::GET, vm, "", None::<&()>, MAX_INFO).await;
             // A description that cannot be read is an end of the VM to the socket's clients.
             let info = info.map_err(|error| match error {
-                ClientError::Answer(_) | ClientError::LongAnswer => ClientError::from(ApiError::from(error)),
+                ClientError::Answer(_) | ClientError::LongAnswer { .. } => ClientError::from(ApiError::from(error)),
                 error => error,
             });
             with_own_socket(self.dir(), vm.to_owned(), info?).await.map_err(ClientError::from)
@@ -178,7 +182,7 @@ impl SupervisorApi for Supervisor {
     }
 
     fn logs<'a>(&'a self, vm: &'a str) -> Pending<'a, LogsAnswer> {
-        self.of_vm(Method::GET, vm, "/logs", MAX_LOGS)
+        self.of_vm(Method::GET, vm, "/logs", MAX_ANSWER)
     }
 
     fn fork_vm<'a>(&'a self, vm: &'a str, request: ForkRequest) -> Pending<'a, ForkAnswer> {
@@ -224,7 +228,7 @@ impl SupervisorApi for Supervisor {
     }
 
     fn checkpoints(&self) -> Pending<'_, Vec<CheckpointInfo>> {
-        Box::pin(self.counted(&Method::GET, async { Ok::<_, ApiError>(Supervisor::checkpoints(self).list()) }))
+        Box::pin(self.repeated(Method::GET, || async { Ok::<_, ApiError>(Supervisor::checkpoints(self).list()) }))
     }
 
     fn checkpoint<'a>(&'a self, checkpoint: &'a str) -> Pending<'a, CheckpointInfo> {
@@ -238,10 +242,7 @@ impl SupervisorApi for Supervisor {
     }
 
     fn open_checkpoint(&self, request: OpenRequest) -> Pending<'_, CheckpointInfo> {
-        Box::pin(async move {
-            retried(MAX_ATTEMPTS, &Method::POST, || self.counted(&Method::POST, self.answer_open(request.clone())))
-                .await
-        })
+        Box::pin(self.repeated(Method::POST, move || self.answer_open(request.clone())))
     }
 
     fn keep_checkpoint<'a>(&'a self, checkpoint: &'a str) -> Pending<'a, CheckpointInfo> {
@@ -262,47 +263,42 @@ impl SupervisorApi for Supervisor {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
-    use std::thread;
+    use std::time::Duration;
 
-    use clade_test_support::Watchdog;
+    use tokio::time::advance;
 
     use super::*;
 
-    #[test]
-    fn the_end_waits_for_requests_in_progress_and_refuses_further_ones() {
-        let _watchdog = Watchdog::new(Duration::from_secs(60), || "requests end".to_owned());
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let requests = Arc::<InProcessRequests>::default();
-        let (begun, end) = (tokio::sync::oneshot::channel(), tokio::sync::oneshot::channel::<()>());
-        let of = Arc::clone(&requests);
-        let long = runtime.spawn(async move {
-            let request = of.begin().await;
-            begun.0.send(request.is_ok()).unwrap();
-            end.1.await.unwrap();
-        });
-        assert!(runtime.block_on(begun.1).unwrap());
-        let closes = runtime.spawn({
-            let requests = Arc::clone(&requests);
-            async move { requests.close().await }
-        });
-        while requests.0.available_permits() > 0 {
-            thread::yield_now();
+    /// Has the other tasks run until they wait.
+    async fn settled() {
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
         }
-        // Another one waits behind the end, which waits for the first, and is refused with it.
-        let of = Arc::clone(&requests);
-        let next = runtime.spawn(async move { of.begin().await.map(drop).map_err(|error| error.kind) });
-        runtime.block_on(async {
-            for _ in 0..100 {
-                tokio::task::yield_now().await;
-            }
-        });
-        assert!(!closes.is_finished() && !next.is_finished(), "a request is in progress");
-        end.0.send(()).unwrap();
-        runtime.block_on(long).unwrap();
-        runtime.block_on(closes).unwrap();
-        assert_eq!(runtime.block_on(next).unwrap(), Err(ProblemKind::Ending));
-        let refused = runtime.block_on(requests.begin()).map(drop).map_err(|error| error.kind);
-        assert_eq!(refused, Err(ProblemKind::Ending));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_end_waits_for_requests_in_progress_and_refuses_further_ones() {
+        let second = Duration::from_secs(1);
+        for ends in [true, false] {
+            let requests = Arc::<InProcessRequests>::default();
+            let first = requests.begin().await.unwrap();
+            let of = Arc::clone(&requests);
+            let closes = tokio::spawn(async move { of.close().await });
+            settled().await;
+            // Another one waits behind the end, which waits for the first, and is refused with it.
+            let of = Arc::clone(&requests);
+            let next = tokio::spawn(async move { of.begin().await.map(drop).map_err(|error| error.kind) });
+            advance(LAST_ANSWERS_OF_ALL - second).await;
+            settled().await;
+            assert!(!closes.is_finished() && !next.is_finished(), "a request is in progress");
+            // The first ends, or is waited for no longer.
+            let first = Some(first).filter(|_| !ends);
+            advance(if ends { Duration::ZERO } else { 2 * second }).await;
+            closes.await.unwrap();
+            assert_eq!(next.await.unwrap(), Err(ProblemKind::Ending));
+            assert_eq!(requests.begin().await.map(drop).map_err(|error| error.kind), Err(ProblemKind::Ending));
+            drop(first);
+        }
     }
 
     #[tokio::test]
@@ -312,11 +308,11 @@ mod tests {
         };
         let of = async |status, body: &str| parsed::<u64>(answer(status, body), 8).await;
         assert_eq!(of(StatusCode::OK, "12345678").await.unwrap(), 12_345_678);
-        assert!(matches!(of(StatusCode::OK, "123456789").await, Err(ClientError::LongAnswer)));
+        assert!(matches!(of(StatusCode::OK, "123456789").await, Err(ClientError::LongAnswer { most: 8 })));
         assert!(matches!(of(StatusCode::OK, "{").await, Err(ClientError::Answer(_))));
         // HTTP itself has refused it: there is no problem document.
         let refused = of(StatusCode::IM_A_TEAPOT, "no").await;
         assert!(matches!(refused, Err(ClientError::Refused { status: 418, .. })), "{refused:?}");
-        assert!(matches!(of(StatusCode::IM_A_TEAPOT, "123456789").await, Err(ClientError::LongAnswer)));
+        assert!(matches!(of(StatusCode::IM_A_TEAPOT, "123456789").await, Err(ClientError::LongAnswer { most: 8 })));
     }
 }

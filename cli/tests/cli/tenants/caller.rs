@@ -163,7 +163,7 @@ pub(super) struct Caller {
 impl Caller {
     pub(super) fn new(me: &Arc<Tenant>, other: &Arc<Tenant>, seed: u64) -> Self {
         let client = Client::new(&me.address);
-        Self { me: Arc::clone(me), other: Arc::clone(other), client, random: Random::new(seed | 1) }
+        Self { me: Arc::clone(me), other: Arc::clone(other), client, random: Random::new(seed) }
     }
 
     /// Sends a request and judges its answer. None if the request was broken and got no answer.
