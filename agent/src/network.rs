@@ -205,7 +205,7 @@ mod tests {
         let in_own = std::thread::spawn(|| {
             // SAFETY: it changes the network of this thread alone, and no memory.
             if unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }.is_err() {
-                println!("skipped: no network of its own");
+                clade_test_support::skipped("no network of its own");
                 return;
             }
             let there = of("ip=10.9.8.7::10.9.8.1:255.255.255.0::lo:off").unwrap();

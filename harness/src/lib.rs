@@ -4,13 +4,11 @@
 
 mod bare;
 mod machine;
-mod require;
 mod sample;
 mod slice;
 
 pub use bare::{BareError, BareMailbox, BareVcpu, MOST_FILLED, boot_bare, fill};
 pub use machine::{GuestWords, Machine, WordsError, bytes_of};
-pub use require::{host, required, skip};
 pub use sample::{Sample, Spread};
 pub use slice::{Slice, stop_writing};
 

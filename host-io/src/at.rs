@@ -229,7 +229,7 @@ mod tests {
             assert!(bytes == wanted, "{}", dir.display());
         }
         if devices.iter().all(|device| *device == devices[0]) {
-            println!("skipped: /dev/shm is on the same file system as the temporary directory");
+            clade_test_support::skipped("/dev/shm is on the same file system as the temporary directory");
         }
     }
 }

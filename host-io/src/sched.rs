@@ -135,7 +135,7 @@ mod tests {
             drop(boost);
             assert_eq!(nice(), before);
             if inside == before {
-                println!("skipped: without CAP_SYS_NICE no weight changes");
+                clade_test_support::skipped("without CAP_SYS_NICE no weight changes");
             }
             assert!(inside == BOOST_NICE || inside == before);
         })
@@ -183,7 +183,7 @@ mod tests {
             drop(boost);
             assert_eq!((slice(), nice()), before);
             if inside == before.0 {
-                println!("skipped: this kernel takes no slices");
+                clade_test_support::skipped("this kernel takes no slices");
             } else {
                 assert_eq!(inside, BOOST_SLICE_NS);
             }

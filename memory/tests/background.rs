@@ -371,7 +371,7 @@ fn mapped_in_blocks(address: u64) -> u64 {
 fn small_pages_are_put_together_when_all_are_there() {
     let store = Store::open().unwrap();
     if store.backing() != Backing::Huge {
-        eprintln!("SKIPPED: no tmpfs in huge pages");
+        clade_test_support::skipped("no tmpfs in huge pages");
         return;
     }
     let pages = 4 * 512;

@@ -377,7 +377,7 @@ mod tests {
         let dir = root.map(|root| root.join(format!("clade-test-{}", std::process::id())));
         let dir = dir.filter(|dir| fs::create_dir(dir).is_ok());
         if dir.is_none() {
-            println!("skipped: no control group (v2) can be made here");
+            clade_test_support::skipped("no control group (v2) can be made here");
         }
         dir
     }

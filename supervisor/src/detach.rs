@@ -223,7 +223,7 @@ mod tests {
     fn a_block_device_that_is_written_is_not_copied() {
         let devices = ["/dev/vda", "/dev/sda", "/dev/nvme0n1", "/dev/loop0", "/dev/ram0"].map(Path::new);
         let Some(device) = devices.into_iter().find(|path| is_block_device(path)) else {
-            return println!("skipped: there is no block device");
+            return clade_test_support::skipped("there is no block device");
         };
         let disk = DiskConfig::new(device);
         let refused = expect_detachable(&template(std::slice::from_ref(&disk))).unwrap_err();

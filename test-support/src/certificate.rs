@@ -21,7 +21,7 @@ pub fn certificate(dir: &Path, names: &[&str]) -> Option<(PathBuf, PathBuf)> {
         .arg(&certificate)
         .output();
     let Ok(made) = made else {
-        println!("skipped: openssl is not installed");
+        crate::require::skipped("openssl is not installed");
         return None;
     };
     assert!(made.status.success(), "{made:?}");

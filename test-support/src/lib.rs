@@ -20,6 +20,6 @@ pub use patience::{
 };
 pub use patient::PatientStream;
 pub use random::Random;
-pub use require::{required, skip};
+pub use require::{required, skip, skipped};
 pub use tier::stride;
 pub use unique::{Cid, Claim, Port, Subnet, TapName};

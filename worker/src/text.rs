@@ -148,7 +148,7 @@ mod tests {
         assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
         let there = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
         if !has_huge_pages(&there) {
-            return println!("skipped: no huge pages");
+            return clade_test_support::skipped("no huge pages");
         }
         assert_eq!((libc::WIFEXITED(status), libc::WEXITSTATUS(status)), (true, 7), "{status:#x}");
     }

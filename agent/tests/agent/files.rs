@@ -67,7 +67,7 @@ fn files_go_up_and_down() {
 fn new_files_are_the_users() {
     let agent = Agent::start();
     if std::fs::metadata("/proc/self").unwrap().uid() != 0 {
-        println!("skipped: files are given away by root only");
+        clade_test_support::skipped("files are given away by root only");
         return;
     }
     let nobody = agent.client().with_user(Some("nobody".into()));

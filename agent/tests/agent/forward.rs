@@ -90,7 +90,9 @@ fn a_port_that_is_closed_is_refused_by_the_guest() {
 fn ipv6_is_tried_where_ipv4_is_closed() {
     let all = Forward::start();
     run(async {
-        let Ok(listener) = TcpListener::bind("[::1]:0").await else { return println!("skipped: there is no IPv6") };
+        let Ok(listener) = TcpListener::bind("[::1]:0").await else {
+            return clade_test_support::skipped("there is no IPv6");
+        };
         let port = listener.local_addr().unwrap().port();
         let mut stream = all.open(port).await.unwrap();
         let (mut served, _) = listener.accept().await.unwrap();

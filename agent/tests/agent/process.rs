@@ -257,7 +257,7 @@ fn time_ends_a_process_and_its_children() {
 fn users_are_who_they_say() {
     let agent = Agent::start();
     if sh_user(&agent) != "root" {
-        println!("skipped: users are changed by root only");
+        clade_test_support::skipped("users are changed by root only");
         return;
     }
     run(async {

@@ -17,7 +17,7 @@ fn the_python_sdk_works_unchanged() {
     let python = std::env::var("CLADE_E2B_PYTHON").unwrap_or_else(|_| "python3".to_owned());
     let has_sdk = Command::new(&python).args(["-c", "import e2b"]).output().is_ok_and(|found| found.status.success());
     if !has_sdk {
-        println!("skipped: {python} has no e2b");
+        clade_test_support::skipped(&format!("{python} has no e2b"));
         return;
     }
     // The SDK supports no other port, so tests of this port run one after another.

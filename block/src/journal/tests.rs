@@ -257,7 +257,7 @@ fn without_a_journal_a_flush_and_a_commit_are_what_they_can_be() {
     let config = DiskConfig { overlays: Some(elsewhere.path().to_owned()), ..DiskConfig::new(&bench.path) };
     let device = |path: &Path| std::os::unix::fs::MetadataExt::dev(&fs::metadata(path).unwrap());
     if device(elsewhere.path()) == device(&bench.path) {
-        println!("skipped: /dev/shm is the file system of the temporary directory");
+        clade_test_support::skipped("/dev/shm is the file system of the temporary directory");
         return;
     }
     let mut disk = Disk::open(&config).unwrap();
@@ -498,7 +498,7 @@ impl Loop {
             Ok(device) => Some(Self(device)),
             Err(error) => {
                 assert!(!clade_test_support::required("mount"), "{error}");
-                println!("skipped: no loop device: {error}");
+                clade_test_support::skipped(&format!("no loop device: {error}"));
                 None
             }
         }
@@ -517,7 +517,7 @@ impl Drop for Loop {
 fn overlays_of_a_block_device_are_never_written_again() {
     // A program that is started inherits the locks of tests that run beside it, for a moment.
     if std::env::var_os("NEXTEST").is_none() {
-        return println!("skipped: only in a process of its own, as cargo nextest runs it");
+        return clade_test_support::skipped("only in a process of its own, as cargo nextest runs it");
     }
     let bench = Bench::new();
     let Some(device) = Loop::over(&bench.path) else { return };

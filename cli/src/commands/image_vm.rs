@@ -229,7 +229,7 @@ mod tests {
         let file = initramfs(dir.path(), &agent, &entrypoint, &modules).unwrap();
         let list = Command::new("cpio").args(["-itv", "--quiet"]).stdin(Stdio::from(file.reopen().unwrap())).output();
         let Ok(list) = list else {
-            println!("skipped: cpio is not installed");
+            clade_test_support::skipped("cpio is not installed");
             return;
         };
         let list = String::from_utf8(list.stdout).unwrap();

@@ -50,7 +50,7 @@ fn a_kernel_that_may_not_be_read() {
     fs::write(&kernel, b"secret").unwrap();
     fs::set_permissions(&kernel, fs::Permissions::from_mode(0o000)).unwrap();
     if fs::read(&kernel).is_ok() {
-        println!("skipped: this user may read everything");
+        clade_test_support::skipped("this user may read everything");
         return;
     }
     runtime.clade(&["run", "--kernel", kernel.to_str().unwrap()]).expect_refusal("secret");
@@ -233,7 +233,7 @@ fn hosts_without_kvm() {
             let script = format!("{mount} && exec {CLADE} {command}");
             let possible = Command::new("unshare").args(["-m", "sh", "-c", mount]).stderr(Stdio::null()).status();
             if !possible.is_ok_and(|status| status.success()) {
-                println!("skipped: no mount namespaces for this user");
+                clade_test_support::skipped("no mount namespaces for this user");
                 return;
             }
             let mut there = Command::new("unshare");
@@ -250,7 +250,7 @@ fn a_user_without_permission() {
     let runtime = Runtime::new();
     let mode = fs::metadata("/dev/kvm").map(|m| m.permissions().mode());
     if !mode.is_ok_and(|mode| mode & 0o006 == 0) || !rustix::process::geteuid().is_root() {
-        println!("skipped: everyone may open /dev/kvm, it is not there, or this is not root");
+        clade_test_support::skipped("everyone may open /dev/kvm, it is not there, or this is not root");
         return;
     }
     // That user may have no access to the binary's directory.
@@ -261,7 +261,7 @@ fn a_user_without_permission() {
     let output = command.args(["run", "--kernel", "bare"]).uid(NOBODY).gid(NOBODY).current_dir("/").output();
     match output {
         Ok(output) => Answer::from(output).expect_refusal("no permission to open /dev/kvm"),
-        Err(error) => println!("skipped: no process for another user: {error}"),
+        Err(error) => clade_test_support::skipped(&format!("no process for another user: {error}")),
     }
 }
 

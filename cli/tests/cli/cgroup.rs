@@ -19,7 +19,7 @@ impl Group {
         let dir = root.map(|root| root.join(format!("clade-cli-{}", std::process::id())));
         let made = dir.filter(|dir| fs::create_dir(dir).is_ok());
         if made.is_none() {
-            println!("skipped: no control group (v2) can be made here");
+            clade_test_support::skipped("no control group (v2) can be made here");
         }
         made.map(Self)
     }

@@ -198,7 +198,7 @@ fn a_confined_child_reads_past_the_page_cache_what_its_parent_does() {
     let opened = |name: &str| open_files(all.pid_of(name), dir.path());
     all.boot("web", &["--disk", &format!("{},cache=direct", image.display())]);
     if !opened("web").values().any(|is_direct| *is_direct) {
-        println!("skipped: no file of {} can be read past the page cache", dir.path().display());
+        clade_test_support::skipped(&format!("no file of {} can be read past the page cache", dir.path().display()));
         return all.end();
     }
     let (web, last) = (vm("web"), vm("last"));

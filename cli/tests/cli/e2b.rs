@@ -21,7 +21,7 @@ pub(crate) fn python() -> Option<String> {
     let python = std::env::var("CLADE_E2B_PYTHON").unwrap_or_else(|_| "python3".to_owned());
     let has_sdk = Command::new(&python).args(["-c", "import e2b"]).output().is_ok_and(|found| found.status.success());
     if !has_sdk {
-        println!("skipped: {python} has no e2b");
+        clade_test_support::skipped(&format!("{python} has no e2b"));
     }
     has_sdk.then_some(python)
 }
@@ -129,7 +129,7 @@ fn the_python_sdk_makes_forks_and_ends_sandboxes() {
             std::fs::write(&script, NODE_SCRIPT).unwrap();
             drive(Command::new("node").arg(script));
         }
-        Err(_) => println!("skipped: CLADE_E2B_NODE is not set"),
+        Err(_) => clade_test_support::skipped("CLADE_E2B_NODE is not set"),
     }
     wait_until("the end of its sandboxes", || host.runtime.names() == ["web"]);
     reaches_nothing_else(&host, &me);

@@ -73,7 +73,7 @@ impl TlsHost {
 #[test]
 fn the_api_is_served_by_tls_at_any_address_and_not_without() {
     if Command::new("curl").arg("--version").stdout(Stdio::null()).status().is_err() {
-        println!("skipped: curl is not installed");
+        clade_test_support::skipped("curl is not installed");
         return;
     }
     let Some(host) = TlsHost::start() else { return };
@@ -109,7 +109,7 @@ fn the_sdk_reaches_sandboxes_by_a_domain() {
     }
     let Some(python) = python() else { return };
     if !rustix::process::geteuid().is_root() {
-        println!("skipped: only root can give a process an /etc/hosts of its own");
+        clade_test_support::skipped("only root can give a process an /etc/hosts of its own");
         return;
     }
     let Some(mut host) = TlsHost::start() else { return };

@@ -32,7 +32,7 @@ impl Drop for Registry {
 fn is_there(tool: &str, flag: &str) -> bool {
     let there = Command::new(tool).arg(flag).stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok();
     if !there {
-        println!("skipped: {tool} is not installed");
+        clade_test_support::skipped(&format!("{tool} is not installed"));
     }
     there
 }

@@ -173,7 +173,7 @@ fn i13_a_vm_that_cannot_be_suspended_runs_on() {
         assert_ne!(full.code, Some(0), "{full:?}");
         assert!(full.stderr.contains(small.path().to_str().unwrap()) && full.stderr.contains("pages"), "{full:?}");
     } else {
-        println!("skipped: no file system can be mounted");
+        clade_test_support::skipped("no file system can be mounted");
     }
     assert_eq!(all.http("GET", "/v1/vms/web", "").1["state"], "paused");
     (0..600).for_each(|page| assert_eq!(memory.read(page), page + 1));

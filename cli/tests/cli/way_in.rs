@@ -104,7 +104,7 @@ fn a_fork_of_more_than_there_is_room_for_is_refused_before_it_begins() {
     let refused = runtime.clade(&["fork", "web", "--count", "10000"]);
     // Unless the host is large enough for ten thousand VMs.
     if refused.code == Some(0) {
-        return println!("skipped: this host has room for 10,000 children");
+        return clade_test_support::skipped("this host has room for 10,000 children");
     }
     assert_eq!(refused.code, Some(1), "{refused:?}");
     assert!(refused.stderr.contains("10000 children do not fit"), "{refused:?}");
@@ -363,7 +363,7 @@ fn another_users_vms_are_not_listed_as_none() {
         return;
     }
     if !rustix::process::geteuid().is_root() {
-        return println!("skipped: without root no process is another user's");
+        return clade_test_support::skipped("without root no process is another user's");
     }
     let mut runtime = Runtime::new();
     runtime.start("web");

@@ -60,7 +60,7 @@ fn a_host_without_kvm() {
     let mount = "mount -t tmpfs none /dev";
     let possible = Command::new("unshare").args(["-m", "sh", "-c", mount]).stderr(Stdio::null()).status();
     if !possible.is_ok_and(|status| status.success()) {
-        println!("skipped: no mount namespaces for this user");
+        clade_test_support::skipped("no mount namespaces for this user");
         return;
     }
     let script = format!("{mount} && exec {LAB} bench fork");

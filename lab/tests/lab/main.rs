@@ -15,7 +15,8 @@ const LAB: &str = env!("CARGO_BIN_EXE_clade-lab");
 
 /// Returns whether this host has KVM. Panics if it is required and missing.
 fn kvm() -> bool {
-    clade_harness::host().is_some()
+    let host = clade_vmm::kvm::Host::open();
+    host.map_err(|error| clade_test_support::skip("kvm", &clade_vmm::error_chain(&error))).is_ok()
 }
 
 /// The result of a command.

@@ -115,7 +115,7 @@ mod tests {
         let mode = |file: &File| file.metadata().unwrap().mode() & 0o7777;
         assert_eq!(mode(&small_file(1).unwrap()), 0o400);
         let Ok(huge) = HugeTmpfs::mount() else {
-            return println!("skipped: no tmpfs in huge pages can be mounted");
+            return clade_test_support::skipped("no tmpfs in huge pages can be mounted");
         };
         assert_eq!(mode(&huge.file(1).unwrap()), 0o400);
     }
@@ -127,7 +127,7 @@ mod tests {
             assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{other}: {error}");
         }
         let Ok(huge) = HugeTmpfs::mount() else {
-            return println!("skipped: no tmpfs in huge pages can be mounted");
+            return clade_test_support::skipped("no tmpfs in huge pages can be mounted");
         };
         let device = |fs: &HugeTmpfs| fs.file(1).unwrap().metadata().unwrap().dev();
         let copy = HugeTmpfs::handed_in(huge.as_fd().try_clone_to_owned().unwrap()).unwrap();

@@ -293,7 +293,7 @@ mod tests {
     #[test]
     fn filling_a_page_of_a_huge_file_makes_no_neighbour() {
         let Ok(fs) = HugeTmpfs::mount() else {
-            eprintln!("SKIPPED: no tmpfs in huge pages");
+            clade_test_support::skipped("no tmpfs in huge pages");
             return;
         };
         for file in [fs.file(1024).unwrap(), small_file(1024).unwrap()] {

@@ -82,7 +82,8 @@ impl<'t> Walk<'t> {
 
     fn walk(&mut self) {
         if self.store.backing() != self.backing {
-            println!("skipped: everything in {} pages: {}", self.backing.name(), self.store.warning().unwrap_or(""));
+            let warning = self.store.warning().unwrap_or("");
+            clade_test_support::skipped(&format!("everything in {} pages: {warning}", self.backing.name()));
             return;
         }
         for at in 0..self.table.len() {

@@ -188,7 +188,7 @@ fn a_sweep_touches_nothing_behind_links_nor_of_others() {
     if others {
         assert_eq!(names(&leftover(2)), all, "another user's directory");
     } else {
-        println!("skipped: another user's directory, which only root can make");
+        clade_test_support::skipped("another user's directory, which only root can make");
     }
     // A replaced snapshot is removed, but not the targets of links in it.
     fs::rename(stage.join("it/memory.data"), dir.path().join("kept")).unwrap();

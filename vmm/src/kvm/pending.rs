@@ -115,7 +115,7 @@ mod tests {
         let mut events = state.events;
         events.smi.pending = 1;
         if vcpu.set_vcpu_events(&events).is_err() || vcpu.get_vcpu_events().unwrap().smi.pending == 0 {
-            println!("skipped: this KVM has no System Management Mode");
+            clade_test_support::skipped("this KVM has no System Management Mode");
             return;
         }
         reset(vcpu, &layout, &state);
@@ -139,7 +139,7 @@ mod tests {
         };
         let entry = kvm_msr_entry { index: KVM_ASYNC_PF_EN, data: ENABLED, ..Default::default() };
         if vcpu.set_msrs(&Msrs::from_entries(&[entry]).unwrap()).unwrap() != 1 {
-            println!("skipped: this KVM has no asynchronous page faults");
+            clade_test_support::skipped("this KVM has no asynchronous page faults");
             return;
         }
         let state = save_all(&vm, &host, &layout).remove(0);

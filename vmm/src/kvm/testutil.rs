@@ -22,7 +22,7 @@ pub(crate) fn host() -> Option<Host> {
     match Host::open() {
         Ok(host) => Some(host),
         Err(error) => {
-            clade_harness::skip("kvm", &error.to_string());
+            clade_test_support::skip("kvm", &error.to_string());
             None
         }
     }

@@ -205,10 +205,8 @@ pub(super) fn with_timers(router: Router<WeakVmHost>) -> Router<WeakVmHost> {
 
 #[cfg(test)]
 mod tests {
-    use clade_harness::host;
-
     use super::*;
-    use crate::vm_host::tests::vm_host_of_one;
+    use crate::vm_host::tests::{host, vm_host_of_one};
     use clade_api::RuntimeDir;
 
     /// A request to renew a time either succeeds, and the old time does not stop the VM; or it

@@ -1,8 +1,8 @@
 use super::*;
 use clade_api::RuntimeDir;
 use clade_api::secrets::Secrets;
-use clade_harness::host;
 use clade_vmm::boot::{BootImage, BootSource};
+use clade_vmm::kvm::Host;
 use clade_vmm::vm::{Endpoints, VmConfig};
 
 struct Nobody;
@@ -12,6 +12,11 @@ impl Serve for Nobody {
         Serving::new((sockets.control, sockets.consoles))
     }
     fn finish(&self) {}
+}
+
+/// The host, or `None` after printing why the test is skipped.
+pub(crate) fn host() -> Option<Host> {
+    Host::open().map_err(|error| clade_test_support::skip("kvm", &clade_vmm::error_chain(&error))).ok()
 }
 
 /// A VM host with a bare guest `one` if it `is_wanted`, and the starter's claim of its name.
@@ -125,5 +130,6 @@ fn stop_waits_for_who_is_just_looking_at_the_vm() {
         drop(held);
         assert!(stops.join().unwrap().unwrap().upgrade().is_none());
     });
-    NameClaim::new(&runtime, "one").unwrap();
+    // A program that a test beside this one starts inherits the name's lock, for a moment.
+    clade_test_support::wait_until("the name is free", || NameClaim::new(&runtime, "one").is_ok());
 }

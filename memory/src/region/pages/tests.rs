@@ -144,7 +144,7 @@ fn a_layer_is_alone_when_nobody_else_shows_it() {
 fn a_copy_that_stays_in_place_is_counted_once() {
     let store = Store::open().unwrap();
     if store.background().is_err() {
-        println!("skipped: no userfaultfd");
+        clade_test_support::skipped("no userfaultfd");
         return;
     }
     let parent = ram(&store);

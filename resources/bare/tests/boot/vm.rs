@@ -64,9 +64,7 @@ pub(crate) struct Layout {
 
 /// Prints that a test is skipped without KVM, or fails if KVM was required.
 pub(crate) fn skip(reason: &Error) {
-    let required = std::env::var("CLADE_REQUIRE").unwrap_or_default();
-    assert!(!required.contains("kvm"), "KVM is required: {reason}");
-    println!("skipped: {reason}");
+    clade_test_support::skip("kvm", &reason.to_string());
 }
 
 /// A running guest. All its vCPUs have reported READY.

@@ -133,7 +133,7 @@ fn the_tsc_catches_up_with_the_wall_clock() {
     let vm = TestVm::new(&host, 1, &TWO_OUTS);
     let mut state = save_all(&vm, &host, &layout).remove(0);
     let Some(khz) = state.tsc_khz else {
-        println!("skipped: KVM does not say how fast a TSC counts here");
+        clade_test_support::skipped("KVM does not say how fast a TSC counts here");
         return;
     };
     let hour = u64::from(khz) * 1000 * 3600;
@@ -142,7 +142,7 @@ fn the_tsc_catches_up_with_the_wall_clock() {
     let other = vm.sibling(&host);
     set.restore(&other.vcpus[0], &layout, CpuidState::Set, Clock::Resume, None).unwrap();
     if tsc(&save_all(&other, &host, &layout)[0]) < tsc(&set) {
-        println!("skipped: guests read the host's TSC here, which goes on by itself");
+        clade_test_support::skipped("guests read the host's TSC here, which goes on by itself");
         return;
     }
     state.taken_in_boot = state.taken_in_boot.map(|taken| taken.earlier(std::time::Duration::from_secs(3600)));

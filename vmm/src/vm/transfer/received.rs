@@ -130,7 +130,7 @@ mod tests {
         let refused = check(open("disk", 0).unwrap()).unwrap_err();
         assert!(refused.contains("goes through it"), "{refused}");
         let Ok(direct) = open("disk", libc::O_DIRECT) else {
-            return println!("skipped: no O_DIRECT in {}", dir.path().display());
+            return clade_test_support::skipped(&format!("no O_DIRECT in {}", dir.path().display()));
         };
         check(direct).unwrap();
         let refused = check(open("other", libc::O_DIRECT).unwrap()).unwrap_err();
