@@ -4,7 +4,6 @@
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::process;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -28,7 +27,7 @@ use crate::commands::Failure;
 use crate::commands::lifecycle::for_each;
 use crate::commands::remote::failure;
 use crate::commands::session::AHEAD_MIB;
-use crate::commands::shutdown::ShutdownSignal;
+use crate::commands::shutdown::exit_on_signal;
 
 /// The session of all VMs, which end with this process.
 const SESSION: &str = "private";
@@ -66,16 +65,12 @@ impl DevSupervisor {
         let mut builder = tokio::runtime::Builder::new_multi_thread();
         builder.worker_threads(2).on_thread_start(serve_requests).enable_all();
         let runtime = builder.build().map_err(Failure::run)?;
-        let shutdown = ShutdownSignal::listen(runtime.handle()).map_err(Failure::run)?;
+        let path = dir.path().to_owned();
+        // The VMs end with this process.
+        let clean_up = move || drop(fs::remove_dir_all(path));
+        exit_on_signal(runtime.handle(), clean_up).map_err(Failure::run)?;
         let options = dev_options();
         let supervisor = Supervisor::start(dir.path(), &options, runtime.handle()).map_err(Failure::run)?;
-        let path = dir.path().to_owned();
-        runtime.spawn(async move {
-            shutdown.wait().await;
-            // The VMs end with this process.
-            let _ = fs::remove_dir_all(path);
-            process::exit(128 + shutdown.signal().unwrap_or_default());
-        });
         Ok(Self { client: Client::new(dir.path()), supervisor, runtime, _dir: dir })
     }
 

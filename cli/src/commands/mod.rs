@@ -226,6 +226,7 @@ fn run(command: Command) -> Outcome {
 
 pub(crate) use args::{DEFAULT_CMDLINE, DemoArgs};
 pub use dev_supervisor::{DevSupervisor, KernelSource, RemoteVm};
+pub use shutdown::exit_on_signal;
 pub use worker::{BARE, MEASURE, SPINNING};
 
 #[cfg(test)]

@@ -55,6 +55,20 @@ impl ShutdownSignal {
     }
 }
 
+/// Ends this process by the first signal, after `clean_up`.
+///
+/// # Errors
+/// When the signals cannot be listened to.
+pub fn exit_on_signal(runtime: &Handle, clean_up: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let shutdown = ShutdownSignal::listen(runtime)?;
+    runtime.spawn(async move {
+        shutdown.wait().await;
+        clean_up();
+        std::process::exit(128 + shutdown.signal().unwrap_or_default());
+    });
+    Ok(())
+}
+
 /// Returns a bit mask of the signals that the process ignores.
 fn ignored() -> io::Result<u64> {
     let status = std::fs::read_to_string("/proc/self/status")?;

@@ -9,14 +9,18 @@ use clade_api::{
 };
 use clade_vmm::vm::VmConfig;
 use hyper::Method;
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::runtime::Runtime;
 
-use clade::{BARE, Failure, for_each};
+use clade::{BARE, Failure, exit_on_signal, for_each};
 
 /// Time limit of the supervisor's start, and of a bench's waits for it.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(20);
+
+/// The session of the VMs.
+const SESSION: &str = "bench";
 
 /// A supervisor in a directory of its own. A drop ends it and its VMs.
 pub(super) struct BenchSupervisor {
@@ -31,8 +35,7 @@ impl Drop for BenchSupervisor {
         let all = self.ask::<Vec<VmInfo>>(Method::GET, "/v1/vms", None::<&()>);
         let names: Vec<_> = all.unwrap_or_default().into_iter().map(|vm| vm.name).collect();
         drop(self.stop(&names, 0));
-        let pid = rustix::process::Pid::from_child(&self.process);
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        let _ = kill_process(Pid::from_child(&self.process), Signal::TERM);
         let _ = self.process.wait();
     }
 }
@@ -57,6 +60,15 @@ impl BenchSupervisor {
             let _ = process.wait();
             return Err(error);
         }
+        let (pid, path) = (Pid::from_child(&process), dir.path().to_owned());
+        // The VMs end with this process.
+        let clean_up = move || {
+            let _ = kill_process(pid, Signal::TERM);
+            // It writes to its directory until then.
+            let _ = waitpid(Some(pid), WaitOptions::empty());
+            let _ = std::fs::remove_dir_all(path);
+        };
+        exit_on_signal(runtime.handle(), clean_up).map_err(Failure::run)?;
         Ok(Self { runtime, client: Client::new(dir.path()), process, dir })
     }
 
@@ -124,7 +136,8 @@ pub(super) fn boot_request(name: &str, config: &VmConfig) -> BootRequest {
         labels: Labels::default(),
         paused: false,
         reports_ready: false,
-        session: None,
+        // The guest and its clones end with the bench, also if a signal ends that: some spin.
+        session: Some(SESSION.to_owned()),
         limits: VmLimits::default(),
         secrets: Vec::new(),
     }
