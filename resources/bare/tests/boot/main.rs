@@ -23,7 +23,7 @@ macro_rules! boot {
     ($layout:expr) => {
         match Vm::boot($layout) {
             Ok(vm) => vm,
-            Err(reason) => return vm::skip(&reason),
+            Err(reason) => return clade_test_support::skip("kvm", &reason.to_string()),
         }
     };
 }

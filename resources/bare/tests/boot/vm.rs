@@ -62,11 +62,6 @@ pub(crate) struct Layout {
     pub(crate) entry: Entry,
 }
 
-/// Prints that a test is skipped without KVM, or fails if KVM was required.
-pub(crate) fn skip(reason: &Error) {
-    clade_test_support::skip("kvm", &reason.to_string());
-}
-
 /// A running guest. All its vCPUs have reported READY.
 pub(crate) struct Vm {
     // Dropped in this order: no vCPU may run in memory that is gone.
