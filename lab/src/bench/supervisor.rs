@@ -55,11 +55,6 @@ impl BenchSupervisor {
             .stderr(Stdio::null())
             .spawn()
             .map_err(Failure::run)?;
-        if let Err(error) = answers(dir.path()) {
-            let _ = process.kill();
-            let _ = process.wait();
-            return Err(error);
-        }
         let (pid, path) = (Pid::from_child(&process), dir.path().to_owned());
         // The VMs end with this process.
         let clean_up = move || {
@@ -68,7 +63,12 @@ impl BenchSupervisor {
             let _ = waitpid(Some(pid), WaitOptions::empty());
             let _ = std::fs::remove_dir_all(path);
         };
-        exit_on_signal(runtime.handle(), clean_up).map_err(Failure::run)?;
+        let listening = exit_on_signal(runtime.handle(), clean_up).map_err(Failure::run);
+        if let Err(error) = listening.and_then(|()| answers(dir.path())) {
+            let _ = process.kill();
+            let _ = process.wait();
+            return Err(error);
+        }
         Ok(Self { runtime, client: Client::new(dir.path()), process, dir })
     }
 
