@@ -82,8 +82,6 @@ impl Supervisor {
         if !lives || !has_name {
             return Err(DaemonError::NoSuchVm { name: vm.to_owned() });
         }
-        // The client may have gone during the steps before: its VM gets no request then.
-        self.check(0, 0, cancel)?;
         let answer = client.roll_back(image, &|| self.check(0, 0, cancel))?;
         drop(permit);
         vm_record.process.into_iter().for_each(|process| self.0.kept_lines.begin(vm, process, &checkpoint.line()));

@@ -128,8 +128,8 @@ impl RollbackClient {
         Ok(Self { socket: connected(runtime, name, CONNECT_PATIENCE)?, name: name.to_owned() })
     }
 
-    /// Rolls the VM back to an image, which is its own process's or another's. Calls `check` while it
-    /// waits; the VM may be rolled back even if that fails.
+    /// Rolls the VM back to an image, which is its own process's or another's. Calls `check` before the
+    /// request is sent, and while it waits; the VM may be rolled back even if a later call fails.
     ///
     /// # Errors
     /// When the VM cannot be rolled back: it then runs on.
@@ -139,6 +139,7 @@ impl RollbackClient {
         check: &dyn Fn() -> Result<(), DaemonError>,
     ) -> Result<ResetAnswer, DaemonError> {
         let failed = |source| DaemonError::Worker { source };
+        check()?;
         seqpacket::send(&self.socket, &[if is_own { OWN } else { FOREIGN }], &[]).map_err(failed)?;
         parts.send(&self.socket)?;
         let bytes = read_answer(&self.socket, &self.name, Instant::now() + PATIENCE, check)?;
@@ -146,5 +147,34 @@ impl RollbackClient {
             RollbackReply::Done(answer) => Ok(*answer),
             RollbackReply::Refused { kind, text } => Err(DaemonError::Refused { kind, text }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::detach::packed;
+
+    #[test]
+    fn a_request_whose_client_has_gone_is_not_sent() {
+        let parts = packed(&(), Vec::new()).unwrap();
+        let roll_back = |check: &dyn Fn() -> Result<(), DaemonError>| {
+            let (ours, theirs) = seqpacket::pair().unwrap();
+            let waiting = RollbackClient { socket: ours, name: "web".to_owned() };
+            // Its process answers nothing: the request that was sent, if any, stays in the socket.
+            let answer = waiting.roll_back((true, &parts), check);
+            (answer.unwrap_err(), seqpacket::receive(&theirs, 1).map(|message| message.bytes))
+        };
+        let (error, sent) = roll_back(&|| Err(DaemonError::Ending));
+        assert!(matches!(error, DaemonError::Ending), "{error}");
+        assert_eq!(sent.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        // A client that goes later.
+        let calls = std::cell::Cell::new(0);
+        let (error, sent) = roll_back(&|| {
+            calls.set(calls.get() + 1);
+            if calls.get() == 1 { Ok(()) } else { Err(DaemonError::Ending) }
+        });
+        assert!(matches!(error, DaemonError::Ending), "{error}");
+        assert_eq!(sent.unwrap(), [OWN]);
     }
 }
