@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Command, ExitStatus};
+use std::process::ExitStatus;
 use std::sync::{Arc, Mutex};
 
 use clade_agent_proto::process::signal_name;
@@ -16,6 +16,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
 use crate::lock::lock;
+use crate::program::Program;
+use crate::vfork::{self, ChildStack};
 
 type Waiting = Arc<Mutex<HashMap<u32, oneshot::Sender<ExitStatus>>>>;
 
@@ -23,6 +25,7 @@ type Waiting = Arc<Mutex<HashMap<u32, oneshot::Sender<ExitStatus>>>>;
 #[derive(Debug)]
 pub(crate) struct Children {
     waiting: Waiting,
+    stack: Mutex<ChildStack>,
 }
 
 impl Children {
@@ -36,12 +39,12 @@ impl Children {
                 reap(&reaped);
             }
         });
-        Ok(Self { waiting })
+        Ok(Self { waiting, stack: Mutex::new(ChildStack::new()?) })
     }
 
     /// Starts a child. The receiver gets its exit status.
-    pub(crate) fn spawn(&self, command: &mut Command) -> io::Result<(u32, oneshot::Receiver<ExitStatus>)> {
-        let pid = command.spawn()?.id();
+    pub(crate) fn spawn(&self, program: &Program) -> io::Result<(u32, oneshot::Receiver<ExitStatus>)> {
+        let pid = vfork::spawn(program, &mut lock(&self.stack))?.as_raw_nonzero().get().unsigned_abs();
         let (sender, receiver) = oneshot::channel();
         lock(&self.waiting).insert(pid, sender);
         Ok((pid, receiver))

@@ -5,7 +5,6 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use clade_agent_proto::api::{Generation, Hook};
@@ -14,7 +13,7 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use crate::agent::Agent;
 use crate::children::describe;
 use crate::log::log;
-use crate::process::spawn::{SpawnEnv, command};
+use crate::program::{Program, SpawnEnv};
 use crate::users;
 
 /// The directory of hooks.
@@ -88,10 +87,12 @@ impl Agent {
         ]);
         let spawn_env = SpawnEnv { user: &user, envs: &envs, workdir: None };
         let program = path.to_string_lossy();
-        let mut command = command(&program, &[], &BTreeMap::new(), Path::new("/"), &spawn_env, false);
         // The hook's output goes to the agent's log.
-        command.stdin(Stdio::null()).stdout(Stdio::inherit()).stderr(Stdio::inherit());
-        let (pid, end) = match self.children.spawn(&mut command) {
+        let started = Program::new(&program, &[], &BTreeMap::new(), Path::new("/"), &spawn_env).and_then(|mut hook| {
+            hook.no_stdin()?;
+            self.children.spawn(&hook)
+        });
+        let (pid, end) = match started {
             Ok(child) => child,
             Err(error) => return format!("it cannot be started: {error}"),
         };

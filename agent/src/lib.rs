@@ -32,6 +32,7 @@ mod notice;
 mod options;
 mod paths;
 mod process;
+mod program;
 mod route;
 mod run;
 mod settings;
@@ -39,6 +40,7 @@ mod shutdown;
 mod stream;
 pub mod system;
 mod users;
+mod vfork;
 
 pub use agent::Agent;
 pub use listen::{Listener, serve};

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
-use std::process::{ExitCode, Stdio};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use crate::log::log;
 use crate::notice;
 use crate::options::{Options, UsageError};
 use crate::process::output::end_event;
-use crate::process::spawn::{SpawnEnv, command};
+use crate::program::{Program, SpawnEnv};
 use crate::shutdown::end_guest;
 use crate::system::{Entrypoint, prepare, raise_file_limit};
 use crate::users;
@@ -125,9 +125,9 @@ impl Agent {
         let cwd = Path::new(entrypoint.cwd.as_deref().unwrap_or("/"));
         // Images may refer to directories that do not exist yet. The start reports any error.
         let _ = std::fs::create_dir_all(cwd);
-        let mut command = command(program, args, &entrypoint.env, cwd, &spawn_env, false);
-        command.stdin(Stdio::inherit()).stdout(Stdio::inherit()).stderr(Stdio::inherit());
-        let (code, text) = match self.children.spawn(&mut command) {
+        let started = Program::new(program, args, &entrypoint.env, cwd, &spawn_env)
+            .and_then(|program| self.children.spawn(&program));
+        let (code, text) = match started {
             Ok((_, end)) => {
                 let end = end_event(end.await.ok());
                 (end.shell_code(), format!("{program}: {}", end.status))

@@ -15,7 +15,7 @@ use serde::Deserialize;
 use crate::log::log;
 use crate::modules;
 use crate::network;
-use crate::process::spawn::first_file_limit;
+use crate::program::first_file_limit;
 
 /// The file of the entrypoint, if the kernel's command line lacks one.
 const ENTRYPOINT: &str = "/etc/clade/entrypoint.json";

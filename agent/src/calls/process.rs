@@ -18,8 +18,9 @@ use crate::agent::Agent;
 use crate::connect::{Caller, Messages, Sink};
 use crate::process::Process;
 use crate::process::output::{self, OutputSource};
-use crate::process::spawn::{self, SpawnEnv, Streams};
+use crate::process::spawn::{self, Streams};
 use crate::process::table::{Found, Input, MAX_PROCESSES};
+use crate::program::SpawnEnv;
 use crate::stream::Stream;
 
 fn started(pid: u32) -> EventResponse {

@@ -1,5 +1,6 @@
 //! Processes: their streams, ends, signals, terminals, users and time.
 
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -79,6 +80,99 @@ fn what_cannot_be_started_is_said() {
         let nobody = client.clone().with_user(Some("no-such-user".into()));
         assert_eq!(refused_start(&nobody, &shell("true")).await.code, Code::Unauthenticated);
         assert!(client.list().await.unwrap().processes.is_empty());
+    });
+}
+
+#[test]
+fn a_program_is_found_and_executed_as_execvp_does() {
+    let agent = Agent::start();
+    let dir = tempfile::tempdir().unwrap();
+    let directory = |name: &str| {
+        let path = dir.path().join(name);
+        std::fs::create_dir(&path).unwrap();
+        path
+    };
+    let file = |path: &std::path::Path, mode: u32| {
+        // No interpreter is named: the shell runs it.
+        std::fs::write(path, "echo \"$0 $1\"\n").unwrap();
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let (empty, closed, open) = (directory("empty"), directory("closed"), directory("open"));
+    let inside = directory("inside");
+    file(&closed.join("script"), 0o644);
+    file(&closed.join("other"), 0o644);
+    file(&inside.join("hidden"), 0o755);
+    std::fs::set_permissions(&inside, std::fs::Permissions::from_mode(0o700)).unwrap();
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    file(&open.join("script"), 0o755);
+    let is_root = sh_user(&agent) == "root";
+    let search = format!("{}:{}:{}:{}", empty.display(), closed.display(), open.display(), inside.display());
+    let request = |cmd: &str| {
+        let envs = std::collections::BTreeMap::from([("PATH".to_owned(), search.clone())]);
+        let process = ProcessConfig { cmd: cmd.into(), args: vec!["one".into()], envs, ..Default::default() };
+        StartRequest { process, ..StartRequest::default() }
+    };
+    run(async {
+        let client = agent.client();
+        let expected = format!("{} one\n", open.join("script").display());
+        for cmd in ["script", open.join("script").to_str().unwrap()] {
+            let done = outcome(client.start(&request(cmd), None).await.unwrap()).await.unwrap();
+            assert_eq!((done.stdout.as_str(), done.end.exit_code), (expected.as_str(), 0), "{cmd}");
+        }
+        assert_eq!(refused_start(&client, &request("other")).await.code, Code::PermissionDenied);
+        assert_eq!(refused_start(&client, &request("none")).await.code, Code::NotFound);
+        // A path through a file is a wrong path, not a missing one.
+        assert_eq!(refused_start(&client, &request("/etc/passwd/x")).await.code, Code::InvalidArgument);
+        if is_root {
+            // The last directory cannot be searched by this user.
+            let nobody = client.clone().with_user(Some("nobody".into()));
+            assert_eq!(refused_start(&nobody, &request("none")).await.code, Code::PermissionDenied);
+        }
+        assert_eq!(refused_start(&client, &request("scr\0ipt")).await.code, Code::InvalidArgument);
+    });
+}
+
+#[test]
+fn the_agent_keeps_its_own_settings_while_its_children_get_theirs() {
+    let mut command = Command::new("prlimit");
+    command.args(["--nofile=1000:", PROGRAM]);
+    let agent = Agent::start_by(command, &[], Stdio::inherit());
+    let own = |name: &str| std::fs::read_to_string(format!("/proc/{}/{name}", agent.child.id())).unwrap();
+    let signals = || {
+        let status = own("status");
+        status.lines().filter(|line| line.starts_with("Sig")).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let descriptors = || std::fs::read_dir(format!("/proc/{}/fd", agent.child.id())).unwrap().count();
+    let settings =
+        || (signals(), own("oom_score_adj"), own("limits"), own("stat").split(' ').nth(4).unwrap().to_owned());
+    run(async {
+        let client = agent.client();
+        // An answer: the agent listens, with its handlers installed.
+        client.list().await.unwrap();
+        let before = settings();
+        let limits = |text: &str| {
+            let line = text.lines().find(|line| line.starts_with("Max open files")).unwrap();
+            line.split_whitespace().nth(3).unwrap().parse::<u64>().unwrap()
+        };
+        assert!(limits(&before.2) > 1000, "the agent raises its own limit: {}", before.2);
+        assert_eq!(sh(&client, "ulimit -Sn").await.stdout, "1000\n", "a child has the limit of the agent's starter");
+        // The first process opens what the agent keeps.
+        sh(&client, "true").await;
+        let open = descriptors();
+        for mut request in [shell("pwd; cat /proc/self/oom_score_adj"), shell("exit 3"), shell("kill -9 $$")] {
+            request.process.cwd = Some("/usr".into());
+            outcome(client.start(&request, None).await.unwrap()).await.unwrap();
+            request.process.cmd = "/no/such/program".into();
+            assert_eq!(refused_start(&client, &request).await.code, Code::NotFound);
+        }
+        let terminal = StartRequest { pty: Some(Pty { size: Size { cols: 80, rows: 24 } }), ..shell("true") };
+        outcome(client.start(&terminal, None).await.unwrap()).await.unwrap();
+        assert_eq!(settings(), before);
+        until("the children's files to be closed", async || descriptors() == open).await;
+        let cwd = std::fs::read_link(format!("/proc/{}/cwd", agent.child.id())).unwrap();
+        assert_eq!(cwd, std::env::current_dir().unwrap());
+        // No child stays behind, not even one that has not become a program.
+        until("the children's ends", async || own(&format!("task/{}/children", agent.child.id())).is_empty()).await;
     });
 }
 
@@ -270,7 +364,6 @@ fn users_are_who_they_say() {
         // The user must be allowed to enter the directory.
         let mut secret = shell("pwd");
         secret.process.cwd = Some("/root".into());
-        use std::os::unix::fs::PermissionsExt;
         if std::fs::metadata("/root").unwrap().permissions().mode() & 0o007 == 0 {
             assert_eq!(refused_start(&client, &secret).await.code, Code::PermissionDenied);
         }
