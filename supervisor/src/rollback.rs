@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::checkpoint::Checkpoint;
 use super::processes::ProcessId;
+use super::reidentify::expect_reachable;
 use super::vm_record::VmRecord;
 use super::{ImagePermit, Supervisor};
 use clade_api::http::Cancel;
@@ -53,7 +54,8 @@ fn expect_of_line(
 }
 
 impl Supervisor {
-    /// Rolls the VM called `vm` back to the checkpoint called `name`.
+    /// Rolls the VM called `vm` back to the checkpoint called `name`. `ready` refuses a VM without a way to
+    /// its agent, before anything is changed.
     ///
     /// # Errors
     /// When there is no such VM or checkpoint, or the VM cannot be rolled back to it: it then runs on.
@@ -61,11 +63,15 @@ impl Supervisor {
         &self,
         vm: &str,
         name: &str,
+        ready: bool,
         permit: ImagePermit,
         cancel: &Cancel,
     ) -> Result<ResetAnswer, DaemonError> {
         let _busy = self.0.busy.read();
         let vm_record = VmRecord::expect(&self.0.dir, vm)?;
+        if ready {
+            expect_reachable(vm, &vm_record.template.config)?;
+        }
         let on_disk = || refused(format!("the checkpoint {name:?} is only on the disk: it is of no VM that runs"));
         let checkpoint = self.checkpoints().get(name, |_| Err(on_disk()))?;
         let secrets = checkpoint.secrets();

@@ -166,6 +166,11 @@ pub struct ResetAnswer {
 pub struct RollbackRequest {
     /// The name of a checkpoint in memory, of the VM itself or of one of its ancestors.
     pub checkpoint: String,
+    /// Whether the agent in the guest then renews its identity: its clock, random numbers, tokens and
+    /// hooks. Answers when the guest is ready. If it is not, the answer is `not-ready`, and the VM has
+    /// been rolled back all the same.
+    #[serde(default)]
+    pub ready: bool,
 }
 
 /// An ended VM whose process has yet to merge the writes since a fork into its disks.

@@ -65,6 +65,10 @@ pub(crate) struct RollbackArgs {
     /// The checkpoint.
     #[arg(value_name = "CHECKPOINT")]
     checkpoint: String,
+    /// Have the agent in the guest renew its identity afterwards: its clock, random numbers, tokens and
+    /// hooks. Returns when it is ready. The VM stays rolled back if it is not.
+    #[arg(long)]
+    ready: bool,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -72,7 +76,7 @@ pub(crate) struct RollbackArgs {
 
 pub(super) fn rollback(args: &RollbackArgs) -> Outcome {
     let vms = LifecycleArgs { names: vec![args.vm.clone()], all: false, json: args.json };
-    main(&vms, &Verb::Rollback(RollbackRequest { checkpoint: args.checkpoint.clone() }))
+    main(&vms, &Verb::Rollback(RollbackRequest { checkpoint: args.checkpoint.clone(), ready: args.ready }))
 }
 
 #[derive(Debug, clap::Args)]

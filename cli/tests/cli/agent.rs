@@ -135,13 +135,23 @@ fn forks(runtime: &Runtime) {
     let ready = runtime.clade(&["reidentify", "web-2", "--json"]).json();
     assert_eq!((ready["name"].as_str(), ready["hooks"][0].as_str()), (Some("web-2"), Some("10-name")), "{ready}");
     assert!(exec(runtime, &["web-2", "--", "cat", "/tmp/hook"]).stdout.starts_with("web-2 "));
+    // So is one that is rolled back.
+    exec(runtime, &["web-2", "--", "rm", "/tmp/hook"]);
+    runtime.clade(&["checkpoint", "web-2", "before-hook", "--json"]).json();
+    runtime.clade(&["rollback", "web-2", "before-hook", "--ready", "--json"]).json();
+    assert!(exec(runtime, &["web-2", "--", "cat", "/tmp/hook"]).stdout.starts_with("web-2 "));
     // If one is not ready, no child stays.
     let bad = "echo exit 3 > /etc/clade/fork.d/20-bad; sed -i '1i#!/bin/sh' /etc/clade/fork.d/20-bad; chmod +x /etc/clade/fork.d/20-bad";
     exec(runtime, &["web", "--", "sh", "-c", bad]);
     let refused = runtime.clade(&["fork", "web", "--ready"]);
     assert!(refused.code == Some(2) && refused.stderr.contains("20-bad"), "{refused:?}");
     assert_eq!(runtime.names(), ["web", "web-1", "web-2"]);
-    assert_eq!(exec(runtime, &["web", "--", "true"]).code, Some(0));
+    // A VM that is rolled back stays so.
+    runtime.clade(&["checkpoint", "web", "before-file", "--json"]).json();
+    exec(runtime, &["web", "--", "touch", "/tmp/file"]);
+    let refused = runtime.clade(&["rollback", "web", "before-file", "--ready"]);
+    assert!(refused.code == Some(2) && refused.stderr.contains("20-bad"), "{refused:?}");
+    assert_eq!(exec(runtime, &["web", "--", "test", "!", "-e", "/tmp/file"]).code, Some(0));
     // The agent is PID 1: it ends the guest in order.
     exec(runtime, &["web-1", "--", "kill", "-TERM", "1"]);
     assert_eq!(runtime.clade(&["wait", "web-1"]).code, Some(0));

@@ -405,6 +405,10 @@ fn a_running_vm_runs_on_and_a_suspended_one_stays_so() {
     assert_eq!((state_of(&all, "web"), all.word("web", 3)), (Value::from("running"), 1));
     let plain = all.runtime.clade(&["rollback", "web", "base"]);
     assert!(plain.code == Some(0) && plain.stderr.starts_with("rolled back in "), "{plain:?}");
+    // Without a way to an agent nothing is rolled back.
+    all.put("web", 3, 4);
+    all.runtime.clade(&["rollback", "web", "base", "--ready"]).expect_refusal("no vsock device");
+    assert_eq!(all.word("web", 3), 4);
     all.end();
 }
 

@@ -99,7 +99,7 @@ impl Bench {
 
     /// Rolls the VM back. Returns the time of the request, and that in the VM's process.
     fn roll_back(&self, to: &str) -> Result<(Duration, f64), Failure> {
-        let request = RollbackRequest { checkpoint: to.to_owned() };
+        let request = RollbackRequest { checkpoint: to.to_owned(), ready: false };
         let begun = Instant::now();
         let answer: ResetAnswer = self.0.ask(Method::POST, &format!("/v1/vms/{VM}/rollback"), Some(&request))?;
         Ok((begun.elapsed(), answer.total_us))

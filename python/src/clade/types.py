@@ -1366,6 +1366,12 @@ class RollbackRequest(TypedDict):
     checkpoint: str
     """The name of a checkpoint in memory, of the VM itself or of one of its ancestors."""
 
+    ready: NotRequired[bool]
+    """Whether the agent in the guest then renews its identity: its clock, random numbers, tokens
+    and hooks. Answers when the guest is ready. If it is not, the answer is `not-ready`, and the
+    VM has been rolled back all the same.
+    """
+
 
 class SessionEnded(TypedDict):
     """The end of a session."""

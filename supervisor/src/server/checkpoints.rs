@@ -52,11 +52,16 @@ pub(super) async fn roll_back(
     UrlPath(vm): UrlPath<String>,
     request: Wanted<RollbackRequest>,
 ) -> Answer<ResetAnswer> {
-    let Json(RollbackRequest { checkpoint }) = request?;
+    let Json(RollbackRequest { checkpoint, ready }) = request?;
     let permit = supervisor.permit(&vm).await?;
+    let name = vm.clone();
     let roll_back =
-        move |supervisor: &Supervisor, cancel: &Cancel| supervisor.roll_back(&vm, &checkpoint, permit, cancel);
-    Ok(Json(supervisor.work(roll_back).await?))
+        move |supervisor: &Supervisor, cancel: &Cancel| supervisor.roll_back(&vm, &checkpoint, ready, permit, cancel);
+    let answer = supervisor.work(roll_back).await?;
+    if ready {
+        supervisor.reidentify(&name).await?;
+    }
+    Ok(Json(answer))
 }
 
 /// Lists the checkpoints.
