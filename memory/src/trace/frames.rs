@@ -40,6 +40,8 @@ struct File {
 pub(super) struct Files {
     files: HashMap<FileId, File>,
     layers: HashMap<u64, FileId>,
+    /// How many layers have an identity: more than one of a file that was published again.
+    instances: HashMap<u64, u64>,
     hollow: HashSet<u64>,
     handles: HashMap<u64, i64>,
     views: HashMap<u64, Map>,
@@ -54,11 +56,18 @@ fn no_page(text: impl Into<String>) -> Why {
 
 impl Files {
     pub(super) fn layer(&mut self, layer: u64, file: FileId) {
+        *self.instances.entry(layer).or_default() += 1;
         self.layers.insert(layer, file);
         self.files.entry(file).or_default().layers.insert(layer);
     }
 
     pub(super) fn layer_gone(&mut self, layer: u64) -> Result<(), Why> {
+        let others = self.instances.get(&layer).map_or(0, |count| count.saturating_sub(1));
+        if others > 0 {
+            self.instances.insert(layer, others);
+            return Ok(());
+        }
+        self.instances.remove(&layer);
         if self.named.get(&layer).is_some_and(|views| !views.is_empty()) {
             return Err(no_page("a layer goes that a view names"));
         }
@@ -270,5 +279,27 @@ impl Files {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A file that another process published again has two layers of one identity.
+    #[test]
+    fn an_identity_goes_with_the_last_of_its_layers() {
+        let (mut files, regions) = (Files::default(), HashMap::new());
+        let (file, map) = ((1, 2), vec![(PageRange::new(0, 4), 7, 0)]);
+        files.layer(7, file);
+        files.layer(7, file);
+        files.view(1, false, &map, &regions).unwrap();
+        files.layer_gone(7).unwrap();
+        assert!(files.files.contains_key(&file), "the other layer has the file");
+        assert!(files.layer_gone(7).is_err(), "a view names the last layer");
+        files.view_gone(1);
+        files.layer(7, file);
+        files.layer_gone(7).unwrap();
+        assert!(files.files.is_empty() && files.layers.is_empty() && files.instances.is_empty());
     }
 }
