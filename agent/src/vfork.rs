@@ -108,10 +108,7 @@ pub(crate) fn spawn(program: &Program, stack: &mut ChildStack) -> io::Result<Pid
     let pid = unsafe { libc::clone(child, stack.top(), flags, (&raw mut plan).cast()) };
     let failed = io::Error::last_os_error();
     set_mask(mask);
-    if pid < 0 {
-        return Err(failed);
-    }
-    let Some(pid) = Pid::from_raw(pid) else { return Err(failed) };
+    let pid = Pid::from_raw(pid.max(0)).ok_or(failed)?;
     drop(plan.started);
     // Ends with the last copy, also that of a child that has been killed.
     let _ = rustix::io::retry_on_intr(|| rustix::io::read(&closed, &mut [0_u8; 1]));

@@ -25,6 +25,7 @@ use crate::stream::{Stream, register};
 /// The shell used by E2B's SDKs, and the substitute in a guest without it.
 const BASH: &str = "/bin/bash";
 const SH: &str = "/bin/sh";
+
 /// A child that has just been started.
 #[derive(Debug)]
 pub(crate) struct Started {
@@ -64,9 +65,9 @@ fn is_exhausted(error: &io::Error) -> bool {
 }
 
 fn failed(what: &str) -> impl Fn(io::Error) -> RpcError + '_ {
-    move |error| match is_exhausted(&error) {
-        true => RpcError::new(Code::ResourceExhausted, format_args!("{what}: {error}")),
-        false => RpcError::internal(format_args!("{what}: {error}")),
+    move |error| {
+        let code = if is_exhausted(&error) { Code::ResourceExhausted } else { Code::Internal };
+        RpcError::new(code, format_args!("{what}: {error}"))
     }
 }
 

@@ -47,18 +47,17 @@ fn a_command_has_its_directory_and_its_environment() {
         assert_eq!(lines[0], "/tmp");
         assert_eq!(lines[1], "b c /root root");
         assert_eq!(lines[2], "none");
-        let limit = rustix_limit();
-        assert_eq!(lines[3], limit, "children have the limit of before");
+        let limit = open_files(&std::fs::read_to_string("/proc/self/limits").unwrap());
+        assert_eq!(lines[3], limit.to_string(), "children have the limit of before");
         request.process.cwd = Some("/nowhere".into());
         assert_eq!(refused_start(&agent.client(), &request).await.code, Code::InvalidArgument);
     });
 }
 
-/// This process's limit of open files, which the agent started with too.
-fn rustix_limit() -> String {
-    let limits = std::fs::read_to_string("/proc/self/limits").unwrap();
+/// The soft limit of open files in a process's `limits`. The agent starts with that of this process.
+fn open_files(limits: &str) -> u64 {
     let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
-    line.split_whitespace().nth(3).unwrap().to_owned()
+    line.split_whitespace().nth(3).unwrap().parse().unwrap()
 }
 
 #[test]
@@ -152,18 +151,16 @@ fn the_agent_keeps_its_own_settings_while_its_children_get_theirs() {
         // An answer: the agent listens, with its handlers installed.
         client.list().await.unwrap();
         let before = settings();
-        let limits = |text: &str| {
-            let line = text.lines().find(|line| line.starts_with("Max open files")).unwrap();
-            line.split_whitespace().nth(3).unwrap().parse::<u64>().unwrap()
-        };
-        assert!(limits(&before.2) > 1000, "the agent raises its own limit: {}", before.2);
+        assert!(open_files(&before.2) > 1000, "the agent raises its own limit: {}", before.2);
         assert_eq!(sh(&client, "ulimit -Sn").await.stdout, "1000\n", "a child has the limit of the agent's starter");
         // The first process opens what the agent keeps.
         sh(&client, "true").await;
         let open = descriptors();
-        for mut request in [shell("pwd; cat /proc/self/oom_score_adj"), shell("exit 3"), shell("kill -9 $$")] {
+        let shown = "pwd; cat /proc/self/oom_score_adj";
+        for (script, output) in [(shown, "/usr\n100\n"), ("exit 3", ""), ("kill -9 $$", "")] {
+            let mut request = shell(script);
             request.process.cwd = Some("/usr".into());
-            outcome(client.start(&request, None).await.unwrap()).await.unwrap();
+            assert_eq!(outcome(client.start(&request, None).await.unwrap()).await.unwrap().stdout, output);
             request.process.cmd = "/no/such/program".into();
             assert_eq!(refused_start(&client, &request).await.code, Code::NotFound);
         }
