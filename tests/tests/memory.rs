@@ -11,8 +11,8 @@ use clade_memory::{Access, Backing, PageRange, PinLifetime};
 use clade_tests::{Guest, Turn, Writer, expect_nothing_held, smaps_anonymous_kib};
 use clade_vmm::vm::{Context, ForkImage};
 
-/// 32 MiB of work pages: sixteen blocks of 2 MiB.
-const MIB: u64 = 48;
+/// 16 MiB of work pages: eight blocks of 2 MiB.
+const MIB: u64 = 32;
 const PAGES: u64 = (MIB << 20) / PAGE_SIZE - WORK_BASE / PAGE_SIZE;
 const BLOCK: u64 = 512;
 

@@ -240,7 +240,7 @@ fn a_flush_after_a_fork_in_the_middle_of_folding_syncs_the_image_first() {
 /// The process ends in the middle; or a fork comes, whose child sees its instant.
 #[test]
 fn folding_can_end_or_be_forked_anywhere() {
-    for turns in 0..12 {
+    for turns in (0..12).step_by(clade_test_support::stride()) {
         for forks in [false, true] {
             let bench = Bench::new();
             let mut disk = bench.open();
@@ -282,7 +282,7 @@ fn the_journal_takes_twice_the_disk_at_most() {
         let child = disk.fork();
         let kept = children.then_some(child);
         let (mut most, mut model) = (0, vec![1; SIZE as usize]);
-        for round in 0..24u64 {
+        for round in 0..12u64 {
             drop(disk.fork());
             let byte = round as u8 + 10;
             // This many clusters of each overlay stay in use.

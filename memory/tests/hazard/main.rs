@@ -147,16 +147,17 @@ fn each(mut run: impl FnMut(&Store, FreezeMode, &Disk, &str)) {
 
 #[test]
 fn i3_no_byte_is_wrong_while_disk_reads_land_between_freezes() {
-    /// Minimum freezes of each storm, and the maximum until enough requests were in flight.
-    const FREEZES: u64 = 150;
+    /// Maximum of the freezes of each storm, until enough requests were in flight.
     const MAX_FREEZES: u64 = 20_000;
+    // The minimum.
+    let freezes = 180 / clade_test_support::stride() as u64;
     each(|store, mode, disk, what| {
         let ram = born(store);
         // Requests were in flight at freezes, and pages were left to the background.
         let is_storm = |done: &Done| {
-            done.freezes >= FREEZES
-                && done.requests.load(Ordering::Relaxed) > 4 * FREEZES
-                && done.pinned > FREEZES
+            done.freezes >= freezes
+                && done.requests.load(Ordering::Relaxed) > 4 * freezes
+                && done.pinned > freezes
                 && (done.pending > 0 || mode == FreezeMode::Eager)
         };
         let (wrong, done) = storm(store, &ram, disk, mode, |_, done| !is_storm(done) && done.freezes < MAX_FREEZES);

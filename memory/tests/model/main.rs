@@ -4,7 +4,7 @@
 //!
 //! | variable | |
 //! |---|---|
-//! | `CLADE_MODEL_OPS` | total operations, half in huge pages; default 60,000, a million in CI |
+//! | `CLADE_MODEL_OPS` | total operations, half in huge pages; default 30,000, a million in CI |
 //! | `CLADE_MODEL_SEED` | seed of the first schedules, as a failure prints it; default random |
 //!
 //! Only operations that take place are counted: an unpin without a pin is not.
@@ -35,7 +35,7 @@ use proptest::test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner
 use ops::Op;
 use world::World;
 
-const OPS: u64 = 60_000;
+const OPS: u64 = 30_000;
 /// Schedules of one seed.
 const BATCH: u32 = 16;
 /// A schedule takes milliseconds.

@@ -19,9 +19,9 @@ use clade_harness::BareMailbox;
 use clade_memory::Store;
 use clade_test_support::{Patience, wait_until};
 
-/// A pair without progress for this much running time has lost its interrupt: it needs less than a
-/// millisecond. Used where a pair must get stuck; elsewhere the wait is longer.
-const STUCK: Duration = Duration::from_secs(4);
+/// A pair that stands still while another one makes this many steps has lost its interrupt. Used where
+/// a pair must get stuck; elsewhere only [`Patience`] bounds the wait.
+const OVERTAKEN: u64 = 5_000;
 /// Steps that a child must make.
 const STEPS: u64 = 3;
 /// After this many children, the child becomes the parent: a restored VM is forked again.
@@ -92,18 +92,21 @@ fn progress(vm: &Vm, vcpu: u64) -> u64 {
 
 /// Checks that every pair makes progress. The error names the pair that does not, and its count.
 pub(super) fn goes_on(vm: &Vm, pairs: &[Pair]) -> Result<(), String> {
-    goes_on_within(Patience::default(), vm, pairs)
+    goes_on_unless(u64::MAX, vm, pairs)
 }
 
-fn goes_on_within(mut patience: Patience, vm: &Vm, pairs: &[Pair]) -> Result<(), String> {
+/// The same, and a pair is stuck as soon as another one makes `overtaken` steps meanwhile.
+fn goes_on_unless(overtaken: u64, vm: &Vm, pairs: &[Pair]) -> Result<(), String> {
+    let mut patience = Patience::default();
     let firsts: Vec<u64> = (0..).step_by(2).take(pairs.len()).collect();
     let from: Vec<u64> = firsts.iter().map(|vcpu| progress(vm, *vcpu)).collect();
-    for ((vcpu, from), pair) in firsts.into_iter().zip(from).zip(pairs) {
-        while progress(vm, vcpu) < from + STEPS {
+    for ((&vcpu, &before), pair) in firsts.iter().zip(&from).zip(pairs) {
+        while progress(vm, vcpu) < before + STEPS {
             if let Some(reason) = vm.stopped() {
                 return Err(format!("stopped: {reason}"));
             }
-            if !patience.tick() {
+            let is_overtaken = firsts.iter().zip(&from).any(|(other, from)| progress(vm, *other) - from >= overtaken);
+            if is_overtaken || !patience.tick() {
                 return Err(format!("the {pair:?} of vCPU {vcpu} stays at {}", progress(vm, vcpu)));
             }
             thread::sleep(Duration::from_micros(50));
@@ -128,10 +131,7 @@ fn run(storm: Storm) -> Option<Found> {
         let (image, _) = parent.fork().unwrap();
         let child = Vm::from_image(&context, "child", &image, ChildOptions::default()).unwrap();
         found.children += 1;
-        let goes_on = |vm: &Vm| {
-            let patience = if storm.saves_early { Patience::new(STUCK) } else { Patience::default() };
-            goes_on_within(patience, vm, storm.pairs)
-        };
+        let goes_on = |vm: &Vm| goes_on_unless(if storm.saves_early { OVERTAKEN } else { u64::MAX }, vm, storm.pairs);
         if let Err(stuck) = goes_on(&child) {
             found.stuck.push(format!("child {n}: {stuck}"));
             break;
