@@ -231,7 +231,7 @@ fn an_image_is_a_vm_that_can_be_forked() {
     let script = "for i in 1 2 3; do id -u; id -g; echo $COLOUR; pwd; done; sleep 3; echo started > /tmp/started; \
                   exec sleep 100000";
     let run = |vm: &str| -> Answer {
-        let mut command = images.command(&["run", "-d", "--image", &name, "--mem", "256M", "--name", vm]);
+        let mut command = images.command(&["run", "-d", "--image", &name, "--mem", "128M", "--name", vm]);
         command.arg("--kernel").arg(linux.join("vmlinux")).args(["--", script]).env("CLADE_AGENT", &agent);
         command.output().unwrap().into()
     };
@@ -288,7 +288,7 @@ fn an_image_is_a_vm_that_can_be_forked() {
     assert_eq!(seen.stdout, "nothing\n", "what the first has done since is not in it: {seen:?}");
     assert_eq!(state("again"), Some(Value::Null), "a child's agent has reported to the parent's host");
     // A program that dies: its status is the command's, and its end is the VM's reason.
-    let mut dies = images.command(&["run", "--image", &name, "--mem", "256M", "--name", "dies", "--no-terminal"]);
+    let mut dies = images.command(&["run", "--image", &name, "--mem", "128M", "--name", "dies", "--no-terminal"]);
     dies.arg("--kernel").arg(linux.join("vmlinux")).args(["--", "kill -SEGV $$"]).env("CLADE_AGENT", &agent);
     let died = Answer::from(dies.output().unwrap());
     assert_eq!(died.code, Some(139), "{died:?}");

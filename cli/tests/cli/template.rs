@@ -54,7 +54,7 @@ impl Bench {
 
     fn build(&self, args: &[&str]) -> Answer {
         let mut command = self.host.runtime.command(&["template", "build"]);
-        command.args(args).args(["--kernel", &self.kernel, "--mem", "256M"]);
+        command.args(args).args(["--kernel", &self.kernel, "--mem", "128M"]);
         command.env("CLADE_IMAGE_DIR", self.path("images")).env("CLADE_AGENT", &self.agent);
         command.env_remove("CLADE_REGISTRY").output().unwrap().into()
     }
@@ -138,7 +138,7 @@ fn a_template_is_built_of_a_dockerfile_and_outlives_its_supervisor() {
     let built = built.json();
     let id = built["id"].as_str().unwrap();
     assert_eq!((&built["name"], &built["user"], &built["workdir"]), (&json!("base"), &json!("app"), &json!("/work")));
-    assert_eq!((built["mib"].as_u64(), built["env"]["COLOUR"].as_str()), (Some(256), Some("blue")), "{built}");
+    assert_eq!((built["mib"].as_u64(), built["env"]["COLOUR"].as_str()), (Some(128), Some("blue")), "{built}");
     assert!(built["env"].get("WORD").is_none(), "an ARG is of the build alone: {built}");
     let files = BTreeSet::from(["base.json".to_owned(), "lock".to_owned(), id.to_owned()]);
     assert_eq!(bench.left(), (vec![], vec![id.to_owned()], files), "its VM is gone");
