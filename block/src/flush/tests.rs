@@ -282,7 +282,7 @@ fn the_journal_takes_twice_the_disk_at_most() {
         let child = disk.fork();
         let kept = children.then_some(child);
         let (mut most, mut model) = (0, vec![1; SIZE as usize]);
-        for round in 0..12u64 {
+        for round in 0..24u64 {
             drop(disk.fork());
             let byte = round as u8 + 10;
             // This many clusters of each overlay stay in use.

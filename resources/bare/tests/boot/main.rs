@@ -321,7 +321,7 @@ fn a_doorbell_behind_a_relayed_interrupt_halts_no_vcpu() {
     vm.give(0, Command::Relay { peer: 1, first: true });
     // At each step of the relay at some time: right behind the relayed interrupt as well.
     let (mut patience, mut before) = (Patience::new(STALLED), 0);
-    while before < 15_000 {
+    while before < 30_000 {
         (0..2).for_each(|vcpu| vm.ring(vcpu));
         let now = vm.mailbox(0, offset::PROGRESS);
         if now > before {
