@@ -150,6 +150,21 @@ impl VmLauncher<'_> {
         told.is_ok()
     }
 
+    /// Lets a VM that was made paused run, unless it is no longer wanted or is to stay `paused`.
+    /// Its sockets are served afterwards: connections wait until then. So no client can have
+    /// stopped it. `note` comes first: a vCPU may stop the VM at its first instruction, and the
+    /// record would have its end before its start.
+    fn admit(&self, vm: &Vm, paused: bool, note: impl FnOnce()) -> bool {
+        if !self.is_wanted(vm) {
+            return false;
+        }
+        note();
+        if !paused && let Err(error) = vm.resume() {
+            tracing::error!(%error, name = vm.name(), "the VM does not run");
+        }
+        true
+    }
+
     fn fork(&self, request: StartChildRequest, files: Vec<OwnedFd>) -> Result<Option<Served>, DaemonError> {
         let begun = Instant::now();
         let StartChildRequest { name, template, passed_fds, parent, paused } = request;
@@ -184,25 +199,19 @@ impl VmLauncher<'_> {
         };
         let of = parent.clone().unwrap_or_else(|| "a snapshot".to_owned());
         let run = |vm: &Vm| {
-            if !self.is_wanted(vm) {
-                return false;
-            }
-            // Its sockets are served afterwards: connections wait until then. So no client can have
-            // stopped it.
-            if !paused && let Err(error) = vm.resume() {
-                tracing::error!(%error, name, "the VM does not run");
-            }
-            true
+            self.admit(vm, paused, || {
+                let state = if paused { ", paused" } else { "" };
+                flight::note(&format!("started as a child of {of}, generation {}{state}", vm.generation()));
+                let (whole, parts) = (vm.erased().whole, vm.erased().parts);
+                if whole + parts > 0 {
+                    let text = format!("secrets withheld: erased in {whole} places, and {parts} parts at pages' edges");
+                    flight::note(&text);
+                }
+            })
         };
         let made =
             vm_host.launch(claim, files, VmDescription { parent, labels, secrets, reports_ready: false }, make, run)?;
         let Some(vm) = made else { return Ok(None) };
-        let state = if paused { ", paused" } else { "" };
-        flight::note(&format!("started as a child of {of}, generation {}{state}", vm.generation()));
-        let (whole, parts) = (vm.erased().whole, vm.erased().parts);
-        if whole + parts > 0 {
-            flight::note(&format!("secrets withheld: erased in {whole} places, and {parts} parts at pages' edges"));
-        }
         if let Some(started) = self.program.started.filter(|_| !paused) {
             started(&vm);
         }
@@ -235,13 +244,17 @@ impl VmLauncher<'_> {
         let source =
             BootSource { kernel: (self.program.kernel)(&kernel), initrd: initrd.map(BootImage::File), cmdline };
         let config = Arc::new(config);
-        let make = |context: &Context| Vm::boot_as(context, &name, &config, &source, ends, paused);
+        let make = |context: &Context| Vm::boot_as(context, &name, &config, &source, ends, true);
+        let run = |vm: &Vm| {
+            self.admit(vm, paused, || {
+                let state = if paused { ", paused" } else { "" };
+                let (mib, cpus) = (vm.config().layout().bytes() >> 20, vm.config().cpus());
+                flight::note(&format!("booted with {mib} MiB and {cpus} vCPUs{state}"));
+            })
+        };
         let description = VmDescription { parent: None, labels, secrets, reports_ready };
-        let made = vm_host.launch(claim, files, description, make, |vm| self.is_wanted(vm))?;
+        let made = vm_host.launch(claim, files, description, make, run)?;
         let Some(vm) = made else { return Ok(None) };
-        let state = if paused { ", paused" } else { "" };
-        let (mib, cpus) = (vm.config().layout().bytes() >> 20, vm.config().cpus());
-        flight::note(&format!("booted with {mib} MiB and {cpus} vCPUs{state}"));
         if let Some(booted) = self.program.booted {
             booted(&vm);
         }
