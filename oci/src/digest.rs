@@ -201,6 +201,11 @@ impl<R: Read> DigestReader<R> {
         Self { inner, hasher: Hasher::new(wanted.algorithm), wanted: wanted.clone(), passed: 0 }
     }
 
+    /// The digest of the bytes read, whatever was expected.
+    pub(crate) fn digest(self) -> Digest {
+        self.hasher.finish()
+    }
+
     /// Checks the bytes read against the expected digest.
     pub(crate) fn finish(self, size: Option<u64>) -> Result<(), DigestError> {
         if let Some(wanted) = size.filter(|size| *size != self.passed) {

@@ -8,6 +8,7 @@
 //! | topic | file |
 //! |---|---|
 //! | from a reference to a disk | [`ImageStore::pull`] in `pull.rs` |
+//! | an image from another one and a layer | [`ImageStore::build`] in `build.rs` |
 //! | stored files, and how they become visible | `store.rs` |
 //! | sources of content | `source/` |
 //! | archives, and refusals of their content | `tar.rs`, `limits.rs`, `xattr_rules.rs` |
@@ -19,6 +20,7 @@
 
 #![deny(missing_docs)]
 
+mod build;
 mod credentials;
 mod digest;
 mod dockerfile;
@@ -37,6 +39,7 @@ mod tar;
 mod tree;
 mod xattr_rules;
 
+pub use build::ImageChanges;
 pub use credentials::{Credentials, CredentialsError, DOCKER_CONFIG_VARIABLE};
 pub use digest::{Digest, DigestError};
 pub use dockerfile::{
@@ -47,7 +50,7 @@ pub use limits::{ImageLimits, LimitError};
 pub use manifest::{Descriptor, ImageManifest, ManifestError, Platform, RunConfig};
 pub use options::PullOptions;
 pub use pull::{Progress, PullError};
-pub use reference::{REGISTRY_VARIABLE, Reference, ReferenceError, Version};
+pub use reference::{ImageName, REGISTRY_VARIABLE, Reference, ReferenceError, Version};
 pub use remove::{ImageError, Removed};
 pub use source::SourceError;
 pub use store::{DIRECTORY_VARIABLE, Image, ImageStore, ImageStoreError, StoreLock};

@@ -286,7 +286,17 @@ impl ImageConfig {
     }
 }
 
+/// All members of a configuration, also unknown ones.
+pub(crate) fn configuration_members(bytes: &[u8]) -> Result<serde_json::Map<String, serde_json::Value>, ManifestError> {
+    parse(|| "the configuration".to_owned(), bytes)
+}
+
 impl ImageManifest {
+    /// The manifest in a store.
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
+        parse(|| "the manifest".to_owned(), bytes)
+    }
+
     /// A manifest for layers with an available configuration, as in an archive of Docker's.
     pub(crate) fn of(config: &[u8], layers: Vec<Descriptor>) -> Self {
         let config = Descriptor::of(CONFIGS[0], config);

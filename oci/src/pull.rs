@@ -104,16 +104,28 @@ impl ImageStore {
     ) -> Result<Image, PullError> {
         let lock = self.lock()?;
         let mut source = source::open(reference, options)?;
+        self.pull_from(&lock, source.as_mut(), &reference.to_string(), options, progress)
+    }
+
+    /// The same from any source, under any name.
+    pub(crate) fn pull_from(
+        &self,
+        lock: &StoreLock,
+        source: &mut dyn ImageSource,
+        reference: &str,
+        options: &PullOptions,
+        progress: &dyn Progress,
+    ) -> Result<Image, PullError> {
         let (name, bytes) = source.root()?;
-        let pull = Pull { store: self, lock: &lock, options, progress };
-        let (name, manifest) = pull.resolve(source.as_mut(), name, bytes)?;
+        let pull = Pull { store: self, lock, options, progress };
+        let (name, manifest) = pull.resolve(source, name, bytes)?;
         let image = match self.image(&name.digest)? {
             Some(image) => image,
-            None => pull.make(source.as_mut(), &name, &manifest)?,
+            None => pull.make(source, &name, &manifest)?,
         };
         let mut names = self.references()?;
-        names.insert(reference.to_string(), name.digest);
-        self.set_references(&lock, names)?;
+        names.insert(reference.to_owned(), name.digest);
+        self.set_references(lock, names)?;
         Ok(image)
     }
 }

@@ -176,10 +176,56 @@ impl Reference {
     }
 }
 
+/// The registry of names without one, if it is set.
+fn default_registry() -> Option<String> {
+    std::env::var(REGISTRY_VARIABLE).ok().filter(|registry| !registry.is_empty())
+}
+
+/// A name for an image of this store: `[HOST[:PORT]/]NAME[:TAG]`. Without a registry it is a name
+/// of this store alone, of which nothing is pulled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageName(String);
+
+impl ImageName {
+    /// Parses a name. `registry` is that of names without one.
+    ///
+    /// # Errors
+    /// When the text is not a name, or names an image of another kind.
+    pub fn parse(text: &str, registry: Option<&str>) -> Result<Self, ReferenceError> {
+        let why = "an image is built under a name: [HOST[:PORT]/]NAME[:TAG]";
+        let bad = || ReferenceError::Text { text: text.to_owned(), why };
+        // The host of a name without a registry is not shown.
+        let (reference, is_local) = match Reference::parse(text, registry) {
+            Err(ReferenceError::NoRegistry(_)) => (Reference::parse(text, Some("localhost"))?, true),
+            reference => (reference?, false),
+        };
+        match reference {
+            Reference::Registry { name, version: Version::Tag(tag), .. } if is_local => {
+                Ok(Self(format!("{name}:{tag}")))
+            }
+            reference @ Reference::Registry { version: Version::Tag(_), .. } => Ok(Self(reference.to_string())),
+            _ => Err(bad()),
+        }
+    }
+}
+
+impl FromStr for ImageName {
+    type Err = ReferenceError;
+    fn from_str(text: &str) -> Result<Self, ReferenceError> {
+        Self::parse(text, default_registry().as_deref())
+    }
+}
+
+impl fmt::Display for ImageName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 impl FromStr for Reference {
     type Err = ReferenceError;
     fn from_str(text: &str) -> Result<Self, ReferenceError> {
-        let registry = std::env::var(REGISTRY_VARIABLE).ok().filter(|registry| !registry.is_empty());
+        let registry = default_registry();
         // The name in a store must not depend on the working directory.
         let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
         Ok(match Self::parse(text, registry.as_deref())? {
@@ -226,6 +272,19 @@ mod tests {
         assert_eq!(named.to_string(), format!("example.org/a@{digest}"));
         for text in ["oci:/a", "oci:/a:t", "docker-archive:x", "localhost/a:latest"] {
             assert_eq!(of(text).to_string(), text);
+        }
+    }
+
+    #[test]
+    fn an_image_is_built_under_a_name_with_a_registry_or_without() {
+        let of = |text: &str, registry| ImageName::parse(text, registry).map(|name| name.to_string());
+        assert_eq!(of("app", None).unwrap(), "app:latest");
+        assert_eq!(of("team/app:1", None).unwrap(), "team/app:1");
+        assert_eq!(of("app:1", Some("example.org/a")).unwrap(), "example.org/a/app:1");
+        assert_eq!(of("localhost:5000/app", None).unwrap(), "localhost:5000/app:latest");
+        let digest = format!("app@{}", Digest::of(b""));
+        for text in ["", "App", "app:", "oci:/a", "docker-archive:/a", "a//b", &digest] {
+            assert!(matches!(of(text, None), Err(ReferenceError::Text { .. })), "{text}");
         }
     }
 

@@ -8,7 +8,7 @@ use std::path::Path;
 use thiserror::Error;
 
 use crate::digest::Digest;
-use crate::reference::Reference;
+use crate::reference::{ImageName, Reference};
 use crate::store::{Image, ImageStore, ImageStoreError};
 
 /// Minimum number of digits of an abbreviated digest.
@@ -50,6 +50,14 @@ pub struct Removed {
     pub bytes: u64,
 }
 
+/// The names that a text may mean, the likeliest first: as it is, of the registry, and of this
+/// store alone.
+fn spellings(text: &str) -> Vec<String> {
+    let full = text.parse::<Reference>().map(|reference| reference.to_string());
+    let local = ImageName::parse(text, None).map(|name| name.to_string());
+    [Some(text.to_owned()), full.ok(), local.ok()].into_iter().flatten().collect()
+}
+
 impl ImageStore {
     /// The image of a text: a reference, a digest, or its first digits.
     ///
@@ -62,8 +70,7 @@ impl ImageStore {
 
     fn find_digest(&self, text: &str) -> Result<Digest, ImageError> {
         let names = self.references()?;
-        let full = text.parse::<Reference>().map(|reference| reference.to_string());
-        if let Some(digest) = names.get(text).or_else(|| names.get(full.as_deref().unwrap_or(text))) {
+        if let Some(digest) = spellings(text).iter().find_map(|name| names.get(name)) {
             return Ok(digest.clone());
         }
         let hex = text.strip_prefix("sha256:").unwrap_or(text);
@@ -86,10 +93,10 @@ impl ImageStore {
         let lock = self.lock()?;
         let digest = self.find_digest(text)?;
         let mut names = self.references()?;
-        let full = text.parse::<Reference>().map(|reference| reference.to_string());
+        let full = spellings(text);
         let its: Vec<String> =
             names.iter().filter(|(_, other)| **other == digest).map(|(name, _)| name.clone()).collect();
-        let one = its.iter().find(|name| *name == text || full.as_ref() == Ok(name)).cloned();
+        let one = full.into_iter().find(|name| its.contains(name));
         let gone = match one {
             Some(name) => vec![name],
             None if its.len() > 1 && !is_forced => return Err(ImageError::Named { digest, names: its }),

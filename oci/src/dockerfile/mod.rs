@@ -10,10 +10,12 @@
 //! | `lex` | lines, comments, continuations |
 //! | `parse` | instructions |
 //! | `expand` | variables and quotes within a word |
+//! | `expose` | ports |
 //! | `plan` | the steps, in order |
 //! | `glob` | patterns of `.dockerignore` and of sources |
 
 mod expand;
+mod expose;
 mod glob;
 mod lex;
 mod parse;
@@ -74,8 +76,8 @@ enum Instruction {
     Workdir(String),
     User(String),
     Copy(Copy),
-    /// An instruction without an effect on the steps.
-    Note,
+    Label(Vec<(String, String)>),
+    Expose(Vec<String>),
 }
 
 /// An instruction and its position.

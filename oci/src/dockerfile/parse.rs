@@ -156,6 +156,15 @@ fn arguments(line: &Line) -> Result<Vec<(String, Option<String>)>, DockerfileErr
 
 /// `NAME=VALUE` several times, or `NAME VALUE` once.
 fn variables(line: &Line) -> Result<Vec<(String, String)>, DockerfileError> {
+    pairs(line, is_name)
+}
+
+/// The same with any names, which may be quoted.
+fn labels(line: &Line) -> Result<Vec<(String, String)>, DockerfileError> {
+    pairs(line, |name| !name.is_empty())
+}
+
+fn pairs(line: &Line, is_name: impl Fn(&str) -> bool) -> Result<Vec<(String, String)>, DockerfileError> {
     let refused = |why: String| DockerfileError::new(line.number, &line.name, why);
     let pair = |name: &str, value: &str| match is_name(name) {
         true => Ok((name.to_owned(), value.to_owned())),
@@ -217,6 +226,7 @@ fn instruction(name: &str, line: &Line) -> Result<Instruction, DockerfileError> 
         "WORKDIR" => Instruction::Workdir(text()?),
         "USER" => Instruction::User(text()?),
         "COPY" => Instruction::Copy(copy(line)?),
-        _ => Instruction::Note,
+        "LABEL" => Instruction::Label(labels(line)?),
+        _ => Instruction::Expose(words(&text()?)),
     })
 }

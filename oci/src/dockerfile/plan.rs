@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::expand::expand;
+use super::expose::ports;
 use super::{Command, Copy, Dockerfile, DockerfileError, Instruction, Placed};
 use crate::manifest::RunConfig;
 
@@ -58,6 +59,21 @@ pub struct BuildPlan {
     pub steps: Vec<BuildStep>,
     /// The result's program, user, directory and variables.
     pub config: RunConfig,
+    /// Labels of the result, beside those of its base image.
+    pub labels: Texts,
+    /// Ports of the result, with their protocols, beside those of its base image.
+    pub ports: Vec<String>,
+    /// The texts of all instructions.
+    pub instructions: Vec<String>,
+}
+
+impl BuildPlan {
+    /// The plan of an image as it is.
+    #[must_use]
+    pub fn of_image(config: &RunConfig) -> Self {
+        let (labels, ports) = (Texts::new(), Vec::new());
+        Self { steps: Vec::new(), config: config.clone(), labels, ports, instructions: Vec::new() }
+    }
 }
 
 /// A shell that runs a text.
@@ -92,6 +108,8 @@ struct Builder<'a> {
     user: String,
     /// Whether `CMD` was set by this Dockerfile.
     has_cmd: bool,
+    labels: Texts,
+    ports: Vec<String>,
     steps: Vec<BuildStep>,
 }
 
@@ -151,15 +169,18 @@ impl Dockerfile {
             workdir: or(&base.working_dir, "/"),
             user: or(&base.user, "root"),
             has_cmd: false,
+            labels: Texts::new(),
+            ports: Vec::new(),
             steps: Vec::new(),
         };
         for placed in &self.rest {
             builder.take(placed).map_err(|why| DockerfileError::new(placed.line, placed.name, why))?;
         }
-        let Builder { env, mut config, workdir, user, steps, .. } = builder;
+        let Builder { env, mut config, workdir, user, labels, ports, steps, .. } = builder;
         config.env = env.into_iter().map(|(name, value)| format!("{name}={value}")).collect();
         (config.working_dir, config.user) = (workdir, user);
-        Ok(BuildPlan { steps, config })
+        let instructions = self.rest.iter().map(|placed| placed.text.clone()).collect();
+        Ok(BuildPlan { steps, config, labels, ports, instructions })
     }
 }
 
@@ -234,7 +255,16 @@ impl Builder<'_> {
                     self.config.cmd.clear();
                 }
             }
-            Instruction::Note => {}
+            Instruction::Label(pairs) => {
+                for (name, value) in pairs {
+                    self.labels.insert(self.expand(name)?, self.expand(value)?);
+                }
+            }
+            Instruction::Expose(words) => {
+                for word in words {
+                    self.ports.extend(ports(&self.expand(word)?)?);
+                }
+            }
         }
         Ok(())
     }

@@ -159,6 +159,23 @@ fn files_go_where_the_directory_is() {
 }
 
 #[test]
+fn labels_ports_and_texts_are_those_of_the_result() {
+    let plan =
+        plan("FROM a\nARG V=1\nLABEL a=b org.example.version=\"$V x\"\nLABEL a c d\nEXPOSE $V 53/UDP 8000-8002\nRUN x");
+    let labels = [("a", "c d"), ("org.example.version", "1 x")];
+    assert_eq!(plan.labels, labels.map(|(name, value)| (name.to_owned(), value.to_owned())).into());
+    assert_eq!(plan.ports, texts(&["1/tcp", "53/udp", "8000/tcp", "8001/tcp", "8002/tcp"]));
+    assert_eq!((plan.instructions.len(), plan.instructions[4].as_str()), (5, "RUN x"));
+    for (text, why) in
+        [("EXPOSE 0", "\"0\""), ("EXPOSE 1-9999", "1024"), ("EXPOSE 9-8", "9-8"), ("EXPOSE 80/x", "80/x")]
+    {
+        let error = Dockerfile::parse(&format!("FROM a\n{text}")).unwrap().plan(&base(), &BTreeMap::new()).unwrap_err();
+        assert!(error.line == 2 && error.why.contains(why), "{text}: {error}");
+    }
+    assert!(Dockerfile::parse("FROM a\nLABEL").is_err() && Dockerfile::parse("FROM a\nEXPOSE").is_err());
+}
+
+#[test]
 fn what_is_not_known_is_refused_with_its_line() {
     for (text, line, instruction, why) in [
         ("", 1, "FROM", "missing"),

@@ -225,7 +225,7 @@ impl Rig {
     }
 
     /// Checks that the store has exactly the files of its table, all complete.
-    fn check_store(&self) {
+    pub(crate) fn check_store(&self) {
         let mut all = BTreeMap::new();
         list(self.store.root(), &mut all);
         for path in all.keys() {

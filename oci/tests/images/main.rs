@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod build;
 mod credentials;
 mod layout;
 mod malicious;
