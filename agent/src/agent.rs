@@ -7,6 +7,7 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::children::Children;
 use crate::filesystem::Watchers;
+use crate::layer::Baseline;
 use crate::lock::lock;
 use crate::metrics::CpuTimes;
 use crate::process::Table;
@@ -27,6 +28,8 @@ pub struct Agent {
     pub(crate) generation: watch::Sender<u64>,
     pub(crate) cpu: Mutex<CpuTimes>,
     pub(crate) end: watch::Sender<bool>,
+    /// The files that a layer is compared with.
+    pub(crate) layer: Mutex<Option<Arc<Baseline>>>,
     /// Held during a change of the generation, or `/init`: one at a time.
     pub(crate) turn: tokio::sync::Mutex<()>,
 }
@@ -46,6 +49,7 @@ impl Agent {
             generation: watch::Sender::new(0),
             cpu: Mutex::default(),
             end: watch::Sender::new(false),
+            layer: Mutex::default(),
             turn: tokio::sync::Mutex::default(),
         };
         Ok(Arc::new(agent))

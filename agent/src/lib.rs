@@ -21,6 +21,7 @@ mod forward;
 pub mod fuzzing;
 mod generation;
 mod http;
+mod layer;
 mod listen;
 mod lock;
 mod log;

@@ -149,6 +149,8 @@ async fn clade(agent: Shared, own: Connection, method: &Method, path: &str, requ
             Ok(request) => json(&agent.change_generation(request, &own.is_kept).await),
             Err(error) => invalid(error),
         },
+        "/clade/layer/begin" => agent.begin_layer().await,
+        "/clade/layer" => agent.layer().await,
         "/clade/shutdown" => {
             agent.ask_for_end();
             no_content()

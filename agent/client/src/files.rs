@@ -72,7 +72,20 @@ impl Client {
     /// # Errors
     /// When there is no such file, or it is a directory.
     pub async fn download(&self, path: &str) -> Result<Download, ClientError> {
-        let request = self.request("GET", &self.files(path)).body(Outgoing::Whole(None));
+        self.downloaded("GET", &self.files(path)).await
+    }
+
+    /// Reads the changes of the root file system since [`Client::begin_layer`], as the archive of
+    /// an image's layer.
+    ///
+    /// # Errors
+    /// When no layer was begun, or a file cannot be read.
+    pub async fn layer(&self) -> Result<Download, ClientError> {
+        self.downloaded("POST", "/clade/layer").await
+    }
+
+    async fn downloaded(&self, method: &str, path: &str) -> Result<Download, ClientError> {
+        let request = self.request(method, path).body(Outgoing::Whole(None));
         let mut answer = self.send(request.map_err(ClientError::Request)?).await?;
         if !answer.response.status().is_success() {
             return Err(refusal(&mut answer).await);

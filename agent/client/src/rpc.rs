@@ -167,6 +167,14 @@ impl Client {
         read(&self.plain("POST", "/clade/generation", encode(generation)).await?)
     }
 
+    /// Has the agent remember the files of the root file system, for [`Client::layer`].
+    ///
+    /// # Errors
+    /// When there is no agent, or it refuses.
+    pub async fn begin_layer(&self) -> Result<(), ClientError> {
+        self.plain("POST", "/clade/layer/begin", Vec::new()).await.map(drop)
+    }
+
     /// Has the guest end in order.
     ///
     /// # Errors

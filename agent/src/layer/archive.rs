@@ -1,0 +1,195 @@
+//! A layer's archive: the changed files, and a whiteout for each removed one.
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::fs::{self, File, Metadata};
+use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use bytes::Bytes;
+use rustix::fs::{OFlags, lgetxattr, llistxattr};
+use tar::{Builder, EntryType, Header};
+use tokio::sync::mpsc;
+
+use super::files::{Change, LayerError, WHITEOUT, failed, place};
+
+/// Attributes that are a part of an image.
+const XATTRS: [&[u8]; 2] = [b"user.", b"security.capability"];
+/// The key of an attribute in an archive.
+const XATTR_KEY: &str = "SCHILY.xattr.";
+/// Most bytes of an attribute's value, as in Linux.
+const MAX_XATTR: usize = 64 << 10;
+const PIECE: usize = 256 << 10;
+
+/// Sends what is written to it, in pieces.
+pub(crate) struct Pieces {
+    sender: mpsc::Sender<io::Result<Bytes>>,
+    piece: Vec<u8>,
+}
+
+impl Pieces {
+    pub(crate) fn new(sender: mpsc::Sender<io::Result<Bytes>>) -> Self {
+        Self { sender, piece: Vec::with_capacity(PIECE) }
+    }
+}
+
+impl Write for Pieces {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.piece.len() >= PIECE {
+            self.flush()?;
+        }
+        let taken = bytes.len().min(PIECE - self.piece.len());
+        self.piece.extend_from_slice(&bytes[..taken]);
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if self.piece.is_empty() {
+            return Ok(());
+        }
+        let piece = std::mem::replace(&mut self.piece, Vec::with_capacity(PIECE));
+        self.sender.blocking_send(Ok(piece.into())).map_err(|_| io::ErrorKind::BrokenPipe.into())
+    }
+}
+
+/// Writes the archive of `changes` to the files at `root`.
+pub(crate) fn write(root: &Path, changes: &[Change], out: impl Write) -> Result<(), LayerError> {
+    let mut archive = Archive { root, builder: Builder::new(out), links: HashMap::new() };
+    for change in changes {
+        match change {
+            Change::Present(path) => archive.add(path).map_err(failed(&place(root, path)))?,
+            Change::Removed(path) => archive.hide(path).map_err(failed(&place(root, path)))?,
+        }
+    }
+    let done = archive.builder.into_inner().and_then(|mut out| out.flush());
+    done.map_err(failed(root))
+}
+
+struct Archive<'a, W: Write> {
+    root: &'a Path,
+    builder: Builder<W>,
+    /// The first path of each file with several names.
+    links: HashMap<u64, Vec<u8>>,
+}
+
+fn name(path: &[u8]) -> &Path {
+    Path::new(OsStr::from_bytes(path))
+}
+
+fn header(found: &Metadata, kind: EntryType, size: u64) -> Header {
+    let mut header = Header::new_gnu();
+    header.set_entry_type(kind);
+    header.set_mode(found.mode() & 0o7777);
+    header.set_uid(found.uid().into());
+    header.set_gid(found.gid().into());
+    header.set_mtime(u64::try_from(found.mtime()).unwrap_or_default());
+    header.set_size(size);
+    header
+}
+
+impl<W: Write> Archive<'_, W> {
+    /// Adds a file. One that was removed meanwhile is left out, as if it had been so before.
+    fn add(&mut self, path: &[u8]) -> io::Result<()> {
+        let place = place(self.root, path);
+        let found = match fs::symlink_metadata(&place) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            found => found?,
+        };
+        let kind = found.file_type();
+        if !kind.is_dir() && found.nlink() > 1 {
+            if let Some(first) = self.links.get(&found.ino()) {
+                let mut header = header(&found, EntryType::Link, 0);
+                return self.builder.append_link(&mut header, name(path), name(first));
+            }
+            self.links.insert(found.ino(), path.to_vec());
+        }
+        self.add_xattrs(&place)?;
+        if kind.is_file() {
+            return self.add_content(path, &place);
+        }
+        if kind.is_symlink() {
+            let mut header = header(&found, EntryType::Symlink, 0);
+            return self.builder.append_link(&mut header, name(path), fs::read_link(&place)?);
+        }
+        let entry = match kind {
+            _ if kind.is_dir() => EntryType::Directory,
+            _ if kind.is_char_device() => EntryType::Char,
+            _ if kind.is_block_device() => EntryType::Block,
+            _ if kind.is_fifo() => EntryType::Fifo,
+            _ => return Ok(()),
+        };
+        let mut header = header(&found, entry, 0);
+        if matches!(entry, EntryType::Char | EntryType::Block) {
+            header.set_device_major(rustix::fs::major(found.rdev()))?;
+            header.set_device_minor(rustix::fs::minor(found.rdev()))?;
+        }
+        self.builder.append_data(&mut header, name(path), io::empty())
+    }
+
+    fn add_content(&mut self, path: &[u8], place: &Path) -> io::Result<()> {
+        // A link or a pipe that took the file's place is neither followed nor waited for.
+        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let file = File::options().read(true).custom_flags(flags.bits().cast_signed()).open(place)?;
+        let found = file.metadata()?;
+        if !found.is_file() {
+            return Err(io::Error::other("it has become another kind of file"));
+        }
+        let mut header = header(&found, EntryType::Regular, found.len());
+        let mut content = ExactReader { file, left: found.len() };
+        self.builder.append_data(&mut header, name(path), &mut content)
+    }
+
+    fn add_xattrs(&mut self, place: &Path) -> io::Result<()> {
+        let mut names = vec![0; MAX_XATTR];
+        let length = match llistxattr(place, &mut names[..]) {
+            // Not every file system has attributes, nor every kind of file.
+            Err(rustix::io::Errno::NOTSUP | rustix::io::Errno::PERM) => return Ok(()),
+            length => length?,
+        };
+        let mut all = Vec::new();
+        let names = names[..length].split(|byte| *byte == 0).filter(|name| !name.is_empty());
+        for name in names.filter(|name| XATTRS.iter().any(|prefix| name.starts_with(prefix))) {
+            let mut value = vec![0; MAX_XATTR];
+            let length = lgetxattr(place, OsStr::from_bytes(name), &mut value[..])?;
+            value.truncate(length);
+            let Ok(name) = std::str::from_utf8(name) else { continue };
+            all.push((format!("{XATTR_KEY}{name}"), value));
+        }
+        match all.is_empty() {
+            true => Ok(()),
+            false => self.builder.append_pax_extensions(all.iter().map(|(key, value)| (&key[..], &value[..]))),
+        }
+    }
+
+    /// Adds a whiteout, which hides a file of a lower layer.
+    fn hide(&mut self, path: &[u8]) -> io::Result<()> {
+        let at = path.iter().rposition(|byte| *byte == b'/').map_or(0, |at| at + 1);
+        let hidden = [&path[..at], WHITEOUT, &path[at..]].concat();
+        let mut header = Header::new_gnu();
+        header.set_entry_type(EntryType::Regular);
+        header.set_mode(0o600);
+        header.set_size(0);
+        self.builder.append_data(&mut header, name(&hidden), io::empty())
+    }
+}
+
+/// Reads a file's size as in its header: of a file that grows not more, and of one that shrinks an
+/// error.
+struct ExactReader {
+    file: File,
+    left: u64,
+}
+
+impl Read for ExactReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let most = buffer.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
+        let read = self.file.read(&mut buffer[..most])?;
+        if read == 0 && most > 0 {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it has become shorter"));
+        }
+        self.left -= read as u64;
+        Ok(read)
+    }
+}
