@@ -2,6 +2,7 @@
 
 mod agent;
 mod args;
+mod build;
 mod checkpoint;
 mod cp;
 mod demo;

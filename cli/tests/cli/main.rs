@@ -21,6 +21,7 @@ mod flight;
 mod graceful;
 mod guest;
 mod image;
+mod image_build;
 mod kept;
 mod labels;
 mod lifecycle;

@@ -4,32 +4,28 @@
 //! A failed build leaves nothing: the VM is stopped, and the checkpoint and the snapshot are
 //! removed. The VM of a killed builder ends by its time to live.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::time::Instant;
 
 use anyhow::anyhow;
 use clade_agent_client::proto::api::Init;
-use clade_api::{
-    BootRequest, CheckpointInfo, CheckpointRequest, Client, SnapshotAnswer, SnapshotRequest, StopRequest, VmInfo,
-};
+use clade_api::{BootRequest, CheckpointInfo, CheckpointRequest, Client, SnapshotAnswer, SnapshotRequest, VmInfo};
 use clade_e2b::{Draft, Template, TemplateSpec, TemplateStore, check_template_name};
-use clade_oci::{Action, BuildStep};
-use clade_worker::jail::Confinement;
+use clade_oci::RunConfig;
 use hyper::Method;
 use tokio::task::spawn_blocking;
 
-use super::copy::copy;
-use super::guest::{BuildGuest, GuestProgram, StartedProgram, described};
-use super::recipe::{Recipe, of_step, shell};
 use super::{BuildArgs, TemplateInfo, drop_checkpoint, failure as store_failure};
-use crate::commands::args::RunArgs;
+use crate::commands::build::guest::{BuildGuest, GuestProgram, StartedProgram, described};
+use crate::commands::build::recipe::{Recipe, shell};
+use crate::commands::build::{boot, carry_out, expect_local, stop, until_signal};
 use crate::commands::image::open_store;
 use crate::commands::image_vm::{ImageVm, Tools};
 use crate::commands::oci_template::{TRIAL_TIMEOUT, try_child};
 use crate::commands::remote::failure;
-use crate::commands::run::{request, say, with_runtime};
+use crate::commands::run::{request, say};
 use crate::commands::serve::ensure;
-use crate::commands::shutdown::ShutdownSignal;
 use crate::commands::{Failure, Outcome, print_json};
 
 /// Interval of the runs of the ready command.
@@ -38,69 +34,23 @@ const READY_POLL: std::time::Duration = std::time::Duration::from_millis(500);
 /// Default time limit of the ready command.
 const READY_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(60);
 
-/// Returns the arguments of a run for the VM of a build.
-fn run_args(args: &BuildArgs, name: String) -> RunArgs {
-    RunArgs {
-        kernel: args.kernel.clone(),
-        image: Some(args.source.clone()),
-        modules: args.modules.clone(),
-        pull: args.pull.clone(),
-        fresh: true,
-        command: Vec::new(),
-        initrd: None,
-        cmdline: None,
-        append: args.append.clone(),
-        machine: args.machine.clone(),
-        name: Some(name),
-        label: Vec::new(),
-        ttl: None,
-        suspend_after: None,
-        memory_limit: args.memory_limit,
-        cpu_limit: args.cpu_limit,
-        secret: Vec::new(),
-        secret_env: Vec::new(),
-        disk: Vec::new(),
-        vsock: None,
-        detached: false,
-        background: true,
-        wait: None,
-        confine: Confinement::default(),
-    }
-}
-
 pub(super) fn main(args: &BuildArgs, store: &TemplateStore) -> Outcome {
     // Before any fetch or boot.
     check_template_name(&args.name).map_err(store_failure)?;
     let client = Client::default();
-    if client.is_remote() {
-        return Err(Failure::input(anyhow!(
-            "a template is built on the supervisor's host: its guest is reached there"
-        )));
-    }
+    expect_local(&client)?;
     let id = store.new_id().map_err(store_failure)?;
     let vm = format!("build-{id}");
-    let run_args = run_args(args, vm.clone());
+    let run_args = args.vm.run_args(&args.source, vm);
     let tools = Tools::find(&run_args)?;
     let images = open_store()?;
-    let recipe = Recipe::read(args, &images)?;
+    let recipe = Recipe::read(&args.vm, &args.source, &images)?;
+    let (env, start) = (recipe.env(), start_command(args, &recipe));
     let of_image = ImageVm::idle(&run_args, &tools, (&images, &recipe.image))?;
     let boot = request(&run_args, Some(&of_image))?;
     ensure()?;
-    let build = Build { args, recipe: &recipe, store: store.clone(), client, id, boot: &boot };
-    let mut done = None;
-    with_runtime(|runtime| {
-        let shutdown = ShutdownSignal::listen(runtime).map_err(Failure::run)?;
-        runtime.block_on(async {
-            let built = tokio::select! {
-                built = build.run() => built,
-                () = shutdown.wait() => Err(Failure::Signal(shutdown.signal().unwrap_or_default())),
-            };
-            build.clear_up(built.is_ok()).await;
-            done = Some(built?);
-            Ok(())
-        })
-    })?;
-    let Some(template) = done else { return Ok(()) };
+    let build = Build { args, recipe: &recipe, env, start, store: store.clone(), client, id, boot: &boot };
+    let template = until_signal(build.run(), async |is_built| build.clear_up(is_built).await)?;
     if args.json {
         let id = template.id.clone();
         return print_json(&TemplateInfo::new(store, template, &[id])).map_err(Failure::run);
@@ -108,9 +58,23 @@ pub(super) fn main(args: &BuildArgs, store: &TemplateStore) -> Outcome {
     writeln!(io::stdout(), "{}", template.id).map_err(Failure::run)
 }
 
+/// Returns the program to start: the given one, or the image's.
+fn start_command(args: &BuildArgs, recipe: &Recipe) -> Vec<String> {
+    let RunConfig { entrypoint, cmd, .. } = &recipe.plan.config;
+    match args.start_cmd.as_deref() {
+        None => [&entrypoint[..], &cmd[..]].concat(),
+        Some(text) if text.trim().is_empty() => Vec::new(),
+        Some(text) => shell(text),
+    }
+}
+
 struct Build<'a> {
     args: &'a BuildArgs,
     recipe: &'a Recipe,
+    /// Variables of all programs of the result.
+    env: BTreeMap<String, String>,
+    /// The program to start, if any.
+    start: Vec<String>,
     store: TemplateStore,
     client: Client,
     id: String,
@@ -120,21 +84,12 @@ struct Build<'a> {
 impl Build<'_> {
     async fn run(&self) -> Result<Template, Failure> {
         let begun = Instant::now();
-        let vm: VmInfo = self.client.supervisor(Method::POST, "/v1/vms", Some(self.boot)).await.map_err(failure)?;
-        let guest = BuildGuest::of(&self.client, &vm).await?;
-        say!("{} is booted after {:.1} s", self.recipe.image.digest, begun.elapsed().as_secs_f64());
-        // Working directories of images are made on demand.
-        for dir in [self.recipe.image.config.working_dir.as_str()].iter().filter(|dir| !dir.is_empty()) {
-            guest.make_dir(dir).await?;
-        }
-        for step in &self.recipe.plan.steps {
-            say!("line {}: {}", step.line, step.text);
-            self.step(&guest, step).await.map_err(|failure| of_step(step, failure))?;
-        }
+        let guest = boot(&self.client, self.boot, self.recipe).await?;
+        carry_out(&guest, self.recipe).await?;
         let started = self.start(&guest).await?;
         self.await_ready(&guest, started).await?;
         let init = Init {
-            env_vars: Some(self.recipe.env.clone()),
+            env_vars: Some(self.env.clone()),
             default_user: Some(self.recipe.user().to_owned()),
             default_workdir: self.recipe.workdir().map(str::to_owned),
             ..Init::default()
@@ -145,25 +100,12 @@ impl Build<'_> {
         Ok(template)
     }
 
-    async fn step(&self, guest: &BuildGuest, step: &BuildStep) -> Result<(), Failure> {
-        match (&step.action, &self.recipe.context) {
-            (Action::Run(argv), _) => {
-                let (env, workdir, user) = (&step.env, Some(step.workdir.as_str()), step.user.as_str());
-                guest.run(GuestProgram { argv, env, workdir, user }).await
-            }
-            (Action::MakeDir(dir), _) => guest.make_dir(dir).await.map(drop),
-            (Action::Copy(files), Some(context)) => copy(guest, context, files).await,
-            // A plan with files has a directory.
-            (Action::Copy(_), None) => Err(Failure::run(anyhow!("there is no directory to copy from"))),
-        }
-    }
-
     fn program<'a>(&'a self, argv: &'a [String]) -> GuestProgram<'a> {
-        GuestProgram { argv, env: &self.recipe.env, workdir: self.recipe.workdir(), user: self.recipe.user() }
+        GuestProgram { argv, env: &self.env, workdir: self.recipe.workdir(), user: self.recipe.user() }
     }
 
     async fn start(&self, guest: &BuildGuest) -> Result<Option<StartedProgram>, Failure> {
-        let start = &self.recipe.start;
+        let start = &self.start;
         if start.is_empty() {
             return Ok(None);
         }
@@ -245,24 +187,19 @@ impl Build<'_> {
         TemplateSpec {
             source: self.recipe.source.clone(),
             image: self.recipe.image.digest.to_string(),
-            start: self.recipe.start.clone(),
+            start: self.start.clone(),
             ready: self.args.ready_cmd.clone(),
-            env: self.recipe.env.clone(),
+            env: self.env.clone(),
             user: self.recipe.user().to_owned(),
             workdir: self.recipe.workdir().unwrap_or_default().to_owned(),
             cpus: vm.cpus,
-            mib: self.args.machine.mem >> 20,
+            mib: self.args.vm.machine.mem >> 20,
         }
     }
 
     /// Stops the VM, and removes the checkpoint of an unfinished template.
     async fn clear_up(&self, is_built: bool) {
-        let stopped = clade_supervisor::stop(&self.client, &self.boot.name, StopRequest::default()).await;
-        if let Err(error) = stopped.map_err(failure)
-            && is_built
-        {
-            say!("clade: the VM of the build does not stop: {error}");
-        }
+        stop(&self.client, &self.boot.name, is_built).await;
         if !is_built && let Err(error) = drop_checkpoint(&self.client, &self.id).await {
             say!("clade: the checkpoint of the build stays: {error}");
         }

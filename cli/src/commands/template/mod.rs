@@ -1,10 +1,6 @@
 //! `clade template`: an image that is set up, as a checkpoint in memory and a snapshot on the disk.
 
 mod build;
-mod context;
-mod copy;
-mod guest;
-mod recipe;
 
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
@@ -16,11 +12,10 @@ use clade_e2b::{Template, TemplateError, TemplateStore};
 use hyper::Method;
 use serde::Serialize;
 
-use crate::commands::image::PullFlags;
-use crate::commands::machine::MachineArgs;
+use crate::commands::build::BuildVmArgs;
 use crate::commands::remote::ask;
 use crate::commands::serve::answers;
-use crate::commands::units::{parse_duration, parse_size, show_age, show_size};
+use crate::commands::units::{parse_duration, show_age, show_size};
 use crate::commands::{Failure, Outcome, Table, print_json};
 
 /// `clade template`.
@@ -57,29 +52,8 @@ pub(crate) struct BuildArgs {
     /// and 5m.
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     ready_timeout: Option<Duration>,
-    /// A value for an ARG of the Dockerfile. Repeatable.
-    #[arg(long, value_name = "NAME=VALUE", value_parser = parse_pair)]
-    build_arg: Vec<(String, String)>,
-    /// The kernel. Default: that of clade guest linux.
-    #[arg(long, value_name = "FILE")]
-    kernel: Option<PathBuf>,
-    /// The modules of --kernel: its directory below /lib/modules.
-    #[arg(long, value_name = "DIR", requires = "kernel")]
-    modules: Option<PathBuf>,
-    /// Text to append to the command line of the kernel. Repeatable.
-    #[arg(long, value_name = "TEXT")]
-    append: Vec<String>,
-    /// Most memory of a sandbox's process: bytes, or with K, M, G, T. Needs a supervisor with
-    /// control groups.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    memory_limit: Option<u64>,
-    /// Most processors for a sandbox's process, such as 0.5.
-    #[arg(long, value_name = "N")]
-    cpu_limit: Option<f64>,
     #[command(flatten)]
-    machine: MachineArgs,
-    #[command(flatten)]
-    pull: PullFlags,
+    vm: BuildVmArgs,
     /// Print JSON: the template. The output of its programs goes to standard error in any case.
     #[arg(long)]
     json: bool,
@@ -110,13 +84,6 @@ pub(crate) struct TemplateRemoveArgs {
     /// Print JSON: an array of the removed templates.
     #[arg(long)]
     json: bool,
-}
-
-fn parse_pair(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
-        _ => Err("NAME=VALUE is wanted".to_owned()),
-    }
 }
 
 /// A template in the form of `--json`.

@@ -34,16 +34,16 @@ const MAX_TAIL: usize = 4 << 10;
 
 /// A program, and its environment.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct GuestProgram<'a> {
-    pub(super) argv: &'a [String],
-    pub(super) env: &'a BTreeMap<String, String>,
-    pub(super) workdir: Option<&'a str>,
-    pub(super) user: &'a str,
+pub(in crate::commands) struct GuestProgram<'a> {
+    pub(in crate::commands) argv: &'a [String],
+    pub(in crate::commands) env: &'a BTreeMap<String, String>,
+    pub(in crate::commands) workdir: Option<&'a str>,
+    pub(in crate::commands) user: &'a str,
 }
 
 /// The last output of a program.
 #[derive(Clone, Debug, Default)]
-pub(super) struct OutputTail(Arc<Mutex<Vec<u8>>>);
+pub(in crate::commands) struct OutputTail(Arc<Mutex<Vec<u8>>>);
 
 impl OutputTail {
     fn add(&self, bytes: &[u8]) {
@@ -54,7 +54,7 @@ impl OutputTail {
     }
 
     /// Returns the last line with text.
-    pub(super) fn line(&self) -> Option<String> {
+    pub(in crate::commands) fn line(&self) -> Option<String> {
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let text = String::from_utf8_lossy(&kept);
         let line = text.lines().rev().map(str::trim).find(|line| !line.is_empty())?;
@@ -64,21 +64,21 @@ impl OutputTail {
 }
 
 /// Describes the end of a program, with its last output.
-pub(super) fn described(end: &EndEvent, tail: &OutputTail) -> String {
+pub(in crate::commands) fn described(end: &EndEvent, tail: &OutputTail) -> String {
     let said = tail.line().map(|line| format!(": {line}")).unwrap_or_default();
     format!("{}{said}", if end.status.is_empty() { "exit status 0" } else { &end.status })
 }
 
 /// A program that was started and runs on.
 #[derive(Debug)]
-pub(super) struct StartedProgram {
-    pub(super) tail: OutputTail,
+pub(in crate::commands) struct StartedProgram {
+    pub(in crate::commands) tail: OutputTail,
     followed: JoinHandle<Result<EndEvent, ClientError>>,
 }
 
 impl StartedProgram {
     /// Returns the program's end, once it has ended.
-    pub(super) async fn end(&mut self) -> Option<Result<EndEvent, ClientError>> {
+    pub(in crate::commands) async fn end(&mut self) -> Option<Result<EndEvent, ClientError>> {
         if !self.followed.is_finished() {
             return None;
         }
@@ -96,7 +96,7 @@ impl Drop for StartedProgram {
 
 /// The VM of a build, with its agent.
 #[derive(Debug)]
-pub(super) struct BuildGuest {
+pub(in crate::commands) struct BuildGuest {
     client: Client,
     name: String,
     agent: Agent,
@@ -128,7 +128,7 @@ async fn follow(mut process: Process, tail: OutputTail, is_shown: bool) -> Resul
 
 impl BuildGuest {
     /// Returns the booted VM, once its agent answers. The VM ends soon after this process does.
-    pub(super) async fn of(client: &Client, vm: &VmInfo) -> Result<Self, Failure> {
+    pub(in crate::commands) async fn of(client: &Client, vm: &VmInfo) -> Result<Self, Failure> {
         let vsock = vm.vsock.as_ref().ok_or_else(|| Failure::run(anyhow!("the VM of the build has ended already")))?;
         let agent = Agent::new(Endpoint::Vsock { socket: vsock.socket.clone(), port: PORT });
         let agent = agent.with_patience(CONNECTING, ANSWERING);
@@ -146,8 +146,13 @@ impl BuildGuest {
         Ok(guest)
     }
 
-    pub(super) fn agent(&self) -> &Agent {
+    pub(in crate::commands) fn agent(&self) -> &Agent {
         &self.agent
+    }
+
+    /// Returns the agent for a call whose answer takes up to `answering`.
+    pub(in crate::commands) fn patient_agent(&self, answering: Duration) -> Agent {
+        self.agent.clone().with_patience(CONNECTING, answering)
     }
 
     async fn wait(&self) -> Result<(), Failure> {
@@ -181,13 +186,13 @@ impl BuildGuest {
     }
 
     /// Starts a program that runs on.
-    pub(super) async fn start(&self, program: GuestProgram<'_>) -> Result<StartedProgram, Failure> {
+    pub(in crate::commands) async fn start(&self, program: GuestProgram<'_>) -> Result<StartedProgram, Failure> {
         let (process, tail) = (self.begin(program, None).await?, OutputTail::default());
         Ok(StartedProgram { tail: tail.clone(), followed: tokio::spawn(follow(process, tail, true)) })
     }
 
     /// Runs a program to its end. It fails if the program does.
-    pub(super) async fn run(&self, program: GuestProgram<'_>) -> Result<(), Failure> {
+    pub(in crate::commands) async fn run(&self, program: GuestProgram<'_>) -> Result<(), Failure> {
         let (process, tail) = (self.begin(program, None).await?, OutputTail::default());
         let end = follow(process, tail.clone(), true).await.map_err(agent_failure)?;
         match end.shell_code() {
@@ -197,7 +202,11 @@ impl BuildGuest {
     }
 
     /// Runs a program that may fail, for a time. Returns why it has failed, if it has.
-    pub(super) async fn try_run(&self, program: GuestProgram<'_>, time: Duration) -> Result<Option<String>, Failure> {
+    pub(in crate::commands) async fn try_run(
+        &self,
+        program: GuestProgram<'_>,
+        time: Duration,
+    ) -> Result<Option<String>, Failure> {
         let tail = OutputTail::default();
         let ran = async {
             let process = self.begin(program, Some(time)).await?;
@@ -216,7 +225,7 @@ impl BuildGuest {
     }
 
     /// Makes a directory. Returns false if it exists.
-    pub(super) async fn make_dir(&self, path: &str) -> Result<bool, Failure> {
+    pub(in crate::commands) async fn make_dir(&self, path: &str) -> Result<bool, Failure> {
         match self.agent.make_dir(path).await {
             Ok(_) => Ok(true),
             Err(ClientError::Rpc(RpcError { code: Code::AlreadyExists, .. })) => Ok(false),
@@ -225,7 +234,7 @@ impl BuildGuest {
     }
 
     /// Pauses the VM, for the template.
-    pub(super) async fn pause(&self) -> Result<VmInfo, Failure> {
+    pub(in crate::commands) async fn pause(&self) -> Result<VmInfo, Failure> {
         let path = format!("/v1/vms/{}/pause", self.name);
         self.client.supervisor(Method::POST, &path, None::<&()>).await.map_err(failure)
     }

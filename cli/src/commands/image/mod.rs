@@ -1,5 +1,7 @@
 //! `clade image`: the images for VMs, in the cache.
 
+mod build;
+
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
@@ -25,6 +27,8 @@ const MAX_PASSWORD: usize = 4096;
 pub(crate) enum ImageCommand {
     /// Fetch images, check them, and make a disk of each.
     Pull(PullArgs),
+    /// Make an image of another one with a Dockerfile, whose steps run in a VM.
+    Build(Box<build::ImageBuildArgs>),
     /// List the images that have disks.
     Ls(ImageListArgs),
     /// Show an image's program, and the path of its disk.
@@ -55,9 +59,13 @@ impl PullFlags {
             (None, Reference::Registry { host, .. }) => Credentials::of_docker(host).map_err(Failure::input)?,
             (None, _) => None,
         };
-        let limits = ImageLimits { bytes: self.max_image, ..ImageLimits::default() };
-        Ok(PullOptions { is_insecure: self.insecure, credentials, ca: self.ca.clone(), limits, stall: None })
+        let (is_insecure, limits) = (self.insecure, limits(self));
+        Ok(PullOptions { is_insecure, credentials, ca: self.ca.clone(), limits, stall: None })
     }
+}
+
+fn limits(flags: &PullFlags) -> ImageLimits {
+    ImageLimits { bytes: flags.max_image, ..ImageLimits::default() }
 }
 
 #[derive(Debug, clap::Args)]
@@ -143,6 +151,7 @@ pub(super) fn main(command: &ImageCommand) -> Outcome {
     let store = open_store()?;
     match command {
         ImageCommand::Pull(args) => pull_all(&store, args),
+        ImageCommand::Build(args) => build::main(&store, args),
         ImageCommand::Ls(args) => list(&store, args),
         ImageCommand::Inspect(args) => inspect(&store, args),
         ImageCommand::Rm(args) => remove(&store, args),
@@ -184,6 +193,14 @@ pub(super) fn parse(text: &str) -> Result<Reference, Failure> {
 struct Bars(RefCell<ProgressBar>);
 
 impl Bars {
+    /// Shows the progress of `work`, unless it is quiet.
+    fn show<T>(is_quiet: bool, work: impl FnOnce(&dyn Progress) -> T) -> T {
+        let bars = Self(RefCell::new(ProgressBar::hidden()));
+        let done = work(if is_quiet { &() } else { &bars });
+        bars.0.borrow().finish_and_clear();
+        done
+    }
+
     fn set(&self, bar: ProgressBar, style: &str, message: String) {
         let style = ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
         let old = self.0.replace(bar.with_style(style).with_message(message));
@@ -221,10 +238,7 @@ pub(super) fn pull(
     is_quiet: bool,
 ) -> Result<Image, Failure> {
     let options = flags.options(reference, credentials)?;
-    let bars = Bars(RefCell::new(ProgressBar::hidden()));
-    let progress: &dyn Progress = if is_quiet { &() } else { &bars };
-    let image = store.pull(reference, &options, progress);
-    bars.0.borrow().finish_and_clear();
+    let image = Bars::show(is_quiet, |progress| store.pull(reference, &options, progress));
     image.map_err(|error| pull_failure(error).named(&reference.to_string()))
 }
 
