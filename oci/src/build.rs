@@ -21,6 +21,8 @@ const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 const END: usize = 1024;
 /// The text of the history's entry for the layer.
 const LAYER_TEXT: &str = "the changes of all instructions";
+/// That of a layer of a base image without a history.
+const BASE_TEXT: &str = "a layer of the base image";
 
 /// Differences of an image from the one it is made from.
 #[derive(Debug)]
@@ -126,6 +128,11 @@ fn configuration(mut root: Map<String, Value>, changes: &ImageChanges, layer: Op
         object(config, "ExposedPorts").insert(port.clone(), json!({}));
     }
     let created = &changes.created;
+    // The history has an entry for each layer, if there is one at all.
+    if !root.get("history").is_some_and(Value::is_array) {
+        let layers = object(&mut root, "rootfs").get("diff_ids").and_then(Value::as_array).map_or(0, Vec::len);
+        root.insert("history".to_owned(), json!(vec![json!({"created_by": BASE_TEXT}); layers]));
+    }
     for text in &changes.instructions {
         push(&mut root, "history", json!({"created": created, "created_by": text, "empty_layer": true}));
     }
