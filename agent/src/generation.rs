@@ -63,9 +63,14 @@ impl Agent {
         }
         // Relaxed: only this thread reads it, when the connections wake.
         is_kept.store(true, Ordering::Relaxed);
+        // All but the connection of this request.
+        let ended = self.generation.receiver_count().saturating_sub(1);
         self.generation.send_modify(|generation| *generation += 1);
         ready.generation = *self.generation.borrow();
-        log!("the VM is {:?} now: calls of before are ended", request.name);
+        // The console is slow, and the host waits.
+        if ended > 0 {
+            log!("the VM is {:?} now: {ended} connections of before are ended", request.name);
+        }
         if let Some(now_ns) = &request.now_ns {
             attempt("the clock", set_clock(now_ns));
         }

@@ -3,8 +3,10 @@
 macro_rules! log {
     ($($arg:tt)*) => {{
         use std::io::Write;
-        // A failed write to the console cannot be reported.
-        let _ = writeln!(std::io::stderr(), "clade-agent: {}", format_args!($($arg)*));
+        // One write: each one is a system call, and several interrupts of a serial line. A failed
+        // write to the console cannot be reported.
+        let line = format!("clade-agent: {}\n", format_args!($($arg)*));
+        let _ = std::io::stderr().write_all(line.as_bytes());
     }};
 }
 
