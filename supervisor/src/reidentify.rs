@@ -10,13 +10,14 @@ use clade_agent_client::proto::api::Generation;
 use clade_agent_client::proto::{Base64, NOTICE_PORT, PORT};
 use clade_agent_client::{Client as Agent, ClientError, Endpoint};
 use clade_vmm::vm::VmConfig;
+use hyper::Method;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use super::Supervisor;
 use super::vm_record::VmRecord;
 use clade_api::http::{ApiError, THREAD_PATIENCE, on_a_thread};
-use clade_api::{DaemonError, ProblemKind, ReadyAnswer, StopRequest};
+use clade_api::{Client, DaemonError, ProblemKind, ReadyAnswer, StopRequest, VmInfo, VmState};
 
 /// Agents report to the port that the device answers.
 const _: () = assert!(NOTICE_PORT == clade_devices::virtio::vsock::NOTICE_PORT);
@@ -115,9 +116,27 @@ impl Supervisor {
     /// Has the agent in a VM renew its identity.
     ///
     /// # Errors
-    /// When there is no such VM, no agent answers in it, or it could not do all of it.
+    /// When there is no such VM, it is paused, no agent answers in it, or the agent could not do all
+    /// of it.
     pub(super) async fn reidentify(&self, name: &str) -> Result<ReadyAnswer, ApiError> {
+        self.expect_running(name).await?;
         self.reidentify_among(name, 1).await
+    }
+
+    /// Refuses a paused VM, whose agent cannot answer.
+    ///
+    /// # Errors
+    /// When the VM is paused.
+    pub(super) async fn expect_running(&self, name: &str) -> Result<(), ApiError> {
+        let client = Client::new(self.dir());
+        let asked = client.request::<VmInfo>(Method::GET, name, "", None::<&()>);
+        match tokio::time::timeout(ATTEMPT, asked).await {
+            Ok(Ok(VmInfo { state: VmState::Paused, .. })) => {
+                Err(ApiError::new(ProblemKind::WrongState, format!("{name} is paused: its agent cannot answer")))
+            }
+            // A VM that has ended, or does not answer, is noticed by the next step.
+            _ => Ok(()),
+        }
     }
 
     /// The same for one of `count` new VMs.

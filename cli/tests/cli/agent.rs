@@ -257,6 +257,11 @@ fn a_vm_without_an_agent_is_an_error_that_says_why() {
     runtime.clade(&["cp", "--wait", "300ms", "/etc/passwd", "deaf:/tmp"]).expect_refusal("no agent answers");
     runtime.clade(&["fork", "plain", "--ready"]).expect_refusal("no vsock device");
     runtime.clade(&["ready", "plain"]).expect_refusal("no vsock device");
+    // No agent of a paused VM answers: neither is waited for.
+    runtime.clade(&["pause", "deaf"]);
+    runtime.clade(&["reidentify", "deaf"]).expect_refusal("deaf is paused");
+    let (status, problem) = runtime.http("POST", "/v1/vms/deaf/ready", "");
+    assert_eq!((status, problem["type"].as_str()), (409, Some("urn:clade:wrong-state")), "{problem}");
     let (status, problem) = runtime.http("POST", "/v1/vms/deaf/fork", r#"{"ready": true, "paused": true}"#);
     assert_eq!((status, problem["type"].as_str()), (400, Some("urn:clade:bad-request")), "{problem}");
     assert_eq!(runtime.names(), ["deaf", "plain"]);

@@ -408,6 +408,9 @@ fn a_running_vm_runs_on_and_a_suspended_one_stays_so() {
     // Without a way to an agent nothing is rolled back.
     all.put("web", 3, 4);
     all.runtime.clade(&["rollback", "web", "base", "--ready"]).expect_refusal("no vsock device");
+    all.runtime.clade(&["pause", "web", "--json"]).json();
+    all.runtime.clade(&["rollback", "web", "base", "--ready"]).expect_refusal("web is paused");
+    all.runtime.clade(&["resume", "web", "--json"]).json();
     assert_eq!(all.word("web", 3), 4);
     all.end();
 }

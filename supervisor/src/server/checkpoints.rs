@@ -55,6 +55,10 @@ pub(super) async fn roll_back(
     let Json(RollbackRequest { checkpoint, ready }) = request?;
     let permit = supervisor.permit(&vm).await?;
     let name = vm.clone();
+    if ready {
+        // Before the guest's state is given up.
+        supervisor.expect_running(&name).await?;
+    }
     let roll_back =
         move |supervisor: &Supervisor, cancel: &Cancel| supervisor.roll_back(&vm, &checkpoint, ready, permit, cancel);
     let answer = supervisor.work(roll_back).await?;
