@@ -16,7 +16,7 @@ use clade_agent_client::proto::PORT;
 use clade_api::Labels;
 use clade_api::{
     BootRequest, CheckpointInfo, CheckpointRequest, Client, ClientError, ForkAnswer, ForkRequest, ProblemKind,
-    StopRequest, VmInfo,
+    ReadyAnswer, StopRequest, VmInfo,
 };
 use clade_vmm::vm::{NetSpec, UserNet, VsockChoice};
 use hyper::Method;
@@ -37,6 +37,11 @@ pub(super) const TRIAL_TIMEOUT: Duration = Duration::from_secs(300);
 /// Interval of the trials: doubled from the first to the longest. Each stops the VM for a moment.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// A guest has settled when its process has used at most so many hundredths of a second in an interval.
+const SETTLED_TICKS: u64 = 3;
+const SETTLE_INTERVAL: Duration = Duration::from_millis(500);
+/// The longest wait for that: a program may be busy for ever.
+const MAX_SETTLE: Duration = Duration::from_secs(10);
 
 /// Returns whether VMs of these arguments can be children of one. Other arguments give each VM
 /// resources of its own: writable images, interfaces, addresses.
@@ -122,6 +127,41 @@ pub(super) async fn try_child(client: &Client, vm: &str, limit: Duration) -> Res
     }
 }
 
+/// Has the agent of the VM renew its identity as in a child. Children made afterwards are ready
+/// sooner: they share the memory that the agent and the kernel need for it, and have none of the
+/// page faults of a first time.
+pub(super) async fn rehearse(client: &Client, vm: &str) -> Result<(), String> {
+    let path = format!("/v1/vms/{vm}/ready");
+    let ready = client.supervisor::<ReadyAnswer>(Method::POST, &path, None::<&()>).await;
+    ready.map(drop).map_err(|error| clade_vmm::error_chain(&error))
+}
+
+/// Waits until a VM's process on this host uses little of a processor, for [`MAX_SETTLE`] at most.
+/// Each child repeats the work that its guest has begun and not ended, such as the start of the
+/// entrypoint.
+pub(super) async fn settle(pid: u32) {
+    let begun = Instant::now();
+    let Some(mut before) = ticks(pid) else { return };
+    while begun.elapsed() < MAX_SETTLE {
+        tokio::time::sleep(SETTLE_INTERVAL).await;
+        // A process that has ended is noticed by the next request.
+        let Some(now) = ticks(pid) else { return };
+        if now.saturating_sub(before) <= SETTLED_TICKS {
+            return;
+        }
+        before = now;
+    }
+}
+
+/// The processor time of a process, in hundredths of a second: the fields 14 and 15 of its `stat`.
+fn ticks(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The program's name, before them, may hold any character.
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace().skip(11);
+    let mut number = || fields.next()?.parse::<u64>().ok();
+    Some(number()? + number()?)
+}
+
 /// Waits until the agent of the VM booted by `request` answers.
 async fn agent_answers(client: &Client, request: &BootRequest, vm: &str, limit: Duration) -> Result<(), String> {
     let Some(vsock) = &request.config.vsock else { return Err(format!("{vm} has no socket device for an agent")) };
@@ -155,6 +195,10 @@ pub(super) fn wait_for_agent(request: &BootRequest, vm: &str, limit: Duration) -
 async fn keep(client: &Client, checkpoint: &str, request: &BootRequest, vm: &VmInfo) -> Result<(), String> {
     agent_answers(client, request, &vm.name, BOOT_TIMEOUT).await?;
     try_child(client, &vm.name, TRIAL_TIMEOUT).await?;
+    rehearse(client, &vm.name).await?;
+    if !client.is_remote() {
+        settle(vm.pid).await;
+    }
     let path = format!("/v1/vms/{}/checkpoint", vm.name);
     // Later VMs of the image must not depend on the first one's process.
     let taken = CheckpointRequest { name: Some(checkpoint.to_owned()), detach: true, ..CheckpointRequest::default() };
@@ -196,6 +240,20 @@ mod tests {
     use clade_vmm::vm::VmConfig;
 
     use super::*;
+
+    #[test]
+    fn the_ticks_of_a_process_are_those_that_it_has_used() {
+        let pid = std::process::id();
+        let before = ticks(pid).unwrap();
+        // Until the processor time of this process has grown by a tick.
+        let used = || rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+        let (begun, mut sum) = (used(), 0u64);
+        while used().tv_sec * 1000 + used().tv_nsec / 1_000_000 < begun.tv_sec * 1000 + begun.tv_nsec / 1_000_000 + 40 {
+            sum = std::hint::black_box(sum + 1);
+        }
+        assert!(ticks(pid).unwrap() > before, "{sum}");
+        assert_eq!(ticks(u32::MAX), None);
+    }
 
     #[test]
     fn a_checkpoint_is_called_by_what_was_booted_and_not_by_what_each_vm_has_of_its_own() {

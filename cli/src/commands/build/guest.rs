@@ -99,6 +99,8 @@ impl Drop for StartedProgram {
 pub(in crate::commands) struct BuildGuest {
     client: Client,
     name: String,
+    /// Its process.
+    pub(in crate::commands) pid: u32,
     agent: Agent,
     lease: JoinHandle<()>,
 }
@@ -141,7 +143,7 @@ impl BuildGuest {
                 tokio::time::sleep(RENEW).await;
             }
         });
-        let guest = Self { client: client.clone(), name: vm.name.clone(), agent, lease };
+        let guest = Self { client: client.clone(), name: vm.name.clone(), pid: vm.pid, agent, lease };
         guest.wait().await?;
         Ok(guest)
     }

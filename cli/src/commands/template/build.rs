@@ -22,7 +22,7 @@ use crate::commands::build::recipe::{Recipe, shell};
 use crate::commands::build::{boot, carry_out, expect_local, stop, until_signal};
 use crate::commands::image::open_store;
 use crate::commands::image_vm::{ImageVm, Tools};
-use crate::commands::oci_template::{TRIAL_TIMEOUT, try_child};
+use crate::commands::oci_template::{TRIAL_TIMEOUT, rehearse, settle, try_child};
 use crate::commands::remote::failure;
 use crate::commands::run::{request, say};
 use crate::commands::serve::ensure;
@@ -165,6 +165,8 @@ impl Build<'_> {
         let limit = self.args.ready_timeout.unwrap_or(TRIAL_TIMEOUT);
         let tried = try_child(&self.client, &self.boot.name, limit).await;
         tried.map_err(|why| Failure::Run(anyhow!("sandboxes of it cannot be made ready: {why}")))?;
+        rehearse(&self.client, &self.boot.name).await.map_err(|why| Failure::Run(anyhow!(why)))?;
+        settle(guest.pid).await;
         let vm = guest.pause().await?;
         let path = |action: &str| format!("/v1/vms/{}/{action}", vm.name);
         let request = CheckpointRequest { name: Some(self.id.clone()), detach: true, ..CheckpointRequest::default() };
