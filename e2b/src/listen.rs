@@ -206,3 +206,24 @@ impl BoundPort {
         accept(self.listener, router, self.tls).await;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_kernel_ends_a_connection_whose_peer_has_vanished() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, _) = listener.accept().await.unwrap();
+        assert!(!sockopt::socket_keepalive(&stream).unwrap());
+        notice_vanished(&stream).unwrap();
+        assert!(sockopt::socket_keepalive(&stream).unwrap());
+        let idle = sockopt::tcp_keepidle(&stream).unwrap();
+        let interval = sockopt::tcp_keepintvl(&stream).unwrap();
+        let count = sockopt::tcp_keepcnt(&stream).unwrap();
+        // Two minutes, also for a peer that does not acknowledge what was sent to it.
+        assert_eq!(idle + interval * count, Duration::from_secs(120));
+        assert_eq!(sockopt::tcp_user_timeout(&stream).unwrap(), 120_000);
+    }
+}

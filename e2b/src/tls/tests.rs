@@ -92,6 +92,24 @@ async fn connections_without_a_handshake_make_way() {
     assert_eq!(silent[0].read(&mut [0]).await.unwrap_or(0), 0);
 }
 
+/// The clock is paused: it moves when nothing else can happen.
+#[tokio::test(start_paused = true)]
+async fn a_client_has_a_minute_for_its_handshake_and_not_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(files) = certificate(dir.path()) else { return };
+    let tls = Arc::new(Tls::open(files).unwrap());
+    let (listener, address) = listener().await;
+    let mut silent = TcpStream::connect(address).await.unwrap();
+    // The first bytes of a handshake, and nothing after them.
+    silent.write_all(&[22, 3, 1]).await.unwrap();
+    let (stream, _) = listener.accept().await.unwrap();
+    let begun = tokio::time::Instant::now();
+    assert!(tls.accept(stream).await.is_none());
+    assert_eq!(begun.elapsed().as_secs(), 60);
+    // Its connection is closed then, not kept.
+    assert_eq!(silent.read(&mut [0]).await.unwrap_or(0), 0);
+}
+
 #[tokio::test]
 async fn a_certificate_that_changes_is_used_if_it_is_valid() {
     let dir = tempfile::tempdir().unwrap();
