@@ -53,18 +53,28 @@ fn is_alone() -> bool {
     !others.any(|pid| pid != own && std::fs::read_link(format!("/proc/{pid}/exe")).is_ok())
 }
 
-/// Ends all processes, syncs all files to the disk, and resets the machine. That ends a VM of
-/// Clade, even if the kernel cannot switch it off and would halt instead.
-pub(crate) async fn end_guest() -> io::Error {
-    log!("the guest ends");
+/// Ends all other processes, the agent being PID 1.
+pub(crate) async fn end_programs() {
     let all = |signal| Pid::from_raw(-1).map(|all| kill_process(all, signal));
     // There may be no processes.
     let _ = all(Signal::TERM);
+    await_alone().await;
+    let _ = all(Signal::KILL);
+    await_alone().await;
+}
+
+async fn await_alone() {
     let begun = Instant::now();
     while begun.elapsed() < GRACE && !is_alone() {
         tokio::time::sleep(POLL).await;
     }
-    let _ = all(Signal::KILL);
+}
+
+/// Ends all processes, syncs all files to the disk, and resets the machine. That ends a VM of
+/// Clade, even if the kernel cannot switch it off and would halt instead.
+pub(crate) async fn end_guest() -> io::Error {
+    log!("the guest ends");
+    end_programs().await;
     rustix::fs::sync();
     match rustix::system::reboot(RebootCommand::Restart) {
         Ok(()) => io::Error::other("the guest goes on after its end"),

@@ -60,6 +60,10 @@ pub struct StartRequest {
     /// Whether it has a writable standard input. Left out: yes.
     #[serde(skip_serializing_if = "is_default")]
     pub stdin: Option<bool>,
+    /// Whether the other programs of its group are killed when it has ended, and output that programs
+    /// hold open is not waited for. Not of envd.
+    #[serde(rename = "cladeKillRest", skip_serializing_if = "is_default")]
+    pub kill_rest: bool,
 }
 
 /// Names a process.

@@ -14,6 +14,7 @@ use crate::http::{Answer, Reply, http_error, no_content};
 use crate::layer::{Files, LayerError, Pieces, chain, write_archive};
 use crate::lock::lock;
 use crate::log::log;
+use crate::shutdown::end_programs;
 
 /// Longer than a tick of any kernel, in which all changes have the same change time.
 const TICK: Duration = Duration::from_millis(50);
@@ -34,8 +35,12 @@ impl Agent {
         }
     }
 
-    /// `POST /clade/layer`: the changes since then, as an archive.
+    /// `POST /clade/layer`: the changes since then, as an archive. All programs of the guest are ended
+    /// first, so that no file changes while it is read.
     pub(crate) async fn layer(&self) -> Reply {
+        if std::process::id() == 1 {
+            end_programs().await;
+        }
         let baseline = lock(&self.layer).take();
         let listed = on_a_thread(move || {
             let baseline = baseline.ok_or(LayerError::NotBegun)?;
@@ -69,7 +74,9 @@ async fn on_a_thread<T: Send + 'static>(
 
 fn refusal(error: &LayerError) -> Reply {
     let status = match error {
-        LayerError::NotBegun | LayerError::Whiteout(_) | LayerError::TooMany => StatusCode::CONFLICT,
+        LayerError::NotBegun | LayerError::Whiteout(_) | LayerError::LongName(_) | LayerError::TooMany => {
+            StatusCode::CONFLICT
+        }
         LayerError::File { .. } => StatusCode::INTERNAL_SERVER_ERROR,
     };
     http_error(status, chain(error))

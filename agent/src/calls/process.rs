@@ -81,11 +81,12 @@ impl Agent {
                 (Input::Pipe(tokio::sync::Mutex::new(stdin)), outputs)
             }
         };
+        let kill_rest = request.kill_rest;
         let process = Arc::new(Process::new(child.pid, request.tag, request.process, input));
         self.processes.insert(&process);
         let (agent, pumped, timeout) = (Arc::clone(self), Arc::clone(&process), caller.timeout);
         tokio::spawn(async move {
-            let mut pump = std::pin::pin!(output::pump(Arc::clone(&pumped), outputs, child.end));
+            let mut pump = std::pin::pin!(output::pump(Arc::clone(&pumped), outputs, child.end, kill_rest));
             let end = match timeout {
                 None => pump.await,
                 Some(time) => match tokio::time::timeout(time, &mut pump).await {

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read, Write};
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -74,9 +74,8 @@ struct Archive<'a, W: Write> {
     links: HashMap<u64, Vec<u8>>,
 }
 
-fn name(path: &[u8]) -> &Path {
-    Path::new(OsStr::from_bytes(path))
-}
+/// Longest name, or target of a link, in a header. A longer one has a record of its own.
+const MAX_SHORT: usize = 100;
 
 fn header(found: &Metadata, kind: EntryType, size: u64) -> Header {
     let mut header = Header::new_gnu();
@@ -100,18 +99,18 @@ impl<W: Write> Archive<'_, W> {
         let kind = found.file_type();
         if !kind.is_dir() && found.nlink() > 1 {
             if let Some(first) = self.links.get(&found.ino()) {
-                let mut header = header(&found, EntryType::Link, 0);
-                return self.builder.append_link(&mut header, name(path), name(first));
+                let first = first.clone();
+                return self.entry(header(&found, EntryType::Link, 0), path, &first, Vec::new(), io::empty());
             }
             self.links.insert(found.ino(), path.to_vec());
         }
-        self.add_xattrs(&place)?;
+        let records = xattrs(&place)?;
         if kind.is_file() {
-            return self.add_content(path, &place);
+            return self.add_content(path, &place, records);
         }
         if kind.is_symlink() {
-            let mut header = header(&found, EntryType::Symlink, 0);
-            return self.builder.append_link(&mut header, name(path), fs::read_link(&place)?);
+            let target = fs::read_link(&place)?.into_os_string().into_vec();
+            return self.entry(header(&found, EntryType::Symlink, 0), path, &target, records, io::empty());
         }
         let entry = match kind {
             _ if kind.is_dir() => EntryType::Directory,
@@ -125,10 +124,37 @@ impl<W: Write> Archive<'_, W> {
             header.set_device_major(rustix::fs::major(found.rdev()))?;
             header.set_device_minor(rustix::fs::minor(found.rdev()))?;
         }
-        self.builder.append_data(&mut header, name(path), io::empty())
+        self.entry(header, path, b"", records, io::empty())
     }
 
-    fn add_content(&mut self, path: &[u8], place: &Path) -> io::Result<()> {
+    /// Writes an entry. Names are written as they are: the crate's own functions normalize them.
+    fn entry(
+        &mut self,
+        mut header: Header,
+        path: &[u8],
+        target: &[u8],
+        mut records: Vec<(String, Vec<u8>)>,
+        content: impl Read,
+    ) -> io::Result<()> {
+        // That of the root.
+        let path = if path.is_empty() { b"./" } else { path };
+        if let Some(fields) = header.as_gnu_mut() {
+            for (field, bytes, key) in [(&mut fields.name, path, "path"), (&mut fields.linkname, target, "linkpath")] {
+                if bytes.len() > MAX_SHORT {
+                    records.push((key.to_owned(), bytes.to_vec()));
+                }
+                let short = bytes.len().min(MAX_SHORT);
+                field[..short].copy_from_slice(&bytes[..short]);
+            }
+        }
+        header.set_cksum();
+        if !records.is_empty() {
+            self.builder.append_pax_extensions(records.iter().map(|(key, value)| (&key[..], &value[..])))?;
+        }
+        self.builder.append(&header, content)
+    }
+
+    fn add_content(&mut self, path: &[u8], place: &Path, records: Vec<(String, Vec<u8>)>) -> io::Result<()> {
         // A link or a pipe that took the file's place is neither followed nor waited for.
         let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
         let file = File::options().read(true).custom_flags(flags.bits().cast_signed()).open(place)?;
@@ -136,31 +162,8 @@ impl<W: Write> Archive<'_, W> {
         if !found.is_file() {
             return Err(io::Error::other("it has become another kind of file"));
         }
-        let mut header = header(&found, EntryType::Regular, found.len());
-        let mut content = ExactReader { file, left: found.len() };
-        self.builder.append_data(&mut header, name(path), &mut content)
-    }
-
-    fn add_xattrs(&mut self, place: &Path) -> io::Result<()> {
-        let mut names = vec![0; MAX_XATTR];
-        let length = match llistxattr(place, &mut names[..]) {
-            // Not every file system has attributes, nor every kind of file.
-            Err(rustix::io::Errno::NOTSUP | rustix::io::Errno::PERM) => return Ok(()),
-            length => length?,
-        };
-        let mut all = Vec::new();
-        let names = names[..length].split(|byte| *byte == 0).filter(|name| !name.is_empty());
-        for name in names.filter(|name| XATTRS.iter().any(|prefix| name.starts_with(prefix))) {
-            let mut value = vec![0; MAX_XATTR];
-            let length = lgetxattr(place, OsStr::from_bytes(name), &mut value[..])?;
-            value.truncate(length);
-            let Ok(name) = std::str::from_utf8(name) else { continue };
-            all.push((format!("{XATTR_KEY}{name}"), value));
-        }
-        match all.is_empty() {
-            true => Ok(()),
-            false => self.builder.append_pax_extensions(all.iter().map(|(key, value)| (&key[..], &value[..]))),
-        }
+        let content = ExactReader { file, left: found.len() };
+        self.entry(header(&found, EntryType::Regular, found.len()), path, b"", records, content)
     }
 
     /// Adds a whiteout, which hides a file of a lower layer.
@@ -171,8 +174,30 @@ impl<W: Write> Archive<'_, W> {
         header.set_entry_type(EntryType::Regular);
         header.set_mode(0o600);
         header.set_size(0);
-        self.builder.append_data(&mut header, name(&hidden), io::empty())
+        self.entry(header, &hidden, b"", Vec::new(), io::empty())
     }
+}
+
+/// The attributes of a file that are a part of an image, as records. One with `=` in its name would
+/// be read as another, and is left out.
+fn xattrs(place: &Path) -> io::Result<Vec<(String, Vec<u8>)>> {
+    let mut names = vec![0; MAX_XATTR];
+    let length = match llistxattr(place, &mut names[..]) {
+        // Not every file system has attributes, nor every kind of file.
+        Err(rustix::io::Errno::NOTSUP | rustix::io::Errno::PERM) => return Ok(Vec::new()),
+        length => length?,
+    };
+    let mut all = Vec::new();
+    let names = names[..length].split(|byte| *byte == 0).filter(|name| !name.is_empty() && !name.contains(&b'='));
+    for name in names.filter(|name| XATTRS.iter().any(|prefix| name.starts_with(prefix))) {
+        let mut value = vec![0; MAX_XATTR];
+        let length = lgetxattr(place, OsStr::from_bytes(name), &mut value[..])?;
+        value.truncate(length);
+        if let Ok(name) = std::str::from_utf8(name) {
+            all.push((format!("{XATTR_KEY}{name}"), value));
+        }
+    }
+    Ok(all)
 }
 
 /// Reads a file's size as in its header: of a file that grows not more, and of one that shrinks an

@@ -1,16 +1,18 @@
 //! The files of a file system, and their changes since an instant.
 
 use std::collections::BTreeMap;
-use std::fs::{self, FileType, Metadata};
+use std::fs;
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{AtFlags, CWD, FileType, Statx, StatxFlags, statx};
 use thiserror::Error;
 
 /// The prefix of a removed file's name in a layer.
 pub(super) const WHITEOUT: &[u8] = b".wh.";
+/// Longest name of a file.
+const MAX_NAME: usize = 255;
 /// Most files of a file system, as of an image.
 const MAX_FILES: usize = 1_000_000;
 
@@ -27,6 +29,8 @@ pub(crate) enum LayerError {
     TooMany,
     #[error("{} has a name that hides another file in a layer", .0.display())]
     Whiteout(PathBuf),
+    #[error("{} has been removed, and its name is too long to be hidden in a layer", .0.display())]
+    LongName(PathBuf),
     #[error("no layer has been begun")]
     NotBegun,
 }
@@ -40,13 +44,26 @@ pub(super) fn failed(path: &Path) -> impl FnOnce(io::Error) -> LayerError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct FileIdentity {
     inode: u64,
-    changed: (i64, i64),
+    changed: (i64, u32),
 }
 
 impl FileIdentity {
-    fn of(found: &Metadata) -> Self {
-        Self { inode: found.ino(), changed: (found.ctime(), found.ctime_nsec()) }
+    fn of(found: &Statx) -> Self {
+        Self { inode: found.stx_ino, changed: (found.stx_ctime.tv_sec, found.stx_ctime.tv_nsec) }
     }
+}
+
+/// The mount that a file is of: its file system, and its number where the kernel has one. A bind
+/// mount has the file system of its source.
+fn mount(found: &Statx) -> (u32, u32, u64) {
+    let number =
+        if StatxFlags::from_bits_retain(found.stx_mask).contains(StatxFlags::MNT_ID) { found.stx_mnt_id } else { 0 };
+    (found.stx_dev_major, found.stx_dev_minor, number)
+}
+
+fn look(path: &Path) -> io::Result<Statx> {
+    let wanted = StatxFlags::TYPE | StatxFlags::INO | StatxFlags::CTIME | StatxFlags::MNT_ID;
+    Ok(statx(CWD, path, AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT, wanted)?)
 }
 
 /// A file's kind, as far as a walk is concerned.
@@ -54,11 +71,19 @@ impl FileIdentity {
 enum Found {
     Directory(FileIdentity),
     Other(FileIdentity),
-    /// A socket, or another file system.
-    LeftOut,
+    Socket,
+    /// A mount point. The file below it is not seen.
+    Mount,
 }
 
-/// The files of a file system by their paths below its root, parents first.
+impl Found {
+    /// Whether a layer may have it.
+    fn is_kept(self) -> bool {
+        matches!(self, Self::Directory(_) | Self::Other(_))
+    }
+}
+
+/// The files of a file system by their paths below its root, parents first. The root has the empty path.
 #[derive(Debug, Default)]
 pub(crate) struct Files(BTreeMap<Vec<u8>, Found>);
 
@@ -81,15 +106,12 @@ pub(super) fn place(root: &Path, path: &[u8]) -> PathBuf {
     root.join(std::ffi::OsStr::from_bytes(path))
 }
 
-fn is_left_out(kind: FileType, found: &Metadata, device: u64) -> bool {
-    kind.is_socket() || found.dev() != device
-}
-
 impl Files {
     /// Lists the file system at `root`. A file that is removed meanwhile is missing.
     pub(crate) fn list(root: &Path) -> Result<Self, LayerError> {
-        let device = fs::symlink_metadata(root).map_err(failed(root))?.dev();
-        let (mut all, mut dirs) = (BTreeMap::new(), vec![Vec::new()]);
+        let found = look(root).map_err(failed(root))?;
+        let (own, identity) = (mount(&found), FileIdentity::of(&found));
+        let (mut all, mut dirs) = (BTreeMap::from([(Vec::new(), Found::Directory(identity))]), vec![Vec::new()]);
         while let Some(dir) = dirs.pop() {
             let path = place(root, &dir);
             let entries = match fs::read_dir(&path) {
@@ -100,14 +122,15 @@ impl Files {
                 let name = entry.map_err(failed(&path))?.file_name().into_vec();
                 let path = if dir.is_empty() { name } else { [&dir[..], b"/", &name].concat() };
                 let place = place(root, &path);
-                let found = match fs::symlink_metadata(&place) {
+                let found = match look(&place) {
                     Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                     found => found.map_err(failed(&place))?,
                 };
                 let identity = FileIdentity::of(&found);
-                let found = match found.file_type() {
-                    kind if is_left_out(kind, &found, device) => Found::LeftOut,
-                    kind if kind.is_dir() => {
+                let found = match FileType::from_raw_mode(found.stx_mode.into()) {
+                    _ if mount(&found) != own => Found::Mount,
+                    FileType::Socket => Found::Socket,
+                    FileType::Directory => {
                         dirs.push(path.clone());
                         Found::Directory(identity)
                     }
@@ -127,7 +150,7 @@ impl Files {
     pub(crate) fn changes(&self, root: &Path, baseline: &Baseline) -> Result<Vec<Change>, LayerError> {
         let mut changes = Vec::new();
         for (path, found) in &self.0 {
-            if *found == Found::LeftOut || baseline.0.get(path) == Some(found) {
+            if !found.is_kept() || baseline.0.get(path) == Some(found) {
                 continue;
             }
             let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
@@ -139,9 +162,16 @@ impl Files {
         for (path, before) in &baseline.0 {
             // The content of a removed directory is hidden with it, or by a file in its place.
             let is_below = parent(path).is_some_and(|dir| !matches!(self.0.get(dir), Some(Found::Directory(_))));
-            if *before != Found::LeftOut && !self.0.contains_key(path) && !is_below {
-                changes.push(Change::Removed(path.clone()));
+            // A socket is in no layer, and must not leave the file whose place it took.
+            let is_gone = matches!(self.0.get(path), None | Some(Found::Socket));
+            if !before.is_kept() || !is_gone || is_below {
+                continue;
             }
+            let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
+            if name.len() + WHITEOUT.len() > MAX_NAME {
+                return Err(LayerError::LongName(place(root, path)));
+            }
+            changes.push(Change::Removed(path.clone()));
         }
         Ok(changes)
     }

@@ -83,6 +83,7 @@ fn each_kind_of_change_is_in_the_layer_and_nothing_else() {
     assert_eq!(
         names(&entries),
         [
+            "./",
             "etc/a",
             "etc/b",
             "lib",
@@ -115,7 +116,7 @@ fn a_directory_and_a_file_take_each_others_place() {
         write(root, "etc/b", "other");
     })
     .unwrap();
-    assert_eq!(names(&entries), ["etc", "etc/b", "lib", "lib/x", "top", "top/in", "etc/.wh.a"]);
+    assert_eq!(names(&entries), ["./", "etc", "etc/b", "lib", "lib/x", "top", "top/in", "etc/.wh.a"]);
 }
 
 #[test]
@@ -126,7 +127,7 @@ fn names_of_one_file_are_hard_links_and_long_names_are_whole() {
         write(root, &long, "long");
     })
     .unwrap();
-    assert_eq!(names(&entries)[2..], ["etc", "etc/a", "etc/c"]);
+    assert_eq!(names(&entries)[3..], ["etc", "etc/a", "etc/c"]);
     assert!(names(&entries).contains(&long.as_str()), "{entries:?}");
     let of: BTreeMap<_, _> = entries.into_iter().collect();
     assert_eq!((of["etc/a"].0, &of["etc/a"].2[..]), (EntryType::Regular, &b"etc/a"[..]));
@@ -170,11 +171,69 @@ fn a_whiteouts_name_is_refused_and_an_older_one_is_not() {
     assert_eq!(names(&layer(before, |root| write(root, "top", "")).unwrap()), ["top"]);
 }
 
+/// Returns the names and targets of an archive's entries, without any library's idea of a path.
+fn raw(make: impl FnOnce(&Path), change: impl FnOnce(&Path)) -> Vec<(Vec<u8>, Vec<u8>)> {
+    let dir = TempDir::new().unwrap();
+    make(dir.path());
+    let before = Files::list(dir.path()).unwrap();
+    std::thread::sleep(TICK);
+    change(dir.path());
+    let mut bytes = Vec::new();
+    archive::write(dir.path(), &Files::list(dir.path()).unwrap().changes(dir.path(), &before).unwrap(), &mut bytes)
+        .unwrap();
+    let mut archive = tar::Archive::new(&bytes[..]);
+    let read = |entry: tar::Entry<'_, &[u8]>| {
+        (entry.path_bytes().into_owned(), entry.link_name_bytes().unwrap_or_default().into_owned())
+    };
+    archive.entries().unwrap().map(|entry| read(entry.unwrap())).collect()
+}
+
 #[test]
-fn names_are_bytes() {
-    let name = std::ffi::OsStr::from_bytes(b"\xff\xfe");
-    let entries = layer(tree, |root| fs::write(root.join(name), "").unwrap()).unwrap();
-    assert_eq!(entries.len(), 1);
+fn names_and_targets_are_written_as_they_are() {
+    let long = [&[0xff; 150][..], b"end"].concat();
+    let targets = ["https://host//x/./y/.", "..", &"t/".repeat(90)];
+    let found = raw(tree, |root| {
+        fs::write(root.join(std::ffi::OsStr::from_bytes(b"\xff\xfe")), "").unwrap();
+        fs::write(root.join(std::ffi::OsStr::from_bytes(&long)), "").unwrap();
+        for (at, target) in targets.iter().enumerate() {
+            symlink(target, root.join(format!("link{at}"))).unwrap();
+        }
+    });
+    let of: BTreeMap<_, _> = found.into_iter().collect();
+    assert!(of.contains_key(&b"\xff\xfe"[..]) && of.contains_key(&long), "{of:?}");
+    for (at, target) in targets.iter().enumerate() {
+        assert_eq!(of[format!("link{at}").as_bytes()], target.as_bytes(), "{target}");
+    }
+}
+
+#[test]
+fn the_root_is_a_file_too() {
+    let found = layer(tree, |root| fs::set_permissions(root, fs::Permissions::from_mode(0o711)).unwrap()).unwrap();
+    assert_eq!((names(&found), found[0].1.0), (vec!["./"], EntryType::Directory));
+}
+
+#[test]
+fn a_socket_does_not_leave_the_file_whose_place_it_took() {
+    let found = layer(tree, |root| {
+        fs::remove_file(root.join("etc/a")).unwrap();
+        fs::remove_dir_all(root.join("lib/x")).unwrap();
+        drop(UnixListener::bind(root.join("etc/a")).unwrap());
+        drop(UnixListener::bind(root.join("lib/x")).unwrap());
+    })
+    .unwrap();
+    assert_eq!(names(&found), ["etc", "lib", "etc/.wh.a", "lib/.wh.x"]);
+}
+
+#[test]
+fn a_removed_file_whose_name_is_too_long_to_hide_is_refused() {
+    let name = "n".repeat(252);
+    let before = |root: &Path| write(root, &name, "");
+    let refused = layer(before, |root| fs::remove_file(root.join(&name)).unwrap()).unwrap_err();
+    assert!(matches!(&refused, LayerError::LongName(path) if path.ends_with(&name)), "{refused}");
+    let shorter = &name[1..];
+    let before = |root: &Path| write(root, shorter, "");
+    let hidden = layer(before, |root| fs::remove_file(root.join(shorter)).unwrap()).unwrap();
+    assert_eq!(names(&hidden), ["./".to_owned(), format!(".wh.{shorter}")]);
 }
 
 #[test]
@@ -199,7 +258,9 @@ fn a_file_that_shrinks_ends_the_archive_with_an_error() {
     assert!(chain(&failed).contains("shorter"), "{failed}");
     // One that is gone is left out.
     fs::remove_file(&path).unwrap();
-    archive::write(dir.path(), &changes, Vec::new()).unwrap();
+    let mut empty = Vec::new();
+    archive::write(dir.path(), &changes, &mut empty).unwrap();
+    assert_eq!(empty, [0; 1024]);
 }
 
 #[test]

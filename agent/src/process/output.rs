@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use clade_agent_proto::Base64;
-use clade_agent_proto::process::{DataEvent, EndEvent, ProcessEvent};
+use clade_agent_proto::process::{DataEvent, EndEvent, ProcessEvent, Signal};
 use rustix::io::Errno;
 use tokio::sync::oneshot;
 
@@ -99,11 +99,13 @@ pub(crate) fn end_event(status: Option<ExitStatus>) -> EndEvent {
 }
 
 /// Passes on the output of a process, until the process has ended and its streams have. After a
-/// signal was sent to it, output that other processes hold open is not waited for.
+/// signal was sent to it, output that other processes hold open is not waited for. With `kill_rest`
+/// the rest of its group is killed at its end.
 pub(crate) async fn pump(
     process: Arc<Process>,
     streams: Vec<(Arc<Stream>, OutputSource)>,
     mut end: oneshot::Receiver<ExitStatus>,
+    kill_rest: bool,
 ) -> EndEvent {
     let mut outputs = streams.into_iter().map(|(stream, source)| Output { stream: Some(stream), source });
     let none = || Output { stream: None, source: OutputSource::Stderr };
@@ -126,6 +128,10 @@ pub(crate) async fn pump(
             ended = &mut end, if !is_reaped => {
                 (status, is_reaped) = (ended.ok(), true);
                 process.set_reaped();
+                if kill_rest {
+                    // There may be no others.
+                    let _ = process.signal(Signal::KILL.0);
+                }
                 continue;
             }
             () = process.signalled(), if is_reaped => continue,

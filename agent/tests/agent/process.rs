@@ -1,6 +1,7 @@
 //! Processes: their streams, ends, signals, terminals, users and time.
 
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -128,6 +129,23 @@ fn a_program_is_found_and_executed_as_execvp_does() {
             assert_eq!(refused_start(&nobody, &request("none")).await.code, Code::PermissionDenied);
         }
         assert_eq!(refused_start(&client, &request("scr\0ipt")).await.code, Code::InvalidArgument);
+    });
+}
+
+#[test]
+fn the_rest_of_a_group_is_killed_at_the_end_of_its_first_program_if_asked_for() {
+    let agent = Agent::start();
+    run(async {
+        let client = agent.client();
+        // The loop holds the output open. Without the request it is waited for.
+        let script = "sleep 100000 & echo $!";
+        let request = StartRequest { kill_rest: true, ..shell(script) };
+        let done = outcome(client.start(&request, None).await.unwrap()).await.unwrap();
+        assert_eq!(done.end.exit_code, 0, "{done:?}");
+        let rest = Path::new("/proc").join(done.stdout.trim());
+        while std::fs::read_link(rest.join("exe")).is_ok() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     });
 }
 

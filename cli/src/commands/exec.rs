@@ -259,6 +259,7 @@ async fn exec(args: ExecArgs) -> Outcome {
         pty: args.tty.then(|| Pty { size: size() }),
         tag: None,
         stdin: Some(args.interactive),
+        kill_rest: false,
     };
     let process = client.start(&request, args.timeout).await.map_err(not_started)?;
     let raw = if args.tty && args.interactive { RawMode::enter().map_err(Failure::run)? } else { None };

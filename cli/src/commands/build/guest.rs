@@ -170,7 +170,13 @@ impl BuildGuest {
         Ok(())
     }
 
-    async fn begin(&self, program: GuestProgram<'_>, time: Option<Duration>) -> Result<Process, Failure> {
+    /// Starts a program. With `kill_rest` its end is that of the programs that it has started, too.
+    async fn begin(
+        &self,
+        program: GuestProgram<'_>,
+        time: Option<Duration>,
+        kill_rest: bool,
+    ) -> Result<Process, Failure> {
         let (cmd, args) = program.argv.split_first().ok_or_else(|| Failure::run(anyhow!("no program is named")))?;
         let request = StartRequest {
             process: ProcessConfig {
@@ -180,6 +186,7 @@ impl BuildGuest {
                 cwd: Some(program.workdir.unwrap_or("/").to_owned()),
             },
             stdin: Some(false),
+            kill_rest,
             ..StartRequest::default()
         };
         let agent = self.agent.clone().with_user(Some(user(program.user).to_owned()));
@@ -189,13 +196,14 @@ impl BuildGuest {
 
     /// Starts a program that runs on.
     pub(in crate::commands) async fn start(&self, program: GuestProgram<'_>) -> Result<StartedProgram, Failure> {
-        let (process, tail) = (self.begin(program, None).await?, OutputTail::default());
+        let (process, tail) = (self.begin(program, None, false).await?, OutputTail::default());
         Ok(StartedProgram { tail: tail.clone(), followed: tokio::spawn(follow(process, tail, true)) })
     }
 
-    /// Runs a program to its end. It fails if the program does.
+    /// Runs a program to its end. It fails if the program does. Programs that it leaves in its group
+    /// are killed.
     pub(in crate::commands) async fn run(&self, program: GuestProgram<'_>) -> Result<(), Failure> {
-        let (process, tail) = (self.begin(program, None).await?, OutputTail::default());
+        let (process, tail) = (self.begin(program, None, true).await?, OutputTail::default());
         let end = follow(process, tail.clone(), true).await.map_err(agent_failure)?;
         match end.shell_code() {
             0 => Ok(()),
@@ -211,7 +219,7 @@ impl BuildGuest {
     ) -> Result<Option<String>, Failure> {
         let tail = OutputTail::default();
         let ran = async {
-            let process = self.begin(program, Some(time)).await?;
+            let process = self.begin(program, Some(time), false).await?;
             Ok(follow(process, tail.clone(), false).await)
         };
         match tokio::time::timeout(time.saturating_add(GRACE), ran).await {
