@@ -1,6 +1,6 @@
 //! An image made from another: one further layer, and another configuration.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read, Seek};
 
@@ -34,7 +34,7 @@ pub struct ImageChanges {
     /// Labels to add.
     pub labels: BTreeMap<String, String>,
     /// Ports to add.
-    pub ports: Vec<String>,
+    pub ports: BTreeSet<String>,
     /// The instructions that it was made by.
     pub instructions: Vec<String>,
     /// Its time, as in RFC 3339.
@@ -176,7 +176,15 @@ impl ImageStore {
         let config = (manifest.config.clone(), config);
         let mut source = BuiltSource { manifest: manifest.to_bytes(), config, layer };
         let options = PullOptions { limits, ..PullOptions::default() };
-        self.pull_from(&lock, &mut source, &name.to_string(), &options, progress)
+        let built = self.pull_from(&lock, &mut source, &name.to_string(), &options, progress);
+        if built.is_err() {
+            // No later build has the same content: its time is another.
+            let own = [&source.manifest.0, &source.config.0].into_iter();
+            let own: Vec<Descriptor> = own.chain(source.layer.as_ref().map(|(layer, _)| layer)).cloned().collect();
+            // An error here is not the build's.
+            drop(self.discard_blobs(&lock, &own));
+        }
+        built
     }
 
     fn without_content(&self, image: &Image) -> ImageStoreError {

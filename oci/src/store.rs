@@ -20,6 +20,7 @@ use thiserror::Error;
 
 use crate::digest::{Digest, DigestError, DigestReader};
 use crate::manifest::{Descriptor, RunConfig};
+use crate::sparse::SparseWriter;
 
 /// The directory of images, if it is not in the cache.
 pub const DIRECTORY_VARIABLE: &str = "CLADE_IMAGE_DIR";
@@ -187,7 +188,8 @@ impl ImageStore {
         content: impl Read,
     ) -> Result<(), ImageStoreError> {
         let partial = self.partial();
-        let mut file = NamedTempFile::new_in(&partial).map_err(failed(&partial, "written"))?;
+        let file = NamedTempFile::new_in(&partial).map_err(failed(&partial, "written"))?;
+        let mut writer = SparseWriter::new(file.as_file(), 0);
         // One more byte shows that the content is too long.
         let mut content = DigestReader::new(content.take(wanted.size.saturating_add(1)), &wanted.digest);
         let mut chunk = vec![0; 128 << 10];
@@ -198,8 +200,9 @@ impl ImageStore {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(source) => return Err(ImageStoreError::Content { digest: wanted.digest.clone(), source }),
             };
-            file.write_all(&chunk[..read]).map_err(failed(file.path(), "written"))?;
+            writer.write_all(&chunk[..read]).map_err(failed(file.path(), "written"))?;
         }
+        writer.finish().map_err(failed(file.path(), "written"))?;
         content.finish(Some(wanted.size))?;
         self.settle(file, &self.blob_path(&wanted.digest))
     }
@@ -344,6 +347,20 @@ impl ImageStore {
             _ => {}
         }
         fs::remove_dir_all(&place).map_err(failed(&place, "removed"))
+    }
+
+    /// Removes those of `blobs` that are of no image.
+    pub(crate) fn discard_blobs(&self, _: &StoreLock, blobs: &[Descriptor]) -> Result<(), ImageStoreError> {
+        let images = self.images()?;
+        let is_kept = |digest: &Digest| images.iter().flat_map(|image| &image.blobs).any(|blob| blob.digest == *digest);
+        for blob in blobs.iter().filter(|blob| !is_kept(&blob.digest)) {
+            let path = self.blob_path(&blob.digest);
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(&path, "removed")(error)),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Removes content of no image. Returns the number of bytes freed.

@@ -2,8 +2,8 @@
 
 use std::ops::RangeInclusive;
 
-/// Most ports of one word.
-const MAX_PORTS: usize = 1024;
+/// Most ports of one word, and of all.
+pub(super) const MAX_PORTS: usize = 1024;
 
 fn range(text: &str) -> Option<RangeInclusive<u16>> {
     let port = |text: &str| text.parse::<u16>().ok().filter(|port| *port > 0);

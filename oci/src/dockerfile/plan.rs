@@ -1,13 +1,16 @@
 //! The steps of a Dockerfile in a guest of its base image.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::expand::expand;
-use super::expose::ports;
+use super::expose::{MAX_PORTS, ports};
 use super::{Command, Copy, Dockerfile, DockerfileError, Instruction, Placed};
 use crate::manifest::RunConfig;
 
 type Texts = BTreeMap<String, String>;
+
+/// Most bytes of all labels together, so that a configuration is no longer than a registry takes.
+const MAX_LABELS: usize = 1 << 20;
 
 /// Files to copy.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,7 +65,7 @@ pub struct BuildPlan {
     /// Labels of the result, beside those of its base image.
     pub labels: Texts,
     /// Ports of the result, with their protocols, beside those of its base image.
-    pub ports: Vec<String>,
+    pub ports: BTreeSet<String>,
     /// The texts of all instructions.
     pub instructions: Vec<String>,
 }
@@ -71,7 +74,7 @@ impl BuildPlan {
     /// The plan of an image as it is.
     #[must_use]
     pub fn of_image(config: &RunConfig) -> Self {
-        let (labels, ports) = (Texts::new(), Vec::new());
+        let (labels, ports) = (Texts::new(), BTreeSet::new());
         Self { steps: Vec::new(), config: config.clone(), labels, ports, instructions: Vec::new() }
     }
 }
@@ -109,7 +112,7 @@ struct Builder<'a> {
     /// Whether `CMD` was set by this Dockerfile.
     has_cmd: bool,
     labels: Texts,
-    ports: Vec<String>,
+    ports: BTreeSet<String>,
     steps: Vec<BuildStep>,
 }
 
@@ -170,7 +173,7 @@ impl Dockerfile {
             user: or(&base.user, "root"),
             has_cmd: false,
             labels: Texts::new(),
-            ports: Vec::new(),
+            ports: BTreeSet::new(),
             steps: Vec::new(),
         };
         for placed in &self.rest {
@@ -258,11 +261,18 @@ impl Builder<'_> {
             Instruction::Label(pairs) => {
                 for (name, value) in pairs {
                     self.labels.insert(self.expand(name)?, self.expand(value)?);
+                    let bytes: usize = self.labels.iter().map(|(name, value)| name.len() + value.len()).sum();
+                    if bytes > MAX_LABELS {
+                        return Err(format!("all labels together have at most {MAX_LABELS} bytes"));
+                    }
                 }
             }
             Instruction::Expose(words) => {
                 for word in words {
                     self.ports.extend(ports(&self.expand(word)?)?);
+                    if self.ports.len() > MAX_PORTS {
+                        return Err(format!("at most {MAX_PORTS} ports are wanted in all"));
+                    }
                 }
             }
         }

@@ -164,8 +164,18 @@ fn labels_ports_and_texts_are_those_of_the_result() {
         plan("FROM a\nARG V=1\nLABEL a=b org.example.version=\"$V x\"\nLABEL a c d\nEXPOSE $V 53/UDP 8000-8002\nRUN x");
     let labels = [("a", "c d"), ("org.example.version", "1 x")];
     assert_eq!(plan.labels, labels.map(|(name, value)| (name.to_owned(), value.to_owned())).into());
-    assert_eq!(plan.ports, texts(&["1/tcp", "53/udp", "8000/tcp", "8001/tcp", "8002/tcp"]));
+    let ports = ["1/tcp", "53/udp", "8000/tcp", "8001/tcp", "8002/tcp"];
+    assert_eq!(plan.ports, ports.map(str::to_owned).into());
     assert_eq!((plan.instructions.len(), plan.instructions[4].as_str()), (5, "RUN x"));
+    let large = format!("ARG BIG={}\n{}", "x".repeat(60_000), "LABEL a=$BIG b=$BIG\n".repeat(2));
+    assert_eq!(self::plan(&format!("FROM a\n{large}")).labels.len(), 2);
+    let labels: String = (0..20).map(|at| format!("LABEL n{at}=$BIG\n")).collect();
+    let refused = |text: &str| {
+        let file = Dockerfile::parse(&format!("FROM a\n{text}")).unwrap();
+        file.plan(&base(), &BTreeMap::new()).unwrap_err().why
+    };
+    assert!(refused(&format!("{large}{labels}")).contains("labels"));
+    assert!(refused("EXPOSE 1-1024\nEXPOSE 2000").contains("in all"));
     for (text, why) in
         [("EXPOSE 0", "\"0\""), ("EXPOSE 1-9999", "1024"), ("EXPOSE 9-8", "9-8"), ("EXPOSE 80/x", "80/x")]
     {

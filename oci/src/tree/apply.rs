@@ -4,11 +4,12 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Read, Seek, Write};
+use std::io::{Read, Write};
 
 use super::walk::parts;
 use super::{Content, Dirent, LayerError, Meta, Node, NodeId, ROOT, Tree};
 use crate::limits::{Bounded, MAX_LINKS, MAX_PATH};
+use crate::sparse::SparseWriter;
 use crate::tar::{TarHeader, TarKind, TarReader, shown};
 use crate::xattr_rules::{XATTR_ROOM, xattr_index, xattr_room};
 
@@ -38,16 +39,17 @@ impl Spool {
     fn take<R: Read>(&mut self, header: &TarHeader, archive: &mut TarReader<R>) -> Result<Content, LayerError> {
         let offset = self.end;
         let failed = |source| LayerError::Spool { path: shown(&header.path), source };
-        self.file.seek(std::io::SeekFrom::Start(offset)).map_err(failed)?;
+        let mut writer = SparseWriter::new(&self.file, offset);
         let mut chunk = vec![0; CHUNK.min(usize::try_from(header.size).unwrap_or(CHUNK)).max(1)];
         loop {
             let read = archive.read_content(&mut chunk)?;
             if read == 0 {
                 break;
             }
-            self.file.write_all(&chunk[..read]).map_err(failed)?;
-            self.end += read as u64;
+            writer.write_all(&chunk[..read]).map_err(failed)?;
+            self.end = writer.position();
         }
+        writer.finish().map_err(failed)?;
         Ok(Content::File { offset, size: self.end - offset })
     }
 }

@@ -30,7 +30,7 @@ fn changes(layer: Option<&[u8]>) -> ImageChanges {
             user: "app".to_owned(),
         },
         labels: BTreeMap::from([("org.example.note".to_owned(), "new".to_owned())]),
-        ports: texts(&["80/tcp"]),
+        ports: ["80/tcp".to_owned()].into(),
         instructions: texts(&["RUN make"]),
         created: "2026-01-02T03:04:05Z".to_owned(),
     }
@@ -127,6 +127,8 @@ fn a_bad_layer_is_refused_and_the_name_stays_with_the_older_image() {
     let rig = Rig::new();
     let base = base(&rig);
     let older = build(&rig, &base, changes(Some(&Tar::default().file("a", b"a").end())), "app").unwrap();
+    let blobs = || std::fs::read_dir(rig.store().root().join("blobs/sha256")).unwrap().count();
+    let before = blobs();
     for (layer, why) in [
         (Tar::default().file("../out", b"x").end(), "../out"),
         (Tar::default().file("a", b"1").file("a", b"2").end(), "twice"),
@@ -134,7 +136,7 @@ fn a_bad_layer_is_refused_and_the_name_stays_with_the_older_image() {
     ] {
         let error = build(&rig, &base, changes(Some(&layer)), "app").unwrap_err();
         assert!(chain(&error).contains(why), "{why}: {}", chain(&error));
-        assert_eq!(rig.store().find("app").unwrap(), older);
+        assert_eq!((rig.store().find("app").unwrap(), blobs()), (older.clone(), before), "nothing is left of it");
     }
     let limits = ImageLimits { bytes: 4, ..ImageLimits::default() };
     let layer = Tar::default().file("a", b"12345").end();
