@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::anyhow;
 use clade_agent_client::proto::filesystem::FileType;
 use clade_oci::CopyFiles;
 
@@ -21,12 +20,6 @@ pub(super) async fn copy(guest: &BuildGuest, context: &BuildContext, files: &Cop
         sources.extend(context.sources(word)?);
     }
     let is_dir = files.to.ends_with('/');
-    if sources.len() > 1 && !is_dir {
-        return Err(Failure::input(anyhow!(
-            "{:?}: several sources go to a directory, which ends with a slash",
-            files.to
-        )));
-    }
     let is_there = found(guest.agent(), &files.to).await?.is_some_and(|entry| entry.kind == FileType::Directory);
     let mut made = Vec::new();
     for source in sources {

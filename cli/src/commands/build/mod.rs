@@ -149,7 +149,7 @@ pub(super) async fn carry_out(guest: &BuildGuest, recipe: &Recipe) -> Outcome {
 }
 
 async fn step(guest: &BuildGuest, recipe: &Recipe, step: &BuildStep) -> Outcome {
-    match (&step.action, &recipe.context) {
+    let done = match (&step.action, &recipe.context) {
         (Action::Run(argv), _) => {
             let (env, workdir, user) = (&step.env, Some(step.workdir.as_str()), step.user.as_str());
             guest.run(GuestProgram { argv, env, workdir, user }).await
@@ -158,7 +158,12 @@ async fn step(guest: &BuildGuest, recipe: &Recipe, step: &BuildStep) -> Outcome 
         (Action::Copy(files), Some(context)) => copy(guest, context, files).await,
         // A plan with files has a directory.
         (Action::Copy(_), None) => Err(Failure::run(anyhow!("there is no directory to copy from"))),
-    }
+    };
+    // The arguments were checked before the VM was booted.
+    done.map_err(|failure| match failure {
+        Failure::Input(error) => Failure::Run(error),
+        other => other,
+    })
 }
 
 /// Stops the VM of a build. After a failed build it may not run any more.

@@ -96,8 +96,14 @@ impl Recipe {
 fn check_files(plan: &BuildPlan, context: &BuildContext) -> Result<(), Failure> {
     for step in &plan.steps {
         if let Action::Copy(files) = &step.action {
-            let found = files.sources.iter().try_for_each(|word| context.sources(word).map(drop));
-            found.map_err(|failure| of_step(step, failure))?;
+            let count = files.sources.iter().try_fold(0, |sum, word| Ok(sum + context.sources(word)?.len()));
+            match count.map_err(|failure| of_step(step, failure))? {
+                2.. if !files.to.ends_with('/') => {
+                    let why = "several sources go to a directory, which ends with a slash";
+                    return Err(of_step(step, Failure::input(anyhow!("{:?}: {why}", files.to))));
+                }
+                _ => {}
+            }
         }
     }
     Ok(())

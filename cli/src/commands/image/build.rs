@@ -9,12 +9,13 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, anyhow};
+use clade_agent_client::ClientError;
 use clade_api::Client;
-use clade_oci::{Image, ImageChanges, ImageName, ImageStore, ReferenceError};
+use clade_oci::{Image, ImageChanges, ImageName, ImageStore, PullError, ReferenceError, SourceError, SparseWriter};
 use jiff::Timestamp;
+use tokio::task::spawn_blocking;
 
 use super::{Bars, limits, pull_failure, shown, store_failure};
-use crate::commands::agent::agent_failure;
 use crate::commands::build::guest::BuildGuest;
 use crate::commands::build::recipe::{DOCKERFILE, Recipe};
 use crate::commands::build::{BuildVmArgs, boot, carry_out, expect_local, stop, until_signal};
@@ -70,9 +71,11 @@ pub(super) fn main(store: &ImageStore, args: &ImageBuildArgs) -> Outcome {
         instructions: plan.instructions,
         created: Timestamp::now().to_string(),
     };
-    let limits = limits(&args.vm.pull);
-    let image = Bars::show(args.json, |bars| store.build(&recipe.image, changes, &name, limits, bars));
-    let image = image.map_err(|error| pull_failure(error).named(&args.tag))?;
+    let (limits, own, is_quiet) = (limits(&args.vm.pull), store.clone(), args.json);
+    let make = move || Bars::show(is_quiet, |progress| own.build(&recipe.image, changes, &name, limits, progress));
+    // On another thread, so that a signal ends the command meanwhile: the next writer removes what it leaves.
+    let made = async { spawn_blocking(make).await.map_err(Failure::run)?.map_err(of_build) };
+    let image = until_signal(made, async |_| {}).map_err(|failure| failure.named(&args.tag))?;
     print(store, image, args.json)
 }
 
@@ -101,24 +104,37 @@ fn layer_of(store: &ImageStore, args: &ImageBuildArgs, recipe: &Recipe) -> Resul
     let build = async {
         let guest = boot(&client, &request, recipe).await?;
         let agent = guest.patient_agent(LISTING);
-        agent.begin_layer().await.map_err(agent_failure)?;
+        agent.begin_layer().await.map_err(of_guest)?;
         carry_out(&guest, recipe).await?;
         receive(&guest, spool, args.vm.pull.max_image).await
     };
     until_signal(build, async |is_built| stop(&client, &request.name, is_built).await)
 }
 
+/// The guest's failure is the build's, and not a wrong argument.
+fn of_guest(error: ClientError) -> Failure {
+    Failure::run(error)
+}
+
+fn of_build(error: PullError) -> Failure {
+    match error {
+        // The archive's file is this command's own.
+        PullError::Source(SourceError::File { .. }) => Failure::run(error),
+        other => pull_failure(other),
+    }
+}
+
 /// Receives the layer, of at most `limit` bytes.
-async fn receive(guest: &BuildGuest, mut spool: File, limit: u64) -> Result<File, Failure> {
-    let mut archive = guest.patient_agent(LISTING).layer().await.map_err(agent_failure)?;
-    let mut bytes = 0;
-    while let Some(piece) = archive.next().await.map_err(agent_failure)? {
-        bytes += piece.len() as u64;
-        if bytes > limit {
+async fn receive(guest: &BuildGuest, spool: File, limit: u64) -> Result<File, Failure> {
+    let mut archive = guest.patient_agent(LISTING).layer().await.map_err(of_guest)?;
+    let mut writer = SparseWriter::new(&spool, 0);
+    while let Some(piece) = archive.next().await.map_err(of_guest)? {
+        if writer.position() + piece.len() as u64 > limit {
             return Err(Failure::Input(anyhow!("the changed files have more than the {limit} bytes of --max-image")));
         }
-        spool.write_all(&piece).context("the layer cannot be kept").map_err(Failure::Run)?;
+        writer.write_all(&piece).context("the layer cannot be kept").map_err(Failure::Run)?;
     }
-    say!("{:.1} MiB of changed files", bytes as f64 / f64::from(1 << 20));
+    say!("{:.1} MiB of changed files", writer.position() as f64 / f64::from(1 << 20));
+    writer.finish().context("the layer cannot be kept").map_err(Failure::Run)?;
     Ok(spool)
 }

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use clade_oci::{
-    Credentials, Descriptor, Digest, Image, ImageError, ImageLimits, ImageStore, ImageStoreError, Progress, PullError,
-    PullOptions, Reference, ReferenceError, RunConfig, SourceError,
+    Credentials, Descriptor, Digest, Image, ImageError, ImageLimits, ImageStore, ImageStoreError, LayerError, Progress,
+    PullError, PullOptions, Reference, ReferenceError, RunConfig, SourceError,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -178,6 +178,7 @@ fn pull_failure(error: PullError) -> Failure {
     match error {
         PullError::Store(ImageStoreError::File { .. } | ImageStoreError::Content { .. })
         | PullError::Disk(_)
+        | PullError::Layer { source: LayerError::Spool { .. }, .. }
         | PullError::Source(SourceError::Http { .. } | SourceError::Answer { .. } | SourceError::NoToken(_)) => {
             Failure::run(error)
         }
