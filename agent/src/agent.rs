@@ -29,7 +29,7 @@ pub struct Agent {
     pub(crate) cpu: Mutex<CpuTimes>,
     pub(crate) end: watch::Sender<bool>,
     /// The files that a layer is compared with.
-    pub(crate) layer: Mutex<Option<Arc<Baseline>>>,
+    pub(crate) layer: Mutex<Option<Baseline>>,
     /// Held during a change of the generation, or `/init`: one at a time.
     pub(crate) turn: tokio::sync::Mutex<()>,
 }

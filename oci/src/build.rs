@@ -8,15 +8,13 @@ use serde_json::{Map, Value, json};
 
 use crate::digest::{Digest, DigestReader};
 use crate::limits::ImageLimits;
-use crate::manifest::{Descriptor, ImageManifest, RunConfig};
+use crate::manifest::{Descriptor, ImageManifest, LAYER, RunConfig, configuration_members};
 use crate::options::PullOptions;
 use crate::pull::{Progress, PullError};
 use crate::reference::ImageName;
 use crate::source::{ImageSource, SourceError};
 use crate::store::{Image, ImageStore, ImageStoreError};
 
-/// The media type of an uncompressed layer.
-const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 /// The end of an archive, which is all of an empty one.
 const END: usize = 1024;
 /// The text of the history's entry for the layer.
@@ -165,7 +163,7 @@ impl ImageStore {
             return Err(self.without_content(base).into());
         };
         let mut manifest = ImageManifest::parse(&self.read_blob(manifest)?)?;
-        let root = crate::manifest::configuration_members(&self.read_blob(config)?)?;
+        let root = configuration_members(&self.read_blob(config)?)?;
         let layer = match changes.layer.take() {
             Some(mut file) => describe(&mut file).map_err(unreadable)?.map(|layer| (layer, file)),
             None => None,

@@ -17,6 +17,9 @@ const MANIFESTS: [&str; 2] =
 const CONFIGS: [&str; 2] =
     ["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
 
+/// The media type of an uncompressed layer, which those of the others begin with.
+pub(crate) const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+
 /// The media types that a registry may send.
 pub(crate) fn accepted() -> String {
     [&INDEXES[..], &MANIFESTS[..]].concat().join(", ")
@@ -152,7 +155,7 @@ pub(crate) enum Packing {
 /// The compression of the layer in a descriptor.
 pub(crate) fn packing(layer: &Descriptor) -> Result<Packing, ManifestError> {
     let known = |prefix: &str| layer.media_type.strip_prefix(prefix);
-    let rest = known("application/vnd.oci.image.layer.v1.tar")
+    let rest = known(LAYER)
         .or_else(|| known("application/vnd.oci.image.layer.nondistributable.v1.tar"))
         .or_else(|| known("application/vnd.docker.image.rootfs.diff.tar"))
         .or_else(|| known("application/vnd.docker.image.rootfs.foreign.diff.tar"));

@@ -8,7 +8,7 @@
 //! | `partial/` | files being written; emptied by the next writer |
 //! | `lock` | locked by a writer |
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -349,12 +349,16 @@ impl ImageStore {
         fs::remove_dir_all(&place).map_err(failed(&place, "removed"))
     }
 
+    /// The paths of the content of all images.
+    fn kept_blobs(&self) -> Result<HashSet<PathBuf>, ImageStoreError> {
+        let images = self.images()?;
+        Ok(images.iter().flat_map(|image| &image.blobs).map(|blob| self.blob_path(&blob.digest)).collect())
+    }
+
     /// Removes those of `blobs` that are of no image.
     pub(crate) fn discard_blobs(&self, _: &StoreLock, blobs: &[Descriptor]) -> Result<(), ImageStoreError> {
-        let images = self.images()?;
-        let is_kept = |digest: &Digest| images.iter().flat_map(|image| &image.blobs).any(|blob| blob.digest == *digest);
-        for blob in blobs.iter().filter(|blob| !is_kept(&blob.digest)) {
-            let path = self.blob_path(&blob.digest);
+        let kept = self.kept_blobs()?;
+        for path in blobs.iter().map(|blob| self.blob_path(&blob.digest)).filter(|path| !kept.contains(path)) {
             match fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(&path, "removed")(error)),
                 _ => {}
@@ -365,9 +369,7 @@ impl ImageStore {
 
     /// Removes content of no image. Returns the number of bytes freed.
     pub(crate) fn sweep_blobs(&self, _: &StoreLock) -> Result<u64, ImageStoreError> {
-        let images = self.images()?;
-        let kept: std::collections::HashSet<PathBuf> =
-            images.iter().flat_map(|image| &image.blobs).map(|blob| self.blob_path(&blob.digest)).collect();
+        let kept = self.kept_blobs()?;
         let mut bytes = 0;
         for dir in ["blobs/sha256", "blobs/sha512"].map(|dir| self.root.join(dir)) {
             for entry in fs::read_dir(&dir).map_err(failed(&dir, "listed"))? {

@@ -55,9 +55,21 @@ struct Thread {
     is_starved: bool,
 }
 
+/// Returns the processor time that a process has used, in hundredths of a second. None if it has
+/// ended.
+#[must_use]
+pub fn used_ticks(pid: u32) -> Option<u64> {
+    read(pid).map(|used| used.ticks)
+}
+
+/// Reads a process's counts without those of its threads.
+fn read(pid: u32) -> Option<Used> {
+    parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
 /// Reads the kernel's counts for a process, if it exists. `last` is the result of the last check.
 fn used(pid: u32, last: Option<&Used>) -> Option<Used> {
-    let mut used = parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)?;
+    let mut used = read(pid)?;
     for entry in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
         let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
         // A thread that has just ended is left out.
@@ -267,6 +279,20 @@ mod tests {
         // A guest that serves its timer takes 5 ms of each second, and waits 200 ms for its turns.
         let idle = looks(3, 5, |second| thread(5 * second, 200 * second, 20 * second, false));
         assert_eq!(idle, [false, false, true, true, true]);
+    }
+
+    #[test]
+    fn the_ticks_of_a_process_are_those_that_it_has_used() {
+        let pid = std::process::id();
+        let before = used_ticks(pid).unwrap();
+        // Until the processor time of this process has grown by a tick.
+        let used = || rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+        let (begun, mut sum) = (used(), 0u64);
+        while used().tv_sec * 1000 + used().tv_nsec / 1_000_000 < begun.tv_sec * 1000 + begun.tv_nsec / 1_000_000 + 40 {
+            sum = std::hint::black_box(sum + 1);
+        }
+        assert!(used_ticks(pid).unwrap() > before, "{sum}");
+        assert_eq!(used_ticks(u32::MAX), None);
     }
 
     #[test]

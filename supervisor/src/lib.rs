@@ -116,6 +116,7 @@ use events::Events;
 use flight_records::Records;
 use idempotency::Keys;
 use idle::Idle;
+pub use idle::used_ticks;
 use kept::{KeptDir, KeptLines};
 use net_hook::NetHook;
 use overlays::OverlayDirs;

@@ -116,10 +116,8 @@ impl Supervisor {
     /// Has the agent in a VM renew its identity.
     ///
     /// # Errors
-    /// When there is no such VM, it is paused, no agent answers in it, or the agent could not do all
-    /// of it.
+    /// When there is no such VM, no agent answers in it, or it could not do all of it.
     pub(super) async fn reidentify(&self, name: &str) -> Result<ReadyAnswer, ApiError> {
-        self.expect_running(name).await?;
         self.reidentify_among(name, 1).await
     }
 

@@ -231,6 +231,7 @@ async fn fork_vm(
     responses((status = 200, description = "Done.", body = ReadyAnswer))
 )]
 async fn ready(State(supervisor): State<Supervisor>, UrlPath(name): UrlPath<String>) -> Answer<ReadyAnswer> {
+    supervisor.expect_running(&name).await?;
     Ok(Json(supervisor.reidentify(&name).await?))
 }
 

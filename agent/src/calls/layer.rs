@@ -2,7 +2,6 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::header::{CONTENT_TYPE, HeaderValue};
@@ -26,7 +25,7 @@ impl Agent {
     pub(crate) async fn begin_layer(&self) -> Reply {
         match on_a_thread(|| Files::list(Path::new("/"))).await {
             Ok(files) => {
-                *lock(&self.layer) = Some(Arc::new(files));
+                *lock(&self.layer) = Some(files);
                 // A change in the tick of the listing could keep its file's change time.
                 tokio::time::sleep(TICK).await;
                 no_content()

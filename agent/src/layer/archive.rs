@@ -13,7 +13,7 @@ use rustix::fs::{OFlags, lgetxattr, llistxattr};
 use tar::{Builder, EntryType, Header};
 use tokio::sync::mpsc;
 
-use super::files::{Change, LayerError, WHITEOUT, failed, place};
+use super::files::{Change, LayerError, WHITEOUT, failed, name, place};
 
 /// Attributes that are a part of an image.
 const XATTRS: [&[u8]; 2] = [b"user.", b"security.capability"];
@@ -21,6 +21,8 @@ const XATTRS: [&[u8]; 2] = [b"user.", b"security.capability"];
 const XATTR_KEY: &str = "SCHILY.xattr.";
 /// Most bytes of an attribute's value, as in Linux.
 const MAX_XATTR: usize = 64 << 10;
+/// Longest name, or target of a link, in a header. A longer one has a record of its own.
+const MAX_SHORT: usize = 100;
 const PIECE: usize = 256 << 10;
 
 /// Sends what is written to it, in pieces.
@@ -73,9 +75,6 @@ struct Archive<'a, W: Write> {
     /// The first path of each file with several names.
     links: HashMap<u64, Vec<u8>>,
 }
-
-/// Longest name, or target of a link, in a header. A longer one has a record of its own.
-const MAX_SHORT: usize = 100;
 
 fn header(found: &Metadata, kind: EntryType, size: u64) -> Header {
     let mut header = Header::new_gnu();
@@ -168,8 +167,8 @@ impl<W: Write> Archive<'_, W> {
 
     /// Adds a whiteout, which hides a file of a lower layer.
     fn hide(&mut self, path: &[u8]) -> io::Result<()> {
-        let at = path.iter().rposition(|byte| *byte == b'/').map_or(0, |at| at + 1);
-        let hidden = [&path[..at], WHITEOUT, &path[at..]].concat();
+        let name = name(path);
+        let hidden = [&path[..path.len() - name.len()], WHITEOUT, name].concat();
         let mut header = Header::new_gnu();
         header.set_entry_type(EntryType::Regular);
         header.set_mode(0o600);

@@ -102,6 +102,10 @@ fn parent(path: &[u8]) -> Option<&[u8]> {
     path.iter().rposition(|byte| *byte == b'/').map(|at| &path[..at])
 }
 
+pub(super) fn name(path: &[u8]) -> &[u8] {
+    path.rsplit(|byte| *byte == b'/').next().unwrap_or_default()
+}
+
 pub(super) fn place(root: &Path, path: &[u8]) -> PathBuf {
     root.join(std::ffi::OsStr::from_bytes(path))
 }
@@ -153,8 +157,7 @@ impl Files {
             if !found.is_kept() || baseline.0.get(path) == Some(found) {
                 continue;
             }
-            let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
-            if name.starts_with(WHITEOUT) {
+            if name(path).starts_with(WHITEOUT) {
                 return Err(LayerError::Whiteout(place(root, path)));
             }
             changes.push(Change::Present(path.clone()));
@@ -167,8 +170,7 @@ impl Files {
             if !before.is_kept() || !is_gone || is_below {
                 continue;
             }
-            let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
-            if name.len() + WHITEOUT.len() > MAX_NAME {
+            if name(path).len() + WHITEOUT.len() > MAX_NAME {
                 return Err(LayerError::LongName(place(root, path)));
             }
             changes.push(Change::Removed(path.clone()));

@@ -141,25 +141,16 @@ pub(super) async fn rehearse(client: &Client, vm: &str) -> Result<(), String> {
 /// entrypoint.
 pub(super) async fn settle(pid: u32) {
     let begun = Instant::now();
-    let Some(mut before) = ticks(pid) else { return };
+    let Some(mut before) = clade_supervisor::used_ticks(pid) else { return };
     while begun.elapsed() < MAX_SETTLE {
         tokio::time::sleep(SETTLE_INTERVAL).await;
         // A process that has ended is noticed by the next request.
-        let Some(now) = ticks(pid) else { return };
+        let Some(now) = clade_supervisor::used_ticks(pid) else { return };
         if now.saturating_sub(before) <= SETTLED_TICKS {
             return;
         }
         before = now;
     }
-}
-
-/// The processor time of a process, in hundredths of a second: the fields 14 and 15 of its `stat`.
-fn ticks(pid: u32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The program's name, before them, may hold any character.
-    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace().skip(11);
-    let mut number = || fields.next()?.parse::<u64>().ok();
-    Some(number()? + number()?)
 }
 
 /// Waits until the agent of the VM booted by `request` answers.
@@ -240,20 +231,6 @@ mod tests {
     use clade_vmm::vm::VmConfig;
 
     use super::*;
-
-    #[test]
-    fn the_ticks_of_a_process_are_those_that_it_has_used() {
-        let pid = std::process::id();
-        let before = ticks(pid).unwrap();
-        // Until the processor time of this process has grown by a tick.
-        let used = || rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-        let (begun, mut sum) = (used(), 0u64);
-        while used().tv_sec * 1000 + used().tv_nsec / 1_000_000 < begun.tv_sec * 1000 + begun.tv_nsec / 1_000_000 + 40 {
-            sum = std::hint::black_box(sum + 1);
-        }
-        assert!(ticks(pid).unwrap() > before, "{sum}");
-        assert_eq!(ticks(u32::MAX), None);
-    }
 
     #[test]
     fn a_checkpoint_is_called_by_what_was_booted_and_not_by_what_each_vm_has_of_its_own() {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Seek, Write};
+use std::os::unix::fs::MetadataExt;
 
 use clade_oci::{Image, ImageChanges, ImageLimits, ImageName, PullError, RunConfig};
 use serde_json::{Value, json};
@@ -144,6 +145,21 @@ fn a_bad_layer_is_refused_and_the_name_stays_with_the_older_image() {
     let error = rig.store().build(&base, changes(Some(&layer)), &name, limits, &()).unwrap_err();
     assert!(chain(&error).contains("bytes"), "{}", chain(&error));
     assert_eq!(rig.store().find("app").unwrap(), older);
+}
+
+#[test]
+fn zeros_of_a_layer_take_no_space() {
+    let rig = Rig::new();
+    let base = base(&rig);
+    let layer = Tar::default().file("sparse", &vec![0; 8 << 20]).end();
+    let built = build(&rig, &base, changes(Some(&layer)), "app").unwrap();
+    let blob = &built.blobs[3];
+    let found = std::fs::metadata(rig.store().root().join("blobs/sha256").join(blob.digest.hex())).unwrap();
+    assert_eq!((found.len(), blob.size), (layer.len() as u64, layer.len() as u64));
+    assert!(found.blocks() * 512 < 1 << 20, "{} blocks", found.blocks());
+    if let Some(content) = ask(&rig.store().disk(&built.digest), "stat /sparse") {
+        assert!(content.contains("Size: 8388608"), "{content}");
+    }
 }
 
 #[test]

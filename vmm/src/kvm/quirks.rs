@@ -119,9 +119,10 @@ const PVM_MAX_LEAF: u32 = 6;
 /// `noreplace-smp` and `rodata=off` only save time, of a boot of 54 s: 4 s of page-table walks that write-protect the
 /// kernel, and 4 s in which a kernel with one processor patches away its lock prefixes.
 ///
-/// `rcu_cpu_stall_suppress`: in a child of an older image the kernel reported a stall at its first tick, and spent 1.3 s
-/// on the report. The kernel forgives the pause (`KVM_KVMCLOCK_CTRL`) at its first look at the clock, but a grace period
-/// that begins between that look and the tick has the old tick count as its start. This KVM delivers the tick late.
+/// `rcu_cpu_stall_suppress`: in a child of an older image the kernel reported a stall at its first
+/// tick, and spent 1.3 s on the report. The kernel forgives the pause (`KVM_KVMCLOCK_CTRL`) at its
+/// first look at the clock, but a grace period that begins between that look and the tick has the
+/// old tick count as its start. This KVM delivers the tick late.
 const PVM_KERNEL_ARGS: &str = "clearcpuid=popcnt,movbe,rdrand,ssse3,sse4_2,pclmulqdq,aes \
      noreplace-smp rodata=off rcupdate.rcu_cpu_stall_suppress=1 \
      GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX512F,-AVX512VL,-AVX512BW,-AVX2,-AVX,-AVX_Fast_Unaligned_Load";

@@ -9,7 +9,6 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, anyhow};
-use clade_agent_client::ClientError;
 use clade_api::Client;
 use clade_oci::{Image, ImageChanges, ImageName, ImageStore, PullError, ReferenceError, SourceError, SparseWriter};
 use jiff::Timestamp;
@@ -104,16 +103,11 @@ fn layer_of(store: &ImageStore, args: &ImageBuildArgs, recipe: &Recipe) -> Resul
     let build = async {
         let guest = boot(&client, &request, recipe).await?;
         let agent = guest.patient_agent(LISTING);
-        agent.begin_layer().await.map_err(of_guest)?;
+        agent.begin_layer().await.map_err(Failure::run)?;
         carry_out(&guest, recipe).await?;
         receive(&guest, spool, args.vm.pull.max_image).await
     };
     until_signal(build, async |is_built| stop(&client, &request.name, is_built).await)
-}
-
-/// The guest's failure is the build's, and not a wrong argument.
-fn of_guest(error: ClientError) -> Failure {
-    Failure::run(error)
 }
 
 fn of_build(error: PullError) -> Failure {
@@ -126,9 +120,9 @@ fn of_build(error: PullError) -> Failure {
 
 /// Receives the layer, of at most `limit` bytes.
 async fn receive(guest: &BuildGuest, spool: File, limit: u64) -> Result<File, Failure> {
-    let mut archive = guest.patient_agent(LISTING).layer().await.map_err(of_guest)?;
+    let mut archive = guest.patient_agent(LISTING).layer().await.map_err(Failure::run)?;
     let mut writer = SparseWriter::new(&spool, 0);
-    while let Some(piece) = archive.next().await.map_err(of_guest)? {
+    while let Some(piece) = archive.next().await.map_err(Failure::run)? {
         if writer.position() + piece.len() as u64 > limit {
             return Err(Failure::Input(anyhow!("the changed files have more than the {limit} bytes of --max-image")));
         }
