@@ -100,9 +100,7 @@ impl Directory {
 
     /// Locks it against other processes, and against other descriptors of this process.
     pub(super) fn lock(&self, exclusive: bool) -> Result<(), FileError> {
-        use rustix::fs::{FlockOperation as Op, flock};
-        let how = if exclusive { Op::NonBlockingLockExclusive } else { Op::NonBlockingLockShared };
-        flock(&*self.file, how).map_err(self.failed("", "locked"))
+        self.file.lock(exclusive)
     }
 
     /// Makes an empty file `name` for its owner only. Replaces an existing file.

@@ -80,6 +80,15 @@ pub(crate) fn read_only_again(file: &File) -> std::io::Result<File> {
     File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
+/// Locks a file on an open file of its own, against all others. Nothing can be written through it: it goes to other
+/// processes. Nor does the kernel operate on it: it keeps an open file, with its lock, for a moment after it has
+/// completed a request for it, and after the last descriptor is closed.
+fn try_lock(file: &File, exclusive: bool) -> io::Result<File> {
+    let lock = read_only_again(file)?;
+    if exclusive { lock.try_lock() } else { lock.try_lock_shared() }?;
+    Ok(lock)
+}
+
 impl IoFile {
     /// Opens a file or a block device. Locks it against writers in other processes that lock too,
     /// and with `write` also against readers.
@@ -101,16 +110,13 @@ impl IoFile {
         if !kind.is_file() && !kind.is_block_device() {
             return Err(OpenError::Kind { path: path.to_owned() });
         }
-        // On an open file of its own, which cannot be written through: it goes to other processes.
-        let lock = read_only_again(&cached).map_err(failed("opened again"))?;
-        let locked = if write { lock.try_lock() } else { lock.try_lock_shared() };
-        match locked {
-            Ok(()) => {}
-            Err(std::fs::TryLockError::WouldBlock) => {
+        let lock = match try_lock(&cached, write) {
+            Ok(lock) => lock,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 return Err(OpenError::Locked { path: path.to_owned(), writing: write });
             }
-            Err(std::fs::TryLockError::Error(source)) => return Err(failed("locked")(source).into()),
-        }
+            Err(source) => return Err(failed("locked")(source).into()),
+        };
         let handles = Handles::new(cached, write, policy, path);
         let file = Self::new(path, Arc::new(handles), write, true, kind.is_block_device());
         let _ = file.lock.set(lock);
@@ -177,6 +183,16 @@ impl IoFile {
     #[must_use]
     pub fn direct(&self) -> Option<BorrowedFd<'_>> {
         self.handles.direct.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Locks it until it is dropped, against other processes and other files of this one.
+    ///
+    /// # Errors
+    /// When another has locked it, or it cannot be opened again (procfs is needed).
+    pub fn lock(&self, exclusive: bool) -> Result<(), FileError> {
+        let lock = try_lock(&self.handles.cached, exclusive).map_err(|error| self.failed("locked", error))?;
+        let _ = self.lock.set(lock);
+        Ok(())
     }
 
     /// Another, read-only descriptor of the open file that holds the lock. As long as it exists,
@@ -419,6 +435,26 @@ mod tests {
         let error = IoFile::open(&path, true, CachePolicy::Host).unwrap_err();
         assert!(matches!(error, OpenError::Locked { writing: true, .. }), "{error}");
         assert!(error.to_string().contains("disk"), "{error}");
+    }
+
+    #[test]
+    fn a_lock_ends_with_the_file_though_the_kernel_still_has_that_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        std::fs::write(&path, [7; 4096]).unwrap();
+        // A directory is synced by requests too.
+        for path in [&path, dir.path()] {
+            let open = || IoFile::read_only(File::open(path).unwrap(), path, CachePolicy::Host);
+            let file = open();
+            file.lock(true).unwrap();
+            let error = open().lock(false).unwrap_err();
+            assert_eq!(error.source.kind(), io::ErrorKind::WouldBlock);
+            // As a request that the kernel has completed, and not yet put away.
+            let request = file.as_fd().try_clone_to_owned().unwrap();
+            drop(file);
+            open().lock(true).unwrap();
+            drop(request);
+        }
     }
 
     #[test]
