@@ -102,6 +102,10 @@ ci:
 ci-full:
     .ci/run --full
 
+# The long checks alone
+ci-long:
+    .ci/run --long
+
 # A minute of each fuzz target, guided by coverage
 fuzz:
     fuzz/run.sh 60

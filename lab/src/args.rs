@@ -51,6 +51,9 @@ pub(crate) enum BenchName {
     Freeze,
     /// Pinning pages for DMA.
     Pin,
+    /// Processes made by fork with a VM each, the limit of clones. Started by other benches.
+    #[value(hide = true)]
+    Processes,
     /// Restoring a snapshot from disk, against reading all of it first.
     Restore,
     /// One VM from a snapshot, in this process. Started by `restore`.

@@ -3,6 +3,7 @@
 mod args;
 mod bench;
 mod check;
+mod limit;
 mod stress;
 
 use std::process::ExitCode;

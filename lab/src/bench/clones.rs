@@ -4,7 +4,8 @@
 //! and is paused. Each child reports that it runs before the answer comes, and is then paused: so a
 //! time runs from the request until the last child's first instruction.
 //!
-//! The baseline is as many VMs in one process, in the same run: this one, by the library.
+//! The baseline is as many VMs in one process, in the same run: this one, by the library. The limit is as many processes
+//! made by fork, each with a VM that writes one page: cold, and with the VM made before.
 
 use std::fs;
 use std::sync::Arc;
@@ -19,6 +20,7 @@ use hyper::Method;
 use crate::args::BenchArgs;
 use crate::bench::supervisor::{BenchSupervisor, boot_request};
 use crate::bench::{BenchRow, Sample, announced, announced_clone, fill, label};
+use crate::limit;
 use clade::{Failure, MEASURE, SPINNING};
 
 /// Runs of the larger figures.
@@ -31,6 +33,7 @@ const FEW: usize = 100;
 const COUNTS: [usize; 7] = [1, 3, 10, 30, FEW, 300, 1_000];
 
 const IDLE: &str = "clones that are idle";
+const PROCESSES: &str = "processes by fork";
 const ONE_PROCESS: &str = "VMs in one process";
 
 /// A supervisor and a parent. A drop ends both.
@@ -49,6 +52,8 @@ struct Times {
     cold: Sample,
     prepared: Sample,
     one_process: Sample,
+    limit_cold: Sample,
+    limit_prepared: Sample,
     private: Sample,
     kernel: Sample,
 }
@@ -59,7 +64,7 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, 
     let bench = Bench::new(context, mem, "idle")?;
     let mut rows = vec![bench.one(args.samples)?];
     let counts = COUNTS.into_iter().filter(|count| *count < most).chain([most]);
-    let all = counts.map(|count| Ok((count, bench.many(count)?))).collect::<Result<Vec<_>, Failure>>()?;
+    let all = counts.map(|count| Ok((count, bench.many(count, true)?))).collect::<Result<Vec<_>, Failure>>()?;
     rows.extend(all.iter().flat_map(|(count, times)| totals(*count, times)));
     let few = all.iter().find(|(count, _)| *count == FEW).map(|(_, times)| times);
     let Some((_, last)) = all.last() else { return Ok(rows) };
@@ -78,7 +83,7 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, 
     }
     if let Some(few) = few {
         // Each running clone takes a processor from those that are still being made.
-        let spinning = Bench::new(context, mem, SPINNING)?.many(FEW)?;
+        let spinning = Bench::new(context, mem, SPINNING)?.many(FEW, false)?;
         let name = format!("clones_{FEW}_total_spinning");
         rows.push(BenchRow::new(name, "ms", &spinning.cold).against(IDLE, &few.cold));
     }
@@ -93,13 +98,13 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, 
 }
 
 fn totals(count: usize, times: &Times) -> [BenchRow; 2] {
-    let total = |name: String, ours, most: f64| {
-        let row = BenchRow::new(name, "ms", ours).against(ONE_PROCESS, &times.one_process);
+    let total = |name: String, ours, limit, most: f64| {
+        let row = BenchRow::new(name, "ms", ours).limit(PROCESSES, limit).against(ONE_PROCESS, &times.one_process);
         if count == 1_000 { row.target(format!("<= {most}"), |row| row.p50() <= most) } else { row }
     };
     [
-        total(format!("clones_{count}_total"), &times.cold, 1_500.0),
-        total(format!("clones_{count}_total_prepared"), &times.prepared, 600.0),
+        total(format!("clones_{count}_total"), &times.cold, &times.limit_cold, 1_500.0),
+        total(format!("clones_{count}_total_prepared"), &times.prepared, &times.limit_prepared, 600.0),
     ]
 }
 
@@ -147,13 +152,20 @@ impl Bench {
             library.push_us(announced(&self.context, &image, begun)?);
         }
         self.context.drain();
+        let mut limit = Sample::default();
+        limit::measure_processes(1, samples, self.mem())?.iter().for_each(|times| limit.push_us(times.prepared));
         Ok(BenchRow::new("fork_api_first_instruction", "us", &ours)
+            .limit("a prepared process: map, run", &limit)
             .against("the library, in one process", &library)
             .target("p50 <= 1500", |row| row.p50() <= 1_500.0))
     }
 
+    fn mem(&self) -> u64 {
+        self.config.layout().bytes()
+    }
+
     /// Measures `count` clones of a checkpoint.
-    fn many(&self, count: usize) -> Result<Times, Failure> {
+    fn many(&self, count: usize, with_limit: bool) -> Result<Times, Failure> {
         let mut times = Times::default();
         let request = CheckpointRequest { name: Some("cp".to_owned()), ..CheckpointRequest::default() };
         let _: CheckpointInfo = self.supervisor.ask(Method::POST, "/v1/vms/parent/checkpoint", Some(&request))?;
@@ -182,6 +194,14 @@ impl Bench {
                 clones.push(clone);
             }
             times.one_process.push(begun.elapsed().as_secs_f64() * 1e3);
+            drop(clones);
+            if !with_limit {
+                continue;
+            }
+            for limit in limit::measure_processes(count, 1, self.mem())? {
+                times.limit_cold.push(limit.cold.as_secs_f64() * 1e3);
+                times.limit_prepared.push(limit.prepared.as_secs_f64() * 1e3);
+            }
         }
         let _: CheckpointInfo = self.supervisor.ask(Method::DELETE, "/v1/checkpoints/cp", None::<&()>)?;
         Ok(times)

@@ -5,6 +5,9 @@
 //! fork without copy-on-write. The second restores as other VMMs do: it creates the VM on the path,
 //! with a private mapping of a file in 4 KiB pages. Both are measured in the same run, on the same
 //! contents. A guest that has written only a part of its RAM has no baselines.
+//!
+//! The limit is a vCPU parked, its registers saved and the hot set copied; and then a mapping, the registers
+//! and the first exit of a VM that was prepared, or is made.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,6 +17,7 @@ use clade_memory::{Backing, Store};
 
 use crate::args::BenchArgs;
 use crate::bench::{BenchRow, MOST_FILLED, Sample, announced, announced_clone, label, low_pages, written};
+use crate::limit::{Limits, Spinning, Touch};
 use clade::Failure;
 use clade_harness::BareVcpu;
 use clade_vmm::vm::{ChildOptions, ChildStep, Context, ForkImage, ForkTimes, Vm, VmConfig};
@@ -24,6 +28,8 @@ const HOT_PAGES: u64 = 64;
 const READ_BYTES: u64 = 256 << 20;
 /// Delay between forks, so that the parent writes its hot set again.
 const PACE: Duration = Duration::from_millis(2);
+/// The limit of a pause.
+const PARK: &str = "park, save, copy the hot set";
 
 pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     // The baseline's VMs share nothing with ours but the host.
@@ -38,7 +44,9 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, 
         if mem < 2 * WORK_BASE {
             return Err(Failure::Input(anyhow::anyhow!("{mem} bytes are too few for this benchmark: at least 32M")));
         }
-        let size = OneSize { context, plain: &plain, config, mem, samples: args.samples, timeline: args.timeline };
+        let limits = Limits::new(mem).map_err(Failure::Run)?;
+        let samples = args.samples;
+        let size = OneSize { context, plain: &plain, limits, config, mem, samples, timeline: args.timeline };
         rows.extend(size.measure(&mut smallest)?);
     }
     Ok(rows)
@@ -47,6 +55,7 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, 
 struct OneSize<'a> {
     context: &'a Context,
     plain: &'a Context,
+    limits: Limits,
     config: Arc<VmConfig>,
     mem: u64,
     samples: usize,
@@ -61,7 +70,11 @@ struct Samples {
     first_instruction: Sample,
     plain_first_instruction: Sample,
     cold_first_instruction: Sample,
+    limit_pause: Sample,
+    limit_first_instruction: Sample,
+    limit_cold: Sample,
     read: Sample,
+    read_again: Sample,
     plain_read: Sample,
     timeline: StepSamples,
 }
@@ -106,6 +119,7 @@ impl OneSize<'_> {
             s.first_pause.push_us(parent.fork().map_err(Failure::run)?.1.times.pause);
         }
         let parent = self.parent()?;
+        let limit = self.limits.spinning().map_err(Failure::Run)?;
         let (image, _) = parent.fork().map_err(Failure::run)?;
         // A larger guest is sparse: a copy would fill the host with its zeros.
         let flat = if self.mem <= MOST_FILLED { Some(self.copy(&image, &mut s.full_copy)?) } else { None };
@@ -128,23 +142,38 @@ impl OneSize<'_> {
             let begun = Instant::now();
             let (image, _) = parent.fork().map_err(Failure::run)?;
             s.cold_first_instruction.push_us(announced(self.context, &image, begun)?);
+            self.measure_limits(&limit, &mut s).map_err(Failure::Run)?;
         }
         drop(parent);
+        drop(limit);
         for _ in 0..self.samples.clamp(1, 5) {
-            s.read.push_us(self.read(self.context, &image)?);
+            let (read, again) = self.read(self.context, &image)?;
+            s.read.push_us(read);
+            s.read_again.push_us(again);
             if let Some(flat) = &flat {
-                s.plain_read.push_us(self.read(self.plain, flat)?);
+                s.plain_read.push_us(self.read(self.plain, flat)?.0);
             }
         }
         self.context.drain();
         Ok(self.rows(&s, smallest))
     }
 
+    fn measure_limits(&self, parent: &Spinning, s: &mut Samples) -> anyhow::Result<()> {
+        let mut prepared = self.limits.prepare()?;
+        let pause = parent.pause(HOT_PAGES)?;
+        s.limit_pause.push_us(pause);
+        s.limit_first_instruction.push_us(pause + self.limits.first_instruction(&mut prepared)?);
+        s.limit_cold.push_us(parent.pause(HOT_PAGES)? + self.limits.cold(Touch::Write, 1)?);
+        Ok(())
+    }
+
     fn rows(&self, s: &Samples, smallest: &mut Option<(u64, f64)>) -> Vec<BenchRow> {
         let label = label(self.mem);
         let copy = "copy all RAM";
         let restore = "cold VM, 4 KiB private file";
-        let pause = BenchRow::new(format!("pause_{label}"), "us", &s.pause).against(copy, &s.full_copy);
+        let pause = BenchRow::new(format!("pause_{label}"), "us", &s.pause)
+            .limit(PARK, &s.limit_pause)
+            .against(copy, &s.full_copy);
         let (base_mem, base) = *smallest.get_or_insert((self.mem, pause.p50()));
         let pause = if base_mem == self.mem {
             pause.target("p50 <= 500, p99 <= 2000", |r| r.p50() <= 500.0 && r.p99() <= 2_000.0)
@@ -153,15 +182,20 @@ impl OneSize<'_> {
         };
         let mut rows = vec![
             pause,
-            BenchRow::new(format!("first_fork_pause_{label}"), "us", &s.first_pause).against(copy, &s.full_copy),
+            BenchRow::new(format!("first_fork_pause_{label}"), "us", &s.first_pause)
+                .limit(PARK, &s.limit_pause)
+                .against(copy, &s.full_copy),
             BenchRow::new(format!("first_instruction_{label}"), "us", &s.first_instruction)
+                .limit("park, map, run", &s.limit_first_instruction)
                 .against(restore, &s.plain_first_instruction)
                 .target("p50 <= 500", |r| r.p50() <= 500.0),
             BenchRow::new(format!("first_instruction_cold_{label}"), "us", &s.cold_first_instruction)
+                .limit("park, make a VM, run", &s.limit_cold)
                 .against(restore, &s.plain_first_instruction),
             BenchRow::new(format!("read_shared_{}_of_{label}", super::label(self.read_bytes())), "us", &s.read)
+                .limit("pages that it has mapped", &s.read_again)
                 .against(restore, &s.plain_read)
-                .target("ratio <= 0.05", |r| r.ratio() <= 0.05),
+                .target("ratio <= 0.05", |r| r.baseline_ratio() <= 0.05),
         ];
         if self.timeline {
             rows.extend(
@@ -198,16 +232,20 @@ impl OneSize<'_> {
         READ_BYTES.min(low_pages(self.mem) * PAGE_SIZE) & !(PAGE_SIZE - 1)
     }
 
-    /// Returns the time in which a fresh child reads a word of every page.
-    fn read(&self, context: &Context, image: &Arc<ForkImage>) -> Result<Duration, Failure> {
+    /// Returns the time in which a fresh child reads a word of every page, and the time in which it reads
+    /// them again.
+    fn read(&self, context: &Context, image: &Arc<ForkImage>) -> Result<(Duration, Duration), Failure> {
         let child = Vm::from_image(context, "reader", image, ChildOptions::default()).map_err(Failure::run)?;
         let vcpu = BareVcpu::new(&child, 0);
         vcpu.run(Command::Idle).map_err(Failure::run)?;
         // Read the end of the range, away from the blocks that the parent's hot set has split.
         let pages = self.read_bytes() / PAGE_SIZE;
         let start = WORK_BASE + (low_pages(self.mem) - pages) * PAGE_SIZE;
-        let begun = Instant::now();
-        vcpu.run(Command::Read { start, pages, passes: 1, words: 1 }).map_err(Failure::run)?;
-        Ok(begun.elapsed())
+        let read = || {
+            let begun = Instant::now();
+            vcpu.run(Command::Read { start, pages, passes: 1, words: 1 }).map_err(Failure::run)?;
+            Ok(begun.elapsed())
+        };
+        Ok((read()?, read()?))
     }
 }

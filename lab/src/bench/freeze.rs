@@ -4,7 +4,7 @@
 //! Ours leaves the copying to the background; the baseline copies before it returns. Both alternate
 //! on one memory, which a thread writes in place of a guest. A second row is the time until the
 //! background has copied everything. Until then, the parent's write to a page not yet copied waits
-//! for the copy, and so does a child's read.
+//! for the copy, and so does a child's read. The limit of the pause is one `mprotect` of as many pages.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,6 +14,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::args::BenchArgs;
 use crate::bench::{BenchRow, Sample};
+use crate::limit::Protected;
 use clade::Failure;
 
 /// Pages written between two freezes, after the suffix of the row's name.
@@ -49,13 +50,15 @@ pub(crate) fn run(store: &Store, args: &BenchArgs) -> Result<Vec<BenchRow>, Fail
 struct Samples {
     background: Sample,
     eager: Sample,
+    limit: Sample,
     complete: Sample,
 }
 
 impl Samples {
     fn rows(&self, name: &str, pages: u64) -> Vec<BenchRow> {
-        let pause =
-            BenchRow::new(format!("pause_dirty_{name}"), "us", &self.background).against("copied at once", &self.eager);
+        let pause = BenchRow::new(format!("pause_dirty_{name}"), "us", &self.background)
+            .limit("mprotect", &self.limit)
+            .against("copied at once", &self.eager);
         // The design limits the pause at 64 MiB.
         let pause =
             if pages * PAGE_SIZE == 64 << 20 { pause.target("p99 <= 5000", |r| r.p99() <= 5_000.0) } else { pause };
@@ -87,7 +90,11 @@ fn dirty(ram: &GuestRam, first: u64, pages: u64, word: u64) -> Result<(), Failur
 fn measure(store: &Store, mem: u64, pages: u64, samples: usize) -> Result<Samples, Failure> {
     let ram = parent(store, mem)?;
     let mut s = Samples::default();
+    let protected = if pages > 0 { Some(Protected::new(pages).map_err(Failure::Run)?) } else { None };
     for round in 0..samples as u64 {
+        if let Some(protected) = &protected {
+            s.limit.push_us(protected.measure().map_err(Failure::Run)?);
+        }
         store.prefill(SPARES).map_err(Failure::run)?;
         dirty(&ram, FIRST, pages, 2 * round)?;
         let begun = Instant::now();

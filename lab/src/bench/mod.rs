@@ -23,6 +23,7 @@ use clade_memory::{GAP_START, GuestRam};
 use serde::Serialize;
 
 use crate::args::{BenchArgs, BenchName};
+use crate::limit;
 use clade::{Failure, Table, print_json};
 use clade_harness::{BareMailbox, BareVcpu, MOST_FILLED, Sample, Spread, boot_bare, fill};
 use clade_vmm::kvm::Quirks;
@@ -33,15 +34,20 @@ use clade_vmm::vm::{ChildOptions, Context, ForkImage, Vm, VmConfig};
 const INTERPRETED: &str = "kvm-pvm interprets guest kernels: every system call and page fault of a guest costs \
     many times what it costs with hardware virtualization, so these figures are unflattering";
 
-/// A measured figure beside its baseline.
+/// A measured figure beside its limit and its baseline.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct BenchRow {
     name: String,
     unit: &'static str,
     ours: Spread,
+    /// What is left when everything is left out that can be: kernel calls that cannot be avoided, or a guest that is
+    /// not disturbed.
+    limit: Option<Baseline>,
+    /// ours / limit, by p50.
+    ratio: Option<f64>,
     baseline: Option<Baseline>,
     /// ours / baseline, by p50.
-    ratio: Option<f64>,
+    baseline_ratio: Option<f64>,
     target: Option<String>,
     met: Option<bool>,
 }
@@ -55,7 +61,32 @@ pub(crate) struct Baseline {
 
 impl BenchRow {
     pub(crate) fn new(name: impl Into<String>, unit: &'static str, ours: &Sample) -> Self {
-        Self { name: name.into(), unit, ours: ours.spread(), baseline: None, ratio: None, target: None, met: None }
+        Self {
+            name: name.into(),
+            unit,
+            ours: ours.spread(),
+            limit: None,
+            ratio: None,
+            baseline: None,
+            baseline_ratio: None,
+            target: None,
+            met: None,
+        }
+    }
+
+    /// Adds the limit, if there is a sample of it.
+    pub(crate) fn limit(mut self, name: &'static str, limit: &Sample) -> Self {
+        if !limit.is_empty() {
+            let spread = limit.spread();
+            self.ratio = Some(self.ours.p50 / spread.p50);
+            self.limit = Some(Baseline { name, spread });
+        }
+        self
+    }
+
+    /// Adds a baseline that is the limit too: it does nothing that could be left out.
+    pub(crate) fn against_limit(self, name: &'static str, both: &Sample) -> Self {
+        self.limit(name, both).against(name, both)
     }
 
     /// Adds a baseline, if there is a sample of it.
@@ -64,7 +95,7 @@ impl BenchRow {
             return self;
         }
         let spread = baseline.spread();
-        self.ratio = Some(self.ours.p50 / spread.p50);
+        self.baseline_ratio = Some(self.ours.p50 / spread.p50);
         self.baseline = Some(Baseline { name, spread });
         self
     }
@@ -83,8 +114,9 @@ impl BenchRow {
         self.ours.p99
     }
 
-    pub(crate) fn ratio(&self) -> f64 {
-        self.ratio.unwrap_or(f64::NAN)
+    /// ours / baseline.
+    pub(crate) fn baseline_ratio(&self) -> f64 {
+        self.baseline_ratio.unwrap_or(f64::NAN)
     }
 
     /// Returns the same figure under another name.
@@ -138,6 +170,9 @@ pub(crate) fn main(args: &BenchArgs) -> Result<(), Failure> {
     if args.samples == 0 {
         return Err(Failure::Input(anyhow::anyhow!("0 samples measure nothing")));
     }
+    if args.name == BenchName::Processes {
+        return limit::processes_main(args);
+    }
     let context = Context::open().map_err(Failure::input)?.with_report_port();
     let rows = match args.name {
         BenchName::Ahead => ahead::run(&context, args)?,
@@ -150,6 +185,7 @@ pub(crate) fn main(args: &BenchArgs) -> Result<(), Failure> {
         BenchName::Reset => reset::run(&context, args)?,
         BenchName::Rollback => rollback::run(args)?,
         BenchName::Pin => pin::run(context.store(), args)?,
+        BenchName::Processes => return limit::processes_main(args),
         BenchName::Restore => restore::restore(&context, args)?,
         BenchName::Restored => return restore::restored(&context, args),
         BenchName::Suspend => suspend::run(&context, args)?,
@@ -206,7 +242,9 @@ fn print(report: &BenchReport) -> Result<(), Failure> {
     if let Some(note) = report.note {
         println!("{note}");
     }
-    let mut table = Table::new(["", "unit", "p50", "p99", "baseline", "p50", "p99", "ratio", "target", "met"]);
+    let mut table = Table::new([
+        "", "unit", "p50", "p99", "limit", "p50", "ratio", "baseline", "p50", "p99", "ratio", "target", "met",
+    ]);
     let number = |x: f64| if x < 10.0 { format!("{x:.2}") } else { format!("{x:.0}") };
     let or_dash = |x: Option<String>| x.unwrap_or_else(|| "-".into());
     for row in &report.rows {
@@ -215,10 +253,13 @@ fn print(report: &BenchReport) -> Result<(), Failure> {
             row.unit.into(),
             number(row.ours.p50),
             number(row.ours.p99),
+            or_dash(row.limit.as_ref().map(|l| l.name.into())),
+            or_dash(row.limit.as_ref().map(|l| number(l.spread.p50))),
+            or_dash(row.ratio.map(|r| format!("{r:.2}"))),
             or_dash(row.baseline.as_ref().map(|b| b.name.into())),
             or_dash(row.baseline.as_ref().map(|b| number(b.spread.p50))),
             or_dash(row.baseline.as_ref().map(|b| number(b.spread.p99))),
-            or_dash(row.ratio.map(|r| format!("{r:.4}"))),
+            or_dash(row.baseline_ratio.map(|r| format!("{r:.4}"))),
             or_dash(row.target.clone()),
             or_dash(row.met.map(|met| if met { "yes" } else { "NO" }.into())),
         ]);

@@ -5,6 +5,8 @@
 //! image it is about to take a command to announce itself, so its first instructions are a report.
 //! The baselines stop the VM and start another from the same image, in a prepared VM or not. They
 //! alternate with ours. Another row is the worst case: pages as far apart as memory allows.
+//!
+//! The limit is a vCPU parked, its pages discarded by one call or copied back, and its registers set.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,6 +16,7 @@ use clade_memory::GAP_START;
 
 use crate::args::BenchArgs;
 use crate::bench::{BenchRow, Sample, written};
+use crate::limit::{EitherWay, Limits, Pages, Spinning};
 use clade::Failure;
 use clade_harness::{BareMailbox, BareVcpu};
 use clade_vmm::vm::{ChildOptions, Context, ForkImage, ResetReport, Vm, VmConfig};
@@ -25,6 +28,7 @@ const TARGET: (u64, f64) = (100, 300.0);
 /// Largest distance between two scattered pages, in pages: eight written pages per block, none
 /// adjacent.
 const MAX_STEP: u64 = 64;
+const LIMIT: &str = "park, discard or copy, run";
 /// A guest that makes no progress for this long is a failure, not a figure.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -41,7 +45,8 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, 
         config.check_host_memory().map_err(Failure::input)?;
         let suffix = if args.mem.len() == 1 { String::new() } else { format!("_{}M", mem >> 20) };
         let image = image(context, &config)?;
-        let mut subject = Subject { context, image, vm: None };
+        let limit = Limits::new(mem).and_then(|limits| limits.spinning()).map_err(Failure::Run)?;
+        let mut subject = Subject { context, image, limit, vm: None };
         for pages in DIRTY {
             rows.extend(subject.measure(pages, args.samples)?.rows(&format!("{pages}{suffix}"), pages));
         }
@@ -54,6 +59,8 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, 
 struct Samples {
     reset: Sample,
     scattered: Sample,
+    limit: EitherWay,
+    limit_scattered: EitherWay,
     warm: Sample,
     cold: Sample,
     park: Sample,
@@ -64,13 +71,17 @@ struct Samples {
 impl Samples {
     fn rows(&self, name: &str, pages: u64) -> Vec<BenchRow> {
         let (warm, cold) = ("ended, started in a warm shell", "ended, started in none");
-        let reset = BenchRow::new(format!("reset_{name}"), "us", &self.reset).against(warm, &self.warm);
+        let reset = BenchRow::new(format!("reset_{name}"), "us", &self.reset)
+            .limit(LIMIT, self.limit.best())
+            .against(warm, &self.warm);
         let (target, limit) = TARGET;
         let reset = if pages == target { reset.target(format!("p50 <= {limit}"), |r| r.p50() <= limit) } else { reset };
         vec![
             reset,
             BenchRow::new(format!("reset_{name}_cold"), "us", &self.reset).against(cold, &self.cold),
-            BenchRow::new(format!("reset_{name}_scattered"), "us", &self.scattered).against(warm, &self.warm),
+            BenchRow::new(format!("reset_{name}_scattered"), "us", &self.scattered)
+                .limit(LIMIT, self.limit_scattered.best())
+                .against(warm, &self.warm),
             // Parts of the time. The rest of the total is the way back into the guest.
             BenchRow::new(format!("park_{name}"), "us", &self.park),
             BenchRow::new(format!("memory_{name}"), "us", &self.memory),
@@ -96,6 +107,7 @@ fn image(context: &Context, config: &Arc<VmConfig>) -> Result<Arc<ForkImage>, Fa
 struct Subject<'a> {
     context: &'a Context,
     image: Arc<ForkImage>,
+    limit: Spinning,
     vm: Option<Vm>,
 }
 
@@ -111,6 +123,9 @@ impl Subject<'_> {
             s.reset.push_us(time);
             s.note(&report);
             s.scattered.push_us(self.reset(pages, step)?.0);
+            for (step, into) in [(1, &mut s.limit), (step, &mut s.limit_scattered)] {
+                self.limit.reset(Pages { count: pages, step }, into).map_err(Failure::Run)?;
+            }
             self.dirty(pages, 1)?;
             self.context.prefill(self.image.config(), 1).map_err(Failure::run)?;
             s.warm.push_us(self.restart()?);

@@ -5,7 +5,8 @@
 //! checkpoints that differ in 1,000 pages. The host writes pages, and the VM is rolled back to the
 //! checkpoint that it has left (`same`), or to the other one. The baseline is another VM forked from the
 //! checkpoint, in a prepared process: what a user without rollbacks would do. Both alternate.
-//! `process` is the time in the VM's process.
+//! `process` is the time in the VM's process. The limit is a vCPU parked, its pages discarded or copied back, and
+//! its registers set.
 
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,7 @@ use hyper::body::Bytes;
 use crate::args::BenchArgs;
 use crate::bench::supervisor::{BenchSupervisor, boot_request};
 use crate::bench::{BenchRow, Sample};
+use crate::limit::{EitherWay, Limits, Pages, Spinning};
 use clade::{Failure, MEASURE};
 
 /// Pages written before a rollback.
@@ -31,6 +33,7 @@ const TARGET: (u64, f64) = (1_000, 1_000.0);
 /// Most pages of one write of the host's: a request's body has a bound.
 const MOST_WRITTEN: u64 = 512;
 const VM: &str = "vm";
+const LIMIT: &str = "park, discard or copy, run";
 const ANOTHER: &str = "forked from it, prepared";
 
 #[derive(Default)]
@@ -40,6 +43,7 @@ struct Samples {
     other: Sample,
     other_process: Sample,
     another: Sample,
+    limit: EitherWay,
 }
 
 /// Runs `clade-lab bench rollback`.
@@ -51,6 +55,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     }
     let config = VmConfig::bare(mem, 1).map_err(Failure::input)?;
     config.check_host_memory().map_err(Failure::input)?;
+    let limit = Limits::new(mem).and_then(|limits| limits.spinning()).map_err(Failure::Run)?;
     let bench = Bench(BenchSupervisor::start(&["--pool", "0"], &[(MEASURE, "idle")])?);
     bench.0.ask::<clade_api::VmInfo>(Method::POST, "/v1/vms", Some(&boot_request(VM, &config)))?;
     bench.checkpoint("one")?;
@@ -58,7 +63,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     bench.checkpoint("two")?;
     let mut rows = Vec::new();
     for pages in DIRTY {
-        rows.extend(rows_of(pages, &bench.measure(pages, args.samples)?));
+        rows.extend(rows_of(pages, &bench.measure(pages, args.samples, &limit)?));
     }
     Ok(rows)
 }
@@ -68,11 +73,12 @@ fn rows_of(pages: u64, samples: &Samples) -> [BenchRow; 4] {
     let within = |row: BenchRow| {
         if pages == of { row.target(format!("p50 <= {limit}"), |row| row.p50() <= limit) } else { row }
     };
+    let row = |name: String, sample: &Sample| BenchRow::new(name, "us", sample).limit(LIMIT, samples.limit.best());
     [
-        within(BenchRow::new(format!("rollback_{pages}"), "us", &samples.same).against(ANOTHER, &samples.another)),
-        within(BenchRow::new(format!("rollback_{pages}_process"), "us", &samples.same_process)),
-        BenchRow::new(format!("rollback_{pages}_other"), "us", &samples.other).against(ANOTHER, &samples.another),
-        within(BenchRow::new(format!("rollback_{pages}_other_process"), "us", &samples.other_process)),
+        within(row(format!("rollback_{pages}"), &samples.same).against(ANOTHER, &samples.another)),
+        within(row(format!("rollback_{pages}_process"), &samples.same_process)),
+        row(format!("rollback_{pages}_other"), &samples.other).against(ANOTHER, &samples.another),
+        within(row(format!("rollback_{pages}_other_process"), &samples.other_process)),
     ]
 }
 
@@ -118,7 +124,7 @@ impl Bench {
         Ok(took)
     }
 
-    fn measure(&self, pages: u64, samples: usize) -> Result<Samples, Failure> {
+    fn measure(&self, pages: u64, samples: usize, limit: &Spinning) -> Result<Samples, Failure> {
         let mut all = Samples::default();
         for at in 0..samples as u64 {
             // The VM is at the first one each time.
@@ -132,6 +138,9 @@ impl Bench {
             all.other.push_us(took);
             all.other_process.push(in_process);
             all.another.push_us(self.another("one")?);
+            // A vCPU that has written nothing is parked and set back too.
+            let written = Pages { count: pages.max(1), step: 1 };
+            limit.reset(written, &mut all.limit).map_err(Failure::Run)?;
         }
         Ok(all)
     }
