@@ -143,13 +143,12 @@ pub(super) fn boot_request(name: &str, config: &VmConfig) -> BootRequest {
     }
 }
 
-/// Returns a runtime directory in memory, as a user's is, unless `TMPDIR` names another place. On a disk the syncs
-/// of the VMs' records are a multiple of everything else.
+/// Returns a runtime directory in memory, as a user's is, unless `TMPDIR` names another place.
 fn runtime_dir() -> std::io::Result<tempfile::TempDir> {
     if std::env::var_os("TMPDIR").is_some() {
         return tempfile::tempdir();
     }
-    tempfile::tempdir_in("/run").or_else(|_| tempfile::tempdir())
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir())
 }
 
 fn answers(dir: &Path) -> Result<(), Failure> {
