@@ -1,7 +1,7 @@
 //! The limits of the benches: figures of the unavoidable kernel calls alone.
 //!
 //! The guest is 15 bytes of code in ring 3. It writes or reads a word in some pages, reports through a
-//! port, and spins. Its VM has one memslot, one vCPU, and neither interrupt controllers nor devices. Its
+//! port, and spins. Its VM has one memslot (two from 3 GiB on), one vCPU, and neither interrupt controllers nor devices. Its
 //! RAM is a private mapping of a file. A vCPU's state is its general and its special registers.
 //!
 //! A limit is measured in the same run as the figure beside it. Other limits are baselines of their benches: a
@@ -11,7 +11,6 @@ mod processes;
 mod spinning;
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -123,16 +122,15 @@ impl Mapping {
         Self::of(at, bytes)
     }
 
-    /// Maps a file privately. At `at`, where nothing else is mapped, or where the kernel chooses.
-    fn private(file: &File, bytes: usize, at: Option<usize>) -> Result<Self> {
-        let fixed = if at.is_some() { MapFlags::FIXED_NOREPLACE } else { MapFlags::empty() };
+    /// Maps a file privately at `at`, where nothing else is mapped.
+    fn private(file: &File, bytes: usize, at: usize) -> Result<Self> {
         // SAFETY: the mapping replaces no other one.
         let at = unsafe {
             mmap(
-                std::ptr::with_exposed_provenance_mut(at.unwrap_or(0)),
+                std::ptr::with_exposed_provenance_mut(at),
                 bytes,
                 ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::PRIVATE | MapFlags::NORESERVE | fixed,
+                MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED_NOREPLACE,
                 file,
                 0,
             )
@@ -284,7 +282,7 @@ impl Limits {
     pub(crate) fn spinning(&self) -> Result<Spinning> {
         let mut vm = self.prepare()?;
         vm.map(&self.image)?;
-        Spinning::start(vm, self.image.as_fd().try_clone_to_owned()?)
+        Spinning::start(vm, self.image.try_clone()?)
     }
 }
 
@@ -325,7 +323,7 @@ pub(crate) struct LimitVm {
 impl LimitVm {
     /// Maps its RAM, once.
     fn map(&mut self, image: &File) -> Result<()> {
-        self.ram = Some(Mapping::private(image, self.bytes, Some(self.at))?);
+        self.ram = Some(Mapping::private(image, self.bytes, self.at)?);
         Ok(())
     }
 
@@ -392,9 +390,10 @@ impl Protected {
     }
 }
 
-/// Maps a whole image for reading.
-fn map_image(image: &OwnedFd, bytes: usize) -> Result<Mapping> {
-    Mapping::private(&File::from(image.try_clone()?), bytes, None)
+/// Whether KVM can be opened. Otherwise the test is skipped.
+#[cfg(test)]
+fn kvm() -> bool {
+    Kvm::new().map_err(|error| clade_test_support::skip("kvm", &format!("/dev/kvm: {error}"))).is_ok()
 }
 
 #[cfg(test)]
@@ -403,8 +402,8 @@ mod tests {
 
     #[test]
     fn a_guest_touches_its_pages_and_reports() {
-        if let Err(error) = kvm_ioctls::Kvm::new() {
-            return clade_test_support::skip("kvm", &format!("/dev/kvm: {error}"));
+        if !kvm() {
+            return;
         }
         let limits = Limits::new(LEAST).unwrap();
         let mut vm = limits.prepare().unwrap();

@@ -168,12 +168,13 @@ fn child(limits: &Limits, pipes: &Pipes, prepared: bool) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::kvm;
     use super::*;
 
     #[test]
     fn processes_with_a_vm_each_are_made_and_ended() {
-        if let Err(error) = kvm_ioctls::Kvm::new() {
-            return clade_test_support::skip("kvm", &format!("/dev/kvm: {error}"));
+        if !kvm() {
+            return;
         }
         let limits = Limits::new(64 << 20).unwrap();
         for prepared in [false, true] {

@@ -1,6 +1,7 @@
 //! A guest that spins on a thread of its own until a signal parks it. It rests between two measurements.
 
-use std::os::fd::OwnedFd;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::thread::{self, JoinHandle};
@@ -10,7 +11,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use clade_harness::Sample;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-use super::{LimitVm, Mapping, PAGE, Pages, Touch, map_image};
+use super::{LimitVm, PAGE, Pages, Touch};
 
 /// A signal that comes before the vCPU's thread is in the guest is lost, so it is sent again.
 const AGAIN: Duration = Duration::from_millis(5);
@@ -55,8 +56,7 @@ pub(crate) struct Spinning {
     orders: Option<Sender<Order>>,
     done: Receiver<Done>,
     thread: Option<JoinHandle<()>>,
-    image: OwnedFd,
-    bytes: usize,
+    image: File,
 }
 
 extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
@@ -67,10 +67,9 @@ fn signal() -> libc::c_int {
 }
 
 impl Spinning {
-    pub(super) fn start(mut vm: LimitVm, image: OwnedFd) -> Result<Self> {
+    pub(super) fn start(mut vm: LimitVm, image: File) -> Result<Self> {
         register_signal_handler(signal(), nothing)?;
         vm.load(Touch::Write, Pages::ONE)?;
-        let bytes = vm.bytes;
         let ((spin, spins), (orders, taken), (ends, done)) = (channel(), channel::<Order>(), channel());
         let spin_until_parked = move |vm: &mut LimitVm| -> Done {
             loop {
@@ -90,7 +89,7 @@ impl Spinning {
                 }
             }
         })?;
-        Ok(Self { spin: Some(spin), orders: Some(orders), done, thread: Some(thread), image, bytes })
+        Ok(Self { spin: Some(spin), orders: Some(orders), done, thread: Some(thread), image })
     }
 
     fn kick(&self) {
@@ -169,10 +168,9 @@ impl Spinning {
     }
 
     fn old_pages(&self, pages: Pages) -> Result<Vec<Box<[u8; PAGE]>>> {
-        let image: Mapping = map_image(&self.image, self.bytes)?;
         let page = |at| {
             let mut page = Box::new([0; PAGE]);
-            image.copy_page(at, page.as_mut_slice())?;
+            self.image.read_exact_at(page.as_mut_slice(), at)?;
             Ok(page)
         };
         pages.addresses().map(page).collect()
@@ -195,13 +193,13 @@ impl Drop for Spinning {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Limits;
+    use super::super::{Limits, kvm};
     use super::*;
 
     #[test]
     fn a_reset_gives_pages_their_old_contents() {
-        if let Err(error) = kvm_ioctls::Kvm::new() {
-            return clade_test_support::skip("kvm", &format!("/dev/kvm: {error}"));
+        if !kvm() {
+            return;
         }
         let guest = Limits::new(64 << 20).unwrap().spinning().unwrap();
         let words = |count, step| {
