@@ -7,11 +7,12 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use super::Inner;
 use super::cgroups::Cgroups;
 use super::host_link::release_links;
-use super::processes::OwnVm;
+use super::processes::{OwnVm, ProcessId};
+use super::unsettled::UnsettledEnd;
 use super::vm_record::{VmRecord, clear_up};
-use super::{Inner, Unsettled};
 use clade_api::flight::FlightEvent;
 use clade_api::{DaemonError, NameClaim, RuntimeDir, WorkerExit, record_end, recorded_reason, vm_names};
 use clade_vmm::vm::StopReason;
@@ -103,15 +104,16 @@ impl Inner {
         let exceeded = vm.group.as_ref().and_then(|group| group.exceeded());
         vm.group.iter().for_each(|group| group.remove());
         tracing::info!(name, pid = exit.pid, signal = exit.signal, code = exit.code, "a VM's process has ended");
-        // By now its name is free, or has another owner.
-        if !vm.has_name() {
+        // By now its name is free, or has another owner. Otherwise the request that stopped it has
+        // left the files.
+        if !vm.has_name() && !self.has_record(&name, exit.pid) {
             return self.say_ended(&name);
         }
         let flight = vm.flight();
         // By itself, by a signal that it handles, or because it did not stop as requested.
         let is_orderly = |code| matches!(code, 0..=2 | 129 | 130 | 143) || code == i32::from(UNMERGED);
         let in_order = exit.signal.is_none() && exit.code.is_some_and(is_orderly);
-        let mut was_orderly = in_order || vm.is_stopped;
+        let mut was_orderly = in_order || vm.is_stopped || !vm.has_name();
         if let Some(mib) = exceeded.filter(|_| !was_orderly) {
             tracing::warn!(name, mib, "a VM's process was killed: it took more memory than its limit");
             record_end(&self.dir, &name, exit, StopReason::OverLimit { mib }, flight.clone());
@@ -126,7 +128,7 @@ impl Inner {
         match NameClaim::new(&self.dir, &name) {
             Ok(claim) => self.clear_up(claim, exit, was_orderly, flight),
             Err(DaemonError::Taken { .. }) => {
-                self.unsettled().push(Unsettled { name: name.clone(), exit, was_orderly, flight });
+                self.unsettled.push(UnsettledEnd { name: name.clone(), exit, was_orderly, flight });
             }
             Err(error) => tracing::warn!(%error, name, "cannot remove the files of an ended VM"),
         }
@@ -146,23 +148,22 @@ impl Inner {
         used.chain(self.checkpoints.images()).collect()
     }
 
-    fn unsettled(&self) -> MutexGuard<'_, Vec<Unsettled>> {
-        self.unsettled.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Whether the record of the name is of the VM of this process. It is not if another VM has the name,
+    /// or the files of the VM are removed.
+    pub(super) fn has_record(&self, name: &str, pid: u32) -> bool {
+        let record = VmRecord::read(&self.dir, name).ok().flatten();
+        record.and_then(|its| its.process).is_some_and(|process| process.pid() == pid)
     }
 
-    /// Clears up after VMs whose names were taken when they ended.
+    /// Clears up after VMs whose names were taken when they ended. Those whose names still are wait on.
     fn settle(&self) {
-        let ended = std::mem::take(&mut *self.unsettled());
-        for Unsettled { name, exit, was_orderly, flight } in ended {
-            // Another VM has the name, or another process has cleared up.
-            let is_gone = !matches!(VmRecord::read(&self.dir, &name), Ok(Some(_)));
-            if is_gone || self.processes.of(&name).is_some() {
-                continue;
-            }
-            if let Ok(claim) = NameClaim::new(&self.dir, &name) {
-                self.clear_up(claim, exit, was_orderly, flight);
-            }
-        }
+        let is_its =
+            |end: &UnsettledEnd| self.has_record(&end.name, end.exit.pid) && self.processes.of(&end.name).is_none();
+        self.unsettled.settle(is_its, |name| NameClaim::new(&self.dir, name), |claim, end| self.settle_end(claim, end));
+    }
+
+    fn settle_end(&self, claim: NameClaim, end: UnsettledEnd) {
+        self.clear_up(claim, end.exit, end.was_orderly, end.flight);
     }
 
     /// Records the end of a VM, and removes its files.
@@ -234,7 +235,18 @@ impl Inner {
                 return found;
             }
         };
-        for (claim, pid) in dead {
+        for (claim, owner) in dead {
+            // It was taken a moment ago.
+            if let Some(end) = self.unsettled.take(&claim.name).filter(|end| self.has_record(&end.name, end.exit.pid)) {
+                self.settle_end(claim, end);
+                continue;
+            }
+            // The request that stopped it has left the files.
+            let recorded = VmRecord::read(&self.dir, &claim.name).ok().flatten().and_then(|its| its.process);
+            if let Some(pid) = recorded.map(ProcessId::pid).filter(|pid| self.processes.gave_back(*pid)) {
+                self.clear_up(claim, WorkerExit { pid, signal: None, code: None }, true, Vec::new());
+                continue;
+            }
             // Not under the lock: clearing up takes time.
             let (worker, flight) = match self.processes.of(&claim.name) {
                 Some((pid, vm)) => (Some(pid), vm.flight()),
@@ -248,13 +260,14 @@ impl Inner {
                 continue;
             }
             let times = suspects.get(&claim.name).copied().unwrap_or_default() + 1;
-            if worker.is_some() && times < MAX_SUSPECTED {
+            if let Some(pid) = worker.filter(|_| times < MAX_SUSPECTED) {
                 found.insert(claim.name.clone(), times);
-                claim.leave();
+                // A request that stops it looks for its pid.
+                claim.leave_as_found(pid);
                 continue;
             }
             // The pid in the lock is the owner's own claim.
-            let pid = worker.unwrap_or(pid);
+            let pid = worker.unwrap_or(owner);
             tracing::info!(name = claim.name, pid, "VM process exited without notification");
             let exit = WorkerExit { pid, signal: None, code: None };
             let session = VmRecord::read(&self.dir, &claim.name).ok().flatten().and_then(|vm_record| vm_record.session);
@@ -266,7 +279,7 @@ impl Inner {
             worker.map(|pid| self.processes.remove(pid));
         }
         // VMs that ended properly under a killed zygote.
-        self.processes.forget_ended(|name| found.contains_key(name));
+        self.processes.forget_ended(|name| found.contains_key(name), MAX_SUSPECTED);
         self.cgroups.iter().for_each(Cgroups::tidy);
         let used = OnceCell::new();
         self.processes.kill_overdue(|image| used.get_or_init(|| self.used_images()).contains(image));

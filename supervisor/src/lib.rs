@@ -79,6 +79,7 @@ mod snapshots;
 mod start;
 mod stop;
 mod suspend;
+mod unsettled;
 mod vm_record;
 mod worker_resources;
 
@@ -101,7 +102,6 @@ use broker::Broker;
 pub use cgroups::CgroupPlace;
 use cgroups::Cgroups;
 use checkpoints::Checkpoints;
-use clade_api::flight::FlightEvent;
 use clade_api::http::{ApiError, Cancel};
 use clade_api::{
     CancelReason, DaemonError, MAX_CHILDREN, MergingVm, NameClaim, ProblemKind, RuntimeDir, StopAnswer,
@@ -129,6 +129,7 @@ use server::InProcessRequests;
 use snapshots::Snapshots;
 pub use start::SupervisorOptions;
 pub use stop::{agent_socket, stop};
+use unsettled::UnsettledEnds;
 use vm_record::VmRecord;
 pub use vm_record::{in_session, is_in_session, vms_in};
 use worker_resources::SandboxProfile;
@@ -155,15 +156,6 @@ struct Killed {
 /// The refusal of a request whose VM's process does not answer.
 fn silent(name: &str, text: &str) -> DaemonError {
     DaemonError::Refused { kind: ProblemKind::VmSilent, text: format!("the process of {name:?} does not answer{text}") }
-}
-
-/// A VM that has ended while its name was taken.
-#[derive(Debug)]
-struct Unsettled {
-    name: String,
-    exit: WorkerExit,
-    was_orderly: bool,
-    flight: Vec<FlightEvent>,
 }
 
 #[derive(Debug)]
@@ -205,7 +197,7 @@ struct Inner {
     /// Metrics clients at a time: each takes memory for all VMs' answers.
     scrapes: Semaphore,
     /// VMs that have ended while their names were taken.
-    unsettled: Mutex<Vec<Unsettled>>,
+    unsettled: UnsettledEnds,
     closing: AtomicBool,
     /// Shared by requests that make VMs, and taken alone at the end.
     busy: RwLock<()>,
@@ -303,6 +295,7 @@ impl Supervisor {
     /// started here.
     fn stopped(&self, pid: Option<u32>, left: Option<(NameClaim, WorkerExit)>) {
         let _ends = self.0.ends();
+        // Also of a process that only says that it has. Files that are still its own are removed at its end.
         pid.into_iter().for_each(|pid| self.0.processes.give_back(pid));
         if let Some((claim, exit)) = left {
             let pid = pid.unwrap_or(exit.pid);

@@ -77,6 +77,8 @@ pub(super) struct OwnVm {
     session: Option<String>,
     /// When it gave its name back.
     given_back: Option<Instant>,
+    /// Sweeps that have found the process ended, before the report of its end.
+    found_ended: u32,
     /// Whether a request has stopped it: its end is then expected.
     pub(super) is_stopped: bool,
     /// Its control group, removed with it.
@@ -97,6 +99,7 @@ impl OwnVm {
             images: given.map(|disk| disk.disk.path.clone()).collect(),
             session: None,
             given_back: None,
+            found_ended: 0,
             is_stopped: false,
             group: None,
             flight: None,
@@ -194,8 +197,15 @@ impl Processes {
         self.unmerged.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
     }
 
+    /// Adds processes of new VMs. Earlier VMs of their names have ended, though that may not be reported yet.
     pub(super) fn add(&self, vms: impl IntoIterator<Item = (u32, OwnVm)>) {
-        self.all().extend(vms);
+        let mut all = self.all();
+        for (pid, vm) in vms {
+            for earlier in all.values_mut().filter(|earlier| earlier.name == vm.name) {
+                earlier.given_back.get_or_insert_with(Instant::now);
+            }
+            all.insert(pid, vm);
+        }
     }
 
     pub(super) fn remove(&self, pid: u32) -> Option<OwnVm> {
@@ -223,6 +233,11 @@ impl Processes {
         if let Some(vm) = self.all().get_mut(&pid) {
             vm.is_stopped = true;
         }
+    }
+
+    /// Whether the process has given its name back, and its end is not reported yet.
+    pub(super) fn gave_back(&self, pid: u32) -> bool {
+        self.all().get(&pid).is_some_and(|vm| !vm.has_name())
     }
 
     /// Notes that the process has given its name back. The process may take some time to end.
@@ -253,10 +268,13 @@ impl Processes {
         self.all().is_empty()
     }
 
-    /// Forgets ended processes, except those of VMs that `is_awaited` accepts: their end is handled
-    /// later.
-    pub(super) fn forget_ended(&self, is_awaited: impl Fn(&str) -> bool) {
-        self.all().retain(|_, vm| vm.is_there() || (vm.has_name() && is_awaited(&vm.name)));
+    /// Forgets processes that `most` calls have found ended, except those of VMs that `is_awaited` accepts.
+    /// Until then the report of an end may be on its way: without the process, it is not understood.
+    pub(super) fn forget_ended(&self, is_awaited: impl Fn(&str) -> bool, most: u32) {
+        self.all().retain(|_, vm| {
+            vm.found_ended += u32::from(!vm.is_there());
+            vm.found_ended < most || (vm.has_name() && is_awaited(&vm.name))
+        });
     }
 
     /// Kills processes that run on for too long after they have given their names back. `is_used`
@@ -352,9 +370,28 @@ mod tests {
         processes.kill_overdue(|_| false);
         let ended = &processes.all()[&pid].process.clone();
         assert!(has_ended(ended, KILL_TIMEOUT));
-        processes.forget_ended(|_| true);
         assert!(!processes.is_there(pid) && processes.is_there(here.id().pid()));
-        assert_eq!(processes.all().len(), 1);
+        processes.forget_ended(|_| true, 2);
+        assert_eq!(processes.all().len(), 2, "the report of its end may be on its way");
+        processes.forget_ended(|_| true, 2);
+        assert_eq!(processes.all().keys().copied().collect::<Vec<_>>(), [here.id().pid()]);
+        // Another VM gets the name before the end of the first is reported.
+        let (again, pid) = (Sleeper::start(), here.id().pid());
+        let vm = OwnVm::new("here", again.id().open().unwrap(), &config(), true);
+        processes.add([(again.id().pid(), vm)]);
+        assert_eq!(processes.of("here").map(|(pid, _)| pid), Some(again.id().pid()));
+        assert!(processes.gave_back(pid) && !processes.gave_back(again.id().pid()));
+        drop(here);
+        let here = again;
+        (0..2).for_each(|_| processes.forget_ended(|_| true, 2));
+        assert!(processes.remove(pid).is_none());
+        // One that has its name waits as long as a sweep says so.
+        let pid = here.id().pid();
+        drop(here);
+        (0..5).for_each(|_| processes.forget_ended(|name| name == "here", 2));
+        assert!(processes.of("here").is_some());
+        processes.forget_ended(|_| false, 2);
+        assert!(processes.remove(pid).is_none());
     }
 
     #[test]

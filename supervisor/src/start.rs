@@ -27,6 +27,7 @@ use crate::processes::Processes;
 use crate::request_limiter::{ForwardLimiter, ImageRequestLimiter, NetworkChanges};
 use crate::server::InProcessRequests;
 use crate::snapshots::Snapshots;
+use crate::unsettled::UnsettledEnds;
 use crate::vm_record::VmRecord;
 use crate::worker_resources::SandboxProfile;
 use crate::{Inner, MAX_SCRAPES, Supervisor, ends, server};
@@ -134,7 +135,7 @@ impl Supervisor {
             network_changes: NetworkChanges::default(),
             closed: Mutex::default(),
             scrapes: Semaphore::new(MAX_SCRAPES),
-            unsettled: Mutex::default(),
+            unsettled: UnsettledEnds::default(),
             closing: AtomicBool::new(false),
             busy: RwLock::default(),
             last_request: Mutex::new(Instant::now()),

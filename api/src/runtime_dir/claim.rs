@@ -14,7 +14,7 @@ use rustix::net::SocketType;
 use rustix::net::sockopt::socket_peercred;
 
 use super::{
-    END, RuntimeDir, SUPERVISOR, SUPERVISOR_LOCK, VM, check_name, console_path, expect_short, supervisor_path,
+    END, RuntimeDir, SUPERVISOR, SUPERVISOR_LOCK, VM, check_name, console_path, expect_short, pid_in, supervisor_path,
     write_pid,
 };
 use crate::error::DaemonError;
@@ -118,7 +118,7 @@ impl NameClaim {
         if !dir.has(&format!("{name}.lock"), &lock) {
             return Err(DaemonError::Taken { name: name.to_owned() });
         }
-        write_pid(&lock);
+        write_pid(&lock, std::process::id());
         Ok(Self { dir: dir.clone(), name: name.to_owned(), lock: Some(lock), removes: false })
     }
 
@@ -167,7 +167,7 @@ impl NameClaim {
                 continue;
             }
             let pid = dir.read(&format!("{name}.lock")).ok().flatten();
-            let pid = pid.and_then(|text| String::from_utf8(text).ok()?.trim().parse().ok()).unwrap_or(0);
+            let pid = pid.and_then(|text| pid_in(&text)).unwrap_or(0);
             // Refused for live owners, and for invalid names.
             let Ok(claim) = Self::new(dir, name) else { continue };
             // An owner that has ended properly meanwhile removed it first.
@@ -201,12 +201,20 @@ impl NameClaim {
     pub fn owner(dir: &RuntimeDir, name: &str) -> Result<Option<u32>, DaemonError> {
         let failed = |source| DaemonError::Runtime { path: dir.path.join(name), source };
         let owner = dir.read(&format!("{name}.lock")).map_err(failed)?;
-        Ok(owner.and_then(|text| String::from_utf8(text).ok()?.trim().parse().ok()))
+        Ok(owner.and_then(|text| pid_in(&text)))
     }
 
     /// Leaves the name to the process that has the lock too.
     pub fn leave(mut self) {
         self.lock = None;
+    }
+
+    /// Leaves the name as its dead owner left it: with the owner's `pid` in the lock.
+    pub fn leave_as_found(mut self, pid: u32) {
+        if let Some(lock) = self.lock.take() {
+            // Before the lock is free: then the file may be another owner's.
+            write_pid(&lock, pid);
+        }
     }
 
     /// Binds the socket `NAME.ending`, for this user alone (mode 0600). We hold the lock, so an

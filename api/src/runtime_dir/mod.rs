@@ -266,7 +266,7 @@ impl RuntimeDir {
                 _ => {}
             }
         };
-        write_pid(&lock);
+        write_pid(&lock, std::process::id());
         Ok(Some(lock))
     }
 
@@ -301,8 +301,18 @@ pub(super) const END: &str = "end";
 const VM: &str = "vm";
 
 /// Writes the owner's pid, for a reader of the file. The lock holds even if it cannot be written.
-fn write_pid(lock: &File) {
-    let _ = lock.set_len(0).and_then(|()| lock.write_all_at(format!("{}\n", std::process::id()).as_bytes(), 0));
+///
+/// In one write of a fixed length: a reader finds the earlier pid or this one, on the first line. An earlier owner
+/// may have written more.
+fn write_pid(lock: &File, pid: u32) {
+    let text = format!("{pid:<10}\n");
+    let _ = lock.write_all_at(text.as_bytes(), 0).and_then(|()| lock.set_len(text.len() as u64));
+}
+
+/// Returns the pid in the text of a lock.
+fn pid_in(text: &[u8]) -> Option<u32> {
+    let line = text.split(|byte| *byte == b'\n').next()?;
+    str::from_utf8(line).ok()?.trim().parse().ok()
 }
 
 #[cfg(test)]

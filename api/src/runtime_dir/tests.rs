@@ -1,5 +1,6 @@
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
+use std::sync::atomic::Ordering;
 use std::thread;
 
 use super::claim::LOCK_INTERVAL;
@@ -105,6 +106,60 @@ fn what_the_dead_left_is_found_and_what_the_living_have_is_not() {
     left.retain(|file| file != "." && file != "..");
     assert_eq!(left, ["alive.lock", "alive.sock", "dead.ended", "early.lock"]);
     drop(early);
+}
+
+/// A request that stops a VM looks for the pid of the VM's process, while the supervisor looks at the name.
+#[test]
+fn a_name_that_is_left_as_found_is_still_its_dead_owners() {
+    let (path, dir) = temporary();
+    drop(UnixListener::bind(path.path().join("dead.sock")).unwrap());
+    fs::write(path.path().join("dead.lock"), "4000000123\n").unwrap();
+    for (claim, pid) in NameClaim::of_the_dead(&dir).unwrap() {
+        assert_eq!(NameClaim::owner(&dir, "dead").unwrap(), Some(std::process::id()));
+        claim.leave_as_found(pid);
+    }
+    assert_eq!(NameClaim::owner(&dir, "dead").unwrap(), Some(4_000_000_123));
+    let (claim, pid) = NameClaim::of_the_dead(&dir).unwrap().pop().unwrap();
+    assert_eq!((claim.name.as_str(), pid), ("dead", 4_000_000_123));
+}
+
+/// A VM's process can write its lock.
+#[test]
+fn an_owner_replaces_all_that_an_earlier_one_wrote_into_the_lock() {
+    let (path, dir) = temporary();
+    let mut text = b"12\n".to_vec();
+    text.resize(2 << 20, 0xff);
+    fs::write(path.path().join("a.lock"), text).unwrap();
+    let claim = NameClaim::new(&dir, "a").unwrap();
+    assert_eq!(NameClaim::owner(&dir, "a").unwrap(), Some(std::process::id()));
+    assert_eq!(fs::metadata(path.path().join("a.lock")).unwrap().len(), 11);
+    drop(claim);
+    assert_eq!(
+        ["12\n\u{ff}", "12 \nx", "x\n12", "", "-1\n"].map(|text| pid_in(text.as_bytes())),
+        [Some(12), Some(12), None, None, None]
+    );
+}
+
+#[test]
+fn the_pid_of_an_owner_is_never_half_written() {
+    let (_path, dir) = temporary();
+    drop(dir.lock("a.lock").unwrap().unwrap());
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                NameClaim::new(&dir, "a").unwrap().leave_as_found(7);
+            }
+        });
+        let mut seen = std::collections::BTreeSet::new();
+        for _ in 0..20_000 {
+            seen.insert(NameClaim::owner(&dir, "a").unwrap());
+        }
+        stop.store(true, Ordering::Relaxed);
+        seen.remove(&Some(7));
+        seen.remove(&Some(std::process::id()));
+        assert_eq!(seen, std::collections::BTreeSet::new());
+    });
 }
 
 #[test]
