@@ -469,17 +469,22 @@ ResetTake(v, i) ==
     /\ Count
     /\ UNCHANGED <<file, anon, img, dev, retired, merged, sweep, whose>>
 
-\* GuestRegion::put_back: what was written is dropped; where another layer is behind it, it is mapped anew.
+\* GuestRegion::put_back: what was written is dropped, or its bytes are restored in the VM's own copy; where another layer is behind it, it is
+\* mapped anew.
 ResetPut(v) ==
     /\ v \in Live /\ vm[v].op.k = "reset" /\ vm[v].op.pc = "put"
     /\ LET i == vm[v].op.i
            old == vm[v]
            anew == [p \in Pages |-> IF Off("a_reset_maps_anew_what_differs") /\ ~IsBorn(v, p) THEN old.under[p]
                                     ELSE <<"priv", img[i].map[p]>>]
-           r == NoBase([old EXCEPT !.under = anew, !.map = img[i].map, !.anon = None, !.want = img[i].want,
-                                   !.op.pc = "unlock"])
-       IN vm' = [vm EXCEPT ![v] = r] /\ file' = Unflag(file, old, r)
-    /\ UNCHANGED <<anon, img, dev, retired, merged, sweep, whose, ops>>
+           can == {p \in Pages : old.anon[p] # 0 /\ img[i].map[p] # 0 /\ old.under[p] = <<"priv", img[i].map[p]>>}
+       IN \E kept \in SUBSET can :
+          LET r == NoBase([old EXCEPT !.under = anew, !.map = img[i].map, !.want = img[i].want, !.op.pc = "unlock",
+                                      !.anon = [p \in Pages |-> IF p \in kept THEN @[p] ELSE 0]])
+          IN /\ vm' = [vm EXCEPT ![v] = r] /\ file' = Unflag(file, old, r)
+             /\ anon' = [n \in Anons |-> IF On("a_reset_restores_the_bytes_of_what_it_keeps") /\ \E p \in kept : old.anon[p] = n
+                           THEN InMap(img[i].map, CHOOSE p \in kept : old.anon[p] = n) ELSE anon[n]]
+    /\ UNCHANGED <<img, dev, retired, merged, sweep, whose, ops>>
 
 \* GuestRegion::evict: the bit goes; pinned, read and no-fork pages stay.
 EvictTake(v, p) ==

@@ -162,9 +162,9 @@ impl Subject<'_> {
         let begun = Instant::now();
         let report = vm.reset_to_origin().map_err(Failure::run)?;
         let at = BareVcpu::new(vm, 0).await_event(Event::Announce).map_err(Failure::run)?;
-        if report.memory.dropped < pages {
-            let dropped = report.memory.dropped;
-            return Err(Failure::Run(anyhow::anyhow!("{dropped} pages were dropped of {pages} that were written")));
+        let back = report.memory.dropped + report.memory.restored;
+        if back < pages {
+            return Err(Failure::Run(anyhow::anyhow!("{back} pages were reset of {pages} that were written")));
         }
         Ok((at - begun, report))
     }

@@ -9,18 +9,20 @@ pub(crate) mod registry;
 
 use std::fmt;
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use rustix::io::{ReadWriteFlags, preadv2};
 
 use crate::backing::Backing;
 use crate::layer::fill::LayerFill;
 use crate::layer::interval::{IntervalMap, Piece};
 use crate::lost::FillError;
 use crate::testing::failpoint::{Call, failpoint};
-use crate::units::PageRange;
+use crate::units::{PAGE_SIZE, PageRange};
 
 /// Identity of a layer within the process.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -218,6 +220,22 @@ impl Layer {
         let mut bytes = vec![0; range.bytes()];
         self.file.read_exact_at(&mut bytes, range.offset())?;
         Ok(bytes)
+    }
+
+    /// Reads one page, which must be filled, into `bytes`, if that needs no wait for a disk.
+    pub(crate) fn read_cached(&self, page: u64, bytes: &mut [u8; PAGE_SIZE as usize]) -> io::Result<()> {
+        failpoint(Call::Copy)?;
+        let offset = PageRange::with_len(page, 1).offset();
+        match self.storage {
+            LayerStorage::Memory(_) | LayerStorage::Foreign => self.file.read_exact_at(bytes, offset)?,
+            LayerStorage::Disk | LayerStorage::File => {
+                let mut buffer = [IoSliceMut::new(bytes)];
+                if preadv2(&self.file, &mut buffer, offset, ReadWriteFlags::NOWAIT)? < PAGE_SIZE as usize {
+                    return Err(io::ErrorKind::WouldBlock.into());
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Number of pages of the file's address space (holes included).

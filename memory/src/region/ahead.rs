@@ -6,9 +6,6 @@
 
 use crate::ahead::{AheadUse, PageSet};
 use crate::error::RamError;
-use crate::layer::LayerOffset;
-use crate::layer::interval::Piece;
-use crate::region::mappings::Mapping;
 use crate::region::{GuestRegion, State};
 use crate::units::{PAGE_SIZE, PageRange, join_runs, pages_in, push_run, subtract_runs};
 
@@ -69,7 +66,7 @@ impl GuestRegion {
         left: &mut u64,
         copied: &mut Vec<PageRange>,
     ) -> std::io::Result<()> {
-        for (piece, _) in provided(state, run) {
+        for (piece, _) in state.provided(state.space.map(), run) {
             let own = self.store.pagemap().owned_runs(&self.at, piece)?;
             for part in subtract_runs(&[piece], &own) {
                 let part = PageRange::with_len(part.start, part.len().min(*left));
@@ -95,7 +92,10 @@ impl GuestRegion {
         let unused = self.unused(&state, &ahead)?;
         let (copied, waste) = (pages_in(&state.ahead), pages_in(&unused));
         let came = AheadUse { copied, hits: pages_in(&ahead) - waste, waste };
-        Ok((subtract_runs(&owned, &unused), came))
+        let written = subtract_runs(&owned, &unused);
+        // A reset has restored some, and the VM need not have written them since.
+        let kept = self.unused(&state, &within(&written, &state.counted))?;
+        Ok((subtract_runs(&written, &kept), came))
     }
 
     /// The pages of `own`, which are private copies, whose bytes equal the layer's below. There are
@@ -103,7 +103,7 @@ impl GuestRegion {
     fn unused(&self, state: &State, own: &[PageRange]) -> Result<Vec<PageRange>, RamError> {
         let mut unused = Vec::new();
         let failed = |source| RamError::Copy { pages: pages_in(own), source };
-        for (piece, source) in own.iter().flat_map(|run| provided(state, *run)) {
+        for (piece, source) in own.iter().flat_map(|run| state.provided(state.space.map(), *run)) {
             let mut next = piece.start;
             while next < piece.end {
                 let part = PageRange::with_len(next, (piece.end - next).min(BATCH));
@@ -151,21 +151,6 @@ impl GuestRegion {
         own.iter().for_each(|run| self.reclaim(&state, &table, *run));
         unused.map(drop)
     }
-}
-
-/// The parts of `run` that complete layers provide.
-fn provided(state: &State, run: PageRange) -> Vec<(PageRange, LayerOffset)> {
-    let mut provided = Vec::new();
-    for (piece, mapping) in state.space.mappings().within(run) {
-        let Mapping::Private(mapped) = mapping else { continue };
-        if mapped.layer.pending().is_some() || mapped.layer.failure().is_some() {
-            continue;
-        }
-        // A sweep may punch pages that the map does not show.
-        let shown = state.space.map().within(piece).into_iter();
-        provided.extend(shown.filter(|(part, source)| source.is(&mapped.advance(part.start - piece.start))));
-    }
-    provided
 }
 
 /// Intersection of two lists of runs.

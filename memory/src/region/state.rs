@@ -3,11 +3,13 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
-use crate::layer::Layer;
+use crate::layer::interval::Piece;
 use crate::layer::registry::View;
+use crate::layer::{Layer, LayerMap, LayerOffset};
 use crate::region::GuestRegion;
 use crate::region::compact::Compaction;
 use crate::region::dont_fork::DontForkMap;
+use crate::region::mappings::Mapping;
 use crate::region::space::AddressSpace;
 use crate::sync::whole::MutexGuard;
 use crate::units::PageRange;
@@ -61,6 +63,21 @@ impl State {
             woken: false,
             wakes: 0,
         }
+    }
+
+    /// The parts of `run` that complete layers of `map` provide, where the region shows them.
+    pub(super) fn provided(&self, map: &LayerMap, run: PageRange) -> Vec<(PageRange, LayerOffset)> {
+        let mut provided = Vec::new();
+        for (piece, mapping) in self.space.mappings().within(run) {
+            let Mapping::Private(mapped) = mapping else { continue };
+            if mapped.layer.pending().is_some() || mapped.layer.failure().is_some() {
+                continue;
+            }
+            // A sweep may punch pages that the map does not show.
+            let shown = map.within(piece).into_iter();
+            provided.extend(shown.filter(|(part, source)| source.is(&mapped.advance(part.start - piece.start))));
+        }
+        provided
     }
 }
 

@@ -81,6 +81,16 @@ impl Reservation {
         })
     }
 
+    /// Writes `bytes` to `page`, which is this VM's own. It has no other writer, and no reader.
+    pub(crate) fn put_bytes(&self, page: u64, bytes: &[u8; PAGE_SIZE as usize]) {
+        assert!(page < self.pages, "page {page:#x} of a region of {:#x} pages", self.pages);
+        let to = self.addr(page);
+        // SAFETY: the page is within the reservation (checked), mapped and writable. Nothing else uses it; no
+        // reference is made.
+        unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+        trace!(Owned { at: self.at(), range: PageRange::with_len(page, 1) });
+    }
+
     /// Collapses the small pages behind each whole block of `range`, mapped shared over a file,
     /// into one of 2 MiB (Linux 6.1). Other mappings of the file still read the same bytes. Refused
     /// if a device uses one of the pages.
