@@ -115,11 +115,13 @@ impl From<Shutdown> for ShutdownInfo {
 /// Reports a reset or a rollback, and notes it in the VM's flight record.
 pub(crate) fn reset_answer(entry: &VmEntry, report: &ResetReport, what: &str) -> ResetAnswer {
     let us = |time: Duration| time.as_secs_f64() * 1e6;
-    let (dropped_pages, remapped_pages) = (report.memory.dropped, report.memory.remapped);
+    let memory = &report.memory;
+    let (dropped_pages, restored_pages, remapped_pages) = (memory.dropped, memory.restored, memory.remapped);
     let took = report.total.as_micros();
-    flight::note(&format!("{what} in {took} us: {dropped_pages} pages dropped, {remapped_pages} remapped"));
+    let pages = format!("{dropped_pages} pages dropped, {restored_pages} restored, {remapped_pages} remapped");
+    flight::note(&format!("{what} in {took} us: {pages}"));
     let (memory_us, total_us) = (us(report.drop), us(report.total));
-    ResetAnswer { vm: without_memory(entry), dropped_pages, remapped_pages, memory_us, total_us }
+    ResetAnswer { vm: without_memory(entry), dropped_pages, restored_pages, remapped_pages, memory_us, total_us }
 }
 
 /// Returns the identity of `vm`, or None if it has no network or socket device.

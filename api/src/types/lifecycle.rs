@@ -150,8 +150,11 @@ impl NetworkRequest {
 pub struct ResetAnswer {
     /// The VM after the reset. `memory` is null: counting pages takes longer than the reset.
     pub vm: VmInfo,
-    /// Pages written since the image, and dropped.
+    /// The VM's own pages that were dropped: another page is shown in their place.
     pub dropped_pages: u64,
+    /// The VM's own pages that were kept, with the image's bytes.
+    #[serde(default)]
+    pub restored_pages: u64,
     /// Pages mapped anew.
     pub remapped_pages: u64,
     /// The time to restore memory, in microseconds.

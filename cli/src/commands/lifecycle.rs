@@ -186,8 +186,12 @@ impl Done {
                 println!("{} is {}", answer.vm.name, state_name(answer.vm.state));
                 let done = if matches!(self, Self::Reset(_)) { "reset" } else { "rolled back" };
                 eprintln!(
-                    "{done} in {:.0} us (memory {:.0} us): {} pages dropped, {} mapped anew",
-                    answer.total_us, answer.memory_us, answer.dropped_pages, answer.remapped_pages,
+                    "{done} in {:.0} us (memory {:.0} us): {} pages dropped, {} restored, {} mapped anew",
+                    answer.total_us,
+                    answer.memory_us,
+                    answer.dropped_pages,
+                    answer.restored_pages,
+                    answer.remapped_pages,
                 );
             }
         }

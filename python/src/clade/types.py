@@ -1332,13 +1332,16 @@ class ResetAnswer(TypedDict):
     """The result of a reset."""
 
     dropped_pages: int
-    """Pages written since the image, and dropped."""
+    """The VM's own pages that were dropped: another page is shown in their place."""
 
     memory_us: float
     """The time to restore memory, in microseconds."""
 
     remapped_pages: int
     """Pages mapped anew."""
+
+    restored_pages: NotRequired[int]
+    """The VM's own pages that were kept, with the image's bytes."""
 
     total_us: float
     """From the request to the vCPUs until their release, in microseconds."""
