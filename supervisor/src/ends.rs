@@ -236,14 +236,15 @@ impl Inner {
             }
         };
         for (claim, owner) in dead {
+            let record = VmRecord::read(&self.dir, &claim.name).ok().flatten();
+            let recorded = record.as_ref().and_then(|its| its.process).map(ProcessId::pid);
             // It was taken a moment ago.
-            if let Some(end) = self.unsettled.take(&claim.name).filter(|end| self.has_record(&end.name, end.exit.pid)) {
+            if let Some(end) = self.unsettled.take(&claim.name).filter(|end| recorded == Some(end.exit.pid)) {
                 self.settle_end(claim, end);
                 continue;
             }
             // The request that stopped it has left the files.
-            let recorded = VmRecord::read(&self.dir, &claim.name).ok().flatten().and_then(|its| its.process);
-            if let Some(pid) = recorded.map(ProcessId::pid).filter(|pid| self.processes.gave_back(*pid)) {
+            if let Some(pid) = recorded.filter(|pid| self.processes.gave_back(*pid)) {
                 self.clear_up(claim, WorkerExit { pid, signal: None, code: None }, true, Vec::new());
                 continue;
             }
@@ -270,8 +271,7 @@ impl Inner {
             let pid = worker.unwrap_or(owner);
             tracing::info!(name = claim.name, pid, "VM process exited without notification");
             let exit = WorkerExit { pid, signal: None, code: None };
-            let session = VmRecord::read(&self.dir, &claim.name).ok().flatten().and_then(|vm_record| vm_record.session);
-            let is_over = session.is_some_and(|session| session.live().is_none());
+            let is_over = record.and_then(|its| its.session).is_some_and(|session| session.live().is_none());
             if is_over {
                 record_end(&self.dir, &claim.name, exit, StopReason::SessionEnded, flight.clone());
             }

@@ -1,6 +1,6 @@
+use std::collections::BTreeSet;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
-use std::sync::atomic::Ordering;
 use std::thread;
 
 use super::claim::LOCK_INTERVAL;
@@ -144,21 +144,19 @@ fn an_owner_replaces_all_that_an_earlier_one_wrote_into_the_lock() {
 fn the_pid_of_an_owner_is_never_half_written() {
     let (_path, dir) = temporary();
     drop(dir.lock("a.lock").unwrap().unwrap());
-    let stop = std::sync::atomic::AtomicBool::new(false);
     thread::scope(|scope| {
-        scope.spawn(|| {
-            while !stop.load(Ordering::Relaxed) {
+        let writer = scope.spawn(|| {
+            for _ in 0..20_000 {
                 NameClaim::new(&dir, "a").unwrap().leave_as_found(7);
             }
         });
-        let mut seen = std::collections::BTreeSet::new();
-        for _ in 0..20_000 {
+        let mut seen = BTreeSet::new();
+        while !writer.is_finished() {
             seen.insert(NameClaim::owner(&dir, "a").unwrap());
         }
-        stop.store(true, Ordering::Relaxed);
         seen.remove(&Some(7));
         seen.remove(&Some(std::process::id()));
-        assert_eq!(seen, std::collections::BTreeSet::new());
+        assert_eq!(seen, BTreeSet::new());
     });
 }
 

@@ -1,7 +1,7 @@
 //! Reset: back to an image, in place. The cost is in pages written since, not in memory size.
 //!
 //! A page that the VM has written since is dropped, and the private mapping shows the layer again. Where
-//! its own pages are few and far apart, the layer's bytes are copied back into them instead ([`restore`]).
+//! its own pages are few and far apart, they get the layer's bytes instead ([`restore`]).
 //! A range is mapped anew if the layer behind it is no longer the image's (the VM was frozen
 //! since), or if the VM's copy lies over an older layer (a freeze copied it and left it in place).
 

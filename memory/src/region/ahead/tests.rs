@@ -153,7 +153,13 @@ fn hits_and_waste_are_told_apart_and_only_hits_are_learned() {
     assert!(!vm.is_written_set_whole(), "what it wrote before is not in it");
     vm.reset(&image, &stopped(), Duration::ZERO).unwrap();
     assert!(vm.is_written_set_whole());
-    put(&vm, 3, 0);
+    // What a reset restores is learned only if the VM writes it again.
+    [3, 900].iter().for_each(|page| put(&vm, *page, 0));
+    vm.reset(&image, &stopped(), Duration::ZERO).unwrap();
+    assert_eq!(own(&vm), 2, "restored");
+    assert_eq!(vm.written_set(&stopped()).unwrap(), (set(&[], &[]), AheadUse::default()));
+    put(&vm, 900, 0);
+    assert_eq!(vm.written_set(&stopped()).unwrap().0, set(&[run(900, 901)], &[]));
     suspend(&vm);
     assert!(!vm.is_written_set_whole());
 }

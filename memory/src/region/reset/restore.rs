@@ -24,20 +24,18 @@ const MAX_RESTORED: u64 = 4;
 /// Splits `own`, ascending, into the runs to restore and those to drop. The latter are joined over gaps where that
 /// costs less than it saves. Only shared pages are added, whose loss is a fault.
 fn split(own: &[PageRange]) -> (Vec<PageRange>, Vec<PageRange>) {
-    let near: Vec<&[PageRange]> = own.chunk_by(|run, next| next.start - run.end <= MAX_GAP).collect();
-    let hull = |groups: &[&[PageRange]]| {
-        let (first, last) = (groups.first().and_then(|runs| runs.first()), groups.last().and_then(|runs| runs.last()));
-        first.zip(last).map(|(first, last)| PageRange::new(first.start, last.end))
-    };
-    let block = |runs: &[PageRange]| runs.first().map(|run| run.start / BLOCK_PAGES);
+    let near = own.chunk_by(|run, next| next.start - run.end <= MAX_GAP);
+    let hull = |runs: &[PageRange]| Some(PageRange::new(runs.first()?.start, runs.last()?.end));
+    let near: Vec<(PageRange, &[PageRange])> = near.filter_map(|runs| Some((hull(runs)?, runs))).collect();
     let (mut few, mut many) = (Vec::new(), Vec::new());
-    for crowd in near.chunk_by(|a, b| block(a) == block(b)) {
-        if crowd.len() > MAX_RUNS {
-            many.extend(hull(crowd));
-            continue;
-        }
-        for runs in crowd {
-            if pages_in(runs) > MAX_RESTORED { many.extend(hull(&[*runs])) } else { few.extend_from_slice(runs) }
+    for crowd in near.chunk_by(|(a, _), (b, _)| a.start / BLOCK_PAGES == b.start / BLOCK_PAGES) {
+        match crowd {
+            [(first, _), .., (last, _)] if crowd.len() > MAX_RUNS => many.push(PageRange::new(first.start, last.end)),
+            crowd => {
+                for (hull, runs) in crowd {
+                    if pages_in(runs) > MAX_RESTORED { many.push(*hull) } else { few.extend_from_slice(runs) }
+                }
+            }
         }
     }
     (few, many)
