@@ -102,9 +102,9 @@ ci:
 ci-full:
     .ci/run --full
 
-# The long checks alone
-ci-long:
-    .ci/run --long
+# The long checks alone, or the named ones: `just ci-long stress loom`
+ci-long *names:
+    .ci/run --long {{names}}
 
 # A minute of each fuzz target, guided by coverage
 fuzz:
