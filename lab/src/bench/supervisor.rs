@@ -24,7 +24,11 @@ const SESSION: &str = "bench";
 
 /// A supervisor in a directory of its own. A drop ends it and its VMs.
 pub(super) struct BenchSupervisor {
+    /// Of the calling thread, as a client of one request is: with a thread of its own, each request would be handed to it
+    /// and back.
     pub(super) runtime: Runtime,
+    /// Ends everything on a signal.
+    _signals: Runtime,
     pub(super) client: Client,
     process: Child,
     dir: tempfile::TempDir,
@@ -43,7 +47,8 @@ impl Drop for BenchSupervisor {
 impl BenchSupervisor {
     /// Starts `clade serve` with these arguments and variables.
     pub(super) fn start(args: &[&str], variables: &[(&str, &str)]) -> Result<Self, Failure> {
-        let runtime =
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::run)?;
+        let signals =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(Failure::run)?;
         let dir = runtime_dir().map_err(Failure::run)?;
         let mut process = Command::new("/proc/self/exe")
@@ -63,13 +68,13 @@ impl BenchSupervisor {
             let _ = waitpid(Some(pid), WaitOptions::empty());
             let _ = std::fs::remove_dir_all(path);
         };
-        let listening = exit_on_signal(runtime.handle(), clean_up).map_err(Failure::run);
+        let listening = exit_on_signal(signals.handle(), clean_up).map_err(Failure::run);
         if let Err(error) = listening.and_then(|()| answers(dir.path())) {
             let _ = process.kill();
             let _ = process.wait();
             return Err(error);
         }
-        Ok(Self { runtime, client: Client::new(dir.path()), process, dir })
+        Ok(Self { runtime, _signals: signals, client: Client::new(dir.path()), process, dir })
     }
 
     /// Returns its runtime directory.

@@ -81,6 +81,12 @@ impl<V: Piece> IntervalMap<V> {
         (page < entry.end).then(|| entry.value.advance(page - entry.start))
     }
 
+    /// The entry that contains `page`.
+    pub(crate) fn entry(&self, page: u64) -> Option<(PageRange, &V)> {
+        let entry = self.entry_at(page).filter(|entry| page < entry.end)?;
+        Some((PageRange::new(entry.start, entry.end), &entry.value))
+    }
+
     /// Every entry, ascending.
     pub fn iter(&self) -> impl Iterator<Item = (PageRange, &V)> {
         let entries = self.chunks.iter().flat_map(|chunk| chunk.iter());

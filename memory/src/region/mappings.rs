@@ -82,6 +82,11 @@ impl Mappings {
         self.pieces.within(range)
     }
 
+    /// The piece that contains `page`.
+    pub(crate) fn piece(&self, page: u64) -> Option<(PageRange, &Mapping)> {
+        self.pieces.entry(page)
+    }
+
     /// Every piece, ascending.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (PageRange, &Mapping)> {
         self.pieces.iter()

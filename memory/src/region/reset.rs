@@ -6,6 +6,9 @@
 //! since), or if the VM's copy lies over an older layer (a freeze copied it and left it in place).
 
 mod restore;
+mod windows;
+
+pub(crate) use windows::LayerWindows;
 
 use std::sync::Arc;
 
@@ -201,6 +204,9 @@ impl GuestRegion {
     ) -> Result<RamResetReport, RamError> {
         let anew: Vec<PageRange> = todo.iter().map(|(range, _)| *range).collect();
         let (restored, dropped) = self.restore(state, map, &subtract_runs(owned, &anew));
+        if let Some(error) = self.lost() {
+            return Err(RamError::Lost(error));
+        }
         // The joined gaps contain no pinned page: a pinned page is the VM's own (I3, I9), and pins
         // were refused above.
         for run in &dropped {

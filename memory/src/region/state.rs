@@ -10,6 +10,7 @@ use crate::region::GuestRegion;
 use crate::region::compact::Compaction;
 use crate::region::dont_fork::DontForkMap;
 use crate::region::mappings::Mapping;
+use crate::region::reset::LayerWindows;
 use crate::region::space::AddressSpace;
 use crate::sync::whole::MutexGuard;
 use crate::units::PageRange;
@@ -45,6 +46,8 @@ pub(crate) struct State {
     pub(crate) woken: bool,
     /// Number of times that a working set was read ahead.
     pub(crate) wakes: u64,
+    /// Layers of the published view that resets read through a mapping.
+    pub(crate) windows: LayerWindows,
 }
 
 impl State {
@@ -62,7 +65,32 @@ impl State {
             moved: false,
             woken: false,
             wakes: 0,
+            windows: LayerWindows::default(),
         }
+    }
+
+    /// The parts of `runs`, ascending, that complete layers of `map` provide, where the region shows them.
+    pub(super) fn provided_of(&self, map: &LayerMap, runs: &[PageRange]) -> Vec<(PageRange, LayerOffset)> {
+        let mut provided = Vec::with_capacity(runs.len());
+        // Most images have few layers. So the last answer often holds for the next run.
+        let mut known: Option<(PageRange, LayerOffset)> = None;
+        for run in runs {
+            if !known.as_ref().is_some_and(|(range, _)| range.covers(*run)) {
+                known = self.provided_around(map, run.start);
+            }
+            match known.as_ref().filter(|(range, _)| range.covers(*run)) {
+                Some((range, source)) => provided.push((*run, source.advance(run.start - range.start))),
+                None => provided.extend(self.provided(map, *run)),
+            }
+        }
+        provided
+    }
+
+    /// All pages around `page` that one complete layer of `map` provides in order, where the region shows them.
+    fn provided_around(&self, map: &LayerMap, page: u64) -> Option<(PageRange, LayerOffset)> {
+        let (piece, _) = self.space.mappings().piece(page)?;
+        let (shown, _) = map.entry(page)?;
+        self.provided(map, piece.intersect(shown)).pop()
     }
 
     /// The parts of `run` that complete layers of `map` provide, where the region shows them.
@@ -125,13 +153,16 @@ impl Drop for LockedState<'_> {
         }
         self.state.space.publish();
         let replaced = self.state.space.take_replaced();
+        // A window keeps a file of an earlier view from being freed.
+        let windows =
+            if replaced.is_empty() { LayerWindows::default() } else { std::mem::take(&mut self.state.windows) };
         // After the new view is published and its layers are mapped, and before another pin may
         // begin: a device that reads the old view keeps it.
         let gone: Vec<View> = replaced.into_iter().flat_map(|view| self.region.srcu.retire(view)).collect();
         self.region.srcu.end_change();
-        if gone.iter().any(View::shows_layers) {
+        if gone.iter().any(View::shows_layers) || windows.len() > 0 {
             // These views may hold the last handles of large layers, and the VM may be paused.
-            self.region.store.dispose(gone);
+            self.region.store.dispose((gone, windows));
         }
     }
 }

@@ -6,6 +6,7 @@ mod pagemap;
 mod sigbus;
 mod tmpfs;
 mod uffd;
+mod window;
 
 pub(crate) use extents::allocated;
 pub(crate) use mapping::Reservation;
@@ -14,3 +15,4 @@ pub(crate) use sigbus::SigbusWatch;
 pub use tmpfs::HugeTmpfs;
 pub(crate) use tmpfs::small_file;
 pub(crate) use uffd::{Fault, RegisterMode, Uffd, UffdOpenError};
+pub(crate) use window::FileWindow;

@@ -13,7 +13,7 @@ use crate::testing::failpoint::{Call, failpoint};
 use crate::units::PAGE_SHIFT;
 
 /// `TMPFS_MAGIC`, as reported by `statfs`.
-const TMPFS: u64 = 0x0102_1994;
+pub(super) const TMPFS: u64 = 0x0102_1994;
 
 /// A tmpfs mounted `huge=always`, detached: it has no path, and is freed when its last file is
 /// closed. Its root may be passed to other processes, whose memory is then in the same mount.

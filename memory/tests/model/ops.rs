@@ -74,10 +74,11 @@ pub(crate) enum Op {
     Unpin {
         pin: usize,
     },
-    /// Resets to any image of this size.
+    /// Resets to any image of this size. Then writes, and resets to it again, for each of `again`.
     Reset {
         vm: usize,
         image: usize,
+        again: Vec<(At, u8)>,
     },
     Discard {
         vm: usize,
@@ -147,6 +148,11 @@ fn op() -> impl Strategy<Value = Op> {
         1 => Just(At { start: 0, len: 512 }),
         1 => Just(At { start: 0, len: u64::MAX }),
     ];
+    // From the second reset on, layers are read in another way.
+    let again = prop_oneof![
+        3 => Just(Vec::new()),
+        1 => proptest::collection::vec((bytes(), any::<u8>()), 1..4),
+    ];
     let access = prop_oneof![2 => Just(Access::Write), 1 => Just(Access::Read)];
     let term = prop_oneof![Just(PinLifetime::Transient), Just(PinLifetime::LongTerm)];
     let inherits = prop_oneof![
@@ -173,7 +179,7 @@ fn op() -> impl Strategy<Value = Op> {
         5 => (n(), any::<u8>()).prop_map(|(pin, byte)| Op::DmaWrite { pin, byte }),
         3 => n().prop_map(|pin| Op::DmaRead { pin }),
         4 => n().prop_map(|pin| Op::Unpin { pin }),
-        3 => (n(), n()).prop_map(|(vm, image)| Op::Reset { vm, image }),
+        3 => (n(), n(), again).prop_map(|(vm, image, again)| Op::Reset { vm, image, again }),
         2 => (n(), pages()).prop_map(|(vm, at)| Op::Discard { vm, at }),
         1 => (n(), pages(), 0..3u8).prop_map(|(vm, at, byte)| Op::ShowReference { vm, at, byte }),
         1 => (n(), pages(), prop_oneof![20 => Just(false), 1 => Just(true)])

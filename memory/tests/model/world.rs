@@ -11,7 +11,7 @@ use clade_memory::{
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::dma;
-use crate::ops::Op;
+use crate::ops::{At, Op};
 use crate::pages::{Inherits, Pages};
 use crate::reach::{Held, Pin, Reach};
 use crate::regions::{address, layout, parts};
@@ -108,24 +108,7 @@ impl<'s> World<'s> {
 
     fn carry_out(&mut self, op: Op) -> bool {
         match op {
-            Op::Write { vm, at, byte } => {
-                let vm = self.pick(vm);
-                let vm = &mut self.vms[vm];
-                let bytes = at.bytes(self.pages);
-                let range = PageRange::covering(bytes.start, bytes.end - bytes.start).unwrap();
-                for part in parts(&vm.ram, range) {
-                    let of = part.pages.offset()..part.pages.offset() + part.pages.bytes() as u64;
-                    let bytes = bytes.start.max(of.start)..bytes.end.min(of.end);
-                    let data = vec![byte; (bytes.end - bytes.start) as usize];
-                    let to = address(part.pages.start(), self.pages).0 + bytes.start - of.start;
-                    let wrote = vm.ram.memory().write_slice(&data, GuestAddress(to));
-                    assert_eq!(wrote.is_ok(), vm.model.is_there(part.pages), "R19: {wrote:?}");
-                    if wrote.is_ok() {
-                        vm.model.fill(bytes, byte);
-                    }
-                }
-                vm.look_at(range);
-            }
+            Op::Write { vm, at, byte } => self.write(vm, at, byte),
             Op::Read { vm, at } => {
                 let bytes = at.bytes(self.pages);
                 let range = PageRange::covering(bytes.start, bytes.end - bytes.start).unwrap();
@@ -202,11 +185,15 @@ impl<'s> World<'s> {
                 self.pins.swap_remove(pin % self.pins.len());
                 self.forget_the_dead();
             }
-            Op::Reset { vm, image } => {
+            Op::Reset { vm, image, again } => {
                 if self.images.is_empty() {
                     return false;
                 }
                 self.reset(vm, image);
+                for (at, byte) in again {
+                    self.write(vm, at, byte);
+                    self.reset(vm, image);
+                }
             }
             Op::Discard { vm, at } => {
                 let (vm, range) = (self.pick(vm), at.pages(self.pages));
@@ -359,6 +346,25 @@ impl<'s> World<'s> {
             (false, _) => Reach::Frames(dma::Device::attach(pin)),
         };
         self.pins.push(Pin { reach, range, access, vm: id, counted });
+    }
+
+    fn write(&mut self, vm: usize, at: At, byte: u8) {
+        let vm = self.pick(vm);
+        let vm = &mut self.vms[vm];
+        let bytes = at.bytes(self.pages);
+        let range = PageRange::covering(bytes.start, bytes.end - bytes.start).unwrap();
+        for part in parts(&vm.ram, range) {
+            let of = part.pages.offset()..part.pages.offset() + part.pages.bytes() as u64;
+            let bytes = bytes.start.max(of.start)..bytes.end.min(of.end);
+            let data = vec![byte; (bytes.end - bytes.start) as usize];
+            let to = address(part.pages.start(), self.pages).0 + bytes.start - of.start;
+            let wrote = vm.ram.memory().write_slice(&data, GuestAddress(to));
+            assert_eq!(wrote.is_ok(), vm.model.is_there(part.pages), "R19: {wrote:?}");
+            if wrote.is_ok() {
+                vm.model.fill(bytes, byte);
+            }
+        }
+        vm.look_at(range);
     }
 
     fn reset(&mut self, vm: usize, image: usize) {

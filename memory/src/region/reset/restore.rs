@@ -2,13 +2,19 @@
 //!
 //! A drop costs a system call for each run (4 us, with KVM's part in it), and a fault and the kernel's copy
 //! when the guest writes the page again. Where a run has few pages of the VM's own, their bytes are
-//! read from the layer and written over the copies (1 us a page), which stay the VM's own and mapped.
+//! read from the layer and written over the copies (half a microsecond a page), which stay the VM's own and mapped.
 //!
 //! Such a page costs memory, so only pages in use stay: a page that the VM has not written
 //! since the last reset has the layer's bytes already, and is dropped.
 
-use crate::layer::LayerMap;
+use std::collections::HashSet;
+use std::io;
+use std::sync::Arc;
+
+use crate::layer::{Layer, LayerMap};
+use crate::lost::FillError;
 use crate::region::{GuestRegion, State};
+use crate::sys::FileWindow;
 use crate::units::{BLOCK_PAGES, PAGE_SIZE, PageRange, pages_in, push_run, subtract_runs};
 
 /// Shared pages between two of the VM's own are dropped along, up to this number of pages. Showing them again
@@ -44,18 +50,34 @@ fn split(own: &[PageRange]) -> (Vec<PageRange>, Vec<PageRange>) {
 impl GuestRegion {
     /// Restores pages of `own`, ascending runs that show `map`. Returns them, ascending, and the
     /// runs to drop, which have all other pages of `own`. There are no writers.
-    pub(super) fn restore(&self, state: &State, map: &LayerMap, own: &[PageRange]) -> (Vec<PageRange>, Vec<PageRange>) {
+    pub(super) fn restore(
+        &self,
+        state: &mut State,
+        map: &LayerMap,
+        own: &[PageRange],
+    ) -> (Vec<PageRange>, Vec<PageRange>) {
         let (few, mut dropped) = split(own);
+        let pieces = state.provided_of(map, &few);
+        let mut noted = HashSet::new();
+        for (_, source) in &pieces {
+            if noted.insert(source.layer.id()) {
+                state.windows.note(&source.layer, self.store.budget(), &self.failure);
+            }
+        }
         let mut restored = Vec::new();
-        let mut bytes = [0; PAGE_SIZE as usize];
-        for (piece, source) in few.iter().flat_map(|run| state.provided(map, *run)) {
+        'pieces: for (piece, source) in &pieces {
+            let window = state.windows.get(source.layer.id());
             for page in piece.start..piece.end {
-                match source.layer.read_cached(source.at + (page - piece.start), &mut bytes) {
-                    Ok(()) if !self.at.has_bytes(page, &bytes) => {
-                        self.at.put_bytes(page, &bytes);
-                        push_run(&mut restored, PageRange::with_len(page, 1));
-                    }
-                    Ok(()) => {}
+                let done = self.restore_page(page, &source.layer, source.at + (page - piece.start), window);
+                // The thread that notifies the VM comes later.
+                if window.is_some_and(FileWindow::is_lost) {
+                    self.failure.set(&Arc::new(FillError::Gone));
+                }
+                match done {
+                    // The caller reports it. Each further page could be a signal, and a mapping to mend it.
+                    Ok(_) if self.lost().is_some() => break 'pieces,
+                    Ok(true) => push_run(&mut restored, PageRange::with_len(page, 1)),
+                    Ok(false) => {}
                     // On a disk. Or it cannot be read: the guest's next access reports that, if there is one.
                     Err(error) => tracing::debug!(%error, page, "a page is dropped"),
                 }
@@ -63,6 +85,16 @@ impl GuestRegion {
         }
         dropped.extend(subtract_runs(&few, &restored));
         (restored, dropped)
+    }
+
+    /// Gives `page` the bytes of page `at` of `layer`. Returns whether it had others.
+    fn restore_page(&self, page: u64, layer: &Layer, at: u64, window: Option<&FileWindow>) -> io::Result<bool> {
+        if let Some(window) = window {
+            return Ok(self.at.put_page(page, window.addr(at)));
+        }
+        let mut bytes = [0; PAGE_SIZE as usize];
+        layer.read_cached(at, &mut bytes)?;
+        Ok(self.at.put_page(page, bytes.as_ptr()))
     }
 }
 

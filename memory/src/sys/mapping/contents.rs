@@ -81,14 +81,24 @@ impl Reservation {
         })
     }
 
-    /// Writes `bytes` to `page`, which is this VM's own. It has no other writer, and no reader.
-    pub(crate) fn put_bytes(&self, page: u64, bytes: &[u8; PAGE_SIZE as usize]) {
+    /// Copies the page at `from` to `page`, which is this VM's own, unless they are equal. Returns whether it
+    /// has. Nothing else uses `page`. The page at `from` is mapped, and another process may write to it.
+    pub(crate) fn put_page(&self, page: u64, from: *const u8) -> bool {
         assert!(page < self.pages, "page {page:#x} of a region of {:#x} pages", self.pages);
         let to = self.addr(page);
-        // SAFETY: the page is within the reservation (checked), mapped and writable. Nothing else uses it; no
-        // reference is made.
-        unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+        let word = |of: *const u8, at: usize| {
+            // SAFETY: the word is within a page.
+            let word = unsafe { of.cast::<u64>().add(at) };
+            // SAFETY: both pages are mapped and readable (by the caller's word, and checked); no reference is made.
+            unsafe { word.read_volatile() }
+        };
+        if (0..WORDS).all(|at| word(to, at) == word(from, at)) {
+            return false;
+        }
+        // SAFETY: as above, and `page` is writable. Their mappings do not overlap.
+        unsafe { to.copy_from_nonoverlapping(from, PAGE_SIZE as usize) };
         trace!(Owned { at: self.at(), range: PageRange::with_len(page, 1) });
+        true
     }
 
     /// Collapses the small pages behind each whole block of `range`, mapped shared over a file,

@@ -1,6 +1,8 @@
 use super::*;
+use crate::layer::{LayerId, LayerStorage};
+use crate::region::reset::LayerWindows;
 use crate::region::reset::RamResetReport;
-use crate::testing::failpoint::plan;
+use crate::testing::failpoint::{Call, plan};
 use crate::{Access, GuestRam, PAGE_SIZE, PinLifetime, Quiesced, RamImage, RamLayout, Store};
 use rustix::fs::{Advice, MemfdFlags, fadvise, memfd_create};
 use rustix::io::{ReadWriteFlags, preadv2};
@@ -151,16 +153,16 @@ fn a_page_without_a_layer_or_that_cannot_be_read_is_dropped() {
     // No layer has the page any more: it shows zeros.
     let mut map = LayerMap::clone(image.regions()[0].map.map());
     map.remove(PageRange::with_len(40, 1));
-    let state = ram.regions()[0].live_state().unwrap();
+    let mut state = ram.regions()[0].live_state().unwrap();
     let own = [PageRange::with_len(5, 1), PageRange::with_len(40, 1)];
     put(&ram, 5, 0);
     put(&ram, 40, 1);
     plan().arm(0, true);
-    let (restored, dropped) = ram.regions()[0].restore(&state, &map, &own);
+    let (restored, dropped) = ram.regions()[0].restore(&mut state, &map, &own);
     plan().heal();
     assert_eq!((restored, dropped), (vec![], own.to_vec()), "a layer that cannot be read");
     assert_eq!(words(&ram, 5), (0, 0), "nothing was written");
-    assert_eq!(ram.regions()[0].restore(&state, &map, &own), (vec![own[0]], vec![own[1]]));
+    assert_eq!(ram.regions()[0].restore(&mut state, &map, &own), (vec![own[0]], vec![own[1]]));
     assert_eq!(words(&ram, 5), (6, 6));
 }
 
@@ -265,13 +267,127 @@ fn a_truncated_layer_restores_nothing() {
         let ram = GuestRam::reserve(&layout, &store).unwrap();
         ram.adopt(&image).unwrap();
         ram.memory().write_obj(9u64, GuestAddress(500 * PAGE_SIZE)).unwrap();
-        let state = ram.regions()[0].live_state().unwrap();
+        let mut state = ram.regions()[0].live_state().unwrap();
         let own = [PageRange::with_len(500, 1)];
         let map = image.regions()[0].map.map();
         // The kernel drops the VM's copy too, if the page is truncated away: here it is cut in the middle.
         file.set_len(500 * PAGE_SIZE + 8).unwrap();
-        let (restored, dropped) = ram.regions()[0].restore(&state, map, &own);
+        let (restored, dropped) = ram.regions()[0].restore(&mut state, map, &own);
         assert_eq!((restored, dropped), (vec![], own.to_vec()), "foreign: {is_foreign}");
         assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(500 * PAGE_SIZE)).unwrap(), 9, "nothing was written");
     }
+}
+
+/// Forty pages of each region, four of them together.
+fn far_apart() -> impl Iterator<Item = u64> {
+    let of = |first| (0..10).flat_map(move |n| (first + n * 64)..(first + n * 64 + 4));
+    of(0).chain(of(SECOND))
+}
+
+/// The number of windows that each region has open.
+fn windows(ram: &GuestRam) -> Vec<usize> {
+    ram.regions().iter().map(|region| region.state().windows.len()).collect()
+}
+
+/// From the second reset to an image on, pages are read through mappings, with the same result: the bytes of the layer
+/// and of the page's place in it.
+#[test]
+fn repeated_resets_read_their_layers_through_windows() {
+    let store = Store::open().unwrap();
+    let (ram, first) = frozen(&store);
+    let later = |page: &u64| (100..700).contains(page) || (1500..2000).contains(page);
+    (0..PAGES).filter(later).for_each(|page| put(&ram, page, 1 << 32 | page));
+    let second = freeze(&ram);
+    let without = store.budget().used();
+    let child = adopted(&second, &store);
+    let before = store.budget().used();
+    for round in 0..4 {
+        far_apart().for_each(|page| put(&child, page, 7 + round));
+        // Written, and equal to its layer.
+        child.memory().write_obj(words(&child, SECOND + 700).0, at(SECOND + 700)).unwrap();
+        assert_eq!(reset(&child, &second), (1, 80, 0), "round {round}");
+        // Both layers of both regions.
+        assert_eq!(windows(&child), if round == 0 { [0, 0] } else { [2, 2] }, "round {round}");
+        for page in 0..PAGES {
+            let wanted = if later(&page) { 1 << 32 | page } else { page + 1 };
+            assert_eq!(words(&child, page), (wanted, wanted), "round {round}, page {page}");
+        }
+    }
+    assert_eq!(store.budget().used() - before, 4);
+    // They would keep the files of layers from being freed.
+    reset(&child, &first);
+    assert_eq!(windows(&child), [0, 0]);
+    assert!(is_whole(&child));
+    for opened in 0..2 {
+        put(&child, 3, 7);
+        reset(&child, &first);
+        assert_eq!(windows(&child), [opened, 0]);
+    }
+    put(&child, 3, 1);
+    // While a device reads the view.
+    let pin = child.regions()[0].pin(PageRange::with_len(5, 1), Access::Read, PinLifetime::Transient).unwrap();
+    freeze(&child);
+    assert_eq!(windows(&child), [0, 0]);
+    drop((pin, child, second));
+    store.wait_reclaimed();
+    assert_eq!(store.budget().used(), without);
+}
+
+/// Without room for a mapping; where the kernel refuses it; and of too many layers.
+#[test]
+fn repeated_resets_do_without_windows_too() {
+    let store = Store::open_with_budget(crate::MappingBudget::with_limit(64));
+    let (ram, image) = frozen(&store);
+    let written = || far_apart().for_each(|page| put(&ram, page, 0));
+    written();
+    assert_eq!(reset(&ram, &image), (0, 80, 0));
+    written();
+    let other = store.budget().promise(store.budget().left() - 32).unwrap();
+    assert_eq!(reset(&ram, &image), (0, 80, 0));
+    assert_eq!(windows(&ram), [0, 0], "half of the mappings are left to others");
+    drop(other);
+    written();
+    // The second region comes first.
+    plan().fail_call(Call::Map, 0);
+    assert_eq!(reset(&ram, &image), (0, 80, 0));
+    assert_eq!(windows(&ram), [1, 0]);
+    assert!(is_whole(&ram));
+    let opened = |layers: &[Layer]| {
+        let mut windows = LayerWindows::default();
+        layers.iter().chain(layers).for_each(|layer| windows.note(layer, store.budget(), &ram.regions()[0].failure));
+        windows.len()
+    };
+    let of_tmpfs = |id| {
+        let file = File::from(memfd_create("clade-layer", MemfdFlags::CLOEXEC).unwrap());
+        Layer::new(LayerId(id), file, 1, LayerStorage::Foreign, Arc::default())
+    };
+    assert_eq!(opened(&(0..20).map(of_tmpfs).collect::<Vec<_>>()), 8);
+}
+
+/// A page of the layer that is gone is never restored as zeros to a VM that runs on, and no further page is touched.
+#[test]
+fn a_reset_from_a_layer_that_is_gone_ends_at_once_and_loses_the_vm() {
+    let store = Store::open().unwrap();
+    let (ram, image) = frozen(&store);
+    let region = &ram.regions()[0];
+    let map = image.regions()[0].map.map();
+    let own: Vec<PageRange> = (0..10).map(|n| PageRange::with_len(n * 64, 4)).collect();
+    let write = || own.iter().flat_map(|run| run.start..run.end).for_each(|page| put(&ram, page, 9));
+    write();
+    let mut state = region.live_state().unwrap();
+    // In place of the layer's window one of a file that is cut short: the kernel takes the VM's own copies away too
+    // if the layer is.
+    let file = File::from(memfd_create("clade-layer", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(PAGES * PAGE_SIZE).unwrap();
+    let id = map.get(0).unwrap().layer.id();
+    let other = Layer::new(id, file.try_clone().unwrap(), PAGES, LayerStorage::Foreign, Arc::default());
+    (0..2).for_each(|_| state.windows.note(&other, store.budget(), &region.failure));
+    assert_eq!(region.put_back(&mut state, map, &[], &own, &[]).unwrap().restored, 40);
+    assert_eq!(words(&ram, 0), (0, 0), "it was read through that window");
+    write();
+    file.set_len(0).unwrap();
+    let back = region.put_back(&mut state, map, &[], &own, &[]);
+    assert!(matches!(back, Err(crate::RamError::Lost(_))), "{back:?}");
+    assert_eq!([words(&ram, 1), words(&ram, 579)], [(9, 9); 2], "untouched");
+    assert!(region.lost().is_some());
 }
