@@ -10,7 +10,7 @@
 //! | 2.. | starter | a request as JSON. With a VM's name come its lock, sockets and interfaces |
 //! | next | starter | only with a fork: the child's labels and its parent's secrets as JSON; files of the copies [`ahead`] |
 //! | next | starter | only with a fork: the image ([`SealedParts`](clade_vmm::vm::SealedParts)) |
-//! | next | worker | ready for the next request, or made and paused, or the error |
+//! | next | worker | ready for the next request, or made and not running yet, or the error |
 //! | next | starter | one byte, once all children are made: they may run. For a single one at once |
 //! | last | worker | the VM runs |
 //!

@@ -19,13 +19,14 @@ use super::{
     failed, receive, send,
 };
 use crate::ahead::ChildAhead;
+use crate::heap::touch_ahead;
 use crate::image::network_of;
 use crate::rpc::serve_vm;
 use crate::vm_host::{VmDescription, VmHost};
 use clade_api::secrets::Secrets;
 use clade_api::{DaemonError, NameClaim, ProblemKind, VmFiles, flight};
 use clade_vmm::boot::{BootError, BootImage, BootSource};
-use clade_vmm::vm::{ChildOptions, Context, Endpoints, ForkImage, Overlays, SealedParts, Vm, VmError};
+use clade_vmm::vm::{Admission, ChildOptions, Context, Endpoints, ForkImage, Overlays, SealedParts, Vm, VmError};
 
 /// A worker's VM, which runs.
 #[derive(Debug)]
@@ -70,6 +71,7 @@ pub fn serve(
             WorkerRequest::Confine(_) => Err(failed(io::Error::other("it is where it was told to stay"))),
             WorkerRequest::Prepare(config) => match context.prepare_vms(&Arc::from(config), 1) {
                 Ok(()) => {
+                    touch_ahead();
                     send(socket, &WorkerAnswer::Ready, &[]).map_err(failed)?;
                     continue;
                 }
@@ -129,6 +131,13 @@ fn claimed(
     Ok((claim, VmFiles::of(sockets, record).map_err(failed)?, ends, parent_death))
 }
 
+/// Reports that a VM is `made` to the process behind `socket`. Returns whether it is wanted, once that is known: when all
+/// others of the request are made.
+fn is_wanted(socket: &OwnedFd, made: &WorkerAnswer) -> bool {
+    let told = send(socket, made, &[]).and_then(|()| seqpacket::receive(socket, 1));
+    told.is_ok()
+}
+
 /// Makes the worker's VM.
 struct VmLauncher<'a> {
     context: &'a Context,
@@ -140,14 +149,10 @@ struct VmLauncher<'a> {
 }
 
 impl VmLauncher<'_> {
-    /// Reports that the VM is made. Returns whether it is wanted, once that is known: when all
-    /// others of the request are made.
-    fn is_wanted(&self, vm: &Vm) -> bool {
+    /// Returns the report that the VM is made.
+    fn made(vm: &Vm) -> WorkerAnswer {
         let (name, erased) = (vm.name().to_owned(), vm.erased().into());
-        let answer =
-            WorkerAnswer::Made { name, identity: crate::describe::identity(vm), erased, network: network_of(vm) };
-        let told = send(self.socket, &answer, &[]).and_then(|()| seqpacket::receive(self.socket, 1));
-        told.is_ok()
+        WorkerAnswer::Made { name, identity: crate::describe::identity(vm), erased, network: network_of(vm) }
     }
 
     /// Lets a VM that was made paused run, unless it is no longer wanted or is to stay `paused`.
@@ -155,7 +160,7 @@ impl VmLauncher<'_> {
     /// stopped it. `note` comes first: a vCPU may stop the VM at its first instruction, and the
     /// record would have its end before its start.
     fn admit(&self, vm: &Vm, paused: bool, note: impl FnOnce()) -> bool {
-        if !self.is_wanted(vm) {
+        if !is_wanted(self.socket, &Self::made(vm)) {
             return false;
         }
         note();
@@ -191,27 +196,46 @@ impl VmLauncher<'_> {
         let before_start = self.program.before_start.as_ref().map(|hook| hook as &dyn Fn(&GuestRam));
         // The child is made without secrets, and this process drops them once it is made.
         let (withheld, secrets) = if withhold { (secrets, Secrets::Withheld) } else { (Secrets::None, secrets) };
+        let of = parent.clone().unwrap_or_else(|| "a snapshot".to_owned());
+        let note = move |vm: &Vm| {
+            let state = if paused { ", paused" } else { "" };
+            let mut lines = vec![format!("started as a child of {of}, generation {}{state}", vm.generation())];
+            let (whole, parts) = (vm.erased().whole, vm.erased().parts);
+            if whole + parts > 0 {
+                lines.push(format!("secrets withheld: erased in {whole} places, and {parts} parts at pages' edges"));
+            }
+            lines
+        };
+        let socket = Arc::new(self.socket.try_clone().map_err(failed)?);
+        // Asked by the vCPU's thread, which then runs the guest. As in `admit`, the note comes first.
+        let admission = |vm: &Vm| -> Admission {
+            let (socket, made, lines) = (Arc::clone(&socket), Self::made(vm), note(vm));
+            Arc::new(move || {
+                let is_wanted = is_wanted(&socket, &made);
+                if is_wanted {
+                    lines.iter().for_each(|line| flight::note(line));
+                }
+                is_wanted
+            })
+        };
+        // Withheld secrets are dropped before the guest runs.
+        let asks_itself = !paused && !withhold;
         let make = |context: &Context| {
-            let options = ChildOptions { paused: true, erase: &withheld.bytes(), before_start };
-            let made = Vm::from_image_as(context, &name, &image, ends, options);
+            let options = ChildOptions { paused: !asks_itself, erase: &withheld.bytes(), before_start };
+            let admission = asks_itself.then_some(&admission as &dyn Fn(&Vm) -> Admission);
+            let made = Vm::from_image_if(context, &name, &image, ends, options, admission);
             drop(withheld);
             made
         };
-        let of = parent.clone().unwrap_or_else(|| "a snapshot".to_owned());
-        let run = |vm: &Vm| {
-            self.admit(vm, paused, || {
-                let state = if paused { ", paused" } else { "" };
-                flight::note(&format!("started as a child of {of}, generation {}{state}", vm.generation()));
-                let (whole, parts) = (vm.erased().whole, vm.erased().parts);
-                if whole + parts > 0 {
-                    let text = format!("secrets withheld: erased in {whole} places, and {parts} parts at pages' edges");
-                    flight::note(&text);
-                }
-            })
-        };
+        let run =
+            |vm: &Vm| asks_itself || self.admit(vm, paused, || note(vm).iter().for_each(|line| flight::note(line)));
         let made =
-            vm_host.launch(claim, files, VmDescription { parent, labels, secrets, reports_ready: false }, make, run)?;
-        let Some(vm) = made else { return Ok(None) };
+            vm_host.launch(claim, files, VmDescription { parent, labels, secrets, reports_ready: false }, make, run);
+        let vm = match made {
+            Err(DaemonError::Vm(VmError::Unwanted)) | Ok(None) => return Ok(None),
+            Ok(Some(vm)) => vm,
+            Err(error) => return Err(error),
+        };
         if let Some(started) = self.program.started.filter(|_| !paused) {
             started(&vm);
         }

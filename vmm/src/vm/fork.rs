@@ -51,6 +51,9 @@ use crate::vm::persist::{SaveTracker, SavedAt};
 use crate::vm::timeline::{ChildStep, Timeline};
 use crate::vm::vcpu::VcpuStart;
 
+/// Returns whether a child may run ([`Vm::from_image_if`]).
+pub type Admission = Arc<dyn Fn() -> bool + Send + Sync>;
+
 /// How a child starts.
 #[derive(Clone, Copy, Default)]
 pub struct ChildOptions<'a> {
@@ -189,8 +192,25 @@ impl Vm {
         context: &Context,
         name: &str,
         image: &Arc<ForkImage>,
+        ends: Endpoints,
+        options: ChildOptions<'_>,
+    ) -> Result<Self, VmError> {
+        Self::from_image_if(context, name, image, ends, options, None)
+    }
+
+    /// The same for a child that runs only if it is admitted. `admission` is called when all but the vCPUs' states are in
+    /// place. Its result is called by a vCPU's thread when these are too, and no device and no vCPU has run: to
+    /// ask whoever waits for the child costs no further wake-up then.
+    ///
+    /// # Errors
+    /// [`VmError::Unwanted`] if it is not admitted. As [`Vm::from_image_as`].
+    pub fn from_image_if(
+        context: &Context,
+        name: &str,
+        image: &Arc<ForkImage>,
         mut ends: Endpoints,
         options: ChildOptions<'_>,
+        admission: Option<&dyn Fn(&Self) -> Admission>,
     ) -> Result<Self, VmError> {
         let _boost = BoostGuard::new();
         let timeline = Arc::new(Timeline::begin());
@@ -222,7 +242,7 @@ impl Vm {
         // Each vCPU thread restores its vCPU. The last one restores the controllers, and resumes
         // the devices.
         timeline.mark(ChildStep::Assembled);
-        vm.start(&VcpuStart::Restore(own))?;
+        vm.start(&VcpuStart::Restore(own), admission.map(|admission| admission(&vm)))?;
         let steps = ChildStep::ALL.map(|step| (step.name(), timeline.at(step)));
         tracing::debug!(name, ?steps, "child");
         Ok(vm)

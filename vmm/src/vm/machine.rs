@@ -19,7 +19,7 @@ use crate::vm::config::{Irqchip, VmConfig};
 use crate::vm::context::Context;
 use crate::vm::devices::{Devices, Reports};
 use crate::vm::error::VmError;
-use crate::vm::fork::{ForkImage, PauseGuard};
+use crate::vm::fork::{Admission, ForkImage, PauseGuard};
 use crate::vm::identity::generation::{self, GenerationError};
 use crate::vm::identity::{Claims, Endpoints, Identity};
 use crate::vm::pause_times::Pauses;
@@ -135,7 +135,7 @@ impl Vm {
         if paused {
             vm.hold();
         }
-        vm.start(&VcpuStart::Boot(loaded.entry))?;
+        vm.start(&VcpuStart::Boot(loaded.entry), None)?;
         Ok(vm)
     }
 
@@ -197,10 +197,11 @@ impl Vm {
         self.tail.0.push(Box::new(what));
     }
 
-    /// Starts the vCPUs. When this returns, all have loaded their state. On an error, none has run.
-    pub(super) fn start(&self, start: &VcpuStart) -> Result<(), VmError> {
+    /// Starts the vCPUs, if `admission` agrees. When this returns, all have loaded their state. On an error, none
+    /// has run.
+    pub(super) fn start(&self, start: &VcpuStart, admission: Option<Admission>) -> Result<(), VmError> {
         let (devices, timeline) = (Arc::clone(&self.devices), self.timeline.clone());
-        let order = StartCommand { start: start.clone(), devices, timeline };
+        let order = StartCommand { start: start.clone(), devices, timeline, admission };
         self.prepared.control.start(std::iter::repeat_n(order, usize::from(self.config.cpus())))
     }
 

@@ -46,7 +46,7 @@ pub use config::{ConfigError, DiskSpec, Irqchip, NetSpec, VmConfig};
 pub use context::{Context, ContextError};
 pub use devices::{DeviceError, DevicesState, Reports};
 pub use error::VmError;
-pub use fork::{ChildOptions, ForkImage, ForkReport, ForkTimes, PauseGuard};
+pub use fork::{Admission, ChildOptions, ForkImage, ForkReport, ForkTimes, PauseGuard};
 pub use identity::{
     ChildIdentity, EndpointParts, Endpoints, GenerationError, GenerationId, HostLink, Identity, IdentityError,
     NetChoice, NetIdentity, PortForward, UserNet, UserNetError, VsockChoice, user_net,

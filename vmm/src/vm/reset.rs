@@ -191,7 +191,7 @@ impl Vm {
         }
         let cpus = usize::from(self.config.cpus());
         let (start, devices) = (VcpuStart::Restore(Arc::clone(image)), Arc::clone(&self.devices));
-        let order = StartCommand { start, devices, timeline: None };
+        let order = StartCommand { start, devices, timeline: None, admission: None };
         self.prepared.control.load(std::iter::repeat_n(order, cpus));
         // Concurrently with the vCPUs' loads: the two modify different state.
         let devices = self.devices.rewind(&image.devices, &image.backends);

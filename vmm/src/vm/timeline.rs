@@ -22,7 +22,7 @@ pub enum ChildStep {
     Vcpus,
     /// Interrupt controllers and the clock have their state.
     Controllers,
-    /// The devices run.
+    /// The devices run, after the VM's admission.
     Resumed,
     /// The first vCPU enters the guest.
     Entered,

@@ -153,7 +153,7 @@ impl VmHost {
     }
 
     /// Makes the VM under a claimed name. Lists it and serves its sockets once `is_wanted` returns
-    /// true. `is_wanted` may let the VM run; no other code can before.
+    /// true. `is_wanted` may let the VM run, unless `make` has made one that runs ([`Vm::from_image_if`]).
     ///
     /// # Errors
     /// When it cannot be made.

@@ -64,8 +64,10 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 /// | from | to | when |
 /// |---|---|---|
 /// | Preparing(n) | Preparing(n + 1) | a vCPU has its state, and is not the last |
-/// | Preparing | Begun | the last vCPU has its state, and the steps for the whole VM are done |
-/// | Preparing | Failed | a vCPU cannot take its state, or the last one fails; the VM stops |
+/// | Preparing | Admission | the last vCPU asks whether the VM is admitted, unless it has stopped |
+/// | Admission | Answered | it has the answer |
+/// | Preparing, Answered | Begun | the last vCPU has its state, and the steps for the whole VM are done |
+/// | Preparing, Admission, Answered | Failed | a vCPU cannot take its state, or the last one fails; the VM stops |
 ///
 /// # A vCPU's phase
 ///
@@ -195,7 +197,7 @@ impl<O, S> VcpuControl<O, S> {
         let Startup::Preparing(before) = inner.startup else { return false };
         inner.startup = Startup::Preparing(before + 1);
         if before + 1 < self.vcpus() {
-            while matches!(inner.startup, Startup::Preparing(_)) && inner.stop_reason().is_none() {
+            while !inner.startup.is_decided() && inner.stop_reason().is_none() {
                 inner = self.to_vcpus.wait(inner).unwrap_or_else(PoisonError::into_inner);
             }
             return inner.startup == Startup::Begun;
@@ -210,6 +212,25 @@ impl<O, S> VcpuControl<O, S> {
         self.to_vcpus.notify_all();
         self.to_owner.notify_all();
         true
+    }
+
+    /// Asks whether the VM is admitted, for the last vCPU in its `lead` ([`VcpuControl::begin`]). The owner is not woken
+    /// for that, and waits for as long as it takes, also for a VM that stops meanwhile. One that was admitted counts as
+    /// started then.
+    ///
+    /// # Errors
+    /// When it is not admitted, or has stopped before.
+    pub(crate) fn ask_admission(&self, admit: impl FnOnce() -> bool) -> Result<(), VmError> {
+        let mut inner = self.inner();
+        if let Some(reason) = inner.stop_reason() {
+            return Err(VmError::Stopped(reason.clone()));
+        }
+        inner.startup = Startup::Admission;
+        drop(inner);
+        let admitted = admit();
+        let mut inner = self.inner();
+        (inner.startup, inner.admitted) = (Startup::Answered, admitted);
+        if admitted { Ok(()) } else { Err(VmError::Unwanted) }
     }
 
     fn fail_start(&self, vcpu: usize, error: VmError) {
@@ -305,13 +326,19 @@ impl<O, S> VcpuControl<O, S> {
     /// Starts the vCPUs, with one order each. Returns once all of them have loaded their state and
     /// may enter the guest. The guest may already have ended by then.
     pub(crate) fn start(&self, orders: impl IntoIterator<Item = O>) -> Result<(), VmError> {
+        self.start_within(TIMEOUT, orders)
+    }
+
+    fn start_within(&self, timeout: Duration, orders: impl IntoIterator<Item = O>) -> Result<(), VmError> {
         self.give(orders);
         self.to_vcpus.notify_all();
-        let mut inner = self.wait(|inner| !matches!(inner.startup, Startup::Preparing(_)))?;
+        let mut inner = self.wait_within(timeout, |inner| inner.startup.is_decided())?;
         match (inner.failure.take(), inner.stop_reason()) {
             (Some(error), _) => Err(error),
-            // The guest has begun, run, and ended.
-            (None, Some(reason)) if inner.startup == Startup::Begun && reason.is_by_guest() => Ok(()),
+            // The guest has begun, run, and ended. A VM that was admitted was reported as made.
+            (None, Some(reason)) if inner.startup == Startup::Begun && (inner.admitted || reason.is_by_guest()) => {
+                Ok(())
+            }
             (None, Some(reason)) => Err(VmError::Stopped(reason.clone())),
             (None, None) => Ok(()),
         }
@@ -349,15 +376,28 @@ impl<O, S> VcpuControl<O, S> {
     }
 
     fn wait(&self, done: impl Fn(&Inner<O, S>) -> bool) -> Result<MutexGuard<'_, Inner<O, S>>, VmError> {
-        let deadline = Instant::now() + TIMEOUT;
+        self.wait_within(TIMEOUT, done)
+    }
+
+    fn wait_within(
+        &self,
+        timeout: Duration,
+        done: impl Fn(&Inner<O, S>) -> bool,
+    ) -> Result<MutexGuard<'_, Inner<O, S>>, VmError> {
+        let (mut deadline, mut startup) = (Instant::now() + timeout, Startup::Preparing(0));
         let mut inner = self.inner();
         while !done(&inner) {
-            if let Some(reason) = inner.stop_reason() {
+            if let Some(reason) = inner.stop_reason().filter(|_| !inner.startup.is_asked()) {
                 return Err(VmError::Stopped(reason.clone()));
             }
+            // The time of an answer does not count, and what follows it has its own.
+            if inner.startup == Startup::Admission || startup == Startup::Admission {
+                deadline = Instant::now() + timeout;
+            }
+            startup = inner.startup;
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(VmError::Stuck { seconds: TIMEOUT.as_secs() });
+                return Err(VmError::Stuck { seconds: timeout.as_secs() });
             }
             inner = self.to_owner.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
         }

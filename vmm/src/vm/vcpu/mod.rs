@@ -31,7 +31,7 @@ use crate::boot::BootEntry;
 use crate::kvm::{Host, NewVcpu, StateLayout, VcpuState};
 use crate::vm::devices::Devices;
 use crate::vm::error::{VmError, catch_panic, panic_message};
-use crate::vm::fork::ForkImage;
+use crate::vm::fork::{Admission, ForkImage};
 use crate::vm::stop::StopReason;
 use crate::vm::timeline::{ChildStep, Timeline};
 use control::{Next, VcpuControl};
@@ -52,6 +52,8 @@ pub(crate) struct StartCommand {
     pub(crate) devices: Arc<Devices>,
     /// The timeline of a child's start.
     pub(crate) timeline: Option<Arc<Timeline>>,
+    /// Decides whether a child runs, once all of its vCPUs have their states.
+    pub(crate) admission: Option<Admission>,
 }
 
 impl StartCommand {
@@ -106,11 +108,13 @@ impl VcpuThread {
         // The owner waits for the thread to start. Once it runs a guest, it has no priority over
         // others.
         sched::boost();
-        let Next::Start(command) = self.control.wait_for_order(self.index) else { return None };
+        let Next::Start(mut command) = self.control.wait_for_order(self.index) else { return None };
         command.mark(ChildStep::Woken);
         if !self.prepare(&command) {
             return None;
         }
+        // It may hold a connection to whoever has answered.
+        command.admission = None;
         sched::unboost();
         let mut timeline = command.timeline.as_deref();
         loop {
@@ -152,7 +156,13 @@ impl VcpuThread {
             VcpuStart::Restore(image) => image.restore_controllers(&self.vm, &command.devices)?,
         }
         command.mark(ChildStep::Controllers);
-        command.devices.resume();
+        if let Some(admit) = &command.admission {
+            self.control.ask_admission(|| admit())?;
+        }
+        // It may have stopped while it waited for its admission.
+        if self.control.stopped().is_none() {
+            command.devices.resume();
+        }
         command.mark(ChildStep::Resumed);
         Ok(())
     }

@@ -39,10 +39,26 @@ impl State {
 pub(super) enum Startup {
     /// This many vCPUs have loaded their state.
     Preparing(usize),
+    /// All vCPUs have loaded their state, and the last one asks whether the VM is admitted, for as long as that takes.
+    Admission,
+    /// It has an answer.
+    Answered,
     /// All vCPUs have loaded their state, and may enter the guest.
     Begun,
     /// A vCPU could not load its state, or the last one failed. No vCPU enters the guest.
     Failed,
+}
+
+impl Startup {
+    /// Whether it is known if the vCPUs enter the guest.
+    pub(super) fn is_decided(self) -> bool {
+        matches!(self, Self::Begun | Self::Failed)
+    }
+
+    /// Whether the admission of the VM is asked for, or known. From here on it is not given up before its start is decided.
+    pub(super) fn is_asked(self) -> bool {
+        matches!(self, Self::Admission | Self::Answered)
+    }
 }
 
 /// The phase of one vCPU's thread. See [`VcpuControl`](super::VcpuControl) for its transitions.
@@ -83,6 +99,8 @@ impl<O, S> Vcpu<O, S> {
 pub(super) struct Inner<O, S> {
     pub(super) state: State,
     pub(super) startup: Startup,
+    /// Whether the VM was admitted: whoever asked for it counts it as started.
+    pub(super) admitted: bool,
     /// Why the start failed, until the owner takes it.
     pub(super) failure: Option<VmError>,
     /// Pauses held. [`State::Running`] means none.
@@ -99,6 +117,7 @@ impl<O, S> Inner<O, S> {
         Self {
             state: State::Running,
             startup: Startup::Preparing(0),
+            admitted: false,
             failure: None,
             pauses: 0,
             save_asked: 0,

@@ -1,13 +1,14 @@
 //! The orders of a save, a load and a start, with threads in place of vCPUs.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use clade_test_support::receive;
 
-use super::{Next, Phase, State, VcpuControl};
+use super::{Next, Phase, Startup, State, VcpuControl};
 use crate::vm::error::VmError;
 use crate::vm::stop::StopReason;
 
@@ -162,6 +163,87 @@ fn a_guest_that_ends_before_its_owner_looks_has_started() {
         let told = control.start([]);
         assert_eq!(told.is_ok(), has_started, "{reason}: {told:?}");
     }
+}
+
+/// Whoever admits the VM may wait for many others. The steps before and after have a limit.
+#[test]
+fn an_admission_may_take_longer_than_a_start() {
+    let control = Arc::new(Control::new(1));
+    let starts = || {
+        let control = Arc::clone(&control);
+        let decided = |inner: &super::Inner<u32, u32>| inner.startup.is_decided();
+        thread::spawn(move || control.wait_within(Duration::from_millis(1), decided).map(drop))
+    };
+    assert!(matches!(starts().join().unwrap(), Err(VmError::Stuck { .. })));
+    control.inner().startup = Startup::Admission;
+    let owner = starts();
+    thread::sleep(SETTLE);
+    assert!(!owner.is_finished());
+    control.inner().startup = Startup::Answered;
+    assert!(matches!(owner.join().unwrap(), Err(VmError::Stuck { .. })), "its last steps hang");
+    control.inner().startup = Startup::Admission;
+    let owner = starts();
+    control.inner().startup = Startup::Begun;
+    owner.join().unwrap().unwrap();
+}
+
+/// Starts a VM whose admission is `answer`, and stops it `before` it is asked for, or meanwhile. Returns the owner's
+/// result, and whether admission was asked for.
+fn stopped_at_admission(before: bool, answer: bool) -> (Result<(), VmError>, bool) {
+    let asked = Arc::new(AtomicBool::new(false));
+    let control = Arc::new(Control::new(1));
+    let vcpu = {
+        let (control, asked) = (Arc::clone(&control), Arc::clone(&asked));
+        thread::spawn(move || {
+            assert!(matches!(control.wait_for_order(0), Next::Start(_)));
+            let lost = || control.stop(StopReason::MemoryLost { error: "gone".to_owned() });
+            let lead = || {
+                if before {
+                    lost();
+                }
+                control.ask_admission(|| {
+                    asked.store(true, Ordering::SeqCst);
+                    lost();
+                    // The owner has been woken.
+                    thread::sleep(SETTLE);
+                    answer
+                })
+            };
+            control.begin(0, Ok(()), lead)
+        })
+    };
+    control.wait_idle().unwrap();
+    let told = control.start([1]);
+    assert_eq!(vcpu.join().unwrap(), told.is_ok());
+    assert!(matches!(control.stopped(), Some(StopReason::MemoryLost { .. })));
+    assert!(!control.may_run());
+    (told, asked.load(Ordering::SeqCst))
+}
+
+#[test]
+fn a_vm_that_was_admitted_has_started_however_it_ends() {
+    assert!(matches!(stopped_at_admission(false, true), (Ok(()), true)));
+    assert!(matches!(stopped_at_admission(false, false), (Err(VmError::Unwanted), true)));
+    let (told, asked) = stopped_at_admission(true, true);
+    assert!(
+        matches!(told, Err(VmError::Stopped(_))) && !asked,
+        "{told:?}: a VM that has ended is not reported as made"
+    );
+}
+
+#[test]
+fn a_panic_of_an_admission_strands_nobody() {
+    let control = Arc::new(Control::new(2));
+    let vcpus = [0, 1].map(|index| {
+        let control = Arc::clone(&control);
+        thread::spawn(move || {
+            assert!(matches!(control.wait_for_order(index), Next::Start(_)));
+            control.begin(index, Ok(()), || control.ask_admission(|| panic!("on purpose")))
+        })
+    });
+    control.wait_idle().unwrap();
+    assert!(matches!(control.start([1, 2]), Err(VmError::Panicked { .. })));
+    assert_eq!(vcpus.map(|vcpu| vcpu.join().unwrap()), [false; 2]);
 }
 
 #[test]
