@@ -38,9 +38,9 @@ impl LayerWindows {
         read.window.as_ref().map(|(window, _)| window)
     }
 
-    /// Notes that a reset reads `layer`. Opens its window if an earlier one has, unless its pages are on a
-    /// disk: a fault would wait for that. Nor does it where more than half of the host's mappings are promised: freezes
-    /// and forks need them, and can be refused. Without a window, pages are read by system calls.
+    /// Notes that a reset reads `layer`. Opens its window if an earlier one has, unless more than half of the host's
+    /// mappings are promised: freezes and forks need them, and can be refused. Without a window, pages are read by system
+    /// calls.
     pub(super) fn note(&mut self, layer: &Layer, budget: &MappingBudget, failure: &Arc<LostMemory>) {
         let Some(read) = self.0.iter_mut().find(|read| read.id == layer.id()) else {
             if self.0.len() < MAX_LAYERS {

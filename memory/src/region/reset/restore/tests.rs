@@ -230,11 +230,13 @@ fn a_page_that_only_a_disk_has_is_dropped() {
     put(500);
     let can_tell = file_is_cached(&file, 500);
     assert_eq!(reset(&ram, &image), if can_tell { (0, 1, 0) } else { (1, 0, 0) });
-    put(500);
-    fadvise(&file, 0, None, Advice::DontNeed).unwrap();
-    if can_tell && !file_is_cached(&file, 500) {
-        assert_eq!(reset(&ram, &image), (1, 0, 0));
-    }
+    // A look whether it is cached would have the kernel read it again.
+    let is_dropped = |_| {
+        put(500);
+        fadvise(&file, 0, None, Advice::DontNeed).unwrap();
+        reset(&ram, &image) == (1, 0, 0)
+    };
+    assert!((0..100).any(is_dropped) || !can_tell);
     let word = |page: u64| ram.memory().read_obj::<u64>(GuestAddress(page * PAGE_SIZE)).unwrap();
     assert!((0..PAGES).all(|page| word(page) == page + 1));
 }
