@@ -138,7 +138,7 @@ mod tests {
         drop(window);
         assert_eq!(mappings(NAME).0, 0);
         // A fault would wait for the disk.
-        let on_disk = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let on_disk = tempfile::tempfile().unwrap();
         on_disk.set_len(PAGE_SIZE).unwrap();
         if fstatfs(&on_disk).unwrap().f_type as u64 != TMPFS {
             assert_eq!(FileWindow::open(on_disk.as_fd(), 1, &other).unwrap_err().kind(), io::ErrorKind::Unsupported);
