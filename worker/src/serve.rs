@@ -207,13 +207,14 @@ impl VmLauncher<'_> {
             lines
         };
         let socket = Arc::new(self.socket.try_clone().map_err(failed)?);
+        let write = |lines: &[String]| lines.iter().for_each(|line| flight::note(line));
         // Asked by the vCPU's thread, which then runs the guest. As in `admit`, the note comes first.
         let admission = |vm: &Vm| -> Admission {
             let (socket, made, lines) = (Arc::clone(&socket), Self::made(vm), note(vm));
             Arc::new(move || {
                 let is_wanted = is_wanted(&socket, &made);
                 if is_wanted {
-                    lines.iter().for_each(|line| flight::note(line));
+                    write(&lines);
                 }
                 is_wanted
             })
@@ -227,8 +228,7 @@ impl VmLauncher<'_> {
             drop(withheld);
             made
         };
-        let run =
-            |vm: &Vm| asks_itself || self.admit(vm, paused, || note(vm).iter().for_each(|line| flight::note(line)));
+        let run = |vm: &Vm| asks_itself || self.admit(vm, paused, || write(&note(vm)));
         let made =
             vm_host.launch(claim, files, VmDescription { parent, labels, secrets, reports_ready: false }, make, run);
         let vm = match made {

@@ -103,7 +103,7 @@ impl GuestRegion {
     fn unused(&self, state: &State, own: &[PageRange]) -> Result<Vec<PageRange>, RamError> {
         let mut unused = Vec::new();
         let failed = |source| RamError::Copy { pages: pages_in(own), source };
-        for (piece, source) in own.iter().flat_map(|run| state.provided(state.space.map(), *run)) {
+        for (piece, source) in state.provided_of(state.space.map(), own) {
             let mut next = piece.start;
             while next < piece.end {
                 let part = PageRange::with_len(next, (piece.end - next).min(BATCH));

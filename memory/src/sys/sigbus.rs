@@ -1,4 +1,5 @@
-//! SIGBUS: a page of guest memory that the kernel cannot provide.
+//! SIGBUS: a page of guest memory, or of a layer that is read through a window, that the kernel cannot
+//! provide.
 //!
 //! Memory mapped from files on a disk (snapshots, evicted pages) may turn out to be missing: the
 //! file was truncated, or the disk fails to read. A guest's access is then an error of KVM_RUN and
@@ -59,8 +60,8 @@ fn owners<T>(with: impl FnOnce(&mut Owners) -> T) -> T {
 pub(crate) struct SigbusWatch(usize);
 
 impl SigbusWatch {
-    /// Watches the addresses from `start` to `end`, which are and stay guest memory. Reports the
-    /// loss of a page to `failure`. `None` when the table is full.
+    /// Watches the addresses from `start` to `end`, which are and stay guest memory, or a window of a
+    /// layer. Reports the loss of a page to `failure`. `None` when the table is full.
     pub(crate) fn new(start: usize, end: usize, failure: &Arc<LostMemory>) -> Option<Self> {
         install().inspect_err(|error| tracing::warn!(%error, "a file that is cut short will end the process")).ok()?;
         let slot = owners(|owners| {
@@ -189,7 +190,7 @@ fn mend(address: usize) -> bool {
         let page = address & !(PAGE_SIZE as usize - 1);
         let (prot, flags) =
             (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED);
-        // SAFETY: the page is guest memory, which its watcher keeps mapped; replacing a page
+        // SAFETY: the page is guest memory or a window's, which its watcher keeps mapped; replacing a page
         // of it leaves it mapped, and no Rust reference into it exists. mmap is a bare system call,
         // and safe in a handler.
         let mapped = unsafe { libc::mmap(page as *mut libc::c_void, PAGE_SIZE as usize, prot, flags, -1, 0) };

@@ -27,6 +27,10 @@ const MAX_RUNS: usize = 8;
 /// [`MAX_RUNS`], at most 32 pages of a block's 512 stay the VM's own.
 const MAX_RESTORED: u64 = 4;
 
+/// The bytes of a page, which can be read in words.
+#[repr(align(8))]
+struct AlignedPage([u8; PAGE_SIZE as usize]);
+
 /// Splits `own`, ascending, into the runs to restore and those to drop. The latter are joined over gaps where that
 /// costs less than it saves. Only shared pages are added, whose loss is a fault.
 fn split(own: &[PageRange]) -> (Vec<PageRange>, Vec<PageRange>) {
@@ -90,11 +94,11 @@ impl GuestRegion {
     /// Gives `page` the bytes of page `at` of `layer`. Returns whether it had others.
     fn restore_page(&self, page: u64, layer: &Layer, at: u64, window: Option<&FileWindow>) -> io::Result<bool> {
         if let Some(window) = window {
-            return Ok(self.at.put_page(page, window.addr(at)));
+            return Ok(self.at.put_page(page, window.addr(at).cast()));
         }
-        let mut bytes = [0; PAGE_SIZE as usize];
-        layer.read_cached(at, &mut bytes)?;
-        Ok(self.at.put_page(page, bytes.as_ptr()))
+        let mut bytes = AlignedPage([0; PAGE_SIZE as usize]);
+        layer.read_cached(at, &mut bytes.0)?;
+        Ok(self.at.put_page(page, (&raw const bytes).cast()))
     }
 }
 

@@ -70,33 +70,40 @@ impl Reservation {
 
     /// Whether `page`, which is mapped and readable, holds `bytes`.
     pub(crate) fn has_bytes(&self, page: u64, bytes: &[u8]) -> bool {
-        let words = self.addr(page).cast::<u64>();
         let (want, _) = bytes.as_chunks::<{ size_of::<u64>() }>();
         debug_assert!(page < self.pages && want.len() == WORDS, "a page is compared with a page");
-        want.iter().take(WORDS).enumerate().all(|(at, want)| {
+        self.has_words(page, want.iter().map(|want| u64::from_ne_bytes(*want)))
+    }
+
+    /// Whether `page`, which is mapped and readable, begins with the words of `want`: a page's at most.
+    fn has_words(&self, page: u64, want: impl Iterator<Item = u64>) -> bool {
+        let words = self.addr(page).cast::<u64>();
+        (0..WORDS).zip(want).all(|(at, want)| {
             // SAFETY: the word is within the page, which `addr` has checked.
             let word = unsafe { words.add(at) };
             // SAFETY: the caller's page is mapped and readable; no reference is made.
-            (unsafe { word.read_volatile() }) == u64::from_ne_bytes(*want)
+            (unsafe { word.read_volatile() }) == want
         })
     }
 
     /// Copies the page at `from` to `page`, which is this VM's own, unless they are equal. Returns whether it
-    /// has. Nothing else uses `page`. The page at `from` is mapped, and another process may write to it.
-    pub(crate) fn put_page(&self, page: u64, from: *const u8) -> bool {
+    /// has. Nothing else uses `page`. The page at `from` is readable, and another process may write to it.
+    pub(crate) fn put_page(&self, page: u64, from: *const [u64; WORDS]) -> bool {
         assert!(page < self.pages, "page {page:#x} of a region of {:#x} pages", self.pages);
-        let to = self.addr(page);
-        let word = |of: *const u8, at: usize| {
-            // SAFETY: the word is within a page.
-            let word = unsafe { of.cast::<u64>().add(at) };
-            // SAFETY: both pages are mapped and readable (by the caller's word, and checked); no reference is made.
+        assert!(from.is_aligned(), "a page is read in words");
+        let from = from.cast::<u64>();
+        let words = (0..WORDS).map(|at| {
+            // SAFETY: the word is within the page.
+            let word = unsafe { from.add(at) };
+            // SAFETY: the caller's page is readable, and aligned (checked); no reference is made.
             unsafe { word.read_volatile() }
-        };
-        if (0..WORDS).all(|at| word(to, at) == word(from, at)) {
+        });
+        if self.has_words(page, words) {
             return false;
         }
-        // SAFETY: as above, and `page` is writable. Their mappings do not overlap.
-        unsafe { to.copy_from_nonoverlapping(from, PAGE_SIZE as usize) };
+        // SAFETY: both are a page long. `page` is within the reservation (checked), mapped and writable, and nothing else
+        // uses it; the caller's page is readable, and not of this reservation.
+        unsafe { self.addr(page).cast::<u64>().copy_from_nonoverlapping(from, WORDS) };
         trace!(Owned { at: self.at(), range: PageRange::with_len(page, 1) });
         true
     }

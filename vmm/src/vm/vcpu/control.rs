@@ -326,13 +326,9 @@ impl<O, S> VcpuControl<O, S> {
     /// Starts the vCPUs, with one order each. Returns once all of them have loaded their state and
     /// may enter the guest. The guest may already have ended by then.
     pub(crate) fn start(&self, orders: impl IntoIterator<Item = O>) -> Result<(), VmError> {
-        self.start_within(TIMEOUT, orders)
-    }
-
-    fn start_within(&self, timeout: Duration, orders: impl IntoIterator<Item = O>) -> Result<(), VmError> {
         self.give(orders);
         self.to_vcpus.notify_all();
-        let mut inner = self.wait_within(timeout, |inner| inner.startup.is_decided())?;
+        let mut inner = self.wait(|inner| inner.startup.is_decided())?;
         match (inner.failure.take(), inner.stop_reason()) {
             (Some(error), _) => Err(error),
             // The guest has begun, run, and ended. A VM that was admitted was reported as made.
