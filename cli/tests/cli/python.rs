@@ -69,6 +69,17 @@ fn files(images: &Images) {
     assert_eq!(fs::read_to_string(copy).unwrap(), "[9, 16]");
 }
 
+/// What programs of images expect of the kernel that `clade guest` provides.
+fn kernel_interfaces(images: &Images) {
+    let script = images.path("kernel_interfaces.py");
+    fs::write(&script, include_str!("kernel_interfaces.py")).unwrap();
+    let copied = images.clade(&["cp", "--wait", WAIT, script.to_str().unwrap(), "py:/srv/kernel_interfaces.py"]);
+    assert_eq!(copied.code, Some(0), "{copied:?}");
+    let told = exec(images, &["py", "--", "python3", "/srv/kernel_interfaces.py"]);
+    let is_there = told.stdout.lines().filter(|line| line.ends_with(": is there")).count();
+    assert!(told.code == Some(0) && is_there == 15 && told.stdout.lines().count() == 15, "{told:?}");
+}
+
 #[test]
 fn ten_forks_of_a_running_python_answer_each_for_itself() {
     if !kvm() {
@@ -96,6 +107,7 @@ fn ten_forks_of_a_running_python_answer_each_for_itself() {
     let raised = exec(&images, &["py", "--", "answer", "1 / 0"]);
     assert_eq!((raised.code, raised.stderr.as_str()), (Some(1), "ZeroDivisionError: division by zero\n"));
     files(&images);
+    kernel_interfaces(&images);
 
     let about = "[token, count, random.random(), os.urandom(8).hex()]";
     let parent = ask(&images, "py", &format!("[*{about}, state.setdefault('of', 'all')]"));
