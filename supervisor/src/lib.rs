@@ -79,6 +79,7 @@ mod snapshots;
 mod start;
 mod stop;
 mod suspend;
+mod turns;
 mod unsettled;
 mod vm_record;
 mod worker_resources;
@@ -129,6 +130,7 @@ use server::InProcessRequests;
 use snapshots::Snapshots;
 pub use start::SupervisorOptions;
 pub use stop::{agent_socket, stop};
+use turns::Turns;
 use unsettled::UnsettledEnds;
 use vm_record::VmRecord;
 pub use vm_record::{in_session, is_in_session, vms_in};
@@ -196,6 +198,8 @@ struct Inner {
     closed: Mutex<Vec<(String, VmRecord)>>,
     /// Metrics clients at a time: each takes memory for all VMs' answers.
     scrapes: Semaphore,
+    /// Of guests that renew their identity.
+    turns: Turns,
     /// VMs that have ended while their names were taken.
     unsettled: UnsettledEnds,
     closing: AtomicBool,
@@ -216,6 +220,7 @@ impl Supervisor {
     /// Ends the supervisor: it accepts no more requests, and prepared workers go. VMs run on.
     pub fn close(&self) {
         self.0.closing.store(true, Ordering::Relaxed);
+        self.0.turns.close();
         // Open requests are cancelled, and leave nothing.
         drop(self.0.busy.write());
         // Then their answers are sent. Without a receiver no server is left.

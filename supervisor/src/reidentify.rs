@@ -4,17 +4,20 @@
 //! Children requested as *ready* are activated once all are ready, or none is (I13).
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clade_agent_client::proto::api::Generation;
 use clade_agent_client::proto::{Base64, NOTICE_PORT, PORT};
 use clade_agent_client::{Client as Agent, ClientError, Endpoint};
 use clade_vmm::vm::VmConfig;
+use clade_worker::host_limits::has_free_processor;
 use hyper::Method;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use super::Supervisor;
+use super::turns::Turn;
 use super::vm_record::VmRecord;
 use clade_api::http::{ApiError, THREAD_PATIENCE, on_a_thread};
 use clade_api::{Client, DaemonError, ProblemKind, ReadyAnswer, StopRequest, VmInfo, VmState};
@@ -44,6 +47,8 @@ const ANSWERING_EACH: Duration = Duration::from_secs(10);
 /// Part of that time in which no hook runs, so that the agent's answer arrives and names the hook that
 /// was slow.
 const ANSWER_MARGIN: Duration = Duration::from_secs(5);
+/// Interval of the checks for a free processor.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// Interval of the attempts.
 const RETRY: Duration = Duration::from_millis(20);
 
@@ -70,9 +75,42 @@ impl TimeLimits {
     }
 }
 
-/// Returns how many agents are notified at a time: their guests work then. More of them than
+/// The time that a guest has left for a connection or an answer. On a host whose processors are all busy it does not
+/// pass, up to [`MAX_PATIENCE`] in all: the guest may not have had its share.
+struct TimeLeft {
+    begun: Instant,
+    looked: Instant,
+    left: Duration,
+}
+
+impl TimeLeft {
+    fn of(limit: Duration) -> Self {
+        let now = Instant::now();
+        Self { begun: now, looked: now, left: limit }
+    }
+
+    /// Counts the time since the last call, unless the host is busy. Returns whether any is left.
+    fn is_left(&mut self, is_busy: bool) -> bool {
+        let now = Instant::now();
+        if !is_busy {
+            self.left = self.left.saturating_sub(now - self.looked);
+        }
+        self.looked = now;
+        !self.left.is_zero() && now - self.begun < MAX_PATIENCE
+    }
+}
+
+/// Returns after this time, which passes as [`TimeLeft`] does.
+async fn passed(limit: Duration) {
+    let mut left = TimeLeft::of(limit);
+    while left.is_left(!has_free_processor()) {
+        tokio::time::sleep(LOOK_INTERVAL).await;
+    }
+}
+
+/// Returns how many agents of new VMs have a turn at a time: their guests work then. More of them than
 /// processors would all be late on hosts where their kernels are interpreted.
-fn told_at_a_time() -> usize {
+pub(super) fn told_at_a_time() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from).saturating_mul(2).min(MAX_TOLD)
 }
 
@@ -147,7 +185,7 @@ impl Supervisor {
             Ok::<_, DaemonError>(vm_record.identity.vsock.map(|vsock| vsock.socket))
         });
         let socket = socket.await??.ok_or_else(|| not_ready(name, "it has no socket"))?;
-        let agent = Agent::new(Endpoint::Vsock { socket, port: PORT }).with_patience(ATTEMPT, limits.answering);
+        let agent = Agent::new(Endpoint::Vsock { socket, port: PORT }).with_patience(ATTEMPT, MAX_PATIENCE);
         // Each attempt has its own time of day.
         let agent = agent.with_one_attempt();
         let mut entropy = vec![0; ENTROPY];
@@ -159,15 +197,22 @@ impl Supervisor {
             entropy: Some(Base64(entropy)),
             hooks_ms: u64::try_from(limits.hooks.as_millis()).ok(),
         };
-        let deadline = Instant::now() + limits.connecting;
+        let mut left = TimeLeft::of(limits.connecting);
         let ready = loop {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             request.now_ns = Some(now.as_nanos().to_string());
-            match agent.change_generation(&request).await {
+            let answer = tokio::select! {
+                answer = agent.change_generation(&request) => answer,
+                () = passed(ATTEMPT + limits.answering) => {
+                    let waited = limits.answering.as_secs();
+                    return Err(not_ready(name, &format!("the agent has not answered for {waited} s")));
+                }
+            };
+            match answer {
                 // A child resets its parent's connections, perhaps this one: the notification is
                 // repeated.
                 Err(ClientError::NoAgent { .. } | ClientError::Http(_) | ClientError::Lost(_))
-                    if Instant::now() < deadline =>
+                    if left.is_left(!has_free_processor()) =>
                 {
                     tokio::time::sleep(RETRY).await;
                 }
@@ -186,20 +231,26 @@ impl Supervisor {
         }
     }
 
-    /// The same for new VMs: all are ready when this returns, or all have ended. They also end when
-    /// the future is dropped.
+    /// The same for new VMs: all are ready when this returns, or all have ended. They also end when the
+    /// future is dropped. The first has the request's turn, the others take turns of their own.
     ///
     /// # Errors
     /// That of the first VM that is not ready.
-    pub(super) async fn reidentify_all(&self, names: &[String]) -> Result<(), ApiError> {
+    pub(super) async fn reidentify_all(&self, names: &[String], own: Turn) -> Result<(), ApiError> {
         let mut pending = PendingVms { supervisor: self.clone(), names: names.to_vec() };
-        let turns = Arc::new(Semaphore::new(told_at_a_time()));
-        let (mut told, count) = (JoinSet::new(), names.len());
+        // Of one request no more wait in the queue, so that others are not behind all its VMs.
+        let waiting = Arc::new(Semaphore::new(told_at_a_time()));
+        let (mut told, count, mut own) = (JoinSet::new(), names.len(), Some(own));
         for name in names {
-            let (supervisor, turns, name) = (self.clone(), Arc::clone(&turns), name.clone());
+            let (supervisor, waiting, name) = (self.clone(), Arc::clone(&waiting), name.clone());
+            let own = own.take();
             told.spawn(async move {
+                if let Some(_turn) = own {
+                    return supervisor.reidentify_among(&name, count).await;
+                }
                 // The semaphore is never closed.
-                let _turn = turns.acquire().await;
+                let _waiting = waiting.acquire().await;
+                let _turn = supervisor.0.turns.next().await.begin();
                 supervisor.reidentify_among(&name, count).await
             });
         }
@@ -223,7 +274,22 @@ impl Supervisor {
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::advance;
+
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn time_on_a_busy_host_does_not_count_up_to_a_bound() {
+        let second = Duration::from_secs(1);
+        let mut left = TimeLeft::of(30 * second);
+        for (passed, is_busy, remains) in [(100, true, true), (29, false, true), (50, true, true), (1, false, false)] {
+            advance(passed * second).await;
+            assert_eq!(left.is_left(is_busy), remains, "{passed}");
+        }
+        let mut left = TimeLeft::of(30 * second);
+        advance(MAX_PATIENCE).await;
+        assert!(!left.is_left(true));
+    }
 
     #[test]
     fn siblings_have_more_time_and_hooks_less_than_the_answer() {

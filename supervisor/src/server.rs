@@ -252,7 +252,7 @@ async fn restore(
     let ready = may_be_ready(&request.vms)?;
     let client = client.map(|Extension(client)| client);
     let restore = move |supervisor: &Supervisor, cancel: &Cancel| supervisor.restore(&request, client, cancel);
-    Ok(Json(supervisor.activated(ready, supervisor.work(restore).await?).await?))
+    Ok(Json(supervisor.activated(ready, supervisor.work(restore)).await?))
 }
 
 /// Stops a VM for good. On request its guest first has time to power itself off. Answers when its

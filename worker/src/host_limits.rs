@@ -122,6 +122,25 @@ pub(crate) fn pages_available() -> u64 {
     mib_of_memory().map_or(u64::MAX, |(_, available)| available.saturating_sub(SPARE_MIB) << 8)
 }
 
+/// Returns whether the host has a processor without a runnable thread, the caller's aside. False if the
+/// kernel does not report it.
+#[must_use]
+pub fn has_free_processor() -> bool {
+    // All of the host's, as its threads: this process may be limited to some.
+    static ONLINE: LazyLock<Option<u64>> = LazyLock::new(|| count_of(&first_line("/sys/devices/system/cpu/online")?));
+    runnable_threads().zip(*ONLINE).is_some_and(|(runnable, online)| runnable <= online)
+}
+
+/// The length of a list of ranges, such as `0-3,8`.
+fn count_of(ranges: &str) -> Option<u64> {
+    let lengths = ranges.split(',').map(|range| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
+        (last + 1).checked_sub(first)
+    });
+    lengths.sum()
+}
+
 /// The host's runnable threads.
 pub(crate) fn runnable_threads() -> Option<u64> {
     threads_of_host().map(|(runnable, _)| runnable)
@@ -164,6 +183,14 @@ pub fn check_host_limits(count: usize, demand: ResourceDemand) -> Result<(), Hos
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn processors_are_counted_by_their_ranges() {
+        for (ranges, count) in [("0", Some(1)), ("0-1", Some(2)), ("0-3,8,10-11", Some(7)), ("3-1", None), ("", None)] {
+            assert_eq!(count_of(ranges), count, "{ranges}");
+        }
+        assert!(count_of(&first_line("/sys/devices/system/cpu/online").unwrap()).unwrap() >= processors() as u64);
+    }
 
     #[test]
     fn a_fork_beyond_the_processors_or_the_memory_is_refused_with_its_numbers() {

@@ -8,6 +8,7 @@ use clade_api::{
     OpenRequest, ProblemKind, SavedSource, StopAnswer, StopRequest, SuspendAnswer, SuspendRequest,
 };
 
+use crate::vm_record::VmRecord;
 use crate::{Supervisor, suspend};
 
 /// Maximum number of directories allowed for the parents of a snapshot.
@@ -40,19 +41,34 @@ impl Supervisor {
         Ok(on_a_thread(THREAD_PATIENCE, move || work(&supervisor, &cancel)).await??)
     }
 
-    /// Activates new VMs: if `ready`, once they are.
-    pub(super) async fn activated(&self, ready: bool, answer: ForkAnswer) -> Result<ForkAnswer, ApiError> {
-        if ready {
-            self.reidentify_all(&answer.children).await?;
+    /// Makes VMs by `work`, and activates them: if `ready`, in a turn of theirs, and once they are.
+    pub(super) async fn activated(
+        &self,
+        ready: bool,
+        work: impl Future<Output = Result<ForkAnswer, ApiError>>,
+    ) -> Result<ForkAnswer, ApiError> {
+        if !ready {
+            return work.await;
         }
+        let turn = self.0.turns.queue().await?;
+        let answer = work.await?;
+        self.reidentify_all(&answer.children, turn.begin()).await?;
         Ok(answer)
     }
 
     pub(super) async fn answer_fork(&self, vm: String, request: ForkRequest) -> Result<ForkAnswer, ApiError> {
-        let permit = self.permit(&vm).await?;
         let ready = may_be_ready(&request)?;
-        let fork = move |supervisor: &Self, cancel: &Cancel| supervisor.fork_vm(&vm, &request, permit, cancel);
-        self.activated(ready, self.work(fork).await?).await
+        if ready {
+            // Before the wait for a turn.
+            let (supervisor, name) = (self.clone(), vm.clone());
+            on_a_thread(THREAD_PATIENCE, move || VmRecord::expect(&supervisor.0.dir, &name)).await??;
+        }
+        let fork = async {
+            // Within a turn: a request that waits for one keeps no other from the VM's image.
+            let permit = self.permit(&vm).await?;
+            self.work(move |supervisor, cancel| supervisor.fork_vm(&vm, &request, permit, cancel)).await
+        };
+        self.activated(ready, fork).await
     }
 
     pub(super) async fn answer_fork_of_checkpoint(
@@ -61,8 +77,10 @@ impl Supervisor {
         request: ForkRequest,
     ) -> Result<ForkAnswer, ApiError> {
         let ready = may_be_ready(&request)?;
+        // Before the wait for a turn.
+        self.checkpoints().info(&checkpoint)?;
         let fork = move |supervisor: &Self, cancel: &Cancel| supervisor.fork_checkpoint(&checkpoint, &request, cancel);
-        self.activated(ready, self.work(fork).await?).await
+        self.activated(ready, self.work(fork)).await
     }
 
     pub(super) async fn answer_checkpoint(
