@@ -25,7 +25,7 @@ use crate::headers::API_KEY;
 use crate::keys::Scope;
 use crate::records::{RecordEntry, SandboxRecord, SnapshotRecord};
 use crate::rules::checkpoint_name;
-use crate::seats::{Seat, holding};
+use crate::seats::{admit, holding};
 use crate::wire::{
     AskedNetwork, CLIENT_ID, Connect, Detail, ENVD_VERSION, Fork, ForkResult, Lifecycle, ListQuery, ListedSandbox,
     NetworkShown, NewSandbox, OnTimeout, Refresh, Sandbox, SandboxMetric, SaveOptions, SnapshotFork, SnapshotInfo,
@@ -147,7 +147,10 @@ async fn authorize(State(gateway): GatewayState, mut request: Request, next: Nex
         Ok(call) => call,
         Err(error) => return error.into_response(),
     };
-    let admitted = request.extensions().get::<Arc<Seat>>().map(Seat::admit);
+    let admitted = match admit(&request) {
+        Ok(admitted) => admitted,
+        Err(error) => return error.into_response(),
+    };
     request.extensions_mut().insert(key.scope);
     request.extensions_mut().insert(KeyOwner(owner));
     next.run(request).await.map(|body| holding(body, (call, admitted)))

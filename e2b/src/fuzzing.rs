@@ -38,6 +38,6 @@ pub fn gateway(dir: &Path, socket: &Path) -> Gateway {
 
 /// Answers a client's connection, up to its end.
 pub async fn answer(gateway: &Gateway, client: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
-    let seat = Seats::new(1).take().await;
+    let seat = Seats::new(1).take(std::net::Ipv4Addr::LOCALHOST.into()).await;
     listen::answer(client, router(gateway), Arc::new(seat)).await;
 }

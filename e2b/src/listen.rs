@@ -27,8 +27,8 @@ use crate::seats::{Seat, Seats};
 use crate::tls::Tls;
 use crate::tunnel::Afterwards;
 
-/// Most connections. A further one takes the seat of an idle one; if all are busy, it waits in the
-/// kernel's backlog.
+/// Most connections. A further one takes the seat of an idle one, of the network that has the most;
+/// if all are busy, it waits in the kernel's backlog.
 const MAX_CONNECTIONS: usize = 2048;
 /// Time limit of an idle connection, and of a request's head: longer than SDKs keep one.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(330);
@@ -138,9 +138,9 @@ pub(crate) async fn accept_at_most(most: usize, listener: TcpListener, router: R
     loop {
         while answering.try_join_next().is_some() {}
         match listener.accept().await {
-            Ok((stream, _)) => {
+            Ok((stream, peer)) => {
                 // The wait comes before the next connection is accepted.
-                let seat = seats.take().await;
+                let seat = seats.take(peer.ip()).await;
                 // An event is sent when it happens.
                 let _ = stream.set_nodelay(true);
                 if let Err(error) = notice_vanished(&stream) {

@@ -30,7 +30,7 @@ use crate::headers::{
 };
 use crate::ports::Target;
 use crate::records::{RecordEntry, SandboxRecord};
-use crate::seats::{Seat, holding};
+use crate::seats::{admit, holding};
 use crate::tunnel::{Afterwards, relay};
 
 #[cfg(test)]
@@ -62,7 +62,10 @@ pub(crate) async fn forward(gateway: &Gateway, target: &Target, request: Request
     let Some(entry) = gateway.0.sandboxes.get(&target.id) else {
         return bad_gateway(target, "The sandbox was not found");
     };
-    let admitted = request.extensions().get::<Arc<Seat>>().map(Seat::admit);
+    let admitted = match admit(&request) {
+        Ok(admitted) => admitted,
+        Err(error) => return error.into_response(),
+    };
     let passed = if u32::from(target.port) == PORT {
         to_agent(gateway, target, &entry, request).await
     } else {
@@ -234,7 +237,7 @@ async fn to_program(
     let place = Arc::new(slot.map_err(refused)?);
     let afterwards = request.extensions().get::<Afterwards>().cloned();
     // A WebSocket is an admitted request until it ends.
-    let seat = request.extensions().get::<Arc<Seat>>().map(Seat::admit);
+    let seat = admit(&request).map_err(refused)?;
     let (head, body) = request.into_parts();
     let is_websocket = asks_for_websocket(&head).map_err(refused)?;
     let mut request = Request::from_parts(head, body);
