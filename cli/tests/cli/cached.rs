@@ -47,17 +47,22 @@ fn wait_for_agent(runtime: &Runtime, vm: &str) {
 /// has TAP interfaces, a network device. Returns when the agent answers; false if no guest is
 /// built.
 pub(crate) fn agent(runtime: &mut Runtime, cid: &Cid, tap: &TapName) -> bool {
+    agent_of("256M", runtime, cid, tap)
+}
+
+/// The same with another size of memory.
+pub(crate) fn agent_of(mem: &str, runtime: &mut Runtime, cid: &Cid, tap: &TapName) -> bool {
     let Some((linux, agent)) = guest() else { return false };
     let (kernel, initramfs, has_net) = (linux.join("vmlinux"), linux.join("initramfs.cpio"), taps());
     let key = CacheKey::new("agent", 1).file(&kernel).file(&initramfs).file(&agent).text(INITRAMFS).text(kernel_args());
-    let cached = key.text(&has_net.to_string()).get(check, |dir| {
+    let cached = key.text(&has_net.to_string()).text(mem).get(check, |dir| {
         let mut runtime = Runtime::new();
         let initrd = dir.join("initramfs.cpio");
         resource("agent/initramfs.sh", &[linux.to_str().unwrap(), agent.to_str().unwrap(), initrd.to_str().unwrap()])
             .expect("an initramfs with the agent");
         let files = ["--kernel", kernel.to_str().unwrap(), "--initrd", initrd.to_str().unwrap()];
         let (cid, tap) = (Cid::take(), TapName::take());
-        with_devices(&mut runtime, &[&["run"], &files[..], &["--mem", "256M"]].concat(), &cid, &tap, has_net);
+        with_devices(&mut runtime, &[&["run"], &files[..], &["--mem", mem]].concat(), &cid, &tap, has_net);
         wait_for_agent(&runtime, "web");
         snapshot(&runtime, "web", dir);
         fs::remove_file(initrd).unwrap();

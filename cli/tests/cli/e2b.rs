@@ -5,6 +5,7 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use clade_test_support::{Cid, PatientStream, Port, TapName};
@@ -14,16 +15,53 @@ use serde_json::Value;
 use crate::cached;
 use crate::tool::{Runtime, kill, kvm, taps, wait_until};
 
-const SCRIPT: &str = include_str!("e2b_sdk.py");
-const NODE_SCRIPT: &str = include_str!("e2b_sdk.mjs");
+pub(crate) const SCRIPT: &str = include_str!("e2b_sdk.py");
+/// The SDK for JavaScript by two URLs. By a domain it is used for all else.
+const NODE_SCRIPT: &str = r#"
+import assert from 'node:assert'
+import { Sandbox } from 'e2b'
+const patient = { requestTimeoutMs: 3_600_000, timeoutMs: 7_200_000 }
+const box = await Sandbox.create('base', patient)
+await box.files.write('/tmp/own', 'parent', patient)
+const [child] = await box.fork(patient)
+await child.files.write('/tmp/own', 'child', patient)
+const texts = [box, child].map(one => one.files.read('/tmp/own', patient))
+assert.deepEqual(await Promise.all(texts), ['parent', 'child'])
+for (const one of [box, child]) assert.equal(await one.kill(patient), true)
+"#;
 
 pub(crate) fn python() -> Option<String> {
     let python = std::env::var("CLADE_E2B_PYTHON").unwrap_or_else(|_| "python3".to_owned());
     let has_sdk = Command::new(&python).args(["-c", "import e2b"]).output().is_ok_and(|found| found.status.success());
     if !has_sdk {
-        clade_test_support::skipped(&format!("{python} has no e2b"));
+        clade_test_support::skip("e2b", &format!("{python} has no e2b"));
     }
     has_sdk.then_some(python)
+}
+
+/// The directory of the SDK for JavaScript and its dependencies.
+pub(crate) fn node_modules() -> Option<PathBuf> {
+    let dir = std::env::var_os("CLADE_E2B_NODE").map(|dir| Path::new(&dir).join("node_modules"));
+    if dir.is_none() {
+        clade_test_support::skip("e2b", "CLADE_E2B_NODE is not set");
+    }
+    dir
+}
+
+/// A program that uses the SDK for JavaScript. Node looks for modules beside the program.
+pub(crate) struct NodeScript(tempfile::TempDir);
+
+impl NodeScript {
+    pub(crate) fn new(modules: &Path, text: &str) -> Self {
+        let own = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink(modules, own.path().join("node_modules")).unwrap();
+        std::fs::write(own.path().join("program.mjs"), text).unwrap();
+        Self(own)
+    }
+
+    pub(crate) fn path(&self) -> PathBuf {
+        self.0.path().join("program.mjs")
+    }
 }
 
 /// A supervisor with E2B's API, and its address.
@@ -117,19 +155,8 @@ fn the_python_sdk_makes_forks_and_ends_sandboxes() {
         print!("{text}");
     };
     drive(Command::new(python).args(["-c", SCRIPT, &other, &reader, "base"]));
-    match std::env::var("CLADE_E2B_NODE") {
-        Ok(dir) => {
-            let own = tempfile::tempdir().unwrap();
-            std::os::unix::fs::symlink(
-                std::path::Path::new(&dir).join("node_modules"),
-                own.path().join("node_modules"),
-            )
-            .unwrap();
-            let script = own.path().join("e2b_sdk.mjs");
-            std::fs::write(&script, NODE_SCRIPT).unwrap();
-            drive(Command::new("node").arg(script));
-        }
-        Err(_) => clade_test_support::skipped("CLADE_E2B_NODE is not set"),
+    if let Some(modules) = node_modules() {
+        drive(Command::new("node").arg(NodeScript::new(&modules, NODE_SCRIPT).path()));
     }
     wait_until("the end of its sandboxes", || host.runtime.names() == ["web"]);
     reaches_nothing_else(&host, &me);

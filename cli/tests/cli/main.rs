@@ -13,6 +13,7 @@ mod control;
 mod detach;
 mod disk;
 mod e2b;
+mod e2b_long;
 mod e2b_ports;
 mod e2b_tls;
 mod egress;
