@@ -36,8 +36,8 @@ use crate::tunnel::{Afterwards, relay};
 #[cfg(test)]
 mod tests;
 
-/// Time limit of a guest for a connection.
-const CONNECTING: Duration = Duration::from_secs(30);
+/// Time limit of a guest for a connection: the SDKs wait as long for an answer.
+const CONNECTING: Duration = Duration::from_secs(60);
 /// The same for a program's port. Its agent tries two addresses, for 30 s each.
 const CONNECTING_TO_PORT: Duration = Duration::from_secs(90);
 /// Most headers of a guest's answer.

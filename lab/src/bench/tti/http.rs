@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use anyhow::{Context, anyhow, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use bytes::Bytes;
 use clade_agent_client::proto::code::EndOfStream;
 use clade_agent_client::proto::envelope::{END_OF_STREAM, Envelopes, seal};
@@ -108,7 +108,12 @@ impl Api {
             .header(KEEPALIVE_HEADER, 20)
             .header(CONTENT_TYPE, STREAM_TYPE);
         let answer = self.send(request, seal(&start)).await?;
-        ensure!(answer.status().is_success(), "the command: {}", answer.status());
+        if !answer.status().is_success() {
+            let status = answer.status();
+            let read = Limited::new(answer.into_body(), MAX_ANSWER).collect().await;
+            let why = read.map(|body| body.to_bytes()).unwrap_or_default();
+            bail!("the command: {status}: {}", String::from_utf8_lossy(&why));
+        }
         let (mut body, mut envelopes, mut said) = (answer.into_body(), Envelopes::new(MAX_MESSAGE), Vec::new());
         while let Some(frame) = body.frame().await {
             let Ok(piece) = frame?.into_data() else { continue };
