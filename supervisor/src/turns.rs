@@ -4,7 +4,7 @@
 //!
 //! | rule | reason |
 //! |---|---|
-//! | A request takes a turn before it makes its VM. | The guest's first work is part of what is delayed. |
+//! | A request takes a turn before it makes its VM. | The guest's first work is delayed too. |
 //! | Making the VM takes [`LONGEST_TURN`] of the turn at most. | A request that waits for a VM or a disk delays no others for long. |
 //! | From then on a turn lasts [`TURN`] at most, and [`LONGEST_TURN`] while no processor is free. | A guest that never answers delays others that long, and not for its own time limit. Turns that end before their guests are done would put all guests to work together. |
 //! | The first of the queue goes on without a turn if the host has a free processor. | A guest that waits for something takes no processor. |
@@ -138,7 +138,7 @@ mod tests {
 
     use super::*;
 
-    /// Polls once: what is left is a wait.
+    /// Polls once. None if the work waits.
     async fn now<T>(work: impl Future<Output = T>) -> Option<T> {
         tokio::time::timeout(Duration::ZERO, work).await.ok()
     }

@@ -119,6 +119,18 @@ impl Host {
         (status, answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default())
     }
 
+    /// Runs a program of an SDK that gets this host's address as two URLs, and prints its output.
+    pub(crate) fn drive(&self, key: &str, command: &mut Command) {
+        command.env("E2B_API_KEY", key);
+        for name in ["E2B_API_URL", "E2B_SANDBOX_URL"] {
+            command.env(name, format!("http://{}", self.address));
+        }
+        let done = command.output().unwrap();
+        let text = String::from_utf8_lossy(&done.stdout);
+        assert!(done.status.success(), "{text}{}", String::from_utf8_lossy(&done.stderr));
+        print!("{text}");
+    }
+
     pub(crate) fn call(&self, key: &str, method: &str, path: &str, body: &str) -> (u16, Value) {
         let (status, text) = self.says(&format!(
             "{method} {path} HTTP/1.1\r\nhost: x\r\nx-api-key: {key}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
@@ -144,19 +156,9 @@ fn the_python_sdk_makes_forks_and_ends_sandboxes() {
     host.runtime.clade(&["checkpoint", "web", "base", "--json"]).json();
     let [me, other, reader] =
         [("me", "all"), ("other", "all"), ("reader", "read")].map(|(name, scope)| host.key(name, scope));
-    let drive = |command: &mut Command| {
-        command.env("E2B_API_KEY", &me);
-        for name in ["E2B_API_URL", "E2B_SANDBOX_URL"] {
-            command.env(name, format!("http://{}", host.address));
-        }
-        let done = command.output().unwrap();
-        let text = String::from_utf8_lossy(&done.stdout);
-        assert!(done.status.success(), "{text}{}", String::from_utf8_lossy(&done.stderr));
-        print!("{text}");
-    };
-    drive(Command::new(python).args(["-c", SCRIPT, &other, &reader, "base"]));
+    host.drive(&me, Command::new(python).args(["-c", SCRIPT, &other, &reader, "base"]));
     if let Some(modules) = node_modules() {
-        drive(Command::new("node").arg(NodeScript::new(&modules, NODE_SCRIPT).path()));
+        host.drive(&me, Command::new("node").arg(NodeScript::new(&modules, NODE_SCRIPT).path()));
     }
     wait_until("the end of its sandboxes", || host.runtime.names() == ["web"]);
     reaches_nothing_else(&host, &me);

@@ -1,4 +1,4 @@
-"""What takes E2B's SDK long. Arguments: `forks`, of which a hundred are made; `file` and its MiB."""
+"""Long tests of E2B's SDK. Arguments: `forks`, of which a hundred are made; `file` and its MiB."""
 import hashlib
 import os
 import sys

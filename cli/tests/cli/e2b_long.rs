@@ -1,4 +1,4 @@
-//! What takes E2B's SDKs long: a hundred forks, a large file, and the SDKs of earlier years.
+//! Long tests of E2B's SDKs: a hundred forks, a large file, and the SDKs of earlier years.
 
 use std::fs;
 use std::path::PathBuf;
@@ -25,15 +25,7 @@ fn drive(mem: &str, part: &[&str]) {
         return;
     }
     host.runtime.clade(&["checkpoint", "web", "base", "--json"]).json();
-    let mut command = Command::new(python);
-    command.args(["-c", SCRIPT]).args(part).env("E2B_API_KEY", host.key("me", "all"));
-    for name in ["E2B_API_URL", "E2B_SANDBOX_URL"] {
-        command.env(name, format!("http://{}", host.address));
-    }
-    let done = command.output().unwrap();
-    let text = String::from_utf8_lossy(&done.stdout);
-    assert!(done.status.success(), "{text}{}", String::from_utf8_lossy(&done.stderr));
-    print!("{text}");
+    host.drive(&host.key("me", "all"), Command::new(python).args(["-c", SCRIPT]).args(part));
     assert_eq!(host.runtime.names(), ["web"]);
 }
 

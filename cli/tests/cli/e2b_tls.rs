@@ -196,7 +196,7 @@ impl DomainHost {
         self.tls.host.key(name, scope)
     }
 
-    /// Runs a program of an SDK as with E2B: it gets a domain, and no URLs. Returns what it prints.
+    /// Runs a program of an SDK as with E2B: it gets a domain, and no URLs. Returns its output.
     pub(crate) fn run(&self, program: impl AsRef<OsStr>, arguments: &[&OsStr]) -> String {
         let mut command = self.resolver.command(program);
         command.args(arguments);

@@ -8,7 +8,7 @@ use clade_agent_client::proto::code::EndOfStream;
 use clade_agent_client::proto::envelope::{END_OF_STREAM, Envelopes, seal};
 use clade_agent_client::proto::process::{EventResponse, ProcessConfig, StartRequest};
 use clade_agent_client::proto::{KEEPALIVE_HEADER, MAX_MESSAGE, PORT, STREAM_TYPE, TOKEN_HEADER, decode};
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Collected, Full, Limited};
 use hyper::body::Incoming;
 use hyper::client::conn::http1;
 use hyper::header::{CONTENT_TYPE, HOST};
@@ -111,7 +111,7 @@ impl Api {
         if !answer.status().is_success() {
             let status = answer.status();
             let read = Limited::new(answer.into_body(), MAX_ANSWER).collect().await;
-            let why = read.map(|body| body.to_bytes()).unwrap_or_default();
+            let why = read.map(Collected::to_bytes).unwrap_or_default();
             bail!("the command: {status}: {}", String::from_utf8_lossy(&why));
         }
         let (mut body, mut envelopes, mut said) = (answer.into_body(), Envelopes::new(MAX_MESSAGE), Vec::new());
