@@ -67,6 +67,7 @@ mod overlays;
 mod pool;
 mod processes;
 mod proxy;
+mod ready_limiter;
 mod recorded_link;
 mod reidentify;
 mod request_limiter;
@@ -79,7 +80,6 @@ mod snapshots;
 mod start;
 mod stop;
 mod suspend;
-mod turns;
 mod unsettled;
 mod vm_record;
 mod worker_resources;
@@ -124,13 +124,13 @@ use overlays::OverlayDirs;
 use pool::Pool;
 pub use processes::COMMIT_TIMEOUT;
 use processes::{Processes, kill};
+use ready_limiter::ReadyLimiter;
 pub(crate) use request_limiter::ImagePermit;
 use request_limiter::{ForwardLimiter, ImageRequestLimiter, NetworkChanges};
 use server::InProcessRequests;
 use snapshots::Snapshots;
 pub use start::SupervisorOptions;
 pub use stop::{agent_socket, stop};
-use turns::Turns;
 use unsettled::UnsettledEnds;
 use vm_record::VmRecord;
 pub use vm_record::{in_session, is_in_session, vms_in};
@@ -199,7 +199,7 @@ struct Inner {
     /// Metrics clients at a time: each takes memory for all VMs' answers.
     scrapes: Semaphore,
     /// Of guests that renew their identity.
-    turns: Turns,
+    ready_limiter: ReadyLimiter,
     /// VMs that have ended while their names were taken.
     unsettled: UnsettledEnds,
     closing: AtomicBool,
@@ -220,7 +220,7 @@ impl Supervisor {
     /// Ends the supervisor: it accepts no more requests, and prepared workers go. VMs run on.
     pub fn close(&self) {
         self.0.closing.store(true, Ordering::Relaxed);
-        self.0.turns.close();
+        self.0.ready_limiter.close();
         // Open requests are cancelled, and leave nothing.
         drop(self.0.busy.write());
         // Then their answers are sent. Without a receiver no server is left.

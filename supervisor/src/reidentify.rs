@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::Supervisor;
-use super::turns::Turn;
+use super::ready_limiter::ReadyPermit;
 use super::vm_record::VmRecord;
 use clade_api::http::{ApiError, THREAD_PATIENCE, on_a_thread};
 use clade_api::{Client, DaemonError, ProblemKind, ReadyAnswer, StopRequest, VmInfo, VmState};
@@ -108,7 +108,7 @@ async fn passed(limit: Duration) {
     }
 }
 
-/// Returns how many agents of new VMs have a turn at a time: their guests work then. More of them than
+/// Returns how many agents of new VMs have a permit at a time: their guests work then. More of them than
 /// processors would all be late on hosts where their kernels are interpreted.
 pub(super) fn told_at_a_time() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from).saturating_mul(2).min(MAX_TOLD)
@@ -232,11 +232,11 @@ impl Supervisor {
     }
 
     /// The same for new VMs: all are ready when this returns, or all have ended. They also end when the
-    /// future is dropped. The first has the request's turn, the others take turns of their own.
+    /// future is dropped. The first has the request's permit, the others wait for their own.
     ///
     /// # Errors
     /// That of the first VM that is not ready.
-    pub(super) async fn reidentify_all(&self, names: &[String], own: Turn) -> Result<(), ApiError> {
+    pub(super) async fn reidentify_all(&self, names: &[String], own: ReadyPermit) -> Result<(), ApiError> {
         let mut pending = PendingVms { supervisor: self.clone(), names: names.to_vec() };
         // Of one request no more wait in the queue, so that others are not behind all its VMs.
         let waiting = Arc::new(Semaphore::new(told_at_a_time()));
@@ -245,12 +245,12 @@ impl Supervisor {
             let (supervisor, waiting, name) = (self.clone(), Arc::clone(&waiting), name.clone());
             let own = own.take();
             told.spawn(async move {
-                if let Some(_turn) = own {
+                if let Some(_permit) = own {
                     return supervisor.reidentify_among(&name, count).await;
                 }
                 // The semaphore is never closed.
                 let _waiting = waiting.acquire().await;
-                let _turn = supervisor.0.turns.next().await.begin();
+                let _permit = supervisor.0.ready_limiter.next().await.begin();
                 supervisor.reidentify_among(&name, count).await
             });
         }

@@ -24,11 +24,11 @@ use crate::net_hook::NetHook;
 use crate::overlays::OverlayDirs;
 use crate::pool::Pool;
 use crate::processes::Processes;
+use crate::ready_limiter::ReadyLimiter;
 use crate::reidentify::told_at_a_time;
 use crate::request_limiter::{ForwardLimiter, ImageRequestLimiter, NetworkChanges};
 use crate::server::InProcessRequests;
 use crate::snapshots::Snapshots;
-use crate::turns::Turns;
 use crate::unsettled::UnsettledEnds;
 use crate::vm_record::VmRecord;
 use crate::worker_resources::SandboxProfile;
@@ -137,7 +137,7 @@ impl Supervisor {
             network_changes: NetworkChanges::default(),
             closed: Mutex::default(),
             scrapes: Semaphore::new(MAX_SCRAPES),
-            turns: Turns::new(told_at_a_time()),
+            ready_limiter: ReadyLimiter::new(told_at_a_time()),
             unsettled: UnsettledEnds::default(),
             closing: AtomicBool::new(false),
             busy: RwLock::default(),

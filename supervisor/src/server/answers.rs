@@ -41,7 +41,7 @@ impl Supervisor {
         Ok(on_a_thread(THREAD_PATIENCE, move || work(&supervisor, &cancel)).await??)
     }
 
-    /// Makes VMs by `work`, and activates them: if `ready`, in a turn of theirs, and once they are.
+    /// Makes VMs by `work`, and activates them: if `ready`, with a permit, and once they are.
     pub(super) async fn activated(
         &self,
         ready: bool,
@@ -50,21 +50,21 @@ impl Supervisor {
         if !ready {
             return work.await;
         }
-        let turn = self.0.turns.queue().await?;
+        let permit = self.0.ready_limiter.queue().await?;
         let answer = work.await?;
-        self.reidentify_all(&answer.children, turn.begin()).await?;
+        self.reidentify_all(&answer.children, permit.begin()).await?;
         Ok(answer)
     }
 
     pub(super) async fn answer_fork(&self, vm: String, request: ForkRequest) -> Result<ForkAnswer, ApiError> {
         let ready = may_be_ready(&request)?;
         if ready {
-            // Before the wait for a turn.
+            // Before the wait for a permit.
             let (supervisor, name) = (self.clone(), vm.clone());
             on_a_thread(THREAD_PATIENCE, move || VmRecord::expect(&supervisor.0.dir, &name)).await??;
         }
         let fork = async {
-            // Within a turn: a request that waits for one keeps no other from the VM's image.
+            // After that wait: a request that waits keeps no other from the VM's image.
             let permit = self.permit(&vm).await?;
             self.work(move |supervisor, cancel| supervisor.fork_vm(&vm, &request, permit, cancel)).await
         };
@@ -77,7 +77,7 @@ impl Supervisor {
         request: ForkRequest,
     ) -> Result<ForkAnswer, ApiError> {
         let ready = may_be_ready(&request)?;
-        // Before the wait for a turn.
+        // Before the wait for a permit.
         self.checkpoints().info(&checkpoint)?;
         let fork = move |supervisor: &Self, cancel: &Cancel| supervisor.fork_checkpoint(&checkpoint, &request, cancel);
         self.activated(ready, self.work(fork)).await

@@ -1,15 +1,14 @@
-//! Turns of new guests that renew their identity. Each guest has much to do at once, so requests for
-//! ready VMs that come together take turns: together they would all be late, and attempts to reach
-//! their agents would time out.
+//! Permits of requests for ready VMs. A new guest has much to do at once: without a limit the guests of
+//! requests that come together would all be late, and attempts to reach their agents would time out.
 //!
 //! | rule | reason |
 //! |---|---|
-//! | A request takes a turn before it makes its VM. | The guest's first work is delayed too. |
-//! | Making the VM takes [`LONGEST_TURN`] of the turn at most. | A request that waits for a VM or a disk delays no others for long. |
-//! | From then on a turn lasts [`TURN`] at most, and [`LONGEST_TURN`] while no processor is free. | A guest that never answers delays others that long, and not for its own time limit. Turns that end before their guests are done would put all guests to work together. |
-//! | The first of the queue goes on without a turn if the host has a free processor. | A guest that waits for something takes no processor. |
+//! | A request waits for a permit before it makes its VM. | The guest's first work is delayed too. |
+//! | Making the VM takes [`BUSY_PERMIT_TIMEOUT`] of the permit at most. | A request that waits for a VM or a disk delays no others for long. |
+//! | From then on a permit lasts [`PERMIT_TIMEOUT`] at most, and [`BUSY_PERMIT_TIMEOUT`] while no processor is free. | A guest that never answers delays others that long, and not for its own time limit. Permits that end before their guests are done would put all guests to work together. |
+//! | The first of the queue goes on without a permit if the host has a free processor. | A guest that waits for something takes no processor. |
 //! | At most [`MAX_QUEUED`] requests wait. | A request that waits holds a place among all requests in progress. |
-//! | At the supervisor's end the requests in the queue are refused, and VMs that are made go on without turns. | The supervisor waits for the requests in progress. |
+//! | At the supervisor's end the requests in the queue are refused, and VMs that are made go on without permits. | The supervisor waits for the requests in progress. |
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,21 +20,21 @@ use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
-/// Maximum length of a turn from when its VM is made: several times that of an interpreted guest that is
+/// Maximum time of a permit from when its VM is made: several times that of an interpreted guest that is
 /// alone.
-const TURN: Duration = Duration::from_secs(3);
+const PERMIT_TIMEOUT: Duration = Duration::from_secs(3);
 /// The same on a host without a free processor.
-const LONGEST_TURN: Duration = Duration::from_secs(12);
-/// Interval of the checks for a free processor. A guest that went on without a turn is at work at the
+const BUSY_PERMIT_TIMEOUT: Duration = Duration::from_secs(12);
+/// Interval of the checks for a free processor. A guest that went on without a permit is at work at the
 /// next check.
-const INTERVAL: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// Maximum number of requests in the queue: three quarters of the requests in progress.
 const MAX_QUEUED: usize = 192;
 
-/// A turn, until it is dropped, or its time has passed. Nothing is held if the request goes on without
-/// a turn.
+/// A request's permit, until it is dropped, or its time has passed. Nothing is held if the request goes
+/// on without one.
 #[derive(Debug)]
-pub(super) struct Turn {
+pub(super) struct ReadyPermit {
     /// The task that holds the permit.
     #[cfg_attr(not(test), expect(dead_code, reason = "it is held"))]
     timed: JoinSet<()>,
@@ -43,9 +42,9 @@ pub(super) struct Turn {
     made: Option<oneshot::Sender<()>>,
 }
 
-/// The turns of all requests.
+/// The permits of all requests.
 #[derive(Debug)]
-pub(super) struct Turns {
+pub(super) struct ReadyLimiter {
     permits: Arc<Semaphore>,
     places: Semaphore,
     /// Held for the first of the queue. The lock is fair.
@@ -53,17 +52,17 @@ pub(super) struct Turns {
     is_free: fn() -> bool,
 }
 
-impl Turn {
+impl ReadyPermit {
     fn new(permit: Option<OwnedSemaphorePermit>, is_free: fn() -> bool) -> Self {
         let (made, is_made) = oneshot::channel();
         let mut timed = JoinSet::new();
         if let Some(permit) = permit {
             timed.spawn(async move {
-                if let Ok(Ok(())) = timeout(LONGEST_TURN, is_made).await {
+                if let Ok(Ok(())) = timeout(BUSY_PERMIT_TIMEOUT, is_made).await {
                     let begun = Instant::now();
-                    sleep(TURN).await;
-                    while !is_free() && begun.elapsed() < LONGEST_TURN {
-                        sleep(INTERVAL).await;
+                    sleep(PERMIT_TIMEOUT).await;
+                    while !is_free() && begun.elapsed() < BUSY_PERMIT_TIMEOUT {
+                        sleep(POLL_INTERVAL).await;
                     }
                 }
                 drop(permit);
@@ -85,7 +84,7 @@ impl Turn {
     }
 }
 
-impl Turns {
+impl ReadyLimiter {
     pub(super) fn new(at_a_time: usize) -> Self {
         Self::with(at_a_time, has_free_processor)
     }
@@ -95,26 +94,26 @@ impl Turns {
         Self { permits, places: Semaphore::new(MAX_QUEUED), front: Mutex::default(), is_free }
     }
 
-    /// Waits for the turn of a request that will make a VM.
+    /// Waits for the permit of a request that will make a VM.
     ///
     /// # Errors
     /// When too many wait, or the supervisor ends.
-    pub(super) async fn queue(&self) -> Result<Turn, ApiError> {
+    pub(super) async fn queue(&self) -> Result<ReadyPermit, ApiError> {
         let too_many = |_| ApiError::new(ProblemKind::TooMany, "too many requests wait for their VMs to be made ready");
         let _place = self.places.try_acquire().map_err(too_many)?;
-        let turn = self.next().await;
-        if self.permits.is_closed() { Err(ProblemKind::Ending.into()) } else { Ok(turn) }
+        let permit = self.next().await;
+        if self.permits.is_closed() { Err(ProblemKind::Ending.into()) } else { Ok(permit) }
     }
 
-    /// Waits for the turn of a VM that its request has made already.
-    pub(super) async fn next(&self) -> Turn {
+    /// Waits for the permit of a VM that its request has made already.
+    pub(super) async fn next(&self) -> ReadyPermit {
         let _front = self.front.lock().await;
         let permit = tokio::select! {
             biased;
             permit = Arc::clone(&self.permits).acquire_owned() => permit.ok(),
             () = self.until_free() => None,
         };
-        Turn::new(permit, self.is_free)
+        ReadyPermit::new(permit, self.is_free)
     }
 
     /// Ends all waits.
@@ -124,7 +123,7 @@ impl Turns {
 
     async fn until_free(&self) {
         loop {
-            sleep(INTERVAL).await;
+            sleep(POLL_INTERVAL).await;
             if (self.is_free)() {
                 return;
             }
@@ -144,18 +143,18 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn turns_are_taken_in_order_and_given_back() {
-        let turns = Arc::new(Turns::with(2, || false));
-        let first = now(turns.queue()).await.unwrap().unwrap();
-        let _second = now(turns.queue()).await.unwrap().unwrap();
+    async fn permits_are_taken_in_order_and_given_back() {
+        let limiter = Arc::new(ReadyLimiter::with(2, || false));
+        let first = now(limiter.queue()).await.unwrap().unwrap();
+        let _second = now(limiter.queue()).await.unwrap().unwrap();
         let done = Arc::new(std::sync::Mutex::new(Vec::new()));
         let mut waiting = JoinSet::new();
         for number in 0..3 {
-            let (turns, done) = (Arc::clone(&turns), Arc::clone(&done));
+            let (limiter, done) = (Arc::clone(&limiter), Arc::clone(&done));
             waiting.spawn(async move {
-                let turn = if number == 1 { turns.next().await } else { turns.queue().await.unwrap() };
+                let permit = if number == 1 { limiter.next().await } else { limiter.queue().await.unwrap() };
                 done.lock().unwrap().push(number);
-                turn
+                permit
             });
             tokio::task::yield_now().await;
         }
@@ -169,58 +168,58 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_turn_has_an_end_before_and_after_its_vm_is_made() {
-        for (is_free, running) in [((|| false) as fn() -> bool, LONGEST_TURN), (|| true, TURN)] {
+    async fn a_permit_has_an_end_before_and_after_its_vm_is_made() {
+        for (is_free, running) in [((|| false) as fn() -> bool, BUSY_PERMIT_TIMEOUT), (|| true, PERMIT_TIMEOUT)] {
             // Of the queue alone: its first goes on by permits.
-            let turns = Turns::with(1, || false);
-            let unmade = turns.queue().await.unwrap();
+            let limiter = ReadyLimiter::with(1, || false);
+            let unmade = limiter.queue().await.unwrap();
             // A wait that was given up leaves the queue.
-            assert!(now(turns.queue()).await.is_none());
+            assert!(now(limiter.queue()).await.is_none());
             let begun = Instant::now();
-            drop(turns.queue().await.unwrap());
-            assert_eq!(begun.elapsed(), LONGEST_TURN);
+            drop(limiter.queue().await.unwrap());
+            assert_eq!(begun.elapsed(), BUSY_PERMIT_TIMEOUT);
             drop(unmade.begin());
             // The same permit, with another host.
-            let permit = Arc::clone(&turns.permits).acquire_owned().await.unwrap();
-            let (_made, begun) = (Turn::new(Some(permit), is_free).begin(), Instant::now());
-            drop(turns.queue().await.unwrap());
+            let permit = Arc::clone(&limiter.permits).acquire_owned().await.unwrap();
+            let (_made, begun) = (ReadyPermit::new(Some(permit), is_free).begin(), Instant::now());
+            drop(limiter.queue().await.unwrap());
             assert_eq!(begun.elapsed(), running);
-            drop(turns.queue().await.unwrap());
+            drop(limiter.queue().await.unwrap());
             assert_eq!(begun.elapsed(), running);
         }
     }
 
     #[tokio::test(start_paused = true)]
     async fn free_processors_are_used_by_one_request_at_a_time() {
-        let turns = Arc::new(Turns::with(0, || true));
+        let limiter = Arc::new(ReadyLimiter::with(0, || true));
         let begun = Instant::now();
         let mut waiting = JoinSet::new();
         for _ in 0..3 {
-            let turns = Arc::clone(&turns);
-            waiting.spawn(async move { (!turns.queue().await.unwrap().has_permit(), begun.elapsed()) });
+            let limiter = Arc::clone(&limiter);
+            waiting.spawn(async move { (!limiter.queue().await.unwrap().has_permit(), begun.elapsed()) });
         }
         let mut done = waiting.join_all().await;
         done.sort_unstable();
-        assert_eq!(done, [1, 2, 3].map(|count| (true, count * INTERVAL)));
+        assert_eq!(done, [1, 2, 3].map(|count| (true, count * POLL_INTERVAL)));
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_queue_has_a_length_and_an_end() {
-        let turns = Arc::new(Turns::with(0, || false));
+        let limiter = Arc::new(ReadyLimiter::with(0, || false));
         let mut waiting = JoinSet::new();
         for _ in 0..MAX_QUEUED {
-            let turns = Arc::clone(&turns);
-            waiting.spawn(async move { turns.queue().await.map(drop).map_err(|error| error.kind) });
+            let limiter = Arc::clone(&limiter);
+            waiting.spawn(async move { limiter.queue().await.map(drop).map_err(|error| error.kind) });
         }
-        while turns.places.available_permits() > 0 {
+        while limiter.places.available_permits() > 0 {
             tokio::task::yield_now().await;
         }
-        assert_eq!(turns.queue().await.map(drop).map_err(|error| error.kind), Err(ProblemKind::TooMany));
+        assert_eq!(limiter.queue().await.map(drop).map_err(|error| error.kind), Err(ProblemKind::TooMany));
         // VMs that are there already wait in any case.
-        assert!(now(turns.next()).await.is_none());
-        turns.close();
+        assert!(now(limiter.next()).await.is_none());
+        limiter.close();
         assert!(waiting.join_all().await.iter().all(|ended| *ended == Err(ProblemKind::Ending)));
-        assert!(!turns.next().await.has_permit());
-        assert_eq!(turns.queue().await.map(drop).map_err(|error| error.kind), Err(ProblemKind::Ending));
+        assert!(!limiter.next().await.has_permit());
+        assert_eq!(limiter.queue().await.map(drop).map_err(|error| error.kind), Err(ProblemKind::Ending));
     }
 }
