@@ -114,6 +114,28 @@ mod tests {
     use crate::testing::{Fake, until};
 
     #[tokio::test]
+    async fn a_snapshot_whose_removal_has_no_answer_goes_with_its_checkpoint() {
+        let fake = Fake::new();
+        let key = fake.key("one");
+        let id = fake.sandbox(&key, json!({})).await;
+        let (_, taken) = fake.call(&key, "POST", &format!("/sandboxes/{id}/snapshots"), json!({})).await;
+        let snapshot = taken["snapshotID"].as_str().unwrap().to_owned();
+        let remove = async || fake.call(&key, "DELETE", &format!("/templates/{snapshot}"), Value::Null).await.0;
+        // Refused: it is kept as before.
+        fake.world.supervisor_state().refused = Some(format!("DELETE checkpoint {snapshot}"));
+        assert_eq!(remove().await, 409);
+        fake.gateway.sweep().await.unwrap();
+        assert!(fake.gateway.0.snapshots.get(&snapshot).is_some_and(|entry| entry.get().is_kept));
+        // Carried out, and its answer is lost.
+        fake.world.supervisor_state().refused = None;
+        fake.world.supervisor_state().lost = Some(format!("DELETE checkpoint {snapshot}"));
+        assert_eq!(remove().await, 500);
+        assert!(!fake.world.supervisor_state().checkpoints.contains_key(&snapshot));
+        fake.gateway.sweep().await.unwrap();
+        assert!(fake.gateway.0.snapshots.get(&snapshot).is_none());
+    }
+
+    #[tokio::test]
     async fn a_sandbox_that_pauses_slowly_delays_no_other_owners() {
         let fake = Fake::new();
         let (one, two) = (fake.key("one"), fake.key("two"));

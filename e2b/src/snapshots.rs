@@ -4,7 +4,7 @@
 use std::sync::PoisonError;
 
 use axum::http::StatusCode;
-use clade_api::{CheckpointRequest, check_name};
+use clade_api::{CheckpointRequest, ClientError, check_name};
 use jiff::Timestamp;
 
 use crate::error::{Answer, GatewayError};
@@ -109,10 +109,15 @@ impl Gateway {
         };
         // First: the record of a removal that is cut short is forgotten with its checkpoint.
         note_kept(false);
-        let removed = self.remove_checkpoint(&snapshot.id).await;
-        if removed.as_ref().is_err_and(|error| error.status.as_u16() != 404) {
-            note_kept(snapshot.is_kept);
-            return removed;
+        match self.0.supervisor.remove_checkpoint(&snapshot.id).await {
+            Ok(_) | Err(ClientError::Refused { status: 404, .. }) => {}
+            Err(error) => {
+                // Without an answer the checkpoint may have gone, and its record must go with it.
+                if matches!(error, ClientError::Refused { .. } | ClientError::NoSupervisor { .. }) {
+                    note_kept(snapshot.is_kept);
+                }
+                return Err(error.into());
+            }
         }
         self.0.snapshots.remove(&snapshot.id);
         Ok(())

@@ -58,6 +58,8 @@ pub(crate) struct SupervisorState {
     pub(crate) held: Vec<String>,
     /// The answers of requests with this text are lost.
     pub(crate) lost: Option<String>,
+    /// Requests with this text are refused.
+    pub(crate) refused: Option<String>,
     /// Number held since the last release.
     held_now: usize,
 }
@@ -251,11 +253,13 @@ impl World {
         let method = request.method().clone();
         let what = format!("{method} {of} {name} {action}");
         world.step(what.clone()).await;
+        let is_refused = world.supervisor_state().refused.as_ref().is_some_and(|refused| what.contains(refused));
         let is_lost = world.supervisor_state().lost.as_ref().is_some_and(|lost| what.contains(lost));
         let bytes = axum::body::to_bytes(request.into_body(), 1 << 22).await.unwrap();
         let body = serde_json::from_slice(&bytes).unwrap_or_default();
         let done = tokio::spawn(async move {
             match of {
+                _ if is_refused => Err(StatusCode::CONFLICT),
                 "vm" => world.of_vm(&method, &name, &action, &body),
                 _ => world.of_checkpoint(&method, &name, &action, &body),
             }
