@@ -20,7 +20,7 @@ use super::Supervisor;
 use super::ready_limiter::ReadyPermit;
 use super::vm_record::VmRecord;
 use clade_api::http::{ApiError, THREAD_PATIENCE, on_a_thread};
-use clade_api::{Client, DaemonError, ProblemKind, ReadyAnswer, StopRequest, VmInfo, VmState};
+use clade_api::{Client, DaemonError, ForkAnswer, ProblemKind, ReadyAnswer, StopRequest, VmInfo, VmState};
 
 /// Agents report to the port that the device answers.
 const _: () = assert!(NOTICE_PORT == clade_devices::virtio::vsock::NOTICE_PORT);
@@ -127,15 +127,39 @@ pub(super) fn expect_reachable(name: &str, config: &VmConfig) -> Result<(), Daem
     Err(DaemonError::Refused { kind: ProblemKind::NoDevice, text })
 }
 
-/// New VMs that no answer has named yet. Ended when dropped.
-struct PendingVms {
+/// New VMs, and the answer that will name them. They end when it is dropped: the client has gone, and
+/// nobody knows their names.
+pub(super) struct PendingVms {
     supervisor: Supervisor,
-    names: Vec<String>,
+    answer: Option<ForkAnswer>,
+}
+
+impl PendingVms {
+    pub(super) fn new(supervisor: &Supervisor, answer: ForkAnswer) -> Self {
+        Self { supervisor: supervisor.clone(), answer: Some(answer) }
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.answer.iter().flat_map(|answer| answer.children.clone()).collect()
+    }
+
+    /// Leaves the VMs to the client. Returns their answer.
+    pub(super) fn leave(mut self) -> Result<ForkAnswer, ApiError> {
+        // It is taken only here, and by a stop.
+        self.answer.take().ok_or_else(|| ProblemKind::Ending.into())
+    }
+
+    /// Stops the VMs. That runs to its end, even if the client goes.
+    async fn stop(mut self) {
+        let (supervisor, names) = (self.supervisor.clone(), self.names());
+        self.answer = None;
+        let _ = self.supervisor.0.runtime.spawn(async move { stop_all(&supervisor, names).await }).await;
+    }
 }
 
 impl Drop for PendingVms {
     fn drop(&mut self) {
-        let (supervisor, names) = (self.supervisor.clone(), std::mem::take(&mut self.names));
+        let (supervisor, names) = (self.supervisor.clone(), self.names());
         if !names.is_empty() {
             self.supervisor.0.runtime.spawn(async move { stop_all(&supervisor, names).await });
         }
@@ -175,7 +199,14 @@ impl Supervisor {
         }
     }
 
-    /// The same for one of `count` new VMs.
+    /// Lets a new VM run that was made paused.
+    async fn resume_new(&self, name: &str) -> Result<(), ApiError> {
+        let client = Client::new(self.dir()).with_retries();
+        let resumed = client.request::<VmInfo>(Method::POST, name, "/resume", None::<&()>).await;
+        resumed.map(drop).map_err(|error| not_ready(name, &clade_vmm::error_chain(&error)))
+    }
+
+    /// The same as [`Self::reidentify`] for one of `count` new VMs.
     async fn reidentify_among(&self, name: &str, count: usize) -> Result<ReadyAnswer, ApiError> {
         let limits = TimeLimits::of(count);
         let (supervisor, vm) = (self.clone(), name.to_owned());
@@ -231,26 +262,35 @@ impl Supervisor {
         }
     }
 
-    /// The same for new VMs: all are ready when this returns, or all have ended. They also end when the
-    /// future is dropped. The first has the request's permit, the others wait for their own.
+    /// The same for new VMs, which may be paused: all run and are ready when this returns, or all have
+    /// ended. They also end when the future is dropped. The first has the request's permit, the others
+    /// wait for their own. Returns the answer that names them.
     ///
     /// # Errors
     /// That of the first VM that is not ready.
-    pub(super) async fn reidentify_all(&self, names: &[String], own: ReadyPermit) -> Result<(), ApiError> {
-        let mut pending = PendingVms { supervisor: self.clone(), names: names.to_vec() };
+    pub(super) async fn reidentify_all(
+        &self,
+        pending: PendingVms,
+        own: ReadyPermit,
+        are_paused: bool,
+    ) -> Result<ForkAnswer, ApiError> {
+        let names = pending.names();
         // Of one request no more wait in the queue, so that others are not behind all its VMs.
         let waiting = Arc::new(Semaphore::new(told_at_a_time()));
         let (mut told, count, mut own) = (JoinSet::new(), names.len(), Some(own));
         for name in names {
-            let (supervisor, waiting, name) = (self.clone(), Arc::clone(&waiting), name.clone());
+            let (supervisor, waiting) = (self.clone(), Arc::clone(&waiting));
             let own = own.take();
             told.spawn(async move {
-                if let Some(_permit) = own {
-                    return supervisor.reidentify_among(&name, count).await;
-                }
                 // The semaphore is never closed.
-                let _waiting = waiting.acquire().await;
-                let _permit = supervisor.0.ready_limiter.next().await.begin();
+                let _waiting = if own.is_some() { None } else { waiting.acquire().await.ok() };
+                let _permit = match own {
+                    Some(permit) => permit,
+                    None => supervisor.0.ready_limiter.next().await.begin(),
+                };
+                if are_paused {
+                    supervisor.resume_new(&name).await?;
+                }
                 supervisor.reidentify_among(&name, count).await
             });
         }
@@ -259,13 +299,10 @@ impl Supervisor {
             failed = ready.unwrap_or_else(|error| Err(not_ready("a VM", &error.to_string()))).err();
         }
         drop(told);
-        let names = std::mem::take(&mut pending.names);
         match failed {
-            None => Ok(()),
+            None => pending.leave(),
             Some(error) => {
-                // Runs to its end, even if the client goes.
-                let supervisor = self.clone();
-                let _ = self.0.runtime.spawn(async move { stop_all(&supervisor, names).await }).await;
+                pending.stop().await;
                 Err(error)
             }
         }

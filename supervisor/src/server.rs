@@ -37,7 +37,7 @@ use super::idempotency::once;
 use super::proxy::{ProxyLimits, forward, shown, with_own_socket};
 use super::vm_record::vsock_known;
 use super::{Supervisor, browser_page, metrics, openapi};
-use answers::{expect_paths, may_be_ready};
+use answers::{Activation, expect_paths};
 use clade_api::http::{
     Acceptor, Answer, ApiError, Cancel, ClientProcess, Optional, SessionGate, THREAD_PATIENCE, TcpAcceptor,
     behind_gate, fallback, not_allowed, on_a_thread, serve_http, session, with_bodies,
@@ -247,12 +247,12 @@ async fn restore(
     client: Option<Extension<ClientProcess>>,
     request: Wanted<RestoreRequest>,
 ) -> Answer<ForkAnswer> {
-    let Json(request) = request?;
+    let Json(mut request) = request?;
     expect_paths(&request.saved)?;
-    let ready = may_be_ready(&request.vms)?;
+    let activation = Activation::of(&mut request.vms)?;
     let client = client.map(|Extension(client)| client);
     let restore = move |supervisor: &Supervisor, cancel: &Cancel| supervisor.restore(&request, client, cancel);
-    Ok(Json(supervisor.activated(ready, supervisor.work(restore)).await?))
+    Ok(Json(supervisor.activated(activation, supervisor.making(restore)).await?))
 }
 
 /// Stops a VM for good. On request its guest first has time to power itself off. Answers when its

@@ -28,7 +28,8 @@ pub struct ForkRequest {
     #[serde(default)]
     pub paused: bool,
     /// Whether the agent in each guest renews its identity first. The answer comes when all are
-    /// ready; if one fails, no VM stays. Not for VMs that start paused.
+    /// ready; if one fails, no VM stays. Several start paused, and run a few at a time. Not for
+    /// VMs that are to stay paused.
     #[serde(default)]
     pub ready: bool,
     /// Whether the secrets that the parent was made with are erased in their memory before their

@@ -106,6 +106,12 @@ fn forks(runtime: &Runtime) {
     exec(runtime, &["web", "--", "date", "-s", "2001-01-01 00:00:00"]);
     let forked = runtime.clade(&["fork", "web", "--count", "2", "--ready", "--json"]).json();
     assert_eq!(forked["children"].as_array().unwrap().len(), 2);
+    // Each ran from its permit on.
+    for name in ["web-1", "web-2"] {
+        let noted = runtime.clade(&["logs", name, "--flight"]).stdout;
+        let noted: Vec<&str> = noted.lines().map(|line| &line[13..]).collect();
+        assert_eq!(noted[..2], ["started as a child of web, generation 2, paused", "resumed"], "{noted:?}");
+    }
     let mut drawn = Vec::new();
     for name in ["web", "web-1", "web-2"] {
         // One program for everything: each takes seconds where the guest's kernel is interpreted.
@@ -256,6 +262,10 @@ fn a_vm_without_an_agent_is_an_error_that_says_why() {
     assert!(deaf.code == Some(125) && deaf.stderr.contains("no agent answers in the guest within"), "{deaf:?}");
     runtime.clade(&["cp", "--wait", "300ms", "/etc/passwd", "deaf:/tmp"]).expect_refusal("no agent answers");
     runtime.clade(&["fork", "plain", "--ready"]).expect_refusal("no vsock device");
+    // Children that are made paused until they are made ready count as running.
+    let beyond = 500 * std::thread::available_parallelism().unwrap().get();
+    let refused = runtime.clade(&["fork", "deaf", "--ready", "--count", &beyond.to_string()]);
+    assert!(refused.code != Some(0) && refused.stderr.contains("running VMs"), "{refused:?}");
     runtime.clade(&["ready", "plain"]).expect_refusal("no vsock device");
     // No agent of a paused VM answers: neither is waited for.
     runtime.clade(&["pause", "deaf"]);

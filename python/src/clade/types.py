@@ -937,7 +937,8 @@ class ForkRequest(TypedDict):
 
     ready: NotRequired[bool]
     """Whether the agent in each guest renews its identity first. The answer comes when all are
-    ready; if one fails, no VM stays. Not for VMs that start paused.
+    ready; if one fails, no VM stays. Several start paused, and run a few at a time. Not for VMs
+    that are to stay paused.
     """
 
     vsock: NotRequired[VsockChoice | None]

@@ -198,7 +198,9 @@ impl Supervisor {
             .map_err(|source| DaemonError::HostLimit { count, source })?;
         let listed = self.0.processes.names();
         if !request.overcommit {
-            let running = if request.paused { None } else { Some(listed.len()) };
+            // Those made paused that are to be ready will run.
+            let stay_paused = request.paused && !request.ready;
+            let running = if stay_paused { None } else { Some(listed.len()) };
             check_share(count, running).map_err(|source| DaemonError::HostLimit { count, source })?;
         }
         let check = || self.check(0, count, cancel);

@@ -8,18 +8,42 @@ use clade_api::{
     OpenRequest, ProblemKind, SavedSource, StopAnswer, StopRequest, SuspendAnswer, SuspendRequest,
 };
 
+use crate::reidentify::PendingVms;
 use crate::vm_record::VmRecord;
 use crate::{Supervisor, suspend};
 
 /// Maximum number of directories allowed for the parents of a snapshot.
 const MAX_PARENT_DIRS: usize = 16;
 
-/// Returns whether to make the VMs of a request ready. Those that start paused cannot be.
-pub(super) fn may_be_ready(request: &ForkRequest) -> Result<bool, ApiError> {
-    if request.ready && request.paused {
-        return Err(ApiError::new(ProblemKind::BadRequest, "a VM that starts paused is not ready: nothing in it runs"));
+/// How the VMs of a request are activated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Activation {
+    /// They are as they were made.
+    AsMade,
+    /// It runs, and is made ready.
+    Running,
+    /// They are made paused. Each runs once it has a permit, and is made ready: together all of them
+    /// would be late.
+    Paused,
+}
+
+impl Activation {
+    /// Returns how the VMs of a request are activated. If several are to be ready, the
+    /// request becomes one for paused VMs.
+    ///
+    /// # Errors
+    /// When they are to stay paused: then they are never ready.
+    pub(super) fn of(request: &mut ForkRequest) -> Result<Self, ApiError> {
+        if !request.ready {
+            return Ok(Self::AsMade);
+        }
+        if request.paused {
+            let text = "a VM that starts paused is not ready: nothing in it runs";
+            return Err(ApiError::new(ProblemKind::BadRequest, text));
+        }
+        request.paused = request.count > 1;
+        Ok(if request.paused { Self::Paused } else { Self::Running })
     }
-    Ok(request.ready)
 }
 
 pub(super) fn expect_paths(saved: &SavedSource) -> Result<(), ApiError> {
@@ -41,24 +65,32 @@ impl Supervisor {
         Ok(on_a_thread(THREAD_PATIENCE, move || work(&supervisor, &cancel)).await??)
     }
 
-    /// Makes VMs by `work`, and activates them: if `ready`, with a permit, and once they are.
-    pub(super) async fn activated(
+    /// Runs work that makes VMs, as [`Self::work`] does. If the client goes even after the last check for
+    /// that, the thread has the only result, and they end with it.
+    pub(super) async fn making(
         &self,
-        ready: bool,
-        work: impl Future<Output = Result<ForkAnswer, ApiError>>,
-    ) -> Result<ForkAnswer, ApiError> {
-        if !ready {
-            return work.await;
-        }
-        let permit = self.0.ready_limiter.queue().await?;
-        let answer = work.await?;
-        self.reidentify_all(&answer.children, permit.begin()).await?;
-        Ok(answer)
+        work: impl FnOnce(&Self, &Cancel) -> Result<ForkAnswer, DaemonError> + Send + 'static,
+    ) -> Result<PendingVms, ApiError> {
+        self.work(move |supervisor, cancel| Ok(PendingVms::new(supervisor, work(supervisor, cancel)?))).await
     }
 
-    pub(super) async fn answer_fork(&self, vm: String, request: ForkRequest) -> Result<ForkAnswer, ApiError> {
-        let ready = may_be_ready(&request)?;
-        if ready {
+    /// Makes VMs, and activates them: those to be ready by permits.
+    pub(super) async fn activated(
+        &self,
+        activation: Activation,
+        making: impl Future<Output = Result<PendingVms, ApiError>>,
+    ) -> Result<ForkAnswer, ApiError> {
+        if activation == Activation::AsMade {
+            return making.await?.leave();
+        }
+        let permit = self.0.ready_limiter.queue().await?;
+        let pending = making.await?;
+        self.reidentify_all(pending, permit.begin(), activation == Activation::Paused).await
+    }
+
+    pub(super) async fn answer_fork(&self, vm: String, mut request: ForkRequest) -> Result<ForkAnswer, ApiError> {
+        let activation = Activation::of(&mut request)?;
+        if request.ready {
             // Before the wait for a permit.
             let (supervisor, name) = (self.clone(), vm.clone());
             on_a_thread(THREAD_PATIENCE, move || VmRecord::expect(&supervisor.0.dir, &name)).await??;
@@ -66,21 +98,21 @@ impl Supervisor {
         let fork = async {
             // After that wait: a request that waits keeps no other from the VM's image.
             let permit = self.permit(&vm).await?;
-            self.work(move |supervisor, cancel| supervisor.fork_vm(&vm, &request, permit, cancel)).await
+            self.making(move |supervisor, cancel| supervisor.fork_vm(&vm, &request, permit, cancel)).await
         };
-        self.activated(ready, fork).await
+        self.activated(activation, fork).await
     }
 
     pub(super) async fn answer_fork_of_checkpoint(
         &self,
         checkpoint: String,
-        request: ForkRequest,
+        mut request: ForkRequest,
     ) -> Result<ForkAnswer, ApiError> {
-        let ready = may_be_ready(&request)?;
+        let activation = Activation::of(&mut request)?;
         // Before the wait for a permit.
         self.checkpoints().info(&checkpoint)?;
         let fork = move |supervisor: &Self, cancel: &Cancel| supervisor.fork_checkpoint(&checkpoint, &request, cancel);
-        self.activated(ready, self.work(fork)).await
+        self.activated(activation, self.making(fork)).await
     }
 
     pub(super) async fn answer_checkpoint(
@@ -137,6 +169,26 @@ impl Supervisor {
             }
             Err(ClientError::Silent { .. }) => Ok(on_a_thread(THREAD_PATIENCE, move || held.kill(&owned)).await??),
             Err(error) => Err(error.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn several_vms_to_be_ready_are_made_paused() {
+        for (count, ready, paused, activation) in [
+            (1, false, true, Some((Activation::AsMade, true))),
+            (3, false, false, Some((Activation::AsMade, false))),
+            (1, true, false, Some((Activation::Running, false))),
+            (2, true, false, Some((Activation::Paused, true))),
+            (1, true, true, None),
+        ] {
+            let mut request = ForkRequest { count, ready, paused, ..ForkRequest::default() };
+            let of = Activation::of(&mut request).map(|activation| (activation, request.paused));
+            assert_eq!(of.map_err(|error| error.kind), activation.ok_or(ProblemKind::BadRequest), "{count} {ready}");
         }
     }
 }
