@@ -26,6 +26,7 @@ use crate::keys::Scope;
 use crate::records::{RecordEntry, SandboxRecord, SnapshotRecord};
 use crate::rules::checkpoint_name;
 use crate::seats::{admit, holding};
+use crate::to_the_end::ChangeClient;
 use crate::wire::{
     AskedNetwork, CLIENT_ID, Connect, Detail, ENVD_VERSION, Fork, ForkResult, Lifecycle, ListQuery, ListedSandbox,
     NetworkShown, NewSandbox, OnTimeout, Refresh, Sandbox, SandboxMetric, SaveOptions, SnapshotFork, SnapshotInfo,
@@ -180,11 +181,12 @@ async fn create(
     let key = request.headers().get("idempotency-key").and_then(|key| key.to_str().ok()).map(str::to_owned);
     let bytes = body_bytes(request).await?;
     let new: NewSandbox = parsed(&bytes)?;
-    let made = |gateway: Gateway| async move {
-        let made = gateway.create(&owner.0, new);
+    let made = |gateway: Gateway, client: ChangeClient| async move {
+        let client = if key.is_some() { ChangeClient::repeating() } else { client };
+        let made = gateway.create(&owner.0, new, client);
         gateway.0.replays.once(&owner.0, key.as_deref(), &bytes, made).await
     };
-    let sandbox = gateway.to_the_end(made).await?;
+    let sandbox = gateway.to_the_end_for(made).await?;
     Ok((StatusCode::CREATED, Json(sandbox)))
 }
 
@@ -415,7 +417,9 @@ async fn fork(
     request: Request,
 ) -> Answer<(StatusCode, Json<Vec<ForkResult>>)> {
     let wanted: Fork = body(request).await?;
-    let forked = gateway.to_the_end(|gateway| async move { gateway.fork(&owner.0, &id, wanted).await }).await?;
+    let forked =
+        |gateway: Gateway, client: ChangeClient| async move { gateway.fork(&owner.0, &id, wanted, client).await };
+    let forked = gateway.to_the_end_for(forked).await?;
     Ok((StatusCode::CREATED, Json(forked)))
 }
 
@@ -426,8 +430,10 @@ async fn fork_snapshot(
     request: Request,
 ) -> Answer<(StatusCode, Json<Vec<ForkResult>>)> {
     let wanted: SnapshotFork = body(request).await?;
-    let forked =
-        gateway.to_the_end(|gateway| async move { gateway.fork_snapshot(&owner.0, &id, wanted).await }).await?;
+    let forked = |gateway: Gateway, client: ChangeClient| async move {
+        gateway.fork_snapshot(&owner.0, &id, wanted, client).await
+    };
+    let forked = gateway.to_the_end_for(forked).await?;
     Ok((StatusCode::CREATED, Json(forked)))
 }
 

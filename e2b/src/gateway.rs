@@ -20,6 +20,7 @@ use crate::connection_limits::ConnectionLimits;
 use crate::error::{Answer, GatewayError};
 use crate::idempotency::Replays;
 use crate::keys::ApiKeys;
+use crate::making::MakingLimits;
 use crate::ports::number;
 use crate::quotas::{HeldQuota, Ledger, Quotas, Usage};
 use crate::rate::Rates;
@@ -97,6 +98,7 @@ pub(crate) struct Inner {
     pub(crate) calls: Arc<ConnectionLimits>,
     pub(crate) changes: Arc<Changes>,
     pub(crate) replays: Replays,
+    pub(crate) making: MakingLimits,
     pub(crate) sandboxes: RecordTable<SandboxRecord>,
     pub(crate) snapshots: RecordTable<SnapshotRecord>,
     pub(crate) ledger: Arc<Ledger>,
@@ -150,6 +152,7 @@ impl GatewayFiles {
             calls: Arc::default(),
             changes: Arc::default(),
             replays: Replays::default(),
+            making: MakingLimits::default(),
             sandboxes,
             snapshots,
             ledger: Arc::new(Ledger::new(options.quotas)),

@@ -24,6 +24,7 @@ mod idempotency;
 mod keys;
 mod lifetime;
 mod listen;
+mod making;
 #[cfg(test)]
 mod owners_tests;
 mod ports;

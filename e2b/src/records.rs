@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
 use tokio::runtime::{Handle, RuntimeFlavor};
-use tokio::sync::{Mutex as AsyncMutex, watch};
+use tokio::sync::{Mutex as AsyncMutex, RwLock, watch};
 use tokio::task::block_in_place;
 
 use crate::error::{Answer, GatewayError};
@@ -131,6 +131,8 @@ pub(crate) struct RecordEntry<T> {
     value: Mutex<T>,
     /// Held while its VM is changed.
     pub(crate) turn: AsyncMutex<()>,
+    /// Written to while its network is changed, and read while it is forked.
+    pub(crate) network: RwLock<()>,
     /// Sent to when its VM has been paused or ended: connections to its programs' ports end.
     pub(crate) cut: watch::Sender<()>,
 }
@@ -295,7 +297,12 @@ impl<T: Named + Clone + Serialize + DeserializeOwned> RecordTable<T> {
 
 impl<T> RecordEntry<T> {
     fn new(value: T) -> Self {
-        Self { value: Mutex::new(value), turn: AsyncMutex::new(()), cut: watch::Sender::new(()) }
+        Self {
+            value: Mutex::new(value),
+            turn: AsyncMutex::new(()),
+            network: RwLock::new(()),
+            cut: watch::Sender::new(()),
+        }
     }
 }
 

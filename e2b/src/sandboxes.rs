@@ -18,6 +18,7 @@ use crate::quotas::{HeldQuota, Usage, check_metadata, check_variables};
 use crate::records::{RecordEntry, SandboxRecord};
 use crate::rules::{after, checkpoint_name, network, new_network, seconds};
 use crate::secret::random_hex;
+use crate::to_the_end::ChangeClient;
 use crate::wire::{Fork, ForkResult, NewSandbox, Sandbox, SnapshotFork, State};
 
 /// Default time of a sandbox and of a fork, in seconds.
@@ -45,17 +46,23 @@ pub(crate) fn is_sandbox_name(name: &str) -> bool {
 
 impl Gateway {
     /// Makes a sandbox of a template.
-    pub(crate) async fn create(&self, owner: &str, new: NewSandbox) -> Answer<Sandbox> {
+    pub(crate) async fn create(&self, owner: &str, new: NewSandbox, client: ChangeClient) -> Answer<Sandbox> {
         new.check()?;
         let timeout = seconds(new.timeout, DEFAULT_TIMEOUT)?;
-        let (_held, mut record, made) = self.fork_template(owner, new, Names::one()?).await?;
+        let (_held, mut record, made) = self.fork_template(owner, new, Names::one()?, client).await?;
         let only = made.into_iter().next().ok_or_else(|| GatewayError::internal("no sandbox was made"))?;
         record.id.clone_from(&only.id);
         self.activate_or_stop(only, record, timeout).await
     }
 
     /// Makes sandboxes of a snapshot, each with its own result.
-    pub(crate) async fn fork_snapshot(&self, owner: &str, id: &str, fork: SnapshotFork) -> Answer<Vec<ForkResult>> {
+    pub(crate) async fn fork_snapshot(
+        &self,
+        owner: &str,
+        id: &str,
+        fork: SnapshotFork,
+        client: ChangeClient,
+    ) -> Answer<Vec<ForkResult>> {
         let (count, timeout) = Self::count_and_timeout(fork.fork)?;
         let snapshot = self.snapshot_of(owner, checkpoint_name(id)).ok_or_else(|| GatewayError::no_template(id))?;
         let new = NewSandbox {
@@ -66,7 +73,7 @@ impl Gateway {
             network: fork.network,
             ..NewSandbox::default()
         };
-        let (_held, record, made) = self.fork_template(owner, new, Names::of(count)?).await?;
+        let (_held, record, made) = self.fork_template(owner, new, Names::of(count)?, client).await?;
         Ok(self.activate_all(made, &record, timeout).await)
     }
 
@@ -77,6 +84,7 @@ impl Gateway {
         owner: &str,
         new: NewSandbox,
         names: Names,
+        client: ChangeClient,
     ) -> Answer<(HeldQuota, SandboxRecord, Vec<Unrecorded>)> {
         let Names { pattern, names } = names;
         check_metadata(new.metadata.as_ref())?;
@@ -91,9 +99,11 @@ impl Gateway {
         let egress = network.egress;
         let request = ForkRequest { network: link, egress, ..request_for(pattern, names.len(), &source.template)? };
         let unrecorded = names.into_iter().map(|name| Unrecorded::new(self, name)).collect();
-        if let Err(error) =
-            self.0.supervisor.fork_checkpoint(&source.checkpoint, request).await.map_err(GatewayError::from)
-        {
+        let forked = async {
+            let _making = self.0.making.begin(owner).await;
+            Ok::<_, GatewayError>(self.0.supervisor.fork_checkpoint(&source.checkpoint, request).await?)
+        };
+        if let Err(error) = client.waits_for(forked).await {
             let is_gone = error.status == StatusCode::NOT_FOUND;
             return Err(if is_gone { GatewayError::no_template(&source.template) } else { error });
         }
@@ -185,17 +195,29 @@ impl Gateway {
         }
     }
 
-    /// Forks a sandbox. All forks are of one instant, and run: a paused sandbox stays paused.
-    pub(crate) async fn fork(&self, owner: &str, id: &str, fork: Fork) -> Answer<Vec<ForkResult>> {
+    /// Forks a sandbox. All forks are of one instant, and run: a paused sandbox stays paused. The sandbox may be
+    /// paused, resumed and ended meanwhile: the forks may wait for others long after they were made.
+    pub(crate) async fn fork(
+        &self,
+        owner: &str,
+        id: &str,
+        fork: Fork,
+        client: ChangeClient,
+    ) -> Answer<Vec<ForkResult>> {
         let entry = self.owned(owner, id)?;
         let (count, timeout) = Self::count_and_timeout(fork)?;
-        let _turn = entry.turn.lock().await;
+        // The forks have the network of its record.
+        let _network = entry.network.read().await;
         let parent = SandboxRecord { paused: false, ..entry.get() };
         let _held = self.take(owner, Usage::of_sandboxes(count, parent.mib))?;
         let Names { pattern, names } = Names::of(count)?;
         let mut children: Vec<_> = names.into_iter().map(|name| Unrecorded::new(self, name)).collect();
         let request = request_for(pattern, count, &parent.template)?;
-        let answer = self.0.supervisor.fork_vm(id, request).await?;
+        let forked = async {
+            let _making = self.0.making.begin(owner).await;
+            Ok::<_, GatewayError>(self.0.supervisor.fork_vm(id, request).await?)
+        };
+        let answer = client.waits_for(forked).await?;
         children.retain(|child| answer.children.contains(&child.id));
         Ok(self.activate_all(children, &parent, timeout).await)
     }
@@ -321,6 +343,8 @@ impl Gateway {
     /// Opens or closes a sandbox's network, and replaces its own rules. Its template's stay.
     pub(crate) async fn set_network(&self, entry: &RecordEntry<SandboxRecord>, rules: &Value) -> Answer<()> {
         let network = new_network(rules)?;
+        // First: a fork may take long, and others wait for the turn.
+        let _network = entry.network.write().await;
         let _turn = entry.turn.lock().await;
         let record = entry.get();
         // A network closed by the template's owner stays closed; one of unknown state may be.

@@ -73,6 +73,18 @@ pub(crate) struct World {
     changed: Notify,
 }
 
+/// A request that is held, until it is released or its client has gone.
+struct Held<'a>(&'a World);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        let mut supervisor_state = self.0.supervisor_state();
+        supervisor_state.held_now = supervisor_state.held_now.saturating_sub(1);
+        drop(supervisor_state);
+        self.0.is_held.notify_waiters();
+    }
+}
+
 type Answered = Result<Value, StatusCode>;
 
 impl World {
@@ -100,17 +112,22 @@ impl World {
                 supervisor_state.held_now += 1;
             }
             self.is_held.notify_waiters();
+            let _held = Held(self);
             changed.await;
         }
     }
 
     /// Waits until a request is held.
     pub(crate) async fn until_held(&self) {
+        self.until_held_now(|held| held > 0).await;
+    }
+
+    async fn until_held_now(&self, is_so: impl Fn(usize) -> bool) {
         loop {
             let held = self.is_held.notified();
             let mut held = std::pin::pin!(held);
             held.as_mut().enable();
-            if self.supervisor_state().held_now > 0 {
+            if is_so(self.supervisor_state().held_now) {
                 return;
             }
             held.await;
@@ -443,6 +460,9 @@ impl Fake {
     /// Begins a call whose client goes after `steps` requests to the supervisor. Returns whether it
     /// had as many.
     pub(crate) async fn drop_after(&self, steps: usize, request: Request) -> bool {
+        let is_repeated = request.headers().contains_key("idempotency-key");
+        // Requests of earlier calls would count.
+        self.gateway.changes_ended().await;
         let so_far = self.world.supervisor_state().log.len();
         self.world.supervisor_state().hold_after = Some(so_far + steps);
         let mut begun = tokio::spawn(self.router.clone().oneshot(request));
@@ -453,6 +473,11 @@ impl Fake {
         if is_held {
             begun.abort();
             let _ = begun.await;
+            let what = self.world.supervisor_state().log.last().cloned().unwrap_or_default();
+            if what.ends_with(" fork") && !is_repeated {
+                // It is cancelled.
+                self.world.until_held_now(|held| held == 0).await;
+            }
         }
         self.world.release();
         is_held

@@ -19,6 +19,8 @@ async fn a_client_that_goes_leaves_no_vm_without_a_record_or_an_end() {
         steps += 1;
     }
     assert!((4..MAX_STEPS).contains(&steps), "{steps}");
+    // The last was answered. The first two were cancelled: before their fork, and in it.
+    let made = steps + 1 - 2;
     let parent = fake.sandbox(&key, Value::Null).await;
     let (path, body) = (format!("/sandboxes/{parent}/fork"), json!({ "count": 3, "timeout": 300 }));
     let mut forks = 0;
@@ -26,6 +28,7 @@ async fn a_client_that_goes_leaves_no_vm_without_a_record_or_an_end() {
         forks += 1;
     }
     assert!(forks >= 4, "{forks}");
+    let made = made + 1 + (forks + 1 - 1) * 3;
     until("all VMs have a record and an end", || {
         let supervisor_state = fake.world.supervisor_state();
         let records = fake.gateway.0.sandboxes.list();
@@ -33,9 +36,73 @@ async fn a_client_that_goes_leaves_no_vm_without_a_record_or_an_end() {
             .vms
             .iter()
             .all(|(name, vm)| vm.ttl == Some(300.0) && records.iter().any(|one| one.id == *name));
-        is_so && supervisor_state.vms.len() == records.len() && records.len() >= steps + forks * 3
+        is_so && supervisor_state.vms.len() == records.len() && records.len() == made
     })
     .await;
+    fake.gateway.changes_ended().await;
+    let records = fake.gateway.0.sandboxes.list();
+    assert_eq!((records.len(), fake.world.supervisor_state().vms.len()), (made, made));
+}
+
+#[tokio::test]
+async fn a_client_that_may_repeat_its_call_gets_the_sandbox_of_the_first() {
+    let fake = Fake::new();
+    let key = fake.key("one");
+    // Before its fork, and in it.
+    for steps in [0, 1] {
+        let ask = || {
+            let mut request = Fake::ask(&key, "POST", "/sandboxes", &json!({ "templateID": "base", "timeout": 300 }));
+            request.headers_mut().insert("idempotency-key", steps.to_string().parse().unwrap());
+            request
+        };
+        assert!(fake.drop_after(steps, ask()).await);
+        fake.gateway.changes_ended().await;
+        let (status, made) = fake.request(ask()).await;
+        let vms = fake.world.supervisor_state().vms.len();
+        let log = fake.world.supervisor_state().log.clone();
+        let forks = log.iter().filter(|what| what.ends_with(" fork")).count();
+        assert_eq!((status, vms, forks), (201, steps + 1, steps + 1), "{made}");
+        assert!(fake.world.supervisor_state().vms.contains_key(made["sandboxID"].as_str().unwrap()), "{made}");
+    }
+}
+
+#[tokio::test]
+async fn a_fork_that_waits_delays_no_change_but_those_of_the_network() {
+    let fake = Fake::new();
+    let key = fake.key("one");
+    let (id, other) = (fake.sandbox(&key, Value::Null).await, fake.sandbox(&key, Value::Null).await);
+    let begin = |id: &str, action: &str, body: &Value| {
+        let request = Fake::ask(
+            &key,
+            if action == "network" { "PUT" } else { "POST" },
+            &format!("/sandboxes/{id}/{action}"),
+            body,
+        );
+        tokio::spawn(fake.router.clone().oneshot(request))
+    };
+    fake.world.hold(" fork");
+    let forks = [&id, &other].map(|id| begin(id, "fork", &json!({})));
+    until("both forks", || {
+        fake.world.supervisor_state().log.iter().filter(|what| what.ends_with(" fork")).count() == 2
+    })
+    .await;
+    let network = begin(&id, "network", &json!({ "allow_internet_access": false }));
+    for (action, body) in [("pause", json!({})), ("connect", json!({})), ("timeout", json!({ "timeout": 60 }))] {
+        let (status, answer) = fake.call(&key, "POST", &format!("/sandboxes/{id}/{action}"), body).await;
+        assert!(status < 300, "{action}: {status} {answer}");
+    }
+    assert_eq!(fake.call(&key, "DELETE", &format!("/sandboxes/{other}"), Value::Null).await.0, 204);
+    assert!(!network.is_finished() && !fake.world.supervisor_state().log.iter().any(|what| what.ends_with(" network")));
+    fake.world.release();
+    let [forked, gone] = forks;
+    assert_eq!(
+        (forked.await.unwrap().unwrap().status().as_u16(), gone.await.unwrap().unwrap().status().as_u16()),
+        (201, 404)
+    );
+    assert_eq!(network.await.unwrap().unwrap().status().as_u16(), 204);
+    let child = fake.gateway.0.sandboxes.such(|one| one.id != id).pop().unwrap();
+    let closed: Vec<bool> = [&id, &child.id].map(|id| fake.world.supervisor_state().vms[id].is_closed).into();
+    assert_eq!((closed, child.network.is_allowed), (vec![true, false], None), "the fork came first");
 }
 
 #[tokio::test]

@@ -103,7 +103,7 @@ async fn the_time_of_a_sandbox_begins_when_its_guest_is_initialised() {
 
     let new: NewSandbox = serde_json::from_value(json!({ "templateID": "base", "timeout": 2 })).unwrap();
     let making = gateway.clone();
-    let made = tokio::spawn(async move { making.create("one", new).await });
+    let made = tokio::spawn(async move { making.create("one", new, ChangeClient::repeating()).await });
     until(&log, "init").await;
     let ready = Timestamp::now();
     permits.add_permits(1);
