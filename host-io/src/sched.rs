@@ -11,8 +11,9 @@
 //! The supervisor's threads get the shortest slice too, and a somewhat heavier weight: they answer all
 //! clients, and the vCPUs of one client's guests may occupy every processor.
 
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 use std::io;
+use std::time::Duration;
 
 /// The shortest slice the scheduler takes.
 const BOOST_SLICE_NS: u64 = 100_000;
@@ -29,6 +30,13 @@ const RESET_ON_FORK: u64 = libc::SCHED_FLAG_RESET_ON_FORK as u64;
 thread_local! {
     /// The nice value of the calling thread before it was changed here.
     static GIVEN: OnceCell<i32> = const { OnceCell::new() };
+    /// The slice of the calling thread, in nanoseconds, while it is not boosted. 0 for the kernel's default.
+    static SLICE_NS: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Gives the calling thread this slice from its next [`unboost`] on, whenever it is not boosted.
+pub fn set_slice(slice: Duration) {
+    SLICE_NS.set(u64::try_from(slice.as_nanos()).unwrap_or(u64::MAX));
 }
 
 /// Makes the calling thread run soon after it wakes.
@@ -55,12 +63,13 @@ fn put_in_front(nice: i32) {
         .unwrap_or_else(|error| tracing::debug!(%error, "the scheduler takes no slice"));
 }
 
-/// Schedules the calling thread like any other again.
+/// Schedules the calling thread like any other of its slice again.
 pub fn unboost() {
     // Without CAP_SYS_NICE the flag stays once it is set. It changes nothing for a thread that is
     // like any other.
-    set(0, given(), 0)
-        .or_else(|_| set(0, given(), RESET_ON_FORK))
+    let slice_ns = SLICE_NS.get();
+    set(slice_ns, given(), 0)
+        .or_else(|_| set(slice_ns, given(), RESET_ON_FORK))
         .unwrap_or_else(|error| tracing::debug!(%error, "the scheduler keeps a slice"));
 }
 
@@ -187,6 +196,11 @@ mod tests {
             } else {
                 assert_eq!(inside, BOOST_SLICE_NS);
             }
+            // A thread with a slice of its own has that one back.
+            set_slice(Duration::from_millis(10));
+            drop(BoostGuard::new());
+            let kept = if inside == before.0 { before.0 } else { 10_000_000 };
+            assert_eq!((slice(), nice()), (kept, before.1));
         })
         .join()
         .unwrap();

@@ -107,6 +107,7 @@ impl VcpuThread {
     fn life(&mut self) -> Option<StopReason> {
         // The owner waits for the thread to start. Once it runs a guest, it has no priority over
         // others.
+        sched::set_slice(self.host.quirks().vcpu_slice());
         sched::boost();
         let Next::Start(mut command) = self.control.wait_for_order(self.index) else { return None };
         command.mark(ChildStep::Woken);
