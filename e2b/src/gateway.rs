@@ -10,12 +10,12 @@ use std::time::Duration;
 use axum::http::StatusCode;
 use clade_agent_client::proto::PORT;
 use clade_agent_client::{Client as Agent, Endpoint};
+use clade_api::http::Changes;
 use clade_api::{StopAnswer, StopRequest, SupervisorApi, TtlRequest};
 use subtle::ConstantTimeEq;
 use thiserror::Error;
 use tokio::sync::Mutex as AsyncMutex;
 
-use crate::changes::Changes;
 use crate::connection_limits::ConnectionLimits;
 use crate::error::{Answer, GatewayError};
 use crate::idempotency::Replays;

@@ -12,7 +12,6 @@
 #![deny(missing_docs)]
 
 mod built;
-mod changes;
 mod connection_limits;
 mod control;
 mod error;

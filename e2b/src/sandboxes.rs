@@ -10,7 +10,7 @@ use clade_devices::virtio::net::Link;
 use jiff::Timestamp;
 use serde_json::Value;
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::error::{Answer, GatewayError};
 use crate::gateway::Gateway;
@@ -49,7 +49,7 @@ impl Gateway {
     pub(crate) async fn create(&self, owner: &str, new: NewSandbox, client: ChangeClient) -> Answer<Sandbox> {
         new.check()?;
         let timeout = seconds(new.timeout, DEFAULT_TIMEOUT)?;
-        let (_held, mut record, made) = self.fork_template(owner, new, Names::one()?, client).await?;
+        let (mut record, made) = self.fork_template(owner, new, Names::one()?, client).await?;
         let only = made.into_iter().next().ok_or_else(|| GatewayError::internal("no sandbox was made"))?;
         record.id.clone_from(&only.id);
         self.activate_or_stop(only, record, timeout).await
@@ -73,36 +73,34 @@ impl Gateway {
             network: fork.network,
             ..NewSandbox::default()
         };
-        let (_held, record, made) = self.fork_template(owner, new, Names::of(count)?, client).await?;
+        let (record, made) = self.fork_template(owner, new, Names::of(count)?, client).await?;
         Ok(self.activate_all(made, &record, timeout).await)
     }
 
-    /// Makes VMs of a template. Returns the use of the owner's quota until they have records, a record
-    /// for all but their names and times, and the VMs.
+    /// Makes VMs of a template. Returns a record for all but their names and times, and the VMs.
     async fn fork_template(
         &self,
         owner: &str,
         new: NewSandbox,
         names: Names,
-        client: ChangeClient,
-    ) -> Answer<(HeldQuota, SandboxRecord, Vec<Unrecorded>)> {
+        mut client: ChangeClient,
+    ) -> Answer<(SandboxRecord, Vec<Unrecorded>)> {
         let Names { pattern, names } = names;
         check_metadata(new.metadata.as_ref())?;
         check_variables(new.env_vars.as_ref())?;
         let network = network(new.allow_internet_access, new.network.as_ref())?;
         let source = self.source(owner, &new.template)?;
         let checkpoint = self.opened(&source).await?;
-        // Until it has a record, or has failed.
-        let held = self.take(owner, Usage::of_sandboxes(names.len(), checkpoint.mib))?;
+        let quota = self.take(owner, Usage::of_sandboxes(names.len(), checkpoint.mib))?;
+        let making = client.waits_for(async { Ok(self.0.making.begin(owner, names.len()).await) }).await?;
+        let held = Arc::new(HeldLimits { _quota: quota, _making: making });
         let is_template_closed = source.is_closed(&checkpoint);
         let link = network.link.filter(|link| *link == Link::Closed || is_template_closed == Some(false));
         let egress = network.egress;
         let request = ForkRequest { network: link, egress, ..request_for(pattern, names.len(), &source.template)? };
-        let unrecorded = names.into_iter().map(|name| Unrecorded::new(self, name)).collect();
-        let forked = async {
-            let _making = self.0.making.begin(owner).await;
-            Ok::<_, GatewayError>(self.0.supervisor.fork_checkpoint(&source.checkpoint, request).await?)
-        };
+        let unrecorded = names.into_iter().map(|name| Unrecorded::new(self, name, &held)).collect();
+        let forked =
+            async { Ok::<_, GatewayError>(self.0.supervisor.fork_checkpoint(&source.checkpoint, request).await?) };
         if let Err(error) = client.waits_for(forked).await {
             let is_gone = error.status == StatusCode::NOT_FOUND;
             return Err(if is_gone { GatewayError::no_template(&source.template) } else { error });
@@ -131,7 +129,7 @@ impl Gateway {
             is_template_closed,
             template_layers: None,
         };
-        Ok((held, record, unrecorded))
+        Ok((record, unrecorded))
     }
 
     /// Makes a sandbox of a new fork. A fork that fails is stopped.
@@ -202,22 +200,25 @@ impl Gateway {
         owner: &str,
         id: &str,
         fork: Fork,
-        client: ChangeClient,
+        mut client: ChangeClient,
     ) -> Answer<Vec<ForkResult>> {
         let entry = self.owned(owner, id)?;
         let (count, timeout) = Self::count_and_timeout(fork)?;
-        // The forks have the network of its record.
-        let _network = entry.network.read().await;
-        let parent = SandboxRecord { paused: false, ..entry.get() };
-        let _held = self.take(owner, Usage::of_sandboxes(count, parent.mib))?;
         let Names { pattern, names } = Names::of(count)?;
-        let mut children: Vec<_> = names.into_iter().map(|name| Unrecorded::new(self, name)).collect();
-        let request = request_for(pattern, count, &parent.template)?;
+        let quota = self.take(owner, Usage::of_sandboxes(count, entry.get().mib))?;
+        let making = client.waits_for(async { Ok(self.0.making.begin(owner, count).await) }).await?;
+        let held = Arc::new(HeldLimits { _quota: quota, _making: making });
+        let mut children: Vec<_> = names.into_iter().map(|name| Unrecorded::new(self, name, &held)).collect();
         let forked = async {
-            let _making = self.0.making.begin(owner).await;
-            Ok::<_, GatewayError>(self.0.supervisor.fork_vm(id, request).await?)
+            // The forks have the network of its record.
+            let _network = entry.network.read().await;
+            // A change in progress is waited for: the image of a VM that is being suspended may be late.
+            drop(entry.turn.lock().await);
+            let parent = SandboxRecord { paused: false, ..entry.get() };
+            let request = request_for(pattern, count, &parent.template)?;
+            Ok((parent, self.0.supervisor.fork_vm(id, request).await?))
         };
-        let answer = client.waits_for(forked).await?;
+        let (parent, answer) = client.waits_for(forked).await?;
         children.retain(|child| answer.children.contains(&child.id));
         Ok(self.activate_all(children, &parent, timeout).await)
     }
@@ -407,18 +408,26 @@ impl Names {
     }
 }
 
+/// What the VMs of a request take of their owner's limits, until each has a record or has ended.
+#[derive(Debug)]
+struct HeldLimits {
+    _quota: HeldQuota,
+    _making: Option<OwnedSemaphorePermit>,
+}
+
 /// A VM without a record, or about to be made. A drop stops it, even if its fork was done and the
 /// answer was lost.
 #[derive(Debug)]
 struct Unrecorded {
     gateway: Gateway,
     id: String,
+    held: Arc<HeldLimits>,
     is_settled: bool,
 }
 
 impl Unrecorded {
-    fn new(gateway: &Gateway, id: String) -> Self {
-        Self { gateway: gateway.clone(), id, is_settled: false }
+    fn new(gateway: &Gateway, id: String, held: &Arc<HeldLimits>) -> Self {
+        Self { gateway: gateway.clone(), id, held: Arc::clone(held), is_settled: false }
     }
 }
 
@@ -430,9 +439,9 @@ impl Drop for Unrecorded {
         let (gateway, id) = (self.gateway.clone(), std::mem::take(&mut self.id));
         // Without a runtime the process ends.
         if let Ok(runtime) = Handle::try_current() {
-            let in_progress = gateway.0.changes.begin();
+            let (in_progress, held) = (gateway.0.changes.begin(), Arc::clone(&self.held));
             runtime.spawn(async move {
-                let _in_progress = in_progress;
+                let (_in_progress, _held) = (in_progress, held);
                 gateway.stop(&id).await;
             });
         }

@@ -21,8 +21,8 @@ impl ChangeClient {
 
     /// Awaits work that makes VMs, unless the client goes meanwhile. Then the work is dropped, and has to
     /// stop them: only the answer names them.
-    pub(crate) async fn waits_for<T>(self, work: impl Future<Output = Answer<T>>) -> Answer<T> {
-        let Some(gone) = self.0 else { return work.await };
+    pub(crate) async fn waits_for<T>(&mut self, work: impl Future<Output = Answer<T>>) -> Answer<T> {
+        let Some(gone) = &mut self.0 else { return work.await };
         tokio::select! {
             biased;
             // Nothing is ever sent.

@@ -98,12 +98,13 @@ use rustix::process::{Signal, pidfd_send_signal};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
 use broker::Broker;
 pub use cgroups::CgroupPlace;
 use cgroups::Cgroups;
 use checkpoints::Checkpoints;
-use clade_api::http::{ApiError, Cancel};
+use clade_api::http::{ApiError, Cancel, Changes, LAST_ANSWERS_OF_ALL};
 use clade_api::{
     CancelReason, DaemonError, MAX_CHILDREN, MergingVm, NameClaim, ProblemKind, RuntimeDir, StopAnswer,
     SupervisorClaim, SupervisorInfo, VmInfo, WorkerExit,
@@ -200,6 +201,8 @@ struct Inner {
     scrapes: Semaphore,
     /// Of guests that renew their identity.
     ready_limiter: ReadyLimiter,
+    /// Made VMs that no answer has named yet.
+    pending_vms: Arc<Changes>,
     /// VMs that have ended while their names were taken.
     unsettled: UnsettledEnds,
     closing: AtomicBool,
@@ -233,8 +236,12 @@ impl Supervisor {
             }
         };
         self.0.runtime.block_on(async { tokio::join!(ended, self.0.in_process.close()) });
-        // Work whose request was dropped meanwhile.
+        // Work whose request was dropped meanwhile, and then the ends of its VMs.
         drop(self.0.busy.write());
+        let pending = async { timeout(LAST_ANSWERS_OF_ALL, self.0.pending_vms.ended()).await };
+        if self.0.runtime.block_on(pending).is_err() {
+            tracing::warn!("new VMs of requests that were cut off have not ended in time");
+        }
         self.0.pool.close();
         self.0.checkpoints.clear();
         self.0.kept.iter().for_each(KeptDir::release);

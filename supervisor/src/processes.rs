@@ -3,7 +3,7 @@
 //! A process is identified by its pidfd: its pid may be reused, and its own statements are not
 //! trusted. A process that has given its name back and does not end is killed.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -222,6 +222,14 @@ impl Processes {
         let all = self.all();
         let found = all.iter().find(|(_, vm)| vm.has_name() && vm.name == name);
         found.map(|(pid, vm)| (*pid, vm.clone()))
+    }
+
+    /// Returns the pids of the processes of those of these VMs that have their names.
+    pub(super) fn pids_of(&self, names: &[String]) -> HashMap<String, u32> {
+        let names: HashSet<&String> = names.iter().collect();
+        let all = self.all();
+        let ours = all.iter().filter(|(_, vm)| vm.has_name() && names.contains(&vm.name));
+        ours.map(|(pid, vm)| (vm.name.clone(), *pid)).collect()
     }
 
     pub(super) fn is_there(&self, pid: u32) -> bool {

@@ -8,7 +8,7 @@
 //! | From then on a permit lasts [`PERMIT_TIMEOUT`] at most, and [`BUSY_PERMIT_TIMEOUT`] while no processor is free. | A guest that never answers delays others that long, and not for its own time limit. Permits that end before their guests are done would put all guests to work together. |
 //! | The first of the queue goes on without a permit if the host has a free processor. | A guest that waits for something takes no processor. |
 //! | At most [`MAX_QUEUED`] requests wait. | A request that waits holds a place among all requests in progress. |
-//! | At the supervisor's end the requests in the queue are refused, and VMs that are made go on without permits. | The supervisor waits for the requests in progress. |
+//! | At the supervisor's end all these requests are refused, and VMs that are not ready are stopped. | The supervisor waits for the requests in progress. |
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +16,7 @@ use std::time::Duration;
 use clade_api::ProblemKind;
 use clade_api::http::ApiError;
 use clade_worker::host_limits::has_free_processor;
-use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -47,6 +47,7 @@ pub(super) struct ReadyPermit {
 pub(super) struct ReadyLimiter {
     permits: Arc<Semaphore>,
     places: Semaphore,
+    is_closed: watch::Sender<bool>,
     /// Held for the first of the queue. The lock is fair.
     front: Mutex<()>,
     is_free: fn() -> bool,
@@ -91,7 +92,8 @@ impl ReadyLimiter {
 
     fn with(at_a_time: usize, is_free: fn() -> bool) -> Self {
         let permits = Arc::new(Semaphore::new(at_a_time));
-        Self { permits, places: Semaphore::new(MAX_QUEUED), front: Mutex::default(), is_free }
+        let (places, is_closed) = (Semaphore::new(MAX_QUEUED), watch::Sender::new(false));
+        Self { permits, places, is_closed, front: Mutex::default(), is_free }
     }
 
     /// Waits for the permit of a request that will make a VM.
@@ -119,6 +121,13 @@ impl ReadyLimiter {
     /// Ends all waits.
     pub(super) fn close(&self) {
         self.permits.close();
+        self.is_closed.send_replace(true);
+    }
+
+    /// Waits for the end of the supervisor.
+    pub(super) async fn closed(&self) {
+        // The sender is this.
+        let _ = self.is_closed.subscribe().wait_for(|is_closed| *is_closed).await;
     }
 
     async fn until_free(&self) {

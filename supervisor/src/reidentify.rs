@@ -13,13 +13,13 @@ use clade_vmm::vm::VmConfig;
 use clade_worker::host_limits::has_free_processor;
 use hyper::Method;
 use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
 
 use super::Supervisor;
 use super::ready_limiter::ReadyPermit;
 use super::vm_record::VmRecord;
-use clade_api::http::{ApiError, THREAD_PATIENCE, on_a_thread};
+use clade_api::http::{ApiError, Change, THREAD_PATIENCE, on_a_thread};
 use clade_api::{Client, DaemonError, ForkAnswer, ProblemKind, ReadyAnswer, StopRequest, VmInfo, VmState};
 
 /// Agents report to the port that the device answers.
@@ -127,49 +127,70 @@ pub(super) fn expect_reachable(name: &str, config: &VmConfig) -> Result<(), Daem
     Err(DaemonError::Refused { kind: ProblemKind::NoDevice, text })
 }
 
+/// A new VM and its process: the name may be another VM's once this one has ended.
+#[derive(Clone, Debug)]
+struct NewVm {
+    name: String,
+    pid: Option<u32>,
+}
+
 /// New VMs, and the answer that will name them. They end when it is dropped: the client has gone, and
-/// nobody knows their names.
+/// nobody knows their names. The end of the supervisor waits for that.
 pub(super) struct PendingVms {
     supervisor: Supervisor,
-    answer: Option<ForkAnswer>,
+    vms: Vec<NewVm>,
+    answer: ForkAnswer,
+    _pending: Change,
 }
 
 impl PendingVms {
+    /// Counts as work that keeps the supervisor busy until it has returned.
     pub(super) fn new(supervisor: &Supervisor, answer: ForkAnswer) -> Self {
-        Self { supervisor: supervisor.clone(), answer: Some(answer) }
-    }
-
-    fn names(&self) -> Vec<String> {
-        self.answer.iter().flat_map(|answer| answer.children.clone()).collect()
+        let pids = supervisor.0.processes.pids_of(&answer.children);
+        let vms = answer.children.iter().map(|name| NewVm { name: name.clone(), pid: pids.get(name).copied() });
+        Self { supervisor: supervisor.clone(), vms: vms.collect(), answer, _pending: supervisor.0.pending_vms.begin() }
     }
 
     /// Leaves the VMs to the client. Returns their answer.
-    pub(super) fn leave(mut self) -> Result<ForkAnswer, ApiError> {
-        // It is taken only here, and by a stop.
-        self.answer.take().ok_or_else(|| ProblemKind::Ending.into())
+    pub(super) fn leave(mut self) -> ForkAnswer {
+        self.vms.clear();
+        let children = std::mem::take(&mut self.answer.children);
+        ForkAnswer { children, ..self.answer.clone() }
     }
 
     /// Stops the VMs. That runs to its end, even if the client goes.
     async fn stop(mut self) {
-        let (supervisor, names) = (self.supervisor.clone(), self.names());
-        self.answer = None;
-        let _ = self.supervisor.0.runtime.spawn(async move { stop_all(&supervisor, names).await }).await;
+        if let Some(stopping) = self.begin_to_stop() {
+            let _ = stopping.await;
+        }
+    }
+
+    fn begin_to_stop(&mut self) -> Option<JoinHandle<()>> {
+        let (supervisor, vms) = (self.supervisor.clone(), std::mem::take(&mut self.vms));
+        let pending = supervisor.0.pending_vms.begin();
+        (!vms.is_empty()).then(|| {
+            self.supervisor.0.runtime.spawn(async move {
+                let _pending = pending;
+                stop_all(&supervisor, vms).await;
+            })
+        })
     }
 }
 
 impl Drop for PendingVms {
     fn drop(&mut self) {
-        let (supervisor, names) = (self.supervisor.clone(), self.names());
-        if !names.is_empty() {
-            self.supervisor.0.runtime.spawn(async move { stop_all(&supervisor, names).await });
-        }
+        drop(self.begin_to_stop());
     }
 }
 
-async fn stop_all(supervisor: &Supervisor, names: Vec<String>) {
-    for name in names {
-        if let Err(error) = supervisor.answer_stop(&name, StopRequest::default()).await {
-            tracing::warn!(?error, name, "a VM that is not ready does not stop");
+async fn stop_all(supervisor: &Supervisor, vms: Vec<NewVm>) {
+    for vm in vms {
+        // One that has ended by itself is no longer there, or another has its name.
+        if !supervisor.is_there(&vm) {
+            continue;
+        }
+        if let Err(error) = supervisor.answer_stop(&vm.name, StopRequest::default()).await {
+            tracing::warn!(?error, vm.name, "a VM that is not ready does not stop");
         }
     }
 }
@@ -199,10 +220,14 @@ impl Supervisor {
         }
     }
 
+    fn is_there(&self, vm: &NewVm) -> bool {
+        vm.pid.is_some() && self.pid_of(&vm.name) == vm.pid
+    }
+
     /// Lets a new VM run that was made paused.
     async fn resume_new(&self, name: &str) -> Result<(), ApiError> {
         let client = Client::new(self.dir()).with_retries();
-        let resumed = client.request::<VmInfo>(Method::POST, name, "/resume", None::<&()>).await;
+        let resumed = client.request_within::<VmInfo>(ATTEMPT, Method::POST, name, "/resume", None::<&()>).await;
         resumed.map(drop).map_err(|error| not_ready(name, &clade_vmm::error_chain(&error)))
     }
 
@@ -274,11 +299,10 @@ impl Supervisor {
         own: ReadyPermit,
         are_paused: bool,
     ) -> Result<ForkAnswer, ApiError> {
-        let names = pending.names();
         // Of one request no more wait in the queue, so that others are not behind all its VMs.
         let waiting = Arc::new(Semaphore::new(told_at_a_time()));
-        let (mut told, count, mut own) = (JoinSet::new(), names.len(), Some(own));
-        for name in names {
+        let (mut told, count, mut own) = (JoinSet::new(), pending.vms.len(), Some(own));
+        for vm in pending.vms.clone() {
             let (supervisor, waiting) = (self.clone(), Arc::clone(&waiting));
             let own = own.take();
             told.spawn(async move {
@@ -288,19 +312,28 @@ impl Supervisor {
                     Some(permit) => permit,
                     None => supervisor.0.ready_limiter.next().await.begin(),
                 };
-                if are_paused {
-                    supervisor.resume_new(&name).await?;
+                if !supervisor.is_there(&vm) {
+                    return Err(not_ready(&vm.name, "it has ended"));
                 }
-                supervisor.reidentify_among(&name, count).await
+                if are_paused {
+                    supervisor.resume_new(&vm.name).await?;
+                }
+                supervisor.reidentify_among(&vm.name, count).await
             });
         }
         let mut failed = None;
-        while let (None, Some(ready)) = (&failed, told.join_next().await) {
-            failed = ready.unwrap_or_else(|error| Err(not_ready("a VM", &error.to_string()))).err();
+        while failed.is_none() {
+            tokio::select! {
+                ready = told.join_next() => {
+                    let Some(ready) = ready else { break };
+                    failed = ready.unwrap_or_else(|error| Err(not_ready("a VM", &error.to_string()))).err();
+                }
+                () = self.0.ready_limiter.closed() => failed = Some(ProblemKind::Ending.into()),
+            }
         }
         drop(told);
         match failed {
-            None => pending.leave(),
+            None => Ok(pending.leave()),
             Some(error) => {
                 pending.stop().await;
                 Err(error)

@@ -138,6 +138,7 @@ impl Supervisor {
             closed: Mutex::default(),
             scrapes: Semaphore::new(MAX_SCRAPES),
             ready_limiter: ReadyLimiter::new(told_at_a_time()),
+            pending_vms: Arc::default(),
             unsettled: UnsettledEnds::default(),
             closing: AtomicBool::new(false),
             busy: RwLock::default(),

@@ -5,7 +5,8 @@
 //! everything else, and the first to be done would be done last. So a group starts once the guests
 //! of the group before have run, or after a time, so that guests that compute delay no others.
 //!
-//! Forks within the bound start together, and so do children that stay paused. A request that is
+//! Forks within the bound start together, and so do children that start paused, of which the supervisor
+//! resumes those that are to be ready. A request that is
 //! cancelled between two groups, or by the supervisor's end, leaves no VM. A supervisor that is killed
 //! between two groups takes the VMs of later groups with it, and those of earlier groups run.
 

@@ -11,8 +11,10 @@
 //! | `optional` | bodies that may be missing |
 //! | `frames` | bodies without end |
 //! | `cancel` | requests whose clients have gone |
+//! | `changes` | changes that the end of a process waits for |
 
 mod cancel;
+mod changes;
 mod error;
 mod frames;
 mod guesses;
@@ -35,6 +37,7 @@ use crate::problem::ProblemKind;
 use crate::types::{MAX_GRACE, StopRequest};
 
 pub use cancel::{Cancel, CancelOnDrop};
+pub use changes::{Change, Changes};
 pub use error::{ApiError, PROBLEM_TYPE};
 pub use frames::Frames;
 pub use listen::{

@@ -62,7 +62,7 @@ pub struct ForkRequest {
     pub ahead_mib: Option<u32>,
     /// Whether to make them though the host has too little memory or too few processors for so many:
     /// without this, a fork is refused that takes more than the available memory, or that brings the
-    /// VMs to more than 500 for each processor (children that start paused do not count).
+    /// VMs to more than 500 for each processor (children that are to stay paused do not count).
     #[serde(default)]
     pub overcommit: bool,
     /// Whether the children start from copies of what the VM's process can write, so that a guest which
@@ -132,7 +132,8 @@ pub struct ForkAnswer {
     pub pause_us: f64,
     /// The part of the pause that froze memory, in microseconds.
     pub freeze_us: f64,
-    /// The whole request, until the last child was started, in microseconds.
+    /// The whole request, until the last child was started (several that are to be ready: made), in
+    /// microseconds.
     pub total_us: f64,
     /// Pages that became shared without being copied.
     pub remapped_pages: u64,

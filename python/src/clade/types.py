@@ -861,7 +861,9 @@ class ForkAnswer(TypedDict):
     """Pages that became shared without being copied."""
 
     total_us: float
-    """The whole request, until the last child was started, in microseconds."""
+    """The whole request, until the last child was started (several that are to be ready: made), in
+    microseconds.
+    """
 
 
 class NetChoice(TypedDict):
@@ -928,7 +930,7 @@ class ForkRequest(TypedDict):
     overcommit: NotRequired[bool]
     """Whether to make them though the host has too little memory or too few processors for so
     many: without this, a fork is refused that takes more than the available memory, or that
-    brings the VMs to more than 500 for each processor (children that start paused do not
+    brings the VMs to more than 500 for each processor (children that are to stay paused do not
     count).
     """
 

@@ -81,7 +81,7 @@ impl Supervisor {
         making: impl Future<Output = Result<PendingVms, ApiError>>,
     ) -> Result<ForkAnswer, ApiError> {
         if activation == Activation::AsMade {
-            return making.await?.leave();
+            return Ok(making.await?.leave());
         }
         let permit = self.0.ready_limiter.queue().await?;
         let pending = making.await?;

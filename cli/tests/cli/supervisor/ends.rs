@@ -1,5 +1,7 @@
 //! Deaths and returns of processes: of workers, of the zygote, of the supervisor.
 
+use std::io::Write;
+
 use super::*;
 
 #[test]
@@ -209,5 +211,49 @@ fn a_name_is_free_as_soon_as_its_vm_is_stopped() {
         assert_eq!(status, 200, "{answer}");
         assert_eq!(all.http("POST", "/v1/vms/child/stop", "").0, 200);
     }
+    all.end();
+}
+
+/// Sends a fork of `deaf` into ready children, waits until `count` are made, and does not wait for the answer.
+fn begin_ready_fork(all: &Supervised, count: usize) -> UnixStream {
+    let before = all.vms().len();
+    let mut stream = UnixStream::connect(all.runtime.api()).unwrap();
+    let body = format!(r#"{{"count":{count},"ready":true}}"#);
+    let head = "POST /v1/vms/deaf/fork HTTP/1.1\r\nhost: clade\r\ncontent-type: application/json\r\n";
+    stream.write_all(format!("{head}content-length: {}\r\n\r\n{body}", body.len()).as_bytes()).unwrap();
+    wait_until("the children", || all.vms().len() == before + count);
+    stream
+}
+
+#[test]
+fn vms_that_wait_to_be_ready_end_with_their_client_and_with_their_supervisor() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    let cid = Cid::take();
+    // No agent answers: the first few have a permit, and the others stay paused.
+    let vsock = format!("cid={},socket={}", cid.number(), all.runtime.dir().join("deaf.vsock").display());
+    all.boot("deaf", &["--vsock", &vsock]);
+    let count = (2 * std::thread::available_parallelism().unwrap().get()).min(16) + 2;
+    let client = begin_ready_fork(&all, count);
+    // Another VM gets the name of one that waits.
+    let is_waiting = |vm: &Value| vm["state"] == "paused" && vm["name"] != "deaf";
+    let waiting = all.vms().into_iter().find(is_waiting).expect("one that waits");
+    let name = waiting["name"].as_str().unwrap();
+    all.stop(name);
+    assert_eq!(all.fork(&["deaf", "--name", name]), [name]);
+    drop(client);
+    wait_until("the children to go", || all.vms().len() == 2);
+    assert!(all.vms().iter().any(|vm| is_waiting(vm) && vm["name"] == name), "another request's VM stays as it is");
+    // And at the supervisor's end.
+    let client = begin_ready_fork(&all, count - 1);
+    let stopped = all.runtime.clade(&["serve", "--stop"]);
+    assert_eq!(stopped.code, Some(0), "{stopped:?}");
+    drop(client);
+    let mut all = all;
+    all.runtime.ended();
+    all.serve("0");
+    assert_eq!(all.runtime.names(), ["deaf", name]);
     all.end();
 }

@@ -1,4 +1,4 @@
-//! The number of changes in progress, for which the end of the process waits.
+//! Changes in progress, for which the end of the process waits.
 
 use std::sync::Arc;
 
@@ -6,20 +6,22 @@ use tokio::sync::watch;
 
 /// The number of changes in progress.
 #[derive(Debug, Default)]
-pub(crate) struct Changes(watch::Sender<usize>);
+pub struct Changes(watch::Sender<usize>);
 
 /// A change in progress, until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Change(Arc<Changes>);
+pub struct Change(Arc<Changes>);
 
 impl Changes {
-    pub(crate) fn begin(self: &Arc<Self>) -> Change {
+    /// Counts a change until the result is dropped.
+    #[must_use]
+    pub fn begin(self: &Arc<Self>) -> Change {
         self.0.send_modify(|count| *count += 1);
         Change(Arc::clone(self))
     }
 
     /// Waits until no change is in progress.
-    pub(crate) async fn ended(&self) {
+    pub async fn ended(&self) {
         // The sender is this.
         let _ = self.0.subscribe().wait_for(|count| *count == 0).await;
     }
