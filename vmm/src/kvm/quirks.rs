@@ -135,9 +135,10 @@ const PVM_SKIP_MSRS: &[u32] = &[0xda0, 0x9e, 0xc001_1029, 0x10a];
 
 /// The slice of a vCPU's thread on kvm-pvm, instead of the kernel's 1.4 ms (two processors): each switch to
 /// another guest costs that guest about 1.7 ms. Twenty guests of Linux that each run a shell, all at once on
-/// two processors: 23.7 s by the kernel's slices, 10.4 s by 10 ms, 8.6 s by 50 ms. A vCPU that wakes while
-/// others compute waits for the end of such a slice.
-const PVM_VCPU_SLICE: Duration = Duration::from_millis(10);
+/// two processors: 21 to 24 s by the kernel's slices, 12 s by 5 ms, 10 to 14 s by 10 ms, 9 s by 50 ms. But of
+/// guests that compute all the time, the last of a hundred children runs later: by 10 ms after 0.7 s, by the
+/// kernel's slices after 0.35 s.
+const PVM_VCPU_SLICE: Duration = Duration::from_millis(5);
 
 impl Quirks {
     /// Detects the quirks, unless [`QUIRKS_ENV`] sets them.
