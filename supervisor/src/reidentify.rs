@@ -144,7 +144,7 @@ pub(super) struct PendingVms {
 }
 
 impl PendingVms {
-    /// Counts as work that keeps the supervisor busy until it has returned.
+    /// To be called by the work that has made them, whose end the end of the supervisor waits for first.
     pub(super) fn new(supervisor: &Supervisor, answer: ForkAnswer) -> Self {
         let pids = supervisor.0.processes.pids_of(&answer.children);
         let vms = answer.children.iter().map(|name| NewVm { name: name.clone(), pid: pids.get(name).copied() });
