@@ -56,6 +56,8 @@ pub(crate) const IOAPIC_BASE: GuestAddress = GuestAddress(0xfec0_0000);
 pub(crate) const LAPIC_BASE: GuestAddress = GuestAddress(0xfee0_0000);
 /// Range for KVM's three-page TSS (`KVM_SET_TSS_ADDR`), inside the gap.
 pub(crate) const KVM_TSS: GuestAddress = GuestAddress(0xfffb_d000);
+/// A page that nothing uses, inside the gap.
+pub(crate) const UNUSED_PAGE: GuestAddress = GuestAddress(0xf000_0000);
 /// The registers of the first virtio device. Each device has one page, one after the other.
 pub(crate) const VIRTIO_BASE: GuestAddress = GuestAddress(0xd000_0000);
 /// The interrupts of virtio devices, in order: first those unused on a PC, then those of PC devices

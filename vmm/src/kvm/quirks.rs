@@ -29,7 +29,10 @@ mod syscall;
 use std::path::Path;
 use std::time::Duration;
 
+use kvm_ioctls::VmFd;
+
 use super::features::CpuHide;
+use crate::platform::PAGE_SIZE;
 
 pub(crate) use emulate::Emulated;
 pub use emulate::{EmulateError, EmulationFailure};
@@ -184,6 +187,41 @@ impl Quirks {
             Self::None => Duration::ZERO,
             Self::Pvm => PVM_VCPU_SLICE,
         }
+    }
+
+    /// Has KVM forget all that it has derived from a guest's page tables, whose pages have other contents now:
+    /// those of a reset. `slot` and `address` are a memslot and a guest page that nothing uses, and `host` is
+    /// an address of the guest's memory.
+    ///
+    /// kvm-pvm runs a guest by shadow page tables. They follow the guest's own writes, and not the host's: after a
+    /// reset PID 1 of a Linux guest ran with pages of the processes since, and ended by a segmentation fault. The
+    /// removal of any memslot drops them all.
+    ///
+    /// # Errors
+    /// When KVM refuses the memslot.
+    pub(crate) fn forget_page_tables(
+        self,
+        fd: &VmFd,
+        slot: u32,
+        address: u64,
+        host: u64,
+    ) -> Result<(), kvm_ioctls::Error> {
+        if self == Self::None {
+            return Ok(());
+        }
+        for memory_size in [PAGE_SIZE, 0] {
+            let memory = kvm_bindings::kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: address,
+                memory_size,
+                userspace_addr: host,
+            };
+            // SAFETY: `host` is a page of the guest's memory already, and no vCPU runs while there are two
+            // addresses for it.
+            unsafe { fd.set_user_memory_region(memory) }?;
+        }
+        Ok(())
     }
 
     /// Arguments to append to a Linux guest's command line. Not needed to boot, because

@@ -30,6 +30,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::platform::UNUSED_PAGE;
 use crate::vm::error::VmError;
 use crate::vm::fork::{ForkImage, PauseGuard};
 use crate::vm::identity::generation;
@@ -189,6 +190,7 @@ impl Vm {
         if self.config.has_acpi() {
             generation::renew(self.ram().memory())?;
         }
+        self.forget_page_tables()?;
         let cpus = usize::from(self.config.cpus());
         let (start, devices) = (VcpuStart::Restore(Arc::clone(image)), Arc::clone(&self.devices));
         let order = StartCommand { start, devices, timeline: None, admission: None };
@@ -200,6 +202,16 @@ impl Vm {
         devices?;
         // Before it runs on, as for a child.
         image.restore_controllers(&self.prepared.fd, &self.devices)
+    }
+
+    /// Before a vCPU runs with the restored memory.
+    fn forget_page_tables(&self) -> Result<(), VmError> {
+        let (quirks, regions) = (self.context().host().quirks(), self.ram().regions());
+        let Some(first) = regions.first() else { return Ok(()) };
+        let slot = regions.len() as u32;
+        quirks
+            .forget_page_tables(&self.prepared.fd, slot, UNUSED_PAGE.0, first.host_address())
+            .map_err(|error| VmError::kvm("forget page tables", error))
     }
 
     /// Fails with [`VmError::Inconsistent`] after a reset that failed half-way.
