@@ -77,6 +77,20 @@ impl Gateway {
         Ok(self.activate_all(made, &record, timeout).await)
     }
 
+    /// Takes a part of an owner's limits for `count` VMs of `mib` each, and waits until the owner's other
+    /// requests leave room for them.
+    async fn hold_limits(
+        &self,
+        owner: &str,
+        count: usize,
+        mib: u64,
+        client: &mut ChangeClient,
+    ) -> Answer<Arc<HeldLimits>> {
+        let quota = self.take(owner, Usage::of_sandboxes(count, mib))?;
+        let making = client.waits_for(async { Ok(self.0.making.begin(owner, count).await) }).await?;
+        Ok(Arc::new(HeldLimits { _quota: quota, _making: making }))
+    }
+
     /// Makes VMs of a template. Returns a record for all but their names and times, and the VMs.
     async fn fork_template(
         &self,
@@ -91,9 +105,7 @@ impl Gateway {
         let network = network(new.allow_internet_access, new.network.as_ref())?;
         let source = self.source(owner, &new.template)?;
         let checkpoint = self.opened(&source).await?;
-        let quota = self.take(owner, Usage::of_sandboxes(names.len(), checkpoint.mib))?;
-        let making = client.waits_for(async { Ok(self.0.making.begin(owner, names.len()).await) }).await?;
-        let held = Arc::new(HeldLimits { _quota: quota, _making: making });
+        let held = self.hold_limits(owner, names.len(), checkpoint.mib, &mut client).await?;
         let is_template_closed = source.is_closed(&checkpoint);
         let link = network.link.filter(|link| *link == Link::Closed || is_template_closed == Some(false));
         let egress = network.egress;
@@ -205,9 +217,7 @@ impl Gateway {
         let entry = self.owned(owner, id)?;
         let (count, timeout) = Self::count_and_timeout(fork)?;
         let Names { pattern, names } = Names::of(count)?;
-        let quota = self.take(owner, Usage::of_sandboxes(count, entry.get().mib))?;
-        let making = client.waits_for(async { Ok(self.0.making.begin(owner, count).await) }).await?;
-        let held = Arc::new(HeldLimits { _quota: quota, _making: making });
+        let held = self.hold_limits(owner, count, entry.get().mib, &mut client).await?;
         let mut children: Vec<_> = names.into_iter().map(|name| Unrecorded::new(self, name, &held)).collect();
         let forked = async {
             // The forks have the network of its record.

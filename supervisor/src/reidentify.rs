@@ -20,7 +20,7 @@ use super::Supervisor;
 use super::ready_limiter::ReadyPermit;
 use super::vm_record::VmRecord;
 use clade_api::http::{ApiError, Change, THREAD_PATIENCE, on_a_thread};
-use clade_api::{Client, DaemonError, ForkAnswer, ProblemKind, ReadyAnswer, StopRequest, VmInfo, VmState};
+use clade_api::{Client, DaemonError, ProblemKind, ReadyAnswer, StopRequest, VmInfo, VmState};
 
 /// Agents report to the port that the device answers.
 const _: () = assert!(NOTICE_PORT == clade_devices::virtio::vsock::NOTICE_PORT);
@@ -134,28 +134,25 @@ struct NewVm {
     pid: Option<u32>,
 }
 
-/// New VMs, and the answer that will name them. They end when it is dropped: the client has gone, and
-/// nobody knows their names. The end of the supervisor waits for that.
+/// New VMs that no answer has named yet. They end when it is dropped: the client has gone. The end of the
+/// supervisor waits for that.
 pub(super) struct PendingVms {
     supervisor: Supervisor,
     vms: Vec<NewVm>,
-    answer: ForkAnswer,
     _pending: Change,
 }
 
 impl PendingVms {
     /// To be called by the work that has made them, whose end the end of the supervisor waits for first.
-    pub(super) fn new(supervisor: &Supervisor, answer: ForkAnswer) -> Self {
-        let pids = supervisor.0.processes.pids_of(&answer.children);
-        let vms = answer.children.iter().map(|name| NewVm { name: name.clone(), pid: pids.get(name).copied() });
-        Self { supervisor: supervisor.clone(), vms: vms.collect(), answer, _pending: supervisor.0.pending_vms.begin() }
+    pub(super) fn new(supervisor: &Supervisor, names: &[String]) -> Self {
+        let pids = supervisor.0.processes.pids_of(names);
+        let vms = names.iter().map(|name| NewVm { name: name.clone(), pid: pids.get(name).copied() });
+        Self { supervisor: supervisor.clone(), vms: vms.collect(), _pending: supervisor.0.pending_vms.begin() }
     }
 
-    /// Leaves the VMs to the client. Returns their answer.
-    pub(super) fn leave(mut self) -> ForkAnswer {
+    /// Leaves the VMs to the client.
+    pub(super) fn leave(mut self) {
         self.vms.clear();
-        let children = std::mem::take(&mut self.answer.children);
-        ForkAnswer { children, ..self.answer.clone() }
     }
 
     /// Stops the VMs. That runs to its end, even if the client goes.
@@ -166,14 +163,15 @@ impl PendingVms {
     }
 
     fn begin_to_stop(&mut self) -> Option<JoinHandle<()>> {
+        if self.vms.is_empty() {
+            return None;
+        }
         let (supervisor, vms) = (self.supervisor.clone(), std::mem::take(&mut self.vms));
         let pending = supervisor.0.pending_vms.begin();
-        (!vms.is_empty()).then(|| {
-            self.supervisor.0.runtime.spawn(async move {
-                let _pending = pending;
-                stop_all(&supervisor, vms).await;
-            })
-        })
+        Some(self.supervisor.0.runtime.spawn(async move {
+            let _pending = pending;
+            stop_all(&supervisor, vms).await;
+        }))
     }
 }
 
@@ -289,7 +287,7 @@ impl Supervisor {
 
     /// The same for new VMs, which may be paused: all run and are ready when this returns, or all have
     /// ended. They also end when the future is dropped. The first has the request's permit, the others
-    /// wait for their own. Returns the answer that names them.
+    /// wait for their own.
     ///
     /// # Errors
     /// That of the first VM that is not ready.
@@ -298,7 +296,7 @@ impl Supervisor {
         pending: PendingVms,
         own: ReadyPermit,
         are_paused: bool,
-    ) -> Result<ForkAnswer, ApiError> {
+    ) -> Result<(), ApiError> {
         // Of one request no more wait in the queue, so that others are not behind all its VMs.
         let waiting = Arc::new(Semaphore::new(told_at_a_time()));
         let (mut told, count, mut own) = (JoinSet::new(), pending.vms.len(), Some(own));
@@ -333,7 +331,10 @@ impl Supervisor {
         }
         drop(told);
         match failed {
-            None => Ok(pending.leave()),
+            None => {
+                pending.leave();
+                Ok(())
+            }
             Some(error) => {
                 pending.stop().await;
                 Err(error)

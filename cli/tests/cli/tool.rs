@@ -240,6 +240,14 @@ impl Runtime {
         self.http_at(&self.api(), method, path, body)
     }
 
+    /// Sends the supervisor a request, and does not wait for its answer.
+    pub(crate) fn begin(&self, path: &str, body: &str) -> UnixStream {
+        let mut stream = UnixStream::connect(self.api()).unwrap();
+        let head = format!("POST {path} HTTP/1.1\r\nhost: clade\r\ncontent-type: application/json\r\n");
+        stream.write_all(format!("{head}content-length: {}\r\n\r\n{body}", body.len()).as_bytes()).unwrap();
+        stream
+    }
+
     /// Returns the process of a VM.
     pub(crate) fn worker(&self, name: &str) -> u32 {
         self.http("GET", &format!("/v1/vms/{name}"), "").1["pid"].as_u64().unwrap() as u32

@@ -124,13 +124,7 @@ fn a_fork_of_more_than_there_is_room_for_is_refused_before_it_begins() {
 
 /// Sends a fork of 400 children and does not wait for the answer.
 fn begin_large_fork(runtime: &Runtime) -> UnixStream {
-    let mut stream = UnixStream::connect(runtime.api()).unwrap();
-    let body = r#"{"count":400}"#;
-    let head = format!(
-        "POST /v1/vms/web/fork HTTP/1.1\r\nhost: clade\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
-        body.len()
-    );
-    stream.write_all(format!("{head}{body}").as_bytes()).unwrap();
+    let stream = runtime.begin("/v1/vms/web/fork", r#"{"count":400}"#);
     // Under way once the names are taken.
     wait_until_within(HUNDREDS, "the fork to begin", || runtime.files().len() > 400);
     stream

@@ -70,22 +70,30 @@ impl Supervisor {
     pub(super) async fn making(
         &self,
         work: impl FnOnce(&Self, &Cancel) -> Result<ForkAnswer, DaemonError> + Send + 'static,
-    ) -> Result<PendingVms, ApiError> {
-        self.work(move |supervisor, cancel| Ok(PendingVms::new(supervisor, work(supervisor, cancel)?))).await
+    ) -> Result<(ForkAnswer, PendingVms), ApiError> {
+        self.work(move |supervisor, cancel| {
+            let answer = work(supervisor, cancel)?;
+            let pending = PendingVms::new(supervisor, &answer.children);
+            Ok((answer, pending))
+        })
+        .await
     }
 
     /// Makes VMs, and activates them: those to be ready by permits.
     pub(super) async fn activated(
         &self,
         activation: Activation,
-        making: impl Future<Output = Result<PendingVms, ApiError>>,
+        making: impl Future<Output = Result<(ForkAnswer, PendingVms), ApiError>>,
     ) -> Result<ForkAnswer, ApiError> {
         if activation == Activation::AsMade {
-            return Ok(making.await?.leave());
+            let (answer, pending) = making.await?;
+            pending.leave();
+            return Ok(answer);
         }
         let permit = self.0.ready_limiter.queue().await?;
-        let pending = making.await?;
-        self.reidentify_all(pending, permit.begin(), activation == Activation::Paused).await
+        let (answer, pending) = making.await?;
+        self.reidentify_all(pending, permit.begin(), activation == Activation::Paused).await?;
+        Ok(answer)
     }
 
     pub(super) async fn answer_fork(&self, vm: String, mut request: ForkRequest) -> Result<ForkAnswer, ApiError> {

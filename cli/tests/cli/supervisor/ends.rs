@@ -1,7 +1,5 @@
 //! Deaths and returns of processes: of workers, of the zygote, of the supervisor.
 
-use std::io::Write;
-
 use super::*;
 
 #[test]
@@ -217,10 +215,7 @@ fn a_name_is_free_as_soon_as_its_vm_is_stopped() {
 /// Sends a fork of `deaf` into ready children, waits until `count` are made, and does not wait for the answer.
 fn begin_ready_fork(all: &Supervised, count: usize) -> UnixStream {
     let before = all.vms().len();
-    let mut stream = UnixStream::connect(all.runtime.api()).unwrap();
-    let body = format!(r#"{{"count":{count},"ready":true}}"#);
-    let head = "POST /v1/vms/deaf/fork HTTP/1.1\r\nhost: clade\r\ncontent-type: application/json\r\n";
-    stream.write_all(format!("{head}content-length: {}\r\n\r\n{body}", body.len()).as_bytes()).unwrap();
+    let stream = all.runtime.begin("/v1/vms/deaf/fork", &format!(r#"{{"count":{count},"ready":true}}"#));
     wait_until("the children", || all.vms().len() == before + count);
     stream
 }
