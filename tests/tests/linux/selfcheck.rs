@@ -88,8 +88,18 @@ fn goes_on(vm: &Vm, from: u64, before: u64) {
     }
 }
 
-/// On kvm-pvm a program sees the CPU's AVX, whose registers the guest's kernel does not save.
-/// An argument of `Quirks` keeps the C library from using it: without it, copies are wrong.
+/// Whether programs see AVX, as selfcheck prints first.
+fn sees_avx(text: &str) -> bool {
+    const AVX: u64 = 1 << 2;
+    let line = text.lines().find_map(|line| line.trim_end().strip_prefix("selfcheck: XCR0 "));
+    let shown = line.unwrap_or_else(|| panic!("no XCR0 in {text}"));
+    let xcr0 = u64::from_str_radix(shown.trim_start_matches("0x"), 16).unwrap_or_else(|_| panic!("{shown:?}"));
+    xcr0 & AVX != 0
+}
+
+/// On kvm-pvm a program sees the CPU's AVX, whose registers the guest's kernel does not save, unless the CPU
+/// lets KVM answer a program's CPUID. An argument of `Quirks` keeps the C library from using AVX: without it,
+/// copies are wrong.
 fn copies_need_the_tunables(vm: &Vm) {
     // Three programs on one processor: each is interrupted by the others.
     let from = vm.console().position();
@@ -97,6 +107,10 @@ fn copies_need_the_tunables(vm: &Vm) {
     let kept = Linux::expect(vm, from, &format!("]\r\n{PROMPT}"));
     assert!(count(&kept, "libc").is_some_and(|copies| copies > 0), "{kept}");
     assert_eq!(count(&kept, "errors"), Some(0), "{kept}");
+    if !sees_avx(&kept) {
+        println!("programs of this host's guests see no AVX");
+        return;
+    }
     let from = vm.console().position();
     vm.type_in(b"GLIBC_TUNABLES= selfcheck 100000 lll\n");
     wait_for("a copy that is wrong", || count(&printed(vm, from), "errors").filter(|errors| *errors > 0));

@@ -113,8 +113,8 @@ const PVM_MAX_LEAF: u32 = 6;
 /// Debian's kernels mix random numbers with SSSE3, after LDMXCSR in `kernel_fpu_begin`: an
 /// emulation failure.
 ///
-/// Ring 3 runs natively, and so does its CPUID: a program sees the host's AVX, which the guest's
-/// kernel does not save. Of two programs that use AVX, one finds the upper halves of its registers
+/// Ring 3 runs natively, and so does its CPUID unless the CPU can fault it: a program sees the host's AVX, which the
+/// guest's kernel does not save. Of two programs that use AVX, one finds the upper halves of its registers
 /// zeroed after a switch: a `memcpy` then writes zeros. Arguments unknown to the kernel go into the
 /// environment of its first program, and are inherited from there; the C library obeys them. XCR0
 /// without AVX would cover all programs, but this KVM does not load the guest's
