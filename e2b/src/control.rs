@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use axum::body::Bytes;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Path, Query, Request, State};
+use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
 use axum::middleware::{Next, from_fn_with_state};
@@ -19,18 +20,18 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use crate::change_client::ChangeClient;
 use crate::error::{Answer, GatewayError};
 use crate::gateway::Gateway;
 use crate::headers::API_KEY;
+use crate::idempotency::{KeyedCall, Made};
 use crate::keys::Scope;
 use crate::records::{RecordEntry, SandboxRecord, SnapshotRecord};
 use crate::rules::checkpoint_name;
 use crate::seats::{admit, holding};
-use crate::to_the_end::ChangeClient;
 use crate::wire::{
-    AskedNetwork, CLIENT_ID, Connect, Detail, ENVD_VERSION, Fork, ForkResult, Lifecycle, ListQuery, ListedSandbox,
-    NetworkShown, NewSandbox, OnTimeout, Refresh, Sandbox, SandboxMetric, SaveOptions, SnapshotFork, SnapshotInfo,
-    State as SandboxState, Texts, Timeout,
+    AskedNetwork, CLIENT_ID, Connect, Detail, ENVD_VERSION, Lifecycle, ListQuery, ListedSandbox, NetworkShown,
+    OnTimeout, Refresh, Sandbox, SandboxMetric, SaveOptions, SnapshotInfo, State as SandboxState, Texts, Timeout,
 };
 
 /// Most bytes of a call's body.
@@ -173,21 +174,34 @@ async fn body<T: DeserializeOwned>(request: Request) -> Answer<T> {
     parsed(&body_bytes(request).await?)
 }
 
-async fn create(
-    State(gateway): GatewayState,
-    Extension(owner): Who,
+/// Answers a call that makes something, or as it was answered before: see [`Replays`].
+///
+/// [`Replays`]: crate::idempotency::Replays
+async fn made_once<W: DeserializeOwned + Send + 'static, T: Made + Send + 'static, F>(
+    gateway: &Gateway,
+    owner: String,
     request: Request,
-) -> Answer<(StatusCode, Json<Sandbox>)> {
-    let key = request.headers().get("idempotency-key").and_then(|key| key.to_str().ok()).map(str::to_owned);
+    make: impl FnOnce(Gateway, String, W, ChangeClient) -> F + Send + 'static,
+) -> Answer<Response>
+where
+    F: Future<Output = Answer<T>> + Send + 'static,
+{
+    let (path, headers) = (request.uri().path().to_owned(), request.headers().clone());
     let bytes = body_bytes(request).await?;
-    let new: NewSandbox = parsed(&bytes)?;
+    let call = KeyedCall::of(&headers, &path, &bytes)?;
+    let wanted: W = parsed(&bytes)?;
     let made = |gateway: Gateway, client: ChangeClient| async move {
-        let client = if key.is_some() { ChangeClient::repeating() } else { client };
-        let made = gateway.create(&owner.0, new, client);
-        gateway.0.replays.once(&owner.0, key.as_deref(), &bytes, made).await
+        let make = |client| make(gateway.clone(), owner.clone(), wanted, client);
+        gateway.0.replays.once(&owner, call, client, make).await
     };
-    let sandbox = gateway.to_the_end_for(made).await?;
-    Ok((StatusCode::CREATED, Json(sandbox)))
+    let json = gateway.to_the_end_for(made).await?;
+    Ok((StatusCode::CREATED, [(CONTENT_TYPE, "application/json")], json.to_string()).into_response())
+}
+
+async fn create(State(gateway): GatewayState, Extension(owner): Who, request: Request) -> Answer<Response> {
+    let create =
+        |gateway: Gateway, owner: String, new, client| async move { gateway.create(&owner, new, client).await };
+    made_once(&gateway, owner.0, request, create).await
 }
 
 fn listed(record: SandboxRecord) -> ListedSandbox {
@@ -415,12 +429,10 @@ async fn fork(
     Extension(owner): Who,
     InPath(id): InPath,
     request: Request,
-) -> Answer<(StatusCode, Json<Vec<ForkResult>>)> {
-    let wanted: Fork = body(request).await?;
-    let forked =
-        |gateway: Gateway, client: ChangeClient| async move { gateway.fork(&owner.0, &id, wanted, client).await };
-    let forked = gateway.to_the_end_for(forked).await?;
-    Ok((StatusCode::CREATED, Json(forked)))
+) -> Answer<Response> {
+    let fork =
+        |gateway: Gateway, owner: String, fork, client| async move { gateway.fork(&owner, &id, fork, client).await };
+    made_once(&gateway, owner.0, request, fork).await
 }
 
 async fn fork_snapshot(
@@ -428,13 +440,11 @@ async fn fork_snapshot(
     Extension(owner): Who,
     InPath(id): InPath,
     request: Request,
-) -> Answer<(StatusCode, Json<Vec<ForkResult>>)> {
-    let wanted: SnapshotFork = body(request).await?;
-    let forked = |gateway: Gateway, client: ChangeClient| async move {
-        gateway.fork_snapshot(&owner.0, &id, wanted, client).await
+) -> Answer<Response> {
+    let fork = |gateway: Gateway, owner: String, fork, client| async move {
+        gateway.fork_snapshot(&owner, &id, fork, client).await
     };
-    let forked = gateway.to_the_end_for(forked).await?;
-    Ok((StatusCode::CREATED, Json(forked)))
+    made_once(&gateway, owner.0, request, fork).await
 }
 
 async fn snapshot(
@@ -442,11 +452,13 @@ async fn snapshot(
     Extension(owner): Who,
     InPath(id): InPath,
     request: Request,
-) -> Answer<(StatusCode, Json<SnapshotInfo>)> {
-    let wanted: SaveOptions = body(request).await?;
-    expect_memory(wanted.memory)?;
-    let taken = gateway.to_the_end(|gateway| async move { gateway.snapshot(&owner.0, &id, wanted.name).await }).await?;
-    Ok((StatusCode::CREATED, Json(taken)))
+) -> Answer<Response> {
+    // A snapshot has a record before its answer, and stays without its client.
+    let take = |gateway: Gateway, owner: String, wanted: SaveOptions, _| async move {
+        expect_memory(wanted.memory)?;
+        gateway.snapshot(&owner, &id, wanted.name).await
+    };
+    made_once(&gateway, owner.0, request, take).await
 }
 
 async fn snapshots(
@@ -526,7 +538,7 @@ async fn metrics_of_many(
     Ok(Json(json!({ "sandboxes": all })))
 }
 
-/// Returns the end of the guest's console output. It has no times: each line has that of the call.
+/// Returns the end of the guest's console output, which has no times: each line has that of the call.
 async fn logs(State(gateway): GatewayState, Own(entry): Own) -> Answer<Json<Value>> {
     let answer = gateway.0.supervisor.logs(&entry.get().id).await?;
     let now = Timestamp::now();

@@ -102,6 +102,28 @@ async fn a_network_that_the_templates_owner_closed_is_never_opened() {
 }
 
 #[tokio::test]
+async fn a_template_that_is_replaced_while_a_create_waits_closes_the_sandboxs_network() {
+    let fake = Fake::new();
+    let key = fake.key("one");
+    let is_closed = |id: &str| fake.world.supervisor_state().vms[id].is_closed;
+    for asked in [json!(null), json!(true), json!(false)] {
+        fake.world.supervisor_state().checkpoints.insert("base".to_owned(), false);
+        fake.world.hold(" fork");
+        let create = fake.sandbox(&key, json!({ "allow_internet_access": asked }));
+        let replace = async {
+            fake.world.until_held().await;
+            fake.world.supervisor_state().checkpoints.insert("base".to_owned(), true);
+            fake.world.release();
+        };
+        let (id, ()) = tokio::join!(create, replace);
+        assert!(is_closed(&id), "{asked}");
+        let path = format!("/sandboxes/{id}/network");
+        assert_eq!(fake.call(&key, "PUT", &path, json!({ "allow_internet_access": true })).await.0, 204);
+        assert!(is_closed(&id), "{asked}");
+    }
+}
+
+#[tokio::test]
 async fn an_owner_has_no_more_than_its_quotas_whatever_is_asked_for_at_once() {
     let fake = Fake::with(Quotas { sandboxes: 4, memory_mib: 5 * 64, snapshots: 2 });
     let (one, two) = (fake.key("one"), fake.key("two"));

@@ -12,13 +12,13 @@ use serde_json::Value;
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::change_client::ChangeClient;
 use crate::error::{Answer, GatewayError};
 use crate::gateway::Gateway;
 use crate::quotas::{HeldQuota, Usage, check_metadata, check_variables};
 use crate::records::{RecordEntry, SandboxRecord};
 use crate::rules::{after, checkpoint_name, network, new_network, seconds};
 use crate::secret::random_hex;
-use crate::to_the_end::ChangeClient;
 use crate::wire::{Fork, ForkResult, NewSandbox, Sandbox, SnapshotFork, State};
 
 /// Default time of a sandbox and of a fork, in seconds.
@@ -106,17 +106,18 @@ impl Gateway {
         let source = self.source(owner, &new.template)?;
         let checkpoint = self.opened(&source).await?;
         let held = self.hold_limits(owner, names.len(), checkpoint.mib, &mut client).await?;
-        let is_template_closed = source.is_closed(&checkpoint);
-        let link = network.link.filter(|link| *link == Link::Closed || is_template_closed == Some(false));
+        let link = network.link.and_then(|link| source.asked_link(link, checkpoint.network));
         let egress = network.egress;
         let request = ForkRequest { network: link, egress, ..request_for(pattern, names.len(), &source.template)? };
         let unrecorded = names.into_iter().map(|name| Unrecorded::new(self, name, &held)).collect();
         let forked =
             async { Ok::<_, GatewayError>(self.0.supervisor.fork_checkpoint(&source.checkpoint, request).await?) };
-        if let Err(error) = client.waits_for(forked).await {
-            let is_gone = error.status == StatusCode::NOT_FOUND;
-            return Err(if is_gone { GatewayError::no_template(&source.template) } else { error });
-        }
+        let forked = client.waits_for(forked).await.map_err(|error| match error.status {
+            StatusCode::NOT_FOUND => GatewayError::no_template(&source.template),
+            _ => error,
+        })?;
+        // Of the checkpoint that was forked: the request may have waited while it was replaced.
+        let is_template_closed = source.is_closed(forked.network);
         let template = source.template;
         let mut envs = source.built.map(|one| one.spec.env).unwrap_or_default();
         envs.extend(new.env_vars.unwrap_or_default());
@@ -418,7 +419,7 @@ impl Names {
     }
 }
 
-/// What the VMs of a request take of their owner's limits, until each has a record or has ended.
+/// The VMs of a request in their owner's limits, until each has a record or has ended.
 #[derive(Debug)]
 struct HeldLimits {
     _quota: HeldQuota,

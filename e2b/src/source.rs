@@ -24,13 +24,23 @@ pub(crate) struct SandboxSource {
 }
 
 impl SandboxSource {
-    /// Returns whether the owner of the template has closed its network. None if unknown.
-    pub(crate) fn is_closed(&self, info: &CheckpointInfo) -> Option<bool> {
+    /// Returns whether the owner of the template has closed its network, of a checkpoint with this
+    /// `network`. None if unknown.
+    pub(crate) fn is_closed(&self, network: Option<Link>) -> Option<bool> {
         match &self.snapshot {
             // The owner of a snapshot may open a network if the owner of its sandbox could.
             Some(snapshot) => snapshot.is_closed,
-            None => info.network.map(|link| link == Link::Closed).or(self.built.is_some().then_some(false)),
+            None => network.map(|link| link == Link::Closed).or(self.built.is_some().then_some(false)),
         }
+    }
+
+    /// Returns the state to ask for when a sandbox's owner asks for `link`.
+    pub(crate) fn asked_link(&self, link: Link, network: Option<Link>) -> Option<Link> {
+        // A checkpoint of the host may have been replaced by one with a closed network when the request
+        // reaches it: a sandbox of it is open by inheriting that state only.
+        let is_replaceable = self.built.is_none() && self.snapshot.is_none();
+        let may_open = !is_replaceable && self.is_closed(network) == Some(false);
+        (link == Link::Closed || may_open).then_some(link)
     }
 }
 

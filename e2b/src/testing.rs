@@ -174,6 +174,7 @@ impl World {
         let count = request["count"].as_u64().unwrap_or(1);
         let pattern = request["name"].as_str().unwrap_or("child-{n}").to_owned();
         let names: Vec<String> = (1..=count).map(|n| pattern.replace("{n}", &n.to_string())).collect();
+        let network = if is_closed { "closed" } else { "open" };
         let is_closed = match request["network"].as_str() {
             Some(link) => link == "closed",
             None => is_closed,
@@ -188,7 +189,7 @@ impl World {
         }
         Ok(json!({
             "children": names, "pause_us": 0.0, "freeze_us": 0.0, "total_us": 0.0,
-            "remapped_pages": 0, "copied_pages": 0,
+            "remapped_pages": 0, "copied_pages": 0, "network": network,
         }))
     }
 

@@ -1,36 +1,10 @@
 //! Changes that go on without their clients, up to their ends.
 
-use std::convert::Infallible;
 use std::future::Future;
 
-use axum::http::StatusCode;
-use tokio::sync::oneshot;
-
+use crate::change_client::ChangeClient;
 use crate::error::{Answer, GatewayError};
 use crate::gateway::Gateway;
-
-/// The client of a change.
-#[derive(Debug)]
-pub(crate) struct ChangeClient(Option<oneshot::Receiver<Infallible>>);
-
-impl ChangeClient {
-    /// A client that may repeat its call, and then gets the answer of the first.
-    pub(crate) fn repeating() -> Self {
-        Self(None)
-    }
-
-    /// Awaits work that makes VMs, unless the client goes meanwhile. Then the work is dropped, and has to
-    /// stop them: only the answer names them.
-    pub(crate) async fn waits_for<T>(&mut self, work: impl Future<Output = Answer<T>>) -> Answer<T> {
-        let Some(gone) = &mut self.0 else { return work.await };
-        tokio::select! {
-            biased;
-            // Nothing is ever sent.
-            _ = gone => Err(GatewayError::new(StatusCode::SERVICE_UNAVAILABLE, "the client has gone")),
-            done = work => done,
-        }
-    }
-}
 
 impl Gateway {
     /// Runs a change to its end, even if its client goes meanwhile: a partial change contradicts its
@@ -48,8 +22,8 @@ impl Gateway {
         change: impl FnOnce(Self, ChangeClient) -> F,
     ) -> Answer<T> {
         // Dropped with this future.
-        let (_there, gone) = oneshot::channel();
-        let (in_progress, change) = (self.0.changes.begin(), change(self.clone(), ChangeClient(Some(gone))));
+        let (_there, client) = ChangeClient::new();
+        let (in_progress, change) = (self.0.changes.begin(), change(self.clone(), client));
         let change = async move {
             let _in_progress = in_progress;
             change.await

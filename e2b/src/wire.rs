@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::ErrorBody;
+use crate::idempotency::Made;
 
 /// The version of envd's protocol that the agent speaks.
 pub(crate) const ENVD_VERSION: &str = "0.6.4";
@@ -204,6 +205,15 @@ pub(crate) struct SnapshotFork {
 pub(crate) enum ForkResult {
     Sandbox(Sandbox),
     Error(ErrorBody),
+}
+
+impl Made for Sandbox {}
+impl Made for SnapshotInfo {}
+
+impl Made for Vec<ForkResult> {
+    fn has_made(&self) -> bool {
+        self.iter().any(|one| matches!(one, ForkResult::Sandbox(_)))
+    }
 }
 
 /// A snapshot.

@@ -267,6 +267,7 @@ impl Checkpoint {
             total_us: us(total),
             remapped_pages: remapped,
             copied_pages: copied,
+            network: self.network(),
             // The same in each child, because all have the same image.
             erased,
         }

@@ -139,6 +139,10 @@ pub struct ForkAnswer {
     pub remapped_pages: u64,
     /// Pages copied.
     pub copied_pages: u64,
+    /// Whether packets passed for the parent or the checkpoint, and so pass for the children unless the
+    /// request had another state. Null without a network, or for a checkpoint of a snapshot.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub network: Option<Link>,
     /// Counts of secrets erased in each child's memory, if it was made without secrets.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub erased: Option<ErasedInfo>,

@@ -45,6 +45,41 @@ async fn a_client_that_goes_leaves_no_vm_without_a_record_or_an_end() {
 }
 
 #[tokio::test]
+async fn forks_and_snapshots_are_made_once_for_a_key() {
+    let fake = Fake::new();
+    let key = fake.key("one");
+    let id = fake.sandbox(&key, Value::Null).await;
+    let (_, taken) = fake.call(&key, "POST", &format!("/sandboxes/{id}/snapshots"), json!({})).await;
+    let of_snapshot = format!("/snapshots/{}/fork", taken["snapshotID"].as_str().unwrap());
+    let count = || {
+        let supervisor_state = fake.world.supervisor_state();
+        (supervisor_state.vms.len(), supervisor_state.checkpoints.len())
+    };
+    for (path, body, step, more) in [
+        (format!("/sandboxes/{id}/fork"), json!({ "count": 2 }), 0, (2, 0)),
+        (of_snapshot, json!({ "count": 3 }), 1, (3, 0)),
+        (format!("/sandboxes/{id}/snapshots"), json!({ "name": "kept" }), 1, (0, 1)),
+    ] {
+        let before = count();
+        let ask = |body: &Value| {
+            let mut request = Fake::ask(&key, "POST", &path, body);
+            request.headers_mut().insert("idempotency-key", path.parse().unwrap());
+            request
+        };
+        // The first client goes while the supervisor forks the VM, or keeps its checkpoint.
+        assert!(fake.drop_after(step, ask(&body)).await, "{path}");
+        fake.gateway.changes_ended().await;
+        let made = (before.0 + more.0, before.1 + more.1);
+        assert_eq!(count(), made, "{path}");
+        let ((status, first), (_, again)) = (fake.request(ask(&body)).await, fake.request(ask(&body)).await);
+        assert_eq!((status, &again, count()), (201, &first, made), "{path}: {first}");
+        assert_eq!(fake.request(ask(&json!({ "name": "other" }))).await.0, 422, "{path}");
+        assert_eq!(fake.call(&key, "POST", &path, json!({})).await.0, 201, "without the key");
+        assert!(count() > made, "{path}");
+    }
+}
+
+#[tokio::test]
 async fn a_client_that_may_repeat_its_call_gets_the_sandbox_of_the_first() {
     let fake = Fake::new();
     let key = fake.key("one");

@@ -854,6 +854,11 @@ class ForkAnswer(TypedDict):
     devices.
     """
 
+    network: NotRequired[Link | None]
+    """Whether packets passed for the parent or the checkpoint, and so pass for the children unless
+    the request had another state. Null without a network, or for a checkpoint of a snapshot.
+    """
+
     pause_us: float
     """Length of the parent's pause, in microseconds."""
 
