@@ -2,7 +2,9 @@
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
+use rustix::process::Pid;
 use tokio::sync::{Semaphore, watch};
 
 use crate::children::Children;
@@ -27,7 +29,10 @@ pub struct Agent {
     /// Counts the changes of the VM's generation. Each one ends the earlier connections.
     pub(crate) generation: watch::Sender<u64>,
     pub(crate) cpu: Mutex<CpuTimes>,
-    pub(crate) end: watch::Sender<bool>,
+    /// The time that programs have to end in, once the end is requested.
+    pub(crate) end: watch::Sender<Option<Duration>>,
+    /// The process of the entrypoint, and the number of the signal that ends it in order.
+    pub(crate) entrypoint: Mutex<Option<(Pid, i32)>>,
     /// The files that a layer is compared with.
     pub(crate) layer: Mutex<Option<Baseline>>,
     /// Held during a change of the generation, or `/init`: one at a time.
@@ -48,7 +53,8 @@ impl Agent {
             large: Semaphore::new(LARGE_BODIES),
             generation: watch::Sender::new(0),
             cpu: Mutex::default(),
-            end: watch::Sender::new(false),
+            end: watch::Sender::new(None),
+            entrypoint: Mutex::default(),
             layer: Mutex::default(),
             turn: tokio::sync::Mutex::default(),
         };

@@ -121,14 +121,15 @@ impl Message {
     }
 }
 
-/// Sets up the network of the kernel's command line.
-pub(crate) fn set_up(words: &[String]) {
+/// Sets up the network of the kernel's command line. The name servers of an image are those of the host that
+/// made it.
+pub(crate) fn set_up(words: &[String], is_image: bool) {
     let Some(address) = Address::of(words) else { return };
     if let Err(error) = connect(&address) {
         log!("network {}: {error}", address.device);
     }
     if !address.resolvers.is_empty()
-        && let Err(error) = name_resolvers(Path::new(RESOLV_CONF), &address.resolvers)
+        && let Err(error) = name_resolvers(Path::new(RESOLV_CONF), &address.resolvers, is_image)
     {
         log!("{RESOLV_CONF}: {error}");
     }
@@ -142,11 +143,14 @@ fn connect(address: &Address) -> io::Result<()> {
     address.gateway.map_or(Ok(()), |gateway| Message::default_route(device, gateway).send())
 }
 
-/// Adds name servers to a file without any.
-fn name_resolvers(file: &Path, resolvers: &[Ipv4Addr]) -> io::Result<()> {
+/// Adds name servers to a file without any, or replaces them.
+fn name_resolvers(file: &Path, resolvers: &[Ipv4Addr], is_replaced: bool) -> io::Result<()> {
     let there = fs::read_to_string(file).unwrap_or_default();
-    if there.lines().any(|line| line.trim_start().starts_with("nameserver")) {
+    if !is_replaced && there.lines().any(|line| line.trim_start().starts_with("nameserver")) {
         return Ok(());
+    }
+    if let Some(dir) = file.parent() {
+        fs::create_dir_all(dir)?;
     }
     let lines: String = resolvers.iter().map(|resolver| format!("nameserver {resolver}\n")).collect();
     fs::write(file, &lines).or_else(|_| {
@@ -225,10 +229,15 @@ mod tests {
         let file = dir.path().join("resolv.conf");
         let resolvers = [Ipv4Addr::new(10, 0, 2, 3)];
         std::os::unix::fs::symlink(dir.path().join("no/such"), &file).unwrap();
-        name_resolvers(&file, &resolvers).unwrap();
+        name_resolvers(&file, &resolvers, false).unwrap();
         assert_eq!(fs::read_to_string(&file).unwrap(), "nameserver 10.0.2.3\n");
         fs::write(&file, "# mine\nnameserver 192.0.2.1\n").unwrap();
-        name_resolvers(&file, &resolvers).unwrap();
+        name_resolvers(&file, &resolvers, false).unwrap();
         assert_eq!(fs::read_to_string(&file).unwrap(), "# mine\nnameserver 192.0.2.1\n");
+        // An image's are replaced, and it may have no directory for them.
+        for file in [file, dir.path().join("etc/resolv.conf")] {
+            name_resolvers(&file, &resolvers, true).unwrap();
+            assert_eq!(fs::read_to_string(&file).unwrap(), "nameserver 10.0.2.3\n");
+        }
     }
 }

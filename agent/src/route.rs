@@ -1,8 +1,9 @@
 //! Dispatch of requests.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use clade_agent_proto::api::{Generation, Init};
+use clade_agent_proto::api::{Generation, Init, Shutdown};
 use clade_agent_proto::process::Empty;
 use clade_agent_proto::{Code, RpcError, decode};
 use hyper::body::Incoming;
@@ -18,6 +19,7 @@ use crate::http::{Reply, Shared, http_error, json, no_content, whole};
 use crate::log::log;
 use crate::metrics::read_metrics;
 use crate::settings::Token;
+use crate::shutdown::GRACE;
 
 /// Marks requests that a program of the host passes on for others, and which are not the host's
 /// own.
@@ -151,10 +153,13 @@ async fn clade(agent: Shared, own: Connection, method: &Method, path: &str, requ
         },
         "/clade/layer/begin" => agent.begin_layer().await,
         "/clade/layer" => agent.layer().await,
-        "/clade/shutdown" => {
-            agent.ask_for_end();
-            no_content()
-        }
+        "/clade/shutdown" => match decode::<Shutdown>(if bytes.is_empty() { b"{}" } else { &bytes }) {
+            Ok(request) => {
+                agent.ask_for_end(request.grace_ms.map_or(GRACE, Duration::from_millis));
+                no_content()
+            }
+            Err(error) => invalid(error),
+        },
         _ => http_error(StatusCode::NOT_FOUND, format_args!("there is no {path}")),
     }
 }

@@ -2,23 +2,27 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::fs::{Mode, OFlags};
+use rustix::process::Pid;
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::agent::Agent;
 use crate::forward;
 use crate::listen::{Listener, serve};
+use crate::lock::lock;
 use crate::log::log;
 use crate::notice;
 use crate::options::{Options, UsageError};
 use crate::process::output::end_event;
 use crate::program::{Program, SpawnEnv};
-use crate::shutdown::end_guest;
+use crate::shutdown::{GRACE, end_guest};
 use crate::system::{Entrypoint, prepare, raise_file_limit};
 use crate::users;
 
@@ -30,6 +34,8 @@ const IDLE_THREAD: Duration = Duration::from_secs(5);
 
 /// The exit status of an entrypoint that cannot be started, as in shells.
 const CANNOT_START: u8 = 127;
+/// The kind of the terminal behind the console, as under docker.
+const CONSOLE_TERM: &str = "xterm";
 
 /// Runs the agent until it ends, or the guest does.
 #[must_use]
@@ -67,7 +73,7 @@ async fn live(options: Options, is_init: bool, entrypoint: Option<Entrypoint>) -
         let (agent, mut signals) = (Arc::clone(&agent), signal(kind)?);
         tokio::spawn(async move {
             while signals.recv().await.is_some() {
-                agent.ask_for_end();
+                agent.ask_for_end(GRACE);
             }
         });
     }
@@ -82,7 +88,11 @@ async fn live(options: Options, is_init: bool, entrypoint: Option<Entrypoint>) -
     };
     if let Some(entrypoint) = entrypoint {
         if entrypoint.share_env {
-            agent.settings().envs = Arc::new(entrypoint.env.clone());
+            let mut settings = agent.settings();
+            settings.envs = Arc::new(entrypoint.env.clone());
+            settings.workdir.clone_from(&entrypoint.cwd);
+            // Images may refer to directories that do not exist yet. The start of a program reports any error.
+            entrypoint.cwd.iter().for_each(|cwd| drop(std::fs::create_dir_all(cwd)));
         }
         let agent = Arc::clone(&agent);
         tokio::spawn(async move { agent.run_entrypoint(entrypoint).await });
@@ -98,10 +108,10 @@ async fn live(options: Options, is_init: bool, entrypoint: Option<Entrypoint>) -
         // Everything else works without it.
         Err(error) => log!("nobody can reach the guest's ports: {error}"),
     }
-    agent.end().await;
+    let grace = agent.end().await;
     tokio::time::sleep(LAST_ANSWER).await;
     if is_init {
-        return Err(end_guest().await);
+        return Err(end_guest(&agent, grace).await);
     }
     agent.end_processes().await;
     for path in options.unix.iter().chain(&options.forward_unix) {
@@ -109,6 +119,17 @@ async fn live(options: Options, is_init: bool, entrypoint: Option<Entrypoint>) -
         let _ = std::fs::remove_file(path);
     }
     Ok(())
+}
+
+/// The terminal behind the console, for a session of the entrypoint: Ctrl-C and job control need one. None if
+/// the console is no terminal, or the agent is not PID 1.
+fn console() -> Option<OwnedFd> {
+    let is_init = std::process::id() == 1;
+    let active = std::fs::read_to_string("/sys/class/tty/console/active").ok().filter(|_| is_init)?;
+    let path = format!("/dev/{}", active.split_whitespace().last()?);
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let console = rustix::fs::open(&path, flags, Mode::empty());
+    console.inspect_err(|error| log!("{path}: {error}")).ok()
 }
 
 impl Agent {
@@ -123,12 +144,20 @@ impl Agent {
         let none = BTreeMap::new();
         let spawn_env = SpawnEnv { user: &user, envs: &none, workdir: None };
         let cwd = Path::new(entrypoint.cwd.as_deref().unwrap_or("/"));
-        // Images may refer to directories that do not exist yet. The start reports any error.
         let _ = std::fs::create_dir_all(cwd);
-        let started = Program::new(program, args, &entrypoint.env, cwd, &spawn_env)
-            .and_then(|program| self.children.spawn(&program));
+        let (mut env, console) = (entrypoint.env, console());
+        if console.is_some() {
+            env.entry("TERM".to_owned()).or_insert_with(|| CONSOLE_TERM.to_owned());
+        }
+        let started = Program::new(program, args, &env, cwd, &spawn_env).and_then(|mut program| {
+            console.map_or(Ok(()), |console| program.on_terminal(console))?;
+            self.children.spawn(&program)
+        });
         let (code, text) = match started {
-            Ok((_, end)) => {
+            Ok((pid, end)) => {
+                let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+                let signal = entrypoint.stop_signal.unwrap_or(libc::SIGTERM);
+                *lock(&self.entrypoint) = pid.map(|pid| (pid, signal));
                 let end = end_event(end.await.ok());
                 (end.shell_code(), format!("{program}: {}", end.status))
             }
@@ -137,7 +166,9 @@ impl Agent {
         log!("{text}");
         if entrypoint.power_off {
             notice::send(&format!("EXIT_STATUS={code}\nSTATUS={text}\n")).await;
-            self.ask_for_end();
+            self.ask_for_end(GRACE);
         }
+        // Last: the guest ends when the host has its status.
+        *lock(&self.entrypoint) = None;
     }
 }

@@ -7,22 +7,39 @@ use rustix::process::{Pid, Signal, kill_process, kill_process_group, test_kill_p
 use rustix::system::RebootCommand;
 
 use crate::agent::Agent;
+use crate::lock::lock;
 use crate::log::log;
 
-/// Time between SIGTERM and SIGKILL.
-const GRACE: Duration = Duration::from_secs(5);
+/// Default time between SIGTERM and SIGKILL.
+pub(crate) const GRACE: Duration = Duration::from_secs(5);
+/// Most time that the host may give programs to end in.
+const MAX_GRACE: Duration = Duration::from_secs(3600);
 const POLL: Duration = Duration::from_millis(20);
 
 impl Agent {
-    /// Requests the end.
-    pub(crate) fn ask_for_end(&self) {
-        self.end.send_replace(true);
+    /// Requests the end. Programs have `grace` to end in.
+    pub(crate) fn ask_for_end(&self, grace: Duration) {
+        self.end.send_replace(Some(grace.min(MAX_GRACE)));
     }
 
-    /// Waits until the end is requested.
-    pub(crate) async fn end(&self) {
+    /// Waits until the end is requested. Returns the time that programs have to end in.
+    pub(crate) async fn end(&self) -> Duration {
         // The sender belongs to `self`, and so is not dropped.
-        let _ = self.end.subscribe().wait_for(|is_asked| *is_asked).await;
+        let asked = self.end.subscribe().wait_for(Option::is_some).await.map(|grace| *grace);
+        asked.ok().flatten().unwrap_or(GRACE)
+    }
+
+    /// Ends the entrypoint in order: other programs may be its own, and must not end before it.
+    async fn end_entrypoint(&self, grace: Duration) {
+        let entrypoint = || *lock(&self.entrypoint);
+        let Some((pid, signal)) = entrypoint() else { return };
+        // SAFETY: sends a signal, which may be one of the real-time ones. The process may have ended already: PID 1
+        // has not reaped it then, or its number is not used again so soon.
+        unsafe { libc::kill(pid.as_raw_nonzero().get(), signal) };
+        let begun = Instant::now();
+        while begun.elapsed() < grace && entrypoint().is_some() {
+            tokio::time::sleep(POLL).await;
+        }
     }
 
     /// Ends the processes that clients have started, in order.
@@ -72,8 +89,9 @@ async fn await_alone() {
 
 /// Ends all processes, syncs all files to the disk, and resets the machine. That ends a VM of
 /// Clade, even if the kernel cannot switch it off and would halt instead.
-pub(crate) async fn end_guest() -> io::Error {
+pub(crate) async fn end_guest(agent: &Agent, grace: Duration) -> io::Error {
     log!("the guest ends");
+    agent.end_entrypoint(grace).await;
     end_programs().await;
     rustix::fs::sync();
     match rustix::system::reboot(RebootCommand::Restart) {

@@ -23,6 +23,16 @@ const ENTRYPOINT: &str = "/etc/clade/entrypoint.json";
 const NEW_ROOT: &str = "/newroot";
 /// The agent's limit of descriptors: some for each process and each connection.
 const FILES: u64 = 65_536;
+/// The host name in an image.
+const IMAGE_HOSTNAME: &str = "clade";
+/// Settings below `/proc/sys`: any user may listen at any port and send pings, and Elasticsearch starts.
+const IMAGE_SETTINGS: [(&str, &str); 3] = [
+    ("net/ipv4/ip_unprivileged_port_start", "0"),
+    ("net/ipv4/ping_group_range", "0 2147483647"),
+    ("vm/max_map_count", "262144"),
+];
+/// The limits of open files of programs in an image, soft and hard, as docker's.
+const IMAGE_FILES: (u64, u64) = (1024, 524_288);
 /// The kernel's index of the loopback interface.
 const LOOPBACK: i32 = 1;
 
@@ -56,7 +66,9 @@ pub struct Entrypoint {
     pub cwd: Option<String>,
     /// Its user, and a group behind a colon. Default: root.
     pub user: Option<String>,
-    /// Whether other programs that the agent starts have its variables too.
+    /// The number of the signal that ends it in order. Default: SIGTERM.
+    pub stop_signal: Option<i32>,
+    /// Whether other programs that the agent starts have its variables and its directory too.
     pub share_env: bool,
     /// Whether the guest ends with it.
     pub power_off: bool,
@@ -140,13 +152,42 @@ fn bring_up_loopback() -> io::Result<()> {
     Ok(())
 }
 
-fn set_hostname(words: &[String]) {
+/// Sets the host name. Returns it.
+fn set_hostname(words: &[String], is_image: bool) -> String {
     let named = words.iter().find_map(|word| word.strip_prefix("clade.hostname=")).map(str::to_owned);
-    let name = named.or_else(|| fs::read_to_string("/etc/hostname").ok()).unwrap_or_default();
+    let otherwise = || match is_image {
+        // The file of an image has the name of the host that made it.
+        true => Some(IMAGE_HOSTNAME.to_owned()),
+        false => fs::read_to_string("/etc/hostname").ok(),
+    };
+    let name = named.or_else(otherwise).unwrap_or_default();
     let name = name.trim();
     if !name.is_empty() {
         warn("the host name", rustix::system::sethostname(name.as_bytes()));
     }
+    name.to_owned()
+}
+
+/// Writes the addresses of this host to a file without any address. Images have none: docker mounts the file.
+fn name_hosts(file: &Path, hostname: &str) -> io::Result<()> {
+    let there = fs::read_to_string(file).unwrap_or_default();
+    if there.lines().any(|line| !matches!(line.trim_start().chars().next(), None | Some('#'))) {
+        return Ok(());
+    }
+    if let Some(dir) = file.parent() {
+        fs::create_dir_all(dir)?;
+    }
+    fs::write(file, format!("{there}127.0.0.1\tlocalhost\n127.0.1.1\t{hostname}\n"))
+}
+
+/// Settings of the kernel and limits that programs of images have under docker.
+fn set_limits_of_images() {
+    for (setting, value) in IMAGE_SETTINGS {
+        // A kernel may lack the subsystem.
+        let _ = fs::write(Path::new("/proc/sys").join(setting), value);
+    }
+    let (soft, hard) = IMAGE_FILES;
+    warn("open files", setrlimit(Resource::Nofile, Rlimit { current: Some(soft), maximum: Some(hard) }));
 }
 
 /// The words of a kernel command line. Quotes keep blanks together.
@@ -210,8 +251,12 @@ pub fn prepare() -> Option<Entrypoint> {
         log!("no root: {error}");
         return None;
     }
-    set_hostname(&words);
-    network::set_up(&words);
+    let hostname = set_hostname(&words, root.is_some());
+    if root.is_some() {
+        warn("/etc/hosts", name_hosts(Path::new("/etc/hosts"), &hostname));
+        set_limits_of_images();
+    }
+    network::set_up(&words, root.is_some());
     entrypoint(&words, file.as_deref()).unwrap_or_else(|error| {
         log!("{ENTRYPOINT}: {error}");
         None
@@ -221,6 +266,23 @@ pub fn prepare() -> Option<Entrypoint> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn hosts_without_addresses_have_those_of_this_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = "127.0.0.1\tlocalhost\n127.0.1.1\tclade\n";
+        for (there, expected) in [
+            (None, own.to_owned()),
+            (Some(""), own.to_owned()),
+            (Some("# none\n\n"), format!("# none\n\n{own}")),
+            (Some("# mine\n192.0.2.1 a\n"), "# mine\n192.0.2.1 a\n".to_owned()),
+        ] {
+            let file = dir.path().join("etc/hosts");
+            there.into_iter().for_each(|there| fs::write(&file, there).unwrap());
+            name_hosts(&file, "clade").unwrap();
+            assert_eq!(fs::read_to_string(&file).unwrap(), expected);
+        }
+    }
 
     #[test]
     fn the_command_line_names_what_runs() {

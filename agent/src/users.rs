@@ -29,7 +29,8 @@ fn read(path: &str) -> String {
     String::from_utf8_lossy(&text.unwrap_or_default()).into_owned()
 }
 
-/// The user `name`, if there is one. `root` always exists, and a number is a user without a name.
+/// The user `name`, or of the number `name`, if there is one. `root` always exists, and so does every number: as
+/// with docker it has the group of root if it is not listed.
 pub(crate) fn find(name: &str) -> Option<User> {
     find_in(name, &read(PASSWD), &read(GROUP))
 }
@@ -51,15 +52,22 @@ fn with_group_in(text: &str, passwd: &str, group: &str) -> Option<User> {
 }
 
 fn find_in(name: &str, passwd: &str, group: &str) -> Option<User> {
-    let listed = passwd.lines().find_map(|line| {
-        let [known, _, uid, gid, _, home, ..] = line.split(':').collect::<Vec<_>>()[..] else { return None };
-        (known == name).then_some((uid.parse().ok()?, gid.parse().ok()?, home))
-    });
-    let unlisted = || match name {
-        "root" => Some((0, 0, "/root")),
-        _ => name.parse().ok().map(|number: u32| (number, number, "/")),
+    let number: Option<u32> = name.parse().ok();
+    let listed = |is_it: &dyn Fn(&str, u32) -> bool| {
+        passwd.lines().find_map(|line| {
+            let [known, _, uid, gid, _, home, ..] = line.split(':').collect::<Vec<_>>()[..] else { return None };
+            let (uid, gid) = (uid.parse().ok()?, gid.parse().ok()?);
+            is_it(known, uid).then_some((known, uid, gid, home))
+        })
     };
-    let (uid, gid, home) = listed.or_else(unlisted)?;
+    let unlisted = || match (name, number) {
+        ("root", _) | (_, Some(0)) => Some(("root", 0, 0, "/root")),
+        (_, Some(number)) => Some((name, number, 0, "/")),
+        (_, None) => None,
+    };
+    // A name may consist of digits.
+    let named = listed(&|known, _| known == name).or_else(|| listed(&|_, uid| Some(uid) == number));
+    let (name, uid, gid, home) = named.or_else(unlisted)?;
     let mut groups = vec![gid];
     for line in group.lines() {
         let [_, _, other, members] = line.split(':').collect::<Vec<_>>()[..] else { continue };
@@ -134,7 +142,14 @@ mod tests {
     #[test]
     fn root_and_numbers_are_there_without_files() {
         assert_eq!(find_in("root", "", "").unwrap().uid, 0);
-        assert_eq!(find_in("1000", "", "").unwrap().gid, 1000);
+        let of = |number: &str| find_in(number, USERS, GROUPS).map(|user| (user.name, user.uid, user.gid, user.home));
+        assert_eq!(of("7").unwrap(), ("ann".to_owned(), 7, 8, "/home/ann".to_owned()));
+        assert_eq!(find_in("7", USERS, GROUPS).unwrap().groups, [8, 20]);
+        assert_eq!(of("0").unwrap(), ("root".to_owned(), 0, 0, "/root".to_owned()));
+        assert_eq!(of("1000").unwrap(), ("1000".to_owned(), 1000, 0, "/".to_owned()));
+        assert_eq!(find_in("0", "", "").unwrap().home, "/root");
+        let digits = "1:x:5:6::/:/bin/sh\nann:x:1:8::/home/ann:/bin/sh\n";
+        assert_eq!(find_in("1", digits, "").unwrap().uid, 5, "a name");
         assert_eq!(find_in("-1", "", ""), None);
     }
 }

@@ -6,7 +6,7 @@
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::{null, null_mut};
 use std::sync::atomic::{AtomicI32, Ordering};
 
@@ -165,6 +165,15 @@ fn prepare(program: &Program) -> Result<(), Errno> {
         set_thread_groups(groups)?;
     }
     if let Some((uid, gid)) = program.owner {
+        // The user may open its streams by their names in /dev. Those that are the agent's own stay so, and a
+        // device that all programs share is no stream of one.
+        for (stream, file) in
+            program.streams.iter().zip([rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()])
+        {
+            if stream.is_some() && !is_null(file) {
+                let _ = rustix::fs::fchown(file, Some(uid), None);
+            }
+        }
         set_thread_res_gid(gid, gid, gid)?;
         set_thread_res_uid(uid, uid, uid)?;
         // The user must not trace a process with the agent's memory, nor have it dumped. The setting
@@ -175,6 +184,11 @@ fn prepare(program: &Program) -> Result<(), Errno> {
     // Last: until here the user's signals would end a process with the agent's memory.
     set_mask(0);
     Ok(())
+}
+
+/// Whether a file is /dev/null.
+fn is_null(file: BorrowedFd<'_>) -> bool {
+    rustix::fs::fstat(file).is_ok_and(|found| found.st_rdev == rustix::fs::makedev(1, 3))
 }
 
 /// Executes the first path that can be executed. Returns only with an error.

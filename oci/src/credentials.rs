@@ -12,6 +12,8 @@ use serde::Deserialize;
 use thiserror::Error;
 use zeroize::Zeroizing;
 
+use crate::reference::{DOCKER_HUB, DOCKER_HUB_HOSTS};
+
 /// The directory of docker's configuration, if it is not `.docker` in the home directory.
 pub const DOCKER_CONFIG_VARIABLE: &str = "DOCKER_CONFIG";
 /// Maximum length of the file.
@@ -88,6 +90,13 @@ fn host_of(key: &str) -> &str {
     rest.split('/').next().unwrap_or(rest)
 }
 
+/// Whether a key of "auths" is of the registry `host`.
+fn is_key_of(key: &str, host: &str) -> bool {
+    let key = host_of(key);
+    let is_hub = |name: &str| host == DOCKER_HUB && name.eq_ignore_ascii_case(key);
+    key.eq_ignore_ascii_case(host) || DOCKER_HUB_HOSTS.iter().any(|name| is_hub(name))
+}
+
 impl Credentials {
     /// A name and a password.
     ///
@@ -140,7 +149,7 @@ impl Credentials {
             column: error.column(),
         };
         let config: Config = serde_json::from_slice(&bytes).map_err(wrong)?;
-        let Some((_, found)) = config.auths.into_iter().find(|(key, _)| host_of(key).eq_ignore_ascii_case(host)) else {
+        let Some((_, found)) = config.auths.into_iter().find(|(key, _)| is_key_of(key, host)) else {
             return Ok(None);
         };
         let broken = || CredentialsError::Auth { path: path.clone(), registry: host.to_owned() };
@@ -210,6 +219,9 @@ mod tests {
         write(r#"{"auths": {"a.example": {"auth": ["hidden"]}}}"#);
         let error = find("a.example").unwrap_err().to_string();
         assert!(error.contains("line 1") && !error.contains("hidden"), "{error}");
+        write(r#"{"auths": {"https://index.docker.io/v1/": {"auth": "dTpwdw=="}}}"#);
+        assert_eq!(find("docker.io").unwrap(), Some(new("u", "pw").unwrap()));
+        assert_eq!(find("a.docker.io").unwrap(), None);
         write(r#"{"credHelpers": {}}"#);
         assert_eq!(find("a.example").unwrap(), None);
     }

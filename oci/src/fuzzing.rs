@@ -15,7 +15,7 @@ use crate::tree::{Layer, LayerError, Spool, Tree};
 /// When a tree that was accepted cannot be written.
 pub fn unpack(archives: &[&[u8]], spool: File, disk: &File) -> Result<u64, LayerError> {
     let limits = ImageLimits { layers: 8, entries: 2000, bytes: 8 << 20, ratio: 256 };
-    let (mut budget, mut spool, mut tree) = (Budget::new(&limits), Spool::new(spool), Tree::new());
+    let (mut budget, mut spool, mut tree) = (Budget::new(&limits), Spool::new(spool), Tree::new(&limits));
     for (number, archive) in archives.iter().enumerate() {
         let (archive, count) = CountedReader::new(*archive);
         let (layer, _) = Layer::read(Bounded::new(archive, count, &mut budget), &mut spool)?;

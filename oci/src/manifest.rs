@@ -252,6 +252,9 @@ pub struct RunConfig {
     /// A name or number, and optionally a group after a colon.
     #[serde(deserialize_with = "or_default")]
     pub user: String,
+    /// The signal that ends the program in order, by name or number. Empty for SIGTERM.
+    #[serde(deserialize_with = "or_default")]
+    pub stop_signal: String,
 }
 
 /// Docker writes null for empty values.

@@ -61,6 +61,17 @@ pub enum PullError {
     Disk(#[from] Ext4Error),
 }
 
+impl PullError {
+    /// Whether the image itself is the reason.
+    fn is_refusal(&self) -> bool {
+        match self {
+            Self::Layer { source: LayerError::Spool { .. }, .. } => false,
+            Self::Layer { .. } | Self::DiffId { .. } | Self::Unpack { .. } | Self::Manifest(_) => true,
+            Self::Store(_) | Self::Source(_) | Self::Disk(_) => false,
+        }
+    }
+}
+
 /// Receiver of a pull's progress.
 pub trait Progress {
     /// The fetch of content of this size begins.
@@ -121,7 +132,14 @@ impl ImageStore {
         let (name, manifest) = pull.resolve(source, name, bytes)?;
         let image = match self.image(&name.digest)? {
             Some(image) => image,
-            None => pull.make(source, &name, &manifest)?,
+            None => pull.make(source, &name, &manifest).inspect_err(|error| {
+                // A later pull would be refused too. After a failure it goes on with the content.
+                if error.is_refusal() {
+                    let own = [&name, &manifest.config].into_iter().chain(&manifest.layers);
+                    // An error here is not the pull's.
+                    drop(self.discard_blobs(lock, &own.cloned().collect::<Vec<_>>()));
+                }
+            })?,
         };
         let mut names = self.references()?;
         names.insert(reference.to_owned(), name.digest);
@@ -194,7 +212,7 @@ impl Pull<'_> {
         let partial = self.store.partial();
         let spool = tempfile::tempfile_in(&partial);
         let spool = spool.map_err(|source| ImageStoreError::File { path: partial, what: "written", source })?;
-        let (mut spool, mut tree, mut skipped) = (Spool::new(spool), Tree::new(), 0);
+        let (mut spool, mut tree, mut skipped) = (Spool::new(spool), Tree::new(&self.options.limits), 0);
         let mut budget = Budget::new(&self.options.limits);
         for (index, (layer, diff_id)) in manifest.layers.iter().zip(&config.diff_ids).enumerate() {
             self.progress.unpack(index + 1, manifest.layers.len());

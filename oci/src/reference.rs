@@ -10,6 +10,13 @@ use crate::digest::Digest;
 
 /// The registry of names without one.
 pub const REGISTRY_VARIABLE: &str = "CLADE_REGISTRY";
+/// Docker Hub in the names of images, which is the host of none of its servers.
+pub(crate) const DOCKER_HUB: &str = "docker.io";
+/// Other names of Docker Hub: of its index, the key of its credentials in docker's configuration, and of
+/// its registry.
+pub(crate) const DOCKER_HUB_HOSTS: &[&str] = &["index.docker.io", DOCKER_HUB_REGISTRY];
+/// The host of Docker Hub's registry.
+pub(crate) const DOCKER_HUB_REGISTRY: &str = "registry-1.docker.io";
 
 /// A text that is not a reference to an image.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -159,6 +166,12 @@ impl Reference {
         if !is_name(&name) {
             return Err(bad("a repository is lower-case letters, digits, and ._- within its parts"));
         }
+        let (host, name) = match DOCKER_HUB_HOSTS.contains(&host) || host == DOCKER_HUB {
+            // Docker's own images have short names.
+            true if !name.contains('/') => (DOCKER_HUB, format!("library/{name}")),
+            true => (DOCKER_HUB, name),
+            false => (host, name),
+        };
         let latest = || Version::Tag(tag.unwrap_or("latest").to_owned());
         Ok(Self::Registry { host: host.to_owned(), name, version: digest.map_or_else(latest, Version::Digest) })
     }
@@ -286,6 +299,17 @@ mod tests {
         for text in ["", "App", "app:", "oci:/a", "docker-archive:/a", "a//b", &digest] {
             assert!(matches!(of(text, None), Err(ReferenceError::Text { .. })), "{text}");
         }
+    }
+
+    #[test]
+    fn docker_hubs_names_are_those_of_dockers_tools() {
+        let of = |text: &str, registry| Reference::parse(text, registry).unwrap().to_string();
+        for text in ["docker.io/python:3", "index.docker.io/library/python:3", "registry-1.docker.io/python:3"] {
+            assert_eq!(of(text, None), "docker.io/library/python:3", "{text}");
+        }
+        assert_eq!(of("python", Some("docker.io")), "docker.io/library/python:latest");
+        assert_eq!(of("docker.io/a/b", None), "docker.io/a/b:latest");
+        assert_eq!(of("other.docker.io/python", None), "other.docker.io/python:latest");
     }
 
     #[test]

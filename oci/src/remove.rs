@@ -115,8 +115,20 @@ impl ImageStore {
         if self.image(&digest)?.is_some() {
             self.remove_disk(&lock, &digest)?;
         }
-        let bytes = self.sweep_blobs(&lock)?;
+        let bytes = self.sweep_of(&lock)?;
         Ok(Removed { image: Some(digest), names: gone, bytes })
+    }
+}
+
+impl ImageStore {
+    /// Removes content of no image: of pulls that failed, and of removals that did not end. Returns the bytes
+    /// freed.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub fn sweep(&self) -> Result<u64, ImageError> {
+        let lock = self.lock()?;
+        Ok(self.sweep_of(&lock)?)
     }
 }
 

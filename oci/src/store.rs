@@ -11,7 +11,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -367,8 +367,22 @@ impl ImageStore {
         Ok(())
     }
 
+    /// Removes disks without a record, which a removal has left, and content of no image. Returns the number
+    /// of bytes freed.
+    pub(crate) fn sweep_of(&self, lock: &StoreLock) -> Result<u64, ImageStoreError> {
+        let (disks, mut bytes) = (self.root.join("disks"), 0);
+        for entry in fs::read_dir(&disks).map_err(failed(&disks, "listed"))? {
+            let place = entry.map_err(failed(&disks, "listed"))?.path();
+            if !place.join("image.json").exists() {
+                bytes += fs::metadata(place.join("disk.ext4")).map_or(0, |disk| disk.blocks() * 512);
+                fs::remove_dir_all(&place).map_err(failed(&place, "removed"))?;
+            }
+        }
+        Ok(bytes + self.sweep_blobs(lock)?)
+    }
+
     /// Removes content of no image. Returns the number of bytes freed.
-    pub(crate) fn sweep_blobs(&self, _: &StoreLock) -> Result<u64, ImageStoreError> {
+    fn sweep_blobs(&self, _: &StoreLock) -> Result<u64, ImageStoreError> {
         let kept = self.kept_blobs()?;
         let mut bytes = 0;
         for dir in ["blobs/sha256", "blobs/sha512"].map(|dir| self.root.join(dir)) {

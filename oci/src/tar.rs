@@ -1,6 +1,7 @@
 //! Tar archives, as far as layers use them: ustar, pax and GNU's long names. Every length is
 //! checked before any data of that length is read.
 
+use std::collections::BTreeMap;
 use std::io::{self, Read};
 
 use thiserror::Error;
@@ -118,7 +119,7 @@ struct Extended {
     uid: Option<u64>,
     gid: Option<u64>,
     mtime: Option<i64>,
-    xattrs: Vec<Xattr>,
+    xattrs: BTreeMap<Box<[u8]>, Box<[u8]>>,
     is_sparse: bool,
 }
 
@@ -304,8 +305,7 @@ impl<R: Read> TarReader<R> {
             key if key.starts_with(b"GNU.sparse.") => extended.is_sparse = true,
             key => {
                 if let Some(name) = key.strip_prefix(XATTR) {
-                    extended.xattrs.retain(|(other, _)| **other != *name);
-                    extended.xattrs.push((name.into(), value.into()));
+                    extended.xattrs.insert(name.into(), value.into());
                 }
             }
         }
@@ -366,7 +366,7 @@ impl<R: Read> TarReader<R> {
         let gid = small(extended.gid.map_or_else(|| of(116, 124, "group"), Ok)?, "group")?;
         let link = extended.link.unwrap_or_else(|| until_nul(&block[157..257]).to_vec());
         (self.left, self.padding) = (size, padded - size);
-        Ok(TarHeader { path, link, kind, mode, uid, gid, mtime, size, xattrs: extended.xattrs })
+        Ok(TarHeader { path, link, kind, mode, uid, gid, mtime, size, xattrs: extended.xattrs.into_iter().collect() })
     }
 }
 

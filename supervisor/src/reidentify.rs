@@ -3,6 +3,8 @@
 //!
 //! Children requested as *ready* are activated once all are ready, or none is (I13).
 
+use std::convert::Infallible;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -51,6 +53,9 @@ const ANSWER_MARGIN: Duration = Duration::from_secs(5);
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// Interval of the attempts.
 const RETRY: Duration = Duration::from_millis(20);
+
+/// The part of the time of a graceful stop that the agent gives to programs.
+const AGENTS_PART: f64 = 0.75;
 
 /// The time limits of one agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -220,6 +225,33 @@ impl Supervisor {
 
     fn is_there(&self, vm: &NewVm) -> bool {
         vm.pid.is_some() && self.pid_of(&vm.name) == vm.pid
+    }
+
+    /// Has the agent in a guest, if there is one, end the guest in order within the time of `request`: a kernel
+    /// may take no notice of the power button. Awaits nothing else: the VM's process notices the end.
+    pub(crate) async fn end_by_agent(&self, name: &str, request: StopRequest) -> Infallible {
+        let grace = request.graceful_s.and_then(|grace| Duration::try_from_secs_f64(grace).ok());
+        if let Some(grace) = grace
+            && let Ok(Some(socket)) = self.socket_of_button(name).await
+        {
+            let agent = Agent::new(Endpoint::Vsock { socket, port: PORT }).with_patience(ATTEMPT, MAX_PATIENCE);
+            // The rest is for its files, and its kernel.
+            if let Err(error) = agent.shut_down(Some(grace.mul_f64(AGENTS_PART))).await {
+                tracing::debug!(%error, name, "no agent ends the guest");
+            }
+        }
+        std::future::pending().await
+    }
+
+    /// Returns the socket to the agent of a VM with a power button. Without one the request is refused.
+    async fn socket_of_button(&self, name: &str) -> Result<Option<PathBuf>, ApiError> {
+        let (supervisor, vm) = (self.clone(), name.to_owned());
+        let socket = on_a_thread(THREAD_PATIENCE, move || {
+            let vm_record = VmRecord::expect(&supervisor.0.dir, &vm)?;
+            let has_button = vm_record.template.config.has_acpi();
+            Ok::<_, DaemonError>(vm_record.identity.vsock.map(|vsock| vsock.socket).filter(|_| has_button))
+        });
+        Ok(socket.await??)
     }
 
     /// Lets a new VM run that was made paused.

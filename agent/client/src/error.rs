@@ -71,7 +71,7 @@ pub enum ClientError {
     Truncated,
     /// The agent refused the call, or failed.
     #[error(transparent)]
-    Rpc(#[from] RpcError),
+    Rpc(RpcError),
     /// The same for a file.
     #[error("{message}")]
     Refused {
@@ -83,6 +83,21 @@ pub enum ClientError {
     /// The request cannot be written as HTTP.
     #[error("the request cannot be sent")]
     Request(#[source] hyper::http::Error),
+}
+
+/// Most characters of a guest's message.
+const MAX_MESSAGE_CHARS: usize = 1000;
+
+/// Returns the beginning of a guest's message, without control characters: it is shown on terminals and kept.
+pub(crate) fn message_of_guest(message: &str) -> String {
+    let plain = message.chars().filter(|c| !c.is_control() || *c == '\n');
+    plain.take(MAX_MESSAGE_CHARS).collect()
+}
+
+impl From<RpcError> for ClientError {
+    fn from(RpcError { code, message }: RpcError) -> Self {
+        Self::Rpc(RpcError { code, message: message_of_guest(&message) })
+    }
 }
 
 impl ClientError {

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use clade_agent_proto::api::Written;
-use clade_agent_proto::filesystem::{EntryInfo, EntryResponse, ListDirRequest, ListDirResponse, PathRequest};
+use clade_agent_proto::filesystem::{
+    EntryInfo, EntryResponse, ListDirRequest, ListDirResponse, MakeDirRequest, PathRequest,
+};
 use clade_agent_proto::process::Empty;
 use hyper::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use tokio::sync::mpsc;
@@ -140,12 +142,12 @@ impl Client {
         Ok(self.call::<_, ListDirResponse>("filesystem.Filesystem/ListDir", &request).await?.entries)
     }
 
-    /// Makes a directory and its parents.
+    /// Makes a directory and its parents. The directory has the permissions `mode`, if given.
     ///
     /// # Errors
     /// When an entry of that name exists.
-    pub async fn make_dir(&self, path: &str) -> Result<EntryInfo, ClientError> {
-        let request = PathRequest { path: path.to_owned() };
+    pub async fn make_dir(&self, path: &str, mode: Option<u32>) -> Result<EntryInfo, ClientError> {
+        let request = MakeDirRequest { path: path.to_owned(), mode };
         Ok(self.call::<_, EntryResponse>("filesystem.Filesystem/MakeDir", &request).await?.entry)
     }
 

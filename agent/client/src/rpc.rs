@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 use std::time::Duration;
 
 use bytes::Bytes;
-use clade_agent_proto::api::{Generation, HttpError, Init, Metrics, Ready};
+use clade_agent_proto::api::{Generation, HttpError, Init, Metrics, Ready, Shutdown};
 use clade_agent_proto::code::EndOfStream;
 use clade_agent_proto::envelope::{END_OF_STREAM, Envelopes, seal};
 use clade_agent_proto::{
@@ -16,6 +16,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::connection::{Answer, Outgoing, SILENCE, within};
+use crate::error::message_of_guest;
 use crate::{Client, ClientError};
 
 /// Interval of keepalives requested for a stream.
@@ -40,7 +41,7 @@ pub(crate) async fn refusal(answer: &mut Answer) -> ClientError {
         return error.into();
     }
     let message = decode::<HttpError>(&bytes).map_or_else(|_| format!("HTTP status {status}"), |error| error.message);
-    ClientError::Refused { status, message: message.chars().take(1000).collect() }
+    ClientError::Refused { status, message: message_of_guest(&message) }
 }
 
 /// The messages of a stream, until its end.
@@ -175,11 +176,12 @@ impl Client {
         self.plain("POST", "/clade/layer/begin", Vec::new()).await.map(drop)
     }
 
-    /// Has the guest end in order.
+    /// Has the guest end in order. Its entrypoint has the time `grace` to end in, if given.
     ///
     /// # Errors
     /// When there is no agent, or it refuses.
-    pub async fn shut_down(&self) -> Result<(), ClientError> {
-        self.plain("POST", "/clade/shutdown", Vec::new()).await.map(drop)
+    pub async fn shut_down(&self, grace: Option<Duration>) -> Result<(), ClientError> {
+        let grace_ms = grace.map(|grace| u64::try_from(grace.as_millis()).unwrap_or(u64::MAX));
+        self.plain("POST", "/clade/shutdown", encode(&Shutdown { grace_ms })).await.map(drop)
     }
 }

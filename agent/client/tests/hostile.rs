@@ -114,6 +114,14 @@ fn what_is_no_answer_is_an_error_of_bounded_size() {
     assert!(matches!(no_answer, ClientError::Lost(_)), "{no_answer}");
     let long_reason = failure(|stream| say(stream, b"HTTP/1.1 500 No\r\n\r\n", &[b'x'; 4096]));
     assert!(long_reason.to_string().len() < 2000, "{long_reason}");
+    let long_refusal = failure(|stream| {
+        let message = format!("a\\u001b[2Jb\\n{}", "c".repeat(1 << 20));
+        let body = format!(r#"{{"code":"internal","message":"{message}"}}"#);
+        say(stream, format!("HTTP/1.1 500 No\r\nContent-Length: {}\r\n\r\n{body}", body.len()).as_bytes(), b"");
+    });
+    let shown = long_refusal.to_string();
+    assert!(matches!(long_refusal, ClientError::Rpc(_)) && shown.len() < 2000, "{shown}");
+    assert!(shown.contains("a[2Jb\nccc") && !shown.contains('\u{1b}'), "{shown:?}");
     assert!(memory() < 128 << 10, "{} KiB", memory());
 }
 
@@ -144,11 +152,11 @@ fn broken_streams_are_told_apart() {
     assert!(matches!(early, ClientError::Truncated), "{early}");
     let ended = stream_failure(|stream| say(stream, &[HEAD, b"\x02\0\0\0\x02{}"].concat(), b""));
     assert!(matches!(ended, ClientError::Answer { .. }), "{ended}");
-    let refusal = br#"{"error":{"code":"not_found","message":"no"}}"#;
+    let refusal = br#"{"error":{"code":"not_found","message":"n\u001bo"}}"#;
     let refused = stream_failure(move |stream| {
         say(stream, &[HEAD, &[2, 0, 0, 0, refusal.len() as u8], &refusal[..]].concat(), b"");
     });
-    assert!(matches!(refused, ClientError::Rpc(_)), "{refused}");
+    assert!(matches!(&refused, ClientError::Rpc(rpc) if rpc.message == "no"), "{refused}");
 }
 
 #[test]

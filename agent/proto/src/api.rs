@@ -77,6 +77,15 @@ pub struct HttpError {
     pub message: String,
 }
 
+/// `POST /clade/shutdown`: the guest ends in order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Shutdown {
+    /// Time in milliseconds that the entrypoint has to end in. Left out, the agent decides.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grace_ms: Option<u64>,
+}
+
 /// `POST /clade/generation`: the VM is another one from now on.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "camelCase")]

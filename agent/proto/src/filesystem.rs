@@ -64,7 +64,18 @@ pub struct EntryInfo {
     pub metadata: BTreeMap<String, String>,
 }
 
-/// Names a path, for `Stat`, `MakeDir` and `Remove`.
+/// Makes a directory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MakeDirRequest {
+    /// The path.
+    pub path: String,
+    /// The permissions of the directory itself, of which envd has no field.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mode: Option<u32>,
+}
+
+/// Names a path, for `Stat` and `Remove`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct PathRequest {

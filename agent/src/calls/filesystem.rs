@@ -1,12 +1,13 @@
 //! The service `filesystem.Filesystem`. Like envd, it runs with the agent's rights, not the user's.
 //! The user owns new entries.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use clade_agent_proto::filesystem::{
-    EntryInfo, EntryResponse, ListDirRequest, ListDirResponse, MoveRequest, PathRequest,
+    EntryInfo, EntryResponse, ListDirRequest, ListDirResponse, MakeDirRequest, MoveRequest, PathRequest,
 };
 use clade_agent_proto::process::Empty;
 use clade_agent_proto::{Code, RpcError};
@@ -45,7 +46,7 @@ impl Agent {
         elsewhere(move || of_entry(entry(&path, &Names::read()), &path)).await?
     }
 
-    pub(crate) async fn make_dir(&self, request: PathRequest, caller: Caller) -> Result<EntryResponse, RpcError> {
+    pub(crate) async fn make_dir(&self, request: MakeDirRequest, caller: Caller) -> Result<EntryResponse, RpcError> {
         let (user, path) = place(self, &caller, &request.path)?;
         let work = move || {
             match fs::metadata(&path) {
@@ -61,6 +62,10 @@ impl Agent {
                 Err(error) => return Err(failed(&path, &error)),
             }
             paths::make_dirs(&path, &user).map_err(|error| failed(&path, &error))?;
+            if let Some(mode) = request.mode {
+                let set = fs::set_permissions(&path, Permissions::from_mode(mode & 0o7777));
+                set.map_err(|error| failed(&path, &error))?;
+            }
             of_entry(entry(&path, &Names::read()), &path)
         };
         elsewhere(work).await?

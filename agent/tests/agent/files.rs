@@ -76,8 +76,11 @@ fn new_files_are_the_users() {
         for name in ["new", "new/dir", "new/dir/file"] {
             assert_eq!(std::fs::metadata(agent.path(name)).unwrap().uid(), 65534, "{name}");
         }
-        let entry = nobody.make_dir(&agent.path("made/below")).await.unwrap();
+        let entry = nobody.make_dir(&agent.path("made/below"), None).await.unwrap();
         assert_eq!((entry.kind, entry.owner.as_str()), (FileType::Directory, "nobody"));
+        nobody.make_dir(&agent.path("made/of/mode"), Some(0o2750)).await.unwrap();
+        assert_eq!(std::fs::metadata(agent.path("made/of/mode")).unwrap().mode() & 0o7777, 0o2750);
+        assert_eq!(std::fs::metadata(agent.path("made/of")).unwrap().mode() & 0o7777, 0o755);
     });
 }
 
@@ -86,10 +89,10 @@ fn directories_are_made_listed_moved_and_removed() {
     let agent = Agent::start();
     let client = agent.client();
     run(async {
-        client.make_dir(&agent.path("d/e/f")).await.unwrap();
-        assert_eq!(status(&client.make_dir(&agent.path("d/e")).await.unwrap_err()), 409);
+        client.make_dir(&agent.path("d/e/f"), None).await.unwrap();
+        assert_eq!(status(&client.make_dir(&agent.path("d/e"), None).await.unwrap_err()), 409);
         std::fs::write(agent.path("d/file"), "12").unwrap();
-        assert_eq!(status(&client.make_dir(&agent.path("d/file")).await.unwrap_err()), 400);
+        assert_eq!(status(&client.make_dir(&agent.path("d/file"), None).await.unwrap_err()), 400);
         std::os::unix::fs::symlink(agent.path("d"), agent.path("link")).unwrap();
         let list = async |path: String, depth: u32| {
             let request = ListDirRequest { path, depth };

@@ -1,6 +1,6 @@
 //! Processes: their streams, ends, signals, terminals, users and time.
 
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -377,7 +377,11 @@ fn users_are_who_they_say() {
         let lines: Vec<&str> = done.stdout.lines().collect();
         assert_eq!((lines[0], lines[1], lines[2]), ("nobody", "65534", "100"), "{done:?}");
         let number = agent.client().with_user(Some("4321".into()));
-        assert_eq!(sh(&number, "id -u; id -G; pwd").await.stdout, "4321\n4321\n/\n");
+        assert_eq!(sh(&number, "id -u; id -G; pwd").await.stdout, "4321\n0\n/\n");
+        // Its streams are the user's, also by their names.
+        let done = sh(&number, "echo out > /dev/stdout; echo err > /dev/stderr; cat < /dev/null").await;
+        assert_eq!((done.stdout.as_str(), done.stderr.as_str()), ("out\n", "err\n"));
+        assert_eq!(std::fs::metadata("/dev/null").unwrap().uid(), 0);
         // The user must be allowed to enter the directory.
         let mut secret = shell("pwd");
         secret.process.cwd = Some("/root".into());

@@ -169,10 +169,10 @@ fn only_the_host_may_ask_for_the_end() {
     run(async {
         let tcp = Client::new(Endpoint::Tcp(address));
         tcp.health().await.unwrap();
-        assert_eq!(status(tcp.shut_down().await), 403);
+        assert_eq!(status(tcp.shut_down(None).await), 403);
         assert_eq!(status(tcp.change_generation(&Generation::default()).await), 403);
         let process = tcp.start(&shell("trap '' TERM; while :; do sleep 0.1; done"), None).await.unwrap();
-        agent.client().shut_down().await.unwrap();
+        agent.client().shut_down(None).await.unwrap();
         until("the agent's end", async || agent.child.try_wait().unwrap().is_some()).await;
         assert!(agent.child.wait().unwrap().success());
         let left = format!("/proc/{}/exe", process.pid);

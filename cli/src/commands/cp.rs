@@ -128,7 +128,7 @@ async fn up(client: &Client, from: &Path, to: &str, depth: usize, copied: &mut C
     if depth == MAX_DEPTH {
         return Err(Failure::run(anyhow!("{}: more than {MAX_DEPTH} levels", from.display())));
     }
-    match client.make_dir(to).await {
+    match client.make_dir(to, None).await {
         Ok(_) | Err(ClientError::Rpc(RpcError { code: Code::AlreadyExists, .. })) => {}
         Err(error) => return Err(agent_failure(error)),
     }

@@ -20,6 +20,7 @@ pub(super) const VARIABLES: &[(&str, &str)] = &[
         "The directory of kept checkpoints, with a subdirectory for each runtime directory. Default: clade/checkpoints in the user's data directory",
     ),
     ("CLADE_TEMPLATE_DIR", "The directory of templates. Default: clade/templates in the user's data directory"),
+    ("CLADE_GUEST_CACHE", "Where the Linux guest is built. Default: clade in the user's cache directory"),
     ("CLADE_LINUX_GUEST", "The directory of the Linux guest. Default: in the user's cache directory"),
     (
         "CLADE_AGENT",
@@ -72,6 +73,8 @@ mod tests {
                     .contains(&name.as_str())
         };
         found.retain(|name| !of_tests_and_hooks(name));
+        let script = std::fs::read_to_string(root.join("resources/linux/build.sh")).unwrap();
+        found.extend(["CLADE_GUEST_CACHE"].into_iter().filter(|name| script.contains(name)).map(str::to_owned));
         let described: BTreeSet<String> = VARIABLES.iter().map(|(name, _)| (*name).to_owned()).collect();
         assert_eq!(found, described);
         assert!(text().contains("CLADE_RUNTIME_DIR\n"));

@@ -45,7 +45,7 @@ pub(crate) struct ExecArgs {
     /// Pass on standard input.
     #[arg(long, short)]
     interactive: bool,
-    /// The working directory. Default: the user's home.
+    /// The working directory. Default: the image's, else the user's home.
     #[arg(long, short = 'w', value_name = "DIR")]
     workdir: Option<String>,
     /// A variable of the environment. Repeatable.
@@ -75,6 +75,17 @@ fn parse_env(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
         _ => Err("KEY=VALUE is wanted".to_owned()),
+    }
+}
+
+/// Parses a variable. Without a value it has the one of this command's own environment.
+pub(super) fn parse_env_or_own(text: &str) -> Result<(String, String), String> {
+    if text.is_empty() || text.contains('=') {
+        return parse_env(text);
+    }
+    match std::env::var(text) {
+        Ok(value) => Ok((text.to_owned(), value)),
+        Err(_) => Err(format!("{text} is not set here")),
     }
 }
 

@@ -15,7 +15,7 @@ use clade_vmm::vm::DiskSpec;
 use serde::Serialize;
 use tempfile::NamedTempFile;
 
-use crate::commands::args::RunArgs;
+use crate::commands::args::{ProgramFlags, RunArgs};
 use crate::commands::devices::random_cid;
 use crate::commands::image::{PullFlags, open_store, parse, pull};
 use crate::commands::modules::{self, Module};
@@ -25,6 +25,19 @@ use crate::linux_guest::LinuxGuest;
 
 /// The agent's option on the kernel's command line.
 pub(super) const ROOT_WORD: &str = "clade.root=/dev/vda";
+
+/// Signals that end programs in order: nginx by QUIT, PostgreSQL by INT, httpd by WINCH, systemd by RTMIN+3.
+const SIGNALS: [(&str, i32); 9] = [
+    ("HUP", 1),
+    ("INT", 2),
+    ("QUIT", 3),
+    ("KILL", 9),
+    ("USR1", 10),
+    ("USR2", 12),
+    ("TERM", 15),
+    ("WINCH", 28),
+    ("RTMIN+3", 37),
+];
 
 /// The parts of an image's VM.
 #[derive(Debug)]
@@ -45,24 +58,40 @@ struct Entrypoint {
     cwd: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     user: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stop_signal: Option<i32>,
     share_env: bool,
     power_off: bool,
 }
 
 impl Entrypoint {
-    fn new(config: &RunConfig, command: &[String]) -> Self {
-        let cmd = if command.is_empty() { &config.cmd } else { command };
+    fn new(config: &RunConfig, command: &[String], flags: &ProgramFlags) -> Self {
+        // The image's arguments are those of its own entrypoint.
+        let (entrypoint, own) = match &flags.entrypoint {
+            Some(entrypoint) => (vec![entrypoint.clone()], &[][..]),
+            None => (config.entrypoint.clone(), &config.cmd[..]),
+        };
+        let cmd = if command.is_empty() { own } else { command };
         let given = |text: &String| Some(text.clone()).filter(|text| !text.is_empty());
         let variables = config.env.iter().filter_map(|variable| variable.split_once('='));
+        let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
         Self {
-            args: config.entrypoint.iter().chain(cmd).cloned().collect(),
-            env: variables.map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
-            cwd: given(&config.working_dir),
-            user: given(&config.user),
+            args: entrypoint.iter().chain(cmd).filter(|word| !word.is_empty()).cloned().collect(),
+            env: variables.chain(flags.env.iter().cloned()).collect(),
+            cwd: flags.workdir.clone().or_else(|| given(&config.working_dir)),
+            user: flags.user.clone().or_else(|| given(&config.user)),
+            stop_signal: signal_of(&config.stop_signal),
             share_env: true,
             power_off: true,
         }
     }
+}
+
+/// The number of a signal, of its name or its number as images have them. None if it is neither.
+fn signal_of(text: &str) -> Option<i32> {
+    let name = text.strip_prefix("SIG").unwrap_or(text);
+    let named = SIGNALS.iter().find(|(known, _)| *known == name).map(|(_, number)| *number);
+    named.or_else(|| text.parse().ok()).filter(|number| (1..=64).contains(number))
 }
 
 /// The requirements of any image's VM.
@@ -105,13 +134,14 @@ impl ImageVm {
         let tools = Tools::find(args)?;
         let store = open_store()?;
         let image = fetch(&store, image, &args.pull)?;
-        let entrypoint = Entrypoint::new(&image.config, &args.command);
+        let entrypoint = Entrypoint::new(&image.config, &args.command, &args.program);
         Self::of(args, &tools, &store.disk(&image.digest), &entrypoint)
     }
 
     /// The same for a VM whose agent starts no program.
     pub(super) fn idle(args: &RunArgs, tools: &Tools, (store, image): (&ImageStore, &Image)) -> Result<Self, Failure> {
-        let entrypoint = Entrypoint { args: Vec::new(), power_off: false, ..Entrypoint::new(&image.config, &[]) };
+        let entrypoint =
+            Entrypoint { args: Vec::new(), power_off: false, ..Entrypoint::new(&image.config, &[], &args.program) };
         Self::of(args, tools, &store.disk(&image.digest), &entrypoint)
     }
 
@@ -211,11 +241,47 @@ mod tests {
             env: texts(&["A=b=c", "nothing"]),
             working_dir: "/srv".into(),
             user: String::new(),
+            stop_signal: "SIGQUIT".into(),
         };
-        let own = Entrypoint::new(&config, &[]);
+        let none = ProgramFlags::default();
+        let own = Entrypoint::new(&config, &[], &none);
         assert_eq!((own.args, own.cwd, own.user), (texts(&["/bin/entry", "a"]), Some("/srv".into()), None));
-        assert_eq!(own.env, BTreeMap::from([("A".into(), "b=c".into())]));
-        assert_eq!(Entrypoint::new(&config, &texts(&["b", "c"])).args, texts(&["/bin/entry", "b", "c"]));
+        assert_eq!((own.env, own.stop_signal), (BTreeMap::from([("A".into(), "b=c".into())]), Some(3)));
+        for (text, number) in
+            [("", None), ("15", Some(15)), ("SIGRTMIN+3", Some(37)), ("INT", Some(2)), ("0", None), ("X", None)]
+        {
+            assert_eq!(signal_of(text), number, "{text}");
+        }
+        assert_eq!(Entrypoint::new(&config, &texts(&["b", "c"]), &none).args, texts(&["/bin/entry", "b", "c"]));
+    }
+
+    #[test]
+    fn flags_take_the_place_of_the_images_settings() {
+        let config = RunConfig {
+            entrypoint: vec!["/bin/entry".into()],
+            cmd: vec!["a".into()],
+            env: vec!["A=1".into(), "B=2".into()],
+            working_dir: "/srv".into(),
+            user: "app".into(),
+            stop_signal: String::new(),
+        };
+        let env = vec![("A".to_owned(), "3".to_owned()), ("C".to_owned(), String::new())];
+        let flags = ProgramFlags {
+            env,
+            user: Some("0:7".into()),
+            workdir: Some("/tmp".into()),
+            entrypoint: Some("/bin/sh".into()),
+        };
+        let own = Entrypoint::new(&config, &["-c".into()], &flags);
+        assert_eq!(
+            (own.args, own.cwd, own.user),
+            (vec!["/bin/sh".into(), "-c".into()], flags.workdir.clone(), flags.user.clone())
+        );
+        let env = [("A", "3"), ("B", "2"), ("C", "")].map(|(name, value)| (name.to_owned(), value.to_owned()));
+        assert_eq!(own.env, BTreeMap::from(env));
+        assert_eq!(Entrypoint::new(&config, &[], &flags).args, ["/bin/sh"], "cmd is the image's own entrypoint's");
+        let flags = ProgramFlags { entrypoint: Some(String::new()), ..ProgramFlags::default() };
+        assert_eq!(Entrypoint::new(&config, &["x".into()], &flags).args, ["x"], "no entrypoint");
     }
 
     #[test]
@@ -223,7 +289,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let agent = dir.path().join("agent");
         fs::write(&agent, "a program").unwrap();
-        let entrypoint = Entrypoint::new(&RunConfig::default(), &[]);
+        let entrypoint = Entrypoint::new(&RunConfig::default(), &[], &ProgramFlags::default());
         let module = |name: &str| Module { name: name.to_owned(), content: name.as_bytes().to_vec() };
         let modules = [module("virtio"), module("virtio_ring")];
         let file = initramfs(dir.path(), &agent, &entrypoint, &modules).unwrap();

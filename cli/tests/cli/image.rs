@@ -207,6 +207,38 @@ pub(crate) fn write_root(root: &Path, linux: &Path) {
     fs::write(root.join("etc/group"), "root:x:0:\nstaff:x:20:\n").unwrap();
 }
 
+/// Runs the image with other settings than its own. Programs find what docker gives them, and the VM ends in order
+/// by the image's signal.
+fn settings_of_docker(images: &Images, name: &str, (linux, agent): (&Path, &Path)) {
+    // No program but the one that gets the signal would end the VM with this status.
+    let script = "trap 'exit 9' QUIT; echo $COLOUR $(id -u) $(id -g) $PWD $TERM > /tmp/own; echo tty >/dev/tty; \
+                  while true; do sleep 1; done";
+    let mut command = images.command(&["run", "-d", "--fresh", "--image", name, "--mem", "128M", "--name", "other"]);
+    command.args(["-e", "COLOUR=red", "-e", "HERE", "-u", "app", "-w", "/tmp", "--entrypoint", "/bin/sh", "--kernel"]);
+    command.arg(linux.join("vmlinux")).args(["--", "-c", script]).env("CLADE_AGENT", agent).env("HERE", "there");
+    let booted = Answer::from(command.output().unwrap());
+    assert_eq!((booted.code, booted.stdout.as_str()), (Some(0), "other\n"), "{booted:?}");
+    let exec = |arguments: &[&str], script: &str| {
+        let done = images.clade(&[&["exec", "--wait", WAIT], arguments, &["other", "--", "sh", "-c", script]].concat());
+        done.stdout
+    };
+    wait_until("what the image runs", || exec(&[], "cat /tmp/own") == "red 7 7 /tmp xterm\n");
+    let seen = exec(
+        &[],
+        "echo $HERE $PWD; cat /etc/hosts /proc/sys/kernel/hostname /proc/sys/net/ipv4/ip_unprivileged_port_start; \
+         ulimit -Sn; ulimit -Hn",
+    );
+    let expected = "there /tmp\n127.0.0.1\tlocalhost\n127.0.1.1\tclade\nclade\n0\n1024\n524288\n";
+    assert_eq!(seen, expected);
+    let seen = exec(&["-u", "7"], "echo $HOME $(id -g); echo error > /dev/stderr; echo output > /dev/stdout");
+    assert_eq!(seen, "/srv 7\noutput\n", "a number of /etc/passwd");
+    let stopped = images.clade(&["stop", "other", "--graceful", "1h", "--json"]);
+    assert_eq!(stopped.json()["shutdown"]["by_itself"], true, "{stopped:?}");
+    let ended = images.clade(&["ps", "-a", "--json"]).json();
+    let ended = ended["ended"].as_array().unwrap().iter().find(|vm| vm["name"] == "other").unwrap().clone();
+    assert_eq!(ended["stopped"]["status"], 9, "{ended}");
+}
+
 #[test]
 fn an_image_is_a_vm_that_can_be_forked() {
     if !kvm() {
@@ -222,7 +254,7 @@ fn an_image_is_a_vm_that_can_be_forked() {
     fs::write(&hook, "#!/bin/sh\ncat /tmp/started\n").unwrap();
     fs::set_permissions(&hook, fs::Permissions::from_mode(0o755)).unwrap();
     let config = json!({"Entrypoint": ["sh", "-c"], "Cmd": ["exit 1"], "Env": ["PATH=/bin", "COLOUR=blue"],
-        "WorkingDir": "/work/made", "User": "app:staff"});
+        "WorkingDir": "/work/made", "User": "app:staff", "StopSignal": "SIGQUIT"});
     write_layout(&layout, &root, &config);
     let name = images.push(&layout, "1").unwrap_or_else(|| format!("oci:{}:1", layout.display()));
     images.runtime.spawn(&["serve", "--pool", "0"]);
@@ -258,9 +290,9 @@ fn an_image_is_a_vm_that_can_be_forked() {
     let logs = images.clade(&["logs", "web"]).stdout.replace('\r', "");
     let end: Vec<&str> = logs.lines().rev().take(40).collect();
     assert!(logs.contains("7\n20\nblue\n/work/made\n"), "from its end: {end:#?}");
-    // The image's root, its variables, and nothing of the initramfs.
-    let seen = exec("web", "echo $COLOUR; ls / /init; cat /proc/mounts");
-    assert!(seen.stdout.starts_with("blue\n") && seen.stdout.contains("/dev/vda / ext4 rw"), "{seen:?}");
+    // The image's root, its variables and directory, and nothing of the initramfs.
+    let seen = exec("web", "echo $COLOUR $PWD; ls / /init; cat /proc/mounts");
+    assert!(seen.stdout.starts_with("blue /work/made\n") && seen.stdout.contains("/dev/vda / ext4 rw"), "{seen:?}");
     assert!(!seen.stdout.contains("newroot") && seen.stderr.contains("/init"), "{seen:?}");
     // Its disk is in use, and stays without the VM's writes.
     images.clade(&["image", "rm", &name]).expect_refusal("in use");
@@ -296,6 +328,7 @@ fn an_image_is_a_vm_that_can_be_forked() {
     let ended = images.clade(&["ps", "-a", "--json"]).json();
     let ended = ended["ended"].as_array().unwrap().iter().find(|vm| vm["name"] == "dies").unwrap().clone();
     assert_eq!((&ended["stopped"]["kind"], &ended["stopped"]["status"]), (&json!("exited"), &json!(139)), "{ended}");
+    settings_of_docker(&images, &name, (&linux, &agent));
     let checkpoints = images.clade(&["checkpoints", "--json"]).json();
     let kept = checkpoints[0]["name"].as_str().unwrap();
     assert!(kept.starts_with("image-") && checkpoints.as_array().unwrap().len() == 1, "{checkpoints}");

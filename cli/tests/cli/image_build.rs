@@ -1,6 +1,7 @@
 //! Images made with a Dockerfile.
 
 use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -93,6 +94,9 @@ ARG WORD
 LABEL note=\"$WORD\"
 WORKDIR /work
 COPY files/ ./files/
+# In the place of a link to the program of this shell, and through a link that is named itself.
+COPY programs/ /bin/
+COPY files/a /direct
 RUN echo \"$WORD $0\" > built && cat built > sub && busybox ln built hard && busybox chown 7:20 built
 RUN busybox rm /etc/group && busybox rm -r /srv && busybox mv /opt/old /opt/new && busybox chmod 640 /etc/passwd
 RUN busybox mount -t tmpfs none /tmp && echo no > /tmp/lost && busybox mkfifo pipe && busybox ln -s built link
@@ -119,6 +123,7 @@ fn an_image_is_built_of_the_files_that_its_steps_have_changed() {
         fs::write(root.join("tmp/kept"), "").unwrap();
         fs::create_dir(root.join("bound")).unwrap();
         fs::write(root.join("bound/below"), "").unwrap();
+        symlink("opt/target", root.join("direct")).unwrap();
     });
     let kernel = linux.join("vmlinux");
     let machine = ["--kernel", kernel.to_str().unwrap(), "--mem", "128M"];
@@ -126,7 +131,14 @@ fn an_image_is_built_of_the_files_that_its_steps_have_changed() {
         let mut command = images.command(&["image", "build", dir.to_str().unwrap()]);
         command.args(args).args(machine).env("CLADE_AGENT", &agent).output().unwrap().into()
     };
-    let dir = context(&images, DOCKERFILE, &[("files/a", "a\n"), ("files/sub/b", "b\n")]);
+    let dir = context(
+        &images,
+        DOCKERFILE,
+        &[("files/a", "a\n"), ("files/sub/b", "b\n"), ("programs/id", "#!/bin/sh\necho mine\n")],
+    );
+    for (name, mode) in [("files/sub", 0o2750), ("programs/id", 0o4755)] {
+        fs::set_permissions(dir.join(name), fs::Permissions::from_mode(mode)).unwrap();
+    }
     let built = build(&dir, &["-t", "app", "--build-arg", "WORD=given", "--json"]);
     assert_eq!(built.code, Some(0), "{built:?}");
     let built = built.json();
@@ -136,6 +148,14 @@ fn an_image_is_built_of_the_files_that_its_steps_have_changed() {
     let disk = built["disk"].as_str().unwrap();
     assert_eq!(debugfs(disk, "cat /work/built"), "given /bin/sh\n");
     assert_eq!(debugfs(disk, "cat /work/files/sub/b"), "b\n");
+    assert!(debugfs(disk, "stat /work/files/sub").contains("Mode:  02750"));
+    assert_eq!(
+        (debugfs(disk, "cat /bin/id"), debugfs(disk, "cat /opt/target")),
+        ("#!/bin/sh\necho mine\n".into(), "a\n".into())
+    );
+    assert!(
+        debugfs(disk, "stat /bin/id").contains("Mode:  04755") && debugfs(disk, "stat /direct").contains("symlink")
+    );
     assert_eq!(debugfs(disk, "cat /opt/new/deep/file"), "moved\n");
     let root = debugfs(disk, "ls /");
     assert!(!root.contains("srv") && root.contains("work") && !debugfs(disk, "ls /opt").contains("old"), "{root}");

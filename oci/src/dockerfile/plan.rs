@@ -1,6 +1,7 @@
 //! The steps of a Dockerfile in a guest of its base image.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use super::expand::expand;
 use super::expose::{MAX_PORTS, ports};
@@ -11,6 +12,28 @@ type Texts = BTreeMap<String, String>;
 
 /// Most bytes of all labels together, so that a configuration is no longer than a registry takes.
 const MAX_LABELS: usize = 1 << 20;
+/// Most bytes of all variables. Each step after a change has a copy.
+const MAX_VARIABLES: usize = 256 << 10;
+/// Most steps in the guest.
+const MAX_STEPS: usize = 1000;
+
+/// Arguments that every build has, as BuildKit's. An `ARG` without a value in the image takes them.
+const PLATFORM: [(&str, &str); 8] = [
+    ("BUILDARCH", "amd64"),
+    ("BUILDOS", "linux"),
+    ("BUILDPLATFORM", "linux/amd64"),
+    ("BUILDVARIANT", ""),
+    ("TARGETARCH", "amd64"),
+    ("TARGETOS", "linux"),
+    ("TARGETPLATFORM", "linux/amd64"),
+    ("TARGETVARIANT", ""),
+];
+
+/// Whether an argument names a proxy. It needs no `ARG`.
+fn is_proxy(name: &str) -> bool {
+    let proxies = ["HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "NO_PROXY", "ALL_PROXY"];
+    proxies.iter().any(|proxy| *proxy == name || proxy.to_ascii_lowercase() == name)
+}
 
 /// Files to copy.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,7 +71,7 @@ pub struct BuildStep {
     /// The action.
     pub action: Action,
     /// Variables of a program.
-    pub env: Texts,
+    pub env: Arc<Texts>,
     /// Its directory.
     pub workdir: String,
     /// Its user.
@@ -106,6 +129,8 @@ struct Builder<'a> {
     global: Texts,
     args: Texts,
     env: Texts,
+    /// The variables of a step. None after a change.
+    variables: Option<Arc<Texts>>,
     config: RunConfig,
     workdir: String,
     user: String,
@@ -131,7 +156,13 @@ impl Dockerfile {
 
     /// `ARG` before `FROM`.
     fn global(&self, given: &Texts) -> Result<Texts, DockerfileError> {
-        let mut all = Texts::new();
+        let mut all: Texts = PLATFORM.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        // A build may be given another value of these, too.
+        for (name, value) in &mut all {
+            if let Some(given) = given.get(name) {
+                value.clone_from(given);
+            }
+        }
         for (line, name, value) in &self.before {
             let value = match (given.get(name), value) {
                 (Some(given), _) => given.clone(),
@@ -156,7 +187,10 @@ impl Dockerfile {
                 Instruction::Arg(args) => Some(args),
                 _ => None,
             });
-            own.flatten().any(|(name, _)| name == wanted) || self.before.iter().any(|(_, name, _)| name == wanted)
+            own.flatten().any(|(name, _)| name == wanted)
+                || self.before.iter().any(|(_, name, _)| name == wanted)
+                || PLATFORM.iter().any(|(name, _)| name == wanted)
+                || is_proxy(wanted)
         };
         if let Some(name) = given.keys().find(|name| !known(name)) {
             return Err(DockerfileError::new(self.from.0, "ARG", format!("there is none of the name {name:?}")));
@@ -166,8 +200,14 @@ impl Dockerfile {
         let mut builder = Builder {
             given,
             global,
-            args: Texts::new(),
+            // The programs of a build have these without an `ARG`.
+            args: given
+                .iter()
+                .filter(|(name, _)| is_proxy(name))
+                .map(|(name, value)| (name.clone(), value.clone()))
+                .collect(),
             env: env.map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
+            variables: None,
             config: base.clone(),
             workdir: or(&base.working_dir, "/"),
             user: or(&base.user, "root"),
@@ -192,10 +232,32 @@ impl Builder<'_> {
         expand(word, &|name| self.env.get(name).or_else(|| self.args.get(name)).cloned())
     }
 
-    fn step(&mut self, placed: &Placed, action: Action) {
-        // ENV takes precedence over ARG.
-        let mut env = self.args.clone();
-        env.extend(self.env.clone());
+    /// The variables of the next step.
+    fn variables(&mut self) -> Arc<Texts> {
+        let merged = || {
+            // ENV takes precedence over ARG.
+            let mut all = self.args.clone();
+            all.extend(self.env.clone());
+            Arc::new(all)
+        };
+        Arc::clone(self.variables.get_or_insert_with(merged))
+    }
+
+    /// Notes a change of the variables.
+    fn changed(&mut self) -> Result<(), String> {
+        self.variables = None;
+        let bytes: usize = self.args.iter().chain(&self.env).map(|(name, value)| name.len() + value.len()).sum();
+        if bytes > MAX_VARIABLES {
+            return Err(format!("all variables together have at most {MAX_VARIABLES} bytes"));
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, placed: &Placed, action: Action) -> Result<(), String> {
+        if self.steps.len() >= MAX_STEPS {
+            return Err(format!("at most {MAX_STEPS} instructions run in the guest"));
+        }
+        let env = self.variables();
         self.steps.push(BuildStep {
             line: placed.line,
             instruction: placed.name,
@@ -205,20 +267,21 @@ impl Builder<'_> {
             workdir: self.workdir.clone(),
             user: self.user.clone(),
         });
+        Ok(())
     }
 
     fn take(&mut self, placed: &Placed) -> Result<(), String> {
         match &placed.instruction {
-            Instruction::Run(command) => self.step(placed, Action::Run(argv(command))),
+            Instruction::Run(command) => self.step(placed, Action::Run(argv(command)))?,
             Instruction::Copy(copy) => {
                 let files = self.files(copy)?;
-                self.step(placed, Action::Copy(files));
+                self.step(placed, Action::Copy(files))?;
             }
             Instruction::Workdir(path) => {
                 let path = self.expand(path)?;
                 self.workdir = below(&self.workdir, &path);
                 let dir = self.workdir.clone();
-                self.step(placed, Action::MakeDir(dir));
+                self.step(placed, Action::MakeDir(dir))?;
             }
             Instruction::User(user) => {
                 let user = self.expand(user)?;
@@ -232,6 +295,7 @@ impl Builder<'_> {
                 let values: Result<Vec<_>, String> =
                     pairs.iter().map(|(name, value)| Ok((name.clone(), self.expand(value)?))).collect();
                 self.env.extend(values?);
+                self.changed()?;
             }
             Instruction::Arg(pairs) => {
                 for (name, value) in pairs {
@@ -244,6 +308,7 @@ impl Builder<'_> {
                         },
                     };
                     self.args.insert(name.clone(), value);
+                    self.changed()?;
                 }
             }
             Instruction::Cmd(command) => {

@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use proptest::prelude::*;
 
@@ -20,6 +21,7 @@ fn base() -> RunConfig {
         env: texts(&["PATH=/bin", "A=1"]),
         working_dir: "/srv".to_owned(),
         user: String::new(),
+        stop_signal: String::new(),
     }
 }
 
@@ -92,13 +94,51 @@ RUN run"#;
         // An instruction does not see its own variables.
         ("Z", "1"),
     ]);
-    assert_eq!(step.env, wanted);
+    assert_eq!(*step.env, wanted);
     assert_eq!((step.workdir.as_str(), step.user.as_str(), step.line), ("/w/9/2", "app", 10));
     let dirs: Vec<&Action> = plan.steps.iter().map(|step| &step.action).take(2).collect();
     assert_eq!(dirs, [&Action::MakeDir("/w".to_owned()), &Action::MakeDir("/w/9/2".to_owned())]);
     // An ARG applies to the build alone.
     assert!(plan.config.env.contains(&"A=9".to_owned()) && !plan.config.env.iter().any(|one| one.starts_with("V=")));
     assert_eq!((plan.config.user.as_str(), plan.config.working_dir.as_str()), ("app", "/w/9/2"));
+}
+
+#[test]
+fn the_platform_and_proxies_are_arguments_of_every_build() {
+    let file = Dockerfile::parse(
+        "FROM --platform=$BUILDPLATFORM a/${TARGETARCH}\nRUN a\nARG TARGETARCH\nARG TARGETOS=mine\nRUN b",
+    )
+    .unwrap();
+    assert_eq!(file.base(&pairs(&[])).unwrap(), "a/amd64");
+    assert_eq!(file.base(&pairs(&[("TARGETARCH", "x")])).unwrap(), "a/x");
+    let given = pairs(&[("http_proxy", "http://p:1"), ("NO_PROXY", "b")]);
+    let steps = file.plan(&base(), &given).unwrap().steps;
+    let of = |step: usize, name: &str| steps[step].env.get(name).cloned().unwrap_or_default();
+    assert_eq!(
+        (of(0, "TARGETARCH"), of(1, "TARGETARCH"), of(1, "TARGETOS")),
+        ("".into(), "amd64".into(), "mine".into())
+    );
+    assert_eq!((of(0, "http_proxy"), of(1, "NO_PROXY")), ("http://p:1".into(), "b".into()));
+    let config = file.plan(&base(), &given).unwrap().config;
+    assert!(!config.env.iter().any(|one| one.contains("PROXY") || one.contains("http")), "{:?}", config.env);
+}
+
+#[test]
+fn variables_and_steps_have_bounds() {
+    let refused = |text: &str| {
+        let error = Dockerfile::parse(text).unwrap().plan(&base(), &pairs(&[])).unwrap_err();
+        assert!(error.why.contains("at most"), "{error}");
+        error.line
+    };
+    let long = "x".repeat(60 << 10);
+    let grow = |word: &str| (0..5).map(|number| format!("{word} A{number}={long}\n")).collect::<String>();
+    assert_eq!(refused(&format!("FROM a\n{}", grow("ENV"))), 6);
+    assert_eq!(refused(&format!("FROM a\n{}", grow("ARG"))), 6);
+    assert_eq!(refused(&format!("FROM a\n{}", "RUN a\n".repeat(1001))), 1002);
+    // Steps without a change between them share their variables.
+    let steps = plan("FROM a\nENV A=1\nRUN a\nRUN b\nARG B=2\nRUN c").steps;
+    assert!(Arc::ptr_eq(&steps[0].env, &steps[1].env));
+    assert_eq!((steps[1].env.get("B"), steps[2].env["B"].as_str()), (None, "2"));
 }
 
 #[test]

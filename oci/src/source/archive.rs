@@ -1,5 +1,6 @@
 //! The output of `docker save`: a tar archive with `manifest.json`. It lacks digests of layers, but
-//! its configuration has those of the unpacked ones, from which a manifest is made.
+//! its configuration has those of the unpacked ones, from which a manifest is made. Layers may be packed:
+//! then the manifest has the digests of what the archive has.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -10,7 +11,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::{ImageSource, SourceError, missing};
-use crate::digest::Digest;
+use crate::digest::{Digest, DigestReader};
 use crate::limits::MAX_DOCUMENT;
 use crate::manifest::{Descriptor, ImageConfig, ImageManifest, ManifestError};
 use crate::tar::{TarKind, TarReader, shown};
@@ -118,12 +119,35 @@ impl Archive {
         let mut layers = Vec::new();
         for (name, digest) in saved.layers.iter().zip(parsed.diff_ids) {
             let range = find(name)?;
+            let suffix = packing(&file, range).map_err(failed)?;
+            let digest = match suffix {
+                "" => digest,
+                _ => digest_of(&file, range).map_err(failed)?,
+            };
             blobs.insert(digest.clone(), range);
-            layers.push(Descriptor { digest, size: range.size, ..Descriptor::of(LAYER, b"") });
+            layers.push(Descriptor { digest, size: range.size, ..Descriptor::of(&format!("{LAYER}{suffix}"), b"") });
         }
         let manifest = ImageManifest::of(&config, layers).to_bytes();
         Ok(Self { path: path.to_owned(), file, manifest, blobs })
     }
+}
+
+/// How a layer is packed, as the suffix of its media type.
+fn packing(file: &File, range: ArchiveRange) -> io::Result<&'static str> {
+    let mut start = Vec::new();
+    RangeReader { file, range }.take(4).read_to_end(&mut start)?;
+    Ok(match &start[..] {
+        [0x1f, 0x8b, ..] => "+gzip",
+        [0x28, 0xb5, 0x2f, 0xfd] => "+zstd",
+        _ => "",
+    })
+}
+
+/// The SHA-256 of a range.
+fn digest_of(file: &File, range: ArchiveRange) -> io::Result<Digest> {
+    let mut reader = DigestReader::new(RangeReader { file, range }, &Digest::of(b""));
+    io::copy(&mut reader, &mut io::sink())?;
+    Ok(reader.digest())
 }
 
 fn members(path: &Path, file: &File) -> Result<HashMap<Vec<u8>, ArchiveMember>, SourceError> {

@@ -23,7 +23,7 @@ use crate::digest::{Digest, DigestError};
 use crate::limits::MAX_DOCUMENT;
 use crate::manifest::{Descriptor, accepted};
 use crate::options::PullOptions;
-use crate::reference::Version;
+use crate::reference::{DOCKER_HUB, DOCKER_HUB_REGISTRY, Version};
 
 /// Maximum length of a token server's answer.
 const MAX_TOKEN: u64 = 256 << 10;
@@ -84,6 +84,7 @@ impl Registry {
     ) -> Result<Self, SourceError> {
         let is_plain = options.ca.is_none() && (options.is_insecure || is_loopback);
         let roots = options.ca.as_deref().map_or(Ok(RootCerts::PlatformVerifier), roots)?;
+        let server = if host == DOCKER_HUB { DOCKER_HUB_REGISTRY } else { host };
         let scheme = if is_plain { "http" } else { "https" };
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let tls = TlsConfig::builder().unversioned_rustls_crypto_provider(provider).root_certs(roots).build();
@@ -102,7 +103,7 @@ impl Registry {
         Ok(Self {
             agent: config.into(),
             host: host.to_owned(),
-            base: format!("{scheme}://{host}/v2/{name}"),
+            base: format!("{scheme}://{server}/v2/{name}"),
             name: name.to_owned(),
             version: version.clone(),
             is_plain,
@@ -312,6 +313,22 @@ impl ImageSource for Registry {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_registry_is_asked_at_its_host_and_docker_hub_at_its_registrys() {
+        let base = |text: &str| {
+            let reference = crate::Reference::parse(text, None).unwrap();
+            let crate::Reference::Registry { host, name, version } = &reference else { panic!("{reference:?}") };
+            let is_loopback = reference.is_loopback();
+            Registry::new((host, is_loopback), name, version, &PullOptions::default()).unwrap().base
+        };
+        assert_eq!(base("a.example:5000/b/c:1"), "https://a.example:5000/v2/b/c");
+        assert_eq!(base("localhost:5000/b"), "http://localhost:5000/v2/b");
+        for hub in ["docker.io/python:3.12", "docker.io/library/python", "index.docker.io/python"] {
+            assert_eq!(base(hub), "https://registry-1.docker.io/v2/library/python", "{hub}");
+        }
+        assert_eq!(base("docker.io/a/b"), "https://registry-1.docker.io/v2/a/b");
+    }
 
     #[test]
     fn challenges_are_read() {

@@ -169,7 +169,7 @@ impl Tree {
     /// Applies a layer to the tree. `number` must be unique per layer.
     pub(crate) fn apply(&mut self, layer: Layer, number: usize) -> Result<(), LayerError> {
         for path in &layer.opaque {
-            if let Some(dir) = self.directory(path, &split(path), None)? {
+            if let Some(dir) = self.opaque(path)? {
                 let names = self.names_mut(dir).map(std::mem::take).unwrap_or_default();
                 names.values().for_each(|name| self.unlink(name.node));
             }
@@ -184,6 +184,16 @@ impl Tree {
             }
         }
         layer.entries.into_iter().try_for_each(|(header, content)| self.put(header, content, number))
+    }
+
+    /// The directory of the lower layers that an opaque one hides. A symbolic link as the last component is
+    /// not followed: the new directory is in the link's place.
+    fn opaque(&mut self, path: &[u8]) -> Result<Option<NodeId>, LayerError> {
+        let whole = split(path);
+        let Some((name, above)) = whole.split_last() else { return Ok(Some(ROOT)) };
+        let Some(dir) = self.directory(path, above, None)? else { return Ok(None) };
+        let hidden = self.names(dir).and_then(|names| names.get(*name)).map(|hidden| hidden.node);
+        Ok(hidden.filter(|hidden| self.names(*hidden).is_some()))
     }
 
     fn put(&mut self, header: TarHeader, content: Option<Content>, layer: usize) -> Result<(), LayerError> {
@@ -222,7 +232,7 @@ impl Tree {
             }
             _ => {
                 let content = content.unwrap_or_else(|| other_content(&header));
-                self.add(Node { meta: meta(header.xattrs), content, links: 1 })
+                self.add(Node { meta: meta(header.xattrs), content, links: 1 })?
             }
         };
         self.enter(dir, name, Dirent { node, layer });

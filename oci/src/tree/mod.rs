@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 
 use thiserror::Error;
 
-use crate::limits::LimitError;
+use crate::limits::{ImageLimits, LimitError};
 use crate::tar::{TarError, Xattr};
 
 pub(crate) use apply::{Layer, Spool};
@@ -27,9 +27,6 @@ pub enum LayerError {
     /// A path contains `..`.
     #[error("{0} leads out of the image")]
     Traversal(String),
-    /// A path is absolute.
-    #[error("{0} is an absolute path")]
-    Absolute(String),
     /// A path is empty, or contains a NUL.
     #[error("invalid file name {0}")]
     Name(String),
@@ -153,13 +150,15 @@ pub(crate) struct Tree {
     /// None for a removed node.
     nodes: Vec<Option<Node>>,
     free: Vec<NodeId>,
+    /// Most nodes. Entries alone are no bound: one may imply many directories.
+    most: u64,
 }
 
 impl Tree {
-    /// A tree that consists of the root.
-    pub(crate) fn new() -> Self {
+    /// A tree that consists of the root, for an image of these limits.
+    pub(crate) fn new(limits: &ImageLimits) -> Self {
         let root = Node { meta: Meta::implied(), content: Content::Dir(BTreeMap::new()), links: 1 };
-        Self { nodes: vec![Some(root)], free: Vec::new() }
+        Self { nodes: vec![Some(root)], free: Vec::new(), most: limits.entries.saturating_add(1) }
     }
 
     /// The node of a name.
@@ -186,15 +185,16 @@ impl Tree {
         }
     }
 
-    fn add(&mut self, node: Node) -> NodeId {
+    fn add(&mut self, node: Node) -> Result<NodeId, LimitError> {
         match self.free.pop() {
             Some(id) => {
                 self.nodes[id] = Some(node);
-                id
+                Ok(id)
             }
+            None if self.nodes.len() as u64 >= self.most => Err(LimitError::Entries(self.most - 1)),
             None => {
                 self.nodes.push(Some(node));
-                self.nodes.len() - 1
+                Ok(self.nodes.len() - 1)
             }
         }
     }

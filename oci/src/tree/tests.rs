@@ -82,9 +82,13 @@ impl Model {
     fn apply(&mut self, layer: &[Op], number: usize) -> Result<(), ()> {
         for op in layer {
             if let Op::Opaque(path) = op
-                && let Some(dir) = self.directory(&split(path), None)?
+                && let (above, name) = path.rsplit_once('/').unwrap_or(("", path))
+                && let Some(mut dir) = self.directory(&split(above), None)?
             {
-                self.remove(&dir, false);
+                dir.push(name.to_owned());
+                if self.items.get(&dir).is_some_and(|item| item.what == What::Dir) {
+                    self.remove(&dir, false);
+                }
             }
         }
         for op in layer {
@@ -247,7 +251,7 @@ proptest! {
 
     #[test]
     fn layers_make_what_the_model_makes(layers in prop::collection::vec(prop::collection::vec(op(), 0..7), 1..5)) {
-        let (mut tree, mut model) = (Tree::new(), Model::default());
+        let (mut tree, mut model) = (Tree::new(&ImageLimits::default()), Model::default());
         for (number, layer) in layers.iter().enumerate() {
             let (ours, theirs) = (tree.apply(read(layer), number), model.apply(layer, number));
             prop_assert_eq!(ours.is_ok(), theirs.is_ok(), "{:?}", ours);
@@ -261,15 +265,41 @@ proptest! {
 
 #[test]
 fn a_whiteout_is_of_the_layers_below_wherever_it_stands() {
-    let mut tree = Tree::new();
+    let mut tree = Tree::new(&ImageLimits::default());
     tree.apply(read(&[Op::Dir("a".into(), 1), Op::File("a/b".into(), 1), Op::File("a/c".into(), 1)]), 0).unwrap();
     tree.apply(read(&[Op::File("a/b".into(), 2), Op::Whiteout("a/b".into()), Op::Opaque("a".into())]), 1).unwrap();
     assert_eq!(shown(&tree).keys().collect::<Vec<_>>(), ["a", "a/b"]);
 }
 
 #[test]
+fn an_opaque_directory_in_the_place_of_a_link_hides_nothing_behind_the_link() {
+    let mut tree = Tree::new(&ImageLimits::default());
+    let lower = [Op::File("usr/lib/modules/a".into(), 1), Op::Link("modules".into(), "usr/lib/modules".into(), 1)];
+    tree.apply(read(&lower), 0).unwrap();
+    let upper = [Op::Opaque("modules".into()), Op::Dir("modules".into(), 2), Op::File("modules/x".into(), 2)];
+    tree.apply(read(&upper), 1).unwrap();
+    let files = ["modules", "modules/x", "usr", "usr/lib", "usr/lib/modules", "usr/lib/modules/a"];
+    assert_eq!(shown(&tree).keys().collect::<Vec<_>>(), files);
+}
+
+#[test]
+fn directories_that_an_entry_implies_are_counted() {
+    let limits = ImageLimits { entries: 9, ..ImageLimits::default() };
+    let apply = |tree: &mut Tree, path: &str, number| tree.apply(read(&[Op::File(path.into(), 1)]), number);
+    let mut tree = Tree::new(&limits);
+    apply(&mut tree, "a/b/c/d/e/f/g/h/i", 0).unwrap();
+    let error = apply(&mut tree, "j", 1).unwrap_err();
+    assert!(matches!(error, LayerError::Limit(LimitError::Entries(9))), "{error}");
+    let error = apply(&mut Tree::new(&limits), "a/b/c/d/e/f/g/h/i/j", 0).unwrap_err();
+    assert!(matches!(error, LayerError::Limit(LimitError::Entries(9))), "{error}");
+    // Those that a layer removes have left room.
+    tree.apply(read(&[Op::Whiteout("a/b".into())]), 2).unwrap();
+    apply(&mut tree, "j/k", 3).unwrap();
+}
+
+#[test]
 fn a_link_may_take_the_place_of_a_directory_that_has_its_file() {
-    let mut tree = Tree::new();
+    let mut tree = Tree::new(&ImageLimits::default());
     tree.apply(read(&[Op::File("d/f".into(), 3)]), 0).unwrap();
     tree.apply(read(&[Op::Hard("d".into(), "d/f".into())]), 1).unwrap();
     assert_eq!(shown(&tree)["d"], (What::File, 3, "d".to_owned()));

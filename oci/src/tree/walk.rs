@@ -9,14 +9,12 @@ use crate::tar::shown;
 /// Maximum number of symbolic links in a path, as in the kernel.
 const MAX_LINKS_FOLLOWED: usize = 40;
 
-/// The components of an entry's path. Empty for the root itself.
+/// The components of an entry's path, from the root of the image on: also of an absolute path, which some
+/// tools write. Empty for the root itself.
 pub(super) fn parts(path: &[u8]) -> Result<Vec<&[u8]>, LayerError> {
     let too_long = |what, limit| LayerError::TooLong { path: shown(path), what, limit };
     if path.is_empty() || path.contains(&0) {
         return Err(LayerError::Name(shown(path)));
-    }
-    if path[0] == b'/' {
-        return Err(LayerError::Absolute(shown(path)));
     }
     if path.len() > MAX_PATH {
         return Err(too_long("path", MAX_PATH));
@@ -58,7 +56,7 @@ impl Tree {
             let next = match there {
                 Some(id) => id,
                 None => match layer {
-                    Some(layer) => self.make_directory(here, &part, layer),
+                    Some(layer) => self.make_directory(here, &part, layer)?,
                     None => return Ok(None),
                 },
             };
@@ -89,11 +87,11 @@ impl Tree {
         Ok(way.pop())
     }
 
-    fn make_directory(&mut self, parent: NodeId, name: &[u8], layer: usize) -> NodeId {
-        let node = self.add(Node { meta: Meta::implied(), content: Content::Dir(BTreeMap::new()), links: 1 });
+    fn make_directory(&mut self, parent: NodeId, name: &[u8], layer: usize) -> Result<NodeId, LayerError> {
+        let node = self.add(Node { meta: Meta::implied(), content: Content::Dir(BTreeMap::new()), links: 1 })?;
         if let Some(names) = self.names_mut(parent) {
             names.insert(name.into(), Dirent { node, layer });
         }
-        node
+        Ok(node)
     }
 }

@@ -8,7 +8,7 @@ use std::thread;
 use clade_oci::{Digest, ImageError, PullOptions, Reference, Version};
 use serde_json::json;
 
-use crate::layout::{Rig, Tar, chain};
+use crate::layout::{Rig, Tar, chain, gzip};
 
 fn archive(rig: &Rig, tar: Tar) -> Reference {
     let file = rig.path("image.tar");
@@ -51,6 +51,33 @@ fn an_archive_of_docker_is_an_image() {
     fs::remove_dir_all(rig.store().root().join("disks")).unwrap();
     fs::create_dir(rig.store().root().join("disks")).unwrap();
     assert!(pull(other).contains("has the digest"), "a layer is what its configuration says");
+}
+
+#[test]
+fn layers_of_dockers_archives_may_be_packed() {
+    let rig = Rig::new();
+    let layers = [("a", "+gzip"), ("b", "+zstd"), ("c", "")].map(|(name, suffix)| {
+        let layer = Tar::default().file(name, name.as_bytes()).end();
+        let packed = match suffix {
+            "+gzip" => gzip(&layer),
+            "+zstd" => zstd::encode_all(&layer[..], 1).unwrap(),
+            _ => layer.clone(),
+        };
+        (format!("blobs/sha256/{}", Digest::of(&packed).hex()), packed, Digest::of(&layer))
+    });
+    let diff_ids: Vec<_> = layers.iter().map(|(_, _, diff_id)| diff_id).collect();
+    let config = json!({"architecture": "amd64", "os": "linux", "config": {},
+        "rootfs": {"type": "layers", "diff_ids": diff_ids}});
+    let tar = Tar::default().file("c.json", config.to_string().as_bytes());
+    let tar = layers.iter().fold(tar, |tar, (name, packed, _)| tar.file(name, packed));
+    let names: Vec<&str> = layers.iter().map(|(name, _, _)| &**name).collect();
+    let reference = archive(&rig, tar.file("manifest.json", &saved("c.json", &names)));
+    let image = rig.store().pull(&reference, &PullOptions::default(), &()).unwrap();
+    for name in ["a", "b", "c"] {
+        if let Some(said) = crate::whole::ask(&rig.store().disk(&image.digest), &format!("cat {name}")) {
+            assert_eq!(said, name);
+        }
+    }
 }
 
 /// A registry with one image, of `layout`'s, which asks for a token.

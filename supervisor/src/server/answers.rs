@@ -169,7 +169,13 @@ impl Supervisor {
                 return Ok(on_a_thread(THREAD_PATIENCE, move || held.reap(&owned, killed)).await??);
             }
         }
-        match Client::new(self.dir()).stop_process(name, request, pid).await {
+        let client = Client::new(self.dir());
+        let stopped = tokio::select! {
+            biased;
+            stopped = client.stop_process(name, request, pid) => stopped,
+            never = self.end_by_agent(name, request) => match never {},
+        };
+        match stopped {
             Ok((answer, left)) => {
                 // Closing descriptors may free memory and disks.
                 on_a_thread(THREAD_PATIENCE, move || held.stopped(pid, left)).await?;

@@ -300,7 +300,7 @@ impl VmConfig {
     /// Whether the guest has ACPI tables: a generation id, a power button, and the interrupt of
     /// their events.
     #[must_use]
-    pub(crate) fn has_acpi(&self) -> bool {
+    pub fn has_acpi(&self) -> bool {
         self.acpi && self.irqchip == Irqchip::Full
     }
 

@@ -9,6 +9,7 @@ use clap::Args;
 
 use crate::commands::devices::{parse_net_choice, parse_vsock, parse_vsock_choice};
 use crate::commands::disk::parse_disk;
+use crate::commands::exec::parse_env_or_own;
 use crate::commands::image::PullFlags;
 use crate::commands::machine::MachineArgs;
 use crate::commands::network::NetworkState;
@@ -18,6 +19,24 @@ use clade_devices::virtio::net::EgressRule;
 use clade_devices::virtio::vsock::VsockOptions;
 use clade_vmm::vm::{DiskSpec, NetChoice, VsockChoice};
 use clade_worker::jail::Confinement;
+
+/// Settings of an image's program.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct ProgramFlags {
+    /// With --image: a variable of its program, and of those of clade exec. KEY alone has the value that it has
+    /// here. Repeatable.
+    #[arg(long, short = 'e', value_name = "KEY[=VALUE]", value_parser = parse_env_or_own, requires = "image")]
+    pub(crate) env: Vec<(String, String)>,
+    /// With --image: the user of its program, by name or number, instead of the image's.
+    #[arg(long, short = 'u', value_name = "USER[:GROUP]", requires = "image")]
+    pub(crate) user: Option<String>,
+    /// With --image: the directory of its program, and of those of clade exec, instead of the image's.
+    #[arg(long, short = 'w', value_name = "DIR", requires = "image")]
+    pub(crate) workdir: Option<String>,
+    /// With --image: the program to run instead of the image's entrypoint and its arguments.
+    #[arg(long, value_name = "PROGRAM", requires = "image")]
+    pub(crate) entrypoint: Option<String>,
+}
 
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
@@ -35,6 +54,8 @@ pub(crate) struct RunArgs {
     pub(crate) modules: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) pull: PullFlags,
+    #[command(flatten)]
+    pub(crate) program: ProgramFlags,
     /// With --image and -d: boot the image, even if there is a checkpoint of a VM with the same
     /// arguments.
     #[arg(long, requires = "image", requires = "background")]

@@ -30,7 +30,7 @@ use clade_supervisor::CgroupPlace;
 use clade_worker::jail::Confinement;
 use clade_worker::zygote::ZYGOTE;
 
-pub(crate) use launch::{DEFAULT_CMDLINE, ForkArgs, RunArgs};
+pub(crate) use launch::{DEFAULT_CMDLINE, ForkArgs, ProgramFlags, RunArgs};
 pub(crate) use snapshot::{ParentsArgs, RestoreArgs, SaveArgs, SnapshotArgs, SnapshotCommand, SnapshotDirArgs};
 
 /// A small KVM virtual machine monitor that forks running microVMs.
@@ -168,7 +168,7 @@ pub(crate) struct ServeArgs {
     /// before the VM does, and after its end.
     #[arg(long, value_name = "PROGRAM")]
     pub(crate) net_hook: Option<PathBuf>,
-    /// Show the running supervisor: its pid, directory and VMs. Exit code 1 if none runs.
+    /// Show the running supervisor: its pid, directory and VMs. Exit code 2 if none runs.
     #[arg(long, exclusive = true)]
     pub(crate) status: bool,
     /// End the running supervisor. Its VMs run on, and the next supervisor finds them; checkpoints

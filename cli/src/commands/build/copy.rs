@@ -1,6 +1,9 @@
 //! `COPY`: files of the build's directory, to the guest.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use clade_agent_client::proto::filesystem::FileType;
 use clade_oci::CopyFiles;
@@ -8,6 +11,7 @@ use clade_oci::CopyFiles;
 use super::context::{BuildContext, ContextKind, ContextSource};
 use super::guest::{BuildGuest, GuestProgram};
 use crate::commands::Failure;
+use crate::commands::agent::agent_failure;
 use crate::commands::cp::{found, join, send_file};
 
 /// Paths in one command of the guest.
@@ -21,13 +25,33 @@ pub(super) async fn copy(guest: &BuildGuest, context: &BuildContext, files: &Cop
     }
     let is_dir = files.to.ends_with('/');
     let is_there = found(guest.agent(), &files.to).await?.is_some_and(|entry| entry.kind == FileType::Directory);
-    let mut made = Vec::new();
+    let mut copied = CopiedEntries::default();
     for source in sources {
-        one(guest, &source, (&files.to, is_dir || is_there), files.mode, &mut made).await?;
+        one(guest, &source, (&files.to, is_dir || is_there), files.mode, &mut copied).await?;
     }
-    match &files.owner {
-        Some(owner) => give(guest, owner, &made).await,
-        None => Ok(()),
+    let Some(owner) = &files.owner else { return Ok(()) };
+    of_all(guest, &["chown", "-h", "--", owner], &copied.made).await?;
+    // Another owner clears these bits of a program.
+    for (mode, paths) in &copied.programs {
+        of_all(guest, &["chmod", "--", &format!("{mode:04o}")], paths).await?;
+    }
+    Ok(())
+}
+
+/// Entries of the guest that an instruction has made.
+#[derive(Debug, Default)]
+struct CopiedEntries {
+    made: Vec<String>,
+    /// New directories: nothing was in them before.
+    dirs: BTreeSet<String>,
+    /// Files that run with their owner's or group's rights, by their permissions.
+    programs: BTreeMap<u32, Vec<String>>,
+}
+
+impl CopiedEntries {
+    /// Whether nothing was at this path before.
+    fn is_new(&self, path: &str) -> bool {
+        path.rsplit_once('/').is_some_and(|(dir, _)| self.dirs.contains(dir))
     }
 }
 
@@ -38,35 +62,63 @@ async fn one(
     source: &ContextSource,
     (to, is_dir): (&str, bool),
     mode: Option<u32>,
-    made: &mut Vec<String>,
+    copied: &mut CopiedEntries,
 ) -> Result<(), Failure> {
     let to = if is_dir && !source.is_dir { join(to, &source.name) } else { to.to_owned() };
     for entry in &source.entries {
         let to = if entry.below.is_empty() { to.clone() } else { join(&to, &entry.below) };
         match &entry.kind {
             ContextKind::Dir => {
-                // An existing directory keeps its owner.
-                if guest.make_dir(&to).await? {
-                    made.push(to);
+                // An existing directory keeps its owner and its permissions.
+                if guest.make_dir(&to, Some(permissions(mode, &entry.path)?)).await? {
+                    copied.dirs.insert(to.trim_end_matches('/').to_owned());
+                    copied.made.push(to);
                 }
             }
             ContextKind::File => {
-                send_file(guest.agent(), &entry.path, &to, mode).await?;
-                made.push(to);
+                let is_direct = entry.below.is_empty() && !is_dir;
+                if !copied.is_new(&to) {
+                    make_way(guest, &to, is_direct).await?;
+                }
+                let mode = permissions(mode, &entry.path)?;
+                send_file(guest.agent(), &entry.path, &to, Some(mode)).await?;
+                if mode & 0o6000 != 0 {
+                    copied.programs.entry(mode).or_default().push(to.clone());
+                }
+                copied.made.push(to);
             }
             ContextKind::Link(target) => {
                 command(guest, &["ln", "-sfn", "--", target, &to]).await?;
-                made.push(to);
+                copied.made.push(to);
             }
         }
     }
     Ok(())
 }
 
-async fn give(guest: &BuildGuest, owner: &str, made: &[String]) -> Result<(), Failure> {
-    for paths in made.chunks(MAX_PATHS) {
-        let words: Vec<&str> =
-            ["chown", "-h", "--", owner].into_iter().chain(paths.iter().map(String::as_str)).collect();
+/// The permissions of a copy: those given, or those of the file of the host.
+fn permissions(given: Option<u32>, path: &Path) -> Result<u32, Failure> {
+    if let Some(given) = given {
+        return Ok(given);
+    }
+    let found = fs::symlink_metadata(path);
+    let found = found.map_err(|error| Failure::input(anyhow::Error::new(error).context(path.display().to_string())))?;
+    Ok(found.permissions().mode() & 0o7777)
+}
+
+/// Removes the file that a new one replaces: the agent would write into it, and so into its other hard links
+/// and through a symbolic link. A link that `COPY` names itself (`is_direct`) is followed.
+async fn make_way(guest: &BuildGuest, to: &str, is_direct: bool) -> Result<(), Failure> {
+    let Some(there) = found(guest.agent(), to).await? else { return Ok(()) };
+    let is_link = there.symlink_target.is_some();
+    let is_replaced = if is_link { !is_direct } else { there.kind != FileType::Directory };
+    if is_replaced { guest.agent().remove(to).await.map_err(agent_failure) } else { Ok(()) }
+}
+
+/// Runs a program of the guest with the paths behind its own arguments.
+async fn of_all(guest: &BuildGuest, program: &[&str], paths: &[String]) -> Result<(), Failure> {
+    for some in paths.chunks(MAX_PATHS) {
+        let words: Vec<&str> = program.iter().copied().chain(some.iter().map(String::as_str)).collect();
         command(guest, &words).await?;
     }
     Ok(())

@@ -235,8 +235,8 @@ impl BuildGuest {
     }
 
     /// Makes a directory. Returns false if it exists.
-    pub(in crate::commands) async fn make_dir(&self, path: &str) -> Result<bool, Failure> {
-        match self.agent.make_dir(path).await {
+    pub(in crate::commands) async fn make_dir(&self, path: &str, mode: Option<u32>) -> Result<bool, Failure> {
+        match self.agent.make_dir(path, mode).await {
             Ok(_) => Ok(true),
             Err(ClientError::Rpc(RpcError { code: Code::AlreadyExists, .. })) => Ok(false),
             Err(error) => Err(agent_failure(error)),

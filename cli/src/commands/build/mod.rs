@@ -17,7 +17,7 @@ use clade_oci::{Action, BuildStep};
 use clade_worker::jail::Confinement;
 use hyper::Method;
 
-use crate::commands::args::RunArgs;
+use crate::commands::args::{ProgramFlags, RunArgs};
 use crate::commands::build::copy::copy;
 use crate::commands::build::guest::{BuildGuest, GuestProgram};
 use crate::commands::build::recipe::{Recipe, of_step};
@@ -72,6 +72,7 @@ impl BuildVmArgs {
             image: Some(source.to_owned()),
             modules: self.modules.clone(),
             pull: self.pull.clone(),
+            program: ProgramFlags::default(),
             fresh: true,
             command: Vec::new(),
             initrd: None,
@@ -139,7 +140,7 @@ pub(super) async fn boot(client: &Client, request: &BootRequest, recipe: &Recipe
 pub(super) async fn carry_out(guest: &BuildGuest, recipe: &Recipe) -> Outcome {
     // Working directories of images are made on demand.
     for dir in [recipe.image.config.working_dir.as_str()].iter().filter(|dir| !dir.is_empty()) {
-        guest.make_dir(dir).await?;
+        guest.make_dir(dir, None).await?;
     }
     for step in &recipe.plan.steps {
         say!("line {}: {}", step.line, step.text);
@@ -154,7 +155,7 @@ async fn step(guest: &BuildGuest, recipe: &Recipe, step: &BuildStep) -> Outcome 
             let (env, workdir, user) = (&step.env, Some(step.workdir.as_str()), step.user.as_str());
             guest.run(GuestProgram { argv, env, workdir, user }).await
         }
-        (Action::MakeDir(dir), _) => guest.make_dir(dir).await.map(drop),
+        (Action::MakeDir(dir), _) => guest.make_dir(dir, None).await.map(drop),
         (Action::Copy(files), Some(context)) => copy(guest, context, files).await,
         // A plan with files has a directory.
         (Action::Copy(_), None) => Err(Failure::run(anyhow!("there is no directory to copy from"))),

@@ -369,6 +369,10 @@ fn remove(store: &ImageStore, args: &ImageRemoveArgs) -> Outcome {
         }
         Ok(Gone { image: removed.image, names: removed.names, bytes: removed.bytes })
     });
+    if args.all {
+        // Content of no image has no name.
+        store.sweep().map_err(image_failure)?;
+    }
     if args.json {
         print_json(&gone).map_err(Failure::run)?;
     }
