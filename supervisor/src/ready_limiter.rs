@@ -104,7 +104,7 @@ impl ReadyLimiter {
         let too_many = |_| ApiError::new(ProblemKind::TooMany, "too many requests wait for their VMs to be made ready");
         let _place = self.places.try_acquire().map_err(too_many)?;
         let permit = self.next().await;
-        if self.permits.is_closed() { Err(ProblemKind::Ending.into()) } else { Ok(permit) }
+        if *self.is_closed.borrow() { Err(ProblemKind::Ending.into()) } else { Ok(permit) }
     }
 
     /// Waits for the permit of a VM that its request has made already.
@@ -112,6 +112,7 @@ impl ReadyLimiter {
         let _front = self.front.lock().await;
         let permit = tokio::select! {
             biased;
+            () = self.closed() => None,
             permit = Arc::clone(&self.permits).acquire_owned() => permit.ok(),
             () = self.until_free() => None,
         };
@@ -120,7 +121,6 @@ impl ReadyLimiter {
 
     /// Ends all waits.
     pub(super) fn close(&self) {
-        self.permits.close();
         self.is_closed.send_replace(true);
     }
 

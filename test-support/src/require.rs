@@ -2,7 +2,7 @@
 
 use std::env;
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, Write};
 use std::thread;
 
 /// Tiers that must not be skipped, comma-separated: `kvm`, `uffd`, `linux`, `direct`, `tap`, …
@@ -25,11 +25,12 @@ pub fn skip(tier: &str, reason: &str) {
 /// # Panics
 /// When the record cannot be written.
 pub fn skipped(reason: &str) {
-    println!("skipped: {reason}");
+    let name = thread::current().name().unwrap_or_default().to_owned();
+    // Not by a macro: the test runner shows those of failed tests alone.
+    let _ = writeln!(io::stderr(), "{name}: skipped: {reason}");
     if let Some(path) = env::var_os(SKIPPED_ENV) {
         let program = env::current_exe().expect("this program");
         // A thread of a test's own has another name, or none: all tests of the program are run again.
-        let name = thread::current().name().unwrap_or_default().to_owned();
         let line = format!("{}\t{name}\t{}\n", program.display(), reason.replace(['\n', '\t'], " "));
         let mut file = File::options().append(true).create(true).open(path).expect("the record of skipped tests");
         // One write: test programs append to the file at the same time.

@@ -5,6 +5,7 @@
 
 mod admission;
 mod refused;
+mod slices;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
