@@ -246,7 +246,8 @@ mod tests {
         let error = || anyhow::anyhow!("why");
         let codes = [Failure::Run(error()), Failure::Input(error()), Failure::Timeout(error())].map(|one| one.code());
         let mut expected: Vec<String> = std::iter::once(0).chain(codes).map(|code| code.to_string()).collect();
-        expected.push("a program's".to_owned());
+        // Those of a program that was not run are `exec`'s own.
+        expected.extend(["125, 126, 127".to_owned(), "a program's".to_owned()]);
         assert_eq!(Failure::Exit(7, None).code(), 7);
         let (signals, plain) = documented.split_last().unwrap();
         assert_eq!(plain, expected);
