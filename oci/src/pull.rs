@@ -7,7 +7,7 @@ use thiserror::Error;
 
 use crate::digest::{Digest, DigestError, DigestReader};
 use crate::ext4::{self, Ext4Error};
-use crate::limits::{Bounded, Budget, CountedReader, MAX_DOCUMENT};
+use crate::limits::{Bounded, Budget, CountedReader, LimitError, MAX_DOCUMENT};
 use crate::manifest::{
     Descriptor, Document, ImageConfig, ImageManifest, MAX_NESTING, ManifestError, Packing, choose, document, packing,
 };
@@ -15,6 +15,7 @@ use crate::options::PullOptions;
 use crate::reference::Reference;
 use crate::source::{self, ImageSource, SourceError};
 use crate::store::{Image, ImageStore, ImageStoreError, StoreLock};
+use crate::tar::TarError;
 use crate::tree::{Layer, LayerError, Spool, Tree};
 
 /// Why an image could not be turned into a disk.
@@ -65,8 +66,15 @@ impl PullError {
     /// Whether the image itself is the reason.
     fn is_refusal(&self) -> bool {
         match self {
-            Self::Layer { source: LayerError::Spool { .. }, .. } => false,
-            Self::Layer { .. } | Self::DiffId { .. } | Self::Unpack { .. } | Self::Manifest(_) => true,
+            // The limit of bytes may be another for the next pull.
+            Self::Layer { source: LayerError::Limit(LimitError::Bytes(_)), .. }
+            | Self::Layer { source: LayerError::Tar(TarError::Limit(LimitError::Bytes(_))), .. }
+            | Self::Layer { source: LayerError::Spool { .. }, .. } => false,
+            // An error of this host has a number, one of a decoder has none.
+            Self::Layer { source: LayerError::Tar(TarError::Read(source)), .. } | Self::Unpack { source, .. } => {
+                source.raw_os_error().is_none()
+            }
+            Self::Layer { .. } | Self::DiffId { .. } | Self::Manifest(_) => true,
             Self::Store(_) | Self::Source(_) | Self::Disk(_) => false,
         }
     }
@@ -131,7 +139,7 @@ impl ImageStore {
         let pull = Pull { store: self, lock, options, progress };
         let (name, manifest) = pull.resolve(source, name, bytes)?;
         let image = match self.image(&name.digest)? {
-            Some(image) => image,
+            Some(image) => self.with_config(lock, image)?,
             None => pull.make(source, &name, &manifest).inspect_err(|error| {
                 // A later pull would be refused too. After a failure it goes on with the content.
                 if error.is_refusal() {
@@ -144,6 +152,20 @@ impl ImageStore {
         let mut names = self.references()?;
         names.insert(reference.to_owned(), name.digest);
         self.set_references(lock, names)?;
+        Ok(image)
+    }
+}
+
+impl ImageStore {
+    /// The image with all of its configuration that this version reads: the record of an earlier one may lack some.
+    fn with_config(&self, lock: &StoreLock, image: Image) -> Result<Image, PullError> {
+        let config = image.blobs.get(1).and_then(|config| self.read_blob(config).ok());
+        let Some(config) = config.and_then(|bytes| ImageConfig::parse(&bytes).ok()) else { return Ok(image) };
+        if config.run == image.config {
+            return Ok(image);
+        }
+        let image = Image { config: config.run, ..image };
+        self.set_record(lock, &image)?;
         Ok(image)
     }
 }
@@ -166,8 +188,8 @@ impl Pull<'_> {
         for _ in 0..=MAX_NESTING {
             match document(&name.media_type, &bytes)? {
                 Document::Manifest(manifest) => {
-                    self.store.put_blob(self.lock, &name, &bytes[..])?;
                     manifest.check(&self.options.limits)?;
+                    self.store.put_blob(self.lock, &name, &bytes[..])?;
                     // The same descriptor for every source.
                     return Ok((manifest.describe(name.digest, name.size), *manifest));
                 }

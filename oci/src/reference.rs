@@ -78,6 +78,14 @@ pub enum Reference {
     },
 }
 
+/// The name of an image in a store, if that names Docker Hub as this version does; else the name itself.
+pub(crate) fn canonical_name(name: &str) -> String {
+    let is_other_hub =
+        DOCKER_HUB_HOSTS.iter().any(|host| name.strip_prefix(host).is_some_and(|rest| rest.starts_with('/')));
+    let reference = is_other_hub.then(|| Reference::parse(name, None).ok()).flatten();
+    reference.map_or_else(|| name.to_owned(), |reference| reference.to_string())
+}
+
 fn is_tag(tag: &str) -> bool {
     let mut bytes = tag.bytes();
     let is_word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';

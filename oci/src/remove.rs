@@ -8,7 +8,7 @@ use std::path::Path;
 use thiserror::Error;
 
 use crate::digest::Digest;
-use crate::reference::{ImageName, Reference};
+use crate::reference::{ImageName, Reference, canonical_name};
 use crate::store::{Image, ImageStore, ImageStoreError};
 
 /// Minimum number of digits of an abbreviated digest.
@@ -55,7 +55,7 @@ pub struct Removed {
 fn spellings(text: &str) -> Vec<String> {
     let full = text.parse::<Reference>().map(|reference| reference.to_string());
     let local = ImageName::parse(text, None).map(|name| name.to_string());
-    [Some(text.to_owned()), full.ok(), local.ok()].into_iter().flatten().collect()
+    [Some(canonical_name(text)), full.ok(), local.ok()].into_iter().flatten().collect()
 }
 
 impl ImageStore {

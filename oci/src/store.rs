@@ -20,6 +20,7 @@ use thiserror::Error;
 
 use crate::digest::{Digest, DigestError, DigestReader};
 use crate::manifest::{Descriptor, RunConfig};
+use crate::reference::canonical_name;
 use crate::sparse::SparseWriter;
 
 /// The directory of images, if it is not in the cache.
@@ -258,10 +259,7 @@ impl ImageStore {
         let mut images = Vec::new();
         for entry in fs::read_dir(&dir).map_err(failed(&dir, "listed"))? {
             let name = entry.map_err(failed(&dir, "listed"))?.file_name();
-            let name = name.to_string_lossy();
-            let text =
-                name.strip_prefix("sha512-").map_or_else(|| format!("sha256:{name}"), |hex| format!("sha512:{hex}"));
-            if let Ok(digest) = text.parse() {
+            if let Some(digest) = digest_of_disk(&name.to_string_lossy()) {
                 images.extend(self.image(&digest)?);
             }
         }
@@ -325,7 +323,15 @@ impl ImageStore {
             Ok(bytes) => {
                 let References(names) =
                     serde_json::from_slice(&bytes).map_err(|source| ImageStoreError::Record { path, source })?;
-                Ok(names)
+                // Earlier versions named Docker Hub by its registry's host.
+                let (canonical, others): (BTreeMap<_, _>, _) =
+                    names.into_iter().partition(|(name, _)| canonical_name(name) == *name);
+                let mut all: BTreeMap<String, Digest> = others
+                    .into_iter()
+                    .map(|(name, digest): (String, Digest)| (canonical_name(&name), digest))
+                    .collect();
+                all.extend(canonical);
+                Ok(all)
             }
         }
     }
@@ -336,6 +342,15 @@ impl ImageStore {
         let bytes = serde_json::to_vec_pretty(&References(names)).unwrap_or_default();
         file.write_all(&bytes).map_err(failed(file.path(), "written"))?;
         self.settle(file, &self.root.join("references.json"))
+    }
+
+    /// Replaces the record of an image.
+    pub(crate) fn set_record(&self, _: &StoreLock, image: &Image) -> Result<(), ImageStoreError> {
+        let partial = self.partial();
+        let mut file = NamedTempFile::new_in(&partial).map_err(failed(&partial, "written"))?;
+        let bytes = serde_json::to_vec_pretty(image).unwrap_or_default();
+        file.write_all(&bytes).map_err(failed(file.path(), "written"))?;
+        self.settle(file, &self.disk_dir(&image.digest).join("image.json"))
     }
 
     /// Removes a disk. Its record goes first, so that a half-removed disk is not an image.
@@ -372,8 +387,13 @@ impl ImageStore {
     pub(crate) fn sweep_of(&self, lock: &StoreLock) -> Result<u64, ImageStoreError> {
         let (disks, mut bytes) = (self.root.join("disks"), 0);
         for entry in fs::read_dir(&disks).map_err(failed(&disks, "listed"))? {
-            let place = entry.map_err(failed(&disks, "listed"))?.path();
-            if !place.join("image.json").exists() {
+            let entry = entry.map_err(failed(&disks, "listed"))?;
+            let (place, record) = (entry.path(), entry.path().join("image.json"));
+            // Nothing else is a disk of this store.
+            if digest_of_disk(&entry.file_name().to_string_lossy()).is_none() {
+                continue;
+            }
+            if !record.try_exists().map_err(failed(&record, "found"))? {
                 bytes += fs::metadata(place.join("disk.ext4")).map_or(0, |disk| disk.blocks() * 512);
                 fs::remove_dir_all(&place).map_err(failed(&place, "removed"))?;
             }
@@ -396,6 +416,12 @@ impl ImageStore {
         }
         Ok(bytes)
     }
+}
+
+/// The digest of the image whose disk is in a directory of this name.
+fn digest_of_disk(name: &str) -> Option<Digest> {
+    let text = name.strip_prefix("sha512-").map_or_else(|| format!("sha256:{name}"), |hex| format!("sha512:{hex}"));
+    text.parse().ok()
 }
 
 fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), ImageStoreError> {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::expand::expand;
 use super::expose::{MAX_PORTS, ports};
 use super::{Command, Copy, Dockerfile, DockerfileError, Instruction, Placed};
+use crate::limits::MAX_PATH;
 use crate::manifest::RunConfig;
 
 type Texts = BTreeMap<String, String>;
@@ -32,7 +33,25 @@ const PLATFORM: [(&str, &str); 8] = [
 /// Whether an argument names a proxy. It needs no `ARG`.
 fn is_proxy(name: &str) -> bool {
     let proxies = ["HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "NO_PROXY", "ALL_PROXY"];
-    proxies.iter().any(|proxy| *proxy == name || proxy.to_ascii_lowercase() == name)
+    proxies.iter().any(|proxy| proxy.eq_ignore_ascii_case(name))
+}
+
+/// The variables of programs for the given proxies, as BuildKit's: programs read one spelling or the other. Words
+/// are not expanded with them, because their passwords do not belong into an image.
+fn proxies_of(given: &Texts) -> Texts {
+    let proxies = given.iter().filter(|(name, _)| is_proxy(name));
+    proxies
+        .flat_map(|(name, value)| {
+            [name.to_ascii_uppercase(), name.to_ascii_lowercase()].map(|name| (name, value.clone()))
+        })
+        .collect()
+}
+
+/// Counts a name and a value against the bytes that are left for all.
+fn take_room(room: &mut usize, name: &str, value: &str) -> Result<(), String> {
+    let too_many = || format!("all words together have at most {MAX_VARIABLES} bytes");
+    *room = room.checked_sub(name.len() + value.len()).ok_or_else(too_many)?;
+    Ok(())
 }
 
 /// Files to copy.
@@ -129,6 +148,8 @@ struct Builder<'a> {
     global: Texts,
     args: Texts,
     env: Texts,
+    /// Variables of programs alone, in both spellings.
+    proxies: Texts,
     /// The variables of a step. None after a change.
     variables: Option<Arc<Texts>>,
     config: RunConfig,
@@ -163,6 +184,7 @@ impl Dockerfile {
                 value.clone_from(given);
             }
         }
+        let mut room = MAX_VARIABLES;
         for (line, name, value) in &self.before {
             let value = match (given.get(name), value) {
                 (Some(given), _) => given.clone(),
@@ -170,6 +192,7 @@ impl Dockerfile {
                     .map_err(|why| DockerfileError::new(*line, "ARG", why))?,
                 (None, None) => continue,
             };
+            take_room(&mut room, name, &value).map_err(|why| DockerfileError::new(*line, "ARG", why))?;
             all.insert(name.clone(), value);
         }
         Ok(all)
@@ -200,12 +223,8 @@ impl Dockerfile {
         let mut builder = Builder {
             given,
             global,
-            // The programs of a build have these without an `ARG`.
-            args: given
-                .iter()
-                .filter(|(name, _)| is_proxy(name))
-                .map(|(name, value)| (name.clone(), value.clone()))
-                .collect(),
+            proxies: proxies_of(given),
+            args: Texts::new(),
             env: env.map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
             variables: None,
             config: base.clone(),
@@ -238,6 +257,7 @@ impl Builder<'_> {
             // ENV takes precedence over ARG.
             let mut all = self.args.clone();
             all.extend(self.env.clone());
+            all.extend(self.proxies.clone());
             Arc::new(all)
         };
         Arc::clone(self.variables.get_or_insert_with(merged))
@@ -280,6 +300,9 @@ impl Builder<'_> {
             Instruction::Workdir(path) => {
                 let path = self.expand(path)?;
                 self.workdir = below(&self.workdir, &path);
+                if self.workdir.len() > MAX_PATH {
+                    return Err(format!("a path has at most {MAX_PATH} bytes"));
+                }
                 let dir = self.workdir.clone();
                 self.step(placed, Action::MakeDir(dir))?;
             }
@@ -292,9 +315,13 @@ impl Builder<'_> {
             }
             Instruction::Env(pairs) => {
                 // The pairs of one instruction see only the variables before it.
-                let values: Result<Vec<_>, String> =
-                    pairs.iter().map(|(name, value)| Ok((name.clone(), self.expand(value)?))).collect();
-                self.env.extend(values?);
+                let (mut values, mut room) = (Vec::new(), MAX_VARIABLES);
+                for (name, value) in pairs {
+                    let value = self.expand(value)?;
+                    take_room(&mut room, name, &value)?;
+                    values.push((name.clone(), value));
+                }
+                self.env.extend(values);
                 self.changed()?;
             }
             Instruction::Arg(pairs) => {
@@ -345,7 +372,12 @@ impl Builder<'_> {
     }
 
     fn files(&self, copy: &Copy) -> Result<CopyFiles, String> {
-        let sources = copy.sources.iter().map(|source| self.expand(source)).collect::<Result<Vec<_>, _>>()?;
+        let (mut sources, mut room) = (Vec::new(), MAX_VARIABLES);
+        for source in &copy.sources {
+            let source = self.expand(source)?;
+            take_room(&mut room, "", &source)?;
+            sources.push(source);
+        }
         let to = self.expand(&copy.to)?;
         // A trailing `.` means the directory itself, even without a slash.
         let is_here = to.is_empty() || to == "." || to.ends_with("/.");

@@ -118,7 +118,15 @@ fn the_platform_and_proxies_are_arguments_of_every_build() {
         (of(0, "TARGETARCH"), of(1, "TARGETARCH"), of(1, "TARGETOS")),
         ("".into(), "amd64".into(), "mine".into())
     );
-    assert_eq!((of(0, "http_proxy"), of(1, "NO_PROXY")), ("http://p:1".into(), "b".into()));
+    for proxy in ["http_proxy", "HTTP_PROXY"] {
+        assert_eq!(of(0, proxy), "http://p:1");
+    }
+    assert_eq!((of(1, "NO_PROXY"), of(1, "no_proxy")), ("b".into(), "b".into()));
+    // Not in words: they could come into the image.
+    let file = Dockerfile::parse("FROM a\nENV U=x$http_proxy http_proxy=own\nRUN a").unwrap();
+    let own = file.plan(&base(), &given).unwrap();
+    assert_eq!((own.steps[0].env["U"].as_str(), own.steps[0].env["http_proxy"].as_str()), ("x", "http://p:1"));
+    assert!(own.config.env.contains(&"http_proxy=own".to_owned()), "{:?}", own.config.env);
     let config = file.plan(&base(), &given).unwrap().config;
     assert!(!config.env.iter().any(|one| one.contains("PROXY") || one.contains("http")), "{:?}", config.env);
 }
@@ -135,6 +143,14 @@ fn variables_and_steps_have_bounds() {
     assert_eq!(refused(&format!("FROM a\n{}", grow("ENV"))), 6);
     assert_eq!(refused(&format!("FROM a\n{}", grow("ARG"))), 6);
     assert_eq!(refused(&format!("FROM a\n{}", "RUN a\n".repeat(1001))), 1002);
+    // In one instruction, of one variable, before FROM, and in paths.
+    let many = "a=$X ".repeat(5);
+    assert_eq!(refused(&format!("FROM a\nENV X={long}\nENV {many}")), 3);
+    assert_eq!(refused(&format!("FROM a\nENV X={long}\nCOPY {} /d/", "$X ".repeat(5))), 3);
+    assert_eq!(refused(&format!("FROM a\n{}", format!("WORKDIR {}\n", "w".repeat(1000)).repeat(5))), 6);
+    let before: String = (0..5).map(|number| format!("ARG A{number}={long}\n")).collect();
+    let error = Dockerfile::parse(&format!("{before}FROM a")).unwrap().base(&pairs(&[])).unwrap_err();
+    assert!(error.line == 5 && error.why.contains("at most"), "{error}");
     // Steps without a change between them share their variables.
     let steps = plan("FROM a\nENV A=1\nRUN a\nRUN b\nARG B=2\nRUN c").steps;
     assert!(Arc::ptr_eq(&steps[0].env, &steps[1].env));

@@ -323,7 +323,8 @@ fn a_refused_image_leaves_no_content() {
     fs::remove_file(rig.path("layout/blobs/sha256").join(Digest::of(&missing.bytes).hex())).unwrap();
     assert!(chain(&rig.pull(&PullOptions::default()).unwrap_err()).contains("cannot be read"));
     assert!(content() > before);
-    let half = rig.store().root().join("disks/half");
+    fs::write(rig.store().root().join("disks/other"), "of somebody else").unwrap();
+    let half = rig.store().root().join("disks").join(Digest::of(b"half").hex());
     fs::create_dir(&half).unwrap();
     fs::write(half.join("disk.ext4"), [1; 8192]).unwrap();
     assert!(rig.store().sweep().unwrap() > 8192);

@@ -80,6 +80,27 @@ fn layers_of_dockers_archives_may_be_packed() {
     }
 }
 
+#[test]
+fn stores_of_earlier_versions_are_read() {
+    let rig = Rig::new();
+    let image = rig.pull_layers(&[Tar::default().file("a", b"1").end()]).unwrap();
+    // Docker Hub by its registry's host, and a record without all of the configuration.
+    let names = json!({"registry-1.docker.io/library/python:3": image.digest, "a.example/b:1": image.digest});
+    fs::write(rig.store().root().join("references.json"), names.to_string()).unwrap();
+    let names = rig.store().references().unwrap();
+    assert_eq!(names.keys().collect::<Vec<_>>(), ["a.example/b:1", "docker.io/library/python:3"]);
+    for text in ["registry-1.docker.io/library/python:3", "docker.io/python:3", "index.docker.io/library/python:3"] {
+        assert_eq!(rig.store().find(text).unwrap(), image, "{text}");
+    }
+    let record = rig.store().disk(&image.digest).with_file_name("image.json");
+    let mut old: serde_json::Value = serde_json::from_slice(&fs::read(&record).unwrap()).unwrap();
+    old["config"].as_object_mut().unwrap().remove("User").unwrap();
+    fs::write(&record, old.to_string()).unwrap();
+    assert_ne!(rig.store().image(&image.digest).unwrap().as_ref(), Some(&image));
+    assert_eq!(rig.pull(&PullOptions::default()).unwrap(), image);
+    assert_eq!(rig.store().image(&image.digest).unwrap(), Some(image));
+}
+
 /// A registry with one image, of `layout`'s, which asks for a token.
 fn serve(rig: &Rig) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
