@@ -39,7 +39,7 @@ impl Caller {
         let named = match basic_user(headers) {
             None => None,
             Some(name) => Some(
-                users::find(&name)
+                users::find_with_group(&name)
                     .ok_or_else(|| RpcError::new(Code::Unauthenticated, format_args!("invalid username: '{name}'")))?,
             ),
         };
@@ -64,16 +64,20 @@ impl Caller {
             return Ok(user.clone());
         }
         let name = agent.settings().user.clone();
-        users::find(&name)
+        users::find_with_group(&name)
             .ok_or_else(|| RpcError::new(Code::Unauthenticated, format_args!("invalid default user: '{name}'")))
     }
 }
 
-/// The user's name; there is no password.
+/// The user's name. There is no password: a group may stand in its place.
 fn basic_user(headers: &HeaderMap) -> Option<String> {
     let encoded = text(headers, AUTHORIZATION.as_str())?.strip_prefix("Basic ")?;
     let decoded = String::from_utf8(STANDARD.decode(encoded.trim()).ok()?).ok()?;
-    decoded.split_once(':').map(|(name, _)| name.to_owned())
+    let (name, group) = decoded.split_once(':')?;
+    match group.trim_end_matches(':') {
+        "" => Some(name.to_owned()),
+        group => Some(format!("{name}:{group}")),
+    }
 }
 
 /// The answer of a call that failed.

@@ -41,8 +41,19 @@ pub(crate) struct Program {
     pub(crate) files: Rlimit,
     /// Standard input, output and error. The agent's own where none is given.
     pub(crate) streams: [Option<OwnedFd>; 3],
-    /// Whether standard input is a terminal for a session of its own.
-    pub(crate) has_terminal: bool,
+    /// Its session.
+    pub(crate) session: ProgramSession,
+}
+
+/// The session of a program. Each has a process group of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ProgramSession {
+    /// Of its own, without a terminal.
+    Own,
+    /// Of its own, with standard input as its terminal.
+    OnTerminal,
+    /// The agent's, whose terminal is standard input, in the foreground there.
+    Foreground,
 }
 
 /// The limit of open files at the agent's start, which its children get.
@@ -104,14 +115,21 @@ impl Program {
             owner: is_other.then(|| (Uid::from_raw(user.uid), Gid::from_raw(user.gid))),
             files: first_file_limit(),
             streams: [None, None, None],
-            has_terminal: false,
+            session: ProgramSession::Own,
         })
     }
 
     /// Gives the process a session of its own on the terminal `slave`.
     pub(crate) fn on_terminal(&mut self, slave: OwnedFd) -> io::Result<()> {
         self.streams = [Some(slave.try_clone()?), Some(slave.try_clone()?), Some(slave)];
-        self.has_terminal = true;
+        self.session = ProgramSession::OnTerminal;
+        Ok(())
+    }
+
+    /// Puts the process into the foreground of the agent's terminal.
+    pub(crate) fn in_foreground(&mut self, terminal: OwnedFd) -> io::Result<()> {
+        self.on_terminal(terminal)?;
+        self.session = ProgramSession::Foreground;
         Ok(())
     }
 

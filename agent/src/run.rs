@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::process::ExitCode;
+use std::process::{ExitCode, ExitStatus};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::process::Pid;
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot::Receiver;
 
 use crate::agent::Agent;
 use crate::forward;
@@ -113,7 +114,7 @@ async fn live(options: Options, is_init: bool, entrypoint: Option<Entrypoint>) -
     if is_init {
         return Err(end_guest(&agent, grace).await);
     }
-    agent.end_processes().await;
+    agent.end_processes(grace).await;
     for path in options.unix.iter().chain(&options.forward_unix) {
         // Another agent may have bound the path meanwhile.
         let _ = std::fs::remove_file(path);
@@ -121,39 +122,47 @@ async fn live(options: Options, is_init: bool, entrypoint: Option<Entrypoint>) -
     Ok(())
 }
 
-/// The terminal behind the console, for a session of the entrypoint: Ctrl-C and job control need one. None if
-/// the console is no terminal, or the agent is not PID 1.
+/// The terminal behind the console, on which the entrypoint is in the foreground: Ctrl-C and job control need one.
+/// It is the agent's, which outlives the entrypoint: the end of a session hangs its terminal up, and output that is
+/// on its way would be lost. None if the console is no terminal, or the agent is not PID 1.
 fn console() -> Option<OwnedFd> {
     let is_init = std::process::id() == 1;
     let active = std::fs::read_to_string("/sys/class/tty/console/active").ok().filter(|_| is_init)?;
     let path = format!("/dev/{}", active.split_whitespace().last()?);
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let console = rustix::fs::open(&path, flags, Mode::empty());
+    let console = rustix::fs::open(&path, flags, Mode::empty()).and_then(|console| {
+        // PID 1 leads no session that it was started in.
+        let _ = rustix::process::setsid();
+        rustix::process::ioctl_tiocsctty(&console)?;
+        Ok(console)
+    });
     console.inspect_err(|error| log!("{path}: {error}")).ok()
 }
 
 impl Agent {
-    /// Runs the entrypoint beside the agent, on the console.
-    async fn run_entrypoint(&self, entrypoint: Entrypoint) {
+    /// Starts the entrypoint. The receiver gets its exit status.
+    fn start_entrypoint(&self, entrypoint: &Entrypoint, program: &str) -> io::Result<(u32, Receiver<ExitStatus>)> {
         let name = entrypoint.user.as_deref().unwrap_or("root");
-        let Some(user) = users::find_with_group(name) else {
-            log!("the entrypoint's user {name:?} is not known");
-            return;
-        };
-        let Some((program, args)) = entrypoint.args.split_first() else { return };
+        let unknown = || io::Error::new(io::ErrorKind::NotFound, format!("the user {name:?} is not known"));
+        let user = users::find_with_group(name).ok_or_else(unknown)?;
         let none = BTreeMap::new();
         let spawn_env = SpawnEnv { user: &user, envs: &none, workdir: None };
         let cwd = Path::new(entrypoint.cwd.as_deref().unwrap_or("/"));
         let _ = std::fs::create_dir_all(cwd);
-        let (mut env, console) = (entrypoint.env, console());
+        let (mut env, console) = (entrypoint.env.clone(), console());
         if console.is_some() {
             env.entry("TERM".to_owned()).or_insert_with(|| CONSOLE_TERM.to_owned());
         }
-        let started = Program::new(program, args, &env, cwd, &spawn_env).and_then(|mut program| {
-            console.map_or(Ok(()), |console| program.on_terminal(console))?;
-            self.children.spawn(&program)
-        });
-        let (code, text) = match started {
+        let args = entrypoint.args.get(1..).unwrap_or_default();
+        let mut program = Program::new(program, args, &env, cwd, &spawn_env)?;
+        console.map_or(Ok(()), |console| program.in_foreground(console))?;
+        self.children.spawn(&program)
+    }
+
+    /// Runs the entrypoint beside the agent, on the console.
+    async fn run_entrypoint(&self, entrypoint: Entrypoint) {
+        let Some(program) = entrypoint.args.first() else { return };
+        let (code, text) = match self.start_entrypoint(&entrypoint, program) {
             Ok((pid, end)) => {
                 let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
                 let signal = entrypoint.stop_signal.unwrap_or(libc::SIGTERM);

@@ -13,7 +13,7 @@ use crate::log::log;
 /// Default time between SIGTERM and SIGKILL.
 pub(crate) const GRACE: Duration = Duration::from_secs(5);
 /// Most time that the host may give programs to end in.
-const MAX_GRACE: Duration = Duration::from_secs(3600);
+const MAX_GRACE: Duration = Duration::from_secs(86_400);
 const POLL: Duration = Duration::from_millis(20);
 
 impl Agent {
@@ -43,7 +43,7 @@ impl Agent {
     }
 
     /// Ends the processes that clients have started, in order.
-    pub(crate) async fn end_processes(&self) {
+    pub(crate) async fn end_processes(&self, grace: Duration) {
         let list = self.processes.list();
         let groups: Vec<Pid> = list.iter().filter_map(|info| Pid::from_raw(i32::try_from(info.pid).ok()?)).collect();
         let send = |signal| {
@@ -54,7 +54,7 @@ impl Agent {
         };
         send(Signal::TERM);
         let begun = Instant::now();
-        while begun.elapsed() < GRACE && groups.iter().any(|group| test_kill_process_group(*group).is_ok()) {
+        while begun.elapsed() < grace && groups.iter().any(|group| test_kill_process_group(*group).is_ok()) {
             tokio::time::sleep(POLL).await;
         }
         send(Signal::KILL);
@@ -70,19 +70,19 @@ fn is_alone() -> bool {
     !others.any(|pid| pid != own && std::fs::read_link(format!("/proc/{pid}/exe")).is_ok())
 }
 
-/// Ends all other processes, the agent being PID 1.
-pub(crate) async fn end_programs() {
+/// Ends all other processes, the agent being PID 1. They have `grace` to end in order.
+pub(crate) async fn end_programs(grace: Duration) {
     let all = |signal| Pid::from_raw(-1).map(|all| kill_process(all, signal));
     // There may be no processes.
     let _ = all(Signal::TERM);
-    await_alone().await;
+    await_alone(grace).await;
     let _ = all(Signal::KILL);
-    await_alone().await;
+    await_alone(GRACE).await;
 }
 
-async fn await_alone() {
+async fn await_alone(limit: Duration) {
     let begun = Instant::now();
-    while begun.elapsed() < GRACE && !is_alone() {
+    while begun.elapsed() < limit && !is_alone() {
         tokio::time::sleep(POLL).await;
     }
 }
@@ -91,8 +91,10 @@ async fn await_alone() {
 /// Clade, even if the kernel cannot switch it off and would halt instead.
 pub(crate) async fn end_guest(agent: &Agent, grace: Duration) -> io::Error {
     log!("the guest ends");
+    let begun = Instant::now();
     agent.end_entrypoint(grace).await;
-    end_programs().await;
+    // The host cuts the power when its time is over, and files are synced before.
+    end_programs(grace.saturating_sub(begun.elapsed())).await;
     rustix::fs::sync();
     match rustix::system::reboot(RebootCommand::Restart) {
         Ok(()) => io::Error::other("the guest goes on after its end"),

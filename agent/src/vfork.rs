@@ -17,7 +17,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{DumpableBehavior, Pid, Resource, WaitOptions, set_dumpable_behavior, setrlimit, waitpid};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
-use crate::program::Program;
+use crate::program::{Program, ProgramSession};
 
 /// Bytes of a child's stack: its steps need a few hundred.
 const STACK_SIZE: usize = 64 << 10;
@@ -135,7 +135,7 @@ extern "C" fn child(plan: *mut c_void) -> c_int {
     unsafe { libc::_exit(NOT_STARTED) }
 }
 
-/// The steps before exec: the streams; a session and a terminal, or a group of its own; then the
+/// The steps before exec: the streams; a session, and a terminal for some; then the
 /// user; then the directory, because the user must be allowed to enter it.
 ///
 /// They only make system calls, on values made before. The child has one thread, so settings of the
@@ -149,11 +149,19 @@ fn prepare(program: &Program) -> Result<(), Errno> {
             return Err(last_error());
         }
     }
-    if program.has_terminal {
-        rustix::process::setsid()?;
-        rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
-    } else {
-        rustix::process::setpgid(None::<Pid>, None::<Pid>)?;
+    match program.session {
+        ProgramSession::Own => {
+            rustix::process::setsid()?;
+        }
+        ProgramSession::OnTerminal => {
+            rustix::process::setsid()?;
+            rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
+        }
+        ProgramSession::Foreground => {
+            rustix::process::setpgid(None::<Pid>, None::<Pid>)?;
+            // SIGTTOU, which this causes from the background, is blocked.
+            rustix::termios::tcsetpgrp(rustix::stdio::stdin(), rustix::process::getpid())?;
+        }
     }
     default_signals();
     // The process also runs without these.

@@ -158,13 +158,13 @@ impl ImageStore {
 
 impl ImageStore {
     /// The image with all of its configuration that this version reads: the record of an earlier one may lack some.
-    fn with_config(&self, lock: &StoreLock, image: Image) -> Result<Image, PullError> {
+    fn with_config(&self, lock: &StoreLock, mut image: Image) -> Result<Image, PullError> {
         let config = image.blobs.get(1).and_then(|config| self.read_blob(config).ok());
         let Some(config) = config.and_then(|bytes| ImageConfig::parse(&bytes).ok()) else { return Ok(image) };
         if config.run == image.config {
             return Ok(image);
         }
-        let image = Image { config: config.run, ..image };
+        image.config = config.run;
         self.set_record(lock, &image)?;
         Ok(image)
     }

@@ -13,7 +13,7 @@ use crate::http::{Answer, Reply, http_error, no_content};
 use crate::layer::{Files, LayerError, Pieces, chain, write_archive};
 use crate::lock::lock;
 use crate::log::log;
-use crate::shutdown::end_programs;
+use crate::shutdown::{GRACE, end_programs};
 
 /// Longer than a tick of any kernel, in which all changes have the same change time.
 const TICK: Duration = Duration::from_millis(50);
@@ -38,7 +38,7 @@ impl Agent {
     /// first, so that no file changes while it is read.
     pub(crate) async fn layer(&self) -> Reply {
         if std::process::id() == 1 {
-            end_programs().await;
+            end_programs(GRACE).await;
         }
         let baseline = lock(&self.layer).take();
         let listed = on_a_thread(move || {

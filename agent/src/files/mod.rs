@@ -54,7 +54,7 @@ impl Wanted {
         signed.check(token.as_ref(), &head.headers).map_err(|why| (StatusCode::UNAUTHORIZED, why.to_owned()))?;
         let name = username.unwrap_or(default);
         let unknown = || (StatusCode::UNAUTHORIZED, format!("error looking up user '{name}': unknown user {name}"));
-        let user = users::find(&name).ok_or_else(unknown)?;
+        let user = users::find_with_group(&name).ok_or_else(unknown)?;
         let octal = |text: String| u32::from_str_radix(&text, 8).ok().filter(|mode| *mode <= 0o7777);
         let mode =
             of("mode").map(|text| octal(text).ok_or_else(|| bad("mode: an octal number is wanted"))).transpose()?;

@@ -68,7 +68,9 @@ impl Entrypoint {
     fn new(config: &RunConfig, command: &[String], flags: &ProgramFlags) -> Self {
         // The image's arguments are those of its own entrypoint.
         let (entrypoint, own) = match &flags.entrypoint {
-            Some(entrypoint) => (vec![entrypoint.clone()], &[][..]),
+            Some(entrypoint) => {
+                (Some(entrypoint).filter(|word| !word.is_empty()).cloned().into_iter().collect(), &[][..])
+            }
             None => (config.entrypoint.clone(), &config.cmd[..]),
         };
         let cmd = if command.is_empty() { own } else { command };
@@ -76,7 +78,7 @@ impl Entrypoint {
         let variables = config.env.iter().filter_map(|variable| variable.split_once('='));
         let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
         Self {
-            args: entrypoint.iter().chain(cmd).filter(|word| !word.is_empty()).cloned().collect(),
+            args: entrypoint.iter().chain(cmd).cloned().collect(),
             env: variables.chain(flags.env.iter().cloned()).collect(),
             cwd: flags.workdir.clone().or_else(|| given(&config.working_dir)),
             user: flags.user.clone().or_else(|| given(&config.user)),
@@ -140,8 +142,9 @@ impl ImageVm {
 
     /// The same for a VM whose agent starts no program.
     pub(super) fn idle(args: &RunArgs, tools: &Tools, (store, image): (&ImageStore, &Image)) -> Result<Self, Failure> {
-        let entrypoint =
-            Entrypoint { args: Vec::new(), power_off: false, ..Entrypoint::new(&image.config, &[], &args.program) };
+        let own = Entrypoint::new(&image.config, &[], &args.program);
+        // Programs of a build name their directory, and sandboxes of a template have the template's.
+        let entrypoint = Entrypoint { args: Vec::new(), cwd: None, power_off: false, ..own };
         Self::of(args, tools, &store.disk(&image.digest), &entrypoint)
     }
 
@@ -281,7 +284,8 @@ mod tests {
         assert_eq!(own.env, BTreeMap::from(env));
         assert_eq!(Entrypoint::new(&config, &[], &flags).args, ["/bin/sh"], "cmd is the image's own entrypoint's");
         let flags = ProgramFlags { entrypoint: Some(String::new()), ..ProgramFlags::default() };
-        assert_eq!(Entrypoint::new(&config, &["x".into()], &flags).args, ["x"], "no entrypoint");
+        let words = ["x", "", "y"].map(str::to_owned);
+        assert_eq!(Entrypoint::new(&config, &words, &flags).args, words, "no entrypoint");
     }
 
     #[test]

@@ -232,11 +232,16 @@ fn settings_of_docker(images: &Images, name: &str, (linux, agent): (&Path, &Path
     assert_eq!(seen, expected);
     let seen = exec(&["-u", "7"], "echo $HOME $(id -g); echo error > /dev/stderr; echo output > /dev/stdout");
     assert_eq!(seen, "/srv 7\noutput\n", "a number of /etc/passwd");
+    assert_eq!(exec(&["-u", "1000:20"], "id -u; id -G"), "1000\n20\n");
     let stopped = images.clade(&["stop", "other", "--graceful", "1h", "--json"]);
     assert_eq!(stopped.json()["shutdown"]["by_itself"], true, "{stopped:?}");
     let ended = images.clade(&["ps", "-a", "--json"]).json();
     let ended = ended["ended"].as_array().unwrap().iter().find(|vm| vm["name"] == "other").unwrap().clone();
     assert_eq!(ended["stopped"]["status"], 9, "{ended}");
+    let mut unknown = images.command(&["run", "--image", name, "--mem", "128M", "--name", "unknown", "--no-terminal"]);
+    unknown.args(["-u", "nosuch", "--kernel"]).arg(linux.join("vmlinux")).env("CLADE_AGENT", agent);
+    let unknown = Answer::from(unknown.output().unwrap());
+    assert!(unknown.code == Some(127) && unknown.stderr.contains("nosuch"), "{unknown:?}");
 }
 
 #[test]

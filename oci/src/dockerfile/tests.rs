@@ -123,8 +123,8 @@ fn the_platform_and_proxies_are_arguments_of_every_build() {
     }
     assert_eq!((of(1, "NO_PROXY"), of(1, "no_proxy")), ("b".into(), "b".into()));
     // Not in words: they could come into the image.
-    let file = Dockerfile::parse("FROM a\nENV U=x$http_proxy http_proxy=own\nRUN a").unwrap();
-    let own = file.plan(&base(), &given).unwrap();
+    let other = Dockerfile::parse("FROM a\nENV U=x$http_proxy http_proxy=own\nRUN a").unwrap();
+    let own = other.plan(&base(), &given).unwrap();
     assert_eq!((own.steps[0].env["U"].as_str(), own.steps[0].env["http_proxy"].as_str()), ("x", "http://p:1"));
     assert!(own.config.env.contains(&"http_proxy=own".to_owned()), "{:?}", own.config.env);
     let config = file.plan(&base(), &given).unwrap().config;

@@ -81,7 +81,7 @@ impl Recipe {
         pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
     }
 
-    /// Returns the user of programs. The agent knows no group of a request.
+    /// Returns the user of programs.
     pub(in crate::commands) fn user(&self) -> &str {
         user(&self.plan.config.user)
     }
@@ -114,12 +114,9 @@ pub(super) fn of_step(step: &BuildStep, failure: Failure) -> Failure {
     failure.named(&format!("line {}: {}", step.line, step.instruction))
 }
 
-/// Returns the user without the group that an image may name behind a colon.
+/// Returns the user of an image, with the group that it may name behind a colon.
 pub(super) fn user(text: &str) -> &str {
-    match text.split_once(':').map_or(text, |(user, _)| user) {
-        "" => "root",
-        user => user,
-    }
+    if text.is_empty() { "root" } else { text }
 }
 
 pub(in crate::commands) fn shell(text: &str) -> Vec<String> {
