@@ -92,9 +92,9 @@ async fn live(options: Options, is_init: bool, entrypoint: Option<Entrypoint>) -
             let mut settings = agent.settings();
             settings.envs = Arc::new(entrypoint.env.clone());
             settings.workdir.clone_from(&entrypoint.cwd);
-            // Images may refer to directories that do not exist yet. The start of a program reports any error.
-            entrypoint.cwd.iter().for_each(|cwd| drop(std::fs::create_dir_all(cwd)));
         }
+        // Images may refer to directories that do not exist yet. The start of a program reports any error.
+        entrypoint.cwd.iter().for_each(|cwd| drop(std::fs::create_dir_all(cwd)));
         let agent = Arc::clone(&agent);
         tokio::spawn(async move { agent.run_entrypoint(entrypoint).await });
     }
@@ -148,7 +148,6 @@ impl Agent {
         let none = BTreeMap::new();
         let spawn_env = SpawnEnv { user: &user, envs: &none, workdir: None };
         let cwd = Path::new(entrypoint.cwd.as_deref().unwrap_or("/"));
-        let _ = std::fs::create_dir_all(cwd);
         let (mut env, console) = (entrypoint.env.clone(), console());
         if console.is_some() {
             env.entry("TERM".to_owned()).or_insert_with(|| CONSOLE_TERM.to_owned());

@@ -33,8 +33,8 @@ impl Agent {
     async fn end_entrypoint(&self, grace: Duration) {
         let entrypoint = || *lock(&self.entrypoint);
         let Some((pid, signal)) = entrypoint() else { return };
-        // SAFETY: sends a signal, which may be one of the real-time ones. The process may have ended already: PID 1
-        // has not reaped it then, or its number is not used again so soon.
+        // SAFETY: the call takes two numbers and touches no memory. The signal may be a real-time one, which rustix
+        // does not name.
         unsafe { libc::kill(pid.as_raw_nonzero().get(), signal) };
         let begun = Instant::now();
         while begun.elapsed() < grace && entrypoint().is_some() {

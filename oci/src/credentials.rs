@@ -12,7 +12,7 @@ use serde::Deserialize;
 use thiserror::Error;
 use zeroize::Zeroizing;
 
-use crate::reference::{DOCKER_HUB, DOCKER_HUB_HOSTS};
+use crate::reference::{DOCKER_HUB, is_docker_hub};
 
 /// The directory of docker's configuration, if it is not `.docker` in the home directory.
 pub const DOCKER_CONFIG_VARIABLE: &str = "DOCKER_CONFIG";
@@ -93,8 +93,7 @@ fn host_of(key: &str) -> &str {
 /// Whether a key of "auths" is of the registry `host`.
 fn is_key_of(key: &str, host: &str) -> bool {
     let key = host_of(key);
-    let is_hub = |name: &str| host == DOCKER_HUB && name.eq_ignore_ascii_case(key);
-    key.eq_ignore_ascii_case(host) || DOCKER_HUB_HOSTS.iter().any(|name| is_hub(name))
+    key.eq_ignore_ascii_case(host) || host == DOCKER_HUB && is_docker_hub(&key.to_ascii_lowercase())
 }
 
 impl Credentials {

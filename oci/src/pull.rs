@@ -154,9 +154,7 @@ impl ImageStore {
         self.set_references(lock, names)?;
         Ok(image)
     }
-}
 
-impl ImageStore {
     /// The image with all of its configuration that this version reads: the record of an earlier one may lack some.
     fn with_config(&self, lock: &StoreLock, mut image: Image) -> Result<Image, PullError> {
         let config = image.blobs.get(1).and_then(|config| self.read_blob(config).ok());

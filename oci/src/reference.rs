@@ -12,11 +12,15 @@ use crate::digest::Digest;
 pub const REGISTRY_VARIABLE: &str = "CLADE_REGISTRY";
 /// Docker Hub in the names of images, which is the host of none of its servers.
 pub(crate) const DOCKER_HUB: &str = "docker.io";
-/// Other names of Docker Hub: of its index, the key of its credentials in docker's configuration, and of
-/// its registry.
-pub(crate) const DOCKER_HUB_HOSTS: &[&str] = &["index.docker.io", DOCKER_HUB_REGISTRY];
+/// The host of Docker Hub's index, the key of its credentials in docker's configuration.
+const DOCKER_HUB_INDEX: &str = "index.docker.io";
 /// The host of Docker Hub's registry.
 pub(crate) const DOCKER_HUB_REGISTRY: &str = "registry-1.docker.io";
+
+/// Whether a host of a name means Docker Hub.
+pub(crate) fn is_docker_hub(host: &str) -> bool {
+    [DOCKER_HUB, DOCKER_HUB_INDEX, DOCKER_HUB_REGISTRY].contains(&host)
+}
 
 /// A text that is not a reference to an image.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -80,8 +84,8 @@ pub enum Reference {
 
 /// The name of an image in a store, if that names Docker Hub as this version does; else the name itself.
 pub(crate) fn canonical_name(name: &str) -> String {
-    let is_other_hub =
-        DOCKER_HUB_HOSTS.iter().any(|host| name.strip_prefix(host).is_some_and(|rest| rest.starts_with('/')));
+    let is_other = |host: &str| host != DOCKER_HUB && is_docker_hub(host);
+    let is_other_hub = name.split_once('/').is_some_and(|(host, _)| is_other(host));
     let reference = is_other_hub.then(|| Reference::parse(name, None).ok()).flatten();
     reference.map_or_else(|| name.to_owned(), |reference| reference.to_string())
 }
@@ -174,7 +178,7 @@ impl Reference {
         if !is_name(&name) {
             return Err(bad("a repository is lower-case letters, digits, and ._- within its parts"));
         }
-        let (host, name) = match DOCKER_HUB_HOSTS.contains(&host) || host == DOCKER_HUB {
+        let (host, name) = match is_docker_hub(host) {
             // Docker's own images have short names.
             true if !name.contains('/') => (DOCKER_HUB, format!("library/{name}")),
             true => (DOCKER_HUB, name),

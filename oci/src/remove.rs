@@ -118,9 +118,7 @@ impl ImageStore {
         let bytes = self.sweep_of(&lock)?;
         Ok(Removed { image: Some(digest), names: gone, bytes })
     }
-}
 
-impl ImageStore {
     /// Removes content of no image: of pulls that failed, and of removals that did not end. Returns the bytes
     /// freed.
     ///

@@ -323,34 +323,36 @@ impl ImageStore {
             Ok(bytes) => {
                 let References(names) =
                     serde_json::from_slice(&bytes).map_err(|source| ImageStoreError::Record { path, source })?;
-                // Earlier versions named Docker Hub by its registry's host.
-                let (canonical, others): (BTreeMap<_, _>, _) =
-                    names.into_iter().partition(|(name, _)| canonical_name(name) == *name);
-                let mut all: BTreeMap<String, Digest> = others
-                    .into_iter()
-                    .map(|(name, digest): (String, Digest)| (canonical_name(&name), digest))
-                    .collect();
-                all.extend(canonical);
+                // Earlier versions named Docker Hub by its registry's host. This version's name comes first.
+                let mut all = BTreeMap::new();
+                for (name, digest) in names {
+                    let canonical = canonical_name(&name);
+                    if canonical == name {
+                        all.insert(name, digest);
+                    } else {
+                        all.entry(canonical).or_insert(digest);
+                    }
+                }
                 Ok(all)
             }
         }
     }
 
     pub(crate) fn set_references(&self, _: &StoreLock, names: BTreeMap<String, Digest>) -> Result<(), ImageStoreError> {
-        let partial = self.partial();
-        let mut file = NamedTempFile::new_in(&partial).map_err(failed(&partial, "written"))?;
-        let bytes = serde_json::to_vec_pretty(&References(names)).unwrap_or_default();
-        file.write_all(&bytes).map_err(failed(file.path(), "written"))?;
-        self.settle(file, &self.root.join("references.json"))
+        self.replace_document(&References(names), &self.root.join("references.json"))
     }
 
     /// Replaces the record of an image.
     pub(crate) fn set_record(&self, _: &StoreLock, image: &Image) -> Result<(), ImageStoreError> {
+        self.replace_document(image, &self.disk_dir(&image.digest).join("image.json"))
+    }
+
+    fn replace_document(&self, document: &impl Serialize, path: &Path) -> Result<(), ImageStoreError> {
         let partial = self.partial();
         let mut file = NamedTempFile::new_in(&partial).map_err(failed(&partial, "written"))?;
-        let bytes = serde_json::to_vec_pretty(image).unwrap_or_default();
+        let bytes = serde_json::to_vec_pretty(document).unwrap_or_default();
         file.write_all(&bytes).map_err(failed(file.path(), "written"))?;
-        self.settle(file, &self.disk_dir(&image.digest).join("image.json"))
+        self.settle(file, path)
     }
 
     /// Removes a disk. Its record goes first, so that a half-removed disk is not an image.

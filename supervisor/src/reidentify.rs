@@ -4,7 +4,6 @@
 //! Children requested as *ready* are activated once all are ready, or none is (I13).
 
 use std::convert::Infallible;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -232,8 +231,12 @@ impl Supervisor {
     pub(crate) async fn end_by_agent(&self, name: &str, request: StopRequest) -> Infallible {
         let grace = request.graceful_s.and_then(|grace| Duration::try_from_secs_f64(grace).ok());
         if let Some(grace) = grace
-            && let Ok(Some(socket)) = self.socket_of_button(name).await
+            && let Ok(vm_record) = self.record_of(name).await
+            // Without a power button the request is refused.
+            && vm_record.template.config.has_acpi()
+            && let Some(vsock) = vm_record.identity.vsock
         {
+            let socket = vsock.socket;
             let agent = Agent::new(Endpoint::Vsock { socket, port: PORT }).with_patience(ATTEMPT, MAX_PATIENCE);
             // The rest is for its files, and its kernel.
             if let Err(error) = agent.shut_down(Some(grace.mul_f64(AGENTS_PART))).await {
@@ -243,15 +246,10 @@ impl Supervisor {
         std::future::pending().await
     }
 
-    /// Returns the socket to the agent of a VM with a power button. Without one the request is refused.
-    async fn socket_of_button(&self, name: &str) -> Result<Option<PathBuf>, ApiError> {
+    /// Reads the record of a VM on a thread for files.
+    pub(crate) async fn record_of(&self, name: &str) -> Result<VmRecord, ApiError> {
         let (supervisor, vm) = (self.clone(), name.to_owned());
-        let socket = on_a_thread(THREAD_PATIENCE, move || {
-            let vm_record = VmRecord::expect(&supervisor.0.dir, &vm)?;
-            let has_button = vm_record.template.config.has_acpi();
-            Ok::<_, DaemonError>(vm_record.identity.vsock.map(|vsock| vsock.socket).filter(|_| has_button))
-        });
-        Ok(socket.await??)
+        Ok(on_a_thread(THREAD_PATIENCE, move || VmRecord::expect(&supervisor.0.dir, &vm)).await??)
     }
 
     /// Lets a new VM run that was made paused.
@@ -264,13 +262,9 @@ impl Supervisor {
     /// The same as [`Self::reidentify`] for one of `count` new VMs.
     async fn reidentify_among(&self, name: &str, count: usize) -> Result<ReadyAnswer, ApiError> {
         let limits = TimeLimits::of(count);
-        let (supervisor, vm) = (self.clone(), name.to_owned());
-        let socket = on_a_thread(THREAD_PATIENCE, move || {
-            let vm_record = VmRecord::expect(&supervisor.0.dir, &vm)?;
-            expect_reachable(&vm, &vm_record.template.config)?;
-            Ok::<_, DaemonError>(vm_record.identity.vsock.map(|vsock| vsock.socket))
-        });
-        let socket = socket.await??.ok_or_else(|| not_ready(name, "it has no socket"))?;
+        let vm_record = self.record_of(name).await?;
+        expect_reachable(name, &vm_record.template.config)?;
+        let socket = vm_record.identity.vsock.ok_or_else(|| not_ready(name, "it has no socket"))?.socket;
         let agent = Agent::new(Endpoint::Vsock { socket, port: PORT }).with_patience(ATTEMPT, MAX_PATIENCE);
         // Each attempt has its own time of day.
         let agent = agent.with_one_attempt();

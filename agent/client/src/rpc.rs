@@ -176,7 +176,7 @@ impl Client {
         self.plain("POST", "/clade/layer/begin", Vec::new()).await.map(drop)
     }
 
-    /// Has the guest end in order. Its entrypoint has the time `grace` to end in, if given.
+    /// Has the guest end in order. Its programs have the time `grace` to end in, if given.
     ///
     /// # Errors
     /// When there is no agent, or it refuses.

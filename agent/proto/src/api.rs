@@ -81,7 +81,8 @@ pub struct HttpError {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Shutdown {
-    /// Time in milliseconds that the entrypoint has to end in. Left out, the agent decides.
+    /// Time in milliseconds that the entrypoint, and then the other programs, have to end in. Left out, the
+    /// agent decides.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub grace_ms: Option<u64>,
 }

@@ -66,15 +66,13 @@ struct Entrypoint {
 
 impl Entrypoint {
     fn new(config: &RunConfig, command: &[String], flags: &ProgramFlags) -> Self {
+        let given = |text: &String| Some(text.clone()).filter(|text| !text.is_empty());
         // The image's arguments are those of its own entrypoint.
         let (entrypoint, own) = match &flags.entrypoint {
-            Some(entrypoint) => {
-                (Some(entrypoint).filter(|word| !word.is_empty()).cloned().into_iter().collect(), &[][..])
-            }
+            Some(entrypoint) => (given(entrypoint).into_iter().collect(), &[][..]),
             None => (config.entrypoint.clone(), &config.cmd[..]),
         };
         let cmd = if command.is_empty() { own } else { command };
-        let given = |text: &String| Some(text.clone()).filter(|text| !text.is_empty());
         let variables = config.env.iter().filter_map(|variable| variable.split_once('='));
         let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
         Self {

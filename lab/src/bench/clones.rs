@@ -191,18 +191,17 @@ impl Bench {
             times.prepared.push(took.as_secs_f64() * 1e3);
             self.stop(&answer.children)?;
 
-            let begun = Instant::now();
-            let mut clones = Vec::with_capacity(count);
-            for _ in 0..if count > MOST_IN_ONE_PROCESS { 0 } else { count } {
-                let (clone, _) = announced_clone(&self.context, &self.image)?;
-                // Paused like the others: it would take a processor from those still to be made.
-                clone.pause().map_err(Failure::run)?;
-                clones.push(clone);
-            }
-            if !clones.is_empty() {
+            if count <= MOST_IN_ONE_PROCESS {
+                let begun = Instant::now();
+                let mut clones = Vec::with_capacity(count);
+                for _ in 0..count {
+                    let (clone, _) = announced_clone(&self.context, &self.image)?;
+                    // Paused like the others: it would take a processor from those still to be made.
+                    clone.pause().map_err(Failure::run)?;
+                    clones.push(clone);
+                }
                 times.one_process.push(begun.elapsed().as_secs_f64() * 1e3);
             }
-            drop(clones);
             if !with_limit {
                 continue;
             }

@@ -150,15 +150,15 @@ pub(crate) struct Tree {
     /// None for a removed node.
     nodes: Vec<Option<Node>>,
     free: Vec<NodeId>,
-    /// Most nodes. Entries alone are no bound: one may imply many directories.
-    most: u64,
+    /// Most nodes below the root. Entries alone are no bound: one may imply many directories.
+    entries: u64,
 }
 
 impl Tree {
     /// A tree that consists of the root, for an image of these limits.
     pub(crate) fn new(limits: &ImageLimits) -> Self {
         let root = Node { meta: Meta::implied(), content: Content::Dir(BTreeMap::new()), links: 1 };
-        Self { nodes: vec![Some(root)], free: Vec::new(), most: limits.entries.saturating_add(1) }
+        Self { nodes: vec![Some(root)], free: Vec::new(), entries: limits.entries }
     }
 
     /// The node of a name.
@@ -191,7 +191,7 @@ impl Tree {
                 self.nodes[id] = Some(node);
                 Ok(id)
             }
-            None if self.nodes.len() as u64 >= self.most => Err(LimitError::Entries(self.most - 1)),
+            None if self.nodes.len() as u64 > self.entries => Err(LimitError::Entries(self.entries)),
             None => {
                 self.nodes.push(Some(node));
                 Ok(self.nodes.len() - 1)

@@ -9,7 +9,6 @@ use clade_api::{
 };
 
 use crate::reidentify::PendingVms;
-use crate::vm_record::VmRecord;
 use crate::{Supervisor, suspend};
 
 /// Maximum number of directories allowed for the parents of a snapshot.
@@ -100,8 +99,7 @@ impl Supervisor {
         let activation = Activation::of(&mut request)?;
         if request.ready {
             // Before the wait for a permit.
-            let (supervisor, name) = (self.clone(), vm.clone());
-            on_a_thread(THREAD_PATIENCE, move || VmRecord::expect(&supervisor.0.dir, &name)).await??;
+            self.record_of(&vm).await?;
         }
         let fork = async {
             // After that wait: a request that waits keeps no other from the VM's image.

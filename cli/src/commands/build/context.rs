@@ -51,7 +51,7 @@ pub(super) struct BuildContext {
     ignore: Ignore,
 }
 
-fn named(path: &Path) -> impl FnOnce(io::Error) -> Failure {
+pub(super) fn named(path: &Path) -> impl FnOnce(io::Error) -> Failure {
     let name = path.display().to_string();
     move |error| Failure::input(anyhow::Error::new(error).context(name))
 }

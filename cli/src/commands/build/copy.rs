@@ -8,7 +8,7 @@ use std::path::Path;
 use clade_agent_client::proto::filesystem::FileType;
 use clade_oci::CopyFiles;
 
-use super::context::{BuildContext, ContextKind, ContextSource};
+use super::context::{BuildContext, ContextKind, ContextSource, named};
 use super::guest::{BuildGuest, GuestProgram};
 use crate::commands::Failure;
 use crate::commands::agent::agent_failure;
@@ -42,16 +42,24 @@ pub(super) async fn copy(guest: &BuildGuest, context: &BuildContext, files: &Cop
 #[derive(Debug, Default)]
 struct CopiedEntries {
     made: Vec<String>,
-    /// New directories: nothing was in them before.
+    /// New directories, in which nothing can be written through: they have no links.
     dirs: BTreeSet<String>,
     /// Files that run with their owner's or group's rights, by their permissions.
     programs: BTreeMap<u32, Vec<String>>,
 }
 
 impl CopiedEntries {
-    /// Whether nothing was at this path before.
+    /// Whether there is neither a file of the image nor a link at this path.
     fn is_new(&self, path: &str) -> bool {
         path.rsplit_once('/').is_some_and(|(dir, _)| self.dirs.contains(dir))
+    }
+
+    /// Notes a link: a later source may have a file of its name.
+    fn link(&mut self, path: String) {
+        if let Some((dir, _)) = path.rsplit_once('/') {
+            self.dirs.remove(dir);
+        }
+        self.made.push(path);
     }
 }
 
@@ -89,7 +97,7 @@ async fn one(
             }
             ContextKind::Link(target) => {
                 command(guest, &["ln", "-sfn", "--", target, &to]).await?;
-                copied.made.push(to);
+                copied.link(to);
             }
         }
     }
@@ -98,12 +106,8 @@ async fn one(
 
 /// The permissions of a copy: those given, or those of the file of the host.
 fn permissions(given: Option<u32>, path: &Path) -> Result<u32, Failure> {
-    if let Some(given) = given {
-        return Ok(given);
-    }
-    let found = fs::symlink_metadata(path);
-    let found = found.map_err(|error| Failure::input(anyhow::Error::new(error).context(path.display().to_string())))?;
-    Ok(found.permissions().mode() & 0o7777)
+    let own = || Ok(fs::symlink_metadata(path).map_err(named(path))?.permissions().mode() & 0o7777);
+    given.map_or_else(own, Ok)
 }
 
 /// Removes the file that a new one replaces: the agent would write into it, and so into its other hard links
@@ -129,4 +133,19 @@ async fn command(guest: &BuildGuest, words: &[&str]) -> Result<(), Failure> {
     let argv: Vec<String> = words.iter().map(|&word| word.to_owned()).collect();
     let env = BTreeMap::new();
     guest.run(GuestProgram { argv: &argv, env: &env, workdir: None, user: "root" }).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_in_a_new_directory_is_new_unless_a_link_is_there() {
+        let dirs = ["/a", "/a/b"].map(str::to_owned).into();
+        let mut copied = CopiedEntries { dirs, ..CopiedEntries::default() };
+        assert!(copied.is_new("/a/x") && copied.is_new("/a/b/x") && !copied.is_new("/x") && !copied.is_new("/c/x"));
+        copied.link("/a/b/x".to_owned());
+        assert!(copied.is_new("/a/x") && !copied.is_new("/a/b/x"));
+        assert_eq!(copied.made, ["/a/b/x"]);
+    }
 }
