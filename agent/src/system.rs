@@ -25,8 +25,11 @@ const NEW_ROOT: &str = "/newroot";
 const FILES: u64 = 65_536;
 /// The host name in an image.
 const IMAGE_HOSTNAME: &str = "clade";
-/// Settings below `/proc/sys`: any user may listen at any port and send pings, and Elasticsearch starts.
-const IMAGE_SETTINGS: [(&str, &str); 3] = [
+/// Settings below `/proc/sys`: any user may listen at any port and send pings, and Elasticsearch starts. Programs may
+/// listen at `[::]`, which IPv4 reaches, and have the loopback address: there is no IPv6 network.
+const IMAGE_SETTINGS: [(&str, &str); 5] = [
+    ("net/ipv6/conf/all/disable_ipv6", "1"),
+    ("net/ipv6/conf/lo/disable_ipv6", "0"),
     ("net/ipv4/ip_unprivileged_port_start", "0"),
     ("net/ipv4/ping_group_range", "0 2147483647"),
     ("vm/max_map_count", "262144"),

@@ -23,8 +23,9 @@ use crate::commands::run::name;
 use crate::commands::{Failure, guest_agent};
 use crate::linux_guest::LinuxGuest;
 
-/// The agent's option on the kernel's command line.
-pub(super) const ROOT_WORD: &str = "clade.root=/dev/vda";
+/// Words for the kernel's command line: the agent's option, and critical messages alone on the console, which is the
+/// program's.
+pub(super) const KERNEL_WORDS: [&str; 2] = ["clade.root=/dev/vda", "loglevel=3"];
 
 /// Signals that end programs in order: nginx by QUIT, PostgreSQL by INT, httpd by WINCH, systemd by RTMIN+3.
 const SIGNALS: [(&str, i32); 9] = [

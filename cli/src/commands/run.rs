@@ -16,7 +16,7 @@ use tokio::runtime::{Builder, Handle};
 use zeroize::Zeroizing;
 
 use crate::commands::args::{DEFAULT_CMDLINE, RunArgs};
-use crate::commands::image_vm::{ImageVm, ROOT_WORD};
+use crate::commands::image_vm::{ImageVm, KERNEL_WORDS};
 use crate::commands::lifecycle::{limit, suspend_after};
 use crate::commands::oci_template::{self, BOOT_TIMEOUT};
 use crate::commands::remote::ask;
@@ -164,8 +164,8 @@ pub(super) fn request(args: &RunArgs, of_image: Option<&ImageVm>) -> Result<Boot
     let ip = ip_word(&config);
     let default_cmdline = || {
         of_image
-            .map(|_| ROOT_WORD)
             .into_iter()
+            .flat_map(|_| KERNEL_WORDS)
             .chain(ip.as_deref())
             .chain(args.append.iter().map(String::as_str))
             .fold(DEFAULT_CMDLINE.to_owned(), |cmdline, more| format!("{cmdline} {more}"))

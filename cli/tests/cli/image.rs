@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
 use clade_test_support::Port;
+use rustix::fs::XattrFlags;
 use serde_json::{Value, json};
 
 use crate::agent::WAIT;
@@ -40,7 +41,7 @@ pub(crate) fn write_layout(layout: &Path, root: &Path, config: &Value) {
     fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
     let tar = layout.join("layer.tar");
     let done = Command::new("tar")
-        .args(["--owner=0", "--group=0", "--numeric-owner", "-cf"])
+        .args(["--owner=0", "--group=0", "--numeric-owner", "--xattrs", "--xattrs-include=security.capability", "-cf"])
         .arg(&tar)
         .arg("-C")
         .arg(root)
@@ -187,6 +188,17 @@ pub(crate) fn guest() -> Option<(PathBuf, PathBuf)> {
     linux.zip(agent)
 }
 
+/// Gives the program the capability `CAP_NET_RAW`, whoever runs it. Returns whether this host lets it have that.
+fn give_capability(program: &Path) -> bool {
+    const CAP_NET_RAW: u32 = 13;
+    const EFFECTIVE: u32 = 1;
+    const REVISION_2: u32 = 0x0200_0000;
+    // The permitted and the inheritable ones, each with its upper half last.
+    let words = [REVISION_2 | EFFECTIVE, 1 << CAP_NET_RAW, 0, 0, 0];
+    let value: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    rustix::fs::setxattr(program, "security.capability", &value, XattrFlags::empty()).is_ok()
+}
+
 /// A root with busybox, users, and a program that counts.
 pub(crate) fn write_root(root: &Path, linux: &Path) {
     for dir in ["bin", "etc", "tmp", "srv"] {
@@ -209,7 +221,7 @@ pub(crate) fn write_root(root: &Path, linux: &Path) {
 
 /// Runs the image with other settings than its own. Programs find what docker gives them, and the VM ends in order
 /// by the image's signal.
-fn settings_of_docker(images: &Images, name: &str, (linux, agent): (&Path, &Path)) {
+fn settings_of_docker(images: &Images, name: &str, (linux, agent): (&Path, &Path), has_capability: bool) {
     // No program but the one that gets the signal would end the VM with this status.
     let script = "trap 'exit 9' QUIT; echo $COLOUR $(id -u) $(id -g) $PWD $TERM > /tmp/own; echo tty >/dev/tty; \
                   while true; do sleep 1; done";
@@ -233,6 +245,14 @@ fn settings_of_docker(images: &Images, name: &str, (linux, agent): (&Path, &Path
     let seen = exec(&["-u", "7"], "echo $HOME $(id -g); echo error > /dev/stderr; echo output > /dev/stdout");
     assert_eq!(seen, "/srv 7\noutput\n", "a number of /etc/passwd");
     assert_eq!(exec(&["-u", "1000:20"], "id -u; id -G"), "1000\n20\n");
+    let listens = "busybox httpd -p '[::]:8090' -h /tmp; busybox wget -q -O - http://127.0.0.1:8090/own";
+    assert_eq!(exec(&[], listens), "red 7 7 /tmp xterm\n", "IPv4 reaches a listener at [::]");
+    let interfaces = exec(&[], "cat /proc/net/if_inet6");
+    assert!(interfaces.lines().all(|line| line.ends_with(" lo")) && interfaces.lines().count() == 1, "{interfaces}");
+    if has_capability {
+        let seen = exec(&["-u", "7"], "busybox-capable grep CapEff /proc/self/status");
+        assert_eq!(seen, "CapEff:\t0000000000002000\n", "of the program's file");
+    }
     let stopped = images.clade(&["stop", "other", "--graceful", "1h", "--json"]);
     assert_eq!(stopped.json()["shutdown"]["by_itself"], true, "{stopped:?}");
     let ended = images.clade(&["ps", "-a", "--json"]).json();
@@ -253,6 +273,12 @@ fn an_image_is_a_vm_that_can_be_forked() {
     let mut images = Images::new();
     let (root, layout) = (images.path("root"), images.path("layout"));
     write_root(&root, &linux);
+    let capable = root.join("bin/busybox-capable");
+    fs::copy(root.join("bin/busybox"), &capable).unwrap();
+    let has_capability = give_capability(&capable);
+    if !has_capability {
+        eprintln!("skipped: capabilities of files, which this host does not let the test give");
+    }
     // Children of an instant before the program's start are never ready.
     let hook = root.join("etc/clade/fork.d/10-started");
     fs::create_dir_all(hook.parent().unwrap()).unwrap();
@@ -333,7 +359,7 @@ fn an_image_is_a_vm_that_can_be_forked() {
     let ended = images.clade(&["ps", "-a", "--json"]).json();
     let ended = ended["ended"].as_array().unwrap().iter().find(|vm| vm["name"] == "dies").unwrap().clone();
     assert_eq!((&ended["stopped"]["kind"], &ended["stopped"]["status"]), (&json!("exited"), &json!(139)), "{ended}");
-    settings_of_docker(&images, &name, (&linux, &agent));
+    settings_of_docker(&images, &name, (&linux, &agent), has_capability);
     let checkpoints = images.clade(&["checkpoints", "--json"]).json();
     let kept = checkpoints[0]["name"].as_str().unwrap();
     assert!(kept.starts_with("image-") && checkpoints.as_array().unwrap().len() == 1, "{checkpoints}");
