@@ -272,8 +272,12 @@ impl ReflinkImage {
         }
     }
 
-    /// Returns the new image, which becomes the base.
+    /// Returns the new image, which becomes the base, if it has all that was written. What was written since the last flush
+    /// began is in overlays alone.
     pub(super) fn take_over(&mut self) -> Option<Arc<IoFile>> {
+        if self.whole || !self.moved.is_empty() {
+            return None;
+        }
         let file = self.file.take()?;
         self.base = Arc::clone(&file);
         self.replaced();

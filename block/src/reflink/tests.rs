@@ -97,6 +97,27 @@ fn a_new_image_is_on_the_disk_before_it_has_the_name_and_the_name_after() {
 }
 
 #[test]
+fn a_new_image_that_lacks_a_write_is_not_the_base() {
+    let mut bench = Bench::new();
+    bench.begin(0..SIZE / CLUSTER);
+    assert!(bench.next().is_some());
+    // The guest's write ends while the flush is on its way: its data are not in the image.
+    bench.reflink.moved(2..3);
+    while bench.next().is_some() {}
+    assert!(bench.reflink.is_image() && !bench.reflink.is_writing());
+    assert!(bench.reflink.take_over().is_none(), "the third cluster is in an overlay alone");
+    // The same after so many writes that they are not noted one by one.
+    bench.reflink.replaced();
+    assert!(bench.reflink.take_over().is_none());
+    // A flush that writes all of it.
+    bench.reflink.whole = false;
+    bench.begin(2..3);
+    while bench.next().is_some() {}
+    let base = bench.reflink.take_over().unwrap();
+    assert!(Arc::ptr_eq(&base, &bench.reflink.base));
+}
+
+#[test]
 fn a_new_image_that_cannot_be_synced_gets_no_name() {
     let mut bench = Bench::new();
     let old = bench.inode();
