@@ -53,6 +53,9 @@ pub struct TransportState {
     queue_sel: u32,
     queues: Vec<QueueState>,
     interrupt: InterruptState,
+    /// Whether a reset by the driver waits for transfers. A copy has none: the driver's next look ends its reset.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    resetting: bool,
     /// The device's state.
     pub device: DeviceState,
 }
@@ -112,6 +115,7 @@ impl TransportRegisters {
         self.driver_features = state.driver_features;
         self.queue_sel = state.queue_sel;
         self.queues.clone_from(&state.queues);
+        self.resetting = state.resetting;
     }
 }
 
@@ -220,6 +224,7 @@ impl VirtioMmio {
             queue_sel: inner.queue_sel,
             queues,
             interrupt: self.interrupt.save(),
+            resetting: inner.resetting,
             device: saved.state,
         };
         Ok((state, saved.backend))
@@ -264,7 +269,6 @@ impl VirtioMmio {
         // Before the device, which notifies its driver as a child's device does.
         self.interrupt.rewind(state.interrupt);
         inner.load(state);
-        inner.resetting = false;
         Ok(inner.device.rewind(&state.device, backend, with)?)
     }
 

@@ -204,21 +204,23 @@ impl Balloon {
         Ok(())
     }
 
-    /// Receives statistics. The guest posts a chain with them, and again after the chain is used.
-    fn listen(&mut self, io: &mut QueueCtx) -> Result<(), FatalError> {
+    /// Receives statistics. The guest posts a chain with them, and again after the chain is used. Returns whether there may
+    /// be more.
+    fn listen(&mut self, io: &mut QueueCtx) -> Result<bool, FatalError> {
         if self.asked
             && let Some(head) = self.stats_chain.take()
         {
             self.asked = false;
             io.add_used(STATS, head, 0)?;
         }
-        while let Some(chain) = io.pop(STATS)? {
+        for _ in 0..BATCH {
+            let Some(chain) = io.pop(STATS)? else { return Ok(false) };
             self.note(io, &chain)?;
             if let Some(before) = self.stats_chain.replace(chain.head) {
                 io.add_used(STATS, before, 0)?;
             }
         }
-        Ok(())
+        Ok(true)
     }
 }
 
@@ -279,7 +281,7 @@ impl DeviceOps for Balloon {
         if wake == Wake::Source(OWN) {
             let _ = self.bell.read();
         }
-        self.listen(io)?;
+        let more = self.listen(io)?;
         for _ in 0..BATCH {
             let mut idle = true;
             if let Some(chain) = io.pop(INFLATE)? {
@@ -299,7 +301,7 @@ impl DeviceOps for Balloon {
                 idle = false;
             }
             if idle {
-                return Ok(Turn::Done);
+                return Ok(if more { Turn::Again } else { Turn::Done });
             }
             if should_yield.is_set() {
                 break;

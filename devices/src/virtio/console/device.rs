@@ -69,20 +69,21 @@ impl ConsoleDevice {
         self.typist.clone()
     }
 
-    /// Gives input to the driver, as far as it has posted buffers.
-    fn receive(&self, io: &mut QueueCtx) -> Result<(), FatalError> {
-        loop {
+    /// Gives input to the driver, as far as it has posted buffers. Returns whether there may be more.
+    fn receive(&self, io: &mut QueueCtx) -> Result<bool, FatalError> {
+        for _ in 0..BATCH {
             let mut typed = self.typist.typed();
             if typed.is_empty() {
-                return Ok(());
+                return Ok(false);
             }
-            let Some(chain) = io.pop(RX)? else { return Ok(()) };
+            let Some(chain) = io.pop(RX)? else { return Ok(false) };
             let len = (dma::len_of(&chain.writable) as usize).min(typed.len());
             let bytes: Vec<u8> = typed.drain(..len).collect();
             drop(typed);
             let written = dma::copy_out(&io.ram, &chain.writable, &bytes)?;
             io.add_used(RX, chain.head, written as u32)?;
         }
+        Ok(true)
     }
 }
 
@@ -116,9 +117,9 @@ impl DeviceOps for ConsoleDevice {
             // Before the input is read.
             let _ = self.typist.0.1.read();
         }
-        self.receive(io)?;
+        let more = self.receive(io)?;
         for _ in 0..BATCH {
-            let Some(chain) = io.pop(TX)? else { return Ok(Turn::Done) };
+            let Some(chain) = io.pop(TX)? else { return Ok(if more { Turn::Again } else { Turn::Done }) };
             let mut bytes = vec![0; (dma::len_of(&chain.readable) as usize).min(MAX_OUT)];
             dma::copy_in(&io.ram, &chain.readable, &mut bytes)?;
             // A console in this process never refuses output.

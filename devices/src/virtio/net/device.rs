@@ -211,9 +211,11 @@ impl Net {
         if io.features & (1 << VIRTIO_NET_F_MQ) != 0 { 2 * self.backend.queues() } else { 2 }
     }
 
-    fn obey(&mut self, io: &mut QueueCtx) -> Result<(), FatalError> {
+    /// Obeys a few commands of the driver. Returns whether there may be more.
+    fn obey_some(&mut self, io: &mut QueueCtx) -> Result<bool, FatalError> {
         let queue = self.control(io);
-        while let Some(chain) = io.pop(queue)? {
+        for _ in 0..BATCH {
+            let Some(chain) = io.pop(queue)? else { return Ok(false) };
             let done = match control::parse(io, &chain)? {
                 ControlCommand::Pairs(pairs) => self.use_pairs(pairs),
                 ControlCommand::Announced => {
@@ -230,7 +232,7 @@ impl Net {
             let written = dma::copy_out(&io.ram, &chain.writable, &[u8::from(!done)])?;
             io.add_used(queue, chain.head, written as u32)?;
         }
-        Ok(())
+        Ok(true)
     }
 
     fn send_some(
@@ -382,8 +384,7 @@ impl DeviceOps for Net {
         self.until = None;
         self.look();
         self.renew(io);
-        self.obey(io)?;
-        let mut more = false;
+        let mut more = self.obey_some(io)?;
         for pair in 0..usize::from(self.pairs) {
             if self.link == Link::Closed {
                 more |= self.refuse_some(io, pair, should_yield)?;

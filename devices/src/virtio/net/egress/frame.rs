@@ -5,7 +5,7 @@
 //! fragment. A fragment cannot move a port afterwards: ports are in the first 8 bytes of the first
 //! fragment, and no later one begins before them.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use clade_host_io::VNET_HEADER;
 use etherparse::{
@@ -51,9 +51,14 @@ pub(super) struct IpPacket {
 /// A packet that was parsed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ParsedPacket {
-    /// ARP, or neighbour discovery: these find Ethernet addresses, and routers do not forward them.
+    /// ARP, or neighbour discovery at addresses of the link: these find Ethernet addresses, and routers do not forward them.
     Neighbours,
     Ip(IpPacket),
+}
+
+/// Whether no router forwards packets to the address: fe80::/10, and multicast of the link.
+fn is_of_link(to: &Ipv6Addr) -> bool {
+    to.is_unicast_link_local() || to.octets()[0] == 0xff && to.octets()[1] & 0xf == 2
 }
 
 /// Why a packet is refused.
@@ -230,9 +235,9 @@ impl FrameCursor<'_> {
         };
         let plain = self.at == first && protocol == Protocol::Icmp && left >= 8;
         let kind = self.rest()?.first().copied();
-        // Router and neighbour solicitations, and neighbour advertisements. A forwarded packet
-        // would have a lower hop limit, and receivers accept no other.
-        if plain && hops == 255 && matches!(kind, Some(133 | 135 | 136)) {
+        // Router and neighbour solicitations, and neighbour advertisements. No receiver accepts one with a lower hop limit.
+        // Routers do forward one, so only the addresses of the link are excepted from rules.
+        if plain && hops == 255 && is_of_link(&to) && matches!(kind, Some(133 | 135 | 136)) {
             self.offload.check(0, None, GSO_NONE)?;
             return Ok(ParsedPacket::Neighbours);
         }

@@ -246,11 +246,24 @@ fn ipv6_headers_are_bounded_and_neighbours_are_found() {
     }
     // A fragment header must be the last extension header.
     assert_eq!(why(&ip(to, 44, &[60, 0, 0, 1, 0, 0, 0, 1])), "neither TCP nor UDP nor ICMPv6");
-    let mut neighbours = ip(to, ICMP, &[135, 0, 0, 0, 0, 0, 0, 0]);
     let none = filter(&["deny:::/0", "deny:0.0.0.0/0"]);
-    assert!(!passes(&none, &neighbours), "routers pass it on");
-    neighbours[33] = 255;
-    assert!(passes(&none, &neighbours));
+    for (to, is_of_link) in [
+        ("fe80::1", true),
+        ("febf::1", true),
+        ("ff02::1:ff00:1", true),
+        ("ff12::1", true),
+        ("fec0::1", false),
+        ("ff05::2", false),
+        ("ff0e::1", false),
+        ("fd00::1", false),
+        ("2001:db8::1", false),
+    ] {
+        let mut neighbours = ip(to.parse().unwrap(), ICMP, &[135, 0, 0, 0, 0, 0, 0, 0]);
+        assert!(!passes(&none, &neighbours), "{to}: not of a neighbour");
+        neighbours[33] = 255;
+        assert_eq!(passes(&none, &neighbours), is_of_link, "{to}");
+        assert!(passes(&filter(&[&format!("allow:{to}/128")]), &neighbours), "{to}");
+    }
     let mut arp = vec![0; 12];
     arp.extend([0xff; 6]);
     arp.extend(MAC.0);
