@@ -29,7 +29,11 @@ impl Gathered {
     fn take(&mut self, name: String, answer: Option<Result<VmStats, ClientError>>) {
         match answer {
             // By the requested name, not by the answer's.
-            Some(Ok(stats)) => self.vms.push(VmStats { name, ..stats }),
+            Some(Ok(stats)) if stats.is_plausible() => self.vms.push(VmStats { name, ..stats }),
+            Some(Ok(_)) => {
+                tracing::warn!(name, "the numbers of a VM cannot be its own");
+                self.silent.push(name);
+            }
             // The VM has ended meanwhile, a dead process has left its socket, or it is another
             // user's.
             Some(Err(
@@ -102,6 +106,50 @@ impl Client {
 mod tests {
     use super::*;
     use std::os::unix::net::UnixListener;
+
+    fn stats(change: impl FnOnce(&mut serde_json::Value)) -> VmStats {
+        let zeros =
+            |keys: &[&str]| keys.iter().map(|key| ((*key).to_owned(), 0.into())).collect::<serde_json::Map<_, _>>();
+        let histogram = serde_json::json!({"count": 0, "sum_us": 0, "buckets": []});
+        let mut memory = zeros(&["private_kib", "alone_pages", "unknown_pages", "mappings", "table_kib"]);
+        memory.insert("pages".into(), zeros(&["absent", "reference", "shared", "exclusive", "pinned"]).into());
+        memory.insert("layers".into(), serde_json::json!([]));
+        let mut stats = serde_json::json!({
+            "name": "other", "pid": 1, "state": "running", "parent": null, "generation": 0, "age_s": 1.0,
+            "memory": memory,
+            "copies": zeros(&["guest", "pin", "adopt", "freeze", "freeze_pinned", "freeze_ahead"]),
+            "pins": zeros(&["now", "reading", "locked", "long", "long_total", "longest_s"]),
+            "pauses": {"fork": histogram, "snapshot": histogram, "reset": histogram},
+        });
+        change(&mut stats);
+        serde_json::from_value(stats).unwrap()
+    }
+
+    #[test]
+    fn numbers_that_no_vm_has_are_those_of_a_silent_one() {
+        let net = |tap: &str| {
+            serde_json::json!({"tap": tap, "mac": "02:00:00:00:00:01", "received_bytes": 0, "sent_bytes": 0,
+                "dropped": 0})
+        };
+        let changed = |key: &'static str, value: serde_json::Value| stats(move |stats| stats[key] = value);
+        let buckets = vec![(0, 0); 100];
+        let many = changed("nets", serde_json::Value::Array(vec![net("tap0"); 100]));
+        for (stats, is_taken) in [
+            (stats(|_| {}), true),
+            (changed("parent", "web".into()), true),
+            (changed("nets", serde_json::json!([net("tap0"), net("")])), true),
+            (changed("parent", "a\nb".into()), false),
+            (changed("parent", "x".repeat(1 << 20).into()), false),
+            (changed("nets", serde_json::json!([net(&"x".repeat(1 << 20))])), false),
+            (many, false),
+            (stats(|stats| stats["pauses"]["reset"]["buckets"] = serde_json::json!(buckets)), false),
+        ] {
+            let mut gathered = Gathered::default();
+            gathered.take("web".to_owned(), Some(Ok(stats)));
+            let names: Vec<&str> = gathered.vms.iter().map(|vm| vm.name.as_str()).collect();
+            assert_eq!((names, gathered.silent.is_empty()), (if is_taken { vec!["web"] } else { vec![] }, is_taken));
+        }
+    }
 
     /// Sockets that accept connections and never answer, as those of stopped processes.
     #[test]

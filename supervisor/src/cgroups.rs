@@ -104,6 +104,7 @@ struct CgroupsShared {
     dir: PathBuf,
     /// Whether the place has a memory controller.
     has_memory: bool,
+    has_cpu: bool,
     /// Groups that are in use.
     used: Mutex<Vec<PathBuf>>,
 }
@@ -168,16 +169,16 @@ impl Cgroups {
             }
             fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}")).map_err(failed(dir))?;
         }
-        let has_memory = there.split_whitespace().any(|found| found == "memory");
-        let shared = CgroupsShared { dir: dir.to_owned(), has_memory, used: Mutex::default() };
+        let [has_memory, has_cpu] = ["memory", "cpu"].map(|name| there.split_whitespace().any(|found| found == name));
+        let shared = CgroupsShared { dir: dir.to_owned(), has_memory, has_cpu, used: Mutex::default() };
         let groups = Self(Arc::new(shared));
         groups.tidy();
         Ok(groups)
     }
 
-    /// Whether the memory of VMs is limited.
-    pub(super) fn limits_memory(&self) -> bool {
-        self.0.has_memory
+    /// Whether a VM is held to `bounds`. The process of a VM without a limit of memory may have all of the host's.
+    pub(super) fn enforces(&self, bounds: Bounds) -> bool {
+        self.0.has_memory && (self.0.has_cpu || bounds.cpus.is_none())
     }
 
     /// Removes the groups of VMs that have ended without this supervisor.
@@ -304,10 +305,14 @@ mod tests {
     }
 
     fn imitation() -> (tempfile::TempDir, Cgroups) {
+        imitation_with("cpuset cpu io memory pids")
+    }
+
+    fn imitation_with(controllers: &str) -> (tempfile::TempDir, Cgroups) {
         let dir = tempfile::tempdir().unwrap();
         imitate(dir.path());
         fs::write(dir.path().join("cgroup.procs"), "1\n2\n").unwrap();
-        fs::write(dir.path().join("cgroup.controllers"), "cpuset cpu io memory pids\n").unwrap();
+        fs::write(dir.path().join("cgroup.controllers"), format!("{controllers}\n")).unwrap();
         let groups = Cgroups::open(&CgroupPlace::Dir(dir.path().to_owned())).unwrap().unwrap();
         (dir, groups)
     }
@@ -328,9 +333,20 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_needs_its_controller() {
+        let bounds = |memory_mib, cpus| Bounds { memory_mib, cpus };
+        for (controllers, memory, cpus) in
+            [("cpu memory pids", true, true), ("memory", true, false), ("cpu", false, false), ("", false, false)]
+        {
+            let (_dir, groups) = imitation_with(controllers);
+            let enforced = (groups.enforces(bounds(Some(64), None)), groups.enforces(bounds(None, Some(0.5))));
+            assert_eq!(enforced, (memory, cpus), "{controllers}");
+        }
+    }
+
+    #[test]
     fn a_group_has_the_limits_of_its_vm() {
         let (dir, groups) = imitation();
-        assert!(groups.limits_memory());
         assert_eq!(read(dir.path(), "cgroup.subtree_control"), "+pids");
         let ram = 256 << 20;
         // The kernel makes these files with the group: here they are made before.

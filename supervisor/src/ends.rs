@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use super::Inner;
 use super::cgroups::Cgroups;
 use super::host_link::release_links;
+use super::net_hook::Interfaces;
 use super::processes::{OwnVm, ProcessId};
 use super::unsettled::UnsettledEnd;
 use super::vm_record::{VmRecord, clear_up};
@@ -194,7 +195,22 @@ impl Inner {
     fn left(&self, name: &str, vm_record: &VmRecord) {
         self.overlays.release(&vm_record.overlays);
         self.release(name, vm_record);
-        self.net_hook.iter().for_each(|hook| hook.down(vm_record.interfaces(name)));
+        if let Some(hook) = &self.net_hook {
+            hook.down(self.given_up(vm_record.interfaces(name), vm_record));
+        }
+    }
+
+    /// Returns the interfaces of an ended VM, without those that another VM has by now: they were connected for it.
+    fn given_up(&self, interfaces: Interfaces, ended: &VmRecord) -> Interfaces {
+        let mut others = None;
+        interfaces.without(|tap| {
+            // Most interfaces go with their VM.
+            Path::new("/sys/class/net").join(tap).exists()
+                && others
+                    .get_or_insert_with(|| VmRecord::all(&self.dir).unwrap_or_default())
+                    .iter()
+                    .any(|(_, other)| other.process != ended.process && other.has_interface(tap) && other.is_alive())
+        })
     }
 
     /// Announces the end of a VM, unless another has its name by now.

@@ -84,9 +84,9 @@ impl Exposition {
     /// Adds the samples of a histogram, in seconds.
     #[expect(clippy::cast_precision_loss, reason = "the format's numbers are floats")]
     pub(crate) fn histogram(&mut self, labels: MetricLabels<'_>, histogram: &HistogramInfo) {
-        let mut up_to = 0;
+        let mut up_to = 0u64;
         for (bound_us, count) in &histogram.buckets {
-            up_to += count;
+            up_to = up_to.saturating_add(*count);
             let bound = (*bound_us as f64 / 1e6).to_string();
             self.line("_bucket", labels, Some(&bound), up_to as f64);
         }

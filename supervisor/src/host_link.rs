@@ -54,7 +54,7 @@ impl VmRecord {
     }
 
     /// Returns whether the VM's process lives. One that is not known has ended.
-    fn is_alive(&self) -> bool {
+    pub(super) fn is_alive(&self) -> bool {
         self.process.and_then(ProcessId::open).is_some_and(|pidfd| !has_ended(&pidfd, Duration::ZERO))
     }
 }

@@ -15,6 +15,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use tokio::sync::Semaphore;
+
 use super::processes::ProcessId;
 use super::vm_record::VmRecord;
 use super::{Inner, Supervisor};
@@ -23,6 +25,8 @@ use clade_api::{DaemonError, ProblemKind, SuspendAfterInfo, SuspendAfterRequest}
 
 /// Interval of the checks.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// Idle VMs that are suspended at a time. One whose process does not answer takes ten minutes.
+const MAX_SUSPENDED: usize = 8;
 /// Largest share of a processor that an idle VM's process uses.
 const MAX_SHARE: f64 = 0.02;
 /// The longest time, in seconds: a century.
@@ -116,7 +120,7 @@ impl Used {
     }
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Policy {
     after: Duration,
     dir: PathBuf,
@@ -125,6 +129,8 @@ struct Policy {
     looked: Instant,
     /// Start of its idle time.
     since: Instant,
+    /// Whether it is being suspended.
+    is_tried: bool,
 }
 
 impl Policy {
@@ -159,20 +165,27 @@ impl Idle {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the VMs to suspend now, each with its directory. Forgets those that have gone.
-    fn due(&self) -> Vec<(String, PathBuf)> {
+    /// Returns up to `most` VMs to suspend now, each with its directory, until [`Self::tried`]. Forgets those that have
+    /// gone.
+    fn due(&self, most: usize) -> Vec<(String, PathBuf)> {
         let (mut due, now) = (Vec::new(), Instant::now());
         self.policies().by_name.retain(|name, policy| {
             let used = used(policy.pid, Some(&policy.used));
             let Some(used) = used.filter(|used| used.started == policy.used.started) else { return false };
-            if policy.look(used, now) {
-                // If it cannot be suspended, the next attempt comes after as long.
-                policy.since = now;
+            if policy.look(used, now) && !policy.is_tried && due.len() < most {
+                policy.is_tried = true;
                 due.push((name.clone(), policy.dir.clone()));
             }
             true
         });
         due
+    }
+
+    /// Notes that the attempt to suspend a VM is over. If it could not be suspended, the next attempt comes after as long.
+    fn tried(&self, name: &str) {
+        if let Some(policy) = self.policies().by_name.get_mut(name) {
+            (policy.is_tried, policy.since) = (false, Instant::now());
+        }
     }
 }
 
@@ -194,7 +207,7 @@ impl Supervisor {
         let (used, now) = (used(pid, None).ok_or_else(gone)?, Instant::now());
         let dir = dir.clone().unwrap_or_else(|| Path::new(super::suspend::DIR).to_owned());
         let after = Duration::from_secs_f64(seconds);
-        let policy = Policy { after, dir, pid, used, looked: now, since: now };
+        let policy = Policy { after, dir, pid, used, looked: now, since: now, is_tried: false };
         let mut policies = self.0.idle.policies();
         policies.by_name.insert(name.to_owned(), policy);
         if !std::mem::replace(&mut policies.is_watched, true) {
@@ -220,21 +233,29 @@ impl Supervisor {
 
 /// Suspends idle VMs, until the supervisor goes.
 async fn watch(of: Weak<Inner>) {
+    let permits = Arc::new(Semaphore::new(MAX_SUSPENDED));
     loop {
         tokio::time::sleep(LOOK_INTERVAL).await;
         let Some(inner) = of.upgrade() else { return };
-        let supervisor = Supervisor(inner);
-        let look = move || {
-            for (name, dir) in supervisor.0.idle.due() {
-                if let Err(error) = supervisor.suspend(&name, &dir, &Cancel::default()) {
+        let (supervisor, free) = (Supervisor(inner), permits.available_permits());
+        let looker = supervisor.clone();
+        let Ok(due) = tokio::task::spawn_blocking(move || looker.0.idle.due(free)).await else {
+            tracing::error!("idle VMs are not suspended any more: a look at them panicked");
+            return;
+        };
+        for (name, dir) in due {
+            // There are as many as were found: no one else takes them.
+            let permit = Arc::clone(&permits).try_acquire_owned();
+            let supervisor = supervisor.clone();
+            tokio::task::spawn_blocking(move || {
+                let _permit = permit;
+                let suspended = supervisor.suspend(&name, &dir, &Cancel::default());
+                supervisor.0.idle.tried(&name);
+                if let Err(error) = suspended {
                     let error = clade_vmm::error_chain(&error);
                     tracing::warn!(error, name, "an idle VM is not suspended");
                 }
-            }
-        };
-        if tokio::task::spawn_blocking(look).await.is_err() {
-            tracing::error!("idle VMs are not suspended any more: a look at them panicked");
-            return;
+            });
         }
     }
 }
@@ -261,7 +282,8 @@ mod tests {
         let begun = Instant::now();
         let used = |second| Used { started: 1, ticks: 0, threads: [(1, thread(second))].into() };
         let after = Duration::from_secs(after);
-        let mut policy = Policy { after, dir: PathBuf::new(), pid: 1, used: used(0), looked: begun, since: begun };
+        let mut policy =
+            Policy { after, dir: PathBuf::new(), pid: 1, used: used(0), looked: begun, since: begun, is_tried: false };
         (1..=seconds).map(|second| policy.look(used(second), begun + Duration::from_secs(second))).collect()
     }
 
@@ -279,6 +301,24 @@ mod tests {
         // A guest that serves its timer takes 5 ms of each second, and waits 200 ms for its turns.
         let idle = looks(3, 5, |second| thread(5 * second, 200 * second, 20 * second, false));
         assert_eq!(idle, [false, false, true, true, true]);
+    }
+
+    #[test]
+    fn a_vm_that_is_being_suspended_is_not_due_and_others_are() {
+        let idle = Idle::default();
+        let pid = std::process::id();
+        let used = used(pid, None).unwrap();
+        let now = Instant::now();
+        let policy =
+            Policy { after: Duration::ZERO, dir: "/".into(), pid, used, looked: now, since: now, is_tried: false };
+        let names = ["a", "b", "c"];
+        idle.policies().by_name.extend(names.map(|name| (name.to_owned(), policy.clone())));
+        let due = |most| idle.due(most).into_iter().map(|(name, _)| name).collect::<Vec<_>>();
+        assert_eq!(due(0), [""; 0]);
+        assert_eq!(due(2), ["a", "b"]);
+        assert_eq!((due(2), due(2)), (vec!["c".to_owned()], vec![]));
+        idle.tried("b");
+        assert_eq!(due(2), ["b"]);
     }
 
     #[test]
@@ -301,7 +341,8 @@ mod tests {
         let at = |second: u64| begun + Duration::from_secs(second);
         let used = |ticks| Used { started: 1, ticks, ..Used::default() };
         let after = Duration::from_secs(3);
-        let mut policy = Policy { after, dir: PathBuf::new(), pid: 1, used: used(0), looked: begun, since: begun };
+        let mut policy =
+            Policy { after, dir: PathBuf::new(), pid: 1, used: used(0), looked: begun, since: begun, is_tried: false };
         // One tick a second counts as idle.
         assert!(!policy.look(used(1), at(1)));
         assert!(!policy.look(used(2), at(2)));

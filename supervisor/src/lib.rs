@@ -110,6 +110,7 @@ use clade_api::{
     SupervisorClaim, SupervisorInfo, VmInfo, WorkerExit,
 };
 use clade_vmm::vm::{StopReason, VmConfig};
+use clade_worker::has_ended;
 use clade_worker::host_limits::{ResourceDemand, check_host_limits};
 use clade_worker::zygote::Zygote;
 use copied_files::CopiedFiles;
@@ -132,6 +133,7 @@ use server::InProcessRequests;
 use snapshots::Snapshots;
 pub use start::SupervisorOptions;
 pub use stop::{agent_socket, stop};
+use suspend::AwaitedWakes;
 use unsettled::UnsettledEnds;
 use vm_record::VmRecord;
 pub use vm_record::{in_session, is_in_session, vms_in};
@@ -141,6 +143,9 @@ use worker_resources::SandboxProfile;
 const MAX_SCRAPES: usize = 4;
 /// Interval of the checks for the end of an ended VM's writes to a disk.
 const WRITER_INTERVAL: Duration = Duration::from_millis(5);
+/// Time that a process which has not stopped its VM has for that, and the interval of the checks.
+const LAST_STOP: Duration = Duration::from_secs(15);
+const STOP_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The supervisor of a runtime directory. Clones are handles to the same one.
 #[derive(Clone, Debug)]
@@ -185,6 +190,7 @@ struct Inner {
     events: Arc<Events>,
     keys: Arc<Keys>,
     idle: Idle,
+    awaited_wakes: Arc<AwaitedWakes>,
     /// VMs whose workers were started here.
     processes: Processes,
     records: Arc<Records>,
@@ -343,6 +349,38 @@ impl Supervisor {
         tracing::warn!(name, pid, "a VM that is to stop does not answer: its process is killed");
         self.0.processes.mark_stopped(pid);
         self.reap(name, Killed { vm_record, pid, process, is_silent: true })
+    }
+
+    /// Ends a VM that its `process` has not stopped, though it was told to: it has answered something else, and may be
+    /// compromised. Returns None if it has ended, or has given its name back: then it may be writing the VM's disks, and
+    /// is killed in time. Another request may be stopping the VM, so it has [`LAST_STOP`] for that.
+    ///
+    /// # Errors
+    /// When the process does not end.
+    fn kill_unless_ended(
+        &self,
+        name: &str,
+        process: Option<(u32, Arc<OwnedFd>)>,
+    ) -> Result<Option<StopAnswer>, DaemonError> {
+        let Some((pid, process)) = process else { return Ok(None) };
+        let until = Instant::now() + LAST_STOP;
+        loop {
+            if has_ended(&process, STOP_INTERVAL) {
+                return Ok(None);
+            }
+            // A file that cannot be read is not that of a name given back.
+            if NameClaim::owner(&self.0.dir, name).is_ok_and(|owner| owner != Some(pid)) {
+                self.0.processes.give_back(pid);
+                return Ok(None);
+            }
+            if Instant::now() > until {
+                break;
+            }
+        }
+        let Some(vm_record) = VmRecord::read(&self.0.dir, name)? else { return Ok(None) };
+        tracing::warn!(name, pid, "a VM that is to stop does not: its process is killed");
+        self.0.processes.mark_stopped(pid);
+        self.reap(name, Killed { vm_record, pid, process, is_silent: true }).map(Some)
     }
 
     /// Waits for the end of a killed process, and frees the name.

@@ -154,7 +154,7 @@ const METRICS: &[Metric] = &[
     }),
     ("clade_vm_memory_bytes", MetricKind::Gauge, "Memory of the VM by who has it.", "kind", |vm| {
         let alone = pages_kib(vm.memory.alone_pages);
-        vec![("private", vm.memory.private_kib * KIB), ("shared_alone", alone * KIB)]
+        vec![("private", vm.memory.private_kib.saturating_mul(KIB)), ("shared_alone", alone.saturating_mul(KIB))]
     }),
     ("clade_vm_layers", MetricKind::Gauge, "Layers that the VM is shown.", "", |vm| {
         vec![("", vm.memory.layers.len() as u64)]
@@ -178,10 +178,10 @@ const METRICS: &[Metric] = &[
     ("clade_vm_process_bytes", MetricKind::Gauge, "What the kernel says of the VM's process.", "kind", |vm| {
         let of = |process: &clade_api::ProcessStats| {
             vec![
-                ("page_tables", process.page_tables_kib * KIB),
-                ("anonymous", process.anonymous_kib * KIB),
-                ("memory_files", process.memory_files_kib * KIB),
-                ("proportional", process.proportional_kib * KIB),
+                ("page_tables", process.page_tables_kib.saturating_mul(KIB)),
+                ("anonymous", process.anonymous_kib.saturating_mul(KIB)),
+                ("memory_files", process.memory_files_kib.saturating_mul(KIB)),
+                ("proportional", process.proportional_kib.saturating_mul(KIB)),
             ]
         };
         vm.process.as_ref().map_or_else(Vec::new, of)

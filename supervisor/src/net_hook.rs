@@ -31,8 +31,6 @@ use rustix::process::{Pid, Signal, kill_process_group};
 /// Time limit of one run.
 const TIME_LIMIT: Duration = Duration::from_secs(10);
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
-/// Time that an `up` waits for pending `down`s.
-const DOWN_TIMEOUT: Duration = Duration::from_secs(60);
 /// Bytes read from the end of its standard error.
 const MAX_SAID: u64 = 4096;
 
@@ -46,6 +44,12 @@ pub(super) struct Interfaces {
 }
 
 impl Interfaces {
+    /// Returns those that `is_used` does not name.
+    pub(super) fn without(mut self, mut is_used: impl FnMut(&str) -> bool) -> Self {
+        self.nets.retain(|(tap, _)| !is_used(tap));
+        self
+    }
+
     pub(super) fn of(vm: &str, parent: Option<&str>, identity: &Identity) -> Self {
         // A network by passt has no interface.
         let own = identity.nets.iter().filter(|net| !net.tap.is_empty());
@@ -108,8 +112,14 @@ impl NetHook {
     /// # Errors
     /// When the program fails.
     pub(super) fn up(&self, all: Vec<Interfaces>) -> Result<Up, Box<HookError>> {
-        let waited = self.shared.none_left.wait_timeout_while(self.shared.downs(), DOWN_TIMEOUT, |left| *left > 0);
-        drop(waited);
+        let limit = 6 * self.shared.limit;
+        let waited = self.shared.none_left.wait_timeout_while(self.shared.downs(), limit, |left| *left > 0);
+        let (downs, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() {
+            let (program, left, seconds) = (self.shared.program.clone(), *downs, limit.as_secs());
+            return Err(Box::new(HookError::Busy { program, left, seconds }));
+        }
+        drop(downs);
         let mut up = Up { hook: self.clone(), all: Vec::with_capacity(all.len()) };
         for interfaces in all {
             for (at, net) in interfaces.nets.iter().enumerate() {

@@ -82,7 +82,9 @@ pub(super) async fn forward(
 /// When the answer is not a description of a VM.
 pub(super) async fn shown(dir: &Path, name: String, answer: Response) -> Result<Response, ApiError> {
     let gone = |error: String| ApiError::new(ProblemKind::VmGone, format!("{name}: {error}"));
-    let bytes = to_bytes(answer.into_body(), MAX_INFO).await.map_err(|error| gone(error.to_string()))?;
+    let bytes = timeout(ProxyLimits::default().answer, to_bytes(answer.into_body(), MAX_INFO)).await;
+    let bytes = bytes.map_err(|_| gone("its description does not end".to_owned()))?;
+    let bytes = bytes.map_err(|error| gone(error.to_string()))?;
     let info = serde_json::from_slice(&bytes).map_err(|error| gone(error.to_string()))?;
     Ok(Json(with_own_socket(dir, name, info).await?).into_response())
 }

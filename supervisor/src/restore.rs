@@ -298,6 +298,10 @@ impl Supervisor {
         answer.children.iter().for_each(|name| self.0.events.booted(name));
         // Later snapshots may be incremental to it.
         self.0.snapshots.restored(&answer.children, checkpoint, &saved);
+        // Of a VM that has ended by now, nothing else would forget it.
+        for name in answer.children.iter().filter(|name| self.0.processes.of(name).is_none()) {
+            self.0.snapshots.forget(name);
+        }
         Ok(answer)
     }
 }

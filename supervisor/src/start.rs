@@ -128,6 +128,7 @@ impl Supervisor {
             events: Arc::default(),
             keys: Arc::default(),
             idle: Idle::default(),
+            awaited_wakes: Arc::default(),
             processes: Processes::default(),
             records: Arc::default(),
             launching: Mutex::default(),

@@ -1,17 +1,44 @@
 //! Suspension of VMs, and its events.
 
+use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use super::Supervisor;
 use super::vm_record::VmRecord;
 use clade_api::http::Cancel;
 use clade_api::{DaemonError, SuspendAnswer};
-use clade_worker::image::suspend;
+use clade_worker::image::suspend::{self, SuspendedVm};
 
 /// Default directory of the files.
 pub(super) const DIR: &str = "/var/tmp";
+
+/// The suspended VMs whose wakes are awaited, by name. One thread waits for each: the process of a VM may report one
+/// suspension after another, and no wake.
+#[derive(Debug, Default)]
+pub(super) struct AwaitedWakes(Mutex<HashMap<String, Arc<SuspendedVm>>>);
+
+impl AwaitedWakes {
+    fn all(&self) -> MutexGuard<'_, HashMap<String, Arc<SuspendedVm>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that the wake of the VM called `name` is awaited. The wait for an earlier wake of that name ends.
+    fn begin(&self, name: &str, asleep: &Arc<SuspendedVm>) {
+        let earlier = self.all().insert(name.to_owned(), Arc::clone(asleep));
+        if let Some(earlier) = earlier {
+            earlier.end_wait();
+        }
+    }
+
+    fn end(&self, name: &str, asleep: &Arc<SuspendedVm>) {
+        let mut all = self.all();
+        if all.get(name).is_some_and(|now| Arc::ptr_eq(now, asleep)) {
+            all.remove(name);
+        }
+    }
+}
 
 impl Supervisor {
     /// Suspends a VM to a file in `dir`.
@@ -26,11 +53,14 @@ impl Supervisor {
             return Ok(answer);
         }
         self.0.events.suspended(name, answer.written_pages);
-        let (events, of) = (Arc::clone(&self.0.events), name.to_owned());
+        let (asleep, of) = (Arc::new(asleep), name.to_owned());
+        let (events, awaited_wakes) = (Arc::clone(&self.0.events), Arc::clone(&self.0.awaited_wakes));
+        awaited_wakes.begin(name, &asleep);
         let watch = move || {
             if asleep.wait() {
                 events.woken(&of);
             }
+            awaited_wakes.end(&of, &asleep);
         };
         if let Err(error) = thread::Builder::new().name("clade-asleep".to_owned()).spawn(watch) {
             tracing::warn!(%error, name, "its wake will not be announced");

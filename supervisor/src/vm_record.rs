@@ -180,6 +180,10 @@ impl VmRecord {
         VsockInfo::of(&self.identity)
     }
 
+    pub(super) fn has_interface(&self, tap: &str) -> bool {
+        self.identity.nets.iter().any(|net| net.tap == tap)
+    }
+
     /// The interfaces of the VM, which is called `name`.
     pub(super) fn interfaces(&self, name: &str) -> Interfaces {
         Interfaces::of(name, self.parent.as_deref(), &self.identity)

@@ -19,8 +19,8 @@ use super::{
 use clade_api::{DaemonError, DetachedInfo};
 use clade_vmm::vm::{CopiedFile, SealedParts};
 
-/// Time limit of a worker to make its VM.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Time limit of a worker to make its VM, and of a group of workers to report that their VMs run.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// Interval of the checks for cancellation while a request waits for workers.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// Time limit for the end of an unwanted worker.
@@ -344,11 +344,11 @@ impl Worker {
         let _ = seqpacket::send(&self.socket, &[1], &[]);
     }
 
-    /// Waits until its VM runs.
-    pub(crate) fn wait_running(&self, name: &str) {
-        match self.answer(|| Ok(())) {
+    /// Waits until its VM runs, until `deadline` or the failure of `check`.
+    pub(crate) fn wait_running(&self, name: &str, deadline: Instant, check: impl Fn() -> Result<(), DaemonError>) {
+        match self.answer_within(deadline.saturating_duration_since(Instant::now()), check) {
             Ok(WorkerAnswer::Running) => self.is_running.set(true),
-            other => tracing::warn!(name, ?other, "a VM has ended before it ran"),
+            other => tracing::warn!(name, ?other, "a VM has not reported that it runs"),
         }
     }
 

@@ -1,8 +1,11 @@
 //! Workers whose VMs are made together: all or none (I13).
 
+use std::time::Instant;
+
 use clade_api::DaemonError;
 
 use crate::pace::in_groups;
+use crate::process::PATIENCE;
 use crate::{BeforeTheyRun, LaunchedVm, Pace, Worker};
 
 /// The workers of a request that has not succeeded yet. Ended when dropped.
@@ -46,7 +49,11 @@ impl Workers {
             if !is_single {
                 group.iter().for_each(Worker::run);
             }
-            group.iter().zip(&made[started..]).for_each(|(worker, child)| worker.wait_running(&child.name));
+            // One for the group: guests that have broken into their processes may keep all of them from reporting.
+            let deadline = Instant::now() + PATIENCE;
+            for (worker, child) in group.iter().zip(&made[started..]) {
+                worker.wait_running(&child.name, deadline, || check(made.len()));
+            }
             started += group.len();
         };
         in_groups(&self.0, pace, start, || check(made.len()))?;

@@ -59,4 +59,14 @@ pub enum HookError {
         /// The last line of its standard error.
         said: String,
     },
+    /// Interfaces of ended VMs are still being taken down: a new VM may have one of them.
+    #[error("the network hook {} has taken {left} VMs' interfaces down for {seconds} s", program.display())]
+    Busy {
+        /// The program.
+        program: PathBuf,
+        /// VMs whose interfaces are still up.
+        left: usize,
+        /// The time that was waited.
+        seconds: u64,
+    },
 }

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::{DiskInfo, NetInfo, VmState};
+use crate::check_name;
 use clade_memory::{LayerPlace, PAGE_SIZE, ShownLayer};
 use clade_vmm::vm::HistogramCounts;
 
@@ -239,8 +240,28 @@ pub struct VmStats {
     pub disks: Vec<DiskInfo>,
 }
 
+/// Most bounds of a histogram, network devices and disks of a VM, and bytes of an interface's name, in an answer that
+/// is accepted. A VM has fewer.
+const MAX_BUCKETS: usize = 64;
+const MAX_NETS: usize = 64;
+const MAX_DISKS: usize = 64;
+const MAX_TAP: usize = 64;
+
+impl VmStats {
+    /// Returns whether they can be of a VM. They come from its process, which may be compromised, and end up in a text for
+    /// all VMs.
+    pub(crate) fn is_plausible(&self) -> bool {
+        let pauses = [&self.pauses.fork, &self.pauses.snapshot, &self.pauses.reset];
+        self.parent.as_deref().is_none_or(|parent| check_name(parent).is_ok())
+            && pauses.iter().all(|pauses| pauses.buckets.len() <= MAX_BUCKETS)
+            && self.disks.len() <= MAX_DISKS
+            && self.nets.len() <= MAX_NETS
+            && self.nets.iter().all(|net| net.tap.len() <= MAX_TAP)
+    }
+}
+
 /// Returns pages as KiB.
 #[must_use]
 pub fn pages_kib(pages: u64) -> u64 {
-    pages * PAGE_KIB
+    pages.saturating_mul(PAGE_KIB)
 }

@@ -32,7 +32,7 @@ exec cat
 """)
 sandbox.commands.run("chmod +x /tmp/socket", timeout=0)
 sandbox.commands.run("busybox nc -ll -p 8000 -e /tmp/socket", background=True, timeout=0)
-sandbox.commands.run("until busybox grep -q :1F40 /proc/net/tcp; do sleep 0.1; done", timeout=0)
+sandbox.commands.run("until busybox grep -q :1F40 /proc/net/tcp /proc/net/tcp6; do sleep 0.1; done", timeout=0)
 name, port = sandbox.get_host(8000).split(":")
 trusting = ssl.create_default_context(cafile=os.environ["SSL_CERT_FILE"])
 stream = trusting.wrap_socket(socket.create_connection((name, int(port))), server_hostname=name)

@@ -23,6 +23,16 @@ fn failed(source: std::io::Error) -> DaemonError {
     DaemonError::Worker { source }
 }
 
+/// Returns the error of an image, as one that is no failure of a child's worker: other workers would not do better.
+fn of_image(error: DaemonError) -> DaemonError {
+    match error {
+        DaemonError::Worker { .. } => {
+            DaemonError::Refused { kind: error.problem(), text: clade_vmm::error_chain(&error) }
+        }
+        other => other,
+    }
+}
+
 /// Children to be started.
 pub(super) struct Children<'a, 'o> {
     supervisor: &'a Supervisor,
@@ -163,7 +173,7 @@ impl Launch for Children<'_, '_> {
     }
 
     fn give_image(&self, workers: &Workers) -> Result<Vec<Note>, DaemonError> {
-        let image = (self.origin.image)()?;
+        let image = (self.origin.image)().map_err(of_image)?;
         self.expect_network(image)?;
         let labels = self.request.labels.as_ref().unwrap_or_else(|| image.labels()).clone();
         let (secrets, withhold) = (image.secrets().clone(), self.request.without_secrets);

@@ -2,7 +2,7 @@
 
 use super::ChildSource;
 use crate::Supervisor;
-use crate::cgroups::{Bounds, Cgroups};
+use crate::cgroups::Bounds;
 use clade_api::{DaemonError, ForkRequest, ProblemKind, VmLimits};
 
 /// Most memory that a child may have copies of ahead, in MiB.
@@ -47,7 +47,7 @@ impl Supervisor {
 
     /// Refuses resource limits that cannot be enforced.
     pub(crate) fn expect_enforced(&self, bounds: Bounds) -> Result<(), DaemonError> {
-        if bounds.is_none() || self.0.cgroups.as_ref().is_some_and(Cgroups::limits_memory) {
+        if bounds.is_none() || self.0.cgroups.as_ref().is_some_and(|groups| groups.enforces(bounds)) {
             return Ok(());
         }
         let text = "limits need control groups (v2), which this supervisor has not got: see --cgroup".to_owned();

@@ -91,6 +91,7 @@ impl Supervisor {
         }
         // Before the request for its image: when that is there, the VM's files may be another's.
         let vm_record = VmRecord::expect(&self.0.dir, vm)?;
+        self.expect_enforced(vm_record.bounds)?;
         let line = self.0.kept_lines.now(vm, vm_record.process);
         // Before the parent is paused: a refused request costs it nothing.
         let claims = self.claim(vm, request, &vm_record.template, cancel)?;
@@ -135,7 +136,9 @@ impl Supervisor {
         cancel: &Cancel,
     ) -> Result<ForkAnswer, DaemonError> {
         let begun = Instant::now();
-        let claims = self.claim(vm, request, &VmRecord::expect(&self.0.dir, vm)?.template, cancel)?;
+        let vm_record = VmRecord::expect(&self.0.dir, vm)?;
+        self.expect_enforced(vm_record.bounds)?;
+        let claims = self.claim(vm, request, &vm_record.template, cancel)?;
         let _launching = self.0.launching(&claims);
         let image = self.detached_image(vm, permit, cancel)?;
         let (vm_record, network) = (image.vm_record(), image.network());
@@ -159,6 +162,7 @@ impl Supervisor {
         check_names(request.count, request.name.as_deref())?;
         expect_no_detach(request)?;
         let checkpoint = self.checkpoint_of(name, cancel)?;
+        self.expect_enforced(checkpoint.vm_record().bounds)?;
         let claims = self.claim(name, request, &checkpoint.vm_record().template, cancel)?;
         let _launching = self.0.launching(&claims);
         let made = self.start_children_of(&checkpoint, claims, request, cancel)?;

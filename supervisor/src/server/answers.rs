@@ -1,6 +1,7 @@
 //! The answers to requests of the socket's clients and of servers in this process.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use clade_api::http::{ApiError, Cancel, CancelOnDrop, THREAD_PATIENCE, expect_absolute, grace, on_a_thread};
 use clade_api::{
@@ -159,8 +160,23 @@ impl Supervisor {
         // Before the request to its process, which has as much time.
         grace(request)?;
         // Not from the process itself.
-        let pid = self.pid_of(name);
         let (held, owned) = (self.clone(), name.to_owned());
+        let process = self.0.processes.of(name).map(|(pid, vm)| (pid, vm.process));
+        let process = match process {
+            // Of a VM that an earlier supervisor has started.
+            None => {
+                let (held, name) = (self.clone(), name.to_owned());
+                let recorded = move || {
+                    // Without a record the answer of the VM's process decides.
+                    let process = held.recorded_process(&name).ok().flatten()?;
+                    Some((process.pid(), Arc::new(process.open()?)))
+                };
+                on_a_thread(THREAD_PATIENCE, recorded).await?
+            }
+            own => own,
+        };
+        // What the process of such a VM says of itself is another's pid to its supervisor.
+        let pid = self.pid_of(name);
         if request.at_once && request.graceful_s.is_none() {
             // The signal comes first: threads that wait for the ends of others may all be taken.
             if let Some(killed) = self.kill_at_once(name)? {
@@ -180,6 +196,11 @@ impl Supervisor {
                 Ok(answer)
             }
             Err(ClientError::Silent { .. }) => Ok(on_a_thread(THREAD_PATIENCE, move || held.kill(&owned)).await??),
+            // A guest may refuse to end in order. A process that refuses to stop at all does not behave as ours do.
+            Err(error) if request.graceful_s.is_none() => {
+                let killed = on_a_thread(THREAD_PATIENCE, move || held.kill_unless_ended(&owned, process)).await??;
+                killed.ok_or_else(|| error.into())
+            }
             Err(error) => Err(error.into()),
         }
     }

@@ -3,7 +3,7 @@
 
 use std::future::Future;
 use std::pin::pin;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::body::{Body, to_bytes};
 use axum::http::StatusCode;
@@ -56,10 +56,13 @@ impl InProcessRequests {
     }
 }
 
-/// Parses the answer of a VM's process, which has up to `most` bytes.
-async fn parsed<T: DeserializeOwned>(answer: Response, most: usize) -> Result<T, ClientError> {
+/// Parses the answer of a VM's process, which has up to `most` bytes and `limit` for all of them.
+async fn parsed<T: DeserializeOwned>(answer: Response, most: usize, limit: Duration) -> Result<T, ClientError> {
     let status = answer.status();
-    let bytes = to_bytes(answer.into_body(), most).await.map_err(|_| ClientError::LongAnswer { most })?;
+    let Ok(bytes) = timeout(limit, to_bytes(answer.into_body(), most)).await else {
+        return Err(ApiError::new(ProblemKind::VmSilent, "the answer of a VM's process does not end").into());
+    };
+    let bytes = bytes.map_err(|_| ClientError::LongAnswer { most })?;
     if status != StatusCode::OK {
         return Err(ClientError::refused(status, &bytes));
     }
@@ -147,7 +150,9 @@ impl Supervisor {
         let request = Request::builder().method(method).uri(format!("/v1/vms/{vm}{action}"));
         let request = request.header(HOST, "localhost").header(CONTENT_TYPE, "application/json").body(Body::from(body));
         let request = request.map_err(|error| ApiError::new(ProblemKind::Internal, error.to_string()))?;
-        parsed(forward(self.dir(), vm, request, ProxyLimits::default()).await?, most).await
+        let limits = ProxyLimits::default();
+        let limit = limits.answer;
+        parsed(forward(self.dir(), vm, request, limits).await?, most, limit).await
     }
 
     fn of_vm<'a, T: DeserializeOwned + Send + 'a>(
@@ -263,11 +268,25 @@ impl SupervisorApi for Supervisor {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
-    use std::time::Duration;
 
     use tokio::time::advance;
 
     use super::*;
+
+    /// The body of an answer that has begun, and does not go on.
+    struct Endless;
+
+    impl hyper::body::Body for Endless {
+        type Data = axum::body::Bytes;
+        type Error = std::io::Error;
+
+        fn poll_frame(
+            self: std::pin::Pin<&mut Self>,
+            _: &mut std::task::Context<'_>,
+        ) -> std::task::Poll<Option<Result<hyper::body::Frame<Self::Data>, Self::Error>>> {
+            std::task::Poll::Pending
+        }
+    }
 
     /// Has the other tasks run until they wait.
     async fn settled() {
@@ -301,12 +320,21 @@ mod tests {
         }
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_does_not_end_is_that_of_a_silent_vm() {
+        let answer = Response::builder().status(StatusCode::OK).body(Body::new(Endless)).unwrap();
+        let begun = tokio::time::Instant::now();
+        let refused = parsed::<u64>(answer, 8, Duration::from_secs(70)).await.unwrap_err();
+        assert_eq!((refused.problem(), begun.elapsed().as_secs()), (ProblemKind::VmSilent, 70));
+    }
+
     #[tokio::test]
     async fn an_answer_of_a_vms_process_is_bounded_and_a_refusal_keeps_its_status() {
         let answer = |status: StatusCode, body: &str| {
             Response::builder().status(status).body(Body::from(body.to_owned())).unwrap()
         };
-        let of = async |status, body: &str| parsed::<u64>(answer(status, body), 8).await;
+        let limit = Duration::from_secs(70);
+        let of = async |status, body: &str| parsed::<u64>(answer(status, body), 8, limit).await;
         assert_eq!(of(StatusCode::OK, "12345678").await.unwrap(), 12_345_678);
         assert!(matches!(of(StatusCode::OK, "123456789").await, Err(ClientError::LongAnswer { most: 8 })));
         assert!(matches!(of(StatusCode::OK, "{").await, Err(ClientError::Answer(_))));

@@ -20,6 +20,7 @@ use clade_host_io::seqpacket::{self, Message};
 use clade_memory::SuspendFile;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{Shutdown, shutdown};
 use serde::{Deserialize, Serialize};
 
 use crate::image::{connected, read_answer};
@@ -169,6 +170,12 @@ impl RequestWatch {
 pub struct SuspendedVm(OwnedFd);
 
 impl SuspendedVm {
+    /// Ends [`Self::wait`] in another thread, unless the report of the wake is there.
+    pub fn end_wait(&self) {
+        // Fails only if the other end has gone, which ends it too.
+        let _ = shutdown(&self.0, Shutdown::Read);
+    }
+
     /// Waits until the VM is woken. Returns false if it has gone instead.
     pub fn wait(&self) -> bool {
         // Its process may be silent for as long as the VM sleeps.

@@ -196,6 +196,53 @@ fn a_vm_whose_process_does_not_answer_is_stopped_all_the_same() {
     all.end();
 }
 
+/// Answers at the socket of a VM in place of its process: each request is refused.
+fn refuse_at(socket: &Path) {
+    fs::remove_file(socket).unwrap();
+    let listener = UnixListener::bind(socket).unwrap();
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut request = [0; 4096];
+            let _ = stream.read(&mut request);
+            let refusal = r#"{"type": "urn:clade:wrong-state", "title": "no", "status": 409, "detail": "I run on"}"#;
+            let _ = write!(
+                stream,
+                "HTTP/1.1 409 Conflict\r\ncontent-type: application/problem+json\r\ncontent-length: {}\r\n\r\n{refusal}",
+                refusal.len()
+            );
+        }
+    });
+}
+
+/// A process that a guest has broken into may answer anything but that its VM has stopped.
+#[test]
+fn a_vm_whose_process_refuses_to_stop_is_stopped_all_the_same() {
+    if !kvm() {
+        return;
+    }
+    let mut all = Supervised::start("0");
+    all.boot("web", &[]);
+    all.fork(&["web"]);
+    for (name, comes_back) in [("web-1", false), ("web", true)] {
+        if comes_back {
+            // Another supervisor, which has not started it.
+            all.runtime.crash();
+            all.serve("0");
+        }
+        let pid = all.pid_of(name);
+        refuse_at(&all.runtime.socket(name));
+        // The guest of an honest process may refuse that.
+        let (status, answer) = all.http("POST", &format!("/v1/vms/{name}/stop"), r#"{"graceful_s": 1}"#);
+        assert!(status == 409 && runs(pid), "{answer}");
+        let stopped = all.runtime.clade(&["stop", name, "--json"]).json();
+        assert_eq!((&stopped["killed"], &stopped["state"]), (&true.into(), &"stopped".into()), "{stopped}");
+        assert!(!runs(pid));
+        all.boot(name, &[]);
+    }
+    all.end();
+}
+
 /// The name of a VM that was reported stopped is free at once.
 #[test]
 fn a_name_is_free_as_soon_as_its_vm_is_stopped() {

@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use clade_devices::virtio::net::Mac;
+use clade_devices::virtio::vsock::FIRST_GUEST_CID;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, socket_with};
 
 use crate::vm::identity::IdentityError;
@@ -78,14 +79,44 @@ pub(super) fn first_free<T>(
     Err(IdentityError::NoneFree { what, tries: TRIES })
 }
 
-/// Claims the next free CID after the parent's. Counted for the whole process, so that each of a
+/// Claims a free CID after the parent's. Counted for the whole process, so that each of a
 /// thousand children does not try a thousand CIDs.
 pub(super) fn next_cid(parent: u64) -> Result<(u64, IdentityClaim), IdentityError> {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    let candidate = || {
-        // Relaxed: if two threads get the same number, the second cannot claim it.
-        NEXT.fetch_max(parent + 1, Ordering::Relaxed);
-        Ok(NEXT.fetch_add(1, Ordering::Relaxed))
-    };
+    static COUNT: AtomicU64 = AtomicU64::new(1);
+    // Relaxed: the number publishes no other data.
+    let candidate = || Ok(cid_after(parent, COUNT.fetch_add(1, Ordering::Relaxed)));
     first_free("CID", candidate, |cid| IdentityClaim::cid(*cid))
+}
+
+/// Returns the guest's CID that comes `count` after `cid`. The first comes after the last: a VM with a high CID has
+/// children, too.
+fn cid_after(cid: u64, count: u64) -> u64 {
+    // All bits set stand for any CID.
+    const GUESTS: u64 = u32::MAX as u64 - FIRST_GUEST_CID;
+    FIRST_GUEST_CID + (cid.saturating_sub(FIRST_GUEST_CID) % GUESTS + count % GUESTS) % GUESTS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn children_have_the_cids_of_guests_whatever_their_parents() {
+        let last = u64::from(u32::MAX) - 1;
+        for (cid, count, after) in [
+            (FIRST_GUEST_CID, 1, FIRST_GUEST_CID + 1),
+            (100, 17, 117),
+            (last - 1, 1, last),
+            (last, 1, FIRST_GUEST_CID),
+            (last, 2, FIRST_GUEST_CID + 1),
+            (FIRST_GUEST_CID, u64::from(u32::MAX) - FIRST_GUEST_CID, FIRST_GUEST_CID),
+            (0, 0, FIRST_GUEST_CID),
+        ] {
+            assert_eq!(cid_after(cid, count), after, "{count} after {cid}");
+        }
+        let guests = FIRST_GUEST_CID..=last;
+        let of = |parent| next_cid(parent).unwrap();
+        let (high, low) = (of(last), of(FIRST_GUEST_CID));
+        assert!(guests.contains(&high.0) && guests.contains(&low.0) && high.0 != low.0, "{high:?} {low:?}");
+    }
 }
