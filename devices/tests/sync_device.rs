@@ -5,6 +5,9 @@
 
 mod driver;
 
+use std::any::Any;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use clade_devices::Console;
@@ -13,7 +16,9 @@ use clade_devices::virtio::console::{ConsoleDevice, Typist};
 use clade_devices::virtio::limiter::{Limits, Rate};
 use clade_devices::virtio::rng::Rng;
 use clade_devices::virtio::sync_device::SyncDevice;
-use clade_devices::virtio::{DeviceState, VirtioDevice, regs};
+use clade_devices::virtio::{
+    ActivateError, Activation, Backend, DeviceState, SaveError, SavedDevice, VirtioDevice, regs,
+};
 use clade_memory::{Access, PageRange, PinLifetime};
 
 use driver::{Driver, ram, store};
@@ -53,6 +58,83 @@ fn a_limited_source_of_entropy_waits_and_goes_on() {
     }
     (0..6).for_each(|_| assert_eq!(vm.wait(0).1, 200));
     assert!(begun.elapsed() > Duration::from_millis(300), "1,200 bytes at 2,000 a second, 200 at once");
+}
+
+/// A source of entropy whose reset waits while `is_busy`.
+#[derive(Debug)]
+struct Busy {
+    device: Box<dyn VirtioDevice>,
+    is_busy: Arc<AtomicBool>,
+}
+
+impl VirtioDevice for Busy {
+    fn device_type(&self) -> u32 {
+        self.device.device_type()
+    }
+
+    fn features(&self) -> u64 {
+        self.device.features()
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        self.device.queue_sizes()
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        self.device.read_config(offset, data);
+    }
+
+    fn activate(&mut self, with: Activation) -> Result<(), ActivateError> {
+        self.device.activate(with)
+    }
+
+    fn deactivate(&mut self) -> bool {
+        !self.is_busy.load(Ordering::Relaxed) && self.device.deactivate()
+    }
+
+    fn quiesce(&mut self) {
+        self.device.quiesce();
+    }
+
+    fn resume(&mut self) {
+        self.device.resume();
+    }
+
+    fn rewind(
+        &mut self,
+        state: &DeviceState,
+        backend: &Backend,
+        with: Option<Activation>,
+    ) -> Result<(), ActivateError> {
+        self.device.rewind(state, backend, with)
+    }
+
+    fn save(&mut self) -> Result<SavedDevice, SaveError> {
+        self.device.save()
+    }
+
+    fn as_any(&mut self) -> &mut dyn Any {
+        self
+    }
+}
+
+#[test]
+fn a_reset_that_waits_for_transfers_is_over_in_a_child() {
+    let (store, is_busy) = (store(), Arc::<AtomicBool>::default());
+    let busy = Busy { device: rng(), is_busy: Arc::clone(&is_busy) };
+    let mut parent = Driver::take(Box::new(busy), &ram(&store));
+    is_busy.store(true, Ordering::Relaxed);
+    parent.put(regs::STATUS, 0);
+    assert!(parent.needs_reset() && parent.get(regs::STATUS) != 0, "a transfer is in the kernel");
+    let mut child = parent.fork(&store, |_, _| rng());
+    assert_ne!(parent.get(regs::STATUS), 0);
+    is_busy.store(false, Ordering::Relaxed);
+    for vm in [&mut child, &mut parent] {
+        assert_eq!(vm.get(regs::STATUS), 0);
+        vm.set_up();
+        vm.post(0, &[(BUFFER, 64, true)]);
+        assert_eq!(vm.wait(0).1, 64);
+    }
 }
 
 fn console() -> (Box<dyn VirtioDevice>, Console, Typist) {
