@@ -35,8 +35,8 @@ fn a_hundred_forks_by_the_sdk() {
     drive("128M", &["forks"]);
 }
 
-/// A guest whose kernel is interpreted takes in 0.7 MB a second: `CLADE_E2B_FILE_MIB=1024` is for other
-/// hosts.
+/// A guest whose kernel is interpreted takes in 0.7 MB a second at best: with `CLADE_E2B_FILE_MIB=1024` this takes over
+/// an hour there.
 #[test]
 #[ignore = "long"]
 fn a_large_file_through_the_sdk() {

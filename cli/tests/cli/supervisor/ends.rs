@@ -168,13 +168,9 @@ fn a_supervisor_is_shown_and_ended_by_a_command() {
     all.end();
 }
 
-/// A request to stop a VM whose process is stopped ends it in bounded time, and its name is then
-/// free. Requests that only the process can answer fail.
-#[test]
-fn a_vm_whose_process_does_not_answer_is_stopped_all_the_same() {
-    if !kvm() {
-        return;
-    }
+/// Stops a VM of this supervisor, and one of an earlier one, whose processes `spoil` keeps from stopping them. Each
+/// process is killed, and the name is then free.
+fn stop_by_force(spoil: impl Fn(&Supervised, &str, u32)) {
     let mut all = Supervised::start("0");
     all.boot("web", &[]);
     all.fork(&["web"]);
@@ -185,7 +181,7 @@ fn a_vm_whose_process_does_not_answer_is_stopped_all_the_same() {
             all.serve("0");
         }
         let pid = all.pid_of(name);
-        kill(pid, Signal::STOP);
+        spoil(&all, name, pid);
         let stopped = all.runtime.clade(&["stop", name, "--json"]).json();
         assert_eq!((&stopped["killed"], &stopped["state"]), (&true.into(), &"stopped".into()), "{stopped}");
         assert_eq!(stopped["pid"], pid);
@@ -194,6 +190,13 @@ fn a_vm_whose_process_does_not_answer_is_stopped_all_the_same() {
         all.boot(name, &[]);
     }
     all.end();
+}
+
+#[test]
+fn a_vm_whose_process_does_not_answer_is_stopped_all_the_same() {
+    if kvm() {
+        stop_by_force(|_, _, pid| kill(pid, Signal::STOP));
+    }
 }
 
 /// Answers at the socket of a VM in place of its process: each request is refused.
@@ -221,26 +224,12 @@ fn a_vm_whose_process_refuses_to_stop_is_stopped_all_the_same() {
     if !kvm() {
         return;
     }
-    let mut all = Supervised::start("0");
-    all.boot("web", &[]);
-    all.fork(&["web"]);
-    for (name, comes_back) in [("web-1", false), ("web", true)] {
-        if comes_back {
-            // Another supervisor, which has not started it.
-            all.runtime.crash();
-            all.serve("0");
-        }
-        let pid = all.pid_of(name);
+    stop_by_force(|all, name, pid| {
         refuse_at(&all.runtime.socket(name));
         // The guest of an honest process may refuse that.
         let (status, answer) = all.http("POST", &format!("/v1/vms/{name}/stop"), r#"{"graceful_s": 1}"#);
         assert!(status == 409 && runs(pid), "{answer}");
-        let stopped = all.runtime.clade(&["stop", name, "--json"]).json();
-        assert_eq!((&stopped["killed"], &stopped["state"]), (&true.into(), &"stopped".into()), "{stopped}");
-        assert!(!runs(pid));
-        all.boot(name, &[]);
-    }
-    all.end();
+    });
 }
 
 /// The name of a VM that was reported stopped is free at once.
