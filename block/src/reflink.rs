@@ -272,8 +272,8 @@ impl ReflinkImage {
         }
     }
 
-    /// Returns the new image, which becomes the base, if it has all that was written. What was written since the last flush
-    /// began is in overlays alone.
+    /// Returns the new image, which becomes the base, if it has all that was written. What was written since the last
+    /// flush began is in overlays alone.
     pub(super) fn take_over(&mut self) -> Option<Arc<IoFile>> {
         if self.whole || !self.moved.is_empty() {
             return None;

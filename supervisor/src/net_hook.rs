@@ -31,6 +31,8 @@ use rustix::process::{Pid, Signal, kill_process_group};
 /// Time limit of one run.
 const TIME_LIMIT: Duration = Duration::from_secs(10);
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
+/// Runs of pending `down`s, each for as long as it may take, that an `up` waits for.
+const AWAITED_DOWNS: u32 = 6;
 /// Bytes read from the end of its standard error.
 const MAX_SAID: u64 = 4096;
 
@@ -112,7 +114,7 @@ impl NetHook {
     /// # Errors
     /// When the program fails.
     pub(super) fn up(&self, all: Vec<Interfaces>) -> Result<Up, Box<HookError>> {
-        let limit = 6 * self.shared.limit;
+        let limit = AWAITED_DOWNS * self.shared.limit;
         let waited = self.shared.none_left.wait_timeout_while(self.shared.downs(), limit, |left| *left > 0);
         let (downs, waited) = waited.unwrap_or_else(PoisonError::into_inner);
         if waited.timed_out() {

@@ -248,8 +248,8 @@ const MAX_DISKS: usize = 64;
 const MAX_TAP: usize = 64;
 
 impl VmStats {
-    /// Returns whether they can be of a VM. They come from its process, which may be compromised, and end up in a text for
-    /// all VMs.
+    /// Returns whether they can be of a VM. They come from its process, which may be compromised, and end up in a text
+    /// for all VMs.
     pub(crate) fn is_plausible(&self) -> bool {
         let pauses = [&self.pauses.fork, &self.pauses.snapshot, &self.pauses.reset];
         self.parent.as_deref().is_none_or(|parent| check_name(parent).is_ok())

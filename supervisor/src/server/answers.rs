@@ -161,8 +161,9 @@ impl Supervisor {
         grace(request)?;
         // Not from the process itself.
         let (held, owned) = (self.clone(), name.to_owned());
-        let process = self.0.processes.of(name).map(|(pid, vm)| (pid, vm.process));
-        let process = match process {
+        let own = self.0.processes.of(name).map(|(pid, vm)| (pid, vm.process));
+        let pid = own.as_ref().map(|(pid, _)| *pid);
+        let process = match own {
             // Of a VM that an earlier supervisor has started.
             None => {
                 let (held, name) = (self.clone(), name.to_owned());
@@ -175,8 +176,6 @@ impl Supervisor {
             }
             own => own,
         };
-        // What the process of such a VM says of itself is another's pid to its supervisor.
-        let pid = self.pid_of(name);
         if request.at_once && request.graceful_s.is_none() {
             // The signal comes first: threads that wait for the ends of others may all be taken.
             if let Some(killed) = self.kill_at_once(name)? {

@@ -204,8 +204,8 @@ impl Balloon {
         Ok(())
     }
 
-    /// Receives statistics. The guest posts a chain with them, and again after the chain is used. Returns whether there may
-    /// be more.
+    /// Receives statistics. The guest posts a chain with them, and again after the chain is used. Returns whether there
+    /// may be more.
     fn listen(&mut self, io: &mut QueueCtx) -> Result<bool, FatalError> {
         if self.asked
             && let Some(head) = self.stats_chain.take()

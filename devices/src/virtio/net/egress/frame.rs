@@ -51,7 +51,8 @@ pub(super) struct IpPacket {
 /// A packet that was parsed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ParsedPacket {
-    /// ARP, or neighbour discovery at addresses of the link: these find Ethernet addresses, and routers do not forward them.
+    /// ARP, or neighbour discovery at addresses of the link: these find Ethernet addresses, and routers do not forward
+    /// them.
     Neighbours,
     Ip(IpPacket),
 }
@@ -235,8 +236,8 @@ impl FrameCursor<'_> {
         };
         let plain = self.at == first && protocol == Protocol::Icmp && left >= 8;
         let kind = self.rest()?.first().copied();
-        // Router and neighbour solicitations, and neighbour advertisements. No receiver accepts one with a lower hop limit.
-        // Routers do forward one, so only the addresses of the link are excepted from rules.
+        // Router and neighbour solicitations, and neighbour advertisements. No receiver accepts one with a lower hop
+        // limit. Routers do forward one, so only the addresses of the link are excepted from rules.
         if plain && hops == 255 && is_of_link(&to) && matches!(kind, Some(133 | 135 | 136)) {
             self.offload.check(0, None, GSO_NONE)?;
             return Ok(ParsedPacket::Neighbours);
