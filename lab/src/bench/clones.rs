@@ -4,6 +4,8 @@
 //! and is paused. Each child reports that it runs before the answer comes, and is then paused: so a
 //! time runs from the request until the last child's first instruction.
 //!
+//! Two rows are of one child of a VM that computes, beside as many others that compute as there are processors.
+//!
 //! The baseline is as many VMs in one process, in the same run: this one, by the library. The limit is as many processes
 //! made by fork, each with a VM that writes one page: cold, and with the VM made before.
 
@@ -67,6 +69,7 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, 
     let (mem, most) = (args.mem[0], args.count.unwrap_or(COUNT));
     let bench = Bench::new(context, mem, "idle")?;
     let mut rows = vec![bench.one(args.samples)?];
+    rows.extend(Bench::new(context, mem, SPINNING)?.busy(args.samples)?);
     let counts = COUNTS.into_iter().filter(|count| *count < most).chain([most]);
     let all = counts.map(|count| Ok((count, bench.many(count, true)?))).collect::<Result<Vec<_>, Failure>>()?;
     rows.extend(all.iter().flat_map(|(count, times)| totals(*count, times)));
@@ -164,6 +167,29 @@ impl Bench {
             .limit("a prepared process: map, run", &limit)
             .against("the library, in one process", &library)
             .target("p50 <= 1500", |row| row.p50() <= 1_500.0))
+    }
+
+    /// Measures one child, from a prepared worker, of a VM that computes, beside as many VMs that compute as there are
+    /// processors.
+    fn busy(&self, samples: usize) -> Result<[BenchRow; 2], Failure> {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let (busy, _) = self.fork("vms/parent", cpus + 1)?;
+        let of = format!("vms/{}", busy.children[0]);
+        let (mut first_instruction, mut pause) = (Sample::default(), Sample::default());
+        for _ in 0..samples {
+            self.supervisor.await_prepared(1)?;
+            let (answer, took) = self.fork(&of, 1)?;
+            first_instruction.push_us(took);
+            pause.push(answer.pause_us);
+            // With the parent.
+            self.supervisor.stop(&answer.children, cpus + 2)?;
+        }
+        self.stop(&busy.children)?;
+        Ok([
+            BenchRow::new("fork_api_first_instruction_busy", "us", &first_instruction)
+                .target("p99 <= 10000", |row| row.p99() <= 10_000.0),
+            BenchRow::new("fork_api_pause_busy", "us", &pause).target("p99 <= 2000", |row| row.p99() <= 2_000.0),
+        ])
     }
 
     fn mem(&self) -> u64 {
