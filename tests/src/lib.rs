@@ -44,6 +44,12 @@ pub struct Turn {
     _alone: Option<MutexGuard<'static, ()>>,
 }
 
+/// Waits until no other test of the binary runs VMs, or has a process of its own.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Turn {
     /// Waits until no other test of the binary runs VMs. Bare guests spin while they wait, and the
     /// resources of a process can only be counted while no other test changes them.
@@ -51,8 +57,7 @@ impl Turn {
     /// `None`, with the reason printed, on a host that cannot run VMs.
     #[must_use]
     pub fn take() -> Option<Self> {
-        static ALONE: Mutex<()> = Mutex::new(());
-        Self::with(Some(ALONE.lock().unwrap_or_else(PoisonError::into_inner)))
+        Self::with(Some(alone()))
     }
 
     /// Does not wait: for guests that sleep while they wait, in tests that count no resources of

@@ -8,7 +8,8 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 const OWN_PROCESS: &str = "CLADE_TEST_OWN_PROCESS";
 
 /// Returns true in a process that runs only the test called `name`. Otherwise starts that process,
-/// waits for it, passes its verdict on and returns false.
+/// waits for it, passes its verdict on and returns false. No other test of the binary runs VMs meanwhile: call it before
+/// [`Turn::take`](crate::Turn::take).
 ///
 /// # Panics
 /// When the test fails there.
@@ -17,6 +18,8 @@ pub fn in_a_process_of_its_own(name: &str) -> bool {
     if std::env::var_os(OWN_PROCESS).is_some() {
         return true;
     }
+    // The pipes to it are descriptors of this process, which another test may be counting.
+    let _alone = crate::alone();
     let program = std::env::current_exe().expect("this program");
     let mut command = Command::new(program);
     command.args([name, "--exact", "--nocapture", "--test-threads=1"]).env(OWN_PROCESS, "1");
