@@ -44,7 +44,7 @@ pub struct Turn {
     _alone: Option<MutexGuard<'static, ()>>,
 }
 
-/// Waits until no other test of the binary runs VMs, or has a process of its own.
+/// Waits until no other test of the binary has a turn, or a process of its own.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)

@@ -8,8 +8,8 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 const OWN_PROCESS: &str = "CLADE_TEST_OWN_PROCESS";
 
 /// Returns true in a process that runs only the test called `name`. Otherwise starts that process,
-/// waits for it, passes its verdict on and returns false. No other test of the binary runs VMs meanwhile: call it before
-/// [`Turn::take`](crate::Turn::take).
+/// waits for it, passes its verdict on and returns false. No other test of the binary has a
+/// [`Turn`](crate::Turn::take) of its own meanwhile: call it before that.
 ///
 /// # Panics
 /// When the test fails there.
