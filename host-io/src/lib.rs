@@ -37,6 +37,7 @@ mod net_backend;
 mod op;
 mod overlay_pool;
 mod packet_stream;
+pub mod realtime;
 pub mod sched;
 pub mod seqpacket;
 mod tap;

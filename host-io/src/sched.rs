@@ -5,8 +5,9 @@
 //! a child's first instruction would come milliseconds late. So a vCPU thread that waits to start
 //! has the shortest slice.
 //!
-//! A heavier weight keeps it from waiting behind threads that have had less time; that needs
-//! CAP_SYS_NICE. Both are best effort: kernels before 6.12 ignore slices.
+//! A heavier weight makes the slice of a boosted thread count for less; that needs CAP_SYS_NICE. Both
+//! are best effort: kernels before 6.12 ignore slices. Neither helps a thread that has used up its share:
+//! see [`realtime`](crate::realtime).
 //!
 //! The supervisor's threads get the shortest slice too, and a somewhat heavier weight: they answer all
 //! clients, and the vCPUs of one client's guests may occupy every processor.
@@ -14,6 +15,8 @@
 use std::cell::{Cell, OnceCell};
 use std::io;
 use std::time::Duration;
+
+use crate::realtime::is_realtime;
 
 /// The shortest slice the scheduler takes.
 const BOOST_SLICE_NS: u64 = 100_000;
@@ -39,9 +42,11 @@ pub fn set_slice(slice: Duration) {
     SLICE_NS.set(u64::try_from(slice.as_nanos()).unwrap_or(u64::MAX));
 }
 
-/// Makes the calling thread run soon after it wakes.
+/// Makes the calling thread run soon after it wakes. A real-time thread does already.
 pub fn boost() {
-    put_in_front(BOOST_NICE);
+    if !is_realtime() {
+        put_in_front(BOOST_NICE);
+    }
 }
 
 /// Makes the calling thread, which answers requests, run soon after it wakes, until it ends. Whoever
@@ -63,7 +68,8 @@ fn put_in_front(nice: i32) {
         .unwrap_or_else(|error| tracing::debug!(%error, "the scheduler takes no slice"));
 }
 
-/// Schedules the calling thread like any other of its slice again.
+/// Schedules the calling thread like any other of its slice again, also if another process has made it
+/// a real-time thread.
 pub fn unboost() {
     // Without CAP_SYS_NICE the flag stays once it is set. It changes nothing for a thread that is
     // like any other.
@@ -74,11 +80,39 @@ pub fn unboost() {
 }
 
 /// Boosts the calling thread until this is dropped: for the few hundred microseconds in which a VM
-/// is paused, or a child starts.
+/// is paused, or a child starts. A real-time thread stays one: whoever made it one takes it back.
 #[derive(Debug)]
-pub struct BoostGuard(());
+pub struct BoostGuard {
+    is_own: bool,
+}
 
 impl BoostGuard {
+    /// Boosts the calling thread.
+    #[must_use]
+    #[allow(clippy::new_without_default, reason = "it acts on the calling thread")]
+    pub fn new() -> Self {
+        let is_own = !is_realtime();
+        if is_own {
+            put_in_front(BOOST_NICE);
+        }
+        Self { is_own }
+    }
+}
+
+impl Drop for BoostGuard {
+    fn drop(&mut self) {
+        if self.is_own {
+            unboost();
+        }
+    }
+}
+
+/// Boosts the calling thread, which then runs a guest, until this is dropped. No priority outlasts it,
+/// whoever has given it: the guest has none over others.
+#[derive(Debug)]
+pub struct ParkGuard(());
+
+impl ParkGuard {
     /// Boosts the calling thread.
     #[must_use]
     #[allow(clippy::new_without_default, reason = "it acts on the calling thread")]
@@ -88,7 +122,7 @@ impl BoostGuard {
     }
 }
 
-impl Drop for BoostGuard {
+impl Drop for ParkGuard {
     fn drop(&mut self) {
         unboost();
     }

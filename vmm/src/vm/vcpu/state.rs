@@ -11,7 +11,7 @@ use crate::vm::error::{VmError, catch_panic};
 use crate::vm::vcpu::control::Next;
 use crate::vm::vcpu::exits::{ExitKind, ExitRecord};
 use crate::vm::vcpu::{VcpuStart, VcpuThread};
-use clade_host_io::sched::BoostGuard;
+use clade_host_io::sched::ParkGuard;
 
 impl VcpuThread {
     /// Loads the state that the vCPU starts with.
@@ -52,7 +52,7 @@ impl VcpuThread {
     pub(super) fn park(&mut self) -> bool {
         // The owner waits for this thread to save, and the guest for it to run on. Both need to run
         // without waiting for the end of another thread's slice.
-        let _boost = BoostGuard::new();
+        let _boost = ParkGuard::new();
         let mut next = self.control.park(self.index, false);
         loop {
             match next {
