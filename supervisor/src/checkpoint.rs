@@ -7,6 +7,7 @@ use super::copied_files::Copies;
 use super::host_link::stricter;
 use super::kept::KeptData;
 use super::kept::{DataId, KeptLine, KeptLines, KeptRecord};
+use super::priority::Priority;
 use super::vm_record::VmRecord;
 use clade_api::secrets::Secrets;
 use clade_api::{CheckpointInfo, DaemonError, DetachedInfo, ErasedInfo, ForkAnswer, ForkedInfo, Labels, RuntimeDir};
@@ -54,13 +55,15 @@ impl Checkpoint {
     pub(super) fn take(
         dir: &RuntimeDir,
         lines: &KeptLines,
+        priority: &Priority,
         vm: &str,
         check: &dyn Fn() -> Result<(), DaemonError>,
     ) -> Result<Self, DaemonError> {
         // Before: when the image is there, the VM's files may be another's.
         let vm_record = VmRecord::expect(dir, vm)?;
         let line = lines.now(vm, vm_record.process);
-        Self::of_pending(dir, vm, (vm_record, line), PendingFork::begin(dir.path(), vm)?, check)
+        let (pending_fork, _raised) = priority.raise(vm_record.process, || PendingFork::begin(dir.path(), vm));
+        Self::of_pending(dir, vm, (vm_record, line), pending_fork?, check)
     }
 
     /// Returns the image of the VM called `vm`, which `vm_record` describes and whose line was `line`

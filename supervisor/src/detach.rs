@@ -96,7 +96,8 @@ impl Supervisor {
         cancel: &Cancel,
     ) -> Result<Checkpoint, DaemonError> {
         expect_detachable(&VmRecord::expect(&self.0.dir, vm)?.template)?;
-        let taken = Checkpoint::take(&self.0.dir, &self.0.kept_lines, vm, &|| self.check(0, 0, cancel))?;
+        let taken =
+            Checkpoint::take(&self.0.dir, &self.0.kept_lines, &self.0.priority, vm, &|| self.check(0, 0, cancel))?;
         drop(permit);
         self.detach(taken, cancel)
     }

@@ -65,6 +65,7 @@ mod net_hook;
 mod openapi;
 mod overlays;
 mod pool;
+mod priority;
 mod processes;
 mod proxy;
 mod ready_limiter;
@@ -124,6 +125,7 @@ use kept::{KeptDir, KeptLines};
 use net_hook::NetHook;
 use overlays::OverlayDirs;
 use pool::Pool;
+use priority::Priority;
 pub use processes::COMMIT_TIMEOUT;
 use processes::{Processes, kill};
 use ready_limiter::ReadyLimiter;
@@ -180,6 +182,7 @@ struct Inner {
     until_idle: bool,
     zygote: Arc<Zygote>,
     pool: Pool,
+    priority: Priority,
     checkpoints: Checkpoints,
     /// The files of detached checkpoints.
     copied_files: CopiedFiles,

@@ -23,6 +23,7 @@ use crate::kept::{Found, KeptDir, KeptLines};
 use crate::net_hook::NetHook;
 use crate::overlays::OverlayDirs;
 use crate::pool::Pool;
+use crate::priority::Priority;
 use crate::processes::Processes;
 use crate::ready_limiter::ReadyLimiter;
 use crate::reidentify::told_at_a_time;
@@ -96,6 +97,8 @@ impl Supervisor {
         // VMs of an earlier supervisor.
         let mut found = Vec::new();
         let earlier = VmRecord::all(&dir)?;
+        // First: their threads may keep the processors from this one.
+        earlier.iter().filter_map(|(_, vm_record)| vm_record.process).for_each(Priority::give_back);
         for (name, vm_record) in &earlier {
             overlays.found(&vm_record.overlays);
             found.extend(vm_record.process.map(|process| (name.clone(), process)));
@@ -110,6 +113,7 @@ impl Supervisor {
         }
         let (kept, found_kept) = kept_in(kept.as_deref());
         let supervisor = Self(Arc::new(Inner {
+            priority: Priority::default(),
             pool: Pool::start(&zygote, sandbox.clone(), overlays.clone(), pool)?,
             broker,
             cgroups,

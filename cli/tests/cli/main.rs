@@ -34,6 +34,7 @@ mod network;
 mod notify;
 mod page;
 mod pages;
+mod priority;
 mod python;
 mod registry;
 mod rollback;

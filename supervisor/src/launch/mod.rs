@@ -98,11 +98,13 @@ impl Supervisor {
         let _launching = self.0.launching(&claims);
         let claimed = Instant::now();
         // Its fork and the starts of the children's workers run side by side.
-        let pending_fork = Cell::new(Some((PendingFork::begin(self.dir(), vm)?, permit)));
+        let begin = || PendingFork::begin(self.dir(), vm);
+        let (pending_fork, raised) = self.0.priority.raise(vm_record.process, begin);
+        let pending_fork = Cell::new(Some((pending_fork?, raised, permit)));
         let taken = OnceCell::new();
         let image = || match (taken.get(), pending_fork.take()) {
             (Some(taken), _) => Ok(taken),
-            (None, Some((pending_fork, _permit))) => {
+            (None, Some((pending_fork, _raised, _permit))) => {
                 let check = || self.check(0, request.count, cancel);
                 let before = (vm_record.clone(), line.clone());
                 let checkpoint = Checkpoint::of_pending(&self.0.dir, vm, before, pending_fork, &check)?;

@@ -14,8 +14,11 @@ pub mod suspend;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Weak};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use clade_host_io::seqpacket::{self, Message};
@@ -24,6 +27,7 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_peercred};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, connect, socket_with};
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
+use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
 use suspend::SUSPEND;
@@ -91,6 +95,50 @@ enum ImageAnswer {
     },
 }
 
+/// The name of the thread that answers a VM's image requests, from its first one on.
+pub const IMAGE_THREAD: &str = "clade-image";
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// Runs jobs, one after another, on a thread that stays: the supervisor raises it before a request
+/// comes. Jobs that come meanwhile run on threads of the runtime.
+#[derive(Default)]
+struct ImageThread(Option<SyncSender<Job>>);
+
+impl ImageThread {
+    fn run(&mut self, job: Job) {
+        let job = match &self.0 {
+            // Without a buffer: only a thread that waits takes it.
+            Some(thread) => match thread.try_send(job) {
+                Ok(()) => return,
+                Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => job,
+            },
+            None => match self.start() {
+                Ok(()) => job,
+                Err(error) => {
+                    tracing::debug!(%error, "no thread stays for image requests");
+                    job
+                }
+            },
+        };
+        tokio::task::spawn_blocking(job);
+    }
+
+    fn start(&mut self) -> io::Result<()> {
+        let (sender, jobs) = sync_channel::<Job>(0);
+        let runtime = Handle::current();
+        thread::Builder::new().name(IMAGE_THREAD.to_owned()).spawn(move || {
+            let _runtime = runtime.enter();
+            for job in jobs {
+                // As on a thread of the runtime: the next request is answered.
+                let _ = catch_unwind(AssertUnwindSafe(job));
+            }
+        })?;
+        self.0 = Some(sender);
+        Ok(())
+    }
+}
+
 /// Answers at a VM's socket until it is dropped. The VM is not kept alive.
 pub(crate) async fn serve(listener: OwnedFd, vm: Weak<Vm>, leases: Leases, vm_host: WeakVmHost) {
     // SAFETY: an owned descriptor stays the same one, and open, until it is dropped.
@@ -102,6 +150,7 @@ pub(crate) async fn serve(listener: OwnedFd, vm: Weak<Vm>, leases: Leases, vm_ho
         }
     };
     let clients = Arc::new(Semaphore::new(MAX_CLIENTS));
+    let mut image_thread = ImageThread::default();
     loop {
         let accepted = match listener.readable().await {
             Ok(mut ready) => ready.try_io(|listener| Ok(accept_with(listener, SocketFlags::CLOEXEC)?)),
@@ -123,13 +172,13 @@ pub(crate) async fn serve(listener: OwnedFd, vm: Weak<Vm>, leases: Leases, vm_ho
         // The semaphore is never closed.
         let Ok(permit) = Arc::clone(&clients).acquire_owned().await else { return };
         let (vm, leases, vm_host) = (vm.clone(), leases.clone(), vm_host.clone());
-        tokio::task::spawn_blocking(move || {
+        image_thread.run(Box::new(move || {
             if let Err(error) = answer(&socket, &vm, &leases, &vm_host) {
                 // The client has gone, is another user's, or sent no request.
                 tracing::debug!(%error, "image socket");
             }
             drop(permit);
-        });
+        }));
     }
 }
 

@@ -154,6 +154,8 @@ fn limit(ram: u64) -> io::Result<()> {
     // This process may have a lower one already.
     let private = private.min(getrlimit(Resource::Data).maximum.or(private));
     setrlimit(Resource::Data, Rlimit { current: private, maximum: private })?;
+    // The supervisor's thread that ends the real-time priority of a worker must outrank it.
+    setrlimit(Resource::Rtprio, Rlimit { current: Some(0), maximum: Some(0) })?;
     let nice = Rlimit { current: Some(ANY_NICE), maximum: Some(ANY_NICE) };
     if setrlimit(Resource::Nice, nice).is_err() {
         tracing::debug!(limit = ?getrlimit(Resource::Nice), "threads are not put in front");
