@@ -8,8 +8,8 @@
 
 use std::io;
 
-/// Threads that the thread creates are not real-time threads.
-const RESET_ON_FORK: u64 = libc::SCHED_FLAG_RESET_ON_FORK as u64;
+/// Threads that the thread creates are under the default policy and slice, with no nice value below 0.
+pub(crate) const RESET_ON_FORK: u64 = libc::SCHED_FLAG_RESET_ON_FORK as u64;
 
 /// Returns whether the calling thread is a real-time thread.
 pub(crate) fn is_realtime() -> bool {
@@ -20,7 +20,7 @@ pub(crate) fn is_realtime() -> bool {
 
 /// How a thread was scheduled when this was read.
 #[derive(Clone, Copy, Debug)]
-pub struct Scheduling(libc::sched_attr);
+pub struct Scheduling(pub(crate) libc::sched_attr);
 
 impl Scheduling {
     /// Reads the scheduling of thread `tid`. 0 is the calling thread.
@@ -105,7 +105,8 @@ impl Scheduling {
     }
 }
 
-fn set(tid: u32, attr: &libc::sched_attr) -> io::Result<()> {
+/// Sets all of `attr` for thread `tid`, or nothing. 0 is the calling thread.
+pub(crate) fn set(tid: u32, attr: &libc::sched_attr) -> io::Result<()> {
     let attr = libc::sched_attr { size: size_of::<libc::sched_attr>() as u32, ..*attr };
     // SAFETY: `attr` is a valid sched_attr that contains its own size.
     match unsafe { libc::syscall(libc::SYS_sched_setattr, tid, &raw const attr, 0) } {

@@ -7,7 +7,7 @@
 //!
 //! A heavier weight makes the slice of a boosted thread count for less; that needs CAP_SYS_NICE. Both
 //! are best effort: kernels before 6.12 ignore slices. Neither helps a thread that has used up its share:
-//! see [`realtime`](crate::realtime).
+//! see [`realtime`].
 //!
 //! The supervisor's threads get the shortest slice too, and a somewhat heavier weight: they answer all
 //! clients, and the vCPUs of one client's guests may occupy every processor.
@@ -16,7 +16,7 @@ use std::cell::{Cell, OnceCell};
 use std::io;
 use std::time::Duration;
 
-use crate::realtime::is_realtime;
+use crate::realtime::{self, RESET_ON_FORK, is_realtime};
 
 /// The shortest slice the scheduler takes.
 const BOOST_SLICE_NS: u64 = 100_000;
@@ -26,9 +26,6 @@ const BOOST_NICE: i32 = -20;
 
 /// The nice value of a thread that answers requests.
 const SERVER_NICE: i32 = -5;
-
-/// Threads that the thread creates have the default slice, and no nice value below 0.
-const RESET_ON_FORK: u64 = libc::SCHED_FLAG_RESET_ON_FORK as u64;
 
 thread_local! {
     /// The nice value of the calling thread before it was changed here.
@@ -44,9 +41,16 @@ pub fn set_slice(slice: Duration) {
 
 /// Makes the calling thread run soon after it wakes. A real-time thread does already.
 pub fn boost() {
-    if !is_realtime() {
+    boost_if_not_realtime();
+}
+
+/// Returns whether it has boosted the calling thread.
+fn boost_if_not_realtime() -> bool {
+    let boosts = !is_realtime();
+    if boosts {
         put_in_front(BOOST_NICE);
     }
+    boosts
 }
 
 /// Makes the calling thread, which answers requests, run soon after it wakes, until it ends. Whoever
@@ -91,11 +95,7 @@ impl BoostGuard {
     #[must_use]
     #[allow(clippy::new_without_default, reason = "it acts on the calling thread")]
     pub fn new() -> Self {
-        let is_own = !is_realtime();
-        if is_own {
-            put_in_front(BOOST_NICE);
-        }
-        Self { is_own }
+        Self { is_own: boost_if_not_realtime() }
     }
 }
 
@@ -145,11 +145,7 @@ fn set(slice_ns: u64, nice: i32, flags: u64) -> io::Result<()> {
         sched_deadline: 0,
         sched_period: 0,
     };
-    // SAFETY: `attr` is a valid sched_attr that contains its own size; 0 is the calling thread.
-    match unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attr, 0) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    realtime::set(0, &attr)
 }
 
 #[cfg(test)]
@@ -204,13 +200,7 @@ mod tests {
 
     /// The slice of the calling thread, in nanoseconds.
     fn slice() -> u64 {
-        // SAFETY: zeros are valid for these numbers.
-        let mut attr: libc::sched_attr = unsafe { std::mem::zeroed() };
-        let size = size_of::<libc::sched_attr>() as u32;
-        // SAFETY: `attr` has room for `size` bytes; 0 is the calling thread.
-        let rc = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attr, size, 0) };
-        assert_eq!(rc, 0, "{}", io::Error::last_os_error());
-        attr.sched_runtime
+        realtime::Scheduling::of(0).unwrap().0.sched_runtime
     }
 
     #[test]

@@ -3,12 +3,14 @@
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use super::Supervisor;
 use super::copied_files::Copies;
 use super::host_link::stricter;
 use super::kept::KeptData;
-use super::kept::{DataId, KeptLine, KeptLines, KeptRecord};
-use super::priority::Priority;
+use super::kept::{DataId, KeptLine, KeptRecord};
+use super::priority::Raised;
 use super::vm_record::VmRecord;
+use clade_api::http::Cancel;
 use clade_api::secrets::Secrets;
 use clade_api::{CheckpointInfo, DaemonError, DetachedInfo, ErasedInfo, ForkAnswer, ForkedInfo, Labels, RuntimeDir};
 use clade_devices::virtio::net::Link;
@@ -47,25 +49,35 @@ pub(super) enum CheckpointOrigin {
     Saved(SavedAt),
 }
 
-impl Checkpoint {
-    /// Forks the VM called `vm`, which runs on. Calls `check` while it waits.
+impl Supervisor {
+    /// Forks the VM called `vm`, which runs on.
     ///
     /// # Errors
-    /// When there is no such VM, or it cannot be forked.
-    pub(super) fn take(
-        dir: &RuntimeDir,
-        lines: &KeptLines,
-        priority: &Priority,
-        vm: &str,
-        check: &dyn Fn() -> Result<(), DaemonError>,
-    ) -> Result<Self, DaemonError> {
+    /// When there is no such VM, it cannot be forked, or the request is cancelled.
+    pub(super) fn take_checkpoint(&self, vm: &str, cancel: &Cancel) -> Result<Checkpoint, DaemonError> {
         // Before: when the image is there, the VM's files may be another's.
-        let vm_record = VmRecord::expect(dir, vm)?;
-        let line = lines.now(vm, vm_record.process);
-        let (pending_fork, _raised) = priority.raise(vm_record.process, || PendingFork::begin(dir.path(), vm));
-        Self::of_pending(dir, vm, (vm_record, line), pending_fork?, check)
+        let vm_record = VmRecord::expect(&self.0.dir, vm)?;
+        let line = self.0.kept_lines.now(vm, vm_record.process);
+        let (pending_fork, _raised) = self.begin_fork(vm, &vm_record)?;
+        Checkpoint::of_pending(&self.0.dir, vm, (vm_record, line), pending_fork, &|| self.check(0, 0, cancel))
     }
 
+    /// Requests the image of the VM called `vm`, whose process is raised until the drop.
+    ///
+    /// # Errors
+    /// When there is no such VM, or it takes no request.
+    pub(super) fn begin_fork(
+        &self,
+        vm: &str,
+        vm_record: &VmRecord,
+    ) -> Result<(PendingFork, Option<Raised>), DaemonError> {
+        let begin = || PendingFork::begin(self.dir(), vm);
+        let (pending_fork, raised) = self.0.priority.raise(vm_record.process, begin);
+        Ok((pending_fork?, raised))
+    }
+}
+
+impl Checkpoint {
     /// Returns the image of the VM called `vm`, which `vm_record` describes and whose line was `line`
     /// before the request for it was sent.
     ///

@@ -294,8 +294,7 @@ impl Supervisor {
         let checkpoint = if request.detach {
             self.detached_image(vm, permit, cancel)?
         } else {
-            let taken =
-                Checkpoint::take(&self.0.dir, &self.0.kept_lines, &self.0.priority, vm, &|| self.check(0, 0, cancel))?;
+            let taken = self.take_checkpoint(vm, cancel)?;
             drop(permit);
             taken
         };

@@ -96,8 +96,7 @@ impl Supervisor {
         cancel: &Cancel,
     ) -> Result<Checkpoint, DaemonError> {
         expect_detachable(&VmRecord::expect(&self.0.dir, vm)?.template)?;
-        let taken =
-            Checkpoint::take(&self.0.dir, &self.0.kept_lines, &self.0.priority, vm, &|| self.check(0, 0, cancel))?;
+        let taken = self.take_checkpoint(vm, cancel)?;
         drop(permit);
         self.detach(taken, cancel)
     }

@@ -34,6 +34,7 @@
 use std::fs;
 use std::io;
 use std::num::NonZero;
+use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -149,8 +150,8 @@ impl Priority {
 
     /// Gives back the priority of `process`, whose threads a supervisor had raised that has ended since.
     pub(super) fn give_back(process: ProcessId) {
-        let Some(threads) = process.open().and_then(|_| threads_of(process)) else { return };
-        for Thread { tid, .. } in threads {
+        let Some(threads) = process.open().and_then(|_| thread_ids(process)) else { return };
+        for tid in threads {
             let Ok(now) = Scheduling::of(tid) else { continue };
             if now.is_raised(&[WORKER, VCPU])
                 && let Err(error) = now.without_raise().give_back(tid, &[WORKER, VCPU])
@@ -198,7 +199,7 @@ impl Drop for Priority {
         let _own = OwnRaise::new();
         let mut state = self.0.state();
         state.ending = Ending::Closed;
-        // The process may end before its other threads run.
+        // Here: the process may end before its other threads run.
         state.give_back();
         self.0.changed.notify_all();
     }
@@ -248,7 +249,6 @@ impl Shared {
             state.ending = Ending::Watches;
             state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
-        state.give_back();
     }
 }
 
@@ -309,26 +309,36 @@ struct Thread {
     answers_images: bool,
 }
 
+/// Returns the directory of the threads of `process`.
+fn threads_dir(process: ProcessId) -> PathBuf {
+    PathBuf::from(format!("/proc/{}/task", process.pid()))
+}
+
+/// Returns the ids of the threads of `process`. None if it has ended.
+fn thread_ids(process: ProcessId) -> Option<impl Iterator<Item = u32>> {
+    let entries = fs::read_dir(threads_dir(process)).ok()?;
+    Some(entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()))
+}
+
 /// Returns the threads of `process`. None if it has ended, or has too many.
 fn threads_of(process: ProcessId) -> Option<Vec<Thread>> {
-    let dir = format!("/proc/{}/task", process.pid());
-    let mut threads = Vec::new();
-    for (listed, entry) in fs::read_dir(&dir).ok()?.enumerate() {
-        if listed == MAX_THREADS {
-            return None;
-        }
-        let tid: u32 = entry.ok()?.file_name().to_str()?.parse().ok()?;
-        // A thread may have ended since.
-        let Ok(name) = fs::read(format!("{dir}/{tid}/comm")) else { continue };
-        let priority = if name.starts_with(VCPU_NAME.as_bytes()) { VCPU } else { WORKER };
-        threads.push(Thread { tid, priority, answers_images: name.trim_ascii_end() == IMAGE_THREAD.as_bytes() });
+    let dir = threads_dir(process);
+    let ids: Vec<u32> = thread_ids(process)?.take(MAX_THREADS + 1).collect();
+    if ids.len() > MAX_THREADS {
+        return None;
     }
-    Some(threads)
+    let named = |tid: u32| {
+        // A thread may have ended since.
+        let name = fs::read(dir.join(format!("{tid}/comm"))).ok()?;
+        let priority = if name.starts_with(VCPU_NAME.as_bytes()) { VCPU } else { WORKER };
+        Some(Thread { tid, priority, answers_images: name.trim_ascii_end() == IMAGE_THREAD.as_bytes() })
+    };
+    Some(ids.into_iter().filter_map(named).collect())
 }
 
 /// Returns whether `process` has the thread `tid`.
 fn exists(process: ProcessId, tid: u32) -> bool {
-    fs::exists(format!("/proc/{}/task/{tid}", process.pid())).unwrap_or(false)
+    fs::exists(threads_dir(process).join(tid.to_string())).unwrap_or(false)
 }
 
 #[cfg(test)]
@@ -511,7 +521,7 @@ mod tests {
         let idle = Idle::new();
         let raised = raise(&priority, &idle);
         drop(priority);
-        wait_until("the end of the raise", || !idle.is_raised());
+        assert!(!idle.is_raised());
         drop(raised);
     }
 }

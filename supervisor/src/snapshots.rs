@@ -203,8 +203,7 @@ impl Supervisor {
             text: format!("{} cannot be made: {error}", request.dir.display()),
         })?;
         let dir = beside.join(request.dir.file_name().unwrap_or_default());
-        let image =
-            Checkpoint::take(&self.0.dir, &self.0.kept_lines, &self.0.priority, vm, &|| self.check(0, 0, cancel))?;
+        let image = self.take_checkpoint(vm, cancel)?;
         drop(permit);
         let before: Vec<PathBuf> =
             base.iter().flat_map(|base| base.before.iter().chain([&base.dir])).cloned().collect();

@@ -6,7 +6,7 @@
 //! | step | where | undone by |
 //! |---|---|---|
 //! | the parent's record is read, the host's limits are checked, names are claimed | `claim` | `NameClaim` |
-//! | the request for the parent's image is sent: it is taken while workers start | `PendingFork::begin` | its drop: the parent runs on |
+//! | the request for the parent's image is sent: it is taken while workers start | `begin_fork` | its drop: the parent runs on |
 //! | workers are taken from the pool, or started; each is in its group and confined | `assign` | `Workers`, `Group` |
 //! | interfaces, addresses, sockets, files and the record of each VM are made, and sent | `WorkerResources::make` | `WorkerResources` |
 //! | the network hook connects the interfaces | `NetHook::up` | `Up` |
@@ -35,7 +35,6 @@ use clade_api::{DaemonError, ErasedInfo, ForkAnswer, ForkRequest, NameClaim, Pro
 use clade_devices::virtio::net::Link;
 use clade_worker::ahead::Learning;
 use clade_worker::host_limits::{ResourceDemand, check_host_limits, check_share};
-use clade_worker::image::PendingFork;
 use clade_worker::{LaunchedVm, VmTemplate};
 use fork::Children;
 
@@ -98,9 +97,8 @@ impl Supervisor {
         let _launching = self.0.launching(&claims);
         let claimed = Instant::now();
         // Its fork and the starts of the children's workers run side by side.
-        let begin = || PendingFork::begin(self.dir(), vm);
-        let (pending_fork, raised) = self.0.priority.raise(vm_record.process, begin);
-        let pending_fork = Cell::new(Some((pending_fork?, raised, permit)));
+        let (pending_fork, raised) = self.begin_fork(vm, &vm_record)?;
+        let pending_fork = Cell::new(Some((pending_fork, raised, permit)));
         let taken = OnceCell::new();
         let image = || match (taken.get(), pending_fork.take()) {
             (Some(taken), _) => Ok(taken),

@@ -113,13 +113,12 @@ impl ImageThread {
                 Ok(()) => return,
                 Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => job,
             },
-            None => match self.start() {
-                Ok(()) => job,
-                Err(error) => {
+            None => {
+                if let Err(error) = self.start() {
                     tracing::debug!(%error, "no thread stays for image requests");
-                    job
                 }
-            },
+                job
+            }
         };
         tokio::task::spawn_blocking(job);
     }
