@@ -151,6 +151,24 @@ mod tests {
     }
 
     #[test]
+    fn a_realtime_thread_has_the_shortest_slice_for_its_start() {
+        use crate::sched::{set_slice, unboost_to_start};
+        let of_this = || Scheduling::of(0).unwrap().0;
+        as_realtime(move |_| {
+            set_slice(std::time::Duration::from_millis(5));
+            assert!(unboost_to_start());
+            assert!(!is_realtime());
+            let starts = of_this().sched_runtime;
+            assert!(!unboost_to_start(), "it is like any other by now");
+            let after = of_this().sched_runtime;
+            boost();
+            // Older kernels have no slices.
+            assert_eq!(starts, of_this().sched_runtime);
+            assert!(starts < 5_000_000 && (after == 5_000_000 || after == starts), "{starts} {after}");
+        });
+    }
+
+    #[test]
     fn threads_of_a_realtime_thread_are_like_any_other() {
         as_realtime(|_| {
             assert!(is_realtime());

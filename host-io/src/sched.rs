@@ -75,9 +75,22 @@ fn put_in_front(nice: i32) {
 /// Schedules the calling thread like any other of its slice again, also if another process has made it
 /// a real-time thread.
 pub fn unboost() {
+    unboost_with(SLICE_NS.get());
+}
+
+/// The same, but a real-time thread has the shortest slice afterwards, until its next [`unboost`]. Returns
+/// whether it has that. It would lose its processor otherwise, and whoever has raised it waits for what it
+/// does next.
+#[must_use]
+pub fn unboost_to_start() -> bool {
+    let was_raised = is_realtime();
+    unboost_with(if was_raised { BOOST_SLICE_NS } else { SLICE_NS.get() });
+    was_raised
+}
+
+fn unboost_with(slice_ns: u64) {
     // Without CAP_SYS_NICE the flag stays once it is set. It changes nothing for a thread that is
     // like any other.
-    let slice_ns = SLICE_NS.get();
     set(slice_ns, given(), 0)
         .or_else(|_| set(slice_ns, given(), RESET_ON_FORK))
         .unwrap_or_else(|error| tracing::debug!(%error, "the scheduler keeps a slice"));

@@ -15,7 +15,7 @@ pub struct Workers(pub Vec<Worker>);
 impl Workers {
     /// Waits until all have made their VMs, then lets all run at `pace`, and lets them go. Calls
     /// `check` with the number made so far, and again between the groups of a pace. Calls
-    /// `before_they_run`, if there is one, when all are made and none has run.
+    /// `before_they_run`, if there is one, when all are made and none has run, and `when_made` when all are made.
     ///
     /// # Errors
     /// That of `check` or of a worker. The drop of the workers then ends the VMs of earlier groups,
@@ -25,6 +25,7 @@ impl Workers {
         pace: Pace,
         check: impl Fn(usize) -> Result<(), DaemonError>,
         before_they_run: Option<&BeforeTheyRun<'_>>,
+        when_made: impl FnOnce(),
     ) -> Result<Vec<LaunchedVm>, DaemonError> {
         let mut made = Vec::with_capacity(self.0.len());
         let is_single = self.0.len() == 1 && before_they_run.is_none();
@@ -43,6 +44,7 @@ impl Workers {
             check(made.len())?;
             before_they_run.map_or(Ok(()), |before| before(&made))?;
         }
+        when_made();
         // All VMs are made, so all may run. From here on a failure ends only its own VM.
         let mut started = 0;
         let start = |group: &[Worker]| {

@@ -80,6 +80,7 @@ pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
 fn wait_for_end(served: Served, shutdown: &ShutdownSignal) -> bool {
     let Served { vm_host, vm, ahead, was_booted, parent_death } = served;
     while vm.wait(TURN).is_none() {
+        vm.end_start();
         if shutdown.signal().is_some() {
             vm.stop();
         }

@@ -113,6 +113,10 @@ impl Launch for Boot<'_> {
     }
 
     /// A booted VM has no image.
+    fn await_image(&self) -> Result<(), DaemonError> {
+        Ok(())
+    }
+
     fn give_image(&self, workers: &Workers) -> Result<Vec<Note>, DaemonError> {
         Ok(workers.0.iter().map(|_| None).collect())
     }

@@ -172,6 +172,10 @@ impl Launch for Children<'_, '_> {
         Ok(resources)
     }
 
+    fn await_image(&self) -> Result<(), DaemonError> {
+        (self.origin.image)().map(drop).map_err(of_image)
+    }
+
     fn give_image(&self, workers: &Workers) -> Result<Vec<Note>, DaemonError> {
         let image = (self.origin.image)().map_err(of_image)?;
         self.expect_network(image)?;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::cgroups::{Bounds, Group};
 use crate::net_hook::Up;
+use crate::priority::RaisedStart;
 use crate::worker_resources::WorkerResources;
 use crate::{Inner, Supervisor};
 use clade_api::{DaemonError, NameClaim};
@@ -34,6 +35,8 @@ pub(super) trait Launch {
     fn check(&self, made: usize) -> Result<(), DaemonError>;
     /// Gives a worker the request for the VM of a claim.
     fn assign(&self, worker: &Worker, claim: &NameClaim) -> Result<WorkerResources, DaemonError>;
+    /// Waits until the image is there, if there is one.
+    fn await_image(&self) -> Result<(), DaemonError>;
     /// Gives workers the image, after their requests. Returns the files for the written pages.
     fn give_image(&self, workers: &Workers) -> Result<Vec<Note>, DaemonError>;
 }
@@ -129,6 +132,12 @@ impl Supervisor {
         // Behind the hook, which takes interfaces up, and before the workers read what another
         // process has written.
         all_resources.iter().try_for_each(|resources| resources.close_links(confinement))?;
+        launch.await_image()?;
+        let raised = match all_resources.as_slice() {
+            [resources] => self.0.priority.raise_start(resources.process()),
+            // Some would wait for others.
+            _ => None,
+        };
         let notes = launch.give_image(&workers)?;
         // Before they run: a VM may end at once.
         let pids: Vec<u32> = workers.0.iter().map(Worker::pid).collect();
@@ -143,9 +152,11 @@ impl Supervisor {
         };
         let is_unknown = all_resources.iter().any(WorkerResources::has_unknown_network);
         let settle: Option<&BeforeTheyRun<'_>> = if is_unknown { Some(&settle) } else { None };
-        let made = workers.run_together(launch.pace(), |made| launch.check(made), settle).inspect_err(|_| {
-            pids.iter().for_each(|pid| drop(self.0.processes.remove(*pid)));
-        })?;
+        let end_raise = || raised.map_or((), RaisedStart::end);
+        let made =
+            workers.run_together(launch.pace(), |made| launch.check(made), settle, end_raise).inspect_err(|_| {
+                pids.iter().for_each(|pid| drop(self.0.processes.remove(*pid)));
+            })?;
         all_resources.into_iter().for_each(WorkerResources::keep);
         up.into_iter().for_each(Up::keep);
         Ok(made)

@@ -1,13 +1,19 @@
 //! Scheduling of the threads of vCPUs.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use clade_test_support::{skipped, wait_eq};
+use clade_host_io::realtime::Scheduling;
+use clade_test_support::{skipped, wait_eq, wait_until};
 use clade_tests::{Guest, in_a_process_of_its_own};
 use clade_vmm::kvm::Quirks;
+use clade_vmm::vm::{ChildOptions, Vm};
 
 use crate::{counting, expect_running, turn};
+
+/// The shortest slice that the scheduler takes, in nanoseconds.
+const SHORTEST: u64 = 100_000;
 
 /// The slice of a task, in nanoseconds. None if the task has ended, or the kernel does not show it.
 fn slice(task: &Path) -> Option<u64> {
@@ -18,9 +24,14 @@ fn slice(task: &Path) -> Option<u64> {
 
 /// The slices of this process's vCPUs.
 fn vcpu_slices() -> Vec<u64> {
+    vcpu_tasks().iter().filter_map(|task| slice(task)).collect()
+}
+
+/// The threads of this process's vCPUs.
+fn vcpu_tasks() -> Vec<PathBuf> {
     let tasks = fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
     let is_vcpu = |task: &Path| fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.starts_with("clade-vcpu"));
-    tasks.filter(|task| is_vcpu(task)).filter_map(|task| slice(&task)).collect()
+    tasks.filter(|task| is_vcpu(task)).collect()
 }
 
 #[test]
@@ -43,4 +54,41 @@ fn the_threads_of_vcpus_have_the_slice_of_their_kvm() {
     child.resume().unwrap();
     expect_running(&child, 2);
     wait_eq("slices after a fork, and of the child", &4, of_guests);
+}
+
+#[test]
+fn a_vcpu_that_was_raised_for_its_start_has_a_short_slice_until_its_guest_exits() {
+    const NAME: &str = "slices::a_vcpu_that_was_raised_for_its_start_has_a_short_slice_until_its_guest_exits";
+    if !in_a_process_of_its_own(NAME) {
+        return;
+    }
+    let Some((_turn, context)) = turn() else { return };
+    let parent = counting(&context, 1);
+    let (image, _) = parent.fork().unwrap();
+    parent.stop();
+    assert!(parent.wait(Duration::MAX).is_some());
+    drop(parent);
+    wait_eq("vCPUs", &0, || vcpu_tasks().len());
+    context.prepare_vms(image.config(), 1).unwrap();
+    let [vcpu] = vcpu_tasks().try_into().unwrap();
+    let tid = vcpu.file_name().unwrap().to_str().unwrap().parse().unwrap();
+    if slice(&vcpu).is_none() {
+        skipped("this kernel shows no slices");
+        return;
+    }
+    if let Err(error) = Scheduling::of(tid).unwrap().raise(tid, 1) {
+        skipped(&format!("no real-time priority: {error}"));
+        return;
+    }
+    let options = ChildOptions { paused: false, erase: &[], before_start: None };
+    let child = Vm::from_image(&context, "child", &image, options).unwrap();
+    assert_eq!(vcpu_tasks(), std::slice::from_ref(&vcpu), "another thread runs it");
+    expect_running(&child, 1);
+    assert!(!Scheduling::of(tid).unwrap().is_raised(&[1]), "it has the priority in its guest");
+    // It computes, and has no exits.
+    assert_eq!(slice(&vcpu), Some(SHORTEST));
+    child.end_start();
+    wait_until("the slice of other vCPUs", || slice(&vcpu).unwrap() > SHORTEST);
+    expect_running(&child, 1);
+    assert_eq!(child.stopped(), None);
 }

@@ -286,6 +286,12 @@ impl Vm {
         self.prepared.control.wait_exited(timeout)
     }
 
+    /// Ends what a vCPU's thread has kept of a real-time priority that it was given for its start: a short slice,
+    /// until its guest's first exit. For guests that have none by themselves.
+    pub fn end_start(&self) {
+        self.prepared.control.end_starts();
+    }
+
     /// Whether its owner has paused it.
     #[must_use]
     pub fn is_paused(&self) -> bool {

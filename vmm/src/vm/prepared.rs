@@ -116,6 +116,7 @@ impl PreparedVm {
                 page_fault_entry: None,
                 new: Some(new),
                 tsc_khz: None,
+                is_starting: false,
             };
             let spawned = thread::Builder::new()
                 .name(format!("clade-vcpu{index}"))

@@ -29,7 +29,7 @@
 
 mod state;
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -93,6 +93,8 @@ pub(crate) struct VcpuControl<O, S> {
     to_owner: Condvar,
     kickers: Vec<Kicker>,
     exits: Vec<Exits>,
+    /// Whether a vCPU's thread has said that it has the slice of a start.
+    has_starting: AtomicBool,
     pub(crate) schedule: Schedule,
 }
 
@@ -124,6 +126,7 @@ impl<O, S> VcpuControl<O, S> {
             to_owner: Condvar::new(),
             kickers: (0..vcpus).map(|_| Kicker::default()).collect(),
             exits: (0..vcpus).map(|_| Exits::default()).collect(),
+            has_starting: AtomicBool::new(false),
             schedule: Schedule::default(),
         }
     }
@@ -460,6 +463,19 @@ impl<O, S> VcpuControl<O, S> {
             self.set_state(&mut inner, State::Running);
             drop(inner);
             self.to_vcpus.notify_all();
+        }
+    }
+
+    /// Notes that a vCPU's thread has the slice of a start.
+    pub(crate) fn note_start(&self) {
+        self.has_starting.store(true, Ordering::Relaxed);
+    }
+
+    /// Has the threads of vCPUs leave the guest once if one may have the slice of a start still: a guest that
+    /// computes has no exit of its own.
+    pub(crate) fn end_starts(&self) {
+        if self.has_starting.swap(false, Ordering::Relaxed) {
+            self.kickers.iter().for_each(Kicker::kick);
         }
     }
 

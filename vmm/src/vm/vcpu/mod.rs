@@ -83,6 +83,8 @@ pub(crate) struct VcpuThread {
     pub(crate) new: Option<NewVcpu>,
     /// The frequency of its TSC, once it was read.
     pub(crate) tsc_khz: Option<Option<u32>>,
+    /// Whether it has the shortest slice, until its guest's first exit: the thread was raised for the start.
+    pub(crate) is_starting: bool,
 }
 
 impl VcpuThread {
@@ -116,7 +118,10 @@ impl VcpuThread {
         }
         // It may hold a connection to whoever has answered.
         command.admission = None;
-        sched::unboost();
+        self.is_starting = sched::unboost_to_start();
+        if self.is_starting {
+            self.control.note_start();
+        }
         let mut timeline = command.timeline.as_deref();
         loop {
             // Before `may_run`, not after: see Kicker::clear_immediate_exit.
@@ -130,6 +135,14 @@ impl VcpuThread {
             if let Some(reason) = self.run(&command.devices) {
                 return Some(reason);
             }
+            self.end_start();
+        }
+    }
+
+    /// Schedules the thread like any other vCPU's: its guest has run.
+    fn end_start(&mut self) {
+        if std::mem::take(&mut self.is_starting) {
+            sched::unboost();
         }
     }
 

@@ -64,6 +64,7 @@ impl VcpuThread {
                 Err(error) if error.errno() == libc::EAGAIN => {}
                 Err(error) => return self.unhandled(StopReason::Run { vcpu, error: error.to_string() }),
             }
+            self.end_start();
         }
     }
 
