@@ -12,12 +12,12 @@
 //!
 //! - One process at a time is raised, for at most [`HOLD`]. A thread of higher priority ends it.
 //! - Raises take a tenth of the time. Up to [`BURST`] of the rest may be put off, because forks come in
-//!   bursts and take half a millisecond: so at most 18 ms come at once.
+//!   bursts and take half a millisecond: so at most 19 ms come at once.
 //!
 //! | thread | priority |
 //! |---|---|
 //! | that ends the raise | 3 |
-//! | of the supervisor, while it raises others and sends the request | 3 |
+//! | of the supervisor, while it raises others and sends the request, or gives the image until the child is made | 3 |
 //! | of the worker, except vCPUs | 2: it runs before a guest that computes |
 //! | vCPU | 1, until it enters the guest |
 //!
@@ -26,6 +26,9 @@
 //!
 //! - For an image the one that answers image requests. It exists from a VM's first one on (`IMAGE_THREAD`).
 //! - For a start the vCPUs'. They exist in prepared workers.
+//!
+//! A child is raised if someone waits for its first instruction and its start is short: not one that starts
+//! paused, nor one without the parent's secrets, whose memory is searched for them first.
 //!
 //! Whoever holds the lock here has the first priority too, or a raised process could keep a processor
 //! from it, and so the lock from the thread that ends the raise.
@@ -46,6 +49,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clade_host_io::realtime::Scheduling;
+
+use rustix::thread::gettid;
 
 use super::processes::ProcessId;
 use threads::{Task, Thread, exists, thread_ids, threads_of};
@@ -109,6 +114,8 @@ struct Held {
     begun: Instant,
     /// The raised threads, with what they had before.
     threads: Vec<(u32, Scheduling)>,
+    /// The supervisor's thread that stays raised for as long.
+    caller: Option<(u32, Scheduling)>,
 }
 
 /// A raised process. A drop gives its priority back.
@@ -148,7 +155,7 @@ impl Priority {
         let Some((process, _own)) = process.and_then(|process| Some((process, OwnRaise::new()?))) else {
             return (send(), None);
         };
-        let raised = self.raise_threads(process, Task::Image);
+        let raised = self.raise_threads(process, Task::Image, None);
         (send(), raised)
     }
 
@@ -161,8 +168,10 @@ impl Priority {
     fn raise_start_now(&self, process: Option<ProcessId>) -> Option<RaisedStart> {
         let process = process?;
         let own = OwnRaise::new()?;
-        let raised = self.raise_threads(process, Task::Start)?;
-        Some(RaisedStart { raised, _own: own })
+        let raised =
+            self.raise_threads(process, Task::Start, Some((gettid().as_raw_nonzero().get().cast_unsigned(), own.0)))?;
+        let vcpus = raised.vcpus();
+        (!vcpus.is_empty()).then_some(RaisedStart { vcpus, _raised: raised, _own: own })
     }
 
     /// Gives back the priority of `process`, whose threads a supervisor had raised that has ended since.
@@ -178,7 +187,7 @@ impl Priority {
         }
     }
 
-    fn raise_threads(&self, process: ProcessId, task: Task) -> Option<Raised> {
+    fn raise_threads(&self, process: ProcessId, task: Task, caller: Option<(u32, Scheduling)>) -> Option<Raised> {
         let mut state = self.0.state();
         if !state.may_raise() {
             return None;
@@ -204,7 +213,7 @@ impl Priority {
             }
             Some((tid, before))
         });
-        state.held = Some(Held { raise, begun, threads: raised.collect() });
+        state.held = Some(Held { raise, begun, threads: raised.collect(), caller });
         if state.ending == Ending::Waits {
             self.0.changed.notify_all();
         }
@@ -228,7 +237,9 @@ impl Drop for Raised {
         let _own = OwnRaise::new();
         let mut state = self.shared.state();
         // It may have ended by time.
-        if state.held.as_ref().is_some_and(|held| held.raise == self.raise) {
+        if let Some(held) = state.held.as_mut().filter(|held| held.raise == self.raise) {
+            // Whoever holds the lock has the first priority.
+            held.caller = None;
             state.give_back();
         }
     }
@@ -237,7 +248,8 @@ impl Drop for Raised {
 /// A raised worker that starts a child, and the calling thread. Both are given back by a drop, the worker
 /// first.
 pub(super) struct RaisedStart {
-    raised: Raised,
+    vcpus: Vec<u32>,
+    _raised: Raised,
     _own: OwnRaise,
 }
 
@@ -246,22 +258,30 @@ impl RaisedStart {
     /// priority. Before that they would lose their processor by it, so this waits for them, a short time.
     pub(super) fn end(self) {
         for _ in 0..ENTRY_CHECKS {
-            if !self.raised.has_raised_vcpus() {
+            if !self.has_raised_vcpus() {
                 return;
             }
             thread::sleep(ENTRY_INTERVAL);
         }
     }
+
+    /// Returns whether a vCPU thread has the priority still.
+    fn has_raised_vcpus(&self) -> bool {
+        self.vcpus.iter().copied().any(is_raised_vcpu)
+    }
 }
 
 impl Raised {
-    /// Returns whether a vCPU thread has the priority still.
-    fn has_raised_vcpus(&self) -> bool {
+    /// Returns the raised vCPU threads.
+    fn vcpus(&self) -> Vec<u32> {
         let state = self.shared.state();
-        let held = state.held.as_ref().filter(|held| held.raise == self.raise);
-        let is_raised = |(tid, _): &(u32, _)| Scheduling::of(*tid).is_ok_and(|now| now.is_raised(&[VCPU]));
-        held.is_some_and(|held| held.threads.iter().any(is_raised))
+        let held = state.held.iter().filter(|held| held.raise == self.raise);
+        held.flat_map(|held| held.threads.iter().map(|(tid, _)| *tid)).filter(|tid| is_raised_vcpu(*tid)).collect()
     }
+}
+
+fn is_raised_vcpu(tid: u32) -> bool {
+    Scheduling::of(tid).is_ok_and(|now| now.is_raised(&[VCPU]))
 }
 
 impl Shared {
@@ -313,6 +333,9 @@ impl State {
         for (tid, before) in &held.threads {
             // Fails for a thread that has ended.
             let _ = before.give_back(*tid, &[WORKER, VCPU]);
+        }
+        if let Some((tid, before)) = held.caller {
+            let _ = before.give_back(tid, &[FIRST]);
         }
         // The raise itself is not a part of its rest.
         let rests_end = self.rests_end.map_or(held.begun, |end| end.max(held.begun));

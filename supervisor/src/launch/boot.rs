@@ -112,11 +112,16 @@ impl Launch for Boot<'_> {
         Ok(resources.booted())
     }
 
+    fn is_awaited(&self) -> bool {
+        false
+    }
+
     /// A booted VM has no image.
     fn await_image(&self) -> Result<(), DaemonError> {
         Ok(())
     }
 
+    /// A booted VM has no image.
     fn give_image(&self, workers: &Workers) -> Result<Vec<Note>, DaemonError> {
         Ok(workers.0.iter().map(|_| None).collect())
     }

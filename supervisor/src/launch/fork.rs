@@ -1,7 +1,7 @@
 //! Children of an image: the requests to their workers, and the parts of their parent.
 
-use std::cell::{Ref, RefCell};
-use std::os::fd::AsFd;
+use std::cell::{OnceCell, Ref, RefCell};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Weak};
 
 use super::ChildSource;
@@ -52,6 +52,8 @@ pub(super) struct Children<'a, 'o> {
     is_chosen: bool,
     /// The names and processes of those whose workers have a request.
     processes: RefCell<Vec<(String, ProcessId)>>,
+    /// The pages that they are likely to write, if that is learned.
+    likely: OnceCell<OwnedFd>,
 }
 
 impl<'a, 'o> Children<'a, 'o> {
@@ -94,7 +96,12 @@ impl<'a, 'o> Children<'a, 'o> {
             network,
             is_chosen,
             processes: RefCell::new(Vec::with_capacity(count)),
+            likely: OnceCell::new(),
         })
+    }
+
+    fn learns(&self) -> Option<&Arc<Learning>> {
+        self.origin.learning.filter(|_| self.budget > 0)
     }
 
     /// Returns the names and processes of the children.
@@ -172,8 +179,17 @@ impl Launch for Children<'_, '_> {
         Ok(resources)
     }
 
+    fn is_awaited(&self) -> bool {
+        !self.request.paused && !self.request.without_secrets
+    }
+
     fn await_image(&self) -> Result<(), DaemonError> {
-        (self.origin.image)().map(drop).map_err(of_image)
+        (self.origin.image)().map_err(of_image)?;
+        // Here: it may take a while, as other children have written.
+        if let Some(learning) = self.learns() {
+            let _ = self.likely.set(learning.likely(self.budget).map_err(failed)?);
+        }
+        Ok(())
     }
 
     fn give_image(&self, workers: &Workers) -> Result<Vec<Note>, DaemonError> {
@@ -184,14 +200,14 @@ impl Launch for Children<'_, '_> {
         if withhold {
             secrets.expect_known(self.origin.vm)?;
         }
-        let learns = self.origin.learning.filter(|_| self.budget > 0);
-        let likely = learns.map(|learning| learning.likely(self.budget)).transpose().map_err(failed)?;
+        let learns = self.learns();
         let ahead = learns.map(|_| AheadRequest { pages: self.budget });
         let inherited = Inherited { labels, secrets, withhold, ahead };
         let of_child = |learning: &Arc<Learning>| -> std::io::Result<_> { Ok((note()?, Arc::downgrade(learning))) };
         let give = |worker: &Worker| {
             let note: Option<(_, Weak<Learning>)> = learns.map(of_child).transpose().map_err(failed)?;
-            let files: Vec<_> = likely.iter().chain(note.iter().map(|(note, _)| note)).map(AsFd::as_fd).collect();
+            let files: Vec<_> =
+                self.likely.get().into_iter().chain(note.iter().map(|(note, _)| note)).map(AsFd::as_fd).collect();
             worker.give_image(&inherited, &files, image.parts())?;
             Ok(note)
         };

@@ -35,6 +35,8 @@ pub(super) trait Launch {
     fn check(&self, made: usize) -> Result<(), DaemonError>;
     /// Gives a worker the request for the VM of a claim.
     fn assign(&self, worker: &Worker, claim: &NameClaim) -> Result<WorkerResources, DaemonError>;
+    /// Returns whether someone waits for the first instruction of the VM, and it starts at once.
+    fn is_awaited(&self) -> bool;
     /// Waits until the image is there, if there is one.
     fn await_image(&self) -> Result<(), DaemonError>;
     /// Gives workers the image, after their requests. Returns the files for the written pages.
@@ -46,6 +48,8 @@ struct AssignedWorkers {
     workers: Workers,
     all_resources: Vec<WorkerResources>,
     groups: Vec<Option<Group>>,
+    /// Whether all come from the pool.
+    are_prepared: bool,
 }
 
 impl Supervisor {
@@ -118,13 +122,13 @@ impl Supervisor {
             };
             all_resources.push(resources?);
         }
-        Ok(AssignedWorkers { workers, all_resources, groups })
+        Ok(AssignedWorkers { workers, all_resources, groups, are_prepared: count == claims.len() })
     }
 
     /// Gives workers the image, and lets their VMs run once all are made.
     fn run(&self, assigned: AssignedWorkers, launch: &impl Launch) -> Result<Vec<LaunchedVm>, DaemonError> {
         // In this order: after a failure the workers end first, and then closed networks are opened.
-        let AssignedWorkers { all_resources, groups, mut workers } = assigned;
+        let AssignedWorkers { all_resources, groups, mut workers, are_prepared } = assigned;
         let confinement = self.0.sandbox.confinement;
         // All of them, or no VM runs.
         let interfaces = || all_resources.iter().map(WorkerResources::interfaces).collect();
@@ -133,9 +137,12 @@ impl Supervisor {
         // process has written.
         all_resources.iter().try_for_each(|resources| resources.close_links(confinement))?;
         launch.await_image()?;
+        let is_unknown = all_resources.iter().any(WorkerResources::has_unknown_network);
         let raised = match all_resources.as_slice() {
-            [resources] => self.0.priority.raise_start(resources.process()),
-            // Some would wait for others.
+            [resources] if are_prepared && !is_unknown && launch.is_awaited() => {
+                self.0.priority.raise_start(resources.process())
+            }
+            // Several would wait for one another.
             _ => None,
         };
         let notes = launch.give_image(&workers)?;
@@ -150,7 +157,6 @@ impl Supervisor {
             let mut vms = all_resources.iter().zip(made);
             vms.try_for_each(|(resources, vm)| resources.settle_network(vm.network, confinement))
         };
-        let is_unknown = all_resources.iter().any(WorkerResources::has_unknown_network);
         let settle: Option<&BeforeTheyRun<'_>> = if is_unknown { Some(&settle) } else { None };
         let end_raise = || raised.map_or((), RaisedStart::end);
         let made =

@@ -184,8 +184,10 @@ fn a_child_is_raised_with_the_caller_until_its_vcpus_have_entered_the_guest() {
         thread::scope(|scope| {
             // As the vCPU's thread itself does.
             let enter = || Scheduling::of(tid).unwrap().without_raise().give_back(tid, &[VCPU]).unwrap();
+            assert!(raised.has_raised_vcpus());
             if enters {
-                scope.spawn(enter);
+                scope.spawn(enter).join().unwrap();
+                assert!(!raised.has_raised_vcpus());
             }
             let begun = Instant::now();
             raised.end();
@@ -195,6 +197,18 @@ fn a_child_is_raised_with_the_caller_until_its_vcpus_have_entered_the_guest() {
         assert!(is_default() && !vcpu.is_raised(), "enters {enters}");
         assert_eq!(held(&priority), None);
     }
+}
+
+#[test]
+fn the_caller_is_given_back_by_time_too() {
+    let Some(priority) = priority(HOLD) else { return };
+    let vcpu = Idle::vcpu();
+    let raised = wait_for("a raise", || priority.raise_start_now(vcpu.process()));
+    wait_until("the end of the raise", || Scheduling::of(0).unwrap().is_default());
+    assert!(!vcpu.is_raised());
+    assert!(!raised.has_raised_vcpus());
+    drop(raised);
+    assert!(Scheduling::of(0).unwrap().is_default());
 }
 
 #[test]

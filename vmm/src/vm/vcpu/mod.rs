@@ -83,7 +83,8 @@ pub(crate) struct VcpuThread {
     pub(crate) new: Option<NewVcpu>,
     /// The frequency of its TSC, once it was read.
     pub(crate) tsc_khz: Option<Option<u32>>,
-    /// Whether it has the shortest slice, until its guest's first exit: the thread was raised for the start.
+    /// Whether the thread was raised for the start. It has the shortest slice until its guest's first exit, or
+    /// until it parks.
     pub(crate) is_starting: bool,
 }
 
@@ -119,13 +120,14 @@ impl VcpuThread {
         // It may hold a connection to whoever has answered.
         command.admission = None;
         self.is_starting = sched::unboost_to_start();
-        if self.is_starting {
-            self.control.note_start();
-        }
         let mut timeline = command.timeline.as_deref();
         loop {
             // Before `may_run`, not after: see Kicker::clear_immediate_exit.
             self.control.kicker(self.index).clear_immediate_exit();
+            if self.is_starting {
+                // After the clear, which would undo the kick that follows this note.
+                self.control.note_start();
+            }
             if !self.control.may_run() && !self.park() {
                 return None;
             }
