@@ -121,24 +121,35 @@ impl<'a, M: GuestWords + ?Sized> BareMailbox<'a, M> {
         Ok(seq)
     }
 
-    /// Gives the vCPU of a paused VM a command, in place of the one it executes. Returns the
-    /// command's number, and the completed operations of the replaced one.
+    /// Gives the vCPU of a VM that does not run `command`, in place of the one it executes. `command` uses no
+    /// arguments: the first keeps the completed operations of the replaced one, for [`Self::kept_progress`].
     ///
     /// # Errors
     /// When its mailbox cannot be reached.
-    pub fn order_paused(self, command: Command) -> Result<(u64, u64), BareError> {
-        // In two accesses: an access for another process takes a while.
-        let mut bytes = [0; (abi::offset::PROGRESS + 8) as usize];
-        let read = self.ram.read(mailbox_gpa(self.vcpu), &mut bytes);
-        read.map_err(|source| BareError::Mailbox { vcpu: self.vcpu, source })?;
-        let words = bytes.as_chunks::<8>().0;
-        let word = |offset: u64| words.get((offset / 8) as usize).map_or(0, |bytes| u64::from_le_bytes(*bytes));
-        let (code, args) = command.encode();
+    pub fn order_keeping_progress(self, command: Command) -> Result<(), BareError> {
+        let (code, [_, args @ ..]) = command.encode();
         let mut words = [code; 10];
-        words[0] = word(abi::offset::CMD_SEQ) + 1;
-        words[2..].copy_from_slice(&args);
-        self.put_and_ring(abi::offset::CMD_SEQ, &words)?;
-        Ok((words[0], word(abi::offset::PROGRESS)))
+        words[0] = self.get(abi::offset::CMD_SEQ)? + 1;
+        words[2] = self.get(abi::offset::PROGRESS)?;
+        words[3..].copy_from_slice(&args);
+        self.put_and_ring(abi::offset::CMD_SEQ, &words)
+    }
+
+    /// Returns the number of a command given by [`Self::order_keeping_progress`], and the completed operations of
+    /// the command that it has replaced.
+    ///
+    /// # Errors
+    /// When its mailbox cannot be reached.
+    pub fn kept_progress(self) -> Result<(u64, u64), BareError> {
+        Ok((self.get(abi::offset::CMD_SEQ)?, self.get(abi::offset::ARGS)?))
+    }
+
+    /// Returns whether the vCPU runs the bare guest, and so has a mailbox.
+    ///
+    /// # Errors
+    /// When its mailbox cannot be reached.
+    pub fn exists(self) -> Result<bool, BareError> {
+        Ok(self.get(abi::offset::MAGIC)? == abi::MAGIC)
     }
 
     /// Returns the operations that the running command has completed.

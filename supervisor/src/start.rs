@@ -54,6 +54,8 @@ pub struct SupervisorOptions {
     pub until_idle: bool,
     /// The directory of kept checkpoints. None if no checkpoint can be kept.
     pub kept: Option<PathBuf>,
+    /// Variables in the environment of workers.
+    pub worker_env: Vec<(&'static str, &'static str)>,
 }
 
 /// Opens the directory of kept checkpoints. If that fails, none can be kept, and those there stay as
@@ -81,8 +83,16 @@ impl Supervisor {
     /// When another process supervises it, or the zygote cannot be started. When control groups are
     /// required, and unavailable.
     pub fn start(dir: &Path, options: &SupervisorOptions, runtime: &Handle) -> Result<Self, DaemonError> {
-        let SupervisorOptions { pool, confinement, ref cgroup, ref net_hook, ahead_mib, until_idle, ref kept } =
-            *options;
+        let SupervisorOptions {
+            pool,
+            confinement,
+            ref cgroup,
+            ref net_hook,
+            ahead_mib,
+            until_idle,
+            ref kept,
+            ref worker_env,
+        } = *options;
         let dir = RuntimeDir::create(dir)?;
         let (claim, socket) = SupervisorClaim::new(&dir)?;
         // Before any other process is started.
@@ -90,7 +100,7 @@ impl Supervisor {
         let net_hook = net_hook.as_deref().map(NetHook::new).transpose()?;
         let (sender, exits) = mpsc::channel();
         let failed = |source| DaemonError::Worker { source };
-        let zygote = Arc::new(Zygote::start(sender, confinement, !until_idle)?);
+        let zygote = Arc::new(Zygote::start(sender, confinement, !until_idle, worker_env)?);
         let sandbox = SandboxProfile { dir: dir.path().to_owned(), confinement };
         let overlays = OverlayDirs::default();
         let broker = Broker::start().map_err(failed)?;

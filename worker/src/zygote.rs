@@ -255,6 +255,7 @@ pub struct Zygote {
     exits: Sender<WorkerExit>,
     confinement: Confinement,
     huge_text: bool,
+    env: Vec<(&'static str, &'static str)>,
     /// The mount for workers' memory files of all zygotes, if they use huge pages.
     mount: Option<HugeTmpfs>,
     restarts: AtomicU64,
@@ -267,15 +268,21 @@ impl Zygote {
         self.restarts.load(Ordering::Relaxed)
     }
 
-    /// Starts the zygote, which sends the ends of its workers to `exits`.
+    /// Starts the zygote, which sends the ends of its workers to `exits`. Workers have the variables `env`.
     ///
     /// # Errors
     /// When it cannot be started.
-    pub fn start(exits: Sender<WorkerExit>, confinement: Confinement, huge_text: bool) -> Result<Self, DaemonError> {
+    pub fn start(
+        exits: Sender<WorkerExit>,
+        confinement: Confinement,
+        huge_text: bool,
+        env: &[(&'static str, &'static str)],
+    ) -> Result<Self, DaemonError> {
+        let env = env.to_vec();
         let (started, restarts) = (Mutex::new(None), AtomicU64::new(0));
         // A failure is already logged.
         let mount = HugeTmpfs::mount_or_say().ok();
-        let zygote = Self { started, exits, confinement, huge_text, mount, restarts };
+        let zygote = Self { started, exits, confinement, huge_text, env, mount, restarts };
         let started = zygote.process().map_err(|source| DaemonError::Worker { source })?;
         *zygote.started.lock().unwrap_or_else(PoisonError::into_inner) = Some(started);
         Ok(zygote)
@@ -290,6 +297,7 @@ impl Zygote {
             .arg(ZYGOTE)
             .arg("--confine")
             .arg(self.confinement.to_string())
+            .envs(self.env.iter().copied())
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null());
         if self.huge_text {

@@ -28,6 +28,7 @@ use crate::commands::lifecycle::for_each;
 use crate::commands::remote::failure;
 use crate::commands::session::AHEAD_MIB;
 use crate::commands::shutdown::exit_on_signal;
+use crate::commands::worker::{ANNOUNCING, MEASURE};
 
 /// The session of all VMs, which end with this process.
 const SESSION: &str = "private";
@@ -57,6 +58,16 @@ pub struct DevSupervisor {
 impl DevSupervisor {
     /// Starts a supervisor for `command`.
     pub fn begin(command: &str) -> Result<Self, Failure> {
+        Self::begin_with(command, &dev_options())
+    }
+
+    /// The same, and the vCPUs of the bare guest's children stop what their parent does. The first announces
+    /// itself before the fork is answered.
+    pub(super) fn begin_announcing(command: &str) -> Result<Self, Failure> {
+        Self::begin_with(command, &SupervisorOptions { worker_env: vec![(MEASURE, ANNOUNCING)], ..dev_options() })
+    }
+
+    fn begin_with(command: &str, options: &SupervisorOptions) -> Result<Self, Failure> {
         // A missing requirement is reported better here than by another process.
         Host::open().map_err(Failure::input)?;
         let above = Some(runtime_dir()).filter(|dir| dir.is_dir()).unwrap_or_else(std::env::temp_dir);
@@ -69,8 +80,7 @@ impl DevSupervisor {
         // The VMs end with this process.
         let clean_up = move || drop(fs::remove_dir_all(path));
         exit_on_signal(runtime.handle(), clean_up).map_err(Failure::run)?;
-        let options = dev_options();
-        let supervisor = Supervisor::start(dir.path(), &options, runtime.handle()).map_err(Failure::run)?;
+        let supervisor = Supervisor::start(dir.path(), options, runtime.handle()).map_err(Failure::run)?;
         Ok(Self { client: Client::new(dir.path()), supervisor, runtime, _dir: dir })
     }
 
@@ -109,14 +119,33 @@ impl DevSupervisor {
 
     /// Forks `of`, as `vms/NAME` or `checkpoints/NAME`, into paused children.
     pub fn fork(&self, of: &str, name: &str, count: usize) -> Result<(Vec<RemoteVm>, ForkAnswer), Failure> {
-        let request = ForkRequest { count, name: Some(name.to_owned()), paused: true, ..ForkRequest::default() };
+        self.fork_into(of, name, count, true)
+    }
+
+    fn fork_into(
+        &self,
+        of: &str,
+        name: &str,
+        count: usize,
+        paused: bool,
+    ) -> Result<(Vec<RemoteVm>, ForkAnswer), Failure> {
+        let request = ForkRequest { count, name: Some(name.to_owned()), paused, ..ForkRequest::default() };
         let answer: ForkAnswer = self.ask(Method::POST, &format!("/v1/{of}/fork"), Some(&request))?;
         Ok((answer.children.iter().map(|name| self.vm(name.clone())).collect(), answer))
     }
 
     /// Forks `of` into one paused child.
     pub fn fork_one(&self, of: &str, name: &str) -> Result<(RemoteVm, ForkAnswer), Failure> {
-        let (children, answer) = self.fork(of, name, 1)?;
+        self.fork_one_into(of, name, true)
+    }
+
+    /// Forks `of` into one child that runs.
+    pub(super) fn fork_one_running(&self, of: &str, name: &str) -> Result<(RemoteVm, ForkAnswer), Failure> {
+        self.fork_one_into(of, name, false)
+    }
+
+    fn fork_one_into(&self, of: &str, name: &str, paused: bool) -> Result<(RemoteVm, ForkAnswer), Failure> {
+        let (children, answer) = self.fork_into(of, name, 1, paused)?;
         let none = || Failure::Run(anyhow::anyhow!("a fork of {of} has no child"));
         Ok((children.into_iter().next().ok_or_else(none)?, answer))
     }

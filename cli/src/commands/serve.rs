@@ -107,7 +107,16 @@ pub(super) fn main(args: &ServeArgs) -> Outcome {
         let (pool, ahead_mib) = (args.pool, args.ahead);
         let until_idle = args.until_idle;
         let kept = checkpoint_dir(&dir);
-        let options = SupervisorOptions { pool, confinement, cgroup, net_hook, ahead_mib, until_idle, kept };
+        let options = SupervisorOptions {
+            pool,
+            confinement,
+            cgroup,
+            net_hook,
+            ahead_mib,
+            until_idle,
+            kept,
+            worker_env: Vec::new(),
+        };
         wait_for_idle_end(&dir, &shutdown);
         // Before the supervisor answers: a command that starts it must not find one that cannot stay.
         // But not beside a supervisor that runs, whose ports and files these may be. The directory is

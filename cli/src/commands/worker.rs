@@ -13,7 +13,7 @@ use crate::commands::{Failure, Outcome};
 use clade_api::flight;
 use clade_block::Disk;
 use clade_guests::abi;
-use clade_harness::{BareMailbox, BareVcpu, GuestWords};
+use clade_harness::{BareError, BareMailbox, BareVcpu, GuestWords};
 use clade_memory::{GuestRam, HugeTmpfs};
 use clade_vmm::boot::BootImage;
 use clade_vmm::vm::{Context, Vm};
@@ -33,6 +33,8 @@ const LAST_WORK: Duration = Duration::from_secs(10);
 /// idle.
 pub const MEASURE: &str = "CLADE_BENCH_WORKER";
 pub const SPINNING: &str = "spinning";
+/// The same for children of the demo, which stop what their parent does, announce themselves, and run on.
+pub(super) const ANNOUNCING: &str = "announcing";
 /// The name of the embedded guest, in place of a kernel's file.
 pub const BARE: &str = "bare";
 
@@ -48,9 +50,13 @@ pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
     let Some(confined) = clade_worker::confine_worker(context, &socket).map_err(Failure::run)? else { return Ok(()) };
     with_runtime(|runtime| {
         let mut program = Program { kernel, before_start: None, booted: None, started: None, said: None };
-        if measures() {
+        let kind = std::env::var_os(MEASURE);
+        if kind.as_ref().is_some_and(|kind| kind == ANNOUNCING) {
+            program.before_start = Some(order_stop);
+            program.started = Some(await_stop);
+        } else if let Some(kind) = kind {
             program.booted = Some(fill);
-            let spins = std::env::var_os(MEASURE).is_some_and(|kind| kind == SPINNING);
+            let spins = kind == SPINNING;
             program.before_start = Some(if spins { order_announcement } else { order_announcement_and_halt });
             program.started = Some(await_announcement);
             program.said = Some(if spins { spin } else { pause });
@@ -152,7 +158,7 @@ fn commit_overlays(disks: Vec<Disk>) -> bool {
     is_merged
 }
 
-/// Returns whether `clade-lab bench clones` has started this worker. A child of the bare guest then
+/// Returns whether the demo or a benchmark has started this worker. A child of the bare guest then
 /// reports that it runs before the worker does.
 fn measures() -> bool {
     std::env::var_os(MEASURE).is_some()
@@ -179,6 +185,35 @@ fn order_announcement_and_halt(ram: &GuestRam) {
 
 fn spin(vm: &Vm) {
     order(BareMailbox::new(vm, 0), abi::Command::Spin);
+}
+
+/// Stops all vCPUs of a child. The first announces itself. VMs with another guest run on.
+fn order_stop(ram: &GuestRam) {
+    let stop = |vcpu: u64| {
+        let mailbox = BareMailbox::new(ram, vcpu);
+        let runs = mailbox.exists()?;
+        if runs {
+            let command = if vcpu == 0 { abi::Command::Announce } else { abi::Command::Idle };
+            mailbox.order_keeping_progress(command)?;
+        }
+        Ok::<_, BareError>(runs)
+    };
+    for vcpu in 0..abi::MAX_VCPUS {
+        match stop(vcpu) {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(error) => {
+                tracing::error!(%error, "no order for the child");
+                return;
+            }
+        }
+    }
+}
+
+fn await_stop(vm: &Vm) {
+    if BareMailbox::new(vm, 0).exists().is_ok_and(|exists| exists) {
+        await_announcement(vm);
+    }
 }
 
 fn order<M: GuestWords + ?Sized>(mailbox: BareMailbox<'_, M>, command: abi::Command) {

@@ -145,24 +145,21 @@ impl Demo<'_> {
         Ok(children)
     }
 
-    /// Forks `of`, and starts a child whose vCPUs stop writing at once. Also returns the time at
-    /// which its first instruction was seen here, and the parent's pause in microseconds.
+    /// Forks `of` into a child whose vCPUs stop writing at once. Also returns the time at which its first
+    /// instruction was known here, and the parent's pause in microseconds.
+    ///
+    /// The child's worker gives its vCPUs these orders before they run, and answers once the first of them
+    /// has announced itself.
     fn start_child(&self, of: &str, name: &str) -> Result<(Child, Instant, f64), Failure> {
-        let (vm, forked) = self.vms.fork_one(of, name)?;
-        // The child is paused, so this is its state at the fork.
-        let (mut at_fork, mut announced) = (Vec::new(), 0);
-        for slice in &self.slices {
-            let is_first = slice.vcpu() == 0;
-            let command = if is_first { Command::Announce } else { Command::Idle };
-            let (seq, progress) = BareMailbox::new(&vm, slice.vcpu()).order_paused(command).map_err(Failure::run)?;
-            at_fork.push(progress);
-            if is_first {
-                announced = seq;
-            }
-        }
-        vm.resume()?;
-        BareVcpu::new(&vm, 0).await_done(announced).map_err(Failure::run)?;
+        let (vm, forked) = self.vms.fork_one_running(of, name)?;
         let first = Instant::now();
+        let mut at_fork = Vec::new();
+        for slice in &self.slices {
+            let vcpu = BareVcpu::new(&vm, slice.vcpu());
+            let (order, progress) = vcpu.mailbox().kept_progress().map_err(Failure::run)?;
+            vcpu.await_done(order).map_err(Failure::run)?;
+            at_fork.push(progress);
+        }
         let progress = stop_writing(&vm, self.args.cpus).map_err(Failure::run)?;
         vm.pause()?;
         // A child stops at most one poll's operations after its fork.

@@ -30,7 +30,7 @@ struct DemoReport {
 }
 
 pub(crate) fn main(args: &DemoArgs) -> Result<(), Failure> {
-    let vms = DevSupervisor::begin("demo")?;
+    let vms = DevSupervisor::begin_announcing("demo")?;
     let bare = bare::run(&vms, args)?;
     let linux = linux::run(&vms, args)?;
     drop(vms);
