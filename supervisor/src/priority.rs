@@ -12,7 +12,8 @@
 //!
 //! - One process at a time is raised, for at most [`HOLD`]. A thread of higher priority ends it.
 //! - Raises take a tenth of the time. Up to [`BURST`] of the rest may be put off, because forks come in
-//!   bursts and take half a millisecond: so at most 19 ms come at once.
+//!   bursts and take half a millisecond. A child's raise comes just after its parent's, so [`HOLD`] times the share
+//!   more may be for it: at most 30 ms come at once.
 //!
 //! | thread | priority |
 //! |---|---|
@@ -189,7 +190,7 @@ impl Priority {
 
     fn raise_threads(&self, process: ProcessId, task: Task, caller: Option<(u32, Scheduling)>) -> Option<Raised> {
         let mut state = self.0.state();
-        if !state.may_raise() {
+        if !state.may_raise(task) {
             return None;
         }
         let threads = threads_of(process)?;
@@ -213,6 +214,7 @@ impl Priority {
             }
             Some((tid, before))
         });
+        tracing::debug!(pid = process.pid(), ?task, "a worker is raised");
         state.held = Some(Held { raise, begun, threads: raised.collect(), caller });
         if state.ending == Ending::Waits {
             self.0.changed.notify_all();
@@ -321,10 +323,12 @@ impl Shared {
 }
 
 impl State {
-    fn may_raise(&self) -> bool {
+    fn may_raise(&self, task: Task) -> bool {
+        // A child's comes just after its parent's, which may have used all.
+        let burst = if task == Task::Start { BURST + HOLD * SHARE } else { BURST };
         matches!(self.ending, Ending::Waits | Ending::Watches)
             && self.held.is_none()
-            && self.rests_end.is_none_or(|end| end <= Instant::now() + BURST)
+            && self.rests_end.is_none_or(|end| end <= Instant::now() + burst)
     }
 
     /// Gives the priority of the raised threads back.

@@ -1,7 +1,7 @@
 //! The supervisor: VMs in processes of their own, checkpoints, and deaths.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -37,12 +37,24 @@ impl Supervised {
         supervised
     }
 
+    /// The same, with what `directives` select of its log in `file`.
+    pub(crate) fn start_logging(pool: &str, directives: &str, file: File) -> Self {
+        let mut supervised = Self { runtime: Runtime::new() };
+        supervised.runtime.spawn_logging(&["serve", "--pool", pool], directives, file);
+        supervised.await_socket();
+        supervised
+    }
+
     pub(crate) fn serve(&mut self, pool: &str) {
         self.serve_with(pool, &[]);
     }
 
     fn serve_with(&mut self, pool: &str, more: &[&str]) {
         self.runtime.spawn(&[&["serve", "--pool", pool], more].concat());
+        self.await_socket();
+    }
+
+    fn await_socket(&self) {
         let socket = self.runtime.dir().join("clade.api");
         wait_until("the supervisor", || UnixStream::connect(&socket).is_ok());
     }

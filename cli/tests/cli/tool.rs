@@ -157,6 +157,13 @@ impl Runtime {
         self.processes.push(self.command(args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap());
     }
 
+    /// The same, with what `directives` select of its log in `file`.
+    pub(crate) fn spawn_logging(&mut self, args: &[&str], directives: &str, file: File) {
+        let mut command = self.command(args);
+        command.env("CLADE_LOG", directives).stdout(Stdio::null()).stderr(file);
+        self.processes.push(command.spawn().unwrap());
+    }
+
     pub(crate) fn socket(&self, name: &str) -> PathBuf {
         self.dir().join(format!("{name}.sock"))
     }
