@@ -11,6 +11,7 @@
 //! | interfaces, addresses, sockets, files and the record of each VM are made, and sent | `WorkerResources::make` | `WorkerResources` |
 //! | the network hook connects the interfaces | `NetHook::up` | `Up` |
 //! | closed networks are closed | `close_links` | `WorkerResources` |
+//! | the image is there; the prepared worker of an only child is raised | `await_image`, `raise_start` | `RaisedStart` |
 //! | workers get the image: from here on they read the memory of another process | `give_image` | `Workers` |
 //! | the processes are recorded: a VM may end at once | `Processes::add` | `Processes::remove` |
 //! | all VMs are made; networks of unknown state are settled | `run_together` | `Workers` |
