@@ -11,9 +11,9 @@
 //! A compromised process must not take the host's processors by that:
 //!
 //! - One process at a time is raised, for at most [`HOLD`]. A thread of higher priority ends it.
-//! - Raises take a tenth of the time. Up to [`BURST`] of the rest may be put off, because forks come in
-//!   bursts and take half a millisecond. A child's raise comes just after its parent's, so [`HOLD`] times the share
-//!   more may be for it: at most 30 ms come at once.
+//! - Raises for images take a tenth of the time, and those of children another tenth: a child's comes just after
+//!   its parent's. Up to [`BURST`] of the rest may be put off, because forks come in bursts and take half a
+//!   millisecond: so at most 19 ms of each come at once.
 //!
 //! | thread | priority |
 //! |---|---|
@@ -92,7 +92,23 @@ struct State {
     /// The number of raises: each is one's own.
     raises: u64,
     /// When no rest is left that was put off.
-    rests_end: Option<Instant>,
+    rests_end: RestsEnd,
+}
+
+/// When no rest is left that was put off, of raises for each task.
+#[derive(Debug, Default)]
+struct RestsEnd {
+    image: Option<Instant>,
+    start: Option<Instant>,
+}
+
+impl RestsEnd {
+    fn of(&mut self, task: Task) -> &mut Option<Instant> {
+        match task {
+            Task::Image => &mut self.image,
+            Task::Start => &mut self.start,
+        }
+    }
 }
 
 /// The thread that ends raises.
@@ -112,6 +128,7 @@ enum Ending {
 #[derive(Debug)]
 struct Held {
     raise: u64,
+    task: Task,
     begun: Instant,
     /// The raised threads, with what they had before.
     threads: Vec<(u32, Scheduling)>,
@@ -215,7 +232,7 @@ impl Priority {
             Some((tid, before))
         });
         tracing::debug!(pid = process.pid(), ?task, "a worker is raised");
-        state.held = Some(Held { raise, begun, threads: raised.collect(), caller });
+        state.held = Some(Held { raise, task, begun, threads: raised.collect(), caller });
         if state.ending == Ending::Waits {
             self.0.changed.notify_all();
         }
@@ -323,12 +340,10 @@ impl Shared {
 }
 
 impl State {
-    fn may_raise(&self, task: Task) -> bool {
-        // A child's comes just after its parent's, which may have used all.
-        let burst = if task == Task::Start { BURST + HOLD * SHARE } else { BURST };
+    fn may_raise(&mut self, task: Task) -> bool {
         matches!(self.ending, Ending::Waits | Ending::Watches)
             && self.held.is_none()
-            && self.rests_end.is_none_or(|end| end <= Instant::now() + burst)
+            && self.rests_end.of(task).is_none_or(|end| end <= Instant::now() + BURST)
     }
 
     /// Gives the priority of the raised threads back.
@@ -342,8 +357,9 @@ impl State {
             let _ = before.give_back(tid, &[FIRST]);
         }
         // The raise itself is not a part of its rest.
-        let rests_end = self.rests_end.map_or(held.begun, |end| end.max(held.begun));
-        self.rests_end = Some(rests_end + held.begun.elapsed() * SHARE);
+        let rests_end = self.rests_end.of(held.task);
+        let begun = rests_end.map_or(held.begun, |end| end.max(held.begun));
+        *rests_end = Some(begun + held.begun.elapsed() * SHARE);
     }
 }
 

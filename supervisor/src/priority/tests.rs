@@ -84,7 +84,7 @@ fn a_process_is_raised_before_the_request_and_until_the_answer() {
     let idle = Idle::new();
     drop(raise(&priority, &idle));
     assert!(!idle.is_raised());
-    priority.0.state().rests_end = None;
+    priority.0.state().rests_end.image = None;
     let (at_request, raised) = priority.raise_now(idle.process(), || idle.is_raised());
     assert!(at_request);
     assert!(Scheduling::of(0).unwrap().is_default(), "the calling thread is as before");
@@ -120,7 +120,7 @@ fn the_drop_of_an_ended_raise_ends_no_other() {
     // As by time.
     priority.0.state().give_back();
     assert!(!one.is_raised());
-    priority.0.state().rests_end = None;
+    priority.0.state().rests_end.image = None;
     let next = raise(&priority, &other);
     drop(raised);
     assert_eq!(held(&priority), Some(next.raise));
@@ -138,21 +138,21 @@ fn one_process_at_a_time_is_raised_for_a_tenth_of_the_time() {
     let begun = Instant::now().checked_sub(Duration::from_secs(60)).unwrap();
     priority.0.state().held.as_mut().unwrap().begun = begun;
     drop(raised);
-    let rests_end = priority.0.state().rests_end.unwrap();
+    let rests_end = priority.0.state().rests_end.image.unwrap();
     assert!(rests_end >= begun + Duration::from_secs(600));
     assert!(priority.raise_now(other.process(), || ()).1.is_none(), "no rest");
     // Minutes later there is a rest to put off, and each raise adds to it.
     let begun = Instant::now();
-    priority.0.state().rests_end = Some(begun + BURST);
+    priority.0.state().rests_end.image = Some(begun + BURST);
     drop(priority.raise_now(other.process(), || ()).1.unwrap());
-    assert!(priority.0.state().rests_end.unwrap() > begun + BURST);
+    assert!(priority.0.state().rests_end.image.unwrap() > begun + BURST);
 }
 
 #[test]
 fn a_process_that_has_ended_or_has_another_priority_is_left_alone() {
     let Some(priority) = priority(LONG) else { return };
     drop(raise(&priority, &Idle::new()));
-    priority.0.state().rests_end = None;
+    priority.0.state().rests_end.image = None;
     let idle = Idle::new();
     let process = idle.process();
     drop(idle);
@@ -177,7 +177,8 @@ fn a_child_is_raised_with_the_caller_until_its_vcpus_have_entered_the_guest() {
     drop(raise());
     assert!(is_default() && !vcpu.is_raised(), "given back by the drop");
     for enters in [true, false] {
-        priority.0.state().rests_end = None;
+        // Raises for images have a rest of their own.
+        priority.0.state().rests_end = RestsEnd { image: Some(Instant::now() + LONG), start: None };
         assert!(priority.raise_start_now(image.process()).is_none(), "a worker without vCPUs");
         let raised = raise();
         assert!(!is_default() && Scheduling::of(tid).unwrap().is_raised(&[VCPU]));
