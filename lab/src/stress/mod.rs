@@ -44,7 +44,7 @@ use clade_harness::{Sample, Spread};
 
 use checker::{Checker, Forked};
 use rig::{Random, Rig};
-use world::{ForkCosts, StressImage, World};
+use world::{ForkCosts, StressImage, StressVm, World};
 
 /// The longest queue of forks to be checked. While it is full, a fork is made but not checked.
 const WAITING: usize = 4;
@@ -60,6 +60,8 @@ const MADE_UP: u32 = 10;
 const MAX_CONTROL_FORKS: u64 = 10_000;
 /// Longest overtime of a run while no child has been reset in place.
 const MAX_OVERTIME: Duration = Duration::from_mins(1);
+/// Idle children beside which the parent is measured.
+const IDLE_CHILDREN: usize = 10;
 /// The interval at which the parent is polled.
 const POLL_INTERVAL: Duration = Duration::from_micros(500);
 
@@ -111,9 +113,12 @@ struct Throughput {
     without_forks: f64,
     /// While the VM is forked, and the forks are dropped.
     with_forks: f64,
+    /// The same beside [`IDLE_CHILDREN`] children, whose guests have halted.
+    with_idle_children: f64,
     /// While the VM is forked and its children run and are compared on the same processors.
     with_children: f64,
     ratio: f64,
+    ratio_with_idle_children: f64,
     ratio_with_children: f64,
 }
 
@@ -177,6 +182,8 @@ struct StressReport {
     tally: Tally,
     /// Costs of the forks that were dropped.
     fork: Costs,
+    /// Costs of forks beside idle children.
+    fork_with_idle_children: Costs,
     /// Costs of forks while children ran on the same processors.
     fork_with_children: Costs,
     throughput_mib_s: Throughput,
@@ -241,15 +248,16 @@ impl Stress<'_> {
         let [least, most] = MEASURED;
         let measured = (whole / 8).clamp(least, most);
         let begun = Instant::now();
-        let (mut quiet, mut forking) = (Stretch::default(), Stretch::default());
-        let (mut dropped, mut kept) = (CostSamples::default(), CostSamples::default());
-        while quiet.time < measured || forking.time < measured {
-            quiet.add(&self.quiet(TURN.min(measured))?);
-            forking.add(
-                &self.forking(TURN.min(measured), &mut dropped, |world, _, image, _| {
-                    world.forget(image).map(|()| true)
-                })?,
-            );
+        let turn = TURN.min(measured);
+        let [mut quiet, mut forking, mut beside_idle] = <[Stretch; 3]>::default();
+        let [mut dropped, mut dropped_beside, mut kept] = <[CostSamples; 3]>::default();
+        let forget = |world: &World, _: &Rig, image, _| world.forget(image).map(|()| true);
+        while quiet.time < measured || forking.time < measured || beside_idle.time < measured {
+            quiet.add(&self.quiet(turn)?);
+            forking.add(&self.forking(turn, &mut dropped, forget)?);
+            let children = self.idle_children()?;
+            beside_idle.add(&self.forking(turn, &mut dropped_beside, forget)?);
+            children.into_iter().try_for_each(StressVm::destroy)?;
         }
         let (queue, waiting) = sync_channel::<Forked>(WAITING);
         let mut checker = Checker::new(Arc::clone(&self.world), self.args.cpus, self.random.fork());
@@ -302,8 +310,10 @@ impl Stress<'_> {
         let throughput = Throughput {
             without_forks: quiet.mib_s(),
             with_forks: forking.mib_s(),
+            with_idle_children: beside_idle.mib_s(),
             with_children: children.mib_s(),
             ratio: forking.mib_s() / quiet.mib_s(),
+            ratio_with_idle_children: beside_idle.mib_s() / quiet.mib_s(),
             ratio_with_children: children.mib_s() / quiet.mib_s(),
         };
         let seconds = begun.elapsed().as_secs_f64();
@@ -318,12 +328,13 @@ impl Stress<'_> {
                 CachePolicy::Host => "host cache",
             },
             forks: self.forks,
-            forks_per_second: self.forks as f64 / (forking.time + children.time).as_secs_f64(),
+            forks_per_second: self.forks as f64 / (forking.time + beside_idle.time + children.time).as_secs_f64(),
             in_flight_at_fork: self.in_flight,
             discards: self.rig.discards(),
             rounds_written: self.rig.rounds(),
             tally,
             fork: dropped.spread(),
+            fork_with_idle_children: dropped_beside.spread(),
             fork_with_children: kept.spread(),
             throughput_mib_s: throughput,
         })
@@ -337,6 +348,18 @@ impl Stress<'_> {
             thread::sleep(POLL_INTERVAL);
         }
         Ok(Stretch { bytes: self.rig.read_bytes()? - from, time: begun.elapsed() })
+    }
+
+    /// Makes children whose guests end their work and halt.
+    fn idle_children(&mut self) -> Result<Vec<StressVm>, Failure> {
+        let (image, _) = self.rig.fork(&self.world)?;
+        let children = (0..IDLE_CHILDREN).map(|_| self.world.child(&image)).collect::<Result<Vec<_>, _>>()?;
+        self.world.forget(image)?;
+        for child in &children {
+            child.resume()?;
+            self.rig.halt(child)?;
+        }
+        Ok(children)
     }
 
     /// Measures the parent while it is forked at the fixed interval. `then` gets each fork, and
@@ -406,6 +429,7 @@ fn print(report: &StressReport) -> Result<(), Failure> {
     let pages = |spread: &Spread| format!("{:.0}", spread.p50);
     let (copied, remapped) = (pages(&report.fork.pages_copied), pages(&report.fork.pages_remapped));
     row("pages copied, remapped", format!("{copied}, {remapped}"));
+    row("parent paused for, beside idle children", us(&report.fork_with_idle_children.pause_us));
     row("parent paused for, with running children", us(&report.fork_with_children.pause_us));
     row("children compared", format!("{}, {} of them nested", tally.children, tally.nested));
     row("put back to their fork in place", tally.resets.to_string());
@@ -413,6 +437,8 @@ fn print(report: &StressReport) -> Result<(), Failure> {
     row("pages discarded, rounds written", format!("{}, {}", report.discards, report.rounds_written));
     row("disk reads without forks", format!("{:.1} MiB/s", t.without_forks));
     row("  with forks", format!("{:.1} MiB/s ({:.0} %)", t.with_forks, t.ratio * 100.0));
+    let beside_idle = t.ratio_with_idle_children * 100.0;
+    row("  beside ten idle children", format!("{:.1} MiB/s ({beside_idle:.0} %)", t.with_idle_children));
     row("  with running children", format!("{:.1} MiB/s ({:.0} %)", t.with_children, t.ratio_with_children * 100.0));
     row("bytes checked", format!("{:.2} GiB", tally.bytes_checked as f64 / f64::from(1 << 30)));
     row("wrong bytes", tally.wrong_bytes.to_string());

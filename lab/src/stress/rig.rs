@@ -288,6 +288,16 @@ impl Rig {
         Ok(())
     }
 
+    /// Makes the guest of a running child end its work and halt. Notes what it has found.
+    pub(super) fn halt(&mut self, child: &StressVm) -> Result<(), Failure> {
+        let idle = |vcpu| BareVcpu::new(child, vcpu).run(Command::Idle).map_err(Failure::run);
+        for vcpu in [READER, WRITER] {
+            note(&idle(vcpu)?, &mut self.found);
+        }
+        // The other vCPU of a pair then waits for good.
+        pairs(self.cpus).try_for_each(|first| idle(first).map(drop))
+    }
+
     /// Ends the parent.
     pub(super) fn end(self) -> Result<(), Failure> {
         self.vm.destroy()

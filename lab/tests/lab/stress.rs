@@ -27,7 +27,7 @@ fn no_byte_is_wrong_while_a_vm_is_forked_under_dma() {
     for key in ["forks", "children", "bytes_checked", "in_flight_at_fork", "resets", "rounds_written"] {
         assert!(count(key) > 0, "{key}: {report}");
     }
-    for key in ["without_forks", "with_forks", "ratio"] {
+    for key in ["without_forks", "with_forks", "with_idle_children", "ratio", "ratio_with_idle_children"] {
         assert!(report["throughput_mib_s"][key].as_f64().is_some_and(|value| value > 0.0), "{key}: {report}");
     }
 }
