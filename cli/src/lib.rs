@@ -5,6 +5,6 @@ mod commands;
 mod linux_guest;
 
 pub use commands::{
-    BARE, DevSupervisor, Failure, KernelSource, MEASURE, RemoteVm, SPINNING, Table, exit_on_signal, for_each, main,
-    parse_size, print_json, program,
+    ANSWER_PAGES, ANSWER_SEED, ANSWERING, BARE, DevSupervisor, Failure, KernelSource, MEASURE, RemoteVm, SPINNING,
+    Table, exit_on_signal, for_each, main, parse_size, print_json, program,
 };

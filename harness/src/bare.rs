@@ -141,7 +141,15 @@ impl<'a, M: GuestWords + ?Sized> BareMailbox<'a, M> {
     /// # Errors
     /// When its mailbox cannot be reached.
     pub fn kept_progress(self) -> Result<(u64, u64), BareError> {
-        Ok((self.get(abi::offset::CMD_SEQ)?, self.get(abi::offset::ARGS)?))
+        Ok((self.ordered()?, self.get(abi::offset::ARGS)?))
+    }
+
+    /// Returns the number of the command given last.
+    ///
+    /// # Errors
+    /// When its mailbox cannot be reached.
+    pub fn ordered(self) -> Result<u64, BareError> {
+        self.get(abi::offset::CMD_SEQ)
     }
 
     /// Returns whether the vCPU runs the bare guest, and so has a mailbox.
@@ -327,6 +335,9 @@ impl BareVcpu<'_> {
 /// the host beside them.
 pub const MOST_FILLED: u64 = 4 << 30;
 
+/// The seed of the words of [`fill`].
+pub const FILL_SEED: u64 = 1;
+
 /// Has the guest fill all its RAM above its own image, as far as [`MOST_FILLED`].
 ///
 /// # Errors
@@ -339,7 +350,7 @@ pub fn fill(vm: &Vm, config: &VmConfig) -> Result<(), BareError> {
         let pages = (pages - (start - base.0) / PAGE_SIZE).min(left);
         left -= pages;
         if pages > 0 {
-            vcpu.run(Command::Fill { start, pages, seed: 1 })?;
+            vcpu.run(Command::Fill { start, pages, seed: FILL_SEED })?;
         }
     }
     Ok(())

@@ -7,7 +7,7 @@ mod machine;
 mod sample;
 mod slice;
 
-pub use bare::{BareError, BareMailbox, BareVcpu, MOST_FILLED, boot_bare, fill};
+pub use bare::{BareError, BareMailbox, BareVcpu, FILL_SEED, MOST_FILLED, boot_bare, fill};
 pub use machine::{GuestWords, Machine, WordsError, bytes_of};
 pub use sample::{Sample, Spread};
 pub use slice::{Slice, stop_writing};

@@ -44,6 +44,8 @@ pub(crate) enum BenchName {
     Clones,
     /// A guest's disk I/O, against the host's own on the same file.
     Disk,
+    /// Children of a running VM that all live at once: each writes memory, and reports a checksum of inherited memory.
+    Live,
     /// Forking a running VM: the parent's pause, and the child's first instruction.
     Fork,
     /// Freezing memory, by the pages written since the last time: copied in the background, and at
@@ -92,7 +94,7 @@ pub(crate) struct BenchArgs {
     /// Samples of each figure.
     #[arg(long, value_name = "N", default_value_t = 50)]
     pub(crate) samples: usize,
-    /// Most clones at once: for `clones` (default 1000) and `answer` (100).
+    /// Most clones at once: for `clones` and `live` (default 1000), and `answer` (100).
     #[arg(long, value_name = "N")]
     pub(crate) count: Option<usize>,
     /// Sandboxes at once, for `tti`: limited by the available memory. Default: 100.
@@ -111,6 +113,9 @@ pub(crate) struct BenchArgs {
     /// The directory of the snapshot, for `restored`.
     #[arg(long, hide = true, value_name = "DIR")]
     pub(crate) snapshot: Option<PathBuf>,
+    /// Pages that each guest of `processes` writes.
+    #[arg(long, hide = true, value_name = "N", default_value_t = 1)]
+    pub(crate) pages: u64,
     /// Read all of its memory first.
     #[arg(long, hide = true)]
     pub(crate) preload: bool,

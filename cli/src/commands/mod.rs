@@ -228,7 +228,7 @@ fn run(command: Command) -> Outcome {
 pub(crate) use args::{DEFAULT_CMDLINE, DemoArgs};
 pub use dev_supervisor::{DevSupervisor, KernelSource, RemoteVm};
 pub use shutdown::exit_on_signal;
-pub use worker::{BARE, MEASURE, SPINNING};
+pub use worker::{ANSWER_PAGES, ANSWER_SEED, ANSWERING, BARE, MEASURE, SPINNING};
 
 #[cfg(test)]
 mod tests {

@@ -35,6 +35,13 @@ pub const MEASURE: &str = "CLADE_BENCH_WORKER";
 pub const SPINNING: &str = "spinning";
 /// The same for children of the demo, which stop what their parent does, announce themselves, and run on.
 pub(super) const ANNOUNCING: &str = "announcing";
+/// The same for children that write [`ANSWER_PAGES`] pages, report a checksum of as many that they have inherited, and
+/// run on, as their parent does.
+pub const ANSWERING: &str = "answering";
+/// Pages that such a child writes, from the first one of its work on, and as many behind them whose checksum it reports.
+pub const ANSWER_PAGES: u64 = 64;
+/// The seed of the words that it writes.
+pub const ANSWER_SEED: u64 = 2;
 /// The name of the embedded guest, in place of a kernel's file.
 pub const BARE: &str = "bare";
 
@@ -54,8 +61,12 @@ pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
         if kind.as_ref().is_some_and(|kind| kind == ANNOUNCING) {
             program.before_start = Some(order_stop);
             program.started = Some(await_stop);
-        } else if let Some(kind) = kind {
+        } else if kind.as_ref().is_some_and(|kind| kind == ANSWERING) {
             program.booted = Some(fill);
+            program.before_start = Some(order_writes);
+            program.started = Some(await_answer);
+        } else if let Some(kind) = kind {
+            program.booted = Some(fill_and_pause);
             let spins = kind == SPINNING;
             program.before_start = Some(if spins { order_announcement } else { order_announcement_and_halt });
             program.started = Some(await_announcement);
@@ -164,6 +175,11 @@ fn measures() -> bool {
     std::env::var_os(MEASURE).is_some()
 }
 
+fn fill_and_pause(vm: &Vm) {
+    fill(vm);
+    pause(vm);
+}
+
 fn fill(vm: &Vm) {
     let filled = BareVcpu::new(vm, 0)
         .await_ready()
@@ -172,7 +188,6 @@ fn fill(vm: &Vm) {
     if let Err(error) = filled {
         tracing::error!(%error, "the guest does not write its memory");
     }
-    pause(vm);
 }
 
 fn order_announcement(ram: &GuestRam) {
@@ -181,6 +196,20 @@ fn order_announcement(ram: &GuestRam) {
 
 fn order_announcement_and_halt(ram: &GuestRam) {
     order(BareMailbox::new(ram, 0), abi::Command::AnnounceAndHalt);
+}
+
+fn order_writes(ram: &GuestRam) {
+    let writes = abi::Command::Fill { start: abi::WORK_BASE, pages: ANSWER_PAGES, seed: ANSWER_SEED };
+    order(BareMailbox::new(ram, 0), writes);
+}
+
+fn await_answer(vm: &Vm) {
+    let (vcpu, start) = (BareVcpu::new(vm, 0), abi::WORK_BASE + ANSWER_PAGES * abi::PAGE_SIZE);
+    let checksum = abi::Command::Read { start, pages: ANSWER_PAGES, passes: 1, words: abi::PAGE_WORDS };
+    let written = vcpu.mailbox().ordered().and_then(|seq| vcpu.await_done(seq));
+    if let Err(error) = written.and_then(|()| vcpu.run(checksum)) {
+        tracing::error!(%error, "the child does not answer");
+    }
 }
 
 fn spin(vm: &Vm) {

@@ -9,7 +9,6 @@
 //! The baseline is as many VMs in one process, in the same run: this one, by the library. The limit is as many processes
 //! made by fork, each with a VM that writes one page: cold, and with the VM made before.
 
-use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,7 +19,7 @@ use clade_vmm::vm::{Context, ForkImage, Vm, VmConfig};
 use hyper::Method;
 
 use crate::args::BenchArgs;
-use crate::bench::supervisor::{BenchSupervisor, boot_request};
+use crate::bench::supervisor::{BenchSupervisor, available_kib, boot_request};
 use crate::bench::{BenchRow, Sample, announced, announced_clone, fill, label};
 use crate::limit;
 use clade::{Failure, MEASURE, SPINNING};
@@ -162,7 +161,7 @@ impl Bench {
         }
         self.context.drain();
         let mut limit = Sample::default();
-        limit::measure_processes(1, samples, self.mem())?.iter().for_each(|times| limit.push_us(times.prepared));
+        limit::measure_processes(1, samples, self.mem(), 1)?.iter().for_each(|times| limit.push_us(times.prepared));
         Ok(BenchRow::new("fork_api_first_instruction", "us", &ours)
             .limit("a prepared process: map, run", &limit)
             .against("the library, in one process", &library)
@@ -206,7 +205,7 @@ impl Bench {
             let (answer, took) = self.fork("checkpoints/cp", count)?;
             times.cold.push(took.as_secs_f64() * 1e3);
             let used = free.saturating_sub(available_kib()) as f64 / count as f64;
-            let private = self.private(&answer.children)?;
+            let private = self.supervisor.private_kib(&answer.children)?;
             times.kernel.push((used - private.spread().p50).max(0.0));
             times.private = private;
             self.stop(&answer.children)?;
@@ -231,7 +230,7 @@ impl Bench {
             if !with_limit {
                 continue;
             }
-            for limit in limit::measure_processes(count, 1, self.mem())? {
+            for limit in limit::measure_processes(count, 1, self.mem(), 1)? {
                 times.limit_cold.push(limit.cold.as_secs_f64() * 1e3);
                 times.limit_prepared.push(limit.prepared.as_secs_f64() * 1e3);
             }
@@ -240,37 +239,8 @@ impl Bench {
         Ok(times)
     }
 
-    /// Returns the private memory of each clone's process, in KiB.
-    fn private(&self, names: &[String]) -> Result<Sample, Failure> {
-        let mut sample = Sample::default();
-        // A sample is enough: each read takes a while.
-        for name in names.iter().step_by(names.len().div_ceil(20)) {
-            let info: VmInfo = self.supervisor.ask(Method::GET, &format!("/v1/vms/{name}"), None::<&()>)?;
-            sample.push(private_kib(info.pid).map_err(Failure::run)? as f64);
-        }
-        Ok(sample)
-    }
-
     /// Stops clones: the parent stays.
     fn stop(&self, names: &[String]) -> Result<(), Failure> {
         self.supervisor.stop(names, 1)
     }
-}
-
-/// Returns the sum of some fields of a file of `/proc`, in KiB.
-fn kib(file: &str, fields: &[&str]) -> std::io::Result<u64> {
-    let text = fs::read_to_string(file)?;
-    let of = |line: &str| {
-        let (name, value) = line.split_once(':')?;
-        fields.contains(&name).then(|| value.trim().trim_end_matches(" kB").parse::<u64>().ok())?
-    };
-    Ok(text.lines().filter_map(of).sum())
-}
-
-fn private_kib(pid: u32) -> std::io::Result<u64> {
-    kib(&format!("/proc/{pid}/smaps_rollup"), &["Private_Clean", "Private_Dirty"])
-}
-
-pub(super) fn available_kib() -> u64 {
-    kib("/proc/meminfo", &["MemAvailable"]).unwrap_or(0)
 }

@@ -7,6 +7,7 @@ mod clones;
 mod disk;
 mod fork;
 mod freeze;
+mod live;
 mod pin;
 mod reset;
 mod restore;
@@ -181,6 +182,7 @@ pub(crate) fn main(args: &BenchArgs) -> Result<(), Failure> {
         BenchName::Clones => clones::run(&context, args)?,
         BenchName::Disk => disk::run(&context, args)?,
         BenchName::Fork => fork::run(&context, args)?,
+        BenchName::Live => live::run(args)?,
         BenchName::Freeze => freeze::run(context.store(), args)?,
         BenchName::Reset => reset::run(&context, args)?,
         BenchName::Rollback => rollback::run(args)?,

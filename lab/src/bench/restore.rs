@@ -145,7 +145,7 @@ impl Bench {
         let (by_api, of_process, of_process_whole) =
             (self.by_api(&at)?, self.process(&at, false)?, self.process(&at, true)?);
         let (mut process_cold, mut process_prepared) = (Sample::default(), Sample::default());
-        for times in limit::measure_processes(1, self.samples, self.config.layout().bytes())? {
+        for times in limit::measure_processes(1, self.samples, self.config.layout().bytes(), 1)? {
             process_cold.push_us(times.cold);
             process_prepared.push_us(times.prepared);
         }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use clade_api::{
     BootRequest, Client, ClientError, Labels, StopRequest, SupervisorInfo, VmInfo, VmLimits, supervisor_path,
 };
+use clade_harness::Sample;
 use clade_vmm::vm::VmConfig;
 use hyper::Method;
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
@@ -106,6 +107,18 @@ impl BenchSupervisor {
         }
     }
 
+    /// Returns the private memory of each VM's process, in KiB.
+    pub(super) fn private_kib(&self, names: &[String]) -> Result<Sample, Failure> {
+        let mut sample = Sample::default();
+        // A sample is enough: each read takes a while.
+        for name in names.iter().step_by(names.len().div_ceil(20)) {
+            let info: VmInfo = self.ask(Method::GET, &format!("/v1/vms/{name}"), None::<&()>)?;
+            let rollup = format!("/proc/{}/smaps_rollup", info.pid);
+            sample.push(kib(&rollup, &["Private_Clean", "Private_Dirty"]).map_err(Failure::run)? as f64);
+        }
+        Ok(sample)
+    }
+
     /// Stops VMs, and waits until there are no more than `left`.
     pub(super) fn stop(&self, names: &[String], left: usize) -> Result<(), Failure> {
         let stop = |name: String| {
@@ -128,6 +141,21 @@ impl BenchSupervisor {
         }
         Ok(())
     }
+}
+
+/// Returns the sum of some fields of a file of `/proc`, in KiB.
+fn kib(file: &str, fields: &[&str]) -> std::io::Result<u64> {
+    let text = std::fs::read_to_string(file)?;
+    let of = |line: &str| {
+        let (name, value) = line.split_once(':')?;
+        fields.contains(&name).then(|| value.trim().trim_end_matches(" kB").parse::<u64>().ok())?
+    };
+    Ok(text.lines().filter_map(of).sum())
+}
+
+/// Returns the host's available memory.
+pub(super) fn available_kib() -> u64 {
+    kib("/proc/meminfo", &["MemAvailable"]).unwrap_or(0)
 }
 
 /// Returns a request for a bare guest.

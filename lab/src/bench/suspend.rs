@@ -20,7 +20,7 @@ use clade_vmm::vm::{Context, Vm, VmConfig};
 use hyper::Method;
 
 use crate::args::BenchArgs;
-use crate::bench::clones::available_kib;
+use crate::bench::supervisor::available_kib;
 use crate::bench::supervisor::{BenchSupervisor, boot_request};
 use crate::bench::{BenchRow, Sample, low_pages, written};
 use crate::limit::Limits;

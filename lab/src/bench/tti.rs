@@ -29,8 +29,8 @@ use tokio::task::JoinSet;
 use self::http::{Api, Sandbox};
 use crate::args::BenchArgs;
 use crate::bench::answer::exec;
-use crate::bench::clones::available_kib;
 use crate::bench::supervisor::BenchSupervisor;
+use crate::bench::supervisor::available_kib;
 use crate::bench::{BenchRow, Sample};
 use clade::Failure;
 

@@ -33,11 +33,11 @@ pub(crate) struct Processes {
     pub(crate) prepared: Duration,
 }
 
-/// Measures `count` processes whose guests have this much RAM, by a program of its own.
-pub(crate) fn measure(count: usize, samples: usize, ram: u64) -> Result<Vec<Processes>, Failure> {
+/// Measures `count` processes whose guests have this much RAM and write `pages` pages, by a program of its own.
+pub(crate) fn measure(count: usize, samples: usize, ram: u64, pages: u64) -> Result<Vec<Processes>, Failure> {
     let mut program = Command::new("/proc/self/exe");
     program.args(["bench", "processes", "--count", &count.to_string(), "--samples", &samples.to_string()]);
-    program.args(["--mem", &ram.to_string()]);
+    program.args(["--mem", &ram.to_string(), "--pages", &pages.to_string()]);
     let mut program = program.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().map_err(Failure::run)?;
     let mut text = String::new();
     let mut out = program.stdout.take().ok_or_else(|| Failure::Run(anyhow::anyhow!("no output")))?;
@@ -65,7 +65,7 @@ pub(crate) fn main(args: &BenchArgs) -> Result<(), Failure> {
     set_parent_process_death_signal(Some(Signal::KILL)).map_err(Failure::run)?;
     let limits = Limits::new(args.mem[0]).map_err(Failure::Run)?;
     for _ in 0..args.samples {
-        let time = |prepared| sample(&limits, args.count.unwrap_or(1), prepared).map_err(Failure::Run);
+        let time = |prepared| sample(&limits, args.count.unwrap_or(1), prepared, args.pages).map_err(Failure::Run);
         println!("{} {}", time(false)?.as_micros(), time(true)?.as_micros());
     }
     Ok(())
@@ -77,12 +77,12 @@ struct Pipes {
     go: (OwnedFd, OwnedFd),
 }
 
-fn sample(limits: &Limits, count: usize, prepared: bool) -> Result<Duration> {
+fn sample(limits: &Limits, count: usize, prepared: bool, pages: u64) -> Result<Duration> {
     let pipes = Pipes { reports: pipe_with(PipeFlags::CLOEXEC)?, go: pipe_with(PipeFlags::CLOEXEC)? };
     let mut begun = Instant::now();
     let mut processes = Vec::with_capacity(count);
     let made = (0..count).try_for_each(|_| {
-        processes.push(fork(limits, &pipes, prepared)?);
+        processes.push(fork(limits, &pipes, prepared, pages)?);
         Ok(())
     });
     let measured = made.and_then(|()| {
@@ -125,14 +125,14 @@ fn await_all(pipes: &Pipes, count: usize, report: u8) -> Result<()> {
     Ok(())
 }
 
-fn fork(limits: &Limits, pipes: &Pipes, prepared: bool) -> Result<Pid> {
+fn fork(limits: &Limits, pipes: &Pipes, prepared: bool, pages: u64) -> Result<Pid> {
     // SAFETY: the child calls the kernel, and the allocator, which glibc makes usable in it. Another
     // lock is taken only when it fails, and the parent ends silent processes. The child exits here.
     match unsafe { libc::fork() } {
         -1 => Err(std::io::Error::last_os_error()).context("fork"),
         0 => {
             // A panic must not come out: the stack is a copy of the parent's.
-            let made = std::panic::catch_unwind(AssertUnwindSafe(|| child(limits, pipes, prepared)));
+            let made = std::panic::catch_unwind(AssertUnwindSafe(|| child(limits, pipes, prepared, pages)));
             let failed = !matches!(made, Ok(Ok(())));
             let _ = write(&pipes.reports.1, if failed { b"e" } else { b"d" });
             // SAFETY: `pause` takes no arguments, and `_exit` does not return. The parent ends a process that has reported.
@@ -152,7 +152,7 @@ unsafe fn wait_and_exit() -> ! {
     unsafe { libc::_exit(0) }
 }
 
-fn child(limits: &Limits, pipes: &Pipes, prepared: bool) -> Result<()> {
+fn child(limits: &Limits, pipes: &Pipes, prepared: bool, pages: u64) -> Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     // Each process has opened KVM itself, as ours do.
     let mut vm = limits.prepare_by(&Kvm::new()?)?;
@@ -160,7 +160,7 @@ fn child(limits: &Limits, pipes: &Pipes, prepared: bool) -> Result<()> {
         write(&pipes.reports.1, &[READY])?;
         retry_on_intr(|| read(&pipes.go.0, &mut [0]))?;
     }
-    limits.answer(&mut vm, Touch::Write, 1)?;
+    limits.answer(&mut vm, Touch::Write, pages)?;
     // The VM lives as long as the process.
     std::mem::forget(vm);
     Ok(())
@@ -178,7 +178,7 @@ mod tests {
         }
         let limits = Limits::new(64 << 20).unwrap();
         for prepared in [false, true] {
-            assert!(sample(&limits, 3, prepared).unwrap() > Duration::ZERO);
+            assert!(sample(&limits, 3, prepared, 2).unwrap() > Duration::ZERO);
         }
         let (cold, prepared) = (Duration::from_micros(15), Duration::from_micros(2));
         assert_eq!(parse("15 2\n").unwrap(), [Processes { cold, prepared }]);

@@ -39,6 +39,29 @@ fn is_gone(pid: u32) -> bool {
 }
 
 #[test]
+fn children_that_all_live_write_and_report_inherited_memory() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = Command::new(LAB);
+    let bench = command.args(["bench", "live", "--mem", "32M", "--count", "3", "--json"]).env("TMPDIR", dir.path());
+    let output = bench.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let p50 = |name: &str, of: &str| {
+        let row = report["rows"].as_array().unwrap().iter().find(|row| row["name"] == name);
+        row.and_then(|row| row[of]["p50"].as_f64()).unwrap_or_else(|| panic!("no {name}: {report}"))
+    };
+    for name in ["live_3_answers", "live_3_answers_prepared"] {
+        assert!(p50(name, "ours") > 0.0 && p50(name, "limit") > 0.0, "{report}");
+    }
+    assert!(p50("live_pause", "ours") > 0.0, "{report}");
+    // Each child has pages of its own: those that it has written.
+    assert!(p50("live_private_kib", "ours") >= 256.0, "{report}");
+}
+
+#[test]
 fn a_bench_that_a_signal_ends_leaves_no_vm() {
     if !kvm() {
         return;
