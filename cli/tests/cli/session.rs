@@ -6,7 +6,8 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::process::Stdio;
 
-use clade_test_support::Port;
+use clade_host_io::realtime::Scheduling;
+use clade_test_support::{Port, skipped};
 use rustix::process::Signal;
 
 use crate::guest::{write_guest, write_hasty_guest};
@@ -334,4 +335,31 @@ fn a_guest_that_ends_at_once_is_shown_with_its_output() {
     assert!(waited.code == Some(0) && waited.stdout.contains("powered itself off"), "{waited:?}");
     let ended = runtime.clade(&["ps", "-a", "--json"]).json();
     assert!(ended.to_string().contains("hasty-4") && ended.to_string().contains("\"hasty\""), "{ended}");
+}
+
+#[test]
+fn the_supervisor_after_a_killed_one_takes_real_time_priority_from_vms() {
+    if !kvm() {
+        return;
+    }
+    let runtime = Runtime::new();
+    detached(&runtime, "web");
+    let tasks = format!("/proc/{}/task", runtime.worker("web"));
+    let threads =
+        || fs::read_dir(&tasks).unwrap().map(|task| task.unwrap().file_name().to_str().unwrap().parse().unwrap());
+    // As a supervisor raises them for an image.
+    let raised = || threads().try_for_each(|tid: u32| Scheduling::of(tid)?.raise(tid, 2));
+    let is_raised = |tid| !Scheduling::of(tid).unwrap().is_default();
+    match raised() {
+        Ok(()) => {
+            assert!(threads().all(is_raised));
+            let supervisor = runtime.supervisor();
+            kill(supervisor, Signal::KILL);
+            wait_until("its end", || !runs(supervisor));
+            runtime.clade(&["checkpoint", "web", "--json"]).json();
+            assert!(!threads().any(is_raised));
+        }
+        Err(error) => skipped(&format!("no real-time priority: {error}")),
+    }
+    runtime.clade(&["stop", "--all"]);
 }

@@ -400,6 +400,7 @@ pub(crate) fn connected(dir: &Path, name: &str, limit: Duration) -> Result<Owned
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clade_test_support::wait_until;
     use rustix::net::{bind, listen};
 
     #[test]
@@ -425,5 +426,25 @@ mod tests {
         // A VM that has ended.
         drop((full, waits));
         assert_eq!(kind(), Err(ProblemKind::NoSuchVm));
+    }
+
+    #[test]
+    fn a_job_that_panics_does_not_end_the_image_thread() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let _entered = runtime.enter();
+        let mut image_thread = ImageThread::default();
+        let (sender, names) = sync_channel(1);
+        // A job runs on the image thread if that waits for one.
+        let mut run = |panics: bool| {
+            let sender = sender.clone();
+            image_thread.run(Box::new(move || {
+                sender.send(thread::current().name() == Some(IMAGE_THREAD)).unwrap();
+                assert!(!panics, "the job panics");
+            }));
+            names.recv().unwrap()
+        };
+        for panics in [false, true, false] {
+            wait_until("a job of the image thread", || run(panics));
+        }
     }
 }
