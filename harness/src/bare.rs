@@ -141,15 +141,7 @@ impl<'a, M: GuestWords + ?Sized> BareMailbox<'a, M> {
     /// # Errors
     /// When its mailbox cannot be reached.
     pub fn kept_progress(self) -> Result<(u64, u64), BareError> {
-        Ok((self.ordered()?, self.get(abi::offset::ARGS)?))
-    }
-
-    /// Returns the number of the command given last.
-    ///
-    /// # Errors
-    /// When its mailbox cannot be reached.
-    pub fn ordered(self) -> Result<u64, BareError> {
-        self.get(abi::offset::CMD_SEQ)
+        Ok((self.get(abi::offset::CMD_SEQ)?, self.get(abi::offset::ARGS)?))
     }
 
     /// Returns whether the vCPU runs the bare guest, and so has a mailbox.

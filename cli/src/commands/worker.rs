@@ -206,8 +206,9 @@ fn order_writes(ram: &GuestRam) {
 fn await_answer(vm: &Vm) {
     let (vcpu, start) = (BareVcpu::new(vm, 0), abi::WORK_BASE + ANSWER_PAGES * abi::PAGE_SIZE);
     let checksum = abi::Command::Read { start, pages: ANSWER_PAGES, passes: 1, words: abi::PAGE_WORDS };
-    let written = vcpu.mailbox().ordered().and_then(|seq| vcpu.await_done(seq));
-    if let Err(error) = written.and_then(|()| vcpu.run(checksum)) {
+    // By the reports: as many children as wait would take the processors by polling their mailboxes.
+    let done = || vcpu.await_event(abi::Event::Done);
+    if let Err(error) = done().and_then(|_| vcpu.mailbox().order(checksum)).and_then(|_| done()) {
         tracing::error!(%error, "the child does not answer");
     }
 }
