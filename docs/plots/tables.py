@@ -84,7 +84,8 @@ def ours(rows):
     values = [value(row["ours"]["p50"], row["unit"]) for row in rows]
     tail = rows[0]["ours"]["p99"]
     if len(rows) == 1 and rows[0]["unit"] in PARTS:
-        return f"{values[0]} ({value(tail, rows[0]['unit'])})"
+        figure, unit = value(tail, rows[0]["unit"]).rsplit(" ", 1)
+        return f"{values[0]} ({figure if values[0].endswith(' ' + unit) else f'{figure} {unit}'})"
     return joined(values)
 
 
