@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The benches of docs/performance.md, one after another, on a quiet host: docs/plots/sitting.sh DIR.
-# DIR then has a JSON file of each, for plot.py and tables.py. About fifteen minutes.
+# DIR then has a JSON file of each, for plot.py and tables.py. About five minutes on a fast host.
 set -u
 out=${1:?a directory for the results}
 lab=${CLADE_LAB:-target/release/clade-lab}
@@ -13,7 +13,9 @@ failed=0
 bench() {
     local name=$1
     shift
-    if ! timeout 600 "$lab" "$@" --json >"$out/$name.json" 2>"$out/$name.err"; then
+    rm -f "$out/$name.json"
+    if ! timeout 600 "$lab" "$@" --json >"$out/$name.part" 2>"$out/$name.err" ||
+        ! mv "$out/$name.part" "$out/$name.json"; then
         echo "$name failed: $out/$name.err" >&2
         failed=1
     fi

@@ -9,13 +9,14 @@ import sys
 # Text, figures of ours (joined by " / "), and text of the baseline where the page has one.
 BASELINE = [
     ("parent's pause at a fork, 512 MiB", ["pause_512M"], "copying all RAM"),
-    ("the same, 4 GiB / 16 GiB", ["pause_4G", "pause_16G"], None),
+    ("the same, 4 GiB / 16 GiB", ["pause_4G", "pause_16G"], ""),
     ("the first fork in a VM's life, 512 MiB / 4 GiB / 16 GiB",
      ["first_fork_pause_512M", "first_fork_pause_4G", "first_fork_pause_16G"], None),
     ("fork to the child's first instruction, 512 MiB", ["first_instruction_512M"],
      "a cold VM on a private file in 4 KiB pages"),
-    ("the same, 4 GiB / 16 GiB", ["first_instruction_4G", "first_instruction_16G"], None),
-    ("a child reads 256 MiB of its parent's memory", ["read_shared_256M_of_512M"], "a cold VM"),
+    ("the same, 4 GiB / 16 GiB", ["first_instruction_4G", "first_instruction_16G"], ""),
+    ("the same, 512 MiB, in a VM that is made on the path", ["first_instruction_cold_512M"], ""),
+    ("a child reads 256 MiB of its parent's memory", ["read_shared_256M_of_512M"], ""),
     ("a reset after 100 / 10,000 pages written, to the first instruction", ["reset_100", "reset_10000"],
      "another, prepared VM"),
     ("a rollback after 1,000 pages written, in the VM's process / by the API",
@@ -90,7 +91,7 @@ def ours(rows):
 
 
 def beside(rows, key):
-    values = [value(row[key]["p50"], row["unit"]) for row in rows]
+    values = [value(row[key]["p50"], row["unit"]) if row[key] else "-" for row in rows]
     return values[0] if len(set(values)) == 1 else joined(values)
 
 
@@ -104,7 +105,8 @@ def main():
         figures = [rows[name] for name in names if name in rows]
         cells = ["-", "-"]
         if len(figures) == len(names):
-            cells = [ours(figures), "" if note is None else f"{beside(figures[-1:], 'baseline')}: {note}"]
+            other = "" if note is None else beside(figures, "baseline") + (f": {note}" if note else "")
+            cells = [ours(figures), other]
         print("|", " | ".join([text, *cells]), "|")
     print("\n| | ours, p50 (p99) | limit | ratio |\n|---|---|---|---|")
     for text, names, note in LIMIT:
@@ -112,7 +114,7 @@ def main():
         cells = ["-", "-", "-"]
         if len(figures) == len(names):
             limit = beside(figures, "limit") + (f": {note}" if note else "")
-            cells = [ours(figures), limit, " / ".join(f"{row['ratio']:.1f}" for row in figures)]
+            cells = [ours(figures), limit, " / ".join(f"{row['ratio']:.1f}" if row["ratio"] else "-" for row in figures)]
         print("|", " | ".join([text, *cells]), "|")
 
 

@@ -6,9 +6,10 @@
 //!
 //! The limit is as many processes made by fork, each with a VM that writes 256 KiB: cold, and with the VM made before.
 
+use std::thread;
 use std::time::{Duration, Instant};
 
-use clade_api::{ForkAnswer, ForkRequest, VmInfo};
+use clade_api::{CheckpointInfo, CheckpointRequest, ForkAnswer, ForkRequest, PrepareRequest, Prepared, VmInfo};
 use clade_guests::abi::{PAGE_SIZE, PAGE_WORDS, WORK_BASE, fill_word, mailbox_gpa, offset};
 use clade_harness::FILL_SEED;
 use clade_vmm::vm::VmConfig;
@@ -26,6 +27,10 @@ const RUNS: usize = 3;
 const COUNT: usize = 1000;
 /// The number of children that the time of one is compared with.
 const FEW: usize = 100;
+/// Checks of the available memory, the time from one to the next, and a difference that is none.
+const SETTLE_CHECKS: u32 = 40;
+const SETTLE_INTERVAL: Duration = Duration::from_millis(50);
+const SETTLED_KIB: u64 = 512;
 const VM: &str = "parent";
 const PROCESSES: &str = "processes by fork";
 
@@ -85,16 +90,15 @@ fn totals(count: usize, figures: &Figures) -> [BenchRow; 2] {
 fn measure(count: usize, config: &VmConfig) -> Result<Figures, Failure> {
     let mut figures = Figures::default();
     for _ in 0..RUNS {
-        // A supervisor each time: it prepares workers from the first fork on.
-        let live = Live::start(count, config)?;
-        let free = available_kib();
+        let live = Live::start(config)?;
+        let free = settled_kib();
         let (children, took) = live.fork(count, &mut figures.pause)?;
         figures.cold.push(took.as_secs_f64() * 1e3);
-        figures.available.push(free.saturating_sub(available_kib()) as f64 / count as f64);
+        figures.available.push((free as f64 - settled_kib() as f64) / count as f64);
         live.check(&children)?;
         figures.private = live.0.private_kib(&children)?;
         live.0.stop(&children, 1)?;
-        live.0.await_prepared(count)?;
+        live.prepare(count)?;
         let (children, took) = live.fork(count, &mut figures.pause)?;
         figures.prepared.push(took.as_secs_f64() * 1e3);
         live.check(&children)?;
@@ -107,14 +111,39 @@ fn measure(count: usize, config: &VmConfig) -> Result<Figures, Failure> {
     Ok(figures)
 }
 
+/// Returns the host's available memory, once it no longer changes: memory of processes that have ended comes back late.
+fn settled_kib() -> u64 {
+    let mut last = available_kib();
+    for _ in 0..SETTLE_CHECKS {
+        thread::sleep(SETTLE_INTERVAL);
+        let now = available_kib();
+        if now.abs_diff(last) < SETTLED_KIB {
+            return now;
+        }
+        last = now;
+    }
+    last
+}
+
 /// A supervisor, and the parent that runs.
 struct Live(BenchSupervisor);
 
 impl Live {
-    fn start(pool: usize, config: &VmConfig) -> Result<Self, Failure> {
-        let supervisor = BenchSupervisor::start(&["--pool", &pool.to_string()], &[(MEASURE, ANSWERING)])?;
+    fn start(config: &VmConfig) -> Result<Self, Failure> {
+        // A larger pool would prepare workers for the next fork while this one is measured.
+        let supervisor = BenchSupervisor::start(&["--pool", "0"], &[(MEASURE, ANSWERING)])?;
         let _: VmInfo = supervisor.ask(Method::POST, "/v1/vms", Some(&boot_request(VM, config)))?;
         Ok(Self(supervisor))
+    }
+
+    /// Prepares `count` workers for the next fork, through a checkpoint: it has the parent's configuration.
+    fn prepare(&self, count: usize) -> Result<(), Failure> {
+        let (name, path) = (Some("cp".to_owned()), format!("/v1/vms/{VM}/checkpoint"));
+        let request = CheckpointRequest { name, ..CheckpointRequest::default() };
+        let _: CheckpointInfo = self.0.ask(Method::POST, &path, Some(&request))?;
+        let request = PrepareRequest { count };
+        let _: Prepared = self.0.ask(Method::POST, "/v1/checkpoints/cp/prepare", Some(&request))?;
+        self.0.await_prepared(count)
     }
 
     /// Returns the children, and the time until the last one has answered.
