@@ -12,7 +12,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clade_api::{CheckpointInfo, CheckpointRequest, ForkAnswer, ForkRequest, PrepareRequest, Prepared, VmInfo};
+use clade_api::{CheckpointInfo, ForkAnswer, ForkRequest, VmInfo};
 use clade_harness::BareVcpu;
 use clade_vmm::boot::{BootImage, BootSource};
 use clade_vmm::vm::{Context, ForkImage, Vm, VmConfig};
@@ -25,11 +25,11 @@ use crate::limit;
 use clade::{Failure, MEASURE, SPINNING};
 
 /// Runs of the larger figures.
-const RUNS: usize = 3;
+pub(super) const RUNS: usize = 3;
 /// Default number of clones.
-const COUNT: usize = 1000;
+pub(super) const COUNT: usize = 1000;
 /// The number of clones that the time of one is compared with.
-const FEW: usize = 100;
+pub(super) const FEW: usize = 100;
 /// Numbers of clones with rows of their own, if below the requested number.
 const COUNTS: [usize; 7] = [1, 3, 10, 30, FEW, 300, 1_000];
 
@@ -61,6 +61,12 @@ struct Times {
     limit_prepared: Sample,
     private: Sample,
     kernel: Sample,
+}
+
+impl Times {
+    fn totals(&self) -> [[&Sample; 2]; 2] {
+        [[&self.cold, &self.limit_cold], [&self.prepared, &self.limit_prepared]]
+    }
 }
 
 /// Runs `clade-lab bench clones`.
@@ -106,14 +112,35 @@ pub(crate) fn run(context: &Context, args: &BenchArgs) -> Result<Vec<BenchRow>, 
 }
 
 fn totals(count: usize, times: &Times) -> [BenchRow; 2] {
-    let total = |name: String, ours, limit, most: f64| {
-        let row = BenchRow::new(name, "ms", ours).limit(PROCESSES, limit).against(ONE_PROCESS, &times.one_process);
+    beside_processes(
+        [&format!("clones_{count}_total"), &format!("clones_{count}_total_prepared")],
+        count,
+        times.totals(),
+    )
+    .map(|row| row.against(ONE_PROCESS, &times.one_process))
+}
+
+/// Returns the rows of `count` clones, cold and prepared: each of ours, in milliseconds, and of the limit.
+pub(super) fn beside_processes(names: [&str; 2], count: usize, totals: [[&Sample; 2]; 2]) -> [BenchRow; 2] {
+    let row = |name: &str, [ours, limit]: [&Sample; 2], most: f64| {
+        let row = BenchRow::new(name, "ms", ours).limit(PROCESSES, limit);
         if count == 1_000 { row.target(format!("<= {most}"), |row| row.p50() <= most) } else { row }
     };
-    [
-        total(format!("clones_{count}_total"), &times.cold, &times.limit_cold, 1_500.0),
-        total(format!("clones_{count}_total_prepared"), &times.prepared, &times.limit_prepared, 600.0),
-    ]
+    [row(names[0], totals[0], 1_500.0), row(names[1], totals[1], 600.0)]
+}
+
+/// Adds a sample of `count` processes, cold and prepared, whose guests have `ram` bytes and write `pages` pages.
+pub(super) fn push_limits(
+    [cold, prepared]: [&mut Sample; 2],
+    count: usize,
+    ram: u64,
+    pages: u64,
+) -> Result<(), Failure> {
+    for limit in limit::measure_processes(count, 1, ram, pages)? {
+        cold.push(limit.cold.as_secs_f64() * 1e3);
+        prepared.push(limit.prepared.as_secs_f64() * 1e3);
+    }
+    Ok(())
 }
 
 impl Bench {
@@ -198,8 +225,7 @@ impl Bench {
     /// Measures `count` clones of a checkpoint.
     fn many(&self, count: usize, with_limit: bool) -> Result<Times, Failure> {
         let mut times = Times::default();
-        let request = CheckpointRequest { name: Some("cp".to_owned()), ..CheckpointRequest::default() };
-        let _: CheckpointInfo = self.supervisor.ask(Method::POST, "/v1/vms/parent/checkpoint", Some(&request))?;
+        self.supervisor.checkpoint("parent", "cp")?;
         for _ in 0..RUNS {
             let free = available_kib();
             let (answer, took) = self.fork("checkpoints/cp", count)?;
@@ -210,8 +236,7 @@ impl Bench {
             times.private = private;
             self.stop(&answer.children)?;
 
-            let request = PrepareRequest { count };
-            let _: Prepared = self.supervisor.ask(Method::POST, "/v1/checkpoints/cp/prepare", Some(&request))?;
+            self.supervisor.prepare("cp", count)?;
             let (answer, took) = self.fork("checkpoints/cp", count)?;
             times.prepared.push(took.as_secs_f64() * 1e3);
             self.stop(&answer.children)?;
@@ -227,12 +252,8 @@ impl Bench {
                 }
                 times.one_process.push(begun.elapsed().as_secs_f64() * 1e3);
             }
-            if !with_limit {
-                continue;
-            }
-            for limit in limit::measure_processes(count, 1, self.mem(), 1)? {
-                times.limit_cold.push(limit.cold.as_secs_f64() * 1e3);
-                times.limit_prepared.push(limit.prepared.as_secs_f64() * 1e3);
+            if with_limit {
+                push_limits([&mut times.limit_cold, &mut times.limit_prepared], count, self.mem(), 1)?;
             }
         }
         let _: CheckpointInfo = self.supervisor.ask(Method::DELETE, "/v1/checkpoints/cp", None::<&()>)?;

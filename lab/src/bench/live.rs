@@ -1,38 +1,31 @@
 //! `clade-lab bench live`: children of a running VM, which all live and answer at once.
 //!
 //! The parent is a bare guest that has written all its RAM and has halted. Each child runs in a process of its own. It
-//! writes 256 KiB, reports a checksum of as much that it has inherited, and halts. A time runs from the request until the
-//! last child has answered: none is paused meanwhile. Every checksum is compared.
+//! writes 256 KiB, reports a checksum of as much that it has inherited, and halts. A time runs from the request until
+//! the last child has answered: none is paused meanwhile. Every checksum is compared.
 //!
 //! The limit is as many processes made by fork, each with a VM that writes 256 KiB: cold, and with the VM made before.
 
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clade_api::{CheckpointInfo, CheckpointRequest, ForkAnswer, ForkRequest, PrepareRequest, Prepared, VmInfo};
+use clade_api::{ForkAnswer, ForkRequest, VmInfo};
 use clade_guests::abi::{PAGE_SIZE, PAGE_WORDS, WORK_BASE, fill_word, mailbox_gpa, offset};
 use clade_harness::FILL_SEED;
 use clade_vmm::vm::VmConfig;
 use hyper::Method;
 
 use crate::args::BenchArgs;
+use crate::bench::clones::{COUNT, FEW, RUNS, beside_processes, push_limits};
 use crate::bench::supervisor::{BenchSupervisor, available_kib, boot_request};
 use crate::bench::{BenchRow, Sample, label};
-use crate::limit;
 use clade::{ANSWER_PAGES, ANSWER_SEED, ANSWERING, Failure, MEASURE};
 
-/// Runs of each number of children.
-const RUNS: usize = 3;
-/// Default number of children.
-const COUNT: usize = 1000;
-/// The number of children that the time of one is compared with.
-const FEW: usize = 100;
 /// Checks of the available memory, the time from one to the next, and a difference that is none.
 const SETTLE_CHECKS: u32 = 40;
 const SETTLE_INTERVAL: Duration = Duration::from_millis(50);
 const SETTLED_KIB: u64 = 512;
 const VM: &str = "parent";
-const PROCESSES: &str = "processes by fork";
 
 /// Figures of one number of children.
 #[derive(Default)]
@@ -77,14 +70,9 @@ pub(crate) fn run(args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
 }
 
 fn totals(count: usize, figures: &Figures) -> [BenchRow; 2] {
-    let total = |name: String, ours, limit, most: f64| {
-        let row = BenchRow::new(name, "ms", ours).limit(PROCESSES, limit);
-        if count == 1_000 { row.target(format!("<= {most}"), |row| row.p50() <= most) } else { row }
-    };
-    [
-        total(format!("live_{count}_answers"), &figures.cold, &figures.limit_cold, 1_500.0),
-        total(format!("live_{count}_answers_prepared"), &figures.prepared, &figures.limit_prepared, 600.0),
-    ]
+    let names = [&*format!("live_{count}_answers"), &*format!("live_{count}_answers_prepared")];
+    let totals = [[&figures.cold, &figures.limit_cold], [&figures.prepared, &figures.limit_prepared]];
+    beside_processes(names, count, totals)
 }
 
 fn measure(count: usize, config: &VmConfig) -> Result<Figures, Failure> {
@@ -98,15 +86,15 @@ fn measure(count: usize, config: &VmConfig) -> Result<Figures, Failure> {
         live.check(&children)?;
         figures.private = live.0.private_kib(&children)?;
         live.0.stop(&children, 1)?;
-        live.prepare(count)?;
+        // They have the configuration of the checkpoint's VM, which is forked.
+        live.0.checkpoint(VM, "cp")?;
+        live.0.prepare("cp", count)?;
         let (children, took) = live.fork(count, &mut figures.pause)?;
         figures.prepared.push(took.as_secs_f64() * 1e3);
         live.check(&children)?;
         live.0.stop(&children, 1)?;
-        for limit in limit::measure_processes(count, 1, config.layout().bytes(), ANSWER_PAGES)? {
-            figures.limit_cold.push(limit.cold.as_secs_f64() * 1e3);
-            figures.limit_prepared.push(limit.prepared.as_secs_f64() * 1e3);
-        }
+        let limits = [&mut figures.limit_cold, &mut figures.limit_prepared];
+        push_limits(limits, count, config.layout().bytes(), ANSWER_PAGES)?;
     }
     Ok(figures)
 }
@@ -134,16 +122,6 @@ impl Live {
         let supervisor = BenchSupervisor::start(&["--pool", "0"], &[(MEASURE, ANSWERING)])?;
         let _: VmInfo = supervisor.ask(Method::POST, "/v1/vms", Some(&boot_request(VM, config)))?;
         Ok(Self(supervisor))
-    }
-
-    /// Prepares `count` workers for the next fork, through a checkpoint: it has the parent's configuration.
-    fn prepare(&self, count: usize) -> Result<(), Failure> {
-        let (name, path) = (Some("cp".to_owned()), format!("/v1/vms/{VM}/checkpoint"));
-        let request = CheckpointRequest { name, ..CheckpointRequest::default() };
-        let _: CheckpointInfo = self.0.ask(Method::POST, &path, Some(&request))?;
-        let request = PrepareRequest { count };
-        let _: Prepared = self.0.ask(Method::POST, "/v1/checkpoints/cp/prepare", Some(&request))?;
-        self.0.await_prepared(count)
     }
 
     /// Returns the children, and the time until the last one has answered.

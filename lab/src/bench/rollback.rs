@@ -10,9 +10,7 @@
 
 use std::time::{Duration, Instant};
 
-use clade_api::{
-    CheckpointInfo, CheckpointRequest, ForkAnswer, ForkRequest, PrepareRequest, Prepared, ResetAnswer, RollbackRequest,
-};
+use clade_api::{ForkAnswer, ForkRequest, ResetAnswer, RollbackRequest};
 use clade_guests::abi::{PAGE_SIZE, WORK_BASE};
 use clade_vmm::vm::VmConfig;
 use hyper::Method;
@@ -58,9 +56,9 @@ pub(crate) fn run(args: &BenchArgs) -> Result<Vec<BenchRow>, Failure> {
     let limit = Limits::new(mem).and_then(|limits| limits.spinning()).map_err(Failure::Run)?;
     let bench = Bench(BenchSupervisor::start(&["--pool", "0"], &[(MEASURE, "idle")])?);
     bench.0.ask::<clade_api::VmInfo>(Method::POST, "/v1/vms", Some(&boot_request(VM, &config)))?;
-    bench.checkpoint("one")?;
+    bench.0.checkpoint(VM, "one")?;
     bench.write(DIFFERENCE, 1)?;
-    bench.checkpoint("two")?;
+    bench.0.checkpoint(VM, "two")?;
     let mut rows = Vec::new();
     for pages in DIRTY {
         rows.extend(rows_of(pages, &bench.measure(pages, args.samples, &limit)?));
@@ -85,12 +83,6 @@ fn rows_of(pages: u64, samples: &Samples) -> [BenchRow; 4] {
 struct Bench(BenchSupervisor);
 
 impl Bench {
-    fn checkpoint(&self, name: &str) -> Result<(), Failure> {
-        let request = CheckpointRequest { name: Some(name.to_owned()), ..CheckpointRequest::default() };
-        let path = format!("/v1/vms/{VM}/checkpoint");
-        self.0.ask::<CheckpointInfo>(Method::POST, &path, Some(&request)).map(drop)
-    }
-
     /// Writes `pages` pages of the guest's, each with `word` at its start.
     fn write(&self, pages: u64, word: u64) -> Result<(), Failure> {
         let mut page = vec![0; PAGE_SIZE as usize];
@@ -113,12 +105,10 @@ impl Bench {
 
     /// Forks another VM from a checkpoint, in a prepared process, and stops it.
     fn another(&self, of: &str) -> Result<Duration, Failure> {
-        let path = format!("/v1/checkpoints/{of}");
-        let prepare = format!("{path}/prepare");
-        let _: Prepared = self.0.ask(Method::POST, &prepare, Some(&PrepareRequest { count: 1 }))?;
-        self.0.await_prepared(1)?;
+        self.0.prepare(of, 1)?;
+        let path = format!("/v1/checkpoints/{of}/fork");
         let begun = Instant::now();
-        let answer: ForkAnswer = self.0.ask(Method::POST, &format!("{path}/fork"), Some(&ForkRequest::default()))?;
+        let answer: ForkAnswer = self.0.ask(Method::POST, &path, Some(&ForkRequest::default()))?;
         let took = begun.elapsed();
         self.0.stop(&answer.children, 1)?;
         Ok(took)

@@ -5,7 +5,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use clade_api::{
-    BootRequest, Client, ClientError, Labels, StopRequest, SupervisorInfo, VmInfo, VmLimits, supervisor_path,
+    BootRequest, CheckpointInfo, CheckpointRequest, Client, ClientError, Labels, PrepareRequest, Prepared, StopRequest,
+    SupervisorInfo, VmInfo, VmLimits, supervisor_path,
 };
 use clade_harness::Sample;
 use clade_vmm::vm::VmConfig;
@@ -105,6 +106,19 @@ impl BenchSupervisor {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    /// Takes the checkpoint `name` of the VM `vm`.
+    pub(super) fn checkpoint(&self, vm: &str, name: &str) -> Result<(), Failure> {
+        let request = CheckpointRequest { name: Some(name.to_owned()), ..CheckpointRequest::default() };
+        let path = format!("/v1/vms/{vm}/checkpoint");
+        self.ask::<CheckpointInfo>(Method::POST, &path, Some(&request)).map(drop)
+    }
+
+    /// Prepares workers for `count` VMs of the checkpoint's configuration, and waits until they are.
+    pub(super) fn prepare(&self, checkpoint: &str, count: usize) -> Result<(), Failure> {
+        let path = format!("/v1/checkpoints/{checkpoint}/prepare");
+        self.ask::<Prepared>(Method::POST, &path, Some(&PrepareRequest { count })).map(drop)
     }
 
     /// Returns the private memory of each VM's process, in KiB.

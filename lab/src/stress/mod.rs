@@ -438,7 +438,10 @@ fn print(report: &StressReport) -> Result<(), Failure> {
     row("disk reads without forks", format!("{:.1} MiB/s", t.without_forks));
     row("  with forks", format!("{:.1} MiB/s ({:.0} %)", t.with_forks, t.ratio * 100.0));
     let beside_idle = t.ratio_with_idle_children * 100.0;
-    row("  beside ten idle children", format!("{:.1} MiB/s ({beside_idle:.0} %)", t.with_idle_children));
+    row(
+        &format!("  beside {IDLE_CHILDREN} idle children"),
+        format!("{:.1} MiB/s ({beside_idle:.0} %)", t.with_idle_children),
+    );
     row("  with running children", format!("{:.1} MiB/s ({:.0} %)", t.with_children, t.ratio_with_children * 100.0));
     row("bytes checked", format!("{:.2} GiB", tally.bytes_checked as f64 / f64::from(1 << 30)));
     row("wrong bytes", tally.wrong_bytes.to_string());

@@ -290,12 +290,11 @@ impl Rig {
 
     /// Makes the guest of a running child end its work and halt. Notes what it has found.
     pub(super) fn halt(&mut self, child: &StressVm) -> Result<(), Failure> {
-        let idle = |vcpu| BareVcpu::new(child, vcpu).run(Command::Idle).map_err(Failure::run);
         for vcpu in [READER, WRITER] {
-            note(&idle(vcpu)?, &mut self.found);
+            note(&idle(child, vcpu)?, &mut self.found);
         }
         // The other vCPU of a pair then waits for good.
-        pairs(self.cpus).try_for_each(|first| idle(first).map(drop))
+        pairs(self.cpus).try_for_each(|first| idle(child, first).map(drop))
     }
 
     /// Ends the parent.
@@ -381,6 +380,11 @@ fn await_taken(vm: &StressVm, vcpu: u64, seq: u64) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Ends the command of a vCPU of a running VM. Returns its results.
+fn idle(vm: &StressVm, vcpu: u64) -> Result<[u64; 4], Failure> {
+    BareVcpu::new(vm, vcpu).run(Command::Idle).map_err(Failure::run)
+}
+
 /// Stops the disk runs of a running VM, waits for requests in flight, and makes the guest compare
 /// all of the writer's disk. A child's run began in its parent, so only the reader's comparisons
 /// after `read_before` operations are counted. (Words found wrong before the fork are found in
@@ -392,11 +396,10 @@ pub(super) fn stop_and_compare(
     tally: &mut Tally,
 ) -> Result<(), Failure> {
     await_taken(vm, WRITER, expect.seq)?;
-    let idle = |vcpu| BareVcpu::new(vm, vcpu).run(Command::Idle).map_err(Failure::run);
-    let read = idle(READER)?;
+    let read = idle(vm, READER)?;
     note(&read, tally);
     tally.bytes_checked += read[0].saturating_sub(read_before) * BLOCK * disk::SECTOR;
-    let written = idle(WRITER)?;
+    let written = idle(vm, WRITER)?;
     note(&written, tally);
     let done = if expect.phase == Phase::Write { written[0].min(WRITE_BLOCKS) } else { WRITE_BLOCKS };
     // Writes start in order, and all that started have ended. So the first `done` blocks are this
