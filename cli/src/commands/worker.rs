@@ -38,7 +38,8 @@ pub(super) const ANNOUNCING: &str = "announcing";
 /// The same for children that write [`ANSWER_PAGES`] pages, report a checksum of as many that they have inherited, and
 /// run on, as their parent does.
 pub const ANSWERING: &str = "answering";
-/// Pages that such a child writes, from the first one of its work on, and as many behind them whose checksum it reports.
+/// Pages that such a child writes, from the first one of its work on. As many behind them are those whose checksum it
+/// reports.
 pub const ANSWER_PAGES: u64 = 64;
 /// The seed of the words that it writes.
 pub const ANSWER_SEED: u64 = 2;
@@ -57,20 +58,24 @@ pub(super) fn work(context: &Context, socket: OwnedFd) -> Outcome {
     let Some(confined) = clade_worker::confine_worker(context, &socket).map_err(Failure::run)? else { return Ok(()) };
     with_runtime(|runtime| {
         let mut program = Program { kernel, before_start: None, booted: None, started: None, said: None };
-        let kind = std::env::var_os(MEASURE);
-        if kind.as_ref().is_some_and(|kind| kind == ANNOUNCING) {
-            program.before_start = Some(order_stop);
-            program.started = Some(await_stop);
-        } else if kind.as_ref().is_some_and(|kind| kind == ANSWERING) {
-            program.booted = Some(fill);
-            program.before_start = Some(order_writes);
-            program.started = Some(await_answer);
-        } else if let Some(kind) = kind {
-            program.booted = Some(fill_and_pause);
-            let spins = kind == SPINNING;
-            program.before_start = Some(if spins { order_announcement } else { order_announcement_and_halt });
-            program.started = Some(await_announcement);
-            program.said = Some(if spins { spin } else { pause });
+        match std::env::var_os(MEASURE) {
+            None => {}
+            Some(kind) if kind == ANNOUNCING => {
+                program.before_start = Some(order_stop);
+                program.started = Some(await_stop);
+            }
+            Some(kind) if kind == ANSWERING => {
+                program.booted = Some(fill);
+                program.before_start = Some(order_writes);
+                program.started = Some(await_answer);
+            }
+            Some(kind) => {
+                program.booted = Some(fill_and_pause);
+                let spins = kind == SPINNING;
+                program.before_start = Some(if spins { order_announcement } else { order_announcement_and_halt });
+                program.started = Some(await_announcement);
+                program.said = Some(if spins { spin } else { pause });
+            }
         }
         // Until then a signal ends the process at once, and its starter clears up.
         let shutdown = OnceCell::new();

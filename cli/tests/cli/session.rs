@@ -344,15 +344,18 @@ fn the_supervisor_after_a_killed_one_takes_real_time_priority_from_vms() {
     }
     let runtime = Runtime::new();
     detached(&runtime, "web");
-    let tasks = format!("/proc/{}/task", runtime.worker("web"));
-    let threads =
-        || fs::read_dir(&tasks).unwrap().map(|task| task.unwrap().file_name().to_str().unwrap().parse().unwrap());
-    // As a supervisor raises them for an image.
-    let raised = || threads().try_for_each(|tid: u32| Scheduling::of(tid)?.raise(tid, 2));
-    let is_raised = |tid| !Scheduling::of(tid).unwrap().is_default();
-    match raised() {
+    let pid = runtime.worker("web");
+    let threads = || {
+        let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+        tasks.map(|task| task.unwrap().file_name().to_str().unwrap().parse::<u32>().unwrap())
+    };
+    // As a supervisor raises them for an image. All threads but the first may end meanwhile.
+    let raise = |tid| Scheduling::of(tid)?.raise(tid, 2);
+    let is_raised = |tid| Scheduling::of(tid).is_ok_and(|now| now.is_raised(&[2]));
+    match raise(pid) {
         Ok(()) => {
-            assert!(threads().all(is_raised));
+            threads().filter(|tid| *tid != pid).for_each(|tid| drop(raise(tid)));
+            assert!(is_raised(pid) && threads().filter(|tid| is_raised(*tid)).count() > 1);
             let supervisor = runtime.supervisor();
             kill(supervisor, Signal::KILL);
             wait_until("its end", || !runs(supervisor));
