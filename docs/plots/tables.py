@@ -22,7 +22,7 @@ BASELINE = [
     ("a rollback after 1,000 pages written, in the VM's process / by the API",
      ["rollback_1000_process", "rollback_1000"], "another VM of the checkpoint, prepared"),
     ("a snapshot's directory to the first instruction, 512 MiB", ["restore_first_instruction"],
-     "reading all of it first"),
+     "reading all of it from the disk first"),
     ("the same, of the next VM from it", ["restore_next_first_instruction"], "the first"),
     ("saving 256 MiB while the VM runs", ["save_full"], "writing as much past the page cache"),
     ("disk reads of a guest that is forked 100 times a second", ["disk_under_forks"], "not forked"),
@@ -90,32 +90,38 @@ def ours(rows):
     return joined(values)
 
 
-def beside(rows, key):
+def beside(rows, key, note):
+    """The baselines or limits of rows, once if they are the same, and what they are. Without a note: nothing."""
+    if note is None:
+        return ""
     values = [value(row[key]["p50"], row["unit"]) if row[key] else "-" for row in rows]
-    return values[0] if len(set(values)) == 1 else joined(values)
+    return (values[0] if len(set(values)) == 1 else joined(values)) + (f": {note}" if note else "")
+
+
+def ratios(rows):
+    return " / ".join(f"{row['ratio']:.1f}" if row["ratio"] else "-" for row in rows)
+
+
+def table(head, entries, found, cells_of):
+    print("|", " | ".join(["", *head]).strip(), "|")
+    print("|---" * (len(head) + 1) + "|")
+    for text, names, note in entries:
+        rows = [found[name] for name in names if name in found]
+        cells = cells_of(rows, note) if len(rows) == len(names) else ["-"] * len(head)
+        print("|", " | ".join([text, *cells]), "|")
 
 
 def main():
-    rows = {}
+    found = {}
     for path in sorted(pathlib.Path(sys.argv[1]).glob("*.json")):
-        part = json.loads(path.read_text())
-        rows.update((row["name"], row) for row in part.get("rows", []) if "-" not in path.stem)
-    print("| | ours, p50 (p99) | baseline |\n|---|---|---|")
-    for text, names, note in BASELINE:
-        figures = [rows[name] for name in names if name in rows]
-        cells = ["-", "-"]
-        if len(figures) == len(names):
-            other = "" if note is None else beside(figures, "baseline") + (f": {note}" if note else "")
-            cells = [ours(figures), other]
-        print("|", " | ".join([text, *cells]), "|")
-    print("\n| | ours, p50 (p99) | limit | ratio |\n|---|---|---|---|")
-    for text, names, note in LIMIT:
-        figures = [rows[name] for name in names if name in rows]
-        cells = ["-", "-", "-"]
-        if len(figures) == len(names):
-            limit = beside(figures, "limit") + (f": {note}" if note else "")
-            cells = [ours(figures), limit, " / ".join(f"{row['ratio']:.1f}" if row["ratio"] else "-" for row in figures)]
-        print("|", " | ".join([text, *cells]), "|")
+        # Those with a dash measure rows of other files once more, in another way.
+        if "-" not in path.stem:
+            found.update((row["name"], row) for row in json.loads(path.read_text()).get("rows", []))
+    table(["ours, p50 (p99)", "baseline"], BASELINE, found,
+          lambda rows, note: [ours(rows), beside(rows, "baseline", note)])
+    print()
+    table(["ours, p50 (p99)", "limit", "ratio"], LIMIT, found,
+          lambda rows, note: [ours(rows), beside(rows, "limit", note), ratios(rows)])
 
 
 main()
