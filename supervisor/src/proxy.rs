@@ -2,19 +2,23 @@
 
 use std::io;
 use std::path::Path;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Json;
-use axum::body::{Body, to_bytes};
+use axum::body::{Body, Bytes, HttpBody, to_bytes};
 use axum::extract::Request;
 use axum::http::HeaderName;
 use axum::http::header::{AUTHORIZATION, COOKIE};
 use axum::response::{IntoResponse, Response};
 use hyper::Method;
+use hyper::body::{Frame, SizeHint};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, Sleep, sleep, timeout};
 
+use super::request_limiter::ForwardPermit;
 use super::vm_record::vsock_known;
 use clade_api::http::{ApiError, THREAD_PATIENCE, on_a_thread};
 use clade_api::{Client, ClientError, ProblemKind, VmInfo, check_name, socket_path};
@@ -75,6 +79,59 @@ pub(super) async fn forward(
     }
 }
 
+/// The time limit of a VM's process for the next bytes of its answer.
+struct Silence {
+    limit: Duration,
+    until: Pin<Box<Sleep>>,
+    is_awaited: bool,
+}
+
+/// The body of a forwarded answer. The request counts among those to its VM until the last byte.
+struct ForwardedBody {
+    body: Body,
+    /// None for an answer without end.
+    silence: Option<Silence>,
+    _permit: ForwardPermit,
+}
+
+impl HttpBody for ForwardedBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let frame = Pin::new(&mut self.body).poll_frame(context);
+        let Some(silence) = &mut self.silence else { return frame };
+        // The limit begins when the client has taken what came before.
+        if frame.is_pending() && !silence.is_awaited {
+            silence.until.as_mut().reset(Instant::now() + silence.limit);
+        }
+        silence.is_awaited = frame.is_pending();
+        if frame.is_ready() {
+            return frame;
+        }
+        let silent = || axum::Error::new(io::Error::from(io::ErrorKind::TimedOut));
+        silence.until.as_mut().poll(context).map(|()| Some(Err(silent())))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// Bounds a forwarded answer, which counts with `permit` until its last byte. Its process has `limit` for each next
+/// piece of it; none if the answer has no end.
+pub(super) fn bounded(answer: Response, permit: ForwardPermit, limit: Option<Duration>) -> Response {
+    let silence = limit.map(|limit| Silence { limit, until: Box::pin(sleep(limit)), is_awaited: false });
+    answer.map(|body| Body::new(ForwardedBody { body, silence, _permit: permit }))
+}
+
 /// Returns a VM's description by its process, with the socket that the supervisor has made: clients
 /// connect there.
 ///
@@ -107,9 +164,13 @@ mod tests {
 
     use axum::Router;
     use http_body_util::BodyExt;
+    use tokio::sync::mpsc;
+    use tokio::time::advance;
 
     use super::*;
+    use crate::request_limiter::ForwardLimiter;
     use crate::vm_record::tests::record_with;
+    use clade_api::http::Frames;
     use clade_api::{NameClaim, RuntimeDir};
 
     const LIMITS: ProxyLimits = ProxyLimits { answer: Duration::from_millis(100), probe: Duration::from_millis(200) };
@@ -186,6 +247,42 @@ mod tests {
         });
         let head = serves.join().unwrap();
         assert!(head.contains("x-mine: kept") && !head.contains("secret"), "{head}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_fails_when_its_process_is_silent_and_not_when_its_client_takes_its_time() {
+        let limit = LIMITS.answer;
+        for has_end in [true, false] {
+            let limiter = ForwardLimiter::default();
+            let (process, pieces) = mpsc::channel(1);
+            let answer = Response::new(Body::new(Frames(pieces)));
+            let mut body = bounded(answer, limiter.begin("web").unwrap(), has_end.then_some(limit)).into_body();
+            for piece in ["one", "two"] {
+                process.send(Bytes::from(piece)).await.unwrap();
+                advance(3 * limit).await;
+                assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), piece);
+                advance(3 * limit).await;
+                // The process sends another piece just in time.
+                let process = process.clone();
+                tokio::spawn(async move {
+                    sleep(limit * 9 / 10).await;
+                    process.send(Bytes::from("late")).await.unwrap();
+                });
+                assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "late");
+            }
+            let begun = Instant::now();
+            let silent = timeout(10 * limit, body.frame()).await;
+            if has_end {
+                assert!(silent.unwrap().unwrap().is_err());
+                assert_eq!(begun.elapsed(), limit);
+            } else {
+                assert!(silent.is_err(), "an answer without end");
+            }
+            // The request counts until its client has done with the body.
+            let others: Vec<_> = std::iter::from_fn(|| limiter.begin("web").ok()).collect();
+            drop(body);
+            assert!(!others.is_empty() && limiter.begin("web").is_ok() && process.is_closed());
+        }
     }
 
     /// The compromised process of a VM: it names another program's socket.

@@ -82,13 +82,13 @@ impl NetworkChanges {
 }
 
 /// Forwarded requests, by VM.
-#[derive(Debug, Default)]
-pub(super) struct ForwardLimiter(Mutex<BTreeMap<String, usize>>);
+#[derive(Clone, Debug, Default)]
+pub(super) struct ForwardLimiter(Arc<Mutex<BTreeMap<String, usize>>>);
 
 /// A forwarded request, until this is dropped.
 #[derive(Debug)]
-pub(super) struct ForwardPermit<'a> {
-    of: &'a ForwardLimiter,
+pub(super) struct ForwardPermit {
+    of: ForwardLimiter,
     vm: String,
 }
 
@@ -101,7 +101,7 @@ impl ForwardLimiter {
     ///
     /// # Errors
     /// When there are too many.
-    pub(super) fn begin(&self, vm: &str) -> Result<ForwardPermit<'_>, ApiError> {
+    pub(super) fn begin(&self, vm: &str) -> Result<ForwardPermit, ApiError> {
         let mut counts = self.counts();
         let count = counts.entry(vm.to_owned()).or_default();
         if *count >= MAX_FORWARDED {
@@ -109,11 +109,12 @@ impl ForwardLimiter {
             return Err(ApiError::new(ProblemKind::TooMany, text));
         }
         *count += 1;
-        Ok(ForwardPermit { of: self, vm: vm.to_owned() })
+        drop(counts);
+        Ok(ForwardPermit { of: self.clone(), vm: vm.to_owned() })
     }
 }
 
-impl Drop for ForwardPermit<'_> {
+impl Drop for ForwardPermit {
     fn drop(&mut self) {
         let mut counts = self.of.counts();
         if let Some(count) = counts.get_mut(&self.vm) {

@@ -34,7 +34,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::idempotency::once;
-use super::proxy::{ProxyLimits, forward, shown, with_own_socket};
+use super::proxy::{ProxyLimits, bounded, forward, shown, with_own_socket};
 use super::vm_record::vsock_known;
 use super::{Supervisor, browser_page, metrics, openapi};
 use answers::{Activation, expect_paths};
@@ -280,14 +280,17 @@ fn name_in(request: &Request) -> String {
 /// Forwards a request for one VM to its process.
 async fn pass_on(State(supervisor): State<Supervisor>, request: Request) -> Response {
     let name = name_in(&request);
-    let is_shown = request.method() == Method::GET && request.uri().path().strip_prefix("/v1/vms/") == Some(&name);
+    let action = request.uri().path().strip_prefix("/v1/vms/").and_then(|rest| rest.strip_prefix(&*name));
+    let action = action.filter(|_| request.method() == Method::GET);
+    let (is_shown, has_end) = (action == Some(""), action != Some("/console"));
     let passed = async {
-        let _turn = supervisor.0.forwarded_requests.begin(&name)?;
-        let answer = forward(supervisor.dir(), &name, request, ProxyLimits::default()).await?;
+        let permit = supervisor.0.forwarded_requests.begin(&name)?;
+        let limits = ProxyLimits::default();
+        let answer = forward(supervisor.dir(), &name, request, limits).await?;
         if is_shown && answer.status() == StatusCode::OK {
             shown(supervisor.dir(), name, answer).await
         } else {
-            Ok(answer)
+            Ok(bounded(answer, permit, has_end.then_some(limits.answer)))
         }
     };
     passed.await.unwrap_or_else(IntoResponse::into_response)
