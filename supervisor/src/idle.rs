@@ -20,7 +20,7 @@ use tokio::sync::Semaphore;
 use super::processes::ProcessId;
 use super::vm_record::VmRecord;
 use super::{Inner, Supervisor};
-use clade_api::http::Cancel;
+use clade_api::http::{Cancel, THREAD_PATIENCE, on_a_thread};
 use clade_api::{DaemonError, ProblemKind, SuspendAfterInfo, SuspendAfterRequest};
 
 /// Interval of the checks.
@@ -150,8 +150,8 @@ impl Policy {
 }
 
 /// The policies of VMs, by name.
-#[derive(Debug, Default)]
-pub(super) struct Idle(Mutex<Policies>);
+#[derive(Clone, Debug, Default)]
+pub(super) struct Idle(Arc<Mutex<Policies>>);
 
 #[derive(Debug, Default)]
 struct Policies {
@@ -160,32 +160,41 @@ struct Policies {
     is_watched: bool,
 }
 
+/// A VM to suspend now. The VM is not due until this is dropped, also by a panic. If it could not
+/// be suspended, the next attempt comes after its whole time.
+#[derive(Debug)]
+struct Attempt {
+    of: Idle,
+    name: String,
+    dir: PathBuf,
+}
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        if let Some(policy) = self.of.policies().by_name.get_mut(&self.name) {
+            (policy.is_tried, policy.since) = (false, Instant::now());
+        }
+    }
+}
+
 impl Idle {
     fn policies(&self) -> MutexGuard<'_, Policies> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns up to `most` VMs to suspend now, each with its directory, until [`Self::tried`]. Forgets those that have
-    /// gone.
-    fn due(&self, most: usize) -> Vec<(String, PathBuf)> {
+    /// Returns up to `most` VMs to suspend now. Forgets those that have gone.
+    fn due(&self, most: usize) -> Vec<Attempt> {
         let (mut due, now) = (Vec::new(), Instant::now());
         self.policies().by_name.retain(|name, policy| {
             let used = used(policy.pid, Some(&policy.used));
             let Some(used) = used.filter(|used| used.started == policy.used.started) else { return false };
             if policy.look(used, now) && !policy.is_tried && due.len() < most {
                 policy.is_tried = true;
-                due.push((name.clone(), policy.dir.clone()));
+                due.push(Attempt { of: self.clone(), name: name.clone(), dir: policy.dir.clone() });
             }
             true
         });
         due
-    }
-
-    /// Notes that the attempt to suspend a VM is over. If it could not be suspended, the next attempt comes after as long.
-    fn tried(&self, name: &str) {
-        if let Some(policy) = self.policies().by_name.get_mut(name) {
-            (policy.is_tried, policy.since) = (false, Instant::now());
-        }
     }
 }
 
@@ -239,21 +248,26 @@ async fn watch(of: Weak<Inner>) {
         let Some(inner) = of.upgrade() else { return };
         let (supervisor, free) = (Supervisor(inner), permits.available_permits());
         let looker = supervisor.clone();
-        let Ok(due) = tokio::task::spawn_blocking(move || looker.0.idle.due(free)).await else {
-            tracing::error!("idle VMs are not suspended any more: a look at them panicked");
-            return;
+        let due = match on_a_thread(THREAD_PATIENCE, move || looker.0.idle.due(free)).await {
+            Ok(due) => due,
+            Err(error) => {
+                tracing::error!(error = error.text, "idle VMs are not suspended: the check of VMs failed");
+                continue;
+            }
         };
-        for (name, dir) in due {
+        for attempt in due {
             // There are as many as were found: no one else takes them.
             let permit = Arc::clone(&permits).try_acquire_owned();
             let supervisor = supervisor.clone();
-            tokio::task::spawn_blocking(move || {
-                let _permit = permit;
-                let suspended = supervisor.suspend(&name, &dir, &Cancel::default());
-                supervisor.0.idle.tried(&name);
+            tokio::spawn(async move {
+                let name = attempt.name.clone();
+                let suspend = move || {
+                    let _permit = permit;
+                    supervisor.suspend(&attempt.name, &attempt.dir, &Cancel::default()).map(drop)
+                };
+                let suspended = on_a_thread(THREAD_PATIENCE, suspend).await.and_then(|done| Ok(done?));
                 if let Err(error) = suspended {
-                    let error = clade_vmm::error_chain(&error);
-                    tracing::warn!(error, name, "an idle VM is not suspended");
+                    tracing::warn!(error = error.text, name, "an idle VM is not suspended");
                 }
             });
         }
@@ -313,12 +327,16 @@ mod tests {
             Policy { after: Duration::ZERO, dir: "/".into(), pid, used, looked: now, since: now, is_tried: false };
         let names = ["a", "b", "c"];
         idle.policies().by_name.extend(names.map(|name| (name.to_owned(), policy.clone())));
-        let due = |most| idle.due(most).into_iter().map(|(name, _)| name).collect::<Vec<_>>();
-        assert_eq!(due(0), [""; 0]);
-        assert_eq!(due(2), ["a", "b"]);
-        assert_eq!((due(2), due(2)), (vec!["c".to_owned()], vec![]));
-        idle.tried("b");
-        assert_eq!(due(2), ["b"]);
+        let names_of = |due: &[Attempt]| due.iter().map(|attempt| attempt.name.clone()).collect::<Vec<_>>();
+        assert_eq!(names_of(&idle.due(0)), [""; 0]);
+        let mut first = idle.due(2);
+        assert_eq!(names_of(&first), ["a", "b"]);
+        let second = idle.due(2);
+        assert_eq!((names_of(&second), names_of(&idle.due(2))), (vec!["c".to_owned()], vec![]));
+        // The attempt to suspend one of them panics.
+        let b = first.pop();
+        assert!(std::panic::catch_unwind(move || b.map(|b| panic!("{}, on purpose", b.name))).is_err());
+        assert_eq!(names_of(&idle.due(2)), ["b"]);
     }
 
     #[test]
