@@ -145,13 +145,12 @@ pub(super) struct Raised {
 
 impl Default for Priority {
     fn default() -> Self {
-        Self::new(HOLD)
+        Self::new(HOLD, thread::available_parallelism().map_or(1, NonZero::get))
     }
 }
 
 impl Priority {
-    fn new(hold: Duration) -> Self {
-        let processors = thread::available_parallelism().map_or(1, NonZero::get);
+    fn new(hold: Duration, processors: usize) -> Self {
         let shared = Arc::new(Shared { hold, processors, state: Mutex::default(), changed: Condvar::new() });
         let own = Arc::clone(&shared);
         let thread = thread::Builder::new().name("clade-priority".to_owned());
@@ -164,10 +163,7 @@ impl Priority {
     /// Calls `send`, which sends a request to `process`, after its threads were raised if they can be
     /// and the host is busy.
     pub(super) fn raise<T>(&self, process: Option<ProcessId>, send: impl FnOnce() -> T) -> (T, Option<Raised>) {
-        self.raise_now(process.filter(|_| self.0.is_busy()), send)
-    }
-
-    fn raise_now<T>(&self, process: Option<ProcessId>, send: impl FnOnce() -> T) -> (T, Option<Raised>) {
+        let process = process.filter(|_| self.0.is_busy());
         // This thread first, until the request is sent: a raised vCPU that computes would take its
         // processor.
         let Some((process, _own)) = process.and_then(|process| Some((process, OwnRaise::new()?))) else {
@@ -180,11 +176,7 @@ impl Priority {
     /// Raises the threads of `process`, which is to start a child, and the calling thread, which then gives it
     /// the image: if they can be and the host is busy.
     pub(super) fn raise_start(&self, process: Option<ProcessId>) -> Option<RaisedStart> {
-        self.raise_start_now(process.filter(|_| self.0.is_busy()))
-    }
-
-    fn raise_start_now(&self, process: Option<ProcessId>) -> Option<RaisedStart> {
-        let process = process?;
+        let process = process.filter(|_| self.0.is_busy())?;
         let own = OwnRaise::new()?;
         let raised =
             self.raise_threads(process, Task::Start, Some((gettid().as_raw_nonzero().get().cast_unsigned(), own.0)))?;

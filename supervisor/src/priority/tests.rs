@@ -53,9 +53,14 @@ impl Drop for Idle {
     }
 }
 
-/// Returns the priority of a supervisor that may raise workers, for `hold`. None if this process
-/// may not.
+/// Returns the priority of a supervisor that may raise workers, for `hold`, on a busy host. None if
+/// this process may not.
 fn priority(hold: Duration) -> Option<Priority> {
+    priority_on(0, hold)
+}
+
+/// The same on a host with `processors`.
+fn priority_on(processors: usize, hold: Duration) -> Option<Priority> {
     let before = Scheduling::of(0).unwrap();
     if let Err(error) = before.raise(0, FIRST) {
         skipped(&format!("no real-time priority: {error}"));
@@ -66,12 +71,12 @@ fn priority(hold: Duration) -> Option<Priority> {
         skipped("the tests have another priority");
         return None;
     }
-    Some(Priority::new(hold))
+    Some(Priority::new(hold, processors))
 }
 
 /// Raises `idle` as soon as a raise is possible.
 fn raise(priority: &Priority, idle: &Idle) -> Raised {
-    wait_for("a raise", || priority.raise_now(idle.process(), || ()).1)
+    wait_for("a raise", || priority.raise(idle.process(), || ()).1)
 }
 
 fn held(priority: &Priority) -> Option<u64> {
@@ -85,12 +90,21 @@ fn a_process_is_raised_before_the_request_and_until_the_answer() {
     drop(raise(&priority, &idle));
     assert!(!idle.is_raised());
     priority.0.state().rests_end.image = None;
-    let (at_request, raised) = priority.raise_now(idle.process(), || idle.is_raised());
+    let (at_request, raised) = priority.raise(idle.process(), || idle.is_raised());
     assert!(at_request);
     assert!(Scheduling::of(0).unwrap().is_default(), "the calling thread is as before");
     assert!(idle.is_raised());
     drop(raised);
     assert!(!idle.is_raised());
+}
+
+#[test]
+fn nothing_is_raised_on_a_host_with_a_processor_for_each_thread() {
+    let Some(priority) = priority_on(usize::MAX, LONG) else { return };
+    let (image, vcpu) = (Idle::new(), Idle::vcpu());
+    wait_until("the thread that ends raises", || priority.0.state().ending == Ending::Waits);
+    assert!(priority.raise(image.process(), || ()).1.is_none());
+    assert!(priority.raise_start(vcpu.process()).is_none());
 }
 
 #[test]
@@ -132,7 +146,7 @@ fn one_process_at_a_time_is_raised_for_a_tenth_of_the_time() {
     let Some(priority) = priority(LONG) else { return };
     let (one, other) = (Idle::new(), Idle::new());
     let raised = raise(&priority, &one);
-    assert!(priority.raise_now(other.process(), || ()).1.is_none(), "two at a time");
+    assert!(priority.raise(other.process(), || ()).1.is_none(), "two at a time");
     assert!(!other.is_raised());
     // As if it had taken a minute.
     let begun = Instant::now().checked_sub(Duration::from_secs(60)).unwrap();
@@ -140,11 +154,11 @@ fn one_process_at_a_time_is_raised_for_a_tenth_of_the_time() {
     drop(raised);
     let rests_end = priority.0.state().rests_end.image.unwrap();
     assert!(rests_end >= begun + Duration::from_secs(600));
-    assert!(priority.raise_now(other.process(), || ()).1.is_none(), "no rest");
+    assert!(priority.raise(other.process(), || ()).1.is_none(), "no rest");
     // Minutes later there is a rest to put off, and each raise adds to it.
     let begun = Instant::now();
     priority.0.state().rests_end.image = Some(begun + BURST);
-    drop(priority.raise_now(other.process(), || ()).1.unwrap());
+    drop(priority.raise(other.process(), || ()).1.unwrap());
     assert!(priority.0.state().rests_end.image.unwrap() > begun + BURST);
 }
 
@@ -156,13 +170,13 @@ fn a_process_that_has_ended_or_has_another_priority_is_left_alone() {
     let idle = Idle::new();
     let process = idle.process();
     drop(idle);
-    assert!(priority.raise_now(process, || ()).1.is_none());
-    assert!(priority.raise_now(None, || ()).1.is_none());
+    assert!(priority.raise(process, || ()).1.is_none());
+    assert!(priority.raise(None, || ()).1.is_none());
     let sleep = Idle(Command::new("sleep").arg("3600").spawn().unwrap());
-    assert!(priority.raise_now(sleep.process(), || ()).1.is_none(), "it answers no image requests");
+    assert!(priority.raise(sleep.process(), || ()).1.is_none(), "it answers no image requests");
     let nice = Idle::with(IMAGE_THREAD, &["nice", "-n", "5"]);
     assert!(nice.is_raised());
-    let raised = priority.raise_now(nice.process(), || ()).1.unwrap();
+    let raised = priority.raise(nice.process(), || ()).1.unwrap();
     assert!(priority.0.state().held.as_ref().unwrap().threads.is_empty());
     drop(raised);
 }
@@ -173,13 +187,13 @@ fn a_child_is_raised_with_the_caller_until_its_vcpus_have_entered_the_guest() {
     let (image, vcpu) = (Idle::new(), Idle::vcpu());
     let tid = vcpu.0.id();
     let is_default = || Scheduling::of(0).unwrap().is_default();
-    let raise = || wait_for("a raise", || priority.raise_start_now(vcpu.process()));
+    let raise = || wait_for("a raise", || priority.raise_start(vcpu.process()));
     drop(raise());
     assert!(is_default() && !vcpu.is_raised(), "given back by the drop");
     for enters in [true, false] {
         // Raises for images have a rest of their own.
         priority.0.state().rests_end = RestsEnd { image: Some(Instant::now() + LONG), start: None };
-        assert!(priority.raise_start_now(image.process()).is_none(), "a worker without vCPUs");
+        assert!(priority.raise_start(image.process()).is_none(), "a worker without vCPUs");
         let raised = raise();
         assert!(!is_default() && Scheduling::of(tid).unwrap().is_raised(&[VCPU]));
         thread::scope(|scope| {
@@ -204,7 +218,7 @@ fn a_child_is_raised_with_the_caller_until_its_vcpus_have_entered_the_guest() {
 fn the_caller_is_given_back_by_time_too() {
     let Some(priority) = priority(HOLD) else { return };
     let vcpu = Idle::vcpu();
-    let raised = wait_for("a raise", || priority.raise_start_now(vcpu.process()));
+    let raised = wait_for("a raise", || priority.raise_start(vcpu.process()));
     wait_until("the end of the raise", || Scheduling::of(0).unwrap().is_default());
     assert!(!vcpu.is_raised());
     assert!(!raised.has_raised_vcpus());

@@ -92,3 +92,32 @@ fn a_vcpu_that_was_raised_for_its_start_has_a_short_slice_until_its_guest_exits(
     expect_running(&child, 1);
     assert_eq!(child.stopped(), None);
 }
+
+#[test]
+fn a_vcpu_that_was_raised_for_a_pause_has_no_priority_in_its_guest() {
+    const NAME: &str = "slices::a_vcpu_that_was_raised_for_a_pause_has_no_priority_in_its_guest";
+    if !in_a_process_of_its_own(NAME) {
+        return;
+    }
+    let Some((_turn, context)) = turn() else { return };
+    let vm = counting(&context, 1);
+    expect_running(&vm, 1);
+    let [vcpu] = vcpu_tasks().try_into().unwrap();
+    let tid = vcpu.file_name().unwrap().to_str().unwrap().parse().unwrap();
+    let scheduling = || Scheduling::of(tid).unwrap();
+    let raise = || scheduling().raise(tid, 1);
+    if let Err(error) = raise() {
+        skipped(&format!("no real-time priority: {error}"));
+        return;
+    }
+    vm.pause().unwrap();
+    assert!(scheduling().is_raised(&[1]), "its pause takes the priority of the caller");
+    vm.resume().unwrap();
+    expect_running(&vm, 1);
+    assert!(!scheduling().is_raised(&[1]), "raised before the pause");
+    vm.pause().unwrap();
+    raise().unwrap();
+    vm.resume().unwrap();
+    expect_running(&vm, 1);
+    assert!(!scheduling().is_raised(&[1]), "raised in the pause");
+}

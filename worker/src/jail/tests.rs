@@ -200,6 +200,7 @@ fn attempts() -> Vec<(&'static str, Fate)> {
         ("trace-parent", Killed),
         ("limit-parent", Killed),
         ("slow-parent", Killed),
+        ("real-time", not_permitted),
         ("signals-by-descriptor", Killed),
         ("read-parent", Killed),
         ("fork", Killed),
@@ -291,6 +292,19 @@ fn attempt(which: &str, place: &std::path::Path, parent: u32, handed: &std::fs::
         "cache-of-handed" => raw!(SYS_fcntl, handed.as_raw_fd(), libc::F_SETFL, libc::O_DIRECT),
         "limit-parent" => raw!(SYS_prlimit64, parent, libc::RLIMIT_CPU, 0, 0),
         "slow-parent" => raw!(SYS_sched_setattr, parent, 0, 0),
+        "real-time" => {
+            let attr = libc::sched_attr {
+                size: size_of::<libc::sched_attr>() as u32,
+                sched_policy: libc::SCHED_FIFO as u32,
+                sched_flags: 0,
+                sched_nice: 0,
+                sched_priority: 1,
+                sched_runtime: 0,
+                sched_deadline: 0,
+                sched_period: 0,
+            };
+            raw!(SYS_sched_setattr, 0, &raw const attr, 0)
+        }
         "signals-by-descriptor" => raw!(SYS_fcntl, handed.as_raw_fd(), libc::F_SETOWN, parent),
         "datagrams" => raw!(SYS_socketpair, libc::AF_UNIX, libc::SOCK_DGRAM, 0, 0),
         "unnamed-overlay" => {
@@ -377,6 +391,8 @@ fn inside() {
         beside: if role == Role::Child { Vec::new() } else { vec![place.join("image")] },
         role,
     };
+    // As in an environment that grants it. Only a process with CAP_SYS_RESOURCE may raise the limit.
+    let _ = setrlimit(Resource::Rtprio, Rlimit { current: Some(99), maximum: Some(99) });
     if std::env::var_os(ZYGOTE).is_some() {
         confine_zygote(Confinement::Require).unwrap();
     }
