@@ -54,7 +54,7 @@ use clade_host_io::realtime::Scheduling;
 use rustix::thread::gettid;
 
 use super::processes::ProcessId;
-use threads::{Task, Thread, exists, thread_ids, threads_of};
+use threads::{Kind, Task, Thread, exists, thread_ids, threads_of};
 
 /// The longest time for which a process has real-time priority.
 const HOLD: Duration = Duration::from_millis(10);
@@ -141,6 +141,8 @@ struct Held {
 pub(super) struct Raised {
     shared: Arc<Shared>,
     raise: u64,
+    /// The raised threads of vCPUs.
+    vcpus: Vec<u32>,
 }
 
 impl Default for Priority {
@@ -180,8 +182,7 @@ impl Priority {
         let own = OwnRaise::new()?;
         let raised =
             self.raise_threads(process, Task::Start, Some((gettid().as_raw_nonzero().get().cast_unsigned(), own.0)))?;
-        let vcpus = raised.vcpus();
-        (!vcpus.is_empty()).then_some(RaisedStart { vcpus, _raised: raised, _own: own })
+        (!raised.vcpus.is_empty()).then_some(RaisedStart { raised, _own: own })
     }
 
     /// Gives back the priority of `process`, whose threads a supervisor had raised that has ended since.
@@ -211,6 +212,7 @@ impl Priority {
         state.raises += 1;
         let raise = state.raises;
         let begun = Instant::now();
+        let mut vcpus = Vec::new();
         let raised = threads.into_iter().filter_map(|Thread { tid, kind }| {
             let priority = kind.priority();
             // One that has a priority has chosen it, until the end of a pause.
@@ -221,6 +223,7 @@ impl Priority {
                 let _ = before.give_back(tid, &[priority]);
                 return None;
             }
+            vcpus.extend((kind == Kind::Vcpu).then_some(tid));
             Some((tid, before))
         });
         tracing::debug!(pid = process.pid(), ?task, "a worker is raised");
@@ -228,7 +231,7 @@ impl Priority {
         if state.ending == Ending::Waits {
             self.0.changed.notify_all();
         }
-        Some(Raised { shared: Arc::clone(&self.0), raise })
+        Some(Raised { shared: Arc::clone(&self.0), raise, vcpus })
     }
 }
 
@@ -259,8 +262,7 @@ impl Drop for Raised {
 /// A raised worker that starts a child, and the calling thread. Both are given back by a drop, the worker
 /// first.
 pub(super) struct RaisedStart {
-    vcpus: Vec<u32>,
-    _raised: Raised,
+    raised: Raised,
     _own: OwnRaise,
 }
 
@@ -278,21 +280,8 @@ impl RaisedStart {
 
     /// Returns whether a vCPU thread has the priority still.
     fn has_raised_vcpus(&self) -> bool {
-        self.vcpus.iter().copied().any(is_raised_vcpu)
+        self.raised.vcpus.iter().any(|tid| Scheduling::of(*tid).is_ok_and(|now| now.is_raised(&[VCPU])))
     }
-}
-
-impl Raised {
-    /// Returns the raised vCPU threads.
-    fn vcpus(&self) -> Vec<u32> {
-        let state = self.shared.state();
-        let held = state.held.iter().filter(|held| held.raise == self.raise);
-        held.flat_map(|held| held.threads.iter().map(|(tid, _)| *tid)).filter(|tid| is_raised_vcpu(*tid)).collect()
-    }
-}
-
-fn is_raised_vcpu(tid: u32) -> bool {
-    Scheduling::of(tid).is_ok_and(|now| now.is_raised(&[VCPU]))
 }
 
 impl Shared {
