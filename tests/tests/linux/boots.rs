@@ -1,18 +1,16 @@
 //! Tests with a boot of their own: another kernel file, a disk that is not a fork's, two vCPUs.
 
 use std::process::Command;
-use std::sync::Arc;
 use std::time::Duration;
 
 use clade_block::{Disk, DiskConfig};
 use clade_devices::virtio::block::BlockOptions;
 use clade_memory::Backing;
-use clade_test_support::wait_for;
-use clade_tests::{Linux, PROMPT, Turn, checked, ext4, formatted};
+use clade_tests::{Linux, PROMPT, Turn, checked, ext4, formatted, rerun};
 use clade_vmm::kvm::Quirks;
-use clade_vmm::vm::{Context, DiskSpec, ForkImage, Vm};
+use clade_vmm::vm::{Context, DiskSpec, Vm};
 
-use crate::{PAUSED, ask};
+use crate::{PAUSED, ask, finish, forked_in_flight};
 
 /// Long enough for a fork to find requests in flight.
 const LATENCY: Duration = Duration::from_millis(30);
@@ -21,6 +19,10 @@ const LATENCY: Duration = Duration::from_millis(30);
 fn a_bzimage_on_ext4_is_forked_while_it_writes() {
     let Some(turn) = Turn::beside_others() else { return };
     let Some(linux) = Linux::find() else { return };
+    rerun(|| is_forked_while_it_writes(&turn, &linux));
+}
+
+fn is_forked_while_it_writes(turn: &Turn, linux: &Linux) {
     let dir = tempfile::tempdir().unwrap();
     // A slow disk, so that a fork finds requests in flight.
     let path = dir.path().join("disk.img");
@@ -42,18 +44,14 @@ fn a_bzimage_on_ext4_is_forked_while_it_writes() {
 
     // In the middle of writes. Where guest kernels are interpreted this takes seconds.
     parent.resume().unwrap();
-    let from = parent.console().position();
-    parent.type_in(b"dd if=/bin/busybox of=/tmp/d/big bs=64k count=6 conv=fsync 2>/dev/null\n");
-    // With the prompt, or its rest would be taken for the beginning of the next answer.
-    let done = format!("[done 0]\r\n{PROMPT}");
-    let (image, in_flight) = forked_in_flight(&parent);
-    println!("{in_flight} requests in flight at the fork");
-    let _ = Linux::expect(&parent, from, &done);
+    let write = "dd if=/bin/busybox of=/tmp/d/big bs=64k count=6 conv=fsync 2>/dev/null";
+    let (image, from) = forked_in_flight(&parent, [write; 2], || true);
+    let _ = finish(&parent, from);
     parent.pause().unwrap();
 
     let child = Vm::from_image(&context, "child", &image, PAUSED).unwrap();
     child.resume().unwrap();
-    let _ = Linux::expect(&child, 0, &done);
+    let _ = finish(&child, 0);
     child.pause().unwrap();
     for (vm, mark) in [(&parent, "parent"), (&child, "child")] {
         assert_eq!(ask(vm, "cat /tmp/d/file"), "before");
@@ -79,14 +77,6 @@ fn a_bzimage_on_ext4_is_forked_while_it_writes() {
     assert!(ext4("e2fsck", &["-fn"], &path), "the image itself");
     let who = Command::new("debugfs").args(["-R", "cat /who"]).arg(&path).output().unwrap();
     assert_eq!(String::from_utf8_lossy(&who.stdout), "parent\n");
-}
-
-/// Forks `vm` until there are requests in flight.
-fn forked_in_flight(vm: &Vm) -> (Arc<ForkImage>, usize) {
-    wait_for("a fork with requests in flight", || {
-        let (image, report) = vm.fork().unwrap();
-        (report.in_flight > 0).then_some((image, report.in_flight))
-    })
 }
 
 /// Boots with two vCPUs. On kvm-pvm, with busy processors, the first program of a guest has died

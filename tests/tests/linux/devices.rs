@@ -11,22 +11,14 @@ use std::time::Duration;
 
 use clade_devices::Console;
 use clade_devices::virtio::net::Egress;
-use clade_tests::{BootedLinux, Linux, PROMPT, Subnet, Turn, checked, rerun, skip};
+use clade_tests::{BootedLinux, Linux, Subnet, Turn, checked, rerun, skip};
 use clade_vmm::platform::virtio_slot;
 use clade_vmm::vm::Vm;
 
-use crate::{PAUSED, ask, booted};
+use crate::{PAUSED, ask, booted, finish, forked_in_flight};
 
 /// Bytes of the network transfer.
 const BYTES: usize = 512 << 10;
-
-/// Waits for the end of a typed line of a running VM, and for the prompt behind it; returns the
-/// output.
-fn finish(vm: &Vm, from: u64) -> String {
-    let text = Linux::expect(vm, from, &format!("]\r\n{PROMPT}"));
-    assert!(text.contains("[done 0]"), "{text}");
-    text
-}
 
 /// Waits, with the VM running, until `done` returns a value.
 fn wait_for<T>(vm: &Vm, what: &str, mut done: impl FnMut() -> Option<T>) -> T {
@@ -308,8 +300,8 @@ fn is_put_back_with_everything_it_has(booted: &BootedLinux) {
         vm.resume().unwrap();
         vm.type_in(b"dd if=/dev/urandom of=/d/new bs=64k count=64 conv=fsync 2>/dev/null; echo end-of-write\n");
         thread::sleep(Duration::from_millis(300));
-        let from = vm.console().position();
         vm.reset_to_origin().unwrap();
+        let from = vm.console().position();
         assert!(!vm.is_paused());
         vm.pause().unwrap();
         assert_eq!(ask(&vm, "ls /tmp/marker /d 2>&1 | grep -c 'No such'"), "2", "round {round}");
@@ -365,14 +357,20 @@ fn by_rules(vm: &Vm, subnet: &Subnet, data: &[u8]) {
         assert_eq!(ask(vm, &format!("timeout 2 nc {host} {port} </dev/null; echo tried")), "tried");
     };
     let begun = vm.net_stats(0).unwrap();
+    let until = |what: &str, port: u16, done: &dyn Fn() -> bool| {
+        clade_test_support::wait_until(what, || {
+            // On a busy host the guest has sent nothing in two seconds.
+            attempt(port);
+            done()
+        });
+    };
+    let dropped = || vm.net_stats(0).unwrap().egress_dropped;
     // The driver copied its parent's address when it booted.
-    attempt(port);
+    until("a packet with the parent's address is dropped", port, &|| dropped() > 0);
     let (address, spoofed) = (vm.identity().nets[0].mac, vm.net_stats(0).unwrap());
     assert_eq!(spoofed.sent, begun.sent, "{spoofed:?}");
     assert_eq!(ask(vm, &format!("ip link set eth0 address {address} && echo set")), "set");
-    attempt(denied);
-    let dropped = vm.net_stats(0).unwrap().egress_dropped;
-    assert!(dropped > spoofed.egress_dropped && spoofed.egress_dropped > 0, "{dropped}, {spoofed:?}");
+    until("a packet to another port is dropped", denied, &|| dropped() > spoofed.egress_dropped);
     assert_eq!(ask(vm, &format!("nc {host} {port} </tmp/data; echo sent")), "sent");
     assert!(back.join().unwrap() == data, "every byte came as it went");
     other.set_nonblocking(true).unwrap();
@@ -380,8 +378,7 @@ fn by_rules(vm: &Vm, subnet: &Subnet, data: &[u8]) {
     let packets = vm.egress_packets(0).unwrap()[0][0].1;
     assert!(packets > 3, "{packets} by the rule");
     vm.set_egress(&Egress::default()).unwrap();
-    attempt(denied);
-    assert!(other.accept().is_ok(), "without rules it is there");
+    until("a connection without rules", denied, &|| other.accept().is_ok());
 }
 
 /// Takes half of the data, and the rest when it is released.
@@ -442,21 +439,13 @@ fn is_forked_in_the_middle_of_everything(booted: &BootedLinux) {
     let reader = Arc::clone(&slow);
     let (port, transfer) = serve(subnet.host(), move |stream| reader.read(stream));
     parent.resume().unwrap();
-    let from = parent.console().position();
     let host = subnet.host();
-    let line = format!(
-        "nc {host} {port} </tmp/data & net=$!; dd if=/tmp/data of=/tmp/d/big bs=64k conv=fsync 2>/dev/null; echo file-$?\n"
-    );
-    parent.type_in(line.as_bytes());
-    let image = clade_test_support::wait_for("a fork in the middle of both", || {
-        let received = slow.received.load(Ordering::SeqCst);
-        let (image, report) = parent.fork().unwrap();
-        (report.in_flight > 0 && received > 0).then(|| {
-            assert!(received < BYTES, "it is let go afterwards");
-            println!("forked with {} requests in flight and {received} of {BYTES} bytes sent", report.in_flight);
-            image
-        })
-    });
+    let write = "dd if=/tmp/data of=/tmp/d/big bs=64k conv=fsync 2>/dev/null; echo file-$?";
+    let begin = format!("nc {host} {port} </tmp/data & net=$!; {write}");
+    let (image, from) = forked_in_flight(&parent, [&begin, write], || slow.received.load(Ordering::SeqCst) > 0);
+    let received = slow.received.load(Ordering::SeqCst);
+    println!("forked with {received} of {BYTES} bytes sent");
+    assert!(received < BYTES, "it is let go afterwards");
     slow.released.store(true, Ordering::SeqCst);
     // The parent is undisturbed.
     let text = finish(&parent, from);

@@ -13,10 +13,10 @@ mod shell;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use clade_tests::{BootedLinux, Linux, Turn};
-use clade_vmm::vm::{ChildOptions, Vm};
+use clade_tests::{BootedLinux, Linux, PROMPT, Turn};
+use clade_vmm::vm::{ChildOptions, ForkImage, Vm};
 
 const PAUSED: ChildOptions<'static> = ChildOptions { paused: true, erase: &[], before_start: None };
 
@@ -57,4 +57,41 @@ fn ask_all(vm: &Vm, line: &str) -> String {
 /// Returns the last line of the answer: kernel messages may come before it.
 fn ask(vm: &Vm, line: &str) -> String {
     ask_all(vm, line).lines().last().unwrap_or_default().to_owned()
+}
+
+/// Waits for the end of a typed line of a running VM, and for the prompt behind it; returns the
+/// output.
+fn finish(vm: &Vm, from: u64) -> String {
+    let text = Linux::expect(vm, from, &format!("]\r\n{PROMPT}"));
+    assert!(text.contains("[done 0]"), "{text}");
+    text
+}
+
+/// Types a line that writes to a disk, and forks the running VM until a fork has requests in flight,
+/// the line had not ended by then, and `is_ready` held before. A line that ends earlier is followed
+/// by another. Returns the image, and the console's position before the last line.
+fn forked_in_flight(vm: &Vm, [first, next]: [&str; 2], is_ready: impl Fn() -> bool) -> (Arc<ForkImage>, u64) {
+    let begin = |line: &str| {
+        let from = vm.console().position();
+        vm.type_in(format!("{line}\n").as_bytes());
+        from
+    };
+    let mut from = begin(first);
+    clade_test_support::wait_for("a fork with requests in flight", || {
+        let is_ready = is_ready();
+        let (image, report) = vm.fork().unwrap();
+        // After the fork: the child prints all that is not here.
+        let seen = vm.console().since(from);
+        let seen = String::from_utf8_lossy(&seen);
+        if seen.contains(&format!("]\r\n{PROMPT}")) {
+            from = begin(next);
+            return None;
+        }
+        let has_output = !seen.ends_with('\n') || ["\nfile-", "[done "].iter().any(|text| seen.contains(text));
+        if !is_ready || report.in_flight == 0 || has_output {
+            return None;
+        }
+        println!("forked with {} requests in flight", report.in_flight);
+        Some((image, from))
+    })
 }
