@@ -27,8 +27,8 @@ use crate::commands::remote::failure;
 use crate::commands::run::say;
 use crate::commands::{Failure, Outcome};
 
-/// Time limit until an agent answers: a guest may boot slowly.
-pub(super) const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
+/// Time limit until an agent answers: where guests' kernels are interpreted, a boot takes minutes on a busy host.
+pub(super) const BOOT_TIMEOUT: Duration = Duration::from_secs(900);
 const RETRY: Duration = Duration::from_millis(20);
 /// A command that waits longer prints a line.
 const REPORT_AFTER: Duration = Duration::from_secs(1);

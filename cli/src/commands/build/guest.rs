@@ -16,10 +16,9 @@ use tokio::task::JoinHandle;
 use super::recipe::user;
 use crate::commands::Failure;
 use crate::commands::agent::agent_failure;
+use crate::commands::oci_template::BOOT_TIMEOUT;
 use crate::commands::remote::failure;
 
-/// Time limit until the guest's agent answers: its kernel may be interpreted.
-const BOOT_TIMEOUT: Duration = Duration::from_secs(900);
 const BOOT_POLL: Duration = Duration::from_millis(20);
 /// Time limit of an agent for a connection, and then for an answer.
 const CONNECTING: Duration = Duration::from_secs(60);
