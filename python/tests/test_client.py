@@ -261,7 +261,7 @@ def test_the_connection_goes_when_nobody_awaits_the_program(tmp_path, monkeypatc
     monkeypatch.setattr(asyncio, "open_unix_connection", keeping)
 
     async def run():
-        ended = asyncio.Event()
+        begun, ended = asyncio.Event(), asyncio.Event()
 
         async def serve(reader, writer):
             await reader.readline()
@@ -271,6 +271,7 @@ def test_the_connection_goes_when_nobody_awaits_the_program(tmp_path, monkeypatc
             data = b'{"event":{"data":{"stdout":"aGk="}}}'
             messages = b"".join(struct.pack(">BI", 0, len(text)) + text for text in (start, data))
             writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + messages)
+            begun.set()
             while await reader.read(100):
                 pass
             ended.set()
@@ -278,17 +279,18 @@ def test_the_connection_goes_when_nobody_awaits_the_program(tmp_path, monkeypatc
         async with await asyncio.start_unix_server(serve, str(path)):
             agent = AsyncAgent(str(path))
             task = asyncio.create_task(agent.exec(["x"]))
+            await begun.wait()
             await asyncio.sleep(0.2)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            await asyncio.wait_for(ended.wait(), 10)
+            await asyncio.wait_for(ended.wait(), 600)
             # Nor does it stay when its output is not followed to the end.
             ended.clear()
             following = agent.follow(["x"])
             assert (await anext(following)).data == b"hi"
             await following.aclose()
-            await asyncio.wait_for(ended.wait(), 10)
+            await asyncio.wait_for(ended.wait(), 600)
 
     asyncio.run(run())
 
