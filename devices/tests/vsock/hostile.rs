@@ -4,17 +4,20 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clade_devices::virtio::VirtioMmio;
-use clade_test_support::Patience;
+use clade_test_support::{Patience, wait_until};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
 
 use crate::driver::Driver;
-use crate::guest::{DATA, HEADER, OUT, REQUEST, RESET, RESPONSE, TX, guest};
+use crate::guest::{DATA, HEADER, OUT, REQUEST, RESET, RESPONSE, RX, TX, guest};
 
 /// Interval of checks for a pause.
 const TICK: Duration = Duration::from_millis(50);
+
+/// The shortest time before the device refuses a connection to a host whose backlog stays full.
+const MIN_RETRIES: Duration = Duration::from_secs(2);
 
 fn socket() -> OwnedFd {
     socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None).unwrap()
@@ -65,9 +68,35 @@ fn pauses(device: &VirtioMmio, rescue: impl FnOnce()) {
 
 #[test]
 fn a_host_whose_backlog_is_full_keeps_nobody_waiting() {
+    wait_until("there is room before the device's retries end", connects_to_a_host_that_makes_room);
+    wait_until("the guest resets before the device's retries end", refuses_one_and_forgets_another);
+}
+
+/// Requests two connections to a host whose backlog stays full: the one that the guest resets is forgotten, and the
+/// other is refused. Returns false if the device may have refused the first one before its reset.
+fn refuses_one_and_forgets_another() -> bool {
+    let dir = tempfile::tempdir().unwrap();
+    let (_listener, _waiting) = full(&dir.path().join("vm.sock_78"));
+    let mut guest = guest(dir.path());
+    let begun = Instant::now();
+    guest.send(REQUEST, 78, 5, &[], 1 << 16);
+    guest.send(RESET, 78, 5, &[], 1 << 16);
+    if begun.elapsed() >= MIN_RETRIES {
+        return false;
+    }
+    guest.send(REQUEST, 78, 6, &[], 1 << 16);
+    let answer = guest.packet();
+    assert_eq!((answer.op, answer.guest), (RESET, 6));
+    true
+}
+
+/// Connects to a host whose backlog is full at first. Returns false if the attempt took so long that the device may
+/// have refused the connection.
+fn connects_to_a_host_that_makes_room() -> bool {
     let dir = tempfile::tempdir().unwrap();
     let (listener, waiting) = full(&dir.path().join("vm.sock_77"));
     let mut guest = guest(dir.path());
+    let begun = Instant::now();
     // Not by `send`, which waits until the buffer is used.
     guest.request(77, 5);
     let accept = || {
@@ -76,19 +105,20 @@ fn a_host_whose_backlog_is_full_keeps_nobody_waiting() {
     };
     pauses(&guest.driver.device, accept);
     guest.driver.wait(TX);
-    assert!(guest.driver.used(crate::guest::RX).is_none(), "it is neither connected nor refused");
+    let is_answered = guest.driver.used(RX).is_some();
+    if begun.elapsed() >= MIN_RETRIES {
+        return false;
+    }
+    assert!(!is_answered, "it is neither connected nor refused");
     // Once there is room, the connection is made.
     drop(waiting);
     accept();
-    assert_eq!(guest.packet().op, RESPONSE);
-    // If the backlog stays full, the guest's connection is refused; one that the guest has reset is
-    // forgotten.
-    let (_listener, _waiting) = full(&dir.path().join("vm.sock_78"));
-    guest.send(REQUEST, 78, 5, &[], 1 << 16);
-    guest.send(RESET, 78, 5, &[], 1 << 16);
-    guest.send(REQUEST, 78, 6, &[], 1 << 16);
-    let answer = guest.packet();
-    assert_eq!((answer.op, answer.guest), (RESET, 6));
+    let op = guest.packet().op;
+    if begun.elapsed() >= MIN_RETRIES {
+        return false;
+    }
+    assert_eq!(op, RESPONSE);
+    true
 }
 
 /// Highest resident memory since `reset_peak`, in bytes.

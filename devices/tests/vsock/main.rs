@@ -16,11 +16,15 @@ use std::time::{Duration, Instant};
 
 use clade_devices::virtio::sync_device::SyncDevice;
 use clade_devices::virtio::vsock::{GuestNotice, NOTICE_PORT, Vsock, VsockError, VsockOptions, VsockSocket};
+use clade_test_support::{wait_for, wait_until};
 use driver::{Driver, ram, store};
 use guest::{
     CID, CREDIT_REQUEST, CREDIT_UPDATE, DATA, EVENTS, Guest, HEADER, IN, REQUEST, RESET, RESPONSE, RX, SHUTDOWN,
     connect, device, guest, line,
 };
+
+/// The time for which the device waits for a driver to close its connections.
+const RESET_PATIENCE: Duration = Duration::from_secs(2);
 
 #[test]
 fn the_host_connects_and_both_talk() {
@@ -113,24 +117,36 @@ fn a_child_is_told_that_its_connections_are_gone_and_the_parents_go_on() {
     let asked = parent.packet();
     parent.send(RESPONSE, asked.host, 9, &[], 1 << 16);
     assert_eq!(line(&mut host), format!("OK {}", asked.host));
-    let mut child = parent.driver.fork(&store, |_, _| device(dir.path(), "child.sock", 43, true));
-    let mut cid = [0; 8];
-    child.config(0, &mut cid);
-    assert_eq!(u64::from_le_bytes(cid), 43);
-    assert_eq!(child.wait(EVENTS).1, 4);
-    assert_eq!(child.look(0x10_0000, 4), [0; 4], "VIRTIO_VSOCK_EVENT_TRANSPORT_RESET");
-    host.write_all(b"still here").unwrap();
-    assert_eq!(parent.packet().data, b"still here");
-    assert!(child.used(RX).is_none(), "not for the child");
-    assert!(parent.driver.used(EVENTS).is_none(), "nothing was reset in the parent");
-    // The child's own socket works once the driver has closed its old connections: earlier ones
-    // would be closed with them.
-    let _other = connect(dir.path(), "child.sock", 10);
-    std::thread::sleep(Duration::from_millis(200));
-    assert!(child.used(RX).is_none(), "before the driver has closed its connections");
-    child.post(EVENTS, &[(0x10_0000, 8, true)]);
-    child.wait(RX);
-    assert!(child.used(EVENTS).is_none(), "it is told once");
+    // The device gives up the wait for the driver at the end of its patience: an attempt that took as long is repeated.
+    let child = wait_for("a child's driver closes its connections in time", || {
+        let begun = Instant::now();
+        let driver = parent.driver.fork(&store, |_, _| device(dir.path(), "child.sock", 43, true));
+        let mut child = Guest { driver, cid: 43, addressed: 43, slots: parent.slots, taken: 0, shuts: 3 };
+        let mut cid = [0; 8];
+        child.driver.config(0, &mut cid);
+        assert_eq!(u64::from_le_bytes(cid), 43);
+        assert_eq!(child.driver.wait(EVENTS).1, 4);
+        assert_eq!(child.driver.look(0x10_0000, 4), [0; 4], "VIRTIO_VSOCK_EVENT_TRANSPORT_RESET");
+        host.write_all(b"still here").unwrap();
+        assert_eq!(parent.packet().data, b"still here");
+        assert!(child.driver.used(RX).is_none(), "not for the child");
+        assert!(parent.driver.used(EVENTS).is_none(), "nothing was reset in the parent");
+        // The child's own socket works once the driver has closed its old connections: earlier ones
+        // would be closed with them.
+        let _other = connect(dir.path(), "child.sock", 10);
+        // The device looks at its sockets in each turn that takes a packet: it accepts the connection, reads the port,
+        // and has a request for the guest.
+        (0..4).for_each(|_| child.send(RESET, 1, 1, &[], 0));
+        let is_early = child.driver.used(RX).is_some();
+        if begun.elapsed() >= RESET_PATIENCE {
+            return None;
+        }
+        assert!(!is_early, "before the driver has closed its connections");
+        child.driver.post(EVENTS, &[(0x10_0000, 8, true)]);
+        assert_eq!(child.packet().op, REQUEST);
+        assert!(child.driver.used(EVENTS).is_none(), "it is told once");
+        Some(child)
+    });
     drop(child);
     assert!(!dir.path().join("child.sock").exists());
 }
@@ -145,7 +161,7 @@ fn a_driver_that_has_closed_its_connections_is_waited_for_no_longer() {
     // More buffers than the one that the device needs.
     (0..3).for_each(|n| _ = parent.driver.post(EVENTS, &[(0x10_0000 + n * 8, 8, true)]));
     let mut round = 0;
-    clade_test_support::wait_until("a child whose driver answers goes on before its two seconds are over", || {
+    wait_until("a child whose driver answers goes on before its two seconds are over", || {
         round += 1;
         let name = format!("{round}.sock");
         let mut child = parent.driver.fork(&store, |_, _| device(dir.path(), &name, 43, true));
