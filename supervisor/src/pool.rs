@@ -99,10 +99,10 @@ impl State {
         self.templates.iter_mut().find(|pool| pool.template == *template)
     }
 
-    /// Returns how long preparation has to pause.
-    fn rest(&self) -> Duration {
+    /// Returns how long preparation has to pause at `now`.
+    fn rest(&self, now: Instant) -> Duration {
         let left = |since: Option<Instant>, limit: Duration| {
-            since.map_or(Duration::ZERO, |since| limit.saturating_sub(since.elapsed()))
+            since.map_or(Duration::ZERO, |since| limit.saturating_sub(now.saturating_duration_since(since)))
         };
         if self.busy > 0 { left(self.busy_since, MAX_BUSY) } else { left(self.idle_since, REST) }
     }
@@ -196,11 +196,12 @@ impl PoolShared {
                     return true;
                 }
                 let short = state.templates.iter().find_map(|pool| Some((pool, pool.lacks()?)));
+                let pause = state.rest(Instant::now());
                 let rest = match short {
-                    Some((pool, lack)) if state.rest().is_zero() => {
+                    Some((pool, lack)) if pause.is_zero() => {
                         break (pool.template.clone(), pool.saved.clone(), lack);
                     }
-                    Some(_) => state.rest(),
+                    Some(_) => pause,
                     None => IDLE / 4,
                 };
                 let waited = self.changed.wait_timeout(state, rest);
@@ -400,16 +401,16 @@ mod tests {
 
     #[test]
     fn none_is_prepared_while_a_request_makes_vms_nor_just_after_but_not_for_ever() {
-        let mut state = State::default();
-        assert!(state.rest().is_zero(), "there was no request");
-        (state.busy, state.busy_since) = (1, Some(Instant::now()));
-        assert!(!state.rest().is_zero() && state.rest() <= MAX_BUSY);
+        let (mut state, begun) = (State::default(), Instant::now());
+        assert!(state.rest(begun).is_zero(), "there was no request");
+        (state.busy, state.busy_since) = (1, Some(begun));
+        assert_eq!(state.rest(begun), MAX_BUSY);
+        assert_eq!(state.rest(begun + MAX_BUSY / 2), MAX_BUSY / 2);
         // More requests follow without end.
-        state.busy_since = Instant::now().checked_sub(2 * MAX_BUSY);
-        assert!(state.rest().is_zero());
-        (state.busy, state.busy_since, state.idle_since) = (0, None, Some(Instant::now() + REST));
-        assert!(!state.rest().is_zero() && state.rest() <= REST);
-        state.idle_since = Instant::now().checked_sub(2 * REST);
-        assert!(state.rest().is_zero());
+        assert!(state.rest(begun + MAX_BUSY).is_zero());
+        let ended = begun + MAX_BUSY / 2;
+        (state.busy, state.busy_since, state.idle_since) = (0, None, Some(ended));
+        assert_eq!(state.rest(ended), REST);
+        assert!(state.rest(ended + REST).is_zero());
     }
 }

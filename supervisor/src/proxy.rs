@@ -172,14 +172,20 @@ mod tests {
     use crate::vm_record::tests::record_with;
     use clade_api::http::Frames;
     use clade_api::{NameClaim, RuntimeDir};
+    use clade_test_support::Watchdog;
 
     const LIMITS: ProxyLimits = ProxyLimits { answer: Duration::from_millis(100), probe: Duration::from_millis(200) };
+    /// Longer than a test.
+    const FOR_EVER: Duration = Duration::from_secs(24 * 3600);
+    /// No process is silent for as long.
+    const PATIENT: ProxyLimits = ProxyLimits { answer: FOR_EVER, probe: FOR_EVER };
 
-    fn ask(dir: &Path) -> Result<Vec<u8>, ApiError> {
+    fn ask(dir: &Path, limits: ProxyLimits) -> Result<Vec<u8>, ApiError> {
+        let _watchdog = Watchdog::new(Duration::from_secs(120), || "a request is forwarded".to_owned());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let request = Request::post("/v1/vms/web/snapshot").header("host", "x").body(Body::empty()).unwrap();
-            let answer = forward(dir, "web", request, LIMITS).await?;
+            let answer = forward(dir, "web", request, limits).await?;
             Ok(answer.into_body().collect().await.unwrap().to_bytes().to_vec())
         })
     }
@@ -189,7 +195,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         // Connections wait in its backlog.
         let _listener = UnixListener::bind(dir.path().join("web.sock")).unwrap();
-        assert_eq!(ask(dir.path()).map_err(|error| error.kind), Err(ProblemKind::VmSilent));
+        assert_eq!(ask(dir.path(), LIMITS).map_err(|error| error.kind), Err(ProblemKind::VmSilent));
     }
 
     #[test]
@@ -202,11 +208,11 @@ mod tests {
                 let _ = stream.read(&mut [0; 1024]);
                 stream.write_all(said.as_bytes()).unwrap();
             });
-            assert_eq!(ask(dir.path()).map_err(|error| error.kind), Err(ProblemKind::VmGone), "{said:?}");
+            assert_eq!(ask(dir.path(), PATIENT).map_err(|error| error.kind), Err(ProblemKind::VmGone), "{said:?}");
             serves.join().unwrap();
         }
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(ask(dir.path()).map_err(|error| error.kind), Err(ProblemKind::NoSuchVm));
+        assert_eq!(ask(dir.path(), PATIENT).map_err(|error| error.kind), Err(ProblemKind::NoSuchVm));
     }
 
     #[test]
@@ -223,7 +229,9 @@ mod tests {
             }
             long.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\ndone").unwrap();
         });
-        assert_eq!(ask(dir.path()), Ok(b"done".to_vec()));
+        // The first probe is soon, and each may be answered late.
+        let limits = ProxyLimits { answer: LIMITS.answer, ..PATIENT };
+        assert_eq!(ask(dir.path(), limits), Ok(b"done".to_vec()));
         serves.join().unwrap();
     }
 
@@ -243,7 +251,7 @@ mod tests {
             let headers = [("authorization", "Bearer secret"), ("cookie", "secret"), ("idempotency-key", "secret")];
             let request = Request::post("/v1/vms/web/pause").header("host", "x").header("x-mine", "kept");
             let request = headers.into_iter().fold(request, |request, (name, value)| request.header(name, value));
-            forward(dir.path(), "web", request.body(Body::empty()).unwrap(), LIMITS).await.unwrap();
+            forward(dir.path(), "web", request.body(Body::empty()).unwrap(), PATIENT).await.unwrap();
         });
         let head = serves.join().unwrap();
         assert!(head.contains("x-mine: kept") && !head.contains("secret"), "{head}");
@@ -309,7 +317,7 @@ mod tests {
         let own = Some("/run/web.vsock".into());
         assert_eq!(crate::agent_socket(&client, "web").await.unwrap(), own);
         let request = || Request::get("/v1/vms/web").body(axum::body::Body::empty()).unwrap();
-        let answer = forward(held.path(), "web", request(), ProxyLimits::default()).await.unwrap();
+        let answer = forward(held.path(), "web", request(), PATIENT).await.unwrap();
         let answer = shown(held.path(), "web".to_owned(), answer).await.unwrap();
         let bytes = to_bytes(answer.into_body(), MAX_INFO).await.unwrap();
         let info: VmInfo = serde_json::from_slice(&bytes).unwrap();
