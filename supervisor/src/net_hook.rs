@@ -248,7 +248,6 @@ fn last_line(said: &mut File) -> String {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::os::unix::fs::PermissionsExt;
 
     use clade_devices::virtio::net::Mac;
     use clade_vmm::vm::NetIdentity;
@@ -257,11 +256,18 @@ mod tests {
 
     /// A hook that logs its variables, and fails for one interface.
     fn hook(dir: &Path, more: &str) -> PathBuf {
-        let (path, log) = (dir.join("hook"), dir.join("log"));
+        let (path, text, log) = (dir.join("hook"), dir.join("hook.text"), dir.join("log"));
         let line = r#"echo "$CLADE_EVENT $CLADE_VM $CLADE_TAP $CLADE_MAC ${CLADE_PARENT-none}""#;
-        fs::write(&path, format!("#!/bin/sh\n{line} >>{}\n{more}\n", log.display())).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        fs::write(&text, format!("#!/bin/sh\n{line} >>{}\n{more}\n", log.display())).unwrap();
+        // Another process writes the program: those that other tests start meanwhile would inherit a descriptor open
+        // for writing, and then the program cannot be run.
+        assert!(Command::new("install").arg("--mode=755").args([&text, &path]).status().unwrap().success());
         path
+    }
+
+    /// The program with more time than a test has.
+    fn patient(program: &Path) -> NetHook {
+        NetHook::with_limit(program, Duration::from_secs(24 * 3600)).unwrap()
     }
 
     fn interfaces(vm: &str, parent: Option<&str>, taps: &[&str]) -> Interfaces {
@@ -277,7 +283,7 @@ mod tests {
     #[test]
     fn each_interface_is_connected_before_and_taken_down_after() {
         let dir = tempfile::tempdir().unwrap();
-        let hook = NetHook::new(&hook(dir.path(), "")).unwrap();
+        let hook = patient(&hook(dir.path(), ""));
         let web = interfaces("web", None, &["tap0", "tap1"]);
         hook.up(vec![web.clone(), interfaces("web-1", Some("web"), &["tap2"])]).unwrap().keep();
         let mac = "02:00:00:00:00:01";
@@ -297,7 +303,7 @@ mod tests {
     fn one_that_fails_takes_all_down_and_is_named_with_what_it_said() {
         let dir = tempfile::tempdir().unwrap();
         let fails = "[ $CLADE_EVENT$CLADE_TAP != upbad ] || { echo why >&2; echo 'no address left' >&2; exit 3; }";
-        let hook = NetHook::new(&hook(dir.path(), fails)).unwrap();
+        let hook = patient(&hook(dir.path(), fails));
         let all = [("a", "tap0"), ("b", "bad"), ("c", "tap2")].map(|(vm, tap)| interfaces(vm, None, &[tap]));
         let refused = hook.up(all.into()).map(drop).unwrap_err().to_string();
         assert!(refused.ends_with("bad of b: exit code 3: no address left"), "{refused}");
@@ -308,6 +314,28 @@ mod tests {
         drop(hook.up(vec![interfaces("a", None, &["tap0"])]).unwrap());
         hook.up(Vec::new()).unwrap().keep();
         assert!(log(dir.path()).last().unwrap().starts_with("down a tap0"));
+    }
+
+    #[test]
+    fn the_hook_has_default_signals_under_a_starter_that_ignores_and_blocks_some() {
+        // `env` starts this program again, which starts the hook.
+        const HOOK: &str = "CLADE_TEST_HOOK_OF_DEFAULT_SIGNALS";
+        if let Some(hook) = std::env::var_os(HOOK) {
+            let hook = patient(Path::new(&hook));
+            return hook.up(vec![interfaces("web", None, &["tap0"])]).unwrap().keep();
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let status = dir.path().join("status");
+        let hook = hook(dir.path(), &format!("exec cat /proc/self/status >{}", status.display()));
+        let mut command = Command::new("env");
+        command.args(["--ignore-signal=HUP,TERM", "--block-signal=USR1"]).arg(std::env::current_exe().unwrap());
+        let name = "net_hook::tests::the_hook_has_default_signals_under_a_starter_that_ignores_and_blocks_some";
+        let done = command.args(["--exact", name]).env(HOOK, hook).output().unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stdout));
+        let status = fs::read_to_string(status).unwrap();
+        for signals in ["SigIgn:\t0000000000000000", "SigBlk:\t0000000000000000"] {
+            assert!(status.contains(signals), "{signals} in {status}");
+        }
     }
 
     #[test]
