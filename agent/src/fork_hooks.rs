@@ -111,6 +111,8 @@ impl Agent {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
     use super::*;
 
     #[test]
@@ -131,9 +133,12 @@ mod tests {
     async fn hooks_share_their_time_and_each_result_says_what_happened() {
         let dir = tempfile::tempdir().unwrap();
         let hook = |name: &str, script: &str| {
-            let path = dir.path().join(name);
-            fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            let (path, text) = (dir.path().join(name), dir.path().join("text"));
+            fs::write(&text, format!("#!/bin/sh\n{script}\n")).unwrap();
+            // Another process writes the program: those that other tests start meanwhile would inherit a descriptor
+            // open for writing, and then the program cannot be run.
+            let done = Command::new("install").arg("--mode=755").args([&text, &path]).status();
+            assert!(done.unwrap().success());
             path
         };
         let (quick, slow) = (hook("10-quick", "exit 3"), hook("20-slow", "exec sleep 100000"));

@@ -22,6 +22,7 @@ use std::time::Duration;
 use clade_agent_client::proto::process::{EndEvent, ProcessConfig, StartRequest};
 use clade_agent_client::{Client, ClientError, Endpoint, Process};
 use clade_test_support::{Patience, Watchdog, wait_until};
+use rustix::thread::{CapabilitySet, remove_capability_from_bounding_set};
 
 /// Running time after which a test counts as hung.
 const LIMIT: Duration = Duration::from_secs(300);
@@ -53,11 +54,18 @@ impl Agent {
     fn start_by(mut command: Command, arguments: &[&str], stderr: Stdio) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("agent.sock");
-        let mut child = command.arg("--unix").arg(&socket).args(arguments).stderr(stderr).spawn().unwrap();
+        let mut child = without_the_clock(command.arg("--unix").arg(&socket).args(arguments).stderr(stderr));
         let heard = RefCell::new(child.stderr.take());
         let agent = Self { child, heard, dir };
         wait_until("the agent listens", || UnixStream::connect(&socket).is_ok());
+        assert!(!agent.may_set_the_clock(), "no test may set the host's clock");
         agent
+    }
+
+    fn may_set_the_clock(&self) -> bool {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let held = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap();
+        u64::from_str_radix(held.trim(), 16).unwrap() & CapabilitySet::SYS_TIME.bits() != 0
     }
 
     fn socket(&self) -> PathBuf {
@@ -97,6 +105,17 @@ impl Agent {
     fn descriptors(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
     }
+}
+
+/// Starts a program that cannot set this host's clock, whoever runs the test.
+fn without_the_clock(command: &mut Command) -> Child {
+    let start = || {
+        // The set is the thread's, and its children's. A user without the right to change it has no right to set the
+        // clock either.
+        let _ = remove_capability_from_bounding_set(CapabilitySet::SYS_TIME);
+        command.spawn().unwrap()
+    };
+    std::thread::scope(|scope| scope.spawn(start).join().unwrap())
 }
 
 impl Drop for Agent {

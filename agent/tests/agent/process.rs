@@ -92,10 +92,14 @@ fn a_program_is_found_and_executed_as_execvp_does() {
         std::fs::create_dir(&path).unwrap();
         path
     };
-    let file = |path: &std::path::Path, mode: u32| {
+    let file = |path: &Path, mode: u32| {
         // No interpreter is named: the shell runs it.
-        std::fs::write(path, "echo \"$0 $1\"\n").unwrap();
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+        let text = dir.path().join("text");
+        std::fs::write(&text, "echo \"$0 $1\"\n").unwrap();
+        // Another process writes the program: those that other tests start meanwhile would inherit a descriptor open
+        // for writing, and then the program cannot be run.
+        let done = Command::new("install").arg(format!("--mode={mode:o}")).args([&text, path]).status();
+        assert!(done.unwrap().success());
     };
     let (empty, closed, open) = (directory("empty"), directory("closed"), directory("open"));
     let inside = directory("inside");

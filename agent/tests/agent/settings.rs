@@ -59,7 +59,6 @@ fn an_old_init_changes_nothing() {
             default_user: Some(user.into()),
             ..Init::default()
         };
-        // Recent times, so that the clock is not set.
         client.init(&at(&now("-1 sec"), "root")).await.unwrap();
         client.init(&at(&now("-3 sec"), "nobody-there")).await.unwrap();
         sh(&client, "true").await;
