@@ -8,12 +8,14 @@
 //! |---|---|
 //! | `endpoints` | taking interfaces, addresses and sockets for a VM to be made |
 //! | `user_net` | a network by passt, without an interface of the host's |
+//! | `spawn` | starting passt with default signals |
 //! | `claim` | holding an address or a name against other VMs of the host |
 //! | `generation` | the generation id, by which a guest detects that it was cloned |
 
 mod claim;
 mod endpoints;
 pub(crate) mod generation;
+mod spawn;
 pub mod user_net;
 
 use std::io;

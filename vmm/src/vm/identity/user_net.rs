@@ -12,18 +12,22 @@
 //!
 //! A child has a passt of its own, which does not know the parent's connections.
 
+use std::ffi::{CString, OsString};
 use std::fs::{self, File, Permissions};
 use std::io;
 use std::net::Ipv4Addr;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use clade_host_io::PacketStream;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 use thiserror::Error;
+
+use super::spawn;
 
 /// The guest's address, assigned by DHCP.
 pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
@@ -142,29 +146,24 @@ impl UserNet {
         let pid = PidFile::new()?;
         let pair = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
         let (ours, theirs) = pair.map_err(|errno| UserNetError::Start(errno.into()))?;
-        let mut command = Command::new("sh");
-        // Not by a hook between fork and exec: with one, the standard library copies this process,
-        // including guest memory, under devices' pins. Without a hook it spawns the program.
-        command
-            .args(["-c", AS_FD_3, PASST])
-            .args(self.args())
-            .arg("--pid")
-            .arg(&pid.path)
-            .stdin(theirs)
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped());
+        let mut args: Vec<OsString> = ["sh", "-c", AS_FD_3, PASST].map(OsString::from).into();
+        args.extend(self.args().into_iter().map(OsString::from));
+        args.extend(["--pid".into(), pid.path.clone().into_os_string()]);
+        let args: Result<Vec<_>, _> = args.into_iter().map(|arg| CString::new(arg.into_vec())).collect();
+        let args = args.map_err(|error| UserNetError::Start(error.into()))?;
         // The program continues in the background once it has started.
-        let output = command.output().map_err(UserNetError::Start)?;
-        match output.status.code() {
+        let output = spawn::run(&args, theirs.as_fd()).map_err(UserNetError::Start)?;
+        drop(theirs);
+        match output.code {
             Some(0) => return Ok((PacketStream::new(ours), pid.read()?)),
             Some(NOT_FOUND) => return Err(UserNetError::Missing),
             _ => {}
         }
-        let said = String::from_utf8_lossy(&output.stderr);
+        let said = String::from_utf8_lossy(&output.said);
         // The system log is not available everywhere.
         let lines = said.lines().filter(|line| !line.is_empty() && !line.contains("syslog"));
         let said: String = lines.collect::<Vec<_>>().join("; ").chars().take(MAX_SAID).collect();
-        Err(UserNetError::Refused { code: output.status.code().unwrap_or(-1), said })
+        Err(UserNetError::Refused { code: output.code.unwrap_or(-1), said })
     }
 
     fn args(&self) -> Vec<String> {
@@ -221,7 +220,39 @@ impl PidFile {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
     use super::*;
+
+    #[test]
+    fn passt_has_default_signals_under_a_starter_that_ignores_and_blocks_some() {
+        // `env` starts this program again, which starts a program in the place of passt.
+        const STATUS: &str = "CLADE_TEST_PASST_STATUS";
+        if std::env::var_os(STATUS).is_some() {
+            let (_stream, pid) = UserNet::default().start().unwrap();
+            return assert_ne!(pid, std::process::id());
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (text, program, status) = (dir.path().join("text"), dir.path().join(PASST), dir.path().join("status"));
+        // The file for the process id is the last argument.
+        let script =
+            format!("#!/bin/sh\nfor file; do :; done\necho $$ >$file\nexec cat /proc/self/status >${STATUS}\n");
+        fs::write(&text, script).unwrap();
+        // Another process writes the program: those that other tests start meanwhile would inherit a descriptor open
+        // for writing, and then the program cannot be run.
+        assert!(Command::new("install").arg("--mode=755").args([&text, &program]).status().unwrap().success());
+        let mut command = Command::new("env");
+        command.args(["--ignore-signal=HUP,TERM", "--block-signal=USR1"]).arg(std::env::current_exe().unwrap());
+        let name = "vm::identity::user_net::tests::\
+                    passt_has_default_signals_under_a_starter_that_ignores_and_blocks_some";
+        let path = format!("{}:{}", dir.path().display(), std::env::var("PATH").unwrap());
+        let done = command.args(["--exact", name]).env(STATUS, &status).env("PATH", path).output().unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stdout));
+        let status = fs::read_to_string(status).unwrap();
+        for signals in ["SigIgn:\t0000000000000000", "SigBlk:\t0000000000000000"] {
+            assert!(status.contains(signals), "{signals} in {status}");
+        }
+    }
 
     #[test]
     fn ports_that_cannot_be_are_named() {
