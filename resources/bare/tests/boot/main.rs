@@ -8,14 +8,12 @@ mod vm;
 use clade_guests::abi::{
     Command, Event, MAGIC, PAGE_SIZE, Report, State, Status, WORK_BASE, mailbox_gpa, model, offset, write_op,
 };
-use clade_test_support::Patience;
+use clade_test_support::{Patience, wait_until};
 use std::time::{Duration, Instant};
 use vm::{Entry, Irqchip, Layout, Vm};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
-/// Longest time without progress of a relay. A relay takes microseconds.
-const STALLED: Duration = Duration::from_secs(20);
 const SMALL: Layout = Layout { memory: 64 * MIB, vcpus: 1, irqchip: Irqchip::Split, entry: Entry::Pvh };
 
 /// Boots, or returns from the test.
@@ -106,7 +104,8 @@ fn an_interrupted_writer_says_exactly_how_far_it_came() {
     let mut expected = vec![0; pages as usize * 512];
 
     vm.give(0, write);
-    std::thread::sleep(Duration::from_millis(300));
+    // Otherwise there is no command to interrupt.
+    wait_until("the vCPU writes", || vm.mailbox(0, offset::PROGRESS) > 0);
     let before = (Instant::now(), vm.mailbox(0, offset::PROGRESS));
     std::thread::sleep(Duration::from_millis(300));
     let after = (Instant::now(), vm.mailbox(0, offset::PROGRESS));
@@ -126,6 +125,7 @@ fn progress_never_runs_ahead_of_the_data() {
     let vm = boot!(SMALL);
     let (start, pages, window, seed) = (WORK_BASE, 4, 0, 11);
     vm.give(0, Command::Write { start, pages, window, seed, count: 0, first: 0 });
+    wait_until("the vCPU writes", || vm.mailbox(0, offset::PROGRESS) > 0);
     for _ in 0..1000 {
         let done = vm.mailbox(0, offset::PROGRESS);
         for i in done.saturating_sub(50)..done {
@@ -141,8 +141,10 @@ fn counting_goes_round_robin_until_interrupted() {
     let vm = boot!(SMALL);
     for (pages, stride) in [(100, 0), (3, 7)] {
         let start = WORK_BASE + stride * MIB;
-        vm.give(0, Command::Count { start, pages, stride });
-        std::thread::sleep(Duration::from_millis(50));
+        let seq = vm.give(0, Command::Count { start, pages, stride });
+        // Otherwise there is no command to interrupt. The progress may be that of the command before.
+        vm.wait_for(0, offset::ACK_SEQ, seq);
+        wait_until("the vCPU counts on", || vm.mailbox(0, offset::PROGRESS) > 2 * pages);
         assert_eq!(vm.run(0, Command::Idle), Event::Done);
         let mut expected = vec![0; pages as usize * 512];
         model::apply_counts(&mut expected, stride, vm.mailbox(0, offset::PROGRESS));
@@ -194,11 +196,7 @@ fn announce_interrupts_and_leaves_no_other_trace() {
     vm.give(0, Command::Spin);
     // The vCPU must spin first, however long a busy host delays that: otherwise there is no command
     // to interrupt.
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while vm.mailbox(0, offset::PROGRESS) == 0 {
-        assert!(Instant::now() < deadline, "the vCPU does not spin");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_until("the vCPU spins", || vm.mailbox(0, offset::PROGRESS) > 0);
     let start = Instant::now();
     let seq = vm.give(0, Command::Announce);
     assert_eq!(vm.report(), Report { event: Event::Announce, vcpu: 0, seq: seq as u16 });
@@ -320,12 +318,12 @@ fn a_doorbell_behind_a_relayed_interrupt_halts_no_vcpu() {
     vm.wait_for(1, offset::PROGRESS, 1);
     vm.give(0, Command::Relay { peer: 1, first: true });
     // At each step of the relay at some time: right behind the relayed interrupt as well.
-    let (mut patience, mut before) = (Patience::new(STALLED), 0);
+    let (mut patience, mut before) = (Patience::default(), 0);
     while before < 30_000 {
         (0..2).for_each(|vcpu| vm.ring(vcpu));
         let now = vm.mailbox(0, offset::PROGRESS);
         if now > before {
-            (patience, before) = (Patience::new(STALLED), now);
+            (patience, before) = (Patience::default(), now);
         }
         assert!(patience.tick(), "the relay stands still at {now}");
     }
@@ -341,9 +339,5 @@ fn an_idle_vcpu_keeps_a_relayed_interrupt_for_its_relay() {
         assert_eq!(vm.run(1, Command::Idle), Event::Done);
     }
     vm.give(1, Command::Relay { peer: 0, first: false });
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while vm.mailbox(0, offset::PROGRESS) < 100 {
-        assert!(Instant::now() < deadline, "the interrupt is lost");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_until("the interrupt is relayed on", || vm.mailbox(0, offset::PROGRESS) >= 100);
 }

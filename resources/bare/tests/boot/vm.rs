@@ -4,6 +4,7 @@ use clade_guests::{
     BARE_ELF,
     abi::{Command, DOORBELL, Event, PAGE_SIZE, REPORT_PORT, Report, State, Status, mailbox_gpa, offset},
 };
+use clade_test_support::{receive, wait_eq};
 use kvm_bindings::{
     CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_msi, kvm_regs, kvm_segment,
     kvm_userspace_memory_region,
@@ -22,8 +23,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// No test waits longer than this for a vCPU.
-const TIMEOUT: Duration = Duration::from_secs(20);
 /// Addresses of the local APIC, and of messages for local APICs.
 const APIC: u64 = 0xfee0_0000;
 const APIC_END: u64 = APIC + PAGE_SIZE;
@@ -190,19 +189,11 @@ impl Vm {
 
     /// Returns the next report of any vCPU.
     pub(crate) fn report(&self) -> Report {
-        match self.vcpus.reports.recv_timeout(TIMEOUT) {
-            Ok(Ok(report)) => report,
-            Ok(Err(what)) => panic!("{what}"),
-            Err(error) => panic!("no report: {error}; vCPU 0 is {:?}", self.state(0)),
-        }
+        receive("a vCPU reports", &self.vcpus.reports).unwrap_or_else(|what| panic!("{what}"))
     }
 
     pub(crate) fn wait_for(&self, vcpu: u64, field: u64, value: u64) {
-        let start = Instant::now();
-        while self.mailbox(vcpu, field) != value {
-            assert!(start.elapsed() < TIMEOUT, "mailbox field {field:#x} does not become {value}");
-            thread::yield_now();
-        }
+        wait_eq(&format!("mailbox field {field:#x}"), &value, || self.mailbox(vcpu, field));
     }
 
     pub(crate) fn mailbox(&self, vcpu: u64, field: u64) -> u64 {
