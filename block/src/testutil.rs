@@ -4,10 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clade_host_io::{AlignedBuf, Fragment};
+use clade_test_support::wait_until;
 use proptest::prelude::*;
 
 use super::{Disk, DiskImage, DiskOp};
 
+/// The time of one look. A loop looks again afterwards.
 pub(super) const SOON: Duration = Duration::from_secs(10);
 
 /// Memory filled with `bytes`. Operations in the kernel keep it alive.
@@ -51,6 +53,11 @@ pub(super) fn finish(disk: &mut Disk) -> usize {
         }
         disk.wait(SOON).unwrap();
     }
+}
+
+/// Waits for the parent's writes in flight to an image.
+pub(super) fn settle(image: &DiskImage) {
+    wait_until("the writes to an image end", || image.settle(Duration::from_millis(100)));
 }
 
 /// All of an image.

@@ -1,12 +1,14 @@
 use std::fs;
 use std::path::PathBuf;
 
+use clade_host_io::Gate;
+use clade_test_support::wait_until;
 use proptest::prelude::*;
 
 use super::*;
 use crate::relocation::{CHECK_INTERVAL, MAX_OVERLAYS, MAX_RUNNING, Relocation};
-use crate::testutil::{SOON, begin_write, finish, read, run, whole};
-use crate::{DiskConfig, DiskImage, DiskOp, SECTOR};
+use crate::testutil::{SOON, begin_write, finish, read, run, settle, whole};
+use crate::{CommitError, DiskConfig, DiskImage, DiskOp, SECTOR};
 
 const CLUSTERS: u64 = 300;
 /// Not whole clusters.
@@ -164,7 +166,7 @@ proptest! {
         finish(&mut disk);
         prop_assert!(read(&mut disk, 0, SIZE as usize) == model);
         for (image, then) in &images {
-            prop_assert!(image.settle(SOON));
+            settle(image);
             prop_assert!(&whole(image) == then, "an image is its instant");
         }
         if disk.is_forked() {
@@ -182,6 +184,8 @@ fn a_move_that_fails_loses_nothing_and_a_commit_waits_for_those_under_way() {
     *disk.chain.relocation_mut() = Relocation::at_most(2, 1);
     for fork in 0..12u64 {
         drop(disk.fork());
+        // The moves after the last fork begin below, however long its write takes.
+        disk.chain.hold_moves(fork == 11);
         let at = fork * 20 * CLUSTER;
         begin_write(&mut disk, at, &[fork as u8; 4096], fork);
         model[at as usize..at as usize + 4096].fill(fork as u8);
@@ -191,17 +195,26 @@ fn a_move_that_fails_loses_nothing_and_a_commit_waits_for_those_under_way() {
             disk.cancel();
         }
     }
+    disk.chain.hold_moves(false);
     disk.kick().unwrap();
     assert!(disk.chain.relocation().running() > 0, "something is on its way");
-    disk.commit().map_err(|refused| refused.1).unwrap();
+    let mut disk = Some(disk);
+    // A commit gives up after ten seconds, which a busy machine may need.
+    wait_until("the disk is committed", || {
+        let refused = disk.take().unwrap().commit().err();
+        disk = refused.map(|refused| {
+            assert!(matches!(refused.1, CommitError::Busy { .. }), "{}", refused.1);
+            refused.0
+        });
+        disk.is_none()
+    });
     assert!(fs::read(&path).unwrap() == model);
 }
 
 #[test]
 fn nothing_is_moved_before_a_parents_writes_have_landed_or_without_an_own_file() {
-    let (_dir, path, _) = image();
-    let mut disk =
-        Disk::open(&DiskConfig { latency: Some(Duration::from_millis(1500)), ..DiskConfig::new(&path) }).unwrap();
+    let (dir, path, _) = image();
+    let mut disk = Disk::open(&DiskConfig::new(&path)).unwrap();
     for at in 0..5 {
         drop(disk.fork());
         begin_write(&mut disk, at * 8 * CLUSTER, &[1; 4096], 1);
@@ -209,6 +222,7 @@ fn nothing_is_moved_before_a_parents_writes_have_landed_or_without_an_own_file()
     }
     *disk.chain.relocation_mut() = Relocation::at_most(2, 1);
     // In place, and in flight while the child is made.
+    let gate = Gate::close(dir.path()).unwrap();
     begin_write(&mut disk, 4 * 8 * CLUSTER, &[2; 4096], 1);
     let mut child = disk.fork().open().unwrap();
     *child.chain.relocation_mut() = Relocation::at_most(2, 1);
@@ -220,12 +234,15 @@ fn nothing_is_moved_before_a_parents_writes_have_landed_or_without_an_own_file()
         "{:?}",
         child.chain.relocation()
     );
+    gate.open();
     finish(&mut disk);
+    let gate = Gate::close(dir.path()).unwrap();
     child.kick().unwrap();
     assert_eq!(child.chain.relocation().running(), MAX_RUNNING);
     child.chain.relocation_mut().queue.push_back(0..1);
     drop(child.fork());
     let queued = child.chain.relocation().queue.len();
+    gate.open();
     requests_end(&mut child);
     while child.chain.relocation().running() > 0 {
         child.wait(SOON).unwrap();

@@ -7,7 +7,7 @@ use clade_host_io::CachePolicy;
 use proptest::prelude::*;
 
 use super::*;
-use crate::testutil::{SOON, buffer, finish, read, run, whole, write};
+use crate::testutil::{buffer, finish, read, run, settle, whole, write};
 use crate::{CommitError, Disk, DiskOp};
 
 /// The last cluster is short.
@@ -244,7 +244,8 @@ fn what_is_still_being_written_is_not_read() {
     let heir = image.open().unwrap().fork();
     assert!(heir.read_at(0, &mut [0; 16]).is_err());
     finish(&mut disk);
-    assert!(image.settle(SOON) && heir.settle(SOON));
+    settle(&image);
+    settle(&heir);
     let mut cluster = [0; 4096];
     heir.read_at(22 * CLUSTER, &mut cluster).unwrap();
     assert_eq!(cluster, [9; 4096]);

@@ -391,6 +391,8 @@ mod tests {
     use std::sync::mpsc::{Receiver, Sender, channel};
     use std::time::Duration;
 
+    use clade_test_support::{receive, wait_until};
+
     #[derive(Debug)]
     struct Counter {
         event: EventFd,
@@ -429,7 +431,6 @@ mod tests {
         (DeviceThread::spawn("test", service, &[(fd, 7)], held).unwrap(), ours, heard)
     }
 
-    const SOON: Duration = Duration::from_secs(10);
     const A_WHILE: Duration = Duration::from_millis(30);
 
     #[test]
@@ -438,29 +439,27 @@ mod tests {
         event.write(1).unwrap();
         assert!(heard.recv_timeout(A_WHILE).is_err(), "held from the beginning");
         worker.resume();
-        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Start));
+        assert_eq!(receive("a turn", &heard), Wake::Start);
         worker.quiesce();
         while heard.try_recv().is_ok() {}
         event.write(1).unwrap();
         assert!(heard.recv_timeout(A_WHILE).is_err(), "quiesced");
         worker.resume();
-        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Start), "what came meanwhile is looked at");
+        assert_eq!(receive("a turn", &heard), Wake::Start, "what came meanwhile is looked at");
         event.write(1).unwrap();
-        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Source(7)));
+        assert_eq!(receive("a turn", &heard), Wake::Source(7));
     }
 
     /// The gate is shut after the worker has gone through it, and before it has the service.
     #[test]
     fn no_turn_begins_behind_a_gate_that_was_shut_meanwhile() {
         let (worker, event, heard) = worker(false);
-        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Start));
-        let deadline = Instant::now() + SOON;
+        assert_eq!(receive("a turn", &heard), Wake::Start);
         let wait_for = |steps: u64| {
-            while worker.shared.gate_steps.load(Ordering::SeqCst) < steps {
+            wait_until(&format!("it comes to its step {steps}"), || {
                 assert!(heard.try_recv().is_err(), "a turn began while it was to stand still");
-                assert!(Instant::now() < deadline, "it does not come to its step {steps}");
-                thread::yield_now();
-            }
+                worker.shared.gate_steps.load(Ordering::SeqCst) >= steps
+            });
         };
         let service = worker.shared.service();
         // The worker has passed the gate for its first turn, and now for its second.
@@ -474,36 +473,36 @@ mod tests {
         wait_for(5);
         assert!(heard.try_recv().is_err(), "a turn began while it was to stand still");
         worker.resume();
-        assert!(heard.recv_timeout(SOON).is_ok());
+        receive("a turn", &heard);
     }
 
     #[test]
     fn goes_on_when_there_is_more_and_when_it_is_time() {
         let (worker, event, heard) = worker(false);
-        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Start));
+        assert_eq!(receive("a turn", &heard), Wake::Start);
         worker.with(|service| service.again = 3);
         event.write(1).unwrap();
-        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Source(7)));
-        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Again));
-        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Again));
+        assert_eq!(receive("a turn", &heard), Wake::Source(7));
+        assert_eq!(receive("a turn", &heard), Wake::Again);
+        assert_eq!(receive("a turn", &heard), Wake::Again);
         worker.with(|service| service.due = Some(Duration::from_millis(5)));
         event.write(1).unwrap();
-        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Source(7)));
-        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Timer));
+        assert_eq!(receive("a turn", &heard), Wake::Source(7));
+        assert_eq!(receive("a turn", &heard), Wake::Timer);
         assert!(worker.stop().is_some());
     }
 
     #[test]
     fn starts_over_when_it_is_told_and_not_before_it_may() {
         let (worker, _event, heard) = worker(false);
-        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Start));
+        assert_eq!(receive("a turn", &heard), Wake::Start);
         worker.quiesce();
         worker.start_over();
         assert!(heard.recv_timeout(A_WHILE).is_err(), "quiesced");
         worker.resume();
-        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Start));
+        assert_eq!(receive("a turn", &heard), Wake::Start);
         worker.start_over();
-        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Start));
+        assert_eq!(receive("a turn", &heard), Wake::Start);
         assert!(worker.is_alive());
         assert!(worker.stop().is_some());
     }
@@ -511,20 +510,13 @@ mod tests {
     #[test]
     fn a_panic_breaks_the_service_and_not_the_process() {
         let (worker, event, heard) = worker(false);
-        assert_eq!(heard.recv_timeout(SOON), Ok(Wake::Start));
+        assert_eq!(receive("a turn", &heard), Wake::Start);
         worker.with(|service| service.panics = true);
         event.write(1).unwrap();
-        let deadline = Instant::now() + SOON;
-        while !worker.with(|service| service.broken) {
-            assert!(Instant::now() < deadline, "nobody was told");
-            thread::sleep(Duration::from_millis(1));
-        }
+        wait_until("the service is told", || worker.with(|service| service.broken));
         worker.quiesce();
         worker.resume();
-        while worker.is_alive() {
-            assert!(Instant::now() < deadline, "its thread does not end");
-            thread::sleep(Duration::from_millis(1));
-        }
+        wait_until("its thread ends", || !worker.is_alive());
         assert!(worker.stop().unwrap().broken);
     }
 }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use clade_host_io::Gate;
 use clade_memory::{GuestRam, Quiesced, RamImage, RamLayout, Store};
+use clade_test_support::{Patience, Watchdog};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SEG_MAX};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
@@ -35,7 +36,6 @@ const IN: u32 = 0;
 const OUT: u32 = 1;
 const DISCARD: u32 = 11;
 const ZEROES: u32 = 13;
-const TIMEOUT: Duration = Duration::from_secs(20);
 /// Longer than a test: operations given to the kernel do not end.
 const FOR_EVER: Duration = Duration::from_secs(3600);
 const MODERN: u64 = 1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_SEG_MAX;
@@ -191,12 +191,12 @@ impl Rig {
 
     /// Runs turns until a request is given back.
     fn wait(&mut self) -> (u16, u8) {
-        let begun = Instant::now();
+        let mut patience = Patience::default();
         loop {
             if let Some(used) = self.used(0) {
                 return used;
             }
-            assert!(begun.elapsed() < TIMEOUT, "nothing is given back");
+            assert!(patience.tick(), "nothing is given back");
             self.turn(Wake::Start);
         }
     }
@@ -497,7 +497,9 @@ fn what_was_given_up_in_pieces_is_done_again_whole() {
     let gate = Gate::close(dir.path()).unwrap();
     let heads: Vec<u16> = (0..3u64).map(|n| rig.offer(0, IN, n * 4096, &[(DATA + n * (2 << 20), 2 << 20)])).collect();
     (0..3).for_each(|_| assert_eq!(rig.turn(Wake::Start), Turn::Again));
-    assert!(rig.service.halt(TIMEOUT));
+    let watchdog = Watchdog::new(Duration::from_secs(120), || "a device halts".to_owned());
+    assert!(rig.service.halt(FOR_EVER));
+    drop(watchdog);
     assert_eq!(rig.pinned(), 0);
     let mut left: Vec<u16> = rig.service.in_flight().iter().map(|chain| chain.head).collect();
     left.sort_unstable();
