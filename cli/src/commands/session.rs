@@ -33,8 +33,12 @@ use clade_worker::jail::Confinement;
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// The same while many run.
 const TURN: Duration = Duration::from_millis(200);
-/// Time limit of the last output.
-const LAST_OUTPUT: Duration = Duration::from_secs(1);
+/// Time limit of the last output, whose end follows the VM's.
+const LAST_OUTPUT: Duration = Duration::from_secs(10);
+/// Time limit of the record of a VM that cannot be reached.
+const RECORD_TIMEOUT: Duration = Duration::from_secs(60);
+/// Interval of the attempts to clear up after VMs that may have died.
+const SETTLE_INTERVAL: Duration = Duration::from_secs(1);
 /// Time limit of VMs' ends after a signal.
 const LAST_WORK: Duration = Duration::from_secs(10);
 /// Time after which the wait for disks is reported.
@@ -199,27 +203,38 @@ impl<'a> CommandSession<'a> {
 
     /// The same for an unreachable VM: its end may not be on record yet.
     fn ended_soon(&self, name: &str) -> Result<Option<EndedVm>, Failure> {
-        let deadline = Instant::now() + LAST_OUTPUT;
+        let (deadline, mut asked) = (Instant::now() + RECORD_TIMEOUT, Instant::now());
         loop {
+            // Before the record is read: the record of its end is written before its files go.
+            let is_there = self.is_there(name);
             let ended = self.ended(name)?;
-            if ended.is_some() || Instant::now() > deadline {
+            let is_over = !is_there || self.shutdown.signal().is_some() || Instant::now() > deadline;
+            if ended.is_some() || is_over {
                 return Ok(ended);
+            }
+            if asked.elapsed() > SETTLE_INTERVAL {
+                self.settle(&[name.to_owned()]);
+                asked = Instant::now();
             }
             thread::sleep(POLL_INTERVAL);
         }
     }
 
+    /// Returns whether a VM is this session's, and has not been cleared up.
+    fn is_there(&self, name: &str) -> bool {
+        is_in_session(self.client.dir(), name, &self.name).unwrap_or(true)
+    }
+
     /// Waits until a VM has ended. A signal ends it.
     fn wait_for(&self, name: &str, shown: &ConsoleCopy) {
-        let is_there = || is_in_session(self.client.dir(), name, &self.name).unwrap_or(true);
         let (mut is_over, mut asked) = (false, Instant::now());
-        while is_there() {
+        while self.is_there(name) {
             if self.shutdown.signal().is_some() {
                 return self.stop_all();
             }
             // The VM has most likely ended: its process does not answer, and its supervisor may
             // have gone.
-            if is_over && asked.elapsed() > LAST_OUTPUT {
+            if is_over && asked.elapsed() > SETTLE_INTERVAL {
                 self.settle(&[name.to_owned()]);
                 asked = Instant::now();
             }
