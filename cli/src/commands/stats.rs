@@ -33,7 +33,7 @@ pub(crate) struct StatsArgs {
 #[derive(Serialize)]
 struct StatsList<'a> {
     vms: &'a [VmStats],
-    /// Names of VMs that have not answered within a second.
+    /// Names of VMs that have not answered in time.
     silent: &'a [String],
 }
 
@@ -138,7 +138,7 @@ pub(super) fn main(args: &StatsArgs) -> Outcome {
         let gathered = gather(&args.names)?;
         print(&gathered, args).map_err(Failure::run)?;
         if !args.json && !gathered.silent.is_empty() {
-            eprintln!("clade: no answer within a second: {}", gathered.silent.join(", "));
+            eprintln!("clade: no answer in time: {}", gathered.silent.join(", "));
         }
         if !args.watch {
             return Ok(());

@@ -285,7 +285,7 @@ pub(super) fn main(args: &TreeArgs) -> Outcome {
         io::stdout().write_all(drawn(&clades).as_bytes()).map_err(Failure::run)?;
     }
     if !gathered.silent.is_empty() {
-        eprintln!("clade: no answer within a second: {}", gathered.silent.join(", "));
+        eprintln!("clade: no answer in time: {}", gathered.silent.join(", "));
     }
     Ok(())
 }
