@@ -7,6 +7,8 @@ use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
+use clade_test_support::Cid;
+
 use crate::tool::{Answer, CLADE, Runtime, kvm};
 
 #[test]
@@ -138,9 +140,11 @@ fn devices_that_cannot_be() {
     let run = |args: &[&str]| runtime.clade(&[&["run", "--kernel", "bare", "--mem", "32M"], args].concat());
     run(&["--net", "tap=lo"]).expect_refusal("lo");
     run(&["--net", "tap=sixteen-letters-"]).expect_refusal("sixteen-letters-");
-    let taken = format!("cid=1000777,socket={}", file.display());
+    let cid = Cid::take();
+    let taken = format!("cid={},socket={}", cid.number(), file.display());
     run(&["--vsock", &taken]).expect_refusal(file.to_str().unwrap());
-    run(&["--vsock", "cid=1000777,socket=/no/such/directory/s"]).expect_refusal("/no/such/directory/s");
+    let nowhere = format!("cid={},socket=/no/such/directory/s", cid.number());
+    run(&["--vsock", &nowhere]).expect_refusal("/no/such/directory/s");
     let many = ["--disk", "x"].repeat(17);
     run(&[&many[..], &["--rng"]].concat()).expect_refusal("18");
     // Refusals by the argument parser: its own texts, with ours in them.

@@ -2,13 +2,18 @@
 //! by its own.
 
 use std::collections::BTreeSet;
+use std::fs::Permissions;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
+use clade_test_support::{Port, wait_until_within};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
+use crate::agent::BOOT;
 use crate::image::{Images, guest};
 use crate::python::{ask, exec, layout, wait_for_python};
 use crate::tool::{Answer, kill, kvm, wait_until};
@@ -28,13 +33,15 @@ fn host() -> Option<IpAddr> {
     None
 }
 
-/// Returns the processes of VMs' networks.
-fn passts() -> BTreeSet<u32> {
+/// Returns the processes of VMs' networks, which have written their pids below `dir`.
+fn passts(dir: &Path) -> BTreeSet<u32> {
+    let dir = dir.display().to_string();
     let all = std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
     let is_one = |pid: &u32| {
         let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         // The name alone would also match commands that look for it.
-        line.starts_with(b"passt") && String::from_utf8_lossy(&line).contains(OF_A_VM)
+        let line = String::from_utf8_lossy(&line);
+        line.starts_with("passt") && line.contains(OF_A_VM) && line.contains(&dir)
     };
     all.filter(is_one).collect()
 }
@@ -74,7 +81,11 @@ fn greeted(images: &Images, vm: &str, address: impl Into<IpAddr>, port: u16, pat
 
 fn greets(images: &Images, vm: &str, host: IpAddr, port: u16) {
     // A child's link comes up some time after its start.
-    assert_eq!(greeted(images, vm, host, port, 30), format!("hello {vm}"));
+    wait_until_within(BOOT, &format!("a greeting to {vm}"), || {
+        let said = greeted(images, vm, host, port, 30);
+        println!("{vm}: {said}");
+        said == format!("hello {vm}")
+    });
 }
 
 fn is_refused(images: &Images, vm: &str, address: impl Into<IpAddr>, port: u16) {
@@ -92,13 +103,16 @@ fn a_guest_and_its_forks_reach_the_host_without_an_interface() {
     let mut images = Images::new();
     let name = format!("oci:{}:python", layout.display());
     images.clade(&["image", "pull", &name, "--json"]).json();
-    images.runtime.spawn(&["serve", "--pool", "2"]);
+    // passt writes its pid as another user.
+    let temporary = tempfile::Builder::new().permissions(Permissions::from_mode(0o711)).tempdir().unwrap();
+    let serve = images.command(&["serve", "--pool", "2"]).env("TMPDIR", temporary.path()).spawn().unwrap();
+    images.runtime.adopt(serve);
     wait_until("the supervisor", || images.clade(&["checkpoints"]).code == Some(0));
-    let before = passts();
-    let others = || passts().difference(&before).copied().collect::<BTreeSet<u32>>();
+    let others = || passts(temporary.path());
     // A port in use is named in the error, and no process stays.
-    let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    let forward = taken.local_addr().unwrap().port();
+    let claim = Port::take();
+    let forward = claim.number();
+    let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, forward)).unwrap();
     let net = format!("user,forward={forward}:8000");
     let run = || -> Answer {
         let mut command = images.command(&["run", "-d", "--image", &name, "--mem", "256M", "--name", "py", "--fresh"]);
@@ -147,7 +161,7 @@ fn a_guest_and_its_forks_reach_the_host_without_an_interface() {
     }
     // The passt of a closed child is stopped, and takes nothing from the child's process.
     let stopped = || others().into_iter().filter(|pid| state(*pid) == 'T').count();
-    assert_eq!(stopped(), 1);
+    wait_until("it to stop", || stopped() == 1);
     assert_eq!(images.clade(&["network", "closed", "open"]).code, Some(0));
     wait_until("it to go on", || stopped() == 0);
     greets(&images, "closed", host, port);
