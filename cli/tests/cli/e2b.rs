@@ -168,7 +168,7 @@ fn the_python_sdk_makes_forks_and_ends_sandboxes() {
 
 /// The next supervisor has the sandboxes, their tokens and their owner's metadata, and their snapshots.
 fn outlives_its_supervisor(host: &mut Host, key: &str) {
-    let body = r#"{"templateID": "base", "timeout": 300, "metadata": {"a": "b"}}"#;
+    let body = r#"{"templateID": "base", "timeout": 7200, "metadata": {"a": "b"}}"#;
     let (status, made) = host.call(key, "POST", "/v2/sandboxes", body);
     assert_eq!(status, 201, "{made}");
     let (id, token) = (made["sandboxID"].as_str().unwrap(), made["envdAccessToken"].as_str().unwrap());
@@ -180,7 +180,7 @@ fn outlives_its_supervisor(host: &mut Host, key: &str) {
     host.serve();
     let (status, all) = host.call(key, "GET", "/snapshots", "");
     assert_eq!((status, &all[0]["names"][0]), (200, &"lasts".into()), "{all}");
-    let body = r#"{"count": 2, "timeout": 300, "metadata": {"a": "fork"}}"#;
+    let body = r#"{"count": 2, "timeout": 7200, "metadata": {"a": "fork"}}"#;
     let (status, forks) = host.call(key, "POST", "/snapshots/lasts/fork", body);
     assert_eq!(status, 201, "{forks}");
     for fork in forks.as_array().unwrap() {
@@ -201,7 +201,7 @@ fn outlives_its_supervisor(host: &mut Host, key: &str) {
     let state = |id: &str| host.runtime.http("GET", &format!("/v1/vms/{id}"), "").1["state"].clone();
     assert_eq!(state(id), "suspended");
     // Its forks run, and have its state; it stays as it is.
-    let (status, forks) = host.call(key, "POST", &format!("/sandboxes/{id}/fork"), r#"{"timeout": 300}"#);
+    let (status, forks) = host.call(key, "POST", &format!("/sandboxes/{id}/fork"), r#"{"timeout": 7200}"#);
     assert_eq!(status, 201, "{forks}");
     let fork = &forks[0]["sandbox"];
     let (fork, token) = (fork["sandboxID"].as_str().unwrap(), fork["envdAccessToken"].as_str().unwrap());
@@ -210,7 +210,7 @@ fn outlives_its_supervisor(host: &mut Host, key: &str) {
     assert_eq!(state(id), "suspended");
     assert_eq!(host.call(key, "GET", &format!("/sandboxes/{id}"), "").1["state"], "paused");
     assert_eq!(host.call(key, "DELETE", &format!("/sandboxes/{fork}"), "").0, 204);
-    assert_eq!(host.call(key, "POST", &format!("/sandboxes/{id}/connect"), r#"{"timeout": 300}"#).0, 201);
+    assert_eq!(host.call(key, "POST", &format!("/sandboxes/{id}/connect"), r#"{"timeout": 7200}"#).0, 201);
     // A sandbox ended by another command is forgotten.
     assert_eq!(host.runtime.clade(&["stop", id]).code, Some(0));
     wait_until("it to be forgotten", || host.call(key, "GET", &format!("/sandboxes/{id}"), "").0 == 404);
@@ -218,7 +218,7 @@ fn outlives_its_supervisor(host: &mut Host, key: &str) {
 
 /// Requests that name other owners' resources, or two targets.
 fn reaches_nothing_else(host: &Host, key: &str) {
-    let made = host.call(key, "POST", "/sandboxes", r#"{"templateID": "base", "timeout": 300}"#);
+    let made = host.call(key, "POST", "/sandboxes", r#"{"templateID": "base", "timeout": 7200}"#);
     assert_eq!(made.0, 201, "{made:?}");
     let (id, token) = (made.1["sandboxID"].as_str().unwrap(), made.1["envdAccessToken"].as_str().unwrap());
     let ask = |head: &str| host.says(&format!("{head}\r\nconnection: close\r\n\r\n")).0;
@@ -281,11 +281,11 @@ fn sends_where_it_may(host: &Host, key: &str) {
         return;
     }
     let rules = r#"{"denyOut": ["10.0.0.0/8"], "allowOut": ["10.0.0.1"]}"#;
-    let body = format!(r#"{{"templateID": "base", "timeout": 300, "network": {rules}}}"#);
+    let body = format!(r#"{{"templateID": "base", "timeout": 7200, "network": {rules}}}"#);
     let (status, made) = host.call(key, "POST", "/sandboxes", &body);
     assert_eq!(status, 201, "{made}");
     let id = made["sandboxID"].as_str().unwrap();
-    let (status, forked) = host.call(key, "POST", &format!("/sandboxes/{id}/fork"), r#"{"timeout": 300}"#);
+    let (status, forked) = host.call(key, "POST", &format!("/sandboxes/{id}/fork"), r#"{"timeout": 7200}"#);
     assert_eq!(status, 201, "{forked}");
     let child = forked[0]["sandbox"]["sandboxID"].as_str().unwrap();
     for name in [id, child] {
@@ -305,7 +305,7 @@ fn replaces_its_own_rules(host: &Host, key: &str) {
     clade(&["network", "web", "--egress", "deny:192.0.2.0/24"]);
     clade(&["checkpoint", "web", "ruled"]);
     clade(&["network", "web", "--no-egress"]);
-    let (status, made) = host.call(key, "POST", "/sandboxes", r#"{"templateID": "ruled", "timeout": 300}"#);
+    let (status, made) = host.call(key, "POST", "/sandboxes", r#"{"templateID": "ruled", "timeout": 7200}"#);
     assert_eq!(status, 201, "{made}");
     let id = made["sandboxID"].as_str().unwrap().to_owned();
     let layers = |id: &str| {
@@ -322,7 +322,7 @@ fn replaces_its_own_rules(host: &Host, key: &str) {
     assert_eq!(layers(&id), (open.clone(), templates.clone()));
     assert_eq!(put(&id, r#"{"denyOut": ["10.0.0.0/8"]}"#), 204);
     assert_eq!(layers(&id), (open.clone(), format!("{templates};deny:10.0.0.0/8")));
-    let (_, forked) = host.call(key, "POST", &format!("/sandboxes/{id}/fork"), r#"{"timeout": 300}"#);
+    let (_, forked) = host.call(key, "POST", &format!("/sandboxes/{id}/fork"), r#"{"timeout": 7200}"#);
     let child = forked[0]["sandbox"]["sandboxID"].as_str().unwrap_or_else(|| panic!("{forked}")).to_owned();
     assert_eq!(layers(&child), layers(&id), "a fork has the rules of the moment");
     assert_eq!(put(&child, r#"{"denyOut": ["10.1.0.0/16"]}"#), 204);

@@ -17,7 +17,10 @@ pub(crate) const NODE_SCRIPT: &str = include_str!("e2b_sdk.mjs");
 /// Creates a sandbox, connects to it, and reaches a program in it by a WebSocket's handshake.
 const PYTHON_SCRIPT: &str = r##"
 import os, socket, ssl
+import e2b.connection_config
 from e2b import Sandbox
+# The SDK gives a request a minute, which a busy machine may take for one.
+e2b.connection_config.REQUEST_TIMEOUT = 3600.0
 sandbox = Sandbox.connect(Sandbox.create("base", timeout=7200).sandbox_id)
 print(sandbox.get_host(8000).removeprefix(f"8000-{sandbox.sandbox_id}."))
 print(sandbox.commands.run("echo hello", timeout=0).stdout.strip())
