@@ -3,7 +3,7 @@
 use std::io::{BufRead, Read, Write};
 use std::os::unix::net::UnixStream;
 
-use clade_test_support::{PatientStream, wait_for};
+use clade_test_support::{PatientStream, Port, wait_for, wait_until_within};
 use serde_json::Value;
 
 use crate::supervisor::Supervised;
@@ -70,8 +70,8 @@ fn a_port_asks_for_the_token_and_a_host_of_its_own() {
     let mut runtime = Runtime::new();
     let file = runtime.dir().join("token");
     let file = file.to_str().unwrap();
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let address = format!("127.0.0.1:{port}");
+    let port = Port::take();
+    let address = format!("127.0.0.1:{}", port.number());
     runtime.spawn(&["serve", "--pool", "0", "--tcp", &address, "--token-file", file]);
     wait_until("the port", || std::net::TcpStream::connect(&address).is_ok());
     let token = std::fs::read_to_string(file).unwrap();
@@ -91,12 +91,19 @@ fn a_port_asks_for_the_token_and_a_host_of_its_own() {
     }
     // Guesses from one address are few at a time, and never delay holders of the token.
     let wrong = "0".repeat(64);
-    std::thread::scope(|scope| {
-        let guesses: Vec<_> = (0..16).map(|_| scope.spawn(|| shown("localhost", &wrong).0)).collect();
-        assert_eq!(shown("localhost", token).0, 200);
-        let answers: Vec<u16> = guesses.into_iter().map(|guess| guess.join().unwrap()).collect();
+    let guess = || {
+        std::thread::scope(|scope| {
+            let guesses: Vec<_> = (0..16).map(|_| scope.spawn(|| shown("localhost", &wrong).0)).collect();
+            assert_eq!(shown("localhost", token).0, 200);
+            guesses.into_iter().map(|guess| guess.join().unwrap()).collect::<Vec<u16>>()
+        })
+    };
+    // The places are taken for a second: a slow host may not make the guesses within it. There are a hundred attempts.
+    wait_until_within(std::time::Duration::from_secs(20), "guesses at the same time", || {
+        let answers = guess();
         assert!(answers.iter().all(|status| matches!(status, 401 | 429)), "{answers:?}");
-        assert!(answers.contains(&401) && answers.contains(&429), "{answers:?}");
+        assert!(answers.contains(&401), "{answers:?}");
+        answers.contains(&429)
     });
     assert_eq!(over_tcp(&address, "host: localhost\r\n").0, 401);
     assert_eq!(over_tcp(&address, &format!("authorization: Bearer {token}\r\n")).0, 403, "no host");
@@ -128,6 +135,28 @@ fn a_port_asks_for_the_token_and_a_host_of_its_own() {
     assert_eq!(std::fs::read_dir(other.dir()).unwrap().count(), 0);
 }
 
+/// A supervisor without a thread for a request, and one whose VM's process is silent, answer the next attempt.
+#[test]
+fn a_command_asks_again_when_it_is_refused_for_now() {
+    let runtime = Runtime::new();
+    let listener = std::os::unix::net::UnixListener::bind(runtime.api()).unwrap();
+    let refusal = |kind: &str| format!(r#"{{"type":"urn:clade:{kind}","title":"","status":503,"detail":"{kind}"}}"#);
+    let answers = [
+        ("503 Service Unavailable", refusal("too-many")),
+        ("503 Service Unavailable", refusal("no-thread")),
+        ("504 Gateway Timeout", refusal("vm-silent")),
+        ("200 OK", "[]".to_owned()),
+    ];
+    std::thread::spawn(move || {
+        for (stream, (status, body)) in listener.incoming().zip(answers) {
+            let mut stream = stream.unwrap();
+            assert!(stream.read(&mut [0; 4096]).unwrap() > 0);
+            write!(stream, "HTTP/1.1 {status}\r\ncontent-length: {}\r\n\r\n{body}", body.len()).unwrap();
+        }
+    });
+    assert_eq!(runtime.clade(&["checkpoints", "--json"]).json(), Value::Array(Vec::new()));
+}
+
 /// Commands for all VMs ask the supervisor at the port, and do not read the local directory.
 #[test]
 fn commands_for_all_vms_go_to_the_port() {
@@ -138,8 +167,8 @@ fn commands_for_all_vms_go_to_the_port() {
     let token = tempfile::tempdir().unwrap();
     let file = token.path().join("token");
     let file = file.to_str().unwrap();
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let address = format!("127.0.0.1:{port}");
+    let port = Port::take();
+    let address = format!("127.0.0.1:{}", port.number());
     all.runtime.spawn(&["serve", "--pool", "0", "--tcp", &address, "--token-file", file]);
     wait_until("the port", || std::net::TcpStream::connect(&address).is_ok());
     let api = format!("tcp://{address}");
@@ -152,7 +181,8 @@ fn commands_for_all_vms_go_to_the_port() {
     all.boot("web", &[]);
     all.fork(&["web"]);
     assert_eq!(command(&["ps", "--json"]).json().as_array().unwrap().len(), 2);
-    assert_eq!(command(&["stats", "--json"]).json()["vms"].as_array().unwrap().len(), 2);
+    // On a busy host a VM may be silent once.
+    wait_until("the numbers of both", || command(&["stats", "--json"]).json()["vms"].as_array().unwrap().len() == 2);
     let tree = command(&["tree", "--json"]).json();
     assert_eq!(tree[0]["root"]["children"][0]["name"], "web-1", "{tree}");
     let late = command(&["wait", "--all", "--timeout", "300ms"]);

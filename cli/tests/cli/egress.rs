@@ -3,7 +3,7 @@
 use clade_test_support::TapName;
 use serde_json::Value;
 
-use crate::metrics::scrape;
+use crate::metrics::full_scrape;
 use crate::supervisor::Supervised;
 use crate::tool::{expect_problem, kvm, stem, taps};
 
@@ -89,7 +89,7 @@ fn egress_rules_are_inherited_and_a_child_only_narrows_them() {
     assert_eq!((least["nets"][1]["network"].as_str(), rules(&all, "least")), (Some("closed"), String::new()));
     assert_eq!(all.runtime.clade(&["network", "same", "open", "--no-egress"]).code, Some(0));
     assert_eq!((rules(&all, "same").as_str(), rules(&all, "web").as_str()), ("", parents));
-    let dropped = scrape(&all).value("clade_vm_network_egress_dropped_total", &[("vm", "web")]);
+    let dropped = full_scrape(&all).value("clade_vm_network_egress_dropped_total", &[("vm", "web")]);
     assert_eq!(dropped, Some(0.0), "it is paused");
     // An invalid rule is refused by its text, without a change.
     let (status, refused) = all.http("POST", "/v1/vms/web/network", r#"{"egress": ["allow:example.com"]}"#);

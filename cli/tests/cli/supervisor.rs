@@ -10,7 +10,7 @@ use std::thread;
 
 use clade_harness::GuestWords;
 use clade_host_io::seqpacket;
-use clade_test_support::{Cid, TapName};
+use clade_test_support::{Cid, TapName, wait_for};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::Signal;
 use serde_json::Value;

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use clade_guests::abi::Command;
-use clade_test_support::Cid;
+use clade_test_support::{Cid, wait_until_within};
 use serde_json::Value;
 
 use crate::machine::BareVm;
@@ -218,9 +218,12 @@ fn an_idle_vm_is_suspended_after_its_time_and_again_after_a_wake() {
     assert_eq!(all.fork(&["web", "--name", "other"]), ["other"]);
     assert!(all.http("GET", "/v1/vms/other/suspend-after", "").1["seconds"].is_null());
     for _ in 0..2 {
-        // Each check takes the VM's process some processor time: frequent ones would keep it busy.
-        wait_until("it is idle", || {
-            std::thread::sleep(Duration::from_millis(500));
+        // Each check takes the VM's process some processor time: frequent ones would keep it busy, on a slow host those
+        // of each second as well. Patience counts at most 200 ms for each: there are 40 of them.
+        let mut pause = Duration::from_millis(500);
+        wait_until_within(Duration::from_secs(8), "it is idle", || {
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_secs(15));
             state("web") == "suspended"
         });
         assert_eq!((state("busy").as_str(), state("other").as_str()), ("running", "paused"));

@@ -71,7 +71,7 @@ impl Bench {
     }
 
     fn create(&self, key: &str, template: &str, more: &str) -> (String, String) {
-        let body = format!(r#"{{"templateID": "{template}", "timeout": 600{more}}}"#);
+        let body = format!(r#"{{"templateID": "{template}", "timeout": 7200{more}}}"#);
         let begun = Instant::now();
         let (status, made) = self.host.call(key, "POST", "/v2/sandboxes", &body);
         assert_eq!(status, 201, "{made}");
@@ -130,7 +130,7 @@ fn a_template_is_built_of_a_dockerfile_and_outlives_its_supervisor() {
     );
     std::os::unix::fs::symlink("a", Path::new(&context).join("files/link")).unwrap();
     let args = [&context[..], "--name", "base", "--build-arg", "TAG=1", "--build-arg", "WORD=given"];
-    let ready = ["--ready-cmd", "cat /tmp/started", "--ready-timeout", "5m", "--json"];
+    let ready = ["--ready-cmd", "cat /tmp/started", "--ready-timeout", "1h", "--json"];
     let begun = Instant::now();
     let built = bench.build(&[&args[..], &ready].concat());
     println!("built after {:.1} s", begun.elapsed().as_secs_f64());
@@ -209,7 +209,17 @@ fn fails_and_leaves_nothing(bench: &Bench, id: &str) {
     assert!(failed.stderr.ends_with("clade: line 3: RUN: exit status 7: why\n"), "{failed:?}");
     assert_eq!(bench.left(), before);
     let name = format!("oci:{}:1", bench.path("layout"));
-    let args = [&name[..], "--name", "base", "--start-cmd", "echo bad news; exit 3", "--ready-cmd", "cat /nothing"];
+    let args = [
+        &name[..],
+        "--name",
+        "base",
+        "--start-cmd",
+        "echo bad news; exit 3",
+        "--ready-cmd",
+        "cat /nothing",
+        "--ready-timeout",
+        "1h",
+    ];
     let failed = bench.build(&args);
     assert_eq!(failed.code, Some(1), "{failed:?}");
     assert!(failed.stderr.contains("the start command has ended: exit status 3: bad news"), "{failed:?}");
@@ -221,9 +231,20 @@ fn fails_and_leaves_nothing(bench: &Bench, id: &str) {
     let start =
         format!("mkdir -p /etc/clade/fork.d; printf '#!/bin/sh\\nexit 3\\n' > {hook}; chmod +x {hook}; sleep 100000");
     let ready = format!("busybox test -x {hook}");
-    let args = [&name[..], "--name", "base", "--start-cmd", &start, "--ready-cmd", &ready, "--ready-timeout", "20s"];
-    let failed = bench.build(&args);
-    assert!(failed.stderr.contains("cannot be made ready") && failed.stderr.contains("10-bad"), "{failed:?}");
+    // The time-out is the guest's for the command, and then that of the trial. A slow guest needs a longer one.
+    let mut seconds = 20;
+    wait_until("a build whose ready command succeeds", || {
+        let limit = format!("{seconds}s");
+        let args =
+            [&name[..], "--name", "base", "--start-cmd", &start, "--ready-cmd", &ready, "--ready-timeout", &limit];
+        let failed = bench.build(&args);
+        if failed.stderr.contains("has not succeeded within") {
+            seconds *= 2;
+            return false;
+        }
+        assert!(failed.stderr.contains("cannot be made ready") && failed.stderr.contains("10-bad"), "{failed:?}");
+        true
+    });
     assert_eq!(bench.left(), before);
     let list = bench.host.runtime.clade(&["template", "ls", "--json"]).json();
     assert_eq!((list.as_array().unwrap().len(), list[0]["id"].as_str()), (1, Some(id)), "{list}");

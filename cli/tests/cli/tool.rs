@@ -226,6 +226,23 @@ impl Runtime {
         text
     }
 
+    /// Waits until the oldest process's standard error has `text`, and returns it up to there or a
+    /// little further.
+    pub(crate) fn heard_until(&mut self, text: &str) -> String {
+        let mut heard = Vec::new();
+        wait_until(&format!("{text:?} in what the process says"), || {
+            let has_ended = self.processes[0].try_wait().unwrap().is_some();
+            let stderr = self.processes[0].stderr.as_mut().unwrap();
+            let mut bytes = vec![0; rustix::io::ioctl_fionread(&*stderr).unwrap() as usize];
+            stderr.read_exact(&mut bytes).unwrap();
+            heard.extend(bytes);
+            let is_there = String::from_utf8_lossy(&heard).contains(text);
+            assert!(is_there || !has_ended, "no {text:?}: {}", String::from_utf8_lossy(&heard));
+            is_there
+        });
+        String::from_utf8(heard).unwrap()
+    }
+
     /// Returns whether the oldest process runs.
     pub(crate) fn runs(&mut self) -> bool {
         self.processes[0].try_wait().unwrap().is_none()
