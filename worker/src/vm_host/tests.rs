@@ -71,6 +71,11 @@ fn it_is_listed_by_its_name_once_it_is_wanted() {
     NameClaim::new(&runtime, "one").unwrap();
 }
 
+/// A program that a test beside this one starts inherits the name's lock, for a moment.
+fn expect_free_name(runtime: &RuntimeDir) {
+    clade_test_support::wait_until("the name is free", || NameClaim::new(runtime, "one").is_ok());
+}
+
 #[test]
 fn what_somebody_has_a_handle_to_is_in_use() {
     if host().is_none() {
@@ -85,7 +90,7 @@ fn what_somebody_has_a_handle_to_is_in_use() {
     assert!(matches!(NameClaim::new(&runtime, "one"), Err(DaemonError::Taken { .. })));
     drop(vm);
     assert!(vm_host.wait_until_unused(Duration::ZERO));
-    NameClaim::new(&runtime, "one").unwrap();
+    expect_free_name(&runtime);
 }
 
 /// The supervisor compares the list of secrets with its record: an image without the list would be
@@ -130,6 +135,5 @@ fn stop_waits_for_who_is_just_looking_at_the_vm() {
         drop(held);
         assert!(stops.join().unwrap().unwrap().upgrade().is_none());
     });
-    // A program that a test beside this one starts inherits the name's lock, for a moment.
-    clade_test_support::wait_until("the name is free", || NameClaim::new(&runtime, "one").is_ok());
+    expect_free_name(&runtime);
 }
