@@ -111,7 +111,7 @@ impl Agent {
 
 #[cfg(test)]
 mod tests {
-    use std::process::Command;
+    use clade_test_support::write_program;
 
     use super::*;
 
@@ -133,12 +133,8 @@ mod tests {
     async fn hooks_share_their_time_and_each_result_says_what_happened() {
         let dir = tempfile::tempdir().unwrap();
         let hook = |name: &str, script: &str| {
-            let (path, text) = (dir.path().join(name), dir.path().join("text"));
-            fs::write(&text, format!("#!/bin/sh\n{script}\n")).unwrap();
-            // Another process writes the program: those that other tests start meanwhile would inherit a descriptor
-            // open for writing, and then the program cannot be run.
-            let done = Command::new("install").arg("--mode=755").args([&text, &path]).status();
-            assert!(done.unwrap().success());
+            let path = dir.path().join(name);
+            write_program(&path, &format!("#!/bin/sh\n{script}\n"), 0o755);
             path
         };
         let (quick, slow) = (hook("10-quick", "exit 3"), hook("20-slow", "exec sleep 100000"));

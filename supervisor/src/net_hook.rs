@@ -250,18 +250,16 @@ mod tests {
     use std::fs;
 
     use clade_devices::virtio::net::Mac;
+    use clade_test_support::write_program;
     use clade_vmm::vm::NetIdentity;
 
     use super::*;
 
     /// A hook that logs its variables, and fails for one interface.
     fn hook(dir: &Path, more: &str) -> PathBuf {
-        let (path, text, log) = (dir.join("hook"), dir.join("hook.text"), dir.join("log"));
+        let (path, log) = (dir.join("hook"), dir.join("log"));
         let line = r#"echo "$CLADE_EVENT $CLADE_VM $CLADE_TAP $CLADE_MAC ${CLADE_PARENT-none}""#;
-        fs::write(&text, format!("#!/bin/sh\n{line} >>{}\n{more}\n", log.display())).unwrap();
-        // Another process writes the program: those that other tests start meanwhile would inherit a descriptor open
-        // for writing, and then the program cannot be run.
-        assert!(Command::new("install").arg("--mode=755").args([&text, &path]).status().unwrap().success());
+        write_program(&path, &format!("#!/bin/sh\n{line} >>{}\n{more}\n", log.display()), 0o755);
         path
     }
 

@@ -7,6 +7,7 @@ mod cache;
 mod certificate;
 mod patience;
 mod patient;
+mod program;
 mod random;
 mod require;
 mod tier;
@@ -19,6 +20,7 @@ pub use patience::{
     wait_until_within,
 };
 pub use patient::PatientStream;
+pub use program::write_program;
 pub use random::Random;
 pub use require::{required, skip, skipped};
 pub use tier::stride;

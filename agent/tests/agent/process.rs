@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use clade_agent_client::proto::process::{ProcessConfig, Pty, Selector, Signal, Size, StartRequest};
 use clade_agent_client::proto::{Code, RpcError};
 use clade_agent_client::{Client, ClientError};
+use clade_test_support::write_program;
 
 use crate::{Agent, PROGRAM, outcome, run, sh, shell, until};
 
@@ -94,12 +95,7 @@ fn a_program_is_found_and_executed_as_execvp_does() {
     };
     let file = |path: &Path, mode: u32| {
         // No interpreter is named: the shell runs it.
-        let text = dir.path().join("text");
-        std::fs::write(&text, "echo \"$0 $1\"\n").unwrap();
-        // Another process writes the program: those that other tests start meanwhile would inherit a descriptor open
-        // for writing, and then the program cannot be run.
-        let done = Command::new("install").arg(format!("--mode={mode:o}")).args([&text, path]).status();
-        assert!(done.unwrap().success());
+        write_program(path, "echo \"$0 $1\"\n", mode);
     };
     let (empty, closed, open) = (directory("empty"), directory("closed"), directory("open"));
     let inside = directory("inside");

@@ -70,7 +70,8 @@ fn is_newer(built: &Path, own: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use std::fs::write;
-    use std::os::unix::fs::PermissionsExt;
+
+    use clade_test_support::write_program;
 
     use super::*;
 
@@ -78,9 +79,8 @@ mod tests {
     fn script(dir: &Path, path: &Path, code: u8) -> PathBuf {
         let script = dir.join("build.sh");
         let (calls, path) = (dir.join("calls"), path.display());
-        write(&script, format!("#!/bin/sh\necho call >> {}\n: >> {path}\necho {path}\nexit {code}\n", calls.display()))
-            .unwrap();
-        fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+        let text = format!("#!/bin/sh\necho call >> {}\n: >> {path}\necho {path}\nexit {code}\n", calls.display());
+        write_program(&script, &text, 0o755);
         script
     }
 

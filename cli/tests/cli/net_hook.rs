@@ -1,12 +1,11 @@
 //! The program that connects interfaces to the host's network.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use clade_test_support::{TapName, skip};
+use clade_test_support::{TapName, skip, write_program};
 
 use crate::supervisor::Supervised;
 use crate::tool::{Runtime, expect_problem, kvm, stem, taps, wait_until};
@@ -21,8 +20,7 @@ fn write_hook(dir: &Path) -> (PathBuf, PathBuf) {
          case $CLADE_EVENT$CLADE_VM in upbad*) echo 'no address is left' >&2; exit 1;; esac\n",
         log.display()
     );
-    fs::write(&hook, text).unwrap();
-    fs::set_permissions(&hook, fs::Permissions::from_mode(0o755)).unwrap();
+    write_program(&hook, &text, 0o755);
     (hook, log)
 }
 

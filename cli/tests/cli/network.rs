@@ -1,10 +1,9 @@
 //! Closed networks: by a fork, for all descendants, until they are opened.
 
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
-use clade_test_support::TapName;
+use clade_test_support::{TapName, write_program};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use serde_json::Value;
@@ -131,8 +130,7 @@ impl Queues {
 /// A hook that takes interfaces up, as every hook does.
 fn write_hook(all: &Runtime) -> String {
     let hook = all.dir().join("up-hook");
-    std::fs::write(&hook, "#!/bin/sh\n[ $CLADE_EVENT = down ] || ip link set \"$CLADE_TAP\" up\n").unwrap();
-    std::fs::set_permissions(&hook, std::fs::Permissions::from_mode(0o755)).unwrap();
+    write_program(&hook, "#!/bin/sh\n[ $CLADE_EVENT = down ] || ip link set \"$CLADE_TAP\" up\n", 0o755);
     hook.to_str().unwrap().to_owned()
 }
 

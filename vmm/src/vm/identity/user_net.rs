@@ -222,6 +222,8 @@ impl PidFile {
 mod tests {
     use std::process::Command;
 
+    use clade_test_support::write_program;
+
     use super::*;
 
     #[test]
@@ -233,14 +235,11 @@ mod tests {
             return assert_ne!(pid, std::process::id());
         }
         let dir = tempfile::tempdir().unwrap();
-        let (text, program, status) = (dir.path().join("text"), dir.path().join(PASST), dir.path().join("status"));
+        let status = dir.path().join("status");
         // The file for the process id is the last argument.
         let script =
             format!("#!/bin/sh\nfor file; do :; done\necho $$ >$file\nexec cat /proc/self/status >${STATUS}\n");
-        fs::write(&text, script).unwrap();
-        // Another process writes the program: those that other tests start meanwhile would inherit a descriptor open
-        // for writing, and then the program cannot be run.
-        assert!(Command::new("install").arg("--mode=755").args([&text, &program]).status().unwrap().success());
+        write_program(dir.path().join(PASST), &script, 0o755);
         let mut command = Command::new("env");
         command.args(["--ignore-signal=HUP,TERM", "--block-signal=USR1"]).arg(std::env::current_exe().unwrap());
         let name = "vm::identity::user_net::tests::\
