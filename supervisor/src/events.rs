@@ -37,6 +37,8 @@ struct Ring {
     zygote_restarts: u64,
     /// Running VMs.
     vms: BTreeSet<String>,
+    /// Those of them that are suspended.
+    suspended: BTreeSet<String>,
 }
 
 /// The events of a supervisor.
@@ -86,6 +88,7 @@ impl Events {
         if !ring.vms.insert(name.to_owned()) {
             // An earlier VM of the name has ended without an announcement.
             self.add(ring, "vm.ended", json!({ "name": name, "reason": null }));
+            ring.suspended.remove(name);
         }
         self.add(ring, "vm.created", json!({ "name": name, "parent": parent }));
     }
@@ -108,18 +111,27 @@ impl Events {
     pub(super) fn ended(&self, name: &str, reason: Option<&str>) {
         let ring = &mut *self.ring();
         if ring.vms.remove(name) {
+            ring.suspended.remove(name);
             self.add(ring, "vm.ended", json!({ "name": name, "reason": reason }));
         }
     }
 
-    /// A VM was suspended.
+    /// A VM was suspended, which had been awake.
     pub(super) fn suspended(&self, name: &str, written_pages: u64) {
-        self.add(&mut self.ring(), "vm.suspended", json!({ "name": name, "written_pages": written_pages }));
+        let ring = &mut *self.ring();
+        if !ring.suspended.insert(name.to_owned()) {
+            // Its process has not reported yet that it was woken.
+            self.add(ring, "vm.woken", json!({ "name": name }));
+        }
+        self.add(ring, "vm.suspended", json!({ "name": name, "written_pages": written_pages }));
     }
 
     /// A suspended VM was woken, for whatever cause.
     pub(super) fn woken(&self, name: &str) {
-        self.add(&mut self.ring(), "vm.woken", json!({ "name": name }));
+        let ring = &mut *self.ring();
+        if ring.suspended.remove(name) {
+            self.add(ring, "vm.woken", json!({ "name": name }));
+        }
     }
 
     pub(super) fn checkpoint_created(&self, name: &str, vm: &str) {
@@ -321,6 +333,39 @@ mod tests {
             assert_eq!(last[0]["reason"], "stopped");
             ending.send_replace(true);
             assert!(again.frame().await.is_none());
+        });
+    }
+
+    #[test]
+    fn each_suspension_has_one_wake_before_the_next_also_if_it_is_not_reported() {
+        run(async {
+            let (events, ending) = (Arc::new(Events::default()), watch::Sender::new(false));
+            let mut body = events.follow(None, ending.subscribe()).unwrap();
+            events.booted("web");
+            events.suspended("web", 3);
+            events.woken("web");
+            events.woken("web");
+            events.suspended("web", 2);
+            events.suspended("web", 1);
+            events.ended("web", None);
+            events.woken("web");
+            // Another VM of the name, and a third one whose predecessor has ended without an announcement.
+            events.booted("web");
+            events.suspended("web", 4);
+            events.booted("web");
+            events.suspended("web", 5);
+            events.checkpoint_created("last", "web");
+            let seen = next(&mut body, 16).await;
+            let of_vm = ["vm.created", "vm.booted", "vm.suspended"];
+            let expected = [
+                &of_vm[..],
+                &["vm.woken", "vm.suspended", "vm.woken", "vm.suspended", "vm.ended"],
+                &of_vm,
+                &["vm.ended"],
+                &of_vm,
+                &["checkpoint.created"],
+            ];
+            assert_eq!(names(&seen), expected.concat());
         });
     }
 

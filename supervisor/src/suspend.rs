@@ -24,18 +24,23 @@ impl AwaitedWakes {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes that the wake of the VM called `name` is awaited. The wait for an earlier wake of that name ends.
-    fn begin(&self, name: &str, asleep: &Arc<SuspendedVm>) {
-        let earlier = self.all().insert(name.to_owned(), Arc::clone(asleep));
-        if let Some(earlier) = earlier {
+    /// Announces the suspension of the VM called `name`, whose wake is awaited from here on. The wait for an
+    /// earlier wake of that name ends.
+    fn begin(&self, name: &str, asleep: &Arc<SuspendedVm>, announce: impl FnOnce()) {
+        let mut all = self.all();
+        if let Some(earlier) = all.insert(name.to_owned(), Arc::clone(asleep)) {
             earlier.end_wait();
         }
+        // Under the lock: otherwise the wake from an earlier suspension could be announced behind it.
+        announce();
     }
 
-    fn end(&self, name: &str, asleep: &Arc<SuspendedVm>) {
+    /// Ends the wait for a wake, and announces it if no later suspension of that name has done so.
+    fn end(&self, name: &str, asleep: &Arc<SuspendedVm>, announce: impl FnOnce()) {
         let mut all = self.all();
         if all.get(name).is_some_and(|now| Arc::ptr_eq(now, asleep)) {
             all.remove(name);
+            announce();
         }
     }
 }
@@ -52,15 +57,16 @@ impl Supervisor {
         if answer.was_suspended {
             return Ok(answer);
         }
-        self.0.events.suspended(name, answer.written_pages);
         let (asleep, of) = (Arc::new(asleep), name.to_owned());
         let (events, awaited_wakes) = (Arc::clone(&self.0.events), Arc::clone(&self.0.awaited_wakes));
-        awaited_wakes.begin(name, &asleep);
+        awaited_wakes.begin(name, &asleep, || events.suspended(name, answer.written_pages));
         let watch = move || {
-            if asleep.wait() {
-                events.woken(&of);
-            }
-            awaited_wakes.end(&of, &asleep);
+            let is_woken = asleep.wait();
+            awaited_wakes.end(&of, &asleep, || {
+                if is_woken {
+                    events.woken(&of);
+                }
+            });
         };
         if let Err(error) = thread::Builder::new().name("clade-asleep".to_owned()).spawn(watch) {
             tracing::warn!(%error, name, "its wake will not be announced");
