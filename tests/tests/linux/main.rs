@@ -11,7 +11,7 @@ mod devices;
 mod selfcheck;
 mod shell;
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -30,19 +30,27 @@ fn booted(turn: &Turn) -> Option<BootedLinux> {
     booted.clone()
 }
 
-/// Makes an empty directory of this run. A test program drops nothing at its end, so the files of
-/// the last run are removed now.
+/// Makes an empty directory of this process. A test program drops nothing at its end, so the files of
+/// the last process with this directory are removed now.
 fn directory() -> PathBuf {
     static OURS: OnceLock<File> = OnceLock::new();
     let within = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let ours = OURS.get_or_init(|| File::create(within.join("linux.lock")).unwrap());
-    ours.lock().unwrap();
-    let dir = within.join("linux");
+    // By `cargo nextest` each test has a process, and two run at a time.
+    let free = (0..).find_map(|number| {
+        let lock = File::create(within.join(format!("linux-{number}.lock"))).unwrap();
+        match lock.try_lock() {
+            Ok(()) => Some((within.join(format!("linux-{number}")), lock)),
+            Err(TryLockError::WouldBlock) => None,
+            Err(TryLockError::Error(error)) => panic!("the lock of directory {number}: {error}"),
+        }
+    });
+    let (dir, lock) = free.unwrap();
     match fs::remove_dir_all(&dir) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => panic!("{}: {error}", dir.display()),
         _ => {}
     }
     fs::create_dir(&dir).unwrap();
+    OURS.set(lock).unwrap();
     dir
 }
 
