@@ -37,7 +37,7 @@ struct Ring {
     zygote_restarts: u64,
     /// Running VMs.
     vms: BTreeSet<String>,
-    /// Those of them that are suspended.
+    /// Suspended VMs, also of an earlier supervisor.
     suspended: BTreeSet<String>,
 }
 
@@ -88,8 +88,8 @@ impl Events {
         if !ring.vms.insert(name.to_owned()) {
             // An earlier VM of the name has ended without an announcement.
             self.add(ring, "vm.ended", json!({ "name": name, "reason": null }));
-            ring.suspended.remove(name);
         }
+        ring.suspended.remove(name);
         self.add(ring, "vm.created", json!({ "name": name, "parent": parent }));
     }
 
@@ -110,8 +110,8 @@ impl Events {
     /// A VM has ended, for `reason` if it is known.
     pub(super) fn ended(&self, name: &str, reason: Option<&str>) {
         let ring = &mut *self.ring();
+        ring.suspended.remove(name);
         if ring.vms.remove(name) {
-            ring.suspended.remove(name);
             self.add(ring, "vm.ended", json!({ "name": name, "reason": reason }));
         }
     }
@@ -354,14 +354,21 @@ mod tests {
             events.suspended("web", 4);
             events.booted("web");
             events.suspended("web", 5);
+            // A VM of an earlier supervisor, and another one of the name.
+            events.suspended("older", 6);
+            events.ended("older", None);
+            events.booted("older");
+            events.suspended("older", 7);
             events.checkpoint_created("last", "web");
-            let seen = next(&mut body, 16).await;
+            let seen = next(&mut body, 20).await;
             let of_vm = ["vm.created", "vm.booted", "vm.suspended"];
             let expected = [
                 &of_vm[..],
                 &["vm.woken", "vm.suspended", "vm.woken", "vm.suspended", "vm.ended"],
                 &of_vm,
                 &["vm.ended"],
+                &of_vm,
+                &["vm.suspended"],
                 &of_vm,
                 &["checkpoint.created"],
             ];
