@@ -15,6 +15,7 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post, put};
 use axum::{Extension, Json, Router};
+use clade_api::http::holding;
 use jiff::Timestamp;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -28,7 +29,7 @@ use crate::idempotency::{KeyedCall, Made};
 use crate::keys::Scope;
 use crate::records::{RecordEntry, SandboxRecord, SnapshotRecord};
 use crate::rules::checkpoint_name;
-use crate::seats::{admit, holding};
+use crate::seats::admit;
 use crate::wire::{
     AskedNetwork, CLIENT_ID, Connect, Detail, ENVD_VERSION, Lifecycle, ListQuery, ListedSandbox, NetworkShown,
     OnTimeout, Refresh, Sandbox, SandboxMetric, SaveOptions, SnapshotInfo, State as SandboxState, Texts, Timeout,

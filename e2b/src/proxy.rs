@@ -13,6 +13,7 @@ use axum::response::{IntoResponse, Response};
 use clade_agent_client::proto::PORT;
 use clade_agent_client::proto::forward::FORWARD_PORT;
 use clade_agent_client::{ClientError, Endpoint, Socket};
+use clade_api::http::holding;
 use http_body_util::BodyExt;
 use hyper::client::conn::http1;
 use hyper::upgrade::OnUpgrade;
@@ -30,7 +31,7 @@ use crate::headers::{
 };
 use crate::ports::Target;
 use crate::records::{RecordEntry, SandboxRecord};
-use crate::seats::{admit, holding};
+use crate::seats::admit;
 use crate::tunnel::{Afterwards, relay};
 
 #[cfg(test)]

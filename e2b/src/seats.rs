@@ -7,16 +7,11 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
-use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
 
-use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::Request;
 use axum::http::StatusCode;
-use http_body_util::BodyExt;
-use hyper::body::{Frame, SizeHint};
 use tokio::sync::Notify;
 
 use crate::error::GatewayError;
@@ -200,37 +195,6 @@ impl Drop for AdmittedRequest {
         seats.table().change(self.0.number, now, |busy| *busy -= 1);
         seats.freed.notify_one();
     }
-}
-
-/// A body that holds something until it has been sent, or is dropped.
-struct Holding<T> {
-    body: Body,
-    _held: T,
-}
-
-impl<T: Unpin> HttpBody for Holding<T> {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(context)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
-}
-
-/// A body that holds `held` until it has been sent, or is dropped.
-pub(crate) fn holding<T: Send + Unpin + 'static>(body: Body, held: T) -> Body {
-    Body::new(Holding { body, _held: held }.boxed_unsync())
 }
 
 #[cfg(test)]

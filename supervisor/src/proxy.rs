@@ -16,11 +16,11 @@ use hyper::Method;
 use hyper::body::{Frame, SizeHint};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
-use tokio::time::{Instant, Sleep, sleep, timeout};
+use tokio::time::{Sleep, sleep, timeout};
 
 use super::request_limiter::ForwardPermit;
 use super::vm_record::vsock_known;
-use clade_api::http::{ApiError, THREAD_PATIENCE, on_a_thread};
+use clade_api::http::{ApiError, THREAD_PATIENCE, holding, on_a_thread};
 use clade_api::{Client, ClientError, ProblemKind, VmInfo, check_name, socket_path};
 
 /// Most bytes of a VM's description by its process.
@@ -79,22 +79,15 @@ pub(super) async fn forward(
     }
 }
 
-/// The time limit of a VM's process for the next bytes of its answer.
-struct Silence {
-    limit: Duration,
-    until: Pin<Box<Sleep>>,
-    is_awaited: bool,
-}
-
-/// The body of a forwarded answer. The request counts among those to its VM until the last byte.
-struct ForwardedBody {
+/// The body of a forwarded answer with an end. It fails when the VM's process sends nothing for `limit`.
+struct BoundedBody {
     body: Body,
-    /// None for an answer without end.
-    silence: Option<Silence>,
-    _permit: ForwardPermit,
+    limit: Duration,
+    /// The end of the wait for the next bytes. None while the client takes those that are there.
+    until: Option<Pin<Box<Sleep>>>,
 }
 
-impl HttpBody for ForwardedBody {
+impl HttpBody for BoundedBody {
     type Data = Bytes;
     type Error = axum::Error;
 
@@ -103,17 +96,14 @@ impl HttpBody for ForwardedBody {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let frame = Pin::new(&mut self.body).poll_frame(context);
-        let Some(silence) = &mut self.silence else { return frame };
-        // The limit begins when the client has taken what came before.
-        if frame.is_pending() && !silence.is_awaited {
-            silence.until.as_mut().reset(Instant::now() + silence.limit);
-        }
-        silence.is_awaited = frame.is_pending();
         if frame.is_ready() {
+            self.until = None;
             return frame;
         }
+        let limit = self.limit;
+        let until = self.until.get_or_insert_with(|| Box::pin(sleep(limit)));
         let silent = || axum::Error::new(io::Error::from(io::ErrorKind::TimedOut));
-        silence.until.as_mut().poll(context).map(|()| Some(Err(silent())))
+        until.as_mut().poll(context).map(|()| Some(Err(silent())))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -128,8 +118,13 @@ impl HttpBody for ForwardedBody {
 /// Bounds a forwarded answer, which counts with `permit` until its last byte. Its process has `limit` for each next
 /// piece of it; none if the answer has no end.
 pub(super) fn bounded(answer: Response, permit: ForwardPermit, limit: Option<Duration>) -> Response {
-    let silence = limit.map(|limit| Silence { limit, until: Box::pin(sleep(limit)), is_awaited: false });
-    answer.map(|body| Body::new(ForwardedBody { body, silence, _permit: permit }))
+    answer.map(|body| {
+        let body = match limit {
+            Some(limit) => Body::new(BoundedBody { body, limit, until: None }),
+            None => body,
+        };
+        holding(body, permit)
+    })
 }
 
 /// Returns a VM's description by its process, with the socket that the supervisor has made: clients
@@ -165,7 +160,7 @@ mod tests {
     use axum::Router;
     use http_body_util::BodyExt;
     use tokio::sync::mpsc;
-    use tokio::time::advance;
+    use tokio::time::{Instant, advance};
 
     use super::*;
     use crate::request_limiter::ForwardLimiter;

@@ -109,7 +109,6 @@ impl ForwardLimiter {
             return Err(ApiError::new(ProblemKind::TooMany, text));
         }
         *count += 1;
-        drop(counts);
         Ok(ForwardPermit { of: self.clone(), vm: vm.to_owned() })
     }
 }

@@ -18,6 +18,7 @@ mod changes;
 mod error;
 mod frames;
 mod guesses;
+mod holding;
 mod listen;
 mod optional;
 pub mod session;
@@ -40,6 +41,7 @@ pub use cancel::{Cancel, CancelOnDrop};
 pub use changes::{Change, Changes};
 pub use error::{ApiError, PROBLEM_TYPE};
 pub use frames::Frames;
+pub use holding::holding;
 pub use listen::{
     ACCEPT_BACKOFF, Accept, Acceptor, ClientProcess, LAST_ANSWERS_OF_ALL, MAX_CONNECTIONS, TcpAcceptor, accept,
     behind_gate, serve_http, with_bodies,

@@ -34,6 +34,13 @@ fn vcpu_tasks() -> Vec<PathBuf> {
     tasks.filter(|task| is_vcpu(task)).collect()
 }
 
+/// The thread of this process's only vCPU, and its id.
+fn only_vcpu() -> (PathBuf, u32) {
+    let [vcpu] = vcpu_tasks().try_into().unwrap();
+    let tid = vcpu.file_name().unwrap().to_str().unwrap().parse().unwrap();
+    (vcpu, tid)
+}
+
 #[test]
 fn the_threads_of_vcpus_have_the_slice_of_their_kvm() {
     if !in_a_process_of_its_own("slices::the_threads_of_vcpus_have_the_slice_of_their_kvm") {
@@ -70,8 +77,7 @@ fn a_vcpu_that_was_raised_for_its_start_has_a_short_slice_until_its_guest_exits(
     drop(parent);
     wait_eq("vCPUs", &0, || vcpu_tasks().len());
     context.prepare_vms(image.config(), 1).unwrap();
-    let [vcpu] = vcpu_tasks().try_into().unwrap();
-    let tid = vcpu.file_name().unwrap().to_str().unwrap().parse().unwrap();
+    let (vcpu, tid) = only_vcpu();
     if slice(&vcpu).is_none() {
         skipped("this kernel shows no slices");
         return;
@@ -102,8 +108,7 @@ fn a_vcpu_that_was_raised_for_a_pause_has_no_priority_in_its_guest() {
     let Some((_turn, context)) = turn() else { return };
     let vm = counting(&context, 1);
     expect_running(&vm, 1);
-    let [vcpu] = vcpu_tasks().try_into().unwrap();
-    let tid = vcpu.file_name().unwrap().to_str().unwrap().parse().unwrap();
+    let (_, tid) = only_vcpu();
     let scheduling = || Scheduling::of(tid).unwrap();
     let raise = || scheduling().raise(tid, 1);
     if let Err(error) = raise() {
