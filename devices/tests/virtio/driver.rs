@@ -271,6 +271,11 @@ impl Machine {
         self.event_fds.irq.eventfd().read().is_ok()
     }
 
+    /// The device sets its status before it interrupts: a driver that has read one waits for the other.
+    pub(crate) fn wait_for_interrupt(&self, after: &str) {
+        wait_until(&format!("an interrupt after {after}"), || self.interrupted());
+    }
+
     pub(crate) fn wait_for_status(&self, bits: u32) {
         wait_until(&format!("the status has {bits:#x}"), || self.read(regs::STATUS) & bits == bits);
     }

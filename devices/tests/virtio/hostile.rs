@@ -15,7 +15,7 @@ pub(crate) fn expect_refusal(machine: &mut Machine, what: &str) {
     machine.kick();
     println!("{what}");
     machine.wait_for_status(NEEDS_RESET);
-    assert!(machine.interrupted(), "{what}: the driver is told");
+    machine.wait_for_interrupt(what);
     assert_eq!(machine.next_used(Duration::from_millis(20)), None, "{what}: nothing is given back");
     assert_eq!(machine.ram.stats().unwrap().pinned, 0, "{what}: no page stays pinned");
     machine.start();

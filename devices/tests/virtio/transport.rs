@@ -104,7 +104,7 @@ fn queues_that_cannot_be_need_a_reset() {
         machine.write(regs::QUEUE_READY, 1);
         machine.write(regs::STATUS, OK);
         machine.wait_for_status(NEEDS_RESET);
-        assert!(machine.interrupted(), "{what}: the driver is told");
+        machine.wait_for_interrupt(what);
         assert_eq!(machine.read(regs::INTERRUPT_STATUS) & 2, 2, "{what}");
         machine.write(regs::STATUS, 0);
         assert_eq!((machine.read(regs::STATUS), machine.read(regs::INTERRUPT_STATUS)), (0, 0), "{what}");

@@ -25,32 +25,34 @@ fn booted(turn: &Turn) -> Option<BootedLinux> {
     static BOOTED: Mutex<Option<BootedLinux>> = Mutex::new(None);
     let mut booted = BOOTED.lock().unwrap_or_else(PoisonError::into_inner);
     if booted.is_none() {
-        *booted = Some(BootedLinux::get(turn, &directory())?);
+        *booted = Some(BootedLinux::get(turn, directory())?);
     }
     booted.clone()
 }
 
-/// Makes an empty directory of this process. A test program drops nothing at its end, so the files of
-/// the last process with this directory are removed now.
-fn directory() -> PathBuf {
-    static OURS: OnceLock<File> = OnceLock::new();
-    let within = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    // By `cargo nextest` each test has a process, and two run at a time.
-    let free = (0..).find_map(|number| {
-        let lock = File::create(within.join(format!("linux-{number}.lock"))).unwrap();
-        match lock.try_lock() {
-            Ok(()) => Some((within.join(format!("linux-{number}")), lock)),
-            Err(TryLockError::WouldBlock) => None,
-            Err(TryLockError::Error(error)) => panic!("the lock of directory {number}: {error}"),
+/// Returns a directory of this process, empty at first. A test program drops nothing at its end, so the
+/// files of the last process with this directory are removed now.
+fn directory() -> &'static Path {
+    static OURS: OnceLock<(PathBuf, File)> = OnceLock::new();
+    let (dir, _lock) = OURS.get_or_init(|| {
+        let within = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        // By `cargo nextest` each test has a process, and two run at a time.
+        let free = (0..).find_map(|number| {
+            let lock = File::create(within.join(format!("linux-{number}.lock"))).unwrap();
+            match lock.try_lock() {
+                Ok(()) => Some((within.join(format!("linux-{number}")), lock)),
+                Err(TryLockError::WouldBlock) => None,
+                Err(TryLockError::Error(error)) => panic!("the lock of directory {number}: {error}"),
+            }
+        });
+        let (dir, lock) = free.unwrap();
+        match fs::remove_dir_all(&dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => panic!("{}: {error}", dir.display()),
+            _ => {}
         }
+        fs::create_dir(&dir).unwrap();
+        (dir, lock)
     });
-    let (dir, lock) = free.unwrap();
-    match fs::remove_dir_all(&dir) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => panic!("{}: {error}", dir.display()),
-        _ => {}
-    }
-    fs::create_dir(&dir).unwrap();
-    OURS.set(lock).unwrap();
     dir
 }
 
