@@ -378,3 +378,29 @@ async fn touched(State(supervisor): State<Supervisor>, request: Request, next: N
     supervisor.0.touch();
     response
 }
+
+#[cfg(test)]
+mod tests {
+    use clade_api::{RuntimeDir, WorkerExit, record_end};
+    use clade_vmm::vm::StopReason;
+
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_new_vm_is_waited_for() {
+        let scratch = tempfile::tempdir().unwrap();
+        let dir = RuntimeDir::create(scratch.path()).unwrap();
+        let record = |name| {
+            let exit = WorkerExit { pid: 1, signal: Some(9), code: None };
+            record_end(&dir, name, exit, StopReason::Requested, Vec::new());
+        };
+        record("another");
+        std::thread::scope(|scope| {
+            let ended = scope.spawn(|| ended_soon(scratch.path(), "web"));
+            // It has looked once by then: its process is reaped after that.
+            thread::sleep(3 * END_INTERVAL);
+            record("web");
+            assert_eq!(ended.join().unwrap().map(|ended| ended.name).as_deref(), Some("web"));
+        });
+    }
+}

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clade_agent_client::{ClientError, Endpoint, Socket};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
 use clade_test_support::{Watchdog, wait_until};
 
@@ -55,9 +55,12 @@ async fn listener() -> (TcpListener, u16) {
     (listener, port)
 }
 
-/// The same without a listener: a port that was free a moment ago.
-async fn free_port() -> u16 {
-    listener().await.1
+/// A port that stays closed until the socket is dropped: nobody else is given it.
+fn closed_port() -> (TcpSocket, u16) {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let port = socket.local_addr().unwrap().port();
+    (socket, port)
 }
 
 async fn echo(mut stream: TcpStream) {
@@ -70,7 +73,7 @@ async fn echo(mut stream: TcpStream) {
 fn a_port_that_is_closed_is_refused_by_the_guest() {
     let all = Forward::start();
     run(async {
-        let port = free_port().await;
+        let (_socket, port) = closed_port();
         let error = all.open(port).await.unwrap_err();
         // The kernel's refusal is passed on: the agent has not waited for a timeout.
         let refusal = format!("nothing listens at port {port}");
