@@ -190,21 +190,23 @@ impl Vm {
         if self.config.has_acpi() {
             generation::renew(self.ram().memory())?;
         }
-        self.forget_page_tables()?;
         let cpus = usize::from(self.config.cpus());
         let (start, devices) = (VcpuStart::Restore(Arc::clone(image)), Arc::clone(&self.devices));
         let order = StartCommand { start, devices, timeline: None, admission: None };
         self.prepared.control.load(std::iter::repeat_n(order, cpus));
-        // Concurrently with the vCPUs' loads: the two modify different state.
+        // Concurrently with the vCPUs' loads: each modifies different state. What a load has KVM derive from page
+        // tables is of the restored memory already.
+        let forgotten = self.forget_page_tables();
         let devices = self.devices.rewind(&image.devices, &image.backends);
         // Wait in any case: the next reset must not meet a vCPU that is still loading its state.
         self.prepared.control.await_loaded()?;
+        forgotten?;
         devices?;
         // Before it runs on, as for a child.
         image.restore_controllers(&self.prepared.fd, &self.devices)
     }
 
-    /// Before a vCPU runs with the restored memory.
+    /// After memory is restored, and before a vCPU runs with it.
     fn forget_page_tables(&self) -> Result<(), VmError> {
         let (quirks, regions) = (self.context().host().quirks(), self.ram().regions());
         let Some(first) = regions.first() else { return Ok(()) };
