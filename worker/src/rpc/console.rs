@@ -9,12 +9,12 @@
 
 use std::sync::{Arc, Weak};
 
-use axum::Json;
 use axum::body::{Body, Bytes};
-use axum::extract::{Path as UrlPath, RawQuery, State};
+use axum::extract::{Path as UrlPath, RawQuery};
 use axum::http::HeaderMap;
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use thiserror::Error;
 use tokio::sync::{Semaphore, mpsc};
 
@@ -70,7 +70,7 @@ fn no_such_line(name: &str) -> ApiError {
     responses((status = 200, description = "Output, without end.", body = String, content_type = "application/octet-stream"))
 )]
 pub(super) async fn show(
-    State(vm_host): State<WeakVmHost>,
+    Extension(vm_host): Extension<WeakVmHost>,
     UrlPath(name): UrlPath<String>,
     RawQuery(query): RawQuery,
 ) -> Result<Response, ApiError> {
@@ -110,7 +110,7 @@ pub(super) async fn show(
     responses((status = 200, description = "Done.", body = ConsoleTyped))
 )]
 pub(super) async fn write(
-    State(vm_host): State<WeakVmHost>,
+    Extension(vm_host): Extension<WeakVmHost>,
     UrlPath(name): UrlPath<String>,
     RawQuery(query): RawQuery,
     headers: HeaderMap,

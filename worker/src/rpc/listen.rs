@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::Router;
-use clade_api::http::{Acceptor, MAX_CONNECTIONS, accept, with_bodies};
+use clade_api::http::{Acceptor, MAX_CONNECTIONS, accept};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::AbortHandle;
@@ -51,7 +51,7 @@ impl Serve for Listener {
         }
         let (router, vm_host) = (Arc::clone(&self.router), self.vm_host.clone());
         let (connections, ending) = (Arc::clone(&self.connections), self.ending.clone());
-        let made = move || router.get_or_init(|| with_bodies(router_of(vm_host.clone()))).clone();
+        let made = move || router.get_or_init(|| router_of(vm_host.clone())).clone();
         let control = self.runtime.spawn(async move {
             let Some(acceptor) = Acceptor::new(sockets.control, "control socket") else { return };
             accept(acceptor, made, &connections, ending.subscribe()).await;

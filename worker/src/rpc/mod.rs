@@ -34,12 +34,12 @@ mod ram;
 mod stats;
 mod ttl;
 
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
+use axum::extract::Path as UrlPath;
 use axum::extract::rejection::JsonRejection;
-use axum::extract::{Path as UrlPath, State};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
 use clade_memory::PageRange;
 use utoipa::openapi::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
@@ -47,7 +47,9 @@ use utoipa_axum::routes;
 
 use crate::describe::reset_answer;
 use crate::vm_host::{VmHost, WeakVmHost, last_output};
-use clade_api::http::{Answer, ApiError, Optional, THREAD_PATIENCE, fallback, grace, not_allowed, on_a_thread};
+use clade_api::http::{
+    Answer, ApiError, Optional, THREAD_PATIENCE, fallback, grace, not_allowed, on_a_thread, with_bodies,
+};
 use clade_api::{
     BalloonInfo, BalloonRequest, DaemonError, LogsAnswer, NetworkRequest, ProblemKind, ResetAnswer, StopAnswer,
     StopRequest, TouchedAnswer, TouchedRun, VmInfo, WakeAnswer, flight,
@@ -72,31 +74,31 @@ async fn with_vm_host<T: Send + 'static>(
 
 /// Lists the VMs of the process.
 #[utoipa::path(get, path = "/v1/vms", responses((status = 200, description = "Done.", body = Vec<VmInfo>)))]
-async fn list(State(vm_host): State<WeakVmHost>) -> Answer<Vec<VmInfo>> {
+async fn list(Extension(vm_host): Extension<WeakVmHost>) -> Answer<Vec<VmInfo>> {
     Ok(Json(with_vm_host(vm_host, |vm_host| Ok(vm_host.entry().iter().map(VmInfo::from).collect())).await?))
 }
 
 /// Shows a VM.
 #[utoipa::path(get, path = "/v1/vms/{name}", responses((status = 200, description = "Done.", body = VmInfo)))]
-async fn show(State(vm_host): State<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
+async fn show(Extension(vm_host): Extension<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
     Ok(Json(with_vm_host(vm_host, move |vm_host| Ok(VmInfo::from(&vm_host.get(&name)?))).await?))
 }
 
 /// Pauses a VM.
 #[utoipa::path(post, path = "/v1/vms/{name}/pause", responses((status = 200, description = "The VM.", body = VmInfo)))]
-async fn pause(State(vm_host): State<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
+async fn pause(Extension(vm_host): Extension<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
     act(vm_host, name, Vm::pause, "paused").await
 }
 
 /// Lets a paused VM run on.
 #[utoipa::path(post, path = "/v1/vms/{name}/resume", responses((status = 200, description = "The VM.", body = VmInfo)))]
-async fn resume(State(vm_host): State<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
+async fn resume(Extension(vm_host): Extension<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<VmInfo> {
     act(vm_host, name, Vm::resume, "resumed").await
 }
 
 /// Wakes a VM, if it is suspended.
 #[utoipa::path(post, path = "/v1/vms/{name}/wake", responses((status = 200, description = "Done.", body = WakeAnswer)))]
-async fn wake(State(vm_host): State<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<WakeAnswer> {
+async fn wake(Extension(vm_host): Extension<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<WakeAnswer> {
     let woken = with_vm_host(vm_host, move |vm_host| {
         let entry = vm_host.get(&name)?;
         let report = note_failure("woken", entry.vm.wake())?;
@@ -142,7 +144,7 @@ fn note_failure<T>(what: &str, outcome: Result<T, VmError>) -> Result<T, VmError
     responses((status = 200, description = "Done.", body = StopAnswer))
 )]
 async fn stop(
-    State(vm_host): State<WeakVmHost>,
+    Extension(vm_host): Extension<WeakVmHost>,
     UrlPath(name): UrlPath<String>,
     Optional(request): Optional<StopRequest>,
 ) -> Answer<StopAnswer> {
@@ -161,7 +163,7 @@ async fn stop(
 
 /// Shows the last output on a VM's console.
 #[utoipa::path(get, path = "/v1/vms/{name}/logs", responses((status = 200, description = "Done.", body = LogsAnswer)))]
-async fn logs(State(vm_host): State<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<LogsAnswer> {
+async fn logs(Extension(vm_host): Extension<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<LogsAnswer> {
     Ok(Json(
         with_vm_host(vm_host, move |vm_host| {
             let vm = &vm_host.get(&name)?.vm;
@@ -178,7 +180,7 @@ async fn logs(State(vm_host): State<WeakVmHost>, UrlPath(name): UrlPath<String>)
     path = "/v1/vms/{name}/reset",
     responses((status = 200, description = "Done.", body = ResetAnswer))
 )]
-async fn reset(State(vm_host): State<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<ResetAnswer> {
+async fn reset(Extension(vm_host): Extension<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<ResetAnswer> {
     let made = with_vm_host(vm_host, move |vm_host| {
         let entry = vm_host.get(&name)?;
         let report = note_failure("reset", entry.vm.reset_to_origin())?;
@@ -193,7 +195,7 @@ async fn reset(State(vm_host): State<WeakVmHost>, UrlPath(name): UrlPath<String>
     path = "/v1/vms/{name}/touched",
     responses((status = 200, description = "Done.", body = TouchedAnswer))
 )]
-async fn touched(State(vm_host): State<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<TouchedAnswer> {
+async fn touched(Extension(vm_host): Extension<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<TouchedAnswer> {
     let entry = with_vm_host(vm_host, move |vm_host| {
         let runs = vm_host.get(&name)?.vm.touched_runs()?;
         let run = |run: &PageRange| TouchedRun { first: run.start(), count: run.len() };
@@ -225,7 +227,7 @@ fn ask_balloon(vm: &Vm) -> Result<BalloonInfo, DaemonError> {
     path = "/v1/vms/{name}/balloon",
     responses((status = 200, description = "Done.", body = BalloonInfo))
 )]
-async fn balloon(State(vm_host): State<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<BalloonInfo> {
+async fn balloon(Extension(vm_host): Extension<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<BalloonInfo> {
     Ok(Json(with_vm_host(vm_host, move |vm_host| ask_balloon(&vm_host.get(&name)?.vm)).await?))
 }
 
@@ -237,7 +239,7 @@ async fn balloon(State(vm_host): State<WeakVmHost>, UrlPath(name): UrlPath<Strin
     responses((status = 200, description = "Done.", body = BalloonInfo))
 )]
 async fn set_balloon(
-    State(vm_host): State<WeakVmHost>,
+    Extension(vm_host): Extension<WeakVmHost>,
     UrlPath(name): UrlPath<String>,
     request: Result<Json<BalloonRequest>, JsonRejection>,
 ) -> Answer<BalloonInfo> {
@@ -259,7 +261,7 @@ async fn set_balloon(
     responses((status = 200, description = "Done.", body = VmInfo))
 )]
 async fn set_network(
-    State(vm_host): State<WeakVmHost>,
+    Extension(vm_host): Extension<WeakVmHost>,
     UrlPath(name): UrlPath<String>,
     request: Result<Json<NetworkRequest>, JsonRejection>,
 ) -> Answer<VmInfo> {
@@ -279,7 +281,7 @@ async fn set_network(
     Ok(Json(set.await?))
 }
 
-fn routes() -> OpenApiRouter<WeakVmHost> {
+fn routes() -> OpenApiRouter {
     OpenApiRouter::new()
         .routes(routes!(list))
         .routes(routes!(show))
@@ -300,26 +302,27 @@ fn routes() -> OpenApiRouter<WeakVmHost> {
 }
 
 pub(crate) use listen::serve_vm;
+use ttl::Timers;
 
 /// The routes of a VM's socket, described.
 pub fn described() -> OpenApi {
     routes().merge(ttl::routes()).into_openapi()
 }
 
-/// The routes without their descriptions, which take longer to make than a VM.
-static ROUTER: LazyLock<Router<WeakVmHost>> = LazyLock::new(|| {
-    let (router, _) = routes().split_for_parts();
-    router.fallback(fallback).method_not_allowed_fallback(not_allowed)
+/// The routes without their descriptions, which take longer to make than a VM. No route has a state: whoever adds
+/// one to a copy of a router copies all of its routes.
+static ROUTER: LazyLock<Router> = LazyLock::new(|| {
+    let (router, _) = routes().merge(ttl::routes()).split_for_parts();
+    with_bodies(router.fallback(fallback).method_not_allowed_fallback(not_allowed))
 });
-/// The routes of times to live, whose timers belong to one VM host.
-static TTL_ROUTER: LazyLock<Router<WeakVmHost>> = LazyLock::new(|| ttl::routes().split_for_parts().0);
 
-/// Makes now the parts that each worker would make: for a process that is forked afterwards.
+/// Makes now what each worker would make: for a process that is forked afterwards.
 pub(crate) fn warm_up() {
     LazyLock::force(&ROUTER);
-    LazyLock::force(&TTL_ROUTER);
 }
 
+/// Returns the routes for one VM host: the handlers find it, and its timers, among a request's extensions.
 fn router(vm_host: WeakVmHost) -> Router {
-    ROUTER.clone().merge(ttl::with_timers(TTL_ROUTER.clone())).with_state(vm_host)
+    let timers = Extension(Arc::<Timers>::default());
+    Router::new().fallback_service(ROUTER.clone()).layer(timers).layer(Extension(vm_host))
 }

@@ -24,8 +24,9 @@
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hasher};
 
+use axum::Extension;
 use axum::body::Body;
-use axum::extract::{Path as UrlPath, RawQuery, State};
+use axum::extract::{Path as UrlPath, RawQuery};
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, ETAG, IF_NONE_MATCH};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
@@ -144,7 +145,7 @@ fn encode(map: &PageMap, from: u64, most: usize) -> Vec<u8> {
     responses((status = 200, description = "The runs.", body = String, content_type = "application/octet-stream"))
 )]
 pub(super) async fn page_map(
-    State(vm_host): State<WeakVmHost>,
+    Extension(vm_host): Extension<WeakVmHost>,
     UrlPath(name): UrlPath<String>,
     RawQuery(query): RawQuery,
     headers: HeaderMap,

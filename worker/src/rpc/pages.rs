@@ -7,8 +7,8 @@
 
 use std::collections::BTreeMap;
 
-use axum::Json;
-use axum::extract::{Path as UrlPath, RawQuery, State};
+use axum::extract::{Path as UrlPath, RawQuery};
+use axum::{Extension, Json};
 use thiserror::Error;
 use tokio::sync::Semaphore;
 
@@ -145,7 +145,7 @@ fn cells(map: &PageMap, count: u64) -> Vec<CellInfo> {
     responses((status = 200, description = "Done.", body = PagesAnswer))
 )]
 pub(super) async fn show_pages(
-    State(vm_host): State<WeakVmHost>,
+    Extension(vm_host): Extension<WeakVmHost>,
     UrlPath(name): UrlPath<String>,
     RawQuery(query): RawQuery,
 ) -> Answer<PagesAnswer> {
@@ -219,7 +219,7 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let ask = |query: &str| {
             let asked =
-                show_pages(State(WeakVmHost::gone()), UrlPath("web".to_owned()), RawQuery(Some(query.to_owned())));
+                show_pages(Extension(WeakVmHost::gone()), UrlPath("web".to_owned()), RawQuery(Some(query.to_owned())));
             async { asked.await.map(drop).map_err(|error| error.kind) }
         };
         runtime.block_on(async {

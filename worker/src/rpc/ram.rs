@@ -10,12 +10,12 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use axum::Json;
 use axum::body::{Body, Bytes, HttpBody, to_bytes};
-use axum::extract::{Path as UrlPath, RawQuery, State};
+use axum::extract::{Path as UrlPath, RawQuery};
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::http::{HeaderMap, HeaderValue};
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use hyper::body::{Frame, SizeHint};
 use thiserror::Error;
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -114,7 +114,7 @@ impl HttpBody for Turned {
     responses((status = 200, description = "The bytes.", body = String, content_type = "application/octet-stream"))
 )]
 pub(super) async fn read(
-    State(vm_host): State<WeakVmHost>,
+    Extension(vm_host): Extension<WeakVmHost>,
     UrlPath(name): UrlPath<String>,
     RawQuery(query): RawQuery,
 ) -> Result<Response, ApiError> {
@@ -152,7 +152,7 @@ pub(super) async fn read(
     responses((status = 200, description = "Done.", body = MemoryWritten))
 )]
 pub(super) async fn write(
-    State(vm_host): State<WeakVmHost>,
+    Extension(vm_host): Extension<WeakVmHost>,
     UrlPath(name): UrlPath<String>,
     RawQuery(query): RawQuery,
     headers: HeaderMap,

@@ -2,8 +2,8 @@
 
 use std::fs;
 
-use axum::Json;
-use axum::extract::{Path as UrlPath, State};
+use axum::extract::Path as UrlPath;
+use axum::{Extension, Json};
 
 use crate::rpc::with_vm_host;
 use crate::vm_host::{VmEntry, WeakVmHost};
@@ -98,7 +98,10 @@ fn stats(entry: &VmEntry) -> Result<VmStats, DaemonError> {
 
 /// Shows a VM's memory, copies, pins and pauses in numbers.
 #[utoipa::path(get, path = "/v1/vms/{name}/stats", responses((status = 200, description = "Done.", body = VmStats)))]
-pub(super) async fn show_stats(State(vm_host): State<WeakVmHost>, UrlPath(name): UrlPath<String>) -> Answer<VmStats> {
+pub(super) async fn show_stats(
+    Extension(vm_host): Extension<WeakVmHost>,
+    UrlPath(name): UrlPath<String>,
+) -> Answer<VmStats> {
     Ok(Json(with_vm_host(vm_host, move |vm_host| stats(&vm_host.get(&name)?)).await?))
 }
 

@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use axum::extract::Path as UrlPath;
 use axum::extract::rejection::JsonRejection;
-use axum::extract::{Path as UrlPath, State};
-use axum::{Extension, Json, Router};
+use axum::{Extension, Json};
 use thiserror::Error;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, sleep_until};
@@ -54,7 +54,7 @@ struct Timer {
 
 /// The timers of a process's VMs, by name.
 #[derive(Debug, Default)]
-struct Timers {
+pub(super) struct Timers {
     by_name: Mutex<BTreeMap<String, Timer>>,
     /// Number of the next timer.
     number: AtomicU64,
@@ -149,7 +149,7 @@ fn over(name: &str) -> ApiError {
 /// Shows the time that a VM has to live.
 #[utoipa::path(get, path = "/v1/vms/{name}/ttl", responses((status = 200, description = "Done.", body = TtlInfo)))]
 async fn show_ttl(
-    State(vm_host): State<WeakVmHost>,
+    Extension(vm_host): Extension<WeakVmHost>,
     Extension(timers): Extension<Arc<Timers>>,
     UrlPath(name): UrlPath<String>,
 ) -> Answer<TtlInfo> {
@@ -164,7 +164,7 @@ async fn show_ttl(
     responses((status = 200, description = "Done.", body = TtlInfo))
 )]
 async fn set_ttl(
-    State(vm_host): State<WeakVmHost>,
+    Extension(vm_host): Extension<WeakVmHost>,
     Extension(timers): Extension<Arc<Timers>>,
     UrlPath(name): UrlPath<String>,
     request: Result<Json<TtlRequest>, JsonRejection>,
@@ -183,7 +183,7 @@ async fn set_ttl(
 /// Lets a VM live on.
 #[utoipa::path(delete, path = "/v1/vms/{name}/ttl", responses((status = 200, description = "Done.", body = TtlInfo)))]
 async fn remove_ttl(
-    State(vm_host): State<WeakVmHost>,
+    Extension(vm_host): Extension<WeakVmHost>,
     Extension(timers): Extension<Arc<Timers>>,
     UrlPath(name): UrlPath<String>,
 ) -> Answer<TtlInfo> {
@@ -194,13 +194,8 @@ async fn remove_ttl(
 }
 
 /// The paths.
-pub(super) fn routes() -> OpenApiRouter<WeakVmHost> {
+pub(super) fn routes() -> OpenApiRouter {
     OpenApiRouter::new().routes(routes!(show_ttl, set_ttl, remove_ttl))
-}
-
-/// Gives the handlers the timers of one VM host.
-pub(super) fn with_timers(router: Router<WeakVmHost>) -> Router<WeakVmHost> {
-    router.layer(Extension(Arc::<Timers>::default()))
 }
 
 #[cfg(test)]
