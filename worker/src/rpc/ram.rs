@@ -23,7 +23,7 @@ use tokio::time::timeout;
 
 use crate::rpc::with_vm_host;
 use crate::vm_host::WeakVmHost;
-use clade_api::http::{Answer, ApiError};
+use clade_api::http::{Answer, ApiError, holding};
 use clade_api::{MAX_MEMORY, MEDIA_TYPE, MemoryWritten, ProblemKind};
 
 /// Answers with memory that the process holds at a time, until their clients have read them.
@@ -80,24 +80,26 @@ fn parse(text: &str) -> Result<Query, QueryError> {
     Ok(Query { address: address.ok_or(QueryError::Missing { key: "address" })?, length, doorbell })
 }
 
-/// Bytes sent to a client, which hold their turn until the last is sent.
-struct Turned {
-    bytes: Bytes,
-    _turn: SemaphorePermit<'static>,
-}
+/// Bytes sent to a client, in pieces.
+struct Pieces(Bytes);
 
-impl HttpBody for Turned {
+impl HttpBody for Pieces {
     type Data = Bytes;
     type Error = std::convert::Infallible;
 
     fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
-        let length = self.bytes.len().min(CHUNK);
-        Poll::Ready((length > 0).then(|| Ok(Frame::data(self.bytes.split_to(length)))))
+        let length = self.0.len().min(CHUNK);
+        Poll::Ready((length > 0).then(|| Ok(Frame::data(self.0.split_to(length)))))
     }
 
     fn size_hint(&self) -> SizeHint {
-        SizeHint::with_exact(self.bytes.len() as u64)
+        SizeHint::with_exact(self.0.len() as u64)
     }
+}
+
+/// Returns the body of an answer, which holds its turn until the last byte is sent.
+fn turned(bytes: Bytes, turn: SemaphorePermit<'static>) -> Body {
+    holding(Body::new(Pieces(bytes)), turn)
 }
 
 /// Reads a guest's memory, as the guest sees it. A fork, a reset or a pause comes before or after
@@ -132,8 +134,8 @@ pub(super) async fn read(
         vm_host.get(&name)?.vm.read_memory(address, &mut bytes)?;
         Ok(bytes)
     });
-    let body = Turned { bytes: bytes.await?.into(), _turn: turn };
-    Ok(([(CONTENT_TYPE, MEDIA_TYPE), (CACHE_CONTROL, "no-store")], Body::new(body)).into_response())
+    let body = turned(bytes.await?.into(), turn);
+    Ok(([(CONTENT_TYPE, MEDIA_TYPE), (CACHE_CONTROL, "no-store")], body).into_response())
 }
 
 /// Writes a guest's memory, as the guest would. A fork, a snapshot or a reset has all of it or
@@ -212,7 +214,7 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(async {
             let bytes: Vec<u8> = (0..CHUNK + 7).map(|at| at as u8).collect();
-            let mut body = Turned { bytes: bytes.clone().into(), _turn: TURNS.acquire().await.unwrap() };
+            let mut body = turned(bytes.clone().into(), TURNS.acquire().await.unwrap());
             assert_eq!(body.size_hint().exact(), Some(bytes.len() as u64));
             let first = body.frame().await.unwrap().unwrap().into_data().unwrap();
             assert_eq!((first.len(), TURNS.available_permits()), (CHUNK, 0));
