@@ -25,7 +25,7 @@ pub use saved::{saved_vcpus, with_vcpus};
 pub use tap::{Subnet, can_have_taps};
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use clade_memory::{Backing, Store};
@@ -41,35 +41,43 @@ const TEST_LIMIT: Duration = Duration::from_secs(1800);
 pub struct Turn {
     host: Arc<Host>,
     _watchdog: Watchdog,
-    _alone: Option<MutexGuard<'static, ()>>,
+    _place: Place,
 }
 
-/// Waits until no other test of the binary has a turn, or a process of its own.
-fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+/// Held shared by the tests of this process that run VMs or start processes, and exclusively by one that counts the
+/// process's resources.
+static TURNS: RwLock<()> = RwLock::new(());
+
+#[derive(Debug)]
+enum Place {
+    Shared { _guard: RwLockReadGuard<'static, ()> },
+    Alone { _guard: RwLockWriteGuard<'static, ()> },
+}
+
+/// Waits until no test of the binary counts the process's resources.
+fn shared() -> Place {
+    Place::Shared { _guard: TURNS.read().unwrap_or_else(PoisonError::into_inner) }
 }
 
 impl Turn {
-    /// Waits until no other test of the binary runs VMs. Bare guests spin while they wait, and the
-    /// resources of a process can only be counted while no other test changes them.
+    /// Waits until no other test of the binary counts the process's resources.
     ///
     /// `None`, with the reason printed, on a host that cannot run VMs.
     #[must_use]
     pub fn take() -> Option<Self> {
-        Self::with(Some(alone()))
+        Self::with(shared())
     }
 
-    /// Does not wait: for guests that sleep while they wait, in tests that count no resources of
-    /// the process.
+    /// Waits until no other test of the binary has a turn: for a test that counts the process's descriptors, mappings
+    /// or threads.
     ///
     /// `None`, with the reason printed, on a host that cannot run VMs.
     #[must_use]
-    pub fn beside_others() -> Option<Self> {
-        Self::with(None)
+    pub fn alone() -> Option<Self> {
+        Self::with(Place::Alone { _guard: TURNS.write().unwrap_or_else(PoisonError::into_inner) })
     }
 
-    fn with(alone: Option<MutexGuard<'static, ()>>) -> Option<Self> {
+    fn with(place: Place) -> Option<Self> {
         let userfaultfd = Path::new("/dev/userfaultfd");
         if required("uffd") && !userfaultfd.exists() {
             skip("uffd", "/dev/userfaultfd is missing");
@@ -78,7 +86,7 @@ impl Turn {
             Ok(host) => Some(Self {
                 host: Arc::new(host),
                 _watchdog: Watchdog::new(TEST_LIMIT, || "a test with VMs".to_owned()),
-                _alone: alone,
+                _place: place,
             }),
             Err(error) => {
                 skip("kvm", &clade_vmm::error_chain(&error));

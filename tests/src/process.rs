@@ -19,7 +19,7 @@ pub fn in_a_process_of_its_own(name: &str) -> bool {
         return true;
     }
     // The pipes to it are descriptors of this process, which another test may be counting.
-    let _alone = crate::alone();
+    let _place = crate::shared();
     let program = std::env::current_exe().expect("this program");
     let mut command = Command::new(program);
     command.args([name, "--exact", "--nocapture", "--test-threads=1"]).env(OWN_PROCESS, "1");

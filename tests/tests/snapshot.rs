@@ -288,7 +288,8 @@ fn restored_vms_have_interfaces_and_addresses_of_their_own() {
 
 #[test]
 fn damaged_and_foreign_snapshots_are_refused_by_name() {
-    let Some((_turn, context)) = turn() else { return };
+    let Some(turn) = Turn::alone() else { return };
+    let context = turn.context(Backing::Huge);
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     let guest = Guest::boot(&context, MIB, 1);

@@ -231,22 +231,23 @@ fn idle_and_slow_connections_are_cut_and_others_are_served() {
     }
     let mut runtime = Runtime::new();
     runtime.start("web");
-    // As many as the limit allows, all silent.
-    let idle: Vec<UnixStream> = (0..300).map(|_| UnixStream::connect(runtime.socket("web")).unwrap()).collect();
+    // A body that does not come.
+    let mut slow = PatientStream::from(UnixStream::connect(runtime.socket("web")).unwrap());
+    slow.write_all(b"POST /v1/vms/web/fork HTTP/1.1\r\nhost: c\r\ncontent-length: 9\r\nconnection: close\r\n\r\n{")
+        .unwrap();
+    // More than the limit allows, all silent.
+    let mut idle: Vec<UnixStream> = (0..300).map(|_| UnixStream::connect(runtime.socket("web")).unwrap()).collect();
     assert_eq!(runtime.names(), ["web"], "who comes after them is served all the same");
-    for stream in idle {
+    let mut answer = String::new();
+    slow.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
+    // The others were accepted when those were cut, and have as long.
+    for stream in idle.drain(..250) {
         let mut stream = PatientStream::from(stream);
         // Cut, with or without an answer.
         let mut rest = Vec::new();
         stream.read_to_end(&mut rest).unwrap();
     }
-    // A body that does not come.
-    let mut slow = PatientStream::from(UnixStream::connect(runtime.socket("web")).unwrap());
-    slow.write_all(b"POST /v1/vms/web/fork HTTP/1.1\r\nhost: c\r\ncontent-length: 9\r\nconnection: close\r\n\r\n{")
-        .unwrap();
-    let mut answer = String::new();
-    slow.read_to_string(&mut answer).unwrap();
-    assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
 }
 
 #[test]

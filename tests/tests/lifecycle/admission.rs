@@ -13,7 +13,7 @@ use clade_tests::{Guest, Holdings};
 use clade_vmm::vm::{Admission, ChildIdentity, ChildOptions, Vm, VmError};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{MIB, turn};
+use super::{MIB, alone};
 
 /// The memory of a VM that has not started.
 struct Words(GuestMemory);
@@ -36,7 +36,7 @@ impl GuestWords for Words {
 #[test]
 fn a_child_runs_once_it_is_admitted_and_not_before() {
     for cpus in [1, 2] {
-        let Some((_turn, context)) = turn() else { return };
+        let Some((_turn, context)) = alone() else { return };
         let parent = Guest::boot(&context, MIB, cpus);
         let (image, _) = parent.fork();
         // The first instructions of each vCPU take the command.

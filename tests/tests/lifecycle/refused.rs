@@ -7,7 +7,7 @@ use clade_tests::{Guest, Holdings, Writer, expect_nothing_held, in_a_process_of_
 use clade_vmm::vm::{Vm, VmError};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{MIB, PAUSED, turn};
+use super::{MIB, PAUSED, alone, turn};
 
 /// A child is refused for lack of a descriptor at every place where it takes one (I13).
 #[test]
@@ -170,7 +170,7 @@ fn a_first_fork_refused_for_mappings_changes_nothing() {
 
 #[test]
 fn an_image_of_another_shape_is_refused() {
-    let Some((_turn, context)) = turn() else { return };
+    let Some((_turn, context)) = alone() else { return };
     let parent = Guest::boot(&context, MIB, 1);
     let (image, _) = parent.fork();
     let before = Holdings::count(context.store());

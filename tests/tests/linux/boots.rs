@@ -17,7 +17,7 @@ const LATENCY: Duration = Duration::from_millis(30);
 
 #[test]
 fn a_bzimage_on_ext4_is_forked_while_it_writes() {
-    let Some(turn) = Turn::beside_others() else { return };
+    let Some(turn) = Turn::take() else { return };
     let Some(linux) = Linux::find() else { return };
     rerun(|| is_forked_while_it_writes(&turn, &linux));
 }
@@ -98,7 +98,7 @@ fn two_vcpus(linux: &Linux, context: &Context) -> Vm {
 
 #[test]
 fn linux_with_two_vcpus_is_forked() {
-    let Some(turn) = Turn::beside_others() else { return };
+    let Some(turn) = Turn::take() else { return };
     let Some(linux) = Linux::find() else { return };
     let context = turn.context(Backing::Huge);
     let parent = two_vcpus(&linux, &context);

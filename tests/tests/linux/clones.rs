@@ -70,7 +70,7 @@ fn linux_is_saved_once_and_restored_as_fifty_others() {
 }
 
 fn saved_once_and_restored(clones: usize) {
-    let Some(turn) = Turn::beside_others() else { return };
+    let Some(turn) = Turn::take() else { return };
     let Some(booted) = booted(&turn) else { return };
     let parent = booted.child("saved");
     assert_eq!(ask(&parent, "mkdir -p /tmp/d && mount -t ext4 /dev/vda /tmp/d && echo mounted"), "mounted");

@@ -36,7 +36,7 @@ fn fetch(dir: &Path) -> PathBuf {
 #[ignore = "long: a quarter of an hour where guest kernels are interpreted"]
 fn debians_cloud_kernel_boots() {
     let Some(linux) = Linux::find() else { return };
-    let Some(turn) = Turn::beside_others() else { return };
+    let Some(turn) = Turn::take() else { return };
     let context = turn.context(Backing::Huge);
     let dir = tempfile::tempdir().unwrap();
     let kernel = fetch(dir.path());

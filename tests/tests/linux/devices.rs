@@ -98,7 +98,7 @@ fn private_kib(vm: &Vm) -> u64 {
 
 #[test]
 fn linux_chooses_indirect_tables_where_it_can() {
-    let Some(turn) = Turn::beside_others() else { return };
+    let Some(turn) = Turn::take() else { return };
     let Some(booted) = booted(&turn) else { return };
     let vm = booted.child("features");
     // A character a bit, and the devices in their order. The balloon driver declines: reporting
@@ -113,7 +113,7 @@ fn linux_chooses_indirect_tables_where_it_can() {
 
 #[test]
 fn linux_siblings_draw_random_bytes_of_their_own() {
-    let Some(turn) = Turn::beside_others() else { return };
+    let Some(turn) = Turn::take() else { return };
     let Some(booted) = booted(&turn) else { return };
     let (one, two) = (booted.child("one"), booted.child("two"));
     let draw = |vm: &Vm| ask(vm, "xxd -p -l 512 -c 512 /dev/hwrng");
@@ -143,7 +143,7 @@ fn heard(console: &Console, text: &str) -> String {
 
 #[test]
 fn linux_is_heard_and_typed_at_on_its_virtio_console() {
-    let Some(turn) = Turn::beside_others() else { return };
+    let Some(turn) = Turn::take() else { return };
     let Some(booted) = booted(&turn) else { return };
     let vm = booted.child("hvc");
     let hvc = vm.virtio_console().unwrap();
@@ -164,7 +164,7 @@ fn linux_is_heard_and_typed_at_on_its_virtio_console() {
 #[test]
 fn linux_gives_memory_back_when_asked_and_when_it_has_it_free() {
     const MIB: u64 = 36;
-    let Some(turn) = Turn::beside_others() else { return };
+    let Some(turn) = Turn::take() else { return };
     let Some(booted) = booted(&turn) else { return };
     let vm = booted.child("balloon");
     let use_memory = "dd if=/dev/zero of=/tmp/fill bs=1M count=20 2>/dev/null; rm /tmp/fill; echo used";
@@ -267,7 +267,7 @@ fn talk(vm: &Vm, word: &str) {
 
 #[test]
 fn linux_talks_through_sockets_both_ways() {
-    let Some(turn) = Turn::beside_others() else { return };
+    let Some(turn) = Turn::take() else { return };
     let Some(booted) = booted(&turn) else { return };
     rerun(|| talks_through_sockets_both_ways(&booted));
 }
@@ -286,7 +286,7 @@ fn talks_through_sockets_both_ways(booted: &BootedLinux) {
 
 #[test]
 fn linux_is_put_back_with_everything_it_has() {
-    let Some(turn) = Turn::beside_others() else { return };
+    let Some(turn) = Turn::take() else { return };
     let Some(booted) = booted(&turn) else { return };
     rerun(|| is_put_back_with_everything_it_has(&booted));
 }
@@ -314,7 +314,7 @@ fn is_put_back_with_everything_it_has(booted: &BootedLinux) {
 
 #[test]
 fn linux_moves_bytes_through_its_network() {
-    let Some(turn) = Turn::beside_others() else { return };
+    let Some(turn) = Turn::take() else { return };
     let Some(booted) = booted(&turn) else { return };
     rerun(|| moves_bytes_through_its_network(&booted));
 }
@@ -407,7 +407,7 @@ impl Slow {
 
 #[test]
 fn linux_is_forked_in_the_middle_of_everything() {
-    let Some(turn) = Turn::beside_others() else { return };
+    let Some(turn) = Turn::take() else { return };
     let Some(booted) = booted(&turn) else { return };
     rerun(|| is_forked_in_the_middle_of_everything(&booted));
 }

@@ -121,7 +121,7 @@ fn copies_need_the_tunables(vm: &Vm) {
 
 #[test]
 fn programs_find_nothing_wrong_while_their_vm_is_forked_and_in_its_children() {
-    let Some(turn) = Turn::beside_others() else { return };
+    let Some(turn) = Turn::take() else { return };
     let context = turn.context(Backing::Huge);
     let dir = tempfile::tempdir().unwrap();
     let Some(parent) = booted(&context, dir.path()) else { return };

@@ -10,7 +10,7 @@ use crate::{PAUSED, ask, booted};
 
 #[test]
 fn linux_boots_to_a_shell_that_answers() {
-    let Some(turn) = Turn::beside_others() else { return };
+    let Some(turn) = Turn::take() else { return };
     let Some(booted) = booted(&turn) else { return };
     assert!(booted.console.contains("Linux version 6.1"), "{}", booted.console);
     assert!(booted.console.contains("clade-guest ready"), "{}", booted.console);
@@ -23,7 +23,7 @@ fn linux_boots_to_a_shell_that_answers() {
 
 #[test]
 fn linux_children_are_told_apart() {
-    let Some(turn) = Turn::beside_others() else { return };
+    let Some(turn) = Turn::take() else { return };
     let Some(booted) = booted(&turn) else { return };
     let (one, two) = (booted.child("apart-one"), booted.child("apart-two"));
     assert_eq!(ask(&one, "who=the-first; echo $who"), "the-first");
@@ -44,7 +44,7 @@ fn linux_children_are_told_apart() {
 
 #[test]
 fn linux_is_forked_in_the_middle_of_a_line() {
-    let Some(turn) = Turn::beside_others() else { return };
+    let Some(turn) = Turn::take() else { return };
     let Some(booted) = booted(&turn) else { return };
     let parent = booted.child("typing");
     parent.resume().unwrap();
@@ -66,7 +66,7 @@ fn linux_is_forked_in_the_middle_of_a_line() {
 
 #[test]
 fn linux_time_goes_on_in_a_child() {
-    let Some(turn) = Turn::beside_others() else { return };
+    let Some(turn) = Turn::take() else { return };
     let Some(booted) = booted(&turn) else { return };
     let child = booted.child("clock");
     let uptime = |vm: &Vm| ask(vm, "read -r up idle </proc/uptime; echo $up").parse::<f64>().unwrap();
@@ -82,7 +82,7 @@ fn linux_time_goes_on_in_a_child() {
 
 #[test]
 fn linux_reboots_through_the_keyboard_controller() {
-    let Some(turn) = Turn::beside_others() else { return };
+    let Some(turn) = Turn::take() else { return };
     let Some(booted) = booted(&turn) else { return };
     let child = booted.child("rebooting");
     child.resume().unwrap();
@@ -99,7 +99,7 @@ fn linux_reboots_through_the_keyboard_controller() {
 
 #[test]
 fn linux_powers_itself_off_by_acpi() {
-    let Some(turn) = Turn::beside_others() else { return };
+    let Some(turn) = Turn::take() else { return };
     let Some(booted) = booted(&turn) else { return };
     let child = booted.child("off");
     child.resume().unwrap();
@@ -123,7 +123,7 @@ fn events(vm: &Vm) -> u64 {
 
 #[test]
 fn linux_notices_its_power_button_and_no_relative_does() {
-    let Some(turn) = Turn::beside_others() else { return };
+    let Some(turn) = Turn::take() else { return };
     let Some(booted) = booted(&turn) else { return };
     let vm = booted.child("pressed");
     assert_eq!(ask(&vm, "[ -e /sys/bus/acpi/devices/PNP0C0C:00 ] && echo there"), "there");

@@ -168,21 +168,25 @@ fn a_supervisor_is_shown_and_ended_by_a_command() {
     all.end();
 }
 
-/// Stops a VM of this supervisor, and one of an earlier one, whose processes `spoil` keeps from stopping them. Each
-/// process is killed, and the name is then free.
+/// Stops a VM of this supervisor and one of an earlier one, at once, whose processes `spoil` keeps from stopping them.
+/// Each process is killed, and the name is then free.
 fn stop_by_force(spoil: impl Fn(&Supervised, &str, u32)) {
     let mut all = Supervised::start("0");
     all.boot("web", &[]);
+    // Another supervisor, which has not started it.
+    all.runtime.crash();
+    all.serve("0");
     all.fork(&["web"]);
-    for (name, comes_back) in [("web-1", false), ("web", true)] {
-        if comes_back {
-            // Another supervisor, which has not started it.
-            all.runtime.crash();
-            all.serve("0");
-        }
-        let pid = all.pid_of(name);
+    let names = ["web", "web-1"];
+    let pids = names.map(|name| all.pid_of(name));
+    for (name, pid) in names.into_iter().zip(pids) {
         spoil(&all, name, pid);
-        let stopped = all.runtime.clade(&["stop", name, "--json"]).json();
+    }
+    let stop = |name| all.runtime.clade(&["stop", name, "--json"]).json();
+    let stopped = std::thread::scope(|scope| {
+        names.map(|name| scope.spawn(move || stop(name))).map(|stopping| stopping.join().unwrap())
+    });
+    for ((name, pid), stopped) in names.into_iter().zip(pids).zip(stopped) {
         assert_eq!((&stopped["killed"], &stopped["state"]), (&true.into(), &"stopped".into()), "{stopped}");
         assert_eq!(stopped["pid"], pid);
         assert!(!runs(pid));
