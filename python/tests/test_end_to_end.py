@@ -43,6 +43,10 @@ def test_forks_of_one_interpreter_go_their_own_ways(daemon, warm):
         assert ask(second, "state['x'].append(2) or state['x']") == [2]
         assert ask(warm, "state['x']") == []
         first.reset()
+        assert ask(first, "state['x'].append(3) or state['x']") == [3]
+        first.rollback(point)
+        assert ask(first, "state['x'].append(4) or state['x']") == [4]
+        assert first.reset(ready=True)["vm"]["name"] == first.name
         assert ask(first, "state['x']") == []
         assert first.stats()["copies"]["freeze"] >= 0 and second.pages()["totals"]["exclusive"] > 0
         second.pause()
@@ -108,7 +112,11 @@ def test_forks_are_awaited_at_the_same_time(daemon, warm):
             await vm.write_file("/tmp/n", str(number).encode() * 100_000)
             pieces = [piece async for piece in vm.follow(["/bin/sh", "-c", "cat; exit 4"], input=b"in")]
             assert pieces[-1].exit_code == 4 and b"".join(piece.data for piece in pieces[:-1]) == b"in"
-            return ast.literal_eval(done.text), await vm.read_file("/tmp/n")
+            found = ast.literal_eval(done.text), await vm.read_file("/tmp/n")
+            await (vm.rollback("awaited", ready=True) if number % 2 else vm.reset(ready=True))
+            gone = await vm.exec(["/bin/sh", "-c", "test -e /tmp/n"], timeout=7200)
+            assert gone.exit_code == 1, gone
+            return found
 
     async def run():
         async with AsyncClade() as clade:

@@ -147,7 +147,8 @@ fn errors(operation: &Value, method: &str, path: &str, passed_on: bool) -> Vec<P
     if path.starts_with("/v1/checkpoints/{name}") {
         all.push(Kind::NoSuchCheckpoint);
     }
-    if passed_on {
+    // The supervisor passes a reset on as well.
+    if passed_on || path.ends_with("/reset") {
         all.extend([Kind::Forbidden, Kind::VmSilent]);
     }
     if method == "post" {

@@ -328,6 +328,7 @@ fn routes() -> OpenApiRouter<Supervisor> {
         .routes(routes!(fork_vm))
         .routes(routes!(checkpoints::checkpoint))
         .routes(routes!(checkpoints::roll_back))
+        .routes(routes!(checkpoints::reset))
         .routes(routes!(stop))
         .routes(routes!(ready))
         .routes(routes!(network::set_network))

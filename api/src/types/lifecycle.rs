@@ -163,6 +163,17 @@ pub struct ResetAnswer {
     pub total_us: f64,
 }
 
+/// A request to reset a VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ResetRequest {
+    /// Whether the agent in the guest then renews its identity: its clock, random numbers, tokens and
+    /// hooks. Answers when the guest is ready. If it is not, the answer is `not-ready`, and the VM has
+    /// been reset all the same.
+    #[serde(default)]
+    pub ready: bool,
+}
+
 /// A request to roll a VM back.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

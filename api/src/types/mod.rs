@@ -24,8 +24,8 @@ pub use guest_memory::{
     WorkingSetAnswer,
 };
 pub use lifecycle::{
-    MAX_GRACE, MergingVm, NetworkRequest, ResetAnswer, RollbackRequest, ShutdownInfo, StopAnswer, StopRequest,
-    SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest, TtlInfo, TtlRequest, WakeAnswer,
+    MAX_GRACE, MergingVm, NetworkRequest, ResetAnswer, ResetRequest, RollbackRequest, ShutdownInfo, StopAnswer,
+    StopRequest, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest, TtlInfo, TtlRequest, WakeAnswer,
 };
 pub use pages::{CellInfo, MAX_CELLS, PagesAnswer, RunInfo, RunKind};
 pub use stats::{

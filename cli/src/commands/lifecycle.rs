@@ -11,9 +11,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use clade_api::{
-    CheckpointInfo, Client, ClientError, ReadyAnswer, ResetAnswer, RollbackRequest, ShutdownInfo, StopAnswer,
-    StopRequest, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest, TtlInfo, TtlRequest, VmInfo,
-    VmState, WakeAnswer,
+    CheckpointInfo, Client, ClientError, ReadyAnswer, ResetAnswer, ResetRequest, RollbackRequest, ShutdownInfo,
+    StopAnswer, StopRequest, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest, TtlInfo, TtlRequest,
+    VmInfo, VmState, WakeAnswer,
 };
 use hyper::Method;
 use serde::Serialize;
@@ -55,6 +55,20 @@ pub(crate) struct StopArgs {
 pub(super) fn stop(args: &StopArgs) -> Outcome {
     let graceful_s = args.graceful.map(|time| time.as_secs_f64());
     main(&args.vms, &Verb::Stop(StopRequest { graceful_s, at_once: args.vms.all }))
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ResetArgs {
+    #[command(flatten)]
+    vms: LifecycleArgs,
+    /// Have the agent in the guest renew its identity afterwards: its clock, random numbers, tokens and
+    /// hooks. Returns when it is ready. The VM stays reset if it is not.
+    #[arg(long)]
+    ready: bool,
+}
+
+pub(super) fn reset(args: &ResetArgs) -> Outcome {
+    main(&args.vms, &Verb::Reset(ResetRequest { ready: args.ready }))
 }
 
 #[derive(Debug, clap::Args)]
@@ -105,7 +119,7 @@ pub(super) enum Verb {
     Suspend(SuspendRequest),
     Wake,
     Stop(StopRequest),
-    Reset,
+    Reset(ResetRequest),
     Rollback(RollbackRequest),
     Reidentify,
     Remove,
@@ -119,7 +133,7 @@ impl Verb {
             Self::Suspend(_) => "suspend",
             Self::Wake => "wake",
             Self::Stop(_) => "stop",
-            Self::Reset => "reset",
+            Self::Reset(_) => "reset",
             Self::Rollback(_) => "rollback",
             Self::Reidentify => "reidentify",
             Self::Remove => "rm",
@@ -214,7 +228,14 @@ async fn one(client: Client, verb: Verb, name: String) -> Result<Done, ClientErr
         Verb::Stop(request) => {
             clade_supervisor::stop(&client, &name, request).await.map(|answer| Done::Stopped(Box::new(answer)))
         }
-        Verb::Reset => client.request(Method::POST, &name, "/reset", None::<&()>).await.map(Done::Reset),
+        // By the VM's process alone.
+        Verb::Reset(ResetRequest { ready: false }) => {
+            client.request(Method::POST, &name, "/reset", None::<&()>).await.map(Done::Reset)
+        }
+        Verb::Reset(request) => {
+            let path = format!("/v1/vms/{name}/reset");
+            client.supervisor(Method::POST, &path, Some(&request)).await.map(Done::Reset)
+        }
         Verb::Rollback(request) => {
             let path = format!("/v1/vms/{name}/rollback");
             client.supervisor(Method::POST, &path, Some(&request)).await.map(Done::RolledBack)
@@ -239,7 +260,7 @@ async fn everyone(client: &Client, verb: &Verb) -> Result<Vec<String>, ClientErr
         | Verb::Suspend(_)
         | Verb::Wake
         | Verb::Stop(_)
-        | Verb::Reset
+        | Verb::Reset(_)
         | Verb::Rollback(_)
         | Verb::Reidentify => client.all_names().await,
         Verb::Remove => {

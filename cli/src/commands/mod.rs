@@ -189,7 +189,7 @@ fn run(command: Command) -> Outcome {
         Command::Memory(command) => memory::main(&command),
         Command::Tree(args) => tree::main(&args),
         Command::Fork(args) => remote::fork(&args),
-        Command::Reset(args) => lifecycle::main(&args, &Verb::Reset),
+        Command::Reset(args) => lifecycle::reset(&args),
         Command::Rollback(args) => lifecycle::rollback(&args),
         Command::Reidentify(args) => lifecycle::main(&args, &Verb::Reidentify),
         Command::Balloon(args) => remote::balloon(&args),

@@ -147,6 +147,11 @@ fn forks(runtime: &Runtime) {
         assert_eq!(exec(runtime, &["web-2", "--", "sh", "-c", "! test -e /tmp/left && > /tmp/left"]).code, Some(0));
     }
     runtime.clade(&["reidentify", "web-2", "--json"]).json();
+    // By the reset itself.
+    exec(runtime, &["web-2", "--", "rm", "-f", "/tmp/hook"]);
+    let reset = runtime.clade(&["reset", "web-2", "--ready", "--json"]).json();
+    assert!(reset["total_us"].as_f64() > Some(0.0), "{reset}");
+    assert!(exec(runtime, &["web-2", "--", "cat", "/tmp/hook"]).stdout.starts_with("web-2 "));
     // So is one that is rolled back.
     exec(runtime, &["web-2", "--", "rm", "/tmp/hook"]);
     runtime.clade(&["checkpoint", "web-2", "before-hook", "--json"]).json();
@@ -164,6 +169,13 @@ fn forks(runtime: &Runtime) {
     let refused = runtime.clade(&["rollback", "web", "before-file", "--ready"]);
     assert!(refused.code == Some(2) && refused.stderr.contains("20-bad"), "{refused:?}");
     assert_eq!(exec(runtime, &["web", "--", "test", "!", "-e", "/tmp/file"]).code, Some(0));
+    // So does one that is reset.
+    runtime.clade(&["fork", "web", "--name", "bad", "--json"]).json();
+    exec(runtime, &["bad", "--", "touch", "/tmp/file"]);
+    let refused = runtime.clade(&["reset", "bad", "--ready"]);
+    assert!(refused.code == Some(2) && refused.stderr.contains("20-bad"), "{refused:?}");
+    assert_eq!(exec(runtime, &["bad", "--", "test", "!", "-e", "/tmp/file"]).code, Some(0));
+    runtime.clade(&["stop", "bad", "--json"]).json();
     // The agent is PID 1: it ends the guest in order.
     exec(runtime, &["web-1", "--", "kill", "-TERM", "1"]);
     assert_eq!(runtime.clade(&["wait", "web-1"]).code, Some(0));

@@ -413,6 +413,16 @@ fn a_running_vm_runs_on_and_a_suspended_one_stays_so() {
     all.runtime.clade(&["rollback", "web", "base", "--ready"]).expect_refusal("web is paused");
     all.runtime.clade(&["resume", "web", "--json"]).json();
     assert_eq!(all.word("web", 3), 4);
+    // Nor is anything reset.
+    all.runtime.clade(&["fork", "web", "--json"]).json();
+    all.put("web-1", 3, 5);
+    all.runtime.clade(&["reset", "web-1", "--ready"]).expect_refusal("no vsock device");
+    all.runtime.clade(&["pause", "web-1", "--json"]).json();
+    all.runtime.clade(&["reset", "web-1", "--ready"]).expect_refusal("web-1 is paused");
+    all.runtime.clade(&["resume", "web-1", "--json"]).json();
+    assert_eq!(all.word("web-1", 3), 5);
+    all.runtime.clade(&["reset", "web-1", "--json"]).json();
+    assert_eq!(all.word("web-1", 3), 4);
     all.end();
 }
 

@@ -201,9 +201,16 @@ class AsyncVm(_AsyncForkable):
         answer = await self.clade.calls.checkpoint(self.name, body, idempotency_key=uuid.uuid4().hex)
         return AsyncCheckpoint(self.clade, answer["name"])
 
-    async def reset(self) -> t.ResetAnswer:
-        """Puts it back to the instant it was forked at, in place."""
-        return await self.clade.calls.reset(self.name)
+    async def reset(self, *, ready: bool = False) -> t.ResetAnswer:
+        """Puts it back to the instant it was forked at, in place. With `ready` the agent in it then
+        renews its identity."""
+        return await self.clade.calls.reset(self.name, {"ready": True} if ready else None)
+
+    async def rollback(self, checkpoint: AsyncCheckpoint | str, *, ready: bool = False) -> t.ResetAnswer:
+        """Puts it back to a checkpoint of its own, or of a VM that it was forked from, in place. With
+        `ready` the agent in it then renews its identity."""
+        name = checkpoint if isinstance(checkpoint, str) else checkpoint.name
+        return await self.clade.calls.roll_back(self.name, {"checkpoint": name, "ready": ready})
 
     async def pause(self) -> None:
         """Pauses it."""

@@ -164,9 +164,9 @@ class Calls:
         answer: t.ReadyAnswer = self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/ready")
         return answer
 
-    def reset(self, name: str) -> t.ResetAnswer:
+    def reset(self, name: str, body: t.ResetRequest | None = None) -> t.ResetAnswer:
         """Resets a forked VM to the instant of its fork."""
-        answer: t.ResetAnswer = self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/reset")
+        answer: t.ResetAnswer = self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/reset", body=body)
         return answer
 
     def resume(self, name: str) -> t.VmInfo:
@@ -415,9 +415,9 @@ class AsyncCalls:
         answer: t.ReadyAnswer = await self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/ready")
         return answer
 
-    async def reset(self, name: str) -> t.ResetAnswer:
+    async def reset(self, name: str, body: t.ResetRequest | None = None) -> t.ResetAnswer:
         """Resets a forked VM to the instant of its fork."""
-        answer: t.ResetAnswer = await self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/reset")
+        answer: t.ResetAnswer = await self._transport.json("POST", f"/v1/vms/{quote(name, safe='')}/reset", body=body)
         return answer
 
     async def resume(self, name: str) -> t.VmInfo:

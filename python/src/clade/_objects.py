@@ -257,9 +257,16 @@ class Vm(_Forkable):
         answer = self.clade.calls.checkpoint(self.name, body, idempotency_key=uuid.uuid4().hex)
         return Checkpoint(self.clade, answer["name"])
 
-    def reset(self) -> t.ResetAnswer:
-        """Puts it back to the instant it was forked at, in place."""
-        return self.clade.calls.reset(self.name)
+    def reset(self, *, ready: bool = False) -> t.ResetAnswer:
+        """Puts it back to the instant it was forked at, in place. With `ready` the agent in it then
+        renews its identity."""
+        return self.clade.calls.reset(self.name, {"ready": True} if ready else None)
+
+    def rollback(self, checkpoint: Checkpoint | str, *, ready: bool = False) -> t.ResetAnswer:
+        """Puts it back to a checkpoint of its own, or of a VM that it was forked from, in place. With
+        `ready` the agent in it then renews its identity."""
+        name = checkpoint if isinstance(checkpoint, str) else checkpoint.name
+        return self.clade.calls.roll_back(self.name, {"checkpoint": name, "ready": ready})
 
     def pause(self) -> None:
         """Pauses it."""

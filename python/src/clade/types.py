@@ -1358,6 +1358,16 @@ class ResetAnswer(TypedDict):
     """The VM after the reset. `memory` is null: counting pages takes longer than the reset."""
 
 
+class ResetRequest(TypedDict):
+    """A request to reset a VM."""
+
+    ready: NotRequired[bool]
+    """Whether the agent in the guest then renews its identity: its clock, random numbers, tokens
+    and hooks. Answers when the guest is ready. If it is not, the answer is `not-ready`, and the
+    VM has been reset all the same.
+    """
+
+
 class RestoreRequest(TypedDict):
     """A request to start VMs from a snapshot."""
 

@@ -6,10 +6,11 @@ use axum::extract::{Path as UrlPath, State};
 
 use super::Wanted;
 use crate::Supervisor;
-use clade_api::http::{Answer, ApiError, Cancel};
+use crate::reidentify::expect_reachable;
+use clade_api::http::{Answer, ApiError, Cancel, Optional};
 use clade_api::{
     CheckpointInfo, CheckpointRequest, ForkAnswer, ForkRequest, KeepRequest, OpenRequest, PrepareRequest, Prepared,
-    ResetAnswer, RollbackRequest,
+    ResetAnswer, ResetRequest, RollbackRequest,
 };
 
 /// Holds the image of a snapshot as a checkpoint.
@@ -62,6 +63,31 @@ pub(super) async fn roll_back(
     let roll_back =
         move |supervisor: &Supervisor, cancel: &Cancel| supervisor.roll_back(&vm, &checkpoint, ready, permit, cancel);
     let answer = supervisor.work(roll_back).await?;
+    if ready {
+        supervisor.reidentify(&name).await?;
+    }
+    Ok(Json(answer))
+}
+
+/// Resets a forked VM to the instant of its fork.
+#[utoipa::path(
+    post,
+    path = "/v1/vms/{name}/reset",
+    request_body = Option<ResetRequest>,
+    responses((status = 200, description = "Done.", body = ResetAnswer))
+)]
+pub(super) async fn reset(
+    State(supervisor): State<Supervisor>,
+    UrlPath(name): UrlPath<String>,
+    Optional(request): Optional<ResetRequest>,
+) -> Answer<ResetAnswer> {
+    let ready = request.unwrap_or_default().ready;
+    if ready {
+        // Before the guest's state is given up.
+        supervisor.expect_running(&name).await?;
+        expect_reachable(&name, &supervisor.record_of(&name).await?.template.config)?;
+    }
+    let answer = supervisor.answer_reset(&name).await?;
     if ready {
         supervisor.reidentify(&name).await?;
     }

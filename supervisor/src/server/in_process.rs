@@ -12,7 +12,7 @@ use axum::response::Response;
 use clade_api::http::{ApiError, LAST_ANSWERS_OF_ALL, MAX_CONNECTIONS};
 use clade_api::{
     CheckpointInfo, CheckpointRequest, Client, ClientError, ForkAnswer, ForkRequest, KeepRequest, LogsAnswer,
-    MAX_ANSWER, MAX_ATTEMPTS, NetworkRequest, OpenRequest, Pending, ProblemKind, StopAnswer, StopRequest,
+    MAX_ANSWER, MAX_ATTEMPTS, NetworkRequest, OpenRequest, Pending, ProblemKind, ResetAnswer, StopAnswer, StopRequest,
     SupervisorApi, SuspendAnswer, SuspendRequest, TtlInfo, TtlRequest, VmInfo, check_name, retried,
 };
 use hyper::{Method, Request};
@@ -153,6 +153,17 @@ impl Supervisor {
         let limits = ProxyLimits::default();
         let limit = limits.answer;
         parsed(forward(self.dir(), vm, request, limits).await?, most, limit).await
+    }
+
+    /// Has a VM's process reset it.
+    ///
+    /// # Errors
+    /// When there is no such VM, or its process refuses.
+    pub(super) async fn answer_reset(&self, name: &str) -> Result<ResetAnswer, ApiError> {
+        check_name(name)?;
+        let answer: ResetAnswer = self.passed_on(Method::POST, name, "/reset", None::<&()>, MAX_ANSWER).await?;
+        let vm = with_own_socket(self.dir(), name.to_owned(), answer.vm).await?;
+        Ok(ResetAnswer { vm, ..answer })
     }
 
     fn of_vm<'a, T: DeserializeOwned + Send + 'a>(

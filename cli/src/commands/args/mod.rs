@@ -15,7 +15,7 @@ use crate::commands::e2b::{E2bArgs, KeyCommand};
 use crate::commands::exec::{ExecArgs, ShellArgs};
 use crate::commands::generate::{CompletionsArgs, ManArgs};
 use crate::commands::image::{ImageCommand, ImageListArgs};
-use crate::commands::lifecycle::{LifecycleArgs, RollbackArgs, StopArgs, SuspendArgs};
+use crate::commands::lifecycle::{LifecycleArgs, ResetArgs, RollbackArgs, StopArgs, SuspendArgs};
 use crate::commands::memory::MemoryCommand;
 use crate::commands::network::NetworkArgs;
 use crate::commands::pages::PagesArgs;
@@ -72,7 +72,7 @@ pub(crate) enum Command {
     /// Fork a running VM.
     Fork(ForkArgs),
     /// Reset forked VMs in place to the instant of their fork.
-    Reset(LifecycleArgs),
+    Reset(ResetArgs),
     /// Roll a VM back in place to a checkpoint of its own, or of a VM that it was forked from.
     Rollback(RollbackArgs),
     /// Have the agents in VMs renew their identity: clock, random numbers, tokens, hooks. For use
