@@ -8,6 +8,7 @@ use super::copied_files::Copies;
 use super::host_link::stricter;
 use super::kept::KeptData;
 use super::kept::{DataId, KeptLine, KeptRecord};
+use super::launched_vm::LaunchedVm;
 use super::priority::Raised;
 use super::vm_record::VmRecord;
 use clade_api::http::Cancel;
@@ -15,7 +16,6 @@ use clade_api::secrets::Secrets;
 use clade_api::{CheckpointInfo, DaemonError, DetachedInfo, ErasedInfo, ForkAnswer, ForkedInfo, Labels, RuntimeDir};
 use clade_devices::virtio::net::Link;
 use clade_vmm::vm::{SavedAt, SavedVm, SealedParts, VmConfig};
-use clade_worker::LaunchedVm;
 use clade_worker::ahead::Learning;
 use clade_worker::image::{ForkedVm, PendingFork};
 

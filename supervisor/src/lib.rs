@@ -7,6 +7,7 @@
 //!
 //! | file | content |
 //! |---|---|
+//! | `launched_vm` | new VMs, as the supervisor has made them |
 //! | `launch` | forks, restored and booted VMs, all of a request or none |
 //! | `ends` | detection of ended processes, and their cleanup |
 //! | `checkpoint` | the image of a VM, held for forks |
@@ -60,6 +61,7 @@ mod idle;
 mod keep;
 mod kept;
 mod launch;
+mod launched_vm;
 mod metrics;
 mod net_hook;
 mod openapi;

@@ -95,6 +95,9 @@ impl Supervisor {
         } = *options;
         let dir = RuntimeDir::create(dir)?;
         let (claim, socket) = SupervisorClaim::new(&dir)?;
+        let earlier = VmRecord::all(&dir)?;
+        // First: their threads may keep the processors from this one, and each of the next steps may fail.
+        earlier.iter().filter_map(|(_, vm_record)| vm_record.process).for_each(Priority::give_back);
         // Before any other process is started.
         let cgroups = Cgroups::open(cgroup)?;
         let net_hook = net_hook.as_deref().map(NetHook::new).transpose()?;
@@ -106,9 +109,6 @@ impl Supervisor {
         let broker = Broker::start().map_err(failed)?;
         // VMs of an earlier supervisor.
         let mut found = Vec::new();
-        let earlier = VmRecord::all(&dir)?;
-        // First: their threads may keep the processors from this one.
-        earlier.iter().filter_map(|(_, vm_record)| vm_record.process).for_each(Priority::give_back);
         for (name, vm_record) in &earlier {
             overlays.found(&vm_record.overlays);
             found.extend(vm_record.process.map(|process| (name.clone(), process)));

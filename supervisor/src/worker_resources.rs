@@ -9,6 +9,7 @@ use clade_devices::virtio::net::Link;
 use super::broker::Broker;
 use super::cgroups::{Bounds, Group};
 use super::host_link::release_links;
+use super::launched_vm::LaunchedVm;
 use super::net_hook::Interfaces;
 use super::overlays::OverlayUse;
 use super::processes::{OwnVm, ProcessId};
@@ -19,7 +20,7 @@ use clade_api::secrets::SecretsRecord;
 use clade_api::{DaemonError, NameClaim, RuntimeDir, flight, forget_ended};
 use clade_vmm::vm::{Endpoints, VmConfig};
 use clade_worker::jail::{Confinement, Grants};
-use clade_worker::{ConfineRequest, PassedFds, VmTemplate};
+use clade_worker::{ConfineRequest, PassedFds, ReportedVm, VmTemplate};
 
 /// The grants of workers in a runtime directory.
 #[derive(Clone, Debug)]
@@ -193,6 +194,11 @@ impl WorkerResources {
         let settled = VmRecord { network: Some(network), ..self.vm_record.clone() };
         let _records = VmRecord::lock();
         settled.replace(&self.dir, &self.name)
+    }
+
+    /// Describes the VM that the worker has `reported` as made.
+    pub(super) fn launched(&self, reported: ReportedVm) -> LaunchedVm {
+        LaunchedVm::new(&self.name, &self.vm_record, reported)
     }
 
     /// Returns the VM, with its `process` and its `group`.

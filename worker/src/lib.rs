@@ -222,9 +222,9 @@ pub struct Program {
     pub said: Option<fn(&Vm)>,
 }
 
-/// A VM in a process of its own.
+/// A VM, as its process describes it: a guest may have broken into that process.
 #[derive(Clone, Debug)]
-pub struct LaunchedVm {
+pub struct ReportedVm {
     /// The name.
     pub name: String,
     /// Its own interfaces, addresses and sockets; `None` if it has no such devices.

@@ -13,7 +13,7 @@ use rustix::process::{Signal, pidfd_send_signal};
 
 use super::detach::unpacked;
 use super::{
-    ConfineRequest, DetachRequest, Inherited, LaunchedVm, ReadSnapshotRequest, SavedFiles, WorkerAnswer, WorkerRequest,
+    ConfineRequest, DetachRequest, Inherited, ReadSnapshotRequest, ReportedVm, SavedFiles, WorkerAnswer, WorkerRequest,
     WriteSnapshotRequest, failed, receive, send,
 };
 use clade_api::{DaemonError, DetachedInfo};
@@ -320,10 +320,10 @@ impl Worker {
     ///
     /// # Errors
     /// When the worker has ended, or could not make its VM.
-    pub fn made(&self, check: impl Fn() -> Result<(), DaemonError>) -> Result<LaunchedVm, DaemonError> {
+    pub fn made(&self, check: impl Fn() -> Result<(), DaemonError>) -> Result<ReportedVm, DaemonError> {
         match self.answer(check)? {
             WorkerAnswer::Made { name, identity, erased, network } => {
-                Ok(LaunchedVm { name, identity, erased, network })
+                Ok(ReportedVm { name, identity, erased, network })
             }
             other => Err(failed(unexpected(&other))),
         }
@@ -331,7 +331,7 @@ impl Worker {
 
     /// The same for a worker that may run at once. When `check` fails, its socket is closed. Then
     /// the worker has either already reported its VM as made, or never will, and ends.
-    pub(crate) fn wait_or_abort(&self, check: impl Fn() -> Result<(), DaemonError>) -> Result<LaunchedVm, DaemonError> {
+    pub(crate) fn wait_or_abort(&self, check: impl Fn() -> Result<(), DaemonError>) -> Result<ReportedVm, DaemonError> {
         self.made(check).or_else(|error| {
             self.dismiss();
             self.made(|| Ok(())).map_err(|_| error)
@@ -369,7 +369,7 @@ impl Drop for Worker {
 }
 
 /// Called with VMs that are made and have not run.
-pub type BeforeTheyRun<'a> = dyn Fn(&[LaunchedVm]) -> Result<(), DaemonError> + 'a;
+pub type BeforeTheyRun<'a> = dyn Fn(&[ReportedVm]) -> Result<(), DaemonError> + 'a;
 
 fn unexpected(answer: &WorkerAnswer) -> io::Error {
     io::Error::other(format!("it answered {answer:?}"))

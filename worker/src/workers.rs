@@ -6,7 +6,7 @@ use clade_api::DaemonError;
 
 use crate::pace::in_groups;
 use crate::process::PATIENCE;
-use crate::{BeforeTheyRun, LaunchedVm, Pace, Worker};
+use crate::{BeforeTheyRun, Pace, ReportedVm, Worker};
 
 /// The workers of a request that has not succeeded yet. Ended when dropped.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ impl Workers {
         check: impl Fn(usize) -> Result<(), DaemonError>,
         before_they_run: Option<&BeforeTheyRun<'_>>,
         when_made: impl FnOnce(),
-    ) -> Result<Vec<LaunchedVm>, DaemonError> {
+    ) -> Result<Vec<ReportedVm>, DaemonError> {
         let mut made = Vec::with_capacity(self.0.len());
         let is_single = self.0.len() == 1 && before_they_run.is_none();
         if let [worker] = self.0.as_slice()

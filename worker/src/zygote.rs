@@ -261,6 +261,22 @@ pub struct Zygote {
     restarts: AtomicU64,
 }
 
+/// The variables of the supervisor that zygotes and workers have: those that they and passt read. A guest that breaks
+/// into its VM's process reads all that the process has.
+const INHERITED: &[&str] = &[
+    "CLADE_LOG",
+    "CLADE_QUIRKS",
+    "CLADE_RUNTIME_DIR",
+    "CLADE_TRACE",
+    "HOME",
+    "LD_LIBRARY_PATH",
+    "LLVM_PROFILE_FILE",
+    "PATH",
+    "RUST_BACKTRACE",
+    "TMPDIR",
+    "XDG_RUNTIME_DIR",
+];
+
 impl Zygote {
     /// Returns how often a zygote that had ended was replaced.
     pub fn restarts(&self) -> u64 {
@@ -297,6 +313,9 @@ impl Zygote {
             .arg(ZYGOTE)
             .arg("--confine")
             .arg(self.confinement.to_string())
+            // Others may hold secrets of whoever started the supervisor.
+            .env_clear()
+            .envs(INHERITED.iter().filter_map(|name| Some((name, std::env::var_os(name)?))))
             .envs(self.env.iter().copied())
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null());

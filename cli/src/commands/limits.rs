@@ -51,6 +51,16 @@ pub(crate) fn end_at_closed_pipes() {
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
 }
 
+/// Closes the descriptors that a zygote was started with, except for its standard streams: its workers would hold
+/// whatever the supervisor was started with.
+pub(super) fn close_inherited_descriptors() {
+    // SAFETY: the process has opened no descriptor so far that anything refers to.
+    let done = unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
+    if done != 0 {
+        tracing::warn!(error = %std::io::Error::last_os_error(), "inherited descriptors stay open in all workers");
+    }
+}
+
 /// Has processes that this one starts get no descriptor that this one was started with: a lock or a
 /// pipe of a shell would live as long as they do.
 pub(super) fn keep_descriptors_from_children() {

@@ -98,6 +98,7 @@ pub(super) fn main(args: &ServeArgs) -> Outcome {
     if args.stop {
         return stop();
     }
+    limits::keep_descriptors_from_children();
     with_server_runtime(|runtime| {
         // Before there is anything to clean up.
         let shutdown = ShutdownSignal::listen(runtime).map_err(Failure::run)?;

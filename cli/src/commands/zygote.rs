@@ -1,12 +1,13 @@
 //! `clade zygote`: forks workers, for the process that started this one.
 
 use crate::commands::args::ZygoteArgs;
-use crate::commands::limits::one_arena;
+use crate::commands::limits::{close_inherited_descriptors, one_arena};
 use crate::commands::worker::{context, standard_input, work};
 use crate::commands::{Failure, Outcome};
 use clade_worker::zygote::{ZygoteRole, mount, serve};
 
 pub(super) fn main(args: &ZygoteArgs) -> Outcome {
+    close_inherited_descriptors();
     one_arena();
     let socket = standard_input().map_err(Failure::run)?;
     // Once, for all workers: KVM's features and the MSRs of a vCPU are probed here.

@@ -83,3 +83,26 @@ fn a_fork_on_a_busy_host_raises_the_parent_and_the_child_until_the_answer() {
         (0..3).for_each(|_| fork(true));
     });
 }
+
+/// A supervisor that was killed may leave a worker raised. The next one takes the priority back even if it then fails to
+/// start.
+#[test]
+fn a_supervisor_that_cannot_start_has_taken_the_priority_of_workers_back() {
+    if !kvm() {
+        return;
+    }
+    if !may_raise() {
+        clade_test_support::skipped("no real-time priority");
+        return;
+    }
+    let mut all = Supervised::start("0");
+    all.boot("web", &[]);
+    let pid = all.pid_of("web");
+    all.runtime.crash();
+    Scheduling::of(pid).unwrap().raise(pid, 2).unwrap();
+    assert_eq!(raised(pid), [pid.to_string()]);
+    all.runtime.clade(&["serve", "--net-hook", "/no/such/program"]).expect_refusal("/no/such/program");
+    assert_eq!(raised(pid), [""; 0]);
+    all.serve("0");
+    all.end();
+}

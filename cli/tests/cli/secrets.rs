@@ -1,12 +1,13 @@
 //! Secrets that a VM was made with, and children that are made without them.
 
 use std::fs;
+use std::process::Command;
 
 use memchr::memmem;
 use serde_json::{Value, json};
 
 use crate::supervisor::Supervised;
-use crate::tool::{expect_problem, kvm};
+use crate::tool::{Runtime, expect_problem, kvm};
 
 const TOKEN: &[u8] = b"tk-9f3kd02mvL1qPz7WxYc4";
 const KEY: &[u8] = b"correct horse battery staple, 1984";
@@ -194,4 +195,38 @@ fn records_of_vms_have_a_digest_of_their_secrets() {
     ] {
         assert_eq!(record(&all, name), wanted, "{name}");
     }
+}
+
+/// Whoever starts a supervisor may have secrets in variables, and open files: guests may break into their VMs' processes.
+#[test]
+fn vms_processes_have_no_variables_and_no_files_of_whoever_started_the_supervisor() {
+    if !kvm() {
+        return;
+    }
+    let mut all = Supervised { runtime: Runtime::new() };
+    let file = all.runtime.dir().join("held");
+    fs::write(&file, "").unwrap();
+    let serve = all.runtime.command(&["serve", "--pool", "1"]);
+    let mut command = Command::new("sh");
+    command.args(["-c", r#"exec 9<"$0"; exec "$@""#]).arg(&file).arg(serve.get_program()).args(serve.get_args());
+    command.envs(serve.get_envs().filter_map(|(name, value)| Some((name, value?)))).env("DB_PASSWORD", "canary-7");
+    all.runtime.begin_with(command);
+    all.await_socket();
+    all.boot("web", &[]);
+    all.fork(&["web"]);
+    let has = |pid: u32| {
+        let environ = fs::read(format!("/proc/{pid}/environ")).unwrap();
+        let links = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten().map(|entry| fs::read_link(entry.path()));
+        let is_held = links.flatten().any(|link| link == file);
+        [memmem::find(&environ, b"canary-7").is_some(), is_held]
+    };
+    let supervisor = all.info("pid") as u32;
+    assert_eq!(has(supervisor), [true, true], "of whoever started it");
+    let others: Vec<u32> = all.runtime.clades().into_iter().filter(|pid| *pid != supervisor).collect();
+    assert!(others.len() >= 3 && others.contains(&all.pid_of("web")), "a zygote and two VMs at least: {others:?}");
+    for pid in others {
+        assert_eq!(has(pid), [false, false], "process {pid}");
+    }
+    fs::remove_file(file).unwrap();
+    all.end();
 }

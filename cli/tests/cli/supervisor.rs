@@ -54,7 +54,7 @@ impl Supervised {
         self.await_socket();
     }
 
-    fn await_socket(&self) {
+    pub(crate) fn await_socket(&self) {
         let socket = self.runtime.dir().join("clade.api");
         wait_until("the supervisor", || UnixStream::connect(&socket).is_ok());
     }
@@ -87,7 +87,7 @@ impl Supervised {
         self.runtime.http(method, path, body)
     }
 
-    fn info(&self, what: &str) -> u64 {
+    pub(crate) fn info(&self, what: &str) -> u64 {
         self.http("GET", "/v1/supervisor", "").1[what].as_u64().unwrap()
     }
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use super::steps::{Launch, Note, WorkerEnv};
 use crate::Supervisor;
 use crate::cgroups::Bounds;
+use crate::launched_vm::LaunchedVm;
 use crate::session::{Live, Session};
 use crate::vm_record::template_of_boot;
 use crate::worker_resources::{Start, WorkerResources};
@@ -15,7 +16,7 @@ use clade_devices::virtio::net::Link;
 use clade_vmm::vm::{Endpoints, VmConfig, VmError};
 use clade_worker::host_limits::{ResourceDemand, check_host_limits};
 use clade_worker::jail::is_block_device;
-use clade_worker::{LaunchedVm, Pace, StartBootRequest, VmTemplate, Worker, WorkerRequest, Workers};
+use clade_worker::{Pace, StartBootRequest, VmTemplate, Worker, WorkerRequest, Workers};
 
 /// A VM to be booted.
 struct Boot<'a> {

@@ -28,15 +28,16 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::checkpoint::Checkpoint;
+use super::launched_vm::LaunchedVm;
 use super::reidentify::expect_reachable;
 use super::vm_record::VmRecord;
 use super::{ImagePermit, Supervisor};
 use clade_api::http::Cancel;
 use clade_api::{DaemonError, ErasedInfo, ForkAnswer, ForkRequest, NameClaim, ProblemKind, check_names, claim_names};
 use clade_devices::virtio::net::Link;
+use clade_worker::VmTemplate;
 use clade_worker::ahead::Learning;
 use clade_worker::host_limits::{ResourceDemand, check_host_limits, check_share};
-use clade_worker::{LaunchedVm, VmTemplate};
 use fork::Children;
 
 /// The source of children.

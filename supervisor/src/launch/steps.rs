@@ -5,13 +5,14 @@ use std::sync::Weak;
 use std::time::{Duration, Instant};
 
 use crate::cgroups::{Bounds, Group};
+use crate::launched_vm::LaunchedVm;
 use crate::net_hook::Up;
 use crate::priority::RaisedStart;
 use crate::worker_resources::WorkerResources;
 use crate::{Inner, Supervisor};
 use clade_api::{DaemonError, NameClaim};
 use clade_worker::ahead::Learning;
-use clade_worker::{BeforeTheyRun, ConfineRequest, LaunchedVm, Pace, VmTemplate, Worker, Workers, has_ended};
+use clade_worker::{BeforeTheyRun, ConfineRequest, Pace, ReportedVm, VmTemplate, Worker, Workers, has_ended};
 
 /// The file for a child's written pages, and the set that learns from it. None for a VM that is not
 /// learned from.
@@ -153,7 +154,7 @@ impl Supervisor {
             let process = worker.pidfd()?.ok_or(DaemonError::Ending)?;
             self.0.processes.add([(worker.pid(), resources.own_vm(process, group).noting(note))]);
         }
-        let settle = |made: &[LaunchedVm]| {
+        let settle = |made: &[ReportedVm]| {
             let mut vms = all_resources.iter().zip(made);
             vms.try_for_each(|(resources, vm)| resources.settle_network(vm.network, confinement))
         };
@@ -163,6 +164,7 @@ impl Supervisor {
             workers.run_together(launch.pace(), |made| launch.check(made), settle, end_raise).inspect_err(|_| {
                 pids.iter().for_each(|pid| drop(self.0.processes.remove(*pid)));
             })?;
+        let made = all_resources.iter().zip(made).map(|(resources, reported)| resources.launched(reported)).collect();
         all_resources.into_iter().for_each(WorkerResources::keep);
         up.into_iter().for_each(Up::keep);
         Ok(made)
