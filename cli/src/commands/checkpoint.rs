@@ -15,12 +15,19 @@ pub(super) fn take(args: &CheckpointArgs) -> Outcome {
     let request = CheckpointRequest { name: args.name.clone(), keep: args.keep, detach: args.detach, full: args.full };
     let path = format!("/v1/vms/{}/checkpoint", args.vm);
     let info: CheckpointInfo = ask(client.supervisor(Method::POST, &path, Some(&request)))?;
+    // The checkpoint stays, also if processes cannot be prepared for its children.
+    show(args, &client, &info)?;
     if let Some(count) = args.prepare {
         let path = format!("/v1/checkpoints/{}/prepare", info.name);
         let _: Prepared = ask(client.supervisor(Method::POST, &path, Some(&PrepareRequest { count })))?;
     }
+    Ok(())
+}
+
+/// Prints the answer to a request for a checkpoint.
+fn show(args: &CheckpointArgs, client: &Client, info: &CheckpointInfo) -> Outcome {
     if args.json {
-        return print_json(&info).map_err(Failure::run);
+        return print_json(info).map_err(Failure::run);
     }
     println!("{}", info.name);
     eprintln!("{} was paused for {}", args.vm, show_pause(info.pause_us));
@@ -28,7 +35,7 @@ pub(super) fn take(args: &CheckpointArgs) -> Outcome {
         let (mib, disks) = (done.copied_pages as f64 / 256.0, done.disk_bytes as f64 / f64::from(1 << 20));
         eprintln!("{mib:.1} MiB of memory and {disks:.1} MiB of disks were copied in {}", show_pause(done.total_us));
     }
-    warn_of_boot(&client, &args.vm);
+    warn_of_boot(client, &args.vm);
     Ok(())
 }
 

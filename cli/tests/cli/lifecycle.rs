@@ -172,3 +172,24 @@ fn more_children_than_the_processors_take_are_refused_without_overcommit() {
     assert_eq!(all.fork(&["web", "--overcommit"]), ["web-1"]);
     all.end();
 }
+
+#[test]
+fn a_checkpoint_is_printed_though_no_process_can_be_prepared_for_its_children() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    all.boot("web", &[]);
+    // More than the supervisor prepares.
+    let take = |name: &str, more: &[&str]| {
+        all.runtime.clade(&[&["checkpoint", "web", name, "--prepare", "10001"], more].concat())
+    };
+    let failed = take("one", &[]);
+    assert_eq!((failed.code, lines(&failed)), (Some(2), vec!["one"]), "{failed:?}");
+    assert!(failed.stderr.lines().any(|line| line.starts_with("clade: ") && line.contains("10001")), "{failed:?}");
+    let failed = take("two", &["--json"]);
+    let printed: serde_json::Value = serde_json::from_str(&failed.stdout).unwrap();
+    assert_eq!((failed.code, &printed["name"]), (Some(2), &"two".into()), "{failed:?}");
+    assert_eq!(lines(&all.runtime.clade(&["rm", "--all"])), ["one is removed", "two is removed"]);
+    all.end();
+}

@@ -224,7 +224,7 @@ pub(crate) struct CheckpointArgs {
     /// processes of its children then read no file with the guest's earlier memory.
     #[arg(long, requires = "keep")]
     pub(crate) full: bool,
-    /// Prepare as many processes for its children.
+    /// Prepare as many processes for its children. If that fails, the checkpoint stays.
     #[arg(long, value_name = "N")]
     pub(crate) prepare: Option<usize>,
     /// Print JSON instead of a table.
