@@ -90,7 +90,7 @@ pub(super) fn parse_env_or_own(text: &str) -> Result<(String, String), String> {
 }
 
 /// The output of `--json`.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Serialize)]
 struct ProgramResult {
     exit_code: i32,
     status: String,
@@ -197,10 +197,36 @@ impl Passed {
     }
 }
 
+/// The output of a program for `--json`. A character may begin in one event and end in the next.
+#[derive(Debug, Default)]
+struct KeptOutput {
+    stdout: Vec<u8>,
+    stderr: Vec<u8>,
+}
+
+impl KeptOutput {
+    fn push(&mut self, stdout: &[u8], stderr: &[u8]) -> Result<(), Failure> {
+        if self.stdout.len() + self.stderr.len() + stdout.len() + stderr.len() > MAX_OUTPUT {
+            return Err(Failure::run(anyhow!("the program has written more than {MAX_OUTPUT} bytes")));
+        }
+        self.stdout.extend_from_slice(stdout);
+        self.stderr.extend_from_slice(stderr);
+        Ok(())
+    }
+
+    fn into_result(self, end: &EndEvent) -> ProgramResult {
+        let text = |bytes: Vec<u8>| {
+            String::from_utf8(bytes).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned())
+        };
+        let (stdout, stderr) = (text(self.stdout), text(self.stderr));
+        ProgramResult { exit_code: end.exit_code, status: end.status.clone(), stdout, stderr }
+    }
+}
+
 /// The destination of output.
 enum Output {
     Terminal,
-    Kept(Box<ProgramResult>),
+    Kept(KeptOutput),
 }
 
 impl Output {
@@ -212,14 +238,7 @@ impl Output {
                 let written = io::stdout().write_all(&stdout).and_then(|()| io::stdout().flush());
                 written.and_then(|()| io::stderr().write_all(&stderr)).map_err(Failure::run)
             }
-            Self::Kept(kept) => {
-                if kept.stdout.len() + kept.stderr.len() + stdout.len() + stderr.len() > MAX_OUTPUT {
-                    return Err(Failure::run(anyhow!("the program has written more than {MAX_OUTPUT} bytes")));
-                }
-                kept.stdout.push_str(&String::from_utf8_lossy(&stdout));
-                kept.stderr.push_str(&String::from_utf8_lossy(&stderr));
-                Ok(())
-            }
+            Self::Kept(kept) => kept.push(&stdout, &stderr),
         }
     }
 }
@@ -280,7 +299,7 @@ async fn exec(args: ExecArgs) -> Outcome {
     } else {
         None
     };
-    let mut output = if args.json { Output::Kept(Box::default()) } else { Output::Terminal };
+    let mut output = if args.json { Output::Kept(KeptOutput::default()) } else { Output::Terminal };
     let end = match args.timeout {
         // The agent kills the program. The wait does not depend on it.
         Some(time) => {
@@ -296,8 +315,7 @@ async fn exec(args: ExecArgs) -> Outcome {
     }
     let end = end?;
     if let Output::Kept(kept) = output {
-        print_json(&ProgramResult { exit_code: end.exit_code, status: end.status.clone(), ..*kept })
-            .map_err(Failure::run)?;
+        print_json(&kept.into_result(&end)).map_err(Failure::run)?;
     }
     match end.shell_code() {
         0 => Ok(()),
@@ -339,5 +357,27 @@ mod tests {
         assert_eq!(not_run(Failure::input(anyhow!("no VM"))).code(), 125);
         assert_eq!(parse_env("A=b=c").unwrap(), ("A".to_owned(), "b=c".to_owned()));
         parse_env("=c").unwrap_err();
+    }
+    #[test]
+    fn a_character_in_two_events_is_whole_and_output_has_an_exact_bound() {
+        let mut output = Output::Kept(KeptOutput::default());
+        let event = |stdout: &[u8], stderr: &[u8]| DataEvent {
+            stdout: Some(Base64(stdout.to_vec())),
+            stderr: Some(Base64(stderr.to_vec())),
+            ..DataEvent::default()
+        };
+        // U+20AC is e2 82 ac, and ff is in no character.
+        for (stdout, stderr) in [(&b"1 \xe2"[..], &b"\xe2\x82"[..]), (b"\x82", b"\xac\xff"), (b"\xac", b"")] {
+            output.take(event(stdout, stderr)).unwrap();
+        }
+        let kept = if let Output::Kept(kept) = output { kept } else { KeptOutput::default() };
+        let result = kept.into_result(&EndEvent { exit_code: 3, ..EndEvent::default() });
+        let printed = (result.exit_code, &*result.stdout, &*result.stderr);
+        assert_eq!(printed, (3, "1 \u{20ac}", "\u{20ac}\u{fffd}"));
+
+        let mut output = Output::Kept(KeptOutput::default());
+        output.take(event(&[0xff].repeat(MAX_OUTPUT - 1), b"")).unwrap();
+        output.take(event(b"", &[0xff])).unwrap();
+        output.take(event(b"", b"x")).unwrap_err();
     }
 }
