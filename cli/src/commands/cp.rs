@@ -195,6 +195,8 @@ async fn down_bytes(client: &Client, from: &str, to: &Path, into: &mut impl Writ
         local(to, into.write_all(&piece))?;
         length += piece.len() as u64;
     }
+    // Standard output keeps the end of a line back, and the exit of the process drops the error of its write.
+    local(to, into.flush())?;
     Ok(length)
 }
 

@@ -185,13 +185,19 @@ fn print_flight(events: &[FlightEvent]) -> Outcome {
     events.iter().try_for_each(&mut print).map_err(Failure::run)
 }
 
+/// Prints a console's output, which may end within a line.
+fn print_console(text: &str) -> Outcome {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(Failure::run)
+}
+
 pub(crate) fn logs(args: &LogsArgs) -> Outcome {
     let client = Client::default();
     let running = ask(client.request::<LogsAnswer>(Method::GET, &args.name, "/logs", None::<&()>));
     let refused = match running {
         Ok(answer) if args.json => return print_json(&answer).map_err(Failure::run),
         Ok(answer) if args.flight => return print_flight(&answer.flight),
-        Ok(answer) => return io::stdout().write_all(answer.console.as_bytes()).map_err(Failure::run),
+        Ok(answer) => return print_console(&answer.console),
         Err(refused) => refused,
     };
     let ended = ask(client.ended())?.into_iter().find(|ended| ended.name == args.name);
@@ -202,7 +208,7 @@ pub(crate) fn logs(args: &LogsArgs) -> Outcome {
     if args.flight {
         return print_flight(&ended.flight);
     }
-    io::stdout().write_all(ended.console.as_bytes()).and_then(|()| io::stdout().flush()).map_err(Failure::run)?;
+    print_console(&ended.console)?;
     eprintln!("{} ended after {}: {}", ended.name, show_age(ended.age_s), ended.reason);
     Ok(())
 }

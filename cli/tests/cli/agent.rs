@@ -79,7 +79,8 @@ fn files(runtime: &Runtime) {
     let copied = runtime.clade(&["cp", "--json", tree, "web:/tmp"]).json();
     assert_eq!((copied["files"].as_u64(), copied["directories"].as_u64()), (Some(2), Some(3)));
     assert_eq!(exec(runtime, &["web", "/tmp/tree/program"]).stdout, "ran\n");
-    exec(runtime, &["web", "--", "sh", "-c", "ln -s / /tmp/tree/circle; ln -s /etc/passwd /tmp/tree/users"]);
+    let script = "ln -s / /tmp/tree/circle; ln -s /etc/passwd /tmp/tree/users; printf word >/tmp/word";
+    exec(runtime, &["web", "--", "sh", "-c", script]);
     let back = runtime.dir().join("back");
     let answer = runtime.clade(&["cp", "web:/tmp/tree", back.to_str().unwrap()]);
     assert_eq!(answer.code, Some(1), "{answer:?}");
@@ -88,6 +89,8 @@ fn files(runtime: &Runtime) {
     assert!(back.join("sub/empty").is_dir() && back.join("users").is_file() && !back.join("circle").exists());
     assert_eq!(fs::metadata(back.join("program")).unwrap().permissions().mode() & 0o777, 0o755);
     assert_eq!(runtime.clade(&["cp", "web:/tmp/tree/program", "-"]).stdout, "#!/bin/sh\necho ran\n");
+    let full = runtime.clade_with_full_disk(&["cp", "web:/tmp/word", "-"]);
+    assert!(full.code == Some(1) && full.stderr.contains("standard output: "), "{full:?}");
     runtime.clade(&["cp", "web:/nowhere", "-"]).expect_refusal("/nowhere");
     runtime.clade(&["cp", "/nowhere", "web:/tmp"]).expect_refusal("/nowhere");
     runtime.clade(&["cp", "web:/a", "web:/b"]).expect_refusal("this host");

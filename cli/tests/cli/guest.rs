@@ -6,6 +6,7 @@
 //! | [`write_button_guest`] | its power button | writes `bye`, and powers itself off |
 //! | [`write_hasty_guest`] | nothing | writes `bye`, and powers itself off |
 //! | [`write_echo_guest`] | bytes on its serial line | writes each in the other case, and one page of memory |
+//! | [`write_login_guest`] | nothing, and writes `login: ` instead, without a line end | halts |
 //! | [`write_faulting_guest`] | nothing | faults with no handler: a triple fault |
 
 use std::path::Path;
@@ -107,6 +108,15 @@ pub(crate) fn write_echo_guest(path: &Path) {
     code.push(0xba);
     code.extend(u32::from(COM1).to_le_bytes());
     code.extend([0xec, 0x89, 0x07, 0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, 0x34, 0x20, 0xee, 0xeb, 0xe3]);
+    write_elf(path, &code);
+}
+
+/// Writes the guest whose output ends within its first line.
+pub(crate) fn write_login_guest(path: &Path) {
+    let mut code = Vec::new();
+    write(&mut code, "login: ");
+    // again: hlt; jmp again
+    code.extend([0xf4, 0xeb, 0xfd]);
     write_elf(path, &code);
 }
 

@@ -131,6 +131,12 @@ impl Runtime {
         self.command(args).output().unwrap().into()
     }
 
+    /// The same with a full disk as its standard output.
+    pub(crate) fn clade_with_full_disk(&self, args: &[&str]) -> Answer {
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        self.command(args).stdout(full).output().unwrap().into()
+    }
+
     /// Starts a bare VM in the background, and waits for its socket. The VM is paused.
     pub(crate) fn start(&mut self, name: &str) {
         self.start_with(name, &[]);

@@ -13,7 +13,7 @@ use clade_test_support::{Cid, PatientStream, TapName, wait_until_within};
 use rustix::process::{Pid, Resource, Rlimit};
 use serde_json::{Value, json};
 
-use crate::guest::write_guest;
+use crate::guest::{write_guest, write_login_guest};
 use crate::supervisor::Supervised;
 use crate::tool::{Runtime, kvm, stem, taps, wait_until};
 
@@ -412,6 +412,25 @@ fn output_that_nobody_reads_is_no_complaint() {
     shell.args(["-c", script, crate::tool::CLADE]).env("CLADE_RUNTIME_DIR", runtime.dir());
     let output = shell.output().unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+}
+
+#[test]
+fn logs_that_do_not_fit_on_a_disk_are_an_error() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    let kernel = all.runtime.dir().join("login.elf");
+    write_login_guest(&kernel);
+    let kernel = kernel.to_str().unwrap();
+    let booted = all.runtime.clade(&["run", "-d", "--kernel", kernel, "--mem", "32M", "--name", "web"]);
+    assert_eq!(booted.code, Some(0), "{booted:?}");
+    // A line without an end is written last.
+    wait_until("the guest's output", || all.runtime.clade(&["logs", "web"]).stdout == "login: ");
+    let full = all.runtime.clade_with_full_disk(&["logs", "web"]);
+    assert!(full.code == Some(1) && full.stderr.contains("No space left"), "{full:?}");
+    fs::remove_file(kernel).unwrap();
+    all.end();
 }
 
 #[test]
