@@ -10,6 +10,7 @@ use std::io::Read;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use anyhow::anyhow;
 use clade_agent_client::Client as Agent;
 use clade_agent_client::Endpoint;
 use clade_agent_client::proto::PORT;
@@ -20,8 +21,9 @@ use clade_api::{
 };
 use clade_vmm::vm::{NetSpec, UserNet, VsockChoice};
 use hyper::Method;
+use tokio::time::timeout;
 
-use crate::commands::agent::block_on;
+use crate::commands::agent::{block_on, keep_awake};
 use crate::commands::args::RunArgs;
 use crate::commands::remote::failure;
 use crate::commands::run::say;
@@ -45,7 +47,7 @@ const MAX_SETTLE: Duration = Duration::from_secs(10);
 
 /// Returns whether VMs of these arguments can be children of one. Other arguments give each VM
 /// resources of its own: writable images, interfaces, addresses.
-pub(super) fn is_wanted(args: &RunArgs) -> bool {
+fn is_wanted(args: &RunArgs) -> bool {
     // A secret of one VM would be in the others' memory.
     let has_secrets = !args.secret.is_empty() || !args.secret_env.is_empty();
     args.image.is_some()
@@ -56,28 +58,76 @@ pub(super) fn is_wanted(args: &RunArgs) -> bool {
         && args.vsock.is_none()
 }
 
-/// Starts the VM of an image for `request`. Returns its name.
-pub(super) fn start(request: &BootRequest) -> Result<String, Failure> {
+/// A VM in the background.
+#[derive(Debug)]
+pub(super) struct StartedVm {
+    pub(super) name: String,
+    /// The pid of its process, if it was booted. A child is ready.
+    booted: Option<u32>,
+    /// The name of the checkpoint for later VMs, if they can be its children.
+    checkpoint: Option<String>,
+}
+
+/// Makes the VM of `request`, and does not wait for its guest.
+pub(super) fn start(args: &RunArgs, request: &BootRequest) -> Result<StartedVm, Failure> {
     let client = Client::default();
-    let checkpoint = name_of(request)?;
+    let checkpoint = is_wanted(args).then(|| name_of(request)).transpose()?;
     block_on(async {
-        match fork(&client, &checkpoint, request).await {
-            Err(ClientError::Refused { status: 404, .. }) => {}
-            Err(error) if is_not_ready(&error) => {
-                say!("clade: removing {checkpoint}, whose child is not ready: {error}");
-                let path = format!("/v1/checkpoints/{checkpoint}");
-                // Another command may have removed it.
-                let _ = client.supervisor::<CheckpointInfo>(Method::DELETE, &path, None::<&()>).await;
-            }
-            forked => return Ok(forked.map_err(failure)?.children.into_iter().next().unwrap_or_default()),
+        if let Some(checkpoint) = &checkpoint
+            && let Some(name) = child_of(&client, checkpoint, request).await?
+        {
+            return Ok(StartedVm { name, booted: None, checkpoint: None });
         }
-        let booted: VmInfo = client.supervisor(Method::POST, "/v1/vms", Some(request)).await.map_err(failure)?;
-        if let Err(why) = keep(&client, &checkpoint, request, &booted).await {
-            // The VM runs, or has already done its work.
-            say!("clade: the next VM of the image is booted as well: {why}");
-        }
-        Ok(booted.name)
+        let vm: VmInfo = client.supervisor(Method::POST, "/v1/vms", Some(request)).await.map_err(failure)?;
+        Ok(StartedVm { name: vm.name, booted: Some(vm.pid), checkpoint })
     })
+}
+
+/// Forks the checkpoint. Returns the child's name; None without a checkpoint whose child is ready.
+async fn child_of(client: &Client, checkpoint: &str, request: &BootRequest) -> Result<Option<String>, Failure> {
+    match fork(client, checkpoint, request).await {
+        Err(ClientError::Refused { status: 404, .. }) => Ok(None),
+        Err(error) if is_not_ready(&error) => {
+            say!("clade: removing {checkpoint}, whose child is not ready: {error}");
+            let path = format!("/v1/checkpoints/{checkpoint}");
+            // Another command may have removed it.
+            let _ = client.supervisor::<CheckpointInfo>(Method::DELETE, &path, None::<&()>).await;
+            Ok(None)
+        }
+        forked => Ok(Some(forked.map_err(failure)?.children.into_iter().next().unwrap_or_default())),
+    }
+}
+
+impl StartedVm {
+    /// Waits until the agent answers, if the arguments or the image need that, and takes the checkpoint for later VMs.
+    pub(super) fn wait(&self, args: &RunArgs, request: &BootRequest) -> Outcome {
+        let (Some(pid), client) = (self.booted, Client::default()) else { return Ok(()) };
+        let of_image = args.image.as_ref().map(|_| BOOT_TIMEOUT);
+        let Some(limit) = args.wait.or(of_image) else { return Ok(()) };
+        let work = async {
+            let answered = agent_answers(&client, request, &self.name, limit).await;
+            if let (Err(why), Some(_)) = (&answered, args.wait) {
+                return Err(Failure::run(anyhow!("{why}")));
+            }
+            // The VM runs, or has already done its work.
+            let Some(checkpoint) = &self.checkpoint else {
+                if let Err(why) = answered {
+                    say!("clade: {why}");
+                }
+                return Ok(());
+            };
+            let kept = match answered {
+                Ok(()) => keep(&client, checkpoint, &self.name, pid).await,
+                Err(why) => Err(why),
+            };
+            if let Err(why) = kept {
+                say!("clade: the next VM of the image is booted as well: {why}");
+            }
+            Ok(())
+        };
+        // The VM may be suspended when it has been idle.
+        block_on(keep_awake(&self.name, work))
+    }
 }
 
 async fn fork(client: &Client, checkpoint: &str, request: &BootRequest) -> Result<ForkAnswer, ClientError> {
@@ -158,13 +208,15 @@ async fn agent_answers(client: &Client, request: &BootRequest, vm: &str, limit: 
     let Some(vsock) = &request.config.vsock else { return Err(format!("{vm} has no socket device for an agent")) };
     let agent = Agent::new(Endpoint::Vsock { socket: vsock.socket.clone(), port: PORT });
     let (begun, mut is_reported) = (Instant::now(), false);
-    while agent.health().await.is_err() {
+    let left = || limit.saturating_sub(begun.elapsed());
+    // An attempt may take longer than the limit.
+    while !matches!(timeout(left(), agent.health()).await, Ok(Ok(()))) {
         let state = client.request::<VmInfo>(Method::GET, vm, "", None::<&()>).await;
         if let Err(error) = state {
             return Err(format!("{vm} has ended: {error}"));
         }
-        if begun.elapsed() > limit {
-            return Err(format!("the agent of {vm} has not answered for {} s", limit.as_secs()));
+        if left().is_zero() {
+            return Err(format!("the agent of {vm} has not answered for {} s", limit.as_secs_f64()));
         }
         if !is_reported && begun.elapsed() > REPORT_AFTER {
             say!("clade: waiting for the agent of {vm}");
@@ -175,22 +227,15 @@ async fn agent_answers(client: &Client, request: &BootRequest, vm: &str, limit: 
     Ok(())
 }
 
-/// The same for a command.
-pub(super) fn wait_for_agent(request: &BootRequest, vm: &str, limit: Duration) -> Result<(), String> {
-    let waited = block_on(async { Ok(agent_answers(&Client::default(), request, vm, limit).await) });
-    waited.unwrap_or_else(|failure| Err(failure.to_string()))
-}
-
-/// Takes the checkpoint once the agent answers and a trial child was made ready. An error is the
-/// reason why there is no checkpoint.
-async fn keep(client: &Client, checkpoint: &str, request: &BootRequest, vm: &VmInfo) -> Result<(), String> {
-    agent_answers(client, request, &vm.name, BOOT_TIMEOUT).await?;
-    try_child(client, &vm.name, TRIAL_TIMEOUT).await?;
-    rehearse(client, &vm.name).await?;
+/// Takes the checkpoint once a trial child of the VM was made ready. An error is the reason why there
+/// is no checkpoint.
+async fn keep(client: &Client, checkpoint: &str, vm: &str, pid: u32) -> Result<(), String> {
+    try_child(client, vm, TRIAL_TIMEOUT).await?;
+    rehearse(client, vm).await?;
     if !client.is_remote() {
-        settle(vm.pid).await;
+        settle(pid).await;
     }
-    let path = format!("/v1/vms/{}/checkpoint", vm.name);
+    let path = format!("/v1/vms/{vm}/checkpoint");
     // Later VMs of the image must not depend on the first one's process.
     let taken = CheckpointRequest { name: Some(checkpoint.to_owned()), detach: true, ..CheckpointRequest::default() };
     match client.supervisor::<CheckpointInfo>(Method::POST, &path, Some(&taken)).await {

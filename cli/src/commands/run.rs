@@ -11,15 +11,13 @@ use anyhow::{Context, anyhow};
 use clade_devices::virtio::limiter::Limits;
 use clade_devices::virtio::net::Egress;
 
-use hyper::Method;
 use tokio::runtime::{Builder, Handle};
 use zeroize::Zeroizing;
 
 use crate::commands::args::{DEFAULT_CMDLINE, RunArgs};
 use crate::commands::image_vm::{ImageVm, KERNEL_WORDS};
 use crate::commands::lifecycle::{limit, suspend_after};
-use crate::commands::oci_template::{self, BOOT_TIMEOUT};
-use crate::commands::remote::ask;
+use crate::commands::oci_template;
 use crate::commands::serve::ensure;
 use crate::commands::session::CommandSession;
 use crate::commands::shutdown::ShutdownSignal;
@@ -207,25 +205,11 @@ fn background(args: &RunArgs, request: &BootRequest) -> Outcome {
     if !Client::default().is_remote() {
         ensure()?;
     }
-    let name = if oci_template::is_wanted(args) {
-        oci_template::start(request)?
-    } else {
-        let info: VmInfo = ask(Client::default().supervisor(Method::POST, "/v1/vms", Some(request)))?;
-        let waited = |limit| oci_template::wait_for_agent(request, &info.name, limit);
-        match args.wait {
-            Some(limit) => waited(limit).map_err(|why| Failure::run(anyhow!("{why}")))?,
-            // The VM runs, or has done its work.
-            None if args.image.is_some() => {
-                if let Err(why) = waited(BOOT_TIMEOUT) {
-                    say!("clade: {why}");
-                }
-            }
-            None => {}
-        }
-        info.name
-    };
-    let limited = limit(std::slice::from_ref(&name), args.ttl)
-        .and(suspend_after(std::slice::from_ref(&name), args.suspend_after));
-    drop(writeln!(io::stdout(), "{name}"));
-    limited
+    let vm = oci_template::start(args, request)?;
+    let names = std::slice::from_ref(&vm.name);
+    // Before the wait: the VM stays if that fails.
+    let limited = limit(names, args.ttl).and(suspend_after(names, args.suspend_after));
+    let waited = limited.and_then(|()| vm.wait(args, request));
+    drop(writeln!(io::stdout(), "{}", vm.name));
+    waited
 }

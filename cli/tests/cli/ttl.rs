@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use clade_test_support::Cid;
 use serde_json::json;
 
 use crate::supervisor::Supervised;
@@ -68,5 +69,26 @@ fn a_vm_is_stopped_when_its_time_is_over_unless_that_is_put_off() {
     for bad in [&["fork", "web", "--ttl", "soon"][..], &["run", "--kernel", "bare", "--ttl", "5s"]] {
         assert_eq!(all.runtime.clade(bad).code, Some(2), "{bad:?}");
     }
+    all.end();
+}
+
+#[test]
+fn a_vm_whose_agent_does_not_answer_in_time_has_its_times_and_its_name_is_printed() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    let cid = Cid::take();
+    let vsock = format!("cid={},socket={}", cid.number(), all.runtime.dir().join("web.vsock").display());
+    let vm = ["run", "-d", "--kernel", "bare", "--mem", "32M", "--name", "web", "--vsock", &vsock];
+    let times = ["--ttl", "1h", "--suspend-after", "2h", "--wait=100ms"];
+    let started = all.runtime.clade(&[&vm[..], &times[..]].concat());
+    assert_eq!((started.code, started.stdout.as_str()), (Some(1), "web\n"), "{started:?}");
+    assert!(started.stderr.contains("the agent of web has not answered for 0.1 s"), "{started:?}");
+    let get = |what: &str| all.http("GET", &format!("/v1/vms/web/{what}"), "");
+    let (status, ttl) = get("ttl");
+    assert!(status == 200 && ttl["seconds_left"].as_f64().is_some_and(|left| left > 3000.0), "{ttl}");
+    let (status, idle) = get("suspend-after");
+    assert_eq!((status, idle["seconds"].as_f64()), (200, Some(7200.0)), "{idle}");
     all.end();
 }

@@ -116,8 +116,8 @@ pub(crate) struct RunArgs {
     /// Leave the VM to the supervisor, which is started if none runs, and return once the VM runs.
     #[arg(long = "detach", alias = "background", short = 'd', conflicts_with = "detached")]
     pub(crate) background: bool,
-    /// With -d: return when the guest's agent answers, within a time (5m). The default with
-    /// --image.
+    /// With -d: return when the guest's agent answers, and exit with 1 if it does not within a time (5m).
+    /// With --image the command also waits without this option, for 15m, and exits with 0 then.
     #[arg(
         long,
         value_name = "TIME",
