@@ -178,7 +178,7 @@ pub(super) fn request(args: &RunArgs, of_image: Option<&ImageVm>) -> Result<Boot
         paused: false,
         reports_ready: of_image.is_some(),
         session: None,
-        limits: VmLimits { memory_mib: args.memory_limit.map(|bytes| bytes >> 20), cpus: args.cpu_limit },
+        limits: VmLimits { memory_mib: args.memory_limit, cpus: args.cpu_limit },
         secrets: secrets(args)?,
     })
 }

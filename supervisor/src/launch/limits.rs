@@ -32,15 +32,7 @@ impl Supervisor {
 
     /// Returns the resource limits of a VM, if they are requested and can be enforced.
     pub(super) fn bounds(&self, limits: VmLimits) -> Result<Bounds, DaemonError> {
-        let refused = |text: &str| Err(DaemonError::Refused { kind: ProblemKind::BadConfig, text: text.to_owned() });
-        let VmLimits { memory_mib, cpus } = limits;
-        let bounds = Bounds { memory_mib, cpus };
-        if memory_mib.is_some_and(|mib| mib < MIN_LIMIT_MIB) {
-            return refused(&format!("limits.memory_mib: a VM's process takes {MIN_LIMIT_MIB} MiB at least"));
-        }
-        if cpus.is_some_and(|cpus| !(MIN_CPUS..=MAX_CPUS).contains(&cpus)) {
-            return refused(&format!("limits.cpus: {MIN_CPUS} to {MAX_CPUS} processors"));
-        }
+        let bounds = in_range(limits)?;
         self.expect_enforced(bounds)?;
         Ok(bounds)
     }
@@ -52,5 +44,41 @@ impl Supervisor {
         }
         let text = "limits need control groups (v2), which this supervisor has not got: see --cgroup".to_owned();
         Err(DaemonError::Refused { kind: ProblemKind::BadConfig, text })
+    }
+}
+
+/// Refuses resource limits that are out of range.
+fn in_range(VmLimits { memory_mib, cpus }: VmLimits) -> Result<Bounds, DaemonError> {
+    let refused = |text: String| Err(DaemonError::Refused { kind: ProblemKind::BadConfig, text });
+    if let Some(mib @ ..MIN_LIMIT_MIB) = memory_mib {
+        return refused(format!("limits.memory_mib: {mib}: a VM's process takes {MIN_LIMIT_MIB} MiB at least"));
+    }
+    if let Some(cpus) = cpus.filter(|cpus| !(MIN_CPUS..=MAX_CPUS).contains(cpus)) {
+        return refused(format!("limits.cpus: {cpus}: a limit is {MIN_CPUS} to {MAX_CPUS} processors"));
+    }
+    Ok(Bounds { memory_mib, cpus })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_out_of_range_is_refused_by_its_value() {
+        let limits = |memory_mib, cpus| VmLimits { memory_mib, cpus };
+        for good in [limits(None, None), limits(Some(32), Some(0.01)), limits(Some(u64::MAX), Some(1024.0))] {
+            let bounds = in_range(good).unwrap();
+            assert_eq!((bounds.memory_mib, bounds.cpus), (good.memory_mib, good.cpus));
+        }
+        for (bad, named) in [
+            (limits(Some(31), None), "limits.memory_mib: 31: "),
+            (limits(Some(0), None), "limits.memory_mib: 0: "),
+            (limits(None, Some(0.0)), "limits.cpus: 0: "),
+            (limits(None, Some(1024.5)), "limits.cpus: 1024.5: "),
+            (limits(None, Some(f64::NAN)), "limits.cpus: NaN: "),
+        ] {
+            let refused = in_range(bad).unwrap_err().to_string();
+            assert!(refused.starts_with(named), "{refused}");
+        }
     }
 }

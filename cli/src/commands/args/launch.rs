@@ -13,7 +13,7 @@ use crate::commands::exec::parse_env_or_own;
 use crate::commands::image::PullFlags;
 use crate::commands::machine::MachineArgs;
 use crate::commands::network::NetworkState;
-use crate::commands::units::{parse_duration, parse_size};
+use crate::commands::units::{parse_duration, parse_mib};
 use clade_api::Label;
 use clade_devices::virtio::net::EgressRule;
 use clade_devices::virtio::vsock::VsockOptions;
@@ -89,9 +89,9 @@ pub(crate) struct RunArgs {
     /// a disk until its guest is needed.
     #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "background")]
     pub(crate) suspend_after: Option<Duration>,
-    /// Most memory of the VM's process, and of each of its children's: bytes, or with K, M, G, T.
+    /// Most memory of the VM's process, and of each of its children's: whole MiB, such as 96M or 1G.
     /// Needs a supervisor with control groups.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, requires = "background")]
+    #[arg(long, value_name = "SIZE", value_parser = parse_mib, requires = "background")]
     pub(crate) memory_limit: Option<u64>,
     /// Most processors for the VM's process, and for each of its children's, such as 0.5.
     #[arg(long, value_name = "N", requires = "background")]

@@ -397,4 +397,20 @@ mod tests {
     fn the_arguments_are_consistent() {
         Cli::command().debug_assert();
     }
+
+    #[test]
+    fn a_limit_of_memory_is_whole_mib_and_is_refused_by_its_value_otherwise() {
+        let run = |limit| Cli::try_parse_from(["clade", "run", "-d", "--kernel", "bare", "--memory-limit", limit]);
+        for (limit, mib) in [("96M", 96), ("0.5G", 512), ("32768K", 32)] {
+            let parsed = run(limit).unwrap().command;
+            assert!(matches!(parsed, Command::Run(args) if args.memory_limit == Some(mib)), "{limit}");
+        }
+        for limit in ["33.5M", "512K", "64"] {
+            let build = Cli::try_parse_from(["clade", "template", "build", ".", "--memory-limit", limit]);
+            for refused in [run(limit).err(), build.err()] {
+                let refused = refused.unwrap().to_string();
+                assert!(refused.contains(&format!("{limit:?} is not a number of whole MiB")), "{refused}");
+            }
+        }
+    }
 }

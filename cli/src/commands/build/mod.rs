@@ -26,7 +26,7 @@ use crate::commands::machine::MachineArgs;
 use crate::commands::remote::failure;
 use crate::commands::run::{say, with_runtime};
 use crate::commands::shutdown::ShutdownSignal;
-use crate::commands::units::parse_size;
+use crate::commands::units::parse_mib;
 use crate::commands::{Failure, Outcome};
 
 /// The arguments of any build: its base image, its VM.
@@ -44,9 +44,9 @@ pub(super) struct BuildVmArgs {
     /// Text to append to the command line of the kernel. Repeatable.
     #[arg(long, value_name = "TEXT")]
     pub(super) append: Vec<String>,
-    /// Most memory of the VM's process, and of each VM made from it: bytes, or with K, M, G, T.
+    /// Most memory of the VM's process, and of each VM made from it: whole MiB, such as 96M or 1G.
     /// Needs a supervisor with control groups.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_mib)]
     pub(super) memory_limit: Option<u64>,
     /// Most processors for such a process, such as 0.5.
     #[arg(long, value_name = "N")]
