@@ -10,6 +10,7 @@ use clade_e2b::{
     ApiKeys, BoundPort, Gateway, GatewayFiles, KeysError, Options, Quotas, Scope, TemplateStore, Tls, TlsFiles,
 };
 use clade_supervisor::Supervisor;
+use clade_vmm::error_chain;
 use serde::Serialize;
 use tokio::runtime::Handle;
 use tokio::time::timeout;
@@ -161,8 +162,11 @@ impl E2bArgs {
     /// Binds the port of the API, if requested.
     pub(super) fn bind(&self, dir: &Path, runtime: &Handle) -> Result<Option<BoundApi>, Failure> {
         let Some(address) = self.e2b else { return Ok(None) };
-        // Without a directory there are no templates.
-        let templates = TemplateStore::of_user().ok();
+        let templates = TemplateStore::of_user()
+            .inspect_err(
+                |error| tracing::warn!(error = %error_chain(error), "E2B's API has checkpoints as templates alone"),
+            )
+            .ok();
         let (keys, domain) = (self.keys.path()?, self.e2b_domain.clone());
         // Beside the checkpoints, which have names of another form.
         let snapshots = checkpoint_dir(dir).map(|dir| dir.join(".e2b-snapshots"));

@@ -6,7 +6,7 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use clade_test_support::{Cid, PatientStream, Port, TapName};
 use rustix::process::Signal;
@@ -372,4 +372,23 @@ fn keys_are_shown_once_and_taken_back_at_once() {
     let other = Runtime::new();
     other.clade(&["serve", "--e2b", "192.0.2.1:0"]).expect_refusal("192.0.2.1:0");
     other.clade(&["serve", "--e2b", &host.address]).expect_refusal(&host.address);
+}
+
+#[test]
+fn a_missing_directory_of_templates_is_logged_with_its_reason() {
+    if !kvm() {
+        return;
+    }
+    let mut runtime = Runtime::new();
+    let keys = runtime.dir().join("keys.json");
+    let mut command = runtime.command(&["serve", "--e2b", "127.0.0.1:0", "--keys", keys.to_str().unwrap()]);
+    for variable in ["CLADE_TEMPLATE_DIR", "XDG_DATA_HOME", "HOME"] {
+        command.env_remove(variable);
+    }
+    let process = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    runtime.adopt(process);
+    let log = runtime.heard_until("E2B's API is at ");
+    assert!(log.contains("WARN") && log.contains("no directory for templates: set CLADE_TEMPLATE_DIR"), "{log}");
+    runtime.signal(Signal::TERM);
+    assert_eq!(runtime.ended(), Some(143));
 }

@@ -57,4 +57,8 @@ fn each_setting_of_the_unit_has_its_reason_above_it() {
     for (key, value) in [("Type", "notify"), ("KillMode", "process"), ("RuntimeDirectoryPreserve", "yes")] {
         assert!(lines.contains(&format!("{key}={value}").as_str()), "{key}: VMs outlive their supervisor");
     }
+    let set = lines.iter().find_map(|line| line.strip_prefix("Environment=")).unwrap();
+    for dir in ["CLADE_CHECKPOINT_DIR=/var/lib/clade/checkpoints", "CLADE_TEMPLATE_DIR=/var/lib/clade/templates"] {
+        assert!(set.split(' ').any(|setting| setting == dir), "a service has no home: {set}");
+    }
 }
