@@ -16,6 +16,10 @@ use clade_api::{LONGEST_NAME, Problem, ProblemKind};
 /// The document's name for the token.
 const TOKEN: &str = "token";
 
+/// Calls of the supervisor for a VM that wait for the VM's process.
+const WAITING_CALLS: [&str; 8] =
+    ["/fork", "/checkpoint", "/snapshot", "/rollback", "/network", "/suspend", "/stop", "/working-set"];
+
 /// Paths of a document, with its operations by method.
 type Paths = Map<String, Value>;
 
@@ -138,18 +142,23 @@ fn errors(operation: &Value, method: &str, path: &str, passed_on: bool) -> Vec<P
         Kind::ForeignOrigin,
         Kind::TooManyLogins,
     ];
-    if path.contains("{name}") {
+    // The name is in the path, or in the body for a new VM or checkpoint.
+    if path.contains("{name}") || method == "post" && matches!(path, "/v1/vms" | "/v1/restore" | "/v1/checkpoints") {
         all.push(Kind::BadName);
     }
     if path.starts_with("/v1/vms/{name}") {
         all.extend([Kind::NoSuchVm, Kind::VmGone]);
     }
-    if path.starts_with("/v1/checkpoints/{name}") {
+    if path.starts_with("/v1/checkpoints/{name}") || path.ends_with("/rollback") {
         all.push(Kind::NoSuchCheckpoint);
     }
     // The supervisor passes a reset on as well.
     if passed_on || path.ends_with("/reset") {
         all.extend([Kind::Forbidden, Kind::VmSilent]);
+    }
+    let of_vm = path.strip_prefix("/v1/vms/{name}").is_some_and(|call| WAITING_CALLS.contains(&call));
+    if method == "post" && (of_vm || path == "/v1/vms") {
+        all.push(Kind::VmSilent);
     }
     if method == "post" {
         all.push(Kind::VmGone);
@@ -172,7 +181,7 @@ fn errors(operation: &Value, method: &str, path: &str, passed_on: bool) -> Vec<P
     if is_idempotent(&method.to_uppercase(), path) {
         all.extend([Kind::NoRoom, Kind::KeyReused, Kind::VmGone]);
     } else if method == "post"
-        && ["/prepare", "/snapshot", "/working-set", "/keep"].iter().any(|end| path.ends_with(end))
+        && ["/prepare", "/snapshot", "/working-set", "/keep", "/suspend"].iter().any(|end| path.ends_with(end))
     {
         all.push(Kind::NoRoom);
     }
@@ -257,6 +266,33 @@ mod tests {
             }
         }
         assert_eq!(found, 6);
+    }
+
+    #[test]
+    fn each_call_has_the_errors_of_its_body_and_of_the_vms_process() {
+        use ProblemKind::{BadName, NoRoom, NoSuchCheckpoint, VmSilent};
+        let document = described();
+        for (path, kinds) in [
+            ("/v1/vms", &[BadName, VmSilent][..]),
+            ("/v1/restore", &[BadName]),
+            ("/v1/checkpoints", &[BadName]),
+            ("/v1/vms/{name}/rollback", &[NoSuchCheckpoint, VmSilent]),
+            ("/v1/vms/{name}/suspend", &[NoRoom, VmSilent]),
+            ("/v1/vms/{name}/fork", &[VmSilent]),
+            ("/v1/vms/{name}/checkpoint", &[VmSilent]),
+            ("/v1/vms/{name}/snapshot", &[VmSilent]),
+            ("/v1/vms/{name}/network", &[VmSilent]),
+            ("/v1/vms/{name}/stop", &[VmSilent]),
+            ("/v1/vms/{name}/working-set", &[VmSilent]),
+        ] {
+            for kind in kinds {
+                let answer = &document["paths"][path]["post"]["responses"][kind.status().as_str()];
+                let text = answer["description"].as_str().unwrap_or_default();
+                assert!(text.contains(&format!("`{}`", kind.slug())), "{path}: {kind:?} is not in {text:?}");
+            }
+        }
+        // No process of a VM is asked.
+        assert!(document["paths"]["/v1/vms"]["get"]["responses"].get("504").is_none());
     }
 
     #[test]
