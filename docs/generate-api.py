@@ -20,7 +20,7 @@ END = "<!-- End of the generated part. -->"
 # Groups of calls: heading, paths.
 GROUPS = (
     ("The supervisor", r"/v1/(supervisor|ended|events)|/metrics|/openapi\.json"),
-    ("VMs of the directory", r"/v1/(vms|restore)"),
+    ("VMs of the directory", r"/v1/(vms|names|restore)"),
     ("State of a VM", r"/v1/vms/\{name\}(/(stats|logs|touched|pages|page-map))?"),
     ("Run, reset, suspend, stop", r"/v1/vms/\{name\}/(pause|resume|reset|rollback|suspend|suspend-after|wake|ttl|stop)"),
     ("Forks and snapshots of a VM", r"/v1/vms/\{name\}/(fork|ready|checkpoint|snapshot|working-set)"),

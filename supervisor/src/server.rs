@@ -162,6 +162,12 @@ async fn vms(State(supervisor): State<Supervisor>) -> Answer<Vec<VmInfo>> {
     Ok(Json(on_a_thread(THREAD_PATIENCE, known).await?))
 }
 
+/// Lists the names of the directory's VMs, also of those that do not answer. Some may have ended.
+#[utoipa::path(get, path = "/v1/names", responses((status = 200, description = "Done.", body = Vec<String>)))]
+async fn names(State(supervisor): State<Supervisor>) -> Answer<Vec<String>> {
+    Ok(Json(on_a_thread(THREAD_PATIENCE, move || Client::new(supervisor.dir()).names()).await??))
+}
+
 /// Lists the VMs that ended by themselves, with the reasons.
 #[utoipa::path(get, path = "/v1/ended", responses((status = 200, description = "Done.", body = Vec<EndedVm>)))]
 async fn ended(State(supervisor): State<Supervisor>) -> Answer<Vec<EndedVm>> {
@@ -325,6 +331,7 @@ fn routes() -> OpenApiRouter<Supervisor> {
         .routes(routes!(events))
         .routes(routes!(metrics::scrape))
         .routes(routes!(vms, boot))
+        .routes(routes!(names))
         .routes(routes!(fork_vm))
         .routes(routes!(checkpoints::checkpoint))
         .routes(routes!(checkpoints::roll_back))

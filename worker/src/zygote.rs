@@ -267,7 +267,6 @@ const INHERITED: &[&str] = &[
     "CLADE_LOG",
     "CLADE_QUIRKS",
     "CLADE_RUNTIME_DIR",
-    "CLADE_TRACE",
     "HOME",
     "LD_LIBRARY_PATH",
     "LLVM_PROFILE_FILE",

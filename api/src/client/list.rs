@@ -1,5 +1,6 @@
 //! Lists of VMs, as a client sees them.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use hyper::Method;
@@ -8,7 +9,7 @@ use tokio::time::error::Elapsed;
 use tokio::time::timeout_at;
 
 use super::{Client, ClientError};
-use crate::{EndedVm, VmInfo, ended_vms};
+use crate::{EndedVm, ProblemKind, VmInfo, ended_vms};
 
 /// VMs asked at a time for a list of all.
 const MAX_ASKED: usize = 32;
@@ -36,6 +37,8 @@ impl ListedVms {
             // By the requested name, not by the answer's.
             Some(Ok((Ok(Ok(info)), name))) => self.vms.push(VmInfo { name, ..info }),
             Some(Ok((Ok(Err(ClientError::Forbidden { .. })), _))) => self.forbidden += 1,
+            // By a supervisor, which has waited for its process.
+            Some(Ok((Ok(Err(error)), name))) if error.problem() == ProblemKind::VmSilent => self.silent.push(name),
             // The VM has ended meanwhile, or a dead process has left its socket.
             Some(Ok((Ok(Err(error)), name))) => tracing::debug!(%error, name, "does not answer"),
             Some(Ok((Err(_), name))) => self.silent.push(name),
@@ -54,7 +57,14 @@ impl Client {
         if !self.is_remote() {
             return self.names();
         }
-        Ok(self.list().await?.vms.into_iter().map(|vm| vm.name).collect())
+        match self.supervisor(Method::GET, "/v1/names", None::<&()>).await {
+            // A supervisor of an earlier version.
+            Err(ClientError::Refused { status: 404, .. }) => {
+                let vms: Vec<VmInfo> = self.supervisor(Method::GET, "/v1/vms", None::<&()>).await?;
+                Ok(vms.into_iter().map(|vm| vm.name).collect())
+            }
+            answer => answer,
+        }
     }
 
     /// Returns the recorded VMs that ended by themselves.
@@ -81,13 +91,20 @@ impl Client {
     /// # Errors
     /// As for [`Client::list`].
     pub async fn list_within(&self, limit: Option<Duration>) -> Result<ListedVms, ClientError> {
-        if self.is_remote() {
-            let vms = self.supervisor(Method::GET, "/v1/vms", None::<&()>).await?;
-            return Ok(ListedVms { vms, ..ListedVms::default() });
+        if !self.is_remote() {
+            return Ok(self.ask_each(ListedVms::default(), self.names()?, limit).await);
         }
-        let mut all = ListedVms::default();
+        let vms: Vec<VmInfo> = self.supervisor(Method::GET, "/v1/vms", None::<&()>).await?;
+        // The supervisor's list has those that answer. The others are asked again: some have ended since.
+        let known: HashSet<&str> = vms.iter().map(|vm| vm.name.as_str()).collect();
+        let others = self.all_names().await?.into_iter().filter(|name| !known.contains(name.as_str())).collect();
+        Ok(self.ask_each(ListedVms { vms, ..ListedVms::default() }, others, limit).await)
+    }
+
+    /// Adds the VMs called `names` to `all`.
+    async fn ask_each(&self, mut all: ListedVms, names: Vec<String>, limit: Option<Duration>) -> ListedVms {
         let mut asked = JoinSet::new();
-        let mut names = self.names()?.into_iter();
+        let mut names = names.into_iter();
         let deadline = limit.map(|limit| Instant::now() + limit);
         let due = || deadline.unwrap_or_else(|| Instant::now() + LIST_TIMEOUT);
         loop {
@@ -108,6 +125,6 @@ impl Client {
         }
         all.vms.sort_unstable_by(|one, other| one.name.cmp(&other.name));
         all.silent.sort_unstable();
-        Ok(all)
+        all
     }
 }

@@ -193,7 +193,13 @@ fn commands_for_all_vms_go_to_the_port() {
     assert!(logs.code == Some(0) && logs.stderr.contains("signal 9"), "{logs:?}");
     let killed = command(&["wait", "web-1"]);
     assert!(killed.code == Some(1) && killed.stdout.contains("signal 9"), "{killed:?}");
-    assert_eq!(command(&["stop", "--all", "--json"]).json().as_array().unwrap().len(), 1);
+    // A VM whose process stands still is among all, and is stopped with them.
+    all.fork(&["web", "--name", "still"]);
+    crate::tool::kill(all.pid_of("still"), rustix::process::Signal::STOP);
+    let list = command(&["ps"]);
+    assert!(list.stdout.lines().any(|line| line.starts_with("still ") && line.contains("no answer")), "{list:?}");
+    assert!(list.stdout.contains("web"), "{list:?}");
+    assert_eq!(command(&["stop", "--all", "--json"]).json().as_array().unwrap().len(), 2);
     assert_eq!(command(&["ps", "--json"]).json(), Value::Array(Vec::new()));
     all.end();
 }

@@ -57,6 +57,13 @@ class Calls:
         answer: list[t.EndedVm] = self._transport.json("GET", "/v1/ended")
         return answer
 
+    def names(self) -> list[str]:
+        """Lists the names of the directory's VMs, also of those that do not answer. Some may have
+        ended.
+        """
+        answer: list[str] = self._transport.json("GET", "/v1/names")
+        return answer
+
     def restore(self, body: t.RestoreRequest, *, idempotency_key: str | None = None) -> t.ForkAnswer:
         """Starts VMs from a snapshot: all of them or none."""
         answer: t.ForkAnswer = self._transport.json("POST", "/v1/restore", body=body, headers={"Idempotency-Key": idempotency_key})
@@ -306,6 +313,13 @@ class AsyncCalls:
     async def ended(self) -> list[t.EndedVm]:
         """Lists the VMs that ended by themselves, with the reasons."""
         answer: list[t.EndedVm] = await self._transport.json("GET", "/v1/ended")
+        return answer
+
+    async def names(self) -> list[str]:
+        """Lists the names of the directory's VMs, also of those that do not answer. Some may have
+        ended.
+        """
+        answer: list[str] = await self._transport.json("GET", "/v1/names")
         return answer
 
     async def restore(self, body: t.RestoreRequest, *, idempotency_key: str | None = None) -> t.ForkAnswer:
