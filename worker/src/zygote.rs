@@ -264,6 +264,7 @@ pub struct Zygote {
 /// The variables of the supervisor that zygotes and workers have: those that they and passt read. A guest that breaks
 /// into its VM's process reads all that the process has.
 const INHERITED: &[&str] = &[
+    "CLADE_BENCH_WORKER",
     "CLADE_LOG",
     "CLADE_QUIRKS",
     "CLADE_RUNTIME_DIR",
