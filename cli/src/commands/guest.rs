@@ -22,7 +22,8 @@ fn bare(args: &GuestArgs) -> Outcome {
     let image = clade_guests::BARE_ELF;
     let path = args.output.clone().unwrap_or_else(|| PathBuf::from("bare.elf"));
     if path == Path::new("-") {
-        return io::stdout().write_all(image).map_err(Failure::run);
+        let mut stdout = io::stdout();
+        return stdout.write_all(image).and_then(|()| stdout.flush()).map_err(Failure::run);
     }
     fs::write(&path, image)
         .map_err(|error| Failure::Input(anyhow!("{} cannot be written: {error}", path.display())))?;

@@ -12,8 +12,7 @@ use std::time::Duration;
 
 use clade_api::{
     CheckpointInfo, Client, ClientError, ReadyAnswer, ResetAnswer, ResetRequest, RollbackRequest, ShutdownInfo,
-    StopAnswer, StopRequest, SuspendAfterInfo, SuspendAfterRequest, SuspendAnswer, SuspendRequest, TtlInfo, TtlRequest,
-    VmInfo, VmState, WakeAnswer,
+    StopAnswer, StopRequest, SuspendAnswer, SuspendRequest, VmInfo, VmState, WakeAnswer,
 };
 use hyper::Method;
 use serde::Serialize;
@@ -316,43 +315,6 @@ pub(super) fn first_failure(failures: Vec<(&String, ClientError)>, is_alone: boo
     let first = failures.next();
     failures.for_each(|failure| eprintln!("clade: {failure}"));
     first.map_or(Ok(()), Err)
-}
-
-/// Gives each VM a time to live, if there is one.
-pub(super) fn limit(names: &[String], time: Option<Duration>) -> Outcome {
-    let Some(seconds) = time.map(|time| time.as_secs_f64()) else { return Ok(()) };
-    let client = Client::default();
-    let results = ask(async {
-        let set = |name: String| {
-            let client = client.clone();
-            async move {
-                let request = TtlRequest { seconds };
-                client.request::<TtlInfo>(Method::PUT, &name, "/ttl", Some(&request)).await
-            }
-        };
-        Ok(for_each(names, set).await)
-    })?;
-    let failures = names.iter().zip(results).filter_map(|(name, result)| Some((name, result.err()?)));
-    first_failure(failures.collect(), names.len() == 1)
-}
-
-/// Has each VM suspended after an idle time, if there is one.
-pub(super) fn suspend_after(names: &[String], time: Option<Duration>) -> Outcome {
-    let Some(seconds) = time.map(|time| time.as_secs_f64()) else { return Ok(()) };
-    let client = Client::default();
-    let results = ask(async {
-        let set = |name: String| {
-            let client = client.clone();
-            async move {
-                let (path, request) =
-                    (format!("/v1/vms/{name}/suspend-after"), SuspendAfterRequest { seconds, dir: None });
-                client.supervisor::<SuspendAfterInfo>(Method::PUT, &path, Some(&request)).await
-            }
-        };
-        Ok(for_each(names, set).await)
-    })?;
-    let failures = names.iter().zip(results).filter_map(|(name, result)| Some((name, result.err()?)));
-    first_failure(failures.collect(), names.len() == 1)
 }
 
 pub(super) fn main(args: &LifecycleArgs, verb: &Verb) -> Outcome {

@@ -43,6 +43,7 @@ mod snapshot;
 mod stats;
 mod template;
 mod terminal;
+mod times;
 mod tree;
 mod units;
 mod wait;
@@ -203,6 +204,8 @@ fn run(command: Command) -> Outcome {
         Command::Suspend(args) => lifecycle::suspend(&args),
         Command::Wake(args) => lifecycle::main(&args, &Verb::Wake),
         Command::Stop(args) => lifecycle::stop(&args),
+        Command::Ttl(args) => times::ttl(&args),
+        Command::SuspendAfter(args) => times::idle(&args),
         Command::Wait(args) => wait::main(&args),
         Command::Logs(args) => remote::logs(&args),
         Command::Snapshot(args) => snapshot::main(args),

@@ -7,10 +7,10 @@ use std::os::unix::net::UnixStream;
 use hyper::Method;
 
 use crate::commands::args::{BalloonArgs, ConsoleArgs, ForkArgs, LogsArgs};
-use crate::commands::lifecycle::{limit, suspend_after};
 use crate::commands::progress::shown;
 use crate::commands::serve::ensure;
 use crate::commands::terminal::{Escape, EscapeFilter, RawMode};
+use crate::commands::times::{limit, suspend_after};
 use crate::commands::units::{show_age, show_pause};
 use crate::commands::{Failure, Outcome, Table, print_json};
 use clade_api::flight::FlightEvent;

@@ -16,11 +16,11 @@ use zeroize::Zeroizing;
 
 use crate::commands::args::{DEFAULT_CMDLINE, RunArgs};
 use crate::commands::image_vm::{ImageVm, KERNEL_WORDS};
-use crate::commands::lifecycle::{limit, suspend_after};
 use crate::commands::oci_template;
 use crate::commands::serve::ensure;
 use crate::commands::session::CommandSession;
 use crate::commands::shutdown::ShutdownSignal;
+use crate::commands::times::{limit, suspend_after};
 use crate::commands::worker::BARE;
 use crate::commands::{Failure, Outcome};
 use clade_api::http::MAX_CONNECTIONS;

@@ -92,3 +92,32 @@ fn a_vm_whose_agent_does_not_answer_in_time_has_its_times_and_its_name_is_printe
     assert_eq!((status, idle["seconds"].as_f64()), (200, Some(7200.0)), "{idle}");
     all.end();
 }
+
+#[test]
+fn times_are_shown_and_changed_by_commands() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    all.boot("web", &[]);
+    let said = |args: &[&str]| {
+        let answer = all.runtime.clade(args);
+        assert_eq!(answer.code, Some(0), "{answer:?}");
+        answer.stdout
+    };
+    assert_eq!(said(&["ttl", "web"]), "web has no time to live\n");
+    assert!(said(&["ttl", "web", "1h"]).starts_with("web is stopped in "));
+    let left = all.runtime.clade(&["ttl", "web", "--json"]).json()["seconds_left"].as_f64();
+    assert!(left > Some(3500.0) && left <= Some(3600.0), "{left:?}");
+    assert_eq!(said(&["ttl", "web", "none"]), "web has no time to live\n");
+    assert_eq!(said(&["suspend-after", "web"]), "web is not suspended by itself\n");
+    assert_eq!(said(&["suspend-after", "web", "90m"]), "web is suspended after 1h30m without work\n");
+    assert_eq!(all.runtime.clade(&["suspend-after", "web", "--json"]).json(), json!({ "seconds": 5400.0 }));
+    assert_eq!(said(&["suspend-after", "web", "none"]), "web is not suspended by itself\n");
+    for command in ["ttl", "suspend-after"] {
+        let refused = all.runtime.clade(&[command, "web", "soon"]);
+        assert!(refused.code == Some(2) && refused.stderr.contains("\"soon\" is not a time"), "{refused:?}");
+        all.runtime.clade(&[command, "nobody", "1h"]).expect_refusal("nobody");
+    }
+    all.end();
+}

@@ -22,6 +22,7 @@ use crate::commands::pages::PagesArgs;
 use crate::commands::session::AHEAD_MIB;
 use crate::commands::stats::StatsArgs;
 use crate::commands::template::TemplateCommand;
+use crate::commands::times::TimeArgs;
 use crate::commands::tree::TreeArgs;
 use crate::commands::units::{parse_duration, parse_mib, parse_size};
 use crate::commands::wait::WaitArgs;
@@ -99,6 +100,10 @@ pub(crate) enum Command {
     Suspend(SuspendArgs),
     /// Wake VMs that are suspended.
     Wake(LifecycleArgs),
+    /// Show or change the time after which a VM is stopped.
+    Ttl(TimeArgs),
+    /// Show or change the idle time after which a VM is suspended.
+    SuspendAfter(TimeArgs),
     /// Stop VMs for good: by a power cut, or after their guests had time to power off.
     #[command(visible_alias = "kill")]
     Stop(StopArgs),
@@ -125,7 +130,7 @@ pub(crate) enum Command {
     Key(KeyCommand),
     /// Supervise the VMs of the runtime directory: a process for each VM, forks from checkpoints.
     Serve(ServeArgs),
-    /// Hold a VM's state at one instant, to fork from. It outlives the VM, not the supervisor.
+    /// Hold a VM's state at one instant, to fork from. It outlives the VM, and with `--keep` the supervisor.
     Checkpoint(CheckpointArgs),
     /// List the checkpoints.
     Checkpoints(CheckpointsArgs),
@@ -172,7 +177,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, exclusive = true)]
     pub(crate) status: bool,
     /// End the running supervisor. Its VMs run on, and the next supervisor finds them; checkpoints
-    /// end with it.
+    /// that are not kept on a disk end with it.
     #[arg(long, exclusive = true)]
     pub(crate) stop: bool,
     /// End when there is no VM, and no checkpoint that is not kept on disk. clade run without -d
