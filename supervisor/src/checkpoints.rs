@@ -13,7 +13,8 @@ use clade_api::{CheckpointInfo, CheckpointRequest, DaemonError, ProblemKind, che
 /// A name's checkpoint. A name with neither is reserved, by a request or by files that cannot be read.
 #[derive(Clone, Debug, Default)]
 struct Slot {
-    is_unreadable: bool,
+    /// Why its files cannot be read.
+    unreadable: Option<Arc<str>>,
     /// Whether a request writes it to the disk.
     is_being_kept: bool,
     /// In memory.
@@ -31,6 +32,14 @@ impl Slot {
         }
         let text = format!("the checkpoint {name:?} is being written to the disk");
         Err(DaemonError::Refused { kind: ProblemKind::WrongState, text })
+    }
+
+    /// Returns the error of a request for a checkpoint that is not there.
+    fn missing(&self, name: &str) -> DaemonError {
+        let name = name.to_owned();
+        let Some(reason) = &self.unreadable else { return DaemonError::NoSuchCheckpoint { name } };
+        let text = format!("the checkpoint {name:?} is on the disk and cannot be read: {reason}");
+        DaemonError::Refused { kind: ProblemKind::WrongState, text }
     }
 
     fn info(&self, name: &str) -> Option<CheckpointInfo> {
@@ -116,8 +125,9 @@ impl Checkpoints {
     pub(super) fn of_kept(found: Found) -> Self {
         let slot = |record| Slot { kept: Some(Arc::new(record)), ..Slot::default() };
         let kept = found.records.into_iter().map(|(name, record)| (name, slot(record)));
-        let unreadable = Slot { is_unreadable: true, ..Slot::default() };
-        Self(Mutex::new(kept.chain(found.unreadable.into_iter().map(|name| (name, unreadable.clone()))).collect()))
+        let unreadable = |reason: String| Slot { unreadable: Some(reason.into()), ..Slot::default() };
+        let unreadable = found.unreadable.into_iter().map(|(name, reason)| (name, unreadable(reason)));
+        Self(Mutex::new(kept.chain(unreadable).collect()))
     }
 
     fn all(&self) -> MutexGuard<'_, BTreeMap<String, Slot>> {
@@ -154,10 +164,11 @@ impl Checkpoints {
         name: &str,
         open: impl FnOnce(&KeptRecord) -> Result<Checkpoint, DaemonError>,
     ) -> Result<Arc<Checkpoint>, DaemonError> {
-        let none = || DaemonError::NoSuchCheckpoint { name: name.to_owned() };
-        let record = match self.all().get(name).cloned().unwrap_or_default() {
-            Slot { held: Some(held), .. } => return Ok(held),
-            Slot { kept: Some(record), .. } => record,
+        let slot = self.all().get(name).cloned().unwrap_or_default();
+        let none = || slot.missing(name);
+        let record = match &slot {
+            Slot { held: Some(held), .. } => return Ok(Arc::clone(held)),
+            Slot { kept: Some(record), .. } => Arc::clone(record),
             Slot { held: None, kept: None, .. } => return Err(none()),
         };
         let opened = open(&record)?;
@@ -188,13 +199,12 @@ impl Checkpoints {
     /// When no checkpoint has the name, or another request writes it.
     pub(super) fn begin_keeping(&self, name: &str) -> Result<Option<Keeping<'_>>, DaemonError> {
         let mut all = self.all();
-        let none = || DaemonError::NoSuchCheckpoint { name: name.to_owned() };
-        let slot = all.get_mut(name).ok_or_else(none)?;
+        let slot = all.get_mut(name).ok_or_else(|| Slot::default().missing(name))?;
         slot.expect_settled(name)?;
         if slot.kept.is_some() {
             return Ok(None);
         }
-        let checkpoint = slot.held.clone().ok_or_else(none)?;
+        let checkpoint = slot.held.clone().ok_or_else(|| slot.missing(name))?;
         slot.is_being_kept = true;
         Ok(Some(Keeping { of: self, name: name.to_owned(), checkpoint }))
     }
@@ -204,8 +214,8 @@ impl Checkpoints {
     /// # Errors
     /// When no checkpoint has the name.
     pub(super) fn info(&self, name: &str) -> Result<CheckpointInfo, DaemonError> {
-        let found = self.all().get(name).and_then(|slot| slot.info(name));
-        found.ok_or_else(|| DaemonError::NoSuchCheckpoint { name: name.to_owned() })
+        let slot = self.all().get(name).cloned().unwrap_or_default();
+        slot.info(name).ok_or_else(|| slot.missing(name))
     }
 
     /// Removes a checkpoint. Children forked from it run on. `remove_kept` removes the files of a kept
@@ -219,15 +229,14 @@ impl Checkpoints {
         name: &str,
         remove_kept: impl FnOnce() -> Result<(), DaemonError>,
     ) -> Result<CheckpointInfo, DaemonError> {
-        let none = || DaemonError::NoSuchCheckpoint { name: name.to_owned() };
         // The name stays reserved until its files are removed: a new checkpoint of the name has files
         // in the same place.
         let mut all = self.all();
-        let slot = all.get_mut(name).filter(|slot| slot.info(name).is_some()).ok_or_else(none)?;
+        let slot = all.get_mut(name).ok_or_else(|| Slot::default().missing(name))?;
+        let info = slot.info(name).ok_or_else(|| slot.missing(name))?;
         slot.expect_settled(name)?;
         let taken = std::mem::take(slot);
         drop(all);
-        let info = taken.info(name).ok_or_else(none)?;
         if taken.kept.is_some()
             && let Err(error) = remove_kept()
         {
@@ -252,7 +261,7 @@ impl Checkpoints {
     }
 
     pub(super) fn len(&self) -> usize {
-        self.all().values().filter(|slot| !slot.is_unreadable).count()
+        self.all().values().filter(|slot| slot.unreadable.is_none()).count()
     }
 
     /// Returns the number of kept checkpoints.
@@ -262,7 +271,7 @@ impl Checkpoints {
 
     /// Returns the number of checkpoints that end with this supervisor, and of reserved names.
     pub(super) fn unkept(&self) -> usize {
-        self.all().values().filter(|slot| slot.kept.is_none() && !slot.is_unreadable).count()
+        self.all().values().filter(|slot| slot.kept.is_none() && slot.unreadable.is_none()).count()
     }
 
     pub(super) fn clear(&self) {
@@ -388,11 +397,23 @@ mod tests {
     fn a_kept_checkpoint_is_there_until_its_files_have_gone() {
         let record = crate::kept::tests::record("base");
         let records = [("base".to_owned(), record)].into();
-        let all = Checkpoints::of_kept(Found { records, unreadable: ["cut".to_owned()].into() });
+        let all = Checkpoints::of_kept(Found {
+            records,
+            unreadable: [("cut".to_owned(), "cut/record: torn".to_owned())].into(),
+        });
         assert_eq!((all.list().len(), all.len(), all.unkept()), (1, 1, 0));
         // No other checkpoint gets the name of files that cannot be read.
         assert!(matches!(all.reserve("web", Some("cut")), Err(DaemonError::CheckpointTaken { .. })));
-        assert!(matches!(all.remove("cut", || panic!("removed")), Err(DaemonError::NoSuchCheckpoint { .. })));
+        for refused in [
+            all.remove("cut", || panic!("removed")).map(drop),
+            all.info("cut").map(drop),
+            all.get("cut", |_| panic!("opened")).map(drop),
+            all.begin_keeping("cut").map(drop),
+        ] {
+            let error = refused.unwrap_err();
+            assert_eq!(error.problem(), ProblemKind::WrongState);
+            assert!(error.to_string().contains("\"cut\"") && error.to_string().contains("torn"), "{error}");
+        }
         assert!(matches!(all.reserve("web", Some("cut")), Err(DaemonError::CheckpointTaken { .. })));
         assert!(all.info("base").unwrap().kept && all.images().is_empty());
         let refused = |what: &str| {

@@ -15,7 +15,7 @@ use super::processes::{OwnVm, ProcessId};
 use super::unsettled::UnsettledEnd;
 use super::vm_record::{VmRecord, clear_up};
 use clade_api::flight::FlightEvent;
-use clade_api::{DaemonError, NameClaim, RuntimeDir, WorkerExit, record_end, recorded_reason, vm_names};
+use clade_api::{DaemonError, KnownEnd, NameClaim, RuntimeDir, WorkerExit, record_end, recorded_reason, vm_names};
 use clade_vmm::vm::StopReason;
 use clade_worker::UNMERGED;
 
@@ -93,6 +93,12 @@ impl Inner {
         names
     }
 
+    /// Returns the end of a VM whose files are still there.
+    fn known_end(&self, name: &str, exit: WorkerExit, flight: &[FlightEvent]) -> KnownEnd {
+        let vm_record = VmRecord::read(&self.dir, name).ok().flatten();
+        KnownEnd { exit, parent: vm_record.and_then(|vm_record| vm_record.parent), flight: flight.to_vec() }
+    }
+
     fn ended(&self, exit: WorkerExit) {
         let _ends = self.ends();
         // Before the process is forgotten: it is on one of both lists all the time.
@@ -117,11 +123,11 @@ impl Inner {
         let mut was_orderly = in_order || vm.is_stopped || !vm.has_name();
         if let Some(mib) = exceeded.filter(|_| !was_orderly) {
             tracing::warn!(name, mib, "a VM's process was killed: it took more memory than its limit");
-            record_end(&self.dir, &name, exit, StopReason::OverLimit { mib }, flight.clone());
+            record_end(&self.dir, &name, StopReason::OverLimit { mib }, self.known_end(&name, exit, &flight));
             was_orderly = true;
         }
         if vm.died_with_command(exit) && !was_orderly {
-            record_end(&self.dir, &name, exit, StopReason::SessionEnded, flight.clone());
+            record_end(&self.dir, &name, StopReason::SessionEnded, self.known_end(&name, exit, &flight));
             was_orderly = true;
         }
         // Its files are still there. Its lock has gone, unless another process has the name by now,
@@ -289,7 +295,12 @@ impl Inner {
             let exit = WorkerExit { pid, signal: None, code: None };
             let is_over = record.and_then(|its| its.session).is_some_and(|session| session.live().is_none());
             if is_over {
-                record_end(&self.dir, &claim.name, exit, StopReason::SessionEnded, flight.clone());
+                record_end(
+                    &self.dir,
+                    &claim.name,
+                    StopReason::SessionEnded,
+                    self.known_end(&claim.name, exit, &flight),
+                );
             }
             self.clear_up(claim, exit, is_over, flight);
             worker.map(|pid| self.processes.remove(pid));

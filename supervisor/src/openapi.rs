@@ -166,6 +166,8 @@ fn errors(operation: &Value, method: &str, path: &str, passed_on: bool) -> Vec<P
     if method != "get" {
         let conflicts = Kind::ALL.iter().filter(|kind| kind.status().as_u16() == 409);
         all.extend(conflicts);
+    } else if path == "/v1/checkpoints/{name}" {
+        all.push(Kind::WrongState);
     } else if path.ends_with("/memory") {
         all.extend([Kind::WrongState, Kind::BadAddress]);
     } else if path.ends_with("/console") {

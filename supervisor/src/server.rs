@@ -389,7 +389,7 @@ async fn touched(State(supervisor): State<Supervisor>, request: Request, next: N
 
 #[cfg(test)]
 mod tests {
-    use clade_api::{RuntimeDir, WorkerExit, record_end};
+    use clade_api::{KnownEnd, RuntimeDir, WorkerExit, record_end};
     use clade_vmm::vm::StopReason;
 
     use super::*;
@@ -400,7 +400,7 @@ mod tests {
         let dir = RuntimeDir::create(scratch.path()).unwrap();
         let record = |name| {
             let exit = WorkerExit { pid: 1, signal: Some(9), code: None };
-            record_end(&dir, name, exit, StopReason::Requested, Vec::new());
+            record_end(&dir, name, StopReason::Requested, KnownEnd::of(exit));
         };
         record("another");
         std::thread::scope(|scope| {

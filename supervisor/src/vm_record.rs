@@ -22,7 +22,8 @@ use super::session::{self, Session};
 use clade_api::flight::FlightEvent;
 use clade_api::secrets::SecretsRecord;
 use clade_api::{
-    DaemonError, NameClaim, ProblemKind, RuntimeDir, VsockInfo, WorkerExit, check_name, settle, vm_record_name,
+    DaemonError, KnownEnd, NameClaim, ProblemKind, RuntimeDir, VsockInfo, WorkerExit, check_name, settle,
+    vm_record_name,
 };
 use clade_vmm::vm::{DiskSpec, Identity, VmConfig};
 use clade_worker::VmTemplate;
@@ -248,11 +249,12 @@ pub(super) fn clear_up(
     was_orderly: bool,
     flight: Vec<FlightEvent>,
 ) -> Option<VmRecord> {
-    settle(claim.dir(), &claim.name, exit, was_orderly, flight);
     let vm_record = VmRecord::read(claim.dir(), &claim.name).unwrap_or_else(|error| {
         tracing::warn!(%error, name = claim.name, "not all of a VM's files are known");
         None
     });
+    let parent = vm_record.as_ref().and_then(|vm_record| vm_record.parent.clone());
+    settle(claim.dir(), &claim.name, KnownEnd { exit, parent, flight }, was_orderly);
     vm_record.iter().for_each(VmRecord::remove_sockets);
     drop(claim);
     vm_record

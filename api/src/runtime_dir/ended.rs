@@ -65,9 +65,29 @@ pub struct EndedVm {
     pub flight: Vec<FlightEvent>,
 }
 
+/// The end of a VM's process, as others know it.
+#[derive(Clone, Debug)]
+pub struct KnownEnd {
+    /// The end of the process.
+    pub exit: WorkerExit,
+    /// The VM that this one was forked from.
+    pub parent: Option<String>,
+    /// The last events of its flight record, the oldest first.
+    pub flight: Vec<FlightEvent>,
+}
+
+impl KnownEnd {
+    /// An end of which no more is known.
+    #[must_use]
+    pub fn of(exit: WorkerExit) -> Self {
+        Self { exit, parent: None, flight: Vec::new() }
+    }
+}
+
 /// Records the end of a VM whose process may not write into the directory: as reported by the
 /// process itself, otherwise from its `exit`. Records nothing if it was stopped on request.
-pub fn settle(dir: &RuntimeDir, name: &str, exit: WorkerExit, was_orderly: bool, flight: Vec<FlightEvent>) {
+pub fn settle(dir: &RuntimeDir, name: &str, end: KnownEnd, was_orderly: bool) {
+    let KnownEnd { exit, parent, flight } = end;
     let said = dir.read(&format!("{name}.{END}")).ok().flatten();
     let said = said.and_then(|bytes| serde_json::from_slice::<EndedVm>(&bytes).ok());
     match said.filter(|said| said.name == name) {
@@ -80,27 +100,29 @@ pub fn settle(dir: &RuntimeDir, name: &str, exit: WorkerExit, was_orderly: bool,
             write(dir, &said);
         }
         None if was_orderly => {}
-        None => record_lost(dir, name, exit, flight),
+        None => record_lost(dir, name, KnownEnd { exit, parent, flight }),
     }
 }
 
 /// Records the end of a VM whose process has ended without a report.
-fn record_lost(dir: &RuntimeDir, name: &str, exit: WorkerExit, flight: Vec<FlightEvent>) {
+fn record_lost(dir: &RuntimeDir, name: &str, end: KnownEnd) {
+    let exit = end.exit;
     // The process may have reported the reason itself, and waited for others afterwards.
     let said = dir.read(&format!("{name}{ENDING}")).ok().flatten();
     if said.and_then(|bytes| serde_json::from_slice::<EndedVm>(&bytes).ok()).is_some_and(|said| said.pid == exit.pid) {
         return;
     }
-    record_end(dir, name, exit, StopReason::Process { signal: exit.signal, code: exit.code }, flight);
+    record_end(dir, name, StopReason::Process { signal: exit.signal, code: exit.code }, end);
 }
 
 /// Records the end of a VM for a known reason, without a report of its process.
-pub fn record_end(dir: &RuntimeDir, name: &str, exit: WorkerExit, stopped: StopReason, flight: Vec<FlightEvent>) {
+pub fn record_end(dir: &RuntimeDir, name: &str, stopped: StopReason, end: KnownEnd) {
+    let KnownEnd { exit, parent, flight } = end;
     let ended = EndedVm {
         name: name.to_owned(),
         reason: stopped.to_string(),
         stopped,
-        parent: None,
+        parent,
         generation: 0,
         age_s: 0.0,
         ended_at: unix_seconds(),
@@ -233,14 +255,21 @@ mod tests {
         };
         dir.write(&format!("web.{END}"), &serde_json::to_vec(&said).unwrap()).unwrap();
         let seen = vec![FlightEvent { at: 2.0, event: "paused".into() }];
-        settle(&dir, "web", WorkerExit { pid: 77, signal: None, code: Some(0) }, true, seen.clone());
+        let end = |pid, signal, code| KnownEnd {
+            exit: WorkerExit { pid, signal, code },
+            parent: Some("base".to_owned()),
+            flight: seen.clone(),
+        };
+        settle(&dir, "web", end(77, None, Some(0)), true);
         let record = ended_vms(path.path()).unwrap().remove(0);
         assert_eq!((record.reason.len(), record.console.len(), record.pid), (MAX_REASON - 1, MAX_OUTPUT as usize, 77));
         assert!(said.reason.starts_with(&record.reason));
         assert_eq!(record.flight, seen, "not what the process wrote into its record");
         // A record that names another VM is ignored.
         dir.write(&format!("other.{END}"), &serde_json::to_vec(&said).unwrap()).unwrap();
-        settle(&dir, "other", WorkerExit { pid: 78, signal: Some(9), code: None }, false, seen);
+        settle(&dir, "other", end(78, Some(9), None), false);
         assert!(recorded_reason(&dir, "other").unwrap().contains("signal 9"));
+        let other = ended_vms(path.path()).unwrap().into_iter().find(|ended| ended.name == "other").unwrap();
+        assert_eq!(other.parent.as_deref(), Some("base"));
     }
 }

@@ -25,7 +25,7 @@ use crate::error::{DaemonError, LONGEST_NAME, LONGEST_SOCKET_PATH};
 
 pub use claim::{NameClaim, SupervisorClaim, VmFiles};
 pub use ended::{
-    EndedVm, MAX_OUTPUT, WorkerExit, ended_vms, forget as forget_ended, record_end, recorded_reason, settle,
+    EndedVm, KnownEnd, MAX_OUTPUT, WorkerExit, ended_vms, forget as forget_ended, record_end, recorded_reason, settle,
     unix_seconds,
 };
 pub use names::{check_names, claim_names};

@@ -187,7 +187,7 @@ mod tests {
     use std::path::Path;
     use std::thread;
 
-    use clade_api::{RuntimeDir, WorkerExit, record_end, supervisor_path};
+    use clade_api::{KnownEnd, RuntimeDir, WorkerExit, record_end, supervisor_path};
     use clade_vmm::vm::StopReason;
 
     use super::*;
@@ -259,7 +259,7 @@ mod tests {
             tokio::time::sleep(record.unwrap_or(FOR_EVER)).await;
             let exit = WorkerExit { pid: 1, signal: Some(9), code: None };
             let stopped = StopReason::Process { signal: exit.signal, code: exit.code };
-            record_end(&RuntimeDir::open(dir.path()).unwrap(), "web", exit, stopped, Vec::new());
+            record_end(&RuntimeDir::open(dir.path()).unwrap(), "web", stopped, KnownEnd::of(exit));
             std::future::pending::<()>().await;
         };
         tokio::select! {

@@ -189,6 +189,7 @@ fn commands_for_all_vms_go_to_the_port() {
     assert!(late.code == Some(124) && late.stderr.contains("web-1"), "{late:?}");
     crate::tool::kill(all.pid_of("web-1"), rustix::process::Signal::KILL);
     wait_until("the record", || command(&["ps", "-a"]).stdout.contains("signal 9"));
+    assert_eq!(command(&["ps", "-a", "--json"]).json()["ended"][0]["parent"], "web", "as the supervisor knows it");
     let logs = command(&["logs", "web-1"]);
     assert!(logs.code == Some(0) && logs.stderr.contains("signal 9"), "{logs:?}");
     let killed = command(&["wait", "web-1"]);

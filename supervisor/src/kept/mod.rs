@@ -17,7 +17,7 @@
 mod data;
 mod lines;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsFd;
@@ -157,7 +157,7 @@ pub(super) struct Found {
     pub(super) records: BTreeMap<String, KeptRecord>,
     /// Names whose records cannot be read, by this version or at all, and names of incomplete checkpoints
     /// that cannot be removed. Their files stay.
-    pub(super) unreadable: BTreeSet<String>,
+    pub(super) unreadable: BTreeMap<String, String>,
 }
 
 /// The directory of kept checkpoints.
@@ -209,9 +209,10 @@ impl KeptDir {
                     incomplete.push(name);
                 }
                 unreadable => {
-                    let error = unreadable.err();
-                    tracing::warn!(?error, path = %entry.path().display(), "a kept checkpoint cannot be used");
-                    found.unreadable.insert(name);
+                    let why = unreadable.err().map_or_else(|| "its record names another".to_owned(), |e| e.to_string());
+                    let reason = format!("{}: {why}", entry.path().display());
+                    tracing::warn!(reason, "a kept checkpoint cannot be used");
+                    found.unreadable.insert(name, reason);
                 }
             }
         }
@@ -222,7 +223,7 @@ impl KeptDir {
             tracing::info!(name, "removes an incomplete checkpoint");
             if let Err(error) = dir.remove(&name) {
                 tracing::warn!(%error, name, "an incomplete checkpoint stays");
-                found.unreadable.insert(name);
+                found.unreadable.insert(name, format!("it is incomplete, and cannot be removed: {error}"));
             }
         }
         dir.remove_unneeded();

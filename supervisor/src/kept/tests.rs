@@ -1,3 +1,4 @@
+use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 
 use super::*;
@@ -48,7 +49,7 @@ fn reopened(dir: KeptDir) -> (KeptDir, Vec<String>, Vec<String>) {
     let root = dir.root.clone();
     drop(dir);
     let (dir, Found { records, unreadable }) = KeptDir::open(&root).unwrap();
-    (dir, records.into_keys().collect(), unreadable.into_iter().collect())
+    (dir, records.into_keys().collect(), unreadable.into_keys().collect())
 }
 
 /// The data that is there.
