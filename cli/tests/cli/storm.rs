@@ -29,6 +29,8 @@ struct Held {
     descriptors: usize,
     threads: usize,
     mappings: usize,
+    /// Processes of the directory: the supervisor, its zygote and workers.
+    processes: usize,
     files: BTreeSet<String>,
     interfaces: BTreeSet<String>,
 }
@@ -46,6 +48,7 @@ impl Held {
             descriptors: runtime.open_files(pid).saturating_sub(layers),
             threads: fs::read_dir(format!("/proc/{pid}/task")).unwrap().count(),
             mappings: fs::read_to_string(format!("/proc/{pid}/maps")).unwrap().lines().count(),
+            processes: runtime.clades().len(),
             files: names(runtime.dir()),
             interfaces: names(Path::new("/sys/class/net")).into_iter().filter(|name| name.starts_with(stem)).collect(),
         }
@@ -53,10 +56,10 @@ impl Held {
 
     /// Returns whether no more is held than `before`. Allocators keep some mappings. The remaining
     /// VM has as many layers as its last forks made, and files are made ahead for the next: a
-    /// handful at most.
+    /// handful at most. A prepared worker stays for a minute, with two descriptors.
     fn is_back_to(&self, before: &Self) -> bool {
         self.layers <= before.layers + 8
-            && self.descriptors <= before.descriptors
+            && self.descriptors <= before.descriptors + 2 * self.processes.saturating_sub(before.processes)
             && self.threads <= before.threads
             && self.mappings <= before.mappings + 64
             && (&self.files, &self.interfaces) == (&before.files, &before.interfaces)
@@ -239,6 +242,11 @@ fn storm(seconds: u64) {
     keep_smaps(runtime.supervisor(), "before");
     run(Duration::from_secs(seconds), 1);
     settled(&before);
+    // Supervisor, zygote, web, and the prepared workers.
+    wait_until("all other processes to end", || {
+        let prepared = runtime.http("GET", "/v1/supervisor", "").1["prepared"].as_u64();
+        prepared.is_some_and(|prepared| runtime.clades().len() as u64 == 3 + prepared)
+    });
     let grown = resident(runtime.supervisor()).saturating_sub(memory);
     keep_smaps(runtime.supervisor(), "after");
     println!("{tally:?} in {seconds} s; {grown} KiB more resident; {before:?}");
