@@ -54,8 +54,7 @@ mod tests {
             nets: vec![net("tap9", 7), net("eth0", 8)],
             vsock: Some(VsockInfo { cid: 9, socket: "/run/docker.sock".into() }),
         };
-        let report =
-            |identity| ReportedVm { name: "victim".to_owned(), identity, erased: ErasedInfo::default(), network: None };
+        let report = |identity| ReportedVm { identity, erased: ErasedInfo::default(), network: None };
         let made = LaunchedVm::new("web", &record, report(Some(lies)));
         let identity = made.identity.unwrap();
         assert_eq!((made.name.as_str(), identity.nets.len()), ("web", 1));

@@ -182,7 +182,6 @@ pub(crate) enum WorkerAnswer {
     /// The worker is ready for the next request.
     Ready,
     Made {
-        name: String,
         identity: Option<IdentityInfo>,
         erased: ErasedInfo,
         /// Whether packets pass. None without a network device.
@@ -225,8 +224,6 @@ pub struct Program {
 /// A VM, as its process describes it: a guest may have broken into that process.
 #[derive(Clone, Debug)]
 pub struct ReportedVm {
-    /// The name.
-    pub name: String,
     /// Its own interfaces, addresses and sockets; `None` if it has no such devices.
     pub identity: Option<IdentityInfo>,
     /// The count of secrets erased in its memory.

@@ -322,9 +322,7 @@ impl Worker {
     /// When the worker has ended, or could not make its VM.
     pub fn made(&self, check: impl Fn() -> Result<(), DaemonError>) -> Result<ReportedVm, DaemonError> {
         match self.answer(check)? {
-            WorkerAnswer::Made { name, identity, erased, network } => {
-                Ok(ReportedVm { name, identity, erased, network })
-            }
+            WorkerAnswer::Made { identity, erased, network } => Ok(ReportedVm { identity, erased, network }),
             other => Err(failed(unexpected(&other))),
         }
     }
@@ -345,10 +343,10 @@ impl Worker {
     }
 
     /// Waits until its VM runs, until `deadline` or the failure of `check`.
-    pub(crate) fn wait_running(&self, name: &str, deadline: Instant, check: impl Fn() -> Result<(), DaemonError>) {
+    pub(crate) fn wait_running(&self, deadline: Instant, check: impl Fn() -> Result<(), DaemonError>) {
         match self.answer_within(deadline.saturating_duration_since(Instant::now()), check) {
             Ok(WorkerAnswer::Running) => self.is_running.set(true),
-            other => tracing::warn!(name, ?other, "a VM has not reported that it runs"),
+            other => tracing::warn!(pid = self.pid(), ?other, "a VM has not reported that it runs"),
         }
     }
 

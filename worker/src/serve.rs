@@ -151,8 +151,8 @@ struct VmLauncher<'a> {
 impl VmLauncher<'_> {
     /// Returns the report that the VM is made.
     fn made(vm: &Vm) -> WorkerAnswer {
-        let (name, erased) = (vm.name().to_owned(), vm.erased().into());
-        WorkerAnswer::Made { name, identity: crate::describe::identity(vm), erased, network: network_of(vm) }
+        let (identity, erased) = (crate::describe::identity(vm), vm.erased().into());
+        WorkerAnswer::Made { identity, erased, network: network_of(vm) }
     }
 
     /// Lets a VM that was made paused run, unless it is no longer wanted or is to stay `paused`.

@@ -46,17 +46,13 @@ impl Workers {
         }
         when_made();
         // All VMs are made, so all may run. From here on a failure ends only its own VM.
-        let mut started = 0;
         let start = |group: &[Worker]| {
             if !is_single {
                 group.iter().for_each(Worker::run);
             }
             // One for the group: guests that have broken into their processes may keep all of them from reporting.
             let deadline = Instant::now() + PATIENCE;
-            for (worker, child) in group.iter().zip(&made[started..]) {
-                worker.wait_running(&child.name, deadline, || check(made.len()));
-            }
-            started += group.len();
+            group.iter().for_each(|worker| worker.wait_running(deadline, || check(made.len())));
         };
         in_groups(&self.0, pace, start, || check(made.len()))?;
         self.0.iter_mut().for_each(Worker::let_go);
