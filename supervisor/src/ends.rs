@@ -93,12 +93,6 @@ impl Inner {
         names
     }
 
-    /// Returns the end of a VM whose files are still there.
-    fn known_end(&self, name: &str, exit: WorkerExit, flight: &[FlightEvent]) -> KnownEnd {
-        let vm_record = VmRecord::read(&self.dir, name).ok().flatten();
-        KnownEnd { exit, parent: vm_record.and_then(|vm_record| vm_record.parent), flight: flight.to_vec() }
-    }
-
     fn ended(&self, exit: WorkerExit) {
         let _ends = self.ends();
         // Before the process is forgotten: it is on one of both lists all the time.
@@ -121,13 +115,17 @@ impl Inner {
         let is_orderly = |code| matches!(code, 0..=2 | 129 | 130 | 143) || code == i32::from(UNMERGED);
         let in_order = exit.signal.is_none() && exit.code.is_some_and(is_orderly);
         let mut was_orderly = in_order || vm.is_stopped || !vm.has_name();
-        if let Some(mib) = exceeded.filter(|_| !was_orderly) {
-            tracing::warn!(name, mib, "a VM's process was killed: it took more memory than its limit");
-            record_end(&self.dir, &name, StopReason::OverLimit { mib }, self.known_end(&name, exit, &flight));
-            was_orderly = true;
-        }
-        if vm.died_with_command(exit) && !was_orderly {
-            record_end(&self.dir, &name, StopReason::SessionEnded, self.known_end(&name, exit, &flight));
+        let stopped = match exceeded {
+            _ if was_orderly => None,
+            Some(mib) => {
+                tracing::warn!(name, mib, "a VM's process was killed: it took more memory than its limit");
+                Some(StopReason::OverLimit { mib })
+            }
+            None => vm.died_with_command(exit).then_some(StopReason::SessionEnded),
+        };
+        if let Some(stopped) = stopped {
+            let parent = VmRecord::read(&self.dir, &name).ok().flatten().and_then(|its| its.parent);
+            record_end(&self.dir, &name, stopped, KnownEnd { exit, parent, flight: flight.clone() });
             was_orderly = true;
         }
         // Its files are still there. Its lock has gone, unless another process has the name by now,
@@ -293,14 +291,11 @@ impl Inner {
             let pid = worker.unwrap_or(owner);
             tracing::info!(name = claim.name, pid, "VM process exited without notification");
             let exit = WorkerExit { pid, signal: None, code: None };
-            let is_over = record.and_then(|its| its.session).is_some_and(|session| session.live().is_none());
+            let (session, parent) = record.map_or((None, None), |its| (its.session, its.parent));
+            let is_over = session.is_some_and(|session| session.live().is_none());
             if is_over {
-                record_end(
-                    &self.dir,
-                    &claim.name,
-                    StopReason::SessionEnded,
-                    self.known_end(&claim.name, exit, &flight),
-                );
+                let end = KnownEnd { exit, parent, flight: flight.clone() };
+                record_end(&self.dir, &claim.name, StopReason::SessionEnded, end);
             }
             self.clear_up(claim, exit, is_over, flight);
             worker.map(|pid| self.processes.remove(pid));

@@ -400,7 +400,7 @@ mod tests {
         let dir = RuntimeDir::create(scratch.path()).unwrap();
         let record = |name| {
             let exit = WorkerExit { pid: 1, signal: Some(9), code: None };
-            record_end(&dir, name, StopReason::Requested, KnownEnd::of(exit));
+            record_end(&dir, name, StopReason::Requested, KnownEnd { exit, parent: None, flight: Vec::new() });
         };
         record("another");
         std::thread::scope(|scope| {

@@ -76,31 +76,22 @@ pub struct KnownEnd {
     pub flight: Vec<FlightEvent>,
 }
 
-impl KnownEnd {
-    /// An end of which no more is known.
-    #[must_use]
-    pub fn of(exit: WorkerExit) -> Self {
-        Self { exit, parent: None, flight: Vec::new() }
-    }
-}
-
 /// Records the end of a VM whose process may not write into the directory: as reported by the
 /// process itself, otherwise from its `exit`. Records nothing if it was stopped on request.
 pub fn settle(dir: &RuntimeDir, name: &str, end: KnownEnd, was_orderly: bool) {
-    let KnownEnd { exit, parent, flight } = end;
     let said = dir.read(&format!("{name}.{END}")).ok().flatten();
     let said = said.and_then(|bytes| serde_json::from_slice::<EndedVm>(&bytes).ok());
     match said.filter(|said| said.name == name) {
         // A compromised process may have given another pid.
         Some(mut said) => {
-            said.pid = exit.pid;
-            said.flight = flight;
+            said.pid = end.exit.pid;
+            said.flight = end.flight;
             shorten(&mut said.reason, MAX_REASON);
             shorten(&mut said.console, MAX_OUTPUT as usize);
             write(dir, &said);
         }
         None if was_orderly => {}
-        None => record_lost(dir, name, KnownEnd { exit, parent, flight }),
+        None => record_lost(dir, name, end),
     }
 }
 

@@ -259,7 +259,12 @@ mod tests {
             tokio::time::sleep(record.unwrap_or(FOR_EVER)).await;
             let exit = WorkerExit { pid: 1, signal: Some(9), code: None };
             let stopped = StopReason::Process { signal: exit.signal, code: exit.code };
-            record_end(&RuntimeDir::open(dir.path()).unwrap(), "web", stopped, KnownEnd::of(exit));
+            record_end(
+                &RuntimeDir::open(dir.path()).unwrap(),
+                "web",
+                stopped,
+                KnownEnd { exit, parent: None, flight: Vec::new() },
+            );
             std::future::pending::<()>().await;
         };
         tokio::select! {

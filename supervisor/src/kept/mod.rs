@@ -156,7 +156,7 @@ impl KeptRecord {
 pub(super) struct Found {
     pub(super) records: BTreeMap<String, KeptRecord>,
     /// Names whose records cannot be read, by this version or at all, and names of incomplete checkpoints
-    /// that cannot be removed. Their files stay.
+    /// that cannot be removed, with the reasons. Their files stay.
     pub(super) unreadable: BTreeMap<String, String>,
 }
 
