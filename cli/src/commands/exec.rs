@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use crate::commands::agent::{AgentArgs, block_on};
 use crate::commands::terminal::RawMode;
 use crate::commands::units::parse_duration;
-use crate::commands::{Failure, Outcome, print_json};
+use crate::commands::{Failure, Outcome, print_bytes, print_json};
 
 /// The program did not run: no VM, no agent, or a refusal.
 const NOT_RUN: u8 = 125;
@@ -234,10 +234,7 @@ impl Output {
         let bytes = |bytes: Option<Base64>| bytes.map(|bytes| bytes.0).unwrap_or_default();
         let (stderr, stdout) = (bytes(data.stderr), [bytes(data.stdout), bytes(data.pty)].concat());
         match self {
-            Self::Terminal => {
-                let written = io::stdout().write_all(&stdout).and_then(|()| io::stdout().flush());
-                written.and_then(|()| io::stderr().write_all(&stderr)).map_err(Failure::run)
-            }
+            Self::Terminal => print_bytes(&stdout).and_then(|()| io::stderr().write_all(&stderr)).map_err(Failure::run),
             Self::Kept(kept) => kept.push(&stdout, &stderr),
         }
     }
@@ -358,6 +355,7 @@ mod tests {
         assert_eq!(parse_env("A=b=c").unwrap(), ("A".to_owned(), "b=c".to_owned()));
         parse_env("=c").unwrap_err();
     }
+
     #[test]
     fn a_character_in_two_events_is_whole_and_output_has_an_exact_bound() {
         let mut output = Output::Kept(KeptOutput::default());

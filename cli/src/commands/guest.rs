@@ -1,13 +1,12 @@
 //! `clade guest`: guests to run.
 
 use std::fs;
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::anyhow;
 
 use crate::commands::args::GuestArgs;
-use crate::commands::{Failure, Outcome, print_json};
+use crate::commands::{Failure, Outcome, print_bytes, print_json};
 use crate::linux_guest::{LinuxGuest, LinuxGuestError};
 
 pub(super) fn main(args: &GuestArgs) -> Outcome {
@@ -22,8 +21,7 @@ fn bare(args: &GuestArgs) -> Outcome {
     let image = clade_guests::BARE_ELF;
     let path = args.output.clone().unwrap_or_else(|| PathBuf::from("bare.elf"));
     if path == Path::new("-") {
-        let mut stdout = io::stdout();
-        return stdout.write_all(image).and_then(|()| stdout.flush()).map_err(Failure::run);
+        return print_bytes(image).map_err(Failure::run);
     }
     fs::write(&path, image)
         .map_err(|error| Failure::Input(anyhow!("{} cannot be written: {error}", path.display())))?;

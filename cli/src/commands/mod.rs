@@ -60,6 +60,7 @@ use args::{Cli, Command};
 use image::ImageCommand;
 use lifecycle::Verb;
 pub use lifecycle::for_each;
+use output::print_bytes;
 pub use output::{Table, print_json};
 pub use units::parse_size;
 

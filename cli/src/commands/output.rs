@@ -36,6 +36,12 @@ impl Table {
     }
 }
 
+/// Writes to standard output, and flushes it: it may end within a line.
+pub(super) fn print_bytes(bytes: &[u8]) -> io::Result<()> {
+    let mut stdout = io::stdout();
+    stdout.write_all(bytes).and_then(|()| stdout.flush())
+}
+
 /// Prints one JSON value on standard output.
 pub fn print_json(value: &impl Serialize) -> io::Result<()> {
     let text = serde_json::to_string_pretty(value)?;

@@ -12,7 +12,7 @@ use crate::commands::serve::ensure;
 use crate::commands::terminal::{Escape, EscapeFilter, RawMode};
 use crate::commands::times::{limit, suspend_after};
 use crate::commands::units::{show_age, show_pause};
-use crate::commands::{Failure, Outcome, Table, print_json};
+use crate::commands::{Failure, Outcome, Table, print_bytes, print_json};
 use clade_api::flight::FlightEvent;
 use clade_api::{
     BalloonInfo, BalloonRequest, Client, ClientError, ErasedInfo, ForkAnswer, ForkRequest, LogsAnswer, VmState,
@@ -185,19 +185,13 @@ fn print_flight(events: &[FlightEvent]) -> Outcome {
     events.iter().try_for_each(&mut print).map_err(Failure::run)
 }
 
-/// Prints a console's output, which may end within a line.
-fn print_console(text: &str) -> Outcome {
-    let mut stdout = io::stdout().lock();
-    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(Failure::run)
-}
-
 pub(crate) fn logs(args: &LogsArgs) -> Outcome {
     let client = Client::default();
     let running = ask(client.request::<LogsAnswer>(Method::GET, &args.name, "/logs", None::<&()>));
     let refused = match running {
         Ok(answer) if args.json => return print_json(&answer).map_err(Failure::run),
         Ok(answer) if args.flight => return print_flight(&answer.flight),
-        Ok(answer) => return print_console(&answer.console),
+        Ok(answer) => return print_bytes(answer.console.as_bytes()).map_err(Failure::run),
         Err(refused) => refused,
     };
     let ended = ask(client.ended())?.into_iter().find(|ended| ended.name == args.name);
@@ -208,7 +202,7 @@ pub(crate) fn logs(args: &LogsArgs) -> Outcome {
     if args.flight {
         return print_flight(&ended.flight);
     }
-    print_console(&ended.console)?;
+    print_bytes(ended.console.as_bytes()).map_err(Failure::run)?;
     eprintln!("{} ended after {}: {}", ended.name, show_age(ended.age_s), ended.reason);
     Ok(())
 }

@@ -22,7 +22,7 @@ use crate::commands::run::say;
 use crate::commands::serve::{answers, ensure_with};
 use crate::commands::shutdown::ShutdownSignal;
 use crate::commands::terminal::{Escape, EscapeFilter, RawMode};
-use crate::commands::{Failure, Outcome};
+use crate::commands::{Failure, Outcome, print_bytes};
 use clade_api::{Client, ClientError, EndedVm, StopRequest, SupervisorInfo, console_path, ended_vms, log_path};
 use clade_supervisor::{COMMIT_TIMEOUT, in_session, is_in_session, settle_dead};
 use clade_vmm::kvm::Host;
@@ -409,7 +409,7 @@ fn show(mut console: UnixStream) -> io::Result<ConsoleCopy> {
         while let Ok(got @ 1..) = console.read(&mut bytes) {
             // Relaxed: read after the message of the end, or to no effect.
             shows.store(true, Ordering::Relaxed);
-            if print(&bytes[..got]).is_err() {
+            if print_bytes(&bytes[..got]).is_err() {
                 // The VM runs on without a reader.
                 break;
             }
@@ -421,14 +421,8 @@ fn show(mut console: UnixStream) -> io::Result<ConsoleCopy> {
     Ok(ConsoleCopy { done, is_any })
 }
 
-/// Writes to standard output, and flushes it: a prompt has no line end.
-fn print(bytes: &[u8]) -> io::Result<()> {
-    let mut stdout = io::stdout();
-    stdout.write_all(bytes).and_then(|()| stdout.flush())
-}
-
 /// Prints the last output of a VM that was never shown.
 fn print_last(ended: &EndedVm) {
     // Standard output may have no reader.
-    let _ = print(ended.console.as_bytes());
+    let _ = print_bytes(ended.console.as_bytes());
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use clade_api::{Client, SuspendAfterInfo, SuspendAfterRequest, TtlInfo, TtlRequest};
+use clade_api::{Client, ClientError, SuspendAfterInfo, SuspendAfterRequest, TtlInfo, TtlRequest};
 use hyper::Method;
 
 use crate::commands::lifecycle::{first_failure, for_each};
@@ -78,37 +78,28 @@ pub(super) fn idle(args: &TimeArgs) -> Outcome {
 
 /// Gives each VM a time to live, if there is one.
 pub(super) fn limit(names: &[String], time: Option<Duration>) -> Outcome {
-    let Some(seconds) = time.map(|time| time.as_secs_f64()) else { return Ok(()) };
-    let client = Client::default();
-    let results = ask(async {
-        let set = |name: String| {
-            let client = client.clone();
-            async move {
-                let request = TtlRequest { seconds };
-                client.request::<TtlInfo>(Method::PUT, &name, "/ttl", Some(&request)).await
-            }
-        };
-        Ok(for_each(names, set).await)
-    })?;
-    let failures = names.iter().zip(results).filter_map(|(name, result)| Some((name, result.err()?)));
-    first_failure(failures.collect(), names.len() == 1)
+    set(names, time, |client, name, seconds| async move {
+        let request = TtlRequest { seconds };
+        client.request::<TtlInfo>(Method::PUT, &name, "/ttl", Some(&request)).await.map(drop)
+    })
 }
 
 /// Has each VM suspended after an idle time, if there is one.
 pub(super) fn suspend_after(names: &[String], time: Option<Duration>) -> Outcome {
+    set(names, time, |client, name, seconds| async move {
+        let (path, request) = (format!("/v1/vms/{name}/suspend-after"), SuspendAfterRequest { seconds, dir: None });
+        client.supervisor::<SuspendAfterInfo>(Method::PUT, &path, Some(&request)).await.map(drop)
+    })
+}
+
+/// Has `each` set a time of each VM, if there is one.
+fn set<W>(names: &[String], time: Option<Duration>, each: impl Fn(Client, String, f64) -> W) -> Outcome
+where
+    W: Future<Output = Result<(), ClientError>> + Send + 'static,
+{
     let Some(seconds) = time.map(|time| time.as_secs_f64()) else { return Ok(()) };
     let client = Client::default();
-    let results = ask(async {
-        let set = |name: String| {
-            let client = client.clone();
-            async move {
-                let (path, request) =
-                    (format!("/v1/vms/{name}/suspend-after"), SuspendAfterRequest { seconds, dir: None });
-                client.supervisor::<SuspendAfterInfo>(Method::PUT, &path, Some(&request)).await
-            }
-        };
-        Ok(for_each(names, set).await)
-    })?;
+    let results = ask(async { Ok(for_each(names, |name| each(client.clone(), name, seconds)).await) })?;
     let failures = names.iter().zip(results).filter_map(|(name, result)| Some((name, result.err()?)));
     first_failure(failures.collect(), names.len() == 1)
 }
