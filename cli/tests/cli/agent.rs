@@ -155,7 +155,7 @@ fn forks(runtime: &Runtime) {
     let reset = runtime.clade(&["reset", "web-2", "--ready", "--json"]).json();
     assert!(reset["total_us"].as_f64() > Some(0.0), "{reset}");
     assert!(exec(runtime, &["web-2", "--", "cat", "/tmp/hook"]).stdout.starts_with("web-2 "));
-    // So is one that is rolled back.
+    // A VM that is rolled back is notified as well.
     exec(runtime, &["web-2", "--", "rm", "/tmp/hook"]);
     runtime.clade(&["checkpoint", "web-2", "before-hook", "--json"]).json();
     runtime.clade(&["rollback", "web-2", "before-hook", "--ready", "--json"]).json();
@@ -172,7 +172,7 @@ fn forks(runtime: &Runtime) {
     let refused = runtime.clade(&["rollback", "web", "before-file", "--ready"]);
     assert!(refused.code == Some(2) && refused.stderr.contains("20-bad"), "{refused:?}");
     assert_eq!(exec(runtime, &["web", "--", "test", "!", "-e", "/tmp/file"]).code, Some(0));
-    // So does one that is reset.
+    // A VM that is reset does so too.
     runtime.clade(&["fork", "web", "--name", "bad", "--json"]).json();
     exec(runtime, &["bad", "--", "touch", "/tmp/file"]);
     let refused = runtime.clade(&["reset", "bad", "--ready"]);

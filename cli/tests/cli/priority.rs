@@ -84,8 +84,8 @@ fn a_fork_on_a_busy_host_raises_the_parent_and_the_child_until_the_answer() {
     });
 }
 
-/// A supervisor that was killed may leave a worker raised. The next one takes the priority back even if it then fails to
-/// start.
+/// A supervisor that was killed may leave a worker raised. The next one takes the priority back even if it then
+/// fails to start.
 #[test]
 fn a_supervisor_that_cannot_start_has_taken_the_priority_of_workers_back() {
     if !kvm() {

@@ -1,13 +1,16 @@
 //! Secrets that a VM was made with, and children that are made without them.
 
 use std::fs;
-use std::process::Command;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use memchr::memmem;
+use rustix::fs::OFlags;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use serde_json::{Value, json};
 
 use crate::supervisor::Supervised;
-use crate::tool::{Runtime, expect_problem, kvm};
+use crate::tool::{Runtime, expect_problem, kvm, wait_until};
 
 const TOKEN: &[u8] = b"tk-9f3kd02mvL1qPz7WxYc4";
 const KEY: &[u8] = b"correct horse battery staple, 1984";
@@ -197,7 +200,8 @@ fn records_of_vms_have_a_digest_of_their_secrets() {
     }
 }
 
-/// Whoever starts a supervisor may have secrets in variables, and open files: guests may break into their VMs' processes.
+/// A program that starts a supervisor may have secrets in variables, and open files: guests may break into their VMs'
+/// processes.
 #[test]
 fn vms_processes_have_no_variables_and_no_files_of_whoever_started_the_supervisor() {
     if !kvm() {
@@ -210,7 +214,8 @@ fn vms_processes_have_no_variables_and_no_files_of_whoever_started_the_superviso
     let mut command = Command::new("sh");
     command.args(["-c", r#"exec 9<"$0"; exec "$@""#]).arg(&file).arg(serve.get_program()).args(serve.get_args());
     command.envs(serve.get_envs().filter_map(|(name, value)| Some((name, value?)))).env("DB_PASSWORD", "canary-7");
-    all.runtime.begin_with(command);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    all.runtime.adopt(command.spawn().unwrap());
     all.await_socket();
     all.boot("web", &[]);
     all.fork(&["web"]);
@@ -222,6 +227,10 @@ fn vms_processes_have_no_variables_and_no_files_of_whoever_started_the_superviso
     };
     let supervisor = all.info("pid") as u32;
     assert_eq!(has(supervisor), [true, true], "of whoever started it");
+    // Nor has passt, which the supervisor starts, or a hook.
+    let flags = fs::read_to_string(format!("/proc/{supervisor}/fdinfo/9")).unwrap();
+    let flags = flags.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
+    assert_ne!(u32::from_str_radix(flags.trim(), 8).unwrap() & OFlags::CLOEXEC.bits(), 0, "{flags}");
     let others: Vec<u32> = all.runtime.clades().into_iter().filter(|pid| *pid != supervisor).collect();
     assert!(others.len() >= 3 && others.contains(&all.pid_of("web")), "a zygote and two VMs at least: {others:?}");
     for pid in others {
@@ -229,4 +238,26 @@ fn vms_processes_have_no_variables_and_no_files_of_whoever_started_the_superviso
     }
     fs::remove_file(file).unwrap();
     all.end();
+}
+
+/// A zygote may be started by other programs than `clade serve`.
+#[test]
+fn a_zygote_closes_the_files_that_it_was_started_with() {
+    let runtime = Runtime::new();
+    let file = runtime.dir().join("held");
+    fs::write(&file, "").unwrap();
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    let zygote = runtime.command(&["zygote", "--confine", "off"]);
+    let mut command = Command::new("sh");
+    command.args(["-c", r#"exec 9<"$0"; exec "$@""#]).arg(&file).arg(zygote.get_program()).args(zygote.get_args());
+    command.stdin(Stdio::from(theirs)).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut process = command.spawn().unwrap();
+    drop(command);
+    let of = |what: &str| format!("/proc/{}/{what}", process.id());
+    // The zygote closes them before it takes its socket off standard input and waits for its first message.
+    wait_until("the zygote", || fs::read_link(of("fd/0")).is_ok_and(|link| link == Path::new("/dev/null")));
+    let held = fs::read_link(of("fd/9")).ok();
+    assert!(held.as_ref() != Some(&file) && process.try_wait().unwrap().is_none(), "{held:?}");
+    drop(ours);
+    process.wait().unwrap();
 }

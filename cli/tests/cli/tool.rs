@@ -158,11 +158,6 @@ impl Runtime {
         self.processes.push(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
     }
 
-    /// Starts this program in the background.
-    pub(crate) fn begin_with(&mut self, mut command: Command) {
-        self.processes.push(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
-    }
-
     /// The same, with its standard error kept for [`Runtime::heard`].
     pub(crate) fn spawn_heard(&mut self, args: &[&str]) {
         self.processes.push(self.command(args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap());
