@@ -174,6 +174,34 @@ fn a_driver_that_has_closed_its_connections_is_waited_for_no_longer() {
     });
 }
 
+/// A child may stay paused for long after its device has posted the event.
+#[test]
+fn the_wait_for_a_driver_does_not_end_in_a_pause() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store();
+    let mut parent = Guest::new(Driver::take(device(dir.path(), "vm.sock", CID, false), &ram(&store)));
+    parent.driver.post(EVENTS, &[(0x10_0000, 8, true)]);
+    // The wait goes on in the time that the driver needs here: an attempt that took as long is repeated.
+    wait_for("a paused child's driver is waited for", || {
+        let mut child = parent.driver.fork(&store, |_, _| device(dir.path(), "child.sock", 43, true));
+        child.wait(EVENTS);
+        let _host = connect(dir.path(), "child.sock", 10);
+        child.device.quiesce();
+        std::thread::sleep(RESET_PATIENCE + Duration::from_millis(100));
+        child.device.resume();
+        let begun = Instant::now();
+        std::thread::sleep(RESET_PATIENCE / 4);
+        let is_early = child.used(RX).is_some();
+        if begun.elapsed() >= RESET_PATIENCE {
+            return None;
+        }
+        assert!(!is_early, "before the driver has closed its connections");
+        child.post(EVENTS, &[(0x10_0000, 8, true)]);
+        child.wait(RX);
+        Some(())
+    });
+}
+
 /// The guest may be closing a connection of its parent's, and would close the clone's of the same
 /// ports.
 #[test]

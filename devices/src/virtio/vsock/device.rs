@@ -134,7 +134,8 @@ enum Transport {
     /// The driver's connections are gone, and a transport reset is due.
     Reset,
     /// The driver has received a transport reset, when `others` other event buffers were offered.
-    /// One more means that the driver has closed its connections. The device waits until `until`.
+    /// One more means that the driver has closed its connections. The device waits until `until`,
+    /// and begins anew if that time has passed in a pause, in which the driver does not run.
     Told { others: u16, until: Instant },
 }
 
@@ -205,7 +206,7 @@ impl Vsock {
     /// packet before the event that came first. So a connection that a host makes to a child at
     /// once would be closed. The driver offers its buffer again when it has closed them; until then
     /// no packets are sent to it.
-    fn tell_reset(&mut self, io: &mut QueueCtx) -> Result<bool, FatalError> {
+    fn tell_reset(&mut self, io: &mut QueueCtx, wake: Wake) -> Result<bool, FatalError> {
         /// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET.
         const TRANSPORT_RESET: u32 = 0;
         match self.transport {
@@ -221,11 +222,14 @@ impl Vsock {
                 self.transport = Transport::Told { others, until: Instant::now() + RESET_PATIENCE };
             }
             Transport::Told { others, until } => {
-                let is_silent = Instant::now() >= until;
-                if is_silent {
+                let now = Instant::now();
+                if io.offered(EVENTS)? > others {
+                    self.transport = Transport::Known;
+                } else if now >= until && matches!(wake, Wake::Start) {
+                    // The time may have passed in a pause.
+                    self.transport = Transport::Told { others, until: now + RESET_PATIENCE };
+                } else if now >= until {
                     tracing::debug!("a guest's driver does not say that it has closed its connections");
-                }
-                if is_silent || io.offered(EVENTS)? > others {
                     self.transport = Transport::Known;
                 }
             }
@@ -272,12 +276,12 @@ impl DeviceOps for Vsock {
         Ok(())
     }
 
-    fn turn(&mut self, io: &mut QueueCtx, _wake: Wake, should_yield: &YieldRequest<'_>) -> Result<Turn, FatalError> {
+    fn turn(&mut self, io: &mut QueueCtx, wake: Wake, should_yield: &YieldRequest<'_>) -> Result<Turn, FatalError> {
         if let Err(error) = self.look() {
             tracing::warn!(%error, "the sockets of a guest cannot be looked at");
         }
         self.retry(Instant::now());
-        let is_known = self.tell_reset(io)?;
+        let is_known = self.tell_reset(io, wake)?;
         let mut more = false;
         for n in 0..BATCH {
             if self.replies.len() >= MAX_REPLIES {
