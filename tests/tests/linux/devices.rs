@@ -219,6 +219,17 @@ fn read_exact(vm: &Vm, from: u64, stream: &mut UnixStream, bytes: &mut [u8]) {
     }
 }
 
+/// Reads the end of the guest's stream. If the host closed its socket before the guest has ended its own stream, the
+/// guest might read ENOTCONN in place of the end: Linux's `shutdown` clears the flag by which a read knows the end.
+fn expect_end(vm: &Vm, from: u64, stream: &mut UnixStream) {
+    let mut rest = Vec::new();
+    if let Err(error) = stream.read_to_end(&mut rest) {
+        Linux::has_died(vm, from);
+        panic!("{}: {error}", vm.name());
+    }
+    assert!(rest.is_empty(), "{rest:?}");
+}
+
 /// The guest connects to the host, and the host to the guest.
 fn talk(vm: &Vm, word: &str) {
     let socket = vm.identity().vsock.clone().unwrap().socket;
@@ -239,6 +250,7 @@ fn talk(vm: &Vm, word: &str) {
     let mut got = vec![0; wanted.len()];
     read_exact(vm, from, &mut stream, &mut got);
     assert_eq!(String::from_utf8_lossy(&got), wanted);
+    expect_end(vm, from, &mut stream);
     stream.write_all(format!("answer-to-{word}\n").as_bytes()).unwrap();
     drop(stream);
     let text = finish(vm, from);
@@ -258,6 +270,7 @@ fn talk(vm: &Vm, word: &str) {
     }
     let said = String::from_utf8_lossy(&said);
     assert!(said.starts_with("OK ") && said.ends_with(&format!("\nserved-{word}\n")), "{said:?}");
+    expect_end(vm, from, &mut stream);
     stream.write_all(format!("asked-of-{word}\n").as_bytes()).unwrap();
     drop(stream);
     let text = finish(vm, from);
