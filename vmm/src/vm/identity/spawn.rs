@@ -1,4 +1,4 @@
-//! Runs another program with default signals, without a copy of this process.
+//! Runs another program with default signals and few variables, without a copy of this process.
 //!
 //! The standard library has two ways. With a hook between fork and exec it copies this process, including guest memory,
 //! under devices' pins. Without a hook it spawns the program, which then ignores and blocks the signals that this
@@ -9,13 +9,17 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::OsStrExt;
 
 use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawnp};
 use nix::sys::signal::SigSet;
 use rustix::io::retry_on_intr;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, WaitOptions, waitpid};
+
+/// The variables of this process that a program has. A guest may break into a program that serves it, and this process
+/// may have secrets in others.
+const INHERITED: [&str; 4] = ["HOME", "LD_LIBRARY_PATH", "PATH", "TMPDIR"];
 
 /// The end of a program.
 #[derive(Debug)]
@@ -46,7 +50,10 @@ pub(super) fn run(args: &[CString], stdin: BorrowedFd<'_>) -> io::Result<Outcome
     signals.set_sigdefault(&all_signals())?;
     signals.set_sigmask(&SigSet::empty())?;
     signals.set_flags(PosixSpawnFlags::POSIX_SPAWN_SETSIGDEF | PosixSpawnFlags::POSIX_SPAWN_SETSIGMASK)?;
-    let env = std::env::vars_os().map(|(name, value)| [name.into_vec(), value.into_vec()].join(&b'='));
+    let env = INHERITED.iter().filter_map(|name| {
+        let value = std::env::var_os(name)?;
+        Some([name.as_bytes(), value.as_bytes()].join(&b'='))
+    });
     let env: Vec<CString> = env.map(CString::new).collect::<Result<_, _>>()?;
     let pid = posix_spawnp(program, &streams, &signals, args, &env)?;
     drop(writer);

@@ -227,8 +227,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn passt_has_default_signals_under_a_starter_that_ignores_and_blocks_some() {
-        // `env` starts this program again, which starts a program in the place of passt.
+    fn passt_has_default_signals_and_no_variables_that_may_be_secret() {
+        // `env` starts this program again, ignoring and blocking signals, which starts a program in the place of passt.
         const STATUS: &str = "CLADE_TEST_PASST_STATUS";
         if std::env::var_os(STATUS).is_some() {
             let (_stream, pid) = UserNet::default().start().unwrap();
@@ -237,13 +237,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let status = dir.path().join("status");
         // The file for the process id is the last argument.
-        let script =
-            format!("#!/bin/sh\nfor file; do :; done\necho $$ >$file\nexec cat /proc/self/status >${STATUS}\n");
+        let script = format!(
+            "#!/bin/sh\nfor file; do :; done\necho $$ >$file\nexec cat /proc/self/status /proc/self/environ >{}\n",
+            status.display()
+        );
         write_program(dir.path().join(PASST), &script, 0o755);
         let mut command = Command::new("env");
         command.args(["--ignore-signal=HUP,TERM", "--block-signal=USR1"]).arg(std::env::current_exe().unwrap());
         let name = "vm::identity::user_net::tests::\
-                    passt_has_default_signals_under_a_starter_that_ignores_and_blocks_some";
+                    passt_has_default_signals_and_no_variables_that_may_be_secret";
         let path = format!("{}:{}", dir.path().display(), std::env::var("PATH").unwrap());
         let done = command.args(["--exact", name]).env(STATUS, &status).env("PATH", path).output().unwrap();
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stdout));
@@ -251,6 +253,7 @@ mod tests {
         for signals in ["SigIgn:\t0000000000000000", "SigBlk:\t0000000000000000"] {
             assert!(status.contains(signals), "{signals} in {status}");
         }
+        assert!(status.contains("PATH=") && !status.contains(STATUS), "{status}");
     }
 
     #[test]
