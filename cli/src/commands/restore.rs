@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::time::Instant;
 
-use clade_api::{Client, ForkAnswer, ForkRequest, RestoreRequest, SavedSource};
+use clade_api::{Client, ForkAnswer, ForkRequest, Labels, RestoreRequest, SavedSource};
 use clade_vmm::vm::RestoreLoad;
 use hyper::Method;
 
@@ -13,7 +13,8 @@ use crate::commands::run::{say, with_runtime};
 use crate::commands::serve::ensure;
 use crate::commands::session::CommandSession;
 use crate::commands::shutdown::ShutdownSignal;
-use crate::commands::{Failure, Outcome};
+use crate::commands::times::{limit, suspend_after};
+use crate::commands::{Failure, Outcome, print_json};
 
 /// Builds the request from the arguments.
 fn request(args: &RestoreArgs) -> Result<RestoreRequest, Failure> {
@@ -33,7 +34,7 @@ fn request(args: &RestoreArgs) -> Result<RestoreRequest, Failure> {
         paused: args.child.paused,
         ready: args.ready,
         without_secrets: false,
-        labels: None,
+        labels: (!args.label.is_empty()).then(|| Labels::of(&args.label)).transpose().map_err(Failure::input)?,
         nets: args.child.net.clone(),
         network: args.child.network.map(Into::into),
         egress: args.child.egress.clone(),
@@ -53,8 +54,12 @@ pub(crate) fn main(args: &RestoreArgs) -> Outcome {
             ensure()?;
         }
         let made: ForkAnswer = ask(Client::default().supervisor(Method::POST, "/v1/restore", Some(&request)))?;
+        let timed = limit(&made.children, args.ttl).and(suspend_after(&made.children, args.suspend_after));
+        if args.json {
+            return print_json(&made).map_err(Failure::run).and(timed);
+        }
         list(&made.children, args, begun);
-        return Ok(());
+        return timed;
     }
     with_runtime(|runtime| {
         // Before there is anything to clean up.

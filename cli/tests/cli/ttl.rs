@@ -121,3 +121,36 @@ fn times_are_shown_and_changed_by_commands() {
     }
     all.end();
 }
+
+#[test]
+fn restored_vms_have_the_labels_and_the_times_of_their_command() {
+    if !kvm() {
+        return;
+    }
+    let all = Supervised::start("0");
+    all.boot("web", &["--label", "tier=first", "--ttl", "1h"]);
+    let dir = tempfile::tempdir().unwrap();
+    let saved = dir.path().join("saved");
+    let saved = saved.to_str().unwrap();
+    all.runtime.clade(&["snapshot", "web", saved, "--json"]).json();
+    let vms = ["restore", saved, "-d", "--json", "--count", "2", "--name", "again-{n}"];
+    let chosen = ["--label", "tier=second", "--label", "of=web", "--ttl", "2h", "--suspend-after", "3h"];
+    let made = all.runtime.clade(&[&vms[..], &chosen[..]].concat()).json();
+    assert_eq!(made["children"], json!(["again-1", "again-2"]), "{made}");
+    for name in ["again-1", "again-2"] {
+        let get = |what: &str| all.http("GET", &format!("/v1/vms/{name}{what}"), "").1;
+        assert_eq!(get("")["labels"], json!({ "tier": "second", "of": "web" }));
+        assert!(get("/ttl")["seconds_left"].as_f64().is_some_and(|left| left > 7000.0 && left <= 7200.0));
+        assert_eq!(get("/suspend-after")["seconds"], 10800.0);
+    }
+    let plain = all.runtime.clade(&["restore", saved, "-d", "--name", "plain"]);
+    assert_eq!((plain.code, plain.stdout.as_str()), (Some(0), "plain\n"), "{plain:?}");
+    let get = |what: &str| all.http("GET", &format!("/v1/vms/plain{what}"), "").1;
+    assert!(get("")["labels"].is_null(), "a snapshot has no labels");
+    assert!(get("/ttl")["seconds_left"].is_null(), "nor times");
+    for needs in [&["--ttl", "1h"][..], &["--suspend-after", "1h"], &["--json"]] {
+        let refused = all.runtime.clade(&[&["restore", saved], needs].concat());
+        assert!(refused.code == Some(2) && refused.stderr.contains("--detach"), "{refused:?}");
+    }
+    all.end();
+}

@@ -3,13 +3,16 @@
 #![allow(rustdoc::broken_intra_doc_links, reason = "doc comments are help texts, in which brackets mean options")]
 
 use std::path::PathBuf;
+use std::time::Duration;
 
+use clade_api::Label;
 use clap::{Args, Subcommand};
 
 use clade_worker::jail::Confinement;
 
 use super::ActArgs;
 use super::launch::CloneArgs;
+use crate::commands::units::parse_duration;
 
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -105,6 +108,16 @@ pub(crate) struct RestoreArgs {
     /// Make the VMs though the host has too little memory, or more than 500 VMs for each processor.
     #[arg(long)]
     pub(crate) overcommit: bool,
+    /// A label of the VMs: key=value. Repeatable. A snapshot has none.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) label: Vec<Label>,
+    /// Stop each VM after a time, such as 90s, 1h30m or 2w.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "background")]
+    pub(crate) ttl: Option<Duration>,
+    /// Suspend each VM whenever it has been idle for a time, such as 90s or 10m: its memory goes to
+    /// a disk until its guest is needed.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "background")]
+    pub(crate) suspend_after: Option<Duration>,
     #[command(flatten)]
     pub(crate) child: CloneArgs,
     /// Leave the VMs to the supervisor, which is started if none runs, and return once they run.
@@ -118,4 +131,7 @@ pub(crate) struct RestoreArgs {
     /// (auto), wholly or not at all (require), or leave them free (off).
     #[arg(long, value_name = "auto|require|off", default_value_t = Confinement::Auto)]
     pub(crate) confine: Confinement,
+    /// Print JSON instead of a table.
+    #[arg(long, requires = "background")]
+    pub(crate) json: bool,
 }
