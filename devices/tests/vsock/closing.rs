@@ -104,15 +104,41 @@ fn what_the_host_sent_before_it_closed_reaches_a_guest_that_goes_on_sending() {
         guest.send(DATA, PORT, 5, &[7; 4096], 0);
     }
     guest.send(CREDIT_UPDATE, PORT, 5, &[], 1 << 20);
-    let mut got = Vec::new();
+    let (mut got, mut shutdowns) = (Vec::new(), 0);
     let end = loop {
         let packet = guest.other();
+        if packet.op == SHUTDOWN && packet.flags == NO_RECEIVE {
+            shutdowns += 1;
+            continue;
+        }
         if packet.op != DATA {
             break packet;
         }
         got.extend(packet.data);
     };
     assert!(got == sent, "{} bytes arrived of {}", got.len(), sent.len());
+    assert_eq!((end.op, end.flags), (SHUTDOWN, NO_RECEIVE | NO_SEND));
+    assert_eq!(shutdowns, 1, "the guest is told once that its data goes nowhere");
+}
+
+/// The one-shot event of the socket that was full has also ended the wait for the host's hangup.
+#[test]
+fn a_host_that_hangs_up_after_it_was_slow_is_noticed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut guest, mut host) = connected(dir.path());
+    host.shutdown(Shutdown::Write).unwrap();
+    let end = guest.other();
+    assert_eq!((end.op, end.flags), (SHUTDOWN, NO_SEND));
+    let sent = pattern(SENT);
+    send_all(&mut guest, &sent);
+    let mut got = vec![0; SENT];
+    host.read_exact(&mut got).unwrap();
+    assert!(got == sent, "the stream is not what was sent");
+    // The device has its event, and has nothing left to write.
+    guest.send(CREDIT_REQUEST, PORT, 5, &[], 1 << 20);
+    assert_eq!(guest.packet().op, CREDIT_UPDATE);
+    drop(host);
+    let end = guest.other();
     assert_eq!((end.op, end.flags), (SHUTDOWN, NO_RECEIVE | NO_SEND));
 }
 

@@ -63,8 +63,8 @@ pub(super) struct VsockConnection {
     shut: u32,
     /// Whether the host has ended its stream.
     pub(super) ended: bool,
-    /// Whether a shutdown was sent to the guest because the host no longer receives.
-    pub(super) told_hung_up: bool,
+    /// Directions whose shutdown was sent to the guest.
+    pub(super) shut_for_guest: u32,
     /// Whether the host no longer receives. Later data from the guest is dropped; earlier data from
     /// the host is still read.
     sink_gone: bool,
@@ -89,7 +89,7 @@ impl VsockConnection {
             peer_forwarded: 0,
             shut: 0,
             ended: false,
-            told_hung_up: false,
+            shut_for_guest: 0,
             sink_gone: false,
             readable: false,
             asked: 0,
@@ -199,6 +199,11 @@ impl VsockConnection {
             let _ = self.socket.shutdown(Shutdown::Write);
         }
         false
+    }
+
+    /// Whether the guest must get a shutdown, because the host no longer receives.
+    pub(super) fn owes_shutdown(&self) -> bool {
+        self.sink_gone && self.shut_for_guest & SHUT_RECEIVE == 0
     }
 
     /// Whether the host has closed its socket, and not only ended its stream.

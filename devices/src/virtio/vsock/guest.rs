@@ -196,8 +196,8 @@ impl Vsock {
             Ok(Some(0)) => {
                 connection.readable = false;
                 // A host that has only ended its own stream still receives.
-                connection.told_hung_up = connection.has_hung_up();
-                let flags = SHUT_SEND | if connection.told_hung_up { SHUT_RECEIVE } else { 0 };
+                let flags = SHUT_SEND | if connection.has_hung_up() { SHUT_RECEIVE } else { 0 };
+                connection.shut_for_guest |= flags;
                 let header = PacketHeader { flags, ..self.header(key, PacketOp::Shutdown) };
                 let written = Self::put(io, chain, &header, &[])?;
                 self.listen_to(key);

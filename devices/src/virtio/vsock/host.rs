@@ -229,10 +229,13 @@ impl Vsock {
     fn woken(&mut self, key: Key) {
         let Some(connection) = self.connections.get_mut(&key) else { return };
         if connection.ended {
-            if !connection.told_hung_up && connection.has_hung_up() {
-                connection.told_hung_up = true;
-                let header = PacketHeader { flags: SHUT_RECEIVE | SHUT_SEND, ..self.header(key, PacketOp::Shutdown) };
-                self.reply(header);
+            if connection.shut_for_guest & SHUT_RECEIVE == 0 {
+                if connection.has_hung_up() {
+                    self.shut_for_guest(key, SHUT_RECEIVE | SHUT_SEND);
+                } else {
+                    // The socket was writable. Watched again for the host's hangup.
+                    return self.listen_to(key);
+                }
             }
         } else if !connection.readable {
             connection.readable = true;
@@ -250,11 +253,29 @@ impl Vsock {
                 return self.close(key, true);
             }
         }
+        self.report_flush(key);
+    }
+
+    /// Sends the guest its credit for bytes that the host has taken, or a shutdown when the host no
+    /// longer receives.
+    fn report_flush(&mut self, key: Key) {
+        let Some(connection) = self.connections.get_mut(&key) else { return };
+        if connection.owes_shutdown() {
+            let directions = SHUT_RECEIVE | if connection.ended { SHUT_SEND } else { 0 };
+            self.shut_for_guest(key, directions);
+        }
         if self.connections.get(&key).is_some_and(VsockConnection::owes_credit) {
             let header = self.header(key, PacketOp::CreditUpdate);
             self.reply(header);
             self.connections.get_mut(&key).into_iter().for_each(VsockConnection::told);
         }
+    }
+
+    /// Sends the guest a shutdown of directions that the host has ended.
+    fn shut_for_guest(&mut self, key: Key, directions: u32) {
+        let header = PacketHeader { flags: directions, ..self.header(key, PacketOp::Shutdown) };
+        self.reply(header);
+        self.connections.get_mut(&key).into_iter().for_each(|connection| connection.shut_for_guest |= directions);
     }
 
     /// Watches a socket whose input was read.
@@ -263,8 +284,9 @@ impl Vsock {
         let write = connection.flush();
         let Some(connection) = self.connections.get(&key) else { return };
         if self.rearm(connection, write).is_err() {
-            self.close(key, true);
+            return self.close(key, true);
         }
+        self.report_flush(key);
     }
 
     /// Connects for the guest, to the socket's path with the port as suffix.
@@ -334,5 +356,32 @@ impl Vsock {
                 self.retry_at.get_or_insert(now + RETRY_INTERVAL);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::device::VsockOptions;
+    use super::super::socket::VsockSocket;
+    use super::*;
+
+    /// Data that the host has taken late is written before the socket is watched again.
+    #[test]
+    fn the_guest_gets_its_credit_also_when_a_read_writes_its_data() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = VsockOptions { cid: 42, socket: dir.path().join("vm.sock") };
+        let mut vsock = Vsock::new(VsockSocket::bind(&options).unwrap(), false).unwrap();
+        let (socket, _host) = UnixStream::pair().unwrap();
+        let (fd, key) = (socket.as_raw_fd(), (7, 5));
+        vsock.arm(&socket, ControlOperation::Add, true, false).unwrap();
+        let mut connection = VsockConnection::new(socket, ConnectionState::Open).unwrap();
+        connection.take(&[1; 150 << 10]);
+        vsock.keys.insert(fd, key);
+        vsock.connections.insert(key, connection);
+        vsock.listen_to(key);
+        let [update] = vsock.replies.make_contiguous() else { panic!("{:?}", vsock.replies) };
+        assert_eq!((update.op, update.forwarded), (PacketOp::CreditUpdate, 150 << 10));
+        vsock.listen_to(key);
+        assert_eq!(vsock.replies.len(), 1, "once");
     }
 }
