@@ -19,8 +19,7 @@ use sha2::{Digest, Sha256};
 use utoipa::ToSchema;
 use zeroize::Zeroizing;
 
-use crate::token::hex;
-use crate::{DaemonError, ProblemKind, random_hex};
+use crate::{DaemonError, ProblemKind, hex, random_hex};
 
 /// Most secrets of a VM.
 pub(crate) const MAX_SECRETS: usize = 16;
@@ -151,7 +150,7 @@ impl SecretsRecord {
             Secrets::None => Self::None,
             Secrets::Withheld => Self::Withheld,
             Secrets::Held(list) => {
-                let salt = random_hex()?;
+                let salt = random_hex::<32>()?;
                 let digest = digest(&salt, list);
                 Self::Held { salt, digest }
             }

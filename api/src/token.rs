@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 use axum::extract::Request;
 use axum::http::header::HOST;
 use axum::http::uri::Authority;
-use rustix::rand::{GetRandomFlags, getrandom};
 use subtle::ConstantTimeEq;
 use thiserror::Error;
+
+use crate::random::random_hex;
 
 /// Bytes of randomness in a token that is made here.
 const RANDOM_BYTES: usize = 32;
@@ -106,7 +107,7 @@ impl Token {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Self::read(path),
             Err(error) => Err(failed(error)),
             Ok(mut file) => {
-                let token = Self(random_hex().map_err(failed)?);
+                let token = Self(random_hex::<RANDOM_BYTES>().map_err(failed)?);
                 writeln!(file, "{}", token.0).and_then(|()| file.sync_all()).map_err(|error| {
                     // Half a token is invalid.
                     let _ = std::fs::remove_file(path);
@@ -137,21 +138,6 @@ impl Token {
     pub(super) fn is(&self, given: &[u8]) -> bool {
         self.0.as_bytes().ct_eq(given).into()
     }
-}
-
-/// Returns random bytes in hexadecimal, too many to guess.
-pub fn random_hex() -> io::Result<String> {
-    let mut bytes = [0; RANDOM_BYTES];
-    // The kernel returns so few at once.
-    if getrandom(&mut bytes, GetRandomFlags::empty())? != RANDOM_BYTES {
-        return Err(io::ErrorKind::UnexpectedEof.into());
-    }
-    Ok(hex(&bytes))
-}
-
-/// Returns bytes in hexadecimal.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Returns whether a Host header names this host by an address or `localhost`. Other names are

@@ -3,19 +3,17 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
+use clade_api::{hex, random_hex, write_durably};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use tempfile::NamedTempFile;
 use thiserror::Error;
-
-use crate::secret::{hex, random_hex};
 
 /// The prefix of E2B's keys. Its older SDKs check it.
 const PREFIX: &str = "e2b_";
@@ -200,15 +198,11 @@ impl ApiKeys {
         Ok(done)
     }
 
-    /// Replaces the file as a whole: a reader has the old one or the new one.
+    /// Replaces the file as a whole: a reader has the old one or the new one. Durable, so that a
+    /// removed key stays removed after a power cut.
     fn write(&self, keys: &KeysFile) -> Result<(), KeysError> {
         let text = serde_json::to_vec_pretty(keys).map_err(|error| self.failed(error.into()))?;
-        let written = NamedTempFile::new_in(self.dir()).and_then(|mut file| {
-            file.write_all(&text)?;
-            file.as_file().sync_all()?;
-            file.persist(&self.path).map_err(|error| error.error).map(drop)
-        });
-        written.map_err(|source| self.failed(source))
+        write_durably(&self.path, &text).map_err(|source| self.failed(source))
     }
 
     /// Makes a key and returns it, this once. Without an `owner` its name is the owner.

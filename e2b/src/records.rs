@@ -7,6 +7,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use clade_api::write_durably;
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -285,13 +286,14 @@ impl<T: Named + Clone + Serialize + DeserializeOwned> RecordTable<T> {
                 File::open(parent)?.sync_all()?;
             }
         }
-        let mut file = NamedTempFile::with_prefix_in(".", &self.dir)?;
-        file.write_all(&serde_json::to_vec(value)?)?;
+        let (path, content) = (self.path(value.name()), serde_json::to_vec(value)?);
         if self.is_durable {
-            file.as_file().sync_all()?;
+            return write_durably(&path, &content);
         }
-        file.persist(self.path(value.name())).map_err(|error| error.error)?;
-        if self.is_durable { File::open(&self.dir)?.sync_all() } else { Ok(()) }
+        let mut file = NamedTempFile::with_prefix_in(".", &self.dir)?;
+        file.write_all(&content)?;
+        file.persist(path).map_err(|error| error.error)?;
+        Ok(())
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use axum::http::StatusCode;
 use clade_agent_client::proto::api::Init;
-use clade_api::{ForkRequest, Label, LabelError, Labels, NetworkRequest, SuspendRequest};
+use clade_api::{ForkRequest, Label, LabelError, Labels, NetworkRequest, SuspendRequest, random_hex};
 use clade_devices::virtio::net::Link;
 use jiff::Timestamp;
 use serde_json::Value;
@@ -18,7 +18,6 @@ use crate::gateway::Gateway;
 use crate::quotas::{HeldQuota, Usage, check_metadata, check_variables};
 use crate::records::{RecordEntry, SandboxRecord};
 use crate::rules::{after, checkpoint_name, network, new_network, seconds};
-use crate::secret::random_hex;
 use crate::wire::{Fork, ForkResult, NewSandbox, Sandbox, SnapshotFork, State};
 
 /// Default time of a sandbox and of a fork, in seconds.

@@ -1,43 +1,16 @@
-//! Random names, and the tokens of sandboxes.
+//! The tokens of sandboxes.
 
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use clade_api::{hex, random};
 use hmac::{Hmac, Mac};
-use rustix::rand::{GetRandomFlags, getrandom};
 use sha2::Sha256;
 
 /// Bytes of the key that tokens are made with.
 const KEY_BYTES: usize = 32;
-
-fn random<const N: usize>() -> io::Result<[u8; N]> {
-    let mut bytes = [0; N];
-    // The kernel returns so few at once.
-    if getrandom(&mut bytes, GetRandomFlags::empty())? != N {
-        return Err(io::ErrorKind::UnexpectedEof.into());
-    }
-    Ok(bytes)
-}
-
-/// Bytes as hexadecimal digits.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        // Writing to a string does not fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
-/// Returns `count` random bytes, as hexadecimal digits.
-///
-/// # Errors
-/// When the kernel returns an error.
-pub(crate) fn random_hex<const N: usize>() -> io::Result<String> {
-    Ok(hex(&random::<N>()?))
-}
 
 /// Derives tokens from sandboxes' names, so that no token has to be stored.
 #[derive(Clone)]
@@ -111,12 +84,5 @@ mod tests {
         std::fs::write(&path, "short").unwrap();
         assert_eq!(TokenKey::read_or_create(&path).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         assert_eq!(format!("{key:?}"), "TokenKey");
-    }
-
-    #[test]
-    fn random_names_differ() {
-        let one = random_hex::<9>().unwrap();
-        assert_eq!(one.len(), 18);
-        assert_ne!(one, random_hex::<9>().unwrap());
     }
 }

@@ -4,7 +4,7 @@
 use std::sync::PoisonError;
 
 use axum::http::StatusCode;
-use clade_api::{CheckpointRequest, ClientError, check_name};
+use clade_api::{CheckpointRequest, ClientError, check_name, random_hex};
 use jiff::Timestamp;
 
 use crate::error::{Answer, GatewayError};
@@ -12,7 +12,6 @@ use crate::gateway::Gateway;
 use crate::quotas::Usage;
 use crate::records::SnapshotRecord;
 use crate::rules::checkpoint_name;
-use crate::secret::random_hex;
 use crate::source::SNAPSHOT_PREFIX;
 use crate::wire::SnapshotInfo;
 

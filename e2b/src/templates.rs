@@ -11,18 +11,15 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use clade_api::check_name;
+use clade_api::{check_name, random_hex, write_durably};
 use jiff::Timestamp;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
-use tempfile::NamedTempFile;
 use thiserror::Error;
-
-use crate::secret::random_hex;
 
 /// The variable with the directory of templates, if not with the user's data.
 pub const TEMPLATES_VARIABLE: &str = "CLADE_TEMPLATE_DIR";
@@ -305,15 +302,8 @@ impl Draft {
         // An unreadable record is replaced all the same.
         let old = TemplateStore::read(&path).ok().flatten();
         let template = Template { name: self.name.clone(), id: self.id.clone(), created_at: Timestamp::now(), spec };
-        let write = || {
-            let mut file = NamedTempFile::with_prefix_in(".", &self.store.0)?;
-            file.write_all(&serde_json::to_vec_pretty(&template)?)?;
-            file.as_file().sync_all()?;
-            file.persist(&path).map_err(|error| error.error)?;
-            // Makes the name durable, too.
-            File::open(&self.store.0)?.sync_all()
-        };
-        write().map_err(failed(&path, "written"))?;
+        let content = serde_json::to_vec_pretty(&template).map_err(io::Error::from);
+        content.and_then(|content| write_durably(&path, &content)).map_err(failed(&path, "written"))?;
         self.is_published = true;
         if let Some(old) = &old {
             remove_dir(&self.store.snapshot(&old.id));

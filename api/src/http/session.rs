@@ -121,7 +121,7 @@ impl SessionGate {
 
     /// Begins a session. Returns its cookie and its key.
     fn begin(&self) -> std::io::Result<(String, String)> {
-        let (cookie, key) = (random_hex()?, random_hex()?);
+        let (cookie, key) = (random_hex::<32>()?, random_hex::<32>()?);
         let mut sessions = self.sessions();
         if sessions.len() == MAX_SESSIONS {
             sessions.remove(0);

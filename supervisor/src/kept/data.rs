@@ -21,9 +21,7 @@ pub(crate) struct DataId(String);
 
 impl DataId {
     pub(super) fn random() -> io::Result<Self> {
-        let mut digits = random_hex()?;
-        digits.truncate(DIGITS);
-        Ok(Self(digits))
+        Ok(Self(random_hex::<{ DIGITS / 2 }>()?))
     }
 
     pub(super) fn as_str(&self) -> &str {

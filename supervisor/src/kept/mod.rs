@@ -19,7 +19,7 @@ mod lines;
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -33,10 +33,9 @@ use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, openat, unlinkat};
 use rustix::io::Errno;
 use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
-use tempfile::NamedTempFile;
 
 use super::cgroups::Bounds;
-use clade_api::{CheckpointInfo, Labels, check_name};
+use clade_api::{CheckpointInfo, Labels, check_name, write_durably};
 pub(super) use data::DataId;
 use data::Needs;
 pub(super) use lines::{KeptLine, KeptLines};
@@ -327,12 +326,7 @@ impl KeptDir {
     /// # Errors
     /// When it cannot be written.
     pub(super) fn commit(&self, name: &str, record: &KeptRecord) -> io::Result<()> {
-        let dir = self.of(name);
-        let mut file = NamedTempFile::with_prefix_in(".", &dir)?;
-        file.write_all(&serde_json::to_vec_pretty(record)?)?;
-        file.as_file().sync_all()?;
-        file.persist(dir.join(RECORD)).map_err(|error| error.error)?;
-        sync(&dir)
+        write_durably(&self.of(name).join(RECORD), &serde_json::to_vec_pretty(record)?)
     }
 
     /// Removes a checkpoint, complete or not. Children of it run on, and data that other
