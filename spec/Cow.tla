@@ -96,7 +96,7 @@ Pinned(v, p) == \E d \in Holders(v, p) : ~dev[d].section
 Read(v, p) == \E d \in Holders(v, p) : dev[d].section
 Sections(v) == {d \in Held : dev[d].v = v /\ dev[d].section}
 
-\* view.rs: every map through which somebody may yet read a layer.
+\* registry.rs: every map through which somebody may yet read a layer.
 Views == {vm[v].pub : v \in Live} \cup {r.map : r \in retired}
          \cup {img[i].map : i \in {j \in Images : img[j].form = "view"}}
          \cup IF merged.v = 0 THEN {} ELSE {merged.of}

@@ -31,16 +31,21 @@
 //! | `idle` | suspension of idle VMs |
 //! | `idempotency` | repeated requests |
 //! | `openapi` | the description of the HTTP API |
-//! | `metrics` | numbers for Prometheus |
+//! | `metrics`, `exposition` | numbers for Prometheus, and their text format |
 //! | `browser_page` | the browser's page: its files, and the headers of all answers over TCP |
 //! | `pool` | workers prepared ahead of requests |
 //! | `proxy` | requests forwarded to a VM's process |
+//! | `priority` | real-time priority of a fork's threads |
 //! | `reidentify` | identity of guests in new VMs, renewed by their agents |
+//! | `ready_limiter` | permits of requests for ready VMs |
 //! | `restore` | VMs from snapshots |
+//! | `rollback` | VMs put back to a checkpoint of their line |
 //! | `session` | VMs that end with a command |
+//! | `signals` | default signals of other programs |
 //! | `start` | the start of a supervisor, and its options |
 //! | `stop` | the end of a VM with or without a supervisor |
 //! | `server` | the HTTP API |
+//! | `unsettled` | ended VMs whose names are taken |
 
 #![deny(missing_docs)]
 

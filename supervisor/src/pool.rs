@@ -336,7 +336,7 @@ impl Pool {
         taken
     }
 
-    /// Prepares workers for `config` until there are `count`. Returns their number.
+    /// Prepares workers for `template` until there are `count`. Returns their number.
     ///
     /// # Errors
     /// When one cannot be made, or that of `check`. Workers made before are kept.

@@ -50,7 +50,7 @@ pub fn confine_worker(context: &Context, socket: &OwnedFd) -> Result<Option<Conf
     let WorkerRequest::Confine(request) = request else {
         return Err(failed(io::Error::new(
             io::ErrorKind::InvalidData,
-            "a request before it was told what it may reach",
+            "the first request does not confine the worker",
         )));
     };
     let begun = Instant::now();

@@ -1,8 +1,9 @@
 //! Checks that the host has room for a number of VMs, before the first is made.
 //!
 //! Two limits end a large fork half-way: descriptors and threads. Both are read from the kernel,
-//! and compared with the needs of the VMs. Guest memory is not counted: a child's is shared until
-//! written.
+//! and compared with the needs of the VMs. Without overcommit the number of running VMs is limited
+//! too, and the host's available memory has to have room for each child's own: guest memory is not
+//! counted, as a child shares it until it writes.
 
 use std::fs;
 use std::fs::File;

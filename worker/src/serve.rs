@@ -68,7 +68,7 @@ pub fn serve(
         };
         let kernel = if let WorkerRequest::Boot(request) = &request { Some(request.kernel.clone()) } else { None };
         let done = match request {
-            WorkerRequest::Confine(_) => Err(failed(io::Error::other("it is where it was told to stay"))),
+            WorkerRequest::Confine(_) => Err(failed(io::Error::other("a second request to confine the worker"))),
             WorkerRequest::Prepare(config) => match context.prepare_vms(&Arc::from(config), 1) {
                 Ok(()) => {
                     touch_ahead();

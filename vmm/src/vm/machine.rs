@@ -340,7 +340,7 @@ impl Vm {
         self.born.elapsed()
     }
 
-    /// The duration of each step of its start. Empty for a VM that was booted.
+    /// The duration of each step of its start. None for a VM that was booted.
     #[must_use]
     pub fn timeline(&self) -> Option<&Timeline> {
         self.timeline.as_deref()

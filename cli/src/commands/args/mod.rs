@@ -70,7 +70,7 @@ pub(crate) enum Command {
     Tree(TreeArgs),
     /// Show a VM's last console output and the reason of its end, or its flight record.
     Logs(LogsArgs),
-    /// Fork a running VM.
+    /// Fork a VM, or start children of a checkpoint.
     Fork(ForkArgs),
     /// Reset forked VMs in place to the instant of their fork.
     Reset(ResetArgs),
@@ -116,7 +116,7 @@ pub(crate) enum Command {
     /// Show, apply or discard the journal that a VM has left beside a disk's image.
     #[command(subcommand)]
     Disk(DiskCommand),
-    /// OCI images: fetch, list, inspect and remove the images for VMs.
+    /// OCI images: fetch, build, list, inspect and remove the images for VMs.
     #[command(subcommand)]
     Image(ImageCommand),
     /// List the images: clade image ls.
