@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 use std::time::Duration;
 
 use bytes::Bytes;
-use clade_agent_proto::api::{Generation, HttpError, Init, Metrics, Ready, Shutdown};
+use clade_agent_proto::api::{Generation, Hook, HttpError, Init, Metrics, Ready, Shutdown};
 use clade_agent_proto::code::EndOfStream;
 use clade_agent_proto::envelope::{END_OF_STREAM, Envelopes, seal};
 use clade_agent_proto::{
@@ -21,6 +21,9 @@ use crate::{Client, ClientError};
 
 /// Interval of keepalives requested for a stream.
 const KEEPALIVE_SECONDS: u32 = 20;
+
+/// Most hooks, and most failed steps, that an agent reports. It runs 64 hooks at most.
+const MAX_STEPS: usize = 64;
 
 pub(crate) fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ClientError> {
     decode(bytes).map_err(ClientError::answer)
@@ -165,7 +168,12 @@ impl Client {
     /// # Errors
     /// When there is no agent, or it refuses.
     pub async fn change_generation(&self, generation: &Generation) -> Result<Ready, ClientError> {
-        read(&self.plain("POST", "/clade/generation", encode(generation)).await?)
+        let Ready { generation, hooks, failed } =
+            read(&self.plain("POST", "/clade/generation", encode(generation)).await?)?;
+        let plain = |hook: Hook| Hook { name: message_of_guest(&hook.name), status: message_of_guest(&hook.status) };
+        let hooks = hooks.into_iter().take(MAX_STEPS).map(plain).collect();
+        let failed = failed.iter().take(MAX_STEPS).map(|step| message_of_guest(step)).collect();
+        Ok(Ready { generation, hooks, failed })
     }
 
     /// Has the agent remember the files of the root file system, for [`Client::layer`].

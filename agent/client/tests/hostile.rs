@@ -8,6 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 use std::time::Duration;
 
+use clade_agent_client::proto::api::Generation;
 use clade_agent_client::proto::process::{ListResponse, StartRequest};
 use clade_agent_client::{Client, ClientError, Endpoint};
 
@@ -75,6 +76,28 @@ fn stream_failure(behave: impl Fn(UnixStream) + Send + Sync + Copy + 'static) ->
             Ok::<_, ClientError>(())
         })
         .unwrap_err()
+}
+
+/// Its text is shown on terminals, and kept with the answers of requests.
+#[test]
+fn a_ready_guests_text_is_short_and_has_no_control_characters() {
+    let dir = tempfile::tempdir().unwrap();
+    let client = guest(&dir, |stream| {
+        let text = format!("\\u001b]52;c;aGk=\\u0007{}", "x".repeat(5_000));
+        let many = vec![format!("\"{text}\""); 70].join(",");
+        let hooks = vec![format!(r#"{{"name": "{text}", "status": "{text}"}}"#); 70].join(",");
+        let body = format!(r#"{{"generation": 7, "hooks": [{hooks}], "failed": [{many}]}}"#);
+        let head =
+            format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", body.len());
+        say(stream, [head, body].concat().as_bytes(), b"");
+    });
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let ready = runtime.block_on(client.change_generation(&Generation::default())).unwrap();
+    assert_eq!((ready.generation, ready.hooks.len(), ready.failed.len()), (7, 64, 64));
+    let texts = ready.hooks.iter().flat_map(|hook| [&hook.name, &hook.status]).chain(&ready.failed);
+    for text in texts {
+        assert!(text.starts_with("]52;c;aGk=xx") && text.len() == 1000, "{text:?}");
+    }
 }
 
 fn memory() -> u64 {
