@@ -1,13 +1,13 @@
 //! The start of a supervisor.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, RwLock, mpsc};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use clade_api::{DaemonError, RuntimeDir, SupervisorClaim};
+use clade_api::{DaemonError, ProblemKind, RuntimeDir, SupervisorClaim};
 use clade_worker::image::give_broker;
 use clade_worker::jail::Confinement;
 use clade_worker::zygote::Zygote;
@@ -34,6 +34,13 @@ use crate::unsettled::UnsettledEnds;
 use crate::vm_record::VmRecord;
 use crate::worker_resources::SandboxProfile;
 use crate::{Inner, MAX_SCRAPES, Supervisor, ends, server};
+
+/// Time limit for the process of an earlier supervisor's VM to take its broker, and for all of them,
+/// before the supervisor serves requests: a process may be compromised.
+const BROKER_TIMEOUT: Duration = Duration::from_millis(100);
+const BROKERS_TIMEOUT: Duration = Duration::from_secs(2);
+/// Time limit for each of the others after that.
+const LATE_BROKER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Options of a supervisor.
 #[derive(Clone, Debug, Default)]
@@ -108,19 +115,15 @@ impl Supervisor {
         let overlays = OverlayDirs::default();
         let broker = Broker::start().map_err(failed)?;
         // VMs of an earlier supervisor.
-        let mut found = Vec::new();
+        let (mut found, mut guests) = (Vec::new(), Vec::new());
         for (name, vm_record) in &earlier {
             overlays.found(&vm_record.overlays);
             found.extend(vm_record.process.map(|process| (name.clone(), process)));
             if let Some(vsock) = &vm_record.identity.vsock {
-                let given = broker.connect(vsock.socket.clone()).map_err(failed);
-                let given = given.and_then(|device| give_broker(dir.path(), name, device.as_fd()));
-                if let Err(error) = given {
-                    // The VM has most likely died.
-                    tracing::debug!(%error, name, "its guest is not connected to the host");
-                }
+                guests.push((name.clone(), broker.connect(vsock.socket.clone()).map_err(failed)?));
             }
         }
+        let late = give_brokers(dir.path(), guests, BROKER_TIMEOUT, Some(Instant::now() + BROKERS_TIMEOUT));
         let (kept, found_kept) = kept_in(kept.as_deref());
         let supervisor = Self(Arc::new(Inner {
             priority: Priority::default(),
@@ -171,6 +174,11 @@ impl Supervisor {
             .name("clade-ends".to_owned())
             .spawn(move || ends::watch(&exits, &weak))
             .map_err(failed)?;
+        if !late.is_empty() {
+            let dir = supervisor.0.dir.path().to_owned();
+            let give = move || drop(give_brokers(&dir, late, LATE_BROKER_TIMEOUT, None));
+            thread::Builder::new().name("clade-late".to_owned()).spawn(give).map_err(failed)?;
+        }
         if !found.is_empty() {
             let (records, dir) = (Arc::clone(&supervisor.0.records), supervisor.0.dir.path().to_owned());
             let fetch = move || records.fetch(&dir, &found);
@@ -178,5 +186,62 @@ impl Supervisor {
         }
         supervisor.0.serve(server::serve(socket, supervisor.clone(), supervisor.0.ending.subscribe()));
         Ok(supervisor)
+    }
+}
+
+/// Has the processes of VMs connect their guests by this supervisor, with a time limit for each, and
+/// one for all. Returns those that have taken no request in time.
+fn give_brokers(
+    dir: &Path,
+    guests: Vec<(String, OwnedFd)>,
+    limit: Duration,
+    until: Option<Instant>,
+) -> Vec<(String, OwnedFd)> {
+    let mut late = Vec::new();
+    for (name, device) in guests {
+        if until.is_some_and(|until| Instant::now() >= until) {
+            late.push((name, device));
+            continue;
+        }
+        match give_broker(dir, &name, device.as_fd(), limit) {
+            Ok(()) => {}
+            Err(DaemonError::Refused { kind: ProblemKind::VmSilent, .. }) => late.push((name, device)),
+            // The VM has most likely died.
+            Err(error) => tracing::debug!(%error, name, "a guest is not connected to the host"),
+        }
+    }
+    late
+}
+
+#[cfg(test)]
+mod tests {
+    use clade_api::image_path;
+    use clade_host_io::seqpacket;
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with};
+
+    use super::*;
+
+    #[test]
+    fn a_process_that_takes_no_request_delays_neither_the_start_nor_the_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = |name: &str, backlog: i32| {
+            let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+            bind(&socket, &SocketAddrUnix::new(image_path(dir.path(), name)).unwrap()).unwrap();
+            listen(&socket, backlog).unwrap();
+            socket
+        };
+        let (full, good) = (listener("full", 0), listener("good", 8));
+        let device = || seqpacket::pair().unwrap().0;
+        // Fills the queue of the process that accepts nothing.
+        give_broker(dir.path(), "full", device().as_fd(), BROKER_TIMEOUT).unwrap();
+        let guests = || ["full", "gone", "good"].map(|name| (name.to_owned(), device())).into();
+        let names = |late: Vec<(String, OwnedFd)>| late.into_iter().map(|(name, _)| name).collect::<Vec<_>>();
+        let late = give_brokers(dir.path(), guests(), BROKER_TIMEOUT, Some(Instant::now()));
+        assert_eq!(names(late), ["full", "gone", "good"], "the time for all is over");
+        let late = give_brokers(dir.path(), guests(), BROKER_TIMEOUT, None);
+        assert_eq!(names(late), ["full"]);
+        let client = accept_with(&good, SocketFlags::CLOEXEC).unwrap();
+        assert_eq!(seqpacket::receive(&client, 1).unwrap().files.len(), 1);
+        drop(full);
     }
 }

@@ -338,12 +338,13 @@ fn silent(name: &str, source: &io::Error) -> DaemonError {
     DaemonError::Refused { kind, text: format!("the process of {name:?} does not answer: {source}") }
 }
 
-/// Has the process of the VM called `name` use another broker for its guest's connections.
+/// Has the process of the VM called `name` use another broker for its guest's connections, within
+/// `limit`.
 ///
 /// # Errors
-/// When there is no such VM.
-pub fn give_broker(dir: &Path, name: &str, broker: BorrowedFd<'_>) -> Result<(), DaemonError> {
-    let socket = connected(dir, name, PATIENCE)?;
+/// When there is no such VM, or it takes no request.
+pub fn give_broker(dir: &Path, name: &str, broker: BorrowedFd<'_>, limit: Duration) -> Result<(), DaemonError> {
+    let socket = connected(dir, name, limit)?;
     seqpacket::send(&socket, &[BROKER], &[broker]).map_err(failed)
 }
 
