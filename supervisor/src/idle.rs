@@ -182,6 +182,13 @@ impl Idle {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Notes that a VM has been woken: its idle time begins anew, however little its guest does then.
+    pub(super) fn woken(&self, name: &str) {
+        if let Some(policy) = self.policies().by_name.get_mut(name) {
+            policy.since = Instant::now();
+        }
+    }
+
     /// Returns up to `most` VMs to suspend now. Forgets those that have gone.
     fn due(&self, most: usize) -> Vec<Attempt> {
         let (mut due, now) = (Vec::new(), Instant::now());
@@ -315,6 +322,23 @@ mod tests {
         // A guest that serves its timer takes 5 ms of each second, and waits 200 ms for its turns.
         let idle = looks(3, 5, |second| thread(5 * second, 200 * second, 20 * second, false));
         assert_eq!(idle, [false, false, true, true, true]);
+    }
+
+    #[test]
+    fn the_idle_time_of_a_woken_vm_begins_anew() {
+        let idle = Idle::default();
+        let pid = std::process::id();
+        let used = used(pid, None).unwrap();
+        let now = Instant::now();
+        // The time of the last attempt, which has found the VM suspended.
+        let since = now.checked_sub(Duration::from_secs(1)).unwrap();
+        let (after, looked) = (Duration::from_secs(3600), now);
+        let policy = Policy { after, dir: "/".into(), pid, used, looked, since, is_tried: false };
+        idle.policies().by_name.extend(["asleep", "woken"].map(|name| (name.to_owned(), policy.clone())));
+        idle.woken("woken");
+        idle.woken("nobody");
+        let policies = idle.policies();
+        assert!(policies.by_name["woken"].since >= now && policies.by_name["asleep"].since == since);
     }
 
     #[test]

@@ -59,11 +59,13 @@ impl Supervisor {
         }
         let (asleep, of) = (Arc::new(asleep), name.to_owned());
         let (events, awaited_wakes) = (Arc::clone(&self.0.events), Arc::clone(&self.0.awaited_wakes));
+        let idle = self.0.idle.clone();
         awaited_wakes.begin(name, &asleep, || events.suspended(name, answer.written_pages));
         let watch = move || {
             let is_woken = asleep.wait();
             awaited_wakes.end(&of, &asleep, || {
                 if is_woken {
+                    idle.woken(&of);
                     events.woken(&of);
                 }
             });
