@@ -76,20 +76,24 @@ impl Gateway {
             Err(error) if matches!(error.status.as_u16(), 404 | 410) => return Ok(()),
             Err(error) => return Err(error),
         };
-        match (record.paused, vm.state) {
-            (_, VmState::Stopped) | (true, VmState::Paused | VmState::Suspended) => Ok(()),
-            (false, VmState::Paused | VmState::Suspended) => {
+        if vm.state == VmState::Stopped {
+            return Ok(());
+        }
+        // A VM that is only suspended wakes for the next request.
+        match (record.paused, vm.paused || vm.state == VmState::Paused) {
+            (true, true) => Ok(()),
+            (false, true) => {
                 self.end_never(&record.id).await?;
                 self.0.sandboxes.change(entry, |record| record.paused = true);
                 Ok(())
             }
-            (true, VmState::Running) => {
+            (true, false) => {
                 self.0.sandboxes.change(entry, |record| record.paused = false);
                 self.pause(entry, |_| true).await
             }
             // It pauses at its end, by this process.
-            (false, VmState::Running) if record.auto_pause => self.end_never(&record.id).await,
-            (false, VmState::Running) => {
+            (false, false) if record.auto_pause => self.end_never(&record.id).await,
+            (false, false) => {
                 let left = Timestamp::now().duration_until(record.end_at).as_secs();
                 self.end_in(&record.id, left.max(1)).await
             }
@@ -220,6 +224,23 @@ mod tests {
             }
             assert!(after > 0, "{call} has no step");
         }
+    }
+
+    #[tokio::test]
+    async fn a_running_sandbox_that_is_suspended_is_not_paused() {
+        let fake = Fake::new();
+        let key = fake.key("one");
+        let (runs, sleeps) = (fake.sandbox(&key, json!({})).await, fake.sandbox(&key, json!({})).await);
+        assert_eq!(fake.call(&key, "POST", &format!("/sandboxes/{sleeps}/pause"), json!({})).await.0, 204);
+        for id in [&runs, &sleeps] {
+            fake.world.supervisor_state().vms.get_mut(id).unwrap().is_suspended = true;
+        }
+        let next = fake.next();
+        next.reconcile().await;
+        expect_agreement(&fake, &next, "suspended");
+        let records = next.0.sandboxes.list();
+        let paused: Vec<_> = records.iter().filter(|record| record.paused).map(|record| &record.id).collect();
+        assert_eq!(paused, [&sleeps]);
     }
 
     #[tokio::test]

@@ -35,6 +35,7 @@ pub(crate) struct Vm {
     /// The checkpoint or the VM that it was forked from.
     pub(crate) parent: String,
     pub(crate) is_paused: bool,
+    pub(crate) is_suspended: bool,
     /// Seconds until its end; None without one.
     pub(crate) ttl: Option<f64>,
     pub(crate) is_closed: bool,
@@ -153,11 +154,15 @@ impl World {
 
     fn info(&self, name: &str) -> Answered {
         let vm = self.supervisor_state().vms.get(name).cloned().ok_or(StatusCode::NOT_FOUND)?;
-        let state = if vm.is_paused { "paused" } else { "running" };
+        let state = match (vm.is_suspended, vm.is_paused) {
+            (true, _) => "suspended",
+            (false, true) => "paused",
+            (false, false) => "running",
+        };
         let network = if vm.is_closed { "closed" } else { "open" };
         let labels = if vm.labels.is_null() { json!({}) } else { vm.labels };
         Ok(json!({
-            "labels": labels, "name": name, "pid": 1, "state": state, "parent": vm.parent, "generation": 1, "cpus": 1, "age_s": 0.0,
+            "labels": labels, "name": name, "pid": 1, "state": state, "paused": vm.is_paused, "parent": vm.parent, "generation": 1, "cpus": 1, "age_s": 0.0,
             "memory": {
                 "mib": 64, "reference_pages": 0, "shared_pages": 0, "exclusive_pages": 0, "pinned_pages": 0,
                 "private_kib": 0,

@@ -214,7 +214,7 @@ impl Supervisor {
         let client = Client::new(self.dir());
         let asked = client.request::<VmInfo>(Method::GET, name, "", None::<&()>);
         match tokio::time::timeout(ATTEMPT, asked).await {
-            Ok(Ok(VmInfo { state: VmState::Paused, .. })) => {
+            Ok(Ok(VmInfo { state: VmState::Paused, .. } | VmInfo { paused: true, .. })) => {
                 Err(ApiError::new(ProblemKind::WrongState, format!("{name} is paused: its agent cannot answer")))
             }
             // A VM that has ended, or does not answer, is noticed by the next step.

@@ -91,6 +91,7 @@ pub(crate) fn without_memory(entry: &VmEntry) -> VmInfo {
         name: vm.name().to_owned(),
         pid: std::process::id(),
         state,
+        paused: stopped.is_none() && vm.is_paused(),
         guest,
         stopped,
         parent: entry.parent.clone(),

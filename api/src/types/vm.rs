@@ -140,6 +140,9 @@ pub struct VmInfo {
     pub pid: u32,
     /// Its state.
     pub state: VmState,
+    /// Whether its owner has paused it. A suspended VM may be paused as well.
+    #[serde(default)]
+    pub paused: bool,
     /// The state of a guest that reports it: of one that is booted with `reports_ready`, or has
     /// reported that it is ready.
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -194,6 +197,7 @@ impl VmInfo {
             name: name.to_owned(),
             pid,
             state: VmState::Stopped,
+            paused: false,
             guest: None,
             stopped: Some(stopped),
             parent: None,

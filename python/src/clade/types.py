@@ -1320,6 +1320,9 @@ class VmInfo(TypedDict):
     parent: NotRequired[str | None]
     """The name of its parent, if it has one."""
 
+    paused: NotRequired[bool]
+    """Whether its owner has paused it. A suspended VM may be paused as well."""
+
     pid: int
     """The pid of its process."""
 
