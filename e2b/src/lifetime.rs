@@ -1,19 +1,23 @@
-//! Background tasks: pause sandboxes when their time is over, and forget those that have gone.
+//! Background tasks: pause sandboxes when their time is over, kill those that run on, and forget those that have gone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use clade_api::ClientError;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 
+use crate::error::Answer;
 use crate::gateway::Gateway;
-use crate::records::SandboxRecord;
+use crate::records::{RecordEntry, SandboxRecord};
+use crate::sandboxes::INIT_TIME;
 
 /// Interval of the checks for sandboxes whose time is over, and for those that have gone.
 const TICK: Duration = Duration::from_millis(250);
 const SWEEP: Duration = Duration::from_secs(5);
-/// Sandboxes of one owner paused at a time because their time is over.
+/// Time after its end at which a sandbox that still runs is killed.
+const OVERDUE: SignedDuration = SignedDuration::from_secs(INIT_TIME + 30);
+/// Sandboxes of one owner paused or killed at a time because their time is over.
 const MAX_PAUSING: usize = 8;
 
 /// The sandboxes that are being paused, by owner.
@@ -84,25 +88,32 @@ impl Gateway {
         }
     }
 
-    /// Pauses sandboxes whose time is over, for ever. Each pauses in a task of its own: a slow one
-    /// delays no other owner's.
+    /// Pauses sandboxes whose time is over, and kills overdue ones, for ever. Each has a task of its
+    /// own: a slow one delays no other owner's.
     pub(crate) async fn keep_time(&self) {
         let pausing = Arc::new(Pausing::default());
         loop {
             tokio::time::sleep(TICK).await;
             let now = Timestamp::now();
-            for entry in self.0.sandboxes.select(|record| record.is_to_pause(now)) {
+            for entry in self.0.sandboxes.select(|record| record.is_to_pause(now) || record.is_overdue(now, OVERDUE)) {
                 let Some(one) = pausing.begin(&entry.get()) else { continue };
                 let gateway = self.clone();
                 tokio::spawn(async move {
-                    // The sandbox may have got more time meanwhile.
-                    if let Err(error) = gateway.pause(&entry, |record| record.is_to_pause(now)).await {
-                        tracing::debug!(%error.message, id = one.id, "a sandbox is not paused");
+                    if let Err(error) = gateway.end_time(&entry, now).await {
+                        tracing::debug!(%error.message, id = one.id, "a sandbox neither pauses nor ends");
                     }
                     drop(one);
                 });
             }
         }
+    }
+
+    /// Pauses or kills a sandbox whose time is over at `now`, if it has not got more time meanwhile.
+    async fn end_time(&self, entry: &RecordEntry<SandboxRecord>, now: Timestamp) -> Answer<()> {
+        if entry.get().is_to_pause(now) {
+            return self.pause(entry, |record| record.is_to_pause(now)).await;
+        }
+        self.kill_if(entry, |record| record.is_overdue(now, OVERDUE)).await
     }
 }
 
@@ -133,6 +144,32 @@ mod tests {
         assert!(!fake.world.supervisor_state().checkpoints.contains_key(&snapshot));
         fake.gateway.sweep().await.unwrap();
         assert!(fake.gateway.0.snapshots.get(&snapshot).is_none());
+    }
+
+    #[tokio::test]
+    async fn a_sandbox_that_has_lost_its_end_is_killed() {
+        let fake = Fake::new();
+        let key = fake.key("one");
+        let (lost, runs) = (fake.sandbox(&key, json!({})).await, fake.sandbox(&key, json!({})).await);
+        assert_eq!(fake.call(&key, "POST", &format!("/sandboxes/{lost}/pause"), json!({})).await.0, 204);
+        fake.world.supervisor_state().refused = Some(format!("PUT vm {lost} ttl"));
+        let resumed = fake.call(&key, "POST", &format!("/sandboxes/{lost}/connect"), json!({ "timeout": 60 })).await;
+        assert_ne!(resumed.0, 200, "{resumed:?}");
+        let vm = fake.world.supervisor_state().vms[&lost].clone();
+        assert!(!vm.is_paused && vm.ttl.is_none(), "the sandbox runs without an end: {vm:?}");
+        let set = |id: &str, end_at: Timestamp| {
+            let entry = fake.gateway.0.sandboxes.get(id).unwrap();
+            fake.gateway.0.sandboxes.change(&entry, |record| record.end_at = end_at);
+        };
+        // Its time has been over for a moment only.
+        set(&runs, Timestamp::now());
+        set(&lost, Timestamp::UNIX_EPOCH);
+        let gateway = fake.gateway.clone();
+        let keeping = tokio::spawn(async move { gateway.keep_time().await });
+        until("the sandbox to be killed", || fake.gateway.0.sandboxes.get(&lost).is_none()).await;
+        keeping.abort();
+        assert!(!fake.world.supervisor_state().vms.contains_key(&lost));
+        assert!(fake.world.supervisor_state().vms.contains_key(&runs));
     }
 
     #[tokio::test]

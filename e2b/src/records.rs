@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use clade_api::write_durably;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
@@ -71,6 +71,12 @@ impl SandboxRecord {
             State::Paused => Err(GatewayError::conflict(format!("the sandbox {:?} is paused", self.id))),
             State::Running => Err(GatewayError::conflict(format!("the sandbox {:?} runs", self.id))),
         }
+    }
+
+    /// Returns whether it runs at `now` though its time has been over for `grace`. Its VM ends by
+    /// itself at its time: it has lost that end by an error, or its process does not keep it.
+    pub(crate) fn is_overdue(&self, now: Timestamp, grace: SignedDuration) -> bool {
+        !self.auto_pause && !self.paused && now.duration_since(self.end_at) >= grace
     }
 
     /// Returns whether it is to pause because its time is over at `now`.

@@ -25,7 +25,7 @@ const DEFAULT_TIMEOUT: i64 = 300;
 const DEFAULT_FORK_TIMEOUT: i64 = 15;
 /// Extra seconds that a sandbox may live while its guest is initialised: it ends even if this
 /// process has gone meanwhile.
-const INIT_TIME: i64 = 600;
+pub(crate) const INIT_TIME: i64 = 600;
 /// Most forks of one call.
 const MAX_FORKS: i64 = 100;
 /// Forks activated at a time.
@@ -380,8 +380,21 @@ impl Gateway {
 
     /// Ends a sandbox for good.
     pub(crate) async fn kill(&self, entry: &RecordEntry<SandboxRecord>) -> Answer<()> {
+        self.kill_if(entry, |_| true).await
+    }
+
+    /// As [`Self::kill`], for a sandbox that `is_such` accepts when it is its turn.
+    pub(crate) async fn kill_if(
+        &self,
+        entry: &RecordEntry<SandboxRecord>,
+        is_such: impl Fn(&SandboxRecord) -> bool,
+    ) -> Answer<()> {
         let _turn = entry.turn.lock().await;
-        let id = entry.get().id;
+        let record = entry.get();
+        if !is_such(&record) {
+            return Ok(());
+        }
+        let id = record.id;
         let stopped = self.stop_vm(&id).await;
         if stopped.as_ref().is_err_and(|error| error.status.as_u16() != 404) {
             return stopped.map(drop);
