@@ -79,6 +79,11 @@ impl ConnectionLimits {
         count(&self.counts().by_sandbox, sandbox)
     }
 
+    #[cfg(test)]
+    pub(crate) fn calls_of(&self, owner: &str) -> usize {
+        count(&self.counts().by_key, owner)
+    }
+
     /// Takes a slot for a call of an owner's. Calls have an instance of their own.
     ///
     /// # Errors

@@ -147,7 +147,7 @@ async fn authorize(State(gateway): GatewayState, mut request: Request, next: Nex
     }
     let owner = key.owner().to_owned();
     let call = match gateway.0.calls.take_call(&owner) {
-        Ok(call) => call,
+        Ok(call) => Arc::new(call),
         Err(error) => return error.into_response(),
     };
     let admitted = match admit(&request) {
@@ -155,8 +155,9 @@ async fn authorize(State(gateway): GatewayState, mut request: Request, next: Nex
         Err(error) => return error.into_response(),
     };
     request.extensions_mut().insert(key.scope);
-    request.extensions_mut().insert(KeyOwner(owner));
-    next.run(request).await.map(|body| holding(body, (call, admitted)))
+    request.extensions_mut().insert(KeyOwner(owner.clone()));
+    let answered = gateway.0.call_turns.run(&owner, &call, next.run(request)).await;
+    answered.map(|body| holding(body, (call, admitted)))
 }
 
 async fn body_bytes(request: Request) -> Answer<Bytes> {

@@ -12,6 +12,7 @@
 #![deny(missing_docs)]
 
 mod built;
+mod call_turns;
 mod change_client;
 mod connection_limits;
 mod control;

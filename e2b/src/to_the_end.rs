@@ -2,6 +2,7 @@
 
 use std::future::Future;
 
+use crate::call_turns::CallTurns;
 use crate::change_client::ChangeClient;
 use crate::error::{Answer, GatewayError};
 use crate::gateway::Gateway;
@@ -24,8 +25,10 @@ impl Gateway {
         // Dropped with this future.
         let (_there, client) = ChangeClient::new();
         let (in_progress, change) = (self.0.changes.begin(), change(self.clone(), client));
+        // Also if the client goes: otherwise an owner's changes could take all of the supervisor's slots.
+        let turn = CallTurns::current();
         let change = async move {
-            let _in_progress = in_progress;
+            let _held = (in_progress, turn);
             change.await
         };
         tokio::spawn(change).await.unwrap_or_else(|error| Err(GatewayError::internal(error.to_string())))
