@@ -280,6 +280,14 @@ impl Inner {
                 self.clear_up(claim, WorkerExit { pid, signal: None, code: None }, true, flight);
                 continue;
             }
+            // The same of an earlier supervisor's VM: nobody else would end it.
+            if worker.is_none()
+                && let Some((pid, vm)) = record.as_ref().and_then(|record| OwnVm::of_record(&claim.name, record))
+            {
+                self.processes.leaves(pid, vm);
+                self.clear_up(claim, WorkerExit { pid, signal: None, code: None }, true, flight);
+                continue;
+            }
             let times = suspects.get(&claim.name).copied().unwrap_or_default() + 1;
             if let Some(pid) = worker.filter(|_| times < MAX_SUSPECTED) {
                 found.insert(claim.name.clone(), times);

@@ -134,7 +134,7 @@ use overlays::OverlayDirs;
 use pool::Pool;
 use priority::Priority;
 pub use processes::COMMIT_TIMEOUT;
-use processes::{Processes, kill};
+use processes::{OwnVm, Processes, kill};
 use ready_limiter::ReadyLimiter;
 pub(crate) use request_limiter::ImagePermit;
 use request_limiter::{ForwardLimiter, ImageRequestLimiter, NetworkChanges};
@@ -319,12 +319,20 @@ impl Supervisor {
         self.0.processes.of(name).map(|(pid, _)| pid)
     }
 
-    /// Removes the files of a stopped VM, whose process has given the name back: `pid`, if it was
-    /// started here.
-    fn stopped(&self, pid: Option<u32>, left: Option<(NameClaim, WorkerExit)>) {
+    /// Returns the process of a VM, and its pid: one that was started here, or that of its record. None
+    /// without a record: then the word of the VM's process decides.
+    fn known_process(&self, name: &str) -> Option<(u32, OwnVm)> {
+        let recorded = || OwnVm::of_record(name, &VmRecord::read(&self.0.dir, name).ok().flatten()?);
+        self.0.processes.of(name).or_else(recorded)
+    }
+
+    /// Removes the files of a stopped VM, whose process has given the name back: `known`, if its pid is
+    /// known and not only its own word.
+    fn stopped(&self, known: Option<(u32, OwnVm)>, left: Option<(NameClaim, WorkerExit)>) {
         let _ends = self.0.ends();
+        let pid = known.as_ref().map(|(pid, _)| *pid);
         // Also of a process that only says that it has. Files that are still its own are removed at its end.
-        pid.into_iter().for_each(|pid| self.0.processes.give_back(pid));
+        known.into_iter().for_each(|(pid, vm)| self.0.processes.leaves(pid, vm));
         if let Some((claim, exit)) = left {
             let pid = pid.unwrap_or(exit.pid);
             self.0.clear_up(claim, WorkerExit { pid, ..exit }, true, Vec::new());
@@ -353,9 +361,8 @@ impl Supervisor {
     fn kill(&self, name: &str) -> Result<StopAnswer, DaemonError> {
         let vm_record =
             VmRecord::read(&self.0.dir, name)?.ok_or_else(|| silent(name, ", and is not the supervisor's to kill"))?;
-        let own = self.0.processes.of(name).map(|(pid, vm)| (pid, vm.process));
-        let found = || Some((vm_record.process?.pid(), Arc::new(vm_record.process?.open()?)));
-        let (pid, process) = own.or_else(found).ok_or_else(|| silent(name, ", and has ended meanwhile"))?;
+        let known = self.known_process(name).map(|(pid, vm)| (pid, vm.process));
+        let (pid, process) = known.ok_or_else(|| silent(name, ", and has ended meanwhile"))?;
         tracing::warn!(name, pid, "a VM that is to stop does not answer: its process is killed");
         self.0.processes.mark_stopped(pid);
         self.reap(name, Killed { vm_record, pid, process, is_silent: true })
@@ -367,12 +374,9 @@ impl Supervisor {
     ///
     /// # Errors
     /// When the process does not end.
-    fn kill_unless_ended(
-        &self,
-        name: &str,
-        process: Option<(u32, Arc<OwnedFd>)>,
-    ) -> Result<Option<StopAnswer>, DaemonError> {
-        let Some((pid, process)) = process else { return Ok(None) };
+    fn kill_unless_ended(&self, name: &str, known: Option<(u32, OwnVm)>) -> Result<Option<StopAnswer>, DaemonError> {
+        let Some((pid, vm)) = known else { return Ok(None) };
+        let process = Arc::clone(&vm.process);
         let until = Instant::now() + LAST_STOP;
         loop {
             if has_ended(&process, STOP_INTERVAL) {
@@ -380,7 +384,7 @@ impl Supervisor {
             }
             // A file that cannot be read is not that of a name given back.
             if NameClaim::owner(&self.0.dir, name).is_ok_and(|owner| owner != Some(pid)) {
-                self.0.processes.give_back(pid);
+                self.0.processes.leaves(pid, vm);
                 return Ok(None);
             }
             if Instant::now() > until {

@@ -14,6 +14,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
 use super::cgroups::Group;
+use super::vm_record::VmRecord;
 use clade_api::flight::FlightEvent;
 use clade_api::{MergingVm, WorkerExit, flight};
 use clade_vmm::vm::VmConfig;
@@ -105,6 +106,16 @@ impl OwnVm {
             flight: None,
             ahead: None,
         }
+    }
+
+    /// Makes that of a VM which an earlier supervisor has started, with its pid. None if the process
+    /// has ended, or is not recorded.
+    pub(super) fn of_record(name: &str, vm_record: &VmRecord) -> Option<(u32, Self)> {
+        let id = vm_record.process?;
+        let is_booted = vm_record.parent.is_none() && vm_record.template.saved.is_empty();
+        let vm = Self::new(name, id.open()?, &vm_record.template.config, is_booted);
+        let vm = vm.in_session(vm_record.session.as_ref().map(|session| session.name.clone()));
+        vm.is_there().then_some((id.pid(), vm))
     }
 
     pub(super) fn in_group(self, group: Option<Group>) -> Self {
@@ -205,6 +216,14 @@ impl Processes {
                 earlier.given_back.get_or_insert_with(Instant::now);
             }
             all.insert(pid, vm);
+        }
+    }
+
+    /// Notes that `vm` has given its name back, also if an earlier supervisor has started it. Another VM
+    /// may have the name by now.
+    pub(super) fn leaves(&self, pid: u32, vm: OwnVm) {
+        if vm.is_there() {
+            self.all().entry(pid).or_insert(vm).given_back.get_or_insert_with(Instant::now);
         }
     }
 
@@ -319,6 +338,7 @@ mod tests {
     use clade_vmm::vm::DiskSpec;
 
     use super::*;
+    use crate::vm_record::tests::record_with;
 
     struct Sleeper(Child);
 
@@ -357,6 +377,28 @@ mod tests {
         let pidfd = id.open().unwrap();
         drop(sleeper);
         assert!(has_ended(&pidfd, Duration::ZERO) && id.open().is_none());
+    }
+
+    #[test]
+    fn a_process_of_an_earlier_supervisor_that_gives_its_name_back_is_killed_too() {
+        let (leaves, another) = (Sleeper::start(), Sleeper::start());
+        let vm_record = VmRecord { process: Some(leaves.id()), ..record_with(None) };
+        let processes = Processes::default();
+        let (pid, vm) = OwnVm::of_record("web", &vm_record).unwrap();
+        // Another VM has the name by now, and keeps it.
+        let new = OwnVm::new("web", another.id().open().unwrap(), &config(), true);
+        processes.add([(another.id().pid(), new)]);
+        processes.leaves(pid, vm);
+        assert_eq!(processes.of("web").map(|(pid, _)| pid), Some(another.id().pid()));
+        assert!(processes.gave_back(pid));
+        processes.kill_overdue(|_| false);
+        assert!(processes.is_there(pid), "it has time");
+        let Some(since) = long_ago() else { return };
+        processes.all().get_mut(&pid).unwrap().given_back = Some(since);
+        processes.kill_overdue(|_| false);
+        let process = processes.all()[&pid].process.clone();
+        assert!(has_ended(&process, KILL_TIMEOUT) && processes.is_there(another.id().pid()));
+        assert!(OwnVm::of_record("web", &vm_record).is_none(), "it has ended");
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! The answers to requests of the socket's clients and of servers in this process.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use clade_api::http::{ApiError, Cancel, CancelOnDrop, THREAD_PATIENCE, expect_absolute, grace, on_a_thread};
 use clade_api::{
@@ -161,18 +160,11 @@ impl Supervisor {
         grace(request)?;
         // Not from the process itself.
         let (held, owned) = (self.clone(), name.to_owned());
-        let own = self.0.processes.of(name).map(|(pid, vm)| (pid, vm.process));
-        let pid = own.as_ref().map(|(pid, _)| *pid);
-        let process = match own {
+        let known = match self.0.processes.of(name) {
             // Of a VM that an earlier supervisor has started.
             None => {
                 let (held, name) = (self.clone(), name.to_owned());
-                let recorded = move || {
-                    // Without a record the answer of the VM's process decides.
-                    let process = held.recorded_process(&name).ok().flatten()?;
-                    Some((process.pid(), Arc::new(process.open()?)))
-                };
-                on_a_thread(THREAD_PATIENCE, recorded).await?
+                on_a_thread(THREAD_PATIENCE, move || held.known_process(&name)).await?
             }
             own => own,
         };
@@ -183,6 +175,7 @@ impl Supervisor {
             }
         }
         let client = Client::new(self.dir());
+        let pid = known.as_ref().map(|(pid, _)| *pid);
         let stopped = tokio::select! {
             biased;
             stopped = client.stop_process(name, request, pid) => stopped,
@@ -191,13 +184,13 @@ impl Supervisor {
         match stopped {
             Ok((answer, left)) => {
                 // Closing descriptors may free memory and disks.
-                on_a_thread(THREAD_PATIENCE, move || held.stopped(pid, left)).await?;
+                on_a_thread(THREAD_PATIENCE, move || held.stopped(known, left)).await?;
                 Ok(answer)
             }
             Err(ClientError::Silent { .. }) => Ok(on_a_thread(THREAD_PATIENCE, move || held.kill(&owned)).await??),
             // A guest may refuse to end in order. A process that refuses to stop at all does not behave as ours do.
             Err(error) if request.graceful_s.is_none() => {
-                let killed = on_a_thread(THREAD_PATIENCE, move || held.kill_unless_ended(&owned, process)).await??;
+                let killed = on_a_thread(THREAD_PATIENCE, move || held.kill_unless_ended(&owned, known)).await??;
                 killed.ok_or_else(|| error.into())
             }
             Err(error) => Err(error.into()),
