@@ -124,7 +124,7 @@ impl Inner {
             None => vm.died_with_command(exit).then_some(StopReason::SessionEnded),
         };
         if let Some(stopped) = stopped {
-            let parent = VmRecord::read(&self.dir, &name).ok().flatten().and_then(|its| its.parent);
+            let parent = VmRecord::found(&self.dir, &name).and_then(|its| its.parent);
             record_end(&self.dir, &name, stopped, KnownEnd { exit, parent, flight: flight.clone() });
             was_orderly = true;
         }
@@ -142,21 +142,27 @@ impl Inner {
 
     /// Returns the ended VMs whose processes may write to disks.
     pub(super) fn ended_writers(&self) -> Vec<OwnVm> {
-        let process = |name: &str| VmRecord::read(&self.dir, name).ok().flatten()?.process;
+        let process = |name: &str| VmRecord::found(&self.dir, name)?.process;
         self.processes.writers(|name, pid| process(name).is_some_and(|its| its.pid() == pid))
     }
 
     /// Returns the images of disks that VMs or checkpoints of this directory use.
-    pub(super) fn used_images(&self) -> BTreeSet<PathBuf> {
-        let of_vms = VmRecord::all(&self.dir).unwrap_or_default().into_iter().map(|(_, vm_record)| vm_record.template);
-        let used = of_vms.flat_map(|template| template.images().map(Path::to_owned).collect::<Vec<_>>());
-        used.chain(self.checkpoints.images()).collect()
+    ///
+    /// # Errors
+    /// When the directory, or a VM's record, cannot be read: then any image may be in use.
+    pub(super) fn used_images(&self) -> Result<BTreeSet<PathBuf>, DaemonError> {
+        let mut used: BTreeSet<PathBuf> = self.checkpoints.images().into_iter().collect();
+        for name in VmRecord::names(&self.dir)? {
+            let template = VmRecord::read(&self.dir, &name)?.map(|vm_record| vm_record.template);
+            used.extend(template.iter().flat_map(|template| template.images().map(Path::to_owned)));
+        }
+        Ok(used)
     }
 
     /// Whether the record of the name is of the VM of this process. It is not if another VM has the name,
     /// or the files of the VM are removed.
     pub(super) fn has_record(&self, name: &str, pid: u32) -> bool {
-        let record = VmRecord::read(&self.dir, name).ok().flatten();
+        let record = VmRecord::found(&self.dir, name);
         record.and_then(|its| its.process).is_some_and(|process| process.pid() == pid)
     }
 
@@ -176,7 +182,7 @@ impl Inner {
         self.snapshots.forget(&claim.name);
         self.kept_lines.forget(&claim.name);
         let name = claim.name.clone();
-        let process = VmRecord::read(&self.dir, &name).ok().flatten().and_then(|vm_record| vm_record.process);
+        let process = VmRecord::found(&self.dir, &name).and_then(|vm_record| vm_record.process);
         // The record of a VM that another supervisor has started.
         let found = self.records.take(&name, process);
         let flight = if flight.is_empty() { found } else { flight };
@@ -256,7 +262,7 @@ impl Inner {
             }
         };
         for (claim, owner) in dead {
-            let record = VmRecord::read(&self.dir, &claim.name).ok().flatten();
+            let record = VmRecord::found(&self.dir, &claim.name);
             let recorded = record.as_ref().and_then(|its| its.process).map(ProcessId::pid);
             // It was taken a moment ago.
             if let Some(end) = self.unsettled.take(&claim.name).filter(|end| recorded == Some(end.exit.pid)) {
@@ -312,7 +318,10 @@ impl Inner {
         self.processes.forget_ended(|name| found.contains_key(name), MAX_SUSPECTED);
         self.cgroups.iter().for_each(Cgroups::tidy);
         let used = OnceCell::new();
-        self.processes.kill_overdue(|image| used.get_or_init(|| self.used_images()).contains(image));
+        let used_images =
+            || self.used_images().inspect_err(|error| tracing::warn!(%error, "no image is known to be free"));
+        self.processes
+            .kill_overdue(|image| used.get_or_init(used_images).as_ref().map_or(true, |used| used.contains(image)));
         found
     }
 }

@@ -283,7 +283,8 @@ impl Supervisor {
     /// When the request is cancelled.
     fn wait_for_writers(&self, config: &VmConfig, cancel: &Cancel) -> Result<(), DaemonError> {
         let images: BTreeSet<_> = config.disks.iter().map(|disk| disk.disk.path.clone()).collect();
-        while self.0.ended_writers().iter().any(|vm| vm.writes_to(&images)) && self.0.used_images().is_disjoint(&images)
+        while self.0.ended_writers().iter().any(|vm| vm.writes_to(&images))
+            && self.0.used_images()?.is_disjoint(&images)
         {
             self.check(0, 1, cancel)?;
             thread::sleep(WRITER_INTERVAL);
@@ -295,7 +296,8 @@ impl Supervisor {
     /// disks.
     fn merging(&self) -> Vec<MergingVm> {
         let ended = self.0.ended_writers();
-        let used = if ended.is_empty() { BTreeSet::new() } else { self.0.used_images() };
+        // Only shown: those of a VM whose record cannot be read are left out.
+        let used = if ended.is_empty() { BTreeSet::new() } else { self.0.used_images().unwrap_or_default() };
         let failed = self.0.processes.unmerged();
         ended.into_iter().map(|vm| vm.merging(&used)).chain(failed).collect()
     }

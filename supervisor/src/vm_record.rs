@@ -111,6 +111,15 @@ impl VmRecord {
         bytes.map(|bytes| serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))).transpose()
     }
 
+    /// Reads the record of the VM called `name`, for steps that go on without one. One that cannot be
+    /// read is logged.
+    pub(super) fn found(dir: &RuntimeDir, name: &str) -> Option<Self> {
+        Self::read(dir, name).unwrap_or_else(|error| {
+            tracing::warn!(%error, name, "the record of a VM cannot be read");
+            None
+        })
+    }
+
     /// Reads the record of a VM that must have one.
     ///
     /// # Errors
@@ -124,9 +133,20 @@ impl VmRecord {
     /// # Errors
     /// When the directory cannot be read.
     pub(super) fn all(dir: &RuntimeDir) -> Result<Vec<(String, Self)>, DaemonError> {
-        let names = dir.entries().map_err(failed)?;
-        let names = names.iter().filter_map(|file| file.to_str()?.strip_suffix(".vm"));
-        Ok(names.filter_map(|name| Some((name.to_owned(), Self::read(dir, name).ok()??))).collect())
+        Ok(Self::names(dir)?
+            .into_iter()
+            .filter_map(|name| Self::found(dir, &name).map(|found| (name, found)))
+            .collect())
+    }
+
+    /// Returns the names of all VMs with records.
+    ///
+    /// # Errors
+    /// When the directory cannot be read.
+    pub(super) fn names(dir: &RuntimeDir) -> Result<Vec<String>, DaemonError> {
+        let files = dir.entries().map_err(failed)?;
+        let names = files.iter().filter_map(|file| file.to_str()?.strip_suffix(".vm"));
+        Ok(names.filter(|name| check_name(name).is_ok()).map(str::to_owned).collect())
     }
 
     /// Checks an image's description by the process of a VM: its configuration and its secrets must
@@ -315,6 +335,22 @@ pub(super) mod tests {
             links: Vec::new(),
             network: None,
         }
+    }
+
+    #[test]
+    fn a_record_that_cannot_be_read_keeps_its_name() {
+        let scratch = tempfile::tempdir().unwrap();
+        let dir = RuntimeDir::create(scratch.path()).unwrap();
+        record_with(None).replace(&dir, "good").unwrap();
+        for file in ["bad.vm", "not a name.vm"] {
+            fs::write(scratch.path().join(file), "{").unwrap();
+        }
+        let mut names = VmRecord::names(&dir).unwrap();
+        names.sort();
+        assert_eq!(names, ["bad", "good"]);
+        VmRecord::read(&dir, "bad").unwrap_err();
+        assert!(VmRecord::found(&dir, "bad").is_none() && VmRecord::found(&dir, "none").is_none());
+        assert_eq!(VmRecord::all(&dir).unwrap(), [("good".to_owned(), record_with(None))]);
     }
 
     #[test]
