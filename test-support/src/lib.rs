@@ -22,6 +22,6 @@ pub use patience::{
 pub use patient::PatientStream;
 pub use program::write_program;
 pub use random::Random;
-pub use require::{required, skip, skipped};
+pub use require::{python_with_e2b, required, skip, skipped};
 pub use tier::stride;
 pub use unique::{Cid, Claim, Port, Subnet, TapName};

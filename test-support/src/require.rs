@@ -3,6 +3,7 @@
 use std::env;
 use std::fs::File;
 use std::io::{self, Write};
+use std::process::Command;
 use std::thread;
 
 /// Tiers that must not be skipped, comma-separated: `kvm`, `uffd`, `linux`, `direct`, `tap`, …
@@ -42,4 +43,15 @@ pub fn skipped(reason: &str) {
 #[must_use]
 pub fn required(tier: &str) -> bool {
     env::var(REQUIRE_ENV).is_ok_and(|tiers| tiers.split(',').any(|named| named.trim() == tier))
+}
+
+/// Returns a Python that has the SDK of E2B: `CLADE_E2B_PYTHON`, otherwise `python3`. Skips the test without one.
+#[must_use]
+pub fn python_with_e2b() -> Option<String> {
+    let python = env::var("CLADE_E2B_PYTHON").unwrap_or_else(|_| "python3".to_owned());
+    let has_sdk = Command::new(&python).args(["-c", "import e2b"]).output().is_ok_and(|found| found.status.success());
+    if !has_sdk {
+        skip("e2b", &format!("{python} has no e2b"));
+    }
+    has_sdk.then_some(python)
 }

@@ -4,7 +4,7 @@
 
 use std::process::Command;
 
-use clade_test_support::{Port, skip};
+use clade_test_support::{Port, python_with_e2b, skip};
 
 use crate::Agent;
 
@@ -14,17 +14,12 @@ const PORT: u16 = 49983;
 
 #[test]
 fn the_python_sdk_works_unchanged() {
-    let python = std::env::var("CLADE_E2B_PYTHON").unwrap_or_else(|_| "python3".to_owned());
-    let has_sdk = Command::new(&python).args(["-c", "import e2b"]).output().is_ok_and(|found| found.status.success());
-    if !has_sdk {
-        clade_test_support::skipped(&format!("{python} has no e2b"));
-        return;
-    }
+    let Some(python) = python_with_e2b() else { return };
     // The SDK supports no other port, so tests of this port run one after another.
     let port = Port::wait_for(PORT);
     let address = format!("127.0.0.1:{}", port.number());
     if let Err(error) = std::net::TcpListener::bind(&address) {
-        return skip("sdk", &format!("{address}: {error}"));
+        return skip("e2b", &format!("{address}: {error}"));
     }
     let agent = Agent::start_with(&["--tcp", &address]);
     let mut command = Command::new(&python);

@@ -8,7 +8,7 @@ use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use clade_test_support::{Cid, PatientStream, Port, TapName};
+use clade_test_support::{Cid, PatientStream, Port, TapName, python_with_e2b};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -29,15 +29,6 @@ const texts = [box, child].map(one => one.files.read('/tmp/own', patient))
 assert.deepEqual(await Promise.all(texts), ['parent', 'child'])
 for (const one of [box, child]) assert.equal(await one.kill(patient), true)
 "#;
-
-pub(crate) fn python() -> Option<String> {
-    let python = std::env::var("CLADE_E2B_PYTHON").unwrap_or_else(|_| "python3".to_owned());
-    let has_sdk = Command::new(&python).args(["-c", "import e2b"]).output().is_ok_and(|found| found.status.success());
-    if !has_sdk {
-        clade_test_support::skip("e2b", &format!("{python} has no e2b"));
-    }
-    has_sdk.then_some(python)
-}
 
 /// The directory of the SDK for JavaScript and its dependencies.
 pub(crate) fn node_modules() -> Option<PathBuf> {
@@ -145,7 +136,7 @@ fn the_python_sdk_makes_forks_and_ends_sandboxes() {
     if !kvm() {
         return;
     }
-    let Some(python) = python() else { return };
+    let Some(python) = python_with_e2b() else { return };
     let mut host = Host::new();
     let (claim, tap) = (Cid::take(), TapName::take());
     if !cached::agent(&mut host.runtime, &claim, &tap) {

@@ -4,10 +4,10 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
-use clade_test_support::{Cid, TapName};
+use clade_test_support::{Cid, TapName, python_with_e2b};
 
 use crate::cached;
-use crate::e2b::{Host, NodeScript, python};
+use crate::e2b::{Host, NodeScript};
 use crate::e2b_tls::DomainHost;
 use crate::tool::kvm;
 
@@ -18,7 +18,7 @@ fn drive(mem: &str, part: &[&str]) {
     if !kvm() {
         return;
     }
-    let Some(python) = python() else { return };
+    let Some(python) = python_with_e2b() else { return };
     let mut host = Host::new();
     let (claim, tap) = (Cid::take(), TapName::take());
     if !cached::agent_of(mem, &mut host.runtime, &claim, &tap) {

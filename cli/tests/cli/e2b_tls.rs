@@ -7,10 +7,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use clade_test_support::{Cid, Port, TapName, certificate};
+use clade_test_support::{Cid, Port, TapName, certificate, python_with_e2b};
 
 use crate::cached;
-use crate::e2b::{Host, NodeScript, node_modules, python};
+use crate::e2b::{Host, NodeScript, node_modules};
 use crate::tool::{Runtime, kvm, required, wait_until};
 
 pub(crate) const NODE_SCRIPT: &str = include_str!("e2b_sdk.mjs");
@@ -218,7 +218,7 @@ fn the_python_sdk_reaches_sandboxes_by_a_domain() {
     if !kvm() {
         return;
     }
-    let Some(python) = python() else { return };
+    let Some(python) = python_with_e2b() else { return };
     let Some(host) = DomainHost::start() else { return };
     let said = host.run(python, &["-c".as_ref(), PYTHON_SCRIPT.as_ref()]);
     let lines: Vec<&str> = said.lines().collect();
