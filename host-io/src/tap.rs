@@ -105,9 +105,12 @@ impl Tap {
             let file = options.map_err(refused("/dev/net/tun cannot be opened"))?;
             let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | several;
             let mut request = IfRequest::new(&tap.name, flags);
-            ioctl(&file, libc::TUNSETIFF, &mut request).map_err(refused("it cannot be attached to"))?;
+            // SAFETY: TUNSETIFF takes a `struct ifreq`.
+            unsafe { ioctl(&file, libc::TUNSETIFF, &mut request) }.map_err(refused("it cannot be attached to"))?;
             let mut size = VNET_HEADER as libc::c_int;
-            ioctl(&file, libc::TUNSETVNETHDRSZ, &mut size).map_err(refused("no packet headers of virtio's"))?;
+            // SAFETY: TUNSETVNETHDRSZ takes an `int`.
+            unsafe { ioctl(&file, libc::TUNSETVNETHDRSZ, &mut size) }
+                .map_err(refused("no packet headers of virtio's"))?;
             let len = request.name.iter().position(|byte| *byte == 0).unwrap_or(MAX_NAME);
             tap.name = String::from_utf8_lossy(&request.name[..len]).into_owned();
             tap.queues.push(file);
@@ -182,7 +185,8 @@ impl Tap {
             let wanted = index < count;
             if *attached != wanted {
                 let flags = if wanted { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
-                ioctl(file, libc::TUNSETQUEUE, &mut IfRequest::new("", flags))?;
+                // SAFETY: TUNSETQUEUE takes a `struct ifreq`.
+                unsafe { ioctl(file, libc::TUNSETQUEUE, &mut IfRequest::new("", flags)) }?;
                 *attached = wanted;
             }
         }
@@ -259,9 +263,10 @@ impl Tap {
     }
 }
 
-/// Callers pass the argument that `request` is declared with.
-fn ioctl<T>(file: &File, request: libc::Ioctl, arg: &mut T) -> io::Result<()> {
-    // SAFETY: `arg` is the request's own argument type and outlives the call.
+/// # Safety
+/// The ioctl `request` reads and writes a `T`, and no memory beyond it.
+unsafe fn ioctl<T>(file: &File, request: libc::Ioctl, arg: &mut T) -> io::Result<()> {
+    // SAFETY: `arg` is of the type that the request needs (the caller's), and outlives the call.
     if unsafe { libc::ioctl(file.as_raw_fd(), request, std::ptr::from_mut(arg)) } < 0 {
         return Err(io::Error::last_os_error());
     }

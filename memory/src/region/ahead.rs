@@ -110,7 +110,8 @@ impl GuestRegion {
                 let at = source.at + (part.start - piece.start);
                 let bytes = source.layer.read_pages(PageRange::with_len(at, part.len())).map_err(failed)?;
                 for (page, bytes) in (part.start..part.end).zip(bytes.chunks_exact(PAGE_SIZE as usize)) {
-                    if self.at.has_bytes(page, bytes) {
+                    // SAFETY: a private copy (the caller's) is mapped and readable.
+                    if unsafe { self.at.has_bytes(page, bytes) } {
                         push_run(&mut unused, PageRange::with_len(page, 1));
                     }
                 }

@@ -277,7 +277,8 @@ impl GuestRegion {
                 filled.extend(there);
             }
         }
-        let mut zeros = self.at.zero_runs(&merged(&[&private, &filled]));
+        // SAFETY: private copies, and pages of the base file with content, are mapped and readable.
+        let mut zeros = unsafe { self.at.zero_runs(&merged(&[&private, &filled])) };
         zeros = merged(&[&zeros, &holes]);
         // Short zero runs are written along with their neighbours: fewer writes.
         zeros.retain(|run| run.len() > SMALL_GAP);

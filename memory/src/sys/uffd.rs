@@ -88,6 +88,54 @@ struct UffdioWriteProtect {
     mode: u64,
 }
 
+/// [`UFFDIO_UNREGISTER`]'s argument.
+#[repr(transparent)]
+struct Unregister(UffdioRange);
+
+/// [`UFFDIO_WAKE`]'s argument.
+#[repr(transparent)]
+struct Wake(UffdioRange);
+
+/// The argument of an ioctl.
+///
+/// # Safety
+/// The ioctl `NUMBER` reads and writes a `Self`, and nothing beyond it but memory that the argument describes. Such memory
+/// is within a [`Reservation`], into which there are no Rust references, or is only read by the kernel.
+unsafe trait UffdRequest {
+    const NUMBER: libc::c_ulong;
+}
+
+// SAFETY: `struct uffdio_api`, and no memory beyond it.
+unsafe impl UffdRequest for UffdioApi {
+    const NUMBER: libc::c_ulong = UFFDIO_API;
+}
+
+// SAFETY: `struct uffdio_register`. Registering changes no contents.
+unsafe impl UffdRequest for UffdioRegister {
+    const NUMBER: libc::c_ulong = UFFDIO_REGISTER;
+}
+
+// SAFETY: `struct uffdio_range`. Unregistering changes no contents.
+unsafe impl UffdRequest for Unregister {
+    const NUMBER: libc::c_ulong = UFFDIO_UNREGISTER;
+}
+
+// SAFETY: `struct uffdio_range`. A wake changes no contents.
+unsafe impl UffdRequest for Wake {
+    const NUMBER: libc::c_ulong = UFFDIO_WAKE;
+}
+
+// SAFETY: `struct uffdio_writeprotect`. Its range is within a reservation (`UffdioRange::of`).
+unsafe impl UffdRequest for UffdioWriteProtect {
+    const NUMBER: libc::c_ulong = UFFDIO_WRITEPROTECT;
+}
+
+// SAFETY: `struct uffdio_copy`. The kernel writes `dst`, which `fill` takes from a range within a reservation, and only
+// reads `src`.
+unsafe impl UffdRequest for UffdioCopy {
+    const NUMBER: libc::c_ulong = UFFDIO_COPY;
+}
+
 /// Size of `struct uffd_msg`.
 const MESSAGE: usize = 32;
 /// Messages taken at a time.
@@ -130,12 +178,12 @@ impl Uffd {
         let uffd = Self::raw().map_err(UffdOpenError::Refused)?;
         let wanted = FEATURES.iter().fold(0, |all, (bit, _)| all | bit);
         let mut api = UffdioApi { api: API, features: wanted, ioctls: 0 };
-        let Err(refused) = uffd.ioctl(UFFDIO_API, &mut api) else { return Ok(uffd) };
+        let Err(refused) = uffd.ioctl(&mut api) else { return Ok(uffd) };
         // The handshake works once per descriptor: queries the features on another one, to name the
         // missing one.
         let probe = Self::raw().map_err(UffdOpenError::Refused)?;
         let mut api = UffdioApi { api: API, ..UffdioApi::default() };
-        probe.ioctl(UFFDIO_API, &mut api).map_err(UffdOpenError::Refused)?;
+        probe.ioctl(&mut api).map_err(UffdOpenError::Refused)?;
         let lacking = FEATURES.iter().find(|(bit, _)| api.features & bit == 0);
         Err(lacking.map_or(UffdOpenError::Refused(refused), |(_, name)| UffdOpenError::Lacks(name)))
     }
@@ -156,12 +204,9 @@ impl Uffd {
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
-    /// Callers pass the argument that `request` is declared with.
-    fn ioctl<T>(&self, request: libc::c_ulong, arg: &mut T) -> io::Result<()> {
-        // SAFETY: `arg` is the request's own argument type (see each constant) and outlives the
-        // call. Requests change memory only within a `Reservation`, into which there are no Rust
-        // references.
-        if unsafe { libc::ioctl(self.0.as_raw_fd(), request, std::ptr::from_mut(arg)) } < 0 {
+    fn ioctl<R: UffdRequest>(&self, request: &mut R) -> io::Result<()> {
+        // SAFETY: `request` is the argument of that number (by the trait), and outlives the call.
+        if unsafe { libc::ioctl(self.0.as_raw_fd(), R::NUMBER, std::ptr::from_mut(request)) } < 0 {
             return Err(io::Error::last_os_error());
         }
         Ok(())
@@ -174,24 +219,24 @@ impl Uffd {
             RegisterMode::Protected => REGISTER_WP,
         };
         failpoint(Call::Watch)?;
-        self.ioctl(UFFDIO_REGISTER, &mut UffdioRegister { range: UffdioRange::of(at, range), mode, ioctls: 0 })
+        self.ioctl(&mut UffdioRegister { range: UffdioRange::of(at, range), mode, ioctls: 0 })
     }
 
     /// Stops watching `range`, lifts any protection, and wakes the accesses that wait there.
     pub(crate) fn unregister(&self, at: &Reservation, range: PageRange) -> io::Result<()> {
-        self.ioctl(UFFDIO_UNREGISTER, &mut UffdioRange::of(at, range))?;
+        self.ioctl(&mut Unregister(UffdioRange::of(at, range)))?;
         // The kernel wakes accesses that wait for a missing page, but not writes that wait.
         self.wake(at, range)
     }
 
     /// Wakes the accesses that wait in `range`.
     pub(crate) fn wake(&self, at: &Reservation, range: PageRange) -> io::Result<()> {
-        self.ioctl(UFFDIO_WAKE, &mut UffdioRange::of(at, range))
+        self.ioctl(&mut Wake(UffdioRange::of(at, range)))
     }
 
     /// Wakes the accesses that wait for the page at `address`. Harmless for any mapping.
     pub(crate) fn wake_page(&self, address: u64) -> io::Result<()> {
-        self.ioctl(UFFDIO_WAKE, &mut UffdioRange { start: address, len: PAGE_SIZE })
+        self.ioctl(&mut Wake(UffdioRange { start: address, len: PAGE_SIZE }))
     }
 
     /// Write-protects the pages of `range`. Only for [`crate::freeze::protect`], which ensures that
@@ -208,7 +253,7 @@ impl Uffd {
 
     fn write_protect(&self, at: &Reservation, range: PageRange, mode: u64) -> io::Result<()> {
         loop {
-            match self.ioctl(UFFDIO_WRITEPROTECT, &mut UffdioWriteProtect { range: UffdioRange::of(at, range), mode }) {
+            match self.ioctl(&mut UffdioWriteProtect { range: UffdioRange::of(at, range), mode }) {
                 // The address space is being changed concurrently.
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => {}
                 other => return other,
@@ -228,7 +273,7 @@ impl Uffd {
             let (dst, src) = (whole.start + done, from as u64 + done);
             failpoint(Call::Fill)?;
             let mut copy = UffdioCopy { dst, src, len: whole.len - done, mode: 0, copy: 0 };
-            let result = self.ioctl(UFFDIO_COPY, &mut copy);
+            let result = self.ioctl(&mut copy);
             done += u64::try_from(copy.copy).unwrap_or(0);
             done += skip_or(result)?;
         }

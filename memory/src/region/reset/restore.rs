@@ -94,11 +94,14 @@ impl GuestRegion {
     /// Gives `page` the bytes of page `at` of `layer`. Returns whether it had others.
     fn restore_page(&self, page: u64, layer: &Layer, at: u64, window: Option<&FileWindow>) -> io::Result<bool> {
         if let Some(window) = window {
-            return Ok(self.at.put_page(page, window.addr(at).cast()));
+            // SAFETY: `page` is a private copy of this VM's, whose writers are stopped. The window's page is mapped for
+            // reading for as long as the window lives, elsewhere.
+            return Ok(unsafe { self.at.put_page(page, window.addr(at).cast()) });
         }
         let mut bytes = AlignedPage([0; PAGE_SIZE as usize]);
         layer.read_cached(at, &mut bytes.0)?;
-        Ok(self.at.put_page(page, (&raw const bytes).cast()))
+        // SAFETY: as above; `bytes` are a page of this function's own.
+        Ok(unsafe { self.at.put_page(page, (&raw const bytes).cast()) })
     }
 }
 

@@ -51,45 +51,52 @@ impl Reservation {
     }
 
     /// The all-zero pages of `runs`. Reads them through the mapping.
-    pub(crate) fn zero_runs(&self, runs: &[PageRange]) -> Vec<PageRange> {
+    ///
+    /// # Safety
+    /// The pages are mapped and readable.
+    pub(crate) unsafe fn zero_runs(&self, runs: &[PageRange]) -> Vec<PageRange> {
         let mut zeros = Vec::new();
         for page in runs.iter().flat_map(|run| run.start..run.end) {
-            let words = self.addr(page).cast::<u64>();
-            let is_zero = (0..WORDS).all(|word| {
-                // SAFETY: the word is within the page, which `addr` has checked.
-                let word = unsafe { words.add(word) };
-                // SAFETY: the caller's runs are mapped and readable; no reference is made.
-                (unsafe { word.read_volatile() }) == 0
-            });
-            if is_zero {
+            // SAFETY: the caller's pages are mapped and readable.
+            if unsafe { self.has_words(page, std::iter::repeat_n(0, WORDS)) } {
                 push_run(&mut zeros, PageRange::with_len(page, 1));
             }
         }
         zeros
     }
 
-    /// Whether `page`, which is mapped and readable, holds `bytes`.
-    pub(crate) fn has_bytes(&self, page: u64, bytes: &[u8]) -> bool {
+    /// Whether `page` holds `bytes`.
+    ///
+    /// # Safety
+    /// The page is mapped and readable.
+    pub(crate) unsafe fn has_bytes(&self, page: u64, bytes: &[u8]) -> bool {
         let (want, _) = bytes.as_chunks::<{ size_of::<u64>() }>();
-        debug_assert!(page < self.pages && want.len() == WORDS, "a page is compared with a page");
-        self.has_words(page, want.iter().map(|want| u64::from_ne_bytes(*want)))
+        debug_assert!(want.len() == WORDS, "a page is compared with a page");
+        // SAFETY: the caller's page is mapped and readable.
+        unsafe { self.has_words(page, want.iter().map(|want| u64::from_ne_bytes(*want))) }
     }
 
-    /// Whether `page`, which is mapped and readable, begins with the words of `want`: a page's at most.
-    fn has_words(&self, page: u64, want: impl Iterator<Item = u64>) -> bool {
+    /// Whether `page` begins with the words of `want`: a page's at most.
+    ///
+    /// # Safety
+    /// The page is mapped and readable.
+    unsafe fn has_words(&self, page: u64, want: impl Iterator<Item = u64>) -> bool {
+        assert!(page < self.pages, "page {page:#x} of a region of {:#x} pages", self.pages);
         let words = self.addr(page).cast::<u64>();
         (0..WORDS).zip(want).all(|(at, want)| {
-            // SAFETY: the word is within the page, which `addr` has checked.
+            // SAFETY: the word is within the page, which is within the reservation (checked).
             let word = unsafe { words.add(at) };
-            // SAFETY: the caller's page is mapped and readable; no reference is made.
+            // SAFETY: the page is mapped and readable (the caller's); no reference is made.
             (unsafe { word.read_volatile() }) == want
         })
     }
 
-    /// Copies the page at `from` to `page`, which is this VM's own, unless they are equal. Returns whether it
-    /// has. Nothing else uses `page`. The page at `from` is readable, and another process may write to it.
-    pub(crate) fn put_page(&self, page: u64, from: *const [u64; WORDS]) -> bool {
-        assert!(page < self.pages, "page {page:#x} of a region of {:#x} pages", self.pages);
+    /// Copies the page at `from` to `page` unless they are equal. Returns whether it has.
+    ///
+    /// # Safety
+    /// `page` is mapped and writable, and nothing else uses it. The page at `from` is readable, and not of this
+    /// reservation. Another process may write to it.
+    pub(crate) unsafe fn put_page(&self, page: u64, from: *const [u64; WORDS]) -> bool {
         assert!(from.is_aligned(), "a page is read in words");
         let from = from.cast::<u64>();
         let words = (0..WORDS).map(|at| {
@@ -98,11 +105,12 @@ impl Reservation {
             // SAFETY: the caller's page is readable, and aligned (checked); no reference is made.
             unsafe { word.read_volatile() }
         });
-        if self.has_words(page, words) {
+        // SAFETY: `page` is mapped and writable (the caller's), so it is readable too.
+        if unsafe { self.has_words(page, words) } {
             return false;
         }
-        // SAFETY: both are a page long. `page` is within the reservation (checked), mapped and writable, and nothing else
-        // uses it; the caller's page is readable, and not of this reservation.
+        // SAFETY: both are a page long. `page` is within the reservation (checked by `has_words`), mapped and writable, and
+        // nothing else uses it; the page at `from` is readable, and not of this reservation (both the caller's).
         unsafe { self.addr(page).cast::<u64>().copy_from_nonoverlapping(from, WORDS) };
         trace!(Owned { at: self.at(), range: PageRange::with_len(page, 1) });
         true
