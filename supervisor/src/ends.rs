@@ -288,7 +288,7 @@ impl Inner {
             }
             // The same of an earlier supervisor's VM: nobody else would end it.
             if worker.is_none()
-                && let Some((pid, vm)) = record.as_ref().and_then(|record| OwnVm::of_record(&claim.name, record))
+                && let Some((pid, vm)) = record.as_ref().and_then(|record| record.own_vm(&claim.name))
             {
                 self.processes.leaves(pid, vm);
                 self.clear_up(claim, WorkerExit { pid, signal: None, code: None }, true, flight);

@@ -324,7 +324,7 @@ impl Supervisor {
     /// Returns the process of a VM, and its pid: one that was started here, or that of its record. None
     /// without a record: then the word of the VM's process decides.
     fn known_process(&self, name: &str) -> Option<(u32, OwnVm)> {
-        let recorded = || OwnVm::of_record(name, &VmRecord::read(&self.0.dir, name).ok().flatten()?);
+        let recorded = || VmRecord::found(&self.0.dir, name)?.own_vm(name);
         self.0.processes.of(name).or_else(recorded)
     }
 

@@ -14,7 +14,6 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
 use super::cgroups::Group;
-use super::vm_record::VmRecord;
 use clade_api::flight::FlightEvent;
 use clade_api::{MergingVm, WorkerExit, flight};
 use clade_vmm::vm::VmConfig;
@@ -109,13 +108,15 @@ impl OwnVm {
     }
 
     /// Makes that of a VM which an earlier supervisor has started, with its pid. None if the process
-    /// has ended, or is not recorded.
-    pub(super) fn of_record(name: &str, vm_record: &VmRecord) -> Option<(u32, Self)> {
-        let id = vm_record.process?;
-        let is_booted = vm_record.parent.is_none() && vm_record.template.saved.is_empty();
-        let vm = Self::new(name, id.open()?, &vm_record.template.config, is_booted);
-        let vm = vm.in_session(vm_record.session.as_ref().map(|session| session.name.clone()));
-        vm.is_there().then_some((id.pid(), vm))
+    /// has ended.
+    pub(super) fn of_earlier(
+        name: &str,
+        process: ProcessId,
+        config: &VmConfig,
+        is_booted: bool,
+    ) -> Option<(u32, Self)> {
+        let vm = Self::new(name, process.open()?, config, is_booted);
+        vm.is_there().then_some((process.pid(), vm))
     }
 
     pub(super) fn in_group(self, group: Option<Group>) -> Self {
@@ -338,7 +339,6 @@ mod tests {
     use clade_vmm::vm::DiskSpec;
 
     use super::*;
-    use crate::vm_record::tests::record_with;
 
     struct Sleeper(Child);
 
@@ -382,9 +382,8 @@ mod tests {
     #[test]
     fn a_process_of_an_earlier_supervisor_that_gives_its_name_back_is_killed_too() {
         let (leaves, another) = (Sleeper::start(), Sleeper::start());
-        let vm_record = VmRecord { process: Some(leaves.id()), ..record_with(None) };
-        let processes = Processes::default();
-        let (pid, vm) = OwnVm::of_record("web", &vm_record).unwrap();
+        let (processes, earlier) = (Processes::default(), || OwnVm::of_earlier("web", leaves.id(), &config(), true));
+        let (pid, vm) = earlier().unwrap();
         // Another VM has the name by now, and keeps it.
         let new = OwnVm::new("web", another.id().open().unwrap(), &config(), true);
         processes.add([(another.id().pid(), new)]);
@@ -398,7 +397,7 @@ mod tests {
         processes.kill_overdue(|_| false);
         let process = processes.all()[&pid].process.clone();
         assert!(has_ended(&process, KILL_TIMEOUT) && processes.is_there(another.id().pid()));
-        assert!(OwnVm::of_record("web", &vm_record).is_none(), "it has ended");
+        assert!(earlier().is_none(), "it has ended");
     }
 
     #[test]

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::cgroups::Bounds;
 use super::net_hook::Interfaces;
 use super::overlays::unnamed_in;
-use super::processes::ProcessId;
+use super::processes::{OwnVm, ProcessId};
 use super::recorded_link::RecordedLink;
 use super::session::{self, Session};
 use clade_api::flight::FlightEvent;
@@ -126,6 +126,14 @@ impl VmRecord {
     /// When the record is missing or cannot be read.
     pub(super) fn expect(dir: &RuntimeDir, name: &str) -> Result<Self, DaemonError> {
         Self::read(dir, name)?.ok_or_else(|| DaemonError::NoSuchVm { name: name.to_owned() })
+    }
+
+    /// Returns the recorded process of the VM called `name`, and its pid. None if it has ended, or is not
+    /// recorded.
+    pub(super) fn own_vm(&self, name: &str) -> Option<(u32, OwnVm)> {
+        let is_booted = self.parent.is_none() && self.template.saved.is_empty();
+        let (pid, vm) = OwnVm::of_earlier(name, self.process?, &self.template.config, is_booted)?;
+        Some((pid, vm.in_session(self.session.as_ref().map(|session| session.name.clone()))))
     }
 
     /// Reads the records of all VMs.
