@@ -54,7 +54,7 @@ pub(crate) fn main(args: &RestoreArgs) -> Outcome {
             ensure()?;
         }
         let made: ForkAnswer = ask(Client::default().supervisor(Method::POST, "/v1/restore", Some(&request)))?;
-        let timed = limit(&made.children, args.ttl).and(suspend_after(&made.children, args.suspend_after));
+        let timed = limit(&made.children, args.times.ttl).and(suspend_after(&made.children, args.times.suspend_after));
         if args.json {
             return print_json(&made).map_err(Failure::run).and(timed);
         }

@@ -208,7 +208,7 @@ fn background(args: &RunArgs, request: &BootRequest) -> Outcome {
     let vm = oci_template::start(args, request)?;
     let names = std::slice::from_ref(&vm.name);
     // Before the wait: the VM stays if that fails.
-    let limited = limit(names, args.ttl).and(suspend_after(names, args.suspend_after));
+    let limited = limit(names, args.times.ttl).and(suspend_after(names, args.times.suspend_after));
     let waited = limited.and_then(|()| vm.wait(args, request));
     drop(writeln!(io::stdout(), "{}", vm.name));
     waited

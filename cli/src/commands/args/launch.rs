@@ -38,6 +38,19 @@ pub(crate) struct ProgramFlags {
     pub(crate) entrypoint: Option<String>,
 }
 
+/// The times of VMs that are left to the supervisor.
+#[derive(Debug, Args)]
+pub(crate) struct TimesArgs {
+    /// Stop each VM after a time, such as 90s, 1h30m or 2w. The time also runs while the VM is
+    /// paused.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "background")]
+    pub(crate) ttl: Option<Duration>,
+    /// Suspend each VM whenever it has been idle for a time, such as 90s or 10m: its memory goes to
+    /// a disk until its guest is needed.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "background")]
+    pub(crate) suspend_after: Option<Duration>,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
     /// The kernel: an ELF vmlinux, or a distribution's vmlinuz. `bare` is the embedded bare guest.
@@ -81,14 +94,8 @@ pub(crate) struct RunArgs {
     /// A label to tell VMs apart by: key=value. Repeatable. Children inherit it.
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) label: Vec<Label>,
-    /// Stop the VM after a time, such as 90s, 1h30m or 2w. The time also runs while the VM is
-    /// paused.
-    #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "background")]
-    pub(crate) ttl: Option<Duration>,
-    /// Suspend the VM whenever it has been idle for a time, such as 90s or 10m: its memory goes to
-    /// a disk until its guest is needed.
-    #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "background")]
-    pub(crate) suspend_after: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) times: TimesArgs,
     /// Most memory of the VM's process, and of each of its children's: whole MiB, such as 96M or 1G.
     /// Needs a supervisor with control groups.
     #[arg(long, value_name = "SIZE", value_parser = parse_mib, requires = "background")]

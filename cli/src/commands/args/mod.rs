@@ -31,7 +31,7 @@ use clade_supervisor::CgroupPlace;
 use clade_worker::jail::Confinement;
 use clade_worker::zygote::ZYGOTE;
 
-pub(crate) use launch::{DEFAULT_CMDLINE, ForkArgs, ProgramFlags, RunArgs};
+pub(crate) use launch::{DEFAULT_CMDLINE, ForkArgs, ProgramFlags, RunArgs, TimesArgs};
 pub(crate) use snapshot::{ParentsArgs, RestoreArgs, SaveArgs, SnapshotArgs, SnapshotCommand, SnapshotDirArgs};
 
 /// A small KVM virtual machine monitor that forks running microVMs.

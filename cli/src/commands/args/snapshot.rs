@@ -3,7 +3,6 @@
 #![allow(rustdoc::broken_intra_doc_links, reason = "doc comments are help texts, in which brackets mean options")]
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clade_api::Label;
 use clap::{Args, Subcommand};
@@ -11,8 +10,7 @@ use clap::{Args, Subcommand};
 use clade_worker::jail::Confinement;
 
 use super::ActArgs;
-use super::launch::CloneArgs;
-use crate::commands::units::parse_duration;
+use super::launch::{CloneArgs, TimesArgs};
 
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -111,13 +109,8 @@ pub(crate) struct RestoreArgs {
     /// A label of the VMs: key=value. Repeatable. A snapshot has none.
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) label: Vec<Label>,
-    /// Stop each VM after a time, such as 90s, 1h30m or 2w.
-    #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "background")]
-    pub(crate) ttl: Option<Duration>,
-    /// Suspend each VM whenever it has been idle for a time, such as 90s or 10m: its memory goes to
-    /// a disk until its guest is needed.
-    #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "background")]
-    pub(crate) suspend_after: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) times: TimesArgs,
     #[command(flatten)]
     pub(crate) child: CloneArgs,
     /// Leave the VMs to the supervisor, which is started if none runs, and return once they run.

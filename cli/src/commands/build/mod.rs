@@ -17,7 +17,7 @@ use clade_oci::{Action, BuildStep};
 use clade_worker::jail::Confinement;
 use hyper::Method;
 
-use crate::commands::args::{ProgramFlags, RunArgs};
+use crate::commands::args::{ProgramFlags, RunArgs, TimesArgs};
 use crate::commands::build::copy::copy;
 use crate::commands::build::guest::{BuildGuest, GuestProgram};
 use crate::commands::build::recipe::{Recipe, of_step};
@@ -81,8 +81,7 @@ impl BuildVmArgs {
             machine: self.machine.clone(),
             name: Some(name),
             label: Vec::new(),
-            ttl: None,
-            suspend_after: None,
+            times: TimesArgs { ttl: None, suspend_after: None },
             memory_limit: self.memory_limit,
             cpu_limit: self.cpu_limit,
             secret: Vec::new(),
