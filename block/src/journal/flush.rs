@@ -64,6 +64,7 @@ impl Journal {
         let base = || Request::Sync { file: Arc::clone(&synced), all: true };
         let elsewhere = !map.is_all(0..self.clusters, &self.base);
         if !elsewhere && !self.named {
+            self.forget_stale();
             return Ok(standing.dirty.then(base).into_iter().collect());
         }
         if !elsewhere {
@@ -148,7 +149,7 @@ impl Journal {
                 Err(error) if error.source.kind() == io::ErrorKind::AlreadyExists => continue,
                 linked => linked?,
             }
-            self.unnamed.1 = true;
+            (self.unnamed.1, self.has_linked) = (true, true);
             self.overlays.push(NamedOverlay { file: Arc::clone(file), number });
             return Ok(number);
         }
@@ -222,8 +223,7 @@ impl Journal {
                 sync(&self.base, true)
             }
             JournalStep::Unmarked => {
-                remove_files(&self.location, dir);
-                self.forget_all();
+                self.retired();
                 Ok(None)
             }
         }
@@ -250,6 +250,37 @@ impl Journal {
         fragment.iter().for_each(|fragment| fragment.slice().copy_from(&bytes));
         let buffers = fragment.into_iter().collect();
         Ok(to.clone().map(|file| Request::Write { file, offset, buffers }))
+    }
+
+    /// Notes that the journal's record is gone. Overlays that an image contains keep their names: a
+    /// file can be named only once, and a rewind to that image puts them into the map again.
+    fn retired(&mut self) {
+        let (dir, overlays) = (self.dir.clone(), mem::take(&mut self.overlays));
+        self.forget_all();
+        (self.dir, self.overlays) = (dir, overlays);
+        if let Some(dir) = &self.dir
+            && let Err(error) = dir.unlink(NEXT)
+        {
+            tracing::warn!(%error, "cannot remove an unused file");
+        }
+        self.forget_stale();
+    }
+
+    /// Removes the names of overlays that no map and no image contains any more, and the directory
+    /// if it is empty then. There is no record.
+    fn forget_stale(&mut self) {
+        let Some(dir) = self.dir.clone() else { return };
+        self.overlays.retain(|named| {
+            let is_stale = named.is_stale();
+            if is_stale {
+                forget(&dir, named.number);
+            }
+            !is_stale
+        });
+        if self.overlays.is_empty() && (!self.marked || self.header.id.is_none()) {
+            remove_files(&self.location, &dir);
+            self.forget_all();
+        }
     }
 
     fn written(&mut self) {

@@ -112,6 +112,8 @@ pub(super) struct Journal {
     /// The image's state in the last durable record.
     seen: Option<ImageStatus>,
     overlays: Vec<NamedOverlay>,
+    /// Whether an overlay was ever named: naming is possible here, and a later failure is an error.
+    has_linked: bool,
     next_overlay: u64,
     /// Ranges that the map has moved since the last record.
     moved: Vec<Range<u64>>,
@@ -175,6 +177,7 @@ impl Journal {
                 records: 0,
                 seen: None,
                 overlays: Vec::new(),
+                has_linked: false,
                 next_overlay: 0,
                 moved: Vec::new(),
                 whole: true,
@@ -201,7 +204,7 @@ impl Journal {
         use rustix::io::Errno as E;
         let errno = E::from_io_error(&error.source);
         let never = [E::OPNOTSUPP, E::PERM, E::ACCESS, E::ROFS, E::NOENT, E::XDEV, E::MLINK];
-        !self.named && self.overlays.is_empty() && errno.is_some_and(|errno| never.contains(&errno))
+        !self.has_linked && !self.named && self.overlays.is_empty() && errno.is_some_and(|errno| never.contains(&errno))
     }
 
     /// Whether a write to an overlay was lost.

@@ -109,6 +109,44 @@ fn what_was_flushed_after_a_fork_is_there_when_the_process_is_not() {
     assert!(!bench.journal.exists(), "it has been used up");
 }
 
+/// An overlay that an image contains keeps its name when the record goes: a file can be named only once.
+#[test]
+fn a_flush_after_a_rewind_and_another_is_durable() {
+    let bench = Bench::new();
+    let mut disk = bench.open();
+    let one = disk.fork();
+    write(&mut disk, 0, &[2; 4096]);
+    flush(&mut disk);
+    let two = disk.fork();
+    assert!(disk.rewind(&one));
+    flush(&mut disk);
+    assert_eq!(bench.names(), ["overlay.0"], "the image has everything");
+    assert!(disk.rewind(&two));
+    write(&mut disk, 4096, &[3; 4096]);
+    flush(&mut disk);
+    assert!(disk.durability.journal().is_some(), "a flush is still durable");
+    drop((disk, one, two));
+    let mut disk = bench.open();
+    assert!(read(&mut disk, 0, 8192) == [[2; 4096], [3; 4096]].concat());
+
+    // The name goes when no image contains the overlay any more.
+    let bench = Bench::new();
+    let mut disk = bench.open();
+    let one = disk.fork();
+    write(&mut disk, 0, &[2; 4096]);
+    flush(&mut disk);
+    let two = disk.fork();
+    assert!(disk.rewind(&one));
+    flush(&mut disk);
+    drop(two);
+    flush(&mut disk);
+    assert!(!bench.journal.exists());
+    write(&mut disk, 0, &[4; 4096]);
+    flush(&mut disk);
+    drop((disk, one));
+    assert!(read(&mut bench.open(), 0, 4097) == [&[4; 4096][..], &[1]].concat());
+}
+
 #[test]
 fn a_commit_that_did_not_come_to_its_end_is_finished_by_the_next_to_open_the_image() {
     let mut model = vec![1; SIZE as usize];
