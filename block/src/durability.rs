@@ -27,6 +27,9 @@ const FOLD_AFTER: u32 = 2;
 /// - `lost` is never cleared. The system reports a lost write once; no later flush may succeed.
 #[derive(Debug, Default)]
 pub(super) struct Durability {
+    /// Whether the disk was opened from the base, and is not a child: a child shares the open file, and
+    /// must take neither its unsynced writes nor its errors.
+    is_of_base: bool,
     journal: Option<Journal>,
     /// The new image, where the file system has reflinks.
     reflink: Option<ReflinkImage>,
@@ -42,7 +45,12 @@ pub(super) struct Durability {
 impl Durability {
     /// For the disk that was opened from the base.
     pub(super) fn new(journal: Option<Journal>, reflink: Option<ReflinkImage>) -> Self {
-        Self { journal, reflink, ..Self::default() }
+        Self { is_of_base: true, journal, reflink, ..Self::default() }
+    }
+
+    /// Whether its flushes make the base durable.
+    pub(super) fn is_of_base(&self) -> bool {
+        self.is_of_base
     }
 
     /// Notes a fork.

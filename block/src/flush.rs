@@ -38,7 +38,7 @@ impl Disk {
         if self.durability.is_base_lost() {
             return Err(DiskError::Lost { path: self.config().path.clone() });
         }
-        let base = self.chain.base().filter(|base| base.is_writable());
+        let base = self.chain.base().filter(|base| base.is_writable() && self.durability.is_of_base());
         // The flag is set again if the flush fails.
         job.target = base.filter(|base| base.take_unsynced()).cloned();
         let requests = self.durability.begin_flush(at, &mut self.chain, job.target.is_some())?;

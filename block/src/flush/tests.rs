@@ -106,6 +106,20 @@ fn a_flush_after_a_fork_syncs_the_image_too_and_its_failure_is_latched() {
     assert!(matches!(disk.flush_now(), Err(DiskError::Lost { .. })));
 }
 
+/// A child in the same process shares the image's open file.
+#[test]
+fn a_childs_flush_leaves_the_parents_writes_to_its_parent() {
+    let bench = Bench::new();
+    let mut disk = bench.open();
+    write(&mut disk, 0, &[2; 4096]);
+    let mut child = disk.fork().open().unwrap();
+    write(&mut child, 4096, &[3; 4096]);
+    let (_, steps) = traced(None, || flush(&mut child));
+    assert!(steps.is_empty(), "{steps:?}");
+    let (_, steps) = traced(None, || flush(&mut disk));
+    assert_eq!(syncs(&steps), 1, "{steps:?}");
+}
+
 fn other(bench: &Bench) -> PathBuf {
     let path = bench.path.with_file_name("other.img");
     fs::write(&path, vec![1; 8192]).unwrap();
