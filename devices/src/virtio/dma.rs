@@ -137,6 +137,22 @@ pub(crate) fn write(ram: &GuestRam, at: GuestAddress, bytes: &[u8]) -> Result<()
     ram.memory().write_slice(bytes, at).map_err(|source| DmaError::Access { address: at.0, source })
 }
 
+/// The first `len` bytes of `segments`, or all of them.
+#[must_use]
+pub(crate) fn prefix(segments: &[Segment], len: usize) -> Vec<Segment> {
+    let mut left = len;
+    let mut cut = Vec::new();
+    for segment in segments {
+        let part = (segment.len as usize).min(left);
+        if part == 0 {
+            break;
+        }
+        cut.push(Segment { len: part as u32, ..*segment });
+        left -= part;
+    }
+    cut
+}
+
 /// The number of bytes in `segments`.
 #[must_use]
 pub(crate) fn len_of(segments: &[Segment]) -> u64 {

@@ -12,7 +12,7 @@ use clade_host_io::PacketStream;
 use clade_test_support::{wait_for, wait_until};
 
 use crate::driver::{Driver, ram, store};
-use crate::{HEADER, OUT, TX, frame, offer, options, received, send, set_link, stats, status};
+use crate::{HEADER, OUT, RX, TX, frame, offer, options, received, send, set_link, stats, status};
 
 /// The feature bits of checksum and segmentation offload.
 const OFFLOADS: u64 = 0b11 | 0b11 << 7 | 0b11 << 11;
@@ -83,6 +83,27 @@ fn packets_go_both_ways_over_a_socket_and_a_child_has_its_own() {
     send(&mut parent, &frame(100, 9));
     assert_eq!((taken(&mut childs_program), taken(&mut program)), (frame(100, 8), frame(100, 9)));
     assert!(!parent.needs_reset() && !child.needs_reset());
+}
+
+/// A pin copies a child's shared pages, and a fork waits for that.
+#[test]
+fn a_packet_pins_no_more_of_a_buffer_than_it_needs() {
+    let ((stream, _program), (childs, mut program)) = (pair(), pair());
+    let store = store();
+    let parent = Driver::take(device(stream), &ram(&store));
+    let mut child = parent.fork(&store, |state, _| {
+        let DeviceState::Net(state) = &state.device else { panic!("{state:?}") };
+        Box::new(SyncDevice::new(Net::new(childs, &options(2), Some(state), true).unwrap()))
+    });
+    let own = |vm: &Driver| vm.ram.stats().unwrap().exclusive;
+    let before = own(&child);
+    // As large as a packet can be, in a buffer of 16 MiB.
+    child.post(RX, &[(0x100_0000, 16 << 20, true)]);
+    give(&mut program, &frame(1000, 1));
+    let (_, len) = child.wait(RX);
+    assert_eq!(child.look(0x100_0000 + HEADER as u64, len as usize - HEADER), frame(1000, 1));
+    // A packet has 17 pages at most; the rings have some more.
+    assert!(own(&child) - before <= 32, "{} pages", own(&child) - before);
 }
 
 /// The socket accepts a packet in part. The packet is sent to its end, and later ones wait.

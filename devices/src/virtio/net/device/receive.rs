@@ -23,7 +23,9 @@ impl Net {
         let room = |posted: &VecDeque<Posted>| posted.iter().map(|chain| total_len(&chain.memory)).sum::<usize>();
         while posted.is_empty() || (merges && room(posted) < MAX_PACKET) {
             let Some(chain) = io.pop(queue)? else { break };
-            match dma::pin(&io.ram, OWNER, &chain.writable, Access::Write) {
+            // A pin unshares its pages, and a fork waits for that: never more than a packet needs.
+            let needed = dma::prefix(&chain.writable, MAX_PACKET);
+            match dma::pin(&io.ram, OWNER, &needed, Access::Write) {
                 Ok(memory) => posted.push_back(Posted { head: chain.head, memory }),
                 Err(error) => {
                     io.undo_pop(queue);
