@@ -26,7 +26,9 @@
 mod emulate;
 mod syscall;
 
+use std::fs;
 use std::path::Path;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use kvm_ioctls::VmFd;
@@ -39,6 +41,8 @@ pub use emulate::{EmulateError, EmulationFailure};
 
 /// Environment variable that overrides detection: `pvm` or `none`.
 pub(crate) const QUIRKS_ENV: &str = "CLADE_QUIRKS";
+/// The directory of the kernel's modules.
+const MODULES: &str = "/sys/module";
 
 /// Why the quirks could not be detected.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -146,7 +150,7 @@ const PVM_VCPU_SLICE: Duration = Duration::from_millis(5);
 impl Quirks {
     /// Detects the quirks, unless [`QUIRKS_ENV`] sets them.
     pub(crate) fn detect() -> Result<Self, QuirkError> {
-        Self::detect_in(std::env::var(QUIRKS_ENV).ok().as_deref(), Path::new("/sys/module"))
+        Self::detect_in(std::env::var(QUIRKS_ENV).ok().as_deref(), Path::new(MODULES))
     }
 
     fn detect_in(override_: Option<&str>, modules: &Path) -> Result<Self, QuirkError> {
@@ -195,7 +199,7 @@ impl Quirks {
     ///
     /// kvm-pvm runs a guest by shadow page tables. They follow the guest's own writes, and not the host's: after a
     /// reset PID 1 of a Linux guest ran with pages of the processes since, and ended by a segmentation fault. The
-    /// removal of any memslot drops them all.
+    /// removal of any memslot drops them all. Other hosts shadow page tables where EPT or NPT is switched off.
     ///
     /// # Errors
     /// When KVM refuses the memslot.
@@ -206,7 +210,8 @@ impl Quirks {
         address: u64,
         host: u64,
     ) -> Result<(), kvm_ioctls::Error> {
-        if self == Self::None {
+        static SHADOWED: LazyLock<bool> = LazyLock::new(|| has_shadow_paging(Path::new(MODULES)));
+        if self == Self::None && !*SHADOWED {
             return Ok(());
         }
         for memory_size in [PAGE_SIZE, 0] {
@@ -260,9 +265,33 @@ impl Quirks {
     }
 }
 
+/// Whether KVM shadows guests' page tables though there is hardware virtualization: its module has no
+/// EPT or NPT, or does not use it.
+fn has_shadow_paging(modules: &Path) -> bool {
+    [("kvm_intel", "ept"), ("kvm_amd", "npt")].iter().any(|(module, parameter)| {
+        let value = fs::read_to_string(modules.join(module).join("parameters").join(parameter));
+        value.is_ok_and(|value| matches!(value.trim(), "N" | "0"))
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn shadow_paging_is_known_by_the_modules_parameter() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(!has_shadow_paging(dir.path()), "neither module");
+        for (module, parameter) in [("kvm_amd", "npt"), ("kvm_intel", "ept")] {
+            let parameters = dir.path().join(module).join("parameters");
+            fs::create_dir_all(&parameters).unwrap();
+            for (value, is_shadowed) in [("Y\n", false), ("1\n", false), ("0\n", true), ("N\n", true)] {
+                fs::write(parameters.join(parameter), value).unwrap();
+                assert_eq!(has_shadow_paging(dir.path()), is_shadowed, "{module} {value}");
+            }
+            fs::remove_dir_all(dir.path().join(module)).unwrap();
+        }
+    }
 
     #[test]
     fn detection_looks_at_modules_and_obeys_the_override() {

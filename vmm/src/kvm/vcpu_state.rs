@@ -25,6 +25,9 @@ use super::requirements::same_tsc;
 use super::template::CpuTemplate;
 use super::vm_state::Clock;
 
+/// The bit of CR3 that has accesses to the top page table written through.
+const CR3_PWT: u64 = 1 << 3;
+
 /// Why a vCPU's state could not be saved or restored.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -354,6 +357,14 @@ impl VcpuState {
         }
         // Before the events: KVM_SET_REGS drops pending exceptions.
         vcpu.set_regs(&self.regs).map_err(call("KVM_SET_REGS"))?;
+        if new.is_none() {
+            // A vCPU that has run has translations of page tables whose pages have other contents now, as after a
+            // reset in place. KVM drops them where a control register changes: the next call changes it back. CR3's
+            // write-through bit is valid in every mode.
+            let mut other = self.sregs;
+            other.cr3 ^= CR3_PWT;
+            vcpu.set_sregs(&other).map_err(call("KVM_SET_SREGS"))?;
+        }
         // Before the local APIC and the MSRs: this call sets EFER and the APIC base. Without the
         // APIC base the local APIC refuses its registers.
         vcpu.set_sregs(&self.sregs).map_err(call("KVM_SET_SREGS"))?;
