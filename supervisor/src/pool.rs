@@ -58,6 +58,25 @@ enum Lack {
 }
 
 impl TemplatePool {
+    /// A pool without workers, which uses the directories `held`.
+    fn new(template: &VmTemplate, saved: Vec<SnapshotDirId>, wanted: usize, held: OverlayUse) -> Self {
+        Self {
+            template: template.clone(),
+            saved,
+            _overlays: held,
+            ready: Vec::new(),
+            wanted,
+            opener: None,
+            wants_opener: false,
+            used: Instant::now(),
+        }
+    }
+
+    /// Ends the workers of pools, which takes time: not under the lock of the state.
+    fn end(pools: Vec<Self>) {
+        drop(Workers(pools.into_iter().flat_map(Self::workers).collect()));
+    }
+
     fn workers(self) -> impl Iterator<Item = Worker> {
         self.ready.into_iter().chain(self.opener)
     }
@@ -164,20 +183,11 @@ impl PoolShared {
         Ok(worker)
     }
 
-    /// Makes a pool without workers. None if there is no place for their disks' writes.
-    fn template_pool(&self, template: &VmTemplate, saved: Vec<SnapshotDirId>, wanted: usize) -> Option<TemplatePool> {
+    /// Holds the directories for the writes of disks of VMs of `template`. None if there is no place for
+    /// them. Not under the lock of the state: the directories may be on any file system.
+    fn hold(&self, template: &VmTemplate) -> Option<OverlayUse> {
         let held = self.overlays.hold(&template.written());
-        let held = held.inspect_err(|error| tracing::warn!(%error, "no workers are prepared")).ok()?;
-        Some(TemplatePool {
-            template: template.clone(),
-            saved,
-            _overlays: held,
-            ready: Vec::new(),
-            wanted,
-            opener: None,
-            wants_opener: false,
-            used: Instant::now(),
-        })
+        held.inspect_err(|error| tracing::warn!(%error, "no workers are prepared")).ok()
     }
 
     /// Waits until a worker is lacking, and makes a few. Returns whether to go on.
@@ -190,9 +200,8 @@ impl PoolShared {
                 }
                 let idle = state.templates.extract_if(.., |pool| pool.used.elapsed() > IDLE).collect::<Vec<_>>();
                 if !idle.is_empty() {
-                    // Not under the lock: workers take time to end.
                     drop(state);
-                    drop(Workers(idle.into_iter().flat_map(TemplatePool::workers).collect()));
+                    TemplatePool::end(idle);
                     return true;
                 }
                 let short = state.templates.iter().find_map(|pool| Some((pool, pool.lacks()?)));
@@ -223,20 +232,24 @@ impl PoolShared {
     }
 
     fn put(&self, template: &VmTemplate, saved: &[SnapshotDirId], workers: Vec<Worker>) {
+        let mut held = self.hold(template);
+        let mut surplus = Vec::new();
         let mut state = self.state();
-        if state.is_closed {
-            drop(state);
-            drop(workers);
-            return;
-        }
+        let is_closed = state.is_closed;
         let is_theirs = |pool: &&mut TemplatePool| pool.template == *template && pool.saved == saved;
-        match state.templates.iter_mut().find(is_theirs) {
-            Some(pool) => pool.ready.extend(workers),
-            None => {
-                let pool = self.template_pool(template, saved.to_vec(), workers.len());
-                state.templates.extend(pool.map(|pool| TemplatePool { ready: workers, ..pool }));
-            }
+        if is_closed {
+            surplus = workers;
+        } else if let Some(pool) = state.templates.iter_mut().find(is_theirs) {
+            pool.ready.extend(workers);
+        } else if let Some(held) = held.take() {
+            let pool = TemplatePool::new(template, saved.to_vec(), workers.len(), held);
+            state.templates.push(TemplatePool { ready: workers, ..pool });
+        } else {
+            surplus = workers;
         }
+        // Not under the lock: workers take time to end.
+        drop(state);
+        drop(surplus);
     }
 
     fn put_opener(&self, template: &VmTemplate, saved: &[SnapshotDirId], worker: Worker) {
@@ -287,7 +300,7 @@ impl Pool {
     /// request is over.
     pub(super) fn take(&self, template: &VmTemplate, count: usize) -> (Vec<Worker>, LaunchInProgress) {
         // Not under the lock: the directories may be on any file system.
-        let (saved, mut old) = (saved_now(template), Vec::new());
+        let (saved, held, mut old) = (saved_now(template), self.0.hold(template), Vec::new());
         let mut state = self.0.state();
         state.busy += 1;
         state.busy_since.get_or_insert_with(Instant::now);
@@ -302,13 +315,12 @@ impl Pool {
                 pool.ready.split_off(left)
             }
             None => {
-                let pool = self.0.template_pool(template, saved, wanted);
-                state.templates.extend(pool);
+                state.templates.extend(held.map(|held| TemplatePool::new(template, saved, wanted, held)));
                 Vec::new()
             }
         };
         drop(state);
-        drop(Workers(old.into_iter().flat_map(TemplatePool::workers).collect()));
+        TemplatePool::end(old);
         (taken, LaunchInProgress(Arc::clone(&self.0)))
     }
 
@@ -318,7 +330,7 @@ impl Pool {
         if self.0.most == 0 {
             return None;
         }
-        let (saved, mut old) = (saved_now(template), Vec::new());
+        let (saved, held, mut old) = (saved_now(template), self.0.hold(template), Vec::new());
         let mut state = self.0.state();
         let taken = match state.pool(template, &saved, &mut old) {
             Some(pool) => {
@@ -326,13 +338,13 @@ impl Pool {
                 pool.opener.take()
             }
             None => {
-                let pool = self.0.template_pool(template, saved, 0);
+                let pool = held.map(|held| TemplatePool::new(template, saved, 0, held));
                 state.templates.extend(pool.map(|pool| TemplatePool { wants_opener: true, ..pool }));
                 None
             }
         };
         drop(state);
-        drop(Workers(old.into_iter().flat_map(TemplatePool::workers).collect()));
+        TemplatePool::end(old);
         taken
     }
 
@@ -363,7 +375,7 @@ impl Pool {
                     pool.ready.len()
                 })
             };
-            drop(Workers(old.into_iter().flat_map(TemplatePool::workers).collect()));
+            TemplatePool::end(old);
             if ready >= count || made >= count {
                 return Ok(ready);
             }
@@ -385,7 +397,7 @@ impl Pool {
         let templates = std::mem::take(&mut state.templates);
         drop(state);
         self.0.changed.notify_all();
-        drop(Workers(templates.into_iter().flat_map(TemplatePool::workers).collect()));
+        TemplatePool::end(templates);
     }
 }
 
