@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::path::{Component, Path, PathBuf};
 
 use clade_memory::{DontFork, PAGE_SHIFT, RamImage};
+use serde::{Deserialize, Serialize};
 
 use crate::chain::{MAX_DEPTH, Snapshot, read_manifest};
 use crate::content::PageContent;
@@ -73,7 +74,7 @@ pub struct Save<'a> {
 }
 
 /// The result of a save.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Saved {
     /// The new snapshot's identity. The caller replaces its last base by the image just saved only
     /// **after** it has this.

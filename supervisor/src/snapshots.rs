@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use clade_devices::virtio::net::Link;
 use clade_memory::PageRange;
-use clade_snapshot::{KnownDir, SnapshotId, record_working_set};
+use clade_snapshot::{KnownDir, Saved, SnapshotId, record_working_set};
 
 use super::checkpoint::Checkpoint;
 use super::vm_record::VmRecord;
@@ -22,7 +22,7 @@ use clade_api::{
 };
 use clade_vmm::vm::SavedVm;
 use clade_worker::jail::{Grants, Role};
-use clade_worker::{SavedFiles, VmTemplate, WriteSnapshotRequest, written_beside};
+use clade_worker::{VmTemplate, WriteSnapshotRequest, written_beside};
 
 /// A VM that was saved.
 #[derive(Debug)]
@@ -170,7 +170,7 @@ impl Supervisor {
         base: Option<&Checkpoint>,
         image: &Checkpoint,
         watch: impl Fn(Option<(u64, u64)>) -> bool,
-    ) -> Result<SavedFiles, DaemonError> {
+    ) -> Result<Saved, DaemonError> {
         let VmTemplate { config, overlays, saved, .. } = &image.vm_record().template;
         let Grants { read: images, mut dirs, .. } = Grants::of_child(config, overlays, saved);
         dirs.extend(read);

@@ -65,6 +65,7 @@ use crate::ahead::AheadRequest;
 use clade_api::secrets::Secrets;
 use clade_api::{DaemonError, DetachedInfo, ErasedInfo, IdentityInfo, Labels, ProblemKind};
 use clade_memory::GuestRam;
+use clade_snapshot::Saved;
 use clade_vmm::boot::BootImage;
 use clade_vmm::vm::{EndpointParts, Vm, VmConfig};
 
@@ -76,7 +77,7 @@ pub use pace::Pace;
 pub use parent_death::PARENT_DEATH_EXIT;
 pub(crate) use process::WorkerProcess;
 pub use process::{BeforeTheyRun, DetachedParts, Worker, has_ended};
-pub use save::{SavedFiles, WriteSnapshotRequest, written_beside};
+pub use save::{WriteSnapshotRequest, written_beside};
 pub use serve::{Served, serve};
 pub use template::VmTemplate;
 pub use workers::Workers;
@@ -193,7 +194,7 @@ pub(crate) enum WorkerAnswer {
         done: u64,
         total: u64,
     },
-    Saved(Box<SavedFiles>),
+    Saved(Box<Saved>),
     /// The image of a snapshot follows.
     Opened,
     /// The image with its copies follows.

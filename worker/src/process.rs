@@ -6,6 +6,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use clade_host_io::seqpacket;
+use clade_snapshot::Saved;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{Shutdown, shutdown};
@@ -13,7 +14,7 @@ use rustix::process::{Signal, pidfd_send_signal};
 
 use super::detach::unpacked;
 use super::{
-    ConfineRequest, DetachRequest, Inherited, ReadSnapshotRequest, ReportedVm, SavedFiles, WorkerAnswer, WorkerRequest,
+    ConfineRequest, DetachRequest, Inherited, ReadSnapshotRequest, ReportedVm, WorkerAnswer, WorkerRequest,
     WriteSnapshotRequest, failed, receive, send,
 };
 use clade_api::{DaemonError, DetachedInfo};
@@ -254,7 +255,7 @@ impl Worker {
     ///
     /// # Errors
     /// When the worker refuses, or has ended.
-    pub fn saved(&self, watch: impl Fn(Option<(u64, u64)>) -> bool) -> Result<SavedFiles, DaemonError> {
+    pub fn saved(&self, watch: impl Fn(Option<(u64, u64)>) -> bool) -> Result<Saved, DaemonError> {
         let mut stopped: Option<Instant> = None;
         loop {
             if stopped.is_some_and(|at| at.elapsed() > END_TIMEOUT) {

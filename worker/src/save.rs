@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use clade_snapshot::{Compression, SaveProgress, SnapshotId};
+use clade_snapshot::{Compression, SaveProgress, Saved, SnapshotId};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 
@@ -49,29 +49,8 @@ pub struct WriteSnapshotRequest {
     pub is_closed: bool,
 }
 
-/// A snapshot that was written.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct SavedFiles {
-    /// Its id.
-    pub id: SnapshotId,
-    /// Pages written.
-    pub data_pages: u64,
-    /// Zero pages, which are not written.
-    pub zero_pages: u64,
-    /// Bytes written.
-    pub data_bytes: u64,
-    /// Whether the base could not be marked as one that a snapshot depends on.
-    pub base_untold: bool,
-    /// Whether the base is on another file system.
-    pub base_elsewhere: bool,
-}
-
 /// Writes a snapshot of the images received over `socket`.
-pub(super) fn save(
-    context: &Context,
-    socket: &OwnedFd,
-    request: &WriteSnapshotRequest,
-) -> Result<SavedFiles, DaemonError> {
+pub(super) fn save(context: &Context, socket: &OwnedFd, request: &WriteSnapshotRequest) -> Result<Saved, DaemonError> {
     let failed = |source| DaemonError::Worker { source };
     // A layer in both images must be one here, or all of it would count as changed.
     let mut shared = SharedFiles::default();
@@ -114,15 +93,7 @@ pub(super) fn save(
     };
     let watch = SaveProgress { progress: &tell, cancel: &cancel };
     let of = base.as_ref().map(|(place, image)| (place, &**image));
-    let (place, saved) = image.save(&request.dir, of, options, &watch)?;
-    Ok(SavedFiles {
-        id: place.id,
-        data_pages: saved.data_pages,
-        zero_pages: saved.zero_pages,
-        data_bytes: saved.data_bytes,
-        base_untold: saved.base_untold,
-        base_elsewhere: saved.base_elsewhere,
-    })
+    image.save(&request.dir, of, options, &watch).map(|(_, saved)| saved).map_err(Into::into)
 }
 
 /// Returns whether the other side has sent a byte, or gone.
