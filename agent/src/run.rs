@@ -8,6 +8,7 @@ use std::process::{ExitCode, ExitStatus};
 use std::sync::Arc;
 use std::time::Duration;
 
+use clade_agent_proto::Entrypoint;
 use rustix::fs::{Mode, OFlags};
 use rustix::process::Pid;
 use tokio::runtime::Builder;
@@ -24,7 +25,7 @@ use crate::options::{Options, UsageError};
 use crate::process::output::end_event;
 use crate::program::{Program, SpawnEnv};
 use crate::shutdown::{GRACE, end_guest};
-use crate::system::{Entrypoint, prepare, raise_file_limit};
+use crate::system::{prepare, raise_file_limit};
 use crate::users;
 
 /// Threads for files. A file system that does not answer may block each of them.

@@ -1,24 +1,21 @@
 //! The steps of PID 1 before anything else.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
+use clade_agent_proto::{ENTRYPOINT_PATH, Entrypoint};
 use rustix::fs::Mode;
 use rustix::mount::{MountFlags, mount, mount_move};
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socket_with};
 use rustix::process::{Resource, Rlimit, setrlimit, umask};
-use serde::Deserialize;
 
 use crate::log::log;
 use crate::modules;
 use crate::network;
 use crate::program::first_file_limit;
 
-/// The file of the entrypoint, if the kernel's command line lacks one.
-const ENTRYPOINT: &str = "/etc/clade/entrypoint.json";
 /// The first mount point of the root of `clade.root=`.
 const NEW_ROOT: &str = "/newroot";
 /// The agent's limit of descriptors: some for each process and each connection.
@@ -56,26 +53,6 @@ const LINKS: [(&str, &str); 5] = [
     ("/proc/self/fd/2", "/dev/stderr"),
     ("pts/ptmx", "/dev/ptmx"),
 ];
-
-/// A program that runs beside the agent.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Entrypoint {
-    /// The program and its arguments.
-    pub args: Vec<String>,
-    /// Its variables.
-    pub env: BTreeMap<String, String>,
-    /// Its directory.
-    pub cwd: Option<String>,
-    /// Its user, and a group behind a colon. Default: root.
-    pub user: Option<String>,
-    /// The number of the signal that ends it in order. Default: SIGTERM.
-    pub stop_signal: Option<i32>,
-    /// Whether other programs that the agent starts have its variables and its directory too.
-    pub share_env: bool,
-    /// Whether the guest ends with it.
-    pub power_off: bool,
-}
 
 fn warn<E: std::fmt::Display>(what: &str, done: Result<(), E>) {
     if let Err(error) = done {
@@ -242,7 +219,7 @@ pub fn prepare() -> Option<Entrypoint> {
     let has_modules = modules::load(&words);
     warn("the loopback interface", bring_up_loopback());
     // The entrypoint of the initramfs, before its files become unreachable.
-    let file = fs::read_to_string(ENTRYPOINT).ok();
+    let file = fs::read_to_string(ENTRYPOINT_PATH).ok();
     let root = words.iter().find_map(|word| word.strip_prefix("clade.root="));
     if let Some(device) = root.filter(|_| has_modules) {
         modules::wait_for(device);
@@ -261,7 +238,7 @@ pub fn prepare() -> Option<Entrypoint> {
     }
     network::set_up(&words, root.is_some());
     entrypoint(&words, file.as_deref()).unwrap_or_else(|error| {
-        log!("{ENTRYPOINT}: {error}");
+        log!("{ENTRYPOINT_PATH}: {error}");
         None
     })
 }

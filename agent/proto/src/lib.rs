@@ -8,6 +8,7 @@
 
 pub mod api;
 pub mod code;
+mod entrypoint;
 pub mod envelope;
 pub mod filesystem;
 pub mod forward;
@@ -15,6 +16,7 @@ pub mod json;
 pub mod process;
 
 pub use code::{Code, RpcError};
+pub use entrypoint::{ENTRYPOINT_PATH, Entrypoint};
 pub use envelope::{Envelope, EnvelopeError, Envelopes};
 pub use json::{Base64, decode, encode};
 

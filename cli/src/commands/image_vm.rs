@@ -1,18 +1,17 @@
 //! `clade run --image`: the disk of an image, an initramfs with the agent, and the image's program.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use clade_agent_client::proto::{ENTRYPOINT_PATH, Entrypoint};
 use clade_api::{check_name, runtime_dir};
 use clade_block::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
 use clade_devices::virtio::vsock::VsockOptions;
 use clade_oci::{Image, ImageStore, RunConfig};
 use clade_vmm::vm::DiskSpec;
-use serde::Serialize;
 use tempfile::NamedTempFile;
 
 use crate::commands::args::{ProgramFlags, RunArgs};
@@ -50,41 +49,25 @@ pub(super) struct ImageVm {
     pub(super) vsock: VsockOptions,
 }
 
-/// The agent's program to run: `/etc/clade/entrypoint.json` of the initramfs.
-#[derive(Debug, PartialEq, Eq, Serialize)]
-struct Entrypoint {
-    args: Vec<String>,
-    env: BTreeMap<String, String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    cwd: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    user: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    stop_signal: Option<i32>,
-    share_env: bool,
-    power_off: bool,
-}
-
-impl Entrypoint {
-    fn new(config: &RunConfig, command: &[String], flags: &ProgramFlags) -> Self {
-        let given = |text: &String| Some(text.clone()).filter(|text| !text.is_empty());
-        // The image's arguments are those of its own entrypoint.
-        let (entrypoint, own) = match &flags.entrypoint {
-            Some(entrypoint) => (given(entrypoint).into_iter().collect(), &[][..]),
-            None => (config.entrypoint.clone(), &config.cmd[..]),
-        };
-        let cmd = if command.is_empty() { own } else { command };
-        let variables = config.env.iter().filter_map(|variable| variable.split_once('='));
-        let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
-        Self {
-            args: entrypoint.iter().chain(cmd).cloned().collect(),
-            env: variables.chain(flags.env.iter().cloned()).collect(),
-            cwd: flags.workdir.clone().or_else(|| given(&config.working_dir)),
-            user: flags.user.clone().or_else(|| given(&config.user)),
-            stop_signal: signal_of(&config.stop_signal),
-            share_env: true,
-            power_off: true,
-        }
+/// The agent's program to run.
+fn entrypoint_of(config: &RunConfig, command: &[String], flags: &ProgramFlags) -> Entrypoint {
+    let given = |text: &String| Some(text.clone()).filter(|text| !text.is_empty());
+    // The image's arguments are those of its own entrypoint.
+    let (entrypoint, own) = match &flags.entrypoint {
+        Some(entrypoint) => (given(entrypoint).into_iter().collect(), &[][..]),
+        None => (config.entrypoint.clone(), &config.cmd[..]),
+    };
+    let cmd = if command.is_empty() { own } else { command };
+    let variables = config.env.iter().filter_map(|variable| variable.split_once('='));
+    let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    Entrypoint {
+        args: entrypoint.iter().chain(cmd).cloned().collect(),
+        env: variables.chain(flags.env.iter().cloned()).collect(),
+        cwd: flags.workdir.clone().or_else(|| given(&config.working_dir)),
+        user: flags.user.clone().or_else(|| given(&config.user)),
+        stop_signal: signal_of(&config.stop_signal),
+        share_env: true,
+        power_off: true,
     }
 }
 
@@ -135,13 +118,13 @@ impl ImageVm {
         let tools = Tools::find(args)?;
         let store = open_store()?;
         let image = fetch(&store, image, &args.pull)?;
-        let entrypoint = Entrypoint::new(&image.config, &args.command, &args.program);
+        let entrypoint = entrypoint_of(&image.config, &args.command, &args.program);
         Self::of(args, &tools, &store.disk(&image.digest), &entrypoint)
     }
 
     /// The same for a VM whose agent starts no program.
     pub(super) fn idle(args: &RunArgs, tools: &Tools, (store, image): (&ImageStore, &Image)) -> Result<Self, Failure> {
-        let own = Entrypoint::new(&image.config, &[], &args.program);
+        let own = entrypoint_of(&image.config, &[], &args.program);
         // Programs of a build name their directory, and sandboxes of a template have the template's.
         let entrypoint = Entrypoint { args: Vec::new(), cwd: None, power_off: false, ..own };
         Self::of(args, tools, &store.disk(&image.digest), &entrypoint)
@@ -215,7 +198,7 @@ fn initramfs(dir: &Path, agent: &Path, entrypoint: &Entrypoint, modules: &[Modul
         cpio.add(name, 0o040_755, (0, 0), b"");
     }
     cpio.add("dev/console", 0o020_600, (5, 1), b"");
-    cpio.add("etc/clade/entrypoint.json", 0o100_600, (0, 0), &serde_json::to_vec(entrypoint)?);
+    cpio.add(ENTRYPOINT_PATH.trim_start_matches('/'), 0o100_600, (0, 0), &serde_json::to_vec(entrypoint)?);
     cpio.add("init", 0o100_755, (0, 0), &program);
     for dir in ["lib", "lib/clade", "lib/clade/modules"].iter().filter(|_| !modules.is_empty()) {
         cpio.add(dir, 0o040_755, (0, 0), b"");
@@ -230,6 +213,8 @@ fn initramfs(dir: &Path, agent: &Path, entrypoint: &Entrypoint, modules: &[Modul
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use std::process::{Command, Stdio};
 
     use super::*;
@@ -246,7 +231,7 @@ mod tests {
             stop_signal: "SIGQUIT".into(),
         };
         let none = ProgramFlags::default();
-        let own = Entrypoint::new(&config, &[], &none);
+        let own = entrypoint_of(&config, &[], &none);
         assert_eq!((own.args, own.cwd, own.user), (texts(&["/bin/entry", "a"]), Some("/srv".into()), None));
         assert_eq!((own.env, own.stop_signal), (BTreeMap::from([("A".into(), "b=c".into())]), Some(3)));
         for (text, number) in
@@ -254,7 +239,7 @@ mod tests {
         {
             assert_eq!(signal_of(text), number, "{text}");
         }
-        assert_eq!(Entrypoint::new(&config, &texts(&["b", "c"]), &none).args, texts(&["/bin/entry", "b", "c"]));
+        assert_eq!(entrypoint_of(&config, &texts(&["b", "c"]), &none).args, texts(&["/bin/entry", "b", "c"]));
     }
 
     #[test]
@@ -274,17 +259,17 @@ mod tests {
             workdir: Some("/tmp".into()),
             entrypoint: Some("/bin/sh".into()),
         };
-        let own = Entrypoint::new(&config, &["-c".into()], &flags);
+        let own = entrypoint_of(&config, &["-c".into()], &flags);
         assert_eq!(
             (own.args, own.cwd, own.user),
             (vec!["/bin/sh".into(), "-c".into()], flags.workdir.clone(), flags.user.clone())
         );
         let env = [("A", "3"), ("B", "2"), ("C", "")].map(|(name, value)| (name.to_owned(), value.to_owned()));
         assert_eq!(own.env, BTreeMap::from(env));
-        assert_eq!(Entrypoint::new(&config, &[], &flags).args, ["/bin/sh"], "cmd is the image's own entrypoint's");
+        assert_eq!(entrypoint_of(&config, &[], &flags).args, ["/bin/sh"], "cmd is the image's own entrypoint's");
         let flags = ProgramFlags { entrypoint: Some(String::new()), ..ProgramFlags::default() };
         let words = ["x", "", "y"].map(str::to_owned);
-        assert_eq!(Entrypoint::new(&config, &words, &flags).args, words, "no entrypoint");
+        assert_eq!(entrypoint_of(&config, &words, &flags).args, words, "no entrypoint");
     }
 
     #[test]
@@ -292,7 +277,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let agent = dir.path().join("agent");
         fs::write(&agent, "a program").unwrap();
-        let entrypoint = Entrypoint::new(&RunConfig::default(), &[], &ProgramFlags::default());
+        let entrypoint = entrypoint_of(&RunConfig::default(), &[], &ProgramFlags::default());
         let module = |name: &str| Module { name: name.to_owned(), content: name.as_bytes().to_vec() };
         let modules = [module("virtio"), module("virtio_ring")];
         let file = initramfs(dir.path(), &agent, &entrypoint, &modules).unwrap();
