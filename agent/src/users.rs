@@ -29,6 +29,9 @@ fn read(path: &str) -> String {
     String::from_utf8_lossy(&text.unwrap_or_default()).into_owned()
 }
 
+/// To the kernel's calls this number of a user or group is none: a program would keep the agent's, which is root.
+const UNCHANGED: u32 = u32::MAX;
+
 /// The user `name`, or of the number `name`, if there is one. `root` always exists, and so does every number: as
 /// with docker it has the group of root if it is not listed.
 pub(crate) fn find(name: &str) -> Option<User> {
@@ -47,7 +50,7 @@ fn with_group_in(text: &str, passwd: &str, group: &str) -> Option<User> {
         let mut fields = line.split(':');
         (fields.next() == Some(wanted)).then(|| fields.nth(1)?.parse().ok()).flatten()
     });
-    let gid = listed.or_else(|| wanted.parse().ok())?;
+    let gid = listed.or_else(|| wanted.parse().ok()).filter(|gid| *gid != UNCHANGED)?;
     Some(User { gid, groups: vec![gid], ..user })
 }
 
@@ -67,11 +70,13 @@ fn find_in(name: &str, passwd: &str, group: &str) -> Option<User> {
     };
     // A name may consist of digits.
     let named = listed(&|known, _| known == name).or_else(|| listed(&|_, uid| Some(uid) == number));
-    let (name, uid, gid, home) = named.or_else(unlisted)?;
+    let (name, uid, gid, home) =
+        named.or_else(unlisted).filter(|(_, uid, gid, _)| ![*uid, *gid].contains(&UNCHANGED))?;
     let mut groups = vec![gid];
     for line in group.lines() {
         let [_, _, other, members] = line.split(':').collect::<Vec<_>>()[..] else { continue };
         if let Ok(other) = other.parse()
+            && other != UNCHANGED
             && !groups.contains(&other)
             && members.split(',').any(|member| member == name)
         {
@@ -151,5 +156,17 @@ mod tests {
         let digits = "1:x:5:6::/:/bin/sh\nann:x:1:8::/home/ann:/bin/sh\n";
         assert_eq!(find_in("1", digits, "").unwrap().uid, 5, "a name");
         assert_eq!(find_in("-1", "", ""), None);
+    }
+
+    /// With -1 the kernel leaves a number as it is, which is root's.
+    #[test]
+    fn the_number_that_changes_nothing_is_no_user_and_no_group() {
+        let none = u32::MAX.to_string();
+        let (passwd, group) =
+            (format!("odd:x:{none}:1::/:\nodder:x:1:{none}::/:\nann:x:7:8::/:"), format!("odd:x:{none}:ann"));
+        for name in [&none, "odd", "odder", &format!("{none}:7"), &format!("7:{none}"), "ann:odd"] {
+            assert_eq!(with_group_in(name, &passwd, &group), None, "{name}");
+        }
+        assert_eq!(find_in("ann", &passwd, &group).unwrap().groups, [8]);
     }
 }
