@@ -94,6 +94,21 @@ def test_events_are_read_from_their_lines():
     assert (event.id, event.kind, event.data) == ("7", "vm.forked", {"parent": "a"})
 
 
+def test_events_with_a_guests_text_are_whole():
+    text = "x\u2028y\u2029z\u0085"
+    stream = f'id: a-1\nevent: vm.ended\ndata: {{"reason": "{text}"}}\n\nevent: lost\r\ndata: {{}}\r\n\r\n'
+    answer = httpx.MockTransport(lambda request: httpx.Response(200, content=stream.encode()))
+
+    async def awaited():
+        transport = AsyncTransport("http://daemon", transport=answer)
+        return [line async for line in transport.lines("/v1/events")]
+
+    for lines in (Transport("http://daemon", transport=answer).lines("/v1/events"), asyncio.run(awaited())):
+        ended, lost = events(iter(lines))
+        assert (ended.id, ended.data) == ("a-1", {"reason": text})
+        assert (lost.id, lost.kind) == ("a-1", "lost"), "an event without an id has the last one"
+
+
 @pytest.fixture(params=["plain", "awaited"])
 def agent_at(request):
     """Agents behind a socket, of both kinds, with the same methods."""

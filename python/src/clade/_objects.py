@@ -39,14 +39,17 @@ class EventLines:
 
     def __init__(self) -> None:
         self._fields: dict[str, str] = {}
+        self._id = ""
 
     def take(self, line: str) -> Event | None:
         """The event that ends with the line, if one does."""
         fields = self._fields
         if line == "":
             self._fields = {}
+            # An event without an id has that of the one before.
+            self._id = fields.get("id", self._id)
             if "data" in fields:
-                return Event(fields.get("id", ""), fields.get("event", "message"), json.loads(fields["data"]))
+                return Event(self._id, fields.get("event", "message"), json.loads(fields["data"]))
         elif not line.startswith(":"):
             name, _, value = line.partition(":")
             value = value.removeprefix(" ")

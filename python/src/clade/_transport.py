@@ -102,13 +102,27 @@ class Transport:
             with self._client.stream("GET", path, **asked, timeout=httpx.Timeout(None, connect=10.0)) as answer:
                 if answer.status_code != 200:
                     raise _refusal(answer.status_code, answer.read())
-                yield from answer.iter_lines()
+                lines = _Lines()
+                for text in answer.iter_text():
+                    yield from lines.take(text)
         except httpx.ConnectError as error:
             raise NotRunningError(self._where, str(error)) from error
 
     def close(self) -> None:
         """Closes the connections."""
         self._client.close()
+
+
+class _Lines:
+    """Lines of a stream of events, which end with a line feed alone: texts of guests may have other separators."""
+
+    def __init__(self) -> None:
+        self._rest = ""
+
+    def take(self, text: str) -> list[str]:
+        """The lines that end in this text."""
+        *lines, self._rest = (self._rest + text).split("\n")
+        return [line.removesuffix("\r") for line in lines]
 
 
 class AsyncTransport:
@@ -154,8 +168,10 @@ class AsyncTransport:
             async with self._client.stream("GET", path, **asked, timeout=httpx.Timeout(None, connect=10.0)) as answer:
                 if answer.status_code != 200:
                     raise _refusal(answer.status_code, await answer.aread())
-                async for line in answer.aiter_lines():
-                    yield line
+                lines = _Lines()
+                async for text in answer.aiter_text():
+                    for line in lines.take(text):
+                        yield line
         except httpx.ConnectError as error:
             raise NotRunningError(self._where, str(error)) from error
 

@@ -96,7 +96,10 @@ impl Notices {
         let value = |name: &str| text.lines().rev().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
         inner.notice.is_ready |= value("READY") == Some("1");
         if let Some(status) = value("EXIT_STATUS").and_then(|status| status.trim().parse().ok()) {
-            let text = value("STATUS").unwrap_or_default().chars().filter(|c| !c.is_control());
+            let text = value("STATUS")
+                .unwrap_or_default()
+                .chars()
+                .filter(|c| !c.is_control() && !matches!(c, '\u{2028}' | '\u{2029}'));
             let text = text.scan(0, |len, c| {
                 Some(c).filter(|c| {
                     *len += c.len_utf8();
@@ -130,7 +133,8 @@ mod tests {
         };
         let (before, after) = send(1, &["X=1\nREA", "DY=1\n"]);
         assert_eq!((before.is_ready, after.is_ready, after.exit), (false, true, None));
-        let (_, after) = send(1, &["READY=0\nEXIT_STATUS=", "139\nSTATUS=first\nSTATUS=ki\x1b[1mlled\tby SIGSEGV"]);
+        let (_, after) =
+            send(1, &["READY=0\nEXIT_STATUS=", "139\nSTATUS=first\nSTATUS=ki\x1b[1ml\u{2028}led\tby SIGSEGV"]);
         assert!(after.is_ready, "a notice adds to the earlier ones");
         assert_eq!(after.exit, Some(GuestExit { status: 139, text: "ki[1mlledby SIGSEGV".to_owned() }));
         for bad in ["EXIT_STATUS=256", "EXIT_STATUS=", "EXIT_STATUS=x", "exit_status=1", "EXIT_STATUS"] {
