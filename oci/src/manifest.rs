@@ -121,7 +121,8 @@ impl Platform {
         self.os == "linux" && self.architecture == "amd64"
     }
     fn shown(&self) -> String {
-        format!("{}/{}", self.os, self.architecture)
+        // Both are the registry's.
+        format!("{}/{}", self.os.escape_debug(), self.architecture.escape_debug())
     }
 }
 
@@ -338,5 +339,16 @@ impl ImageManifest {
             return Err(LimitError::Bytes(limits.bytes).into());
         }
         self.layers.iter().try_for_each(|layer| packing(layer).map(drop))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_registrys_platform_is_shown_without_control_characters() {
+        let platform = Platform { architecture: "\u{7}amd64".to_owned(), os: "\u{1b}]52;c;aGk=".to_owned() };
+        assert_eq!(platform.shown(), r"\u{1b}]52;c;aGk=/\u{7}amd64");
     }
 }
