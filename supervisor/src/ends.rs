@@ -275,21 +275,13 @@ impl Inner {
                 continue;
             }
             // Not under the lock: clearing up takes time.
-            let (worker, flight) = match self.processes.of(&claim.name) {
-                Some((pid, vm)) => (Some(pid), vm.flight()),
-                None => (None, Vec::new()),
-            };
-            if let Some(pid) = worker.filter(|pid| self.processes.is_there(*pid)) {
-                // Its process waits until it may merge the writes since a fork into its disks. Or
-                // it is compromised and does not end.
-                self.processes.give_back(pid);
-                self.clear_up(claim, WorkerExit { pid, signal: None, code: None }, true, flight);
-                continue;
-            }
-            // The same of an earlier supervisor's VM: nobody else would end it.
-            if worker.is_none()
-                && let Some((pid, vm)) = record.as_ref().and_then(|record| record.own_vm(&claim.name))
-            {
+            let own = self.processes.of(&claim.name);
+            let worker = own.as_ref().map(|(pid, _)| *pid);
+            let flight = own.as_ref().map_or_else(Vec::new, |(_, vm)| vm.flight());
+            // Its process waits until it may merge the writes since a fork into its disks. Or it is
+            // compromised and does not end: also one that an earlier supervisor has started.
+            let living = own.filter(|(pid, _)| self.processes.is_there(*pid));
+            if let Some((pid, vm)) = living.or_else(|| record.as_ref()?.own_vm(&claim.name)) {
                 self.processes.leaves(pid, vm);
                 self.clear_up(claim, WorkerExit { pid, signal: None, code: None }, true, flight);
                 continue;

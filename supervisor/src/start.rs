@@ -24,7 +24,7 @@ use crate::net_hook::NetHook;
 use crate::overlays::OverlayDirs;
 use crate::pool::Pool;
 use crate::priority::Priority;
-use crate::processes::Processes;
+use crate::processes::{ProcessId, Processes};
 use crate::ready_limiter::ReadyLimiter;
 use crate::reidentify::told_at_a_time;
 use crate::request_limiter::{ForwardLimiter, ImageRequestLimiter, NetworkChanges};
@@ -115,15 +115,19 @@ impl Supervisor {
         let overlays = OverlayDirs::default();
         let broker = Broker::start().map_err(failed)?;
         // VMs of an earlier supervisor.
-        let (mut found, mut guests) = (Vec::new(), Vec::new());
+        let mut found = Vec::new();
         for (name, vm_record) in &earlier {
             overlays.found(&vm_record.overlays);
             found.extend(vm_record.process.map(|process| (name.clone(), process)));
-            if let Some(vsock) = &vm_record.identity.vsock {
-                guests.push((name.clone(), broker.connect(vsock.socket.clone()).map_err(failed)?));
-            }
         }
-        let late = give_brokers(dir.path(), guests, BROKER_TIMEOUT, Some(Instant::now() + BROKERS_TIMEOUT));
+        // One after another: each guest needs two descriptors, and most processes take theirs at once.
+        let guests = earlier.iter().filter_map(|(name, vm_record)| {
+            let device = broker.connect(vm_record.identity.vsock.as_ref()?.socket.clone());
+            let device =
+                device.inspect_err(|error| tracing::warn!(%error, name, "a guest is not connected to the host"));
+            Some(EarlierGuest { name: name.clone(), process: vm_record.process, device: device.ok()? })
+        });
+        let late = give_brokers(&dir, guests, BROKER_TIMEOUT, Some(Instant::now() + BROKERS_TIMEOUT));
         let (kept, found_kept) = kept_in(kept.as_deref());
         let supervisor = Self(Arc::new(Inner {
             priority: Priority::default(),
@@ -175,7 +179,7 @@ impl Supervisor {
             .spawn(move || ends::watch(&exits, &weak))
             .map_err(failed)?;
         if !late.is_empty() {
-            let dir = supervisor.0.dir.path().to_owned();
+            let dir = supervisor.0.dir.clone();
             let give = move || drop(give_brokers(&dir, late, LATE_BROKER_TIMEOUT, None));
             thread::Builder::new().name("clade-late".to_owned()).spawn(give).map_err(failed)?;
         }
@@ -189,25 +193,36 @@ impl Supervisor {
     }
 }
 
+/// The guest of an earlier supervisor's VM, and its device's end of a socket to the broker.
+struct EarlierGuest {
+    name: String,
+    process: Option<ProcessId>,
+    device: OwnedFd,
+}
+
 /// Has the processes of VMs connect their guests by this supervisor, with a time limit for each, and
 /// one for all. Returns those that have taken no request in time.
 fn give_brokers(
-    dir: &Path,
-    guests: Vec<(String, OwnedFd)>,
+    dir: &RuntimeDir,
+    guests: impl IntoIterator<Item = EarlierGuest>,
     limit: Duration,
     until: Option<Instant>,
-) -> Vec<(String, OwnedFd)> {
+) -> Vec<EarlierGuest> {
     let mut late = Vec::new();
-    for (name, device) in guests {
+    for guest in guests {
         if until.is_some_and(|until| Instant::now() >= until) {
-            late.push((name, device));
+            late.push(guest);
             continue;
         }
-        match give_broker(dir, &name, device.as_fd(), limit) {
+        // Another VM may have the name by now, and its guest reaches other listeners.
+        if VmRecord::found(dir, &guest.name).is_none_or(|vm_record| vm_record.process != guest.process) {
+            continue;
+        }
+        match give_broker(dir.path(), &guest.name, guest.device.as_fd(), limit) {
             Ok(()) => {}
-            Err(DaemonError::Refused { kind: ProblemKind::VmSilent, .. }) => late.push((name, device)),
+            Err(DaemonError::Refused { kind: ProblemKind::VmSilent, .. }) => late.push(guest),
             // The VM has most likely died.
-            Err(error) => tracing::debug!(%error, name, "a guest is not connected to the host"),
+            Err(error) => tracing::debug!(%error, name = guest.name, "a guest is not connected to the host"),
         }
     }
     late
@@ -217,31 +232,43 @@ fn give_brokers(
 mod tests {
     use clade_api::image_path;
     use clade_host_io::seqpacket;
+    use rustix::fs::{OFlags, fcntl_setfl};
+    use rustix::io::Errno;
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with};
 
     use super::*;
+    use crate::vm_record::tests::record_with;
 
     #[test]
     fn a_process_that_takes_no_request_delays_neither_the_start_nor_the_others() {
-        let dir = tempfile::tempdir().unwrap();
+        let scratch = tempfile::tempdir().unwrap();
+        let dir = RuntimeDir::create(scratch.path()).unwrap();
         let listener = |name: &str, backlog: i32| {
+            record_with(None).replace(&dir, name).unwrap();
             let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
             bind(&socket, &SocketAddrUnix::new(image_path(dir.path(), name)).unwrap()).unwrap();
             listen(&socket, backlog).unwrap();
             socket
         };
-        let (full, good) = (listener("full", 0), listener("good", 8));
+        let [full, good, other] =
+            [("full", 0), ("good", 8), ("other", 8)].map(|(name, backlog)| listener(name, backlog));
+        // Another VM has the name by now.
+        let new = VmRecord { process: ProcessId::of(std::process::id()), ..record_with(None) };
+        new.replace(&dir, "other").unwrap();
         let device = || seqpacket::pair().unwrap().0;
         // Fills the queue of the process that accepts nothing.
         give_broker(dir.path(), "full", device().as_fd(), BROKER_TIMEOUT).unwrap();
-        let guests = || ["full", "gone", "good"].map(|name| (name.to_owned(), device())).into();
-        let names = |late: Vec<(String, OwnedFd)>| late.into_iter().map(|(name, _)| name).collect::<Vec<_>>();
-        let late = give_brokers(dir.path(), guests(), BROKER_TIMEOUT, Some(Instant::now()));
-        assert_eq!(names(late), ["full", "gone", "good"], "the time for all is over");
-        let late = give_brokers(dir.path(), guests(), BROKER_TIMEOUT, None);
+        let guest = |name: &str| EarlierGuest { name: name.to_owned(), process: None, device: device() };
+        let guests = || ["full", "gone", "other", "good"].map(guest);
+        let names = |late: Vec<EarlierGuest>| late.into_iter().map(|guest| guest.name).collect::<Vec<_>>();
+        let late = give_brokers(&dir, guests(), BROKER_TIMEOUT, Some(Instant::now()));
+        assert_eq!(names(late), ["full", "gone", "other", "good"], "the time for all is over");
+        let late = give_brokers(&dir, guests(), BROKER_TIMEOUT, None);
         assert_eq!(names(late), ["full"]);
         let client = accept_with(&good, SocketFlags::CLOEXEC).unwrap();
         assert_eq!(seqpacket::receive(&client, 1).unwrap().files.len(), 1);
+        fcntl_setfl(&other, OFlags::NONBLOCK).unwrap();
+        assert_eq!(accept_with(&other, SocketFlags::CLOEXEC).unwrap_err(), Errno::AGAIN, "no other VM's broker");
         drop(full);
     }
 }
