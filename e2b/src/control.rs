@@ -156,7 +156,7 @@ async fn authorize(State(gateway): GatewayState, mut request: Request, next: Nex
     };
     request.extensions_mut().insert(key.scope);
     request.extensions_mut().insert(KeyOwner(owner.clone()));
-    let answered = gateway.0.call_turns.run(&owner, &call, next.run(request)).await;
+    let answered = gateway.0.call_permits.run(&owner, &call, next.run(request)).await;
     answered.map(|body| holding(body, (call, admitted)))
 }
 

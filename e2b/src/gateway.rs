@@ -16,7 +16,7 @@ use subtle::ConstantTimeEq;
 use thiserror::Error;
 use tokio::sync::Mutex as AsyncMutex;
 
-use crate::call_turns::CallTurns;
+use crate::call_permits::CallPermits;
 use crate::connection_limits::ConnectionLimits;
 use crate::error::{Answer, GatewayError};
 use crate::idempotency::Replays;
@@ -97,7 +97,7 @@ pub(crate) struct Inner {
     pub(crate) answering: Duration,
     /// Calls in progress.
     pub(crate) calls: Arc<ConnectionLimits>,
-    pub(crate) call_turns: CallTurns,
+    pub(crate) call_permits: CallPermits,
     pub(crate) changes: Arc<Changes>,
     pub(crate) replays: Replays,
     pub(crate) making: MakingLimits,
@@ -152,7 +152,7 @@ impl GatewayFiles {
             connection_limits: Arc::default(),
             answering: PROGRAM_ANSWERING,
             calls: Arc::default(),
-            call_turns: CallTurns::default(),
+            call_permits: CallPermits::default(),
             changes: Arc::default(),
             replays: Replays::default(),
             making: MakingLimits::default(),

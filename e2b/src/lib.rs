@@ -12,7 +12,7 @@
 #![deny(missing_docs)]
 
 mod built;
-mod call_turns;
+mod call_permits;
 mod change_client;
 mod connection_limits;
 mod control;

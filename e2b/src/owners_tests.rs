@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::call_turns::MAX_TURNS;
+use crate::call_permits::MAX_PERMITS;
 use crate::connection_limits::MAX_CALLS;
 use crate::listen::accept_at_most;
 use crate::quotas::Quotas;
@@ -241,9 +241,9 @@ async fn an_owner_whose_calls_hang_has_so_many_and_no_more() {
         calls.spawn(tower::ServiceExt::oneshot(fake.router.clone(), request));
     }
     let asked = || fake.world.supervisor_state().log.iter().filter(|what| *what == "GET checkpoints").count();
-    until("as many as have their turn", || asked() == MAX_TURNS).await;
+    until("as many as have permits", || asked() == MAX_PERMITS).await;
     until("the others to wait", || fake.gateway.0.calls.calls_of("one") == MAX_CALLS).await;
-    assert_eq!(asked(), MAX_TURNS);
+    assert_eq!(asked(), MAX_PERMITS);
     let (status, refused) = fake.call(&one, "GET", "/v2/sandboxes", Value::Null).await;
     assert_eq!(status, 429, "{refused}");
     assert_eq!(fake.call(&two, "GET", "/v2/sandboxes", Value::Null).await.0, 200);
@@ -256,11 +256,11 @@ async fn an_owner_whose_calls_hang_has_so_many_and_no_more() {
 
 /// A pause writes a VM's memory to a disk. It goes on without its client.
 #[tokio::test]
-async fn changes_whose_clients_have_gone_keep_their_turns() {
+async fn changes_whose_clients_have_gone_keep_their_permits() {
     let fake = Fake::new();
     let (one, two) = (fake.key("one"), fake.key("two"));
     let mut sandboxes = Vec::new();
-    for _ in 0..MAX_TURNS + 8 {
+    for _ in 0..MAX_PERMITS + 8 {
         sandboxes.push(fake.sandbox(&one, json!({})).await);
     }
     let other = fake.sandbox(&two, json!({})).await;
@@ -270,16 +270,16 @@ async fn changes_whose_clients_have_gone_keep_their_turns() {
         let request = Fake::ask(&one, "POST", &format!("/sandboxes/{id}/pause"), &json!({}));
         tokio::spawn(tower::ServiceExt::oneshot(fake.router.clone(), request))
     };
-    let begun: Vec<_> = sandboxes[..MAX_TURNS].iter().map(pause).collect();
-    until("as many as have their turn", || pauses() == MAX_TURNS).await;
+    let begun: Vec<_> = sandboxes[..MAX_PERMITS].iter().map(pause).collect();
+    until("as many as have permits", || pauses() == MAX_PERMITS).await;
     for call in begun {
         call.abort();
         drop(call.await);
     }
-    let waiting: Vec<_> = sandboxes[MAX_TURNS..].iter().map(pause).collect();
-    until("the others to wait", || fake.gateway.0.calls.calls_of("one") == MAX_TURNS + 8).await;
+    let waiting: Vec<_> = sandboxes[MAX_PERMITS..].iter().map(pause).collect();
+    until("the others to wait", || fake.gateway.0.calls.calls_of("one") == MAX_PERMITS + 8).await;
     assert_eq!(fake.call(&two, "DELETE", &format!("/sandboxes/{other}"), Value::Null).await.0, 204);
-    assert_eq!(pauses(), MAX_TURNS, "their changes have not ended");
+    assert_eq!(pauses(), MAX_PERMITS, "their changes have not ended");
     fake.world.release();
     for call in waiting {
         assert_eq!(call.await.unwrap().unwrap().status(), 204);

@@ -2,7 +2,7 @@
 
 use std::future::Future;
 
-use crate::call_turns::CallTurns;
+use crate::call_permits::CallPermits;
 use crate::change_client::ChangeClient;
 use crate::error::{Answer, GatewayError};
 use crate::gateway::Gateway;
@@ -26,9 +26,9 @@ impl Gateway {
         let (_there, client) = ChangeClient::new();
         let (in_progress, change) = (self.0.changes.begin(), change(self.clone(), client));
         // Also if the client goes: otherwise an owner's changes could take all of the supervisor's slots.
-        let turn = CallTurns::current();
+        let permit = CallPermits::current();
         let change = async move {
-            let _held = (in_progress, turn);
+            let _held = (in_progress, permit);
             change.await
         };
         tokio::spawn(change).await.unwrap_or_else(|error| Err(GatewayError::internal(error.to_string())))
