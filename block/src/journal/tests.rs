@@ -112,15 +112,20 @@ fn what_was_flushed_after_a_fork_is_there_when_the_process_is_not() {
 /// An overlay that an image contains keeps its name when the record goes: a file can be named only once.
 #[test]
 fn a_flush_after_a_rewind_and_another_is_durable() {
-    let bench = Bench::new();
-    let mut disk = bench.open();
-    let one = disk.fork();
-    write(&mut disk, 0, &[2; 4096]);
-    flush(&mut disk);
-    let two = disk.fork();
-    assert!(disk.rewind(&one));
-    flush(&mut disk);
-    assert_eq!(bench.names(), ["overlay.0"], "the image has everything");
+    // A disk that was put back to the first of two images, and flushed.
+    let put_back = || {
+        let bench = Bench::new();
+        let mut disk = bench.open();
+        let one = disk.fork();
+        write(&mut disk, 0, &[2; 4096]);
+        flush(&mut disk);
+        let two = disk.fork();
+        assert!(disk.rewind(&one));
+        flush(&mut disk);
+        assert_eq!(bench.names(), ["overlay.0"], "the image has everything");
+        (bench, disk, one, two)
+    };
+    let (bench, mut disk, one, two) = put_back();
     assert!(disk.rewind(&two));
     write(&mut disk, 4096, &[3; 4096]);
     flush(&mut disk);
@@ -130,14 +135,7 @@ fn a_flush_after_a_rewind_and_another_is_durable() {
     assert!(read(&mut disk, 0, 8192) == [[2; 4096], [3; 4096]].concat());
 
     // The name goes when no image contains the overlay any more.
-    let bench = Bench::new();
-    let mut disk = bench.open();
-    let one = disk.fork();
-    write(&mut disk, 0, &[2; 4096]);
-    flush(&mut disk);
-    let two = disk.fork();
-    assert!(disk.rewind(&one));
-    flush(&mut disk);
+    let (bench, mut disk, one, two) = put_back();
     drop(two);
     flush(&mut disk);
     assert!(!bench.journal.exists());
