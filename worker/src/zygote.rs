@@ -261,8 +261,8 @@ pub struct Zygote {
     restarts: AtomicU64,
 }
 
-/// The variables of the supervisor that zygotes and workers have: those that they read, and places of files and programs.
-/// A guest that breaks into its VM's process reads all that the process has.
+/// The variables of the supervisor that zygotes and workers have: those that they read, and places of files and
+/// programs. A guest that breaks into its VM's process reads all that the process has.
 const INHERITED: &[&str] = &[
     "CLADE_BENCH_WORKER",
     "CLADE_LOG",

@@ -99,8 +99,8 @@ struct Wake(UffdioRange);
 /// The argument of an ioctl.
 ///
 /// # Safety
-/// The ioctl `NUMBER` reads and writes a `Self`, and nothing beyond it but memory that the argument describes. Such memory
-/// is within a [`Reservation`], into which there are no Rust references, or is only read by the kernel.
+/// The ioctl `NUMBER` reads and writes a `Self`, and nothing beyond it but memory that the argument describes. Such
+/// memory is within a [`Reservation`], into which there are no Rust references, or is only read by the kernel.
 unsafe trait UffdRequest {
     const NUMBER: libc::c_ulong;
 }

@@ -109,8 +109,8 @@ impl Reservation {
         if unsafe { self.has_words(page, words) } {
             return false;
         }
-        // SAFETY: both are a page long. `page` is within the reservation (checked by `has_words`), mapped and writable, and
-        // nothing else uses it; the page at `from` is readable, and not of this reservation (both the caller's).
+        // SAFETY: both are a page long. `page` is within the reservation (checked by `has_words`), mapped and writable,
+        // and nothing else uses it; the page at `from` is readable, and not of this reservation (both the caller's).
         unsafe { self.addr(page).cast::<u64>().copy_from_nonoverlapping(from, WORDS) };
         trace!(Owned { at: self.at(), range: PageRange::with_len(page, 1) });
         true
