@@ -223,8 +223,13 @@ impl Processes {
     /// Notes that `vm` has given its name back, also if an earlier supervisor has started it. Another VM
     /// may have the name by now.
     pub(super) fn leaves(&self, pid: u32, vm: OwnVm) {
-        if vm.is_there() {
-            self.all().entry(pid).or_insert(vm).given_back.get_or_insert_with(Instant::now);
+        let mut all = self.all();
+        let now = Instant::now();
+        match all.get_mut(&pid) {
+            // Also if it has ended: the report of its end must not take the name again.
+            Some(known) => _ = known.given_back.get_or_insert(now),
+            None if vm.is_there() => _ = all.insert(pid, OwnVm { given_back: Some(now), ..vm }),
+            None => {}
         }
     }
 
@@ -398,6 +403,11 @@ mod tests {
         let process = processes.all()[&pid].process.clone();
         assert!(has_ended(&process, KILL_TIMEOUT) && processes.is_there(another.id().pid()));
         assert!(earlier().is_none(), "it has ended");
+        // One of this supervisor's that has ended, and whose end is not reported yet.
+        let (pid, vm) = processes.of("web").unwrap();
+        assert!(kill(&vm.process));
+        processes.leaves(pid, vm);
+        assert!(processes.of("web").is_none() && processes.gave_back(pid));
     }
 
     #[test]
