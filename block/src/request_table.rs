@@ -84,7 +84,7 @@ impl RequestTable {
     pub(super) fn new() -> Result<Self, DiskError> {
         Ok(Self {
             engine: None,
-            event: Engine::<usize>::eventfd().map_err(DiskError::Event)?,
+            event: clade_host_io::eventfd().map_err(DiskError::Event)?,
             jobs: Vec::new(),
             free: Vec::new(),
             waiting: VecDeque::new(),

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use vm_superio::Trigger;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 /// An interrupt line. Clones raise the same one.
 #[derive(Clone, Debug)]
@@ -16,7 +16,7 @@ impl Irq {
     /// # Errors
     /// When no eventfd can be made.
     pub fn new() -> io::Result<Self> {
-        EventFd::new(EFD_NONBLOCK).map(Arc::new).map(Self)
+        clade_host_io::eventfd().map(Arc::new).map(Self)
     }
 
     /// The eventfd, to connect to an interrupt controller.

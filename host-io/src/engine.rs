@@ -21,7 +21,7 @@ use io_uring::register::Restriction;
 use io_uring::types::{CancelBuilder, SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode, squeue};
 use thiserror::Error;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::buffer::Fragment;
 use crate::op::{Op, OpError, Request, Step, Way};
@@ -172,14 +172,6 @@ impl<T> Engine<T> {
             prepared().push((depth, ring));
         }
         Ok(())
-    }
-
-    /// An eventfd of the kind that [`Engine::new`] takes.
-    ///
-    /// # Errors
-    /// When no eventfd can be made.
-    pub fn eventfd() -> io::Result<EventFd> {
-        EventFd::new(EFD_NONBLOCK)
     }
 
     /// Delays every operation submitted from now on, as a slow disk would, for tests. The operation

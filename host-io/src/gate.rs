@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 /// Holds the operations submitted during its lifetime on files in a directory, until it is opened
 /// or dropped. Cancellation works on them as on all others.
@@ -28,7 +28,7 @@ impl Gate {
     /// # Errors
     /// When no eventfd can be made.
     pub fn close(dir: &Path) -> io::Result<Self> {
-        let event = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let event = Arc::new(crate::eventfd()?);
         gates().push((dir.to_owned(), Arc::clone(&event)));
         Ok(Self { dir: dir.to_owned(), event })
     }

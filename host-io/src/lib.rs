@@ -14,6 +14,7 @@
 //! | files by their directory's descriptor | `at.rs` |
 //! | reused files | `overlay_pool.rs` |
 //! | submitting, continuing, reaping | `engine.rs` |
+//! | eventfds for this process alone | `eventfd.rs` |
 //! | backends of network devices | `net_backend.rs`, `tap.rs`, `packet_stream.rs` |
 //! | taking interfaces up and down | [`link`] |
 //! | messages with descriptors to other processes | [`seqpacket`] |
@@ -27,6 +28,7 @@
 mod at;
 mod buffer;
 mod engine;
+mod eventfd;
 mod file;
 #[cfg(feature = "gate")]
 mod gate;
@@ -46,6 +48,7 @@ pub mod thread;
 pub use at::UnnamedCopy;
 pub use buffer::{AlignedBuf, BufferError, Fragment, total_len, window};
 pub use engine::{Completion, Engine, EngineError, Stats};
+pub use eventfd::eventfd;
 pub use file::{FileError, IoFile, OpenError};
 #[cfg(feature = "gate")]
 pub use gate::Gate;

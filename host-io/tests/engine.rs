@@ -42,7 +42,7 @@ fn file(dir: &Path, policy: CachePolicy) -> Arc<IoFile> {
 }
 
 fn engine() -> Engine<u32> {
-    Engine::new(8, Engine::<u32>::eventfd().unwrap()).unwrap()
+    Engine::new(8, clade_host_io::eventfd().unwrap()).unwrap()
 }
 
 /// Waits for `count` completions.

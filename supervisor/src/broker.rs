@@ -12,7 +12,7 @@ use std::thread;
 use clade_devices::virtio::vsock::answer_broker;
 use clade_host_io::seqpacket;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 /// Requests handled together.
 const BATCH: usize = 64;
@@ -120,7 +120,7 @@ impl Broker {
     /// # Errors
     /// When no thread or descriptor is left.
     pub(super) fn start() -> io::Result<Self> {
-        let ordered = EventFd::new(EFD_NONBLOCK)?;
+        let ordered = clade_host_io::eventfd()?;
         let shared = Arc::new(BrokerShared { orders: Mutex::default(), ordered });
         let mut events = EventManager::new_with_capacity(BATCH).map_err(io::Error::other)?;
         let guests = BrokeredGuests { shared: Arc::clone(&shared), by_fd: HashMap::new(), has_ended: false };

@@ -331,7 +331,7 @@ fn a_disk_that_others_have_used_is_committed_as_soon_as_none_is_counted() {
 /// Each generation continues from the previous one, which has gone. The layers held for its
 /// ancestors do not add up.
 #[test]
-fn generations_in_processes_of_their_own_hold_as_much_as_the_first() {
+fn generations_in_processes_of_their_own_hold_as_much_as_the_second() {
     let Some(turn) = Turn::take() else { return };
     let context = turn.context(Backing::Huge);
     let leases = Leases::default();
@@ -353,7 +353,8 @@ fn generations_in_processes_of_their_own_hold_as_much_as_the_first() {
         held_by.push(held(&next));
         last = next;
     }
-    assert!(held_by.iter().all(|held| *held <= held_by[0]), "descriptors by generation: {held_by:?}");
+    // The first one's disk has no overlay: its parent wrote into the disk itself.
+    assert!(held_by[2..].iter().all(|held| *held <= held_by[1]), "descriptors by generation: {held_by:?}");
     last.end();
     expect_unused(&leases);
 }

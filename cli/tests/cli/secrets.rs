@@ -1,7 +1,7 @@
 //! Secrets that a VM was made with, and children that are made without them.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use memchr::memmem;
@@ -202,6 +202,21 @@ fn records_of_vms_have_a_digest_of_their_secrets() {
 
 /// A program that starts a supervisor may have secrets in variables, and open files: guests may break into their VMs'
 /// processes.
+const NONE: [String; 0] = [];
+
+/// Returns the files of a process that a program which it starts would have, too.
+fn inherited_by_programs(pid: u32) -> Vec<String> {
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().map(|entry| entry.unwrap().path());
+    let number = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().parse::<u32>().unwrap();
+    let files = open.filter(|path| number(path) > 2).filter_map(|path| {
+        let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", number(&path))).ok()?;
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
+        let is_closed = u32::from_str_radix(flags.trim(), 8).unwrap() & OFlags::CLOEXEC.bits() != 0;
+        (!is_closed).then(|| format!("{}: {}", path.display(), fs::read_link(&path).unwrap_or_default().display()))
+    });
+    files.collect()
+}
+
 #[test]
 fn vms_processes_have_no_variables_and_no_files_of_whoever_started_the_supervisor() {
     if !kvm() {
@@ -217,7 +232,9 @@ fn vms_processes_have_no_variables_and_no_files_of_whoever_started_the_superviso
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     all.runtime.adopt(command.spawn().unwrap());
     all.await_socket();
-    all.boot("web", &[]);
+    let disk = all.runtime.dir().join("disk.img");
+    fs::File::create(&disk).unwrap().set_len(1 << 20).unwrap();
+    all.boot("web", &["--disk", disk.to_str().unwrap()]);
     all.fork(&["web"]);
     let has = |pid: u32| {
         let environ = fs::read(format!("/proc/{pid}/environ")).unwrap();
@@ -228,15 +245,14 @@ fn vms_processes_have_no_variables_and_no_files_of_whoever_started_the_superviso
     let supervisor = all.info("pid") as u32;
     assert_eq!(has(supervisor), [true, true], "of whoever started it");
     // Nor has passt, which the supervisor starts, or a hook.
-    let flags = fs::read_to_string(format!("/proc/{supervisor}/fdinfo/9")).unwrap();
-    let flags = flags.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
-    assert_ne!(u32::from_str_radix(flags.trim(), 8).unwrap() & OFlags::CLOEXEC.bits(), 0, "{flags}");
+    assert_eq!(inherited_by_programs(supervisor), NONE, "of whoever started it, and its own");
     let others: Vec<u32> = all.runtime.clades().into_iter().filter(|pid| *pid != supervisor).collect();
     assert!(others.len() >= 3 && others.contains(&all.pid_of("web")), "a zygote and two VMs at least: {others:?}");
     for pid in others {
         assert_eq!(has(pid), [false, false], "process {pid}");
+        assert_eq!(inherited_by_programs(pid), NONE, "process {pid}");
     }
-    fs::remove_file(file).unwrap();
+    fs::remove_file(file).and_then(|()| fs::remove_file(disk)).unwrap();
     all.end();
 }
 

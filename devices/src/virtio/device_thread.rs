@@ -21,7 +21,7 @@ use std::time::Instant;
 
 use clade_host_io::thread::serves_guest;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 /// Bytes of a worker's stack; workers need little.
 const STACK: usize = 256 << 10;
@@ -127,7 +127,7 @@ impl<S: Service> DeviceThread<S> {
         sources: &[(RawFd, u32)],
         held: bool,
     ) -> Result<Self, Box<(io::Error, Option<S>)>> {
-        let control = match EventFd::new(EFD_NONBLOCK) {
+        let control = match clade_host_io::eventfd() {
             Ok(control) => control,
             Err(error) => return Err(Box::new((error, Some(service)))),
         };
@@ -423,7 +423,7 @@ mod tests {
     }
 
     fn worker(held: bool) -> (DeviceThread<Counter>, EventFd, Receiver<Wake>) {
-        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let event = clade_host_io::eventfd().unwrap();
         let (told, heard) = channel();
         let ours = event.try_clone().unwrap();
         let fd = event.as_raw_fd();

@@ -50,7 +50,7 @@ use std::time::Duration;
 use clade_memory::GuestRam;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::irq::Irq;
 
@@ -260,7 +260,7 @@ impl EventFds {
     /// # Errors
     /// When no eventfd can be made.
     pub fn new(queues: usize) -> io::Result<Self> {
-        let notify = (0..queues).map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new)).collect::<io::Result<_>>()?;
+        let notify = (0..queues).map(|_| clade_host_io::eventfd().map(Arc::new)).collect::<io::Result<_>>()?;
         Ok(Self { irq: Arc::new(Irq::new()?), notify })
     }
 }

@@ -354,7 +354,6 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
     use clade_memory::{RamLayout, Store};
-    use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     use super::*;
 
@@ -372,7 +371,7 @@ mod tests {
             used: 0x3000,
             ..QueueState::new(SIZE)
         };
-        let event = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        let event = Arc::new(clade_host_io::eventfd().unwrap());
         for n in 0..u64::from(SIZE) {
             ram.memory().write_obj(0x8000 + n * 0x100, GuestAddress(0x1000 + 16 * n)).unwrap();
             ram.memory().write_obj(0x100u32, GuestAddress(0x1000 + 16 * n + 8)).unwrap();

@@ -12,7 +12,6 @@ use clade_memory::{GuestRam, RamLayout, Store};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::driver::{
     File, INDIRECT, INDIRECT_DESC, Machine, NEEDS_RESET, NEXT, OK, RAM, RINGS, SIZE, SOON, WRITE, descriptor, ram,
@@ -345,7 +344,7 @@ fn queue(ram: &GuestRam, size: u16) -> Virtqueue {
         used: RINGS + 0x8000,
         ..QueueState::new(size)
     };
-    let event = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+    let event = Arc::new(clade_host_io::eventfd().unwrap());
     Virtqueue::new(0, &state, INDIRECT_DESC, ram, &event).unwrap()
 }
 

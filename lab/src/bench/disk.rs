@@ -154,7 +154,7 @@ impl Host {
         if file.policy() != CachePolicy::Direct {
             tracing::warn!("the file system lacks O_DIRECT: both sides measure the page cache");
         }
-        let event = Engine::<usize>::eventfd().map_err(Failure::run)?;
+        let event = clade_host_io::eventfd().map_err(Failure::run)?;
         let engine = Engine::new(DEPTH as u32, event).map_err(Failure::run)?;
         let most = KINDS.iter().map(|kind| kind.block * disk::SECTOR).max().unwrap_or(0) as usize;
         let memory = GuestRam::reserve(&RamLayout::new(DEPTH * most as u64).map_err(Failure::run)?, store);

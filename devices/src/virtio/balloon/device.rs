@@ -7,7 +7,7 @@ use clade_memory::{GuestRam, PAGE_SHIFT, PageRange};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{GuestAddress, GuestMemoryRegion};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::state::BalloonState;
 use crate::virtio::sync_device::{ConfigSpace, DeviceOps, FatalError, OWN, QueueCtx};
@@ -107,7 +107,7 @@ impl Balloon {
         let config = ConfigSpace::new(vec![0; CONFIG_LEN]);
         config.write(NUM_PAGES, &state.target.to_le_bytes());
         config.write(ACTUAL, &state.actual.to_le_bytes());
-        let bell = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let bell = Arc::new(clade_host_io::eventfd()?);
         let known = BalloonStats::default();
         Ok(Self { config, stats_chain: state.stats_chain, asked: false, bell, known })
     }

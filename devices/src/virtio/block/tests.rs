@@ -13,7 +13,6 @@ use clade_memory::{GuestRam, Quiesced, RamImage, RamLayout, Store};
 use clade_test_support::{Patience, Watchdog};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SEG_MAX};
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::service::{BATCH, BlockService};
 use super::{Block, BlockOptions, BlockState, InFlight, SEG_MAX};
@@ -91,7 +90,7 @@ fn rings(queue: u16) -> u64 {
 fn activation(ram: &GuestRam, features: u64, states: &[Option<QueueState>]) -> (Activation, Arc<Interrupt>) {
     let interrupt = Arc::new(Interrupt::new(&Arc::new(Irq::new().unwrap()), InterruptState::default()));
     let queues = (0..).zip(states).map(|(index, state)| {
-        let event = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+        let event = Arc::new(clade_host_io::eventfd().unwrap());
         state.map(|state| Virtqueue::new(index, &state, features, ram, &event).unwrap())
     });
     let with = Activation {

@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::state::ConsoleState;
 use crate::console::Console;
@@ -58,7 +58,7 @@ impl ConsoleDevice {
     /// # Errors
     /// When no eventfd can be made.
     pub fn new(output: Console) -> io::Result<Self> {
-        let typist = Typist(Arc::new((Mutex::default(), EventFd::new(EFD_NONBLOCK)?)));
+        let typist = Typist(Arc::new((Mutex::default(), clade_host_io::eventfd()?)));
         // Columns, rows, ports and emergency write are not offered.
         Ok(Self { config: ConfigSpace::new(vec![0; 12]), output, typist })
     }
