@@ -1,12 +1,14 @@
 """The client without a daemon: what it sends, and what it makes of answers."""
 
 import asyncio
+import contextlib
 import inspect
 import json
 import re
 import socket
 import struct
 import threading
+import time
 
 import httpx
 import pytest
@@ -196,6 +198,100 @@ def test_an_agent_that_answers_otherwise_is_an_error(tmp_path, answer, code, age
         agent.exec(["x"])
     thread.join(10)
     assert caught.value.code == code
+
+
+def shell(tmp_path, start, refused, kind):
+    """A guest whose program is `start`, a function of the connection of its output. It takes no input before that
+    function has set an event."""
+    path = tmp_path / "vm.vsock"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    may_read, called = threading.Event(), []
+
+    def serve(connection):
+        # A client that has what it wants closes its connections.
+        with connection, contextlib.suppress(ConnectionError):
+            connection.recv(100)
+            connection.sendall(b"OK 1024\n")
+            asked = b""
+            while b"\r\n\r\n" not in asked:
+                asked += connection.recv(65536)
+            head, _, body = asked.partition(b"\r\n\r\n")
+            while len(body) < int(re.search(rb"Content-Length: (\d+)", head)[1]):
+                body += connection.recv(65536)
+            called.append(re.search(rb"Process/(\w+)", head)[1].decode())
+            if called[-1] == "Start":
+                connection.sendall(stream((0, b'{"event":{"start":{"pid":7}}}')))
+                return start(connection, may_read)
+            may_read.wait(60)
+            status, text = (400, json.dumps({"code": refused}).encode()) if refused else (200, b"{}")
+            connection.sendall(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%s" % (status, len(text), text))
+
+    def accept():
+        while True:
+            threading.Thread(target=serve, args=[listener.accept()[0]], daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    return kind(str(path)), called
+
+
+def message(said):
+    return struct.pack(">BI", 0, len(said)) + said
+
+
+DATA = message(b'{"event":{"data":{"stdout":"%s"}}}' % (b"aGkh" * 25_000))
+ENDED = message(b'{"event":{"end":{"exitCode":0,"status":"exit status 0"}}}')
+
+
+def test_a_program_may_write_all_it_has_before_it_reads(tmp_path, agent_at, monkeypatch):
+    monkeypatch.setattr("clade._agent.SILENCE", 5.0)
+
+    def start(connection, may_read):
+        for _ in range(100):
+            connection.sendall(DATA)
+        may_read.set()
+        while "CloseStdin" not in called:
+            time.sleep(0.01)
+        connection.sendall(ENDED)
+
+    agent, called = shell(tmp_path, start, None, agent_at)
+    done = agent.exec(["cat"], input=b"x" * (3 << 20))
+    assert done.exit_code == 0 and done.stdout == b"hi!" * 2_500_000
+    assert called == ["Start", "SendInput", "SendInput", "SendInput", "CloseStdin"]
+
+
+@pytest.mark.parametrize("refused", ["not_found", "failed_precondition"])
+def test_a_program_need_not_read_its_input(tmp_path, agent_at, refused):
+    def start(connection, may_read):
+        may_read.set()
+        while "SendInput" not in called:
+            time.sleep(0.01)
+        # It is refused before the program's end is told.
+        time.sleep(0.2)
+        connection.sendall(ENDED)
+
+    agent, called = shell(tmp_path, start, refused, agent_at)
+    assert agent.exec(["true"], input=b"x").exit_code == 0
+    assert called == ["Start", "SendInput"]
+
+
+def test_a_program_whose_input_fails_is_an_error(tmp_path, agent_at):
+    def start(connection, may_read):
+        may_read.set()
+        while connection.recv(100):
+            pass
+
+    agent, _ = shell(tmp_path, start, "internal", agent_at)
+    with pytest.raises(AgentError) as caught:
+        agent.exec(["cat"], input=b"x")
+    assert caught.value.code == "internal"
+
+
+def test_the_end_of_a_program_that_reads_nothing_is_its_end(tmp_path, agent_at):
+    agent, called = shell(tmp_path, lambda connection, _: connection.sendall(ENDED), None, agent_at)
+    assert agent.exec(["true"], input=b"x" * (3 << 20)).exit_code == 0
+    assert called.count("SendInput") <= 1
 
 
 def test_a_guest_that_refuses_a_connection_is_not_asked_again(tmp_path, agent_at):

@@ -7,8 +7,10 @@ import http.client
 import json
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
@@ -56,9 +58,10 @@ class Output:
 class _Connection(http.client.HTTPConnection):
     """A connection to a port of a guest, behind the VM's socket."""
 
-    def __init__(self, path: str, port: int, timeout: float) -> None:
+    def __init__(self, path: str, port: int, timeout: float | None) -> None:
         super().__init__("agent", timeout=timeout)
         self._path, self._port = path, port
+        self._socket: socket.socket | None = None
 
     def connect(self) -> None:
         deadline = time.monotonic() + PATIENCE
@@ -73,7 +76,7 @@ class _Connection(http.client.HTTPConnection):
                 raise AgentError("unavailable", f"nothing takes a connection on {where}")
 
     def _connected(self) -> bool:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock = self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(CONNECT_TIMEOUT)
         try:
             self.sock.connect(self._path)
@@ -92,6 +95,13 @@ class _Connection(http.client.HTTPConnection):
             return False
         self.sock.settimeout(self.timeout)
         return True
+
+    def cut(self) -> None:
+        """Ends the connection for the thread that waits on it."""
+        # `sock` is None while an answer is read.
+        if self._socket is not None:
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
 
 
 # Requests for files have a status for a code.
@@ -186,6 +196,11 @@ def typed(pid: int, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "process.Process/CloseStdin", {"process": selector}
 
 
+def reads_no_more(refused: AgentError) -> bool:
+    """Whether a program's input is refused because it has ended, or has closed its standard input."""
+    return refused.code in ("not_found", "failed_precondition")
+
+
 def file_path(path: str, user: str) -> str:
     """The path of a file in a request."""
     return f"/files?{urlencode({'path': path, 'username': user})}"
@@ -225,6 +240,36 @@ def _exactly(answer: http.client.HTTPResponse, count: int) -> bytes:
     return got
 
 
+class _Feeder:
+    """Sends a program its input on a thread of its own, because the program may write before it reads."""
+
+    def __init__(self, agent: Agent, pid: int, data: bytes, output: _Connection) -> None:
+        self._agent, self._pid, self._data, self._output = agent, pid, data, output
+        self._has_stopped = False
+        self._connection: _Connection | None = None
+        self.error: AgentError | None = None
+        threading.Thread(target=self._run, name="clade-stdin", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            for method, call in typed(self._pid, self._data):
+                # A program may take any time before it reads. A guest that is gone ends the program's output.
+                self._connection = self._agent._connection(None)
+                if self._has_stopped:
+                    return
+                self._agent._unary(method, call, self._connection)
+        except AgentError as error:
+            if not self._has_stopped and not reads_no_more(error):
+                self.error = error
+                self._output.cut()
+
+    def stop(self) -> None:
+        """Sends no more."""
+        self._has_stopped = True
+        if self._connection is not None:
+            self._connection.cut()
+
+
 class Agent:
     """Runs programs and moves files in one guest."""
 
@@ -232,11 +277,10 @@ class Agent:
         self._path, self._port = path, port
         self._user = user or "root"
 
-    def _connection(self) -> _Connection:
-        return _Connection(self._path, self._port, SILENCE)
+    def _connection(self, timeout: float | None = SILENCE) -> _Connection:
+        return _Connection(self._path, self._port, timeout)
 
-    def _unary(self, method: str, message: Mapping[str, Any]) -> Any:
-        connection = self._connection()
+    def _unary(self, method: str, message: Mapping[str, Any], connection: _Connection) -> Any:
         try:
             headers = {**headers_for(self._user), "Content-Type": "application/json"}
             connection.request("POST", f"/{method}", json.dumps(message), headers)
@@ -250,8 +294,9 @@ class Agent:
         finally:
             connection.close()
 
-    def _stream(self, method: str, message: Mapping[str, Any], timeout: float | None) -> Iterator[Any]:
-        connection = self._connection()
+    def _stream(
+        self, method: str, message: Mapping[str, Any], timeout: float | None, connection: _Connection
+    ) -> Iterator[Any]:
         try:
             connection.request("POST", f"/{method}", enveloped(message), stream_headers(self._user, timeout))
             answer = connection.getresponse()
@@ -278,16 +323,25 @@ class Agent:
     ) -> Iterator[Output | ExecResult]:
         """Runs a program. Gives each piece of its output, and at last how it has ended, without output."""
         start = start_request(args, input is not None, env, cwd)
-        for message in self._stream("process.Process/Start", start, timeout):
-            event = message.get("event", {})
-            if "start" in event and input is not None:
-                for method, call in typed(int(event["start"]["pid"]), input):
-                    self._unary(method, call)
-            for piece in happened(event):
-                yield piece
-                if isinstance(piece, ExecResult):
-                    return
-        raise cut_off()
+        connection = self._connection()
+        feeder = None
+        try:
+            for message in self._stream("process.Process/Start", start, timeout, connection):
+                event = message.get("event", {})
+                if "start" in event and input is not None:
+                    feeder = _Feeder(self, int(event["start"]["pid"]), input, connection)
+                for piece in happened(event):
+                    yield piece
+                    if isinstance(piece, ExecResult):
+                        return
+            raise cut_off()
+        except AgentError as error:
+            if feeder is not None and feeder.error is not None:
+                raise feeder.error from error
+            raise
+        finally:
+            if feeder is not None:
+                feeder.stop()
 
     def exec(
         self,

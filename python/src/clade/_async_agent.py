@@ -20,18 +20,24 @@ MOST_HEAD = 64 << 10
 class _Answer:
     """An answer's status, and its body as it comes."""
 
-    def __init__(self, reader: asyncio.StreamReader) -> None:
-        self._reader = reader
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, silence: float | None
+    ) -> None:
+        self._reader, self._writer, self._silence = reader, writer, silence
         self.status = 0
         self._is_chunked = False
         # Bytes of the body, or of the chunk, that have not come. None: to the connection's end.
         self._left: int | None = None
 
     async def _line(self) -> str:
-        line = await asyncio.wait_for(self._reader.readline(), a.SILENCE)
+        line = await asyncio.wait_for(self._reader.readline(), self._silence)
         if not line.endswith(b"\n"):
             raise AgentError("unavailable", "the guest has cut an answer off")
         return line.decode("latin-1").rstrip("\r\n")
+
+    def cut(self) -> None:
+        """Ends the connection for the task that waits on it."""
+        self._writer.close()
 
     async def head(self) -> None:
         """Reads the head."""
@@ -60,7 +66,7 @@ class _Answer:
         if self._left == 0:
             return b""
         count = most if self._left is None else min(most, self._left)
-        got = await asyncio.wait_for(self._reader.read(count), a.SILENCE)
+        got = await asyncio.wait_for(self._reader.read(count), self._silence)
         if self._left is not None:
             if not got:
                 raise AgentError("unavailable", "the guest has cut an answer off")
@@ -127,7 +133,12 @@ class AsyncAgent:
 
     @asynccontextmanager
     async def _asked(
-        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        headers: Mapping[str, str],
+        silence: float | None = a.SILENCE,
     ) -> AsyncIterator[_Answer]:
         """An answer. Its connection is closed behind it, also where who awaits it is cancelled."""
         reader, writer = await self._connection()
@@ -137,7 +148,7 @@ class AsyncAgent:
             lines += [f"Content-Length: {len(body)}"] if body is not None else []
             writer.write(("\r\n".join(lines) + "\r\n\r\n").encode() + (body or b""))
             await asyncio.wait_for(writer.drain(), a.SILENCE)
-            answer = _Answer(reader)
+            answer = _Answer(reader, writer, silence)
             await answer.head()
             yield answer
         # A line that is too long, and what is no JSON, are values that are wrong.
@@ -146,25 +157,34 @@ class AsyncAgent:
         finally:
             writer.close()
 
-    async def _unary(self, method: str, message: Mapping[str, Any]) -> Any:
+    async def _unary(self, method: str, message: Mapping[str, Any], silence: float | None) -> Any:
         headers = {**a.headers_for(self._user), "Content-Type": "application/json"}
-        async with self._asked("POST", f"/{method}", json.dumps(message).encode(), headers) as answer:
+        async with self._asked("POST", f"/{method}", json.dumps(message).encode(), headers, silence) as answer:
             text = await answer.all()
             if answer.status != 200:
                 raise a.refusal(answer.status, text)
             return json.loads(text)
 
-    async def _stream(self, method: str, message: Mapping[str, Any], timeout: float | None) -> AsyncGenerator[Any, None]:
-        headers = a.stream_headers(self._user, timeout)
-        async with self._asked("POST", f"/{method}", a.enveloped(message), headers) as answer:
-            if answer.status != 200:
-                raise a.refusal(answer.status, await answer.all())
-            while True:
-                flag, length = a.opened(await answer.exactly(5))
-                said = json.loads(await answer.exactly(length))
-                if a.ends(flag, said):
-                    return
-                yield said
+    async def _messages(self, answer: _Answer) -> AsyncIterator[Any]:
+        if answer.status != 200:
+            raise a.refusal(answer.status, await answer.all())
+        while True:
+            flag, length = a.opened(await answer.exactly(5))
+            said = json.loads(await answer.exactly(length))
+            if a.ends(flag, said):
+                return
+            yield said
+
+    async def _feed(self, pid: int, data: bytes, output: _Answer) -> None:
+        """Sends a program its input, beside its output: the program may write before it reads."""
+        try:
+            for method, call in a.typed(pid, data):
+                # A program may take any time before it reads. A guest that is gone ends the program's output.
+                await self._unary(method, call, None)
+        except AgentError as error:
+            if not a.reads_no_more(error):
+                output.cut()
+                raise
 
     async def follow(
         self,
@@ -175,18 +195,28 @@ class AsyncAgent:
         timeout: float | None = None,
     ) -> AsyncGenerator[Output | ExecResult, None]:
         """Runs a program. Gives each piece of its output, and at last how it has ended, without output."""
-        start = a.start_request(args, input is not None, env, cwd)
-        async with aclosing(self._stream("process.Process/Start", start, timeout)) as messages:
-            async for message in messages:
-                event = message.get("event", {})
-                if "start" in event and input is not None:
-                    for method, call in a.typed(int(event["start"]["pid"]), input):
-                        await self._unary(method, call)
-                for piece in a.happened(event):
-                    yield piece
-                    if isinstance(piece, ExecResult):
-                        return
-        raise a.cut_off()
+        start = a.enveloped(a.start_request(args, input is not None, env, cwd))
+        feeding: asyncio.Task[None] | None = None
+        try:
+            headers = a.stream_headers(self._user, timeout)
+            async with self._asked("POST", "/process.Process/Start", start, headers) as answer:
+                async for message in self._messages(answer):
+                    event = message.get("event", {})
+                    if "start" in event and input is not None:
+                        feeding = asyncio.create_task(self._feed(int(event["start"]["pid"]), input, answer))
+                    for piece in a.happened(event):
+                        yield piece
+                        if isinstance(piece, ExecResult):
+                            return
+                raise a.cut_off()
+        except AgentError:
+            if feeding is not None and feeding.done():
+                feeding.result()
+            raise
+        finally:
+            if feeding is not None:
+                feeding.cancel()
+                await asyncio.gather(feeding, return_exceptions=True)
 
     async def exec(
         self,
