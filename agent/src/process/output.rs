@@ -11,7 +11,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use clade_agent_proto::Base64;
 use clade_agent_proto::process::{DataEvent, EndEvent, ProcessEvent, Signal};
-use rustix::io::Errno;
+use rustix::io::{Errno, ioctl_fionread};
 use tokio::sync::oneshot;
 
 use super::Process;
@@ -54,7 +54,18 @@ impl Output {
         chunk
     }
 
-    /// The output that can be read without waiting.
+    /// The output that is there now. What other processes write while it is read is not part of it.
+    fn rest(&mut self) -> impl Iterator<Item = Bytes> {
+        let waiting = self.stream.as_ref().and_then(|stream| ioctl_fionread(stream.get_ref()).ok());
+        let mut left = waiting.map_or(0, |bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
+        std::iter::from_fn(move || {
+            let chunk = if left > 0 { self.read_rest() } else { None };
+            left = left.saturating_sub(chunk.as_ref().map_or(0, Bytes::len));
+            chunk
+        })
+    }
+
+    /// A chunk that can be read without waiting.
     fn read_rest(&mut self) -> Option<Bytes> {
         let chunk = read_now(self.stream.as_ref()?.get_ref()).ok().filter(|chunk| !chunk.is_empty());
         if chunk.is_none() {
@@ -114,11 +125,11 @@ pub(crate) async fn pump(
     let mut is_reaped = false;
     while !is_reaped || first.stream.is_some() || second.stream.is_some() {
         if is_reaped && process.is_signalled() {
-            while let Some(chunk) = first.read_rest() {
-                process.publish(event(first.source, &chunk)).await;
-            }
-            while let Some(chunk) = second.read_rest() {
-                process.publish(event(second.source, &chunk)).await;
+            for output in [&mut first, &mut second] {
+                let source = output.source;
+                for chunk in output.rest() {
+                    process.publish(event(source, &chunk)).await;
+                }
             }
             break;
         }
@@ -147,6 +158,27 @@ pub(crate) async fn pump(
 mod tests {
     use super::*;
     use std::os::unix::process::ExitStatusExt;
+
+    /// A program of another session may write on for ever.
+    #[test]
+    fn the_rest_of_an_output_is_what_was_there() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
+        let _entered = runtime.enter();
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let stream = crate::stream::register(reader, tokio::io::Interest::READABLE).unwrap();
+        let mut output = Output { stream: Some(Arc::new(stream)), source: OutputSource::Stdout };
+        let write = |bytes: &[u8]| assert_eq!(rustix::io::write(&writer, bytes).unwrap(), bytes.len());
+        let first = vec![b'a'; CHUNK + 7];
+        write(&first);
+        let mut read = Vec::new();
+        for chunk in output.rest().take(9) {
+            read.extend_from_slice(&chunk);
+            write(&chunk);
+        }
+        assert!(read.starts_with(&first) && read.len() <= first.len() + CHUNK, "{} bytes", read.len());
+        // At most a chunk of what was written meanwhile. The stream is not at its end.
+        assert!(output.stream.is_some() && output.rest().next().is_some());
+    }
 
     #[test]
     fn ends_are_said_as_envd_says_them() {
