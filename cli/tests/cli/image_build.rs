@@ -181,6 +181,11 @@ fn an_image_is_built_of_the_files_that_its_steps_have_changed() {
     assert_eq!(failed.code, Some(1), "{failed:?}");
     assert!(failed.stderr.contains("line 4: RUN: exit status 7"), "{failed:?}");
     assert!(failed.stderr.contains("seen blue given /bin/sh"), "{failed:?}");
+    let linked = context(&images, "FROM app\nUSER root\nCOPY links/ /\n", &[("links/new", "")]);
+    symlink("work", linked.join("links/opt")).unwrap();
+    let refused = build(&linked, &["-t", "app"]);
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+    assert!(refused.stderr.contains("line 3: COPY: /opt is a directory, which"), "{refused:?}");
     let still = images.clade(&["image", "inspect", "app", "--json"]).json();
     assert_eq!((&still["digest"], images.runtime.names().len()), (&built["digest"], 0));
 }

@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use anyhow::anyhow;
 use clade_agent_client::proto::filesystem::FileType;
 use clade_oci::CopyFiles;
 
@@ -96,6 +97,10 @@ async fn one(
                 copied.made.push(to);
             }
             ContextKind::Link(target) => {
+                if !copied.is_new(&to) && is_directory(guest, &to).await? {
+                    let link = entry.path.display();
+                    return Err(Failure::input(anyhow!("{to} is a directory, which {link}, a link, cannot replace")));
+                }
                 command(guest, &["ln", "-sfn", "--", target, &to]).await?;
                 copied.link(to);
             }
@@ -117,6 +122,12 @@ async fn make_way(guest: &BuildGuest, to: &str, is_direct: bool) -> Result<(), F
     let is_link = there.symlink_target.is_some();
     let is_replaced = if is_link { !is_direct } else { there.kind != FileType::Directory };
     if is_replaced { guest.agent().remove(to).await.map_err(agent_failure) } else { Ok(()) }
+}
+
+/// Whether a directory is there, and no link to one: `ln` would make a link in it.
+async fn is_directory(guest: &BuildGuest, path: &str) -> Result<bool, Failure> {
+    let there = found(guest.agent(), path).await?;
+    Ok(there.is_some_and(|there| there.kind == FileType::Directory && there.symlink_target.is_none()))
 }
 
 /// Runs a program of the guest with the paths behind its own arguments.
