@@ -151,7 +151,7 @@ pub(crate) fn open(reference: &Reference, options: &PullOptions) -> Result<Box<d
 
 /// Names for a message, up to a limit.
 fn listed<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
-    let names: Vec<&str> = names.into_iter().take(10).collect();
+    let names: Vec<String> = names.into_iter().take(10).map(|name| name.escape_debug().to_string()).collect();
     if names.is_empty() { "none with a name".to_owned() } else { names.join(", ").chars().take(400).collect() }
 }
 
