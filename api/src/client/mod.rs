@@ -212,14 +212,7 @@ impl Client {
     /// # Errors
     /// When there is no supervisor, or it refuses.
     pub async fn follow(&self, mut each: impl FnMut(&str) -> bool) -> Result<(), ClientError> {
-        let uri = "/v1/events";
-        let mut body = match &self.remote {
-            Some(remote) => {
-                let (stream, token) = remote.connect().await?;
-                send(stream, Some(&token), Method::GET, uri, Payload::json(None::<&()>)?).await?
-            }
-            None => send(self.connect_supervisor().await?, None, Method::GET, uri, Payload::json(None::<&()>)?).await?,
-        };
+        let mut body = self.body_of(None, "/v1/events").await?;
         tracing::debug!("events are followed");
         let mut bytes = Vec::new();
         while let Some(frame) = body.frame().await {
@@ -233,6 +226,32 @@ impl Client {
             }
         }
         Ok(())
+    }
+
+    /// Follows the serial console of `name`. Passes its last output to `each`, and then further output,
+    /// until the VM ends or `each` returns false.
+    ///
+    /// # Errors
+    /// As for [`Self::request`]; [`ClientError::Http`] when the connection breaks off.
+    pub async fn follow_console(&self, name: &str, mut each: impl FnMut(&[u8]) -> bool) -> Result<(), ClientError> {
+        check_name(name)?;
+        let mut body = self.body_of(Some(name), &format!("/v1/vms/{name}/console")).await?;
+        while let Some(frame) = body.frame().await {
+            if !each(&frame?.into_data().unwrap_or_default()) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the body of an answer of the process of `name`, or of the supervisor, as it comes.
+    async fn body_of(&self, name: Option<&str>, uri: &str) -> Result<Incoming, ClientError> {
+        let (stream, token) = match (&self.remote, name) {
+            (Some(remote), _) => remote.connect().await.map(|(stream, token)| (stream, Some(token)))?,
+            (None, Some(name)) => (self.connect(name).await?, None),
+            (None, None) => (self.connect_supervisor().await?, None),
+        };
+        send(stream, token.as_ref(), Method::GET, uri, Payload::json(None::<&()>)?).await
     }
 
     async fn connect_supervisor(&self) -> Result<Socket, ClientError> {

@@ -15,7 +15,7 @@ use crate::commands::units::{show_age, show_pause};
 use crate::commands::{Failure, Outcome, Table, print_bytes, print_json};
 use clade_api::flight::FlightEvent;
 use clade_api::{
-    BalloonInfo, BalloonRequest, Client, ClientError, ErasedInfo, ForkAnswer, ForkRequest, LogsAnswer, VmState,
+    BalloonInfo, BalloonRequest, Client, ClientError, ErasedInfo, ForkAnswer, ForkRequest, LogsAnswer, VmInfo, VmState,
 };
 use clade_api::{Labels, check_name, console_path, runtime_dir, virtio_console_path};
 
@@ -185,8 +185,36 @@ fn print_flight(events: &[FlightEvent]) -> Outcome {
     events.iter().try_for_each(&mut print).map_err(Failure::run)
 }
 
+/// Prints the console of a running VM until the VM ends.
+fn follow(client: &Client, name: &str) -> Outcome {
+    let mut printed = Ok(());
+    let followed = client.follow_console(name, |bytes| {
+        printed = print_bytes(bytes);
+        printed.is_ok()
+    });
+    let followed = ask(async {
+        match followed.await {
+            // The process of a VM ends with it, and may leave the body without its end.
+            Err(lost) if lost.is_lost() => match client.request::<VmInfo>(Method::GET, name, "", None::<&()>).await {
+                Ok(VmInfo { stopped: None, .. }) | Err(ClientError::NoAnswer { .. }) => Err(lost),
+                _ => Ok(()),
+            },
+            followed => followed,
+        }
+    });
+    printed.map_err(Failure::run)?;
+    followed
+}
+
 pub(crate) fn logs(args: &LogsArgs) -> Outcome {
     let client = Client::default();
+    if args.follow {
+        let followed = follow(&client, &args.name);
+        // A VM that has ended has a record: its output is shown as without `--follow`.
+        if !matches!(followed, Err(Failure::Input(_))) {
+            return followed;
+        }
+    }
     let running = ask(client.request::<LogsAnswer>(Method::GET, &args.name, "/logs", None::<&()>));
     let refused = match running {
         Ok(answer) if args.json => return print_json(&answer).map_err(Failure::run),

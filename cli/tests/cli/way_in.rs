@@ -7,6 +7,7 @@ use std::net::Shutdown;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use clade_test_support::{Cid, PatientStream, TapName, wait_until_within};
@@ -310,14 +311,19 @@ fn a_child_that_ends_by_itself_leaves_its_reason_and_its_last_lines() {
     runtime.spawn(&args);
     let logs = |runtime: &Runtime, name: &str| runtime.clade(&["logs", name]);
     wait_until("the guest", || logs(&runtime, "bell").stdout.contains("ready"));
+    let followed = dir.path().join("followed");
+    let mut follow = runtime.command(&["logs", "--follow", "bell"]);
+    runtime.adopt(follow.stdout(fs::File::create(&followed).unwrap()).stderr(Stdio::null()).spawn().unwrap());
+    wait_until("its output", || fs::read_to_string(&followed).unwrap().contains("ready"));
     runtime.clade(&["fork", "bell", "--count", "2", "--json"]).json();
     let mut console = UnixStream::connect(runtime.dir().join("bell-1.console")).unwrap();
     console.write_all(b"x").unwrap();
     wait_until("its end", || !runtime.socket("bell-1").exists());
     assert_eq!(runtime.names(), ["bell", "bell-2"]);
-    let gone = logs(&runtime, "bell-1");
-    assert_eq!((gone.code, gone.stdout.trim_end()), (Some(0), "bye"), "{gone:?}");
-    assert!(gone.stderr.contains("bell-1 ended after") && gone.stderr.contains("reset itself"), "{gone:?}");
+    for gone in [logs(&runtime, "bell-1"), runtime.clade(&["logs", "-f", "bell-1"])] {
+        assert_eq!((gone.code, gone.stdout.trim_end()), (Some(0), "bye"), "{gone:?}");
+        assert!(gone.stderr.contains("bell-1 ended after") && gone.stderr.contains("reset itself"), "{gone:?}");
+    }
     let all = runtime.clade(&["ps", "-a"]).stdout;
     assert!(all.lines().any(|line| line.starts_with("bell-1 ") && line.contains("reset itself")), "{all}");
     let all = runtime.clade(&["ps", "--all", "--json"]).json();
@@ -342,6 +348,9 @@ fn a_child_that_ends_by_itself_leaves_its_reason_and_its_last_lines() {
     assert_eq!(runtime.ended(), Some(0));
     let gone = logs(&runtime, "bell");
     assert!(gone.stdout.contains("ready") && gone.stdout.contains("bye"), "{gone:?}");
+    // The end of the VM is the end of the command.
+    assert_eq!(runtime.ended(), Some(0));
+    assert_eq!(fs::read_to_string(followed).unwrap(), gone.stdout);
 }
 
 #[test]

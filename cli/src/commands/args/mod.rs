@@ -340,6 +340,9 @@ pub(crate) struct ActArgs {
 pub(crate) struct LogsArgs {
     /// The VM's name.
     pub(crate) name: String,
+    /// Print further output as the guest writes it, until the VM ends.
+    #[arg(long, short, conflicts_with_all = ["flight", "json"])]
+    pub(crate) follow: bool,
     /// Show the flight record instead: the last events of the VM.
     #[arg(long)]
     pub(crate) flight: bool,
