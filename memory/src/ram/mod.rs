@@ -278,7 +278,8 @@ impl GuestRam {
     /// only pages written since are written. Waits up to `patience` for devices to release their
     /// pins.
     ///
-    /// # Errors When pages stay pinned, the file cannot be written, or mappings run out. Then the
+    /// # Errors
+    /// When pages stay pinned, the file cannot be written, or mappings run out. Then the
     /// contents are the same, and pages that are not in the file are still this VM's own (I13).
     pub fn suspend(
         &self,

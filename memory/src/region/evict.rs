@@ -18,6 +18,7 @@ use crate::layer::{LayerOffset, LayerStorage};
 use crate::ownership::TableGuard;
 use crate::quiesce::Quiesced;
 use crate::region::mappings::Mapping;
+use crate::region::suspend::synced;
 use crate::region::{GuestRegion, State, dont_fork};
 use crate::testing::failpoint::{Call, failpoint};
 use crate::units::{PAGE_SHIFT, PageRange, join_runs, pages_in, subtract_runs};
@@ -117,9 +118,7 @@ impl GuestRegion {
         let pages = pages_in(out);
         let written = swap_file(dir, pages).and_then(|file| {
             self.at.write_out(out, file.as_fd(), 0)?;
-            // Only a file that is on the disk can be dropped from memory.
-            failpoint(Call::Copy)?;
-            file.sync_data()?;
+            synced(&file)?;
             Ok(file)
         });
         let file = written.map_err(|source| {

@@ -145,11 +145,22 @@ impl TouchedPages {
     }
 }
 
+/// The pages of a region at its suspension.
+#[derive(Debug)]
+struct OwnedPages {
+    /// The VM's own pages that are written out.
+    own: Vec<PageRange>,
+    /// Those of them that are private copies.
+    private: Vec<PageRange>,
+    /// Those of them that are mapped shared over the base file.
+    base: Vec<PageRange>,
+    /// Pages that stay in memory.
+    kept: Vec<PageRange>,
+}
+
 /// The plan for one region.
 #[derive(Debug, Default)]
 struct SuspendPlan {
-    /// The VM's own pages that are written out.
-    own: Vec<PageRange>,
     /// The own pages that are mapped shared over the base file.
     base: Vec<PageRange>,
     /// Pages that stay in memory.
@@ -188,14 +199,19 @@ impl RamSuspension {
     fn publish(&mut self, store: &crate::Store) -> io::Result<()> {
         let Some(SuspendFile { write, read }) = self.file.take() else { return Ok(()) };
         if self.placed > 0 {
-            failpoint(Call::Copy)?;
-            write.sync_data()?;
+            synced(&write)?;
             let layer = Arc::new(store.adopt_file(write, self.placed, LayerStorage::Disk).read_by(read));
             self.whole = Some(LayerHandle::new(&layer));
             self.layer = Some(layer);
         }
         Ok(())
     }
+}
+
+/// Waits until a file is on the disk. Only then may memory with the same contents be dropped.
+pub(super) fn synced(file: &File) -> io::Result<()> {
+    failpoint(Call::Sync)?;
+    file.sync_data()
 }
 
 fn unwritten(pages: u64) -> impl Fn(io::Error) -> RamError {
@@ -222,26 +238,30 @@ impl GuestRegion {
             return Err(RamError::Pinned { pages: pages_in(&read), first });
         }
         let table = region.table.lock();
-        let plan = region.plan_suspension(&state, &to.merge)?;
-        let private = subtract_runs(&plan.own, &plan.base);
-        let unseen = region.unseen_copies(&state, &private);
-        let (touched, written) = if state.woken { (region.touched_now()?, private) } else { Default::default() };
-        // I7, I8: the bit is cleared before the page is dropped. A later pin waits for the lock.
-        let pinned: Vec<PageRange> = plan.own.iter().flat_map(|run| table.share(*run)).collect();
+        let owned = region.pages_to_suspend(&state)?;
+        let unseen = region.unseen_copies(&state, &owned.private);
+        let (touched, written) =
+            if state.woken { (region.touched_now()?, owned.private.clone()) } else { Default::default() };
+        // I7, I8: the bit is cleared before the page is looked at for zeros, and dropped. A device that has
+        // pinned it by the bit until now has written it; a later pin waits for the lock.
+        let pinned: Vec<PageRange> = owned.own.iter().flat_map(|run| table.share(*run)).collect();
         let refused = pinned.first().map(|first| RamError::Pinned { pages: pages_in(&pinned), first: *first });
         let place = to.placed;
-        let done = refused.map_or(Ok(()), Err);
-        let done = done.and_then(|()| region.write_plan(&plan, to));
-        let done = done.and_then(|()| Ok(state.space.reserve_runs(plan.shown.len() + plan.cleared.len())?));
-        let done = done.and_then(|()| Self::suspend_all(rest, store, to));
-        let done = done.and_then(|()| region.show_file(&mut state, &plan, place, to.layer.as_ref()));
+        let planned = refused.map_or_else(|| region.plan_suspension(&state, &to.merge, owned), Err);
+        let done = planned.and_then(|plan| {
+            region.write_plan(&plan, to)?;
+            state.space.reserve_runs(plan.shown.len() + plan.cleared.len())?;
+            Self::suspend_all(rest, store, to)?;
+            region.show_file(&mut state, &plan, place, to.layer.as_ref())?;
+            Ok(plan)
+        });
         if done.is_err() {
             // I13: pages still mapped shared over the base file, or private, are still this VM's
             // own.
             region.reclaim(&state, &table, region.range());
         }
         state.space.trim();
-        done?;
+        let plan = done?;
         state.space.free_base(&plan.base);
         state.space.retire_base_if_shared();
         region.empty_tables(&plan.kept);
@@ -258,7 +278,7 @@ impl GuestRegion {
         Ok(())
     }
 
-    fn plan_suspension(&self, state: &State, merge: &BTreeSet<LayerId>) -> Result<SuspendPlan, RamError> {
+    fn pages_to_suspend(&self, state: &State) -> Result<OwnedPages, RamError> {
         let mappings = state.space.mappings();
         // R19: no-fork pages stay in place. In a layer's file a child would be one mapping away
         // from their bytes.
@@ -266,6 +286,17 @@ impl GuestRegion {
         let mapped_shared = mappings.base_runs();
         let private = subtract_runs(&self.owned_private(self.range(), &mapped_shared)?, &kept);
         let base = subtract_runs(&mapped_shared, &kept);
+        Ok(OwnedPages { own: merged(&[&private, &base]), private, base, kept })
+    }
+
+    /// Plans for the `owned` pages, whose bits are cleared: nothing writes them.
+    fn plan_suspension(
+        &self,
+        state: &State,
+        merge: &BTreeSet<LayerId>,
+        owned: OwnedPages,
+    ) -> Result<SuspendPlan, RamError> {
+        let OwnedPages { own, private, base, kept } = owned;
         let absent = subtract_runs(&[self.range()], &self.not_absent(&[self.range()]));
         // The file is examined instead of the mapping, because reading through it would allocate
         // pages.
@@ -282,7 +313,6 @@ impl GuestRegion {
         zeros = merged(&[&zeros, &holes]);
         // Short zero runs are written along with their neighbours: fewer writes.
         zeros.retain(|run| run.len() > SMALL_GAP);
-        let own = merged(&[&private, &base]);
         let barred = merged(&[&kept, &absent]);
         let earlier = shown_by(merge, state, &own);
         let long: Vec<PageRange> = zeros.iter().copied().filter(|run| run.len() >= MIN_ZERO_RUN).collect();
@@ -296,7 +326,7 @@ impl GuestRegion {
         }
         let cleared = subtract_runs(&long, &shown);
         debug_assert!(subtract_runs(&own, &merged(&[&shown, &cleared])).is_empty(), "a page of the VM's own is left");
-        Ok(SuspendPlan { own, base, kept, zeros, shown, cleared })
+        Ok(SuspendPlan { base, kept, zeros, shown, cleared })
     }
 
     /// Appends the shown pages of the plan to the file. Zeros stay holes.

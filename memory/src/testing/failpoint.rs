@@ -16,8 +16,10 @@ pub(crate) enum Call {
     Advise,
     /// PAGEMAP_SCAN.
     Scan,
-    /// Reading and writing files: pread, pwritev, fdatasync, dup.
+    /// Reading and writing files: pread, pwritev, dup.
     Copy,
+    /// fdatasync.
+    Sync,
     /// UFFDIO_REGISTER.
     Watch,
     /// UFFDIO_WRITEPROTECT that protects.
@@ -53,10 +55,11 @@ mod armed {
 
     /// A kind of call and the number of calls until one fails.
     type Only = Option<(Call, u64)>;
+    /// The same, and what is done before that call.
+    type Before = Option<(Call, u64, Box<dyn FnOnce() + Send>)>;
 
     /// Selects the failing call. One plan for a test's thread and the threads that its stores
     /// start.
-    #[derive(Debug)]
     pub(crate) struct FailurePlan {
         /// Calls until the one that fails.
         left: AtomicU64,
@@ -65,13 +68,14 @@ mod armed {
         for_ever: AtomicU8,
         last: std::sync::Mutex<Option<Call>>,
         only: std::sync::Mutex<Only>,
+        before: std::sync::Mutex<Before>,
     }
 
     impl Default for FailurePlan {
         fn default() -> Self {
             let left = AtomicU64::new(OFF);
             let (last, only) = (std::sync::Mutex::default(), std::sync::Mutex::default());
-            Self { left, fired: AtomicU8::new(0), for_ever: AtomicU8::new(0), last, only }
+            Self { left, fired: AtomicU8::new(0), for_ever: AtomicU8::new(0), last, only, before: Default::default() }
         }
     }
 
@@ -87,6 +91,37 @@ mod armed {
         pub(crate) fn fail_call(&self, call: Call, nth: u64) {
             self.fired.store(0, Ordering::SeqCst);
             *self.only.lock().unwrap() = Some((call, nth));
+        }
+
+        /// Does something once, before the call of that kind after `nth` others of it. What it does may
+        /// panic, and may make such calls itself.
+        pub(crate) fn before(&self, call: Call, nth: u64, action: impl FnOnce() + Send + 'static) {
+            *self.before.lock().unwrap() = Some((call, nth, Box::new(action)));
+        }
+
+        /// Whether what was to be done before a call has been done.
+        pub(crate) fn has_acted(&self) -> bool {
+            self.before.lock().unwrap().is_none()
+        }
+
+        /// Does nothing before a call.
+        pub(crate) fn forget_action(&self) {
+            *self.before.lock().unwrap() = None;
+        }
+
+        fn act(&self, call: Call) {
+            let mut before = self.before.lock().unwrap();
+            match &mut *before {
+                Some((kind, 0, _)) if *kind == call => {
+                    let action = before.take();
+                    drop(before);
+                    if let Some((.., action)) = action {
+                        action();
+                    }
+                }
+                Some((kind, left, _)) if *kind == call => *left -= 1,
+                _ => {}
+            }
         }
 
         fn fails_only(&self, call: Call) -> bool {
@@ -128,7 +163,9 @@ mod armed {
             if left == OFF {
                 // Allocating calls keep failing; calls that only query or clean up do not.
                 let again = self.fired.load(Ordering::SeqCst) > 0 && self.for_ever.load(Ordering::SeqCst) > 0;
-                return again && matches!(call, Call::Map | Call::File | Call::Size | Call::Advise | Call::Copy);
+                let allocates =
+                    matches!(call, Call::Map | Call::File | Call::Size | Call::Advise | Call::Copy | Call::Sync);
+                return again && allocates;
             }
             if left > 0 {
                 self.left.store(left - 1, Ordering::SeqCst);
@@ -157,10 +194,12 @@ mod armed {
 
     pub(crate) fn failpoint(call: Call) -> io::Result<()> {
         crate::sync::step();
-        let fails = PLAN.with(|plan| plan.borrow().fails(call));
+        let plan = plan();
+        plan.act(call);
+        let fails = plan.fails(call);
         let errno = match call {
             Call::File => libc::EMFILE,
-            Call::Copy | Call::Size => libc::ENOSPC,
+            Call::Copy | Call::Size | Call::Sync => libc::ENOSPC,
             _ => libc::ENOMEM,
         };
         if fails { Err(io::Error::from_raw_os_error(errno)) } else { Ok(()) }

@@ -7,6 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::layer::gc::worst::Restless;
+use crate::testing::failpoint::plan;
 use crate::units::BLOCK_SIZE;
 use crate::{Access, DontFork, GuestRam, NoWriters, PAGE_SIZE, PinLifetime, Quiesced, RamLayout, StopsWriters, Store};
 
@@ -269,6 +270,64 @@ fn i7_a_pin_refuses_it_or_is_waited_for() {
         assert_eq!(word(&ram, 20), if access == Access::Write { 77 } else { before[20] });
         assert_eq!(ram.stats().unwrap().private_kib, 0);
     }
+}
+
+/// A page is looked at for zeros after its bit is cleared: until then a device may pin it by the bit, without a lock.
+#[test]
+fn i8_a_page_that_a_device_writes_until_its_bit_is_cleared_is_not_taken_for_zeros() {
+    // A short run of zeros stays a hole of the file, and a long one is mapped.
+    let zeros = [PAGES + 10..PAGES + 18, PAGES + 100..PAGES + 200];
+    let written = [PAGES + 14, PAGES + 150];
+    let mut acted = 0;
+    for nth in 0.. {
+        let ram = booted(&Store::open_small().unwrap(), true);
+        suspend(&ram);
+        zeros.iter().cloned().flatten().for_each(|page| put(&ram, page, 0));
+        let region = Arc::clone(&ram.regions()[1]);
+        let pin = move |page: u64| {
+            let page = PageRange::with_len(page - PAGES, 1);
+            region.pin(page, Access::Write, PinLifetime::Transient).unwrap()
+        };
+        // The VM is known to own the pages, so a pin needs no lock, which the suspension holds.
+        zeros.iter().cloned().flatten().for_each(|page| drop(pin(page)));
+        let region = Arc::clone(&ram.regions()[1]);
+        let wrote = Arc::new(AtomicBool::new(false));
+        let writes = Arc::clone(&wrote);
+        plan().before(Call::Scan, nth, move || {
+            if written.iter().all(|page| region.ownership().get(page - PAGES).0) {
+                written.iter().for_each(|page| pin(*page).slice().write_obj(77u64, 0).unwrap());
+                writes.store(true, Ordering::Relaxed);
+            }
+        });
+        let mut want = contents(&ram);
+        suspend(&ram);
+        if !plan().has_acted() {
+            break;
+        }
+        if wrote.load(Ordering::Relaxed) {
+            acted += 1;
+            written.iter().for_each(|page| want[*page as usize] = 77);
+        }
+        expect(&ram, &want);
+    }
+    plan().forget_action();
+    assert!(acted > 2, "of two regions, {acted} times");
+}
+
+#[test]
+fn i13_nothing_is_dropped_before_its_file_is_on_the_disk() {
+    let ram = booted(&Store::open_small().unwrap(), true);
+    let want = contents(&ram);
+    let fails = |op: &dyn Fn() -> Option<RamError>| {
+        let owned = ram.stats().unwrap().exclusive;
+        plan().fail_call(Call::Sync, 0);
+        let refused = op();
+        assert_eq!((plan().disarm(), refused.is_some()), (Some(Call::Sync), true), "{refused:?}");
+        assert_eq!(ram.stats().unwrap().exclusive, owned);
+        expect(&ram, &want);
+    };
+    fails(&|| try_suspend(&ram, Duration::ZERO).err());
+    fails(&|| ram.regions()[0].evict(PageRange::new(0, 600), Path::new(DIR), &Quiesced::by(&NoWriters)).err());
 }
 
 #[test]

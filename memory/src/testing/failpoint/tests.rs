@@ -454,3 +454,71 @@ fn i13_a_pin_that_is_refused_leaves_no_pin() {
         pinned.map(|_| None).map_err(|error| RamError::Copy { pages: 0, source: std::io::Error::other(error) })
     });
 }
+
+/// The guard of a VM's pause may outlive a panic, and the VM with it.
+#[test]
+fn i13_a_reset_that_panics_half_way_is_known_to_be_inconsistent() {
+    let stopped = crate::NoWriters;
+    let mut torn = 0;
+    for call in [Call::Map, Call::Advise, Call::Copy, Call::Scan] {
+        for nth in 0.. {
+            let rig = Rig::new(true, true);
+            let vm = GuestRam::reserve(&layout(), &rig.store).unwrap();
+            let (image, seen) = rig.image.as_ref().unwrap();
+            vm.adopt(image).unwrap();
+            (0..ALL).step_by(3).for_each(|page| put(&vm, page, 5));
+            vm.freeze_in(FreezeMode::Eager, &Quiesced::by(&stopped)).unwrap();
+            (0..ALL).step_by(2).for_each(|page| put(&vm, page, 6));
+            let before = contents(&vm);
+            plan().before(call, nth, || panic!("asked to panic"));
+            let reset = || vm.reset(image, &Quiesced::by(&stopped), Duration::ZERO).map(|_| ());
+            let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(reset));
+            plan().forget_action();
+            if let Ok(done) = done {
+                done.unwrap();
+                break;
+            }
+            match vm.freeze(&Quiesced::by(&stopped)) {
+                Err(RamError::Inconsistent { .. }) => torn += 1,
+                Err(error) => panic!("{call:?} {nth}: {error}"),
+                Ok(_) => assert!(contents(&vm) == before, "{call:?} {nth}: frozen half reset"),
+            }
+            reset().unwrap();
+            assert!(&contents(&vm) == seen, "{call:?} {nth}: put back by another");
+        }
+    }
+    assert!(torn > 0, "each panic was before the first change");
+}
+
+/// A page that is lost while memory is frozen would be a page of zeros in the image.
+#[test]
+fn i13_memory_that_is_lost_during_a_freeze_is_not_given_to_children() {
+    let store = Store::open_small().unwrap();
+    let mut acted = 0;
+    for nth in 0.. {
+        let file =
+            std::fs::File::from(rustix::fs::memfd_create("clade-layer", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        let second = ALL - PAGES;
+        std::os::unix::fs::FileExt::write_all_at(&file, &vec![7; (second * PAGE_SIZE) as usize], 0).unwrap();
+        let layer = store.file_layer(file.try_clone().unwrap(), second).unwrap();
+        let mut map = crate::ImageMap::new();
+        map.insert(PageRange::new(0, second), crate::LayerSource { layer, at: 0 });
+        let parts = vec![(crate::ImageMap::new(), Vec::new()), (map, Vec::new())];
+        let image = RamImage::from_parts(&store, &layout(), parts).unwrap();
+        let vm = GuestRam::reserve(&layout(), &store).unwrap();
+        vm.adopt(&image).unwrap();
+        let other = vm.clone();
+        plan().before(Call::Scan, nth, move || {
+            file.set_len(0).unwrap();
+            word(&other, PAGES + 30);
+        });
+        let frozen = vm.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters));
+        if !plan().has_acted() {
+            break;
+        }
+        acted += 1;
+        assert!(matches!(frozen, Err(RamError::Lost(_))), "scan {nth}");
+    }
+    plan().forget_action();
+    assert!(acted > 0, "a freeze that scans nothing");
+}
