@@ -293,6 +293,15 @@ impl Reservation {
         Ok(())
     }
 
+    /// Removes the memory of `range`, which others may be using: `empty` is a file without a page. An access
+    /// of KVM or of a system call fails, and one of this process is a SIGBUS, for which a zero page is
+    /// mapped ([`crate::sys::sigbus`]).
+    pub(crate) fn map_lost(&self, range: PageRange, empty: BorrowedFd<'_>) -> io::Result<()> {
+        self.map(range, MapFlags::PRIVATE | MapFlags::NORESERVE, empty, 0)?;
+        trace!(Nothing { at: self.at(), range });
+        Ok(())
+    }
+
     /// Replaces the mapping of `range`, in one step, by private pages with the bytes of `file` from
     /// `file_page` on. On failure nothing has changed.
     pub(crate) fn replace_private(&self, range: PageRange, file: BorrowedFd<'_>, file_page: u64) -> io::Result<()> {

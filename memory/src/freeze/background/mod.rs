@@ -63,6 +63,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use thiserror::Error;
 
 use crate::lost::{FillError, LostMemory};
@@ -133,6 +134,8 @@ struct FaultIndex {
 pub(crate) struct CopyService {
     uffd: Arc<Uffd>,
     bell: OwnedFd,
+    /// A file without a page, which lost pages show.
+    empty: OwnedFd,
     index: Mutex<FaultIndex>,
     #[cfg(test)]
     pub(crate) hooks: tests::Hooks,
@@ -340,14 +343,23 @@ impl fmt::Debug for CopyThread {
     }
 }
 
+/// A file that no process can grow.
+fn empty_file() -> rustix::io::Result<OwnedFd> {
+    let file = memfd_create("clade-empty", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(file)
+}
+
 impl CopyThread {
     pub(crate) fn start() -> Result<Self, BackgroundError> {
         let uffd = Arc::new(Uffd::open()?);
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| BackgroundError::Thread(e.into()))?;
+        let empty = empty_file().map_err(|e| BackgroundError::Thread(e.into()))?;
         let shared = Arc::new(CopyService {
             uffd,
             bell,
+            empty,
             index: Mutex::default(),
             #[cfg(test)]
             hooks: tests::Hooks::default(),

@@ -147,12 +147,15 @@ pub(super) fn coalesce_if_many(runs: Vec<PageRange>) -> Vec<PageRange> {
 /// Makes a run of the file inaccessible through `reader`, now and after a discard by the guest, and
 /// wakes waiting accesses.
 ///
-/// The pages are unmapped rather than marked by UFFDIO_POISON: KVM answers a poisoned page with a
-/// SIGBUS, which would kill the whole process, and an unmapped one with an error from KVM_RUN,
-/// which stops the VM.
+/// The pages show a file that has none, rather than being marked by UFFDIO_POISON: KVM answers a poisoned
+/// page with a SIGBUS, which would kill the whole process, and one that is not there with an error from
+/// KVM_RUN, which stops the VM. Nor are they unmapped: a device of the child that uses one just then would
+/// be a SIGSEGV, and end the other VMs of the process, too.
 pub(super) fn make_inaccessible(shared: &CopyService, reader: &ReaderMapping, file: PageRange) {
     let range = PageRange::with_len(reader.range.start + (file.start - reader.file.start), file.len());
-    if let Err(error) = reader.at.map_none(range).and_then(|()| shared.uffd.wake(&reader.at, range)) {
+    if let Err(error) =
+        reader.at.map_lost(range, shared.empty.as_fd()).and_then(|()| shared.uffd.wake(&reader.at, range))
+    {
         // Never zeros: the range stays watched.
         tracing::error!(%error, %range, "lost pages could not be denied: whoever touches them waits for ever");
     }
