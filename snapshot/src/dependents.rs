@@ -80,7 +80,8 @@ fn notes(files: &FileOps, dir: &Dir) -> Result<Vec<String>, Error> {
 /// directory is locked exclusively.
 pub(crate) fn carry(files: &FileOps, dir: &Dir, aside: &Path, id: SnapshotId) -> Result<(), Error> {
     for name in notes(files, dir)? {
-        match standing(files, dir, &name, id) {
+        // A note that cannot be read cannot be copied either: nothing is replaced.
+        match standing(files, dir, &name, Some(id))? {
             Standing::Gone => {}
             Standing::Needs(by) => files.write(&aside.join(name), by.as_os_str().as_encoded_bytes())?,
         }
@@ -92,7 +93,8 @@ pub(crate) fn carry(files: &FileOps, dir: &Dir, aside: &Path, id: SnapshotId) ->
 pub(crate) fn prune(files: &FileOps, dir: &Dir) -> Result<(), Error> {
     let id = read_manifest(files, dir)?.id;
     for name in notes(files, dir)? {
-        if standing(files, dir, &name, id) == Standing::Gone {
+        // A note that cannot be read stays.
+        if matches!(standing(files, dir, &name, Some(id)), Ok(Standing::Gone)) {
             match files.unlink(dir, &name) {
                 // The note stays, and does no harm.
                 Err(Error::File { source, .. })
@@ -111,17 +113,17 @@ pub(crate) fn prune(files: &FileOps, dir: &Dir) -> Result<(), Error> {
 /// locked exclusively.
 ///
 /// # Errors
-/// [`Error::Needed`] with one of the dependents.
+/// [`Error::Needed`] with one of the dependents. When a note cannot be read.
 pub(crate) fn expect_none(files: &FileOps, dir: &Dir) -> Result<(), Error> {
     let own = match read_manifest(files, dir) {
-        Ok(manifest) => manifest.id,
-        // A snapshot that cannot be read cannot have dependents.
-        Err(Error::Damaged { .. } | Error::NotAFile { .. }) => return Ok(()),
+        Ok(manifest) => Some(manifest.id),
+        // Its dependents may be whole, as those of a later version of the format are.
+        Err(Error::Damaged { .. } | Error::NotAFile { .. }) => None,
         Err(Error::File { source, .. }) if source.kind() == ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(error),
     };
     for name in notes(files, dir)? {
-        if let Standing::Needs(by) = standing(files, dir, &name, own) {
+        if let Standing::Needs(by) = standing(files, dir, &name, own)? {
             return Err(Error::Needed { path: dir.path().to_owned(), by });
         }
     }
@@ -137,11 +139,23 @@ enum Standing {
     Gone,
 }
 
-fn standing(files: &FileOps, dir: &Dir, name: &str, on: SnapshotId) -> Standing {
-    let path = files.read_in(dir, name, MAX_PATH).ok().and_then(|bytes| String::from_utf8(bytes).ok());
-    let Some(path) = path.map(PathBuf::from).filter(|path| path.is_absolute()) else { return Standing::Gone };
-    match files.dir(&path).and_then(|dir| read_manifest(files, &dir)) {
-        Ok(manifest) if manifest.parent.as_ref().is_some_and(|parent| parent.id == on) => Standing::Needs(path),
+/// Examines a note in `dir`, a snapshot of the identity `on`. Without it, each snapshot at the note's path that
+/// has a base counts.
+///
+/// # Errors
+/// When the note cannot be read: nothing is known of its dependent.
+fn standing(files: &FileOps, dir: &Dir, name: &str, on: Option<SnapshotId>) -> Result<Standing, Error> {
+    let text = match files.read_in(dir, name, MAX_PATH) {
+        Ok(bytes) => String::from_utf8(bytes).ok(),
+        // A name that leads to no file, or to more bytes than a path has, is no note.
+        Err(Error::Damaged { .. } | Error::NotAFile { .. }) => None,
+        Err(Error::File { source, .. }) if source.kind() == ErrorKind::NotFound => None,
+        Err(error) => return Err(error),
+    };
+    let Some(path) = text.map(PathBuf::from).filter(|path| path.is_absolute()) else { return Ok(Standing::Gone) };
+    let needs = |parent: SnapshotId| on.is_none_or(|on| on == parent);
+    Ok(match files.dir(&path).and_then(|dir| read_manifest(files, &dir)) {
+        Ok(manifest) if manifest.parent.as_ref().is_some_and(|parent| needs(parent.id)) => Standing::Needs(path),
         Ok(_) => Standing::Gone,
         // The path is missing, or leads to a file or another directory.
         Err(Error::File { source, .. }) if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
@@ -152,5 +166,5 @@ fn standing(files: &FileOps, dir: &Dir, name: &str, on: SnapshotId) -> Standing 
             tracing::debug!(dependent = %path.join(MANIFEST).display(), %error, "cannot be looked at");
             Standing::Needs(path)
         }
-    }
+    })
 }

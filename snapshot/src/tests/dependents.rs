@@ -242,6 +242,49 @@ fn a_dependent_that_cannot_be_looked_at_counts() {
     assert!(matches!(&refused, Err(Error::Needed { by, .. }) if *by == scene.at("three")), "{refused:?}");
 }
 
+/// It may be another user's, or the disk fails.
+#[test]
+fn a_note_that_cannot_be_read_counts() {
+    for (op, errno) in [(FileOp::Open, Errno::ACCESS), (FileOp::Open, Errno::IO), (FileOp::Read, Errno::IO)] {
+        let scene = Scene::new();
+        scene.depend(&FileOps::default()).unwrap();
+        let notes = scene.notes();
+        let failing = || {
+            let is_note =
+                |path: &Path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(NEEDED_BY));
+            let plan =
+                Plan::hooked(move |now, path| if now == op && is_note(path) { Err(errno.into()) } else { Ok(()) });
+            FileOps { plan: Some(Arc::new(plan)) }
+        };
+        for refused in [scene.replace(&failing()).map(drop), scene.merge(&failing()).map(drop)] {
+            assert!(matches!(&refused, Err(Error::File { path, .. }) if path.ends_with(&notes[0])), "{refused:?}");
+        }
+        crate::dependents::prune(&failing(), &FileOps::default().whole_dir(&scene.at("two")).unwrap()).unwrap();
+        assert_eq!(scene.notes(), notes, "{op:?}: {errno:?}");
+        crate::verify(&scene.at("three"), &ParentDirs::siblings()).unwrap();
+    }
+}
+
+#[test]
+fn a_base_that_cannot_be_read_has_its_dependents_still() {
+    let scene = Scene::new();
+    scene.depend(&FileOps::default()).unwrap();
+    let manifest = scene.at("two").join("manifest.json");
+    let text = fs::read_to_string(&manifest).unwrap();
+    for damaged in [text.replacen("\"major\": 1", "\"major\": 2", 1), text.replacen('{', "[", 1), String::new()] {
+        assert_ne!(damaged, text);
+        fs::write(&manifest, damaged).unwrap();
+        let refused = scene.replace(&FileOps::default());
+        assert!(matches!(&refused, Err(Error::Needed { by, .. }) if *by == scene.at("three")), "{refused:?}");
+    }
+    fs::write(&manifest, &text).unwrap();
+    crate::verify(&scene.at("three"), &ParentDirs::siblings()).unwrap();
+    // Without dependents it can be replaced, whatever is in it.
+    fs::write(&manifest, "").unwrap();
+    fs::remove_dir_all(scene.at("three")).unwrap();
+    scene.replace(&FileOps::default()).unwrap();
+}
+
 #[test]
 fn a_base_that_is_read_only_is_depended_on_untold() {
     let scene = Scene::new();
