@@ -111,7 +111,7 @@ mod tests {
                 writer.write_all(part.as_bytes()).unwrap();
             }
         });
-        let (text, found) = console.wait_for(0, "login:", Duration::from_secs(5));
+        let (text, found) = console.wait_for(0, "login:", Duration::from_secs(600));
         thread.join().unwrap();
         assert!(found, "{text}");
         assert!(!console.wait_for(0, "password", Duration::from_millis(1)).1);

@@ -421,11 +421,13 @@ mod tests {
         drop((groups, second));
         assert!(path.exists(), "a VM outlives its supervisor");
         group.remove();
-        drop(group);
         if can_kill {
             use std::os::unix::process::ExitStatusExt;
             assert_eq!(sleeper.0.wait().unwrap().signal(), Some(libc::SIGKILL));
         }
+        // The process may have needed longer to end than its group was tried.
+        group.remove();
+        drop(group);
         assert!(!path.exists());
         fs::remove_dir(&dir).unwrap();
     }

@@ -30,7 +30,7 @@ use crate::commands::{Failure, Outcome, limits};
 /// Interval of the checks for the end.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// Time limit of the start of a supervisor in the background.
-const START_TIMEOUT: Duration = Duration::from_secs(10);
+const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time limit of another supervisor that already has the directory.
 const OTHER_TIMEOUT: Duration = Duration::from_secs(1);
 

@@ -233,7 +233,9 @@ fn a_supervisor_that_a_command_starts_keeps_what_was_asked_for_and_nothing_of_th
         assert!(!files.into_iter().any(has_lock), "{pid}");
     }
     runtime.clade(&["stop", "web", "--json"]).json();
-    assert_eq!(runtime.clade(&["serve", "--stop"]).code, Some(0));
+    // It ends by itself two seconds after its last VM.
+    let stopped = runtime.clade(&["serve", "--stop"]);
+    assert!(stopped.code == Some(0) || stopped.stderr.contains("no supervisor is running"), "{stopped:?}");
     // Less confinement than was asked for is refused.
     runtime.spawn(&["serve", "--pool", "0", "--confine", "off"]);
     wait_until("the supervisor", || runtime.dir().join("clade.serve").exists());

@@ -29,6 +29,7 @@ fn victim() {
 fn killed_at_any_step() {
     let _alone = alone();
     let (cast, stride) = (Cast::new(), clade_test_support::stride());
+    let left_behind = scratch();
     for (number, deed) in DEEDS.into_iter().enumerate() {
         // Each deed begins at another step.
         let mut step = number % stride;
@@ -36,7 +37,7 @@ fn killed_at_any_step() {
             let stage = cast.stage();
             let mut child = Command::new(std::env::current_exe().unwrap());
             child.args(["--exact", "tests::kill::victim", "--ignored", "--test-threads=1"]);
-            child.env(HOW, format!("{number} {step} {}", stage.path().display()));
+            child.env(HOW, format!("{number} {step} {}", stage.path().display())).env(SCRATCH, left_behind.path());
             let status = child.stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap();
             let killed = status.signal() == Some(9);
             assert!(killed || status.success(), "{deed:?} at step {step}: {status:?}");

@@ -186,9 +186,13 @@ pub(crate) struct Cast {
     image: RamImage,
 }
 
+/// The variable with the directory of a process that will be killed, and leaves its own behind.
+pub(crate) const SCRATCH: &str = "CLADE_SNAPSHOT_SCRATCH";
+
 /// Where syncs cost nothing, if there is such a place.
 pub(crate) fn scratch() -> tempfile::TempDir {
-    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+    let dir = std::env::var_os(SCRATCH).unwrap_or_else(|| "/dev/shm".into());
+    tempfile::tempdir_in(dir).or_else(|_| tempfile::tempdir()).unwrap()
 }
 
 impl Cast {

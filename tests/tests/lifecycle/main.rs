@@ -138,9 +138,14 @@ fn writers_on_all_vcpus_are_forked_again_and_again() {
         for slice in &slices {
             BareVcpu::new(parent.vm(), slice.vcpu()).mailbox().order(slice.write_command(0)).unwrap();
         }
-        let mut children = Vec::new();
+        let mut children: Vec<(Guest, Vec<u64>)> = Vec::new();
         for _ in 0..20 {
-            thread::sleep(Duration::from_millis(5));
+            // Each has written more than the last child, which goes on to its next look at its orders.
+            for vcpu in 0..cpus {
+                let last = children.last().map_or(0, |(_, at_fork)| at_fork[vcpu as usize] + POLL_OPS);
+                let mailbox = BareMailbox::new(parent.vm().ram(), vcpu);
+                wait_until("the vCPUs to write on", || mailbox.progress().unwrap() > last);
+            }
             let (image, _) = parent.vm().fork().unwrap();
             children.push(stopping_child(&context, &image, cpus));
         }
@@ -157,7 +162,7 @@ fn writers_on_all_vcpus_are_forked_again_and_again() {
                 child.expect_words(start, slice.advance(progress), &what);
             }
         }
-        assert!(moved > 10 * cpus, "the vCPUs wrote on between the forks: {moved}");
+        assert_eq!(moved, 20 * cpus, "the vCPUs wrote on between the forks");
         for (slice, progress) in slices.iter_mut().zip(ended) {
             let start = slice.start();
             parent.expect_words(start, slice.advance(progress), "parent");

@@ -77,7 +77,8 @@ fn linux_time_goes_on_in_a_child() {
     let second = uptime(&child);
     // No further than the host's clock, which is read later and was read earlier.
     let most = begun.elapsed().as_secs_f64() + 0.05;
-    assert!((1.0..most).contains(&(second - first)), "{first} then {second}, {most} for the host");
+    // Both have two decimals, which are no exact fractions of two.
+    assert!((0.99..most).contains(&(second - first)), "{first} then {second}, {most} for the host");
 }
 
 #[test]

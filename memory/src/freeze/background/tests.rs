@@ -459,8 +459,7 @@ fn a_layer_nobody_wants_is_not_filled() {
         let child = GuestRam::reserve(image.layout(), &store).unwrap();
         child.adopt(&image).unwrap();
         drop((child, image, parent));
-        store.wait_reclaimed();
-        assert_eq!(store.live_layers(), 0);
+        store.expect_no_layers();
         assert!(engine.index().targets.is_empty(), "no address is watched any more");
         engine.hooks.hold.store(false, Ordering::Release);
         engine.ring();

@@ -144,7 +144,8 @@ fn i13_a_suspension_that_is_refused_leaves_the_vm_running() {
     let mut woken = woken;
     assert_eq!(woken.read(&mut [0]).unwrap(), 0, "it has gone");
     context.store().sweep();
-    assert_eq!(context.store().live_layers(), 0, "nothing is left of its file");
+    // Sweeps of other tests hold all views of the process for a moment.
+    clade_test_support::wait_eq("what is left of its file", &0, || context.store().live_layers());
 }
 
 /// A caller that needs the guest while the file is being written finds it awake afterwards.
