@@ -11,8 +11,9 @@
 //! The receiver maps the same layers as a child in the giver's process would, and writes to copies
 //! of its own. Each file is open for reading only.
 //!
-//! **Files visible to another process are never written, punched or used again.** The giver holds
-//! the image until the last receiver has released it. The receiver may pass it on, and it outlives
+//! **Files visible to another process are not written, punched or used again** until it has released them: the
+//! giver holds the image until the last receiver has. A compromised one may keep a descriptor
+//! (docs/security.md). The receiver may pass it on, and it outlives
 //! the giver: files live by their descriptors.
 
 mod detach;
