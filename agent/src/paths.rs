@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, chown};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, chown, lchown};
 use std::path::{Component, Path, PathBuf};
 
 use crate::users::User;
@@ -18,10 +18,10 @@ pub(crate) fn resolve(path: &str, user: &User, workdir: Option<&str>) -> Result<
         Some("") => "",
         Some(rest) if rest.starts_with('/') => rest.trim_start_matches('/'),
         Some(_) => return Err(format!("the path '{path}' names the home of another user")),
-        None if path.starts_with('/') => return Ok(path.into()),
         None => path,
     };
     let mut absolute = PathBuf::from("/");
+    // A `..` behind a directory that is made on the way would lead to another one, which exists.
     for part in Path::new(&user.home).join(relative).components() {
         match part {
             Component::ParentDir => drop(absolute.pop()),
@@ -35,6 +35,11 @@ pub(crate) fn resolve(path: &str, user: &User, workdir: Option<&str>) -> Result<
 /// Makes a user the owner of a file. Without root's rights, the agent stays the owner.
 pub(crate) fn give(path: &Path, user: &User) -> io::Result<()> {
     if rustix::process::geteuid().is_root() { chown(path, Some(user.uid), Some(user.gid)) } else { Ok(()) }
+}
+
+/// The same of a new directory. A link that has taken its place is not followed.
+fn give_dir(path: &Path, user: &User) -> io::Result<()> {
+    if rustix::process::geteuid().is_root() { lchown(path, Some(user.uid), Some(user.gid)) } else { Ok(()) }
 }
 
 /// Makes a directory and its parents. The user owns the new ones.
@@ -53,9 +58,17 @@ pub(crate) fn make_dirs(path: &Path, user: &User) -> io::Result<()> {
     }
     for dir in missing.into_iter().rev() {
         match fs::DirBuilder::new().mode(0o755).create(dir) {
-            // Another request made it first, and may not have changed its owner yet.
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-            Ok(()) | Err(_) => give(dir, user)?,
+            Ok(()) => give_dir(dir, user)?,
+            // Another request made it first, and may not have changed its owner yet. A link of another
+            // program is not followed.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                let found = fs::symlink_metadata(dir)?;
+                let is_new = found.is_dir() && found.uid() == rustix::process::geteuid().as_raw();
+                if is_new && dir.file_name().is_some() {
+                    give_dir(dir, user)?;
+                }
+            }
+            Err(error) => return Err(error),
         }
     }
     Ok(())
@@ -74,7 +87,26 @@ mod tests {
         assert_eq!(of("~", None).unwrap(), "/home/ann");
         assert_eq!(of("~//a", None).unwrap(), "/home/ann/a");
         assert_eq!(of("a/../../b", None).unwrap(), "/home/b");
-        assert_eq!(of("/a/../b", None).unwrap(), "/a/../b");
+        assert_eq!(of("/a/../b/./c//d/", None).unwrap(), "/b/c/d");
+        assert_eq!(of("/../..", None).unwrap(), "/");
         of("~bob/a", None).unwrap_err();
+    }
+
+    #[test]
+    fn new_directories_alone_get_their_user() {
+        if !rustix::process::geteuid().is_root() {
+            return clade_test_support::skipped("only root can give directories away");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let owner = |path: &Path| fs::symlink_metadata(path).unwrap().uid();
+        let user = User { name: "ann".into(), uid: 1000, gid: 1000, home: "/".into(), groups: Vec::new() };
+        make_dirs(&dir.path().join("new/deep"), &user).unwrap();
+        assert_eq!([owner(&dir.path().join("new")), owner(&dir.path().join("new/deep"))], [1000, 1000]);
+        // What is there already stays whose it is, whatever leads to it.
+        make_dirs(&dir.path().join("other/.."), &user).unwrap();
+        assert_eq!([owner(dir.path()), owner(&dir.path().join("other"))], [0, 1000]);
+        fs::create_dir(dir.path().join("kept")).unwrap();
+        make_dirs(&dir.path().join("kept"), &user).unwrap();
+        assert_eq!(owner(&dir.path().join("kept")), 0);
     }
 }

@@ -130,9 +130,18 @@ fn create(path: &Path, user: &User) -> Result<File, Refusal> {
 }
 
 impl Writer {
-    async fn create(path: PathBuf, user: &User) -> Result<Self, Refusal> {
-        let (opened, user) = (path.clone(), user.clone());
-        let file = elsewhere(move || create(&opened, &user)).await?;
+    /// Creates the file, with its permissions: it is not readable for others first.
+    async fn create(path: PathBuf, wanted: &Wanted) -> Result<Self, Refusal> {
+        let (opened, user, mode) = (path.clone(), wanted.user.clone(), wanted.mode);
+        let work = move || {
+            let file = create(&opened, &user)?;
+            if let Some(mode) = mode {
+                let set = file.set_permissions(Permissions::from_mode(mode));
+                set.map_err(|error| failed("error changing permissions", &opened, &error))?;
+            }
+            Ok(file)
+        };
+        let file = elsewhere(work).await?;
         Ok(Self { file: Arc::new(file), path, pending: Vec::new(), is_whole: false })
     }
 
@@ -191,11 +200,7 @@ pub(crate) async fn upload(agent: &Shared, head: &Parts, body: Incoming) -> Repl
 async fn raw(wanted: &Wanted, notes: &BTreeMap<String, String>, body: &mut Body) -> Result<Vec<Written>, Refusal> {
     let path = wanted.path.as_deref().filter(|path| !path.is_empty());
     let path = path.ok_or_else(|| bad("path query parameter is required for raw body upload"))?;
-    let mut writer = Writer::create(wanted.resolve(path)?, &wanted.user).await?;
-    if let Some(mode) = wanted.mode {
-        let set = writer.file.set_permissions(Permissions::from_mode(mode));
-        set.map_err(|error| failed("error changing permissions", &writer.path, &error))?;
-    }
+    let mut writer = Writer::create(wanted.resolve(path)?, wanted).await?;
     loop {
         let bytes = body.next().await?;
         if bytes.is_empty() {
@@ -234,7 +239,7 @@ async fn form(
                     if paths.len() > MAX_FILES {
                         return Err(bad(format_args!("more than {MAX_FILES} files in one form")));
                     }
-                    writer = Some(Writer::create(path, &wanted.user).await?);
+                    writer = Some(Writer::create(path, wanted).await?);
                 }
                 PartEvent::Part { .. } => {}
                 PartEvent::Data(bytes) => {
