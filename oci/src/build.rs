@@ -108,7 +108,7 @@ fn push(of: &mut Map<String, Value>, name: &str, value: Value) {
 
 /// The configuration of the base image, changed. Unknown members stay.
 fn configuration(mut root: Map<String, Value>, changes: &ImageChanges, layer: Option<&Descriptor>) -> Vec<u8> {
-    let RunConfig { entrypoint, cmd, env, working_dir, user, stop_signal: _ } = &changes.config;
+    let RunConfig { entrypoint, cmd, env, working_dir, user, stop_signal: _, shell: _, on_build: _ } = &changes.config;
     let config = object(&mut root, "config");
     for (name, value) in [
         ("Entrypoint", json!(entrypoint)),

@@ -256,6 +256,13 @@ pub struct RunConfig {
     /// The signal that ends the program in order, by name or number. Empty for SIGTERM.
     #[serde(deserialize_with = "or_default")]
     pub stop_signal: String,
+    /// The program that runs texts of `RUN`, `CMD` and `ENTRYPOINT` in builds on top of the image; `/bin/sh -c` if
+    /// empty.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "Vec::is_empty")]
+    pub shell: Vec<String>,
+    /// Instructions for builds on top of the image.
+    #[serde(deserialize_with = "or_default", skip_serializing_if = "Vec::is_empty")]
+    pub on_build: Vec<String>,
 }
 
 /// Docker writes null for empty values.

@@ -229,6 +229,7 @@ mod tests {
             working_dir: "/srv".into(),
             user: String::new(),
             stop_signal: "SIGQUIT".into(),
+            ..RunConfig::default()
         };
         let none = ProgramFlags::default();
         let own = entrypoint_of(&config, &[], &none);
@@ -250,7 +251,7 @@ mod tests {
             env: vec!["A=1".into(), "B=2".into()],
             working_dir: "/srv".into(),
             user: "app".into(),
-            stop_signal: String::new(),
+            ..RunConfig::default()
         };
         let env = vec![("A".to_owned(), "3".to_owned()), ("C".to_owned(), String::new())];
         let flags = ProgramFlags {

@@ -17,9 +17,9 @@ fn directive(line: &str) -> Option<(String, &str)> {
     name.bytes().all(|b| b.is_ascii_alphabetic()).then_some((name, value.trim()))
 }
 
-/// The text without the backslash that continues it on the next line.
+/// The text without the backslash that continues it on the next line. Two backslashes are an escaped one.
 fn continued(line: &str) -> Option<&str> {
-    line.trim_end().strip_suffix('\\')
+    line.trim_end().strip_suffix('\\').filter(|line| !line.ends_with('\\'))
 }
 
 /// The instructions of a text.

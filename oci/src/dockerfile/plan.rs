@@ -121,14 +121,11 @@ impl BuildPlan {
     }
 }
 
-/// A shell that runs a text.
-fn shell(text: String) -> Vec<String> {
-    vec!["/bin/sh".to_owned(), "-c".to_owned(), text]
-}
-
-fn argv(command: &Command) -> Vec<String> {
+/// The program of a command. A text is run by the base image's `shell`, or that of Docker.
+fn argv(command: &Command, shell: &[String]) -> Vec<String> {
     match command {
-        Command::Shell(text) => shell(text.clone()),
+        Command::Shell(text) if shell.is_empty() => vec!["/bin/sh".to_owned(), "-c".to_owned(), text.clone()],
+        Command::Shell(text) => shell.iter().chain([text]).cloned().collect(),
         Command::Exec(words) => words.clone(),
     }
 }
@@ -218,6 +215,10 @@ impl Dockerfile {
         if let Some(name) = given.keys().find(|name| !known(name)) {
             return Err(DockerfileError::new(self.from.0, "ARG", format!("there is none of the name {name:?}")));
         }
+        if let Some(instruction) = base.on_build.first() {
+            let why = format!("the base image wants {instruction:?} (ONBUILD), which is not supported");
+            return Err(DockerfileError::new(self.from.0, "FROM", why));
+        }
         let env = base.env.iter().filter_map(|variable| variable.split_once('='));
         let or = |text: &str, otherwise: &str| if text.is_empty() { otherwise.to_owned() } else { text.to_owned() };
         let mut builder = Builder {
@@ -292,7 +293,7 @@ impl Builder<'_> {
 
     fn take(&mut self, placed: &Placed) -> Result<(), String> {
         match &placed.instruction {
-            Instruction::Run(command) => self.step(placed, Action::Run(argv(command)))?,
+            Instruction::Run(command) => self.step(placed, Action::Run(argv(command, &self.config.shell)))?,
             Instruction::Copy(copy) => {
                 let files = self.files(copy)?;
                 self.step(placed, Action::Copy(files))?;
@@ -339,11 +340,11 @@ impl Builder<'_> {
                 }
             }
             Instruction::Cmd(command) => {
-                self.config.cmd = argv(command);
+                self.config.cmd = argv(command, &self.config.shell);
                 self.has_cmd = true;
             }
             Instruction::Entrypoint(command) => {
-                self.config.entrypoint = argv(command);
+                self.config.entrypoint = argv(command, &self.config.shell);
                 // The base image's arguments belong to its own entrypoint, and a shell's text has
                 // no arguments.
                 if !self.has_cmd || matches!(command, Command::Shell(_)) {

@@ -21,7 +21,7 @@ fn base() -> RunConfig {
         env: texts(&["PATH=/bin", "A=1"]),
         working_dir: "/srv".to_owned(),
         user: String::new(),
-        stop_signal: String::new(),
+        ..RunConfig::default()
     }
 }
 
@@ -45,6 +45,28 @@ fn lines_are_continued_and_comments_left_out() {
     assert_eq!((error.line, error.instruction.as_str()), (5, "ADD"));
     // The error of an instruction over several lines has the number of the first.
     assert_eq!(Dockerfile::parse("FROM a\nADD \\\n b \\\n c").unwrap_err().line, 2);
+}
+
+#[test]
+fn an_escaped_backslash_continues_no_line() {
+    let text = "FROM base\nRUN printf x >> /f \\\\\nUSER app\nRUN a \\ \nb";
+    let of = |text: &str| texts(&["/bin/sh", "-c", text]);
+    assert_eq!(programs(text), [of(r"printf x >> /f \\"), of("a b")]);
+    assert_eq!(plan(text).config.user, "app");
+}
+
+#[test]
+fn the_base_images_shell_runs_texts_and_its_triggers_are_refused() {
+    let file = Dockerfile::parse("FROM base\nRUN a | b\nRUN [\"c\"]\nENTRYPOINT e\nCMD d").unwrap();
+    let bash = texts(&["/bin/bash", "-o", "pipefail", "-c"]);
+    let by_bash = |text: &str| [&bash[..], &texts(&[text])].concat();
+    let plan = file.plan(&RunConfig { shell: bash.clone(), ..base() }, &BTreeMap::new()).unwrap();
+    let actions: Vec<_> = plan.steps.iter().map(|step| &step.action).collect();
+    assert_eq!(actions, [&Action::Run(by_bash("a | b")), &Action::Run(texts(&["c"]))]);
+    assert_eq!((plan.config.cmd, plan.config.entrypoint), (by_bash("d"), by_bash("e")));
+    let base = RunConfig { on_build: texts(&["COPY . /app"]), ..base() };
+    let refused = file.plan(&base, &BTreeMap::new()).unwrap_err();
+    assert!(refused.line == 1 && refused.to_string().contains("COPY . /app"), "{refused}");
 }
 
 #[test]

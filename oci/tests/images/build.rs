@@ -28,8 +28,8 @@ fn changes(layer: Option<&[u8]>) -> ImageChanges {
             cmd: texts(&["serve"]),
             env: texts(&["A=2"]),
             working_dir: "/srv".to_owned(),
-            stop_signal: String::new(),
             user: "app".to_owned(),
+            ..RunConfig::default()
         },
         labels: BTreeMap::from([("org.example.note".to_owned(), "new".to_owned())]),
         ports: ["80/tcp".to_owned()].into(),
