@@ -97,6 +97,12 @@ COPY files/ ./files/
 # In the place of a link to the program of this shell, and through a link that is named itself.
 COPY programs/ /bin/
 COPY files/a /direct
+RUN busybox ln -s busybox /bin/chown
+COPY --chown=7 files/a /owned/by/
+USER 7
+WORKDIR /home7/deep
+USER root
+WORKDIR /work
 RUN echo \"$WORD $0\" > built && cat built > sub && busybox ln built hard && busybox chown 7:20 built
 RUN busybox rm /etc/group && busybox rm -r /srv && busybox mv /opt/old /opt/new && busybox chmod 640 /etc/passwd
 RUN busybox mount -t tmpfs none /tmp && echo no > /tmp/lost && busybox mkfifo pipe && busybox ln -s built link
@@ -168,6 +174,12 @@ fn an_image_is_built_of_the_files_that_its_steps_have_changed() {
     let file = debugfs(disk, "stat /work/hard");
     assert!(file.contains("Links: 2") && file.contains("User:     7   Group:    20"), "{file}");
     assert!(debugfs(disk, "stat /etc/passwd").contains("Mode:  0640"));
+    // As with Docker: a user's number is the group's too, new directories are the owner's, and a user's are his own.
+    for entry in ["/owned", "/owned/by", "/owned/by/a", "/home7", "/home7/deep"] {
+        let stat = debugfs(disk, &format!("stat {entry}"));
+        let group = if entry.starts_with("/owned") { "7" } else { "" };
+        assert!(stat.contains("User:     7 ") && stat.contains(&format!("Group:     {group}")), "{entry}: {stat}");
+    }
     assert!(debugfs(disk, "stat /work/pipe").contains("FIFO") && debugfs(disk, "stat /work/link").contains("symlink"));
     // Files without changes are in the base image's layer alone.
     let layers = images.path("images").join("blobs/sha256");

@@ -61,18 +61,24 @@ fn join(dir: &str, name: &str) -> String {
 }
 
 impl BuildContext {
-    pub(super) fn open(dir: &Path) -> Result<Self, Failure> {
+    /// Opens the directory of a build by `dockerfile`. As with Docker, a file beside that, `DOCKERFILE.dockerignore`,
+    /// is read instead of the directory's.
+    pub(super) fn open(dir: &Path, dockerfile: &Path) -> Result<Self, Failure> {
         let root = dir.canonicalize().map_err(named(dir))?;
-        let path = root.join(IGNORE_FILE);
-        let ignore = match path.symlink_metadata() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ignore::default(),
-            Err(error) => return Err(named(&path)(error)),
-            Ok(_) => {
-                let refused = |error| Failure::input(error).named(&path.display().to_string());
-                Ignore::parse(&read_text(&path)?).map_err(refused)?
+        let mut own = dockerfile.as_os_str().to_owned();
+        own.push(IGNORE_FILE);
+        for path in [PathBuf::from(own), root.join(IGNORE_FILE)] {
+            match path.symlink_metadata() {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(named(&path)(error)),
+                Ok(_) => {
+                    let refused = |error| Failure::input(error).named(&path.display().to_string());
+                    let ignore = Ignore::parse(&read_text(&path)?).map_err(refused)?;
+                    return Ok(Self { root, ignore });
+                }
             }
-        };
-        Ok(Self { root, ignore })
+        }
+        Ok(Self { root, ignore: Ignore::default() })
     }
 
     /// Returns the sources of a word of `COPY`: one path, or the matches of a pattern.
@@ -200,8 +206,19 @@ mod tests {
         symlink("..", root.join("up")).unwrap();
         symlink("src", root.join("same")).unwrap();
         fs::write(root.join(IGNORE_FILE), ignore).unwrap();
-        let context = BuildContext::open(&root).unwrap();
+        let context = BuildContext::open(&root, &root.join("Dockerfile")).unwrap();
         (dir, context)
+    }
+
+    #[test]
+    fn a_dockerfiles_own_list_is_read_instead_of_the_directorys() {
+        let (dir, _) = context("src");
+        let (root, other) = (dir.path().join("context"), dir.path().join("prod.Dockerfile"));
+        fs::write(dir.path().join("prod.Dockerfile.dockerignore"), "*.txt").unwrap();
+        let own = BuildContext::open(&root, &other).unwrap();
+        assert!(own.sources("a.txt").is_err() && own.sources("src/main").is_ok());
+        let directorys = BuildContext::open(&root, &root.join("Dockerfile")).unwrap();
+        assert!(directorys.sources("a.txt").is_ok() && directorys.sources("src/main").is_err());
     }
 
     fn below(context: &BuildContext, word: &str) -> Vec<String> {

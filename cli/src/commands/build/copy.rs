@@ -27,16 +27,42 @@ pub(super) async fn copy(guest: &BuildGuest, context: &BuildContext, files: &Cop
     let is_dir = files.to.ends_with('/');
     let is_there = found(guest.agent(), &files.to).await?.is_some_and(|entry| entry.kind == FileType::Directory);
     let mut copied = CopiedEntries::default();
+    if files.owner.is_some() {
+        copied.made = missing_dirs(guest, &files.to).await?;
+    }
     for source in sources {
         one(guest, &source, (&files.to, is_dir || is_there), files.mode, &mut copied).await?;
     }
     let Some(owner) = &files.owner else { return Ok(()) };
-    of_all(guest, &["chown", "-h", "--", owner], &copied.made).await?;
+    of_all(guest, &["chown", "-h", "--", &with_group(owner)], &copied.made).await?;
     // Another owner clears these bits of a program.
     for (mode, paths) in &copied.programs {
         of_all(guest, &["chmod", "--", &format!("{mode:04o}")], paths).await?;
     }
     Ok(())
+}
+
+/// The directories that are made on the way to a path.
+async fn missing_dirs(guest: &BuildGuest, to: &str) -> Result<Vec<String>, Failure> {
+    let mut missing = Vec::new();
+    let own = Path::new(to).ancestors().skip(usize::from(!to.ends_with('/')));
+    for dir in own.filter_map(Path::to_str) {
+        if found(guest.agent(), dir).await?.is_some() {
+            break;
+        }
+        missing.push(dir.to_owned());
+    }
+    Ok(missing)
+}
+
+/// An owner with a group, as Docker has it: a user's own, or that of the user's number.
+fn with_group(owner: &str) -> String {
+    let is_number = !owner.is_empty() && owner.bytes().all(|byte| byte.is_ascii_digit());
+    match owner {
+        both if both.contains(':') => both.to_owned(),
+        number if is_number => format!("{number}:{number}"),
+        name => format!("{name}:"),
+    }
 }
 
 /// Entries of the guest that an instruction has made.
@@ -149,6 +175,12 @@ async fn command(guest: &BuildGuest, words: &[&str]) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_owner_has_a_group() {
+        let all = [("7", "7:7"), ("app", "app:"), ("7:20", "7:20"), ("app:staff", "app:staff"), ("a7", "a7:")];
+        all.into_iter().for_each(|(given, owner)| assert_eq!(with_group(given), owner));
+    }
 
     #[test]
     fn a_file_in_a_new_directory_is_new_unless_a_link_is_there() {

@@ -233,9 +233,19 @@ impl BuildGuest {
         }
     }
 
-    /// Makes a directory. Returns false if it exists.
+    /// Makes a directory of root's. Returns false if it exists.
     pub(in crate::commands) async fn make_dir(&self, path: &str, mode: Option<u32>) -> Result<bool, Failure> {
-        match self.agent.make_dir(path, mode).await {
+        self.make_dir_of("root", path, mode).await
+    }
+
+    /// Makes a directory of a user's, with its parents. Returns false if it exists.
+    pub(in crate::commands) async fn make_dir_of(
+        &self,
+        user: &str,
+        path: &str,
+        mode: Option<u32>,
+    ) -> Result<bool, Failure> {
+        match self.agent.clone().with_user(Some(user.to_owned())).make_dir(path, mode).await {
             Ok(_) => Ok(true),
             Err(ClientError::Rpc(RpcError { code: Code::AlreadyExists, .. })) => Ok(false),
             Err(error) => Err(agent_failure(error)),

@@ -154,7 +154,7 @@ async fn step(guest: &BuildGuest, recipe: &Recipe, step: &BuildStep) -> Outcome 
             let (env, workdir, user) = (&step.env, Some(step.workdir.as_str()), step.user.as_str());
             guest.run(GuestProgram { argv, env, workdir, user }).await
         }
-        (Action::MakeDir(dir), _) => guest.make_dir(dir, None).await.map(drop),
+        (Action::MakeDir(dir), _) => guest.make_dir_of(&step.user, dir, None).await.map(drop),
         (Action::Copy(files), Some(context)) => copy(guest, context, files).await,
         // A plan with files has a directory.
         (Action::Copy(_), None) => Err(Failure::run(anyhow!("there is no directory to copy from"))),

@@ -67,7 +67,7 @@ impl Recipe {
         }
         let refused = |error| Failure::input(error).named(&path.display().to_string());
         let file = Dockerfile::parse(&read_text(path)?).map_err(refused)?;
-        let context = BuildContext::open(dir)?;
+        let context = BuildContext::open(dir, path)?;
         let image = fetch(store, &file.base(&given).map_err(refused)?, &args.pull)?;
         let plan = file.plan(&image.config, &given).map_err(refused)?;
         check_files(&plan, &context)?;
