@@ -294,6 +294,46 @@ def test_the_end_of_a_program_that_reads_nothing_is_its_end(tmp_path, agent_at):
     assert called.count("SendInput") <= 1
 
 
+def test_an_upload_is_sent_in_pieces_that_have_time_each(tmp_path, agent_at, monkeypatch):
+    from clade import _agent
+
+    sent = []
+    monkeypatch.setattr(_agent, "pieces", lambda data, cut=_agent.pieces: (sent.append(p) or p for p in cut(data)))
+    path = tmp_path / "vm.vsock"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    data, got = bytes(range(256)) * (24 << 10), []
+
+    def serve():
+        connection, _ = listener.accept()
+        connection.recv(100)
+        connection.sendall(b"OK 1024\n")
+        asked = b""
+        while len(asked.partition(b"\r\n\r\n")[2]) < len(data):
+            asked += connection.recv(1 << 20)
+        got.append(asked)
+        connection.sendall(b"HTTP/1.1 204 No\r\nContent-Length: 0\r\n\r\n")
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    agent_at(str(path)).write_file("/f", data)
+    thread.join(60)
+    head, _, body = got[0].partition(b"\r\n\r\n")
+    assert body == data and f"Content-Length: {len(data)}\r\n".encode() in head + b"\r\n"
+    assert head.count(b"Content-Length") == 1
+    assert b"".join(sent) == data and max(map(len, sent)) == _agent.PIECE
+
+
+def test_much_output_is_collected_once():
+    from clade._agent import Collected, ExecResult, Output
+
+    collected = Collected()
+    for _ in range(100_000):
+        assert collected.take(Output("stdout", b"x" * 1000)) is None
+    assert len(collected.take(ExecResult(0, b"", b"", "exit status 0")).stdout) == 100_000_000
+
+
 def test_a_guest_that_refuses_a_connection_is_not_asked_again(tmp_path, agent_at):
     path = tmp_path / "vm.vsock"
     listener = socket.socket(socket.AF_UNIX)

@@ -26,6 +26,7 @@ SLOW = 1.0
 SILENCE = 120.0
 # The largest message, as the agent takes it.
 MOST = 4 << 20
+PIECE = 256 << 10
 END = 2
 
 
@@ -208,20 +209,29 @@ def file_path(path: str, user: str) -> str:
 
 def file_headers(user: str, data: bytes | None) -> dict[str, str]:
     """What a request for a file has."""
-    return {**headers_for(user), **({"Content-Type": "application/octet-stream"} if data is not None else {})}
+    if data is None:
+        return headers_for(user)
+    return {**headers_for(user), "Content-Type": "application/octet-stream", "Content-Length": str(len(data))}
+
+
+def pieces(data: bytes) -> Iterator[bytes]:
+    """Data as it is sent. Each piece has the time of an answer."""
+    for at in range(0, len(data), PIECE):
+        yield data[at : at + PIECE]
 
 
 class Collected:
     """The output of a program, as it comes."""
 
     def __init__(self) -> None:
-        self._written = {"stdout": b"", "stderr": b""}
+        self._written: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
 
     def take(self, piece: Output | ExecResult) -> ExecResult | None:
         """The result, if the piece is the end."""
         if isinstance(piece, ExecResult):
-            return ExecResult(piece.exit_code, self._written["stdout"], self._written["stderr"], piece.status)
-        self._written[piece.stream] = self._written.get(piece.stream, b"") + piece.data
+            stdout, stderr = (b"".join(self._written[stream]) for stream in ("stdout", "stderr"))
+            return ExecResult(piece.exit_code, stdout, stderr, piece.status)
+        self._written.setdefault(piece.stream, []).append(piece.data)
         return None
 
 
@@ -361,7 +371,8 @@ class Agent:
     def _file(self, method: str, path: str, data: bytes | None) -> bytes:
         connection = self._connection()
         try:
-            connection.request(method, file_path(path, self._user), data, file_headers(self._user, data))
+            body = None if data is None else pieces(data)
+            connection.request(method, file_path(path, self._user), body, file_headers(self._user, data))
             answer = connection.getresponse()
             text = answer.read()
             if answer.status not in (200, 204):

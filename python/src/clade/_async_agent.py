@@ -30,7 +30,8 @@ class _Answer:
         self._left: int | None = None
 
     async def _line(self) -> str:
-        line = await asyncio.wait_for(self._reader.readline(), self._silence)
+        async with asyncio.timeout(self._silence):
+            line = await self._reader.readline()
         if not line.endswith(b"\n"):
             raise AgentError("unavailable", "the guest has cut an answer off")
         return line.decode("latin-1").rstrip("\r\n")
@@ -66,7 +67,8 @@ class _Answer:
         if self._left == 0:
             return b""
         count = most if self._left is None else min(most, self._left)
-        got = await asyncio.wait_for(self._reader.read(count), self._silence)
+        async with asyncio.timeout(self._silence):
+            got = await self._reader.read(count)
         if self._left is not None:
             if not got:
                 raise AgentError("unavailable", "the guest has cut an answer off")
@@ -145,9 +147,14 @@ class AsyncAgent:
         try:
             lines = [f"{method} {path} HTTP/1.1", "Host: agent", "Connection: close"]
             lines += [f"{name}: {value}" for name, value in headers.items()]
-            lines += [f"Content-Length: {len(body)}"] if body is not None else []
-            writer.write(("\r\n".join(lines) + "\r\n\r\n").encode() + (body or b""))
-            await asyncio.wait_for(writer.drain(), a.SILENCE)
+            if body is not None and "Content-Length" not in headers:
+                lines.append(f"Content-Length: {len(body)}")
+            writer.write(("\r\n".join(lines) + "\r\n\r\n").encode())
+            for piece in a.pieces(body or b""):
+                writer.write(piece)
+                # Not `wait_for`, which forgets a cancellation in Python 3.11 if it comes with the result.
+                async with asyncio.timeout(a.SILENCE):
+                    await writer.drain()
             answer = _Answer(reader, writer, silence)
             await answer.head()
             yield answer
