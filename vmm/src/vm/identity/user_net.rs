@@ -18,7 +18,7 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use clade_host_io::PacketStream;
@@ -42,6 +42,8 @@ pub const RESOLVER: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
 const GATEWAY_MAC: &str = "52:55:0a:00:02:02";
 /// The program.
 const PASST: &str = "passt";
+/// The user that passt becomes if root starts it.
+const NOBODY: u32 = 65_534;
 /// Runs the program with standard input as descriptor 3: in the background it has no standard
 /// input.
 const AS_FD_3: &str = r#"exec passt "$@" 3<&0 </dev/null"#;
@@ -190,9 +192,10 @@ impl UserNet {
     }
 }
 
-/// A file for the program's process id. The program writes it as another user than the one that
-/// starts it, so the file is writable for all, in a directory that only its owner can list.
+/// A file for the program's process id, in a directory that only its owner can list. The program of a supervisor
+/// of root's writes it as another user.
 struct PidFile {
+    file: File,
     path: PathBuf,
     _dir: TempDir,
 }
@@ -206,20 +209,28 @@ impl PidFile {
         let dir = tempfile::Builder::new().prefix("clade-passt-").tempdir().map_err(failed(&std::env::temp_dir()))?;
         let path = dir.path().join("pid");
         let mode = |path: &Path, mode| fs::set_permissions(path, Permissions::from_mode(mode));
-        let made = File::create_new(&path).and_then(|_| mode(&path, 0o666)).and_then(|()| mode(dir.path(), 0o711));
-        made.map_err(failed(&path))?;
-        Ok(Self { path, _dir: dir })
+        // Of root's passt, which becomes `nobody` before it writes. Anybody else who could write would choose the
+        // process that is stopped with the VM's network.
+        let owned = |file: File| match rustix::process::geteuid().is_root() {
+            true => fchown(&file, Some(NOBODY), None).map(|()| file),
+            false => Ok(file),
+        };
+        let created = File::options().read(true).write(true).create_new(true).mode(0o600).open(&path);
+        let made = created.and_then(owned).and_then(|file| mode(dir.path(), 0o711).map(|()| file));
+        let file = made.map_err(failed(&path))?;
+        Ok(Self { file, path, _dir: dir })
     }
 
     fn read(&self) -> Result<u32, UserNetError> {
         let failed = |source| UserNetError::Unknown { path: self.path.clone(), source };
-        let text = fs::read_to_string(&self.path).map_err(|source| failed(Some(source)))?;
+        let text = io::read_to_string(&self.file).map_err(|source| failed(Some(source)))?;
         text.trim().parse().map_err(|_| failed(None))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
     use std::process::Command;
 
     use clade_test_support::write_program;
@@ -254,6 +265,14 @@ mod tests {
             assert!(status.contains(signals), "{signals} in {status}");
         }
         assert!(status.contains("PATH=") && !status.contains(STATUS), "{status}");
+    }
+
+    #[test]
+    fn the_file_for_the_process_id_is_passts_alone() {
+        let file = PidFile::new().unwrap();
+        let meta = fs::metadata(&file.path).unwrap();
+        let owner = if rustix::process::geteuid().is_root() { NOBODY } else { rustix::process::geteuid().as_raw() };
+        assert_eq!((meta.mode() & 0o7777, meta.uid()), (0o600, owner));
     }
 
     #[test]
