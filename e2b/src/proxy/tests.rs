@@ -417,6 +417,7 @@ fn connections_have_places_which_a_websocket_keeps_until_it_ends() {
 async fn answered(host: &Host, ask: &str) -> TcpStream {
     loop {
         let client = host.client(ask).await;
+        let mut first = [0];
         tokio::select! {
             mut guest = host.accept() => {
                 head(&mut guest).await;
@@ -424,9 +425,10 @@ async fn answered(host: &Host, ask: &str) -> TcpStream {
                 guest.write_all(answer).await.unwrap();
                 return client;
             }
-            // The end of the previous connection is noticed a moment later.
-            () = tokio::time::sleep(Duration::from_millis(200)) => {}
+            // The end of the previous connection is noticed a moment later. Until then the request is refused.
+            refused = client.peek(&mut first) => assert_eq!(refused.unwrap(), 1),
         }
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 
