@@ -102,7 +102,7 @@ mod tests {
         let user = User { name: "ann".into(), uid: 1000, gid: 1000, home: "/".into(), groups: Vec::new() };
         make_dirs(&dir.path().join("new/deep"), &user).unwrap();
         assert_eq!([owner(&dir.path().join("new")), owner(&dir.path().join("new/deep"))], [1000, 1000]);
-        // What is there already stays whose it is, whatever leads to it.
+        // An existing directory keeps its owner, by any path that leads to it.
         make_dirs(&dir.path().join("other/.."), &user).unwrap();
         assert_eq!([owner(dir.path()), owner(&dir.path().join("other"))], [0, 1000]);
         fs::create_dir(dir.path().join("kept")).unwrap();

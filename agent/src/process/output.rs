@@ -54,7 +54,7 @@ impl Output {
         chunk
     }
 
-    /// The output that is there now. What other processes write while it is read is not part of it.
+    /// The output that is there now. Bytes that other processes write while it is read are not part of it.
     fn rest(&mut self) -> impl Iterator<Item = Bytes> {
         let waiting = self.stream.as_ref().and_then(|stream| ioctl_fionread(stream.get_ref()).ok());
         let mut left = waiting.map_or(0, |bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
@@ -176,7 +176,7 @@ mod tests {
             write(&chunk);
         }
         assert!(read.starts_with(&first) && read.len() <= first.len() + CHUNK, "{} bytes", read.len());
-        // At most a chunk of what was written meanwhile. The stream is not at its end.
+        // At most a chunk that was written meanwhile. The stream is not at its end.
         assert!(output.stream.is_some() && output.rest().next().is_some());
     }
 
