@@ -130,7 +130,7 @@ fn create(path: &Path, user: &User) -> Result<File, Refusal> {
 }
 
 impl Writer {
-    /// Creates the file, with its permissions: it is not readable for others first.
+    /// Creates the file, and sets its permissions before it has content.
     async fn create(path: PathBuf, wanted: &Wanted) -> Result<Self, Refusal> {
         let (opened, user, mode) = (path.clone(), wanted.user.clone(), wanted.mode);
         let work = move || {

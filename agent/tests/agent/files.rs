@@ -152,6 +152,9 @@ fn forms_have_several_files() {
     let answer = form(&agent, &[("ignored", "named")], &format!("?path={}", agent.path("three")));
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     assert_eq!(std::fs::read_to_string(agent.path("three")).unwrap(), "named");
+    let answer = form(&agent, &[("ignored", "secret")], &format!("?mode=600&path={}", agent.path("four")));
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert_eq!(std::fs::metadata(agent.path("four")).unwrap().mode() & 0o7777, 0o600);
     run(async {
         let notes = agent.client().stat(&one).await.unwrap().metadata;
         // Some file systems have no room for them.
