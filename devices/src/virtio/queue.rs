@@ -228,9 +228,11 @@ impl Virtqueue {
 
     /// Clears the eventfd. The queue must be read after it; otherwise a notification that arrives
     /// in between is lost.
-    pub(crate) fn acknowledge(&self) {
+    ///
+    /// Returns whether there was a notification.
+    pub(crate) fn acknowledge(&self) -> bool {
         // EAGAIN is fine: another read has cleared the eventfd.
-        let _ = self.event.read();
+        self.event.read().is_ok()
     }
 
     /// The queue's state, to be saved.

@@ -356,7 +356,14 @@ impl Service for BlockService {
     fn turn(&mut self, wake: Wake, should_yield: &YieldRequest<'_>) -> Turn {
         match wake {
             Wake::Start => self.ready.fill(true),
-            Wake::Source(DISK) | Wake::Timer | Wake::Again => {}
+            Wake::Source(DISK) | Wake::Timer => {}
+            // The thread does not look at the eventfds while there is work: a queue that is always full would
+            // hide the others' notifications.
+            Wake::Again => {
+                for index in 0..self.queues.len() {
+                    self.ready[index] |= !self.ready[index] && self.queues.acknowledge_if_notified(index);
+                }
+            }
             Wake::Source(index) => {
                 if self.queues.acknowledge(index as usize) {
                     self.ready[index as usize] = true;

@@ -13,6 +13,7 @@ use clade_memory::{GuestRam, Quiesced, RamImage, RamLayout, Store};
 use clade_test_support::{Patience, Watchdog};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SEG_MAX};
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::service::{BATCH, BlockService};
 use super::{Block, BlockOptions, BlockState, InFlight, SEG_MAX};
@@ -33,6 +34,7 @@ const DISK: usize = 24 << 20;
 const PAGE: u64 = 4096;
 const IN: u32 = 0;
 const OUT: u32 = 1;
+const GET_ID: u32 = 8;
 const DISCARD: u32 = 11;
 const ZEROES: u32 = 13;
 /// Longer than a test: operations given to the kernel do not end.
@@ -44,6 +46,8 @@ struct Rig {
     ram: GuestRam,
     service: BlockService,
     interrupt: Arc<Interrupt>,
+    /// Empty in a child.
+    events: Vec<Arc<EventFd>>,
     available: Vec<u16>,
     used: Vec<u16>,
     next: Vec<u16>,
@@ -87,12 +91,26 @@ fn rings(queue: u16) -> u64 {
     RINGS + u64::from(queue) * 0x8000
 }
 
+fn events(queues: usize) -> Vec<Arc<EventFd>> {
+    (0..queues).map(|_| Arc::new(clade_host_io::eventfd().unwrap())).collect()
+}
+
 fn activation(ram: &GuestRam, features: u64, states: &[Option<QueueState>]) -> (Activation, Arc<Interrupt>) {
+    activation_by(&events(states.len()), ram, features, states)
+}
+
+/// The same, with the eventfds of the queues.
+fn activation_by(
+    events: &[Arc<EventFd>],
+    ram: &GuestRam,
+    features: u64,
+    states: &[Option<QueueState>],
+) -> (Activation, Arc<Interrupt>) {
     let interrupt = Arc::new(Interrupt::new(&Arc::new(Irq::new().unwrap()), InterruptState::default()));
-    let queues = (0..).zip(states).map(|(index, state)| {
-        let event = Arc::new(clade_host_io::eventfd().unwrap());
-        state.map(|state| Virtqueue::new(index, &state, features, ram, &event).unwrap())
-    });
+    let queues = (0..)
+        .zip(states)
+        .zip(events)
+        .map(|((index, state), event)| state.map(|state| Virtqueue::new(index, &state, features, ram, event).unwrap()));
     let with = Activation {
         ram: ram.clone(),
         queues: queues.collect(),
@@ -115,12 +133,13 @@ impl Rig {
             ..QueueState::new(QUEUE)
         };
         let states: Vec<_> = (0..options.queues).map(|index| Some(state(index))).collect();
-        let (with, interrupt) = activation(&ram, options.features, &states);
+        let events = events(states.len());
+        let (with, interrupt) = activation_by(&events, &ram, options.features, &states);
         let disk = Disk::open(&DiskConfig { latency: options.latency, ..DiskConfig::new(path) }).unwrap();
         let service = BlockService::new(disk, with, Limiter::new(&options.limits), [].into());
         let count = usize::from(options.queues);
         let (available, used, next) = (vec![0; count], vec![0; count], vec![0; count]);
-        Self { ram, service, interrupt, available, used, next, features: options.features }
+        Self { ram, service, interrupt, events, available, used, next, features: options.features }
     }
 
     /// Makes a request available. Returns its head.
@@ -133,7 +152,7 @@ impl Rig {
         memory.write_obj(sector, GuestAddress(header + 8)).unwrap();
         memory.write_obj(0xeeu8, GuestAddress(header + 16)).unwrap();
         let mut buffers = vec![(header, 16, false)];
-        buffers.extend(data.iter().map(|&(at, len)| (at, len, kind == IN)));
+        buffers.extend(data.iter().map(|&(at, len)| (at, len, [IN, GET_ID].contains(&kind))));
         buffers.push((header + 16, 1, true));
         for (n, (at, len, write)) in buffers.iter().enumerate() {
             let slot = rings(queue) + u64::from((head + n as u16) % QUEUE) * 16;
@@ -231,7 +250,7 @@ impl Rig {
         let again = moment.in_flight.iter().copied().collect();
         let service = BlockService::new(moment.disk.open().unwrap(), with, Limiter::new(&Limits::default()), again);
         let (available, used, next) = (self.available.clone(), self.used.clone(), self.next.clone());
-        Self { ram, service, interrupt, available, used, next, features: self.features }
+        Self { ram, service, interrupt, events: Vec::new(), available, used, next, features: self.features }
     }
 }
 
@@ -327,6 +346,29 @@ fn a_busy_queue_does_not_starve_another() {
     assert_eq!(rig.used(1), Some((other, 0)));
     let count = std::iter::from_fn(|| rig.used(0)).count();
     assert!(count < 2 * BATCH, "{count} of the busy queue");
+}
+
+#[test]
+fn a_notification_is_seen_beside_a_queue_that_is_always_full() {
+    let (_dir, path) = file();
+    let mut rig = Rig::new(&path, &Options { queues: 2, ..Options::default() });
+    let events = rig.events.clone();
+    // As a hostile driver would, with requests that need no disk.
+    let fill = |rig: &mut Rig| {
+        (0..20u64).for_each(|n| {
+            rig.offer(0, GET_ID, 0, &[(DATA + n * PAGE, 20)]);
+        });
+        std::iter::from_fn(|| rig.used(0)).count()
+    };
+    fill(&mut rig);
+    assert_eq!(rig.turn(Wake::Start), Turn::Again);
+    let other = rig.offer(1, GET_ID, 0, &[(DATA + 100 * PAGE, 20)]);
+    events[1].write(1).unwrap();
+    for _ in 0..2 {
+        fill(&mut rig);
+        rig.turn(Wake::Again);
+    }
+    assert_eq!(rig.used(1), Some((other, 0)), "the other queue starves");
 }
 
 #[test]
