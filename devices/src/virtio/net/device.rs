@@ -36,7 +36,7 @@ pub const MAX_PAIRS: u16 = 8;
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_SIZE: u16 = 64;
 /// Bytes of the largest packet with its header: 64 KiB and an Ethernet header.
-const MAX_PACKET: usize = VNET_HEADER + 14 + 65_536;
+pub(super) const MAX_PACKET: usize = VNET_HEADER + 14 + 65_536;
 /// Bytes of the smallest packet with its header: an Ethernet header.
 const MIN_PACKET: usize = VNET_HEADER + 14;
 /// Features that need a backend with offloads.

@@ -12,7 +12,7 @@ use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 use super::{BATCH, DOWN_RETRY, MAX_PACKET, MAX_PAIRS, MIN_PACKET, Net, OWNER};
 use crate::virtio::YieldRequest;
 use crate::virtio::dma;
-use crate::virtio::net::posted::{Posted, write_at};
+use crate::virtio::net::posted::{Posted, Room, write_at};
 use crate::virtio::sync_device::{FatalError, QueueCtx};
 
 impl Net {
@@ -20,20 +20,25 @@ impl Net {
     /// for a packet.
     fn gather(io: &mut QueueCtx, queue: usize, posted: &mut VecDeque<Posted>) -> Result<bool, FatalError> {
         let merges = io.features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0;
-        let room = |posted: &VecDeque<Posted>| posted.iter().map(|chain| total_len(&chain.memory)).sum::<usize>();
-        while posted.is_empty() || (merges && room(posted) < MAX_PACKET) {
+        let mut room = Room::default();
+        posted.iter().for_each(|chain| room.add(chain));
+        while !room.is_enough(merges) {
             let Some(chain) = io.pop(queue)? else { break };
             // A pin unshares its pages, and a fork waits for that: never more than a packet needs.
             let needed = dma::prefix(&chain.writable, MAX_PACKET);
             match dma::pin(&io.ram, OWNER, &needed, Access::Write) {
-                Ok(memory) => posted.push_back(Posted { head: chain.head, memory }),
+                Ok(memory) => {
+                    let chain = Posted { head: chain.head, memory };
+                    room.add(&chain);
+                    posted.push_back(chain);
+                }
                 Err(error) => {
                     io.undo_pop(queue);
                     return Err(error.into());
                 }
             }
         }
-        Ok(room(posted) >= MIN_PACKET)
+        Ok(room.bytes >= MIN_PACKET)
     }
 
     pub(super) fn receive_some(
