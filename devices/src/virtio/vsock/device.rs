@@ -280,7 +280,7 @@ impl DeviceOps for Vsock {
         if let Err(error) = self.look() {
             tracing::warn!(%error, "the sockets of a guest cannot be looked at");
         }
-        self.retry(Instant::now());
+        self.retry(Instant::now(), should_yield);
         let is_known = self.tell_reset(io, wake)?;
         let mut more = false;
         for n in 0..BATCH {

@@ -14,6 +14,7 @@ use super::connection::{ConnectionState, Greeting, VsockConnection};
 use super::device::{FIRST_PORT, Key, LISTENER, Vsock};
 use super::packet::{PacketHeader, PacketOp, SHUT_RECEIVE, SHUT_SEND};
 use super::socket::Attempt;
+use crate::virtio::YieldRequest;
 
 /// Maximum number of connections in all stages. Further ones are refused.
 pub(super) const MAX_CONNECTIONS: usize = 1024;
@@ -334,8 +335,9 @@ impl Vsock {
         }
     }
 
-    /// Retries connections to hosts whose backlog was full, and the listener, once they are due.
-    pub(super) fn retry(&mut self, now: Instant) {
+    /// Retries connections to hosts whose backlog was full, and the listener, once they are due. Ends after one
+    /// connection if the turn should end: a broker may take its time for each.
+    pub(super) fn retry(&mut self, now: Instant, should_yield: &YieldRequest<'_>) {
         if self.accept_at.is_some_and(|at| now >= at) {
             self.accept_at = None;
             self.watch_listener(EventSet::IN);
@@ -351,6 +353,9 @@ impl Vsock {
                 if let Some(pending) = self.pending.remove(&key) {
                     self.try_connect(key, pending);
                 }
+                if should_yield.is_set() {
+                    break;
+                }
             }
             if !self.pending.is_empty() {
                 self.retry_at.get_or_insert(now + RETRY_INTERVAL);
@@ -361,9 +366,30 @@ impl Vsock {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicBool;
+
     use super::super::device::VsockOptions;
     use super::super::socket::VsockSocket;
     use super::*;
+
+    #[test]
+    fn retries_of_connections_give_way_to_a_pause() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = VsockOptions { cid: 42, socket: dir.path().join("vm.sock") };
+        let mut vsock = Vsock::new(VsockSocket::bind(&options).unwrap(), false).unwrap();
+        let now = Instant::now();
+        for port in 0..3 {
+            vsock.pending.insert((port, 1), PendingConnect { retries: 1, room: 1, forwarded: 0 });
+        }
+        let waits = AtomicBool::new(true);
+        for left in [2, 1] {
+            vsock.retry_at = Some(now);
+            vsock.retry(now, &YieldRequest::of(&waits));
+            // Each attempt is refused: there is no listener.
+            assert_eq!(vsock.pending.len(), left);
+            assert!(vsock.retry_at.is_some_and(|at| at > now), "the others are tried later");
+        }
+    }
 
     /// Data that the host has taken late is written before the socket is watched again.
     #[test]
