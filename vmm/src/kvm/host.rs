@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE,
-    KVMIO, kvm_enable_cap, kvm_xsave,
+    CpuId, KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X86_TRIPLE_FAULT_EVENT,
+    KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE, KVMIO, kvm_enable_cap, kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
@@ -326,10 +326,20 @@ impl Host {
         for _ in 0..CREATE_TRIES {
             match self.kvm.create_vm() {
                 Err(error) if error.errno() == libc::EINTR => std::thread::yield_now(),
-                made => return made,
+                made => return made.and_then(|vm| self.show_triple_faults(vm)),
             }
         }
-        self.kvm.create_vm()
+        self.kvm.create_vm().and_then(|vm| self.show_triple_faults(vm))
+    }
+
+    /// Makes pending triple faults a part of the vCPUs' events, so that they are saved and a reset can clear them. Does
+    /// nothing on kernels before 6.0, which cannot.
+    fn show_triple_faults(&self, vm: VmFd) -> Result<VmFd, kvm_ioctls::Error> {
+        if self.kvm.check_extension_raw(KVM_CAP_X86_TRIPLE_FAULT_EVENT.into()) > 0 {
+            let args = [1, 0, 0, 0];
+            vm.enable_cap(&kvm_enable_cap { cap: KVM_CAP_X86_TRIPLE_FAULT_EVENT, args, ..Default::default() })?;
+        }
+        Ok(vm)
     }
 
     /// A vCPU with a guest's CPUID, in a VM of its own without memory.

@@ -6,6 +6,7 @@
 //! |---|---|---|
 //! | start-up IPI | `KVM_SET_MP_STATE` can only set it | an AP that waits for one starts |
 //! | SMI, SMM | restored after `KVM_SET_MP_STATE` | KVM refuses an AP's wait for INIT or SIPI |
+//! | triple fault | restored where a state has one | the VM shuts down |
 //! | async page faults | in no state | reports a page that the guest never waited for |
 //! | unacknowledged page-ready event | in no state | KVM wakes no halted vCPU for the next one |
 //!
@@ -14,7 +15,7 @@
 
 use kvm_bindings::{
     KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SIPI_VECTOR,
-    KVM_VCPUEVENT_VALID_SMM, Msrs, kvm_msr_entry, kvm_vcpu_events,
+    KVM_VCPUEVENT_VALID_SMM, KVM_VCPUEVENT_VALID_TRIPLE_FAULT, Msrs, kvm_msr_entry, kvm_vcpu_events,
 };
 use kvm_ioctls::VcpuFd;
 
@@ -27,13 +28,16 @@ const KVM_ASYNC_PF_ACK: u32 = 0x4b56_4d07;
 /// Drops all pending events of `vcpu`. The vCPU is unusable until a state is restored.
 pub(crate) fn forget_pending(vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
     let failed = |call| move |source| VcpuStateError::Ioctl { call, source };
+    // Only a VM with the capability has the flag, and accepts it.
+    let known = vcpu.get_vcpu_events().map_err(failed("KVM_GET_VCPU_EVENTS"))?;
     // First: this call clears a latched INIT, so that the next step does not reset the vCPU, and it
     // leaves System Management Mode.
     let none = kvm_vcpu_events {
         flags: KVM_VCPUEVENT_VALID_NMI_PENDING
             | KVM_VCPUEVENT_VALID_SIPI_VECTOR
             | KVM_VCPUEVENT_VALID_SHADOW
-            | KVM_VCPUEVENT_VALID_SMM,
+            | KVM_VCPUEVENT_VALID_SMM
+            | known.flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT,
         ..Default::default()
     };
     vcpu.set_vcpu_events(&none).map_err(failed("KVM_SET_VCPU_EVENTS"))?;
@@ -53,6 +57,7 @@ pub(crate) fn forget_pending(vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
 #[cfg(test)]
 mod tests {
     use kvm_bindings::{KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_SIPI_RECEIVED, kvm_mp_state};
+    use kvm_ioctls::VcpuExit;
 
     use super::super::host::Host;
     use super::super::testutil::{TWO_OUTS, TestVm, host, save_all};
@@ -121,6 +126,31 @@ mod tests {
         reset(vcpu, &layout, &state);
         assert_eq!(vcpu.get_vcpu_events().unwrap().smi.pending, 0);
         assert_eq!(vcpu.get_mp_state().unwrap().mp_state, KVM_MP_STATE_INIT_RECEIVED);
+    }
+
+    #[test]
+    fn a_triple_fault_from_before_a_reset_ends_nobody_and_a_saved_one_stays() {
+        let Some(host) = host() else { return };
+        let layout = StateLayout::new(&host).unwrap();
+        let mut vm = TestVm::new(&host, 1, &TWO_OUTS);
+        let first = vm.run_to_out(&host);
+        let state = save_all(&vm, &host, &layout).remove(0);
+        assert_eq!(state.events.flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT, 0, "a kernel before 6.0 takes the state");
+        let pending = |vm: &TestVm| vm.vcpus[0].get_vcpu_events().unwrap().triple_fault.pending;
+        let mut events = state.events;
+        events.flags |= KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
+        events.triple_fault.pending = 1;
+        if vm.vcpus[0].set_vcpu_events(&events).is_err() {
+            clade_test_support::skipped("this KVM does not show triple faults");
+            return;
+        }
+        let dying = save_all(&vm, &host, &layout).remove(0);
+        reset(&vm.vcpus[0], &layout, &state);
+        assert_eq!(pending(&vm), 0);
+        assert_ne!(vm.run_to_out(&host), first, "the guest goes on");
+        reset(&vm.vcpus[0], &layout, &dying);
+        assert_eq!(pending(&vm), 1);
+        assert!(matches!(vm.vcpus[0].run().unwrap(), VcpuExit::Shutdown));
     }
 
     #[test]

@@ -62,7 +62,7 @@ impl TestVm {
     }
 
     fn empty(host: &Host, vcpus: u8, mem: GuestMemoryMmap<()>) -> Self {
-        let vm = host.kvm().create_vm().unwrap();
+        let vm = host.create_vm().unwrap();
         let region = mem.iter().next().unwrap();
         let slot = kvm_userspace_memory_region {
             slot: 0,

@@ -12,8 +12,8 @@ use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
 
 use kvm_bindings::{
-    CpuId, Msrs, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
-    kvm_xsave, kvm_xsave2,
+    CpuId, KVM_VCPUEVENT_VALID_TRIPLE_FAULT, Msrs, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs,
+    kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave, kvm_xsave2,
 };
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
@@ -295,6 +295,10 @@ impl VcpuState {
         self.lapic = vcpu.get_lapic().map_err(call("KVM_GET_LAPIC"))?;
         // Last: each call above may queue an event.
         self.events = vcpu.get_vcpu_events().map_err(call("KVM_GET_VCPU_EVENTS"))?;
+        if self.events.triple_fault.pending == 0 {
+            // A kernel before 6.0 refuses the flag.
+            self.events.flags &= !KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
+        }
         Ok(())
     }
 

@@ -188,7 +188,7 @@ mod tests {
     fn a_full_irqchip_goes_to_another_vm() {
         let Some(host) = host() else { return };
         let make = || {
-            let vm = host.kvm().create_vm().unwrap();
+            let vm = host.create_vm().unwrap();
             vm.create_irq_chip().unwrap();
             vm.create_pit2(kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() }).unwrap();
             vm
