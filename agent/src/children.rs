@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use clade_agent_proto::process::signal_name;
@@ -19,7 +20,23 @@ use crate::lock::lock;
 use crate::program::Program;
 use crate::vfork::{self, ChildStack};
 
-type Waiting = Arc<Mutex<HashMap<u32, oneshot::Sender<ExitStatus>>>>;
+/// A child that has been started.
+#[derive(Debug)]
+pub(crate) struct Child {
+    pub(crate) pid: u32,
+    /// Gets its exit status.
+    pub(crate) end: oneshot::Receiver<ExitStatus>,
+    /// Set once its number may be another's, even if nobody has received its status yet.
+    pub(crate) is_reaped: Arc<AtomicBool>,
+}
+
+#[derive(Debug)]
+struct WaitedFor {
+    end: oneshot::Sender<ExitStatus>,
+    is_reaped: Arc<AtomicBool>,
+}
+
+type Waiting = Arc<Mutex<HashMap<u32, WaitedFor>>>;
 
 /// Starts and reaps child processes.
 #[derive(Debug)]
@@ -42,23 +59,29 @@ impl Children {
         Ok(Self { waiting, stack: Mutex::new(ChildStack::new()?) })
     }
 
-    /// Starts a child. The receiver gets its exit status.
-    pub(crate) fn spawn(&self, program: &Program) -> io::Result<(u32, oneshot::Receiver<ExitStatus>)> {
+    /// Starts a child.
+    pub(crate) fn spawn(&self, program: &Program) -> io::Result<Child> {
         let pid = vfork::spawn(program, &mut lock(&self.stack))?.as_raw_nonzero().get().unsigned_abs();
-        let (sender, receiver) = oneshot::channel();
-        lock(&self.waiting).insert(pid, sender);
-        Ok((pid, receiver))
+        let (sender, end) = oneshot::channel();
+        let is_reaped = Arc::new(AtomicBool::new(false));
+        lock(&self.waiting).insert(pid, WaitedFor { end: sender, is_reaped: Arc::clone(&is_reaped) });
+        Ok(Child { pid, end, is_reaped })
     }
 }
 
 fn reap(waiting: &Waiting) {
     // Signals are merged: reaps every ended child.
     while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
-        let pid = pid.as_raw_nonzero().get().unsigned_abs();
-        if let Some(sender) = lock(waiting).remove(&pid) {
-            // The receiver may have been dropped.
-            let _ = sender.send(ExitStatus::from_raw(status.as_raw()));
-        }
+        note_end(waiting, pid.as_raw_nonzero().get().unsigned_abs(), ExitStatus::from_raw(status.as_raw()));
+    }
+}
+
+fn note_end(waiting: &Waiting, pid: u32, status: ExitStatus) {
+    if let Some(child) = lock(waiting).remove(&pid) {
+        // Relaxed: all of the agent's tasks run on one thread.
+        child.is_reaped.store(true, Ordering::Relaxed);
+        // The receiver may have been dropped.
+        let _ = child.end.send(status);
     }
 }
 
@@ -71,5 +94,34 @@ pub(crate) fn describe(status: ExitStatus) -> String {
             format!("signal: {}{core}", signal_name(signal))
         }
         (None, None) => status.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::process::{Pid, waitpid};
+
+    use super::*;
+    use crate::program::SpawnEnv;
+    use crate::users;
+
+    /// Its number may be another's from then on, long before a slow follower of its output has the rest.
+    #[test]
+    fn a_child_is_known_to_be_reaped_before_anybody_receives_its_status() {
+        let user = users::find("root").unwrap();
+        let envs = std::collections::BTreeMap::new();
+        let spawn_env = SpawnEnv { user: &user, envs: &envs, workdir: None };
+        let root = std::path::Path::new("/");
+        let mut program = Program::new("/bin/true", &[], &envs, root, &spawn_env).unwrap();
+        program.no_stdin().unwrap();
+        let children = Children { waiting: Waiting::default(), stack: Mutex::new(ChildStack::new().unwrap()) };
+        let mut child = children.spawn(&program).unwrap();
+        assert!(!child.is_reaped.load(Ordering::Relaxed) && child.end.try_recv().is_err());
+        // This child alone: others are other tests'.
+        let pid = Pid::from_raw(child.pid.cast_signed());
+        let (_, status) = waitpid(pid, WaitOptions::empty()).unwrap().unwrap();
+        note_end(&children.waiting, child.pid, ExitStatus::from_raw(status.as_raw()));
+        assert!(child.is_reaped.load(Ordering::Relaxed));
+        assert!(child.end.try_recv().unwrap().success());
     }
 }

@@ -11,7 +11,7 @@ use clade_agent_proto::api::{Generation, Hook};
 use rustix::process::{Pid, Signal, kill_process_group};
 
 use crate::agent::Agent;
-use crate::children::describe;
+use crate::children::{Child, describe};
 use crate::log::log;
 use crate::program::{Program, SpawnEnv};
 use crate::users;
@@ -92,7 +92,7 @@ impl Agent {
             hook.no_stdin()?;
             self.children.spawn(&hook)
         });
-        let (pid, end) = match started {
+        let Child { pid, end, .. } = match started {
             Ok(child) => child,
             Err(error) => return format!("it cannot be started: {error}"),
         };

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::process::{ExitCode, ExitStatus};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,9 +13,9 @@ use rustix::fs::{Mode, OFlags};
 use rustix::process::Pid;
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::oneshot::Receiver;
 
 use crate::agent::Agent;
+use crate::children::Child;
 use crate::forward;
 use crate::listen::{Listener, serve};
 use crate::lock::lock;
@@ -141,8 +141,8 @@ fn console() -> Option<OwnedFd> {
 }
 
 impl Agent {
-    /// Starts the entrypoint. The receiver gets its exit status.
-    fn start_entrypoint(&self, entrypoint: &Entrypoint, program: &str) -> io::Result<(u32, Receiver<ExitStatus>)> {
+    /// Starts the entrypoint.
+    fn start_entrypoint(&self, entrypoint: &Entrypoint, program: &str) -> io::Result<Child> {
         let name = entrypoint.user.as_deref().unwrap_or("root");
         let unknown = || io::Error::new(io::ErrorKind::NotFound, format!("the user {name:?} is not known"));
         let user = users::find_with_group(name).ok_or_else(unknown)?;
@@ -163,7 +163,7 @@ impl Agent {
     async fn run_entrypoint(&self, entrypoint: Entrypoint) {
         let Some(program) = entrypoint.args.first() else { return };
         let (code, text) = match self.start_entrypoint(&entrypoint, program) {
-            Ok((pid, end)) => {
+            Ok(Child { pid, end, .. }) => {
                 let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
                 let signal = entrypoint.stop_signal.unwrap_or(libc::SIGTERM);
                 *lock(&self.entrypoint) = pid.map(|pid| (pid, signal));

@@ -18,7 +18,7 @@ use crate::agent::Agent;
 use crate::connect::{Caller, Messages, Sink};
 use crate::process::Process;
 use crate::process::output::{self, OutputSource};
-use crate::process::spawn::{self, Streams};
+use crate::process::spawn::{self, Started, Streams};
 use crate::process::table::{Found, Input, MAX_PROCESSES};
 use crate::program::SpawnEnv;
 use crate::stream::Stream;
@@ -70,8 +70,8 @@ impl Agent {
             (Arc::clone(&settings.envs), settings.workdir.clone())
         };
         let spawn_env = SpawnEnv { user: &user, envs: &envs, workdir: workdir.as_deref() };
-        let child = spawn::start(&self.children, &request, &spawn_env)?;
-        let (input, outputs) = match child.streams {
+        let Started { child, streams } = spawn::start(&self.children, &request, &spawn_env)?;
+        let (input, outputs) = match streams {
             Streams::Pty(master) => {
                 let master = Arc::new(master);
                 (Input::Pty(Arc::clone(&master)), vec![(master, OutputSource::Pty)])
@@ -82,7 +82,7 @@ impl Agent {
             }
         };
         let kill_rest = request.kill_rest;
-        let process = Arc::new(Process::new(child.pid, request.tag, request.process, input));
+        let process = Arc::new(Process::new(child.pid, child.is_reaped, request.tag, request.process, input));
         self.processes.insert(&process);
         let (agent, pumped, timeout) = (Arc::clone(self), Arc::clone(&process), caller.timeout);
         tokio::spawn(async move {

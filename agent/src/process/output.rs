@@ -138,7 +138,6 @@ pub(crate) async fn pump(
             chunk = second.read() => (second.source, chunk),
             ended = &mut end, if !is_reaped => {
                 (status, is_reaped) = (ended.ok(), true);
-                process.set_reaped();
                 if kill_rest {
                     // There may be no others.
                     let _ = process.signal(Signal::KILL.0);

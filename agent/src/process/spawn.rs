@@ -4,7 +4,6 @@ use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::process::ExitStatus;
 use std::sync::Once;
 
 use clade_agent_proto::process::{Size, StartRequest};
@@ -14,9 +13,8 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::io::Interest;
-use tokio::sync::oneshot;
 
-use crate::children::Children;
+use crate::children::{Child, Children};
 use crate::log::log;
 use crate::paths;
 use crate::program::{Program, SpawnEnv};
@@ -29,8 +27,7 @@ const SH: &str = "/bin/sh";
 /// A child that has just been started.
 #[derive(Debug)]
 pub(crate) struct Started {
-    pub(crate) pid: u32,
-    pub(crate) end: oneshot::Receiver<ExitStatus>,
+    pub(crate) child: Child,
     pub(crate) streams: Streams,
 }
 
@@ -130,8 +127,7 @@ pub(crate) fn start(
         let both = Interest::READABLE | Interest::WRITABLE;
         let streams = Streams::Pty(register(master, both).map_err(failed("no terminal can be made"))?);
         program.on_terminal(slave).map_err(failed("no terminal can be made"))?;
-        let (pid, end) = run(&program)?;
-        return Ok(Started { pid, end, streams });
+        return Ok(Started { child: run(&program)?, streams });
     }
     let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(|error| failed("no pipe can be made")(error.into()));
     let register = |fd, interest| register(fd, interest).map_err(failed("no pipe can be made"));
@@ -148,8 +144,8 @@ pub(crate) fn start(
     let (stderr, writer) = pipe()?;
     program.stderr(writer);
     let (stdout, stderr) = (register(stdout, Interest::READABLE)?, register(stderr, Interest::READABLE)?);
-    let (pid, end) = run(&program)?;
-    Ok(Started { pid, end, streams: Streams::Pipes { stdin, stdout, stderr } })
+    let child = run(&program)?;
+    Ok(Started { child, streams: Streams::Pipes { stdin, stdout, stderr } })
 }
 
 #[cfg(test)]

@@ -37,20 +37,26 @@ pub(crate) struct Process {
     pub(crate) config: ProcessConfig,
     pub(crate) input: Input,
     followers: Mutex<Vec<mpsc::Sender<ProcessEvent>>>,
-    is_reaped: AtomicBool,
+    is_reaped: Arc<AtomicBool>,
     is_signalled: AtomicBool,
     signalled: Notify,
 }
 
 impl Process {
-    pub(crate) fn new(pid: u32, tag: Option<String>, config: ProcessConfig, input: Input) -> Self {
+    pub(crate) fn new(
+        pid: u32,
+        is_reaped: Arc<AtomicBool>,
+        tag: Option<String>,
+        config: ProcessConfig,
+        input: Input,
+    ) -> Self {
         Self {
             pid,
             tag,
             config,
             input,
             followers: Mutex::default(),
-            is_reaped: AtomicBool::new(false),
+            is_reaped,
             is_signalled: AtomicBool::new(false),
             signalled: Notify::new(),
         }
@@ -87,10 +93,6 @@ impl Process {
 
     pub(crate) async fn signalled(&self) {
         self.signalled.notified().await;
-    }
-
-    pub(crate) fn set_reaped(&self) {
-        self.is_reaped.store(true, Ordering::Relaxed);
     }
 
     /// Sends a signal to its group.
