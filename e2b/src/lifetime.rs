@@ -137,6 +137,15 @@ mod tests {
         assert_eq!(remove().await, 409);
         fake.gateway.sweep().await.unwrap();
         assert!(fake.gateway.0.snapshots.get(&snapshot).is_some_and(|entry| entry.get().is_kept));
+        // The same twice at a time.
+        fake.world.hold(&format!("DELETE checkpoint {snapshot}"));
+        let release = async {
+            fake.world.until_held().await;
+            tokio::task::yield_now().await;
+            fake.world.release();
+        };
+        assert_eq!(tokio::join!(remove(), remove(), release), (409, 409, ()));
+        assert!(fake.gateway.0.snapshots.get(&snapshot).is_some_and(|entry| entry.get().is_kept));
         // Carried out, and its answer is lost.
         fake.world.supervisor_state().refused = None;
         fake.world.supervisor_state().lost = Some(format!("DELETE checkpoint {snapshot}"));

@@ -101,11 +101,16 @@ impl Gateway {
     /// Removes an owner's snapshot. Templates are the host's, and stay.
     pub(crate) async fn remove_snapshot(&self, owner: &str, id: &str) -> Answer<()> {
         let id = checkpoint_name(id);
-        let snapshot = self.snapshot_of(owner, id).ok_or_else(|| GatewayError::no_template(id))?;
-        let note_kept = |is_kept| {
-            let entry = self.0.snapshots.get(&snapshot.id);
-            entry.iter().for_each(|entry| drop(self.0.snapshots.change(entry, |one| one.is_kept = is_kept)));
-        };
+        let none = || GatewayError::no_template(id);
+        let snapshot = self.snapshot_of(owner, id).ok_or_else(none)?;
+        let entry = self.0.snapshots.get(&snapshot.id).ok_or_else(none)?;
+        // Of two removals at a time the second would take the first's note for the snapshot's own, and leave it.
+        let _turn = entry.turn.lock().await;
+        if self.0.snapshots.get(&snapshot.id).is_none() {
+            return Err(none());
+        }
+        let was_kept = entry.get().is_kept;
+        let note_kept = |is_kept| drop(self.0.snapshots.change(&entry, |one| one.is_kept = is_kept));
         // First: the record of a removal that is cut short is forgotten with its checkpoint.
         note_kept(false);
         match self.0.supervisor.remove_checkpoint(&snapshot.id).await {
@@ -113,7 +118,7 @@ impl Gateway {
             Err(error) => {
                 // Without an answer the checkpoint may have gone, and its record must go with it.
                 if matches!(error, ClientError::Refused { .. } | ClientError::NoSupervisor { .. }) {
-                    note_kept(snapshot.is_kept);
+                    note_kept(was_kept);
                 }
                 return Err(error.into());
             }
