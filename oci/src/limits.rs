@@ -20,6 +20,9 @@ pub(crate) const MAX_DEPTH: usize = 1024;
 pub(crate) const MAX_LINKS: u32 = 65_000;
 /// Maximum bytes of names, links and attributes of all entries.
 const MAX_NAMES: u64 = 512 << 20;
+/// Maximum number of components of links that paths of an image lead over. The links of a distribution take a few for
+/// each entry.
+pub(crate) const MAX_LINK_STEPS: u64 = 16 << 20;
 /// Unpacked bytes from which on the ratio is checked.
 const RATIO_FROM: u64 = 64 << 20;
 
@@ -59,6 +62,9 @@ pub enum LimitError {
     /// Names, links and attributes are too large in total.
     #[error("the image has more than {0} bytes of names and attributes")]
     Names(u64),
+    /// Paths lead over too many symbolic links.
+    #[error("the image's paths lead over more than {0} components of symbolic links")]
+    LinkSteps(u64),
     /// Too many bytes.
     #[error("the image has more than {0} bytes")]
     Bytes(u64),

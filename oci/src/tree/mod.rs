@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 
 use thiserror::Error;
 
-use crate::limits::{ImageLimits, LimitError};
+use crate::limits::{ImageLimits, LimitError, MAX_LINK_STEPS};
 use crate::tar::{TarError, Xattr};
 
 pub(crate) use apply::{Layer, Spool};
@@ -152,13 +152,15 @@ pub(crate) struct Tree {
     free: Vec<NodeId>,
     /// Most nodes below the root. Entries alone are no bound: one may imply many directories.
     entries: u64,
+    /// Components of links that may still be followed: else a small layer of long links takes hours.
+    link_steps: u64,
 }
 
 impl Tree {
     /// A tree that consists of the root, for an image of these limits.
     pub(crate) fn new(limits: &ImageLimits) -> Self {
         let root = Node { meta: Meta::implied(), content: Content::Dir(BTreeMap::new()), links: 1 };
-        Self { nodes: vec![Some(root)], free: Vec::new(), entries: limits.entries }
+        Self { nodes: vec![Some(root)], free: Vec::new(), entries: limits.entries, link_steps: MAX_LINK_STEPS }
     }
 
     /// The node of a name.

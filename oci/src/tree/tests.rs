@@ -283,6 +283,21 @@ fn an_opaque_directory_in_the_place_of_a_link_hides_nothing_behind_the_link() {
 }
 
 #[test]
+fn the_components_of_links_that_an_images_paths_lead_over_are_bounded() {
+    let mut tree = Tree::new(&ImageLimits::default());
+    // Forth and back, as often as fits into a link's target; each link leads over the one before.
+    let long = |end: &str| format!("{}{end}", "d/../".repeat(800));
+    let links =
+        (0..30).map(|n| Op::Link(format!("l{n}"), long(&if n == 0 { "d".into() } else { format!("l{}", n - 1) }), 1));
+    tree.apply(read(&[Op::Dir("d".into(), 1)].into_iter().chain(links).collect::<Vec<_>>()), 0).unwrap();
+    // 30 links of 1,601 components for each file.
+    let files: Vec<_> = (0..400).map(|n| Op::File(format!("l29/f{n}"), 1)).collect();
+    tree.apply(read(&files[..300]), 1).unwrap();
+    let error = tree.apply(read(&files[300..]), 2).unwrap_err();
+    assert!(matches!(error, LayerError::Limit(LimitError::LinkSteps(16_777_216))), "{error}");
+}
+
+#[test]
 fn directories_that_an_entry_implies_are_counted() {
     let limits = ImageLimits { entries: 9, ..ImageLimits::default() };
     let apply = |tree: &mut Tree, path: &str, number| tree.apply(read(&[Op::File(path.into(), 1)]), number);

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use super::{Content, Dirent, LayerError, Meta, Node, NodeId, ROOT, Tree};
-use crate::limits::{MAX_DEPTH, MAX_NAME, MAX_PATH};
+use crate::limits::{LimitError, MAX_DEPTH, MAX_LINK_STEPS, MAX_NAME, MAX_PATH};
 use crate::tar::shown;
 
 /// Maximum number of symbolic links in a path, as in the kernel.
@@ -75,10 +75,14 @@ impl Tree {
                     if target.first() == Some(&b'/') {
                         way.truncate(1);
                     }
+                    let mut taken = 0;
                     let steps = target.split(|byte| *byte == b'/');
                     for step in steps.rev().filter(|step| !step.is_empty() && *step != b".") {
                         todo.push_front(step.into());
+                        taken += 1;
                     }
+                    let left = self.link_steps.checked_sub(taken);
+                    self.link_steps = left.ok_or(LimitError::LinkSteps(MAX_LINK_STEPS))?;
                 }
                 _ if layer.is_none() => return Ok(None),
                 _ => return Err(LayerError::NotADirectory { path: shown(path), part: shown(&part) }),
