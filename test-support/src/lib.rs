@@ -16,7 +16,7 @@ mod unique;
 pub use cache::CacheKey;
 pub use certificate::certificate;
 pub use patience::{
-    Patience, Watchdog, host_factor, receive, report_bare_boot, wait_eq, wait_for, wait_for_within, wait_until,
+    Patience, Watchdog, host_factor, lowest, receive, report_bare_boot, wait_eq, wait_for, wait_for_within, wait_until,
     wait_until_within,
 };
 pub use patient::PatientStream;

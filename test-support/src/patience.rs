@@ -71,6 +71,9 @@ fn probe() -> Duration {
     begun.elapsed()
 }
 
+/// Number of looks at a count that may fall.
+const LOOKS: u32 = 20;
+
 /// The time that a wait may still take.
 #[derive(Debug)]
 pub struct Patience {
@@ -138,6 +141,17 @@ pub fn wait_for_within<T>(limit: Duration, what: &str, mut done: impl FnMut() ->
         thread::sleep(interval);
         interval = (interval * 2).min(MAX_POLL_INTERVAL);
     }
+}
+
+/// Returns the lowest of the values that `read` returns within a second: of a count that still falls, as descriptors are
+/// closed by another process.
+pub fn lowest<T: Ord>(mut read: impl FnMut() -> T) -> T {
+    let mut value = read();
+    for _ in 0..LOOKS {
+        thread::sleep(Duration::from_secs(1) / LOOKS);
+        value = value.min(read());
+    }
+    value
 }
 
 /// Waits until `read` returns `expected`.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use clade_agent_client::proto::process::{ProcessConfig, Pty, Selector, Signal, Size, StartRequest};
 use clade_agent_client::proto::{Code, RpcError};
 use clade_agent_client::{Client, ClientError};
-use clade_test_support::write_program;
+use clade_test_support::{lowest, write_program};
 
 use crate::{Agent, PROGRAM, outcome, run, sh, shell, until};
 
@@ -173,7 +173,7 @@ fn the_agent_keeps_its_own_settings_while_its_children_get_theirs() {
         assert_eq!(sh(&client, "ulimit -Sn").await.stdout, "1000\n", "a child has the limit of the agent's starter");
         // The first process opens what the agent keeps.
         sh(&client, "true").await;
-        let open = descriptors();
+        let open = lowest(descriptors);
         let shown = "pwd; cat /proc/self/oom_score_adj";
         for (script, output) in [(shown, "/usr\n100\n"), ("exit 3", ""), ("kill -9 $$", "")] {
             let mut request = shell(script);

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clade_test_support::{PatientStream, Port, Random};
+use clade_test_support::{PatientStream, Port, Random, lowest};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -339,7 +339,7 @@ fn abuse(most: u64, seconds: u64) {
     let mut all = Abused::start(200, 60);
     all.storm(1);
     all.tidy();
-    let before = all.held();
+    let before = Held { descriptors: lowest(|| all.runtime.open_files(all.supervisor)), ..all.held() };
     (all.sent, all.most) = (AtomicU64::new(0), most);
     (all.deadline, all.answers) = (Instant::now() + Duration::from_secs(seconds), Mutex::default());
     let begun = Instant::now();
