@@ -15,9 +15,9 @@ use axum::http::HeaderMap;
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
-use thiserror::Error;
 use tokio::sync::{Semaphore, mpsc};
 
+use super::query::{self, QueryError};
 use crate::console::{Line, MAX_CONNECTIONS, follow, type_in};
 use crate::rpc::with_vm_host;
 use crate::vm_host::WeakVmHost;
@@ -27,33 +27,15 @@ use clade_api::{ConsoleTyped, MEDIA_TYPE, ProblemKind};
 /// Clients that follow consoles of the process.
 static FOLLOWERS: Semaphore = Semaphore::const_new(MAX_CONNECTIONS);
 
-/// Reason why a query is refused.
-#[derive(Debug, Error, PartialEq, Eq)]
-enum QueryError {
-    #[error("unknown parameter {key:?}: only line is known")]
-    Key { key: String },
-    #[error("line={value:?}: serial or virtio")]
-    Line { value: String },
-}
-
-impl From<QueryError> for ApiError {
-    fn from(error: QueryError) -> Self {
-        Self::new(ProblemKind::BadRequest, error.to_string())
-    }
-}
-
 fn parse(text: &str) -> Result<Line, QueryError> {
-    let mut line = Line::Serial;
-    for pair in text.split('&').filter(|pair| !pair.is_empty()) {
-        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-        line = match (key, value) {
-            ("line", "serial") => Line::Serial,
-            ("line", "virtio") => Line::Virtio,
-            ("line", _) => return Err(QueryError::Line { value: value.to_owned() }),
-            _ => return Err(QueryError::Key { key: key.to_owned() }),
-        };
+    let [line] = query::parse(text, ["line"])?;
+    match line {
+        None | Some("serial") => Ok(Line::Serial),
+        Some("virtio") => Ok(Line::Virtio),
+        Some(other) => {
+            Err(QueryError::NotAChoice { key: "line", value: other.to_owned(), choices: "serial or virtio" })
+        }
     }
-    Ok(line)
 }
 
 fn no_such_line(name: &str) -> ApiError {

@@ -30,6 +30,7 @@ mod console;
 mod listen;
 mod page_map;
 mod pages;
+mod query;
 mod ram;
 mod stats;
 mod ttl;

@@ -30,13 +30,13 @@ use axum::extract::{Path as UrlPath, RawQuery};
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, ETAG, IF_NONE_MATCH};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
-use thiserror::Error;
 
 use super::pages::{MAPS, MAX_FROM};
+use super::query::{self, QueryError, within};
 use crate::rpc::with_vm_host;
 use crate::vm_host::WeakVmHost;
+use clade_api::MEDIA_TYPE;
 use clade_api::http::ApiError;
-use clade_api::{MEDIA_TYPE, ProblemKind};
 use clade_memory::{PageKind, PageMap};
 
 /// Most runs of an answer.
@@ -46,42 +46,12 @@ const MAGIC: &[u8; 4] = b"CPM1";
 /// The number of the first layer's pages.
 const FIRST_LAYER: u64 = 4;
 
-/// Reason why a query is refused.
-#[derive(Debug, Error, PartialEq, Eq)]
-enum QueryError {
-    #[error("unknown parameter {key:?}: from and max_runs are known")]
-    Key { key: String },
-    #[error("{key}={value:?} is not a number")]
-    Number { key: &'static str, value: String },
-    #[error("from={value}: guest frame numbers end at {MAX_FROM}")]
-    From { value: u64 },
-    #[error("max_runs={value}: 1 to {MAX_RUNS}")]
-    Runs { value: u64 },
-}
-
-impl From<QueryError> for ApiError {
-    fn from(error: QueryError) -> Self {
-        Self::new(ProblemKind::BadRequest, error.to_string())
-    }
-}
-
 /// Parses the first frame and the most runs.
 fn parse(text: &str) -> Result<(u64, usize), QueryError> {
-    let (mut from, mut most) = (0, MAX_RUNS);
-    for pair in text.split('&').filter(|pair| !pair.is_empty()) {
-        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-        let (key, slot) = match key {
-            "from" => ("from", &mut from),
-            "max_runs" => ("max_runs", &mut most),
-            _ => return Err(QueryError::Key { key: key.to_owned() }),
-        };
-        *slot = value.parse::<u64>().map_err(|_| QueryError::Number { key, value: value.to_owned() })?;
-    }
-    match (from, most) {
-        (from, _) if from > MAX_FROM => Err(QueryError::From { value: from }),
-        (_, most) if most == 0 || most > MAX_RUNS => Err(QueryError::Runs { value: most }),
-        (from, most) => Ok((from, most as usize)),
-    }
+    let [from, most] = query::parse_numbers(text, ["from", "max_runs"])?;
+    let from = within("from", from.unwrap_or(0), 0..=MAX_FROM)?;
+    let most = within("max_runs", most.unwrap_or(MAX_RUNS), 1..=MAX_RUNS)?;
+    Ok((from, most as usize))
 }
 
 fn put(bytes: &mut Vec<u8>, mut number: u64) {

@@ -9,47 +9,24 @@ use std::collections::BTreeMap;
 
 use axum::extract::{Path as UrlPath, RawQuery};
 use axum::{Extension, Json};
-use thiserror::Error;
 use tokio::sync::Semaphore;
 
+use super::query::{self, QueryError, within};
 use super::stats::layers;
 use super::with_vm_host;
 use crate::vm_host::WeakVmHost;
-use clade_api::http::{Answer, ApiError};
-use clade_api::{CellInfo, MAX_CELLS, PagesAnswer, ProblemKind, RunInfo};
+use clade_api::http::Answer;
+use clade_api::{CellInfo, MAX_CELLS, PagesAnswer, RunInfo};
 use clade_memory::{PageKind, PageMap};
 
 /// Most runs of an answer.
-const MAX_RUNS: usize = 65_536;
+const MAX_RUNS: u64 = 65_536;
 /// Page maps made at a time: each reads all of the VM's pages.
 pub(super) static MAPS: Semaphore = Semaphore::const_new(4);
 /// The last guest frame number: 8 TiB of memory.
 pub(super) const MAX_FROM: u64 = i32::MAX as u64;
 /// Runs of an answer whose request names no number.
-const DEFAULT_RUNS: usize = 4_096;
-
-/// Reason why a query is refused.
-#[derive(Debug, Error, PartialEq, Eq)]
-enum QueryError {
-    #[error("unknown parameter {key:?}: from, max_runs and cells are known")]
-    Key { key: String },
-    #[error("{key}={value:?} is not a number")]
-    Number { key: &'static str, value: String },
-    #[error("from={value}: guest frame numbers end at {MAX_FROM}")]
-    From { value: u64 },
-    #[error("max_runs={value}: 1 to {MAX_RUNS}")]
-    Runs { value: u64 },
-    #[error("cells={value}: 1 to {MAX_CELLS}")]
-    Cells { value: u64 },
-    #[error("cells counts all pages: it goes with neither from nor max_runs")]
-    Both,
-}
-
-impl From<QueryError> for ApiError {
-    fn from(error: QueryError) -> Self {
-        Self::new(ProblemKind::BadRequest, error.to_string())
-    }
-}
+const DEFAULT_RUNS: u64 = 4_096;
 
 /// The requested form of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,26 +37,17 @@ enum Query {
 
 impl Query {
     fn parse(text: &str) -> Result<Self, QueryError> {
-        let (mut from, mut most, mut cells) = (None, None, None);
-        for pair in text.split('&').filter(|pair| !pair.is_empty()) {
-            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-            let (key, slot) = match key {
-                "from" => ("from", &mut from),
-                "max_runs" => ("max_runs", &mut most),
-                "cells" => ("cells", &mut cells),
-                _ => return Err(QueryError::Key { key: key.to_owned() }),
-            };
-            let number = || QueryError::Number { key, value: value.to_owned() };
-            *slot = Some(value.parse::<u64>().map_err(|_| number())?);
-        }
-        match (cells, from, most) {
-            (Some(_), Some(_), _) | (Some(_), _, Some(_)) => Err(QueryError::Both),
-            (Some(value), ..) if value == 0 || value > MAX_CELLS => Err(QueryError::Cells { value }),
-            (Some(cells), ..) => Ok(Self::Cells(cells)),
-            (None, Some(value), _) if value > MAX_FROM => Err(QueryError::From { value }),
-            (None, _, Some(value)) if value == 0 || value > MAX_RUNS as u64 => Err(QueryError::Runs { value }),
-            (None, from, most) => {
-                Ok(Self::Runs { from: from.unwrap_or(0), most: most.map_or(DEFAULT_RUNS, |most| most as usize) })
+        let [from, most, cells] = query::parse_numbers(text, ["from", "max_runs", "cells"])?;
+        match cells {
+            Some(_) if from.is_some() || most.is_some() => {
+                let reason = "counts all pages: it goes with neither from nor max_runs";
+                Err(QueryError::NotHere { key: "cells", reason })
+            }
+            Some(cells) => Ok(Self::Cells(within("cells", cells, 1..=MAX_CELLS)?)),
+            None => {
+                let from = within("from", from.unwrap_or(0), 0..=MAX_FROM)?;
+                let most = within("max_runs", most.unwrap_or(DEFAULT_RUNS), 1..=MAX_RUNS)?;
+                Ok(Self::Runs { from, most: most as usize })
             }
         }
     }
@@ -176,7 +144,7 @@ mod tests {
 
     use tokio::time::timeout;
 
-    use clade_api::{KindCounts, RunKind};
+    use clade_api::{KindCounts, ProblemKind, RunKind};
     use clade_memory::PageRun;
 
     use super::*;
@@ -195,7 +163,7 @@ mod tests {
 
     #[test]
     fn a_query_is_numbers_within_bounds() {
-        assert_eq!(Query::parse(""), Ok(Query::Runs { from: 0, most: DEFAULT_RUNS }));
+        assert_eq!(Query::parse(""), Ok(Query::Runs { from: 0, most: DEFAULT_RUNS as usize }));
         assert_eq!(Query::parse("from=7&max_runs=3"), Ok(Query::Runs { from: 7, most: 3 }));
         assert_eq!(Query::parse("cells=64"), Ok(Query::Cells(64)));
         for (text, named) in [
@@ -235,7 +203,7 @@ mod tests {
     #[test]
     fn pages_of_runs_are_all_there_however_they_are_asked_for() {
         let map = map();
-        let whole = runs(&map, 0, MAX_RUNS).0;
+        let whole = runs(&map, 0, MAX_RUNS as usize).0;
         for most in 1..=6 {
             let (mut from, mut all) = (Some(0), Vec::new());
             while let Some(at) = from {

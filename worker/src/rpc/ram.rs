@@ -17,10 +17,10 @@ use axum::http::{HeaderMap, HeaderValue};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use hyper::body::{Frame, SizeHint};
-use thiserror::Error;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 
+use super::query::{self, QueryError, within};
 use crate::rpc::with_vm_host;
 use crate::vm_host::WeakVmHost;
 use clade_api::http::{Answer, ApiError, holding};
@@ -33,29 +33,6 @@ const TURN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes handed to the connection at a time.
 const CHUNK: usize = 64 << 10;
 
-/// Reason why a query is refused.
-#[derive(Debug, Error, PartialEq, Eq)]
-enum QueryError {
-    #[error("{key:?} is not a parameter: address, length and doorbell are")]
-    Key { key: String },
-    #[error("length is for reading: a write is as long as its body")]
-    Length,
-    #[error("doorbell is for writing")]
-    Doorbell,
-    #[error("{key}={value:?} is not a number")]
-    Number { key: &'static str, value: String },
-    #[error("{key} is missing")]
-    Missing { key: &'static str },
-    #[error("length={value}: 1 to {MAX_MEMORY}")]
-    Size { value: u64 },
-}
-
-impl From<QueryError> for ApiError {
-    fn from(error: QueryError) -> Self {
-        Self::new(ProblemKind::BadRequest, error.to_string())
-    }
-}
-
 /// The parameters of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Query {
@@ -65,18 +42,7 @@ struct Query {
 }
 
 fn parse(text: &str) -> Result<Query, QueryError> {
-    let (mut address, mut length, mut doorbell) = (None, None, None);
-    for pair in text.split('&').filter(|pair| !pair.is_empty()) {
-        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-        let (key, slot) = match key {
-            "address" => ("address", &mut address),
-            "length" => ("length", &mut length),
-            "doorbell" => ("doorbell", &mut doorbell),
-            _ => return Err(QueryError::Key { key: key.to_owned() }),
-        };
-        let number = || QueryError::Number { key, value: value.to_owned() };
-        *slot = Some(value.parse::<u64>().map_err(|_| number())?);
-    }
+    let [address, length, doorbell] = query::parse_numbers(text, ["address", "length", "doorbell"])?;
     Ok(Query { address: address.ok_or(QueryError::Missing { key: "address" })?, length, doorbell })
 }
 
@@ -122,12 +88,10 @@ pub(super) async fn read(
 ) -> Result<Response, ApiError> {
     let Query { address, length, doorbell } = parse(query.as_deref().unwrap_or_default())?;
     if doorbell.is_some() {
-        return Err(QueryError::Doorbell.into());
+        return Err(QueryError::NotHere { key: "doorbell", reason: "for writing" }.into());
     }
-    let value = length.ok_or(QueryError::Missing { key: "length" })?;
-    if value == 0 || value > MAX_MEMORY as u64 {
-        return Err(QueryError::Size { value }.into());
-    }
+    let length = length.ok_or(QueryError::Missing { key: "length" })?;
+    let value = within("length", length, 1..=MAX_MEMORY as u64)?;
     let turn = timeout(TURN_TIMEOUT, READS.acquire()).await.ok().and_then(Result::ok).ok_or(ProblemKind::TooMany)?;
     let bytes = with_vm_host(vm_host, move |vm_host| {
         let mut bytes = vec![0; value as usize];
@@ -166,7 +130,8 @@ pub(super) async fn write(
     }
     let Query { address, length, doorbell } = parse(query.as_deref().unwrap_or_default())?;
     if length.is_some() {
-        return Err(QueryError::Length.into());
+        let reason = "for reading: a write is as long as its body";
+        return Err(QueryError::NotHere { key: "length", reason }.into());
     }
     // The body is already there, and bounded by its reader.
     let unread = |error| ApiError::new(ProblemKind::BadRequest, format!("the body cannot be read: {error}"));
