@@ -238,7 +238,9 @@ fn a_vm_without_an_origin_and_one_that_has_stopped_say_so() {
     parent.vm().reset(&image).unwrap();
     parent.expect(0, 2048, Some(1), "an image of its own will do");
     let other = Guest::boot(&context, 2 * MIB, 1);
-    assert!(matches!(other.vm().reset(&image), Err(VmError::OtherShape)));
+    assert!(matches!(other.vm().reset(&image), Err(VmError::OtherConfig { field: "memory" })));
+    let other = Guest::boot(&context, MIB, 2);
+    assert!(matches!(other.vm().reset(&image), Err(VmError::OtherConfig { field: "cpus" })));
     let child = Guest::child(&context, &image);
     child.vm().forget_origin();
     assert!(matches!(child.vm().reset_to_origin(), Err(VmError::NoOrigin)));

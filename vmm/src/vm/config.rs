@@ -250,6 +250,45 @@ pub enum ConfigError {
 }
 
 impl VmConfig {
+    /// The first field that differs from `other`'s, by its name in a snapshot and in the API.
+    pub(crate) fn difference(&self, other: &Self) -> Option<&'static str> {
+        // Without `..`: a new field is compared too.
+        let Self {
+            layout,
+            cpus,
+            irqchip,
+            pit,
+            cpu,
+            hide,
+            pmu,
+            acpi,
+            reserved: ReservedFlag,
+            disks,
+            nets,
+            vsock,
+            rng,
+            balloon,
+            virtio_console,
+        } = self;
+        let differ = [
+            ("memory", *layout != other.layout),
+            ("cpus", *cpus != other.cpus),
+            ("irqchip", *irqchip != other.irqchip),
+            ("pit", *pit != other.pit),
+            ("cpu", *cpu != other.cpu),
+            ("hide", *hide != other.hide),
+            ("pmu", *pmu != other.pmu),
+            ("acpi", *acpi != other.acpi),
+            ("disks", *disks != other.disks),
+            ("nets", *nets != other.nets),
+            ("vsock", *vsock != other.vsock),
+            ("rng", *rng != other.rng),
+            ("balloon", *balloon != other.balloon),
+            ("virtio_console", *virtio_console != other.virtio_console),
+        ];
+        differ.into_iter().find_map(|(field, differs)| differs.then_some(field))
+    }
+
     /// A configuration with `memory` bytes and `cpus` vCPUs, otherwise the defaults for a Linux
     /// guest.
     ///
@@ -418,6 +457,29 @@ mod tests {
         assert!(VmConfig::new(0, 1).is_err());
         let big = VmConfig::new(1 << 44, 1).unwrap();
         assert!(big.check_host_memory().unwrap_err().to_string().contains("16777216 MiB"));
+    }
+
+    #[test]
+    fn a_field_that_differs_is_named_as_in_a_snapshot() {
+        let base = VmConfig::new(1 << 20, 1).unwrap();
+        assert_eq!(base.difference(&base.clone()), None);
+        let changes: [fn(&mut VmConfig); 8] = [
+            |config| config.layout = RamLayout::new(2 << 20).unwrap(),
+            |config| config.cpus = 2,
+            |config| config.pit = !config.pit,
+            |config| config.pmu = !config.pmu,
+            |config| config.acpi = !config.acpi,
+            |config| config.nets = vec![NetSpec::new("tap%d")],
+            |config| config.rng = Some(Limits::default()),
+            |config| config.virtio_console = true,
+        ];
+        let saved = |config: &VmConfig| ciborium::Value::serialized(config).unwrap().into_map().unwrap();
+        for change in changes {
+            let mut other = base.clone();
+            change(&mut other);
+            let changed = saved(&base).into_iter().zip(saved(&other)).find(|(one, two)| one != two).unwrap().0.0;
+            assert_eq!(base.difference(&other), changed.as_text());
+        }
     }
 
     #[test]

@@ -110,8 +110,11 @@ pub enum VmError {
     #[error("the VM was booted, not forked: there is no image it could be reset to")]
     NoOrigin,
     /// The image was taken of a VM with another configuration.
-    #[error("the image is of a VM of another shape")]
-    OtherShape,
+    #[error("the image is of a VM with another configuration: {field} differs")]
+    OtherConfig {
+        /// The first field that differs.
+        field: &'static str,
+    },
     /// The kernel does not complete the requests of a virtio device.
     #[error("transfers of virtio device {place} did not end within {seconds} s")]
     InFlight {

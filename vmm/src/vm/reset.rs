@@ -117,8 +117,10 @@ impl Vm {
         let _one = self.operations.take();
         let _boost = BoostGuard::new();
         let begun = Instant::now();
-        if !Arc::ptr_eq(&image.config, &self.config) && *image.config != *self.config {
-            return Err(VmError::OtherShape);
+        if !Arc::ptr_eq(&image.config, &self.config)
+            && let Some(field) = self.config.difference(&image.config)
+        {
+            return Err(VmError::OtherConfig { field });
         }
         let guard = self.pause_inner(false)?;
         let parked = Instant::now();
