@@ -9,6 +9,7 @@ use axum::Router;
 use axum::extract::{Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
+use clade_api::http::bind_tcp;
 use hyper::body::Incoming;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -179,9 +180,7 @@ impl BoundPort {
             return Err(ListenError::NotLoopback { address });
         }
         let failed = |source| ListenError::Bind { address, source };
-        let listener = std::net::TcpListener::bind(address).map_err(failed)?;
-        listener.set_nonblocking(true).map_err(failed)?;
-        let bound = listener.local_addr().map_err(failed)?;
+        let (listener, bound) = bind_tcp(address).map_err(failed)?;
         let listener = TcpListener::from_std(listener).map_err(failed)?;
         Ok(Self { listener, address: bound, tls: tls.map(Arc::new) })
     }

@@ -40,7 +40,7 @@ use super::{Supervisor, browser_page, metrics, openapi};
 use answers::{Activation, expect_paths};
 use clade_api::http::{
     Acceptor, Answer, ApiError, Cancel, ClientProcess, Optional, SessionGate, THREAD_PATIENCE, TcpAcceptor,
-    behind_gate, fallback, not_allowed, on_a_thread, serve_http, session, with_bodies,
+    behind_gate, bind_tcp, fallback, not_allowed, on_a_thread, serve_http, session, with_bodies,
 };
 use clade_api::{
     BootRequest, Client, EndedVm, ForkAnswer, ForkRequest, ListedVms, ReadyAnswer, RestoreRequest, StopAnswer,
@@ -97,10 +97,7 @@ impl TcpPort {
         if !address.ip().is_loopback() {
             return Err(TcpError::NotLoopback { address });
         }
-        let failed = |source| TcpError::Bind { address, source };
-        let listener = std::net::TcpListener::bind(address).map_err(failed)?;
-        listener.set_nonblocking(true).map_err(failed)?;
-        let address = listener.local_addr().map_err(failed)?;
+        let (listener, address) = bind_tcp(address).map_err(|source| TcpError::Bind { address, source })?;
         Ok(Self { listener, address })
     }
 }

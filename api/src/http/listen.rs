@@ -1,6 +1,8 @@
 //! Listening on the control sockets: limits, timeouts, and a shutdown that answers open requests.
 
 use std::future::Future;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
@@ -280,6 +282,17 @@ pub async fn accept<A: Accept>(
             drop(permit);
         });
     }
+}
+
+/// Binds `address` for use by a runtime. Returns the bound address too: port 0 stands for a free one.
+///
+/// # Errors
+/// When the address cannot be bound.
+pub fn bind_tcp(address: SocketAddr) -> io::Result<(TcpListener, SocketAddr)> {
+    let listener = TcpListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    let address = listener.local_addr()?;
+    Ok((listener, address))
 }
 
 /// Has each body read before its handler runs.

@@ -44,7 +44,7 @@ pub use frames::Frames;
 pub use holding::holding;
 pub use listen::{
     ACCEPT_BACKOFF, Accept, Acceptor, ClientProcess, LAST_ANSWERS_OF_ALL, MAX_CONNECTIONS, TcpAcceptor, accept,
-    behind_gate, serve_http, with_bodies,
+    behind_gate, bind_tcp, serve_http, with_bodies,
 };
 pub use optional::Optional;
 pub use session::SessionGate;
