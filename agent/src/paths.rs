@@ -1,8 +1,8 @@
 //! Paths of requests, and the directories on the way to them.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, chown, lchown};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, fchown, lchown};
 use std::path::{Component, Path, PathBuf};
 
 use crate::users::User;
@@ -32,13 +32,13 @@ pub(crate) fn resolve(path: &str, user: &User, workdir: Option<&str>) -> Result<
     Ok(absolute)
 }
 
-/// Makes a user the owner of a file. Without root's rights, the agent stays the owner.
-pub(crate) fn give(path: &Path, user: &User) -> io::Result<()> {
-    if rustix::process::geteuid().is_root() { chown(path, Some(user.uid), Some(user.gid)) } else { Ok(()) }
+/// Makes a user the owner of an open file. Without root's rights, the agent stays the owner.
+pub(crate) fn fchown_to(file: &File, user: &User) -> io::Result<()> {
+    if rustix::process::geteuid().is_root() { fchown(file, Some(user.uid), Some(user.gid)) } else { Ok(()) }
 }
 
-/// The same of a new directory. A link that has taken its place is not followed.
-fn give_dir(path: &Path, user: &User) -> io::Result<()> {
+/// The same of a new directory, without following a link: another program may have put one in its place.
+fn lchown_to(path: &Path, user: &User) -> io::Result<()> {
     if rustix::process::geteuid().is_root() { lchown(path, Some(user.uid), Some(user.gid)) } else { Ok(()) }
 }
 
@@ -58,14 +58,14 @@ pub(crate) fn make_dirs(path: &Path, user: &User) -> io::Result<()> {
     }
     for dir in missing.into_iter().rev() {
         match fs::DirBuilder::new().mode(0o755).create(dir) {
-            Ok(()) => give_dir(dir, user)?,
+            Ok(()) => lchown_to(dir, user)?,
             // Another request made it first, and may not have changed its owner yet. A link of another
             // program is not followed.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 let found = fs::symlink_metadata(dir)?;
                 let is_new = found.is_dir() && found.uid() == rustix::process::geteuid().as_raw();
                 if is_new && dir.file_name().is_some() {
-                    give_dir(dir, user)?;
+                    lchown_to(dir, user)?;
                 }
             }
             Err(error) => return Err(error),

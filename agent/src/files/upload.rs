@@ -125,7 +125,7 @@ fn create(path: &Path, user: &User) -> Result<File, Refusal> {
     }
     let opened = OpenOptions::new().write(true).create(true).truncate(true).mode(0o666).open(path);
     let file = opened.map_err(|error| failed("error opening file", path, &error))?;
-    paths::give(path, user).map_err(|error| failed("error changing file ownership", path, &error))?;
+    paths::fchown_to(&file, user).map_err(|error| failed("error changing file ownership", path, &error))?;
     Ok(file)
 }
 
