@@ -244,8 +244,8 @@ impl<T> Engine<T> {
         drop(queue);
         if timer.is_some() {
             self.owed += 1;
-            // Once: the rest of a short transfer is not delayed again. The kernel reads the time
-            // when it takes the entry, which is before `entry` is called again for this operation.
+            // A timer is submitted once: the rest of a short transfer is not delayed again. The kernel reads the
+            // timer's time when it takes the entry, before `entry` is called again for this operation.
         }
         match way {
             Way::Cached => self.stats.cached += 1,

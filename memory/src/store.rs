@@ -102,7 +102,7 @@ impl Store {
         let (huge, warning) = match config.backing {
             Some(Backing::Small) => (None, None),
             Some(Backing::Huge) => (Some(HugeTmpfs::mount().map_err(StoreError::Huge)?), None),
-            None => match HugeTmpfs::mount_or_say() {
+            None => match HugeTmpfs::mount_or_warn() {
                 Ok(fs) => (Some(fs), None),
                 Err(warning) => (None, Some(warning)),
             },

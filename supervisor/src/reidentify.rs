@@ -32,19 +32,19 @@ const MAX_TOLD: usize = 16;
 const ENTROPY: usize = 64;
 /// Time limit until an agent accepts a connection. It first has to notice that its parent's
 /// connections were reset.
-const PATIENCE: Duration = Duration::from_secs(30);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Additional time for each VM made by the same request, and its maximum: all begin at once, and
 /// each has work to do then. On a busy host one of ten guests whose kernels are interpreted took
 /// more than 39 s.
-const PATIENCE_EACH: Duration = Duration::from_secs(5);
-const MAX_PATIENCE: Duration = Duration::from_secs(300);
+const CONNECT_TIMEOUT_EACH: Duration = Duration::from_secs(5);
+const MAX_TIMEOUT: Duration = Duration::from_secs(300);
 /// Time limit of one attempt. Every abandoned attempt is more work for a slow guest.
-const ATTEMPT: Duration = Duration::from_secs(10);
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time limit from then on until the agent is ready, and the additional time for each VM made by
 /// the same request: on a busy host ten guests whose kernels are interpreted took more than a
 /// minute.
-const ANSWERING: Duration = Duration::from_secs(60);
-const ANSWERING_EACH: Duration = Duration::from_secs(10);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+const ANSWER_TIMEOUT_EACH: Duration = Duration::from_secs(10);
 /// Part of that time in which no hook runs, so that the agent's answer arrives and names the hook that
 /// was slow.
 const ANSWER_MARGIN: Duration = Duration::from_secs(5);
@@ -72,15 +72,15 @@ impl TimeLimits {
     fn of(count: usize) -> Self {
         let others = u32::try_from(count.saturating_sub(1)).unwrap_or(u32::MAX);
         let with_others =
-            |own: Duration, each: Duration| own.saturating_add(each.saturating_mul(others)).min(MAX_PATIENCE);
-        let answering = with_others(ANSWERING, ANSWERING_EACH);
+            |own: Duration, each: Duration| own.saturating_add(each.saturating_mul(others)).min(MAX_TIMEOUT);
+        let answering = with_others(ANSWER_TIMEOUT, ANSWER_TIMEOUT_EACH);
         let hooks = answering.saturating_sub(ANSWER_MARGIN);
-        Self { connecting: with_others(PATIENCE, PATIENCE_EACH), answering, hooks }
+        Self { connecting: with_others(CONNECT_TIMEOUT, CONNECT_TIMEOUT_EACH), answering, hooks }
     }
 }
 
 /// The time that a guest has left for a connection or an answer. On a host whose processors are all busy it does not
-/// pass, up to [`MAX_PATIENCE`] in all: the guest may not have had its share.
+/// pass, up to [`MAX_TIMEOUT`] in all: the guest may not have had its share.
 struct TimeLeft {
     begun: Instant,
     looked: Instant,
@@ -100,7 +100,7 @@ impl TimeLeft {
             self.left = self.left.saturating_sub(now - self.looked);
         }
         self.looked = now;
-        !self.left.is_zero() && now - self.begun < MAX_PATIENCE
+        !self.left.is_zero() && now - self.begun < MAX_TIMEOUT
     }
 }
 
@@ -213,7 +213,7 @@ impl Supervisor {
     pub(super) async fn expect_running(&self, name: &str) -> Result<(), ApiError> {
         let client = Client::new(self.dir());
         let asked = client.request::<VmInfo>(Method::GET, name, "", None::<&()>);
-        match tokio::time::timeout(ATTEMPT, asked).await {
+        match tokio::time::timeout(ATTEMPT_TIMEOUT, asked).await {
             Ok(Ok(VmInfo { state: VmState::Paused, .. } | VmInfo { paused: true, .. })) => {
                 Err(ApiError::new(ProblemKind::WrongState, format!("{name} is paused: its agent cannot answer")))
             }
@@ -237,7 +237,7 @@ impl Supervisor {
             && let Some(vsock) = vm_record.identity.vsock
         {
             let socket = vsock.socket;
-            let agent = Agent::new(Endpoint::Vsock { socket, port: PORT }).with_patience(ATTEMPT, MAX_PATIENCE);
+            let agent = Agent::new(Endpoint::Vsock { socket, port: PORT }).with_patience(ATTEMPT_TIMEOUT, MAX_TIMEOUT);
             // The rest is for its files, and its kernel.
             if let Err(error) = agent.shut_down(Some(grace.mul_f64(AGENTS_PART))).await {
                 tracing::debug!(%error, name, "no agent ends the guest");
@@ -255,7 +255,8 @@ impl Supervisor {
     /// Lets a new VM run that was made paused.
     async fn resume_new(&self, name: &str) -> Result<(), ApiError> {
         let client = Client::new(self.dir()).with_retries();
-        let resumed = client.request_within::<VmInfo>(ATTEMPT, Method::POST, name, "/resume", None::<&()>).await;
+        let resumed =
+            client.request_within::<VmInfo>(ATTEMPT_TIMEOUT, Method::POST, name, "/resume", None::<&()>).await;
         resumed.map(drop).map_err(|error| not_ready(name, &clade_vmm::error_chain(&error)))
     }
 
@@ -265,7 +266,7 @@ impl Supervisor {
         let vm_record = self.record_of(name).await?;
         expect_reachable(name, &vm_record.template.config)?;
         let socket = vm_record.identity.vsock.ok_or_else(|| not_ready(name, "it has no socket"))?.socket;
-        let agent = Agent::new(Endpoint::Vsock { socket, port: PORT }).with_patience(ATTEMPT, MAX_PATIENCE);
+        let agent = Agent::new(Endpoint::Vsock { socket, port: PORT }).with_patience(ATTEMPT_TIMEOUT, MAX_TIMEOUT);
         // Each attempt has its own time of day.
         let agent = agent.with_one_attempt();
         let mut entropy = vec![0; ENTROPY];
@@ -283,7 +284,7 @@ impl Supervisor {
             request.now_ns = Some(now.as_nanos().to_string());
             let answer = tokio::select! {
                 answer = agent.change_generation(&request) => answer,
-                () = passed(ATTEMPT + limits.answering) => {
+                () = passed(ATTEMPT_TIMEOUT + limits.answering) => {
                     let waited = limits.answering.as_secs();
                     return Err(not_ready(name, &format!("the agent has not answered for {waited} s")));
                 }
@@ -384,7 +385,7 @@ mod tests {
             assert_eq!(left.is_left(is_busy), remains, "{passed}");
         }
         let mut left = TimeLeft::of(30 * second);
-        advance(MAX_PATIENCE).await;
+        advance(MAX_TIMEOUT).await;
         assert!(!left.is_left(true));
     }
 

@@ -92,7 +92,6 @@ const MAX_MESSAGE: usize = 64 << 10;
 #[derive(Debug, Serialize, Deserialize)]
 pub enum WorkerRequest {
     /// The first request: confine yourself to these grants.
-    #[serde(rename = "Enter")]
     Confine(Box<ConfineRequest>),
     /// Be ready for a VM of this configuration.
     Prepare(Box<VmConfig>),
@@ -113,7 +112,6 @@ pub enum WorkerRequest {
 #[derive(Debug, Serialize, Deserialize)]
 pub struct PassedFds {
     /// Whether the worker ends with the command of its VM's session.
-    #[serde(rename = "is_tied")]
     pub ends_with_command: bool,
     /// Endings of the sockets.
     pub sockets: Vec<String>,
@@ -127,10 +125,8 @@ pub struct StartChildRequest {
     /// The name.
     pub name: String,
     /// The template that the image must have.
-    #[serde(rename = "shape")]
     pub template: VmTemplate,
     /// The descriptors that come with the request.
-    #[serde(rename = "handed")]
     pub passed_fds: PassedFds,
     /// The parent's name, if there is one.
     pub parent: Option<String>,
@@ -144,7 +140,6 @@ pub struct StartBootRequest {
     /// The name.
     pub name: String,
     /// The descriptors that come with the request.
-    #[serde(rename = "handed")]
     pub passed_fds: PassedFds,
     /// The configuration.
     pub config: VmConfig,

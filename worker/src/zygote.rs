@@ -297,7 +297,7 @@ impl Zygote {
         let env = env.to_vec();
         let (started, restarts) = (Mutex::new(None), AtomicU64::new(0));
         // A failure is already logged.
-        let mount = HugeTmpfs::mount_or_say().ok();
+        let mount = HugeTmpfs::mount_or_warn().ok();
         let zygote = Self { started, exits, confinement, huge_text, env, mount, restarts };
         let started = zygote.process().map_err(|source| DaemonError::Worker { source })?;
         *zygote.started.lock().unwrap_or_else(PoisonError::into_inner) = Some(started);

@@ -199,7 +199,8 @@ fn mend(address: usize) -> bool {
         }
         slot.lost.store(true, Ordering::Release);
         let one = 1u64.to_ne_bytes();
-        // SAFETY: eight bytes of this stack; write is safe in a handler. Full is as good as rung.
+        // SAFETY: eight bytes of this stack; write is safe in a handler. It fails if the eventfd is
+        // full, which wakes the watcher as well.
         let _ = unsafe { libc::write(BELL.load(Ordering::Acquire), one.as_ptr().cast(), one.len()) };
         return true;
     }

@@ -43,7 +43,7 @@ impl HugeTmpfs {
     ///
     /// # Errors
     /// The logged text.
-    pub fn mount_or_say() -> Result<Self, String> {
+    pub fn mount_or_warn() -> Result<Self, String> {
         Self::mount().map_err(|error| {
             let warning = format!(
                 "memory layers live in 4 KiB pages, because a tmpfs in huge pages cannot be mounted ({error}): reads of \
@@ -57,7 +57,8 @@ impl HugeTmpfs {
 
     /// Uses a mount whose root was passed in by another process.
     ///
-    /// # Errors When it is not a directory of a tmpfs.
+    /// # Errors
+    /// When it is not a directory of a tmpfs.
     pub fn handed_in(root: OwnedFd) -> io::Result<Self> {
         let is_directory = FileType::from_raw_mode(fstat(&root)?.st_mode).is_dir();
         let kind = fstatfs(&root)?.f_type as u64;
