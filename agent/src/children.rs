@@ -99,29 +99,19 @@ pub(crate) fn describe(status: ExitStatus) -> String {
 
 #[cfg(test)]
 mod tests {
-    use rustix::process::{Pid, waitpid};
-
     use super::*;
-    use crate::program::SpawnEnv;
-    use crate::users;
 
     /// Its number may be another's from then on, long before a slow follower of its output has the rest.
     #[test]
     fn a_child_is_known_to_be_reaped_before_anybody_receives_its_status() {
-        let user = users::find("root").unwrap();
-        let envs = std::collections::BTreeMap::new();
-        let spawn_env = SpawnEnv { user: &user, envs: &envs, workdir: None };
-        let root = std::path::Path::new("/");
-        let mut program = Program::new("/bin/true", &[], &envs, root, &spawn_env).unwrap();
-        program.no_stdin().unwrap();
-        let children = Children { waiting: Waiting::default(), stack: Mutex::new(ChildStack::new().unwrap()) };
-        let mut child = children.spawn(&program).unwrap();
-        assert!(!child.is_reaped.load(Ordering::Relaxed) && child.end.try_recv().is_err());
-        // This child alone: others are other tests'.
-        let pid = Pid::from_raw(child.pid.cast_signed());
-        let (_, status) = waitpid(pid, WaitOptions::empty()).unwrap().unwrap();
-        note_end(&children.waiting, child.pid, ExitStatus::from_raw(status.as_raw()));
-        assert!(child.is_reaped.load(Ordering::Relaxed));
-        assert!(child.end.try_recv().unwrap().success());
+        let waiting = Waiting::default();
+        let (sender, mut end) = oneshot::channel();
+        let is_reaped = Arc::new(AtomicBool::new(false));
+        lock(&waiting).insert(7, WaitedFor { end: sender, is_reaped: Arc::clone(&is_reaped) });
+        note_end(&waiting, 8, ExitStatus::from_raw(0));
+        assert!(!is_reaped.load(Ordering::Relaxed) && end.try_recv().is_err());
+        note_end(&waiting, 7, ExitStatus::from_raw(0x100));
+        assert!(is_reaped.load(Ordering::Relaxed));
+        assert_eq!(end.try_recv().unwrap().code(), Some(1));
     }
 }

@@ -295,6 +295,12 @@ fn the_components_of_links_that_an_images_paths_lead_over_are_bounded() {
     tree.apply(read(&files[..300]), 1).unwrap();
     let error = tree.apply(read(&files[300..]), 2).unwrap_err();
     assert!(matches!(error, LayerError::Limit(LimitError::LinkSteps(16_777_216))), "{error}");
+    // Components that are skipped count as well.
+    let mut tree = Tree::new(&ImageLimits::default());
+    tree.apply(read(&[Op::Link("r".into(), "/".repeat(4000), 1)]), 0).unwrap();
+    let files: Vec<_> = (0..500).map(|n| Op::File(format!("{}f{n}", "r/".repeat(10)), 1)).collect();
+    let error = tree.apply(read(&files), 1).unwrap_err();
+    assert!(matches!(error, LayerError::Limit(LimitError::LinkSteps(16_777_216))), "{error}");
 }
 
 #[test]

@@ -75,14 +75,14 @@ impl Tree {
                     if target.first() == Some(&b'/') {
                         way.truncate(1);
                     }
-                    let mut taken = 0;
+                    // All components, also those that are skipped: each costs time.
+                    let count = 1 + target.iter().filter(|byte| **byte == b'/').count() as u64;
+                    let left = self.link_steps.checked_sub(count).ok_or(LimitError::LinkSteps(MAX_LINK_STEPS))?;
                     let steps = target.split(|byte| *byte == b'/');
                     for step in steps.rev().filter(|step| !step.is_empty() && *step != b".") {
                         todo.push_front(step.into());
-                        taken += 1;
                     }
-                    let left = self.link_steps.checked_sub(taken);
-                    self.link_steps = left.ok_or(LimitError::LinkSteps(MAX_LINK_STEPS))?;
+                    self.link_steps = left;
                 }
                 _ if layer.is_none() => return Ok(None),
                 _ => return Err(LayerError::NotADirectory { path: shown(path), part: shown(&part) }),

@@ -332,10 +332,15 @@ impl Host {
         self.kvm.create_vm().and_then(|vm| self.show_triple_faults(vm))
     }
 
+    /// Returns whether the events of [`Self::create_vm`]'s VMs show pending triple faults.
+    pub(super) fn shows_triple_faults(&self) -> bool {
+        self.kvm.check_extension_raw(KVM_CAP_X86_TRIPLE_FAULT_EVENT.into()) > 0
+    }
+
     /// Makes pending triple faults a part of the vCPUs' events, so that they are saved and a reset can clear them. Does
     /// nothing on kernels before 6.0, which cannot.
     fn show_triple_faults(&self, vm: VmFd) -> Result<VmFd, kvm_ioctls::Error> {
-        if self.kvm.check_extension_raw(KVM_CAP_X86_TRIPLE_FAULT_EVENT.into()) > 0 {
+        if self.shows_triple_faults() {
             let args = [1, 0, 0, 0];
             vm.enable_cap(&kvm_enable_cap { cap: KVM_CAP_X86_TRIPLE_FAULT_EVENT, args, ..Default::default() })?;
         }

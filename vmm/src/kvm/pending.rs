@@ -20,16 +20,14 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 
 use super::msrs::KVM_ASYNC_PF_EN;
-use super::vcpu_state::VcpuStateError;
+use super::vcpu_state::{StateLayout, VcpuStateError};
 
 /// `MSR_KVM_ASYNC_PF_ACK`
 const KVM_ASYNC_PF_ACK: u32 = 0x4b56_4d07;
 
 /// Drops all pending events of `vcpu`. The vCPU is unusable until a state is restored.
-pub(crate) fn forget_pending(vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
+pub(crate) fn forget_pending(vcpu: &VcpuFd, layout: &StateLayout) -> Result<(), VcpuStateError> {
     let failed = |call| move |source| VcpuStateError::Ioctl { call, source };
-    // Only a VM with the capability has the flag, and accepts it.
-    let known = vcpu.get_vcpu_events().map_err(failed("KVM_GET_VCPU_EVENTS"))?;
     // First: this call clears a latched INIT, so that the next step does not reset the vCPU, and it
     // leaves System Management Mode.
     let none = kvm_vcpu_events {
@@ -37,19 +35,22 @@ pub(crate) fn forget_pending(vcpu: &VcpuFd) -> Result<(), VcpuStateError> {
             | KVM_VCPUEVENT_VALID_SIPI_VECTOR
             | KVM_VCPUEVENT_VALID_SHADOW
             | KVM_VCPUEVENT_VALID_SMM
-            | known.flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT,
+            | if layout.triple_faults { KVM_VCPUEVENT_VALID_TRIPLE_FAULT } else { 0 },
         ..Default::default()
     };
     vcpu.set_vcpu_events(&none).map_err(failed("KVM_SET_VCPU_EVENTS"))?;
     // KVM_GET_MP_STATE accepts or drops a pending start-up IPI. There is no other way to clear one.
     vcpu.get_mp_state().map_err(failed("KVM_GET_MP_STATE"))?;
     // Disabling cancels the page faults in flight and drops the completed ones. Then the
-    // acknowledgement, because an event delivered earlier waits for one. One MSR per call, because
-    // a guest without the feature lacks its MSR.
-    for (index, data) in [(KVM_ASYNC_PF_EN, 0), (KVM_ASYNC_PF_ACK, 1)] {
-        let one = Msrs::from_entries(&[kvm_msr_entry { index, data, ..Default::default() }])
-            .map_err(|_| VcpuStateError::Buffer { what: "an MSR", bytes: size_of::<kvm_msr_entry>() })?;
-        vcpu.set_msrs(&one).map_err(failed("KVM_SET_MSRS"))?;
+    // acknowledgement, because an event delivered earlier waits for one.
+    let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
+    let both = [entry(KVM_ASYNC_PF_EN, 0), entry(KVM_ASYNC_PF_ACK, 1)];
+    // KVM ends at the first refusal, and a guest without the feature lacks its MSR.
+    let mut done = 0;
+    while let Some(rest) = both.get(done..).filter(|rest| !rest.is_empty()) {
+        let msrs =
+            Msrs::from_entries(rest).map_err(|_| VcpuStateError::Buffer { what: "MSRs", bytes: size_of_val(rest) })?;
+        done += vcpu.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?.max(1);
     }
     Ok(())
 }
@@ -61,7 +62,7 @@ mod tests {
 
     use super::super::host::Host;
     use super::super::testutil::{TWO_OUTS, TestVm, host, save_all};
-    use super::super::vcpu_state::{CpuidState, StateLayout, VcpuState};
+    use super::super::vcpu_state::{CpuidState, VcpuState};
     use super::super::vm_state::Clock;
     use super::*;
 
@@ -76,7 +77,7 @@ mod tests {
     }
 
     fn reset(vcpu: &VcpuFd, layout: &StateLayout, state: &VcpuState) {
-        forget_pending(vcpu).unwrap();
+        forget_pending(vcpu, layout).unwrap();
         state.restore(vcpu, layout, CpuidState::Set, Clock::CatchUp, None).unwrap();
     }
 
@@ -173,7 +174,7 @@ mod tests {
             return;
         }
         let state = save_all(&vm, &host, &layout).remove(0);
-        forget_pending(vcpu).unwrap();
+        forget_pending(vcpu, &layout).unwrap();
         assert_eq!(enabled(), 0);
         state.restore(vcpu, &layout, CpuidState::Set, Clock::CatchUp, None).unwrap();
         assert_eq!(enabled(), ENABLED);

@@ -121,6 +121,8 @@ pub struct StateLayout {
     /// TSC frequency of a new vCPU in kHz, if KVM reports it.
     tsc_khz: Option<u32>,
     tsc_control: bool,
+    /// Whether a vCPU's events show pending triple faults.
+    pub(super) triple_faults: bool,
 }
 
 impl StateLayout {
@@ -139,6 +141,7 @@ impl StateLayout {
             xsave_extra: (size - size_of::<kvm_xsave>()).div_ceil(size_of::<u32>()),
             xsave2: host.has_xsave2(),
             tsc_control: host.has_tsc_control(),
+            triple_faults: host.shows_triple_faults(),
         })
     }
 
@@ -389,7 +392,13 @@ impl VcpuState {
         self.restore_msrs(vcpu, clock)?;
         // Last: KVM_SET_REGS drops pending exceptions, and KVM_SET_SREGS queues an interrupt that
         // this call replaces.
-        vcpu.set_vcpu_events(&self.events).map_err(call("KVM_SET_VCPU_EVENTS"))
+        let mut events = self.events;
+        if !layout.triple_faults && events.flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT != 0 {
+            // The guest meets the fault again at the same instruction.
+            tracing::warn!("a pending triple fault cannot be restored on this kernel");
+            events.flags &= !KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
+        }
+        vcpu.set_vcpu_events(&events).map_err(call("KVM_SET_VCPU_EVENTS"))
     }
 
     /// The XSAVE area resized to this host's, or `None` if the sizes are equal. The area grows with

@@ -67,7 +67,7 @@ impl VcpuThread {
                     // Caught, because the owner waits for this vCPU.
                     let loaded = catch_panic(self.index, || {
                         // Pending events belong to the instant before the reset.
-                        forget_pending(&self.vcpu)?;
+                        forget_pending(&self.vcpu, &self.layout)?;
                         self.give_state(&command.start)
                     });
                     self.control.exits(self.index).note(ExitRecord { kind: ExitKind::Loaded, address: 0 });
