@@ -68,6 +68,26 @@ fn an_image_that_is_imported_starts_the_vm_that_was_exported() {
 }
 
 #[test]
+fn images_that_are_given_away_after_an_idle_time_are_watched_as_well() {
+    let Some(context) = context() else { return };
+    let (image, _) = boot(&context, &PAIRS).fork().unwrap();
+    let leases = Leases::default();
+    let export = || image.export(&leases).unwrap();
+    let count = |expected: usize| clade_test_support::wait_eq("images in use", &expected, || leases.count());
+    for round in 0..2 {
+        let (first, second, third) = (export(), export(), export());
+        assert!(leases.is_watched() && leases.count() == 3, "{round}");
+        drop(second);
+        count(2);
+        drop((first, third));
+        count(0);
+        clade_test_support::wait_eq("the thread of a process that gives no images away", &false, || {
+            leases.is_watched()
+        });
+    }
+}
+
+#[test]
 fn parts_that_are_cut_changed_or_mixed_up_are_refused_or_are_an_image() {
     let Some(context) = context() else { return };
     let parent = boot(&context, &PAIRS);
