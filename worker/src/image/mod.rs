@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | 1 | client | one byte: the request. With `BROKER` comes a socket, and there is no answer. With `SUSPEND` come files ([`suspend`]). A rollback has its own messages ([`rollback`]). To `RECORD` the answer is the same byte and a descriptor |
 //! | 2 | VM's process | the report of the fork, as JSON; or the error |
-//! | 3.. | VM's process | the image ([`SealedParts`]) |
+//! | 3.. | VM's process | the image ([`SealedParts`]); or the error, if it cannot be sealed |
 //!
 //! The VM is forked at the client's request and runs on. Its process holds the image's layers until
 //! the last process that uses them has gone.
@@ -37,14 +37,14 @@ use clade_api::http::ACCEPT_BACKOFF;
 use clade_api::secrets::Secrets;
 use clade_api::{DaemonError, Labels, ProblemKind, check_name, flight, image_path};
 use clade_devices::virtio::net::Link;
-use clade_vmm::vm::{ForkReport, Leases, SealedParts, TransferError, Vm, VmConfig};
+use clade_vmm::vm::{ForkImage, ForkReport, Leases, SealedParts, TransferError, Vm, VmConfig};
 
 /// Clients of one VM's socket at a time. A VM is forked for one after the other.
 const MAX_CLIENTS: usize = 4;
 /// Interval of the checks whether the client still wants the image.
 const CHECK_INTERVAL: Duration = Duration::from_millis(100);
 /// Fork the VM, and give the image.
-const FORK: u8 = 1;
+pub(crate) const FORK: u8 = 1;
 /// Have the guest's connections made by another broker
 /// ([`answer_broker`](clade_devices::virtio::vsock::answer_broker)).
 const BROKER: u8 = 2;
@@ -181,7 +181,7 @@ pub(crate) async fn serve(listener: OwnedFd, vm: Weak<Vm>, leases: Leases, vm_ho
     }
 }
 
-fn answer(socket: &OwnedFd, vm: &Weak<Vm>, leases: &Leases, vm_host: &WeakVmHost) -> io::Result<()> {
+pub(crate) fn answer(socket: &OwnedFd, vm: &Weak<Vm>, leases: &Leases, vm_host: &WeakVmHost) -> io::Result<()> {
     let (peer, own) = (socket_peercred(socket)?.uid, rustix::process::geteuid());
     if peer != own && !peer.is_root() {
         return Err(io::ErrorKind::PermissionDenied.into());
@@ -202,24 +202,43 @@ fn answer(socket: &OwnedFd, vm: &Weak<Vm>, leases: &Leases, vm_host: &WeakVmHost
         [RECORD] => return seqpacket::send(socket, &[RECORD], &[flight::descriptor()?.as_fd()]),
         _ => return Err(io::ErrorKind::InvalidData.into()),
     }
-    let made = vm.upgrade().ok_or(DaemonError::Ending).and_then(|vm| forked(&vm, leases, vm_host));
-    match made {
-        Ok((forked, parts)) => {
-            seqpacket::send(socket, &serde_json::to_vec(&ImageAnswer::Forked(Box::new(forked)))?, &[])?;
-            parts.send(socket).map_err(io::Error::other)
-        }
-        Err(error) => {
-            let refused = ImageAnswer::Refused { kind: error.problem(), text: clade_vmm::error_chain(&error) };
-            seqpacket::send(socket, &serde_json::to_vec(&refused)?, &[])
-        }
-    }
+    let refuse = |error: DaemonError| {
+        let refused = ImageAnswer::Refused { kind: error.problem(), text: clade_vmm::error_chain(&error) };
+        seqpacket::send(socket, &serde_json::to_vec(&refused)?, &[])
+    };
+    // Held until the image is sent: its process ends once the VM is unused and no image is leased, and merges what
+    // was written into the VM's disks before.
+    let Some(vm) = vm.upgrade() else { return refuse(DaemonError::Ending) };
+    let (forked, image) = match forked(&vm, vm_host) {
+        Ok(made) => made,
+        Err(error) => return refuse(error),
+    };
+    // Before the image is sealed: the client wakes up meanwhile.
+    seqpacket::send(socket, &serde_json::to_vec(&ImageAnswer::Forked(Box::new(forked)))?, &[])?;
+    let sent = match sealed(&image, leases) {
+        Ok(parts) => parts.send(socket).map_err(io::Error::other),
+        Err(error) => refuse(error.into()),
+    };
+    drop(vm);
+    sent
 }
 
-/// Forks the VM, and seals the image for another process.
+fn sealed(image: &Arc<ForkImage>, leases: &Leases) -> Result<SealedParts, TransferError> {
+    #[cfg(test)]
+    if let Some(act) = tests::BEFORE_SEALING.take() {
+        act();
+    }
+    let begun = Instant::now();
+    let parts = image.export(leases)?.seal()?;
+    tracing::debug!(export = ?begun.elapsed(), "image");
+    Ok(parts)
+}
+
+/// Forks the VM.
 ///
 /// # Errors
 /// When the VM has ended, or cannot be forked.
-pub(crate) fn forked(vm: &Vm, leases: &Leases, vm_host: &WeakVmHost) -> Result<(ForkedVm, SealedParts), DaemonError> {
+pub(crate) fn forked(vm: &Vm, vm_host: &WeakVmHost) -> Result<(ForkedVm, Arc<ForkImage>), DaemonError> {
     // Before the fork: an image of a VM that ends meanwhile would go out without the list of its
     // secrets, and the supervisor would refuse it as another VM's.
     let entry = vm_host.upgrade().and_then(|vm_host| vm_host.entry());
@@ -243,10 +262,7 @@ pub(crate) fn forked(vm: &Vm, leases: &Leases, vm_host: &WeakVmHost) -> Result<(
         remapped: freeze.remapped,
         copied: freeze.copied,
     };
-    let begun = Instant::now();
-    let parts = image.export(leases)?.seal()?;
-    tracing::debug!(name = vm.name(), export = ?begun.elapsed(), "image");
-    Ok((forked, parts))
+    Ok((forked, image))
 }
 
 /// Returns whether a VM's packets pass: not if one of its devices is closed. None without a network
@@ -262,6 +278,15 @@ pub struct PendingFork {
     socket: OwnedFd,
     name: String,
     deadline: Instant,
+}
+
+/// Returns the error in a message that was sent in place of an image.
+fn refusal(message: &[u8]) -> DaemonError {
+    match serde_json::from_slice(message) {
+        Ok(ImageAnswer::Refused { kind, text }) => DaemonError::Refused { kind, text },
+        Ok(ImageAnswer::Forked(_)) => failed(io::ErrorKind::InvalidData.into()),
+        Err(error) => failed(error.into()),
+    }
 }
 
 fn failed(source: io::Error) -> DaemonError {
@@ -298,14 +323,19 @@ impl PendingFork {
         // The client may have gone.
         check()?;
         match serde_json::from_slice(&answer?).map_err(|error| failed(error.into()))? {
-            ImageAnswer::Forked(forked) => match SealedParts::receive_while(&self.socket, &go_on) {
-                // The VM's process has ended, or does not answer.
-                Err(TransferError::System { source, .. }) => {
-                    check()?;
-                    Err(self.silent(&source))
+            ImageAnswer::Forked(forked) => {
+                match SealedParts::receive_or_message(&self.socket, MAX_ANSWER, &go_on) {
+                    // The VM's process has ended, or does not answer.
+                    Err(TransferError::System { source, .. }) => {
+                        check()?;
+                        Err(self.silent(&source))
+                    }
+                    Err(error) => Err(error.into()),
+                    Ok(Ok(parts)) => Ok((*forked, parts)),
+                    // The image could not be sealed.
+                    Ok(Err(message)) => Err(refusal(&message)),
                 }
-                parts => Ok((*forked, parts?)),
-            },
+            }
             ImageAnswer::Refused { kind, text } => Err(DaemonError::Refused { kind, text }),
         }
     }
@@ -399,10 +429,15 @@ pub(crate) fn connected(dir: &Path, name: &str, limit: Duration) -> Result<Owned
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use clade_test_support::wait_until;
     use rustix::net::{bind, listen};
+
+    thread_local! {
+        /// Called once, between the report of a fork and its image.
+        pub(crate) static BEFORE_SEALING: std::cell::Cell<Option<Box<dyn FnOnce()>>> = std::cell::Cell::default();
+    }
 
     #[test]
     fn a_process_that_does_not_answer_is_an_error_in_time() {

@@ -1,9 +1,14 @@
 use super::*;
-use clade_api::RuntimeDir;
+use crate::image::tests::BEFORE_SEALING;
+use crate::image::{FORK, PendingFork};
 use clade_api::secrets::Secrets;
+use clade_api::{ProblemKind, RuntimeDir};
+use clade_host_io::seqpacket;
 use clade_vmm::boot::{BootImage, BootSource};
 use clade_vmm::kvm::Host;
 use clade_vmm::vm::{Endpoints, VmConfig};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept, bind, listen, socket_with};
+use serde_json::json;
 
 struct Nobody;
 
@@ -103,12 +108,70 @@ fn a_vm_that_has_ended_gives_no_image_without_its_secrets() {
     let (_dir, runtime) = runtime_dir();
     let (vm_host, vm, starter) = vm_host_of_one(&runtime, true);
     let vm = vm.unwrap();
-    let (forked, _parts) = crate::image::forked(&vm, vm_host.leases(), &vm_host.downgrade()).unwrap();
+    let (forked, _image) = crate::image::forked(&vm, &vm_host.downgrade()).unwrap();
     assert_eq!(forked.labels.text(), "tier=web");
     // The VM leaves the list before its vCPUs stop.
     drop(vm_host.take());
-    let refused = crate::image::forked(&vm, vm_host.leases(), &vm_host.downgrade()).map(|(forked, _)| forked.secrets);
+    let refused = crate::image::forked(&vm, &vm_host.downgrade()).map(|(forked, _)| forked.secrets);
     assert!(matches!(&refused, Err(DaemonError::NoSuchVm { name }) if name == "one"), "{refused:?}");
+    starter.leave();
+}
+
+/// Its process would end, or merge what was written into disks that the image shares.
+#[test]
+fn a_vm_is_in_use_until_its_image_is_leased() {
+    if host().is_none() {
+        return;
+    }
+    let (_dir, runtime) = runtime_dir();
+    let (vm_host, vm, starter) = vm_host_of_one(&runtime, true);
+    starter.leave();
+    let vm = vm.unwrap();
+    let (ours, theirs) = seqpacket::pair().unwrap();
+    seqpacket::send(&ours, &[FORK], &[]).unwrap();
+    let (weak, in_between) = (Arc::downgrade(&vm), vm_host.clone());
+    BEFORE_SEALING.set(Some(Box::new(move || {
+        // The VM is stopped meanwhile.
+        drop((vm, in_between.take()));
+        assert!(!in_between.wait_until_unused(Duration::ZERO), "its process would end");
+        assert_eq!(in_between.leases().count(), 0);
+    })));
+    crate::image::answer(&theirs, &weak, vm_host.leases(), &vm_host.downgrade()).unwrap();
+    assert!(BEFORE_SEALING.take().is_none() && weak.upgrade().is_none());
+    assert!(vm_host.wait_until_unused(Duration::ZERO));
+    assert_eq!(vm_host.leases().count(), 1, "the image is in the socket");
+    drop(ours);
+}
+
+/// The report is sent before the image is sealed, which may fail: for want of descriptors or memory.
+#[test]
+fn an_image_that_cannot_be_sealed_is_refused_by_its_reason() {
+    if host().is_none() {
+        return;
+    }
+    let (_dir, runtime) = runtime_dir();
+    let (vm_host, vm, starter) = vm_host_of_one(&runtime, true);
+    let (forked, _image) = crate::image::forked(&vm.unwrap(), &vm_host.downgrade()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let listener = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    bind(&listener, &SocketAddrUnix::new(clade_api::image_path(dir.path(), "one")).unwrap()).unwrap();
+    listen(&listener, 1).unwrap();
+    let forked = json!({ "Forked": forked });
+    let refused = json!({ "Refused": { "kind": ProblemKind::NoRoom, "text": "sent: no memory" } });
+    for (second, kind, text) in [
+        (&refused, ProblemKind::NoRoom, "sent: no memory"),
+        (&forked, ProblemKind::Internal, "invalid data"),
+        (&json!("no"), ProblemKind::Internal, "unknown variant"),
+    ] {
+        let pending = PendingFork::begin(dir.path(), "one").unwrap();
+        let client = accept(&listener).unwrap();
+        for answer in [&forked, second] {
+            seqpacket::send(&client, &serde_json::to_vec(answer).unwrap(), &[]).unwrap();
+        }
+        let error = pending.image(&|| Ok(())).map(drop).unwrap_err();
+        let shown = clade_vmm::error_chain(&error);
+        assert!(error.problem() == kind && shown.contains(text), "{:?}: {shown}", error.problem());
+    }
     starter.leave();
 }
 

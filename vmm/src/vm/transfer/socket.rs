@@ -48,7 +48,29 @@ impl SealedParts {
     /// # Errors
     /// As for [`Self::receive`].
     pub fn receive_while(socket: impl AsFd, go_on: &dyn Fn() -> bool) -> Result<Self, TransferError> {
-        let Message { bytes: hello, files: mut first } = receive(&socket, go_on)?;
+        let hello = receive(&socket, HELLO + 1, go_on)?;
+        Self::receive_after(hello, socket, go_on)
+    }
+
+    /// The same, from a process that may send a message of `limit` bytes at most in place of the image.
+    /// Returns that message as the inner error.
+    ///
+    /// # Errors
+    /// As for [`Self::receive`].
+    pub fn receive_or_message(
+        socket: impl AsFd,
+        limit: usize,
+        go_on: &dyn Fn() -> bool,
+    ) -> Result<Result<Self, Vec<u8>>, TransferError> {
+        let first = receive(&socket, limit.max(HELLO + 1), go_on)?;
+        if !first.bytes.starts_with(&MAGIC) {
+            return Ok(Err(first.bytes));
+        }
+        Self::receive_after(first, socket, go_on).map(Ok)
+    }
+
+    fn receive_after(hello: Message, socket: impl AsFd, go_on: &dyn Fn() -> bool) -> Result<Self, TransferError> {
+        let Message { bytes: hello, files: mut first } = hello;
         let number = |at: usize| hello[at..].first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
         if hello.len() != HELLO || hello[..8] != MAGIC {
             return Err(TransferError::malformed(format!("it begins with {} other bytes", hello.len())));
@@ -65,7 +87,7 @@ impl SealedParts {
         };
         let mut files = Vec::new();
         while files.len() < count {
-            let batch = receive(&socket, go_on)?.files;
+            let batch = receive(&socket, HELLO + 1, go_on)?.files;
             let wanted = (count - files.len()).min(BATCH);
             if batch.len() != wanted {
                 return Err(TransferError::malformed(format!("{} descriptors of {wanted}", batch.len())));
@@ -136,9 +158,9 @@ impl ImageParts {
     }
 }
 
-fn receive(socket: impl AsFd, go_on: &dyn Fn() -> bool) -> Result<Message, TransferError> {
+fn receive(socket: impl AsFd, limit: usize, go_on: &dyn Fn() -> bool) -> Result<Message, TransferError> {
     let received = loop {
-        match seqpacket::receive(&socket, HELLO + 1) {
+        match seqpacket::receive(&socket, limit) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock && go_on() => {}
             received => break received,
         }
