@@ -31,7 +31,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Json;
-use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use crate::problem::ProblemKind;
@@ -63,25 +62,21 @@ pub async fn on_a_thread<T: Send + 'static>(
     let no_thread = || ApiError::from(ProblemKind::NoThread);
     // The first to set it decides whether the work is done: the thread, or the timeout.
     let taken = Arc::new(AtomicBool::new(false));
-    let (begin, begun) = oneshot::channel();
     let takes = Arc::clone(&taken);
     let run = move || {
-        // Relaxed: the data goes through the channel and the task.
-        if takes.swap(true, Ordering::Relaxed) {
-            return None;
-        }
-        // The client may have gone.
-        let _ = begin.send(());
-        Some(work())
+        // Relaxed: the data goes through the task.
+        if takes.swap(true, Ordering::Relaxed) { None } else { Some(work()) }
     };
     // spawn_blocking panics if there is no thread and none can be created. That fails this request,
     // not the connection.
-    let task = catch_unwind(AssertUnwindSafe(|| tokio::task::spawn_blocking(run))).map_err(|_| no_thread())?;
-    if timeout(limit, begun).await.is_err() && !taken.swap(true, Ordering::Relaxed) {
-        return Err(no_thread());
-    }
+    let mut task = catch_unwind(AssertUnwindSafe(|| tokio::task::spawn_blocking(run))).map_err(|_| no_thread())?;
+    let ended = match timeout(limit, &mut task).await {
+        Ok(ended) => ended,
+        Err(_) if taken.swap(true, Ordering::Relaxed) => task.await,
+        Err(_) => return Err(no_thread()),
+    };
     let panicked = |_| ApiError::new(ProblemKind::Internal, "the request panicked; no VM was changed half-way");
-    task.await.map_err(panicked)?.ok_or_else(no_thread)
+    ended.map_err(panicked)?.ok_or_else(no_thread)
 }
 
 /// Returns the time for a guest to end by itself, or None if the VM is to be stopped at once.

@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use clade_host_io::private_listener;
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, openat, statat, unlinkat};
+use rustix::io::Errno;
 use rustix::net::{SocketFlags, SocketType};
 
 use crate::error::{DaemonError, LONGEST_NAME, LONGEST_SOCKET_PATH};
@@ -190,7 +191,7 @@ impl RuntimeDir {
 
     pub(super) fn remove(&self, file: &str) -> io::Result<()> {
         match unlinkat(&self.fd, file, AtFlags::empty()) {
-            Err(error) if error != rustix::io::Errno::NOENT => Err(error.into()),
+            Err(error) if error != Errno::NOENT => Err(error.into()),
             _ => Ok(()),
         }
     }
@@ -200,7 +201,7 @@ impl RuntimeDir {
         // Without NONBLOCK, the open of a FIFO would block.
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let opened = match openat(&self.fd, file, flags, Mode::empty()) {
-            Err(rustix::io::Errno::NOENT) => return Ok(None),
+            Err(Errno::NOENT) => return Ok(None),
             other => File::from(other?),
         };
         let found = opened.metadata()?;
@@ -215,9 +216,18 @@ impl RuntimeDir {
     /// Writes a file for this user alone (mode 0600), whole or not at all.
     pub fn write(&self, file: &str, bytes: &[u8]) -> io::Result<()> {
         let aside = format!(".{file}.new");
-        self.remove(&aside)?;
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let mut opened = File::from(openat(&self.fd, &*aside, flags, Mode::RUSR | Mode::WUSR)?);
+        let create = || {
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            openat(&self.fd, &*aside, flags, Mode::RUSR | Mode::WUSR)
+        };
+        // A process that was killed may have left one: seldom, so it is not looked for first.
+        let mut opened = File::from(match create() {
+            Err(Errno::EXIST) => {
+                self.remove(&aside)?;
+                create()?
+            }
+            created => created?,
+        });
         let written = opened.write_all(bytes);
         let renamed = written.and_then(|()| Ok(rustix::fs::renameat(&self.fd, &*aside, &self.fd, file)?));
         renamed.inspect_err(|_| drop(self.remove(&aside)))
@@ -262,7 +272,7 @@ impl RuntimeDir {
             let locked = lock.metadata().map_err(failed)?;
             match statat(&self.fd, file, AtFlags::SYMLINK_NOFOLLOW) {
                 Ok(named) if (named.st_dev, named.st_ino) == (locked.dev(), locked.ino()) => break lock,
-                Err(error) if error != rustix::io::Errno::NOENT => return Err(failed(error.into())),
+                Err(error) if error != Errno::NOENT => return Err(failed(error.into())),
                 _ => {}
             }
         };
@@ -274,9 +284,15 @@ impl RuntimeDir {
     /// that an existing one is a dead owner's.
     fn bind(&self, file: &str, kind: SocketType) -> Result<OwnedFd, DaemonError> {
         let bound = || -> io::Result<OwnedFd> {
-            self.remove(file)?;
             let path = format!("/proc/self/fd/{}/{file}", self.fd.as_raw_fd());
-            private_listener(Path::new(&path), kind, SocketFlags::NONBLOCK)
+            let bind = || private_listener(Path::new(&path), kind, SocketFlags::NONBLOCK);
+            match bind() {
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                    self.remove(file)?;
+                    bind()
+                }
+                bound => bound,
+            }
         };
         bound().map_err(|source| DaemonError::Runtime { path: self.path.join(file), source })
     }

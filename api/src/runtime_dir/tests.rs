@@ -66,6 +66,19 @@ fn a_dead_owners_sockets_are_replaced() {
 }
 
 #[test]
+fn a_file_that_a_killed_writer_has_left_is_replaced_and_not_followed() {
+    let (path, dir) = temporary();
+    let elsewhere = tempfile::NamedTempFile::new().unwrap();
+    std::os::unix::fs::symlink(elsewhere.path(), path.path().join(".web.vm.new")).unwrap();
+    for content in [b"one", b"two"] {
+        dir.write("web.vm", content).unwrap();
+        assert_eq!(dir.read("web.vm").unwrap().unwrap(), content);
+        std::fs::write(path.path().join(".web.vm.new"), b"half").unwrap();
+    }
+    assert_eq!(std::fs::read(elsewhere.path()).unwrap(), b"");
+}
+
+#[test]
 fn a_claim_goes_to_another_process_with_its_lock() {
     let (path, dir) = temporary();
     let claim = NameClaim::new(&dir, "a").unwrap();
