@@ -25,7 +25,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// Interval of the checks for cancellation while a request waits for workers.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// Time limit for the end of an unwanted worker.
-const END_TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const END_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A worker's process, a child of the zygote, which reaps it.
 #[derive(Debug)]
@@ -235,6 +235,11 @@ impl Worker {
         self.let_go();
     }
 
+    /// Waits up to `timeout` for its end. One that was let go counts as ended.
+    pub(crate) fn has_ended(&self, timeout: Duration) -> bool {
+        self.process.as_ref().is_none_or(|process| has_ended(&process.pidfd, timeout))
+    }
+
     /// Sends it SIGKILL.
     pub(crate) fn send_kill(&self) {
         if let Some(process) = &self.process
@@ -322,7 +327,19 @@ impl Worker {
     /// # Errors
     /// When the worker has ended, or could not make its VM.
     pub fn made(&self, check: impl Fn() -> Result<(), DaemonError>) -> Result<ReportedVm, DaemonError> {
-        match self.answer(check)? {
+        self.made_until(Instant::now() + PATIENCE, check)
+    }
+
+    /// The same, until `deadline`.
+    ///
+    /// # Errors
+    /// As for [`Self::made`].
+    pub(crate) fn made_until(
+        &self,
+        deadline: Instant,
+        check: impl Fn() -> Result<(), DaemonError>,
+    ) -> Result<ReportedVm, DaemonError> {
+        match self.answer_within(deadline.saturating_duration_since(Instant::now()), check)? {
             WorkerAnswer::Made { identity, erased, network } => Ok(ReportedVm { identity, erased, network }),
             other => Err(failed(unexpected(&other))),
         }

@@ -1,12 +1,15 @@
 //! Workers whose VMs are made together: all or none (I13).
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clade_api::DaemonError;
 
 use crate::pace::in_groups;
-use crate::process::PATIENCE;
+use crate::process::{END_TIMEOUT, PATIENCE};
 use crate::{BeforeTheyRun, Pace, ReportedVm, Worker};
+
+/// Additional time for each of the workers, to make its VM.
+const MADE_EACH: Duration = Duration::from_millis(100);
 
 /// The workers of a request that has not succeeded yet. Ended when dropped.
 #[derive(Debug)]
@@ -37,8 +40,10 @@ impl Workers {
             worker.run();
             made.push(worker.wait_or_abort(|| check(0))?);
         } else {
+            // One for all, as below.
+            let deadline = Instant::now() + PATIENCE + MADE_EACH * self.0.len() as u32;
             for worker in &self.0 {
-                let child = worker.made(|| check(made.len()))?;
+                let child = worker.made_until(deadline, || check(made.len()))?;
                 made.push(child);
             }
             check(made.len())?;
@@ -62,9 +67,15 @@ impl Workers {
 
 impl Drop for Workers {
     fn drop(&mut self) {
-        // All at once. Then the drops wait for one after the other.
         for worker in &self.0 {
             if worker.is_running.get() { worker.send_kill() } else { worker.dismiss() }
+        }
+        // One deadline for all. Then the drops meet processes that have ended.
+        let deadline = Instant::now() + END_TIMEOUT;
+        for worker in &self.0 {
+            if !worker.has_ended(deadline.saturating_duration_since(Instant::now())) {
+                worker.send_kill();
+            }
         }
     }
 }
