@@ -72,12 +72,24 @@ impl ImageRequestLimiter {
 
 /// Changes of VMs' networks: one at a time for each VM.
 #[derive(Debug, Default)]
-pub(super) struct NetworkChanges(ByVm<AsyncMutex<()>>);
+pub(super) struct NetworkChanges {
+    turns: ByVm<AsyncMutex<()>>,
+    /// Those that wait for their turn as well: they do so without their clients.
+    pending: ForwardLimiter,
+}
 
 impl NetworkChanges {
+    /// Admits a change of the network of `vm`.
+    ///
+    /// # Errors
+    /// When there are too many.
+    pub(super) fn admit(&self, vm: &str) -> Result<ForwardPermit, ApiError> {
+        self.pending.begin(vm)
+    }
+
     /// Waits until no other change of the network of `vm` is under way.
     pub(super) async fn begin(&self, vm: &str) -> OwnedMutexGuard<()> {
-        self.0.of(vm, AsyncMutex::default).lock_owned().await
+        self.turns.of(vm, AsyncMutex::default).lock_owned().await
     }
 }
 

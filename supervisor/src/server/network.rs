@@ -41,8 +41,14 @@ impl Supervisor {
     /// When the request is invalid, or the VM's process refuses it.
     pub(crate) async fn answer_network(&self, name: String, request: NetworkRequest) -> Result<VmInfo, ApiError> {
         request.check().map_err(|text| ApiError::new(ProblemKind::BadRequest, text))?;
+        let permit = self.0.network_changes.admit(&name)?;
+        let supervisor = self.clone();
         // To its end, also without its client: an open device behind a closed interface would stay.
-        let changed = tokio::spawn(change_network(self.clone(), name, request)).await;
+        let changed = tokio::spawn(async move {
+            let _permit = permit;
+            change_network(supervisor, name, request).await
+        });
+        let changed = changed.await;
         let stopped = |error| ApiError::new(ProblemKind::Internal, format!("the request has ended early: {error}"));
         changed.map_err(stopped)?
     }
