@@ -1,6 +1,8 @@
 //! Checkpoints: images of VMs at one instant, held for forks.
 
-use std::sync::{Arc, OnceLock};
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use super::Supervisor;
@@ -38,6 +40,31 @@ pub(crate) struct Checkpoint {
     line: KeptLine,
     /// Whether the VM of a copy has files of an earlier copy.
     descends_from_copies: bool,
+    /// The images of disks that it has open.
+    images: Arc<[PathBuf]>,
+}
+
+/// The images of disks that checkpoints have open, also those that are being written and have no name.
+#[derive(Debug, Default)]
+pub(super) struct ImagesInUse(Mutex<Vec<Weak<[PathBuf]>>>);
+
+impl ImagesInUse {
+    fn all(&self) -> MutexGuard<'_, Vec<Weak<[PathBuf]>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes the images of a checkpoint, until it is dropped.
+    fn note(&self, images: &Arc<[PathBuf]>) {
+        let mut all = self.all();
+        all.retain(|images| images.strong_count() > 0);
+        if !images.is_empty() {
+            all.push(Arc::downgrade(images));
+        }
+    }
+
+    pub(super) fn paths(&self) -> BTreeSet<PathBuf> {
+        self.all().iter().filter_map(Weak::upgrade).flat_map(|images| images.to_vec()).collect()
+    }
 }
 
 /// The source of an image.
@@ -59,7 +86,10 @@ impl Supervisor {
         let vm_record = VmRecord::expect(&self.0.dir, vm)?;
         let line = self.0.kept_lines.now(vm, vm_record.process);
         let (pending_fork, _raised) = self.begin_fork(vm, &vm_record)?;
-        Checkpoint::of_pending(&self.0.dir, vm, (vm_record, line), pending_fork, &|| self.check(0, 0, cancel))
+        let check = || self.check(0, 0, cancel);
+        let taken = Checkpoint::of_pending(&self.0.dir, vm, (vm_record, line), pending_fork, &check)?;
+        self.0.images_in_use.note(&taken.images);
+        Ok(taken)
     }
 
     /// Requests the image of the VM called `vm`, whose process is raised until the drop.
@@ -164,6 +194,7 @@ impl Checkpoint {
 
     fn new(origin: CheckpointOrigin, vm_record: VmRecord, parts: SealedParts, forked: ForkedVm) -> Self {
         let learning = Arc::new(Learning::new(vm_record.template.config.layout()));
+        let images = vm_record.template.images().map(Path::to_owned).collect();
         Self {
             origin,
             vm_record,
@@ -175,6 +206,7 @@ impl Checkpoint {
             kept: OnceLock::new(),
             line: KeptLine::default(),
             descends_from_copies: false,
+            images,
         }
     }
 
@@ -291,4 +323,24 @@ impl Checkpoint {
 
 fn us(time: Duration) -> f64 {
     time.as_secs_f64() * 1e6
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_are_in_use_as_long_as_a_checkpoint_has_them_open() {
+        let in_use = ImagesInUse::default();
+        let images = |names: &[&str]| names.iter().map(PathBuf::from).collect::<Arc<[_]>>();
+        let (first, second) = (images(&["/a", "/b"]), images(&["/b"]));
+        [&first, &second, &images(&[])].into_iter().for_each(|images| in_use.note(images));
+        assert_eq!(in_use.paths().len(), 2);
+        drop(first);
+        assert_eq!(in_use.paths(), BTreeSet::from(["/b".into()]));
+        drop(second);
+        assert!(in_use.paths().is_empty());
+        in_use.note(&images(&["/c"]));
+        assert_eq!(in_use.all().len(), 1, "those of dropped checkpoints are forgotten");
+    }
 }

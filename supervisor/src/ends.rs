@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::Inner;
 use super::cgroups::Cgroups;
 use super::host_link::release_links;
-use super::net_hook::Interfaces;
+use super::net_hook::{Interfaces, NetHook, PendingDown};
 use super::processes::{OwnVm, ProcessId};
 use super::unsettled::UnsettledEnd;
 use super::vm_record::{VmRecord, clear_up};
@@ -99,7 +99,7 @@ impl Inner {
         self.processes.note_end(exit);
         // The command of its session looks at the lists once more.
         self.touch();
-        let Some(vm) = self.processes.remove(exit.pid) else { return };
+        let Some(vm) = self.processes.remove_ended(exit.pid) else { return };
         let name = vm.name.clone();
         vm.teach();
         let exceeded = vm.group.as_ref().and_then(|group| group.exceeded());
@@ -151,7 +151,8 @@ impl Inner {
     /// # Errors
     /// When the directory, or a VM's record, cannot be read: then any image may be in use.
     pub(super) fn used_images(&self) -> Result<BTreeSet<PathBuf>, DaemonError> {
-        let mut used: BTreeSet<PathBuf> = self.checkpoints.images().into_iter().collect();
+        let mut used = self.images_in_use.paths();
+        used.extend(self.checkpoints.images());
         for name in VmRecord::names(&self.dir)? {
             let template = VmRecord::read(&self.dir, &name)?.map(|vm_record| vm_record.template);
             used.extend(template.iter().flat_map(|template| template.images().map(Path::to_owned)));
@@ -179,6 +180,8 @@ impl Inner {
 
     /// Records the end of a VM, and removes its files.
     pub(super) fn clear_up(&self, claim: NameClaim, exit: WorkerExit, was_orderly: bool, flight: Vec<FlightEvent>) {
+        // Before the name is free: another VM may get an interface of this one, which comes up after it is down.
+        let down = self.net_hook.as_ref().map(NetHook::begin_down);
         self.snapshots.forget(&claim.name);
         self.kept_lines.forget(&claim.name);
         let name = claim.name.clone();
@@ -187,7 +190,7 @@ impl Inner {
         let found = self.records.take(&name, process);
         let flight = if flight.is_empty() { found } else { flight };
         if let Some(vm_record) = clear_up(claim, exit, was_orderly, flight) {
-            self.left(&name, &vm_record);
+            self.left(&name, &vm_record, down);
         }
     }
 
@@ -197,16 +200,16 @@ impl Inner {
         self.kept_lines.forget(name);
         if let Ok(Some(vm_record)) = VmRecord::read(&self.dir, name) {
             vm_record.remove_sockets();
-            self.left(name, &vm_record);
+            self.left(name, &vm_record, self.net_hook.as_ref().map(NetHook::begin_down));
         }
     }
 
     /// Removes the resources of an ended VM outside of the runtime directory.
-    fn left(&self, name: &str, vm_record: &VmRecord) {
+    fn left(&self, name: &str, vm_record: &VmRecord, down: Option<PendingDown>) {
         self.overlays.release(&vm_record.overlays);
         self.release(name, vm_record);
-        if let Some(hook) = &self.net_hook {
-            hook.down(self.given_up(vm_record.interfaces(name), vm_record));
+        if let Some(down) = down {
+            down.of(self.given_up(vm_record.interfaces(name), vm_record));
         }
     }
 

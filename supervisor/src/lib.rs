@@ -111,6 +111,7 @@ use tokio::time::timeout;
 use broker::Broker;
 pub use cgroups::CgroupPlace;
 use cgroups::Cgroups;
+use checkpoint::ImagesInUse;
 use checkpoints::Checkpoints;
 use clade_api::http::{ApiError, Cancel, Changes, LAST_ANSWERS_OF_ALL};
 use clade_api::{
@@ -152,6 +153,7 @@ use worker_resources::SandboxProfile;
 const MAX_SCRAPES: usize = 4;
 /// Interval of the checks for the end of an ended VM's writes to a disk.
 const WRITER_INTERVAL: Duration = Duration::from_millis(5);
+const MAX_WRITER_INTERVAL: Duration = Duration::from_millis(200);
 /// Time that a process which has not stopped its VM has for that, and the interval of the checks.
 const LAST_STOP: Duration = Duration::from_secs(15);
 const STOP_INTERVAL: Duration = Duration::from_millis(10);
@@ -196,6 +198,7 @@ struct Inner {
     /// The directory of kept checkpoints, or the reason why it cannot be used.
     kept: Result<KeptDir, String>,
     kept_lines: KeptLines,
+    images_in_use: ImagesInUse,
     snapshots: Snapshots,
     events: Arc<Events>,
     keys: Arc<Keys>,
@@ -283,11 +286,14 @@ impl Supervisor {
     /// When the request is cancelled.
     fn wait_for_writers(&self, config: &VmConfig, cancel: &Cancel) -> Result<(), DaemonError> {
         let images: BTreeSet<_> = config.disks.iter().map(|disk| disk.disk.path.clone()).collect();
+        let mut interval = WRITER_INTERVAL;
         while self.0.ended_writers().iter().any(|vm| vm.writes_to(&images))
             && self.0.used_images()?.is_disjoint(&images)
         {
             self.check(0, 1, cancel)?;
-            thread::sleep(WRITER_INTERVAL);
+            // Each look reads the records of all VMs, and a writer may take minutes.
+            thread::sleep(interval);
+            interval = (2 * interval).min(MAX_WRITER_INTERVAL);
         }
         Ok(())
     }
@@ -348,26 +354,30 @@ impl Supervisor {
     /// # Errors
     /// When the record of the VM cannot be read.
     fn kill_at_once(&self, name: &str) -> Result<Option<Killed>, DaemonError> {
-        let vm_record = VmRecord::read(&self.0.dir, name)?.filter(|vm_record| vm_record.template.written().is_empty());
-        let Some((vm_record, (pid, vm))) = vm_record.zip(self.0.processes.of(name)) else { return Ok(None) };
+        let Some((pid, vm)) = self.0.processes.of(name) else { return Ok(None) };
+        let vm_record = VmRecord::read_of(&self.0.dir, name, pid)?;
+        let Some(vm_record) = vm_record.filter(|its| its.template.written().is_empty()) else { return Ok(None) };
         self.0.processes.mark_stopped(pid);
         // A process that has ended needs no signal.
         let _ = pidfd_send_signal(&vm.process, Signal::KILL);
         Ok(Some(Killed { vm_record, pid, process: vm.process, is_silent: false }))
     }
 
-    /// Ends a VM by killing its process, which does not answer.
+    /// Ends a VM by killing its process, which does not answer: `known`, from before the request to it. Another VM may
+    /// have the name by now.
     ///
     /// # Errors
-    /// When the process is unknown, or does not end.
-    fn kill(&self, name: &str) -> Result<StopAnswer, DaemonError> {
-        let vm_record =
-            VmRecord::read(&self.0.dir, name)?.ok_or_else(|| silent(name, ", and is not the supervisor's to kill"))?;
-        let known = self.known_process(name).map(|(pid, vm)| (pid, vm.process));
-        let (pid, process) = known.ok_or_else(|| silent(name, ", and has ended meanwhile"))?;
+    /// When the process is unknown, has given its name back, or does not end.
+    fn kill(&self, name: &str, known: Option<(u32, OwnVm)>) -> Result<StopAnswer, DaemonError> {
+        let (pid, vm) = known.ok_or_else(|| silent(name, ", and is not the supervisor's to kill"))?;
+        let Some(vm_record) = VmRecord::read_of(&self.0.dir, name, pid)? else {
+            // It ends in time, or is killed then.
+            self.0.processes.leaves(pid, vm);
+            return Err(silent(name, ", and has given its name back meanwhile"));
+        };
         tracing::warn!(name, pid, "a VM that is to stop does not answer: its process is killed");
         self.0.processes.mark_stopped(pid);
-        self.reap(name, Killed { vm_record, pid, process, is_silent: true })
+        self.reap(name, Killed { vm_record, pid, process: vm.process, is_silent: true })
     }
 
     /// Ends a VM that its `process` has not stopped, though it was told to: it has answered something else, and may be
@@ -393,7 +403,7 @@ impl Supervisor {
                 break;
             }
         }
-        let Some(vm_record) = VmRecord::read(&self.0.dir, name)? else { return Ok(None) };
+        let Some(vm_record) = VmRecord::read_of(&self.0.dir, name, pid)? else { return Ok(None) };
         tracing::warn!(name, pid, "a VM that is to stop does not: its process is killed");
         self.0.processes.mark_stopped(pid);
         self.reap(name, Killed { vm_record, pid, process, is_silent: true }).map(Some)

@@ -100,8 +100,7 @@ impl NetHook {
         let take_down = move || {
             while let Ok(interfaces) = waiting.recv() {
                 of_thread.take_down(&interfaces, interfaces.nets.len());
-                *of_thread.downs() -= 1;
-                of_thread.none_left.notify_all();
+                of_thread.down_is_done();
             }
         };
         thread::Builder::new().name("clade-net-hook".to_owned()).spawn(take_down).map_err(failed)?;
@@ -136,15 +135,40 @@ impl NetHook {
         Ok(up)
     }
 
-    /// Has the interfaces of a VM that has ended taken down, some time later.
-    pub(super) fn down(&self, interfaces: Interfaces) {
-        if interfaces.nets.is_empty() {
-            return;
-        }
+    /// Announces that interfaces will be taken down: no `up` begins until that is done, or the result is dropped.
+    pub(super) fn begin_down(&self) -> PendingDown {
         *self.shared.downs() += 1;
-        if self.downs.send(interfaces).is_err() {
-            *self.shared.downs() -= 1;
+        PendingDown { hook: self.clone() }
+    }
+
+    /// Has the interfaces of a VM that has ended taken down, some time later.
+    fn down(&self, interfaces: Interfaces) {
+        self.begin_down().of(interfaces);
+    }
+}
+
+/// A `down` of interfaces that are not known yet.
+#[derive(Debug)]
+pub(super) struct PendingDown {
+    hook: NetHook,
+}
+
+impl PendingDown {
+    /// Has the interfaces of a VM that has ended taken down, some time later.
+    pub(super) fn of(self, interfaces: Interfaces) {
+        if !interfaces.nets.is_empty() {
+            // The thread counts it as done.
+            *self.hook.shared.downs() += 1;
+            if self.hook.downs.send(interfaces).is_err() {
+                self.hook.shared.down_is_done();
+            }
         }
+    }
+}
+
+impl Drop for PendingDown {
+    fn drop(&mut self) {
+        self.hook.shared.down_is_done();
     }
 }
 
@@ -171,6 +195,11 @@ impl Drop for Up {
 impl HookShared {
     fn downs(&self) -> MutexGuard<'_, usize> {
         self.downs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn down_is_done(&self) {
+        *self.downs() -= 1;
+        self.none_left.notify_all();
     }
 
     /// Takes the first `count` interfaces down.
@@ -312,6 +341,25 @@ mod tests {
         drop(hook.up(vec![interfaces("a", None, &["tap0"])]).unwrap());
         hook.up(Vec::new()).unwrap().keep();
         assert!(log(dir.path()).last().unwrap().starts_with("down a tap0"));
+    }
+
+    #[test]
+    fn no_interface_comes_up_while_another_is_to_go_down() {
+        let dir = tempfile::tempdir().unwrap();
+        let hook = patient(&hook(dir.path(), "exit 0"));
+        let all = || vec![interfaces("b", None, &["tap0"])];
+        let (pending, unused) = (hook.begin_down(), hook.begin_down());
+        std::thread::scope(|scope| {
+            let up = scope.spawn(|| hook.up(all()).unwrap().keep());
+            // Which of them is not known yet.
+            drop(unused);
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(!up.is_finished() && !dir.path().join("log").exists());
+            pending.of(interfaces("a", None, &["tap0"]));
+            up.join().unwrap();
+        });
+        let events: Vec<String> = log(dir.path()).iter().map(|line| line[..line.len() - 23].to_owned()).collect();
+        assert_eq!(events, ["down a tap0", "up b tap0"]);
     }
 
     #[test]

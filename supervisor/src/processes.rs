@@ -192,7 +192,7 @@ impl Processes {
     /// A VM that was to be stopped and did not answer was killed while it ran: the answer to its stop reports that.
     pub(super) fn note_end(&self, exit: WorkerExit) {
         let vm = self.all().get(&exit.pid).cloned();
-        let Some(vm) = vm.filter(|vm| !vm.images.is_empty() && !vm.is_stopped) else { return };
+        let Some(vm) = vm.filter(|vm| !vm.images.is_empty() && !vm.is_stopped && !vm.is_there()) else { return };
         let is_killed = exit.signal.is_some() && !vm.has_name();
         if !is_killed && exit.code != Some(UNMERGED.into()) {
             return;
@@ -235,6 +235,12 @@ impl Processes {
 
     pub(super) fn remove(&self, pid: u32) -> Option<OwnVm> {
         self.all().remove(&pid)
+    }
+
+    /// Removes a process whose end is reported. The report may be late, and the pid another process's by now.
+    pub(super) fn remove_ended(&self, pid: u32) -> Option<OwnVm> {
+        let mut all = self.all();
+        if all.get(&pid).is_some_and(OwnVm::is_there) { None } else { all.remove(&pid) }
     }
 
     /// Returns the names of VMs that still have them.
@@ -451,6 +457,25 @@ mod tests {
         assert!(processes.of("here").is_some());
         processes.forget_ended(|_| false, 2);
         assert!(processes.remove(pid).is_none());
+    }
+
+    #[test]
+    fn a_late_report_of_an_end_takes_no_process_that_has_the_number_by_now() {
+        let sleeper = Sleeper::start();
+        let (mut with_disk, pid) = (config(), sleeper.id().pid());
+        let (disk, device) = (DiskConfig::new("/srv/disk".as_ref()), BlockOptions::default());
+        with_disk.disks.push(DiskSpec { disk, device });
+        let mut vm = OwnVm::new("web", sleeper.id().open().unwrap(), &with_disk, true);
+        vm.given_back = Some(Instant::now());
+        let processes = Processes::default();
+        processes.add([(pid, vm)]);
+        let exit = WorkerExit { pid, signal: Some(libc::SIGKILL), code: None };
+        processes.note_end(exit);
+        assert!(processes.remove_ended(pid).is_none() && processes.unmerged().is_empty());
+        drop(sleeper);
+        processes.note_end(exit);
+        assert_eq!(processes.unmerged().len(), 1);
+        assert_eq!(processes.remove_ended(pid).unwrap().name, "web");
     }
 
     #[test]

@@ -16,6 +16,7 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::broker::Broker;
 use crate::cgroups::{CgroupPlace, Cgroups};
+use crate::checkpoint::ImagesInUse;
 use crate::checkpoints::Checkpoints;
 use crate::copied_files::CopiedFiles;
 use crate::idle::Idle;
@@ -148,6 +149,7 @@ impl Supervisor {
             snapshots: Snapshots::default(),
             events: Arc::default(),
             keys: Arc::default(),
+            images_in_use: ImagesInUse::default(),
             idle: Idle::default(),
             awaited_wakes: Arc::default(),
             processes: Processes::default(),

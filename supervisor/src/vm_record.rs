@@ -175,6 +175,16 @@ impl VmRecord {
         Err(DaemonError::Refused { kind: ProblemKind::Internal, text })
     }
 
+    /// Returns the record of the VM called `name` if its process is the one of `pid`: another VM may have the name by
+    /// now.
+    ///
+    /// # Errors
+    /// As for [`Self::read`].
+    pub(super) fn read_of(dir: &RuntimeDir, name: &str, pid: u32) -> Result<Option<Self>, DaemonError> {
+        let is_its = |record: &Self| record.process.is_some_and(|process| process.pid() == pid);
+        Ok(Self::read(dir, name)?.filter(is_its))
+    }
+
     /// Keeps records as they are until the guard is dropped.
     pub(super) fn lock() -> MutexGuard<'static, ()> {
         static WRITES: Mutex<()> = Mutex::new(());
@@ -357,6 +367,13 @@ pub(super) mod tests {
         names.sort();
         assert_eq!(names, ["bad", "good"]);
         VmRecord::read(&dir, "bad").unwrap_err();
+        // Of the process that is meant alone.
+        let own = ProcessId::of(std::process::id());
+        VmRecord { process: own, ..record_with(None) }.replace(&dir, "own").unwrap();
+        for (name, pid, is_its) in [("own", std::process::id(), true), ("own", 1, false), ("good", 1, false)] {
+            assert_eq!(VmRecord::read_of(&dir, name, pid).unwrap().is_some(), is_its, "{name} of {pid}");
+        }
+        fs::remove_file(scratch.path().join("own.vm")).unwrap();
         assert!(VmRecord::found(&dir, "bad").is_none() && VmRecord::found(&dir, "none").is_none());
         assert_eq!(VmRecord::all(&dir).unwrap(), [("good".to_owned(), record_with(None))]);
     }

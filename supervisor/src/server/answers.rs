@@ -5,7 +5,8 @@ use std::path::Path;
 use clade_api::http::{ApiError, Cancel, CancelOnDrop, THREAD_PATIENCE, expect_absolute, grace, on_a_thread};
 use clade_api::{
     CheckpointInfo, CheckpointRequest, Client, ClientError, DaemonError, ForkAnswer, ForkRequest, KeepRequest,
-    OpenRequest, ProblemKind, SavedSource, StopAnswer, StopRequest, SuspendAnswer, SuspendRequest,
+    NameClaim, OpenRequest, ProblemKind, SavedSource, StopAnswer, StopRequest, SuspendAnswer, SuspendRequest,
+    WorkerExit,
 };
 
 use crate::reidentify::PendingVms;
@@ -183,11 +184,14 @@ impl Supervisor {
         };
         match stopped {
             Ok((answer, left)) => {
+                let left = LeftName(left);
                 // Closing descriptors may free memory and disks.
-                on_a_thread(THREAD_PATIENCE, move || held.stopped(known, left)).await?;
+                on_a_thread(THREAD_PATIENCE, move || held.stopped(known, left.take())).await?;
                 Ok(answer)
             }
-            Err(ClientError::Silent { .. }) => Ok(on_a_thread(THREAD_PATIENCE, move || held.kill(&owned)).await??),
+            Err(ClientError::Silent { .. }) => {
+                Ok(on_a_thread(THREAD_PATIENCE, move || held.kill(&owned, known)).await??)
+            }
             // A guest may refuse to end in order. A process that refuses to stop at all does not behave as ours do.
             Err(error) if request.graceful_s.is_none() => {
                 let killed = on_a_thread(THREAD_PATIENCE, move || held.kill_unless_ended(&owned, known)).await??;
@@ -198,9 +202,44 @@ impl Supervisor {
     }
 }
 
+/// The name of a stopped VM. If nobody takes it, as there is no thread for that, it is left as its dead owner's, and
+/// cleared up after later.
+#[derive(Debug)]
+struct LeftName(Option<(NameClaim, WorkerExit)>);
+
+impl LeftName {
+    fn take(mut self) -> Option<(NameClaim, WorkerExit)> {
+        self.0.take()
+    }
+}
+
+impl Drop for LeftName {
+    fn drop(&mut self) {
+        if let Some((claim, exit)) = self.0.take() {
+            claim.leave_as_found(exit.pid);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use clade_api::RuntimeDir;
+
     use super::*;
+
+    #[test]
+    fn a_name_that_nobody_clears_up_after_stays_its_dead_owners() {
+        let path = tempfile::tempdir().unwrap();
+        let dir = RuntimeDir::create(path.path()).unwrap();
+        let left = || Some((NameClaim::new(&dir, "web").unwrap(), WorkerExit { pid: 7, signal: None, code: None }));
+        let record = clade_api::vm_record_name("web");
+        NameClaim::new(&dir, "web").unwrap().leave();
+        dir.write(&record, b"its files").unwrap();
+        drop(LeftName(left()));
+        assert!(dir.read(&record).unwrap().is_some(), "what is to be removed is still known");
+        drop(LeftName(left()).take());
+        assert!(dir.read(&record).unwrap().is_none());
+    }
 
     #[test]
     fn several_vms_to_be_ready_are_made_paused() {
