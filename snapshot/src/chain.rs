@@ -13,13 +13,11 @@ use crate::files::FileOps;
 use crate::format::{Damage, Manifest, Sections, SnapshotId, WorkingSet};
 use crate::layer::{LayerFile, sealed_sum};
 use crate::parents::{KnownDir, ParentDirs, id_of, real_path};
-use crate::staging::{MANIFEST, STATE, WORKING_SET, layer_name};
+use crate::staging::{MANIFEST, MAX_MANIFEST, STATE, WORKING_SET, layer_name};
 
 /// Maximum number of snapshots in a chain: a full one, and those on top of it. Each adds files to
 /// hold open, and pieces to map.
 pub(crate) const MAX_DEPTH: usize = 64;
-/// Maximum length of a manifest in bytes.
-const MAX_MANIFEST: u64 = 16 << 20;
 /// Maximum length of a state file in bytes, regardless of the manifest.
 pub(crate) const MAX_STATE: u64 = 256 << 20;
 /// Maximum length of a working-set file in bytes, regardless of the size of the memory.
@@ -175,6 +173,42 @@ fn read_state(files: &FileOps, member: &Member) -> Result<Sections, Error> {
     checked().map_err(|damage| Error::damaged(member.dir.path().join(STATE), damage))
 }
 
+/// The directories of a chain without links. They are the open ones, even if a path has changed since.
+fn known_dirs(members: &[Member]) -> Result<Vec<KnownDir>, Error> {
+    let known = |member: &Member| {
+        let gone = || Error::file("found", member.dir.path(), std::io::ErrorKind::NotFound.into());
+        let path = real_path(member.dir.file()).filter(|path| path.is_dir()).ok_or_else(gone)?;
+        Ok(KnownDir { path, id: Some(id_of(member.dir.file())?) })
+    };
+    members.iter().map(known).collect()
+}
+
+/// The description of a snapshot's VM, and where the snapshot is. The indexes of its data, which may take much memory,
+/// are neither read nor checked.
+#[derive(Debug)]
+pub struct Description {
+    /// The snapshot's identity.
+    pub id: SnapshotId,
+    /// The state.
+    pub sections: Sections,
+    /// The directories of the snapshot and of those that it depends on, newest first.
+    pub dirs: Vec<KnownDir>,
+}
+
+impl Description {
+    /// Reads the description in `dir`, and the manifests of the snapshots it depends on, which must be in `parents`.
+    ///
+    /// # Errors
+    /// As for [`Snapshot::open`], as far as these files are concerned. When a directory was removed, or replaced by
+    /// another snapshot meanwhile.
+    pub fn read(dir: &Path, parents: &ParentDirs) -> Result<Self, Error> {
+        let files = FileOps::default();
+        let members = read_chain(&files, dir, parents)?;
+        let sections = read_state(&files, &members[0])?;
+        Ok(Self { id: members[0].manifest.id, sections, dirs: known_dirs(&members)? })
+    }
+}
+
 impl Snapshot {
     /// Opens the snapshot in `dir` and those it depends on, which must be in `parents`.
     ///
@@ -214,12 +248,7 @@ impl Snapshot {
     /// # Errors
     /// When one of them was removed, or replaced by another snapshot.
     pub fn known_dirs(&self) -> Result<Vec<KnownDir>, Error> {
-        let known = |member: &Member| {
-            let gone = || Error::file("found", member.dir.path(), std::io::ErrorKind::NotFound.into());
-            let path = real_path(member.dir.file()).filter(|path| path.is_dir()).ok_or_else(gone)?;
-            Ok(KnownDir { path, id: Some(id_of(member.dir.file())?) })
-        };
-        self.0.members.iter().map(known).collect()
+        known_dirs(&self.0.members)
     }
 
     /// The snapshot's identity.

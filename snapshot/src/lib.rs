@@ -43,7 +43,7 @@ mod write;
 #[cfg(test)]
 mod tests;
 
-pub use chain::Snapshot;
+pub use chain::{Description, Snapshot};
 pub use compact::compact;
 pub use content::PageContent;
 pub use disk::{DiskLayerFile, DiskReader};

@@ -17,6 +17,8 @@ use crate::error::Error;
 use crate::files::FileOps;
 
 pub(crate) const MANIFEST: &str = "manifest.json";
+/// Maximum bytes of a manifest.
+pub(crate) const MAX_MANIFEST: u64 = 16 << 20;
 pub(crate) const STATE: &str = "state";
 pub(crate) const WORKING_SET: &str = "warm";
 /// The prefix of a working-set file until it has its name.

@@ -10,7 +10,7 @@ use clade_block::{DiskImage, DiskLayer, DiskRun};
 use clade_devices::virtio::Backend;
 use clade_host_io::IoFile;
 use clade_memory::PageRange;
-use clade_snapshot::{DiskReader, KnownDir, Load, PageContent, ParentDirs, Snapshot};
+use clade_snapshot::{Description, DiskReader, KnownDir, Load, PageContent, ParentDirs, Snapshot};
 use rustix::fs::{Mode, fchmod};
 use serde::{Deserialize, Serialize};
 
@@ -74,24 +74,22 @@ impl SavedVm {
     /// # Errors
     /// When it is not a snapshot, or is damaged. When a snapshot it depends on is missing.
     pub fn read(dir: &Path, parents: &ParentDirs, sockets: Option<&Path>) -> Result<Self, SnapshotError> {
-        let (snapshot, dirs) = Self::open(dir, parents)?;
-        let config = sections::config(snapshot.sections().iter())?;
-        let (mut identity, generation) = sections::identity(snapshot.sections().iter())?;
+        let Description { id, sections, dirs } = Self::describe(dir, parents)?;
+        let config = sections::config(sections.iter())?;
+        let (mut identity, generation) = sections::identity(sections.iter())?;
         identity.forget_host(sockets);
         let dir = dirs.first().map_or_else(|| real(dir), |newest| newest.path.clone());
-        Ok(Self { place: SavedAt { dir, id: snapshot.id() }, config, identity, generation, dirs })
+        Ok(Self { place: SavedAt { dir, id }, config, identity, generation, dirs })
     }
 
-    /// Opens a snapshot. Returns its directories too: another process gets access to these, and to no
-    /// others.
-    fn open(dir: &Path, parents: &ParentDirs) -> Result<(Snapshot, Vec<KnownDir>), SnapshotError> {
+    /// Reads the description of a snapshot. The process that opens it gets access to its directories, and to no others.
+    fn describe(dir: &Path, parents: &ParentDirs) -> Result<Description, SnapshotError> {
         let mut attempt = 1;
         loop {
-            let snapshot = Snapshot::open(dir, parents)?;
-            match snapshot.known_dirs() {
-                // One that was replaced meanwhile is opened again.
-                Err(_) if attempt < ATTEMPTS => attempt += 1,
-                dirs => return Ok((snapshot, dirs?)),
+            match Description::read(dir, parents) {
+                // One that was replaced or removed meanwhile is read again.
+                Err(clade_snapshot::Error::File { .. }) if attempt < ATTEMPTS => attempt += 1,
+                read => return Ok(read?),
             }
         }
     }
