@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::Error;
 use crate::files::FileOps;
+use crate::format::Manifest;
 
 pub(crate) const MANIFEST: &str = "manifest.json";
 /// Maximum bytes of a manifest.
@@ -108,6 +109,11 @@ pub(crate) fn expect_replaceable(files: &FileOps, dir: &Path) -> Result<(), Erro
     if !names.is_empty() && !names.iter().any(|name| name == MANIFEST) {
         return refuse("no manifest.json");
     }
+    // Other programs have files of that name.
+    let is_alone = !names.is_empty() && names.iter().all(|name| name == MANIFEST);
+    if is_alone && !files.read_in(&files.dir(dir)?, MANIFEST, MAX_MANIFEST).is_ok_and(|text| Manifest::is_one(&text)) {
+        return refuse("a manifest.json of another format, and no other file");
+    }
     Ok(())
 }
 
@@ -142,10 +148,17 @@ fn sweep(files: &FileOps, parent: &Path) -> Result<(), Error> {
 fn sweep_one(files: &FileOps, path: &Path) -> Result<(), Error> {
     let dir = files.open_real_dir(path)?;
     let owner = dir.metadata().map_err(|source| Error::file("looked at", path, source))?.uid();
-    if owner == rustix::process::geteuid().as_raw() && files.try_lock(&dir, path)? {
+    // Before it was locked it may have been put in place: it is a snapshot then.
+    if owner == rustix::process::geteuid().as_raw() && files.try_lock(&dir, path)? && leads_to(path, &dir) {
         remove(files, &dir, path)?;
     }
     Ok(())
+}
+
+/// Returns whether `path` leads to an open directory.
+fn leads_to(path: &Path, dir: &File) -> bool {
+    let same = |a: std::fs::Metadata, b: std::fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
+    dir.metadata().and_then(|open| Ok(same(open, path.symlink_metadata()?))).unwrap_or(false)
 }
 
 /// A directory being written. Dropped before it is published, it is removed.
@@ -190,10 +203,7 @@ impl<'f> StagingDir<'f> {
         if !files.try_lock(&dir, path)? {
             return Ok(None);
         }
-        // The path must still lead to the locked directory.
-        let same = |a: std::fs::Metadata, b: std::fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
-        let there = dir.metadata().and_then(|locked| Ok(same(locked, path.symlink_metadata()?)));
-        Ok(there.unwrap_or(false).then_some(dir))
+        Ok(leads_to(path, &dir).then_some(dir))
     }
 
     /// The directory to write to.

@@ -198,6 +198,15 @@ impl Manifest {
         }
     }
 
+    /// Returns whether `text` is a manifest, of any version.
+    pub(crate) fn is_one(text: &[u8]) -> bool {
+        #[derive(Deserialize)]
+        struct Any {
+            format: String,
+        }
+        serde_json::from_slice(text).is_ok_and(|any: Any| any.format == FORMAT)
+    }
+
     /// Encodes the manifest.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {

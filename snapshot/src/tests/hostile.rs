@@ -6,15 +6,19 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{MetadataExt, chown, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::channel;
 
 use clade_memory::{PageRange, Store};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 
+use super::faults::Plan;
 use super::support::*;
 use crate::ParentDirs;
 use crate::content::PageContent;
+use crate::files::{FileOp, FileOps};
 use crate::format::{Index, Manifest, Run, checksum};
+use crate::staging::{StagingDir, expect_replaceable};
 use crate::*;
 
 const HUGE: u64 = 8 << 40;
@@ -196,6 +200,50 @@ fn a_sweep_touches_nothing_behind_links_nor_of_others() {
     small(&stage, "it");
     assert!(dir.path().join("kept").exists());
     read(&stage.join("it")).unwrap();
+}
+
+#[test]
+fn a_sweep_leaves_a_snapshot_that_is_put_in_place_before_its_lock() {
+    let dir = scratch();
+    let place = small(dir.path(), "it");
+    let all = names(&place);
+    // As another process has it that is about to publish it.
+    let aside = dir.path().join(".it.clade-0000000000000000");
+    fs::rename(&place, &aside).unwrap();
+    let (from, to) = (aside.clone(), place.clone());
+    let plan = Arc::new(Plan::hooked(move |op, path| {
+        if op == FileOp::Lock && path == from && !to.exists() {
+            fs::rename(&from, &to)?;
+        }
+        Ok(())
+    }));
+    let files = FileOps { plan: Some(plan) };
+    drop(StagingDir::create(&files, dir.path().join("other")).unwrap());
+    assert!(!aside.exists() && names(&place) == all, "{:?}", names(&place));
+    verify(&place, &ParentDirs::siblings()).unwrap();
+}
+
+#[test]
+fn another_programs_manifest_is_not_replaced() {
+    let dir = scratch();
+    let place = dir.path().join("site");
+    fs::create_dir(&place).unwrap();
+    for text in [
+        "{\"name\": \"a site\", \"icons\": []}",
+        "",
+        "{\"format\": \"web\", \"version\": {\"major\": 1, \"minor\": 0}}",
+    ] {
+        fs::write(place.join("manifest.json"), text).unwrap();
+        let refused = expect_replaceable(&FileOps::default(), &place).unwrap_err().to_string();
+        assert!(refused.contains("manifest.json of another format"), "{refused}");
+    }
+    // One of a later version, whose other files are gone.
+    fs::write(
+        place.join("manifest.json"),
+        "{\"format\": \"clade-snapshot\", \"version\": {\"major\": 9, \"minor\": 0}}",
+    )
+    .unwrap();
+    expect_replaceable(&FileOps::default(), &place).unwrap();
 }
 
 #[test]
