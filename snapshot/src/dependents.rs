@@ -59,8 +59,11 @@ fn write_note(files: &FileOps, base: &Dir, text: &str) -> Result<(), Error> {
     // One note for each path, found again without listing the directory.
     let mut name = format!("{NEEDED_BY}{:016x}", checksum(text.as_bytes()));
     match files.read_in(base, &name, MAX_PATH) {
-        // The note may not be durable: the sync of its writer may have failed.
-        Ok(bytes) if bytes == text.as_bytes() => return files.sync_open_dir(base),
+        // The note may not be durable: its writer may have ended before the sync.
+        Ok(bytes) if bytes == text.as_bytes() => {
+            files.sync(&files.open_in(base, &name)?, &base.path().join(&name))?;
+            return files.sync_open_dir(base);
+        }
         Err(Error::File { source, .. }) if source.kind() == ErrorKind::NotFound => {}
         _ => name = format!("{NEEDED_BY}{:016x}", random()? as u64),
     }

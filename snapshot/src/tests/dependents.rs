@@ -242,6 +242,19 @@ fn a_dependent_that_cannot_be_looked_at_counts() {
     assert!(matches!(&refused, Err(Error::Needed { by, .. }) if *by == scene.at("three")), "{refused:?}");
 }
 
+/// Its writer may have ended before the sync.
+#[test]
+fn a_note_that_is_there_is_made_durable() {
+    let scene = Scene::new();
+    scene.depend(&FileOps::default()).unwrap();
+    let notes = scene.notes();
+    fs::rename(scene.at("three"), scene.at("kept")).unwrap();
+    let plan = Arc::new(Plan::default());
+    scene.depend(&FileOps { plan: Some(Arc::clone(&plan)) }).unwrap();
+    assert_eq!(scene.notes(), notes);
+    assert!(plan.trace().iter().any(|(op, path)| *op == FileOp::Sync && path.ends_with(&notes[0])));
+}
+
 /// It may be another user's, or the disk fails.
 #[test]
 fn a_note_that_cannot_be_read_counts() {
