@@ -121,7 +121,8 @@ async fn init(agent: &Agent, bytes: &[u8]) -> Reply {
     settings.token = token;
     settings.is_locked = false;
     if let Some(envs) = request.env_vars {
-        settings.envs = Arc::new(envs);
+        // Added, as in envd: a child of a snapshot keeps the variables that the image of its memory has.
+        Arc::make_mut(&mut settings.envs).extend(envs);
     }
     if let Some(user) = request.default_user.filter(|user| !user.is_empty()) {
         settings.user = user;

@@ -13,6 +13,8 @@ pub(crate) const PER_SANDBOX: usize = 256;
 /// Most connections to the agent of one sandbox whose clients have not shown its token, and which the
 /// agent itself judges. They leave room for those of the owner.
 pub(crate) const PER_STRANGER: usize = 16;
+/// Most connections of that kind to all sandboxes of an owner.
+pub(crate) const STRANGERS_PER_KEY: usize = 256;
 /// Most calls of one owner in progress.
 pub(crate) const MAX_CALLS: usize = 256;
 /// Most connections to all sandboxes of an owner: half of the address's limit.
@@ -41,8 +43,9 @@ impl GuestEnd {
 struct Counts {
     by_sandbox: BTreeMap<String, usize>,
     by_key: BTreeMap<String, usize>,
-    /// Connections without a token, by sandbox. These do not count for the sandbox or its owner.
+    /// Connections without a token, by sandbox and by owner. These do not count for those with a token.
     strangers: BTreeMap<String, usize>,
+    strangers_by_key: BTreeMap<String, usize>,
 }
 
 /// The connections and calls in progress.
@@ -54,8 +57,9 @@ pub(crate) struct ConnectionLimits(Mutex<Counts>);
 pub(crate) struct ConnectionSlot {
     connection_limits: Arc<ConnectionLimits>,
     sandbox: String,
-    /// None for a connection without a token.
-    key: Option<String>,
+    key: String,
+    /// Whether its client has not shown the token.
+    is_stranger: bool,
 }
 
 fn count(counts: &BTreeMap<String, usize>, name: &str) -> usize {
@@ -95,20 +99,35 @@ impl ConnectionLimits {
             return Err(GatewayError::new(StatusCode::TOO_MANY_REQUESTS, why));
         }
         *counts.by_key.entry(owner.to_owned()).or_default() += 1;
-        Ok(ConnectionSlot { connection_limits: Arc::clone(self), sandbox: String::new(), key: Some(owner.to_owned()) })
+        Ok(self.slot("", owner, false))
     }
 
-    /// Takes a slot for a connection to the agent of `sandbox` whose client has not shown its token.
+    fn slot(self: &Arc<Self>, sandbox: &str, key: &str, is_stranger: bool) -> ConnectionSlot {
+        ConnectionSlot {
+            connection_limits: Arc::clone(self),
+            sandbox: sandbox.to_owned(),
+            key: key.to_owned(),
+            is_stranger,
+        }
+    }
+
+    /// Takes a slot for a connection to the agent of `sandbox`, which was made with `key`, whose client has not shown
+    /// its token.
     ///
     /// # Errors
     /// 429 when no slot is left.
-    pub(crate) fn take_stranger(self: &Arc<Self>, sandbox: &str) -> Answer<ConnectionSlot> {
+    pub(crate) fn take_stranger(self: &Arc<Self>, sandbox: &str, key: &str) -> Answer<ConnectionSlot> {
         let mut counts = self.counts();
         if count(&counts.strangers, sandbox) >= PER_STRANGER {
             return full(&format!("the sandbox {sandbox:?} without its token"), PER_STRANGER);
         }
+        // Else the sandboxes of one owner could take all connections of the address.
+        if count(&counts.strangers_by_key, key) >= STRANGERS_PER_KEY {
+            return full("its owner's sandboxes without their tokens", STRANGERS_PER_KEY);
+        }
         *counts.strangers.entry(sandbox.to_owned()).or_default() += 1;
-        Ok(ConnectionSlot { connection_limits: Arc::clone(self), sandbox: sandbox.to_owned(), key: None })
+        *counts.strangers_by_key.entry(key.to_owned()).or_default() += 1;
+        Ok(self.slot(sandbox, key, true))
     }
 
     /// Takes a slot for a connection to `sandbox`, which was made with `key`.
@@ -127,11 +146,7 @@ impl ConnectionLimits {
         }
         *counts.by_sandbox.entry(sandbox.to_owned()).or_default() += 1;
         *counts.by_key.entry(key.to_owned()).or_default() += 1;
-        Ok(ConnectionSlot {
-            connection_limits: Arc::clone(self),
-            sandbox: sandbox.to_owned(),
-            key: Some(key.to_owned()),
-        })
+        Ok(self.slot(sandbox, key, false))
     }
 }
 
@@ -143,9 +158,10 @@ fn full<T>(whose: &str, most: usize) -> Answer<T> {
 impl Drop for ConnectionSlot {
     fn drop(&mut self) {
         let mut counts = self.connection_limits.counts();
-        let Some(key) = &self.key else { return leave(&mut counts.strangers, &self.sandbox) };
-        leave(&mut counts.by_sandbox, &self.sandbox);
-        leave(&mut counts.by_key, key);
+        let Counts { by_sandbox, by_key, strangers, strangers_by_key } = &mut *counts;
+        let (of_sandbox, of_key) = if self.is_stranger { (strangers, strangers_by_key) } else { (by_sandbox, by_key) };
+        leave(of_sandbox, &self.sandbox);
+        leave(of_key, &self.key);
     }
 }
 
@@ -187,13 +203,20 @@ mod tests {
         let again = take("a", "one").unwrap();
         take("a", "one").unwrap_err();
         // Clients without a token take no slot of the owner's.
-        let strangers: Vec<_> = (0..PER_STRANGER).map(|_| connection_limits.take_stranger("b").unwrap()).collect();
-        let full = connection_limits.take_stranger("b").unwrap_err();
+        let strangers: Vec<_> =
+            (0..PER_STRANGER).map(|_| connection_limits.take_stranger("b", "one").unwrap()).collect();
+        let full = connection_limits.take_stranger("b", "one").unwrap_err();
         assert!(full.message.contains("16") && full.message.contains("\"b\""), "{full:?}");
-        connection_limits.take_stranger("a").unwrap();
+        let more: Vec<_> = (PER_STRANGER..STRANGERS_PER_KEY)
+            .map(|n| connection_limits.take_stranger(&format!("s{}", n / PER_STRANGER), "one").unwrap())
+            .collect();
+        let full = connection_limits.take_stranger("z", "one").unwrap_err();
+        assert!(full.message.contains("256") && !full.message.contains("one"), "{full:?}");
+        connection_limits.take_stranger("a", "two").unwrap();
         assert_eq!(connection_limits.taken("b"), 0);
-        drop((first, rest, other, again, strangers));
+        drop((first, rest, other, again, strangers, more));
         let counts = connection_limits.counts();
-        assert!(counts.by_sandbox.is_empty() && counts.by_key.is_empty() && counts.strangers.is_empty(), "{counts:?}");
+        assert!(counts.by_sandbox.is_empty() && counts.by_key.is_empty(), "{counts:?}");
+        assert!(counts.strangers.is_empty() && counts.strangers_by_key.is_empty(), "{counts:?}");
     }
 }

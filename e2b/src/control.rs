@@ -2,6 +2,7 @@
 
 mod templates;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::change_client::ChangeClient;
+use crate::connection_limits::GuestEnd;
 use crate::error::{Answer, GatewayError};
 use crate::gateway::Gateway;
 use crate::headers::API_KEY;
@@ -44,6 +46,8 @@ const PAGE: usize = 100;
 const MAX_PAGE: usize = 1000;
 /// Most sandboxes of one call for their load.
 const MAX_METRICS: usize = 100;
+/// Most of them asked at a time.
+const MAX_METRICS_AT_ONCE: usize = 16;
 const NEXT_TOKEN: &str = "x-next-token";
 
 /// The owner of the resources that a call makes: the owner of its key.
@@ -487,6 +491,8 @@ async fn metric(gateway: &Gateway, record: &SandboxRecord) -> Answer<SandboxMetr
     if record.paused {
         return Err(GatewayError::conflict(format!("the sandbox {:?} is paused", record.id)));
     }
+    // A connection as any other to the agent.
+    let _slot = gateway.0.connection_limits.take(&record.id, &record.owner, GuestEnd::Agent)?;
     let load = gateway.agent_of(record).metrics().await?;
     let timestamp = Timestamp::now();
     Ok(SandboxMetric {
@@ -522,20 +528,29 @@ async fn metrics_of_many(
     query: Result<Query<MetricsQuery>, QueryRejection>,
 ) -> Answer<Json<Value>> {
     let Query(query) = query?;
-    let ids: Vec<&str> = query.sandbox_ids.split(',').filter(|id| !id.is_empty()).collect();
+    let ids: BTreeSet<&str> = query.sandbox_ids.split(',').filter(|id| !id.is_empty()).collect();
     if ids.len() > MAX_METRICS {
         return Err(GatewayError::bad(format!("{} sandboxes: at most {MAX_METRICS}", ids.len())));
     }
     let mut asked = tokio::task::JoinSet::new();
-    for record in ids.iter().filter_map(|id| gateway.owned(&owner.0, id).ok()).map(|entry| entry.get()) {
-        let gateway = gateway.clone();
-        asked.spawn(async move { (metric(&gateway, &record).await, record.id) });
-    }
     let mut all = serde_json::Map::new();
-    while let Some(answer) = asked.join_next().await {
+    let mut note = |answer| {
         if let Ok((Ok(metric), id)) = answer {
             all.insert(id, json!(metric));
         }
+    };
+    for entry in ids.iter().filter_map(|id| gateway.owned(&owner.0, id).ok()) {
+        // A guest may answer slowly, and much.
+        if asked.len() >= MAX_METRICS_AT_ONCE
+            && let Some(answer) = asked.join_next().await
+        {
+            note(answer);
+        }
+        let (gateway, record) = (gateway.clone(), entry.get());
+        asked.spawn(async move { (metric(&gateway, &record).await, record.id) });
+    }
+    while let Some(answer) = asked.join_next().await {
+        note(answer);
     }
     Ok(Json(json!({ "sandboxes": all })))
 }

@@ -89,9 +89,16 @@ async fn running(
         if !record.auto_resume || !may_wake {
             return Err(bad_gateway(target, "The sandbox is paused"));
         }
-        let woken = Arc::clone(entry);
-        let resumed = |gateway: Gateway| async move { gateway.resume(&woken, None, None, None).await };
-        gateway.to_the_end(resumed).await.map_err(GatewayError::into_response)?;
+        // One at a time: a wake goes on without its client, and more of them would hold up the owner's changes.
+        let waking = Arc::clone(&entry.waking).lock_owned().await;
+        if entry.get().paused {
+            let woken = Arc::clone(entry);
+            let resumed = |gateway: Gateway| async move {
+                let _waking = waking;
+                gateway.resume(&woken, None, None, None).await
+            };
+            gateway.to_the_end(resumed).await.map_err(GatewayError::into_response)?;
+        }
         cut = entry.cut.subscribe();
         record = entry.get();
         if record.paused {
@@ -132,7 +139,7 @@ async fn to_agent(
     let place = if may_wake {
         limits.take(&target.id, &entry.get().owner, GuestEnd::Agent)
     } else {
-        limits.take_stranger(&target.id)
+        limits.take_stranger(&target.id, &entry.get().owner)
     };
     let place = place.map_err(GatewayError::into_response)?;
     let (record, _) = running(gateway, target, entry, may_wake).await?;

@@ -86,6 +86,14 @@ impl Usage {
         Self { snapshots: 1, mib, sandboxes: 0 }
     }
 
+    fn less(self, part: Self) -> Self {
+        Self {
+            sandboxes: self.sandboxes.saturating_sub(part.sandboxes),
+            mib: self.mib.saturating_sub(part.mib),
+            snapshots: self.snapshots.saturating_sub(part.snapshots),
+        }
+    }
+
     pub(crate) fn and(self, other: Self) -> Self {
         Self {
             sandboxes: self.sandboxes.saturating_add(other.sandboxes),
@@ -107,7 +115,7 @@ pub(crate) struct Ledger {
 pub(crate) struct HeldQuota {
     of: Arc<Ledger>,
     owner: String,
-    usage: Usage,
+    usage: Mutex<Usage>,
 }
 
 impl Ledger {
@@ -145,20 +153,32 @@ impl Ledger {
             return Err(GatewayError::new(StatusCode::TOO_MANY_REQUESTS, why));
         }
         pending.insert(owner.to_owned(), before.and(more));
-        Ok(HeldQuota { of: Arc::clone(self), owner: owner.to_owned(), usage: more })
+        Ok(HeldQuota { of: Arc::clone(self), owner: owner.to_owned(), usage: Mutex::new(more) })
+    }
+
+    fn give_back(&self, owner: &str, part: Usage) {
+        let mut pending = self.pending();
+        let Some(usage) = pending.get_mut(owner) else { return };
+        *usage = usage.less(part);
+        if *usage == Usage::default() {
+            pending.remove(owner);
+        }
+    }
+}
+
+impl HeldQuota {
+    /// Gives a part back: a record counts for it from now on, or nothing does.
+    pub(crate) fn give_back(&self, part: Usage) {
+        let mut usage = self.usage.lock().unwrap_or_else(PoisonError::into_inner);
+        *usage = usage.less(part);
+        self.of.give_back(&self.owner, part);
     }
 }
 
 impl Drop for HeldQuota {
     fn drop(&mut self) {
-        let mut pending = self.of.pending();
-        let Some(usage) = pending.get_mut(&self.owner) else { return };
-        usage.sandboxes -= self.usage.sandboxes;
-        usage.mib -= self.usage.mib;
-        usage.snapshots -= self.usage.snapshots;
-        if *usage == Usage::default() {
-            pending.remove(&self.owner);
-        }
+        let rest = *self.usage.get_mut().unwrap_or_else(PoisonError::into_inner);
+        self.of.give_back(&self.owner, rest);
     }
 }
 
@@ -185,6 +205,25 @@ pub(crate) fn check_variables(variables: Option<&Texts>) -> Answer<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_part_that_is_given_back_counts_no_more_and_is_not_given_back_twice() {
+        let ledger = Arc::new(Ledger::new(Quotas { sandboxes: 4, memory_mib: 100, snapshots: 1 }));
+        let take = |count, recorded| {
+            let recorded = || Usage::of_sandboxes(recorded, 10);
+            ledger.take("one", Usage::of_sandboxes(count, 10), recorded)
+        };
+        let held = take(3, 0).unwrap();
+        assert!(take(2, 0).is_err());
+        // Two have records.
+        (0..2).for_each(|_| held.give_back(Usage::of_sandboxes(1, 10)));
+        let second = take(1, 2).unwrap();
+        assert!(take(1, 2).is_err());
+        drop(held);
+        assert_eq!(ledger.pending()["one"], Usage::of_sandboxes(1, 10));
+        drop(second);
+        assert!(ledger.pending().is_empty());
+    }
 
     #[test]
     fn an_owner_has_its_quotas_and_a_refusal_takes_nothing() {

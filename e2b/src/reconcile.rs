@@ -87,9 +87,13 @@ impl Gateway {
                 self.0.sandboxes.change(entry, |record| record.paused = true);
                 Ok(())
             }
+            // A resume that was cut short. The record stays that of a paused sandbox: otherwise a pause that fails
+            // would end it, as its time is over.
             (true, false) => {
-                self.0.sandboxes.change(entry, |record| record.paused = false);
-                self.pause(entry, |_| true).await
+                self.end_never(&record.id).await?;
+                self.0.supervisor.pause(&record.id).await?;
+                self.suspend(&record.id).await;
+                Ok(())
             }
             // It pauses at its end, by this process.
             (false, false) if record.auto_pause => self.end_never(&record.id).await,

@@ -138,6 +138,8 @@ pub(crate) struct RecordEntry<T> {
     value: Mutex<T>,
     /// Held while its VM is changed.
     pub(crate) turn: AsyncMutex<()>,
+    /// Held while a request to a port of its VM wakes it.
+    pub(crate) waking: Arc<AsyncMutex<()>>,
     /// Written to while its network is changed, and read while it is forked.
     pub(crate) network: RwLock<()>,
     /// Sent to when its VM has been paused or ended: connections to its programs' ports end.
@@ -308,6 +310,7 @@ impl<T> RecordEntry<T> {
         Self {
             value: Mutex::new(value),
             turn: AsyncMutex::new(()),
+            waking: Arc::default(),
             network: RwLock::new(()),
             cut: watch::Sender::new(()),
         }

@@ -87,7 +87,7 @@ impl Gateway {
     ) -> Answer<Arc<HeldLimits>> {
         let quota = self.take(owner, Usage::of_sandboxes(count, mib))?;
         let making = client.waits_for(async { Ok(self.0.making.begin(owner, count).await) }).await?;
-        Ok(Arc::new(HeldLimits { _quota: quota, _making: making }))
+        Ok(Arc::new(HeldLimits { quota, usage: Usage::of_sandboxes(1, mib), _making: making }))
     }
 
     /// Makes VMs of a template. Returns a record for all but their names and times, and the VMs.
@@ -156,6 +156,8 @@ impl Gateway {
             self.stop(&unrecorded.id).await;
         }
         unrecorded.is_settled = true;
+        // Its record counts from now on, while others of the request may take longer.
+        unrecorded.held.quota.give_back(unrecorded.held.usage);
         activated
     }
 
@@ -277,12 +279,15 @@ impl Gateway {
         }
         self.0.sandboxes.change(entry, |record| record.paused = true);
         entry.cut.send_replace(());
-        // Its memory goes to a file until it is resumed. Without room on a disk, it stays in
-        // memory.
-        if let Err(error) = self.0.supervisor.suspend(&record.id, SuspendRequest { dir: None }).await {
-            tracing::warn!(%error, id = record.id, "the memory of a paused sandbox stays");
-        }
+        self.suspend(&record.id).await;
         Ok(())
+    }
+
+    /// Puts the memory of a paused sandbox into a file until it is resumed. Without room on a disk, it stays in memory.
+    pub(crate) async fn suspend(&self, id: &str) {
+        if let Err(error) = self.0.supervisor.suspend(id, SuspendRequest { dir: None }).await {
+            tracing::warn!(%error, id, "the memory of a paused sandbox stays");
+        }
     }
 
     /// Lets a sandbox run, for at least this long: one that is in the `state`, if given. Returns
@@ -434,7 +439,9 @@ impl Names {
 /// The VMs of a request in their owner's limits, until each has a record or has ended.
 #[derive(Debug)]
 struct HeldLimits {
-    _quota: HeldQuota,
+    quota: HeldQuota,
+    /// That of each VM.
+    usage: Usage,
     _making: Option<OwnedSemaphorePermit>,
 }
 
@@ -464,8 +471,9 @@ impl Drop for Unrecorded {
         if let Ok(runtime) = Handle::try_current() {
             let (in_progress, held) = (gateway.0.changes.begin(), Arc::clone(&self.held));
             runtime.spawn(async move {
-                let (_in_progress, _held) = (in_progress, held);
+                let _in_progress = in_progress;
                 gateway.stop(&id).await;
+                held.quota.give_back(held.usage);
             });
         }
     }

@@ -42,6 +42,11 @@ fn what_init_sets_is_used() {
         assert_eq!(done.stdout, format!("1 own\n{dir}\n"));
         let envs = agent.say(b"GET /envs HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
         assert!(envs.ends_with(r#"{"A":"1","B":"2"}"#), "{envs}");
+        // Others are added, as a child of a snapshot gets its own.
+        let more = BTreeMap::from([("B".to_owned(), "3".to_owned()), ("C".to_owned(), "4".to_owned())]);
+        client.init(&Init { env_vars: Some(more), ..Init::default() }).await.unwrap();
+        let envs = agent.say(b"GET /envs HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+        assert!(envs.ends_with(r#"{"A":"1","B":"3","C":"4"}"#), "{envs}");
         let other =
             Init { env_vars: Some(BTreeMap::new()), default_user: Some("nobody-there".into()), ..Init::default() };
         client.init(&other).await.unwrap();
