@@ -28,14 +28,12 @@ use clade_api::{ConsoleTyped, MEDIA_TYPE, ProblemKind};
 static FOLLOWERS: Semaphore = Semaphore::const_new(MAX_CONNECTIONS);
 
 fn parse(text: &str) -> Result<Line, QueryError> {
-    let [line] = query::parse(text, ["line"])?;
-    match line {
-        None | Some("serial") => Ok(Line::Serial),
-        Some("virtio") => Ok(Line::Virtio),
-        Some(other) => {
-            Err(QueryError::NotAChoice { key: "line", value: other.to_owned(), choices: "serial or virtio" })
-        }
-    }
+    let [line] = query::parse(text, ["line"], |key, value| match value {
+        "serial" => Ok(Line::Serial),
+        "virtio" => Ok(Line::Virtio),
+        _ => Err(QueryError::NotAChoice { key, value: value.to_owned(), choices: "serial or virtio" }),
+    })?;
+    Ok(line.unwrap_or(Line::Serial))
 }
 
 fn no_such_line(name: &str) -> ApiError {
@@ -117,7 +115,12 @@ mod tests {
     #[test]
     fn a_line_is_one_of_two() {
         assert_eq!((parse(""), parse("line=virtio")), (Ok(Line::Serial), Ok(Line::Virtio)));
-        for (text, named) in [("line=tty", "\"tty\""), ("line", "\"\""), ("lines=serial", "\"lines\"")] {
+        for (text, named) in [
+            ("line=tty", "\"tty\""),
+            ("line", "\"\""),
+            ("line=tty&line=serial", "\"tty\""),
+            ("lines=serial", "\"lines\""),
+        ] {
             let error = parse(text).unwrap_err().to_string();
             assert!(error.contains(named), "{text}: {error}");
         }

@@ -29,16 +29,18 @@ impl From<QueryError> for ApiError {
     }
 }
 
-/// Parses a query of the parameters called `keys`. Of a parameter that is given twice, the last value counts.
-pub(super) fn parse<'a, const N: usize>(
-    text: &'a str,
+/// Parses a query of the parameters called `keys`, each value by `parse_value`. Of a parameter that is given twice, both
+/// values must be valid, and the last one counts.
+pub(super) fn parse<T, const N: usize>(
+    text: &str,
     keys: [&'static str; N],
-) -> Result<[Option<&'a str>; N], QueryError> {
-    let mut values = [None; N];
+    parse_value: impl Fn(&'static str, &str) -> Result<T, QueryError>,
+) -> Result<[Option<T>; N], QueryError> {
+    let mut values = [const { None }; N];
     for pair in text.split('&').filter(|pair| !pair.is_empty()) {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
         match keys.iter().position(|known| *known == key) {
-            Some(at) => values[at] = Some(value),
+            Some(at) => values[at] = Some(parse_value(keys[at], value)?),
             None => return Err(QueryError::Unknown { key: key.to_owned(), known: keys.join(", ") }),
         }
     }
@@ -50,12 +52,7 @@ pub(super) fn parse_numbers<const N: usize>(
     text: &str,
     keys: [&'static str; N],
 ) -> Result<[Option<u64>; N], QueryError> {
-    let mut numbers = [None; N];
-    for ((number, value), key) in numbers.iter_mut().zip(parse(text, keys)?).zip(keys) {
-        let not_a_number = |value: &str| QueryError::NotANumber { key, value: value.to_owned() };
-        *number = value.map(|value| value.parse().map_err(|_| not_a_number(value))).transpose()?;
-    }
-    Ok(numbers)
+    parse(text, keys, |key, value| value.parse().map_err(|_| QueryError::NotANumber { key, value: value.to_owned() }))
 }
 
 /// Returns `value` if it is in `range`.
@@ -77,6 +74,7 @@ mod tests {
         for (text, message) in [
             ("form=1", r#"unknown parameter "form": known are from, count"#),
             ("from=-1", r#"from="-1" is not a number"#),
+            ("from=-1&from=1", r#"from="-1" is not a number"#),
             ("count", r#"count="" is not a number"#),
             ("count=18446744073709551616", r#"count="18446744073709551616" is not a number"#),
         ] {
@@ -84,6 +82,7 @@ mod tests {
         }
         assert_eq!(within("count", 3, 1..=3), Ok(3));
         assert_eq!(within("count", 4, 1..=3).unwrap_err().to_string(), "count=4: 1 to 3");
-        assert_eq!(parse("line=a=b", ["line"]), Ok([Some("a=b")]));
+        let texts = parse("line=a=b&line=c=d", ["line"], |_, value| Ok(value.to_owned()));
+        assert_eq!(texts, Ok([Some("c=d".to_owned())]));
     }
 }
