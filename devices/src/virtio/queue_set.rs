@@ -58,17 +58,6 @@ impl QueueSet {
         true
     }
 
-    /// Acknowledges the notification of queue `index` that waits in its eventfd, if there is one. Returns false if there
-    /// is none.
-    pub(super) fn acknowledge_if_notified(&mut self, index: usize) -> bool {
-        let Some(queue) = self.get_mut(index) else { return false };
-        let is_notified = queue.acknowledge();
-        if is_notified {
-            queue.disable_notifications();
-        }
-        is_notified
-    }
-
     /// Adds a chain with `len` bytes written to the used ring of queue `index`.
     pub(super) fn add_used(&mut self, index: usize, head: u16, len: u32) -> Result<(), QueueError> {
         let Some(queue) = self.get_mut(index) else { return Err(QueueError::Rings { index: index as u16 }) };

@@ -360,8 +360,8 @@ impl Service for BlockService {
             // The thread does not look at the eventfds while there is work: a queue that is always full would
             // hide the others' notifications.
             Wake::Again => {
-                for index in 0..self.queues.len() {
-                    self.ready[index] |= !self.ready[index] && self.queues.acknowledge_if_notified(index);
+                for (index, is_ready) in self.ready.iter_mut().enumerate().filter(|(_, is_ready)| !**is_ready) {
+                    *is_ready = self.queues.get(index).is_some_and(Virtqueue::acknowledge);
                 }
             }
             Wake::Source(index) => {
