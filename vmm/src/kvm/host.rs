@@ -141,6 +141,8 @@ pub struct Host {
     hidden: CpuHide,
     supported: CpuId,
     max_vcpus: u8,
+    /// Whether the events of its VMs show pending triple faults: not on kernels before 6.0.
+    pub(super) shows_triple_faults: bool,
     /// Properties of a vCPU without (index 0) and with (1) performance counters.
     probed: [OnceLock<Probed>; 2],
     /// Requirements of a guest with all features of this host.
@@ -183,8 +185,9 @@ impl Host {
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(|source| HostError::Ioctl { what: "KVM_GET_SUPPORTED_CPUID", source })?;
         let max_vcpus = u8::try_from(kvm.get_max_vcpus()).unwrap_or(u8::MAX).min(MAX_CPUS);
-        let (probed, requirements) = (Default::default(), OnceLock::new());
-        Ok(Self { kvm, quirks, hidden: quirks.hide(), supported, max_vcpus, probed, requirements })
+        let shows_triple_faults = kvm.check_extension_raw(KVM_CAP_X86_TRIPLE_FAULT_EVENT.into()) > 0;
+        let (hidden, probed, requirements) = (quirks.hide(), Default::default(), OnceLock::new());
+        Ok(Self { kvm, quirks, hidden, supported, max_vcpus, shows_triple_faults, probed, requirements })
     }
 
     /// The opened device.
@@ -319,32 +322,27 @@ impl Host {
         vm.enable_cap(&kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, args, ..Default::default() })
     }
 
-    /// Creates a VM. `KVM_CREATE_VM` takes all locks of this process's memory map, and fails with
-    /// EINTR if the thread has other work pending in the kernel: a signal, or io_uring completions.
-    /// The call is then retried.
+    /// Creates a VM. Pending triple faults are a part of its vCPUs' events where KVM can show them, so that they are
+    /// saved and a reset can clear them.
     pub fn create_vm(&self) -> Result<VmFd, kvm_ioctls::Error> {
-        for _ in 0..CREATE_TRIES {
-            match self.kvm.create_vm() {
-                Err(error) if error.errno() == libc::EINTR => std::thread::yield_now(),
-                made => return made.and_then(|vm| self.show_triple_faults(vm)),
-            }
-        }
-        self.kvm.create_vm().and_then(|vm| self.show_triple_faults(vm))
-    }
-
-    /// Returns whether the events of [`Self::create_vm`]'s VMs show pending triple faults.
-    pub(super) fn shows_triple_faults(&self) -> bool {
-        self.kvm.check_extension_raw(KVM_CAP_X86_TRIPLE_FAULT_EVENT.into()) > 0
-    }
-
-    /// Makes pending triple faults a part of the vCPUs' events, so that they are saved and a reset can clear them. Does
-    /// nothing on kernels before 6.0, which cannot.
-    fn show_triple_faults(&self, vm: VmFd) -> Result<VmFd, kvm_ioctls::Error> {
-        if self.shows_triple_faults() {
+        let vm = self.create_vm_patiently()?;
+        if self.shows_triple_faults {
             let args = [1, 0, 0, 0];
             vm.enable_cap(&kvm_enable_cap { cap: KVM_CAP_X86_TRIPLE_FAULT_EVENT, args, ..Default::default() })?;
         }
         Ok(vm)
+    }
+
+    /// `KVM_CREATE_VM` takes all locks of this process's memory map, and fails with EINTR if the thread has other work
+    /// pending in the kernel: a signal, or io_uring completions. The call is then retried.
+    fn create_vm_patiently(&self) -> Result<VmFd, kvm_ioctls::Error> {
+        for _ in 0..CREATE_TRIES {
+            match self.kvm.create_vm() {
+                Err(error) if error.errno() == libc::EINTR => std::thread::yield_now(),
+                made => return made,
+            }
+        }
+        self.kvm.create_vm()
     }
 
     /// A vCPU with a guest's CPUID, in a VM of its own without memory.

@@ -141,7 +141,7 @@ impl StateLayout {
             xsave_extra: (size - size_of::<kvm_xsave>()).div_ceil(size_of::<u32>()),
             xsave2: host.has_xsave2(),
             tsc_control: host.has_tsc_control(),
-            triple_faults: host.shows_triple_faults(),
+            triple_faults: host.shows_triple_faults,
         })
     }
 
