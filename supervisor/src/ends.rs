@@ -142,8 +142,7 @@ impl Inner {
 
     /// Returns the ended VMs whose processes may write to disks.
     pub(super) fn ended_writers(&self) -> Vec<OwnVm> {
-        let process = |name: &str| VmRecord::found(&self.dir, name)?.process;
-        self.processes.writers(|name, pid| process(name).is_some_and(|its| its.pid() == pid))
+        self.processes.writers(|name, pid| self.has_record(name, pid))
     }
 
     /// Returns the images of disks that VMs or checkpoints of this directory use.
@@ -163,8 +162,7 @@ impl Inner {
     /// Whether the record of the name is of the VM of this process. It is not if another VM has the name,
     /// or the files of the VM are removed.
     pub(super) fn has_record(&self, name: &str, pid: u32) -> bool {
-        let record = VmRecord::found(&self.dir, name);
-        record.and_then(|its| its.process).is_some_and(|process| process.pid() == pid)
+        VmRecord::found(&self.dir, name).is_some_and(|record| record.has_process(pid))
     }
 
     /// Clears up after VMs whose names were taken when they ended. Those whose names still are wait on.

@@ -181,8 +181,12 @@ impl VmRecord {
     /// # Errors
     /// As for [`Self::read`].
     pub(super) fn read_of(dir: &RuntimeDir, name: &str, pid: u32) -> Result<Option<Self>, DaemonError> {
-        let is_its = |record: &Self| record.process.is_some_and(|process| process.pid() == pid);
-        Ok(Self::read(dir, name)?.filter(is_its))
+        Ok(Self::read(dir, name)?.filter(|record| record.has_process(pid)))
+    }
+
+    /// Whether its process is the one of `pid`.
+    pub(super) fn has_process(&self, pid: u32) -> bool {
+        self.process.is_some_and(|process| process.pid() == pid)
     }
 
     /// Keeps records as they are until the guard is dropped.
