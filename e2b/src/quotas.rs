@@ -88,9 +88,9 @@ impl Usage {
 
     fn less(self, part: Self) -> Self {
         Self {
-            sandboxes: self.sandboxes.saturating_sub(part.sandboxes),
-            mib: self.mib.saturating_sub(part.mib),
-            snapshots: self.snapshots.saturating_sub(part.snapshots),
+            sandboxes: self.sandboxes - part.sandboxes,
+            mib: self.mib - part.mib,
+            snapshots: self.snapshots - part.snapshots,
         }
     }
 
@@ -115,7 +115,7 @@ pub(crate) struct Ledger {
 pub(crate) struct HeldQuota {
     of: Arc<Ledger>,
     owner: String,
-    usage: Mutex<Usage>,
+    usage: Usage,
 }
 
 impl Ledger {
@@ -153,32 +153,26 @@ impl Ledger {
             return Err(GatewayError::new(StatusCode::TOO_MANY_REQUESTS, why));
         }
         pending.insert(owner.to_owned(), before.and(more));
-        Ok(HeldQuota { of: Arc::clone(self), owner: owner.to_owned(), usage: Mutex::new(more) })
-    }
-
-    fn give_back(&self, owner: &str, part: Usage) {
-        let mut pending = self.pending();
-        let Some(usage) = pending.get_mut(owner) else { return };
-        *usage = usage.less(part);
-        if *usage == Usage::default() {
-            pending.remove(owner);
-        }
+        Ok(HeldQuota { of: Arc::clone(self), owner: owner.to_owned(), usage: more })
     }
 }
 
 impl HeldQuota {
-    /// Gives a part back: a record counts for it from now on, or nothing does.
-    pub(crate) fn give_back(&self, part: Usage) {
-        let mut usage = self.usage.lock().unwrap_or_else(PoisonError::into_inner);
-        *usage = usage.less(part);
-        self.of.give_back(&self.owner, part);
+    /// Takes a part out of it, which is held until the result is dropped.
+    pub(crate) fn split_off(&mut self, part: Usage) -> Self {
+        self.usage = self.usage.less(part);
+        Self { of: Arc::clone(&self.of), owner: self.owner.clone(), usage: part }
     }
 }
 
 impl Drop for HeldQuota {
     fn drop(&mut self) {
-        let rest = *self.usage.get_mut().unwrap_or_else(PoisonError::into_inner);
-        self.of.give_back(&self.owner, rest);
+        let mut pending = self.of.pending();
+        let Some(usage) = pending.get_mut(&self.owner) else { return };
+        *usage = usage.less(self.usage);
+        if *usage == Usage::default() {
+            pending.remove(&self.owner);
+        }
     }
 }
 
@@ -213,10 +207,11 @@ mod tests {
             let recorded = || Usage::of_sandboxes(recorded, 10);
             ledger.take("one", Usage::of_sandboxes(count, 10), recorded)
         };
-        let held = take(3, 0).unwrap();
+        let mut held = take(3, 0).unwrap();
+        let parts = [(); 2].map(|()| held.split_off(Usage::of_sandboxes(1, 10)));
         assert!(take(2, 0).is_err());
         // Two have records.
-        (0..2).for_each(|_| held.give_back(Usage::of_sandboxes(1, 10)));
+        drop(parts);
         let second = take(1, 2).unwrap();
         assert!(take(1, 2).is_err());
         drop(held);

@@ -76,7 +76,7 @@ impl Gateway {
         Ok(self.activate_all(made, &record, timeout).await)
     }
 
-    /// Takes a part of an owner's limits for `count` VMs of `mib` each, and waits until the owner's other
+    /// Takes a part of an owner's limits for each of `count` VMs of `mib`, and waits until the owner's other
     /// requests leave room for them.
     async fn hold_limits(
         &self,
@@ -84,10 +84,12 @@ impl Gateway {
         count: usize,
         mib: u64,
         client: &mut ChangeClient,
-    ) -> Answer<Arc<HeldLimits>> {
-        let quota = self.take(owner, Usage::of_sandboxes(count, mib))?;
+    ) -> Answer<Vec<HeldLimits>> {
+        let mut quota = self.take(owner, Usage::of_sandboxes(count, mib))?;
         let making = client.waits_for(async { Ok(self.0.making.begin(owner, count).await) }).await?;
-        Ok(Arc::new(HeldLimits { quota, usage: Usage::of_sandboxes(1, mib), _making: making }))
+        let making = making.map(Arc::new);
+        let each = |_| HeldLimits { _quota: quota.split_off(Usage::of_sandboxes(1, mib)), _making: making.clone() };
+        Ok((0..count).map(each).collect())
     }
 
     /// Makes VMs of a template. Returns a record for all but their names and times, and the VMs.
@@ -108,7 +110,7 @@ impl Gateway {
         let link = network.link.and_then(|link| source.asked_link(link, checkpoint.network));
         let egress = network.egress;
         let request = ForkRequest { network: link, egress, ..request_for(pattern, names.len(), &source.template)? };
-        let unrecorded = names.into_iter().map(|name| Unrecorded::new(self, name, &held)).collect();
+        let unrecorded = names.into_iter().zip(held).map(|(name, held)| Unrecorded::new(self, name, held)).collect();
         let forked =
             async { Ok::<_, GatewayError>(self.0.supervisor.fork_checkpoint(&source.checkpoint, request).await?) };
         let forked = client.waits_for(forked).await.map_err(|error| match error.status {
@@ -155,9 +157,8 @@ impl Gateway {
         if activated.is_err() {
             self.stop(&unrecorded.id).await;
         }
-        unrecorded.is_settled = true;
         // Its record counts from now on, while others of the request may take longer.
-        unrecorded.held.quota.give_back(unrecorded.held.usage);
+        drop(unrecorded.held.take());
         activated
     }
 
@@ -220,7 +221,8 @@ impl Gateway {
         let (count, timeout) = Self::count_and_timeout(fork)?;
         let Names { pattern, names } = Names::of(count)?;
         let held = self.hold_limits(owner, count, entry.get().mib, &mut client).await?;
-        let mut children: Vec<_> = names.into_iter().map(|name| Unrecorded::new(self, name, &held)).collect();
+        let children = names.into_iter().zip(held).map(|(name, held)| Unrecorded::new(self, name, held));
+        let mut children: Vec<_> = children.collect();
         let forked = async {
             // The forks have the network of its record.
             let _network = entry.network.read().await;
@@ -436,13 +438,12 @@ impl Names {
     }
 }
 
-/// The VMs of a request in their owner's limits, until each has a record or has ended.
+/// A VM of a request in its owner's limits, until it has a record or has ended.
 #[derive(Debug)]
 struct HeldLimits {
-    quota: HeldQuota,
-    /// That of each VM.
-    usage: Usage,
-    _making: Option<OwnedSemaphorePermit>,
+    _quota: HeldQuota,
+    /// Of all VMs of the request.
+    _making: Option<Arc<OwnedSemaphorePermit>>,
 }
 
 /// A VM without a record, or about to be made. A drop stops it, even if its fork was done and the
@@ -451,29 +452,26 @@ struct HeldLimits {
 struct Unrecorded {
     gateway: Gateway,
     id: String,
-    held: Arc<HeldLimits>,
-    is_settled: bool,
+    /// None once it has a record, or was stopped.
+    held: Option<HeldLimits>,
 }
 
 impl Unrecorded {
-    fn new(gateway: &Gateway, id: String, held: &Arc<HeldLimits>) -> Self {
-        Self { gateway: gateway.clone(), id, held: Arc::clone(held), is_settled: false }
+    fn new(gateway: &Gateway, id: String, held: HeldLimits) -> Self {
+        Self { gateway: gateway.clone(), id, held: Some(held) }
     }
 }
 
 impl Drop for Unrecorded {
     fn drop(&mut self) {
-        if self.is_settled {
-            return;
-        }
+        let Some(held) = self.held.take() else { return };
         let (gateway, id) = (self.gateway.clone(), std::mem::take(&mut self.id));
         // Without a runtime the process ends.
         if let Ok(runtime) = Handle::try_current() {
-            let (in_progress, held) = (gateway.0.changes.begin(), Arc::clone(&self.held));
+            let in_progress = gateway.0.changes.begin();
             runtime.spawn(async move {
-                let _in_progress = in_progress;
+                let (_in_progress, _held) = (in_progress, held);
                 gateway.stop(&id).await;
-                held.quota.give_back(held.usage);
             });
         }
     }
