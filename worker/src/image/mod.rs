@@ -280,12 +280,14 @@ pub struct PendingFork {
     deadline: Instant,
 }
 
-/// Returns the error in a message that was sent in place of an image.
-fn refusal(message: &[u8]) -> DaemonError {
-    match serde_json::from_slice(message) {
-        Ok(ImageAnswer::Refused { kind, text }) => DaemonError::Refused { kind, text },
-        Ok(ImageAnswer::Forked(_)) => failed(io::ErrorKind::InvalidData.into()),
-        Err(error) => failed(error.into()),
+/// Returns the report in an answer.
+///
+/// # Errors
+/// The error in it. When it is no answer.
+fn report_in(answer: &[u8]) -> Result<ForkedVm, DaemonError> {
+    match serde_json::from_slice(answer).map_err(|error| failed(error.into()))? {
+        ImageAnswer::Forked(forked) => Ok(*forked),
+        ImageAnswer::Refused { kind, text } => Err(DaemonError::Refused { kind, text }),
     }
 }
 
@@ -322,21 +324,17 @@ impl PendingFork {
         let answer = read_answer(&self.socket, &self.name, self.deadline, check);
         // The client may have gone.
         check()?;
-        match serde_json::from_slice(&answer?).map_err(|error| failed(error.into()))? {
-            ImageAnswer::Forked(forked) => {
-                match SealedParts::receive_or_message(&self.socket, MAX_ANSWER, &go_on) {
-                    // The VM's process has ended, or does not answer.
-                    Err(TransferError::System { source, .. }) => {
-                        check()?;
-                        Err(self.silent(&source))
-                    }
-                    Err(error) => Err(error.into()),
-                    Ok(Ok(parts)) => Ok((*forked, parts)),
-                    // The image could not be sealed.
-                    Ok(Err(message)) => Err(refusal(&message)),
-                }
+        let forked = report_in(&answer?)?;
+        match SealedParts::receive_or_message(&self.socket, MAX_ANSWER, &go_on) {
+            // The VM's process has ended, or does not answer.
+            Err(TransferError::System { source, .. }) => {
+                check()?;
+                Err(self.silent(&source))
             }
-            ImageAnswer::Refused { kind, text } => Err(DaemonError::Refused { kind, text }),
+            Err(error) => Err(error.into()),
+            Ok(Ok(parts)) => Ok((forked, parts)),
+            // The image could not be sealed. A second report is none.
+            Ok(Err(message)) => report_in(&message).and(Err(failed(io::ErrorKind::InvalidData.into()))),
         }
     }
 }
