@@ -143,8 +143,8 @@ pub fn wait_for_within<T>(limit: Duration, what: &str, mut done: impl FnMut() ->
     }
 }
 
-/// Returns the lowest of the values that `read` returns within a second: of a count that still falls, as descriptors are
-/// closed by another process.
+/// Returns the lowest of the values that `read` returns within a second: of a count that still falls, as another
+/// process closes descriptors.
 pub fn lowest<T: Ord>(mut read: impl FnMut() -> T) -> T {
     let mut value = read();
     for _ in 0..LOOKS {
