@@ -73,7 +73,7 @@ struct HookShared {
 #[derive(Clone, Debug)]
 pub(super) struct NetHook {
     shared: Arc<HookShared>,
-    downs: Sender<Interfaces>,
+    downs: Sender<(Awaited, Interfaces)>,
 }
 
 impl NetHook {
@@ -89,7 +89,7 @@ impl NetHook {
         if !found.is_file() {
             return Err(failed(io::Error::other("it is no file")));
         }
-        let (downs, waiting) = mpsc::channel::<Interfaces>();
+        let (downs, waiting) = mpsc::channel::<(Awaited, Interfaces)>();
         let shared = Arc::new(HookShared {
             program: program.to_owned(),
             limit,
@@ -98,9 +98,9 @@ impl NetHook {
         });
         let of_thread = Arc::clone(&shared);
         let take_down = move || {
-            while let Ok(interfaces) = waiting.recv() {
+            while let Ok((awaited, interfaces)) = waiting.recv() {
                 of_thread.take_down(&interfaces, interfaces.nets.len());
-                of_thread.down_is_done();
+                drop(awaited);
             }
         };
         thread::Builder::new().name("clade-net-hook".to_owned()).spawn(take_down).map_err(failed)?;
@@ -137,8 +137,7 @@ impl NetHook {
 
     /// Announces that interfaces will be taken down: no `up` begins until that is done, or the result is dropped.
     pub(super) fn begin_down(&self) -> PendingDown {
-        *self.shared.downs() += 1;
-        PendingDown { hook: self.clone() }
+        PendingDown { awaited: Awaited::new(&self.shared), downs: self.downs.clone() }
     }
 
     /// Has the interfaces of a VM that has ended taken down, some time later.
@@ -150,25 +149,35 @@ impl NetHook {
 /// A `down` of interfaces that are not known yet.
 #[derive(Debug)]
 pub(super) struct PendingDown {
-    hook: NetHook,
+    awaited: Awaited,
+    downs: Sender<(Awaited, Interfaces)>,
 }
 
 impl PendingDown {
     /// Has the interfaces of a VM that has ended taken down, some time later.
     pub(super) fn of(self, interfaces: Interfaces) {
         if !interfaces.nets.is_empty() {
-            // The thread counts it as done.
-            *self.hook.shared.downs() += 1;
-            if self.hook.downs.send(interfaces).is_err() {
-                self.hook.shared.down_is_done();
-            }
+            // The thread runs as long as there is a sender.
+            let _ = self.downs.send((self.awaited, interfaces));
         }
     }
 }
 
-impl Drop for PendingDown {
+/// Interfaces to be taken down, in the count for which an `up` waits, until the drop.
+#[derive(Debug)]
+struct Awaited(Arc<HookShared>);
+
+impl Awaited {
+    fn new(shared: &Arc<HookShared>) -> Self {
+        *shared.downs() += 1;
+        Self(Arc::clone(shared))
+    }
+}
+
+impl Drop for Awaited {
     fn drop(&mut self) {
-        self.hook.shared.down_is_done();
+        *self.0.downs() -= 1;
+        self.0.none_left.notify_all();
     }
 }
 
@@ -195,11 +204,6 @@ impl Drop for Up {
 impl HookShared {
     fn downs(&self) -> MutexGuard<'_, usize> {
         self.downs.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn down_is_done(&self) {
-        *self.downs() -= 1;
-        self.none_left.notify_all();
     }
 
     /// Takes the first `count` interfaces down.
@@ -346,7 +350,10 @@ mod tests {
     #[test]
     fn no_interface_comes_up_while_another_is_to_go_down() {
         let dir = tempfile::tempdir().unwrap();
-        let hook = patient(&hook(dir.path(), "exit 0"));
+        // A `down` takes a while, and says when it is done.
+        let slow =
+            format!("[ $CLADE_EVENT = up ] || {{ sleep 0.3; echo done >>{}; }}", dir.path().join("log").display());
+        let hook = patient(&hook(dir.path(), &slow));
         let all = || vec![interfaces("b", None, &["tap0"])];
         let (pending, unused) = (hook.begin_down(), hook.begin_down());
         std::thread::scope(|scope| {
@@ -358,8 +365,9 @@ mod tests {
             pending.of(interfaces("a", None, &["tap0"]));
             up.join().unwrap();
         });
-        let events: Vec<String> = log(dir.path()).iter().map(|line| line[..line.len() - 23].to_owned()).collect();
-        assert_eq!(events, ["down a tap0", "up b tap0"]);
+        let log = log(dir.path());
+        let events: Vec<&str> = log.iter().map(|line| line.split(" 02:").next().unwrap()).collect();
+        assert_eq!(events, ["down a tap0", "done", "up b tap0"]);
     }
 
     #[test]
