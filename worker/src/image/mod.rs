@@ -226,7 +226,7 @@ pub(crate) fn answer(socket: &OwnedFd, vm: &Weak<Vm>, leases: &Leases, vm_host: 
 fn sealed(image: &Arc<ForkImage>, leases: &Leases) -> Result<SealedParts, TransferError> {
     #[cfg(test)]
     if let Some(act) = tests::BEFORE_SEALING.take() {
-        act();
+        act()?;
     }
     let begun = Instant::now();
     let parts = image.export(leases)?.seal()?;
@@ -432,9 +432,11 @@ pub(crate) mod tests {
     use clade_test_support::wait_until;
     use rustix::net::{bind, listen};
 
+    type BeforeSealing = dyn FnOnce() -> Result<(), TransferError>;
+
     thread_local! {
         /// Called once, between the report of a fork and its image.
-        pub(crate) static BEFORE_SEALING: std::cell::Cell<Option<Box<dyn FnOnce()>>> = std::cell::Cell::default();
+        pub(crate) static BEFORE_SEALING: std::cell::Cell<Option<Box<BeforeSealing>>> = std::cell::Cell::default();
     }
 
     #[test]

@@ -6,9 +6,9 @@ use clade_api::{ProblemKind, RuntimeDir};
 use clade_host_io::seqpacket;
 use clade_vmm::boot::{BootImage, BootSource};
 use clade_vmm::kvm::Host;
-use clade_vmm::vm::{Endpoints, VmConfig};
+use clade_vmm::vm::{Endpoints, TransferError, VmConfig};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept, bind, listen, socket_with};
-use serde_json::json;
+use serde_json::{Value, json};
 
 struct Nobody;
 
@@ -135,6 +135,7 @@ fn a_vm_is_in_use_until_its_image_is_leased() {
         drop((vm, in_between.take()));
         assert!(!in_between.wait_until_unused(Duration::ZERO), "its process would end");
         assert_eq!(in_between.leases().count(), 0);
+        Ok(())
     })));
     crate::image::answer(&theirs, &weak, vm_host.leases(), &vm_host.downgrade()).unwrap();
     assert!(BEFORE_SEALING.take().is_none() && weak.upgrade().is_none());
@@ -144,6 +145,31 @@ fn a_vm_is_in_use_until_its_image_is_leased() {
 }
 
 /// The report is sent before the image is sealed, which may fail: for want of descriptors or memory.
+#[test]
+fn an_image_that_cannot_be_sealed_is_announced_and_refused() {
+    if host().is_none() {
+        return;
+    }
+    let (_dir, runtime) = runtime_dir();
+    let (vm_host, vm, starter) = vm_host_of_one(&runtime, true);
+    let vm = vm.unwrap();
+    let (ours, theirs) = seqpacket::pair().unwrap();
+    seqpacket::send(&ours, &[FORK], &[]).unwrap();
+    let source = rustix::io::Errno::MFILE.into();
+    BEFORE_SEALING.set(Some(Box::new(|| Err(TransferError::System { what: "sealed", source }))));
+    crate::image::answer(&theirs, &Arc::downgrade(&vm), vm_host.leases(), &vm_host.downgrade()).unwrap();
+    let answer = || -> Value { serde_json::from_slice(&seqpacket::receive(&ours, 1 << 20).unwrap().bytes).unwrap() };
+    assert!(answer()["Forked"].is_object());
+    let text = format!(
+        "a child in a process of its own: the image could not be sealed: {}",
+        std::io::Error::from(rustix::io::Errno::MFILE)
+    );
+    assert_eq!(answer(), json!({ "Refused": { "kind": ProblemKind::Internal, "text": text } }));
+    // The VM can be forked again.
+    crate::image::forked(&vm, &vm_host.downgrade()).unwrap();
+    starter.leave();
+}
+
 #[test]
 fn an_image_that_cannot_be_sealed_is_refused_by_its_reason() {
     if host().is_none() {
