@@ -247,6 +247,27 @@ mod tests {
         assert_eq!(paused, [&sleeps]);
     }
 
+    /// Its record is changed before the VM: the supervisor may end in between.
+    #[tokio::test]
+    async fn a_pause_that_was_cut_short_is_done_and_ends_nothing_if_it_fails() {
+        let fake = Fake::new();
+        let key = fake.key("one");
+        let (done, refused) = (fake.sandbox(&key, json!({})).await, fake.sandbox(&key, json!({})).await);
+        for id in [&done, &refused] {
+            let entry = fake.gateway.0.sandboxes.get(id).unwrap();
+            fake.gateway.0.sandboxes.change(&entry, |record| record.paused = true);
+            assert!(fake.world.supervisor_state().vms[id].ttl.is_some());
+        }
+        fake.world.supervisor_state().refused = Some(format!("{refused} pause"));
+        let next = fake.next();
+        next.reconcile().await;
+        for id in [&done, &refused] {
+            let vm = fake.world.supervisor_state().vms[id].clone();
+            assert_eq!((vm.is_paused, vm.ttl), (id == &done, None), "{vm:?}");
+            assert!(next.0.sandboxes.get(id).unwrap().get().paused, "the next resume starts its time");
+        }
+    }
+
     #[tokio::test]
     async fn a_vm_of_the_hosts_own_stays() {
         let fake = Fake::new();

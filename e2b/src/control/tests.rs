@@ -286,6 +286,40 @@ async fn only_the_token_of_a_paused_sandbox_wakes_it_by_its_agent() {
     assert_eq!(ask(&["x"], "/envs").await.0, 401);
 }
 
+/// A wake goes on without its client: each would hold up the owner's changes.
+#[tokio::test]
+async fn requests_at_a_time_wake_a_paused_sandbox_once() {
+    let fake = Fake::new();
+    let key = fake.key("one");
+    let id = fake.sandbox(&key, json!({ "autoResume": { "enabled": true } })).await;
+    assert_eq!(fake.call(&key, "POST", &format!("/sandboxes/{id}/pause"), json!({})).await.0, 204);
+    let record = || fake.gateway.0.sandboxes.get(&id).unwrap().get();
+    let before = fake.world.supervisor_state().log.len();
+    fake.world.hold(&format!("{id} resume"));
+    let token = fake.gateway.token(&id);
+    let ask = || {
+        let request = Request::get("/envs").header("e2b-sandbox-id", &id).header("x-access-token", &token);
+        fake.request(request.body(axum::body::Body::empty()).unwrap())
+    };
+    let (mut first, mut second) = (std::pin::pin!(ask()), std::pin::pin!(ask()));
+    tokio::select! {
+        biased;
+        answer = &mut first => panic!("{answer:?}"),
+        answer = &mut second => panic!("{answer:?}"),
+        () = fake.world.until_held() => {}
+    }
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(fake.world.supervisor_state().log.len(), before + 1);
+    fake.world.release();
+    assert_eq!(first.await.0, 200);
+    let woken = record();
+    assert_eq!(second.await.0, 200);
+    // A resume of a running sandbox prolongs its time.
+    assert_eq!(record(), woken);
+}
+
 #[tokio::test]
 async fn no_spelling_of_another_owners_snapshot_makes_a_sandbox_of_it() {
     let fake = Fake::new();
