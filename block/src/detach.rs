@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use clade_host_io::{FileError, IoFile, UnnamedCopy};
 
+use super::directory::sync_to_copy;
 use super::image::open_overlays;
 use super::map::{CLUSTER, ClusterSource};
 use super::setup::Setup;
@@ -27,7 +28,7 @@ impl DiskImage {
     /// and its overlays again.
     ///
     /// # Errors
-    /// When a file cannot be read, or the directory has no room; that of `is_safe`.
+    /// When a file cannot be read, or a write to it was lost. When the directory has no room; that of `is_safe`.
     pub fn detached(
         &self,
         is_safe: &dyn Fn(&IoFile) -> Result<bool, DiskError>,
@@ -41,7 +42,13 @@ impl DiskImage {
             let at = match files.iter().position(|(known, _)| Arc::ptr_eq(known, file)) {
                 Some(at) => at,
                 None => {
-                    let copy = if is_safe(file)? { None } else { Some(overlays.copy(size)?) };
+                    let copy = match is_safe(file)? {
+                        true => None,
+                        false => {
+                            sync_to_copy(file)?;
+                            Some(overlays.copy(size)?)
+                        }
+                    };
                     files.push((file, copy));
                     files.len() - 1
                 }

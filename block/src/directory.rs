@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use clade_host_io::{CachePolicy, FileError, IoFile, OverlayPool, UnnamedCopy};
 use rustix::fs::{AtFlags, Mode, OFlags, mkdirat, openat, renameat, unlinkat};
+use rustix::io::Errno;
 use rustix::process::geteuid;
 
 use super::steps_trace::step;
@@ -57,7 +58,7 @@ impl Directory {
         self.file.as_fd()
     }
 
-    fn failed(&self, name: &str, what: &'static str) -> impl FnOnce(rustix::io::Errno) -> FileError {
+    fn failed(&self, name: &str, what: &'static str) -> impl FnOnce(Errno) -> FileError {
         let path = self.path().join(name);
         move |error| FileError { path, what, source: error.into() }
     }
@@ -93,7 +94,7 @@ impl Directory {
     pub(super) fn make(&self, name: &str) -> Result<(), FileError> {
         step(|| format!("mkdir {name}")).map_err(failed(&self.path().join(name), "made"))?;
         match mkdirat(self.at(), name, Mode::RWXU) {
-            Err(rustix::io::Errno::EXIST) | Ok(()) => Ok(()),
+            Err(Errno::EXIST) | Ok(()) => Ok(()),
             Err(error) => Err(self.failed(name, "made")(error)),
         }
     }
@@ -185,7 +186,7 @@ impl Directory {
     fn remove(&self, name: &str, flags: AtFlags) -> Result<(), FileError> {
         step(|| format!("remove {name}")).map_err(failed(&self.path().join(name), "removed"))?;
         match unlinkat(self.at(), name, flags) {
-            Err(rustix::io::Errno::NOENT) | Ok(()) => Ok(()),
+            Err(Errno::NOENT) | Ok(()) => Ok(()),
             Err(error) => Err(self.failed(name, "removed")(error)),
         }
     }
@@ -212,6 +213,17 @@ pub(super) fn failed(path: &Path, what: &'static str) -> impl FnOnce(io::Error) 
 pub(super) fn sync(file: &IoFile) -> Result<(), FileError> {
     step(|| format!("sync {}", name(file))).map_err(failed(file.path(), "made durable"))?;
     file.sync_now()
+}
+
+/// Makes a file durable before it is copied. Once the system has failed to write a page back, a read may show what
+/// was there before, and a copy would have that for good. The sync is of another open file: the disk's own flush still
+/// learns of the failure.
+pub(super) fn sync_to_copy(file: &IoFile) -> Result<(), FileError> {
+    match sync(&file.for_another_process()?) {
+        // A file system without writes has no sync.
+        Err(error) if Errno::from_io_error(&error.source) == Some(Errno::INVAL) => Ok(()),
+        synced => synced,
+    }
 }
 
 /// Writes to a file.

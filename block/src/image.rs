@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use clade_host_io::{FileError, IoFile};
 
-use super::directory::Directory;
+use super::directory::{Directory, sync_to_copy};
 use super::map::{BlockMap, CLUSTER, ClusterSource};
 use super::setup::Setup;
 use super::{DiskConfig, DiskError};
@@ -60,7 +60,7 @@ impl DiskImage {
     /// owner alone.
     ///
     /// # Errors
-    /// When the file exists, or a system call fails. Nothing is left at `path` then.
+    /// When the file exists, a write to the disk was lost, or a system call fails. Nothing is left at `path` then.
     pub fn export(&self, path: &Path) -> Result<u64, FileError> {
         let failed = |what| move |source| FileError { path: path.to_owned(), what, source };
         let to = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(failed("created"))?;
@@ -92,6 +92,7 @@ fn copy_data(
     mut write: impl FnMut(u64, &[u8]) -> Result<(), FileError>,
 ) -> Result<u64, FileError> {
     let mut copied = 0;
+    map.sizes().iter().try_for_each(|(file, _)| sync_to_copy(file))?;
     for (range, source) in map.pieces(0..size.div_ceil(CLUSTER)) {
         let ClusterSource::File(file) = source else { continue };
         for_chunks(range.start * CLUSTER, (range.end * CLUSTER).min(size), |at, len| {

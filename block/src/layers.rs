@@ -12,6 +12,7 @@
 //! writes, so the file's content does not matter to it. A cluster with two sources may still have
 //! one content; it counts as changed.
 
+use std::collections::BTreeSet;
 use std::iter;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -20,7 +21,7 @@ use std::sync::Arc;
 
 use clade_host_io::{FileError, IoFile};
 
-use super::directory::Directory;
+use super::directory::{Directory, sync_to_copy};
 use super::image::open_overlays;
 use super::map::{BlockMap, CLUSTER, ClusterSource};
 use super::setup::Setup;
@@ -80,6 +81,26 @@ fn push_file(runs: &mut Vec<DiskRun>, file: &IoFile, clusters: Range<u64>) -> Re
     Ok(())
 }
 
+/// Returns the runs of pieces, whose files are made durable first: a lost write may have left a hole.
+fn runs_of<'a>(pieces: impl Iterator<Item = (Range<u64>, &'a ClusterSource)>) -> Result<Vec<DiskRun>, DiskError> {
+    let (mut runs, mut synced) = (Vec::new(), BTreeSet::new());
+    for (clusters, source) in pieces {
+        let ClusterSource::File(file) = source else {
+            push(&mut runs, clusters, true);
+            continue;
+        };
+        if synced.insert(Arc::as_ptr(file)) {
+            sync_to_copy(file)?;
+        }
+        // A write in flight may fill a hole.
+        match file.has_writes() {
+            true => push(&mut runs, clusters, false),
+            false => push_file(&mut runs, file, clusters)?,
+        }
+    }
+    Ok(runs)
+}
+
 impl DiskImage {
     /// How many clusters the disk has; the last one may be a short one.
     #[must_use]
@@ -87,53 +108,34 @@ impl DiskImage {
         self.setup.size.div_ceil(CLUSTER)
     }
 
-    /// All clusters, ascending and without gaps, as data or known zeros. Settle the image first: a
-    /// file that is still being written counts as data.
+    /// All clusters, ascending and without gaps, as data or known zeros. Their files are made durable. Settle the
+    /// image first: a file that is still being written counts as data.
     ///
     /// # Errors
-    /// When a file system cannot list a file's holes.
+    /// When a write to a file was lost. When a file system cannot list a file's holes.
     pub fn runs(&self) -> Result<Vec<DiskRun>, DiskError> {
-        let mut runs = Vec::new();
-        for (clusters, source) in self.map.pieces(0..self.clusters()) {
-            self.push_source(&mut runs, clusters, source)?;
-        }
-        Ok(runs)
+        runs_of(self.map.pieces(0..self.clusters()))
     }
 
     /// The clusters that may differ from those of `older`, ascending. Includes all that differ, if
     /// `older` was settled before it was read.
     ///
     /// # Errors
-    /// As [`DiskImage::runs`].
+    /// As [`Self::runs`].
     pub fn changed_since(&self, older: &Self) -> Result<Vec<DiskRun>, DiskError> {
-        let mut runs = Vec::new();
+        let mut pieces = Vec::new();
         for (clusters, source) in self.map.pieces(0..self.clusters()) {
             let mut at = clusters.start;
             // `pieces` omits clusters beyond the end of the older image.
             for (other, before) in older.map.pieces(clusters.clone()) {
                 if !source.same(before) {
-                    self.push_source(&mut runs, other.clone(), source)?;
+                    pieces.push((other.clone(), source));
                 }
                 at = other.end;
             }
-            self.push_source(&mut runs, at..clusters.end, source)?;
+            pieces.push((at..clusters.end, source));
         }
-        Ok(runs)
-    }
-
-    fn push_source(
-        &self,
-        runs: &mut Vec<DiskRun>,
-        clusters: Range<u64>,
-        source: &ClusterSource,
-    ) -> Result<(), DiskError> {
-        match source {
-            ClusterSource::Zero => push(runs, clusters, true),
-            // A write in flight may fill a hole.
-            ClusterSource::File(file) if file.has_writes() => push(runs, clusters, false),
-            ClusterSource::File(file) => push_file(runs, file, clusters)?,
-        }
-        Ok(())
+        runs_of(pieces.into_iter().filter(|(clusters, _)| !clusters.is_empty()))
     }
 
     /// Reads its bytes from `offset` on, through the page cache.

@@ -7,6 +7,7 @@ use clade_host_io::CachePolicy;
 use proptest::prelude::*;
 
 use super::*;
+use crate::steps_trace::testing::traced;
 use crate::testutil::{buffer, finish, read, run, settle, whole, write};
 use crate::{CommitError, Disk, DiskOp};
 
@@ -250,6 +251,47 @@ fn what_is_still_being_written_is_not_read() {
     heir.read_at(22 * CLUSTER, &mut cluster).unwrap();
     assert_eq!(cluster, [9; 4096]);
     assert_eq!(heir.changed_since(&image).unwrap(), []);
+}
+
+/// Its pages may show what was there before the lost write, and a copy would have that for good.
+#[test]
+fn no_copy_is_made_of_a_file_whose_write_was_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, _) = file(dir.path());
+    let config = DiskConfig::new(&path);
+    let mut disk = Disk::open(&config).unwrap();
+    let older = disk.fork();
+    write(&mut disk, 0, &[7; 4096]);
+    let image = disk.fork();
+    let export = dir.path().join("export");
+    let exported = || {
+        image.export(&export).map_err(DiskError::from)?;
+        fs::remove_file(&export).unwrap();
+        Ok(())
+    };
+    type Copy<'a> = &'a dyn Fn() -> Result<(), DiskError>;
+    let copies: [(Copy<'_>, usize); 5] = [
+        (&|| image.runs().map(drop), 2),
+        (&|| image.changed_since(&older).map(drop), 1),
+        (&exported, 2),
+        (&|| image.detached(&|_| Ok(false)).map(drop), 2),
+        (&|| image.detached(&|file| Ok(file.path() == path)).map(drop), 1),
+    ];
+    for (number, (copy, files)) in copies.into_iter().enumerate() {
+        let (done, steps) = traced(None, copy);
+        done.unwrap();
+        let syncs: Vec<usize> = (0..steps.len()).filter(|at| steps[*at].starts_with("sync ")).collect();
+        assert_eq!(syncs.len(), files, "copy {number}: {steps:?}");
+        for at in syncs {
+            let refused = traced(Some(at), copy).0.map_err(|error| error.to_string());
+            assert!(matches!(&refused, Err(text) if text.contains("made durable")), "copy {number}: {refused:?}");
+        }
+    }
+    assert!(!export.exists());
+    // A file without a sync, as in a file system that is never written.
+    let null = IoFile::read_only(File::open("/dev/null").unwrap(), &path, CachePolicy::Host);
+    assert!(null.sync_now().is_err());
+    sync_to_copy(&null).unwrap();
 }
 
 /// Requests, forks and snapshots never show an overlay's contents from a previous owner.
