@@ -83,7 +83,7 @@ pub(crate) fn compact_with(
         }
         // The identity stays, and so do the notes of dependents.
         dependents::carry(files, &there, aside.path(), manifest.id)?;
-        if !aside.publish(true)? {
+        if !aside.publish(true, &|| meter.check())? {
             return Err(gone());
         }
     }

@@ -1,7 +1,5 @@
 //! The progress of a save, and its cancellation.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use crate::error::Error;
 
 /// Progress of a save, and its cancellation.
@@ -10,13 +8,14 @@ pub struct SaveProgress<'a> {
     /// Called on the saving thread with the bytes done and the most bytes to do. Bytes that turn
     /// out to be zeros count as done.
     pub progress: &'a dyn Fn(u64, u64),
-    /// Any thread may set it to cancel the save.
-    pub cancel: &'a AtomicBool,
+    /// Returns whether the save is cancelled. Called after each write, and last right before the snapshot is put in
+    /// its place.
+    pub is_cancelled: &'a dyn Fn() -> bool,
 }
 
 impl std::fmt::Debug for SaveProgress<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SaveProgress").field("cancel", &self.cancel).finish_non_exhaustive()
+        f.debug_struct("SaveProgress").finish_non_exhaustive()
     }
 }
 
@@ -24,8 +23,7 @@ impl SaveProgress<'static> {
     /// Without progress and cancellation.
     #[must_use]
     pub fn none() -> Self {
-        static NEVER: AtomicBool = AtomicBool::new(false);
-        Self { progress: &|_, _| {}, cancel: &NEVER }
+        Self { progress: &|_, _| {}, is_cancelled: &|| false }
     }
 }
 
@@ -54,7 +52,6 @@ impl<'a> Meter<'a> {
     }
 
     pub(crate) fn check(&self) -> Result<(), Error> {
-        // Relaxed: the flag guards no other data.
-        if self.watch.cancel.load(Ordering::Relaxed) { Err(Error::Cancelled) } else { Ok(()) }
+        if (self.watch.is_cancelled)() { Err(Error::Cancelled) } else { Ok(()) }
     }
 }

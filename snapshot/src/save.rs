@@ -193,7 +193,7 @@ impl Save<'_> {
                 base_lock = Some(dir);
             }
             // Both stay locked until the snapshot is in place.
-            let put = aside.publish(there.is_some())?;
+            let put = aside.publish(there.is_some(), &|| meter.check())?;
             drop((there, base_lock));
             if put {
                 return Ok(noted);

@@ -214,9 +214,10 @@ impl<'f> StagingDir<'f> {
     /// Moves the directory into place: over the existing snapshot, which the caller has locked, or
     /// to an unused name. All files in it must be synced. Returns false if the state of the target
     /// contradicts `over`. After an error the snapshot may nevertheless be in place, complete, but
-    /// perhaps not durable.
-    pub(crate) fn publish(&mut self, over: bool) -> Result<bool, Error> {
+    /// perhaps not durable; not after an error of `check`, which is the last step before.
+    pub(crate) fn publish(&mut self, over: bool, check: &dyn Fn() -> Result<(), Error>) -> Result<bool, Error> {
         self.files.sync_dir(&self.path)?;
+        check()?;
         let put = if over {
             self.files.exchange(&self.path, &self.place)?
         } else {

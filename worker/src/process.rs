@@ -256,15 +256,18 @@ impl Worker {
     }
 
     /// Waits until its snapshot is written. Calls `watch` with the bytes done and in all; once that
-    /// returns true, the worker stops, which is an error.
+    /// returns true, the worker stops, which is an error, unless the snapshot is in its place already.
     ///
     /// # Errors
-    /// When the worker refuses, or has ended.
+    /// When the worker refuses, has ended, or does not end.
     pub fn saved(&self, watch: impl Fn(Option<(u64, u64)>) -> bool) -> Result<Saved, DaemonError> {
         let mut stopped: Option<Instant> = None;
         loop {
-            if stopped.is_some_and(|at| at.elapsed() > END_TIMEOUT) {
-                return Err(failed(io::ErrorKind::TimedOut.into()));
+            match stopped.map(|at| at.elapsed()) {
+                Some(since) if since > 2 * END_TIMEOUT => return Err(failed(io::ErrorKind::TimedOut.into())),
+                // It may have put the snapshot in its place: its answers so far are read below.
+                Some(since) if since > END_TIMEOUT => self.send_kill(),
+                _ => {}
             }
             let progress = match receive(&self.socket) {
                 Ok((WorkerAnswer::Saved(saved), _)) => return Ok(*saved),
@@ -272,6 +275,8 @@ impl Worker {
                 Ok((WorkerAnswer::Saving { done, total }, _)) => Some((done, total)),
                 Ok((other, _)) => return Err(failed(unexpected(&other))),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+                // It ended without reading the request to stop. Its earlier answer comes next.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => None,
                 Err(error) => return Err(failed(error)),
             };
             if watch(progress) && stopped.is_none() {
@@ -396,6 +401,7 @@ mod tests {
     use std::os::fd::AsFd;
     use std::process::{Child, Command};
 
+    use clade_snapshot::SnapshotId;
     use clade_vmm::vm::VmConfig;
     use rustix::fs::{MemfdFlags, memfd_create};
     use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -444,6 +450,36 @@ mod tests {
         let found = one.detach(request(), &known, &parts(), || Ok(())).unwrap();
         assert_eq!((found.counts, found.image.descriptors(), found.made), (counts, 1, made));
         assert!(has_ended(&pidfd, Duration::ZERO), "the copier had the copies open for writing");
+        child.wait().unwrap();
+    }
+
+    /// A stop that comes too late: the snapshot is in its place, and the VM's next one is based on it.
+    #[test]
+    fn a_save_that_ends_before_it_reads_the_stop_is_saved() {
+        let (one, theirs, mut child) = worker();
+        let saved = Saved {
+            id: SnapshotId::new(7),
+            data_pages: 1,
+            zero_pages: 2,
+            data_bytes: 4096,
+            base_untold: false,
+            base_elsewhere: false,
+        };
+        send(&theirs, &WorkerAnswer::Saving { done: 0, total: 1 }, &[]).unwrap();
+        let theirs = Cell::new(Some(theirs));
+        let asks = Cell::new(0);
+        let found = one.saved(|_| {
+            asks.set(asks.get() + 1);
+            // The stop is in the socket.
+            if asks.get() == 2
+                && let Some(theirs) = theirs.take()
+            {
+                send(&theirs, &WorkerAnswer::Saved(Box::new(saved)), &[]).unwrap();
+            }
+            true
+        });
+        assert_eq!(found.unwrap(), saved);
+        child.kill().unwrap();
         child.wait().unwrap();
     }
 

@@ -16,7 +16,6 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clade_snapshot::{Compression, SaveProgress, Saved, SnapshotId};
@@ -72,18 +71,19 @@ pub(super) fn save(context: &Context, socket: &OwnedFd, request: &WriteSnapshotR
         // No other thread has the image.
         Arc::get_mut(&mut image).ok_or_else(|| failed(io::ErrorKind::ResourceBusy.into()))?.close_network();
     }
-    let cancel = AtomicBool::new(false);
+    let has_gone = Cell::new(false);
     let told = Cell::new(Instant::now());
     let tell = |done, total| {
         if told.get().elapsed() < TELL_INTERVAL {
             return;
         }
         told.set(Instant::now());
-        // The starter has gone, or asks to stop.
-        if send(socket, &WorkerAnswer::Saving { done, total }, &[]).is_err() || has_word(socket) {
-            cancel.store(true, Ordering::Relaxed);
+        if send(socket, &WorkerAnswer::Saving { done, total }, &[]).is_err() {
+            has_gone.set(true);
         }
     };
+    // A request to stop counts until the snapshot is put in its place.
+    let is_cancelled = || has_gone.get() || has_word(socket);
     let compression = if request.zstd { Compression::Zstd } else { Compression::None };
     let options = SnapshotOptions {
         incremental: base.is_some(),
@@ -91,7 +91,7 @@ pub(super) fn save(context: &Context, socket: &OwnedFd, request: &WriteSnapshotR
         replace: request.replace,
         is_fixed: request.is_fixed,
     };
-    let watch = SaveProgress { progress: &tell, cancel: &cancel };
+    let watch = SaveProgress { progress: &tell, is_cancelled: &is_cancelled };
     let of = base.as_ref().map(|(place, image)| (place, &**image));
     image.save(&request.dir, of, options, &watch).map(|(_, saved)| saved).map_err(Into::into)
 }

@@ -1,7 +1,6 @@
 //! `clade snapshot`: saves a running VM, and inspects or compacts snapshots.
 
 use std::io::IsTerminal;
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::anyhow;
@@ -174,13 +173,13 @@ fn print_summary(summary: &Summary) -> std::io::Result<()> {
 }
 
 fn compact_dir(args: &SnapshotDirArgs) -> Outcome {
-    static NEVER: AtomicBool = AtomicBool::new(false);
     let bar = bar(args.json);
     let progress = |done, total| {
         bar.set_length(total);
         bar.set_position(done);
     };
-    let compacted = compact(&args.dir, &args.parents.allowed(), &SaveProgress { progress: &progress, cancel: &NEVER });
+    let watch = SaveProgress { progress: &progress, ..SaveProgress::none() };
+    let compacted = compact(&args.dir, &args.parents.allowed(), &watch);
     bar.finish_and_clear();
     let compacted = compacted.map_err(failure)?;
     if args.json {

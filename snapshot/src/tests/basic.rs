@@ -1,14 +1,16 @@
 //! Saved contents are restored unchanged.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fs;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
 
 use clade_memory::{DontFork, GuestRam, PageRange, RamLayout, Store};
 use vm_memory::Bytes;
 
+use super::faults::Plan;
 use super::support::*;
 use crate::ParentDirs;
+use crate::files::{FileOp, FileOps};
 use crate::*;
 
 const LOADS: [Load; 3] = [Load::Lazy, Load::Preload, Load::WorkingSet(Vec::new())];
@@ -155,20 +157,31 @@ fn progress_is_told_and_a_save_can_be_cancelled() {
         replace: true,
     };
     let told = RefCell::new(Vec::new());
-    let never = AtomicBool::new(false);
-    save.to(&at, &SaveProgress { progress: &|done, total| told.borrow_mut().push((done, total)), cancel: &never })
-        .unwrap();
+    let tell = |done, total| told.borrow_mut().push((done, total));
+    save.to(&at, &SaveProgress { progress: &tell, ..SaveProgress::none() }).unwrap();
     let told = told.into_inner();
     assert!(told.len() > 5 && told.windows(2).all(|two| two[0].0 <= two[1].0 && two[0].1 == two[1].1));
     assert!(told.first().is_some_and(|first| first.0 == 0) && told.last().is_some_and(|last| last.0 == last.1));
-    let before = Snapshot::open(&at, &ParentDirs::siblings()).unwrap().id();
-    let cancel = AtomicBool::new(false);
-    let stop = |done, _| cancel.store(done > 20 << 20, Ordering::Relaxed);
-    assert!(matches!(save.to(&at, &SaveProgress { progress: &stop, cancel: &cancel }), Err(Error::Cancelled)));
-    assert_eq!(
-        (Snapshot::open(&at, &ParentDirs::siblings()).unwrap().id(), names(dir.path())),
-        (before, vec!["it".to_owned()])
-    );
+    let checks = Cell::new(0);
+    let plan = Arc::new(Plan::default());
+    let (files, last_check) = (FileOps { plan: Some(Arc::clone(&plan)) }, Cell::new(0));
+    let cancelled_at = |check: u32| {
+        checks.set(0);
+        let is_cancelled = || {
+            last_check.set(plan.trace().len());
+            checks.replace(checks.get() + 1) == check
+        };
+        save.with(&files, &at, &SaveProgress { is_cancelled: &is_cancelled, ..SaveProgress::none() })
+    };
+    cancelled_at(u32::MAX).unwrap();
+    // A cancellation counts until the snapshot is put in its place.
+    assert_eq!(plan.trace()[last_check.get()].0, FileOp::Rename);
+    let there = || (Snapshot::open(&at, &ParentDirs::siblings()).unwrap().id(), names(dir.path()));
+    let before = (there().0, vec!["it".to_owned()]);
+    for check in 0..checks.get() {
+        assert!(matches!(cancelled_at(check), Err(Error::Cancelled)), "check {check}");
+        assert_eq!(there(), before, "check {check}");
+    }
 }
 
 #[test]

@@ -389,7 +389,6 @@ fn a_base_that_is_replaced_meanwhile_is_noticed() {
     let dir = scratch();
     let made = chain(&store, dir.path());
     let at = |name: &str| dir.path().join(name);
-    let never = std::sync::atomic::AtomicBool::new(false);
     // While the snapshot is being written, another save replaces its base, or its own directory.
     let replace = |name: &'static str| {
         let (target, image) = (at(name), made[0].1.clone());
@@ -403,11 +402,11 @@ fn a_base_that_is_replaced_meanwhile_is_noticed() {
     let base = Some(Base { dir: &at("c"), id: made[2].0, image: &made[0].1, is_fixed: false });
     let save =
         Save { memory: &made[2].1, disks: &[], sections: &[], base, compression: Compression::None, replace: true };
-    let refused = save.to(&at("d"), &SaveProgress { progress: &over_c, cancel: &never }).unwrap_err();
+    let refused = save.to(&at("d"), &SaveProgress { progress: &over_c, ..SaveProgress::none() }).unwrap_err();
     assert!(matches!(refused, Error::WrongId { wanted, .. } if wanted == made[2].0), "{refused:?}");
     let over_b = replace("b");
-    let refused =
-        compact(&at("b"), &ParentDirs::siblings(), &SaveProgress { progress: &over_b, cancel: &never }).unwrap_err();
+    let watch = SaveProgress { progress: &over_b, ..SaveProgress::none() };
+    let refused = compact(&at("b"), &ParentDirs::siblings(), &watch).unwrap_err();
     assert!(matches!(refused, Error::WrongId { wanted, .. } if wanted == made[1].0), "{refused:?}");
     assert_eq!(names(dir.path()), ["a", "b", "c"]);
     verify(&at("b"), &ParentDirs::siblings()).unwrap();

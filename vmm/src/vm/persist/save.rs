@@ -150,7 +150,7 @@ impl Vm {
                     self.saving.done.store(done, Ordering::Relaxed);
                     self.saving.total.store(total, Ordering::Relaxed);
                 },
-                cancel: &self.saving.cancel,
+                is_cancelled: &|| self.saving.cancel.load(Ordering::Relaxed),
             };
             let base = base.map(|base| (&base.place, &*base.image));
             let (place, saved) = image.save(dir, base, options, &watch)?;
@@ -223,7 +223,7 @@ impl ForkImage {
             if disk.settle(left.min(SETTLE_POLL)) {
                 return Ok(());
             }
-            if watch.cancel.load(Ordering::Relaxed) {
+            if (watch.is_cancelled)() {
                 return Err(clade_snapshot::Error::Cancelled.into());
             }
             if left.is_zero() {

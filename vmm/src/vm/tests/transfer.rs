@@ -1,7 +1,6 @@
 //! Images taken apart and put together again, and invalid parts.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use clade_block::DiskConfig;
 use clade_devices::virtio::block::BlockOptions;
@@ -155,8 +154,7 @@ fn a_snapshot_based_on_an_image_with_other_disks_is_refused() {
     let none = image(&config);
     config.disks.push(DiskSpec { disk: DiskConfig::new(&path), device: BlockOptions::default() });
     let one = image(&config);
-    let cancel = AtomicBool::new(false);
-    let watch = SaveProgress { progress: &|_, _| {}, cancel: &cancel };
+    let watch = SaveProgress::none();
     let base = dir.path().join("base");
     let (place, _) = none.save(&base, None, SnapshotOptions::default(), &watch).unwrap();
     let options = SnapshotOptions { incremental: true, ..SnapshotOptions::default() };
