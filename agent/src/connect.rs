@@ -18,9 +18,10 @@ use hyper::{Request, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout_at};
 
 use crate::agent::Agent;
-use crate::http::{Answer, BodyError, Reply, Shared, json, piece, reply, text, turn, whole};
+use crate::http::{Answer, BODY_TIMEOUT, BodyError, Reply, Shared, json, piece, reply, text, turn, whole};
 use crate::users::{self, User};
 
 /// Default silence of a stream before a keepalive.
@@ -263,7 +264,8 @@ impl Messages {
     /// The next message; `None` after the last.
     pub(crate) async fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, RpcError> {
         let agent = Shared::clone(&self.agent);
-        let mut held = None;
+        // A client that sends a large message byte by byte would keep its permit.
+        let (mut held, mut until) = (None, None);
         while !self.is_over {
             if let Some(envelope) = self.envelopes.next_envelope().map_err(EnvelopeBroken)? {
                 if envelope.flags & END_OF_STREAM == 0 {
@@ -273,7 +275,14 @@ impl Messages {
                 break;
             }
             turn(&agent, &mut held, self.envelopes.announced()).await?;
-            match piece(&mut self.body).await {
+            if held.is_some() {
+                until.get_or_insert_with(|| Instant::now() + BODY_TIMEOUT);
+            }
+            let next = match until {
+                Some(until) => timeout_at(until, piece(&mut self.body)).await.unwrap_or(Err(BodyError::Late)),
+                None => piece(&mut self.body).await,
+            };
+            match next {
                 Ok(Some(data)) => self.envelopes.push(&data),
                 Ok(None) => {
                     self.envelopes.finish().map_err(EnvelopeBroken)?;

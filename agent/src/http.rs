@@ -20,8 +20,8 @@ use crate::agent::Agent;
 
 /// Maximum size of a body that needs no turn.
 const SMALL: usize = 16 << 10;
-/// Timeout for the next piece of a body.
-const BODY_TIMEOUT: Duration = Duration::from_secs(120);
+/// Timeout for the next piece of a body, and for all of a message.
+pub(crate) const BODY_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// An answer.
 pub(crate) type Reply = Response<Answer>;
@@ -63,7 +63,7 @@ impl Body for Answer {
 pub(crate) enum BodyError {
     #[error("a message of more than {MAX_MESSAGE} bytes")]
     TooLong,
-    #[error("nothing of the request's body has come for {} s", BODY_TIMEOUT.as_secs())]
+    #[error("the request's body has not come within {} s", BODY_TIMEOUT.as_secs())]
     Late,
     #[error("the request's body cannot be read")]
     Broken(#[source] hyper::Error),
@@ -110,8 +110,12 @@ pub(crate) async fn turn<'a>(
     Ok(())
 }
 
-/// All of a body.
+/// All of a body, which has to come within [`BODY_TIMEOUT`]: a client that sends it byte by byte would keep a permit.
 pub(crate) async fn whole(agent: &Agent, body: &mut Incoming) -> Result<Vec<u8>, RpcError> {
+    tokio::time::timeout(BODY_TIMEOUT, pieces(agent, body)).await.map_err(|_| BodyError::Late)?
+}
+
+async fn pieces(agent: &Agent, body: &mut Incoming) -> Result<Vec<u8>, RpcError> {
     let (mut bytes, mut held) = (Vec::new(), None);
     while let Some(data) = piece(body).await? {
         if bytes.len() + data.len() > MAX_MESSAGE {

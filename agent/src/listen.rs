@@ -166,3 +166,38 @@ async fn connection(agent: Arc<Agent>, stream: Box<dyn Stream>, peer: Peer) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+    use tokio::time::{Instant, sleep};
+
+    use super::*;
+
+    /// It would keep a permit, of which there are few.
+    #[tokio::test(start_paused = true)]
+    async fn a_message_that_comes_byte_by_byte_is_given_up() {
+        let agent = Agent::new().unwrap();
+        let all = agent.large.available_permits();
+        let whole = ("List", "application/json", vec![b' '; 20_000]);
+        let stream = ("Start", "application/connect+json", vec![0, 0, 0, 0x80, 0]);
+        for (method, media_type, body) in [whole, stream] {
+            let (mut client, ours) = tokio::io::duplex(1 << 16);
+            tokio::spawn(connection(Arc::clone(&agent), Box::new(ours), Peer::Trusted));
+            let head = format!(
+                "POST /process.Process/{method} HTTP/1.1\r\nhost: a\r\ncontent-type: {media_type}\r\n\
+                 content-length: 30000\r\n\r\n"
+            );
+            client.write_all(&[head.into_bytes(), body].concat()).await.unwrap();
+            sleep(Duration::from_secs(1)).await;
+            assert_eq!(agent.large.available_permits(), all - 1, "{method}");
+            let begun = Instant::now();
+            while agent.large.available_permits() < all {
+                sleep(Duration::from_secs(50)).await;
+                assert!(begun.elapsed() < Duration::from_secs(500), "{method}");
+                // Its connection may have ended.
+                let _ = client.write_all(b" ").await;
+            }
+        }
+    }
+}

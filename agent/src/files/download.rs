@@ -10,7 +10,7 @@ use hyper::http::request::Parts;
 use hyper::{Response, StatusCode};
 use tokio::sync::mpsc;
 
-use super::{Refusal, Wanted, bad, failed, refusal};
+use super::{Refusal, Wanted, bad, failed, open_regular, refusal};
 use crate::http::{Answer, Reply, Shared, text};
 
 const PIECE: usize = 256 << 10;
@@ -36,7 +36,6 @@ fn open(path: &Path) -> Result<(File, u64, bool), Refusal> {
         io::ErrorKind::NotFound => (StatusCode::NOT_FOUND, format!("path '{}' does not exist", path.display())),
         _ => failed("error reading", path, &error),
     };
-    // Checked before the open: a pipe without a writer would block the thread for ever.
     let found = std::fs::metadata(path).map_err(missing)?;
     if found.is_dir() {
         return Err(bad(format_args!("path '{}' is a directory", path.display())));
@@ -44,7 +43,7 @@ fn open(path: &Path) -> Result<(File, u64, bool), Refusal> {
     if !found.is_file() {
         return Err(bad(format_args!("path '{}' is no regular file", path.display())));
     }
-    let file = File::open(path).map_err(missing)?;
+    let file = open_regular(File::options().read(true), path).map_err(missing)?;
     let length = file.metadata().map_err(missing)?.len();
     // Files of /proc and /sys have content but report no length.
     let is_exact = length > 0;
@@ -55,8 +54,12 @@ fn open(path: &Path) -> Result<(File, u64, bool), Refusal> {
 fn read(mut file: File, most: u64) -> (File, io::Result<Bytes>) {
     let mut piece = Vec::new();
     let most = most.min(PIECE as u64);
-    let read = (&mut file).take(most).read_to_end(&mut piece).map(|_| Bytes::from(piece));
-    (file, read)
+    let read = match (&mut file).take(most).read_to_end(&mut piece) {
+        // A file of the kernel that has no more for now.
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+        read => read.map(drop),
+    };
+    (file, read.map(|()| Bytes::from(piece)))
 }
 
 async fn send(mut file: File, length: Option<u64>, sender: mpsc::Sender<io::Result<Bytes>>) {

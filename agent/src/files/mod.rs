@@ -3,11 +3,14 @@
 mod download;
 mod upload;
 
+use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use hyper::StatusCode;
 use hyper::http::request::Parts;
+use rustix::fs::OFlags;
 
 use crate::agent::Agent;
 use crate::auth::Signed;
@@ -26,6 +29,13 @@ struct Wanted {
     workdir: Option<String>,
     /// The permissions of a new file.
     mode: Option<u32>,
+}
+
+/// Opens a regular file, which the caller has looked at. A pipe that has its place by now is refused, and a file of the
+/// kernel that has no more for now, as `/proc/kmsg`, has its end there: both would block the thread for ever.
+fn open_regular(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
+    let file = options.custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(path)?;
+    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is no regular file")) }
 }
 
 /// A refusal: the status, and the reason.
@@ -82,4 +92,29 @@ fn failed(what: &str, path: &Path, error: &io::Error) -> Refusal {
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     };
     (status, format!("{what} '{}': {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use clade_test_support::Watchdog;
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+
+    use super::*;
+
+    #[test]
+    fn a_pipe_in_the_place_of_a_file_blocks_no_thread() {
+        let _watchdog = Watchdog::new(Duration::from_secs(300), || "a pipe is opened".to_owned());
+        let dir = tempfile::tempdir().unwrap();
+        let (pipe, file) = (dir.path().join("pipe"), dir.path().join("file"));
+        mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        open_regular(File::options().read(true), &pipe).unwrap_err();
+        open_regular(File::options().write(true), &pipe).unwrap_err();
+        // With a reader, and so openable.
+        let _reader = rustix::fs::open(&pipe, OFlags::RDONLY | OFlags::NONBLOCK, Mode::empty()).unwrap();
+        open_regular(File::options().write(true).create(true).truncate(true), &pipe).unwrap_err();
+        open_regular(File::options().write(true).create(true), &file).unwrap();
+        open_regular(File::options().read(true), &file).unwrap();
+    }
 }

@@ -1,7 +1,7 @@
 //! Uploads: as a body, or as a form of several files. Only the piece being written is in memory.
 
 use std::collections::{BTreeMap, HashSet};
-use std::fs::{File, OpenOptions, Permissions};
+use std::fs::{File, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use hyper::body::Incoming;
 use hyper::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use hyper::http::request::Parts;
 
-use super::{Refusal, Wanted, bad, failed, refusal};
+use super::{Refusal, Wanted, bad, failed, open_regular, refusal};
 use crate::filesystem::metadata;
 use crate::http::{BodyError, Reply, Shared, json, piece, text};
 use crate::log::log;
@@ -118,12 +118,12 @@ fn create(path: &Path, user: &User) -> Result<File, Refusal> {
     if found.as_ref().is_ok_and(std::fs::Metadata::is_dir) {
         return Err(bad(format_args!("path is a directory: {}", path.display())));
     }
-    // A pipe without a reader would block the thread for ever; writing to a device may block it
-    // too.
+    // Writing to a pipe or a device may block the thread for ever.
     if found.is_ok_and(|found| !found.is_file()) {
         return Err(bad(format_args!("path is no regular file: {}", path.display())));
     }
-    let opened = OpenOptions::new().write(true).create(true).truncate(true).mode(0o666).open(path);
+    let mut options = File::options();
+    let opened = open_regular(options.write(true).create(true).truncate(true).mode(0o666), path);
     let file = opened.map_err(|error| failed("error opening file", path, &error))?;
     paths::fchown_to(&file, user).map_err(|error| failed("error changing file ownership", path, &error))?;
     Ok(file)
