@@ -67,6 +67,8 @@ impl Agent {
         let ended = self.generation.receiver_count().saturating_sub(1);
         self.generation.send_modify(|generation| *generation += 1);
         ready.generation = *self.generation.borrow();
+        // Only clients of the parent know them.
+        self.watchers.end();
         // The console is slow, and the host waits.
         if ended > 0 {
             log!("the VM is {:?} now: {ended} connections of before are ended", request.name);

@@ -255,14 +255,19 @@ impl Answer {
     /// All of the body, up to the limit of a message. The timeout also cuts off a guest that sends
     /// it byte by byte.
     pub(crate) async fn whole(&mut self) -> Result<Vec<u8>, ClientError> {
-        within(SILENCE, self.pieces()).await?
+        self.whole_of(MAX_MESSAGE).await
     }
 
-    async fn pieces(&mut self) -> Result<Vec<u8>, ClientError> {
+    /// The same, up to `most` bytes.
+    pub(crate) async fn whole_of(&mut self, most: usize) -> Result<Vec<u8>, ClientError> {
+        within(SILENCE, self.pieces(most)).await?
+    }
+
+    async fn pieces(&mut self, most: usize) -> Result<Vec<u8>, ClientError> {
         let mut bytes = Vec::new();
         while let Some(piece) = self.piece().await? {
-            if bytes.len() + piece.len() > MAX_MESSAGE {
-                return Err(ClientError::answer(format_args!("more than {MAX_MESSAGE} bytes")));
+            if bytes.len() + piece.len() > most {
+                return Err(ClientError::answer(format_args!("more than {most} bytes")));
             }
             bytes.extend_from_slice(&piece);
         }

@@ -15,6 +15,9 @@ use crate::connection::{Answer, Outgoing};
 use crate::rpc::refusal;
 use crate::{Client, ClientError};
 
+/// Maximum size of a list: the agent sends 65,536 entries at most, of a few hundred bytes.
+const MAX_LIST: usize = 64 << 20;
+
 /// A file being downloaded.
 #[derive(Debug)]
 pub struct Download {
@@ -139,7 +142,8 @@ impl Client {
     /// When the directory does not exist.
     pub async fn list_dir(&self, path: &str) -> Result<Vec<EntryInfo>, ClientError> {
         let request = ListDirRequest { path: path.to_owned(), depth: 1 };
-        Ok(self.call::<_, ListDirResponse>("filesystem.Filesystem/ListDir", &request).await?.entries)
+        let listed: ListDirResponse = self.call_for("filesystem.Filesystem/ListDir", &request, MAX_LIST).await?;
+        Ok(listed.entries)
     }
 
     /// Makes a directory and its parents. The directory has the permissions `mode`, if given.

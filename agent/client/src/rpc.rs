@@ -102,9 +102,19 @@ impl Client {
     /// # Errors
     /// When there is no agent, or it refuses.
     pub async fn call<Q: Serialize, A: DeserializeOwned>(&self, method: &str, message: &Q) -> Result<A, ClientError> {
+        self.call_for(method, message, MAX_MESSAGE).await
+    }
+
+    /// The same, for an answer of up to `most` bytes.
+    pub(crate) async fn call_for<Q: Serialize, A: DeserializeOwned>(
+        &self,
+        method: &str,
+        message: &Q,
+        most: usize,
+    ) -> Result<A, ClientError> {
         let request = self.request("POST", &format!("/{method}"));
         let mut answer = self.sent(request, whole(encode(message)), UNARY_TYPE).await?;
-        read(&answer.whole().await?)
+        read(&answer.whole_of(most).await?)
     }
 
     /// A call with a stream of answers. The agent ends it after `timeout`.

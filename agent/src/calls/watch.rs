@@ -35,14 +35,16 @@ impl Watch {
         let may_be_remote = request.allow_network_mounts;
         let looked_at = root.clone();
         elsewhere(move || look(&looked_at, may_be_remote)).await??;
-        let inotify = Inotify::new(&root, request.recursive).map_err(|error| {
+        let failed = |error: std::io::Error| {
             let code = match error.kind() {
                 std::io::ErrorKind::Unsupported => Code::Unimplemented,
                 _ if error.raw_os_error() == Some(rustix::io::Errno::NOSYS.raw_os_error()) => Code::Unimplemented,
                 _ => Code::ResourceExhausted,
             };
             RpcError::new(code, format_args!("{} cannot be watched: {error}", root.display()))
-        })?;
+        };
+        let inotify = Inotify::new(&root, request.recursive).map_err(failed)?;
+        let inotify = elsewhere(move || inotify.begin()).await?.map_err(failed)?;
         Ok(Self { inotify, root, with_entry: request.include_entry })
     }
 
@@ -101,7 +103,7 @@ impl Agent {
 
     pub(crate) async fn create_watcher(&self, request: WatchRequest, caller: Caller) -> Result<Watcher, RpcError> {
         let full = || RpcError::new(Code::ResourceExhausted, format_args!("there are {MAX_WATCHERS} watchers"));
-        if lock(&self.watchers.open).len() >= MAX_WATCHERS {
+        if !self.watchers.has_room() {
             return Err(full());
         }
         let mut watch = Watch::begin(self, &request, &caller).await?;

@@ -13,6 +13,7 @@ use rustix::fs::inotify::{CreateFlags, ReadFlags, Reader, WatchFlags, add_watch,
 use rustix::io::Errno;
 use tokio::io::Interest;
 
+use super::watchers::MAX_EVENTS;
 use crate::stream::{Stream, register};
 
 /// Maximum number of directories of a watch.
@@ -46,17 +47,21 @@ fn flags() -> WatchFlags {
 }
 
 impl Inotify {
-    /// Watches `root`. Must be called on the runtime's thread.
+    /// Makes a watch of `root`, without a directory. Must be called on the runtime's thread.
     pub(crate) fn new(root: &Path, is_recursive: bool) -> io::Result<Self> {
         let fd = init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
         let fd = register(fd, Interest::READABLE)?;
-        let mut watch = Self { fd, root: root.to_owned(), is_recursive, dirs: HashMap::new() };
-        watch.add(Path::new(""), &mut Vec::new())?;
-        Ok(watch)
+        Ok(Self { fd, root: root.to_owned(), is_recursive, dirs: HashMap::new() })
+    }
+
+    /// Watches its root, which may take long. Its entries are no events.
+    pub(crate) fn begin(mut self) -> io::Result<Self> {
+        self.add(Path::new(""), None)?;
+        Ok(self)
     }
 
     /// Watches a directory, and those in it for a recursive watch. Adds their entries to `found`.
-    fn add(&mut self, dir: &Path, found: &mut Vec<Event>) -> io::Result<()> {
+    fn add(&mut self, dir: &Path, mut found: Option<&mut Vec<Event>>) -> io::Result<()> {
         if self.dirs.len() >= MAX_DIRS {
             return Err(io::Error::other(format!("more than {MAX_DIRS} directories")));
         }
@@ -69,9 +74,15 @@ impl Inotify {
         // After the watch, so that later entries cause events.
         for entry in fs::read_dir(&path)?.flatten() {
             let below = dir.join(entry.file_name());
-            found.push((EventType::Create, below.clone()));
+            if let Some(found) = &mut found {
+                // A directory of any size may be moved here.
+                if found.len() >= MAX_EVENTS {
+                    return Err(io::Error::other(format!("more than {MAX_EVENTS} entries at a time")));
+                }
+                found.push((EventType::Create, below.clone()));
+            }
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                match self.add(&below, found) {
+                match self.add(&below, found.as_deref_mut()) {
                     Err(error) if is_gone(&error) => {}
                     added => added?,
                 }
@@ -120,7 +131,7 @@ impl Inotify {
         events.extend(kinds.iter().filter(|(flag, _)| what.intersects(*flag)).map(|(_, kind)| (*kind, path.clone())));
         let is_new_dir = what.contains(ReadFlags::ISDIR) && what.intersects(ReadFlags::CREATE | ReadFlags::MOVED_TO);
         if self.is_recursive && is_new_dir {
-            match self.add(&path, events) {
+            match self.add(&path, Some(events)) {
                 Err(error) if !is_gone(&error) => return Err(error),
                 _ => {}
             }

@@ -8,6 +8,8 @@ use clade_agent_proto::RpcError;
 use clade_agent_proto::filesystem::FilesystemEvent;
 use tokio::task::JoinHandle;
 
+use crate::lock::lock;
+
 /// Maximum number of watchers: as many as the kernel allows a user.
 pub(crate) const MAX_WATCHERS: usize = 128;
 
@@ -28,4 +30,20 @@ type Open = (Arc<Watched>, JoinHandle<()>);
 pub(crate) struct Watchers {
     pub(crate) made: AtomicU64,
     pub(crate) open: Mutex<HashMap<String, Open>>,
+}
+
+impl Watchers {
+    /// Returns whether another watcher can be made. Forgets those that have ended if there are too many.
+    pub(crate) fn has_room(&self) -> bool {
+        let mut open = lock(&self.open);
+        if open.len() >= MAX_WATCHERS {
+            open.retain(|_, (watched, _)| lock(&watched.events).is_ok());
+        }
+        open.len() < MAX_WATCHERS
+    }
+
+    /// Ends all watchers.
+    pub(crate) fn end(&self) {
+        lock(&self.open).drain().for_each(|(_, (_, task))| task.abort());
+    }
 }

@@ -2,10 +2,11 @@
 
 use std::os::fd::OwnedFd;
 
-use clade_agent_client::proto::Code;
+use clade_agent_client::proto::api::Generation;
 use clade_agent_client::proto::filesystem::{EventType, WatchDirResponse, WatchRequest, Watcher, WatcherEvents};
 use clade_agent_client::proto::process::Empty;
-use clade_agent_client::{ClientError, Messages};
+use clade_agent_client::proto::{Code, RpcError};
+use clade_agent_client::{Client, ClientError, Messages};
 
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
@@ -85,6 +86,67 @@ fn watchers_are_asked_for_what_has_happened() {
         let missing = WatchRequest { path: "/nowhere".into(), ..WatchRequest::default() };
         let error = client.call::<_, Watcher>("filesystem.Filesystem/CreateWatcher", &missing).await.unwrap_err();
         assert!(matches!(&error, ClientError::Rpc(error) if error.code == Code::NotFound), "{error}");
+    });
+}
+
+/// Until the watcher has ended, with its reason.
+async fn end_of(client: &Client, watcher: &Watcher) -> RpcError {
+    let mut end = None;
+    until("the end of a watcher", async || {
+        let events = client.call::<_, WatcherEvents>("filesystem.Filesystem/GetWatcherEvents", watcher).await;
+        end = events.err();
+        end.is_some()
+    })
+    .await;
+    let Some(ClientError::Rpc(error)) = end else { panic!("{end:?}") };
+    error
+}
+
+#[test]
+fn a_large_directory_that_is_moved_to_a_watched_one_ends_the_watch_and_makes_room() {
+    let agent = Agent::start();
+    run(async {
+        let client = agent.client();
+        let (dir, large) = (agent.path("dir"), agent.path("large"));
+        for dir in [&dir, &large] {
+            std::fs::create_dir(dir).unwrap();
+        }
+        (0..17_000).for_each(|number| drop(std::fs::File::create(format!("{large}/{number:0100}")).unwrap()));
+        // One that is there already is no event.
+        let there = WatchRequest { path: large.clone(), recursive: true, ..WatchRequest::default() };
+        let unmoved: Watcher = client.call("filesystem.Filesystem/CreateWatcher", &there).await.unwrap();
+        let request = WatchRequest { path: dir.clone(), recursive: true, ..WatchRequest::default() };
+        let watcher: Watcher = client.call("filesystem.Filesystem/CreateWatcher", &request).await.unwrap();
+        std::fs::rename(&large, format!("{dir}/large")).unwrap();
+        let error = end_of(&client, &watcher).await;
+        assert!(error.message.contains("more than 16384 entries at a time"), "{error}");
+        let events: WatcherEvents = client.call("filesystem.Filesystem/GetWatcherEvents", &unmoved).await.unwrap();
+        assert!(events.events.len() < 10, "{} events", events.events.len());
+        // All entries in one answer, which is of more than 4 MiB.
+        assert_eq!(client.list_dir(&format!("{dir}/large")).await.unwrap().len(), 17_000);
+        let flat = WatchRequest { path: dir.clone(), ..WatchRequest::default() };
+        let make = async || client.call::<_, Watcher>("filesystem.Filesystem/CreateWatcher", &flat).await;
+        // In place of the one that has ended, too.
+        for _ in 1..128 {
+            make().await.unwrap();
+        }
+        let full = make().await.unwrap_err();
+        assert!(matches!(&full, ClientError::Rpc(error) if error.code == Code::ResourceExhausted), "{full}");
+    });
+}
+
+#[test]
+fn no_watcher_is_of_another_generation() {
+    let agent = Agent::start();
+    run(async {
+        let client = agent.client();
+        let dir = agent.path("dir");
+        std::fs::create_dir(&dir).unwrap();
+        let request = WatchRequest { path: dir.clone(), ..WatchRequest::default() };
+        let first: Watcher = client.call("filesystem.Filesystem/CreateWatcher", &request).await.unwrap();
+        client.change_generation(&Generation::default()).await.unwrap();
+        let gone = end_of(&client, &first).await;
+        assert_eq!(gone.code, Code::NotFound, "{gone}");
     });
 }
 
