@@ -16,7 +16,7 @@ use crate::region::dont_fork::{self, DontForkMap};
 use crate::region::freeze::RegionImage;
 use crate::region::mappings::Mapping;
 use crate::region::{GuestRegion, State};
-use crate::units::{PAGE_SIZE, PageRange, pages_in};
+use crate::units::{PAGE_SIZE, PageRange, pages_in, subtract_runs};
 
 /// Maximum memory to copy into a child to save mappings. Beyond it the fork is refused.
 const MAX_COPIED: u64 = (64 << 20) / PAGE_SIZE;
@@ -136,10 +136,10 @@ impl GuestRegion {
                 .map_err(|source| RamError::Copy { pages: pages_in(&copied), source })?;
         }
         let table = self.table.lock();
-        for range in &copied {
-            // I2: a copy made on fork is the child's own.
-            table.set_exclusive(*range);
-        }
+        // I2: a copy made on fork is the child's own. An absent page is not, even if the image's map shows it: a pin
+        // by its bit would not look at the declarations.
+        let copied = subtract_runs(&copied, &absent);
+        copied.iter().for_each(|range| table.set_exclusive(*range));
         self.counters.count_adopted(pages_in(&copied));
         for range in &absent {
             state.space.show(*range, &Mapping::Absent)?;

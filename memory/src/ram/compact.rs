@@ -7,6 +7,7 @@ use crate::layer::registry::View;
 use crate::quiesce::Quiesced;
 use crate::ram::{GuestRam, RamImage};
 use crate::region::compact::{CompactReport, MergedLayer, runs_to_merge};
+use crate::region::dont_fork;
 use crate::region::freeze::RegionImage;
 use crate::store::Store;
 
@@ -19,7 +20,8 @@ impl RamImage {
     pub fn compact(&self, store: &Store) -> Result<(Self, CompactReport), RamError> {
         let mut report = CompactReport::default();
         let merge = |region: &RegionImage| {
-            let merged = MergedLayer::make(store, region.map.map(), &runs_to_merge(&region.map, &[]))?;
+            let barred = dont_fork::runs(&region.dont_fork);
+            let merged = MergedLayer::make(store, region.map.map(), &runs_to_merge(&region.map, &barred))?;
             let mut map = Arc::clone(region.map.map());
             if let Some(merged) = &merged {
                 merged.substitute(Arc::make_mut(&mut map));

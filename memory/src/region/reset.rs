@@ -216,6 +216,9 @@ impl GuestRegion {
         state.space.lay_out(todo, map, |_, _| Ok(()))?;
         if is_other {
             state.space.hold_leases_of_map();
+            // Its parts are of the map of before, whose layers and leases it holds.
+            state.compaction = None;
+            state.last_compacted = (0, 0);
         }
         state.space.retire_base_if_shared();
         state.space.trim();

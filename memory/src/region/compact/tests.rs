@@ -1,5 +1,9 @@
 use super::*;
-use crate::{DontFork, FreezeMode, GuestRam, Quiesced, RamImage, RamLayout};
+use crate::layer::registry::View;
+use crate::region::dont_fork::DontForkMap;
+use crate::region::freeze::RegionImage;
+
+use crate::{Access, DontFork, FreezeMode, GuestRam, PinError, PinLifetime, Quiesced, RamImage, RamLayout};
 use vm_memory::{Bytes, GuestAddress};
 
 /// Pages declared no-fork between the copy and the installation keep the layer from which they are
@@ -97,6 +101,70 @@ fn pieces(store: &Store, pieces: u64, len: u64, gap: u64, layers: u64) -> LayerM
         map.insert(range, LayerOffset { layer: Arc::clone(layer), at: 2 * range.start + nth });
     }
     map
+}
+
+/// A pin by its bit does not look at the declarations, and its slice would not be mapped.
+#[test]
+fn no_child_owns_an_absent_page_whatever_the_map_of_its_image_shows() {
+    let store = Store::open_small().unwrap();
+    let parent = GuestRam::reserve(&RamLayout::new(4096 * PAGE_SIZE).unwrap(), &store).unwrap();
+    parent.populate().unwrap();
+    let (image, _) = parent.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters)).unwrap();
+    // More pieces than a child may map: it copies them. One is absent, and so is a gap.
+    let map = pieces(&store, 1200, 1, 1, 2);
+    let mut dont_fork = DontForkMap::new();
+    let (shown, gap) = (PageRange::new(0, 1), PageRange::new(101, 102));
+    for range in [shown, gap] {
+        dont_fork.insert(range, DontFork::Absent);
+    }
+    let region = RegionImage { map: Arc::new(View::new(store.views(), Arc::new(map))), dont_fork };
+    let image = image.with_regions(vec![region]);
+    let child = GuestRam::reserve(image.layout(), &store).unwrap();
+    child.adopt(&image).unwrap();
+    child.check(&Quiesced::by(&crate::NoWriters)).unwrap();
+    let region = &child.regions()[0];
+    assert!(region.ownership().get(2).0, "a copy is the child's own");
+    for range in [shown, gap] {
+        let refused = region.pin(range, Access::Write, PinLifetime::Transient).map(drop);
+        assert!(matches!(refused, Err(PinError::Absent { .. })), "{range}: {refused:?}");
+    }
+    let (merged, report) = image.compact(&store).unwrap();
+    assert!(report.pieces < 100, "{report:?}");
+    let map = &merged.regions()[0].map;
+    assert!(map.get(100).is_some() && map.get(101).is_none() && map.get(102).is_some());
+}
+
+/// A merge holds the map that it is of, with the leases of its layers.
+#[test]
+fn a_rollback_forgets_a_merge_of_the_map_of_before() {
+    let store = Store::open_small().unwrap();
+    let ram = GuestRam::reserve(&RamLayout::new(1024 * PAGE_SIZE).unwrap(), &store).unwrap();
+    ram.populate().unwrap();
+    let put = |page: u64, word: u64| ram.memory().write_obj(word, GuestAddress(page * PAGE_SIZE)).unwrap();
+    let freeze = || ram.freeze_in(FreezeMode::Eager, &Quiesced::by(&crate::NoWriters)).unwrap().0;
+    let images = [1, 2].map(|word| {
+        (0..1024).step_by(2).for_each(|page| put(page, word));
+        freeze()
+    });
+    let region = &ram.regions()[0];
+    let (compaction, of) = {
+        let mut state = region.state();
+        let of = Arc::clone(state.space.map());
+        let merged = MergedLayer::make(&store, &of, &[PageRange::new(0, 1024)]).unwrap();
+        let compaction = Arc::new(Compaction::default());
+        compaction.set(merged);
+        state.compaction = Some(Arc::clone(&compaction));
+        state.last_compacted = (7, 7);
+        (Arc::downgrade(&compaction), Arc::downgrade(&of))
+    };
+    for (image, is_kept) in [(&images[1], true), (&images[0], false)] {
+        ram.reset(image, &Quiesced::by(&crate::NoWriters), std::time::Duration::ZERO).unwrap();
+        let last = region.state().last_compacted;
+        assert_eq!((compaction.strong_count() > 0, last == (7, 7)), (is_kept, is_kept));
+    }
+    drop(images);
+    store.sweep();
+    assert!(of.upgrade().is_none(), "the map of before is held");
 }
 
 #[test]
