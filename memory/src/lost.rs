@@ -30,6 +30,9 @@ pub enum FillError {
     /// A file behind guest memory was truncated, or cannot be read.
     #[error("a page of guest memory is gone: the file it is mapped from was cut short, or cannot be read")]
     Gone,
+    /// The kernel removed pages to map others in their place, and failed.
+    #[error("pages of guest memory are lost: the kernel has failed to map others in their place")]
+    Unmapped,
     /// The userfaultfd no longer answers.
     #[error("the userfaultfd of the background freeze is lost")]
     Lost(#[source] io::Error),

@@ -330,7 +330,7 @@ impl GuestRam {
     /// EFAULT; this process: a signal).
     #[must_use]
     pub fn failure(&self) -> Option<Arc<FillError>> {
-        self.regions.iter().find_map(|region| region.failure.get())
+        self.regions.iter().find_map(|region| region.lost())
     }
 
     /// Calls `call` once when memory is lost, on a thread of this crate that holds no lock, so

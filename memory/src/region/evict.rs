@@ -76,9 +76,8 @@ impl GuestRegion {
         if written > 0 {
             let done = self.write_away(&mut state, &table, &out, dir);
             state.space.trim();
+            state.space.free_replaced_base(&subtract_runs(&base, &pinned));
             done?;
-            state.space.free_base(&subtract_runs(&base, &pinned));
-            state.space.retire_base_if_shared();
         }
         Ok(Evicted { written, dropped })
     }

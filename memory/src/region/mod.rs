@@ -299,7 +299,8 @@ impl GuestRegion {
     /// The reason why adopted memory is lost, whether the callbacks have run or not.
     pub(crate) fn lost(&self) -> Option<Arc<FillError>> {
         let gone = || self.watched.as_ref().is_some_and(SigbusWatch::is_lost).then(|| Arc::new(FillError::Gone));
-        self.failure.get().or_else(gone)
+        let torn = || self.at.is_torn().then(|| Arc::new(FillError::Unmapped));
+        self.failure.get().or_else(gone).or_else(torn)
     }
 
     #[cfg(any(test, feature = "hazard"))]

@@ -211,7 +211,9 @@ impl GuestRegion {
         range: PageRange,
         page: &RefPage,
     ) -> Result<(), RamError> {
+        let base = state.space.mappings().base_within(range);
         let shown = self.try_show(state, range, page);
+        state.space.free_replaced_base(&base);
         if broken(Break::OwnReference) {
             table.set_exclusive(range);
         }
@@ -229,15 +231,12 @@ impl GuestRegion {
         if !sources.is_empty() {
             state.space.reserve_runs(sources.len())?;
         }
-        let base = state.space.mappings().base_within(range);
         if sources.is_empty() {
             state.space.show(range, &Mapping::Zero)?;
         }
         for (piece, source) in sources {
             state.space.show(piece, &Mapping::Private(source))?;
         }
-        state.space.free_base(&base);
-        state.space.retire_base_if_shared();
         Ok(())
     }
 }

@@ -132,7 +132,7 @@ impl AddressSpace {
     }
 
     /// Maps `want` in `range`, in place of its pages and the VM's own copies. On failure nothing
-    /// has changed.
+    /// has changed, or the memory is lost ([`FillError::Unmapped`](crate::FillError::Unmapped)).
     pub(crate) fn show(&mut self, range: PageRange, want: &Mapping) -> Result<(), RamError> {
         self.put(range, want)?;
         if broken(Break::LeaveMap) {
@@ -320,8 +320,15 @@ impl AddressSpace {
         self.base = None;
     }
 
-    /// Punches the base file's pages in `runs`, which were this VM's alone and are not mapped any
-    /// more.
+    /// After a replacement of `runs`, which were mapped shared over the base file: punches the file's pages that are
+    /// not mapped any more. Called also if the replacement has failed half-way, because no later one looks at these.
+    pub(crate) fn free_replaced_base(&mut self, runs: &[PageRange]) {
+        self.free_base(&subtract_runs(runs, &self.mappings.base_runs()));
+        self.retire_base_if_shared();
+    }
+
+    /// Punches the base file's pages in `runs`, which are this VM's alone: they are mapped nowhere, or are zeros from
+    /// now on.
     pub(crate) fn free_base(&self, runs: &[PageRange]) {
         let Some(base_file) = &self.base_file else { return };
         for run in runs.iter().filter(|run| !run.is_empty()) {

@@ -161,8 +161,6 @@ struct OwnedPages {
 /// The plan for one region.
 #[derive(Debug, Default)]
 struct SuspendPlan {
-    /// The own pages that are mapped shared over the base file.
-    base: Vec<PageRange>,
     /// Pages that stay in memory.
     kept: Vec<PageRange>,
     /// The own pages that are zeros.
@@ -246,7 +244,7 @@ impl GuestRegion {
         // pinned it by the bit until now has written it; a later pin waits for the lock.
         let pinned: Vec<PageRange> = owned.own.iter().flat_map(|run| table.share(*run)).collect();
         let refused = pinned.first().map(|first| RamError::Pinned { pages: pages_in(&pinned), first: *first });
-        let place = to.placed;
+        let (place, base) = (to.placed, owned.base.clone());
         let planned = refused.map_or_else(|| region.plan_suspension(&state, &to.merge, owned), Err);
         let done = planned.and_then(|plan| {
             region.write_plan(&plan, to)?;
@@ -261,9 +259,8 @@ impl GuestRegion {
             region.reclaim(&state, &table, region.range());
         }
         state.space.trim();
+        state.space.free_replaced_base(&base);
         let plan = done?;
-        state.space.free_base(&plan.base);
-        state.space.retire_base_if_shared();
         region.empty_tables(&plan.kept);
         region.counters.count_guest(unseen);
         state.counted.clear();
@@ -326,7 +323,7 @@ impl GuestRegion {
         }
         let cleared = subtract_runs(&long, &shown);
         debug_assert!(subtract_runs(&own, &merged(&[&shown, &cleared])).is_empty(), "a page of the VM's own is left");
-        Ok(SuspendPlan { base, kept, zeros, shown, cleared })
+        Ok(SuspendPlan { kept, zeros, shown, cleared })
     }
 
     /// Appends the shown pages of the plan to the file. Zeros stay holes.

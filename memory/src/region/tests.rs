@@ -1,13 +1,14 @@
 //! Refusals of a region before it has memory, and the ownership of the rest of its base file.
 
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::layer::gc::Swept;
 use crate::{
-    Access, FreezeMode, GuestRam, NoWriters, PAGE_SIZE, PageRange, PinError, PinLifetime, Quiesced, RamError,
-    RamLayout, Store,
+    Access, FillError, FreezeMode, GuestRam, NoWriters, PAGE_SIZE, PageRange, PinError, PinLifetime, Quiesced,
+    RamError, RamLayout, Store,
 };
 
 const PAGES: u64 = 64;
@@ -25,6 +26,25 @@ fn named(store: &Store) -> GuestRam {
 
 fn stopped() -> Quiesced<'static> {
     Quiesced::by(&NoWriters)
+}
+
+/// As a mapping fails for which the kernel has no memory, after it has removed the one before.
+#[test]
+fn memory_is_lost_if_a_mapping_of_it_fails_half_way() {
+    let store = Store::open_small().unwrap();
+    let ram = named(&store);
+    let (image, _) = ram.freeze(&stopped()).unwrap();
+    assert!(ram.failure().is_none());
+    let socket = std::os::unix::net::UnixStream::pair().unwrap().0;
+    ram.regions()[0].at.map_private(PageRange::new(3, 7), socket.as_fd(), 0).unwrap_err();
+    let lost = |error: &RamError| matches!(error, RamError::Lost(error) if matches!(**error, FillError::Unmapped));
+    assert!(ram.failure().is_some_and(|error| matches!(*error, FillError::Unmapped)));
+    assert!(lost(&ram.freeze(&stopped()).map(drop).unwrap_err()));
+    assert!(lost(&ram.reset(&image, &stopped(), Duration::ZERO).map(drop).unwrap_err()));
+    // Its images are whole.
+    let child = reserved(&store);
+    child.adopt(&image).unwrap();
+    assert_eq!(child.memory().read_obj::<u64>(GuestAddress(5 * PAGE_SIZE)).unwrap(), 6);
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap, mmap_anonymous, mremap_fixed, munmap};
@@ -34,6 +35,8 @@ pub(crate) struct Reservation {
     /// While the reservation is vacant: the mapped ranges, ascending. `None` if all of it is
     /// mapped.
     mapped: Mutex<Option<Vec<PageRange>>>,
+    /// Whether memory is lost: a mapping failed half-way.
+    is_torn: AtomicBool,
 }
 
 /// Addresses that the kernel does not choose by itself: it allocates downward from the stack.
@@ -75,7 +78,7 @@ impl Reservation {
         failpoint(Call::Map)?;
         let len = PageRange::new(0, pages).bytes();
         if let Some(base) = Self::apart(len) {
-            return Ok(Self { base, pages, is_apart: true, mapped: Mutex::default() });
+            return Ok(Self { base, pages, is_apart: true, mapped: Mutex::default(), is_torn: AtomicBool::new(false) });
         }
         let slack = BLOCK_SIZE as usize;
         let padded = len.checked_add(slack).ok_or(io::ErrorKind::OutOfMemory)?;
@@ -89,7 +92,7 @@ impl Reservation {
         Self::trim(start, aligned - start)?;
         Self::trim(aligned + len, start + padded - (aligned + len))?;
         let base = NonNull::new(aligned as *mut u8).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self { base, pages, is_apart: false, mapped: Mutex::default() })
+        Ok(Self { base, pages, is_apart: false, mapped: Mutex::default(), is_torn: AtomicBool::new(false) })
     }
 
     /// Reserves `len` bytes at a random apart address. `None` if every place tried is taken.
@@ -157,14 +160,16 @@ impl Reservation {
     /// Calls `map` for `range` with the flags to use: over mappings of this type, or over unmapped
     /// addresses.
     fn place(&self, range: PageRange, map: impl Fn(MapFlags) -> io::Result<*mut c_void>) -> io::Result<()> {
+        let map = |how| failpoint(Call::Map).and_then(|()| map(how));
+        let replace = || map(MapFlags::FIXED).map(drop).inspect_err(|_| self.fill_gap(range));
         let mut vacant = self.mapped();
         let Some(mapped) = &mut *vacant else {
             drop(vacant);
-            return map(MapFlags::FIXED).map(drop);
+            return replace();
         };
         let free = subtract_runs(&[range], mapped);
         match free.as_slice() {
-            [] => return map(MapFlags::FIXED).map(drop),
+            [] => return replace(),
             [all] if *all == range => self.expect_free(range, map(MapFlags::FIXED_NOREPLACE)?)?,
             parts => {
                 for part in parts {
@@ -176,7 +181,7 @@ impl Reservation {
                     mapped.push(*part);
                     mapped.sort_unstable();
                 }
-                map(MapFlags::FIXED)?;
+                replace()?;
             }
         }
         if free.as_slice() == [range] {
@@ -187,6 +192,25 @@ impl Reservation {
             *vacant = None;
         }
         Ok(())
+    }
+
+    /// Called when `range` could not be mapped anew. The kernel removes what is there first, and may fail after that,
+    /// for want of memory of its own: then the pages are lost. Addresses without a mapping would be given to another
+    /// user of this process, in reach of the guest.
+    fn fill_gap(&self, range: PageRange) {
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED_NOREPLACE;
+        // SAFETY: with this flag existing mappings are not replaced.
+        let filled = unsafe { mmap_anonymous(self.addr(range.start).cast(), range.bytes(), ProtFlags::empty(), flags) };
+        if filled.is_ok_and(|raw| self.expect_free(range, raw).is_ok()) {
+            tracing::error!(%range, "a mapping of guest memory has failed half-way: the memory is lost");
+            // Relaxed: it publishes no other data.
+            self.is_torn.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether memory is lost: a mapping failed half-way.
+    pub(crate) fn is_torn(&self) -> bool {
+        self.is_torn.load(Ordering::Relaxed)
     }
 
     /// Checks that `raw` is the place of `range`: before Linux 4.17 the flag is unknown, and the
@@ -243,7 +267,6 @@ impl Reservation {
 
     fn map(&self, range: PageRange, kind: MapFlags, file: BorrowedFd<'_>, file_page: u64) -> io::Result<()> {
         self.check(range)?;
-        failpoint(Call::Map)?;
         let at = self.addr(range.start).cast();
         self.place(range, |how| {
             // SAFETY: range lies within this reservation (checked), which this type owns; replacing
@@ -258,7 +281,6 @@ impl Reservation {
     /// Maps `range` to fresh zeros of this VM's own.
     pub(crate) fn map_zero(&self, range: PageRange) -> io::Result<()> {
         self.check(range)?;
-        failpoint(Call::Map)?;
         let at = self.addr(range.start).cast();
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: as in `map`.
@@ -283,7 +305,6 @@ impl Reservation {
     /// Removes the memory of `range`: accesses fail.
     pub(crate) fn map_none(&self, range: PageRange) -> io::Result<()> {
         self.check(range)?;
-        failpoint(Call::Map)?;
         let at = self.addr(range.start).cast();
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: the range stays reserved; no Rust reference into it exists, and the region
@@ -303,18 +324,19 @@ impl Reservation {
     }
 
     /// Replaces the mapping of `range`, in one step, by private pages with the bytes of `file` from
-    /// `file_page` on. On failure nothing has changed.
+    /// `file_page` on. On failure nothing has changed, unless the reservation is torn.
     pub(crate) fn replace_private(&self, range: PageRange, file: BorrowedFd<'_>, file_page: u64) -> io::Result<()> {
         let aside = Self::new(range.len())?;
         let all = PageRange::new(0, range.len());
         aside.map_zero(all)?;
         aside.read_in(all, file, file_page)?;
         self.check(range)?;
-        failpoint(Call::Map)?;
         let (from, into) = (aside.addr(0).cast(), self.addr(range.start).cast());
+        let flags = MremapFlags::MAYMOVE;
         // SAFETY: `from` is a mapping of this function's own, which moves whole; `into` lies within
         // this reservation, which stays mapped. No Rust reference into either exists.
-        unsafe { mremap_fixed(from, range.bytes(), range.bytes(), MremapFlags::MAYMOVE, into) }?;
+        let moved = |()| Ok(unsafe { mremap_fixed(from, range.bytes(), range.bytes(), flags, into) }?);
+        failpoint(Call::Map).and_then(moved).inspect_err(|_| self.fill_gap(range))?;
         // The move gave up these addresses, which may be reused by now.
         aside.release();
         std::mem::forget(aside);

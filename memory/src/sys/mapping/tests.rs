@@ -104,11 +104,17 @@ fn what_is_vacant_is_no_other_reservations() {
     }
     let beside = [start - len, start + len].map(|place| Reservation::apart_at(place, len).unwrap());
     for base in beside {
-        drop(Reservation { base, pages: PAGES, is_apart: true, mapped: Mutex::default() });
+        drop(Reservation {
+            base,
+            pages: PAGES,
+            is_apart: true,
+            mapped: Mutex::default(),
+            is_torn: AtomicBool::new(false),
+        });
     }
     drop(at);
     let base = Reservation::apart_at(start, len).unwrap();
-    drop(Reservation { base, pages: PAGES, is_apart: true, mapped: Mutex::default() });
+    drop(Reservation { base, pages: PAGES, is_apart: true, mapped: Mutex::default(), is_torn: AtomicBool::new(false) });
 }
 
 #[test]
@@ -122,4 +128,22 @@ fn a_failed_step_leaves_what_it_has_mapped_noted() {
     assert!(at.map_private(PageRange::new(0, 10), not_a_file.as_fd(), 0).is_err());
     assert_eq!(there(&at), 10);
     drop(at);
+}
+
+#[test]
+fn a_mapping_that_fails_half_way_leaves_no_address_to_others() {
+    let at = Reservation::new(PAGES).unwrap();
+    at.map_private(WHOLE, file().as_fd(), 0).unwrap();
+    // Refused before anything is removed.
+    let pipe = std::io::pipe().unwrap().0;
+    at.map_private(PageRange::new(3, 7), pipe.as_fd(), 0).unwrap_err();
+    assert!(!at.is_torn() && first_byte(&at, 3) == 3);
+    // The mmap of a socket fails when the old mapping has been removed.
+    let socket = std::os::unix::net::UnixStream::pair().unwrap().0;
+    at.map_private(PageRange::new(3, 7), socket.as_fd(), 0).unwrap_err();
+    assert!(at.is_torn());
+    assert_eq!(there(&at), PAGES);
+    assert_eq!([2, 7].map(|page| first_byte(&at, page)), [2, 7]);
+    at.map_zero(PageRange::new(3, 7)).unwrap();
+    assert!(at.is_torn(), "its bytes are lost");
 }

@@ -4,14 +4,17 @@
 //! resources behind, and succeed on the next attempt.
 
 use std::collections::BTreeMap;
+use std::os::fd::AsFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::region::pin::{Access, DmaPin, PinLifetime};
+use crate::sys::allocated;
 use crate::testing::failpoint::{Call, plan};
-use crate::units::{PAGE_SIZE, PageRange};
+use crate::units::{PAGE_SIZE, PageRange, join_runs, subtract_runs};
 use crate::{
     Backing, DontFork, FreezeMode, GuestRam, GuestRegion, PageSet, Quiesced, RamError, RamImage, RamLayout, Store,
     SuspendFile,
@@ -66,7 +69,7 @@ fn layout() -> RamLayout {
 }
 
 /// The region of a page, and the page's number in it.
-fn place(ram: &GuestRam, page: u64) -> (&std::sync::Arc<GuestRegion>, u64) {
+fn place(ram: &GuestRam, page: u64) -> (&Arc<GuestRegion>, u64) {
     if page < PAGES { (&ram.regions()[0], page) } else { (&ram.regions()[1], page - PAGES) }
 }
 
@@ -163,6 +166,20 @@ impl Rig {
     }
 }
 
+/// The base file of a VM that was never frozen has no page that the VM does not show: nothing would give it back.
+fn expect_no_lost_pages(ram: &GuestRam, what: &str) {
+    for region in ram.regions() {
+        let state = region.state();
+        let Some(file) = state.space.base_file().filter(|file| file.is_base()) else { continue };
+        let there = allocated(file.as_fd(), region.range()).unwrap();
+        let of_file = state.space.map().iter().filter(|(_, source)| Arc::ptr_eq(&source.layer, file));
+        let mut shown: Vec<_> = of_file.map(|(range, source)| PageRange::with_len(source.at, range.len())).collect();
+        shown.extend(state.space.mappings().base_runs());
+        shown.sort_unstable();
+        assert_eq!(subtract_runs(&there, &join_runs(&shown, 0)), [], "{what}");
+    }
+}
+
 /// Runs `op` with every one of its calls failing in turn.
 fn walk(name: &str, frozen: bool, effect: Effect, op: impl Fn(&Rig) -> Result<Option<RamImage>, RamError>) {
     let mut failed: BTreeMap<String, u32> = BTreeMap::new();
@@ -184,6 +201,10 @@ fn walk(name: &str, frozen: bool, effect: Effect, op: impl Fn(&Rig) -> Result<Op
             };
             if done.is_err() {
                 rig.check_still_owned(&before, &what);
+            }
+            // Of a file in 2 MiB pages, whole ones are given back.
+            if small {
+                expect_no_lost_pages(&rig.ram, &what);
             }
             *failed.entry(format!("{call:?}")).or_default() += 1;
             check(&mut rig, &what, call, effect, &op, &done);
@@ -406,6 +427,9 @@ fn suspend(rig: &Rig, times: u64) -> Result<Option<RamImage>, RamError> {
     }
     plan().heal();
     vm.check(&Quiesced::by(&crate::NoWriters)).unwrap();
+    if rig.store.config().backing == Some(Backing::Small) {
+        expect_no_lost_pages(&vm, "suspension");
+    }
     for region in vm.regions() {
         let state = region.state();
         assert_eq!(state.space.promised(), state.space.mappings().len() as u64, "promised and not made");
