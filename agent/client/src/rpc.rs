@@ -24,6 +24,8 @@ const KEEPALIVE_SECONDS: u32 = 20;
 
 /// Most hooks, and most failed steps, that an agent reports. It runs 64 hooks at most.
 const MAX_STEPS: usize = 64;
+/// Maximum size of the answer with a guest's load: a host asks many guests at a time.
+const MAX_METRICS: usize = 16 << 10;
 
 pub(crate) fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ClientError> {
     decode(bytes).map_err(ClientError::answer)
@@ -162,7 +164,8 @@ impl Client {
     /// # Errors
     /// When there is no agent, or it refuses.
     pub async fn metrics(&self) -> Result<Metrics, ClientError> {
-        read(&self.plain("GET", "/metrics", Vec::new()).await?)
+        let mut answer = self.sent(self.request("GET", "/metrics"), whole(Vec::new()), UNARY_TYPE).await?;
+        read(&answer.whole_of(MAX_METRICS).await?)
     }
 
     /// Sets the agent's token, defaults and time.

@@ -100,6 +100,16 @@ fn a_ready_guests_text_is_short_and_has_no_control_characters() {
     }
 }
 
+/// A host asks many guests for it at a time.
+#[test]
+fn a_guests_load_is_a_short_answer() {
+    let dir = tempfile::tempdir().unwrap();
+    let client = guest(&dir, |stream| say(stream, b"HTTP/1.1 200 OK\r\nContent-Length: 20000\r\n\r\n", &[b' '; 100]));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let refused = runtime.block_on(client.metrics()).unwrap_err().to_string();
+    assert!(refused.contains("more than 16384 bytes"), "{refused}");
+}
+
 fn memory() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
