@@ -174,7 +174,7 @@ mod tests {
 
     use super::*;
 
-    /// It would keep a permit, of which there are few.
+    /// Its client would keep a permit, of which there are few.
     #[tokio::test(start_paused = true)]
     async fn a_message_that_comes_byte_by_byte_is_given_up() {
         let agent = Agent::new().unwrap();

@@ -265,7 +265,7 @@ impl Worker {
         loop {
             match stopped.map(|at| at.elapsed()) {
                 Some(since) if since > 2 * END_TIMEOUT => return Err(failed(io::ErrorKind::TimedOut.into())),
-                // It may have put the snapshot in its place: its answers so far are read below.
+                // The snapshot may be in its place: the worker's answers so far are read below.
                 Some(since) if since > END_TIMEOUT => self.send_kill(),
                 _ => {}
             }
@@ -275,7 +275,7 @@ impl Worker {
                 Ok((WorkerAnswer::Saving { done, total }, _)) => Some((done, total)),
                 Ok((other, _)) => return Err(failed(unexpected(&other))),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
-                // It ended without reading the request to stop. Its earlier answer comes next.
+                // The worker ended without reading the request to stop. Its earlier answer comes next.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => None,
                 Err(error) => return Err(failed(error)),
             };

@@ -54,7 +54,7 @@ impl Inotify {
         Ok(Self { fd, root: root.to_owned(), is_recursive, dirs: HashMap::new() })
     }
 
-    /// Watches its root, which may take long. Its entries are no events.
+    /// Watches its root, which may take long, without events for its entries.
     pub(crate) fn begin(mut self) -> io::Result<Self> {
         self.add(Path::new(""), None)?;
         Ok(self)

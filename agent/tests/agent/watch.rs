@@ -112,7 +112,7 @@ fn a_large_directory_that_is_moved_to_a_watched_one_ends_the_watch_and_makes_roo
             std::fs::create_dir(dir).unwrap();
         }
         (0..17_000).for_each(|number| drop(std::fs::File::create(format!("{large}/{number:0100}")).unwrap()));
-        // One that is there already is no event.
+        // Entries from before the watch cause no event.
         let there = WatchRequest { path: large.clone(), recursive: true, ..WatchRequest::default() };
         let unmoved: Watcher = client.call("filesystem.Filesystem/CreateWatcher", &there).await.unwrap();
         let request = WatchRequest { path: dir.clone(), recursive: true, ..WatchRequest::default() };

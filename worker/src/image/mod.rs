@@ -283,7 +283,7 @@ pub struct PendingFork {
 /// Returns the report in an answer.
 ///
 /// # Errors
-/// The error in it. When it is no answer.
+/// The error in it. When it cannot be read.
 fn report_in(answer: &[u8]) -> Result<ForkedVm, DaemonError> {
     match serde_json::from_slice(answer).map_err(|error| failed(error.into()))? {
         ImageAnswer::Forked(forked) => Ok(*forked),
@@ -333,7 +333,7 @@ impl PendingFork {
             }
             Err(error) => Err(error.into()),
             Ok(Ok(parts)) => Ok((forked, parts)),
-            // The image could not be sealed. A second report is none.
+            // The image could not be sealed. A second report is invalid.
             Ok(Err(message)) => report_in(&message).and(Err(failed(io::ErrorKind::InvalidData.into()))),
         }
     }
