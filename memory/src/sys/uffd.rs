@@ -32,7 +32,6 @@ const REGISTER_MISSING: u64 = 1 << 0;
 const REGISTER_WP: u64 = 1 << 1;
 const WRITEPROTECT_WP: u64 = 1 << 0;
 const EVENT_PAGEFAULT: u8 = 0x12;
-const PAGEFAULT_WP: u64 = 1 << 1;
 
 /// Needed features and their names.
 const FEATURES: [(u64, &str); 4] = [
@@ -146,8 +145,6 @@ const BATCH: usize = 16;
 pub(crate) struct Fault {
     /// The host address, rounded down to its page.
     pub(crate) address: u64,
-    /// A write to a protected page; else an access to a missing page.
-    pub(crate) write_protected: bool,
 }
 
 /// Which faults of a range are reported.
@@ -293,12 +290,9 @@ impl Uffd {
             word.copy_from_slice(&message[at..at + 8]);
             u64::from_ne_bytes(word)
         };
-        // event at 0, flags at 8, address at 16.
-        let faults = bytes[..got].chunks_exact(MESSAGE).filter(|m| m[0] == EVENT_PAGEFAULT).map(|m| Fault {
-            address: word(m, 16) & !(PAGE_SIZE - 1),
-            write_protected: word(m, 8) & PAGEFAULT_WP != 0,
-        });
-        Ok(faults.collect())
+        // The event is at 0, the address at 16.
+        let faults = bytes[..got].chunks_exact(MESSAGE).filter(|m| m[0] == EVENT_PAGEFAULT);
+        Ok(faults.map(|m| Fault { address: word(m, 16) & !(PAGE_SIZE - 1) }).collect())
     }
 }
 

@@ -249,11 +249,13 @@ impl LayerFill for BackgroundCopy {
     }
 
     fn finish(&self) -> Result<Vec<(PageRange, u64)>, Arc<FillError>> {
-        while !self.step() {}
-        match &*self.phase() {
-            CopyPhase::Failed(error) => Err(Arc::clone(error)),
-            CopyPhase::Done(remapped) => Ok(remapped.clone()),
-            CopyPhase::Pending(_) => Ok(Vec::new()),
+        loop {
+            match &*self.phase() {
+                CopyPhase::Failed(error) => return Err(Arc::clone(error)),
+                CopyPhase::Done(remapped) => return Ok(remapped.clone()),
+                CopyPhase::Pending(_) => {}
+            }
+            self.step();
         }
     }
 

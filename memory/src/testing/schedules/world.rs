@@ -206,9 +206,9 @@ impl World {
     }
 
     /// Sends a fault to the background task and waits for its answer.
-    fn fault(&self, region: &GuestRegion, page: u64, write_protected: bool) {
+    fn fault(&self, region: &GuestRegion, page: u64) {
         let mut desk = self.desk.lock().unwrap();
-        desk.faults.push_back(Fault { address: address(region, page), write_protected });
+        desk.faults.push_back(Fault { address: address(region, page) });
         desk.asked += 1;
         let mine = desk.asked;
         self.bell.notify_all();
@@ -236,7 +236,7 @@ impl World {
                 }
             }
             // The vCPU waits outside the guest, so a freeze can stop it.
-            self.fault(region, at.page, write);
+            self.fault(region, at.page);
         }
         self.wrong(format!("an access of the guest to {at:?} is never served"));
     }
@@ -248,7 +248,7 @@ impl World {
             if let Some(was) = self.try_access(region, at.page, write) {
                 return was;
             }
-            self.fault(region, at.page, false);
+            self.fault(region, at.page);
         }
         self.wrong(format!("a child's access to {at:?} is never served"));
         0
