@@ -99,19 +99,23 @@ impl Reservation {
     pub(crate) unsafe fn put_page(&self, page: u64, from: *const [u64; WORDS]) -> bool {
         assert!(from.is_aligned(), "a page is read in words");
         let from = from.cast::<u64>();
-        let words = (0..WORDS).map(|at| {
+        let word = |at| {
             // SAFETY: the word is within the page.
             let word = unsafe { from.add(at) };
-            // SAFETY: the caller's page is readable, and aligned (checked); no reference is made.
+            // SAFETY: the caller's page is readable, and aligned (checked). Volatile: another process may write it.
             unsafe { word.read_volatile() }
-        });
+        };
         // SAFETY: `page` is mapped and writable (the caller's), so it is readable too.
-        if unsafe { self.has_words(page, words) } {
+        if unsafe { self.has_words(page, (0..WORDS).map(word)) } {
             return false;
         }
-        // SAFETY: both are a page long. `page` is within the reservation (checked by `has_words`), mapped and writable,
-        // and nothing else uses it; the page at `from` is readable, and not of this reservation (both the caller's).
-        unsafe { self.addr(page).cast::<u64>().copy_from_nonoverlapping(from, WORDS) };
+        let to = self.addr(page).cast::<u64>();
+        for at in 0..WORDS {
+            // SAFETY: the word is within the page, which is within the reservation (checked by `has_words`).
+            let to = unsafe { to.add(at) };
+            // SAFETY: `page` is mapped and writable, and nothing else uses it (the caller's).
+            unsafe { to.write_volatile(word(at)) };
+        }
         trace!(Owned { at: self.at(), range: PageRange::with_len(page, 1) });
         true
     }
