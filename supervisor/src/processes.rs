@@ -22,9 +22,11 @@ use clade_worker::{PARENT_DEATH_EXIT, UNMERGED, has_ended};
 
 /// Time limit for the end of a process that has given its name back.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(30);
-/// Time limit for a process that merges the writes since a fork into its disks. It begins when no
-/// other VM or checkpoint uses the disks.
+/// Time limit for a process that merges the writes since a fork into its disks, beside a second for each
+/// MiB of them. It begins when no other VM or checkpoint uses the disks.
 pub const COMMIT_TIMEOUT: Duration = Duration::from_secs(600);
+/// The longest of these limits, and that of a block device, which has no length.
+const MAX_COMMIT_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 /// VMs kept on the list of those whose disks lack writes.
 const MAX_UNMERGED: usize = 16;
 /// Time limit for the end of a killed process: it may have much memory.
@@ -337,8 +339,22 @@ impl Processes {
 }
 
 fn is_overdue(vm: &OwnVm) -> bool {
-    let limit = if vm.images.is_empty() { LEAVE_TIMEOUT } else { COMMIT_TIMEOUT };
-    vm.given_back.is_some_and(|since| since.elapsed() > limit)
+    vm.given_back.is_some_and(|since| since.elapsed() > leave_timeout(&vm.images))
+}
+
+/// Returns the time limit for a process that may write these images. A kill of one that merges leaves an image
+/// without a journal half old and half new.
+fn leave_timeout(images: &[PathBuf]) -> Duration {
+    if images.is_empty() {
+        return LEAVE_TIMEOUT;
+    }
+    let bytes_of = |image: &PathBuf| match std::fs::metadata(image) {
+        Ok(found) if found.is_file() => found.len(),
+        Ok(_) => u64::MAX,
+        Err(_) => 0,
+    };
+    let bytes = images.iter().map(bytes_of).fold(0, u64::saturating_add);
+    COMMIT_TIMEOUT.saturating_add(Duration::from_secs(bytes >> 20)).min(MAX_COMMIT_TIMEOUT)
 }
 
 #[cfg(test)]
@@ -376,6 +392,24 @@ mod tests {
 
     fn long_ago() -> Option<Instant> {
         Instant::now().checked_sub(COMMIT_TIMEOUT + Duration::from_secs(1))
+    }
+
+    #[test]
+    fn a_process_has_time_to_merge_by_the_size_of_its_images() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = |name: &str, bytes: u64| {
+            let path = dir.path().join(name);
+            std::fs::File::create(&path).unwrap().set_len(bytes).unwrap();
+            path
+        };
+        let (small, large, huge) = (image("small", 1 << 20), image("large", 3 << 30), image("huge", 1 << 42));
+        let seconds = |images: &[&PathBuf]| {
+            leave_timeout(&images.iter().map(|path| (*path).clone()).collect::<Vec<_>>()).as_secs()
+        };
+        assert_eq!((seconds(&[]), seconds(&[&dir.path().join("gone")])), (30, 600));
+        assert_eq!((seconds(&[&small]), seconds(&[&small, &large])), (601, 601 + 3072));
+        let day = 24 * 3600;
+        assert_eq!((seconds(&[&small, &huge]), seconds(&[&PathBuf::from("/dev/null")])), (day, day));
     }
 
     #[test]
