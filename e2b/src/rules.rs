@@ -94,6 +94,11 @@ fn rule(verdict: &str, entry: &str) -> Answer<EgressRule> {
     format!("{verdict}:{entry}").parse().map_err(|error: EgressError| refused(&error.to_string()))
 }
 
+/// Whether an entry is all addresses: also one that spells [`ALL`] otherwise.
+fn is_all(entry: &str) -> bool {
+    rule("deny", entry).is_ok_and(|rule| String::from(rule) == format!("deny:{ALL}"))
+}
+
 /// Returns the rules for an allow list and a deny list: the allow list wins.
 fn egress(allowed: &[String], denied: &[String]) -> Answer<Vec<EgressRule>> {
     let mut rules = Vec::new();
@@ -103,7 +108,7 @@ fn egress(allowed: &[String], denied: &[String]) -> Answer<Vec<EgressRule>> {
         }
     }
     // An allow list drops the rest, unless that is allowed too.
-    if !allowed.is_empty() && !denied.iter().any(|entry| entry == ALL) {
+    if !allowed.is_empty() && !denied.iter().any(|entry| is_all(entry)) {
         rules.push(rule("allow", ALL)?);
         rules.push(rule("allow", "::/0")?);
     }
@@ -122,20 +127,29 @@ fn masked_host(mask: &str) -> Answer<String> {
 pub(crate) fn network(allowed: Option<bool>, rules: Option<&Value>) -> Answer<Network> {
     let (mut allowed, mut network) = (allowed, Network::default());
     let (mut allow, mut deny) = (Vec::new(), Vec::new());
-    for (field, value) in rules.and_then(Value::as_object).into_iter().flatten() {
+    let fields = match rules {
+        None => None,
+        Some(Value::Object(fields)) => Some(fields),
+        Some(other) => return Err(GatewayError::bad(format!("network: {other} is not an object"))),
+    };
+    for (field, value) in fields.into_iter().flatten() {
         match (field.as_str(), value) {
-            ("allow_internet_access", Value::Bool(is_allowed)) => allowed = allowed.or(Some(*is_allowed)),
+            // The second as an answer spells it.
+            ("allow_internet_access" | "allowInternetAccess", Value::Bool(is_allowed)) => {
+                allowed = Some(allowed.unwrap_or(true) && *is_allowed);
+            }
             ("allowPublicTraffic", Value::Bool(is_public)) => network.is_private = !is_public,
             ("maskRequestHost", Value::String(mask)) => network.masked_host = Some(masked_host(mask)?),
             ("allowOut", value) => allow = entries(field, value)?,
             ("denyOut", value) => deny = entries(field, value)?,
-            (_, value) if !is_set(Some(value)) => {}
+            // A boolean that is false may forbid something.
+            (_, value) if !is_set(Some(value)) && !value.is_boolean() => {}
             (field, value) => return Err(not_there(field, value)),
         }
     }
     let is_allowed = allowed;
     network.asked = AskedNetwork { is_allowed, allow_out: allow.clone(), deny_out: deny.clone() };
-    if allowed == Some(false) && !deny.iter().any(|entry| entry == ALL) {
+    if allowed == Some(false) && !deny.iter().any(|entry| is_all(entry)) {
         deny.push(ALL.to_owned());
     }
     if !allow.is_empty() && deny.is_empty() {
@@ -143,7 +157,7 @@ pub(crate) fn network(allowed: Option<bool>, rules: Option<&Value>) -> Answer<Ne
         return Err(GatewayError::bad(why));
     }
     network.link = match allowed {
-        _ if allow.is_empty() && deny.iter().any(|entry| entry == ALL) => Some(Link::Closed),
+        _ if allow.is_empty() && deny.iter().any(|entry| is_all(entry)) => Some(Link::Closed),
         Some(true) => Some(Link::Open),
         _ => None,
     };
@@ -187,6 +201,8 @@ mod tests {
             (r#"{"templateID": "base", "network": {}, "iam": null, "mcp": false, "more": 1}"#, None),
             (r#"{"templateID": "base", "network": {"denyOut": [], "allowPublicTraffic": null}}"#, None),
             (r#"{"templateID": "base", "network": {"denyOut": ["0.0.0.0/0"]}}"#, Some(Link::Closed)),
+            (r#"{"templateID": "base", "network": {"denyOut": ["0.0.0.0/00"]}}"#, Some(Link::Closed)),
+            (r#"{"templateID": "base", "network": {"allowInternetAccess": false}}"#, Some(Link::Closed)),
             (r#"{"templateID": "base", "allow_internet_access": false}"#, Some(Link::Closed)),
             (r#"{"templateID": "base", "allow_internet_access": true}"#, Some(Link::Open)),
         ] {
@@ -197,6 +213,8 @@ mod tests {
             (r#"{"templateID": "base", "network": {"denyOut": "10.0.0.0/8"}}"#, "denyOut"),
             (r#"{"templateID": "base", "network": {"allowOut": ["1.1.1.1"]}}"#, "allowOut"),
             (r#"{"templateID": "base", "network": {"httpsPorts": [443]}}"#, "httpsPorts"),
+            (r#"{"templateID": "base", "network": {"allowDns": false}}"#, "allowDns"),
+            (r#"{"templateID": "base", "network": ["denyOut"]}"#, "not an object"),
             (r#"{"templateID": "base", "network": {"maskRequestHost": "a\r\nb"}}"#, "maskRequestHost"),
             (r#"{"templateID": "base", "network": {"maskRequestHost": ""}}"#, "maskRequestHost"),
             (r#"{"templateID": "base", "network": {"allowPublicTraffic": "no"}}"#, "allowPublicTraffic"),
@@ -268,6 +286,9 @@ mod tests {
             (r#"{"denyOut": ["0.0.0.0/0"], "allowOut": ["1.1.1.1"]}"#, open, "allow:1.1.1.1/32 deny:0.0.0.0/0"),
         ] {
             assert_eq!(changed(text), Ok((link, rules.to_owned())), "{text}");
+        }
+        for wrong in ["null", "[]", "5", r#""closed""#] {
+            assert!(changed(wrong).unwrap_err().message.contains("not an object"), "{wrong}");
         }
         for wrong in [r#"{"maskRequestHost": "a"}"#, r#"{"allowPublicTraffic": false}"#] {
             assert!(changed(wrong).unwrap_err().message.contains("runs"), "{wrong}");
