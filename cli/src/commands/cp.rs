@@ -3,9 +3,9 @@
 //! The guest is not trusted: a name in its list is one entry of the written directory, or is
 //! refused, and no link on this side is followed for it.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, anyhow};
@@ -14,8 +14,11 @@ use clade_agent_client::proto::filesystem::{EntryInfo, FileType};
 use clade_agent_client::proto::{Code, RpcError};
 use clade_agent_client::{Client, ClientError};
 use serde::Serialize;
+use tempfile::NamedTempFile;
+use tokio::runtime::Handle;
 
 use crate::commands::agent::{AgentArgs, agent_failure, block_on, keep_awake};
+use crate::commands::shutdown::ShutdownSignal;
 use crate::commands::{Failure, Outcome, print_json};
 
 /// Levels of directories.
@@ -150,42 +153,14 @@ async fn up(client: &Client, from: &Path, to: &str, depth: usize, copied: &mut C
     Ok(())
 }
 
-/// A file that takes its name when it is complete.
-struct Partial {
-    path: PathBuf,
-    file: File,
-    is_done: bool,
-}
-
-impl Partial {
-    fn create(to: &Path) -> Result<Self, Failure> {
-        let name = to
-            .file_name()
-            .ok_or_else(|| Failure::input(anyhow!("invalid destination {}: it has no file name", to.display())))?;
-        let mut hidden = std::ffi::OsString::from(".");
-        hidden.push(name);
-        hidden.push(format!(".clade-{}", std::process::id()));
-        let path = to.with_file_name(hidden);
-        let file = local(&path, OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path))?;
-        Ok(Self { path, file, is_done: false })
-    }
-
-    fn finish(mut self, to: &Path, mode: u32) -> Result<(), Failure> {
-        local(to, self.file.set_permissions(fs::Permissions::from_mode(mode & 0o777)))?;
-        // A link of that name is replaced, not followed.
-        local(to, fs::rename(&self.path, to))?;
-        self.is_done = true;
-        Ok(())
-    }
-}
-
-impl Drop for Partial {
-    fn drop(&mut self) {
-        if !self.is_done {
-            // The file may never have existed.
-            let _ = fs::remove_file(&self.path);
-        }
-    }
+/// Makes a file that takes the name `to` when it is complete.
+fn partial(to: &Path) -> Result<NamedTempFile, Failure> {
+    let dir = match (to.file_name(), to.parent()) {
+        (Some(_), Some(dir)) if dir.as_os_str().is_empty() => Path::new("."),
+        (Some(_), Some(dir)) => dir,
+        _ => return Err(Failure::input(anyhow!("invalid destination {}: it has no file name", to.display()))),
+    };
+    local(dir, tempfile::Builder::new().prefix(".clade-").tempfile_in(dir))
 }
 
 async fn down_bytes(client: &Client, from: &str, to: &Path, into: &mut impl Write) -> Result<u64, Failure> {
@@ -200,13 +175,24 @@ async fn down_bytes(client: &Client, from: &str, to: &Path, into: &mut impl Writ
     Ok(length)
 }
 
-async fn down_file(client: &Client, from: &str, to: &Path, mode: u32, copied: &mut Copied) -> Result<(), Failure> {
-    if fs::symlink_metadata(to).is_ok_and(|found| found.is_dir()) {
-        return Err(Failure::input(anyhow!("{} is a directory", to.display())));
+/// Checks that a file may take the name `to`: a link is replaced, as a file is.
+fn expect_replaceable(to: &Path) -> Result<(), Failure> {
+    match fs::symlink_metadata(to) {
+        Ok(found) if found.is_dir() => Err(Failure::input(anyhow!("{} is a directory", to.display()))),
+        Ok(found) if !found.is_file() && !found.is_symlink() => {
+            Err(Failure::input(anyhow!("{} is no file: a device or a pipe is not replaced", to.display())))
+        }
+        _ => Ok(()),
     }
-    let mut partial = Partial::create(to)?;
-    copied.bytes += down_bytes(client, from, to, &mut partial.file).await?;
-    partial.finish(to, mode)?;
+}
+
+async fn down_file(client: &Client, from: &str, to: &Path, mode: u32, copied: &mut Copied) -> Result<(), Failure> {
+    expect_replaceable(to)?;
+    let mut partial = partial(to)?;
+    copied.bytes += down_bytes(client, from, to, &mut partial).await?;
+    local(to, partial.as_file().set_permissions(fs::Permissions::from_mode(mode & 0o777)))?;
+    // A link of that name is replaced, not followed.
+    local(to, partial.persist(to).map_err(|error| error.error))?;
     copied.files += 1;
     Ok(())
 }
@@ -270,8 +256,11 @@ async fn copy_down(client: &Client, from: &str, to: &str, copied: &mut Copied) -
     if to.is_dir() {
         to.push(last_name(if is_name(last_name(from).unwrap_or_default()) { from } else { &entry.path })?);
     }
+    let leads_to_none = fs::metadata(&to).is_ok_and(|found| !found.is_file() && !found.is_dir());
     match entry.kind {
         FileType::Directory => down_dir(client, from, &to, 0, copied).await,
+        // The user's own name, such as /dev/stdout.
+        FileType::File if leads_to_none => Err(Failure::input(anyhow!("{} is no file", to.display()))),
         FileType::File => down_file(client, from, &to, entry.mode, copied).await,
         _ => Err(Failure::input(anyhow!("{from} is neither a file nor a directory"))),
     }
@@ -279,7 +268,7 @@ async fn copy_down(client: &Client, from: &str, to: &str, copied: &mut Copied) -
 
 pub(super) fn main(args: &CpArgs) -> Outcome {
     let mut copied = Copied::default();
-    block_on(async {
+    let copy = async {
         match (place(&args.from), place(&args.to)) {
             (Some((vm, from)), None) => {
                 let agent = args.agent.client(vm).await?;
@@ -291,6 +280,14 @@ pub(super) fn main(args: &CpArgs) -> Outcome {
             }
             (Some(_), Some(_)) => Err(Failure::input(anyhow!("one of both is a path of this host"))),
             (None, None) => Err(Failure::input(anyhow!("one of both is in a VM: VM:PATH"))),
+        }
+    };
+    block_on(async {
+        let shutdown = ShutdownSignal::listen(&Handle::current()).map_err(Failure::run)?;
+        tokio::select! {
+            done = copy => done,
+            // A file that is not whole is removed.
+            () = shutdown.wait() => Err(Failure::Signal(shutdown.signal().unwrap_or_default())),
         }
     })?;
     if args.json {
@@ -330,5 +327,23 @@ mod tests {
         }
         assert_eq!(last_name("/a/b/").unwrap(), "b");
         last_name("/").unwrap_err();
+    }
+
+    #[test]
+    fn files_and_links_are_replaced_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::write(at("file"), "").unwrap();
+        std::os::unix::fs::symlink("/dev/null", at("link")).unwrap();
+        for name in ["file", "link", "new"] {
+            expect_replaceable(&at(name)).unwrap();
+        }
+        for other in [Path::new("/dev/null"), dir.path()] {
+            let Err(Failure::Input(error)) = expect_replaceable(other) else { panic!("{}", other.display()) };
+            assert!(error.to_string().starts_with(other.to_str().unwrap()), "{error}");
+        }
+        // A name of the longest kind, and one without a directory.
+        drop(partial(&at(&"n".repeat(255))).unwrap());
+        assert!(partial(Path::new("/")).is_err() && partial(&at("..")).is_err());
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, IsTerminal, Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use clade_api::{Client, MAX_MEMORY};
@@ -171,16 +172,18 @@ fn read(args: &ReadArgs) -> Outcome {
         return stdout.flush().map_err(Failure::run);
     }
     let failed = |error| Failure::Input(anyhow::Error::new(error).context(path.display().to_string()));
-    // The first request before the file: a refused one leaves an existing file unchanged.
-    let mut file = None;
-    in_parts(args.address, args.length, |at, length| {
-        let bytes = get(at, length)?;
-        let file = match &mut file {
-            Some(file) => file,
-            none => none.insert(File::create(path).map_err(failed)?),
-        };
-        file.write_all(&bytes).map_err(failed)
-    })
+    if fs::metadata(path).is_ok_and(|found| !found.is_file()) {
+        let mut file = File::options().write(true).open(path).map_err(failed)?;
+        return in_parts(args.address, args.length, |at, length| file.write_all(&get(at, length)?).map_err(failed));
+    }
+    // An existing file stays as it is until all bytes are there.
+    let place = path.canonicalize().unwrap_or_else(|_| path.clone());
+    let dir = place.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".clade-").permissions(fs::Permissions::from_mode(0o666));
+    let mut file = builder.tempfile_in(dir).map_err(failed)?;
+    in_parts(args.address, args.length, |at, length| file.write_all(&get(at, length)?).map_err(failed))?;
+    file.persist(place).map(drop).map_err(|error| failed(error.error))
 }
 
 fn write(args: &WriteArgs) -> Outcome {

@@ -66,6 +66,11 @@ fn memory_is_read_and_written_as_the_guest_sees_it_also_while_it_is_forked() {
     let whole = clade(&["memory", "read", "web-1", "0", "32M", "--output", path]);
     assert_eq!(whole.code, Some(0), "{whole:?}");
     let bytes = std::fs::read(&file).unwrap();
+    // A read that fails after its first requests leaves the file of before, and no other.
+    let names = || std::fs::read_dir(all.runtime.dir()).unwrap().count();
+    let there = names();
+    clade(&["memory", "read", "web-1", "0", "64M", "--output", path]).expect_refusal("0x2000000");
+    assert!(std::fs::read(&file).unwrap() == bytes && names() == there);
     std::fs::remove_file(&file).unwrap();
     assert_eq!(bytes.len() as u64, GuestMemory::BYTES);
     let place = GuestMemory::AT as usize;
