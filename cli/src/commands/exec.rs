@@ -12,6 +12,7 @@ use rustix::termios::tcgetwinsize;
 use serde::Serialize;
 use tokio::signal::unix::{Signal as Signals, SignalKind, signal};
 use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout_at};
 
 use crate::commands::agent::{AgentArgs, block_on};
 use crate::commands::terminal::RawMode;
@@ -288,7 +289,14 @@ async fn exec(args: ExecArgs) -> Outcome {
         stdin: Some(args.interactive),
         kill_rest: false,
     };
-    let process = client.start(&request, args.timeout).await.map_err(not_started)?;
+    let late = || Failure::Timeout(anyhow!("the guest has not ended the program in its time"));
+    let until = args.timeout.and_then(|time| Instant::now().checked_add(time.saturating_add(GRACE)));
+    let started = client.start(&request, args.timeout);
+    let process = match until {
+        Some(until) => timeout_at(until, started).await.map_err(|_| late())?,
+        None => started.await,
+    };
+    let process = process.map_err(not_started)?;
     let raw = if args.tty && args.interactive { RawMode::enter().map_err(Failure::run)? } else { None };
     let fed = if args.interactive {
         let from = typed().map_err(Failure::run)?;
@@ -297,14 +305,11 @@ async fn exec(args: ExecArgs) -> Outcome {
         None
     };
     let mut output = if args.json { Output::Kept(KeptOutput::default()) } else { Output::Terminal };
-    let end = match args.timeout {
+    let followed = follow(&client, process, args.tty, &mut output);
+    let end = match until {
         // The agent kills the program. The wait does not depend on it.
-        Some(time) => {
-            let followed = follow(&client, process, args.tty, &mut output);
-            let late = |_| Err(Failure::Timeout(anyhow!("the guest has not ended the program in its time")));
-            tokio::time::timeout(time.saturating_add(GRACE), followed).await.unwrap_or_else(late)
-        }
-        None => follow(&client, process, args.tty, &mut output).await,
+        Some(until) => timeout_at(until, followed).await.unwrap_or_else(|_| Err(late())),
+        None => followed.await,
     };
     drop(raw);
     if let Some(fed) = fed {

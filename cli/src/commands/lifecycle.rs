@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use clade_api::{
-    CheckpointInfo, Client, ClientError, ReadyAnswer, ResetAnswer, ResetRequest, RollbackRequest, ShutdownInfo,
-    StopAnswer, StopRequest, SuspendAnswer, SuspendRequest, VmInfo, VmState, WakeAnswer,
+    CheckpointInfo, Client, ClientError, ProblemKind, ReadyAnswer, ResetAnswer, ResetRequest, RollbackRequest,
+    ShutdownInfo, StopAnswer, StopRequest, SuspendAnswer, SuspendRequest, VmInfo, VmState, WakeAnswer,
 };
 use hyper::Method;
 use serde::Serialize;
@@ -345,8 +345,8 @@ pub(super) fn main(args: &LifecycleArgs, verb: &Verb) -> Outcome {
     for (name, result) in names.iter().zip(results) {
         match result {
             Ok(answer) => done.push(answer),
-            // The VM has ended meanwhile, or a dead process has left its socket.
-            Err(ClientError::NoSuchVm { .. } | ClientError::Dead { .. }) if args.all => {}
+            // Ended meanwhile, or a dead process has left its socket. A supervisor's answer is the same.
+            Err(error) if args.all && has_ended(&error) => {}
             Err(error) => failures.push((name, error)),
         }
     }
@@ -359,9 +359,27 @@ pub(super) fn main(args: &LifecycleArgs, verb: &Verb) -> Outcome {
     first_failure(failures, is_alone)
 }
 
+/// Whether the VM or the checkpoint of a request is no more.
+fn has_ended(error: &ClientError) -> bool {
+    matches!(error.problem(), ProblemKind::NoSuchVm | ProblemKind::NoSuchCheckpoint | ProblemKind::VmGone)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_that_has_ended_is_known_by_any_answer() {
+        let refused = |kind: ProblemKind| {
+            let problem = serde_json::json!({ "type": kind.urn(), "title": "", "status": 404, "detail": "" });
+            ClientError::Refused { status: 404, problem: serde_json::from_value(problem).unwrap() }
+        };
+        assert!(has_ended(&ClientError::NoSuchVm { name: "web".to_owned(), path: PathBuf::new() }));
+        for kind in [ProblemKind::NoSuchVm, ProblemKind::VmGone, ProblemKind::NoSuchCheckpoint] {
+            assert!(has_ended(&refused(kind)), "{kind:?}");
+        }
+        assert!(!has_ended(&refused(ProblemKind::WrongState)) && !has_ended(&refused(ProblemKind::VmSilent)));
+    }
 
     #[test]
     fn results_are_in_the_order_of_the_names_though_they_come_in_another() {

@@ -60,9 +60,12 @@ use args::{Cli, Command};
 use image::ImageCommand;
 use lifecycle::Verb;
 pub use lifecycle::for_each;
-use output::print_bytes;
 pub use output::{Table, print_json};
+use output::{print_bytes, printable};
 pub use units::parse_size;
+
+/// Maximum length of a printed error.
+const MAX_ERROR: usize = 16 << 10;
 
 /// Reason why a command failed.
 #[derive(Debug)]
@@ -118,7 +121,11 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Input(error) | Self::Run(error) | Self::Timeout(error) | Self::Exit(_, Some(error)) => {
-                f.write_str(&clade_vmm::error_chain(error.as_ref()))
+                // The text of a guest or of a VM's process may be in it.
+                let text = printable(&clade_vmm::error_chain(error.as_ref()));
+                let end = text.floor_char_boundary(MAX_ERROR);
+                f.write_str(&text[..end])?;
+                if end < text.len() { f.write_str(" ...") } else { Ok(()) }
             }
             Self::Exit(code, None) => write!(f, "ended with code {code}"),
             Self::Signal(number) => write!(f, "ended by signal {number}"),
@@ -259,6 +266,15 @@ mod tests {
         for (number, code) in [(1, 129), (2, 130), (15, 143)] {
             assert_eq!(Failure::Signal(number).code(), code);
         }
+    }
+
+    /// The text of a guest or of a VM's process may be in it.
+    #[test]
+    fn a_printed_error_is_short_and_has_no_control_characters() {
+        let text = format!("/srv/\u{1b}]0;owned\u{7}\né{}", "x".repeat(MAX_ERROR));
+        let shown = Failure::run(anyhow::anyhow!(text)).to_string();
+        assert!(shown.starts_with("/srv/\\u{1b}]0;owned\\u{7}\né") && shown.ends_with("x ..."), "{:.60}", shown);
+        assert_eq!(shown.len(), MAX_ERROR + 4);
     }
 
     #[test]

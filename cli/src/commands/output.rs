@@ -41,7 +41,7 @@ impl Table {
 }
 
 /// Text of images and guests for a terminal: its control characters are escaped, but for the ends of lines.
-fn printable(text: &str) -> String {
+pub(super) fn printable(text: &str) -> String {
     let is_shown = |c: char| matches!(c, '\n' | '"' | '\'' | '\\');
     let escaped = |c: char| if is_shown(c) { c.to_string() } else { c.escape_debug().to_string() };
     text.chars().map(escaped).collect()

@@ -9,6 +9,7 @@ use hyper::Method;
 use crate::commands::args::{BalloonArgs, ConsoleArgs, ForkArgs, LogsArgs};
 use crate::commands::progress::shown;
 use crate::commands::serve::ensure;
+use crate::commands::shutdown::exit_on_signal;
 use crate::commands::terminal::{Escape, EscapeFilter, RawMode};
 use crate::commands::times::{limit, suspend_after};
 use crate::commands::units::{show_age, show_pause};
@@ -150,6 +151,10 @@ pub(crate) fn console(args: &ConsoleArgs) -> Outcome {
     let mut from_guest = UnixStream::connect(&path).map_err(gone)?;
     let mut to_guest = from_guest.try_clone().map_err(Failure::run)?;
     eprintln!("[console of {}; Ctrl-A x leaves]", args.name);
+    // A signal ends raw mode too.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    let runtime = runtime.map_err(Failure::run)?;
+    exit_on_signal(runtime.handle(), || {}).map_err(Failure::run)?;
     let raw = RawMode::enter().map_err(Failure::run)?;
     // Reads the keyboard until the user leaves or the VM ends. The thread dies with the process.
     std::thread::spawn(move || {

@@ -9,6 +9,8 @@ use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
+use crate::commands::terminal;
+
 /// Signals that end the process, unless they were ignored when it started (`nohup`, a shell's
 /// background).
 const SIGNALS: [Signal; 3] = [Signal::TERM, Signal::INT, Signal::HUP];
@@ -31,6 +33,7 @@ impl ShutdownSignal {
                     // Relaxed: the word publishes no other data. Its consequences happen under
                     // locks.
                     if first.compare_exchange(0, number, Ordering::Relaxed, Ordering::Relaxed).is_err() {
+                        terminal::restore();
                         std::process::exit(128 + number);
                     }
                     // Without a receiver no task waits.
@@ -64,6 +67,7 @@ pub fn exit_on_signal(runtime: &Handle, clean_up: impl FnOnce() + Send + 'static
     runtime.spawn(async move {
         shutdown.wait().await;
         clean_up();
+        terminal::restore();
         std::process::exit(128 + shutdown.signal().unwrap_or_default());
     });
     Ok(())

@@ -1,11 +1,15 @@
 //! The terminal: raw mode, which ends with the command in every case, and keyboard input.
 
 use std::io::{self, IsTerminal};
+use std::sync::{Mutex, PoisonError};
 
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
+/// The settings of standard input before raw mode, while it is in raw mode.
+static BEFORE: Mutex<Option<Termios>> = Mutex::new(None);
+
 /// Standard input in raw mode until dropped.
-pub(crate) struct RawMode(Termios);
+pub(crate) struct RawMode(());
 
 impl RawMode {
     /// `None` when standard input is not a terminal.
@@ -19,14 +23,23 @@ impl RawMode {
         raw.make_raw();
         // Output stays cooked, so that Clade's own lines start at the left.
         raw.output_modes = before.output_modes;
+        *BEFORE.lock().unwrap_or_else(PoisonError::into_inner) = Some(before);
+        let is_raw = Self(());
         tcsetattr(&stdin, OptionalActions::Now, &raw)?;
-        Ok(Some(Self(before)))
+        Ok(Some(is_raw))
     }
 }
 
 impl Drop for RawMode {
     fn drop(&mut self) {
-        let _ = tcsetattr(io::stdin(), OptionalActions::Now, &self.0);
+        restore();
+    }
+}
+
+/// Ends raw mode: also before an exit of the process, which drops nothing.
+pub(crate) fn restore() {
+    if let Some(before) = BEFORE.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        let _ = tcsetattr(io::stdin(), OptionalActions::Now, &before);
     }
 }
 
