@@ -12,6 +12,7 @@ use std::thread;
 use clade_devices::virtio::vsock::answer_broker;
 use clade_host_io::seqpacket;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
+use rustix::fs::{Mode, OFlags, fstat};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Requests handled together.
@@ -23,6 +24,22 @@ struct BrokeredGuest {
     device: OwnedFd,
     /// The socket of its device, beside which the host's listeners are.
     socket: PathBuf,
+    /// That socket's file. Another VM may have the path once the file is removed.
+    file: OwnedFd,
+}
+
+impl BrokeredGuest {
+    /// Answers one request. Connecting does not block.
+    ///
+    /// # Errors
+    /// When the guest's process has ended, or sends another request; when the socket's file is removed: a process may
+    /// live on after its VM, while the next VM at that path has other listeners.
+    fn answer(&self) -> io::Result<()> {
+        if fstat(&self.file)?.st_nlink == 0 {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        answer_broker(&self.device, &self.socket)
+    }
 }
 
 /// Orders for the broker's thread.
@@ -74,10 +91,9 @@ impl BrokeredGuests {
     /// asks again.
     fn answer(&mut self, fd: RawFd, ops: &mut EventOps<'_>) {
         let Some(guest) = self.by_fd.get(&fd) else { return };
-        if let Err(error) = answer_broker(&guest.device, &guest.socket)
+        if let Err(error) = guest.answer()
             && error.kind() != io::ErrorKind::WouldBlock
         {
-            // The guest has ended, or sent another request.
             tracing::debug!(%error, socket = %guest.socket.display(), "a guest is not connected any more");
             // Before the socket is closed: a new guest's may get its number.
             if let Err(error) = ops.remove(Events::empty_raw(fd)) {
@@ -132,14 +148,17 @@ impl Broker {
     }
 
     /// Returns the device's end of a socket, for a device whose own is at `socket`. The broker's
-    /// thread watches the other end soon after. If it cannot, the guest's connections are refused.
+    /// thread watches the other end soon after. If it cannot, the guest's connections are refused, as they are once the
+    /// file of that socket is removed.
     ///
     /// # Errors
-    /// When no descriptor is left.
+    /// When there is no such file, or no descriptor is left.
     pub(super) fn connect(&self, socket: PathBuf) -> io::Result<OwnedFd> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = rustix::fs::open(&socket, flags, Mode::empty())?;
         let (device, theirs) = seqpacket::pair()?;
         rustix::io::ioctl_fionbio(&device, true)?;
-        self.0.orders().guests.push(BrokeredGuest { device, socket });
+        self.0.orders().guests.push(BrokeredGuest { device, socket, file });
         self.notify();
         Ok(theirs)
     }
@@ -154,5 +173,48 @@ impl Drop for Broker {
     fn drop(&mut self) {
         self.0.orders().end = true;
         self.notify();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixListener;
+    use std::path::Path;
+
+    use clade_test_support::wait_until;
+
+    use super::*;
+
+    /// Asks for a connection to a port of the host. `None` if the broker has closed the socket.
+    fn ask(device: impl AsFd, port: u32) -> Option<seqpacket::Message> {
+        seqpacket::send(&device, &port.to_le_bytes(), &[]).ok()?;
+        seqpacket::receive(&device, 4).ok()
+    }
+
+    #[test]
+    fn a_process_that_outlives_its_vm_reaches_no_listener_of_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("web.vsock");
+        let listener = |path: &Path| UnixListener::bind(path).unwrap();
+        let broker = Broker::start().unwrap();
+        assert!(broker.connect(socket.clone()).is_err(), "a VM without a socket");
+        let own = listener(&socket);
+        let port = listener(&dir.path().join("web.vsock_6000"));
+        let (ended, other) = (broker.connect(socket.clone()).unwrap(), broker.connect(socket.clone()).unwrap());
+        wait_until("a connection", || ask(&ended, 6000).is_some_and(|answer| answer.files.len() == 1));
+        port.accept().unwrap();
+        // The next VM has the path, and its host's listener is there.
+        std::fs::remove_file(&socket).unwrap();
+        drop(own);
+        let _next = listener(&socket);
+        let next = broker.connect(socket.clone()).unwrap();
+        for gone in [&ended, &other] {
+            assert!(ask(gone, 6000).is_none());
+        }
+        wait_until("a connection of the next VM", || ask(&next, 6000).is_some_and(|answer| answer.files.len() == 1));
+        port.accept().unwrap();
+        port.set_nonblocking(true).unwrap();
+        assert!(port.accept().is_err(), "no other has come");
     }
 }

@@ -121,7 +121,7 @@ impl Supervisor {
             overlays.found(&vm_record.overlays);
             found.extend(vm_record.process.map(|process| (name.clone(), process)));
         }
-        // One after another: each guest needs two descriptors, and most processes take theirs at once.
+        // One after another: each guest needs three descriptors, and most processes take theirs at once.
         let guests = earlier.iter().filter_map(|(name, vm_record)| {
             let device = broker.connect(vm_record.identity.vsock.as_ref()?.socket.clone());
             let device =
