@@ -8,7 +8,7 @@ use clade_devices::virtio::net::Link;
 
 use super::broker::Broker;
 use super::cgroups::{Bounds, Group};
-use super::host_link::release_links;
+use super::host_link::{release_links, stricter};
 use super::launched_vm::LaunchedVm;
 use super::net_hook::Interfaces;
 use super::overlays::OverlayUse;
@@ -167,10 +167,20 @@ impl WorkerResources {
     /// # Errors
     /// When the host refuses it.
     pub(super) fn close_links(&self, confinement: Confinement) -> Result<(), DaemonError> {
-        match self.vm_record.network {
+        if self.vm_record.links.is_empty() {
+            return Ok(());
+        }
+        let _records = VmRecord::lock();
+        match self.network_now() {
             Some(Link::Open) => Ok(()),
             Some(Link::Closed) | None => self.vm_record.set_links(&self.name, Link::Closed, confinement),
         }
+    }
+
+    /// Returns whether the network is open. A request may have closed it since the VM was recorded.
+    fn network_now(&self) -> Option<Link> {
+        let recorded = VmRecord::found(&self.dir, &self.name).filter(|now| now.process == self.vm_record.process);
+        stricter(self.vm_record.network, recorded.and_then(|now| now.network))
     }
 
     /// Returns whether the network waits for the worker's word on its devices.
@@ -187,12 +197,13 @@ impl WorkerResources {
         if !self.has_unknown_network() {
             return Ok(());
         }
+        // Both under the lock: a request that closes it comes before, and is found, or after.
+        let _records = VmRecord::lock();
         let network = network.unwrap_or(Link::Closed);
         if network == Link::Open {
             self.vm_record.set_links(&self.name, network, confinement)?;
         }
         let settled = VmRecord { network: Some(network), ..self.vm_record.clone() };
-        let _records = VmRecord::lock();
         settled.replace(&self.dir, &self.name)
     }
 
@@ -235,5 +246,58 @@ impl Drop for WorkerResources {
                 );
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+
+    use clade_test_support::wait_eq;
+    use clade_vmm::vm::HostLink;
+
+    use super::*;
+    use crate::vm_record::tests::record_with;
+
+    /// The state letter of a process.
+    fn state(child: &Child) -> String {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap();
+        stat.rsplit_once(") ").unwrap().1[..1].to_owned()
+    }
+
+    /// A request closes the network of a VM that is recorded and does not run yet: while the hook takes its interface
+    /// up, or while the worker finds out whether its network is open.
+    #[test]
+    fn a_network_that_is_closed_while_its_vm_is_launched_stays_closed() {
+        let scratch = tempfile::tempdir().unwrap();
+        let dir = RuntimeDir::create(scratch.path()).unwrap();
+        let mut passt = Command::new("sleep").arg("1000").spawn().unwrap();
+        let link = RecordedLink::of(&HostLink::User { pid: passt.id() }).unwrap();
+        let launched = |network| {
+            let process = ProcessId::of(std::process::id());
+            let vm_record = VmRecord { process, links: vec![link], network, ..record_with(None) };
+            vm_record.replace(&dir, "web").unwrap();
+            let (files, flight) = (Vec::new(), Arc::new(flight::make().unwrap()));
+            let (dir, name) = (dir.clone(), "web".to_owned());
+            WorkerResources { dir, name, vm_record, is_booted: false, files, flight, overlays: None }
+        };
+        let recorded = || VmRecord::found(&dir, "web").unwrap();
+        let close = || VmRecord { network: Some(Link::Closed), ..recorded() }.replace(&dir, "web").unwrap();
+        let none = Confinement::Require;
+        // Open, and as the guest has it.
+        launched(Some(Link::Open)).close_links(none).unwrap();
+        assert_ne!(state(&passt), "T");
+        launched(None).settle_network(Some(Link::Open), none).unwrap();
+        assert!(state(&passt) != "T" && recorded().network == Some(Link::Open));
+        let open = launched(Some(Link::Open));
+        close();
+        open.close_links(none).unwrap();
+        wait_eq("it to stop", &"T".to_owned(), || state(&passt));
+        let unknown = launched(None);
+        close();
+        unknown.settle_network(Some(Link::Open), none).unwrap();
+        assert_eq!((state(&passt).as_str(), recorded().network), ("T", Some(Link::Closed)));
+        passt.kill().unwrap();
+        passt.wait().unwrap();
     }
 }
