@@ -158,6 +158,13 @@ async fn authorize(State(gateway): GatewayState, mut request: Request, next: Nex
         Ok(admitted) => admitted,
         Err(error) => return error.into_response(),
     };
+    // Before the call may be refused: an answer to a request whose body has not come yet ends the connection, and its
+    // client may be sending the next request.
+    let (parts, body) = request.into_parts();
+    let mut request = match body_bytes(Request::from_parts(parts.clone(), body)).await {
+        Ok(bytes) => Request::from_parts(parts, bytes.into()),
+        Err(error) => return error.into_response(),
+    };
     request.extensions_mut().insert(key.scope);
     request.extensions_mut().insert(KeyOwner(owner.clone()));
     let answered = gateway.0.call_permits.run(&owner, &call, next.run(request)).await;

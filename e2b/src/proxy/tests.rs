@@ -457,3 +457,30 @@ fn a_guest_that_never_answers_is_not_waited_for_without_end() {
         }
     });
 }
+
+/// Clients use a connection again after a refusal: one that was answered before its body had come would be closed.
+#[test]
+fn a_refused_call_has_been_read_and_its_connection_is_used_again() {
+    run(async {
+        let host = Host::new(|_| {}).await;
+        let key = host.gateway.0.keys.add("other", None, crate::keys::Scope::All).unwrap();
+        let head_of = |method: &str, path: &str, length: usize| {
+            format!(
+                "{method} {path} HTTP/1.1\r\nhost: box.test\r\nx-api-key: {key}\r\ncontent-length: {length}\r\n\r\n"
+            )
+        };
+        let mut client = BufReader::new(host.client(&head_of("POST", "/sandboxes/ibox/connect", 2)).await);
+        // It is refused for its owner: not before the body has come.
+        let early = tokio::time::timeout(Duration::from_millis(200), client.fill_buf()).await;
+        assert!(early.is_err(), "{early:?}");
+        client.get_mut().write_all(b"{}").await.unwrap();
+        for (answer, next) in [("404", head_of("GET", "/health", 0)), ("204", String::new())] {
+            let head = head(&mut client).await;
+            assert!(head.contains(answer), "{head}");
+            let length =
+                head.split_once("content-length: ").and_then(|(_, rest)| rest.split_once('\r')?.0.parse().ok());
+            client.read_exact(&mut vec![0; length.unwrap_or(0)]).await.unwrap();
+            client.get_mut().write_all(next.as_bytes()).await.unwrap();
+        }
+    });
+}
