@@ -273,7 +273,7 @@ mod tests {
     fn a_printed_error_is_short_and_has_no_control_characters() {
         let text = format!("/srv/\u{1b}]0;owned\u{7}\né{}", "x".repeat(MAX_ERROR));
         let shown = Failure::run(anyhow::anyhow!(text)).to_string();
-        assert!(shown.starts_with("/srv/\\u{1b}]0;owned\\u{7}\né") && shown.ends_with("x ..."), "{:.60}", shown);
+        assert!(shown.starts_with("/srv/\\u{1b}]0;owned\\u{7}\né") && shown.ends_with("x ..."), "{shown:.60}");
         assert_eq!(shown.len(), MAX_ERROR + 4);
     }
 
