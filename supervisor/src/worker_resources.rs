@@ -199,7 +199,7 @@ impl WorkerResources {
         }
         // Both under the lock: a request that closes it comes before, and is found, or after.
         let _records = VmRecord::lock();
-        let network = network.unwrap_or(Link::Closed);
+        let network = stricter(network, self.network_now()).unwrap_or(Link::Closed);
         if network == Link::Open {
             self.vm_record.set_links(&self.name, network, confinement)?;
         }

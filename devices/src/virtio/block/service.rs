@@ -361,7 +361,11 @@ impl Service for BlockService {
             // hide the others' notifications.
             Wake::Again => {
                 for (index, is_ready) in self.ready.iter_mut().enumerate().filter(|(_, is_ready)| !**is_ready) {
-                    *is_ready = self.queues.get(index).is_some_and(Virtqueue::acknowledge);
+                    let Some(queue) = self.queues.get_mut(index) else { continue };
+                    *is_ready = queue.acknowledge();
+                    if *is_ready {
+                        queue.disable_notifications();
+                    }
                 }
             }
             Wake::Source(index) => {
