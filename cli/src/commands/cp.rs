@@ -153,14 +153,15 @@ async fn up(client: &Client, from: &Path, to: &str, depth: usize, copied: &mut C
     Ok(())
 }
 
-/// Makes a file that takes the name `to` when it is complete.
-fn partial(to: &Path) -> Result<NamedTempFile, Failure> {
+/// Makes a file with permissions of `mode` at most, which takes the name `to` when it is complete.
+pub(super) fn partial(to: &Path, mode: u32) -> Result<NamedTempFile, Failure> {
     let dir = match (to.file_name(), to.parent()) {
         (Some(_), Some(dir)) if dir.as_os_str().is_empty() => Path::new("."),
         (Some(_), Some(dir)) => dir,
         _ => return Err(Failure::input(anyhow!("invalid destination {}: it has no file name", to.display()))),
     };
-    local(dir, tempfile::Builder::new().prefix(".clade-").tempfile_in(dir))
+    let mut builder = tempfile::Builder::new();
+    local(dir, builder.prefix(".clade-").permissions(fs::Permissions::from_mode(mode)).tempfile_in(dir))
 }
 
 async fn down_bytes(client: &Client, from: &str, to: &Path, into: &mut impl Write) -> Result<u64, Failure> {
@@ -188,7 +189,7 @@ fn expect_replaceable(to: &Path) -> Result<(), Failure> {
 
 async fn down_file(client: &Client, from: &str, to: &Path, mode: u32, copied: &mut Copied) -> Result<(), Failure> {
     expect_replaceable(to)?;
-    let mut partial = partial(to)?;
+    let mut partial = partial(to, 0o600)?;
     copied.bytes += down_bytes(client, from, to, &mut partial).await?;
     local(to, partial.as_file().set_permissions(fs::Permissions::from_mode(mode & 0o777)))?;
     // A link of that name is replaced, not followed.
@@ -283,6 +284,10 @@ pub(super) fn main(args: &CpArgs) -> Outcome {
         }
     };
     block_on(async {
+        // No file is made. A write to a pipe without a reader would hold a handler up.
+        if args.to == "-" {
+            return copy.await;
+        }
         let shutdown = ShutdownSignal::listen(&Handle::current()).map_err(Failure::run)?;
         tokio::select! {
             done = copy => done,
@@ -343,7 +348,7 @@ mod tests {
             assert!(error.to_string().starts_with(other.to_str().unwrap()), "{error}");
         }
         // A name of the longest kind, and one without a directory.
-        drop(partial(&at(&"n".repeat(255))).unwrap());
-        assert!(partial(Path::new("/")).is_err() && partial(&at("..")).is_err());
+        drop(partial(&at(&"n".repeat(255)), 0o600).unwrap());
+        assert!(partial(Path::new("/"), 0o600).is_err() && partial(&at(".."), 0o600).is_err());
     }
 }

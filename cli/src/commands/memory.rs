@@ -2,12 +2,12 @@
 
 use std::fs::{self, File};
 use std::io::{self, IsTerminal, Read, Write};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use clade_api::{Client, MAX_MEMORY};
 use clap::{Args, Subcommand};
 
+use crate::commands::cp::partial;
 use crate::commands::remote::ask;
 use crate::commands::units::parse_size;
 use crate::commands::{Failure, Outcome};
@@ -178,10 +178,9 @@ fn read(args: &ReadArgs) -> Outcome {
     }
     // An existing file stays as it is until all bytes are there.
     let place = path.canonicalize().unwrap_or_else(|_| path.clone());
-    let dir = place.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".clade-").permissions(fs::Permissions::from_mode(0o666));
-    let mut file = builder.tempfile_in(dir).map_err(failed)?;
+    let own = fs::metadata(&place).map(|found| found.permissions()).ok();
+    let mut file = partial(&place, if own.is_some() { 0o600 } else { 0o666 })?;
+    own.map_or(Ok(()), |own| file.as_file().set_permissions(own)).map_err(failed)?;
     in_parts(args.address, args.length, |at, length| file.write_all(&get(at, length)?).map_err(failed))?;
     file.persist(place).map(drop).map_err(|error| failed(error.error))
 }

@@ -1,6 +1,7 @@
 //! A guest's memory through the API and `clade memory`, compared with its process's.
 
 use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -71,6 +72,11 @@ fn memory_is_read_and_written_as_the_guest_sees_it_also_while_it_is_forked() {
     let there = names();
     clade(&["memory", "read", "web-1", "0", "64M", "--output", path]).expect_refusal("0x2000000");
     assert!(std::fs::read(&file).unwrap() == bytes && names() == there);
+    // A whole one takes its permissions: memory has secrets.
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
+    assert_eq!(clade(&["memory", "read", "web-1", "0", "4K", "--output", path]).code, Some(0));
+    let found = std::fs::metadata(&file).unwrap();
+    assert_eq!((found.len(), found.permissions().mode() & 0o777), (4096, 0o600));
     std::fs::remove_file(&file).unwrap();
     assert_eq!(bytes.len() as u64, GuestMemory::BYTES);
     let place = GuestMemory::AT as usize;
