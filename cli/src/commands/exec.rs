@@ -273,6 +273,13 @@ async fn follow(
     }
 }
 
+/// Waits for `work` until that time, if there is one.
+async fn by<T>(until: Option<Instant>, work: impl Future<Output = T>) -> Result<T, Failure> {
+    let Some(until) = until else { return Ok(work.await) };
+    let late = |_| Failure::Timeout(anyhow!("the guest has not ended the program in its time"));
+    timeout_at(until, work).await.map_err(late)
+}
+
 async fn exec(args: ExecArgs) -> Outcome {
     let client = args.agent.client(&args.name).await.map_err(not_run)?;
     let mut envs: BTreeMap<String, String> = args.env.into_iter().collect();
@@ -289,14 +296,9 @@ async fn exec(args: ExecArgs) -> Outcome {
         stdin: Some(args.interactive),
         kill_rest: false,
     };
-    let late = || Failure::Timeout(anyhow!("the guest has not ended the program in its time"));
+    // The agent kills the program. The wait does not depend on it.
     let until = args.timeout.and_then(|time| Instant::now().checked_add(time.saturating_add(GRACE)));
-    let started = client.start(&request, args.timeout);
-    let process = match until {
-        Some(until) => timeout_at(until, started).await.map_err(|_| late())?,
-        None => started.await,
-    };
-    let process = process.map_err(not_started)?;
+    let process = by(until, client.start(&request, args.timeout)).await?.map_err(not_started)?;
     let raw = if args.tty && args.interactive { RawMode::enter().map_err(Failure::run)? } else { None };
     let fed = if args.interactive {
         let from = typed().map_err(Failure::run)?;
@@ -305,17 +307,12 @@ async fn exec(args: ExecArgs) -> Outcome {
         None
     };
     let mut output = if args.json { Output::Kept(KeptOutput::default()) } else { Output::Terminal };
-    let followed = follow(&client, process, args.tty, &mut output);
-    let end = match until {
-        // The agent kills the program. The wait does not depend on it.
-        Some(until) => timeout_at(until, followed).await.unwrap_or_else(|_| Err(late())),
-        None => followed.await,
-    };
+    let end = by(until, follow(&client, process, args.tty, &mut output)).await;
     drop(raw);
     if let Some(fed) = fed {
         fed.abort();
     }
-    let end = end?;
+    let end = end??;
     if let Output::Kept(kept) = output {
         print_json(&kept.into_result(&end)).map_err(Failure::run)?;
     }
