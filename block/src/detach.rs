@@ -42,12 +42,11 @@ impl DiskImage {
             let at = match files.iter().position(|(known, _)| Arc::ptr_eq(known, file)) {
                 Some(at) => at,
                 None => {
-                    let copy = match is_safe(file)? {
-                        true => None,
-                        false => {
-                            sync_to_copy(file)?;
-                            Some(overlays.copy(size)?)
-                        }
+                    let copy = if is_safe(file)? {
+                        None
+                    } else {
+                        sync_to_copy(file)?;
+                        Some(overlays.copy(size)?)
                     };
                     files.push((file, copy));
                     files.len() - 1

@@ -133,9 +133,11 @@ impl DiskImage {
                 }
                 at = other.end;
             }
-            pieces.push((at..clusters.end, source));
+            if at < clusters.end {
+                pieces.push((at..clusters.end, source));
+            }
         }
-        runs_of(pieces.into_iter().filter(|(clusters, _)| !clusters.is_empty()))
+        runs_of(pieces.into_iter())
     }
 
     /// Reads its bytes from `offset` on, through the page cache.

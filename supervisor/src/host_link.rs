@@ -176,7 +176,7 @@ impl Supervisor {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::process::Command;
 
     use clade_test_support::wait_eq;
@@ -187,7 +187,7 @@ mod tests {
     use crate::vm_record::tests::record_with;
 
     /// The state letter of a process.
-    fn state(pid: u32) -> String {
+    pub(crate) fn state(pid: u32) -> String {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
         stat.rsplit_once(") ").unwrap().1[..1].to_owned()
     }

@@ -251,19 +251,14 @@ impl Drop for WorkerResources {
 
 #[cfg(test)]
 mod tests {
-    use std::process::{Child, Command};
+    use std::process::Command;
 
     use clade_test_support::wait_eq;
     use clade_vmm::vm::HostLink;
 
     use super::*;
+    use crate::host_link::tests::state;
     use crate::vm_record::tests::record_with;
-
-    /// The state letter of a process.
-    fn state(child: &Child) -> String {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap();
-        stat.rsplit_once(") ").unwrap().1[..1].to_owned()
-    }
 
     /// A request closes the network of a VM that is recorded and does not run yet: while the hook takes its interface
     /// up, or while the worker finds out whether its network is open.
@@ -286,17 +281,17 @@ mod tests {
         let none = Confinement::Require;
         // Open, and as the guest has it.
         launched(Some(Link::Open)).close_links(none).unwrap();
-        assert_ne!(state(&passt), "T");
+        assert_ne!(state(passt.id()), "T");
         launched(None).settle_network(Some(Link::Open), none).unwrap();
-        assert!(state(&passt) != "T" && recorded().network == Some(Link::Open));
+        assert!(state(passt.id()) != "T" && recorded().network == Some(Link::Open));
         let open = launched(Some(Link::Open));
         close();
         open.close_links(none).unwrap();
-        wait_eq("it to stop", &"T".to_owned(), || state(&passt));
+        wait_eq("it to stop", &"T".to_owned(), || state(passt.id()));
         let unknown = launched(None);
         close();
         unknown.settle_network(Some(Link::Open), none).unwrap();
-        assert_eq!((state(&passt).as_str(), recorded().network), ("T", Some(Link::Closed)));
+        assert_eq!((state(passt.id()).as_str(), recorded().network), ("T", Some(Link::Closed)));
         passt.kill().unwrap();
         passt.wait().unwrap();
     }

@@ -89,6 +89,15 @@ fn watchers_are_asked_for_what_has_happened() {
     });
 }
 
+/// An empty directory, and a watcher of it that is polled.
+async fn watched(agent: &Agent) -> (Client, String, Watcher) {
+    let (client, dir) = (agent.client(), agent.path("dir"));
+    std::fs::create_dir(&dir).unwrap();
+    let request = WatchRequest { path: dir.clone(), ..WatchRequest::default() };
+    let watcher = client.call("filesystem.Filesystem/CreateWatcher", &request).await.unwrap();
+    (client, dir, watcher)
+}
+
 /// Until the watcher has ended, with its reason.
 async fn end_of(client: &Client, watcher: &Watcher) -> RpcError {
     let mut end = None;
@@ -139,11 +148,7 @@ fn a_large_directory_that_is_moved_to_a_watched_one_ends_the_watch_and_makes_roo
 fn no_watcher_is_of_another_generation() {
     let agent = Agent::start();
     run(async {
-        let client = agent.client();
-        let dir = agent.path("dir");
-        std::fs::create_dir(&dir).unwrap();
-        let request = WatchRequest { path: dir.clone(), ..WatchRequest::default() };
-        let first: Watcher = client.call("filesystem.Filesystem/CreateWatcher", &request).await.unwrap();
+        let (client, _, first) = watched(&agent).await;
         client.change_generation(&Generation::default()).await.unwrap();
         let gone = end_of(&client, &first).await;
         assert_eq!(gone.code, Code::NotFound, "{gone}");
@@ -154,11 +159,7 @@ fn no_watcher_is_of_another_generation() {
 fn a_watcher_that_nobody_asks_is_bounded() {
     let agent = Agent::start();
     run(async {
-        let client = agent.client();
-        let dir = agent.path("dir");
-        std::fs::create_dir(&dir).unwrap();
-        let request = WatchRequest { path: dir.clone(), ..WatchRequest::default() };
-        let watcher: Watcher = client.call("filesystem.Filesystem/CreateWatcher", &request).await.unwrap();
+        let (client, dir, watcher) = watched(&agent).await;
         for number in 0..20_000 {
             std::fs::create_dir(format!("{dir}/{number}")).unwrap();
         }

@@ -29,8 +29,8 @@ impl From<QueryError> for ApiError {
     }
 }
 
-/// Parses a query of the parameters called `keys`, each value by `parse_value`. Of a parameter that is given twice, both
-/// values must be valid, and the last one counts.
+/// Parses a query of the parameters called `keys`, each value by `parse_value`. Of a parameter that is given twice,
+/// both values must be valid, and the last one counts.
 pub(super) fn parse<T, const N: usize>(
     text: &str,
     keys: [&'static str; N],
