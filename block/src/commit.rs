@@ -235,7 +235,8 @@ impl Disk {
     }
 
     fn is_lost(&self) -> bool {
-        self.health().lost
+        let files = self.chain.map().sizes().into_iter().map(|(file, _)| file).chain(self.chain.base().cloned());
+        self.health().lost || files.into_iter().any(|file| file.has_lost_writes())
     }
 
     /// Syncs the overlays. The system reports a lost write of a file once.
@@ -245,6 +246,7 @@ impl Disk {
             if let Err(error) = sync(&file) {
                 tracing::warn!(error = &error as &dyn std::error::Error, "a write to an overlay was lost");
                 self.durability.set_lost();
+                file.note_lost_writes();
                 return Err(CommitError::Lost { path: error.path });
             }
         }

@@ -216,13 +216,20 @@ pub(super) fn sync(file: &IoFile) -> Result<(), FileError> {
 }
 
 /// Makes a file durable before it is copied. Once the system has failed to write a page back, a read may show what
-/// was there before, and a copy would have that for good. The sync is of another open file: the disk's own flush still
-/// learns of the failure.
+/// was there before, and a copy would have that for good. So no copy is made after a loss, and no flush of the disk
+/// succeeds.
 pub(super) fn sync_to_copy(file: &IoFile) -> Result<(), FileError> {
+    if file.has_lost_writes() {
+        return Err(failed(file.path(), "copied since a write to it was lost")(Errno::IO.into()));
+    }
     match sync(&file.for_another_process()?) {
         // A file system without writes has no sync.
         Err(error) if Errno::from_io_error(&error.source) == Some(Errno::INVAL) => Ok(()),
-        synced => synced,
+        Err(error) => {
+            file.note_lost_writes();
+            Err(error)
+        }
+        Ok(()) => Ok(()),
     }
 }
 

@@ -190,7 +190,13 @@ impl Durability {
 
     /// Notes the error of a flush that was to sync `base`.
     pub(super) fn flush_failed(&mut self, error: &DiskError, base: &IoFile) {
-        self.lost |= is_lost(error, base);
+        if is_lost(error, base) {
+            self.lost = true;
+            // The new image has the base's path.
+            if !self.reflink.as_ref().is_some_and(ReflinkImage::syncs_new_image) {
+                base.note_lost_writes();
+            }
+        }
         base.set_unsynced();
     }
 

@@ -35,7 +35,8 @@ impl Disk {
 
     pub(super) fn plan_flush(&mut self, at: usize, job: &mut Job) -> Result<(), DiskError> {
         job.stage = JobStage::Transfer;
-        if self.durability.is_base_lost() {
+        if self.durability.is_base_lost() || self.chain.base().is_some_and(|base| base.knows_lost_writes()) {
+            self.durability.set_lost();
             return Err(DiskError::Lost { path: self.config().path.clone() });
         }
         let base = self.chain.base().filter(|base| base.is_writable() && self.durability.is_of_base());
@@ -54,6 +55,12 @@ impl Disk {
 
     /// Notes how a flush has ended.
     pub(super) fn flush_ends(&mut self, at: usize, job: &mut Job) {
+        // A copy may have taken the system's report while the sync was in the kernel.
+        let mut written = self.chain.base().into_iter().chain(self.chain.active());
+        if job.error.is_none() && written.any(|file| file.knows_lost_writes()) {
+            self.durability.set_lost();
+            job.error = Some(DiskError::Lost { path: self.config().path.clone() });
+        }
         if let Some(error) = &job.error {
             // Not durable: the next flush tries again, unless the system has reported a lost write,
             // which it reports only once.
@@ -83,6 +90,8 @@ impl Disk {
             if !kept && self.chain.is_all_base() {
                 self.chain.end_fold();
                 self.durability.fold_ended();
+            } else {
+                self.chain.resume_fold();
             }
             return;
         }

@@ -143,7 +143,8 @@ pub(super) fn open_overlays(config: &DiskConfig, block_device: bool, size: u64) 
         // This process may lack permission to list the directory.
         Directory::reach(&path)
     } else {
-        Directory::open(&path).and_then(|dir| {
+        // As a path: nor may it open a directory that other disks use.
+        Directory::reach(&path).and_then(|dir| {
             dir.try_unnamed(size)?;
             Ok(dir)
         })

@@ -321,7 +321,8 @@ impl Disk {
         if job.is_relocation() {
             self.chain.move_ended();
             if let Some(error) = job.error.take() {
-                // The clusters stay in place. The next attempt comes some overlays later.
+                // The clusters stay in place. The next attempt comes some overlays later, or with a flush if the disk
+                // folds.
                 tracing::debug!(%error, "overlays are not merged");
                 self.chain.forget_moves();
             }

@@ -228,6 +228,11 @@ impl OverlayChain {
         self.forked = false;
     }
 
+    /// Has a fold go on whose moves were dropped, because one has failed or the disk was halted.
+    pub(super) fn resume_fold(&mut self) {
+        self.rescan |= self.folding && self.relocation.is_idle();
+    }
+
     fn stop_folding(&mut self) {
         (self.folding, self.rescan) = (false, false);
     }

@@ -160,6 +160,9 @@ impl ReflinkImage {
     /// # Errors
     /// When a new image is impossible. If there has never been one, a journal takes its place.
     pub(super) fn begin(&mut self, map: &BlockMap, dirty: bool) -> Result<Vec<Request>, FileError> {
+        let overlays = map.sizes().into_iter().map(|(file, _)| file).filter(|file| !Arc::ptr_eq(file, &self.base));
+        let overlays: Vec<_> = overlays.collect();
+        self.broken |= overlays.iter().any(|file| file.knows_lost_writes());
         if self.broken {
             return Err(failed(self.base.path(), "flushed since a write was lost")(rustix::io::Errno::IO.into()));
         }
@@ -171,8 +174,7 @@ impl ReflinkImage {
         if self.whole {
             self.next = Some(Arc::new(self.make()?));
         }
-        let overlays = map.sizes().into_iter().map(|(file, _)| file).filter(|file| !Arc::ptr_eq(file, &self.base));
-        let synced: Vec<_> = overlays.filter(|file| file.take_unsynced()).collect();
+        let synced: Vec<_> = overlays.into_iter().filter(|file| file.take_unsynced()).collect();
         requests.extend(synced.iter().map(|file| Request::Sync { file: Arc::clone(file), all: false }));
         let all = 0..self.size.div_ceil(CLUSTER);
         let moved = if self.whole { vec![all] } else { mem::take(&mut self.moved) };
@@ -204,7 +206,12 @@ impl ReflinkImage {
         let (from, to): (File, File) = (owned(&self.base)?, owned(to)?);
         let metadata = from.metadata().map_err(wrong())?;
         fchown(&to, Some(metadata.uid()), Some(metadata.gid())).map_err(wrong())?;
-        to.set_permissions(std::fs::Permissions::from_mode(metadata.mode() & 0o7777)).map_err(wrong())?;
+        // Without set-uid and the like: a guest writes what is in the file.
+        let mode = metadata.mode() & 0o777;
+        if mode & 0o400 == 0 {
+            return Err(wrong()(io::ErrorKind::PermissionDenied.into()));
+        }
+        to.set_permissions(std::fs::Permissions::from_mode(mode)).map_err(wrong())?;
         let mut names = vec![0; XATTR_BYTES];
         // A file system without extended attributes lists none.
         let len = flistxattr(&from, &mut names[..]).unwrap_or(0);
@@ -258,11 +265,22 @@ impl ReflinkImage {
         }
     }
 
+    /// Whether a flush syncs the new image: the overlays and the base are durable.
+    pub(super) fn syncs_new_image(&self) -> bool {
+        self.writing.as_ref().is_some_and(|writing| writing.step != ReflinkStep::Data)
+    }
+
     /// Ends a failed flush. The next flush does it all again, unless a write was `lost`.
     pub(super) fn give_up(&mut self, lost: bool) {
         let Some(mut writing) = self.writing.take() else { return };
         self.broken |= lost;
-        writing.synced.iter().for_each(|file| file.set_unsynced());
+        for file in &writing.synced {
+            file.set_unsynced();
+            // The sync that has failed later is of the new image.
+            if lost && writing.step == ReflinkStep::Data {
+                file.note_lost_writes();
+            }
+        }
         // The rename may not be durable: another new image is made.
         if self.next.take().is_some() || writing.step == ReflinkStep::Named {
             self.replaced();

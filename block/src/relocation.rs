@@ -150,7 +150,7 @@ impl Relocation {
     }
 }
 
-/// Whether clusters of `file` may be moved: it is an overlay, and read-only now.
+/// Whether clusters of `file` may be moved: it is an overlay, read-only now, and has all that was written to it.
 pub(super) fn movable(file: &Arc<IoFile>, active: Option<&Arc<IoFile>>) -> bool {
-    !file.is_named() && !active.is_some_and(|active| Arc::ptr_eq(active, file))
+    !file.is_named() && !file.knows_lost_writes() && !active.is_some_and(|active| Arc::ptr_eq(active, file))
 }

@@ -168,10 +168,7 @@ impl RequestTable {
     /// Gives a job a slot, to be begun next.
     pub(super) fn insert(&mut self, job: Job) -> usize {
         self.count_part(&job);
-        let at = self.free.pop().unwrap_or_else(|| {
-            self.jobs.push(None);
-            self.jobs.len() - 1
-        });
+        let at = self.free.pop().unwrap_or_else(|| self.new_slot());
         self.jobs[at] = Some(job);
         at
     }
@@ -179,9 +176,19 @@ impl RequestTable {
     /// Adds a job that must not begin before the adding job holds or has released its clusters.
     pub(super) fn insert_later(&mut self, job: Job) {
         self.count_part(&job);
-        let at = self.jobs.len();
-        self.jobs.push(Some(job));
+        // A job that has just ended may still be on the list of those that wait.
+        let free = self.free.iter().rposition(|at| !self.waiting.contains(at));
+        let at = match free {
+            Some(free) => self.free.swap_remove(free),
+            None => self.new_slot(),
+        };
+        self.jobs[at] = Some(job);
         self.waiting.push_back(at);
+    }
+
+    fn new_slot(&mut self) -> usize {
+        self.jobs.push(None);
+        self.jobs.len() - 1
     }
 
     /// Lends the job in slot `at`.
@@ -369,5 +376,32 @@ impl RequestTable {
     #[cfg(test)]
     pub(crate) fn engine_mut(&mut self) -> Option<&mut Engine<usize>> {
         self.engine.as_mut()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::testutil::{finish, write};
+    use crate::{CLUSTER, Disk, DiskConfig, DiskOp};
+
+    /// A guest repeats such requests without end.
+    #[test]
+    fn zeros_that_are_written_later_take_no_new_slot_each() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.img");
+        std::fs::write(&path, vec![1; 64 << 12]).unwrap();
+        let mut disk = Disk::open(&DiskConfig::new(&path)).unwrap();
+        drop(disk.fork());
+        write(&mut disk, 0, &[2; 4096]);
+        for token in 0..200 {
+            // Two odd ends around whole clusters, and a part of one cluster.
+            for (offset, len) in [(512, 3 * CLUSTER), (9 * CLUSTER + 512, 512)] {
+                disk.submit(DiskOp::Zero { offset, len, unmap: token % 2 == 0 }, token).unwrap();
+            }
+            finish(&mut disk);
+        }
+        assert!(disk.requests.jobs.len() <= 8, "{} slots", disk.requests.jobs.len());
+        let free: std::collections::BTreeSet<_> = disk.requests.free.iter().collect();
+        assert_eq!((free.len(), disk.requests.free.len()), (disk.requests.jobs.len(), disk.requests.jobs.len()));
     }
 }

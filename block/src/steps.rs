@@ -68,7 +68,7 @@ impl Disk {
         job.target = Some(Arc::clone(&active));
         job.edges = RmwEdges::default();
         let whole = job.whole_clusters(self.size());
-        let mut reads = Vec::new();
+        let (mut reads, mut is_lost) = (Vec::new(), false);
         let mut edge = |cluster: u64| {
             let source = self.chain.map().at(cluster);
             if whole.contains(&cluster) || source.is(&active) {
@@ -77,6 +77,7 @@ impl Disk {
             let len = CLUSTER.min(self.size() - cluster * CLUSTER) as usize;
             let edge = Edge { cluster, bytes: Arc::new(AlignedBuf::new(len)) };
             if let ClusterSource::File(file) = source {
+                is_lost |= file.knows_lost_writes();
                 let buffers = Fragment::owned(&edge.bytes, 0, len).into_iter().collect();
                 reads.push(Request::Read { file, offset: cluster * CLUSTER, buffers });
             }
@@ -87,6 +88,10 @@ impl Disk {
         // One cluster can be both head and tail: it is read once.
         let tail = if last == clusters.start { job.edges.head.clone() } else { edge(last) };
         job.edges.tail = tail;
+        if is_lost {
+            // The rest of the cluster is made durable in another file, and may be what was there before.
+            self.durability.set_lost();
+        }
         if reads.is_empty() {
             return self.transfer(at, job);
         }
@@ -157,7 +162,7 @@ impl Disk {
 
     /// Whether the map is full, and zeros in `clusters` would add an extent. Such a discard is done
     /// in the active file only, and such zeros are written as data. So a guest cannot make the host
-    /// store an extent for each cluster of a disk.
+    /// store an extent for each cluster of a disk by discards alone; by writes it can.
     fn is_crowded(&self, clusters: &std::ops::Range<u64>) -> bool {
         let small = clusters.end - clusters.start < SMALL_ZEROS;
         small && self.chain.map().len() >= MAX_EXTENTS && self.chain.map().pieces(clusters.clone()).take(3).count() < 3

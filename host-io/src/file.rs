@@ -13,6 +13,7 @@ use rustix::fs::{AtFlags, SeekFrom, StatxFlags, seek, statx};
 use thiserror::Error;
 
 use crate::handles::{CachePolicy, Handles};
+use crate::lost_writes::LostWrites;
 use crate::overlay_pool::OverlayPool;
 
 /// A system call on a file has failed.
@@ -73,6 +74,7 @@ pub struct IoFile {
     kept: Vec<Arc<OwnedFd>>,
     /// The file opened for reading only, and locked, if it is.
     pub(crate) lock: OnceLock<File>,
+    pub(crate) lost: LostWrites,
 }
 
 /// The same file on an open file of its own, for reading only.
@@ -165,18 +167,23 @@ impl IoFile {
     }
 
     /// The file for another process, open for reading only: on open files of its own, unless it is
-    /// another process's already.
+    /// another process's already. It knows of lost writes as this one does.
     ///
     /// # Errors
     /// When it cannot be opened again (procfs is needed).
     pub fn for_another_process(&self) -> Result<Self, FileError> {
-        if !self.writable {
+        let file = if self.writable {
+            let opened = read_only_again(&self.handles.cached);
+            let opened = opened.map_err(|error| self.failed("opened for another process", error))?;
+            Self::read_only(opened, &self.path, self.policy())
+        } else {
             // This process may have no right to open it again.
-            return Ok(Self::new(&self.path, Arc::clone(&self.handles), false, true, false));
+            Self::new(&self.path, Arc::clone(&self.handles), false, true, false)
+        };
+        if self.has_lost_writes() {
+            file.note_lost_writes();
         }
-        let opened = read_only_again(&self.handles.cached);
-        let opened = opened.map_err(|error| self.failed("opened for another process", error))?;
-        Ok(Self::read_only(opened, &self.path, self.policy()))
+        Ok(file)
     }
 
     /// Its handle past the page cache, if it has one.
@@ -223,6 +230,7 @@ impl IoFile {
             no_writes,
             kept,
             lock,
+            lost: LostWrites::default(),
         }
     }
 
@@ -351,6 +359,24 @@ impl IoFile {
     /// # Errors When the sync fails. A later success then does not cover earlier writes.
     pub fn sync_now(&self) -> Result<(), FileError> {
         self.handles.cached.sync_all().map_err(|source| self.failed("made durable", source))
+    }
+
+    /// Returns whether writes to the file were lost, as far as this process knows. If the kernel reports a loss now, no
+    /// later sync reports it: the caller must let none succeed.
+    #[must_use]
+    pub fn has_lost_writes(&self) -> bool {
+        self.knows_lost_writes() || self.lost.check(&self.handles.cached)
+    }
+
+    /// Returns the same without asking the kernel.
+    #[must_use]
+    pub fn knows_lost_writes(&self) -> bool {
+        self.lost.is_known()
+    }
+
+    /// Notes that a sync of the file has failed.
+    pub fn note_lost_writes(&self) {
+        self.lost.note();
     }
 
     /// Waits up to `patience` until no write to it is in flight. Returns whether that is so.

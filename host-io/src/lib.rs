@@ -12,6 +12,7 @@
 //! | memory of an operation | `buffer.rs` |
 //! | files, with and without the page cache | `file.rs`, `handles.rs` |
 //! | files by their directory's descriptor | `at.rs` |
+//! | writes that the system has lost | `lost_writes.rs` |
 //! | reused files | `overlay_pool.rs` |
 //! | submitting, continuing, reaping | `engine.rs` |
 //! | eventfds for this process alone | `eventfd.rs` |
@@ -35,6 +36,7 @@ mod gate;
 mod handles;
 pub mod link;
 mod listener;
+mod lost_writes;
 mod net_backend;
 mod op;
 mod overlay_pool;

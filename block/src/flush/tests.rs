@@ -76,6 +76,29 @@ fn a_flush_of_the_image_that_failed_is_never_followed_by_one_that_succeeds() {
     assert!(matches!(&error, CommitError::Lost { path } if *path == bench.path), "{error}");
 }
 
+/// A copy of the disk takes the system's report of the loss, which a flush would have had.
+#[test]
+fn no_flush_succeeds_after_a_copy_has_found_a_loss() {
+    let bench = Bench::new();
+    // Of the image, and of overlays before and after their first flush.
+    for (is_forked, is_flushed) in [(false, false), (true, false), (true, true)] {
+        let mut disk = bench.open();
+        if is_forked {
+            drop(disk.fork());
+        }
+        write(&mut disk, 0, &[2; 4096]);
+        if is_flushed {
+            flush(&mut disk);
+        }
+        let crate::map::ClusterSource::File(file) = disk.chain.map().at(0) else { panic!("no file") };
+        file.note_lost_writes();
+        for _ in 0..2 {
+            assert!(disk.flush_now().is_err(), "forked: {is_forked}, flushed: {is_flushed}");
+            assert!(disk.health().lost);
+        }
+    }
+}
+
 /// The same for the sync of the image in a flush after a fork.
 #[test]
 fn a_flush_after_a_fork_syncs_the_image_too_and_its_failure_is_latched() {
@@ -284,6 +307,34 @@ fn folding_can_end_or_be_forked_anywhere() {
             assert!(bench.image() == model, "{turns}, {forks}");
             assert!(!bench.journal.exists());
         }
+    }
+}
+
+/// A suspension, or a reset of the device, drops the moves that are queued.
+#[test]
+fn folding_goes_on_after_its_moves_were_dropped() {
+    for turns in (0..12).step_by(clade_test_support::stride()) {
+        let bench = Bench::new();
+        let mut disk = bench.open();
+        drop(disk.fork());
+        write(&mut disk, 0, &[2; 600 * 4096]);
+        flush(&mut disk);
+        flush(&mut disk);
+        assert!(disk.chain.is_folding());
+        for _ in 0..turns {
+            disk.wait(SOON).unwrap();
+            drop(disk.reap().unwrap());
+        }
+        disk.cancel();
+        settle(&mut disk);
+        for _ in 0..3 {
+            flush(&mut disk);
+            settle(&mut disk);
+        }
+        assert!(!disk.chain.is_folding() && !bench.journal.exists(), "{turns}");
+        let mut model = vec![1; SIZE as usize];
+        model[..600 * 4096].fill(2);
+        assert!(bench.image() == model, "{turns}");
     }
 }
 

@@ -56,10 +56,7 @@ impl Journal {
     /// # Errors
     /// When an overlay cannot be named. The next flush tries again.
     pub(crate) fn begin(&mut self, map: &BlockMap, standing: FlushState) -> Result<Vec<Request>, FileError> {
-        if self.broken {
-            let (path, source) = (self.location.path(), io::Error::from(rustix::io::Errno::IO));
-            return Err(FileError { path, what: "added to since a write to an overlay was lost", source });
-        }
+        self.check_whole()?;
         let synced = Arc::clone(&self.base);
         let base = || Request::Sync { file: Arc::clone(&synced), all: true };
         let elsewhere = !map.is_all(0..self.clusters, &self.base);
@@ -102,6 +99,8 @@ impl Journal {
             }
             self.next = Some(next);
         }
+        self.broken |= self.overlays.iter().any(|named| named.file.knows_lost_writes());
+        self.check_whole()?;
         let overlays = self.overlays.iter().map(|named| &named.file);
         let synced: Vec<_> = overlays.filter(|file| file.take_unsynced()).cloned().collect();
         requests.extend(synced.iter().map(|file| Request::Sync { file: Arc::clone(file), all: false }));
@@ -117,6 +116,14 @@ impl Journal {
         let (retires, len, step) = (false, 0, JournalStep::Data);
         self.writing = Some(JournalWrite { moved, whole, retires, synced, named, entries, restamp, seen, len, step });
         Ok(requests)
+    }
+
+    fn check_whole(&self) -> Result<(), FileError> {
+        if !self.broken {
+            return Ok(());
+        }
+        let (path, source) = (self.location.path(), io::Error::from(rustix::io::Errno::IO));
+        Err(FileError { path, what: "added to since a write to an overlay was lost", source })
     }
 
     /// Begins to remove the journal: the image has everything.
@@ -303,8 +310,14 @@ impl Journal {
     /// write was `lost`.
     pub(crate) fn give_up(&mut self, lost: bool) {
         let Some(mut writing) = self.writing.take() else { return };
-        self.broken |= lost && writing.step == JournalStep::Data;
-        writing.synced.iter().for_each(|file| file.set_unsynced());
+        let lost = lost && writing.step == JournalStep::Data;
+        self.broken |= lost;
+        for file in &writing.synced {
+            file.set_unsynced();
+            if lost {
+                file.note_lost_writes();
+            }
+        }
         if writing.retires && writing.step != JournalStep::Data {
             // Whether the rename and the attribute took effect is unknown: both are done anew.
             self.marked = self.header.id.is_none();

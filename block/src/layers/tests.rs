@@ -253,45 +253,80 @@ fn what_is_still_being_written_is_not_read() {
     assert_eq!(heir.changed_since(&image).unwrap(), []);
 }
 
-/// Its pages may show what was there before the lost write, and a copy would have that for good.
+/// A disk that was forked, written and forked again.
+struct Twice {
+    dir: tempfile::TempDir,
+    path: PathBuf,
+    _disk: Disk,
+    older: DiskImage,
+    image: DiskImage,
+}
+
+impl Twice {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, _) = file(dir.path());
+        let mut disk = Disk::open(&DiskConfig::new(&path)).unwrap();
+        let older = disk.fork();
+        write(&mut disk, 0, &[7; 4096]);
+        let image = disk.fork();
+        Self { dir, path, _disk: disk, older, image }
+    }
+
+    fn export(&self) -> PathBuf {
+        self.dir.path().join("export")
+    }
+
+    /// The image as another process has it.
+    fn received(&self) -> DiskImage {
+        let (_, lease) = std::io::pipe().unwrap();
+        let layers = self.image.shared_layers(&Arc::new(lease.into())).unwrap();
+        DiskImage::from_layers(self.image.config(), self.image.size(), &layers).unwrap()
+    }
+}
+
+/// Its pages may show what was there before the lost write, and a copy would have that for good. The system reports
+/// the loss once.
 #[test]
 fn no_copy_is_made_of_a_file_whose_write_was_lost() {
-    let dir = tempfile::tempdir().unwrap();
-    let (path, _) = file(dir.path());
-    let config = DiskConfig::new(&path);
-    let mut disk = Disk::open(&config).unwrap();
-    let older = disk.fork();
-    write(&mut disk, 0, &[7; 4096]);
-    let image = disk.fork();
-    let export = dir.path().join("export");
-    let exported = || {
-        image.export(&export).map_err(DiskError::from)?;
-        fs::remove_file(&export).unwrap();
+    fn exported(twice: &Twice) -> Result<(), DiskError> {
+        twice.image.export(&twice.export())?;
+        fs::remove_file(twice.export()).unwrap();
         Ok(())
-    };
-    type Copy<'a> = &'a dyn Fn() -> Result<(), DiskError>;
-    let copies: [(Copy<'_>, usize); 5] = [
-        (&|| image.runs().map(drop), 2),
-        (&|| image.changed_since(&older).map(drop), 1),
-        (&exported, 2),
-        (&|| image.detached(&|_| Ok(false)).map(drop), 2),
-        (&|| image.detached(&|file| Ok(file.path() == path)).map(drop), 1),
+    }
+    type Copy = fn(&Twice) -> Result<(), DiskError>;
+    let copies: [(Copy, usize); 5] = [
+        (|twice| twice.image.runs().map(drop), 2),
+        (|twice| twice.image.changed_since(&twice.older).map(drop), 1),
+        (exported, 2),
+        (|twice| twice.image.detached(&|_| Ok(false)).map(drop), 2),
+        (|twice| twice.image.detached(&|file| Ok(file.path() == twice.path)).map(drop), 1),
     ];
     for (number, (copy, files)) in copies.into_iter().enumerate() {
-        let (done, steps) = traced(None, copy);
+        let twice = Twice::new();
+        let (done, steps) = traced(None, || copy(&twice));
         done.unwrap();
         let syncs: Vec<usize> = (0..steps.len()).filter(|at| steps[*at].starts_with("sync ")).collect();
         assert_eq!(syncs.len(), files, "copy {number}: {steps:?}");
         for at in syncs {
-            let refused = traced(Some(at), copy).0.map_err(|error| error.to_string());
+            let twice = Twice::new();
+            let refused = traced(Some(at), || copy(&twice)).0.map_err(|error| error.to_string());
             assert!(matches!(&refused, Err(text) if text.contains("made durable")), "copy {number}: {refused:?}");
+            assert!(!twice.export().exists());
+            // The next sync of the file would succeed.
+            let child = twice.image.open().unwrap().fork();
+            for again in [copy(&twice), twice.received().runs().map(drop), child.runs().map(drop)] {
+                let text = again.map_err(|error| error.to_string()).unwrap_err();
+                assert!(text.contains("a write to it was lost"), "copy {number}: {text}");
+            }
         }
     }
-    assert!(!export.exists());
     // A file without a sync, as in a file system that is never written.
+    let path = PathBuf::from("null");
     let null = IoFile::read_only(File::open("/dev/null").unwrap(), &path, CachePolicy::Host);
     assert!(null.sync_now().is_err());
     sync_to_copy(&null).unwrap();
+    assert!(!null.knows_lost_writes());
 }
 
 /// Requests, forks and snapshots never show an overlay's contents from a previous owner.

@@ -113,6 +113,9 @@ struct DiskPart {
     kept: Vec<usize>,
     /// Clusters, and whether they are zeros.
     runs: Vec<(u64, u64, bool)>,
+    /// Whether the system has lost writes to it.
+    #[serde(default)]
+    lost: bool,
 }
 
 /// Descriptors, each once.
@@ -277,7 +280,7 @@ fn exported_disk(layer: &DiskLayer, files: &mut PassedFiles) -> Result<DiskPart,
     let (at, direct) = (add(file.as_fd())?, file.direct().map(add).transpose()?);
     let kept = file.kept().iter().map(|kept| files.share(kept)).collect::<Result<_, _>>()?;
     let runs = layer.runs.iter().map(|run| (run.clusters.start, run.clusters.end, run.zero)).collect();
-    Ok(DiskPart { file: at, direct, path: file.path().to_owned(), kept, runs })
+    Ok(DiskPart { file: at, direct, path: file.path().to_owned(), kept, runs, lost: file.knows_lost_writes() })
 }
 
 /// Sections by their names.
@@ -440,6 +443,9 @@ fn disks(
                 .entry(id)
                 .or_insert_with(|| Arc::new(IoFile::handed_in(file, direct, &layer.path, config.cache).keeping(kept)));
             let file = Arc::clone(file);
+            if layer.lost {
+                file.note_lost_writes();
+            }
             let runs = layer.runs.iter().map(|(start, end, zero)| DiskRun { clusters: *start..*end, zero: *zero });
             layers.push(DiskLayer { file: Some(file), runs: runs.collect() });
         }
