@@ -38,13 +38,15 @@ pub struct PacketStream {
     sent: usize,
     /// The reason why no more packets can come.
     ended: Option<io::ErrorKind>,
+    /// The error that cut a packet which was sent in part.
+    torn: Option<io::ErrorKind>,
 }
 
 impl PacketStream {
     /// Packets over `socket`, a connected stream socket.
     #[must_use]
     pub fn new(socket: OwnedFd) -> Self {
-        Self { socket, received: Vec::new(), taken: 0, unsent: Vec::new(), sent: 0, ended: None }
+        Self { socket, received: Vec::new(), taken: 0, unsent: Vec::new(), sent: 0, ended: None, torn: None }
     }
 
     /// The socket, for another process. Received packets that were not consumed are lost.
@@ -142,18 +144,34 @@ impl PacketStream {
     /// # Errors
     /// When the other end has gone.
     pub fn flush(&mut self) -> io::Result<bool> {
+        if let Some(kind) = self.torn {
+            return Err(kind.into());
+        }
         while self.sent < self.unsent.len() {
             match send(self.socket.as_fd(), &self.unsent[self.sent..], SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
                 Ok(sent) => self.sent += sent,
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return Ok(false),
-                Err(error) => {
-                    (self.sent, self.unsent) = (0, Vec::new());
-                    return Err(error.into());
-                }
+                Err(error) => return self.not_sent(error),
             }
         }
         Ok(true)
+    }
+
+    /// Returns false if the rest of a packet is to be sent later.
+    fn not_sent(&mut self, error: Errno) -> io::Result<bool> {
+        // The system may have no memory for a message.
+        if matches!(error, Errno::AGAIN | Errno::NOBUFS | Errno::NOMEM) {
+            return Ok(false);
+        }
+        let is_torn = self.sent > 0;
+        (self.sent, self.unsent) = (0, Vec::new());
+        let error = io::Error::from(error);
+        if is_torn {
+            // The other end would take the next packet for the rest of this one, and the guest's bytes for lengths.
+            self.torn = Some(error.kind());
+            return Err(self.end(error.kind()));
+        }
+        Err(error)
     }
 
     /// The length of the packet at `taken`. None when it is not there as a whole.

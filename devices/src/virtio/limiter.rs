@@ -88,7 +88,7 @@ fn nanos(nanos: u128) -> Duration {
 }
 
 /// Keeps a device within its [`Limits`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct Limiter {
     bytes: Option<TokenBucket>,
     operations: Option<TokenBucket>,

@@ -2,6 +2,7 @@
 //!
 //! The crate `virtio-queue` implements the rings; `chain.rs` walks chains.
 
+use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -15,6 +16,15 @@ use vm_memory::{Address, Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::{Chain, DESCRIPTOR, Walk};
+
+/// Bytes before the elements of a used ring, and of one of them.
+const USED_HEADER: u64 = 4;
+const USED_ELEMENT: u64 = 8;
+/// Offset of the index in a used ring.
+const USED_INDEX: u64 = 2;
+/// The same of an available ring. The used event is behind its elements.
+const AVAILABLE_HEADER: u64 = 4;
+const AVAILABLE_ELEMENT: u64 = 2;
 
 /// How a driver has broken the rules of a queue. The device then needs a reset.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -176,6 +186,8 @@ pub struct Virtqueue {
     /// Whether chains may have indirect tables.
     indirect: bool,
     out: u16,
+    /// Chains added to the used ring since the driver was last interrupted, or did not want it.
+    added: u16,
 }
 
 impl Virtqueue {
@@ -205,7 +217,7 @@ impl Virtqueue {
         });
         let queue = queue.ok().filter(|queue| queue.is_valid(ram.memory())).ok_or(QueueError::Rings { index })?;
         let indirect = chosen(VIRTIO_RING_F_INDIRECT_DESC);
-        Ok(Self { index, queue, ram: ram.clone(), event: Arc::clone(event), indirect, out: 0 })
+        Ok(Self { index, queue, ram: ram.clone(), event: Arc::clone(event), indirect, out: 0, added: 0 })
     }
 
     /// The queue's number in the device.
@@ -312,29 +324,48 @@ impl Virtqueue {
         Ok(walk.end())
     }
 
-    /// Adds a chain, with `len` bytes written to its writable part, to the used ring. The data must
-    /// be in memory before.
+    /// Adds chains to the used ring, each with the bytes written to its writable part. The data must be in memory
+    /// before. A driver that sees the first of them sees all: of a packet in several buffers it would otherwise take the
+    /// first for the whole packet, and the next one for another packet.
     ///
     /// # Errors
     /// When the used ring is not in RAM.
-    pub(crate) fn add_used(&mut self, head: u16, len: u32) -> Result<(), QueueError> {
-        self.out = self.out.saturating_sub(1);
-        // The last step is a release store of the index: a driver that sees it sees the data and
-        // the status too.
-        self.queue.add_used(self.ram.memory(), head, len).map_err(|_| QueueError::Rings { index: self.index })
+    pub(crate) fn add_used(&mut self, chains: &[(u16, u32)]) -> Result<(), QueueError> {
+        let (memory, ring, size) = (self.ram.memory(), GuestAddress(self.queue.used_ring()), self.queue.size());
+        let outside = || QueueError::Rings { index: self.index };
+        let at = |offset: u64| ring.checked_add(offset).ok_or_else(outside);
+        let mut next = self.queue.next_used();
+        for &(head, len) in chains {
+            let element = u64::from(head) | u64::from(len) << 32;
+            let place = at(USED_HEADER + u64::from(next % size) * USED_ELEMENT)?;
+            memory.write_obj(element.to_le(), place).map_err(|_| outside())?;
+            next = next.wrapping_add(1);
+        }
+        // Last, and with release: a driver that sees the index sees the elements, the data and the status too.
+        memory.store(next.to_le(), at(USED_INDEX)?, Ordering::Release).map_err(|_| outside())?;
+        self.queue.set_next_used(next);
+        let count = chains.len() as u16;
+        (self.added, self.out) = (self.added.wrapping_add(count), self.out.saturating_sub(count));
+        Ok(())
     }
 
     /// Whether the driver wants an interrupt for the chains used since this was last called.
     #[must_use]
     pub(crate) fn needs_notification(&mut self) -> bool {
         let memory = self.ram.memory();
+        // The used index before the flag or the event: the driver sets those, then looks at the index.
+        std::sync::atomic::fence(Ordering::SeqCst);
         if !self.queue.event_idx_enabled() {
-            // The used index before the flag: the driver sets the flag, then looks at the index.
-            std::sync::atomic::fence(Ordering::SeqCst);
             let flags = memory.load::<u16>(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed).unwrap_or(0);
             return u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0;
         }
-        self.queue.needs_notification(memory).unwrap_or(true)
+        let event = GuestAddress(self.queue.avail_ring())
+            .checked_add(AVAILABLE_HEADER + u64::from(self.queue.size()) * AVAILABLE_ELEMENT)
+            .and_then(|at| memory.load::<u16>(at, Ordering::Relaxed).ok());
+        let Some(event) = event else { return true };
+        // Whether the index has passed the event since the last call.
+        let (next, added) = (self.queue.next_used(), mem::take(&mut self.added));
+        next.wrapping_sub(u16::from_le(event)).wrapping_sub(1) < added
     }
 
     /// Asks the driver not to notify, because the device is going to read the queue anyway.
@@ -407,8 +438,69 @@ mod tests {
         // One of the chains in flight is used, which makes room for another.
         let mut queue = self::queue(SIZE);
         (0..SIZE).for_each(|_| queue.restore_in_flight());
-        queue.add_used(2, 0).unwrap();
+        queue.add_used(&[(2, 0)]).unwrap();
         assert_eq!(queue.pop(), Ok(Some(0)));
         assert_eq!(queue.pop(), Err(QueueError::Flood { size: SIZE }));
+    }
+
+    /// Otherwise it would take the second buffer of a packet for another packet.
+    #[test]
+    fn a_driver_sees_several_chains_at_once() {
+        const PARTS: u16 = 3;
+        let mut queue = queue(0);
+        let (ram, stop) = (queue.ram.clone(), std::sync::atomic::AtomicBool::new(false));
+        let chains: Vec<(u16, u32)> = (0..PARTS).map(|n| (n, 0x10_0000 + u32::from(n))).collect();
+        let ready = std::sync::Barrier::new(2);
+        std::thread::scope(|scope| {
+            let driver = scope.spawn(|| {
+                let (mut seen, mut odd) = (0_u64, 0_u64);
+                ready.wait();
+                while !stop.load(Ordering::Relaxed) {
+                    let index: u16 = ram.memory().load(GuestAddress(0x3002), Ordering::Acquire).unwrap();
+                    odd += u64::from(!index.is_multiple_of(PARTS));
+                    seen += 1;
+                }
+                (seen, odd)
+            });
+            ready.wait();
+            for _ in 0..10_000 {
+                queue.add_used(&chains).unwrap();
+            }
+            stop.store(true, Ordering::Relaxed);
+            let (seen, odd) = driver.join().unwrap();
+            assert_eq!(odd, 0, "of {seen}");
+        });
+        let end = 10_000 * PARTS;
+        assert_eq!(queue.save().next_used, end);
+        for at in 1..=PARTS {
+            let place = 0x3004 + u64::from((end - at) % SIZE) * 8;
+            let element: [u32; 2] = [0, 4].map(|part| ram.memory().read_obj(GuestAddress(place + part)).unwrap());
+            let (head, len) = chains[usize::from(PARTS - at)];
+            assert_eq!(element, [u32::from(head), len]);
+        }
+    }
+
+    #[test]
+    fn a_driver_is_interrupted_when_the_index_passes_its_event_and_not_before() {
+        let mut queue = queue(0);
+        queue = Virtqueue::new(0, &queue.save(), 1 << VIRTIO_RING_F_EVENT_IDX, &queue.ram, &queue.event).unwrap();
+        let expect = |queue: &Virtqueue, event: u16| {
+            queue.ram.memory().write_obj(event, GuestAddress(AVAILABLE + 4 + 2 * u64::from(SIZE))).unwrap();
+        };
+        // From the beginning, and over the end of the numbers.
+        for first in [0, u16::MAX - 2] {
+            queue.queue.set_next_used(first);
+            expect(&queue, first.wrapping_add(2));
+            let mut wanted = Vec::new();
+            for count in [1, 1, 1, 1, 3] {
+                queue.add_used(&vec![(0, 0); count]).unwrap();
+                wanted.push(queue.needs_notification());
+            }
+            assert_eq!(wanted, [false, false, true, false, false], "from {first}");
+            // Several are added at once, and one of them is the event.
+            expect(&queue, first.wrapping_add(8));
+            queue.add_used(&[(0, 0); 4]).unwrap();
+            assert!(queue.needs_notification() && !queue.needs_notification());
+        }
     }
 }

@@ -60,8 +60,13 @@ impl QueueSet {
 
     /// Adds a chain with `len` bytes written to the used ring of queue `index`.
     pub(super) fn add_used(&mut self, index: usize, head: u16, len: u32) -> Result<(), QueueError> {
+        self.add_all_used(index, &[(head, len)])
+    }
+
+    /// Adds several chains at once ([`Virtqueue::add_used`]).
+    pub(super) fn add_all_used(&mut self, index: usize, chains: &[(u16, u32)]) -> Result<(), QueueError> {
         let Some(queue) = self.get_mut(index) else { return Err(QueueError::Rings { index: index as u16 }) };
-        queue.add_used(head, len)?;
+        queue.add_used(chains)?;
         self.used[index] = true;
         Ok(())
     }

@@ -172,6 +172,11 @@ impl QueueCtx {
         if self.has(index) { self.queues.add_used(index, head, len) } else { Ok(()) }
     }
 
+    /// The same for several chains, which the driver sees at once.
+    pub(crate) fn add_all_used(&mut self, index: usize, chains: &[(u16, u32)]) -> Result<(), QueueError> {
+        if self.has(index) { self.queues.add_all_used(index, chains) } else { Ok(()) }
+    }
+
     /// Counts a chain as popped, because it was in flight when the device was saved.
     pub(crate) fn restore_in_flight(&mut self, index: usize) {
         if let Some(queue) = self.queues.get_mut(index) {

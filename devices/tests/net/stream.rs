@@ -6,7 +6,8 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use clade_devices::virtio::DeviceState;
-use clade_devices::virtio::net::{Link, Net};
+use clade_devices::virtio::limiter::{Limits, Rate};
+use clade_devices::virtio::net::{Link, Net, NetOptions};
 use clade_devices::virtio::sync_device::{DeviceOps, SyncDevice};
 use clade_host_io::PacketStream;
 use clade_test_support::{wait_for, wait_until};
@@ -142,6 +143,29 @@ fn a_slow_program_gets_every_packet_whole_also_of_a_device_that_is_closed_meanwh
     assert_eq!(received(&mut vm), frame(100, 2));
     send(&mut vm, &frame(100, 3));
     assert_eq!(taken(&mut program), frame(100, 3));
+}
+
+/// The device tries it again each millisecond, and the tokens are those of other packets.
+#[test]
+fn a_packet_that_waits_for_a_slow_program_takes_its_tokens_once() {
+    let (stream, mut program) = pair();
+    let rate = Rate { per_second: 1, burst: Some(1), once: 40 };
+    let send = Limits { operations: Some(rate), bytes: None };
+    let net = Net::new(stream, &NetOptions { send, ..options(1) }, None, false).unwrap();
+    let mut vm = Driver::take(Box::new(SyncDevice::new(net)), &ram(&store()));
+    let post = |vm: &mut Driver| {
+        vm.fill(OUT, &[0; HEADER]);
+        vm.post(TX, &[(OUT, HEADER as u32 + 40_000, false)]);
+        is_sent(vm)
+    };
+    let posted = (0..20).take_while(|_| post(&mut vm)).count() + 1;
+    assert!(posted < 20);
+    std::thread::sleep(Duration::from_millis(300));
+    for _ in 0..posted {
+        taken(&mut program);
+    }
+    vm.wait(TX);
+    assert!(post(&mut vm), "the limit is reached after {} packets", posted + 1);
 }
 
 /// Waits until the device has sent the posted packet, or a packet that the socket has not accepted to its end waits:

@@ -211,6 +211,23 @@ fn limits_hold_across_requests() {
 }
 
 #[test]
+fn a_reset_fills_no_bucket() {
+    let file = File::new(1 << 20);
+    let rate = Rate { per_second: 1, burst: Some(1), once: 8 };
+    let limits = Limits { operations: Some(rate), bytes: None };
+    let begun = Instant::now();
+    let mut machine = Machine::new(&file.config(), BlockOptions { queues: 1, limits });
+    for _ in 0..5 {
+        machine.start();
+        for n in 0..2 {
+            assert_eq!(machine.one(IN, n, 512), (0, 513));
+        }
+    }
+    // Nine requests take all that there is: the tenth waits until a second has passed.
+    assert!(begun.elapsed() >= Duration::from_millis(990), "{:?}", begun.elapsed());
+}
+
+#[test]
 fn queues_work_side_by_side() {
     let file = File::new(1 << 20);
     let mut machine = Machine::new(&file.config(), BlockOptions { queues: 4, limits: Limits::default() });

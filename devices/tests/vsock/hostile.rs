@@ -1,5 +1,6 @@
 //! Hostile guests and hosts.
 
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -182,4 +183,22 @@ fn the_room_is_exact() {
             assert_eq!((answer.op, answer.guest), (RESET, port), "a byte more than there is room for");
         }
     }
+}
+
+#[test]
+fn a_buffer_without_room_for_data_does_not_end_the_hosts_stream() {
+    let dir = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(dir.path().join("vm.sock_77")).unwrap();
+    let mut guest = guest(dir.path());
+    guest.send(REQUEST, 77, 5, &[], 1 << 16);
+    assert_eq!(guest.packet().op, RESPONSE);
+    let mut host = listener.accept().unwrap().0;
+    // All buffers that the guest has offered, so that the next one is used.
+    for _ in 0..8 {
+        host.write_all(b"x").unwrap();
+        guest.driver.wait(RX);
+    }
+    guest.driver.post(RX, &[(0x10_0000, HEADER as u32, true)]);
+    host.write_all(b"x").unwrap();
+    guest.driver.wait_until("asks for a reset", Driver::needs_reset);
 }

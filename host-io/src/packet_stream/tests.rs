@@ -160,3 +160,30 @@ proptest! {
         prop_assert_eq!(got, expected);
     }
 }
+
+/// The other end would take the bytes of the next packet for the rest of this one.
+#[test]
+fn a_packet_that_is_sent_in_part_is_sent_whole_or_is_the_last() {
+    let (mut stream, mut theirs) = pair();
+    let packet = framed(&[7; 60]);
+    (stream.sent, stream.unsent) = (10, packet.clone());
+    // The system has no memory for now.
+    for error in [Errno::NOBUFS, Errno::NOMEM, Errno::AGAIN] {
+        assert!(!stream.not_sent(error).unwrap());
+    }
+    assert!(stream.flush().unwrap());
+    let mut got = vec![0; packet.len() - 10];
+    theirs.read_exact(&mut got).unwrap();
+    assert_eq!(got, packet[10..]);
+    // None of it was sent: the next one may be.
+    (stream.sent, stream.unsent) = (0, packet.clone());
+    assert!(stream.not_sent(Errno::ACCESS).is_err() && !stream.has_ended());
+    assert!(stream.send(&pieces(&[1; 60], 4096)).unwrap().is_some());
+    (stream.sent, stream.unsent) = (10, packet);
+    assert!(stream.not_sent(Errno::ACCESS).is_err() && stream.has_ended());
+    assert!(stream.send(&pieces(&[2; 60], 4096)).is_err());
+    drop(stream);
+    let mut rest = Vec::new();
+    theirs.read_to_end(&mut rest).unwrap();
+    assert_eq!(rest, framed(&[1; 60]));
+}

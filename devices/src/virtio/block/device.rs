@@ -15,7 +15,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::SEG_MAX;
 use super::request::MAX_RANGE_SECTORS;
-use super::service::{BlockService, DISK};
+use super::service::{BlockService, DISK, IdleDisk};
 use super::state::{BlockState, InFlight};
 use crate::virtio::limiter::{Limiter, Limits};
 use crate::virtio::{
@@ -53,12 +53,19 @@ impl Default for BlockOptions {
 #[derive(Debug)]
 enum DiskOwner {
     /// The device, while it is not active.
-    Inactive(Box<Disk>),
+    Inactive(Box<IdleDisk>),
     /// The worker.
     Working(DeviceThread<BlockService>),
     /// No owner: the worker's thread could not be ended, or could not be started. Every reset and
     /// activation reports it.
     Lost,
+}
+
+impl From<Option<BlockService>> for DiskOwner {
+    /// Takes the disk back from a worker's service. None if the worker could not be ended.
+    fn from(service: Option<BlockService>) -> Self {
+        service.map_or(Self::Lost, |service| Self::Inactive(Box::new(service.into_idle())))
+    }
 }
 
 /// A block device. While it is active, its worker owns the disk.
@@ -70,7 +77,6 @@ pub struct Block {
     owner: DiskOwner,
     /// Chains that were in flight in the saved state, and have not begun again yet.
     replay_queue: VecDeque<InFlight>,
-    limiter: Limiter,
 }
 
 impl Block {
@@ -95,8 +101,7 @@ impl Block {
             queue_sizes: vec![QUEUE_SIZE; usize::from(queues)],
             config: config_space(disk.size(), queues),
             features,
-            limiter: Limiter::new(&options.limits),
-            owner: DiskOwner::Inactive(Box::new(disk)),
+            owner: DiskOwner::Inactive(Box::new(IdleDisk { disk, limiter: Limiter::new(&options.limits) })),
             replay_queue: VecDeque::new(),
         }
     }
@@ -110,7 +115,7 @@ impl Block {
     /// Runs `with` on the disk, between two turns of the worker. Returns None if the disk is lost.
     pub fn with_disk<T>(&mut self, with: impl FnOnce(&mut Disk) -> T) -> Option<T> {
         match &mut self.owner {
-            DiskOwner::Inactive(disk) => Some(with(disk)),
+            DiskOwner::Inactive(idle) => Some(with(&mut idle.disk)),
             DiskOwner::Working(worker) => Some(worker.with(|service| with(&mut service.disk))),
             DiskOwner::Lost => None,
         }
@@ -129,7 +134,7 @@ impl Block {
     pub fn take_disk(&mut self) -> Option<Disk> {
         let _over = self.deactivate();
         match std::mem::replace(&mut self.owner, DiskOwner::Lost) {
-            DiskOwner::Inactive(disk) => Some(*disk),
+            DiskOwner::Inactive(idle) => Some(idle.disk),
             DiskOwner::Working(_) | DiskOwner::Lost => None,
         }
     }
@@ -184,7 +189,7 @@ impl VirtioDevice for Block {
         if with.queues.iter().all(Option::is_none) {
             return Err(ActivateError::NoQueue { index: 0 });
         }
-        let DiskOwner::Inactive(disk) = std::mem::replace(&mut self.owner, DiskOwner::Lost) else {
+        let DiskOwner::Inactive(idle) = std::mem::replace(&mut self.owner, DiskOwner::Lost) else {
             return Err(ActivateError::NotReady);
         };
         let again = std::mem::take(&mut self.replay_queue);
@@ -193,10 +198,10 @@ impl VirtioDevice for Block {
                 queue.restore_in_flight();
             }
         }
-        let mut sources: Vec<(RawFd, u32)> = vec![(disk.event().as_raw_fd(), DISK)];
+        let mut sources: Vec<(RawFd, u32)> = vec![(idle.disk.event().as_raw_fd(), DISK)];
         sources.extend(with.queues.iter().flatten().map(|queue| (queue.event().as_raw_fd(), u32::from(queue.index()))));
         let held = with.held;
-        let service = BlockService::new(*disk, with, self.limiter, again);
+        let service = BlockService::new(*idle, with, again);
         match DeviceThread::spawn("clade-blk", service, &sources, held) {
             Ok(worker) => {
                 self.owner = DiskOwner::Working(worker);
@@ -204,7 +209,7 @@ impl VirtioDevice for Block {
             }
             Err(failed) => {
                 let (error, service) = *failed;
-                self.owner = service.map_or(DiskOwner::Lost, |service| DiskOwner::Inactive(Box::new(service.disk)));
+                self.owner = service.into();
                 Err(ActivateError::Worker(error))
             }
         }
@@ -223,7 +228,7 @@ impl VirtioDevice for Block {
             true
         });
         if over && let DiskOwner::Working(worker) = std::mem::replace(&mut self.owner, DiskOwner::Lost) {
-            self.owner = worker.stop().map_or(DiskOwner::Lost, |service| DiskOwner::Inactive(Box::new(service.disk)));
+            self.owner = worker.stop().into();
         }
         over
     }
@@ -284,8 +289,8 @@ impl VirtioDevice for Block {
 
     fn save(&mut self) -> Result<SavedDevice, SaveError> {
         let (in_flight, queues, image) = match &mut self.owner {
-            DiskOwner::Inactive(disk) => {
-                (self.replay_queue.iter().copied().collect(), vec![None; self.queue_sizes.len()], disk.fork())
+            DiskOwner::Inactive(idle) => {
+                (self.replay_queue.iter().copied().collect(), vec![None; self.queue_sizes.len()], idle.disk.fork())
             }
             // The worker is paused, so no request is submitted between the list and the map.
             DiskOwner::Working(worker) => {

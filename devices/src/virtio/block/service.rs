@@ -43,6 +43,13 @@ struct Delayed {
     until: Instant,
 }
 
+/// The disk of a device that is not active, and its limits: a reset of the device fills no bucket.
+#[derive(Debug)]
+pub(super) struct IdleDisk {
+    pub(super) disk: Disk,
+    pub(super) limiter: Limiter,
+}
+
 #[derive(Debug)]
 pub(super) struct BlockService {
     // Dropped first, as the first field: operations in flight end while memory and queues still
@@ -78,7 +85,8 @@ pub(super) struct BlockService {
 }
 
 impl BlockService {
-    pub(super) fn new(disk: Disk, with: Activation, limiter: Limiter, again: VecDeque<InFlight>) -> Self {
+    pub(super) fn new(idle: IdleDisk, with: Activation, again: VecDeque<InFlight>) -> Self {
+        let IdleDisk { disk, limiter } = idle;
         let Activation { ram, queues, features, interrupt, held: _ } = with;
         let config = disk.config();
         let name = config.path.file_name().map(|name| name.to_string_lossy().into_owned());
@@ -103,6 +111,11 @@ impl BlockService {
             halting: false,
             broken: false,
         }
+    }
+
+    /// Takes the disk back from a service that has ended.
+    pub(super) fn into_idle(self) -> IdleDisk {
+        IdleDisk { disk: self.disk, limiter: self.limiter }
     }
 
     /// All chains popped and not used, in the order of their pops: begun requests, then chains to

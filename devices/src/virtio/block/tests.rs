@@ -15,7 +15,7 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SEG_MAX};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::service::{BATCH, BlockService};
+use super::service::{BATCH, BlockService, IdleDisk};
 use super::{Block, BlockOptions, BlockState, InFlight, SEG_MAX};
 use crate::irq::Irq;
 use crate::virtio::interrupt::InterruptState;
@@ -136,7 +136,8 @@ impl Rig {
         let events = events(states.len());
         let (with, interrupt) = activation_by(&events, &ram, options.features, &states);
         let disk = Disk::open(&DiskConfig { latency: options.latency, ..DiskConfig::new(path) }).unwrap();
-        let service = BlockService::new(disk, with, Limiter::new(&options.limits), [].into());
+        let idle = IdleDisk { disk, limiter: Limiter::new(&options.limits) };
+        let service = BlockService::new(idle, with, [].into());
         let count = usize::from(options.queues);
         let (available, used, next) = (vec![0; count], vec![0; count], vec![0; count]);
         Self { ram, service, interrupt, events, available, used, next, features: options.features }
@@ -248,7 +249,8 @@ impl Rig {
             with.queues[usize::from(chain.queue)].as_mut().unwrap().restore_in_flight();
         }
         let again = moment.in_flight.iter().copied().collect();
-        let service = BlockService::new(moment.disk.open().unwrap(), with, Limiter::new(&Limits::default()), again);
+        let idle = IdleDisk { disk: moment.disk.open().unwrap(), limiter: Limiter::new(&Limits::default()) };
+        let service = BlockService::new(idle, with, again);
         let (available, used, next) = (self.available.clone(), self.used.clone(), self.next.clone());
         Self { ram, service, interrupt, events: Vec::new(), available, used, next, features: self.features }
     }

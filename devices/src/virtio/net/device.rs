@@ -266,7 +266,7 @@ impl Net {
                 io.add_used(queue, chain.head, 0)?;
                 continue;
             }
-            if let Err(until) = self.send.take((len - VNET_HEADER) as u64) {
+            if let Err(until) = self.send.ready() {
                 io.undo_pop(queue);
                 self.wait_until(until);
                 return Ok(false);
@@ -285,6 +285,8 @@ impl Net {
                 // wire.
                 Err(_) => self.stats.dropped += 1,
             }
+            // Of a packet that is not sent yet, nothing is taken. A token was available before.
+            let _ = self.send.take((len - VNET_HEADER) as u64);
             self.filter.count(&judgement);
             io.add_used(queue, chain.head, 0)?;
             if should_yield.is_set() {

@@ -171,12 +171,16 @@ impl Vsock {
         Ok(!self.replies.is_empty() || !self.ready.is_empty())
     }
 
-    fn put(io: &QueueCtx, chain: &Chain, header: &PacketHeader, data: &[u8]) -> Result<Option<u32>, FatalError> {
-        let room = dma::len_of(&chain.writable);
-        if room < (HEADER + data.len()) as u64 {
+    fn check_room(chain: &Chain, len: usize) -> Result<(), FatalError> {
+        if dma::len_of(&chain.writable) < len as u64 {
             let (head, what) = (chain.head, "has no room for a packet");
             return Err(QueueError::Content { head, what }.into());
         }
+        Ok(())
+    }
+
+    fn put(io: &QueueCtx, chain: &Chain, header: &PacketHeader, data: &[u8]) -> Result<Option<u32>, FatalError> {
+        Self::check_room(chain, HEADER + data.len())?;
         let bytes = [header.bytes().as_slice(), data].concat();
         Ok(Some(dma::copy_out(&io.ram, &chain.writable, &bytes)? as u32))
     }
@@ -190,6 +194,8 @@ impl Vsock {
             // Continued when the guest has room.
             return Ok(None);
         }
+        // A read of no byte would look like the end of the host's stream.
+        Self::check_room(chain, HEADER + 1)?;
         let room = (dma::len_of(&chain.writable) as usize).saturating_sub(HEADER);
         let mut data = vec![0; room.min(may).min(MAX_DATA)];
         match connection.read(&mut data) {

@@ -67,7 +67,7 @@ impl Vsock {
         if self.pending.remove(&key).is_some() {
             self.socket.forget(key);
         }
-        if let Some(connection) = self.connections.remove(&key) {
+        if let Some(connection) = self.remove(key) {
             self.keys.remove(&connection.socket().as_raw_fd());
             // Closing the socket removes it from epoll as well.
             connection.close();
@@ -75,9 +75,16 @@ impl Vsock {
         }
     }
 
+    /// Removes a connection, also from those with input. A guest without buffers would make that queue grow for ever.
+    fn remove(&mut self, key: Key) -> Option<VsockConnection> {
+        let connection = self.connections.remove(&key)?;
+        self.ready.retain(|queued| *queued != key);
+        Some(connection)
+    }
+
     /// The guest has closed a connection. Data sent before that still goes to the host.
     pub(super) fn finish(&mut self, key: Key, tell: bool) {
-        if let Some(mut connection) = self.connections.remove(&key) {
+        if let Some(mut connection) = self.remove(key) {
             let fd = connection.socket().as_raw_fd();
             self.keys.remove(&fd);
             connection.shut_down(SHUT_RECEIVE | SHUT_SEND);
@@ -185,7 +192,7 @@ impl Vsock {
             // The host reads the end of the stream.
             return self.close(key, false);
         }
-        if let Some(connection) = self.connections.remove(&key) {
+        if let Some(connection) = self.remove(key) {
             self.ask(connection, key.1);
         }
     }
@@ -409,5 +416,27 @@ mod tests {
         assert_eq!((update.op, update.forwarded), (PacketOp::CreditUpdate, 150 << 10));
         vsock.listen_to(key);
         assert_eq!(vsock.replies.len(), 1, "once");
+    }
+
+    /// A guest without buffers connects and closes without end.
+    #[test]
+    fn a_connection_that_has_ended_is_not_queued_for_its_input() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = VsockOptions { cid: 42, socket: dir.path().join("vm.sock") };
+        let mut vsock = Vsock::new(VsockSocket::bind(&options).unwrap(), false).unwrap();
+        let ends: [fn(&mut Vsock, Key); 3] =
+            [|vsock, key| vsock.close(key, false), |vsock, key| vsock.finish(key, false), Vsock::ask_again];
+        for (port, end) in (0..).zip(ends) {
+            let (socket, _host) = UnixStream::pair().unwrap();
+            let (fd, key) = (socket.as_raw_fd(), (7, port));
+            vsock.arm(&socket, ControlOperation::Add, true, false).unwrap();
+            let connection = VsockConnection::new(socket, ConnectionState::Asked).unwrap();
+            vsock.keys.insert(fd, key);
+            vsock.connections.insert(key, connection);
+            vsock.woken(key);
+            assert_eq!(vsock.ready, [key]);
+            end(&mut vsock, key);
+            assert!(vsock.ready.is_empty() && !vsock.connections.contains_key(&key), "{port}");
+        }
     }
 }

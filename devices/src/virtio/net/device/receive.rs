@@ -137,9 +137,8 @@ impl Net {
             // buffers.
             write_at(&first.memory, VNET_HEADER - 2, (parts.len() as u16).to_le_bytes());
         }
-        for (chain, part) in parts {
-            io.add_used(queue, chain.head, part as u32)?;
-        }
+        let used: Vec<(u16, u32)> = parts.iter().map(|(chain, part)| (chain.head, *part as u32)).collect();
+        io.add_all_used(queue, &used)?;
         let bytes = len.saturating_sub(VNET_HEADER) as u64;
         // A token was available before; a packet's size is known only now.
         let _ = self.receive.take(bytes);
