@@ -29,6 +29,8 @@ const LAST_SIGNAL: i32 = 64;
 const OOM_SCORE: &[u8] = b"100";
 /// Runs a script that names no interpreter, as `execvp` does.
 const SHELL: &CStr = c"/bin/sh";
+/// Time limit in seconds from the change of the user to exec.
+const EXEC_LIMIT: i64 = if cfg!(test) { 3 } else { 60 };
 /// The exit status of a child that could not execute its program.
 const NOT_STARTED: c_int = 127;
 
@@ -183,12 +185,15 @@ fn prepare(program: &Program) -> Result<(), Errno> {
             }
         }
         set_thread_res_gid(gid, gid, gid)?;
+        limit_exec();
         set_thread_res_uid(uid, uid, uid)?;
         // The user must not trace a process with the agent's memory, nor have it dumped. The setting
         // is the memory's, so the agent keeps it: the kernel sets it here as well by default.
         set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     }
     rustix::process::chdir(program.cwd.as_c_str())?;
+    #[cfg(test)]
+    tests::stop_if_asked();
     // Last: until here the user's signals would end a process with the agent's memory.
     set_mask(0);
     Ok(())
@@ -240,6 +245,23 @@ fn last_error() -> Errno {
     Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)
 }
 
+/// Has the kernel kill the child if it does not execute its program in time. From the change of the user on, the user can
+/// stop the child, which stops the agent. Exec deletes the timer.
+fn limit_exec() {
+    // SAFETY: all of its fields may be zero.
+    let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
+    (event.sigev_notify, event.sigev_signo) = (libc::SIGEV_SIGNAL, libc::SIGKILL);
+    let mut timer: c_int = 0;
+    let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let limit = libc::itimerspec { it_interval: none, it_value: libc::timespec { tv_sec: EXEC_LIMIT, tv_nsec: 0 } };
+    let (event, id) = (&raw const event, &raw mut timer);
+    // SAFETY: the kernel reads `event` and writes `timer`, which live on.
+    if unsafe { libc::syscall(libc::SYS_timer_create, libc::CLOCK_MONOTONIC, event, id) } == 0 {
+        // SAFETY: the kernel reads `limit`, which lives on.
+        unsafe { libc::syscall(libc::SYS_timer_settime, timer, 0, &raw const limit, null_mut::<c_void>()) };
+    }
+}
+
 /// Gives every signal its default disposition: exec keeps signals ignored by the agent's starter.
 fn default_signals() {
     // The kernel's structure: SIG_DFL, no flags, no restorer and no mask. The C library's function
@@ -261,4 +283,54 @@ fn set_mask(mask: u64) -> u64 {
     // SAFETY: the kernel reads `mask` and writes `before`, which both live on.
     unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, mask, old, size) };
     before
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use rustix::process::{Gid, Uid};
+
+    use super::*;
+    use crate::program::first_file_limit;
+
+    thread_local! {
+        /// Of the agent's thread, whose memory the child has.
+        static STOPS: Cell<bool> = const { Cell::new(false) };
+    }
+
+    /// Stops the child as its user can.
+    pub(super) fn stop_if_asked() {
+        if STOPS.get() {
+            let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP);
+        }
+    }
+
+    #[test]
+    fn a_child_that_its_user_stops_before_exec_does_not_stop_the_agent() {
+        if !rustix::process::geteuid().is_root() {
+            return clade_test_support::skipped("only root starts programs of other users");
+        }
+        let program = Program {
+            paths: vec![c"/bin/true".into()],
+            args: vec![c"true".into()],
+            env: Vec::new(),
+            cwd: c"/".into(),
+            groups: Some(Vec::new()),
+            owner: Some((Uid::from_raw(65534), Gid::from_raw(65534))),
+            files: first_file_limit(),
+            streams: [None, None, None],
+            session: ProgramSession::Own,
+        };
+        let mut stack = ChildStack::new().unwrap();
+        // Another test of this process may reap it first.
+        let mut end_of = || {
+            let pid = spawn(&program, &mut stack).unwrap();
+            waitpid(Some(pid), WaitOptions::empty()).ok().flatten().map(|(_, status)| status)
+        };
+        end_of();
+        STOPS.set(true);
+        let killed = end_of();
+        assert!(killed.is_none_or(|end| end.terminating_signal() == Some(libc::SIGKILL)), "{killed:?}");
+    }
 }

@@ -20,6 +20,8 @@ use crate::stream::Stream;
 
 /// Maximum bytes of an event.
 const CHUNK: usize = 32 << 10;
+/// More bytes than a terminal holds: 4 KiB in its line discipline, which alone are counted, and 8 KiB before that.
+const PTY_BUFFER: usize = 16 << 10;
 
 thread_local! {
     /// Output is read into this buffer before it is copied to one of its length, so that 1,000
@@ -57,7 +59,8 @@ impl Output {
     /// The output that is there now. Bytes that other processes write while it is read are not part of it.
     fn rest(&mut self) -> impl Iterator<Item = Bytes> {
         let waiting = self.stream.as_ref().and_then(|stream| ioctl_fionread(stream.get_ref()).ok());
-        let mut left = waiting.map_or(0, |bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
+        let waiting = waiting.map_or(0, |bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
+        let mut left = if matches!(self.source, OutputSource::Pty) { waiting.max(PTY_BUFFER) } else { waiting };
         std::iter::from_fn(move || {
             let chunk = if left > 0 { self.read_rest() } else { None };
             left = left.saturating_sub(chunk.as_ref().map_or(0, Bytes::len));
@@ -155,8 +158,11 @@ pub(crate) async fn pump(
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::os::unix::process::ExitStatusExt;
+
+    use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
+
+    use super::*;
 
     /// A program of another session may write on for ever.
     #[test]
@@ -177,6 +183,24 @@ mod tests {
         assert!(read.starts_with(&first) && read.len() <= first.len() + CHUNK, "{} bytes", read.len());
         // At most a chunk that was written meanwhile. The stream is not at its end.
         assert!(output.stream.is_some() && output.rest().next().is_some());
+    }
+
+    #[test]
+    fn the_rest_of_a_terminal_is_more_than_its_line_discipline_holds() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
+        let _entered = runtime.enter();
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY;
+        let master = openpt(flags).unwrap();
+        unlockpt(&master).unwrap();
+        let terminal = ioctl_tiocgptpeer(&master, flags).unwrap();
+        let stream = crate::stream::register(master, tokio::io::Interest::READABLE).unwrap();
+        let mut output = Output { stream: Some(Arc::new(stream)), source: OutputSource::Pty };
+        let written = vec![b'a'; 8 << 10];
+        assert_eq!(rustix::io::write(&terminal, &written).unwrap(), written.len());
+        let counted = ioctl_fionread(output.stream.as_ref().unwrap().get_ref()).unwrap();
+        assert!(counted < written.len() as u64, "{counted}");
+        let read: Vec<u8> = output.rest().flatten().collect();
+        assert!(read == written, "{} bytes", read.len());
     }
 
     #[test]
