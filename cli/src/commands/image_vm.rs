@@ -1,7 +1,8 @@
 //! `clade run --image`: the disk of an image, an initramfs with the agent, and the image's program.
 
-use std::fs;
-use std::io::Write;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -25,6 +26,8 @@ use crate::linux_guest::LinuxGuest;
 /// Words for the kernel's command line: the agent's option, and critical messages alone on the console, which is the
 /// program's.
 pub(super) const KERNEL_WORDS: [&str; 2] = ["clade.root=/dev/vda", "loglevel=3"];
+
+const INITRAMFS_PREFIX: &str = ".initramfs-";
 
 /// Signals that end programs in order: nginx by QUIT, PostgreSQL by INT, httpd by WINCH, systemd by RTMIN+3.
 const SIGNALS: [(&str, i32); 9] = [
@@ -206,15 +209,33 @@ fn initramfs(dir: &Path, agent: &Path, entrypoint: &Entrypoint, modules: &[Modul
     for (at, Module { name, content }) in modules.iter().enumerate() {
         cpio.add(&format!("lib/clade/modules/{at:03}-{name}.ko"), 0o100_644, (0, 0), content);
     }
-    let mut file = NamedTempFile::with_prefix_in(".initramfs-", dir).with_context(|| dir.display().to_string())?;
+    let mut file = locked_file(dir).with_context(|| dir.display().to_string())?;
     file.write_all(&cpio.end()).with_context(|| file.path().display().to_string())?;
     Ok(file)
 }
 
+/// Makes the file of an initramfs, and removes those of commands that a signal has ended. The lock shows that this
+/// command has not ended.
+fn locked_file(dir: &Path) -> io::Result<NamedTempFile> {
+    for entry in fs::read_dir(dir)?.filter_map(Result::ok) {
+        let is_ours = entry.file_name().to_str().is_some_and(|name| name.starts_with(INITRAMFS_PREFIX));
+        // A file that cannot be opened, locked or removed is another user's, or has been removed meanwhile.
+        if is_ours && File::open(entry.path()).is_ok_and(|file| file.try_lock().is_ok()) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+    loop {
+        let file = NamedTempFile::with_prefix_in(INITRAMFS_PREFIX, dir)?;
+        // Another command may have removed the file before it was locked.
+        if file.as_file().try_lock().is_ok() && file.as_file().metadata()?.nlink() > 0 {
+            return Ok(file);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
+    use std::collections::{BTreeMap, BTreeSet};
     use std::process::{Command, Stdio};
 
     use super::*;
@@ -271,6 +292,19 @@ mod tests {
         let flags = ProgramFlags { entrypoint: Some(String::new()), ..ProgramFlags::default() };
         let words = ["x", "", "y"].map(str::to_owned);
         assert_eq!(entrypoint_of(&config, &words, &flags).args, words, "no entrypoint");
+    }
+
+    #[test]
+    fn an_initramfs_of_a_command_that_was_killed_is_removed_by_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let running = locked_file(dir.path()).unwrap();
+        for name in [".initramfs-killed", "initramfs-of-a-user"] {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        let next = locked_file(dir.path()).unwrap();
+        let names: BTreeSet<_> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
+        let user = dir.path().join("initramfs-of-a-user");
+        assert_eq!(names, BTreeSet::from([running.path().to_owned(), next.path().to_owned(), user]));
     }
 
     #[test]

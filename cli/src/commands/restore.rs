@@ -74,8 +74,7 @@ pub(crate) fn main(args: &RestoreArgs) -> Outcome {
         }
         list(&made, args, begun);
         say!("they run until they end by themselves, or until Ctrl-C, which ends all {}", made.len());
-        session.wait_for_any();
-        session.end_by_signal()
+        session.wait_for_each(&made)
     })
 }
 

@@ -3,6 +3,7 @@
 //! Each VM has a process of its own, which a supervisor in the background starts. The supervisor and
 //! its checkpoints outlive the command.
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -185,6 +186,26 @@ impl<'a> CommandSession<'a> {
         }
     }
 
+    /// Waits for VMs, and returns the outcome of the command: a failure if one of them did not end in order.
+    pub(super) fn wait_for_each(&self, names: &[String]) -> Outcome {
+        let (mut running, mut failed): (BTreeSet<&String>, Vec<EndedVm>) = (names.iter().collect(), Vec::new());
+        self.wait_while(|left| {
+            // At once: another VM may get the name, and records are kept for a while.
+            let left: BTreeSet<&String> = left.iter().collect();
+            let gone: BTreeSet<&String> = running.difference(&left).copied().collect();
+            if !gone.is_empty() {
+                let ended = ended_vms(self.client.dir()).unwrap_or_default();
+                let has_failed = |ended: &EndedVm| gone.contains(&ended.name) && !ended.stopped.is_in_order();
+                failed.extend(ended.into_iter().filter(has_failed));
+                running.retain(|name| !gone.contains(name));
+            }
+        });
+        self.end_by_signal()?;
+        let Some(first) = failed.first() else { return Ok(()) };
+        let more = if failed.len() > 1 { format!(", and {} more", failed.len() - 1) } else { String::new() };
+        Err(Failure::Run(anyhow::anyhow!("{}: {}{more}", first.name, first.stopped)))
+    }
+
     /// Returns the signal that has ended the session, as a failure. All VMs have ended by then.
     pub(super) fn end_by_signal(&self) -> Outcome {
         self.shutdown.signal().map_or(Ok(()), |number| Err(Failure::Signal(number)))
@@ -267,8 +288,14 @@ impl<'a> CommandSession<'a> {
 
     /// The same, without a message.
     pub(super) fn wait_for_any(&self) {
+        self.wait_while(|_| {});
+    }
+
+    /// The same. Calls `each` with the names of those that have not ended, again and again.
+    fn wait_while(&self, mut each: impl FnMut(&[String])) {
         loop {
             let left = self.there();
+            each(&left);
             if left.is_empty() {
                 return;
             }

@@ -183,6 +183,22 @@ fn a_signal_ends_vms_that_were_restored_together() {
 }
 
 #[test]
+fn a_restore_of_several_vms_fails_with_one_of_them() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut runtime = Runtime::new();
+    let saved = &saved_and_stopped(&mut runtime, dir.path());
+    runtime.spawn(&["restore", saved, "--count", "2", "--name", "w-{n}", "--paused", "--detached"]);
+    wait_until("both", || runtime.names() == ["w-1", "w-2"]);
+    let pid = runtime.http("GET", "/v1/vms/w-1", "").1["pid"].as_u64().unwrap();
+    kill(pid as u32, Signal::KILL);
+    runtime.clade(&["stop", "w-2"]);
+    assert_eq!(runtime.ended(), Some(1));
+}
+
+#[test]
 fn a_second_signal_ends_it_at_once_and_its_name_is_free() {
     if !kvm() {
         return;
