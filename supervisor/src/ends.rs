@@ -95,6 +95,7 @@ impl Inner {
 
     fn ended(&self, exit: WorkerExit) {
         let _ends = self.ends();
+        self.interfaces.release_ended();
         // Before the process is forgotten: it is on one of both lists all the time.
         self.processes.note_end(exit);
         // The command of its session looks at the lists once more.
@@ -153,7 +154,10 @@ impl Inner {
         let mut used = self.images_in_use.paths();
         used.extend(self.checkpoints.images());
         for name in VmRecord::names(&self.dir)? {
-            let template = VmRecord::read(&self.dir, &name)?.map(|vm_record| vm_record.template);
+            let vm_record = VmRecord::read(&self.dir, &name)?;
+            // A process that has given its name back may still have its files.
+            let has_left = |its: &VmRecord| its.process.is_some_and(|process| self.processes.gave_back(process.pid()));
+            let template = vm_record.filter(|its| !has_left(its)).map(|vm_record| vm_record.template);
             used.extend(template.iter().flat_map(|template| template.images().map(Path::to_owned)));
         }
         Ok(used)
@@ -308,6 +312,7 @@ impl Inner {
             worker.map(|pid| self.processes.remove(pid));
         }
         // VMs that ended properly under a killed zygote.
+        self.interfaces.release_ended();
         self.processes.forget_ended(|name| found.contains_key(name), MAX_SUSPECTED);
         self.cgroups.iter().for_each(Cgroups::tidy);
         let used = OnceCell::new();

@@ -13,7 +13,7 @@
 //! closed here first and opened here last.
 
 use std::io;
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use clade_devices::virtio::net::Link;
@@ -92,11 +92,18 @@ impl Inner {
     }
 }
 
+/// The processes of VMs whose networks are closed, though their records could not be written.
+fn unrecorded() -> MutexGuard<'static, Vec<Option<ProcessId>>> {
+    static UNRECORDED: Mutex<Vec<Option<ProcessId>>> = Mutex::new(Vec::new());
+    UNRECORDED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Opens the links of an ended VM that was closed. An interface may outlive the VM, and a stopped
 /// passt does not notice that its socket is closed. Returns false while the VM's process lives, which
 /// has the queues.
 pub(super) fn release_links(dir: &RuntimeDir, name: &str, ended: &VmRecord) -> bool {
-    if ended.network == Some(Link::Open) || ended.links.is_empty() {
+    let is_open = ended.network == Some(Link::Open) && !unrecorded().contains(&ended.process);
+    if is_open || ended.links.is_empty() {
         return true;
     }
     if ended.is_alive() {
@@ -156,20 +163,27 @@ impl Supervisor {
         let confinement = self.0.sandbox.confinement;
         match (link, vm_record.network) {
             // An operator's interface that is down was not taken down here.
-            (Link::Open, Some(Link::Open) | None) => Ok(()),
-            (Link::Open, Some(Link::Closed)) => {
+            (Link::Open, Some(Link::Open) | None) if !unrecorded().contains(&process) => Ok(()),
+            (Link::Open, _) => {
                 let opened = vm_record.set_links(name, link, confinement).and_then(|()| {
                     let open = VmRecord { network: Some(link), ..vm_record.clone() };
                     open.replace(&self.0.dir, name)
                 });
                 // As it is recorded.
-                opened.inspect_err(|_| drop(vm_record.set_links(name, Link::Closed, confinement)))
+                opened.inspect_err(|_| drop(vm_record.set_links(name, Link::Closed, confinement)))?;
+                unrecorded().retain(|other| *other != process);
+                Ok(())
             }
             (Link::Closed, _) => {
                 // First: whoever finds the record later closes the network again.
                 vm_record.network = Some(link);
-                vm_record.replace(&self.0.dir, name)?;
-                vm_record.set_links(name, link, confinement)
+                let recorded = vm_record.replace(&self.0.dir, name);
+                // Also if there is no room for the record.
+                vm_record.set_links(name, link, confinement)?;
+                if recorded.is_err() {
+                    unrecorded().push(process);
+                }
+                recorded
             }
         }
     }

@@ -131,6 +131,8 @@ struct Policy {
     since: Instant,
     /// Whether it is being suspended.
     is_tried: bool,
+    /// Attempts that have failed since the last one that has not.
+    failures: u32,
 }
 
 impl Policy {
@@ -167,12 +169,20 @@ struct Attempt {
     of: Idle,
     name: String,
     dir: PathBuf,
+    has_failed: bool,
+}
+
+impl Attempt {
+    fn end(mut self, has_succeeded: bool) {
+        self.has_failed = !has_succeeded;
+    }
 }
 
 impl Drop for Attempt {
     fn drop(&mut self) {
         if let Some(policy) = self.of.policies().by_name.get_mut(&self.name) {
             (policy.is_tried, policy.since) = (false, Instant::now());
+            policy.failures = if self.has_failed { policy.failures.saturating_add(1) } else { 0 };
         }
     }
 }
@@ -189,18 +199,29 @@ impl Idle {
         }
     }
 
-    /// Returns up to `most` VMs to suspend now. Forgets those that have gone.
+    /// Returns up to `most` VMs to suspend now, of [`MAX_SUSPENDED`]. Forgets those that have gone. VMs whose last
+    /// attempt has failed come last, and get half of the places at most: their processes may not answer.
     fn due(&self, most: usize) -> Vec<Attempt> {
-        let (mut due, now) = (Vec::new(), Instant::now());
-        self.policies().by_name.retain(|name, policy| {
+        let (mut found, mut due, now) = (Vec::new(), Vec::new(), Instant::now());
+        let mut policies = self.policies();
+        policies.by_name.retain(|name, policy| {
             let used = used(policy.pid, Some(&policy.used));
             let Some(used) = used.filter(|used| used.started == policy.used.started) else { return false };
-            if policy.look(used, now) && !policy.is_tried && due.len() < most {
-                policy.is_tried = true;
-                due.push(Attempt { of: self.clone(), name: name.clone(), dir: policy.dir.clone() });
+            if policy.look(used, now) && !policy.is_tried {
+                found.push((policy.failures, policy.since, name.clone()));
             }
             true
         });
+        found.sort();
+        for (failures, _, name) in found {
+            let free = most - due.len();
+            if free == 0 || failures > 0 && free <= MAX_SUSPENDED / 2 {
+                break;
+            }
+            let Some(policy) = policies.by_name.get_mut(&name) else { continue };
+            policy.is_tried = true;
+            due.push(Attempt { of: self.clone(), name, dir: policy.dir.clone(), has_failed: true });
+        }
         due
     }
 }
@@ -223,7 +244,7 @@ impl Supervisor {
         let (used, now) = (used(pid, None).ok_or_else(gone)?, Instant::now());
         let dir = dir.clone().unwrap_or_else(|| Path::new(super::suspend::DIR).to_owned());
         let after = Duration::from_secs_f64(seconds);
-        let policy = Policy { after, dir, pid, used, looked: now, since: now, is_tried: false };
+        let policy = Policy { after, dir, pid, used, looked: now, since: now, is_tried: false, failures: 0 };
         let mut policies = self.0.idle.policies();
         policies.by_name.insert(name.to_owned(), policy);
         if !std::mem::replace(&mut policies.is_watched, true) {
@@ -270,7 +291,9 @@ async fn watch(of: Weak<Inner>) {
                 let name = attempt.name.clone();
                 let suspend = move || {
                     let _permit = permit;
-                    supervisor.suspend(&attempt.name, &attempt.dir, &Cancel::default()).map(drop)
+                    let done = supervisor.suspend(&attempt.name, &attempt.dir, &Cancel::default());
+                    attempt.end(done.is_ok());
+                    done.map(drop)
                 };
                 let suspended = on_a_thread(THREAD_PATIENCE, suspend).await.and_then(|done| Ok(done?));
                 if let Err(error) = suspended {
@@ -303,8 +326,16 @@ mod tests {
         let begun = Instant::now();
         let used = |second| Used { started: 1, ticks: 0, threads: [(1, thread(second))].into() };
         let after = Duration::from_secs(after);
-        let mut policy =
-            Policy { after, dir: PathBuf::new(), pid: 1, used: used(0), looked: begun, since: begun, is_tried: false };
+        let mut policy = Policy {
+            after,
+            dir: PathBuf::new(),
+            pid: 1,
+            used: used(0),
+            looked: begun,
+            since: begun,
+            is_tried: false,
+            failures: 0,
+        };
         (1..=seconds).map(|second| policy.look(used(second), begun + Duration::from_secs(second))).collect()
     }
 
@@ -333,7 +364,7 @@ mod tests {
         // The time of the last attempt, which has found the VM suspended.
         let since = now.checked_sub(Duration::from_secs(1)).unwrap();
         let (after, looked) = (Duration::from_secs(3600), now);
-        let policy = Policy { after, dir: "/".into(), pid, used, looked, since, is_tried: false };
+        let policy = Policy { after, dir: "/".into(), pid, used, looked, since, is_tried: false, failures: 0 };
         idle.policies().by_name.extend(["asleep", "woken"].map(|name| (name.to_owned(), policy.clone())));
         idle.woken("woken");
         idle.woken("nobody");
@@ -347,8 +378,16 @@ mod tests {
         let pid = std::process::id();
         let used = used(pid, None).unwrap();
         let now = Instant::now();
-        let policy =
-            Policy { after: Duration::ZERO, dir: "/".into(), pid, used, looked: now, since: now, is_tried: false };
+        let policy = Policy {
+            after: Duration::ZERO,
+            dir: "/".into(),
+            pid,
+            used,
+            looked: now,
+            since: now,
+            is_tried: false,
+            failures: 0,
+        };
         let names = ["a", "b", "c"];
         idle.policies().by_name.extend(names.map(|name| (name.to_owned(), policy.clone())));
         let names_of = |due: &[Attempt]| due.iter().map(|attempt| attempt.name.clone()).collect::<Vec<_>>();
@@ -360,7 +399,10 @@ mod tests {
         // The attempt to suspend one of them panics.
         let b = first.pop();
         assert!(std::panic::catch_unwind(move || b.map(|b| panic!("{}, on purpose", b.name))).is_err());
-        assert_eq!(names_of(&idle.due(2)), ["b"]);
+        second.into_iter().for_each(|attempt| attempt.end(true));
+        // It comes last, and leaves half of the places to others.
+        assert_eq!(names_of(&idle.due(MAX_SUSPENDED / 2)), ["c"]);
+        assert_eq!(names_of(&idle.due(MAX_SUSPENDED)), ["b", "c"]);
     }
 
     #[test]
@@ -383,8 +425,16 @@ mod tests {
         let at = |second: u64| begun + Duration::from_secs(second);
         let used = |ticks| Used { started: 1, ticks, ..Used::default() };
         let after = Duration::from_secs(3);
-        let mut policy =
-            Policy { after, dir: PathBuf::new(), pid: 1, used: used(0), looked: begun, since: begun, is_tried: false };
+        let mut policy = Policy {
+            after,
+            dir: PathBuf::new(),
+            pid: 1,
+            used: used(0),
+            looked: begun,
+            since: begun,
+            is_tried: false,
+            failures: 0,
+        };
         // One tick a second counts as idle.
         assert!(!policy.look(used(1), at(1)));
         assert!(!policy.look(used(2), at(2)));

@@ -60,11 +60,13 @@ mod ends;
 mod events;
 mod exposition;
 mod flight_records;
+mod held_interfaces;
 mod host_link;
 mod idempotency;
 mod idle;
 mod keep;
 mod kept;
+mod kill;
 mod launch;
 mod launched_vm;
 mod metrics;
@@ -95,14 +97,12 @@ mod worker_resources;
 pub use server::{TcpError, TcpPort, described};
 
 use std::collections::BTreeSet;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::thread;
 use std::time::{Duration, Instant};
+use std::{iter, thread};
 
-use rustix::process::{Signal, pidfd_send_signal};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
@@ -114,18 +114,15 @@ use cgroups::Cgroups;
 use checkpoint::ImagesInUse;
 use checkpoints::Checkpoints;
 use clade_api::http::{ApiError, Cancel, Changes, LAST_ANSWERS_OF_ALL};
-use clade_api::{
-    CancelReason, DaemonError, MAX_CHILDREN, MergingVm, NameClaim, ProblemKind, RuntimeDir, StopAnswer,
-    SupervisorClaim, SupervisorInfo, VmInfo, WorkerExit,
-};
-use clade_vmm::vm::{StopReason, VmConfig};
-use clade_worker::has_ended;
+use clade_api::{CancelReason, DaemonError, MAX_CHILDREN, MergingVm, RuntimeDir, SupervisorClaim, SupervisorInfo};
+use clade_vmm::vm::VmConfig;
 use clade_worker::host_limits::{ResourceDemand, check_host_limits};
 use clade_worker::zygote::Zygote;
 use copied_files::CopiedFiles;
 pub use ends::settle_dead;
 use events::Events;
 use flight_records::Records;
+use held_interfaces::HeldInterfaces;
 use idempotency::Keys;
 use idle::Idle;
 pub use idle::used_ticks;
@@ -135,7 +132,7 @@ use overlays::OverlayDirs;
 use pool::Pool;
 use priority::Priority;
 pub use processes::COMMIT_TIMEOUT;
-use processes::{OwnVm, Processes, kill};
+use processes::{OwnVm, Processes};
 use ready_limiter::ReadyLimiter;
 pub(crate) use request_limiter::ImagePermit;
 use request_limiter::{ForwardLimiter, ImageRequestLimiter, NetworkChanges};
@@ -151,30 +148,17 @@ use worker_resources::SandboxProfile;
 
 /// Metrics clients at a time.
 const MAX_SCRAPES: usize = 4;
-/// Interval of the checks for the end of an ended VM's writes to a disk.
-const WRITER_INTERVAL: Duration = Duration::from_millis(5);
-const MAX_WRITER_INTERVAL: Duration = Duration::from_millis(200);
-/// Time that a process which has not stopped its VM has for that, and the interval of the checks.
-const LAST_STOP: Duration = Duration::from_secs(15);
-const STOP_INTERVAL: Duration = Duration::from_millis(10);
+/// The first and the longest interval of the checks for the end of a process.
+const MIN_INTERVAL: Duration = Duration::from_millis(5);
+const MAX_INTERVAL: Duration = Duration::from_millis(200);
 
 /// The supervisor of a runtime directory. Clones are handles to the same one.
 #[derive(Clone, Debug)]
 pub struct Supervisor(Arc<Inner>);
 
-/// A VM whose process was killed.
-#[derive(Debug)]
-struct Killed {
-    vm_record: VmRecord,
-    pid: u32,
-    process: Arc<OwnedFd>,
-    /// Whether the process did not answer. Otherwise the request wanted no answer.
-    is_silent: bool,
-}
-
-/// The refusal of a request whose VM's process does not answer.
-fn silent(name: &str, text: &str) -> DaemonError {
-    DaemonError::Refused { kind: ProblemKind::VmSilent, text: format!("the process of {name:?} does not answer{text}") }
+/// Returns the intervals of the checks for the end of a process.
+fn intervals() -> impl Iterator<Item = Duration> {
+    iter::successors(Some(MIN_INTERVAL), |last| Some((2 * *last).min(MAX_INTERVAL)))
 }
 
 #[derive(Debug)]
@@ -206,6 +190,7 @@ struct Inner {
     awaited_wakes: Arc<AwaitedWakes>,
     /// VMs whose workers were started here.
     processes: Processes,
+    interfaces: HeldInterfaces,
     records: Arc<Records>,
     /// Names of VMs being made: they have files, and are not announced yet.
     launching: Mutex<BTreeSet<String>>,
@@ -286,14 +271,14 @@ impl Supervisor {
     /// When the request is cancelled.
     fn wait_for_writers(&self, config: &VmConfig, cancel: &Cancel) -> Result<(), DaemonError> {
         let images: BTreeSet<_> = config.disks.iter().map(|disk| disk.disk.path.clone()).collect();
-        let mut interval = WRITER_INTERVAL;
-        while self.0.ended_writers().iter().any(|vm| vm.writes_to(&images))
-            && self.0.used_images()?.is_disjoint(&images)
-        {
+        let writes = || self.0.ended_writers().iter().any(|vm| vm.writes_to(&images));
+        // Each look reads the records of all VMs, and a writer may take minutes.
+        for interval in intervals() {
+            if !writes() || !self.0.used_images()?.is_disjoint(&images) {
+                break;
+            }
             self.check(0, 1, cancel)?;
-            // Each look reads the records of all VMs, and a writer may take minutes.
             thread::sleep(interval);
-            interval = (2 * interval).min(MAX_WRITER_INTERVAL);
         }
         Ok(())
     }
@@ -332,108 +317,6 @@ impl Supervisor {
     fn known_process(&self, name: &str) -> Option<(u32, OwnVm)> {
         let recorded = || VmRecord::found(&self.0.dir, name)?.own_vm(name);
         self.0.processes.of(name).or_else(recorded)
-    }
-
-    /// Removes the files of a stopped VM, whose process has given the name back: `known`, if its pid is
-    /// known and not only its own word.
-    fn stopped(&self, known: Option<(u32, OwnVm)>, left: Option<(NameClaim, WorkerExit)>) {
-        let _ends = self.0.ends();
-        let pid = known.as_ref().map(|(pid, _)| *pid);
-        // Also of a process that only says that it has. Files that are still its own are removed at its end.
-        known.into_iter().for_each(|(pid, vm)| self.0.processes.leaves(pid, vm));
-        if let Some((claim, exit)) = left {
-            let pid = pid.unwrap_or(exit.pid);
-            self.0.clear_up(claim, WorkerExit { pid, ..exit }, true, Vec::new());
-        }
-    }
-
-    /// Kills a VM's process without asking it, if the VM loses nothing by that: the process was started
-    /// here, and no disk of the VM is written. Returns None otherwise. The signal is sent when this
-    /// returns; [`Self::reap`] waits for the end.
-    ///
-    /// # Errors
-    /// When the record of the VM cannot be read.
-    fn kill_at_once(&self, name: &str) -> Result<Option<Killed>, DaemonError> {
-        let Some((pid, vm)) = self.0.processes.of(name) else { return Ok(None) };
-        let vm_record = VmRecord::read_of(&self.0.dir, name, pid)?;
-        let Some(vm_record) = vm_record.filter(|its| its.template.written().is_empty()) else { return Ok(None) };
-        self.0.processes.mark_stopped(pid);
-        // A process that has ended needs no signal.
-        let _ = pidfd_send_signal(&vm.process, Signal::KILL);
-        Ok(Some(Killed { vm_record, pid, process: vm.process, is_silent: false }))
-    }
-
-    /// Ends a VM by killing its process, which does not answer: `known`, from before the request to it. Another VM may
-    /// have the name by now.
-    ///
-    /// # Errors
-    /// When the process is unknown, has given its name back, or does not end.
-    fn kill(&self, name: &str, known: Option<(u32, OwnVm)>) -> Result<StopAnswer, DaemonError> {
-        let (pid, vm) = known.ok_or_else(|| silent(name, ", and is not the supervisor's to kill"))?;
-        let Some(vm_record) = VmRecord::read_of(&self.0.dir, name, pid)? else {
-            // It ends in time, or is killed then.
-            self.0.processes.leaves(pid, vm);
-            return Err(silent(name, ", and has given its name back meanwhile"));
-        };
-        tracing::warn!(name, pid, "a VM that is to stop does not answer: its process is killed");
-        self.0.processes.mark_stopped(pid);
-        self.reap(name, Killed { vm_record, pid, process: vm.process, is_silent: true })
-    }
-
-    /// Ends a VM that its `process` has not stopped, though it was told to: it has answered something else, and may be
-    /// compromised. Returns None if it has ended, or has given its name back: then it may be writing the VM's disks, and
-    /// is killed in time. Another request may be stopping the VM, so it has [`LAST_STOP`] for that.
-    ///
-    /// # Errors
-    /// When the process does not end.
-    fn kill_unless_ended(&self, name: &str, known: Option<(u32, OwnVm)>) -> Result<Option<StopAnswer>, DaemonError> {
-        let Some((pid, vm)) = known else { return Ok(None) };
-        let process = Arc::clone(&vm.process);
-        let until = Instant::now() + LAST_STOP;
-        loop {
-            if has_ended(&process, STOP_INTERVAL) {
-                return Ok(None);
-            }
-            // A file that cannot be read is not that of a name given back.
-            if NameClaim::owner(&self.0.dir, name).is_ok_and(|owner| owner != Some(pid)) {
-                self.0.processes.leaves(pid, vm);
-                return Ok(None);
-            }
-            if Instant::now() > until {
-                break;
-            }
-        }
-        let Some(vm_record) = VmRecord::read_of(&self.0.dir, name, pid)? else { return Ok(None) };
-        tracing::warn!(name, pid, "a VM that is to stop does not: its process is killed");
-        self.0.processes.mark_stopped(pid);
-        self.reap(name, Killed { vm_record, pid, process, is_silent: true }).map(Some)
-    }
-
-    /// Waits for the end of a killed process, and frees the name.
-    ///
-    /// # Errors
-    /// When the process does not end.
-    fn reap(&self, name: &str, killed: Killed) -> Result<StopAnswer, DaemonError> {
-        let Killed { vm_record, pid, process, is_silent } = killed;
-        if !kill(&process) {
-            return Err(silent(name, ", and does not end though it was killed"));
-        }
-        let _ends = self.0.ends();
-        self.0.processes.give_back(pid);
-        let exit = WorkerExit { pid, signal: Some(libc::SIGKILL), code: None };
-        match NameClaim::new(&self.0.dir, name) {
-            Ok(claim) => self.0.clear_up(claim, exit, true, Vec::new()),
-            // Another thread has cleared up, and another VM has the name.
-            Err(DaemonError::Taken { .. }) => {}
-            Err(error) => return Err(error),
-        }
-        let config = &vm_record.template.config;
-        let vm = if is_silent {
-            VmInfo::of_killed(name, exit, config)
-        } else {
-            VmInfo::of_stopped(name, pid, StopReason::Requested, config)
-        };
-        Ok(StopAnswer { vm, shutdown: None, killed: is_silent })
     }
 
     fn snapshots(&self) -> &Snapshots {

@@ -75,6 +75,8 @@ pub(super) struct OwnVm {
     pub(super) process: Arc<OwnedFd>,
     /// Images of disks that it may merge writes into at its end.
     images: Vec<PathBuf>,
+    /// Time limit for its end once it has given its name back. Known from the start: a file system may hang later.
+    limit: Duration,
     /// The name of its session.
     session: Option<String>,
     /// When it gave its name back.
@@ -95,10 +97,12 @@ impl OwnVm {
     /// Makes the record of the process of a VM that was booted or forked.
     pub(super) fn new(name: &str, process: OwnedFd, config: &VmConfig, is_booted: bool) -> Self {
         let given = config.disks.iter().filter(|disk| is_booted && !disk.disk.read_only && !disk.disk.ephemeral);
+        let images: Vec<PathBuf> = given.map(|disk| disk.disk.path.clone()).collect();
         Self {
             name: name.to_owned(),
             process: Arc::new(process),
-            images: given.map(|disk| disk.disk.path.clone()).collect(),
+            limit: leave_timeout(&images),
+            images,
             session: None,
             given_back: None,
             found_ended: 0,
@@ -321,17 +325,21 @@ impl Processes {
     /// Kills processes that run on for too long after they have given their names back. `is_used`
     /// returns whether another VM or a checkpoint uses an image: until then the process may wait.
     pub(super) fn kill_overdue(&self, is_used: impl Fn(&PathBuf) -> bool) {
-        let overdue: Vec<(u32, OwnVm)> = {
-            let mut all = self.all();
-            for vm in all.values_mut().filter(|vm| vm.given_back.is_some()) {
-                if vm.images.iter().any(&is_used) {
-                    vm.given_back = Some(Instant::now());
-                }
+        let all = self.all();
+        let left = all.iter().filter(|(_, vm)| vm.given_back.is_some()).map(|(pid, vm)| (*pid, vm.clone()));
+        let left: Vec<(u32, OwnVm)> = left.collect();
+        // `is_used` reads files.
+        drop(all);
+        for (pid, vm) in left {
+            if vm.images.iter().any(&is_used) {
+                let mut all = self.all();
+                let same = all.get_mut(&pid).filter(|known| Arc::ptr_eq(&known.process, &vm.process));
+                same.into_iter().for_each(|vm| vm.given_back = Some(Instant::now()));
+                continue;
             }
-            let found = all.iter().filter(|(_, vm)| is_overdue(vm));
-            found.map(|(pid, vm)| (*pid, vm.clone())).collect()
-        };
-        for (pid, vm) in overdue {
+            if !is_overdue(&vm) {
+                continue;
+            }
             tracing::warn!(name = vm.name, pid, "a process has given its VM's name back and runs on: it is killed");
             let _ = pidfd_send_signal(&vm.process, Signal::KILL);
         }
@@ -339,7 +347,7 @@ impl Processes {
 }
 
 fn is_overdue(vm: &OwnVm) -> bool {
-    vm.given_back.is_some_and(|since| since.elapsed() > leave_timeout(&vm.images))
+    vm.given_back.is_some_and(|since| since.elapsed() > vm.limit)
 }
 
 /// Returns the time limit for a process that may write these images. A kill of one that merges leaves an image
@@ -525,7 +533,11 @@ mod tests {
         vm.given_back = Some(since);
         let processes = Processes::default();
         processes.add([(pid, vm)]);
-        processes.kill_overdue(|image| image.ends_with("disk"));
+        processes.kill_overdue(|image| {
+            // Without the lock: a look at files may take long.
+            assert_eq!(processes.names(), BTreeSet::new());
+            image.ends_with("disk")
+        });
         assert!(processes.is_there(pid));
         // From then on it has time to write.
         processes.kill_overdue(|_| false);

@@ -19,6 +19,7 @@ use crate::cgroups::{CgroupPlace, Cgroups};
 use crate::checkpoint::ImagesInUse;
 use crate::checkpoints::Checkpoints;
 use crate::copied_files::CopiedFiles;
+use crate::held_interfaces::HeldInterfaces;
 use crate::idle::Idle;
 use crate::kept::{Found, KeptDir, KeptLines};
 use crate::net_hook::NetHook;
@@ -154,6 +155,7 @@ impl Supervisor {
             awaited_wakes: Arc::default(),
             processes: Processes::default(),
             records: Arc::default(),
+            interfaces: HeldInterfaces::default(),
             launching: Mutex::default(),
             ends: Mutex::default(),
             image_requests: ImageRequestLimiter::default(),

@@ -1,5 +1,6 @@
 //! A worker's grants and descriptors.
 
+use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,6 +9,7 @@ use clade_devices::virtio::net::Link;
 
 use super::broker::Broker;
 use super::cgroups::{Bounds, Group};
+use super::held_interfaces::HeldInterfaces;
 use super::host_link::{release_links, stricter};
 use super::launched_vm::LaunchedVm;
 use super::net_hook::Interfaces;
@@ -18,9 +20,9 @@ use super::session::Live;
 use super::vm_record::{VmRecord, inode};
 use clade_api::secrets::SecretsRecord;
 use clade_api::{DaemonError, NameClaim, RuntimeDir, flight, forget_ended};
-use clade_vmm::vm::{Endpoints, VmConfig};
+use clade_vmm::vm::{Endpoints, InterfaceClaim, VmConfig};
 use clade_worker::jail::{Confinement, Grants};
-use clade_worker::{ConfineRequest, PassedFds, ReportedVm, VmTemplate};
+use clade_worker::{ConfineRequest, PassedFds, ReportedVm, VmTemplate, Worker};
 
 /// The grants of workers in a runtime directory.
 #[derive(Clone, Debug)]
@@ -89,6 +91,8 @@ pub(super) struct WorkerResources {
     files: Vec<OwnedFd>,
     /// The file of its flight record, read at its end.
     flight: Arc<OwnedFd>,
+    /// Further claims on its interfaces.
+    interface_claims: Vec<InterfaceClaim>,
     /// None once the VM is kept.
     overlays: Option<OverlayUse>,
 }
@@ -102,7 +106,7 @@ impl WorkerResources {
         claim: &NameClaim,
         start: Start<'_>,
         overlays: OverlayUse,
-        ends: Endpoints,
+        mut ends: Endpoints,
         broker: &Broker,
     ) -> Result<(Self, PassedFds), DaemonError> {
         let failed = |source| DaemonError::Worker { source };
@@ -128,10 +132,12 @@ impl WorkerResources {
         let vsock = vm_record.identity.vsock.as_ref();
         let broker = vsock.map(|vsock| broker.connect(vsock.socket.clone())).transpose().map_err(failed)?;
         let flight = Arc::new(flight::make().map_err(failed)?);
+        let interface_claims = ends.take_interface_claims();
         let (ends, devices) = ends.hand_over(broker).map_err(failed)?;
         // From here on this owns the socket's file.
         let (dir, name, overlays) = (claim.dir().clone(), claim.name.clone(), Some(overlays));
-        let mut resources = Self { dir, name, vm_record, is_booted: false, files: Vec::new(), flight, overlays };
+        let mut resources =
+            Self { dir, name, vm_record, is_booted: false, files: Vec::new(), flight, interface_claims, overlays };
         let (sockets, record) = claim.hand_over(template.config.virtio_console)?;
         forget_ended(claim.dir(), &claim.name);
         resources.vm_record.write(claim)?;
@@ -149,6 +155,18 @@ impl WorkerResources {
     pub(super) fn booted(mut self) -> Self {
         self.is_booted = true;
         self
+    }
+
+    /// Holds its interfaces with several queues until the process of the VM has ended, which `worker` becomes.
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    pub(super) fn hold_interfaces(&mut self, held: &HeldInterfaces, worker: &Worker) -> Result<(), DaemonError> {
+        if !self.interface_claims.is_empty() {
+            let process = worker.pidfd()?.ok_or(DaemonError::Ending)?;
+            held.hold(&self.name, worker.pid(), process, mem::take(&mut self.interface_claims));
+        }
+        Ok(())
     }
 
     /// Returns the VM's process.
@@ -274,7 +292,16 @@ mod tests {
             vm_record.replace(&dir, "web").unwrap();
             let (files, flight) = (Vec::new(), Arc::new(flight::make().unwrap()));
             let (dir, name) = (dir.clone(), "web".to_owned());
-            WorkerResources { dir, name, vm_record, is_booted: false, files, flight, overlays: None }
+            WorkerResources {
+                dir,
+                name,
+                vm_record,
+                is_booted: false,
+                files,
+                flight,
+                interface_claims: Vec::new(),
+                overlays: None,
+            }
         };
         let recorded = || VmRecord::found(&dir, "web").unwrap();
         let close = || VmRecord { network: Some(Link::Closed), ..recorded() }.replace(&dir, "web").unwrap();

@@ -37,6 +37,10 @@ impl ListedVms {
             // By the requested name, not by the answer's.
             Some(Ok((Ok(Ok(info)), name))) => self.vms.push(VmInfo { name, ..info }),
             Some(Ok((Ok(Err(ClientError::Forbidden { .. })), _))) => self.forbidden += 1,
+            Some(Ok((Ok(Err(error @ ClientError::LongAnswer { .. })), name))) => {
+                tracing::warn!(%error, name, "a VM's process describes its VM at too great a length");
+                self.silent.push(name);
+            }
             // By a supervisor, which has waited for its process.
             Some(Ok((Ok(Err(error)), name))) if error.problem() == ProblemKind::VmSilent => self.silent.push(name),
             // The VM has ended meanwhile, or a dead process has left its socket.
@@ -111,10 +115,7 @@ impl Client {
             while asked.len() < MAX_ASKED && Instant::now() < due() {
                 let Some(name) = names.next() else { break };
                 let (client, due) = (self.clone(), due());
-                asked.spawn(async move {
-                    let answer = client.request::<VmInfo>(Method::GET, &name, "", None::<&()>);
-                    (timeout_at(due.into(), answer).await, name)
-                });
+                asked.spawn(async move { (timeout_at(due.into(), client.listed(&name)).await, name) });
             }
             let Some(answer) = asked.join_next().await else { break };
             all.extend(Some(answer));

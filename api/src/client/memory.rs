@@ -4,7 +4,7 @@ use http_body_util::BodyExt;
 use hyper::Method;
 use hyper::body::{Bytes, Incoming};
 
-use super::{Client, ClientError, Payload, send, whole};
+use super::{Client, ClientError, MAX_ANSWER, Payload, send, whole};
 use crate::{MEDIA_TYPE, MemoryWritten, check_name};
 
 impl Client {
@@ -55,7 +55,7 @@ impl Client {
 
     async fn write(&self, name: &str, query: String, bytes: Bytes) -> Result<MemoryWritten, ClientError> {
         let body = self.memory(Method::PUT, name, &query, bytes).await?;
-        Ok(serde_json::from_slice(&whole(body).await?)?)
+        Ok(serde_json::from_slice(&whole(body, MAX_ANSWER).await?)?)
     }
 
     async fn memory(&self, method: Method, name: &str, query: &str, bytes: Bytes) -> Result<Incoming, ClientError> {

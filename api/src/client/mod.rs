@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{sleep, timeout};
 
-use crate::{Token, check_name, runtime_dir, socket_path, supervisor_path};
+use crate::{Token, VmInfo, check_name, runtime_dir, socket_path, supervisor_path};
 
 mod error;
 mod list;
@@ -29,6 +29,8 @@ pub use retry::{MAX_ATTEMPTS, retried};
 
 /// Most bytes of an answer. A map of pages has up to four million.
 pub const MAX_ANSWER: usize = 16 << 20;
+/// The same of the information of one VM in a list.
+const MAX_LISTED: usize = 1 << 20;
 /// Interval of the attempts to connect to a process that accepts no connection.
 const CONNECT_POLL: Duration = Duration::from_millis(50);
 
@@ -122,7 +124,21 @@ impl Client {
         if self.is_remote() {
             return self.supervisor_once(method, &format!("/v1/vms/{name}{action}"), body).await;
         }
-        exchange(self.connect(name).await?, None, method, &format!("/v1/vms/{name}{action}"), body).await
+        exchange(self.connect(name).await?, None, method, &format!("/v1/vms/{name}{action}"), body, MAX_ANSWER).await
+    }
+
+    /// Returns the information of a VM for a list. One that is longer than any honest process's is refused: a list keeps
+    /// those of all VMs.
+    pub(crate) async fn listed(&self, name: &str) -> Result<VmInfo, ClientError> {
+        if self.is_remote() {
+            return self.request(Method::GET, name, "", None::<&()>).await;
+        }
+        check_name(name)?;
+        let once = || async {
+            let (socket, uri) = (self.connect(name).await?, format!("/v1/vms/{name}"));
+            exchange(socket, None, Method::GET, &uri, None::<&()>, MAX_LISTED).await
+        };
+        retried(self.attempts, &Method::GET, once).await
     }
 
     /// Connects to the process of `name`.
@@ -201,9 +217,9 @@ impl Client {
     ) -> Result<T, ClientError> {
         if let Some(remote) = &self.remote {
             let (stream, token) = remote.connect().await?;
-            return exchange(stream, Some(&token), method, uri, body).await;
+            return exchange(stream, Some(&token), method, uri, body, MAX_ANSWER).await;
         }
-        exchange(self.connect_supervisor().await?, None, method, uri, body).await
+        exchange(self.connect_supervisor().await?, None, method, uri, body, MAX_ANSWER).await
     }
 
     /// Follows the supervisor's events, until it ends or `each` returns false. Passes the data of
@@ -292,18 +308,19 @@ async fn exchange<T: DeserializeOwned>(
     method: Method,
     uri: &str,
     body: Option<&(impl Serialize + Sync)>,
+    most: usize,
 ) -> Result<T, ClientError> {
-    let bytes = whole(send(stream, token, method, uri, Payload::json(body)?).await?).await?;
+    let bytes = whole(send(stream, token, method, uri, Payload::json(body)?).await?, most).await?;
     Ok(serde_json::from_slice(&bytes)?)
 }
 
 /// Reads a body. Its sender may be compromised, so its length is bounded.
-async fn whole(body: Incoming) -> Result<Bytes, ClientError> {
-    match Limited::new(body, MAX_ANSWER).collect().await {
+async fn whole(body: Incoming, most: usize) -> Result<Bytes, ClientError> {
+    match Limited::new(body, most).collect().await {
         Ok(collected) => Ok(collected.to_bytes()),
         Err(error) => match error.downcast::<hyper::Error>() {
             Ok(error) => Err(ClientError::Http(*error)),
-            Err(_) => Err(ClientError::LongAnswer { most: MAX_ANSWER }),
+            Err(_) => Err(ClientError::LongAnswer { most }),
         },
     }
 }
@@ -328,7 +345,7 @@ async fn send(
     let response = sender.send_request(request).await?;
     let status = response.status();
     if status != StatusCode::OK {
-        let bytes = whole(response.into_body()).await?;
+        let bytes = whole(response.into_body(), MAX_ANSWER).await?;
         return Err(ClientError::refused(status, &bytes));
     }
     Ok(response.into_body())

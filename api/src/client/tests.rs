@@ -33,6 +33,22 @@ fn process(path: PathBuf, head: &'static str, part: Vec<u8>, most: usize) -> Joi
     })
 }
 
+/// A list keeps the descriptions of all VMs.
+#[test]
+fn a_vm_with_a_description_without_end_is_silent_in_a_list() {
+    let dir = tempfile::tempdir().unwrap();
+    let client = Client::new(dir.path());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let chunk = [b"10000\r\n", &vec![b' '; 0x10000][..], b"\r\n"].concat();
+    let head = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n";
+    let endless = process(socket_path(dir.path(), "web"), head, chunk, MANY);
+    let listed = runtime.block_on(client.list()).unwrap();
+    assert_eq!((listed.vms.len(), listed.silent), (0, vec!["web".to_owned()]));
+    drop(runtime);
+    let sent = endless.join().unwrap();
+    assert!(sent < MAX_ANSWER / 2, "{sent} bytes");
+}
+
 #[test]
 fn an_answer_without_end_is_refused_and_one_of_another_length_too() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,11 +1,13 @@
 //! Claims: the lock and the socket of a directory's supervisor, and the lock and the files of a VM's
 //! name.
 
-use std::collections::BTreeMap;
-use std::fs::File;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{File, TryLockError};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -89,6 +91,12 @@ const IMAGE: &str = "image";
 /// these.
 const ENDINGS: [&str; 7] = [CONTROL, CONSOLE, HVC, IMAGE, VM, END, "lock"];
 
+/// The names that this process has claimed, with their directories.
+fn claimed() -> MutexGuard<'static, BTreeSet<(PathBuf, String)>> {
+    static CLAIMED: Mutex<BTreeSet<(PathBuf, String)>> = Mutex::new(BTreeSet::new());
+    CLAIMED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl NameClaim {
     /// Claims a name for a VM.
     ///
@@ -104,7 +112,25 @@ impl NameClaim {
     }
 
     fn of(dir: &RuntimeDir, name: &str, lock: File) -> Self {
+        claimed().insert((dir.path.clone(), name.to_owned()));
         Self { dir: dir.clone(), name: name.to_owned(), lock: Some(lock), removes: true }
+    }
+
+    /// Returns whether a process other than this one has the name. Its own word, the number in the lock, does not
+    /// count.
+    #[must_use]
+    pub fn is_anothers(dir: &RuntimeDir, name: &str) -> bool {
+        // Before the lock is tried: this process may take it meanwhile.
+        if claimed().contains(&(dir.path.clone(), name.to_owned())) {
+            return false;
+        }
+        let lock = openat(
+            &dir.fd,
+            &*format!("{name}.lock"),
+            OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+            Mode::empty(),
+        );
+        lock.is_ok_and(|lock| matches!(File::from(lock).try_lock_shared(), Err(TryLockError::WouldBlock)))
     }
 
     /// Returns the claim of another process that has passed on its lock. That process removes the
@@ -135,7 +161,9 @@ impl NameClaim {
             .collect::<Result<_, DaemonError>>()?;
         sockets.extend([bind(IMAGE, SocketType::SEQPACKET)?]);
         let file = format!("{}.{END}", self.name);
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        // Not the file of an earlier VM, whose process may have it open.
+        self.dir.forget(&file);
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let record = openat(&self.dir.fd, &*file, flags, Mode::RUSR | Mode::WUSR);
         let record =
             record.map_err(|error| DaemonError::Runtime { path: self.dir.path.join(file), source: error.into() })?;
@@ -258,11 +286,15 @@ impl Drop for NameClaim {
         // Another process that also has the lock may have removed the files before. Then the name
         // may have another owner.
         let is_ours = |lock: &File| self.removes && self.dir.has(&format!("{}.lock", self.name), lock);
-        if !self.lock.as_ref().is_some_and(is_ours) {
-            return;
+        if self.lock.as_ref().is_some_and(is_ours) {
+            for ending in ENDINGS {
+                self.dir.forget(&format!("{}.{ending}", self.name));
+            }
         }
-        for ending in ENDINGS {
-            self.dir.forget(&format!("{}.{ending}", self.name));
+        if self.removes {
+            // Last: until then the lock is this process's.
+            drop(self.lock.take());
+            claimed().remove(&(self.dir.path.clone(), self.name.clone()));
         }
     }
 }

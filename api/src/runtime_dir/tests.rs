@@ -280,3 +280,17 @@ fn a_directory_that_is_swapped_changes_nothing() {
     drop(claim);
     assert_eq!(fs::read_dir(&moved).unwrap().count(), 0);
 }
+
+/// A process that lives on after its VM could write the record of the next one's end.
+#[test]
+fn the_file_for_the_end_of_a_vm_is_no_earlier_vms() {
+    let path = tempfile::tempdir().unwrap();
+    let dir = RuntimeDir::create(path.path()).unwrap();
+    let claim = NameClaim::new(&dir, "web").unwrap();
+    let handed = || claim.hand_over(false).unwrap().1;
+    let (first, second) = (handed(), handed());
+    rustix::io::write(&first, b"of the first").unwrap();
+    let inode = |file| rustix::fs::fstat(file).unwrap().st_ino;
+    assert_ne!(inode(&first), inode(&second));
+    assert_eq!(std::fs::read(path.path().join("web.end")).unwrap(), b"");
+}

@@ -69,6 +69,8 @@ impl Launch for Boot<'_> {
 
     fn assign(&self, worker: &Worker, claim: &NameClaim) -> Result<WorkerResources, DaemonError> {
         let config = &self.template.config;
+        let interfaces: Vec<&str> = config.nets.iter().map(|net| net.tap.as_str()).collect();
+        self.supervisor.await_interfaces(&interfaces, || self.check(0))?;
         let ends = Endpoints::boot(config).map_err(VmError::from)?;
         let overlays = self.supervisor.0.overlays.hold(&self.written)?;
         let start = Start {

@@ -151,6 +151,8 @@ impl Launch for Children<'_, '_> {
     fn assign(&self, worker: &Worker, claim: &NameClaim) -> Result<WorkerResources, DaemonError> {
         let (supervisor, parent) = (self.supervisor, self.origin.vm_record);
         let template = &parent.template;
+        let interfaces: Vec<&str> = self.choice.nets.iter().filter_map(|net| net.tap.as_deref()).collect();
+        supervisor.await_interfaces(&interfaces, || self.check(0))?;
         let ends =
             Endpoints::child(&template.config, &parent.identity, &claim.name, &self.choice).map_err(VmError::from)?;
         let overlays = supervisor.0.overlays.hold(&template.written())?;

@@ -202,7 +202,8 @@ impl Supervisor {
         }
         check_host_limits(count, ResourceDemand::of(&template.config))
             .map_err(|source| DaemonError::HostLimit { count, source })?;
-        let listed = self.0.processes.names();
+        // With those that are being made.
+        let listed = self.0.own_names();
         if !request.overcommit {
             // Those made paused that are to be ready will run.
             let stay_paused = request.paused && !request.ready;

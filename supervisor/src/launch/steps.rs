@@ -129,7 +129,7 @@ impl Supervisor {
     /// Gives workers the image, and lets their VMs run once all are made.
     fn run(&self, assigned: AssignedWorkers, launch: &impl Launch) -> Result<Vec<LaunchedVm>, DaemonError> {
         // In this order: after a failure the workers end first, and then closed networks are opened.
-        let AssignedWorkers { all_resources, groups, mut workers, are_prepared } = assigned;
+        let AssignedWorkers { mut all_resources, groups, mut workers, are_prepared } = assigned;
         let confinement = self.0.sandbox.confinement;
         // All of them, or no VM runs.
         let interfaces = || all_resources.iter().map(WorkerResources::interfaces).collect();
@@ -149,8 +149,9 @@ impl Supervisor {
         let notes = launch.give_image(&workers)?;
         // Before they run: a VM may end at once.
         let pids: Vec<u32> = workers.0.iter().map(Worker::pid).collect();
-        let vms = workers.0.iter().zip(&all_resources).zip(groups).zip(notes);
+        let vms = workers.0.iter().zip(&mut all_resources).zip(groups).zip(notes);
         for (((worker, resources), group), note) in vms {
+            resources.hold_interfaces(&self.0.interfaces, worker)?;
             let process = worker.pidfd()?.ok_or(DaemonError::Ending)?;
             self.0.processes.add([(worker.pid(), resources.own_vm(process, group).noting(note))]);
         }

@@ -186,8 +186,8 @@ impl Supervisor {
             Ok((answer, left)) => {
                 let left = LeftName(left);
                 // Closing descriptors may free memory and disks.
-                on_a_thread(THREAD_PATIENCE, move || held.stopped(known, left.take())).await?;
-                Ok(answer)
+                let killed = on_a_thread(THREAD_PATIENCE, move || held.stopped(known, left.take())).await?;
+                Ok(killed.unwrap_or(answer))
             }
             Err(ClientError::Silent { .. }) => {
                 Ok(on_a_thread(THREAD_PATIENCE, move || held.kill(&owned, known)).await??)

@@ -11,7 +11,7 @@ use super::Wanted;
 use crate::Supervisor;
 use crate::proxy::with_own_socket;
 use clade_api::http::{Answer, ApiError, THREAD_PATIENCE, on_a_thread};
-use clade_api::{Client, NetworkRequest, ProblemKind, VmInfo};
+use clade_api::{Client, DaemonError, NetworkRequest, ProblemKind, VmInfo};
 
 /// Time limit of a VM's process for a change of its network, which waits for a fork.
 const NETWORK_TIMEOUT: Duration = Duration::from_secs(60);
@@ -66,6 +66,11 @@ async fn change_network(supervisor: Supervisor, name: String, request: NetworkRe
     };
     // A VM without a network device refuses the request, with the reason.
     let closed = if request.network == Some(Link::Closed) { set(Link::Closed).await? } else { Ok(()) };
+    let closed = match closed {
+        // Another VM may have the name by now. One of an earlier version has no recorded process.
+        Err(gone @ DaemonError::NoSuchVm { .. }) if process.is_some() => return Err(gone.into()),
+        closed => closed,
+    };
     let client = Client::new(&dir);
     let asked = client.request_within(NETWORK_TIMEOUT, post, &name, "/network", Some(&request)).await;
     // After that: the process is asked, too, if the host has refused.

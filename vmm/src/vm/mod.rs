@@ -49,7 +49,7 @@ pub use error::VmError;
 pub use fork::{Admission, ChildOptions, ForkImage, ForkReport, ForkTimes, PauseGuard};
 pub use identity::{
     ChildIdentity, EndpointParts, Endpoints, GenerationError, GenerationId, HostLink, Identity, IdentityError,
-    NetChoice, NetIdentity, PortForward, UserNet, UserNetError, VsockChoice, user_net,
+    InterfaceClaim, NetChoice, NetIdentity, PortForward, UserNet, UserNetError, VsockChoice, user_net,
 };
 pub use machine::Vm;
 pub use pause_times::{Histogram, HistogramCounts, Pauses};

@@ -203,8 +203,8 @@ fn a_vm_whose_process_does_not_answer_is_stopped_all_the_same() {
     }
 }
 
-/// Answers at the socket of a VM in place of its process: each request is refused.
-fn refuse_at(socket: &Path) {
+/// Answers each request at the socket of a VM in place of its process.
+fn answer_at(socket: &Path, status: &'static str, body: String) {
     fs::remove_file(socket).unwrap();
     let listener = UnixListener::bind(socket).unwrap();
     thread::spawn(move || {
@@ -212,12 +212,9 @@ fn refuse_at(socket: &Path) {
             let mut stream = stream.unwrap();
             let mut request = [0; 4096];
             let _ = stream.read(&mut request);
-            let refusal = r#"{"type": "urn:clade:wrong-state", "title": "no", "status": 409, "detail": "I run on"}"#;
-            let _ = write!(
-                stream,
-                "HTTP/1.1 409 Conflict\r\ncontent-type: application/problem+json\r\ncontent-length: {}\r\n\r\n{refusal}",
-                refusal.len()
-            );
+            let length = body.len();
+            let head = format!("HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {length}");
+            let _ = write!(stream, "{head}\r\n\r\n{body}");
         }
     });
 }
@@ -229,10 +226,25 @@ fn a_vm_whose_process_refuses_to_stop_is_stopped_all_the_same() {
         return;
     }
     stop_by_force(|all, name, pid| {
-        refuse_at(&all.runtime.socket(name));
+        let refusal = r#"{"type": "urn:clade:wrong-state", "title": "no", "status": 409, "detail": "I run on"}"#;
+        answer_at(&all.runtime.socket(name), "409 Conflict", refusal.to_owned());
         // The guest of an honest process may refuse that.
         let (status, answer) = all.http("POST", &format!("/v1/vms/{name}/stop"), r#"{"graceful_s": 1}"#);
         assert!(status == 409 && runs(pid), "{answer}");
+    });
+}
+
+/// Nor are its word that it has stopped and the number in its lock believed.
+#[test]
+fn a_vm_whose_process_lies_about_its_end_is_stopped_all_the_same() {
+    if !kvm() {
+        return;
+    }
+    stop_by_force(|all, name, pid| {
+        let info = all.http("GET", &format!("/v1/vms/{name}"), "").1;
+        fs::write(all.runtime.dir().join(format!("{name}.lock")), "1").unwrap();
+        answer_at(&all.runtime.socket(name), "200 OK", info.to_string());
+        assert!(runs(pid));
     });
 }
 

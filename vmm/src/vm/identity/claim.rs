@@ -6,12 +6,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use clade_devices::virtio::net::Mac;
 use clade_devices::virtio::vsock::FIRST_GUEST_CID;
+use clade_host_io::link;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, socket_with};
 
 use crate::vm::identity::IdentityError;
 
 /// The number of values tried before [`IdentityError::NoneFree`].
 const TRIES: u64 = 1 << 16;
+/// A TAP interface in the errors and names of claims.
+const INTERFACE: &str = "TAP interface";
 
 /// A value that no other VM of this host has, held as the name of an abstract socket. The kernel
 /// keeps these names per network namespace, like interfaces, and frees them at any end of the
@@ -19,6 +22,40 @@ const TRIES: u64 = 1 << 16;
 #[derive(Debug)]
 pub(super) struct IdentityClaim {
     held: OwnedFd,
+}
+
+/// A claim on a TAP interface beside the one of its VM: the interface is taken until both are dropped.
+///
+/// Any process with the rights opens one more queue of a multi-queue interface, and gets part of the packets. A
+/// compromised process of a VM can drop its own claim and keep its queues, so whoever has started it holds another one
+/// until the process has ended.
+#[derive(Debug)]
+pub struct InterfaceClaim {
+    interface: String,
+    /// Its index: an interface that is made later has another.
+    index: u32,
+    _held: OwnedFd,
+}
+
+impl InterfaceClaim {
+    pub(super) fn beside(claim: &IdentityClaim, interface: &str) -> Result<Self, IdentityError> {
+        let failed = |source| IdentityError::Claim { what: INTERFACE, value: interface.to_owned(), source };
+        let index = link::index_of(interface).map_err(failed)?;
+        Ok(Self { interface: interface.to_owned(), index, _held: claim.held.try_clone().map_err(failed)? })
+    }
+
+    /// Returns whether the interface is gone. One that was not made persistent is there while any process has a queue.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        link::index_of(&self.interface)
+            .map_or_else(|error| error.raw_os_error() == Some(libc::ENODEV), |index| index != self.index)
+    }
+
+    /// Returns the interface's name.
+    #[must_use]
+    pub fn interface(&self) -> &str {
+        &self.interface
+    }
 }
 
 /// Takes an abstract name. With a stream socket, which cannot send: a process that may not open
@@ -55,7 +92,7 @@ impl IdentityClaim {
     }
 
     pub(super) fn interface(name: &str) -> Result<Self, IdentityError> {
-        Self::new("TAP interface", name)
+        Self::new(INTERFACE, name)
     }
 
     pub(super) fn cid(cid: u64) -> Result<Self, IdentityError> {

@@ -1,12 +1,12 @@
 //! Interfaces, addresses and sockets of a VM, taken before the VM is made.
 
 use std::fs::{self, File};
-use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
+use std::{io, mem};
 
 use clade_devices::virtio::net::{EgressRule, Link, Mac};
 use clade_devices::virtio::vsock::{BrokerSlot, VsockOptions, VsockSocket};
@@ -14,7 +14,7 @@ use clade_host_io::{NetBackend, Tap, TapError, link};
 use serde::{Deserialize, Serialize};
 
 use crate::vm::config::{NetSpec, VmConfig};
-use crate::vm::identity::claim::{IdentityClaim, first_free, next_cid};
+use crate::vm::identity::claim::{IdentityClaim, InterfaceClaim, first_free, next_cid};
 use crate::vm::identity::{ChildIdentity, Identity, IdentityError, NAME, NetChoice, NetIdentity, UserNet, VsockChoice};
 
 /// Longest generated interface name before its number: a name has 15 bytes, with room for 9,999.
@@ -74,6 +74,7 @@ pub struct Endpoints {
     pub(crate) identity: Identity,
     pub(crate) claims: Claims,
     links: Vec<HostLink>,
+    interface_claims: Vec<InterfaceClaim>,
 }
 
 /// [`Endpoints`] whose descriptors go to another process.
@@ -105,6 +106,12 @@ impl Endpoints {
     #[must_use]
     pub fn links(&self) -> &[HostLink] {
         &self.links
+    }
+
+    /// Takes further claims on its interfaces with several queues, for whoever starts the VM's process.
+    #[must_use]
+    pub fn take_interface_claims(&mut self) -> Vec<InterfaceClaim> {
+        mem::take(&mut self.interface_claims)
     }
 
     /// Takes the endpoints in the configuration of a VM to be booted.
@@ -245,18 +252,25 @@ impl Endpoints {
             // multi-queue interface would take part of another VM's packets.
             To::Tap(pattern) if pattern.contains("%d") => {
                 let (tap, claim) = next_interface(pattern, usize::from(net.queues))?;
-                self.claims.0.push(claim);
-                with_link(tap)?
+                self.add_interface(tap, claim)?
             }
             To::Tap(tap) => {
-                self.claims.0.push(IdentityClaim::interface(tap)?);
-                with_link(Tap::open(tap, usize::from(net.queues))?)?
+                let claim = IdentityClaim::interface(tap)?;
+                self.add_interface(Tap::open(tap, usize::from(net.queues))?, claim)?
             }
         };
         self.identity.nets.push(NetIdentity { tap: backend.name().to_owned(), mac });
         self.nets.push(NetEnd { backend, mac });
         self.links.push(link);
         Ok(())
+    }
+
+    fn add_interface(&mut self, tap: Tap, claim: IdentityClaim) -> Result<(NetBackend, HostLink), IdentityError> {
+        if tap.queues() > 1 {
+            self.interface_claims.push(InterfaceClaim::beside(&claim, tap.name())?);
+        }
+        self.claims.0.push(claim);
+        Ok(with_link(tap)?)
     }
 
     fn add_vsock(&mut self, options: VsockOptions, claim: IdentityClaim, child: bool) -> Result<(), IdentityError> {

@@ -27,6 +27,7 @@ use clade_host_io::TapError;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+pub use claim::InterfaceClaim;
 pub(crate) use endpoints::Claims;
 pub use endpoints::{EndpointParts, Endpoints, HostLink};
 pub use generation::{GenerationError, GenerationId};
