@@ -59,7 +59,7 @@ pub(super) fn programs() -> io::Result<Value> {
     let long = entries(&["worker", "zygote"]);
     Ok(json!({
         "long": {"mismatch_action": "kill_process", "match_action": "allow", "filter": long},
-        "disks": kill(&["zygote", "no_flags"]),
+        "disks": kill(&["zygote", "own_modes", "no_flags"]),
         "snapshot": kill(&["zygote", "no_modes", "no_owners"]),
         "locks": kill(&["zygote", "no_modes", "no_flags", "no_owners", "no_names"]),
         "child": kill(&["zygote", "no_modes", "no_flags", "no_owners", "no_names", "no_locks"]),
