@@ -7,7 +7,9 @@ import time
 
 import pytest
 
-from clade import Clade, CladeError
+from clade import Agent, Clade, CladeError
+
+from fakes import Awaited
 
 NEEDED = ("CLADE", "CLADE_LINUX_GUEST", "CLADE_AGENT", "CLADE_PYTHON_IMAGE")
 
@@ -54,3 +56,11 @@ def warm(daemon):
         assert looks < 10_000, vm.console()
         time.sleep(0.2)
     return vm
+
+
+@pytest.fixture(params=["plain", "awaited"])
+def agent_at(request):
+    """Agents behind a socket, of both kinds, with the same methods."""
+    if request.param == "plain":
+        return Agent
+    return Awaited

@@ -1,10 +1,8 @@
 """The client without a daemon: what it sends, and what it makes of answers."""
 
 import asyncio
-import contextlib
 import inspect
 import json
-import re
 import socket
 import struct
 import threading
@@ -14,9 +12,11 @@ import httpx
 import pytest
 
 import clade
-from clade import Agent, AgentError, AsyncAgent, AsyncCalls, AsyncTransport, Calls, CladeError, NotRunningError, Transport
-from clade._objects import events
+from clade import AgentError, AsyncAgent, AsyncCalls, AsyncTransport, Calls, CladeError, NotRunningError, Transport
+from clade._objects import Events
 from clade.errors import KINDS, NoSuchVmError
+
+from fakes import DATA, ENDED, Awaited, guest, shell, stream
 
 PROBLEM = {"type": "urn:clade:no-such-vm", "title": "There is no such VM.", "status": 404, "detail": "no VM is \"a/b\""}
 
@@ -92,7 +92,7 @@ def test_no_daemon_is_an_error_that_names_its_socket(tmp_path):
 
 def test_events_are_read_from_their_lines():
     lines = [": here", "", "id: 7", "event: vm.forked", 'data: {"parent":', 'data: "a"}', "", "retry: 1", ""]
-    (event,) = events(iter(lines))
+    (event,) = Events(iter(lines))
     assert (event.id, event.kind, event.data) == ("7", "vm.forked", {"parent": "a"})
 
 
@@ -106,61 +106,9 @@ def test_events_with_a_guests_text_are_whole():
         return [line async for line in transport.lines("/v1/events")]
 
     for lines in (Transport("http://daemon", transport=answer).lines("/v1/events"), asyncio.run(awaited())):
-        ended, lost = events(iter(lines))
+        ended, lost = Events(iter(lines))
         assert (ended.id, ended.data) == ("a-1", {"reason": text})
         assert (lost.id, lost.kind) == ("a-1", "lost"), "an event without an id has the last one"
-
-
-@pytest.fixture(params=["plain", "awaited"])
-def agent_at(request):
-    """Agents behind a socket, of both kinds, with the same methods."""
-    if request.param == "plain":
-        return Agent
-    return Awaited
-
-
-class Awaited:
-    """The agent that is awaited, used as the other is."""
-
-    def __init__(self, path):
-        self._agent = AsyncAgent(path)
-
-    def __getattr__(self, name):
-        return lambda *args, **more: asyncio.run(getattr(self._agent, name)(*args, **more))
-
-
-def guest(tmp_path, answer, kind=Agent):
-    """A VM's socket behind which `answer` is said once, after the line that asks for the port."""
-    path = tmp_path / "vm.vsock"
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(path))
-    listener.listen()
-    got = []
-
-    def serve():
-        connection, _ = listener.accept()
-        with connection:
-            got.append(connection.recv(100))
-            connection.sendall(b"OK 1024\n")
-            asked = b""
-            while b"\r\n\r\n" not in asked:
-                asked += connection.recv(65536)
-            head, _, body = asked.partition(b"\r\n\r\n")
-            length = int(re.search(rb"Content-Length: (\d+)", head)[1])
-            while len(body) < length:
-                body += connection.recv(65536)
-            got.append((head, body))
-            connection.sendall(answer)
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    return kind(str(path)), got, thread
-
-
-def stream(*messages):
-    body = b"".join(struct.pack(">BI", flag, len(text)) + text for flag, text in messages)
-    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/connect+json\r\nConnection: close\r\n\r\n"
-    return head + body
 
 
 def test_a_program_is_run_by_the_agents_protocol(tmp_path, agent_at):
@@ -198,50 +146,6 @@ def test_an_agent_that_answers_otherwise_is_an_error(tmp_path, answer, code, age
         agent.exec(["x"])
     thread.join(10)
     assert caught.value.code == code
-
-
-def shell(tmp_path, start, refused, kind):
-    """A guest whose program is `start`, a function of the connection of its output. It takes no input before that
-    function has set an event."""
-    path = tmp_path / "vm.vsock"
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(path))
-    listener.listen()
-    may_read, called = threading.Event(), []
-
-    def serve(connection):
-        # A client that has what it wants closes its connections.
-        with connection, contextlib.suppress(ConnectionError):
-            connection.recv(100)
-            connection.sendall(b"OK 1024\n")
-            asked = b""
-            while b"\r\n\r\n" not in asked:
-                asked += connection.recv(65536)
-            head, _, body = asked.partition(b"\r\n\r\n")
-            while len(body) < int(re.search(rb"Content-Length: (\d+)", head)[1]):
-                body += connection.recv(65536)
-            called.append(re.search(rb"Process/(\w+)", head)[1].decode())
-            if called[-1] == "Start":
-                connection.sendall(stream((0, b'{"event":{"start":{"pid":7}}}')))
-                return start(connection, may_read)
-            may_read.wait(60)
-            status, text = (400, json.dumps({"code": refused}).encode()) if refused else (200, b"{}")
-            connection.sendall(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%s" % (status, len(text), text))
-
-    def accept():
-        while True:
-            threading.Thread(target=serve, args=[listener.accept()[0]], daemon=True).start()
-
-    threading.Thread(target=accept, daemon=True).start()
-    return kind(str(path)), called
-
-
-def message(said):
-    return struct.pack(">BI", 0, len(said)) + said
-
-
-DATA = message(b'{"event":{"data":{"stdout":"%s"}}}' % (b"aGkh" * 25_000))
-ENDED = message(b'{"event":{"end":{"exitCode":0,"status":"exit status 0"}}}')
 
 
 def test_a_program_may_write_all_it_has_before_it_reads(tmp_path, agent_at, monkeypatch):

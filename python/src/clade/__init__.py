@@ -9,10 +9,10 @@
 from . import errors, types
 from ._agent import Agent, ExecResult, Output
 from ._async_agent import AsyncAgent
-from ._async_objects import AsyncCheckpoint, AsyncClade, AsyncVm
+from ._async_objects import AsyncCheckpoint, AsyncClade, AsyncEvents, AsyncVm
 from ._calls import AsyncCalls, Calls
 from ._error import AgentError, CladeError, NotRunningError
-from ._objects import Checkpoint, Clade, Event, Vm
+from ._objects import Checkpoint, Clade, Event, Events, Vm
 from ._transport import AsyncTransport, Transport, runtime_dir
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "AsyncCalls",
     "AsyncCheckpoint",
     "AsyncClade",
+    "AsyncEvents",
     "AsyncTransport",
     "AsyncVm",
     "Calls",
@@ -29,6 +30,7 @@ __all__ = [
     "Clade",
     "CladeError",
     "Event",
+    "Events",
     "ExecResult",
     "NotRunningError",
     "Output",

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from ._error import AgentError
+from ._limit import Limit, LimitedSocket
 
 PORT = 49983
 CONNECT_TIMEOUT = 10.0
@@ -59,9 +60,10 @@ class Output:
 class _Connection(http.client.HTTPConnection):
     """A connection to a port of a guest, behind the VM's socket."""
 
-    def __init__(self, path: str, port: int, timeout: float | None) -> None:
-        super().__init__("agent", timeout=timeout)
+    def __init__(self, path: str, port: int, silence: float | None, limit: Limit) -> None:
+        super().__init__("agent")
         self._path, self._port = path, port
+        self._silence, self.limit = silence, limit
         self._socket: socket.socket | None = None
 
     def connect(self) -> None:
@@ -77,8 +79,7 @@ class _Connection(http.client.HTTPConnection):
                 raise AgentError("unavailable", f"nothing takes a connection on {where}")
 
     def _connected(self) -> bool:
-        self.sock = self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(CONNECT_TIMEOUT)
+        self.sock = self._socket = limited = LimitedSocket(self.limit, CONNECT_TIMEOUT)
         try:
             self.sock.connect(self._path)
             self.sock.sendall(f"CONNECT {self._port}\n".encode())
@@ -90,11 +91,11 @@ class _Connection(http.client.HTTPConnection):
                 line += piece
         except OSError as error:
             self.sock.close()
-            raise AgentError("unavailable", f"no agent answers behind {self._path}: {error}") from error
+            raise self.limit.failure(f"no agent answers behind {self._path}: {error}") from error
         if not line.startswith(b"OK "):
             self.sock.close()
             return False
-        self.sock.settimeout(self.timeout)
+        limited.silence = self._silence
         return True
 
     def cut(self) -> None:
@@ -197,9 +198,9 @@ def typed(pid: int, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "process.Process/CloseStdin", {"process": selector}
 
 
-def reads_no_more(refused: AgentError) -> bool:
+def reads_no_more(error: BaseException) -> bool:
     """Whether a program's input is refused because it has ended, or has closed its standard input."""
-    return refused.code in ("not_found", "failed_precondition")
+    return isinstance(error, AgentError) and error.code in ("not_found", "failed_precondition")
 
 
 def file_path(path: str, user: str) -> str:
@@ -257,7 +258,7 @@ class _Feeder:
         self._agent, self._pid, self._data, self._output = agent, pid, data, output
         self._has_stopped = False
         self._connection: _Connection | None = None
-        self.error: AgentError | None = None
+        self.error: BaseException | None = None
         threading.Thread(target=self._run, name="clade-stdin", daemon=True).start()
 
     def _run(self) -> None:
@@ -268,7 +269,8 @@ class _Feeder:
                 if self._has_stopped:
                     return
                 self._agent._unary(method, call, self._connection)
-        except AgentError as error:
+        # The call raises each error, also one of the caller's own data.
+        except BaseException as error:
             if not self._has_stopped and not reads_no_more(error):
                 self.error = error
                 self._output.cut()
@@ -287,8 +289,8 @@ class Agent:
         self._path, self._port = path, port
         self._user = user or "root"
 
-    def _connection(self, timeout: float | None = SILENCE) -> _Connection:
-        return _Connection(self._path, self._port, timeout)
+    def _connection(self, silence: float | None = SILENCE, limit: Limit | None = None) -> _Connection:
+        return _Connection(self._path, self._port, silence, limit or Limit())
 
     def _unary(self, method: str, message: Mapping[str, Any], connection: _Connection) -> Any:
         try:
@@ -299,7 +301,7 @@ class Agent:
             if answer.status != 200:
                 raise refusal(answer.status, text)
             return json.loads(text)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             raise AgentError("unavailable", f"the guest does not answer: {error}") from error
         finally:
             connection.close()
@@ -319,7 +321,7 @@ class Agent:
                     return
                 yield said
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise AgentError("unavailable", f"the guest does not answer: {error}") from error
+            raise connection.limit.failure(f"the guest does not answer: {error}") from error
         finally:
             connection.close()
 
@@ -331,9 +333,15 @@ class Agent:
         cwd: str | None = None,
         timeout: float | None = None,
     ) -> Iterator[Output | ExecResult]:
-        """Runs a program. Gives each piece of its output, and at last how it has ended, without output."""
+        """Runs a program. Gives each piece of its output, and at last how it has ended, without output.
+
+        The agent kills a program that runs longer than `timeout`. The call fails with `deadline_exceeded` 30 s after
+        that time at the latest, also if the guest has stopped answering. The time that the caller takes for a piece
+        of output does not count here.
+        """
         start = start_request(args, input is not None, env, cwd)
-        connection = self._connection()
+        limit = Limit(timeout)
+        connection = self._connection(limit=limit)
         feeder = None
         try:
             for message in self._stream("process.Process/Start", start, timeout, connection):
@@ -341,17 +349,22 @@ class Agent:
                 if "start" in event and input is not None:
                     feeder = _Feeder(self, int(event["start"]["pid"]), input, connection)
                 for piece in happened(event):
-                    yield piece
-                    if isinstance(piece, ExecResult):
+                    is_end = isinstance(piece, ExecResult)
+                    if is_end and feeder is not None and feeder.error is not None:
+                        # The handler below finds the input's error.
+                        raise cut_off()
+                    with limit.paused():
+                        yield piece
+                    if is_end:
                         return
             raise cut_off()
         except AgentError as error:
-            if feeder is not None and feeder.error is not None:
-                raise feeder.error from error
-            raise
+            failure = error if feeder is None or feeder.error is None else feeder.error
         finally:
             if feeder is not None:
                 feeder.stop()
+        # In the handler, the agent's error would become the context of an error of the caller's own.
+        raise failure
 
     def exec(
         self,
@@ -361,7 +374,7 @@ class Agent:
         cwd: str | None = None,
         timeout: float | None = None,
     ) -> ExecResult:
-        """Runs a program to its end."""
+        """Runs a program to its end. `timeout` limits the program, and the call, as in `follow`."""
         collected = Collected()
         for piece in self.follow(args, input, env, cwd, timeout):
             if done := collected.take(piece):

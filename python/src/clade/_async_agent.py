@@ -12,6 +12,7 @@ from typing import Any
 from . import _agent as a
 from ._agent import ExecResult, Output
 from ._error import AgentError
+from ._limit import Limit
 
 # The largest head of an answer, and the longest line in it.
 MOST_HEAD = 64 << 10
@@ -21,16 +22,17 @@ class _Answer:
     """An answer's status, and its body as it comes."""
 
     def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, silence: float | None
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, silence: float | None, limit: Limit
     ) -> None:
-        self._reader, self._writer, self._silence = reader, writer, silence
+        self._reader, self._writer = reader, writer
+        self._silence, self._limit = silence, limit
         self.status = 0
         self._is_chunked = False
         # Bytes of the body, or of the chunk, that have not come. None: to the connection's end.
         self._left: int | None = None
 
     async def _line(self) -> str:
-        async with asyncio.timeout(self._silence):
+        async with asyncio.timeout(self._limit.cap(self._silence)):
             line = await self._reader.readline()
         if not line.endswith(b"\n"):
             raise AgentError("unavailable", "the guest has cut an answer off")
@@ -67,7 +69,7 @@ class _Answer:
         if self._left == 0:
             return b""
         count = most if self._left is None else min(most, self._left)
-        async with asyncio.timeout(self._silence):
+        async with asyncio.timeout(self._limit.cap(self._silence)):
             got = await self._reader.read(count)
         if self._left is not None:
             if not got:
@@ -95,6 +97,13 @@ class _Answer:
         return got
 
 
+def _failure_of(feeding: asyncio.Task[None] | None) -> BaseException | None:
+    """The call returns the error that has ended the input of a program."""
+    if feeding is None or not feeding.done() or feeding.cancelled():
+        return None
+    return feeding.exception()
+
+
 class AsyncAgent:
     """Runs programs and moves files in one guest. All of it is awaited."""
 
@@ -102,31 +111,31 @@ class AsyncAgent:
         self._path, self._port = path, port
         self._user = user or "root"
 
-    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+    async def _connected(self, limit: Limit) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
         try:
-            async with asyncio.timeout(a.CONNECT_TIMEOUT):
+            async with asyncio.timeout(limit.cap(a.CONNECT_TIMEOUT)):
                 reader, writer = await asyncio.open_unix_connection(self._path)
         except OSError as error:
-            raise AgentError("unavailable", f"no agent answers behind {self._path}: {error}") from error
+            raise limit.failure(f"no agent answers behind {self._path}: {error}") from error
         try:
-            async with asyncio.timeout(a.CONNECT_TIMEOUT):
+            async with asyncio.timeout(limit.cap(a.CONNECT_TIMEOUT)):
                 writer.write(f"CONNECT {self._port}\n".encode())
                 line = await reader.readline()
         except BaseException as error:
             writer.close()
             if isinstance(error, OSError):
-                raise AgentError("unavailable", f"no agent answers behind {self._path}: {error}") from error
+                raise limit.failure(f"no agent answers behind {self._path}: {error}") from error
             raise
         if line.startswith(b"OK ") and line.endswith(b"\n"):
             return reader, writer
         writer.close()
         return None
 
-    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _connection(self, limit: Limit) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         deadline = time.monotonic() + a.PATIENCE
         while True:
             begun = time.monotonic()
-            if connected := await self._connected():
+            if connected := await self._connected(limit):
                 return connected
             # As the one that is not awaited does.
             if time.monotonic() - begun < a.SLOW or time.monotonic() > deadline:
@@ -141,9 +150,11 @@ class AsyncAgent:
         body: bytes | None,
         headers: Mapping[str, str],
         silence: float | None = a.SILENCE,
+        limit: Limit | None = None,
     ) -> AsyncIterator[_Answer]:
         """An answer. Its connection is closed behind it, also where who awaits it is cancelled."""
-        reader, writer = await self._connection()
+        limit = limit or Limit()
+        reader, writer = await self._connection(limit)
         try:
             lines = [f"{method} {path} HTTP/1.1", "Host: agent", "Connection: close"]
             lines += [f"{name}: {value}" for name, value in headers.items()]
@@ -153,14 +164,14 @@ class AsyncAgent:
             for piece in a.pieces(body or b""):
                 writer.write(piece)
                 # Not `wait_for`, which forgets a cancellation in Python 3.11 if it comes with the result.
-                async with asyncio.timeout(a.SILENCE):
+                async with asyncio.timeout(limit.cap(a.SILENCE)):
                     await writer.drain()
-            answer = _Answer(reader, writer, silence)
+            answer = _Answer(reader, writer, silence, limit)
             await answer.head()
             yield answer
         # A line that is too long, and what is no JSON, are values that are wrong.
         except (OSError, ValueError) as error:
-            raise AgentError("unavailable", f"the guest does not answer: {error}") from error
+            raise limit.failure(f"the guest does not answer: {error}") from error
         finally:
             writer.close()
 
@@ -188,7 +199,8 @@ class AsyncAgent:
             for method, call in a.typed(pid, data):
                 # A program may take any time before it reads. A guest that is gone ends the program's output.
                 await self._unary(method, call, None)
-        except AgentError as error:
+        # The call raises each error, also one of the caller's own data.
+        except Exception as error:
             if not a.reads_no_more(error):
                 output.cut()
                 raise
@@ -201,29 +213,40 @@ class AsyncAgent:
         cwd: str | None = None,
         timeout: float | None = None,
     ) -> AsyncGenerator[Output | ExecResult, None]:
-        """Runs a program. Gives each piece of its output, and at last how it has ended, without output."""
+        """Runs a program. Gives each piece of its output, and at last how it has ended, without output.
+
+        The agent kills a program that runs longer than `timeout`. The call fails with `deadline_exceeded` 30 s after
+        that time at the latest, also if the guest has stopped answering. The time that the caller takes for a piece
+        of output does not count here.
+        """
         start = a.enveloped(a.start_request(args, input is not None, env, cwd))
+        headers = a.stream_headers(self._user, timeout)
+        limit = Limit(timeout)
         feeding: asyncio.Task[None] | None = None
         try:
-            headers = a.stream_headers(self._user, timeout)
-            async with self._asked("POST", "/process.Process/Start", start, headers) as answer:
+            async with self._asked("POST", "/process.Process/Start", start, headers, limit=limit) as answer:
                 async for message in self._messages(answer):
                     event = message.get("event", {})
                     if "start" in event and input is not None:
                         feeding = asyncio.create_task(self._feed(int(event["start"]["pid"]), input, answer))
                     for piece in a.happened(event):
-                        yield piece
-                        if isinstance(piece, ExecResult):
+                        is_end = isinstance(piece, ExecResult)
+                        if is_end and _failure_of(feeding):
+                            # The handler below finds the input's error.
+                            raise a.cut_off()
+                        with limit.paused():
+                            yield piece
+                        if is_end:
                             return
                 raise a.cut_off()
-        except AgentError:
-            if feeding is not None and feeding.done():
-                feeding.result()
-            raise
+        except AgentError as error:
+            failure = _failure_of(feeding) or error
         finally:
             if feeding is not None:
                 feeding.cancel()
                 await asyncio.gather(feeding, return_exceptions=True)
+        # In the handler, the agent's error would become the context of an error of the caller's own.
+        raise failure
 
     async def exec(
         self,
@@ -233,7 +256,7 @@ class AsyncAgent:
         cwd: str | None = None,
         timeout: float | None = None,
     ) -> ExecResult:
-        """Runs a program to its end."""
+        """Runs a program to its end. `timeout` limits the program, and the call, as in `follow`."""
         collected = a.Collected()
         async with aclosing(self.follow(args, input, env, cwd, timeout)) as pieces:
             async for piece in pieces:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import subprocess
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +29,49 @@ from ._objects import (
     socket_of,
 )
 from ._transport import AsyncTransport, runtime_dir
+
+
+class AsyncEvents(AsyncIterator[Event]):
+    """The iterator yields events as they happen. The start of an `async with` block, or else the first `anext`, sends
+    the request. `aclose`, or the end of the block, ends the request."""
+
+    def __init__(self, lines: AsyncGenerator[str, None]) -> None:
+        self._lines = lines
+        self._found = EventLines()
+        self._has_begun = False
+        self._error: Exception | None = None
+
+    async def _begin(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if not self._has_begun:
+            self._has_begun = True
+            try:
+                # The first line says that the answer has begun. A closed generator has no lines.
+                await anext(self._lines, None)
+            except Exception as error:
+                self._error = error
+                raise
+
+    async def __anext__(self) -> Event:
+        await self._begin()
+        async for line in self._lines:
+            if event := self._found.take(line):
+                return event
+        raise StopAsyncIteration
+
+    async def __aenter__(self) -> Self:
+        await self._begin()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """The call ends the request, also if no event was read."""
+        await self._lines.aclose()
 
 
 class AsyncClade:
@@ -104,13 +147,13 @@ class AsyncClade:
         answer = await self.calls.restore(body, idempotency_key=uuid.uuid4().hex)
         return [AsyncVm(self, child) for child in answer["children"]]
 
-    async def events(self, after: str | None = None) -> AsyncGenerator[Event, None]:
-        """What happens from now on, or after the event `after`. Without end."""
-        found = EventLines()
-        async with aclosing(self._transport.lines("/v1/events", {"Last-Event-ID": after})) as lines:
-            async for line in lines:
-                if event := found.take(line):
-                    yield event
+    def events(self, after: str | None = None) -> AsyncEvents:
+        """The iterator yields what happens from now on, or after the event `after`. The iterator has no end.
+
+        The daemon has taken the request when an `async with` block begins, so the block misses no event. Without a
+        block the first `anext` sends the request, and the iterator misses the events before.
+        """
+        return AsyncEvents(self._transport.begun_lines("/v1/events", {"Last-Event-ID": after}))
 
 
 class _AsyncForkable:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -57,12 +57,30 @@ class EventLines:
         return None
 
 
-def events(lines: Iterator[str]) -> Iterator[Event]:
-    """Events of the lines of a stream."""
-    found = EventLines()
-    for line in lines:
-        if event := found.take(line):
-            yield event
+class Events(Iterator[Event]):
+    """The iterator yields events as they happen. `close`, or the end of a `with` block, ends the request."""
+
+    def __init__(self, lines: Generator[str, None, None]) -> None:
+        self._lines = lines
+        self._found = EventLines()
+
+    def __next__(self) -> Event:
+        for line in self._lines:
+            if event := self._found.take(line):
+                return event
+        raise StopIteration
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The call ends the request, also if no event was read."""
+        self._lines.close()
 
 
 def run_command(
@@ -167,9 +185,12 @@ class Clade:
         answer = self.calls.restore(restore_request(directory, count, name), idempotency_key=uuid.uuid4().hex)
         return [Vm(self, child) for child in answer["children"]]
 
-    def events(self, after: str | None = None) -> Iterator[Event]:
-        """What happens from now on, or after the event `after`. Without end."""
-        return events(self._transport.lines("/v1/events", {"Last-Event-ID": after}))
+    def events(self, after: str | None = None) -> Events:
+        """The iterator yields what happens after this call, or after the event `after`. The iterator has no end.
+
+        The daemon has taken the request when the call returns, so the iterator misses no later event.
+        """
+        return Events(self._transport.lines("/v1/events", {"Last-Event-ID": after}))
 
 
 class _Forkable:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Generator, Mapping
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import httpx
 from ._error import CladeError, NotRunningError
 from .errors import KINDS
 
-# A request that makes something may take as long as the guest does.
-TIMEOUT = httpx.Timeout(600.0, connect=10.0)
+# Only the connection has a time limit. A request takes as long as its guest, or its disk, does, and the daemon may
+# cancel a request whose client ends the connection.
+TIMEOUT = httpx.Timeout(None, connect=10.0)
 Query = Mapping[str, str | int | float | bool | None]
 Headers = Mapping[str, str | None]
 
@@ -59,6 +61,15 @@ def _refusal(status: int, text: bytes) -> CladeError:
         return CladeError("unknown", status, "The answer is not the daemon's.", text[:200].decode(errors="replace"))
 
 
+def _failure(where: str, error: httpx.RequestError) -> CladeError:
+    """The caller gets this error for a request that has no whole answer."""
+    why = str(error) or type(error).__name__
+    if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
+        return NotRunningError(where, why)
+    title = "The daemon's answer has not come."
+    return CladeError("unavailable", 0, title, f"the answer of the daemon at {where} has not come: {why}")
+
+
 class Transport:
     """Sends requests, and waits for their answers."""
 
@@ -77,8 +88,8 @@ class Transport:
     def _ask(self, method: str, path: str, body: object, query: Query | None, headers: Headers | None) -> bytes:
         try:
             answer = self._client.request(method, path, **_request(body, query, headers))
-        except httpx.ConnectError as error:
-            raise NotRunningError(self._where, str(error)) from error
+        except httpx.RequestError as error:
+            raise _failure(self._where, error) from error
         if answer.status_code != 200:
             raise _refusal(answer.status_code, answer.content)
         return answer.content
@@ -95,18 +106,24 @@ class Transport:
         """The answer as it is."""
         return self._ask(method, path, body, query, headers)
 
-    def lines(self, path: str, headers: Headers | None = None) -> Iterator[str]:
-        """The lines of an answer without end."""
+    def lines(self, path: str, headers: Headers | None = None) -> Generator[str, None, None]:
+        """The call sends the request, and returns when the answer has begun. The answer's lines have no end."""
+        lines = self._begun_lines(path, headers)
+        next(lines)
+        return lines
+
+    def _begun_lines(self, path: str, headers: Headers | None) -> Generator[str, None, None]:
+        """The generator yields an empty line when the answer has begun, and then the answer's lines."""
         try:
-            asked = _request(None, None, headers)
-            with self._client.stream("GET", path, **asked, timeout=httpx.Timeout(None, connect=10.0)) as answer:
+            with self._client.stream("GET", path, **_request(None, None, headers)) as answer:
                 if answer.status_code != 200:
                     raise _refusal(answer.status_code, answer.read())
+                yield ""
                 lines = _Lines()
                 for text in answer.iter_text():
                     yield from lines.take(text)
-        except httpx.ConnectError as error:
-            raise NotRunningError(self._where, str(error)) from error
+        except httpx.RequestError as error:
+            raise _failure(self._where, error) from error
 
     def close(self) -> None:
         """Closes the connections."""
@@ -143,8 +160,8 @@ class AsyncTransport:
     async def _ask(self, method: str, path: str, body: object, query: Query | None, headers: Headers | None) -> bytes:
         try:
             answer = await self._client.request(method, path, **_request(body, query, headers))
-        except httpx.ConnectError as error:
-            raise NotRunningError(self._where, str(error)) from error
+        except httpx.RequestError as error:
+            raise _failure(self._where, error) from error
         if answer.status_code != 200:
             raise _refusal(answer.status_code, answer.content)
         return answer.content
@@ -162,18 +179,25 @@ class AsyncTransport:
         return await self._ask(method, path, body, query, headers)
 
     async def lines(self, path: str, headers: Headers | None = None) -> AsyncGenerator[str, None]:
-        """The lines of an answer without end."""
+        """The generator yields the lines of an answer without end. The first `anext` sends the request."""
+        async with aclosing(self.begun_lines(path, headers)) as lines:
+            await anext(lines)
+            async for line in lines:
+                yield line
+
+    async def begun_lines(self, path: str, headers: Headers | None = None) -> AsyncGenerator[str, None]:
+        """The generator yields an empty line when the answer has begun, and then the answer's lines."""
         try:
-            asked = _request(None, None, headers)
-            async with self._client.stream("GET", path, **asked, timeout=httpx.Timeout(None, connect=10.0)) as answer:
+            async with self._client.stream("GET", path, **_request(None, None, headers)) as answer:
                 if answer.status_code != 200:
                     raise _refusal(answer.status_code, await answer.aread())
+                yield ""
                 lines = _Lines()
                 async for text in answer.aiter_text():
                     for line in lines.take(text):
                         yield line
-        except httpx.ConnectError as error:
-            raise NotRunningError(self._where, str(error)) from error
+        except httpx.RequestError as error:
+            raise _failure(self._where, error) from error
 
     async def close(self) -> None:
         """Closes the connections."""
