@@ -1,8 +1,8 @@
 //! Writes to a file that the system has failed to write back.
 //!
-//! The kernel takes the pages of a failed writeback for written: a later read may show what was there before. It reports
-//! the failure once to each open file that was open by then, and to one that is opened later only if nobody has seen it.
-//! So a loss is noted here, and goes with the file to other processes.
+//! The kernel takes the pages of a failed writeback for written: a later read may show older bytes. It reports the
+//! failure once to each open file that was open by then, and to the first that is opened later. So a loss is noted here,
+//! and goes with the file to other processes.
 
 use std::fs::File;
 use std::io;
@@ -37,7 +37,7 @@ impl LostWrites {
     }
 }
 
-/// Whether the error is of a writeback. The others are of files that have none.
+/// Whether the error is of a writeback. The others are of files without a writeback.
 fn is_loss(error: &io::Error) -> bool {
     let none = [libc::EINVAL, libc::ESPIPE, libc::ENOSYS, libc::EPERM, libc::EINTR];
     error.raw_os_error().is_some_and(|errno| !none.contains(&errno))
