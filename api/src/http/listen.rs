@@ -27,6 +27,7 @@ use tokio::time::{sleep, timeout};
 
 use super::ApiError;
 use super::guesses::Peer;
+use super::large_bodies::PLACES;
 use super::session::{SessionGate, authorize};
 use super::stall::Stalling;
 use crate::object::begins_object;
@@ -46,8 +47,6 @@ const MAX_HEADERS: usize = 64;
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest body of a request, in bytes. One that writes memory may have [`MAX_MEMORY`].
 const MAX_BODY: usize = 64 << 10;
-/// Bodies longer than [`MAX_BODY`] that the process has at a time. Others wait.
-static LARGE_BODIES: Semaphore = Semaphore::const_new(8);
 /// The most bytes that are discarded of a body that is too long, so that its sender reads the
 /// answer.
 const MAX_DISCARDED: usize = 16 << 20;
@@ -204,8 +203,7 @@ async fn read_body(request: Request, next: Next) -> Response {
             let Ok(data) = frame?.into_data() else { continue };
             if discarded == 0 && bytes.len() + data.len() <= longest {
                 if turn.is_none() && bytes.len() + data.len() > MAX_BODY {
-                    // The semaphore is never closed.
-                    turn = LARGE_BODIES.acquire().await.ok();
+                    turn = PLACES.take(head.uri.path()).await;
                 }
                 bytes.extend_from_slice(&data);
                 continue;
@@ -416,7 +414,7 @@ mod tests {
     fn a_large_body_waits_until_few_enough_others_are_there() {
         within(async {
             let (server, path) = (Server::start().await, "PUT /v1/vms/web/memory");
-            let others = LARGE_BODIES.acquire_many(8).await.unwrap();
+            let others = PLACES.all.acquire_many(8).await.unwrap();
             let mut large = server.asked(path, &vec![0; MAX_BODY + 1]).await;
             assert!(!is_answered(&mut large, A_WHILE).await, "it waits");
             let mut small = server.asked(path, &vec![0; MAX_BODY]).await;

@@ -19,6 +19,7 @@ mod error;
 mod frames;
 mod guesses;
 mod holding;
+mod large_bodies;
 mod listen;
 mod optional;
 pub mod session;
