@@ -15,7 +15,9 @@ use super::processes::{OwnVm, ProcessId};
 use super::unsettled::UnsettledEnd;
 use super::vm_record::{VmRecord, clear_up};
 use clade_api::flight::FlightEvent;
-use clade_api::{DaemonError, KnownEnd, NameClaim, RuntimeDir, WorkerExit, record_end, recorded_reason, vm_names};
+use clade_api::{
+    DaemonError, KnownEnd, NameClaim, RuntimeDir, WorkerExit, record_end, recorded_reason, vm_names, vm_record_name,
+};
 use clade_vmm::vm::StopReason;
 use clade_worker::UNMERGED;
 
@@ -201,6 +203,11 @@ impl Inner {
         self.snapshots.forget(name);
         self.kept_lines.forget(name);
         if let Ok(Some(vm_record)) = VmRecord::read(&self.dir, name) {
+            // Whoever has the claim knows that its process has given the name back. It may write to its disks yet.
+            if let Some((pid, vm)) = vm_record.own_vm(name) {
+                self.processes.leaves(pid, vm);
+                self.dir.forget(&vm_record_name(name));
+            }
             vm_record.remove_sockets();
             self.left(name, &vm_record, self.net_hook.as_ref().map(NetHook::begin_down));
         }

@@ -149,6 +149,9 @@ impl Supervisor {
         let session = request.session.take().map(|name| Session::of(&name, client)).transpose()?;
         let session = session.as_ref().map(|session| session.expect_live(1)).transpose()?;
         let claims = [NameClaim::new(&self.0.dir, &request.name)?];
+        let _launching = self.0.launching(&claims);
+        // Before the wait for writers: its process may be one.
+        self.0.forget_earlier(&request.name);
         let config = &mut request.config;
         check_host_limits(1, ResourceDemand::of(config))
             .map_err(|source| DaemonError::HostLimit { count: 1, source })?;
@@ -159,8 +162,6 @@ impl Supervisor {
         let written = give_overlays(config, &template);
         let template = VmTemplate { config: config.clone(), ..template };
         let _overlays = self.0.overlays.hold(&written)?;
-        let _launching = self.0.launching(&claims);
-        self.0.forget_earlier(&claims[0].name);
         let boot = Boot { supervisor: self, cancel, request, template, written, bounds, session, secrets, record };
         let made = self.make(&boot, &claims)?;
         claims.into_iter().for_each(NameClaim::leave);
