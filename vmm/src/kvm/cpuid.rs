@@ -397,10 +397,18 @@ mod tests {
 
     #[test]
     fn nested_virtualization_hides_with_its_leaf() {
-        let cpuid = build_cpuid(&supported(b"AuthenticAMD"), &spec(0, 1, &CpuHide::nested())).unwrap();
+        let cpuid = build_cpuid(&supported(b"AuthenticAMD"), &spec(0, 1, &CpuHide::unsaved())).unwrap();
         assert_eq!(find(&cpuid, 1, 0).ecx & (1 << 5 | 1 << 6), 0);
         assert_eq!(find(&cpuid, 0x8000_0001, 0).ecx & 1 << 2, 0);
         assert_eq!(find(&cpuid, SVM_LEAF, 0).edx, 0);
+    }
+
+    #[test]
+    fn no_guest_has_shadow_stacks() {
+        const SHADOW_STACKS: u32 = 1 << 7;
+        let of = |hide: &CpuHide| build_cpuid(&supported(b"GenuineIntel"), &spec(0, 1, hide)).unwrap();
+        let ecx = |hide: &CpuHide| find(&of(hide), 7, 0).ecx & SHADOW_STACKS;
+        assert_eq!((ecx(&CpuHide::none()), ecx(&CpuHide::unsaved())), (SHADOW_STACKS, 0));
     }
 
     #[test]

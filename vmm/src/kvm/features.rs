@@ -61,6 +61,8 @@ const ROWS: &[FeatureBits] = &[
         ("core_capabilities", 30), ("spec_ctrl_ssbd", 31)]),
     row(7, 1, Reg::Eax, &[("avx_vnni", 4), ("avx512_bf16", 5), ("fzrm", 10), ("fsrs", 11), ("fsrc", 12),
         ("amx_fp16", 21), ("avx_ifma", 23), ("lam", 26)]),
+    row(7, 1, Reg::Edx, &[("avx_vnni_int8", 4), ("avx_ne_convert", 5), ("amx_complex", 8), ("avx_vnni_int16", 10),
+        ("prefetchiti", 14), ("avx10", 19)]),
     row(0xd, 1, Reg::Eax, &[("xsaveopt", 0), ("xsavec", 1), ("xgetbv1", 2), ("xsaves", 3), ("xfd", 4)]),
     row(0x4000_0001, 0, Reg::Eax, &[("kvm_clock", 0), ("kvm_nopiodelay", 1), ("kvm_clock", 3), ("kvm_async_pf", 4),
         ("kvm_steal_time", 5), ("kvm_pv_eoi", 6), ("kvm_pv_unhalt", 7), ("kvm_pv_tlb_flush", 9),
@@ -87,9 +89,10 @@ fn needs(name: &str) -> &'static [&'static str] {
         "xsaves" => &["xsavec"],
         "xfd" => &["xsaves", "xgetbv1"],
         "avx2" | "fma" | "fma4" | "f16c" | "xop" | "vaes" | "vpclmulqdq" => &["avx"],
-        "avx_vnni" | "avx_ifma" | "avx512f" => &["avx2"],
+        "avx_vnni" | "avx_ifma" | "avx_vnni_int8" | "avx_vnni_int16" | "avx_ne_convert" | "avx512f" => &["avx2"],
         "ospke" => &["pku"],
-        "amx_bf16" | "amx_int8" | "amx_fp16" => &["amx_tile"],
+        "amx_bf16" | "amx_int8" | "amx_fp16" | "amx_complex" => &["amx_tile"],
+        "avx10" => AVX512F,
         "avx512_vbmi2" | "avx512_bitalg" => &["avx512vbmi"],
         "avx512_fp16" => &["avx512bw"],
         name if name.starts_with("avx512") => AVX512F,
@@ -135,9 +138,10 @@ impl CpuHide {
         Self::default()
     }
 
-    /// Nested virtualization. Hidden from every guest: no saved state includes a nested VM.
-    pub(super) fn nested() -> Self {
-        Self(["vmx", "smx", "svm"].into())
+    /// Nested virtualization, and shadow stacks. Hidden from every guest: no saved state includes a nested VM, or the
+    /// shadow stack's pointer, which no MSR has.
+    pub(super) fn unsaved() -> Self {
+        Self(["vmx", "smx", "svm", "user_shstk"].into())
     }
 
     /// Features, and all that depend on them.
@@ -280,7 +284,7 @@ mod tests {
 
     #[test]
     fn what_is_hidden_by_default_has_names() {
-        for always in [CpuHide::nested(), CpuHide::counters()] {
+        for always in [CpuHide::unsaved(), CpuHide::counters()] {
             assert_eq!(always.to_string().parse::<CpuHide>().unwrap(), always);
         }
         assert!("vmx,svm".parse::<CpuHide>().unwrap().hides("vmx"));
@@ -296,7 +300,7 @@ mod tests {
     #[test]
     fn unknown_names_come_with_similar_ones() {
         let error = "popcnt,avx3".parse::<CpuHide>().unwrap_err();
-        assert_eq!(error.to_string(), "unknown CPU feature \"avx3\": did you mean avx, avx2, adx?");
+        assert_eq!(error.to_string(), "unknown CPU feature \"avx3\": did you mean avx, avx2, adx, avx10?");
         let error = "SSE4.2".parse::<CpuHide>().unwrap_err();
         assert_eq!(error.similar[0], "sse4_2");
         let error = "zzzzzzzzz".parse::<CpuHide>().unwrap_err();

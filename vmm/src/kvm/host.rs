@@ -239,10 +239,10 @@ impl Host {
         self.cpuid_of(vcpu, vcpus, &CpuConfig { hide, template: CpuTemplate::Host, pmu: false })
     }
 
-    /// The CPUID of vCPU `vcpu` of `vcpus` with the choices in `cpu_config`. Nested virtualization
-    /// is always hidden.
+    /// The CPUID of vCPU `vcpu` of `vcpus` with the choices in `cpu_config`. Nested virtualization and
+    /// shadow stacks are always hidden.
     pub(crate) fn cpuid_of(&self, vcpu: u8, vcpus: u8, cpu_config: &CpuConfig<'_>) -> Result<CpuId, HostError> {
-        self.build(vcpu, vcpus, &CpuConfig { hide: &cpu_config.hide.union(&CpuHide::nested()), ..*cpu_config })
+        self.build(vcpu, vcpus, &CpuConfig { hide: &cpu_config.hide.union(&CpuHide::unsaved()), ..*cpu_config })
     }
 
     /// The CPUID with all features that a vCPU can have here. It includes those hidden by default,
@@ -471,6 +471,7 @@ mod tests {
         let Some(host) = host() else { return };
         let [without, with] = [false, true].map(|pmu| host.msrs_of(pmu).unwrap().indices().len());
         assert!(without > 20 && with >= without, "{without} and {with}");
+        assert!(!host.msrs_of(false).unwrap().indices().contains(&super::super::msrs::WALL_CLOCK));
     }
 
     #[test]

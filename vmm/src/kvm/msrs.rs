@@ -28,6 +28,8 @@ const MC0_CTL2: u32 = 0x280;
 /// `MSR_KVM_WALL_CLOCK` and `MSR_KVM_SYSTEM_TIME`: old indices of values that the new MSRs hold
 /// too.
 const DUPLICATES: [u32; 2] = [0x11, 0x12];
+/// `MSR_KVM_WALL_CLOCK_NEW`: an order, and no state. When it is set, KVM writes the time to the guest's memory.
+pub(super) const WALL_CLOCK: u32 = 0x4b56_4d00;
 /// State MSRs that `KVM_GET_MSR_INDEX_LIST` does not list on every kernel: `DEBUGCTL` and the last
 /// branches, and the MTRRs, of which KVM has eight variable ones. Machine-check banks are counted
 /// instead.
@@ -162,7 +164,9 @@ impl MsrSet {
         let mut indices = listed.as_slice().to_vec();
         indices.extend(UNLISTED);
         indices.extend(machine_check_banks(vcpu)?);
-        indices.retain(|index| !DUPLICATES.contains(index) && !host.quirks().skip_msrs().contains(index));
+        indices.retain(|index| {
+            !DUPLICATES.contains(index) && *index != WALL_CLOCK && !host.quirks().skip_msrs().contains(index)
+        });
         // By rank, then by index: the order is then the same on every run.
         indices.sort_unstable_by_key(|&index| (rank(index), index));
         indices.dedup();

@@ -9,13 +9,14 @@
 //! | triple fault | restored where a state has one | the VM shuts down |
 //! | async page faults | in no state | reports a page that the guest never waited for |
 //! | unacknowledged page-ready event | in no state | KVM wakes no halted vCPU for the next one |
+//! | timer in TSC-deadline mode | `KVM_SET_LAPIC` of another mode clears the new count | the timer never fires |
 //!
 //! A fresh vCPU has no such events. A reset in place calls [`forget_pending`] on each vCPU, after
 //! all are parked and before any state is restored.
 
 use kvm_bindings::{
     KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SIPI_VECTOR,
-    KVM_VCPUEVENT_VALID_SMM, KVM_VCPUEVENT_VALID_TRIPLE_FAULT, Msrs, kvm_msr_entry, kvm_vcpu_events,
+    KVM_VCPUEVENT_VALID_SMM, KVM_VCPUEVENT_VALID_TRIPLE_FAULT, Msrs, kvm_lapic_state, kvm_msr_entry, kvm_vcpu_events,
 };
 use kvm_ioctls::VcpuFd;
 
@@ -25,8 +26,17 @@ use super::vcpu_state::{StateLayout, VcpuStateError};
 /// `MSR_KVM_ASYNC_PF_ACK`
 const KVM_ASYNC_PF_ACK: u32 = 0x4b56_4d07;
 
-/// Drops all pending events of `vcpu`. The vCPU is unusable until a state is restored.
-pub(crate) fn forget_pending(vcpu: &VcpuFd, layout: &StateLayout) -> Result<(), VcpuStateError> {
+/// The timer's entry in a LAPIC's registers, and the bits of its mode.
+const LVT_TIMER: usize = 0x320;
+const TIMER_MODE: u32 = 3 << 17;
+const TSC_DEADLINE_MODE: u32 = 2 << 17;
+
+/// Drops all pending events of `vcpu`. The vCPU is unusable until a state is restored, with the registers `lapic`.
+pub(crate) fn forget_pending(
+    vcpu: &VcpuFd,
+    layout: &StateLayout,
+    lapic: Option<&kvm_lapic_state>,
+) -> Result<(), VcpuStateError> {
     let failed = |call| move |source| VcpuStateError::Ioctl { call, source };
     // First: this call clears a latched INIT, so that the next step does not reset the vCPU, and it
     // leaves System Management Mode.
@@ -52,7 +62,14 @@ pub(crate) fn forget_pending(vcpu: &VcpuFd, layout: &StateLayout) -> Result<(), 
             Msrs::from_entries(rest).map_err(|_| VcpuStateError::Buffer { what: "MSRs", bytes: size_of_val(rest) })?;
         done += vcpu.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?.max(1);
     }
-    Ok(())
+    // The change of the mode happens here, and the restore then starts the timer.
+    let changed = lapic.filter(|lapic| timer_mode(lapic) != TSC_DEADLINE_MODE);
+    changed.map_or(Ok(()), |lapic| vcpu.set_lapic(lapic).map_err(failed("KVM_SET_LAPIC")))
+}
+
+fn timer_mode(lapic: &kvm_lapic_state) -> u32 {
+    let bytes: [u8; 4] = std::array::from_fn(|byte| lapic.regs[LVT_TIMER + byte] as u8);
+    u32::from_le_bytes(bytes) & TIMER_MODE
 }
 
 #[cfg(test)]
@@ -77,7 +94,7 @@ mod tests {
     }
 
     fn reset(vcpu: &VcpuFd, layout: &StateLayout, state: &VcpuState) {
-        forget_pending(vcpu, layout).unwrap();
+        forget_pending(vcpu, layout, Some(&state.lapic)).unwrap();
         state.restore(vcpu, layout, CpuidState::Set, Clock::CatchUp, None).unwrap();
     }
 
@@ -174,9 +191,59 @@ mod tests {
             return;
         }
         let state = save_all(&vm, &host, &layout).remove(0);
-        forget_pending(vcpu, &layout).unwrap();
+        forget_pending(vcpu, &layout, Some(&state.lapic)).unwrap();
         assert_eq!(enabled(), 0);
         state.restore(vcpu, &layout, CpuidState::Set, Clock::CatchUp, None).unwrap();
         assert_eq!(enabled(), ENABLED);
+    }
+
+    /// The guest's next kernel uses the TSC deadline, and the image's does not.
+    #[test]
+    fn the_timer_of_the_image_runs_after_a_reset_from_another_mode() {
+        const COUNT: u32 = 0x7fff_ffff;
+        const PERIODIC: u32 = 1 << 17 | 0x40;
+        let Some(host) = host() else { return };
+        let layout = StateLayout::new(&host).unwrap();
+        let vm = TestVm::new(&host, 1, &TWO_OUTS);
+        let vcpu = &vm.vcpus[0];
+        let with = |lapic: &kvm_lapic_state, registers: &[(usize, u32)]| {
+            let mut lapic = *lapic;
+            for (at, value) in registers {
+                lapic.regs[*at..at + 4].copy_from_slice(&value.to_le_bytes().map(|byte| byte as i8));
+            }
+            lapic
+        };
+        let read = |at: usize| {
+            let regs = vcpu.get_lapic().unwrap().regs;
+            u32::from_le_bytes(std::array::from_fn(|byte| regs[at + byte] as u8))
+        };
+        let mut state = save_all(&vm, &host, &layout).remove(0);
+        // Enabled, and divided by one.
+        state.lapic = with(&state.lapic, &[(0xf0, 0x1ff), (LVT_TIMER, PERIODIC), (0x3e0, 0xb), (0x380, COUNT)]);
+        vcpu.set_lapic(&with(&state.lapic, &[(LVT_TIMER, TSC_DEADLINE_MODE | 0x40), (0x380, 0)])).unwrap();
+        if read(LVT_TIMER) & TIMER_MODE != TSC_DEADLINE_MODE {
+            return clade_test_support::skipped("this KVM has no timer in TSC-deadline mode");
+        }
+        reset(vcpu, &layout, &state);
+        assert_eq!((read(LVT_TIMER), read(0x380)), (PERIODIC, COUNT));
+        assert_ne!(read(0x390), 0, "it counts");
+    }
+
+    /// Otherwise the next guest of a template has CPUID faulting, and its kernel does not know that.
+    #[test]
+    fn cpuid_faulting_does_not_survive_a_reset_under_a_template() {
+        const MISC_FEATURES_ENABLES: u32 = 0x140;
+        let Some(host) = host() else { return };
+        let layout = StateLayout::new(&host).unwrap().of(super::super::CpuTemplate::V2).unwrap();
+        let vm = TestVm::new(&host, 1, &TWO_OUTS);
+        let state = save_all(&vm, &host, &layout).remove(0);
+        let entry = kvm_msr_entry { index: MISC_FEATURES_ENABLES, data: 1, ..Default::default() };
+        let mut one = Msrs::from_entries(&[entry]).unwrap();
+        if vm.vcpus[0].set_msrs(&one).unwrap() != 1 {
+            return clade_test_support::skipped("this KVM has no CPUID faulting");
+        }
+        reset(&vm.vcpus[0], &layout, &state);
+        vm.vcpus[0].get_msrs(&mut one).unwrap();
+        assert_eq!(one.as_slice()[0].data, 0);
     }
 }

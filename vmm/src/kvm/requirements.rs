@@ -20,6 +20,16 @@ const WORSE: u64 = 1 << 2 | 1 << 19;
 /// Bits that depend on the number of vCPUs, not on the host: HTT and CMP_LEGACY.
 const TOPOLOGY: [(u32, Reg, u32); 2] = [(1, Reg::Edx, 1 << 28), (0x8000_0001, Reg::Ecx, 1 << 1)];
 
+/// Registers of feature bits that are compared although no feature of theirs has a name here, each with those of its
+/// bits which mean more when set: sub-features of leaf 7, lengths of AVX10's vectors, and AMD's immunities.
+const NAMELESS: [(u32, u32, Reg, u32); 5] = [
+    (7, 1, Reg::Ebx, u32::MAX),
+    (7, 1, Reg::Ecx, u32::MAX),
+    (7, 2, Reg::Edx, u32::MAX),
+    (0x24, 0, Reg::Ebx, 0x0007_0000),
+    (0x8000_0021, 0, Reg::Ecx, u32::MAX),
+];
+
 /// A CPUID register of feature bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FeatureWord {
@@ -131,11 +141,11 @@ impl fmt::Display for FeatureWord {
     }
 }
 
-/// The registers of `cpuid` that have named features.
+/// The registers of `cpuid` that have features.
 fn words(cpuid: &[kvm_cpuid_entry2]) -> Vec<FeatureWord> {
     let mut all: Vec<FeatureWord> = Vec::new();
-    for feature in features() {
-        let (leaf, subleaf, register) = (feature.leaf, feature.subleaf, feature.reg);
+    let named = features().map(|feature| (feature.leaf, feature.subleaf, feature.reg, u32::MAX));
+    for (leaf, subleaf, register, compared) in named.chain(NAMELESS) {
         let known = |word: &FeatureWord| (word.leaf, word.subleaf, word.register) == (leaf, subleaf, register);
         let Some(entry) = cpuid.iter().find(|e| (e.function, e.index) == (leaf, subleaf)) else { continue };
         if all.iter().any(known) {
@@ -148,7 +158,7 @@ fn words(cpuid: &[kvm_cpuid_entry2]) -> Vec<FeatureWord> {
             Reg::Edx => entry.edx,
         };
         let topology = TOPOLOGY.iter().find(|(l, r, _)| (*l, *r) == (leaf, register)).map_or(0, |(.., bits)| *bits);
-        all.push(FeatureWord { leaf, subleaf, register, bits: bits & !topology });
+        all.push(FeatureWord { leaf, subleaf, register, bits: bits & compared & !topology });
     }
     all
 }
@@ -287,6 +297,31 @@ mod tests {
         assert_eq!(error, wanted);
         let none = HostRequirements { features: Vec::new(), ..saved.clone() };
         assert_eq!(saved.missing(&none).len(), 4, "and not that there are several vCPUs");
+    }
+
+    /// No feature of these registers needs a name, and leaf 0x24 has a version beside the lengths.
+    #[test]
+    fn features_without_names_are_compared_as_well() {
+        let with = |function, index, [ebx, ecx, edx]: [u32; 3]| {
+            let vendor = kvm_cpuid_entry2 { ebx: 1, ..Default::default() };
+            let entry = kvm_cpuid_entry2 { function, index, ebx, ecx, edx, ..Default::default() };
+            HostRequirements::of(&[vendor, entry], None, None)
+        };
+        for (function, index, bits) in [
+            (7, 1, [1 << 4, 0, 0]),
+            (7, 1, [0, 1 << 5, 0]),
+            (7, 1, [0, 0, 1 << 4]),
+            (7, 2, [0, 0, 1 << 4]),
+            (0x24, 0, [1 << 18, 0, 0]),
+            (0x8000_0021, 0, [0, 1 << 1, 0]),
+        ] {
+            let (saved, here) = (with(function, index, bits), with(function, index, [0; 3]));
+            assert!(here.check_against(&saved, false).is_ok(), "{function:#x}");
+            let refused = saved.check_against(&here, false);
+            assert!(matches!(refused, Err(HostMismatch::Features { .. })), "{function:#x}.{index}: {refused:?}");
+        }
+        let version = |version: u32| with(0x24, 0, [version | 1 << 18, 0, 0]);
+        assert!(version(1).check_against(&version(2), false).is_ok());
     }
 
     #[test]

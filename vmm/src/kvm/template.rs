@@ -234,9 +234,9 @@ impl CpuTemplate {
     pub(super) fn has_msr(self, index: u32) -> bool {
         match index {
             _ if self == Self::Host => true,
-            // TSC, APIC base, speculation control, SYSENTER, machine check, MISC_ENABLE, page
-            // attributes.
-            0x10 | 0x1b | 0x3b | 0x48 | 0x49 | 0x10b | 0x174..=0x176 | 0x179..=0x17b | 0x1a0 | 0x277 => true,
+            // TSC, APIC base, speculation control, CPUID faulting, SYSENTER, machine check, MISC_ENABLE,
+            // page attributes.
+            0x10 | 0x1b | 0x3b | 0x48 | 0x49 | 0x10b | 0x140 | 0x174..=0x176 | 0x179..=0x17b | 0x1a0 | 0x277 => true,
             // MTRRs.
             0xfe | 0x200..=0x20f | 0x250 | 0x258 | 0x259 | 0x268..=0x26f | 0x2ff => true,
             // Machine check banks.

@@ -24,16 +24,19 @@
 //! host, and each device checks its queues.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::Arc;
 
 use clade_devices::virtio::block::MAX_QUEUES;
 use clade_devices::virtio::net::MAX_PAIRS;
 use clade_devices::virtio::{Backend, DeviceState as VirtioState, TransportState};
 use clade_memory::RamImage;
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::de::{DeserializeOwned, Error as _, IgnoredAny, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use thiserror::Error;
 
 use crate::kvm::{HostRequirements, PlatformState, VcpuState};
+use crate::platform::MAX_CPUS;
 use crate::vm::config::{DeviceSlot, VmConfig};
 use crate::vm::devices::DevicesState;
 use crate::vm::fork::ForkImage;
@@ -205,7 +208,7 @@ impl ForkImage {
         let sections: Vec<(&str, &[u8])> = sections.into_iter().collect();
         let config: VmConfig = read(&sections, CONFIG)?;
         check_config(&config, &ram)?;
-        let vcpus: Vec<VcpuState> = read(&sections, VCPUS)?;
+        let Vcpus(vcpus) = read(&sections, VCPUS)?;
         check_vcpus(&config, &vcpus)?;
         let vm: PlatformState = read(&sections, VM)?;
         let (found, wanted) = (vm.chips(), config.chips());
@@ -270,6 +273,36 @@ fn read<T: DeserializeOwned>(sections: &[(&str, &[u8])], section: &'static str) 
     let value = ciborium::de::from_reader_with_buffer(&mut rest, &mut scratch);
     let value = value.map_err(|source| SavedError::Read { section, bytes: bytes.len(), source })?;
     if rest.is_empty() { Ok(value) } else { Err(SavedError::Behind { section, left: rest.len() }) }
+}
+
+/// The states of vCPUs, no more than a VM may have: each takes seventy times its shortest encoding in memory.
+struct Vcpus(Vec<VcpuState>);
+
+impl<'de> Deserialize<'de> for Vcpus {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_seq(VcpusVisitor)
+    }
+}
+
+struct VcpusVisitor;
+
+impl<'de> Visitor<'de> for VcpusVisitor {
+    type Value = Vcpus;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "at most {MAX_CPUS} vCPUs")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut states: A) -> Result<Vcpus, A::Error> {
+        let mut vcpus = Vec::new();
+        while vcpus.len() < usize::from(MAX_CPUS)
+            && let Some(vcpu) = states.next_element()?
+        {
+            vcpus.push(vcpu);
+        }
+        let is_more = vcpus.len() == usize::from(MAX_CPUS) && states.next_element::<IgnoredAny>()?.is_some();
+        if is_more { Err(A::Error::custom(format_args!("more than {MAX_CPUS} vCPUs"))) } else { Ok(Vcpus(vcpus)) }
+    }
 }
 
 fn expect(section: &'static str, what: &str, found: u64, wanted: u64) -> Result<(), SavedError> {

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, Once, PoisonError};
 
 use kvm_ioctls::VcpuFd;
+use vmm_sys_util::signal::unblock_signal;
 
 /// The signal: the first real-time one, unused elsewhere in the process.
 fn kick_signal() -> c_int {
@@ -32,6 +33,13 @@ fn install_handler() {
         let rc = unsafe { libc::sigaction(kick_signal(), &raw const action, ptr::null_mut()) };
         assert_eq!(rc, 0, "SIGRTMIN takes a handler");
     });
+}
+
+/// Unblocks the signal in this thread: whoever has started the process may have blocked it, and exec keeps that.
+fn unblock() {
+    if let Err(error) = unblock_signal(kick_signal()) {
+        tracing::warn!(%error, "a vCPU cannot be kicked: its signal stays blocked");
+    }
 }
 
 struct KickTarget {
@@ -68,6 +76,7 @@ impl Kicker {
     /// the vCPU that the thread owns, and must be dropped before it.
     pub(crate) fn enrol(&self, vcpu: &mut VcpuFd) -> Enrolled<'_> {
         install_handler();
+        unblock();
         let immediate_exit: *const AtomicU8 = (&raw const vcpu.get_kvm_run().immediate_exit).cast();
         // SAFETY: pthread_self has no preconditions.
         let thread = unsafe { libc::pthread_self() };
@@ -103,5 +112,26 @@ impl Kicker {
             let flag = unsafe { &*target.immediate_exit };
             flag.store(0, Ordering::SeqCst);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_sys_util::signal::{block_signal, get_blocked_signals};
+
+    use super::*;
+
+    #[test]
+    fn the_signal_of_kicks_is_unblocked_whatever_a_process_has_inherited() {
+        let Some(host) = crate::kvm::testutil::host() else { return };
+        let vm = host.kvm().create_vm().unwrap();
+        let mut vcpu = vm.create_vcpu(0).unwrap();
+        block_signal(kick_signal()).unwrap();
+        assert!(get_blocked_signals().unwrap().contains(&kick_signal()));
+        let kicker = Kicker::default();
+        let enrolled = kicker.enrol(&mut vcpu);
+        assert!(!get_blocked_signals().unwrap().contains(&kick_signal()));
+        // Before the vCPU.
+        drop(enrolled);
     }
 }

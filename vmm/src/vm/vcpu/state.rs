@@ -67,7 +67,12 @@ impl VcpuThread {
                     // Caught, because the owner waits for this vCPU.
                     let loaded = catch_panic(self.index, || {
                         // Pending events belong to the instant before the reset.
-                        forget_pending(&self.vcpu, &self.layout)?;
+                        let state = match &command.start {
+                            VcpuStart::Restore(image) => image.vcpus.get(self.index),
+                            VcpuStart::Boot(_) => None,
+                        };
+                        let lapic = state.map(|state| &state.lapic);
+                        forget_pending(&self.vcpu, &self.layout, lapic)?;
                         self.give_state(&command.start)
                     });
                     self.control.exits(self.index).note(ExitRecord { kind: ExitKind::Loaded, address: 0 });

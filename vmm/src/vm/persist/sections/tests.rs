@@ -138,6 +138,11 @@ fn sections_that_do_not_fit_each_other_are_refused_by_name() {
     let refused = |sections: &Sections| refusal(sections, &image);
     let vcpus = |change: fn(&mut Vec<VcpuState>)| refused(&changed(&image, VCPUS, change));
     assert_eq!(vcpus(|v| drop(v.pop())), "section \"vcpus\": vCPUs: 1, must be 2");
+    let text = vcpus(|v| {
+        let one = v[0].clone();
+        v.resize(usize::from(crate::platform::MAX_CPUS) + 1, one);
+    });
+    assert!(text.contains("cannot be read"), "{text}");
     let text = vcpus(|v| v[1].msrs = Msrs::from_entries(&[kvm_msr_entry::default()]).unwrap());
     assert_eq!(text, "section \"vcpus\": MSRs of vCPU 1: 1, must be 3");
     let text = vcpus(|v| v[1].msrs.as_mut_slice()[2].index = 0x11);
