@@ -80,8 +80,10 @@ fn a_flush_of_the_image_that_failed_is_never_followed_by_one_that_succeeds() {
 #[test]
 fn no_flush_succeeds_after_a_copy_has_found_a_loss() {
     let bench = Bench::new();
-    // Of the image, and of overlays before and after their first flush.
-    for (is_forked, is_flushed) in [(false, false), (true, false), (true, true)] {
+    // Of the image, and of overlays before and after their first flush, and of one that is no longer written.
+    for (is_forked, is_flushed, is_frozen) in
+        [(false, false, false), (true, false, false), (true, true, false), (true, false, true), (true, true, true)]
+    {
         let mut disk = bench.open();
         if is_forked {
             drop(disk.fork());
@@ -90,11 +92,16 @@ fn no_flush_succeeds_after_a_copy_has_found_a_loss() {
         if is_flushed {
             flush(&mut disk);
         }
+        if is_frozen {
+            drop(disk.fork());
+            write(&mut disk, CLUSTER, &[3; 4096]);
+        }
         let crate::map::ClusterSource::File(file) = disk.chain.map().at(0) else { panic!("no file") };
         file.note_lost_writes();
         for _ in 0..2 {
-            assert!(disk.flush_now().is_err(), "forked: {is_forked}, flushed: {is_flushed}");
-            assert!(disk.health().lost);
+            let (flushed, steps) = traced(None, || disk.flush_now());
+            assert!(flushed.is_err(), "forked: {is_forked}, flushed: {is_flushed}, frozen: {is_frozen}");
+            assert!(disk.health().lost && (is_forked || syncs(&steps) == 0), "{steps:?}");
         }
     }
 }
